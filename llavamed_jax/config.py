@@ -1,0 +1,383 @@
+"""Shapes and constants of a model, as frozen (hashable) dataclasses, read from and written to checkpoints' `config.json`.
+
+Nothing here has a default that a checkpoint could contradict: what `config.json` says is what is used, and the few
+defaults that a published config may lean on stand in `_TEXT_DEFAULTS` and `_VISION_DEFAULTS` with their source.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from typing import Any, Mapping
+
+from llavamed_jax.errors import UserError
+
+IMAGE_TOKEN = -200  # stands for an image in token ids (LLaVA's IMAGE_TOKEN_INDEX)
+IGNORE = -100  # a label that is not supervised
+PAD_TOKEN = -1  # pads short rows of `logits` on the right
+
+# What transformers' LlamaConfig and MistralConfig fill in when a key of `text_config` is absent (published
+# llava-hf configs lean on this).
+_TEXT_DEFAULTS = {
+    "llama": dict(vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
+                  num_attention_heads=32, rms_norm_eps=1e-6, rope_theta=1e4, max_position_embeddings=2048),
+    "mistral": dict(vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
+                    num_attention_heads=32, num_key_value_heads=8, rms_norm_eps=1e-6, rope_theta=1e4,
+                    max_position_embeddings=131072, sliding_window=4096),
+}
+# transformers' CLIPVisionConfig; the LLaVA towers by name are stock CLIP-L/14 (spec 1.1).
+_VISION_DEFAULTS = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
+                        image_size=224, patch_size=32, layer_norm_eps=1e-5, hidden_act="quick_gelu", num_channels=3)
+_CLIP_LARGE = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, patch_size=14)
+KNOWN_TOWERS = {
+    "openai/clip-vit-large-patch14": {**_CLIP_LARGE, "image_size": 224},
+    "openai/clip-vit-large-patch14-336": {**_CLIP_LARGE, "image_size": 336},
+}
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """A CLIP ViT. Field names follow this project; `from_hf` maps them from a `CLIPVisionConfig`."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    image_size: int
+    patch_size: int
+    layer_norm_eps: float = 1e-5
+    hidden_act: str = "quick_gelu"
+    num_channels: int = 3
+
+    def __post_init__(self):
+        if self.hidden_act not in ("quick_gelu", "gelu"):
+            raise UserError(f"vision hidden_act is {self.hidden_act!r}; quick_gelu or gelu was expected")
+        if self.hidden_size % self.num_heads:
+            raise UserError(f"vision hidden_size {self.hidden_size} is not divisible by its {self.num_heads} heads")
+
+    @property
+    def num_patches(self) -> int:
+        return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any]) -> "VisionConfig":
+        """From a `CLIPVisionConfig` dict, or a whole `CLIPConfig` that holds one under `vision_config`."""
+        config = config.get("vision_config", config)
+        model_type = config.get("model_type", "clip_vision_model")
+        if model_type not in ("clip_vision_model", "clip"):
+            raise UserError(f"the vision tower's model_type is {model_type!r}; clip_vision_model was expected")
+        c = {**_VISION_DEFAULTS, **{k: v for k, v in config.items() if v is not None}}
+        return cls(c["hidden_size"], c["intermediate_size"], c["num_hidden_layers"], c["num_attention_heads"],
+                   c["image_size"], c["patch_size"], c["layer_norm_eps"], c["hidden_act"], c["num_channels"])
+
+    def to_hf(self) -> dict:
+        return dict(model_type="clip_vision_model", hidden_size=self.hidden_size, intermediate_size=self.intermediate_size,
+                    num_hidden_layers=self.num_layers, num_attention_heads=self.num_heads, image_size=self.image_size,
+                    patch_size=self.patch_size, layer_norm_eps=self.layer_norm_eps, hidden_act=self.hidden_act,
+                    num_channels=self.num_channels, projection_dim=768)
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """A LLaMA-family decoder: LLaMA, Vicuna or Mistral."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope_theta: float
+    max_position_embeddings: int
+    sliding_window: int | None = None
+    tie_word_embeddings: bool = False
+    architecture: str = "llama"
+    bos_token_id: int = 1
+    eos_token_id: int = 2
+    pad_token_id: int | None = None
+
+    def __post_init__(self):
+        if self.num_heads % self.num_kv_heads:
+            raise UserError(f"{self.num_heads} query heads are not a multiple of {self.num_kv_heads} key/value heads")
+        if self.head_dim % 2:
+            raise UserError(f"head_dim {self.head_dim} is odd; rotary embedding needs an even width")
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any], architecture: str | None = None) -> "DecoderConfig":
+        """From a `LlamaConfig` or `MistralConfig` dict; both spellings of the RoPE settings are read.
+
+        Raises:
+          UserError: another architecture, scaled RoPE, biased projections, or an activation other than SiLU.
+        """
+        arch = architecture or config.get("model_type", "llama")
+        if arch not in _TEXT_DEFAULTS:
+            raise UserError(f"the decoder's model_type is {arch!r}; llama or mistral was expected")
+        c = {**_TEXT_DEFAULTS[arch], **config}
+        rope = dict(c.get("rope_parameters") or {})
+        scaling = c.get("rope_scaling") or rope
+        if scaling.get("rope_type", scaling.get("type", "default")) != "default":
+            raise UserError(f"the decoder's rope_scaling is {dict(scaling)}; plain rotary embedding was expected")
+        if c.get("attention_bias") or c.get("mlp_bias"):
+            raise UserError("the decoder has attention_bias or mlp_bias; LLaMA and Mistral have neither")
+        if c.get("hidden_act", "silu") != "silu":
+            raise UserError(f"the decoder's hidden_act is {c['hidden_act']!r}; silu was expected")
+        heads = c["num_attention_heads"]
+        eos = c.get("eos_token_id", 2)
+        return cls(
+            vocab_size=c["vocab_size"], hidden_size=c["hidden_size"], intermediate_size=c["intermediate_size"],
+            num_layers=c["num_hidden_layers"], num_heads=heads, num_kv_heads=c.get("num_key_value_heads") or heads,
+            head_dim=c.get("head_dim") or c["hidden_size"] // heads, rms_norm_eps=float(c["rms_norm_eps"]),
+            rope_theta=float(rope.get("rope_theta", c["rope_theta"])),
+            max_position_embeddings=c["max_position_embeddings"],
+            sliding_window=c.get("sliding_window") if arch == "mistral" else None,
+            tie_word_embeddings=bool(c.get("tie_word_embeddings", False)), architecture=arch,
+            bos_token_id=c.get("bos_token_id", 1), eos_token_id=eos[0] if isinstance(eos, list) else eos,
+            pad_token_id=c.get("pad_token_id"))
+
+    def to_hf(self) -> dict:
+        """Every field explicit, and both spellings of the RoPE settings, so that any transformers reads the same model."""
+        out = dict(model_type=self.architecture, vocab_size=self.vocab_size, hidden_size=self.hidden_size,
+                   intermediate_size=self.intermediate_size, num_hidden_layers=self.num_layers,
+                   num_attention_heads=self.num_heads, num_key_value_heads=self.num_kv_heads, head_dim=self.head_dim,
+                   hidden_act="silu", rms_norm_eps=self.rms_norm_eps, rope_theta=self.rope_theta,
+                   rope_parameters={"rope_type": "default", "rope_theta": self.rope_theta},
+                   max_position_embeddings=self.max_position_embeddings, tie_word_embeddings=self.tie_word_embeddings,
+                   attention_bias=False, mlp_bias=False, attention_dropout=0.0, bos_token_id=self.bos_token_id,
+                   eos_token_id=self.eos_token_id, pad_token_id=self.pad_token_id)
+        if self.architecture == "mistral":
+            out["sliding_window"] = self.sliding_window
+        return out
+
+    @property
+    def matmul_parameters(self) -> int:
+        """Weights that a token is multiplied with: layers and head; the embedding lookup is no matmul."""
+        d, f, h = self.hidden_size, self.intermediate_size, self.head_dim
+        attention = 2 * d * self.num_heads * h + 2 * d * self.num_kv_heads * h
+        return self.num_layers * (attention + 3 * d * f) + d * self.vocab_size
+
+    def forward_flops_per_token(self, length: int) -> float:
+        """FLOPs of one token's forward pass in a row of `length` tokens: 2 N + causal attention (half the square)."""
+        span = min(length, self.sliding_window or length)
+        return 2 * self.matmul_parameters + 2 * self.num_layers * self.num_heads * self.head_dim * span
+
+
+@dataclass(frozen=True)
+class LlavaConfig:
+    """A vision tower, a projector and a decoder, and how the three are joined.
+
+    `feature_layer` indexes CLIP's hidden states (0 is the embedding after `pre_layrnorm`, k the output of block k,
+    negative from the end; spec 1.2). `extra` is the JSON text of the keys of the source `config.json` that this
+    class does not model: they travel, so that an export gives back what an import read.
+    """
+
+    vision: VisionConfig
+    decoder: DecoderConfig
+    projector_type: str = "mlp2x_gelu"
+    projector_bias: bool = True
+    feature_layer: int = -2
+    feature_select: str = "patch"
+    image_aspect_ratio: str = "pad"
+    max_length: int | None = 2048
+    use_start_end: bool = False
+    template: str | None = None
+    source: str = "llava_mistral"
+    image_token_id: int | None = None
+    extra: str = "{}"
+
+    def __post_init__(self):
+        if self.feature_select not in ("patch", "cls_patch"):
+            raise UserError(f"the vision feature selection is {self.feature_select!r}; patch or cls_patch was expected")
+        if not -self.vision.num_layers - 1 <= self.feature_layer <= self.vision.num_layers:
+            raise UserError(f"feature layer {self.feature_layer} does not exist in a tower of {self.vision.num_layers} layers")
+        projector_depth(self.projector_type)
+
+    @property
+    def num_vision_layers_used(self) -> int:
+        """Blocks that the selected hidden state needs: 23 of CLIP-L's 24 for layer -2."""
+        layer = self.feature_layer
+        return layer if layer >= 0 else self.vision.num_layers + 1 + layer
+
+    @property
+    def tokens_per_image(self) -> int:
+        return self.vision.num_patches + (self.feature_select == "cls_patch")
+
+    def vision_flops_per_image(self) -> float:
+        """FLOPs of one image's forward pass through the blocks that are used, attention over the full square."""
+        v, n = self.vision, self.vision.num_patches + 1
+        block = 4 * v.hidden_size**2 + 2 * v.hidden_size * v.intermediate_size
+        return self.num_vision_layers_used * (2 * n * block + 4 * n * n * v.hidden_size)
+
+    def replace(self, **changes) -> "LlavaConfig":
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict:
+        """The content of this project's own `model/config.json`."""
+        return {"model_type": "llavamed_jax", **dataclasses.asdict(self), "extra": json.loads(self.extra)}
+
+    @classmethod
+    def from_dict(cls, d: Mapping[str, Any]) -> "LlavaConfig":
+        d = {k: v for k, v in d.items() if k != "model_type"}
+        known = {f.name for f in dataclasses.fields(cls)}
+        if set(d) - known:
+            raise UserError(f"config.json has the unknown keys {sorted(set(d) - known)}")
+        return cls(**{**d, "vision": VisionConfig(**d["vision"]), "decoder": DecoderConfig(**d["decoder"]),
+                      "extra": json.dumps(d.get("extra", {}))})
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any], vision: VisionConfig | None = None) -> "LlavaConfig":
+        """From the `config.json` of a released checkpoint.
+
+        Args:
+          config: `model_type` `llava_mistral`, `llava_llama`, `llava` with `mm_*` keys, or transformers' own `llava`.
+          vision: the tower's shape; the originals keep it in the tower's own directory, transformers' layout inside.
+        Raises:
+          UserError: another architecture, or an original layout whose tower is neither given nor known by name.
+        """
+        kind = config.get("model_type")
+        if kind == "llava" and "text_config" in config:
+            return _from_transformers(cls, config)
+        if kind in ("llava_mistral", "llava_llama") or (kind == "llava" and "mm_hidden_size" in config):
+            return _from_original(cls, config, vision)
+        raise UserError(f"config.json has model_type {kind!r}; llava_mistral, llava_llama or llava was expected")
+
+    def to_hf(self, layout: str) -> dict:
+        """The `config.json` of an export; `layout` is `transformers` or `llava` (the original's own)."""
+        if layout == "transformers":
+            return _to_transformers(self)
+        if layout == "llava":
+            return _to_original(self)
+        raise UserError(f"the layout {layout!r} does not exist; transformers or llava was expected")
+
+
+def projector_depth(projector_type: str) -> int:
+    """Number of linear layers of `linear` (1), `mlpNx_gelu` (N) or `identity` (0); spec 1.4."""
+    if projector_type == "identity":
+        return 0
+    if projector_type == "linear":
+        return 1
+    digits = projector_type.removeprefix("mlp").removesuffix("x_gelu")
+    if projector_type == f"mlp{digits}x_gelu" and digits.isdigit() and int(digits) > 0:
+        return int(digits)
+    raise UserError(f"the projector type is {projector_type!r}; linear, mlpNx_gelu or identity was expected")
+
+
+# Keys of the originals' config.json that LlavaConfig models; all others travel in `extra`.
+_ORIGINAL_KEYS = {
+    "model_type", "mm_projector_type", "mm_vision_select_layer", "mm_vision_select_feature", "image_aspect_ratio",
+    "tokenizer_model_max_length", "mm_use_im_start_end", "vocab_size", "hidden_size", "intermediate_size",
+    "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps", "rope_theta",
+    "rope_parameters", "rope_scaling", "max_position_embeddings", "sliding_window", "tie_word_embeddings",
+    "hidden_act", "attention_bias", "mlp_bias", "bos_token_id", "eos_token_id", "pad_token_id", "mm_hidden_size",
+}
+
+
+def _from_original(cls, config, vision):
+    kind = config["model_type"]
+    tower = config.get("mm_vision_tower")
+    if vision is None:
+        if tower not in KNOWN_TOWERS:
+            raise UserError(f"the shape of the vision tower {tower!r} is not known; its directory was expected as vision_tower=PATH")
+        vision = VisionConfig.from_hf(KNOWN_TOWERS[tower])
+    return cls(
+        vision=vision, decoder=DecoderConfig.from_hf(config, "mistral" if kind == "llava_mistral" else "llama"),
+        projector_type=config.get("mm_projector_type", "linear"),
+        feature_layer=config.get("mm_vision_select_layer", -1),  # the original's code default
+        feature_select=config.get("mm_vision_select_feature", "patch"),
+        image_aspect_ratio="pad" if config.get("image_aspect_ratio") == "pad" else "square",
+        max_length=config.get("tokenizer_model_max_length"), use_start_end=bool(config.get("mm_use_im_start_end", False)),
+        source=kind, extra=json.dumps({k: v for k, v in config.items() if k not in _ORIGINAL_KEYS}))
+
+
+def _to_original(cfg: LlavaConfig) -> dict:
+    arch = cfg.decoder.architecture
+    kind = cfg.source if cfg.source.startswith("llava_") or cfg.use_start_end else f"llava_{arch}"
+    classes = {"llava_mistral": "LlavaMistralForCausalLM"}
+    text = {k: v for k, v in cfg.decoder.to_hf().items() if k != "model_type"}
+    extra = json.loads(cfg.extra).get("original", json.loads(cfg.extra)) if cfg.source != "transformers" else {}
+    out = {**text, "architectures": [classes.get(kind, "LlavaLlamaForCausalLM")], "use_cache": True,
+           "mm_vision_tower": "vision_tower", "use_mm_proj": True, "mm_use_im_patch_token": False,
+           "mm_patch_merge_type": "flat", "tokenizer_padding_side": "right", **extra,
+           "model_type": kind, "mm_hidden_size": cfg.vision.hidden_size, "mm_projector_type": cfg.projector_type,
+           "mm_vision_select_layer": cfg.feature_layer, "mm_vision_select_feature": cfg.feature_select,
+           "mm_use_im_start_end": cfg.use_start_end, "image_aspect_ratio": cfg.image_aspect_ratio,
+           "tokenizer_model_max_length": cfg.max_length}
+    return out
+
+
+def _from_transformers(cls, config):
+    layer = config.get("vision_feature_layer", -2)
+    if not isinstance(layer, int):
+        raise UserError(f"vision_feature_layer is {layer}; one layer was expected")
+    if config.get("projector_hidden_act", "gelu") != "gelu":
+        raise UserError(f"projector_hidden_act is {config['projector_hidden_act']!r}; gelu was expected")
+    select = {"default": "patch", "full": "cls_patch"}.get(config.get("vision_feature_select_strategy", "default"))
+    if select is None:
+        raise UserError(f"vision_feature_select_strategy is {config['vision_feature_select_strategy']!r}; default or full was expected")
+    text = dict(config["text_config"])
+    text.setdefault("tie_word_embeddings", config.get("tie_word_embeddings", False))
+    vision = {**KNOWN_TOWERS["openai/clip-vit-large-patch14-336"], **(config.get("vision_config") or {})}
+    ours = config.get("llavamed_jax", {})  # what transformers' config cannot hold (see _to_transformers)
+    return cls(
+        vision=VisionConfig.from_hf(vision), decoder=DecoderConfig.from_hf(text),
+        projector_type="mlp2x_gelu", projector_bias=config.get("multimodal_projector_bias", True), feature_layer=layer,
+        feature_select=select, image_aspect_ratio=ours.get("image_aspect_ratio", "square"),
+        max_length=ours.get("max_length"), template=ours.get("template"), source=ours.get("source", "transformers"),
+        image_token_id=config.get("image_token_index", config.get("image_token_id", 32000)),
+        extra=json.dumps(ours.get("extra", {})))
+
+
+def _to_transformers(cfg: LlavaConfig) -> dict:
+    if cfg.projector_type != "mlp2x_gelu":
+        raise UserError(f"transformers' llava layout holds two-layer projectors only; this model's is {cfg.projector_type!r}: use --layout llava")
+    image_token = cfg.image_token_id if cfg.image_token_id is not None else cfg.decoder.vocab_size
+    strategy = {"patch": "default", "cls_patch": "full"}[cfg.feature_select]
+    text = cfg.decoder.to_hf()
+    return dict(
+        model_type="llava", architectures=["LlavaForConditionalGeneration"], text_config=text,
+        vision_config=cfg.vision.to_hf(), projector_hidden_act="gelu", multimodal_projector_bias=cfg.projector_bias,
+        vision_feature_layer=cfg.feature_layer, vision_feature_select_strategy=strategy,
+        image_token_index=image_token, image_token_id=image_token, image_seq_length=cfg.tokens_per_image,
+        tie_word_embeddings=cfg.decoder.tie_word_embeddings,
+        llavamed_jax=dict(image_aspect_ratio=cfg.image_aspect_ratio, max_length=cfg.max_length, template=cfg.template,
+                          source=cfg.source, vocab_size=cfg.decoder.vocab_size, extra=json.loads(cfg.extra)))
+
+
+def _decoder(arch, hidden, ffn, layers, heads, kv, vocab=32000, eps=1e-5, theta=1e4, positions=4096) -> DecoderConfig:
+    return DecoderConfig(vocab, hidden, ffn, layers, heads, kv, hidden // heads, eps, theta, positions, architecture=arch)
+
+
+def _presets() -> dict[str, LlavaConfig]:
+    clip224 = VisionConfig.from_hf(KNOWN_TOWERS["openai/clip-vit-large-patch14"])
+    clip336 = VisionConfig.from_hf(KNOWN_TOWERS["openai/clip-vit-large-patch14-336"])
+    mistral = _decoder("mistral", 4096, 14336, 32, 32, 8, theta=1e6, positions=32768)  # Mistral-7B-Instruct-v0.2
+    vicuna7, vicuna13 = (_decoder("llama", d, f, n, h, h) for d, f, n, h in ((4096, 11008, 32, 32), (5120, 13824, 40, 40)))
+    small = LlavaConfig(
+        VisionConfig(192, 768, 6, 6, 96, 16), _decoder("mistral", 256, 704, 6, 8, 4, vocab=2048, theta=1e6),
+        max_length=512, template="v1.5:mistral_instruct")
+    v1 = dict(projector_type="linear", image_aspect_ratio="square", use_start_end=True, template="v1.0:multimodal", source="llava")
+    llava15 = dict(template="up:vicuna_v1", source="llava_llama")
+    return {
+        "small": small,
+        "v15-7b": LlavaConfig(clip336, mistral, template="v1.5:mistral_instruct"),
+        "v1-7b": LlavaConfig(clip224, dataclasses.replace(vicuna7, vocab_size=32003, max_position_embeddings=2048), **v1),
+        "v1-13b": LlavaConfig(clip224, dataclasses.replace(vicuna13, vocab_size=32003, max_position_embeddings=2048), **v1),
+        "llava15-7b": LlavaConfig(clip336, vicuna7, **llava15),
+        "llava15-13b": LlavaConfig(clip336, vicuna13, **llava15),
+    }
+
+
+PRESETS = _presets()
+
+
+def preset(name: str) -> LlavaConfig:
+    """A named model shape. Raises UserError with the names that exist."""
+    if name not in PRESETS:
+        raise UserError(f"the preset {name!r} does not exist; one of {', '.join(PRESETS)} was expected")
+    return PRESETS[name]
