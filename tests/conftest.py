@@ -1,0 +1,47 @@
+"""What every test file shares: eight virtual CPU devices, modest threads, and the material that only some machines have."""
+
+import os
+from pathlib import Path
+
+# Before jax is imported anywhere: the platform and the number of devices are read once.
+os.environ["JAX_PLATFORMS"] = "cpu"
+_DEVICES = "--xla_force_host_platform_device_count=8"
+if _DEVICES.split("=")[0] not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}".strip()
+for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+    os.environ.setdefault(variable, "2")  # torch and BLAS beside XLA: more threads than cores only slow each other
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads and the loader's forks do not mix
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test never asks a hub
+
+import pytest  # noqa: E402
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: takes more than about ten seconds on two cores")
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder beside the project with reference data and tokenizers that are not part of it."""
+    path = ROOT.parent / "shared"
+    if not path.is_dir():
+        pytest.skip("the folder shared/ with reference data is not beside the project")
+    return path
+
+
+@pytest.fixture(scope="session")
+def mistral_tokenizer() -> Path:
+    """Mistral's first SentencePiece model (32,000 pieces), as the package mistral-common carries it."""
+    mistral_common = pytest.importorskip("mistral_common")
+    path = Path(mistral_common.__file__).parent / "data" / "tokenizer.model.v1"
+    if not path.is_file():
+        pytest.skip(f"this mistral-common carries no {path.name}")
+    return path
+
+
+@pytest.fixture(scope="session")
+def llama_tokenizer(shared) -> Path:
+    """LLaMA's SentencePiece model (32,000 pieces); its licence keeps it out of the project."""
+    return shared / "tokenizers" / "llama2.tokenizer.model"
