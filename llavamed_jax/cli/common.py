@@ -1,0 +1,220 @@
+"""What every command line shares: flags, config files, recipe arguments, messages and exit statuses.
+
+Nothing here imports jax: `run` must set the memory fraction before the first import of it, and `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import difflib
+import os
+import runpy
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from llavamed_jax.errors import UsageError, UserError
+
+EXIT_SAVED = 75  # stopped by a signal with everything saved: run again to go on (EX_TEMPFAIL of sysexits.h)
+
+
+def run(program: Callable[[list[str]], int | None], argv: Sequence[str] | None = None) -> int:
+    """Runs a program and turns its errors into one line on stderr and the exit status of the interface.
+
+    Args:
+      program: takes the words of the command line; returns the exit status, None for 0.
+      argv: the words, without the program's name; None for `sys.argv[1:]`.
+    Returns:
+      0 done, 1 failed (`UserError`), 2 wrong command line, config or value (`UsageError`), or what `program` returned.
+    """
+    # JAX's own 75 % reads as running out of memory; JAX refuses to be given both names of the setting.
+    if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:
+        os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", "0.95")
+    try:
+        return program(list(sys.argv[1:] if argv is None else argv)) or 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        return 1
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose complaint is one sentence, and whose flags are typed in full."""
+
+    def __init__(self, **kwargs):
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+
+    def error(self, message: str):
+        raise UsageError(f"{message}; `{self.prog} --help` lists the flags")
+
+    def parse_with_overrides(self, argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+        """Parses `argv`; returns the flags and the overrides `KEY=VALUE` of `--config.KEY=VALUE`."""
+        args, rest = self.parse_known_args(argv)
+        overrides, words = [], iter(rest)
+        for word in words:
+            if not word.startswith("--config."):
+                self.error(f"unknown flag or argument {word!r}")
+            key_value = word.removeprefix("--config.")
+            if "=" not in key_value:
+                value = next(words, None)
+                if value is None:
+                    self.error(f"{word} has no value; {word}=VALUE was expected")
+                key_value = f"{key_value}={value}"
+            overrides.append(key_value)
+        return args, overrides
+
+
+def load_config(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
+    """Loads `FILE.py[:ARGUMENTS]`, a Python file with `get_config(arg="") -> ConfigDict`, and applies overrides.
+
+    Args:
+      spec: the file, and after a colon the text that its `get_config` is called with.
+      overrides: `KEY=VALUE` with dots for levels. The value is read as the type that the key has.
+    Returns:
+      The config, locked.
+    Raises:
+      UsageError: no such file, a file that raises or lacks `get_config`, an unknown key, a value of another type.
+    """
+    name, _, argument = spec.partition(":")
+    path = Path(name)
+    if not path.is_file():
+        raise UsageError(f"the config file {name} does not exist{_neighbours(path)}")
+    try:
+        get_config = runpy.run_path(str(path)).get("get_config")
+        if get_config is None:
+            raise UsageError(f"the config file {name} defines no get_config(arg)")
+        config = get_config(argument)
+    except UserError:
+        raise
+    except Exception as error:
+        line = next((f.lineno for f in reversed(traceback.extract_tb(error.__traceback__)) if f.filename == str(path)), None)
+        where = f" at line {line}" if line else ""
+        raise UsageError(f"the config file {name} raised {type(error).__name__}{where}: {error}") from error
+    if not isinstance(config, ConfigDict):
+        raise UsageError(f"get_config of {name} returned {type(config).__name__}; an ml_collections.ConfigDict was expected")
+    config.lock()
+    for override in overrides:
+        _apply(config, override)
+    return config
+
+
+def _neighbours(path: Path) -> str:
+    """A hint: the config files that lie where a missing one was looked for."""
+    found = sorted(p.name for p in path.parent.glob("*.py")) if path.parent.is_dir() else []
+    return f"; {path.parent} holds {', '.join(found)}" if found else ""
+
+
+def leaf_keys(config: ConfigDict, prefix: str = "") -> Iterator[str]:
+    """Dotted names of every value in a config."""
+    for key in config:
+        value = config[key]
+        if isinstance(value, ConfigDict) and len(value):
+            yield from leaf_keys(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key
+
+
+def _apply(config: ConfigDict, override: str) -> None:
+    key, _, text = override.partition("=")
+    *parents, leaf = key.split(".")
+    node: Any = config
+    for part in parents:
+        node = node[part] if isinstance(node, ConfigDict) and part in node else None
+    if not isinstance(node, ConfigDict) or leaf not in node:
+        known = list(leaf_keys(config))
+        near = difflib.get_close_matches(key, known, n=3, cutoff=0.5)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"the keys are {', '.join(known)}"
+        raise UsageError(f"the config key {key!r} does not exist; {hint}")
+    if isinstance(node[leaf], ConfigDict):
+        raise UsageError(f"the config key {key!r} is a group; one of {', '.join(f'{key}.{k}' for k in node[leaf])} was expected")
+    if key == "data.train":  # the one key of two types: a file, or a list of weighted files
+        with config.ignore_type():
+            node[leaf] = _parse(key, text, None, tuple) if text.startswith("[") else text
+    else:
+        node[leaf] = _parse(key, text, node[leaf], node.get_type(leaf))
+
+
+def _parse(key: str, text: str, current: Any, kind: type) -> Any:
+    """Reads `text` as `kind`, the type that a config key has."""
+    try:
+        if kind is bool:
+            return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+        if current is None and text.lower() == "none":
+            return None
+        if kind in (int, float, str):
+            return kind(text)
+        value = ast.literal_eval(text)
+        if isinstance(value, (list, tuple)) and kind in (list, tuple):
+            return kind(value)
+    except (ValueError, SyntaxError, KeyError):
+        pass
+    wanted = {bool: "true or false", int: "an integer", float: "a number", tuple: "a list such as [\"a\", \"b\"]",
+              list: "a list such as [\"a\", \"b\"]"}
+    raise UsageError(f"the config key {key!r} is {text!r}; {wanted.get(kind, kind.__name__)} was expected")
+
+
+@dataclass(frozen=True)
+class RecipeArguments:
+    """What a recipe was asked for after the colon. `preset` names the model's shape (`config.PRESETS`)."""
+
+    family: str = "v15"
+    size: str = "7b"
+    small: bool = False
+    epochs: int | None = None
+    protocol: str | None = None
+    word: str | None = None
+
+    @property
+    def preset(self) -> str:
+        return "small" if self.small else f"{self.family}-{self.size}"
+
+
+_CHOICES = {"family": ("v15", "v1", "llava15"), "size": ("7b", "13b"), "small": ("small",)}
+
+
+def recipe_arguments(text: str, *, epochs: int | None = None, protocol: str | None = None,
+                     words: Sequence[str] = ()) -> RecipeArguments:
+    """Reads `v15|v1|llava15`, `7b|13b`, `small`, `epochs=N` and `protocol=clean|paper`, separated by commas.
+
+    Args:
+      text: what stands after the colon of `--config FILE.py:…`.
+      epochs, protocol: the recipe's own values; None says that the recipe has no such argument.
+      words: words of the recipe's own, of which one may be given (the demo's stages); the first is the default.
+    Raises:
+      UsageError: an unknown or repeated argument, a wrong value, or `v15` with `13b`, which was never released.
+    """
+    found: dict[str, Any] = {}
+    kinds = {word: kind for kind, choices in _CHOICES.items() for word in choices} | {word: "word" for word in words}
+    for item in filter(None, text.split(",")):
+        name, is_assignment, value = item.partition("=")
+        if is_assignment and name == "epochs" and epochs is not None:
+            if not value.isdigit() or int(value) < 1:
+                raise UsageError(f"the recipe argument {item!r} is wrong; epochs=N with N of at least 1 was expected")
+            kind, value = "epochs", int(value)
+        elif is_assignment and name == "protocol" and protocol is not None:
+            if value not in ("clean", "paper"):
+                raise UsageError(f"the recipe argument {item!r} is wrong; protocol=clean or protocol=paper was expected")
+            kind = "protocol"
+        elif item in kinds:
+            kind, value = kinds[item], item
+        else:
+            known = [*kinds, *(["epochs=N"] if epochs is not None else []), *(["protocol=clean|paper"] if protocol else [])]
+            raise UsageError(f"the recipe argument {item!r} does not exist; one of {', '.join(known)} was expected")
+        if kind in found:
+            raise UsageError(f"the recipe argument {item!r} contradicts or repeats {found[kind]!r}")
+        found[kind] = value
+    if "small" in found and ("family" in found or "size" in found):
+        raise UsageError(f"the recipe argument 'small' names a model of its own; it cannot stand beside {found.get('family') or found['size']!r}")
+    found["small"] = "small" in found
+    result = RecipeArguments(**{"epochs": epochs, "protocol": protocol, "word": words[0] if words else None, **found})
+    if (result.family, result.size) == ("v15", "13b"):
+        raise UsageError("the recipe argument '13b' is Vicuna's size, so with v1 or llava15 only; v15 is Mistral 7b")
+    return result
