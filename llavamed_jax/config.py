@@ -359,7 +359,7 @@ def _presets() -> dict[str, LlavaConfig]:
     mistral = _decoder("mistral", 4096, 14336, 32, 32, 8, theta=1e6, positions=32768)  # Mistral-7B-Instruct-v0.2
     vicuna7, vicuna13 = (_decoder("llama", d, f, n, h, h) for d, f, n, h in ((4096, 11008, 32, 32), (5120, 13824, 40, 40)))
     small = LlavaConfig(
-        VisionConfig(192, 768, 6, 6, 96, 16), _decoder("mistral", 256, 704, 6, 8, 4, vocab=2048, theta=1e6),
+        VisionConfig(192, 768, 6, 6, 96, 16), _decoder("mistral", 256, 704, 6, 8, 4, vocab=1024, theta=1e6),
         max_length=512, template="v1.5:mistral_instruct")
     v1 = dict(projector_type="linear", image_aspect_ratio="square", use_start_end=True, template="v1.0:multimodal", source="llava")
     llava15 = dict(template="up:vicuna_v1", source="llava_llama")

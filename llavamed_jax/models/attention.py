@@ -1,0 +1,58 @@
+"""Attention: one function, and a mask that is described by data instead of being materialised by the caller.
+
+Axis letters: B batch, T query positions, S key positions, N query heads, K key/value heads, G = N/K, H head width.
+"""
+
+from __future__ import annotations
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+
+@flax.struct.dataclass
+class AttentionMask:
+    """Who sees whom: a query sees a key of its own segment at its own or an earlier position, within the window.
+
+    Attributes:
+      q_positions: int32 [B,T].
+      k_positions: int32 [B,S].
+      q_segments, k_segments: int32 [B,T] and [B,S], or None where a row is one segment. Segment 0 is padding.
+      window: keys further back than this are not seen (query i sees i-window < j <= i), or None.
+    """
+
+    q_positions: jax.Array
+    k_positions: jax.Array
+    q_segments: jax.Array | None = None
+    k_segments: jax.Array | None = None
+    window: int | None = flax.struct.field(pytree_node=False, default=None)
+
+    def dense(self) -> jax.Array:
+        """bool [B,T,S]."""
+        q, k = self.q_positions[:, :, None], self.k_positions[:, None, :]
+        seen = k <= q
+        if self.window is not None:
+            seen &= k > q - self.window
+        if self.q_segments is not None:
+            seen &= self.q_segments[:, :, None] == self.k_segments[:, None, :]
+        return seen
+
+
+def attention(q, k, v, mask: AttentionMask | None = None):
+    """Softmax attention with grouped queries; scores and softmax in float32.
+
+    Args:
+      q: [B,T,N,H]
+      k, v: [B,K,S,H], keys contiguous a head: the layout of the cache.
+      mask: None lets every query see every key (the vision tower).
+    Returns:
+      [B,T,N,H] in v's dtype.
+    """
+    B, T, N, H = q.shape
+    K = k.shape[1]
+    q = q.reshape(B, T, K, N // K, H)
+    scores = jnp.einsum("BTKGH,BKSH->BKGTS", q, k, preferred_element_type=jnp.float32) * H**-0.5
+    if mask is not None:
+        scores = jnp.where(mask.dense()[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    return jnp.einsum("BKGTS,BKSH->BTKGH", weights, v).reshape(B, T, N, H)

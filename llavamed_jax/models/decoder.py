@@ -1,0 +1,143 @@
+"""The LLaMA-family decoder: LLaMA, Vicuna, Mistral.
+
+Training scans rematerialised layers; decoding runs them one by one, because a scanned stack copies the whole
+key/value cache every step. Source: transformers' LlamaModel and MistralModel, spec 1.7.
+Axis letters: B batch, T query positions, S key positions, N query heads, K key/value heads, H head width, D model width,
+V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from llavamed_jax.config import DecoderConfig
+from llavamed_jax.models.attention import AttentionMask, attention
+from llavamed_jax.models.layers import Linear, RMSNorm, apply_rope, layer_stack, rope_tables, run_layers
+from llavamed_jax.parallel.mesh import constrain
+
+PARAM_AXES = [
+    (r"decoder/embed_tokens/embedding", ("vocab", "embed")),
+    (r"decoder/.*/self_attn/q_proj/kernel", ("embed", "heads")),
+    (r"decoder/.*/self_attn/(k|v)_proj/kernel", ("embed", "kv_heads")),
+    (r"decoder/.*/self_attn/o_proj/kernel", ("heads", "embed")),
+    (r"decoder/.*/mlp/(gate|up)_proj/kernel", ("embed", "mlp")),
+    (r"decoder/.*/mlp/down_proj/kernel", ("mlp", "embed")),
+    (r"decoder/(.*/)?(norm|input_layernorm|post_attention_layernorm)/scale", (None,)),
+    (r"decoder/lm_head/kernel", ("embed", "vocab")),
+]
+
+
+@flax.struct.dataclass
+class LayerCache:
+    """Keys and values of one layer, [B,K,S,H] each: what was computed for positions 0..S-1 of every row."""
+
+    k: jax.Array
+    v: jax.Array
+
+    def write(self, k, v, start) -> "LayerCache":
+        """Puts k, v [B,K,T,H] at positions start[b]..start[b]+T-1 of each row."""
+        put = jax.vmap(lambda row, new, i: jax.lax.dynamic_update_slice(row, new, (0, i, 0)))
+        return LayerCache(put(self.k, k.astype(self.k.dtype), start), put(self.v, v.astype(self.v.dtype), start))
+
+
+class Attention(nn.Module):
+    cfg: DecoderConfig
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x, rope, mask, cache):  # [B,T,D] -> [B,T,D], cache
+        cfg, (B, T, _) = self.cfg, x.shape
+
+        def project(name, heads):
+            y = Linear(heads * cfg.head_dim, False, self.dtype, name=f"{name[0]}_proj")(x)
+            return checkpoint_name(y, name).reshape(B, T, heads, cfg.head_dim)
+
+        q = apply_rope(project("query", cfg.num_heads), rope)
+        k = apply_rope(project("key", cfg.num_kv_heads), rope).swapaxes(1, 2)  # [B,K,T,H]
+        v = project("value", cfg.num_kv_heads).swapaxes(1, 2)
+        if cache is not None:
+            cache = cache.write(k, v, mask.q_positions[:, 0])
+            k, v = cache.k, cache.v
+        q = constrain(q, "act_batch", None, "act_heads", None)
+        context = checkpoint_name(attention(q, k, v, mask).reshape(B, T, -1), "context")
+        return Linear(cfg.hidden_size, False, self.dtype, name="o_proj")(context), cache
+
+
+class Mlp(nn.Module):
+    """SwiGLU: `down(silu(gate(x)) * up(x))`."""
+
+    cfg: DecoderConfig
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x):  # [B,T,D] -> [B,T,D]
+        gate = Linear(self.cfg.intermediate_size, False, self.dtype, name="gate_proj")(x)
+        up = Linear(self.cfg.intermediate_size, False, self.dtype, name="up_proj")(x)
+        return Linear(self.cfg.hidden_size, False, self.dtype, name="down_proj")(nn.silu(gate) * up)
+
+
+class Block(nn.Module):
+    cfg: DecoderConfig
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x, shared, cache):  # [B,T,D], (rope, mask), cache -> [B,T,D], cache
+        rope, mask = shared
+        eps = self.cfg.rms_norm_eps
+        h = RMSNorm(eps, self.dtype, name="input_layernorm")(x)
+        h, cache = Attention(self.cfg, self.dtype, name="self_attn")(h, rope, mask, cache)
+        x = x + h
+        x = x + Mlp(self.cfg, self.dtype, name="mlp")(RMSNorm(eps, self.dtype, name="post_attention_layernorm")(x))
+        return constrain(x, "act_batch", None, None), cache
+
+
+class Decoder(nn.Module):
+    cfg: DecoderConfig
+    dtype: Any = jnp.float32
+    scan: bool = False
+    remat: str = "none"
+
+    def setup(self):
+        cfg = self.cfg
+        self.embed_tokens = nn.Embed(cfg.vocab_size, cfg.hidden_size, embedding_init=nn.initializers.normal(0.02))
+        self.layers = layer_stack(Block, cfg.num_layers, cfg, self.dtype, scan=self.scan, remat=self.remat)
+        self.norm = RMSNorm(cfg.rms_norm_eps, self.dtype)
+        if not cfg.tie_word_embeddings:
+            self.lm_head = Linear(cfg.vocab_size, False, self.dtype, out_dtype=jnp.float32)
+
+    def embed(self, ids):
+        """int32 [B,T] -> [B,T,D]; ids outside the vocabulary (image and padding markers) give some row, not an error."""
+        # Gathering the table's width first is FSDP's ordinary weight gather; a lookup in the sharded table would
+        # make XLA replicate it.
+        table = constrain(self.embed_tokens.embedding, "vocab", None)
+        return jnp.take(table, jnp.clip(ids, 0), axis=0).astype(self.dtype)
+
+    def __call__(self, x, positions, segments=None, caches=None):
+        """Runs the layers and the final norm.
+
+        Args:
+          x: [B,T,D], as `embed` returns it (with image features in place).
+          positions: int32 [B,T]; with caches, consecutive in a row: they say where keys and values are written.
+          segments: int32 [B,T]; rows of several samples, 0 is padding. None: each row is one sample.
+          caches: a tuple of LayerCache, one a layer (unscanned layers only), or None.
+        Returns:
+          [B,T,D] and the new caches.
+        """
+        keys = positions if caches is None else jnp.broadcast_to(jnp.arange(caches[0].k.shape[2]), (x.shape[0], caches[0].k.shape[2]))
+        mask = AttentionMask(positions, keys, segments, segments, window=self.cfg.sliding_window)
+        rope = rope_tables(positions, self.cfg.head_dim, self.cfg.rope_theta)
+        x, caches = run_layers(self.layers, constrain(x, "act_batch", None, None), (rope, mask), caches)
+        return self.norm(x), caches
+
+    def logits(self, x):
+        """[..., D] -> float32 [..., V]."""
+        if self.cfg.tie_word_embeddings:
+            table = self.embed_tokens.embedding.astype(self.dtype)
+            return jnp.einsum("...D,VD->...V", x, table, preferred_element_type=jnp.float32)
+        return self.lm_head(x)

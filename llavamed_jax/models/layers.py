@@ -1,0 +1,127 @@
+"""The small pieces that tower, projector and decoder share.
+
+Axis letters: B batch, T positions, H head width, D model width, L layers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+class Linear(nn.Module):
+    """`x @ kernel + bias`, computed in `dtype`; `out_dtype` keeps a wider result (the head's float32 logits)."""
+
+    features: int
+    use_bias: bool = True
+    dtype: Any = jnp.float32
+    out_dtype: Any = None
+
+    @nn.compact
+    def __call__(self, x):  # [..., D] -> [..., features]
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features))
+        y = jnp.matmul(x.astype(self.dtype), kernel.astype(self.dtype), preferred_element_type=self.out_dtype)
+        if self.use_bias:
+            y += self.param("bias", nn.initializers.zeros, (self.features,)).astype(y.dtype)
+        return y
+
+
+class RMSNorm(nn.Module):
+    """LLaMA's norm: `x / rms(x)`, the mean square in float32 whatever `dtype` is, then the scale."""
+
+    epsilon: float
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):  # [..., D] -> [..., D]
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        x = x.astype(jnp.float32)
+        x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.epsilon)
+        return x.astype(self.dtype) * scale.astype(self.dtype)
+
+
+class LayerNorm(nn.Module):
+    """CLIP's norm, mean and variance in float32 (two passes: E[x²] - E[x]² loses digits on small activations)."""
+
+    epsilon: float
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):  # [..., D] -> [..., D]
+        norm = nn.LayerNorm(epsilon=self.epsilon, dtype=jnp.float32, use_fast_variance=False, parent=None)
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
+        return norm.apply({"params": {"scale": scale, "bias": bias}}, x).astype(self.dtype)
+
+
+def quick_gelu(x):
+    """OpenAI CLIP's activation, `x * sigmoid(1.702 x)`."""
+    return x * jax.nn.sigmoid(1.702 * x)
+
+
+def gelu(x):
+    """The exact (erf) GELU of the projector."""
+    return jax.nn.gelu(x, approximate=False)
+
+
+ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": gelu}
+
+
+def rope_frequencies(head_dim: int, theta: float) -> np.ndarray:
+    """Inverse frequencies float32 [H/2], bit for bit torch's.
+
+    Computed on the host and not under jit: one last bit here is 8e-5 in a cosine at position 1,500.
+    """
+    exponent = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    return np.float32(1.0) / np.power(np.float64(theta), exponent.astype(np.float64)).astype(np.float32)
+
+
+def rope_tables(positions, head_dim: int, theta: float):
+    """Cosine and sine, float32 [B,T,H/2] each, of `positions` int32 [B,T]."""
+    angles = positions.astype(jnp.float32)[..., None] * rope_frequencies(head_dim, theta)
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def apply_rope(x, rope):
+    """Rotates x [B,T,N,H] by tables [B,T,H/2]: the two halves of H are the pairs (HF's convention, not interleaved)."""
+    cos, sin = (t[:, :, None, :] for t in rope)
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+# What a rematerialised block keeps for its backward pass, by the names given in the blocks (`checkpoint_name`).
+REMAT_POLICIES = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "qkvo": jax.checkpoint_policies.save_only_these_names("query", "key", "value", "context"),
+    "minimal": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+def layer_stack(block: type[nn.Module], num_layers: int, *args, scan: bool, remat: str):
+    """`num_layers` blocks: one scanned module (parameters with a leading L axis) or a list of them.
+
+    A block's `__call__` is `(x, shared, cache) -> (x, cache)`; `shared` is the same for all layers.
+    """
+    if remat != "none":
+        # Inside a scan the loop already keeps the backward pass from being merged with the forward one.
+        block = nn.remat(block, policy=REMAT_POLICIES[remat], prevent_cse=not scan)
+    if not scan:
+        return [block(*args) for _ in range(num_layers)]
+    scanned = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True},
+                      in_axes=(nn.broadcast, 0), length=num_layers)
+    return scanned(*args)
+
+
+def run_layers(layers, x, shared, caches=None):
+    """Runs what `layer_stack` made; returns x and the caches, a tuple with one entry a layer (None in training)."""
+    if not isinstance(layers, (list, tuple)):
+        return layers(x, shared, None)
+    out = []
+    for i, layer in enumerate(layers):
+        x, cache = layer(x, shared, None if caches is None else caches[i])
+        out.append(cache)
+    return x, None if caches is None else tuple(out)

@@ -1,0 +1,139 @@
+"""LLaVA: images become runs of positions in the decoder's sequence.
+
+    ids       [BOS] describe  -200 -200 ... -200  briefly      an image is P positions that hold IMAGE_TOKEN
+    merged    [BOS] describe   i1   i2  ...  iP   briefly      where its P projected features are put
+
+Features are gathered row by row: a row's n-th image position takes the n-th feature of that row's own images. No row
+depends on another, so a batch shards over devices as it is and a text-only row consumes no image.
+Source: spec 1.5-1.6 (with the originals' mixed-batch bug left out).
+Axis letters: B batch, T positions, I images a row, P positions an image, D model width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llavamed_jax.config import IMAGE_TOKEN, LlavaConfig
+from llavamed_jax.models import decoder, projector, vit
+from llavamed_jax.parallel.mesh import constrain
+
+PARAM_AXES = vit.PARAM_AXES + projector.PARAM_AXES + decoder.PARAM_AXES
+
+
+class Llava(nn.Module):
+    """Tower, projector and decoder.
+
+    Attributes:
+      dtype: of the computation; parameters are cast to it where they are used.
+      scan: stacked parameters (`layers`, leading axis L) and scanned layers, for training; else `layers_{i}`.
+      remat: `none`, `full`, `qkvo` or `minimal` (models/layers.py).
+    """
+
+    cfg: LlavaConfig
+    dtype: Any = jnp.float32
+    scan: bool = False
+    remat: str = "none"
+
+    def setup(self):
+        cfg = self.cfg
+        self.vision_tower = vit.VisionTower(cfg.vision, cfg.num_vision_layers_used, self.dtype, self.scan, self.remat)
+        self.projector = projector.Projector(cfg, self.dtype)
+        self.decoder = decoder.Decoder(cfg.decoder, self.dtype, self.scan, self.remat)
+
+    def __call__(self, input_ids, pixel_values=None, positions=None, segment_ids=None):
+        """Logits of whole rows.
+
+        Args:
+          input_ids: int32 [B,T].
+          pixel_values: float32 [B,I,height,width,3], a row's images in order of appearance (empty slots: anything).
+          positions: int32 [B,T], restarting with each segment; None counts from 0.
+          segment_ids: int32 [B,T]; 0 is padding; None: each row is one sample without padding.
+        Returns:
+          float32 [B,T,V].
+        """
+        return self.logits(self.hidden(input_ids, pixel_values, positions, segment_ids))
+
+    def hidden(self, input_ids, pixel_values=None, positions=None, segment_ids=None):
+        """As `__call__`, up to the decoder's last norm: [B,T,D]."""
+        features = None if pixel_values is None else self.encode_images(pixel_values)
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(input_ids.shape[1]), input_ids.shape)
+        return self.decoder(self.embed(input_ids, features), positions, segment_ids)[0]
+
+    def encode_images(self, pixel_values):
+        """float32 [B,I,height,width,3] -> projected features [B,I,P,D]."""
+        B, I = pixel_values.shape[:2]
+        x = self.vision_tower(constrain(pixel_values.reshape(B * I, *pixel_values.shape[2:]), "act_batch", None, None, None))
+        x = x[:, 1:] if self.cfg.feature_select == "patch" else x
+        x = self.projector(x)
+        return x.reshape(B, I, *x.shape[1:])
+
+    def embed(self, input_ids, features=None):
+        """int32 [B,T], [B,I,P,D] or None -> [B,T,D]."""
+        text = self.decoder.embed(input_ids)
+        return text if features is None else merge(text, input_ids == IMAGE_TOKEN, features)
+
+    def step(self, x, positions, caches):
+        """Embeddings [B,T,D] at `positions` through the cached decoder -> [B,T,D], caches."""
+        return self.decoder(x, positions, None, caches)
+
+    def logits(self, hidden):
+        """[..., D] -> float32 [..., V]."""
+        return self.decoder.logits(hidden)
+
+
+def merge(text, is_image, features):
+    """Puts a row's image features at its image positions.
+
+    Args:
+      text: [B,T,D].
+      is_image: bool [B,T].
+      features: [B,I,P,D]; a row uses as many as it has image positions, in order.
+    Returns:
+      [B,T,D].
+    """
+    B, _, D = text.shape
+    flat = features.reshape(B, -1, D).astype(text.dtype)
+    index = jnp.cumsum(is_image, axis=1) - 1
+    gathered = jnp.take_along_axis(flat, jnp.clip(index, 0, flat.shape[1] - 1)[..., None], axis=1)
+    return jnp.where(is_image[..., None], gathered, text)
+
+
+def stack(params):
+    """`layers_0 … layers_{L-1}` -> `layers` with a leading axis L, in every part of the tree (arrays or numpy arrays)."""
+    out = {}
+    for key, value in params.items():
+        if not isinstance(value, dict):
+            out[key] = value
+        elif not re.fullmatch(r"layers_\d+", key):
+            out[key] = stack(value)
+    layers = [params[f"layers_{i}"] for i in range(sum(bool(re.fullmatch(r"layers_\d+", k)) for k in params))]
+    if layers:
+        out["layers"] = jax.tree.map(lambda *x: (np if isinstance(x[0], np.ndarray) else jnp).stack(x), *layers)
+    return out
+
+
+def unstack(params):
+    """The reverse of `stack`."""
+    out = {}
+    for key, value in params.items():
+        if key == "layers":
+            length = len(jax.tree.leaves(value)[0])
+            out.update({f"layers_{i}": jax.tree.map(lambda x: x[i], value) for i in range(length)})
+        else:
+            out[key] = unstack(value) if isinstance(value, dict) else value
+    return out
+
+
+def abstract_params(cfg: LlavaConfig, scan: bool = False):
+    """The parameter tree as ShapeDtypeStructs (float32), without computing anything."""
+    v = cfg.vision
+    ids = jnp.zeros((1, cfg.tokens_per_image), jnp.int32)
+    pixels = jnp.zeros((1, 1, v.image_size, v.image_size, v.num_channels))
+    return jax.eval_shape(Llava(cfg, scan=scan).init, jax.random.key(0), ids, pixels)["params"]

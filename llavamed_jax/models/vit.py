@@ -1,0 +1,132 @@
+"""The CLIP vision transformer: pixels to the hidden state that LLaVA reads.
+
+Only the blocks that the selected hidden state needs exist here; CLIP-L's last block and `post_layernorm` do not
+(they travel with a checkpoint, see `checkpoints/`). Source: transformers' CLIPVisionModel, spec 1.2.
+Axis letters: B images, P patches, T = P + 1 with the class token, N heads, H head width, D model width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from llavamed_jax.config import VisionConfig
+from llavamed_jax.models.attention import attention
+from llavamed_jax.models.layers import ACTIVATIONS, LayerNorm, Linear, layer_stack, run_layers
+from llavamed_jax.parallel.mesh import constrain
+
+PARAM_AXES = [
+    (r"vision_tower/embeddings/class_embedding", (None,)),
+    (r"vision_tower/embeddings/patch_embedding/kernel", (None, None, None, "embed")),
+    (r"vision_tower/embeddings/position_embedding/embedding", (None, "embed")),
+    (r"vision_tower/(.*/)?(pre_layrnorm|layer_norm\d)/(scale|bias)", (None,)),
+    (r"vision_tower/.*/self_attn/(q|k|v)_proj/kernel", ("embed", "heads")),
+    (r"vision_tower/.*/self_attn/(q|k|v)_proj/bias", ("heads",)),
+    (r"vision_tower/.*/self_attn/out_proj/kernel", ("heads", "embed")),
+    (r"vision_tower/.*/mlp/fc1/kernel", ("embed", "mlp")),
+    (r"vision_tower/.*/mlp/fc1/bias", ("mlp",)),
+    (r"vision_tower/.*/mlp/fc2/kernel", ("mlp", "embed")),
+    (r"vision_tower/.*/(out_proj|fc2)/bias", (None,)),
+]
+
+
+class PatchEmbedding(nn.Module):
+    """A convolution whose stride is its size, as the matrix product that it is."""
+
+    cfg: VisionConfig
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, pixels):  # [B,height,width,C] -> [B,P,D]
+        p, C, D = self.cfg.patch_size, self.cfg.num_channels, self.cfg.hidden_size
+        kernel = self.param("kernel", nn.initializers.normal(0.02), (p, p, C, D))
+        side = self.cfg.image_size // p
+        # Pixels beyond the last whole patch fall away, as in a convolution without padding.
+        x = pixels[:, : side * p, : side * p].reshape(-1, side, p, side, p, C).astype(self.dtype)
+        return jnp.einsum("BhpwqC,pqCD->BhwD", x, kernel.astype(self.dtype)).reshape(-1, side * side, D)
+
+
+class PositionEmbedding(nn.Module):
+    """A learned vector a position, float32 [T,D]."""
+
+    length: int
+    width: int
+
+    @nn.compact
+    def __call__(self):
+        return self.param("embedding", nn.initializers.normal(0.02), (self.length, self.width))
+
+
+class Embeddings(nn.Module):
+    cfg: VisionConfig
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, pixels):  # [B,height,width,C] -> [B,T,D], the class token first
+        cfg = self.cfg
+        cls = self.param("class_embedding", nn.initializers.normal(0.02), (cfg.hidden_size,)).astype(self.dtype)
+        patches = PatchEmbedding(cfg, self.dtype, name="patch_embedding")(pixels)
+        x = jnp.concatenate([jnp.broadcast_to(cls, (patches.shape[0], 1, cfg.hidden_size)), patches], axis=1)
+        positions = PositionEmbedding(cfg.num_patches + 1, cfg.hidden_size, name="position_embedding")()
+        return x + positions.astype(self.dtype)
+
+
+class Attention(nn.Module):
+    cfg: VisionConfig
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x):  # [B,T,D] -> [B,T,D]
+        heads = (*x.shape[:2], self.cfg.num_heads, self.cfg.head_dim)
+        q, k, v = (
+            checkpoint_name(Linear(self.cfg.hidden_size, dtype=self.dtype, name=f"{name[0]}_proj")(x), name).reshape(heads)
+            for name in ("query", "key", "value"))
+        context = attention(q, k.swapaxes(1, 2), v.swapaxes(1, 2))
+        context = checkpoint_name(context.reshape(x.shape), "context")
+        return Linear(self.cfg.hidden_size, dtype=self.dtype, name="out_proj")(context)
+
+
+class Mlp(nn.Module):
+    cfg: VisionConfig
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x):  # [B,T,D] -> [B,T,D]
+        x = Linear(self.cfg.intermediate_size, dtype=self.dtype, name="fc1")(x)
+        return Linear(self.cfg.hidden_size, dtype=self.dtype, name="fc2")(ACTIVATIONS[self.cfg.hidden_act](x))
+
+
+class Block(nn.Module):
+    cfg: VisionConfig
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x, shared, cache):  # [B,T,D] -> [B,T,D]
+        eps = self.cfg.layer_norm_eps
+        x = x + Attention(self.cfg, self.dtype, name="self_attn")(LayerNorm(eps, self.dtype, name="layer_norm1")(x))
+        x = x + Mlp(self.cfg, self.dtype, name="mlp")(LayerNorm(eps, self.dtype, name="layer_norm2")(x))
+        return constrain(x, "act_batch", None, None), cache
+
+
+class VisionTower(nn.Module):
+    """The first `num_layers` blocks of the tower `cfg` describes."""
+
+    cfg: VisionConfig
+    num_layers: int
+    dtype: Any = jnp.float32
+    scan: bool = False
+    remat: str = "none"
+
+    def setup(self):
+        self.embeddings = Embeddings(self.cfg, self.dtype)
+        self.pre_layrnorm = LayerNorm(self.cfg.layer_norm_eps, self.dtype)  # sic: the checkpoint's spelling
+        self.layers = layer_stack(Block, self.num_layers, self.cfg, self.dtype,
+                                  scan=self.scan and self.num_layers > 0, remat=self.remat)
+
+    def __call__(self, pixels):
+        """float32 [B,height,width,C] -> hidden state [B,P+1,D] after the last block; the class token is at 0."""
+        x = self.pre_layrnorm(self.embeddings(pixels))
+        return run_layers(self.layers, x, None)[0]
