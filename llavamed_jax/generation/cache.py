@@ -1,0 +1,24 @@
+"""The key/value cache: one LayerCache a layer, contiguous in the positions of each head.
+
+Axis letters: B rows, K key/value heads, S positions, H head width, L layers.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+
+from llavamed_jax.config import DecoderConfig
+from llavamed_jax.models.decoder import LayerCache
+from llavamed_jax.parallel.mesh import constrain
+
+
+def init_cache(cfg: DecoderConfig, rows: int, length: int, dtype=jnp.float32) -> tuple[LayerCache, ...]:
+    """Empty caches of `rows` rows and `length` positions: L times keys and values [B,K,S,H]."""
+    def empty():
+        return constrain(jnp.zeros((rows, cfg.num_kv_heads, length, cfg.head_dim), dtype), "act_batch", "act_heads", None, None)
+    return tuple(LayerCache(empty(), empty()) for _ in range(cfg.num_layers))
+
+
+def cache_bytes(cfg: DecoderConfig, rows: int, length: int, dtype=jnp.float32) -> int:
+    """Bytes of what `init_cache` makes: 2 L B K S H times the width of `dtype`."""
+    return 2 * cfg.num_layers * rows * cfg.num_kv_heads * length * cfg.head_dim * jnp.dtype(dtype).itemsize

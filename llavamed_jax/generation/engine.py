@@ -1,0 +1,259 @@
+"""The generation engine: requests go in, tokens come out.
+
+Requests are taken in batches of similar length. A batch's prompts are padded to a bucket, so that few shapes are
+compiled; one program runs the tower and the prompt (prefill), another decodes up to `steps` tokens on the device before
+the host looks. Padding stands behind a prompt and is overwritten as the row grows, and a query sees only keys at its
+own or earlier positions: what a row gives does not depend on the rows beside it.
+Axis letters: B rows, T prompt positions, S cache positions, I images a row, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Iterable, Iterator, Sequence
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from llavamed_jax.config import IMAGE_TOKEN, LlavaConfig
+from llavamed_jax.generation.cache import init_cache
+from llavamed_jax.generation.sampling import Sampling, next_token
+from llavamed_jax.models.llava import PARAM_AXES, Llava
+from llavamed_jax.parallel.mesh import batch_sharding, param_shardings
+
+NO_TOKEN = -1  # in a finished row's part of the output
+
+
+@dataclasses.dataclass
+class Request:
+    """One prompt.
+
+    Attributes:
+      ids: token ids; an image is P positions of IMAGE_TOKEN.
+      images: float32 [height,width,3] each, in order of appearance.
+      seed: with the same seed and settings a request always draws the same tokens.
+      cancelled: set it while the engine runs, and no more tokens are made for this request.
+    """
+
+    ids: Sequence[int]
+    images: Sequence[np.ndarray] = ()
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+    cancelled: bool = False
+
+
+@flax.struct.dataclass
+class State:
+    """What the decode loop carries for B rows.
+
+    Attributes:
+      token: int32 [B], the last token, which has been handed out and not yet fed.
+      position: int32 [B], where it will stand.
+      count: int32 [B] tokens handed out so far.
+      is_done: bool [B].
+    """
+
+    token: jax.Array
+    position: jax.Array
+    count: jax.Array
+    is_done: jax.Array
+    limit: jax.Array
+    sampling: Sampling
+    caches: Any
+
+
+class Engine:
+    """Generates for one model.
+
+    Args:
+      cfg: the model's shapes.
+      params: its unrolled parameter tree.
+      dtype: of computation and cache.
+      mesh: rows go over data and fsdp, heads over tp; None: one device.
+      batch_size: rows that are decoded together.
+      steps: tokens decoded on the device between two looks of the host.
+    """
+
+    def __init__(self, cfg: LlavaConfig, params, dtype=jnp.float32, mesh: Mesh | None = None, batch_size: int = 16, steps: int = 16):
+        self.cfg, self.dtype, self.mesh, self.batch_size, self.steps = cfg, dtype, mesh, batch_size, steps
+        self.model = Llava(cfg, dtype)
+        self.params = params if mesh is None else jax.device_put(params, param_shardings(params, PARAM_AXES, mesh))
+        self.eos = cfg.decoder.eos_token_id
+        self._prefill = jax.jit(self._prefill_batch, static_argnames="cache_length")
+        self._decode = jax.jit(self._decode_steps, donate_argnames="state")
+
+    @property
+    def max_prompt(self) -> int:
+        """The longest prompt, in positions with images expanded, that leaves room for a token."""
+        return min(self.cfg.max_length or self.cfg.decoder.max_position_embeddings, self.cfg.decoder.max_position_embeddings - 1)
+
+    def generate(self, requests: Sequence[Request]) -> list[list[int]]:
+        """The new token ids of each request, the end-of-sequence id included."""
+        out: list[list[int]] = [[] for _ in requests]
+        for index, tokens in self.stream(requests):
+            out[index] += tokens
+        return out
+
+    def stream(self, requests: Sequence[Request]) -> Iterator[tuple[int, list[int]]]:
+        """Yields (index of the request, its next tokens) as they are made.
+
+        Raises:
+          ValueError: a request whose images do not fit its markers, or that is too long. Nothing has run then.
+        """
+        for i, request in enumerate(requests):
+            self._check(request, f"request {i}" if len(requests) > 1 else "the prompt")
+        # Longest first: what does not fit in memory shows at once, and rows of a batch need similar room.
+        order = sorted(range(len(requests)), key=lambda i: -len(requests[i].ids))
+        for start in range(0, len(order), self.batch_size):
+            yield from self._run_batch(requests, order[start : start + self.batch_size])
+
+    def _check(self, request: Request, name: str):
+        P = self.cfg.tokens_per_image
+        positions = sum(i == IMAGE_TOKEN for i in request.ids)
+        if positions != P * len(request.images):
+            raise ValueError(f"{name} has {positions} image positions and {len(request.images)} images; {P} positions an image were expected")
+        if not request.ids:
+            raise ValueError(f"{name} is empty; at least one token was expected")
+        if len(request.ids) > self.max_prompt:
+            raise ValueError(f"{name} has {len(request.ids)} positions, images included; at most {self.max_prompt} were expected")
+        if request.max_new_tokens < 1:
+            raise ValueError(f"{name} asks for {request.max_new_tokens} new tokens; at least 1 was expected")
+        v = self.cfg.vision
+        for image in request.images:
+            if np.shape(image) != (v.image_size, v.image_size, v.num_channels):
+                raise ValueError(f"{name} has an image of shape {np.shape(image)}; ({v.image_size}, {v.image_size}, {v.num_channels}) was expected")
+
+    def _run_batch(self, requests, indices):
+        rows = [requests[i] for i in indices]
+        batch, cache_length = self._batch(rows)
+        context = jax.set_mesh(self.mesh) if self.mesh is not None else _no_context()
+        with context:
+            state = self._prefill(self.params, cache_length=cache_length, **batch)
+            chunk = state.token[:, None]
+            while True:
+                tokens = np.asarray(chunk)
+                done = np.asarray(state.is_done)
+                for row, i in enumerate(indices):
+                    new = [int(t) for t in tokens[row] if t != NO_TOKEN]
+                    if new and not requests[i].cancelled:
+                        yield i, new
+                stopped = np.array([r.cancelled for r in rows] + [True] * (len(done) - len(rows)))
+                if (done | stopped).all():
+                    return
+                state = state.replace(is_done=state.is_done | jnp.asarray(stopped)) if stopped.any() else state
+                state, chunk = self._decode(self.params, state)
+
+    def _batch(self, rows: Sequence[Request]):
+        """Host arrays of a batch: prompts padded to a bucket, rows to a power of two that the mesh divides."""
+        B = _power_of_two(len(rows))
+        if self.mesh is not None:
+            shards = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+            B = -(-B // shards) * shards
+        T = _bucket(max(len(r.ids) for r in rows))
+        limits = [min(r.max_new_tokens, self.cfg.decoder.max_position_embeddings - len(r.ids)) for r in rows]
+        cache_length = _bucket(max(len(r.ids) + limit for r, limit in zip(rows, limits)))
+        ids = np.zeros((B, T), np.int32)
+        I = max(len(r.images) for r in rows)
+        size = self.cfg.vision.image_size
+        pixels = np.zeros((B, I, size, size, self.cfg.vision.num_channels), np.float32) if I else None
+        for b, row in enumerate(rows):
+            ids[b, : len(row.ids)] = row.ids
+            for slot, image in enumerate(row.images):
+                pixels[b, slot] = image
+        fill = [1] * (B - len(rows))  # rows that nobody asked for: one token long, done at once
+        keys = jax.vmap(jax.random.key)(np.array([r.seed for r in rows] + fill, np.uint32))
+        sampling = Sampling(*(jnp.asarray(np.array(x + [z] * len(fill), t)) for x, z, t in (
+            ([r.temperature for r in rows], 0, np.float32), ([r.top_k for r in rows], 0, np.int32), ([r.top_p for r in rows], 1, np.float32))), keys)
+        batch = dict(ids=ids, pixels=pixels, lengths=np.array([len(r.ids) for r in rows] + fill, np.int32),
+                     limit=np.array(limits + fill, np.int32))
+        if self.mesh is not None:
+            batch = jax.device_put(batch, batch_sharding(self.mesh))
+        return dict(**batch, sampling=sampling), max(cache_length, T)
+
+    def _prefill_batch(self, params, ids, pixels, lengths, limit, sampling, *, cache_length: int) -> State:
+        """Runs the prompts int32 [B,T] (real up to `lengths`) and draws each row's first token."""
+        B, T = ids.shape
+        variables = {"params": params}
+        features = None if pixels is None else self.model.apply(variables, pixels, method="encode_images")
+        x = self.model.apply(variables, ids, features, method="embed")
+        positions = jnp.broadcast_to(jnp.arange(T), (B, T))
+        caches = init_cache(self.cfg.decoder, B, cache_length, self.dtype)
+        x, caches = self.model.apply(variables, x, positions, caches, method="step")
+        # Only the last position of a prompt goes through the head.
+        last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0]
+        logits = self.model.apply(variables, last, method="logits")
+        token = next_token(logits, sampling, jnp.zeros_like(lengths))
+        count = jnp.ones_like(lengths)
+        return State(token, lengths, count, (token == self.eos) | (count >= limit), limit, sampling, caches)
+
+    def _decode_steps(self, params, state: State) -> tuple[State, jax.Array]:
+        """Up to `steps` tokens for each row, int32 [B,steps] with NO_TOKEN where a row is done; stops when all are."""
+        def unfinished(carry):
+            step, _, state = carry
+            return (step < self.steps) & ~state.is_done.all()
+
+        def decode_one(carry):
+            step, chunk, state = carry
+            x = self.model.apply({"params": params}, state.token[:, None], None, method="embed")
+            # A finished row is fed too, at its last position: rows have one program.
+            x, caches = self.model.apply({"params": params}, x, state.position[:, None], state.caches, method="step")
+            logits = self.model.apply({"params": params}, x[:, 0], method="logits")
+            token = next_token(logits, state.sampling, state.count)
+            running = ~state.is_done
+            count = state.count + running
+            chunk = chunk.at[:, step].set(jnp.where(running, token, NO_TOKEN))
+            return step + 1, chunk, state.replace(
+                token=jnp.where(running, token, state.token), position=state.position + running, count=count,
+                is_done=state.is_done | (token == self.eos) | (count >= state.limit), caches=caches)
+
+        chunk = jnp.full((state.token.shape[0], self.steps), NO_TOKEN, jnp.int32)
+        _, chunk, state = jax.lax.while_loop(unfinished, decode_one, (0, chunk, state))
+        return state, chunk
+
+
+def _bucket(length: int) -> int:
+    """Lengths that are compiled: multiples of 64 up to 512, then of 256."""
+    step = 64 if length <= 512 else 256
+    return -(-length // step) * step
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+class _no_context:
+    def __enter__(self):
+        return None
+
+    def __exit__(self, *_):
+        return False
+
+
+def expand_images(ids: Iterable[int], patches: int) -> list[int]:
+    """Each single IMAGE_TOKEN becomes a run of `patches`; runs of that length (or a multiple) are left as they are.
+
+    Raises:
+      ValueError: a run of another length.
+    """
+    out: list[int] = []
+    ids = list(ids)
+    i = 0
+    while i < len(ids):
+        if ids[i] != IMAGE_TOKEN:
+            out.append(ids[i])
+            i += 1
+            continue
+        run = 1
+        while i + run < len(ids) and ids[i + run] == IMAGE_TOKEN:
+            run += 1
+        if run != 1 and run % patches:
+            raise ValueError(f"{run} image tokens stand in a row at position {i}; 1 or a multiple of {patches} was expected")
+        out += [IMAGE_TOKEN] * (patches if run == 1 else run)
+        i += run
+    return out
