@@ -1,0 +1,56 @@
+# A fresh machine needs Python 3.11 or 3.12 and make:   make demo   |   make test   |   make setup ACCEL=cuda12
+SHELL := /bin/bash
+ACCEL ?= cpu
+VENV := .venv
+RUN := $(VENV)/bin/python
+export HF_HUB_OFFLINE = 1
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.PHONY: demo test lint setup h200
+.DEFAULT_GOAL := demo
+
+demo: $(VENV)/.core-$(ACCEL)
+	$(RUN) samples/demo.py
+
+test: $(VENV)/.dev
+	$(RUN) -m pytest -n 2 -m "not slow" tests
+
+lint: $(VENV)/.dev
+	$(RUN) -m ruff check .
+
+setup: $(VENV)/.core-$(ACCEL)
+
+# For one large GPU: the Python that is named, no environment, nothing installed or fetched.
+h200:
+	$(or $(PYTHON),python3) benchmarks/h200.py --out "$(or $(OUT),benchmarks/results)" \
+		$(if $(COMMIT),--commit "$(COMMIT)") $(if $(CASES),--cases "$(CASES)") $(if $(SMALL),--small)
+
+ifneq ($(MAKECMDGOALS),h200)
+# The interpreter: PYTHON=... if given, else that of the environment, else the first that runs (a pyenv shim may be on the
+# path and not run). Its version names a stamp, so another PYTHON rebuilds the environment.
+version = $(shell $(1) -c 'import sys; v = sys.version_info; print("%d.%d" % v[:2]) if (3, 11) <= v[:2] < (3, 13) else sys.exit(1)' 2>/dev/null)
+INTERPRETER := $(firstword $(foreach python,$(or $(PYTHON),$(wildcard $(RUN)) python3.11 python3.12 python3),$(if $(call version,$(python)),$(python))))
+VERSION := $(if $(INTERPRETER),$(call version,$(INTERPRETER)))
+ifeq ($(VERSION),)
+$(error $(or $(PYTHON),no Python here) is not a Python 3.11 or 3.12 that runs; name one with PYTHON=/path/to/python3.11)
+endif
+endif
+
+$(VENV)/.python-$(VERSION):
+	@[ "$$($(RUN) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)" = $(VERSION) ] || \
+		$(INTERPRETER) -m venv --clear $(VENV)
+	@touch $@
+
+$(VENV)/.core-cpu $(VENV)/.core-cuda12 $(VENV)/.core-cuda13 $(VENV)/.core-tpu: $(VENV)/.core-%: pyproject.toml requirements.txt $(VENV)/.python-$(VERSION)
+	$(RUN) -m pip install --quiet --editable ".$(if $(filter-out cpu,$*),[$*])"
+	@touch $@
+
+# The tests' reference is torch's CPU build: from where pip is set up to look, else from PyTorch's own index. PyPI's build
+# for Linux would bring several GB of CUDA libraries, so where there is no CPU build the tests against torch are skipped.
+TORCH := torch==2.13.0$(if $(filter Linux-x86_64,$(shell uname -s)-$(shell uname -m)),+cpu)
+$(VENV)/.dev: $(VENV)/.core-$(ACCEL)
+	@$(RUN) -m pip install --quiet "$(TORCH)" 2>/dev/null || \
+		$(RUN) -m pip install --quiet --retries 1 --timeout 15 --index-url https://download.pytorch.org/whl/cpu "$(TORCH)" 2>/dev/null || \
+		echo "warning: no CPU build of torch 2.13.0 was found: tests that compare with torch will be skipped"
+	$(RUN) -m pip install --quiet --editable ".[$$($(RUN) -c 'import torch' 2>/dev/null && echo dev || echo test)]"
+	@touch $@
