@@ -208,6 +208,13 @@ class LlavaConfig:
     def tokens_per_image(self) -> int:
         return self.vision.num_patches + (self.feature_select == "cls_patch")
 
+    @property
+    def transformers_vocab_size(self) -> int:
+        """Rows of the embedding table in transformers' layout: <image> and <pad> are added unless the table has an
+        <image> of its own, and the whole is filled up to a multiple of 64, as the published conversions are (spec 2.5)."""
+        rows = self.decoder.vocab_size
+        return rows if self.image_token_id is not None else -(-(rows + 2) // 64) * 64
+
     def vision_flops_per_image(self) -> float:
         """FLOPs of one image's forward pass through the blocks that are used, attention over the full square."""
         v, n = self.vision, self.vision.num_patches + 1
@@ -268,23 +275,36 @@ def projector_depth(projector_type: str) -> int:
     raise UserError(f"the projector type is {projector_type!r}; linear, mlpNx_gelu or identity was expected")
 
 
-# Keys of the originals' config.json that LlavaConfig models; all others travel in `extra`.
+# The key of an exported config.json under which stands what the layout itself has no place for.
+OURS = "llavamed_jax"
+# Keys of a source's config.json that LlavaConfig models; all others travel in `extra`.
 _ORIGINAL_KEYS = {
     "model_type", "mm_projector_type", "mm_vision_select_layer", "mm_vision_select_feature", "image_aspect_ratio",
     "tokenizer_model_max_length", "mm_use_im_start_end", "vocab_size", "hidden_size", "intermediate_size",
     "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps", "rope_theta",
     "rope_parameters", "rope_scaling", "max_position_embeddings", "sliding_window", "tie_word_embeddings",
-    "hidden_act", "attention_bias", "mlp_bias", "bos_token_id", "eos_token_id", "pad_token_id", "mm_hidden_size",
+    "hidden_act", "attention_bias", "mlp_bias", "bos_token_id", "eos_token_id", "pad_token_id", "mm_hidden_size", OURS,
+}
+_TRANSFORMERS_KEYS = {
+    "model_type", "text_config", "vision_config", "projector_hidden_act", "multimodal_projector_bias",
+    "vision_feature_layer", "vision_feature_select_strategy", "image_token_index", "image_token_id", "image_seq_length",
+    "tie_word_embeddings", OURS,
 }
 
 
+def _extra(config: Mapping[str, Any], modelled: set[str]) -> str:
+    return json.dumps({k: v for k, v in config.items() if k not in modelled})
+
+
 def _from_original(cls, config, vision):
-    kind = config["model_type"]
-    tower = config.get("mm_vision_tower")
+    kind, tower, ours = config["model_type"], config.get("mm_vision_tower"), config.get(OURS, {})
     if vision is None:
-        if tower not in KNOWN_TOWERS:
+        shape = ours.get("vision_config") or KNOWN_TOWERS.get(tower)
+        if shape is None:
             raise UserError(f"the shape of the vision tower {tower!r} is not known; its directory was expected as vision_tower=PATH")
-        vision = VisionConfig.from_hf(KNOWN_TOWERS[tower])
+        vision = VisionConfig.from_hf(shape)
+    if config.get("image_aspect_ratio") == "anyres":
+        raise UserError("image_aspect_ratio is 'anyres' (LLaVA-1.6); pad or square was expected")
     return cls(
         vision=vision, decoder=DecoderConfig.from_hf(config, "mistral" if kind == "llava_mistral" else "llama"),
         projector_type=config.get("mm_projector_type", "linear"),
@@ -292,23 +312,24 @@ def _from_original(cls, config, vision):
         feature_select=config.get("mm_vision_select_feature", "patch"),
         image_aspect_ratio="pad" if config.get("image_aspect_ratio") == "pad" else "square",
         max_length=config.get("tokenizer_model_max_length"), use_start_end=bool(config.get("mm_use_im_start_end", False)),
-        source=kind, extra=json.dumps({k: v for k, v in config.items() if k not in _ORIGINAL_KEYS}))
+        template=ours.get("template"), source=kind, image_token_id=ours.get("image_token_id"),
+        extra=_extra(config, _ORIGINAL_KEYS))
 
 
 def _to_original(cfg: LlavaConfig) -> dict:
-    arch = cfg.decoder.architecture
-    kind = cfg.source if cfg.source.startswith("llava_") or cfg.use_start_end else f"llava_{arch}"
-    classes = {"llava_mistral": "LlavaMistralForCausalLM"}
-    text = {k: v for k, v in cfg.decoder.to_hf().items() if k != "model_type"}
-    extra = json.loads(cfg.extra).get("original", json.loads(cfg.extra)) if cfg.source != "transformers" else {}
-    out = {**text, "architectures": [classes.get(kind, "LlavaLlamaForCausalLM")], "use_cache": True,
-           "mm_vision_tower": "vision_tower", "use_mm_proj": True, "mm_use_im_patch_token": False,
-           "mm_patch_merge_type": "flat", "tokenizer_padding_side": "right", **extra,
-           "model_type": kind, "mm_hidden_size": cfg.vision.hidden_size, "mm_projector_type": cfg.projector_type,
-           "mm_vision_select_layer": cfg.feature_layer, "mm_vision_select_feature": cfg.feature_select,
-           "mm_use_im_start_end": cfg.use_start_end, "image_aspect_ratio": cfg.image_aspect_ratio,
-           "tokenizer_model_max_length": cfg.max_length}
-    return out
+    is_theirs = cfg.source != "transformers"  # only then do the keys that travel belong to this layout
+    kind = cfg.source if is_theirs else f"llava_{cfg.decoder.architecture}"
+    architecture = "LlavaMistralForCausalLM" if kind == "llava_mistral" else "LlavaLlamaForCausalLM"
+    return {
+        **cfg.decoder.to_hf(), "architectures": [architecture], "use_cache": True, "mm_vision_tower": "vision_tower",
+        "use_mm_proj": True, "mm_use_im_patch_token": False, "mm_patch_merge_type": "flat",
+        "tokenizer_padding_side": "right", **(json.loads(cfg.extra) if is_theirs else {}),
+        "model_type": kind, "mm_hidden_size": cfg.vision.hidden_size, "mm_projector_type": cfg.projector_type,
+        "mm_vision_select_layer": cfg.feature_layer, "mm_vision_select_feature": cfg.feature_select,
+        "mm_use_im_start_end": cfg.use_start_end, "image_aspect_ratio": cfg.image_aspect_ratio,
+        "tokenizer_model_max_length": cfg.max_length,
+        OURS: dict(vision_config=cfg.vision.to_hf(), template=cfg.template, image_token_id=cfg.image_token_id),
+    }
 
 
 def _from_transformers(cls, config):
@@ -323,30 +344,41 @@ def _from_transformers(cls, config):
     text = dict(config["text_config"])
     text.setdefault("tie_word_embeddings", config.get("tie_word_embeddings", False))
     vision = {**KNOWN_TOWERS["openai/clip-vit-large-patch14-336"], **(config.get("vision_config") or {})}
-    ours = config.get("llavamed_jax", {})  # what transformers' config cannot hold (see _to_transformers)
-    return cls(
+    ours = config.get(OURS, {})
+    cfg = cls(
         vision=VisionConfig.from_hf(vision), decoder=DecoderConfig.from_hf(text),
         projector_type="mlp2x_gelu", projector_bias=config.get("multimodal_projector_bias", True), feature_layer=layer,
         feature_select=select, image_aspect_ratio=ours.get("image_aspect_ratio", "square"),
-        max_length=ours.get("max_length"), template=ours.get("template"), source=ours.get("source", "transformers"),
+        max_length=ours.get("max_length"), use_start_end=ours.get("use_start_end", False), template=ours.get("template"),
+        source=ours.get("source", "transformers"),
         image_token_id=config.get("image_token_index", config.get("image_token_id", 32000)),
-        extra=json.dumps(ours.get("extra", {})))
+        extra=json.dumps(ours["extra"]) if "extra" in ours else _extra(config, _TRANSFORMERS_KEYS))
+    # Rows that our export added go again; a table that was resized since is taken as it is.
+    bare = cfg.replace(image_token_id=None, decoder=dataclasses.replace(
+        cfg.decoder, vocab_size=ours.get("vocab_size", cfg.decoder.vocab_size)))
+    is_ours = bare.decoder.vocab_size == cfg.image_token_id and bare.transformers_vocab_size == cfg.decoder.vocab_size
+    return bare if is_ours else cfg
 
 
 def _to_transformers(cfg: LlavaConfig) -> dict:
     if cfg.projector_type != "mlp2x_gelu":
         raise UserError(f"transformers' llava layout holds two-layer projectors only; this model's is {cfg.projector_type!r}: use --layout llava")
-    image_token = cfg.image_token_id if cfg.image_token_id is not None else cfg.decoder.vocab_size
-    strategy = {"patch": "default", "cls_patch": "full"}[cfg.feature_select]
-    text = cfg.decoder.to_hf()
-    return dict(
-        model_type="llava", architectures=["LlavaForConditionalGeneration"], text_config=text,
-        vision_config=cfg.vision.to_hf(), projector_hidden_act="gelu", multimodal_projector_bias=cfg.projector_bias,
-        vision_feature_layer=cfg.feature_layer, vision_feature_select_strategy=strategy,
-        image_token_index=image_token, image_token_id=image_token, image_seq_length=cfg.tokens_per_image,
-        tie_word_embeddings=cfg.decoder.tie_word_embeddings,
-        llavamed_jax=dict(image_aspect_ratio=cfg.image_aspect_ratio, max_length=cfg.max_length, template=cfg.template,
-                          source=cfg.source, vocab_size=cfg.decoder.vocab_size, extra=json.loads(cfg.extra)))
+    vocabulary = cfg.decoder.vocab_size
+    image_token = cfg.image_token_id if cfg.image_token_id is not None else vocabulary
+    is_theirs = cfg.source == "transformers"
+    return {
+        "architectures": ["LlavaForConditionalGeneration"],
+        "pad_token_id": cfg.decoder.pad_token_id if cfg.image_token_id is not None else vocabulary + 1,
+        **(json.loads(cfg.extra) if is_theirs else {}),
+        "model_type": "llava", "text_config": {**cfg.decoder.to_hf(), "vocab_size": cfg.transformers_vocab_size},
+        "vision_config": cfg.vision.to_hf(), "projector_hidden_act": "gelu", "multimodal_projector_bias": cfg.projector_bias,
+        "vision_feature_layer": cfg.feature_layer,
+        "vision_feature_select_strategy": {"patch": "default", "cls_patch": "full"}[cfg.feature_select],
+        "image_token_index": image_token, "image_token_id": image_token, "image_seq_length": cfg.tokens_per_image,
+        "tie_word_embeddings": cfg.decoder.tie_word_embeddings,
+        OURS: dict(image_aspect_ratio=cfg.image_aspect_ratio, max_length=cfg.max_length, use_start_end=cfg.use_start_end,
+                    template=cfg.template, source=cfg.source, vocab_size=vocabulary, extra=json.loads(cfg.extra)),
+    }
 
 
 def _decoder(arch, hidden, ffn, layers, heads, kv, vocab=32000, eps=1e-5, theta=1e4, positions=4096) -> DecoderConfig:

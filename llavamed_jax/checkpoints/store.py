@@ -1,0 +1,252 @@
+"""This project's own tree, which a run's workdir is.
+
+    model/                config.json of ours, tokenizer and preprocessor files
+    base/                 the tensors that are not trained, one array a tensor in its own dtype, as safetensors
+    checkpoints/STEP/     what a training step left, through Orbax:
+      params/             the trained tensors under canonical names, layers unstacked
+      optimizer/          the optimizer's state
+      state/              position in the data, random state, … as JSON
+      manifest.json       sha256 of every file of the step, written last
+
+A step counts when its manifest is there and every file has the hash that stands in it; a save that was killed, or a disk that
+lost a bit, is found and named.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import warnings
+from collections.abc import Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from llavamed_jax.checkpoints import names
+from llavamed_jax.checkpoints.files import new_directory, read_json, write_json
+from llavamed_jax.checkpoints.load import flatten, nest
+from llavamed_jax.checkpoints.reader import Checkpoint, Tensor, match, read_safetensors, text_files
+from llavamed_jax.checkpoints.writer import Progress, write_safetensors
+from llavamed_jax.config import LlavaConfig
+from llavamed_jax.errors import UserError
+
+MANIFEST = "manifest.json"
+
+
+def write_model(out: str | Path, checkpoint: Checkpoint, config: LlavaConfig | None = None, files: Mapping[str, Path] | None = None,
+                without: Iterable[str] = (), progress: Progress = iter) -> None:
+    """Writes `out/base` and then `out/model`, which marks the base as whole; each appears when it is complete.
+
+    Args:
+      config, files: in place of the checkpoint's own.
+      without: canonical names that the base leaves out, because every step has them.
+    Raises:
+      UserError: `out` has a model already.
+    """
+    out, without = Path(out), set(without)
+    if (out / "base").exists() and not (out / "model").exists():
+        shutil.rmtree(out / "base")  # of a run that was stopped while it wrote its base
+    with new_directory(out / "base") as base:
+        write_safetensors(base, {n: t for n, t in checkpoint.tensors.items() if n not in without}, progress)
+    with new_directory(out / "model") as model:
+        write_json(model / "config.json", (config or checkpoint.config).to_dict())
+        for name, file in (checkpoint.files if files is None else files).items():
+            shutil.copyfile(file, model / name)
+
+
+def open_tree(path: str | Path) -> Checkpoint:
+    """Opens a workdir or `convert import`'s directory (base and the newest intact step), or one `DIR/checkpoints/STEP`.
+
+    Raises:
+      UserError: tensors that are missing, unexpected or misshapen; a step that was asked for by name and is not intact.
+    """
+    path = Path(path)
+    if path.parent.name == "checkpoints":
+        root, step, damaged = path.parents[1], _step_number(path), []
+        damage = f"{path} does not exist" if not path.is_dir() else _damage(path, "params")
+        if step is None or damage:
+            raise UserError(damage or f"{path} is no step; DIR/checkpoints/STEP with a number was expected")
+    else:
+        root = path
+        step, damaged = newest_intact_step(root, "params")
+    config = LlavaConfig.from_dict(read_json(root / "model" / "config.json"))
+    found = read_safetensors(root / "base")
+    if step is not None:
+        found |= _step_tensors(root / "checkpoints" / str(step))
+    shapes = {name: spec.shape for name, spec in names.specs(config).items()}
+    try:
+        tensors = match(root, found, {name: (name,) for name in shapes}, shapes)
+    except UserError as error:
+        raise UserError("; ".join([*damaged, str(error)])) from None
+    for sentence in damaged:
+        warnings.warn(sentence, stacklevel=2)
+    return Checkpoint(config, "tree", root, tensors, text_files(root / "model"), "the tensors in the tree", step)
+
+
+def _step_number(path: Path) -> int | None:
+    return int(path.name) if path.name.isdigit() else None
+
+
+def _step_tensors(directory: Path) -> dict[str, Tensor]:
+    """The trained tensors of a step, each read by itself when it is asked for."""
+    params = (directory / "params").absolute()
+    handler = ocp.PyTreeCheckpointHandler()
+    metadata = flatten(handler.metadata(params).tree)
+
+    def read(name):
+        item = nest({name: 0})
+        arguments = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
+        restored = handler.restore(params, args=ocp.args.PyTreeRestore(item=item, restore_args=arguments, partial_restore=True))
+        return flatten(restored)[name]
+
+    return {name: Tensor(tuple(m.shape), np.dtype(m.dtype), lambda name=name: read(name)) for name, m in metadata.items()}
+
+
+class StepWriter:
+    """Saves steps under `workdir/checkpoints` while training goes on; one save is under way at a time.
+
+    As a context it waits for the last save on leaving.
+    """
+
+    def __init__(self, workdir: str | Path):
+        self._root = Path(workdir).absolute() / "checkpoints"
+        self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="seal-step")
+        self._sealing: Future | None = None
+        if jax.process_index() == 0:
+            self._root.mkdir(parents=True, exist_ok=True)
+
+    def __enter__(self) -> "StepWriter":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def save(self, step: int, trained: Mapping[str, jax.Array], optimizer_state: Any, meta: dict) -> None:
+        """Saves a step; a damaged one of the same number is replaced.
+
+        Returns once the arrays are copied to the host, so that they may be donated; files and manifest follow.
+
+        Args:
+          trained: canonical name -> array, layers unstacked.
+          optimizer_state: any pytree of arrays.
+          meta: what JSON can hold: position in the data, random state.
+        Raises:
+          whatever the save before this one failed with.
+        """
+        self.wait()
+        directory = self._root / str(step)
+        self._checkpointer.save(directory, force=True, args=ocp.args.Composite(
+            params=ocp.args.PyTreeSave(nest(trained)), optimizer=ocp.args.PyTreeSave(optimizer_state), state=ocp.args.JsonSave(meta)))
+        self._sealing = self._thread.submit(self._seal, directory)
+
+    def _seal(self, directory: Path) -> None:
+        self._checkpointer.wait_until_finished()
+        if jax.process_index() == 0:
+            _write_manifest(directory)
+
+    def wait(self) -> None:
+        """Returns when the last save is on disk with its manifest; raises what it failed with."""
+        if self._sealing is not None:
+            sealing, self._sealing = self._sealing, None
+            sealing.result()
+
+    def keep(self, n: int, also: Iterable[int] = ()) -> None:
+        """Deletes all steps but the newest `n` that are sealed and those in `also`. The one being saved is left alone."""
+        sealed = sorted(s for s in steps(self._root.parent) if (self._root / str(s) / MANIFEST).is_file())
+        kept = {*sealed[max(len(sealed) - n, 0):], *also}
+        if jax.process_index() == 0:
+            for step in set(sealed) - kept:
+                (self._root / str(step) / MANIFEST).unlink()  # first, so that a half-deleted step never looks intact
+                shutil.rmtree(self._root / str(step))
+
+    def close(self) -> None:
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
+            self._checkpointer.close()
+
+
+def steps(workdir: str | Path) -> list[int]:
+    """The numbers of the steps that lie in a workdir, intact or not, ascending."""
+    root = Path(workdir) / "checkpoints"
+    return sorted(int(p.name) for p in root.iterdir() if p.is_dir() and p.name.isdigit()) if root.is_dir() else []
+
+
+def newest_intact_step(workdir: str | Path, part: str = "") -> tuple[int | None, list[str]]:
+    """The newest step whose files are those of its manifest, and a sentence about each newer one that is damaged.
+
+    Args:
+      part: only this part of the steps is read and checked (`params`); "" for everything.
+    """
+    damaged = []
+    for step in reversed(steps(workdir)):
+        damage = _damage(Path(workdir) / "checkpoints" / str(step), part)
+        if damage is None:
+            return step, damaged
+        damaged.append(damage)
+    return None, damaged
+
+
+def restore_step(workdir: str | Path, step: int, trained_like: Mapping[str, Any], optimizer_like: Any) -> tuple[dict, Any, dict]:
+    """Reads a step back.
+
+    Args:
+      trained_like: canonical name -> `jax.ShapeDtypeStruct` with the sharding that the array shall have, or such an array.
+      optimizer_like: the optimizer's state, likewise.
+    Returns:
+      The trained tensors, the optimizer's state and `meta`, as `StepWriter.save` was given them.
+    Raises:
+      UserError: the step has other tensors, or other shapes.
+    """
+    directory = Path(workdir).absolute() / "checkpoints" / str(step)
+    found = {name: Tensor(tuple(m.shape), m.dtype, None)
+             for name, m in flatten(ocp.PyTreeCheckpointHandler().metadata(directory / "params").tree).items()}
+    match(directory, found, {name: (name,) for name in trained_like}, {name: x.shape for name, x in trained_like.items()})
+    trees = {"params": nest(trained_like), "optimizer": optimizer_like}
+    arguments = {key: ocp.args.PyTreeRestore(item=tree, restore_args=ocp.checkpoint_utils.construct_restore_args(tree))
+                 for key, tree in trees.items()}
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        restored = checkpointer.restore(directory, args=ocp.args.Composite(**arguments, state=ocp.args.JsonRestore()))
+    return flatten(restored["params"]), restored["optimizer"], restored["state"]
+
+
+def _files(directory: Path) -> list[str]:
+    return sorted(p.relative_to(directory).as_posix() for p in directory.rglob("*") if p.is_file() and p.name != MANIFEST)
+
+
+def _hashes(directory: Path, files: list[str]) -> dict[str, str]:
+    def sha256(file):
+        with open(directory / file, "rb") as handle:
+            return hashlib.file_digest(handle, "sha256").hexdigest()
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:  # hashlib lets go of the interpreter lock
+        return dict(zip(files, threads.map(sha256, files)))
+
+
+def _write_manifest(directory: Path) -> None:
+    temporary = directory / f".{MANIFEST}"
+    write_json(temporary, _hashes(directory, _files(directory)))
+    temporary.replace(directory / MANIFEST)
+
+
+def _damage(directory: Path, part: str = "") -> str | None:
+    """What is wrong with a step, in a sentence; None when it is intact."""
+    if not (directory / MANIFEST).is_file():
+        return f"{directory} has no {MANIFEST}: its saving was interrupted"
+    try:
+        manifest = read_json(directory / MANIFEST)
+    except UserError as error:
+        return str(error)
+    wanted = {file: sha for file, sha in manifest.items() if file.startswith(f"{part}/" if part else "")}
+    absent = [file for file in wanted if not (directory / file).is_file()]
+    if absent:
+        return f"{directory} lacks {absent[0]}, which its {MANIFEST} names"
+    found = _hashes(directory, list(wanted))
+    changed = [file for file in wanted if found[file] != wanted[file]]
+    return f"{directory} is damaged: {changed[0]} has another sha256 than its {MANIFEST} says" if changed else None
