@@ -1,0 +1,78 @@
+"""AdamW with linear warm-up, cosine decay and clipping: the defaults of HF's Trainer, with which the original trains."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import optax
+from ml_collections import ConfigDict
+
+from llavamed_jax.errors import UsageError
+
+# Biases and the scales of norms are not decayed (HF's Trainer; spec 4.3).
+_NOT_DECAYED = re.compile(r".*/(scale|bias)")
+
+
+def warmup_cosine(peak: float, warmup_ratio: float, total_steps: int) -> optax.Schedule:
+    """HF's `get_cosine_schedule_with_warmup`: from 0 to `peak` over ceil(ratio * steps), then half a cosine to 0.
+
+    Update n (from 0) is done with the value at n, so the first update of a run that warms up changes nothing.
+    """
+    warmup = math.ceil(warmup_ratio * total_steps)
+
+    def schedule(step):
+        step = jnp.asarray(step, jnp.float32)
+        progress = (step - warmup) / max(1, total_steps - warmup)
+        cosine = 0.5 * (1.0 + jnp.cos(jnp.pi * jnp.clip(progress, 0.0, 1.0)))
+        return peak * jnp.where(step < warmup, step / max(1, warmup), cosine)
+
+    return schedule
+
+
+def build(cfg: ConfigDict, total_steps: int, names: Sequence[str]) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """The optimizer of the trainable parameters, a flat dict by name.
+
+    Args:
+      cfg: the recipe's `optimizer`. `overrides` is a list of (regex, peak learning rate) for some of the parameters,
+        as upstream's `mm_projector_lr`; the first that matches a whole name counts.
+      total_steps: number of updates of the run, warm-up included.
+      names: names of the trainable parameters.
+    Returns:
+      The optax transformation, and the schedule of the learning rate without overrides.
+    Raises:
+      UsageError: an override that matches no trainable parameter.
+    """
+    schedule = warmup_cosine(cfg.learning_rate, cfg.warmup_ratio, total_steps)
+    steps = [
+        optax.clip_by_global_norm(cfg.clip_norm) if cfg.clip_norm else optax.identity(),
+        optax.scale_by_adam(cfg.b1, cfg.b2, cfg.eps, mu_dtype=cfg.mu_dtype),
+        optax.add_decayed_weights(cfg.weight_decay, mask={name: not _NOT_DECAYED.fullmatch(name) for name in names}),
+    ]
+    if cfg.overrides:
+        steps.append(_scale_by_name(_factors(cfg.overrides, cfg.learning_rate, names)))
+    return optax.chain(*steps, optax.scale_by_learning_rate(schedule)), schedule
+
+
+def _factors(overrides: Sequence[tuple[str, float]], base: float, names: Sequence[str]) -> dict[str, float]:
+    """Learning rate of each parameter, as a fraction of the base."""
+    for regex, _ in overrides:
+        if not any(re.fullmatch(regex, name) for name in names):
+            raise UsageError(f"the config key 'optimizer.overrides' has {regex!r}, which matches no trainable parameter")
+    rates = {name: next((rate for regex, rate in overrides if re.fullmatch(regex, name)), base) for name in names}
+    return {name: rate / base for name, rate in rates.items()}
+
+
+def _scale_by_name(factors: Mapping[str, float]) -> optax.GradientTransformation:
+    return optax.stateless(lambda updates, params: {name: update * factors[name] for name, update in updates.items()})
+
+
+def state_shardings(optimizer: optax.GradientTransformation, params: Mapping[str, jax.Array],
+                    shardings: Mapping[str, jax.sharding.Sharding], replicated: jax.sharding.Sharding):
+    """Shardings of the optimizer's state: each moment lies like its parameter, counters are everywhere."""
+    abstract = jax.eval_shape(optimizer.init, params)
+    return optax.tree.map_params(optimizer, lambda _, sharding: sharding, abstract, dict(shardings),
+                                 transform_non_params=lambda _: replicated)

@@ -1,0 +1,75 @@
+"""What a training recipe may say: every key, checked before anything is read or written."""
+
+from __future__ import annotations
+
+from ml_collections import ConfigDict
+
+from llavamed_jax.errors import UsageError
+from llavamed_jax.models.layers import REMAT_POLICIES
+
+# Dotted key -> the types of its value; `None` where the value may be left open.
+KEYS: dict[str, tuple] = {
+    "name": (str,), "init": (str,), "vision_tower": (str, None), "tokenizer": (str, None), "template": (str, None),
+    "data.train": (str, list, tuple), "data.images": (str, None), "data.validation": (str, None), "data.protocol": (str, None),
+    "data.packing": (bool,), "data.row_length": (int,), "data.mean_length": (int,), "data.workers": (int,),
+    "batch_size": (int,), "micro_batches": (int,), "epochs": (int, None), "total_steps": (int, None), "max_length": (int,),
+    "trainable": (list, tuple),
+    "optimizer.learning_rate": (float,), "optimizer.warmup_ratio": (float,), "optimizer.weight_decay": (float,),
+    "optimizer.clip_norm": (float,), "optimizer.b1": (float,), "optimizer.b2": (float,), "optimizer.eps": (float,),
+    "optimizer.mu_dtype": (str,), "optimizer.overrides": (list, tuple),
+    "mesh.data": (int,), "mesh.fsdp": (int,), "mesh.tp": (int,), "mesh.slices": (int,), "mesh.auto": (bool,),
+    "remat": (str,), "attention": (str,),
+    "checkpoint.every_steps": (int,), "checkpoint.every_minutes": (float, int), "checkpoint.keep": (int,),
+    "checkpoint.keep_best": (bool,), "log_every": (int,), "seed": (int,),
+}
+
+# Values that a key may have, where they are few.
+CHOICES: dict[str, tuple] = {
+    "remat": ("none", *REMAT_POLICIES), "attention": ("auto", "xla"), "optimizer.mu_dtype": ("float32", "bfloat16"),
+    "data.protocol": ("clean", "paper", None), "data.packing": (False,), "mesh.slices": (1,), "mesh.auto": (False,),
+}
+POSITIVE = ("batch_size", "micro_batches", "epochs", "total_steps", "max_length", "log_every", "checkpoint.keep",
+            "optimizer.learning_rate", "optimizer.eps")
+NOT_NEGATIVE = ("data.row_length", "data.mean_length", "data.workers", "optimizer.warmup_ratio", "optimizer.weight_decay",
+                "optimizer.clip_norm", "checkpoint.every_steps", "checkpoint.every_minutes", "seed")
+
+
+def flatten(cfg: ConfigDict, prefix: str = "") -> dict:
+    """Values by dotted key."""
+    out = {}
+    for key, value in cfg.items():
+        out.update(flatten(value, f"{prefix}{key}.") if isinstance(value, ConfigDict) else {prefix + key: value})
+    return out
+
+
+def check(cfg: ConfigDict) -> None:
+    """Raises UsageError for a key that is missing or unknown, and for a value that no run could start with."""
+    values = flatten(cfg)
+    missing, unknown = sorted(set(KEYS) - set(values)), sorted(set(values) - set(KEYS))
+    if missing or unknown:
+        raise UsageError("; ".join(f"the recipe {verb} {', '.join(keys)}" for verb, keys in
+                                   (("lacks the config keys", missing), ("has the unknown config keys", unknown)) if keys))
+    for key, value in values.items():
+        _check_value(key, value)
+    if cfg.epochs is None and cfg.total_steps is None:
+        raise UsageError("the config keys 'epochs' and 'total_steps' are both open; one of them was expected")
+    if cfg.batch_size % cfg.micro_batches:
+        raise UsageError(f"the config key 'batch_size' is {cfg.batch_size}; a multiple of micro_batches ({cfg.micro_batches}) was expected")
+    if cfg.checkpoint.keep_best and not cfg.data.validation:
+        raise UsageError("the config key 'checkpoint.keep_best' is true, but data.validation names no data to judge by")
+
+
+def _check_value(key: str, value) -> None:
+    kinds = KEYS[key]
+    is_open = value is None and None in kinds
+    if not is_open and type(value) not in kinds:  # `type`, for a bool is an int to isinstance
+        names = " or ".join({None: "none"}.get(k) or k.__name__ for k in kinds)
+        raise UsageError(f"the config key {key!r} is {value!r}; {names} was expected")
+    if key in CHOICES and value not in CHOICES[key]:
+        raise UsageError(f"the config key {key!r} is {value!r}; {' or '.join(map(str, CHOICES[key]))} was expected")
+    if not is_open and key in POSITIVE and value <= 0:
+        raise UsageError(f"the config key {key!r} is {value!r}; more than 0 was expected")
+    if not is_open and key in NOT_NEGATIVE and value < 0:
+        raise UsageError(f"the config key {key!r} is {value!r}; 0 or more was expected")
+    if key == "trainable" and not value:
+        raise UsageError("the config key 'trainable' is empty; regular expressions over parameter names were expected")

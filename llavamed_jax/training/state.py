@@ -1,0 +1,118 @@
+"""What a training step carries from one update to the next.
+
+Parameters are a flat dict by name (`decoder/layers/mlp/up_proj/kernel`; the layers of a stack are one array), split in
+two: what the recipe trains, and the rest. Gradient, optimizer, clipping and checkpoint see the first part only.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Mesh
+
+from llavamed_jax.errors import UsageError
+from llavamed_jax.models import llava
+from llavamed_jax.parallel.mesh import param_shardings, replicated
+from llavamed_jax.training import optimizer as optimizers
+
+FlatParams = dict[str, jax.Array]
+
+
+@flax.struct.dataclass
+class TrainState:
+    """A pytree. Nothing is random within a step; what is random about data follows from the seed and the data position.
+
+    Attributes:
+      step: int32 [], batches seen.
+      skipped: int32 [], batches among them whose gradient was not finite and moved nothing.
+      trainable: float32 parameters by name.
+      frozen: all other parameters by name, in the dtype of the computation.
+      opt_state: of the optimizer, for `trainable`.
+    """
+
+    step: jax.Array
+    skipped: jax.Array
+    trainable: FlatParams
+    frozen: FlatParams
+    opt_state: Any
+
+    @property
+    def params(self) -> dict:
+        """All parameters as the nested tree that the model takes."""
+        return merge(self.trainable, self.frozen)
+
+
+def merge(trainable: Mapping[str, Any], frozen: Mapping[str, Any]) -> dict:
+    return unflatten_dict({**trainable, **frozen}, sep="/")
+
+
+def partition(params: Mapping[str, Any], trainable: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Splits a parameter tree by the recipe's `trainable`.
+
+    Args:
+      params: nested or flat; layers stacked.
+      trainable: regexes; a parameter is trained if one of them matches its whole name.
+    Returns:
+      (trainable, frozen), flat dicts by name.
+    Raises:
+      UsageError: a regex that is none, or that matches nothing, so that a typo cannot silently freeze a module.
+    """
+    flat = flatten_dict(params, sep="/")
+    chosen: set[str] = set()
+    for regex in trainable:
+        try:
+            matches = {name for name in flat if re.fullmatch(regex, name)}
+        except re.error as error:
+            raise UsageError(f"the config key 'trainable' has {regex!r}, which is no regular expression: {error}") from None
+        if not matches:
+            parts = sorted({f"{name.split('/')[0]}/.*" for name in flat})
+            raise UsageError(f"the config key 'trainable' has {regex!r}, which matches no parameter; "
+                             f"a regular expression over whole names was expected, such as {' or '.join(parts)}")
+        chosen |= matches
+    return {n: x for n, x in flat.items() if n in chosen}, {n: x for n, x in flat.items() if n not in chosen}
+
+
+def state_shardings(params: Mapping[str, Any], trainable: Sequence[str], optimizer: optax.GradientTransformation,
+                    mesh: Mesh) -> TrainState:
+    """Where each leaf of the state lies: parameters by the models' tables, moments like their parameters."""
+    shardings = flatten_dict(param_shardings(params, llava.PARAM_AXES, mesh), sep="/")
+    trained, frozen = partition(params, trainable)
+    everywhere = replicated(mesh)
+    trained_shardings = {name: shardings[name] for name in trained}
+    abstract = {name: jax.ShapeDtypeStruct(x.shape, jnp.float32) for name, x in trained.items()}
+    return TrainState(everywhere, everywhere, trained_shardings, {name: shardings[name] for name in frozen},
+                      optimizers.state_shardings(optimizer, abstract, trained_shardings, everywhere))
+
+
+def create(params: Mapping[str, Any], trainable: Sequence[str], optimizer: optax.GradientTransformation, mesh: Mesh,
+           dtype: Any) -> TrainState:
+    """The state before the first update.
+
+    Args:
+      params: nested tree with stacked layers; numpy or jax arrays of any float type.
+      trainable: the recipe's regexes.
+      optimizer: of the trainable parameters (`optimizer.build`).
+      mesh: over which everything is laid.
+      dtype: of the computation, in which frozen parameters are kept. What is trained is float32.
+    """
+    shardings = state_shardings(params, trainable, optimizer, mesh)
+    trained, frozen = partition(params, trainable)
+
+    def place(flat, where, kind):
+        # The state is donated to every step, so it must not share memory with the caller's arrays.
+        return {n: jax.device_put(np.asarray(x).astype(kind), where[n], may_alias=False) for n, x in flat.items()}
+
+    placed = place(trained, shardings.trainable, jnp.float32)
+    return TrainState(
+        step=jax.device_put(jnp.int32(0), shardings.step, may_alias=False),
+        skipped=jax.device_put(jnp.int32(0), shardings.skipped, may_alias=False),
+        trainable=placed, frozen=place(frozen, shardings.frozen, dtype),
+        opt_state=jax.jit(optimizer.init, out_shardings=shardings.opt_state)(placed))

@@ -1,0 +1,123 @@
+"""One update, compiled once. B rows, T positions, I images a row, M micro-batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from llavamed_jax.models.llava import Llava
+from llavamed_jax.parallel.mesh import batch_sharding, constrain, replicated
+from llavamed_jax.training.losses import cross_entropy
+from llavamed_jax.training.state import TrainState, merge
+
+Batch = Mapping[str, jax.Array]
+LossFn = Callable[[dict, Batch], tuple[jax.Array, jax.Array]]
+
+MODEL_INPUTS = ("input_ids", "labels", "positions", "segment_ids", "pixel_values")
+
+
+def llava_loss(model: Llava) -> LossFn:
+    """(parameters, rows) -> (sum of token losses, number of supervised tokens) of a model."""
+
+    def loss(params: dict, batch: Batch):
+        logits = model.apply({"params": params}, batch["input_ids"], batch.get("pixel_values"), batch["positions"],
+                             batch["segment_ids"])
+        return cross_entropy(logits, batch["labels"], batch["segment_ids"])
+
+    return loss
+
+
+def make_train_step(loss_fn: LossFn, optimizer: optax.GradientTransformation, schedule: optax.Schedule, mesh: Mesh,
+                    shardings: TrainState, micro_batches: int = 1) -> Callable[[TrainState, Batch], tuple[TrainState, dict]]:
+    """The compiled update.
+
+    Args:
+      loss_fn: as `llava_loss` returns it.
+      optimizer, schedule: as `optimizer.build` returns them.
+      mesh: that the model's constraints refer to.
+      shardings: of the state (`state.state_shardings`), which the new state keeps.
+      micro_batches: M; the rows of a batch are worked through in M parts, and the update is that of the whole batch.
+    Returns:
+      (state, batch) -> (state, metrics). The old state's buffers are reused: it must not be touched again. Metrics are
+      float32 scalars: `loss` (a token's mean), `tokens` (supervised), `grad_norm` (before clipping), `learning_rate`,
+      `skipped` (1 where loss or gradient was not finite; then parameters and optimizer stay as they were).
+    """
+
+    def step(state: TrainState, batch: Batch):
+        def loss(trainable, rows):
+            return loss_fn(merge(trainable, state.frozen), rows)
+
+        total, count, grads = _accumulate(loss, state.trainable, batch, micro_batches)
+        count = jnp.maximum(count, 1.0)
+        grads = jax.tree.map(lambda g: g / count, grads)
+        grad_norm = optax.tree.norm(grads)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
+        is_finite = jnp.isfinite(total) & jnp.isfinite(grad_norm)
+
+        def keep_unless_finite(new, old):
+            return jax.tree.map(lambda n, o: jnp.where(is_finite, n, o), new, old)
+
+        metrics = dict(loss=total / count, tokens=count, grad_norm=grad_norm,
+                       learning_rate=schedule(state.step - state.skipped), skipped=1.0 - is_finite)
+        state = state.replace(
+            step=state.step + 1, skipped=state.skipped + (1 - is_finite.astype(jnp.int32)),
+            trainable=keep_unless_finite(optax.apply_updates(state.trainable, updates), state.trainable),
+            opt_state=keep_unless_finite(opt_state, state.opt_state))
+        return state, metrics
+
+    compiled = jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
+    return _within(mesh, compiled)
+
+
+def make_eval_step(loss_fn: LossFn, mesh: Mesh) -> Callable[[TrainState, Batch], tuple[jax.Array, jax.Array]]:
+    """The compiled validation: (state, batch) -> (sum of token losses, number of supervised tokens)."""
+    return _within(mesh, jax.jit(lambda state, batch: loss_fn(state.params, batch), out_shardings=replicated(mesh)))
+
+
+def place(batch: Mapping[str, Any], mesh: Mesh) -> Batch:
+    """The model's part of a batch of numpy arrays, its rows laid over the devices."""
+    inputs = {name: batch[name] for name in MODEL_INPUTS if name in batch}
+    return jax.device_put(inputs, batch_sharding(mesh))
+
+
+def _accumulate(loss, trainable, batch: Batch, micro_batches: int):
+    """(sum of losses, supervised tokens, gradient of the sum) over all micro-batches.
+
+    Sums, not means: micro-batches differ in supervised tokens, and the mean of their means is another loss.
+    """
+    value_and_grad = jax.value_and_grad(loss, has_aux=True)
+    if micro_batches == 1:
+        (total, count), grads = value_and_grad(trainable, batch)
+        return total, count, grads
+
+    def split(x):  # [B,...] -> [M,B/M,...]; strided, so that every device keeps the rows that it holds
+        x = x.reshape(x.shape[0] // micro_batches, micro_batches, *x.shape[1:]).swapaxes(0, 1)
+        return constrain(x, None, "act_batch", *[None] * (x.ndim - 2))
+
+    def add(carry, rows):
+        (total, count), grads = value_and_grad(trainable, rows)
+        return jax.tree.map(jnp.add, carry, (total, count, grads)), None
+
+    zeros = (jnp.float32(0), jnp.float32(0), jax.tree.map(jnp.zeros_like, trainable))
+    return jax.lax.scan(add, zeros, jax.tree.map(split, batch))[0]
+
+
+def _within(mesh: Mesh, compiled):
+    """Calls a compiled function with the mesh in context, which the model's constraints look for when it is traced."""
+
+    def call(*args):
+        with jax.set_mesh(mesh):
+            return compiled(*args)
+
+    call.lower = lambda *args: _lower(mesh, compiled, args)
+    return call
+
+
+def _lower(mesh, compiled, args):
+    with jax.set_mesh(mesh):
+        return compiled.lower(*args)

@@ -1,0 +1,95 @@
+"""A run's directory: who may write to it, which recipe it belongs to, and its log cut back to where a run goes on."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from llavamed_jax.errors import UsageError, UserError
+from llavamed_jax.training import recipe
+
+# What a run that goes on may change: how long, where and how often, but not what is computed.
+MAY_DIFFER = ("epochs", "total_steps", "log_every", "checkpoint.", "data.workers", "mesh.")
+
+
+@contextlib.contextmanager
+def locked(workdir: Path) -> Iterator[None]:
+    """Holds the directory for one run; the kernel lets go of it however the process ends.
+
+    Raises:
+      UserError: another run holds it.
+    """
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"the workdir {workdir} cannot be made: {error.strerror}") from None
+    with open(workdir / ".lock", "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            raise UserError(f"the workdir {workdir} is in use by another run (process {file.read().strip() or 'unknown'})") from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
+def read_recipe(workdir: Path, cfg: ConfigDict) -> dict:
+    """What the run had settled when it was last started here (`resolved` of `recipe.json`); {} in a new directory.
+
+    A number of updates that followed from `epochs` is settled only for the same `epochs`.
+    Raises:
+      UsageError: `cfg` differs from the recipe of this directory in a key that may not.
+    """
+    path = workdir / "recipe.json"
+    if not path.exists():
+        return {}
+    try:
+        found = json.loads(path.read_text())
+        earlier, resolved = found["recipe"], found["resolved"]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path} is damaged; the recipe of an earlier run was expected") from None
+    now = _plain(cfg)
+    for key in sorted(set(earlier) | set(now)):
+        if earlier.get(key) != now.get(key) and not key.startswith(MAY_DIFFER):
+            raise UsageError(f"the config key {key!r} is {now.get(key)!r}, but the run in {workdir} was started with "
+                             f"{earlier.get(key)!r}; the same recipe or another workdir was expected")
+    if any(earlier.get(key) != now.get(key) for key in ("epochs", "total_steps")):
+        resolved = {key: value for key, value in resolved.items() if key != "total_steps"}
+    return resolved
+
+
+def write_recipe(workdir: Path, cfg: ConfigDict, resolved: dict) -> None:
+    """Writes `recipe.json`: the recipe by dotted key, and what the run settled from it and its data."""
+    write_text(workdir / "recipe.json", json.dumps({"recipe": _plain(cfg), "resolved": resolved}, indent=1) + "\n")
+
+
+def _plain(cfg: ConfigDict) -> dict:
+    """Values by dotted key, as JSON gives them back."""
+    return json.loads(json.dumps(recipe.flatten(cfg), default=lambda value: value.to_dict()))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replaces a file's content whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    temporary.rename(path)
+
+
+def cut_back(path: Path, step: int) -> None:
+    """Leaves of a JSON-lines log the lines of steps up to `step`, so that a run that goes on repeats none."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        with contextlib.suppress(ValueError):  # the last line of a killed run may be torn
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+    write_text(path, "".join(kept))

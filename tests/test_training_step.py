@@ -1,0 +1,289 @@
+"""One update: the loss, the split of the parameters, the optimizer beside torch's, micro-batches, shardings."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from ml_collections import ConfigDict
+
+from llavamed_jax.config import IMAGE_TOKEN, DecoderConfig, LlavaConfig, VisionConfig
+from llavamed_jax.errors import UsageError
+from llavamed_jax.models.llava import Llava, abstract_params, stack, unstack
+from llavamed_jax.parallel.mesh import make_mesh
+from llavamed_jax.training import optimizer as optimizers
+from llavamed_jax.training import state as states
+from llavamed_jax.training.losses import IGNORE, cross_entropy
+from llavamed_jax.training.step import llava_loss, make_eval_step, make_train_step, place
+
+CFG = LlavaConfig(VisionConfig(16, 32, 3, 2, 16, 8),
+                  DecoderConfig(64, 32, 48, 2, 4, 2, 8, 1e-5, 1e4, 128, architecture="mistral"), max_length=24)
+TRAINABLE = ("projector/.*", "decoder/.*")
+OPTIMIZER = dict(learning_rate=1e-3, warmup_ratio=0.03, weight_decay=0.0, clip_norm=1.0, b1=0.9, b2=0.999, eps=1e-8,
+                 mu_dtype="float32", overrides=())
+
+
+def optimizer_config(**changes):
+    return ConfigDict({**OPTIMIZER, **changes})
+
+
+@pytest.fixture(scope="module")
+def params():
+    """Unrolled random parameters whose norms are not at their initial value."""
+    rng = np.random.default_rng(0)
+
+    def draw(path, x):
+        is_scale = jax.tree_util.keystr(path).endswith("['scale']")
+        return 0.02 * rng.standard_normal(x.shape, np.float32) + np.float32(is_scale)
+
+    return jax.tree_util.tree_map_with_path(draw, abstract_params(CFG))
+
+
+def make_batch(seed=0, rows=8, length=24):
+    """Rows of different lengths and numbers of supervised tokens; every other row has an image."""
+    rng = np.random.default_rng(seed)
+    P = CFG.tokens_per_image
+    batch = dict(input_ids=rng.integers(3, 64, (rows, length)), labels=np.full((rows, length), IGNORE),
+                 positions=np.tile(np.arange(length), (rows, 1)), segment_ids=np.zeros((rows, length)),
+                 pixel_values=np.zeros((rows, 1, 16, 16, 3), np.float32))
+    for row in range(rows):
+        end = rng.integers(P + 4, length + 1)
+        answer = rng.integers(P + 2, end)
+        if row % 2 == 0:
+            batch["input_ids"][row, 1:1 + P] = IMAGE_TOKEN
+            batch["pixel_values"][row, 0] = rng.standard_normal((16, 16, 3))
+        batch["labels"][row, answer:end] = batch["input_ids"][row, answer:end]
+        batch["segment_ids"][row, :end] = 1
+    return {n: x.astype(np.float32 if n == "pixel_values" else np.int32) for n, x in batch.items()}
+
+
+@functools.cache
+def program(mesh_spec="data=1", trainable=TRAINABLE, micro_batches=1, scan=True):
+    """(optimizer, step, mesh) on as many devices as the mesh asks for; compiled once for all tests."""
+    mesh = make_mesh(mesh_spec, jax.devices()[: math.prod(int(p.split("=")[1]) for p in mesh_spec.split(","))])
+    abstract = abstract_params(CFG, scan=scan)
+    optimizer, schedule = optimizers.build(optimizer_config(warmup_ratio=0.0), 10, list(states.partition(abstract, trainable)[0]))
+    shardings = states.state_shardings(abstract, trainable, optimizer, mesh)
+    step = make_train_step(llava_loss(Llava(CFG, scan=scan)), optimizer, schedule, mesh, shardings, micro_batches)
+    return optimizer, step, mesh
+
+
+def build(params, mesh_spec="data=1", trainable=TRAINABLE, micro_batches=1, scan=True):
+    """(state, step, mesh) before the first update."""
+    optimizer, step, mesh = program(mesh_spec, trainable, micro_batches, scan)
+    return states.create(stack(params) if scan else params, trainable, optimizer, mesh, jnp.float32), step, mesh
+
+
+def train(built, batches):
+    state, step, mesh = built
+    losses = []
+    for batch in batches:
+        state, metrics = step(state, place(batch, mesh))
+        losses.append(float(metrics["loss"]))
+    return state, np.array(losses)
+
+
+# ---- the loss
+
+def test_loss_is_torchs_and_counts_each_segment_alone():
+    torch = pytest.importorskip("torch")
+    rng = np.random.default_rng(0)
+    logits = rng.standard_normal((2, 9, 11), np.float32) * 3
+    labels = rng.integers(0, 11, (2, 9))
+    labels[0, :3] = labels[1, 5] = IGNORE
+    segments = np.array([[1, 1, 1, 1, 2, 2, 2, 0, 0], [1] * 9])
+    total, count = cross_entropy(jnp.asarray(logits), jnp.asarray(labels), jnp.asarray(segments))
+    pairs = [(b, t) for b in range(2) for t in range(8)
+             if labels[b, t + 1] != IGNORE and segments[b, t] == segments[b, t + 1] != 0]
+    expected = torch.nn.functional.cross_entropy(
+        torch.tensor(np.stack([logits[b, t] for b, t in pairs])), torch.tensor([labels[b, t + 1] for b, t in pairs]), reduction="sum")
+    assert int(count) == len(pairs) == 3 + 7
+    np.testing.assert_allclose(float(total), float(expected), rtol=1e-6)
+
+
+def test_loss_without_supervision_is_zero_over_zero():
+    total, count = cross_entropy(jnp.ones((1, 4, 5)), jnp.full((1, 4), IGNORE), jnp.ones((1, 4), jnp.int32))
+    assert (float(total), float(count)) == (0.0, 0.0)
+
+
+# ---- the split
+
+def test_partition_is_by_whole_names(params):
+    trained, frozen = states.partition(stack(params), ["projector/.*"])
+    assert set(trained) == {f"projector/linear_{n}/{part}" for n in (0, 1) for part in ("kernel", "bias")}
+    assert "decoder/layers/mlp/up_proj/kernel" in frozen and not set(trained) & set(frozen)
+
+
+@pytest.mark.parametrize("regex", ["projektor/.*", "projector", "decoder/("])
+def test_regex_that_is_wrong_names_itself(params, regex):
+    with pytest.raises(UsageError) as error:
+        states.partition(stack(params), ["decoder/.*", regex])
+    assert repr(regex) in str(error.value)
+
+
+# ---- the optimizer
+
+@pytest.mark.parametrize("ratio, steps", [(0.03, 100), (0.0, 10), (0.34, 10), (0.03, 3906)])
+def test_schedule_is_transformers(ratio, steps):
+    transformers = pytest.importorskip("transformers")
+    torch = pytest.importorskip("torch")
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=2e-3)
+    scheduler = transformers.get_cosine_schedule_with_warmup(optimizer, math.ceil(ratio * steps), steps)
+    rates = []
+    for _ in range(min(steps, 200)):
+        rates.append(scheduler.get_last_lr()[0])
+        optimizer.step()
+        scheduler.step()
+    ours = jax.vmap(optimizers.warmup_cosine(2e-3, ratio, steps))(jnp.arange(len(rates)))
+    np.testing.assert_allclose(ours, rates, rtol=1e-6, atol=2e-9)
+
+
+def test_updates_are_torch_adamw_with_clipping(params):
+    """Twenty updates on the same gradients: AdamW with decay groups, clipped by the norm over what is trained."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    steps, rate, decay = 20, 1e-3, 0.1
+    names = list(states.partition(stack(params), TRAINABLE)[0])
+    flat = {n: x for n, x in states.partition(stack(params), TRAINABLE)[0].items()}
+    theirs = {n: torch.nn.Parameter(torch.tensor(x)) for n, x in flat.items()}
+    is_plain = lambda n: n.endswith(("scale", "bias"))
+    optimizer = torch.optim.AdamW([dict(params=[p for n, p in theirs.items() if not is_plain(n)], weight_decay=decay),
+                                   dict(params=[p for n, p in theirs.items() if is_plain(n)], weight_decay=0.0)], lr=rate)
+    scheduler = transformers.get_cosine_schedule_with_warmup(optimizer, math.ceil(0.1 * steps), steps)
+    transform, _ = optimizers.build(optimizer_config(weight_decay=decay, warmup_ratio=0.1), steps, names)
+    ours, opt_state, update = flat, transform.init(flat), jax.jit(transform.update)
+    for seed in range(steps):
+        rng = np.random.default_rng(seed)
+        grads = {n: rng.standard_normal(x.shape, np.float32) * np.float32(10.0 ** rng.integers(-4, 0)) for n, x in flat.items()}
+        updates, opt_state = update(grads, opt_state, ours)
+        ours = optax.apply_updates(ours, updates)
+        for name, parameter in theirs.items():
+            parameter.grad = torch.tensor(grads[name])
+        torch.nn.utils.clip_grad_norm_(theirs.values(), 1.0)
+        optimizer.step()
+        scheduler.step()
+    for name in names:
+        np.testing.assert_allclose(ours[name], theirs[name].detach().numpy(), rtol=0, atol=2e-7, err_msg=name)
+
+
+def test_override_sets_the_learning_rate_of_what_it_names():
+    names = ["projector/linear_0/kernel", "decoder/norm/scale"]
+    params = {n: jnp.ones(3) for n in names}
+    build_with = lambda overrides: optimizers.build(
+        optimizer_config(warmup_ratio=0.0, overrides=overrides), 10, names)[0]
+    transform = build_with((("projector/.*", 2e-5),))
+    updates, _ = transform.update(params, transform.init(params), params)
+    np.testing.assert_allclose([float(updates[n][0]) for n in names], [-2e-5, -1e-3], rtol=1e-5)
+    with pytest.raises(UsageError, match="vision"):
+        build_with((("vision/.*", 2e-5),))
+
+
+def test_first_moment_has_the_dtype_of_the_recipe():
+    transform, _ = optimizers.build(optimizer_config(mu_dtype="bfloat16"), 10, ["a/kernel"])
+    adam = transform.init({"a/kernel": jnp.ones(3)})[1]
+    assert (adam.mu["a/kernel"].dtype, adam.nu["a/kernel"].dtype) == (jnp.bfloat16, jnp.float32)
+
+
+# ---- the update
+
+@pytest.fixture(scope="module")
+def single(params):
+    """Four updates on one device: what every other way of computing them is compared with."""
+    state, losses = train(build(params), [make_batch(s) for s in range(4)])
+    assert losses[-1] < losses[0] + 1 and np.isfinite(losses).all()
+    return state, losses
+
+
+def assert_same(a, b, atol):
+    for name in a.trainable:
+        np.testing.assert_allclose(np.asarray(a.trainable[name]), np.asarray(b.trainable[name]), rtol=0, atol=atol, err_msg=name)
+
+
+def test_frozen_parameters_keep_their_bits_and_the_rest_moves(params, single):
+    state, _ = single
+    trained, frozen = states.partition(stack(params), TRAINABLE)
+    assert frozen and all(np.array_equal(np.asarray(state.frozen[n]), frozen[n]) for n in frozen)
+    assert all(not np.array_equal(np.asarray(state.trainable[n]), trained[n]) for n in trained)
+
+
+@pytest.mark.parametrize("micro_batches", [4])
+def test_accumulated_is_whole_with_uneven_counts(params, single, micro_batches):
+    counts = (make_batch(0)["labels"] != IGNORE).sum(1)
+    assert len(set(counts)) > 4, "the rows must differ in supervised tokens for this test to see a mean of means"
+    state, losses = train(build(params, micro_batches=micro_batches), [make_batch(s) for s in range(4)])
+    np.testing.assert_allclose(losses, single[1], rtol=1e-6)
+    assert_same(state, single[0], 2e-5)
+
+
+@pytest.mark.parametrize("mesh", ["data=2,fsdp=2,tp=2", "fsdp=8", "data=4,tp=2"])
+def test_sharded_is_single(params, single, mesh):
+    state, losses = train(build(params, mesh), [make_batch(s) for s in range(4)])
+    np.testing.assert_allclose(losses, single[1], rtol=1e-6)
+    assert_same(state, single[0], 2e-5)
+    assert len(state.trainable["decoder/layers/mlp/up_proj/kernel"].sharding.device_set) == 8
+
+
+def test_moments_lie_like_their_parameters(params):
+    state, _, _ = build(params, "data=2,fsdp=2,tp=2")
+    adam = state.opt_state[1]
+    for name, value in state.trainable.items():
+        assert adam.mu[name].sharding == adam.nu[name].sharding == value.sharding, name
+    assert not state.trainable["decoder/layers/mlp/up_proj/kernel"].sharding.is_fully_replicated
+
+
+def test_micro_batches_on_a_mesh_are_whole(params, single):
+    state, losses = train(build(params, "data=2,fsdp=2", micro_batches=2), [make_batch(s) for s in range(4)])
+    np.testing.assert_allclose(losses, single[1], rtol=1e-6)
+    assert_same(state, single[0], 2e-5)
+
+
+def test_scanned_is_unrolled(params, single):
+    state, losses = train(build(params, scan=False), [make_batch(s) for s in range(4)])
+    np.testing.assert_allclose(losses, single[1], rtol=1e-6)
+    unrolled = states.partition(stack(states.merge(state.trainable, state.frozen)), TRAINABLE)[0]
+    for name, value in single[0].trainable.items():
+        np.testing.assert_allclose(np.asarray(unrolled[name]), np.asarray(value), rtol=0, atol=2e-5, err_msg=name)
+
+
+def test_gradient_that_is_not_finite_moves_nothing(params):
+    built = build(params)
+    state, step, mesh = built
+    bad = make_batch(0)
+    bad["pixel_values"][0, 0, 0, 0, 0] = np.nan
+    before = {n: np.array(x) for n, x in state.trainable.items()}
+    state, metrics = step(state, place(bad, mesh))
+    assert float(metrics["skipped"]) == 1 and int(state.skipped) == 1 and int(state.step) == 1
+    assert all(np.array_equal(before[n], np.asarray(x)) for n, x in state.trainable.items())
+    assert int(state.opt_state[1].count) == 0
+    state, metrics = step(state, place(make_batch(0), mesh))
+    assert float(metrics["skipped"]) == 0 and float(metrics["learning_rate"]) == pytest.approx(1e-3)
+    assert any(not np.array_equal(before[n], np.asarray(x)) for n, x in state.trainable.items())
+
+
+def test_gradient_is_taken_of_the_trainable_part_alone(params):
+    """A frozen decoder's weights have no gradient: the step of stage 1 does fewer FLOPs than that of stage 2."""
+    flops = []
+    for trainable in (("projector/.*",), TRAINABLE):
+        state, step, mesh = build(params, trainable=trainable)
+        flops.append(step.lower(state, place(make_batch(), mesh)).cost_analysis()["flops"])
+    assert flops[0] < 0.8 * flops[1]
+
+
+def test_validation_weighs_by_tokens(params):
+    state, _, mesh = build(params)
+    evaluate = make_eval_step(llava_loss(Llava(CFG, scan=True)), mesh)
+    halves = [{n: x[s] for n, x in make_batch().items()} for s in (slice(0, 4), slice(4, 8))]
+    parts = [evaluate(state, place(half, mesh)) for half in halves]
+    total, count = evaluate(state, place(make_batch(), mesh))
+    assert float(parts[0][1]) != float(parts[1][1])
+    np.testing.assert_allclose(sum(float(p[0]) for p in parts), float(total), rtol=1e-6)
+    assert sum(float(p[1]) for p in parts) == float(count)
+
+
+def test_unstack_reverses_stack(params):
+    again = unstack(stack(params))
+    assert jax.tree.structure(again) == jax.tree.structure(params)
+    assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(params)))
