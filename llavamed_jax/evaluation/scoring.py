@@ -23,7 +23,7 @@ PAPER_OPEN = (
 PAPER_CLOSED = ("closed_accuracy_yes_no", "closed_accuracy_substring", "closed_recall")
 PAPER = PAPER_OPEN + PAPER_CLOSED
 STRICT = ("closed_accuracy", "open_exact", "open_f1")
-GROUPS = ("answer_type", "question_type", "organ", "modality")
+GROUPS = ("question_type", "organ", "modality")
 _COLUMNS = {name: column for column, name in enumerate(PAPER + STRICT)}
 _RESAMPLES = 2000
 
@@ -34,7 +34,7 @@ def read_predictions(path: str | Path) -> list[dict]:
     Raises UserError that names the line which is no such object, or the file that cannot be read.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8").split("\n")  # an answer may hold other line separators
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"the predictions {path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
     predictions = []
@@ -194,26 +194,31 @@ def _table(values: np.ndarray, images: Sequence[str], names: Sequence[str], seed
     return means_with_intervals(values[:, [_COLUMNS[name] for name in names]], images, names, seed)
 
 
-def group_key(sample: VqaSample, group: str) -> str:
-    """The value of a field that a report is broken down by; "not stated" where the data set has none."""
+def group_keys(sample: VqaSample, group: str) -> list[str]:
+    """The values of a field that a report is broken down by; "not stated" where the data set has none.
+
+    VQA-RAD joins the types of a question that has several by commas: such a question counts in each.
+    """
     value = getattr(sample, group, None)
-    return str(value).strip() or "not stated" if value is not None else "not stated"
+    names = [name.strip() for name in str(value or "").split(",")]
+    return [name for name in names if name] or ["not stated"]
 
 
 def _groups(samples: Sequence[VqaSample], values: np.ndarray, seed: int) -> dict:
     """Strict metrics and the paper's open recall for each value of each field that varies."""
     result = {}
-    for group in GROUPS[1:]:
-        keys = [group_key(sample, group) for sample in samples]
-        if len(set(keys)) < 2:
+    for group in GROUPS:
+        keys = [group_keys(sample, group) for sample in samples]
+        counts = Counter(key for several in keys for key in several)
+        if len(counts) < 2:
             continue
         result[group] = {}
-        for key, _ in Counter(keys).most_common():
-            rows = [i for i, other in enumerate(keys) if other == key]
+        for key, _ in counts.most_common():
+            rows = [i for i, several in enumerate(keys) if key in several]
             images = [str(samples[i].image) for i in rows]
             closed = sum(is_closed(samples[i]) for i in rows)
-            counts = {"n_open": len(rows) - closed, "n_closed": closed, "n_images": len(set(images))}
-            result[group][key] = counts | _table(values[rows], images, (*STRICT, "recall"), seed)
+            sizes = {"n_open": len(rows) - closed, "n_closed": closed, "n_images": len(set(images))}
+            result[group][key] = sizes | _table(values[rows], images, (*STRICT, "recall"), seed)
     return result
 
 

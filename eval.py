@@ -1,0 +1,3 @@
+import sys
+from llavamed_jax.cli.eval import main
+sys.exit(main())

@@ -1,0 +1,250 @@
+"""Questions of a medical VQA set x a model -> `predictions.jsonl`.
+
+One line a question with the keys of the original's answer files: `question_id`, `prompt`, `text`, `answer_id`,
+`model_id`, `metadata`.
+"""
+
+import json
+import os
+import sys
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from tqdm import tqdm
+
+from llavamed_jax.data import datasets
+from llavamed_jax.data.datasets import VqaSample
+from llavamed_jax.errors import UsageError, UserError
+
+
+class Model(Protocol):
+    """What evaluation needs of a model; `llavamed_jax.LlavaMed` is one."""
+
+    def generate(self, conversations, *, max_new_tokens, temperature, num_beams, seed): ...
+
+    def generate_tokens(self, rows, images, *, max_new_tokens, temperature, num_beams, seed): ...
+
+
+@dataclass(frozen=True)
+class Generation:
+    """How answers are generated. The defaults are greedy decoding with the original's limit of 1,024 new tokens."""
+
+    max_new_tokens: int = 1024
+    temperature: float = 0.0
+    num_beams: int = 1
+    batch_size: int = 16
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Answer:
+    """`text` as generated; `finish_reason` is `stop` or `length`; `tokens_cut` were lost of a prompt too long."""
+
+    text: str
+    finish_reason: str
+    tokens_cut: int = 0
+
+
+def load_samples(
+    name: str, root: str, split: str, protocol: str, held_out: str = ""
+) -> tuple[list[VqaSample], list[VqaSample]]:
+    """The questions to ask, and the training rows that candidates, majority answer and leakage counts come from.
+
+    Args:
+      name: `vqa_rad` or `slake`; `root` holds its official layout.
+      split: `train`, `validation` or `test`.
+      protocol: `clean` or `paper`, VQA-RAD's training rows.
+      held_out: a JSON file `{"images": [names]}`. Then the rows of exactly these images are asked, whatever their
+        split, and all rows of the other images count as training rows.
+    Raises:
+      UsageError: a data set that is not known, or an empty root. UserError: what the readers find wrong.
+    """
+    readers = {"vqa_rad": _read_vqa_rad, "slake": _read_slake}
+    if name not in readers:
+        raise UsageError(f"the data set {name!r} is not known; data.name may be {' or '.join(readers)}")
+    if not root:
+        raise UsageError(f"data.root is empty; the folder with {name} was expected: --config.data.root=DIR")
+    read = readers[name]
+    if not held_out:
+        return read(root, split, protocol), read(root, "train", protocol)
+    names = _held_out_images(held_out)
+    if name != "vqa_rad":
+        raise UsageError(f"data.held_out cuts VQA-RAD by image; {name} has splits without common images: data.split")
+    rows = datasets.read_vqa_rad(root, "all", "clean")  # each row once, without the rephrasings of the paper's protocol
+    asked = [sample for sample in rows if Path(sample.image).name in names]
+    unknown = names - {Path(sample.image).name for sample in asked}
+    if unknown:
+        raise UserError(f"{held_out} holds out images of which {root} has no row: {', '.join(sorted(unknown))}")
+    return asked, [sample for sample in rows if Path(sample.image).name not in names]
+
+
+def _read_vqa_rad(root: str, split: str, protocol: str) -> list[VqaSample]:
+    if split not in ("train", "test"):
+        raise UsageError(f"VQA-RAD has no split {split!r}; data.split may be train or test")
+    return datasets.read_vqa_rad(root, split, protocol)
+
+
+def _read_slake(root: str, split: str, protocol: str) -> list[VqaSample]:
+    if split not in ("train", "validation", "test"):
+        raise UsageError(f"SLAKE has no split {split!r}; data.split may be train, validation or test")
+    return datasets.read_slake(root, split)
+
+
+def _held_out_images(path: str) -> set[str]:
+    try:
+        images = json.loads(Path(path).read_text(encoding="utf-8"))["images"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f'{path} is not readable as a JSON object {{"images": [names]}}: {error!r}') from error
+    if not isinstance(images, list) or not images:
+        raise UserError(f'{path}: "images" was expected to be a list of at least one name')
+    return {str(image) for image in images}
+
+
+def ask(model: Model, questions: Sequence[tuple[str, str]], generation: Generation, title: str = "questions") -> list[Answer]:
+    """Asks a model about images: (question, image path) pairs -> answers in the same order.
+
+    Pairs of one image are asked next to each other. A prompt longer than the model's `max_length` after its image is
+    expanded is cut from the right, as the original does, which loses the end of the instruction: it is counted, and
+    a warning says how many.
+    """
+    image_order = {image: position for position, image in reversed(list(enumerate(image for _, image in questions)))}
+    order = sorted(range(len(questions)), key=lambda i: image_order[questions[i][1]])
+    answers: list[Answer | None] = [None] * len(questions)
+    advance, close = _progress(len(questions), title)
+    for start in range(0, len(order), generation.batch_size):
+        indices = order[start : start + generation.batch_size]
+        batch = _ask_batch(model, [questions[i] for i in indices], generation, generation.seed + start)
+        for i, answer in zip(indices, batch, strict=True):
+            answers[i] = answer
+        advance(len(indices))
+    close()
+    cut = [answer.tokens_cut for answer in answers if answer.tokens_cut]
+    if cut:
+        print(
+            f"warning: {len(cut)} of {len(answers)} prompts were longer than {model.config.max_length} tokens"
+            f" and lost their end ({sum(cut)} tokens in all), as in the original",
+            file=sys.stderr,
+        )
+    return answers
+
+
+def _ask_batch(model: Model, questions: Sequence[tuple[str, str]], generation: Generation, seed: int) -> list[Answer]:
+    settings = {
+        "max_new_tokens": generation.max_new_tokens,
+        "temperature": generation.temperature,
+        "num_beams": generation.num_beams,
+        "seed": seed,
+    }
+    conversations = [_messages(question, image) for question, image in questions]
+    rows = [model.processor.expand(model.processor.encode(model.processor.prompt(each))) for each in conversations]
+    limit = model.config.max_length or sys.maxsize
+    fitting = [i for i, row in enumerate(rows) if len(row) <= limit]
+    answers = {}
+    if fitting:
+        completions = model.generate([conversations[i] for i in fitting], **settings)
+        for i, completion in zip(fitting, completions, strict=True):
+            answers[i] = Answer(completion.text, completion.finish_reason)
+    cut = [i for i in range(len(rows)) if i not in answers]
+    if cut:
+        images = [list(model.processor.images([questions[i][1]])) for i in cut]
+        generated = model.generate_tokens([rows[i][:limit] for i in cut], images, **settings)
+        for i, tokens in zip(cut, generated, strict=True):
+            reason = "length" if len(tokens) >= generation.max_new_tokens else "stop"
+            answers[i] = Answer(model.processor.decode(tokens).strip(), reason, len(rows[i]) - limit)
+    return [answers[i] for i in range(len(rows))]
+
+
+def _messages(question: str, image: str) -> list[dict]:
+    content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
+    return [{"role": "user", "content": content}]
+
+
+def _progress(total: int, title: str) -> tuple[Callable[[int], None], Callable[[], None]]:
+    """A bar on a terminal; in a pipe a line for each tenth. Both on stderr, so that stdout holds results only."""
+    if sys.stderr.isatty():
+        bar = tqdm(total=total, desc=title, unit="question", file=sys.stderr)
+        return bar.update, bar.close
+    done, printed, begun = 0, 0, time.monotonic()
+
+    def advance(count: int) -> None:
+        nonlocal done, printed
+        done += count
+        if done == total or done - printed >= total / 10:
+            printed = done
+            rate = done / max(time.monotonic() - begun, 1e-9)
+            print(f"{title}: {done} of {total}, {rate:.1f} a second", file=sys.stderr, flush=True)
+
+    return advance, lambda: None
+
+
+def predict(
+    model: Model,
+    samples: Sequence[VqaSample],
+    generation: Generation,
+    model_id: str,
+    shown: Sequence[str] | None = None,
+    title: str = "questions",
+) -> list[dict]:
+    """Predictions in the order of `samples`.
+
+    Args:
+      shown: the image that each question is asked about, where it is not the sample's own (control runs).
+    """
+    shown = shown or [str(sample.image) for sample in samples]
+    prompts = [sample.question.replace("<image>", "").strip() for sample in samples]
+    answers = ask(model, list(zip(prompts, shown, strict=True)), generation, title)
+    return [
+        {
+            "question_id": sample.question_id,
+            "prompt": prompt,
+            "text": answer.text,
+            "answer_id": answer_id(model_id, sample.question_id, prompt, Path(image).name, answer.text),
+            "model_id": model_id,
+            "metadata": {"image": Path(image).name, "finish_reason": answer.finish_reason}
+            | ({"prompt_tokens_cut": answer.tokens_cut} if answer.tokens_cut else {}),
+        }
+        for sample, prompt, image, answer in zip(samples, prompts, shown, answers, strict=True)
+    ]
+
+
+_SHORT_ALPHABET = "23456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz"
+
+
+def answer_id(*parts: object) -> str:
+    """A 22-character id in shortuuid's form; of the content, where the original's is random, so that runs can be compared."""
+    number = uuid.uuid5(uuid.NAMESPACE_OID, json.dumps([str(part) for part in parts])).int
+    digits = []
+    for _ in range(22):
+        number, digit = divmod(number, len(_SHORT_ALPHABET))
+        digits.append(_SHORT_ALPHABET[digit])
+    return "".join(reversed(digits))
+
+
+def model_name(path: str) -> str:
+    """The last part of a checkpoint's path; with the parent's before it where the last part alone says nothing."""
+    resolved = Path(path.partition("@")[0])
+    if resolved.name.startswith("checkpoint-"):
+        return f"{resolved.parent.name}_{resolved.name}"
+    if resolved.parent.name == "checkpoints":
+        return f"{resolved.parent.parent.name}_{resolved.name}"
+    return resolved.name or str(path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file under a temporary name and renames it: under the final name it is whole or absent."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+def write_predictions(path: Path, predictions: Sequence[dict]) -> None:
+    """Writes `predictions.jsonl`."""
+    write_text(path, "".join(json.dumps(prediction, ensure_ascii=False) + "\n" for prediction in predictions))
