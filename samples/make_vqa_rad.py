@@ -19,6 +19,8 @@ from pathlib import Path
 import sentencepiece
 from PIL import Image, ImageDraw
 
+from llavamed_jax.evaluation.controls import ORGAN_ANSWERS, ORGAN_QUESTION
+
 ANNOTATIONS = "VQA_RAD Dataset Public.json"
 
 # Chosen by eye from contact sheets: one image a case, none with a scanner's overlay of patient data.
@@ -33,8 +35,6 @@ IMAGES = {
 HELD_OUT_EVERY = 4  # the 4th, 8th, … image of each organ in the order above: five of twenty, not chosen by eye
 CAPTION_BAND = 32  # rows at the bottom in which MedPix prints the name of the person who uploaded the image
 
-ORGAN_QUESTION = "Which organ system is shown in this image?"
-ORGAN_ANSWERS = {"HEAD": "Head.", "CHEST": "Chest.", "ABD": "Abdomen."}
 CAPTION_REQUEST = "Describe the image concisely."
 MODALITIES = {
     "CT": r"\bct\b|computed tomography",
@@ -104,7 +104,7 @@ def training_files(rows: list[dict]) -> dict[str, list[dict]]:
         files["alignment.json"].append(record(f"{stem}-caption", image, [(CAPTION_REQUEST, caption(asked))]))
         files["instruct.json"].append(record(f"{stem}-conversation", image, [organ_turn, *turns]))
         files["vqa_train.json"].append(record(f"{stem}-organ", image, [organ_turn], answer_type="OPEN", question_type="ORGAN"))
-        for row, turn in zip(asked, turns):
+        for row, turn in zip(asked, turns, strict=True):
             files["vqa_train.json"].append(record(row["qid"], image, [turn], answer_type=row["answer_type"].strip(),
                                                   question_type=row["question_type"]))
     return files

@@ -1,0 +1,157 @@
+"""The house rules, read from the code itself: who may import whom, how long a file may be, what lies at the top."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "llavamed_jax"
+
+# Lowest first. A file imports its own layer and the layers before it, never a later one.
+LAYERS = [
+    ("errors",),
+    ("parallel", "config"),
+    ("models",),
+    ("data", "adapters", "checkpoints"),
+    ("generation",),
+    ("training", "assistant"),
+    ("preflight", "serving", "evaluation", "curation"),
+    ("cli", "chat"),
+]
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+COMMAND_LINES = {"llavamed_jax.cli", "llavamed_jax.chat", "llavamed_jax.curation.__main__"}
+DOORS = {"train.py": "train", "eval.py": "eval", "serve.py": "serve", "convert/__main__.py": "convert"}
+TOP_LEVEL = {
+    "llavamed_jax", "configs", "convert", "tests", "benchmarks", "samples", "docs", ".ci",
+    "train.py", "eval.py", "serve.py", "pyproject.toml", "requirements.txt", "Makefile",
+    "README.md", "LICENSE", "CITATION.cff", "CHANGELOG.md", ".gitignore",
+}  # fmt: skip
+LONGEST_FILE = 420
+
+
+def sources() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def room(module: str) -> str:
+    """`llavamed_jax.models.vit` -> `models`; the package itself -> the empty string."""
+    return (module.split(".") + [""])[1]
+
+
+def imports(path: Path, at_top_only: bool = False) -> set[str]:
+    """Every module that a file imports, by absolute name; `from a import b` gives `a.b` where that is a module."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    found = set()
+    for node in tree.body if at_top_only else ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno} imports relatively; absolute names were expected"
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                as_path = ROOT / inner.replace(".", "/")
+                found.add(inner if as_path.is_dir() or as_path.with_suffix(".py").is_file() else node.module)
+    return found
+
+
+def ours(names: set[str]) -> set[str]:
+    return {name for name in names if name.split(".")[0] == "llavamed_jax"}
+
+
+def test_every_file_has_a_layer():
+    unknown = {room(module_name(path)) for path in sources()} - set(LEVEL) - {""}
+    assert not unknown, f"{sorted(unknown)} stand in no layer of tests/test_architecture.py"
+
+
+def test_imports_point_downwards():
+    wrong = []
+    for path in sources():
+        here = room(module_name(path))
+        if not here:
+            continue  # the package's own file is the public API, checked below
+        for name in ours(imports(path)):
+            there = room(name)
+            if there == "":  # `import llavamed_jax as lm` stands for the assistant
+                there = "assistant"
+            if LEVEL[there] > LEVEL[here]:
+                wrong.append(f"{path.relative_to(ROOT)} imports {name}")
+    assert not wrong, "upward imports:\n" + "\n".join(wrong)
+
+
+def test_weights_know_configs_only():
+    """`checkpoints/` imports config (and errors), `models/` nothing of data, training or checkpoints."""
+    for path in sources():
+        here = room(module_name(path))
+        others = {room(name) for name in ours(imports(path))} - {here}
+        if here == "checkpoints":
+            assert others <= {"config", "errors"}, f"{path.relative_to(ROOT)} imports {sorted(others)}"
+        if here == "models":
+            assert others <= {"config", "errors", "parallel"}, f"{path.relative_to(ROOT)} imports {sorted(others)}"
+
+
+def test_data_needs_no_jax():
+    for path in sources():
+        if room(module_name(path)) == "data" and path.name != "loader.py":
+            heavy = {name.split(".")[0] for name in imports(path)} & {"jax", "flax", "optax"}
+            assert not heavy, f"{path.relative_to(ROOT)} imports {sorted(heavy)}"
+
+
+def test_processor_reaches_no_jax():
+    """What the imports reach counts, not only what a file names: a processor must load beside torch or none."""
+    todo, seen = ["llavamed_jax.data.processor"], set()
+    while todo:
+        module = todo.pop()
+        seen.add(module)
+        base = ROOT / module.replace(".", "/")
+        path = base.with_suffix(".py") if base.with_suffix(".py").is_file() else base / "__init__.py"
+        found = imports(path, at_top_only=True)
+        assert "jax" not in {name.split(".")[0] for name in found}, f"the processor reaches jax through {module}"
+        todo += ours(found) - seen
+    assert len(seen) > 1
+
+
+def test_command_lines_are_imported_by_their_doors_only():
+    for path in sources():
+        module = module_name(path)
+        if module.startswith("llavamed_jax.cli"):
+            continue  # they share cli/common.py
+        wrong = {name for name in ours(imports(path)) if any(name == c or name.startswith(f"{c}.") for c in COMMAND_LINES)}
+        if module in COMMAND_LINES:
+            wrong -= {"llavamed_jax.cli.common"}
+        assert not wrong, f"{path.relative_to(ROOT)} imports the command line {sorted(wrong)}"
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_doors_are_thin(door):
+    path = ROOT / door
+    if not path.exists():
+        pytest.skip(f"{door} is not there yet")
+    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    assert len(lines) <= 4, f"{door} has {len(lines)} lines; three were expected"
+    assert ours(imports(path)) == {f"llavamed_jax.cli.{DOORS[door]}"}
+
+
+def test_files_are_of_one_idea():
+    long = {str(p.relative_to(ROOT)): n for p in sources() if (n := len(p.read_text(encoding="utf-8").splitlines())) > LONGEST_FILE}
+    assert not long, f"files longer than {LONGEST_FILE} lines: {long}"
+
+
+def test_top_level():
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    top = {line.split("/")[0] for line in listed.stdout.splitlines()}
+    assert top <= TOP_LEVEL, f"unexpected at the top: {sorted(top - TOP_LEVEL)}"
+
+
+def test_import_is_cheap():
+    """`import llavamed_jax` starts no accelerator, so that flags and environment can still be set after it."""
+    code = "import llavamed_jax, sys; b = sys.modules.get('jax._src.xla_bridge'); sys.exit(bool(b and b._backends))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
