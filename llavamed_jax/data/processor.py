@@ -1,0 +1,267 @@
+"""Messages, conversations and images to what the model takes, and ids back to text. Needs no weights and no JAX.
+
+    text    <s> [INST] <image> \n what is shown ? [/INST]
+    encode   1  733 …  -200   13  …                         an image is one IMAGE_TOKEN
+    expand   1  733 …  -200 × P   13  …                     and P consecutive positions for the model
+
+B, H, W and I are rows, height, width and images; P is the number of positions of an image.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Iterable, Sequence
+
+import numpy as np
+
+from llavamed_jax.checkpoints import reader
+from llavamed_jax.checkpoints.files import read_json
+from llavamed_jax.config import IGNORE, IMAGE_TOKEN, OURS, LlavaConfig
+from llavamed_jax.data import chat as chats
+from llavamed_jax.data import images as pixels
+from llavamed_jax.data.conversation import (IMAGE_MARKER, Template, get_template, image_first, render, supervise,
+                                            training_turns)
+from llavamed_jax.data.tokenizer import Tokenizer, find_tokenizer
+from llavamed_jax.errors import UserError
+
+_PATCH = 14  # of every tower that LLaVA was released with; used where there is no config to ask
+
+
+class Processor:
+    """Text and images to arrays, for one model.
+
+    Attributes:
+      config: LlavaConfig, or None for a bare tokenizer.
+      image_size, image_mode: edge of the tower's input and `pad` or `square`; size None where it is not known.
+      tokens_per_image: P, None where it is not known.
+      max_length: tokens a row that the model was trained with, images included, or None.
+    """
+
+    def __init__(self, config: LlavaConfig | None, tokenizer: Tokenizer | None = None, template: str | None = None,
+                 image_size: int | None = None, image_mode: str | None = None, *,
+                 chat_template: chats.ChatTemplate | None = None, mean=pixels.CLIP_MEAN, std=pixels.CLIP_STD):
+        """`template` None means the config's own, else `chat_template`, else by the config's `source`."""
+        if image_mode not in (None, *pixels.MODES):
+            raise UserError(f"the image mode is {image_mode!r}; {' or '.join(pixels.MODES)} was expected")
+        if config is not None and image_size not in (None, config.vision.image_size):
+            raise UserError(f"the image size is {image_size}; this model's tower takes {config.vision.image_size}")
+        self.config = config
+        self.image_size = config.vision.image_size if config else image_size
+        self.image_mode = image_mode or (config.image_aspect_ratio if config else "pad")
+        self.tokens_per_image = config.tokens_per_image if config else (image_size // _PATCH) ** 2 if image_size else None
+        self.max_length = config.max_length if config else None
+        self._tokenizer, self._mean, self._std = tokenizer, tuple(mean), tuple(std)
+        if template is not None:
+            get_template(template)  # a name that was typed fails here, a derived one when text is asked for
+        self.template_name = template or (config.template if config else None)
+        self.chat_template = None if self.template_name else chat_template
+        if self.template_name is None and self.chat_template is None:
+            self.template_name = _default_template(config)
+
+    @classmethod
+    def load(cls, path: str | Path, template: str | None = None, image_size: int | None = None,
+             image_mode: str | None = None, tokenizer: str | Path | None = None) -> "Processor":
+        """From a checkpoint's directory of any kind (weights may be absent), or from a `tokenizer.model` alone.
+
+        Args:
+          path: a directory with `config.json` (as released, or transformers'), this project's tree or one step of it,
+            or a tokenizer's file or directory.
+          template: `ORIGIN:NAME` or a bare name; None follows the checkpoint.
+          image_size, image_mode: for a bare tokenizer, which knows neither; `image_mode` also overrides a checkpoint's.
+          tokenizer: another tokenizer's file or directory.
+        Raises:
+          UserError: nothing there, a file that cannot be read, or an unknown template or mode.
+        """
+        path = Path(path)
+        directory = _model_directory(path)
+        if directory is None:
+            if not path.exists():
+                raise UserError(f"{path} does not exist; a checkpoint's directory or a tokenizer was expected")
+            return cls(None, Tokenizer.load(tokenizer or path), template, image_size, image_mode)
+        return cls._from_files(_read_config(directory), directory, tokenizer, template, image_size, image_mode)
+
+    @classmethod
+    def from_checkpoint(cls, checkpoint: reader.Checkpoint, tokenizer: str | Path | None = None, template: str | None = None,
+                        image_mode: str | None = None) -> "Processor":
+        """The processor of an open checkpoint, whose tower may be another than its files name."""
+        files = checkpoint.files
+        directory = next(iter(files.values())).parent if files else None
+        return cls._from_files(checkpoint.config, directory, tokenizer, template, None, image_mode)
+
+    @classmethod
+    def _from_files(cls, config, directory, tokenizer, template, image_size, image_mode) -> "Processor":
+        """`directory` holds tokenizer and preprocessor files, or in its folder `OURS` those from before an export."""
+        if directory is not None and (directory / OURS).is_dir():
+            directory = directory / OURS
+        source = tokenizer or (directory if directory is not None and find_tokenizer(directory) else None)
+        tok = Tokenizer.load(source) if source is not None else None
+        # The originals' directories may hold the language model's own chat template, which knows no images.
+        jinja = chats.find_chat_template(directory) if directory is not None and config.source == "transformers" else None
+        chat_template = chats.ChatTemplate(jinja, tok.bos_token, tok.eos_token) if jinja and tok else None
+        return cls(config, tok, template, image_size, image_mode, chat_template=chat_template,
+                   **(_statistics(directory) if directory is not None else {}))
+
+    # ---- text ----
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Raises UserError where the checkpoint has no tokenizer files."""
+        if self._tokenizer is None:
+            raise UserError("this checkpoint has no tokenizer files; give one with tokenizer=PATH (--tokenizer PATH)")
+        return self._tokenizer
+
+    @functools.cached_property
+    def template(self) -> Template:
+        """The named template. Raises UserError where the checkpoint has only a Jinja chat template, or an unknown name."""
+        if self.template_name is None:
+            raise UserError("this checkpoint brings a chat template of its own, which says nothing of labels; name a "
+                            "template, for example v1.5:mistral_instruct or up:vicuna_v1")
+        return get_template(self.template_name)
+
+    @property
+    def image_marker(self) -> str:
+        """What stands for an image in text: `<image>`, between start and end tokens where the model has them."""
+        return f"<im_start>{IMAGE_MARKER}<im_end>" if self.config is not None and self.config.use_start_end else IMAGE_MARKER
+
+    def prompt(self, messages: Sequence[dict]) -> str:
+        """The text of OpenAI chat messages up to where the answer begins, `<image>` for each image.
+
+        Raises:
+          ValueError: messages out of order, or a count of images that does not fit the markers, with both numbers.
+        """
+        chat = chats.read_messages(messages, self.image_marker)
+        if self.chat_template is not None:
+            return self.chat_template.render(chat)
+        open_turn = [] if self.template.style == "PLAIN" else [None]
+        return render(self.template, chat.turns + open_turn, chat.system)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a prompt, an image one IMAGE_TOKEN (spec 3.6): each text between images is encoded on its own."""
+        first, *rest = (self.tokenizer.encode(part, bos=i == 0) for i, part in enumerate(text.split(IMAGE_MARKER)))
+        return functools.reduce(lambda ids, part: ids + [IMAGE_TOKEN] + part, rest, first)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of ids, without special tokens and images."""
+        return self.tokenizer.decode(ids)
+
+    def training_example(self, conversations: Sequence[dict], num_images: int | None = None) -> tuple[list[int], list[int]]:
+        """Ids and labels of a LLaVA conversation; labels are not shifted and IGNORE where nothing is learnt.
+
+        The image goes to the front of its turn, and several markers in a turn count as one, as in upstream's
+        preprocessing, which is the only one published for the templates of v1.5 and up; where `num_images` says that a
+        conversation's markers all have their image, they all stay. An image is one IMAGE_TOKEN.
+
+        Raises:
+          ValueError: speakers that do not alternate, or a count of images that does not fit the markers.
+        """
+        turns = training_turns(self.template, conversations)
+        marked = [turn.count(IMAGE_MARKER) for turn in turns]
+        each = num_images is not None and num_images == sum(marked)
+        if self.template.style != "PLAIN":
+            turns = [image_first(turn, self.image_marker, count if each else 1) for turn, count in zip(turns, marked)]
+        ids, labels = supervise(self.template, turns, self.encode, pad_id=self.tokenizer.pad_id,
+                                is_legacy=self.tokenizer.is_legacy, max_length=self.max_length)
+        if num_images is not None and ids.count(IMAGE_TOKEN) != num_images:
+            raise ValueError(f"the conversation has {num_images} images for {sum(marked)} {IMAGE_MARKER} markers")
+        return ids, labels
+
+    def expand(self, ids: Sequence[int], labels: Sequence[int] | None = None):
+        """`expand_images` with this model's P."""
+        if self.tokens_per_image is None:
+            raise ValueError("a bare tokenizer does not know how many positions an image takes; give image_size")
+        return expand_images(ids, self.tokens_per_image, labels)
+
+    # ---- images ----
+
+    def images(self, sources: Sequence, mode: str | None = None) -> np.ndarray:
+        """Pixels for the tower, float32 [I,H,W,3].
+
+        Args:
+          sources: whatever `data.images.load_image` takes.
+          mode: `pad` or `square`; None is the model's own.
+        """
+        size = self._image_size()
+        arrays = [pixels.preprocess(pixels.load_image(s), size, mode or self.image_mode, self._mean, self._std) for s in sources]
+        return np.stack(arrays) if arrays else np.zeros((0, size, size, 3), np.float32)
+
+    def images_uint8(self, sources: Sequence, mode: str | None = None) -> np.ndarray:
+        """The same before normalisation, uint8 [I,H,W,3]; `normalize` does the rest."""
+        size = self._image_size()
+        arrays = [pixels.preprocess_uint8(pixels.load_image(s), size, mode or self.image_mode) for s in sources]
+        return np.stack(arrays) if arrays else np.zeros((0, size, size, 3), np.uint8)
+
+    def normalize(self, array: np.ndarray) -> np.ndarray:
+        """uint8 [...,3] to float32 [...,3] by this model's mean and standard deviation."""
+        return pixels.normalize(array, self._mean, self._std)
+
+    def _image_size(self) -> int:
+        if self.image_size is None:
+            raise ValueError("a bare tokenizer does not know the size of images; give image_size")
+        return self.image_size
+
+
+def expand_images(ids: Sequence[int], patches: int, labels: Sequence[int] | None = None):
+    """Each image to `patches` consecutive IMAGE_TOKENs, their labels IGNORE.
+
+    A run of IMAGE_TOKEN whose length is a multiple of `patches` (> 1) is left as it is; a shorter run is that many images.
+
+    Returns:
+      ids, or (ids, labels) where labels were given.
+    Raises:
+      ValueError: a longer run of another length, with its place; labels of another length.
+    """
+    if labels is not None and len(labels) != len(ids):
+        raise ValueError(f"{len(labels)} labels were given for {len(ids)} ids")
+    out, out_labels, start = [], [], 0
+    while start < len(ids):
+        end = start
+        while end < len(ids) and ids[end] == IMAGE_TOKEN:
+            end += 1
+        run = end - start
+        if run == 0:
+            out.append(ids[start])
+            out_labels.append(labels[start] if labels is not None else IGNORE)
+            start += 1
+            continue
+        if run > patches and run % patches:
+            raise ValueError(f"position {start} begins a run of {run} image tokens; 1 or {patches} an image was expected")
+        length = run if run % patches == 0 else run * patches
+        out += [IMAGE_TOKEN] * length
+        out_labels += [IGNORE] * length
+        start = end
+    return out if labels is None else (out, out_labels)
+
+
+def _model_directory(path: Path) -> Path | None:
+    """Where `config.json` and tokenizer files lie for a checkpoint PATH, None for something else."""
+    candidates = [path / "model", path, path.parent.parent / "model"] if path.parent.name == "checkpoints" else [path / "model", path]
+    return next((c for c in candidates if (c / "config.json").is_file()), None)
+
+
+def _read_config(directory: Path) -> LlavaConfig:
+    config = read_json(directory / "config.json")
+    if config.get("model_type") == "llavamed_jax":
+        return LlavaConfig.from_dict(config)
+    tower = reader._named_tower(directory, config.get("mm_vision_tower"))
+    return LlavaConfig.from_hf(config, reader._tower_config(tower) if tower else None)
+
+
+def _default_template(config: LlavaConfig | None) -> str:
+    """By the model type that the checkpoint came with (INTERFACE.md); for a bare tokenizer the released model's."""
+    if config is None:
+        return "v1.5:mistral_instruct"
+    if config.source == "llava":
+        return "v1.0:multimodal"
+    return "v1.5:mistral_instruct" if config.decoder.architecture == "mistral" else "up:vicuna_v1"
+
+
+def _statistics(directory: Path) -> dict:
+    """Mean and standard deviation from the preprocessor's file, where there is one."""
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        if (directory / name).is_file():
+            settings = read_json(directory / name)
+            settings = settings.get("image_processor", settings)
+            if "image_mean" in settings and "image_std" in settings:
+                return dict(mean=settings["image_mean"], std=settings["image_std"])
+    return {}

@@ -1,0 +1,189 @@
+"""Text to ids and back, as the slow `LlamaTokenizer` of the original's transformers did it.
+
+Ids come from SentencePiece itself wherever `tokenizer.model` exists: the tokenizers that transformers 5 builds from the
+same file split differently around special tokens. What the slow class added to SentencePiece is little and stands here:
+special tokens are cut out of the text first, and each piece of text in between gets its own dummy prefix `▁` (`legacy`,
+the default) or, with `"legacy": false` in `tokenizer_config.json` (Vicuna 1.5), only the first one does.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Iterable
+
+from llavamed_jax.errors import UserError
+
+# One character of its own outside every vocabulary piece: SentencePiece spells it as a byte and starts afresh after it.
+_SEPARATOR = "\n"
+
+
+class Tokenizer:
+    """Ids of text. Make one with `load`.
+
+    Attributes:
+      vocab_size: number of ids that stand for text, added tokens included; a model's table may be longer (padded).
+      bos_id, eos_id, unk_id: special ids, None where there is none; bos_token, eos_token: their text, or "".
+      pad_id: the id that the original pads with and compares against: `unk` (spec 3.7), or `eos` without one.
+      is_legacy: whether text after a special token gets a dummy prefix.
+    """
+
+    def __init__(self, backend, added: dict[str, int], special: set[str], is_legacy: bool = True):
+        self._backend = backend
+        self.bos_id, self.eos_id, self.unk_id = backend.bos_id, backend.eos_id, backend.unk_id
+        self.pad_id = self.unk_id if self.unk_id is not None else self.eos_id
+        self.is_legacy = is_legacy
+        core = {backend.piece(i): i for i in (self.bos_id, self.eos_id, self.unk_id) if i is not None}
+        self._added = {**core, **added}
+        self._text_of = {i: text for text, i in self._added.items()}
+        self.bos_token, self.eos_token = (self._text_of.get(i, "") for i in (self.bos_id, self.eos_id))
+        self._special_ids = set(core.values()) | {i for text, i in added.items() if text in special}
+        self.vocab_size = max([backend.size - 1, *self._added.values()]) + 1
+        longest_first = sorted(self._added, key=len, reverse=True)
+        self._splitter = "(" + "|".join(map(re.escape, longest_first)) + ")"
+
+    def encode(self, text: str, bos: bool = True) -> list[int]:
+        """Ids of `text`; special tokens written out in it (`</s>`) become their ids."""
+        ids = [self.bos_id] if bos and self.bos_id is not None else []
+        is_first = True
+        for part in re.split(self._splitter, text):
+            if part in self._added:
+                ids.append(self._added[part])
+            elif part:
+                ids += self._backend.encode(part, has_prefix=self.is_legacy or is_first)
+            if part:
+                is_first = False
+        return ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of `ids` without special tokens. Ids that stand for no text (the padding of a table) give none.
+
+        Decoding a growing list gives growing text, except that an unfinished UTF-8 sequence shows as U+FFFD.
+        """
+        out, run = [], []
+        for i in map(int, ids):
+            if i in self._special_ids:
+                continue
+            if i in self._text_of:
+                out += [self._backend.decode(run), self._text_of[i]]
+                run = []
+            elif 0 <= i < self._backend.size:
+                run.append(i)
+        return "".join(out) + self._backend.decode(run)
+
+    def token_id(self, text: str) -> int | None:
+        """Id of a special or added token, or None."""
+        return self._added.get(text)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Tokenizer":
+        """Reads `path`: a directory with `tokenizer.model` or `tokenizer.json`, or one of these files itself.
+
+        Raises:
+          UserError: no tokenizer there, or a file that cannot be read.
+        """
+        path = Path(path)
+        directory, file = (path, find_tokenizer(path)) if path.is_dir() else (path.parent, path)
+        if file is None:
+            raise UserError(f"{path} holds no tokenizer: tokenizer.model or tokenizer.json was expected")
+        if not file.is_file():
+            raise UserError(f"the tokenizer file {file} does not exist")
+        settings = _read_json(directory / "tokenizer_config.json") if path.is_dir() else {}
+        if file.suffix == ".json":
+            backend = _HfBackend(file, settings)
+            added, special = backend.added()
+        else:
+            backend = _SentencePieceBackend(file)
+            added, special = _added_tokens(directory, settings) if path.is_dir() else ({}, set())
+        # transformers: a missing or null `legacy` means the old behaviour.
+        return cls(backend, added, special, is_legacy=settings.get("legacy") is not False)
+
+
+def find_tokenizer(directory: Path) -> Path | None:
+    """The file in `directory` that ids are read from: SentencePiece's own before transformers' conversion of it."""
+    return next((directory / n for n in ("tokenizer.model", "tokenizer.json") if (directory / n).is_file()), None)
+
+
+class _SentencePieceBackend:
+    def __init__(self, file: Path):
+        import sentencepiece
+
+        try:
+            self._sp = sentencepiece.SentencePieceProcessor(model_file=str(file))
+        except (RuntimeError, OSError) as error:
+            raise UserError(f"{file} is not a SentencePiece model") from error
+        self.size = self._sp.vocab_size()
+        self.bos_id, self.eos_id, self.unk_id = (
+            i if i >= 0 else None for i in (self._sp.bos_id(), self._sp.eos_id(), self._sp.unk_id()))
+        self._fresh = len(self._sp.encode(_SEPARATOR))
+
+    def piece(self, i: int) -> str:
+        return self._sp.id_to_piece(i)
+
+    def encode(self, text: str, has_prefix: bool) -> list[int]:
+        if has_prefix:
+            return self._sp.encode(text)
+        return self._sp.encode(_SEPARATOR + text)[self._fresh:]
+
+    def decode(self, ids: list[int]) -> str:
+        return self._sp.decode(ids)
+
+
+class _HfBackend:
+    """`tokenizer.json` through the `tokenizers` library; it splits special tokens itself, so text reaches it in pieces."""
+
+    def __init__(self, file: Path, settings: dict):
+        import tokenizers
+
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_file(str(file))
+        except Exception as error:  # the library raises bare Exception
+            raise UserError(f"{file} is not a tokenizer.json: {error}") from error
+        self.size = self._tokenizer.get_vocab_size(with_added_tokens=True)
+        names = [_content(settings.get(f"{kind}_token")) or default
+                 for kind, default in (("bos", "<s>"), ("eos", "</s>"), ("unk", "<unk>"))]
+        self.bos_id, self.eos_id, self.unk_id = map(self._tokenizer.token_to_id, names)
+        self._fresh = len(self.encode(_SEPARATOR, True))
+
+    def added(self) -> tuple[dict[str, int], set[str]]:
+        tokens = self._tokenizer.get_added_tokens_decoder()
+        return {t.content: i for i, t in tokens.items()}, {t.content for t in tokens.values() if t.special}
+
+    def piece(self, i: int) -> str:
+        return self._tokenizer.id_to_token(i)
+
+    def encode(self, text: str, has_prefix: bool) -> list[int]:
+        if has_prefix:
+            return self._tokenizer.encode(text, add_special_tokens=False).ids
+        return self._tokenizer.encode(_SEPARATOR + text, add_special_tokens=False).ids[self._fresh:]
+
+    def decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=False)
+
+
+def _added_tokens(directory: Path, settings: dict) -> tuple[dict[str, int], set[str]]:
+    """Tokens beyond the SentencePiece model and which of them are special, from transformers' three files."""
+    added = {text: int(i) for text, i in _read_json(directory / "added_tokens.json").items()}
+    special = set()
+    for i, entry in settings.get("added_tokens_decoder", {}).items():
+        added[entry["content"]] = int(i)
+        if entry.get("special"):
+            special.add(entry["content"])
+    for value in _read_json(directory / "special_tokens_map.json").values():
+        special.update(filter(None, map(_content, value if isinstance(value, list) else [value])))
+    return added, special
+
+
+def _content(token) -> str | None:
+    """The text of a token that transformers writes as a string or as an object."""
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _read_json(file: Path) -> dict:
+    if not file.is_file():
+        return {}
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{file} is no JSON: {error}") from error

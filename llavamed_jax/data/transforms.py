@@ -1,0 +1,95 @@
+"""Training records to rows of fixed length: pure functions of their arguments, run in the loader's worker processes.
+
+    tokens     [BOS] <image>  what  …  answer [EOS]
+    row        [BOS] i1 … iP  what  …  answer [EOS]  0 …  0        input_ids, IMAGE_TOKEN at i1 … iP
+    labels       -100 … -100  -100  …  answer [EOS] -100 …         not shifted
+    positions    0   1  …                                0 …
+    segment_ids  1   1  …                        1       0 …  0    0 is padding
+
+B rows of T positions; I image slots a row, H and W pixels. No JAX here: a worker process never touches a device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Sequence
+
+import numpy as np
+
+from llavamed_jax.config import IGNORE, IMAGE_TOKEN
+from llavamed_jax.data.processor import Processor
+from llavamed_jax.errors import UserError
+
+
+@dataclass(frozen=True)
+class Example:
+    """A tokenised record, images expanded and cut to length; its images are not read yet."""
+
+    ids: list[int]
+    labels: list[int]
+    images: list[str]
+    is_truncated: bool
+
+    @property
+    def is_supervised(self) -> bool:
+        return any(label != IGNORE for label in self.labels)
+
+
+def tokenize(record: dict, processor: Processor, max_length: int) -> Example:
+    """The first `max_length` positions of a record, never part of an image (the original may cut inside one).
+
+    Raises:
+      UserError: a conversation that the template cannot hold; it names the record.
+    """
+    try:
+        ids, labels = processor.training_example(record["conversations"], num_images=len(record["image"]))
+        ids, labels = processor.expand(ids, labels) if record["image"] else (ids, labels)
+    except ValueError as error:
+        raise UserError(f"record {record['id']!r}: {error}") from error
+    kept = cut(ids, max_length, processor.tokens_per_image)
+    num_images = ids[:kept].count(IMAGE_TOKEN) // processor.tokens_per_image if record["image"] else 0
+    return Example(ids[:kept], labels[:kept], record["image"][:num_images], kept < len(ids))
+
+
+def cut(ids: Sequence[int], max_length: int, tokens_per_image: int | None) -> int:
+    """How many positions of expanded `ids` stay: `max_length`, or fewer where that falls inside an image."""
+    if len(ids) <= max_length:
+        return len(ids)
+    if ids[max_length] != IMAGE_TOKEN or not max_length:
+        return max_length
+    inside = list(ids[:max_length]).count(IMAGE_TOKEN) % tokens_per_image
+    return max_length - inside
+
+
+def empty_batch(rows: int, length: int, num_images: int, image_size: int | None) -> dict[str, np.ndarray]:
+    """A batch of padding in row form: int32 [B,T] and, where the run has images, float32 [B,I,H,W,3] and int32 [B]."""
+    batch = dict(
+        input_ids=np.zeros((rows, length), np.int32), labels=np.full((rows, length), IGNORE, np.int32),
+        positions=np.zeros((rows, length), np.int32), segment_ids=np.zeros((rows, length), np.int32))
+    if num_images:
+        batch["pixel_values"] = np.zeros((rows, num_images, image_size, image_size, 3), np.float32)
+        batch["num_images"] = np.zeros(rows, np.int32)
+    return batch
+
+
+def fill_row(batch: dict[str, np.ndarray], row: int, example: Example, pixels: np.ndarray) -> None:
+    """Writes an example and its images, float32 [i,H,W,3], into a row of padding."""
+    n = len(example.ids)
+    batch["input_ids"][row, :n] = example.ids
+    batch["labels"][row, :n] = example.labels
+    batch["positions"][row, :n] = np.arange(n)
+    batch["segment_ids"][row, :n] = 1
+    if len(pixels):
+        batch["pixel_values"][row, :len(pixels)] = pixels
+        batch["num_images"][row] = len(pixels)
+
+
+def read_images(example: Example, processor: Processor) -> tuple[np.ndarray, dict | None]:
+    """Pixels of an example's images, float32 [i,H,W,3], or which image is broken and why."""
+    arrays = []
+    for source in example.images:
+        try:
+            arrays.append(processor.images([source])[0])
+        except UserError as error:
+            return np.zeros((0,)), {"image": source, "reason": str(error)}
+    return np.stack(arrays) if arrays else np.zeros((0,)), None
