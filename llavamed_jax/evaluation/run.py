@@ -44,12 +44,12 @@ class Evaluation:
         """Asks the model every question, and again with images exchanged where asked for; scores; writes the files."""
         name = vqa.model_name(checkpoint)
         predictions = vqa.predict(model, self.samples, self.generation, name)
-        self._write("predictions.jsonl", _jsonl(predictions))
+        self._write("predictions.jsonl", vqa.to_jsonl(predictions))
         control, extra = [], {}
         if with_control:
             shown = controls.exchanged_images(self.samples, self.cfg.seed)
             control = vqa.predict(model, self.samples, self.generation, name, shown, "images exchanged")
-            self._write("predictions_control_image.jsonl", _jsonl(control))
+            self._write("predictions_control_image.jsonl", vqa.to_jsonl(control))
         if self.cfg.organ_question:
             extra["organ"] = controls.organ_accuracy(lambda pairs: self._ask(model, pairs), self.samples)
         return self._finish(predictions, control, extra, {"checkpoint": checkpoint, "device": _device()})
@@ -101,7 +101,7 @@ class Evaluation:
 
     def _details(self, run: Mapping[str, str], predictions: Sequence[Mapping]) -> dict[str, dict]:
         packages = ("llavamed_jax", "jax", "flax", "transformers", "numpy", "pillow", "nltk")
-        hashes = {"predictions": _sha256(_jsonl(predictions).encode("utf-8"))}
+        hashes = {"predictions": _sha256(vqa.to_jsonl(predictions).encode("utf-8"))}
         root = Path(self.cfg.data.root)
         data = [root] if root.is_file() else sorted(root.glob("*.json"))
         files = [*data, *_checkpoint_files(run.get("checkpoint", ""))]
@@ -128,10 +128,6 @@ def _checkpoint_files(checkpoint: str) -> list[Path]:
 
 def _sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
-
-
-def _jsonl(objects: Sequence[Mapping]) -> str:
-    return "".join(json.dumps(each, ensure_ascii=False) + "\n" for each in objects)
 
 
 def _version(package: str) -> str:

@@ -9,7 +9,7 @@ import os
 import sys
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -71,9 +71,9 @@ def load_samples(
     read = readers[name]
     if not held_out:
         return read(root, split, protocol), read(root, "train", protocol)
-    names = _held_out_images(held_out)
     if name != "vqa_rad":
-        raise UsageError(f"data.held_out cuts VQA-RAD by image; {name} has splits without common images: data.split")
+        raise UsageError(f"data.held_out holds out images of VQA-RAD; {name} has splits without common images: data.split")
+    names = _held_out_images(held_out)
     rows = datasets.read_vqa_rad(root, "all", "clean")  # each row once, without the rephrasings of the paper's protocol
     asked = [sample for sample in rows if Path(sample.image).name in names]
     unknown = names - {Path(sample.image).name for sample in asked}
@@ -96,11 +96,14 @@ def _read_slake(root: str, split: str, protocol: str) -> list[VqaSample]:
 
 def _held_out_images(path: str) -> set[str]:
     try:
-        images = json.loads(Path(path).read_text(encoding="utf-8"))["images"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f'{path} is not readable as a JSON object {{"images": [names]}}: {error!r}') from error
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"data.held_out: {path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(f"data.held_out: {path} is no JSON: {error}") from error
+    images = content.get("images") if isinstance(content, dict) else None
     if not isinstance(images, list) or not images:
-        raise UserError(f'{path}: "images" was expected to be a list of at least one name')
+        raise UserError(f'data.held_out: {path} was expected to be {{"images": [at least one name]}}')
     return {str(image) for image in images}
 
 
@@ -245,6 +248,6 @@ def write_text(path: Path, text: str) -> None:
         raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
-def write_predictions(path: Path, predictions: Sequence[dict]) -> None:
-    """Writes `predictions.jsonl`."""
-    write_text(path, "".join(json.dumps(prediction, ensure_ascii=False) + "\n" for prediction in predictions))
+def to_jsonl(objects: Sequence[Mapping]) -> str:
+    """Objects as lines of JSON."""
+    return "".join(json.dumps(each, ensure_ascii=False) + "\n" for each in objects)
