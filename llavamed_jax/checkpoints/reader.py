@@ -90,21 +90,57 @@ def open_checkpoint(path: str | Path, vision_tower: str | Path | None = None, se
     Raises:
       UserError: no checkpoint, another architecture, or tensors that are missing, unexpected or misshapen.
     """
+    path, kind = _kind(path)
     # The two other kinds stand on this module, and Orbax takes seconds to import: both are fetched when needed.
-    directory = Path(path)
-    if str(path).startswith("preset:"):
+    if kind == "preset":
         from llavamed_jax.checkpoints.load import random_checkpoint
-        checkpoint = random_checkpoint(preset(str(path).removeprefix("preset:")), seed)
-    elif (directory / "model" / "config.json").is_file() or directory.parent.name == "checkpoints":
+        checkpoint = random_checkpoint(read_config(path), seed)
+    elif kind == "tree":
         from llavamed_jax.checkpoints.store import open_tree
-        checkpoint = open_tree(directory)
-    elif directory.is_dir():
-        return _open_torch(directory, vision_tower)
-    elif re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", str(path)):
-        raise UserError(f"{path} is no directory; names of a hub are not fetched: download it, then give its directory")
+        checkpoint = open_tree(path)
     else:
-        raise UserError(f"{path} is no directory; a checkpoint's directory or preset:NAME was expected")
+        return _open_torch(Path(path), vision_tower)
     return checkpoint if vision_tower is None else _with_tower(checkpoint, Path(vision_tower))
+
+
+def read_config(path: str | Path, vision_tower: str | Path | None = None) -> LlavaConfig:
+    """The config of a checkpoint of any kind; no weight file is touched, nor need be there.
+
+    Args and errors as of `open_checkpoint`.
+    """
+    path, kind = _kind(path)
+    if kind == "torch":
+        return _torch_config(Path(path), vision_tower)[0]
+    config = preset(path.removeprefix("preset:")) if kind == "preset" else tree_config(Path(path))
+    return config if vision_tower is None else _replace_tower(config, Path(vision_tower))
+
+
+def tree_root(path: Path) -> Path:
+    """The tree that a PATH means: itself, or of `DIR/checkpoints/STEP` DIR."""
+    return path.parents[1] if path.parent.name == "checkpoints" else path
+
+
+def tree_config(path: Path) -> LlavaConfig:
+    """The config of this project's own tree or of one of its steps."""
+    file = tree_root(path) / "model" / "config.json"
+    try:
+        return LlavaConfig.from_dict(read_json(file))
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{file} is no config of this project: {error}") from None
+
+
+def _kind(path: str | Path) -> tuple[str, str]:
+    """A PATH as text, and whether it is a `preset`, a `tree` or a directory in a `torch` layout."""
+    path = str(path)
+    if path.startswith("preset:"):
+        return path, "preset"
+    if (tree_root(Path(path)) / "model" / "config.json").is_file():
+        return path, "tree"
+    if Path(path).is_dir():
+        return path, "torch"
+    if re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", path):
+        raise UserError(f"{path} is no directory; names of a hub are not fetched: download it, then give its directory")
+    raise UserError(f"{path} is no directory; a checkpoint's directory or preset:NAME was expected")
 
 
 def text_files(directory: Path) -> dict[str, Path]:
@@ -121,7 +157,8 @@ def read_safetensors(directory: Path) -> dict[str, Tensor]:
         shards = {file.name: None for file in sorted(directory.glob("*.safetensors"))}
         if not shards:
             bins = sorted(p.name for p in directory.glob("*.bin"))
-            raise UserError(f"{directory} holds {'no weights' if not bins else f'its weights as {bins[0]}'}; .safetensors files were expected")
+            found = f"its weights as {bins[0]}" if bins else "no weights"
+            raise UserError(f"{directory} holds {found}; .safetensors files were expected")
     else:
         shards = {}
         for name, shard in read_json(index).get("weight_map", {}).items():
@@ -185,41 +222,50 @@ def _some(items: list[str], limit: int = 8) -> str:
     return ", ".join(items[:limit]) + (f" and {len(items) - limit} more" if len(items) > limit else "")
 
 
-def _open_torch(directory: Path, vision_tower: str | Path | None) -> Checkpoint:
+def _torch_config(directory: Path, vision_tower: str | Path | None) -> tuple[LlavaConfig, dict]:
+    """The config of a PyTorch layout, and `config.json` as it stands there."""
     if not (directory / "config.json").is_file():
         raise UserError(f"{directory} holds no config.json; a checkpoint's directory was expected")
     raw = read_json(directory / "config.json")
-    layout = "transformers" if "text_config" in raw else "llava"
-    tower_directory = Path(vision_tower) if vision_tower is not None else None
-    vision = None if tower_directory is None else _tower_config(tower_directory)
-    if vision is None and layout == "llava" and "vision_config" not in raw.get(OURS, {}):
-        named = _named_tower(directory, raw.get("mm_vision_tower"))
-        vision = None if named is None else _tower_config(named)
+    if vision_tower is None and "text_config" not in raw and "vision_config" not in raw.get(OURS, {}):
+        vision_tower = _named_tower(directory, raw.get("mm_vision_tower"))
+    vision = None if vision_tower is None else _tower_config(Path(vision_tower))
     try:
         config = LlavaConfig.from_hf(raw, vision)
     except UserError as error:
         raise UserError(f"{directory}: {error}") from None
-    config = config if vision is None else config.replace(vision=vision)
+    return config if vision is None else config.replace(vision=vision), raw
 
+
+def _open_torch(directory: Path, vision_tower: str | Path | None) -> Checkpoint:
+    config, raw = _torch_config(directory, vision_tower)
+    layout = "transformers" if "text_config" in raw else "llava"
     found = read_safetensors(directory)
-    is_tower = lambda key: key.startswith(("vision_tower.", "model.vision_tower."))
-    if tower_directory is not None:
+    named = raw.get("mm_vision_tower")
+    tower_directory = None
+    if vision_tower is not None:
+        tower_directory = Path(vision_tower)
         tower = f"{tower_directory}, as asked for"
-    elif layout == "transformers" or any(map(is_tower, found)):
+    elif layout == "transformers" or any(map(_is_tower, found)):
         tower = "the tensors in the checkpoint"
-    elif (tower_directory := _named_tower(directory, raw.get("mm_vision_tower"))) is not None:
+    elif (tower_directory := _named_tower(directory, named)) is not None:
         tower = f"{tower_directory}, which mm_vision_tower names"
     else:
-        raise UserError(f"{directory} holds no vision tower, and no directory {raw.get('mm_vision_tower')!r} that its "
-                        "config.json names lies inside or beside it; vision_tower=PATH was expected")
-    wanted = {n: s for n, s in names.torch_names(config, layout).items()
-              if tower_directory is None or not n.startswith("vision_tower/")}
-    ignore = names.is_buffer if tower_directory is None else lambda key: names.is_buffer(key) or is_tower(key)
+        raise UserError(f"{directory} holds no vision tower, and no directory {named!r} that its config.json names lies inside "
+                        "or beside it; vision_tower=PATH was expected")
+    spellings = names.torch_names(config, layout)
+    if tower_directory is not None:
+        spellings = {name: spelled for name, spelled in spellings.items() if not name.startswith("vision_tower/")}
+        found = {key: tensor for key, tensor in found.items() if not _is_tower(key)}
     rows = raw["text_config"].get("vocab_size", config.decoder.vocab_size) if layout == "transformers" else None
-    tensors = _canonical(match(directory, found, wanted, _torch_shapes(config, wanted, rows), ignore), config)
+    tensors = _canonical(match(directory, found, spellings, _torch_shapes(config, spellings, rows)), config)
     if tower_directory is not None:
         tensors |= _tower_tensors(config, tower_directory)
     return Checkpoint(config, layout, directory, tensors, text_files(directory), tower)
+
+
+def _is_tower(key: str) -> bool:
+    return key.startswith(("vision_tower.", "model.vision_tower."))
 
 
 def _torch_shapes(config: LlavaConfig, wanted: Iterable[str], rows: int | None = None) -> dict[str, tuple[int, ...]]:
@@ -268,10 +314,14 @@ def _tower_tensors(config: LlavaConfig, directory: Path) -> dict[str, Tensor]:
     return _canonical(found, config)
 
 
-def _with_tower(checkpoint: Checkpoint, directory: Path) -> Checkpoint:
+def _replace_tower(config: LlavaConfig, directory: Path) -> LlavaConfig:
     vision = _tower_config(directory)
-    if vision.hidden_size != checkpoint.config.vision.hidden_size:
-        raise UserError(f"the vision tower {directory} has width {vision.hidden_size}; the projector expects {checkpoint.config.vision.hidden_size}")
-    config = checkpoint.config.replace(vision=vision)
+    if vision.hidden_size != config.vision.hidden_size:
+        raise UserError(f"the vision tower {directory} has width {vision.hidden_size}; the projector expects {config.vision.hidden_size}")
+    return config.replace(vision=vision)
+
+
+def _with_tower(checkpoint: Checkpoint, directory: Path) -> Checkpoint:
+    config = _replace_tower(checkpoint.config, directory)
     kept = {name: t for name, t in checkpoint.tensors.items() if not name.startswith("vision_tower/")}
     return checkpoint.replace(config=config, tensors=kept | _tower_tensors(config, directory), tower=f"{directory}, as asked for")

@@ -30,7 +30,7 @@ import orbax.checkpoint as ocp
 from llavamed_jax.checkpoints import names
 from llavamed_jax.checkpoints.files import new_directory, read_json, write_json
 from llavamed_jax.checkpoints.load import flatten, nest
-from llavamed_jax.checkpoints.reader import Checkpoint, Tensor, match, read_safetensors, text_files
+from llavamed_jax.checkpoints.reader import Checkpoint, Tensor, match, read_safetensors, text_files, tree_config, tree_root
 from llavamed_jax.checkpoints.writer import Progress, write_safetensors
 from llavamed_jax.config import LlavaConfig
 from llavamed_jax.errors import UserError
@@ -66,15 +66,14 @@ def open_tree(path: str | Path) -> Checkpoint:
       UserError: tensors that are missing, unexpected or misshapen; a step that was asked for by name and is not intact.
     """
     path = Path(path)
-    if path.parent.name == "checkpoints":
-        root, step, damaged = path.parents[1], _step_number(path), []
-        damage = f"{path} does not exist" if not path.is_dir() else _damage(path, "params")
-        if step is None or damage:
-            raise UserError(damage or f"{path} is no step; DIR/checkpoints/STEP with a number was expected")
-    else:
-        root = path
+    root, config = tree_root(path), tree_config(path)
+    if root == path:
         step, damaged = newest_intact_step(root, "params")
-    config = LlavaConfig.from_dict(read_json(root / "model" / "config.json"))
+    else:
+        step, damaged = int(path.name) if path.name.isdigit() and path.is_dir() else None, []
+        damage = f"{path} does not exist; DIR/checkpoints/STEP was expected" if step is None else _damage(path, "params")
+        if damage:
+            raise UserError(damage)
     found = read_safetensors(root / "base")
     if step is not None:
         found |= _step_tensors(root / "checkpoints" / str(step))
@@ -86,10 +85,6 @@ def open_tree(path: str | Path) -> Checkpoint:
     for sentence in damaged:
         warnings.warn(sentence, stacklevel=2)
     return Checkpoint(config, "tree", root, tensors, text_files(root / "model"), "the tensors in the tree", step)
-
-
-def _step_number(path: Path) -> int | None:
-    return int(path.name) if path.name.isdigit() else None
 
 
 def _step_tensors(directory: Path) -> dict[str, Tensor]:

@@ -1,0 +1,3 @@
+from llavamed_jax.cli.convert import main
+
+raise SystemExit(main())

@@ -1,0 +1,146 @@
+"""`python -m convert`: weights in and out, and what a checkpoint holds."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+from tqdm import tqdm
+
+from llavamed_jax.checkpoints.files import new_directory
+from llavamed_jax.checkpoints.reader import Checkpoint, open_checkpoint, text_files
+from llavamed_jax.checkpoints.writer import export
+from llavamed_jax.cli.common import Parser, run
+from llavamed_jax.errors import UsageError
+
+_DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The exit status of `python -m convert ARGV`."""
+    return run(_program, argv)
+
+
+def _program(argv: list[str]) -> None:
+    parser = Parser(prog="python -m convert", description=__doc__)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, (add_flags, action) in COMMANDS.items():
+        command = commands.add_parser(name, help=action.__doc__, description=action.__doc__)
+        add_flags(command)
+        command.set_defaults(action=action)
+    args = parser.parse_args(argv)
+    args.action(args)
+
+
+def _checkpoint_flags(parser: argparse.ArgumentParser, path: str) -> None:
+    parser.add_argument(path, required=True, **_PATH) if path.startswith("--") else parser.add_argument(path, **_PATH)
+    parser.add_argument("--vision_tower", metavar="PATH", help="a CLIP tower that is taken instead of the checkpoint's own")
+    parser.add_argument("--tokenizer", metavar="PATH", help="the directory, or the tokenizer.model, to take the tokenizer from")
+    parser.add_argument("--template", metavar="NAME", help="the conversation template that the result names, such as v1.5:mistral_instruct")
+    parser.add_argument("--dtype", choices=_DTYPES, help="of every tensor; without it each keeps its own")
+
+
+_PATH = dict(metavar="PATH", help="a directory in a PyTorch layout, a tree of this project or a step of it, or preset:NAME")
+
+
+def _open(path: str, args: argparse.Namespace) -> Checkpoint:
+    checkpoint = open_checkpoint(path, args.vision_tower).cast(_DTYPES.get(args.dtype))
+    if args.template is not None:
+        checkpoint = checkpoint.replace(config=checkpoint.config.replace(template=args.template))
+    if args.tokenizer is not None:
+        source = Path(args.tokenizer)
+        files = {"tokenizer.model": source} if source.is_file() and source.suffix == ".model" else text_files(source)
+        if not any(name.startswith("tokenizer") for name in files):
+            raise UsageError(f"--tokenizer {source} holds no tokenizer.model and no tokenizer.json")
+        preprocessor = {n: f for n, f in checkpoint.files.items() if n == "preprocessor_config.json"}
+        checkpoint = checkpoint.replace(files={**preprocessor, **files})
+    print(f"{path}: {checkpoint.layout} layout, vision tower: {checkpoint.tower}")
+    return checkpoint
+
+
+def _bar(names: Iterable[str]) -> Iterable[str]:
+    return tqdm(names, unit="tensor", disable=None)  # None: silent where stderr is no terminal
+
+
+def _report(checkpoint: Checkpoint, out: str) -> None:
+    size = sum(math.prod(t.shape) * t.dtype.itemsize for t in checkpoint.tensors.values())
+    print(f"wrote {len(checkpoint.tensors)} tensors, {_bytes(size)}, to {out}")
+
+
+def _import_flags(parser: argparse.ArgumentParser) -> None:
+    _checkpoint_flags(parser, "--checkpoint")
+    parser.add_argument("--out", required=True, metavar="DIR", help="a new directory for the tree")
+
+
+def _import(args: argparse.Namespace) -> None:
+    """Turn a checkpoint into a tree of this project."""
+    from llavamed_jax.checkpoints.store import write_model  # Orbax: not needed by the other commands
+    checkpoint = _open(args.checkpoint, args)
+    with new_directory(args.out) as out:
+        write_model(out, checkpoint, progress=_bar)
+    _report(checkpoint, args.out)
+
+
+def _export_flags(parser: argparse.ArgumentParser) -> None:
+    _import_flags(parser)
+    parser.add_argument("--layout", required=True, choices=("transformers", "llava"),
+                        help="transformers: LlavaForConditionalGeneration; llava: the original's own")
+
+
+def _export(args: argparse.Namespace) -> None:
+    """Write a checkpoint in a PyTorch layout."""
+    checkpoint = _open(args.checkpoint, args)
+    export(checkpoint, args.out, args.layout, _bar)
+    _report(checkpoint, args.out)
+
+
+def _inspect_flags(parser: argparse.ArgumentParser) -> None:
+    _checkpoint_flags(parser, "path")
+
+
+def _inspect(args: argparse.Namespace) -> None:
+    """Print what a checkpoint holds."""
+    checkpoint = _open(args.path, args)
+    cfg, v, d = checkpoint.config, checkpoint.config.vision, checkpoint.config.decoder
+    tokenizer = next((n for n in ("tokenizer.model", "tokenizer.json") if n in checkpoint.files), "none")
+    window = f", window {d.sliding_window}" if d.sliding_window else ""
+    step = f", step {checkpoint.step}" if checkpoint.step is not None else ""
+    rows = [
+        ("layout", f"{checkpoint.layout}{step}"),
+        ("vision tower", f"{v.num_layers} layers, width {v.hidden_size}, {v.num_heads} heads, {v.image_size} px, patch {v.patch_size}"),
+        ("", f"feature layer {cfg.feature_layer}, {cfg.feature_select}: {cfg.tokens_per_image} tokens an image; {cfg.image_aspect_ratio}"),
+        ("projector", f"{cfg.projector_type}, {v.hidden_size} -> {d.hidden_size}"),
+        ("decoder", f"{d.architecture}, {d.num_layers} layers, width {d.hidden_size}, {d.num_heads} heads, {d.num_kv_heads} of keys"),
+        ("", f"vocabulary {d.vocab_size}, feed-forward {d.intermediate_size}, theta {d.rope_theta:g}, eps {d.rms_norm_eps:g}{window}"),
+        ("tokenizer", tokenizer),
+        ("template", cfg.template or "by model type"),
+    ]
+    for label, text in rows:
+        print(f"{label:<13} {text}")
+    print(f"\n{'part':<13} {'tensors':>8} {'parameters':>15}  dtype")
+    unused = set(checkpoint.unused)
+    parts = {part: [n for n in checkpoint.tensors if n.startswith(part) and n not in unused]
+             for part in ("vision_tower", "projector", "decoder")}
+    for part, members in {**parts, "unused": unused, "all": checkpoint.tensors}.items():
+        tensors = [checkpoint.tensors[name] for name in members]
+        dtypes = ", ".join(sorted({t.dtype.name for t in tensors}))
+        print(f"{part:<13} {len(tensors):>8} {sum(math.prod(t.shape) for t in tensors):>15,}  {dtypes}")
+
+
+def _bytes(size: int) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB"
+
+
+COMMANDS = {
+    "import": (_import_flags, _import),
+    "export": (_export_flags, _export),
+    "inspect": (_inspect_flags, _inspect),
+}
+
+if __name__ == "__main__":
+    sys.exit(main())
