@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Sequence
 
 from llavamed_jax.data.conversation import IMAGE_MARKER
 from llavamed_jax.errors import UserError

@@ -7,8 +7,8 @@ beginning with the user's; a last turn of None leaves the assistant's place open
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Callable, Sequence
 
 from llavamed_jax.config import IGNORE
 from llavamed_jax.errors import UserError

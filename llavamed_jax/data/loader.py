@@ -11,9 +11,9 @@ from __future__ import annotations
 import json
 import os
 import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing import parent_process
-from typing import Callable, Iterator
 
 import grain
 import numpy as np

@@ -10,8 +10,8 @@ B, H, W and I are rows, height, width and images; P is the number of positions o
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Iterable, Sequence
 
 import numpy as np
 
@@ -20,8 +20,7 @@ from llavamed_jax.checkpoints.files import read_json
 from llavamed_jax.config import IGNORE, IMAGE_TOKEN, OURS, LlavaConfig
 from llavamed_jax.data import chat as chats
 from llavamed_jax.data import images as pixels
-from llavamed_jax.data.conversation import (IMAGE_MARKER, Template, get_template, image_first, render, supervise,
-                                            training_turns)
+from llavamed_jax.data.conversation import IMAGE_MARKER, Template, get_template, image_first, render, supervise, training_turns
 from llavamed_jax.data.tokenizer import Tokenizer, find_tokenizer
 from llavamed_jax.errors import UserError
 
@@ -66,20 +65,19 @@ class Processor:
 
         Args:
           path: a directory with `config.json` (as released, or transformers'), this project's tree or one step of it,
-            or a tokenizer's file or directory.
+            `preset:NAME`, or a tokenizer's file or directory.
           template: `ORIGIN:NAME` or a bare name; None follows the checkpoint.
           image_size, image_mode: for a bare tokenizer, which knows neither; `image_mode` also overrides a checkpoint's.
           tokenizer: another tokenizer's file or directory.
         Raises:
           UserError: nothing there, a file that cannot be read, or an unknown template or mode.
         """
-        path = Path(path)
-        directory = _model_directory(path)
-        if directory is None:
-            if not path.exists():
+        directory = _model_directory(Path(path))
+        if directory is None and not str(path).startswith("preset:"):
+            if not Path(path).exists():
                 raise UserError(f"{path} does not exist; a checkpoint's directory or a tokenizer was expected")
             return cls(None, Tokenizer.load(tokenizer or path), template, image_size, image_mode)
-        return cls._from_files(_read_config(directory), directory, tokenizer, template, image_size, image_mode)
+        return cls._from_files(reader.read_config(path), directory, tokenizer, template, image_size, image_mode)
 
     @classmethod
     def from_checkpoint(cls, checkpoint: reader.Checkpoint, tokenizer: str | Path | None = None, template: str | None = None,
@@ -237,14 +235,6 @@ def _model_directory(path: Path) -> Path | None:
     """Where `config.json` and tokenizer files lie for a checkpoint PATH, None for something else."""
     candidates = [path / "model", path, path.parent.parent / "model"] if path.parent.name == "checkpoints" else [path / "model", path]
     return next((c for c in candidates if (c / "config.json").is_file()), None)
-
-
-def _read_config(directory: Path) -> LlavaConfig:
-    config = read_json(directory / "config.json")
-    if config.get("model_type") == "llavamed_jax":
-        return LlavaConfig.from_dict(config)
-    tower = reader._named_tower(directory, config.get("mm_vision_tower"))
-    return LlavaConfig.from_hf(config, reader._tower_config(tower) if tower else None)
 
 
 def _default_template(config: LlavaConfig | None) -> str:

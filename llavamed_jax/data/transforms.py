@@ -11,8 +11,8 @@ B rows of T positions; I image slots a row, H and W pixels. No JAX here: a worke
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Sequence
 
 import numpy as np
 
