@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Mapping
+from typing import Any
 
 from llavamed_jax.errors import UserError
 
@@ -149,7 +150,7 @@ class DecoderConfig:
                    hidden_act="silu", rms_norm_eps=self.rms_norm_eps, rope_theta=self.rope_theta,
                    rope_parameters={"rope_type": "default", "rope_theta": self.rope_theta},
                    max_position_embeddings=self.max_position_embeddings, tie_word_embeddings=self.tie_word_embeddings,
-                   attention_bias=False, mlp_bias=False, attention_dropout=0.0, bos_token_id=self.bos_token_id,
+                   attention_bias=False, mlp_bias=False, bos_token_id=self.bos_token_id,
                    eos_token_id=self.eos_token_id, pad_token_id=self.pad_token_id)
         if self.architecture == "mistral":
             out["sliding_window"] = self.sliding_window
@@ -235,7 +236,7 @@ class LlavaConfig:
         if set(d) - known:
             raise UserError(f"config.json has the unknown keys {sorted(set(d) - known)}")
         return cls(**{**d, "vision": VisionConfig(**d["vision"]), "decoder": DecoderConfig(**d["decoder"]),
-                      "extra": json.dumps(d.get("extra", {}))})
+                      "extra": json.dumps(d.get("extra", {}), sort_keys=True)})
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any], vision: VisionConfig | None = None) -> "LlavaConfig":
@@ -283,17 +284,23 @@ _ORIGINAL_KEYS = {
     "tokenizer_model_max_length", "mm_use_im_start_end", "vocab_size", "hidden_size", "intermediate_size",
     "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps", "rope_theta",
     "rope_parameters", "rope_scaling", "max_position_embeddings", "sliding_window", "tie_word_embeddings",
-    "hidden_act", "attention_bias", "mlp_bias", "bos_token_id", "eos_token_id", "pad_token_id", "mm_hidden_size", OURS,
+    "hidden_act", "attention_bias", "mlp_bias", "bos_token_id", "eos_token_id", "pad_token_id", "mm_hidden_size",
+    "dtype", "torch_dtype", OURS,
 }
 _TRANSFORMERS_KEYS = {
     "model_type", "text_config", "vision_config", "projector_hidden_act", "multimodal_projector_bias",
     "vision_feature_layer", "vision_feature_select_strategy", "image_token_index", "image_token_id", "image_seq_length",
-    "tie_word_embeddings", OURS,
+    "tie_word_embeddings", "dtype", "torch_dtype", OURS,
+}
+# What the original's loader reads beside the model's shape, for models that did not come from its layout.
+_ORIGINAL_DEFAULTS = {
+    "mm_vision_tower": "vision_tower", "use_mm_proj": True, "use_cache": True,
+    "mm_use_im_patch_token": False, "mm_patch_merge_type": "flat", "tokenizer_padding_side": "right",
 }
 
 
 def _extra(config: Mapping[str, Any], modelled: set[str]) -> str:
-    return json.dumps({k: v for k, v in config.items() if k not in modelled})
+    return json.dumps({k: v for k, v in config.items() if k not in modelled}, sort_keys=True)
 
 
 def _from_original(cls, config, vision):
@@ -319,11 +326,10 @@ def _from_original(cls, config, vision):
 def _to_original(cfg: LlavaConfig) -> dict:
     is_theirs = cfg.source != "transformers"  # only then do the keys that travel belong to this layout
     kind = cfg.source if is_theirs else f"llava_{cfg.decoder.architecture}"
-    architecture = "LlavaMistralForCausalLM" if kind == "llava_mistral" else "LlavaLlamaForCausalLM"
+    architectures = ["LlavaMistralForCausalLM" if kind == "llava_mistral" else "LlavaLlamaForCausalLM"]
+    travelled = json.loads(cfg.extra) if is_theirs else {}
     return {
-        **cfg.decoder.to_hf(), "architectures": [architecture], "use_cache": True, "mm_vision_tower": "vision_tower",
-        "use_mm_proj": True, "mm_use_im_patch_token": False, "mm_patch_merge_type": "flat",
-        "tokenizer_padding_side": "right", **(json.loads(cfg.extra) if is_theirs else {}),
+        **cfg.decoder.to_hf(), **(travelled or {**_ORIGINAL_DEFAULTS, "architectures": architectures}),
         "model_type": kind, "mm_hidden_size": cfg.vision.hidden_size, "mm_projector_type": cfg.projector_type,
         "mm_vision_select_layer": cfg.feature_layer, "mm_vision_select_feature": cfg.feature_select,
         "mm_use_im_start_end": cfg.use_start_end, "image_aspect_ratio": cfg.image_aspect_ratio,
@@ -352,7 +358,7 @@ def _from_transformers(cls, config):
         max_length=ours.get("max_length"), use_start_end=ours.get("use_start_end", False), template=ours.get("template"),
         source=ours.get("source", "transformers"),
         image_token_id=config.get("image_token_index", config.get("image_token_id", 32000)),
-        extra=json.dumps(ours["extra"]) if "extra" in ours else _extra(config, _TRANSFORMERS_KEYS))
+        extra=json.dumps(ours["extra"], sort_keys=True) if "extra" in ours else _extra(config, _TRANSFORMERS_KEYS))
     # Rows that our export added go again; a table that was resized since is taken as it is.
     bare = cfg.replace(image_token_id=None, decoder=dataclasses.replace(
         cfg.decoder, vocab_size=ours.get("vocab_size", cfg.decoder.vocab_size)))
@@ -362,7 +368,8 @@ def _from_transformers(cls, config):
 
 def _to_transformers(cfg: LlavaConfig) -> dict:
     if cfg.projector_type != "mlp2x_gelu":
-        raise UserError(f"transformers' llava layout holds two-layer projectors only; this model's is {cfg.projector_type!r}: use --layout llava")
+        raise UserError(f"transformers' llava layout holds two-layer projectors only; this model's is {cfg.projector_type!r}: "
+                        "--layout llava holds it")
     vocabulary = cfg.decoder.vocab_size
     image_token = cfg.image_token_id if cfg.image_token_id is not None else vocabulary
     is_theirs = cfg.source == "transformers"
