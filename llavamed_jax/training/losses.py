@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-IGNORE = -100  # the label of a position that is not supervised; PyTorch's convention, which the data follows
+from llavamed_jax.config import IGNORE
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array, segment_ids: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -57,23 +57,26 @@ def batch_counts(batch: Mapping[str, np.ndarray]) -> dict[str, int]:
     A row's segments are numbered from 1, so its highest segment id is its number of samples.
     """
     segments = batch["segment_ids"]  # [B,T]
-    slots = batch["pixel_values"].shape[0] * batch["pixel_values"].shape[1] if "pixel_values" in batch else 0
+    images = batch.get("num_images", np.zeros(0, int))  # [B]; a run on text alone has none
+    slots = images.size * batch["pixel_values"].shape[1] if images.size else 0
     return dict(samples=int(segments.max(axis=1).sum()), tokens=int((segments != 0).sum()), positions=segments.size,
-                images=int(batch["num_images"].sum()), image_slots=slots)
+                images=int(images.sum()), image_slots=slots)
 
 
 class MetricsWriter:
     """Writes the metrics of a run that begins at `step`; what an interrupted run logged after that is taken back.
 
     Args:
-      workdir: gets `metrics.jsonl` and `tensorboard/`.
+      workdir: gets `metrics.jsonl`, `tensorboard/`, and `skipped.jsonl` where there is something to put in it.
       step: updates done so far.
       total_steps: of the whole run.
       name: in front of the progress.
     """
 
     def __init__(self, workdir: Path, step: int, total_steps: int, name: str):
-        cut_back(workdir / "metrics.jsonl", step)
+        for log in ("metrics.jsonl", "skipped.jsonl"):
+            cut_back(workdir / log, step)
+        self._skipped = workdir / "skipped.jsonl"
         self._file = open(workdir / "metrics.jsonl", "a")
         self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
         self._total = total_steps
@@ -95,6 +98,12 @@ class MetricsWriter:
             if value is not None:
                 self._board.add_scalar(key, value, step)
         self.say(f"{self._name} {step}/{self._total} · " + " · ".join(_shown(metrics)))
+
+    def skipped(self, step: int, entries: Iterable[Mapping]) -> None:
+        """A line of `skipped.jsonl` for each sample that an update had to do without."""
+        for entry in entries:
+            with open(self._skipped, "a") as file:
+                file.write(json.dumps({"step": step, **entry}) + "\n")
 
     def say(self, text: str) -> None:
         """A line on stdout that leaves the bar whole."""

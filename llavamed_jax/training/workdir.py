@@ -6,7 +6,7 @@ import contextlib
 import fcntl
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -19,9 +19,10 @@ MAY_DIFFER = ("epochs", "total_steps", "log_every", "checkpoint.", "data.workers
 
 
 @contextlib.contextmanager
-def locked(workdir: Path) -> Iterator[None]:
+def locked(workdir: Path) -> Iterator[Callable[[], None]]:
     """Holds the directory for one run; the kernel lets go of it however the process ends.
 
+    Yields a function that signs the lock, for the message that others get: a run that has nothing to do leaves no trace.
     Raises:
       UserError: another run holds it.
     """
@@ -35,10 +36,13 @@ def locked(workdir: Path) -> Iterator[None]:
         except OSError:
             file.seek(0)
             raise UserError(f"the workdir {workdir} is in use by another run (process {file.read().strip() or 'unknown'})") from None
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        yield
+
+        def sign():
+            file.truncate(0)
+            file.write(str(os.getpid()))
+            file.flush()
+
+        yield sign
 
 
 def read_recipe(workdir: Path, cfg: ConfigDict) -> dict:

@@ -1,0 +1,62 @@
+"""Stage 2, instruction tuning: conversations about figures train projector and decoder; the tower stays as it is.
+
+    python train.py --config configs/finetune.py:v1 --workdir runs/finetune --config.init=runs/pretrain
+"""
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+from llavamed_jax.cli.common import recipe_arguments
+
+# family: epochs, batch size, template.
+# v1 is LLaVA-Med v1.0's README (its command makes batches of 64, the paper's table says 128); llava15 is LLaVA-1.5's
+# scripts/v1_5/finetune.sh. The recipe of LLaVA-Med v1.5 was never published: v15 takes LLaVA-1.5's batches and v1's epochs,
+# which is our choice. All three: learning rate 2e-5.
+PUBLISHED = {"v15": (3, 128, "v1.5:mistral_instruct"), "v1": (3, 64, "v1.0:v1"), "llava15": (1, 128, "up:vicuna_v1")}
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    args = recipe_arguments(arg, epochs=0)  # 0: as published
+    epochs, batch_size, template = PUBLISHED[args.family]
+
+    c = ConfigDict()
+    c.name = "finetune"
+    c.init = "preset:small" if args.small else "runs/pretrain"
+    c.vision_tower = placeholder(str)
+    c.tokenizer = placeholder(str)
+    c.template = template
+
+    c.data = ConfigDict()
+    c.data.train = "data/instruct/llava_med_instruct_60k_inline_mention.json"
+    c.data.images = "data/images"
+    c.data.validation = placeholder(str)
+    c.data.protocol = placeholder(str)
+    c.data.packing = False  # several samples a row of row_length tokens (0: picked); not available yet
+    c.data.row_length = 0
+    c.data.mean_length = 1080  # tokens a sample, image included: for planning where no data is at hand
+    c.data.workers = 8
+
+    c.batch_size = batch_size  # samples an update
+    c.micro_batches = 8
+    c.epochs = args.epochs or epochs
+    c.total_steps = placeholder(int)  # in place of epochs
+    c.max_length = 2048
+    c.trainable = ("projector/.*", "decoder/.*")
+
+    c.optimizer = ConfigDict(dict(  # HF's Trainer, with which all of them train: AdamW, cosine to 0
+        learning_rate=2e-5, warmup_ratio=0.03, weight_decay=0.0, clip_norm=1.0, b1=0.9, b2=0.999, eps=1e-8,
+        mu_dtype="float32", overrides=()))
+
+    c.mesh = ConfigDict(dict(data=1, fsdp=-1, tp=1, slices=1, auto=False))
+    c.remat = "full"
+    c.attention = "auto"
+    c.checkpoint = ConfigDict(dict(every_steps=500, every_minutes=30.0, keep=2, keep_best=False))
+    c.log_every = 10
+    c.seed = 42
+
+    if args.small:  # on a CPU, from random weights, on the sample that comes along
+        c.tokenizer = "samples/vqa_rad/tokenizer.model"
+        c.data.update(train="samples/vqa_rad/instruct.json", images="samples/vqa_rad/images", mean_length=100, workers=0)
+        c.update(batch_size=8, micro_batches=1, max_length=160, remat="none")
+        c.log_every = 1
+    return c

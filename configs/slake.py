@@ -1,0 +1,59 @@
+"""Stage 3 on SLAKE: short answers to clinicians' questions, trained as in stage 2.
+
+    python train.py --config configs/slake.py --workdir runs/slake --config.data.train=DIRECTORY_OF_SLAKE
+"""
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+from llavamed_jax.cli.common import recipe_arguments
+
+# LLaVA-Med v1.0's README for all families: batches of 64, 2e-5, 3 epochs (its released weights: 9, the paper's best rows: 15).
+# LLaVA-Med v1.5's own recipe was never published; to use the same numbers for it is our choice.
+TEMPLATES = {"v15": "v1.5:mistral_instruct", "v1": "v1.0:v1", "llava15": "up:vicuna_v1"}
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    args = recipe_arguments(arg, epochs=3)
+
+    c = ConfigDict()
+    c.name = "slake"
+    c.init = "preset:small" if args.small else "runs/finetune"
+    c.vision_tower = placeholder(str)
+    c.tokenizer = placeholder(str)
+    c.template = TEMPLATES[args.family]
+
+    c.data = ConfigDict()
+    c.data.train = "data/slake"  # the official layout
+    c.data.images = placeholder(str)  # beside the questions
+    c.data.validation = placeholder(str)
+    c.data.protocol = placeholder(str)
+    c.data.packing = False  # several samples a row of row_length tokens (0: picked); not available yet
+    c.data.row_length = 0
+    c.data.mean_length = 620  # tokens a sample, image included: for planning where no data is at hand
+    c.data.workers = 8
+
+    c.batch_size = 64  # samples an update
+    c.micro_batches = 8
+    c.epochs = args.epochs
+    c.total_steps = placeholder(int)  # in place of epochs
+    c.max_length = 2048
+    c.trainable = ("projector/.*", "decoder/.*")
+
+    c.optimizer = ConfigDict(dict(  # HF's Trainer, with which all of them train: AdamW, cosine to 0
+        learning_rate=2e-5, warmup_ratio=0.03, weight_decay=0.0, clip_norm=1.0, b1=0.9, b2=0.999, eps=1e-8,
+        mu_dtype="float32", overrides=()))
+
+    c.mesh = ConfigDict(dict(data=1, fsdp=-1, tp=1, slices=1, auto=False))
+    c.remat = "full"
+    c.attention = "auto"
+    c.checkpoint = ConfigDict(dict(every_steps=100, every_minutes=30.0, keep=2, keep_best=False))
+    c.log_every = 10
+    c.seed = 42
+
+    if args.small:  # on a CPU, from random weights; the questions are SLAKE's own all the same
+        c.tokenizer = "samples/vqa_rad/tokenizer.model"
+        c.data.update(mean_length=70, workers=0)
+        c.update(batch_size=8, micro_batches=1, max_length=160, remat="none")
+        c.log_every = 1
+    return c

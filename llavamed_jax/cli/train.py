@@ -1,0 +1,30 @@
+"""Trains a recipe. Flags and exit statuses only; the work is `training.trainer.fit`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from llavamed_jax.cli import common
+
+_USAGE = """\
+examples:
+  train.py --config configs/pretrain.py --workdir runs/pretrain --config.data.train=alignment.json
+  train.py --config configs/vqa_rad.py:v15,epochs=9 --workdir runs/vqa_rad --config.init=runs/finetune
+
+Started again with the same workdir, a run goes on from its newest intact step.
+exit status: 0 done; 1 failed; 2 wrong flag, config key or value; 75 stopped by a signal with everything saved
+"""
+
+
+def train(argv: list[str]) -> int:
+    parser = common.Parser(prog="train.py", description="Trains a recipe.", epilog=_USAGE)
+    parser.add_argument("--config", required=True, metavar="FILE.py[:ARGUMENTS]", help="the recipe; --config.KEY=VALUE changes one key")
+    parser.add_argument("--workdir", required=True, metavar="DIR", help="where the run lies; made if it does not exist")
+    args, overrides = parser.parse_with_overrides(argv)
+    config = common.load_config(args.config, overrides)
+    from llavamed_jax.training.trainer import fit  # imports jax, which a wrong command line need not wait for
+    return 0 if fit(config, args.workdir) else common.EXIT_SAVED
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return common.run(train, argv)

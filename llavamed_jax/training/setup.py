@@ -1,0 +1,159 @@
+"""From a recipe to what a run works with: the model it starts from, its data, its optimizer, its place on the devices."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+
+from llavamed_jax.checkpoints.load import flatten, load_params, random_checkpoint
+from llavamed_jax.checkpoints.reader import Checkpoint, open_checkpoint, text_files
+from llavamed_jax.config import preset
+from llavamed_jax.data import datasets, loader
+from llavamed_jax.data.processor import Processor
+from llavamed_jax.data.tokenizer import Tokenizer
+from llavamed_jax.errors import UsageError, UserError
+from llavamed_jax.models import llava
+from llavamed_jax.parallel.mesh import make_mesh
+from llavamed_jax.training import optimizer as optimizers
+from llavamed_jax.training import state as states
+from llavamed_jax.training.state import TrainState
+
+PRESET = "preset:"
+
+
+def open_start(cfg: ConfigDict) -> Checkpoint:
+    """The checkpoint that `init` names, with the recipe's tokenizer and template in place of its own.
+
+    A preset takes its vocabulary from the tokenizer. The template goes into the config that the run writes, so that the
+    model is asked as it was trained; `plain`, which has no roles, is a way to train and not to ask.
+    """
+    if cfg.init.startswith(PRESET):
+        if cfg.tokenizer is None:
+            raise UsageError(f"the config key 'init' is {cfg.init!r}, which has no tokenizer: "
+                             "'tokenizer' was expected to name a tokenizer.model or a directory with one")
+        tokenizer = Tokenizer.load(cfg.tokenizer)
+        config = preset(cfg.init.removeprefix(PRESET))
+        config = config.replace(decoder=replace(config.decoder, vocab_size=tokenizer.vocab_size, bos_token_id=tokenizer.bos_id,
+                                                eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.pad_id))
+        checkpoint = random_checkpoint(config, cfg.seed)
+    else:
+        checkpoint = open_checkpoint(cfg.init, cfg.vision_tower)
+    if cfg.tokenizer is not None:
+        path = Path(cfg.tokenizer)
+        files = text_files(path) if path.is_dir() else {path.name: path}
+        kept = {name: file for name, file in checkpoint.files.items() if not name.startswith(("tokenizer", "added_", "special_"))}
+        checkpoint = checkpoint.replace(files={**kept, **files})
+    if cfg.template is not None and cfg.template.rpartition(":")[2] != "plain":
+        checkpoint = checkpoint.replace(config=checkpoint.config.replace(template=cfg.template))
+    return checkpoint
+
+
+@dataclass(frozen=True)
+class Data:
+    """Training and validation records, and how rows are made of them."""
+
+    cfg: ConfigDict
+    processor: Processor
+    train: datasets.TrainingData
+    validation: datasets.TrainingData | None
+
+    @classmethod
+    def open(cls, cfg: ConfigDict, checkpoint: Checkpoint) -> "Data":
+        processor = Processor.from_checkpoint(checkpoint, tokenizer=cfg.tokenizer, template=cfg.template)
+        read = lambda path, split: datasets.read_training(path, cfg.data.images, cfg.data.protocol or "clean", split)
+        validation = read(cfg.data.validation, "validation") if cfg.data.validation else None
+        return cls(cfg, processor, read(cfg.data.train, "train"), validation)
+
+    def total_steps(self) -> int:
+        """Updates of the run: `total_steps`, or the whole batches that `epochs` give (HF's count; spec 4.1)."""
+        if self.cfg.total_steps is not None:
+            return self.cfg.total_steps
+        return max(1, len(self.train) // self.cfg.batch_size) * self.cfg.epochs
+
+    def training_batches(self) -> loader.Loader:
+        """The endless stream of training batches."""
+        return loader.batches(self.train, self.processor, self.cfg.batch_size, max_length=self.cfg.max_length,
+                              seed=self.cfg.seed, workers=self.cfg.data.workers, epochs=None, shuffle=True,
+                              process_index=jax.process_index(), process_count=jax.process_count())
+
+    def validation_batches(self) -> loader.Loader:
+        """The validation records once; the last batch is filled up with empty rows."""
+        return loader.batches(self.validation, self.processor, self.cfg.batch_size, max_length=self.cfg.max_length,
+                              seed=self.cfg.seed, workers=0, epochs=1, shuffle=False,
+                              process_index=jax.process_index(), process_count=jax.process_count())
+
+
+@dataclass(frozen=True)
+class Program:
+    """What is compiled: model, optimizer, and where each part of the state lies."""
+
+    model: llava.Llava
+    mesh: Mesh
+    optimizer: optax.GradientTransformation
+    schedule: optax.Schedule
+    shardings: TrainState
+    trainable: tuple[str, ...]
+
+    @classmethod
+    def build(cls, cfg: ConfigDict, checkpoint: Checkpoint, mesh: Mesh, total_steps: int) -> "Program":
+        dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+        abstract = llava.abstract_params(checkpoint.config, scan=True)
+        names = list(states.partition(abstract, cfg.trainable)[0])
+        optimizer, schedule = optimizers.build(cfg.optimizer, total_steps, names)
+        shardings = states.state_shardings(abstract, cfg.trainable, optimizer, mesh)
+        model = llava.Llava(checkpoint.config, dtype, scan=True, remat=cfg.remat)
+        return cls(model, mesh, optimizer, schedule, shardings, tuple(cfg.trainable))
+
+    def initial_state(self, checkpoint: Checkpoint) -> TrainState:
+        return states.create(load_params(checkpoint, scan=True), self.trainable, self.optimizer, self.mesh, self.model.dtype)
+
+    def trained_names(self) -> list[str]:
+        """Names on disk, one a layer, of what is trained."""
+        abstract, _ = states.partition(llava.abstract_params(self.model.cfg, scan=True), self.trainable)
+        return list(to_disk(jax.eval_shape(lambda: {n: jnp.zeros(x.shape) for n, x in abstract.items()})))
+
+
+def open_mesh(cfg: ConfigDict) -> Mesh:
+    """The recipe's mesh over all devices, over which its batches must divide."""
+    mesh = make_mesh({axis: cfg.mesh[axis] for axis in ("data", "fsdp", "tp")})
+    rows = mesh.shape["data"] * mesh.shape["fsdp"] * cfg.micro_batches
+    if cfg.batch_size % rows:
+        raise UsageError(f"the config key 'batch_size' is {cfg.batch_size}; a multiple of {rows} was expected "
+                         f"(data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']} x micro_batches {cfg.micro_batches})")
+    return mesh
+
+
+def to_disk(trainable: Mapping[str, Any]) -> dict[str, Any]:
+    """Stacked parameters by name -> one array a layer, under the names of the tree on disk (arrays or abstract ones)."""
+    out: dict[str, Any] = {}
+    for name, value in trainable.items():
+        if "/layers/" not in name:
+            out[name] = value
+            continue
+        for i in range(value.shape[0]):
+            out[name.replace("/layers/", f"/layers_{i}/")] = _layer(value, i)
+    return out
+
+
+def _layer(value: Any, i: int) -> Any:
+    if not isinstance(value, jax.ShapeDtypeStruct):
+        return value[i]
+    sharding = value.sharding
+    if sharding is not None:
+        sharding = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+    return jax.ShapeDtypeStruct(value.shape[1:], value.dtype, sharding=sharding)
+
+
+def from_disk(tensors: Mapping[str, jax.Array], shardings: Mapping[str, NamedSharding]) -> dict[str, jax.Array]:
+    """The reverse of `to_disk`, laid as `shardings` says."""
+    flat = states.flatten_dict(llava.stack(states.unflatten_dict(tensors, sep="/")), sep="/")
+    return {name: jax.device_put(flat[name], sharding, may_alias=False) for name, sharding in shardings.items()}

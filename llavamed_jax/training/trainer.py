@@ -1,0 +1,276 @@
+"""The training loop, of which there is one: every stage is a recipe that runs through `fit`."""
+
+from __future__ import annotations
+
+import collections
+import math
+import signal
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from llavamed_jax.checkpoints import store
+from llavamed_jax.errors import UsageError, UserError
+from llavamed_jax.parallel.mesh import replicated
+from llavamed_jax.training import metrics, recipe, setup, workdir as workdirs
+from llavamed_jax.training.state import TrainState
+from llavamed_jax.training.step import llava_loss, make_eval_step, make_train_step, place
+
+# (step, nested parameters with stacked layers) -> named numbers, written beside the validation loss.
+Evaluator = Callable[[int, Mapping], Mapping[str, float]]
+
+# Metrics are read this many updates late: the device always has work queued, and the host never runs far ahead.
+RUN_AHEAD = 2
+
+
+def fit(cfg: ConfigDict, workdir: str | Path, evaluators: Sequence[Evaluator] = ()) -> bool:
+    """Trains a recipe in a directory, from the newest intact step that lies there, or from `init`.
+
+    Args:
+      cfg: the recipe (`recipe.KEYS`).
+      workdir: gets `recipe.json`, `model/`, `base/`, `checkpoints/`, `metrics.jsonl`, `skipped.jsonl`, `tensorboard/`.
+      evaluators: are called whenever the validation loss is computed.
+    Returns:
+      True when the run is finished (which it may have been before); False when SIGTERM or SIGINT stopped it, after
+      everything was saved.
+    Raises:
+      UsageError: a recipe that cannot be, or that differs from the one the directory was started with.
+      UserError: data, weights or a directory that cannot be used.
+    """
+    recipe.check(cfg)
+    workdir = Path(workdir)
+    with workdirs.locked(workdir) as sign:
+        settled = workdirs.read_recipe(workdir, cfg)
+        step, damaged = store.newest_intact_step(workdir)
+        for sentence in damaged:
+            print(f"{sentence}; it is passed over", flush=True)
+        total_steps = cfg.total_steps or settled.get("total_steps")
+        if step is not None and total_steps is not None and step >= total_steps:
+            print(f"{workdir} is finished: {step} of {total_steps} updates", flush=True)
+            return True
+        sign()
+        try:
+            with _Stop() as stop, Run.open(cfg, workdir, total_steps, step) as run, store.StepWriter(workdir) as writer:
+                return run.loop(stop, writer, evaluators)
+        except UsageError:
+            raise
+        except (UserError, OSError) as error:
+            step, _ = store.newest_intact_step(workdir)
+            saved = "no step had been saved" if step is None else f"step {step} is saved"
+            raise UserError(f"{error}; {saved}") from error
+
+
+class _Stop:
+    """Remembers SIGTERM and SIGINT, so that the update under way is finished and saved. A second one interrupts."""
+
+    def __init__(self):
+        self.is_asked = False
+        self._earlier: dict = {}
+
+    def __enter__(self) -> "_Stop":
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._earlier[number] = signal.signal(number, self._note)
+        return self
+
+    def _note(self, number, frame):
+        if self.is_asked:
+            raise KeyboardInterrupt
+        self.is_asked = True
+
+    def __exit__(self, *_):
+        for number, handler in self._earlier.items():
+            signal.signal(number, handler)
+
+
+@dataclass
+class Progress:
+    """What a run has counted, which its checkpoints carry."""
+
+    samples: int = 0
+    tokens: int = 0  # supervised
+    samples_skipped: int = 0
+    updates_skipped: int = 0
+    best: dict | None = None  # {"step", "validation_loss"}
+
+
+@dataclass
+class Run:
+    """An opened run: everything that the loop works with. As a context it closes its files and worker processes."""
+
+    cfg: ConfigDict
+    workdir: Path
+    data: setup.Data
+    program: setup.Program
+    state: TrainState
+    step: int
+    total_steps: int
+    batches: object
+    log: metrics.MetricsWriter
+    progress: Progress = field(default_factory=Progress)
+
+    @classmethod
+    def open(cls, cfg: ConfigDict, workdir: Path, total_steps: int | None, step: int | None) -> "Run":
+        """Reads weights and data, settles what the recipe leaves open, and puts the state on the devices."""
+        mesh = setup.open_mesh(cfg)
+        checkpoint = setup.open_start(cfg)
+        data = setup.Data.open(cfg, checkpoint)
+        total_steps = total_steps or data.total_steps()
+        program = setup.Program.build(cfg, checkpoint, mesh, total_steps)
+        workdirs.write_recipe(workdir, cfg, dict(total_steps=total_steps, samples=len(data.train), row_length=cfg.max_length,
+                                                 rows=cfg.batch_size))
+        if not (workdir / "model").exists():
+            store.write_model(workdir, checkpoint, without=program.trained_names())
+        print(f"{cfg.init}: {checkpoint.tower}; {len(data.train)} samples, {total_steps} updates of {cfg.batch_size}, "
+              f"{_size(program.shardings, checkpoint.config)}, mesh {dict(mesh.shape)}", flush=True)
+        state, progress = program.initial_state(checkpoint), Progress()
+        batches = data.training_batches()
+        if step is not None:
+            state, progress = _restore(workdir, step, state, program, batches)
+            print(f"going on from step {step}", flush=True)
+        log = metrics.MetricsWriter(workdir, step or 0, total_steps, cfg.name)
+        return cls(cfg, workdir, data, program, state, step or 0, total_steps, batches, log, progress)
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.batches.close()
+        self.log.close()
+
+    def loop(self, stop: _Stop, writer: store.StepWriter, evaluators: Sequence[Evaluator]) -> bool:
+        """Updates until the last one, or until it is asked to stop. Returns whether the run is finished."""
+        cfg, program = self.cfg, self.program
+        loss_fn = llava_loss(program.model)
+        train_step = make_train_step(loss_fn, program.optimizer, program.schedule, program.mesh, program.shardings, cfg.micro_batches)
+        validate = self._validator(make_eval_step(loss_fn, program.mesh), evaluators)
+        reader = _LateReader(self)
+        saved_at = time.monotonic()
+        while self.step < self.total_steps and not stop.is_asked:
+            num_skipped = len(self.batches.skipped)
+            batch = next(self.batches)
+            self.state, device_metrics = train_step(self.state, place(batch, program.mesh))
+            self.step += 1
+            skipped = self.batches.skipped[num_skipped:]
+            self.log.skipped(self.step, skipped)
+            reader.add(self.step, device_metrics, metrics.batch_counts(batch), len(skipped))
+            is_due = _is_multiple(self.step, cfg.checkpoint.every_steps) or self.step == self.total_steps
+            is_late = cfg.checkpoint.every_minutes and time.monotonic() - saved_at > 60 * cfg.checkpoint.every_minutes
+            if is_due or is_late or stop.is_asked:
+                reader.drain()
+                if is_due:
+                    validate()
+                self._save(writer)
+                saved_at = time.monotonic()
+        writer.wait()
+        is_finished = self.step >= self.total_steps
+        self.log.say(f"{'finished' if is_finished else 'stopped and saved'} at step {self.step} of {self.total_steps}: {self.workdir}")
+        return is_finished
+
+    def _validator(self, eval_step, evaluators: Sequence[Evaluator]) -> Callable[[], None]:
+        """A function that writes the validation loss, weighted by tokens, and what the evaluators say, if there is either."""
+
+        def validate():
+            found = {}
+            if self.data.validation is not None:
+                total, count = jnp.float32(0), jnp.float32(0)
+                for batch in self.data.validation_batches():
+                    part = eval_step(self.state, place(batch, self.program.mesh))
+                    total, count = total + part[0], count + part[1]
+                found["validation_loss"] = float(total / jnp.maximum(count, 1))
+                if self.progress.best is None or found["validation_loss"] < self.progress.best["validation_loss"]:
+                    self.progress.best = {"step": self.step, **found}
+            for evaluate in evaluators:
+                found.update(evaluate(self.step, self.state.params))
+            if found:
+                self.log.write(self.step, found)
+
+        return validate
+
+    def _save(self, writer: store.StepWriter) -> None:
+        keep = self.cfg.checkpoint
+        meta = {"data": self.batches.state(), "progress": vars(self.progress), "seed": self.cfg.seed}
+        writer.save(self.step, setup.to_disk(self.state.trainable), self.state.opt_state, meta)
+        # The step under way is not counted among those that are kept until it is whole, so nothing is lost with it.
+        best = [self.progress.best["step"]] if keep.keep_best and self.progress.best else []
+        writer.keep(keep.keep, also=best)
+
+
+class _LateReader:
+    """Takes the metrics of updates and writes them `RUN_AHEAD` updates later, when reading them waits for nothing."""
+
+    def __init__(self, run: Run):
+        self._run = run
+        self._queue: collections.deque = collections.deque()
+        self._peak = metrics.peak_flops(jax.devices()[0].device_kind)
+        self._trained = {name: math.prod(x.shape) for name, x in run.state.trainable.items()}
+        self._since = time.monotonic()
+        self._tokens, self._flops = 0, 0.0
+
+    def add(self, step: int, device_metrics: Mapping[str, jax.Array], counts: Mapping[str, int], skipped: int) -> None:
+        self._queue.append((step, device_metrics, counts, skipped))
+        if len(self._queue) > RUN_AHEAD:
+            self._read()
+
+    def drain(self) -> None:
+        """Waits for all updates, so that a checkpoint carries what they counted."""
+        while self._queue:
+            self._read()
+
+    def _read(self) -> None:
+        step, device_metrics, counts, skipped = self._queue.popleft()
+        values = {name: float(value) for name, value in jax.device_get(device_metrics).items()}
+        run, progress = self._run, self._run.progress
+        progress.samples += counts["samples"]
+        progress.tokens += int(values["tokens"])
+        progress.samples_skipped += skipped
+        progress.updates_skipped += int(values["skipped"])
+        self._tokens += counts["tokens"]
+        self._flops += metrics.training_flops(run.program.model.cfg, self._trained, counts["tokens"], counts["samples"], counts["images"])
+        run.log.advance(step, values["loss"])
+        if _is_multiple(step, run.cfg.log_every) or step == run.total_steps:
+            run.log.write(step, self._line(values, counts))
+
+    def _line(self, values: Mapping[str, float], counts: Mapping[str, int]) -> dict:
+        seconds = max(time.monotonic() - self._since, 1e-9)
+        progress, peak = self._run.progress, self._peak and self._peak * jax.device_count()
+        line = dict(
+            loss=values["loss"], learning_rate=values["learning_rate"], grad_norm=values["grad_norm"], samples=progress.samples,
+            tokens=progress.tokens, tokens_per_second=self._tokens / seconds,
+            padding_fraction=1 - counts["tokens"] / counts["positions"],
+            image_padding_fraction=1 - counts["images"] / counts["image_slots"] if counts["image_slots"] else 0.0,
+            mfu=self._flops / seconds / peak if peak else None, samples_skipped=progress.samples_skipped,
+            updates_skipped=progress.updates_skipped)
+        self._since, self._tokens, self._flops = time.monotonic(), 0, 0.0
+        return line
+
+
+def _restore(workdir: Path, step: int, state: TrainState, program: setup.Program, batches) -> tuple[TrainState, Progress]:
+    """The state of a saved step; `batches` goes on where it stood."""
+    like = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+    trained_like = setup.to_disk({n: like(x, program.shardings.trainable[n]) for n, x in state.trainable.items()})
+    optimizer_like = jax.tree.map(like, state.opt_state, program.shardings.opt_state)
+    trained, opt_state, meta = store.restore_step(workdir, step, trained_like, optimizer_like)
+    batches.restore(meta["data"])
+    progress = Progress(**meta["progress"])
+    everywhere = replicated(program.mesh)
+    return state.replace(
+        step=jax.device_put(jnp.int32(step), everywhere), skipped=jax.device_put(jnp.int32(progress.updates_skipped), everywhere),
+        trainable=setup.from_disk(trained, program.shardings.trainable), opt_state=opt_state), progress
+
+
+def _is_multiple(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _size(shardings: TrainState, config) -> str:
+    """How much of the model is trained, in words."""
+    from llavamed_jax.models.llava import abstract_params
+    sizes = {name: int(np.prod(x.shape)) for name, x in setup.flatten(abstract_params(config, scan=True)).items()}
+    trained = sum(sizes[name] for name in shardings.trainable)
+    return f"{trained / 1e6:,.2f} M of {sum(sizes.values()) / 1e6:,.2f} M parameters trained"
