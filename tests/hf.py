@@ -55,11 +55,13 @@ def randomise(model, seed, activation_scale=1.0):
 
 
 def params_of(model):
-    """The model's weights as our nested, unrolled tree of numpy arrays."""
-    tree = {}
+    """The model's weights as our nested, unrolled tree of numpy arrays, without what the feature layer does not need."""
+    tree, vision = {}, model.config.vision_config
+    used = vision.num_hidden_layers + 1 + model.config.vision_feature_layer
+    unused = ["vision_tower/post_layernorm"] + [f"vision_tower/layers_{i}/" for i in range(used, vision.num_hidden_layers)]
     for name, tensor in model.state_dict().items():
         path = our_name(name)
-        if path is None:
+        if path is None or path.startswith(tuple(unused)):
             continue
         value = tensor.detach().numpy()
         if path.endswith("patch_embedding/kernel"):

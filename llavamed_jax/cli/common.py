@@ -218,3 +218,20 @@ def recipe_arguments(text: str, *, epochs: int | None = None, protocol: str | No
     if (result.family, result.size) == ("v15", "13b"):
         raise UsageError("the recipe argument '13b' is Vicuna's size, so with v1 or llava15 only; v15 is Mistral 7b")
     return result
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """The words of `llavamed_jax.load` as flags, beside a `--checkpoint` of the parser's own."""
+    group = parser.add_argument_group("model")
+    group.add_argument("--vision_tower", metavar="PATH", help="a CLIP directory instead of the checkpoint's own tower")
+    group.add_argument("--tokenizer", metavar="PATH", help="a tokenizer instead of the checkpoint's own")
+    group.add_argument("--template", metavar="NAME", help="a conversation template, for example v1.5:mistral_instruct")
+    group.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on an accelerator, float32 on a CPU")
+    group.add_argument("--mesh", metavar="SIZES", help="for example data=2,tp=4; default: one device")
+
+
+def load_assistant(args: argparse.Namespace):
+    """The LlavaMed that the flags `--checkpoint` and those of `add_model_flags` name."""
+    from llavamed_jax.assistant import load  # brings jax
+    return load(args.checkpoint, dtype=args.dtype, mesh=args.mesh, vision_tower=args.vision_tower,
+                tokenizer=args.tokenizer, template=args.template)

@@ -9,8 +9,9 @@ Axis letters: B rows, T prompt positions, S cache positions, I images a row, V v
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from typing import Any, Iterable, Iterator, Sequence
+from typing import Any, Iterator, Sequence
 
 import flax.struct
 import jax
@@ -132,7 +133,7 @@ class Engine:
     def _run_batch(self, requests, indices):
         rows = [requests[i] for i in indices]
         batch, cache_length = self._batch(rows)
-        context = jax.set_mesh(self.mesh) if self.mesh is not None else _no_context()
+        context = jax.set_mesh(self.mesh) if self.mesh is not None else contextlib.nullcontext()
         with context:
             state = self._prefill(self.params, cache_length=cache_length, **batch)
             chunk = state.token[:, None]
@@ -225,35 +226,3 @@ def _bucket(length: int) -> int:
 
 def _power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
-
-
-class _no_context:
-    def __enter__(self):
-        return None
-
-    def __exit__(self, *_):
-        return False
-
-
-def expand_images(ids: Iterable[int], patches: int) -> list[int]:
-    """Each single IMAGE_TOKEN becomes a run of `patches`; runs of that length (or a multiple) are left as they are.
-
-    Raises:
-      ValueError: a run of another length.
-    """
-    out: list[int] = []
-    ids = list(ids)
-    i = 0
-    while i < len(ids):
-        if ids[i] != IMAGE_TOKEN:
-            out.append(ids[i])
-            i += 1
-            continue
-        run = 1
-        while i + run < len(ids) and ids[i + run] == IMAGE_TOKEN:
-            run += 1
-        if run != 1 and run % patches:
-            raise ValueError(f"{run} image tokens stand in a row at position {i}; 1 or a multiple of {patches} was expected")
-        out += [IMAGE_TOKEN] * (patches if run == 1 else run)
-        i += run
-    return out

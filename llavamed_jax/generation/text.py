@@ -1,0 +1,62 @@
+"""From a growing list of token ids to a growing text: whole characters only, and nothing of a stop string."""
+
+from __future__ import annotations
+
+from typing import Callable, Iterable, Sequence
+
+_INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # what the bytes of half a character decode to
+
+
+class TextStream:
+    """The text of one answer while it is made.
+
+    Args:
+      decode: ids -> text without special tokens.
+      stop: texts that end the answer and do not belong to it. An empty one is ignored: it would stop every answer at
+        once (quirk Q2 of the original).
+
+    Attributes:
+      token_ids: all ids so far.
+      is_stopped: a stop string was found.
+    """
+
+    def __init__(self, decode: Callable[[Sequence[int]], str], stop: Iterable[str] = ()):
+        self._decode, self._stop = decode, [s for s in stop if s]
+        self._given = 0
+        self.token_ids: list[int] = []
+        self.is_stopped = False
+
+    @property
+    def text(self) -> str:
+        """All of the text so far, stripped, up to a stop string."""
+        text = self._decode(self.token_ids)
+        ends = [at for at in (text.find(s) for s in self._stop) if at >= 0]
+        return (text[: min(ends)] if ends else text).strip()
+
+    def push(self, ids: Sequence[int]) -> str:
+        """Takes new ids; returns the text that has become certain by them."""
+        if self.is_stopped:
+            return ""
+        self.token_ids += ids
+        self.is_stopped = bool(self._stop) and any(s in self._decode(self.token_ids) for s in self._stop)
+        text = self.text
+        return self._give(text if self.is_stopped else text[: self._certain(text)])
+
+    def finish(self) -> str:
+        """What was held back at the end of the answer."""
+        return self._give(self.text)
+
+    def _certain(self, text: str) -> int:
+        """Length of the part that later ids cannot change or take back: a stop string may have begun."""
+        end = len(text)
+        while end and text[end - 1] == _INCOMPLETE:
+            end -= 1
+        for s in self._stop:
+            begun = next((n for n in range(min(len(s) - 1, end), 0, -1) if text[:end].endswith(s[:n])), 0)
+            end -= begun
+        return end
+
+    def _give(self, text: str) -> str:
+        piece = text[self._given :]
+        self._given = max(self._given, len(text))
+        return piece

@@ -1,0 +1,145 @@
+"""`llavamed_jax.load` and what it returns, on a tiny checkpoint on disk in transformers' layout, against transformers."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import hf
+import llavamed_jax as lm
+from llavamed_jax.generation.text import TextStream
+
+P = 16
+VOCAB = 1024
+TOKENIZER = Path(__file__).parent.parent / "samples" / "vqa_rad" / "tokenizer.model"
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A transformers model on disk with a tokenizer of 1,024 pieces, and the model."""
+    path = tmp_path_factory.mktemp("assistant") / "tiny"
+    model, _ = hf.llava(text=dict(vocab_size=VOCAB), seed=11)
+    model.save_pretrained(path)
+    shutil.copy(TOKENIZER, path / "tokenizer.model")
+    return path, model
+
+
+@pytest.fixture(scope="module")
+def assistant(saved):
+    return lm.load(saved[0], template="v1.5:mistral_instruct")
+
+
+def test_logits_equal_transformers(saved, assistant):
+    """A padded row, a text-only row, and two images in a row."""
+    rows = [[1] + [-200] * P + [9, 8, 7] + [-200] * P + [5], [1, 20, 30], [1] + [-200] * P + [4]]
+    length = max(map(len, rows))
+    ids = np.array([row + [lm_pad] * (length - len(row)) for row in rows for lm_pad in [-1]])
+    pixels = hf.images(3)
+    mask = (ids != -1).astype(np.int64)
+    expected = hf.torch_logits(saved[1], np.where(ids == -1, 0, ids), pixels, mask)
+    got = assistant.logits(ids, pixels)
+    assert got.dtype == np.float32 and got.shape == expected.shape
+    assert np.abs(got - expected)[mask == 1].max() <= 2e-5 * max(1, expected[mask == 1].std())
+    text_only = assistant.logits([[1, 20, 30]], None)
+    np.testing.assert_allclose(text_only[0], expected[1, :3], atol=2e-5)
+
+
+def test_logits_on_a_mesh(saved, assistant):
+    ids = np.array([[1] + [-200] * P + [4, 5], [1] + [-200] * P + [6, 7], [1] + list(range(3, 21))])
+    sharded = lm.load(saved[0], mesh="data=4,tp=2", template="v1.5:mistral_instruct")
+    np.testing.assert_allclose(sharded.logits(ids, hf.images(2)), assistant.logits(ids, hf.images(2)), atol=2e-5)
+
+
+@pytest.mark.parametrize("ids,images,sentence", [
+    ([[1, 5]], 1, r"\[0\] image positions for 1 images; 16"),
+    ([[1] + [-200] * P], 2, r"\[16\] image positions for 2 images"),
+    ([[1] + [-200] * (P - 1)], 1, r"\[15\] image positions"),
+    ([[1, VOCAB]], 0, f"holds {VOCAB}; ids below {VOCAB}"),
+    ([1, 2], 0, r"shape \(2,\)"),
+])
+def test_bad_logits_calls_are_one_sentence(assistant, ids, images, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        assistant.logits(ids, hf.images(images) if images else None)
+
+
+def test_generate_tokens_takes_one_marker_or_a_run(saved, assistant):
+    images = [[x] for x in hf.images(2)]
+    single = assistant.generate_tokens([[1, -200, 5, 6], [1, 9, -200]], images, max_new_tokens=6)
+    run = assistant.generate_tokens([[1] + [-200] * P + [5, 6], [1, 9] + [-200] * P], images, max_new_tokens=6)
+    ids = torch.tensor([[1] + [hf.IMAGE_ID] * P + [5, 6]])
+    expected = saved[1].generate(input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=6,
+                                 pixel_values=torch.tensor(images[0][0])[None].permute(0, 3, 1, 2))
+    assert single == run and single[0] == expected[0, ids.shape[1]:].tolist()
+    with pytest.raises(ValueError, match="2 lists of images were given for 1 rows"):
+        assistant.generate_tokens([[1, -200]], images)
+
+
+def picture(seed=0):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (40, 30, 3), dtype=np.uint8))
+
+
+def ask(question, *images):
+    content = [{"type": "image", "image": i} for i in images] + [{"type": "text", "text": question}]
+    return [{"role": "user", "content": content}]
+
+
+def test_generate_stream_and_tokens_agree(assistant):
+    messages = ask("is there a fracture ?", picture())
+    answer, = assistant.generate([messages], max_new_tokens=24)
+    assert "".join(assistant.stream(messages, max_new_tokens=24)).strip() == answer.text
+    p = assistant.processor
+    ids = p.encode(p.prompt(messages))
+    assert [answer.token_ids] == assistant.generate_tokens([ids], [list(p.images([picture()]))], max_new_tokens=24)
+    assert answer.text == p.decode(answer.token_ids).strip() and answer.finish_reason in ("stop", "length")
+    both = assistant.generate([messages, ask("where ?")], max_new_tokens=24)
+    assert both[0] == answer and both[1] == assistant.generate([ask("where ?")], max_new_tokens=24)[0]
+
+
+def test_stop_strings_end_the_text_and_an_empty_one_does_nothing(assistant):
+    messages = ask("what is shown ?", picture())
+    free, = assistant.generate([messages], max_new_tokens=24)
+    assert assistant.generate([messages], max_new_tokens=24, stop=("",)) == [free]
+    stop = free.text[4:6]
+    stopped, = assistant.generate([messages], max_new_tokens=24, stop=(stop,))
+    assert stopped.text == free.text[: free.text.index(stop)].strip() and stopped.finish_reason == "stop"
+    assert "".join(assistant.stream(messages, max_new_tokens=24, stop=(stop,))).strip() == stopped.text
+
+
+def test_the_count_of_images_must_fit_the_markers(assistant):
+    messages = [{"role": "user", "content": [{"type": "image", "image": picture()}, {"type": "text", "text": "<image> and <image> ?"}]}]
+    with pytest.raises(ValueError, match="1 images for 2"):
+        assistant.generate([messages])
+
+
+def test_without_tokenizer_files_arrays_work_and_text_is_one_sentence(saved, tmp_path):
+    path = shutil.copytree(saved[0], tmp_path / "bare")
+    (path / "tokenizer.model").unlink()
+    model = lm.load(path)
+    assert model.generate_tokens([[1, 5, 6]], max_new_tokens=2)
+    with pytest.raises(ValueError, match="no tokenizer files"):
+        model.generate([ask("why ?")])
+
+
+def test_another_architecture_is_one_sentence(saved, tmp_path):
+    path = shutil.copytree(saved[0], tmp_path / "other")
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, "text_config": {**config["text_config"], "model_type": "qwen2"}}))
+    with pytest.raises(ValueError, match="qwen2"):
+        lm.load(path)
+
+
+def decode(ids):
+    return bytes(ids).decode("utf-8", errors="replace")
+
+
+def test_text_stream_holds_back_half_characters_and_half_stop_strings():
+    text = TextStream(decode, stop=["</s>"])
+    pieces = [text.push([byte]) for byte in "é <b</s>x".encode()]
+    assert pieces[:4] == ["", "é", "", ""][:2] + pieces[2:4] and "".join(pieces) == "é <b"
+    assert "\N{REPLACEMENT CHARACTER}" not in "".join(pieces) and text.is_stopped and text.text == "é <b"
+    other = TextStream(decode, stop=["", "never"])
+    assert "".join(other.push([b]) for b in b"one nev") + other.finish() == "one nev"

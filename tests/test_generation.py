@@ -1,0 +1,187 @@
+"""The engine against transformers' generate, and against itself: alone, in a batch, on a mesh."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+
+import hf
+from llavamed_jax.generation.cache import cache_bytes, init_cache
+from llavamed_jax.generation.engine import Engine, Request
+from llavamed_jax.generation.sampling import Sampling, keep_mask, next_token
+from llavamed_jax.models.llava import Llava
+from llavamed_jax.parallel.mesh import make_mesh
+
+P = 16
+IMG = [-200] * P
+NEW = 12
+
+
+def prompts(seed=1):
+    """Rows of several lengths: one image, two images, none; and their images."""
+    rng = np.random.default_rng(seed)
+    text = lambda n: rng.integers(3, 90, n).tolist()
+    rows = [[1] + IMG + text(4), [1] + text(9) + IMG + text(2) + IMG + text(3), [1] + text(7), [1] + IMG + text(30)]
+    images = iter(hf.images(4, seed=seed))
+    return rows, [[next(images) for _ in range(row.count(-200) // P)] for row in rows]
+
+
+def requests(**settings):
+    return [Request(r, i, **{"max_new_tokens": NEW, **settings}) for r, i in zip(*prompts())]
+
+
+def torch_generate(model, row, images, **kwargs):
+    ids = torch.tensor([[hf.IMAGE_ID if i == -200 else i for i in row]])
+    if images:
+        kwargs["pixel_values"] = torch.tensor(np.stack(images)).permute(0, 3, 1, 2)
+    out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False, **kwargs)
+    return out[0, len(row):].tolist()
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    model, cfg = hf.llava(seed=5)
+    return model, cfg, jax.device_put(hf.params_of(model))
+
+
+@pytest.fixture(scope="module")
+def engine(tiny):
+    """One engine for most tests, so that its programs are compiled once."""
+    return Engine(*tiny[1:], batch_size=4, steps=4)
+
+
+@pytest.mark.parametrize("model_args", [
+    dict(seed=5), dict(architecture="llama", seed=6, text=dict(num_key_value_heads=4)),
+    dict(seed=7, text=dict(sliding_window=9, rope_theta=1e6)), dict(seed=8, vision_feature_select_strategy="default", vision_feature_layer=-1),
+], ids=["mistral", "llama", "window", "last layer"])
+def test_greedy_tokens_equal_transformers(model_args):
+    model, cfg = hf.llava(**model_args)
+    got = Engine(cfg, hf.params_of(model), batch_size=4, steps=5).generate(requests())
+    expected = [torch_generate(model, *row) for row in zip(*prompts())]
+    assert got == expected
+    assert max(len(set(tokens)) for tokens in expected) >= 6  # a constant answer would prove nothing
+    assert sum(len(set(tokens)) >= 6 for tokens in expected) >= 2
+
+
+def test_rows_that_end_at_different_steps(tiny, engine):
+    model, cfg, params = tiny
+    free = engine.generate(requests())
+    eos = next(t for t in free[0][2:6] if sum(t in row for row in free) < 4)
+    model.generation_config.eos_token_id = eos
+    try:
+        expected = [torch_generate(model, *row, eos_token_id=eos) for row in zip(*prompts())]
+    finally:
+        model.generation_config.eos_token_id = cfg.decoder.eos_token_id
+    cfg = cfg.replace(decoder=dataclasses.replace(cfg.decoder, eos_token_id=eos))
+    got = Engine(cfg, params, batch_size=4, steps=3).generate(requests())
+    assert got == expected
+    assert len({len(row) for row in got}) > 1 and got[0][-1] == eos
+
+
+def test_a_batch_gives_each_row_what_it_gives_alone(tiny, engine):
+    _, cfg, params = tiny
+    together = engine.generate(requests())
+    alone = [engine.generate([request])[0] for request in requests()]
+    small = Engine(cfg, params, batch_size=2, steps=16).generate(requests())
+    assert together == alone == small
+
+
+def test_cached_equals_uncached(tiny, engine):
+    """Every generated token is the argmax of one whole forward pass over prompt and answer."""
+    _, cfg, params = tiny
+    rows = [list(r.ids) + tokens for r, tokens in zip(requests(), engine.generate(requests()))]
+    length = max(map(len, rows))
+    ids = np.array([row + [0] * (length - len(row)) for row in rows])
+    pixels = np.zeros((4, 2, 28, 28, 3), np.float32)
+    for row, request in enumerate(requests()):
+        for slot, image in enumerate(request.images):
+            pixels[row, slot] = image
+    logits = jax.jit(Llava(cfg).apply)({"params": params}, ids, pixels)
+    for row, ids in enumerate(rows):
+        assert np.argmax(logits[row, len(ids) - NEW - 1 : len(ids) - 1], axis=-1).tolist() == ids[-NEW:]
+
+
+@pytest.mark.parametrize("spec", ["data=8", "data=2,tp=2,fsdp=2"])
+def test_a_mesh_gives_the_same_tokens(tiny, engine, spec):
+    _, cfg, params = tiny
+    sharded = Engine(cfg, params, mesh=make_mesh(spec), batch_size=4, steps=4).generate(requests())
+    assert sharded == engine.generate(requests())
+
+
+def test_sampled_tokens_depend_on_the_seed_and_on_nothing_beside_them(engine):
+    hot = dict(temperature=1.0, top_p=0.95)
+    together = engine.generate(requests(**hot))
+    assert together == [engine.generate([r])[0] for r in requests(**hot)]
+    assert together != engine.generate(requests(**hot, seed=1))
+    mixed = requests()
+    mixed[1] = dataclasses.replace(mixed[1], **hot)
+    greedy = engine.generate(requests())
+    assert engine.generate(mixed) == [greedy[0], together[1], greedy[2], greedy[3]]
+
+
+def test_a_cancelled_request_stops_and_the_others_go_on(engine):
+    expected, batch = engine.generate(requests()), requests()
+    got = [[] for _ in batch]
+    for index, tokens in engine.stream(batch):
+        got[index] += tokens
+        batch[2].cancelled = len(got[2]) >= 5  # the first token, then four a look
+    assert len(got[2]) == 5 and got[2] == expected[2][:5]
+    assert [got[i] for i in (0, 1, 3)] == [expected[i] for i in (0, 1, 3)]
+
+
+def test_the_length_limit(tiny, engine):
+    _, cfg, params = tiny
+    full = engine.generate(requests())
+    assert engine.generate(requests(max_new_tokens=1)) == [row[:1] for row in full]
+    short = cfg.replace(decoder=dataclasses.replace(cfg.decoder, max_position_embeddings=50))
+    tokens = Engine(short, params).generate([requests()[3]])[0]
+    assert len(requests()[3].ids) == 47 and tokens == full[3][:3]
+
+
+@pytest.mark.parametrize("top_k,top_p,temperature", [(0, 1.0, 1.0), (5, 1.0, 0.7), (0, 0.8, 1.3), (7, 0.6, 0.9), (1, 0.1, 2.0)])
+def test_filters_equal_transformers(top_k, top_p, temperature):
+    logits = torch.randn(64, 50, generator=torch.Generator().manual_seed(0)) * 2
+    expected = transformers.TemperatureLogitsWarper(temperature)(None, logits)
+    if top_k:
+        expected = transformers.TopKLogitsWarper(top_k)(None, expected)
+    if top_p < 1:
+        expected = transformers.TopPLogitsWarper(top_p)(None, expected)
+    ranked, order = torch.sort(logits, descending=True)
+    kept = np.asarray(keep_mask(jnp.asarray(ranked.numpy()) / temperature, jnp.full((64, 1), top_k), jnp.full((64, 1), top_p)))
+    np.testing.assert_array_equal(kept, torch.isfinite(expected.gather(1, order)).numpy())
+
+
+def test_draws_have_the_softmax_distribution():
+    n, logits = 20_000, np.array([2.0, 1.0, 0.5, 0.0, -1.0], np.float32)
+    keys = jax.vmap(jax.random.key)(jnp.arange(n))
+    settings = Sampling(jnp.full(n, 0.8), jnp.full(n, 4), jnp.ones(n), keys)
+    counts = np.bincount(np.asarray(next_token(jnp.tile(logits, (n, 1)), settings, jnp.zeros(n, jnp.int32))), minlength=5)
+    p = np.exp(logits[:4] / 0.8)
+    expected = n * p / p.sum()
+    assert counts[4] == 0
+    assert ((counts[:4] - expected) ** 2 / expected).sum() < 16.27  # chi-square, 3 degrees of freedom, p = 0.001
+
+
+def test_cache_memory_is_its_formula(tiny):
+    cfg = tiny[1].decoder
+    caches = init_cache(cfg, 3, 128, jnp.bfloat16)
+    assert sum(x.nbytes for x in jax.tree.leaves(caches)) == cache_bytes(cfg, 3, 128, jnp.bfloat16) == 2 * 2 * 3 * 2 * 128 * 16 * 2
+
+
+def test_bad_requests_are_one_sentence(tiny):
+    _, cfg, params = tiny
+    engine, good = Engine(cfg.replace(max_length=64), params), requests()[0]
+    bad = [
+        (dataclasses.replace(good, images=[]), "16 image positions and 0 images; 16 positions an image were expected"),
+        (dataclasses.replace(good, ids=[], images=[]), "empty"),
+        (dataclasses.replace(good, ids=[5] * 65, images=[]), "65 positions, images included; at most 64"),
+        (dataclasses.replace(good, max_new_tokens=0), "0 new tokens"),
+        (dataclasses.replace(good, images=[np.zeros((5, 5, 3))]), r"image of shape \(5, 5, 3\); \(28, 28, 3\)"),
+    ]
+    for request, sentence in bad:
+        with pytest.raises(ValueError, match=sentence):
+            engine.generate([request])
