@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from llavamed_jax.data.processor import Processor
 from llavamed_jax.errors import UserError
 
 _ENDLESS = 2**62
+_GRACE_S = 30  # a worker's, after a SIGTERM
 
 
 class Records:
@@ -181,7 +183,7 @@ class Loader:
             if not flags.FLAGS.is_parsed():  # grain asks absl for its options, and our command lines are argparse's
                 flags.FLAGS.mark_as_parsed()
             dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=self._workers, per_worker_buffer_size=1),
-                                          worker_init_fn=_end_with_parent)
+                                          worker_init_fn=_tie_to_parent)
         return iter(dataset)
 
 
@@ -216,11 +218,22 @@ def batches(data: TrainingData, processor: Processor, batch_size: int, max_lengt
     return Loader(make, workers, on_skip, skip_limit if skip_limit is not None else max(1, len(stream) // 100))
 
 
-def _end_with_parent(worker: int, num_workers: int) -> None:
-    """Ends this worker when its parent is gone, however it went; grain's own workers would wait for ever."""
+def _tie_to_parent(worker: int, num_workers: int) -> None:
+    """Run first in each worker process: it ends when its parent does, not before, and not after.
+
+    A Ctrl-C and a scheduler's SIGTERM reach the whole process group; the parent still wants batches until it has saved.
+    When the parent is gone, however it went, grain's own worker would wait for ever.
+    """
+    def later(*_):
+        timer = threading.Timer(_GRACE_S, os._exit, (1,))
+        timer.daemon = True
+        timer.start()
+
     def watch(parent):
         parent.join()
         os._exit(1)
 
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, later)
     if (parent := parent_process()) is not None:
         threading.Thread(target=watch, args=(parent,), daemon=True).start()

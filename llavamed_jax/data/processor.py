@@ -64,8 +64,8 @@ class Processor:
         """From a checkpoint's directory of any kind (weights may be absent), or from a `tokenizer.model` alone.
 
         Args:
-          path: a directory with `config.json` (as released, or transformers'), this project's tree or one step of it,
-            `preset:NAME`, or a tokenizer's file or directory.
+          path: a directory with `config.json` (as released, or transformers'), this project's tree, one step of it or its
+            `model/`, `preset:NAME`, or a tokenizer's file or directory.
           template: `ORIGIN:NAME` or a bare name; None follows the checkpoint.
           image_size, image_mode: for a bare tokenizer, which knows neither; `image_mode` also overrides a checkpoint's.
           tokenizer: another tokenizer's file or directory.
@@ -77,7 +77,10 @@ class Processor:
             if not Path(path).exists():
                 raise UserError(f"{path} does not exist; a checkpoint's directory or a tokenizer was expected")
             return cls(None, Tokenizer.load(tokenizer or path), template, image_size, image_mode)
-        return cls._from_files(reader.read_config(path), directory, tokenizer, template, image_size, image_mode)
+        # A tree's `model/` alone is enough here; as a checkpoint's PATH it is none.
+        is_inside = directory is not None and read_json(directory / "config.json").get("model_type") == "llavamed_jax"
+        config = reader.tree_config(directory.parent) if is_inside else reader.read_config(path)
+        return cls._from_files(config, directory, tokenizer, template, image_size, image_mode)
 
     @classmethod
     def from_checkpoint(cls, checkpoint: reader.Checkpoint, tokenizer: str | Path | None = None, template: str | None = None,
