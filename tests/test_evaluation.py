@@ -3,15 +3,20 @@
 import json
 import re
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from llavamed_jax.assistant import LlavaMed
+from llavamed_jax.checkpoints.load import load_params, random_checkpoint
 from llavamed_jax.cli import eval as cli
+from llavamed_jax.config import preset
 from llavamed_jax.data.datasets import VqaSample, read_slake, read_vqa_rad
+from llavamed_jax.data.processor import Processor
+from llavamed_jax.data.tokenizer import Tokenizer
 from llavamed_jax.errors import UsageError, UserError
 from llavamed_jax.evaluation import controls, run, scoring, vqa
 
@@ -296,7 +301,7 @@ class FakeModel:
     """Answers with question and image name, so that a test sees which were put together."""
 
     def __init__(self, max_length=64):
-        self.processor, self.config = FakeProcessor(), SimpleNamespace(max_length=max_length)
+        self.processor, self.engine = FakeProcessor(), SimpleNamespace(max_prompt=max_length)
         self.batches, self.rows, self.settings = [], [], []
 
     def generate(self, conversations, **settings):
@@ -332,11 +337,6 @@ def test_long_prompts_are_cut_with_a_counted_warning(capsys):
     assert answers[1] == vqa.Answer("t7 t8", "length", 2)
     assert model.rows == [[-200] * 4 + [3, 3, 5, 4]] * 2, "the end is lost, as in the original"
     assert "2 of 3 prompts were longer than 8 tokens and lost their end (4 tokens in all)" in capsys.readouterr().err
-
-
-def test_no_limit_cuts_nothing():
-    model = FakeModel(max_length=None)
-    assert vqa.ask(model, [("w " * 5000, "a.jpg")], vqa.Generation())[0].tokens_cut == 0
 
 
 def test_predictions_have_the_keys_of_the_original(capsys):
@@ -494,3 +494,46 @@ def test_a_failed_write_leaves_nothing_under_the_final_name(tmp_path, monkeypatc
     with pytest.raises(UserError, match="No space left on device"):
         vqa.write_text(tmp_path / "metrics.json", "{}")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="module")
+def tiny_model():
+    """A model of random weights with the sample's tokenizer, small enough to compile in seconds."""
+    small = preset("small")
+    vision = replace(small.vision, hidden_size=32, intermediate_size=64, num_layers=3, num_heads=2, image_size=28, patch_size=14)
+    decoder = replace(
+        small.decoder, hidden_size=32, intermediate_size=64, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, vocab_size=1024
+    )
+    cfg = replace(small, vision=vision, decoder=decoder, max_length=100)
+    tokenizer = Tokenizer.load(SAMPLE / "tokenizer.model")
+    assert tokenizer.vocab_size <= 1024
+    return LlavaMed(cfg, load_params(random_checkpoint(cfg)), Processor(cfg, tokenizer))
+
+
+def test_a_real_model_of_random_weights_answers(tiny_model, tmp_path, monkeypatch, capsys):
+    """The whole way through tower, projector, decoder and cache; an answer alone is the same as in a batch."""
+    monkeypatch.setattr(cli.common, "load_assistant", lambda args: tiny_model)
+    monkeypatch.chdir(ROOT)
+    held_out = tmp_path / "two.json"
+    held_out.write_text(json.dumps({"images": json.loads((SAMPLE / "held_out.json").read_text())["images"][:2]}))
+    argv = ["--config", f"{CONFIG}:demo", f"--config.data.held_out={held_out}", "--config.generation.max_new_tokens=4"]
+    for batch_size, control in ((1, []), (8, ["--control", "image"])):
+        options = ["--workdir", str(tmp_path / f"b{batch_size}"), f"--config.generation.batch_size={batch_size}"]
+        assert cli.main([*argv, *options, "--checkpoint", "runs/x", *control]) == 0
+    first, second = (scoring.read_predictions(tmp_path / name / "predictions.jsonl") for name in ("b1", "b8"))
+    assert first == second and len({each["text"] for each in first}) > 2
+    exchanged = scoring.read_predictions(tmp_path / "b8" / "predictions_control_image.jsonl")
+    assert [each["text"] for each in exchanged] != [each["text"] for each in second], "the image must matter"
+    metrics = json.loads((tmp_path / "b8" / "metrics.json").read_text())
+    assert metrics["organ"]["n"] == 2 and metrics["control"]["kind"] == "image"
+    assert "are not finished" in capsys.readouterr().err
+
+
+def test_a_prompt_too_long_for_a_real_model_is_answered_from_its_beginning(tiny_model, capsys):
+    image = str(next((SAMPLE / "images").iterdir()))
+    generation = vqa.Generation(max_new_tokens=3)
+    long = "Is the heart enlarged? " * 100
+    answers = vqa.ask(tiny_model, [(long, image), (long + "Is it not?", image), ("Why?", image)], generation)
+    assert answers[0].text == answers[1].text, "what differs between the two was cut"
+    assert answers[1].tokens_cut > answers[0].tokens_cut > 0 == answers[2].tokens_cut
+    assert "2 of 3 prompts were longer than" in capsys.readouterr().err

@@ -24,21 +24,19 @@ def _parser() -> common.Parser:
     source.add_argument("--checkpoint", metavar="PATH", help="the model: a checkpoint in any layout, or a run's workdir")
     source.add_argument("--predictions", metavar="FILE.jsonl", help="answers that exist; no model is loaded")
     parser.add_argument("--control", choices=["image"], help="ask again with the images exchanged")
-    parser.add_argument("--vision_tower", metavar="PATH", help="the vision tower, where it is not the checkpoint's own")
-    parser.add_argument("--tokenizer", metavar="PATH", help="the tokenizer, where it is not the checkpoint's own")
-    parser.add_argument("--template", metavar="ORIGIN:NAME", help="the conversation template, such as v1.5:mistral_instruct")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: float32 on a CPU, else bfloat16")
+    common.add_model_flags(parser)
     return parser
 
 
-_MODEL_FLAGS = ("vision_tower", "tokenizer", "template", "dtype")
+# What is refused beside --predictions, where no model is loaded.
+_MODEL_FLAGS = ("control", "vision_tower", "tokenizer", "template", "dtype", "mesh")
 
 
 def program(argv: Sequence[str]) -> int:
     """Runs one evaluation; returns the exit status."""
     args, overrides = _parser().parse_with_overrides(argv)
     if args.predictions:
-        given = [name for name in ("control", *_MODEL_FLAGS) if getattr(args, name)]
+        given = [name for name in _MODEL_FLAGS if getattr(args, name)]
         if given:
             raise UsageError(f"--{given[0]} needs a model; it cannot stand beside --predictions")
     cfg = common.load_config(args.config, overrides)
@@ -49,9 +47,7 @@ def program(argv: Sequence[str]) -> int:
     if args.predictions:
         metrics = evaluation.score_file(args.predictions)
     else:
-        import llavamed_jax as lm
-
-        model = lm.load(args.checkpoint, **{name: getattr(args, name) for name in _MODEL_FLAGS})
+        model = common.load_assistant(args)
         metrics = evaluation.run(model, args.checkpoint, with_control=args.control == "image")
     print(run.summary(metrics))
     print(f"report: {evaluation.workdir / 'report.html'}")

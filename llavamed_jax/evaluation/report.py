@@ -15,7 +15,8 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from llavamed_jax.data.datasets import VqaSample
-from llavamed_jax.evaluation import scoring
+from llavamed_jax.evaluation import controls, scoring
+from llavamed_jax.evaluation.style import CSS
 
 _NOTICE = "For research use only: never for clinical decisions."
 _GALLERY_IMAGES = 24
@@ -47,38 +48,6 @@ _PAPER_ORDER = (
 _SETS = {"vqa_rad": "VQA-RAD", "slake": "SLAKE"}
 _SPLITS = {"held_out": "held-out images", "test": "test split", "validation": "validation split", "train": "training split"}
 _GROUP_TITLES = {"question_type": "Question type", "organ": "Organ", "modality": "Modality"}
-
-_CSS = """
-:root{--ink:#1c2733;--soft:#5d6b7a;--line:#dfe5eb;--paper:#fff;--back:#f5f7f9;--blue:#1f5f99;--pale:#cfe0ef;
---good:#1c7a4a;--goodback:#e6f4ec;--bad:#a8322b;--badback:#fbeae8;--half:#8a6100;--halfback:#fdf3d9}
-*{box-sizing:border-box}
-body{margin:0;background:var(--back);color:var(--ink);font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,"DejaVu Sans",sans-serif}
-main{max-width:1120px;margin:0 auto;padding:32px 24px 64px}
-h1{font-size:26px;line-height:1.25;margin:0 0 4px}h2{font-size:18px;margin:40px 0 4px}
-p{margin:4px 0 12px}.soft,.note{color:var(--soft)}.note{font-size:13px;max-width:100ch}
-.notice{display:inline-block;margin:12px 0 0;padding:6px 12px;border-left:3px solid var(--bad);background:var(--badback);font-weight:600}
-.cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(210px,1fr));gap:14px;margin:24px 0 0}
-.card{background:var(--paper);border:1px solid var(--line);border-radius:8px;padding:14px 16px}
-.card b{display:block;font-size:28px;line-height:1.2;font-variant-numeric:tabular-nums}.card span{font-size:13px;color:var(--soft);display:block}
-.scroll{overflow-x:auto;background:var(--paper);border:1px solid var(--line);border-radius:8px;margin:8px 0}
-table{border-collapse:collapse;width:100%;font-size:14px}th,td{padding:7px 12px;text-align:left;border-top:1px solid var(--line);vertical-align:top}
-thead th{border-top:0;background:#eef2f5;font-weight:600;white-space:nowrap}td.n,th.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
-tbody th{font-weight:500}td.what{color:var(--soft);font-size:13px}.ci{color:var(--soft);font-size:12.5px}
-svg.bar{display:block;margin-top:4px}
-.gallery{display:grid;grid-template-columns:repeat(auto-fill,minmax(330px,1fr));gap:16px;margin-top:12px;align-items:start}
-figure{margin:0;background:var(--paper);border:1px solid var(--line);border-radius:8px;overflow:hidden}
-figure .picture{background:#0c1014;height:250px;display:flex;align-items:center;justify-content:center;color:#aab4be}
-figure img{max-width:100%;max-height:250px;display:block}
-figcaption{padding:10px 14px 12px;font-size:13.5px}figcaption .name{color:var(--soft);font-size:12.5px}
-.qa{border-top:1px solid var(--line);margin-top:9px;padding-top:9px}.qa .q{font-weight:600}
-.qa div{overflow-wrap:anywhere}.tag{float:right;margin-left:8px;padding:0 8px;border-radius:10px;font-size:12px;font-weight:600}
-.right{color:var(--good);background:var(--goodback)}.wrong{color:var(--bad);background:var(--badback)}.partly{color:var(--half);background:var(--halfback)}
-.k{display:inline-block;min-width:62px;color:var(--soft)}
-details{background:var(--paper);border:1px solid var(--line);border-radius:8px;margin:8px 0;padding:10px 14px}summary{cursor:pointer;font-weight:600}
-pre{overflow-x:auto;font:12.5px/1.5 ui-monospace,Menlo,Consolas,"DejaVu Sans Mono",monospace;margin:8px 0 0}
-td code{font:12.5px ui-monospace,Menlo,Consolas,"DejaVu Sans Mono",monospace;overflow-wrap:anywhere}
-@media print{body{background:#fff}figure,.card{break-inside:avoid}}
-"""
 
 
 def render(
@@ -115,7 +84,7 @@ def render(
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<title>{escape(name)}: {escape(model)}</title><style>{_CSS}</style></head>\n<body><main>"
+        f"<title>{escape(name)}: {escape(model)}</title><style>{CSS}</style></head>\n<body><main>"
         + "\n".join(part for part in body if part)
         + "</main></body></html>\n"
     )
@@ -193,20 +162,13 @@ def _cards(metrics: Mapping) -> str:
 
 def _strict(metrics: Mapping) -> str:
     control = metrics.get("control")
-    head = ["Strict metric", "%", "95 %", "", "What it is"]
-    if control:
-        head[3:3] = ["images exchanged", "difference"]
+    head = ["Strict metric", "%", *(["images exchanged", "difference"] if control else []), "What it is"]
     rows = []
     for name in scoring.STRICT:
         title, what = _TITLES[name]
-        strict = metrics["strict"]
-        row = [title, f"<b>{number(strict[name])}</b>", _interval(strict, name), _bar(strict, name), what]
-        if control:
-            row[3:3] = [
-                f"{number(control['strict'][name])} {_interval(control['strict'], name)}",
-                f"{number(control['difference'][name])} {_interval(control['difference'], name)}",
-            ]
-        rows.append(row)
+        tables = [control["strict"], control["difference"]] if control else []
+        beside = [f"{number(table[name])} {_interval(table, name)}" for table in tables]
+        rows.append([title, _value(metrics["strict"], name), *beside, what])
     baselines = metrics["baselines"]
     notes = "Percent; intervals by bootstrap over images."
     if metrics["n_closed"]:
@@ -219,7 +181,7 @@ def _strict(metrics: Mapping) -> str:
             " Images exchanged: the same questions, each image replaced by another one of the set"
             f" (one cycle through all, seed {control['seed']}); a difference near 0 says that the image is not looked at."
         )
-    return f'<h2>Strict</h2><p class="note">{notes}</p>' + _table(head, rows, range(1, len(head) - 2))
+    return f'<h2>Strict</h2><p class="note">{notes}</p>' + _table(head, rows)
 
 
 def _paper(metrics: Mapping) -> str:
@@ -315,7 +277,10 @@ def _gallery(metrics: Mapping, samples: Sequence[VqaSample], predictions: Sequen
     # Drawn by the run's seed, not picked: neither the best nor the worst.
     drawn = np.random.default_rng(metrics["seed"]).permutation(len(by_image))[:_GALLERY_IMAGES]
     images = [list(by_image)[i] for i in sorted(drawn)]
-    figures = [_figure(image, [(samples[i], texts[i], others[i]) for i in by_image[image]]) for image in images]
+    organs = {answer["image"]: answer for answer in (metrics.get("organ") or {}).get("answers", [])}
+    figures = [
+        _figure(image, [(samples[i], texts[i], others[i]) for i in by_image[image]], organs.get(image)) for image in images
+    ]
     missing = sum("<img" not in figure for figure in figures)
     note = f"{len(images)} of {len(by_image)} images, drawn by seed {metrics['seed']}; at most {_GALLERY_QUESTIONS} questions each."
     if missing:
@@ -323,22 +288,32 @@ def _gallery(metrics: Mapping, samples: Sequence[VqaSample], predictions: Sequen
     return f'<h2>Pictures, questions, answers</h2><p class="note">{note}</p><div class="gallery">{"".join(figures)}</div>'
 
 
-def _figure(image: str, items: Sequence[tuple[VqaSample, str, str | None]]) -> str:
+def _figure(image: str, items: Sequence[tuple[VqaSample, str, str | None]], organ: Mapping | None) -> str:
     url = thumbnail(image)
     name = escape(Path(image).name)
     picture = f'<img alt="{name}" src="{url}">' if url else "image not found"
     fields = [field for group in ("organ", "modality") for field in scoring.group_keys(items[0][0], group)]
     label = " · ".join([name, *(escape(field) for field in fields if field != "not stated")])
-    lines = []
+    entries = []
+    if organ:
+        verdict = ("right", "right") if organ["named"] == organ["organ"] else ("wrong", "wrong")
+        entries.append(_entry(verdict, controls.ORGAN_QUESTION, organ["answer"], controls.ORGAN_ANSWERS[organ["organ"]], None))
     for sample, text, other in items[:_GALLERY_QUESTIONS]:
-        kind, word = _verdict(sample, text)
-        exchanged = f'<div><span class="k">exchanged</span> {escape(other) or "(nothing)"}</div>' if other is not None else ""
-        lines.append(
-            f'<div class="qa"><span class="tag {kind}">{word}</span><div class="q">{escape(sample.question)}</div>'
-            f'<div><span class="k">answer</span> {escape(text) or "(nothing)"}</div>'
-            f'<div><span class="k">gold</span> {escape(str(sample.answer))}</div>{exchanged}</div>'
-        )
-    return f'<figure><div class="picture">{picture}</div><figcaption><span class="name">{label}</span>{"".join(lines)}</figcaption></figure>'
+        entries.append(_entry(_verdict(sample, text), sample.question, text, str(sample.answer), other))
+    caption = f'<figcaption><span class="name">{label}</span>{"".join(entries)}</figcaption>'
+    return f'<figure><div class="picture">{picture}</div>{caption}</figure>'
+
+
+def _entry(verdict: tuple[str, str], question: str, answer: str, gold: str, exchanged: str | None) -> str:
+    kind, word = verdict
+    lines = [("answer", answer), ("gold", gold), *([("exchanged", exchanged)] if exchanged is not None else [])]
+    rows = [
+        f'<div class="line"><span class="k">{title}</span><span>{escape(text) or "(nothing)"}</span></div>'
+        for title, text in lines
+    ]
+    return (
+        f'<div class="qa"><span class="tag {kind}">{word}</span><div class="q">{escape(question)}</div>{"".join(rows)}</div>'
+    )
 
 
 def _details(details: Mapping[str, Mapping]) -> str:

@@ -1,5 +1,7 @@
 """One evaluation from start to end: questions, predictions, control, metrics, report; and the files that they leave."""
 
+from __future__ import annotations
+
 import datetime
 import hashlib
 import importlib.metadata
@@ -8,12 +10,16 @@ import platform
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ml_collections import ConfigDict
 
 from llavamed_jax.data import datasets
 from llavamed_jax.errors import UsageError, UserError
 from llavamed_jax.evaluation import controls, report, scoring, vqa
+
+if TYPE_CHECKING:
+    from llavamed_jax.assistant import LlavaMed
 
 
 class Evaluation:
@@ -30,9 +36,13 @@ class Evaluation:
         self.cfg, self.workdir = cfg, Path(workdir)
         if cfg.protocol not in ("clean", "paper"):
             raise UsageError(f"protocol is {cfg.protocol!r}; clean or paper was expected")
-        for key in ("max_new_tokens", "num_beams", "batch_size"):
+        for key in ("max_new_tokens", "batch_size"):
             if cfg.generation[key] < 1:
                 raise UsageError(f"generation.{key} is {cfg.generation[key]}; at least 1 was expected")
+        if cfg.generation.num_beams != 1:
+            raise UsageError(f"generation.num_beams is {cfg.generation.num_beams}; 1 was expected, there is no beam search yet")
+        if cfg.generation.temperature < 0:
+            raise UsageError(f"generation.temperature is {cfg.generation.temperature}; at least 0 was expected")
         self.generation = vqa.Generation(**cfg.generation.to_dict(), seed=cfg.seed)
         self.samples, self.training = vqa.load_samples(
             cfg.data.name, cfg.data.root, cfg.data.split, cfg.protocol, cfg.data.held_out
@@ -40,9 +50,10 @@ class Evaluation:
         if not self.samples:
             raise UserError(f"{cfg.data.root} holds no question of {cfg.data.name} {cfg.data.split}")
 
-    def run(self, model: vqa.Model, checkpoint: str, with_control: bool = False) -> dict:
+    def run(self, model: LlavaMed, checkpoint: str, with_control: bool = False) -> dict:
         """Asks the model every question, and again with images exchanged where asked for; scores; writes the files."""
         name = vqa.model_name(checkpoint)
+        model.engine.batch_size = self.generation.batch_size
         predictions = vqa.predict(model, self.samples, self.generation, name)
         self._write("predictions.jsonl", vqa.to_jsonl(predictions))
         control, extra = [], {}
@@ -67,7 +78,7 @@ class Evaluation:
         variant = self.cfg.protocol if data.name == "vqa_rad" else "en"
         return datasets.describe(self.samples, data.name, data.split, variant)
 
-    def _ask(self, model: vqa.Model, pairs: Sequence[tuple[str, str]]) -> list[str]:
+    def _ask(self, model: LlavaMed, pairs: Sequence[tuple[str, str]]) -> list[str]:
         # The shifts of this control follow from one greedy answer an image, whatever the other questions are asked with.
         greedy = vqa.Generation(max_new_tokens=self.generation.max_new_tokens, batch_size=self.generation.batch_size)
         return [answer.text for answer in vqa.ask(model, pairs, greedy, "organ question")]
@@ -109,10 +120,18 @@ class Evaluation:
         date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         return {
             "Run": {**run, "date": date, "seed": str(self.cfg.seed)},
-            "Configuration": {key: value for key, value in self.cfg.to_dict().items()},
+            "Configuration": _flat(self.cfg.to_dict()),
             "Versions": {"python": platform.python_version()} | {name: _version(name) for name in packages},
             "SHA-256": hashes,
         }
+
+
+def _flat(config: Mapping, prefix: str = "") -> dict:
+    """A nested config with dotted names, as they are typed on the command line."""
+    result = {}
+    for key, value in config.items():
+        result |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return result
 
 
 def _checkpoint_files(checkpoint: str) -> list[Path]:

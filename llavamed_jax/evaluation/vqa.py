@@ -4,6 +4,8 @@ One line a question with the keys of the original's answer files: `question_id`,
 `model_id`, `metadata`.
 """
 
+from __future__ import annotations
+
 import json
 import os
 import sys
@@ -12,7 +14,7 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
@@ -20,13 +22,8 @@ from llavamed_jax.data import datasets
 from llavamed_jax.data.datasets import VqaSample
 from llavamed_jax.errors import UsageError, UserError
 
-
-class Model(Protocol):
-    """What evaluation needs of a model; `llavamed_jax.LlavaMed` is one."""
-
-    def generate(self, conversations, *, max_new_tokens, temperature, num_beams, seed): ...
-
-    def generate_tokens(self, rows, images, *, max_new_tokens, temperature, num_beams, seed): ...
+if TYPE_CHECKING:  # scoring predictions that exist must not import jax
+    from llavamed_jax.assistant import LlavaMed
 
 
 @dataclass(frozen=True)
@@ -107,12 +104,12 @@ def _held_out_images(path: str) -> set[str]:
     return {str(image) for image in images}
 
 
-def ask(model: Model, questions: Sequence[tuple[str, str]], generation: Generation, title: str = "questions") -> list[Answer]:
+def ask(model: LlavaMed, questions: Sequence[tuple[str, str]], generation: Generation, title: str = "questions") -> list[Answer]:
     """Asks a model about images: (question, image path) pairs -> answers in the same order.
 
-    Pairs of one image are asked next to each other. A prompt longer than the model's `max_length` after its image is
-    expanded is cut from the right, as the original does, which loses the end of the instruction: it is counted, and
-    a warning says how many.
+    Pairs of one image are asked next to each other. A prompt that with its image is longer than the model takes (the
+    checkpoint's `tokenizer_model_max_length`) is cut from the right, as the original does, which loses the end of the
+    instruction: it is counted, and a warning says how many.
     """
     image_order = {image: position for position, image in reversed(list(enumerate(image for _, image in questions)))}
     order = sorted(range(len(questions)), key=lambda i: image_order[questions[i][1]])
@@ -128,14 +125,17 @@ def ask(model: Model, questions: Sequence[tuple[str, str]], generation: Generati
     cut = [answer.tokens_cut for answer in answers if answer.tokens_cut]
     if cut:
         print(
-            f"warning: {len(cut)} of {len(answers)} prompts were longer than {model.config.max_length} tokens"
+            f"warning: {len(cut)} of {len(answers)} prompts were longer than {model.engine.max_prompt} tokens"
             f" and lost their end ({sum(cut)} tokens in all), as in the original",
             file=sys.stderr,
         )
+    unfinished = sum(answer.finish_reason == "length" for answer in answers)
+    if unfinished:
+        print(f"warning: {unfinished} of {len(answers)} answers reached max_new_tokens and are not finished", file=sys.stderr)
     return answers
 
 
-def _ask_batch(model: Model, questions: Sequence[tuple[str, str]], generation: Generation, seed: int) -> list[Answer]:
+def _ask_batch(model: LlavaMed, questions: Sequence[tuple[str, str]], generation: Generation, seed: int) -> list[Answer]:
     settings = {
         "max_new_tokens": generation.max_new_tokens,
         "temperature": generation.temperature,
@@ -144,7 +144,7 @@ def _ask_batch(model: Model, questions: Sequence[tuple[str, str]], generation: G
     }
     conversations = [_messages(question, image) for question, image in questions]
     rows = [model.processor.expand(model.processor.encode(model.processor.prompt(each))) for each in conversations]
-    limit = model.config.max_length or sys.maxsize
+    limit = model.engine.max_prompt
     fitting = [i for i, row in enumerate(rows) if len(row) <= limit]
     answers = {}
     if fitting:
@@ -185,7 +185,7 @@ def _progress(total: int, title: str) -> tuple[Callable[[int], None], Callable[[
 
 
 def predict(
-    model: Model,
+    model: LlavaMed,
     samples: Sequence[VqaSample],
     generation: Generation,
     model_id: str,
