@@ -1,3 +1,4 @@
-import sys
 from llavamed_jax.cli.eval import main
-sys.exit(main())
+
+if __name__ == "__main__":
+    raise SystemExit(main())
