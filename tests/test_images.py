@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from llavamed_jax.data.images import (PAD_COLOR, load_image, normalize, pad_to_square, preprocess, preprocess_uint8)
+from llavamed_jax.data.images import PAD_COLOR, load_image, normalize, pad_to_square, preprocess, preprocess_uint8
 from llavamed_jax.errors import UserError
 
 

@@ -170,7 +170,7 @@ def test_batches_do_not_depend_on_workers_and_resuming_is_seamless(processor, da
     state = json.loads(json.dumps(with_workers.state()))
     assert state == {"epoch": 1, "position": 2, "samples": 10, "seed": 2}
     with_workers.close()
-    for workers in (0, 3):
+    for workers in (0, 1):
         resumed = loader.batches(data, processor, 3, T, seed=2, workers=workers)
         resumed.restore(state)
         assert_equal(whole[4:], take(resumed, 5))
@@ -241,21 +241,21 @@ PROGRAM = """
         records = [{"id": i, "image": [], "conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]}
                    for i in range(8)]
         batches = loader.batches(TrainingData([records]), Processor.load(TOKENIZER), 2, 32, workers=2)
-        next(batches), next(batches)  # one of each worker
-        if args.end == "signals":
-            for child in active_children():
-                os.kill(child.pid, signal.SIGINT), os.kill(child.pid, signal.SIGTERM)
-            for _ in range(6):
-                next(batches)
+        kept = [next(batches), next(batches)]  # one of each worker; still held when the program ends
+        for child in active_children():
+            os.kill(child.pid, signal.SIGINT), os.kill(child.pid, signal.SIGTERM)
+        for _ in range(6):  # more than were made before the signals
+            next(batches)
         print(*(child.pid for child in active_children()), flush=True)
-        if args.end == "wait":
+        if args.end == "killed":
             time.sleep(60)
         if args.end == "close":
             batches.close()
             print(len(active_children()))
+        return batches, kept
 
     if __name__ == "__main__":
-        main()
+        held = main()
 """
 
 
@@ -266,9 +266,8 @@ def is_running(pid):
         return False
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="asks Linux's /proc which processes run")
-@pytest.mark.parametrize("end", ["signals", "close", "wait"])
+@pytest.mark.parametrize("end", ["return", "close", "killed"])
 def test_worker_processes_end_with_the_program(mistral_tokenizer, tmp_path, end):
     """A plain argparse program: its workers outlive signals that are meant for it, and never itself, even killed."""
     script = tmp_path / "program.py"
@@ -277,13 +276,15 @@ def test_worker_processes_end_with_the_program(mistral_tokenizer, tmp_path, end)
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     workers = [int(pid) for pid in program.stdout.readline().split()]
     assert len(workers) == 2
-    if end == "wait":
+    if end == "killed":
         assert all(map(is_running, workers))
         program.send_signal(signal.SIGKILL)
     out, err = program.communicate(timeout=60)
-    assert program.returncode == {"signals": 0, "close": 0, "wait": -signal.SIGKILL}[end], err
+    assert program.returncode == {"return": 0, "close": 0, "killed": -signal.SIGKILL}[end], err
     if end == "close":
         assert out.strip() == "0"
+    if end != "killed":
+        assert not err  # grain's destructors have nothing left to complain about
     deadline = time.time() + 10
     while any(map(is_running, workers)) and time.time() < deadline:
         time.sleep(0.1)

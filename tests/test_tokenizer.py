@@ -39,7 +39,7 @@ def test_not_legacy_means_no_prefix_after_a_special_token(llama_tokenizer, tmp_p
     assert Tokenizer.load(tmp_path).encode("No.</s>USER: hi") == [1, 1939, 29889, 2, 3148, 1001, 29901, 7251]
     (tmp_path / "tokenizer_config.json").write_text('{"legacy": false}')
     tokenizer = Tokenizer.load(tmp_path)
-    assert not tokenizer.is_legacy
+    assert not tokenizer.is_legacy and not Tokenizer.load(tmp_path / "tokenizer.model").is_legacy
     assert tokenizer.encode("No.</s>USER: hi") == [1, 1939, 29889, 2, 11889, 29901, 7251]
 
 

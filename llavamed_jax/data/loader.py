@@ -12,6 +12,7 @@ import json
 import os
 import signal
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing import parent_process
@@ -126,7 +127,9 @@ class Loader:
     def __init__(self, make: BatchMaker, workers: int, on_skip: Callable[[dict], None] | None, skip_limit: int):
         self._make, self._workers, self._on_skip, self._skip_limit = make, workers, on_skip, skip_limit
         self._position = make.start
-        self._iterator: grain.DatasetIterator | None = None
+        self._running: list[grain.DatasetIterator] = []  # the one iterator, once started
+        # Closes it with this object or, before modules are torn down (grain's destructors need them), with the program.
+        weakref.finalize(self, _close, self._running)
         self.skipped: list[dict] = []
         self.truncated = self.unsupervised = 0
 
@@ -135,9 +138,9 @@ class Loader:
 
     def __next__(self) -> dict[str, np.ndarray]:
         """The next batch. Raises UserError when more samples were skipped than the limit allows."""
-        if self._iterator is None:
-            self._iterator = self._start()
-        batch, report = next(self._iterator)
+        if not self._running:
+            self._running.append(self._start())
+        batch, report = next(self._running[0])
         self._position = min(self._position + self._make.batch_size, self._make.stop)
         self.truncated += int(report["truncated"])
         self.unsupervised += int(report["unsupervised"])
@@ -150,7 +153,8 @@ class Loader:
             self.close()
             raise UserError(f"{len(ids)} samples have an image that cannot be read, more than the {self._skip_limit} that are "
                             f"skipped; the last: {self.skipped[-1]['reason']}")
-        return batch
+        # Out of the worker's shared memory, which would otherwise live as long as the last array made from it.
+        return {name: np.array(array) for name, array in batch.items()} if self._workers else batch
 
     def state(self) -> dict[str, int]:
         """Where the stream stands after the batches that were handed out; JSON, and good for any number of workers."""
@@ -168,10 +172,8 @@ class Loader:
         self._make = BatchMaker(**{**vars(self._make), "start": self._position})
 
     def close(self) -> None:
-        """Ends the worker processes. They also end with the iterator, with the program, and when the program dies."""
-        if self._iterator is not None:
-            self._iterator.close()
-            self._iterator = None
+        """Ends the worker processes. They also end with this object, with the program, and when the program dies."""
+        _close(self._running)
 
     def _start(self) -> grain.DatasetIterator:
         remaining = max(0, self._make.stop - self._make.start)
@@ -185,6 +187,11 @@ class Loader:
             dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=self._workers, per_worker_buffer_size=1),
                                           worker_init_fn=_tie_to_parent)
         return iter(dataset)
+
+
+def _close(running: list[grain.DatasetIterator]) -> None:
+    while running:
+        running.pop().close()
 
 
 def batches(data: TrainingData, processor: Processor, batch_size: int, max_length: int, *, seed: int = 0, workers: int = 0,

@@ -17,6 +17,7 @@ from llavamed_jax.errors import UserError
 
 # One character of its own outside every vocabulary piece: SentencePiece spells it as a byte and starts afresh after it.
 _SEPARATOR = "\n"
+_FILES = ("tokenizer.model", "tokenizer.json")
 
 
 class Tokenizer:
@@ -84,25 +85,26 @@ class Tokenizer:
           UserError: no tokenizer there, or a file that cannot be read.
         """
         path = Path(path)
-        directory, file = (path, find_tokenizer(path)) if path.is_dir() else (path.parent, path)
+        file = find_tokenizer(path) if path.is_dir() else path
         if file is None:
             raise UserError(f"{path} holds no tokenizer: tokenizer.model or tokenizer.json was expected")
         if not file.is_file():
             raise UserError(f"the tokenizer file {file} does not exist")
-        settings = _read_json(directory / "tokenizer_config.json") if path.is_dir() else {}
+        directory = file.parent if file.name in _FILES else None  # under another name, its neighbours are not its own
+        settings = _read_json(directory / "tokenizer_config.json") if directory else {}
         if file.suffix == ".json":
             backend = _HfBackend(file, settings)
             added, special = backend.added()
         else:
             backend = _SentencePieceBackend(file)
-            added, special = _added_tokens(directory, settings) if path.is_dir() else ({}, set())
+            added, special = _added_tokens(directory, settings) if directory else ({}, set())
         # transformers: a missing or null `legacy` means the old behaviour.
         return cls(backend, added, special, is_legacy=settings.get("legacy") is not False)
 
 
 def find_tokenizer(directory: Path) -> Path | None:
     """The file in `directory` that ids are read from: SentencePiece's own before transformers' conversion of it."""
-    return next((directory / n for n in ("tokenizer.model", "tokenizer.json") if (directory / n).is_file()), None)
+    return next((directory / name for name in _FILES if (directory / name).is_file()), None)
 
 
 class _SentencePieceBackend:
