@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from llavamed_jax.checkpoints.load import flatten, load_params, random_checkpoint
+from llavamed_jax.checkpoints.load import load_params, random_checkpoint
 from llavamed_jax.checkpoints.reader import Checkpoint, open_checkpoint, text_files
 from llavamed_jax.config import preset
 from llavamed_jax.data import datasets, loader
 from llavamed_jax.data.processor import Processor
 from llavamed_jax.data.tokenizer import Tokenizer
-from llavamed_jax.errors import UsageError, UserError
+from llavamed_jax.errors import UsageError
 from llavamed_jax.models import llava
 from llavamed_jax.parallel.mesh import make_mesh
 from llavamed_jax.training import optimizer as optimizers
@@ -155,5 +155,5 @@ def _layer(value: Any, i: int) -> Any:
 
 def from_disk(tensors: Mapping[str, jax.Array], shardings: Mapping[str, NamedSharding]) -> dict[str, jax.Array]:
     """The reverse of `to_disk`, laid as `shardings` says."""
-    flat = states.flatten_dict(llava.stack(states.unflatten_dict(tensors, sep="/")), sep="/")
+    flat = flatten_dict(llava.stack(unflatten_dict(tensors, sep="/")), sep="/")
     return {name: jax.device_put(flat[name], sharding, may_alias=False) for name, sharding in shardings.items()}

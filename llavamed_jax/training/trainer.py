@@ -12,13 +12,16 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from ml_collections import ConfigDict
 
 from llavamed_jax.checkpoints import store
+from llavamed_jax.checkpoints.load import flatten
+from llavamed_jax.config import LlavaConfig
 from llavamed_jax.errors import UsageError, UserError
+from llavamed_jax.models.llava import abstract_params
 from llavamed_jax.parallel.mesh import replicated
-from llavamed_jax.training import metrics, recipe, setup, workdir as workdirs
+from llavamed_jax.training import metrics, recipe, setup
+from llavamed_jax.training import workdir as workdirs
 from llavamed_jax.training.state import TrainState
 from llavamed_jax.training.step import llava_loss, make_eval_step, make_train_step, place
 
@@ -166,8 +169,10 @@ class Run:
                 if is_due:
                     validate()
                 self._save(writer)
+                reader.restart_clock()
                 saved_at = time.monotonic()
         writer.wait()
+        self._prune(writer)
         is_finished = self.step >= self.total_steps
         self.log.say(f"{'finished' if is_finished else 'stopped and saved'} at step {self.step} of {self.total_steps}: {self.workdir}")
         return is_finished
@@ -193,27 +198,37 @@ class Run:
         return validate
 
     def _save(self, writer: store.StepWriter) -> None:
-        keep = self.cfg.checkpoint
         meta = {"data": self.batches.state(), "progress": vars(self.progress), "seed": self.cfg.seed}
         writer.save(self.step, setup.to_disk(self.state.trainable), self.state.opt_state, meta)
-        # The step under way is not counted among those that are kept until it is whole, so nothing is lost with it.
+        self._prune(writer)
+
+    def _prune(self, writer: store.StepWriter) -> None:
+        """Deletes old steps. One that is still being written does not count among those that are kept."""
+        keep = self.cfg.checkpoint
         best = [self.progress.best["step"]] if keep.keep_best and self.progress.best else []
         writer.keep(keep.keep, also=best)
 
 
 class _LateReader:
-    """Takes the metrics of updates and writes them `RUN_AHEAD` updates later, when reading them waits for nothing."""
+    """Takes the metrics of updates and writes them `RUN_AHEAD` updates later, when reading them waits for nothing.
+
+    Throughput is taken from when updates were dispatched, which the queue keeps in step with the device. The clock starts
+    after the first update, which compiles, and again after saving and validation.
+    """
 
     def __init__(self, run: Run):
         self._run = run
         self._queue: collections.deque = collections.deque()
         self._peak = metrics.peak_flops(jax.devices()[0].device_kind)
         self._trained = {name: math.prod(x.shape) for name, x in run.state.trainable.items()}
-        self._since = time.monotonic()
-        self._tokens, self._flops = 0, 0.0
+        self._is_first = True
+        self.restart_clock()
+
+    def restart_clock(self, at: float | None = None) -> None:
+        self._since, self._tokens, self._flops = at or time.monotonic(), 0, 0.0
 
     def add(self, step: int, device_metrics: Mapping[str, jax.Array], counts: Mapping[str, int], skipped: int) -> None:
-        self._queue.append((step, device_metrics, counts, skipped))
+        self._queue.append((step, device_metrics, counts, skipped, time.monotonic()))
         if len(self._queue) > RUN_AHEAD:
             self._read()
 
@@ -223,7 +238,7 @@ class _LateReader:
             self._read()
 
     def _read(self) -> None:
-        step, device_metrics, counts, skipped = self._queue.popleft()
+        step, device_metrics, counts, skipped, dispatched = self._queue.popleft()
         values = {name: float(value) for name, value in jax.device_get(device_metrics).items()}
         run, progress = self._run, self._run.progress
         progress.samples += counts["samples"]
@@ -233,21 +248,22 @@ class _LateReader:
         self._tokens += counts["tokens"]
         self._flops += metrics.training_flops(run.program.model.cfg, self._trained, counts["tokens"], counts["samples"], counts["images"])
         run.log.advance(step, values["loss"])
-        if _is_multiple(step, run.cfg.log_every) or step == run.total_steps:
-            run.log.write(step, self._line(values, counts))
+        is_logged = _is_multiple(step, run.cfg.log_every) or step == run.total_steps
+        if is_logged:
+            run.log.write(step, self._line(values, counts, max(dispatched - self._since, 1e-9)))
+        if is_logged or self._is_first:
+            self.restart_clock(dispatched)
+        self._is_first = False
 
-    def _line(self, values: Mapping[str, float], counts: Mapping[str, int]) -> dict:
-        seconds = max(time.monotonic() - self._since, 1e-9)
-        progress, peak = self._run.progress, self._peak and self._peak * jax.device_count()
-        line = dict(
+    def _line(self, values: Mapping[str, float], counts: Mapping[str, int], seconds: float) -> dict:
+        progress, peak = self._run.progress, self._peak and self._peak * self._run.program.mesh.size
+        return dict(
             loss=values["loss"], learning_rate=values["learning_rate"], grad_norm=values["grad_norm"], samples=progress.samples,
             tokens=progress.tokens, tokens_per_second=self._tokens / seconds,
             padding_fraction=1 - counts["tokens"] / counts["positions"],
             image_padding_fraction=1 - counts["images"] / counts["image_slots"] if counts["image_slots"] else 0.0,
             mfu=self._flops / seconds / peak if peak else None, samples_skipped=progress.samples_skipped,
             updates_skipped=progress.updates_skipped)
-        self._since, self._tokens, self._flops = time.monotonic(), 0, 0.0
-        return line
 
 
 def _restore(workdir: Path, step: int, state: TrainState, program: setup.Program, batches) -> tuple[TrainState, Progress]:
@@ -268,9 +284,8 @@ def _is_multiple(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _size(shardings: TrainState, config) -> str:
+def _size(shardings: TrainState, config: LlavaConfig) -> str:
     """How much of the model is trained, in words."""
-    from llavamed_jax.models.llava import abstract_params
-    sizes = {name: int(np.prod(x.shape)) for name, x in setup.flatten(abstract_params(config, scan=True)).items()}
+    sizes = {name: math.prod(x.shape) for name, x in flatten(abstract_params(config, scan=True)).items()}
     trained = sum(sizes[name] for name in shardings.trainable)
     return f"{trained / 1e6:,.2f} M of {sum(sizes.values()) / 1e6:,.2f} M parameters trained"

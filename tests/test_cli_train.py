@@ -1,0 +1,186 @@
+"""What `train.py` says to a wrong command line, and how it ends: the exit statuses of the interface."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from llavamed_jax.checkpoints.load import random_checkpoint
+from llavamed_jax.checkpoints.store import newest_intact_step, write_model
+from llavamed_jax.cli import common
+from llavamed_jax.cli.train import main
+from llavamed_jax.config import DecoderConfig, LlavaConfig, VisionConfig
+from llavamed_jax.data.tokenizer import Tokenizer
+from llavamed_jax.errors import UsageError
+from llavamed_jax.training import recipe
+from llavamed_jax.training import workdir as workdirs
+
+ROOT = Path(__file__).resolve().parent.parent
+SAMPLE = ROOT / "samples" / "vqa_rad"
+CONFIGS = ROOT / "configs"
+RECIPES = ("pretrain", "finetune", "vqa_rad", "slake", "demo")
+
+
+def complaint(capsys, *words):
+    """(exit status, the one line on stderr)."""
+    status = main([str(word) for word in words])
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), lines
+    return status, lines[0]
+
+
+# ---- exit 2
+
+@pytest.mark.parametrize("words, named", [
+    (["--config.nonsense=1"], "'nonsense'"),
+    (["--config.optimizer.learning_rat=1"], "optimizer.learning_rate"),
+    (["--config.optimizer=1"], "optimizer.learning_rate"),
+    (["--config.batch_size=many"], "'batch_size'"),
+    (["--config.batch_size=0"], "'batch_size'"),
+    (["--config.batch_size=2.5"], "'batch_size'"),
+    (["--config.checkpoint.keep_best=perhaps"], "'checkpoint.keep_best'"),
+    (["--config.checkpoint.keep_best=true"], "data.validation"),
+    (["--config.trainable=projector"], "'trainable'"),
+    (["--config.trainable=[]"], "'trainable'"),
+    (["--config.remat=some"], "none or full"),
+    (["--config.data.packing=true"], "'data.packing'"),
+    (["--config.epochs=none"], "total_steps"),
+    (["--config.seed"], "--config.seed"),
+    (["--nonsense"], "--nonsense"),
+    (["stray"], "'stray'"),
+])
+def test_a_wrong_flag_key_or_value_is_named(capsys, tmp_path, words, named):
+    status, line = complaint(capsys, "--config", CONFIGS / "demo.py", "--workdir", tmp_path / "run", *words)
+    assert status == 2 and named in line
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("spec, named", [
+    ("absent.py", "absent.py"), ("demo.py:nonsense", "'nonsense'"), ("pretrain.py:v15,13b", "'13b'"),
+    ("pretrain.py:epochs=x", "epochs=N"), ("pretrain.py:protocol=paper", "'protocol=paper'"), ("vqa_rad.py:protocol=x", "clean"),
+    ("pretrain.py:v1,llava15", "'llava15'"), ("pretrain.py:small,7b", "'7b'"),
+])
+def test_a_wrong_config_file_or_argument_is_named(capsys, tmp_path, spec, named):
+    status, line = complaint(capsys, "--config", CONFIGS / spec, "--workdir", tmp_path)
+    assert status == 2 and named in line
+
+
+@pytest.mark.parametrize("text, said", [
+    ("def get_config(arg=''):\n    return 1 / 0", "ZeroDivisionError at line 2"),
+    ("def get_config(arg=''\n", "SyntaxError"),
+    ("x = 1", "no get_config"),
+    ("def get_config(arg=''):\n    return {}", "ConfigDict"),
+    ("from ml_collections import ConfigDict\ndef get_config(arg=''):\n    return ConfigDict({'seed': 1})", "lacks the config keys"),
+])
+def test_a_config_file_that_is_wrong_says_where(capsys, tmp_path, text, said):
+    (tmp_path / "c.py").write_text(text)
+    status, line = complaint(capsys, "--config", tmp_path / "c.py", "--workdir", tmp_path / "run")
+    assert status == 2 and said in line
+
+
+def test_a_missing_flag_is_named(capsys):
+    status, line = complaint(capsys, "--config", CONFIGS / "demo.py")
+    assert status == 2 and "--workdir" in line
+
+
+def test_help_ends_with_0(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--help"])
+    assert not ended.value.code and "--workdir" in capsys.readouterr().out
+
+
+# ---- exit 1
+
+@pytest.mark.parametrize("key, value, named", [
+    ("data.train", "absent.json", "absent.json"), ("data.images", "nowhere", "nowhere"), ("tokenizer", "absent.model", "absent.model"),
+    ("init", "nowhere", "nowhere"),
+])
+def test_what_is_missing_is_named(capsys, tmp_path, key, value, named):
+    status, line = complaint(capsys, "--config", CONFIGS / "demo.py", "--workdir", tmp_path, f"--config.{key}={value}", "--config.mesh.tp=8", "--config.mesh.data=1")
+    assert status == 1 and named in line
+    assert not (tmp_path / "recipe.json").exists()
+
+
+def test_a_workdir_in_use_ends_with_1(capsys, tmp_path):
+    with workdirs.locked(tmp_path):
+        status, line = complaint(capsys, "--config", CONFIGS / "demo.py", "--workdir", tmp_path)
+    assert status == 1 and "in use" in line
+
+
+# ---- recipes
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_are_whole_and_short(name):
+    arguments = {"demo": ["warmup", "align", "instruct", "vqa"]}.get(name, ["", "v1", "v1,13b", "llava15,13b", "small", "epochs=2"])
+    for argument in arguments:
+        recipe.check(common.load_config(f"{CONFIGS / name}.py:{argument}"))
+    assert len((CONFIGS / f"{name}.py").read_text().splitlines()) <= 80
+
+
+def test_published_numbers():
+    """LLaVA-Med v1.0's README (spec 4.1)."""
+    for name, rate, batch_size, epochs in (("pretrain", 2e-3, 128, 1), ("finetune", 2e-5, 64, 3), ("vqa_rad", 2e-5, 64, 3)):
+        cfg = common.load_config(f"{CONFIGS / name}.py:v1")
+        assert (cfg.optimizer.learning_rate, cfg.batch_size, cfg.epochs, cfg.max_length) == (rate, batch_size, epochs, 2048)
+        assert (cfg.optimizer.warmup_ratio, cfg.optimizer.weight_decay, cfg.optimizer.clip_norm) == (0.03, 0.0, 1.0)
+
+
+def test_overrides_have_the_type_of_their_key():
+    cfg = common.load_config(str(CONFIGS / "demo.py"), [
+        "optimizer.learning_rate=1", "batch_size=4", "checkpoint.keep_best=True", 'trainable=["a", "b"]', "total_steps=3",
+        "data.validation=v.json", 'data.train=[{"path": "p", "weight": 2}]', 'optimizer.overrides=[["projector/.*", 1e-5]]'])
+    assert type(cfg.optimizer.learning_rate) is float and cfg.batch_size == 4 and cfg.checkpoint.keep_best is True
+    assert list(cfg.trainable) == ["a", "b"] and cfg.total_steps == 3 and cfg.data.validation == "v.json"
+    assert cfg.data.train[0]["weight"] == 2 and cfg.optimizer.overrides[0][1] == 1e-5
+    assert common.load_config(str(CONFIGS / "demo.py"), ["epochs=none"]).epochs is None
+    recipe.check(cfg)
+
+
+def test_recipe_arguments():
+    args = common.recipe_arguments("v1,13b,epochs=9,protocol=paper", epochs=3, protocol="clean")
+    assert (args.preset, args.epochs, args.protocol) == ("v1-13b", 9, "paper")
+    assert common.recipe_arguments("").preset == "v15-7b" and common.recipe_arguments("small").preset == "small"
+    assert common.recipe_arguments("b", words=("a", "b")).word == "b" and common.recipe_arguments("", words=("a", "b")).word == "a"
+    with pytest.raises(UsageError):
+        common.recipe_arguments("epochs=3")
+
+
+@pytest.mark.parametrize("variable", ["XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION", None])
+def test_memory_fraction_is_set_unless_the_user_did(monkeypatch, variable):
+    for name in ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"):
+        monkeypatch.delenv(name, raising=False)
+    if variable:
+        monkeypatch.setenv(variable, "0.5")
+    seen = {}
+    common.run(lambda argv: seen.update({k: v for k, v in os.environ.items() if k.endswith("MEM_FRACTION")}), [])
+    assert seen == ({variable: "0.5"} if variable else {"XLA_CLIENT_MEM_FRACTION": "0.95"})
+
+
+# ---- the program itself
+
+def test_interrupted_at_the_keyboard_saves_and_ends_with_75(tmp_path):
+    """Ctrl-C reaches the whole process group, the loader's worker processes too; the run saves, and goes on from there."""
+    vocabulary = Tokenizer.load(SAMPLE / "tokenizer.model").vocab_size
+    cfg = LlavaConfig(VisionConfig(16, 32, 2, 2, 16, 8),
+                      DecoderConfig(vocabulary, 16, 24, 1, 2, 1, 8, 1e-5, 1e4, 128, architecture="mistral"), max_length=64)
+    write_model(tmp_path / "start", random_checkpoint(cfg), files={"tokenizer.model": SAMPLE / "tokenizer.model"})
+    command = [sys.executable, "train.py", "--config", "configs/demo.py:vqa", "--workdir", str(tmp_path / "run"),
+               f"--config.init={tmp_path / 'start'}", "--config.total_steps=100000", "--config.data.workers=1", "--config.log_every=1"]
+    environment = {**os.environ, "XLA_FLAGS": ""}  # one device
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    log = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (log.exists() and log.read_text().count("\n") >= 3) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.2)
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 75, out + err
+    step, damaged = newest_intact_step(tmp_path / "run")
+    assert step and not damaged and f"stopped and saved at step {step}" in out
+    assert "\r" not in out + err, "there is no terminal, so there is no progress bar"
+    assert json.loads(log.read_text().splitlines()[-1])["step"] == step
