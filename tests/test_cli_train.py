@@ -101,7 +101,7 @@ def test_help_ends_with_0(capsys):
     ("init", "nowhere", "nowhere"),
 ])
 def test_what_is_missing_is_named(capsys, tmp_path, key, value, named):
-    status, line = complaint(capsys, "--config", CONFIGS / "demo.py", "--workdir", tmp_path, f"--config.{key}={value}", "--config.mesh.tp=8", "--config.mesh.data=1")
+    status, line = complaint(capsys, "--config", CONFIGS / "demo.py", "--workdir", tmp_path, f"--config.{key}={value}")
     assert status == 1 and named in line
     assert not (tmp_path / "recipe.json").exists()
 
@@ -172,7 +172,8 @@ def test_interrupted_at_the_keyboard_saves_and_ends_with_75(tmp_path):
     command = [sys.executable, "train.py", "--config", "configs/demo.py:vqa", "--workdir", str(tmp_path / "run"),
                f"--config.init={tmp_path / 'start'}", "--config.total_steps=100000", "--config.data.workers=1", "--config.log_every=1"]
     environment = {**os.environ, "XLA_FLAGS": ""}  # one device
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               text=True, start_new_session=True)
     log = tmp_path / "run" / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while not (log.exists() and log.read_text().count("\n") >= 3) and process.poll() is None and time.monotonic() < deadline:

@@ -147,8 +147,8 @@ def _parse(key: str, text: str, current: Any, kind: type) -> Any:
     try:
         if kind is bool:
             return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
-        if current is None and text.lower() == "none":
-            return None
+        if text.lower() == "none" and (current is None or kind in (int, float)):
+            return None  # leaves a number open; whoever needs it complains
         if kind in (int, float, str):
             return kind(text)
         value = ast.literal_eval(text)
@@ -212,7 +212,8 @@ def recipe_arguments(text: str, *, epochs: int | None = None, protocol: str | No
             raise UsageError(f"the recipe argument {item!r} contradicts or repeats {found[kind]!r}")
         found[kind] = value
     if "small" in found and ("family" in found or "size" in found):
-        raise UsageError(f"the recipe argument 'small' names a model of its own; it cannot stand beside {found.get('family') or found['size']!r}")
+        other = found.get("family") or found["size"]
+        raise UsageError(f"the recipe argument 'small' names a model of its own; it cannot stand beside {other!r}")
     found["small"] = "small" in found
     result = RecipeArguments(**{"epochs": epochs, "protocol": protocol, "word": words[0] if words else None, **found})
     if (result.family, result.size) == ("v15", "13b"):
