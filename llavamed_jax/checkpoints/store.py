@@ -110,11 +110,15 @@ class StepWriter:
 
     def __init__(self, workdir: str | Path):
         self._root = Path(workdir).absolute() / "checkpoints"
-        self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+        # Directories made in the background gain nothing here, and after a refused save their threads wait for minutes.
+        options = ocp.AsyncOptions(create_directories_asynchronously=False)
+        self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(), async_options=options)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="seal-step")
         self._sealing: Future | None = None
         if jax.process_index() == 0:
             self._root.mkdir(parents=True, exist_ok=True)
+            for leftover in self._root.glob("*.orbax-checkpoint-tmp*"):  # of a save that was killed; as large as a step
+                shutil.rmtree(leftover)
 
     def __enter__(self) -> "StepWriter":
         return self
