@@ -91,13 +91,14 @@ class MetricsWriter:
             self._bar.update(step - self._bar.n)
 
     def write(self, step: int, metrics: Mapping[str, float | int | None]) -> None:
-        """One line of `metrics.jsonl`, the same in TensorBoard, and a line for whoever reads along."""
+        """One line of `metrics.jsonl`, the same in TensorBoard, and where there is no bar a line for whoever reads along."""
         self._file.write(json.dumps({"step": step, **metrics}) + "\n")
         self._file.flush()
         for key, value in metrics.items():
             if value is not None:
                 self._board.add_scalar(key, value, step)
-        self.say(f"{self._name} {step}/{self._total} · " + " · ".join(_shown(metrics)))
+        if self._bar is None or "loss" not in metrics:  # the bar shows the training loss itself
+            self.say(f"{self._name} {step}/{self._total} · " + " · ".join(_shown(metrics)))
 
     def skipped(self, step: int, entries: Iterable[Mapping]) -> None:
         """A line of `skipped.jsonl` for each sample that an update had to do without."""

@@ -80,9 +80,9 @@ def make_eval_step(loss_fn: LossFn, mesh: Mesh) -> Callable[[TrainState, Batch],
 
 
 def place(batch: Mapping[str, Any], mesh: Mesh) -> Batch:
-    """The model's part of a batch of numpy arrays, its rows laid over the devices."""
-    inputs = {name: batch[name] for name in MODEL_INPUTS if name in batch}
-    return jax.device_put(inputs, batch_sharding(mesh))
+    """The model's part of this process's rows of a batch, numpy arrays, laid over the devices."""
+    rows = batch_sharding(mesh)
+    return {name: jax.make_array_from_process_local_data(rows, batch[name]) for name in MODEL_INPUTS if name in batch}
 
 
 def _accumulate(loss, trainable, batch: Batch, micro_batches: int):
