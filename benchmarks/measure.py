@@ -1,0 +1,82 @@
+"""What every benchmark shares: random weights, medians of several runs, and a row that says where it was measured."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import resource
+import statistics
+import subprocess
+import time
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from llavamed_jax.config import LlavaConfig
+from llavamed_jax.models.llava import abstract_params
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "torch", "transformers")
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def random_params(cfg: LlavaConfig, dtype=jnp.float32, scan: bool = False, seed: int = 0):
+    """Weights drawn on the device, kernels with standard deviation fan_in^-1/2, norms' scales 1, biases 0."""
+    draw = jax.jit(lambda key, shape, scale: (jax.random.normal(key, shape, jnp.float32) * scale).astype(dtype), static_argnums=(1, 2))
+
+    def leaf(path, x):
+        name = path[-1].key
+        if name in ("scale", "bias"):
+            return jnp.full(x.shape, name == "scale", dtype)
+        fan_in = x.shape[-1] if name in ("embedding", "class_embedding") else x.shape[-2]
+        key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(jax.tree_util.keystr(path).encode()) & 0x7FFFFFFF)
+        return draw(key, x.shape, fan_in**-0.5)
+
+    return jax.tree_util.tree_map_with_path(leaf, abstract_params(cfg, scan))
+
+
+def median_seconds(run: Callable[[], object], repeats: int = 5, warmup: int = 1) -> float:
+    """The median time of `run`, whose result is waited for; compilation belongs to the warm-up."""
+    for _ in range(warmup):
+        jax.block_until_ready(run())
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        jax.block_until_ready(run())
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def peak_memory() -> dict:
+    """Bytes in use at their highest: the device's own count, or the process's where the device keeps none (a CPU)."""
+    stats = jax.devices()[0].memory_stats() or {}
+    if "peak_bytes_in_use" in stats:
+        return {"peak_memory_bytes": stats["peak_bytes_in_use"], "peak_memory_of": "device"}
+    return {"peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "peak_memory_of": "process"}
+
+
+def circumstances(commit: str | None = None) -> dict:
+    """Device, versions, commit and date of a row."""
+    if commit is None:
+        done = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+        commit = done.stdout.strip() or None
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    return dict(device=jax.devices()[0].device_kind, versions=versions, commit=commit,
+                date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"))
+
+
+def append_row(out: Path, row: dict) -> None:
+    """Prints a row and appends it to the file `out`."""
+    line = json.dumps(row)
+    print(line, flush=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with open(out, "a") as file:
+        file.write(line + "\n")

@@ -1,0 +1,57 @@
+"""The benchmark for a large GPU runs whole at small shapes, and its budget holds."""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import h200
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def rows(directory):
+    return [json.loads(line) for line in (directory / "h200.jsonl").read_text().splitlines()]
+
+
+def test_every_case_runs_at_small_shapes(tmp_path):
+    pytest.importorskip("torch", reason="torch's CPU build is not installed")
+    done = subprocess.run([sys.executable, "benchmarks/h200.py", "--small", "--out", str(tmp_path), "--commit", "abc"],
+                          cwd=ROOT, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = {row["case"]: row for row in rows(tmp_path)}
+    assert list(found) == list(h200.CASES)
+    assert {json.loads(line)["case"] for line in done.stdout.splitlines() if line.startswith("{")} == set(found)
+    for row in found.values():
+        assert row["device"] == "cpu" and row["commit"] == "abc" and row["versions"]["jax"] and row["shapes"] and row["date"]
+    assert found["parity"]["max_difference_float32"] <= 2e-5 * max(1, found["parity"]["logits_std"])
+    assert 1e-4 < found["parity"]["max_difference_bfloat16"] < 1
+    for case in ("prefill", "decode", "train_projector", "train_full"):
+        assert found[case]["tokens_per_second"] > 0 and found[case]["peak_memory_bytes"] > 0
+    assert found["train_full"]["trained_parameters"] > found["train_projector"]["trained_parameters"] > 0
+    assert found["train_full"]["last_loss"] < found["train_full"]["first_loss"]
+
+
+def arguments(tmp_path, small=False):
+    return argparse.Namespace(out=str(tmp_path), commit="abc", small=small)
+
+
+def test_a_case_that_would_overrun_is_written_as_skipped(tmp_path, monkeypatch):
+    monkeypatch.setattr(h200, "BUDGET_SECONDS", 10)
+    assert h200.run_all(["prefill", "decode"], arguments(tmp_path)) == 0
+    assert [(row["case"], row["skipped"]) for row in rows(tmp_path)] == [
+        ("prefill", "10 of 10 s were left"), ("decode", "10 of 10 s were left")]
+
+
+def test_a_case_that_does_not_end_is_ended(tmp_path, monkeypatch):
+    monkeypatch.setattr(h200, "BUDGET_SECONDS", 1)
+    assert h200.run_all(["train_full"], arguments(tmp_path, small=True)) == 0
+    assert rows(tmp_path)[0]["skipped"].startswith("did not end within 1 s")
+
+
+def test_an_unknown_case_is_named():
+    done = subprocess.run([sys.executable, "benchmarks/h200.py", "--cases", "speed"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "'speed' does not exist; parity, prefill" in done.stderr
