@@ -1,0 +1,124 @@
+"""LlavaConfig from and to the `config.json` of each PyTorch layout. What a layout has no place for stands under one key."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from llavamed_jax.config import KNOWN_TOWERS, OURS, DecoderConfig, LlavaConfig, VisionConfig
+from llavamed_jax.errors import UserError
+
+# Keys of a source's config.json that LlavaConfig models; all others travel in `extra`.
+_ORIGINAL_KEYS = {
+    "model_type", "mm_projector_type", "mm_vision_select_layer", "mm_vision_select_feature", "image_aspect_ratio",
+    "tokenizer_model_max_length", "mm_use_im_start_end", "vocab_size", "hidden_size", "intermediate_size",
+    "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps", "rope_theta",
+    "rope_parameters", "rope_scaling", "max_position_embeddings", "sliding_window", "tie_word_embeddings",
+    "hidden_act", "attention_bias", "mlp_bias", "bos_token_id", "eos_token_id", "pad_token_id", "mm_hidden_size",
+    "dtype", "torch_dtype", OURS,
+}
+_TRANSFORMERS_KEYS = {
+    "model_type", "text_config", "vision_config", "projector_hidden_act", "multimodal_projector_bias",
+    "vision_feature_layer", "vision_feature_select_strategy", "image_token_index", "image_token_id", "image_seq_length",
+    "tie_word_embeddings", "dtype", "torch_dtype", OURS,
+}
+# What the original's loader reads beside the model's shape, for models that did not come from its layout.
+_ORIGINAL_DEFAULTS = {
+    "mm_vision_tower": "vision_tower", "use_mm_proj": True, "use_cache": True,
+    "mm_use_im_patch_token": False, "mm_patch_merge_type": "flat", "tokenizer_padding_side": "right",
+}
+
+
+def _extra(config: Mapping[str, Any], modelled: set[str]) -> str:
+    return json.dumps({k: v for k, v in config.items() if k not in modelled}, sort_keys=True)
+
+
+def from_original(config: Mapping[str, Any], vision: VisionConfig | None) -> LlavaConfig:
+    """From the originals' own layout: LLaVA-Med v1.5, v1.0 or LLaVA-1.5 (spec 2.1, 2.3)."""
+    kind, tower, ours = config["model_type"], config.get("mm_vision_tower"), config.get(OURS, {})
+    if vision is None:
+        shape = ours.get("vision_config") or KNOWN_TOWERS.get(tower)
+        if shape is None:
+            raise UserError(f"the shape of the vision tower {tower!r} is not known; its directory was expected as vision_tower=PATH")
+        vision = VisionConfig.from_hf(shape)
+    if config.get("image_aspect_ratio") == "anyres":
+        raise UserError("image_aspect_ratio is 'anyres' (LLaVA-1.6); pad or square was expected")
+    return LlavaConfig(
+        vision=vision, decoder=DecoderConfig.from_hf(config, "mistral" if kind == "llava_mistral" else "llama"),
+        projector_type=config.get("mm_projector_type", "linear"),
+        feature_layer=config.get("mm_vision_select_layer", -1),  # the original's code default
+        feature_select=config.get("mm_vision_select_feature", "patch"),
+        image_aspect_ratio="pad" if config.get("image_aspect_ratio") == "pad" else "square",
+        max_length=config.get("tokenizer_model_max_length"), use_start_end=bool(config.get("mm_use_im_start_end", False)),
+        template=ours.get("template"), source=kind, image_token_id=ours.get("image_token_id"),
+        extra=_extra(config, _ORIGINAL_KEYS))
+
+
+def to_original(cfg: LlavaConfig) -> dict:
+    """The `config.json` that the original's loader reads."""
+    is_theirs = cfg.source != "transformers"  # only then do the keys that travel belong to this layout
+    kind = cfg.source if is_theirs else f"llava_{cfg.decoder.architecture}"
+    architectures = ["LlavaMistralForCausalLM" if kind == "llava_mistral" else "LlavaLlamaForCausalLM"]
+    travelled = json.loads(cfg.extra) if is_theirs else {}
+    return {
+        **cfg.decoder.to_hf(), **(travelled or {**_ORIGINAL_DEFAULTS, "architectures": architectures}),
+        "model_type": kind, "mm_hidden_size": cfg.vision.hidden_size, "mm_projector_type": cfg.projector_type,
+        "mm_vision_select_layer": cfg.feature_layer, "mm_vision_select_feature": cfg.feature_select,
+        "mm_use_im_start_end": cfg.use_start_end, "image_aspect_ratio": cfg.image_aspect_ratio,
+        "tokenizer_model_max_length": cfg.max_length,
+        OURS: dict(vision_config=cfg.vision.to_hf(), template=cfg.template, image_token_id=cfg.image_token_id),
+    }
+
+
+def from_transformers(config: Mapping[str, Any]) -> LlavaConfig:
+    """From transformers' `llava`, of any of its generations (spec 2.5)."""
+    layer = config.get("vision_feature_layer", -2)
+    if not isinstance(layer, int):
+        raise UserError(f"vision_feature_layer is {layer}; one layer was expected")
+    if config.get("projector_hidden_act", "gelu") != "gelu":
+        raise UserError(f"projector_hidden_act is {config['projector_hidden_act']!r}; gelu was expected")
+    select = {"default": "patch", "full": "cls_patch"}.get(config.get("vision_feature_select_strategy", "default"))
+    if select is None:
+        raise UserError(f"vision_feature_select_strategy is {config['vision_feature_select_strategy']!r}; default or full was expected")
+    text = dict(config["text_config"])
+    text.setdefault("tie_word_embeddings", config.get("tie_word_embeddings", False))
+    vision = {**KNOWN_TOWERS["openai/clip-vit-large-patch14-336"], **(config.get("vision_config") or {})}
+    ours = config.get(OURS, {})
+    cfg = LlavaConfig(
+        vision=VisionConfig.from_hf(vision), decoder=DecoderConfig.from_hf(text),
+        projector_type="mlp2x_gelu", projector_bias=config.get("multimodal_projector_bias", True), feature_layer=layer,
+        feature_select=select, image_aspect_ratio=ours.get("image_aspect_ratio", "square"),
+        max_length=ours.get("max_length"), use_start_end=ours.get("use_start_end", False), template=ours.get("template"),
+        source=ours.get("source", "transformers"),
+        image_token_id=config.get("image_token_index", config.get("image_token_id", 32000)),
+        extra=json.dumps(ours["extra"], sort_keys=True) if "extra" in ours else _extra(config, _TRANSFORMERS_KEYS))
+    # Rows that our export added go again; a table that was resized since is taken as it is.
+    bare = cfg.replace(image_token_id=None, decoder=dataclasses.replace(
+        cfg.decoder, vocab_size=ours.get("vocab_size", cfg.decoder.vocab_size)))
+    is_ours = bare.decoder.vocab_size == cfg.image_token_id and bare.transformers_vocab_size == cfg.decoder.vocab_size
+    return bare if is_ours else cfg
+
+
+def to_transformers(cfg: LlavaConfig) -> dict:
+    """The `config.json` of a LlavaForConditionalGeneration. Raises UserError for a projector that it cannot hold."""
+    if cfg.projector_type != "mlp2x_gelu":
+        raise UserError(f"transformers' llava layout holds two-layer projectors only; this model's is {cfg.projector_type!r}: "
+                        "--layout llava holds it")
+    vocabulary = cfg.decoder.vocab_size
+    image_token = cfg.image_token_id if cfg.image_token_id is not None else vocabulary
+    is_theirs = cfg.source == "transformers"
+    return {
+        "architectures": ["LlavaForConditionalGeneration"],
+        "pad_token_id": cfg.decoder.pad_token_id if cfg.image_token_id is not None else vocabulary + 1,
+        **(json.loads(cfg.extra) if is_theirs else {}),
+        "model_type": "llava", "text_config": {**cfg.decoder.to_hf(), "vocab_size": cfg.transformers_vocab_size},
+        "vision_config": cfg.vision.to_hf(), "projector_hidden_act": "gelu", "multimodal_projector_bias": cfg.projector_bias,
+        "vision_feature_layer": cfg.feature_layer,
+        "vision_feature_select_strategy": {"patch": "default", "cls_patch": "full"}[cfg.feature_select],
+        "image_token_index": image_token, "image_token_id": image_token, "image_seq_length": cfg.tokens_per_image,
+        "tie_word_embeddings": cfg.decoder.tie_word_embeddings,
+        OURS: dict(image_aspect_ratio=cfg.image_aspect_ratio, max_length=cfg.max_length, use_start_end=cfg.use_start_end,
+                    template=cfg.template, source=cfg.source, vocab_size=vocabulary, extra=json.loads(cfg.extra)),
+    }
