@@ -120,10 +120,17 @@ class MetricsWriter:
         self._file.close()
 
 
+def troubles(metrics: Mapping[str, float | int | None]) -> list[str]:
+    """What a run had to do without, in words; nothing where there was nothing."""
+    words = dict(updates_skipped="updates skipped (not finite)", samples_skipped="samples skipped (see skipped.jsonl)",
+                 samples_truncated="samples cut at max_length", samples_unsupervised="samples without a supervised token")
+    return [f"{metrics[key]} {text}" for key, text in words.items() if metrics.get(key)]
+
+
 def _shown(metrics: Mapping[str, float | int | None]) -> Iterable[str]:
     formats = dict(loss="loss {:.4f}", validation_loss="validation loss {:.4f}", learning_rate="learning rate {:.2e}",
-                   grad_norm="gradient {:.3f}", tokens_per_second="{:,.0f} tokens/s", mfu="MFU {:.1%}",
-                   updates_skipped="{} updates skipped", samples_skipped="{} samples skipped")
-    quiet = {"updates_skipped", "samples_skipped"}
-    return [form.format(metrics[key]) for key, form in formats.items()
-            if metrics.get(key) is not None and (metrics[key] or key not in quiet)]
+                   grad_norm="gradient {:.3f}", tokens_per_second="{:,.0f} tokens/s", mfu="MFU {:.1%}")
+    shown = [form.format(metrics[key]) for key, form in formats.items() if metrics.get(key) is not None]
+    known = {*formats, "samples", "tokens", "padding_fraction", "image_padding_fraction"}
+    evaluated = [f"{key} {value:.4g}" for key, value in metrics.items() if key not in known and isinstance(value, float)]
+    return [*shown, *evaluated, *troubles(metrics)]

@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from llavamed_jax.checkpoints import store
 from llavamed_jax.checkpoints.load import flatten
 from llavamed_jax.config import LlavaConfig
+from llavamed_jax.data.loader import Loader
 from llavamed_jax.errors import UsageError, UserError
 from llavamed_jax.models.llava import abstract_params
 from llavamed_jax.parallel.mesh import replicated
@@ -97,8 +98,10 @@ class Progress:
 
     samples: int = 0
     tokens: int = 0  # supervised
-    samples_skipped: int = 0
-    updates_skipped: int = 0
+    samples_skipped: int = 0  # whose image could not be read
+    samples_truncated: int = 0  # longer than max_length
+    samples_unsupervised: int = 0  # that teach nothing, because the original's label arithmetic did not add up
+    updates_skipped: int = 0  # whose loss or gradient was not finite
     best: dict | None = None  # {"step", "validation_loss"}
 
 
@@ -113,7 +116,7 @@ class Run:
     state: TrainState
     step: int
     total_steps: int
-    batches: object
+    batches: Loader
     log: metrics.MetricsWriter
     progress: Progress = field(default_factory=Progress)
 
@@ -153,29 +156,42 @@ class Run:
         train_step = make_train_step(loss_fn, program.optimizer, program.schedule, program.mesh, program.shardings, cfg.micro_batches)
         validate = self._validator(make_eval_step(loss_fn, program.mesh), evaluators)
         reader = _LateReader(self)
-        saved_at = time.monotonic()
+        saved_step, saved_at = self.step, time.monotonic()
         while self.step < self.total_steps and not stop.is_asked:
-            num_skipped = len(self.batches.skipped)
-            batch = next(self.batches)
+            batch, troubles = self._next_batch()
             self.state, device_metrics = train_step(self.state, place(batch, program.mesh))
             self.step += 1
-            skipped = self.batches.skipped[num_skipped:]
-            self.log.skipped(self.step, skipped)
-            reader.add(self.step, device_metrics, metrics.batch_counts(batch), len(skipped))
+            reader.add(self.step, device_metrics, metrics.batch_counts(batch), troubles)
             is_due = _is_multiple(self.step, cfg.checkpoint.every_steps) or self.step == self.total_steps
             is_late = cfg.checkpoint.every_minutes and time.monotonic() - saved_at > 60 * cfg.checkpoint.every_minutes
-            if is_due or is_late or stop.is_asked:
+            if is_due or is_late:
                 reader.drain()
                 if is_due:
                     validate()
                 self._save(writer)
                 reader.restart_clock()
-                saved_at = time.monotonic()
+                saved_step, saved_at = self.step, time.monotonic()
+        if self.step != saved_step:
+            reader.drain()
+            self._save(writer)
         writer.wait()
         self._prune(writer)
         is_finished = self.step >= self.total_steps
-        self.log.say(f"{'finished' if is_finished else 'stopped and saved'} at step {self.step} of {self.total_steps}: {self.workdir}")
+        self.log.say(" · ".join([f"{'finished' if is_finished else 'stopped and saved'} at step {self.step} of {self.total_steps}: "
+                                 f"{self.workdir}", *metrics.troubles(vars(self.progress))]))
         return is_finished
+
+    def _next_batch(self) -> tuple[dict, dict[str, int]]:
+        """A batch, and how many of its samples were skipped, cut or teach nothing, which is counted and never silent."""
+        before = self._trouble_counts()
+        batch = next(self.batches)
+        after = self._trouble_counts()
+        self.log.skipped(self.step + 1, self.batches.skipped[before["samples_skipped"]:])
+        return batch, {name: after[name] - before[name] for name in after}
+
+    def _trouble_counts(self) -> dict[str, int]:
+        loader = self.batches
+        return dict(samples_skipped=len(loader.skipped), samples_truncated=loader.truncated, samples_unsupervised=loader.unsupervised)
 
     def _validator(self, eval_step, evaluators: Sequence[Evaluator]) -> Callable[[], None]:
         """A function that writes the validation loss, weighted by tokens, and what the evaluators say, if there is either."""
@@ -227,8 +243,9 @@ class _LateReader:
     def restart_clock(self, at: float | None = None) -> None:
         self._since, self._tokens, self._flops = at or time.monotonic(), 0, 0.0
 
-    def add(self, step: int, device_metrics: Mapping[str, jax.Array], counts: Mapping[str, int], skipped: int) -> None:
-        self._queue.append((step, device_metrics, counts, skipped, time.monotonic()))
+    def add(self, step: int, device_metrics: Mapping[str, jax.Array], counts: Mapping[str, int],
+            troubles: Mapping[str, int]) -> None:
+        self._queue.append((step, device_metrics, counts, troubles, time.monotonic()))
         if len(self._queue) > RUN_AHEAD:
             self._read()
 
@@ -238,12 +255,13 @@ class _LateReader:
             self._read()
 
     def _read(self) -> None:
-        step, device_metrics, counts, skipped, dispatched = self._queue.popleft()
+        step, device_metrics, counts, troubles, dispatched = self._queue.popleft()
         values = {name: float(value) for name, value in jax.device_get(device_metrics).items()}
         run, progress = self._run, self._run.progress
         progress.samples += counts["samples"]
         progress.tokens += int(values["tokens"])
-        progress.samples_skipped += skipped
+        for name, count in troubles.items():
+            setattr(progress, name, getattr(progress, name) + count)
         progress.updates_skipped += int(values["skipped"])
         self._tokens += counts["tokens"]
         self._flops += metrics.training_flops(run.program.model.cfg, self._trained, counts["tokens"], counts["samples"], counts["images"])
@@ -262,8 +280,8 @@ class _LateReader:
             tokens=progress.tokens, tokens_per_second=self._tokens / seconds,
             padding_fraction=1 - counts["tokens"] / counts["positions"],
             image_padding_fraction=1 - counts["images"] / counts["image_slots"] if counts["image_slots"] else 0.0,
-            mfu=self._flops / seconds / peak if peak else None, samples_skipped=progress.samples_skipped,
-            updates_skipped=progress.updates_skipped)
+            mfu=self._flops / seconds / peak if peak else None,
+            **{name: count for name, count in vars(progress).items() if name.endswith(("skipped", "truncated", "unsupervised"))})
 
 
 def _restore(workdir: Path, step: int, state: TrainState, program: setup.Program, batches) -> tuple[TrainState, Progress]:
