@@ -101,7 +101,7 @@ def write_safetensors(directory: Path, tensors: Mapping[str, Tensor], progress: 
         f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
     names_on_their_way = iter(progress([name for shard in shards for name in shard]))
     for file, shard in zip(files, shards):
-        # save_file writes the buffer of a view as it lies in memory, so transposed tensors must be copied first.
+        # save_file writes the buffer of a view as it lies in memory, so a view must be copied first.
         arrays = {name: np.ascontiguousarray(tensors[name].load()) for name, _ in zip(shard, names_on_their_way)}
         save_file(arrays, directory / file, metadata)
     for _ in names_on_their_way:  # lets the progress see its end
