@@ -78,11 +78,13 @@ def stated(rows: list[dict], question_type: str, patterns: dict[str, str]) -> st
 
 
 def caption(rows: list[dict]) -> str:
-    """An image's caption, derived: no person wrote it. `rows` are the image's training rows."""
-    organ = ORGAN_ANSWERS[rows[0]["image_organ"]].rstrip(".").lower()
-    modality = stated(rows, "MODALITY", MODALITIES) or "Image"
-    plane = stated(rows, "PLANE", PLANES)
-    return f"{modality} of the {organ}{f', {plane} view' if plane else ''}."
+    """An image's caption, derived: no person wrote it. `rows` are the image's training rows.
+
+    The organ, which every row states, stands first; whether modality and plane are stated at all is chance.
+    """
+    modality, plane = stated(rows, "MODALITY", MODALITIES), stated(rows, "PLANE", PLANES)
+    parts = [ORGAN_ANSWERS[rows[0]["image_organ"]].rstrip("."), modality, plane and f"{plane} view"]
+    return f"{', '.join(part for part in parts if part)}."
 
 
 def record(key: str, image: str, turns: list[tuple[str, str]], **fields) -> dict:

@@ -97,8 +97,8 @@ def test_captions_say_what_the_answers_say(maker):
         row | {"question": "Is this a CT scan?", "answer": "no"},
         row | {"question": "Is this a PA film?", "answer": "Yes", "question_type": "PLANE"},
     ]
-    assert maker.caption(asked) == "X-ray of the chest, PA view."
-    assert maker.caption([row | {"question": "Is this a CT scan?", "answer": "no"}]) == "Image of the chest."
+    assert maker.caption(asked) == "Chest, X-ray, PA view."
+    assert maker.caption([row | {"question": "Is this a CT scan?", "answer": "no"}]) == "Chest."
 
 
 def test_tokenizer_is_like_llamas(maker):
