@@ -151,6 +151,19 @@ def test_a_damaged_step_is_passed_over(finished, recipe, tmp_path, capsys):
     assert all(np.array_equal(a, b) for a, b in zip(tensors(workdir).values(), tensors(finished).values(), strict=True))
 
 
+def test_a_run_goes_on_on_another_mesh(finished, recipe, tmp_path, monkeypatch):
+    """Saved on one device, restored onto eight: the same run up to the order of sums."""
+    workdir = tmp_path / "run"
+    shutil.copytree(finished, workdir)
+    shutil.rmtree(workdir / "checkpoints" / "8")
+    monkeypatch.setattr(setup, "make_mesh", lambda spec: make_mesh("data=2,fsdp=2,tp=2"))
+    assert fit(recipe(), workdir)
+    np.testing.assert_allclose([line["loss"] for line in lines(workdir)], [line["loss"] for line in lines(finished)], rtol=2e-6)
+    ours, theirs = tensors(workdir), tensors(finished)
+    for name in theirs:
+        np.testing.assert_allclose(ours[name], theirs[name], rtol=0, atol=2e-5, err_msg=name)
+
+
 @pytest.mark.parametrize("key, value", [("seed", 7), ("optimizer.learning_rate", 1.0), ("max_length", 41)])
 def test_another_recipe_is_refused_by_its_key(finished, recipe, key, value):
     before = snapshot(finished)
