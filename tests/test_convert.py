@@ -87,6 +87,16 @@ def test_errors_are_one_sentence_and_leave_nothing(argv, status, sentence, origi
     assert sorted(p.name for p in tmp_path.iterdir()) == ["original"]
 
 
+def test_a_tokenizer_that_does_not_fit_is_not_exported(original, tmp_path, capsys):
+    flags = ["export", "--checkpoint", str(original), "--out", str(tmp_path / "hf"), "--layout", "transformers", "--tokenizer"]
+    assert main([*flags, str(ROOT / "samples" / "vqa_rad" / "tokenizer.model")]) == 1
+    assert "the tokenizer has 1024 pieces; 70 were expected" in capsys.readouterr().err
+    (tmp_path / "broken.model").write_bytes(b"no pieces")
+    assert main([*flags, str(tmp_path / "broken.model")]) == 1
+    assert "broken.model cannot be read" in capsys.readouterr().err
+    assert not (tmp_path / "hf").exists()
+
+
 def test_a_tensor_too_many_fails_with_its_name(original, capsys):
     config = json.loads((original / "config.json").read_text())
     (original / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 1}))

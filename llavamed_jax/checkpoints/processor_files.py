@@ -9,6 +9,7 @@ from pathlib import Path
 
 from llavamed_jax.checkpoints.files import write_json
 from llavamed_jax.config import LlavaConfig
+from llavamed_jax.errors import UserError
 
 # CLIP's preprocessing (spec 3.3), for checkpoints that carry no preprocessor_config.json of their own.
 _CLIP = dict(image_processor_type="CLIPImageProcessor", do_convert_rgb=True, do_resize=True, resample=3, do_center_crop=True,
@@ -21,6 +22,8 @@ def write_processor(cfg: LlavaConfig, files: Mapping[str, Path], out: Path) -> N
 
     Args:
       files: the checkpoint's own tokenizer and preprocessor files; nothing of a tokenizer is written without one.
+    Raises:
+      UserError: the tokenizer cannot be read, or has not one piece a row of the embedding table.
     """
     size = cfg.vision.image_size
     if "preprocessor_config.json" in files:
@@ -40,7 +43,13 @@ def _write_tokenizer(cfg: LlavaConfig, files: Mapping[str, Path], out: Path) -> 
     with tempfile.TemporaryDirectory() as directory:
         for name, file in files.items():
             shutil.copyfile(file, Path(directory) / name)
-        tokenizer = LlamaTokenizer.from_pretrained(directory, add_bos_token=True)
+        try:
+            tokenizer = LlamaTokenizer.from_pretrained(directory, add_bos_token=True)
+        except Exception as error:  # transformers raises whatever the parser that it tried last did
+            raise UserError(f"the tokenizer {', '.join(map(str, files.values()))} cannot be read ({type(error).__name__})") from None
+    if len(tokenizer) != cfg.decoder.vocab_size:  # <image> would not be the row that the config says it is
+        raise UserError(f"the tokenizer has {len(tokenizer)} pieces; {cfg.decoder.vocab_size} were expected, "
+                        "one a row of the embedding table")
     tokenizer.add_tokens(["<image>"], special_tokens=True)
     tokenizer.add_special_tokens({"pad_token": "<pad>"})
     tokenizer.save_pretrained(out)
