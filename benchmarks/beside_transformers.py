@@ -18,21 +18,21 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import jax  # noqa: E402
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-import transformers  # noqa: E402
-from ml_collections import ConfigDict  # noqa: E402
+import jax
+import numpy as np
+import torch
+import transformers
+from ml_collections import ConfigDict
 
-from benchmarks.measure import append_row, circumstances  # noqa: E402
-from llavamed_jax.checkpoints.load import load_params  # noqa: E402
-from llavamed_jax.checkpoints.reader import open_checkpoint  # noqa: E402
-from llavamed_jax.config import IGNORE, IMAGE_TOKEN, preset  # noqa: E402
-from llavamed_jax.generation.engine import Engine, Request  # noqa: E402
-from llavamed_jax.models.llava import Llava  # noqa: E402
-from llavamed_jax.parallel.mesh import make_mesh  # noqa: E402
-from llavamed_jax.training import optimizer, state  # noqa: E402
-from llavamed_jax.training.step import llava_loss, make_train_step, place  # noqa: E402
+from benchmarks.measure import append_row, circumstances
+from llavamed_jax.checkpoints.load import load_params
+from llavamed_jax.checkpoints.reader import open_checkpoint
+from llavamed_jax.config import IGNORE, IMAGE_TOKEN, preset
+from llavamed_jax.generation.engine import Engine, Request
+from llavamed_jax.models.llava import Llava
+from llavamed_jax.parallel.mesh import make_mesh
+from llavamed_jax.training import optimizer, state
+from llavamed_jax.training.step import llava_loss, make_train_step, place
 
 TRAINABLE = ["projector/.*", "decoder/.*"]  # stage 2
 LEARNING_RATE = 2e-5

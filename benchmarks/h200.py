@@ -93,7 +93,8 @@ def parity(size: Size) -> dict:
             got = np.asarray(jax.jit(Llava(checkpoint.config, dtype).apply)({"params": params}, ids, pixels[None]))
         got, wanted = got[..., : expected.shape[-1]], expected[..., : got.shape[-1]]
         p, q = (jax.nn.log_softmax(x) for x in (wanted, got))
-        return float(np.abs(got - wanted).max()), float((jnp.exp(p) * (p - q)).sum(-1).mean()), float((got.argmax(-1) == wanted.argmax(-1)).mean())
+        divergence, agreement = (jnp.exp(p) * (p - q)).sum(-1).mean(), (got.argmax(-1) == wanted.argmax(-1)).mean()
+        return float(np.abs(got - wanted).max()), float(divergence), float(agreement)
 
     float32, kl32, _ = differences(jnp.float32, "highest")
     low, kl16, agreement = differences(jnp.bfloat16, "default")
@@ -183,59 +184,57 @@ def _engine(size: Size, rows: int, length: int, new_tokens: int):
     return engine, requests
 
 
-def prefill(size: Size) -> list[dict]:
-    """Image and prompt to the first token, tower included, from arrays on the host."""
+def _prefill(size: Size, B: int, T: int) -> dict:
     import jax
 
     from benchmarks.measure import median_seconds, peak_memory
     from llavamed_jax.training.metrics import peak_flops
 
-    rows = []
-    for B, T in size.prefill:
-        engine, requests = _engine(size, B, T, 1)
-        batch, cache_length = engine._batch(requests)
-        batch = jax.device_put(batch)
-        seconds = median_seconds(lambda: engine._prefill(engine.params, cache_length=cache_length, **batch).token, 2 * size.repeats)
-        cfg = engine.cfg
-        head = 2 * cfg.decoder.hidden_size * cfg.decoder.vocab_size  # of a token; only the last goes through it
-        flops = B * (T * (cfg.decoder.forward_flops_per_token(T) - head) + head + cfg.vision_flops_per_image())
-        peak = peak_flops(jax.devices()[0].device_kind)
-        rows.append(dict(shapes=f"B {B}, T {T}", dtype=size.dtype, seconds=seconds, tokens_per_second=B * T / seconds,
-                         mfu=flops / seconds / peak if peak else None, **peak_memory()))
-        del engine, batch
-    return rows
+    engine, requests = _engine(size, B, T, 1)
+    batch, cache_length = engine._batch(requests)
+    batch = jax.device_put(batch)
+    seconds = median_seconds(lambda: engine._prefill(engine.params, cache_length=cache_length, **batch).token, 2 * size.repeats)
+    cfg = engine.cfg
+    head = 2 * cfg.decoder.hidden_size * cfg.decoder.vocab_size  # of a token; only the last goes through it
+    flops = B * (T * (cfg.decoder.forward_flops_per_token(T) - head) + head + cfg.vision_flops_per_image())
+    peak = peak_flops(jax.devices()[0].device_kind)
+    return dict(shapes=f"B {B}, T {T}", dtype=size.dtype, seconds=seconds, tokens_per_second=B * T / seconds,
+                mfu=flops / seconds / peak if peak else None, **peak_memory())
 
 
-def decode(size: Size) -> list[dict]:
-    """Tokens after the first, on the device; bytes are the weights once and the filled cache once a step."""
+def prefill(size: Size) -> list[dict]:
+    """Image and prompt to the first token, tower included, from arrays on the device."""
+    return [_prefill(size, B, T) for B, T in size.prefill]
+
+
+def _decode(size: Size, B: int, S: int) -> dict:
     import jax
 
     from benchmarks.measure import median_seconds, peak_memory
     from llavamed_jax.generation.cache import cache_bytes
 
-    rows = []
-    for B, S in size.decode:
-        length = S - size.decode_tokens - 2
-        engine, requests = _engine(size, B, length, size.decode_tokens)
-        batch, cache_length = engine._batch(requests)
+    length = S - size.decode_tokens - 2
+    engine, requests = _engine(size, B, length, size.decode_tokens)
+    batch, cache_length = engine._batch(requests)
 
-        def run():
-            start = engine._prefill(engine.params, cache_length=cache_length, **batch)
-            return jax.block_until_ready(start)
+    def start():
+        return jax.block_until_ready(engine._prefill(engine.params, cache_length=cache_length, **batch))
 
-        def both():
-            return engine._decode(engine.params, run())[1]
+    # The state is donated to the loop, so each run needs a prefill of its own, whose time is taken off.
+    both = median_seconds(lambda: engine._decode(engine.params, start())[1], size.repeats)
+    step = (both - median_seconds(start, size.repeats)) / size.decode_tokens
+    decoder = engine.params["decoder"]
+    weights = sum(x.nbytes for x in jax.tree.leaves(decoder)) - decoder["embed_tokens"]["embedding"].nbytes
+    moved = weights + cache_bytes(engine.cfg.decoder, B, length + size.decode_tokens // 2, size.dtype)
+    kind = jax.devices()[0].device_kind
+    bandwidth = next((b for name, b in BANDWIDTH.items() if kind.startswith(name)), None)
+    return dict(shapes=f"B {B}, cache {cache_length}, {size.decode_tokens} tokens", dtype=size.dtype, seconds_per_step=step,
+                tokens_per_second=B / step, bandwidth_fraction=moved / step / bandwidth if bandwidth else None, **peak_memory())
 
-        # The state is donated to the loop, so each run needs a prefill of its own, whose time is taken off.
-        seconds = median_seconds(both, size.repeats) - median_seconds(run, size.repeats)
-        step = seconds / size.decode_tokens
-        weights = sum(x.nbytes for x in jax.tree.leaves(engine.params["decoder"])) - engine.params["decoder"]["embed_tokens"]["embedding"].nbytes
-        bandwidth = next((b for kind, b in BANDWIDTH.items() if jax.devices()[0].device_kind.startswith(kind)), None)
-        moved = weights + cache_bytes(engine.cfg.decoder, B, length + size.decode_tokens // 2, size.dtype)
-        rows.append(dict(shapes=f"B {B}, cache {cache_length}, {size.decode_tokens} tokens", dtype=size.dtype, seconds_per_step=step,
-                         tokens_per_second=B / step, bandwidth_fraction=moved / step / bandwidth if bandwidth else None, **peak_memory()))
-        del engine, batch
-    return rows
+
+def decode(size: Size) -> list[dict]:
+    """Tokens after the first, on the device; bytes are the weights once and the filled cache once a step."""
+    return [_decode(size, B, S) for B, S in size.decode]
 
 
 # What a case needs at least, in seconds on a large GPU: with less left of the budget it is not begun.
@@ -272,7 +271,8 @@ def run_all(names: list[str], args) -> int:
         for row in rows:
             append_row(out, json.loads(row))
         if done.returncode:
-            reason = next((line for line in reversed(done.stderr.strip().splitlines()) if "Error" in line or "RESOURCE" in line), done.stderr.strip()[-300:])
+            errors = [line for line in done.stderr.splitlines() if "Error" in line or "RESOURCE" in line]
+            reason = errors[-1] if errors else done.stderr.strip()[-300:]
             append_row(out, {"case": name, "failed": reason[:600], "commit": args.commit})
             print(done.stderr[-3000:], file=sys.stderr)
             failed = True

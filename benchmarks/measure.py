@@ -70,7 +70,7 @@ def circumstances(commit: str | None = None) -> dict:
         except importlib.metadata.PackageNotFoundError:
             versions[package] = None
     return dict(device=jax.devices()[0].device_kind, versions=versions, commit=commit,
-                date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"))
+                date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"))
 
 
 def append_row(out: Path, row: dict) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -107,7 +107,8 @@ class LlavaMed:
             raise ValueError(f"input_ids has the shape {ids.shape}; [B,T] was expected")
         wrong = ids[(ids >= self.config.decoder.vocab_size) | ((ids < 0) & (ids != IMAGE_TOKEN) & (ids != PAD_TOKEN))]
         if wrong.size:
-            raise ValueError(f"input_ids holds {wrong[0]}; ids below {self.config.decoder.vocab_size}, {IMAGE_TOKEN} or {PAD_TOKEN} were expected")
+            raise ValueError(f"input_ids holds {wrong[0]}; ids below {self.config.decoder.vocab_size}, {IMAGE_TOKEN} or "
+                             f"{PAD_TOKEN} were expected")
         slots = self._slots(ids, pixel_values)
         segments = (ids != PAD_TOKEN).astype(np.int32)
         if self.mesh is None:
@@ -125,7 +126,8 @@ class LlavaMed:
         positions = (ids == IMAGE_TOKEN).sum(axis=1)
         images = np.zeros((0,)) if pixel_values is None else np.asarray(pixel_values, np.float32)
         if (positions % P).any() or positions.sum() != P * len(images):
-            raise ValueError(f"the rows have {positions.tolist()} image positions for {len(images)} images; {P} positions an image were expected")
+            raise ValueError(f"the rows have {positions.tolist()} image positions for {len(images)} images; {P} positions an "
+                             "image were expected")
         if not len(images):
             return None
         counts = positions // P
@@ -197,7 +199,8 @@ class LlavaMed:
         if num_beams != 1:
             raise ValueError(f"num_beams is {num_beams}; beam search is not supported yet and 1 was expected")
         if temperature < 0 or not 0 < top_p <= 1 or top_k < 0:
-            raise ValueError(f"temperature {temperature}, top_p {top_p}, top_k {top_k}: temperature >= 0, 0 < top_p <= 1 and top_k >= 0 were expected")
+            raise ValueError(f"temperature {temperature}, top_p {top_p}, top_k {top_k}: temperature >= 0, 0 < top_p <= 1 and "
+                             "top_k >= 0 were expected")
         # Rows of one call draw differently, and the same row of the same call draws the same again.
         seeds = [int(np.random.SeedSequence([seed, i]).generate_state(1)[0]) for i in range(len(prompts))]
         return [Request(list(ids), list(pixels), max_new_tokens, temperature, top_k, top_p, s)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import Sequence
+from collections.abc import Sequence
 
 from llavamed_jax.cli import common
 from llavamed_jax.errors import UserError

@@ -8,10 +8,12 @@ deviation of 1. The renaming is written here once more, apart from `checkpoints/
 import re
 
 import numpy as np
-import torch
+import pytest
 import transformers
 
 from llavamed_jax.config import LlavaConfig
+
+torch = pytest.importorskip("torch", reason="torch's CPU build is not installed")
 
 VISION = dict(hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4, image_size=28,
               patch_size=7, layer_norm_eps=1e-5, hidden_act="quick_gelu")
@@ -79,7 +81,8 @@ def params_of(model):
 def our_name(name):
     name = name.removeprefix("model.").replace("language_model.model.", "language_model.").replace("language_model.lm_head", "lm_head")
     name = name.replace("language_model.", "decoder.").replace("vision_model.", "").replace("lm_head", "decoder.lm_head")
-    name = name.replace("multi_modal_projector.linear_1", "projector.linear_0").replace("multi_modal_projector.linear_2", "projector.linear_1")
+    name = name.replace("multi_modal_projector.linear_1", "projector.linear_0")
+    name = name.replace("multi_modal_projector.linear_2", "projector.linear_1")
     name = re.sub(r"(encoder\.)?layers\.(\d+)", r"layers_\2", name)
     if "position_ids" in name or "inv_freq" in name:
         return None

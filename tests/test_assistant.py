@@ -4,14 +4,15 @@ import json
 import shutil
 from pathlib import Path
 
+import hf
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
-import hf
 import llavamed_jax as lm
 from llavamed_jax.generation.text import TextStream
+
+torch = hf.torch
 
 P = 16
 VOCAB = 1024

@@ -2,19 +2,20 @@
 
 import dataclasses
 
+import hf
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 import transformers
 
-import hf
 from llavamed_jax.generation.cache import cache_bytes, init_cache
 from llavamed_jax.generation.engine import Engine, Request
 from llavamed_jax.generation.sampling import Sampling, keep_mask, next_token
 from llavamed_jax.models.llava import Llava
 from llavamed_jax.parallel.mesh import make_mesh
+
+torch = hf.torch
 
 P = 16
 IMG = [-200] * P
@@ -56,7 +57,8 @@ def engine(tiny):
 
 @pytest.mark.parametrize("model_args", [
     dict(seed=5), dict(architecture="llama", seed=6, text=dict(num_key_value_heads=4)),
-    dict(seed=7, text=dict(sliding_window=9, rope_theta=1e6)), dict(seed=8, vision_feature_select_strategy="default", vision_feature_layer=-1),
+    dict(seed=7, text=dict(sliding_window=9, rope_theta=1e6)),
+    dict(seed=8, vision_feature_layer=-1),
 ], ids=["mistral", "llama", "window", "last layer"])
 def test_greedy_tokens_equal_transformers(model_args):
     model, cfg = hf.llava(**model_args)

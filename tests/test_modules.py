@@ -1,13 +1,12 @@
 """Each module by itself against torch, float32, and the rules that only show in bfloat16 or at long range."""
 
+import hf
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 import transformers
 
-import hf
 from llavamed_jax.config import LlavaConfig, VisionConfig, preset
 from llavamed_jax.errors import UserError
 from llavamed_jax.models import layers, llava
@@ -15,6 +14,8 @@ from llavamed_jax.models.attention import AttentionMask, attention
 from llavamed_jax.models.decoder import Decoder
 from llavamed_jax.models.projector import Projector
 from llavamed_jax.models.vit import VisionTower
+
+torch = hf.torch
 
 TOLERANCE = 2e-5
 rng = np.random.default_rng(0)
@@ -142,7 +143,8 @@ def test_grouped_heads_equal_repeated_keys():
 
 
 def test_mask_is_causal_windowed_and_segmented():
-    mask = AttentionMask(jnp.array([[0, 1, 2, 0, 1]]), jnp.array([[0, 1, 2, 0, 1]]), jnp.array([[1, 1, 1, 2, 2]]), jnp.array([[1, 1, 1, 2, 2]]), window=2)
+    positions, segments = jnp.array([[0, 1, 2, 0, 1]]), jnp.array([[1, 1, 1, 2, 2]])
+    mask = AttentionMask(positions, positions, segments, segments, window=2)
     assert np.asarray(mask.dense())[0].astype(int).tolist() == [
         [1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0, 1, 1, 0, 0], [0, 0, 0, 1, 0], [0, 0, 0, 1, 1]]
 

@@ -3,14 +3,15 @@
 import dataclasses
 import functools
 
+import hf
 import jax
 import numpy as np
 import pytest
-import torch
 
-import hf
 from llavamed_jax.models import attention, layers, llava, projector
 from llavamed_jax.models.llava import Llava
+
+torch = hf.torch
 
 TOLERANCE = 2e-5
 P = 16  # patches of an image of hf.VISION
@@ -71,15 +72,18 @@ CASES = {
     "text only": Case([text(12), text(12)], [0, 0]),
     "one image": Case([[1] + IMG + text(9)], [1]),
     "several images in a row": Case([[1] + IMG + text(3) + IMG + IMG + text(4)], [3]),
-    "padded and text-only rows": Case([[1] + text(5), text(2) + IMG + text(20), [1] + text(8), IMG + text(3) + IMG + text(4)], [0, 1, 0, 2]),
+    "padded and text-only rows": Case(
+        [[1] + text(5), text(2) + IMG + text(20), [1] + text(8), IMG + text(3) + IMG + text(4)], [0, 1, 0, 2]),
     "llama, equal heads": Case([[1] + IMG + text(9)], [1], dict(architecture="llama", text=dict(num_key_value_heads=4, rms_norm_eps=1e-6))),
     "theta 1e6 at 1,200 positions": Case([[1] + IMG + text(1183)], [1], dict(text=dict(rope_theta=1e6, num_hidden_layers=1))),
     "small activations": Case([[1] + text(11)], [0], dict(activation_scale=2e-3)),
-    "llama, small activations": Case([[1] + text(11)], [0], dict(architecture="llama", text=dict(rms_norm_eps=1e-6), activation_scale=2e-3)),
+    "llama, small activations": Case(
+        [[1] + text(11)], [0], dict(architecture="llama", text=dict(rms_norm_eps=1e-6), activation_scale=2e-3)),
     "small images": Case([[1] + IMG + text(6)], [1], dict(vision=dict(layer_norm_eps=1e-4), seed=3), image_scale=1e-2),
     "window shorter than the sequence": Case([[1] + IMG + text(30), [1] + text(46)], [1, 0], dict(text=dict(sliding_window=7))),
     "tied head": Case([[1] + IMG + text(9)], [1], dict(text=dict(tie_word_embeddings=True))),
-    "class token kept, last layer": Case([[1] + [-200] * (P + 1) + text(9)], [1], dict(vision_feature_layer=-1, vision_feature_select_strategy="full")),
+    "class token kept, last layer": Case(
+        [[1] + [-200] * (P + 1) + text(9)], [1], dict(vision_feature_layer=-1, vision_feature_select_strategy="full")),
     "projector without bias": Case([[1] + IMG + text(9)], [1], dict(multimodal_projector_bias=False)),
     "exact GELU in the tower": Case([[1] + IMG + text(9)], [1], dict(vision=dict(hidden_act="gelu"))),
 }
@@ -155,7 +159,7 @@ MUTANTS = [
     ("window 7 -> 8", "window shorter than the sequence", decoder(sliding_window=8), None),
     ("projector GELU exact -> tanh", "one image", None, tanh_gelu),
     ("tower quick-GELU -> GELU", "one image", vision(hidden_act="gelu"), None),
-    ("feature layer -2 -> -1", "one image", lambda cfg: cfg.replace(feature_layer=-1), None),
+    ("feature layer -2 -> -3", "one image", lambda cfg: cfg.replace(feature_layer=-3), None),
     ("class token in place of the last patch", "one image", None, last_token_dropped),
     ("query heads grouped the other way", "one image", None, interleaved_heads),
     ("rotary pairs interleaved", "one image", None, interleaved_rope),

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from typing import Any, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import flax.struct
 import jax
@@ -118,7 +119,8 @@ class Engine:
         P = self.cfg.tokens_per_image
         positions = sum(i == IMAGE_TOKEN for i in request.ids)
         if positions != P * len(request.images):
-            raise ValueError(f"{name} has {positions} image positions and {len(request.images)} images; {P} positions an image were expected")
+            raise ValueError(f"{name} has {positions} image positions and {len(request.images)} images; {P} positions an image "
+                             "were expected")
         if not request.ids:
             raise ValueError(f"{name} is empty; at least one token was expected")
         if len(request.ids) > self.max_prompt:
@@ -128,7 +130,8 @@ class Engine:
         v = self.cfg.vision
         for image in request.images:
             if np.shape(image) != (v.image_size, v.image_size, v.num_channels):
-                raise ValueError(f"{name} has an image of shape {np.shape(image)}; ({v.image_size}, {v.image_size}, {v.num_channels}) was expected")
+                raise ValueError(f"{name} has an image of shape {np.shape(image)}; "
+                                 f"({v.image_size}, {v.image_size}, {v.num_channels}) was expected")
 
     def _run_batch(self, requests, indices):
         rows = [requests[i] for i in indices]
@@ -169,8 +172,10 @@ class Engine:
                 pixels[b, slot] = image
         fill = [1] * (B - len(rows))  # rows that nobody asked for: one token long, done at once
         keys = jax.vmap(jax.random.key)(np.array([r.seed for r in rows] + fill, np.uint32))
-        sampling = Sampling(*(jnp.asarray(np.array(x + [z] * len(fill), t)) for x, z, t in (
-            ([r.temperature for r in rows], 0, np.float32), ([r.top_k for r in rows], 0, np.int32), ([r.top_p for r in rows], 1, np.float32))), keys)
+        sampling = Sampling(
+            temperature=np.array([r.temperature for r in rows] + [0] * len(fill), np.float32),
+            top_k=np.array([r.top_k for r in rows] + [0] * len(fill), np.int32),
+            top_p=np.array([r.top_p for r in rows] + [1] * len(fill), np.float32), keys=keys)
         batch = dict(ids=ids, pixels=pixels, lengths=np.array([len(r.ids) for r in rows] + fill, np.int32),
                      limit=np.array(limits + fill, np.int32))
         if self.mesh is not None:

@@ -11,6 +11,7 @@ Axis letters: B batch, T positions, I images a row, P positions an image, D mode
 
 from __future__ import annotations
 
+import operator
 import re
 from typing import Any
 
@@ -125,7 +126,7 @@ def unstack(params):
     for key, value in params.items():
         if key == "layers":
             length = len(jax.tree.leaves(value)[0])
-            out.update({f"layers_{i}": jax.tree.map(lambda x: x[i], value) for i in range(length)})
+            out.update({f"layers_{i}": jax.tree.map(operator.itemgetter(i), value) for i in range(length)})
         else:
             out[key] = unstack(value) if isinstance(value, dict) else value
     return out

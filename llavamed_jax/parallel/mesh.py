@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Any, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from llavamed_jax.errors import UsageError, UserError
 
@@ -46,7 +48,8 @@ def make_mesh(spec: str | Mapping[str, int] | None = None, devices: Sequence[jax
     shape = [sizes.get(axis, 1) for axis in AXES]
     known = math.prod(n for n in shape if n != -1)
     if shape.count(-1) > 1 or min(shape) < -1 or 0 in shape or len(devices) % known or (-1 not in shape and known != len(devices)):
-        raise UsageError(f"the mesh {dict(zip(AXES, shape))} does not fit {len(devices)} devices; sizes that multiply to that number were expected (one may be -1)")
+        raise UsageError(f"the mesh {dict(zip(AXES, shape))} does not fit {len(devices)} devices; sizes that multiply to that "
+                         "number were expected (one may be -1)")
     shape = [len(devices) // known if n == -1 else n for n in shape]
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
