@@ -33,7 +33,7 @@ def command(*words: str | Path) -> None:
     """Runs one of the project's commands from its root, and ends with its exit status if it fails."""
     words = [str(word) for word in words]
     print(f"$ python {' '.join(words)}", flush=True)
-    status = subprocess.run([sys.executable, *words], cwd=ROOT, env=os.environ | {"HF_HUB_OFFLINE": "1"}).returncode
+    status = subprocess.run([sys.executable, *words], cwd=ROOT).returncode
     if status:
         sys.exit(status)
 
@@ -51,17 +51,16 @@ def train(out: Path, seed: int) -> Path:
 
 def chat(checkpoint: Path) -> None:
     """One question about a held-out image, through the Python API."""
-    os.environ["HF_HUB_OFFLINE"] = "1"
     import llavamed_jax as lm
+    from llavamed_jax.evaluation.controls import ORGAN_QUESTION
 
     name = json.loads((SAMPLE / "held_out.json").read_text(encoding="utf-8"))["images"][0]
-    rows = json.loads((SAMPLE / "VQA_RAD Dataset Public.json").read_text(encoding="utf-8"))
-    row = next(row for row in rows if row["image_name"] == name)
     image = {"type": "image", "image": str(SAMPLE / "images" / name)}
-    messages = [{"role": "user", "content": [image, {"type": "text", "text": row["question"]}]}]
-    (answer,) = lm.load(str(checkpoint)).generate([messages], max_new_tokens=32)
-    print(f"\n== Chat about {name}, which no stage has seen\nuser:      {row['question']}")
-    print(f"assistant: {answer.text}\n(gold:     {row['answer']})")
+    messages = [{"role": "user", "content": [image, {"type": "text", "text": ORGAN_QUESTION}]}]
+    print(f"\n== Chat about {name}, which no stage has seen\nuser:      {ORGAN_QUESTION}\nassistant: ", end="")
+    for piece in lm.load(str(checkpoint)).stream(messages, max_new_tokens=32):
+        print(piece, end="", flush=True)
+    print()
 
 
 def main() -> int:
@@ -70,6 +69,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     flags = parser.parse_args()
     out, start = flags.out.resolve(), time.monotonic()
+    os.environ["HF_HUB_OFFLINE"] = "1"
 
     checkpoint = train(out, flags.seed)
     print("\n== Evaluation on the fifteen images that no stage has seen, and again with images exchanged", flush=True)

@@ -97,15 +97,17 @@ def record(key: str, image: str, turns: list[tuple[str, str]], **fields) -> dict
 
 
 def training_files(rows: list[dict]) -> dict[str, list[dict]]:
-    """The three files of the curriculum, from the annotation rows of the sample."""
-    files: dict[str, list[dict]] = {"alignment.json": [], "instruct.json": [], "vqa_train.json": []}
-    for image, asked in sorted(training_rows(rows).items()):
+    """The files of the curriculum, from the annotation rows of the sample."""
+    files: dict[str, list[dict]] = {"alignment.json": [], "instruct.json": [], "vqa_train.json": [], "organ.json": []}
+    for number, (image, asked) in enumerate(sorted(training_rows(rows).items())):
         stem = image.removesuffix(".jpg")
         organ_turn = (ORGAN_QUESTION, ORGAN_ANSWERS[asked[0]["image_organ"]])
         turns = [(row["question"].strip(), str(row["answer"]).strip()) for row in asked]
         files["alignment.json"].append(record(f"{stem}-caption", image, [(CAPTION_REQUEST, caption(asked))]))
-        files["instruct.json"].append(record(f"{stem}-conversation", image, [organ_turn, *turns]))
-        files["vqa_train.json"].append(record(f"{stem}-organ", image, [organ_turn], answer_type="OPEN", question_type="ORGAN"))
+        place = number % (len(turns) + 1)  # always first, it would be answered by its place and not by its words
+        conversation = [*turns[:place], organ_turn, *turns[place:]]
+        files["instruct.json"].append(record(f"{stem}-conversation", image, conversation))
+        files["organ.json"].append(record(f"{stem}-organ", image, [organ_turn], answer_type="OPEN", question_type="ORGAN"))
         for row, turn in zip(asked, turns, strict=True):
             files["vqa_train.json"].append(record(row["qid"], image, [turn], answer_type=row["answer_type"].strip(),
                                                   question_type=row["question_type"]))
