@@ -22,7 +22,7 @@ STAGES = {
     "align": dict(init="runs/demo/warmup", train=CAPTIONS, template="v1.5:plain", trainable=("projector/.*",),
                   learning_rate=1e-3, overrides=(), batch_size=32, max_length=52, total_steps=10),
     "instruct": dict(init="runs/demo/align", train=TURNS, template=CHAT, trainable=ALL_TEXT,
-                     learning_rate=6e-4, overrides=(), batch_size=8, max_length=360, total_steps=40),
+                     learning_rate=4e-4, overrides=(), batch_size=8, max_length=360, total_steps=50),
     "vqa": dict(init="runs/demo/instruct", template=CHAT, trainable=ALL_TEXT,
                 # The organ question, which only the image answers, is asked more often than it stands in the data.
                 train=(dict(path=QUESTIONS), dict(path=ORGAN, weight=4)),
