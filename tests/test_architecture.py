@@ -18,7 +18,7 @@ LAYERS = [
     ("data", "adapters", "checkpoints"),
     ("generation",),
     ("training", "assistant"),
-    ("preflight", "serving", "evaluation", "curation"),
+    ("preflight", "serving", "evaluation", "curation", "verification"),
     ("cli", "chat"),
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
