@@ -49,7 +49,7 @@ def complaint(capsys, *words):
     (["--config.trainable=[]"], "'trainable'"),
     (["--config.remat=some"], "none or full"),
     (["--config.data.packing=true"], "'data.packing'"),
-    (["--config.epochs=none"], "total_steps"),
+    (["--config.total_steps=none"], "total_steps"),
     (["--config.seed"], "--config.seed"),
     (["--nonsense"], "--nonsense"),
     (["stray"], "'stray'"),
