@@ -75,6 +75,7 @@ class VisionConfig:
         if model_type not in ("clip_vision_model", "clip"):
             raise UserError(f"the vision tower's model_type is {model_type!r}; clip_vision_model was expected")
         c = {**_VISION_DEFAULTS, **{k: v for k, v in config.items() if v is not None}}
+        _check_counts(c, [key for key in _VISION_DEFAULTS if key not in ("layer_norm_eps", "hidden_act")])
         return cls(c["hidden_size"], c["intermediate_size"], c["num_hidden_layers"], c["num_attention_heads"],
                    c["image_size"], c["patch_size"], c["layer_norm_eps"], c["hidden_act"], c["num_channels"])
 
@@ -122,7 +123,12 @@ class DecoderConfig:
         arch = architecture or config.get("model_type", "llama")
         if arch not in _TEXT_DEFAULTS:
             raise UserError(f"the decoder's model_type is {arch!r}; llama or mistral was expected")
-        c = {**_TEXT_DEFAULTS[arch], **config}
+        defaults = _TEXT_DEFAULTS[arch]
+        # null is a value of its own for a window and for key/value heads; elsewhere it stands for the default.
+        c = {**defaults, **{k: v for k, v in config.items()
+                            if v is not None or k not in defaults or k in ("sliding_window", "num_key_value_heads")}}
+        _check_counts(c, ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                          "max_position_embeddings", *(["num_key_value_heads"] if c.get("num_key_value_heads") else [])])
         rope = dict(c.get("rope_parameters") or {})
         scaling = c.get("rope_scaling") or rope
         if scaling.get("rope_type", scaling.get("type", "default")) != "default":
@@ -245,19 +251,19 @@ class LlavaConfig:
         """From the `config.json` of a released checkpoint.
 
         Args:
-          config: `model_type` `llava_mistral`, `llava_llama`, `llava` with `mm_*` keys, or transformers' own `llava`.
+          config: `model_type` `llava_mistral`, `llava_llama`, `llava` with or `llama` without `mm_*` keys (v0), or
+            transformers' own `llava`.
           vision: the tower's shape; the originals keep it in the tower's own directory, transformers' layout inside.
         Raises:
           UserError: another architecture, or an original layout whose tower is neither given nor known by name.
         """
         from llavamed_jax import hf_config  # which stands on this module
 
-        kind = config.get("model_type")
-        if kind == "llava" and "text_config" in config:
+        if hf_config.is_transformers(config):
             return hf_config.from_transformers(config)
-        if kind in ("llava_mistral", "llava_llama") or (kind == "llava" and "mm_hidden_size" in config):
+        if hf_config.is_original(config):
             return hf_config.from_original(config, vision)
-        raise UserError(f"config.json has model_type {kind!r}; llava_mistral, llava_llama or llava was expected")
+        raise UserError(f"config.json has model_type {config.get('model_type')!r}; llava_mistral, llava_llama or llava was expected")
 
     def to_hf(self, layout: str) -> dict:
         """The `config.json` of an export; `layout` is `transformers` or `llava` (the original's own)."""
@@ -268,6 +274,12 @@ class LlavaConfig:
         if layout == "llava":
             return hf_config.to_original(self)
         raise UserError(f"the layout {layout!r} does not exist; transformers or llava was expected")
+
+
+def _check_counts(config: Mapping[str, Any], keys: list[str]) -> None:
+    for key in keys:
+        if not isinstance(config[key], int) or config[key] < 1:
+            raise UserError(f"config.json has {key} {config[key]!r}; a whole number of at least 1 was expected")
 
 
 def projector_depth(projector_type: str) -> int:

@@ -29,15 +29,69 @@ _ORIGINAL_DEFAULTS = {
     "mm_vision_tower": "vision_tower", "use_mm_proj": True, "use_cache": True,
     "mm_use_im_patch_token": False, "mm_patch_merge_type": "flat", "tokenizer_padding_side": "right",
 }
+# What LLaVA-Med v1.0's evaluation writes into a v0 config, which says nothing of vision (spec 2.1). It leaves the feature
+# layer out, which therefore falls back to the code's -1.
+_V0_DEFAULTS = {"use_mm_proj": True, "mm_vision_tower": "openai/clip-vit-large-patch14", "mm_hidden_size": 1024}
+# An original's file always states these; transformers' own class has defaults, which its published configs lean on.
+_REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "rms_norm_eps")
 
 
 def _extra(config: Mapping[str, Any], modelled: set[str]) -> str:
     return json.dumps({k: v for k, v in config.items() if k not in modelled}, sort_keys=True)
 
 
+def is_transformers(config: Mapping[str, Any]) -> bool:
+    """Whether a `config.json` is of transformers' own `llava`, which shares its `model_type` with the first originals."""
+    return config.get("model_type") == "llava" and any(
+        key in config for key in ("text_config", "vision_config", "image_token_index", "image_token_id"))
+
+
+def is_original(config: Mapping[str, Any]) -> bool:
+    """Whether it is of an original's layout. `llama` is a v0 checkpoint's, or a plain decoder's: the tensors tell."""
+    return config.get("model_type") in ("llava_mistral", "llava_llama", "llava", "llama") and not is_transformers(config)
+
+
+def tower_name(config: Mapping[str, Any]) -> str | None:
+    """What an original's `config.json` calls its vision tower: a model's name or a directory."""
+    return config.get("mm_vision_tower") or config.get("vision_tower") or (
+        _V0_DEFAULTS["mm_vision_tower"] if config.get("model_type") in ("llava", "llama") else None)
+
+
+def plain_decoder(config: Mapping[str, Any]) -> DecoderConfig:
+    """From the `config.json` of LLaMA, Vicuna or Mistral, or the keys of one in an original's.
+
+    Raises:
+      UserError: another architecture, keys that are missing, or settings that this model does not have.
+    """
+    kind = config.get("model_type")
+    architecture = "mistral" if kind in ("mistral", "llava_mistral") else "llama" if kind in ("llama", "llava", "llava_llama") else None
+    if architecture is None:
+        raise UserError(f"config.json has model_type {kind!r}; llama or mistral was expected")
+    required = (*_REQUIRED, "num_key_value_heads") if architecture == "mistral" else _REQUIRED
+    lacking = [key for key in required if config.get(key) is None]
+    if lacking:
+        raise UserError(f"config.json lacks {', '.join(lacking)}")
+    ids = {key: config.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    if architecture == "llama" and (ids["bos_token_id"], ids["eos_token_id"]) == (0, 1):
+        # The first conversions of LLaMA said so; its tokenizer's ids are 1 and 2, and with these no answer would end.
+        ids |= {"bos_token_id": 1, "eos_token_id": 2}
+    if (ids["pad_token_id"] or 0) < 0:
+        ids["pad_token_id"] = None
+    return DecoderConfig.from_hf({**config, **{key: value for key, value in ids.items() if key in config}}, architecture)
+
+
 def from_original(config: Mapping[str, Any], vision: VisionConfig | None) -> LlavaConfig:
-    """From the originals' own layout: LLaVA-Med v1.5, v1.0 or LLaVA-1.5 (spec 2.1, 2.3)."""
-    kind, tower, ours = config["model_type"], config.get("mm_vision_tower"), config.get(OURS, {})
+    """From the originals' own layout: LLaVA-Med v1.5, v1.0, v0 or LLaVA-1.5 (spec 2.1, 2.3)."""
+    kind, ours = config["model_type"], config.get(OURS, {})
+    if tower_name(config) is None:
+        raise UserError("config.json lacks mm_vision_tower")
+    if kind in ("llava", "llama") and "mm_vision_tower" not in config:
+        config = {**config, **{key: value for key, value in _V0_DEFAULTS.items() if key not in config}}
+    tower, projector = tower_name(config), config.get("mm_projector_type", "linear")
+    if kind == "llama":
+        kind = "llava"
+    if kind == "llava" and projector != "linear" and not config.get("mm_use_im_start_end"):
+        kind = "llava_llama"  # LLaVA-1.5 from before transformers took the name `llava`
     if vision is None:
         shape = ours.get("vision_config") or KNOWN_TOWERS.get(tower)
         if shape is None:
@@ -46,8 +100,7 @@ def from_original(config: Mapping[str, Any], vision: VisionConfig | None) -> Lla
     if config.get("image_aspect_ratio") == "anyres":
         raise UserError("image_aspect_ratio is 'anyres' (LLaVA-1.6); pad or square was expected")
     return LlavaConfig(
-        vision=vision, decoder=DecoderConfig.from_hf(config, "mistral" if kind == "llava_mistral" else "llama"),
-        projector_type=config.get("mm_projector_type", "linear"),
+        vision=vision, decoder=plain_decoder(config), projector_type=projector,
         feature_layer=config.get("mm_vision_select_layer", -1),  # the original's code default
         feature_select=config.get("mm_vision_select_feature", "patch"),
         image_aspect_ratio="pad" if config.get("image_aspect_ratio") == "pad" else "square",
@@ -82,9 +135,12 @@ def from_transformers(config: Mapping[str, Any]) -> LlavaConfig:
     select = {"default": "patch", "full": "cls_patch"}.get(config.get("vision_feature_select_strategy", "default"))
     if select is None:
         raise UserError(f"vision_feature_select_strategy is {config['vision_feature_select_strategy']!r}; default or full was expected")
-    text = dict(config["text_config"])
-    text.setdefault("tie_word_embeddings", config.get("tie_word_embeddings", False))
-    vision = {**KNOWN_TOWERS["openai/clip-vit-large-patch14-336"], **(config.get("vision_config") or {})}
+    text = dict(config.get("text_config") or {"model_type": "llama"})
+    # transformers 5 ties where either of the two says so; the older ones, which asked the text model, wrote both alike.
+    text["tie_word_embeddings"] = bool(text.get("tie_word_embeddings") or config.get("tie_word_embeddings"))
+    vision = config.get("vision_config")
+    if vision is None:  # transformers' default; where there is a vision_config, its own keys have CLIPVisionConfig's defaults
+        vision = KNOWN_TOWERS["openai/clip-vit-large-patch14-336"]
     ours = config.get(OURS, {})
     cfg = LlavaConfig(
         vision=VisionConfig.from_hf(vision), decoder=DecoderConfig.from_hf(text),

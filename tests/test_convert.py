@@ -110,4 +110,4 @@ def test_the_door_at_the_top():
     assert done.returncode == 0 and all(word in done.stdout for word in ("import", "export", "inspect"))
     done = subprocess.run([*command, "inspect", "nowhere"], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == "error: nowhere is no directory; a checkpoint's directory or preset:NAME was expected\n"
+    assert done.stderr == "error: nowhere is no directory; a checkpoint's directory, owner/name of a hub or preset:NAME was expected\n"

@@ -143,6 +143,11 @@ def torch_names(cfg: LlavaConfig, layout: str) -> dict[str, tuple[str, ...]]:
     return names
 
 
+def head_names(layout: str) -> list[str]:
+    """The spellings of the head in a layout, whether or not a model has one of its own."""
+    return [f"{prefix}weight" for prefix in _PREFIXES[layout].get("lm_head", ())]
+
+
 def _projector_suffix(cfg: LlavaConfig, layout: str, torch: str) -> str:
     """`n.weight` as LLaVA's `nn.Sequential` counts it (GELUs have the odd places; `linear` is no Sequential), or as
     transformers does."""
@@ -181,8 +186,10 @@ def _torch_axes(name: str, ndim: int) -> tuple[int, ...]:
 def _permuted(array: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
     if axes != (1, 0):
         return array.transpose(axes)
-    # Row blocks: numpy's own copy of a large transpose misses the cache at every element and takes ten times as long.
-    out = np.empty(array.shape[::-1], array.dtype)
-    for row in range(0, len(array), 16):
-        out[:, row:row + 16] = array[row:row + 16].T
-    return out
+    # Row blocks: numpy's own copy of a large transpose misses the cache at every element and takes ten times as long. As bits:
+    # numpy copies its own types without the interpreter lock and bfloat16, which is not one, element by element.
+    bits = array.view(f"u{array.itemsize}")
+    out = np.empty(bits.shape[::-1], bits.dtype)
+    for row in range(0, len(bits), 16):
+        out[:, row:row + 16] = bits[row:row + 16].T
+    return out.view(array.dtype)

@@ -29,9 +29,11 @@ import orbax.checkpoint as ocp
 
 from llavamed_jax.checkpoints import names
 from llavamed_jax.checkpoints.files import new_directory, read_json, write_json
+from llavamed_jax.checkpoints.layouts import match
 from llavamed_jax.checkpoints.load import flatten, nest
-from llavamed_jax.checkpoints.reader import Checkpoint, Tensor, match, read_safetensors, text_files, tree_config, tree_root
-from llavamed_jax.checkpoints.writer import Progress, write_safetensors
+from llavamed_jax.checkpoints.reader import Checkpoint, text_files, tree_config, tree_root
+from llavamed_jax.checkpoints.torch_files import Tensor, read_safetensors
+from llavamed_jax.checkpoints.writer import Progress, total_bytes, write_safetensors
 from llavamed_jax.config import LlavaConfig
 from llavamed_jax.errors import UserError
 
@@ -51,8 +53,9 @@ def write_model(out: str | Path, checkpoint: Checkpoint, config: LlavaConfig | N
     out, without = Path(out), set(without)
     if (out / "base").exists() and not (out / "model").exists():
         shutil.rmtree(out / "base")  # of a run that was stopped while it wrote its base
-    with new_directory(out / "base") as base:
-        write_safetensors(base, {n: t for n, t in checkpoint.tensors.items() if n not in without}, progress)
+    tensors = {name: tensor for name, tensor in checkpoint.tensors.items() if name not in without}
+    with new_directory(out / "base", total_bytes(tensors)) as base:
+        write_safetensors(base, tensors, progress)
     with new_directory(out / "model") as model:
         write_json(model / "config.json", (config or checkpoint.config).to_dict())
         for name, file in (checkpoint.files if files is None else files).items():

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from llavamed_jax.checkpoints import reader
+from llavamed_jax.checkpoints import hub, reader
 from llavamed_jax.checkpoints.files import read_json
 from llavamed_jax.config import IGNORE, IMAGE_TOKEN, OURS, LlavaConfig
 from llavamed_jax.data import chat as chats
@@ -65,13 +65,15 @@ class Processor:
 
         Args:
           path: a directory with `config.json` (as released, or transformers'), this project's tree, one step of it or its
-            `model/`, `preset:NAME`, or a tokenizer's file or directory.
+            `model/`, `owner/name[@revision]` of a hub, `preset:NAME`, or a tokenizer's file or directory.
           template: `ORIGIN:NAME` or a bare name; None follows the checkpoint.
           image_size, image_mode: for a bare tokenizer, which knows neither; `image_mode` also overrides a checkpoint's.
           tokenizer: another tokenizer's file or directory.
         Raises:
           UserError: nothing there, a file that cannot be read, or an unknown template or mode.
         """
+        if not str(path).startswith("preset:"):
+            path = hub.local(path, weights=False)
         directory = _model_directory(Path(path))
         if directory is None and not str(path).startswith("preset:"):
             if not Path(path).exists():

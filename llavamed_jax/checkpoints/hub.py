@@ -1,0 +1,86 @@
+"""Models by name: `owner/name[@revision]`, fetched and cached by huggingface_hub (HF_ENDPOINT, HF_HOME, HF_HUB_OFFLINE).
+
+Only what is needed is fetched: configs, tokenizer and processor files and the model card, then the weights in one format.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import sys
+from pathlib import Path
+
+from llavamed_jax.checkpoints.torch_files import weight_map
+from llavamed_jax.errors import UserError
+
+_TEXT = ["*.json", "*.jinja", "*.model", "README.md", "LICENSE*", "llavamed_jax/*"]
+
+
+def local(path: str | Path, weights: bool = True) -> Path:
+    """A directory as it is; a model's name on a hub as the directory that it was fetched into.
+
+    Args:
+      weights: False fetches configs, tokenizer and processor files alone.
+    Raises:
+      UserError: a name that is no directory here and that the hub does not give, with the reason.
+    """
+    if Path(path).exists() or not is_hub_name(path):
+        return Path(path)
+    return _fetch(str(path), weights)
+
+
+def is_hub_name(path: str | Path) -> bool:
+    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?", str(path)) is not None
+
+
+@functools.cache  # a command opens config, processor and weights one after another
+def _fetch(path: str, weights: bool) -> Path:
+    name, _, revision = path.partition("@")
+    directory = _snapshot(path, name, revision or None, _TEXT)
+    if weights:
+        # By the commit, so that the weights are those of the config that was just read.
+        directory = _fetch_weights(path, name, directory)
+    _print_licence(path, directory)
+    return directory
+
+
+def _fetch_weights(path: str, name: str, directory: Path) -> Path:
+    """safetensors before pickles, and of files that an index lists those alone, as `torch_files.read_weights` takes them."""
+    for pattern in ("*.safetensors", "pytorch_model*.bin"):
+        index = next(iter(sorted(directory.glob(f"{pattern}.index.json"))), None)
+        directory = _snapshot(path, name, directory.name, [pattern] if index is None else sorted(set(weight_map(index).values())))
+        if any(directory.glob(pattern)):
+            break
+    return directory
+
+
+def _snapshot(path: str, name: str, revision: str | None, patterns: list[str]) -> Path:
+    import huggingface_hub  # takes half a second to import, and most paths are directories
+    from huggingface_hub import constants, errors
+    unknown = f"{path} is no directory; as a model's name"
+    try:
+        return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except errors.RevisionNotFoundError:
+        raise UserError(f"{unknown} it has no revision {revision!r} on {constants.ENDPOINT}") from None
+    except errors.GatedRepoError:
+        raise UserError(f"{unknown} it is gated on {constants.ENDPOINT}: accept its terms there and log in with `hf auth login`") from None
+    except errors.RepositoryNotFoundError:
+        raise UserError(f"{unknown} it is not known on {constants.ENDPOINT}, or is private") from None
+    except errors.LocalEntryNotFoundError:
+        reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{constants.ENDPOINT} cannot be reached"
+        raise UserError(f"{unknown} it is not in the cache of hub models, and {reason}; give a checkpoint's directory") from None
+    except (errors.HfHubHTTPError, OSError) as error:
+        raise UserError(f"{unknown} it could not be fetched from {constants.ENDPOINT} ({type(error).__name__})") from None
+
+
+@functools.cache
+def _print_licence(path: str, directory: Path) -> None:
+    """What the model card says, on stderr: whoever uses the weights is bound by it."""
+    from huggingface_hub import ModelCard
+    try:
+        licence = ModelCard.load(directory / "README.md").data.to_dict().get("license")
+    except (OSError, ValueError):  # no card, or one whose header is broken
+        licence = None
+    licence = ", ".join(licence) if isinstance(licence, list) else licence
+    commit = directory.name[:12]
+    print(f"{path} (commit {commit}): licence {licence or 'not stated by its model card'}", file=sys.stderr)

@@ -1,0 +1,81 @@
+"""From the tensors of files, under the names of a layout, to canonical ones: strict, and in one error."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from llavamed_jax.checkpoints import names
+from llavamed_jax.checkpoints.torch_files import Tensor, some
+from llavamed_jax.config import LlavaConfig
+from llavamed_jax.errors import UserError
+
+
+def match(where: Path, found: Mapping[str, Tensor], spellings: Mapping[str, Iterable[str]],
+          shapes: Mapping[str, tuple[int, ...]], ignore: Callable[[str], bool] = names.is_buffer) -> dict[str, Tensor]:
+    """Finds every canonical name among the tensors of a file.
+
+    Args:
+      where: what the error names.
+      found: tensors by their names in the file.
+      spellings: canonical name -> the names it may have there.
+      shapes: canonical name -> shape there.
+      ignore: says of a name in the file that it needs no match.
+    Returns:
+      Canonical name -> the tensor as it is in the file.
+    Raises:
+      UserError: lists what is missing, unexpected or misshapen, with shapes.
+    """
+    taken = {name: next((s for s in spelled if s in found), None) for name, spelled in spellings.items()}
+    missing = [f"{next(iter(spellings[n]))} {list(shapes[n])}" for n, key in taken.items() if key is None]
+    matched = set(taken.values())
+    unexpected = [f"{key} {list(t.shape)}" for key, t in found.items() if key not in matched and not ignore(key)]
+    misshapen = [f"{key} is {list(found[key].shape)} where {list(shapes[n])} was expected"
+                 for n, key in taken.items() if key is not None and found[key].shape != tuple(shapes[n])]
+    problems = [f"{len(items)} tensor{'s' * (len(items) > 1)} {word}: {some(items)}"
+                for word, items in (("missing", missing), ("unexpected", unexpected), ("misshapen", misshapen)) if items]
+    if problems:
+        raise UserError(f"{where} does not fit its config.json; {'; '.join(problems)}")
+    return {name: found[key] for name, key in taken.items()}
+
+
+def canonical(where: Path, found: Mapping[str, Tensor], config: LlavaConfig, layout: str, without: tuple[str, ...] = (),
+              rows: int | None = None, ignore: Callable[[str], bool] = names.is_buffer) -> dict[str, Tensor]:
+    """Tensors of a PyTorch layout in this project's orientation.
+
+    Args:
+      layout: whose names they have (`names.torch_names`).
+      without: parts (`vision_tower/`) that are not looked for.
+      rows: of the vocabulary there, where it has more than ours (config.transformers_vocab_size); the rest is left out.
+    Raises:
+      UserError: as of `match`; a head of its own where the config says that it is the embedding.
+    """
+    specs = names.specs(config)
+    spellings = {n: spelled for n, spelled in names.torch_names(config, layout).items() if not n.startswith(without)}
+    shapes = {name: names.torch_shape(name, specs[name].shape) for name in spellings}
+    for name in ("decoder/embed_tokens/embedding", "decoder/lm_head/kernel"):
+        if rows is not None and name in shapes:
+            shapes[name] = (rows, *shapes[name][1:])
+    if config.decoder.tie_word_embeddings:
+        found = _without_tied_head(where, found, spellings, layout)
+    taken = match(where, found, spellings, shapes, ignore)
+    return {name: from_torch(name, tensor, specs[name].shape) for name, tensor in taken.items()}
+
+
+def from_torch(name: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """A tensor of torch's orientation in ours. Only a vocabulary may be longer than `shape`, and is cut to it."""
+    rows = names.torch_shape(name, shape)[0]
+    return Tensor(shape, tensor.dtype, lambda: names.from_torch(name, tensor.load()[:rows]))
+
+
+def _without_tied_head(where: Path, found: Mapping[str, Tensor], spellings: Mapping[str, Iterable[str]],
+                       layout: str) -> Mapping[str, Tensor]:
+    """`.bin` files hold a tied head twice. Which of two different ones is meant cannot be known."""
+    table = next((found[s] for s in spellings.get("decoder/embed_tokens/embedding", ()) if s in found), None)
+    heads = [s for s in names.head_names(layout) if s in found]
+    for head in heads:
+        if table is None or found[head].shape != table.shape or not np.array_equal(found[head].load(), table.load()):
+            raise UserError(f"{where} has tie_word_embeddings set in its config.json, and {head} differs from the embedding table")
+    return {key: tensor for key, tensor in found.items() if key not in heads}

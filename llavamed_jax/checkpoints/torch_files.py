@@ -1,0 +1,174 @@
+"""The weight files that PyTorch writes, as tensors that are read one by one when they are asked for.
+
+`.safetensors` files are memory-mapped by their own library. `.bin` files are pickles, which can carry programs: they are
+opened by `torch.load(weights_only=True)`, which builds tensors and refuses all else, and memory-mapped too.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from pickle import UnpicklingError
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from llavamed_jax.checkpoints import names
+from llavamed_jax.checkpoints.files import read_json
+from llavamed_jax.errors import UserError
+
+DTYPES = {"F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16),
+          "BF16": np.dtype(ml_dtypes.bfloat16)}
+_TORCH_DTYPES = {"torch.float64": "F64", "torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16"}
+# What transformers names its weights; a run's directory has other .bin files beside them (training_args.bin, optimizer.bin).
+_BIN = "pytorch_model*.bin"
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor that is not in memory yet."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    load: Callable[[], np.ndarray]
+
+
+def read_weights(directory: Path) -> dict[str, Tensor]:
+    """Every tensor of a directory's weight files by its name there: of `.safetensors`, else of `pytorch_model*.bin`.
+
+    Raises:
+      UserError: no weights, a file that is missing, damaged or holds more than tensors, or an index that is wrong.
+    """
+    if any(directory.glob("*.safetensors*")) or not any(directory.glob(f"{_BIN}*")):
+        return read_safetensors(directory)
+    return _read_shards(directory, _BIN, read_bin)
+
+
+def read_safetensors(directory: Path) -> dict[str, Tensor]:
+    """`read_weights` of `.safetensors` files alone."""
+    return _read_shards(directory, "*.safetensors", _read_safetensors_file)
+
+
+def read_file(file: Path) -> dict[str, Tensor]:
+    """The tensors of one `.safetensors` or `.bin` file."""
+    return _read_safetensors_file(file) if file.suffix == ".safetensors" else read_bin(file)
+
+
+def weight_map(index: Path) -> dict[str, str]:
+    """Tensor name -> file, of a `*.index.json`."""
+    found = read_json(index).get("weight_map")
+    if not isinstance(found, dict) or not found or not all(isinstance(shard, str) for shard in found.values()):
+        raise UserError(f"{index} has no weight_map that names a file for each tensor")
+    return found
+
+
+def _read_shards(directory: Path, pattern: str, read: Callable[[Path], dict[str, Tensor]]) -> dict[str, Tensor]:
+    index = next(iter(sorted(directory.glob(f"{pattern}.index.json"))), None)
+    owners = {} if index is None else weight_map(index)
+    shards = sorted(set(owners.values())) or sorted(file.name for file in directory.glob(pattern))
+    if not shards:
+        raise UserError(_no_weights(directory))
+    _check_numbering(directory, shards)
+    tensors: dict[str, Tensor] = {}
+    for shard in shards:
+        found = read(directory / shard)
+        absent = [name for name, owner in owners.items() if owner == shard and name not in found]
+        if absent:
+            raise UserError(f"{index} says that {shard} holds {some(absent)}, which it does not")
+        # What the index does not name is kept, so that whoever matches the tensors sees it.
+        found = {name: t for name, t in found.items() if owners.get(name, shard) == shard}
+        twice = [name for name in found if name in tensors]
+        if twice:
+            raise UserError(f"{directory / shard} holds {some(twice)}, which another file there holds too")
+        tensors |= found
+    return tensors
+
+
+def _no_weights(directory: Path) -> str:
+    if (directory / "adapter_config.json").is_file():
+        return f"{directory} holds an adapter (adapter_config.json); a whole model's weights were expected"
+    if (directory / "mm_projector.bin").is_file():
+        return (f"{directory} holds a projector alone (mm_projector.bin); a whole model was expected: "
+                "`convert build --decoder BASE --vision CLIP --projector FILE` joins it with its base")
+    return f"{directory} holds no weights; .safetensors or pytorch_model*.bin files were expected"
+
+
+def _check_numbering(directory: Path, shards: list[str]) -> None:
+    """Names the shard that `…-00001-of-00003…` promises and that is not there."""
+    for shard in shards:
+        numbered = re.fullmatch(r"(.*-)(\d+)(-of-)(\d+)(\..*)", shard)
+        expected = [shard] if numbered is None else [
+            f"{numbered[1]}{i:0{len(numbered[2])}d}{numbered[3]}{numbered[4]}{numbered[5]}" for i in range(1, int(numbered[4]) + 1)]
+        for name in expected:
+            if not (directory / name).is_file():
+                raise UserError(f"the shard {directory / name} is missing")
+
+
+def _read_safetensors_file(file: Path) -> dict[str, Tensor]:
+    try:
+        handle = safe_open(file, framework="np")
+    except FileNotFoundError:
+        raise UserError(f"the file {file} is missing") from None
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file} is no whole safetensors file: {error}") from None
+    tensors = {}
+    for name in handle.keys():
+        view = handle.get_slice(name)
+        if view.get_dtype() in DTYPES:
+            tensors[name] = Tensor(tuple(view.get_shape()), DTYPES[view.get_dtype()], lambda name=name: handle.get_tensor(name))
+        elif not names.is_buffer(name):
+            raise UserError(f"{name} in {file} is of type {view.get_dtype()}; one of {', '.join(DTYPES)} was expected")
+    return tensors
+
+
+def read_bin(file: Path) -> dict[str, Tensor]:
+    """The tensors of a file that `torch.save` wrote of a state dict.
+
+    Raises:
+      UserError: torch is not installed; the pickle would run code; the file is damaged, or holds something else.
+    """
+    try:
+        import torch  # an extra: most checkpoints are safetensors
+    except ImportError:
+        raise UserError(f"{file} can be read with torch only, which is not installed: pip install 'llavamed-jax[torch]'") from None
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of an odd pickle, which is refused or read all the same
+            # Files from before torch 1.6 are no archives and cannot be mapped.
+            state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except FileNotFoundError:
+        raise UserError(f"the file {file} is missing") from None
+    except UnpicklingError as error:
+        unsafe = re.search(r"(?:GLOBAL|class) (\w+\.[\w.]*\w)", str(error))
+        if unsafe:
+            raise UserError(f"{file} was refused: its pickle calls {unsafe[1]}, where tensors alone were expected") from None
+        raise UserError(f"{file} is no whole file of torch.save") from None
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError):  # what torch raises of a damaged archive
+        raise UserError(f"{file} is no whole file of torch.save") from None
+    if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise UserError(f"{file} holds something else than tensors by name; a state dict was expected")
+    tensors = {}
+    for name, tensor in state.items():
+        if str(tensor.dtype) in _TORCH_DTYPES:
+            dtype = DTYPES[_TORCH_DTYPES[str(tensor.dtype)]]
+            tensors[name] = Tensor(tuple(tensor.shape), dtype, lambda tensor=tensor, dtype=dtype: _to_numpy(tensor, dtype))
+        elif not names.is_buffer(name):
+            raise UserError(f"{name} in {file} is of type {tensor.dtype}; one of {', '.join(_TORCH_DTYPES)} was expected")
+    return tensors
+
+
+def _to_numpy(tensor, dtype: np.dtype) -> np.ndarray:
+    import torch
+    tensor = tensor.detach().contiguous()
+    if dtype == DTYPES["BF16"]:  # which numpy knows through ml_dtypes and torch does not hand over
+        return tensor.view(torch.int16).numpy().view(dtype)
+    return tensor.numpy()
+
+
+def some(items: list[str], limit: int = 8) -> str:
+    """A list for a sentence, cut with its count."""
+    return ", ".join(items[:limit]) + (f" and {len(items) - limit} more" if len(items) > limit else "")

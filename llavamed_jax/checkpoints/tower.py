@@ -1,0 +1,57 @@
+"""A vision tower in a directory of its own: `CLIPVisionModel`, or a whole `CLIPModel` whose text half is not looked at."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from llavamed_jax.checkpoints import hub
+from llavamed_jax.checkpoints.files import read_json
+from llavamed_jax.checkpoints.layouts import canonical
+from llavamed_jax.checkpoints.names import is_buffer
+from llavamed_jax.checkpoints.torch_files import Tensor, read_weights
+from llavamed_jax.config import LlavaConfig, VisionConfig
+from llavamed_jax.errors import UserError
+
+
+def find_tower(directory: Path, name: str | None) -> Path | None:
+    """The directory that `mm_vision_tower` names: an absolute path, or its last component inside or beside the checkpoint."""
+    if not name:
+        return None
+    candidates = [Path(name)] if Path(name).is_absolute() else []
+    candidates += [directory / Path(name).name, directory.resolve().parent / Path(name).name]
+    return next((c for c in candidates if (c / "config.json").is_file()), None)
+
+
+def fetch_tower(directory: Path, name: str | None, weights: bool = True) -> Path:
+    """`mm_vision_tower` as a model's name on a hub. Raises UserError, which asks for an argument, if there is none."""
+    reason = ""
+    if name and hub.is_hub_name(name):
+        try:
+            return hub.local(name, weights)
+        except UserError as error:
+            reason = f" ({error})"
+    raise UserError(f"{directory} names the vision tower {name!r}, which lies neither inside nor beside it{reason}; "
+                    "vision_tower=PATH was expected")
+
+
+def tower_config(directory: Path) -> VisionConfig:
+    """The shape of a CLIP directory's tower."""
+    if not (directory / "config.json").is_file():
+        raise UserError(f"the vision tower {directory} holds no config.json; a CLIP model's directory was expected")
+    try:
+        return VisionConfig.from_hf(read_json(directory / "config.json"))
+    except UserError as error:
+        raise UserError(f"{directory}: {error}") from None
+
+
+def check_width(directory: Path, vision: VisionConfig, expected: int | None) -> None:
+    """Raises UserError where the projector was made for a tower of another width."""
+    if expected not in (None, vision.hidden_size):
+        raise UserError(f"the vision tower {directory} has width {vision.hidden_size}; the projector expects {expected}")
+
+
+def tower_tensors(config: LlavaConfig, directory: Path) -> dict[str, Tensor]:
+    """The tower's tensors by canonical name; their shapes are `config.vision`'s."""
+    is_text = re.compile(r"text_model\..*|(text|visual)_projection\.weight|logit_scale").fullmatch
+    return canonical(directory, read_weights(directory), config, "clip", ignore=lambda key: bool(is_buffer(key) or is_text(key)))
