@@ -136,22 +136,25 @@ class Engine:
     def _run_batch(self, requests, indices):
         rows = [requests[i] for i in indices]
         batch, cache_length = self._batch(rows)
-        context = jax.set_mesh(self.mesh) if self.mesh is not None else contextlib.nullcontext()
-        with context:
-            state = self._prefill(self.params, cache_length=cache_length, **batch)
-            chunk = state.token[:, None]
-            while True:
-                tokens = np.asarray(chunk)
-                done = np.asarray(state.is_done)
-                for row, i in enumerate(indices):
-                    new = [int(t) for t in tokens[row] if t != NO_TOKEN]
-                    if new and not requests[i].cancelled:
-                        yield i, new
-                stopped = np.array([r.cancelled for r in rows] + [True] * (len(done) - len(rows)))
-                if (done | stopped).all():
-                    return
-                state = state.replace(is_done=state.is_done | jnp.asarray(stopped)) if stopped.any() else state
-                state, chunk = self._decode(self.params, state)
+        state = self._on_mesh(self._prefill, self.params, cache_length=cache_length, **batch)
+        chunk = state.token[:, None]
+        while True:
+            tokens, done = np.asarray(chunk), np.asarray(state.is_done)
+            for row, i in enumerate(indices):
+                new = [int(t) for t in tokens[row] if t != NO_TOKEN]
+                if new and not requests[i].cancelled:
+                    yield i, new
+            stopped = np.array([r.cancelled for r in rows] + [True] * (len(done) - len(rows)))
+            if (done | stopped).all():
+                return
+            if (stopped & ~done).any():
+                state = state.replace(is_done=state.is_done | jnp.asarray(stopped))
+            state, chunk = self._on_mesh(self._decode, self.params, state)
+
+    def _on_mesh(self, program, *args, **kwargs):
+        """Calls a program with the mesh in context; never across a `yield`, where the caller's code would run in it."""
+        with jax.set_mesh(self.mesh) if self.mesh is not None else contextlib.nullcontext():
+            return program(*args, **kwargs)
 
     def _batch(self, rows: Sequence[Request]):
         """Host arrays of a batch: prompts padded to a bucket, rows to a power of two that the mesh divides."""
