@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -30,24 +33,63 @@ def write_json(file: Path, value: dict) -> None:
 
 
 @contextlib.contextmanager
-def new_directory(out: str | Path) -> Iterator[Path]:
+def new_directory(out: str | Path, size: int = 0) -> Iterator[Path]:
     """A temporary directory beside `out` that becomes `out` at the end, and is gone if something fails before.
 
+    It is locked while it is written, so that what a killed process left (`.NAME.*.partial`) is known as such and removed by
+    the next one that writes `out`.
+
+    Args:
+      size: bytes that will be written; the disk must have them free.
     Raises:
-      UserError: `out` is a file or a directory that holds something, or cannot be written.
+      UserError: `out` is a file or a directory that holds something, cannot be written, or does not fit the disk.
     """
     out = Path(out)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"{out} exists and is not empty; a new directory was expected")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+        _remove_leftovers(out)
+        free = shutil.disk_usage(out.parent).free
+        if free < size:
+            raise UserError(f"{out} needs {size / 1e9:.2f} GB; its disk has {free / 1e9:.2f} GB free")
+        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=_PARTIAL, dir=out.parent))
     except OSError as error:
         raise UserError(f"{out} cannot be written: {error.strerror}") from None
+    with contextlib.ExitStack() as stack:
+        lock = _lock(temporary)
+        if lock is not None:
+            stack.callback(os.close, lock)
+        try:
+            temporary.chmod(0o755)  # mkdtemp's is private to the user
+            yield temporary
+            temporary.replace(out)
+        except BaseException as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise UserError(f"{out} cannot be written: {error.strerror}") from None
+            raise
+
+
+_PARTIAL = ".partial"
+
+
+def _lock(directory: Path) -> int | None:
+    """A descriptor that holds a directory until it is closed, by the kernel at the latest; None where another has it, or on
+    a file system without locks."""
+    descriptor = os.open(directory, os.O_RDONLY)
     try:
-        temporary.chmod(0o755)  # mkdtemp's is private to the user
-        yield temporary
-        temporary.replace(out)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _remove_leftovers(out: Path) -> None:
+    for path in out.parent.iterdir():
+        if path.name.startswith(f".{out.name}.") and path.name.endswith(_PARTIAL) and path.is_dir():
+            lock = _lock(path)
+            if lock is not None:
+                shutil.rmtree(path, ignore_errors=True)
+                os.close(lock)
