@@ -80,6 +80,16 @@ def plain_decoder(config: Mapping[str, Any]) -> DecoderConfig:
     return DecoderConfig.from_hf({**config, **{key: value for key, value in ids.items() if key in config}}, architecture)
 
 
+def joined(decoder: DecoderConfig, vision: VisionConfig, projector_type: str, tower: str, uses_image_tokens: bool) -> LlavaConfig:
+    """A plain decoder and a CLIP tower as the original's scripts join them: LLaVA-Med v1.5 of Mistral, of LLaMA v1.0 with its
+    image tokens and LLaVA-1.5 without. `tower` is what an export calls the tower."""
+    source = "llava_mistral" if decoder.architecture == "mistral" else "llava" if uses_image_tokens else "llava_llama"
+    architecture = "LlavaMistralForCausalLM" if source == "llava_mistral" else "LlavaLlamaForCausalLM"
+    extra = {**_ORIGINAL_DEFAULTS, "architectures": [architecture], "mm_vision_tower": tower, "mm_use_im_patch_token": uses_image_tokens}
+    return LlavaConfig(vision, decoder, projector_type, image_aspect_ratio="square" if source == "llava" else "pad",
+                       use_start_end=uses_image_tokens, source=source, extra=json.dumps(extra, sort_keys=True))
+
+
 def from_original(config: Mapping[str, Any], vision: VisionConfig | None) -> LlavaConfig:
     """From the originals' own layout: LLaVA-Med v1.5, v1.0, v0 or LLaVA-1.5 (spec 2.1, 2.3)."""
     kind, ours = config["model_type"], config.get(OURS, {})
@@ -110,7 +120,9 @@ def from_original(config: Mapping[str, Any], vision: VisionConfig | None) -> Lla
 
 
 def to_original(cfg: LlavaConfig) -> dict:
-    """The `config.json` that the original's loader reads."""
+    """The `config.json` that the original's loader reads. Raises UserError for a projector that it would complete at random."""
+    if not cfg.projector_bias and cfg.projector_type != "identity":
+        raise UserError("the original's projector has biases and this model's has none: --layout transformers holds it")
     is_theirs = cfg.source != "transformers"  # only then do the keys that travel belong to this layout
     kind = cfg.source if is_theirs else f"llava_{cfg.decoder.architecture}"
     architectures = ["LlavaMistralForCausalLM" if kind == "llava_mistral" else "LlavaLlamaForCausalLM"]
