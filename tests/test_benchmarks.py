@@ -55,3 +55,16 @@ def test_a_case_that_does_not_end_is_ended(tmp_path, monkeypatch):
 def test_an_unknown_case_is_named():
     done = subprocess.run([sys.executable, "benchmarks/h200.py", "--cases", "speed"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and "'speed' does not exist; parity, prefill" in done.stderr
+
+
+def test_the_conversion_is_measured_and_checked_both_ways(tmp_path):
+    done = subprocess.run([sys.executable, "benchmarks/conversion.py", "--directory", str(tmp_path / "work"), "--preset", "small",
+                           "--out", str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = {row["case"]: row for row in map(json.loads, (tmp_path / "conversion.jsonl").read_text().splitlines())}
+    assert list(found) == ["import", "export transformers", "export llava"]
+    for case, row in found.items():
+        assert row["bytes"] == 2 * row["parameters"] and row["seconds"] > 0 and row["copy_seconds"] > 0
+        assert 10**7 < row["peak_rss_anon_bytes"] < 10**9
+        assert row.get("equal_tensors", row["tensors"]) == row["tensors"] and row["device"] and row["commit"], case
+    assert not list((tmp_path / "work").iterdir())

@@ -261,9 +261,11 @@ def test_every_export_has_a_card(layout, tmp_path):
     assert card.startswith("---\nlanguage: en\n") and "{" not in card.split("```")[0]
     for heading in ("## Training record", "## Intended use", "## Out-of-scope use", "## Limitations", "## Licences"):
         assert heading in card
-    assert "None travels with these weights" in card and "English only" in card and "clinical" in card and "Apache-2.0" in card
+    assert "None: these are random weights." in card and "English only" in card and "clinical" in card and "Apache-2.0" in card
     assert ("LlavaForConditionalGeneration" in card, "`mm_vision_tower`" in card) == (layout == "transformers", layout == "llava")
     assert ("`do_pad`" in card) == (layout == "transformers")
+    export(open_checkpoint(tmp_path / "out"), tmp_path / "again", layout)
+    assert "None travels with these weights" in (tmp_path / "again" / "README.md").read_text()
 
 
 def test_the_card_tells_the_runs_that_led_here(tmp_path):

@@ -80,7 +80,7 @@ prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
 tokens = model.generate(**processor(text=prompt, images=[image], return_tensors="pt"), max_new_tokens=64, do_sample=False)
 ```
 
-- `backend="pil"` gives the pixels that the model was trained with; torchvision's resizing differs by a few grey levels.
+- `backend="pil"` gives the pixels that the model was trained with; torchvision resizes a little differently.
 {notes}"""
 _PAD = """\
 - Images are padded to a square in the mean colour, by `do_pad` of `LlavaImageProcessor`. Software that reads
@@ -102,7 +102,7 @@ def model_card(checkpoint: Checkpoint, layout: str) -> str:
     cfg = checkpoint.config
     return _CARD.format(
         library="library_name: transformers\n" if layout == "transformers" else "", facts=_table(_facts(checkpoint)),
-        use=_use(cfg, layout), training=_training(checkpoint.directory), decoder_licence=_DECODER_LICENCES[cfg.decoder.architecture])
+        use=_use(cfg, layout), training=_training(checkpoint), decoder_licence=_DECODER_LICENCES[cfg.decoder.architecture])
 
 
 def _facts(checkpoint: Checkpoint) -> dict[str, object]:
@@ -132,9 +132,11 @@ def _use(cfg: LlavaConfig, layout: str) -> str:
     return _IN_TRANSFORMERS.format(notes="\n".join(notes))
 
 
-def _training(directory: Path | None) -> str:
+def _training(checkpoint: Checkpoint) -> str:
     """The recipes that led here, the last run first: each as a table of its keys."""
-    runs, seen = [], set()
+    if checkpoint.layout == "preset":
+        return "None: these are random weights."
+    directory, runs, seen = checkpoint.directory, [], set()
     while directory is not None and (directory / "recipe.json").is_file() and directory.resolve() not in seen and len(runs) < _MAX_RUNS:
         seen.add(directory.resolve())
         found = read_json(directory / "recipe.json")
