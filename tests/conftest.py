@@ -45,3 +45,19 @@ def mistral_tokenizer() -> Path:
 def llama_tokenizer(shared) -> Path:
     """LLaMA's SentencePiece model (32,000 pieces); its licence keeps it out of the project."""
     return shared / "tokenizers" / "llama2.tokenizer.model"
+
+
+@pytest.fixture
+def measured(record_property):
+    """Asserts that arrays agree to a tolerance, and records how far apart they are: docs/fidelity.md prints it."""
+    import numpy as np
+
+    def check(found, wanted, tolerance: float, scale: float = 1.0):
+        """`scale` divides the difference, for quantities that are judged by their size."""
+        found, wanted = np.asarray(found, np.float64), np.asarray(wanted, np.float64)
+        assert found.shape == wanted.shape
+        difference = float(np.abs(found - wanted).max() / scale)
+        record_property("difference", difference)
+        record_property("tolerance", tolerance)
+        assert difference <= tolerance, f"{difference:.3g} apart; {tolerance:g} was allowed"
+    return check
