@@ -6,6 +6,7 @@ the own tree has one array for each. The layouts are
   llava         LLaVA's own, of LLaVA-Med v1.0 and v1.5 and LLaVA-1.5 (spec 2.1, 2.3)
   transformers  `LlavaForConditionalGeneration`, every generation of its key names (spec 2.5)
   clip          a vision tower in a directory of its own (`CLIPVisionModel`, or `CLIPModel` with its text half)
+  decoder       a language model in a directory of its own (`LlamaForCausalLM`, `MistralForCausalLM`)
 
 Torch keeps a linear layer as [out, in] and a convolution as [out, in, height, width]; here `kernel`s are [in, out] and
 [height, width, in, out]. Every other tensor is the same array.
@@ -78,6 +79,7 @@ _PREFIXES = {
         "lm_head": ("language_model.lm_head.", "lm_head.", "model.language_model.lm_head."),
     },
     "clip": {"vision_tower": ("vision_model.", "")},
+    "decoder": {"decoder": ("model.", ""), "lm_head": ("lm_head.",)},
 }
 
 # Buffers that old versions of transformers saved and every version computes anew. In a v1.0 delta they are zeros (spec Q33).
@@ -133,7 +135,7 @@ def expected_shapes(cfg: LlavaConfig) -> dict[str, tuple[int, ...]]:
 
 
 def torch_names(cfg: LlavaConfig, layout: str) -> dict[str, tuple[str, ...]]:
-    """Canonical name -> its spellings in a layout, the one to write first. `clip` has the tower's names alone."""
+    """Canonical name -> its spellings in a layout, the one to write first. `clip` and `decoder` have their part's alone."""
     prefixes = _PREFIXES[layout]
     names = {}
     for name, spec in specs(cfg).items():

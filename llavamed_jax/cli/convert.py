@@ -5,15 +5,19 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Iterable, Sequence
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 from tqdm import tqdm
 
+from llavamed_jax.checkpoints.build import build, with_projector
+from llavamed_jax.checkpoints.delta import apply_delta, make_delta
 from llavamed_jax.checkpoints.files import new_directory
 from llavamed_jax.checkpoints.reader import Checkpoint, open_checkpoint, text_files
+from llavamed_jax.checkpoints.torch_files import Tensor
 from llavamed_jax.checkpoints.writer import export
 from llavamed_jax.cli.common import Parser, run
 from llavamed_jax.errors import UsageError
@@ -45,7 +49,8 @@ def _checkpoint_flags(parser: argparse.ArgumentParser, path: str) -> None:
     parser.add_argument("--dtype", choices=_DTYPES, help="of every tensor; without it each keeps its own")
 
 
-_PATH = dict(metavar="PATH", help="a directory in a PyTorch layout, a tree of this project or a step of it, or preset:NAME")
+_PATH = dict(metavar="PATH", help="a directory in a PyTorch layout, a tree of this project or a step of it, owner/name of a hub, "
+             "or preset:NAME")
 
 
 def _open(path: str, args: argparse.Namespace) -> Checkpoint:
@@ -60,6 +65,9 @@ def _open(path: str, args: argparse.Namespace) -> Checkpoint:
         preprocessor = {n: f for n, f in checkpoint.files.items() if n == "preprocessor_config.json"}
         checkpoint = checkpoint.replace(files={**preprocessor, **files})
     print(f"{path}: {checkpoint.layout} layout, vision tower: {checkpoint.tower}")
+    if getattr(args, "projector", None) is not None:
+        checkpoint, sentence = with_projector(checkpoint, Path(args.projector))
+        print(sentence)
     return checkpoint
 
 
@@ -67,14 +75,15 @@ def _bar(names: Iterable[str]) -> Iterable[str]:
     return tqdm(names, unit="tensor", disable=None)  # None: silent where stderr is no terminal
 
 
-def _report(checkpoint: Checkpoint, out: str) -> None:
-    size = sum(math.prod(t.shape) * t.dtype.itemsize for t in checkpoint.tensors.values())
-    print(f"wrote {len(checkpoint.tensors)} tensors, {_bytes(size)}, to {out}")
+def _report(tensors: Mapping[str, Tensor], out: str) -> None:
+    size = sum(math.prod(t.shape) * t.dtype.itemsize for t in tensors.values())
+    print(f"wrote {len(tensors)} tensors, {_bytes(size)}, to {out}")
 
 
 def _import_flags(parser: argparse.ArgumentParser) -> None:
     _checkpoint_flags(parser, "--checkpoint")
-    parser.add_argument("--out", required=True, metavar="DIR", help="a new directory for the tree")
+    parser.add_argument("--projector", metavar="FILE", help="an mm_projector.bin that is laid over the checkpoint's projector")
+    parser.add_argument("--out", required=True, metavar="DIR", help="a new directory for the result")
 
 
 def _import(args: argparse.Namespace) -> None:
@@ -83,7 +92,7 @@ def _import(args: argparse.Namespace) -> None:
     checkpoint = _open(args.checkpoint, args)
     with new_directory(args.out) as out:
         write_model(out, checkpoint, progress=_bar)
-    _report(checkpoint, args.out)
+    _report(checkpoint.tensors, args.out)
 
 
 def _export_flags(parser: argparse.ArgumentParser) -> None:
@@ -96,7 +105,52 @@ def _export(args: argparse.Namespace) -> None:
     """Write a checkpoint in a PyTorch layout."""
     checkpoint = _open(args.checkpoint, args)
     export(checkpoint, args.out, args.layout, _bar)
-    _report(checkpoint, args.out)
+    _report(checkpoint.tensors, args.out)
+
+
+def _build_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--decoder", required=True, metavar="PATH", help="a directory of LLaMA, Vicuna or Mistral, or owner/name of a hub")
+    parser.add_argument("--vision", required=True, metavar="PATH", help="a directory of a CLIP model, or owner/name of a hub")
+    parser.add_argument("--projector", required=True, metavar="TYPE|FILE",
+                        help="linear or mlpNx_gelu, freshly drawn, or an mm_projector.bin")
+    parser.add_argument("--add_image_tokens", action="store_true", help="add <im_patch>, <im_start> and <im_end>, as LLaVA-Med v1.0 has")
+    parser.add_argument("--seed", type=int, default=0, help="of what is drawn; default 0")
+    parser.add_argument("--out", required=True, metavar="DIR", help="a new directory for the tree")
+
+
+def _build(args: argparse.Namespace) -> None:
+    """Join a plain decoder and a CLIP tower with a projector: how stage 1 starts."""
+    from llavamed_jax.checkpoints.store import write_model
+    with tempfile.TemporaryDirectory() as scratch:
+        checkpoint, said = build(args.decoder, args.vision, args.projector, Path(scratch), args.add_image_tokens, args.seed)
+        print(*said, sep="\n")
+        with new_directory(args.out) as out:
+            write_model(out, checkpoint, progress=_bar)
+    _report(checkpoint.tensors, args.out)
+
+
+def _delta_flags(parser: argparse.ArgumentParser, other: str, other_help: str) -> None:
+    parser.add_argument("--base", required=True, metavar="PATH", help="the plain decoder: a directory, or owner/name of a hub")
+    parser.add_argument(other, required=True, metavar="PATH", help=other_help)
+    parser.add_argument("--out", required=True, metavar="DIR", help="a new directory, in the original's layout")
+
+
+def _make_delta_flags(parser: argparse.ArgumentParser) -> None:
+    _delta_flags(parser, "--target", "the model that was trained from it, in the original's layout")
+
+
+def _make_delta(args: argparse.Namespace) -> None:
+    """Write a model as its difference from the base that it was trained from, in float16."""
+    _report(make_delta(args.base, args.target, args.out, _bar), args.out)
+
+
+def _apply_delta_flags(parser: argparse.ArgumentParser) -> None:
+    _delta_flags(parser, "--delta", "what was released in the model's place")
+
+
+def _apply_delta(args: argparse.Namespace) -> None:
+    """Add a delta to its base, in float16: how LLaVA-Med v1.0 becomes a model."""
+    _report(apply_delta(args.base, args.delta, args.out, _bar), args.out)
 
 
 def _inspect_flags(parser: argparse.ArgumentParser) -> None:
@@ -139,6 +193,9 @@ def _bytes(size: int) -> str:
 COMMANDS = {
     "import": (_import_flags, _import),
     "export": (_export_flags, _export),
+    "build": (_build_flags, _build),
+    "make-delta": (_make_delta_flags, _make_delta),
+    "apply-delta": (_apply_delta_flags, _apply_delta),
     "inspect": (_inspect_flags, _inspect),
 }
 

@@ -1,0 +1,166 @@
+"""How stage 1 starts: a plain decoder and a plain CLIP tower, joined by a projector that is fresh or comes from a file."""
+
+from __future__ import annotations
+
+import re
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from llavamed_jax.checkpoints import hub, names
+from llavamed_jax.checkpoints.files import read_json
+from llavamed_jax.checkpoints.image_tokens import TABLES, add_image_tokens
+from llavamed_jax.checkpoints.layouts import canonical, from_torch
+from llavamed_jax.checkpoints.reader import Checkpoint, text_files
+from llavamed_jax.checkpoints.torch_files import Tensor, read_file, read_weights, some
+from llavamed_jax.checkpoints.tower import tower_config, tower_tensors
+from llavamed_jax.config import LlavaConfig, projector_depth
+from llavamed_jax.errors import UserError
+from llavamed_jax.hf_config import joined, plain_decoder
+
+# What an original's config.json beside an mm_projector.bin says of how its features were taken.
+_SETTINGS = {"mm_vision_select_layer": "feature_layer", "mm_vision_select_feature": "feature_select",
+             "mm_use_im_start_end": "use_start_end"}
+
+
+def build(decoder: str | Path, vision: str | Path, projector: str, scratch: Path, image_tokens: bool = False,
+          seed: int = 0) -> tuple[Checkpoint, list[str]]:
+    """Joins a model.
+
+    Args:
+      decoder: a directory with LLaMA, Vicuna or Mistral as transformers writes them, or its name on a hub.
+      vision: the same of a `CLIPModel` or `CLIPVisionModel`.
+      projector: a type (`linear`, `mlp2x_gelu`, …), initialised as torch's `nn.Linear` is, or an `mm_projector.bin`.
+      scratch: a directory for tokenizer files that change; it must outlive the checkpoint.
+      image_tokens: adds LLaVA-Med v1.0's tokens (`image_tokens.add_image_tokens`).
+      seed: of everything that is drawn.
+    Returns:
+      The checkpoint, and sentences that say what was done.
+    Raises:
+      UserError: one of the parts is missing or does not fit.
+    """
+    decoder, vision, file = hub.local(decoder), hub.local(vision), Path(projector)
+    raw = _decoder_config(decoder)
+    is_file = file.is_file()
+    if not is_file:
+        if file.suffix:
+            raise UserError(f"the projector {file} does not exist; a file or a type such as mlp2x_gelu was expected")
+        projector_depth(projector)  # refuses a type that does not exist
+    try:
+        config = joined(plain_decoder(raw), tower_config(vision), "linear" if is_file else projector, Path(vision).name, image_tokens)
+    except UserError as error:
+        raise UserError(f"{decoder}: {error}") from None
+    tensors = canonical(decoder, read_weights(decoder), config, "decoder") | tower_tensors(config, vision)
+    tensors |= _fresh_projector(config, seed)
+    checkpoint = Checkpoint(config, "built", None, tensors, _files(decoder, vision), f"{vision}, as asked for")
+    said = [f"decoder: {decoder}"]
+    if image_tokens:
+        checkpoint, new = add_image_tokens(checkpoint, scratch, raw.get("initializer_range", 0.02), seed)
+        said.append(f"image tokens: added {', '.join(new)}" if new else "image tokens: there already")
+    if is_file:
+        checkpoint, sentence = with_projector(checkpoint, file)
+    else:
+        sentence = f"projector: {projector}, drawn from seed {seed}"
+    return checkpoint, [*said, sentence]
+
+
+def _decoder_config(directory: Path) -> dict:
+    if not (directory / "config.json").is_file():
+        raise UserError(f"the decoder {directory} holds no config.json; a directory of LLaMA, Vicuna or Mistral was expected")
+    raw = read_json(directory / "config.json")
+    if raw.get("model_type") not in ("llama", "mistral"):
+        raise UserError(f"the decoder {directory} has model_type {raw.get('model_type')!r}; llama or mistral was expected")
+    return raw
+
+
+def _files(decoder: Path, vision: Path) -> dict[str, Path]:
+    """The decoder's tokenizer and the tower's preprocessor. The decoder's chat template, if any, knows no images."""
+    files = {name: file for name, file in text_files(decoder).items() if name.startswith(("tokenizer", "special_", "added_", "generation"))}
+    preprocessor = vision / "preprocessor_config.json"
+    return files | ({preprocessor.name: preprocessor} if preprocessor.is_file() else {})
+
+
+def _fresh_projector(config: LlavaConfig, seed: int) -> dict[str, Tensor]:
+    """`nn.Linear`'s own initialisation: kernel and bias uniform within fan_in^-1/2. Each tensor has a stream of its own."""
+    specs = names.specs(config)
+
+    def load(name: str, shape: tuple[int, ...]) -> np.ndarray:
+        bound = specs[f"{name.rpartition('/')[0]}/kernel"].shape[0] ** -0.5
+        rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
+        return rng.uniform(-bound, bound, shape).astype(np.float32)
+
+    return {name: Tensor(spec.shape, np.dtype(np.float32), lambda name=name, shape=spec.shape: load(name, shape))
+            for name, spec in specs.items() if spec.part == "projector"}
+
+
+def with_projector(checkpoint: Checkpoint, file: Path) -> tuple[Checkpoint, str]:
+    """A checkpoint whose projector is that of an `mm_projector.bin` (spec 2.2), and a sentence that says what was taken.
+
+    How features are taken (layer, selection) is as the `config.json` beside the file says, where there is one. Of its
+    `embed_tokens`, a whole table or two rows, the rows of `<im_start>` and `<im_end>` are taken, which are the table's last
+    two; a model without them takes none, as in the original.
+
+    Raises:
+      UserError: no such file, tensors of another kind, or shapes that do not fit.
+    """
+    found = read_file(file)
+    pattern = re.compile(r"(?:.*\.)?(?:mm_projector\.(?:(\d+)\.)?(weight|bias)|(embed_tokens|embed_in)\.weight)")
+    unknown = [name for name in found if not pattern.fullmatch(name)]
+    if unknown:
+        raise UserError(f"{file} holds {some(unknown)}; tensors of mm_projector and embed_tokens alone were expected")
+    layers = {pattern.fullmatch(name).groups(): tensor for name, tensor in found.items()}
+    table = next((tensor for (_, _, embedding), tensor in layers.items() if embedding), None)
+    layers = {(index, leaf): tensor for (index, leaf, embedding), tensor in layers.items() if not embedding}
+    config = _with_settings(checkpoint.config, file, layers)
+    tensors = {name: tensor for name, tensor in checkpoint.tensors.items() if not name.startswith("projector/")}
+    for name, spec in names.specs(config).items():
+        if spec.part == "projector":
+            n, leaf = spec.torch.split(".")
+            key = (None, leaf) if config.projector_type == "linear" else (str(2 * int(n)), leaf)
+            tensors[name] = _fitting(file, name, layers.pop(key, None), spec.shape)
+    if layers:
+        raise UserError(f"{file} holds {len(layers)} projector tensors more than a {config.projector_type} has")
+    sentence = f"projector: {config.projector_type} of {file}"
+    if table is not None and config.use_start_end:
+        tensors[next(iter(TABLES))] = _with_last_rows(file, tensors[next(iter(TABLES))], table)
+        sentence += ", with its rows of <im_start> and <im_end>"
+    elif table is not None:
+        sentence += "; its embed_tokens are not taken, since this model has no <im_start> and <im_end>"
+    return checkpoint.replace(config=config, tensors=tensors), sentence
+
+
+def _with_settings(config: LlavaConfig, file: Path, layers: Mapping[tuple[str | None, str], Tensor]) -> LlavaConfig:
+    """The projector's type from the names in its file, and how features are taken from the config beside it."""
+    indices = {index for index, _ in layers}
+    if not layers:
+        raise UserError(f"{file} holds no tensors of mm_projector")
+    kind = "linear" if None in indices else f"mlp{len(indices)}x_gelu"
+    beside = file.with_name("config.json")
+    settings = read_json(beside) if beside.is_file() else {}
+    changes = {field: settings[key] for key, field in _SETTINGS.items() if key in settings}
+    if changes.pop("use_start_end", config.use_start_end) and not config.use_start_end:
+        raise UserError(f"{beside} has mm_use_im_start_end set, and the model has no <im_start> and <im_end>; "
+                        "`convert build --add_image_tokens` adds them")
+    if "image_aspect_ratio" in settings:
+        changes["image_aspect_ratio"] = "pad" if settings["image_aspect_ratio"] == "pad" else "square"
+    return config.replace(projector_type=kind, projector_bias=any(leaf == "bias" for _, leaf in layers), **changes)
+
+
+def _fitting(file: Path, name: str, tensor: Tensor | None, shape: tuple[int, ...]) -> Tensor:
+    wanted = names.torch_shape(name, shape)
+    if tensor is None or tensor.shape != wanted:
+        found = "is missing" if tensor is None else f"is {list(tensor.shape)}"
+        raise UserError(f"{file} does not fit this model: {name} {found}, where {list(wanted)} (in torch's order) was expected")
+    return from_torch(name, tensor, shape)
+
+
+def _with_last_rows(file: Path, table: Tensor, rows: Tensor) -> Tensor:
+    if rows.shape not in (table.shape, (2, table.shape[1])):
+        raise UserError(f"{file} has embed_tokens of {list(rows.shape)}; {list(table.shape)} or {[2, table.shape[1]]} was expected")
+    def load() -> np.ndarray:
+        out = np.array(table.load())
+        out[-2:] = rows.load()[-2:].astype(out.dtype)
+        return out
+    return Tensor(table.shape, table.dtype, load)

@@ -1,0 +1,106 @@
+"""Deltas: how LLaVA-Med v1.0 was released, as a target less the LLaMA that it was trained from (spec 2.1).
+
+All arithmetic is the original's, in float16. Where the target has more rows in its vocabulary than the base, and for the
+projector, which the base lacks, the delta holds the target itself. Both directions write the original's layout, tensor by
+tensor.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from llavamed_jax.checkpoints import hub, names
+from llavamed_jax.checkpoints.files import new_directory, read_json, write_json
+from llavamed_jax.checkpoints.reader import TEXT_FILES
+from llavamed_jax.checkpoints.torch_files import Tensor, read_weights, some
+from llavamed_jax.checkpoints.writer import Progress, total_bytes, write_safetensors
+from llavamed_jax.errors import UserError
+
+_TABLE = "model.embed_tokens.weight"
+_VOCABULARY = (_TABLE, "lm_head.weight")
+_VERBATIM = ("model.mm_projector.", "model.vision_tower.")  # what a plain decoder has nothing to subtract from
+
+
+def make_delta(base: str | Path, target: str | Path, out: str | Path, progress: Progress = iter) -> dict[str, Tensor]:
+    """Writes `target` less `base`.
+
+    Args:
+      base: the plain decoder's directory, or its name on a hub.
+      target: a model in the original's layout, likewise.
+      out: a directory that does not exist or is empty. It appears when it is complete.
+    Returns:
+      What was written.
+    Raises:
+      UserError: the two do not belong together, which is found before anything is written.
+    """
+    return _write(base, target, out, np.subtract, "the target", progress)
+
+
+def apply_delta(base: str | Path, delta: str | Path, out: str | Path, progress: Progress = iter) -> dict[str, Tensor]:
+    """Writes `base` plus `delta`, with the delta's config and tokenizer. Args, result and errors as of `make_delta`."""
+    return _write(base, delta, out, np.add, "the delta", progress)
+
+
+def _write(base, other, out, operation: np.ufunc, what: str, progress: Progress) -> dict[str, Tensor]:
+    base, other = hub.local(base), hub.local(other)
+    for directory in (base, other):
+        if not directory.is_dir():
+            raise UserError(f"{directory} is no directory; a model in a PyTorch layout was expected")
+    config = {**read_json(other / "config.json"), "torch_dtype": "float16"}
+    ours, theirs = (_weights(directory) for directory in (base, other))
+    _check(base, ours, what, other, theirs)
+    tensors = {name: _combined(ours.get(name), tensor, operation) for name, tensor in theirs.items()}
+    with new_directory(out, total_bytes(tensors)) as temporary:
+        write_safetensors(temporary, tensors, progress, {"format": "pt"})
+        for name in TEXT_FILES:
+            if (other / name).is_file():
+                shutil.copyfile(other / name, temporary / name)
+        write_json(temporary / "config.json", config)
+    return tensors
+
+
+def _weights(directory: Path) -> dict[str, Tensor]:
+    """Without the buffers, which every version of transformers computes anew and of which a delta holds zeros."""
+    return {name: tensor for name, tensor in read_weights(directory).items() if not names.is_buffer(name)}
+
+
+def _check(base: Path, ours: Mapping[str, Tensor], what: str, other: Path, theirs: Mapping[str, Tensor]) -> None:
+    """Raises UserError where the base is not the one that the other was made from, as far as shapes can tell."""
+    for directory, tensors in ((base, ours), (other, theirs)):
+        if _TABLE not in tensors or len(tensors[_TABLE].shape) != 2:
+            raise UserError(f"{directory} holds no {_TABLE}; a decoder of the LLaMA family was expected")
+    for size, mine, wanted in (("hidden size", ours[_TABLE].shape[1], theirs[_TABLE].shape[1]),
+                               ("number of layers", _layers(ours), _layers(theirs))):
+        if mine != wanted:
+            raise UserError(f"{base} is another base: its {size} is {mine} where {what} {other} has {wanted}")
+    if ours[_TABLE].shape[0] > theirs[_TABLE].shape[0]:
+        raise UserError(f"{base} is another base: its vocabulary has {ours[_TABLE].shape[0]} rows where {what} {other} has "
+                        f"{theirs[_TABLE].shape[0]}, which can only be more")
+    problems = [f"{name} is missing in {what}" for name in ours if name not in theirs]
+    problems += [f"{name} is missing in the base" for name in theirs if name not in ours and not name.startswith(_VERBATIM)]
+    for name in ours.keys() & theirs.keys():
+        kept = slice(1, None) if name in _VOCABULARY else slice(None)
+        if ours[name].shape[kept] != theirs[name].shape[kept] or ours[name].shape[0] > theirs[name].shape[0]:
+            problems.append(f"{name} is {list(ours[name].shape)} in the base and {list(theirs[name].shape)} in {what}")
+    if problems:
+        raise UserError(f"{base} is another base than that of {other}: {some(sorted(problems), 4)}")
+
+
+def _layers(tensors: Mapping[str, Tensor]) -> int:
+    return 1 + max((int(found[1]) for found in map(re.compile(r"model\.layers\.(\d+)\.").match, tensors) if found), default=-1)
+
+
+def _combined(base: Tensor | None, other: Tensor, operation: np.ufunc) -> Tensor:
+    """`other` with `operation` applied to the rows that `base` has; everything else stays as it is."""
+    def load() -> np.ndarray:
+        out = np.array(other.load(), np.float16)
+        if base is not None:
+            rows = out[:base.shape[0]]
+            operation(rows, base.load().astype(np.float16, copy=False), out=rows)
+        return out
+    return Tensor(other.shape, np.dtype(np.float16), load)

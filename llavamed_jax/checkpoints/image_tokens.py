@@ -1,0 +1,117 @@
+"""LLaVA-Med v1.0's image tokens, added to a tokenizer and to the tables over its vocabulary (spec 1.8)."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from llavamed_jax.checkpoints.files import read_json, write_json
+from llavamed_jax.checkpoints.reader import Checkpoint
+from llavamed_jax.checkpoints.torch_files import Tensor
+from llavamed_jax.errors import UserError
+
+PATCH, START, END = TOKENS = ("<im_patch>", "<im_start>", "<im_end>")
+# Canonical name -> the axis of the vocabulary.
+TABLES = {"decoder/embed_tokens/embedding": 0, "decoder/lm_head/kernel": 1}
+_PLACEMENT = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
+
+
+def add_image_tokens(checkpoint: Checkpoint, scratch: Path, deviation: float = 0.02, seed: int = 0) -> tuple[Checkpoint, list[str]]:
+    """A checkpoint whose vocabulary has `<im_patch>`, `<im_start>` and `<im_end>`, each after what is there already.
+
+    New rows of `<im_start>` and `<im_end>` are the mean of all rows before them, in the embedding and in the head; the new row
+    of `<im_patch>`, over which image features are laid, is drawn as the original's `resize_token_embeddings` draws it.
+
+    Args:
+      scratch: a directory, for the tokenizer files that are changed.
+      deviation: standard deviation of the drawn row (`initializer_range` of the decoder's config).
+    Returns:
+      The checkpoint, and the tokens that it did not have before.
+    Raises:
+      UserError: there is no tokenizer, or it has not one piece a row of the embedding table.
+    """
+    config, files = checkpoint.config, checkpoint.files
+    vocabulary = _vocabulary(files)
+    if not vocabulary:
+        raise UserError("there are no tokenizer files to add image tokens to; tokenizer.model or tokenizer.json was expected")
+    new, rows = [token for token in TOKENS if token not in vocabulary], config.decoder.vocab_size
+    pieces = max(vocabulary.values()) + 1
+    if new and pieces != rows:
+        raise UserError(f"the tokenizer has {pieces} pieces and the embedding table {rows} rows; image tokens can be added where both "
+                        "are the same")
+    tensors = {**checkpoint.tensors, **{
+        name: _longer(checkpoint.tensors[name], axis, new, deviation, [seed, zlib.crc32(name.encode())])
+        for name, axis in TABLES.items() if name in checkpoint.tensors and new}}
+    ids = {token: rows + i for i, token in enumerate(new)}
+    config = config.replace(decoder=dataclasses.replace(config.decoder, vocab_size=rows + len(new)), use_start_end=True)
+    return checkpoint.replace(config=config, tensors=tensors, files={**files, **_write_tokens(files, ids, scratch)}), new
+
+
+def _longer(table: Tensor, axis: int, new: list[str], deviation: float, seed: list[int]) -> Tensor:
+    def load() -> np.ndarray:
+        old = table.load()
+        added = []
+        if PATCH in new:
+            size = [old.shape[1 - axis]]
+            added.append((deviation * np.random.default_rng(seed).standard_normal(size, np.float32)).astype(old.dtype))
+        before = np.concatenate([old, *(np.expand_dims(row, axis) for row in added)], axis)
+        mean = before.mean(axis=axis, dtype=np.float32).astype(old.dtype)
+        added = [mean] * len([token for token in new if token != PATCH])
+        return np.concatenate([before, *(np.expand_dims(row, axis) for row in added)], axis)
+    shape = list(table.shape)
+    shape[axis] += len(new)
+    return Tensor(tuple(shape), table.dtype, load)
+
+
+def _vocabulary(files: Mapping[str, Path]) -> dict[str, int]:
+    """Pieces and added tokens with their ids; empty where there is no tokenizer."""
+    try:
+        if "tokenizer.model" in files:
+            import sentencepiece
+            model = sentencepiece.SentencePieceProcessor(model_file=str(files["tokenizer.model"]))
+            found = {model.id_to_piece(i): i for i in range(model.vocab_size())}
+        elif "tokenizer.json" in files:
+            found = dict(read_json(files["tokenizer.json"])["model"]["vocab"])
+        else:
+            return {}
+        for name in ("tokenizer.json", "tokenizer_config.json", "added_tokens.json"):
+            found |= _added(name, read_json(files[name])) if name in files else {}
+    except (RuntimeError, OSError, LookupError, TypeError, ValueError) as error:  # RuntimeError: SentencePiece
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"the tokenizer {', '.join(map(str, files.values()))} cannot be read ({type(error).__name__})") from None
+    return found
+
+
+def _added(file: str, content: dict) -> dict[str, int]:
+    if file == "tokenizer.json":
+        return {token["content"]: token["id"] for token in content.get("added_tokens", ())}
+    if file == "tokenizer_config.json":
+        return {token["content"]: int(i) for i, token in content.get("added_tokens_decoder", {}).items()}
+    return {text: int(i) for text, i in content.items()}
+
+
+def _write_tokens(files: Mapping[str, Path], ids: Mapping[str, int], scratch: Path) -> dict[str, Path]:
+    """Each file that lists added tokens with `ids` in it, and `added_tokens.json` beside a SentencePiece model."""
+    entries = {i: dict(content=token, **_PLACEMENT) for token, i in ids.items()}
+    out = {}
+    if "tokenizer.json" in files:
+        tokenizer = read_json(files["tokenizer.json"])
+        tokenizer["added_tokens"] = [*tokenizer.get("added_tokens", ()), *({"id": i, **entry} for i, entry in entries.items())]
+        out["tokenizer.json"] = scratch / "tokenizer.json"
+        out["tokenizer.json"].write_text(json.dumps(tokenizer, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    settings = read_json(files["tokenizer_config.json"]) if "tokenizer_config.json" in files else {}
+    if "added_tokens_decoder" in settings:
+        settings["added_tokens_decoder"] |= {str(i): entry for i, entry in entries.items()}
+        out["tokenizer_config.json"] = scratch / "tokenizer_config.json"
+        write_json(out["tokenizer_config.json"], settings)
+    if "tokenizer.model" in files or "added_tokens.json" in files:
+        before = read_json(files["added_tokens.json"]) if "added_tokens.json" in files else {}
+        out["added_tokens.json"] = scratch / "added_tokens.json"
+        write_json(out["added_tokens.json"], {**before, **ids})
+    return out
