@@ -6,6 +6,7 @@ Only what is needed is fetched: configs, tokenizer and processor files and the m
 from __future__ import annotations
 
 import functools
+import logging
 import re
 import sys
 from pathlib import Path
@@ -58,7 +59,10 @@ def _snapshot(path: str, name: str, revision: str | None, patterns: list[str]) -
     import huggingface_hub  # takes half a second to import, and most paths are directories
     from huggingface_hub import constants, errors
     unknown = f"{path} is no directory; as a model's name"
+    log = logging.getLogger("huggingface_hub")
+    level = log.level
     try:
+        log.setLevel(logging.ERROR)  # it warns of patterns that match nothing, of which one of two formats always is
         return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=patterns))
     except errors.RevisionNotFoundError:
         raise UserError(f"{unknown} it has no revision {revision!r} on {constants.ENDPOINT}") from None
@@ -71,6 +75,8 @@ def _snapshot(path: str, name: str, revision: str | None, patterns: list[str]) -
         raise UserError(f"{unknown} it is not in the cache of hub models, and {reason}; give a checkpoint's directory") from None
     except (errors.HfHubHTTPError, OSError) as error:
         raise UserError(f"{unknown} it could not be fetched from {constants.ENDPOINT} ({type(error).__name__})") from None
+    finally:
+        log.setLevel(level)
 
 
 @functools.cache

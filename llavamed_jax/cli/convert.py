@@ -18,7 +18,7 @@ from llavamed_jax.checkpoints.delta import apply_delta, make_delta
 from llavamed_jax.checkpoints.files import new_directory
 from llavamed_jax.checkpoints.reader import Checkpoint, open_checkpoint, text_files
 from llavamed_jax.checkpoints.torch_files import Tensor
-from llavamed_jax.checkpoints.writer import export
+from llavamed_jax.checkpoints.writer import export, total_bytes
 from llavamed_jax.cli.common import Parser, run
 from llavamed_jax.errors import UsageError
 
@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run(_program, argv)
 
 
-def _program(argv: list[str]) -> None:
+def _program(argv: list[str]) -> int | None:
     parser = Parser(prog="python -m convert", description=__doc__)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, (add_flags, action) in COMMANDS.items():
@@ -38,7 +38,7 @@ def _program(argv: list[str]) -> None:
         add_flags(command)
         command.set_defaults(action=action)
     args = parser.parse_args(argv)
-    args.action(args)
+    return args.action(args)
 
 
 def _checkpoint_flags(parser: argparse.ArgumentParser, path: str) -> None:
@@ -76,8 +76,7 @@ def _bar(names: Iterable[str]) -> Iterable[str]:
 
 
 def _report(tensors: Mapping[str, Tensor], out: str) -> None:
-    size = sum(math.prod(t.shape) * t.dtype.itemsize for t in tensors.values())
-    print(f"wrote {len(tensors)} tensors, {_bytes(size)}, to {out}")
+    print(f"wrote {len(tensors)} tensors, {_bytes(total_bytes(tensors))}, to {out}")
 
 
 def _import_flags(parser: argparse.ArgumentParser) -> None:
@@ -90,7 +89,7 @@ def _import(args: argparse.Namespace) -> None:
     """Turn a checkpoint into a tree of this project."""
     from llavamed_jax.checkpoints.store import write_model  # Orbax: not needed by the other commands
     checkpoint = _open(args.checkpoint, args)
-    with new_directory(args.out) as out:
+    with new_directory(args.out, total_bytes(checkpoint.tensors)) as out:
         write_model(out, checkpoint, progress=_bar)
     _report(checkpoint.tensors, args.out)
 
@@ -124,7 +123,7 @@ def _build(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         checkpoint, said = build(args.decoder, args.vision, args.projector, Path(scratch), args.add_image_tokens, args.seed)
         print(*said, sep="\n")
-        with new_directory(args.out) as out:
+        with new_directory(args.out, total_bytes(checkpoint.tensors)) as out:
             write_model(out, checkpoint, progress=_bar)
     _report(checkpoint.tensors, args.out)
 
@@ -186,6 +185,31 @@ def _inspect(args: argparse.Namespace) -> None:
         print(f"{part:<13} {len(tensors):>8} {sum(math.prod(t.shape) for t in tensors):>15,}  {dtypes}")
 
 
+def _verify_flags(parser: argparse.ArgumentParser) -> None:
+    for name in "ab":
+        parser.add_argument(name, **_PATH | {"metavar": name.upper()})
+    parser.add_argument("--tolerance", type=float, default=1e-4, metavar="X",
+                        help="how far values may be apart, as a part of the largest magnitude of their tensor or of the logits")
+    parser.add_argument("--tensors_only", action="store_true", help="no logits and no greedy tokens: the models are not loaded")
+    parser.add_argument("--dtype", choices=_DTYPES, default="float32", help="that logits are computed in")
+    parser.add_argument("--vision_tower", metavar="PATH", help="a CLIP tower that is taken for both")
+
+
+def _verify(args: argparse.Namespace) -> int:
+    """Say whether two checkpoints are the same model; exit status 1 if they are not."""
+    from llavamed_jax.verification.compare import compare, table  # brings jax
+    if not args.tolerance >= 0:
+        raise UsageError(f"--tolerance is {args.tolerance}; a number of at least 0 was expected")
+    checkpoints = [open_checkpoint(path, args.vision_tower) for path in (args.a, args.b)]
+    for path, checkpoint in zip((args.a, args.b), checkpoints):
+        print(f"{path}: {checkpoint.layout} layout, vision tower: {checkpoint.tower}")
+    rows = compare(*checkpoints, args.tolerance, args.tensors_only, _DTYPES[args.dtype], _bar)
+    print(f"\n{table(rows)}\n")
+    differing = [row.what for row in rows if not row.is_equal]
+    print(f"not equal: {'; '.join(differing)}" if differing else f"equal, to {args.tolerance:g} of the largest magnitude")
+    return 1 if differing else 0
+
+
 def _bytes(size: int) -> str:
     return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB"
 
@@ -197,6 +221,7 @@ COMMANDS = {
     "make-delta": (_make_delta_flags, _make_delta),
     "apply-delta": (_apply_delta_flags, _apply_delta),
     "inspect": (_inspect_flags, _inspect),
+    "verify": (_verify_flags, _verify),
 }
 
 if __name__ == "__main__":
