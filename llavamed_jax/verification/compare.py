@@ -1,0 +1,216 @@
+"""Whether two checkpoints are the same model: settings, tensors, tokenizer, logits and greedy tokens.
+
+Tensors are read one by one from both sides; for logits one model is in memory at a time. T positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+from llavamed_jax.assistant import LlavaMed
+from llavamed_jax.checkpoints.load import load_params
+from llavamed_jax.checkpoints.reader import Checkpoint
+from llavamed_jax.config import IMAGE_TOKEN, PAD_TOKEN, LlavaConfig
+from llavamed_jax.data.processor import Processor, expand_images
+
+VOCABULARY = {"decoder/embed_tokens/embedding": 0, "decoder/lm_head/kernel": 1}  # the axis that counts tokens
+NEW_TOKENS = 16
+TEXTS = ("What is shown in this image?", "Is there a pleural effusion?\nAnswer: no, 3.5 cm.", "naïve – “quoted”, 心臓, x²\n\n  two blanks")
+
+Progress = Callable[[Sequence[str]], Iterable[str]]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table.
+
+    Attributes:
+      difference: largest absolute difference over the largest magnitude of that quantity; None where things are equal or not.
+      divergence: of logits, the largest KL divergence of a position, in nats.
+    """
+
+    what: str
+    found: str
+    is_equal: bool
+    difference: float | None = None
+    divergence: float | None = None
+
+
+def compare(a: Checkpoint, b: Checkpoint, tolerance: float = 1e-4, tensors_only: bool = False, dtype=np.float32,
+            progress: Progress = iter) -> list[Row]:
+    """Compares two checkpoints.
+
+    Args:
+      tolerance: how far a tensor's or the logits' values may be apart, as a part of their largest magnitude.
+      tensors_only: computes nothing: no logits and no greedy tokens.
+      dtype: that logits are computed in.
+    Returns:
+      The rows of the table. Where settings or shapes differ, there is nothing to compute and logits are left out.
+    """
+    rows = [_settings(a.config, b.config), *_tensors(a, b, tolerance, progress), _tokenizers(a, b)]
+    if tensors_only or not rows[0].is_equal or any(row.difference is None and not row.is_equal for row in rows[1:-1]):
+        return rows
+    return rows + _outputs(a, b, tolerance, dtype)
+
+
+def _settings(a: LlavaConfig, b: LlavaConfig) -> Row:
+    ours, theirs = _computed(a), _computed(b)
+    if _has_added_rows(a, b) or _has_added_rows(b, a):
+        ours.pop("decoder.vocab_size"), theirs.pop("decoder.vocab_size")
+    differing = [f"{key} {ours[key]!r} and {theirs[key]!r}" for key in ours if ours[key] != theirs[key]]
+    return Row("settings", "; ".join(differing) or f"{len(ours)} equal", not differing)
+
+
+def _computed(cfg: LlavaConfig) -> dict:
+    """The settings that logits and greedy tokens follow from."""
+    names = ("projector_type", "projector_bias", "feature_layer", "feature_select")
+    out = {f"vision.{key}": value for key, value in asdict(cfg.vision).items()} | {name: getattr(cfg, name) for name in names}
+    out |= {f"decoder.{key}": value for key, value in asdict(cfg.decoder).items()}
+    out["feature_layer"] = cfg.num_vision_layers_used  # -2 and 23 of 24 are one layer
+    for key in ("architecture", "max_position_embeddings", "bos_token_id", "pad_token_id"):  # names and limits, not arithmetic
+        out.pop(f"decoder.{key}")
+    return out
+
+
+def _has_added_rows(longer: LlavaConfig, shorter: LlavaConfig) -> bool:
+    """Whether one is transformers' conversion of the other: `<image>` and padding rows behind the vocabulary (spec 2.5)."""
+    rows = shorter.decoder.vocab_size
+    return shorter.image_token_id is None and (longer.image_token_id or -1) >= rows and longer.decoder.vocab_size > rows
+
+
+def _tensors(a: Checkpoint, b: Checkpoint, tolerance: float, progress: Progress) -> list[Row]:
+    """A row for each part of the model; names and shapes that do not fit are in it."""
+    parts: dict[str, list[str]] = {}
+    unused = set(a.unused) | set(b.unused)
+    for name in [*a.tensors, *(name for name in b.tensors if name not in a.tensors)]:
+        parts.setdefault("beyond the feature layer" if name in unused else name.split("/")[0], []).append(name)
+    rows = []
+    on_their_way = iter(progress([name for members in parts.values() for name in members]))
+    for part, members in parts.items():
+        worst, where, identical, problems = 0.0, "", 0, []
+        for name, _ in zip(members, on_their_way):
+            if name not in a.tensors or name not in b.tensors:
+                problems.append(f"{name} is in {'the second' if name in b.tensors else 'the first'} alone")
+                continue
+            shapes = _common_shapes(name, a, b)
+            if shapes is None:
+                problems.append(f"{name} is {list(a.tensors[name].shape)} and {list(b.tensors[name].shape)}")
+                continue
+            same, difference = _difference(a.read(name)[shapes], b.read(name)[shapes])
+            identical += same
+            if difference > worst:
+                worst, where = difference, name
+        found = f"{identical} of {len(members)} bit for bit" + (f", most in {where}" if where else "")
+        if problems:
+            rows.append(Row(f"tensors: {part}", _some(problems), False))
+        else:
+            rows.append(Row(f"tensors: {part}", found, worst <= tolerance, worst))
+    for _ in on_their_way:  # lets the progress see its end
+        pass
+    return rows
+
+
+def _some(items: Sequence[str], most: int = 4) -> str:
+    return "; ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")
+
+
+def _common_shapes(name: str, a: Checkpoint, b: Checkpoint) -> tuple[slice, ...] | None:
+    """What both have of a tensor: all of it, or of a vocabulary the shorter one's tokens; None where they do not fit."""
+    ours, theirs = a.tensors[name].shape, b.tensors[name].shape
+    if ours == theirs:
+        return tuple(slice(None) for _ in ours)
+    axis = VOCABULARY.get(name)
+    if axis is None or not (_has_added_rows(a.config, b.config) or _has_added_rows(b.config, a.config)):
+        return None
+    least = tuple(map(min, ours, theirs))
+    others = [i for i in range(len(ours)) if i != axis]
+    return tuple(map(slice, least)) if all(ours[i] == theirs[i] for i in others) else None
+
+
+def _difference(a: np.ndarray, b: np.ndarray) -> tuple[bool, float]:
+    """Whether two arrays are the same bits of the same type, and their largest difference over their largest magnitude."""
+    if a.dtype == b.dtype and np.array_equal(np.ascontiguousarray(a).view(np.uint8), np.ascontiguousarray(b).view(np.uint8)):
+        return True, 0.0
+    a, b = a.astype(np.float32), b.astype(np.float32)
+    scale = max(np.abs(a).max(), np.abs(b).max())
+    difference = float(np.abs(a - b).max() / scale) if scale else 0.0
+    return False, difference if np.isfinite(difference) else float("inf")
+
+
+def _tokenizers(a: Checkpoint, b: Checkpoint) -> Row:
+    """Whether both give the same ids for a few texts; a checkpoint without a tokenizer is compared without one."""
+    absent = [word for word, c in zip(("first", "second"), (a, b)) if not {"tokenizer.model", "tokenizer.json"} & c.files.keys()]
+    if absent:
+        return Row("tokenizer", "neither has one" if len(absent) == 2 else f"the {absent[0]} has none", True)
+    processors = [Processor.from_checkpoint(checkpoint) for checkpoint in (a, b)]
+    for text in TEXTS:
+        ours, theirs = (processor.encode(text) for processor in processors)
+        if ours != theirs:
+            return Row("tokenizer", f"{text!r} becomes {ours[:6]}… and {theirs[:6]}…", False)
+    return Row("tokenizer", f"the same ids for {len(TEXTS)} texts", True)
+
+
+def prompts(cfg: LlavaConfig, vocab_size: int) -> dict[str, tuple[list[int], list[np.ndarray]]]:
+    """Ids and images of the questions that both models are given; random ids, so that no tokenizer is needed."""
+    rng = np.random.default_rng(0)
+
+    def words(n):
+        return rng.integers(3, vocab_size, n).tolist()
+
+    bos, size = cfg.decoder.bos_token_id, cfg.vision.image_size
+    images = [rng.standard_normal((size, size, cfg.vision.num_channels), np.float32) for _ in range(2)]
+    return {"text": ([bos, *words(31)], []),
+            "an image": ([bos, *words(4), IMAGE_TOKEN, *words(12)], images[:1]),
+            "two images": ([bos, IMAGE_TOKEN, *words(6), IMAGE_TOKEN, *words(8)], images)}
+
+
+def _outputs(a: Checkpoint, b: Checkpoint, tolerance: float, dtype) -> list[Row]:
+    """Logits and greedy tokens on each prompt."""
+    vocab_size = min(c.config.decoder.vocab_size for c in (a, b))
+    asked = prompts(a.config, vocab_size)
+    (logits, tokens), (other_logits, other_tokens) = (_run(checkpoint, asked, dtype) for checkpoint in (a, b))
+    rows = []
+    for name in asked:
+        ours, theirs = logits[name][:, :vocab_size], other_logits[name][:, :vocab_size]
+        _, difference = _difference(ours, theirs)
+        found = f"{len(ours)} positions"
+        rows.append(Row(f"logits: {name}", found, difference <= tolerance, difference, kl_divergence(ours, theirs)))
+    for name in asked:
+        ours, theirs = tokens[name], other_tokens[name]
+        same = next((i for i, pair in enumerate(zip(ours, theirs)) if pair[0] != pair[1]), min(len(ours), len(theirs)))
+        found = f"{len(ours)} equal" if ours == theirs else f"part after {same} of {len(ours)}"
+        rows.append(Row(f"greedy tokens: {name}", found, ours == theirs))
+    return rows
+
+
+def _run(checkpoint: Checkpoint, asked: dict, dtype) -> tuple[dict[str, np.ndarray], dict[str, list[int]]]:
+    """Logits [T,V] and greedy tokens of each prompt; the model is gone again afterwards."""
+    model = LlavaMed(checkpoint.config, load_params(checkpoint, dtype), Processor.from_checkpoint(checkpoint), dtype)
+    ids, images = zip(*asked.values())
+    rows = [expand_images(row, checkpoint.config.tokens_per_image) for row in ids]
+    longest = max(map(len, rows))
+    padded = model.logits([row + [PAD_TOKEN] * (longest - len(row)) for row in rows], [image for each in images for image in each])
+    logits = {name: values[: len(row)] for name, row, values in zip(asked, rows, padded)}
+    tokens = dict(zip(asked, model.generate_tokens(ids, images, max_new_tokens=NEW_TOKENS)))
+    del model
+    gc.collect()  # the engine and its compiled programs know each other: without this both models would be in memory
+    return logits, tokens
+
+
+def kl_divergence(a: np.ndarray, b: np.ndarray) -> float:
+    """The largest KL(a || b) of a position of logits [T,V], in nats."""
+    p, q = (x.astype(np.float64) - np.logaddexp.reduce(x.astype(np.float64), axis=-1, keepdims=True) for x in (a, b))
+    return max(0.0, float((np.exp(p) * (p - q)).sum(-1).max()))  # rounding leaves -1e-17 where it is 0
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The comparison as plain text."""
+    number = lambda value: "" if value is None else f"{value:.2g}"
+    lines = [("", "difference", "KL", "", "found")]
+    lines += [(row.what, number(row.difference), number(row.divergence), "equal" if row.is_equal else "DIFFERS", row.found) for row in rows]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)

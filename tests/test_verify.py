@@ -1,0 +1,136 @@
+"""`convert verify`: equal models of any layout are equal, and each kind of difference is named."""
+
+import json
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from llavamed_jax.checkpoints.load import random_checkpoint
+from llavamed_jax.checkpoints.reader import open_checkpoint
+from llavamed_jax.checkpoints.writer import export
+from llavamed_jax.cli.convert import main
+from llavamed_jax.config import DecoderConfig, LlavaConfig, VisionConfig
+from llavamed_jax.verification import compare
+
+TINY = LlavaConfig(VisionConfig(32, 64, 3, 4, 28, 14), DecoderConfig(70, 48, 96, 1, 4, 2, 12, 1e-5, 1e6, 512, architecture="mistral"))
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("verify") / "original"
+    export(random_checkpoint(TINY, seed=5), directory, "llava")
+    return directory
+
+
+@pytest.fixture
+def other(original, tmp_path):
+    """A copy to be changed: `other(name=function)` changes a tensor, `config={…}` the config."""
+    def make(config=None, **changes):
+        directory = tmp_path / "other"
+        directory.mkdir()
+        read = json.loads((original / "config.json").read_text())
+        (directory / "config.json").write_text(json.dumps(read | (config or {})))
+        tensors = load_file(original / "model.safetensors")
+        for name, change in changes.items():
+            tensors[name] = change(tensors[name])
+        save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+        return directory
+    return make
+
+
+def verify(*argv):
+    return main(["verify", *map(str, argv)])
+
+
+def lines(capsys):
+    """what -> the rest of its line."""
+    out = capsys.readouterr().out
+    found = {line.split("  ")[0]: line for line in out.splitlines()}
+    return found, out.splitlines()[-1]
+
+
+def test_a_model_in_two_layouts_is_equal(original, tmp_path, capsys):
+    export(open_checkpoint(original), tmp_path / "hf", "transformers")
+    assert verify(original, tmp_path / "hf") == 0
+    found, last = lines(capsys)
+    assert last == "equal, to 0.0001 of the largest magnitude"
+    for what in ("settings", "tensors: vision_tower", "tensors: projector", "tensors: decoder", "tensors: beyond the feature layer",
+                 "logits: text", "logits: an image", "logits: two images", "greedy tokens: an image"):
+        assert "equal" in found[what] and "DIFFERS" not in found[what], what
+    assert "4 of 4 bit for bit" in found["tensors: projector"]
+
+
+def test_one_value_is_found_in_tensors_logits_and_status(original, other, capsys):
+    def change(tensor):
+        tensor = tensor.copy()
+        tensor[3, 7] += 0.5 * np.abs(tensor).max()
+        return tensor
+    changed = other(**{"model.mm_projector.2.weight": change})
+    assert verify(original, changed) == 1
+    found, last = lines(capsys)
+    assert "most in projector/linear_1/kernel" in found["tensors: projector"] and "DIFFERS" in found["tensors: projector"]
+    assert "equal" in found["tensors: decoder"] and "equal" in found["logits: text"]
+    assert "DIFFERS" in found["logits: an image"]
+    assert last.startswith("not equal: tensors: projector; logits: an image")
+
+
+def test_rounding_differs_unless_it_is_tolerated(original, tmp_path, capsys):
+    export(open_checkpoint(original).cast(ml_dtypes.bfloat16), tmp_path / "rounded", "llava")
+    assert verify(original, tmp_path / "rounded", "--tensors_only") == 1
+    found, _ = lines(capsys)
+    difference = float(found["tensors: decoder"].split()[2])
+    assert 2**-10 < difference <= 2**-8  # bfloat16 keeps eight bits
+    assert not any(what.startswith("logits") for what in found)
+    assert verify(original, tmp_path / "rounded", "--tensors_only", "--tolerance", "4e-3") == 0
+
+
+def test_what_no_tensor_shows(original, other, capsys):
+    assert verify(original, other({"rope_theta": 1e4, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}})) == 1
+    found, last = lines(capsys)
+    assert "decoder.rope_theta 1000000.0 and 10000.0" in found["settings"]
+    assert last == "not equal: settings" and not any(what.startswith("logits") for what in found)
+
+
+def test_shapes_and_names_that_do_not_fit(original, tmp_path, capsys):
+    shapes = TINY.replace(decoder=DecoderConfig(**{**vars(TINY.decoder), "intermediate_size": 100}), projector_type="mlp3x_gelu")
+    export(random_checkpoint(shapes), tmp_path / "other", "llava")
+    assert verify(original, tmp_path / "other") == 1
+    found, _ = lines(capsys)
+    assert "projector/linear_2/kernel is in the second alone" in found["tensors: projector"]
+    assert "mlp/gate_proj/kernel is [48, 96] and [48, 100]" in found["tensors: decoder"]
+
+
+def test_rows_that_transformers_added_are_not_compared(original, tmp_path, capsys):
+    """As in a conversion by transformers' script, which this project did not write: the config does not say what was added."""
+    export(open_checkpoint(original), tmp_path / "hf", "transformers")
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    config.pop("llavamed_jax")
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
+    assert open_checkpoint(tmp_path / "hf").config.decoder.vocab_size == 128
+    assert verify(original, tmp_path / "hf", "--tensors_only") == 0
+    assert verify(tmp_path / "hf", original, "--tensors_only") == 0
+
+
+def test_numbers_that_are_none_differ(original, other, capsys):
+    assert verify(original, other(**{"model.norm.weight": lambda t: t * np.float32("nan")}), "--tensors_only") == 1
+    found, _ = lines(capsys)
+    assert "inf" in found["tensors: decoder"]
+
+
+def test_divergence_is_that_of_the_distributions():
+    a, b = np.log([[0.5, 0.5], [0.9, 0.1]]), np.log([[0.5, 0.5], [0.5, 0.5]]) + 7  # logits are up to a constant
+    assert compare.kl_divergence(a, b) == pytest.approx(0.9 * np.log(1.8) + 0.1 * np.log(0.2))
+    assert compare.kl_divergence(a, a) == 0
+
+
+@pytest.mark.parametrize(("argv", "status", "sentence"), [
+    ([], 2, "required: A, B"), (["preset:small", "nowhere"], 1, "nowhere is no directory"),
+    (["preset:small", "preset:small", "--tolerance", "-1"], 2, "--tolerance is -1.0; a number of at least 0"),
+    (["preset:small", "preset:small", "--tolerance", "x"], 2, "--tolerance"),
+    (["preset:small", "preset:huge"], 1, "one of small")])
+def test_wrong_calls_are_one_sentence(argv, status, sentence, capsys):
+    assert verify(*argv) == status
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("error: ") and sentence in error and "\n" not in error
