@@ -1,0 +1,394 @@
+"""Every layout that a released checkpoint has: what its config leaves out, how its files are cut, and what is wrong with bad ones."""
+
+import json
+import os
+import sys
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from llavamed_jax.checkpoints.reader import open_checkpoint, read_config
+from llavamed_jax.config import LlavaConfig
+from llavamed_jax.data.processor import Processor
+from llavamed_jax.errors import UserError
+from tests import tiny
+
+
+def torch_module():
+    return pytest.importorskip("torch", reason="torch's CPU build is not installed")
+
+
+def v1_tensors(rows=73, dtype=np.float16):
+    config = {**tiny.LLAMA, "vocab_size": rows}
+    return tiny.drawn(tiny.decoder_shapes(config) | tiny.projector_shapes(), dtype=dtype)
+
+
+def save_bins(directory, config, tensors, index=True, shards=2):
+    """As transformers 4.x saved: pytorch_model-0000i-of-0000N.bin with an index, or one pytorch_model.bin."""
+    torch = torch_module()
+    tiny.save(directory, config)
+
+    def as_torch(array):
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16) if array.dtype == ml_dtypes.bfloat16 else torch.from_numpy(array)
+    names, weight_map = list(tensors), {}
+    for i in range(shards):
+        file = "pytorch_model.bin" if shards == 1 else f"pytorch_model-{i + 1:05d}-of-{shards:05d}.bin"
+        part = names[i::shards]
+        torch.save({name: as_torch(tensors[name]) for name in part}, directory / file)
+        weight_map |= dict.fromkeys(part, file)
+    if index:
+        (directory / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return directory
+
+
+def same(one, other):
+    assert one.config == other.config and one.tensors.keys() == other.tensors.keys()
+    for name in one.tensors:
+        assert one.read(name).tobytes() == other.read(name).tobytes(), name
+
+
+@pytest.fixture
+def v1(tmp_path):
+    """LLaVA-Med v1.0: LLaMA with the image tokens' rows, a linear projector, the tower in its own directory beside it."""
+    tiny.save_clip(tmp_path / "tiny-tower")
+    return tiny.save(tmp_path / "v1", {**tiny.V1, "vocab_size": 73}, v1_tensors() | tiny.buffers(tiny.LLAMA))
+
+
+# --- LLaVA-Med v1.0 and v0, LLaVA-1.5 ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [73, 74])
+def test_v1_with_its_rows_buffers_and_tower(rows, tmp_path):
+    tensors = v1_tensors(rows)
+    tiny.save_clip(tmp_path / "far" / "tower")
+    directory = tiny.save(tmp_path / "v1", {**tiny.V1, "vocab_size": rows}, tensors | tiny.buffers(tiny.LLAMA))
+    (directory / "added_tokens.json").write_text('{"<im_patch>": 70, "<im_start>": 71, "<im_end>": 72}')
+    checkpoint = open_checkpoint(directory, tmp_path / "far" / "tower")
+    assert checkpoint.config.decoder.vocab_size == rows and checkpoint.config.projector_type == "linear"
+    assert (checkpoint.config.source, checkpoint.config.use_start_end, checkpoint.config.image_aspect_ratio) == ("llava", True, "square")
+    assert not any("inv_freq" in name for name in checkpoint.tensors)
+    np.testing.assert_array_equal(checkpoint.read("decoder/embed_tokens/embedding"), tensors["model.embed_tokens.weight"])
+    np.testing.assert_array_equal(checkpoint.read("projector/linear_0/kernel"), tensors["model.mm_projector.weight"].T)
+    assert "added_tokens.json" in checkpoint.files
+    assert Processor.from_checkpoint(checkpoint).template_name == "v1.0:multimodal"
+
+
+def test_a_tower_of_another_width_is_named(v1, tmp_path):
+    wide = {**tiny.CLIP, "hidden_size": 64}
+    tiny.save(tmp_path / "wide", wide, tiny.drawn(tiny.clip_shapes(wide)))
+    with pytest.raises(UserError, match="the vision tower .*wide has width 64; the projector expects 32"):
+        open_checkpoint(v1, tmp_path / "wide")
+
+
+@pytest.mark.parametrize("kind", ["llama", "llava"])
+def test_v0_configs_without_a_word_of_vision(kind, tmp_path):
+    """Spec 2.1: tower and width are patched in; the feature layer is not, so it is the code's -1."""
+    large = {**tiny.CLIP, "hidden_size": 1024, "num_attention_heads": 16}
+    tiny.save(tmp_path / "clip-vit-large-patch14", large, tiny.drawn(tiny.clip_shapes(large)))
+    tensors = tiny.drawn(tiny.decoder_shapes(tiny.LLAMA) | tiny.projector_shapes(width=1024))
+    config = {**tiny.LLAMA, "model_type": kind, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": -1}
+    checkpoint = open_checkpoint(tiny.save(tmp_path / "v0", config, tensors))
+    cfg = checkpoint.config
+    assert (cfg.source, cfg.feature_layer, cfg.feature_select, cfg.projector_type, cfg.use_start_end, cfg.max_length) == (
+        "llava", -1, "patch", "linear", False, None)
+    assert cfg.num_vision_layers_used == 3 and str(tmp_path / "clip-vit-large-patch14") in checkpoint.tower
+    # The first conversions of LLaMA gave its tokens ids that its tokenizer does not have.
+    assert (cfg.decoder.bos_token_id, cfg.decoder.eos_token_id, cfg.decoder.pad_token_id) == (1, 2, None)
+    exported = cfg.to_hf("llava")
+    assert (exported["model_type"], exported["mm_vision_tower"], exported["mm_hidden_size"], exported["use_mm_proj"]) == (
+        "llava", "openai/clip-vit-large-patch14", 1024, True)
+
+
+def test_a_plain_decoder_is_told_from_a_v0_checkpoint(tmp_path):
+    tiny.save(tmp_path / "llama", tiny.LLAMA, tiny.drawn(tiny.decoder_shapes(tiny.LLAMA)))
+    with pytest.raises(UserError, match="holds no projector .* plain decoder: `convert build"):
+        open_checkpoint(tmp_path / "llama")
+
+
+LLAVA15 = {**tiny.V1, "vocab_size": 73, "mm_use_im_start_end": False, "mm_projector_type": "mlp2x_gelu", "image_aspect_ratio": "pad",
+           "mm_vision_select_feature": "patch", "tokenizer_model_max_length": 2048, "mm_use_im_patch_token": False}
+
+
+@pytest.mark.parametrize("kind", ["llava_llama", "llava"])
+def test_llava_1_5_before_and_after_transformers_took_its_name(kind, tmp_path):
+    tower = "model.vision_tower.vision_tower.vision_model."
+    tensors = tiny.drawn(tiny.decoder_shapes({**tiny.LLAMA, "vocab_size": 73}) | tiny.projector_shapes("mlp2x_gelu")
+                         | tiny.clip_shapes(prefix=tower))
+    tiny.save(tmp_path / "tiny-tower", tiny.CLIP)  # its shape alone: the tensors are in the checkpoint
+    checkpoint = open_checkpoint(tiny.save(tmp_path / "llava15", {**LLAVA15, "model_type": kind}, tensors))
+    assert checkpoint.tower == "the tensors in the checkpoint"
+    assert (checkpoint.config.source, checkpoint.config.image_aspect_ratio, checkpoint.config.max_length) == ("llava_llama", "pad", 2048)
+    assert Processor.from_checkpoint(checkpoint).template_name == "up:vicuna_v1"
+    np.testing.assert_array_equal(checkpoint.read("vision_tower/pre_layrnorm/bias"), tensors[f"{tower}pre_layrnorm.bias"])
+    assert checkpoint.config.to_hf("llava")["model_type"] == "llava_llama"
+
+
+# --- transformers' configs ---------------------------------------------------------------------------------------------------------
+
+STOCK = {  # as llava-hf published LLaVA-1.5: what LlamaConfig has as a default is left out
+    "model_type": "llava", "architectures": ["LlavaForConditionalGeneration"], "ignore_index": -100, "image_token_index": 32000,
+    "pad_token_id": 32001, "projector_hidden_act": "gelu", "vision_feature_layer": -2, "vision_feature_select_strategy": "default",
+    "tie_word_embeddings": False, "vocab_size": 32064,
+    "text_config": {"_name_or_path": "lmsys/vicuna-7b-v1.5", "model_type": "llama", "max_position_embeddings": 4096,
+                    "rms_norm_eps": 1e-05, "vocab_size": 32064},
+    "vision_config": {"hidden_size": 1024, "image_size": 336, "intermediate_size": 4096, "model_type": "clip_vision_model",
+                      "num_attention_heads": 16, "num_hidden_layers": 24, "patch_size": 14, "projection_dim": 768, "vocab_size": 32000}}
+CONFIGS = {
+    "published": {},
+    "no text_config": {"text_config": None},
+    "no vision_config": {"vision_config": None},
+    "partial vision_config": {"vision_config": {"model_type": "clip_vision_model", "hidden_size": 384, "num_attention_heads": 6}},
+    "rope_theta": {"text_config": {"model_type": "mistral", "rope_theta": 1e6, "sliding_window": None, "head_dim": None}},
+    "rope_parameters": {"text_config": {"model_type": "mistral", "rope_parameters": {"rope_theta": 1e6, "rope_type": "default"}}},
+    "partial mistral": {"text_config": {"model_type": "mistral"}},
+    "no groups": {"text_config": {"model_type": "llama", "num_key_value_heads": None, "rope_scaling": None}},
+    "tied above": {"tie_word_embeddings": True},
+    "tied below": {"text_config": {"model_type": "llama", "tie_word_embeddings": True}},
+    "no bias": {"multimodal_projector_bias": False, "vision_feature_select_strategy": "full", "vision_feature_layer": -1},
+}
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+def test_a_config_is_read_as_transformers_reads_it(case):
+    import transformers
+    raw = {**STOCK, **CONFIGS[case]}
+    theirs, ours = transformers.LlavaConfig.from_dict(json.loads(json.dumps(raw))), LlavaConfig.from_hf(raw)
+    text, vision, d, v = theirs.text_config, theirs.vision_config, ours.decoder, ours.vision
+    assert (d.vocab_size, d.hidden_size, d.intermediate_size, d.num_layers, d.num_heads, d.num_kv_heads, d.head_dim) == (
+        text.vocab_size, text.hidden_size, text.intermediate_size, text.num_hidden_layers, text.num_attention_heads,
+        text.num_key_value_heads, text.head_dim or text.hidden_size // text.num_attention_heads)
+    assert (d.rms_norm_eps, d.rope_theta, d.max_position_embeddings, d.sliding_window, d.tie_word_embeddings) == (
+        text.rms_norm_eps, text.rope_parameters["rope_theta"], text.max_position_embeddings, getattr(text, "sliding_window", None),
+        theirs.tie_word_embeddings)
+    assert (v.hidden_size, v.intermediate_size, v.num_layers, v.num_heads, v.image_size, v.patch_size, v.layer_norm_eps, v.hidden_act) == (
+        vision.hidden_size, vision.intermediate_size, vision.num_hidden_layers, vision.num_attention_heads, vision.image_size,
+        vision.patch_size, vision.layer_norm_eps, vision.hidden_act)
+    assert (ours.feature_layer, ours.projector_bias, ours.feature_select) == (
+        theirs.vision_feature_layer, theirs.multimodal_projector_bias,
+        {"default": "patch", "full": "cls_patch"}[theirs.vision_feature_select_strategy])
+
+
+def tied_tensors(config, head):
+    text = tiny.decoder_shapes({**config, "tie_word_embeddings": True})
+    shapes = {f"language_model.{name}": s for name, s in text.items()} | tiny.clip_shapes(prefix="vision_tower.vision_model.")
+    shapes |= {f"multi_modal_projector.linear_{n}.{leaf}": s for n, shape in ((1, (48, 32)), (2, (48, 48)))
+               for leaf, s in (("weight", shape), ("bias", shape[:1]))}
+    tensors = tiny.drawn(shapes)
+    table = tensors["language_model.model.embed_tokens.weight"]
+    return tensors | {"absent": {}, "same": {"language_model.lm_head.weight": table.copy()},
+                      "other": {"language_model.lm_head.weight": table + np.float16(1)}}[head]
+
+
+@pytest.mark.parametrize("head", ["absent", "same", "other"])
+def test_a_tied_head_may_be_there_twice_and_not_differ(head, tmp_path):
+    text = {**tiny.MISTRAL, "tie_word_embeddings": True}
+    config = {"model_type": "llava", "text_config": text, "vision_config": tiny.CLIP, "image_token_index": 69}
+    directory = tiny.save(tmp_path / "hf", config, tied_tensors(text, head))
+    if head == "other":
+        with pytest.raises(UserError, match="has tie_word_embeddings set .* language_model.lm_head.weight differs from the embedding"):
+            open_checkpoint(directory)
+    else:
+        checkpoint = open_checkpoint(directory)
+        assert checkpoint.config.decoder.tie_word_embeddings and "decoder/lm_head/kernel" not in checkpoint.tensors
+
+
+# --- .bin files --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shards, index", [(1, False), (3, True), (2, False)])
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float32])
+def test_bin_files_hold_the_same(dtype, shards, index, tmp_path):
+    tiny.save_clip(tmp_path / "tiny-tower")
+    config, tensors = {**tiny.V1, "vocab_size": 73}, v1_tensors(dtype=dtype)
+    directory = save_bins(tmp_path / "bin", config, tensors | tiny.buffers(tiny.LLAMA), index, shards)
+    (directory / "training_args.bin").write_bytes(b"a pickle of other things, which nobody opens")
+    found = open_checkpoint(directory)
+    same(found, open_checkpoint(tiny.save(tmp_path / "st", config, tensors)))
+    assert found.tensors["decoder/norm/scale"].dtype == dtype
+
+
+def test_a_tower_in_a_bin_file(v1, tmp_path):
+    """As openai/clip-vit-large-patch14-336 has it, with the buffer of positions that old versions saved."""
+    torch = torch_module()
+    tensors = tiny.drawn(tiny.clip_shapes(), 1)
+    tiny.save(tmp_path / "other", {"model_type": "clip", "vision_config": tiny.CLIP})
+    rest = {"vision_model.embeddings.position_ids": torch.arange(5)[None], "logit_scale": torch.ones(())}
+    torch.save({name: torch.from_numpy(t) for name, t in tensors.items()} | rest, tmp_path / "other" / "pytorch_model.bin")
+    same(open_checkpoint(v1, tmp_path / "other"), open_checkpoint(v1))
+
+
+def test_safetensors_go_before_pickles(v1):
+    (v1 / "pytorch_model.bin").write_bytes(b"never opened")
+    assert open_checkpoint(v1).layout == "llava"
+
+
+def test_bin_files_are_mapped_and_not_read(tmp_path, monkeypatch):
+    """Opening touches no tensor, and a tensor is read by itself: numpy looks at the mapped file."""
+    torch = torch_module()
+    tiny.save_clip(tmp_path / "tiny-tower")
+    directory = save_bins(tmp_path / "bin", {**tiny.V1, "vocab_size": 73}, v1_tensors(), False, 1)
+    given, load = [], torch.load
+    monkeypatch.setattr(torch, "load", lambda *a, **k: given.append(k) or load(*a, **k))
+    checkpoint = open_checkpoint(directory)
+    assert given == [dict(map_location="cpu", weights_only=True, mmap=True)]
+    table = checkpoint.read("decoder/embed_tokens/embedding")
+    maps = [line.split() for line in open("/proc/self/maps") if line.rstrip().endswith("pytorch_model.bin")] if os.path.exists(
+        "/proc/self/maps") else []
+    address = table.__array_interface__["data"][0]
+    assert not maps or any(int(low, 16) <= address < int(high, 16) for low, high in (entry[0].split("-") for entry in maps))
+
+
+def test_without_torch_bin_files_name_the_extra(tmp_path, monkeypatch):
+    tiny.save(tmp_path / "bin", {**tiny.V1, "mm_vision_tower": "openai/clip-vit-large-patch14"})
+    (tmp_path / "bin" / "pytorch_model.bin").write_bytes(b"whatever")
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(UserError, match=r"pytorch_model.bin can be read with torch only.*: pip install 'llavamed-jax\[torch\]'"):
+        open_checkpoint(tmp_path / "bin")
+
+
+class Harm:
+    """A pickle of this runs a command when it is loaded without care."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.file}",)
+
+
+def harmful(directory, _):
+    torch = torch_module()
+    torch.save({"model.norm.weight": Harm(directory / "harm")}, directory / "pytorch_model-00001-of-00002.bin")
+
+
+def cut(directory, _):
+    file = directory / "pytorch_model-00002-of-00002.bin"
+    file.write_bytes(file.read_bytes()[:-200])
+
+
+def lying(directory, index):
+    index["weight_map"]["model.norm.weight"] = next(
+        shard for shard in index["weight_map"].values() if shard != index["weight_map"]["model.norm.weight"])
+
+
+def other_content(directory, _):
+    torch = torch_module()
+    torch.save({"step": 3}, directory / "pytorch_model-00001-of-00002.bin")
+
+
+BAD_BINS = {
+    "harmful": (harmful, r"00001-of-00002.bin was refused: its pickle calls \w+.system, where tensors alone were expected"),
+    "cut": (cut, "00002-of-00002.bin is no whole file of torch.save"),
+    "empty": (lambda d, i: (d / "pytorch_model-00002-of-00002.bin").write_bytes(b""), "00002.bin is no whole file of torch.save"),
+    "missing shard": (lambda d, i: (d / "pytorch_model-00002-of-00002.bin").unlink(), "the shard .*-00002-of-00002.bin is missing"),
+    "index that lies": (lying, "index.json says that pytorch_model-0000.-of-00002.bin holds model.norm.weight, which it does not"),
+    "index of nothing": (lambda d, i: i.pop("weight_map"), "index.json has no weight_map that names a file for each tensor"),
+    "other content": (other_content, "holds something else than tensors by name; a state dict was expected"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_BINS)
+def test_bad_bin_files_are_one_sentence(case, tmp_path):
+    damage, sentence = BAD_BINS[case]
+    tiny.save_clip(tmp_path / "tiny-tower")
+    directory = save_bins(tmp_path / "bin", {**tiny.V1, "vocab_size": 73}, v1_tensors())
+    index = json.loads((directory / "pytorch_model.bin.index.json").read_text())
+    damage(directory, index)
+    (directory / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match=sentence) as error:
+        open_checkpoint(directory)
+    assert "\n" not in str(error.value) and not (directory / "harm").exists()
+
+
+# --- safetensors and configs that are wrong ----------------------------------------------------------------------------------------
+
+
+def shard(directory, index=None):
+    """Two shards in the place of one file; the index may be given."""
+    (directory / "model.safetensors").unlink()
+    names = list(v1_tensors())
+    weight_map = {}
+    for i in range(2):
+        file = f"model-0000{i + 1}-of-00002.safetensors"
+        save_file({name: v1_tensors()[name] for name in names[i::2]}, directory / file)
+        weight_map |= dict.fromkeys(names[i::2], file)
+    if index is not None:
+        (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {**weight_map, **index}}))
+
+
+def twice(directory):
+    shard(directory)
+    save_file({"model.norm.weight": np.zeros(48, np.float16)}, directory / "model-extra.safetensors")
+
+
+def without_index_and_shard(directory):
+    shard(directory)
+    (directory / "model-00002-of-00002.safetensors").unlink()
+
+
+def adapter(directory):
+    (directory / "model.safetensors").unlink()
+    (directory / "adapter_config.json").write_text("{}")
+
+
+def projector_alone(directory):
+    (directory / "model.safetensors").unlink()
+    (directory / "mm_projector.bin").write_bytes(b"")
+
+
+BAD_FILES = {
+    "a tensor in two files": (twice, "model-extra.safetensors holds model.norm.weight, which another file there holds too"),
+    "a shard too few, without an index": (without_index_and_shard, "the shard .*model-00002-of-00002.safetensors is missing"),
+    "an index that names a ghost": (lambda d: shard(d, {"model.ghost": "model-00001-of-00002.safetensors"}),
+                                    "model-00001-of-00002.safetensors holds model.ghost, which it does not"),
+    "an index that names no file": (lambda d: shard(d, {"model.ghost": 7}), "has no weight_map that names a file for each tensor"),
+    "truncated": (lambda d: (d / "model.safetensors").write_bytes((d / "model.safetensors").read_bytes()[:-9]),
+                  "model.safetensors is no whole safetensors file"),
+    "an adapter": (adapter, "holds an adapter .adapter_config.json.; a whole model's weights were expected"),
+    "a projector": (projector_alone, "holds a projector alone .mm_projector.bin.*`convert build --decoder BASE"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FILES)
+def test_bad_files_are_one_sentence(case, v1):
+    damage, sentence = BAD_FILES[case]
+    damage(v1)
+    with pytest.raises(UserError, match=sentence) as error:
+        open_checkpoint(v1)
+    assert "\n" not in str(error.value)
+
+
+def test_two_shards_are_the_same_as_one_file(v1, tmp_path):
+    whole = open_checkpoint(v1)
+    tensors = {name: whole.read(name).copy() for name in whole.tensors}
+    shard(v1, {})
+    again = open_checkpoint(v1)
+    assert all(again.read(name).tobytes() == array.tobytes() for name, array in tensors.items())
+
+
+BAD_CONFIGS = {
+    "no shape": ({"hidden_size": None, "rms_norm_eps": None}, "config.json lacks hidden_size, rms_norm_eps"),
+    "no heads of a mistral": ({"model_type": "llava_mistral"}, "config.json lacks num_key_value_heads"),
+    "no tower": ({"model_type": "llava_llama", "mm_vision_tower": None}, "config.json lacks mm_vision_tower"),
+    "a word for a number": ({"num_hidden_layers": "two"}, "num_hidden_layers 'two'; a whole number of at least 1"),
+    "a negative number": ({"vocab_size": -73}, "vocab_size -73; a whole number of at least 1"),
+    "another architecture": ({"model_type": "mpt"}, "model_type 'mpt'; llava_mistral, llava_llama or llava was expected"),
+    "scaled rope": ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling is .*plain rotary embedding"),
+    "another projector": ({"mm_projector_type": "cabstract"}, "the projector type is 'cabstract'"),
+    "another selection": ({"mm_vision_select_feature": "cls"}, "the vision feature selection is 'cls'; patch or cls_patch"),
+    "a layer too far": ({"mm_vision_select_layer": -9}, "feature layer -9 does not exist in a tower of 3 layers"),
+    "tiles": ({"image_aspect_ratio": "anyres"}, "image_aspect_ratio is 'anyres' .LLaVA-1.6."),
+}
+
+
+@pytest.mark.parametrize("case", BAD_CONFIGS)
+def test_bad_configs_are_one_sentence(case, v1):
+    change, sentence = BAD_CONFIGS[case]
+    config = {key: value for key, value in {**json.loads((v1 / "config.json").read_text()), **change}.items() if value is not None}
+    (v1 / "config.json").write_text(json.dumps(config))
+    for read in (open_checkpoint, read_config):
+        with pytest.raises(UserError, match=sentence) as error:
+            read(v1)
+        assert "\n" not in str(error.value)
