@@ -142,8 +142,8 @@ def compare(checkpoint: Checkpoint, question: list[int], pixels: np.ndarray) -> 
     spliced = torch.from_numpy(table)
     first = question.index(IMAGE_TOKEN)
     y = torch.cat([spliced[:, :first], y, spliced[:, first + P:]], dim=1)
-    for after, x, y in language(checkpoint, x, y):
-        yield row(after, x, y)
+    for after, ours, theirs in language(checkpoint, x, y):
+        yield row(after, ours, theirs)
 
 
 def tower(checkpoint: Checkpoint, pixels: np.ndarray):
