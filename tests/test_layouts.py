@@ -194,6 +194,67 @@ def test_a_tied_head_may_be_there_twice_and_not_differ(head, tmp_path):
         assert checkpoint.config.decoder.tie_word_embeddings and "decoder/lm_head/kernel" not in checkpoint.tensors
 
 
+# --- true shapes -------------------------------------------------------------------------------------------------------------------
+
+MISTRAL_7B = dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
+                  vocab_size=32000, rms_norm_eps=1e-5, rope_theta=1e6, max_position_embeddings=32768, sliding_window=None)
+LLAMA_7B = dict(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, vocab_size=32000,
+                rms_norm_eps=1e-5, max_position_embeddings=4096)
+LLAMA_13B = LLAMA_7B | dict(hidden_size=5120, intermediate_size=13824, num_hidden_layers=40, num_attention_heads=40)
+CLIP_L = dict(model_type="clip_vision_model", hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16,
+              patch_size=14, image_size=336)
+ORIGINAL = dict(mm_vision_tower="openai/clip-vit-large-patch14-336", mm_hidden_size=1024, mm_projector_type="mlp2x_gelu",
+                mm_vision_select_layer=-2, tie_word_embeddings=False)
+TOWER = "model.vision_tower.vision_tower.vision_model."
+RENAMED = {"model.mm_projector.0.": "multi_modal_projector.linear_1.", "model.mm_projector.2.": "multi_modal_projector.linear_2.",
+           TOWER: "vision_tower.vision_model.", "model.": "language_model.model.", "lm_head.": "language_model.lm_head."}
+MISTRAL, VICUNA, VICUNA_13B, CLIP_336 = 7_241_732_096, 6_738_415_616, 13_015_864_320, 303_507_456  # parameters, as published
+MLP, MLP_13B, LINEAR, CLIP_224 = 20_979_712, 31_467_520, 4_198_400, CLIP_336 - (577 - 257) * 1024
+# Model -> config, whether names are transformers', parameters.
+FULL = {
+    "llava-med-v1.5-mistral-7b": ({**MISTRAL_7B, **ORIGINAL, "model_type": "llava_mistral"}, False, MISTRAL + MLP + CLIP_336),
+    "llava-med-7b": ({**LLAMA_7B, **ORIGINAL, "model_type": "llava", "vocab_size": 32003, "mm_projector_type": "linear",
+                      "mm_vision_tower": "openai/clip-vit-large-patch14", "mm_use_im_start_end": True}, False,
+                     VICUNA + 6 * 4096 + LINEAR + CLIP_224),
+    "llava-v1.5-7b": ({**LLAMA_7B, **ORIGINAL, "model_type": "llava_llama"}, False, VICUNA + MLP + CLIP_336),
+    "llava-v1.5-13b": ({**LLAMA_13B, **ORIGINAL, "model_type": "llava_llama"}, False, VICUNA_13B + MLP_13B + CLIP_336),
+    "llava-1.5-7b-hf": ({**STOCK}, True, VICUNA + 128 * 4096 + MLP + CLIP_336),
+}
+
+
+def sparse(directory, config, shapes):
+    """A checkpoint of the true size of which the header alone takes room on the disk; all its numbers are zero."""
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        start, end = end, end + 2 * int(np.prod(shape))
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    tiny.save(directory, config)
+    with open(directory / "model.safetensors", "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+    return directory
+
+
+@pytest.mark.parametrize("case", FULL)
+def test_checkpoints_of_the_true_shapes_open(case, tmp_path):
+    config, is_transformers, parameters = FULL[case]
+    text = {**LLAMA_7B, "tie_word_embeddings": False, "vocab_size": 32064} if is_transformers else config
+    shapes = tiny.decoder_shapes(text) | tiny.projector_shapes(config.get("mm_projector_type", "mlp2x_gelu"), 1024, text["hidden_size"])
+    if case == "llava-med-7b":
+        tower = {**CLIP_L, "image_size": 224}
+        sparse(tmp_path / "clip-vit-large-patch14", tower, tiny.clip_shapes(tower))
+    else:
+        shapes |= tiny.clip_shapes(CLIP_L, TOWER)
+    if is_transformers:
+        shapes = {next(new + name.removeprefix(old) for old, new in RENAMED.items() if name.startswith(old)): shape
+                  for name, shape in shapes.items()}
+    checkpoint = open_checkpoint(sparse(tmp_path / "checkpoint", config, shapes))
+    assert len(checkpoint.tensors) == len(shapes) + (391 if case == "llava-med-7b" else 0)
+    assert sum(int(np.prod(tensor.shape)) for tensor in checkpoint.tensors.values()) == parameters
+    assert not checkpoint.read("decoder/norm/scale").any()
+
+
 # --- .bin files --------------------------------------------------------------------------------------------------------------------
 
 
