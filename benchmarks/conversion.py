@@ -23,12 +23,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import ml_dtypes
 import numpy as np
-from safetensors import safe_open
 
 from benchmarks.measure import ROOT, append_row, circumstances
 from llavamed_jax.checkpoints import names
 from llavamed_jax.checkpoints.files import write_json
-from llavamed_jax.checkpoints.torch_files import DTYPES, Tensor
+from llavamed_jax.checkpoints.torch_files import Tensor, read_file
 from llavamed_jax.checkpoints.writer import total_bytes, write_safetensors
 from llavamed_jax.config import PRESETS, LlavaConfig, preset
 from llavamed_jax.errors import UserError
@@ -100,7 +99,7 @@ def write_random(cfg: LlavaConfig, out: Path) -> int:
 
 def convert(source: Path, out: Path, *command: str) -> dict:
     """Copies `source`, then converts it into `out`; seconds of both, and what the conversion held in memory."""
-    copy = out.with_name("copy")
+    copy, load = out.with_name("copy"), os.getloadavg()[0]  # what else ran on these processors
     forget(source)
     copied = seconds(lambda: subprocess.run(["cp", "-r", source, copy], check=True))
     shutil.rmtree(copy)
@@ -117,7 +116,8 @@ def convert(source: Path, out: Path, *command: str) -> dict:
         if process.returncode:
             raise UserError(f"convert {' '.join(command)} failed: {process.stdout.read().strip()}")
     taken = seconds(run)
-    return dict(seconds=round(taken, 2), copy_seconds=round(copied, 2), ratio=round(taken / copied, 3), peak_rss_anon_bytes=peak)
+    return dict(seconds=round(taken, 2), copy_seconds=round(copied, 2), ratio=round(taken / copied, 3), peak_rss_anon_bytes=peak,
+                processors=os.cpu_count(), load_average=round(load, 1))
 
 
 def seconds(action) -> float:
@@ -151,14 +151,10 @@ def hashes(directory: Path, cfg: LlavaConfig, layout: str) -> Iterator[tuple[str
     canonical = {spelled[0]: name for name, spelled in names.torch_names(cfg, layout).items()}
     specs = names.specs(cfg)
     for file in sorted(directory.rglob("*.safetensors")):
-        with safe_open(file, "np") as handle:
-            for key in handle.keys():
-                name = canonical.get(key) or canonical["model.vision_tower.vision_tower." + key]  # of a tower in its own directory
-                array = handle.get_tensor(key)
-                if array.dtype != DTYPES["BF16"]:
-                    raise UserError(f"{key} in {file} is {array.dtype}; bfloat16 was expected")
-                rows = names.torch_shape(name, specs[name].shape)[0]
-                yield name, hashlib.sha256(f"{array[:rows].shape}".encode() + array[:rows].tobytes()).hexdigest()
+        for key, tensor in read_file(file).items():
+            name = canonical.get(key) or canonical["model.vision_tower.vision_tower." + key]  # of a tower in its own directory
+            array = tensor.load()[:names.torch_shape(name, specs[name].shape)[0]]
+            yield name, hashlib.sha256(f"{array.dtype.name} {array.shape}".encode() + array.tobytes()).hexdigest()
 
 
 if __name__ == "__main__":
