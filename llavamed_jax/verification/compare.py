@@ -100,7 +100,7 @@ def _tensors(a: Checkpoint, b: Checkpoint, tolerance: float, progress: Progress)
             if shapes is None:
                 problems.append(f"{name} is {list(a.tensors[name].shape)} and {list(b.tensors[name].shape)}")
                 continue
-            same, difference = _difference(a.read(name)[shapes], b.read(name)[shapes])
+            same, difference = compare_arrays(a.read(name)[shapes], b.read(name)[shapes])
             identical += same
             if difference > worst:
                 worst, where = difference, name
@@ -131,7 +131,7 @@ def _common_shapes(name: str, a: Checkpoint, b: Checkpoint) -> tuple[slice, ...]
     return tuple(map(slice, least)) if all(ours[i] == theirs[i] for i in others) else None
 
 
-def _difference(a: np.ndarray, b: np.ndarray) -> tuple[bool, float]:
+def compare_arrays(a: np.ndarray, b: np.ndarray) -> tuple[bool, float]:
     """Whether two arrays are the same bits of the same type, and their largest difference over their largest magnitude."""
     if a.dtype == b.dtype and np.array_equal(np.ascontiguousarray(a).view(np.uint8), np.ascontiguousarray(b).view(np.uint8)):
         return True, 0.0
@@ -176,7 +176,7 @@ def _outputs(a: Checkpoint, b: Checkpoint, tolerance: float, dtype) -> list[Row]
     rows = []
     for name in asked:
         ours, theirs = logits[name][:, :vocab_size], other_logits[name][:, :vocab_size]
-        _, difference = _difference(ours, theirs)
+        _, difference = compare_arrays(ours, theirs)
         found = f"{len(ours)} positions"
         rows.append(Row(f"logits: {name}", found, difference <= tolerance, difference, kl_divergence(ours, theirs)))
     for name in asked:

@@ -1,0 +1,263 @@
+"""A released checkpoint, from its hub to its answers: fetched, hashed, counted, compared with stock CLIP, asked and scored.
+
+Each step returns the lines of its section of `docs/verification.md`; a check that fails raises. Numbers that others printed
+stand below ours as orientation: their prompts and scorers differ.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from llavamed_jax.assistant import LlavaMed, load
+from llavamed_jax.checkpoints import hub, names
+from llavamed_jax.checkpoints.files import read_json
+from llavamed_jax.checkpoints.load import nest
+from llavamed_jax.checkpoints.reader import Checkpoint, open_checkpoint
+from llavamed_jax.config import PRESETS
+from llavamed_jax.data.processor import Processor
+from llavamed_jax.errors import UserError
+from llavamed_jax.evaluation import run
+from llavamed_jax.models.llava import Llava
+from llavamed_jax.verification.compare import Row, compare_arrays, table
+
+STOCK_TOWER = "openai/clip-vit-large-patch14-336"
+# Image of samples/vqa_rad, question, what its annotators answered.
+QUESTIONS = (("synpic17738.jpg", "Where is the abnormal mass located with respect to the lungs?", "Right upper lobe"),
+             ("synpic60254.jpg", "What type of imaging modality is used to acquire the above image?", "MRI - T2 weighted"),
+             ("synpic57317.jpg", "What is the condition in which the ventricles are enlarged as seen in this image?", "Hydrocephalus"),
+             ("synpic24967.jpg", "Are gallstones identifiable?", "Yes"))
+# VQA-RAD, LLaVA-Med v1.5 without fine-tuning.
+OTHERS = (("MedEvalKit (Lingshu's table)", 53.7, "all questions; open answers judged by GPT-4.1"),
+          ("HuatuoGPT-Vision's README", 51.4, "all questions; its own prompts and scorer"),
+          ("Hulu-Med's README", 46.6, "all questions; its own prompts and scorer"))
+
+Progress = Callable[[Sequence[str]], Iterable[str]]
+
+
+@dataclass
+class Release:
+    """What is verified and with what.
+
+    Attributes:
+      model: `owner/name[@revision]`, or a directory, of which nothing is fetched.
+      images: the folder of `QUESTIONS`' images.
+      workdir: where predictions, metrics and report of VQA-RAD go.
+      evaluation: the eval config (`configs/eval/vqa_rad.py`) with its data root.
+      stock_tower: PATH of the CLIP tower that quirk Q1 is about; None for the one that the config names.
+    """
+
+    model: str
+    images: Path
+    workdir: Path
+    evaluation: ConfigDict
+    stock_tower: str | None = None
+    dtype: str | None = None
+    progress: Progress = field(default=iter, repr=False)
+
+    @functools.cached_property
+    def directory(self) -> Path:
+        """Where the checkpoint lies; fetched if need be."""
+        return hub.local(self.model)
+
+    @functools.cached_property
+    def checkpoint(self) -> Checkpoint:
+        return open_checkpoint(self.directory)
+
+    @functools.cached_property
+    def stock(self) -> Checkpoint:
+        """The checkpoint with the stock tower in place of the shipped one."""
+        named = read_json(self.directory / "config.json").get("mm_vision_tower")
+        return open_checkpoint(self.directory, self.stock_tower or named or STOCK_TOWER)
+
+    @functools.cached_property
+    def assistant(self) -> LlavaMed:
+        return load(self.directory, dtype=self.dtype)
+
+
+def fetch(release: Release) -> list[str]:
+    """Fetches the checkpoint and holds every file to the hash that the hub states."""
+    if not hub.is_hub_name(release.model) or Path(release.model).exists():
+        files = sorted(p for p in release.directory.rglob("*") if p.is_file())
+        return [f"`{release.model}` is a directory: nothing was fetched, there is no stated hash to compare with.", "",
+                *_file_table([(p.relative_to(release.directory), p.stat().st_size, _sha256(p), "") for p in files])]
+    stated = _stated(release.model)
+    rows = []
+    present = {name: release.directory / name for name in stated if (release.directory / name).is_file()}
+    for name, _ in zip(present, release.progress(list(present))):
+        path, (size, algorithm, digest) = present[name], stated[name]
+        found = _sha256(path) if algorithm == "sha256" else _git_blob(path)
+        if path.stat().st_size != size or found != digest:
+            raise UserError(f"{name} of {release.model} has the {algorithm} {found} and {path.stat().st_size} bytes; the hub states "
+                            f"{digest} and {size}")
+        rows.append((name, size, digest, f"{algorithm} as stated"))
+    return [f"`{release.model}`, commit `{release.directory.name}`: {len(rows)} of the repository's {len(stated)} files, "
+            f"{sum(row[1] for row in rows):,} bytes, each with the hash that the hub states.", "", *_file_table(rows)]
+
+
+def _stated(model: str) -> dict[str, tuple[int, str, str]]:
+    """name -> (bytes, `sha256` of a large file or `git blob` of a small one, digest), as the hub says; before anything is fetched."""
+    import huggingface_hub
+    from huggingface_hub import constants, errors
+    name, _, revision = model.partition("@")
+    try:
+        info = huggingface_hub.HfApi().model_info(name, revision=revision or None, files_metadata=True)
+    except (errors.HfHubHTTPError, errors.OfflineModeIsEnabled, OSError) as error:
+        raise UserError(f"{model} is not listed by {constants.ENDPOINT} ({type(error).__name__})") from None
+    stated = {s.rfilename: (s.size, "sha256", s.lfs.sha256) if s.lfs else (s.size, "git blob", s.blob_id) for s in info.siblings}
+    return stated
+
+
+def _file_table(rows: Sequence[tuple]) -> list[str]:
+    head = ["| file | bytes | hash | |", "|---|---:|---|---|"]
+    return head + [f"| {name} | {size:,} | `{digest}` | {note} |" for name, size, digest, note in rows]
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _git_blob(path: Path) -> str:
+    content = path.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
+
+
+def tensors(release: Release) -> list[str]:
+    """Counts tensors and parameters, looks at every value, and compares the shipped tower's tensors with the stock one's."""
+    checkpoint = release.checkpoint
+    counted: dict[str, list[int]] = {}
+    on_their_way = iter(release.progress(list(checkpoint.tensors)))
+    for (name, tensor), _ in zip(checkpoint.tensors.items(), on_their_way):
+        part = "projector" if name.startswith("projector") else name.split("/")[0]
+        if not np.isfinite(checkpoint.read(name).astype(np.float32, copy=False)).all():
+            raise UserError(f"{name} of {release.model} holds values that are not finite")
+        count = counted.setdefault(part, [0, 0])
+        count[0] += 1
+        count[1] += int(np.prod(tensor.shape))
+    for _ in on_their_way:
+        pass
+    wanted = len(names.specs(checkpoint.config))
+    total = [sum(column) for column in zip(*counted.values())]
+    assert total[0] == wanted, "open_checkpoint lets no tensor be missing"
+    dtypes = ", ".join(sorted({t.dtype.name for t in checkpoint.tensors.values()}))
+    lines = [f"Every tensor that the config asks for is there, and no other; all values are finite; {dtypes}. "
+             f"Vision tower: {checkpoint.tower}.", "", "| part | tensors | parameters |", "|---|---:|---:|",
+             *(f"| {part} | {n} | {size:,} |" for part, (n, size) in counted.items()), f"| all | {total[0]} | {total[1]:,} |", "",
+             _settings(checkpoint), "",
+             "**The shipped tower beside the stock one** (quirk Q1: the original's loader drops the shipped one).", ""]
+    try:
+        return lines + _tower_tensors(release)
+    except UserError as error:
+        return lines + [f"Not compared: {error}."]
+
+
+def _settings(checkpoint: Checkpoint) -> str:
+    """What of the config is not what the specification expects of v1.5."""
+    expected, cfg = PRESETS["v15-7b"], checkpoint.config
+    pairs = [(f"{part}.{key}", getattr(getattr(cfg, part), key), value)
+             for part in ("vision", "decoder") for key, value in vars(getattr(expected, part)).items()]
+    pairs += [(key, getattr(cfg, key), getattr(expected, key))
+              for key in ("projector_type", "feature_layer", "feature_select", "image_aspect_ratio", "max_length", "use_start_end")]
+    differing = [f"{key} {found} for {value}" for key, found, value in pairs if found != value]
+    return "Settings: " + (f"not as expected of v1.5: {', '.join(differing)}." if differing else "all as expected of LLaVA-Med v1.5.")
+
+
+def _tower_tensors(release: Release) -> list[str]:
+    shipped, stock = release.checkpoint, release.stock
+    if shipped.config.vision != stock.config.vision:
+        raise UserError(f"the stock tower has another shape: {stock.config.vision}")
+    unused, groups = set(shipped.unused), {}
+    for name in (n for n in shipped.tensors if n.startswith("vision_tower/")):
+        layer = re.match(r"vision_tower/layers_(\d+)/", name)
+        group = "beyond the feature layer" if name in unused else f"layer {int(layer[1]) + 1}" if layer else "embeddings"
+        same, difference = compare_arrays(shipped.read(name), stock.read(name))
+        entry = groups.setdefault(group, [0, 0, 0.0])
+        groups[group] = [entry[0] + 1, entry[1] + same, max(entry[2], difference)]
+    tensors_, identical = (sum(entry[i] for entry in groups.values()) for i in (0, 1))
+    rows = [Row(group, f"{same} of {n} bit for bit", same == n, worst) for group, (n, same, worst) in groups.items()]
+    return [f"{identical} of {tensors_} tensors are the same bits. Stock: {stock.tower}. Differences are over the largest magnitude "
+            "of the tensor.", "", "```", table(rows), "```"]
+
+
+def tower(release: Release) -> list[str]:
+    """What both towers make of one image, after the projector."""
+    image = release.images / QUESTIONS[0][0]
+    features = []
+    for checkpoint in (release.checkpoint, release.stock):
+        pixels = Processor.from_checkpoint(checkpoint).images([image])
+        wanted = [n for n in names.expected_shapes(checkpoint.config) if n.startswith(("vision_tower/", "projector/"))]
+        params = nest({name: checkpoint.read(name).astype(np.float32) for name in wanted})
+        encode = jax.jit(functools.partial(Llava(checkpoint.config).apply, method="encode_images"))
+        features.append(np.asarray(encode({"params": params}, pixels[None]))[0, 0])
+    _, difference = compare_arrays(*features)
+    a, b = (f / np.linalg.norm(f, axis=-1, keepdims=True) for f in features)
+    cosine = (a * b).sum(-1)
+    return [f"Projected features of {image.name} through the shipped and the stock tower, float32: largest difference {difference:.3g} "
+            f"of the largest magnitude; cosine a position between {cosine.min():.6f} and {cosine.max():.6f}, mean {cosine.mean():.6f}. "
+            "`load(PATH)` uses the shipped tower, `vision_tower=PATH` another."]
+
+
+def answers(release: Release) -> list[str]:
+    """Four fixed questions, greedy."""
+    asked = [[{"role": "user", "content": [{"type": "image", "image": str(release.images / image)}, {"type": "text", "text": question}]}]
+             for image, question, _ in QUESTIONS]
+    new = release.evaluation.generation.max_new_tokens
+    completions = release.assistant.generate(asked, max_new_tokens=new)
+    lines = [f"Greedy, at most {new} tokens, {release.assistant.dtype.name}. Annotators' answers in brackets.", ""]
+    for (image, question, gold), completion in zip(QUESTIONS, completions):
+        lines += [f"- {image}: {question} ({gold})", f"  > {completion.text or '(nothing)'}".replace("\n", "\n  > ")]
+    return lines
+
+
+def vqa_rad(release: Release) -> list[str]:
+    """The 451 test questions of VQA-RAD by the path of `eval.py`, zero-shot."""
+    evaluation = run.Evaluation(release.evaluation, release.workdir)
+    print(evaluation.describe(), flush=True)
+    metrics = evaluation.run(release.assistant, release.model)
+    others = [f"| {source} | {value} | {how} |" for source, value, how in OTHERS]
+    return [f"{evaluation.describe()}.", "", "```", run.summary(metrics), "```", "",
+            "What others printed for this checkpoint, as orientation and not as a check: other prompts and other scorers.", "",
+            "| source | VQA-RAD | of |", "|---|---:|---|", *others, "", f"Predictions, metrics and report: `{release.workdir}`."]
+
+
+STEPS: dict[str, tuple[str, Callable[[Release], list[str]]]] = {
+    "fetch": ("Fetched and hashed", fetch), "tensors": ("Tensors", tensors), "tower": ("The tower's features", tower),
+    "answers": ("Four answers", answers), "vqa_rad": ("VQA-RAD, zero-shot", vqa_rad)}
+
+
+def check_disk(release: Release) -> None:
+    """Raises UserError before a fetch that the disk cannot hold."""
+    if not hub.is_hub_name(release.model) or Path(release.model).exists():
+        return
+    from huggingface_hub import constants
+    stated = _stated(release.model)
+    suffix = ".safetensors" if any(name.endswith(".safetensors") for name in stated) else ".bin"
+    cache = Path(constants.HF_HUB_CACHE)
+    present = cache / f"models--{release.model.partition('@')[0].replace('/', '--')}" / "blobs"
+    missing = sum(size for name, (size, _, digest) in stated.items() if name.endswith(suffix) and not (present / digest).exists())
+    free = shutil.disk_usage(next(p for p in (cache, *cache.parents) if p.exists())).free
+    if missing > free:
+        raise UserError(f"{cache} has {free / 1e9:.1f} GB free; {missing / 1e9:.1f} GB were expected for {release.model}")
+
+
+def document(release: Release, done: dict[str, list[str]], facts: dict[str, object]) -> str:
+    """`docs/verification.md` of the steps that were done."""
+    left = [step for step in STEPS if step not in done]
+    lines = [f"# Verification of {release.model}", "",
+             "Written by `make verify-release`. For research use only, never for clinical decisions.", "",
+             f"Steps: {', '.join(done)}" + (f"; not done: {', '.join(left)}" if left else ""), "",
+             *(f"- {key}: {value if isinstance(value, str) else json.dumps(value)}" for key, value in facts.items())]
+    for step, section in done.items():
+        lines += ["", f"## {STEPS[step][0]}", "", *section]
+    return "\n".join(lines) + "\n"
