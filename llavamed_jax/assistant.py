@@ -44,7 +44,8 @@ def load(path: str | Path, dtype=None, quantize=None, mesh: Mesh | str | None = 
     """Loads a checkpoint of any kind that `checkpoints.reader.open_checkpoint` reads.
 
     Args:
-      path: a directory in a PyTorch layout, this project's own tree (a run's workdir), or `preset:NAME` (random weights).
+      path: a directory in a PyTorch layout, this project's own tree (a run's workdir), `owner/name[@revision]` of a hub, or
+        `preset:NAME` (random weights).
       dtype: of weights and computation; None is bfloat16 on GPU and TPU, float32 on a CPU. `"float32"` also sets JAX's
         matmul precision to `highest`, which GPUs and TPUs otherwise lower.
       mesh: a Mesh with the axes data, fsdp and tp, or text such as `"data=1,tp=2"`; None: one device.

@@ -80,6 +80,15 @@ def test_a_tower_that_the_config_names_is_fetched(hub, convert, tmp_path):
     assert asked.returncode == 0 and "as asked for" in asked.stdout
 
 
+def test_a_processor_needs_no_weights(hub, tmp_path):
+    del hub.requests[:]
+    code = "from llavamed_jax.data.processor import Processor; print(Processor.load('me/llava').template_name)"
+    env = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "v1.5:mistral_instruct\n"), done.stderr
+    assert "config.json" in fetched(hub) and not {name for name in fetched(hub) if name.endswith(WEIGHTS)}
+
+
 @pytest.mark.parametrize(("name", "environment", "sentence"), [
     ("me/nothing", {}, "me/nothing is no directory; as a model's name it is not known on http://127.0.0.1"),
     ("me/llava@v9", {}, "me/llava@v9 is no directory; as a model's name it has no revision 'v9' on"),

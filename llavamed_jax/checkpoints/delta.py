@@ -51,7 +51,8 @@ def _write(base, other, out, operation: np.ufunc, what: str, progress: Progress)
     for directory in (base, other):
         if not directory.is_dir():
             raise UserError(f"{directory} is no directory; a model in a PyTorch layout was expected")
-    config = {**read_json(other / "config.json"), "torch_dtype": "float16"}
+    config = read_json(other / "config.json")
+    config |= dict.fromkeys({"torch_dtype", *({"dtype"} & config.keys())}, "float16")  # transformers 5 writes `dtype`
     ours, theirs = (_weights(directory) for directory in (base, other))
     _check(base, ours, what, other, theirs)
     tensors = {name: _combined(ours.get(name), tensor, operation) for name, tensor in theirs.items()}

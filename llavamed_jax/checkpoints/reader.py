@@ -33,8 +33,8 @@ class Checkpoint:
     """Config, tensors under canonical names, and the files that travel with them.
 
     Attributes:
-      layout: `llava`, `transformers`, `tree` (this project's own) or `preset` (random weights).
-      directory: None for a preset.
+      layout: `llava`, `transformers`, `tree` (this project's own), `preset` (random weights) or `built` (`build.build`).
+      directory: None for the last two.
       tensors: every tensor, the unused ones of the tower included.
       files: tokenizer and preprocessor files by name.
       tower: which vision tower this is, in words, for the log.
