@@ -6,7 +6,7 @@ RUN := $(VENV)/bin/python
 export HF_HUB_OFFLINE = 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test lint setup h200
+.PHONY: demo test lint setup h200 verify-release fidelity
 .DEFAULT_GOAL := demo
 
 demo: $(VENV)/.core-$(ACCEL)
@@ -19,6 +19,15 @@ lint: $(VENV)/.dev
 	$(RUN) -m ruff check .
 
 setup: $(VENV)/.core-$(ACCEL)
+
+# Where a hub can be reached (or HF_ENDPOINT names another): make verify-release VQA_RAD=DIR [STEPS=fetch,tensors] [MODEL=owner/name]
+verify-release: $(VENV)/.core-$(ACCEL)
+	HF_HUB_OFFLINE=0 $(RUN) -m llavamed_jax.cli.verify_release $(if $(MODEL),--model "$(MODEL)") $(if $(STEPS),--steps "$(STEPS)") \
+		$(if $(VQA_RAD),--vqa_rad "$(VQA_RAD)") $(if $(OUT),--out "$(OUT)") $(FLAGS)
+
+# Writes docs/fidelity.md: how far each part is from the original, measured by the tests that hold it there.
+fidelity: $(VENV)/.dev
+	$(RUN) benchmarks/fidelity.py
 
 # For one large GPU: the Python that is named, no environment, nothing installed or fetched.
 h200:

@@ -74,9 +74,9 @@ ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": gelu}
 def rope_frequencies(head_dim: int, theta: float) -> np.ndarray:
     """Inverse frequencies float32 [H/2], each power the float32 nearest to the exact one.
 
-    Bit for bit what torch computes with the C library's power. Its vectorised power (AVX2, AVX-512, a GPU's) is one last bit
-    off in a few places, other ones on other machines (docs/fidelity.md). Computed on the host and not under jit, whose power
-    is off by more: one last bit of the highest frequencies is 8e-5 in a cosine at position 1,500.
+    Bit for bit what torch computes with the C library's power. Its vectorised power is one last bit off in a few places, other
+    ones with AVX2 than with AVX-512 (docs/fidelity.md). Computed on the host and not under jit, whose power is off by more: one
+    last bit of the highest frequencies is 8e-5 in a cosine at position 1,500.
     """
     exponent = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
     return np.float32(1.0) / np.power(np.float64(theta), exponent.astype(np.float64)).astype(np.float32)
