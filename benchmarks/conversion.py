@@ -2,8 +2,9 @@
 
 A random checkpoint of the true shapes in bfloat16 and the original's layout is written into a new directory inside DIR, imported
 and exported by the command line, and removed again. A row each has the time, that of `cp -r` of the same bytes on the same disk
-right before, and the highest anonymous memory of the process (RssAnon: mapped pages do not count). At the end every tensor of
-each export is compared with the original's by its SHA-256. About 3.1 times the checkpoint is on the disk at once.
+right before, and the highest anonymous memory of the process (RssAnon: mapped pages do not count). Processor seconds stand
+beside the times, because on a machine that others use these alone are the program's own. At the end every tensor of each export is
+compared with the original's by its SHA-256. About three times the checkpoint is on the disk at once.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -101,7 +102,7 @@ def convert(source: Path, out: Path, *command: str) -> dict:
     """Copies `source`, then converts it into `out`; seconds of both, and what the conversion held in memory."""
     copy, load = out.with_name("copy"), os.getloadavg()[0]  # what else ran on these processors
     forget(source)
-    copied = seconds(lambda: subprocess.run(["cp", "-r", source, copy], check=True))
+    copied, copy_processor = seconds(lambda: subprocess.run(["cp", "-r", source, copy], check=True))
     shutil.rmtree(copy)
     forget(source)
     peak = 0
@@ -115,18 +116,21 @@ def convert(source: Path, out: Path, *command: str) -> dict:
             time.sleep(SAMPLE_SECONDS)
         if process.returncode:
             raise UserError(f"convert {' '.join(command)} failed: {process.stdout.read().strip()}")
-    taken = seconds(run)
-    return dict(seconds=round(taken, 2), copy_seconds=round(copied, 2), ratio=round(taken / copied, 3), peak_rss_anon_bytes=peak,
+    taken, processor = seconds(run)
+    return dict(seconds=round(taken, 2), copy_seconds=round(copied, 2), ratio=round(taken / copied, 3),
+                processor_seconds=round(processor, 2), copy_processor_seconds=round(copy_processor, 2), peak_rss_anon_bytes=peak,
                 processors=os.cpu_count(), load_average=round(load, 1))
 
 
-def seconds(action) -> float:
-    """How long an action takes until its bytes are on the disk."""
+def seconds(action: Callable[[], object]) -> tuple[float, float]:
+    """How long an action takes until its bytes are on the disk, and the processor seconds of the programs that it ran."""
     os.sync()
-    start = time.perf_counter()
+    start, before = time.perf_counter(), os.times()
     action()
     os.sync()
-    return time.perf_counter() - start
+    after = os.times()
+    children = after.children_user + after.children_system - before.children_user - before.children_system
+    return time.perf_counter() - start, children
 
 
 def forget(directory: Path) -> None:
