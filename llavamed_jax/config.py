@@ -54,6 +54,7 @@ class VisionConfig:
     num_channels: int = 3
 
     def __post_init__(self):
+        _check_types(self, "vision ")
         if self.hidden_act not in ("quick_gelu", "gelu"):
             raise UserError(f"vision hidden_act is {self.hidden_act!r}; quick_gelu or gelu was expected")
         if self.hidden_size % self.num_heads:
@@ -70,7 +71,7 @@ class VisionConfig:
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> "VisionConfig":
         """From a `CLIPVisionConfig` dict, or a whole `CLIPConfig` that holds one under `vision_config`."""
-        config = config.get("vision_config", config)
+        config = as_object(config.get("vision_config", config), "vision_config")
         model_type = config.get("model_type", "clip_vision_model")
         if model_type not in ("clip_vision_model", "clip"):
             raise UserError(f"the vision tower's model_type is {model_type!r}; clip_vision_model was expected")
@@ -103,11 +104,12 @@ class DecoderConfig:
     sliding_window: int | None = None
     tie_word_embeddings: bool = False
     architecture: str = "llama"
-    bos_token_id: int = 1
-    eos_token_id: int = 2
+    bos_token_id: int | None = 1
+    eos_token_id: int | None = 2
     pad_token_id: int | None = None
 
     def __post_init__(self):
+        _check_types(self, "decoder ")
         if self.num_heads % self.num_kv_heads:
             raise UserError(f"{self.num_heads} query heads are not a multiple of {self.num_kv_heads} key/value heads")
         if self.head_dim % 2:
@@ -121,7 +123,7 @@ class DecoderConfig:
           UserError: another architecture, scaled RoPE, biased projections, or an activation other than SiLU.
         """
         arch = architecture or config.get("model_type", "llama")
-        if arch not in _TEXT_DEFAULTS:
+        if not isinstance(arch, str) or arch not in _TEXT_DEFAULTS:
             raise UserError(f"the decoder's model_type is {arch!r}; llama or mistral was expected")
         defaults = _TEXT_DEFAULTS[arch]
         # null is a value of its own for a window and for key/value heads; elsewhere it stands for the default.
@@ -129,8 +131,8 @@ class DecoderConfig:
                             if v is not None or k not in defaults or k in ("sliding_window", "num_key_value_heads")}}
         _check_counts(c, ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
                           "max_position_embeddings", *(["num_key_value_heads"] if c.get("num_key_value_heads") else [])])
-        rope = dict(c.get("rope_parameters") or {})
-        scaling = c.get("rope_scaling") or rope
+        rope = as_object(c.get("rope_parameters") or {}, "rope_parameters")
+        scaling = as_object(c.get("rope_scaling") or rope, "rope_scaling")
         if scaling.get("rope_type", scaling.get("type", "default")) != "default":
             raise UserError(f"the decoder's rope_scaling is {dict(scaling)}; plain rotary embedding was expected")
         if c.get("attention_bias") or c.get("mlp_bias"):
@@ -142,12 +144,12 @@ class DecoderConfig:
         return cls(
             vocab_size=c["vocab_size"], hidden_size=c["hidden_size"], intermediate_size=c["intermediate_size"],
             num_layers=c["num_hidden_layers"], num_heads=heads, num_kv_heads=c.get("num_key_value_heads") or heads,
-            head_dim=c.get("head_dim") or c["hidden_size"] // heads, rms_norm_eps=float(c["rms_norm_eps"]),
-            rope_theta=float(rope.get("rope_theta", c["rope_theta"])),
+            head_dim=c.get("head_dim") or c["hidden_size"] // heads, rms_norm_eps=_number(c["rms_norm_eps"], "rms_norm_eps"),
+            rope_theta=_number(rope.get("rope_theta", c["rope_theta"]), "rope_theta"),
             max_position_embeddings=c["max_position_embeddings"],
             sliding_window=c.get("sliding_window") if arch == "mistral" else None,
             tie_word_embeddings=bool(c.get("tie_word_embeddings", False)), architecture=arch,
-            bos_token_id=c.get("bos_token_id", 1), eos_token_id=eos[0] if isinstance(eos, list) else eos,
+            bos_token_id=c.get("bos_token_id", 1), eos_token_id=eos[0] if isinstance(eos, list) and eos else eos,
             pad_token_id=c.get("pad_token_id"))
 
     def to_hf(self) -> dict:
@@ -201,6 +203,7 @@ class LlavaConfig:
     extra: str = "{}"
 
     def __post_init__(self):
+        _check_types(self, "")
         if self.feature_select not in ("patch", "cls_patch"):
             raise UserError(f"the vision feature selection is {self.feature_select!r}; patch or cls_patch was expected")
         if not -self.vision.num_layers - 1 <= self.feature_layer <= self.vision.num_layers:
@@ -240,6 +243,7 @@ class LlavaConfig:
     @classmethod
     def from_dict(cls, d: Mapping[str, Any]) -> "LlavaConfig":
         d = {k: v for k, v in d.items() if k != "model_type"}
+        d |= {part: as_object(d.get(part), part) for part in ("vision", "decoder")}
         known = {f.name for f in dataclasses.fields(cls)}
         if set(d) - known:
             raise UserError(f"config.json has the unknown keys {sorted(set(d) - known)}")
@@ -276,9 +280,38 @@ class LlavaConfig:
         raise UserError(f"the layout {layout!r} does not exist; transformers or llava was expected")
 
 
+def as_object(value: Any, key: str) -> dict:
+    """The JSON object that stands under `key` of a config.json. Raises UserError for anything else."""
+    if not isinstance(value, Mapping):
+        raise UserError(f"config.json has {key} {value!r}; an object was expected")
+    return dict(value)
+
+
+def _number(value: Any, key: str) -> float:
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise UserError(f"config.json has {key} {value!r}; a number was expected")
+    return float(value)
+
+
+# By annotation; a whole number will do for a number, and true and false for neither.
+_KINDS = {"int": ((int,), "a whole number"), "float": ((int, float), "a number"), "bool": ((bool,), "true or false"),
+          "str": ((str,), "a text"), "VisionConfig": ((VisionConfig,), "a VisionConfig"),
+          "DecoderConfig": ((DecoderConfig,), "a DecoderConfig")}
+
+
+def _check_types(config: Any, part: str) -> None:
+    """Raises UserError for a field of a config that is not of its annotated type: JSON can hold anything anywhere."""
+    for field in dataclasses.fields(config):
+        value, (kind, _, optional) = getattr(config, field.name), field.type.partition(" | ")
+        types, words = _KINDS[kind]
+        is_of_kind = isinstance(value, types) and not (isinstance(value, bool) and bool not in types)
+        if not is_of_kind and not (optional and value is None):
+            raise UserError(f"the {part}config has {field.name} {value!r}; {words}{' or null' if optional else ''} was expected")
+
+
 def _check_counts(config: Mapping[str, Any], keys: list[str]) -> None:
     for key in keys:
-        if not isinstance(config[key], int) or config[key] < 1:
+        if not isinstance(config[key], int) or isinstance(config[key], bool) or config[key] < 1:
             raise UserError(f"config.json has {key} {config[key]!r}; a whole number of at least 1 was expected")
 
 

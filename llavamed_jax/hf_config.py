@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from llavamed_jax.config import KNOWN_TOWERS, OURS, DecoderConfig, LlavaConfig, VisionConfig
+from llavamed_jax.config import KNOWN_TOWERS, OURS, DecoderConfig, LlavaConfig, VisionConfig, as_object
 from llavamed_jax.errors import UserError
 
 # Keys of a source's config.json that LlavaConfig models; all others travel in `extra`.
@@ -53,8 +53,11 @@ def is_original(config: Mapping[str, Any]) -> bool:
 
 def tower_name(config: Mapping[str, Any]) -> str | None:
     """What an original's `config.json` calls its vision tower: a model's name or a directory."""
-    return config.get("mm_vision_tower") or config.get("vision_tower") or (
+    name = config.get("mm_vision_tower") or config.get("vision_tower") or (
         _V0_DEFAULTS["mm_vision_tower"] if config.get("model_type") in ("llava", "llama") else None)
+    if not isinstance(name, str | None):
+        raise UserError(f"config.json has mm_vision_tower {name!r}; a model's name or a directory was expected")
+    return name
 
 
 def plain_decoder(config: Mapping[str, Any]) -> DecoderConfig:
@@ -75,7 +78,7 @@ def plain_decoder(config: Mapping[str, Any]) -> DecoderConfig:
     if architecture == "llama" and (ids["bos_token_id"], ids["eos_token_id"]) == (0, 1):
         # The first conversions of LLaMA said so; its tokenizer's ids are 1 and 2, and with these no answer would end.
         ids |= {"bos_token_id": 1, "eos_token_id": 2}
-    if (ids["pad_token_id"] or 0) < 0:
+    if isinstance(ids["pad_token_id"], int) and ids["pad_token_id"] < 0:
         ids["pad_token_id"] = None
     return DecoderConfig.from_hf({**config, **{key: value for key, value in ids.items() if key in config}}, architecture)
 
@@ -92,7 +95,7 @@ def joined(decoder: DecoderConfig, vision: VisionConfig, projector_type: str, to
 
 def from_original(config: Mapping[str, Any], vision: VisionConfig | None) -> LlavaConfig:
     """From the originals' own layout: LLaVA-Med v1.5, v1.0, v0 or LLaVA-1.5 (spec 2.1, 2.3)."""
-    kind, ours = config["model_type"], config.get(OURS, {})
+    kind, ours = config["model_type"], as_object(config.get(OURS, {}), OURS)
     if tower_name(config) is None:
         raise UserError("config.json lacks mm_vision_tower")
     if kind in ("llava", "llama") and "mm_vision_tower" not in config:
@@ -106,7 +109,7 @@ def from_original(config: Mapping[str, Any], vision: VisionConfig | None) -> Lla
         shape = ours.get("vision_config") or KNOWN_TOWERS.get(tower)
         if shape is None:
             raise UserError(f"the shape of the vision tower {tower!r} is not known; its directory was expected as vision_tower=PATH")
-        vision = VisionConfig.from_hf(shape)
+        vision = VisionConfig.from_hf(as_object(shape, "vision_config"))
     if config.get("image_aspect_ratio") == "anyres":
         raise UserError("image_aspect_ratio is 'anyres' (LLaVA-1.6); pad or square was expected")
     return LlavaConfig(
@@ -144,18 +147,19 @@ def from_transformers(config: Mapping[str, Any]) -> LlavaConfig:
         raise UserError(f"vision_feature_layer is {layer}; one layer was expected")
     if config.get("projector_hidden_act", "gelu") != "gelu":
         raise UserError(f"projector_hidden_act is {config['projector_hidden_act']!r}; gelu was expected")
-    select = {"default": "patch", "full": "cls_patch"}.get(config.get("vision_feature_select_strategy", "default"))
+    select = {"default": "patch", "full": "cls_patch"}.get(str(config.get("vision_feature_select_strategy", "default")))
     if select is None:
         raise UserError(f"vision_feature_select_strategy is {config['vision_feature_select_strategy']!r}; default or full was expected")
-    text = dict(config.get("text_config") or {"model_type": "llama"})
+    text = config.get("text_config")
+    text = as_object({"model_type": "llama"} if text is None else text, "text_config")  # transformers' default
     # transformers 5 ties where either of the two says so; the older ones, which asked the text model, wrote both alike.
     text["tie_word_embeddings"] = bool(text.get("tie_word_embeddings") or config.get("tie_word_embeddings"))
     vision = config.get("vision_config")
     if vision is None:  # transformers' default; where there is a vision_config, its own keys have CLIPVisionConfig's defaults
         vision = KNOWN_TOWERS["openai/clip-vit-large-patch14-336"]
-    ours = config.get(OURS, {})
+    ours = as_object(config.get(OURS, {}), OURS)
     cfg = LlavaConfig(
-        vision=VisionConfig.from_hf(vision), decoder=DecoderConfig.from_hf(text),
+        vision=VisionConfig.from_hf(as_object(vision, "vision_config")), decoder=DecoderConfig.from_hf(text),
         projector_type="mlp2x_gelu", projector_bias=config.get("multimodal_projector_bias", True), feature_layer=layer,
         feature_select=select, image_aspect_ratio=ours.get("image_aspect_ratio", "square"),
         max_length=ours.get("max_length"), use_start_end=ours.get("use_start_end", False), template=ours.get("template"),

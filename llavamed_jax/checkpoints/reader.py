@@ -19,7 +19,7 @@ from llavamed_jax.checkpoints.files import read_json
 from llavamed_jax.checkpoints.layouts import canonical
 from llavamed_jax.checkpoints.torch_files import Tensor, read_weights
 from llavamed_jax.checkpoints.tower import check_width, fetch_tower, find_tower, tower_config, tower_tensors
-from llavamed_jax.config import KNOWN_TOWERS, OURS, LlavaConfig, preset, projector_depth
+from llavamed_jax.config import KNOWN_TOWERS, OURS, LlavaConfig, as_object, preset, projector_depth
 from llavamed_jax.errors import UserError
 from llavamed_jax.hf_config import is_transformers, tower_name
 
@@ -147,7 +147,7 @@ def _torch_config(directory: Path, vision_tower: Path | None) -> tuple[LlavaConf
     if not (directory / "config.json").is_file():
         raise UserError(f"{directory} holds no config.json; a checkpoint's directory was expected")
     raw = read_json(directory / "config.json")
-    if vision_tower is None and not is_transformers(raw) and "vision_config" not in raw.get(OURS, {}):
+    if vision_tower is None and not is_transformers(raw) and "vision_config" not in as_object(raw.get(OURS, {}), OURS):
         name = tower_name(raw)
         vision_tower = find_tower(directory, name)
         if vision_tower is None and name not in KNOWN_TOWERS and hub.is_hub_name(name or ""):
