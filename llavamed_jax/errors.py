@@ -1,5 +1,9 @@
 """The errors that a person is meant to read: one sentence that says what, where and what was expected."""
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+
 
 class UserError(ValueError):
     """Something outside the program is wrong (a file, a checkpoint, data). Command lines print it and exit 1."""
@@ -7,3 +11,8 @@ class UserError(ValueError):
 
 class UsageError(UserError):
     """The command line, the config file, a config key or its value is wrong. Command lines print it and exit 2."""
+
+
+def some(items: Sequence[str], most: int = 8, separator: str = ", ") -> str:
+    """A list for a sentence, cut with the count of what is left out."""
+    return separator.join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")

@@ -14,10 +14,10 @@ from llavamed_jax.checkpoints.files import read_json
 from llavamed_jax.checkpoints.image_tokens import TABLES, add_image_tokens
 from llavamed_jax.checkpoints.layouts import canonical, from_torch
 from llavamed_jax.checkpoints.reader import Checkpoint, text_files
-from llavamed_jax.checkpoints.torch_files import Tensor, read_file, read_weights, some
+from llavamed_jax.checkpoints.torch_files import Tensor, read_file, read_weights
 from llavamed_jax.checkpoints.tower import tower_config, tower_tensors
 from llavamed_jax.config import LlavaConfig, projector_depth
-from llavamed_jax.errors import UserError
+from llavamed_jax.errors import UserError, some
 from llavamed_jax.hf_config import joined, plain_decoder
 
 # What an original's config.json beside an mm_projector.bin says of how its features were taken.

@@ -17,9 +17,9 @@ import numpy as np
 from llavamed_jax.checkpoints import hub, names
 from llavamed_jax.checkpoints.files import new_directory, read_json, write_json
 from llavamed_jax.checkpoints.reader import TEXT_FILES
-from llavamed_jax.checkpoints.torch_files import Tensor, read_weights, some
+from llavamed_jax.checkpoints.torch_files import Tensor, read_weights
 from llavamed_jax.checkpoints.writer import Progress, total_bytes, write_safetensors
-from llavamed_jax.errors import UserError
+from llavamed_jax.errors import UserError, some
 
 _TABLE = "model.embed_tokens.weight"
 _VOCABULARY = (_TABLE, "lm_head.weight")

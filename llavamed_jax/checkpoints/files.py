@@ -11,6 +11,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from llavamed_jax.errors import UserError
 
@@ -18,14 +19,23 @@ from llavamed_jax.errors import UserError
 def read_json(path: Path) -> dict:
     """The object in a JSON file. Raises UserError when it is missing or is none."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    except ValueError as error:
+    except UnicodeDecodeError as error:
         raise UserError(f"{path} is no JSON: {error}") from None
+    value = parse_json(text, str(path))
     if not isinstance(value, dict):
         raise UserError(f"{path} holds a JSON {type(value).__name__}; an object was expected")
     return value
+
+
+def parse_json(text: str, name: str) -> Any:
+    """The value of a JSON text; `name` is what an error calls it. Raises UserError."""
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{name} is no JSON: {error}") from None
 
 
 def write_json(file: Path, value: dict) -> None:

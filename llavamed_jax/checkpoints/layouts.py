@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from llavamed_jax.checkpoints import names
-from llavamed_jax.checkpoints.torch_files import Tensor, some
+from llavamed_jax.checkpoints.torch_files import Tensor
 from llavamed_jax.config import LlavaConfig
-from llavamed_jax.errors import UserError
+from llavamed_jax.errors import UserError, some
 
 
 def match(where: Path, found: Mapping[str, Tensor], spellings: Mapping[str, Iterable[str]],

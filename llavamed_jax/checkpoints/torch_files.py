@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 
 from llavamed_jax.checkpoints import names
 from llavamed_jax.checkpoints.files import read_json
-from llavamed_jax.errors import UserError
+from llavamed_jax.errors import UserError, some
 
 DTYPES = {"F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16),
           "BF16": np.dtype(ml_dtypes.bfloat16)}
@@ -189,8 +189,3 @@ def _to_numpy(tensor, dtype: np.dtype) -> np.ndarray:
     if dtype == DTYPES["BF16"]:  # which numpy knows through ml_dtypes and torch does not hand over
         return tensor.view(torch.int16).numpy().view(dtype)
     return tensor.numpy()
-
-
-def some(items: list[str], limit: int = 8) -> str:
-    """A list for a sentence, cut with its count."""
-    return ", ".join(items[:limit]) + (f" and {len(items) - limit} more" if len(items) > limit else "")

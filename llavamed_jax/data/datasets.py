@@ -6,13 +6,13 @@ whatever it was read from. A question of a VQA set is a `VqaSample`; `to_llava` 
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from llavamed_jax.checkpoints.files import parse_json
 from llavamed_jax.data.conversation import IMAGE_MARKER
 from llavamed_jax.errors import UserError
 
@@ -302,18 +302,9 @@ def _read_rows(file: Path) -> list:
     except UnicodeDecodeError as error:
         raise UserError(f"{file} is not UTF-8 text; a JSON list or JSON lines were expected") from error
     if text.lstrip().startswith("["):
-        try:
-            return json.loads(text)
-        except ValueError as error:
-            raise UserError(f"{file} is no JSON: {error}") from error
-    rows = []
-    for number, line in enumerate(text.splitlines(), 1):
-        if line.strip():
-            try:
-                rows.append(json.loads(line))
-            except ValueError as error:
-                raise UserError(f"line {number} of {file} is no JSON ({error}); a JSON list or JSON lines were expected") from error
-    return rows
+        return parse_json(text, str(file))
+    lines = enumerate(text.splitlines(), 1)
+    return [parse_json(line, f"line {number} of {file}") for number, line in lines if line.strip()]
 
 
 def _getter(row: Any, file: Path, index: int):

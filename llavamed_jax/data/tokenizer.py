@@ -8,11 +8,11 @@ the default) or, with `"legacy": false` in `tokenizer_config.json` (Vicuna 1.5),
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from llavamed_jax.checkpoints.files import read_json
 from llavamed_jax.errors import UserError
 
 # One character of its own outside every vocabulary piece: SentencePiece spells it as a byte and starts afresh after it.
@@ -73,10 +73,6 @@ class Tokenizer:
                 run.append(i)
         return "".join(out) + self._backend.decode(run)
 
-    def token_id(self, text: str) -> int | None:
-        """Id of a special or added token, or None."""
-        return self._added.get(text)
-
     @classmethod
     def load(cls, path: str | Path) -> "Tokenizer":
         """Reads `path`: a directory with `tokenizer.model` or `tokenizer.json`, or one of these files itself.
@@ -91,7 +87,7 @@ class Tokenizer:
         if not file.is_file():
             raise UserError(f"the tokenizer file {file} does not exist")
         directory = file.parent if file.name in _FILES else None  # under another name, its neighbours are not its own
-        settings = _read_json(directory / "tokenizer_config.json") if directory else {}
+        settings = _settings(directory / "tokenizer_config.json") if directory else {}
         if file.suffix == ".json":
             backend = _HfBackend(file, settings)
             added, special = backend.added()
@@ -166,13 +162,13 @@ class _HfBackend:
 
 def _added_tokens(directory: Path, settings: dict) -> tuple[dict[str, int], set[str]]:
     """Tokens beyond the SentencePiece model and which of them are special, from transformers' three files."""
-    added = {text: int(i) for text, i in _read_json(directory / "added_tokens.json").items()}
+    added = {text: int(i) for text, i in _settings(directory / "added_tokens.json").items()}
     special = set()
     for i, entry in settings.get("added_tokens_decoder", {}).items():
         added[entry["content"]] = int(i)
         if entry.get("special"):
             special.add(entry["content"])
-    for value in _read_json(directory / "special_tokens_map.json").values():
+    for value in _settings(directory / "special_tokens_map.json").values():
         special.update(filter(None, map(_content, value if isinstance(value, list) else [value])))
     return added, special
 
@@ -182,10 +178,6 @@ def _content(token) -> str | None:
     return token.get("content") if isinstance(token, dict) else token
 
 
-def _read_json(file: Path) -> dict:
-    if not file.is_file():
-        return {}
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{file} is no JSON: {error}") from error
+def _settings(file: Path) -> dict:
+    """The object in a file of transformers' that need not be there."""
+    return read_json(file) if file.is_file() else {}

@@ -5,15 +5,15 @@ compared. `strict` is what the names promise: an answer is right or it is not. A
 M metrics, R resamples.
 """
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from llavamed_jax.checkpoints.files import parse_json
 from llavamed_jax.data.datasets import VqaSample
-from llavamed_jax.errors import UserError
+from llavamed_jax.errors import UserError, some
 from llavamed_jax.evaluation import metrics
 
 PAPER_OPEN = (
@@ -41,10 +41,7 @@ def read_predictions(path: str | Path) -> list[dict]:
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
-        try:
-            prediction = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}, line {number} is no JSON: {error}") from error
+        prediction = parse_json(line, f"{path}, line {number}")
         is_prediction = isinstance(prediction, dict) and "question_id" in prediction
         if not is_prediction or not isinstance(prediction.get("text"), str):
             raise UserError(f'{path}, line {number}: an object with "question_id" and the text "text" was expected')
@@ -69,13 +66,9 @@ def join(samples: Sequence[VqaSample], predictions: Iterable[Mapping]) -> list[s
         "asked more than once": [name for name, count in asked.items() if count > 1],
     }
     if any(problems.values()):
-        found = "; ".join(f"{len(ids)} {what} ({_some(ids)})" for what, ids in problems.items() if ids)
+        found = "; ".join(f"{len(ids)} {what} ({some(ids)})" for what, ids in problems.items() if ids)
         raise UserError(f"the predictions do not fit the {len(samples)} questions: {found}")
     return [texts[str(sample.question_id)] for sample in samples]
-
-
-def _some(ids: Sequence[str], most: int = 8) -> str:
-    return ", ".join(ids[:most]) + (f", and {len(ids) - most} more" if len(ids) > most else "")
 
 
 def is_closed(sample: VqaSample) -> bool:

@@ -16,6 +16,7 @@ from llavamed_jax.checkpoints.load import load_params
 from llavamed_jax.checkpoints.reader import Checkpoint
 from llavamed_jax.config import IMAGE_TOKEN, PAD_TOKEN, LlavaConfig
 from llavamed_jax.data.processor import Processor, expand_images
+from llavamed_jax.errors import some
 
 VOCABULARY = {"decoder/embed_tokens/embedding": 0, "decoder/lm_head/kernel": 1}  # the axis that counts tokens
 NEW_TOKENS = 16
@@ -106,16 +107,12 @@ def _tensors(a: Checkpoint, b: Checkpoint, tolerance: float, progress: Progress)
                 worst, where = difference, name
         found = f"{identical} of {len(members)} bit for bit" + (f", most in {where}" if where else "")
         if problems:
-            rows.append(Row(f"tensors: {part}", _some(problems), False))
+            rows.append(Row(f"tensors: {part}", some(problems, 4, "; "), False))
         else:
             rows.append(Row(f"tensors: {part}", found, worst <= tolerance, worst))
     for _ in on_their_way:  # lets the progress see its end
         pass
     return rows
-
-
-def _some(items: Sequence[str], most: int = 4) -> str:
-    return "; ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")
 
 
 def _common_shapes(name: str, a: Checkpoint, b: Checkpoint) -> tuple[slice, ...] | None:
