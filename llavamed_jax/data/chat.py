@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from llavamed_jax.checkpoints.files import read_json
 from llavamed_jax.data.conversation import IMAGE_MARKER
 from llavamed_jax.errors import UserError
 
@@ -27,35 +28,35 @@ def read_messages(messages: Sequence[dict], marker: str = IMAGE_MARKER) -> Chat:
     many `<image>` itself is left alone. Messages that carry no images at all may hold markers for images given elsewhere.
 
     Raises:
-      ValueError: roles out of order, an unknown role or part, or a count of images that does not fit the markers.
+      UserError: roles out of order, an unknown role or part, or a count of images that does not fit the markers.
     """
     system, turns, images = None, [], []
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not all(isinstance(m, dict) for m in messages):
-        raise ValueError("messages must be a list of objects with role and content")
+        raise UserError("messages must be a list of objects with role and content")
     for i, message in enumerate(messages):
         role, content = message.get("role"), message.get("content")
         text, found = _read_content(content, i)
         if role in ("system", "developer"):
             if i > 0 or found:
-                raise ValueError(f"message {i} is the system's; one of text alone was expected, and first")
+                raise UserError(f"message {i} is the system's; one of text alone was expected, and first")
             system = text
             continue
         if role not in ("user", "assistant"):
-            raise ValueError(f"message {i} has the role {role!r}; system, user or assistant was expected")
+            raise UserError(f"message {i} has the role {role!r}; system, user or assistant was expected")
         if role != ("user", "assistant")[len(turns) % 2]:
-            raise ValueError(f"message {i} is the {role}'s; user and assistant in alternation, the user first, were expected")
+            raise UserError(f"message {i} is the {role}'s; user and assistant in alternation, the user first, were expected")
         markers = text.count(IMAGE_MARKER)
         if found and not markers:
             text = (marker + "\n") * len(found) + text.strip()
         elif found and markers != len(found):
-            raise ValueError(f"message {i} has {len(found)} images for {markers} {IMAGE_MARKER} markers")
+            raise UserError(f"message {i} has {len(found)} images for {markers} {IMAGE_MARKER} markers")
         turns.append(text)
         images += found
     if len(turns) % 2 == 0:
-        raise ValueError("the last message must be the user's, so that there is something to answer")
+        raise UserError("the last message must be the user's, so that there is something to answer")
     markers = sum(turn.count(IMAGE_MARKER) for turn in turns)
     if images and markers != len(images):
-        raise ValueError(f"the messages have {len(images)} images for {markers} {IMAGE_MARKER} markers")
+        raise UserError(f"the messages have {len(images)} images for {markers} {IMAGE_MARKER} markers")
     return Chat(system, turns, images)
 
 
@@ -63,7 +64,7 @@ def _read_content(content, index: int) -> tuple[str, list]:
     if isinstance(content, str):
         return content, []
     if not isinstance(content, (list, tuple)):
-        raise ValueError(f"message {index} has the content {content!r}; a text or a list of parts was expected")
+        raise UserError(f"message {index} has the content {content!r}; a text or a list of parts was expected")
     texts, images = [], []
     for part in content:
         kind = part.get("type") if isinstance(part, dict) else None
@@ -75,7 +76,7 @@ def _read_content(content, index: int) -> tuple[str, list]:
             url = part["image_url"]
             images.append(url.get("url") if isinstance(url, dict) else url)
         else:
-            raise ValueError(f"message {index} has a part of type {kind!r}; text, image or image_url with its content was expected")
+            raise UserError(f"message {index} has a part of type {kind!r}; text, image or image_url with its content was expected")
     return "\n".join(texts), images
 
 
@@ -96,7 +97,7 @@ class ChatTemplate:
             raise UserError("this checkpoint's chat template needs Jinja: pip install jinja2, or name a template") from error
 
         def refuse(reason):
-            raise ValueError(f"the checkpoint's chat template refuses the messages: {reason}")
+            raise UserError(f"the checkpoint's chat template refuses the messages: {reason}")
 
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
         environment.globals["raise_exception"] = refuse
@@ -124,9 +125,12 @@ def find_chat_template(directory: Path) -> str | None:
         return (directory / "chat_template.jinja").read_text(encoding="utf-8")
     for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
         if (directory / name).is_file():
-            template = json.loads((directory / name).read_text(encoding="utf-8")).get("chat_template")
+            template = read_json(directory / name).get("chat_template")
             if isinstance(template, list):  # named templates: the default one
-                template = next((t["template"] for t in template if t.get("name") == "default"), None)
+                named = [t for t in template if isinstance(t, dict)]
+                template = next((t.get("template") for t in named if t.get("name") == "default"), None)
+            if template and not isinstance(template, str):
+                raise UserError(f"{directory / name} has the chat_template {template!r}; a text was expected")
             if template:
                 return template
     return None

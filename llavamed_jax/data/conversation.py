@@ -59,10 +59,10 @@ def render(template: Template, turns: Sequence[str | None], system: str | None =
     """The prompt of `turns`; `system` replaces the template's own.
 
     Raises:
-      ValueError: no turns, or a template that cannot hold them.
+      UserError: no turns, or a template that cannot hold them.
     """
     if not turns:
-        raise ValueError("a prompt of no turns was asked for; at least one was expected")
+        raise UserError("a prompt of no turns was asked for; at least one was expected")
     if system is not None:
         template = replace(template, system=system)
     return template.renderer(template, turns)
@@ -84,7 +84,7 @@ def _two(template: Template, turns) -> str:
 
 def _llama_2(template: Template, turns) -> str:
     if not turns[0]:
-        raise ValueError(f"the template {template.name} needs a first message of the user that is not empty")
+        raise UserError(f"the template {template.name} needs a first message of the user that is not empty")
     text = ""
     for i, turn in enumerate(turns):
         if not turn:
@@ -97,7 +97,7 @@ def _llama_2(template: Template, turns) -> str:
 
 def _plain(template: Template, turns) -> str:
     if any(turns[1:]):
-        raise ValueError(f"the template {template.name} is for captions: it holds one message, {len(turns)} were given")
+        raise UserError(f"the template {template.name} is for captions: it holds one message, {len(turns)} were given")
     return template.system + (turns[0] + template.sep if turns[0] else "")
 
 
@@ -121,21 +121,21 @@ def training_turns(template: Template, conversation: Sequence[dict]) -> list[str
     """Texts of a LLaVA conversation in alternation; a leading answer is dropped, as in the original.
 
     Raises:
-      ValueError: a speaker other than human and gpt, two in a row, or nothing left.
+      UserError: a speaker other than human and gpt, two in a row, or nothing left.
     """
     speakers = [turn["from"] for turn in conversation]
     unknown = sorted({str(s) for s in speakers} - {"human", "gpt"})
     if unknown:
-        raise ValueError(f"the conversation has a turn from {unknown[0]!r}; human or gpt was expected")
+        raise UserError(f"the conversation has a turn from {unknown[0]!r}; human or gpt was expected")
     start = 1 if speakers and speakers[0] == "gpt" else 0
     for i, speaker in enumerate(speakers[start:]):
         if speaker != ("human", "gpt")[i % 2]:
-            raise ValueError(f"turn {start + i} of the conversation is from {speaker}; human and gpt in alternation were expected")
+            raise UserError(f"turn {start + i} of the conversation is from {speaker}; human and gpt in alternation were expected")
     texts = [str(turn["value"]) for turn in conversation[start:]]
     if not texts:
-        raise ValueError("the conversation is empty; at least one question and its answer were expected")
+        raise UserError("the conversation is empty; at least one question and its answer were expected")
     if template.style == "PLAIN" and (len(texts) != 2 or IMAGE_MARKER not in texts[0]):
-        raise ValueError(f"the template {template.name} needs a conversation of <image> and its caption, one turn each")
+        raise UserError(f"the template {template.name} needs a conversation of <image> and its caption, one turn each")
     return texts
 
 

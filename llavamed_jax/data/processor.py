@@ -131,7 +131,7 @@ class Processor:
         """The text of OpenAI chat messages up to where the answer begins, `<image>` for each image.
 
         Raises:
-          ValueError: messages out of order, or a count of images that does not fit the markers, with both numbers.
+          UserError: messages out of order, or a count of images that does not fit the markers, with both numbers.
         """
         chat = chats.read_messages(messages, self.image_marker)
         if self.chat_template is not None:
@@ -156,7 +156,7 @@ class Processor:
         conversation's markers all have their image, they all stay. An image is one IMAGE_TOKEN.
 
         Raises:
-          ValueError: speakers that do not alternate, or a count of images that does not fit the markers.
+          UserError: speakers that do not alternate, or a count of images that does not fit the markers.
         """
         turns = training_turns(self.template, conversations)
         marked = [turn.count(IMAGE_MARKER) for turn in turns]
@@ -166,13 +166,13 @@ class Processor:
         ids, labels = supervise(self.template, turns, self.encode, pad_id=self.tokenizer.pad_id,
                                 is_legacy=self.tokenizer.is_legacy, max_length=self.max_length)
         if num_images is not None and ids.count(IMAGE_TOKEN) != num_images:
-            raise ValueError(f"the conversation has {num_images} images for {sum(marked)} {IMAGE_MARKER} markers")
+            raise UserError(f"the conversation has {num_images} images for {sum(marked)} {IMAGE_MARKER} markers")
         return ids, labels
 
     def expand(self, ids: Sequence[int], labels: Sequence[int] | None = None):
         """`expand_images` with this model's P."""
         if self.tokens_per_image is None:
-            raise ValueError("a bare tokenizer does not know how many positions an image takes; give image_size")
+            raise UserError("a bare tokenizer does not know how many positions an image takes; give image_size")
         return expand_images(ids, self.tokens_per_image, labels)
 
     # ---- images ----
@@ -188,19 +188,9 @@ class Processor:
         arrays = [pixels.preprocess(pixels.load_image(s), size, mode or self.image_mode, self._mean, self._std) for s in sources]
         return np.stack(arrays) if arrays else np.zeros((0, size, size, 3), np.float32)
 
-    def images_uint8(self, sources: Sequence, mode: str | None = None) -> np.ndarray:
-        """The same before normalisation, uint8 [I,H,W,3]; `normalize` does the rest."""
-        size = self._image_size()
-        arrays = [pixels.preprocess_uint8(pixels.load_image(s), size, mode or self.image_mode) for s in sources]
-        return np.stack(arrays) if arrays else np.zeros((0, size, size, 3), np.uint8)
-
-    def normalize(self, array: np.ndarray) -> np.ndarray:
-        """uint8 [...,3] to float32 [...,3] by this model's mean and standard deviation."""
-        return pixels.normalize(array, self._mean, self._std)
-
     def _image_size(self) -> int:
         if self.image_size is None:
-            raise ValueError("a bare tokenizer does not know the size of images; give image_size")
+            raise UserError("a bare tokenizer does not know the size of images; give image_size")
         return self.image_size
 
 
@@ -212,10 +202,10 @@ def expand_images(ids: Sequence[int], patches: int, labels: Sequence[int] | None
     Returns:
       ids, or (ids, labels) where labels were given.
     Raises:
-      ValueError: a longer run of another length, with its place; labels of another length.
+      UserError: a longer run of another length, with its place; labels of another length.
     """
     if labels is not None and len(labels) != len(ids):
-        raise ValueError(f"{len(labels)} labels were given for {len(ids)} ids")
+        raise UserError(f"{len(labels)} labels were given for {len(ids)} ids")
     out, out_labels, start = [], [], 0
     while start < len(ids):
         end = start
@@ -228,7 +218,7 @@ def expand_images(ids: Sequence[int], patches: int, labels: Sequence[int] | None
             start += 1
             continue
         if run > patches and run % patches:
-            raise ValueError(f"position {start} begins a run of {run} image tokens; 1 or {patches} an image was expected")
+            raise UserError(f"position {start} begins a run of {run} image tokens; 1 or {patches} an image was expected")
         length = run if run % patches == 0 else run * patches
         out += [IMAGE_TOKEN] * length
         out_labels += [IGNORE] * length
@@ -254,9 +244,17 @@ def _default_template(config: LlavaConfig | None) -> str:
 def _statistics(directory: Path) -> dict:
     """Mean and standard deviation from the preprocessor's file, where there is one."""
     for name in ("preprocessor_config.json", "processor_config.json"):
-        if (directory / name).is_file():
-            settings = read_json(directory / name)
+        file = directory / name
+        if file.is_file():
+            settings = read_json(file)
             settings = settings.get("image_processor", settings)
-            if "image_mean" in settings and "image_std" in settings:
-                return dict(mean=settings["image_mean"], std=settings["image_std"])
+            if isinstance(settings, dict) and "image_mean" in settings and "image_std" in settings:
+                return {word: _channels(file, f"image_{word}", settings[f"image_{word}"]) for word in ("mean", "std")}
     return {}
+
+
+def _channels(file: Path, key: str, value) -> list[float]:
+    is_number = [isinstance(x, (int, float)) and not isinstance(x, bool) for x in value] if isinstance(value, list) else []
+    if len(is_number) != 3 or not all(is_number) or (key == "image_std" and min(value) <= 0):
+        raise UserError(f"{file} has {key} {value!r}; a list of three numbers{' above 0' * (key == 'image_std')} was expected")
+    return value
