@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from llavamed_jax.cli import common
-from llavamed_jax.errors import UserError
+from llavamed_jax.errors import UsageError, UserError
 
 HELP = "/image FILE adds an image to the next message, /clear starts anew, an empty line or Ctrl-D ends"
 
@@ -25,6 +25,9 @@ def program(argv: Sequence[str]) -> None:
     parser.add_argument("--max_new_tokens", type=int, default=512, metavar="N")
     parser.add_argument("--seed", type=int, default=0, metavar="N")
     args = parser.parse_args(argv)
+    for name, least in (("max_new_tokens", 1), ("temperature", 0), ("seed", 0)):
+        if not getattr(args, name) >= least:  # nan too
+            raise UsageError(f"--{name} is {getattr(args, name)}; at least {least} was expected")
     model = common.load_assistant(args)
     print(f"{model.name}, research use only, never for clinical decisions. {HELP}")
     Chat(model, args).run()
@@ -46,7 +49,7 @@ class Chat:
             try:
                 if command == "/clear":
                     self.messages, self.images = [], []
-                elif command == "/image":
+                elif command == "/image" and rest:
                     self.add_image(rest.strip())
                 elif command.startswith("/"):
                     print(HELP)

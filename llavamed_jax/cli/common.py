@@ -232,7 +232,9 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def load_assistant(args: argparse.Namespace):
-    """The LlavaMed that the flags `--checkpoint` and those of `add_model_flags` name."""
+    """The LlavaMed that the flags `--checkpoint` and those of `add_model_flags` name; says which vision tower it has."""
     from llavamed_jax.assistant import load  # brings jax
-    return load(args.checkpoint, dtype=args.dtype, mesh=args.mesh, vision_tower=args.vision_tower,
-                tokenizer=args.tokenizer, template=args.template)
+    model = load(args.checkpoint, dtype=args.dtype, mesh=args.mesh, vision_tower=args.vision_tower,
+                 tokenizer=args.tokenizer, template=args.template)
+    print(f"{args.checkpoint}: vision tower: {model.tower}", file=sys.stderr)  # stdout is for answers and results
+    return model

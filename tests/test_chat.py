@@ -1,0 +1,151 @@
+"""The terminal chat: its commands, what an error or Ctrl-C leaves of a conversation, and one run of the real program."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from PIL import Image
+
+from llavamed_jax import chat, config
+from llavamed_jax.config import DecoderConfig, LlavaConfig, VisionConfig
+from llavamed_jax.data.chat import read_messages
+from llavamed_jax.data.images import load_image
+from llavamed_jax.errors import UserError
+
+TOKENIZER = Path(__file__).resolve().parent.parent / "samples" / "vqa_rad" / "tokenizer.model"
+
+
+class FakeModel:
+    """Answers with the number of the question and keeps what it was asked; `script` may raise between two pieces."""
+
+    name, tower = "fake", "the tensors in the checkpoint"
+
+    def __init__(self, script=None):
+        self.processor = SimpleNamespace(images=lambda paths: [load_image(path) for path in paths])
+        self.script, self.asked, self.settings = script or {}, [], []
+
+    def stream(self, messages, **settings):
+        read_messages(messages)  # what the real one refuses
+        self.asked.append(messages)
+        self.settings.append(settings)
+        yield f"answer {len(self.asked)}"
+        if len(self.asked) in self.script:
+            raise self.script[len(self.asked)]
+        yield ", whole"
+
+
+@pytest.fixture
+def talk(monkeypatch, capsys):
+    """Runs the program with the lines typed; returns the exit status, what was printed and the error lines."""
+    def run(model, *lines, flags=()):
+        typed = iter(lines)
+
+        def read(prompt):
+            line = next(typed, EOFError())
+            if isinstance(line, BaseException):
+                raise line
+            return line
+
+        monkeypatch.setattr("builtins.input", read)
+        monkeypatch.setattr(chat.common, "load_assistant", lambda args: model)
+        status = chat.main(["--checkpoint", "x", *flags])
+        printed = capsys.readouterr()
+        return status, printed.out, printed.err.splitlines()
+    return run
+
+
+@pytest.fixture
+def picture(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a b.png")
+    return str(tmp_path / "a b.png")
+
+
+def content(message):
+    return [part.get("text", part.get("image")) for part in message["content"]]
+
+
+def test_a_conversation_grows_and_an_image_goes_with_the_next_message_alone(talk, picture):
+    model = FakeModel()
+    flags = ["--image", picture, "--max_new_tokens", "7", "--seed", "3", "--temperature", "0"]
+    status, out, errors = talk(model, "What?", "  Where? ", f"/image  {picture} ", "And here?", flags=flags)
+    assert (status, errors) == (0, [])
+    assert out.splitlines()[1:] == ["answer 1, whole", "answer 2, whole", "answer 3, whole"]
+    last = model.asked[-1]
+    assert [m["role"] for m in last] == ["user", "assistant"] * 2 + ["user"]
+    assert [content(m) for m in last[::2]] == [[picture, "What?"], ["Where?"], [picture, "And here?"]]
+    assert [m["content"] for m in last[1::2]] == ["answer 1, whole", "answer 2, whole"]
+    assert model.settings == [dict(max_new_tokens=7, temperature=0.0, seed=3)] * 3
+
+
+@pytest.mark.parametrize("end", [(), ("",), (KeyboardInterrupt(),)])
+def test_the_end_of_input_ends_with_0(talk, end):
+    model = FakeModel()
+    assert talk(model, "What?", *end)[0] == 0
+    assert len(model.asked) == 1
+
+
+def test_clear_forgets_messages_and_waiting_images(talk, picture):
+    model = FakeModel()
+    talk(model, "What?", f"/image {picture}", "/clear", "New?")
+    assert [content(m) for m in model.asked[-1]] == [["New?"]]
+
+
+def test_unknown_commands_and_an_image_without_a_name_print_the_help(talk):
+    model = FakeModel()
+    status, out, errors = talk(model, "/nonsense", "/image")
+    assert (status, errors, model.asked) == (0, [], [])
+    assert out.splitlines()[1:] == [chat.HELP] * 2
+
+
+def test_an_image_that_cannot_be_read_is_said_at_once_and_not_kept(talk, tmp_path):
+    model = FakeModel()
+    (tmp_path / "text.png").write_text("no image")
+    status, _, errors = talk(model, f"/image {tmp_path / 'absent.png'}", f"/image {tmp_path / 'text.png'}", "What?")
+    assert status == 0 and len(errors) == 2
+    assert errors[0].startswith("error: ") and "absent.png does not exist" in errors[0] and "is not an image" in errors[1]
+    assert content(model.asked[-1][0]) == ["What?"]
+    assert talk(model, flags=["--image", "absent.png"])[0] == 1
+
+
+def test_an_error_keeps_the_conversation_and_the_image_that_waits(talk, picture):
+    model = FakeModel({2: UserError("the prompt has 9999 positions; at most 7 were expected")})
+    status, _, errors = talk(model, "What?", f"/image {picture}", "Too long", "Shorter")
+    assert status == 0 and errors == ["error: the prompt has 9999 positions; at most 7 were expected"]
+    assert [content(m) for m in model.asked[-1][::2]] == [["What?"], [picture, "Shorter"]]
+
+
+def test_messages_that_do_not_fit_are_one_sentence(talk, picture):
+    """A marker typed by hand, for which there is no image."""
+    status, _, errors = talk(FakeModel(), f"/image {picture}", "<image> and <image>?", "Fine?")
+    assert status == 0 and errors == ["error: message 0 has 1 images for 2 <image> markers"]
+
+
+def test_control_c_stops_an_answer_and_keeps_what_was_said(talk):
+    model = FakeModel({1: KeyboardInterrupt()})
+    status, out, _ = talk(model, "What?", "Go on")
+    assert status == 0 and "answer 1\nanswer 2, whole" in out
+    assert [m["content"] for m in model.asked[-1][1::2]] == ["answer 1"]
+
+
+@pytest.mark.parametrize("flags, sentence", [
+    (["--max_new_tokens", "0"], "--max_new_tokens is 0; at least 1"), (["--seed", "-1"], "--seed is -1; at least 0"),
+    (["--temperature", "nan"], "--temperature is nan; at least 0"), (["--temperature", "-0.1"], "--temperature is -0.1")])
+def test_settings_out_of_range_are_a_wrong_command_line(talk, flags, sentence):
+    status, out, errors = talk(FakeModel(), "What?", flags=flags)
+    assert (status, out) == (2, "") and len(errors) == 1 and errors[0].startswith(f"error: {sentence}")
+
+
+def test_the_program_on_a_model_of_random_weights(picture, monkeypatch, capsys):
+    """Names the tower that was used, refuses a long question in one sentence, and answers the next one."""
+    decoder = DecoderConfig(1024, 32, 64, 1, 4, 2, 8, 1e-5, 1e4, 256, architecture="mistral")
+    cfg = LlavaConfig(VisionConfig(32, 64, 2, 2, 28, 14), decoder, max_length=100, template="v1.5:mistral_instruct")
+    monkeypatch.setitem(config.PRESETS, "tiny", cfg)
+    lines = iter(["why " * 200, "What is shown?", ""])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    flags = ["--tokenizer", str(TOKENIZER), "--image", picture, "--max_new_tokens", "3"]
+    assert chat.main(["--checkpoint", "preset:tiny", *flags]) == 0
+    printed = capsys.readouterr()
+    tower, error = printed.err.splitlines()
+    assert tower == "preset:tiny: vision tower: random weights"
+    assert error.startswith("error: the prompt has ") and "at most 100 were expected" in error
+    assert printed.out.startswith("preset:tiny, research use only") and len(printed.out.splitlines()) >= 2
