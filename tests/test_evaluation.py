@@ -301,7 +301,7 @@ class FakeModel:
     """Answers with question and image name, so that a test sees which were put together."""
 
     def __init__(self, max_length=64):
-        self.processor, self.engine = FakeProcessor(), SimpleNamespace(max_prompt=max_length)
+        self.processor, self.engine = FakeProcessor(), SimpleNamespace(max_prompt=max_length, eos=2)
         self.batches, self.rows, self.settings = [], [], []
 
     def generate(self, conversations, **settings):
@@ -480,7 +480,7 @@ def test_a_list_of_held_out_images_that_does_not_fit(tmp_path):
     with pytest.raises(UserError, match="no row: nowhere.jpg"):
         vqa.load_samples("vqa_rad", SAMPLE, "test", "clean", path)
     path.write_text("[]")
-    with pytest.raises(UserError, match="was expected to be"):
+    with pytest.raises(UserError, match="holds a JSON list; an object was expected"):
         vqa.load_samples("vqa_rad", SAMPLE, "test", "clean", path)
     with pytest.raises(UsageError, match="slake"):
         vqa.load_samples("slake", SAMPLE, "test", "clean", path)

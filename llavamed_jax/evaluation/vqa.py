@@ -18,9 +18,11 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
+from llavamed_jax.checkpoints.files import read_json
 from llavamed_jax.data import datasets
 from llavamed_jax.data.datasets import VqaSample
 from llavamed_jax.errors import UsageError, UserError
+from llavamed_jax.generation.text import TextStream
 
 if TYPE_CHECKING:  # scoring predictions that exist must not import jax
     from llavamed_jax.assistant import LlavaMed
@@ -92,13 +94,7 @@ def _read_slake(root: str, split: str, protocol: str) -> list[VqaSample]:
 
 
 def _held_out_images(path: str) -> set[str]:
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"data.held_out: {path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise UserError(f"data.held_out: {path} is no JSON: {error}") from error
-    images = content.get("images") if isinstance(content, dict) else None
+    images = read_json(Path(path)).get("images")
     if not isinstance(images, list) or not images:
         raise UserError(f'data.held_out: {path} was expected to be {{"images": [at least one name]}}')
     return {str(image) for image in images}
@@ -153,11 +149,15 @@ def _ask_batch(model: LlavaMed, questions: Sequence[tuple[str, str]], generation
             answers[i] = Answer(completion.text, completion.finish_reason)
     cut = [i for i in range(len(rows)) if i not in answers]
     if cut:
+        from llavamed_jax.assistant import completion  # brings jax, as whoever made the model has
+
         images = [list(model.processor.images([questions[i][1]])) for i in cut]
         generated = model.generate_tokens([rows[i][:limit] for i in cut], images, **settings)
         for i, tokens in zip(cut, generated, strict=True):
-            reason = "length" if len(tokens) >= generation.max_new_tokens else "stop"
-            answers[i] = Answer(model.processor.decode(tokens).strip(), reason, len(rows[i]) - limit)
+            stream = TextStream(model.processor.decode)
+            stream.push(tokens)
+            answer = completion(stream, model.engine.eos)
+            answers[i] = Answer(answer.text, answer.finish_reason, len(rows[i]) - limit)
     return [answers[i] for i in range(len(rows))]
 
 
