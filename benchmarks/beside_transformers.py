@@ -44,7 +44,6 @@ class Pair:
     def __init__(self, B: int, T: int):
         cfg = preset("small")
         hf = transformers.LlavaConfig(**cfg.to_hf("transformers"))
-        hf.text_config.vocab_size += 1  # the row of <image>
         hf.text_config.eos_token_id = hf.text_config.pad_token_id = None  # nothing ends early
         torch.manual_seed(0)
         self.torch = transformers.LlavaForConditionalGeneration(hf).float()

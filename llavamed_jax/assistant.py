@@ -18,7 +18,7 @@ from llavamed_jax.config import IMAGE_TOKEN, PAD_TOKEN, LlavaConfig
 from llavamed_jax.data.chat import read_messages
 from llavamed_jax.data.processor import Processor, expand_images
 from llavamed_jax.errors import UserError
-from llavamed_jax.generation.engine import Engine, Request
+from llavamed_jax.generation.engine import Engine, Request, check_image
 from llavamed_jax.generation.text import TextStream
 from llavamed_jax.models.llava import Llava
 from llavamed_jax.parallel.mesh import batch_sharding, make_mesh
@@ -59,19 +59,20 @@ def load(path: str | Path, dtype=None, quantize=None, mesh: Mesh | str | None = 
     checkpoint = reader.open_checkpoint(path, vision_tower)
     processor = Processor.from_checkpoint(checkpoint, tokenizer=tokenizer, template=template)
     mesh = make_mesh(mesh) if isinstance(mesh, str) else mesh
-    if dtype is not None and np.dtype(_numpy_dtype(dtype)) == np.float32:
+    if dtype is not None and _numpy_dtype(dtype) == np.float32:
         jax.config.update("jax_default_matmul_precision", "highest")
     dtype = _numpy_dtype(dtype)
-    return LlavaMed(checkpoint.config, load_params(checkpoint, dtype), processor, dtype, mesh, name=Path(path).name)
+    return LlavaMed(checkpoint.config, load_params(checkpoint, dtype), processor, dtype, mesh, Path(path).name, checkpoint.tower)
 
 
 def _numpy_dtype(dtype):
     if dtype is None:
         return np.dtype(np.float32 if jax.default_backend() == "cpu" else ml_dtypes.bfloat16)
+    known = {np.dtype(t).name: np.dtype(t) for t in (np.float32, np.float16, ml_dtypes.bfloat16)}
     try:
-        return np.dtype({"bfloat16": ml_dtypes.bfloat16}.get(dtype, dtype) if isinstance(dtype, str) else dtype)
-    except TypeError:
-        raise UserError(f"the dtype {dtype!r} does not exist; float32, bfloat16 or float16 was expected") from None
+        return known[np.dtype(dtype).name]
+    except (KeyError, TypeError):
+        raise UserError(f"the dtype is {dtype!r}; float32, bfloat16 or float16 was expected") from None
 
 
 class LlavaMed:
@@ -84,11 +85,12 @@ class LlavaMed:
       dtype: of the computation.
       mesh: None is one device.
       name: what predictions call this model.
+      tower: which vision tower this is, in words.
     """
 
     def __init__(self, config: LlavaConfig, params, processor: Processor, dtype=jnp.float32, mesh: Mesh | None = None,
-                 name: str = "llavamed"):
-        self.config, self.processor, self.dtype, self.mesh, self.name = config, processor, dtype, mesh, name
+                 name: str = "llavamed", tower: str = ""):
+        self.config, self.processor, self.dtype, self.mesh, self.name, self.tower = config, processor, dtype, mesh, name, tower
         self.engine = Engine(config, jax.device_put(params) if mesh is None else params, dtype, mesh)
         self._forward = jax.jit(Llava(config, dtype).apply)
 
@@ -101,15 +103,15 @@ class LlavaMed:
         Returns:
           float32 [B,T,V]; unspecified where a row is padded.
         Raises:
-          ValueError: images and image positions that do not fit, with both numbers, or ids outside the vocabulary.
+          UserError: (a ValueError) images and image positions that do not fit, with both numbers, or ids outside the vocabulary.
         """
         ids = np.asarray(input_ids, np.int32)
         if ids.ndim != 2:
-            raise ValueError(f"input_ids has the shape {ids.shape}; [B,T] was expected")
+            raise UserError(f"input_ids has the shape {ids.shape}; [B,T] was expected")
         wrong = ids[(ids >= self.config.decoder.vocab_size) | ((ids < 0) & (ids != IMAGE_TOKEN) & (ids != PAD_TOKEN))]
         if wrong.size:
-            raise ValueError(f"input_ids holds {wrong[0]}; ids below {self.config.decoder.vocab_size}, {IMAGE_TOKEN} or "
-                             f"{PAD_TOKEN} were expected")
+            raise UserError(f"input_ids holds {wrong[0]}; ids below {self.config.decoder.vocab_size}, {IMAGE_TOKEN} or "
+                            f"{PAD_TOKEN} were expected")
         slots = self._slots(ids, pixel_values)
         segments = (ids != PAD_TOKEN).astype(np.int32)
         if self.mesh is None:
@@ -127,8 +129,10 @@ class LlavaMed:
         positions = (ids == IMAGE_TOKEN).sum(axis=1)
         images = np.zeros((0,)) if pixel_values is None else np.asarray(pixel_values, np.float32)
         if (positions % P).any() or positions.sum() != P * len(images):
-            raise ValueError(f"the rows have {positions.tolist()} image positions for {len(images)} images; {P} positions an "
-                             "image were expected")
+            raise UserError(f"the rows have {positions.tolist()} image positions for {len(images)} images; {P} positions an "
+                            "image were expected")
+        for image in images:
+            check_image(self.config, image, "pixel_values")
         if not len(images):
             return None
         counts = positions // P
@@ -148,11 +152,11 @@ class LlavaMed:
           rows: token ids; an image is one IMAGE_TOKEN or a run of P.
           images: the images of each row, float32 [H,W,3].
         Raises:
-          ValueError: images that do not fit their markers, or a row that is too long.
+          UserError: (a ValueError) images that do not fit their markers, or a row that is too long.
         """
         images = [[] for _ in rows] if images is None else images
         if len(images) != len(rows):
-            raise ValueError(f"{len(images)} lists of images were given for {len(rows)} rows; one a row was expected")
+            raise UserError(f"{len(images)} lists of images were given for {len(rows)} rows; one a row was expected")
         requests = self._requests([expand_images(row, self.config.tokens_per_image) for row in rows], images,
                                   max_new_tokens, temperature, top_p, top_k, num_beams, seed)
         return self.engine.generate(requests)
@@ -168,7 +172,7 @@ class LlavaMed:
         Returns:
           One Completion a conversation, in order.
         Raises:
-          ValueError: messages that cannot be read, images that do not fit, or a prompt that is too long.
+          UserError: (a ValueError) messages that cannot be read, images that do not fit, or a prompt that is too long.
         """
         prompts, images = zip(*map(self._encode, conversations)) if conversations else ((), ())
         requests = self._requests(prompts, images, max_new_tokens, temperature, top_p, top_k, num_beams, seed)
@@ -176,7 +180,7 @@ class LlavaMed:
         for i, ids in self.engine.stream(requests):
             streams[i].push(ids)
             requests[i].cancelled = streams[i].is_stopped
-        return [self._completion(s) for s in streams]
+        return [completion(s, self.config.decoder.eos_token_id) for s in streams]
 
     def stream(self, messages: Sequence[dict], max_new_tokens: int = 256, temperature: float = 0.0, top_p: float = 1.0,
                top_k: int = 0, seed: int = 0, stop: Sequence[str] = ()) -> Iterator[str]:
@@ -198,10 +202,12 @@ class LlavaMed:
 
     def _requests(self, prompts, images, max_new_tokens, temperature, top_p, top_k, num_beams, seed):
         if num_beams != 1:
-            raise ValueError(f"num_beams is {num_beams}; beam search is not supported yet and 1 was expected")
+            raise UserError(f"num_beams is {num_beams}; beam search is not supported yet and 1 was expected")
         if temperature < 0 or not 0 < top_p <= 1 or top_k < 0:
-            raise ValueError(f"temperature {temperature}, top_p {top_p}, top_k {top_k}: temperature >= 0, 0 < top_p <= 1 and "
-                             "top_k >= 0 were expected")
+            raise UserError(f"temperature {temperature}, top_p {top_p}, top_k {top_k}: temperature >= 0, 0 < top_p <= 1 and "
+                            "top_k >= 0 were expected")
+        if seed < 0:
+            raise UserError(f"the seed is {seed}; 0 or more was expected")
         # Rows of one call draw differently, and the same row of the same call draws the same again.
         seeds = [int(np.random.SeedSequence([seed, i]).generate_state(1)[0]) for i in range(len(prompts))]
         return [Request(list(ids), list(pixels), max_new_tokens, temperature, top_k, top_p, s)
@@ -210,6 +216,8 @@ class LlavaMed:
     def _text_stream(self, stop):
         return TextStream(self.processor.decode, [stop] if isinstance(stop, str) else stop)
 
-    def _completion(self, stream: TextStream) -> Completion:
-        ended = stream.is_stopped or self.config.decoder.eos_token_id in stream.token_ids[-1:]
-        return Completion(stream.text, stream.token_ids, "stop" if ended else "length")
+
+def completion(stream: TextStream, eos: int) -> Completion:
+    """What a finished text stream amounts to; `eos` is the id that ends a sequence."""
+    ended = stream.is_stopped or eos in stream.token_ids[-1:]
+    return Completion(stream.text, stream.token_ids, "stop" if ended else "length")

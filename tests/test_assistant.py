@@ -7,9 +7,12 @@ from pathlib import Path
 import hf
 import numpy as np
 import pytest
+import transformers
 from PIL import Image
 
 import llavamed_jax as lm
+from llavamed_jax.assistant import completion
+from llavamed_jax.errors import UserError
 from llavamed_jax.generation.text import TextStream
 
 torch = hf.torch
@@ -67,6 +70,13 @@ def test_bad_logits_calls_are_one_sentence(assistant, ids, images, sentence):
         assistant.logits(ids, hf.images(images) if images else None)
 
 
+def test_pixels_in_another_layout_or_size_are_refused(assistant):
+    ids = [[1] + [-200] * P]
+    for shape in ((1, 3, 28, 28), (1, 14, 14, 3), (1, 35, 28, 3)):
+        with pytest.raises(ValueError, match=r"image of shape .* \(28, 28, 3\) was expected"):
+            assistant.logits(ids, np.zeros(shape, np.float32))
+
+
 def test_generate_tokens_takes_one_marker_or_a_run(saved, assistant):
     images = [[x] for x in hf.images(2)]
     single = assistant.generate_tokens([[1, -200, 5, 6], [1, 9, -200]], images, max_new_tokens=6)
@@ -110,6 +120,57 @@ def test_stop_strings_end_the_text_and_an_empty_one_does_nothing(assistant):
     assert "".join(assistant.stream(messages, max_new_tokens=24, stop=(stop,))).strip() == stopped.text
 
 
+def test_settings_reach_the_engine(assistant):
+    rows = [[1, 5, 6], [1, 5, 6]]
+    greedy = assistant.generate_tokens(rows, max_new_tokens=8)
+    assert assistant.generate_tokens(rows, max_new_tokens=8, temperature=2.0, top_k=1) == greedy
+    assert assistant.generate_tokens(rows, max_new_tokens=8, temperature=2.0, top_p=1e-6) == greedy
+    hot = assistant.generate_tokens(rows, max_new_tokens=8, temperature=2.0)
+    assert hot[0] != hot[1] and hot != greedy  # equal rows of one call draw apart
+    assert assistant.generate_tokens(rows, max_new_tokens=8, temperature=2.0) == hot
+    assert assistant.generate_tokens(rows, max_new_tokens=8, temperature=2.0, seed=1) != hot
+
+
+def test_finish_reasons():
+    for ids, stop, reason in (([65, 66], (), "length"), ([65, 2], (), "stop"), ([65, 66], ("B",), "stop"), ([2, 65], (), "length")):
+        text = TextStream(decode, stop)
+        text.push(ids)
+        assert completion(text, eos=2).finish_reason == reason
+
+
+def test_a_stop_string_ends_the_work_too(assistant, monkeypatch):
+    messages, looks = ask("what is shown ?", picture()), []
+    free, = assistant.generate([messages], max_new_tokens=60)
+    decode_steps = assistant.engine._decode
+    monkeypatch.setattr(assistant.engine, "_decode", lambda *args: looks.append(0) or decode_steps(*args))
+    assistant.generate([messages], max_new_tokens=60, stop=(free.text[:2],))
+    assert len(looks) <= 1 < len(free.token_ids) / assistant.engine.steps
+
+
+def test_every_argument_of_load_counts(saved, tmp_path):
+    path, _ = saved
+    assert lm.load(path, dtype="bfloat16").engine.params["projector"]["linear_0"]["kernel"].dtype == "bfloat16"
+    tower = transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**hf.VISION))
+    hf.randomise(tower, seed=12)
+    tower.save_pretrained(tmp_path / "tower")
+    swapped = lm.load(path, vision_tower=tmp_path / "tower")
+    expected = next(x for name, x in tower.state_dict().items() if name.endswith("class_embedding"))
+    np.testing.assert_array_equal(swapped.engine.params["vision_tower"]["embeddings"]["class_embedding"], expected.numpy())
+    assert str(tmp_path / "tower") in swapped.tower and "in the checkpoint" in lm.load(path).tower
+    bare = shutil.copytree(path, tmp_path / "bare")
+    (bare / "tokenizer.model").unlink()
+    assert lm.load(bare, tokenizer=TOKENIZER).processor.encode("a") == lm.load(path).processor.encode("a")
+    for bad in (dict(dtype="int8"), dict(dtype=np.float64), dict(quantize="int8"), dict(adapter="x"), dict(mesh="tp=3")):
+        with pytest.raises(ValueError, match="expected"):
+            lm.load(path, **bad)
+
+
+@pytest.mark.parametrize("settings", [dict(seed=-1), dict(num_beams=2), dict(temperature=-1.0), dict(top_p=0.0), dict(top_k=-1)])
+def test_bad_settings_are_one_sentence(assistant, settings):
+    with pytest.raises(UserError, match="expected"):
+        assistant.generate_tokens([[1, 5]], **settings)
+
+
 def test_the_count_of_images_must_fit_the_markers(assistant):
     messages = [{"role": "user", "content": [{"type": "image", "image": picture()}, {"type": "text", "text": "<image> and <image> ?"}]}]
     with pytest.raises(ValueError, match="1 images for 2"):
@@ -142,5 +203,11 @@ def test_text_stream_holds_back_half_characters_and_half_stop_strings():
     pieces = [text.push([byte]) for byte in "é <b</s>x".encode()]
     assert pieces[:4] == ["", "é", "", ""][:2] + pieces[2:4] and "".join(pieces) == "é <b"
     assert "\N{REPLACEMENT CHARACTER}" not in "".join(pieces) and text.is_stopped and text.text == "é <b"
+    for stops in (["b", "x"], ["x", "b"]):  # the one that comes first in the text, not in the list
+        text = TextStream(decode, stop=stops)
+        text.push(list(b"a x b"))
+        assert text.text == "a"
+    text = TextStream(decode, stop=["###"])
+    assert "".join(text.push([b]) for b in b"yes \n###") + text.finish() == "yes" == text.text
     other = TextStream(decode, stop=["", "never"])
     assert "".join(other.push([b]) for b in b"one nev") + other.finish() == "one nev"

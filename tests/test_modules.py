@@ -179,6 +179,39 @@ def test_norms_in_bfloat16_are_the_float32_norm_rounded(norm):
     assert (np.abs(np.asarray(got, np.float32) - np.asarray(exact)) <= ulp).all()
 
 
+def test_layer_norm_far_from_zero():
+    """A mean of 300 at a deviation of 1: the variance as E[x^2] - E[x]^2 would lose most of its digits."""
+    x = (300 + rng.standard_normal((4, 256))).astype(np.float32)
+    expected = torch.nn.functional.layer_norm(torch.tensor(x).double(), (256,), eps=1e-5).numpy()
+    params = {"params": {"scale": jnp.ones(256), "bias": jnp.zeros(256)}}
+    assert largest(layers.LayerNorm(1e-5).apply(params, x), expected) <= 1e-4
+
+
+def test_scores_and_rope_are_float32_in_bfloat16():
+    """Only inputs and outputs are rounded: float32 on the same rounded inputs gives the same."""
+    q, k, v = (jnp.asarray(rng.standard_normal(s) * 3, jnp.bfloat16) for s in ((1, 64, 4, 32), (1, 4, 64, 32), (1, 4, 64, 32)))
+    wide = [x.astype(jnp.float32) for x in (q, k, v)]
+    weights = jax.nn.softmax(jnp.einsum("BTNH,BNSH->BNTS", *wide[:2]) * 32**-0.5, axis=-1)
+    expected = jnp.einsum("BNTS,BNSH->BTNH", weights.astype(jnp.bfloat16).astype(jnp.float32), wide[2])
+    # One rounding of the output; scores of about 50 rounded to bfloat16 would be off by a tenth and more.
+    assert (np.abs(np.asarray(attention(q, k, v), np.float32) - expected) <= 2.0**-7 * np.abs(expected) + 1e-3).all()
+    tables = layers.rope_tables(jnp.arange(64)[None] + 2000, 32, 1e4)
+    rotated = layers.apply_rope(q, tables)
+    assert tables[0].dtype == jnp.float32 and rotated.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(rotated, layers.apply_rope(wide[0], tables).astype(jnp.bfloat16))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_head_keeps_float32_logits(tied):
+    model, cfg = hf.llava(text=dict(tie_word_embeddings=tied))
+    decoder = hf.params_of(model)["decoder"]
+    hidden = jnp.asarray(rng.standard_normal((1, 5, 64)), jnp.bfloat16)
+    got = Decoder(cfg.decoder, jnp.bfloat16).apply({"params": decoder}, hidden, method="logits")
+    kernel = decoder["embed_tokens"]["embedding"].T if tied else decoder["lm_head"]["kernel"]
+    expected = hidden.astype(jnp.float32) @ jnp.asarray(kernel, jnp.bfloat16).astype(jnp.float32)
+    assert got.dtype == jnp.float32 and largest(got, expected) <= 1e-5 * np.abs(expected).max()
+
+
 @pytest.fixture(scope="module")
 def unrolled_gradient():
     """Loss over one row with an image, and its gradient through unrolled layers, stacked for the comparison."""

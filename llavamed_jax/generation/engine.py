@@ -18,13 +18,15 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from llavamed_jax.config import IMAGE_TOKEN, LlavaConfig
+from llavamed_jax.errors import UserError
 from llavamed_jax.generation.cache import init_cache
 from llavamed_jax.generation.sampling import Sampling, next_token
-from llavamed_jax.models.llava import PARAM_AXES, Llava
-from llavamed_jax.parallel.mesh import batch_sharding, param_shardings
+from llavamed_jax.models.decoder import LayerCache
+from llavamed_jax.models.llava import PARAM_AXES, Llava, check_heads
+from llavamed_jax.parallel.mesh import batch_sharding, param_shardings, spec_of
 
 NO_TOKEN = -1  # in a finished row's part of the output
 
@@ -87,8 +89,13 @@ class Engine:
         self.model = Llava(cfg, dtype)
         self.params = params if mesh is None else jax.device_put(params, param_shardings(params, PARAM_AXES, mesh))
         self.eos = cfg.decoder.eos_token_id
-        self._prefill = jax.jit(self._prefill_batch, static_argnames="cache_length")
-        self._decode = jax.jit(self._decode_steps, donate_argnames="state")
+        shardings = {}, {}
+        if mesh is not None:
+            check_heads(cfg, mesh)
+            state = self._state_shardings(mesh)
+            shardings = {"out_shardings": state}, {"out_shardings": (state, batch_sharding(mesh))}
+        self._prefill = jax.jit(self._prefill_batch, static_argnames="cache_length", **shardings[0])
+        self._decode = jax.jit(self._decode_steps, donate_argnames="state", **shardings[1])
 
     @property
     def max_prompt(self) -> int:
@@ -106,7 +113,7 @@ class Engine:
         """Yields (index of the request, its next tokens) as they are made.
 
         Raises:
-          ValueError: a request whose images do not fit its markers, or that is too long. Nothing has run then.
+          UserError: (a ValueError) a request whose images do not fit its markers, or that is too long. Nothing has run then.
         """
         for i, request in enumerate(requests):
             self._check(request, f"request {i}" if len(requests) > 1 else "the prompt")
@@ -119,19 +126,20 @@ class Engine:
         P = self.cfg.tokens_per_image
         positions = sum(i == IMAGE_TOKEN for i in request.ids)
         if positions != P * len(request.images):
-            raise ValueError(f"{name} has {positions} image positions and {len(request.images)} images; {P} positions an image "
-                             "were expected")
+            raise UserError(f"{name} has {positions} image positions and {len(request.images)} images; {P} positions an image "
+                            "were expected")
         if not request.ids:
-            raise ValueError(f"{name} is empty; at least one token was expected")
+            raise UserError(f"{name} is empty; at least one token was expected")
         if len(request.ids) > self.max_prompt:
-            raise ValueError(f"{name} has {len(request.ids)} positions, images included; at most {self.max_prompt} were expected")
+            raise UserError(f"{name} has {len(request.ids)} positions, images included; at most {self.max_prompt} were expected")
         if request.max_new_tokens < 1:
-            raise ValueError(f"{name} asks for {request.max_new_tokens} new tokens; at least 1 was expected")
-        v = self.cfg.vision
+            raise UserError(f"{name} asks for {request.max_new_tokens} new tokens; at least 1 was expected")
+        ids, vocabulary = np.asarray(request.ids), self.cfg.decoder.vocab_size
+        wrong = ids[(ids >= vocabulary) | ((ids < 0) & (ids != IMAGE_TOKEN))]
+        if wrong.size:  # a lookup outside the table would give some row, and an answer to something else
+            raise UserError(f"{name} holds the id {wrong[0]}; ids from 0 to {vocabulary - 1}, or {IMAGE_TOKEN}, were expected")
         for image in request.images:
-            if np.shape(image) != (v.image_size, v.image_size, v.num_channels):
-                raise ValueError(f"{name} has an image of shape {np.shape(image)}; "
-                                 f"({v.image_size}, {v.image_size}, {v.num_channels}) was expected")
+            check_image(self.cfg, image, name)
 
     def _run_batch(self, requests, indices):
         rows = [requests[i] for i in indices]
@@ -155,6 +163,13 @@ class Engine:
         """Calls a program with the mesh in context; never across a `yield`, where the caller's code would run in it."""
         with jax.set_mesh(self.mesh) if self.mesh is not None else contextlib.nullcontext():
             return program(*args, **kwargs)
+
+    def _state_shardings(self, mesh: Mesh) -> State:
+        """Said aloud, so that what prefill returns and what the loop returns are one type and compile one loop."""
+        rows = batch_sharding(mesh)
+        cache = NamedSharding(mesh, spec_of(("act_batch", "act_heads", None, None)))
+        caches = tuple(LayerCache(cache, cache) for _ in range(self.cfg.decoder.num_layers))
+        return State(rows, rows, rows, rows, rows, Sampling(rows, rows, rows, rows), caches)
 
     def _batch(self, rows: Sequence[Request]):
         """Host arrays of a batch: prompts padded to a bucket, rows to a power of two that the mesh divides."""
@@ -181,9 +196,8 @@ class Engine:
             top_p=np.array([r.top_p for r in rows] + [1] * len(fill), np.float32), keys=keys)
         batch = dict(ids=ids, pixels=pixels, lengths=np.array([len(r.ids) for r in rows] + fill, np.int32),
                      limit=np.array(limits + fill, np.int32))
-        if self.mesh is not None:
-            batch = jax.device_put(batch, batch_sharding(self.mesh))
-        return dict(**batch, sampling=sampling), max(cache_length, T)
+        batch = dict(**batch, sampling=sampling)
+        return (batch if self.mesh is None else jax.device_put(batch, batch_sharding(self.mesh))), max(cache_length, T)
 
     def _prefill_batch(self, params, ids, pixels, lengths, limit, sampling, *, cache_length: int) -> State:
         """Runs the prompts int32 [B,T] (real up to `lengths`) and draws each row's first token."""
@@ -192,8 +206,10 @@ class Engine:
         features = None if pixels is None else self.model.apply(variables, pixels, method="encode_images")
         x = self.model.apply(variables, ids, features, method="embed")
         positions = jnp.broadcast_to(jnp.arange(T), (B, T))
-        caches = init_cache(self.cfg.decoder, B, cache_length, self.dtype)
+        # A prompt looks at itself alone: it fills a cache of its own length, and room for the answer is added after.
+        caches = init_cache(self.cfg.decoder, B, T, self.dtype)
         x, caches = self.model.apply(variables, x, positions, caches, method="step")
+        caches = jax.tree.map(lambda c: jnp.pad(c, ((0, 0), (0, 0), (0, cache_length - T), (0, 0))), caches)
         # Only the last position of a prompt goes through the head.
         last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0]
         logits = self.model.apply(variables, last, method="logits")
@@ -227,10 +243,17 @@ class Engine:
 
 
 def _bucket(length: int) -> int:
-    """Lengths that are compiled: multiples of 64 up to 512, then of 256."""
-    step = 64 if length <= 512 else 256
+    """Lengths that are compiled: multiples of 64 up to 512, of 128 up to 1,024 (an image of 576 and its question), then of 256."""
+    step = 64 if length <= 512 else 128 if length <= 1024 else 256
     return -(-length // step) * step
 
 
 def _power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
+
+
+def check_image(cfg: LlavaConfig, image: np.ndarray, name: str) -> None:
+    """Raises UserError unless the image is float [height,width,channels] of the tower's size."""
+    expected = (cfg.vision.image_size, cfg.vision.image_size, cfg.vision.num_channels)
+    if np.shape(image) != expected:
+        raise UserError(f"{name} has an image of shape {np.shape(image)}; {expected} was expected")

@@ -40,7 +40,8 @@ class TextStream:
         self.token_ids += ids
         self.is_stopped = bool(self._stop) and any(s in self._decode(self.token_ids) for s in self._stop)
         text = self.text
-        return self._give(text if self.is_stopped else text[: self._certain(text)])
+        # White space at the end may turn out to stand before a stop string, and would then be stripped.
+        return self._give(text if self.is_stopped else text[: self._certain(text)].rstrip())
 
     def finish(self) -> str:
         """What was held back at the end of the answer."""
