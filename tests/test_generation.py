@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import transformers
+from jax.sharding import NamedSharding, PartitionSpec
 
 from llavamed_jax.generation.cache import cache_bytes, init_cache
 from llavamed_jax.generation.engine import Engine, Request
@@ -55,6 +56,15 @@ def engine(tiny):
     return Engine(*tiny[1:], batch_size=4, steps=4)
 
 
+@pytest.fixture(scope="module")
+def compilations():
+    """A list that grows by one with each program that XLA compiles."""
+    events = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, *_, **__: events.append(event) if event.endswith("backend_compile_duration") else None)
+    return events
+
+
 @pytest.mark.parametrize("model_args", [
     dict(seed=5), dict(architecture="llama", seed=6, text=dict(num_key_value_heads=4)),
     dict(seed=7, text=dict(sliding_window=9, rope_theta=1e6)),
@@ -84,6 +94,13 @@ def test_rows_that_end_at_different_steps(tiny, engine):
     assert len({len(row) for row in got}) > 1 and got[0][-1] == eos
 
 
+def test_an_answer_may_be_its_end_alone(tiny, engine):
+    _, cfg, params = tiny
+    first = engine.generate(requests())[0][0]
+    cfg = cfg.replace(decoder=dataclasses.replace(cfg.decoder, eos_token_id=first))
+    assert Engine(cfg, params, batch_size=4, steps=4).generate(requests()[:1]) == [[first]]
+
+
 def test_a_batch_gives_each_row_what_it_gives_alone(tiny, engine):
     _, cfg, params = tiny
     together = engine.generate(requests())
@@ -108,10 +125,45 @@ def test_cached_equals_uncached(tiny, engine):
 
 
 @pytest.mark.parametrize("spec", ["data=8", "data=2,tp=2,fsdp=2"])
-def test_a_mesh_gives_the_same_tokens(tiny, engine, spec):
+def test_a_mesh_gives_the_same_tokens(tiny, engine, spec, compilations):
     _, cfg, params = tiny
-    sharded = Engine(cfg, params, mesh=make_mesh(spec), batch_size=4, steps=4).generate(requests())
-    assert sharded == engine.generate(requests())
+    sharded = Engine(cfg, params, mesh=make_mesh(spec), batch_size=4, steps=4)
+    tokens, outside, compiled = [[] for _ in requests()], [], []
+    for index, new in sharded.stream(requests()):
+        tokens[index] += new
+        outside.append(jax.sharding.get_abstract_mesh().empty)
+        compiled.append(len(compilations))
+    assert tokens == engine.generate(requests())
+    assert all(outside)  # whoever consumes the stream is not inside the engine's mesh
+    # Four rows, four looks: the first look follows prefill, the second compiles the loop, and no other compiles it again.
+    assert compiled[0] < compiled[4] == compiled[-1]
+
+
+def test_nothing_is_compiled_after_warm_up(engine, compilations):
+    engine.generate(requests())
+    before = len(compilations)
+    assert engine.generate(requests(seed=3, temperature=0.7)) and len(compilations) == before
+
+
+def test_rows_and_heads_lie_on_the_mesh(tiny):
+    _, cfg, params = tiny
+    engine = Engine(cfg, params, mesh=make_mesh("data=2,fsdp=2,tp=2"), batch_size=4, steps=4)
+    batch, cache_length = engine._batch(requests())
+    state = engine._on_mesh(engine._prefill, engine.params, cache_length=cache_length, **batch)
+    rows = ("data", "fsdp")
+    cache = NamedSharding(engine.mesh, PartitionSpec(rows, "tp"))
+    assert all(leaf.sharding.is_equivalent_to(cache, leaf.ndim) for leaf in jax.tree.leaves(state.caches))
+    kernels = engine.params["decoder"]["layers_0"]["self_attn"]
+    assert [kernels[f"{p}_proj"]["kernel"].sharding.spec for p in "qkvo"] == [
+        PartitionSpec("fsdp", "tp")] * 3 + [PartitionSpec("tp", "fsdp")]
+    assert engine.params["decoder"]["lm_head"]["kernel"].sharding.spec == PartitionSpec("fsdp", "tp")
+    assert batch["ids"].sharding.spec == PartitionSpec(rows)
+
+
+def test_a_head_is_never_cut(tiny):
+    _, cfg, params = tiny
+    with pytest.raises(ValueError, match="decoder's key/value 2 heads are not divisible by the mesh axis tp of 4"):
+        Engine(cfg, params, mesh=make_mesh("data=2,tp=4"))
 
 
 def test_sampled_tokens_depend_on_the_seed_and_on_nothing_beside_them(engine):
@@ -168,6 +220,28 @@ def test_draws_have_the_softmax_distribution():
     assert ((counts[:4] - expected) ** 2 / expected).sum() < 16.27  # chi-square, 3 degrees of freedom, p = 0.001
 
 
+def test_settings_of_a_draw_are_applied_in_transformers_order():
+    """Temperature before top-p: at 0.5 fewer of these five hold 0.7 of the probability than at 1."""
+    n, logits = 20_000, np.array([1.0, 0.6, 0.2, 0.0, -0.4], np.float32)
+    keys = jax.vmap(jax.random.key)(jnp.arange(n))
+    settings = Sampling(jnp.full(n, 0.5), jnp.zeros(n, jnp.int32), jnp.full(n, 0.7), keys)
+    counts = np.bincount(np.asarray(next_token(jnp.tile(logits, (n, 1)), settings, jnp.zeros(n, jnp.int32))), minlength=5)
+    warped = transformers.TopPLogitsWarper(0.7)(None, transformers.TemperatureLogitsWarper(0.5)(None, torch.tensor(logits)[None]))[0]
+    expected = n * torch.softmax(warped, -1).numpy()
+    kept = expected > 0
+    assert kept.sum() < len(logits) and counts[~kept].sum() == 0
+    assert ((counts[kept] - expected[kept]) ** 2 / expected[kept]).sum() < 16.27  # chi-square, p = 0.001 at three degrees of freedom
+
+
+def test_a_row_draws_anew_at_each_step():
+    keys = jax.vmap(jax.random.key)(jnp.arange(64))
+    settings = Sampling(jnp.ones(64), jnp.zeros(64, jnp.int32), jnp.ones(64), keys)
+    flat = jnp.zeros((64, 1000))
+    first, second = (np.asarray(next_token(flat, settings, jnp.full(64, step))) for step in (0, 1))
+    assert (first != second).mean() > 0.9
+    np.testing.assert_array_equal(first, next_token(flat, settings, jnp.zeros(64, jnp.int32)))
+
+
 def test_cache_memory_is_its_formula(tiny):
     cfg = tiny[1].decoder
     caches = init_cache(cfg, 3, 128, jnp.bfloat16)
@@ -182,6 +256,8 @@ def test_bad_requests_are_one_sentence(tiny):
         (dataclasses.replace(good, ids=[], images=[]), "empty"),
         (dataclasses.replace(good, ids=[5] * 65, images=[]), "65 positions, images included; at most 64"),
         (dataclasses.replace(good, max_new_tokens=0), "0 new tokens"),
+        (dataclasses.replace(good, ids=[1, 96], images=[]), "holds the id 96; ids from 0 to 95, or -200"),
+        (dataclasses.replace(good, ids=[1, -7], images=[]), "holds the id -7"),
         (dataclasses.replace(good, images=[np.zeros((5, 5, 3))]), r"image of shape \(5, 5, 3\); \(28, 28, 3\)"),
     ]
     for request, sentence in bad:
