@@ -27,7 +27,7 @@ from ml_collections import ConfigDict
 from benchmarks.measure import append_row, circumstances
 from llavamed_jax.checkpoints.load import load_params
 from llavamed_jax.checkpoints.reader import open_checkpoint
-from llavamed_jax.config import IGNORE, IMAGE_TOKEN, preset
+from llavamed_jax.config import IGNORE, IMAGE_TOKEN, OURS, preset
 from llavamed_jax.generation.engine import Engine, Request
 from llavamed_jax.models.llava import Llava
 from llavamed_jax.parallel.mesh import make_mesh
@@ -43,7 +43,9 @@ class Pair:
 
     def __init__(self, B: int, T: int):
         cfg = preset("small")
-        hf = transformers.LlavaConfig(**cfg.to_hf("transformers"))
+        shapes = cfg.to_hf("transformers")
+        del shapes[OURS]  # which would have the rows that an export adds taken off again
+        hf = transformers.LlavaConfig(**shapes)
         hf.text_config.eos_token_id = hf.text_config.pad_token_id = None  # nothing ends early
         torch.manual_seed(0)
         self.torch = transformers.LlavaForConditionalGeneration(hf).float()

@@ -63,13 +63,15 @@ def parity(size: Size) -> dict:
 
     from llavamed_jax.checkpoints.load import load_params
     from llavamed_jax.checkpoints.reader import open_checkpoint
-    from llavamed_jax.config import IMAGE_TOKEN, preset
+    from llavamed_jax.config import IMAGE_TOKEN, OURS, preset
     from llavamed_jax.models.llava import Llava
 
     cfg = preset(size.preset)
     cfg = cfg.replace(vision=dataclasses.replace(cfg.vision, num_layers=size.parity_layers + 1),
                       decoder=dataclasses.replace(cfg.decoder, num_layers=size.parity_layers))
-    hf = transformers.LlavaConfig(**cfg.to_hf("transformers"))
+    shapes = cfg.to_hf("transformers")
+    del shapes[OURS]  # which would have the rows that an export adds taken off again
+    hf = transformers.LlavaConfig(**shapes)
     torch.manual_seed(0)
     reference = transformers.LlavaForConditionalGeneration(hf).float().eval()
     with torch.no_grad():
