@@ -266,6 +266,26 @@ def test_gradient_that_is_not_finite_moves_nothing(params):
     assert any(not np.array_equal(before[n], np.asarray(x)) for n, x in state.trainable.items())
 
 
+def test_update_that_is_not_finite_moves_nothing(params):
+    """Loss and gradient are finite; what the optimizer makes of them is not."""
+    mesh = make_mesh("data=1", jax.devices()[:1])
+    optimizer = optax.chain(optax.scale(1e38), optax.scale(1e38))
+    shardings = states.state_shardings(stack(params), ("projector/.*",), optimizer, mesh)
+    state = states.create(stack(params), ("projector/.*",), optimizer, mesh, jnp.float32)
+    before = {n: np.array(x) for n, x in state.trainable.items()}
+    summed = lambda tree, batch: (sum(x.sum() for x in jax.tree.leaves(tree["projector"])), jnp.float32(0))
+    state, metrics = make_train_step(summed, optimizer, lambda _: jnp.float32(0), mesh, shardings)(state, {})
+    assert float(metrics["skipped"]) == 1 and np.isfinite(float(metrics["grad_norm"])) and float(metrics["tokens"]) == 0
+    assert all(np.array_equal(before[n], np.asarray(x)) for n, x in state.trainable.items())
+
+
+def test_log_has_null_where_a_number_is_not_finite(tmp_path):
+    writer = metrics.MetricsWriter(tmp_path, 0, 1, "run")
+    writer.write(1, {"loss": float("nan"), "grad_norm": float("inf"), "tokens": 3, "mfu": None})
+    writer.close()
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "loss": null, "grad_norm": null, "tokens": 3, "mfu": null}\n'
+
+
 def test_gradient_is_taken_of_the_trainable_part_alone(params):
     """A frozen decoder's weights have no gradient: the step of stage 1 does fewer FLOPs than that of stage 2."""
     flops = []

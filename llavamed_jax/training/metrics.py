@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -92,9 +93,10 @@ class MetricsWriter:
 
     def write(self, step: int, metrics: Mapping[str, float | int | None]) -> None:
         """One line of `metrics.jsonl`, the same in TensorBoard, and where there is no bar a line for whoever reads along."""
-        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+        finite = {key: value if value is None or math.isfinite(value) else None for key, value in metrics.items()}
+        self._file.write(json.dumps({"step": step, **finite}, allow_nan=False) + "\n")  # JSON has no NaN: null
         self._file.flush()
-        for key, value in metrics.items():
+        for key, value in finite.items():
             if value is not None:
                 self._board.add_scalar(key, value, step)
         if self._bar is None or "loss" not in metrics:  # the bar shows the training loss itself

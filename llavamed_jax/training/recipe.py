@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import re
+
 from ml_collections import ConfigDict
 
 from llavamed_jax.errors import UsageError
@@ -32,6 +35,7 @@ POSITIVE = ("batch_size", "micro_batches", "epochs", "total_steps", "max_length"
             "optimizer.learning_rate", "optimizer.eps")
 NOT_NEGATIVE = ("data.row_length", "data.mean_length", "data.workers", "optimizer.warmup_ratio", "optimizer.weight_decay",
                 "optimizer.clip_norm", "checkpoint.every_steps", "checkpoint.every_minutes", "seed")
+SHARES = {"optimizer.b1": "0 or more and less than 1", "optimizer.b2": "0 or more and less than 1", "optimizer.warmup_ratio": "0 to 1"}
 
 
 def flatten(cfg: ConfigDict, prefix: str = "") -> dict:
@@ -67,9 +71,37 @@ def _check_value(key: str, value) -> None:
         raise UsageError(f"the config key {key!r} is {value!r}; {names} was expected")
     if key in CHOICES and value not in CHOICES[key]:
         raise UsageError(f"the config key {key!r} is {value!r}; {' or '.join(map(str, CHOICES[key]))} was expected")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UsageError(f"the config key {key!r} is {value!r}; a finite number was expected")
+    if key in SHARES and not (0 <= value < 1 or value == 1 and SHARES[key] == "0 to 1"):
+        raise UsageError(f"the config key {key!r} is {value!r}; {SHARES[key]} was expected")
     if not is_open and key in POSITIVE and value <= 0:
         raise UsageError(f"the config key {key!r} is {value!r}; more than 0 was expected")
     if not is_open and key in NOT_NEGATIVE and value < 0:
         raise UsageError(f"the config key {key!r} is {value!r}; 0 or more was expected")
-    if key == "trainable" and not value:
-        raise UsageError("the config key 'trainable' is empty; regular expressions over parameter names were expected")
+    if key == "trainable":
+        if not value:
+            raise UsageError("the config key 'trainable' is empty; regular expressions over parameter names were expected")
+        for regex in value:
+            _check_regex(key, regex)
+    if key == "optimizer.overrides":
+        for entry in value:
+            _check_override(key, entry)
+
+
+def _check_override(key: str, entry) -> None:
+    if not isinstance(entry, (list, tuple)) or len(entry) != 2:
+        raise UsageError(f"the config key {key!r} has {entry!r}; pairs of a regular expression and a learning rate were expected")
+    regex, rate = entry
+    _check_regex(key, regex)
+    if type(rate) not in (int, float) or not 0 <= rate < math.inf:  # NaN is in no range
+        raise UsageError(f"the config key {key!r} gives {regex!r} the learning rate {rate!r}; a finite number of 0 or more was expected")
+
+
+def _check_regex(key: str, regex) -> None:
+    if not isinstance(regex, str):
+        raise UsageError(f"the config key {key!r} has {regex!r}; a regular expression over parameter names was expected")
+    try:
+        re.compile(regex)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise UsageError(f"the config key {key!r} has {regex!r}, which is no regular expression: {error}") from None

@@ -44,8 +44,9 @@ def make_train_step(loss_fn: LossFn, optimizer: optax.GradientTransformation, sc
       micro_batches: M; the rows of a batch are worked through in M parts, and the update is that of the whole batch.
     Returns:
       (state, batch) -> (state, metrics). The old state's buffers are reused: it must not be touched again. Metrics are
-      float32 scalars: `loss` (a token's mean), `tokens` (supervised), `grad_norm` (before clipping), `learning_rate`,
-      `skipped` (1 where loss or gradient was not finite; then parameters and optimizer stay as they were).
+      float32 scalars: `loss` (a token's mean), `tokens` (supervised; 0 where there is none), `grad_norm` (before clipping),
+      `learning_rate`, `skipped` (1 where loss, gradient or the new parameters were not finite; then parameters and
+      optimizer stay as they were).
     """
 
     def step(state: TrainState, batch: Batch):
@@ -53,21 +54,24 @@ def make_train_step(loss_fn: LossFn, optimizer: optax.GradientTransformation, sc
             return loss_fn(merge(trainable, state.frozen), rows)
 
         total, count, grads = _accumulate(loss, state.trainable, batch, micro_batches)
-        count = jnp.maximum(count, 1.0)
-        grads = jax.tree.map(lambda g: g / count, grads)
+        divisor = jnp.maximum(count, 1.0)
+        grads = jax.tree.map(lambda g: g / divisor, grads)
         grad_norm = optax.tree.norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
-        is_finite = jnp.isfinite(total) & jnp.isfinite(grad_norm)
+        moved = optax.apply_updates(state.trainable, updates)
+        # The update too: a finite gradient may overflow in the optimizer, and then nothing would ever be finite again.
+        is_finite = jax.tree.reduce(lambda so_far, x: so_far & jnp.isfinite(x).all(), moved,
+                                    jnp.isfinite(total) & jnp.isfinite(grad_norm))
 
-        def keep_unless_finite(new, old):
+        def if_finite(new, old):
             return jax.tree.map(lambda n, o: jnp.where(is_finite, n, o), new, old)
 
-        metrics = dict(loss=total / count, tokens=count, grad_norm=grad_norm,
+        metrics = dict(loss=total / divisor, tokens=count, grad_norm=grad_norm,
                        learning_rate=schedule(state.step - state.skipped), skipped=1.0 - is_finite)
         state = state.replace(
             step=state.step + 1, skipped=state.skipped + (1 - is_finite.astype(jnp.int32)),
-            trainable=keep_unless_finite(optax.apply_updates(state.trainable, updates), state.trainable),
-            opt_state=keep_unless_finite(opt_state, state.opt_state))
+            trainable=if_finite(moved, state.trainable),
+            opt_state=if_finite(opt_state, state.opt_state))
         return state, metrics
 
     compiled = jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
