@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 
 import pytest
 from PIL import Image
@@ -81,6 +82,10 @@ def test_missing_images_are_counted(rad):
     (lambda d: (d / VQA_RAD_FILE).unlink(), "does not exist"), (lambda d: write(d / VQA_RAD_FILE, "[{"), "is no JSON"),
     (lambda d: write(d / VQA_RAD_FILE, [{"qid": 1}]), "row 0 of .* has no 'answer_type'"),
     (lambda d: write(d / VQA_RAD_FILE, [row(0, answer_type="MAYBE")]), "answer_type 'MAYBE'; OPEN or CLOSED"),
+    (lambda d: write(d / VQA_RAD_FILE, [row(0, image_name=None)]), "row 0 of .* has the image_name None; text"),
+    (lambda d: write(d / VQA_RAD_FILE, [row(0, image_name=3)]), "image_name 3; text"),
+    (lambda d: write(d / VQA_RAD_FILE, [row(0, answer=None)]), "answer None; text"),
+    (lambda d: write(d / VQA_RAD_FILE, [{**row(0), "qid": None}]), "qid None; text"),
     (lambda d: (d / "images").rename(d / "other"), "has no folder images/")])
 def test_bad_vqa_rad(rad, change, sentence):
     change(rad)
@@ -156,7 +161,7 @@ def test_an_image_that_no_text_marks_is_left_out_and_counted(tmp_path, caplog):
     ([{"conversations": [{"from": "human"}]}], "as turn 0"), ([record("a", "b", image=[1])], "has the image \\[1\\]"),
     ([{"conversations": [{"from": "human", "value": "x"}] * 2}], "does not alternate"),
     ([record("<image>", "b", image=["1", "2"])], "2 images for 1 <image> markers"),
-    ([record("<image>", "b")], "0 images for 1 <image> markers"), ([], "holds no training records")])
+    ("[" * 100_000, "nested too deeply"), ([record("<image>", "b")], "0 images for 1 <image> markers"), ([], "holds no training records")])
 def test_bad_llava_files(tmp_path, content, sentence):
     with pytest.raises(UserError, match=sentence) as error:
         read_training(write(tmp_path / "x.json", content))
@@ -168,6 +173,8 @@ def test_mixture_and_its_weights(rad, tmp_path):
     data = read_training([{"path": file, "weight": 0.5}, {"path": str(rad), "weight": 2}])
     assert data.sizes == [2, 6] and len(data) == 8
     for entries, sentence in (([], "is empty"), ([{"file": "x"}], "keys path, images and weight"),
+                              ([1], "1; {path"), ([str(file)], "{path"), ([{"path": 1}], "the path 1; text"),
+                              ([{"path": file, "weight": math.nan}], "a positive number"),
                               ([{"path": file, "weight": 0}], "a positive number was expected"),
                               ([{"path": file, "weight": 0.1}], "leaves none of its 4 records")):
         with pytest.raises(UserError, match=sentence):

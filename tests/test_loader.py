@@ -219,6 +219,19 @@ def test_too_many_broken_images_stop_the_run(processor, folder):
         next(loader.batches(TrainingData([records]), processor, 3, T))
 
 
+def test_broken_samples_of_one_id_are_counted_each(processor, folder):
+    records = [{**record(i, [folder / "broken.png"]), "id": "same"} for i in range(6)]
+    with pytest.raises(UserError, match="3 samples have an image that cannot be read"):
+        next(loader.batches(TrainingData([records]), processor, 3, T))
+
+
+def test_an_epoch_that_teaches_nothing_stops_the_run(processor, folder):
+    silent = [{**record(i), "conversations": record(i)["conversations"][:1]} for i in range(4)]
+    for records in (silent, [record(0, [folder / "broken.png"])]):
+        with pytest.raises(UserError, match=f"none of the {len(records)} samples of an epoch has a supervised token"):
+            take(loader.batches(TrainingData([records]), processor, 2, T))
+
+
 def test_one_broken_sample_counts_once_over_the_epochs(processor, folder):
     records = [record(0, [folder / "broken.png"]), record(1, [folder / "0.png"])]
     batches = loader.batches(TrainingData([records]), processor, 2, T, epochs=3)

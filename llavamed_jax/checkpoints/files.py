@@ -36,6 +36,8 @@ def parse_json(text: str, name: str) -> Any:
         return json.loads(text)
     except ValueError as error:
         raise UserError(f"{name} is no JSON: {error}") from None
+    except RecursionError:
+        raise UserError(f"{name} is nested too deeply to be read as JSON") from None
 
 
 def write_json(file: Path, value: dict) -> None:

@@ -7,6 +7,7 @@ whatever it was read from. A question of a VQA set is a `VqaSample`; `to_llava` 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,13 +15,14 @@ from typing import Any
 
 from llavamed_jax.checkpoints.files import parse_json
 from llavamed_jax.data.conversation import IMAGE_MARKER
-from llavamed_jax.errors import UserError
+from llavamed_jax.errors import UsageError, UserError
 
 log = logging.getLogger(__name__)
 
 VQA_RAD_FILE = "VQA_RAD Dataset Public.json"
 _VQA_RAD_IMAGES = ("images", "VQA_RAD Image Folder")  # the second as on osf.io
 _VQA_RAD_TYPES = {"PRSE": "PRES", "ATRIB": "ATTRIB"}  # typos in the published file
+_WORDS = (str, int, float)  # what the published files have as text: some answers are numbers
 _SLAKE_FILES = {"train": "train.json", "validation": "validate.json", "test": "test.json"}
 # Questions, open, closed of the whole sets (spec 3.1).
 PUBLISHED = {
@@ -86,7 +88,7 @@ def read_vqa_rad(root: str | Path, split: str = "test", protocol: str = "clean")
     pairs = [(row, _vqa_rad_sample(row, images, file, i)) for i, row in enumerate(rows)]
     samples = [s for _, s in pairs if split == "all" or (split == "test") == s.phrase_type.startswith("test_")]
     if protocol == "paper" and split != "test":
-        frames = [_frame(row, s) for row, s in pairs if row.get("question_frame", "NULL") != "NULL"]
+        frames = [_frame(row, s) for row, s in pairs if row.get("question_frame") not in (None, "NULL")]
         leaked = sum(s.phrase_type.startswith("test_") for s in frames)
         log.warning("VQA-RAD, protocol paper: %d rephrasings added to the training rows, %d of them of test questions: "
                     "test answers leak into training, as in the paper", len(frames), leaked)
@@ -99,11 +101,11 @@ def _vqa_rad_sample(row: dict, images: Path, file: Path, index: int) -> VqaSampl
     get = _getter(row, file, index)
     answer_type = _answer_type(get("answer_type"), file, index)
     kinds = [_VQA_RAD_TYPES.get(k.strip().upper(), k.strip().upper()) for k in str(get("question_type")).split(",")]
-    qid = str(get("qid"))
+    qid = str(get("qid", _WORDS))
     return VqaSample(
-        int(qid) if qid.isdigit() else qid, images / get("image_name"), str(get("question")).strip(), str(get("answer")).strip(),
-        answer_type, question_type=", ".join(sorted(kinds)), organ=str(get("image_organ")).strip(),
-        phrase_type=str(get("phrase_type")))
+        int(qid) if qid.isdigit() else qid, images / get("image_name", str), str(get("question", _WORDS)).strip(),
+        str(get("answer", _WORDS)).strip(), answer_type, question_type=", ".join(sorted(kinds)), organ=str(get("image_organ")).strip(),
+        phrase_type=get("phrase_type", str))
 
 
 def _frame(row: dict, sample: VqaSample) -> VqaSample:
@@ -132,7 +134,7 @@ def read_slake(root: str | Path, split: str = "test", lang: str | None = "en") -
 def _slake_sample(row: dict, images: Path, file: Path, index: int) -> VqaSample:
     get = _getter(row, file, index)
     return VqaSample(
-        get("qid"), images / get("img_name"), str(get("question")).strip(), str(get("answer")).strip(),
+        get("qid", _WORDS), images / get("img_name", str), str(get("question", _WORDS)).strip(), str(get("answer", _WORDS)).strip(),
         _answer_type(get("answer_type"), file, index), question_type=get("content_type"), organ=get("location"),
         modality=get("modality"), language=get("q_lang"))
 
@@ -195,7 +197,7 @@ def read_training(data, images: str | Path | None = None, protocol: str = "clean
     Raises:
       UserError: a file that is missing or no JSON, a record that is malformed (file, index, what was expected), no records.
     """
-    if not isinstance(data, (str, Path)):
+    if isinstance(data, (list, tuple)):
         return _read_mixture(data, images, protocol, split)
     path = Path(data)
     if path.name == VQA_RAD_FILE or (path / VQA_RAD_FILE).is_file():
@@ -214,13 +216,18 @@ def read_training(data, images: str | Path | None = None, protocol: str = "clean
 def _read_mixture(entries, images, protocol, split) -> TrainingData:
     sources, weights = [], []
     for entry in entries:
+        if not hasattr(entry, "keys"):  # a ConfigDict is no Mapping
+            raise UsageError(f"an entry of the training data is {entry!r}; {{path, images, weight}} was expected")
         entry = dict(entry)
         unknown = set(entry) - {"path", "images", "weight"}
         if "path" not in entry or unknown:
-            raise UserError(f"an entry of the training data is {entry}; the keys path, images and weight were expected")
+            raise UsageError(f"an entry of the training data is {entry}; the keys path, images and weight were expected")
+        for key in ("path", "images"):
+            if not (isinstance(entry.get(key, ""), (str, Path)) or key == "images" and entry[key] is None):
+                raise UsageError(f"an entry of the training data has the {key} {entry[key]!r}; text was expected")
         weight = entry.get("weight", 1.0)
-        if not isinstance(weight, (int, float)) or weight <= 0:
-            raise UserError(f"the weight of {entry['path']} is {weight!r}; a positive number was expected")
+        if type(weight) not in (int, float) or not 0 < weight < math.inf:
+            raise UsageError(f"the weight of {entry['path']} is {weight!r}; a positive number was expected")
         part = read_training(entry["path"], entry.get("images", images), protocol, split)
         if not round(weight * len(part)):
             raise UserError(f"the weight {weight} of {entry['path']} leaves none of its {len(part)} records in an epoch")
@@ -299,6 +306,8 @@ def _read_rows(file: Path) -> list:
         raise UserError(f"the data file {file} does not exist")
     try:
         text = file.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{file} is not UTF-8 text; a JSON list or JSON lines were expected") from error
     if text.lstrip().startswith("["):
@@ -308,9 +317,11 @@ def _read_rows(file: Path) -> list:
 
 
 def _getter(row: Any, file: Path, index: int):
-    def get(key):
+    def get(key, kind=object):
         if not isinstance(row, dict) or key not in row:
             raise UserError(f"row {index} of {file} has no {key!r}; the official layout was expected")
+        if not isinstance(row[key], kind):
+            raise UserError(f"row {index} of {file} has the {key} {row[key]!r}; text was expected")
         return row[key]
     return get
 

@@ -22,6 +22,7 @@ import numpy as np
 from absl import flags
 from grain.experimental import index_shuffle
 
+from llavamed_jax.config import IGNORE
 from llavamed_jax.data import transforms
 from llavamed_jax.data.datasets import TrainingData
 from llavamed_jax.data.processor import Processor
@@ -100,7 +101,7 @@ class BatchMaker:
 
     def __call__(self, number: int) -> tuple[dict[str, np.ndarray], dict]:
         batch = transforms.empty_batch(self.rows, self.length, self.num_images, self.processor.image_size)
-        report = {"skipped": [], "truncated": 0, "unsupervised": 0}
+        report = {"skipped": [], "places": [], "truncated": 0, "unsupervised": 0}
         first = self.start + number * self.batch_size + self.offset
         for row, position in enumerate(range(first, min(first + self.rows, self.stop))):
             epoch, source, index = self.stream.locate(position)
@@ -109,6 +110,7 @@ class BatchMaker:
             pixels, broken = transforms.read_images(example, self.processor)
             if broken:
                 report["skipped"].append({"id": record["id"], "epoch": epoch, **broken})
+                report["places"].append((source, index))
                 continue
             report["truncated"] += example.is_truncated
             report["unsupervised"] += not example.is_supervised
@@ -131,28 +133,39 @@ class Loader:
         # Closes it with this object or, before modules are torn down (grain's destructors need them), with the program.
         weakref.finalize(self, _close, self._running)
         self.skipped: list[dict] = []
+        self._broken: set[tuple[int, int]] = set()  # (source, index) of what was skipped: ids may be equal
+        self._barren = 0  # samples since the last one with a supervised token
         self.truncated = self.unsupervised = 0
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
         return self
 
     def __next__(self) -> dict[str, np.ndarray]:
-        """The next batch. Raises UserError when more samples were skipped than the limit allows."""
+        """The next batch.
+
+        Raises:
+          UserError: more samples were skipped than the limit allows, or a whole epoch of an endless stream had no supervised token.
+        """
         if not self._running:
             self._running.append(self._start())
         batch, report = next(self._running[0])
-        self._position = min(self._position + self._make.batch_size, self._make.stop)
+        before, self._position = self._position, min(self._position + self._make.batch_size, self._make.stop)
         self.truncated += int(report["truncated"])
         self.unsupervised += int(report["unsupervised"])
         for entry in report["skipped"]:
             self.skipped.append(entry)
             if self._on_skip is not None:
                 self._on_skip(entry)
-        ids = {str(entry["id"]) for entry in self.skipped}
-        if len(ids) > self._skip_limit:
+        self._broken.update((int(source), int(index)) for source, index in report["places"])
+        if len(self._broken) > self._skip_limit:
             self.close()
-            raise UserError(f"{len(ids)} samples have an image that cannot be read, more than the {self._skip_limit} that are "
+            raise UserError(f"{len(self._broken)} samples have an image that cannot be read, more than the {self._skip_limit} that are "
                             f"skipped; the last: {self.skipped[-1]['reason']}")
+        self._barren = 0 if (batch["labels"] != IGNORE).any() else self._barren + self._position - before
+        if self._make.stop == _ENDLESS and self._barren >= len(self._make.stream):
+            self.close()
+            raise UserError(f"none of the {len(self._make.stream)} samples of an epoch has a supervised token: their images cannot be "
+                            "read, they have no turn of gpt, or max_length cuts it off")
         # Out of the worker's shared memory, which would otherwise live as long as the last array made from it.
         return {name: np.array(array) for name, array in batch.items()} if self._workers else batch
 
