@@ -2,11 +2,13 @@
 reach the model. Each assertion fails for one way to mix them up."""
 
 import json
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from llavamed_jax.cli import eval as cli
 from llavamed_jax.cli.common import load_config
 from llavamed_jax.data.datasets import VqaSample, read_vqa_rad
 from llavamed_jax.data.processor import Processor
@@ -120,3 +122,71 @@ def test_a_cut_prompt_whose_last_allowed_token_ends_the_answer_is_finished(token
     assert answer.finish_reason == reason and answer.tokens_cut > 0
     assert answer.text == model.processor.decode(tokens).strip()
     assert model.settings == [dict(max_new_tokens=3, temperature=0.5, num_beams=1, seed=4)]
+
+
+class Stopping(Reader):
+    """Is interrupted by a signal in the batch after `batches`."""
+
+    def __init__(self, samples, batches):
+        super().__init__(samples)
+        self.left = batches
+
+    def generate(self, conversations, **settings):
+        if not self.left:
+            signal.raise_signal(signal.SIGTERM)
+        self.left -= 1
+        return super().generate(conversations, **settings)
+
+
+def test_an_evaluation_that_a_signal_stopped_goes_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    argv = ["--config", f"{ROOT / 'configs/eval/vqa_rad.py'}:demo", "--checkpoint", "runs/x", "--control", "image", "--workdir"]
+    samples = evaluation(tmp_path / "w", ":demo", **{"data.held_out": SAMPLE / "held_out.json"}).samples
+    batches = -(-len(samples) // 16)
+
+    def start(model, workdir, *more):
+        monkeypatch.setattr(cli.common, "load_assistant", lambda args: model)
+        return cli.main([*argv, str(tmp_path / workdir), *more])
+
+    assert start(Stopping(samples, 2), "w") == 75
+    assert "stopped; 32 answers are kept" in capsys.readouterr().err
+    with (tmp_path / "w" / "predictions.jsonl.partial").open("a") as file:
+        file.write('{"start": 32, "ans')  # as a process leaves it that was killed while it wrote
+    second = Stopping(samples, batches - 2 + 1)
+    assert start(second, "w") == 75 and second.settings[0]["seed"] == 32, "what was answered is not asked again"
+    assert start(Reader(samples), "w") == 0 and start(Reader(samples), "whole") == 0
+    for name in ("predictions.jsonl", "predictions_control_image.jsonl", "metrics.json"):
+        assert (tmp_path / "w" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert not list((tmp_path / "w").glob("*.partial"))
+    assert start(Stopping(samples, 2), "other") == 75
+    other = Reader(samples)
+    assert start(other, "other", "--config.seed=1") == 0 and len(other.settings) == 2 * batches, "of another seed nothing is kept"
+    assert "asked anew" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("more, status, sentence", [
+    (["--workdir", "file"], 1, "the workdir file is a file"),
+    (["--workdir", ""], 2, "the workdir is empty"),
+    (["--config.seed=-1"], 2, "seed is -1; 0 to 2147483647 was expected"),
+    (["--config.generation.temperature=nan"], 2, "generation.temperature is nan; a number of at least 0"),
+    (["--config.data.split=x"], 2, "data.split is 'x'"),
+    (["--template", "foo"], 2, "--template: the template 'foo' does not exist; one of v1.5:"),
+    (["--checkpoint", "preset:x"], 2, "--checkpoint: the preset 'x' does not exist; one of small"),
+])
+def test_settings_that_are_wrong_are_said_before_a_model_is_loaded(more, status, sentence, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    held_out = [f"--config.data.root={SAMPLE}", f"--config.data.held_out={SAMPLE / 'held_out.json'}"]
+    argv = ["--config", f"{ROOT / 'configs/eval/vqa_rad.py'}:demo", *held_out, "--workdir", "w", "--checkpoint", "nowhere", *more]
+    monkeypatch.setattr("llavamed_jax.cli.common.load_assistant", None)
+    assert cli.main(argv) == status
+    error = capsys.readouterr().err
+    assert sentence in error and error.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_lone_surrogate_in_an_answer_is_written_escaped(tmp_path):
+    job = evaluation(tmp_path)
+    (tmp_path / "p.jsonl").write_text("".join(f'{{"question_id": "{s.question_id}", "text": "no \\ud800"}}\n' for s in job.samples))
+    job.score_file(tmp_path / "p.jsonl")
+    assert "no \\ud800" in (tmp_path / "report.html").read_text(encoding="utf-8")

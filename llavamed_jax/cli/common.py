@@ -224,15 +224,30 @@ def recipe_arguments(text: str, *, epochs: int | None = None, protocol: str | No
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
     """The words of `llavamed_jax.load` as flags, beside a `--checkpoint` of the parser's own."""
     group = parser.add_argument_group("model")
-    group.add_argument("--vision_tower", metavar="PATH", help="a CLIP directory instead of the checkpoint's own tower")
-    group.add_argument("--tokenizer", metavar="PATH", help="a tokenizer instead of the checkpoint's own")
-    group.add_argument("--template", metavar="NAME", help="a conversation template, for example v1.5:mistral_instruct")
-    group.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on an accelerator, float32 on a CPU")
-    group.add_argument("--mesh", metavar="SIZES", help="for example data=2,tp=4; default: one device")
+    group.add_argument("--vision_tower", metavar="PATH", help="a CLIP tower, not the checkpoint's own")
+    group.add_argument("--tokenizer", metavar="PATH", help="a tokenizer, not the checkpoint's own")
+    group.add_argument("--template", metavar="NAME", help="such as v1.5:mistral_instruct")
+    dtypes = ("float32", "bfloat16", "float16")
+    group.add_argument("--dtype", metavar="TYPE", choices=dtypes, help="float32 (CPU), bfloat16 (else) or float16")
+    group.add_argument("--mesh", metavar="SIZES", help="such as data=2,tp=4; default: one device")
+
+
+def check_model_flags(args: argparse.Namespace) -> None:
+    """Refuses a template or a preset that does not exist, before anything is loaded or written."""
+    from llavamed_jax.config import preset
+    from llavamed_jax.data.conversation import get_template
+    checks = [("--checkpoint", preset, args.checkpoint.removeprefix("preset:"))] if args.checkpoint.startswith("preset:") else []
+    checks += [("--template", get_template, args.template)] if args.template is not None else []
+    for flag, check, value in checks:
+        try:
+            check(value)
+        except UserError as error:
+            raise UsageError(f"{flag}: {error}") from error
 
 
 def load_assistant(args: argparse.Namespace):
     """The LlavaMed that the flags `--checkpoint` and those of `add_model_flags` name; says which vision tower it has."""
+    check_model_flags(args)
     from llavamed_jax.assistant import load  # brings jax
     model = load(args.checkpoint, dtype=args.dtype, mesh=args.mesh, vision_tower=args.vision_tower,
                  tokenizer=args.tokenizer, template=args.template)

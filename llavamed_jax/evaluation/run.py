@@ -6,8 +6,10 @@ import datetime
 import hashlib
 import importlib.metadata
 import json
+import math
 import platform
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +19,7 @@ from ml_collections import ConfigDict
 from llavamed_jax.data import datasets
 from llavamed_jax.errors import UsageError, UserError
 from llavamed_jax.evaluation import controls, report, scoring, vqa
+from llavamed_jax.evaluation.partial import Partial
 
 if TYPE_CHECKING:
     from llavamed_jax.assistant import LlavaMed
@@ -27,13 +30,17 @@ class Evaluation:
 
     Args:
       cfg: an eval config (`configs/eval/*.py`).
-      workdir: where `predictions.jsonl`, `metrics.json` and `report.html` go; created when first written to.
+      workdir: where `predictions.jsonl`, `metrics.json` and `report.html` go; created here.
     Raises:
-      UsageError: a setting that is wrong. UserError: data that cannot be read or hold no question.
+      UsageError: a setting that is wrong. UserError: data that cannot be read or hold no question; a workdir that cannot
+        be written to.
     """
 
     def __init__(self, cfg: ConfigDict, workdir: str | Path):
+        if not str(workdir):
+            raise UsageError("the workdir is empty; a directory was expected: --workdir DIR")
         self.cfg, self.workdir = cfg, Path(workdir)
+        self._partials: list[Partial] = []
         if cfg.protocol not in ("clean", "paper"):
             raise UsageError(f"protocol is {cfg.protocol!r}; clean or paper was expected")
         for key in ("max_new_tokens", "batch_size"):
@@ -41,29 +48,49 @@ class Evaluation:
                 raise UsageError(f"generation.{key} is {cfg.generation[key]}; at least 1 was expected")
         if cfg.generation.num_beams != 1:
             raise UsageError(f"generation.num_beams is {cfg.generation.num_beams}; 1 was expected, there is no beam search yet")
-        if cfg.generation.temperature < 0:
-            raise UsageError(f"generation.temperature is {cfg.generation.temperature}; at least 0 was expected")
+        if not 0 <= cfg.generation.temperature < math.inf:  # nan too
+            raise UsageError(f"generation.temperature is {cfg.generation.temperature}; a number of at least 0 was expected")
+        if not 0 <= cfg.seed < 2**31:
+            raise UsageError(f"seed is {cfg.seed}; 0 to {2**31 - 1} was expected")
         self.generation = vqa.Generation(**cfg.generation.to_dict(), seed=cfg.seed)
         self.samples, self.training = vqa.load_samples(
             cfg.data.name, cfg.data.root, cfg.data.split, cfg.protocol, cfg.data.held_out
         )
         if not self.samples:
             raise UserError(f"{cfg.data.root} holds no question of {cfg.data.name} {cfg.data.split}")
+        _check_writable(self.workdir)  # now, and not when hours of answers are to be written
 
-    def run(self, model: LlavaMed, checkpoint: str, with_control: bool = False) -> dict:
-        """Asks the model every question, and again with images exchanged where asked for; scores; writes the files."""
+    @property
+    def n_kept(self) -> int:
+        """How many answers are on the disk, to be taken over when the same evaluation is run again."""
+        return sum(map(len, self._partials))
+
+    def run(self, model: LlavaMed, checkpoint: str, with_control: bool = False, flags: Mapping[str, object] | None = None) -> dict:
+        """Asks the model every question, and again with images exchanged where asked for; scores; writes the files.
+
+        Each batch of answers is kept in a `.partial` file until all is done, and taken over by a run with the same
+        checkpoint, configuration, questions and `flags` (what else `load` was given).
+        """
+        key = self._key(checkpoint, flags or {})
         name = vqa.model_name(checkpoint)
         model.engine.batch_size = self.generation.batch_size
-        predictions = vqa.predict(model, self.samples, self.generation, name)
+        partial = self._partial("predictions.jsonl", key)
+        predictions = vqa.predict(model, self.samples, self.generation, name, partial=partial)
         self._write("predictions.jsonl", vqa.to_jsonl(predictions))
         control, extra = [], {}
         if with_control:
             shown = controls.exchanged_images(self.samples, self.cfg.seed)
-            control = vqa.predict(model, self.samples, self.generation, name, shown, "images exchanged")
+            partial = self._partial("predictions_control_image.jsonl", key)
+            control = vqa.predict(model, self.samples, self.generation, name, shown, "images exchanged", partial)
             self._write("predictions_control_image.jsonl", vqa.to_jsonl(control))
         if self.cfg.organ_question:
-            extra["organ"] = controls.organ_accuracy(lambda pairs: self._ask(model, pairs), self.samples)
-        return self._finish(predictions, control, extra, {"checkpoint": checkpoint, "device": _device()})
+            partial = self._partial("organ.jsonl", key)
+            extra["organ"] = controls.organ_accuracy(lambda pairs: self._ask(model, pairs, partial), self.samples)
+        metrics = self._finish(predictions, control, extra, {"checkpoint": checkpoint, "device": _device()})
+        for partial in self._partials:
+            partial.remove()
+        self._partials = []
+        return metrics
 
     def score_file(self, path: str | Path) -> dict:
         """Scores predictions that exist; no model is loaded."""
@@ -78,10 +105,30 @@ class Evaluation:
         variant = self.cfg.protocol if data.name == "vqa_rad" else "en"
         return datasets.describe(self.samples, data.name, data.split, variant)
 
-    def _ask(self, model: LlavaMed, pairs: Sequence[tuple[str, str]]) -> list[str]:
+    def _partial(self, name: str, key: Mapping) -> Partial:
+        partial = Partial(self.workdir / f"{name}.partial", key)
+        self._partials.append(partial)
+        return partial
+
+    def _key(self, checkpoint: str, flags: Mapping[str, object]) -> dict:
+        """What the answers follow from. Tensors count by their files' sizes and dates; to read them would take minutes."""
+        root = Path(checkpoint)
+        weights = sorted(p for pattern in ("*.safetensors", "*.bin") for p in root.glob(pattern)) if root.is_dir() else []
+        stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in weights]
+        files = [(str(path), _sha256(path.read_bytes())) for path in _checkpoint_files(checkpoint)]
+        questions = [(sample.question_id, sample.question, str(sample.image)) for sample in self.samples]
+        return {
+            "checkpoint": [checkpoint, files, stats],
+            "flags": dict(flags),
+            "config": self.cfg.to_dict(),
+            "questions": questions,
+            "version": _version("llavamed_jax"),
+        }
+
+    def _ask(self, model: LlavaMed, pairs: Sequence[tuple[str, str]], partial: Partial) -> list[str]:
         # The shifts of this control follow from one greedy answer an image, whatever the other questions are asked with.
         greedy = vqa.Generation(max_new_tokens=self.generation.max_new_tokens, batch_size=self.generation.batch_size)
-        return [answer.text for answer in vqa.ask(model, pairs, greedy, "organ question")]
+        return [answer.text for answer in vqa.ask(model, pairs, greedy, "organ question", partial)]
 
     def _finish(self, predictions: list[dict], control: list[dict], extra: dict, run: Mapping[str, str]) -> dict:
         cfg = self.cfg
@@ -104,15 +151,11 @@ class Evaluation:
         return metrics
 
     def _write(self, name: str, text: str) -> None:
-        try:
-            self.workdir.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"the workdir {self.workdir} cannot be created: {error.strerror or error}") from error
         vqa.write_text(self.workdir / name, text)
 
     def _details(self, run: Mapping[str, str], predictions: Sequence[Mapping]) -> dict[str, dict]:
         packages = ("llavamed_jax", "jax", "flax", "transformers", "numpy", "pillow", "nltk")
-        hashes = {"predictions": _sha256(vqa.to_jsonl(predictions).encode("utf-8"))}
+        hashes = {"predictions": _sha256(vqa.utf8(vqa.to_jsonl(predictions)))}
         root = Path(self.cfg.data.root)
         data = [root] if root.is_file() else sorted(root.glob("*.json"))
         files = [*data, *_checkpoint_files(run.get("checkpoint", ""))]
@@ -124,6 +167,18 @@ class Evaluation:
             "Versions": {"python": platform.python_version()} | {name: _version(name) for name in packages},
             "SHA-256": hashes,
         }
+
+
+def _check_writable(workdir: Path) -> None:
+    """Creates the directory and a file in it, which is gone again; UserError where that cannot be done."""
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=workdir):
+            pass
+    except FileExistsError as error:
+        raise UserError(f"the workdir {workdir} is a file; a directory was expected") from error
+    except OSError as error:
+        raise UserError(f"the workdir {workdir} cannot be written to: {error.strerror or error}") from error
 
 
 def _flat(config: Mapping, prefix: str = "") -> dict:

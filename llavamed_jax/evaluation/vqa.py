@@ -26,6 +26,7 @@ from llavamed_jax.generation.text import TextStream
 
 if TYPE_CHECKING:  # scoring predictions that exist must not import jax
     from llavamed_jax.assistant import LlavaMed
+    from llavamed_jax.evaluation.partial import Partial
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,8 @@ def load_samples(
     read = readers[name]
     if not held_out:
         return read(root, split, protocol), read(root, "train", protocol)
+    if split != "test":
+        raise UsageError(f"data.split is {split!r}; beside data.held_out, which asks rows of both splits, it may be test only")
     if name != "vqa_rad":
         raise UsageError(f"data.held_out holds out images of VQA-RAD; {name} has splits without common images: data.split")
     names = _held_out_images(held_out)
@@ -100,12 +103,19 @@ def _held_out_images(path: str) -> set[str]:
     return {str(image) for image in images}
 
 
-def ask(model: LlavaMed, questions: Sequence[tuple[str, str]], generation: Generation, title: str = "questions") -> list[Answer]:
+def ask(
+    model: LlavaMed,
+    questions: Sequence[tuple[str, str]],
+    generation: Generation,
+    title: str = "questions",
+    partial: Partial | None = None,
+) -> list[Answer]:
     """Asks a model about images: (question, image path) pairs -> answers in the same order.
 
     Pairs of one image are asked next to each other. A prompt that with its image is longer than the model takes (the
     checkpoint's `tokenizer_model_max_length`) is cut from the right, as the original does, which loses the end of the
-    instruction: it is counted, and a warning says how many.
+    instruction: it is counted, and a warning says how many. Each batch goes into `partial`; what stands there is not asked
+    again. A batch's seed follows from its place, so an interrupted run gives the answers of an uninterrupted one.
     """
     image_order = {image: position for position, image in reversed(list(enumerate(image for _, image in questions)))}
     order = sorted(range(len(questions)), key=lambda i: image_order[questions[i][1]])
@@ -113,7 +123,11 @@ def ask(model: LlavaMed, questions: Sequence[tuple[str, str]], generation: Gener
     advance, close = _progress(len(questions), title)
     for start in range(0, len(order), generation.batch_size):
         indices = order[start : start + generation.batch_size]
-        batch = _ask_batch(model, [questions[i] for i in indices], generation, generation.seed + start)
+        batch = partial.get(start) if partial is not None else None
+        if batch is None:
+            batch = _ask_batch(model, [questions[i] for i in indices], generation, generation.seed + start)
+            if partial is not None:
+                partial.add(start, batch)
         for i, answer in zip(indices, batch, strict=True):
             answers[i] = answer
         advance(len(indices))
@@ -191,15 +205,16 @@ def predict(
     model_id: str,
     shown: Sequence[str] | None = None,
     title: str = "questions",
+    partial: Partial | None = None,
 ) -> list[dict]:
-    """Predictions in the order of `samples`.
+    """Predictions in the order of `samples`; `partial` as in `ask`.
 
     Args:
       shown: the image that each question is asked about, where it is not the sample's own (control runs).
     """
     shown = shown or [str(sample.image) for sample in samples]
     prompts = [sample.question.replace("<image>", "").strip() for sample in samples]
-    answers = ask(model, list(zip(prompts, shown, strict=True)), generation, title)
+    answers = ask(model, list(zip(prompts, shown, strict=True)), generation, title, partial)
     return [
         {
             "question_id": sample.question_id,
@@ -238,14 +253,22 @@ def model_name(path: str) -> str:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file under a temporary name and renames it: under the final name it is whole or absent."""
+    """Writes a file under a temporary name and renames it: under the final name it is whole or absent.
+
+    A lone surrogate, which UTF-8 has no bytes for, is written as JSON escapes it.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(utf8(text))
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+def utf8(text: str) -> bytes:
+    """The bytes that `write_text` writes."""
+    return text.encode("utf-8", errors="backslashreplace")
 
 
 def to_jsonl(objects: Sequence[Mapping]) -> str:
