@@ -6,8 +6,9 @@ import argparse
 import math
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -20,7 +21,9 @@ from llavamed_jax.checkpoints.reader import Checkpoint, open_checkpoint, text_fi
 from llavamed_jax.checkpoints.torch_files import Tensor
 from llavamed_jax.checkpoints.writer import export, total_bytes
 from llavamed_jax.cli.common import Parser, run
-from llavamed_jax.errors import UsageError
+from llavamed_jax.data.conversation import get_template
+from llavamed_jax.data.tokenizer import Tokenizer
+from llavamed_jax.errors import UsageError, UserError
 
 _DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
@@ -43,25 +46,26 @@ def _program(argv: list[str]) -> int | None:
 
 def _checkpoint_flags(parser: argparse.ArgumentParser, path: str) -> None:
     parser.add_argument(path, required=True, **_PATH) if path.startswith("--") else parser.add_argument(path, **_PATH)
-    parser.add_argument("--vision_tower", metavar="PATH", help="a CLIP tower that is taken instead of the checkpoint's own")
-    parser.add_argument("--tokenizer", metavar="PATH", help="the directory, or the tokenizer.model, to take the tokenizer from")
-    parser.add_argument("--template", metavar="NAME", help="the conversation template that the result names, such as v1.5:mistral_instruct")
-    parser.add_argument("--dtype", choices=_DTYPES, help="of every tensor; without it each keeps its own")
+    parser.add_argument("--vision_tower", metavar="PATH", help="a CLIP tower, not the checkpoint's own")
+    parser.add_argument("--tokenizer", metavar="PATH", help="a tokenizer.model, or a directory with a tokenizer")
+    parser.add_argument("--template", metavar="NAME", help="template of the result: v1.5:mistral_instruct ...")
+    parser.add_argument("--dtype", choices=_DTYPES, metavar="TYPE", help="float32, float16 or bfloat16; else as it is")
 
 
-_PATH = dict(metavar="PATH", help="a directory in a PyTorch layout, a tree of this project or a step of it, owner/name of a hub, "
-             "or preset:NAME")
+_PATH = dict(metavar="PATH", help="directory or run, owner/name of a hub, preset:NAME")
 
 
 def _open(path: str, args: argparse.Namespace) -> Checkpoint:
     checkpoint = open_checkpoint(path, args.vision_tower).cast(_DTYPES.get(args.dtype))
     if args.template is not None:
+        _said_of("--template", get_template, args.template)
         checkpoint = checkpoint.replace(config=checkpoint.config.replace(template=args.template))
     if args.tokenizer is not None:
         source = Path(args.tokenizer)
         files = {"tokenizer.model": source} if source.is_file() and source.suffix == ".model" else text_files(source)
         if not any(name.startswith("tokenizer") for name in files):
             raise UsageError(f"--tokenizer {source} holds no tokenizer.model and no tokenizer.json")
+        _said_of("--tokenizer", Tokenizer.load, source)  # one that cannot be read is said before anything is written
         preprocessor = {n: f for n, f in checkpoint.files.items() if n == "preprocessor_config.json"}
         checkpoint = checkpoint.replace(files={**preprocessor, **files})
     print(f"{path}: {checkpoint.layout} layout, vision tower: {checkpoint.tower}")
@@ -69,6 +73,13 @@ def _open(path: str, args: argparse.Namespace) -> Checkpoint:
         checkpoint, sentence = with_projector(checkpoint, Path(args.projector))
         print(sentence)
     return checkpoint
+
+
+def _said_of(flag: str, check: Callable[[Any], object], value: Any) -> None:
+    try:
+        check(value)
+    except UserError as error:
+        raise UsageError(f"{flag}: {error}") from error
 
 
 def _bar(names: Iterable[str]) -> Iterable[str]:
@@ -81,7 +92,7 @@ def _report(tensors: Mapping[str, Tensor], out: str) -> None:
 
 def _import_flags(parser: argparse.ArgumentParser) -> None:
     _checkpoint_flags(parser, "--checkpoint")
-    parser.add_argument("--projector", metavar="FILE", help="an mm_projector.bin that is laid over the checkpoint's projector")
+    parser.add_argument("--projector", metavar="FILE", help="an mm_projector.bin in the projector's place")
     parser.add_argument("--out", required=True, metavar="DIR", help="a new directory for the result")
 
 
@@ -97,7 +108,7 @@ def _import(args: argparse.Namespace) -> None:
 def _export_flags(parser: argparse.ArgumentParser) -> None:
     _import_flags(parser)
     parser.add_argument("--layout", required=True, choices=("transformers", "llava"),
-                        help="transformers: LlavaForConditionalGeneration; llava: the original's own")
+                        metavar="LAYOUT", help="transformers, or llava (the original's own)")
 
 
 def _export(args: argparse.Namespace) -> None:
