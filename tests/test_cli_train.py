@@ -106,11 +106,20 @@ def test_help_ends_with_0(capsys):
     assert not ended.value.code and "--workdir" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("key, value, named", [
+    ("tokenizer", "absent.model", "absent.model"), ("init", "nowhere", "no such directory"), ("init", "preset:foo", "small, "),
+    ("template", "nonsense", "v1.5:mistral_instruct"),
+])
+def test_a_value_that_names_nothing_is_named_with_its_key(capsys, tmp_path, key, value, named):
+    status, line = complaint(capsys, "--config", CONFIGS / "demo.py", "--workdir", tmp_path, f"--config.{key}={value}")
+    assert status == 2 and f"{key!r} is {value!r}" in line and named in line
+    assert not (tmp_path / "recipe.json").exists()
+
+
 # ---- exit 1
 
 @pytest.mark.parametrize("key, value, named", [
-    ("data.train", "absent.json", "absent.json"), ("data.images", "nowhere", "nowhere"), ("tokenizer", "absent.model", "absent.model"),
-    ("init", "nowhere", "nowhere"),
+    ("data.train", "absent.json", "absent.json"), ("data.images", "nowhere", "nowhere"),
 ])
 def test_what_is_missing_is_named(capsys, tmp_path, key, value, named):
     status, line = complaint(capsys, "--config", CONFIGS / "demo.py", "--workdir", tmp_path, f"--config.{key}={value}")

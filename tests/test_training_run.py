@@ -151,6 +151,50 @@ def test_a_damaged_step_is_passed_over(finished, recipe, tmp_path, capsys):
     assert all(np.array_equal(a, b) for a, b in zip(tensors(workdir).values(), tensors(finished).values(), strict=True))
 
 
+@pytest.mark.parametrize("content", [None, "{}"], ids=["deleted", "empty"])
+def test_steps_of_which_none_is_intact_are_named_and_left_alone(finished, recipe, tmp_path, content):
+    workdir = tmp_path / "run"
+    shutil.copytree(finished, workdir)
+    for manifest in workdir.glob("checkpoints/*/manifest.json"):
+        manifest.unlink() if content is None else manifest.write_text(content)
+    before = snapshot(workdir)
+    with pytest.raises(UserError, match="none is intact.*checkpoints/8 .*checkpoints/3 "):
+        fit(recipe(), workdir)
+    assert snapshot(workdir) == before
+
+
+def test_a_recipe_that_failed_before_its_first_step_may_be_corrected(recipe, tmp_path):
+    with pytest.raises(UserError, match="max_length"):
+        fit(recipe(init="preset:small", tokenizer=SAMPLE / "tokenizer.model", max_length=5), tmp_path / "run")
+    assert {p.name for p in (tmp_path / "run").iterdir()} <= {".lock", "checkpoints"}
+
+    def crash(step, params):
+        raise RuntimeError("power cut")
+
+    with pytest.raises(RuntimeError):
+        fit(recipe(total_steps=1, trainable='["projector/.*"]'), tmp_path / "run", [crash])
+    assert fit(recipe(total_steps=1), tmp_path / "run") and len(tensors(tmp_path / "run")) > 5
+
+
+@pytest.mark.parametrize("text", ["[]", '{"recipe": [], "resolved": []}', None], ids=["list", "lists", "directory"])
+def test_a_damaged_recipe_is_named(finished, recipe, tmp_path, text):
+    shutil.copytree(finished, tmp_path / "run")
+    file = tmp_path / "run" / "recipe.json"
+    file.unlink()
+    file.mkdir() if text is None else file.write_text(text)
+    with pytest.raises(UserError, match="recipe.json is damaged"):
+        fit(recipe(), tmp_path / "run")
+
+
+def test_a_run_that_learns_nothing_does_not_finish(recipe, data, tmp_path):
+    records = [{**r, "conversations": r["conversations"][:1]} for r in json.loads((data / "train.json").read_text())]
+    (tmp_path / "train.json").write_text(json.dumps(records))
+    for updates, sentence in ((1, "has a supervised token, so nothing was trained"), (8, "none of the 12 samples of an epoch")):
+        with pytest.raises(UserError, match=sentence):
+            fit(recipe(**{"data.train": tmp_path / "train.json", "total_steps": updates}), tmp_path / f"run{updates}")
+        assert not steps(tmp_path / f"run{updates}")
+
+
 def test_a_run_goes_on_on_another_mesh(finished, recipe, tmp_path, monkeypatch):
     """Saved on one device, restored onto eight: the same run up to the order of sums."""
     workdir = tmp_path / "run"

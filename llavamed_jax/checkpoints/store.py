@@ -181,6 +181,11 @@ def steps(workdir: str | Path) -> list[int]:
     return sorted(int(p.name) for p in root.iterdir() if p.is_dir() and p.name.isdigit()) if root.is_dir() else []
 
 
+def is_sealed(workdir: str | Path, step: int) -> bool:
+    """Whether a step was once whole. The first one of a run lacks its manifest when the run was killed while it saved."""
+    return (Path(workdir) / "checkpoints" / str(step) / MANIFEST).is_file()
+
+
 def newest_intact_step(workdir: str | Path, part: str = "") -> tuple[int | None, list[str]]:
     """The newest step whose files are those of its manifest, and a sentence about each newer one that is damaged.
 
@@ -245,6 +250,9 @@ def _damage(directory: Path, part: str = "") -> str | None:
         manifest = read_json(directory / MANIFEST)
     except UserError as error:
         return str(error)
+    for needed in (part,) if part else ("params", "optimizer", "state"):
+        if not any(file.startswith(f"{needed}/") for file in manifest):
+            return f"{directory} is damaged: its {MANIFEST} names no file of {needed}/"
     wanted = {file: sha for file, sha in manifest.items() if file.startswith(f"{part}/" if part else "")}
     absent = [file for file in wanted if not (directory / file).is_file()]
     if absent:

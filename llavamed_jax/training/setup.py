@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,15 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
+from llavamed_jax.checkpoints import hub
 from llavamed_jax.checkpoints.load import load_params, random_checkpoint
 from llavamed_jax.checkpoints.reader import Checkpoint, open_checkpoint, text_files
 from llavamed_jax.config import preset
 from llavamed_jax.data import datasets, loader
+from llavamed_jax.data.conversation import get_template
 from llavamed_jax.data.processor import Processor
 from llavamed_jax.data.tokenizer import Tokenizer
-from llavamed_jax.errors import UsageError
+from llavamed_jax.errors import UsageError, UserError
 from llavamed_jax.models import llava
 from llavamed_jax.parallel.mesh import make_mesh
 from llavamed_jax.training import optimizer as optimizers
@@ -36,16 +39,28 @@ def open_start(cfg: ConfigDict) -> Checkpoint:
     A preset takes its vocabulary from the tokenizer. The template goes into the config that the run writes, so that the
     model is asked as it was trained; `plain`, which has no roles, is a way to train and not to ask.
     """
+    if cfg.tokenizer is not None:
+        with _naming(cfg, "tokenizer"):
+            tokenizer = Tokenizer.load(cfg.tokenizer)
+    if cfg.template is not None:
+        with _naming(cfg, "template"):
+            get_template(cfg.template)
     if cfg.init.startswith(PRESET):
         if cfg.tokenizer is None:
             raise UsageError(f"the config key 'init' is {cfg.init!r}, which has no tokenizer: "
                              "'tokenizer' was expected to name a tokenizer.model or a directory with one")
-        tokenizer = Tokenizer.load(cfg.tokenizer)
-        config = preset(cfg.init.removeprefix(PRESET))
+        with _naming(cfg, "init"):
+            config = preset(cfg.init.removeprefix(PRESET))
         config = config.replace(decoder=replace(config.decoder, vocab_size=tokenizer.vocab_size, bos_token_id=tokenizer.bos_id,
                                                 eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.pad_id))
         checkpoint = random_checkpoint(config, cfg.seed)
     else:
+        for key in ("init", "vision_tower"):
+            if cfg[key] is not None:
+                with _naming(cfg, key):
+                    if not hub.local(cfg[key]).is_dir():
+                        raise UserError("no such directory is there; a checkpoint's directory, owner/name of a hub"
+                                        + (" or preset:NAME was expected" if key == "init" else " was expected"))
         checkpoint = open_checkpoint(cfg.init, cfg.vision_tower)
     if cfg.tokenizer is not None:
         path = Path(cfg.tokenizer)
@@ -55,6 +70,15 @@ def open_start(cfg: ConfigDict) -> Checkpoint:
     if cfg.template is not None and cfg.template.rpartition(":")[2] != "plain":
         checkpoint = checkpoint.replace(config=checkpoint.config.replace(template=cfg.template))
     return checkpoint
+
+
+@contextlib.contextmanager
+def _naming(cfg: ConfigDict, key: str) -> Iterator[None]:
+    """What goes wrong within is the fault of a config key's value."""
+    try:
+        yield
+    except UserError as error:
+        raise UsageError(f"the config key {key!r} is {cfg[key]!r}: {error}") from error
 
 
 @dataclass(frozen=True)

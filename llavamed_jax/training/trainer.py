@@ -18,7 +18,7 @@ from llavamed_jax.checkpoints import store
 from llavamed_jax.checkpoints.load import flatten
 from llavamed_jax.config import LlavaConfig
 from llavamed_jax.data.loader import Loader
-from llavamed_jax.errors import UsageError, UserError
+from llavamed_jax.errors import UsageError, UserError, some
 from llavamed_jax.models.llava import abstract_params
 from llavamed_jax.parallel.mesh import replicated
 from llavamed_jax.training import metrics, recipe, setup
@@ -50,13 +50,19 @@ def fit(cfg: ConfigDict, workdir: str | Path, evaluators: Sequence[Evaluator] = 
     recipe.check(cfg)
     workdir = Path(workdir)
     with workdirs.locked(workdir) as sign:
-        settled = workdirs.read_recipe(workdir, cfg)
+        saved = store.steps(workdir)
+        # A directory without a step belongs to no recipe yet: one that failed before its first step may be corrected.
+        settled = workdirs.read_recipe(workdir, cfg) if saved else {}
         step, damaged = store.newest_intact_step(workdir)
+        if step is None and (len(saved) > 1 or any(store.is_sealed(workdir, number) for number in saved)):
+            raise UserError(f"{workdir} has steps and none is intact, so there is nothing to go on from: {some(damaged, separator='; ')}; "
+                            "delete its checkpoints/ to begin anew, or name another workdir")
         for sentence in damaged:
             print(f"{sentence}; it is passed over", flush=True)
         total_steps = cfg.total_steps or settled.get("total_steps")
         if step is not None and total_steps is not None and step >= total_steps:
-            print(f"{workdir} is finished: {step} of {total_steps} updates", flush=True)
+            beyond = "" if step == total_steps else f", and has been trained to {step}"
+            print(f"{workdir} is finished: {total_steps} updates were asked for{beyond}", flush=True)
             return True
         sign()
         try:
@@ -67,7 +73,8 @@ def fit(cfg: ConfigDict, workdir: str | Path, evaluators: Sequence[Evaluator] = 
         except (UserError, OSError) as error:
             step, _ = store.newest_intact_step(workdir)
             saved = "no step had been saved" if step is None else f"step {step} is saved"
-            raise UserError(f"{error}; {saved}") from error
+            what = f"{error.filename or workdir} could not be written: {error.strerror or error}" if isinstance(error, OSError) else error
+            raise UserError(f"{what}; {saved}") from error
 
 
 class _Stop:
@@ -128,6 +135,9 @@ class Run:
         data = setup.Data.open(cfg, checkpoint)
         total_steps = total_steps or data.total_steps()
         program = setup.Program.build(cfg, checkpoint, mesh, total_steps)
+        batches = data.training_batches()  # with what it refuses, before anything is written
+        if step is None:
+            workdirs.discard_start(workdir, cfg)
         workdirs.write_recipe(workdir, cfg, dict(total_steps=total_steps, samples=len(data.train), row_length=cfg.max_length,
                                                  rows=cfg.batch_size))
         if not (workdir / "model").exists():
@@ -135,7 +145,6 @@ class Run:
         print(f"{cfg.init}: {checkpoint.tower}; {len(data.train)} samples, {total_steps} updates of {cfg.batch_size}, "
               f"{_size(program.shardings, checkpoint.config)}, mesh {dict(mesh.shape)}", flush=True)
         state, progress = program.initial_state(checkpoint), Progress()
-        batches = data.training_batches()
         if step is not None:
             state, progress = _restore(workdir, step, state, program, batches)
             print(f"going on from step {step}", flush=True)
@@ -166,6 +175,8 @@ class Run:
             is_late = cfg.checkpoint.every_minutes and time.monotonic() - saved_at > 60 * cfg.checkpoint.every_minutes
             if is_due or is_late:
                 reader.drain()
+                if self.step == self.total_steps:
+                    self._refuse_nothing()
                 if is_due:
                     validate()
                 self._save(writer)
@@ -180,6 +191,13 @@ class Run:
         self.log.say(" · ".join([f"{'finished' if is_finished else 'stopped and saved'} at step {self.step} of {self.total_steps}: "
                                  f"{self.workdir}", *metrics.troubles(vars(self.progress))]))
         return is_finished
+
+    def _refuse_nothing(self) -> None:
+        """A run that has learnt from nothing has not finished; its last step is not saved."""
+        if not self.progress.tokens:
+            raise UserError(f"not one of the {self.progress.samples} samples that were seen has a supervised token, so nothing was trained")
+        if self.progress.updates_skipped >= self.total_steps:
+            raise UserError(f"all {self.total_steps} updates were skipped because loss, gradient or update was not finite")
 
     def _next_batch(self) -> tuple[dict, dict[str, int]]:
         """A batch, and how many of its samples were skipped, cut or teach nothing, which is counted and never silent."""
@@ -203,8 +221,11 @@ class Run:
                 for batch in self.data.validation_batches():
                     part = eval_step(self.state, place(batch, self.program.mesh))
                     total, count = total + part[0], count + part[1]
-                found["validation_loss"] = float(total / jnp.maximum(count, 1))
-                if self.progress.best is None or found["validation_loss"] < self.progress.best["validation_loss"]:
+                if not count:
+                    raise UserError(f"no sample of the validation data {self.cfg.data.validation} has a supervised token")
+                found["validation_loss"] = float(total / count)
+                best = self.progress.best["validation_loss"] if self.progress.best else math.inf
+                if found["validation_loss"] < best:  # NaN never is
                     self.progress.best = {"step": self.step, **found}
             for evaluate in evaluators:
                 found.update(evaluate(self.step, self.state.params))

@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -30,7 +31,11 @@ def locked(workdir: Path) -> Iterator[Callable[[], None]]:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"the workdir {workdir} cannot be made: {error.strerror}") from None
-    with open(workdir / ".lock", "a+") as file:
+    try:
+        file = open(workdir / ".lock", "a+")
+    except OSError as error:
+        raise UserError(f"the workdir {workdir} cannot be written: {error.strerror}") from None
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -52,14 +57,9 @@ def read_recipe(workdir: Path, cfg: ConfigDict) -> dict:
     Raises:
       UsageError: `cfg` differs from the recipe of this directory in a key that may not.
     """
-    path = workdir / "recipe.json"
-    if not path.exists():
+    if not (workdir / "recipe.json").exists():
         return {}
-    try:
-        found = json.loads(path.read_text())
-        earlier, resolved = found["recipe"], found["resolved"]
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path} is damaged; the recipe of an earlier run was expected") from None
+    earlier, resolved = _earlier(workdir)
     now = _plain(cfg)
     for key in sorted(set(earlier) | set(now)):
         if earlier.get(key) != now.get(key) and not key.startswith(MAY_DIFFER):
@@ -68,6 +68,28 @@ def read_recipe(workdir: Path, cfg: ConfigDict) -> dict:
     if any(earlier.get(key) != now.get(key) for key in ("epochs", "total_steps")):
         resolved = {key: value for key, value in resolved.items() if key != "total_steps"}
     return resolved
+
+
+def _earlier(workdir: Path) -> tuple[dict, dict]:
+    """Recipe and `resolved` of `recipe.json`."""
+    path = workdir / "recipe.json"
+    try:
+        found = json.loads(path.read_text())
+        earlier, resolved = found["recipe"], found["resolved"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        earlier = resolved = None
+    if not isinstance(earlier, dict) or not isinstance(resolved, dict):
+        raise UserError(f"{path} is damaged; the recipe of an earlier run was expected")
+    return earlier, resolved
+
+
+def discard_start(workdir: Path, cfg: ConfigDict) -> None:
+    """Removes the model that a run of another recipe put here before it failed without a step; `cfg` starts from its own."""
+    if not (workdir / "recipe.json").exists():
+        return
+    earlier, now = _earlier(workdir)[0], _plain(cfg)
+    if any(earlier.get(key) != now.get(key) for key in {*earlier, *now} if not key.startswith(MAY_DIFFER)):
+        shutil.rmtree(workdir / "model", ignore_errors=True)  # the base goes with it: `store.write_model`
 
 
 def write_recipe(workdir: Path, cfg: ConfigDict, resolved: dict) -> None:
