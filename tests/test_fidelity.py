@@ -59,7 +59,7 @@ def test_rows_say_what_was_measured():
     assert [r.belongs("test_a::test_one") for r in results] == [True, False]
     assert not results[0].belongs("test_a::test_on")
     assert fidelity.group_row("7", "numbers", results, "note") == "| 7 | numbers | 1 (1 skipped) | 1.0e-07 | 1e-06 | note |"
-    assert fidelity.group_row("3", "ids", results[1:], "") == "| 3 | ids | 0 (1 skipped) | equal |  |  |"
+    assert fidelity.group_row("3", "ids", results[1:], "") == "| 3 | ids | 0 (1 skipped) | holds |  |  |"
     assert fidelity.group_row("5", "later", [], "to come") == "| 5 | later | – | – | – | to come |"
 
 

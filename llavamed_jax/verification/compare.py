@@ -209,5 +209,6 @@ def table(rows: Sequence[Row]) -> str:
     number = lambda value: "" if value is None else f"{value:.2g}"
     lines = [("", "difference", "KL", "", "found")]
     lines += [(row.what, number(row.difference), number(row.divergence), "equal" if row.is_equal else "DIFFERS", row.found) for row in rows]
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)
+    columns = [column for column in zip(*lines) if any(column[1:])]  # without tokens or logits some are empty
+    padded = [[cell.ljust(max(map(len, column))) for cell in column] for column in columns]
+    return "\n".join("  ".join(line).rstrip() for line in zip(*padded))

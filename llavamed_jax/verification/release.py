@@ -75,10 +75,13 @@ class Release:
         return open_checkpoint(self.directory)
 
     @functools.cached_property
+    def stock_name(self) -> str:
+        return str(self.stock_tower or read_json(self.directory / "config.json").get("mm_vision_tower") or STOCK_TOWER)
+
+    @functools.cached_property
     def stock(self) -> Checkpoint:
         """The checkpoint with the stock tower in place of the shipped one."""
-        named = read_json(self.directory / "config.json").get("mm_vision_tower")
-        return open_checkpoint(self.directory, self.stock_tower or named or STOCK_TOWER)
+        return open_checkpoint(self.directory, self.stock_name)
 
     @functools.cached_property
     def assistant(self) -> LlavaMed:
@@ -186,8 +189,8 @@ def _tower_tensors(release: Release) -> list[str]:
         groups[group] = [entry[0] + 1, entry[1] + same, max(entry[2], difference)]
     tensors_, identical = (sum(entry[i] for entry in groups.values()) for i in (0, 1))
     rows = [Row(group, f"{same} of {n} bit for bit", same == n, worst) for group, (n, same, worst) in groups.items()]
-    return [f"{identical} of {tensors_} tensors are the same bits. Stock: {stock.tower}. Differences are over the largest magnitude "
-            "of the tensor.", "", "```", table(rows), "```"]
+    return [f"{identical} of {tensors_} tensors are the same bits as {release.stock_name}'s. Differences are over the largest "
+            "magnitude of the tensor.", "", "```", table(rows), "```"]
 
 
 def tower(release: Release) -> list[str]:
