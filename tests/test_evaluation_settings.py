@@ -8,6 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from llavamed_jax import chat
+from llavamed_jax.cli import convert
 from llavamed_jax.cli import eval as cli
 from llavamed_jax.cli.common import load_config
 from llavamed_jax.data.datasets import VqaSample, read_vqa_rad
@@ -190,3 +192,12 @@ def test_a_lone_surrogate_in_an_answer_is_written_escaped(tmp_path):
     (tmp_path / "p.jsonl").write_text("".join(f'{{"question_id": "{s.question_id}", "text": "no \\ud800"}}\n' for s in job.samples))
     job.score_file(tmp_path / "p.jsonl")
     assert "no \\ud800" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("main, argv", [(cli.main, []), (convert.main, ["export"]), (convert.main, ["verify"]), (chat.main, [])])
+def test_help_fits_a_screen(main, argv, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit) as stop:
+        main([*argv, "--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert stop.value.code == 0 and 5 < len(lines) <= 24 and max(map(len, lines)) <= 100

@@ -120,7 +120,7 @@ def ask(
     image_order = {image: position for position, image in reversed(list(enumerate(image for _, image in questions)))}
     order = sorted(range(len(questions)), key=lambda i: image_order[questions[i][1]])
     answers: list[Answer | None] = [None] * len(questions)
-    advance, close = _progress(len(questions), title)
+    advance, close = _progress(len(questions), 0 if partial is None else len(partial), title)
     for start in range(0, len(order), generation.batch_size):
         indices = order[start : start + generation.batch_size]
         batch = partial.get(start) if partial is not None else None
@@ -128,9 +128,9 @@ def ask(
             batch = _ask_batch(model, [questions[i] for i in indices], generation, generation.seed + start)
             if partial is not None:
                 partial.add(start, batch)
+            advance(len(indices))
         for i, answer in zip(indices, batch, strict=True):
             answers[i] = answer
-        advance(len(indices))
     close()
     cut = [answer.tokens_cut for answer in answers if answer.tokens_cut]
     if cut:
@@ -180,19 +180,20 @@ def _messages(question: str, image: str) -> list[dict]:
     return [{"role": "user", "content": content}]
 
 
-def _progress(total: int, title: str) -> tuple[Callable[[int], None], Callable[[], None]]:
-    """A bar on a terminal; in a pipe a line for each tenth. Both on stderr, so that stdout holds results only."""
+def _progress(total: int, kept: int, title: str) -> tuple[Callable[[int], None], Callable[[], None]]:
+    """A bar on a terminal; in a pipe a line for each tenth. Both on stderr, so that stdout holds results only; `kept`
+    questions were answered before, which the rate does not count."""
     if sys.stderr.isatty():
-        bar = tqdm(total=total, desc=title, unit="question", file=sys.stderr)
+        bar = tqdm(total=total, initial=kept, desc=title, unit="question", file=sys.stderr)
         return bar.update, bar.close
-    done, printed, begun = 0, 0, time.monotonic()
+    done, printed, begun = kept, kept, time.monotonic()
 
     def advance(count: int) -> None:
         nonlocal done, printed
         done += count
         if done == total or done - printed >= total / 10:
             printed = done
-            rate = done / max(time.monotonic() - begun, 1e-9)
+            rate = (done - kept) / max(time.monotonic() - begun, 1e-9)
             print(f"{title}: {done} of {total}, {rate:.1f} a second", file=sys.stderr, flush=True)
 
     return advance, lambda: None
