@@ -95,6 +95,23 @@ def test_a_config_file_that_is_wrong_says_where(capsys, tmp_path, text, said):
     assert status == 2 and said in line
 
 
+def test_a_directory_and_a_config_that_exits_are_refused(capsys, tmp_path):
+    status, line = complaint(capsys, "--config", CONFIGS, "--workdir", tmp_path / "run")
+    assert status == 2 and "is a directory" in line and "demo.py" in line
+    (tmp_path / "c.py").write_text("import sys\ndef get_config(arg=''):\n    sys.exit(0)")
+    status, line = complaint(capsys, "--config", tmp_path / "c.py", "--workdir", tmp_path / "run")
+    assert status == 2 and "SystemExit at line 3" in line
+    status, line = complaint(capsys, "--config", CONFIGS / "demo.py", "--workdir", "")
+    assert status == 2 and "--workdir is empty" in line
+
+
+def test_none_leaves_open_what_may_be_open():
+    assert set(common.OPEN_KEYS) == {key for key, kinds in recipe.KEYS.items() if None in kinds}
+    cfg = common.load_config(str(CONFIGS / "demo.py"), ["template=none", "tokenizer=None", "remat=none"])
+    assert cfg.template is None and cfg.tokenizer is None and cfg.remat == "none"
+    recipe.check(cfg)
+
+
 def test_a_missing_flag_is_named(capsys):
     status, line = complaint(capsys, "--config", CONFIGS / "demo.py")
     assert status == 2 and "--workdir" in line
@@ -183,6 +200,21 @@ def test_memory_fraction_is_set_unless_the_user_did(monkeypatch, variable):
 
 
 # ---- the program itself
+
+@pytest.mark.parametrize("moment", ["ml_collections", "config"])
+def test_interrupted_before_it_begins_it_says_so_and_ends_with_1(tmp_path, moment):
+    """While modules are imported, which Python names as it goes, and while the config is read."""
+    (tmp_path / "c.py").write_text("import sys, time\ndef get_config(arg=''):\n    print('config', file=sys.stderr)\n    time.sleep(60)")
+    command = [sys.executable, "-u", "-X", "importtime", "train.py", "--config", str(tmp_path / "c.py"), "--workdir", str(tmp_path / "run")]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in process.stderr:
+        if line.split()[-1].startswith(moment):
+            break
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 1 and "Traceback" not in err
+    assert err.splitlines()[-1] == "error: interrupted before the run had begun" and not out
+
 
 def test_interrupted_at_the_keyboard_saves_and_ends_with_75(tmp_path):
     """Ctrl-C reaches the whole process group, the loader's worker processes too; the run saves, and goes on from there."""

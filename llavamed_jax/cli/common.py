@@ -21,6 +21,8 @@ from ml_collections import ConfigDict
 
 from llavamed_jax.errors import UsageError, UserError
 
+# Keys whose value may be left open, so that `none` is no name (`training.recipe.KEYS`, which would bring jax).
+OPEN_KEYS = ("vision_tower", "tokenizer", "template", "data.images", "data.validation", "data.protocol", "epochs", "total_steps")
 EXIT_SAVED = 75  # stopped by a signal with everything saved: run again to go on (EX_TEMPFAIL of sysexits.h)
 
 
@@ -85,6 +87,8 @@ def load_config(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
     """
     name, _, argument = spec.partition(":")
     path = Path(name)
+    if path.is_dir():
+        raise UsageError(f"the config file {name} is a directory; one file was expected{_neighbours(path / '*.py')}")
     if not path.is_file():
         raise UsageError(f"the config file {name} does not exist{_neighbours(path)}")
     try:
@@ -94,7 +98,7 @@ def load_config(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
         config = get_config(argument)
     except UserError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         line = next((f.lineno for f in reversed(traceback.extract_tb(error.__traceback__)) if f.filename == str(path)), None)
         where = f" at line {line}" if line else ""
         raise UsageError(f"the config file {name} raised {type(error).__name__}{where}: {error}") from error
@@ -135,7 +139,10 @@ def _apply(config: ConfigDict, override: str) -> None:
         raise UsageError(f"the config key {key!r} does not exist; {hint}")
     if isinstance(node[leaf], ConfigDict):
         raise UsageError(f"the config key {key!r} is a group; one of {', '.join(f'{key}.{k}' for k in node[leaf])} was expected")
-    if key == "data.train":  # the one key of two types: a file, or a list of weighted files
+    if key in OPEN_KEYS and text.lower() == "none":
+        with config.ignore_type():
+            node[leaf] = None
+    elif key == "data.train":  # the one key of two types: a file, or a list of weighted files
         with config.ignore_type():
             node[leaf] = _parse(key, text, None, tuple) if text.startswith("[") else text
     else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from llavamed_jax.cli import common
+from llavamed_jax.cli.interrupts import ending_on_interrupt
 
 _USAGE = """\
 examples:
@@ -17,14 +17,19 @@ exit status: 0 done; 1 failed; 2 wrong flag, config key or value; 75 stopped by 
 
 
 def train(argv: list[str]) -> int:
+    from llavamed_jax.cli import common
     parser = common.Parser(prog="train.py", description="Trains a recipe.", epilog=_USAGE)
     parser.add_argument("--config", required=True, metavar="FILE.py[:ARGUMENTS]", help="the recipe; --config.KEY=VALUE changes one key")
     parser.add_argument("--workdir", required=True, metavar="DIR", help="where the run lies; made if it does not exist")
     args, overrides = parser.parse_with_overrides(argv)
+    if not args.workdir:
+        parser.error("--workdir is empty; a directory was expected")
     config = common.load_config(args.config, overrides)
     from llavamed_jax.training.trainer import fit  # imports jax, which a wrong command line need not wait for
     return 0 if fit(config, args.workdir) else common.EXIT_SAVED
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return common.run(train, argv)
+    with ending_on_interrupt():  # until the trainer's own handler takes over
+        from llavamed_jax.cli import common  # takes a while
+        return common.run(train, argv)
