@@ -26,7 +26,7 @@ from llavamed_jax.config import IGNORE
 from llavamed_jax.data import transforms
 from llavamed_jax.data.datasets import TrainingData
 from llavamed_jax.data.processor import Processor
-from llavamed_jax.errors import UserError
+from llavamed_jax.errors import UsageError, UserError
 
 _ENDLESS = 2**62
 _GRACE_S = 30  # a worker's, after a SIGTERM
@@ -221,7 +221,7 @@ def batches(data: TrainingData, processor: Processor, batch_size: int, max_lengt
       on_skip: called with each skipped sample as it is met.
       skip_limit: how many different samples of this process may be skipped; None is one in a hundred, at least one.
     Raises:
-      UserError: a batch size that the processes cannot share, or images that no row could hold.
+      UserError: a batch size that the processes cannot share; UsageError: images that no row could hold.
     """
     if batch_size < 1 or batch_size % process_count:
         raise UserError(f"a batch of {batch_size} rows cannot be shared by {process_count} processes")
@@ -229,7 +229,7 @@ def batches(data: TrainingData, processor: Processor, batch_size: int, max_lengt
         raise UserError("the training data is empty; at least one record was expected")
     num_images = data.max_images
     if num_images and processor.tokens_per_image >= max_length:
-        raise UserError(f"max_length is {max_length}; an image alone takes {processor.tokens_per_image} positions")
+        raise UsageError(f"the config key 'max_length' is {max_length}; an image alone takes {processor.tokens_per_image} positions")
     stream = Stream(tuple(map(len, data.sources)), tuple(data.sizes), seed, shuffle)
     rows = batch_size // process_count
     make = BatchMaker(
