@@ -54,7 +54,7 @@ $(VENV)/.core-cpu $(VENV)/.core-cuda12 $(VENV)/.core-cuda13 $(VENV)/.core-tpu: $
 	$(RUN) -m pip install --quiet --editable ".$(if $(filter-out cpu,$*),[$*])"
 	@touch $@
 
-# The tests' reference is torch's CPU build: from where pip is set up to look, else from PyTorch's own index. PyPI's build
+# The tests' reference is torch's CPU build: from where pip is set up to look, else from PyTorch's own index. The usual build
 # for Linux would bring several GB of CUDA libraries, so where there is no CPU build the tests against torch are skipped.
 TORCH := torch==2.13.0$(if $(filter Linux-x86_64,$(shell uname -s)-$(shell uname -m)),+cpu)
 $(VENV)/.dev: $(VENV)/.core-$(ACCEL)

@@ -63,6 +63,15 @@ def test_errors_name_the_leaf():
         param_shardings(leaf(8, 8), [(".*", ("embed", "embed"))], mesh)
 
 
+@pytest.mark.parametrize("name,tp,of", [("small", 4, "tower's 6"), ("small", 8, "tower's 6"), ("v1-13b", 8, None), ("v15-7b", 8, None)])
+def test_no_mesh_cuts_through_a_head(name, tp, of):
+    mesh = make_mesh({"data": -1, "tp": tp})
+    if of is None:
+        return llava.check_heads(preset(name), mesh)
+    with pytest.raises(UserError, match=f"the {of} heads are not divisible by the mesh axis tp of {tp}"):
+        llava.check_heads(preset(name), mesh)
+
+
 def test_parameter_and_activation_axes_are_disjoint():
     used = {axis for _, axes in llava.PARAM_AXES for axis in axes if axis}
     assert used <= set(RULES) and not any(axis.startswith("act_") for axis in used)

@@ -200,7 +200,7 @@ def test_a_run_goes_on_on_another_mesh(finished, recipe, tmp_path, monkeypatch):
     workdir = tmp_path / "run"
     shutil.copytree(finished, workdir)
     shutil.rmtree(workdir / "checkpoints" / "8")
-    monkeypatch.setattr(setup, "make_mesh", lambda spec: make_mesh("data=2,fsdp=2,tp=2"))
+    monkeypatch.setattr(setup, "make_mesh", lambda spec: make_mesh("data=2,fsdp=4"))
     assert fit(recipe(), workdir)
     np.testing.assert_allclose([line["loss"] for line in lines(workdir)], [line["loss"] for line in lines(finished)], rtol=2e-6)
     ours, theirs = tensors(workdir), tensors(finished)

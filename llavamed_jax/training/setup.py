@@ -129,6 +129,7 @@ class Program:
 
     @classmethod
     def build(cls, cfg: ConfigDict, checkpoint: Checkpoint, mesh: Mesh, total_steps: int) -> "Program":
+        llava.check_heads(checkpoint.config, mesh)
         dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
         abstract = llava.abstract_params(checkpoint.config, scan=True)
         names = list(states.partition(abstract, cfg.trainable)[0])
