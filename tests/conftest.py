@@ -1,6 +1,7 @@
 """What every test file shares: eight virtual CPU devices, modest threads, and the material that only some machines have."""
 
 import os
+import signal
 from pathlib import Path
 
 # Before jax is imported anywhere: the platform and the number of devices are read once.
@@ -12,6 +13,10 @@ for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ.setdefault(variable, "2")  # torch and BLAS beside XLA: more threads than cores only slow each other
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads and the loader's forks do not mix
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test never asks a hub
+
+# A shell that runs a job in the background has it ignore Ctrl-C, and children inherit that: some tests send them one.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest  # noqa: E402
 

@@ -224,9 +224,10 @@ writer.wait()
 @pytest.mark.parametrize("moment", ["2.*", "2"], ids=["while it is written", "before its manifest"])
 def test_a_killed_save_never_looks_intact(moment, tmp_path):
     done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path), moment], timeout=120, env={**os.environ, "PYTHONPATH": str(ROOT)})
-    assert done.returncode == 9
+    is_whole = (tmp_path / "checkpoints" / "2" / "manifest.json").exists()
+    assert done.returncode == 9 or is_whole  # on a busy machine the save may end before the kill comes
     step, damaged = store.newest_intact_step(tmp_path)
-    if (tmp_path / "checkpoints" / "2" / "manifest.json").exists():  # the save was faster than the kill
+    if is_whole:
         assert (step, damaged) == (2, [])
     else:
         assert step == 1
