@@ -13,12 +13,13 @@ from ml_collections import ConfigDict
 
 from llavamed_jax.config import IMAGE_TOKEN, DecoderConfig, LlavaConfig, VisionConfig, preset
 from llavamed_jax.errors import UsageError
-from llavamed_jax.models.llava import Llava, abstract_params, stack, unstack
+from llavamed_jax.models.llava import Llava, abstract_params, stack
 from llavamed_jax.parallel.mesh import make_mesh
 from llavamed_jax.training import metrics
 from llavamed_jax.training import optimizer as optimizers
 from llavamed_jax.training import state as states
 from llavamed_jax.training.losses import IGNORE, cross_entropy
+from llavamed_jax.training.setup import to_disk
 from llavamed_jax.training.step import llava_loss, make_eval_step, make_train_step, place
 
 CFG = LlavaConfig(VisionConfig(16, 32, 3, 2, 16, 8),
@@ -306,10 +307,10 @@ def test_validation_weighs_by_tokens(params):
     assert sum(float(p[1]) for p in parts) == float(count)
 
 
-def test_unstack_reverses_stack(params):
-    again = unstack(stack(params))
-    assert jax.tree.structure(again) == jax.tree.structure(params)
-    assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(params)))
+def test_what_goes_to_disk_is_one_array_a_layer(params):
+    ours, theirs = to_disk(flatten_dict(stack(params), sep="/")), flatten_dict(params, sep="/")
+    assert set(ours) == set(theirs)
+    assert all(np.array_equal(ours[name], theirs[name]) for name in theirs)
 
 
 def test_bfloat16_is_close_and_keeps_what_is_trained_in_float32(params, single):

@@ -11,7 +11,6 @@ Axis letters: B batch, T positions, I images a row, P positions an image, D mode
 
 from __future__ import annotations
 
-import operator
 import re
 from typing import Any
 
@@ -127,18 +126,6 @@ def stack(params):
     layers = [params[f"layers_{i}"] for i in range(sum(bool(re.fullmatch(r"layers_\d+", k)) for k in params))]
     if layers:
         out["layers"] = jax.tree.map(lambda *x: (np if isinstance(x[0], np.ndarray) else jnp).stack(x), *layers)
-    return out
-
-
-def unstack(params):
-    """The reverse of `stack`."""
-    out = {}
-    for key, value in params.items():
-        if key == "layers":
-            length = len(jax.tree.leaves(value)[0])
-            out.update({f"layers_{i}": jax.tree.map(operator.itemgetter(i), value) for i in range(length)})
-        else:
-            out[key] = unstack(value) if isinstance(value, dict) else value
     return out
 
 
