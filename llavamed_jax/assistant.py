@@ -99,7 +99,8 @@ class LlavaMed:
 
         Args:
           input_ids: int32 [B,T]. The P positions of an image each hold IMAGE_TOKEN; -1 pads a short row on the right.
-          pixel_values: float32 [I,H,W,3] in order of appearance over the rows, or None.
+          pixel_values: [I,H,W,3] in order of appearance over the rows, float32 as `processor.images` gives them or uint8 as
+            `processor.images_uint8` does, or None.
         Returns:
           float32 [B,T,V]; unspecified where a row is padded.
         Raises:
@@ -127,7 +128,8 @@ class LlavaMed:
         """Images [I,H,W,3] to the rows that hold their positions: [B,slots,H,W,3], or None without images."""
         P = self.config.tokens_per_image
         positions = (ids == IMAGE_TOKEN).sum(axis=1)
-        images = np.zeros((0,)) if pixel_values is None else np.asarray(pixel_values, np.float32)
+        images = np.zeros((0,)) if pixel_values is None else np.asarray(pixel_values)
+        images = images if images.dtype == np.uint8 else images.astype(np.float32)
         if (positions % P).any() or positions.sum() != P * len(images):
             raise UserError(f"the rows have {positions.tolist()} image positions for {len(images)} images; {P} positions an "
                             "image were expected")
@@ -136,7 +138,7 @@ class LlavaMed:
         if not len(images):
             return None
         counts = positions // P
-        slots = np.zeros((len(ids), counts.max(), *images.shape[1:]), np.float32)
+        slots = np.zeros((len(ids), counts.max(), *images.shape[1:]), images.dtype)
         taken = iter(images)
         for row, count in enumerate(counts):
             for slot in range(count):
@@ -150,7 +152,7 @@ class LlavaMed:
 
         Args:
           rows: token ids; an image is one IMAGE_TOKEN or a run of P.
-          images: the images of each row, float32 [H,W,3].
+          images: the images of each row, float32 or uint8 [H,W,3] as of `logits`.
         Raises:
           UserError: (a ValueError) images that do not fit their markers, or a row that is too long.
         """
@@ -198,7 +200,7 @@ class LlavaMed:
     def _encode(self, messages):
         images = read_messages(messages).images
         ids = self.processor.expand(self.processor.encode(self.processor.prompt(messages)))
-        return ids, list(self.processor.images(images))
+        return ids, list(self.processor.images_uint8(images))
 
     def _requests(self, prompts, images, max_new_tokens, temperature, top_p, top_k, num_beams, seed):
         if num_beams != 1:

@@ -17,6 +17,8 @@ from llavamed_jax.errors import UserError
 IMAGE_TOKEN = -200  # stands for an image in token ids (LLaVA's IMAGE_TOKEN_INDEX)
 IGNORE = -100  # a label that is not supervised
 PAD_TOKEN = -1  # pads short rows of `logits` on the right
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of red, green and blue between 0 and 1 (spec 3.3)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 # The key of an exported config.json under which stands what the layout itself has no place for.
 OURS = "llavamed_jax"
 
@@ -41,7 +43,10 @@ KNOWN_TOWERS = {
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """A CLIP ViT. Field names follow this project; `from_hf` maps them from a `CLIPVisionConfig`."""
+    """A CLIP ViT. Field names follow this project; `from_hf` maps them from a `CLIPVisionConfig`.
+
+    `image_mean` and `image_std` are what its preprocessor normalises pixels between 0 and 1 with.
+    """
 
     hidden_size: int
     intermediate_size: int
@@ -52,8 +57,12 @@ class VisionConfig:
     layer_norm_eps: float = 1e-5
     hidden_act: str = "quick_gelu"
     num_channels: int = 3
+    image_mean: tuple[float, ...] = CLIP_MEAN
+    image_std: tuple[float, ...] = CLIP_STD
 
     def __post_init__(self):
+        for name in ("image_mean", "image_std"):
+            object.__setattr__(self, name, channels("the vision config", name, getattr(self, name)))
         _check_types(self, "vision ")
         if self.hidden_act not in ("quick_gelu", "gelu"):
             raise UserError(f"vision hidden_act is {self.hidden_act!r}; quick_gelu or gelu was expected")
@@ -107,6 +116,7 @@ class DecoderConfig:
     bos_token_id: int | None = 1
     eos_token_id: int | None = 2
     pad_token_id: int | None = None
+    more_eos_ids: tuple[int, ...] = ()  # config.json may name several ids that end a sequence
 
     def __post_init__(self):
         _check_types(self, "decoder ")
@@ -141,6 +151,7 @@ class DecoderConfig:
             raise UserError(f"the decoder's hidden_act is {c['hidden_act']!r}; silu was expected")
         heads = c["num_attention_heads"]
         eos = c.get("eos_token_id", 2)
+        several = isinstance(eos, list) and bool(eos)
         return cls(
             vocab_size=c["vocab_size"], hidden_size=c["hidden_size"], intermediate_size=c["intermediate_size"],
             num_layers=c["num_hidden_layers"], num_heads=heads, num_kv_heads=c.get("num_key_value_heads") or heads,
@@ -149,8 +160,8 @@ class DecoderConfig:
             max_position_embeddings=c["max_position_embeddings"],
             sliding_window=c.get("sliding_window") if arch == "mistral" else None,
             tie_word_embeddings=bool(c.get("tie_word_embeddings", False)), architecture=arch,
-            bos_token_id=c.get("bos_token_id", 1), eos_token_id=eos[0] if isinstance(eos, list) and eos else eos,
-            pad_token_id=c.get("pad_token_id"))
+            bos_token_id=c.get("bos_token_id", 1), eos_token_id=eos[0] if several else eos,
+            pad_token_id=c.get("pad_token_id"), more_eos_ids=tuple(eos[1:]) if several else ())
 
     def to_hf(self) -> dict:
         """Every field explicit, and both spellings of the RoPE settings, so that any transformers reads the same model."""
@@ -161,10 +172,15 @@ class DecoderConfig:
                    rope_parameters={"rope_type": "default", "rope_theta": self.rope_theta},
                    max_position_embeddings=self.max_position_embeddings, tie_word_embeddings=self.tie_word_embeddings,
                    attention_bias=False, mlp_bias=False, bos_token_id=self.bos_token_id,
-                   eos_token_id=self.eos_token_id, pad_token_id=self.pad_token_id)
+                   eos_token_id=list(self.eos_ids) if self.more_eos_ids else self.eos_token_id, pad_token_id=self.pad_token_id)
         if self.architecture == "mistral":
             out["sliding_window"] = self.sliding_window
         return out
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """All ids that end a sequence; none for a decoder that never ends one."""
+        return (() if self.eos_token_id is None else (self.eos_token_id,)) + self.more_eos_ids
 
     @property
     def matmul_parameters(self) -> int:
@@ -244,6 +260,8 @@ class LlavaConfig:
     def from_dict(cls, d: Mapping[str, Any]) -> "LlavaConfig":
         d = {k: v for k, v in d.items() if k != "model_type"}
         d |= {part: as_object(d.get(part), part) for part in ("vision", "decoder")}
+        if isinstance(d["decoder"].get("more_eos_ids"), list):  # JSON has no tuples
+            d["decoder"] = {**d["decoder"], "more_eos_ids": tuple(d["decoder"]["more_eos_ids"])}
         known = {f.name for f in dataclasses.fields(cls)}
         if set(d) - known:
             raise UserError(f"config.json has the unknown keys {sorted(set(d) - known)}")
@@ -287,6 +305,15 @@ def as_object(value: Any, key: str) -> dict:
     return dict(value)
 
 
+def channels(where: str, key: str, value: Any) -> tuple[float, ...]:
+    """`image_mean` or `image_std` of a preprocessor as a tuple, which unlike JSON's list has a hash."""
+    value = list(value) if isinstance(value, tuple) else value
+    is_number = [isinstance(x, (int, float)) and not isinstance(x, bool) for x in value] if isinstance(value, list) else []
+    if len(is_number) != 3 or not all(is_number) or (key == "image_std" and min(value) <= 0):
+        raise UserError(f"{where} has {key} {value!r}; a list of three numbers{' above 0' * (key == 'image_std')} was expected")
+    return tuple(map(float, value))
+
+
 def _number(value: Any, key: str) -> float:
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         raise UserError(f"config.json has {key} {value!r}; a number was expected")
@@ -295,7 +322,8 @@ def _number(value: Any, key: str) -> float:
 
 # By annotation; a whole number will do for a number, and true and false for neither.
 _KINDS = {"int": ((int,), "a whole number"), "float": ((int, float), "a number"), "bool": ((bool,), "true or false"),
-          "str": ((str,), "a text"), "VisionConfig": ((VisionConfig,), "a VisionConfig"),
+          "str": ((str,), "a text"), "tuple[int, ...]": ((tuple,), "a list of whole numbers"),
+          "tuple[float, ...]": ((tuple,), "numbers"), "VisionConfig": ((VisionConfig,), "a VisionConfig"),
           "DecoderConfig": ((DecoderConfig,), "a DecoderConfig")}
 
 

@@ -80,7 +80,7 @@ def test_row_form(processor, data):
     batch, = take(loader.batches(data, processor, 10, T, epochs=1, shuffle=False))
     assert {name: (array.shape, array.dtype.name) for name, array in batch.items()} == {
         "input_ids": ((10, T), "int32"), "labels": ((10, T), "int32"), "positions": ((10, T), "int32"),
-        "segment_ids": ((10, T), "int32"), "pixel_values": ((10, 2, SIZE, SIZE, 3), "float32"), "num_images": ((10,), "int32")}
+        "segment_ids": ((10, T), "int32"), "pixel_values": ((10, 2, SIZE, SIZE, 3), "uint8"), "num_images": ((10,), "int32")}
     assert numbers(processor, batch) == list(range(10))
     for i in range(10):
         ids, labels = processor.expand(*processor.training_example(data.sources[0][i]["conversations"], num_images=i % 3))
@@ -90,7 +90,7 @@ def test_row_form(processor, data):
         assert batch["positions"][i].tolist() == [*range(n), *[0] * (T - n)]
         assert batch["segment_ids"][i].tolist() == [1] * n + [0] * (T - n)
         assert batch["num_images"][i] == i % 3 and (batch["input_ids"][i] == IMAGE_TOKEN).sum() == P * (i % 3)
-        np.testing.assert_array_equal(batch["pixel_values"][i, :i % 3], processor.images(data.sources[0][i]["image"]))
+        np.testing.assert_array_equal(batch["pixel_values"][i, :i % 3], processor.images_uint8(data.sources[0][i]["image"]))
         assert not batch["pixel_values"][i, i % 3:].any()
 
 

@@ -12,7 +12,7 @@ from llavamed_jax.config import LlavaConfig
 
 # CLIP's preprocessing (spec 3.3), for checkpoints that carry no preprocessor_config.json of their own.
 _CLIP = dict(do_convert_rgb=True, do_resize=True, resample=3, do_center_crop=True, do_rescale=True, rescale_factor=1 / 255,
-             do_normalize=True, image_mean=[0.48145466, 0.4578275, 0.40821073], image_std=[0.26862954, 0.26130258, 0.27577711])
+             do_normalize=True)
 
 
 def write_processor(cfg: LlavaConfig, files: Mapping[str, Path], out: Path) -> None:
@@ -27,7 +27,8 @@ def write_processor(cfg: LlavaConfig, files: Mapping[str, Path], out: Path) -> N
     size, is_padded = cfg.vision.image_size, cfg.image_aspect_ratio == "pad"
     if "tokenizer.model" in files or "tokenizer.json" in files:
         write_tokenizer(cfg.decoder.vocab_size, files, out)
-    preprocessor = {**_CLIP, "size": {"shortest_edge": size}, "crop_size": {"height": size, "width": size}}
+    preprocessor = {**_CLIP, "size": {"shortest_edge": size}, "crop_size": {"height": size, "width": size},
+                    "image_mean": list(cfg.vision.image_mean), "image_std": list(cfg.vision.image_std)}
     if "preprocessor_config.json" in files:
         preprocessor = read_json(files["preprocessor_config.json"])
     # Only LLaVA's own image processor knows LLaVA's padding to a square. Square images need none, and CLIP's is older.

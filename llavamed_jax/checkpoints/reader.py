@@ -18,7 +18,7 @@ from llavamed_jax.checkpoints import hub, names
 from llavamed_jax.checkpoints.files import read_json
 from llavamed_jax.checkpoints.layouts import canonical
 from llavamed_jax.checkpoints.torch_files import Tensor, read_weights
-from llavamed_jax.checkpoints.tower import check_width, fetch_tower, find_tower, tower_config, tower_tensors
+from llavamed_jax.checkpoints.tower import check_width, fetch_tower, find_tower, tower_config, tower_tensors, with_statistics
 from llavamed_jax.config import KNOWN_TOWERS, OURS, LlavaConfig, as_object, preset, projector_depth
 from llavamed_jax.errors import UserError
 from llavamed_jax.hf_config import is_transformers, tower_name
@@ -117,9 +117,10 @@ def tree_config(path: Path) -> LlavaConfig:
     """The config of this project's own tree or of one of its steps."""
     file = tree_root(path) / "model" / "config.json"
     try:
-        return LlavaConfig.from_dict(read_json(file))
+        config = LlavaConfig.from_dict(read_json(file))
     except (KeyError, TypeError) as error:
         raise UserError(f"{file} is no config of this project: {error}") from None
+    return config.replace(vision=with_statistics(config.vision, file.parent))
 
 
 def _kind(path: str | Path, weights: bool = True) -> tuple[str, str]:
@@ -157,10 +158,9 @@ def _torch_config(directory: Path, vision_tower: Path | None) -> tuple[LlavaConf
         config = LlavaConfig.from_hf(raw, vision)
     except UserError as error:
         raise UserError(f"{directory}: {error}") from None
-    if vision is None:
-        return config, raw
-    check_width(vision_tower, vision, config.vision.hidden_size if is_transformers(raw) else raw.get("mm_hidden_size"))
-    return config.replace(vision=vision), raw
+    if vision is not None:
+        check_width(vision_tower, vision, config.vision.hidden_size if is_transformers(raw) else raw.get("mm_hidden_size"))
+    return config.replace(vision=with_statistics(vision or config.vision, directory)), raw
 
 
 def _open_torch(directory: Path, vision_tower: Path | None) -> Checkpoint:

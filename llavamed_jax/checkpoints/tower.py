@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from llavamed_jax.checkpoints.files import read_json
 from llavamed_jax.checkpoints.layouts import canonical
 from llavamed_jax.checkpoints.names import is_buffer
 from llavamed_jax.checkpoints.torch_files import Tensor, read_weights
-from llavamed_jax.config import LlavaConfig, VisionConfig
+from llavamed_jax.config import LlavaConfig, VisionConfig, channels
 from llavamed_jax.errors import UserError
 
 
@@ -35,14 +36,28 @@ def fetch_tower(directory: Path, name: str | None, weights: bool = True) -> Path
                     "vision_tower=PATH was expected")
 
 
+def with_statistics(vision: VisionConfig, directory: Path) -> VisionConfig:
+    """The tower with the mean and the standard deviation of a directory's own preprocessor, where it has one."""
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        file = directory / name
+        if file.is_file():
+            settings = read_json(file)
+            settings = settings.get("image_processor", settings)
+            if isinstance(settings, dict) and "image_mean" in settings and "image_std" in settings:
+                return dataclasses.replace(vision, **{
+                    key: channels(str(file), key, settings[key]) for key in ("image_mean", "image_std")})
+    return vision
+
+
 def tower_config(directory: Path) -> VisionConfig:
-    """The shape of a CLIP directory's tower."""
+    """A CLIP directory's tower, and how its preprocessor normalises."""
     if not (directory / "config.json").is_file():
         raise UserError(f"the vision tower {directory} holds no config.json; a CLIP model's directory was expected")
     try:
-        return VisionConfig.from_hf(read_json(directory / "config.json"))
+        vision = VisionConfig.from_hf(read_json(directory / "config.json"))
     except UserError as error:
         raise UserError(f"{directory}: {error}") from None
+    return with_statistics(vision, directory)
 
 
 def check_width(directory: Path, vision: VisionConfig, expected: int | None) -> None:

@@ -15,16 +15,15 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from llavamed_jax.config import CLIP_MEAN, CLIP_STD
 from llavamed_jax.errors import UserError
 
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 PAD_COLOR = (122, 116, 104)  # int(255 * mean): the originals pad with it
 MODES = ("pad", "square")
 MAX_ASPECT = 200  # beyond it, resizing the short edge to the tower's size makes gigabytes of a few kilobytes
 
 
-def load_image(source) -> Image.Image:
+def load_image(source, frame: int | None = None) -> Image.Image:
     """An RGB image.
 
     Args:

@@ -17,7 +17,7 @@ import numpy as np
 
 from llavamed_jax.checkpoints import hub, reader
 from llavamed_jax.checkpoints.files import read_json
-from llavamed_jax.config import IGNORE, IMAGE_TOKEN, OURS, LlavaConfig
+from llavamed_jax.config import CLIP_MEAN, CLIP_STD, IGNORE, IMAGE_TOKEN, OURS, LlavaConfig
 from llavamed_jax.data import chat as chats
 from llavamed_jax.data import images as pixels
 from llavamed_jax.data.conversation import IMAGE_MARKER, Template, get_template, image_first, render, supervise, training_turns
@@ -39,7 +39,7 @@ class Processor:
 
     def __init__(self, config: LlavaConfig | None, tokenizer: Tokenizer | None = None, template: str | None = None,
                  image_size: int | None = None, image_mode: str | None = None, *,
-                 chat_template: chats.ChatTemplate | None = None, mean=pixels.CLIP_MEAN, std=pixels.CLIP_STD):
+                 chat_template: chats.ChatTemplate | None = None):
         """`template` None means the config's own, else `chat_template`, else by the config's `source`."""
         if image_mode not in (None, *pixels.MODES):
             raise UserError(f"the image mode is {image_mode!r}; {' or '.join(pixels.MODES)} was expected")
@@ -50,7 +50,8 @@ class Processor:
         self.image_mode = image_mode or (config.image_aspect_ratio if config else "pad")
         self.tokens_per_image = config.tokens_per_image if config else (image_size // _PATCH) ** 2 if image_size else None
         self.max_length = config.max_length if config else None
-        self._tokenizer, self._mean, self._std = tokenizer, tuple(mean), tuple(std)
+        self._tokenizer = tokenizer
+        self._statistics = (config.vision.image_mean, config.vision.image_std) if config else (CLIP_MEAN, CLIP_STD)
         if template is not None:
             get_template(template)  # a name that was typed fails here, a derived one when text is asked for
         self.template_name = template or (config.template if config else None)
@@ -102,8 +103,7 @@ class Processor:
         # The originals' directories may hold the language model's own chat template, which knows no images.
         jinja = chats.find_chat_template(directory) if directory is not None and config.source == "transformers" else None
         chat_template = chats.ChatTemplate(jinja, tok.bos_token, tok.eos_token) if jinja and tok else None
-        return cls(config, tok, template, image_size, image_mode, chat_template=chat_template,
-                   **(_statistics(directory) if directory is not None else {}))
+        return cls(config, tok, template, image_size, image_mode, chat_template=chat_template)
 
     # ---- text ----
 
@@ -177,21 +177,23 @@ class Processor:
 
     # ---- images ----
 
-    def images(self, sources: Sequence, mode: str | None = None) -> np.ndarray:
+    def images(self, sources: Sequence, mode: str | None = None, frame: int | None = None) -> np.ndarray:
         """Pixels for the tower, float32 [I,H,W,3].
 
         Args:
           sources: whatever `data.images.load_image` takes.
           mode: `pad` or `square`; None is the model's own.
+          frame: which frame of sources that have several, counted from 1; None is the first, or what a path's `#frame=N` says.
         """
-        size = self._image_size()
-        arrays = [pixels.preprocess(pixels.load_image(s), size, mode or self.image_mode, self._mean, self._std) for s in sources]
-        return np.stack(arrays) if arrays else np.zeros((0, size, size, 3), np.float32)
+        return pixels.normalize(self.images_uint8(sources, mode, frame), *self._statistics)
 
-    def _image_size(self) -> int:
+    def images_uint8(self, sources: Sequence, mode: str | None = None, frame: int | None = None) -> np.ndarray:
+        """The same before normalisation, uint8 [I,H,W,3], which the model does itself where it is given uint8."""
         if self.image_size is None:
             raise UserError("a bare tokenizer does not know the size of images; give image_size")
-        return self.image_size
+        size = self.image_size
+        arrays = [pixels.preprocess_uint8(pixels.load_image(s, frame), size, mode or self.image_mode) for s in sources]
+        return np.stack(arrays) if arrays else np.zeros((0, size, size, 3), np.uint8)
 
 
 def expand_images(ids: Sequence[int], patches: int, labels: Sequence[int] | None = None):
@@ -239,22 +241,3 @@ def _default_template(config: LlavaConfig | None) -> str:
     if config.source == "llava":
         return "v1.0:multimodal"
     return "v1.5:mistral_instruct" if config.decoder.architecture == "mistral" else "up:vicuna_v1"
-
-
-def _statistics(directory: Path) -> dict:
-    """Mean and standard deviation from the preprocessor's file, where there is one."""
-    for name in ("preprocessor_config.json", "processor_config.json"):
-        file = directory / name
-        if file.is_file():
-            settings = read_json(file)
-            settings = settings.get("image_processor", settings)
-            if isinstance(settings, dict) and "image_mean" in settings and "image_std" in settings:
-                return {word: _channels(file, f"image_{word}", settings[f"image_{word}"]) for word in ("mean", "std")}
-    return {}
-
-
-def _channels(file: Path, key: str, value) -> list[float]:
-    is_number = [isinstance(x, (int, float)) and not isinstance(x, bool) for x in value] if isinstance(value, list) else []
-    if len(is_number) != 3 or not all(is_number) or (key == "image_std" and min(value) <= 0):
-        raise UserError(f"{file} has {key} {value!r}; a list of three numbers{' above 0' * (key == 'image_std')} was expected")
-    return value

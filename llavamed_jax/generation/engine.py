@@ -21,6 +21,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from llavamed_jax.config import IMAGE_TOKEN, LlavaConfig
+from llavamed_jax.data.images import normalize
 from llavamed_jax.errors import UserError
 from llavamed_jax.generation.cache import init_cache
 from llavamed_jax.generation.sampling import Sampling, next_token
@@ -37,7 +38,7 @@ class Request:
 
     Attributes:
       ids: token ids; an image is P positions of IMAGE_TOKEN.
-      images: float32 [height,width,3] each, in order of appearance.
+      images: float32 (normalised) or uint8 [height,width,3] each, in order of appearance.
       seed: with the same seed and settings a request always draws the same tokens.
       cancelled: set it while the engine runs, and no more tokens are made for this request.
     """
@@ -182,12 +183,9 @@ class Engine:
         cache_length = _bucket(max(len(r.ids) + limit for r, limit in zip(rows, limits)))
         ids = np.zeros((B, T), np.int32)
         I = max(len(r.images) for r in rows)
-        size = self.cfg.vision.image_size
-        pixels = np.zeros((B, I, size, size, self.cfg.vision.num_channels), np.float32) if I else None
+        pixels = self._pixels(rows, B, I) if I else None
         for b, row in enumerate(rows):
             ids[b, : len(row.ids)] = row.ids
-            for slot, image in enumerate(row.images):
-                pixels[b, slot] = image
         fill = [1] * (B - len(rows))  # rows that nobody asked for: one token long, done at once
         keys = jax.vmap(jax.random.key)(np.array([r.seed for r in rows] + fill, np.uint32))
         sampling = Sampling(
@@ -198,6 +196,16 @@ class Engine:
                      limit=np.array(limits + fill, np.int32))
         batch = dict(**batch, sampling=sampling)
         return (batch if self.mesh is None else jax.device_put(batch, batch_sharding(self.mesh))), max(cache_length, T)
+
+    def _pixels(self, rows: Sequence[Request], B: int, I: int) -> np.ndarray:
+        """The rows' images [B,I,height,width,C]: uint8, a quarter of the bytes, unless one of them is normalised already."""
+        v = self.cfg.vision
+        is_raw = all(np.asarray(image).dtype == np.uint8 for row in rows for image in row.images)
+        pixels = np.zeros((B, I, v.image_size, v.image_size, v.num_channels), np.uint8 if is_raw else np.float32)
+        for b, row in enumerate(rows):
+            for slot, image in enumerate(map(np.asarray, row.images)):
+                pixels[b, slot] = image if is_raw or image.dtype != np.uint8 else normalize(image, v.image_mean, v.image_std)
+        return pixels
 
     def _prefill_batch(self, params, ids, pixels, lengths, limit, sampling, *, cache_length: int) -> State:
         """Runs the prompts int32 [B,T] (real up to `lengths`) and draws each row's first token."""

@@ -53,7 +53,8 @@ class Llava(nn.Module):
 
         Args:
           input_ids: int32 [B,T].
-          pixel_values: float32 [B,I,height,width,3], a row's images in order of appearance (empty slots: anything).
+          pixel_values: [B,I,height,width,3], a row's images in order of appearance (empty slots: anything): float32 as CLIP's
+            preprocessor gives them, or uint8, which is normalised here.
           positions: int32 [B,T], restarting with each segment; None counts from 0.
           segment_ids: int32 [B,T]; 0 is padding; None: each row is one sample without padding.
         Returns:
@@ -69,7 +70,7 @@ class Llava(nn.Module):
         return self.decoder(self.embed(input_ids, features), positions, segment_ids)[0]
 
     def encode_images(self, pixel_values):
-        """float32 [B,I,height,width,3] -> projected features [B,I,P,D]."""
+        """float32 or uint8 [B,I,height,width,3] -> projected features [B,I,P,D]."""
         B, I = pixel_values.shape[:2]
         x = self.vision_tower(constrain(pixel_values.reshape(B * I, *pixel_values.shape[2:]), "act_batch", None, None, None))
         x = x[:, 1:] if self.cfg.feature_select == "patch" else x
