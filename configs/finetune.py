@@ -12,7 +12,7 @@ from llavamed_jax.cli.common import recipe_arguments
 # v1 is LLaVA-Med v1.0's README (its command makes batches of 64, the paper's table says 128); llava15 is LLaVA-1.5's
 # scripts/v1_5/finetune.sh. The recipe of LLaVA-Med v1.5 was never published: v15 takes LLaVA-1.5's batches and v1's epochs,
 # which is our choice. All three: learning rate 2e-5.
-PUBLISHED = {"v15": (3, 128, "v1.5:mistral_instruct"), "v1": (3, 64, "v1.0:v1"), "llava15": (1, 128, "up:vicuna_v1")}
+PUBLISHED = {"v15": (3, 128, "v1.5:mistral_instruct"), "v1": (3, 64, "v1.0:v0"), "llava15": (1, 128, "up:vicuna_v1")}
 
 
 def get_config(arg: str = "") -> ConfigDict:

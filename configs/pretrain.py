@@ -11,7 +11,7 @@ from llavamed_jax.cli.common import recipe_arguments
 # family: learning rate, batch size, template.
 # v1 is LLaVA-Med v1.0's README; llava15 is LLaVA-1.5's scripts/v1_5/pretrain.sh. The recipe of LLaVA-Med v1.5 was never
 # published: v15 takes LLaVA-1.5's numbers on LLaVA-Med's data, which is our choice.
-PUBLISHED = {"v15": (1e-3, 256, "v1.5:plain"), "v1": (2e-3, 128, "v1.0:v1"), "llava15": (1e-3, 256, "up:plain")}
+PUBLISHED = {"v15": (1e-3, 256, "v1.5:plain"), "v1": (2e-3, 128, "v1.0:v0"), "llava15": (1e-3, 256, "up:plain")}
 
 
 def get_config(arg: str = "") -> ConfigDict:

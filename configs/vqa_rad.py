@@ -13,7 +13,7 @@ from llavamed_jax.cli.common import recipe_arguments
 
 # LLaVA-Med v1.0's README for all families: batches of 64, 2e-5, 3 epochs (its released weights: 9, the paper's best rows: 15).
 # LLaVA-Med v1.5's own recipe was never published; to use the same numbers for it is our choice.
-TEMPLATES = {"v15": "v1.5:mistral_instruct", "v1": "v1.0:v1", "llava15": "up:vicuna_v1"}
+TEMPLATES = {"v15": "v1.5:mistral_instruct", "v1": "v1.0:v0", "llava15": "up:vicuna_v1"}
 
 
 def get_config(arg: str = "") -> ConfigDict:

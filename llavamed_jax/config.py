@@ -367,7 +367,7 @@ def _presets() -> dict[str, LlavaConfig]:
     small = LlavaConfig(
         VisionConfig(192, 768, 6, 6, 96, 16), _decoder("mistral", 256, 704, 6, 8, 4, vocab=1024, theta=1e6),
         max_length=512, template="v1.5:mistral_instruct")
-    v1 = dict(projector_type="linear", image_aspect_ratio="square", use_start_end=True, template="v1.0:multimodal", source="llava")
+    v1 = dict(projector_type="linear", image_aspect_ratio="square", use_start_end=True, source="llava")
     llava15 = dict(template="up:vicuna_v1", source="llava_llama")
     return {
         "small": small,

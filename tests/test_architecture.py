@@ -13,7 +13,7 @@ PACKAGE = ROOT / "llavamed_jax"
 # Lowest first. A file imports its own layer and the layers before it, never a later one.
 LAYERS = [
     ("errors",),
-    ("parallel", "config", "hf_config"),
+    ("parallel", "config", "hf_config", "templates"),
     ("models",),
     ("data", "adapters", "checkpoints"),
     ("generation",),
@@ -86,12 +86,12 @@ def test_imports_point_downwards():
 
 
 def test_weights_know_configs_only():
-    """`checkpoints/` imports config (and errors), `models/` nothing of data, training or checkpoints."""
+    """`checkpoints/` imports config, tables of text (and errors), `models/` nothing of data, training or checkpoints."""
     for path in sources():
         here = room(module_name(path))
         others = {room(name) for name in ours(imports(path))} - {here}
         if here == "checkpoints":
-            assert others <= {"config", "hf_config", "errors"}, f"{path.relative_to(ROOT)} imports {sorted(others)}"
+            assert others <= {"config", "hf_config", "templates", "errors"}, f"{path.relative_to(ROOT)} imports {sorted(others)}"
         if here == "models":
             assert others <= {"config", "hf_config", "errors", "parallel"}, f"{path.relative_to(ROOT)} imports {sorted(others)}"
 

@@ -25,10 +25,10 @@ from llavamed_jax.checkpoints.store import write_model
 from llavamed_jax.checkpoints.torch_files import Tensor
 from llavamed_jax.checkpoints.writer import export, write_safetensors
 from llavamed_jax.config import IMAGE_TOKEN, DecoderConfig, LlavaConfig, VisionConfig
-from llavamed_jax.data.conversation import TEMPLATES
 from llavamed_jax.data.processor import Processor
 from llavamed_jax.data.tokenizer import Tokenizer
 from llavamed_jax.errors import UserError
+from llavamed_jax.templates import TEMPLATES
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLE_TOKENIZER = ROOT / "samples" / "vqa_rad" / "tokenizer.model"

@@ -6,10 +6,10 @@ texts are those of `data.conversation`, images placed as `data.chat` places them
 
 from __future__ import annotations
 
-from llavamed_jax.config import LlavaConfig
+import json
 
-_POLITE = ("A chat between a curious user and an artificial intelligence assistant. "
-           "The assistant gives helpful, detailed, and polite answers to the user's questions.")
+from llavamed_jax.config import LlavaConfig
+from llavamed_jax.templates import Template, default_template, get_template
 
 # A message's text, its images before it unless it places them itself; then the system's message apart from the turns.
 _HEAD = r"""
@@ -26,7 +26,7 @@ _HEAD = r"""
     {%- endif -%}
   {%- endif -%}
 {%- endmacro -%}
-{%- set system = "SYSTEM" -%}
+{%- set system = SYSTEM -%}
 {%- set turns = messages -%}
 {%- if messages[0].role == "system" -%}
   {%- set system = text_of(messages[0].content) -%}
@@ -37,57 +37,56 @@ _LLAMA_2 = r"""
 {%- for message in turns -%}
   {%- set text = text_of(message.content) -%}
   {%- if message.role == "assistant" -%}
-    {{- " " ~ text ~ " </s>" if text else "" -}}
+    {{- " " ~ text ~ " " ~ AFTER_ANSWER if text else "" -}}
   {%- elif text -%}
     {%- if loop.first and system -%}
       {%- set text = "<<SYS>>\n" ~ system ~ "\n<</SYS>>\n\n" ~ text -%}
     {%- endif -%}
-    {{- "[INST] " ~ text ~ " [/INST]" -}}
+    {{- ("" if loop.first else SEPARATOR) ~ "[INST] " ~ text ~ " [/INST]" -}}
   {%- endif -%}
 {%- endfor -%}
 """
-_TWO = r"""
-{{- system ~ " " -}}
+# The styles SINGLE and TWO. STRIPPED is LLaVA-Med v1.5's own way (quirk Q5): messages and result are stripped.
+_ROLES = r"""
+{{- system ~ SEPARATOR -}}
 {%- for message in turns -%}
   {%- set text = text_of(message.content) -%}
   {%- if message.role == "assistant" -%}
-    {{- "ASSISTANT: " ~ text ~ "</s>" if text else "ASSISTANT:" -}}
+    {{- ASSISTANT ~ (": " ~ textSTRIPPED ~ AFTER_ANSWER if text else ":") -}}
   {%- else -%}
-    {{- "USER: " ~ text ~ " " if text else "USER:" -}}
+    {{- USER ~ (": " ~ textSTRIPPED ~ SEPARATOR if text else ":") -}}
   {%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}
-  {{- "ASSISTANT:" -}}
+  {{- ASSISTANT ~ ":" -}}
 {%- endif -%}
 """
-# LLaVA-Med v1.5's own: messages and result are stripped, and a blank follows an answer (quirk Q5).
-_TWO_STRIPPED = "{%- set prompt -%}" + (
-    _TWO.replace('" ~ text ~ "</s>"', '" ~ text | trim ~ "</s> "').replace('" ~ text ~ " "', '" ~ text | trim ~ " "')
-) + "{%- endset -%}\n{{- prompt | trim -}}\n"
 _PLAIN = r"""
 {%- set text = text_of(turns[0].content) -%}
-{{- text ~ "\n" if text else "" -}}
+{{- text ~ SEPARATOR if text else "" -}}
 """
-_TEMPLATES = {
-    "v1.5:mistral_instruct": (_LLAMA_2, ""), "up:mistral_instruct": (_LLAMA_2, ""),
-    "v1.5:vicuna_v1": (_TWO_STRIPPED, _POLITE), "up:vicuna_v1": (_TWO, _POLITE),
-    "v1.5:plain": (_PLAIN, ""), "up:plain": (_PLAIN, ""),
-}  # fmt: skip
+_BODIES = {"LLAMA_2": _LLAMA_2, "SINGLE": _ROLES, "TWO": _ROLES, "PLAIN": _PLAIN}
 
 
 def template_name(cfg: LlavaConfig) -> str:
     """The template that a checkpoint is asked with: its config's own, else by what it came from (INTERFACE.md)."""
-    by_source = "v1.5:mistral_instruct" if cfg.decoder.architecture == "mistral" else "up:vicuna_v1"
-    name = cfg.template or ("v1.0:multimodal" if cfg.source == "llava" else by_source)
-    origin, _, bare = name.rpartition(":")
-    return f"{origin or 'v1.5'}:{'vicuna_v1' if bare == 'v1' else bare}"
+    return get_template(cfg.template or default_template(cfg.source, cfg.decoder.architecture)).name
 
 
 def chat_template(cfg: LlavaConfig) -> str | None:
-    """The Jinja source of a model's template, or None where it exists only in this project."""
-    found = _TEMPLATES.get(template_name(cfg))
-    if found is None:
+    """The Jinja source of a model's template, or None for v1.0's: image and text of these reach no model of transformers."""
+    template = get_template(template_name(cfg))
+    if template.is_v1:
         return None
-    body, system = found
     marker = "<im_start><image><im_end>" if cfg.use_start_end else "<image>"
-    return _HEAD.replace("MARKER", marker).replace("SYSTEM", system).lstrip("\n") + body.lstrip("\n")
+    return _HEAD.replace("MARKER", marker).replace("SYSTEM", json.dumps(template.system)).lstrip("\n") + _body(template)
+
+
+def _body(template: Template) -> str:
+    after_answer = (template.sep2 or template.sep) + " " * template.is_stripped
+    words = {"SEPARATOR": template.sep, "AFTER_ANSWER": after_answer, "ASSISTANT": template.roles[1], "USER": template.roles[0]}
+    body = _BODIES[template.style].replace("STRIPPED", " | trim" if template.is_stripped else "")
+    for name, word in words.items():
+        body = body.replace(name, json.dumps(word))
+    body = body.lstrip("\n")
+    return "{%- set prompt -%}" + body + "{%- endset -%}\n{{- prompt | trim -}}\n" if template.is_stripped else body

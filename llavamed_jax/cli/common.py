@@ -242,7 +242,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
 def check_model_flags(args: argparse.Namespace) -> None:
     """Refuses a template or a preset that does not exist, before anything is loaded or written."""
     from llavamed_jax.config import preset
-    from llavamed_jax.data.conversation import get_template
+    from llavamed_jax.templates import get_template
     checks = [("--checkpoint", preset, args.checkpoint.removeprefix("preset:"))] if args.checkpoint.startswith("preset:") else []
     checks += [("--template", get_template, args.template)] if args.template is not None else []
     for flag, check, value in checks:

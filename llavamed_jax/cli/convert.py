@@ -21,9 +21,9 @@ from llavamed_jax.checkpoints.reader import Checkpoint, open_checkpoint, text_fi
 from llavamed_jax.checkpoints.torch_files import Tensor
 from llavamed_jax.checkpoints.writer import export, total_bytes
 from llavamed_jax.cli.common import Parser, run
-from llavamed_jax.data.conversation import get_template
 from llavamed_jax.data.tokenizer import Tokenizer
 from llavamed_jax.errors import UsageError, UserError
+from llavamed_jax.templates import get_template
 
 _DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 

@@ -21,11 +21,12 @@ class Chat:
     images: list
 
 
-def read_messages(messages: Sequence[dict], marker: str = IMAGE_MARKER) -> Chat:
+def read_messages(messages: Sequence[dict], marker: str = IMAGE_MARKER, is_image_last: bool = False) -> Chat:
     """Takes OpenAI chat messages apart.
 
-    A message's images go before its text, each as `marker` and a new line, as LLaVA was trained; a text that places as
-    many `<image>` itself is left alone. Messages that carry no images at all may hold markers for images given elsewhere.
+    A message's images go before its text, each as `marker` and a new line, as LLaVA was trained, or behind it, as LLaVA-Med
+    v1.0 was; a text that places as many `<image>` itself is left alone. Messages that carry no images at all may hold markers
+    for images given elsewhere.
 
     Raises:
       UserError: roles out of order, an unknown role or part, or a count of images that does not fit the markers.
@@ -47,7 +48,7 @@ def read_messages(messages: Sequence[dict], marker: str = IMAGE_MARKER) -> Chat:
             raise UserError(f"message {i} is the {role}'s; user and assistant in alternation, the user first, were expected")
         markers = text.count(IMAGE_MARKER)
         if found and not markers:
-            text = (marker + "\n") * len(found) + text.strip()
+            text = (text.strip() + ("\n" + marker) * len(found)).lstrip() if is_image_last else (marker + "\n") * len(found) + text.strip()
         elif found and markers != len(found):
             raise UserError(f"message {i} has {len(found)} images for {markers} {IMAGE_MARKER} markers")
         turns.append(text)

@@ -1,58 +1,21 @@
-"""Prompt templates as data, one renderer a style, and the label masks of training text (spec 3.4 to 3.7).
+"""Prompts of conversations, one renderer a style, and the label masks of training text (spec 3.4 to 3.7).
 
-A template is a row of `TEMPLATES`, named `ORIGIN:NAME`: `v1.5` for LLaVA-Med v1.5's code, `up` for upstream LLaVA's. The
-two differ where the same name gives other text (`is_stripped`). A conversation is a list of turns, texts in alternation
-beginning with the user's; a last turn of None leaves the assistant's place open. `<image>` in a text marks an image.
+A conversation is a list of turns, texts in alternation beginning with the user's; a last turn of None leaves the assistant's
+place open. `<image>` in a text marks an image. Templates stand in `llavamed_jax.templates`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
-from llavamed_jax.config import IGNORE
+import numpy as np
+
+from llavamed_jax.config import IGNORE, IMAGE_TOKEN
 from llavamed_jax.errors import UserError
+from llavamed_jax.templates import Template
 
 IMAGE_MARKER = "<image>"
-
-
-@dataclass(frozen=True)
-class Template:
-    """How turns become one string; fields as in the originals' `Conversation`."""
-
-    name: str
-    style: str
-    system: str
-    roles: tuple[str, str]
-    sep: str
-    sep2: str | None
-    is_stripped: bool = False  # v1.5's TWO strips messages and result, and adds a blank after `sep2` (quirk Q5)
-
-    @property
-    def renderer(self) -> Callable[["Template", Sequence[str | None]], str]:
-        return _RENDERERS[self.style]
-
-
-_POLITE = ("A chat between a curious user and an artificial intelligence assistant. "
-           "The assistant gives helpful, detailed, and polite answers to the user's questions.")
-_ROWS = [  # origin, name, style, system, roles, sep, sep2, is_stripped
-    ("v1.5", "vicuna_v1", "TWO", _POLITE, ("USER", "ASSISTANT"), " ", "</s>", True),
-    ("up", "vicuna_v1", "TWO", _POLITE, ("USER", "ASSISTANT"), " ", "</s>", False),
-    *((origin, "mistral_instruct", "LLAMA_2", "", ("USER", "ASSISTANT"), "", "</s>", False) for origin in ("v1.5", "up")),
-    *((origin, "plain", "PLAIN", "", ("", ""), "\n", None, False) for origin in ("v1.5", "up")),
-]
-TEMPLATES = {f"{origin}:{row[0]}": Template(f"{origin}:{row[0]}", *row[1:]) for origin, *row in _ROWS}
-_ALIASES = {"v1": "vicuna_v1"}  # both origins register the template under either name
-
-
-def get_template(name: str) -> Template:
-    """The template `ORIGIN:NAME`; a bare name means v1.5's, else upstream's. Raises UserError with the names there are."""
-    origin, _, bare = name.rpartition(":")
-    bare = _ALIASES.get(bare, bare)
-    for candidate in (origin,) if origin else ("v1.5", "up"):
-        if f"{candidate}:{bare}" in TEMPLATES:
-            return TEMPLATES[f"{candidate}:{bare}"]
-    raise UserError(f"the template {name!r} does not exist; one of {', '.join(TEMPLATES)} was expected")
 
 
 def render(template: Template, turns: Sequence[str | None], system: str | None = None) -> str:
@@ -65,7 +28,15 @@ def render(template: Template, turns: Sequence[str | None], system: str | None =
         raise UserError("a prompt of no turns was asked for; at least one was expected")
     if system is not None:
         template = replace(template, system=system)
-    return template.renderer(template, turns)
+    return _RENDERERS[template.style](template, [*template.examples, *turns])
+
+
+def _single(template: Template, turns) -> str:
+    text = template.system + template.sep
+    for i, turn in enumerate(turns):
+        role = template.roles[i % 2]
+        text += f"{role}: {turn}{template.sep}" if turn else f"{role}:"
+    return text
 
 
 def _two(template: Template, turns) -> str:
@@ -101,7 +72,15 @@ def _plain(template: Template, turns) -> str:
     return template.system + (turns[0] + template.sep if turns[0] else "")
 
 
-_RENDERERS = {"TWO": _two, "LLAMA_2": _llama_2, "PLAIN": _plain}
+def _v0(template: Template, turns) -> str:
+    """v1.0's training text up to where the answer begins."""
+    speakers = ("human", "gpt")
+    said = [(speakers[i % 2], turn) for i, turn in enumerate(turns) if turn is not None]
+    is_open = len(said) < len(turns)
+    return "".join(_v0_pieces(template, said)) + (f"### {template.roles[len(said) % 2]}:" if is_open else "")
+
+
+_RENDERERS = {"SINGLE": _single, "TWO": _two, "LLAMA_2": _llama_2, "PLAIN": _plain, "V0": _v0}
 
 # ---- training text -------------------------------------------------------------------------------------------------
 
@@ -117,62 +96,105 @@ def image_first(text: str, marker: str = IMAGE_MARKER, count: int = 1) -> str:
     return ((IMAGE_MARKER + "\n") * count + text).strip().replace(IMAGE_MARKER, marker)
 
 
-def training_turns(template: Template, conversation: Sequence[dict]) -> list[str]:
-    """Texts of a LLaVA conversation in alternation; a leading answer is dropped, as in the original.
+def training_turns(template: Template, conversation: Sequence[dict]) -> list[tuple[str, str]]:
+    """(speaker, text) of the turns of a LLaVA conversation, human and gpt in alternation; a leading answer is dropped.
+
+    Only the v0 procedure takes speakers as they come, others than human and gpt too, as the original does.
 
     Raises:
-      UserError: a speaker other than human and gpt, two in a row, or nothing left.
+      UserError: another speaker, two in a row, or nothing left.
     """
-    speakers = [turn["from"] for turn in conversation]
-    unknown = sorted({str(s) for s in speakers} - {"human", "gpt"})
-    if unknown:
-        raise UserError(f"the conversation has a turn from {unknown[0]!r}; human or gpt was expected")
-    start = 1 if speakers and speakers[0] == "gpt" else 0
-    for i, speaker in enumerate(speakers[start:]):
-        if speaker != ("human", "gpt")[i % 2]:
-            raise UserError(f"turn {start + i} of the conversation is from {speaker}; human and gpt in alternation were expected")
-    texts = [str(turn["value"]) for turn in conversation[start:]]
-    if not texts:
+    turns = [(str(turn["from"]), str(turn["value"])) for turn in conversation]
+    if template.labels != "v0":
+        unknown = sorted({speaker for speaker, _ in turns} - {"human", "gpt"})
+        if unknown:
+            raise UserError(f"the conversation has a turn from {unknown[0]!r}; human or gpt was expected")
+        start = 1 if turns and turns[0][0] == "gpt" else 0
+        turns = turns[start:]
+        for i, (speaker, _) in enumerate(turns):
+            if speaker != ("human", "gpt")[i % 2]:
+                raise UserError(f"turn {start + i} of the conversation is from {speaker}; human and gpt in alternation were expected")
+    if not turns:
         raise UserError("the conversation is empty; at least one question and its answer were expected")
-    if template.style == "PLAIN" and (len(texts) != 2 or IMAGE_MARKER not in texts[0]):
+    if template.labels == "plain" and (len(turns) != 2 or IMAGE_MARKER not in turns[0][1]):
         raise UserError(f"the template {template.name} needs a conversation of <image> and its caption, one turn each")
-    return texts
+    return turns
 
 
-def supervise(template: Template, turns: Sequence[str], encode: Callable[[str], list[int]], *, pad_id: int | None,
-              is_legacy: bool = True, max_length: int | None = None) -> tuple[list[int], list[int]]:
-    """Ids and labels (not shifted) of a conversation, with upstream's own arithmetic (spec 3.7).
+def supervise(template: Template, turns: Sequence[tuple[str, str]], encode: Callable[[str], list[int]], *, pad_id: int | None,
+              is_legacy: bool = True, max_length: int | None = None, image_length: int = 1) -> tuple[list[int], list[int]]:
+    """Ids and labels (not shifted) of a conversation, with the originals' own arithmetic (spec 3.7).
 
-    Answers are found by re-encoding each round alone and counting ids, so labels are exactly those that the released
-    models were trained with, its one defect included: where the counts do not add up, nothing of the sample is
-    supervised. Callers count such samples.
+    The originals find answers by encoding parts of the text alone and counting ids, so labels are exactly those that the
+    released models were trained with, defects included: where v1's and llama_2's counts do not add up, nothing of the sample
+    is supervised, which callers count; where v0's do not, spans move (quirk Q11).
 
     Args:
+      turns: (speaker, text).
       encode: text to ids, beginning-of-sequence first, an image one IMAGE_TOKEN.
       pad_id: what the original pads with; it is unk, so a real unk makes the counts differ.
       max_length: samples of this length or longer are not checked for a mismatch.
+      image_length: how many ids an image is when the original counts: P in v1.0, whose images are P patch tokens, else 1.
     """
-    if template.style == "PLAIN":
-        text = IMAGE_MARKER + turns[1] + template.sep
-        ids, masked = encode(text), len(encode(IMAGE_MARKER))
-        return ids, [IGNORE] * masked + ids[masked:]
-    before_answer = {"TWO": f"{template.sep}{template.roles[1]}: ", "LLAMA_2": "[/INST] "}[template.style]
-    text = template.renderer(template, turns)
-    ids = encode(text)
-    labels = [IGNORE] * len(ids)
-    cursor = 1  # past the beginning-of-sequence id
-    # Not in LLAMA_2: upstream never gave that style the correction for tokenizers that are not legacy.
-    correction = 1 if template.style == "TWO" and not is_legacy else 0
+    def measure(ids: Sequence[int]) -> int:
+        return sum(image_length if i == IMAGE_TOKEN else 1 for i in ids)
+
+    text = _training_text(template, turns)
+    ids = np.asarray(encode(text))
+    lengths = np.where(ids == IMAGE_TOKEN, image_length, 1)
+    is_masked = np.zeros(lengths.sum(), bool)  # by the original's positions
+    if template.labels == "plain":
+        spans = [slice(len(encode(IMAGE_MARKER)))]
+    elif template.labels == "v0":
+        spans = _questions_of_v0(template, turns, lambda part: measure(encode(part)))
+    else:
+        # Not in llama_2: upstream never gave that procedure the correction for tokenizers that are not legacy.
+        correction = 1 if template.labels == "v1" and not is_legacy else 0
+        *spans, tail = _questions_of_rounds(template, text, lambda part: measure(encode(part)), correction)
+        is_mismatch = tail.start != lengths[ids != pad_id].sum()
+        spans.append(slice(None) if is_mismatch and (max_length is None or tail.start < max_length) else tail)
+    for span in spans:
+        is_masked[span] = True
+    labels = np.where(is_masked[np.cumsum(lengths) - lengths], IGNORE, ids)
+    return ids.tolist(), labels.tolist()
+
+
+def _training_text(template: Template, turns: Sequence[tuple[str, str]]) -> str:
+    if template.labels == "plain":
+        return IMAGE_MARKER + turns[1][1] + template.sep
+    if template.labels == "v0":
+        return "".join(_v0_pieces(template, turns)) + "### "
+    return render(template, [text for _, text in turns])
+
+
+def _v0_pieces(template: Template, turns: Sequence[tuple[str, str]]) -> list[str]:
+    """The system text and each turn, in the form that v0 trains with: it is not the template's own (quirk Q14)."""
+    roles = dict(zip(("human", "gpt"), template.roles, strict=True))
+    return [template.system + "\n\n", *(f"### {roles.get(speaker.lower(), 'unknown')}: {text}\n" for speaker, text in turns)]
+
+
+def _questions_of_v0(template: Template, turns, measure: Callable[[str], int]) -> Iterator[slice]:
+    """System text and questions. The "###" before a question stays: it is what ends the answer before."""
+    header, *pieces = _v0_pieces(template, turns)
+    cursor = measure(header)
+    yield slice(cursor)
+    for (speaker, _), piece in zip(turns, pieces, strict=True):
+        length = measure(piece)
+        if speaker == "human":
+            yield slice(cursor + 2, cursor + length)
+        cursor += length
+
+
+def _questions_of_rounds(template: Template, text: str, measure: Callable[[str], int], correction: int) -> Iterator[slice]:
+    """The beginning-of-sequence id, each round up to its answer, and last what is after the rounds."""
+    before_answer = f"{template.sep}{template.roles[1]}: " if template.labels == "v1" else "[/INST] "
+    cursor = 1
+    yield slice(cursor)
     for i, round_text in enumerate(text.split(template.sep2)):
         parts = round_text.split(before_answer)
         if not round_text or len(parts) != 2:
             break
         shift = correction if i else 0
-        question = len(encode(parts[0] + before_answer)) - 2 - shift
-        length = len(encode(round_text)) - shift
-        labels[cursor + question:cursor + length] = ids[cursor + question:cursor + length]
-        cursor += length
-    is_mismatch = cursor != sum(i != pad_id for i in ids)
-    if is_mismatch and (max_length is None or cursor < max_length):
-        labels = [IGNORE] * len(ids)
-    return ids, labels
+        yield slice(cursor, cursor + measure(parts[0] + before_answer) - 2 - shift)
+        cursor += measure(round_text) - shift
+    yield slice(cursor, None)

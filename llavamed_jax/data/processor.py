@@ -4,6 +4,10 @@
     encode   1  733 …  -200   13  …                         an image is one IMAGE_TOKEN
     expand   1  733 …  -200 × P   13  …                     and P consecutive positions for the model
 
+LLaVA-Med v1.0 has P `<im_patch>` between `<im_start>` and `<im_end>` where others have an image (spec 3.5, 3.6). With its
+templates `<image>` in a text stands for all of them, `encode` writes the ids of start and end about the IMAGE_TOKEN, and the
+image keeps its place in a turn: behind the question, where upstream puts it before.
+
 B, H, W and I are rows, height, width and images; P is the number of positions of an image.
 """
 
@@ -20,11 +24,14 @@ from llavamed_jax.checkpoints.files import read_json
 from llavamed_jax.config import CLIP_MEAN, CLIP_STD, IGNORE, IMAGE_TOKEN, OURS, LlavaConfig
 from llavamed_jax.data import chat as chats
 from llavamed_jax.data import images as pixels
-from llavamed_jax.data.conversation import IMAGE_MARKER, Template, get_template, image_first, render, supervise, training_turns
+from llavamed_jax.data.conversation import IMAGE_MARKER, image_first, render, supervise, training_turns
 from llavamed_jax.data.tokenizer import Tokenizer, find_tokenizer
 from llavamed_jax.errors import UserError
+from llavamed_jax.templates import Template, default_template, get_template
 
 _PATCH = 14  # of every tower that LLaVA was released with; used where there is no config to ask
+# v1.0's image tokens. Its training with `--version v0` adds [PAD] before them to a tokenizer that has none (spec 1.8).
+_PAD, _IM_PATCH, _IM_START, _IM_END = "[PAD]", "<im_patch>", "<im_start>", "<im_end>"
 
 
 class Processor:
@@ -56,7 +63,8 @@ class Processor:
             get_template(template)  # a name that was typed fails here, a derived one when text is asked for
         self.template_name = template or (config.template if config else None)
         self.chat_template = None if self.template_name else chat_template
-        if self.template_name is None and self.chat_template is None:
+        self._is_default = self.template_name is None and self.chat_template is None
+        if self._is_default:
             self.template_name = _default_template(config)
 
     @classmethod
@@ -123,9 +131,31 @@ class Processor:
         return get_template(self.template_name)
 
     @property
+    def stop(self) -> tuple[str, ...]:
+        """Texts that end an answer beside the end-of-sequence id: v1.0's and v0's models write "###" in its place."""
+        return self.template.stop if self.template_name else ()
+
+    def for_evaluation(self) -> "Processor":
+        """This processor as test questions are asked: v1.0's evaluation has another template than its chat, where none is named."""
+        name = _default_template(self.config, is_evaluation=True) if self._is_default else self.template_name
+        if name == self.template_name:
+            return self
+        return Processor(self.config, self._tokenizer, name, self.image_size, self.image_mode)
+
+    @property
+    def _is_v1(self) -> bool:
+        return self.template_name is not None and self.template.is_v1
+
+    @property
+    def _has_start_end(self) -> bool:
+        """Whether an image stands between start and end tokens; of a bare tokenizer, where v1.0's recipe says so."""
+        return self.config.use_start_end if self.config is not None else self._is_v1
+
+    @property
     def image_marker(self) -> str:
-        """What stands for an image in text: `<image>`, between start and end tokens where the model has them."""
-        return f"<im_start>{IMAGE_MARKER}<im_end>" if self.config is not None and self.config.use_start_end else IMAGE_MARKER
+        """What stands for an image in prompts: `<image>`, in v1.5's and upstream's text between start and end tokens where the
+        model has them. In v1.0's text `<image>` itself means that."""
+        return f"{_IM_START}{IMAGE_MARKER}{_IM_END}" if self._has_start_end and not self._is_v1 else IMAGE_MARKER
 
     def prompt(self, messages: Sequence[dict]) -> str:
         """The text of OpenAI chat messages up to where the answer begins, `<image>` for each image.
@@ -133,38 +163,69 @@ class Processor:
         Raises:
           UserError: messages out of order, or a count of images that does not fit the markers, with both numbers.
         """
-        chat = chats.read_messages(messages, self.image_marker)
+        chat = chats.read_messages(messages, self.image_marker, is_image_last=self._is_v1)
         if self.chat_template is not None:
             return self.chat_template.render(chat)
-        open_turn = [] if self.template.style == "PLAIN" else [None]
+        open_turn = [] if self.template.labels == "plain" else [None]
         return render(self.template, chat.turns + open_turn, chat.system)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a prompt, an image one IMAGE_TOKEN (spec 3.6): each text between images is encoded on its own."""
+        """Ids of a prompt, an image one IMAGE_TOKEN (spec 3.6): each text between images is encoded on its own.
+
+        With v1.0's templates the ids of start and end tokens stand about it, the white space beside it is dropped, and each
+        `<im_patch>` that the text writes out is an IMAGE_TOKEN too.
+        """
+        if self._is_v1:
+            tokenizer = self._v1_tokenizer
+            image = f"{_IM_START}{_IM_PATCH}{_IM_END}" if self._has_start_end else _IM_PATCH
+            text = text.replace(f"{_IM_START}{IMAGE_MARKER}{_IM_END}", IMAGE_MARKER).replace(IMAGE_MARKER, image)
+            patch = tokenizer.id_of(_IM_PATCH)
+            return [IMAGE_TOKEN if i == patch else i for i in tokenizer.encode(text)]
         first, *rest = (self.tokenizer.encode(part, bos=i == 0) for i, part in enumerate(text.split(IMAGE_MARKER)))
         return functools.reduce(lambda ids, part: ids + [IMAGE_TOKEN] + part, rest, first)
 
+    @functools.cached_property
+    def _v1_tokenizer(self) -> Tokenizer:
+        """The tokenizer with v1.0's image tokens, where it lacks them with the ids that its training would have given them.
+
+        Raises:
+          UserError: the model's table over the vocabulary has no rows for start and end tokens.
+        """
+        size, rows = self.tokenizer.vocab_size, self.config.decoder.vocab_size if self.config is not None else None
+        has_pad = self.template.style == "V0" if rows is None else rows - size > 3
+        tokenizer = self.tokenizer.as_v1([_PAD] * has_pad + [_IM_PATCH, *([_IM_START, _IM_END] if self._has_start_end else [])])
+        if self._has_start_end and rows is not None and max(tokenizer.id_of(_IM_START), tokenizer.id_of(_IM_END)) >= rows:
+            raise UserError(f"the tokenizer has no {_IM_START} and {_IM_END}, and no rows are left for them in a vocabulary of "
+                            f"{rows}; `python -m convert build --add_image_tokens` adds both")
+        return tokenizer
+
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids, without special tokens and images."""
-        return self.tokenizer.decode(ids)
+        return (self._v1_tokenizer if self._is_v1 else self.tokenizer).decode(ids)
 
-    def training_example(self, conversations: Sequence[dict], num_images: int | None = None) -> tuple[list[int], list[int]]:
+    def training_example(self, conversations: Sequence[dict], num_images: int | None = None,
+                         max_length: int | None = None) -> tuple[list[int], list[int]]:
         """Ids and labels of a LLaVA conversation; labels are not shifted and IGNORE where nothing is learnt.
 
-        The image goes to the front of its turn, and several markers in a turn count as one, as in upstream's
-        preprocessing, which is the only one published for the templates of v1.5 and up; where `num_images` says that a
-        conversation's markers all have their image, they all stay. An image is one IMAGE_TOKEN.
+        With templates of v1.5 and up the image goes to the front of its turn, and several markers in a turn count as one, as
+        in upstream's preprocessing, the only one published for them; where `num_images` says that a conversation's markers
+        all have their image, they all stay. With v1.0's every marker stays where it is. An image is one IMAGE_TOKEN.
 
+        Args:
+          max_length: the length that the sample will be cut to; None is the model's own. The originals do not check their
+            counts of ids in samples that are longer.
         Raises:
           UserError: speakers that do not alternate, or a count of images that does not fit the markers.
         """
         turns = training_turns(self.template, conversations)
-        marked = [turn.count(IMAGE_MARKER) for turn in turns]
+        marked = [text.count(IMAGE_MARKER) for _, text in turns]
         each = num_images is not None and num_images == sum(marked)
-        if self.template.style != "PLAIN":
-            turns = [image_first(turn, self.image_marker, count if each else 1) for turn, count in zip(turns, marked)]
+        if not self._is_v1:
+            turns = [(speaker, image_first(text, self.image_marker, count if each else 1))
+                     for (speaker, text), count in zip(turns, marked)]
         ids, labels = supervise(self.template, turns, self.encode, pad_id=self.tokenizer.pad_id,
-                                is_legacy=self.tokenizer.is_legacy, max_length=self.max_length)
+                                is_legacy=self.tokenizer.is_legacy or self._is_v1, max_length=max_length or self.max_length,
+                                image_length=self.tokens_per_image or 1 if self._is_v1 else 1)
         if num_images is not None and ids.count(IMAGE_TOKEN) != num_images:
             raise UserError(f"the conversation has {num_images} images for {sum(marked)} {IMAGE_MARKER} markers")
         return ids, labels
@@ -234,10 +295,8 @@ def _model_directory(path: Path) -> Path | None:
     return next((c for c in candidates if (c / "config.json").is_file()), None)
 
 
-def _default_template(config: LlavaConfig | None) -> str:
-    """By the model type that the checkpoint came with (INTERFACE.md); for a bare tokenizer the released model's."""
+def _default_template(config: LlavaConfig | None, is_evaluation: bool = False) -> str:
+    """By the model type that the checkpoint came with; for a bare tokenizer the released model's."""
     if config is None:
         return "v1.5:mistral_instruct"
-    if config.source == "llava":
-        return "v1.0:multimodal"
-    return "v1.5:mistral_instruct" if config.decoder.architecture == "mistral" else "up:vicuna_v1"
+    return default_template(config.source, config.decoder.architecture, is_evaluation)

@@ -3,13 +3,14 @@
 Ids come from SentencePiece itself wherever `tokenizer.model` exists: the tokenizers that transformers 5 builds from the
 same file split differently around special tokens. What the slow class added to SentencePiece is little and stands here:
 special tokens are cut out of the text first, and each piece of text in between gets its own dummy prefix `▁` (`legacy`,
-the default) or, with `"legacy": false` in `tokenizer_config.json` (Vicuna 1.5), only the first one does.
+the default) or, with `"legacy": false` in `tokenizer_config.json` (Vicuna 1.5), only the first one does. The class of
+LLaVA-Med v1.0's days knew the first way only, and took away the white space beside added tokens (`Tokenizer.as_v1`).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from llavamed_jax.checkpoints.files import read_json
@@ -28,15 +29,19 @@ class Tokenizer:
       bos_id, eos_id, unk_id: special ids, None where there is none; bos_token, eos_token: their text, or "".
       pad_id: the id that the original pads with and compares against: `unk` (spec 3.7), or `eos` without one.
       is_legacy: whether text after a special token gets a dummy prefix.
+      is_stripping: whether white space beside added tokens is dropped, but beside begin, end and unknown of a sequence kept.
     """
 
-    def __init__(self, backend, added: dict[str, int], special: set[str], is_legacy: bool = True):
-        self._backend = backend
+    def __init__(self, backend, added: dict[str, int], special: set[str], is_legacy: bool = True, *, bos: str | None = None,
+                 is_stripping: bool = False):
+        """`bos` is the text of the token to begin with, where it is not the SentencePiece model's own (quirk Q10)."""
+        self._backend, self._given, self._bos = backend, (added, special), bos
         self.bos_id, self.eos_id, self.unk_id = backend.bos_id, backend.eos_id, backend.unk_id
         self.pad_id = self.unk_id if self.unk_id is not None else self.eos_id
-        self.is_legacy = is_legacy
+        self.is_legacy, self.is_stripping = is_legacy, is_stripping
         core = {backend.piece(i): i for i in (self.bos_id, self.eos_id, self.unk_id) if i is not None}
-        self._added = {**core, **added}
+        self._added, self._core = {**core, **added}, core
+        self.bos_id = self._added.get(bos, self.bos_id)
         self._text_of = {i: text for text, i in self._added.items()}
         self.bos_token, self.eos_token = (self._text_of.get(i, "") for i in (self.bos_id, self.eos_id))
         self._special_ids = set(core.values()) | {i for text, i in added.items() if text in special}
@@ -48,7 +53,7 @@ class Tokenizer:
         """Ids of `text`; special tokens written out in it (`</s>`) become their ids."""
         ids = [self.bos_id] if bos and self.bos_id is not None else []
         is_first = True
-        for part in re.split(self._splitter, text):
+        for part in self._split(text):
             if part in self._added:
                 ids.append(self._added[part])
             elif part:
@@ -56,6 +61,26 @@ class Tokenizer:
             if part:
                 is_first = False
         return ids
+
+    def _split(self, text: str) -> list[str]:
+        """Text and added tokens in turn, text first and last."""
+        parts = re.split(self._splitter, text)
+        if self.is_stripping:
+            for i, part in enumerate(parts):
+                if i % 2 and part not in self._core:
+                    parts[i - 1], parts[i + 1] = parts[i - 1].rstrip(), parts[i + 1].lstrip()
+        return parts
+
+    def id_of(self, token: str) -> int | None:
+        """The id of a special or added token, None where there is no such token."""
+        return self._added.get(token)
+
+    def as_v1(self, tokens: Sequence[str]) -> "Tokenizer":
+        """As the slow class of LLaVA-Med v1.0's transformers; those of `tokens` that are missing are added at the end."""
+        added, special = self._given
+        missing = [token for token in tokens if token not in self._added]
+        added = {**added, **{token: self.vocab_size + i for i, token in enumerate(missing)}}
+        return Tokenizer(self._backend, added, special | {*missing}, bos=self._bos, is_stripping=True)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids` without special tokens. Ids that stand for no text (the padding of a table) give none.
@@ -95,7 +120,7 @@ class Tokenizer:
             backend = _SentencePieceBackend(file)
             added, special = _added_tokens(directory, settings) if directory else ({}, set())
         # transformers: a missing or null `legacy` means the old behaviour.
-        return cls(backend, added, special, is_legacy=settings.get("legacy") is not False)
+        return cls(backend, added, special, is_legacy=settings.get("legacy") is not False, bos=_bos(directory, settings))
 
 
 def find_tokenizer(directory: Path) -> Path | None:
@@ -171,6 +196,12 @@ def _added_tokens(directory: Path, settings: dict) -> tuple[dict[str, int], set[
     for value in _settings(directory / "special_tokens_map.json").values():
         special.update(filter(None, map(_content, value if isinstance(value, list) else [value])))
     return added, special
+
+
+def _bos(directory: Path | None, settings: dict) -> str | None:
+    """What the files say that a sequence begins with. v1.0's training could replace it, and saved that (quirk Q10)."""
+    names = [settings] + ([_settings(directory / "special_tokens_map.json")] if directory else [])
+    return next((text for text in (_content(each.get("bos_token")) for each in names) if text), None)
 
 
 def _content(token) -> str | None:

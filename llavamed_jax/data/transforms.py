@@ -43,7 +43,7 @@ def tokenize(record: dict, processor: Processor, max_length: int) -> Example:
       UserError: a conversation that the template cannot hold; it names the record.
     """
     try:
-        ids, labels = processor.training_example(record["conversations"], num_images=len(record["image"]))
+        ids, labels = processor.training_example(record["conversations"], len(record["image"]), max_length)
         ids, labels = processor.expand(ids, labels) if record["image"] else (ids, labels)
     except ValueError as error:
         raise UserError(f"record {record['id']!r}: {error}") from error

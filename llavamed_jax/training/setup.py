@@ -20,12 +20,12 @@ from llavamed_jax.checkpoints.load import load_params, random_checkpoint
 from llavamed_jax.checkpoints.reader import Checkpoint, open_checkpoint, text_files
 from llavamed_jax.config import preset
 from llavamed_jax.data import datasets, loader
-from llavamed_jax.data.conversation import get_template
 from llavamed_jax.data.processor import Processor
 from llavamed_jax.data.tokenizer import Tokenizer
 from llavamed_jax.errors import UsageError, UserError
 from llavamed_jax.models import llava
 from llavamed_jax.parallel.mesh import make_mesh
+from llavamed_jax.templates import get_template
 from llavamed_jax.training import optimizer as optimizers
 from llavamed_jax.training import state as states
 from llavamed_jax.training.state import TrainState
@@ -37,7 +37,7 @@ def open_start(cfg: ConfigDict) -> Checkpoint:
     """The checkpoint that `init` names, with the recipe's tokenizer and template in place of its own.
 
     A preset takes its vocabulary from the tokenizer. The template goes into the config that the run writes, so that the
-    model is asked as it was trained; `plain`, which has no roles, is a way to train and not to ask.
+    model is asked as it was trained; `plain` and v1.0's `v0` are ways to train and not to ask.
     """
     if cfg.tokenizer is not None:
         with _naming(cfg, "tokenizer"):
@@ -67,7 +67,7 @@ def open_start(cfg: ConfigDict) -> Checkpoint:
         files = text_files(path) if path.is_dir() else {path.name: path}
         kept = {name: file for name, file in checkpoint.files.items() if not name.startswith(("tokenizer", "added_", "special_"))}
         checkpoint = checkpoint.replace(files={**kept, **files})
-    if cfg.template is not None and cfg.template.rpartition(":")[2] != "plain":
+    if cfg.template is not None and not get_template(cfg.template).is_for_training_only:
         checkpoint = checkpoint.replace(config=checkpoint.config.replace(template=cfg.template))
     return checkpoint
 
