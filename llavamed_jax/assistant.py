@@ -216,7 +216,7 @@ class LlavaMed:
                 for ids, pixels, s in zip(prompts, images, seeds)]
 
     def _text_stream(self, stop):
-        return TextStream(self.processor.decode, [stop] if isinstance(stop, str) else stop)
+        return TextStream(self.processor.decode, (*([stop] if isinstance(stop, str) else stop), *self.processor.stop))
 
 
 def completion(stream: TextStream, eos: int) -> Completion:

@@ -279,6 +279,11 @@ class FakeCompletion:
 class FakeProcessor:
     """One token a word; an image is four."""
 
+    stop = ()
+
+    def for_evaluation(self):
+        return self
+
     def prompt(self, messages):
         kinds = [part["type"] for part in messages[0]["content"]]
         assert [message["role"] for message in messages] == ["user"] and kinds == ["image", "text"]
@@ -301,7 +306,7 @@ class FakeModel:
     """Answers with question and image name, so that a test sees which were put together."""
 
     def __init__(self, max_length=64):
-        self.processor, self.engine = FakeProcessor(), SimpleNamespace(max_prompt=max_length, eos=2)
+        self.processor, self.engine = FakeProcessor(), SimpleNamespace(max_prompt=max_length, eos=(2,))
         self.batches, self.rows, self.settings = [], [], []
 
     def generate(self, conversations, **settings):

@@ -74,6 +74,7 @@ class Evaluation:
         key = self._key(checkpoint, flags or {})
         name = vqa.model_name(checkpoint)
         model.engine.batch_size = self.generation.batch_size
+        model.processor = model.processor.for_evaluation()
         partial = self._partial("predictions.jsonl", key)
         predictions = vqa.predict(model, self.samples, self.generation, name, partial=partial)
         self._write("predictions.jsonl", vqa.to_jsonl(predictions))

@@ -168,7 +168,7 @@ def _ask_batch(model: LlavaMed, questions: Sequence[tuple[str, str]], generation
         images = [list(model.processor.images([questions[i][1]])) for i in cut]
         generated = model.generate_tokens([rows[i][:limit] for i in cut], images, **settings)
         for i, tokens in zip(cut, generated, strict=True):
-            stream = TextStream(model.processor.decode)
+            stream = TextStream(model.processor.decode, model.processor.stop)
             stream.push(tokens)
             answer = completion(stream, model.engine.eos)
             answers[i] = Answer(answer.text, answer.finish_reason, len(rows[i]) - limit)
