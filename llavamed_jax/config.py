@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -63,11 +65,13 @@ class VisionConfig:
     def __post_init__(self):
         for name in ("image_mean", "image_std"):
             object.__setattr__(self, name, channels("the vision config", name, getattr(self, name)))
-        _check_types(self, "vision ")
+        _check_fields(self, "vision ")
         if self.hidden_act not in ("quick_gelu", "gelu"):
             raise UserError(f"vision hidden_act is {self.hidden_act!r}; quick_gelu or gelu was expected")
         if self.hidden_size % self.num_heads:
             raise UserError(f"vision hidden_size {self.hidden_size} is not divisible by its {self.num_heads} heads")
+        if self.patch_size > self.image_size:
+            raise UserError(f"vision patch_size {self.patch_size} is larger than its image_size {self.image_size}")
 
     @property
     def num_patches(self) -> int:
@@ -119,7 +123,7 @@ class DecoderConfig:
     more_eos_ids: tuple[int, ...] = ()  # config.json may name several ids that end a sequence
 
     def __post_init__(self):
-        _check_types(self, "decoder ")
+        _check_fields(self, "decoder ")
         if self.num_heads % self.num_kv_heads:
             raise UserError(f"{self.num_heads} query heads are not a multiple of {self.num_kv_heads} key/value heads")
         if self.head_dim % 2:
@@ -219,7 +223,7 @@ class LlavaConfig:
     extra: str = "{}"
 
     def __post_init__(self):
-        _check_types(self, "")
+        _check_fields(self, "")
         if self.feature_select not in ("patch", "cls_patch"):
             raise UserError(f"the vision feature selection is {self.feature_select!r}; patch or cls_patch was expected")
         if not -self.vision.num_layers - 1 <= self.feature_layer <= self.vision.num_layers:
@@ -317,7 +321,7 @@ def channels(where: str, key: str, value: Any) -> tuple[float, ...]:
 def _number(value: Any, key: str) -> float:
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         raise UserError(f"config.json has {key} {value!r}; a number was expected")
-    return float(value)
+    return float(value) if abs(value) < 1e300 else math.inf  # of a whole number that no float holds, which is refused below
 
 
 # By annotation; a whole number will do for a number, and true and false for neither.
@@ -327,14 +331,26 @@ _KINDS = {"int": ((int,), "a whole number"), "float": ((int, float), "a number")
           "DecoderConfig": ((DecoderConfig,), "a DecoderConfig")}
 
 
-def _check_types(config: Any, part: str) -> None:
-    """Raises UserError for a field of a config that is not of its annotated type: JSON can hold anything anywhere."""
+# Whole numbers that are no counts, and the counts of which a wrong one would name tensors without end.
+_SIGNED = {"feature_layer", "image_token_id", "bos_token_id", "eos_token_id", "pad_token_id"}
+_MOST = {"num_layers": 1000}
+
+
+def _check_fields(config: Any, part: str) -> None:
+    """Raises UserError for a field of a config that is not of its annotated type or that no model has: JSON can hold anything."""
     for field in dataclasses.fields(config):
         value, (kind, _, optional) = getattr(config, field.name), field.type.partition(" | ")
         types, words = _KINDS[kind]
         is_of_kind = isinstance(value, types) and not (isinstance(value, bool) and bool not in types)
-        if not is_of_kind and not (optional and value is None):
+        if optional and value is None:
+            continue
+        if not is_of_kind:
             raise UserError(f"the {part}config has {field.name} {value!r}; {words}{' or null' if optional else ''} was expected")
+        if kind == "int" and field.name not in _SIGNED and not 1 <= value <= (limit := _MOST.get(field.name, value)):
+            bounds = f"from 1 to {limit}" if field.name in _MOST else "of at least 1"
+            raise UserError(f"the {part}config has {field.name} {value!r}; a whole number {bounds} was expected")
+        if kind == "float" and not 0 < value < math.inf:
+            raise UserError(f"the {part}config has {field.name} {value!r}; a finite number above 0 was expected")
 
 
 def _check_counts(config: Mapping[str, Any], keys: list[str]) -> None:
@@ -349,9 +365,9 @@ def projector_depth(projector_type: str) -> int:
         return 0
     if projector_type == "linear":
         return 1
-    digits = projector_type.removeprefix("mlp").removesuffix("x_gelu")
-    if projector_type == f"mlp{digits}x_gelu" and digits.isdigit() and int(digits) > 0:
-        return int(digits)
+    found = re.fullmatch(r"mlp0*([1-9][0-9]?)x_gelu", projector_type)
+    if found:
+        return int(found[1])
     raise UserError(f"the projector type is {projector_type!r}; linear, mlpNx_gelu or identity was expected")
 
 
