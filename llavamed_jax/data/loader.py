@@ -174,6 +174,13 @@ class Loader:
         epoch, position = divmod(self._position, len(self._make.stream))
         return {"epoch": epoch, "position": position, "samples": len(self._make.stream), "seed": self._make.stream.seed}
 
+    def ids(self, state: dict[str, int]) -> list:
+        """Ids of the samples of this process's rows in the batch that follows `state`."""
+        make = self._make
+        first = state["epoch"] * len(make.stream) + state["position"] + make.offset
+        places = [make.stream.locate(position) for position in range(first, min(first + make.rows, make.stop))]
+        return [make.sources[source][index]["id"] for _, source, index in places]
+
     def restore(self, state: dict[str, int]) -> None:
         """Goes on from `state`. Raises UserError when it belongs to other data or another seed."""
         stream = self._make.stream
