@@ -141,3 +141,9 @@ class Decoder(nn.Module):
             table = self.embed_tokens.embedding.astype(self.dtype)
             return jnp.einsum("...D,VD->...V", x, table, preferred_element_type=jnp.float32)
         return self.lm_head(x)
+
+
+def head_kernel(params):
+    """The head [D,V] of a model's parameters: its own, or the embeddings where these are tied to it."""
+    decoder = params["decoder"]
+    return decoder["lm_head"]["kernel"] if "lm_head" in decoder else decoder["embed_tokens"]["embedding"].T

@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from llavamed_jax.models.decoder import head_kernel
 from llavamed_jax.models.llava import Llava
 from llavamed_jax.parallel.mesh import batch_sharding, constrain, replicated
-from llavamed_jax.training.losses import cross_entropy
+from llavamed_jax.training.losses import chunked_cross_entropy
 from llavamed_jax.training.state import TrainState, merge
 
 Batch = Mapping[str, jax.Array]
@@ -25,9 +26,9 @@ def llava_loss(model: Llava) -> LossFn:
     """(parameters, rows) -> (sum of token losses, number of supervised tokens) of a model."""
 
     def loss(params: dict, batch: Batch):
-        logits = model.apply({"params": params}, batch["input_ids"], batch.get("pixel_values"), batch["positions"],
-                             batch["segment_ids"])
-        return cross_entropy(logits, batch["labels"], batch["segment_ids"])
+        hidden = model.apply({"params": params}, batch["input_ids"], batch.get("pixel_values"), batch["positions"],
+                             batch["segment_ids"], method="hidden")
+        return chunked_cross_entropy(hidden, head_kernel(params), batch["labels"], batch["segment_ids"])
 
     return loss
 
