@@ -5,6 +5,7 @@ by a scanner, looked up piece by piece. It is judged by the printed known answer
 """
 
 import dataclasses
+from pathlib import Path
 
 import sentencepiece
 
@@ -16,10 +17,16 @@ PATCH, START, END, PAD = "<im_patch>", "<im_start>", "<im_end>", "[PAD]"
 
 
 class Slow:
-    """transformers' slow LLaMA tokenizer; `strips` is the manner of 4.28 (v1.0), without it that of 4.36 (v1.5 and upstream)."""
+    """transformers' slow LLaMA tokenizer; `strips` is the manner of 4.28 (v1.0), without it that of 4.36 (v1.5 and upstream).
+
+    Not `legacy`, a text begins with one prefix and no piece gets another: SentencePiece's own is off, and since it then drops a
+    blank in front, a piece that begins with one is encoded behind the unknown token, which is taken away again.
+    """
 
     def __init__(self, model, strips=False, added=(), bos="<s>", legacy=True):
-        self.sp = sentencepiece.SentencePieceProcessor(model_file=str(model))
+        # Messages of protocol buffers that are joined are merged: normalizer_spec.add_dummy_prefix becomes false.
+        no_prefix = b"" if legacy else b"\x1a\x02\x18\x00"
+        self.sp = sentencepiece.SentencePieceProcessor(model_proto=Path(model).read_bytes() + no_prefix)
         self.core = {token: self.sp.piece_to_id(token) for token in ("<unk>", "<s>", "</s>")}
         self.added = {token: self.sp.vocab_size() + i for i, token in enumerate(added)}
         self.special = self.core | self.added
@@ -46,15 +53,19 @@ class Slow:
         return [piece for piece in found if piece]
 
     def __call__(self, text):
-        ids = [self.bos]
-        for i, piece in enumerate(self.pieces(text)):
+        if text and not self.legacy:
+            text = "▁" + text.replace("▁", " ")
+        out, unknown = [], len(self.sp.encode("<unk>", out_type=str))
+        for piece in self.pieces(text):
             if piece in self.special:
-                ids.append(self.special[piece])
-            elif self.legacy or i == 0:
-                ids += [self.sp.piece_to_id(p) for p in self.sp.encode(piece, out_type=str)]
-            else:  # behind a character that is never joined with anything, so without a prefix of its own
-                ids += [self.sp.piece_to_id(p) for p in self.sp.encode("\n" + piece, out_type=str)[2:]]
-        return ids
+                out.append(piece)
+            elif not self.legacy and piece.startswith(("▁", " ")):
+                out += self.sp.encode("<unk>" + piece, out_type=str)[unknown:]
+            else:
+                out += self.sp.encode(piece, out_type=str)
+        if not self.legacy and len(out) > 1 and out[0] == "▁" and out[1] in self.core:
+            del out[0]
+        return [self.bos, *(self.special.get(p) or self.sp.piece_to_id(p) for p in out)]
 
     def with_images(self, text):
         """`tokenizer_image_token`: each chunk between images by itself, begun anew."""
@@ -203,11 +214,11 @@ def _rounds(conversation, source, tokenizer, encode, length, max_length):
     target, total = list(ids), sum(i != tokenizer.unk for i in ids)  # unk is what they pad with
     separator = "[/INST] " if conversation.style == "LLAMA_2" else conversation.sep + conversation.roles[1] + ": "
     at, target[0] = 1, IGNORE
-    for i, text in enumerate(text.split(conversation.sep2)):
-        parts = text.split(separator)
-        if text == "" or len(parts) != 2:
+    for i, part in enumerate(text.split(conversation.sep2)):
+        pieces = part.split(separator)
+        if part == "" or len(pieces) != 2:
             break
-        n, question = length(text), length(parts[0] + separator) - 2
+        n, question = length(part), length(pieces[0] + separator) - 2
         if i and conversation.style == "TWO" and not tokenizer.legacy:
             n, question = n - 1, question - 1
         target[at:at + question] = [IGNORE] * len(target[at:at + question])

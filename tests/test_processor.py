@@ -1,5 +1,6 @@
 """Processor: every kind of directory, prompts from chat messages, expansion of images, and what it refuses."""
 
+import dataclasses
 import json
 import shutil
 
@@ -9,6 +10,7 @@ from PIL import Image
 
 from llavamed_jax.config import IGNORE, IMAGE_TOKEN, preset
 from llavamed_jax.data.processor import Processor, expand_images
+from llavamed_jax.data.tokenizer import Tokenizer
 from llavamed_jax.errors import UserError
 
 ASK = [{"role": "user", "content": [{"type": "text", "text": "What is shown in this image?"}, {"type": "image", "image": "x.png"}]}]
@@ -137,6 +139,58 @@ def test_every_kind_of_directory(mistral_tokenizer, tmp_path, name, kind):
     ("v1-7b", "llava", "v1.0:multimodal")])
 def test_template_by_model_type(name, source, expected):
     assert Processor(preset(name).replace(template=None, source=source)).template_name == expected
+
+
+@pytest.mark.parametrize("name, changes, template, wanted", [
+    ("v1-7b", {}, None, (32001, 32002)), ("v1-7b", {}, "v1.0:v0", (32001, 32002)), ("v1-7b", {"vocab_size": 32004}, None, (32002, 32003))])
+def test_the_ids_of_v1s_image_tokens_follow_from_the_models_rows(name, changes, template, wanted, llama_tokenizer):
+    cfg = preset(name)
+    cfg = cfg.replace(decoder=dataclasses.replace(cfg.decoder, **changes))
+    ids = Processor(cfg, Tokenizer.load(llama_tokenizer), template).encode("Q\n<image>")
+    assert ids[-3:] == [wanted[0], IMAGE_TOKEN, wanted[1]]
+
+
+def test_v1s_image_tokens_come_from_the_checkpoints_files(llama_tokenizer, tmp_path):
+    path = directory(tmp_path / "model", preset("v1-7b").to_dict(), llama_tokenizer)
+    (path / "added_tokens.json").write_text('{"<im_patch>": 32002, "<im_start>": 32000, "<im_end>": 32001}')
+    processor = Processor.load(path)
+    ids = processor.encode(processor.prompt(ASK))
+    at = ids.index(IMAGE_TOKEN)
+    assert (ids[at - 1], ids[at + 1]) == (32000, 32001) and len(processor.expand(ids)) == len(ids) + 255
+    assert processor.decode([*ids, 32000]).startswith("A chat" if "simple" in processor.template_name else "You are LLaVA-Med")
+
+
+def test_a_vocabulary_without_rows_for_v1s_image_tokens_is_said(llama_tokenizer):
+    cfg = preset("v1-7b")
+    cfg = cfg.replace(decoder=dataclasses.replace(cfg.decoder, vocab_size=32000))
+    with pytest.raises(UserError, match="no rows are left for them in a vocabulary of 32000; `python -m convert build --add_image_tokens`"):
+        Processor(cfg, Tokenizer.load(llama_tokenizer)).encode("x")
+
+
+def test_v1_is_evaluated_with_another_template_where_none_is_named(llama_tokenizer):
+    tokenizer = Tokenizer.load(llama_tokenizer)
+    chat = Processor(preset("v1-7b"), tokenizer)
+    asked = chat.for_evaluation()
+    assert (chat.template_name, asked.template_name) == ("v1.0:multimodal", "v1.0:simple")
+    assert asked.prompt(ASK).endswith("###Human: What is shown in this image?\n<image>###Assistant:")
+    assert asked.prompt(ASK).startswith("A chat") and chat.prompt(ASK).startswith("You are LLaVA-Med")
+    for processor in (Processor(preset("v1-7b"), tokenizer, "v1.0:multimodal"), Processor(preset("v15-7b"), tokenizer)):
+        assert processor.for_evaluation() is processor
+
+
+@pytest.mark.parametrize("template, stop", [("v1.0:multimodal", ("###",)), ("v1.0:v0", ("###",)), ("up:llava_v0", ("###",)),
+                                            ("v1.0:v1", ()), ("v1.5:mistral_instruct", ())])
+def test_answers_end_where_the_template_ends_them(template, stop, mistral_tokenizer):
+    from llavamed_jax.assistant import LlavaMed
+    model = object.__new__(LlavaMed)  # the stream of text needs the processor alone
+    model.processor = Processor.load(mistral_tokenizer, template)
+    assert model.processor.stop == stop
+    stream = model._text_stream("stop here")
+    stream.push(model.processor.tokenizer.encode("Yes, it is.\n### Human: And?", bos=False))
+    assert stream.is_stopped == bool(stop) and stream.text == ("Yes, it is." if stop else "Yes, it is.\n### Human: And?")
+    stream = model._text_stream(["stop here"])
+    stream.push(model.processor.tokenizer.encode("Do stop here.", bos=False))
+    assert stream.text == "Do"
 
 
 def test_template_argument_and_config_come_first(mistral_tokenizer, tmp_path):

@@ -2,12 +2,14 @@
 
 import json
 import pickle
+import random
 import shutil
 
 import pytest
 
 from llavamed_jax.data.tokenizer import Tokenizer
 from llavamed_jax.errors import UserError
+from tests.original_text import Slow
 
 TEXT = "[INST] What is shown? [/INST] A chest X-ray. </s>[INST] Where? [/INST]"
 
@@ -82,6 +84,72 @@ def test_tokenizer_json_alone_gives_the_same_ids(mistral, mistral_tokenizer, tmp
 
 def test_a_tokenizer_travels_to_a_worker_process(mistral):
     assert pickle.loads(pickle.dumps(mistral)).encode(TEXT) == mistral.encode(TEXT)
+
+
+ALPHABETS = ["abcdefghijklmnopqrstuvwxyz      ", "ACGTX0123456789.,;:()[]<>%/-+=#*'\"", "äéñçßøµ½°²±→…—’“”", "胸部画像肺に異常",
+             "лёгкоеправое", "الرئةاليمنى", "फेफड़ा", "🫁🩻👩‍⚕️🇨🇭", "\n\t\r\u00a0\u200b\u3000\ufeff▁", "\x00\x1b\x7f\ue000\U0010ffff",
+             "ﬁｆＡ①ⅣÅe\u0301"]  # fmt: skip
+
+
+def random_text(rng, specials=()):
+    pieces = []
+    for _ in range(rng.randrange(1, 12)):
+        if specials and rng.random() < 0.2:
+            pieces.append(rng.choice(specials))
+        alphabet = rng.choice(ALPHABETS) if rng.random() < 0.6 else ALPHABETS[0]
+        pieces.append("".join(rng.choice(alphabet) for _ in range(rng.randrange(9))))
+    return "".join(pieces)
+
+
+@pytest.mark.parametrize("name", ["mistral", "llama"])
+def test_3000_random_strings_are_sentencepieces(name, request):
+    import sentencepiece
+    path = request.getfixturevalue(f"{name}_tokenizer")
+    sp, tokenizer, rng = sentencepiece.SentencePieceProcessor(model_file=str(path)), Tokenizer.load(path), random.Random(0)
+    texts = [random_text(rng) for _ in range(3000)]
+    assert [tokenizer.encode(text) for text in texts] == [[1, *sp.encode(text)] for text in texts]
+    assert [tokenizer.decode(tokenizer.encode(text)) for text in texts] == [sp.decode(sp.encode(text)) for text in texts]
+
+
+@pytest.mark.parametrize("name", ["mistral", "llama"])
+@pytest.mark.parametrize("manner", ["legacy", "not legacy", "v1.0"])
+def test_random_strings_with_special_tokens_are_the_slow_classs(name, manner, request, tmp_path):
+    path, rng, added = request.getfixturevalue(f"{name}_tokenizer"), random.Random(1), ["<im_patch>", "<im_start>", "<im_end>"]
+    shutil.copyfile(path, tmp_path / "tokenizer.model")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"legacy": manner != "not legacy"}))
+    (tmp_path / "added_tokens.json").write_text(json.dumps({token: 32000 + i for i, token in enumerate(added)}))
+    tokenizer = Tokenizer.load(tmp_path)
+    tokenizer = tokenizer.as_v1([]) if manner == "v1.0" else tokenizer
+    theirs = Slow(path, strips=manner == "v1.0", added=added, legacy=manner != "not legacy")
+    for _ in range(500):
+        # Not legacy, an added token in front is left out: transformers 4.36 put a lone prefix before it, and it never stands there.
+        more = [] if manner == "not legacy" else [*added, " <im_start> "]
+        text = random_text(rng, ["<s>", "</s>", "<unk>", "<im_", "</s> ", *more])
+        assert tokenizer.encode(text) == theirs(text), text
+
+
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "special_tokens_map.json"])
+@pytest.mark.parametrize("bos", ["</s>", {"content": "</s>", "lstrip": False}])
+def test_a_tokenizer_that_begins_with_the_end(file, bos, llama_tokenizer, tmp_path):
+    """Quirk Q10: v1.0's training with a model path that holds "llama" does this to the tokenizer, and saves it."""
+    shutil.copyfile(llama_tokenizer, tmp_path / "tokenizer.model")
+    (tmp_path / file).write_text(json.dumps({"bos_token": bos}))
+    for tokenizer in (Tokenizer.load(tmp_path), Tokenizer.load(tmp_path).as_v1(["<im_patch>"])):
+        assert tokenizer.encode("hello") == [2, 22172] == Slow(llama_tokenizer, bos="</s>")("hello")
+        assert tokenizer.decode([2, 22172]) == "hello"
+    (tmp_path / file).write_text(json.dumps({"bos_token": ""}))  # the first conversions of LLaMA wrote that
+    assert Tokenizer.load(tmp_path).encode("hello") == [1, 22172]
+
+
+def test_v1s_tokens_keep_the_ids_they_have(llama_tokenizer, tmp_path):
+    shutil.copyfile(llama_tokenizer, tmp_path / "tokenizer.model")
+    (tmp_path / "added_tokens.json").write_text('{"<im_end>": 32002, "<im_patch>": 32000, "<im_start>": 32001}')
+    tokenizer = Tokenizer.load(tmp_path).as_v1(["[PAD]", "<im_patch>", "<im_start>", "<im_end>"])
+    assert [tokenizer.id_of(token) for token in ("<im_patch>", "<im_start>", "<im_end>", "[PAD]")] == [32000, 32001, 32002, 32003]
+    assert tokenizer.id_of("none") is None
+    assert tokenizer.encode("a \n<im_end> b", bos=False) == [263, 32002, 289]
+    assert tokenizer.encode("a </s> b", bos=False) == Tokenizer.load(tmp_path).encode("a </s> b", bos=False)  # only beside added ones
+    assert tokenizer.decode([263, 32003, 32002]) == "a<im_end>"  # what was added here is no text
 
 
 @pytest.mark.parametrize("make, sentence", [
