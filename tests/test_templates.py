@@ -9,6 +9,7 @@ from llavamed_jax.config import IGNORE, IMAGE_TOKEN, preset
 from llavamed_jax.data.conversation import render
 from llavamed_jax.data.processor import Processor
 from llavamed_jax.data.tokenizer import Tokenizer
+from llavamed_jax.data.transforms import tokenize
 from llavamed_jax.errors import UserError
 from llavamed_jax.templates import TEMPLATES, get_template
 from tests import original_text
@@ -232,6 +233,19 @@ def test_samples_that_are_too_long_are_cut_as_the_originals(name, max_length, ll
             patch = original_text.v1_tokenizer(name, llama_tokenizer).added[original_text.PATCH]
             ids, labels = [IMAGE_TOKEN if i == patch else i for i in ids], [IGNORE if i == patch else i for i in labels]
         assert [list(row[:max_length]) for row in found] == [ids[:max_length], labels[:max_length]]
+
+
+@pytest.mark.parametrize("recipe", ["pretrain", "finetune", "vqa_rad", "slake"])
+def test_rows_of_v1s_recipes(recipe, llama_tokenizer):
+    """From a record to a row of positions, with the template that the recipe of each stage names."""
+    from llavamed_jax.cli.common import load_config
+    template = load_config(f"configs/{recipe}.py:v1", []).template
+    assert get_template(template).is_for_training_only  # such a run leaves the checkpoint's own template to ask with
+    processor = Processor(preset("v1-7b"), Tokenizer.load(llama_tokenizer), template)
+    row = tokenize({"id": 1, "image": ["x.png"], "conversations": BACK}, processor, 2048)
+    assert (len(row.ids), row.ids.count(IMAGE_TOKEN), spans(row.labels)) == (338, 256, [(33, 35), (303, 318), (328, 338)])
+    cut = tokenize({"id": 1, "image": ["x.png"], "conversations": BACK}, processor, 200)  # the image begins at position 45
+    assert cut.is_truncated and cut.images == [] and IMAGE_TOKEN not in cut.ids
 
 
 # ---- what is learnt -------------------------------------------------------------------------------------------------
