@@ -2,10 +2,12 @@
 
 import base64
 import io
+import struct
+import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms
 
 from llavamed_jax.data.images import PAD_COLOR, load_image, normalize, pad_to_square, preprocess, preprocess_uint8
 from llavamed_jax.errors import UserError
@@ -46,13 +48,58 @@ def test_equal_to_transformers(width, height, mode, measured):
     measured(preprocess(image, 336, mode), expected, 1e-6)
 
 
-@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "LA", "CMYK", "1"])
-def test_color_modes_equal_transformers(mode, measured):
+def to_lab(image):
+    profiles = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
+    return ImageCms.profileToProfile(image.convert("RGB"), *profiles, outputMode="LAB")
+
+
+MODES = {"L": "png", "LA": "png", "RGBA": "png", "P": "png", "CMYK": "tiff", "1": "png", "LAB": "tiff", "YCbCr": None, "PA": None,
+         "HSV": None}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_color_modes_as_the_original_opens_them(mode, tmp_path, measured):
+    """`Image.open(path).convert("RGB")`, then CLIP's processor."""
     transformers = pytest.importorskip("transformers")
-    image = noise(64, 48, "RGBA").convert(mode)
+    image = noise(64, 48, "RGBA")
+    image = to_lab(image) if mode == "LAB" else image.convert("RGB").convert(mode) if mode == "HSV" else image.convert(mode)
+    if MODES[mode]:
+        image.save(tmp_path / f"x.{MODES[mode]}")
+        image = Image.open(tmp_path / f"x.{MODES[mode]}")
+        assert image.mode == mode
+        source = tmp_path / f"x.{MODES[mode]}"
+    else:
+        source = image
     reference = transformers.CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
-    expected = reference(image, return_tensors="np")["pixel_values"][0].transpose(1, 2, 0)
-    measured(preprocess(load_image(image), 28, "square"), expected, 1e-6)
+    expected = reference(image.convert("RGB"), return_tensors="np")["pixel_values"][0].transpose(1, 2, 0)
+    measured(preprocess(load_image(source), 28, "square"), expected, 1e-6)
+
+
+def test_transparency_is_dropped_and_not_laid_over_a_colour(tmp_path):
+    """In RGBA, in a palette (one entry, or one a colour) and in RGB with a colour key: what lies beneath is what is seen."""
+    red = np.full((4, 4, 4), (200, 10, 20, 0), np.uint8)
+    Image.fromarray(red).save(tmp_path / "rgba.png")
+    palette = Image.fromarray(red[..., :3]).quantize(2)
+    index = palette.getpixel((0, 0))
+    palette.save(tmp_path / "entry.png", transparency=index)
+    palette.save(tmp_path / "entries.png", transparency=bytes(2))
+    palette.save(tmp_path / "entry.gif", transparency=index)
+    Image.fromarray(red[..., :3]).save(tmp_path / "key.png", transparency=(200, 10, 20))
+    for name in ("rgba.png", "entry.png", "entries.png", "entry.gif", "key.png"):
+        image = load_image(tmp_path / name)
+        assert image.mode == "RGB" and image.getpixel((2, 2)) == (200, 10, 20), name
+    premultiplied = Image.new("RGBA", (2, 2), (100, 50, 0, 128)).convert("RGBa")
+    assert load_image(premultiplied).getpixel((0, 0)) == premultiplied.convert("RGBA").convert("RGB").getpixel((0, 0))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_an_orientation_in_exif_is_not_followed(orientation, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    pattern(30, 20).save(tmp_path / "x.jpg", exif=exif)
+    assert Image.open(tmp_path / "x.jpg").getexif()[0x0112] == orientation
+    np.testing.assert_array_equal(load_image(tmp_path / "x.jpg"), Image.open(tmp_path / "x.jpg").convert("RGB"))
+    assert load_image(tmp_path / "x.jpg").size == (30, 20)
 
 
 @pytest.mark.parametrize("width, height, offset", [(10, 7, (0, 1)), (7, 10, (1, 0)), (10, 10, (0, 0))])
@@ -90,6 +137,96 @@ def test_sixteen_bits_keep_their_upper_half(tmp_path):
     np.testing.assert_array_equal(np.asarray(load_image(tmp_path / "x.png"))[..., 0], values >> 8)
 
 
+@pytest.mark.parametrize("highest, lost", [(1, 0), (255, 0), (256, 1), (1023, 2), (4095, 4), (30000, 7), (65535, 8)])
+@pytest.mark.parametrize("kind", ["I;16 png", "I;16B tiff", "I tiff"])
+def test_grey_of_many_bits_is_scaled_by_its_highest_value(highest, lost, kind, tmp_path):
+    """Up to 255 as the original, which clips there; 12 bits in a 16-bit file are as bright as 8 in an 8-bit file."""
+    mode, suffix = kind.split()
+    values = np.linspace(0, highest, 64).reshape(8, 8).astype({"I": "<i4", "I;16": "<u2", "I;16B": ">u2"}[mode])
+    Image.fromarray(values).save(tmp_path / f"x.{suffix}")
+    opened = Image.open(tmp_path / f"x.{suffix}")
+    assert opened.mode == mode
+    grey = np.asarray(load_image(tmp_path / f"x.{suffix}"))
+    np.testing.assert_array_equal(grey, np.stack([values >> lost] * 3, -1))
+    if highest <= 255:
+        np.testing.assert_array_equal(grey, opened.convert("RGB"))
+
+
+@pytest.mark.parametrize("name", ["x.gif", "x.tiff", "x.webp", "x.png"])
+def test_frames(name, tmp_path):
+    pages = [Image.new("RGB", (8, 8), (40 * i, 0, 0)) for i in range(1, 4)]
+    pages[0].save(tmp_path / name, save_all=True, append_images=pages[1:], lossless=True)
+    near = lambda image, i: abs(image.getpixel((4, 4))[0] - 40 * i) <= 4
+    assert near(load_image(tmp_path / name), 1) and near(load_image(tmp_path / name, frame=3), 3)
+    assert near(load_image(f"{tmp_path / name}#frame=2"), 2)
+    assert near(load_image((tmp_path / name).read_bytes(), frame=2), 2)
+    for frame in (4, 100):
+        with pytest.raises(UserError, match=f"has fewer than {frame} frames"):
+            load_image(f"{tmp_path / name}#frame={frame}")
+    with pytest.raises(UserError, match="names frame 0"):
+        load_image(f"{tmp_path / name}#frame=0")
+    pages[1].save(tmp_path / f"{name}#frame=3", "PNG")
+    assert near(load_image(f"{tmp_path / name}#frame=3"), 2), "a file of that very name goes first"
+
+
+@pytest.mark.parametrize("frame", [0, -1, 1.5, "2"])
+def test_a_frame_is_counted_from_one(frame):
+    with pytest.raises(UserError, match="a whole number from 1 on was expected"):
+        load_image(pattern(), frame)
+    with pytest.raises(UserError, match="has one frame; there is no frame 2"):
+        load_image(pattern(), 2)
+
+
+def bomb():
+    """A PNG of 20,000 x 20,000 pixels in a few hundred bytes, as far as its header says."""
+    buffer = io.BytesIO()
+    Image.new("1", (8, 8)).save(buffer, "PNG")
+    data = bytearray(buffer.getvalue())
+    data[16:24] = struct.pack(">II", 20000, 20000)
+    data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
+    return bytes(data)
+
+
+@pytest.mark.parametrize("content, sentence", [
+    (b"", "is empty"), (b"a", "is not an image that Pillow can read"), (b"just a text\n" * 20, "is not an image that Pillow can read"),
+    (bomb(), "has more pixels than Pillow accepts"),
+    (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n", "is PostScript")])
+def test_bad_files_are_one_sentence(content, sentence, tmp_path):
+    (tmp_path / "x.png").write_bytes(content)
+    for source in (tmp_path / "x.png", content):
+        with pytest.raises(UserError, match=sentence) as error:
+            load_image(source)
+        assert "\n" not in str(error.value) and len(str(error.value)) < 400
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "gif", "bmp", "tiff", "webp", "jp2", "ppm", "ico", "tga"])
+def test_damaged_files_are_an_image_or_one_sentence(suffix, tmp_path):
+    """Cut at every fortieth of its length, and with bytes changed at random: no other error comes out."""
+    rng, file = np.random.default_rng(0), tmp_path / f"x.{suffix}"
+    noise(40, 30).save(file)
+    whole, sentences = file.read_bytes(), 0
+    damaged = [whole[:len(whole) * i // 40] for i in range(40)]
+    for _ in range(40):
+        data = bytearray(whole)
+        for place in rng.integers(0, min(len(data), 200), 3):
+            data[place] = rng.integers(256)
+        damaged.append(bytes(data))
+    for data in damaged:
+        try:
+            assert load_image(data).mode == "RGB"
+        except UserError as error:
+            sentences += 1
+            assert "\n" not in str(error)
+    assert sentences >= 10
+
+
+@pytest.mark.parametrize("source, sentence", [("a" * 5000, "cannot be opened: File name too long"), ("a\0b.png", "cannot be opened")])
+def test_strange_paths(source, sentence):
+    with pytest.raises(UserError, match=sentence) as error:
+        load_image(source)
+    assert len(str(error.value)) < 400
+
+
 def truncated_jpeg():
     buffer = io.BytesIO()
     noise(64, 64).save(buffer, "JPEG")
@@ -113,3 +250,11 @@ def test_bad_modes_and_shapes():
         preprocess(pattern(), 28, "anyres")
     with pytest.raises(UserError, match="aspect ratio of at most 200"):
         preprocess(Image.new("RGB", (1, 3000)), 336, "square")
+    with pytest.raises(UserError, match="20000 x 200 pixels; to be padded to a square, at most 13377 on a side"):
+        preprocess(Image.new("RGB", (20000, 200)), 28, "pad")
+    assert preprocess(Image.new("RGB", (20000, 200)), 28, "square").shape == (28, 28, 3)
+    for mode in ("pad", "square"):
+        with pytest.raises(UserError, match="the image is 0 x 5 pixels"):
+            preprocess(Image.new("RGB", (0, 5)), 28, mode)
+        with pytest.raises(UserError, match="the image is 1 x 60000 pixels"):
+            preprocess(Image.new("L", (1, 60000)), 28, mode)

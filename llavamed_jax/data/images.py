@@ -1,7 +1,10 @@
 """Images: from a path, bytes, a data URL, Pillow or an array to the pixels that a CLIP tower takes (spec 3.3).
 
-Order and rounding are those of transformers' `CLIPImageProcessorPil`: to RGB (transparency over white), shortest edge to
-the size (bicubic, on uint8), centre crop, then 1/255, mean and standard deviation in float32. H and W are height and width.
+Order and rounding are those of transformers' `CLIPImageProcessorPil`: to RGB, shortest edge to the size (bicubic, on uint8),
+centre crop, then 1/255, mean and standard deviation in float32. To RGB is the originals' `Image.open(path).convert("RGB")`:
+transparency is dropped, not laid over a colour, and an orientation in EXIF is not followed. Two things differ, because there
+the original shows white or black instead of the image: grey values of more than eight bits are scaled and not clipped, and
+floating-point pixels are refused. H and W are height and width.
 """
 
 from __future__ import annotations
@@ -10,12 +13,15 @@ import base64
 import binascii
 import functools
 import io
+import re
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image
 
 from llavamed_jax.config import CLIP_MEAN, CLIP_STD
+from llavamed_jax.data.dicom import MAX_PIXELS, is_dicom, one_line, read_dicom
 from llavamed_jax.errors import UserError
 
 PAD_COLOR = (122, 116, 104)  # int(255 * mean): the originals pad with it
@@ -28,25 +34,30 @@ def load_image(source, frame: int | None = None) -> Image.Image:
 
     Args:
       source: a path, encoded bytes, a `data:` URL, a Pillow image, or a uint8 array [H,W], [H,W,1], [H,W,3] or [H,W,4].
-        16-bit grey images keep their upper eight bits.
+        Files are what Pillow reads, or DICOM by content or by suffix (extra `[medical]`, `data/dicom.py`). A path may end
+        in `#frame=N`. Grey values of more than eight bits lose as many of their lowest as the image's highest value has
+        beyond eight, so that 12 bits in a 16-bit file are not black.
+      frame: of files that hold several (DICOM, GIF, TIFF), counted from 1; None is the first, or what the path says.
     Raises:
-      UserError: nothing there, not an image, a damaged one, or an array of another kind.
+      UserError: nothing there, not an image, a damaged one, no such frame, or an array of another kind.
     """
-    if isinstance(source, Image.Image):
-        return _to_rgb(source, "the image")
-    if isinstance(source, np.ndarray):
-        return _from_array(source)
+    if frame is not None and (not isinstance(frame, int) or frame < 1):
+        raise UserError(f"the frame is {frame!r}; a whole number from 1 on was expected")
+    if isinstance(source, (Image.Image, np.ndarray)):
+        if frame not in (None, 1):
+            raise UserError(f"the image is a {type(source).__name__}, which has one frame; there is no frame {frame}")
+        return _from_array(source) if isinstance(source, np.ndarray) else _to_rgb(source, "the image")
     if isinstance(source, (bytes, bytearray)):
-        return _decode(io.BytesIO(source), f"the image of {len(source)} bytes")
-    if isinstance(source, str) and source.startswith("data:"):
-        return _decode(io.BytesIO(_data_url(source)), "the image in the data URL")
+        return _read(io.BytesIO(source), f"the image of {len(source)} bytes", frame or 1)
+    if isinstance(source, str) and source[:5].lower() == "data:":
+        return _read(io.BytesIO(_data_url(source)), "the image in the data URL", frame or 1)
     if isinstance(source, str) and source.startswith(("http://", "https://")):
         raise UserError(f"the image {source} is a web address; a file, a data URL or an image was expected")
     if not isinstance(source, (str, Path)):
         raise UserError(f"an image is a {type(source).__name__}; a path, a Pillow image, a uint8 array or bytes was expected")
-    if not Path(source).is_file():
-        raise UserError(f"the image {source} {'is a directory' if Path(source).is_dir() else 'does not exist'}")
-    return _decode(source, f"the image {source}")
+    path, named = _split_frame(str(source))
+    with _open(path) as file:
+        return _read(file, f"the image {path}", frame or named or 1, Path(path).suffix)
 
 
 def preprocess(image: Image.Image, size: int, mode: str = "pad", mean=CLIP_MEAN, std=CLIP_STD) -> np.ndarray:
@@ -66,6 +77,9 @@ def preprocess_uint8(image: Image.Image, size: int, mode: str = "pad") -> np.nda
     short, long = sorted(image.size)
     if short < 1 or long > MAX_ASPECT * short:
         raise UserError(f"the image is {image.width} x {image.height} pixels; an aspect ratio of at most {MAX_ASPECT} was expected")
+    if mode == "pad" and long * long > MAX_PIXELS:
+        raise UserError(f"the image is {image.width} x {image.height} pixels; to be padded to a square, at most "
+                        f"{int(MAX_PIXELS**0.5)} on a side were expected")
     if mode == "pad":
         image = pad_to_square(image)
     width, height = (int(size * edge / min(image.size)) for edge in image.size)
@@ -95,9 +109,40 @@ def pad_to_square(image: Image.Image, color=PAD_COLOR) -> Image.Image:
     return square
 
 
-def _decode(file, name: str) -> Image.Image:
+def _open(path: str) -> BinaryIO:
+    try:
+        return open(path, "rb")
+    except FileNotFoundError:
+        raise UserError(f"the image {path} does not exist") from None
+    except IsADirectoryError:
+        raise UserError(f"the image {path} is a directory") from None
+    except (OSError, ValueError) as error:  # no permission, a name too long or with a null character
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise UserError(f"the image {path[:200]} cannot be opened: {reason}") from error
+
+
+def _split_frame(path: str) -> tuple[str, int | None]:
+    """`scan.dcm#frame=3` -> (`scan.dcm`, 3), unless a file has that very name."""
+    match = re.fullmatch(r"(.*)#frame=(\d{1,9})", path, re.DOTALL)
+    if match is None or Path(path).exists():
+        return path, None
+    if not int(match[2]):
+        raise UserError(f"the image {path} names frame 0; a whole number from 1 on was expected")
+    return match[1], int(match[2])
+
+
+def _read(file: BinaryIO, name: str, frame: int, suffix: str = "") -> Image.Image:
+    head = file.read(132)
+    file.seek(0)
+    if not head:
+        raise UserError(f"{name} is empty")
+    if is_dicom(head, suffix):
+        return read_dicom(file, name, frame).convert("RGB")
     try:
         with Image.open(file) as image:
+            if image.format == "EPS":  # which Pillow would hand to Ghostscript, to be run
+                raise UserError(f"{name} is PostScript, a program; an image was expected")
+            image.seek(frame - 1)
             image.load()
             return _to_rgb(image, name)
     except UserError:
@@ -105,26 +150,31 @@ def _decode(file, name: str) -> Image.Image:
     except Image.UnidentifiedImageError as error:
         raise UserError(f"{name} is not an image that Pillow can read") from error
     except Image.DecompressionBombError as error:
-        raise UserError(f"{name} has more pixels than Pillow accepts: {error}") from error
-    except (OSError, SyntaxError, ValueError, EOFError) as error:  # Pillow's decoders raise all of these
-        raise UserError(f"{name} is damaged: {error}") from error
+        raise UserError(f"{name} has more pixels than Pillow accepts: {one_line(error)}") from error
+    except Exception as error:  # on damaged files Pillow's decoders raise nearly anything
+        if isinstance(error, EOFError) and frame > 1:
+            raise UserError(f"{name} has fewer than {frame} frames") from error
+        raise UserError(f"{name} is damaged: {one_line(error)}") from error
 
 
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:
-    if image.mode == "RGB" and image.info.get("transparency") is None:
+    if image.mode == "RGB":
         return image
-    if image.mode.startswith("I;16") or image.mode == "I":
-        values = np.asarray(image).astype(np.int64)
-        if values.min(initial=0) < 0 or values.max(initial=0) > 65535:
-            raise UserError(f"{name} has grey values beyond 16 bits; an 8-bit or 16-bit image was expected")
-        return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode.startswith("I"):  # I;16 in its byte orders, and I of 32 bits
+        return _from_integers(np.asarray(image), name)
     if image.mode == "F":
-        raise UserError(f"{name} has floating-point pixels; an 8-bit or 16-bit image was expected")
-    if "A" in image.getbands() or image.info.get("transparency") is not None:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, image).convert("RGB")
+        raise UserError(f"{name} has floating-point pixels; whole numbers were expected")
+    if image.mode in ("La", "RGBa"):  # Pillow takes the multiplication with alpha back in this step alone
+        image = image.convert({"La": "LA", "RGBa": "RGBA"}[image.mode])
     return image.convert("RGB")
+
+
+def _from_integers(values: np.ndarray, name: str) -> Image.Image:
+    """Grey values of any width [H,W], scaled by a power of two so that the highest fits eight bits."""
+    if values.min(initial=0) < 0:
+        raise UserError(f"{name} has grey values below 0; 0 and more were expected")
+    excess = max(0, int(values.max(initial=0)).bit_length() - 8)
+    return Image.fromarray((values >> excess).astype(np.uint8)).convert("RGB")
 
 
 def _from_array(array: np.ndarray) -> Image.Image:
