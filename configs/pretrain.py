@@ -41,6 +41,9 @@ def get_config(arg: str = "") -> ConfigDict:
     c.total_steps = placeholder(int)  # in place of epochs
     c.max_length = 2048
     c.trainable = ("projector/.*",)
+    if args.family == "v1":  # and the rows of the tokens about an image, where the model has them: the original's whole table
+        # is open too, but nothing else of it is meant to move (quirk Q12)
+        c.trainable += (("decoder/embed_tokens/embedding", ("<im_start>", "<im_end>")),)
 
     c.optimizer = ConfigDict(dict(  # HF's Trainer, with which all of them train: AdamW, cosine to 0
         learning_rate=rate, warmup_ratio=0.03, weight_decay=0.0, clip_norm=1.0, b1=0.9, b2=0.999, eps=1e-8,

@@ -151,6 +151,10 @@ class Processor:
         """Whether an image stands between start and end tokens; of a bare tokenizer, where v1.0's recipe says so."""
         return self.config.use_start_end if self.config is not None else self._is_v1
 
+    def id_of(self, token: str) -> int | None:
+        """The id of a special or added token as this model's text is encoded, None where there is no such token."""
+        return (self._v1_tokenizer if self._is_v1 else self.tokenizer).id_of(token)
+
     @property
     def image_marker(self) -> str:
         """What stands for an image in prompts: `<image>`, in v1.5's and upstream's text between start and end tokens where the

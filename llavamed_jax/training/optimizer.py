@@ -33,7 +33,8 @@ def warmup_cosine(peak: float, warmup_ratio: float, total_steps: int) -> optax.S
     return schedule
 
 
-def build(cfg: ConfigDict, total_steps: int, names: Sequence[str]) -> tuple[optax.GradientTransformation, optax.Schedule]:
+def build(cfg: ConfigDict, total_steps: int, names: Sequence[str],
+          undecayed: Sequence[str] = ()) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """The optimizer of the trainable parameters, a flat dict by name.
 
     Args:
@@ -41,6 +42,8 @@ def build(cfg: ConfigDict, total_steps: int, names: Sequence[str]) -> tuple[opta
         as upstream's `mm_projector_lr`; the first that matches a whole name counts.
       total_steps: number of updates of the run, warm-up included.
       names: names of the trainable parameters.
+      undecayed: those that weight decay leaves alone beside biases and scales of norms: a table of which some rows are
+        trained, since decay knows no rows and would shrink the others.
     Returns:
       The optax transformation, and the schedule of the learning rate without overrides.
     Raises:
@@ -50,7 +53,8 @@ def build(cfg: ConfigDict, total_steps: int, names: Sequence[str]) -> tuple[opta
     steps = [
         optax.clip_by_global_norm(cfg.clip_norm) if cfg.clip_norm else optax.identity(),
         optax.scale_by_adam(cfg.b1, cfg.b2, cfg.eps, mu_dtype=cfg.mu_dtype),
-        optax.add_decayed_weights(cfg.weight_decay, mask={name: not _NOT_DECAYED.fullmatch(name) for name in names}),
+        optax.add_decayed_weights(cfg.weight_decay, mask={
+            name: not _NOT_DECAYED.fullmatch(name) and name not in undecayed for name in names}),
     ]
     if cfg.overrides:
         steps.append(_scale_by_name(_factors(cfg.overrides, cfg.learning_rate, names)))

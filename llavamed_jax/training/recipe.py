@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 
 from llavamed_jax.errors import UsageError
 from llavamed_jax.models.layers import REMAT_POLICIES
+from llavamed_jax.training.state import TABLE
 
 # Dotted key -> the types of its value; `None` where the value may be left open.
 KEYS: dict[str, tuple] = {
@@ -82,11 +83,17 @@ def _check_value(key: str, value) -> None:
     if key == "trainable":
         if not value:
             raise UsageError("the config key 'trainable' is empty; regular expressions over parameter names were expected")
-        for regex in value:
-            _check_regex(key, regex)
+        for entry in value:
+            _check_rows(entry) if isinstance(entry, (list, tuple)) else _check_regex(key, entry)
     if key == "optimizer.overrides":
         for entry in value:
             _check_override(key, entry)
+
+
+def _check_rows(entry) -> None:
+    is_pair = len(entry) == 2 and entry[0] == TABLE and isinstance(entry[1], (list, tuple))
+    if not is_pair or not entry[1] or not all(isinstance(token, str) for token in entry[1]):
+        raise UsageError(f"the config key 'trainable' has {entry!r}; a regular expression, or a pair of {TABLE!r} and tokens, was expected")
 
 
 def _check_override(key: str, entry) -> None:

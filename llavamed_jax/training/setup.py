@@ -29,6 +29,7 @@ from llavamed_jax.templates import get_template
 from llavamed_jax.training import optimizer as optimizers
 from llavamed_jax.training import state as states
 from llavamed_jax.training.state import TrainState
+from llavamed_jax.training.step import LossFn, llava_loss
 
 PRESET = "preset:"
 
@@ -125,26 +126,53 @@ class Program:
     optimizer: optax.GradientTransformation
     schedule: optax.Schedule
     shardings: TrainState
-    trainable: tuple[str, ...]
+    trainable: states.Trainable
+    rows: tuple[int, ...]  # the only ones of `states.TABLE` that are trained; none where it is trained whole or not at all
 
     @classmethod
     def build(cls, cfg: ConfigDict, checkpoint: Checkpoint, mesh: Mesh, total_steps: int) -> "Program":
         llava.check_heads(checkpoint.config, mesh)
         dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
         abstract = llava.abstract_params(checkpoint.config, scan=True)
-        names = list(states.partition(abstract, cfg.trainable)[0])
-        optimizer, schedule = optimizers.build(cfg.optimizer, total_steps, names)
-        shardings = states.state_shardings(abstract, cfg.trainable, optimizer, mesh)
+        trainable, rows = _settled(cfg, checkpoint)
+        names = list(states.partition(abstract, trainable)[0])
+        optimizer, schedule = optimizers.build(cfg.optimizer, total_steps, names, [states.TABLE] if rows else [])
+        shardings = states.state_shardings(abstract, trainable, optimizer, mesh)
         model = llava.Llava(checkpoint.config, dtype, scan=True, remat=cfg.remat)
-        return cls(model, mesh, optimizer, schedule, shardings, tuple(cfg.trainable))
+        return cls(model, mesh, optimizer, schedule, shardings, trainable, rows)
 
     def initial_state(self, checkpoint: Checkpoint) -> TrainState:
         return states.create(load_params(checkpoint, scan=True), self.trainable, self.optimizer, self.mesh, self.model.dtype)
+
+    def loss(self) -> LossFn:
+        """What is minimised, with a gradient in the rows that are trained."""
+        loss_fn = llava_loss(self.model)
+        return states.only_rows(loss_fn, self.rows) if self.rows else loss_fn
 
     def trained_names(self) -> list[str]:
         """Names on disk, one a layer, of what is trained."""
         abstract, _ = states.partition(llava.abstract_params(self.model.cfg, scan=True), self.trainable)
         return list(to_disk(jax.eval_shape(lambda: {n: jnp.zeros(x.shape) for n, x in abstract.items()})))
+
+
+def _settled(cfg: ConfigDict, checkpoint: Checkpoint) -> tuple[states.Trainable, tuple[int, ...]]:
+    """The recipe's `trainable` for this model, and the rows of the tokens that it names.
+
+    A model without start and end tokens about its images has no such rows: then their part of `trainable` is dropped, and a
+    line says so.
+    """
+    tokens = states.tokens_of(cfg.trainable)
+    if not tokens:
+        return tuple(cfg.trainable), ()
+    processor = Processor.from_checkpoint(checkpoint, tokenizer=cfg.tokenizer, template=cfg.template)
+    rows = {token: processor.id_of(token) for token in tokens}
+    absent = [token for token, row in rows.items() if row is None or row >= checkpoint.config.decoder.vocab_size]
+    if absent and checkpoint.config.use_start_end:
+        raise UsageError(f"the config key 'trainable' names the tokens {', '.join(absent)}, which the model's tokenizer lacks")
+    if absent:
+        print(f"trainable: this model has no {', '.join(absent)}, so no row of the embedding is trained", flush=True)
+        return tuple(entry for entry in cfg.trainable if isinstance(entry, str)), ()
+    return tuple(cfg.trainable), tuple(rows.values())
 
 
 def open_mesh(cfg: ConfigDict) -> Mesh:

@@ -7,7 +7,7 @@ two: what the recipe trains, and the rest. Gradient, optimizer, clipping and che
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.struct
@@ -24,6 +24,8 @@ from llavamed_jax.parallel.mesh import param_shardings, replicated
 from llavamed_jax.training import optimizer as optimizers
 
 FlatParams = dict[str, jax.Array]
+Trainable = Sequence[str | tuple[str, Sequence[str]]]  # a recipe's `trainable`
+TABLE = "decoder/embed_tokens/embedding"  # [V,D], of which single rows may be trained
 
 
 @flax.struct.dataclass
@@ -54,12 +56,13 @@ def merge(trainable: Mapping[str, Any], frozen: Mapping[str, Any]) -> dict:
     return unflatten_dict({**trainable, **frozen}, sep="/")
 
 
-def partition(params: Mapping[str, Any], trainable: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+def partition(params: Mapping[str, Any], trainable: Trainable) -> tuple[dict[str, Any], dict[str, Any]]:
     """Splits a parameter tree by the recipe's `trainable`.
 
     Args:
       params: nested or flat; layers stacked.
-      trainable: regexes; a parameter is trained if one of them matches its whole name.
+      trainable: regexes; a parameter is trained if one of them matches its whole name. A pair of `TABLE` and tokens stands
+        for the table, of which only the rows of those tokens are trained (`only_rows`).
     Returns:
       (trainable, frozen), flat dicts by name.
     Raises:
@@ -67,7 +70,8 @@ def partition(params: Mapping[str, Any], trainable: Sequence[str]) -> tuple[dict
     """
     flat = flatten_dict(params, sep="/")
     chosen: set[str] = set()
-    for regex in trainable:
+    for entry in trainable:
+        regex = entry if isinstance(entry, str) else entry[0]
         try:
             matches = {name for name in flat if re.fullmatch(regex, name)}
         except re.error as error:
@@ -80,7 +84,28 @@ def partition(params: Mapping[str, Any], trainable: Sequence[str]) -> tuple[dict
     return {n: x for n, x in flat.items() if n in chosen}, {n: x for n, x in flat.items() if n not in chosen}
 
 
-def state_shardings(params: Mapping[str, Any], trainable: Sequence[str], optimizer: optax.GradientTransformation,
+def tokens_of(trainable: Trainable) -> list[str]:
+    """The tokens of which a recipe trains the rows of `TABLE` alone; none where it trains the whole table, or no row."""
+    is_whole = any(isinstance(entry, str) and re.fullmatch(entry, TABLE) for entry in trainable)
+    return [] if is_whole else [token for entry in trainable if not isinstance(entry, str) for token in entry[1]]
+
+
+def only_rows(loss_fn: Callable, rows: Sequence[int]) -> Callable:
+    """The same loss (of nested parameters and a batch), whose gradient in `TABLE` is that of `rows` and zero elsewhere.
+
+    In the loss and not in the optimizer, so that the gradient's norm, clipping and moments know of no other row either. With
+    a gradient of zero Adam moves nothing: the other rows keep their bits.
+    """
+    def loss(params, batch):
+        flat = flatten_dict(params, sep="/")
+        table = flat[TABLE]
+        is_trained = jnp.isin(jnp.arange(table.shape[0]), jnp.array(rows))[:, None]
+        flat[TABLE] = jnp.where(is_trained, table, jax.lax.stop_gradient(table))
+        return loss_fn(unflatten_dict(flat, sep="/"), batch)
+    return loss
+
+
+def state_shardings(params: Mapping[str, Any], trainable: Trainable, optimizer: optax.GradientTransformation,
                     mesh: Mesh) -> TrainState:
     """Where each leaf of the state lies: parameters by the models' tables, moments like their parameters."""
     shardings = flatten_dict(param_shardings(params, llava.PARAM_AXES, mesh), sep="/")
@@ -92,13 +117,13 @@ def state_shardings(params: Mapping[str, Any], trainable: Sequence[str], optimiz
                       optimizers.state_shardings(optimizer, abstract, trained_shardings, everywhere))
 
 
-def create(params: Mapping[str, Any], trainable: Sequence[str], optimizer: optax.GradientTransformation, mesh: Mesh,
+def create(params: Mapping[str, Any], trainable: Trainable, optimizer: optax.GradientTransformation, mesh: Mesh,
            dtype: Any) -> TrainState:
     """The state before the first update.
 
     Args:
       params: nested tree with stacked layers; numpy or jax arrays of any float type.
-      trainable: the recipe's regexes.
+      trainable: the recipe's.
       optimizer: of the trainable parameters (`optimizer.build`).
       mesh: over which everything is laid.
       dtype: of the computation, in which frozen parameters are kept. What is trained is float32.

@@ -16,15 +16,14 @@ from ml_collections import ConfigDict
 
 from llavamed_jax.checkpoints import store
 from llavamed_jax.checkpoints.load import flatten
-from llavamed_jax.config import LlavaConfig
 from llavamed_jax.data.loader import Loader
 from llavamed_jax.errors import UsageError, UserError, some
 from llavamed_jax.models.llava import abstract_params
 from llavamed_jax.parallel.mesh import replicated
 from llavamed_jax.training import metrics, recipe, setup
 from llavamed_jax.training import workdir as workdirs
-from llavamed_jax.training.state import TrainState
-from llavamed_jax.training.step import llava_loss, make_eval_step, make_train_step, place
+from llavamed_jax.training.state import TABLE, TrainState
+from llavamed_jax.training.step import make_eval_step, make_train_step, place
 
 # (step, nested parameters with stacked layers) -> named numbers, written beside the validation loss.
 Evaluator = Callable[[int, Mapping], Mapping[str, float]]
@@ -143,7 +142,7 @@ class Run:
         if not (workdir / "model").exists():
             store.write_model(workdir, checkpoint, without=program.trained_names())
         print(f"{cfg.init}: {checkpoint.tower}; {len(data.train)} samples, {total_steps} updates of {cfg.batch_size}, "
-              f"{_size(program.shardings, checkpoint.config)}, mesh {dict(mesh.shape)}", flush=True)
+              f"{_size(program)}, mesh {dict(mesh.shape)}", flush=True)
         state, progress = program.initial_state(checkpoint), Progress()
         if step is not None:
             state, progress = _restore(workdir, step, state, program, batches)
@@ -161,7 +160,7 @@ class Run:
     def loop(self, stop: _Stop, writer: store.StepWriter, evaluators: Sequence[Evaluator]) -> bool:
         """Updates until the last one, or until it is asked to stop. Returns whether the run is finished."""
         cfg, program = self.cfg, self.program
-        loss_fn = llava_loss(program.model)
+        loss_fn = program.loss()
         train_step = make_train_step(loss_fn, program.optimizer, program.schedule, program.mesh, program.shardings, cfg.micro_batches)
         validate = self._validator(make_eval_step(loss_fn, program.mesh), evaluators)
         reader = _LateReader(self)
@@ -323,8 +322,10 @@ def _is_multiple(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _size(shardings: TrainState, config: LlavaConfig) -> str:
+def _size(program: setup.Program) -> str:
     """How much of the model is trained, in words."""
-    sizes = {name: math.prod(x.shape) for name, x in flatten(abstract_params(config, scan=True)).items()}
-    trained = sum(sizes[name] for name in shardings.trainable)
+    sizes = {name: math.prod(x.shape) for name, x in flatten(abstract_params(program.model.cfg, scan=True)).items()}
+    trained = sum(sizes[name] for name in program.shardings.trainable)
+    if program.rows:
+        trained -= sizes[TABLE] - len(program.rows) * program.model.cfg.decoder.hidden_size
     return f"{trained / 1e6:,.2f} M of {sum(sizes.values()) / 1e6:,.2f} M parameters trained"
