@@ -270,7 +270,7 @@ class LlavaConfig:
         if set(d) - known:
             raise UserError(f"config.json has the unknown keys {sorted(set(d) - known)}")
         return cls(**{**d, "vision": VisionConfig(**d["vision"]), "decoder": DecoderConfig(**d["decoder"]),
-                      "extra": json.dumps(d.get("extra", {}), sort_keys=True)})
+                      "extra": json.dumps(as_object(d.get("extra", {}), "extra"), sort_keys=True)})
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any], vision: VisionConfig | None = None) -> "LlavaConfig":

@@ -1,6 +1,7 @@
 """Deltas: the original's float16 arithmetic to the bit, and a wrong base named before anything is written."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -139,7 +140,8 @@ def test_a_wrong_base_is_named_before_anything_is_written(case, tmp_path, capsys
 def test_a_target_with_tensors_of_its_own_is_no_target(tmp_path):
     base = tiny.drawn(tiny.decoder_shapes(tiny.LLAMA))
     tiny.save(tmp_path / "base", tiny.LLAMA, base)
-    tiny.save(tmp_path / "target", tiny.V1, base | {"model.resampler.weight": np.ones((2, 2), np.float16)})
+    target = base | tiny.drawn(tiny.projector_shapes())
+    tiny.save(tmp_path / "target", tiny.V1, target | {"model.resampler.weight": np.ones((2, 2), np.float16)})
     with pytest.raises(UserError, match="model.resampler.weight is missing in the base"):
         make_delta(tmp_path / "base", tmp_path / "target", tmp_path / "out")
     with pytest.raises(UserError, match="nowhere is no directory"):
@@ -147,3 +149,61 @@ def test_a_target_with_tensors_of_its_own_is_no_target(tmp_path):
     tiny.save(tmp_path / "tower", tiny.CLIP, tiny.drawn(tiny.clip_shapes()))
     with pytest.raises(UserError, match="holds no model.embed_tokens.weight"):
         make_delta(tmp_path / "tower", tmp_path / "target", tmp_path / "out")
+
+
+def run(command, tmp_path, other):
+    argv = [command, "--base", str(tmp_path / "base"), f"--{other}", str(tmp_path / other), "--out", str(tmp_path / "out")]
+    return main(argv)
+
+
+def changed(tensors, **changes):
+    """With every value of the named tensors (dots as double underscores) set to another."""
+    return {name: np.full_like(t, changes[key]) if (key := name.replace(".", "__")) in changes else t for name, t in tensors.items()}
+
+
+CONFUSED = {
+    "a base that is the result": (lambda b, d: (tiny.V1 | {"vocab_size": 73}, d, tiny.V1 | {"vocab_size": 73}, d),
+                                  "base is no base: it has a projector, so it is a whole LLaVA; the plain decoder was expected"),
+    "a delta that is the base": (lambda b, d: (tiny.LLAMA, b, tiny.LLAMA, b),
+                                 "the delta .*delta holds no projector .model.mm_projector., so it is a plain decoder"),
+    "a config of another vocabulary": (lambda b, d: (tiny.LLAMA, b, tiny.V1 | {"vocab_size": 74}, d),
+                                       "config.json has vocab_size 74 where its tensors have 73"),
+    "a config of another depth": (lambda b, d: (tiny.LLAMA, b, tiny.V1 | {"vocab_size": 73, "num_hidden_layers": "two"}, d),
+                                  "config.json has num_hidden_layers 'two' where its tensors have 2"),
+    "a sum that float16 cannot hold": (
+        lambda b, d: (tiny.LLAMA, changed(b, model__norm__weight=6e4), tiny.V1 | {"vocab_size": 73}, changed(d, model__norm__weight=6e4)),
+        "model.norm.weight is not finite in float16"),
+    "a value that is no number": (
+        lambda b, d: (tiny.LLAMA, b, tiny.V1 | {"vocab_size": 73}, changed(d, model__mm_projector__bias=np.nan)),
+        "model.mm_projector.bias is not finite in float16"),
+}
+
+
+@pytest.mark.parametrize("case", CONFUSED)
+def test_models_in_each_others_places_and_broken_ones_write_nothing(case, tmp_path, capsys):
+    base = tiny.drawn(tiny.decoder_shapes(tiny.LLAMA))
+    make, sentence = CONFUSED[case]
+    base_config, base, delta_config, delta = make(base, target_tensors(base, 3))
+    tiny.save(tmp_path / "base", base_config, base)
+    tiny.save(tmp_path / "delta", delta_config, delta)
+    assert run("apply-delta", tmp_path, "delta") == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and re.search(sentence, error), error
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "delta"]
+
+
+def test_a_tree_is_no_target_and_the_sentence_says_what_makes_one(tmp_path, capsys):
+    tiny.save(tmp_path / "base", tiny.LLAMA, tiny.drawn(tiny.decoder_shapes(tiny.LLAMA)))
+    tiny.save(tmp_path / "target" / "model", {"model_type": "llavamed_jax"})
+    assert run("make-delta", tmp_path, "target") == 1
+    assert "target is no directory with a config.json; a model in the original's layout was expected (`convert export --layout llava` " \
+           "writes one)" in capsys.readouterr().err
+
+
+def test_the_sum_does_not_go_into_what_it_is_made_of(pair, tmp_path, capsys):
+    make_delta(tmp_path / "base", tmp_path / "target", tmp_path / "delta")
+    for inside in ("base", "delta"):
+        argv = ["apply-delta", "--base", str(tmp_path / "base"), "--delta", str(tmp_path / "delta")]
+        assert main([*argv, "--out", str(tmp_path / inside / "sum")]) == 1
+        assert f"sum lies inside {tmp_path / inside}, which is read; a directory outside of it was expected" in capsys.readouterr().err
+        assert not (tmp_path / inside / "sum").exists()

@@ -108,7 +108,7 @@ def test_a_tower_that_no_hub_gives_is_asked_for(convert, tmp_path):
     done = convert("inspect", tmp_path / "v1")
     assert done.returncode == 1 and done.stderr.count("\n") == 1
     assert "names the vision tower 'me/nothing', which lies neither inside nor beside it (me/nothing is no directory" in done.stderr
-    assert "vision_tower=PATH was expected" in done.stderr
+    assert "vision_tower=PATH (--vision_tower PATH) was expected" in done.stderr
 
 
 def test_a_repository_without_weights(hub, convert, tmp_path):

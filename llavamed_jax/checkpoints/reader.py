@@ -58,6 +58,12 @@ class Checkpoint:
         """Tensors that the model does not compute with (`names.unused_names`)."""
         return names.unused_names(self.config)
 
+    @property
+    def sources(self) -> list[Path]:
+        """Directories inside of which nothing may be written: somebody else's files, where a new one could change what is read.
+        A tree is a workdir, where exports may lie."""
+        return [self.directory] if self.directory is not None and self.layout in ("llava", "transformers") else []
+
     def replace(self, **changes) -> "Checkpoint":
         return dataclasses.replace(self, **changes)
 
@@ -128,7 +134,10 @@ def _kind(path: str | Path, weights: bool = True) -> tuple[str, str]:
     if str(path).startswith("preset:"):
         return str(path), "preset"
     # A step of a tree need not be there: whoever opens it says what is wrong with it.
-    directory = Path(path) if (tree_root(Path(path)) / "model").is_dir() else hub.local(path, weights)
+    try:
+        directory = Path(path) if (tree_root(Path(path)) / "model").is_dir() else hub.local(path, weights)
+    except OSError as error:  # a name that no file can have
+        raise UserError(f"{str(path)[:80]!r} cannot be opened: {error.strerror}") from None
     if (tree_root(directory) / "model" / "config.json").is_file():
         return str(directory), "tree"
     if directory.is_dir():

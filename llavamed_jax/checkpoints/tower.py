@@ -33,7 +33,7 @@ def fetch_tower(directory: Path, name: str | None, weights: bool = True) -> Path
         except UserError as error:
             reason = f" ({error})"
     raise UserError(f"{directory} names the vision tower {name!r}, which lies neither inside nor beside it{reason}; "
-                    "vision_tower=PATH was expected")
+                    "vision_tower=PATH (--vision_tower PATH) was expected")
 
 
 def with_statistics(vision: VisionConfig, directory: Path) -> VisionConfig:
@@ -53,8 +53,11 @@ def tower_config(directory: Path) -> VisionConfig:
     """A CLIP directory's tower, and how its preprocessor normalises."""
     if not (directory / "config.json").is_file():
         raise UserError(f"the vision tower {directory} holds no config.json; a CLIP model's directory was expected")
+    raw = read_json(directory / "config.json")
+    if raw.get("model_type", "clip") not in ("clip", "clip_vision_model"):  # others have a vision_config too
+        raise UserError(f"the vision tower {directory} has model_type {raw['model_type']!r}; clip or clip_vision_model was expected")
     try:
-        vision = VisionConfig.from_hf(read_json(directory / "config.json"))
+        vision = VisionConfig.from_hf(raw)
     except UserError as error:
         raise UserError(f"{directory}: {error}") from None
     return with_statistics(vision, directory)

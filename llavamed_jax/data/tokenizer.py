@@ -187,12 +187,18 @@ class _HfBackend:
 
 def _added_tokens(directory: Path, settings: dict) -> tuple[dict[str, int], set[str]]:
     """Tokens beyond the SentencePiece model and which of them are special, from transformers' three files."""
-    added = {text: int(i) for text, i in _settings(directory / "added_tokens.json").items()}
     special = set()
-    for i, entry in settings.get("added_tokens_decoder", {}).items():
-        added[entry["content"]] = int(i)
-        if entry.get("special"):
-            special.add(entry["content"])
+    try:
+        added = {text: int(i) for text, i in _settings(directory / "added_tokens.json").items()}
+        for i, entry in settings.get("added_tokens_decoder", {}).items():
+            added[entry["content"]] = int(i)
+            if entry.get("special"):
+                special.add(entry["content"])
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"the added tokens of the tokenizer in {directory} cannot be read ({error}); a text and an id each were "
+                        "expected") from None
     for value in _settings(directory / "special_tokens_map.json").values():
         special.update(filter(None, map(_content, value if isinstance(value, list) else [value])))
     return added, special

@@ -173,6 +173,10 @@ def _outputs(a: Checkpoint, b: Checkpoint, tolerance: float, dtype) -> list[Row]
     rows = []
     for name in asked:
         ours, theirs = logits[name][:, :vocab_size], other_logits[name][:, :vocab_size]
+        broken = [word for word, values in (("first", ours), ("second", theirs)) if not np.isfinite(values).all()]
+        if broken:  # nothing equals a number that is none, though its bits do
+            rows.append(Row(f"logits: {name}", f"not finite in the {' and the '.join(broken)}", False))
+            continue
         _, difference = compare_arrays(ours, theirs)
         found = f"{len(ours)} positions"
         rows.append(Row(f"logits: {name}", found, difference <= tolerance, difference, kl_divergence(ours, theirs)))
