@@ -55,9 +55,12 @@ def build(decoder: str | Path, vision: str | Path, projector: str, scratch: Path
     tensors = canonical(decoder, read_weights(decoder), config, "decoder") | tower_tensors(config, vision)
     tensors |= _fresh_projector(config, seed)
     checkpoint = Checkpoint(config, "built", None, tensors, _files(decoder, vision), f"{vision}, as asked for")
-    said = [f"decoder: {decoder}"]
+    said = [f"decoder: {decoder}", f"vision tower: {vision}"]
     if image_tokens:
-        checkpoint, new = add_image_tokens(checkpoint, scratch, raw.get("initializer_range", 0.02), seed)
+        deviation = raw.get("initializer_range", 0.02)
+        if not isinstance(deviation, (int, float)) or not 0 <= deviation < 1:
+            raise UserError(f"{decoder}: config.json has initializer_range {deviation!r}; a number from 0 to 1 was expected")
+        checkpoint, new = add_image_tokens(checkpoint, scratch, deviation, seed)
         said.append(f"image tokens: added {', '.join(new)}" if new else "image tokens: there already")
     if is_file:
         checkpoint, sentence = with_projector(checkpoint, file)

@@ -49,14 +49,16 @@ def apply_delta(base: str | Path, delta: str | Path, out: str | Path, progress: 
 def _write(base, other, out, operation: np.ufunc, what: str, progress: Progress) -> dict[str, Tensor]:
     base, other = hub.local(base), hub.local(other)
     for directory in (base, other):
-        if not directory.is_dir():
-            raise UserError(f"{directory} is no directory; a model in a PyTorch layout was expected")
+        if not (directory / "config.json").is_file():
+            hint = " (`convert export --layout llava` writes one)" if (directory / "model" / "config.json").is_file() else ""
+            raise UserError(f"{directory} is no directory with a config.json; a model in the original's layout was expected{hint}")
     config = read_json(other / "config.json")
-    config |= dict.fromkeys({"torch_dtype", *({"dtype"} & config.keys())}, "float16")  # transformers 5 writes `dtype`
     ours, theirs = (_weights(directory) for directory in (base, other))
     _check(base, ours, what, other, theirs)
-    tensors = {name: _combined(ours.get(name), tensor, operation) for name, tensor in theirs.items()}
-    with new_directory(out, total_bytes(tensors)) as temporary:
+    _check_config(other, config, theirs)
+    config |= dict.fromkeys({"torch_dtype", *({"dtype"} & config.keys())}, "float16")  # transformers 5 writes `dtype`
+    tensors = {name: _combined(name, ours.get(name), tensor, operation) for name, tensor in theirs.items()}
+    with new_directory(out, total_bytes(tensors), (base, other)) as temporary:
         write_safetensors(temporary, tensors, progress, {"format": "pt"})
         for name in TEXT_FILES:
             if (other / name).is_file():
@@ -74,7 +76,11 @@ def _check(base: Path, ours: Mapping[str, Tensor], what: str, other: Path, their
     """Raises UserError where the base is not the one that the other was made from, as far as shapes can tell."""
     for directory, tensors in ((base, ours), (other, theirs)):
         if _TABLE not in tensors or len(tensors[_TABLE].shape) != 2:
-            raise UserError(f"{directory} holds no {_TABLE}; a decoder of the LLaMA family was expected")
+            raise UserError(f"{directory} holds no {_TABLE}; a decoder of the LLaMA family under the original's names was expected")
+    if _has_projector(ours):
+        raise UserError(f"{base} is no base: it has a projector, so it is a whole LLaVA; the plain decoder was expected")
+    if not _has_projector(theirs):
+        raise UserError(f"{what} {other} holds no projector (model.mm_projector), so it is a plain decoder; a LLaVA was expected")
     for size, mine, wanted in (("hidden size", ours[_TABLE].shape[1], theirs[_TABLE].shape[1]),
                                ("number of layers", _layers(ours), _layers(theirs))):
         if mine != wanted:
@@ -92,16 +98,31 @@ def _check(base: Path, ours: Mapping[str, Tensor], what: str, other: Path, their
         raise UserError(f"{base} is another base than that of {other}: {some(sorted(problems), 4)}")
 
 
+def _has_projector(tensors: Mapping[str, Tensor]) -> bool:
+    return any(name.startswith("model.mm_projector.") for name in tensors)
+
+
+def _check_config(other: Path, config: Mapping[str, object], theirs: Mapping[str, Tensor]) -> None:
+    """Raises UserError where what is written would not open, because the config is of another model than the tensors."""
+    rows, width = theirs[_TABLE].shape
+    for key, found in (("vocab_size", rows), ("hidden_size", width), ("num_hidden_layers", _layers(theirs))):
+        if config.get(key) != found:
+            raise UserError(f"{other / 'config.json'} has {key} {config.get(key)!r} where its tensors have {found}")
+
+
 def _layers(tensors: Mapping[str, Tensor]) -> int:
     return 1 + max((int(found[1]) for found in map(re.compile(r"model\.layers\.(\d+)\.").match, tensors) if found), default=-1)
 
 
-def _combined(base: Tensor | None, other: Tensor, operation: np.ufunc) -> Tensor:
+def _combined(name: str, base: Tensor | None, other: Tensor, operation: np.ufunc) -> Tensor:
     """`other` with `operation` applied to the rows that `base` has; everything else stays as it is."""
     def load() -> np.ndarray:
-        out = np.array(other.load(), np.float16)
-        if base is not None:
-            rows = out[:base.shape[0]]
-            operation(rows, base.load().astype(np.float16, copy=False), out=rows)
+        with np.errstate(over="ignore", invalid="ignore"):  # said below, in one sentence
+            out = np.array(other.load(), np.float16)
+            if base is not None:
+                rows = out[:base.shape[0]]
+                operation(rows, base.load().astype(np.float16, copy=False), out=rows)
+        if not np.isfinite(out).all():
+            raise UserError(f"{name} is not finite in float16, in which deltas are made: values beyond 65504 or damaged weights")
         return out
     return Tensor(other.shape, np.dtype(np.float16), load)

@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ def write_json(file: Path, value: dict) -> None:
 
 
 @contextlib.contextmanager
-def new_directory(out: str | Path, size: int = 0) -> Iterator[Path]:
+def new_directory(out: str | Path, size: int = 0, apart_from: Iterable[Path | None] = ()) -> Iterator[Path]:
     """A temporary directory beside `out` that becomes `out` at the end, and is gone if something fails before.
 
     It is locked while it is written, so that what a killed process left (`.NAME.*.partial`) is known as such and removed by
@@ -53,21 +53,29 @@ def new_directory(out: str | Path, size: int = 0) -> Iterator[Path]:
 
     Args:
       size: bytes that will be written; the disk must have them free.
+      apart_from: directories that are read, inside of which nothing may appear.
     Raises:
-      UserError: `out` is a file or a directory that holds something, cannot be written, or does not fit the disk.
+      UserError: `out` is a file or a directory that holds something, lies in what is read, cannot be written, or does not fit
+        the disk.
     """
     out = Path(out)
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise UserError(f"{out} exists and is not empty; a new directory was expected")
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(out)
-        free = shutil.disk_usage(out.parent).free
+        target = out.resolve()  # a link keeps leading to where it leads
+        if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+            raise UserError(f"{out} exists and is not empty; a new directory was expected")
+        for source in apart_from:
+            if source is not None and target.is_relative_to(source.resolve()):
+                raise UserError(f"{out} lies inside {source}, which is read; a directory outside of it was expected")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(target)
+        free = shutil.disk_usage(target.parent).free
         if free < size:
             raise UserError(f"{out} needs {size / 1e9:.2f} GB; its disk has {free / 1e9:.2f} GB free")
-        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=_PARTIAL, dir=out.parent))
+        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=_PARTIAL, dir=target.parent))
     except OSError as error:
-        raise UserError(f"{out} cannot be written: {error.strerror}") from None
+        raise UserError(f"{out} cannot be written: {error.strerror or error}") from None
+    except (ValueError, RuntimeError) as error:  # a name that no file can have; a link that leads to itself
+        raise error if isinstance(error, UserError) else UserError(f"{str(out)!r} cannot be written: {error}") from None
     with contextlib.ExitStack() as stack:
         lock = _lock(temporary)
         if lock is not None:
@@ -75,14 +83,16 @@ def new_directory(out: str | Path, size: int = 0) -> Iterator[Path]:
         try:
             temporary.chmod(0o755)  # mkdtemp's is private to the user
             yield temporary
-            temporary.replace(out)
+            temporary.replace(target)
         except BaseException as error:
             shutil.rmtree(temporary, ignore_errors=True)
-            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            if isinstance(error, OSError) and error.errno in _DISK:
                 raise UserError(f"{out} cannot be written: {error.strerror}") from None
             raise
 
 
+# What a disk says while it is written: full, over a quota, a file too large for it, read-only by now, failing.
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 _PARTIAL = ".partial"
 
 

@@ -5,10 +5,12 @@ Only what is needed is fetched: configs, tokenizer and processor files and the m
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from llavamed_jax.checkpoints.torch_files import weight_map
@@ -57,26 +59,38 @@ def _fetch_weights(path: str, name: str, directory: Path) -> Path:
 
 def _snapshot(path: str, name: str, revision: str | None, patterns: list[str]) -> Path:
     import huggingface_hub  # takes half a second to import, and most paths are directories
-    from huggingface_hub import constants, errors
-    unknown = f"{path} is no directory; as a model's name"
     log = logging.getLogger("huggingface_hub")
     level = log.level
     try:
         log.setLevel(logging.ERROR)  # it warns of patterns that match nothing, of which one of two formats always is
-        return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=patterns))
-    except errors.RevisionNotFoundError:
-        raise UserError(f"{unknown} it has no revision {revision!r} on {constants.ENDPOINT}") from None
-    except errors.GatedRepoError:
-        raise UserError(f"{unknown} it is gated on {constants.ENDPOINT}: accept its terms there and log in with `hf auth login`") from None
-    except errors.RepositoryNotFoundError:
-        raise UserError(f"{unknown} it is not known on {constants.ENDPOINT}, or is private") from None
-    except errors.LocalEntryNotFoundError:
-        reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{constants.ENDPOINT} cannot be reached"
-        raise UserError(f"{unknown} it is not in the cache of hub models, and {reason}; give a checkpoint's directory") from None
-    except (errors.HfHubHTTPError, OSError) as error:
-        raise UserError(f"{unknown} it could not be fetched from {constants.ENDPOINT} ({type(error).__name__})") from None
+        with asking(path):
+            return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=patterns))
     finally:
         log.setLevel(level)
+
+
+@contextlib.contextmanager
+def asking(path: str) -> Iterator[None]:
+    """Turns what huggingface_hub raises when it is asked for a model into one sentence about `path`. Raises UserError."""
+    from huggingface_hub import constants, errors
+    unknown, where = f"{path} is no directory; as a model's name", constants.ENDPOINT
+    unreached = f"{unknown} it is not in the cache of hub models, and %s; give a checkpoint's directory"
+    try:
+        yield
+    except errors.RevisionNotFoundError:
+        raise UserError(f"{unknown} it has no revision {path.partition('@')[2]!r} on {where}") from None
+    except errors.GatedRepoError:
+        raise UserError(f"{unknown} it is gated on {where}: accept its terms there and log in with `hf auth login`") from None
+    except errors.RepositoryNotFoundError:
+        raise UserError(f"{unknown} it is not known on {where}, or is private") from None
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
+        raise UserError(unreached % ("HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{where} cannot be reached")) from None
+    except (errors.HTTPError, OSError) as error:  # HTTPError: of the client that huggingface_hub has, whichever it is
+        if type(error).__name__ in ("ConnectError", "ConnectTimeout"):
+            raise UserError(unreached % f"{where} cannot be reached") from None
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        reason = f"status {status}" if status else getattr(error, "strerror", None) or type(error).__name__
+        raise UserError(f"{unknown} it could not be fetched from {where} ({reason}); what came is kept for the next try") from None
 
 
 @functools.cache

@@ -32,6 +32,7 @@ DTYPES = {"F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dt
 _TORCH_DTYPES = {"torch.float64": "F64", "torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16"}
 # What transformers names its weights; a run's directory has other .bin files beside them (training_args.bin, optimizer.bin).
 _BIN = "pytorch_model*.bin"
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,10 @@ def weight_map(index: Path) -> dict[str, str]:
     found = read_json(index).get("weight_map")
     if not isinstance(found, dict) or not found or not all(isinstance(shard, str) for shard in found.values()):
         raise UserError(f"{index} has no weight_map that names a file for each tensor")
+    for shard in sorted(set(found.values())):
+        # A checkpoint is somebody else's: its index must not lead to other files of this machine, or a fetch to other patterns.
+        if not re.fullmatch(r"(?!\.{1,2}$)[\w.()+@ -]{1,255}", shard):
+            raise UserError(f"{index} names the file {shard[:80]!r}; the name of a file beside it was expected")
     return found
 
 
@@ -78,10 +83,13 @@ def _read_shards(directory: Path, pattern: str, read: Callable[[Path], dict[str,
     shards = sorted(set(owners.values())) or sorted(file.name for file in directory.glob(pattern))
     if not shards:
         raise UserError(_no_weights(directory))
-    _check_numbering(directory, shards)
+    _check_presence(directory, shards)
     tensors: dict[str, Tensor] = {}
     for shard in shards:
         found = read(directory / shard)
+        odd = next((name for name in found if not name.isprintable()), None)
+        if odd is not None:  # it would be printed, and a terminal obeys control characters
+            raise UserError(f"{directory / shard} holds a tensor named {odd[:80]!r}; names without control characters were expected")
         absent = [name for name, owner in owners.items() if owner == shard and name not in found]
         if absent:
             raise UserError(f"{index} says that {shard} holds {some(absent)}, which it does not")
@@ -103,26 +111,42 @@ def _no_weights(directory: Path) -> str:
     return f"{directory} holds no weights; .safetensors or pytorch_model*.bin files were expected"
 
 
-def _check_numbering(directory: Path, shards: list[str]) -> None:
-    """Names the shard that `…-00001-of-00003…` promises and that is not there."""
+def _check_presence(directory: Path, shards: list[str]) -> None:
+    """Names the first shard that is not there: one that is asked for, or that another's `…-00001-of-00003…` promises."""
+    families = set()
     for shard in shards:
+        if not (directory / shard).is_file():
+            raise UserError(f"the shard {directory / shard} is missing")
         numbered = re.fullmatch(r"(.*-)(\d+)(-of-)(\d+)(\..*)", shard)
-        expected = [shard] if numbered is None else [
-            f"{numbered[1]}{i:0{len(numbered[2])}d}{numbered[3]}{numbered[4]}{numbered[5]}" for i in range(1, int(numbered[4]) + 1)]
-        for name in expected:
-            if not (directory / name).is_file():
-                raise UserError(f"the shard {directory / name} is missing")
+        if numbered:
+            families.add((numbered[1], len(numbered[2]), numbered[3] + numbered[4] + numbered[5], int(numbered[4])))
+    for start, digits, end, count in sorted(families):
+        for i in range(1, count + 1):
+            if not (directory / f"{start}{i:0{digits}d}{end}").is_file():
+                raise UserError(f"the shard {directory / f'{start}{i:0{digits}d}{end}'} is missing")
+
+
+def _check_content(file: Path) -> None:
+    """Raises UserError where the file is missing, or is the pointer that a clone without git-lfs leaves in its place."""
+    try:
+        with open(file, "rb") as stream:
+            is_pointer = stream.read(len(_LFS_POINTER)) == _LFS_POINTER
+    except FileNotFoundError:
+        raise UserError(f"the file {file} is missing") from None
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}") from None
+    if is_pointer:
+        raise UserError(f"{file} is a pointer of git-lfs, not the file itself: `git lfs pull` in its repository fetches it")
 
 
 def _read_safetensors_file(file: Path) -> dict[str, Tensor]:
+    _check_content(file)
     try:
         handle = safe_open(file, framework="np")
         source = open(file, "rb")  # for as long as one of its tensors can be asked for
         header_bytes = int.from_bytes(source.read(8), "little")
         offsets = {name: entry["data_offsets"][0] for name, entry in json.loads(source.read(header_bytes)).items()
                    if name != "__metadata__"}
-    except FileNotFoundError:
-        raise UserError(f"the file {file} is missing") from None
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file} is no whole safetensors file: {error}") from None
     tensors = {}
@@ -141,7 +165,10 @@ def _read_at(file: BinaryIO, offset: int, shape: tuple[int, ...], dtype: np.dtyp
     array = np.empty(shape, dtype)
     missing = memoryview(array.reshape(-1).view(np.uint8))
     while missing:
-        count = os.preadv(file.fileno(), [missing], offset)  # at most 2 GiB at a time
+        try:
+            count = os.preadv(file.fileno(), [missing], offset)  # at most 2 GiB at a time
+        except OSError as error:
+            raise UserError(f"{file.name} cannot be read: {error.strerror}") from None
         if count == 0:
             raise UserError(f"{file.name} has become shorter while it was read")
         missing, offset = missing[count:], offset + count
@@ -158,12 +185,11 @@ def read_bin(file: Path) -> dict[str, Tensor]:
         import torch  # an extra: most checkpoints are safetensors
     except ImportError:
         raise UserError(f"{file} can be read with torch only, which is not installed: pip install 'llavamed-jax[torch]'") from None
+    _check_content(file)
     try:
         with warnings.catch_warnings(action="ignore"):  # of an odd pickle, which is refused or read all the same
             # Files from before torch 1.6 are no archives and cannot be mapped.
             state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except FileNotFoundError:
-        raise UserError(f"the file {file} is missing") from None
     except UnpicklingError as error:
         unsafe = re.search(r"(?:GLOBAL|class) (\w+\.[\w.]*\w)", str(error))
         if unsafe:
@@ -171,10 +197,12 @@ def read_bin(file: Path) -> dict[str, Tensor]:
         raise UserError(f"{file} is no whole file of torch.save") from None
     except (RuntimeError, EOFError, OSError, ValueError, KeyError):  # what torch raises of a damaged archive
         raise UserError(f"{file} is no whole file of torch.save") from None
-    if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+    if not isinstance(state, Mapping) or not all(isinstance(k, str) and isinstance(t, torch.Tensor) for k, t in state.items()):
         raise UserError(f"{file} holds something else than tensors by name; a state dict was expected")
     tensors = {}
     for name, tensor in state.items():
+        if tensor.layout is not torch.strided:
+            raise UserError(f"{name} in {file} is a sparse tensor; a dense one was expected")
         if str(tensor.dtype) in _TORCH_DTYPES:
             dtype = DTYPES[_TORCH_DTYPES[str(tensor.dtype)]]
             tensors[name] = Tensor(tuple(tensor.shape), dtype, lambda tensor=tensor, dtype=dtype: _to_numpy(tensor, dtype))

@@ -41,7 +41,7 @@ def export(checkpoint: Checkpoint, out: str | Path, layout: str = "transformers"
     spelled = {name: spellings[0] for name, spellings in names.torch_names(cfg, layout).items()}
     if layout == "transformers":
         checkpoint = checkpoint.replace(tensors={**checkpoint.tensors, **_padded_vocabulary(checkpoint)})
-    with new_directory(out, total_bytes(checkpoint.tensors)) as temporary:
+    with new_directory(out, total_bytes(checkpoint.tensors), checkpoint.sources) as temporary:
         _write_text_files(checkpoint, temporary, layout)  # first: what is wrong with a tokenizer shows before the long work
         if layout == "llava" and cfg.source == "llava":
             tower = {name: spellings[0] for name, spellings in names.torch_names(cfg, "clip").items()}

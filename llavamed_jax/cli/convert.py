@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from llavamed_jax.checkpoints.build import build, with_projector
 from llavamed_jax.checkpoints.delta import apply_delta, make_delta
-from llavamed_jax.checkpoints.files import new_directory
+from llavamed_jax.checkpoints.files import new_directory, read_json
 from llavamed_jax.checkpoints.reader import Checkpoint, open_checkpoint, text_files
 from llavamed_jax.checkpoints.torch_files import Tensor
 from llavamed_jax.checkpoints.writer import export, total_bytes
@@ -25,6 +25,7 @@ from llavamed_jax.data.tokenizer import Tokenizer
 from llavamed_jax.errors import UsageError, UserError
 from llavamed_jax.templates import get_template
 
+_TOKENIZERS = ("tokenizer.model", "tokenizer.json")  # the first of them is read
 _DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
 
@@ -68,11 +69,27 @@ def _open(path: str, args: argparse.Namespace) -> Checkpoint:
         _said_of("--tokenizer", Tokenizer.load, source)  # one that cannot be read is said before anything is written
         preprocessor = {n: f for n, f in checkpoint.files.items() if n == "preprocessor_config.json"}
         checkpoint = checkpoint.replace(files={**preprocessor, **files})
+    _check_text(checkpoint)
     print(f"{path}: {checkpoint.layout} layout, vision tower: {checkpoint.tower}")
     if getattr(args, "projector", None) is not None:
         checkpoint, sentence = with_projector(checkpoint, Path(args.projector))
         print(sentence)
     return checkpoint
+
+
+def _check_text(checkpoint: Checkpoint) -> None:
+    """Raises UserError of settings or a tokenizer that cannot be read: they travel as they are, and whoever loads the result
+    would be the first to know. Says where ids have no row: some published tokenizers have a token too many."""
+    for name, file in checkpoint.files.items():
+        if name.endswith(".json"):
+            read_json(file)
+    source = next((checkpoint.files[name] for name in _TOKENIZERS if name in checkpoint.files), None)
+    if source is None:
+        return
+    pieces, rows = Tokenizer.load(source).vocab_size, checkpoint.config.decoder.vocab_size
+    if pieces > rows:
+        print(f"warning: the tokenizer has {pieces} pieces and the embedding table {rows} rows: ids from {rows} on have none",
+              file=sys.stderr)
 
 
 def _said_of(flag: str, check: Callable[[Any], object], value: Any) -> None:
@@ -100,7 +117,7 @@ def _import(args: argparse.Namespace) -> None:
     """Turn a checkpoint into a tree of this project."""
     from llavamed_jax.checkpoints.store import write_model  # Orbax: not needed by the other commands
     checkpoint = _open(args.checkpoint, args)
-    with new_directory(args.out, total_bytes(checkpoint.tensors)) as out:
+    with new_directory(args.out, total_bytes(checkpoint.tensors), checkpoint.sources) as out:
         write_model(out, checkpoint, progress=_bar)
     _report(checkpoint.tensors, args.out)
 
@@ -131,10 +148,13 @@ def _build_flags(parser: argparse.ArgumentParser) -> None:
 def _build(args: argparse.Namespace) -> None:
     """Join a plain decoder and a CLIP tower with a projector: how stage 1 starts."""
     from llavamed_jax.checkpoints.store import write_model
+    if args.seed < 0:
+        raise UsageError(f"--seed is {args.seed}; a whole number of at least 0 was expected")
     with tempfile.TemporaryDirectory() as scratch:
         checkpoint, said = build(args.decoder, args.vision, args.projector, Path(scratch), args.add_image_tokens, args.seed)
+        _check_text(checkpoint)
         print(*said, sep="\n")
-        with new_directory(args.out, total_bytes(checkpoint.tensors)) as out:
+        with new_directory(args.out, total_bytes(checkpoint.tensors), map(Path, (args.decoder, args.vision))) as out:
             write_model(out, checkpoint, progress=_bar)
     _report(checkpoint.tensors, args.out)
 
@@ -171,7 +191,7 @@ def _inspect(args: argparse.Namespace) -> None:
     """Print what a checkpoint holds."""
     checkpoint = _open(args.path, args)
     cfg, v, d = checkpoint.config, checkpoint.config.vision, checkpoint.config.decoder
-    tokenizer = next((n for n in ("tokenizer.model", "tokenizer.json") if n in checkpoint.files), "none")
+    tokenizer = next((n for n in _TOKENIZERS if n in checkpoint.files), "none")
     window = f", window {d.sliding_window}" if d.sliding_window else ""
     step = f", step {checkpoint.step}" if checkpoint.step is not None else ""
     rows = [

@@ -111,14 +111,10 @@ def fetch(release: Release) -> list[str]:
 def _stated(model: str) -> dict[str, tuple[int, str, str]]:
     """name -> (bytes, `sha256` of a large file or `git blob` of a small one, digest), as the hub says; before anything is fetched."""
     import huggingface_hub
-    from huggingface_hub import constants, errors
     name, _, revision = model.partition("@")
-    try:
+    with hub.asking(model):
         info = huggingface_hub.HfApi().model_info(name, revision=revision or None, files_metadata=True)
-    except (errors.HfHubHTTPError, errors.OfflineModeIsEnabled, OSError) as error:
-        raise UserError(f"{model} is not listed by {constants.ENDPOINT} ({type(error).__name__})") from None
-    stated = {s.rfilename: (s.size, "sha256", s.lfs.sha256) if s.lfs else (s.size, "git blob", s.blob_id) for s in info.siblings}
-    return stated
+    return {s.rfilename: (s.size, "sha256", s.lfs.sha256) if s.lfs else (s.size, "git blob", s.blob_id) for s in info.siblings}
 
 
 def _file_table(rows: Sequence[tuple]) -> list[str]:
