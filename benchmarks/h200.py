@@ -146,7 +146,7 @@ def _train(size: Size, trainable: list[str]) -> dict:
 
     seconds = median_seconds(run, size.repeats, warmup=2)
     trained = {name: int(x.size) for name, x in train_state.trainable.items()}
-    flops = metrics.training_flops(cfg, trained, B * T, B, B * I)
+    flops = metrics.training_flops(cfg, trained, B * T, B * T * (T + 1) // 2, B * I)
     peak = metrics.peak_flops(jax.devices()[0].device_kind)
     return dict(shapes=f"B {B}, T {T}, images a row {I}", dtype=size.dtype, remat="full", seconds=seconds,
                 tokens_per_second=B * T / seconds, mfu=flops / seconds / peak if peak else None,
@@ -192,7 +192,7 @@ def _prefill(size: Size, B: int, T: int) -> dict:
     from llavamed_jax.training.metrics import peak_flops
 
     engine, requests = _engine(size, B, T, 1)
-    batch, cache_length = engine._batch(requests)
+    batch, cache_length = engine.batch(requests)
     batch = jax.device_put(batch)
     seconds = median_seconds(lambda: engine._prefill(engine.params, cache_length=cache_length, **batch).token, 2 * size.repeats)
     cfg = engine.cfg
@@ -216,7 +216,7 @@ def _decode(size: Size, B: int, S: int) -> dict:
 
     length = S - size.decode_tokens - 2
     engine, requests = _engine(size, B, length, size.decode_tokens)
-    batch, cache_length = engine._batch(requests)
+    batch, cache_length = engine.batch(requests)
 
     def start():
         return jax.block_until_ready(engine._prefill(engine.params, cache_length=cache_length, **batch))

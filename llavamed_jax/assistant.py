@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+import numbers
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +20,9 @@ from llavamed_jax.config import IMAGE_TOKEN, PAD_TOKEN, LlavaConfig
 from llavamed_jax.data.chat import read_messages
 from llavamed_jax.data.processor import Processor, expand_images
 from llavamed_jax.errors import UserError
+from llavamed_jax.generation.beam import BeamSearch
 from llavamed_jax.generation.engine import Engine, Request, check_image
+from llavamed_jax.generation.sampling import row_seeds
 from llavamed_jax.generation.text import TextStream
 from llavamed_jax.models.llava import Llava
 from llavamed_jax.parallel.mesh import batch_sharding, make_mesh
@@ -92,6 +96,7 @@ class LlavaMed:
                  name: str = "llavamed", tower: str = ""):
         self.config, self.processor, self.dtype, self.mesh, self.name, self.tower = config, processor, dtype, mesh, name, tower
         self.engine = Engine(config, jax.device_put(params) if mesh is None else params, dtype, mesh)
+        self._beams = BeamSearch(self.engine)
         self._forward = jax.jit(Llava(config, dtype).apply)
 
     def logits(self, input_ids, pixel_values=None) -> np.ndarray:
@@ -153,15 +158,16 @@ class LlavaMed:
         Args:
           rows: token ids; an image is one IMAGE_TOKEN or a run of P.
           images: the images of each row, float32 or uint8 [H,W,3] as of `logits`.
+          temperature, top_p, top_k, num_beams, seed: as of `generate`.
         Raises:
-          UserError: (a ValueError) images that do not fit their markers, or a row that is too long.
+          UserError: (a ValueError) images that do not fit their markers, a row that is too long, or settings out of range.
         """
         images = [[] for _ in rows] if images is None else images
         if len(images) != len(rows):
             raise UserError(f"{len(images)} lists of images were given for {len(rows)} rows; one a row was expected")
         requests = self._requests([expand_images(row, self.config.tokens_per_image) for row in rows], images,
                                   max_new_tokens, temperature, top_p, top_k, num_beams, seed)
-        return self.engine.generate(requests)
+        return self._beams.generate(requests, num_beams) if num_beams > 1 else self.engine.generate(requests)
 
     def generate(self, conversations: Sequence[Sequence[dict]], max_new_tokens: int = 256, temperature: float = 0.0,
                  top_p: float = 1.0, top_k: int = 0, num_beams: int = 1, seed: int = 0, stop: Sequence[str] = ()) -> list[Completion]:
@@ -169,20 +175,24 @@ class LlavaMed:
 
         Args:
           max_new_tokens: at most so many a conversation.
-          temperature: 0 is greedy. With top_p, top_k (0: all) and a seed, an answer can be drawn again.
-          stop: texts that end an answer; an empty one is ignored.
+          temperature: 0 is greedy; above, tokens are drawn from what temperature, then top_k (0: all), then top_p leave.
+          num_beams: above 1, beam search as transformers' with its default settings; it draws nothing.
+          seed: a conversation draws the same with the same seed, whatever is asked beside it; equal ones of one call differ.
+          stop: texts that end an answer and do not belong to it; an empty one is ignored. Beams are cut when all is found.
         Returns:
           One Completion a conversation, in order.
         Raises:
-          UserError: (a ValueError) messages that cannot be read, images that do not fit, or a prompt that is too long.
+          UserError: (a ValueError) messages that cannot be read, images that do not fit, a prompt that is too long, or settings
+            out of range.
         """
         prompts, images = zip(*map(self._encode, conversations)) if conversations else ((), ())
         requests = self._requests(prompts, images, max_new_tokens, temperature, top_p, top_k, num_beams, seed)
         streams = [self._text_stream(stop) for _ in requests]
-        for i, ids in self.engine.stream(requests):
+        found = enumerate(self._beams.generate(requests, num_beams)) if num_beams > 1 else self.engine.stream(requests)
+        for i, ids in found:
             streams[i].push(ids)
             requests[i].cancelled = streams[i].is_stopped
-        return [completion(s, self.config.decoder.eos_token_id) for s in streams]
+        return [completion(s, self.engine.eos) for s in streams]
 
     def stream(self, messages: Sequence[dict], max_new_tokens: int = 256, temperature: float = 0.0, top_p: float = 1.0,
                top_k: int = 0, seed: int = 0, stop: Sequence[str] = ()) -> Iterator[str]:
@@ -203,23 +213,27 @@ class LlavaMed:
         return ids, list(self.processor.images_uint8(images))
 
     def _requests(self, prompts, images, max_new_tokens, temperature, top_p, top_k, num_beams, seed):
-        if num_beams != 1:
-            raise UserError(f"num_beams is {num_beams}; beam search is not supported yet and 1 was expected")
-        if temperature < 0 or not 0 < top_p <= 1 or top_k < 0:
-            raise UserError(f"temperature {temperature}, top_p {top_p}, top_k {top_k}: temperature >= 0, 0 < top_p <= 1 and "
-                            "top_k >= 0 were expected")
-        if seed < 0:
-            raise UserError(f"the seed is {seed}; 0 or more was expected")
-        # Rows of one call draw differently, and the same row of the same call draws the same again.
-        seeds = [int(np.random.SeedSequence([seed, i]).generate_state(1)[0]) for i in range(len(prompts))]
+        _check_settings(temperature, top_p, top_k, num_beams, seed)
         return [Request(list(ids), list(pixels), max_new_tokens, temperature, top_k, top_p, s)
-                for ids, pixels, s in zip(prompts, images, seeds)]
+                for ids, pixels, s in zip(prompts, images, row_seeds(seed, prompts, images))]
 
     def _text_stream(self, stop):
         return TextStream(self.processor.decode, (*([stop] if isinstance(stop, str) else stop), *self.processor.stop))
 
 
-def completion(stream: TextStream, eos: int) -> Completion:
-    """What a finished text stream amounts to; `eos` is the id that ends a sequence."""
-    ended = stream.is_stopped or eos in stream.token_ids[-1:]
+def _check_settings(temperature, top_p, top_k, num_beams, seed) -> None:
+    """Raises UserError for settings that mean nothing, nan among them."""
+    if not 0 <= temperature < math.inf or not 0 < top_p <= 1:
+        raise UserError(f"temperature {temperature}, top_p {top_p}: a temperature of at least 0 and 0 < top_p <= 1 were expected")
+    for name, value, least in (("top_k", top_k, 0), ("num_beams", num_beams, 1), ("seed", seed, 0)):
+        if not isinstance(value, numbers.Integral) or value < least:
+            raise UserError(f"{name} is {value!r}; a whole number of at least {least} was expected")
+    if num_beams > 1 and temperature > 0:
+        raise UserError(f"num_beams {num_beams} was given with temperature {temperature}; beam search does not sample, and "
+                        "temperature 0 or num_beams 1 was expected")
+
+
+def completion(stream: TextStream, eos: Collection[int]) -> Completion:
+    """What a finished text stream amounts to; `eos` are the ids that end a sequence."""
+    ended = stream.is_stopped or any(i in eos for i in stream.token_ids[-1:])
     return Completion(stream.text, stream.token_ids, "stop" if ended else "length")

@@ -135,7 +135,7 @@ def test_finish_reasons():
     for ids, stop, reason in (([65, 66], (), "length"), ([65, 2], (), "stop"), ([65, 66], ("B",), "stop"), ([2, 65], (), "length")):
         text = TextStream(decode, stop)
         text.push(ids)
-        assert completion(text, eos=2).finish_reason == reason
+        assert completion(text, eos=(2,)).finish_reason == reason
 
 
 def test_a_stop_string_ends_the_work_too(assistant, monkeypatch):
@@ -165,10 +165,43 @@ def test_every_argument_of_load_counts(saved, tmp_path):
             lm.load(path, **bad)
 
 
-@pytest.mark.parametrize("settings", [dict(seed=-1), dict(num_beams=2), dict(temperature=-1.0), dict(top_p=0.0), dict(top_k=-1)])
-def test_bad_settings_are_one_sentence(assistant, settings):
-    with pytest.raises(UserError, match="expected"):
+@pytest.mark.parametrize("settings, sentence", [
+    (dict(seed=-1), "seed is -1"), (dict(seed=0.5), "seed is 0.5"), (dict(top_k=-1), "top_k is -1"), (dict(top_k=2.5), "top_k is 2.5"),
+    (dict(num_beams=0), "num_beams is 0"), (dict(temperature=-1.0), "temperature -1.0"), (dict(temperature=float("nan")), "nan"),
+    (dict(temperature=float("inf")), "inf"), (dict(top_p=0.0), "top_p 0.0"), (dict(top_p=1.5), "top_p 1.5"),
+    (dict(top_p=float("nan")), "nan"), (dict(num_beams=2, temperature=0.5), "num_beams 2 was given with temperature 0.5")])
+def test_bad_settings_are_one_sentence(assistant, settings, sentence):
+    with pytest.raises(UserError, match=sentence + ".*expected"):
         assistant.generate_tokens([[1, 5]], **settings)
+
+
+def test_beams_are_reached_by_every_call(saved, assistant):
+    """The public calls give transformers' beams, one beam is greedy, and a stop string cuts what was found."""
+    messages = ask("is there a fracture ?", picture())
+    p = assistant.processor
+    ids, images = p.encode(p.prompt(messages)), p.images([picture()])
+    tokens, = assistant.generate_tokens([ids], [list(images)], max_new_tokens=12, num_beams=3)
+    expanded = torch.tensor([[hf.IMAGE_ID if i == -200 else i for i in p.expand(ids)]])
+    expected = saved[1].generate(input_ids=expanded, attention_mask=torch.ones_like(expanded), do_sample=False, max_new_tokens=12,
+                                 num_beams=3, pixel_values=torch.tensor(images).permute(0, 3, 1, 2))
+    assert tokens == expected[0, expanded.shape[1]:].tolist()
+    answer, = assistant.generate([messages], max_new_tokens=12, num_beams=3)
+    assert answer.token_ids == tokens and answer.text == p.decode(tokens).strip()
+    greedy = assistant.generate_tokens([ids], [list(images)], max_new_tokens=12)
+    assert greedy == assistant.generate_tokens([ids], [list(images)], max_new_tokens=12, num_beams=1) != [tokens]
+    stop = answer.text[3:6]
+    cut, = assistant.generate([messages], max_new_tokens=12, num_beams=3, stop=stop)
+    assert cut.text == answer.text[: answer.text.index(stop)].strip() and cut.finish_reason == "stop"
+
+
+def test_a_conversation_draws_the_same_whatever_is_asked_beside_it(assistant):
+    hot = dict(max_new_tokens=8, temperature=1.5, seed=3)
+    one, two = ask("is there a fracture ?", picture()), ask("where ?")
+    together = assistant.generate([one, two, two], **hot)
+    assert together[:2] == [assistant.generate([each], **hot)[0] for each in (one, two)]
+    assert together[2] != together[1]  # the same question again is another draw
+    assert assistant.generate([two, two, one], **hot) == [together[1], together[2], together[0]]
+    assert "".join(assistant.stream(two, **hot)) == together[1].text
 
 
 def test_the_count_of_images_must_fit_the_markers(assistant):

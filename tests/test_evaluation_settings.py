@@ -34,7 +34,7 @@ class Reader:
         self.gold = {(sample.question.strip(), Path(sample.image).name): str(sample.answer) for sample in samples}
         tokenizer = Tokenizer.load(SAMPLE / "tokenizer.model")
         self.processor = Processor(None, tokenizer, "v1.5:mistral_instruct", image_size=28)
-        self.engine = SimpleNamespace(max_prompt=max_prompt, eos=EOS)
+        self.engine = SimpleNamespace(max_prompt=max_prompt, eos=(EOS,))
         self.settings, self.organ_settings, self.tokens = [], [], list(tokens)
 
     def generate(self, conversations, **settings):

@@ -7,12 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import transformers
 from jax.sharding import NamedSharding, PartitionSpec
 
 from llavamed_jax.generation.cache import cache_bytes, init_cache
 from llavamed_jax.generation.engine import Engine, Request
-from llavamed_jax.generation.sampling import Sampling, keep_mask, next_token
 from llavamed_jax.models.llava import Llava
 from llavamed_jax.parallel.mesh import make_mesh
 
@@ -148,8 +146,8 @@ def test_nothing_is_compiled_after_warm_up(engine, compilations):
 def test_rows_and_heads_lie_on_the_mesh(tiny):
     _, cfg, params = tiny
     engine = Engine(cfg, params, mesh=make_mesh("data=2,fsdp=2,tp=2"), batch_size=4, steps=4)
-    batch, cache_length = engine._batch(requests())
-    state = engine._on_mesh(engine._prefill, engine.params, cache_length=cache_length, **batch)
+    batch, cache_length = engine.batch(requests())
+    state = engine.on_mesh(engine._prefill, engine.params, cache_length=cache_length, **batch)
     rows = ("data", "fsdp")
     cache = NamedSharding(engine.mesh, PartitionSpec(rows, "tp"))
     assert all(leaf.sharding.is_equivalent_to(cache, leaf.ndim) for leaf in jax.tree.leaves(state.caches))
@@ -194,52 +192,6 @@ def test_the_length_limit(tiny, engine):
     short = cfg.replace(decoder=dataclasses.replace(cfg.decoder, max_position_embeddings=50))
     tokens = Engine(short, params).generate([requests()[3]])[0]
     assert len(requests()[3].ids) == 47 and tokens == full[3][:3]
-
-
-@pytest.mark.parametrize("top_k,top_p,temperature", [(0, 1.0, 1.0), (5, 1.0, 0.7), (0, 0.8, 1.3), (7, 0.6, 0.9), (1, 0.1, 2.0)])
-def test_filters_equal_transformers(top_k, top_p, temperature):
-    logits = torch.randn(64, 50, generator=torch.Generator().manual_seed(0)) * 2
-    expected = transformers.TemperatureLogitsWarper(temperature)(None, logits)
-    if top_k:
-        expected = transformers.TopKLogitsWarper(top_k)(None, expected)
-    if top_p < 1:
-        expected = transformers.TopPLogitsWarper(top_p)(None, expected)
-    ranked, order = torch.sort(logits, descending=True)
-    kept = np.asarray(keep_mask(jnp.asarray(ranked.numpy()) / temperature, jnp.full((64, 1), top_k), jnp.full((64, 1), top_p)))
-    np.testing.assert_array_equal(kept, torch.isfinite(expected.gather(1, order)).numpy())
-
-
-def test_draws_have_the_softmax_distribution():
-    n, logits = 20_000, np.array([2.0, 1.0, 0.5, 0.0, -1.0], np.float32)
-    keys = jax.vmap(jax.random.key)(jnp.arange(n))
-    settings = Sampling(jnp.full(n, 0.8), jnp.full(n, 4), jnp.ones(n), keys)
-    counts = np.bincount(np.asarray(next_token(jnp.tile(logits, (n, 1)), settings, jnp.zeros(n, jnp.int32))), minlength=5)
-    p = np.exp(logits[:4] / 0.8)
-    expected = n * p / p.sum()
-    assert counts[4] == 0
-    assert ((counts[:4] - expected) ** 2 / expected).sum() < 16.27  # chi-square, 3 degrees of freedom, p = 0.001
-
-
-def test_settings_of_a_draw_are_applied_in_transformers_order():
-    """Temperature before top-p: at 0.5 fewer of these five hold 0.7 of the probability than at 1."""
-    n, logits = 20_000, np.array([1.0, 0.6, 0.2, 0.0, -0.4], np.float32)
-    keys = jax.vmap(jax.random.key)(jnp.arange(n))
-    settings = Sampling(jnp.full(n, 0.5), jnp.zeros(n, jnp.int32), jnp.full(n, 0.7), keys)
-    counts = np.bincount(np.asarray(next_token(jnp.tile(logits, (n, 1)), settings, jnp.zeros(n, jnp.int32))), minlength=5)
-    warped = transformers.TopPLogitsWarper(0.7)(None, transformers.TemperatureLogitsWarper(0.5)(None, torch.tensor(logits)[None]))[0]
-    expected = n * torch.softmax(warped, -1).numpy()
-    kept = expected > 0
-    assert kept.sum() < len(logits) and counts[~kept].sum() == 0
-    assert ((counts[kept] - expected[kept]) ** 2 / expected[kept]).sum() < 16.27  # chi-square, p = 0.001 at three degrees of freedom
-
-
-def test_a_row_draws_anew_at_each_step():
-    keys = jax.vmap(jax.random.key)(jnp.arange(64))
-    settings = Sampling(jnp.ones(64), jnp.zeros(64, jnp.int32), jnp.ones(64), keys)
-    flat = jnp.zeros((64, 1000))
-    first, second = (np.asarray(next_token(flat, settings, jnp.full(64, step))) for step in (0, 1))
-    assert (first != second).mean() > 0.9
-    np.testing.assert_array_equal(first, next_token(flat, settings, jnp.zeros(64, jnp.int32)))
 
 
 def test_cache_memory_is_its_formula(tiny):

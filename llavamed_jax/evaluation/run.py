@@ -43,13 +43,14 @@ class Evaluation:
         self._partials: list[Partial] = []
         if cfg.protocol not in ("clean", "paper"):
             raise UsageError(f"protocol is {cfg.protocol!r}; clean or paper was expected")
-        for key in ("max_new_tokens", "batch_size"):
+        for key in ("max_new_tokens", "batch_size", "num_beams"):
             if cfg.generation[key] < 1:
                 raise UsageError(f"generation.{key} is {cfg.generation[key]}; at least 1 was expected")
-        if cfg.generation.num_beams != 1:
-            raise UsageError(f"generation.num_beams is {cfg.generation.num_beams}; 1 was expected, there is no beam search yet")
         if not 0 <= cfg.generation.temperature < math.inf:  # nan too
             raise UsageError(f"generation.temperature is {cfg.generation.temperature}; a number of at least 0 was expected")
+        if cfg.generation.num_beams > 1 and cfg.generation.temperature > 0:
+            raise UsageError(f"generation.num_beams is {cfg.generation.num_beams} with a generation.temperature of "
+                             f"{cfg.generation.temperature}; beam search does not sample, and 0 was expected")
         if not 0 <= cfg.seed < 2**31:
             raise UsageError(f"seed is {cfg.seed}; 0 to {2**31 - 1} was expected")
         self.generation = vqa.Generation(**cfg.generation.to_dict(), seed=cfg.seed)

@@ -89,7 +89,7 @@ class Engine:
         self.cfg, self.dtype, self.mesh, self.batch_size, self.steps = cfg, dtype, mesh, batch_size, steps
         self.model = Llava(cfg, dtype)
         self.params = params if mesh is None else jax.device_put(params, param_shardings(params, PARAM_AXES, mesh))
-        self.eos = cfg.decoder.eos_token_id
+        self.eos = cfg.decoder.eos_ids
         shardings = {}, {}
         if mesh is not None:
             check_heads(cfg, mesh)
@@ -117,13 +117,14 @@ class Engine:
           UserError: (a ValueError) a request whose images do not fit its markers, or that is too long. Nothing has run then.
         """
         for i, request in enumerate(requests):
-            self._check(request, f"request {i}" if len(requests) > 1 else "the prompt")
+            self.check(request, f"request {i}" if len(requests) > 1 else "the prompt")
         # Longest first: what does not fit in memory shows at once, and rows of a batch need similar room.
         order = sorted(range(len(requests)), key=lambda i: -len(requests[i].ids))
         for start in range(0, len(order), self.batch_size):
             yield from self._run_batch(requests, order[start : start + self.batch_size])
 
-    def _check(self, request: Request, name: str):
+    def check(self, request: Request, name: str) -> None:
+        """Raises UserError, a sentence that begins with `name`, for a request that cannot be run."""
         P = self.cfg.tokens_per_image
         positions = sum(i == IMAGE_TOKEN for i in request.ids)
         if positions != P * len(request.images):
@@ -144,8 +145,8 @@ class Engine:
 
     def _run_batch(self, requests, indices):
         rows = [requests[i] for i in indices]
-        batch, cache_length = self._batch(rows)
-        state = self._on_mesh(self._prefill, self.params, cache_length=cache_length, **batch)
+        batch, cache_length = self.batch(rows)
+        state = self.on_mesh(self._prefill, self.params, cache_length=cache_length, **batch)
         chunk = state.token[:, None]
         while True:
             tokens, done = np.asarray(chunk), np.asarray(state.is_done)
@@ -158,9 +159,9 @@ class Engine:
                 return
             if (stopped & ~done).any():
                 state = state.replace(is_done=state.is_done | jnp.asarray(stopped))
-            state, chunk = self._on_mesh(self._decode, self.params, state)
+            state, chunk = self.on_mesh(self._decode, self.params, state)
 
-    def _on_mesh(self, program, *args, **kwargs):
+    def on_mesh(self, program, *args, **kwargs):
         """Calls a program with the mesh in context; never across a `yield`, where the caller's code would run in it."""
         with jax.set_mesh(self.mesh) if self.mesh is not None else contextlib.nullcontext():
             return program(*args, **kwargs)
@@ -168,33 +169,31 @@ class Engine:
     def _state_shardings(self, mesh: Mesh) -> State:
         """Said aloud, so that what prefill returns and what the loop returns are one type and compile one loop."""
         rows = batch_sharding(mesh)
-        cache = NamedSharding(mesh, spec_of(("act_batch", "act_heads", None, None)))
-        caches = tuple(LayerCache(cache, cache) for _ in range(self.cfg.decoder.num_layers))
-        return State(rows, rows, rows, rows, rows, Sampling(rows, rows, rows, rows), caches)
+        return State(rows, rows, rows, rows, rows, Sampling(rows, rows, rows, rows), self.cache_shardings(mesh))
 
-    def _batch(self, rows: Sequence[Request]):
-        """Host arrays of a batch: prompts padded to a bucket, rows to a power of two that the mesh divides."""
+    def cache_shardings(self, mesh: Mesh) -> tuple[LayerCache, ...]:
+        cache = NamedSharding(mesh, spec_of(("act_batch", "act_heads", None, None)))
+        return tuple(LayerCache(cache, cache) for _ in range(self.cfg.decoder.num_layers))
+
+    def batch(self, rows: Sequence[Request]) -> tuple[dict[str, Any], int]:
+        """Arrays of a batch, prompts padded to a bucket and rows to a power of two that the mesh divides; and the cache's length."""
         B = _power_of_two(len(rows))
         if self.mesh is not None:
             shards = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
             B = -(-B // shards) * shards
-        T = _bucket(max(len(r.ids) for r in rows))
+        T = bucket(max(len(r.ids) for r in rows))
         limits = [min(r.max_new_tokens, self.cfg.decoder.max_position_embeddings - len(r.ids)) for r in rows]
-        cache_length = _bucket(max(len(r.ids) + limit for r, limit in zip(rows, limits)))
+        cache_length = bucket(max(len(r.ids) + limit for r, limit in zip(rows, limits)))
         ids = np.zeros((B, T), np.int32)
         I = max(len(r.images) for r in rows)
         pixels = self._pixels(rows, B, I) if I else None
         for b, row in enumerate(rows):
             ids[b, : len(row.ids)] = row.ids
         fill = [1] * (B - len(rows))  # rows that nobody asked for: one token long, done at once
-        keys = jax.vmap(jax.random.key)(np.array([r.seed for r in rows] + fill, np.uint32))
-        sampling = Sampling(
-            temperature=np.array([r.temperature for r in rows] + [0] * len(fill), np.float32),
-            top_k=np.array([r.top_k for r in rows] + [0] * len(fill), np.int32),
-            top_p=np.array([r.top_p for r in rows] + [1] * len(fill), np.float32), keys=keys)
+        settings = [(r.temperature, r.top_k, r.top_p, r.seed) for r in rows] + [(0, 0, 1, 0)] * len(fill)
+        sampling = Sampling.of(*zip(*settings))
         batch = dict(ids=ids, pixels=pixels, lengths=np.array([len(r.ids) for r in rows] + fill, np.int32),
-                     limit=np.array(limits + fill, np.int32))
-        batch = dict(**batch, sampling=sampling)
+                     limit=np.array(limits + fill, np.int32), sampling=sampling)
         return (batch if self.mesh is None else jax.device_put(batch, batch_sharding(self.mesh))), max(cache_length, T)
 
     def _pixels(self, rows: Sequence[Request], B: int, I: int) -> np.ndarray:
@@ -208,7 +207,18 @@ class Engine:
         return pixels
 
     def _prefill_batch(self, params, ids, pixels, lengths, limit, sampling, *, cache_length: int) -> State:
-        """Runs the prompts int32 [B,T] (real up to `lengths`) and draws each row's first token."""
+        """Runs the prompts and draws each row's first token."""
+        logits, caches = self.run_prompts(params, ids, pixels, lengths, cache_length)
+        token = next_token(logits, sampling, jnp.zeros_like(lengths))
+        count = jnp.ones_like(lengths)
+        return State(token, lengths, count, self.ends(token) | (count >= limit), limit, sampling, caches)
+
+    def ends(self, token):
+        """int32 [...] -> bool [...]: whether a token ends its sequence."""
+        return jnp.isin(token, jnp.array(self.eos, jnp.int32))
+
+    def run_prompts(self, params, ids, pixels, lengths, cache_length: int):
+        """Prompts int32 [B,T], real up to `lengths` [B] -> the logits behind them [B,V], caches of `cache_length` positions."""
         B, T = ids.shape
         variables = {"params": params}
         features = None if pixels is None else self.model.apply(variables, pixels, method="encode_images")
@@ -220,10 +230,7 @@ class Engine:
         caches = jax.tree.map(lambda c: jnp.pad(c, ((0, 0), (0, 0), (0, cache_length - T), (0, 0))), caches)
         # Only the last position of a prompt goes through the head.
         last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0]
-        logits = self.model.apply(variables, last, method="logits")
-        token = next_token(logits, sampling, jnp.zeros_like(lengths))
-        count = jnp.ones_like(lengths)
-        return State(token, lengths, count, (token == self.eos) | (count >= limit), limit, sampling, caches)
+        return self.model.apply(variables, last, method="logits"), caches
 
     def _decode_steps(self, params, state: State) -> tuple[State, jax.Array]:
         """Up to `steps` tokens for each row, int32 [B,steps] with NO_TOKEN where a row is done; stops when all are."""
@@ -243,14 +250,14 @@ class Engine:
             chunk = chunk.at[:, step].set(jnp.where(running, token, NO_TOKEN))
             return step + 1, chunk, state.replace(
                 token=jnp.where(running, token, state.token), position=state.position + running, count=count,
-                is_done=state.is_done | (token == self.eos) | (count >= state.limit), caches=caches)
+                is_done=state.is_done | self.ends(token) | (count >= state.limit), caches=caches)
 
         chunk = jnp.full((state.token.shape[0], self.steps), NO_TOKEN, jnp.int32)
         _, chunk, state = jax.lax.while_loop(unfinished, decode_one, (0, chunk, state))
         return state, chunk
 
 
-def _bucket(length: int) -> int:
+def bucket(length: int) -> int:
     """Lengths that are compiled: multiples of 64 up to 512, of 128 up to 1,024 (an image of 576 and its question), then of 256."""
     step = 64 if length <= 512 else 128 if length <= 1024 else 256
     return -(-length // step) * step

@@ -1,31 +1,66 @@
 """From logits to the next token, each row with its own settings.
 
-The order of the filters is transformers': temperature, then top-k, then top-p. A row's randomness is its own (its key
-and its count of tokens), so it does not depend on what else is in the batch. Axis letters: B rows, V vocabulary.
+The filters are those of transformers' `generate`, in its order: temperature, top-k, top-p. A row's randomness is its own
+(its key and its count of tokens), so it does not depend on what else is in the batch. Axis letters: B rows, V vocabulary.
 """
 
 from __future__ import annotations
 
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+# Below this, logits over temperature would leave float32; the draw is the argmax long before.
+_COLDEST = 1e-30
 
 
 @flax.struct.dataclass
 class Sampling:
-    """Settings of B rows.
+    """Settings of B rows; `of` makes them.
 
     Attributes:
       temperature: float32 [B]; 0 is greedy.
       top_k: int32 [B]; 0 keeps all.
-      top_p: float32 [B]; 1 keeps all.
+      tail: float32 [B], the probability that top-p gives away, 1 - p; 0 keeps all.
       keys: [B] random keys.
     """
 
     temperature: jax.Array
     top_k: jax.Array
-    top_p: jax.Array
+    tail: jax.Array
     keys: jax.Array
+
+    @classmethod
+    def of(cls, temperature: Sequence[float], top_k: Sequence[int], top_p: Sequence[float], seeds: Sequence[int]) -> "Sampling":
+        """Arrays of B rows' settings; seeds below 2**32."""
+        return cls(
+            temperature=np.array([max(t, _COLDEST) if t > 0 else 0.0 for t in temperature], np.float32),
+            top_k=np.array(top_k, np.int32),
+            # 1 - p is taken before rounding to float32, as transformers does: 1 - 0.9 in float32 is another number.
+            tail=np.array([1 - p for p in top_p], np.float32),
+            keys=jax.vmap(jax.random.key)(np.array(seeds, np.uint32)))
+
+
+def row_seeds(seed: int, rows: Sequence[Sequence[int]], images: Sequence[Sequence[np.ndarray]]) -> list[int]:
+    """One 32-bit seed for each prompt of a call, drawn from the call's seed and the prompt itself.
+
+    So a prompt draws the same whatever stands beside it and however a data set is cut into batches, different prompts
+    draw independently, and equal prompts of one call draw apart (by how many of them came before).
+    """
+    seen, seeds = Counter(), []
+    for ids, pixels in zip(rows, images, strict=True):
+        digest = hashlib.blake2b(np.asarray(ids, np.int64).tobytes(), digest_size=16)
+        for image in pixels:
+            digest.update(np.ascontiguousarray(image).tobytes())
+        prompt = int.from_bytes(digest.digest())
+        seeds.append(int(np.random.SeedSequence([seed, prompt, seen[prompt]]).generate_state(1)[0]))
+        seen[prompt] += 1
+    return seeds
 
 
 def next_token(logits, settings: Sampling, step):
@@ -37,22 +72,29 @@ def next_token(logits, settings: Sampling, step):
 
 
 def _draw(logits, settings, step):
-    hot = jnp.where(settings.temperature > 0, settings.temperature, 1.0)[:, None]
-    order = jnp.argsort(-logits, axis=-1)
-    ranked = jnp.take_along_axis(logits, order, axis=-1) / hot
-    kept = keep_mask(ranked, settings.top_k[:, None], settings.top_p[:, None])
+    order, warped = warp(logits, settings)
     keys = jax.vmap(jax.random.fold_in)(settings.keys, step)
-    rank = jax.vmap(jax.random.categorical)(keys, jnp.where(kept, ranked, -jnp.inf))
+    rank = jax.vmap(jax.random.categorical)(keys, warped)
     return jnp.take_along_axis(order, rank[:, None], axis=-1)[:, 0].astype(jnp.int32)
 
 
-def keep_mask(ranked, top_k, top_p):
-    """Which of the logits [B,V], sorted from the best, survive: bool [B,V].
+def warp(logits, settings: Sampling):
+    """Temperature, top-k and top-p, as transformers' warpers of these names.
 
-    Top-p keeps the shortest prefix whose probability (after top-k) reaches p, and always the first.
+    Top-k keeps all that equal the k-th. Top-p drops the worst tokens whose probabilities (after top-k) together stay
+    within 1 - p, and never the best one; of equals at that edge the lower ids go first.
+
+    Returns:
+      int32 [B,V] the ids from the worst to the best, and float32 [B,V] their logits over the temperature, -inf where
+      filtered out. Greedy rows: as with temperature 1.
     """
-    rank = jnp.arange(ranked.shape[-1])
-    kept = (top_k <= 0) | (rank < top_k)
-    probabilities = jax.nn.softmax(jnp.where(kept, ranked, -jnp.inf), axis=-1)
-    before = jnp.cumsum(probabilities, axis=-1) - probabilities
-    return kept & ((before < top_p) | (top_p >= 1)) | (rank == 0)
+    temperature = jnp.where(settings.temperature > 0, settings.temperature, 1.0)[:, None]
+    order = jnp.argsort(logits, axis=-1)
+    ranked = jnp.take_along_axis(logits, order, axis=-1) / temperature
+    V = ranked.shape[-1]
+    top_k = settings.top_k[:, None]
+    worst_kept = jnp.take_along_axis(ranked, V - jnp.clip(top_k, 1, V), axis=-1)
+    ranked = jnp.where((top_k <= 0) | (ranked >= worst_kept), ranked, -jnp.inf)
+    tail = settings.tail[:, None]
+    is_dropped = (jnp.cumsum(jax.nn.softmax(ranked, axis=-1), axis=-1) <= tail) & (tail > 0) & (jnp.arange(V) < V - 1)
+    return order, jnp.where(is_dropped, -jnp.inf, ranked)

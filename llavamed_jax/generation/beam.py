@@ -1,0 +1,191 @@
+"""Beam search, token for token that of transformers 5's `generate(num_beams=k)` with its default settings.
+
+A prompt has k running hypotheses, ranked by the sum of their tokens' log probabilities, and room for k finished ones,
+ranked by that sum over their number of tokens. A step looks at the best continuations of all running ones, twice k or
+more, so that k remain when others end: one that ends is finished if it is among the k best continuations, and those that
+do not end run on. A prompt is done when it has k finished ones and even the best running one, over the length that it has
+now, is no better than the worst of them; or at the limit of tokens, where everything ends. Each prompt stops by itself:
+what it gives does not depend on the prompts beside it.
+Axis letters: B prompts, k beams, N new tokens, V vocabulary; and of caches K key/value heads, S positions, H head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llavamed_jax.generation.engine import NO_TOKEN, Engine, Request, bucket
+from llavamed_jax.parallel.mesh import batch_sharding
+
+# The score of what does not exist or must not be chosen; transformers' own, since it takes part in comparisons.
+_NEVER = -1e9
+
+
+@flax.struct.dataclass
+class Hypotheses:
+    """Up to k token sequences a prompt, the best first.
+
+    Attributes:
+      tokens: int32 [B,k,N], NO_TOKEN behind the last.
+      scores: float32 [B,k].
+    """
+
+    tokens: jax.Array
+    scores: jax.Array
+
+    def take(self, index) -> "Hypotheses":
+        """Those at int32 [B,n], in this order."""
+        return Hypotheses(_take(self.tokens, index), _take(self.scores, index))
+
+
+@flax.struct.dataclass
+class Beams:
+    """The search of B prompts.
+
+    Attributes:
+      running: scored by the sum of log probabilities.
+      finished: scored by that sum over the number of tokens.
+      is_finished: bool [B,k], which places of `finished` are taken.
+      count: int32 [B], tokens of each running hypothesis.
+      is_done: bool [B]; the rest of a prompt's state stays as it is from then on.
+      length, limit: int32 [B], positions of the prompt and the most new tokens.
+    """
+
+    running: Hypotheses
+    finished: Hypotheses
+    is_finished: jax.Array
+    count: jax.Array
+    is_done: jax.Array
+    length: jax.Array
+    limit: jax.Array
+
+
+def start(lengths, limit, num_beams: int, room: int) -> Beams:
+    """Before the first token: one running hypothesis a prompt, for k equal ones would stay equal."""
+    B = lengths.shape[0]
+    scores = jnp.full((B, num_beams), _NEVER, jnp.float32)
+    tokens = jnp.full((B, num_beams, room), NO_TOKEN, jnp.int32)
+    return Beams(Hypotheses(tokens, scores.at[:, 0].set(0)), Hypotheses(tokens, scores), jnp.zeros((B, num_beams), bool),
+                 jnp.zeros_like(lengths), jnp.zeros(B, bool), lengths, limit)
+
+
+def advance(beams: Beams, logits, eos: tuple[int, ...]) -> tuple[Beams, jax.Array]:
+    """One token more for every running hypothesis.
+
+    Args:
+      logits: float32 [B,k,V], of the running hypotheses in their order.
+      eos: ids that end a sequence.
+    Returns:
+      The new state, and int32 [B,k]: which old hypothesis each new running one continues.
+    """
+    k = beams.running.scores.shape[1]
+    count = beams.count[:, None] + 1  # of the continuations
+    continued, parents, token = _continuations(beams, logits, max(2, 1 + len(eos)) * k)
+    ends = jnp.isin(token, jnp.array(eos, jnp.int32)) | (count >= beams.limit[:, None])
+
+    scores, order = jax.lax.top_k(continued.scores + _NEVER * ends, k)
+    running = continued.take(order).replace(scores=scores)
+
+    is_new = ends & (jnp.arange(token.shape[1]) < k)
+    pool = Hypotheses(jnp.concatenate([beams.finished.tokens, continued.tokens], axis=1),
+                      jnp.concatenate([beams.finished.scores, continued.scores / count + _NEVER * ~is_new], axis=1))
+    _, best = jax.lax.top_k(pool.scores, k)
+    finished, is_finished = pool.take(best), _take(jnp.concatenate([beams.is_finished, is_new], axis=1), best)
+
+    worst = jnp.where(is_finished, finished.scores.min(axis=1, keepdims=True), _NEVER)
+    can_improve = (running.scores[:, :1] / count > worst).any(axis=1)
+    after = beams.replace(running=running, finished=finished, is_finished=is_finished, count=count[:, 0],
+                          is_done=~can_improve | ends.all(axis=1))
+    after = jax.tree.map(lambda old, new: jnp.where(_as_rank(beams.is_done, new), old, new), beams, after)
+    return after, _take(parents, order)
+
+
+def _continuations(beams: Beams, logits, n: int) -> tuple[Hypotheses, jax.Array, jax.Array]:
+    """The n best of all k V continuations of each prompt, with the place of the hypothesis and the token of each."""
+    V = logits.shape[-1]
+    scores = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1) + beams.running.scores[..., None]
+    scores, index = jax.lax.top_k(scores.reshape(scores.shape[0], -1), n)
+    parents, token = index // V, index % V
+    is_next = jnp.arange(beams.running.tokens.shape[-1]) == beams.count[:, None, None]
+    tokens = jnp.where(is_next, token[..., None], _take(beams.running.tokens, parents))
+    return Hypotheses(tokens, scores), parents, token
+
+
+def _take(x, index):
+    """[B,m,...], int32 [B,n] -> [B,n,...]."""
+    return jax.vmap(lambda row, i: row[i])(x, index)
+
+
+def _as_rank(rows, like):
+    """[B] -> [B,1,...] of the rank of `like`."""
+    return rows.reshape(rows.shape + (1,) * (like.ndim - 1))
+
+
+class BeamSearch:
+    """Beam search with an engine's model: a prompt is run once, its cache is copied to k beams, which are reordered at
+    each step. `engine.batch_size` counts beams here, so that a search takes no more memory than other generation."""
+
+    def __init__(self, engine: Engine):
+        self.engine = engine
+        shardings = {}
+        if engine.mesh is not None:
+            shardings = {"out_shardings": (batch_sharding(engine.mesh), engine.cache_shardings(engine.mesh))}
+        self._prefill = jax.jit(self._prefill_batch, static_argnames=("cache_length", "num_beams", "room"), **shardings)
+        self._decode = jax.jit(self._decode_steps, donate_argnames=("beams", "caches"), **shardings)
+
+    def generate(self, requests: Sequence[Request], num_beams: int) -> list[list[int]]:
+        """The token ids of each request's best hypothesis, the end-of-sequence id included; sampling settings are not used.
+
+        Raises:
+          UserError: (a ValueError) as of `Engine.stream`.
+        """
+        for i, request in enumerate(requests):
+            self.engine.check(request, f"request {i}" if len(requests) > 1 else "the prompt")
+        order = sorted(range(len(requests)), key=lambda i: -len(requests[i].ids))
+        size, out = max(1, self.engine.batch_size // num_beams), {}
+        for first in range(0, len(order), size):
+            chosen = order[first : first + size]
+            out |= zip(chosen, self._run_batch([requests[i] for i in chosen], num_beams))
+        return [out[i] for i in range(len(requests))]
+
+    def _run_batch(self, rows: list[Request], num_beams: int) -> list[list[int]]:
+        engine = self.engine
+        batch, cache_length = engine.batch(rows)
+        del batch["sampling"]
+        room = bucket(max(row.max_new_tokens for row in rows))
+        beams, caches = engine.on_mesh(self._prefill, engine.params, **batch, cache_length=cache_length, num_beams=num_beams, room=room)
+        while not np.asarray(beams.is_done).all():
+            beams, caches = engine.on_mesh(self._decode, engine.params, beams, caches)
+        return [[int(t) for t in tokens if t != NO_TOKEN] for tokens in np.asarray(beams.finished.tokens)[: len(rows), 0]]
+
+    def _prefill_batch(self, params, ids, pixels, lengths, limit, *, cache_length: int, num_beams: int, room: int):
+        logits, caches = self.engine.run_prompts(params, ids, pixels, lengths, cache_length)
+        logits = jnp.broadcast_to(logits[:, None], (logits.shape[0], num_beams, logits.shape[1]))
+        beams, _ = advance(start(lengths, limit, num_beams, room), logits, self.engine.eos)
+        return beams, jax.tree.map(lambda c: jnp.repeat(c, num_beams, axis=0), caches)
+
+    def _decode_steps(self, params, beams: Beams, caches):
+        """Up to the engine's number of steps on the device; stops when all prompts are done. Caches: [B k,K,S,H]."""
+        B, k = beams.running.scores.shape
+        model, variables = self.engine.model, {"params": params}
+
+        def decode_one(carry):
+            step, beams, caches = carry
+            token = _take(beams.running.tokens.swapaxes(1, 2), beams.count[:, None] - 1).reshape(B * k, 1)
+            positions = jnp.repeat(beams.length + beams.count - 1, k)[:, None]
+            x = model.apply(variables, token, None, method="embed")
+            x, caches = model.apply(variables, x, positions, caches, method="step")
+            logits = model.apply(variables, x[:, 0], method="logits")
+            beams, parents = advance(beams, logits.reshape(B, k, -1), self.engine.eos)
+            caches = jax.tree.map(lambda c: _take(c.reshape(B, k, *c.shape[1:]), parents).reshape(c.shape), caches)
+            return step + 1, beams, caches
+
+        def unfinished(carry):
+            step, beams, _ = carry
+            return (step < self.engine.steps) & ~beams.is_done.all()
+
+        return jax.lax.while_loop(unfinished, decode_one, (0, beams, caches))[1:]

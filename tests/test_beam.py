@@ -1,0 +1,117 @@
+"""Beam search and greedy decoding against transformers' `generate` on ten random models, and beams against themselves."""
+
+import dataclasses
+
+import hf
+import jax
+import numpy as np
+import pytest
+
+from llavamed_jax.generation.beam import BeamSearch
+from llavamed_jax.generation.engine import Engine, Request
+from llavamed_jax.parallel.mesh import make_mesh
+
+torch = hf.torch
+
+P = 16
+IMG = [-200] * P
+# Seeds, shape, beams and the ids that end a sequence. Models of one shape share their compiled programs.
+FAMILIES = {
+    "mistral": (range(5), dict(architecture="mistral"), 3, (2, 7)),
+    "llama": (range(5, 10), dict(architecture="llama", text=dict(num_key_value_heads=4)), 4, (2,)),
+}
+
+
+def requests(seed):
+    """Rows of several lengths and limits: one image, two images, none."""
+    rng = np.random.default_rng(seed)
+    text = lambda n: rng.integers(8, 90, n).tolist()
+    images = hf.images(4, seed=seed)
+    return [Request([1] + IMG + text(4), images[:1], 14), Request([1] + text(9) + IMG + text(2) + IMG + text(3), images[1:3], 14),
+            Request([1] + text(7), [], 1), Request([1] + text(12), [], 5), Request([1] + IMG + text(30), images[3:], 14),
+            Request([1] + text(3), [], 14)]
+
+
+def torch_generate(model, rows, num_beams, eos):
+    """transformers' tokens of each row; those of one limit in one batch, padded on the left."""
+    out = {}
+    for limit in {row.max_new_tokens for row in rows}:
+        chosen = [i for i, row in enumerate(rows) if row.max_new_tokens == limit]
+        longest = max(len(rows[i].ids) for i in chosen)
+        ids = np.array([[0] * (longest - len(rows[i].ids)) + list(rows[i].ids) for i in chosen])
+        images = [image for i in chosen for image in rows[i].images]
+        pixels = dict(pixel_values=torch.tensor(np.stack(images)).permute(0, 3, 1, 2)) if images else {}
+        tokens = model.generate(input_ids=torch.tensor(np.where(ids == -200, hf.IMAGE_ID, ids)), attention_mask=torch.tensor(ids != 0),
+                                max_new_tokens=limit, do_sample=False, num_beams=num_beams, eos_token_id=list(eos), **pixels)
+        out |= zip(chosen, tokens[:, longest:].tolist())
+    return [until_end(out[i], eos) for i in range(len(rows))]
+
+
+def until_end(tokens, eos):
+    """What is behind an end is padding."""
+    return tokens[: next((n + 1 for n, t in enumerate(tokens) if t in eos), len(tokens))]
+
+
+@torch.no_grad()
+def make_endings_likely(model, eos, seed):
+    """Sharper logits, and where the model would say one token of its greedy answer, an end of the sequence is likelier."""
+    kernel = model.lm_head.weight
+    kernel *= 1.5
+    answer, = torch_generate(model, requests(seed)[:1], 1, [hf.IMAGE_ID])
+    for n, end in enumerate(eos):
+        other = answer[(4 + 5 * n + seed % 3) % len(answer)]
+        kernel[end] = (1.5 + 0.1 * n) * kernel[other]  # equal rows would be ties
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request):
+    """For each of five models its seed, itself and its parameters; one engine, one search; beams, and ids that end."""
+    seeds, shape, k, eos = FAMILIES[request.param]
+    models = []
+    for seed in seeds:
+        model, cfg = hf.llava(**shape, seed=seed)
+        make_endings_likely(model, eos, seed)
+        models.append((seed, model, jax.device_put(hf.params_of(model))))
+    cfg = cfg.replace(decoder=dataclasses.replace(cfg.decoder, eos_token_id=eos[0], more_eos_ids=eos[1:]))
+    engine = Engine(cfg, models[0][2], batch_size=32, steps=5)
+    return models, engine, BeamSearch(engine), k, eos
+
+
+def test_no_beam_and_no_greedy_answer_ends_early_or_late(family):
+    models, engine, search, k, eos = family
+    found, differ = [], 0
+    for seed, model, engine.params in models:
+        rows = requests(seed)
+        expected = torch_generate(model, rows, k, eos)
+        assert search.generate(rows, k) == expected, f"beams of model {seed}"
+        greedy = torch_generate(model, rows, 1, eos)
+        assert engine.generate(rows) == greedy, f"greedy answers of model {seed}"
+        found += expected
+        differ += sum(a != b for a, b in zip(expected, greedy))
+    ended = {len(tokens) for tokens in found if tokens[-1] in eos}  # with one of these the comparison would show little
+    assert len(ended) >= 4 and {14, 5, 1} <= {len(tokens) for tokens in found if tokens[-1] not in eos} and differ >= 10
+
+
+@pytest.mark.parametrize("family", ["llama"], indirect=True)
+def test_a_batch_gives_each_prompt_what_it_gives_alone(family):
+    models, engine, search, k, _ = family
+    seed, _, engine.params = models[1]
+    together = search.generate(requests(seed), k)
+    assert search.generate(requests(seed)[1:2], k) == together[1:2]
+    engine.params = models[2][2]
+    assert search.generate(requests(seed), k) != together  # it is the model that decides
+
+
+@pytest.mark.parametrize("family", ["mistral"], indirect=True)
+def test_a_mesh_gives_the_same_tokens(family):
+    models, engine, search, k, _ = family
+    seed, _, engine.params = models[0]
+    sharded = Engine(engine.cfg, engine.params, mesh=make_mesh("data=2,fsdp=2,tp=2"), batch_size=32, steps=5)
+    assert BeamSearch(sharded).generate(requests(seed), k) == search.generate(requests(seed), k)
+
+
+@pytest.mark.parametrize("family", ["mistral"], indirect=True)
+def test_bad_requests_are_one_sentence(family):
+    search = family[2]
+    with pytest.raises(ValueError, match="request 1 asks for 0 new tokens"):
+        search.generate([Request([1, 5]), Request([1, 5], max_new_tokens=0)], 2)
