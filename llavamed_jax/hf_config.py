@@ -26,12 +26,13 @@ _TRANSFORMERS_KEYS = {
 }
 # What the original's loader reads beside the model's shape, for models that did not come from its layout.
 _ORIGINAL_DEFAULTS = {
-    "mm_vision_tower": "vision_tower", "use_mm_proj": True, "use_cache": True,
+    "use_mm_proj": True, "use_cache": True,
     "mm_use_im_patch_token": False, "mm_patch_merge_type": "flat", "tokenizer_padding_side": "right",
 }
 # What LLaVA-Med v1.0's evaluation writes into a v0 config, which says nothing of vision (spec 2.1). It leaves the feature
 # layer out, which therefore falls back to the code's -1.
 _V0_DEFAULTS = {"use_mm_proj": True, "mm_vision_tower": "openai/clip-vit-large-patch14", "mm_hidden_size": 1024}
+_DECODERS = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
 # An original's file always states these; transformers' own class has defaults, which its published configs lean on.
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "rms_norm_eps")
 
@@ -58,6 +59,11 @@ def tower_name(config: Mapping[str, Any]) -> str | None:
     if not isinstance(name, str | None):
         raise UserError(f"config.json has mm_vision_tower {name!r}; a model's name or a directory was expected")
     return name
+
+
+def _stock_tower(vision: VisionConfig) -> str:
+    """What a tower that came without a name is called: the stock one of its shape, which alone the original's code can fetch."""
+    return next((name for name, shape in KNOWN_TOWERS.items() if VisionConfig.from_hf(shape) == vision), "vision_tower")
 
 
 def plain_decoder(config: Mapping[str, Any]) -> DecoderConfig:
@@ -131,7 +137,8 @@ def to_original(cfg: LlavaConfig) -> dict:
     architectures = ["LlavaMistralForCausalLM" if kind == "llava_mistral" else "LlavaLlamaForCausalLM"]
     travelled = json.loads(cfg.extra) if is_theirs else {}
     return {
-        **cfg.decoder.to_hf(), **(travelled or {**_ORIGINAL_DEFAULTS, "architectures": architectures}),
+        **cfg.decoder.to_hf(), **(travelled or {**_ORIGINAL_DEFAULTS, "architectures": architectures,
+                                             "mm_vision_tower": _stock_tower(cfg.vision)}),
         "model_type": kind, "mm_hidden_size": cfg.vision.hidden_size, "mm_projector_type": cfg.projector_type,
         "mm_vision_select_layer": cfg.feature_layer, "mm_vision_select_feature": cfg.feature_select,
         "mm_use_im_start_end": cfg.use_start_end, "image_aspect_ratio": cfg.image_aspect_ratio,
@@ -185,7 +192,9 @@ def to_transformers(cfg: LlavaConfig) -> dict:
         "architectures": ["LlavaForConditionalGeneration"],
         "pad_token_id": cfg.decoder.pad_token_id if cfg.image_token_id is not None else vocabulary + 1,
         **(json.loads(cfg.extra) if is_theirs else {}),
-        "model_type": "llava", "text_config": {**cfg.decoder.to_hf(), "vocab_size": cfg.transformers_vocab_size},
+        "model_type": "llava",
+        "text_config": {**cfg.decoder.to_hf(), "vocab_size": cfg.transformers_vocab_size,
+                        "architectures": [_DECODERS[cfg.decoder.architecture]]},  # by which vLLM finds the decoder's code
         "vision_config": cfg.vision.to_hf(), "projector_hidden_act": "gelu", "multimodal_projector_bias": cfg.projector_bias,
         "vision_feature_layer": cfg.feature_layer,
         "vision_feature_select_strategy": {"patch": "default", "cls_patch": "full"}[cfg.feature_select],

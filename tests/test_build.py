@@ -142,6 +142,32 @@ def test_image_tokens_come_in_v1s_order_and_start_as_the_mean(parts):
             np.testing.assert_allclose(table[row], table[:1025].mean(0), atol=1e-7)
 
 
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_a_pad_token_comes_first_as_with_version_v0(is_tied, parts):
+    """Spec 1.8: 32,004 rows in place of 32,003; the mean counts the rows of [PAD] and <im_patch>."""
+    llama = {**tiny.LLAMA, "vocab_size": 1024, "tie_word_embeddings": is_tied}
+    tensors = tiny.drawn(tiny.decoder_shapes(llama), dtype=np.float32)
+    tiny.save(parts / "llama", llama, tensors)
+    (parts / "llama" / "tokenizer.model").write_bytes(PIECES.read_bytes())
+    assert command(parts, "built", "llama", "clip-tiny", "linear", "--add_image_tokens", "--add_pad_token") == 0
+    built = open_checkpoint(parts / "built")
+    assert built.config.decoder.vocab_size == 1028
+    assert Processor.load(parts / "built").tokenizer.encode("[PAD]<im_patch><im_start><im_end>", bos=False) == [1024, 1025, 1026, 1027]
+    assert json.loads(built.files["tokenizer_config.json"].read_text())["pad_token"] == "[PAD]"
+    table = built.read("decoder/embed_tokens/embedding")
+    np.testing.assert_array_equal(table[:1024], tensors["model.embed_tokens.weight"])
+    np.testing.assert_allclose(table[1024], table[:1024].mean(0), atol=1e-7)
+    for row in (1026, 1027):
+        np.testing.assert_allclose(table[row], table[:1026].mean(0), atol=1e-7)
+    assert not np.allclose(table[1026], table[:1024].mean(0), atol=1e-7)  # <im_patch>'s drawn row counts
+    assert ("decoder/lm_head/kernel" in built.tensors) != is_tied
+
+
+def test_a_pad_token_alone_is_refused(parts, capsys):
+    assert command(parts, "built", "mistral", "clip-tiny", "linear", "--add_pad_token") == 2
+    assert "--add_image_tokens was expected beside it" in capsys.readouterr().err
+
+
 def test_image_tokens_that_are_there_stay(parts):
     assert command(parts, "first", "mistral", "clip-tiny", "linear", "--add_image_tokens") == 0
     first = open_checkpoint(parts / "first")
@@ -274,7 +300,7 @@ BAD = {
     "other shapes": (lambda p: edit(p, "mistral", hidden_size=64), r"tensors misshapen: model.embed_tokens.weight is \[1024, 48\]"),
     "no tower": (lambda p: (p / "clip-tiny" / "config.json").unlink(), "clip-tiny holds no config.json"),
     "other tower": (lambda p: edit(p, "clip-tiny", model_type="siglip", vision_config={"model_type": "siglip_vision_model"}),
-                    "model_type is 'siglip_vision_model'; clip_vision_model"),
+                    "clip-tiny has model_type 'siglip'; clip or clip_vision_model was expected"),
     "no tokenizer": (lambda p: (p / "mistral" / "tokenizer.model").unlink(), "no tokenizer files to add image tokens to"),
     "a tokenizer of another table": (lambda p: (p / "mistral" / "added_tokens.json").write_text('{"<x>": 1024}'),
                                      "the tokenizer has 1025 pieces and the embedding table 1024 rows"),

@@ -26,7 +26,7 @@ _SETTINGS = {"mm_vision_select_layer": "feature_layer", "mm_vision_select_featur
 
 
 def build(decoder: str | Path, vision: str | Path, projector: str, scratch: Path, image_tokens: bool = False,
-          seed: int = 0) -> tuple[Checkpoint, list[str]]:
+          seed: int = 0, has_pad: bool = False) -> tuple[Checkpoint, list[str]]:
     """Joins a model.
 
     Args:
@@ -36,6 +36,7 @@ def build(decoder: str | Path, vision: str | Path, projector: str, scratch: Path
       scratch: a directory for tokenizer files that change; it must outlive the checkpoint.
       image_tokens: adds LLaVA-Med v1.0's tokens (`image_tokens.add_image_tokens`).
       seed: of everything that is drawn.
+      has_pad: adds `[PAD]` before the image tokens.
     Returns:
       The checkpoint, and sentences that say what was done.
     Raises:
@@ -60,7 +61,7 @@ def build(decoder: str | Path, vision: str | Path, projector: str, scratch: Path
         deviation = raw.get("initializer_range", 0.02)
         if not isinstance(deviation, (int, float)) or not 0 <= deviation < 1:
             raise UserError(f"{decoder}: config.json has initializer_range {deviation!r}; a number from 0 to 1 was expected")
-        checkpoint, new = add_image_tokens(checkpoint, scratch, deviation, seed)
+        checkpoint, new = add_image_tokens(checkpoint, scratch, deviation, seed, has_pad)
         said.append(f"image tokens: added {', '.join(new)}" if new else "image tokens: there already")
     if is_file:
         checkpoint, sentence = with_projector(checkpoint, file)

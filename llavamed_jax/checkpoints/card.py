@@ -83,8 +83,8 @@ tokens = model.generate(**processor(text=prompt, images=[image], return_tensors=
 - `backend="pil"` gives the pixels that the model was trained with; torchvision resizes a little differently.
 {notes}"""
 _PAD = """\
-- Images are padded to a square in the mean colour, by `do_pad` of `LlavaImageProcessor`. Software that reads
-  `preprocessor_config.json` and does not know that class must be given square images."""
+- Images are padded to a square in the mean colour, by `do_pad` of `LlavaImageProcessor`, which transformers has since 4.49.
+  Software that reads `preprocessor_config.json` and does not know that class must be given square images."""
 _NO_CHAT_TEMPLATE = "- The template {name} has no form in Jinja here: write the prompt as text."
 _ADDED_ROWS = """\
 - Rows {first} to {last} of both tables over the vocabulary are additions of this layout (`<image>`, `<pad>`, filling): means of
@@ -121,7 +121,7 @@ def _facts(checkpoint: Checkpoint) -> dict[str, object]:
 
 def _use(cfg: LlavaConfig, layout: str) -> str:
     if layout == "llava":
-        inside = _TOWER_INSIDE.format(name=Path(json.loads(cfg.extra).get("mm_vision_tower") or "vision_tower").name)
+        inside = _TOWER_INSIDE.format(name=Path(cfg.to_hf(layout)["mm_vision_tower"]).name)
         kind = cfg.source if cfg.source != "transformers" else f"llava_{cfg.decoder.architecture}"
         return _IN_LLAVA.format(model_type=f"`model_type` `{kind}`", tower=inside if cfg.source == "llava" else _TOWER_IGNORED)
     notes = [_PAD] if cfg.image_aspect_ratio == "pad" else []

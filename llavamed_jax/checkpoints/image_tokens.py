@@ -15,21 +15,25 @@ from llavamed_jax.checkpoints.reader import Checkpoint
 from llavamed_jax.checkpoints.torch_files import Tensor
 from llavamed_jax.errors import UserError
 
-PATCH, START, END = TOKENS = ("<im_patch>", "<im_start>", "<im_end>")
+PAD, PATCH, START, END = "[PAD]", "<im_patch>", "<im_start>", "<im_end>"
+_AT_ONCE = ((PAD,), (PATCH,), (START, END))  # rows that are added together, in this order
 # Canonical name -> the axis of the vocabulary.
 TABLES = {"decoder/embed_tokens/embedding": 0, "decoder/lm_head/kernel": 1}
 _PLACEMENT = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
 
 
-def add_image_tokens(checkpoint: Checkpoint, scratch: Path, deviation: float = 0.02, seed: int = 0) -> tuple[Checkpoint, list[str]]:
+def add_image_tokens(checkpoint: Checkpoint, scratch: Path, deviation: float = 0.02, seed: int = 0,
+                     has_pad: bool = False) -> tuple[Checkpoint, list[str]]:
     """A checkpoint whose vocabulary has `<im_patch>`, `<im_start>` and `<im_end>`, each after what is there already.
 
-    New rows of `<im_start>` and `<im_end>` are the mean of all rows before them, in the embedding and in the head; the new row
-    of `<im_patch>`, over which image features are laid, is drawn as the original's `resize_token_embeddings` draws it.
+    New rows are the mean of all rows before them, in the embedding and in the head, those of `<im_start>` and `<im_end>` the
+    same one; the new row of `<im_patch>`, over which image features are laid, is drawn as the original's
+    `resize_token_embeddings` draws it.
 
     Args:
       scratch: a directory, for the tokenizer files that are changed.
       deviation: standard deviation of the drawn row (`initializer_range` of the decoder's config).
+      has_pad: adds `[PAD]` before them, as the original does with `--version v0` to a tokenizer that cannot pad.
     Returns:
       The checkpoint, and the tokens that it did not have before.
     Raises:
@@ -39,7 +43,8 @@ def add_image_tokens(checkpoint: Checkpoint, scratch: Path, deviation: float = 0
     vocabulary = _vocabulary(files)
     if not vocabulary:
         raise UserError("there are no tokenizer files to add image tokens to; tokenizer.model or tokenizer.json was expected")
-    new, rows = [token for token in TOKENS if token not in vocabulary], config.decoder.vocab_size
+    wanted = [token for group in _AT_ONCE for token in group if has_pad or token != PAD]
+    new, rows = [token for token in wanted if token not in vocabulary], config.decoder.vocab_size
     pieces = max(vocabulary.values()) + 1
     if new and pieces != rows:
         raise UserError(f"the tokenizer has {pieces} pieces and the embedding table {rows} rows; image tokens can be added where both "
@@ -54,15 +59,16 @@ def add_image_tokens(checkpoint: Checkpoint, scratch: Path, deviation: float = 0
 
 def _longer(table: Tensor, axis: int, new: list[str], deviation: float, seed: list[int]) -> Tensor:
     def load() -> np.ndarray:
-        old = table.load()
-        added = []
-        if PATCH in new:
-            size = [old.shape[1 - axis]]
-            added.append((deviation * np.random.default_rng(seed).standard_normal(size, np.float32)).astype(old.dtype))
-        before = np.concatenate([old, *(np.expand_dims(row, axis) for row in added)], axis)
-        mean = before.mean(axis=axis, dtype=np.float32).astype(old.dtype)
-        added = [mean] * len([token for token in new if token != PATCH])
-        return np.concatenate([before, *(np.expand_dims(row, axis) for row in added)], axis)
+        rows = table.load()
+        for group in _AT_ONCE:
+            count = sum(token in new for token in group)
+            if group == (PATCH,):
+                row = deviation * np.random.default_rng(seed).standard_normal(rows.shape[1 - axis], np.float32)
+            elif count:
+                row = rows.mean(axis=axis, dtype=np.float32)
+            if count:
+                rows = np.concatenate([rows, *[np.expand_dims(row.astype(rows.dtype), axis)] * count], axis)
+        return rows
     shape = list(table.shape)
     shape[axis] += len(new)
     return Tensor(tuple(shape), table.dtype, load)
@@ -108,6 +114,9 @@ def _write_tokens(files: Mapping[str, Path], ids: Mapping[str, int], scratch: Pa
     settings = read_json(files["tokenizer_config.json"]) if "tokenizer_config.json" in files else {}
     if "added_tokens_decoder" in settings:
         settings["added_tokens_decoder"] |= {str(i): entry for i, entry in entries.items()}
+    if PAD in ids:
+        settings["pad_token"] = PAD
+    if PAD in ids or "added_tokens_decoder" in settings:
         out["tokenizer_config.json"] = scratch / "tokenizer_config.json"
         write_json(out["tokenizer_config.json"], settings)
     if "tokenizer.model" in files or "added_tokens.json" in files:

@@ -64,10 +64,11 @@ norm/scale                                norm.weight                           
 """
 
 # What stands before the torch name of a part. The first spelling is written; all are read. transformers wrote
-# `language_model.model.` until 4.51, `model.language_model.` in memory since, and 5.x saves the tower without `vision_model.`.
+# `language_model.model.` until 4.51, `model.language_model.` in memory since, and 5.x knows no `vision_model.`: neither in its own
+# layout nor in what LLaVA's code saves with it.
 _PREFIXES = {
     "llava": {
-        "vision_tower": ("model.vision_tower.vision_tower.vision_model.",),
+        "vision_tower": ("model.vision_tower.vision_tower.vision_model.", "model.vision_tower.vision_tower."),
         "projector": ("model.mm_projector.",),
         "decoder": ("model.",),
         "lm_head": ("lm_head.",),

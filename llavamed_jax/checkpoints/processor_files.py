@@ -15,6 +15,15 @@ _CLIP = dict(do_convert_rgb=True, do_resize=True, resample=3, do_center_crop=Tru
              do_normalize=True)
 
 
+def clip_preprocessor(cfg: LlavaConfig, files: Mapping[str, Path]) -> dict:
+    """The `preprocessor_config.json` of a checkpoint's tower: its own, else what CLIP does at this size."""
+    size = cfg.vision.image_size
+    own = read_json(files["preprocessor_config.json"]) if "preprocessor_config.json" in files else {
+        **_CLIP, "size": {"shortest_edge": size}, "crop_size": {"height": size, "width": size},
+        "image_mean": list(cfg.vision.image_mean), "image_std": list(cfg.vision.image_std)}
+    return {**own, "image_processor_type": "CLIPImageProcessor"}
+
+
 def write_processor(cfg: LlavaConfig, files: Mapping[str, Path], out: Path) -> None:
     """Writes a `LlavaProcessor` whose ids and pixels are this project's, where `<image>` and `<pad>` are the first two rows
     that the export adds. Of text, nothing is written where `files` hold no tokenizer.
@@ -24,16 +33,12 @@ def write_processor(cfg: LlavaConfig, files: Mapping[str, Path], out: Path) -> N
     Raises:
       UserError: a file cannot be read, or the tokenizer has not one piece a row of the embedding table.
     """
-    size, is_padded = cfg.vision.image_size, cfg.image_aspect_ratio == "pad"
+    is_padded = cfg.image_aspect_ratio == "pad"
     if "tokenizer.model" in files or "tokenizer.json" in files:
         write_tokenizer(cfg.decoder.vocab_size, files, out)
-    preprocessor = {**_CLIP, "size": {"shortest_edge": size}, "crop_size": {"height": size, "width": size},
-                    "image_mean": list(cfg.vision.image_mean), "image_std": list(cfg.vision.image_std)}
-    if "preprocessor_config.json" in files:
-        preprocessor = read_json(files["preprocessor_config.json"])
     # Only LLaVA's own image processor knows LLaVA's padding to a square. Square images need none, and CLIP's is older.
-    kind = {"image_processor_type": "LlavaImageProcessor", "do_pad": True} if is_padded else {"image_processor_type": "CLIPImageProcessor"}
-    write_json(out / "preprocessor_config.json", {**preprocessor, **kind})
+    kind = {"image_processor_type": "LlavaImageProcessor", "do_pad": True} if is_padded else {}
+    write_json(out / "preprocessor_config.json", {**clip_preprocessor(cfg, files), **kind})
     write_json(out / "processor_config.json", dict(
         processor_class="LlavaProcessor", image_token=IMAGE, num_additional_image_tokens=1, patch_size=cfg.vision.patch_size,
         vision_feature_select_strategy={"patch": "default", "cls_patch": "full"}[cfg.feature_select]))

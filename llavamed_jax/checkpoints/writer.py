@@ -14,7 +14,7 @@ import numpy as np
 from llavamed_jax.checkpoints import names
 from llavamed_jax.checkpoints.card import model_card
 from llavamed_jax.checkpoints.files import new_directory, write_json
-from llavamed_jax.checkpoints.processor_files import write_processor
+from llavamed_jax.checkpoints.processor_files import clip_preprocessor, write_processor
 from llavamed_jax.checkpoints.reader import Checkpoint
 from llavamed_jax.checkpoints.torch_files import DTYPES, Tensor
 from llavamed_jax.config import OURS
@@ -50,6 +50,7 @@ def export(checkpoint: Checkpoint, out: str | Path, layout: str = "transformers"
             directory.mkdir()
             write_safetensors(directory, _in_torch(checkpoint, tower), progress, {"format": "pt"})
             write_json(directory / "config.json", {"architectures": ["CLIPVisionModel"], **cfg.vision.to_hf()})
+            write_json(directory / "preprocessor_config.json", clip_preprocessor(cfg, checkpoint.files))  # which v1.0's code reads here
         write_safetensors(temporary, _in_torch(checkpoint, spelled), progress, {"format": "pt"})
         config["dtype"] = config["torch_dtype"] = checkpoint.tensors[VOCABULARY[0]].dtype.name
         write_json(temporary / "config.json", config)

@@ -141,6 +141,7 @@ def _build_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--projector", required=True, metavar="TYPE|FILE",
                         help="linear or mlpNx_gelu, freshly drawn, or an mm_projector.bin")
     parser.add_argument("--add_image_tokens", action="store_true", help="add <im_patch>, <im_start> and <im_end>, as LLaVA-Med v1.0 has")
+    parser.add_argument("--add_pad_token", action="store_true", help="and [PAD] before them, as its --version v0 does")
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn; default 0")
     parser.add_argument("--out", required=True, metavar="DIR", help="a new directory for the tree")
 
@@ -150,8 +151,11 @@ def _build(args: argparse.Namespace) -> None:
     from llavamed_jax.checkpoints.store import write_model
     if args.seed < 0:
         raise UsageError(f"--seed is {args.seed}; a whole number of at least 0 was expected")
+    if args.add_pad_token and not args.add_image_tokens:
+        raise UsageError("--add_pad_token puts [PAD] before the image tokens; --add_image_tokens was expected beside it")
     with tempfile.TemporaryDirectory() as scratch:
-        checkpoint, said = build(args.decoder, args.vision, args.projector, Path(scratch), args.add_image_tokens, args.seed)
+        checkpoint, said = build(args.decoder, args.vision, args.projector, Path(scratch), args.add_image_tokens, args.seed,
+                                 args.add_pad_token)
         _check_text(checkpoint)
         print(*said, sep="\n")
         with new_directory(args.out, total_bytes(checkpoint.tensors), map(Path, (args.decoder, args.vision))) as out:

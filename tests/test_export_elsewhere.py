@@ -1,0 +1,133 @@
+"""What other software looks for in an export, from its own code: transformers since 4.36, vLLM, llama.cpp, and the originals."""
+
+import json
+
+import pytest
+from safetensors import safe_open
+
+from llavamed_jax.checkpoints.load import random_checkpoint
+from llavamed_jax.checkpoints.reader import open_checkpoint
+from llavamed_jax.checkpoints.writer import export
+from llavamed_jax.config import KNOWN_TOWERS, DecoderConfig, LlavaConfig, VisionConfig, preset
+from tests import tiny
+
+VISION = VisionConfig(32, 64, 3, 4, 28, 14)
+
+
+def config(source="llava_mistral", **changes):
+    architecture = "mistral" if source == "llava_mistral" else "llama"
+    decoder = DecoderConfig(70, 48, 96, 2, 4, 2, 12, 1e-5, 1e6, 512, architecture=architecture, eos_token_id=7)
+    return LlavaConfig(VISION, decoder, source=source, **changes)
+
+
+def read(file):
+    return json.loads(file.read_text())
+
+
+def exported(cfg, out, layout="transformers"):
+    export(random_checkpoint(cfg), out, layout)
+    with safe_open(out / "model.safetensors", "np") as file:
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}, file.metadata()
+
+
+def test_names_are_the_oldest_ones(tmp_path):
+    """Those of transformers up to 4.51: the later ones read them too, the older ones no others. llama.cpp's surgery looks for
+    `vision_model.` in the tower's."""
+    names, metadata = exported(config(), tmp_path / "hf")
+    text = tiny.decoder_shapes({**tiny.MISTRAL, "vocab_size": 128})
+    wanted = {f"language_model.{name}": shape for name, shape in text.items()}
+    wanted |= tiny.clip_shapes(prefix="vision_tower.vision_model.")
+    wanted |= {f"multi_modal_projector.linear_{n}.{leaf}": shape for n, kernel in ((1, (48, 32)), (2, (48, 48)))
+               for leaf, shape in (("weight", kernel), ("bias", kernel[:1]))}
+    assert names == wanted
+    assert metadata == {"format": "pt"}  # without it transformers before 4.46 opens no file
+
+
+@pytest.mark.parametrize("source", ["llava_mistral", "llava_llama"])
+def test_the_decoder_is_named(source, tmp_path):
+    """vLLM finds its code by `architectures` of text_config, and llama.cpp prefers it to the one above."""
+    exported(config(source), tmp_path / "hf")
+    raw = read(tmp_path / "hf" / "config.json")
+    assert raw["architectures"] == ["LlavaForConditionalGeneration"]
+    assert raw["text_config"]["architectures"] == [{"llava_mistral": "MistralForCausalLM", "llava_llama": "LlamaForCausalLM"}[source]]
+    assert raw["dtype"] == raw["torch_dtype"] == "float32"
+    assert raw["image_token_index"] == raw["image_token_id"] == 70 and raw["pad_token_id"] == 71
+
+
+def test_generation_ends_where_the_model_ends(tmp_path):
+    exported(config(), tmp_path / "hf")
+    assert read(tmp_path / "hf" / "generation_config.json") == {"bos_token_id": 1, "eos_token_id": 7, "pad_token_id": 71}
+
+
+def test_shards_are_listed_where_they_lie(tmp_path, monkeypatch):
+    from llavamed_jax.checkpoints import writer
+    monkeypatch.setattr(writer, "SHARD_BYTES", 40_000)
+    export(random_checkpoint(config()), tmp_path / "hf")
+    index = read(tmp_path / "hf" / "model.safetensors.index.json")
+    found, size = {}, 0
+    for file in sorted((tmp_path / "hf").glob("*.safetensors")):
+        with safe_open(file, "np") as shard:
+            found |= dict.fromkeys(shard.keys(), file.name)
+            assert shard.metadata() == {"format": "pt"}
+        stored = file.stat().st_size
+        size += stored - 8 - int.from_bytes(file.read_bytes()[:8], "little")
+        assert stored < 44_000 or len([name for name in found if found[name] == file.name]) == 1
+    assert index == {"metadata": {"total_size": size}, "weight_map": found} and len(set(found.values())) > 3
+
+
+def test_a_shard_holds_the_whole_projector(tmp_path, monkeypatch):
+    """llama.cpp's surgery takes the projector from one file."""
+    from llavamed_jax.checkpoints import writer
+    cfg = preset("v15-7b")
+    sizes = {name: writer._bytes(tensor) // 2 for name, tensor in random_checkpoint(cfg).tensors.items()}  # in bfloat16
+    before = sum(size for name, size in sizes.items() if name.startswith(("vision_tower/", "projector/")))
+    assert list(sizes)[:391] == [name for name in sizes if name.startswith("vision_tower/")]
+    assert [name.partition("/")[0] for name in list(sizes)[391:395]] == ["projector"] * 4
+    assert before < writer.SHARD_BYTES
+
+
+# --- the originals -------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_original_layout_says_how_features_are_taken(tmp_path):
+    cfg = config(feature_layer=-1, feature_select="cls_patch", image_aspect_ratio="square", use_start_end=True, max_length=99)
+    exported(cfg, tmp_path / "out", "llava")
+    raw = read(tmp_path / "out" / "config.json")
+    assert {key: raw[key] for key in raw if key.startswith(("mm_", "tokenizer_", "image_"))} == {
+        "mm_vision_tower": "vision_tower", "mm_hidden_size": 32, "mm_projector_type": "mlp2x_gelu", "mm_vision_select_layer": -1,
+        "mm_vision_select_feature": "cls_patch", "mm_use_im_start_end": True, "mm_use_im_patch_token": False,
+        "mm_patch_merge_type": "flat", "image_aspect_ratio": "square", "tokenizer_model_max_length": 99,
+        "tokenizer_padding_side": "right"}
+    assert open_checkpoint(tmp_path / "out").config.replace(extra="{}") == cfg
+
+
+@pytest.mark.parametrize("name", KNOWN_TOWERS)
+def test_a_tower_without_a_name_is_called_as_the_stock_one_of_its_shape(name):
+    """The original's code fetches it by this name, and refuses one that is neither a directory nor OpenAI's."""
+    cfg = config("transformers").replace(vision=VisionConfig.from_hf(KNOWN_TOWERS[name]))
+    assert cfg.to_hf("llava")["mm_vision_tower"] == name
+
+
+def test_the_tower_of_v1_is_a_whole_directory(tmp_path):
+    """v1.0's code opens weights and image processor by the name in `mm_vision_tower`."""
+    transformers = pytest.importorskip("transformers")
+    cfg = config("llava", projector_type="linear", image_aspect_ratio="square", extra='{"mm_vision_tower": "me/tiny-clip"}')
+    exported(cfg, tmp_path / "out", "llava")
+    assert "here the directory `tiny-clip`" in (tmp_path / "out" / "README.md").read_text()
+    tower = tmp_path / "out" / "tiny-clip"
+    assert {file.name for file in tower.iterdir()} == {"config.json", "model.safetensors", "preprocessor_config.json"}
+    processor = transformers.AutoImageProcessor.from_pretrained(tower, backend="pil")
+    assert type(processor).__name__.startswith("CLIPImageProcessor")
+    assert (dict(processor.size), processor.do_center_crop) == ({"shortest_edge": 28}, True)
+    assert dict(processor.crop_size) == {"height": 28, "width": 28}
+
+
+def test_a_tower_that_transformers_5_saved_in_the_originals_code(tmp_path):
+    """Its CLIPVisionModel has no `vision_model`, so neither have the names of LLaVA's checkpoints."""
+    names, _ = exported(config(), tmp_path / "old", "llava")
+    assert "model.vision_tower.vision_tower.vision_model.pre_layrnorm.bias" in names
+    from safetensors.numpy import load_file, save_file
+    tensors = load_file(tmp_path / "old" / "model.safetensors")
+    save_file({name.replace("vision_model.", ""): tensor for name, tensor in tensors.items()}, tmp_path / "old" / "model.safetensors")
+    checkpoint, wanted = open_checkpoint(tmp_path / "old"), random_checkpoint(config())
+    assert all((checkpoint.read(name) == wanted.read(name)).all() for name in wanted.tensors)
