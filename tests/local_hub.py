@@ -79,6 +79,7 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     repositories: Mapping[str, Repository]
     requests: list[str]
+    hub: LocalHub
 
     def do_GET(self):
         self._answer(has_body=True)
@@ -138,7 +139,12 @@ class _Handler(BaseHTTPRequestHandler):
         for name, value in headers.items():
             self.send_header(name, value)
         self.end_headers()
-        if has_body:
+        if has_body and self.hub.break_off is not None and file.suffix in LFS_SUFFIXES:
+            with file.open("rb") as stream:
+                stream.seek(start)
+                self.wfile.write(stream.read(self.hub.break_off))
+            self.close_connection = True
+        elif has_body:
             with file.open("rb") as stream:
                 stream.seek(start)
                 while block := stream.read(CHUNK):
@@ -151,13 +157,15 @@ class LocalHub:
     Args:
       models: `owner/name` -> directory.
       port: 0 takes a free one.
+      break_off: bytes after which the sending of an LFS file is cut; it may be changed while the hub serves. None: never.
     """
 
-    def __init__(self, models: Mapping[str, str | Path], port: int = 0):
+    def __init__(self, models: Mapping[str, str | Path], port: int = 0, break_off: int | None = None):
         self.requests: list[str] = []
         handler = type("Handler", (_Handler,), {
             "repositories": {name: Repository(name, Path(directory)) for name, directory in models.items()},
-            "requests": self.requests})
+            "requests": self.requests, "hub": self})
+        self.break_off = break_off
         self._server = ThreadingHTTPServer(("127.0.0.1", port), handler)
         self._server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"

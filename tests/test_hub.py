@@ -119,3 +119,19 @@ def test_a_repository_without_weights(hub, convert, tmp_path):
     assert done.returncode == 1 and done.stderr.splitlines()[-1].endswith(
         "holds no weights; .safetensors or pytorch_model*.bin files were expected")
     assert "No files matched" not in done.stderr
+
+
+def test_a_fetch_that_breaks_off_is_one_sentence_and_goes_on_from_there(hub, convert, tmp_path):
+    """The client tries a few times itself before it gives up."""
+    with LocalHub({"me/clip": tmp_path / "clip", "me/v1": tmp_path / "v1"}, break_off=1000) as other:
+        tensors = tiny.drawn(tiny.decoder_shapes(tiny.LLAMA) | tiny.projector_shapes())
+        tiny.save(tmp_path / "v1", {**tiny.V1, "mm_vision_tower": "me/clip"}, tensors)
+        tiny.save_clip(tmp_path / "clip")
+        done = convert("import", "--checkpoint", "me/v1", "--out", tmp_path / "out", HF_ENDPOINT=other.url)
+        error = done.stderr.splitlines()[-1]
+        assert (done.returncode, done.stdout) == (1, "") and not (tmp_path / "out").exists()
+        assert error.startswith(f"error: me/v1 is no directory; as a model's name it could not be fetched from {other.url} ("), done.stderr
+        assert "Traceback" not in done.stderr
+        other.break_off = None
+        again = convert("import", "--checkpoint", "me/v1", "--out", tmp_path / "out", HF_ENDPOINT=other.url)
+    assert again.returncode == 0 and (tmp_path / "out" / "model").is_dir(), again.stderr

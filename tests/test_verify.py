@@ -134,3 +134,14 @@ def test_wrong_calls_are_one_sentence(argv, status, sentence, capsys):
     assert verify(*argv) == status
     error = capsys.readouterr().err.strip()
     assert error.startswith("error: ") and sentence in error and "\n" not in error
+
+
+def test_what_is_not_finite_is_equal_to_nothing(original, monkeypatch):
+    """The bits of two broken models are the same, and their logits are still no answer."""
+    checkpoint = open_checkpoint(original)
+    asked = compare.prompts(TINY, 70)
+    logits = {name: np.full((3, 70), np.nan, np.float32) for name in asked}
+    monkeypatch.setattr(compare, "_run", lambda *_: (logits, {name: [5] for name in asked}))
+    rows = {row.what: row for row in compare.compare(checkpoint, checkpoint)}
+    assert all(rows[f"logits: {name}"].found == "not finite in the first and the second" for name in asked)
+    assert [what for what, row in rows.items() if not row.is_equal] == [f"logits: {name}" for name in asked]

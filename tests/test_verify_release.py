@@ -101,6 +101,17 @@ def test_wrong_calls_are_one_sentence(flags, status, sentence, tmp_path, capsys,
     assert error.startswith("error: ") and sentence in error and "\n" not in error
 
 
+@pytest.mark.parametrize("flags", [["--steps", "fetch"], ["--steps", "tensors"]])
+def test_no_network_is_one_sentence(flags, tmp_path):
+    class Nowhere:
+        url = "http://127.0.0.1:9"
+    done = verify(Nowhere, tmp_path, *flags)
+    assert (done.returncode, "Traceback" in done.stderr) == (1, False)
+    assert done.stderr == (f"error: {MODEL} is no directory; as a model's name it is not in the cache of hub models, and {Nowhere.url} "
+                           "cannot be reached; give a checkpoint's directory\n")
+    assert not (tmp_path / "verification.md").exists()
+
+
 @pytest.mark.slow
 def test_whole_with_all_451_questions(models, shared, tmp_path):
     with LocalHub(models) as hub:

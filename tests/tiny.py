@@ -87,3 +87,14 @@ def save_clip(directory, seed=1):
     rest = {"text_model.final_layer_norm.weight": np.ones(4, np.float16), "logit_scale": np.ones(1, np.float16),
             "visual_projection.weight": np.ones((4, 32), np.float16)}
     return save(directory, {"model_type": "clip", "vision_config": CLIP}, {**drawn(clip_shapes(), seed), **rest})
+
+
+def v1_tensors(rows=73, dtype=np.float16):
+    """LLaVA-Med v1.0: LLaMA with the image tokens' rows, and a linear projector."""
+    return drawn(decoder_shapes({**LLAMA, "vocab_size": rows}) | projector_shapes(), dtype=dtype)
+
+
+def save_v1(root):
+    """Its directory, and the tower's own beside it, where alone the tower is."""
+    save_clip(root / "tiny-tower")
+    return save(root / "v1", {**V1, "vocab_size": 73}, v1_tensors() | buffers(LLAMA))
