@@ -46,6 +46,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.data.images = f"{SAMPLE}/images"
     c.data.validation = placeholder(str)
     c.data.protocol = placeholder(str)
+    c.data.samples = placeholder(str)
     c.data.packing = False  # several samples a row of row_length tokens (0: picked); not available yet
     c.data.row_length = 0
     c.data.mean_length = 70
@@ -67,5 +68,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.attention = "auto"
     c.checkpoint = ConfigDict(dict(every_steps=0, every_minutes=0.0, keep=1, keep_best=False))  # at the end only
     c.log_every = 10
+    c.samples_every = 0
+    c.nan_limit = 10
     c.seed = 42
     return c

@@ -8,19 +8,19 @@ from ml_collections.config_dict import placeholder
 
 from llavamed_jax.cli.common import recipe_arguments
 
-# family: epochs, batch size, template.
-# v1 is LLaVA-Med v1.0's README (its command makes batches of 64, the paper's table says 128); llava15 is LLaVA-1.5's
-# scripts/v1_5/finetune.sh. The recipe of LLaVA-Med v1.5 was never published: v15 takes LLaVA-1.5's batches and v1's epochs,
-# which is our choice. All three: learning rate 2e-5.
-PUBLISHED = {"v15": (3, 128, "v1.5:mistral_instruct"), "v1": (3, 64, "v1.0:v0"), "llava15": (1, 128, "up:vicuna_v1")}
+# family: epochs, clip norm, template. All three: batches of 128, learning rate 2e-5.
+# v1: the table of LLaVA-Med v1.0's README, stage 2 (the command beside it makes batches of 64), clipped by HF's Trainer.
+# llava15: LLaVA-1.5's scripts/v1_5/finetune.sh (16 x 8 GPUs); its DeepSpeed config has no clipping.
+# v15: LLaVA-Med v1.5's recipe was never published; v1's numbers with v1.5's model and template are our choice.
+PUBLISHED = {"v15": (3, 1.0, "v1.5:mistral_instruct"), "v1": (3, 1.0, "v1.0:v0"), "llava15": (1, 0.0, "up:vicuna_v1")}
 
 
 def get_config(arg: str = "") -> ConfigDict:
     args = recipe_arguments(arg, epochs=0)  # 0: as published
-    epochs, batch_size, template = PUBLISHED[args.family]
+    epochs, clip_norm, template = PUBLISHED[args.family]
 
     c = ConfigDict()
-    c.name = "finetune"
+    c.name = f"finetune {args.preset}"
     c.init = "preset:small" if args.small else "runs/pretrain"
     c.vision_tower = placeholder(str)
     c.tokenizer = placeholder(str)
@@ -31,20 +31,22 @@ def get_config(arg: str = "") -> ConfigDict:
     c.data.images = "data/images"
     c.data.validation = placeholder(str)
     c.data.protocol = placeholder(str)
+    c.data.samples = placeholder(str)  # asked every samples_every steps; none: of data.validation, else of data.train
     c.data.packing = False  # several samples a row of row_length tokens (0: picked); not available yet
     c.data.row_length = 0
     c.data.mean_length = 1080  # tokens a sample, image included: for planning where no data is at hand
     c.data.workers = 8
 
-    c.batch_size = batch_size  # samples an update
+    c.batch_size = 128  # samples an update
     c.micro_batches = 8
     c.epochs = args.epochs or epochs
     c.total_steps = placeholder(int)  # in place of epochs
-    c.max_length = 2048
+    c.max_length = 2048  # all three
     c.trainable = ("projector/.*", "decoder/.*")
 
-    c.optimizer = ConfigDict(dict(  # HF's Trainer, with which all of them train: AdamW, cosine to 0
-        learning_rate=2e-5, warmup_ratio=0.03, weight_decay=0.0, clip_norm=1.0, b1=0.9, b2=0.999, eps=1e-8,
+    # HF's Trainer, with which all of them train: AdamW and a cosine to 0; warm-up and no decay as in each one's command.
+    c.optimizer = ConfigDict(dict(
+        learning_rate=2e-5, warmup_ratio=0.03, weight_decay=0.0, clip_norm=clip_norm, b1=0.9, b2=0.999, eps=1e-8,
         mu_dtype="float32", overrides=()))
 
     c.mesh = ConfigDict(dict(data=1, fsdp=-1, tp=1, slices=1, auto=False))
@@ -52,6 +54,8 @@ def get_config(arg: str = "") -> ConfigDict:
     c.attention = "auto"
     c.checkpoint = ConfigDict(dict(every_steps=500, every_minutes=30.0, keep=2, keep_best=False))
     c.log_every = 10
+    c.samples_every = 200
+    c.nan_limit = 10  # updates in a row that are not finite end the run
     c.seed = 42
 
     if args.small:  # on a CPU, from random weights, on the sample that comes along

@@ -8,18 +8,19 @@ from ml_collections.config_dict import placeholder
 
 from llavamed_jax.cli.common import recipe_arguments
 
-# family: learning rate, batch size, template.
-# v1 is LLaVA-Med v1.0's README; llava15 is LLaVA-1.5's scripts/v1_5/pretrain.sh. The recipe of LLaVA-Med v1.5 was never
-# published: v15 takes LLaVA-1.5's numbers on LLaVA-Med's data, which is our choice.
-PUBLISHED = {"v15": (1e-3, 256, "v1.5:plain"), "v1": (2e-3, 128, "v1.0:v0"), "llava15": (1e-3, 256, "up:plain")}
+# family: learning rate, batch size, clip norm, template.
+# v1: LLaVA-Med v1.0's README, stage 1 (2 samples x 8 steps x 8 GPUs), clipped as HF's Trainer does by itself.
+# llava15: LLaVA-1.5's scripts/v1_5/pretrain.sh (32 x 8 GPUs); its DeepSpeed config has no clipping.
+# v15: LLaVA-Med v1.5's recipe was never published; v1's numbers with v1.5's model and template are our choice.
+PUBLISHED = {"v15": (2e-3, 128, 1.0, "v1.5:plain"), "v1": (2e-3, 128, 1.0, "v1.0:v0"), "llava15": (1e-3, 256, 0.0, "up:plain")}
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    args = recipe_arguments(arg, epochs=1)
-    rate, batch_size, template = PUBLISHED[args.family]
+    args = recipe_arguments(arg, epochs=1)  # of all three
+    rate, batch_size, clip_norm, template = PUBLISHED[args.family]
 
     c = ConfigDict()
-    c.name = "pretrain"
+    c.name = f"pretrain {args.preset}"
     c.init = "preset:small" if args.small else "runs/start"  # what `python -m convert build --out runs/start` writes
     c.vision_tower = placeholder(str)
     c.tokenizer = placeholder(str)
@@ -30,6 +31,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.data.images = "data/images"
     c.data.validation = placeholder(str)
     c.data.protocol = placeholder(str)
+    c.data.samples = placeholder(str)  # asked every samples_every steps; none: of data.validation, else of data.train
     c.data.packing = False  # several samples a row of row_length tokens (0: picked); not available yet
     c.data.row_length = 0
     c.data.mean_length = 680  # tokens a sample, image included: for planning where no data is at hand
@@ -39,14 +41,15 @@ def get_config(arg: str = "") -> ConfigDict:
     c.micro_batches = 8
     c.epochs = args.epochs
     c.total_steps = placeholder(int)  # in place of epochs
-    c.max_length = 2048
+    c.max_length = 2048  # all three
     c.trainable = ("projector/.*",)
     if args.family == "v1":  # and the rows of the tokens about an image, where the model has them: the original's whole table
         # is open too, but nothing else of it is meant to move (quirk Q12)
         c.trainable += (("decoder/embed_tokens/embedding", ("<im_start>", "<im_end>")),)
 
-    c.optimizer = ConfigDict(dict(  # HF's Trainer, with which all of them train: AdamW, cosine to 0
-        learning_rate=rate, warmup_ratio=0.03, weight_decay=0.0, clip_norm=1.0, b1=0.9, b2=0.999, eps=1e-8,
+    # HF's Trainer, with which all of them train: AdamW and a cosine to 0; warm-up and no decay as in each one's command.
+    c.optimizer = ConfigDict(dict(
+        learning_rate=rate, warmup_ratio=0.03, weight_decay=0.0, clip_norm=clip_norm, b1=0.9, b2=0.999, eps=1e-8,
         mu_dtype="float32", overrides=()))
 
     c.mesh = ConfigDict(dict(data=-1, fsdp=1, tp=1, slices=1, auto=False))  # the frozen model fits each device
@@ -54,6 +57,8 @@ def get_config(arg: str = "") -> ConfigDict:
     c.attention = "auto"
     c.checkpoint = ConfigDict(dict(every_steps=500, every_minutes=30.0, keep=2, keep_best=False))
     c.log_every = 10
+    c.samples_every = 200
+    c.nan_limit = 10  # updates in a row that are not finite end the run
     c.seed = 42
 
     if args.small:  # on a CPU, from random weights, on the sample that comes along

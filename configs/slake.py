@@ -8,8 +8,9 @@ from ml_collections.config_dict import placeholder
 
 from llavamed_jax.cli.common import recipe_arguments
 
-# LLaVA-Med v1.0's README for all families: batches of 64, 2e-5, 3 epochs (its released weights: 9, the paper's best rows: 15).
-# LLaVA-Med v1.5's own recipe was never published; to use the same numbers for it is our choice.
+# LLaVA-Med v1.0's README, downstream: batches of 64 (1 sample x 8 steps x 8 GPUs), 2e-5, 3 epochs, clipped by HF's Trainer;
+# its released weights were trained for epochs=9, the paper's best rows for epochs=15. LLaVA-Med v1.5's own recipe was never
+# published, nor one for LLaVA-1.5: to take the same numbers for both is our choice.
 TEMPLATES = {"v15": "v1.5:mistral_instruct", "v1": "v1.0:v0", "llava15": "up:vicuna_v1"}
 
 
@@ -17,7 +18,7 @@ def get_config(arg: str = "") -> ConfigDict:
     args = recipe_arguments(arg, epochs=3)
 
     c = ConfigDict()
-    c.name = "slake"
+    c.name = f"slake {args.preset}"
     c.init = "preset:small" if args.small else "runs/finetune"
     c.vision_tower = placeholder(str)
     c.tokenizer = placeholder(str)
@@ -28,6 +29,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.data.images = placeholder(str)  # beside the questions
     c.data.validation = placeholder(str)
     c.data.protocol = placeholder(str)
+    c.data.samples = placeholder(str)  # asked every samples_every steps; none: of data.validation, else of data.train
     c.data.packing = False  # several samples a row of row_length tokens (0: picked); not available yet
     c.data.row_length = 0
     c.data.mean_length = 620  # tokens a sample, image included: for planning where no data is at hand
@@ -40,7 +42,8 @@ def get_config(arg: str = "") -> ConfigDict:
     c.max_length = 2048
     c.trainable = ("projector/.*", "decoder/.*")
 
-    c.optimizer = ConfigDict(dict(  # HF's Trainer, with which all of them train: AdamW, cosine to 0
+    # HF's Trainer, with which all of them train: AdamW and a cosine to 0; warm-up and no decay as in each one's command.
+    c.optimizer = ConfigDict(dict(
         learning_rate=2e-5, warmup_ratio=0.03, weight_decay=0.0, clip_norm=1.0, b1=0.9, b2=0.999, eps=1e-8,
         mu_dtype="float32", overrides=()))
 
@@ -49,6 +52,8 @@ def get_config(arg: str = "") -> ConfigDict:
     c.attention = "auto"
     c.checkpoint = ConfigDict(dict(every_steps=100, every_minutes=30.0, keep=2, keep_best=False))
     c.log_every = 10
+    c.samples_every = 200
+    c.nan_limit = 10  # updates in a row that are not finite end the run
     c.seed = 42
 
     if args.small:  # on a CPU, from random weights; the questions are SLAKE's own all the same

@@ -233,7 +233,7 @@ def test_a_killed_save_never_looks_intact(moment, tmp_path):
         assert step == 1
         assert all("its saving was interrupted" in sentence for sentence in damaged)
     with store.StepWriter(tmp_path) as writer:  # what the kill left is no hindrance
-        assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) in (["1"], ["1", "2"])
+        assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) in ([".sealed", "1"], [".sealed", "1", "2"])
         writer.save(2, {"decoder/norm/scale": jnp.ones(8)}, {"mu": jnp.ones(8)}, {})
     assert store.newest_intact_step(tmp_path) == (2, [])
 
@@ -275,3 +275,28 @@ def test_a_step_that_does_not_exist(workdir, trained):
     save(workdir, [1], trained)
     with pytest.raises(UserError, match="checkpoints/9 does not exist"):
         open_checkpoint(workdir / "checkpoints" / "9")
+
+
+@pytest.mark.parametrize("part, shape, dtype, sentence", [
+    ("nu", (3, 3), jnp.float32, r"optimizer has 1/0/nu/.* as float32 .*; float32 \[3, 3\] was expected"),
+    ("mu", None, jnp.float32, r"optimizer has 1/0/mu/.* as bfloat16 .*; float32 .* was expected"),
+    ("count", (), jnp.float32, r"optimizer has 1/0/count as int32 \[\]; float32 \[\] was expected"),
+])
+def test_restoring_another_optimizer_is_an_error_that_names_the_leaf(part, shape, dtype, sentence, workdir, trained):
+    def other(path, x):
+        is_meant = f"/{part}" in jax.tree_util.keystr(path, simple=True, separator="/")
+        return jax.ShapeDtypeStruct(x.shape if shape is None else shape, dtype, sharding=x.sharding) if is_meant else x
+
+    save(workdir, [1], trained)
+    state = like(optimizer().init(trained))
+    with pytest.raises(UserError, match=sentence):
+        store.restore_step(workdir, 1, like(trained), jax.tree_util.tree_map_with_path(other, state))
+    with pytest.raises(UserError, match="optimizer has 1/0/count as int32 .*; nothing was expected"):
+        store.restore_step(workdir, 1, like(trained), state[:1])
+
+
+def test_a_first_save_that_was_killed_is_told_from_a_lost_manifest(workdir, trained):
+    assert not store.has_sealed(workdir)
+    save(workdir, [1], trained)
+    (workdir / "checkpoints" / "1" / "manifest.json").unlink()
+    assert store.has_sealed(workdir) and store.newest_intact_step(workdir)[0] is None

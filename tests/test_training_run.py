@@ -20,7 +20,7 @@ from llavamed_jax.errors import UsageError, UserError
 from llavamed_jax.parallel.mesh import make_mesh
 from llavamed_jax.training import setup
 from llavamed_jax.training import workdir as workdirs
-from llavamed_jax.training.trainer import fit
+from llavamed_jax.training.trainer import Watch, fit
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLE = ROOT / "samples" / "vqa_rad"
@@ -116,20 +116,20 @@ def test_resumed_is_uninterrupted_to_the_bit(finished, recipe, tmp_path):
     """A crash after step 5 throws back to step 3; SIGTERM in step 6 is saved at 6; the end is the undisturbed run's."""
     workdir, cfg = tmp_path / "run", recipe()
 
-    def crash(step, params):
-        if step == 6:
+    def crash(snapshot):
+        if snapshot.step == 6:
             raise RuntimeError("power cut")
         return {}
 
-    def terminate(step, params):
-        if step == 6:
+    def terminate(snapshot):
+        if snapshot.step == 6:
             os.kill(os.getpid(), signal.SIGTERM)
         return {}
 
     with pytest.raises(RuntimeError):
-        fit(cfg, workdir, [crash])
+        fit(cfg, workdir, Watch([crash]))
     assert steps(workdir) == [3]
-    assert fit(cfg, workdir, [terminate]) is False
+    assert fit(cfg, workdir, Watch([terminate])) is False
     assert steps(workdir) == [3, 6]
     assert fit(cfg, workdir) is True
     measured = {"tokens_per_second"}
@@ -168,11 +168,11 @@ def test_a_recipe_that_failed_before_its_first_step_may_be_corrected(recipe, tmp
         fit(recipe(init="preset:small", tokenizer=SAMPLE / "tokenizer.model", max_length=5), tmp_path / "run")
     assert {p.name for p in (tmp_path / "run").iterdir()} <= {".lock", "checkpoints"}
 
-    def crash(step, params):
+    def crash(snapshot):
         raise RuntimeError("power cut")
 
     with pytest.raises(RuntimeError):
-        fit(recipe(total_steps=1, trainable='["projector/.*"]'), tmp_path / "run", [crash])
+        fit(recipe(total_steps=1, trainable='["projector/.*"]'), tmp_path / "run", Watch([crash]))
     assert fit(recipe(total_steps=1), tmp_path / "run") and len(tensors(tmp_path / "run")) > 5
 
 
@@ -232,7 +232,7 @@ def test_validation_weighs_by_tokens_and_the_best_step_is_kept(recipe, data, tmp
     cfg = recipe(**{"data.validation": data / "validation.json", "checkpoint.keep": 1, "checkpoint.keep_best": True,
                     "checkpoint.every_steps": 2, "optimizer.learning_rate": 3.0, "optimizer.warmup_ratio": 0.5})
     seen = []
-    assert fit(cfg, tmp_path / "run", [lambda step, params: seen.append(step) or {"answers": float(step)}])
+    assert fit(cfg, tmp_path / "run", Watch([lambda snapshot: seen.append(snapshot.step) or {"answers": float(snapshot.step)}]))
     judged = [line for line in lines(tmp_path / "run") if "validation_loss" in line]
     assert seen == [line["step"] for line in judged] == [2, 4, 6, 8] and judged[0]["answers"] == 2.0
     best = min(judged, key=lambda line: line["validation_loss"])["step"]

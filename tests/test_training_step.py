@@ -11,11 +11,10 @@ import pytest
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
-from llavamed_jax.config import IMAGE_TOKEN, DecoderConfig, LlavaConfig, VisionConfig, preset
+from llavamed_jax.config import IMAGE_TOKEN, DecoderConfig, LlavaConfig, VisionConfig
 from llavamed_jax.errors import UsageError
 from llavamed_jax.models.llava import Llava, abstract_params, stack
 from llavamed_jax.parallel.mesh import make_mesh
-from llavamed_jax.training import metrics
 from llavamed_jax.training import optimizer as optimizers
 from llavamed_jax.training import state as states
 from llavamed_jax.training.losses import IGNORE, cross_entropy
@@ -280,13 +279,6 @@ def test_update_that_is_not_finite_moves_nothing(params):
     assert all(np.array_equal(before[n], np.asarray(x)) for n, x in state.trainable.items())
 
 
-def test_log_has_null_where_a_number_is_not_finite(tmp_path):
-    writer = metrics.MetricsWriter(tmp_path, 0, 1, "run")
-    writer.write(1, {"loss": float("nan"), "grad_norm": float("inf"), "tokens": 3, "mfu": None})
-    writer.close()
-    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "loss": null, "grad_norm": null, "tokens": 3, "mfu": null}\n'
-
-
 def test_gradient_is_taken_of_the_trainable_part_alone(params):
     """A frozen decoder's weights have no gradient: the step of stage 1 does fewer FLOPs than that of stage 2."""
     flops = []
@@ -322,33 +314,3 @@ def test_bfloat16_is_close_and_keeps_what_is_trained_in_float32(params, single):
     assert float(total / count) == pytest.approx(single[1][0], rel=1e-2)
     assert {x.dtype for x in state.frozen.values()} == {jnp.dtype("bfloat16")}
     assert {x.dtype for x in state.trainable.values()} == {x.dtype for x in state.opt_state[1].mu.values()} == {jnp.dtype("float32")}
-
-
-# ---- how much work an update is
-
-def test_flops_follow_what_is_trained():
-    """6 N a token where the decoder is trained; 4 N where gradients only pass through it; the tower's on top."""
-    cfg = preset("llava15-7b")
-    sizes = {n: math.prod(x.shape) for n, x in flatten_dict(abstract_params(cfg, scan=True), sep="/").items()}
-    projector = {n: s for n, s in sizes.items() if n.startswith("projector/")}
-    whole = {n: s for n, s in sizes.items() if not n.startswith("vision_tower/")}
-    N = cfg.decoder.matmul_parameters
-    attention = cfg.decoder.forward_flops_per_token(600) - 2 * N
-    count = lambda trained, images: metrics.training_flops(cfg, trained, tokens=6000, samples=10, images=images)
-    assert count(whole, 0) == pytest.approx(6000 * (6 * N + 3 * attention), rel=1e-12)
-    assert count(projector, 0) == pytest.approx(6000 * (4 * N + 3 * attention), rel=1e-12)
-    assert count(projector, 10) - count(projector, 0) == pytest.approx(10 * cfg.vision_flops_per_image())
-    assert count(sizes, 10) - count(sizes, 0) == pytest.approx(30 * cfg.vision_flops_per_image())
-
-
-@pytest.mark.parametrize("kind, peak", [("NVIDIA H200", 989e12), ("NVIDIA A100-SXM4-40GB", 312e12), ("TPU v5 lite", 197e12),
-                                        ("TPU v5p", 459e12), ("TPU v6 lite", 918e12), ("cpu", None)])
-def test_peak_is_looked_up_by_the_strings_that_devices_have(kind, peak):
-    assert metrics.peak_flops(kind) == peak
-
-
-def test_batches_are_counted_by_segments():
-    batch = dict(segment_ids=np.array([[1, 1, 2, 0], [1, 0, 0, 0], [0, 0, 0, 0]]), num_images=np.array([2, 0, 0]),
-                 pixel_values=np.zeros((3, 2, 4, 4, 3)))
-    assert metrics.batch_counts(batch) == dict(samples=3, tokens=4, positions=12, images=2, image_slots=6)
-    assert metrics.batch_counts({"segment_ids": batch["segment_ids"]})["image_slots"] == 0

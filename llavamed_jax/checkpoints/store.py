@@ -38,6 +38,7 @@ from llavamed_jax.config import LlavaConfig
 from llavamed_jax.errors import UserError
 
 MANIFEST = "manifest.json"
+SEALED = ".sealed"  # stands in checkpoints/ once a step was whole
 
 
 def write_model(out: str | Path, checkpoint: Checkpoint, config: LlavaConfig | None = None, files: Mapping[str, Path] | None = None,
@@ -151,6 +152,7 @@ class StepWriter:
         self._checkpointer.wait_until_finished()
         if jax.process_index() == 0:
             _write_manifest(directory)
+            (self._root / SEALED).touch()
 
     def wait(self) -> None:
         """Returns when the last save is on disk with its manifest; raises what it failed with."""
@@ -181,9 +183,10 @@ def steps(workdir: str | Path) -> list[int]:
     return sorted(int(p.name) for p in root.iterdir() if p.is_dir() and p.name.isdigit()) if root.is_dir() else []
 
 
-def is_sealed(workdir: str | Path, step: int) -> bool:
-    """Whether a step was once whole. The first one of a run lacks its manifest when the run was killed while it saved."""
-    return (Path(workdir) / "checkpoints" / str(step) / MANIFEST).is_file()
+def has_sealed(workdir: str | Path) -> bool:
+    """Whether any step was ever whole. A lone one without a manifest may be a first save that was killed."""
+    root = Path(workdir) / "checkpoints"
+    return (root / SEALED).exists() or any((root / str(step) / MANIFEST).exists() for step in steps(workdir))
 
 
 def newest_intact_step(workdir: str | Path, part: str = "") -> tuple[int | None, list[str]]:
@@ -216,12 +219,23 @@ def restore_step(workdir: str | Path, step: int, trained_like: Mapping[str, Any]
     found = {name: Tensor(tuple(m.shape), m.dtype, None)
              for name, m in flatten(ocp.PyTreeCheckpointHandler().metadata(directory / "params").tree).items()}
     match(directory, found, {name: (name,) for name in trained_like}, {name: x.shape for name, x in trained_like.items()})
+    _check_optimizer(directory, optimizer_like)
     trees = {"params": nest(trained_like), "optimizer": optimizer_like}
     arguments = {key: ocp.args.PyTreeRestore(item=tree, restore_args=ocp.checkpoint_utils.construct_restore_args(tree))
                  for key, tree in trees.items()}
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
         restored = checkpointer.restore(directory, args=ocp.args.Composite(**arguments, state=ocp.args.JsonRestore()))
     return flatten(restored["params"]), restored["optimizer"], restored["state"]
+
+
+def _check_optimizer(directory: Path, like: Any) -> None:
+    """Raises UserError where the saved optimizer is not of the shapes, types and names of `like`."""
+    saved = ocp.PyTreeCheckpointHandler().metadata(directory / "optimizer").tree
+    found, wanted = ({jax.tree_util.keystr(path, simple=True, separator="/"): f"{np.dtype(x.dtype).name} {list(x.shape)}"
+                      for path, x in jax.tree_util.tree_leaves_with_path(tree)} for tree in (saved, like))
+    for name in sorted(found.keys() | wanted.keys()):
+        if found.get(name) != wanted.get(name):
+            raise UserError(f"{directory}/optimizer has {name} as {found.get(name, 'nothing')}; {wanted.get(name, 'nothing')} was expected")
 
 
 def _files(directory: Path) -> list[str]:

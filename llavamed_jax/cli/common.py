@@ -22,7 +22,8 @@ from ml_collections import ConfigDict
 from llavamed_jax.errors import UsageError, UserError
 
 # Keys whose value may be left open, so that `none` is no name (`training.recipe.KEYS`, which would bring jax).
-OPEN_KEYS = ("vision_tower", "tokenizer", "template", "data.images", "data.validation", "data.protocol", "epochs", "total_steps")
+OPEN_KEYS = ("vision_tower", "tokenizer", "template", "data.images", "data.validation", "data.protocol", "data.samples",
+             "epochs", "total_steps")
 EXIT_SAVED = 75  # stopped by a signal with everything saved: run again to go on (EX_TEMPFAIL of sysexits.h)
 
 

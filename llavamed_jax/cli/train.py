@@ -21,12 +21,24 @@ def train(argv: list[str]) -> int:
     parser = common.Parser(prog="train.py", description="Trains a recipe.", epilog=_USAGE)
     parser.add_argument("--config", required=True, metavar="FILE.py[:ARGUMENTS]", help="the recipe; --config.KEY=VALUE changes one key")
     parser.add_argument("--workdir", required=True, metavar="DIR", help="where the run lies; made if it does not exist")
+    parser.add_argument("--profile", type=_span, metavar="START:STOP", help="trace these updates into DIR/tensorboard")
     args, overrides = parser.parse_with_overrides(argv)
     if not args.workdir:
         parser.error("--workdir is empty; a directory was expected")
     config = common.load_config(args.config, overrides)
-    from llavamed_jax.training.trainer import fit  # imports jax, which a wrong command line need not wait for
-    return 0 if fit(config, args.workdir) else common.EXIT_SAVED
+    from llavamed_jax.evaluation import watching  # imports jax, which a wrong command line need not wait for
+    from llavamed_jax.training.trainer import Watch, fit
+    model = watching.TrainedModel()
+    watch = Watch([watching.ClosedAccuracy(model)], watching.Samples(model), args.profile)
+    return 0 if fit(config, args.workdir, watch) else common.EXIT_SAVED
+
+
+def _span(text: str) -> tuple[int, int]:
+    """Reads START:STOP; argparse makes its complaint of a ValueError's."""
+    first, last = map(int, text.split(":"))
+    if not 1 <= first <= last:
+        raise ValueError
+    return first, last
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,138 +1,77 @@
-"""What a run says while it trains: `metrics.jsonl`, TensorBoard, a bar on a terminal or lines in a pipe; and its MFU."""
+"""How much work an update is, what share of the devices' peak it reached (MFU), and what a batch holds.
+
+One convention: FLOPs are those that the mathematics asks for (no recomputation, no padding), attention is causal and within
+a sample, the vision tower is included, and what is frozen costs no gradient of its weight.
+"""
 
 from __future__ import annotations
 
-import json
-import math
-import sys
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 
+import jax
 import numpy as np
-from tensorboardX import SummaryWriter
-from tqdm import tqdm
 
 from llavamed_jax.config import LlavaConfig
-from llavamed_jax.training.workdir import cut_back
 
-# Dense bfloat16 peak of one JAX device in FLOP/s, by how `device_kind` begins (vendors' data sheets).
+# Dense bfloat16 peak of one JAX device in FLOP/s (vendors' data sheets), by its exact `device_kind`: a name that merely begins
+# like a known one may be another machine, and a wrong peak is worse than none.
 PEAK_FLOPS = {
-    "NVIDIA H200": 989e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA H100": 989e12, "NVIDIA A100": 312e12, "NVIDIA L4": 121e12,
-    "NVIDIA GeForce RTX 4090": 165e12,
-    "TPU v6 lite": 918e12, "TPU v6e": 918e12, "TPU v5 lite": 197e12, "TPU v5e": 197e12, "TPU v5": 459e12, "TPU v4": 275e12,
+    "NVIDIA H200": 989e12, "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 NVL": 835e12, "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA A100-SXM4-40GB": 312e12, "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA A100-PCIE-40GB": 312e12, "NVIDIA A100 80GB PCIe": 312e12,
+    "NVIDIA L4": 121e12, "NVIDIA GeForce RTX 4090": 165e12,
+    "TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5e": 197e12, "TPU v5": 459e12, "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12, "TPU v6e": 918e12,
 }
 
 
 def peak_flops(device_kind: str) -> float | None:
-    """FLOP/s of a device, None where no data sheet was looked up (a CPU)."""
-    return next((peak for kind, peak in PEAK_FLOPS.items() if device_kind.startswith(kind)), None)
+    """FLOP/s of a device; None where no data sheet was looked up (a CPU, a new machine)."""
+    return PEAK_FLOPS.get(device_kind)
 
 
-def training_flops(cfg: LlavaConfig, trained: Mapping[str, int], tokens: int, samples: int, images: int) -> float:
-    """FLOPs that the mathematics of one update asks for; recomputation and padding are not counted.
+def training_flops(cfg: LlavaConfig, trained: Mapping[str, int], tokens: int, attended: int, images: int) -> float:
+    """FLOPs of one update: forward 2 N a token, as much for the gradient of the input, as much for that of the weight.
 
-    A matrix multiplication costs as much again for the gradient of its input, and as much again for the gradient of its
-    weight, the last where that weight is trained; attention's own products have two inputs and no weight. The decoder's
-    inputs always need their gradient, for the projector lies below it; the projector itself, a thousandth, is left out.
+    The gradient of an input is needed above the lowest trained parameter, that of a weight where it is trained: 6 N where
+    the decoder is trained, 4 N where gradients only pass through it to the projector, 2 N below all that is trained. The
+    products within attention have two inputs and no weight. The projector itself, a thousandth, is left out.
 
     Args:
       trained: size of each trained parameter by name.
       tokens: positions that are not padding, images' included.
-      samples, images: in the batch.
+      attended: (query, key) pairs of attention, as `batch_counts` counts them.
+      images: that are no padding.
     """
     decoder = cfg.decoder
-    forward = decoder.forward_flops_per_token(tokens // max(samples, 1))
-    matmul = 2.0 * decoder.matmul_parameters
-    is_matmul = lambda name: name.startswith("decoder/") and name.endswith("kernel")
-    share = sum(size for name, size in trained.items() if is_matmul(name)) / decoder.matmul_parameters
-    if decoder.tie_word_embeddings and "decoder/embed_tokens/embedding" in trained:
-        share += trained["decoder/embed_tokens/embedding"] / decoder.matmul_parameters
-    per_token = forward + matmul * (1 + share) + 2 * (forward - matmul)
+    head = decoder.hidden_size * decoder.vocab_size
+    layers = decoder.matmul_parameters - head
+    attention = 4.0 * decoder.num_layers * decoder.num_heads * decoder.head_dim * attended
     is_tower_trained = any(name.startswith("vision_tower/") for name in trained)
-    return tokens * per_token + images * cfg.vision_flops_per_image() * (3 if is_tower_trained else 1)
+    through_layers = is_tower_trained or any(n.startswith(("projector/", "decoder/embed_tokens/", "decoder/layers")) for n in trained)
+    through_head = through_layers or "decoder/norm/scale" in trained
+    weights = sum(size for name, size in trained.items() if name.startswith("decoder/") and name.endswith("kernel"))
+    if decoder.tie_word_embeddings:
+        weights += trained.get("decoder/embed_tokens/embedding", 0)
+    matmuls = 2.0 * tokens * (layers * (1 + through_layers) + head * (1 + through_head) + weights)
+    tower = images * cfg.vision_flops_per_image() * (3 if is_tower_trained else 1)
+    return matmuls + attention * (3 if through_layers else 1) + tower
 
 
-def batch_counts(batch: Mapping[str, np.ndarray]) -> dict[str, int]:
-    """What a batch of rows holds: samples, positions that are not padding, images, and the room for both.
+def batch_counts(batch: Mapping[str, np.ndarray], window: int | None = None) -> dict[str, int]:
+    """What a batch of rows holds: samples, tokens (positions that are not padding), images, and the room for both.
 
-    A row's segments are numbered from 1, so its highest segment id is its number of samples.
+    A row's segments are numbered from 1, so its highest segment id is its number of samples. Positions restart with each
+    segment, so a token at position p attends to p + 1 keys, or to as many as a sliding `window` leaves: `attended`.
     """
     segments = batch["segment_ids"]  # [B,T]
+    keys = batch["positions"][segments != 0].astype(np.int64) + 1
     images = batch.get("num_images", np.zeros(0, int))  # [B]; a run on text alone has none
     slots = images.size * batch["pixel_values"].shape[1] if images.size else 0
-    return dict(samples=int(segments.max(axis=1).sum()), tokens=int((segments != 0).sum()), positions=segments.size,
-                images=int(images.sum()), image_slots=slots)
+    return dict(samples=int(segments.max(axis=1).sum()), tokens=keys.size, positions=segments.size,
+                attended=int(np.minimum(keys, window or keys.max(initial=0)).sum()), images=int(images.sum()), image_slots=slots)
 
 
-class MetricsWriter:
-    """Writes the metrics of a run that begins at `step`; what an interrupted run logged after that is taken back.
-
-    Args:
-      workdir: gets `metrics.jsonl`, `tensorboard/`, and `skipped.jsonl` where there is something to put in it.
-      step: updates done so far.
-      total_steps: of the whole run.
-      name: in front of the progress.
-    """
-
-    def __init__(self, workdir: Path, step: int, total_steps: int, name: str):
-        for log in ("metrics.jsonl", "skipped.jsonl"):
-            cut_back(workdir / log, step)
-        self._skipped = workdir / "skipped.jsonl"
-        self._file = open(workdir / "metrics.jsonl", "a")
-        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
-        self._total = total_steps
-        self._name = name
-        # A bar overwrites itself; where nobody watches, that would be one endless line.
-        self._bar = tqdm(total=total_steps, initial=step, desc=name, unit="step") if sys.stderr.isatty() else None
-
-    def advance(self, step: int, loss: float) -> None:
-        """Moves the bar on."""
-        if self._bar is not None:
-            self._bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
-            self._bar.update(step - self._bar.n)
-
-    def write(self, step: int, metrics: Mapping[str, float | int | None]) -> None:
-        """One line of `metrics.jsonl`, the same in TensorBoard, and where there is no bar a line for whoever reads along."""
-        finite = {key: value if value is None or math.isfinite(value) else None for key, value in metrics.items()}
-        self._file.write(json.dumps({"step": step, **finite}, allow_nan=False) + "\n")  # JSON has no NaN: null
-        self._file.flush()
-        for key, value in finite.items():
-            if value is not None:
-                self._board.add_scalar(key, value, step)
-        if self._bar is None or "loss" not in metrics:  # the bar shows the training loss itself
-            self.say(f"{self._name} {step}/{self._total} · " + " · ".join(_shown(metrics)))
-
-    def skipped(self, step: int, entries: Iterable[Mapping]) -> None:
-        """A line of `skipped.jsonl` for each sample that an update had to do without."""
-        for entry in entries:
-            with open(self._skipped, "a") as file:
-                file.write(json.dumps({"step": step, **entry}) + "\n")
-
-    def say(self, text: str) -> None:
-        """A line on stdout that leaves the bar whole."""
-        if self._bar is None:
-            print(text, flush=True)
-        else:
-            self._bar.write(text)
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-        self._board.close()
-        self._file.close()
-
-
-def troubles(metrics: Mapping[str, float | int | None]) -> list[str]:
-    """What a run had to do without, in words; nothing where there was nothing."""
-    words = dict(updates_skipped="updates skipped (not finite)", samples_skipped="samples skipped (see skipped.jsonl)",
-                 samples_truncated="samples cut at max_length", samples_unsupervised="samples without a supervised token")
-    return [f"{metrics[key]} {text}" for key, text in words.items() if metrics.get(key)]
-
-
-def _shown(metrics: Mapping[str, float | int | None]) -> Iterable[str]:
-    formats = dict(loss="loss {:.4f}", validation_loss="validation loss {:.4f}", learning_rate="learning rate {:.2e}",
-                   grad_norm="gradient {:.3f}", tokens_per_second="{:,.0f} tokens/s", mfu="MFU {:.1%}")
-    shown = [form.format(metrics[key]) for key, form in formats.items() if metrics.get(key) is not None]
-    known = {*formats, "samples", "tokens", "padding_fraction", "image_padding_fraction"}
-    evaluated = [f"{key} {value:.4g}" for key, value in metrics.items() if key not in known and isinstance(value, float)]
-    return [*shown, *evaluated, *troubles(metrics)]
+def peak_memory() -> int | None:
+    """Most bytes that were in use so far on the fullest of this process's devices; None where a device does not say (a CPU)."""
+    stats = [device.memory_stats() for device in jax.local_devices()]
+    return max((s["peak_bytes_in_use"] for s in stats if s and "peak_bytes_in_use" in s), default=None)

@@ -16,7 +16,7 @@ from llavamed_jax.errors import UsageError, UserError
 from llavamed_jax.training import recipe
 
 # What a run that goes on may change: how long, where and how often, but not what is computed.
-MAY_DIFFER = ("epochs", "total_steps", "log_every", "checkpoint.", "data.workers", "mesh.")
+MAY_DIFFER = ("epochs", "total_steps", "log_every", "samples_every", "data.samples", "nan_limit", "checkpoint.", "data.workers", "mesh.")
 
 
 @contextlib.contextmanager

@@ -1,0 +1,149 @@
+"""What is generated while a model is trained: closed accuracy on the validation questions, and answers to look at."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+
+from llavamed_jax.assistant import LlavaMed
+from llavamed_jax.checkpoints.load import flatten, nest
+from llavamed_jax.data import datasets
+from llavamed_jax.data.conversation import IMAGE_MARKER
+from llavamed_jax.data.processor import Processor
+from llavamed_jax.errors import UserError
+from llavamed_jax.evaluation import metrics
+from llavamed_jax.evaluation.scoring import is_strictly_right
+from llavamed_jax.models.llava import PARAM_AXES
+from llavamed_jax.parallel.mesh import param_shardings
+from llavamed_jax.training.log import Sample
+from llavamed_jax.training.setup import to_disk
+from llavamed_jax.training.watch import Snapshot
+
+SHOWN = 4  # questions that are asked again and again
+MAX_NEW_TOKENS = {"sample": 64, "closed": 16}
+
+
+@dataclass(frozen=True)
+class Question:
+    """The first turn of a record."""
+
+    name: str
+    images: Sequence[str]
+    text: str
+    wanted: str
+    is_closed: bool
+
+
+def first_turn(record: Mapping) -> Question | None:
+    """The question of a training record; None where it has no answer."""
+    turns = record["conversations"][record["conversations"][0]["from"] == "gpt":]
+    if len(turns) < 2:
+        return None
+    wanted = turns[1]["value"]
+    kind = record.get("answer_type")  # of a VQA set; elsewhere an answer of yes or no makes a question closed
+    is_closed = str(kind).strip().upper() == "CLOSED" if kind else metrics.normalize_word(wanted.lower()) in ("yes", "no")
+    return Question(str(record["id"]), record["image"], turns[0]["value"].replace(IMAGE_MARKER, "").strip(), wanted, is_closed)
+
+
+def _questions(records: Iterable[Mapping]) -> Iterator[Question]:
+    return (question for question in map(first_turn, records) if question is not None)
+
+
+class TrainedModel:
+    """A run's model as one that can be asked. Its programs are compiled once; its weights are those of a snapshot."""
+
+    def __init__(self):
+        self._model: LlavaMed | None = None
+        self._captioner: Processor | None = None  # of a template without roles
+        self._refused: set[str] = set()
+
+    def ask(self, snapshot: Snapshot, questions: Sequence[Question], max_new_tokens: int) -> list[str | None]:
+        """Greedy answers; None to a question that cannot be asked, which is said once."""
+        with self._loaded(snapshot) as model:
+            rows = [self._row(model, question) for question in questions]
+            asked = [row for row in rows if row is not None]
+            answers = iter(model.generate_tokens([ids for ids, _ in asked], [pixels for _, pixels in asked], max_new_tokens))
+            return [None if row is None else self._text(model, next(answers)) for row in rows]
+
+    def _row(self, model: LlavaMed, question: Question) -> tuple[list[int], list[np.ndarray]] | None:
+        """Ids and pixels. A caption's prompt is the image alone, as the template without roles was trained."""
+        processor = model.processor
+        try:
+            if self._captioner is not None:
+                ids = processor.expand(self._captioner.encode(self._captioner.image_marker))
+            else:
+                content = [{"type": "image", "image": image} for image in question.images] + [{"type": "text", "text": question.text}]
+                ids = processor.expand(processor.encode(processor.prompt([{"role": "user", "content": content}])))
+            if len(ids) > model.engine.max_prompt:
+                raise UserError(f"its prompt is {len(ids)} tokens long; at most {model.engine.max_prompt} were expected")
+            return ids, list(processor.images_uint8(question.images)) if question.images else []
+        except UserError as error:
+            if question.name not in self._refused:
+                print(f"question {question.name} is not asked: {error}", flush=True)
+            self._refused.add(question.name)
+            return None
+
+    def _text(self, model: LlavaMed, ids: Sequence[int]) -> str:
+        text = model.processor.decode(ids)
+        return min((text.split(end)[0] for end in model.processor.stop), key=len, default=text).strip()
+
+    @contextlib.contextmanager
+    def _loaded(self, snapshot: Snapshot) -> Iterator[LlavaMed]:
+        """The model with a snapshot's weights, which are let go afterwards: training needs the memory."""
+        program = snapshot.program
+        params = _unrolled(snapshot)
+        if self._model is None:
+            processor = snapshot.data.processor
+            if processor.template.is_for_training_only:  # asked as the model is asked later; captions are no answers, though
+                self._captioner = processor if processor.template.labels == "plain" else None
+                processor = Processor(processor.config, processor.tokenizer)
+            self._model = LlavaMed(program.model.cfg, params, processor, program.model.dtype, program.mesh)
+        self._model.engine.params = params
+        try:
+            yield self._model
+        finally:
+            self._model.engine.params = None
+
+
+def _unrolled(snapshot: Snapshot):
+    """A snapshot's parameters one array a layer, in the dtype of the computation, laid as the engine lays them."""
+    program = snapshot.program
+    cast = lambda params: nest({name: x.astype(program.model.dtype) for name, x in to_disk(flatten(params)).items()})
+    shardings = param_shardings(jax.eval_shape(cast, snapshot.params), PARAM_AXES, program.mesh)
+    return jax.jit(cast, out_shardings=shardings)(snapshot.params)
+
+
+class ClosedAccuracy:
+    """An evaluator: the share of the validation data's closed questions that is answered right (`scoring.is_strictly_right`)."""
+
+    def __init__(self, model: TrainedModel):
+        self._model = model
+
+    def __call__(self, snapshot: Snapshot) -> dict[str, float]:
+        if snapshot.data.validation is None:
+            return {}
+        closed = [q for source in snapshot.data.validation.sources for q in _questions(source) if q.is_closed]
+        answers = self._model.ask(snapshot, closed, MAX_NEW_TOKENS["closed"]) if closed else []
+        right = [is_strictly_right(answer, q.wanted) for q, answer in zip(closed, answers) if answer is not None]
+        return {"validation_closed_accuracy": sum(right) / len(right), "validation_closed": len(right)} if right else {}
+
+
+class Samples:
+    """A sampler: the answers to a few fixed questions, the first of `data.samples`, else of validation or training data."""
+
+    def __init__(self, model: TrainedModel):
+        self._model = model
+
+    def __call__(self, snapshot: Snapshot) -> list[Sample]:
+        cfg, data = snapshot.data.cfg, snapshot.data
+        fixed = datasets.read_training(cfg.data.samples, cfg.data.images) if cfg.data.samples else data.validation or data.train
+        with_image = (q for source in fixed.sources for q in _questions(source) if q.images)
+        questions = list(itertools.islice(with_image, SHOWN))
+        answers = self._model.ask(snapshot, questions, MAX_NEW_TOKENS["sample"]) if questions else []
+        return [Sample(q.name, data.processor.images_uint8(q.images), q.text, answer, q.wanted)
+                for q, answer in zip(questions, answers) if answer is not None]

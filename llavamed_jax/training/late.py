@@ -1,0 +1,156 @@
+"""The one place where values leave the devices: the metrics of updates, read when they are done and not waited for."""
+
+from __future__ import annotations
+
+import collections
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from llavamed_jax.config import LlavaConfig
+from llavamed_jax.errors import UserError
+from llavamed_jax.training import metrics
+from llavamed_jax.training.log import MetricsWriter
+from llavamed_jax.training.workdir import write_text
+
+# Updates that are under way at a time. One runs and one waits for it, so the device is never idle, and the host is never
+# further ahead: what it allocates stays bounded, and a signal is obeyed after two updates.
+IN_FLIGHT = 2
+
+
+def read(values: Any) -> Any:
+    """Waits for device scalars, a pytree, and gives them as Python's floats."""
+    return jax.tree.map(float, jax.device_get(values))
+
+
+@dataclass
+class Progress:
+    """What a run has counted, which its checkpoints carry."""
+
+    samples: int = 0
+    tokens: int = 0  # supervised
+    samples_skipped: int = 0  # whose image could not be read
+    samples_truncated: int = 0  # longer than max_length
+    samples_unsupervised: int = 0  # that teach nothing, because the original's label arithmetic did not add up
+    updates_skipped: int = 0  # whose loss or gradient was not finite
+    skipped_in_a_row: int = 0  # of them, since the last update that was
+    best: dict | None = None  # {"step", "validation_loss"}
+
+
+@dataclass(frozen=True)
+class Update:
+    """An update that was dispatched.
+
+    Attributes:
+      metrics: device scalars, as `make_train_step` returns them.
+      counts: of the batch (`metrics.batch_counts`); `troubles`: what it had to do without, by the names of `Progress`.
+      position: where the data stood before the batch (`Loader.state`), by which its samples can be named.
+      at: when it was dispatched.
+    """
+
+    step: int
+    metrics: Mapping[str, jax.Array]
+    counts: Mapping[str, int]
+    troubles: Mapping[str, int]
+    position: Mapping[str, int]
+    at: float = field(default_factory=time.monotonic)
+
+
+class LateReader:
+    """Takes updates as they are dispatched, and reads and writes their metrics two updates late.
+
+    Throughput is taken between the times at which updates were done. The clock starts after the first update, which compiles,
+    and again after every pause.
+
+    Args:
+      progress: is counted up.
+      log: gets a line every `log_every` updates and for the last one.
+      config, trained, num_devices: for MFU (`metrics.training_flops`).
+      nan_limit: so many updates in a row that are not finite end the run.
+      name_samples: position in the data -> ids of the samples of the batch there.
+    """
+
+    def __init__(self, progress: Progress, log: MetricsWriter, workdir: Path, *, config: LlavaConfig, trained: Mapping[str, int],
+                 num_devices: int, log_every: int, total_steps: int, nan_limit: int, name_samples: Callable[[Mapping], list]):
+        self._progress, self._log, self._workdir = progress, log, workdir
+        self._config, self._trained = config, trained
+        peak = metrics.peak_flops(jax.devices()[0].device_kind)
+        self._peak = None if peak is None else peak * num_devices
+        self._log_every, self._total_steps = log_every, total_steps
+        self._nan_limit, self._name_samples = nan_limit, name_samples
+        self._queue: collections.deque[Update] = collections.deque()
+        self._not_finite: list[Update] = []  # the newest, in a row
+        self._is_first = True
+        self.restart_clock()
+
+    def restart_clock(self, at: float | None = None) -> None:
+        self._since, self._tokens, self._flops = at or time.monotonic(), 0, 0.0
+
+    def make_room(self) -> None:
+        """Returns when one more update may be dispatched: waits for the one before the last."""
+        while len(self._queue) >= IN_FLIGHT:
+            self._read_oldest()
+
+    def add(self, update: Update) -> None:
+        self._queue.append(update)
+
+    def drain(self) -> None:
+        """Waits for all updates, so that a checkpoint carries what they counted."""
+        while self._queue:
+            self._read_oldest()
+
+    def _read_oldest(self) -> None:
+        update = self._queue.popleft()
+        # What is done before anyone asks was waiting for its batch, so it was done soon after it was dispatched.
+        was_done = all(value.is_ready() for value in update.metrics.values())
+        values = read(update.metrics)
+        done_at = max(update.at, self._since) if was_done else time.monotonic()
+        self._count(update, values)
+        self._log.advance(update.step, values["loss"])
+        is_logged = update.step % self._log_every == 0 or update.step == self._total_steps
+        if is_logged:
+            self._log.write(update.step, self._line(update, values, max(done_at - self._since, 1e-9)))
+        if is_logged or self._is_first:
+            self.restart_clock(done_at)
+        self._is_first = False
+        if self._progress.skipped_in_a_row >= self._nan_limit:
+            self._refuse()
+
+    def _count(self, update: Update, values: Mapping[str, float]) -> None:
+        progress, counts = self._progress, update.counts
+        progress.samples += counts["samples"]
+        progress.tokens += int(values["tokens"])
+        for name, count in update.troubles.items():
+            setattr(progress, name, getattr(progress, name) + count)
+        if values["skipped"]:
+            progress.updates_skipped += 1
+            progress.skipped_in_a_row += 1
+            self._not_finite.append(update)
+        else:
+            progress.skipped_in_a_row = 0
+            self._not_finite.clear()
+        self._tokens += counts["tokens"]
+        self._flops += metrics.training_flops(self._config, self._trained, counts["tokens"], counts["attended"], counts["images"])
+
+    def _line(self, update: Update, values: Mapping[str, float], seconds: float) -> dict:
+        progress, counts = self._progress, update.counts
+        return dict(
+            loss=values["loss"], learning_rate=values["learning_rate"], grad_norm=values["grad_norm"], samples=progress.samples,
+            tokens=progress.tokens, tokens_per_second=self._tokens / seconds,
+            padding_fraction=1 - counts["tokens"] / counts["positions"],
+            image_padding_fraction=1 - counts["images"] / counts["image_slots"] if counts["image_slots"] else 0.0,
+            mfu=None if self._peak is None else self._flops / seconds / self._peak, memory_peak_bytes=metrics.peak_memory(),
+            **{name: count for name, count in vars(progress).items() if name.endswith(("skipped", "truncated", "unsupervised"))})
+
+    def _refuse(self) -> None:
+        """Ends the run; a file says which samples it could make nothing of."""
+        process = f".{jax.process_index()}" if jax.process_count() > 1 else ""
+        path = self._workdir / f"not_finite{process}.json"
+        write_text(path, json.dumps([{"step": u.step, "ids": self._name_samples(u.position)} for u in self._not_finite], indent=1) + "\n")
+        raise UserError(f"{self._progress.skipped_in_a_row} updates in a row, up to step {self._not_finite[-1].step}, were not finite in "
+                        f"loss, gradient or update (nan_limit is {self._nan_limit}); the ids of their samples are in {path}")

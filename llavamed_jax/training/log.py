@@ -1,0 +1,121 @@
+"""What a run says while it trains: `metrics.jsonl`, TensorBoard, a bar on a terminal or lines in a pipe."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+from llavamed_jax.training.workdir import cut_back
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A question that the model was asked while it was trained.
+
+    Attributes:
+      images: uint8 [height,width,3] each, as the model sees them.
+      wanted: the answer of the data.
+    """
+
+    name: str
+    images: Sequence[np.ndarray]
+    question: str
+    answer: str
+    wanted: str
+
+
+class MetricsWriter:
+    """Writes the metrics of a run that begins at `step`; what an interrupted run logged after that is taken back.
+
+    Args:
+      workdir: gets `metrics.jsonl`, `tensorboard/`, and `skipped.jsonl` where there is something to put in it.
+      step: updates done so far.
+      total_steps: of the whole run.
+      name: in front of the progress.
+    """
+
+    def __init__(self, workdir: Path, step: int, total_steps: int, name: str):
+        for log in ("metrics.jsonl", "skipped.jsonl"):
+            cut_back(workdir / log, step)
+        self._skipped = workdir / "skipped.jsonl"
+        self._file = open(workdir / "metrics.jsonl", "a")
+        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
+        self._total = total_steps
+        self._name = name
+        # A bar overwrites itself; where nobody watches, that would be one endless line.
+        self._bar = tqdm(total=total_steps, initial=step, desc=name, unit="step") if sys.stderr.isatty() else None
+
+    def advance(self, step: int, loss: float) -> None:
+        """Moves the bar on."""
+        if self._bar is not None:
+            self._bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+            self._bar.update(step - self._bar.n)
+
+    def write(self, step: int, metrics: Mapping[str, float | int | None]) -> None:
+        """One line of `metrics.jsonl`, the same in TensorBoard, and where there is no bar a line for whoever reads along."""
+        finite = {key: value if value is None or math.isfinite(value) else None for key, value in metrics.items()}
+        self._file.write(json.dumps({"step": step, **finite}, allow_nan=False) + "\n")  # JSON has no NaN: null
+        self._file.flush()
+        for key, value in finite.items():
+            if value is not None:
+                self._board.add_scalar(key, value, step)
+        if self._bar is None or "loss" not in metrics:  # the bar shows the training loss itself
+            self.say(f"{self._name} {step}/{self._total} · " + " · ".join(_shown(metrics)))
+
+    def samples(self, step: int, samples: Iterable[Sample]) -> None:
+        """A line for each answer; text and picture in TensorBoard."""
+        for i, sample in enumerate(samples):
+            self.say(f"{self._name} {step}/{self._total} · {sample.name} · {_one_line(sample.question)} -> "
+                     f"{_one_line(sample.answer)} (wanted: {_one_line(sample.wanted)})")
+            text = f"**Question** {sample.question}\n\n**Answer** {sample.answer}\n\n**Wanted** {sample.wanted}"
+            self._board.add_text(f"samples/{i}", text, step)
+            for j, image in enumerate(sample.images):
+                self._board.add_image(f"samples/{i}/image_{j}", image, step, dataformats="HWC")
+
+    def skipped(self, step: int, entries: Iterable[Mapping]) -> None:
+        """A line of `skipped.jsonl` for each sample that an update had to do without."""
+        for entry in entries:
+            with open(self._skipped, "a") as file:
+                file.write(json.dumps({"step": step, **entry}) + "\n")
+
+    def say(self, text: str) -> None:
+        """A line on stdout that leaves the bar whole."""
+        if self._bar is None:
+            print(text, flush=True)
+        else:
+            self._bar.write(text)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        self._board.close()
+        self._file.close()
+
+
+def troubles(metrics: Mapping[str, float | int | None]) -> list[str]:
+    """What a run had to do without, in words; nothing where there was nothing."""
+    words = dict(updates_skipped="updates skipped (not finite)", samples_skipped="samples skipped (see skipped.jsonl)",
+                 samples_truncated="samples cut at max_length", samples_unsupervised="samples without a supervised token")
+    return [f"{metrics[key]} {text}" for key, text in words.items() if metrics.get(key)]
+
+
+def _shown(metrics: Mapping[str, float | int | None]) -> Iterable[str]:
+    formats = dict(loss="loss {:.4f}", validation_loss="validation loss {:.4f}", learning_rate="learning rate {:.2e}",
+                   grad_norm="gradient {:.3f}", tokens_per_second="{:,.0f} tokens/s", mfu="MFU {:.1%}")
+    shown = [form.format(metrics[key]) for key, form in formats.items() if metrics.get(key) is not None]
+    known = {*formats, "samples", "tokens", "padding_fraction", "image_padding_fraction"}
+    evaluated = [f"{key} {value:.4g}" for key, value in metrics.items() if key not in known and isinstance(value, float)]
+    return [*shown, *evaluated, *troubles(metrics)]
+
+
+def _one_line(text: str, most: int = 160) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= most else f"{line[:most]}…"

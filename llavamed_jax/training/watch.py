@@ -1,0 +1,103 @@
+"""What a run is judged by on the way: validation loss, evaluators from outside, sample answers, a trace of a few updates."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from llavamed_jax.errors import UserError
+from llavamed_jax.training import setup
+from llavamed_jax.training.late import Progress, read
+from llavamed_jax.training.log import MetricsWriter, Sample
+from llavamed_jax.training.state import TrainState
+from llavamed_jax.training.step import place
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A run as evaluators see it, with no update under way.
+
+    Attributes:
+      step: updates done.
+      params: nested, layers stacked; what is trained in float32, the rest in the dtype of the computation. They are given to
+        the next update: whoever needs them for longer copies them.
+      program: model and mesh; `data`: processor and records.
+    """
+
+    step: int
+    params: Mapping
+    program: setup.Program
+    data: setup.Data
+
+
+# Named numbers, which are written beside the validation loss, and answers to look at. The trainer gets them as callables:
+# they generate and score, of which it knows nothing.
+Evaluator = Callable[[Snapshot], Mapping[str, float]]
+Sampler = Callable[[Snapshot], Sequence[Sample]]
+
+
+def judge(snapshot: Snapshot, state: TrainState, eval_step, evaluators: Sequence[Evaluator], progress: Progress) -> dict[str, float]:
+    """The validation loss, weighted by tokens, and what the evaluators say; notes in `progress` which step is the best."""
+    found = {}
+    if snapshot.data.validation is not None:
+        found["validation_loss"] = loss = _validation_loss(snapshot, state, eval_step)
+        best = progress.best["validation_loss"] if progress.best else math.inf
+        if loss < best:  # NaN never is
+            progress.best = {"step": snapshot.step, "validation_loss": loss}
+    for evaluate in evaluators:
+        found.update(evaluate(snapshot))
+    return found
+
+
+def _validation_loss(snapshot: Snapshot, state: TrainState, eval_step) -> float:
+    total, count = jnp.float32(0), jnp.float32(0)
+    with contextlib.closing(snapshot.data.validation_batches()) as batches:
+        for batch in batches:
+            part = eval_step(state, place(batch, snapshot.program.mesh))
+            total, count = total + part[0], count + part[1]
+    total, count = read((total, count))
+    if not count:
+        raise UserError(f"no sample of the validation data {snapshot.data.cfg.data.validation} has a supervised token")
+    return total / count
+
+
+class Profiler:
+    """Traces the updates `first` to `last` into the run's TensorBoard directory. As a context it ends a trace that is open."""
+
+    def __init__(self, span: tuple[int, int] | None, workdir: Path, log: MetricsWriter):
+        self._first, self._last = span or (0, 0)
+        self._directory, self._log = workdir / "tensorboard", log
+        self._is_on = self._is_done = False
+
+    def __enter__(self) -> Profiler:
+        return self
+
+    def before(self, step: int, drain: Callable[[], None]) -> None:
+        """To be called before an update is dispatched; `drain` waits for those under way, which are not to be in the trace."""
+        if self._first <= step <= self._last and not self._is_on:
+            drain()
+            jax.profiler.start_trace(str(self._directory))
+            self._is_on = True
+
+    def after(self, step: int, drain: Callable[[], None]) -> None:
+        """To be called when an update was dispatched."""
+        if self._is_on and step >= self._last:
+            drain()
+            self._end()
+
+    def __exit__(self, *_) -> None:
+        if self._is_on:
+            self._end()
+        elif self._last and not self._is_done:
+            self._log.say(f"none of the updates {self._first} to {self._last} was left to do, so nothing was profiled")
+
+    def _end(self) -> None:
+        jax.profiler.stop_trace()
+        self._is_on, self._is_done = False, True
+        self._log.say(f"a trace of the updates {self._first} to {self._last} lies in {self._directory}/plugins/profile")
