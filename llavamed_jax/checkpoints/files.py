@@ -88,6 +88,8 @@ def new_directory(out: str | Path, size: int = 0, apart_from: Iterable[Path | No
             shutil.rmtree(temporary, ignore_errors=True)
             if isinstance(error, OSError) and error.errno in _DISK:
                 raise UserError(f"{out} cannot be written: {error.strerror}") from None
+            if type(error) is UserError and str(temporary) in str(error):  # of a directory inside: by the name that was asked for
+                raise UserError(str(error).replace(str(temporary), str(out))) from None
             raise
 
 
