@@ -8,6 +8,26 @@ from __future__ import annotations
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from llavamed_jax.errors import UsageError
+
+# Platform -> what a recipe's `attention` may say there -> backend. All are the same function; `xla` is what the rest is tested
+# against. On a CPU splash runs interpreted, for tests.
+BACKENDS = {
+    "cpu": {"auto": "xla", "xla": "xla", "splash": "splash_interpreted"},
+    "tpu": {"auto": "splash", "xla": "xla", "splash": "splash"},
+}
+ELSEWHERE = {"auto": "xla", "xla": "xla"}
+
+
+def backend_of(choice: str, platform: str) -> str:
+    """The backend for a recipe's `attention` on devices of a platform. Raises UsageError for one that they do not have."""
+    there = BACKENDS.get(platform, ELSEWHERE)
+    if choice not in there:
+        raise UsageError(f"the config key 'attention' is {choice!r}, which is not for devices of the kind {platform}; "
+                         f"{' or '.join(there)} was expected")
+    return there[choice]
 
 
 @flax.struct.dataclass
@@ -38,16 +58,26 @@ class AttentionMask:
         return seen
 
 
-def attention(q, k, v, mask: AttentionMask | None = None):
+def attention(q, k, v, mask: AttentionMask | None = None, backend: str = "xla"):
     """Softmax attention with grouped queries; scores and softmax in float32.
 
     Args:
       q: [B,T,N,H]
       k, v: [B,K,S,H], keys contiguous a head: the layout of the cache.
-      mask: None lets every query see every key (the vision tower).
+      mask: None lets every query see every key (the vision tower; XLA only).
+      backend: as `backend_of` returns it. `splash` is for whole rows: queries and keys are the same positions, consecutive
+        in a segment. `xla` goes by the mask alone.
     Returns:
-      [B,T,N,H] in v's dtype.
+      [B,T,N,H] in v's dtype, which rematerialisation knows as `context`.
     """
+    if backend == "xla":
+        return checkpoint_name(_xla(q, k, v, mask), "context")
+    from llavamed_jax.models.splash import splash_attention  # Pallas takes a second to import
+
+    return splash_attention(q, k, v, mask, interpret=backend == "splash_interpreted").astype(v.dtype)
+
+
+def _xla(q, k, v, mask):
     B, T, N, H = q.shape
     K = k.shape[1]
     q = q.reshape(B, T, K, N // K, H)

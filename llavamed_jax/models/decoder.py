@@ -49,6 +49,7 @@ class LayerCache:
 class Attention(nn.Module):
     cfg: DecoderConfig
     dtype: Any
+    backend: str
 
     @nn.compact
     def __call__(self, x, rope, mask, cache):  # [B,T,D] -> [B,T,D], cache
@@ -65,7 +66,7 @@ class Attention(nn.Module):
             cache = cache.write(k, v, mask.q_positions[:, 0])
             k, v = cache.k, cache.v
         q = constrain(q, "act_batch", None, "act_heads", None)
-        context = checkpoint_name(attention(q, k, v, mask).reshape(B, T, -1), "context")
+        context = attention(q, k, v, mask, self.backend if cache is None else "xla").reshape(B, T, -1)
         return Linear(cfg.hidden_size, False, self.dtype, name="o_proj")(context), cache
 
 
@@ -85,13 +86,14 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     cfg: DecoderConfig
     dtype: Any
+    backend: str
 
     @nn.compact
     def __call__(self, x, shared, cache):  # [B,T,D], (rope, mask), cache -> [B,T,D], cache
         rope, mask = shared
         eps = self.cfg.rms_norm_eps
         h = RMSNorm(eps, self.dtype, name="input_layernorm")(x)
-        h, cache = Attention(self.cfg, self.dtype, name="self_attn")(h, rope, mask, cache)
+        h, cache = Attention(self.cfg, self.dtype, self.backend, name="self_attn")(h, rope, mask, cache)
         x = x + h
         x = x + Mlp(self.cfg, self.dtype, name="mlp")(RMSNorm(eps, self.dtype, name="post_attention_layernorm")(x))
         return constrain(x, "act_batch", None, None), cache
@@ -102,11 +104,12 @@ class Decoder(nn.Module):
     dtype: Any = jnp.float32
     scan: bool = False
     remat: str = "none"
+    attention: str = "xla"
 
     def setup(self):
         cfg = self.cfg
         self.embed_tokens = nn.Embed(cfg.vocab_size, cfg.hidden_size, embedding_init=nn.initializers.normal(0.02))
-        self.layers = layer_stack(Block, cfg.num_layers, cfg, self.dtype, scan=self.scan, remat=self.remat)
+        self.layers = layer_stack(Block, cfg.num_layers, cfg, self.dtype, self.attention, scan=self.scan, remat=self.remat)
         self.norm = RMSNorm(cfg.rms_norm_eps, self.dtype)
         if not cfg.tie_word_embeddings:
             self.lm_head = Linear(cfg.vocab_size, False, self.dtype, out_dtype=jnp.float32)

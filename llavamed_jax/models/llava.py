@@ -35,18 +35,20 @@ class Llava(nn.Module):
       dtype: of the computation; parameters are cast to it where they are used.
       scan: stacked parameters (`layers`, leading axis L) and scanned layers, for training; else `layers_{i}`.
       remat: `none`, `full`, `qkvo` or `minimal` (models/layers.py).
+      attention: the decoder's backend for whole rows (`attention.backend_of`); the tower and cached decoding use XLA's.
     """
 
     cfg: LlavaConfig
     dtype: Any = jnp.float32
     scan: bool = False
     remat: str = "none"
+    attention: str = "xla"
 
     def setup(self):
         cfg = self.cfg
         self.vision_tower = vit.VisionTower(cfg.vision, cfg.num_vision_layers_used, self.dtype, self.scan, self.remat)
         self.projector = projector.Projector(cfg, self.dtype)
-        self.decoder = decoder.Decoder(cfg.decoder, self.dtype, self.scan, self.remat)
+        self.decoder = decoder.Decoder(cfg.decoder, self.dtype, self.scan, self.remat, self.attention)
 
     def __call__(self, input_ids, pixel_values=None, positions=None, segment_ids=None):
         """Logits of whole rows.

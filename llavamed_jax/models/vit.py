@@ -95,8 +95,7 @@ class Attention(nn.Module):
         q, k, v = (
             checkpoint_name(Linear(self.cfg.hidden_size, dtype=self.dtype, name=f"{name[0]}_proj")(x), name).reshape(heads)
             for name in ("query", "key", "value"))
-        context = attention(q, k.swapaxes(1, 2), v.swapaxes(1, 2))
-        context = checkpoint_name(context.reshape(x.shape), "context")
+        context = attention(q, k.swapaxes(1, 2), v.swapaxes(1, 2)).reshape(x.shape)
         return Linear(self.cfg.hidden_size, dtype=self.dtype, name="out_proj")(context)
 
 

@@ -30,7 +30,7 @@ KEYS: dict[str, tuple] = {
 
 # Values that a key may have, where they are few.
 CHOICES: dict[str, tuple] = {
-    "remat": ("none", *REMAT_POLICIES), "attention": ("auto", "xla"), "optimizer.mu_dtype": ("float32", "bfloat16"),
+    "remat": ("none", *REMAT_POLICIES), "attention": ("auto", "xla", "splash"), "optimizer.mu_dtype": ("float32", "bfloat16"),
     "data.protocol": ("clean", "paper", None), "data.packing": (False,), "mesh.slices": (1,), "mesh.auto": (False,),
 }
 POSITIVE = ("batch_size", "micro_batches", "epochs", "total_steps", "max_length", "log_every", "nan_limit", "checkpoint.keep",

@@ -24,6 +24,7 @@ from llavamed_jax.data.processor import Processor
 from llavamed_jax.data.tokenizer import Tokenizer
 from llavamed_jax.errors import UsageError, UserError
 from llavamed_jax.models import llava
+from llavamed_jax.models.attention import backend_of
 from llavamed_jax.parallel.mesh import make_mesh
 from llavamed_jax.templates import get_template
 from llavamed_jax.training import optimizer as optimizers
@@ -138,7 +139,8 @@ class Program:
         names = list(states.partition(abstract, trainable)[0])
         optimizer, schedule = optimizers.build(cfg.optimizer, total_steps, names, [states.TABLE] if rows else [])
         shardings = states.state_shardings(abstract, trainable, optimizer, mesh)
-        model = llava.Llava(checkpoint.config, dtype, scan=True, remat=cfg.remat)
+        backend = backend_of(cfg.attention, mesh.devices.flat[0].platform)
+        model = llava.Llava(checkpoint.config, dtype, scan=True, remat=cfg.remat, attention=backend)
         return cls(model, mesh, optimizer, schedule, shardings, trainable, rows)
 
     def initial_state(self, checkpoint: Checkpoint) -> TrainState:
