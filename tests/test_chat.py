@@ -1,5 +1,8 @@
 """The terminal chat: its commands, what an error or Ctrl-C leaves of a conversation, and one run of the real program."""
 
+import os
+import select
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,22 +15,26 @@ from llavamed_jax.data.chat import read_messages
 from llavamed_jax.data.images import load_image
 from llavamed_jax.errors import UserError
 
-TOKENIZER = Path(__file__).resolve().parent.parent / "samples" / "vqa_rad" / "tokenizer.model"
+ROOT = Path(__file__).resolve().parent.parent
+TOKENIZER = ROOT / "samples" / "vqa_rad" / "tokenizer.model"
 
 
 class FakeModel:
-    """Answers with the number of the question and keeps what it was asked; `script` may raise between two pieces."""
+    """Answers with the number of the question and keeps what it was asked; `script` may raise between two pieces of an
+    answer, `before` ahead of the first."""
 
     name, tower = "fake", "the tensors in the checkpoint"
 
-    def __init__(self, script=None):
+    def __init__(self, script=None, before=None):
         self.processor = SimpleNamespace(images=lambda paths: [load_image(path) for path in paths])
-        self.script, self.asked, self.settings = script or {}, [], []
+        self.script, self.before, self.asked, self.settings = script or {}, before or {}, [], []
 
     def stream(self, messages, **settings):
         read_messages(messages)  # what the real one refuses
         self.asked.append(messages)
         self.settings.append(settings)
+        if self.before.get(len(self.asked)):
+            raise self.before[len(self.asked)]
         yield f"answer {len(self.asked)}"
         if len(self.asked) in self.script:
             raise self.script[len(self.asked)]
@@ -69,7 +76,7 @@ def test_a_conversation_grows_and_an_image_goes_with_the_next_message_alone(talk
     flags = ["--image", picture, "--max_new_tokens", "7", "--seed", "3", "--temperature", "0"]
     status, out, errors = talk(model, "What?", "  Where? ", f"/image  {picture} ", "And here?", flags=flags)
     assert (status, errors) == (0, [])
-    assert out.splitlines()[1:] == ["answer 1, whole", "answer 2, whole", "answer 3, whole"]
+    assert out.splitlines()[1:] == ["answer 1, whole", "answer 2, whole", "1 image for the next message", "answer 3, whole"]
     last = model.asked[-1]
     assert [m["role"] for m in last] == ["user", "assistant"] * 2 + ["user"]
     assert [content(m) for m in last[::2]] == [[picture, "What?"], ["Where?"], [picture, "And here?"]]
@@ -86,8 +93,19 @@ def test_the_end_of_input_ends_with_0(talk, end):
 
 def test_clear_forgets_messages_and_waiting_images(talk, picture):
     model = FakeModel()
-    talk(model, "What?", f"/image {picture}", "/clear", "New?")
-    assert [content(m) for m in model.asked[-1]] == [["New?"]]
+    _, out, _ = talk(model, "What?", f"/image {picture}", "/clear", "New?")
+    assert [content(m) for m in model.asked[-1]] == [["New?"]] and "a new conversation" in out.splitlines()
+
+
+def test_several_images_and_a_system_text(talk, picture):
+    """Names with spaces, in quotes too; /clear keeps what the program was started with."""
+    model = FakeModel()
+    flags = ["--image", picture, "--image", picture, "--system", "Be brief."]
+    _, out, _ = talk(model, "What?", f"/image '{picture}'", f'/image "{picture}"', "Where?", "/clear", "New?", flags=flags)
+    assert "2 images for the next message" in out.splitlines()
+    system = {"role": "system", "content": "Be brief."}
+    assert [content(m) for m in model.asked[1][1::2]] == [[picture, picture, "What?"], [picture, picture, "Where?"]]
+    assert [asked[0] for asked in model.asked] == [system] * 3 and len(model.asked[-1]) == 2
 
 
 def test_unknown_commands_and_an_image_without_a_name_print_the_help(talk):
@@ -127,9 +145,83 @@ def test_control_c_stops_an_answer_and_keeps_what_was_said(talk):
     assert [m["content"] for m in model.asked[-1][1::2]] == ["answer 1"]
 
 
+def test_control_c_before_the_first_word_takes_the_question_back(talk, picture):
+    """No empty answer stays in the conversation, and the image still waits."""
+    model = FakeModel(before={2: KeyboardInterrupt()})
+    status, out, _ = talk(model, "What?", f"/image {picture}", "Never mind", "Where?")
+    assert status == 0 and "(stopped; the question is taken back)" in out.splitlines()
+    assert [m["role"] for m in model.asked[-1]] == ["user", "assistant", "user"]
+    assert [content(m) for m in model.asked[-1][::2]] == [["What?"], [picture, "Where?"]]
+
+
+def test_an_answer_that_is_its_end_alone_is_said_and_kept(talk):
+    model = FakeModel()
+    model.stream = lambda messages, **_: model.asked.append(messages) or iter(())
+    _, out, _ = talk(model, "What?", "Why?")
+    assert out.splitlines()[1:] == ["(an empty answer)"] * 2
+    assert [m["content"] for m in model.asked[-1][1::2]] == [""]
+
+
+# What a person sees: the program in a terminal of its own, with a model that takes its time.
+TERMINAL = """
+import sys, time
+from types import SimpleNamespace
+from llavamed_jax import chat
+
+def stream(messages, **settings):
+    if messages[-1]["content"][-1]["text"] == "slow":
+        print("thinking", flush=True)
+        time.sleep(60)
+    yield "caf\u00e9 \u65e5\u672c "
+    time.sleep(60 if messages[-1]["content"][-1]["text"] == "long" else 0)
+    yield "| ".join(m["content"] for m in messages[1::2]) + "."
+
+chat.common.load_assistant = lambda args: SimpleNamespace(name="fake", stream=stream)
+sys.exit(chat.main(["--checkpoint", "x"]))
+"""
+
+
+def in_a_terminal(script, **environment):
+    """Waits for each text and types what belongs to it; returns the exit status and all that was shown."""
+    pty = pytest.importorskip("pty", reason="there are no pseudo-terminals here")
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.execve(sys.executable, [sys.executable, "-c", TERMINAL], {**os.environ, "PYTHONPATH": str(ROOT), **environment})
+    shown, at = b"", 0
+    for text, typed in [*script, (None, b"")]:
+        while text is None or text not in shown[at:]:
+            try:
+                more = os.read(terminal, 4096) if select.select([terminal], [], [], 60)[0] else b""
+            except OSError:  # Linux's way to say that the other end is closed
+                more = b""
+            if not more:
+                break
+            shown += more
+        assert text is None or text in shown[at:], shown.decode(errors="replace")
+        at = len(shown)
+        os.write(terminal, typed)
+    os.close(terminal)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), shown.replace(b"\r", b"").decode()
+
+
+def test_in_a_terminal_control_c_stops_the_answer_and_not_the_program():
+    status, shown = in_a_terminal([
+        (b"you: ", b"slow\n"), (b"thinking", b"\x03"), (b"you: ", b"long\n"), ("日本 ".encode(), b"\x03"),
+        (b"you: ", b"\x03"), (b"you: ", "é\n".encode()), (b"you: ", b"\x04")], LC_ALL="C.UTF-8")
+    assert status == 0, shown
+    shown = shown.replace("^C", "")  # which terminals write at times of their own
+    assert "(stopped; the question is taken back)\nyou: long\ncafé 日本 \nyou: \nyou: é\ncafé 日本 café 日本 .\nyou: " in shown
+
+
+def test_a_terminal_without_unicode_shows_question_marks():
+    status, shown = in_a_terminal([(b"you: ", b"What?\n"), (b"you: ", b"\x04")], PYTHONIOENCODING="ascii", PYTHONUTF8="0")
+    assert status == 0 and "\ncaf? ?? .\nyou: " in shown
+
+
 @pytest.mark.parametrize("flags, sentence", [
     (["--max_new_tokens", "0"], "--max_new_tokens is 0; at least 1"), (["--seed", "-1"], "--seed is -1; at least 0"),
-    (["--temperature", "nan"], "--temperature is nan; at least 0"), (["--temperature", "-0.1"], "--temperature is -0.1")])
+    (["--temperature", "nan"], "--temperature is nan; at least 0"), (["--temperature", "inf"], "--temperature is inf; at least 0"),
+    (["--temperature", "-0.1"], "--temperature is -0.1")])
 def test_settings_out_of_range_are_a_wrong_command_line(talk, flags, sentence):
     status, out, errors = talk(FakeModel(), "What?", flags=flags)
     assert (status, out) == (2, "") and len(errors) == 1 and errors[0].startswith(f"error: {sentence}")
