@@ -235,7 +235,7 @@ def test_samples_that_are_too_long_are_cut_as_the_originals(name, max_length, ll
         assert [list(row[:max_length]) for row in found] == [ids[:max_length], labels[:max_length]]
 
 
-@pytest.mark.parametrize("recipe", ["pretrain", "finetune", "vqa_rad", "slake"])
+@pytest.mark.parametrize("recipe", ["pretrain", "finetune", "vqa_rad", "slake", "pathvqa"])
 def test_rows_of_v1s_recipes(recipe, llama_tokenizer):
     """From a record to a row of positions, with the template that the recipe of each stage names."""
     from llavamed_jax.cli.common import load_config
