@@ -47,10 +47,11 @@ def get_config(arg: str = "") -> ConfigDict:
     c.data.validation = placeholder(str)
     c.data.protocol = placeholder(str)
     c.data.samples = placeholder(str)
-    c.data.packing = False  # several samples a row of row_length tokens (0: picked); not available yet
+    c.data.packing = False  # several samples a row of row_length tokens (0: picked)
     c.data.row_length = 0
     c.data.mean_length = 70
     c.data.workers = 0  # two cores have enough to do
+    c.data.skip_limit = 0.5  # of the samples, that may turn out unusable before the run stops
 
     c.batch_size = stage["batch_size"]
     c.micro_batches = 1

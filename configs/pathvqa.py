@@ -32,10 +32,11 @@ def get_config(arg: str = "") -> ConfigDict:
     c.data.validation = placeholder(str)
     c.data.protocol = placeholder(str)
     c.data.samples = placeholder(str)  # asked every samples_every steps; none: of data.validation, else of data.train
-    c.data.packing = False  # several samples a row of row_length tokens (0: picked); not available yet
+    c.data.packing = False  # several samples a row of row_length tokens (0: picked)
     c.data.row_length = 0
     c.data.mean_length = 620  # tokens a sample, image included: for planning where no data is at hand
     c.data.workers = 8
+    c.data.skip_limit = 0.5  # of the samples, that may turn out unusable before the run stops
 
     c.batch_size = 64  # samples an update
     c.micro_batches = 8

@@ -7,7 +7,7 @@ import math
 import pytest
 from PIL import Image
 
-from llavamed_jax.data.datasets import VQA_RAD_FILE, describe, read_llava_json, read_slake, read_training, read_vqa_rad, to_llava
+from llavamed_jax.data.datasets import VQA_RAD_FILE, describe, read_slake, read_training, read_vqa_rad, to_llava
 from llavamed_jax.errors import UserError
 
 
@@ -133,45 +133,11 @@ def test_slake_fields_and_language(tmp_path):
 # ---- LLaVA files ----
 
 
-def test_json_and_jsonl_and_both_spellings(tmp_path):
-    rows = [record("<image>\nHow many?", 5, image="a.jpg"), record("Hi", "Ho"),
-            record("<image> <image> which?", "b", image=["a.jpg", "b.jpg"]), record("<image> or <image>?", "x", image="a.jpg")]
-    rows[1]["conversatons"] = rows[1].pop("conversations")
-    as_list = write(tmp_path / "x.json", rows)
-    as_lines = write(tmp_path / "x.jsonl", "\n".join(map(json.dumps, rows)) + "\n\n")
-    records = read_llava_json(as_list, tmp_path)
-    assert records == read_llava_json(as_lines, tmp_path)
-    assert records[0]["conversations"][1]["value"] == "5"
-    assert records[0]["image"] == [str(tmp_path / "a.jpg")]
-    assert [len(r["image"]) for r in records] == [1, 0, 2, 1]
-    assert read_training(as_list, tmp_path).max_images == 2
-
-
-def test_an_image_that_no_text_marks_is_left_out_and_counted(tmp_path, caplog):
-    file = write(tmp_path / "x.json", [record("What?", "That.", image="a.jpg"), record("Hi", "Ho")])
-    with caplog.at_level(logging.WARNING):
-        assert read_llava_json(file)[0]["image"] == []
-    assert "1 of 2 records name an image and have no <image>" in caplog.text
-
-
-@pytest.mark.parametrize("content, sentence", [
-    ("[{", "x.json is no JSON"), ('{"id": 1}\nnonsense', "line 2 of .* is no JSON"), ([3], "record 0 of .* is no object"),
-    ([record("a", "b"), {"id": 1}], "record 1 of .* has no conversations"),
-    ([{"conversations": [{"from": "robot", "value": "x"}]}], "'robot'.* as turn 0; {from: human or gpt"),
-    ([{"conversations": [{"from": "human"}]}], "as turn 0"), ([record("a", "b", image=[1])], "has the image \\[1\\]"),
-    ([{"conversations": [{"from": "human", "value": "x"}] * 2}], "does not alternate"),
-    ([record("<image>", "b", image=["1", "2"])], "2 images for 1 <image> markers"),
-    ("[" * 100_000, "nested too deeply"), ([record("<image>", "b")], "0 images for 1 <image> markers"), ([], "holds no training records")])
-def test_bad_llava_files(tmp_path, content, sentence):
-    with pytest.raises(UserError, match=sentence) as error:
-        read_training(write(tmp_path / "x.json", content))
-    assert "\n" not in str(error.value)
-
-
 def test_mixture_and_its_weights(rad, tmp_path):
     file = write(tmp_path / "x.json", [record("Hi", "Ho")] * 4)
     data = read_training([{"path": file, "weight": 0.5}, {"path": str(rad), "weight": 2}])
-    assert data.sizes == [2, 6] and len(data) == 8
+    assert data.sizes == (2, 6) and (len(data), data.num_records) == (8, 7)
+    assert [data.record(i)["id"] for i in range(7)] == ["r"] * 4 + [0, 1, 3]
     for entries, sentence in (([], "is empty"), ([{"file": "x"}], "keys path, images and weight"),
                               ([1], "1; {path"), ([str(file)], "{path"), ([{"path": 1}], "the path 1; text"),
                               ([{"path": file, "weight": math.nan}], "a positive number"),

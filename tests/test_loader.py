@@ -14,9 +14,11 @@ import pytest
 from PIL import Image
 
 from llavamed_jax.config import IGNORE, IMAGE_TOKEN, preset
-from llavamed_jax.data import loader, transforms
+from llavamed_jax.data import lengths, loader, transforms
 from llavamed_jax.data.datasets import TrainingData
+from llavamed_jax.data.packing import Layout, Plan, Stream
 from llavamed_jax.data.processor import Processor
+from llavamed_jax.data.records import MemoryRecords
 from llavamed_jax.data.tokenizer import Tokenizer
 from llavamed_jax.errors import UserError
 
@@ -47,7 +49,19 @@ def record(i, images=(), answer="an answer"):
 @pytest.fixture(scope="module")
 def data(folder):
     """Ten samples: with no image, one image, or two."""
-    return TrainingData([[record(i, [folder / f"{j}.png" for j in range(i % 3)]) for i in range(10)]])
+    return made([[record(i, [folder / f"{j}.png" for j in range(i % 3)]) for i in range(10)]])
+
+
+def made(sources, weights=None):
+    return TrainingData([MemoryRecords(source) for source in sources], weights or [1.0] * len(sources))
+
+
+def batches_of(data, processor, rows, length, *, seed=0, shuffle=True, workers=0, packed=False, **arguments):
+    """One sample a row, unless `packed`."""
+    found = lengths.measure(data, processor, length)
+    slots = found.max_images * (3 if packed else 1)
+    plan = Plan(Stream.of(data, seed, shuffle), found, Layout(3 * length if packed else length, slots, rows, packed))
+    return loader.batches(data, processor, plan, length, num_workers=workers, **arguments)
 
 
 def numbers(processor, batch):
@@ -77,7 +91,7 @@ def assert_equal(left, right):
 
 
 def test_row_form(processor, data):
-    batch, = take(loader.batches(data, processor, 10, T, epochs=1, shuffle=False))
+    batch, = take(batches_of(data, processor, 10, T, epochs=1, shuffle=False))
     assert {name: (array.shape, array.dtype.name) for name, array in batch.items()} == {
         "input_ids": ((10, T), "int32"), "labels": ((10, T), "int32"), "positions": ((10, T), "int32"),
         "segment_ids": ((10, T), "int32"), "pixel_values": ((10, 2, SIZE, SIZE, 3), "uint8"), "num_images": ((10,), "int32")}
@@ -95,7 +109,7 @@ def test_row_form(processor, data):
 
 
 def test_a_run_without_images_carries_none(processor):
-    batch, = take(loader.batches(TrainingData([[record(0)]]), processor, 2, T, epochs=1))
+    batch, = take(batches_of(made([[record(0)]]), processor, 2, T, epochs=1))
     assert "pixel_values" not in batch and numbers(processor, batch) == [0, None]
 
 
@@ -106,8 +120,8 @@ def test_cut_never_leaves_part_of_an_image(length, kept):
 
 
 def test_a_cut_sample_is_counted_and_leaves_its_second_image_out(processor, folder):
-    data = TrainingData([[record(0, [folder / "0.png", folder / "broken.png"])]])
-    batches = loader.batches(data, processor, 1, 60, epochs=1)
+    data = made([[record(0, [folder / "0.png", folder / "broken.png"])]])
+    batches = batches_of(data, processor, 1, 60, epochs=1)
     batch, = take(batches)
     assert batch["num_images"].tolist() == [1] and (batch["input_ids"] == IMAGE_TOKEN).sum() == P
     assert (batches.truncated, batches.unsupervised, batches.skipped) == (1, 1, [])
@@ -116,39 +130,39 @@ def test_a_cut_sample_is_counted_and_leaves_its_second_image_out(processor, fold
 def test_a_conversation_that_the_template_cannot_hold_names_its_record(processor):
     broken = {"id": "r7", "image": [], "conversations": [{"from": "human", "value": ""}, {"from": "gpt", "value": "x"}]}
     with pytest.raises(UserError, match="record 'r7': the template v1.5:mistral_instruct needs a first message"):
-        next(loader.batches(TrainingData([[broken]]), processor, 1, T))
+        next(batches_of(made([[broken]]), processor, 1, T))
 
 
 @pytest.mark.parametrize("arguments, sentence", [
-    (dict(batch_size=3, process_count=2), "3 rows cannot be shared by 2 processes"),
-    (dict(batch_size=1, max_length=P), "an image alone takes 36 positions")])
+    (dict(rows=3, process_count=2), "3 rows cannot be shared by 2 processes"),
+    (dict(rows=1, length=P), "an image alone takes 36 positions")])
 def test_bad_arguments(processor, data, arguments, sentence):
     with pytest.raises(UserError, match=sentence):
-        loader.batches(data, processor, **{"max_length": T, **arguments})
+        batches_of(data, processor, **{"length": T, **arguments})
 
 
 # ---- order ----
 
 
 def test_every_epoch_shows_every_sample_once_in_another_order(processor, data):
-    shown = [n for batch in take(loader.batches(data, processor, 4, T, seed=5), 10) for n in numbers(processor, batch)]
+    shown = [n for batch in take(batches_of(data, processor, 4, T, seed=5), 10) for n in numbers(processor, batch)]
     epochs = [shown[i:i + 10] for i in range(0, 40, 10)]
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 4
-    other, = take(loader.batches(data, processor, 10, T, seed=6), 1)
+    other, = take(batches_of(data, processor, 10, T, seed=6), 1)
     assert numbers(processor, other) != epochs[0]
 
 
 def test_the_last_batch_is_filled_up_with_padding(processor, data):
-    batches = take(loader.batches(data, processor, 4, T, epochs=1))
+    batches = take(batches_of(data, processor, 4, T, epochs=1))
     assert sorted(n for b in batches for n in numbers(processor, b) if n is not None) == list(range(10))
     assert numbers(processor, batches[-1])[2:] == [None, None]
     assert not batches[-1]["segment_ids"][2:].any() and (batches[-1]["labels"][2:] == IGNORE).all()
 
 
 def test_weights_are_shares_of_an_epoch(processor):
-    data = TrainingData([[record(i) for i in range(4)], [record(10 + i) for i in range(3)]], [0.5, 2.0])
-    batches = take(loader.batches(data, processor, len(data), T), 4)
+    data = made([[record(i) for i in range(4)], [record(10 + i) for i in range(3)]], [0.5, 2.0])
+    batches = take(batches_of(data, processor, len(data), T), 4)
     epochs = [numbers(processor, batch) for batch in batches]
     for epoch in epochs:
         assert sorted(n for n in epoch if n >= 10) == [10, 10, 11, 11, 12, 12]
@@ -158,41 +172,46 @@ def test_weights_are_shares_of_an_epoch(processor):
 
 
 def test_processes_share_each_batch(processor, data):
-    whole = take(loader.batches(data, processor, 4, T, seed=1), 5)
-    parts = [take(loader.batches(data, processor, 4, T, seed=1, process_index=k, process_count=2), 5) for k in (0, 1)]
+    whole = take(batches_of(data, processor, 4, T, seed=1), 5)
+    parts = [take(batches_of(data, processor, 4, T, seed=1, process_index=k, process_count=2), 5) for k in (0, 1)]
     assert_equal(whole, [{name: np.concatenate([a[name], b[name]]) for name in a} for a, b in zip(*parts, strict=True)])
 
 
 def test_batches_do_not_depend_on_workers_and_resuming_is_seamless(processor, data):
-    whole = take(loader.batches(data, processor, 3, T, seed=2), 9)
-    with_workers = loader.batches(data, processor, 3, T, seed=2, workers=2)
+    whole = take(batches_of(data, processor, 3, T, seed=2), 9)
+    with_workers = batches_of(data, processor, 3, T, seed=2, workers=2)
     assert_equal(whole[:4], take(with_workers, 4))
     state = json.loads(json.dumps(with_workers.state()))
-    assert state == {"epoch": 1, "position": 2, "samples": 10, "seed": 2}
+    assert (state["epoch"], state["row"], state["samples"], state["seed"]) == (1, 2, 10, 2)
     with_workers.close()
-    for workers in (0, 1):
-        resumed = loader.batches(data, processor, 3, T, seed=2, workers=workers)
+    for workers in (0, 1, 3):
+        resumed = batches_of(data, processor, 3, T, seed=2, workers=workers)
         resumed.restore(state)
         assert_equal(whole[4:], take(resumed, 5))
-        assert resumed.state() == {"epoch": 2, "position": 7, "samples": 10, "seed": 2}
+        assert resumed.state() == {**state, "epoch": 2, "row": 7}
         resumed.close()
 
 
 def test_a_finished_stream_stays_finished(processor, data):
-    batches = loader.batches(data, processor, 4, T, epochs=2)
+    batches = batches_of(data, processor, 4, T, epochs=2)
     assert len(take(batches)) == 5
     assert batches.state()["epoch"] == 2
-    again = loader.batches(data, processor, 4, T, epochs=2)
+    again = batches_of(data, processor, 4, T, epochs=2)
     again.restore(batches.state())
     assert take(again) == []
 
 
 def test_state_of_other_data_is_refused(processor, data):
-    batches = loader.batches(data, processor, 2, T, seed=1)
-    with pytest.raises(UserError, match="saved with samples 11; it is 10 now"):
+    batches = batches_of(data, processor, 2, T, seed=1)
+    with pytest.raises(UserError, match="saved with the samples 11; it is 10 now"):
         batches.restore({**batches.state(), "samples": 11})
-    with pytest.raises(UserError, match="saved with seed 3; it is 1 now"):
+    with pytest.raises(UserError, match="saved with the seed 3; it is 1 now"):
         batches.restore({**batches.state(), "seed": 3})
+    with pytest.raises(UserError, match="saved with the row_length 50; it is 96 now"):
+        batches.restore({**batches.state(), "row_length": 50})
+    longer = made([[record(i, answer="a longer answer") for i in range(10)]])
+    with pytest.raises(UserError, match="saved with the rows [0-9a-f]{24}; it is [0-9a-f]{24} now"):
+        batches.restore(batches_of(longer, processor, 2, T, seed=1).state() | {"image_slots": 2})
 
 
 # ---- broken images ----
@@ -203,8 +222,8 @@ def test_broken_images_are_skipped_and_listed(processor, folder, workers):
     records = [record(i, [folder / "0.png"]) for i in range(6)]
     records[2]["image"], records[4]["image"] = [str(folder / "broken.png")], [str(folder / "nowhere.png")]
     seen = []
-    batches = loader.batches(TrainingData([records]), processor, 3, T, epochs=1, shuffle=False, workers=workers,
-                             on_skip=seen.append, skip_limit=2)
+    batches = batches_of(made([records]), processor, 3, T, epochs=1, shuffle=False, workers=workers,
+                             on_skip=seen.append, skip_limit=0.4)
     rows = [numbers(processor, batch) for batch in take(batches)]
     batches.close()
     assert rows == [[0, 1, None], [3, None, 5]]
@@ -215,26 +234,26 @@ def test_broken_images_are_skipped_and_listed(processor, folder, workers):
 
 def test_too_many_broken_images_stop_the_run(processor, folder):
     records = [record(i, [folder / "broken.png"]) for i in range(6)]
-    with pytest.raises(UserError, match="3 samples have an image that cannot be read, more than the 1 .* not an image"):
-        next(loader.batches(TrainingData([records]), processor, 3, T))
+    with pytest.raises(UserError, match="3 of the first 3 samples have an image that cannot be read, more than the 40% .* not an image"):
+        next(batches_of(made([records]), processor, 3, T, skip_limit=0.4))
 
 
 def test_broken_samples_of_one_id_are_counted_each(processor, folder):
     records = [{**record(i, [folder / "broken.png"]), "id": "same"} for i in range(6)]
-    with pytest.raises(UserError, match="3 samples have an image that cannot be read"):
-        next(loader.batches(TrainingData([records]), processor, 3, T))
+    with pytest.raises(UserError, match="3 of the first 3 samples have an image that cannot be read"):
+        next(batches_of(made([records]), processor, 3, T, skip_limit=0.4))
 
 
 def test_an_epoch_that_teaches_nothing_stops_the_run(processor, folder):
     silent = [{**record(i), "conversations": record(i)["conversations"][:1]} for i in range(4)]
     for records in (silent, [record(0, [folder / "broken.png"])]):
         with pytest.raises(UserError, match=f"none of the {len(records)} samples of an epoch has a supervised token"):
-            take(loader.batches(TrainingData([records]), processor, 2, T))
+            take(batches_of(made([records]), processor, 2, T, skip_limit=1.0))
 
 
 def test_one_broken_sample_counts_once_over_the_epochs(processor, folder):
     records = [record(0, [folder / "broken.png"]), record(1, [folder / "0.png"])]
-    batches = loader.batches(TrainingData([records]), processor, 2, T, epochs=3)
+    batches = batches_of(made([records]), processor, 2, T, epochs=3)
     assert len(take(batches)) == 3 and len(batches.skipped) == 3
 
 
@@ -242,18 +261,28 @@ def test_one_broken_sample_counts_once_over_the_epochs(processor, folder):
 
 PROGRAM = """
     import argparse, os, signal, time
-    from multiprocessing import active_children
-    from llavamed_jax.data import loader
+    from multiprocessing import active_children, shared_memory
+
+    from llavamed_jax.config import preset
+    from llavamed_jax.data import lengths, loader
     from llavamed_jax.data.datasets import TrainingData
+    from llavamed_jax.data.packing import Layout, Plan, Stream
     from llavamed_jax.data.processor import Processor
+    from llavamed_jax.data.records import MemoryRecords
+    from llavamed_jax.data.tokenizer import Tokenizer
+
+    shared_memory._SHM_NAME_PREFIX = "/@NAME@"  # in the workers too, which import this file
 
     def main():
         parser = argparse.ArgumentParser()
         parser.add_argument("--end")
         args = parser.parse_args()
-        records = [{"id": i, "image": [], "conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]}
+        records = [{"id": i, "image": ["IMAGE"], "conversations": [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "A"}]}
                    for i in range(8)]
-        batches = loader.batches(TrainingData([records]), Processor.load(TOKENIZER), 2, 32, workers=2)
+        data, processor = TrainingData([MemoryRecords(records)]), Processor(preset("small"), Tokenizer.load(TOKENIZER))
+        found = lengths.measure(data, processor, 64)
+        plan = Plan(Stream.of(data, 0), found, Layout(64, 1, 2, False))
+        batches = loader.batches(data, processor, plan, 64, num_workers=2)
         kept = [next(batches), next(batches)]  # one of each worker; still held when the program ends
         for child in active_children():
             os.kill(child.pid, signal.SIGINT), os.kill(child.pid, signal.SIGTERM)
@@ -281,16 +310,20 @@ def is_running(pid):
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="asks Linux's /proc which processes run")
 @pytest.mark.parametrize("end", ["return", "close", "killed"])
-def test_worker_processes_end_with_the_program(mistral_tokenizer, tmp_path, end):
-    """A plain argparse program: its workers outlive signals that are meant for it, and never itself, even killed."""
+def test_worker_processes_end_with_the_program(mistral_tokenizer, folder, tmp_path, end):
+    """A plain argparse program: its workers outlive signals that are meant for it, and never itself, even killed; nor does
+    the shared memory through which they hand on batches."""
+    prefix = f"lm{os.getpid() % 10**6}{end[0]}"  # names of segments are short
+    segments = lambda: [path.name for path in Path("/dev/shm").glob(f"{prefix}*")]
     script = tmp_path / "program.py"
-    script.write_text(textwrap.dedent(PROGRAM).replace("TOKENIZER", repr(str(mistral_tokenizer))))
+    program = textwrap.dedent(PROGRAM).replace("TOKENIZER", repr(str(mistral_tokenizer)))
+    script.write_text(program.replace("@NAME@", prefix).replace("IMAGE", str(folder / "0.png")))
     program = subprocess.Popen([sys.executable, script, "--end", end], env={**os.environ, "PYTHONPATH": str(ROOT)},
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     workers = [int(pid) for pid in program.stdout.readline().split()]
     assert len(workers) == 2
     if end == "killed":
-        assert all(map(is_running, workers))
+        assert all(map(is_running, workers)) and segments()
         program.send_signal(signal.SIGKILL)
     out, err = program.communicate(timeout=60)
     assert program.returncode == {"return": 0, "close": 0, "killed": -signal.SIGKILL}[end], err
@@ -299,6 +332,6 @@ def test_worker_processes_end_with_the_program(mistral_tokenizer, tmp_path, end)
     if end != "killed":
         assert not err  # grain's destructors have nothing left to complain about
     deadline = time.time() + 10
-    while any(map(is_running, workers)) and time.time() < deadline:
+    while (any(map(is_running, workers)) or segments()) and time.time() < deadline:
         time.sleep(0.1)
-    assert not any(map(is_running, workers))
+    assert not any(map(is_running, workers)) and not segments()

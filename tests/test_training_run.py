@@ -20,6 +20,7 @@ from llavamed_jax.errors import UsageError, UserError
 from llavamed_jax.parallel.mesh import make_mesh
 from llavamed_jax.training import setup
 from llavamed_jax.training import workdir as workdirs
+from llavamed_jax.training.data import Data
 from llavamed_jax.training.trainer import Watch, fit
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -273,7 +274,7 @@ def test_a_preset_takes_its_vocabulary_from_the_tokenizer(recipe):
 
 def test_epochs_are_counted_as_the_original_counts_them(recipe, data):
     cfg = recipe(batch_size=5, epochs=3, total_steps="none")
-    opened = setup.Data.open(cfg, setup.open_start(cfg))
+    opened = Data.open(cfg, setup.open_start(cfg))
     assert opened.total_steps() == 12 // 5 * 3
 
 

@@ -6,15 +6,17 @@ whatever it was read from. A question of a VQA set is a `VqaSample`; `to_llava` 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from llavamed_jax.checkpoints.files import parse_json
 from llavamed_jax.data.conversation import IMAGE_MARKER
+from llavamed_jax.data.records import FileRecords, MemoryRecords, open_records
 from llavamed_jax.errors import UsageError, UserError
 
 log = logging.getLogger(__name__)
@@ -168,25 +170,40 @@ def check_images(images: Iterable[Path]) -> None:
 
 @dataclass(frozen=True)
 class TrainingData:
-    """Records of one or several sources; an epoch takes `round(weight * len(source))` of each (see `data.loader`)."""
+    """Records of one or several sources; an epoch takes `round(weight * len(source))` of each (see `data.packing`)."""
 
-    sources: list[list[dict]]
-    weights: list[float] = field(default_factory=lambda: [1.0])
+    sources: Sequence[MemoryRecords | FileRecords]
+    weights: Sequence[float] = (1.0,)
 
     @property
-    def sizes(self) -> list[int]:
+    def sizes(self) -> tuple[int, ...]:
         """Samples that each source gives an epoch."""
-        return [round(weight * len(source)) for source, weight in zip(self.sources, self.weights, strict=True)]
+        return tuple(round(weight * len(source)) for source, weight in zip(self.sources, self.weights, strict=True))
 
     def __len__(self) -> int:
         return sum(self.sizes)
 
     @property
-    def max_images(self) -> int:
-        return max((len(record["image"]) for source in self.sources for record in source), default=0)
+    def num_records(self) -> int:
+        return sum(map(len, self.sources))
+
+    def record(self, number: int) -> dict:
+        """A record by its number through all sources. Raises UserError, which names it, where it is damaged."""
+        for source in self.sources:
+            if number < len(source):
+                return source[number]
+            number -= len(source)
+        raise IndexError(number)
+
+    def readable(self) -> Iterator[dict]:
+        """The records in order, without the damaged ones."""
+        for number in range(self.num_records):
+            with contextlib.suppress(UserError):
+                yield self.record(number)
 
 
-def read_training(data, images: str | Path | None = None, protocol: str = "clean", split: str = "train") -> TrainingData:
+def read_training(data, images: str | Path | None = None, protocol: str = "clean", split: str = "train",
+                  cache: Path | None = None) -> TrainingData:
     """Training records from whatever `data.train` of a recipe names.
 
     Args:
@@ -194,26 +211,28 @@ def read_training(data, images: str | Path | None = None, protocol: str = "clean
         `{"path", "images", "weight"}`, where weight 2 shows a source twice an epoch and 0.5 half of it.
       images: the folder of the images of a LLaVA file.
       protocol, split: which rows of a VQA set.
+      cache: see `records.open_records`.
     Raises:
-      UserError: a file that is missing or no JSON, a record that is malformed (file, index, what was expected), no records.
+      UserError: a file that is missing or no JSON, a row of a VQA set that is malformed, no records. Records of a LLaVA file
+        are read when they are asked for, and the malformed ones are found by `lengths.measure`.
     """
     if isinstance(data, (list, tuple)):
-        return _read_mixture(data, images, protocol, split)
+        return _read_mixture(data, images, protocol, split, cache)
     path = Path(data)
     if path.name == VQA_RAD_FILE or (path / VQA_RAD_FILE).is_file():
-        records = [to_llava(s) for s in read_vqa_rad(path, split, protocol)]
+        records = MemoryRecords(map(to_llava, read_vqa_rad(path, split, protocol)))
     elif (path / "imgs").is_dir():
-        records = [to_llava(s) for s in read_slake(path, split)]
+        records = MemoryRecords(map(to_llava, read_slake(path, split)))
     elif path.is_dir():
         raise UserError(f"the folder {path} holds neither VQA-RAD ({VQA_RAD_FILE}) nor SLAKE (train.json, imgs/)")
     else:
-        records = read_llava_json(path, images)
-    if not records:
+        records = open_records(path, images, cache)
+    if not len(records):
         raise UserError(f"{path} holds no training records")
     return TrainingData([records])
 
 
-def _read_mixture(entries, images, protocol, split) -> TrainingData:
+def _read_mixture(entries, images, protocol, split, cache) -> TrainingData:
     sources, weights = [], []
     for entry in entries:
         if not hasattr(entry, "keys"):  # a ConfigDict is no Mapping
@@ -228,7 +247,7 @@ def _read_mixture(entries, images, protocol, split) -> TrainingData:
         weight = entry.get("weight", 1.0)
         if type(weight) not in (int, float) or not 0 < weight < math.inf:
             raise UsageError(f"the weight of {entry['path']} is {weight!r}; a positive number was expected")
-        part = read_training(entry["path"], entry.get("images", images), protocol, split)
+        part = read_training(entry["path"], entry.get("images", images), protocol, split, cache)
         if not round(weight * len(part)):
             raise UserError(f"the weight {weight} of {entry['path']} leaves none of its {len(part)} records in an epoch")
         sources += part.sources
@@ -236,65 +255,6 @@ def _read_mixture(entries, images, protocol, split) -> TrainingData:
     if not sources:
         raise UserError("the list of training data is empty; at least one {path, images, weight} was expected")
     return TrainingData(sources, weights)
-
-
-def read_llava_json(path: str | Path, images: str | Path | None = None) -> list[dict]:
-    """Records of a LLaVA file: JSON (a list) or JSONL, told apart by content.
-
-    `conversations` may be spelled `conversatons` (quirk Q13), values may be numbers, `image` a name, a list or absent.
-    Records that name an image and mark none are trained as text, as in the original; how many is logged. Whether image
-    files exist is found out in training, where the broken ones are skipped and listed.
-
-    Raises:
-      UserError: see `read_training`.
-    """
-    file = Path(path)
-    folder = Path(images) if images is not None else None
-    if folder is not None and not folder.is_dir():
-        raise UserError(f"the folder of images {folder} does not exist")
-    records, unmarked = [], 0
-    for index, row in enumerate(_read_rows(file)):
-        record, is_unmarked = _llava_record(row, folder, file, index)
-        records.append(record)
-        unmarked += is_unmarked
-    if unmarked:
-        log.warning("%s: %d of %d records name an image and have no %s: they are trained as text",
-                    file, unmarked, len(records), IMAGE_MARKER)
-    return records
-
-
-def _llava_record(row: Any, folder: Path | None, file: Path, index: int) -> tuple[dict, bool]:
-    def fail(what):
-        return UserError(f"record {index} of {file} {what}")
-
-    if not isinstance(row, dict):
-        raise fail("is no object; {id, image, conversations} was expected")
-    turns = row.get("conversations", row.get("conversatons"))
-    if not isinstance(turns, list) or not turns:
-        raise fail("has no conversations; a list of {from, value} was expected")
-    for i, turn in enumerate(turns):
-        value = turn.get("value") if isinstance(turn, dict) else None
-        if not isinstance(value, (str, int, float)) or turn.get("from") not in ("human", "gpt"):
-            raise fail(f"has {turn!r} as turn {i}; {{from: human or gpt, value: text}} was expected")
-    speakers = [turn["from"] for turn in turns]
-    first = 1 if speakers[0] == "gpt" else 0
-    if any(s != ("human", "gpt")[i % 2] for i, s in enumerate(speakers[first:])):
-        raise fail("does not alternate between human and gpt")
-    names = row.get("image") or []
-    names = [names] if isinstance(names, str) else names
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise fail(f"has the image {names!r}; a name or a list of names was expected")
-    conversations = [{"from": turn["from"], "value": str(turn["value"])} for turn in turns]
-    counts = [turn["value"].count(IMAGE_MARKER) for turn in conversations[first:]]
-    if names and not sum(counts):
-        names, is_unmarked = [], True
-    else:
-        is_unmarked = False
-        # Upstream reads several markers in one turn as one image; a record that lists them all means each.
-        if len(names) not in (sum(counts), sum(map(bool, counts))):
-            raise fail(f"has {len(names)} images for {sum(counts)} {IMAGE_MARKER} markers")
-    paths = [str(folder / name if folder else file.parent / name) for name in names]
-    return {"id": row.get("id", index), "image": paths, "conversations": conversations}, is_unmarked
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------

@@ -1,141 +1,100 @@
-"""Batches for training: grain's pipeline with worker processes over a stream that depends on nothing but its arguments.
+"""Batches for training, made ahead in worker processes from a plan of rows that depends on nothing but its arguments.
 
-The stream is an endless sequence of samples, epoch after epoch, each epoch shuffled by (seed, epoch). Batch g of B rows is
-samples gB to gB+B of the stream, so batches run over the end of an epoch and no sample is left out; process k of K builds
-the k-th part of each. A batch is made whole in one worker, so what it holds cannot depend on how many workers there are,
-and where the stream stands is one count of samples, which any later run can go on from.
+Batch g holds the rows gR to gR + R of the plan (see `data.packing`), which runs on over the end of an epoch; process k of K
+builds the k-th part of each. A batch is made whole in one worker, so what it holds cannot depend on how many workers there
+are, and where the stream stands is two counts, which any later run can go on from.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import signal
-import threading
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from multiprocessing import parent_process
+from dataclasses import dataclass, replace
+from itertools import islice
 
 import grain
 import numpy as np
-from absl import flags
-from grain.experimental import index_shuffle
 
 from llavamed_jax.config import IGNORE
-from llavamed_jax.data import transforms
+from llavamed_jax.data import transforms, workers
 from llavamed_jax.data.datasets import TrainingData
+from llavamed_jax.data.packing import Plan
 from llavamed_jax.data.processor import Processor
-from llavamed_jax.errors import UsageError, UserError
+from llavamed_jax.errors import UserError
 
-_ENDLESS = 2**62
-_GRACE_S = 30  # a worker's, after a SIGTERM
-
-
-class Records:
-    """Records of one source as one block of JSON text, which reaches worker processes in one copy without pickling objects."""
-
-    def __init__(self, records: list[dict]):
-        lines = [json.dumps(record).encode() for record in records]
-        self._ends = np.cumsum([len(line) for line in lines], dtype=np.int64)
-        self._text = b"".join(lines)
-
-    def __len__(self) -> int:
-        return len(self._ends)
-
-    def __getitem__(self, i: int) -> dict:
-        return json.loads(self._text[self._ends[i - 1] if i else 0:self._ends[i]])
-
-
-@dataclass(frozen=True)
-class Stream:
-    """The order of samples: position in the stream to (epoch, source, index in the source).
-
-    A source of weight 1.5 gives one and a half times its length an epoch: it is walked through again and again, newly
-    shuffled each time, so that every sample of it has been seen before one is seen twice.
-    """
-
-    lengths: tuple[int, ...]  # records of each source
-    sizes: tuple[int, ...]  # samples of each source an epoch
-    seed: int
-    is_shuffled: bool
-
-    def __len__(self) -> int:
-        """Samples an epoch."""
-        return sum(self.sizes)
-
-    def locate(self, position: int) -> tuple[int, int, int]:
-        epoch, slot = divmod(position, len(self))
-        if self.is_shuffled:
-            slot = _shuffle(slot, len(self), self.seed, epoch)
-        source = 0
-        while slot >= self.sizes[source]:
-            slot -= self.sizes[source]
-            source += 1
-        walk, index = divmod(epoch * self.sizes[source] + slot, self.lengths[source])
-        if self.is_shuffled and self.sizes[source] != self.lengths[source]:
-            index = _shuffle(index, self.lengths[source], self.seed, walk, source + 1)
-        return epoch, source, index
-
-
-def _shuffle(index: int, length: int, *key: int) -> int:
-    """The place of `index` in a permutation of `length` that `key` names."""
-    seed = int(np.random.SeedSequence(key).generate_state(1)[0])
-    return index_shuffle(index, max_index=length - 1, seed=seed, rounds=4)
+_ENDLESS = 2**40
+SKIP_LIMIT = 0.5
+_EARLY = 1000  # samples on which a share of broken images is judged at the least, in data that has them
 
 
 @dataclass(frozen=True)
 class BatchMaker:
     """Batch number to (batch, report); what the worker processes run."""
 
-    stream: Stream
-    sources: list[Records]
+    data: TrainingData
     processor: Processor
-    rows: int  # of this process
-    batch_size: int  # of all processes
-    offset: int  # first row of this process
-    start: int  # position in the stream of batch 0
-    stop: int  # position at which the stream ends
-    length: int
-    num_images: int
+    plan: Plan
+    max_length: int
+    start: tuple[int, int]  # epoch and row of batch 0
+    last_epoch: int | None
+    part: slice  # of an update's rows, this process's
 
     def __call__(self, number: int) -> tuple[dict[str, np.ndarray], dict]:
-        batch = transforms.empty_batch(self.rows, self.length, self.num_images, self.processor.image_size)
-        report = {"skipped": [], "places": [], "truncated": 0, "unsupervised": 0}
-        first = self.start + number * self.batch_size + self.offset
-        for row, position in enumerate(range(first, min(first + self.rows, self.stop))):
-            epoch, source, index = self.stream.locate(position)
-            record = self.sources[source][index]
-            example = transforms.tokenize(record, self.processor, self.length)
-            pixels, broken = transforms.read_images(example, self.processor)
-            if broken:
-                report["skipped"].append({"id": record["id"], "epoch": epoch, **broken})
-                report["places"].append((source, index))
-                continue
-            report["truncated"] += example.is_truncated
-            report["unsupervised"] += not example.is_supervised
-            transforms.fill_row(batch, row, example, pixels)
+        layout = self.plan.layout
+        batch = transforms.empty_batch(self.part.stop - self.part.start, layout.row_length, layout.image_slots, self.processor.image_size)
+        report = {"skipped": [], "records": [], "seen": 0, "truncated": 0, "surplus": 0, "unsupervised": 0}
+        place = self.plan.walk(*self.start, number * layout.rows, self.last_epoch)
+        for row, (epoch, records) in enumerate(self.rows(place)):
+            samples = [self._sample(int(record), epoch, report) for record in records]
+            transforms.fill_row(batch, row, [sample for sample in samples if sample is not None])
         return batch, report
+
+    def rows(self, place: tuple[int, int]) -> Iterator[tuple[int, np.ndarray]]:
+        """Epoch and records of the rows that this process has of the update that begins at a place."""
+        return islice(self.plan.take(*place, self.plan.layout.rows, self.last_epoch), self.part.start, self.part.stop)
+
+    def _sample(self, number: int, epoch: int, report: dict) -> tuple[transforms.Example, np.ndarray] | None:
+        """A sample and its pixels; None where an image is broken, which is reported."""
+        record = self.data.record(number)
+        example = transforms.tokenize(record, self.processor, self.max_length)
+        measured = int(self.plan.lengths.tokens[number]), int(self.plan.lengths.images[number])
+        if (len(example.ids), len(example.images)) != measured:
+            raise UserError(f"record {record['id']!r} has {len(example.ids)} tokens and {len(example.images)} images, and had "
+                            f"{measured[0]} and {measured[1]} when the data was measured: it has changed since, or the run's "
+                            "folder cache/ is out of date")
+        report["seen"] += 1
+        pixels, broken = transforms.read_images(example, self.processor)
+        if broken:
+            report["skipped"].append({"id": record["id"], "epoch": epoch, **broken})
+            report["records"].append(number)
+            return None
+        report["truncated"] += example.is_truncated
+        report["surplus"] += example.num_surplus
+        report["unsupervised"] += not example.is_supervised
+        return example, pixels
 
 
 class Loader:
     """An iterator over batches in row form (see `data.transforms`). Make one with `batches`.
 
     Attributes:
-      skipped: samples whose image could not be read, as {"id", "epoch", "image", "reason"}; their rows are padding.
-      truncated, unsupervised: samples so far that were cut, and that teach nothing (see `conversation.supervise`).
+      skipped: samples that could not be used, as {"id", "epoch", "image", "reason"}: first the damaged records, once (epoch
+        and image None), then each whose image cannot be read as it is met. The other samples of a row move up.
+      truncated, surplus, unsupervised: samples so far that were cut, images that were left out, samples that teach nothing
+        (see `conversation.supervise`).
     """
 
-    def __init__(self, make: BatchMaker, workers: int, on_skip: Callable[[dict], None] | None, skip_limit: int):
-        self._make, self._workers, self._on_skip, self._skip_limit = make, workers, on_skip, skip_limit
-        self._position = make.start
+    def __init__(self, make: BatchMaker, num_workers: int, on_skip: Callable[[dict], None] | None, skip_limit: float):
+        self._make, self._workers, self._on_skip, self._skip_limit = make, num_workers, on_skip, skip_limit
+        self._place = make.start
         self._running: list[grain.DatasetIterator] = []  # the one iterator, once started
         # Closes it with this object or, before modules are torn down (grain's destructors need them), with the program.
         weakref.finalize(self, _close, self._running)
         self.skipped: list[dict] = []
-        self._broken: set[tuple[int, int]] = set()  # (source, index) of what was skipped: ids may be equal
-        self._barren = 0  # samples since the last one with a supervised token
-        self.truncated = self.unsupervised = 0
+        self._broken: set[int] = set()  # records of which an image was broken: ids may be equal
+        self._seen = 0
+        self._barren = 0  # rows since the last one with a supervised token
+        self.truncated = self.surplus = self.unsupervised = 0
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
         return self
@@ -144,69 +103,79 @@ class Loader:
         """The next batch.
 
         Raises:
-          UserError: more samples were skipped than the limit allows, or a whole epoch of an endless stream had no supervised token.
+          UserError: too many samples had to be skipped, or a whole epoch of an endless stream had no supervised token.
         """
         if not self._running:
             self._running.append(self._start())
+        if self._place == (0, 0):  # a run that goes on has listed them before
+            self._skip([{**entry, "epoch": None, "image": None} for entry in self._make.plan.lengths.damaged])
         batch, report = next(self._running[0])
-        before, self._position = self._position, min(self._position + self._make.batch_size, self._make.stop)
+        self._place = self._make.plan.walk(*self._place, self._make.plan.layout.rows, self._make.last_epoch)
         self.truncated += int(report["truncated"])
+        self.surplus += int(report["surplus"])
         self.unsupervised += int(report["unsupervised"])
-        for entry in report["skipped"]:
-            self.skipped.append(entry)
-            if self._on_skip is not None:
-                self._on_skip(entry)
-        self._broken.update((int(source), int(index)) for source, index in report["places"])
-        if len(self._broken) > self._skip_limit:
-            self.close()
-            raise UserError(f"{len(self._broken)} samples have an image that cannot be read, more than the {self._skip_limit} that are "
-                            f"skipped; the last: {self.skipped[-1]['reason']}")
-        self._barren = 0 if (batch["labels"] != IGNORE).any() else self._barren + self._position - before
-        if self._make.stop == _ENDLESS and self._barren >= len(self._make.stream):
-            self.close()
-            raise UserError(f"none of the {len(self._make.stream)} samples of an epoch has a supervised token: their images cannot be "
-                            "read, they have no turn of gpt, or max_length cuts it off")
+        self._seen += int(report["seen"])
+        self._skip(report["skipped"])
+        self._broken.update(map(int, report["records"]))
+        self._refuse_too_many()
+        self._refuse_barren(batch)
         # Out of the worker's shared memory, which would otherwise live as long as the last array made from it.
         return {name: np.array(array) for name, array in batch.items()} if self._workers else batch
 
-    def state(self) -> dict[str, int]:
+    def _skip(self, entries: list[dict]) -> None:
+        for entry in entries:
+            self.skipped.append(entry)
+            if self._on_skip is not None:
+                self._on_skip(entry)
+
+    def _refuse_too_many(self) -> None:
+        samples = len(self._make.plan.stream)
+        judged = min(samples, max(self._seen, _EARLY))
+        if len(self._broken) > self._skip_limit * judged:
+            self.close()
+            raise UserError(f"{len(self._broken)} of the first {min(samples, self._seen)} samples have an image that cannot be read, more "
+                            f"than the {self._skip_limit:.0%} that may be skipped; the last: {self.skipped[-1]['reason']}")
+
+    def _refuse_barren(self, batch: dict[str, np.ndarray]) -> None:
+        is_barren = not (batch["labels"] != IGNORE).any()
+        self._barren = self._barren + self._make.plan.layout.rows if is_barren else 0
+        if self._make.last_epoch is None and self._barren and self._barren >= len(self._make.plan.rows(self._place[0])):
+            self.close()
+            raise UserError(f"none of the {len(self._make.plan.stream)} samples of an epoch has a supervised token: their images cannot be "
+                            "read, they have no turn of gpt, or max_length cuts it off")
+
+    def state(self) -> dict:
         """Where the stream stands after the batches that were handed out; JSON, and good for any number of workers."""
-        epoch, position = divmod(self._position, len(self._make.stream))
-        return {"epoch": epoch, "position": position, "samples": len(self._make.stream), "seed": self._make.stream.seed}
+        epoch, row = self._place
+        plan = self._make.plan
+        return {"epoch": epoch, "row": row, "samples": len(plan.stream), "seed": plan.stream.seed,
+                "row_length": plan.layout.row_length, "image_slots": plan.layout.image_slots, "rows": plan.fingerprint()}
 
-    def ids(self, state: dict[str, int]) -> list:
-        """Ids of the samples of this process's rows in the batch that follows `state`."""
-        make = self._make
-        first = state["epoch"] * len(make.stream) + state["position"] + make.offset
-        places = [make.stream.locate(position) for position in range(first, min(first + make.rows, make.stop))]
-        return [make.sources[source][index]["id"] for _, source, index in places]
+    def ids(self, state: dict) -> list:
+        """Ids of the samples in this process's part of the batch that follows `state`."""
+        rows = self._make.rows((state["epoch"], state["row"]))
+        return [self._make.data.record(int(record))["id"] for _, records in rows for record in records]
 
-    def restore(self, state: dict[str, int]) -> None:
-        """Goes on from `state`. Raises UserError when it belongs to other data or another seed."""
-        stream = self._make.stream
-        for key, here in (("samples", len(stream)), ("seed", stream.seed)):
-            if state[key] != here:
-                raise UserError(f"the position in the data was saved with {key} {state[key]}; it is {here} now")
+    def restore(self, state: dict) -> None:
+        """Goes on from `state`. Raises UserError when it belongs to other data, another seed, or rows of another shape."""
+        for key, here in self.state().items():
+            if key not in ("epoch", "row") and state.get(key) != here:
+                raise UserError(f"the position in the data was saved with the {key} {state.get(key)}; it is {here} now")
         self.close()
-        self._position = state["epoch"] * len(stream) + state["position"]
-        self._make = BatchMaker(**{**vars(self._make), "start": self._position})
+        self._place = state["epoch"], state["row"]
+        self._make = replace(self._make, start=self._place)
 
     def close(self) -> None:
         """Ends the worker processes. They also end with this object, with the program, and when the program dies."""
         _close(self._running)
 
     def _start(self) -> grain.DatasetIterator:
-        remaining = max(0, self._make.stop - self._make.start)
-        numbers = grain.MapDataset.range(-(-remaining // self._make.batch_size))
-        # One thread each: tokenising holds the interpreter's lock, and a second batch in the making costs its memory.
-        options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2 if self._workers == 0 else 1)
-        dataset = numbers.map(self._make).to_iter_dataset(options)
-        if self._workers:
-            if not flags.FLAGS.is_parsed():  # grain asks absl for its options, and our command lines are argparse's
-                flags.FLAGS.mark_as_parsed()
-            dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=self._workers, per_worker_buffer_size=1),
-                                          worker_init_fn=_tie_to_parent)
-        return iter(dataset)
+        make, count = self._make, _ENDLESS
+        if make.last_epoch is not None:
+            epoch, row = make.start
+            rows = sum(len(make.plan.rows(e)) for e in range(epoch, make.last_epoch + 1)) - row
+            count = max(0, -(-rows // make.plan.layout.rows))
+        return workers.in_order(make, count, self._workers)
 
 
 def _close(running: list[grain.DatasetIterator]) -> None:
@@ -214,53 +183,26 @@ def _close(running: list[grain.DatasetIterator]) -> None:
         running.pop().close()
 
 
-def batches(data: TrainingData, processor: Processor, batch_size: int, max_length: int, *, seed: int = 0, workers: int = 0,
-            epochs: int | None = None, shuffle: bool = True, process_index: int = 0, process_count: int = 1,
-            on_skip: Callable[[dict], None] | None = None, skip_limit: int | None = None) -> Loader:
+def batches(data: TrainingData, processor: Processor, plan: Plan, max_length: int, *, num_workers: int = 0,
+            epochs: int | None = None, process_index: int = 0, process_count: int = 1,
+            on_skip: Callable[[dict], None] | None = None, skip_limit: float = SKIP_LIMIT) -> Loader:
     """Batches of training rows.
 
     Args:
       data: from `datasets.read_training`.
-      batch_size: rows of all processes together; each gets its part, rows `process_index * batch_size / process_count` on.
-      max_length: positions T of a row; longer samples are cut and counted.
-      workers: processes that make batches; 0 makes them in a thread of this one. The batches are the same.
+      plan: of rows; its layout says how many an update has over all processes. Each process gets its part of them.
+      max_length: tokens a sample; longer ones are cut and counted. What the plan's lengths were measured with.
+      num_workers: processes that make batches; 0 makes them in a thread of this one. The batches are the same.
       epochs: None goes on for ever; otherwise the last batch is filled up with rows of padding.
       on_skip: called with each skipped sample as it is met.
-      skip_limit: how many different samples of this process may be skipped; None is one in a hundred, at least one.
+      skip_limit: the share of samples that may have to be skipped for their images.
     Raises:
-      UserError: a batch size that the processes cannot share; UsageError: images that no row could hold.
+      UserError: rows that the processes cannot share.
     """
-    if batch_size < 1 or batch_size % process_count:
-        raise UserError(f"a batch of {batch_size} rows cannot be shared by {process_count} processes")
-    if not len(data):
-        raise UserError("the training data is empty; at least one record was expected")
-    num_images = data.max_images
-    if num_images and processor.tokens_per_image >= max_length:
-        raise UsageError(f"the config key 'max_length' is {max_length}; an image alone takes {processor.tokens_per_image} positions")
-    stream = Stream(tuple(map(len, data.sources)), tuple(data.sizes), seed, shuffle)
-    rows = batch_size // process_count
-    make = BatchMaker(
-        stream, [Records(source) for source in data.sources], processor, rows, batch_size, rows * process_index, start=0,
-        stop=_ENDLESS if epochs is None else epochs * len(stream), length=max_length, num_images=num_images)
-    return Loader(make, workers, on_skip, skip_limit if skip_limit is not None else max(1, len(stream) // 100))
-
-
-def _tie_to_parent(worker: int, num_workers: int) -> None:
-    """Run first in each worker process: it ends when its parent does, not before, and not after.
-
-    A Ctrl-C and a scheduler's SIGTERM reach the whole process group; the parent still wants batches until it has saved.
-    When the parent is gone, however it went, grain's own worker would wait for ever.
-    """
-    def later(*_):
-        timer = threading.Timer(_GRACE_S, os._exit, (1,))
-        timer.daemon = True
-        timer.start()
-
-    def watch(parent):
-        parent.join()
-        os._exit(1)
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, later)
-    if (parent := parent_process()) is not None:
-        threading.Thread(target=watch, args=(parent,), daemon=True).start()
+    rows = plan.layout.rows + plan.layout.padding_rows
+    if rows < 1 or rows % process_count:
+        raise UserError(f"a batch of {rows} rows cannot be shared by {process_count} processes")
+    each = rows // process_count
+    make = BatchMaker(data, processor, plan, max_length, (0, 0), None if epochs is None else epochs - 1,
+                      slice(each * process_index, each * (process_index + 1)))
+    return Loader(make, num_workers, on_skip, skip_limit)

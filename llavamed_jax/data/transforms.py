@@ -1,10 +1,10 @@
 """Training records to rows of fixed length: pure functions of their arguments, run in the loader's worker processes.
 
     tokens     [BOS] <image>  what  …  answer [EOS]
-    row        [BOS] i1 … iP  what  …  answer [EOS]  0 …  0        input_ids, IMAGE_TOKEN at i1 … iP
-    labels       -100 … -100  -100  …  answer [EOS] -100 …         not shifted
-    positions    0   1  …                                0 …
-    segment_ids  1   1  …                        1       0 …  0    0 is padding
+    row        [BOS] i1 … iP  what  …  answer [EOS] [BOS] i1 …  0 …  0    input_ids, IMAGE_TOKEN at i1 … iP
+    labels       -100 … -100  -100  …  answer [EOS] -100 …     -100 …     not shifted
+    positions    0   1  …                             0   1  …  0 …
+    segment_ids  1   1  …                        1    2   2  …  0 …  0    samples from 1 on, 0 is padding
 
 B rows of T positions; I image slots a row, H and W pixels, uint8: a quarter of the bytes of what the model makes of them on
 the device. No JAX here: a worker process never touches a device.
@@ -24,12 +24,17 @@ from llavamed_jax.errors import UserError
 
 @dataclass(frozen=True)
 class Example:
-    """A tokenised record, images expanded and cut to length; its images are not read yet."""
+    """A tokenised record, images expanded and cut to length; its images are not read yet.
+
+    Attributes:
+      num_surplus: images that the record names and nothing stands for, or that the cut took away.
+    """
 
     ids: list[int]
     labels: list[int]
     images: list[str]
     is_truncated: bool
+    num_surplus: int
 
     @property
     def is_supervised(self) -> bool:
@@ -49,7 +54,8 @@ def tokenize(record: dict, processor: Processor, max_length: int) -> Example:
         raise UserError(f"record {record['id']!r}: {error}") from error
     kept = cut(ids, max_length, processor.tokens_per_image)
     num_images = ids[:kept].count(IMAGE_TOKEN) // processor.tokens_per_image if record["image"] else 0
-    return Example(ids[:kept], labels[:kept], record["image"][:num_images], kept < len(ids))
+    num_surplus = record.get("surplus", 0) + len(record["image"]) - num_images
+    return Example(ids[:kept], labels[:kept], record["image"][:num_images], kept < len(ids), num_surplus)
 
 
 def cut(ids: Sequence[int], max_length: int, tokens_per_image: int | None) -> int:
@@ -73,16 +79,19 @@ def empty_batch(rows: int, length: int, num_images: int, image_size: int | None)
     return batch
 
 
-def fill_row(batch: dict[str, np.ndarray], row: int, example: Example, pixels: np.ndarray) -> None:
-    """Writes an example and its images, uint8 [i,H,W,3], into a row of padding."""
-    n = len(example.ids)
-    batch["input_ids"][row, :n] = example.ids
-    batch["labels"][row, :n] = example.labels
-    batch["positions"][row, :n] = np.arange(n)
-    batch["segment_ids"][row, :n] = 1
-    if len(pixels):
-        batch["pixel_values"][row, :len(pixels)] = pixels
-        batch["num_images"][row] = len(pixels)
+def fill_row(batch: dict[str, np.ndarray], row: int, samples: Sequence[tuple[Example, np.ndarray]]) -> None:
+    """Writes samples with their images, uint8 [i,H,W,3], one after another into a row of padding."""
+    start = slot = 0
+    for segment, (example, pixels) in enumerate(samples, 1):
+        end = start + len(example.ids)
+        batch["input_ids"][row, start:end] = example.ids
+        batch["labels"][row, start:end] = example.labels
+        batch["positions"][row, start:end] = np.arange(end - start)
+        batch["segment_ids"][row, start:end] = segment
+        if len(pixels):
+            batch["pixel_values"][row, slot:slot + len(pixels)] = pixels
+            batch["num_images"][row] += len(pixels)
+        start, slot = end, slot + len(pixels)
 
 
 def read_images(example: Example, processor: Processor) -> tuple[np.ndarray, dict | None]:

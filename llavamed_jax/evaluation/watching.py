@@ -127,7 +127,7 @@ class ClosedAccuracy:
     def __call__(self, snapshot: Snapshot) -> dict[str, float]:
         if snapshot.data.validation is None:
             return {}
-        closed = [q for source in snapshot.data.validation.sources for q in _questions(source) if q.is_closed]
+        closed = [q for q in _questions(snapshot.data.validation.readable()) if q.is_closed]
         answers = self._model.ask(snapshot, closed, MAX_NEW_TOKENS["closed"]) if closed else []
         right = [is_strictly_right(answer, q.wanted) for q, answer in zip(closed, answers) if answer is not None]
         return {"validation_closed_accuracy": sum(right) / len(right), "validation_closed": len(right)} if right else {}
@@ -142,7 +142,7 @@ class Samples:
     def __call__(self, snapshot: Snapshot) -> list[Sample]:
         cfg, data = snapshot.data.cfg, snapshot.data
         fixed = datasets.read_training(cfg.data.samples, cfg.data.images) if cfg.data.samples else data.validation or data.train
-        with_image = (q for source in fixed.sources for q in _questions(source) if q.images)
+        with_image = (q for q in _questions(fixed.readable()) if q.images)
         questions = list(itertools.islice(with_image, SHOWN))
         answers = self._model.ask(snapshot, questions, MAX_NEW_TOKENS["sample"]) if questions else []
         return [Sample(q.name, data.processor.images_uint8(q.images), q.text, answer, q.wanted)

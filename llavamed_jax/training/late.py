@@ -34,7 +34,8 @@ class Progress:
 
     samples: int = 0
     tokens: int = 0  # supervised
-    samples_skipped: int = 0  # whose image could not be read
+    samples_skipped: int = 0  # damaged records, and samples whose image could not be read
+    images_skipped: int = 0  # that no marker stands for, or that a cut took away
     samples_truncated: int = 0  # longer than max_length
     samples_unsupervised: int = 0  # that teach nothing, because the original's label arithmetic did not add up
     updates_skipped: int = 0  # whose loss or gradient was not finite

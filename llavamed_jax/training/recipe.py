@@ -17,6 +17,7 @@ KEYS: dict[str, tuple] = {
     "data.train": (str, list, tuple), "data.images": (str, None), "data.validation": (str, None), "data.protocol": (str, None),
     "data.samples": (str, None),
     "data.packing": (bool,), "data.row_length": (int,), "data.mean_length": (int,), "data.workers": (int,),
+    "data.skip_limit": (float,),
     "batch_size": (int,), "micro_batches": (int,), "epochs": (int, None), "total_steps": (int, None), "max_length": (int,),
     "trainable": (list, tuple),
     "optimizer.learning_rate": (float,), "optimizer.warmup_ratio": (float,), "optimizer.weight_decay": (float,),
@@ -31,7 +32,7 @@ KEYS: dict[str, tuple] = {
 # Values that a key may have, where they are few.
 CHOICES: dict[str, tuple] = {
     "remat": ("none", *REMAT_POLICIES), "attention": ("auto", "xla", "splash"), "optimizer.mu_dtype": ("float32", "bfloat16"),
-    "data.protocol": ("clean", "paper", None), "data.packing": (False,), "mesh.slices": (1,), "mesh.auto": (False,),
+    "data.protocol": ("clean", "paper", None), "mesh.slices": (1,), "mesh.auto": (False,),
 }
 POSITIVE = ("batch_size", "micro_batches", "epochs", "total_steps", "max_length", "log_every", "nan_limit", "checkpoint.keep",
             "optimizer.learning_rate", "optimizer.eps")
@@ -39,7 +40,8 @@ NOT_NEGATIVE = ("data.row_length", "data.mean_length", "data.workers", "optimize
                 "optimizer.clip_norm", "checkpoint.every_steps", "checkpoint.every_minutes", "samples_every", "seed")
 # Adam moves each parameter by about the learning rate: beyond this nothing is left of a model after one update.
 LARGEST_RATE = 10.0
-SHARES = {"optimizer.b1": "0 or more and less than 1", "optimizer.b2": "0 or more and less than 1", "optimizer.warmup_ratio": "0 to 1"}
+SHARES = {"optimizer.b1": "0 or more and less than 1", "optimizer.b2": "0 or more and less than 1", "optimizer.warmup_ratio": "0 to 1",
+          "data.skip_limit": "0 to 1"}
 
 
 def flatten(cfg: ConfigDict, prefix: str = "") -> dict:

@@ -1,4 +1,4 @@
-"""From a recipe to what a run works with: the model it starts from, its data, its optimizer, its place on the devices."""
+"""From a recipe to what a run works with: the model it starts from, its optimizer, its place on the devices."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from llavamed_jax.checkpoints import hub
 from llavamed_jax.checkpoints.load import load_params, random_checkpoint
 from llavamed_jax.checkpoints.reader import Checkpoint, open_checkpoint, text_files
 from llavamed_jax.config import preset
-from llavamed_jax.data import datasets, loader
 from llavamed_jax.data.processor import Processor
 from llavamed_jax.data.tokenizer import Tokenizer
 from llavamed_jax.errors import UsageError, UserError
@@ -84,41 +83,6 @@ def _naming(cfg: ConfigDict, key: str) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class Data:
-    """Training and validation records, and how rows are made of them."""
-
-    cfg: ConfigDict
-    processor: Processor
-    train: datasets.TrainingData
-    validation: datasets.TrainingData | None
-
-    @classmethod
-    def open(cls, cfg: ConfigDict, checkpoint: Checkpoint) -> "Data":
-        processor = Processor.from_checkpoint(checkpoint, tokenizer=cfg.tokenizer, template=cfg.template)
-        read = lambda path, split: datasets.read_training(path, cfg.data.images, cfg.data.protocol or "clean", split)
-        validation = read(cfg.data.validation, "validation") if cfg.data.validation else None
-        return cls(cfg, processor, read(cfg.data.train, "train"), validation)
-
-    def total_steps(self) -> int:
-        """Updates of the run: `total_steps`, or the whole batches that `epochs` give (HF's count; spec 4.1)."""
-        if self.cfg.total_steps is not None:
-            return self.cfg.total_steps
-        return max(1, len(self.train) // self.cfg.batch_size) * self.cfg.epochs
-
-    def training_batches(self) -> loader.Loader:
-        """The endless stream of training batches."""
-        return loader.batches(self.train, self.processor, self.cfg.batch_size, max_length=self.cfg.max_length,
-                              seed=self.cfg.seed, workers=self.cfg.data.workers, epochs=None, shuffle=True,
-                              process_index=jax.process_index(), process_count=jax.process_count())
-
-    def validation_batches(self) -> loader.Loader:
-        """The validation records once; the last batch is filled up with empty rows."""
-        return loader.batches(self.validation, self.processor, self.cfg.batch_size, max_length=self.cfg.max_length,
-                              seed=self.cfg.seed, workers=0, epochs=1, shuffle=False,
-                              process_index=jax.process_index(), process_count=jax.process_count())
-
-
-@dataclass(frozen=True)
 class Program:
     """What is compiled: model, optimizer, and where each part of the state lies."""
 
@@ -178,13 +142,8 @@ def _settled(cfg: ConfigDict, checkpoint: Checkpoint) -> tuple[states.Trainable,
 
 
 def open_mesh(cfg: ConfigDict) -> Mesh:
-    """The recipe's mesh over all devices, over which its batches must divide."""
-    mesh = make_mesh({axis: cfg.mesh[axis] for axis in ("data", "fsdp", "tp")})
-    rows = mesh.shape["data"] * mesh.shape["fsdp"] * cfg.micro_batches
-    if cfg.batch_size % rows:
-        raise UsageError(f"the config key 'batch_size' is {cfg.batch_size}; a multiple of {rows} was expected "
-                         f"(data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']} x micro_batches {cfg.micro_batches})")
-    return mesh
+    """The recipe's mesh over all devices."""
+    return make_mesh({axis: cfg.mesh[axis] for axis in ("data", "fsdp", "tp")})
 
 
 def to_disk(trainable: Mapping[str, Any]) -> dict[str, Any]:

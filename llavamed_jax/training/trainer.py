@@ -20,6 +20,7 @@ from llavamed_jax.models.llava import abstract_params
 from llavamed_jax.parallel.mesh import replicated
 from llavamed_jax.training import recipe, setup
 from llavamed_jax.training import workdir as workdirs
+from llavamed_jax.training.data import Data, row_multiple
 from llavamed_jax.training.late import LateReader, Progress, Update
 from llavamed_jax.training.log import MetricsWriter, troubles
 from llavamed_jax.training.metrics import batch_counts
@@ -70,7 +71,7 @@ def fit(cfg: ConfigDict, workdir: str | Path, watch: Watch = Watch()) -> bool:
             return True
         sign()
         try:
-            with Stop() as stop, Run.open(cfg, workdir, total_steps, step) as run, store.StepWriter(workdir) as writer:
+            with Stop() as stop, Run.open(cfg, workdir, total_steps, step, settled) as run, store.StepWriter(workdir) as writer:
                 return run.loop(stop, writer, watch)
         except UsageError:
             raise
@@ -98,7 +99,7 @@ class Run:
 
     cfg: ConfigDict
     workdir: Path
-    data: setup.Data
+    data: Data
     program: setup.Program
     state: TrainState
     step: int
@@ -108,22 +109,21 @@ class Run:
     progress: Progress = field(default_factory=Progress)
 
     @classmethod
-    def open(cls, cfg: ConfigDict, workdir: Path, total_steps: int | None, step: int | None) -> Run:
+    def open(cls, cfg: ConfigDict, workdir: Path, total_steps: int | None, step: int | None, settled: Mapping) -> Run:
         """Reads weights and data, settles what the recipe leaves open, and puts the state on the devices."""
         mesh = setup.open_mesh(cfg)
         checkpoint = setup.open_start(cfg)
-        data = setup.Data.open(cfg, checkpoint)
+        data = Data.open(cfg, checkpoint, row_multiple(cfg, mesh), workdir, settled)
         total_steps = total_steps or data.total_steps()
         program = setup.Program.build(cfg, checkpoint, mesh, total_steps)
         batches = data.training_batches()  # with what it refuses, before anything is written
         if step is None:
             workdirs.discard_start(workdir, cfg)
-        workdirs.write_recipe(workdir, cfg, dict(total_steps=total_steps, samples=len(data.train), row_length=cfg.max_length,
-                                                 rows=cfg.batch_size))
+        workdirs.write_recipe(workdir, cfg, {"total_steps": total_steps, **data.resolved()})
         if not (workdir / "model").exists():
             store.write_model(workdir, checkpoint, without=program.trained_names())
         print(f"{cfg.init}: {checkpoint.tower}; {len(data.train)} samples, {total_steps} updates of {cfg.batch_size}, "
-              f"{_size(program)}, mesh {dict(mesh.shape)}", flush=True)
+              f"{_size(program)}, mesh {dict(mesh.shape)}", *data.describe(), sep="\n", flush=True)
         state, progress = program.initial_state(checkpoint), Progress()
         if step is not None:
             state, progress = _restore(workdir, step, state, program, batches)
@@ -225,7 +225,8 @@ class Run:
 
     def _trouble_counts(self) -> dict[str, int]:
         loader = self.batches
-        return dict(samples_skipped=len(loader.skipped), samples_truncated=loader.truncated, samples_unsupervised=loader.unsupervised)
+        return dict(samples_skipped=len(loader.skipped), images_skipped=loader.surplus, samples_truncated=loader.truncated,
+                    samples_unsupervised=loader.unsupervised)
 
     def _save(self, writer: store.StepWriter) -> None:
         meta = {"data": self.batches.state(), "progress": vars(self.progress), "seed": self.cfg.seed}

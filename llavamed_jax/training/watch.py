@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from llavamed_jax.errors import UserError
 from llavamed_jax.training import setup
+from llavamed_jax.training.data import Data
 from llavamed_jax.training.late import Progress, read
 from llavamed_jax.training.log import MetricsWriter, Sample
 from llavamed_jax.training.state import TrainState
@@ -33,7 +34,7 @@ class Snapshot:
     step: int
     params: Mapping
     program: setup.Program
-    data: setup.Data
+    data: Data
 
 
 # Named numbers, which are written beside the validation loss, and answers to look at. The trainer gets them as callables:

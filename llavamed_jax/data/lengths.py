@@ -1,0 +1,140 @@
+"""How long each sample is and how many images it has: one pass over the text of all records, before anything is trained.
+
+Packing, the number of updates and the mean length follow from it, and records that cannot be used are known at its end. No
+image is opened. Of large data the result is kept in a folder, under a name made from everything that it depends on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from llavamed_jax.data import transforms, workers
+from llavamed_jax.data.datasets import TrainingData
+from llavamed_jax.data.processor import Processor
+from llavamed_jax.data.records import save_whole
+from llavamed_jax.errors import UsageError, UserError
+
+BLOCK = 512  # records that are measured together
+FORMAT = 1  # of what is kept; to be raised when samples become longer or shorter
+LARGE = 5000  # records from which on it is worth to start processes, and to keep what was found
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """What the pass found; N is the number of records of all sources, one source after another.
+
+    Attributes:
+      tokens: int32 [N], positions of each sample, images expanded, after cutting; 0 for one that cannot be used.
+      images: int16 [N], images of each sample.
+      damaged: the records that cannot be used, as {"id", "reason"}.
+      truncated: samples that are cut at the maximal length.
+      surplus: images that no marker stands for, or that the cut takes away.
+      unsupervised: samples of which nothing is learnt (see `conversation.supervise`).
+    """
+
+    tokens: np.ndarray
+    images: np.ndarray
+    damaged: list[dict]
+    truncated: int
+    surplus: int
+    unsupervised: int
+
+    @property
+    def usable(self) -> int:
+        return int(np.count_nonzero(self.tokens))
+
+    @property
+    def mean(self) -> float:
+        """Tokens a usable sample, images included; 0 where there is none."""
+        return float(self.tokens.sum() / max(self.usable, 1))
+
+    @property
+    def longest(self) -> int:
+        return int(self.tokens.max(initial=0))
+
+    @property
+    def max_images(self) -> int:
+        return int(self.images.max(initial=0))
+
+
+def measure(data: TrainingData, processor: Processor, max_length: int, num_workers: int = 0, cache: Path | None = None) -> Lengths:
+    """The lengths of all records.
+
+    Args:
+      max_length: tokens a sample; longer ones are cut, never inside an image.
+      num_workers: processes that measure, where the data is large.
+      cache: a folder that keeps what was found in large data.
+    Raises:
+      UsageError: a maximal length that holds no image, of data with images.
+    """
+    is_large = data.num_records >= LARGE
+    kept = cache / f"lengths-{_key(data, processor, max_length)}.npz" if is_large and cache is not None else None
+    if kept is not None and kept.is_file():
+        return _load(kept)
+    count = -(-data.num_records // BLOCK)
+    make = _Measure(data, processor, max_length)
+    blocks = workers.in_order(make, count, num_workers) if is_large and num_workers else map(make, range(count))
+    parts = list(tqdm(blocks, "measuring samples", count, unit_scale=BLOCK, disable=None if is_large else True))
+    if is_large and num_workers:
+        blocks.close()
+    lengths = Lengths(
+        *(np.concatenate([part[name] for part in parts]) if parts else np.zeros(0, int) for name in ("tokens", "images")),
+        [entry for part in parts for entry in part["damaged"]],
+        *(int(sum(part[name] for part in parts)) for name in ("truncated", "surplus", "unsupervised")))
+    if lengths.surplus and not lengths.max_images and processor.tokens_per_image >= max_length:
+        raise UsageError(f"the config key 'max_length' is {max_length}; an image alone takes {processor.tokens_per_image} positions")
+    if kept is not None:
+        _save(kept, lengths)
+    return lengths
+
+
+@dataclass(frozen=True)
+class _Measure:
+    """Number of a block to what it holds; what the worker processes run."""
+
+    data: TrainingData
+    processor: Processor
+    max_length: int
+
+    def __call__(self, block: int) -> dict:
+        numbers = range(block * BLOCK, min((block + 1) * BLOCK, self.data.num_records))
+        found = dict(tokens=np.zeros(len(numbers), np.int32), images=np.zeros(len(numbers), np.int16), damaged=[],
+                     truncated=0, surplus=0, unsupervised=0)
+        for i, number in enumerate(numbers):
+            record = {"id": number}
+            try:
+                record = self.data.record(number)
+                example = transforms.tokenize(record, self.processor, self.max_length)
+            except UserError as error:
+                found["damaged"].append({"id": record["id"], "reason": str(error)})
+                continue
+            found["tokens"][i], found["images"][i] = len(example.ids), len(example.images)
+            found["truncated"] += example.is_truncated
+            found["surplus"] += example.num_surplus
+            found["unsupervised"] += not example.is_supervised
+        return found
+
+
+def _key(data: TrainingData, processor: Processor, max_length: int) -> str:
+    """A name for everything that lengths depend on. Another version of Python may name it anew, which costs one pass."""
+    config = processor.config
+    parts = [FORMAT, max_length, processor.template_name, processor.tokens_per_image, processor.max_length,
+             config and config.use_start_end, [source.fingerprint() for source in data.sources]]
+    return hashlib.sha256(json.dumps(parts).encode() + pickle.dumps(processor.tokenizer)).hexdigest()[:24]
+
+
+def _save(path: Path, lengths: Lengths) -> None:
+    rest = {name: getattr(lengths, name) for name in ("damaged", "truncated", "surplus", "unsupervised")}
+    save_whole(path, lambda file: np.savez(file, tokens=lengths.tokens, images=lengths.images, rest=np.array(json.dumps(rest))))
+
+
+def _load(path: Path) -> Lengths:
+    with np.load(path) as found:
+        return Lengths(found["tokens"], found["images"], **json.loads(str(found["rest"])))

@@ -1,0 +1,174 @@
+"""From a recipe's data to the rows of a run: records measured, packed, and shared out over the mesh (decision 5 of the design)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from llavamed_jax.checkpoints.reader import Checkpoint
+from llavamed_jax.config import LlavaConfig
+from llavamed_jax.data import datasets, lengths, loader, packing
+from llavamed_jax.data.lengths import Lengths
+from llavamed_jax.data.processor import Processor
+from llavamed_jax.errors import UsageError, UserError
+from llavamed_jax.models import llava
+from llavamed_jax.training.state import partition
+
+
+def row_multiple(cfg: ConfigDict, mesh: Mesh) -> int:
+    """What the rows of an update must divide by: they lie over data and fsdp, and are cut into micro-batches."""
+    return mesh.shape["data"] * mesh.shape["fsdp"] * cfg.micro_batches
+
+
+@dataclass(frozen=True)
+class Data:
+    """Training and validation records, measured, and the rows that are made of them."""
+
+    cfg: ConfigDict
+    processor: Processor
+    train: datasets.TrainingData
+    plan: packing.Plan
+    validation: datasets.TrainingData | None
+    validation_plan: packing.Plan | None
+
+    @classmethod
+    def open(cls, cfg: ConfigDict, checkpoint: Checkpoint, multiple: int = 1, workdir: Path | None = None,
+             settled: Mapping[str, Any] | None = None) -> Data:
+        """Reads and measures the data, and settles the shape of its rows.
+
+        Args:
+          multiple: what the rows of an update must divide by (`row_multiple`).
+          workdir: its folder `cache/` keeps what was found in large data.
+          settled: `resolved` of an earlier part of the run, whose rows stay as they were.
+        Raises:
+          UsageError: a batch size or a row length that cannot be; UserError: data that cannot be used.
+        """
+        cache = workdir / "cache" if workdir is not None else None
+        processor = Processor.from_checkpoint(checkpoint, tokenizer=cfg.tokenizer, template=cfg.template)
+
+        def read(path, split) -> tuple[datasets.TrainingData, Lengths]:
+            data = datasets.read_training(path, cfg.data.images, cfg.data.protocol or "clean", split, cache)
+            found = lengths.measure(data, processor, cfg.max_length, cfg.data.workers, cache)
+            _refuse_damage(cfg, path, found)
+            return data, found
+
+        rows = _Rows(cfg, checkpoint.config, multiple, settled or {})
+        train, measured = read(cfg.data.train, "train")
+        stream = packing.Stream.of(train, cfg.seed)
+        plan = packing.Plan(stream, measured, rows.layout(stream, measured), cache)
+        if not cfg.data.validation:
+            return cls(cfg, processor, train, plan, None, None)
+        validation, measured = read(cfg.data.validation, "validation")
+        stream = packing.Stream.of(validation, cfg.seed, is_shuffled=False)
+        layout = rows.layout_like(plan.layout, stream, measured)
+        return cls(cfg, processor, train, plan, validation, packing.Plan(stream, measured, layout, cache))
+
+    def total_steps(self) -> int:
+        """Updates of the run: `total_steps`, or those that the rows of `epochs` make."""
+        return self.cfg.total_steps if self.cfg.total_steps is not None else self.plan.num_updates(self.cfg.epochs)
+
+    def resolved(self) -> dict[str, Any]:
+        """What `recipe.json` keeps of it, so that a run that goes on has the same rows."""
+        layout, found = self.plan.layout, self.plan.lengths
+        return dict(samples=len(self.train), mean_length=round(found.mean, 1), row_length=layout.row_length,
+                    image_slots=layout.image_slots, rows=layout.rows)
+
+    def describe(self) -> list[str]:
+        """Lines that say what was found, what has to be done without, and what the rows are."""
+        found = self.plan.lengths
+        lines = [f"{found.usable} samples of {found.mean:.1f} tokens in the mean, images included, the longest {found.longest}"]
+        if found.damaged:
+            lines.append(f"warning: {len(found.damaged)} records cannot be used and are listed in skipped.jsonl; the first: "
+                         f"{found.damaged[0]['reason']}")
+        troubles = {f"samples are longer than {self.cfg.max_length} tokens and are cut": found.truncated,
+                    "samples have no supervised token": found.unsupervised,
+                    "images are left out, for no marker stands for them or a cut takes them away": found.surplus}
+        lines += [f"warning: {count} {what}" for what, count in troubles.items() if count]
+        return [*lines, *self._describe_packing()] if self.plan.layout.is_packed else lines
+
+    def _describe_packing(self) -> list[str]:
+        layout, rows, batch_size = self.plan.layout, self.plan.rows(0), self.cfg.batch_size
+        here = layout.rows * len(rows.records) / len(rows)
+        lines = [f"{len(rows)} packed rows an epoch, each of {layout.row_length} tokens and {layout.image_slots} images; {layout.rows} an "
+                 f"update hold about {here:.0f} samples (batch_size is {batch_size})"]
+        meant = packing.rows_an_update(batch_size, self.plan.lengths.mean, layout.rows, layout.row_length)
+        if meant.fitting is not None:
+            lines.append(f"warning: rows of {layout.row_length} tokens on this mesh do not make updates of about {batch_size} samples; "
+                         f"batch_size {meant.fitting} would fit them, and fewer micro_batches or a smaller mesh may fit {batch_size}")
+        return lines
+
+    def training_batches(self) -> loader.Loader:
+        """The endless stream of training batches."""
+        return self._batches(self.train, self.plan, self.cfg.data.workers, None)
+
+    def validation_batches(self) -> loader.Loader:
+        """The validation records once; the last batch is filled up with empty rows."""
+        return self._batches(self.validation, self.validation_plan, 0, 1)
+
+    def _batches(self, data, plan, num_workers, epochs) -> loader.Loader:
+        return loader.batches(data, self.processor, plan, self.cfg.max_length, num_workers=num_workers, epochs=epochs,
+                              process_index=jax.process_index(), process_count=jax.process_count(), skip_limit=self.cfg.data.skip_limit)
+
+
+def _refuse_damage(cfg: ConfigDict, path, found: Lengths) -> None:
+    damaged, count = len(found.damaged), len(found.tokens)
+    if damaged > cfg.data.skip_limit * count:
+        raise UserError(f"{damaged} of the {count} samples of {path} cannot be used, more than the {cfg.data.skip_limit:.0%} that may be "
+                        f"skipped (data.skip_limit); the first: {found.damaged[0]['reason']}")
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Settles the shape of rows, by what the data's lengths are and the mesh asks for."""
+
+    cfg: ConfigDict
+    config: LlavaConfig
+    multiple: int
+    settled: Mapping[str, Any]
+
+    def layout(self, stream: packing.Stream, found: Lengths) -> packing.Layout:
+        """Of training rows. Those of a run that goes on are kept; another mesh only adds empty ones."""
+        cfg, settled = self.cfg, self.settled
+        if not cfg.data.packing:
+            if cfg.batch_size % self.multiple and not settled:
+                raise UsageError(f"the config key 'batch_size' is {cfg.batch_size}; a multiple of {self.multiple} was expected "
+                                 f"(data x fsdp of the mesh x micro_batches {cfg.micro_batches})")
+            return self._padded(packing.Layout(cfg.max_length, found.max_images, cfg.batch_size, False))
+        if not found.usable:
+            return packing.Layout(cfg.max_length, 0, self.multiple, True)  # of nothing, which the plan refuses
+        update = self.update(found, settled.get("row_length", cfg.data.row_length))
+        slots = settled["image_slots"] if "image_slots" in settled else self._slots(stream, found, update.row_length)
+        return self._padded(packing.Layout(update.row_length, slots, settled.get("rows", update.rows), True))
+
+    def layout_like(self, layout: packing.Layout, stream: packing.Stream, found: Lengths) -> packing.Layout:
+        """Of validation rows: as in training, with room for their own images, and for a longer sample."""
+        row_length = layout.row_length if found.longest <= layout.row_length else -(-found.longest // 128) * 128
+        slots = self._slots(stream, found, row_length) if layout.is_packed and found.usable else found.max_images
+        return replace(layout, image_slots=slots, row_length=row_length)
+
+    def update(self, found: Lengths, row_length: int) -> packing.Update:
+        return packing.rows_an_update(self.cfg.batch_size, found.mean, self.multiple, row_length, found.longest)
+
+    def _padded(self, layout: packing.Layout) -> packing.Layout:
+        return replace(layout, padding_rows=-layout.rows % self.multiple)
+
+    def _slots(self, stream: packing.Stream, found: Lengths, row_length: int) -> int:
+        return packing.choose_image_slots(stream, found, row_length, self._image_cost(found.mean))
+
+    def _image_cost(self, mean_length: float) -> float:
+        """The tower's work for an image, in tokens of the decoder.
+
+        A part that is trained works backwards twice as much as forwards, the frozen decoder half of that, for the projector
+        lies below it, and the frozen tower not at all.
+        """
+        regexes = [entry for entry in self.cfg.trainable if isinstance(entry, str)]
+        trained = partition(llava.abstract_params(self.config, scan=True), regexes)[0] if regexes else ()
+        passes = lambda part, frozen: 3 if any(name.startswith(part) for name in trained) else frozen
+        image = self.config.vision_flops_per_image() * passes("vision_tower/", 1)
+        return image / (self.config.decoder.forward_flops_per_token(int(mean_length)) * passes("decoder/", 2))
