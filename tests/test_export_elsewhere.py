@@ -1,5 +1,6 @@
 """What other software looks for in an export, from its own code: transformers since 4.36, vLLM, llama.cpp, and the originals."""
 
+import dataclasses
 import json
 
 import pytest
@@ -52,6 +53,24 @@ def test_the_decoder_is_named(source, tmp_path):
     assert raw["text_config"]["architectures"] == [{"llava_mistral": "MistralForCausalLM", "llava_llama": "LlamaForCausalLM"}[source]]
     assert raw["dtype"] == raw["torch_dtype"] == "float32"
     assert raw["image_token_index"] == raw["image_token_id"] == 70 and raw["pad_token_id"] == 71
+
+
+def test_what_has_no_tensors_is_said(tmp_path):
+    """No bias in the projector and no head of its own: a reader that expected them would draw them at random."""
+    cfg = config(projector_bias=False)
+    cfg = cfg.replace(decoder=dataclasses.replace(cfg.decoder, tie_word_embeddings=True))
+    names, _ = exported(cfg, tmp_path / "hf")
+    raw = read(tmp_path / "hf" / "config.json")
+    assert (raw["multimodal_projector_bias"], raw["tie_word_embeddings"], raw["text_config"]["tie_word_embeddings"]) == (False, True, True)
+    assert not [name for name in names if "lm_head" in name or ("projector" in name and name.endswith("bias"))]
+    assert open_checkpoint(tmp_path / "hf").config == cfg
+
+
+@pytest.mark.parametrize(("pieces", "rows"), [(32000, 32064), (62, 64), (63, 128), (64, 128), (126, 128)])
+def test_rows_for_image_and_pad_and_up_to_a_multiple_of_64(pieces, rows):
+    cfg = config()
+    cfg = cfg.replace(decoder=dataclasses.replace(cfg.decoder, vocab_size=pieces))
+    assert cfg.to_hf("transformers")["text_config"]["vocab_size"] == rows
 
 
 def test_generation_ends_where_the_model_ends(tmp_path):
