@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 from safetensors import safe_open
@@ -12,6 +13,7 @@ from llavamed_jax.checkpoints.writer import export
 from llavamed_jax.config import KNOWN_TOWERS, DecoderConfig, LlavaConfig, VisionConfig, preset
 from tests import tiny
 
+PIECES = Path(__file__).resolve().parent.parent / "samples" / "vqa_rad" / "tokenizer.model"  # 1,024 of them
 VISION = VisionConfig(32, 64, 3, 4, 28, 14)
 
 
@@ -71,6 +73,24 @@ def test_rows_for_image_and_pad_and_up_to_a_multiple_of_64(pieces, rows):
     cfg = config()
     cfg = cfg.replace(decoder=dataclasses.replace(cfg.decoder, vocab_size=pieces))
     assert cfg.to_hf("transformers")["text_config"]["vocab_size"] == rows
+
+
+def test_what_processors_of_each_age_read(tmp_path):
+    """Slow tokenizers and llama.cpp the SentencePiece model, `legacy` the slow ones; the template of its own file, before 4.50 JSON."""
+    cfg = config(feature_select="cls_patch", template="v1.5:mistral_instruct")
+    cfg = cfg.replace(vision=dataclasses.replace(VISION, patch_size=7), decoder=dataclasses.replace(cfg.decoder, vocab_size=1024))
+    export(random_checkpoint(cfg).replace(files={"tokenizer.model": PIECES}), tmp_path / "hf")
+    assert (tmp_path / "hf" / "tokenizer.model").read_bytes() == PIECES.read_bytes()
+    settings = read(tmp_path / "hf" / "tokenizer_config.json")
+    assert (settings["legacy"], settings["add_bos_token"], settings["add_eos_token"], settings["processor_class"]) == (
+        True, True, False, "LlavaProcessor")
+    assert {i: token["content"] for i, token in settings["added_tokens_decoder"].items() if int(i) >= 1024} == {
+        "1024": "<image>", "1025": "<pad>"}
+    assert read(tmp_path / "hf" / "processor_config.json") == {
+        "processor_class": "LlavaProcessor", "image_token": "<image>", "patch_size": 7, "num_additional_image_tokens": 1,
+        "vision_feature_select_strategy": "full"}
+    template = (tmp_path / "hf" / "chat_template.jinja").read_text()
+    assert "[INST]" in template and read(tmp_path / "hf" / "chat_template.json") == {"chat_template": template}
 
 
 def test_generation_ends_where_the_model_ends(tmp_path):
