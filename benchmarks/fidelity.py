@@ -21,6 +21,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # run as a script, too, for this package and the project
+
+from benchmarks.quirks import OTHERS, QUIRKS  # noqa: E402
+
 TRUE_SHAPES = ROOT / "docs" / "fidelity" / "true_shapes.json"
 
 # Number in the specification's conformance list, what it is, the tests (file::function, or a whole file), what to say.
@@ -28,9 +32,10 @@ GROUPS = [
     ("1", "Metrics on a whole data set", ["test_evaluation::test_a_hand_computed_score", "test_evaluation::test_the_whole_of_vqa_rad"],
      "to 1e-6: scores worked out by hand, gold answers as predictions; the original's own prediction files are not part of this project"),
     ("2", "Metrics, case by case", ["test_metrics"], "to 1e-12, values that nltk 3.8.1 gave"),
-    ("3", "Ids and label masks", ["test_conversation", "test_tokenizer", "test_processor"], "v1.5's and upstream's templates; v1.0's are "
-     "to come"),
-    ("4", "Prompt fingerprints", ["test_conversation::test_fingerprints", "test_conversation::test_mistral_text"],
+    ("3", "Ids and label masks", ["test_conversation", "test_tokenizer", "test_processor", "test_templates"],
+     "19 templates of three origins, LLaMA's and Mistral's tokenizers, beside the originals' procedures told again"),
+    ("4", "Prompt fingerprints", ["test_conversation::test_fingerprints", "test_conversation::test_mistral_text",
+                                  "test_templates::test_fingerprints", "test_templates::test_prompts_are_the_originals"],
      "sha256 of the rendered prompts"),
     ("5", "Shape of the generation request", [], "to come with the curation of data"),
     ("6", "Image preprocessing", ["test_images"], "`pad` and `square`; `keep` and `anyres` are refused by name"),
@@ -47,7 +52,8 @@ GROUPS = [
                                                    "test_assistant::test_bad_logits_calls_are_one_sentence",
                                                    "test_generation::test_bad_requests_are_one_sentence"], "an error with both numbers"),
     ("10", "Deltas", ["test_delta"], "bit for bit torch's float16, 32,000 rows against 32,003 and 32,004"),
-    ("11", "Names of tensors, both ways", ["test_checkpoints", "test_layouts", "test_export::test_round_trips_to_the_bit"],
+    ("11", "Names of tensors, both ways", ["test_checkpoints", "test_transformers_layout", "test_layouts",
+                                            "test_export::test_round_trips_to_the_bit"],
      "round trips to the bit; the tower's switch"),
     ("", "Exports in transformers' own hands", ["test_export::test_ids_in_transformers_are_those_of_the_original",
                                                 "test_export::test_chat_templates_write_our_prompts",
@@ -70,46 +76,12 @@ GROUPS = [
     ("", "Twenty updates of training", ["test_training_torch"], "losses to 2e-6, parameters to 2e-5"),
 ]
 
-# Quirk, what the original does, kept or mended here, the switch, the test (None: nothing here touches it yet).
-QUIRKS = [
-    ("Q1", "the shipped tower is dropped for stock CLIP", "both", "shipped by default; `vision_tower=PATH`",
-     "test_checkpoints::test_the_argument_goes_before_the_tensors_in_the_checkpoint"),
-    ("Q2", 'the stop string "" ends every answer', "mended", "",
-     "test_assistant::test_stop_strings_end_the_text_and_an_empty_one_does_nothing"),
-    ("Q3", "padding moves by a random pixel", "mended", "", "test_images::test_padding_floors_the_offset"),
-    ("Q5", "v1.5's vicuna template has one blank more", "kept", "`v1.5:vicuna_v1`, `up:vicuna_v1`",
-     "test_conversation::test_v15_strips_messages_and_result_and_upstream_does_not"),
-    ("Q6", "prompts are cut silently at 2,048 positions", "kept in `eval.py`, counted", "Python raises",
-     "test_evaluation::test_long_prompts_are_cut_with_a_counted_warning"),
-    ("Q7", "positions count over padding", "kept where rows are padded left", "", "test_modules::test_decoder_with_left_padding"),
-    ("Q8", "features are counted over the batch, the last of several images wins", "mended", "",
-     "test_modules::test_one_row_of_images_does_not_depend_on_another_row"),
-    ("Q9", "the projector of stage 1 is ignored", "mended", "`convert build --projector FILE`",
-     "test_build::test_a_projector_from_stage_1_over_its_base"),
-    ("Q12", "stage 1 trains the whole embedding table, text-only rows leak", "mended", "`trainable` in the recipe",
-     "test_known_answers::test_stage_1_moves_the_projector_and_the_rows_of_two_tokens"),
-    ("Q13", "`conversatons`", "both are read", "", "test_datasets::test_json_and_jsonl_and_both_spellings"),
-    ("Q20", "evaluation is sampled without a seed", "mended: greedy", "`generation.temperature`, `seed`",
-     "test_generation::test_sampled_tokens_depend_on_the_seed_and_on_nothing_beside_them"),
-    ("Q21", "two closed accuracies that disagree", "both are reported", "", "test_evaluation::test_a_hand_computed_score"),
-    ("Q22", "lists of candidates were never released", "rebuilt from the training rows", "`protocol`",
-     "test_evaluation::test_the_whole_of_vqa_rad"),
-    ("Q23", "exact match that is none, 32 periods, commas in digits", "kept", "`strict` beside `paper`",
-     "test_metrics::test_at_most_32_periods_go_in_one_pass"),
-    ("Q24", "counts of open and closed questions exchanged", "mended", "", "test_evaluation::test_a_hand_computed_score"),
-    ("Q32", "an unknown tower is silently none", "mended: an error", "", "test_checkpoints::test_no_tower_anywhere_asks_for_one"),
-    ("Q33", "deltas with zero `inv_freq`, sums in float16", "kept", "",
-     "test_delta::test_a_delta_with_zero_buffers_over_a_base_in_another_dtype"),
-    ("Q34", "the directory's name decides class and template", "mended: config.json does", "`template=`",
-     "test_processor::test_template_by_model_type"),
-]
-
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "fidelity.md")
     args = parser.parse_args()
-    selectors = sorted({s for _, _, group, _ in GROUPS for s in group} | {quirk[-1] for quirk in QUIRKS})
+    selectors = sorted({s for _, _, group, _ in GROUPS for s in group} | {row[-1] for row in [*QUIRKS, *OTHERS]} - {None})
     results = run(selectors)
     failed = [result.name for result in results if result.outcome == "failed"]
     if failed:
@@ -174,11 +146,16 @@ def document(results: list[Result]) -> str:
     for number, title, selectors, note in GROUPS:
         lines.append(group_row(number, title, [r for r in results if any(map(r.belongs, selectors))], note))
     lines += ["", "## Quirks of the original", "",
-              "Those that this project meets so far; *kept* reproduces the original, *mended* does not.", "",
+              "Numbers are those of the specification's list; *kept* reproduces the original, *mended* does not.", "",
               "| | the original | here | switch | held by |", "|---|---|---|---|---|"]
-    for quirk, what, here, switch, test in QUIRKS:
-        lines.append(f"| {quirk} | {what} | {here} | {switch} | `tests/{test.replace('::', '.py::')}` |")
+    lines += [f"| {' | '.join(row)} | {held_by(test)} |" for *row, test in QUIRKS]
+    lines += ["", "## Other differences", "", "| the original | here | switch | held by |", "|---|---|---|---|"]
+    lines += [f"| {' | '.join(row)} | {held_by(test)} |" for *row, test in OTHERS]
     return "\n".join([*lines, *true_shapes(), *rotary()]) + "\n"
+
+
+def held_by(test: str | None) -> str:
+    return f"`tests/{test.replace('::', '.py::')}`" if test else "–"
 
 
 def group_row(number: str, title: str, results: list[Result], note: str) -> str:
@@ -216,7 +193,6 @@ def true_shapes() -> list[str]:
 def rotary() -> list[str]:
     """What the last bit of torch's vectorised power does to the logits, measured."""
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    sys.path.insert(0, str(ROOT))
     import numpy as np
     import torch
 

@@ -188,7 +188,7 @@ def language(checkpoint: Checkpoint, x, y):
     positions = jnp.arange(T)[None]
     mask = AttentionMask(positions, positions, window=cfg.sliding_window)
     rope = rope_tables(positions, cfg.head_dim, cfg.rope_theta)
-    block = jax.jit(lambda params, x: decoder.Block(cfg, jnp.float32).apply({"params": params}, x, (rope, mask), None)[0])
+    block = jax.jit(lambda params, x: decoder.Block(cfg, jnp.float32, "xla").apply({"params": params}, x, (rope, mask), None)[0])
     index = torch.arange(T)
     seen = (index <= index[:, None]) & (index > index[:, None] - (cfg.sliding_window or T))
     torch_mask = torch.where(seen, 0.0, torch.finfo(torch.float32).min)[None, None]

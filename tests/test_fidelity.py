@@ -45,7 +45,8 @@ def test_the_layer_table_shows_where_a_mistake_begins(monkeypatch):
 
 
 def test_every_row_names_tests_that_exist():
-    selectors = {s for _, _, group, _ in fidelity.GROUPS for s in group} | {quirk[-1] for quirk in fidelity.QUIRKS}
+    known = [*fidelity.QUIRKS, *fidelity.OTHERS]
+    selectors = {s for _, _, group, _ in fidelity.GROUPS for s in group} | {row[-1] for row in known} - {None}
     for selector in selectors:
         module, _, function = selector.partition("::")
         tree = ast.parse((ROOT / "tests" / f"{module}.py").read_text())
@@ -71,4 +72,6 @@ def test_the_document_is_of_this_table():
     text = file.read_text()
     for _, title, _, _ in fidelity.GROUPS:
         assert f"| {title} |" in text
-    assert re.findall(r"^\| (Q\d+) \|", text, re.MULTILINE) == [quirk[0] for quirk in fidelity.QUIRKS]
+    assert re.findall(r"^\| (Q\d+) \|", text, re.MULTILINE) == [quirk[0] for quirk in fidelity.QUIRKS] == [f"Q{n}" for n in range(1, 35)]
+    for what, *_ in fidelity.OTHERS:
+        assert f"| {what} |" in text
