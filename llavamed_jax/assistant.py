@@ -218,7 +218,9 @@ class LlavaMed:
                 for ids, pixels, s in zip(prompts, images, row_seeds(seed, prompts, images))]
 
     def _text_stream(self, stop):
-        return TextStream(self.processor.decode, (*([stop] if isinstance(stop, str) else stop), *self.processor.stop))
+        p, stop = self.processor, [*([stop] if isinstance(stop, str) else stop), *self.processor.stop]
+        single = [ids[0] for ids in (p.tokenizer.encode(text, bos=False) for text in stop) if len(ids) == 1]
+        return TextStream(p.decode, stop, stop_ids=[i for i in single if not p.decode([i])])
 
 
 def _check_settings(temperature, top_p, top_k, num_beams, seed) -> None:

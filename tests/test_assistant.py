@@ -11,6 +11,7 @@ import transformers
 from PIL import Image
 
 import llavamed_jax as lm
+from llavamed_jax import chat
 from llavamed_jax.assistant import completion
 from llavamed_jax.errors import UserError
 from llavamed_jax.generation.text import TextStream
@@ -131,6 +132,45 @@ def test_settings_reach_the_engine(assistant):
     assert assistant.generate_tokens(rows, max_new_tokens=8, temperature=2.0, seed=1) != hot
 
 
+def test_turn_two_is_the_whole_prompt_anew(assistant, monkeypatch, capsys, tmp_path):
+    """The terminal chat over three turns, images in the first and third and a system text: ids and tokens of each turn are
+    those of the prompt written out by hand."""
+    p, asked, answers = assistant.processor, [], []
+    engine_stream = assistant.engine.stream
+
+    def spy(requests):
+        asked.append(requests[0])
+        tokens = []
+        for index, new in engine_stream(requests):
+            tokens += new
+            yield index, new
+        answers.append(tokens)
+
+    monkeypatch.setattr(assistant.engine, "stream", spy)
+    files = [str(tmp_path / f"{i}.png") for i in range(3)]
+    for i, file in enumerate(files):
+        picture(i).save(file)
+    lines = iter(["which is it ?", "where ?", f"/image {files[2]}", "and this ?", ""])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    monkeypatch.setattr(chat.common, "load_assistant", lambda args: assistant)
+    flags = ["--image", files[0], "--image", files[1], "--system", "be brief", "--temperature", "0", "--max_new_tokens", "5"]
+    assert chat.main(["--checkpoint", "x", *flags]) == 0
+    monkeypatch.undo()
+
+    said = [p.decode(tokens).strip() for tokens in answers]
+    prompt = "[INST] <<SYS>>\nbe brief\n<</SYS>>\n\n<image>\n<image>\nwhich is it ? [/INST]"
+    prompts = [prompt]
+    for answer, question in zip(said, ["where ?", "<image>\nand this ?"]):
+        prompts.append(f"{prompts[-1]} {answer} </s>[INST] {question} [/INST]")
+    for n, (text, images) in enumerate(zip(prompts, [files[:2], files[:2], files])):
+        ids = p.encode(text)
+        assert list(asked[n].ids) == p.expand(ids)
+        assert assistant.generate_tokens([ids], [list(p.images(images))], max_new_tokens=5) == [answers[n]]
+    assert len(answers) == 3 and all(said)
+    out = capsys.readouterr().out
+    assert all(answer in out for answer in said)
+
+
 def test_finish_reasons():
     for ids, stop, reason in (([65, 66], (), "length"), ([65, 2], (), "stop"), ([65, 66], ("B",), "stop"), ([2, 65], (), "length")):
         text = TextStream(decode, stop)
@@ -231,7 +271,30 @@ def decode(ids):
     return bytes(ids).decode("utf-8", errors="replace")
 
 
+def test_a_stop_string_ends_the_ids_too_however_they_come():
+    """Several strings, across tokens, and ids behind the stop in the same look of the host."""
+    ids, stops = list(b"one two\nthree four"), ["\nth", "four", "e "]
+    for step in (1, 2, 5, len(ids)):
+        text = TextStream(decode, stops)
+        pieces = [text.push(ids[i : i + step]) for i in range(0, len(ids), step)]
+        assert (text.token_ids, text.text, "".join(pieces)) == (list(b"one "), "on", "on")
+    text = TextStream(decode, ["\nthr", "four"])
+    assert "".join(text.push([i]) for i in ids) == "one two" == text.text and bytes(text.token_ids) == b"one two\nthr"
+
+
+def test_a_stop_token_that_shows_in_no_text_ends_an_answer(saved, assistant):
+    """`</s>` as a stop string, written out or as its own id, for a model whose config ends sequences otherwise."""
+    text = TextStream(lambda ids: decode([i for i in ids if i != 2]), ["</s>"], stop_ids=[2])
+    assert text.push([65, 66, 2, 67]) == "AB" == text.text and text.is_stopped and text.token_ids == [65, 66, 2]
+    stream = assistant._text_stream(("</s>", "###"))
+    stream.push([*assistant.processor.tokenizer.encode("yes", bos=False), 2, 5])
+    assert stream.is_stopped and stream.text == "yes"
+    assert assistant._text_stream(("",)).push([2, 5]) != "" and not assistant._text_stream(()).is_stopped
+
+
 def test_text_stream_holds_back_half_characters_and_half_stop_strings():
+    text = TextStream(decode)
+    assert [text.push([byte]) for byte in "日😀".encode()] == ["", "", "日", "", "", "", "😀"]
     text = TextStream(decode, stop=["</s>"])
     pieces = [text.push([byte]) for byte in "é <b</s>x".encode()]
     assert pieces[:4] == ["", "é", "", ""][:2] + pieces[2:4] and "".join(pieces) == "é <b"

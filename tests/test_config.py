@@ -1,5 +1,6 @@
 """A config.json can hold anything anywhere: each wrong kind of value is one sentence that names key and value."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -82,3 +83,14 @@ def test_files_beside_the_config(tmp_path, file, content, sentence):
     with pytest.raises(UserError, match=sentence) as error:
         Processor.load(directory)
     assert file in str(error.value)
+
+
+def test_several_ends_of_a_sequence_travel_both_ways():
+    text = {**HF["text_config"], "eos_token_id": [2, 7, 9]}
+    cfg = LlavaConfig.from_hf({**HF, "text_config": text})
+    assert cfg.decoder.eos_ids == (2, 7, 9) and cfg.decoder.to_hf()["eos_token_id"] == [2, 7, 9]
+    assert LlavaConfig.from_dict(json.loads(json.dumps(cfg.to_dict()))) == cfg and hash(cfg)
+    single = LlavaConfig.from_hf({**HF, "text_config": {**text, "eos_token_id": 2}})
+    assert single.decoder.eos_ids == (2,) and single.decoder.to_hf()["eos_token_id"] == 2
+    none = dataclasses.replace(single.decoder, eos_token_id=None)
+    assert none.eos_ids == ()

@@ -171,6 +171,8 @@ def test_an_evaluation_that_a_signal_stopped_goes_on(tmp_path, monkeypatch, caps
     (["--workdir", ""], 2, "the workdir is empty"),
     (["--config.seed=-1"], 2, "seed is -1; 0 to 2147483647 was expected"),
     (["--config.generation.temperature=nan"], 2, "generation.temperature is nan; a number of at least 0"),
+    (["--config.generation.num_beams=0"], 2, "generation.num_beams is 0; at least 1"),
+    (["--config.generation.num_beams=3", "--config.generation.temperature=0.2"], 2, "generation.num_beams is 3 with a generation.temp"),
     (["--config.data.split=x"], 2, "data.split is 'x'"),
     (["--template", "foo"], 2, "--template: the template 'foo' does not exist; one of v1.5:"),
     (["--checkpoint", "preset:x"], 2, "--checkpoint: the preset 'x' does not exist; one of small"),

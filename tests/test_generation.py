@@ -175,6 +175,25 @@ def test_sampled_tokens_depend_on_the_seed_and_on_nothing_beside_them(engine):
     assert engine.generate(mixed) == [greedy[0], together[1], greedy[2], greedy[3]]
 
 
+def test_requests_of_a_batch_have_their_own_settings(engine):
+    settings = [dict(), dict(temperature=1.0, top_k=3, seed=5), dict(temperature=0.7, top_p=0.6, max_new_tokens=7),
+                dict(temperature=2.0, max_new_tokens=1)]
+    mixed = [dataclasses.replace(r, **each) for r, each in zip(requests(), settings)]
+    together = engine.generate(mixed)
+    assert together == [engine.generate([r])[0] for r in mixed]
+    assert [len(tokens) for tokens in together] == [NEW, NEW, 7, 1] and together[1] != engine.generate(requests())[1]
+
+
+def test_any_of_several_ends_ends_a_row(tiny, engine):
+    _, cfg, params = tiny
+    free = engine.generate(requests())
+    ends = free[0][3], next(t for t in free[1][4:] if t not in free[0])
+    cfg = cfg.replace(decoder=dataclasses.replace(cfg.decoder, eos_token_id=ends[0], more_eos_ids=ends[1:]))
+    expected = [row[: next((n + 1 for n, t in enumerate(row) if t in ends), NEW)] for row in free]
+    assert Engine(cfg, params, batch_size=4, steps=4).generate(requests()) == expected
+    assert {row[-1] for row in expected} >= set(ends) and cfg.decoder.eos_ids == ends
+
+
 def test_a_cancelled_request_stops_and_the_others_go_on(engine):
     expected, batch = engine.generate(requests()), requests()
     got = [[] for _ in batch]

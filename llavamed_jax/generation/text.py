@@ -12,16 +12,17 @@ class TextStream:
 
     Args:
       decode: ids -> text without special tokens.
-      stop: texts that end the answer and do not belong to it. An empty one is ignored: it would stop every answer at
-        once (quirk Q2 of the original).
+      stop: texts that end the answer and do not belong to it, in however many tokens they come. An empty one is ignored:
+        it would stop every answer at once (quirk Q2 of the original).
+      stop_ids: tokens that do the same and show in no text, such as `</s>` for a model that knows another end.
 
     Attributes:
-      token_ids: all ids so far.
-      is_stopped: a stop string was found.
+      token_ids: all ids so far, up to the one that completed a stop.
+      is_stopped: a stop was found; what comes after it is not taken.
     """
 
-    def __init__(self, decode: Callable[[Sequence[int]], str], stop: Iterable[str] = ()):
-        self._decode, self._stop = decode, [s for s in stop if s]
+    def __init__(self, decode: Callable[[Sequence[int]], str], stop: Iterable[str] = (), stop_ids: Iterable[int] = ()):
+        self._decode, self._stop, self._stop_ids = decode, [s for s in stop if s], frozenset(stop_ids)
         self._given = 0
         self.token_ids: list[int] = []
         self.is_stopped = False
@@ -37,8 +38,13 @@ class TextStream:
         """Takes new ids; returns the text that has become certain by them."""
         if self.is_stopped:
             return ""
+        before = len(self.token_ids)
         self.token_ids += ids
-        self.is_stopped = bool(self._stop) and any(s in self._decode(self.token_ids) for s in self._stop)
+        if self._has_stop(self.token_ids):
+            # Ids come several at a time: what was made behind the stop is no part of the answer.
+            end = next(n for n in range(before + 1, len(self.token_ids) + 1) if self._has_stop(self.token_ids[:n]))
+            del self.token_ids[end:]
+            self.is_stopped = True
         text = self.text
         # White space at the end may turn out to stand before a stop string, and would then be stripped.
         return self._give(text if self.is_stopped else text[: self._certain(text)].rstrip())
@@ -46,6 +52,11 @@ class TextStream:
     def finish(self) -> str:
         """What was held back at the end of the answer."""
         return self._give(self.text)
+
+    def _has_stop(self, ids: Sequence[int]) -> bool:
+        if not self._stop_ids.isdisjoint(ids):
+            return True
+        return bool(self._stop) and any(s in self._decode(ids) for s in self._stop)
 
     def _certain(self, text: str) -> int:
         """Length of the part that later ids cannot change or take back: a stop string may have begun."""
