@@ -228,6 +228,10 @@ def normalize(row: Any, images: Path, name: str, index: int) -> dict:
     if not isinstance(names, list) or not all(isinstance(image, str) for image in names):
         raise fail(f"has the image {_short(names)}; a name or a list of names was expected")
     conversations = [{"from": turn["from"], "value": str(turn["value"])} for turn in turns]
+    try:
+        "".join([*names, *(turn["value"] for turn in conversations)]).encode()
+    except UnicodeEncodeError:  # JSON can say it, and no file and no tokenizer knows what it is
+        raise fail("has half a surrogate pair in its text") from None
     markers = [turn["value"].count(IMAGE_MARKER) for turn in conversations[first:]]
     # Upstream reads several markers in one turn as one image; a record that lists them all means each.
     if len(names) < sum(markers) and len(names) != sum(map(bool, markers)):
