@@ -161,6 +161,8 @@ def test_a_pad_token_comes_first_as_with_version_v0(is_tied, parts):
         np.testing.assert_allclose(table[row], table[:1026].mean(0), atol=1e-7)
     assert not np.allclose(table[1026], table[:1024].mean(0), atol=1e-7)  # <im_patch>'s drawn row counts
     assert ("decoder/lm_head/kernel" in built.tensors) != is_tied
+    if not is_tied:  # each table's row of <im_patch> is drawn by itself
+        assert abs(np.corrcoef(table[1025], built.read("decoder/lm_head/kernel")[:, 1025])[0, 1]) < 0.9
 
 
 def test_a_pad_token_alone_is_refused(parts, capsys):

@@ -4,6 +4,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from safetensors import safe_open
 
@@ -91,6 +92,24 @@ def test_what_processors_of_each_age_read(tmp_path):
         "vision_feature_select_strategy": "full"}
     template = (tmp_path / "hf" / "chat_template.jinja").read_text()
     assert "[INST]" in template and read(tmp_path / "hf" / "chat_template.json") == {"chat_template": template}
+
+
+def test_an_import_has_the_tokenizer_from_before_the_export(tmp_path):
+    """Whose pieces are the rows that are left, so that it can be exported again."""
+    cfg = config(template="v1.5:mistral_instruct")
+    cfg = cfg.replace(decoder=dataclasses.replace(cfg.decoder, vocab_size=1024))
+    (tmp_path / "tokenizer_config.json").write_text('{"legacy": false}')
+    files = {"tokenizer.model": PIECES, "tokenizer_config.json": tmp_path / "tokenizer_config.json"}
+    export(random_checkpoint(cfg).replace(files=files), tmp_path / "hf")
+    again = open_checkpoint(tmp_path / "hf")
+    assert {name: file.read_bytes() for name, file in again.files.items()} == {name: file.read_bytes() for name, file in files.items()}
+    export(again, tmp_path / "again")
+    assert (tmp_path / "again" / "tokenizer.json").read_bytes() == (tmp_path / "hf" / "tokenizer.json").read_bytes()
+    card = (tmp_path / "hf" / "README.md").read_text()
+    assert "Rows 1024 to 1087 of both tables" in card and "| precision | float32 |" in card
+    export(again.cast(np.float16), tmp_path / "half")
+    assert "| precision | float16 |" in (tmp_path / "half" / "README.md").read_text()
+    assert read(tmp_path / "half" / "config.json")["torch_dtype"] == "float16"
 
 
 def test_generation_ends_where_the_model_ends(tmp_path):
