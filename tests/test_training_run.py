@@ -10,11 +10,8 @@ import jax
 import numpy as np
 import pytest
 
-from llavamed_jax.checkpoints.load import random_checkpoint
 from llavamed_jax.checkpoints.reader import open_checkpoint
-from llavamed_jax.checkpoints.store import steps, write_model
-from llavamed_jax.cli.common import load_config
-from llavamed_jax.config import DecoderConfig, LlavaConfig, VisionConfig
+from llavamed_jax.checkpoints.store import steps
 from llavamed_jax.data.tokenizer import Tokenizer
 from llavamed_jax.errors import UsageError, UserError
 from llavamed_jax.parallel.mesh import make_mesh
@@ -22,43 +19,25 @@ from llavamed_jax.training import setup
 from llavamed_jax.training import workdir as workdirs
 from llavamed_jax.training.data import Data
 from llavamed_jax.training.trainer import Watch, fit
-
-ROOT = Path(__file__).resolve().parent.parent
-SAMPLE = ROOT / "samples" / "vqa_rad"
-VISION = VisionConfig(16, 32, 2, 2, 16, 8)
+from tests import training_runs as runs
+from tests.training_runs import SAMPLE
+from tests.training_runs import log_lines as lines
 
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory) -> Path:
-    """A tiny checkpoint in this project's own tree, with the sample's tokenizer."""
-    vocabulary = Tokenizer.load(SAMPLE / "tokenizer.model").vocab_size
-    cfg = LlavaConfig(VISION, DecoderConfig(vocabulary, 16, 24, 1, 2, 1, 8, 1e-5, 1e4, 128, architecture="mistral"),
-                      max_length=64, template="v1.5:mistral_instruct")
-    out = tmp_path_factory.mktemp("start") / "start"
-    write_model(out, random_checkpoint(cfg), files={"tokenizer.model": SAMPLE / "tokenizer.model"})
-    return out
+    return runs.write_start(tmp_path_factory.mktemp("start") / "start")
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    """Twelve records of the sample, and five others to validate on."""
-    folder = tmp_path_factory.mktemp("data")
-    records = json.loads((SAMPLE / "vqa_train.json").read_text())
-    (folder / "train.json").write_text(json.dumps(records[:12]))
-    (folder / "validation.json").write_text(json.dumps(records[20:25]))
-    return folder
+    return runs.write_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")
 def recipe(start, data):
     """The demo's recipe, shrunk: `recipe(**{"key": value})`."""
-
-    def make(**changes):
-        keys = {"init": start, "data.train": data / "train.json", "data.images": SAMPLE / "images", "batch_size": 4,
-                "total_steps": 8, "max_length": 40, "log_every": 1, "checkpoint.every_steps": 3, "checkpoint.keep": 9, **changes}
-        return load_config(f"{ROOT}/configs/demo.py:vqa", [f"{key}={value}" for key, value in keys.items()])
-
-    return make
+    return lambda **changes: runs.shrunk(start, data, **changes)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -67,10 +46,6 @@ def one_device():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(setup, "make_mesh", lambda spec: make_mesh(spec, jax.devices()[:1]))
         yield
-
-
-def lines(workdir):
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
 def tensors(path):
