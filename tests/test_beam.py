@@ -4,10 +4,11 @@ import dataclasses
 
 import hf
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llavamed_jax.generation.beam import BeamSearch
+from llavamed_jax.generation.beam import BeamSearch, advance, start
 from llavamed_jax.generation.engine import Engine, Request
 from llavamed_jax.parallel.mesh import make_mesh
 
@@ -115,3 +116,33 @@ def test_bad_requests_are_one_sentence(family):
     search = family[2]
     with pytest.raises(ValueError, match="request 1 asks for 0 new tokens"):
         search.generate([Request([1, 5]), Request([1, 5], max_new_tokens=0)], 2)
+
+
+def step(beams, probabilities, eos):
+    """One token more for the one prompt of a search, whose running hypotheses have these next tokens."""
+    return advance(beams, jnp.log(jnp.array([probabilities], jnp.float32)), eos)
+
+
+def search_of(num_beams):
+    return start(jnp.array([5]), jnp.array([9]), num_beams, room=9)
+
+
+def test_what_ends_behind_the_k_best_continuations_is_not_finished():
+    first = [0.15, 0.5, 0.3, 0.05]
+    beams, parents = step(search_of(2), [first, first], eos=(0,))
+    assert not beams.is_finished.any() and beams.running.tokens[0, :, 0].tolist() == [1, 2] and parents.tolist() == [[0, 0]]
+    beams, _ = step(search_of(2), [[0.3, 0.5, 0.15, 0.05]] * 2, eos=(0,))
+    assert beams.is_finished.tolist() == [[True, False]] and beams.finished.tokens[0, 0, :2].tolist() == [0, -1]
+    np.testing.assert_allclose(beams.finished.scores[0, 0], np.log(0.3), rtol=1e-6)
+    assert beams.running.tokens[0, :, 0].tolist() == [1, 2] and not beams.is_done.any()
+
+
+def test_k_hypotheses_run_on_however_many_end_at_once():
+    """Two ids that end, each likelier than what goes on: the 2k best continuations all end."""
+    beams, _ = step(search_of(2), [[0.01, 0.01, 0.58, 0.4]] * 2, eos=(0, 1))
+    beams, parents = step(beams, [[0.4, 0.4, 0.15, 0.05], [0.4, 0.4, 0.05, 0.15]], eos=(0, 1))
+    assert beams.is_finished.all() and beams.is_done.all()  # both are better than what runs on
+    assert beams.finished.tokens[0, :, :2].tolist() == [[2, 0], [2, 1]]
+    assert beams.running.tokens[0, :, :2].tolist() == [[2, 2], [3, 3]] and parents.tolist() == [[0, 1]]
+    np.testing.assert_allclose(beams.running.scores[0], np.log([0.58 * 0.15, 0.4 * 0.15]), rtol=1e-6)
+    np.testing.assert_allclose(beams.finished.scores[0], np.log([0.58 * 0.4] * 2) / 2, rtol=1e-6)
