@@ -250,6 +250,29 @@ def test_keep_deletes_the_old(workdir, trained):
     assert store.newest_intact_step(workdir) == (4, [])
 
 
+def test_a_deletion_that_is_cut_short_leaves_no_step_that_looks_intact(workdir, trained, monkeypatch):
+    save(workdir, [1, 2], trained)
+
+    def fail(directory):
+        (directory / "state").rename(directory / "state-half-gone")
+        raise KeyboardInterrupt
+    with store.StepWriter(workdir) as writer:
+        monkeypatch.setattr(store.shutil, "rmtree", fail)
+        with pytest.raises(KeyboardInterrupt):
+            writer.keep(1)
+        monkeypatch.undo()
+    assert not (workdir / "checkpoints" / "1" / "manifest.json").exists()
+    assert store.newest_intact_step(workdir) == (2, [])
+
+
+def test_a_step_goes_before_a_base_that_has_its_tensors_too(tmp_path, source, trained):
+    store.write_model(tmp_path / "run", source)
+    save(tmp_path / "run", [1], trained)
+    found = open_checkpoint(tmp_path / "run")
+    for name, array in trained.items():
+        np.testing.assert_array_equal(found.read(name), array + 1)
+
+
 def test_restoring_other_tensors_is_an_error_that_names_them(workdir, trained):
     save(workdir, [5], trained)
     wanted = like(trained)
