@@ -179,10 +179,11 @@ def scale(folder: Path, data: TrainingData, processor: Processor, count: int) ->
     """A file of `count` alignment records of about 700 bytes, all with one image."""
     image = Path(data.record(0)["image"][0])
     file, cache = folder / "large.json", folder / "cache"
+    cache.mkdir()
     with open(file, "w") as out:
         for i in range(count):
-            words = " ".join(["the image shows a chest with no sign of disease"] * (4 + i % 7))
-            turns = [{"from": "human", "value": "<image>\nWhat is shown?"}, {"from": "gpt", "value": f"{i} {words}"}]
+            words = " ".join(["the image shows a chest with no sign of disease"] * (4 + i % 8))
+            turns = [{"from": "human", "value": "<image>\nWhat is shown?"}, {"from": "gpt", "value": words}]
             out.write("[" if not i else ",\n")
             out.write(json.dumps({"id": str(i), "image": image.name, "domain": {"mri": False}, "conversations": turns}))
         out.write("]")

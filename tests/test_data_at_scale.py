@@ -211,3 +211,13 @@ def test_a_worker_is_little_more_than_grain(processor, damaged, tmp_path):
     bare, worker = run(), run(tmp_path / "make.pickle")
     assert worker["megabytes"] - bare["megabytes"] < 50
     assert worker["seconds"] - bare["seconds"] < 1.0  # half a second on a machine that nothing else uses
+
+
+@pytest.mark.slow
+def test_the_benchmark_runs_in_small(tmp_path):
+    subprocess.run([sys.executable, ROOT / "benchmarks" / "loader.py", "--records", "3000", "--samples", "16", "--out", tmp_path],
+                   check=True, capture_output=True, cwd=ROOT)
+    rows = [json.loads(line) for line in (tmp_path / "loader.jsonl").read_text().splitlines()]
+    assert {row["case"] for row in rows} == {"throughput", "padding", "packers", "scale"}
+    unpacked, *packed = [row for row in rows if row["case"] == "padding"]
+    assert all(row["padding"] < 0.3 * unpacked["padding"] for row in packed)
