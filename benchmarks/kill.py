@@ -2,10 +2,10 @@
 
     python benchmarks/kill.py [--kills 20] [--seed 0]
 
-A tiny model is trained on the sample, with two worker processes and a save every five steps. One run is left alone. Each other
-one is ended by SIGKILL, at a moment anywhere between its start and its end (imports, data, compilation, the first step and
-saves included), and started again. It has to go on to the same losses, gradients and counts at every step, and to the same
-parameters, bit for bit; and of the killed one no process and no segment of shared memory may be left.
+A tiny model is trained on the sample in packed rows, with two worker processes and a save every five steps. One run is left
+alone. Each other one is ended by SIGKILL, at a moment anywhere between its start and its end (imports, data, compilation, the
+first step and saves included), and started again. It has to go on to the same losses, gradients and counts at every step, and
+to the same parameters, bit for bit; and of the killed one no process and no segment of shared memory may be left.
 The last line is how many did so, such as 20/20; exit status 1 if not all.
 """
 
@@ -47,9 +47,9 @@ def write_start(path: Path) -> None:
     write_model(path, random_checkpoint(cfg), files={"tokenizer.model": SAMPLE / "tokenizer.model"})
 
 
-def command(start: Path, workdir: Path, is_packed: bool) -> list[str]:
-    keys = {"init": start, "total_steps": UPDATES, "batch_size": 4, "max_length": 64, "log_every": 1, "data.workers": WORKERS,
-            "checkpoint.every_steps": SAVE_EVERY, "checkpoint.keep": 2, "data.packing": is_packed}
+def command(start: Path, workdir: Path) -> list[str]:
+    keys = {"init": start, "total_steps": UPDATES, "batch_size": 8, "max_length": 64, "log_every": 1, "data.workers": WORKERS,
+            "data.packing": True, "data.row_length": 128, "checkpoint.every_steps": SAVE_EVERY, "checkpoint.keep": 2}
     return [sys.executable, "train.py", "--config", "configs/demo.py:vqa", "--workdir", str(workdir),
             *(f"--config.{key}={value}" for key, value in keys.items())]
 
@@ -156,22 +156,19 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    from llavamed_jax.training import recipe
-    is_packed = True in recipe.CHOICES["data.packing"]
     good, begun = 0, time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         base, draw = Path(folder), random.Random(args.seed)
         cache = base / "cache"
         write_start(base / "start")
         alone = base / "alone"
-        Run(command(base / "start", alone, is_packed), base / "log", cache).finish()  # fills the cache of those that go on
+        Run(command(base / "start", alone), base / "log", cache).finish()  # fills the cache of those that go on
         wanted, tensors = history(alone), parameters(alone)
-        length = Run(command(base / "start", base / "timed", is_packed), base / "log", None).finish()
-        print(f"{UPDATES} updates, a save every {SAVE_EVERY}, {WORKERS} workers, packing {'on' if is_packed else 'off'}; "
-              f"a run takes {length:.1f} s", flush=True)
+        length = Run(command(base / "start", base / "timed"), base / "log", None).finish()
+        print(f"{UPDATES} updates, a save every {SAVE_EVERY}, {WORKERS} workers, packed rows; a run takes {length:.1f} s", flush=True)
         for number in range(args.kills):
             workdir, share = base / str(number), (number + draw.random()) / args.kills  # one kill in each stretch of the time
-            words = command(base / "start", workdir, is_packed)
+            words = command(base / "start", workdir)
             while not (killed := Run(words, base / "log", None)).kill_at(share * length):
                 length *= 0.9  # the machine is faster now: this run was done before its moment came
                 subprocess.run(["rm", "-rf", str(workdir)], check=True)

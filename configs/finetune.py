@@ -32,14 +32,14 @@ def get_config(arg: str = "") -> ConfigDict:
     c.data.validation = placeholder(str)
     c.data.protocol = placeholder(str)
     c.data.samples = placeholder(str)  # asked every samples_every steps; none: of data.validation, else of data.train
-    c.data.packing = False  # several samples a row of row_length tokens (0: picked)
+    c.data.packing = True  # several samples a row of row_length tokens (0: picked)
     c.data.row_length = 0
     c.data.mean_length = 1080  # tokens a sample, image included: for planning where no data is at hand
     c.data.workers = 8
     c.data.skip_limit = 0.5  # of the samples, that may turn out unusable before the run stops
 
     c.batch_size = 128  # samples an update
-    c.micro_batches = 8
+    c.micro_batches = 2  # on eight devices a row of 8,192 tokens each at a time
     c.epochs = args.epochs or epochs
     c.total_steps = placeholder(int)  # in place of epochs
     c.max_length = 2048  # all three
@@ -61,7 +61,7 @@ def get_config(arg: str = "") -> ConfigDict:
 
     if args.small:  # on a CPU, from random weights, on the sample that comes along
         c.tokenizer = "samples/vqa_rad/tokenizer.model"
-        c.data.update(train="samples/vqa_rad/instruct.json", images="samples/vqa_rad/images", mean_length=100, workers=0)
+        c.data.update(train="samples/vqa_rad/instruct.json", images="samples/vqa_rad/images", mean_length=100, workers=0, packing=False)
         c.update(batch_size=8, micro_batches=1, max_length=160, remat="none")
         c.log_every = 1
     return c

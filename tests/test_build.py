@@ -336,7 +336,7 @@ def test_stage_1_starts_from_it(parts, monkeypatch):
     monkeypatch.chdir(ROOT)
     assert command(parts, "built", "mistral", "clip-tiny", "mlp2x_gelu", "--add_image_tokens") == 0
     settings = dict(init=parts / "built", total_steps=2, max_length=64, batch_size=8, micro_batches=1, log_every=1, remat="none") | {
-        "data.train": SAMPLE / "alignment.json", "data.images": SAMPLE / "images", "data.workers": 0}
+        "data.train": SAMPLE / "alignment.json", "data.images": SAMPLE / "images", "data.workers": 0, "data.packing": False}
     assert train(["--config", "configs/pretrain.py", "--workdir", str(parts / "run"),
                   *(f"--config.{key}={value}" for key, value in settings.items())]) == 0
     before, after = open_checkpoint(parts / "built"), open_checkpoint(parts / "run")

@@ -46,7 +46,8 @@ def train(start, workdir, **changes):
         record["conversations"][0]["value"] = "What is a hilum?"
     (workdir.parent / "train.json").write_text(json.dumps(records))
     keys = {"init": start, "data.train": workdir.parent / "train.json", "data.images": SAMPLE / "images", "data.workers": 0,
-            "batch_size": 8, "micro_batches": 1, "total_steps": 3, "max_length": 160, "remat": "none", "log_every": 1,
+            "data.packing": False, "batch_size": 8, "micro_batches": 1, "total_steps": 3, "max_length": 160, "remat": "none",
+            "log_every": 1,
             "mesh.data": 4, "mesh.fsdp": 2, "optimizer.warmup_ratio": 0.0, **changes}
     cfg = load_config(f"{ROOT}/configs/pretrain.py:v1", [f"{key}={value}" for key, value in keys.items()])
     fit(cfg, workdir)

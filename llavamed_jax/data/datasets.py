@@ -59,7 +59,7 @@ class VqaSample:
 
 def to_llava(sample: VqaSample) -> dict:
     """The training record of a question, image first."""
-    return {"id": sample.question_id, "image": [str(sample.image)], "conversations": [
+    return {"id": sample.question_id, "image": [str(sample.image)], "answer_type": sample.answer_type, "conversations": [
         {"from": "human", "value": f"{IMAGE_MARKER}\n{sample.question}"}, {"from": "gpt", "value": sample.answer}]}
 
 

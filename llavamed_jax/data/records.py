@@ -5,7 +5,7 @@ travels to a worker process is these offsets, 16 bytes a record; it opens the fi
 (from a VQA set's own layout) are kept as one block of JSON text.
 
 A record is a dict `{"id", "image": list of paths, "conversations": [{"from": "human"|"gpt", "value": str}, …]}`, with
-`"surplus"`, how many images it names beyond its markers, where there are any.
+`"surplus"`, how many images it names beyond its markers, where there are any, and `"answer_type"`, where the file has it.
 """
 
 from __future__ import annotations
@@ -238,6 +238,7 @@ def normalize(row: Any, images: Path, name: str, index: int) -> dict:
         raise fail(f"has {len(names)} images for {sum(markers)} {IMAGE_MARKER} markers")
     used = min(len(names), sum(markers))
     record = {"id": row.get("id", index), "image": [str(images / image) for image in names[:used]], "conversations": conversations}
+    record |= {"answer_type": str(row["answer_type"])} if "answer_type" in row else {}
     return {**record, "surplus": len(names) - used} if used < len(names) else record
 
 
