@@ -28,7 +28,8 @@ from benchmarks.measure import append_row, circumstances
 from llavamed_jax.checkpoints.load import load_params
 from llavamed_jax.checkpoints.reader import open_checkpoint
 from llavamed_jax.config import IGNORE, IMAGE_TOKEN, OURS, preset
-from llavamed_jax.generation.engine import Engine, Request
+from llavamed_jax.generation.engine import Engine
+from llavamed_jax.generation.requests import Request
 from llavamed_jax.models.llava import Llava
 from llavamed_jax.parallel.mesh import make_mesh
 from llavamed_jax.training import optimizer, state

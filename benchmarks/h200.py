@@ -163,26 +163,53 @@ def train_full(size: Size) -> dict:
     return _train(size, ["projector/.*", "decoder/.*"])
 
 
-def _engine(size: Size, rows: int, length: int, new_tokens: int):
-    """An engine with random weights, and prompts of one image and text."""
-    import jax.numpy as jnp
-    import numpy as np
+class _Prompted:
+    """The engine's programs with random weights, and a prompt of one image and text for each of B rows.
 
-    from benchmarks.measure import random_params
-    from llavamed_jax.config import IMAGE_TOKEN, preset
-    from llavamed_jax.generation.engine import Engine, Request
+    Args:
+      length: T, positions of a prompt.
+      new_tokens: that a call of `decode` makes.
+    """
 
-    cfg = preset(size.preset)
-    cfg = cfg.replace(max_length=None, decoder=dataclasses.replace(cfg.decoder, eos_token_id=-5))  # nothing ends early
-    dtype, P, S = jnp.dtype(size.dtype), cfg.tokens_per_image, cfg.vision.image_size
-    rng = np.random.default_rng(0)
-    engine = Engine(cfg, random_params(cfg, dtype), dtype, batch_size=rows, steps=new_tokens)
-    requests = []
-    for _ in range(rows):
-        text = rng.integers(3, cfg.decoder.vocab_size, length - P - 1).tolist()
-        image = rng.standard_normal((S, S, 3)).astype(np.float32)
-        requests.append(Request([1] + [IMAGE_TOKEN] * P + text, [image], new_tokens + 1))
-    return engine, requests
+    def __init__(self, size: Size, B: int, length: int, new_tokens: int):
+        import jax
+        import jax.numpy as jnp
+        import numpy as np
+
+        from benchmarks.measure import random_params
+        from llavamed_jax.config import IMAGE_TOKEN, preset
+        from llavamed_jax.generation.programs import Programs, Prompts
+        from llavamed_jax.generation.rows import bucket
+        from llavamed_jax.generation.sampling import Sampling
+
+        cfg = preset(size.preset)
+        self.cfg = cfg.replace(decoder=dataclasses.replace(cfg.decoder, eos_token_id=-5))  # nothing ends early
+        dtype, P, S = jnp.dtype(size.dtype), cfg.tokens_per_image, cfg.vision.image_size
+        self.cache_length = -(-(bucket(length) + new_tokens + 1) // 256) * 256
+        self.params, self.programs = random_params(self.cfg, dtype), Programs(self.cfg, dtype, None, new_tokens)
+        rng, rows = np.random.default_rng(0), np.arange(B, dtype=np.int32)
+        ids = np.zeros((B, bucket(length)), np.int32)
+        ids[:, :length] = rng.integers(3, cfg.decoder.vocab_size, (B, length))
+        ids[:, 1 : 1 + P] = IMAGE_TOKEN
+        prompts = Prompts(ids, images=rows[:, None], start=0 * rows, length=0 * rows + length, source=rows, target=rows,
+                          limit=0 * rows + new_tokens + 1, sampling=Sampling.of([0] * B, [0] * B, [1] * B, [0] * B))
+        pixels = rng.standard_normal((B, S, S, 3)).astype(np.float32)
+        self._arguments = jax.device_put((pixels, rows)), jax.device_put(prompts)
+        self._features = self.programs.empty_features(B)
+        self._slots = self.programs.resize(self.programs.empty_slots(), rows=B, length=self.cache_length)
+
+    def prefill(self):
+        """Images and prompts to their first tokens, from arrays on the device."""
+        images, prompts = self._arguments
+        self._features = self.programs.encode(self.params, self._features, *images)
+        self._slots, made = self.programs.prefill(self.params, self._slots, self._features, prompts, width=self.cache_length)
+        return made.tokens
+
+    def decode(self):
+        """Prefill, and the tokens after the first."""
+        self.prefill()
+        self._slots, made = self.programs.decode(self.params, self._slots, 0)
+        return made.tokens
 
 
 def _prefill(size: Size, B: int, T: int) -> dict:
@@ -191,11 +218,8 @@ def _prefill(size: Size, B: int, T: int) -> dict:
     from benchmarks.measure import median_seconds, peak_memory
     from llavamed_jax.training.metrics import peak_flops
 
-    engine, requests = _engine(size, B, T, 1)
-    batch, cache_length = engine.batch(requests)
-    batch = jax.device_put(batch)
-    seconds = median_seconds(lambda: engine._prefill(engine.params, cache_length=cache_length, **batch).token, 2 * size.repeats)
-    cfg = engine.cfg
+    prompted = _Prompted(size, B, T, 1)
+    cfg, seconds = prompted.cfg, median_seconds(prompted.prefill, 2 * size.repeats)
     head = 2 * cfg.decoder.hidden_size * cfg.decoder.vocab_size  # of a token; only the last goes through it
     flops = B * (T * (cfg.decoder.forward_flops_per_token(T) - head) + head + cfg.vision_flops_per_image())
     peak = peak_flops(jax.devices()[0].device_kind)
@@ -215,21 +239,16 @@ def _decode(size: Size, B: int, S: int) -> dict:
     from llavamed_jax.generation.cache import cache_bytes
 
     length = S - size.decode_tokens - 2
-    engine, requests = _engine(size, B, length, size.decode_tokens)
-    batch, cache_length = engine.batch(requests)
-
-    def start():
-        return jax.block_until_ready(engine._prefill(engine.params, cache_length=cache_length, **batch))
-
-    # The state is donated to the loop, so each run needs a prefill of its own, whose time is taken off.
-    both = median_seconds(lambda: engine._decode(engine.params, start())[1], size.repeats)
-    step = (both - median_seconds(start, size.repeats)) / size.decode_tokens
-    decoder = engine.params["decoder"]
+    prompted = _Prompted(size, B, length, size.decode_tokens)
+    # The rows are donated to the loop, so each run needs a prefill of its own, whose time is taken off.
+    both = median_seconds(prompted.decode, size.repeats)
+    step = (both - median_seconds(prompted.prefill, size.repeats)) / size.decode_tokens
+    decoder = prompted.params["decoder"]
     weights = sum(x.nbytes for x in jax.tree.leaves(decoder)) - decoder["embed_tokens"]["embedding"].nbytes
-    moved = weights + cache_bytes(engine.cfg.decoder, B, length + size.decode_tokens // 2, size.dtype)
+    moved = weights + cache_bytes(prompted.cfg.decoder, B, length + size.decode_tokens // 2, size.dtype)
     kind = jax.devices()[0].device_kind
     bandwidth = next((b for name, b in BANDWIDTH.items() if kind.startswith(name)), None)
-    return dict(shapes=f"B {B}, cache {cache_length}, {size.decode_tokens} tokens", dtype=size.dtype, seconds_per_step=step,
+    return dict(shapes=f"B {B}, cache {prompted.cache_length}, {size.decode_tokens} tokens", dtype=size.dtype, seconds_per_step=step,
                 tokens_per_second=B / step, bandwidth_fraction=moved / step / bandwidth if bandwidth else None, **peak_memory())
 
 

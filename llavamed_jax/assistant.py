@@ -21,7 +21,8 @@ from llavamed_jax.data.chat import read_messages
 from llavamed_jax.data.processor import Processor, expand_images
 from llavamed_jax.errors import UserError
 from llavamed_jax.generation.beam import BeamSearch
-from llavamed_jax.generation.engine import Engine, Request, check_image
+from llavamed_jax.generation.engine import Engine
+from llavamed_jax.generation.requests import Request, check_image
 from llavamed_jax.generation.sampling import row_seeds
 from llavamed_jax.generation.text import TextStream
 from llavamed_jax.models.llava import Llava

@@ -181,10 +181,11 @@ def test_finish_reasons():
 def test_a_stop_string_ends_the_work_too(assistant, monkeypatch):
     messages, looks = ask("what is shown ?", picture()), []
     free, = assistant.generate([messages], max_new_tokens=60)
-    decode_steps = assistant.engine._decode
-    monkeypatch.setattr(assistant.engine, "_decode", lambda *args: looks.append(0) or decode_steps(*args))
+    programs = assistant.engine.programs._programs
+    decode = programs["decode"]
+    monkeypatch.setitem(programs, "decode", lambda *args: looks.append(0) or decode(*args))
     assistant.generate([messages], max_new_tokens=60, stop=(free.text[:2],))
-    assert len(looks) <= 1 < len(free.token_ids) / assistant.engine.steps
+    assert len(looks) <= 2 < len(free.token_ids) / assistant.engine.steps
 
 
 def test_every_argument_of_load_counts(saved, tmp_path):

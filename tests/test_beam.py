@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from llavamed_jax.generation.beam import BeamSearch, advance, start
-from llavamed_jax.generation.engine import Engine, Request
+from llavamed_jax.generation.engine import Engine
+from llavamed_jax.generation.requests import Request
 from llavamed_jax.parallel.mesh import make_mesh
 
 torch = hf.torch

@@ -14,7 +14,7 @@ from llavamed_jax.checkpoints.reader import read_config
 from llavamed_jax.config import IMAGE_TOKEN, LlavaConfig
 from llavamed_jax.data import images
 from llavamed_jax.data.processor import Processor
-from llavamed_jax.generation.engine import Request
+from llavamed_jax.generation.requests import Request
 from llavamed_jax.models import vit
 
 CONFIG = LlavaConfig.from_hf({"model_type": "llava", "text_config": tiny.MISTRAL, "vision_config": tiny.CLIP,
@@ -77,10 +77,12 @@ def test_tokens_of_uint8_pixels_equal_those_of_float32(model, pictures):
     assert model.generate_tokens(rows, mixed, max_new_tokens=8) == expected
 
 
-def test_a_batch_of_uint8_pixels_goes_to_the_device_as_such(model, pictures):
-    requests = [Request(prompt([], [5]), [image]) for image in pictures[:2]]
-    slots = model.engine._pixels(requests, 2, 1)
-    assert slots.dtype == np.uint8 and slots.nbytes == 2 * pictures[0].nbytes
+def test_uint8_pixels_go_to_the_device_as_such(model, pictures, monkeypatch):
+    programs, sent = model.engine.programs._programs, []
+    encode = programs["encode"]
+    monkeypatch.setitem(programs, "encode", lambda *args: sent.append(args[2]) or encode(*args))
+    model.engine.generate([Request(prompt([], [5]), [255 - image], 1) for image in pictures[:2]])
+    assert [(pixels.dtype, pixels.nbytes) for pixels in sent] == [(np.uint8, 2 * pictures[0].nbytes)]
 
 
 def test_a_checkpoints_own_statistics_reach_the_model(tmp_path):

@@ -18,7 +18,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llavamed_jax.generation.engine import NO_TOKEN, Engine, Request, bucket
+from llavamed_jax.data.images import normalize
+from llavamed_jax.generation.cache import init_cache
+from llavamed_jax.generation.engine import Engine
+from llavamed_jax.generation.programs import NO_TOKEN
+from llavamed_jax.generation.requests import Request
+from llavamed_jax.generation.rows import bucket, power_of_two
 from llavamed_jax.parallel.mesh import batch_sharding
 
 # The score of what does not exist or must not be chosen; transformers' own, since it takes part in comparisons.
@@ -130,10 +135,10 @@ class BeamSearch:
     each step. `engine.batch_size` counts beams here, so that a search takes no more memory than other generation."""
 
     def __init__(self, engine: Engine):
-        self.engine = engine
+        self.engine, self.programs = engine, engine.programs
         shardings = {}
         if engine.mesh is not None:
-            shardings = {"out_shardings": (batch_sharding(engine.mesh), engine.cache_shardings(engine.mesh))}
+            shardings = {"out_shardings": (batch_sharding(engine.mesh), self.programs.cache_shardings())}
         self._prefill = jax.jit(self._prefill_batch, static_argnames=("cache_length", "num_beams", "room"), **shardings)
         self._decode = jax.jit(self._decode_steps, donate_argnames=("beams", "caches"), **shardings)
 
@@ -153,33 +158,62 @@ class BeamSearch:
         return [out[i] for i in range(len(requests))]
 
     def _run_batch(self, rows: list[Request], num_beams: int) -> list[list[int]]:
-        engine = self.engine
-        batch, cache_length = engine.batch(rows)
-        del batch["sampling"]
+        params = self.engine.params
+        batch, cache_length = self._batch(rows)
         room = bucket(max(row.max_new_tokens for row in rows))
-        beams, caches = engine.on_mesh(self._prefill, engine.params, **batch, cache_length=cache_length, num_beams=num_beams, room=room)
-        while not np.asarray(beams.is_done).all():
-            beams, caches = engine.on_mesh(self._decode, engine.params, beams, caches)
+        with self.programs.on_mesh():
+            beams, caches = self._prefill(params, **batch, cache_length=cache_length, num_beams=num_beams, room=room)
+            while not np.asarray(beams.is_done).all():
+                beams, caches = self._decode(params, beams, caches)
         return [[int(t) for t in tokens if t != NO_TOKEN] for tokens in np.asarray(beams.finished.tokens)[: len(rows), 0]]
 
+    def _batch(self, rows: list[Request]) -> tuple[dict, int]:
+        """Arrays of a batch, prompts padded to a bucket and rows to a power of two that the mesh divides; and the cache's length."""
+        engine = self.engine
+        B = -(-power_of_two(len(rows)) // engine.shards) * engine.shards
+        T, I = bucket(max(len(r.ids) for r in rows)), max(len(r.images) for r in rows)
+        limits = [engine.limit(row) for row in rows]
+        ids, v = np.zeros((B, T), np.int32), self.engine.cfg.vision
+        pixels = np.zeros((B, I, v.image_size, v.image_size, v.num_channels), np.float32) if I else None
+        for b, row in enumerate(rows):
+            ids[b, : len(row.ids)] = row.ids
+            for slot, image in enumerate(map(np.asarray, row.images)):
+                pixels[b, slot] = normalize(image, v.image_mean, v.image_std) if image.dtype == np.uint8 else image
+        fill = [1] * (B - len(rows))  # rows that nobody asked for: one token long, done at once
+        batch = dict(ids=ids, pixels=pixels, lengths=np.array([len(r.ids) for r in rows] + fill, np.int32),
+                     limit=np.array(limits + fill, np.int32))
+        cache_length = max(T, bucket(max(len(r.ids) + limit for r, limit in zip(rows, limits))))
+        return (batch if engine.mesh is None else jax.device_put(batch, batch_sharding(engine.mesh))), cache_length
+
     def _prefill_batch(self, params, ids, pixels, lengths, limit, *, cache_length: int, num_beams: int, room: int):
-        logits, caches = self.engine.run_prompts(params, ids, pixels, lengths, cache_length)
+        logits, caches = self._run_prompts(params, ids, pixels, lengths, cache_length)
         logits = jnp.broadcast_to(logits[:, None], (logits.shape[0], num_beams, logits.shape[1]))
         beams, _ = advance(start(lengths, limit, num_beams, room), logits, self.engine.eos)
         return beams, jax.tree.map(lambda c: jnp.repeat(c, num_beams, axis=0), caches)
 
+    def _run_prompts(self, params, ids, pixels, lengths, cache_length: int):
+        """Prompts int32 [B,T], real up to `lengths` [B] -> the logits behind them [B,V], caches of `cache_length` positions."""
+        (B, T), run = ids.shape, self.programs.apply
+        x = run(params, ids, None if pixels is None else run(params, pixels, method="encode_images"), method="embed")
+        # A prompt looks at itself alone: it fills a cache of its own length, and room for the answer is added after.
+        caches = init_cache(self.engine.cfg.decoder, B, T, self.engine.dtype)
+        x, caches = run(params, x, jnp.broadcast_to(jnp.arange(T), (B, T)), caches, method="step")
+        caches = jax.tree.map(lambda c: jnp.pad(c, ((0, 0), (0, 0), (0, cache_length - T), (0, 0))), caches)
+        last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0]
+        return run(params, last, method="logits"), caches
+
     def _decode_steps(self, params, beams: Beams, caches):
         """Up to the engine's number of steps on the device; stops when all prompts are done. Caches: [B k,K,S,H]."""
         B, k = beams.running.scores.shape
-        model, variables = self.engine.model, {"params": params}
+        run = self.programs.apply
 
         def decode_one(carry):
             step, beams, caches = carry
             token = _take(beams.running.tokens.swapaxes(1, 2), beams.count[:, None] - 1).reshape(B * k, 1)
             positions = jnp.repeat(beams.length + beams.count - 1, k)[:, None]
-            x = model.apply(variables, token, None, method="embed")
-            x, caches = model.apply(variables, x, positions, caches, method="step")
-            logits = model.apply(variables, x[:, 0], method="logits")
+            x = run(params, token, None, method="embed")
+            x, caches = run(params, x, positions, caches, method="step")
+            logits = run(params, x[:, 0], method="logits")
             beams, parents = advance(beams, logits.reshape(B, k, -1), self.engine.eos)
             caches = jax.tree.map(lambda c: _take(c.reshape(B, k, *c.shape[1:]), parents).reshape(c.shape), caches)
             return step + 1, beams, caches

@@ -1,102 +1,71 @@
 """The generation engine: requests go in, tokens come out.
 
-Requests are taken in batches of similar length. A batch's prompts are padded to a bucket, so that few shapes are
-compiled; one program runs the tower and the prompt (prefill), another decodes up to `steps` tokens on the device before
-the host looks. Padding stands behind a prompt and is overwritten as the row grows, and a query sees only keys at its
-own or earlier positions: what a row gives does not depend on the rows beside it.
-Axis letters: B rows, T prompt positions, S cache positions, I images a row, V vocabulary.
+A fixed number of rows is decoded together, up to `steps` tokens on the device between two looks of the host. A row whose
+request is finished is taken by the next one that waits (continuous batching); what two prompts have in common from their
+beginning, an image above all, is computed once and copied. What a request gives does not depend on row, batch, order or
+sharing. Axis letters: R rows, B prompts of one prefill, T prompt positions, I images a prompt.
 """
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-from collections.abc import Iterator, Sequence
-from typing import Any
+import collections
+from collections.abc import Iterable, Iterator, Sequence
 
-import flax.struct
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
-from llavamed_jax.config import IMAGE_TOKEN, LlavaConfig
-from llavamed_jax.data.images import normalize
+from llavamed_jax.config import LlavaConfig
 from llavamed_jax.errors import UserError
-from llavamed_jax.generation.cache import init_cache
-from llavamed_jax.generation.sampling import Sampling, next_token
-from llavamed_jax.models.decoder import LayerCache
-from llavamed_jax.models.llava import PARAM_AXES, Llava, check_heads
-from llavamed_jax.parallel.mesh import batch_sharding, param_shardings, spec_of
+from llavamed_jax.generation.features import Features
+from llavamed_jax.generation.programs import NO_TOKEN, Made, Programs, Prompts
+from llavamed_jax.generation.requests import Job, Request, check
+from llavamed_jax.generation.rows import Placed, Rows, batch_size, bucket, power_of_two
+from llavamed_jax.generation.sampling import Sampling
+from llavamed_jax.models.llava import PARAM_AXES, check_heads
+from llavamed_jax.parallel.mesh import param_shardings
 
-NO_TOKEN = -1  # in a finished row's part of the output
-
-
-@dataclasses.dataclass
-class Request:
-    """One prompt.
-
-    Attributes:
-      ids: token ids; an image is P positions of IMAGE_TOKEN.
-      images: float32 (normalised) or uint8 [height,width,3] each, in order of appearance.
-      seed: with the same seed and settings a request always draws the same tokens.
-      cancelled: set it while the engine runs, and no more tokens are made for this request.
-    """
-
-    ids: Sequence[int]
-    images: Sequence[np.ndarray] = ()
-    max_new_tokens: int = 256
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 0
-    cancelled: bool = False
-
-
-@flax.struct.dataclass
-class State:
-    """What the decode loop carries for B rows.
-
-    Attributes:
-      token: int32 [B], the last token, which has been handed out and not yet fed.
-      position: int32 [B], where it will stand.
-      count: int32 [B] tokens handed out so far.
-      is_done: bool [B].
-    """
-
-    token: jax.Array
-    position: jax.Array
-    count: jax.Array
-    is_done: jax.Array
-    limit: jax.Array
-    sampling: Sampling
-    caches: Any
+_LENGTHS = 256  # rows have a multiple of so many positions
 
 
 class Engine:
-    """Generates for one model.
+    """Generates for one model. Calls may be nested (a stream while another is open), but come from one thread.
 
     Args:
       cfg: the model's shapes.
       params: its unrolled parameter tree.
       dtype: of computation and cache.
       mesh: rows go over data and fsdp, heads over tp; None: one device.
-      batch_size: rows that are decoded together.
+      batch_size: rows that are decoded together, at most.
       steps: tokens decoded on the device between two looks of the host.
+      share: whether prompts that begin alike share what they have in common.
     """
 
-    def __init__(self, cfg: LlavaConfig, params, dtype=jnp.float32, mesh: Mesh | None = None, batch_size: int = 16, steps: int = 16):
+    def __init__(self, cfg: LlavaConfig, params, dtype=np.float32, mesh: Mesh | None = None, batch_size: int = 16, steps: int = 16,
+                 share: bool = True):
         self.cfg, self.dtype, self.mesh, self.batch_size, self.steps = cfg, dtype, mesh, batch_size, steps
-        self.model = Llava(cfg, dtype)
-        self.params = params if mesh is None else jax.device_put(params, param_shardings(params, PARAM_AXES, mesh))
-        self.eos = cfg.decoder.eos_ids
-        shardings = {}, {}
+        self._params = params if mesh is None else jax.device_put(params, param_shardings(params, PARAM_AXES, mesh))
+        self.shards = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
         if mesh is not None:
             check_heads(cfg, mesh)
-            state = self._state_shardings(mesh)
-            shardings = {"out_shardings": state}, {"out_shardings": (state, batch_sharding(mesh))}
-        self._prefill = jax.jit(self._prefill_batch, static_argnames="cache_length", **shardings[0])
-        self._decode = jax.jit(self._decode_steps, donate_argnames="state", **shardings[1])
+        self.programs = Programs(cfg, dtype, mesh, steps)
+        self.eos = cfg.decoder.eos_ids
+        self._features = Features(cfg, self.programs, self.shards)
+        self._slots, self._rows = self.programs.empty_slots(), Rows(share, self.shards)
+        self._length = 0  # positions of a row
+        self._waiting: collections.deque[Job] = collections.deque()
+        self._unread: collections.deque[tuple[Made, list[tuple[int, int, Job]]]] = collections.deque()
+
+    @property
+    def params(self):
+        return self._params
+
+    @params.setter
+    def params(self, params) -> None:
+        """Other weights of the same shapes. What was computed with the old ones is forgotten; no request may be under way."""
+        self._params = params
+        self._features.forget()
+        self._rows.forget(range(len(self._rows)))
 
     @property
     def max_prompt(self) -> int:
@@ -104,7 +73,7 @@ class Engine:
         return min(self.cfg.max_length or self.cfg.decoder.max_position_embeddings, self.cfg.decoder.max_position_embeddings - 1)
 
     def generate(self, requests: Sequence[Request]) -> list[list[int]]:
-        """The new token ids of each request, the end-of-sequence id included."""
+        """The new token ids of each request, the end-of-sequence id included. Raises as `stream` does."""
         out: list[list[int]] = [[] for _ in requests]
         for index, tokens in self.stream(requests):
             out[index] += tokens
@@ -114,161 +83,166 @@ class Engine:
         """Yields (index of the request, its next tokens) as they are made.
 
         Raises:
-          UserError: (a ValueError) a request whose images do not fit its markers, or that is too long. Nothing has run then.
+          UserError: (a ValueError) a request whose images do not fit its markers, or that is too long: nothing has run
+            then. Or, after all others have come to their end, one on which the model failed.
         """
         for i, request in enumerate(requests):
-            self.check(request, f"request {i}" if len(requests) > 1 else "the prompt")
-        # Longest first: what does not fit in memory shows at once, and rows of a batch need similar room.
-        order = sorted(range(len(requests)), key=lambda i: -len(requests[i].ids))
-        for start in range(0, len(order), self.batch_size):
-            yield from self._run_batch(requests, order[start : start + self.batch_size])
+            self.check(request, _name(i, len(requests)))
+        error = None
+        for job in self.feed(requests):
+            tokens = job.take()
+            if tokens and not job.request.cancelled:
+                yield job.index, tokens
+            error = error or job.error
+        if error is not None:
+            raise error
+
+    def feed(self, requests: Iterable[Request]) -> Iterator[Job]:
+        """Yields each job whenever it has new tokens, or is finished, which the last time it always is.
+
+        Requests are taken from the iterable when they are about to be needed, and must have been checked. Those about one
+        image should follow each other. When this iterator is closed, its requests are cancelled.
+        """
+        requests, mine, index = iter(requests), [], 0
+        try:
+            while True:
+                while requests is not None and len(self._waiting) < 2 * self.batch_size:
+                    request = next(requests, None)
+                    if request is None:
+                        requests = None
+                        break
+                    mine.append(self.add(request, index))
+                    index += 1
+                if not mine:
+                    return
+                self.advance()
+                changed = [job for job in mine if job.has_news]
+                mine = [job for job in mine if not job.is_finished]
+                yield from changed
+        finally:
+            for job in mine:
+                job.request.cancelled = True
+
+    def add(self, request: Request, index: int = 0) -> Job:
+        """Takes a checked request; `advance` works on it."""
+        job = Job(request, index)
+        self._waiting.append(job)
+        return job
 
     def check(self, request: Request, name: str) -> None:
         """Raises UserError, a sentence that begins with `name`, for a request that cannot be run."""
-        P = self.cfg.tokens_per_image
-        positions = sum(i == IMAGE_TOKEN for i in request.ids)
-        if positions != P * len(request.images):
-            raise UserError(f"{name} has {positions} image positions and {len(request.images)} images; {P} positions an image "
-                            "were expected")
-        if not request.ids:
-            raise UserError(f"{name} is empty; at least one token was expected")
-        if len(request.ids) > self.max_prompt:
-            raise UserError(f"{name} has {len(request.ids)} positions, images included; at most {self.max_prompt} were expected")
-        if request.max_new_tokens < 1:
-            raise UserError(f"{name} asks for {request.max_new_tokens} new tokens; at least 1 was expected")
-        ids, vocabulary = np.asarray(request.ids), self.cfg.decoder.vocab_size
-        wrong = ids[(ids >= vocabulary) | ((ids < 0) & (ids != IMAGE_TOKEN))]
-        if wrong.size:  # a lookup outside the table would give some row, and an answer to something else
-            raise UserError(f"{name} holds the id {wrong[0]}; ids from 0 to {vocabulary - 1}, or {IMAGE_TOKEN}, were expected")
-        for image in request.images:
-            check_image(self.cfg, image, name)
+        check(request, self.cfg, self.max_prompt, name)
 
-    def _run_batch(self, requests, indices):
-        rows = [requests[i] for i in indices]
-        batch, cache_length = self.batch(rows)
-        state = self.on_mesh(self._prefill, self.params, cache_length=cache_length, **batch)
-        chunk = state.token[:, None]
-        while True:
-            tokens, done = np.asarray(chunk), np.asarray(state.is_done)
-            for row, i in enumerate(indices):
-                new = [int(t) for t in tokens[row] if t != NO_TOKEN]
-                if new and not requests[i].cancelled:
-                    yield i, new
-            stopped = np.array([r.cancelled for r in rows] + [True] * (len(done) - len(rows)))
-            if (done | stopped).all():
+    def advance(self) -> None:
+        """One round: cancelled requests leave, waiting ones enter, all rows make tokens, and what was made is read.
+
+        While nobody waits for a row, the host reads a round late, so that the device never waits for the host.
+        """
+        self._drop_cancelled()
+        self._admit()
+        running = self._rows.running
+        if running:
+            # With others waiting, the loop is left when a quarter of the rows has become free.
+            leave_at = len(running) - max(1, len(running) // 4) if self._waiting else 0
+            self._slots, made = self.programs.decode(self.params, self._slots, np.int32(leave_at))
+            self._unread.append((made, [(r, r, job) for r, job in running.items()]))
+        while self._unread and (self._waiting or len(self._unread) > 1 or not self._rows.running):
+            self._read(*self._unread.popleft())
+
+    def _admit(self) -> None:
+        """Puts waiting requests into free rows, prefill by prefill."""
+        while self._waiting:
+            self._make_room()
+            placed = self._rows.choose(self._waiting)
+            if not placed:
                 return
-            if (stopped & ~done).any():
-                state = state.replace(is_done=state.is_done | jnp.asarray(stopped))
-            state, chunk = self.on_mesh(self._decode, self.params, state)
+            for each in placed:
+                self._waiting.remove(each.job)
+            self._prefill(placed)
 
-    def on_mesh(self, program, *args, **kwargs):
-        """Calls a program with the mesh in context; never across a `yield`, where the caller's code would run in it."""
-        with jax.set_mesh(self.mesh) if self.mesh is not None else contextlib.nullcontext():
-            return program(*args, **kwargs)
+    def _make_room(self) -> None:
+        """As many rows as there is demand for, and as long as the longest request that waits may become."""
+        running = len(self._rows.running)
+        rows = min(self.batch_size, power_of_two(running + len(self._waiting)))
+        rows = -(-rows // self.shards) * self.shards
+        if rows > len(self._rows) or not running and (len(self._rows) >= 4 * rows or len(self._rows) > self.batch_size >= rows):
+            self._resize(rows, self._length)
+        self._resize(len(self._rows), max(len(job.key) + self.limit(job.request) for job in self._waiting))
 
-    def _state_shardings(self, mesh: Mesh) -> State:
-        """Said aloud, so that what prefill returns and what the loop returns are one type and compile one loop."""
-        rows = batch_sharding(mesh)
-        return State(rows, rows, rows, rows, rows, Sampling(rows, rows, rows, rows), self.cache_shardings(mesh))
+    def _resize(self, rows: int, length: int) -> None:
+        length = max(self._length, -(-length // _LENGTHS) * _LENGTHS)
+        if (rows, length) != (len(self._rows), self._length):
+            self._slots = self.programs.resize(self._slots, rows=rows, length=length)
+            self._rows.resize(rows)
+            self._length = length
 
-    def cache_shardings(self, mesh: Mesh) -> tuple[LayerCache, ...]:
-        cache = NamedSharding(mesh, spec_of(("act_batch", "act_heads", None, None)))
-        return tuple(LayerCache(cache, cache) for _ in range(self.cfg.decoder.num_layers))
+    def limit(self, request: Request) -> int:
+        """The most new tokens that a request can have."""
+        return min(request.max_new_tokens, self.cfg.decoder.max_position_embeddings - len(request.ids))
 
-    def batch(self, rows: Sequence[Request]) -> tuple[dict[str, Any], int]:
-        """Arrays of a batch, prompts padded to a bucket and rows to a power of two that the mesh divides; and the cache's length."""
-        B = _power_of_two(len(rows))
-        if self.mesh is not None:
-            shards = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
-            B = -(-B // shards) * shards
-        T = bucket(max(len(r.ids) for r in rows))
-        limits = [min(r.max_new_tokens, self.cfg.decoder.max_position_embeddings - len(r.ids)) for r in rows]
-        cache_length = bucket(max(len(r.ids) + limit for r, limit in zip(rows, limits)))
+    def _prefill(self, placed: list[Placed]) -> None:
+        B, T = batch_size(len(placed), self.shards), bucket(placed[0].length)
+        width = -(-max(each.start + T for each in placed) // _LENGTHS) * _LENGTHS
+        self._resize(len(self._rows), width)
+        prompts, features = self._prompts(placed, B, T)
+        self._slots, made = self.programs.prefill(self.params, self._slots, features, prompts, width=width)
+        self._unread.append((made, [(b, each.target, each.job) for b, each in enumerate(placed)]))
+
+    def _prompts(self, placed: list[Placed], B: int, T: int) -> tuple[Prompts, jax.Array | None]:
+        """The arrays of a prefill, and the features of its images."""
+        def column(values, fill):
+            return np.array([*values, *[fill] * (B - len(placed))], np.int32)
+
+        jobs = [each.job for each in placed]
         ids = np.zeros((B, T), np.int32)
-        I = max(len(r.images) for r in rows)
-        pixels = self._pixels(rows, B, I) if I else None
-        for b, row in enumerate(rows):
-            ids[b, : len(row.ids)] = row.ids
-        fill = [1] * (B - len(rows))  # rows that nobody asked for: one token long, done at once
-        settings = [(r.temperature, r.top_k, r.top_p, r.seed) for r in rows] + [(0, 0, 1, 0)] * len(fill)
-        sampling = Sampling.of(*zip(*settings))
-        batch = dict(ids=ids, pixels=pixels, lengths=np.array([len(r.ids) for r in rows] + fill, np.int32),
-                     limit=np.array(limits + fill, np.int32), sampling=sampling)
-        return (batch if self.mesh is None else jax.device_put(batch, batch_sharding(self.mesh))), max(cache_length, T)
+        for b, each in enumerate(placed):
+            ids[b, : each.length] = each.job.request.ids[each.start :]
+        shown = [slice(each.job.images_before(each.start), None) for each in placed]  # those that are left to run
+        keys = [job.image_keys[part] for job, part in zip(jobs, shown)]
+        images = features = None
+        if any(keys):
+            pixels = [image for job, part in zip(jobs, shown) for image in job.images[part]]
+            places = self._features.places(self.params, sum(keys, []), pixels)
+            images, features = np.zeros((B, power_of_two(max(map(len, keys)))), np.int32), self._features.array
+            for b, row in enumerate(keys):
+                images[b, : len(row)] = [places[key] for key in row]
+        settings = [(r.temperature, r.top_k, r.top_p, r.seed) for r in (job.request for job in jobs)] + [(0, 0, 1, 0)] * (B - len(jobs))
+        return Prompts(
+            ids, images, start=column((each.start for each in placed), 0), length=column((each.length for each in placed), 1),
+            source=column((each.source for each in placed), 0), target=column((each.target for each in placed), len(self._rows)),
+            limit=column((self.limit(job.request) for job in jobs), 1), sampling=Sampling.of(*zip(*settings))), features
 
-    def _pixels(self, rows: Sequence[Request], B: int, I: int) -> np.ndarray:
-        """The rows' images [B,I,height,width,C]: uint8, a quarter of the bytes, unless one of them is normalised already."""
-        v = self.cfg.vision
-        is_raw = all(np.asarray(image).dtype == np.uint8 for row in rows for image in row.images)
-        pixels = np.zeros((B, I, v.image_size, v.image_size, v.num_channels), np.uint8 if is_raw else np.float32)
-        for b, row in enumerate(rows):
-            for slot, image in enumerate(map(np.asarray, row.images)):
-                pixels[b, slot] = image if is_raw or image.dtype != np.uint8 else normalize(image, v.image_mean, v.image_std)
-        return pixels
+    def _read(self, made: Made, jobs: list[tuple[int, int, Job]]) -> None:
+        """Gives what a program made to its jobs: (place in the program's output, row, job)."""
+        made = jax.tree.map(np.asarray, made)
+        failed = np.zeros(len(self._rows), bool)
+        for place, r, job in jobs:
+            if job.is_finished:
+                continue
+            if made.is_failed[place]:
+                failed[r] = True
+                job.error = UserError(f"request {job.index}: the model computed something that is no number")
+            else:
+                job.tokens += [int(token) for token in made.tokens[place] if token != NO_TOKEN]
+            if made.is_done[place]:
+                job.is_finished = True
+                self._rows.finish(r)
+        if failed.any():
+            self._slots = self.programs.scrub(self._slots, failed)
+            self._rows.forget(np.flatnonzero(failed))
 
-    def _prefill_batch(self, params, ids, pixels, lengths, limit, sampling, *, cache_length: int) -> State:
-        """Runs the prompts and draws each row's first token."""
-        logits, caches = self.run_prompts(params, ids, pixels, lengths, cache_length)
-        token = next_token(logits, sampling, jnp.zeros_like(lengths))
-        count = jnp.ones_like(lengths)
-        return State(token, lengths, count, self.ends(token) | (count >= limit), limit, sampling, caches)
-
-    def ends(self, token):
-        """int32 [...] -> bool [...]: whether a token ends its sequence."""
-        return jnp.isin(token, jnp.array(self.eos, jnp.int32))
-
-    def run_prompts(self, params, ids, pixels, lengths, cache_length: int):
-        """Prompts int32 [B,T], real up to `lengths` [B] -> the logits behind them [B,V], caches of `cache_length` positions."""
-        B, T = ids.shape
-        variables = {"params": params}
-        features = None if pixels is None else self.model.apply(variables, pixels, method="encode_images")
-        x = self.model.apply(variables, ids, features, method="embed")
-        positions = jnp.broadcast_to(jnp.arange(T), (B, T))
-        # A prompt looks at itself alone: it fills a cache of its own length, and room for the answer is added after.
-        caches = init_cache(self.cfg.decoder, B, T, self.dtype)
-        x, caches = self.model.apply(variables, x, positions, caches, method="step")
-        caches = jax.tree.map(lambda c: jnp.pad(c, ((0, 0), (0, 0), (0, cache_length - T), (0, 0))), caches)
-        # Only the last position of a prompt goes through the head.
-        last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0]
-        return self.model.apply(variables, last, method="logits"), caches
-
-    def _decode_steps(self, params, state: State) -> tuple[State, jax.Array]:
-        """Up to `steps` tokens for each row, int32 [B,steps] with NO_TOKEN where a row is done; stops when all are."""
-        def unfinished(carry):
-            step, _, state = carry
-            return (step < self.steps) & ~state.is_done.all()
-
-        def decode_one(carry):
-            step, chunk, state = carry
-            x = self.model.apply({"params": params}, state.token[:, None], None, method="embed")
-            # A finished row is fed too, at its last position: rows have one program.
-            x, caches = self.model.apply({"params": params}, x, state.position[:, None], state.caches, method="step")
-            logits = self.model.apply({"params": params}, x[:, 0], method="logits")
-            token = next_token(logits, state.sampling, state.count)
-            running = ~state.is_done
-            count = state.count + running
-            chunk = chunk.at[:, step].set(jnp.where(running, token, NO_TOKEN))
-            return step + 1, chunk, state.replace(
-                token=jnp.where(running, token, state.token), position=state.position + running, count=count,
-                is_done=state.is_done | self.ends(token) | (count >= state.limit), caches=caches)
-
-        chunk = jnp.full((state.token.shape[0], self.steps), NO_TOKEN, jnp.int32)
-        _, chunk, state = jax.lax.while_loop(unfinished, decode_one, (0, chunk, state))
-        return state, chunk
+    def _drop_cancelled(self) -> None:
+        """Frees the rows of cancelled requests; what waits to be read of them is ignored then."""
+        for job in [job for job in self._waiting if job.request.cancelled]:
+            self._waiting.remove(job)
+            job.is_finished = True
+        left = [r for r, job in self._rows.running.items() if job.request.cancelled]
+        if left:
+            self._slots = self.programs.release(self._slots, np.isin(np.arange(len(self._rows)), left))
+            for r in left:
+                self._rows.rows[r].job.is_finished = True
+                self._rows.finish(r)
 
 
-def bucket(length: int) -> int:
-    """Lengths that are compiled: multiples of 64 up to 512, of 128 up to 1,024 (an image of 576 and its question), then of 256."""
-    step = 64 if length <= 512 else 128 if length <= 1024 else 256
-    return -(-length // step) * step
-
-
-def _power_of_two(n: int) -> int:
-    return 1 << (n - 1).bit_length()
-
-
-def check_image(cfg: LlavaConfig, image: np.ndarray, name: str) -> None:
-    """Raises UserError unless the image is float [height,width,channels] of the tower's size."""
-    expected = (cfg.vision.image_size, cfg.vision.image_size, cfg.vision.num_channels)
-    if np.shape(image) != expected:
-        raise UserError(f"{name} has an image of shape {np.shape(image)}; {expected} was expected")
+def _name(index: int, count: int) -> str:
+    return f"request {index}" if count > 1 else "the prompt"

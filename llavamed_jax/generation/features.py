@@ -1,0 +1,64 @@
+"""What the tower made of the images that were seen last, so that an image is encoded once.
+
+Axis letters: F places, P positions an image, D model width.
+"""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Sequence
+
+import numpy as np
+
+from llavamed_jax.config import LlavaConfig
+from llavamed_jax.generation.programs import Programs
+
+_BATCH = 8  # images that the tower takes at once
+
+
+class Features:
+    """Projected features [F,P,D] of images on the device, the least recently used of which make room.
+
+    Args:
+      places: F at first; a prefill with more images makes it more.
+      shards: over which a batch of images must divide.
+    """
+
+    def __init__(self, cfg: LlavaConfig, programs: Programs, shards: int, places: int = 32):
+        self._cfg, self._programs, self._batch, self._places = cfg, programs, -(-_BATCH // shards) * shards, places
+        self._shards = shards
+        self._place_of: collections.OrderedDict[int, int] = collections.OrderedDict()  # image key -> place, oldest use first
+        self.array = None
+
+    def places(self, params, keys: Sequence[int], images: Sequence[np.ndarray]) -> dict[int, int]:
+        """The place of each image, by its key; those that have none yet are encoded."""
+        wanted = dict(zip(keys, images))
+        if len(wanted) > self._places or self.array is None:
+            self._places = max(self._places, 1 << (len(wanted) - 1).bit_length())
+            self._place_of.clear()
+            self.array = self._programs.empty_features(self._places)
+        new = [key for key in wanted if key not in self._place_of]
+        for key in wanted:
+            if key in self._place_of:
+                self._place_of.move_to_end(key)
+        unused = sorted(set(range(self._places)) - set(self._place_of.values()))
+        for key in new:
+            self._place_of[key] = unused.pop() if unused else self._place_of.popitem(last=False)[1]
+        for kind in (np.uint8, np.float32):
+            chosen = [key for key in new if (wanted[key].dtype == np.uint8) == (kind is np.uint8)]
+            for first in range(0, len(chosen), self._batch):
+                self._encode(params, chosen[first : first + self._batch], wanted, kind)
+        return {key: self._place_of[key] for key in wanted}
+
+    def forget(self) -> None:
+        """No image has a place any more."""
+        self._place_of.clear()
+
+    def _encode(self, params, keys: Sequence[int], images: dict[int, np.ndarray], kind) -> None:
+        v = self._cfg.vision
+        n = min(self._batch, -(-(1 << (len(keys) - 1).bit_length()) // self._shards) * self._shards)
+        pixels = np.zeros((n, v.image_size, v.image_size, v.num_channels), kind)
+        places = np.full(n, self._places, np.int32)  # out of bounds: dropped
+        for i, key in enumerate(keys):
+            pixels[i], places[i] = images[key], self._place_of[key]
+        self.array = self._programs.encode(params, self.array, pixels, places)

@@ -1,0 +1,124 @@
+"""What is asked of the engine, and what comes of it. Axis letters: P positions an image."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from llavamed_jax.config import IMAGE_TOKEN, LlavaConfig
+from llavamed_jax.errors import UserError
+
+_FIRST_IMAGE_KEY = -1000  # below all token ids and markers
+
+
+@dataclasses.dataclass
+class Request:
+    """One prompt.
+
+    Attributes:
+      ids: token ids; an image is P positions of IMAGE_TOKEN.
+      images: float32 (normalised) or uint8 [height,width,3] each, in order of appearance.
+      seed: with the same seed and settings a request always draws the same tokens.
+      cancelled: set it while the engine runs, and no more tokens are made for this request.
+    """
+
+    ids: Sequence[int]
+    images: Sequence[np.ndarray] = ()
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+    cancelled: bool = False
+
+
+class Job:
+    """A request on its way through the engine.
+
+    Attributes:
+      index: its place among the requests of one call.
+      key: int64 [length of the prompt]: token ids, and at an image's positions a number that stands for its pixels. Two
+        prompts have the same keys and values up to where their keys differ.
+      image_keys: that number for each image.
+      tokens: what was generated so far, the end-of-sequence id included.
+      is_finished: nothing more will come.
+      error: why nothing more will come, where the model failed on this request; the others went on.
+    """
+
+    def __init__(self, request: Request, index: int = 0):
+        self.request, self.index = request, index
+        self.images = [np.asarray(image) for image in request.images]
+        self.image_keys = [_image_key(image) for image in self.images]
+        self.key = np.array(request.ids, np.int64)
+        is_image = self.key == IMAGE_TOKEN
+        if self.image_keys:
+            self._per_image = int(is_image.sum()) // len(self.image_keys)
+            self.key[is_image] = np.repeat(self.image_keys, self._per_image)
+        self.tokens: list[int] = []
+        self.is_finished = False
+        self.error: UserError | None = None
+        self._taken = 0
+
+    @property
+    def has_news(self) -> bool:
+        """There are tokens that were not taken, or this is the end."""
+        return self.is_finished or len(self.tokens) > self._taken
+
+    def images_before(self, position: int) -> int:
+        """How many images begin before a position."""
+        return -(-int((self.key[:position] <= _FIRST_IMAGE_KEY).sum()) // self._per_image) if self.image_keys else 0
+
+    def boundary(self, position: int) -> int:
+        """The last place at or before a position that is not inside an image."""
+        is_image = self.key <= _FIRST_IMAGE_KEY
+        inside = int(is_image[:position].sum()) % self._per_image if self.image_keys and is_image[position] else 0
+        return position - inside
+
+    def take(self) -> list[int]:
+        """The tokens that have come since the last call."""
+        new = self.tokens[self._taken :]
+        self._taken += len(new)
+        return new
+
+
+def _image_key(image: np.ndarray) -> int:
+    """A number, at most `_FIRST_IMAGE_KEY`, that stands for an image's pixels."""
+    digest = hashlib.blake2b(np.ascontiguousarray(image).tobytes(), digest_size=7, key=image.dtype.name.encode()).digest()
+    return _FIRST_IMAGE_KEY - int.from_bytes(digest)
+
+
+def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
+    """How many positions two keys have in common from the beginning."""
+    n = min(len(a), len(b))
+    differs = a[:n] != b[:n]
+    return int(differs.argmax()) if differs.any() else n
+
+
+def check(request: Request, cfg: LlavaConfig, max_prompt: int, name: str) -> None:
+    """Raises UserError, a sentence that begins with `name`, for a request that cannot be run."""
+    P, ids, vocabulary = cfg.tokens_per_image, np.asarray(request.ids), cfg.decoder.vocab_size
+    positions = int((ids == IMAGE_TOKEN).sum())
+    if positions != P * len(request.images):
+        raise UserError(f"{name} has {positions} image positions and {len(request.images)} images; {P} positions an image "
+                        "were expected")
+    if not ids.size:
+        raise UserError(f"{name} is empty; at least one token was expected")
+    if len(ids) > max_prompt:
+        raise UserError(f"{name} has {len(ids)} positions, images included; at most {max_prompt} were expected")
+    if request.max_new_tokens < 1:
+        raise UserError(f"{name} asks for {request.max_new_tokens} new tokens; at least 1 was expected")
+    wrong = ids[(ids >= vocabulary) | ((ids < 0) & (ids != IMAGE_TOKEN))]
+    if wrong.size:  # a lookup outside the table would give some row, and an answer to something else
+        raise UserError(f"{name} holds the id {wrong[0]}; ids from 0 to {vocabulary - 1}, or {IMAGE_TOKEN}, were expected")
+    for image in request.images:
+        check_image(cfg, image, name)
+
+
+def check_image(cfg: LlavaConfig, image: np.ndarray, name: str) -> None:
+    """Raises UserError unless the image is [height,width,channels] of the tower's size."""
+    expected = (cfg.vision.image_size, cfg.vision.image_size, cfg.vision.num_channels)
+    if np.shape(image) != expected:
+        raise UserError(f"{name} has an image of shape {np.shape(image)}; {expected} was expected")

@@ -1,0 +1,152 @@
+"""Which request gets which row, and from whose beginning it starts: the host's bookkeeping, without a device."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from llavamed_jax.generation.requests import Job, common_prefix
+
+
+@dataclass
+class Row:
+    """What the host knows of a row.
+
+    Attributes:
+      job: the one that has it, or None.
+      key: of the positions whose keys and values it holds (`Job.key`), for requests that begin alike.
+      used: when it was last given out or taken from.
+    """
+
+    job: Job | None = None
+    key: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    used: int = 0
+
+
+@dataclass
+class Placed:
+    """A job with its row, and the row whose first `start` positions it takes over."""
+
+    job: Job
+    source: int
+    start: int
+    target: int = -1
+
+    @property
+    def length(self) -> int:
+        """Positions that are left to run."""
+        return len(self.job.key) - self.start
+
+
+class Rows:
+    """R rows.
+
+    Args:
+      share: whether requests take over what another row's request has in common with them.
+      shards: over which the prompts of one prefill must divide.
+    """
+
+    def __init__(self, share: bool, shards: int = 1):
+        self._share, self._shards, self._clock = share, shards, 0
+        self.rows: list[Row] = []
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def running(self) -> dict[int, Job]:
+        return {r: row.job for r, row in enumerate(self.rows) if row.job is not None}
+
+    def resize(self, number: int) -> None:
+        """The first `number` rows; new ones are free."""
+        self.rows = self.rows[:number] + [Row() for _ in range(number - len(self.rows))]
+
+    def finish(self, r: int) -> None:
+        """A row is free again. What it holds stays, for whoever begins alike: all tokens that were fed, not the last one."""
+        row = self.rows[r]
+        row.key = np.concatenate([row.job.key, np.asarray(row.job.tokens[:-1], np.int64)])
+        row.job = None
+
+    def forget(self, rows: Iterable[int]) -> None:
+        """What these rows hold is good for nobody."""
+        for r in rows:
+            self.rows[r].key = self.rows[r].key[:0]
+
+    def choose(self, waiting: Iterable[Job]) -> list[Placed]:
+        """The requests that one prefill takes, all of one bucket, each with a row.
+
+        One that has more in common with another of these than with any row waits for that to be run, and a row is kept
+        for it.
+        """
+        free = [r for r, row in enumerate(self.rows) if row.job is None]
+        waiting = list(itertools.islice(waiting, 2 * len(self.rows)))
+        chosen: list[Placed] = []
+        kept = 0
+        for job in waiting:
+            if len(chosen) + kept == len(free):
+                break
+            placed = self._place(job)
+            if chosen and self._share and any(self._is_worth(job, self._shared(job, other.job.key), placed) for other in chosen):
+                kept += 1
+            elif not chosen or bucket(placed.length) == bucket(chosen[0].length):
+                chosen.append(placed)
+        chosen = chosen[: batch_size(len(chosen), self._shards)] if chosen else []
+        self._give_rows(chosen, free, waiting)
+        return chosen
+
+    def _place(self, job: Job) -> Placed:
+        """Starts a job from the row that has most in common with it, if that makes it shorter to run."""
+        best = Placed(job, 0, 0)
+        if self._share:
+            for r, row in enumerate(self.rows):
+                shared = self._shared(job, row.key)
+                if self._is_worth(job, shared, best):
+                    best = Placed(job, r, shared)
+        return best
+
+    @staticmethod
+    def _shared(job: Job, key: np.ndarray) -> int:
+        """How many positions a job can take over. The last one it runs itself, for its logits."""
+        return job.boundary(min(common_prefix(job.key, key), len(job.key) - 1))
+
+    @staticmethod
+    def _is_worth(job: Job, shared: int, than: Placed) -> bool:
+        return bucket(len(job.key) - shared) < bucket(than.length)
+
+    def _give_rows(self, chosen: list[Placed], free: list[int], waiting: list[Job]) -> None:
+        """Rows that no waiting request begins like are given first, then those that were not used for longest."""
+        self._clock += 1
+        wanted = [job.key[: 1 + len(job.key) // 2] for job in waiting] if len(chosen) < len(free) else []
+        for placed in chosen:
+            self.rows[placed.source].used = self._clock
+        order = sorted(free, key=lambda r: (self._is_wanted(self.rows[r].key, wanted), self.rows[r].used))
+        for placed, r in zip(chosen, order):
+            placed.target = r
+        for placed in chosen:
+            self.rows[placed.target] = Row(placed.job, placed.job.key, self._clock)
+
+    @staticmethod
+    def _is_wanted(key: np.ndarray, wanted: list[np.ndarray]) -> bool:
+        return any(common_prefix(key, beginning) == len(beginning) for beginning in wanted)
+
+
+def bucket(length: int) -> int:
+    """Lengths that are compiled: 32 and 64 (a question behind a shared image), multiples of 64 up to 512, of 128 up to 1,024
+    (an image of 576 and its question), then of 256."""
+    step = 32 if length <= 64 else 64 if length <= 512 else 128 if length <= 1024 else 256
+    return -(-length // step) * step
+
+
+def batch_size(number: int, shards: int = 1) -> int:
+    """How many of `number` prompts are run together: a power of four, so that few sizes are compiled; two or three are
+    filled up to four. A multiple of `shards`."""
+    size = 4 if number in (2, 3) else 4 ** ((number.bit_length() - 1) // 2)
+    return -(-size // shards) * shards
+
+
+def power_of_two(n: int) -> int:
+    """The next one, at least 1."""
+    return 1 << max(0, n - 1).bit_length()
