@@ -313,4 +313,6 @@ def test_bfloat16_is_close_and_keeps_what_is_trained_in_float32(params, single):
     total, count = evaluate(state, place(make_batch(0), mesh))
     assert float(total / count) == pytest.approx(single[1][0], rel=1e-2)
     assert {x.dtype for x in state.frozen.values()} == {jnp.dtype("bfloat16")}
+    numbers = lambda tree: sum(x.size for x in jax.tree.leaves(tree) if x.ndim)
+    assert numbers(state.opt_state) == 2 * numbers(state.trainable), "what is frozen has no moments"
     assert {x.dtype for x in state.trainable.values()} == {x.dtype for x in state.opt_state[1].mu.values()} == {jnp.dtype("float32")}

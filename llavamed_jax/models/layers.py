@@ -95,11 +95,13 @@ def apply_rope(x, rope):
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
-# What a rematerialised block keeps for its backward pass, by the names given in the blocks (`checkpoint_name`).
+# What a rematerialised block keeps for its backward pass beside its input, by the names given in the blocks (`checkpoint_name`):
+# nothing; what attention takes and gives; every matrix product.
 REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "qkvo": jax.checkpoint_policies.save_only_these_names("query", "key", "value", "context"),
-    "minimal": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "minimal": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, jax.checkpoint_policies.save_only_these_names("context")),
 }
 
 

@@ -1,0 +1,103 @@
+"""Rematerialisation by name: what each policy keeps of a layer, and that none of them changes a gradient.
+
+L layers, B batch, T positions, N query heads, K key/value heads, H head width, D model width, F feed-forward width.
+"""
+
+import functools
+from collections import Counter
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.extend import core
+
+from llavamed_jax.config import DecoderConfig
+from llavamed_jax.models.decoder import Decoder
+from llavamed_jax.parallel.mesh import make_mesh
+
+# Widths that tell one array from another.
+L, B, T, N, K, H, D, F = 3, 4, 12, 4, 2, 8, 40, 56
+CFG = DecoderConfig(64, D, F, L, N, K, H, 1e-5, 1e4, 128)
+POLICIES = ("none", "full", "qkvo", "minimal")
+INPUT, QKVO = Counter({D: 1}), Counter({N * H: 2, K * H: 2})  # query and context, key and value
+
+
+@pytest.fixture(scope="module")
+def args():
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.standard_normal((B, T, D)), jnp.float32)
+    segments = jnp.asarray(np.repeat([[1] * 5 + [2] * 6 + [0]], B, 0))
+    positions = jnp.asarray(np.repeat([[*range(5), *range(6), 0]], B, 0))
+    shapes = jax.eval_shape(Decoder(CFG, scan=True).init, jax.random.key(0), x, positions)["params"]
+    return jax.tree.map(lambda s: jnp.asarray(rng.standard_normal(s.shape) * 0.2, jnp.float32), shapes), x, positions, segments
+
+
+def loss(remat, backend, params, x, positions, segments):
+    out, _ = Decoder(CFG, scan=True, remat=remat, attention=backend).apply({"params": params}, x, positions, segments)
+    return jnp.sum(jnp.sin(out))
+
+
+def kept(args, remat, backend="xla"):
+    """Shapes of what the backward pass is handed of each layer: the arrays with a leading L that are no parameters."""
+    pullback = jax.eval_shape(lambda params: jax.vjp(functools.partial(loss, remat, backend), params, *args[1:])[1], args[0])
+    parameters = {x.shape for x in jax.tree.leaves(args[0])}
+    return [x.shape for x in jax.tree.leaves(pullback) if x.shape[:1] == (L,) and x.shape not in parameters]
+
+
+def widths(shapes):
+    """Numbers a position, of each array."""
+    return Counter(int(np.prod(shape)) // (L * B * T) for shape in shapes)
+
+
+def test_full_keeps_the_input_alone(args):
+    assert widths(kept(args, "full")) == INPUT
+
+
+def test_qkvo_keeps_what_attention_takes_and_gives(args):
+    assert widths(kept(args, "qkvo")) == INPUT + QKVO
+
+
+def test_minimal_keeps_every_product(args):
+    """Attention's and gate's, up's and o's outputs; what the backward pass has no use for is not kept (down's output)."""
+    assert widths(kept(args, "minimal")) == INPUT + QKVO + Counter({F: 2, D: 1})
+
+
+def test_none_keeps_the_scores_too(args):
+    """What the others leave out: weights [N,T,T], and much more than every product."""
+    shapes = kept(args, "none")
+    assert any(np.prod(s) == L * B * N * T * T for s in shapes)
+    assert sum(widths(shapes).elements()) > sum(widths(kept(args, "minimal")).elements())
+
+
+def kernels(jaxpr):
+    """Pallas kernels of a program, without those in inner programs that give nothing, which the compiler drops."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "pallas_call":
+            yield equation.params["name"]
+        elif equation.outvars:
+            for value in equation.params.values():
+                if isinstance(value, (core.Jaxpr, core.ClosedJaxpr)):
+                    yield from kernels(getattr(value, "jaxpr", value))
+
+
+@pytest.mark.parametrize("remat, forward", [("full", 2), ("qkvo", 1), ("minimal", 1)])
+def test_splash_keeps_what_its_backward_kernels_need(args, remat, forward):
+    """`context` names the kernel's output and its log-sum-exp: with them kept, the forward kernel runs once."""
+    found = list(kernels(jax.make_jaxpr(jax.grad(functools.partial(loss, remat, "splash_interpreted")))(*args).jaxpr))
+    assert sum("_fwd_" in name for name in found) == forward and len(found) == forward + 2
+
+
+def test_gradients_do_not_depend_on_the_policy(args):
+    gradients = [jax.jit(jax.grad(functools.partial(loss, remat, "xla"), (0, 1)))(*args) for remat in POLICIES]
+    for other in gradients[1:]:
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-6 * float(jnp.abs(b).max())), other, gradients[0])
+
+
+@pytest.mark.parametrize("remat", ["full", "qkvo"])
+def test_on_a_mesh_gradients_are_those_of_one_device(args, remat):
+    run = jax.jit(jax.grad(functools.partial(loss, remat, "xla"), (0, 1)))
+    single = run(*args)
+    with jax.set_mesh(make_mesh("data=2,fsdp=2,tp=2")):
+        sharded = jax.jit(jax.grad(functools.partial(loss, remat, "xla"), (0, 1)))(*args)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-6 * float(jnp.abs(b).max())), sharded, single)
