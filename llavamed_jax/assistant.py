@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Collection, Iterator, Sequence
+from collections import deque
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from llavamed_jax.errors import UserError
 from llavamed_jax.generation.beam import BeamSearch
 from llavamed_jax.generation.engine import Engine
 from llavamed_jax.generation.requests import Request, check_image
-from llavamed_jax.generation.sampling import row_seeds
+from llavamed_jax.generation.sampling import row_seed, row_seeds
 from llavamed_jax.generation.text import TextStream
 from llavamed_jax.models.llava import Llava
 from llavamed_jax.parallel.mesh import batch_sharding, make_mesh
@@ -207,6 +208,55 @@ class LlavaMed:
             requests[0].cancelled = stream.is_stopped
         if rest := stream.finish():
             yield rest
+
+    def answer_each(self, prompts: Iterable[tuple[Sequence[int], Sequence[np.ndarray], int]], max_new_tokens: int = 256,
+                    temperature: float = 0.0, top_p: float = 1.0, top_k: int = 0, seed: int = 0,
+                    stop: Sequence[str] = ()) -> Iterator[tuple[int, Completion | UserError]]:
+        """Answers any number of prompts: yields (index of a prompt, its answer), whichever is finished first.
+
+        A prompt that cannot be run, or on which the model fails, has its error yielded; the others go on. What is not
+        answered when this iterator is closed is given up.
+
+        Args:
+          prompts: ids with each image as P times IMAGE_TOKEN, images as of `logits`, and how many equal prompts came before,
+            by which these draw apart. A prompt is taken when a row is about to be free for it; those about one image should
+            follow each other.
+          max_new_tokens, temperature, top_p, top_k, seed, stop: as of `generate`.
+        Raises:
+          UserError: (a ValueError) settings out of range.
+        """
+        _check_settings(temperature, top_p, top_k, 1, seed)
+        return self._answer_each(prompts, (max_new_tokens, temperature, top_k, top_p), seed, stop)
+
+    def _answer_each(self, prompts, settings, seed, stop):
+        refused: deque[tuple[int, UserError]] = deque()
+        streams: dict[int, tuple[int, TextStream]] = {}  # by the engine's count of requests, which the refused are not among
+
+        def requests():
+            taken = 0
+            for index, (ids, images, nth) in enumerate(prompts):
+                request = Request(ids, images, *settings, seed=row_seed(seed, ids, images, nth))
+                try:
+                    self.engine.check(request, "the prompt")
+                except UserError as error:
+                    refused.append((index, error))
+                    continue
+                streams[taken] = index, self._text_stream(stop)
+                taken += 1
+                yield request
+
+        for job in self.engine.feed(requests()):
+            while refused:
+                yield refused.popleft()
+            if job.index not in streams:  # was stopped by its text, and leaves its row now
+                continue
+            index, text = streams[job.index]
+            text.push(job.take())
+            job.request.cancelled = text.is_stopped
+            if job.is_finished or text.is_stopped:
+                del streams[job.index]
+                yield index, job.error or completion(text, self.engine.eos)
+        yield from refused
 
     def _encode(self, messages):
         images = read_messages(messages).images

@@ -1,5 +1,6 @@
 """Scoring, controls, asking a model, and the command line of `eval.py`."""
 
+import itertools
 import json
 import re
 import shutil
@@ -18,7 +19,7 @@ from llavamed_jax.data.datasets import VqaSample, read_slake, read_vqa_rad
 from llavamed_jax.data.processor import Processor
 from llavamed_jax.data.tokenizer import Tokenizer
 from llavamed_jax.errors import UsageError, UserError
-from llavamed_jax.evaluation import controls, run, scoring, vqa
+from llavamed_jax.evaluation import asking, controls, partial, run, scoring, vqa
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLE = ROOT / "samples" / "vqa_rad"
@@ -277,9 +278,12 @@ class FakeCompletion:
 
 
 class FakeProcessor:
-    """One token a word; an image is four."""
+    """One token a word; an image is four, and its pixels say which path it came from."""
 
     stop = ()
+
+    def __init__(self):
+        self.words, self.paths = [], []
 
     def for_evaluation(self):
         return self
@@ -290,16 +294,20 @@ class FakeProcessor:
         return "<image>\n" + messages[0]["content"][1]["text"]
 
     def encode(self, prompt):
-        return [-200 if word == "<image>" else len(word) for word in prompt.split()]
+        self.words += [word for word in prompt.split() if word not in self.words]
+        return [-200 if word == "<image>" else self.words.index(word) for word in prompt.split()]
 
     def expand(self, row):
         return [token for token_or_image in row for token in ([-200] * 4 if token_or_image == -200 else [token_or_image])]
 
-    def images(self, images):
-        return np.zeros((len(images), 2, 2, 3), np.float32)
+    def images_uint8(self, paths):
+        self.paths += paths
+        if "broken.jpg" in paths:
+            raise UserError("broken.jpg is no image")
+        return np.full((len(paths), 2, 2, 3), self.paths.index(paths[0]), np.uint8)
 
     def decode(self, tokens):
-        return " ".join(f"t{token}" for token in tokens) + " "
+        return " ".join(self.words[token] for token in tokens)
 
 
 class FakeModel:
@@ -307,30 +315,66 @@ class FakeModel:
 
     def __init__(self, max_length=64):
         self.processor, self.engine = FakeProcessor(), SimpleNamespace(max_prompt=max_length, eos=(2,))
-        self.batches, self.rows, self.settings = [], [], []
+        self.asked, self.settings = [], []
 
-    def generate(self, conversations, **settings):
-        assert conversations, "an empty batch must not reach the model"
-        parts = [messages[0]["content"] for messages in conversations]
-        self.batches.append([(text["text"], str(image["image"])) for image, text in parts])
+    def answer_each(self, prompts, **settings):
+        """In pairs, the second of which is finished first."""
         self.settings.append(settings)
-        return [FakeCompletion(f"{text['text']} @ {Path(image['image']).stem}") for image, text in parts]
+        prompts = enumerate(prompts)
+        while pair := list(itertools.islice(prompts, 2)):
+            yield from reversed([(index, self.answer(*prompt)) for index, prompt in pair])
 
-    def generate_tokens(self, rows, images, **settings):
-        assert len(rows) == len(images) and all(len(each) == 1 for each in images)
-        self.rows += rows
-        return [[7, 8] for _ in rows]
+    def answer(self, ids, images, nth):
+        assert len(images) == 1 and list(ids[:4]) == [-200] * 4
+        question, path = self.processor.decode(ids[4:]), self.processor.paths[images[0][0, 0, 0]]
+        self.asked.append((question, path, nth))
+        return FakeCompletion(self.text(question, path))
+
+    def text(self, question, path):
+        return f"{question} @ {Path(path).stem}"
 
 
 def test_answers_come_back_in_order_and_images_are_asked_together():
     model = FakeModel()
-    questions = [(f"q{i}", f"/x/{'abc'[i % 3]}.jpg") for i in range(10)]
+    questions = [(f"q{i // 2}", f"/x/{'abc'[i % 3]}.jpg") for i in range(25)]
     answers = vqa.ask(model, questions, vqa.Generation(max_new_tokens=5, batch_size=4, seed=3))
     assert [answer.text for answer in answers] == [f"{text} @ {Path(image).stem}" for text, image in questions]
-    assert [len(batch) for batch in model.batches] == [4, 4, 2]
-    asked = [image for batch in model.batches for _, image in batch]
-    assert asked == sorted(asked)
-    assert [each["seed"] for each in model.settings] == [3, 7, 11], "sampled batches must not repeat each other's noise"
+    assert model.settings == [dict(max_new_tokens=5, temperature=0.0, seed=3)]
+    images = [image for _, image, _ in model.asked]
+    assert [image for image, _ in itertools.groupby(images)] == [f"/x/{c}.jpg" for c in "abc"]
+    assert sorted(model.processor.paths) == [f"/x/{c}.jpg" for c in "abc"], "an image is read once"
+    twice = [("q", "a.jpg"), ("q", "b.jpg"), ("q", "a.jpg")]
+    vqa.ask(model, twice, vqa.Generation())
+    assert {("q", "a.jpg", 0), ("q", "a.jpg", 1), ("q", "b.jpg", 0)} == set(model.asked[25:]), "equal questions draw apart"
+
+
+def test_images_are_read_ahead_but_not_all():
+    processor = FakeProcessor()
+    images = asking.read_ahead(processor, [f"{i}.jpg" for i in range(100)])
+    next(images)
+    assert 1 < len(processor.paths) <= 12
+    images.close()
+    assert len(processor.paths) <= 12, "what nobody waits for any more is not read"
+
+
+@pytest.mark.parametrize("with_partial", [True, False])
+def test_a_question_that_cannot_be_answered_fails_alone(tmp_path, with_partial):
+    class Failing(FakeModel):
+        def answer(self, ids, images, nth):
+            answer = super().answer(ids, images, nth)
+            return UserError("the model computed something that is no number") if answer.text.startswith("why") else answer
+
+    questions = [("what", "a.jpg"), ("what", "broken.jpg"), ("why", "a.jpg"), ("when", "b.jpg")]
+    kept = partial.Partial(tmp_path / "p", {}) if with_partial else None
+    with pytest.raises(UserError, match="^2 of 4 questions could not be answered; the first, 'what' about broken.jpg: broken.jpg is no im"):
+        vqa.ask(Failing(), questions, vqa.Generation(), partial=kept)
+    if with_partial:
+        model = FakeModel()
+        found = partial.Partial(tmp_path / "p", {}).answers
+        assert {i: answer.text for i, answer in found.items()} == {0: "what @ a", 3: "when @ b"}
+        questions[1] = ("what", "mended.jpg")
+        answers = vqa.ask(model, questions, vqa.Generation(), partial=kept)
+        assert [answer.text for answer in answers] == ["what @ a", "what @ mended", "why @ a", "when @ b"] and len(model.asked) == 2
 
 
 def test_long_prompts_are_cut_with_a_counted_warning(capsys):
@@ -339,8 +383,7 @@ def test_long_prompts_are_cut_with_a_counted_warning(capsys):
     answers = vqa.ask(model, [("short", "a.jpg"), (long, "a.jpg"), (long, "b.jpg")], vqa.Generation(max_new_tokens=2))
     assert [answer.tokens_cut for answer in answers] == [0, 2, 2]
     assert answers[0].text == "short @ a"
-    assert answers[1] == vqa.Answer("t7 t8", "length", 2)
-    assert model.rows == [[-200] * 4 + [3, 3, 5, 4]] * 2, "the end is lost, as in the original"
+    assert answers[1] == vqa.Answer("one two three four @ a", "stop", 2), "the end is lost, as in the original"
     assert "2 of 3 prompts were longer than 8 tokens and lost their end (4 tokens in all)" in capsys.readouterr().err
 
 
@@ -385,14 +428,8 @@ class OrganModel(FakeModel):
 
     organs = {Path(sample.image).name: sample.organ for sample in read_vqa_rad(SAMPLE, "all")}
 
-    def generate(self, conversations, **settings):
-        answers = []
-        for completion, messages in zip(super().generate(conversations, **settings), conversations, strict=True):
-            image, text = messages[0]["content"]
-            is_organ = text["text"] == controls.ORGAN_QUESTION
-            completion.text = controls.ORGAN_ANSWERS[self.organs[Path(image["image"]).name]] if is_organ else "Yes"
-            answers.append(completion)
-        return answers
+    def text(self, question, path):
+        return controls.ORGAN_ANSWERS[self.organs[Path(path).name]] if question == controls.ORGAN_QUESTION else "Yes"
 
 
 def test_an_evaluation_from_start_to_end(tmp_path):

@@ -65,7 +65,7 @@ def program(argv: Sequence[str]) -> int:
 
 
 def _ask(evaluation, args: argparse.Namespace) -> dict | None:
-    """The metrics; None where SIGTERM or SIGINT stopped it. The batch under way is lost, those before it are kept."""
+    """The metrics; None where SIGTERM or SIGINT stopped it. What was answered before is kept."""
     stops = (signal.SIGTERM, signal.SIGINT)
     earlier = {number: signal.signal(number, signal.default_int_handler) for number in stops}
     try:

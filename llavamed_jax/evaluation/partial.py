@@ -1,4 +1,4 @@
-"""Answers on their way into `predictions.jsonl`: kept batch by batch, so that a run which was stopped goes on."""
+"""Answers on their way into `predictions.jsonl`: kept one by one, so that a run which was stopped goes on."""
 
 from __future__ import annotations
 
@@ -6,53 +6,52 @@ import dataclasses
 import hashlib
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from llavamed_jax.errors import UserError
-from llavamed_jax.evaluation.vqa import Answer, write_text
+from llavamed_jax.evaluation.asking import Answer
+from llavamed_jax.evaluation.vqa import write_text
 
 
 class Partial:
-    """A file of batches. Its first line is the key of what was asked; a file with another key is begun anew.
+    """A file of answers. Its first line is the key of what was asked; a file with another key is begun anew.
 
     Args:
       path: the file, for example `predictions.jsonl.partial`; its folder exists.
       key: whatever the answers depend on, in JSON's types: the model, the settings, the questions.
+    Attributes:
+      answers: those that are kept, an earlier start's among them, by the question's place.
     Raises:
       UserError: a file that cannot be read or written.
     """
 
     def __init__(self, path: Path, key: Mapping):
         self.path = path
-        self._batches: dict[int, list[Answer]] = {}
-        head = {"key": hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()}
-        lines = self._read()
+        head = {"answers of": hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()}
+        lines, kept = self._read(), []
         if lines and lines[0] == head:
-            self._batches = {line["start"]: [Answer(**answer) for answer in line["answers"]] for line in lines[1:]}
-            if self._batches:
-                print(f"{path}: {len(self)} answers of an earlier start are taken over", file=sys.stderr)
+            kept = lines[1:]
+            if kept:
+                print(f"{path}: {len(kept)} answers of an earlier start are taken over", file=sys.stderr)
         elif lines:
             print(f"{path}: its answers are of another checkpoint, configuration or data; all questions are asked anew", file=sys.stderr)
+        self.answers = {line.pop("question"): Answer(**line) for line in map(dict, kept)}
         # Written again even where it fits: the last line of a process that was killed may be half a line.
-        kept = [head, *({"start": start, "answers": _plain(batch)} for start, batch in self._batches.items())]
-        write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+        write_text(path, "".join(json.dumps(line) + "\n" for line in [head, *kept]))
 
     def __len__(self) -> int:
-        return sum(map(len, self._batches.values()))
+        return len(self.answers)
 
-    def get(self, start: int) -> list[Answer] | None:
-        """The batch that begins at question `start`, where it has been answered."""
-        return self._batches.get(start)
-
-    def add(self, start: int, batch: Sequence[Answer]) -> None:
-        """Keeps a batch, on the disk too."""
+    def add(self, question: int, answer: Answer) -> None:
+        """Keeps the answer to the question at a place, on the disk too."""
+        line = json.dumps({"question": question, **dataclasses.asdict(answer)}) + "\n"
         try:
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"start": start, "answers": _plain(batch)}) + "\n")
+                file.write(line)
         except OSError as error:
             raise UserError(f"{self.path} cannot be written: {error.strerror or error}") from error
-        self._batches[start] = list(batch)
+        self.answers[question] = answer
 
     def remove(self) -> None:
         """Deletes the file: the answers stand under their final name."""
@@ -73,7 +72,3 @@ class Partial:
             except ValueError:
                 break
         return lines
-
-
-def _plain(batch: Sequence[Answer]) -> list[dict]:
-    return [dataclasses.asdict(answer) for answer in batch]

@@ -69,7 +69,7 @@ class Evaluation:
     def run(self, model: LlavaMed, checkpoint: str, with_control: bool = False, flags: Mapping[str, object] | None = None) -> dict:
         """Asks the model every question, and again with images exchanged where asked for; scores; writes the files.
 
-        Each batch of answers is kept in a `.partial` file until all is done, and taken over by a run with the same
+        Each answer is kept in a `.partial` file until all is done, and taken over by a run with the same
         checkpoint, configuration, questions and `flags` (what else `load` was given).
         """
         key = self._key(checkpoint, flags or {})

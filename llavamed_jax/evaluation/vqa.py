@@ -6,13 +6,13 @@ One line a question with the keys of the original's answer files: `question_id`,
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,31 +22,11 @@ from llavamed_jax.checkpoints.files import read_json
 from llavamed_jax.data import datasets
 from llavamed_jax.data.datasets import VqaSample
 from llavamed_jax.errors import UsageError, UserError
-from llavamed_jax.generation.text import TextStream
+from llavamed_jax.evaluation.asking import Answer, Asking, Generation
 
 if TYPE_CHECKING:  # scoring predictions that exist must not import jax
     from llavamed_jax.assistant import LlavaMed
     from llavamed_jax.evaluation.partial import Partial
-
-
-@dataclass(frozen=True)
-class Generation:
-    """How answers are generated. The defaults are greedy decoding with the original's limit of 1,024 new tokens."""
-
-    max_new_tokens: int = 1024
-    temperature: float = 0.0
-    num_beams: int = 1
-    batch_size: int = 16
-    seed: int = 0
-
-
-@dataclass(frozen=True)
-class Answer:
-    """`text` as generated; `finish_reason` is `stop` or `length`; `tokens_cut` were lost of a prompt too long."""
-
-    text: str
-    finish_reason: str
-    tokens_cut: int = 0
 
 
 def load_samples(
@@ -114,70 +94,47 @@ def ask(
 
     Pairs of one image are asked next to each other. A prompt that with its image is longer than the model takes (the
     checkpoint's `tokenizer_model_max_length`) is cut from the right, as the original does, which loses the end of the
-    instruction: it is counted, and a warning says how many. Each batch goes into `partial`; what stands there is not asked
-    again. A batch's seed follows from its place, so an interrupted run gives the answers of an uninterrupted one.
+    instruction: it is counted, and a warning says how many. Each answer goes into `partial` as it comes; what stands there
+    is not asked again. What a question draws follows from itself, so an interrupted run gives the answers of an
+    uninterrupted one.
+
+    Raises:
+      UserError: after all others were answered, questions that could not be: how many, and why the first.
     """
+    answers: dict[int, Answer] = {} if partial is None else dict(partial.answers)
     image_order = {image: position for position, image in reversed(list(enumerate(image for _, image in questions)))}
-    order = sorted(range(len(questions)), key=lambda i: image_order[questions[i][1]])
-    answers: list[Answer | None] = [None] * len(questions)
-    advance, close = _progress(len(questions), 0 if partial is None else len(partial), title)
-    for start in range(0, len(order), generation.batch_size):
-        indices = order[start : start + generation.batch_size]
-        batch = partial.get(start) if partial is not None else None
-        if batch is None:
-            batch = _ask_batch(model, [questions[i] for i in indices], generation, generation.seed + start)
-            if partial is not None:
-                partial.add(start, batch)
-            advance(len(indices))
-        for i, answer in zip(indices, batch, strict=True):
+    left = sorted((i for i in range(len(questions)) if i not in answers), key=lambda i: image_order[questions[i][1]])
+    failed: dict[int, UserError] = {}
+    advance, close = _progress(len(questions), len(answers), title)
+    asking = Asking(model, questions, failed)
+    found = asking.beams(left, generation) if generation.num_beams > 1 else asking.each(left, generation)
+    with contextlib.closing(found):
+        for i, answer in found:
             answers[i] = answer
+            if partial is not None:
+                partial.add(i, answer)
+            advance(1)
     close()
+    if failed:
+        question, image = questions[min(failed)]
+        raise UserError(f"{len(failed)} of {len(questions)} {title} could not be answered; the first, {question!r} about "
+                        f"{Path(image).name}: {failed[min(failed)]}")
+    _warn([answers[i] for i in range(len(questions))], model.engine.max_prompt)
+    return [answers[i] for i in range(len(questions))]
+
+
+def _warn(answers: Sequence[Answer], limit: int) -> None:
+    """Says how many prompts were cut and how many answers are not finished."""
     cut = [answer.tokens_cut for answer in answers if answer.tokens_cut]
     if cut:
         print(
-            f"warning: {len(cut)} of {len(answers)} prompts were longer than {model.engine.max_prompt} tokens"
+            f"warning: {len(cut)} of {len(answers)} prompts were longer than {limit} tokens"
             f" and lost their end ({sum(cut)} tokens in all), as in the original",
             file=sys.stderr,
         )
     unfinished = sum(answer.finish_reason == "length" for answer in answers)
     if unfinished:
         print(f"warning: {unfinished} of {len(answers)} answers reached max_new_tokens and are not finished", file=sys.stderr)
-    return answers
-
-
-def _ask_batch(model: LlavaMed, questions: Sequence[tuple[str, str]], generation: Generation, seed: int) -> list[Answer]:
-    settings = {
-        "max_new_tokens": generation.max_new_tokens,
-        "temperature": generation.temperature,
-        "num_beams": generation.num_beams,
-        "seed": seed,
-    }
-    conversations = [_messages(question, image) for question, image in questions]
-    rows = [model.processor.expand(model.processor.encode(model.processor.prompt(each))) for each in conversations]
-    limit = model.engine.max_prompt
-    fitting = [i for i, row in enumerate(rows) if len(row) <= limit]
-    answers = {}
-    if fitting:
-        completions = model.generate([conversations[i] for i in fitting], **settings)
-        for i, completion in zip(fitting, completions, strict=True):
-            answers[i] = Answer(completion.text, completion.finish_reason)
-    cut = [i for i in range(len(rows)) if i not in answers]
-    if cut:
-        from llavamed_jax.assistant import completion  # brings jax, as whoever made the model has
-
-        images = [list(model.processor.images([questions[i][1]])) for i in cut]
-        generated = model.generate_tokens([rows[i][:limit] for i in cut], images, **settings)
-        for i, tokens in zip(cut, generated, strict=True):
-            stream = TextStream(model.processor.decode, model.processor.stop)
-            stream.push(tokens)
-            answer = completion(stream, model.engine.eos)
-            answers[i] = Answer(answer.text, answer.finish_reason, len(rows[i]) - limit)
-    return [answers[i] for i in range(len(rows))]
-
-
-def _messages(question: str, image: str) -> list[dict]:
-    content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
-    return [{"role": "user", "content": content}]
 
 
 def _progress(total: int, kept: int, title: str) -> tuple[Callable[[int], None], Callable[[], None]]:

@@ -93,7 +93,8 @@ class Engine:
             tokens = job.take()
             if tokens and not job.request.cancelled:
                 yield job.index, tokens
-            error = error or job.error
+            if job.error is not None and error is None:
+                error = UserError(f"{_name(job.index, len(requests))}: {job.error}")
         if error is not None:
             raise error
 
@@ -221,7 +222,7 @@ class Engine:
                 continue
             if made.is_failed[place]:
                 failed[r] = True
-                job.error = UserError(f"request {job.index}: the model computed something that is no number")
+                job.error = UserError("the model computed something that is no number")
             else:
                 job.tokens += [int(token) for token in made.tokens[place] if token != NO_TOKEN]
             if made.is_done[place]:

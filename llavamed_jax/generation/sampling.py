@@ -47,20 +47,34 @@ class Sampling:
 
 
 def row_seeds(seed: int, rows: Sequence[Sequence[int]], images: Sequence[Sequence[np.ndarray]]) -> list[int]:
-    """One 32-bit seed for each prompt of a call, drawn from the call's seed and the prompt itself.
-
-    So a prompt draws the same whatever stands beside it and however a data set is cut into batches, different prompts
-    draw independently, and equal prompts of one call draw apart (by how many of them came before).
-    """
+    """One seed for each prompt of a call: `row_seed`, with equal prompts counted."""
     seen, seeds = Counter(), []
     for ids, pixels in zip(rows, images, strict=True):
-        digest = hashlib.blake2b(np.asarray(ids, np.int64).tobytes(), digest_size=16)
-        for image in pixels:
-            digest.update(np.ascontiguousarray(image).tobytes())
-        prompt = int.from_bytes(digest.digest())
-        seeds.append(int(np.random.SeedSequence([seed, prompt, seen[prompt]]).generate_state(1)[0]))
+        prompt = _digest(ids, pixels)
+        seeds.append(_seed(seed, prompt, seen[prompt]))
         seen[prompt] += 1
     return seeds
+
+
+def row_seed(seed: int, ids: Sequence[int], images: Sequence[np.ndarray], nth: int = 0) -> int:
+    """A prompt's 32-bit seed, drawn from the call's seed and the prompt itself.
+
+    So a prompt draws the same whatever stands beside it and however a data set is cut into batches, and different prompts
+    draw independently; equal ones do so by `nth`, how many of them came before.
+    """
+    return _seed(seed, _digest(ids, images), nth)
+
+
+def _seed(seed: int, prompt: int, nth: int) -> int:
+    return int(np.random.SeedSequence([seed, prompt, nth]).generate_state(1)[0])
+
+
+def _digest(ids: Sequence[int], images: Sequence[np.ndarray]) -> int:
+    """A number that stands for a prompt."""
+    digest = hashlib.blake2b(np.asarray(ids, np.int64).tobytes(), digest_size=16)
+    for image in images:
+        digest.update(np.ascontiguousarray(image).tobytes())
+    return int.from_bytes(digest.digest())
 
 
 def next_token(logits, settings: Sampling, step):
