@@ -68,7 +68,7 @@ def test_backends_are_the_softmax_written_out(backend, T, is_packed, window):
     np.testing.assert_allclose(found, written_out(q, k, v, positions, segments, window), rtol=0, atol=2e-6)
 
 
-@pytest.mark.parametrize("mesh", [None, "data=2,fsdp=1,tp=2"])
+@pytest.mark.parametrize("mesh", [pytest.param(None, marks=pytest.mark.slow), "data=2,fsdp=1,tp=2"])
 def test_splash_has_the_gradients_of_xla(mesh):
     """With blocks that lie across the borders of samples, queries that share keys, a window, and on a mesh that cuts rows and heads."""
     T = 140

@@ -1,4 +1,4 @@
-"""Rematerialisation by name: what each policy keeps of a layer, and that none of them changes a gradient.
+"""Rematerialisation by name: what each policy keeps of a layer. (test_modules.py: none of them changes a gradient.)
 
 L layers, B batch, T positions, N query heads, K key/value heads, H head width, D model width, F feed-forward width.
 """
@@ -19,7 +19,6 @@ from llavamed_jax.parallel.mesh import make_mesh
 # Widths that tell one array from another.
 L, B, T, N, K, H, D, F = 3, 4, 12, 4, 2, 8, 40, 56
 CFG = DecoderConfig(64, D, F, L, N, K, H, 1e-5, 1e4, 128)
-POLICIES = ("none", "full", "qkvo", "minimal")
 INPUT, QKVO = Counter({D: 1}), Counter({N * H: 2, K * H: 2})  # query and context, key and value
 
 
@@ -88,13 +87,7 @@ def test_splash_keeps_what_its_backward_kernels_need(args, remat, forward):
     assert sum("_fwd_" in name for name in found) == forward and len(found) == forward + 2
 
 
-def test_gradients_do_not_depend_on_the_policy(args):
-    gradients = [jax.jit(jax.grad(functools.partial(loss, remat, "xla"), (0, 1)))(*args) for remat in POLICIES]
-    for other in gradients[1:]:
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-6 * float(jnp.abs(b).max())), other, gradients[0])
-
-
-@pytest.mark.parametrize("remat", ["full", "qkvo"])
+@pytest.mark.parametrize("remat", ["qkvo", pytest.param("full", marks=pytest.mark.slow)])
 def test_on_a_mesh_gradients_are_those_of_one_device(args, remat):
     run = jax.jit(jax.grad(functools.partial(loss, remat, "xla"), (0, 1)))
     single = run(*args)
