@@ -40,8 +40,9 @@ def program(argv: Sequence[str]) -> None:
     if sys.stdin.isatty():
         with contextlib.suppress(ImportError):  # Windows has none
             import readline  # noqa: F401  # input() then edits lines, wide characters too, and remembers them
+    chat = Chat(model, args)
     print(f"{model.name}, research use only, never for clinical decisions. {HELP}")
-    Chat(model, args).run()
+    chat.run()
 
 
 class Chat:
@@ -50,6 +51,8 @@ class Chat:
     def __init__(self, model, args: argparse.Namespace):
         self.model, self.args = model, args
         self.clear()
+        # A model without a tokenizer, or with a template that holds no chat, is said now and not with the first question.
+        model.processor.encode(model.processor.prompt([*self.messages, {"role": "user", "content": "?"}]))
         for path in args.image:
             self.add_image(path)
 

@@ -13,6 +13,12 @@ class UsageError(UserError):
     """The command line, the config file, a config key or its value is wrong. Command lines print it and exit 2."""
 
 
+def short(value: object, most: int = 80) -> str:
+    """A value for a sentence, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= most else text[:most] + "…"
+
+
 def some(items: Sequence[str], most: int = 8, separator: str = ", ") -> str:
     """A list for a sentence, cut with the count of what is left out."""
     return separator.join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")

@@ -110,7 +110,7 @@ _ALIASES = {"v1.0:v1": "v1.0:vicuna_v1_1", **{f"{origin}:{alias}": f"{origin}:{n
 
 def get_template(name: str) -> Template:
     """The template `ORIGIN:NAME`; a bare name means v1.5's, else upstream's. Raises UserError with the names there are."""
-    for full in (name,) if ":" in name else (f"v1.5:{name}", f"up:{name}"):
+    for full in () if not isinstance(name, str) else (name,) if ":" in name else (f"v1.5:{name}", f"up:{name}"):
         full = _ALIASES.get(full, full)
         if full in TEMPLATES:
             return TEMPLATES[full]

@@ -17,6 +17,8 @@ from llavamed_jax.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 TOKENIZER = ROOT / "samples" / "vqa_rad" / "tokenizer.model"
+TINY = LlavaConfig(VisionConfig(32, 64, 2, 2, 28, 14), DecoderConfig(1024, 32, 64, 1, 4, 2, 8, 1e-5, 1e4, 256, architecture="mistral"),
+                   max_length=100, template="v1.5:mistral_instruct")
 
 
 class FakeModel:
@@ -26,7 +28,8 @@ class FakeModel:
     name, tower = "fake", "the tensors in the checkpoint"
 
     def __init__(self, script=None, before=None):
-        self.processor = SimpleNamespace(images=lambda paths: [load_image(path) for path in paths])
+        self.processor = SimpleNamespace(images=lambda paths: [load_image(path) for path in paths], prompt=lambda messages: "",
+                                         encode=lambda text: [1])
         self.script, self.before, self.asked, self.settings = script or {}, before or {}, [], []
 
     def stream(self, messages, **settings):
@@ -176,7 +179,8 @@ def stream(messages, **settings):
     time.sleep(60 if messages[-1]["content"][-1]["text"] == "long" else 0)
     yield "| ".join(m["content"] for m in messages[1::2]) + "."
 
-chat.common.load_assistant = lambda args: SimpleNamespace(name="fake", stream=stream)
+chat.common.load_assistant = lambda args: SimpleNamespace(
+    name="fake", stream=stream, processor=SimpleNamespace(prompt=lambda messages: "", encode=lambda text: [1]))
 sys.exit(chat.main(["--checkpoint", "x"]))
 """
 
@@ -227,11 +231,18 @@ def test_settings_out_of_range_are_a_wrong_command_line(talk, flags, sentence):
     assert (status, out) == (2, "") and len(errors) == 1 and errors[0].startswith(f"error: {sentence}")
 
 
+def test_a_model_that_cannot_read_is_refused_before_the_first_question(monkeypatch, capsys):
+    monkeypatch.setattr("builtins.input", lambda prompt: pytest.fail("asked for a question"))
+    monkeypatch.setitem(config.PRESETS, "tiny", TINY)
+    assert chat.main(["--checkpoint", "preset:tiny"]) == 1
+    printed = capsys.readouterr()
+    assert printed.out == "" and printed.err.splitlines()[1:] == [
+        "error: this checkpoint has no tokenizer files; give one with tokenizer=PATH (--tokenizer PATH)"]
+
+
 def test_the_program_on_a_model_of_random_weights(picture, monkeypatch, capsys):
     """Names the tower that was used, refuses a long question in one sentence, and answers the next one."""
-    decoder = DecoderConfig(1024, 32, 64, 1, 4, 2, 8, 1e-5, 1e4, 256, architecture="mistral")
-    cfg = LlavaConfig(VisionConfig(32, 64, 2, 2, 28, 14), decoder, max_length=100, template="v1.5:mistral_instruct")
-    monkeypatch.setitem(config.PRESETS, "tiny", cfg)
+    monkeypatch.setitem(config.PRESETS, "tiny", TINY)
     lines = iter(["why " * 200, "What is shown?", ""])
     monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
     flags = ["--tokenizer", str(TOKENIZER), "--image", picture, "--max_new_tokens", "3"]

@@ -141,6 +141,16 @@ def test_samples_at_max_length_are_not_checked(llama_tokenizer):
     ([{"from": "doctor", "value": "x"}], "v1.5:mistral_instruct", "a turn from 'doctor'; human or gpt was expected"),
     ([{"from": "human", "value": "x"}] * 2, "v1.5:mistral_instruct", "turn 1 of the conversation is from human"),
     ([], "v1.5:mistral_instruct", "the conversation is empty"),
+    (None, "v1.0:v0", "the conversation is None; a list of {from, value}"), ("ab", "plain", "the conversation is 'ab'; a list"),
+    (["ab"], "plain", "turn 0 of the conversation is 'ab'; {from: human or gpt, value: text}"),
+    ([{"value": "x"}], "up:vicuna_v1", "turn 0 of the conversation is {'value': 'x'}"),
+    ([{"role": "user", "content": "x"}], "v1.0:v0", "turn 0 of the conversation is {'role': 'user', "),
+    ([*talk("x"), {"from": "gpt"}], "v1.0:v1", "turn 1 of the conversation is {'from': 'gpt'}"),
+    (talk("x", None), "v1.0:v0", "turn 1 of the conversation is {'from': 'gpt', 'value': None}"),
+    (talk(["x"], "y"), "v1.0:v0", "turn 0 .*'value': \\['x'\\]"), ([{"from": 5, "value": "x"}], "v1.0:v0", "turn 0 .*'from': 5"),
+    ([{"from": "d" * 10**6, "value": "x"}], "v1.0:v1", "a turn from 'd{79}…; human or gpt"),
+    (talk("x\ud800", "y"), "up:vicuna_v1", "half a surrogate pair at character"),
+    (talk("", ""), "v1.5:mistral_instruct", "a first message of the user that is not empty"),
     (talk("no image", "caption"), "up:plain", "<image> and its caption")])
 def test_bad_conversations(mistral_tokenizer, conversation, template, sentence):
     with pytest.raises(ValueError, match=sentence):

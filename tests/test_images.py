@@ -236,13 +236,26 @@ def truncated_jpeg():
 @pytest.mark.parametrize("source, sentence", [
     ("nowhere.png", "the image nowhere.png does not exist"), (".", "is a directory"), (b"no image", "not an image"),
     (truncated_jpeg(), "is damaged"), (np.zeros((4, 4, 3), np.float32), "float32 array of shape"),
-    (np.zeros((4, 4, 2), np.uint8), "uint8 \\[H,W,3\\]"), (7, "is a int"), ("data:image/png,xyz", "base64, as was expected"),
-    ("data:image/png;base64,#", "holds no base64"), ("https://example.org/x.png", "is a web address"),
+    (np.zeros((4, 4, 2), np.uint8), "uint8 \\[H,W,3\\]"), (7, "the image is of type int;"),
+    ("data:image/png,xyz", "base64, as was expected"), ("data:image/png;base64,#", "holds no base64"),
+    ("https://example.org/x.png", "is a web address"),
+    ("HTTP://x/y.png", "is a web address"), ("file:///x.png", "is a web address"), ("", "the image '' does not exist"),
     (Image.new("F", (4, 4)), "floating-point pixels")])
 def test_bad_sources_are_one_sentence(source, sentence):
     with pytest.raises(UserError, match=sentence) as error:
         load_image(source)
     assert "\n" not in str(error.value)
+
+
+def test_pillow_images_that_cannot_be_read_to_the_end(tmp_path):
+    """Pillow opens a file without reading its pixels: what is wrong with them shows later."""
+    (tmp_path / "x.jpg").write_bytes(truncated_jpeg())
+    with pytest.raises(UserError, match="the image is damaged: .*truncated"):
+        preprocess_uint8(load_image(Image.open(tmp_path / "x.jpg")), 28)
+    closed = pattern()
+    closed.close()
+    with pytest.raises(UserError, match="the image is damaged: Operation on closed image"):
+        load_image(closed)
 
 
 def test_bad_modes_and_shapes():

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -67,10 +68,30 @@ def test_markers_in_a_text_keep_their_place(mistral):
     ([*ASK, {"role": "assistant", "content": "A"}], "the last message must be the user's"),
     ([{"role": "tool", "content": "A"}], "has the role 'tool'"), ([*ASK, {"role": "system", "content": "S"}], "is the system's"),
     ([{"role": "user", "content": [{"type": "audio"}]}], "a part of type 'audio'"), ([], "must be the user's"),
-    ([{"role": "user", "content": None}], "the content None"), ("hello", "a list of objects")])
+    ([{"role": "user", "content": None}], "the content None"), ("hello", "a list of objects"),
+    ([{"role": "system", "content": "<image>"}, *ASK], "1 images for 2 <image> markers"),
+    ([{"role": "user", "content": [{"type": "image", "image": None}]}], "a part of type 'image'; text, image or image_url with its"),
+    ([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": None}}]}], "a part of type 'image_url'"),
+    ([{"role": "user", "content": [{"type": "image_url", "image_url": 5}]}], "a part of type 'image_url'"),
+    ([{"role": "user", "content": {"x": "y" * 10**6}}], "the content {'x': 'y{73}…; a text or"),
+    ([{"role": "r" * 10**6, "content": "x"}], "has the role 'r{79}…; system")])
 def test_bad_messages(mistral, messages, sentence):
     with pytest.raises(ValueError, match=sentence):
         mistral.prompt(messages)
+
+
+def test_what_is_no_text_is_not_encoded(mistral):
+    for text, sentence in ((None, "the text to encode is None; a str was expected"), (b"x", "is b'x'; a str"), (["x"], "is \\['x'\\]"),
+                           ("ab\ud800", "half a surrogate pair at character 2; whole characters")):
+        with pytest.raises(UserError, match=sentence):
+            mistral.encode(text)
+
+
+@pytest.mark.parametrize("sources", [None, 5, "x.png", b"x", Path("x.png"), Image.new("RGB", (4, 4)), np.zeros((4, 4, 3), np.uint8),
+                                     np.zeros((4, 4), np.uint8)])
+def test_one_image_is_a_list_of_one(mistral, sources):
+    with pytest.raises(UserError, match=f"given as a {type(sources).__name__}; a list of images was expected"):
+        mistral.images(sources)
 
 
 def test_expand():
@@ -249,6 +270,12 @@ def test_bare_tokenizer_says_what_it_does_not_know(mistral_tokenizer, tmp_path):
         processor.images([])
     with pytest.raises(ValueError, match="give image_size"):
         processor.expand([IMAGE_TOKEN])
+    for size in (0, -336, 13, 336.0, "336", True):
+        with pytest.raises(UserError, match=f"the image size is {size!r}; a whole number of at least 14 was expected"):
+            Processor.load(mistral_tokenizer, image_size=size)
+    for mode in ("", "keep"):
+        with pytest.raises(UserError, match=f"the image mode is '{mode}'; pad or square"):
+            Processor.load(mistral_tokenizer, image_size=336).images([Image.new("L", (4, 4))], mode=mode)
     with pytest.raises(UserError, match="the image mode is 'tiles'; pad or square was expected"):
         Processor.load(mistral_tokenizer, image_mode="tiles")
     with pytest.raises(UserError, match="does not exist; a checkpoint's directory or a tokenizer was expected"):

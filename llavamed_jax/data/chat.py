@@ -9,7 +9,7 @@ from pathlib import Path
 
 from llavamed_jax.checkpoints.files import read_json
 from llavamed_jax.data.conversation import IMAGE_MARKER
-from llavamed_jax.errors import UserError
+from llavamed_jax.errors import UserError, short
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def read_messages(messages: Sequence[dict], marker: str = IMAGE_MARKER, is_image
             system = text
             continue
         if role not in ("user", "assistant"):
-            raise UserError(f"message {i} has the role {role!r}; system, user or assistant was expected")
+            raise UserError(f"message {i} has the role {short(role)}; system, user or assistant was expected")
         if role != ("user", "assistant")[len(turns) % 2]:
             raise UserError(f"message {i} is the {role}'s; user and assistant in alternation, the user first, were expected")
         markers = text.count(IMAGE_MARKER)
@@ -55,7 +55,7 @@ def read_messages(messages: Sequence[dict], marker: str = IMAGE_MARKER, is_image
         images += found
     if len(turns) % 2 == 0:
         raise UserError("the last message must be the user's, so that there is something to answer")
-    markers = sum(turn.count(IMAGE_MARKER) for turn in turns)
+    markers = sum(text.count(IMAGE_MARKER) for text in (system or "", *turns))
     if images and markers != len(images):
         raise UserError(f"the messages have {len(images)} images for {markers} {IMAGE_MARKER} markers")
     return Chat(system, turns, images)
@@ -65,20 +65,24 @@ def _read_content(content, index: int) -> tuple[str, list]:
     if isinstance(content, str):
         return content, []
     if not isinstance(content, (list, tuple)):
-        raise UserError(f"message {index} has the content {content!r}; a text or a list of parts was expected")
+        raise UserError(f"message {index} has the content {short(content)}; a text or a list of parts was expected")
     texts, images = [], []
     for part in content:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind == "text" and isinstance(part.get("text"), str):
             texts.append(part["text"])
-        elif kind == "image" and "image" in part:
+        elif kind == "image" and part.get("image") is not None:
             images.append(part["image"])
-        elif kind == "image_url" and part.get("image_url"):
-            url = part["image_url"]
-            images.append(url.get("url") if isinstance(url, dict) else url)
+        elif kind == "image_url" and isinstance(url := _url(part.get("image_url")), str):
+            images.append(url)
         else:
-            raise UserError(f"message {index} has a part of type {kind!r}; text, image or image_url with its content was expected")
+            raise UserError(f"message {index} has a part of type {short(kind)}; text, image or image_url with its content was expected")
     return "\n".join(texts), images
+
+
+def _url(image_url):
+    """OpenAI's `{"url": …}`; older clients send the URL itself."""
+    return image_url.get("url") if isinstance(image_url, dict) else image_url
 
 
 @dataclass(frozen=True)

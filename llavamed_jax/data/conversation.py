@@ -6,13 +6,13 @@ place open. `<image>` in a text marks an image. Templates stand in `llavamed_jax
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
 
 from llavamed_jax.config import IGNORE, IMAGE_TOKEN
-from llavamed_jax.errors import UserError
+from llavamed_jax.errors import UserError, short
 from llavamed_jax.templates import Template
 
 IMAGE_MARKER = "<image>"
@@ -102,13 +102,13 @@ def training_turns(template: Template, conversation: Sequence[dict]) -> list[tup
     Only the v0 procedure takes speakers as they come, others than human and gpt too, as the original does.
 
     Raises:
-      UserError: another speaker, two in a row, or nothing left.
+      UserError: what is no list of {from, value}, another speaker, two in a row, or nothing left.
     """
-    turns = [(str(turn["from"]), str(turn["value"])) for turn in conversation]
+    turns = _read_turns(conversation)
     if template.labels != "v0":
         unknown = sorted({speaker for speaker, _ in turns} - {"human", "gpt"})
         if unknown:
-            raise UserError(f"the conversation has a turn from {unknown[0]!r}; human or gpt was expected")
+            raise UserError(f"the conversation has a turn from {short(unknown[0])}; human or gpt was expected")
         start = 1 if turns and turns[0][0] == "gpt" else 0
         turns = turns[start:]
         for i, (speaker, _) in enumerate(turns):
@@ -119,6 +119,17 @@ def training_turns(template: Template, conversation: Sequence[dict]) -> list[tup
     if template.labels == "plain" and (len(turns) != 2 or IMAGE_MARKER not in turns[0][1]):
         raise UserError(f"the template {template.name} needs a conversation of <image> and its caption, one turn each")
     return turns
+
+
+def _read_turns(conversation: Sequence[dict]) -> list[tuple[str, str]]:
+    """(speaker, text); numbers, which the released files hold, become text."""
+    if not isinstance(conversation, Sequence) or isinstance(conversation, str):
+        raise UserError(f"the conversation is {short(conversation)}; a list of {{from, value}} was expected")
+    for i, turn in enumerate(conversation):
+        speaker, value = (turn.get("from"), turn.get("value")) if isinstance(turn, Mapping) else (None, None)
+        if not isinstance(speaker, str) or not isinstance(value, (str, int, float)):
+            raise UserError(f"turn {i} of the conversation is {short(turn)}; {{from: human or gpt, value: text}} was expected")
+    return [(turn["from"], str(turn["value"])) for turn in conversation]
 
 
 def supervise(template: Template, turns: Sequence[tuple[str, str]], encode: Callable[[str], list[int]], *, pad_id: int | None,

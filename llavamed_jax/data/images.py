@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import functools
 import io
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -46,15 +48,15 @@ def load_image(source, frame: int | None = None) -> Image.Image:
     if isinstance(source, (Image.Image, np.ndarray)):
         if frame not in (None, 1):
             raise UserError(f"the image is a {type(source).__name__}, which has one frame; there is no frame {frame}")
-        return _from_array(source) if isinstance(source, np.ndarray) else _to_rgb(source, "the image")
+        return _from_array(source) if isinstance(source, np.ndarray) else _from_pillow(source)
     if isinstance(source, (bytes, bytearray)):
         return _read(io.BytesIO(source), f"the image of {len(source)} bytes", frame or 1)
     if isinstance(source, str) and source[:5].lower() == "data:":
         return _read(io.BytesIO(_data_url(source)), "the image in the data URL", frame or 1)
-    if isinstance(source, str) and source.startswith(("http://", "https://")):
-        raise UserError(f"the image {source} is a web address; a file, a data URL or an image was expected")
+    if isinstance(source, str) and re.match("(https?|ftp|file)://", source, re.IGNORECASE):
+        raise UserError(f"the image {source[:200]} is a web address; a path, a data URL or an image was expected")
     if not isinstance(source, (str, Path)):
-        raise UserError(f"an image is a {type(source).__name__}; a path, a Pillow image, a uint8 array or bytes was expected")
+        raise UserError(f"the image is of type {type(source).__name__}; a path, a Pillow image, a uint8 array or bytes was expected")
     path, named = _split_frame(str(source))
     with _open(path) as file:
         return _read(file, f"the image {path}", frame or named or 1, Path(path).suffix)
@@ -113,7 +115,7 @@ def _open(path: str) -> BinaryIO:
     try:
         return open(path, "rb")
     except FileNotFoundError:
-        raise UserError(f"the image {path} does not exist") from None
+        raise UserError(f"the image {path or repr(path)} does not exist") from None
     except IsADirectoryError:
         raise UserError(f"the image {path} is a directory") from None
     except (OSError, ValueError) as error:  # no permission, a name too long or with a null character
@@ -138,13 +140,25 @@ def _read(file: BinaryIO, name: str, frame: int, suffix: str = "") -> Image.Imag
         raise UserError(f"{name} is empty")
     if is_dicom(head, suffix):
         return read_dicom(file, name, frame).convert("RGB")
+    with _refusing(name, frame), Image.open(file) as image:
+        if image.format == "EPS":  # which Pillow would hand to Ghostscript, to be run
+            raise UserError(f"{name} is PostScript, a program; an image was expected")
+        image.seek(frame - 1)
+        image.load()
+        return _to_rgb(image, name)
+
+
+def _from_pillow(image: Image.Image) -> Image.Image:
+    with _refusing("the image"):
+        image.load()  # it may be open only so far
+        return _to_rgb(image, "the image")
+
+
+@contextlib.contextmanager
+def _refusing(name: str, frame: int = 1) -> Iterator[None]:
+    """Pillow's errors as UserError."""
     try:
-        with Image.open(file) as image:
-            if image.format == "EPS":  # which Pillow would hand to Ghostscript, to be run
-                raise UserError(f"{name} is PostScript, a program; an image was expected")
-            image.seek(frame - 1)
-            image.load()
-            return _to_rgb(image, name)
+        yield
     except UserError:
         raise
     except Image.UnidentifiedImageError as error:

@@ -14,6 +14,7 @@ B, H, W and I are rows, height, width and images; P is the number of positions o
 from __future__ import annotations
 
 import functools
+import numbers
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from llavamed_jax.data import chat as chats
 from llavamed_jax.data import images as pixels
 from llavamed_jax.data.conversation import IMAGE_MARKER, image_first, render, supervise, training_turns
 from llavamed_jax.data.tokenizer import Tokenizer, find_tokenizer
-from llavamed_jax.errors import UserError
+from llavamed_jax.errors import UserError, short
 from llavamed_jax.templates import Template, default_template, get_template
 
 _PATCH = 14  # of every tower that LLaVA was released with; used where there is no config to ask
@@ -52,6 +53,8 @@ class Processor:
             raise UserError(f"the image mode is {image_mode!r}; {' or '.join(pixels.MODES)} was expected")
         if config is not None and image_size not in (None, config.vision.image_size):
             raise UserError(f"the image size is {image_size}; this model's tower takes {config.vision.image_size}")
+        if image_size is not None and (not isinstance(image_size, numbers.Integral) or image_size < _PATCH):
+            raise UserError(f"the image size is {image_size!r}; a whole number of at least {_PATCH} was expected")
         self.config = config
         self.image_size = config.vision.image_size if config else image_size
         self.image_mode = image_mode or (config.image_aspect_ratio if config else "pad")
@@ -178,7 +181,12 @@ class Processor:
 
         With v1.0's templates the ids of start and end tokens stand about it, the white space beside it is dropped, and each
         `<im_patch>` that the text writes out is an IMAGE_TOKEN too.
+
+        Raises:
+          UserError: what is no text, or half a surrogate pair in it.
         """
+        if not isinstance(text, str):
+            raise UserError(f"the text to encode is {short(text)}; a str was expected")
         if self._is_v1:
             tokenizer = self._v1_tokenizer
             image = f"{_IM_START}{_IM_PATCH}{_IM_END}" if self._has_start_end else _IM_PATCH
@@ -246,9 +254,11 @@ class Processor:
         """Pixels for the tower, float32 [I,H,W,3].
 
         Args:
-          sources: whatever `data.images.load_image` takes.
+          sources: a list of whatever `data.images.load_image` takes.
           mode: `pad` or `square`; None is the model's own.
           frame: which frame of sources that have several, counted from 1; None is the first, or what a path's `#frame=N` says.
+        Raises:
+          UserError: one image that is no list, an image that cannot be read, or another mode.
         """
         return pixels.normalize(self.images_uint8(sources, mode, frame), *self._statistics)
 
@@ -256,8 +266,11 @@ class Processor:
         """The same before normalisation, uint8 [I,H,W,3], which the model does itself where it is given uint8."""
         if self.image_size is None:
             raise UserError("a bare tokenizer does not know the size of images; give image_size")
-        size = self.image_size
-        arrays = [pixels.preprocess_uint8(pixels.load_image(s, frame), size, mode or self.image_mode) for s in sources]
+        is_array = isinstance(sources, np.ndarray)
+        if not isinstance(sources, Iterable) or isinstance(sources, (str, bytes, bytearray)) or is_array and sources.ndim != 4:
+            raise UserError(f"images were given as a {type(sources).__name__}; a list of images was expected, for one image too")
+        size, mode = self.image_size, self.image_mode if mode is None else mode
+        arrays = [pixels.preprocess_uint8(pixels.load_image(s, frame), size, mode) for s in sources]
         return np.stack(arrays) if arrays else np.zeros((0, size, size, 3), np.uint8)
 
 

@@ -22,7 +22,7 @@ import numpy as np
 
 from llavamed_jax.checkpoints.files import parse_json
 from llavamed_jax.data.conversation import IMAGE_MARKER
-from llavamed_jax.errors import UserError
+from llavamed_jax.errors import UserError, short
 
 _WINDOW = 4 * 2**20  # bytes of a JSON list that are looked at together
 _LONGEST = 2**28  # bytes of one record, beyond which the file is taken to be broken
@@ -218,7 +218,7 @@ def normalize(row: Any, images: Path, name: str, index: int) -> dict:
     for i, turn in enumerate(turns):
         value = turn.get("value") if isinstance(turn, dict) else None
         if not isinstance(value, (str, int, float)) or turn.get("from") not in ("human", "gpt"):
-            raise fail(f"has {_short(turn)} as turn {i}; {{from: human or gpt, value: text}} was expected")
+            raise fail(f"has {short(turn)} as turn {i}; {{from: human or gpt, value: text}} was expected")
     speakers = [turn["from"] for turn in turns]
     first = 1 if speakers[0] == "gpt" else 0
     if any(s != ("human", "gpt")[i % 2] for i, s in enumerate(speakers[first:])):
@@ -226,7 +226,7 @@ def normalize(row: Any, images: Path, name: str, index: int) -> dict:
     names = row.get("image") or []
     names = [names] if isinstance(names, str) else names
     if not isinstance(names, list) or not all(isinstance(image, str) for image in names):
-        raise fail(f"has the image {_short(names)}; a name or a list of names was expected")
+        raise fail(f"has the image {short(names)}; a name or a list of names was expected")
     conversations = [{"from": turn["from"], "value": str(turn["value"])} for turn in turns]
     try:
         "".join([*names, *(turn["value"] for turn in conversations)]).encode()
@@ -240,8 +240,3 @@ def normalize(row: Any, images: Path, name: str, index: int) -> dict:
     record = {"id": row.get("id", index), "image": [str(images / image) for image in names[:used]], "conversations": conversations}
     record |= {"answer_type": str(row["answer_type"])} if "answer_type" in row else {}
     return {**record, "surplus": len(names) - used} if used < len(names) else record
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:80] + "…"

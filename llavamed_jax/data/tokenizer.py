@@ -50,7 +50,15 @@ class Tokenizer:
         self._splitter = "(" + "|".join(map(re.escape, longest_first)) + ")"
 
     def encode(self, text: str, bos: bool = True) -> list[int]:
-        """Ids of `text`; special tokens written out in it (`</s>`) become their ids."""
+        """Ids of `text`; special tokens written out in it (`</s>`) become their ids.
+
+        Raises:
+          UserError: half a surrogate pair, which no UTF-8 can say.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"the text has half a surrogate pair at character {error.start}; whole characters were expected") from None
         ids = [self.bos_id] if bos and self.bos_id is not None else []
         is_first = True
         for part in self._split(text):
