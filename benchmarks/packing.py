@@ -67,7 +67,8 @@ def main() -> int:
             packed=bool(row_length), row_length=segments.shape[1], rows=len(form[0]["segment_ids"]),
             image_slots=form[0]["pixel_values"].shape[1], samples_an_update=round(segments.max(axis=1).sum() / len(form), 1),
             padding=round(float((segments == 0).mean()), 4),
-            supervised_tokens_a_processor_second=round(1 / statistics.median(seconds[row_length]), 1), preset="small", vocabulary=config.decoder.vocab_size,
+            supervised_tokens_a_processor_second=round(1 / statistics.median(seconds[row_length]), 1), preset="small",
+            vocabulary=config.decoder.vocab_size,
             data=str(args.root.name), load=round(os.getloadavg()[0], 1), **circumstances()))
     return 0
 
