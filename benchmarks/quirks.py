@@ -84,4 +84,26 @@ OTHERS = [
      "test_templates::test_white_space_beside_v1s_images_is_dropped"),
     ("grey of more than eight bits is clipped, so that nearly all is white", "divided by a power of two, as `docs/images.md` says", "",
      "test_images::test_grey_of_many_bits_is_scaled_by_its_highest_value"),
+    ("floating-point pixels are clipped to 0 … 255", "refused: nobody knows their range", "",
+     "test_images::test_bad_sources_are_one_sentence"),
+    ("transparency is dropped, and what lies beneath it is seen", "kept; current transformers lays it over white", "",
+     "test_images::test_transparency_is_dropped_and_not_laid_over_a_colour"),
+    ("an orientation in EXIF is not followed", "kept", "", "test_images::test_an_orientation_in_exif_is_not_followed"),
+    ("v1.5 pads a grey image with 114 when it is asked and with the mean colour when it is trained", "always (122, 116, 104)", "",
+     "test_images::test_a_grey_image_is_padded_with_the_colour"),
+    ("of several frames or pages the first is seen", "the first, or the one that is named", "`FILE#frame=N`", "test_images::test_frames"),
+    ("DICOM is not read", "shown through the file's own rescale and window, MONOCHROME1 inverted; `docs/images.md`",
+     "the extra `[medical]`", "test_dicom::test_pydicoms_files_are_shown"),
+    ("the modes `keep` and `anyres`, and any unknown one stands for `square`", "`pad` and `square`; a call with another is refused, a "
+     "config that says `anyres` too", "`image_mode`, `mode`", "test_images::test_bad_modes_and_shapes"),
+    ("v1.5's chat fetches an image from the web", "refused: a path, a data URL or an image", "",
+     "test_images::test_bad_sources_are_one_sentence"),
+    ("v1.5's chat has one image, given at the start", "any number, in any turn", "`/image FILE`",
+     "test_chat::test_a_conversation_grows_and_an_image_goes_with_the_next_message_alone"),
+    ("transformers' `top_k` of 50 filters every draw, unsaid", "nothing is filtered unless it is asked for", "`top_k=50`",
+     "test_sampling::test_warped_logits_equal_transformers"),
+    ("`</s>`, `<s>` and `<unk>` written out in a text are those tokens, and `<image>` is an image", "kept; a count of images that does not "
+     "fit is an error", "", "test_templates::test_ids_and_labels_are_the_originals"),
+    ("a value that is no text is learnt as Python writes it", "numbers are; a record with another, such as `null`, is skipped, listed and "
+     "counted", "", "test_conversation::test_bad_conversations"),
 ]

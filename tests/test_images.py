@@ -110,6 +110,13 @@ def test_padding_floors_the_offset(width, height, offset):
     assert inside[offset[1], offset[0]] and (square[~inside] == PAD_COLOR).all()
 
 
+def test_a_grey_image_is_padded_with_the_colour():
+    """As the original is trained; asked, v1.5 pads the modes L and LA with 114."""
+    for mode in ("L", "LA", "I;16", "1"):
+        pixels = preprocess_uint8(Image.new(mode, (28, 14)), 28, "pad")
+        assert (pixels[:4] == PAD_COLOR).all() and (pixels[-4:] == PAD_COLOR).all() and (pixels[12:16] == 0).all(), mode
+
+
 def test_a_device_can_normalise_later():
     image = pattern()
     raw = preprocess_uint8(image, 56, "pad")
