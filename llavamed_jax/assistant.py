@@ -19,8 +19,9 @@ from llavamed_jax.checkpoints import reader
 from llavamed_jax.checkpoints.load import load_params
 from llavamed_jax.config import IMAGE_TOKEN, PAD_TOKEN, LlavaConfig
 from llavamed_jax.data.chat import read_messages
+from llavamed_jax.data.conversation import IMAGE_MARKER
 from llavamed_jax.data.processor import Processor, expand_images
-from llavamed_jax.errors import UserError
+from llavamed_jax.errors import UserError, short
 from llavamed_jax.generation.beam import BeamSearch
 from llavamed_jax.generation.engine import Engine
 from llavamed_jax.generation.requests import Request, check_image
@@ -225,7 +226,7 @@ class LlavaMed:
         Raises:
           UserError: (a ValueError) settings out of range.
         """
-        _check_settings(temperature, top_p, top_k, 1, seed)
+        _check_settings(max_new_tokens, temperature, top_p, top_k, 1, seed)
         return self._answer_each(prompts, (max_new_tokens, temperature, top_k, top_p), seed, stop)
 
     def _answer_each(self, prompts, settings, seed, stop):
@@ -261,26 +262,35 @@ class LlavaMed:
     def _encode(self, messages):
         images = read_messages(messages).images
         ids = self.processor.expand(self.processor.encode(self.processor.prompt(messages)))
+        markers = ids.count(IMAGE_TOKEN) // self.config.tokens_per_image
+        if markers != len(images):  # a marker that was typed, where no image is
+            raise UserError(f"the messages have {len(images)} images for {markers} {IMAGE_MARKER} markers")
         return ids, list(self.processor.images_uint8(images))
 
     def _requests(self, prompts, images, max_new_tokens, temperature, top_p, top_k, num_beams, seed):
-        _check_settings(temperature, top_p, top_k, num_beams, seed)
+        _check_settings(max_new_tokens, temperature, top_p, top_k, num_beams, seed)
         return [Request(list(ids), list(pixels), max_new_tokens, temperature, top_k, top_p, s)
                 for ids, pixels, s in zip(prompts, images, row_seeds(seed, prompts, images))]
 
     def _text_stream(self, stop):
-        p, stop = self.processor, [*([stop] if isinstance(stop, str) else stop), *self.processor.stop]
+        stop = [stop] if isinstance(stop, str) else stop
+        if not isinstance(stop, Sequence) or not all(isinstance(text, str) for text in stop):
+            raise UserError(f"stop is {short(stop)}; texts were expected")
+        p, stop = self.processor, [*stop, *self.processor.stop]
         single = [ids[0] for ids in (p.tokenizer.encode(text, bos=False) for text in stop) if len(ids) == 1]
         return TextStream(p.decode, stop, stop_ids=[i for i in single if not p.decode([i])])
 
 
-def _check_settings(temperature, top_p, top_k, num_beams, seed) -> None:
+def _check_settings(max_new_tokens, temperature, top_p, top_k, num_beams, seed) -> None:
     """Raises UserError for settings that mean nothing, nan among them."""
+    for name, value in (("temperature", temperature), ("top_p", top_p)):
+        if not isinstance(value, numbers.Real):
+            raise UserError(f"{name} is {short(value)}; a number was expected")
     if not 0 <= temperature < math.inf or not 0 < top_p <= 1:
         raise UserError(f"temperature {temperature}, top_p {top_p}: a temperature of at least 0 and 0 < top_p <= 1 were expected")
-    for name, value, least in (("top_k", top_k, 0), ("num_beams", num_beams, 1), ("seed", seed, 0)):
+    for name, value, least in (("max_new_tokens", max_new_tokens, 1), ("top_k", top_k, 0), ("num_beams", num_beams, 1), ("seed", seed, 0)):
         if not isinstance(value, numbers.Integral) or value < least:
-            raise UserError(f"{name} is {value!r}; a whole number of at least {least} was expected")
+            raise UserError(f"{name} is {short(value)}; a whole number of at least {least} was expected")
     if num_beams > 1 and temperature > 0:
         raise UserError(f"num_beams {num_beams} was given with temperature {temperature}; beam search does not sample, and "
                         "temperature 0 or num_beams 1 was expected")

@@ -210,7 +210,9 @@ def test_every_argument_of_load_counts(saved, tmp_path):
     (dict(seed=-1), "seed is -1"), (dict(seed=0.5), "seed is 0.5"), (dict(top_k=-1), "top_k is -1"), (dict(top_k=2.5), "top_k is 2.5"),
     (dict(num_beams=0), "num_beams is 0"), (dict(temperature=-1.0), "temperature -1.0"), (dict(temperature=float("nan")), "nan"),
     (dict(temperature=float("inf")), "inf"), (dict(top_p=0.0), "top_p 0.0"), (dict(top_p=1.5), "top_p 1.5"),
-    (dict(top_p=float("nan")), "nan"), (dict(num_beams=2, temperature=0.5), "num_beams 2 was given with temperature 0.5")])
+    (dict(top_p=float("nan")), "nan"), (dict(temperature=None), "temperature is None"), (dict(top_p="1"), "top_p is '1'"),
+    (dict(max_new_tokens=1.5), "max_new_tokens is 1.5"), (dict(max_new_tokens=None), "max_new_tokens is None"),
+    (dict(num_beams=2, temperature=0.5), "num_beams 2 was given with temperature 0.5")])
 def test_bad_settings_are_one_sentence(assistant, settings, sentence):
     with pytest.raises(UserError, match=sentence + ".*expected"):
         assistant.generate_tokens([[1, 5]], **settings)
@@ -249,6 +251,19 @@ def test_the_count_of_images_must_fit_the_markers(assistant):
     messages = [{"role": "user", "content": [{"type": "image", "image": picture()}, {"type": "text", "text": "<image> and <image> ?"}]}]
     with pytest.raises(ValueError, match="1 images for 2"):
         assistant.generate([messages])
+    system = {"role": "system", "content": "<image> is what you see."}
+    for typed in (ask("What is <image> ?"), [system, *ask("why ?")]):
+        with pytest.raises(ValueError, match="the messages have 0 images for 1 <image> markers"):
+            assistant.generate([typed])
+
+
+def test_stops_that_are_no_texts_and_pixels_that_are_whole_numbers(assistant):
+    for stop in (None, 5, [None], ["a", 7]):
+        with pytest.raises(ValueError, match="stop is .*; texts were expected"):
+            assistant.generate([ask("why ?")], stop=stop)
+    pixels = assistant.processor.images_uint8([picture()]).astype(int)
+    with pytest.raises(ValueError, match="an image of int64; uint8, or float32 as normalised"):
+        assistant.generate_tokens([[1, -200, 5]], [list(pixels)])
 
 
 def test_without_tokenizer_files_arrays_work_and_text_is_one_sentence(saved, tmp_path):

@@ -13,7 +13,8 @@ from llavamed_jax.generation.sampling import Sampling, next_token, row_seeds, wa
 torch = hf.torch
 jitted_next_token, jitted_warp = jax.jit(next_token), jax.jit(warp)
 
-SETTINGS = [(1.0, 0, 1.0), (0.7, 5, 1.0), (1.3, 0, 0.8), (0.9, 7, 0.6), (2.0, 1, 0.1), (0.2, 50, 0.7), (0.7, 50, 1.0), (1.0, 0, 1e-6)]
+SETTINGS = [(1.0, 0, 1.0), (0.7, 5, 1.0), (1.3, 0, 0.8), (0.9, 7, 0.6), (2.0, 1, 0.1), (0.2, 50, 0.7), (0.7, 50, 1.0), (1.0, 0, 1e-6),
+            (0.9, 10**12, 0.9)]
 
 
 def settings(n, temperature=1.0, top_k=0, top_p=1.0, seeds=None):

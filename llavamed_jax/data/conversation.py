@@ -203,7 +203,7 @@ def _questions_of_rounds(template: Template, text: str, measure: Callable[[str],
     yield slice(cursor)
     for i, round_text in enumerate(text.split(template.sep2)):
         parts = round_text.split(before_answer)
-        if not round_text or len(parts) != 2:
+        if len(parts) != 2:
             break
         shift = correction if i else 0
         yield slice(cursor, cursor + measure(parts[0] + before_answer) - 2 - shift)

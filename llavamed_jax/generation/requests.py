@@ -118,7 +118,10 @@ def check(request: Request, cfg: LlavaConfig, max_prompt: int, name: str) -> Non
 
 
 def check_image(cfg: LlavaConfig, image: np.ndarray, name: str) -> None:
-    """Raises UserError unless the image is [height,width,channels] of the tower's size."""
+    """Raises UserError unless the image is [height,width,channels] of the tower's size, uint8 or normalised."""
     expected = (cfg.vision.image_size, cfg.vision.image_size, cfg.vision.num_channels)
     if np.shape(image) != expected:
         raise UserError(f"{name} has an image of shape {np.shape(image)}; {expected} was expected")
+    kind = np.asarray(image).dtype
+    if kind != np.uint8 and np.issubdtype(kind, np.integer):  # pixels that are not normalised and would be taken for such
+        raise UserError(f"{name} has an image of {kind}; uint8, or float32 as normalised, was expected")

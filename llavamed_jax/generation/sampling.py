@@ -17,6 +17,7 @@ import numpy as np
 
 # Below this, logits over temperature would leave float32; the draw is the argmax long before.
 _COLDEST = 1e-30
+_ALL = 2**31 - 1  # more tokens than any vocabulary has
 
 
 @flax.struct.dataclass
@@ -40,7 +41,7 @@ class Sampling:
         """Arrays of B rows' settings; seeds below 2**32."""
         return cls(
             temperature=np.array([max(t, _COLDEST) if t > 0 else 0.0 for t in temperature], np.float32),
-            top_k=np.array(top_k, np.int32),
+            top_k=np.array([min(k, _ALL) for k in top_k], np.int32),
             # 1 - p is taken before rounding to float32, as transformers does: 1 - 0.9 in float32 is another number.
             tail=np.array([1 - p for p in top_p], np.float32),
             keys=jax.vmap(jax.random.key)(np.array(seeds, np.uint32)))
