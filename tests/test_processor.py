@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -13,7 +14,9 @@ from llavamed_jax.config import IGNORE, IMAGE_TOKEN, preset
 from llavamed_jax.data.processor import Processor, expand_images
 from llavamed_jax.data.tokenizer import Tokenizer
 from llavamed_jax.errors import UserError
+from llavamed_jax.templates import TEMPLATES, get_template
 
+DOCUMENTATION = Path(__file__).resolve().parent.parent / "docs" / "prompts.md"
 ASK = [{"role": "user", "content": [{"type": "text", "text": "What is shown in this image?"}, {"type": "image", "image": "x.png"}]}]
 LLAVA_HF_TEMPLATE = (  # as llava-hf/llava-1.5-7b-hf ships it
     "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': '}}{% endif %}"
@@ -282,3 +285,22 @@ def test_bare_tokenizer_says_what_it_does_not_know(mistral_tokenizer, tmp_path):
         Processor.load(tmp_path / "nothing")
     with pytest.raises(UserError, match="the image size is 100; this model's tower takes 96"):
         Processor(preset("small"), image_size=100)
+
+
+def test_the_example_of_the_documentation(mistral_tokenizer, tmp_path, monkeypatch):
+    code = DOCUMENTATION.read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
+    shutil.copyfile(mistral_tokenizer, tmp_path / "tokenizer.model")
+    Image.new("L", (30, 20)).save(tmp_path / "scan.png")
+    monkeypatch.chdir(tmp_path)
+    found = {}
+    exec(code, found)
+    assert found["text"] == "[INST] <image>\nIs it normal? [/INST]" and found["pixels"].shape == (1, 336, 336, 3)
+    assert len(found["positions"]) == len(found["labels"]) == len(found["ids"]) + 575
+    assert found["p"].decode(label for label in found["labels"] if label != IGNORE) == "Yes. "
+
+
+def test_every_template_of_the_documentation():
+    rows = [line.split("|")[1] for line in DOCUMENTATION.read_text(encoding="utf-8").splitlines() if line.startswith("| `")]
+    named = {get_template(name).name for row in rows for name in re.findall("`([^`]+)`", row)}
+    named |= {name.replace("v1.5:", "up:") for name in named}
+    assert named == set(TEMPLATES)
