@@ -237,6 +237,10 @@ def test_chat_template_of_a_transformers_checkpoint(mistral_tokenizer, tmp_path)
     with pytest.raises(UserError, match="chat template of its own, which says nothing of labels"):
         processor.training_example([{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}])
     assert Processor.load(path, template="up:vicuna_v1").prompt(ASK).startswith("A chat between a curious user")
+    begun = {"chat_template": "{{ bos_token }}" + LLAVA_HF_TEMPLATE, "bos_token": "<s>"}
+    (path / "chat_template.json").write_text(json.dumps(begun))  # as many write it: a sequence still begins once
+    ids = Processor.load(path).encode(Processor.load(path).prompt(ASK))
+    assert ids.count(1) == 1 and ids == processor.encode(processor.prompt(ASK))
 
 
 def test_an_original_directory_ignores_the_language_models_chat_template(mistral_tokenizer, tmp_path):
