@@ -69,6 +69,12 @@ def test_added_tokens_from_every_file_that_names_them(mistral_tokenizer, tmp_pat
     assert tokenizer.decode([32000, 32002, 32001]) == "<im_start><im_end>"
 
 
+def test_the_longest_of_added_tokens_that_begin_alike_is_taken(mistral_tokenizer, tmp_path):
+    shutil.copyfile(mistral_tokenizer, tmp_path / "tokenizer.model")
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<im": 32000, "<im_start>": 32001, "<im_start>s": 32002}))
+    assert Tokenizer.load(tmp_path).encode("<im_start><im<im_start>s", bos=False) == [32001, 32000, 32002]
+
+
 def test_tokenizer_json_alone_gives_the_same_ids(mistral, mistral_tokenizer, tmp_path):
     transformers = pytest.importorskip("transformers")
     (tmp_path / "source").mkdir()
