@@ -37,7 +37,8 @@ def test_known_answers(size, mode, total, squares, values):
         assert value is None or array[place] == pytest.approx(value, abs=1e-6)
 
 
-@pytest.mark.parametrize("width, height", [(300, 200), (200, 300), (512, 512), (37, 91), (336, 336), (1001, 333), (5, 400)])
+@pytest.mark.parametrize("width, height", [(300, 200), (200, 300), (512, 512), (37, 91), (336, 336), (1001, 333), (5, 400),
+                                           (300, 211), (53, 97)])  # which resize to 477.7 and 614.9 pixels, rounded down
 @pytest.mark.parametrize("mode", ["pad", "square"])
 def test_equal_to_transformers(width, height, mode, measured):
     transformers = pytest.importorskip("transformers")
