@@ -15,7 +15,7 @@ from llavamed_jax.cli.common import recipe_arguments
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    args = recipe_arguments(arg, epochs=8)
+    args = recipe_arguments(arg, epochs=5)
 
     c = ConfigDict()
     c.name = "small"
@@ -31,7 +31,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.data.protocol = "clean"
     c.data.samples = placeholder(str)
     c.data.packing = True  # several samples a row of row_length tokens
-    c.data.row_length = 384
+    c.data.row_length = 256
     c.data.mean_length = 80
     c.data.workers = 0  # two cores have enough to do
     c.data.skip_limit = 0.5  # of the samples, that may turn out unusable before the run stops
