@@ -166,7 +166,7 @@ def test_frames(name, tmp_path):
     pages[0].save(tmp_path / name, save_all=True, append_images=pages[1:], lossless=True)
     near = lambda image, i: abs(image.getpixel((4, 4))[0] - 40 * i) <= 4
     assert near(load_image(tmp_path / name), 1) and near(load_image(tmp_path / name, frame=3), 3)
-    assert near(load_image(f"{tmp_path / name}#frame=2"), 2)
+    assert near(load_image(f"{tmp_path / name}#frame=2"), 2) and near(load_image(f"{tmp_path / name}#frame=2", frame=3), 3)
     assert near(load_image((tmp_path / name).read_bytes(), frame=2), 2)
     for frame in (4, 100):
         with pytest.raises(UserError, match=f"has fewer than {frame} frames"):
