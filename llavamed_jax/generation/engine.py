@@ -50,10 +50,15 @@ class Engine:
             check_heads(cfg, mesh)
         self.programs = Programs(cfg, dtype, mesh, steps)
         self.eos = cfg.decoder.eos_ids
-        self._features = Features(cfg, self.programs, self.shards)
-        self._slots, self._rows = self.programs.empty_slots(), Rows(share, self.shards)
-        self._length = 0  # positions of a row
+        self._share = share
         self._waiting: collections.deque[Job] = collections.deque()
+        self._begin()
+
+    def _begin(self) -> None:
+        """Without a row, and nothing remembered."""
+        self._features = Features(self.cfg, self.programs, self.shards)
+        self._slots, self._rows = self.programs.empty_slots(), Rows(self._share, self.shards)
+        self._length = 0  # positions of a row
         self._unread: collections.deque[tuple[Made, list[tuple[int, int, Job]]]] = collections.deque()
 
     @property
@@ -62,10 +67,9 @@ class Engine:
 
     @params.setter
     def params(self, params) -> None:
-        """Other weights of the same shapes. What was computed with the old ones is forgotten; no request may be under way."""
+        """Other weights of the same shapes. What was computed with the old ones is let go, and its memory; no request may be under way."""
         self._params = params
-        self._features.forget()
-        self._rows.forget(range(len(self._rows)))
+        self._begin()
 
     @property
     def max_prompt(self) -> int:
@@ -139,6 +143,22 @@ class Engine:
 
         While nobody waits for a row, the host reads a round late, so that the device never waits for the host.
         """
+        try:
+            self._advance()
+        except BaseException as error:
+            # Ctrl-C may come between a program's start, which takes the rows away, and its end: they are lost either way.
+            self._give_up(error)
+            raise
+
+    def _give_up(self, error: BaseException) -> None:
+        """All that is under way ends; what comes after finds an engine without rows."""
+        for job in [*self._rows.running.values(), *self._waiting]:
+            job.is_finished = True
+            job.error = UserError(f"the engine was stopped by {type(error).__name__}")
+        self._waiting.clear()
+        self._begin()
+
+    def _advance(self) -> None:
         self._drop_cancelled()
         self._admit()
         running = self._rows.running
@@ -233,10 +253,13 @@ class Engine:
             self._rows.forget(np.flatnonzero(failed))
 
     def _drop_cancelled(self) -> None:
-        """Frees the rows of cancelled requests; what waits to be read of them is ignored then."""
+        """Frees the rows of cancelled requests."""
         for job in [job for job in self._waiting if job.request.cancelled]:
             self._waiting.remove(job)
             job.is_finished = True
+        if any(job.request.cancelled for job in self._rows.running.values()):
+            while self._unread:  # one of them may have failed: a row is given to the next one without a NaN in it
+                self._read(*self._unread.popleft())
         left = [r for r, job in self._rows.running.items() if job.request.cancelled]
         if left:
             self._slots = self.programs.release(self._slots, np.isin(np.arange(len(self._rows)), left))

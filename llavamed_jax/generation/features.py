@@ -50,10 +50,6 @@ class Features:
                 self._encode(params, chosen[first : first + self._batch], wanted, kind)
         return {key: self._place_of[key] for key in wanted}
 
-    def forget(self) -> None:
-        """No image has a place any more."""
-        self._place_of.clear()
-
     def _encode(self, params, keys: Sequence[int], images: dict[int, np.ndarray], kind) -> None:
         v = self._cfg.vision
         n = min(self._batch, -(-(1 << (len(keys) - 1).bit_length()) // self._shards) * self._shards)

@@ -158,7 +158,9 @@ class Programs:
         p = prompts
         x = self.apply(params, p.ids, None if p.images is None else features[p.images], method="embed")
         positions = p.start[:, None] + jnp.arange(p.ids.shape[1])
-        caches = jax.tree.map(lambda c: c[p.source, :, :width], slots.caches)
+        # Of the source only what is shared: it may have failed behind that, unread, and a weight of 0 does not hide a NaN.
+        is_shared = (jnp.arange(width) < p.start[:, None])[:, None, :, None]
+        caches = jax.tree.map(lambda c: jnp.where(is_shared, c[p.source, :, :width], 0), slots.caches)
         x, caches = self.apply(params, x, positions, caches, method="step")
         # Only the last position of a prompt goes through the head.
         last = jnp.take_along_axis(x, (p.length - 1)[:, None, None], axis=1)[:, 0]
@@ -221,5 +223,5 @@ class Programs:
         return slots.replace(is_done=slots.is_done | rows)
 
     def _scrub(self, slots: Slots, rows) -> Slots:
-        """Empties rows bool [R]: a weight of 0 does not hide a NaN."""
+        """Empties rows bool [R], which hold a NaN."""
         return slots.replace(caches=jax.tree.map(lambda c: jnp.where(rows[:, None, None, None], 0, c), slots.caches))

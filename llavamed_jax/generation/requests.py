@@ -90,13 +90,6 @@ def _image_key(image: np.ndarray) -> int:
     return _FIRST_IMAGE_KEY - int.from_bytes(digest)
 
 
-def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
-    """How many positions two keys have in common from the beginning."""
-    n = min(len(a), len(b))
-    differs = a[:n] != b[:n]
-    return int(differs.argmax()) if differs.any() else n
-
-
 def check(request: Request, cfg: LlavaConfig, max_prompt: int, name: str) -> None:
     """Raises UserError, a sentence that begins with `name`, for a request that cannot be run."""
     P, ids, vocabulary = cfg.tokens_per_image, np.asarray(request.ids), cfg.decoder.vocab_size

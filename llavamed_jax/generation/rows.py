@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from llavamed_jax.generation.requests import Job, common_prefix
+from llavamed_jax.generation.requests import Job
+
+_NO_KEY = np.int64(-1)  # what no position has
 
 
 @dataclass
@@ -82,55 +84,88 @@ class Rows:
         for it.
         """
         free = [r for r, row in enumerate(self.rows) if row.job is None]
+        if not free:
+            return []
         waiting = list(itertools.islice(waiting, 2 * len(self.rows)))
+        held = Keys([row.key for row in self.rows])
+        taken = Keys.empty(len(free), max((len(job.key) for job in waiting), default=0))
         chosen: list[Placed] = []
         kept = 0
         for job in waiting:
             if len(chosen) + kept == len(free):
                 break
-            placed = self._place(job)
-            if chosen and self._share and any(self._is_worth(job, self._shared(job, other.job.key), placed) for other in chosen):
+            placed = self._place(job, held)
+            if self._is_worth(job, self._best(job, taken)[1], placed):
                 kept += 1
             elif not chosen or bucket(placed.length) == bucket(chosen[0].length):
+                taken.add(job.key)
                 chosen.append(placed)
         chosen = chosen[: batch_size(len(chosen), self._shards)] if chosen else []
-        self._give_rows(chosen, free, waiting)
+        self._give_rows(chosen, free, held, waiting)
         return chosen
 
-    def _place(self, job: Job) -> Placed:
+    def _place(self, job: Job, held: Keys) -> Placed:
         """Starts a job from the row that has most in common with it, if that makes it shorter to run."""
-        best = Placed(job, 0, 0)
-        if self._share:
-            for r, row in enumerate(self.rows):
-                shared = self._shared(job, row.key)
-                if self._is_worth(job, shared, best):
-                    best = Placed(job, r, shared)
-        return best
+        alone, (row, shared) = Placed(job, 0, 0), self._best(job, held)
+        return Placed(job, row, shared) if self._is_worth(job, shared, alone) else alone
 
-    @staticmethod
-    def _shared(job: Job, key: np.ndarray) -> int:
-        """How many positions a job can take over. The last one it runs itself, for its logits."""
-        return job.boundary(min(common_prefix(job.key, key), len(job.key) - 1))
+    def _best(self, job: Job, keys: Keys) -> tuple[int, int]:
+        """Which key a job can take most over from, and how many positions. The last one it runs itself, for its logits."""
+        if not self._share or not len(keys):
+            return 0, 0
+        prefixes = keys.common_prefixes(job.key)
+        best = int(prefixes.argmax())
+        return best, job.boundary(min(int(prefixes[best]), len(job.key) - 1))
 
     @staticmethod
     def _is_worth(job: Job, shared: int, than: Placed) -> bool:
         return bucket(len(job.key) - shared) < bucket(than.length)
 
-    def _give_rows(self, chosen: list[Placed], free: list[int], waiting: list[Job]) -> None:
+    def _give_rows(self, chosen: list[Placed], free: list[int], held: Keys, waiting: list[Job]) -> None:
         """Rows that no waiting request begins like are given first, then those that were not used for longest."""
         self._clock += 1
-        wanted = [job.key[: 1 + len(job.key) // 2] for job in waiting] if len(chosen) < len(free) else []
+        is_wanted = np.zeros(len(self.rows), bool)
+        if self._share and len(chosen) < len(free):
+            for job in waiting:
+                is_wanted |= held.common_prefixes(job.key) > len(job.key) // 2
         for placed in chosen:
             self.rows[placed.source].used = self._clock
-        order = sorted(free, key=lambda r: (self._is_wanted(self.rows[r].key, wanted), self.rows[r].used))
+        order = sorted(free, key=lambda r: (is_wanted[r], self.rows[r].used))
         for placed, r in zip(chosen, order):
             placed.target = r
         for placed in chosen:
             self.rows[placed.target] = Row(placed.job, placed.job.key, self._clock)
 
-    @staticmethod
-    def _is_wanted(key: np.ndarray, wanted: list[np.ndarray]) -> bool:
-        return any(common_prefix(key, beginning) == len(beginning) for beginning in wanted)
+
+class Keys:
+    """Several prompts' keys, to be compared with one at once: a row of Python comparisons took longer than a decode step."""
+
+    def __init__(self, keys: Sequence[np.ndarray]):
+        self._number = len(keys)
+        self._table = np.full((len(keys), 1 + max(map(len, keys), default=0)), _NO_KEY)
+        for row, key in zip(self._table, keys):
+            row[: len(key)] = key
+
+    @classmethod
+    def empty(cls, room: int, length: int) -> Keys:
+        """None yet, with room for as many of at most this length."""
+        keys = cls([])
+        keys._table = np.full((room, 1 + length), _NO_KEY)
+        return keys
+
+    def __len__(self) -> int:
+        return self._number
+
+    def add(self, key: np.ndarray) -> None:
+        """One more."""
+        self._table[self._number, : len(key)] = key
+        self._number += 1
+
+    def common_prefixes(self, key: np.ndarray) -> np.ndarray:
+        """int [n]: how many positions each has in common with `key` from the beginning."""
+        table = self._table[: self._number, : len(key)]
+        differs = table != key[: table.shape[1]]
+        return np.where(differs.any(axis=1), differs.argmax(axis=1), table.shape[1])
 
 
 def bucket(length: int) -> int:
