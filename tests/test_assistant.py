@@ -296,6 +296,8 @@ def test_a_stop_string_ends_the_ids_too_however_they_come():
         assert (text.token_ids, text.text, "".join(pieces)) == (list(b"one "), "on", "on")
     text = TextStream(decode, ["\nthr", "four"])
     assert "".join(text.push([i]) for i in ids) == "one two" == text.text and bytes(text.token_ids) == b"one two\nthr"
+    text = TextStream(lambda ids: "one two" * len(ids), ["two", "ne"])  # one token that holds two stops
+    assert text.push([5]) == "o" == text.text
 
 
 def test_a_stop_token_that_shows_in_no_text_ends_an_answer(saved, assistant):

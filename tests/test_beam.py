@@ -154,6 +154,11 @@ def test_what_ends_behind_the_k_best_continuations_is_not_finished():
     assert beams.running.tokens[0, :, 0].tolist() == [1, 2] and not beams.is_done.any()
 
 
+def test_a_running_hypothesis_that_is_only_as_good_as_the_finished_ones_ends_the_search():
+    beams, _ = step(search_of(1), [[0.45, 0.45, 0.05, 0.05]], eos=(0,))
+    assert beams.is_finished.all() and beams.finished.scores[0, 0] == beams.running.scores[0, 0] and beams.is_done.all()
+
+
 def test_k_hypotheses_run_on_however_many_end_at_once():
     """Two ids that end, each likelier than what goes on: the 2k best continuations all end."""
     beams, _ = step(search_of(2), [[0.01, 0.01, 0.58, 0.4]] * 2, eos=(0, 1))

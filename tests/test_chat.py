@@ -111,6 +111,14 @@ def test_several_images_and_a_system_text(talk, picture):
     assert [asked[0] for asked in model.asked] == [system] * 3 and len(model.asked[-1]) == 2
 
 
+def test_what_is_not_said_is_the_originals_and_a_tilde_is_home(talk, picture, monkeypatch):
+    model = FakeModel()
+    monkeypatch.setenv("HOME", os.path.dirname(picture))
+    status, _, errors = talk(model, f"/image ~/{os.path.basename(picture)}", "What?")
+    assert (status, errors, content(model.asked[0][0])) == (0, [], [picture, "What?"])
+    assert model.settings == [dict(max_new_tokens=512, temperature=0.2, seed=0)]
+
+
 def test_unknown_commands_and_an_image_without_a_name_print_the_help(talk):
     model = FakeModel()
     status, out, errors = talk(model, "/nonsense", "/image")

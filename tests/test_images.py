@@ -91,6 +91,7 @@ def test_transparency_is_dropped_and_not_laid_over_a_colour(tmp_path):
         assert image.mode == "RGB" and image.getpixel((2, 2)) == (200, 10, 20), name
     premultiplied = Image.new("RGBA", (2, 2), (100, 50, 0, 128)).convert("RGBa")
     assert load_image(premultiplied).getpixel((0, 0)) == premultiplied.convert("RGBA").convert("RGB").getpixel((0, 0))
+    assert load_image(Image.new("LA", (2, 2), (100, 128)).convert("La")).getpixel((0, 0)) == (99, 99, 99)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

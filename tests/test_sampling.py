@@ -97,7 +97,7 @@ def test_a_wrong_distribution_is_noticed():
     assert likelihood(draw(logits, settings(20_000, 1.1)), p) < 1e-3
 
 
-@pytest.mark.parametrize("temperature", [1e-3, 1e-8, 1e-37, 1e-44, 1e-300])
+@pytest.mark.parametrize("temperature", [1e-3, 1e-8, 1e-37, 2e-38, 1e-44, 1e-300])
 def test_a_tiny_temperature_is_greedy(temperature):
     logits = (9 * np.random.default_rng(1).standard_normal((200, 97))).astype(np.float32)
     for top_k, top_p in ((0, 1.0), (50, 0.7)):
@@ -110,6 +110,14 @@ def test_rows_have_their_own_settings(transformers_warped):
     temperatures, top_ks, top_ps = zip(*SETTINGS)
     got = in_vocabulary_order(logits, Sampling.of(temperatures, top_ks, top_ps, range(len(SETTINGS))))
     assert_warped_alike(got, np.concatenate([transformers_warped(x[None], *each) for x, each in zip(logits, SETTINGS)]))
+
+
+def test_greedy_rows_stay_greedy_beside_others_that_draw():
+    logits = np.random.default_rng(5).standard_normal((200, 97)).astype(np.float32)
+    tokens = np.asarray(jitted_next_token(logits, Sampling.of([0.0, 5.0] * 100, [0] * 200, [1.0] * 200, range(200)),
+                                          np.zeros(200, np.int32)))
+    np.testing.assert_array_equal(tokens[::2], logits[::2].argmax(axis=1))
+    assert (tokens[1::2] != logits[1::2].argmax(axis=1)).mean() > 0.8
 
 
 def test_a_row_draws_anew_at_each_step():

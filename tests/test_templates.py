@@ -177,6 +177,17 @@ def test_ids_and_labels_are_the_originals(name, model):
         compare(processor, model, name, conversation)
 
 
+@pytest.mark.parametrize("name", [name for name in TRAINING if TEMPLATES[name].labels == "v0"])
+def test_v0_takes_speakers_as_they_come(name, llama_tokenizer):
+    """Two in a row, strangers, an answer first; and "Human", who is called so and whose words are learnt."""
+    processor = Processor.load(llama_tokenizer, name, image_size=56)
+    said = [("gpt", "Hello."), ("human", "Is it?\n<image>"), ("human", "Well?"), ("doctor", "No."), ("Human", "Sure?"), ("GPT", "Yes.")]
+    ids, labels = compare(processor, llama_tokenizer, name, [{"from": speaker, "value": text} for speaker, text in said])
+    text, (human, assistant) = processor.decode(ids), TEMPLATES[name].roles
+    assert text.count(f"### {human}: ") == 3 and "### unknown: No." in text and text.count(f"### {assistant}: ") == 2
+    assert "Sure?" in processor.decode(label for label in labels if label != IGNORE)
+
+
 WORDS = ["Yes", "no.", "the", "effusion,", "μm", "胸部", "лёгкое", "🫁", "10%", "T2-weighted", "naïve", "X", "a", "(left)", "½"]
 ODD = ["<image>", "</s>", "<s>", "<unk>", "###", "\n", "  ", "\t", " ", "USER:", "ASSISTANT: ", "[INST]", "[/INST] ", "### ", "Human:",
        "\u00a0", "▁", "<im_end", "\x00", "ｆｕｌｌ", "\u200d"]  # fmt: skip
