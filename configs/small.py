@@ -15,7 +15,7 @@ from llavamed_jax.cli.common import recipe_arguments
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    args = recipe_arguments(arg, epochs=5)
+    args = recipe_arguments(arg, epochs=4)
 
     c = ConfigDict()
     c.name = "small"
