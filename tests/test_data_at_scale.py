@@ -139,6 +139,10 @@ def test_lengths_of_large_data_are_measured_in_workers_and_kept(processor, damag
             k: v for k, v in vars(here).items() if k not in ("tokens", "images")}
     with pytest.raises(TypeError):
         lengths.measure(data, processor, MAX_LENGTH + 1, cache=tmp_path)
+    file, = tmp_path.iterdir()
+    file.write_bytes(file.read_bytes()[:-50])
+    with pytest.raises(TypeError):  # what was damaged is measured anew
+        lengths.measure(data, processor, MAX_LENGTH, cache=tmp_path)
     other = Processor(preset("small"), processor.tokenizer, template="up:vicuna_v1")
     with pytest.raises(TypeError):
         lengths.measure(data, other, MAX_LENGTH, cache=tmp_path)

@@ -228,6 +228,10 @@ def test_rows_of_a_large_epoch_are_kept(tmp_path, monkeypatch):
     assert np.array_equal(first.records, again.records) and np.array_equal(first.ends, again.ends)
     with pytest.raises(TypeError):
         Plan(Stream((200,), (200,), 1, True), found, layout, tmp_path).rows(1)
+    file, = tmp_path.iterdir()
+    file.write_bytes(file.read_bytes()[:-50])
+    with pytest.raises(TypeError):  # what was damaged is packed anew
+        Plan(Stream((200,), (200,), 0, True), found, layout, tmp_path).rows(1)
 
 
 def test_packing_leaves_little_empty():

@@ -55,6 +55,7 @@ DAMAGED = [
     ({"conversations": [{"from": "human", "value": "<image><image>"}, {"from": "gpt", "value": "<image>"}], "image": "x"},
      "1 images for 3 <image> markers"),
     (record("a", "b" * 500, image=7), "has the image 7"),
+    (record("a", float("nan")), "nan} as turn 1"), (record("a", float("inf")), "inf} as turn 1"),
 ]
 
 
@@ -116,9 +117,27 @@ def test_offsets_of_a_large_file_are_kept_under_the_hash_of_its_bytes(tmp_path, 
     assert first.fingerprint()[:24] in kept.name
     monkeypatch.setattr(records, "find_records", None)  # is not called again
     assert list(open_records(file, cache=tmp_path / "cache")) == list(first)
-    monkeypatch.undo()
+    monkeypatch.setattr(records, "find_records", find_records)
+    for content in (b"", kept.read_bytes()[:-30], kept.read_bytes().replace(b"\x00\x00\x00", b"\x01\x00\x00", 40), b"\x80\x04."):
+        kept.write_bytes(content)  # a disk that was full, a bit that flipped: found anew, and kept again
+        assert list(open_records(file, cache=tmp_path / "cache")) == list(first)
+        assert kept.read_bytes() != content
     write(file, rows[::-1])
     assert list(open_records(file, cache=tmp_path / "cache")) == [{**r, "image": []} for r in rows[::-1]]
+
+
+def test_a_number_of_too_many_digits_is_the_trouble_of_its_record_alone(tmp_path):
+    rows = [json.dumps(record("a", "b")), '{"id": ' + "9" * 5000 + "}", json.dumps(record("c", 2**70))]
+    found = open_records(write(tmp_path / "x.json", f"[{', '.join(rows)}]"))
+    assert len(found) == 3 and found[2]["conversations"][1]["value"] == str(2**70)
+    with pytest.raises(UserError, match="^record 1 of .* is no JSON: .*digits"):
+        found[1]
+
+
+def test_an_id_can_be_written_down(tmp_path):
+    rows = [record("a", "b") | {"id": name} for name in ("x", 7, float("nan"), {"a": 1}, None)]
+    found = [row["id"] for row in open_records(write(tmp_path / "x.json", rows))]
+    assert found == ["x", 7, "nan", "{'a': 1}", 4]
 
 
 def test_what_travels_to_a_worker_is_offsets_and_not_records(tmp_path):

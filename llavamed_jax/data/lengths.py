@@ -18,7 +18,7 @@ from tqdm import tqdm
 from llavamed_jax.data import transforms, workers
 from llavamed_jax.data.datasets import TrainingData
 from llavamed_jax.data.processor import Processor
-from llavamed_jax.data.records import save_whole
+from llavamed_jax.data.records import load_arrays, save_whole
 from llavamed_jax.errors import UsageError, UserError
 
 BLOCK = 512  # records that are measured together
@@ -76,8 +76,8 @@ def measure(data: TrainingData, processor: Processor, max_length: int, num_worke
     """
     is_large = data.num_records >= LARGE
     kept = cache / f"lengths-{_key(data, processor, max_length)}.npz" if is_large and cache is not None else None
-    if kept is not None and kept.is_file():
-        return _load(kept)
+    if kept is not None and (known := _load(kept)) is not None:
+        return known
     count = -(-data.num_records // BLOCK)
     make = _Measure(data, processor, max_length)
     blocks = workers.in_order(make, count, num_workers) if is_large and num_workers else map(make, range(count))
@@ -135,6 +135,6 @@ def _save(path: Path, lengths: Lengths) -> None:
     save_whole(path, lambda file: np.savez(file, tokens=lengths.tokens, images=lengths.images, rest=np.array(json.dumps(rest))))
 
 
-def _load(path: Path) -> Lengths:
-    with np.load(path) as found:
-        return Lengths(found["tokens"], found["images"], **json.loads(str(found["rest"])))
+def _load(path: Path) -> Lengths | None:
+    found = load_arrays(path, "tokens", "images", "rest")
+    return None if found is None else Lengths(found["tokens"], found["images"], **json.loads(str(found["rest"])))

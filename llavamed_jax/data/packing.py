@@ -20,7 +20,7 @@ from grain.experimental import BestFitPackIterDataset, index_shuffle
 
 from llavamed_jax.data.datasets import TrainingData
 from llavamed_jax.data.lengths import LARGE, Lengths
-from llavamed_jax.data.records import save_whole
+from llavamed_jax.data.records import load_arrays, save_whole
 from llavamed_jax.errors import UsageError, UserError
 
 ROW_LENGTHS = (8192, 4096, 2048)
@@ -185,11 +185,11 @@ class Plan:
         if self._cache is None:
             return self._plan(epoch)
         path = self._cache / f"rows-{self.fingerprint()}-{epoch}.npz"
-        if not path.is_file():
-            rows = self._plan(epoch)
-            save_whole(path, lambda file: np.savez(file, records=rows.records, ends=rows.ends))
-        with np.load(path) as found:
-            return Rows(found["records"], found["ends"])
+        if (known := load_arrays(path, "records", "ends")) is not None:
+            return Rows(**known)
+        rows = self._plan(epoch)
+        save_whole(path, lambda file: np.savez(file, records=rows.records, ends=rows.ends))
+        return rows
 
     def _plan(self, epoch: int) -> Rows:
         order = self.stream.order(epoch)

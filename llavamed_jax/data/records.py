@@ -12,8 +12,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
+import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -112,11 +115,20 @@ def _offsets(opened: BinaryIO, file: Path, sha256: str, cache: Path | None) -> n
     """int64 [N,2], from `cache` where they were written down before."""
     if cache is None or file.stat().st_size < _WINDOW:  # found as fast as they would be read
         return find_records(opened, str(file))
-    kept = cache / f"offsets-{sha256[:24]}.npy"
-    if not kept.is_file():
-        found = find_records(opened, str(file))
-        save_whole(kept, lambda out: np.save(out, found))
-    return np.load(kept)
+    kept = cache / f"offsets-{sha256[:24]}.npz"
+    if (found := load_arrays(kept, "offsets")) is None:
+        found = dict(offsets=find_records(opened, str(file)))
+        save_whole(kept, lambda out: np.savez(out, **found))
+    return found["offsets"]
+
+
+def load_arrays(path: Path, *names: str) -> dict[str, np.ndarray] | None:
+    """What `np.savez` has kept in a file; None where there is none, or none that can be read: it is made again then."""
+    try:
+        with np.load(path) as found:
+            return {name: found[name] for name in names}
+    except (OSError, ValueError, KeyError, AttributeError, EOFError, zipfile.BadZipFile, zlib.error):
+        return None
 
 
 def save_whole(path: Path, write: Callable[[BinaryIO], None]) -> None:
@@ -156,7 +168,8 @@ def _lines(file: BinaryIO, begin: int) -> Iterator[tuple[int, int]]:
 
 def _list_items(file: BinaryIO, begin: int, name: str) -> Iterator[tuple[int, int]]:
     """Where the items of a list lie whose "[" is right before `begin`."""
-    decode, count, window = json.JSONDecoder().raw_decode, 0, _WINDOW
+    # Numbers are not looked at: one of too many digits for Python is the trouble of its record, not of the file.
+    decode, count, window = json.JSONDecoder(parse_int=str, parse_float=str).raw_decode, 0, _WINDOW
 
     def items(text: str) -> Iterator[tuple[int, int, int, str]]:
         at = 0
@@ -217,7 +230,8 @@ def normalize(row: Any, images: Path, name: str, index: int) -> dict:
         raise fail("has no conversations; a list of {from, value} was expected")
     for i, turn in enumerate(turns):
         value = turn.get("value") if isinstance(turn, dict) else None
-        if not isinstance(value, (str, int, float)) or turn.get("from") not in ("human", "gpt"):
+        is_text = isinstance(value, (str, int)) or isinstance(value, float) and math.isfinite(value)  # NaN: an empty cell of a table
+        if not is_text or turn.get("from") not in ("human", "gpt"):
             raise fail(f"has {short(turn)} as turn {i}; {{from: human or gpt, value: text}} was expected")
     speakers = [turn["from"] for turn in turns]
     first = 1 if speakers[0] == "gpt" else 0
@@ -237,6 +251,8 @@ def normalize(row: Any, images: Path, name: str, index: int) -> dict:
     if len(names) < sum(markers) and len(names) != sum(map(bool, markers)):
         raise fail(f"has {len(names)} images for {sum(markers)} {IMAGE_MARKER} markers")
     used = min(len(names), sum(markers))
-    record = {"id": row.get("id", index), "image": [str(images / image) for image in names[:used]], "conversations": conversations}
+    name = row.get("id")
+    name = index if name is None else name if isinstance(name, (str, int)) else str(name)  # what a line of JSON can say
+    record = {"id": name, "image": [str(images / image) for image in names[:used]], "conversations": conversations}
     record |= {"answer_type": str(row["answer_type"])} if "answer_type" in row else {}
     return {**record, "surplus": len(names) - used} if used < len(names) else record
