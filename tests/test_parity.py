@@ -115,11 +115,11 @@ def interleaved_heads(monkeypatch):
     """Query head n reads key head n mod K instead of n div G."""
     real = attention.attention
 
-    def wrong(q, k, v, mask=None):
+    def wrong(q, k, v, mask=None, backend="xla"):
         B, T, N, H = q.shape
         K = k.shape[1]
         swap = lambda x, a, b: x.reshape(B, T, a, b, H).swapaxes(2, 3).reshape(B, T, N, H)
-        return swap(real(swap(q, N // K, K), k, v, mask), K, N // K)
+        return swap(real(swap(q, N // K, K), k, v, mask, backend), K, N // K)
     for module in (llava.decoder, llava.vit):
         monkeypatch.setattr(module, "attention", wrong)
 
