@@ -53,6 +53,14 @@ def complaint(capsys, *words):
     (["--config.optimizer.overrides=[['a', 1e30]]"], "0 to 10"),
     (["--config.nan_limit=0"], "'nan_limit'"),
     (["--config.samples_every=-1"], "'samples_every'"),
+    (["--config.data.workers=100000000"], "at most 1024"),
+    (["--config.data.row_length=1000000000"], "at most 131072"),
+    (["--config.batch_size=99999999999999999999"], "at most 1048576"),
+    (["--config.epochs=1000000"], "at most 10000"),
+    (["--config.total_steps=99999999999999999999"], "at most 1000000000"),
+    (["--config.init="], "'init' is empty"),
+    (["--config.data.train="], "'data.train' is empty"),
+    (["--config.data.validation="], "'data.validation' is empty; text or none"),
     (["--profile", "5"], "--profile"),
     (["--profile", "5:4"], "--profile"),
     (["--profile", "0:4"], "--profile"),
@@ -228,5 +236,6 @@ def test_interrupted_at_the_keyboard_saves_and_ends_with_75(tmp_path):
     assert process.returncode == 75, out + err
     step, damaged = newest_intact_step(tmp_path / "run")
     assert step and not damaged and f"stopped and saved at step {step}" in out
+    assert "SIGINT: what is under way is finished and saved" in err and "Traceback" not in err
     assert "\r" not in out + err, "there is no terminal, so there is no progress bar"
     assert json.loads(log.read_text().splitlines()[-1])["step"] == step

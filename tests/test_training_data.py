@@ -1,6 +1,7 @@
 """A run's data: packed rows and what is logged of them, what recipe.json keeps of them, and what cannot be used."""
 
 import json
+import os
 import re
 
 import jax
@@ -103,6 +104,42 @@ def test_validation_rows_are_packed_too_and_hold_every_sample_once(recipe):
     assert sum(int(batch["segment_ids"].max(axis=1).sum()) for batch in batches) == 12
     assert all(batch["input_ids"].shape == (2, 96) for batch in batches)
     assert data.validation_plan.rows(0).records.tolist() == Data.open(cfg, setup.open_start(cfg)).validation_plan.rows(0).records.tolist()
+
+
+def test_validation_takes_the_rows_of_a_micro_batch_at_a_time(recipe):
+    cfg = recipe(batch_size=24, micro_batches=4)
+    cfg.data.validation = cfg.data.train
+    data = Data.open(cfg, setup.open_start(cfg), multiple=8)  # two devices
+    assert data.plan.layout.rows == 8 and data.validation_plan.layout.rows == 2
+    batches = list(data.validation_batches())
+    assert {batch["input_ids"].shape for batch in batches} == {(2, 96)}
+    assert sum(int(batch["segment_ids"].max(axis=1).sum()) for batch in batches) == 12
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_a_batch_that_no_memory_holds_is_refused(recipe, packing, monkeypatch):
+    cfg = recipe(batch_size=10, **{"data.packing": packing})
+    data = Data.open(cfg, setup.open_start(cfg), multiple=10)
+    needed = sum(array.nbytes for name, array in next(data.training_batches()).items() if name != "num_images")
+    monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": needed, "SC_PHYS_PAGES": 1}.get)
+    Data.open(cfg, setup.open_start(cfg), multiple=10)
+    monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": needed - 1, "SC_PHYS_PAGES": 1}.get)
+    with pytest.raises(UsageError, match="'batch_size' is 10: 10 rows of .* GB an update; less than this machine's memory"):
+        Data.open(cfg, setup.open_start(cfg), multiple=10)
+
+
+def test_a_sample_is_no_longer_than_the_decoder_knows_positions(recipe):
+    Data.open(recipe(max_length=128, **{"data.row_length": 0}), setup.open_start(recipe()))
+    with pytest.raises(UsageError, match="'max_length' is 129; the decoder knows 128 positions"):
+        Data.open(recipe(max_length=129), setup.open_start(recipe()))
+
+
+def test_sample_questions_that_cannot_be_read_are_known_at_the_start(recipe):
+    cfg = recipe(samples_every=100, **{"data.samples": "absent.json"})
+    with pytest.raises(UserError, match="absent.json does not exist"):
+        Data.open(cfg, setup.open_start(cfg))
+    cfg.samples_every = 0
+    Data.open(cfg, setup.open_start(cfg))
 
 
 def test_a_warning_names_the_batch_size_that_would_fit(recipe):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -58,6 +59,9 @@ class Data:
             _refuse_damage(cfg, path, found)
             return data, found
 
+        _refuse_positions(cfg, checkpoint.config)
+        if cfg.data.samples and cfg.samples_every:  # read when it is their turn; that they can be is known now
+            datasets.read_training(cfg.data.samples, cfg.data.images)
         rows = _Rows(cfg, checkpoint.config, multiple, settled or {})
         train, measured = read(cfg.data.train, "train")
         stream = packing.Stream.of(train, cfg.seed)
@@ -123,6 +127,12 @@ def _refuse_damage(cfg: ConfigDict, path, found: Lengths) -> None:
                         f"skipped (data.skip_limit); the first: {found.damaged[0]['reason']}")
 
 
+def _refuse_positions(cfg: ConfigDict, config: LlavaConfig) -> None:
+    most = config.decoder.max_position_embeddings
+    if cfg.max_length > most:
+        raise UsageError(f"the config key 'max_length' is {cfg.max_length}; the decoder knows {most} positions, so at most that was expected")
+
+
 @dataclass(frozen=True)
 class _Rows:
     """Settles the shape of rows, by what the data's lengths are and the mesh asks for."""
@@ -147,16 +157,25 @@ class _Rows:
         return self._padded(packing.Layout(update.row_length, slots, settled.get("rows", update.rows), True))
 
     def layout_like(self, layout: packing.Layout, stream: packing.Stream, found: Lengths) -> packing.Layout:
-        """Of validation rows: as in training, with room for their own images, and for a longer sample."""
+        """Of validation rows: those of a micro-batch, with room for their own images, and for a longer sample."""
         row_length = layout.row_length if found.longest <= layout.row_length else -(-found.longest // 128) * 128
         slots = self._slots(stream, found, row_length) if layout.is_packed and found.usable else found.max_images
-        return replace(layout, image_slots=slots, row_length=row_length)
+        rows = max(1, (layout.rows + layout.padding_rows) // self.cfg.micro_batches)
+        return replace(layout, image_slots=slots, row_length=row_length, rows=rows, padding_rows=0)
 
     def update(self, found: Lengths, row_length: int) -> packing.Update:
         return packing.rows_an_update(self.cfg.batch_size, found.mean, self.multiple, row_length, found.longest)
 
     def _padded(self, layout: packing.Layout) -> packing.Layout:
-        return replace(layout, padding_rows=-layout.rows % self.multiple)
+        layout = replace(layout, padding_rows=-layout.rows % self.multiple)
+        rows, size = (layout.rows + layout.padding_rows) / jax.process_count(), self.config.vision.image_size
+        needed = rows * (4 * 4 * layout.row_length + 3 * size * size * layout.image_slots)  # see `transforms.empty_batch`
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        if needed > memory:
+            raise UsageError(f"the config key 'batch_size' is {self.cfg.batch_size}: {rows:.0f} rows of {layout.row_length} tokens and "
+                             f"{layout.image_slots} images are {needed / 1e9:,.0f} GB an update; less than this machine's memory of "
+                             f"{memory / 1e9:,.0f} GB was expected")
+        return layout
 
     def _slots(self, stream: packing.Stream, found: Lengths, row_length: int) -> int:
         return packing.choose_image_slots(stream, found, row_length, self._image_cost(found.mean))

@@ -38,8 +38,11 @@ POSITIVE = ("batch_size", "micro_batches", "epochs", "total_steps", "max_length"
             "optimizer.learning_rate", "optimizer.eps")
 NOT_NEGATIVE = ("data.row_length", "data.mean_length", "data.workers", "optimizer.warmup_ratio", "optimizer.weight_decay",
                 "optimizer.clip_norm", "checkpoint.every_steps", "checkpoint.every_minutes", "samples_every", "seed")
-# Adam moves each parameter by about the learning rate: beyond this nothing is left of a model after one update.
+# Adam moves each parameter by about the learning rate: beyond this nothing is left of a model after one update. The others are
+# a process each, a plan each, an array each, or counters of 32 bits: what is larger was mistyped, and would fill the memory.
 LARGEST_RATE = 10.0
+LARGEST = {"optimizer.learning_rate": LARGEST_RATE, "data.workers": 1024, "data.row_length": 2**17, "batch_size": 2**20,
+           "epochs": 10_000, "total_steps": 10**9}
 SHARES = {"optimizer.b1": "0 or more and less than 1", "optimizer.b2": "0 or more and less than 1", "optimizer.warmup_ratio": "0 to 1",
           "data.skip_limit": "0 to 1"}
 
@@ -81,8 +84,10 @@ def _check_value(key: str, value) -> None:
         raise UsageError(f"the config key {key!r} is {value!r}; a finite number was expected")
     if key in SHARES and not (0 <= value < 1 or value == 1 and SHARES[key] == "0 to 1"):
         raise UsageError(f"the config key {key!r} is {value!r}; {SHARES[key]} was expected")
-    if key == "optimizer.learning_rate" and value > LARGEST_RATE:
-        raise UsageError(f"the config key {key!r} is {value!r}; at most {LARGEST_RATE:g} was expected")
+    if not is_open and key in LARGEST and value > LARGEST[key]:
+        raise UsageError(f"the config key {key!r} is {value!r}; at most {LARGEST[key]} was expected")
+    if value == "" and key != "name":
+        raise UsageError(f"the config key {key!r} is empty; text{' or none' if None in kinds else ''} was expected")
     if not is_open and key in POSITIVE and value <= 0:
         raise UsageError(f"the config key {key!r} is {value!r}; more than 0 was expected")
     if not is_open and key in NOT_NEGATIVE and value < 0:

@@ -1,7 +1,8 @@
-"""SIGTERM and SIGINT: the update under way is finished and saved."""
+"""SIGTERM and SIGINT: what is under way is finished and saved."""
 
 from __future__ import annotations
 
+import os
 import signal
 
 
@@ -21,6 +22,8 @@ class Stop:
         if self.is_asked:
             raise KeyboardInterrupt
         self.is_asked = True
+        # Not `print`, which a signal may have come in the middle of.
+        os.write(2, f"{signal.Signals(number).name}: what is under way is finished and saved; a second one ends the run at once\n".encode())
 
     def __exit__(self, *_) -> None:
         for number, handler in self._earlier.items():
