@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -9,12 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 
 from llavamed_jax.errors import UserError
 from llavamed_jax.training import setup
 from llavamed_jax.training.data import Data
-from llavamed_jax.training.late import Progress, read
+from llavamed_jax.training.late import IN_FLIGHT, Progress, read
 from llavamed_jax.training.log import MetricsWriter, Sample
 from llavamed_jax.training.state import TrainState
 from llavamed_jax.training.step import place
@@ -57,12 +57,13 @@ def judge(snapshot: Snapshot, state: TrainState, eval_step, evaluators: Sequence
 
 
 def _validation_loss(snapshot: Snapshot, state: TrainState, eval_step) -> float:
-    total, count = jnp.float32(0), jnp.float32(0)
+    parts, under_way = [], collections.deque()
     with contextlib.closing(snapshot.data.validation_batches()) as batches:
         for batch in batches:
-            part = eval_step(state, place(batch, snapshot.program.mesh))
-            total, count = total + part[0], count + part[1]
-    total, count = read((total, count))
+            while len(under_way) >= IN_FLIGHT:  # else the devices would fill with batches that wait for their turn
+                parts.append(read(under_way.popleft()))
+            under_way.append(eval_step(state, place(batch, snapshot.program.mesh)))
+    total, count = map(math.fsum, zip(*parts, *map(read, under_way), strict=True))
     if not count:
         raise UserError(f"no sample of the validation data {snapshot.data.cfg.data.validation} has a supervised token")
     return total / count
