@@ -160,7 +160,9 @@ class Loader:
         """Goes on from `state`. Raises UserError when it belongs to other data, another seed, or rows of another shape."""
         for key, here in self.state().items():
             if key not in ("epoch", "row") and state.get(key) != here:
-                raise UserError(f"the position in the data was saved with the {key} {state.get(key)}; it is {here} now")
+                change = "samples have other lengths" if key == "rows" else f"{key} was {state.get(key)} and is {here} now"
+                raise UserError(f"the position in the data was saved with other data: its {change}; what the run was started with was "
+                                "expected")
         self.close()
         self._place = state["epoch"], state["row"]
         self._make = replace(self._make, start=self._place)
