@@ -40,6 +40,40 @@ def stepping(monkeypatch):
     return use
 
 
+# ---- memory
+
+class Exhausted(FakeStep):
+    def update(self, state, batch):
+        raise self.error
+
+
+@pytest.mark.parametrize("error, sentence", [
+    (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 7 bytes.\nA table"),
+     r"^a device's memory is not enough: Out of memory allocating 7 bytes.; parameters and optimizer take 0.00 GB of it, .*"
+     r"remat 'full' \(it is 'none'\), more micro_batches \(now 1\).*; no step had been saved$"),
+    (MemoryError("Unable to allocate 7 bytes"), "^this machine's memory is not enough: Unable to allocate 7 bytes; fewer data.workers")])
+def test_too_little_memory_is_one_sentence(recipe, stepping, tmp_path, error, sentence):
+    stepping(Exhausted()).error = error
+    with pytest.raises(UserError, match=sentence):
+        fit(recipe(), tmp_path / "run")
+
+
+def test_other_errors_of_the_runtime_stay_what_they_are(recipe, stepping, tmp_path):
+    stepping(Exhausted()).error = jax.errors.JaxRuntimeError("INTERNAL: no")
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
+        fit(recipe(), tmp_path / "run")
+
+
+def test_the_bytes_of_a_state_are_those_of_its_arrays(recipe):
+    cfg = recipe(**{"trainable": ["projector/.*"]})
+    checkpoint = setup.open_start(cfg)
+    for mesh in (make_mesh(None, jax.devices()[:1]), make_mesh("fsdp=2", jax.devices()[:2])):
+        program = setup.Program.build(cfg, checkpoint, mesh, 8)
+        state = program.initial_state(checkpoint)
+        held = [x.addressable_shards[0].data.nbytes for x in jax.tree.leaves((state.trainable, state.frozen, state.opt_state))]
+        assert program.state_bytes() == sum(held)
+
+
 # ---- two updates in flight, read in one place
 
 def test_the_host_runs_ahead_by_one_update_and_reads_two_late(recipe, stepping, tmp_path):

@@ -130,7 +130,7 @@ def _refuse_damage(cfg: ConfigDict, path, found: Lengths) -> None:
 def _refuse_positions(cfg: ConfigDict, config: LlavaConfig) -> None:
     most = config.decoder.max_position_embeddings
     if cfg.max_length > most:
-        raise UsageError(f"the config key 'max_length' is {cfg.max_length}; the decoder knows {most} positions, so at most that was expected")
+        raise UsageError(f"the config key 'max_length' is {cfg.max_length}; the decoder knows {most} positions: at most that was expected")
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import math
+import operator
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -115,6 +117,15 @@ class Program:
         loss_fn = llava_loss(self.model)
         return states.only_rows(loss_fn, self.rows) if self.rows else loss_fn
 
+    def state_bytes(self) -> int:
+        """Bytes of parameters and optimizer on each device."""
+        trained, frozen = states.partition(llava.abstract_params(self.model.cfg, scan=True), self.trainable)
+        frozen = {name: jax.ShapeDtypeStruct(x.shape, self.model.dtype) for name, x in frozen.items()}
+        arrays = trained, frozen, jax.eval_shape(self.optimizer.init, trained)
+        shardings = self.shardings.trainable, self.shardings.frozen, self.shardings.opt_state
+        sizes = jax.tree.map(lambda x, s: math.prod(s.shard_shape(x.shape)) * x.dtype.itemsize, arrays, shardings)
+        return jax.tree.reduce(operator.add, sizes)
+
     def trained_names(self) -> list[str]:
         """Names on disk, one a layer, of what is trained."""
         abstract, _ = states.partition(llava.abstract_params(self.model.cfg, scan=True), self.trainable)
@@ -139,6 +150,23 @@ def _settled(cfg: ConfigDict, checkpoint: Checkpoint) -> tuple[states.Trainable,
         print(f"trainable: this model has no {', '.join(absent)}, so no row of the embedding is trained", flush=True)
         return tuple(entry for entry in cfg.trainable if isinstance(entry, str)), ()
     return tuple(cfg.trainable), tuple(rows.values())
+
+
+@contextlib.contextmanager
+def within_memory(cfg: ConfigDict, program: Program) -> Iterator[None]:
+    """What goes wrong within for want of memory is told in a sentence: what takes it, and which keys take less."""
+    try:
+        yield
+    except MemoryError as error:
+        raise UserError(f"this machine's memory is not enough: {error}; fewer data.workers or a smaller batch_size take less") from error
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        text = str(error).splitlines()[0].removeprefix("RESOURCE_EXHAUSTED: ")
+        gigabytes = program.state_bytes() / 1e9
+        raise UserError(f"a device's memory is not enough: {text}; parameters and optimizer take {gigabytes:.2f} GB of it, the rest is"
+                        f" an update's, of which remat 'full' (it is {cfg.remat!r}), more micro_batches (now "
+                        f"{cfg.micro_batches}) and a shorter data.row_length take less, and a larger mesh.fsdp of both") from error
 
 
 def open_mesh(cfg: ConfigDict) -> Mesh:

@@ -71,7 +71,8 @@ def fit(cfg: ConfigDict, workdir: str | Path, watch: Watch = Watch()) -> bool:
             return True
         sign()
         try:
-            with Stop() as stop, Run.open(cfg, workdir, total_steps, step, settled) as run, store.StepWriter(workdir) as writer:
+            with Stop() as stop, Run.open(cfg, workdir, total_steps, step, settled) as run, store.StepWriter(workdir) as writer, \
+                    setup.within_memory(cfg, run.program):
                 return run.loop(stop, writer, watch)
         except UsageError:
             raise
@@ -124,10 +125,11 @@ class Run:
             store.write_model(workdir, checkpoint, without=program.trained_names())
         print(f"{cfg.init}: {checkpoint.tower}; {len(data.train)} samples, {total_steps} updates of {cfg.batch_size}, "
               f"{_size(program)}, mesh {dict(mesh.shape)}", *data.describe(), sep="\n", flush=True)
-        state, progress = program.initial_state(checkpoint), Progress()
-        if step is not None:
-            state, progress = _restore(workdir, step, state, program, batches)
-            print(f"going on from step {step}", flush=True)
+        with setup.within_memory(cfg, program):
+            state, progress = program.initial_state(checkpoint), Progress()
+            if step is not None:
+                state, progress = _restore(workdir, step, state, program, batches)
+                print(f"going on from step {step}", flush=True)
         log = MetricsWriter(workdir, step or 0, total_steps, cfg.name)
         return cls(cfg, workdir, data, program, state, step or 0, total_steps, batches, log, progress)
 
