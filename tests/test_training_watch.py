@@ -12,7 +12,7 @@ from llavamed_jax.data.processor import Processor
 from llavamed_jax.errors import UserError
 from llavamed_jax.evaluation import watching
 from llavamed_jax.parallel.mesh import make_mesh
-from llavamed_jax.training import setup, trainer
+from llavamed_jax.training import late, setup, trainer
 from llavamed_jax.training.late import Progress, read
 from llavamed_jax.training.trainer import Watch, fit
 from tests import training_runs as runs
@@ -84,6 +84,45 @@ def test_the_host_runs_ahead_by_one_update_and_reads_two_late(recipe, stepping, 
         wanted += [f"read {k - 2}", f"dispatch {k}"]
     assert step.events == [*wanted, "read 5", "read 6"]
     assert [line["step"] for line in runs.log_lines(tmp_path / "run")] == list(range(1, 7))
+
+
+@pytest.mark.parametrize("log_every", [1, 3])
+def test_throughput_and_mfu_are_of_the_time_between_updates(monkeypatch, tmp_path, log_every):
+    """By a clock of ours. Updates that are found done together share their time, a pause is nobody's."""
+    now, lines = 0.0, []
+    monkeypatch.setattr(late.time, "monotonic", lambda: now)
+    monkeypatch.setattr(late.metrics, "peak_flops", lambda kind: 1e9)
+    monkeypatch.setattr(late.metrics, "training_flops", lambda cfg, trained, tokens, attended, images: 1e6 * tokens)
+    log = SimpleNamespace(advance=lambda *_: None, write=lambda step, line: lines.append(line | {"step": step}))
+    reader = late.LateReader(Progress(), log, tmp_path, config=None, trained={}, num_devices=2, log_every=log_every, total_steps=99,
+                             nan_limit=9, name_samples=None)
+    counts = dict(samples=1, tokens=100, positions=200, attended=1, images=0, image_slots=0)
+
+    def dispatch(step, at):
+        metrics = FakeStep().metrics(False)
+        reader.add(late.Update(step, metrics, counts, {}, {}, at))
+
+    dispatch(1, 0.0)
+    now = 50.0  # it was compiled
+    reader.drain()
+    dispatch(2, 50.0), dispatch(3, 50.0)
+    now = 54.0
+    reader.drain()  # two updates of two seconds each
+    dispatch(4, 54.0), dispatch(5, 55.0)
+    now = 58.0
+    reader.drain()
+    now = 100.0  # a save
+    reader.restart_clock()
+    dispatch(6, 104.0)
+    now = 104.0
+    reader.drain()
+    rates = {line["step"]: (line["tokens_per_second"], line["mfu"]) for line in lines}
+    of = lambda tokens, seconds: (pytest.approx(tokens / seconds), pytest.approx(1e6 * tokens / seconds / 2e9))
+    if log_every == 1:
+        assert rates == {1: of(100, 50), 2: of(100, 2), 3: of(100, 2), 4: of(100, 2), 5: of(100, 2), 6: of(100, 4)}
+    else:
+        assert rates == {3: of(200, 4), 6: of(100, 4)}
+    assert lines[0]["padding_fraction"] == 0.5
 
 
 def waits(tree) -> set[tuple[str, str]]:

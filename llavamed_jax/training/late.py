@@ -90,7 +90,8 @@ class LateReader:
         self.restart_clock()
 
     def restart_clock(self, at: float | None = None) -> None:
-        self._since, self._tokens, self._flops = at or time.monotonic(), 0, 0.0
+        self._since = self._done_at = time.monotonic() if at is None else at
+        self._tokens, self._flops = 0, 0.0
 
     def make_room(self) -> None:
         """Returns when one more update may be dispatched: waits for the one before the last."""
@@ -107,20 +108,26 @@ class LateReader:
 
     def _read_oldest(self) -> None:
         update = self._queue.popleft()
-        # What is done before anyone asks was waiting for its batch, so it was done soon after it was dispatched.
-        was_done = all(value.is_ready() for value in update.metrics.values())
         values = read(update.metrics)
-        done_at = max(update.at, self._since) if was_done else time.monotonic()
+        self._done_at = self._when_done(update)
         self._count(update, values)
         self._log.advance(update.step, values["loss"])
         is_logged = update.step % self._log_every == 0 or update.step == self._total_steps
         if is_logged:
-            self._log.write(update.step, self._line(update, values, max(done_at - self._since, 1e-9)))
+            self._log.write(update.step, self._line(update, values, max(self._done_at - self._since, 1e-9)))
         if is_logged or self._is_first:
-            self.restart_clock(done_at)
+            self.restart_clock(self._done_at)
         self._is_first = False
         if self._progress.skipped_in_a_row >= self._nan_limit:
             self._refuse()
+
+    def _when_done(self, update: Update) -> float:
+        """When an update that was just read was done, of which only an upper bound is seen.
+
+        Others that are done by now too share the time since the one before evenly; none was done before it was dispatched.
+        """
+        done = 1 + sum(all(value.is_ready() for value in other.metrics.values()) for other in self._queue)
+        return max(update.at, self._done_at + (time.monotonic() - self._done_at) / done)
 
     def _count(self, update: Update, values: Mapping[str, float]) -> None:
         progress, counts = self._progress, update.counts
