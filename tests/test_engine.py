@@ -1,5 +1,9 @@
 """The engine's rows: whatever order, sharing, cancelling and failing, each request gives what it gives alone."""
 
+import copy
+import dataclasses
+import re
+
 import jax
 import numpy as np
 import pytest
@@ -9,15 +13,17 @@ from llavamed_jax.config import DecoderConfig, LlavaConfig, VisionConfig
 from llavamed_jax.errors import UserError
 from llavamed_jax.generation.cache import cache_bytes
 from llavamed_jax.generation.engine import Engine
+from llavamed_jax.generation.programs import Made, Programs, Prompts
 from llavamed_jax.generation.requests import Job, Request
 from llavamed_jax.generation.rows import Keys, Rows, batch_size, bucket
+from llavamed_jax.generation.sampling import Sampling
 from llavamed_jax.models.llava import Llava
 from llavamed_jax.parallel.mesh import make_mesh
 
 CFG = LlavaConfig(
     VisionConfig(hidden_size=32, intermediate_size=64, num_layers=2, num_heads=4, image_size=28, patch_size=4),
     DecoderConfig(vocab_size=96, hidden_size=64, intermediate_size=128, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16,
-                  rms_norm_eps=1e-5, rope_theta=1e4, max_position_embeddings=1024))
+                  rms_norm_eps=1e-5, rope_theta=1e4, max_position_embeddings=256))
 P = CFG.tokens_per_image
 IMG = [-200] * P
 NEW = 24
@@ -29,8 +35,20 @@ def params():
 
 
 @pytest.fixture(scope="module")
-def engine(params):
-    return Engine(CFG, params, batch_size=8, steps=4)
+def programs():
+    """Of all engines here, so that a shape is compiled once."""
+    return Programs(CFG, np.float32, None, steps=4)
+
+
+@pytest.fixture
+def fresh(params, programs):
+    """Makes engines that know nothing yet."""
+    return lambda batch_size=4, share=True: Engine(CFG, params, batch_size=batch_size, share=share, programs=programs)
+
+
+@pytest.fixture
+def engine(fresh):
+    return fresh()
 
 
 def images(n):
@@ -45,7 +63,7 @@ def schedule(n, seed):
     out = []
     for i in range(n):
         shown = [pool[k] for k in rng.choice(6, rng.choice([0, 1, 1, 1, 2]), replace=False)]
-        ids = [1] + text(0, 3) * rng.integers(0, 2) + sum((IMG + text(1, 4) for _ in shown), []) + text(1, 40)
+        ids = [1] + text(0, 3) * rng.integers(0, 2) + sum((IMG + text(1, 4) for _ in shown), []) + text(1, 20)
         out.append(Request(ids, shown, int(rng.integers(1, NEW)), temperature=float(rng.choice([0.0, 0.9])), seed=i))
     return out
 
@@ -77,10 +95,10 @@ def test_requests_of_one_image_give_what_each_gives_by_whole_forward_passes(para
     assert engine.generate(requests) == [alone(params, request) for request in requests]
 
 
-def test_a_random_schedule_gives_what_single_requests_give(params, engine):
+def test_a_random_schedule_gives_what_single_requests_give(engine, fresh):
     requests = schedule(60, seed=1)
     together = engine.generate(requests)
-    single = Engine(CFG, params, batch_size=1, steps=7, share=False)
+    single = fresh(batch_size=1, share=False)
     assert together == [single.generate([request])[0] for request in requests]
     assert len({tuple(tokens) for tokens in together}) > 40
     shuffled = np.random.default_rng(2).permutation(len(requests))
@@ -113,23 +131,24 @@ def test_a_thousand_requests_compile_nothing_after_the_first_thousand(params):
 def count_positions(engine):
     """Counts the prompt positions that the engine runs, and the images that it encodes."""
     seen = dict(positions=0, images=0)
-    prefill, encode = engine.programs._programs["prefill"], engine.programs._programs["encode"]
+    fill, encode = engine.programs._programs["fill"], engine.programs._programs["encode"]
 
-    def counted_prefill(params, slots, features, prompts, width):
+    def counted_fill(params, caches, features, prompts):
         seen["positions"] += int(prompts.length[prompts.target < len(engine._rows)].sum())
-        return prefill(params, slots, features, prompts, width=width)
+        return fill(params, caches, features, prompts)
 
     def counted_encode(params, features, pixels, places):
         seen["images"] += int((places < len(features)).sum())
         return encode(params, features, pixels, places)
 
-    engine.programs._programs |= {"prefill": counted_prefill, "encode": counted_encode}
+    engine.programs = engine._features._programs = copy.copy(engine.programs)  # which other engines use too
+    engine.programs._programs = engine.programs._programs | {"fill": counted_fill, "encode": counted_encode}
     return seen
 
 
-def test_an_image_is_run_once_for_all_its_questions(params):
+def test_an_image_is_run_once_for_all_its_questions(params, fresh):
     requests = [Request([1] + IMG + [4 + i, 5, 6], [image], 3) for image in images(3) for i in range(4)]
-    shared, apart = Engine(CFG, params, batch_size=8), Engine(CFG, params, batch_size=8, share=False)
+    shared, apart = fresh(), fresh(share=False)
     counts = [count_positions(shared), count_positions(apart)]
     assert shared.generate(requests) == apart.generate(requests)
     assert counts[0]["images"] == counts[1]["images"] == 3  # the tower's part is shared in any case
@@ -137,8 +156,8 @@ def test_an_image_is_run_once_for_all_its_questions(params):
     assert counts[0]["positions"] == 3 * (P + 4) + 9 * 3
 
 
-def test_a_later_turn_runs_only_what_is_new(params):
-    engine = Engine(CFG, params, batch_size=4)
+def test_a_later_turn_runs_only_what_is_new(params, fresh):
+    engine = fresh(batch_size=1)
     first = Request([1] + IMG + [5, 6, 7] * 20, images(1), 8)
     answer = engine.generate([first])[0]
     second = Request([*first.ids, *answer, 9, 10, 11], images(1), 8)
@@ -164,8 +183,8 @@ def test_nothing_is_taken_over_from_the_middle_of_an_image(params, engine):
     assert engine.generate(ends_with_image) == [alone(params, ends_with_image[0])] * 2
 
 
-def test_a_cancelled_request_leaves_its_row_and_the_others_go_on(params):
-    engine, requests = Engine(CFG, params, batch_size=2, steps=2), schedule(6, seed=7)
+def test_a_cancelled_request_leaves_its_row_and_the_others_go_on(fresh):
+    engine, requests = fresh(batch_size=2), schedule(6, seed=7)
     for request in requests:
         request.max_new_tokens, request.temperature = 20, 0.0
     expected = engine.generate(requests)
@@ -174,19 +193,18 @@ def test_a_cancelled_request_leaves_its_row_and_the_others_go_on(params):
         got[index] += tokens
         requests[index].cancelled = index in (0, 3)
     assert all(got[i] == expected[i] for i in (1, 2, 4, 5))
-    assert all(got[i] == expected[i][: len(got[i])] and len(got[i]) <= 5 for i in (0, 3))
+    assert all(got[i] == expected[i][: len(got[i])] and len(got[i]) <= 9 for i in (0, 3))
     assert not engine._rows.running
 
 
-def test_closing_a_stream_cancels_what_is_left(params):
-    engine, requests = Engine(CFG, params, batch_size=2, steps=2), schedule(5, seed=8)
+def test_closing_a_stream_cancels_what_is_left(fresh):
+    engine, requests = fresh(batch_size=2), schedule(5, seed=8)
     stream = engine.stream(requests)
     next(stream)
     stream.close()
     engine.advance()
     assert not engine._rows.running and not engine._waiting
-    fresh = schedule(5, seed=8)
-    assert engine.generate(fresh) == Engine(CFG, params, batch_size=1).generate(schedule(5, seed=8))
+    assert engine.generate(schedule(5, seed=8)) == fresh(batch_size=1).generate(schedule(5, seed=8))
 
 
 def test_two_open_streams_share_the_rows(params, engine):
@@ -200,8 +218,8 @@ def test_two_open_streams_share_the_rows(params, engine):
     assert (got, inner) == expected
 
 
-def test_a_request_that_is_no_number_fails_alone_and_leaves_nothing_behind(params):
-    engine, good = Engine(CFG, params, batch_size=4, steps=4), schedule(7, seed=12)
+def test_a_request_that_is_no_number_fails_alone_and_leaves_nothing_behind(engine):
+    good = schedule(7, seed=12)
     expected = engine.generate(schedule(7, seed=12))
     broken = Request([1] + IMG + [5, 6, 7], [np.full_like(images(1)[0], np.nan)], 8)
     requests = [*good[:3], broken, *good[3:]]
@@ -214,26 +232,29 @@ def test_a_request_that_is_no_number_fails_alone_and_leaves_nothing_behind(param
 
 
 def test_on_a_mesh_the_tokens_are_the_same(params, engine):
-    requests = schedule(20, seed=13)
-    on_mesh = Engine(CFG, params, mesh=make_mesh("data=2,fsdp=2,tp=2"), batch_size=8, steps=4)
-    assert on_mesh.generate(requests) == engine.generate(schedule(20, seed=13))
+    requests = [Request([1] + IMG + [4 + i, 5, 6], [image], 4 + i) for image in images(2) for i in range(5)]
+    on_mesh = Engine(CFG, params, mesh=make_mesh("data=2,fsdp=2,tp=2"), batch_size=4, steps=4)
+    seen = count_positions(on_mesh)
+    assert on_mesh.generate(requests) == engine.generate(requests)
+    assert seen["positions"] == 2 * (P + 4) + 8 * 3
 
 
-def test_the_cache_takes_what_the_formula_says(params):
-    engine = Engine(CFG, params, batch_size=4)
+def test_the_cache_takes_what_the_formula_says(engine):
     engine.generate([Request([1, 5, 6], [], 4) for _ in range(4)])
     held = sum(leaf.nbytes for leaf in jax.tree.leaves(engine._slots.caches))
     assert held == cache_bytes(CFG.decoder, len(engine._rows), engine._length, np.float32) > 0
 
 
-def test_rows_and_cache_follow_the_demand(params):
-    engine = Engine(CFG, params, batch_size=8)
+def test_rows_and_cache_follow_the_demand(params, engine):
     engine.generate([Request([1, 5, 6], [], 4)])
-    assert len(engine._rows) == 1 and engine._length == 256
+    assert len(engine._rows) == 1 and engine._length == 128
     engine.generate([Request([1, 5, 6], [], 4) for _ in range(20)])
-    assert len(engine._rows) == 8
-    engine.generate([Request([1] * 60 + [5, 6], [], 300)])
-    assert len(engine._rows) == 1 and engine._length == 512
+    assert len(engine._rows) == 4
+    long = Request([1] * 60 + [5, 6], [], 150)
+    assert engine.generate([long])[0] == alone(params, long)
+    assert len(engine._rows) == 1 and engine._length == 256, "no longer than the answer became"
+    engine.generate([Request([1, 5, 6], [], 4)])
+    assert engine._length == 128
 
 
 def test_buckets_and_batches():
@@ -244,7 +265,7 @@ def test_buckets_and_batches():
 
 def test_a_request_waits_for_another_that_begins_alike():
     rows = Rows(share=True)
-    rows.resize(4)
+    rows.resize(4, 1024)
     jobs = [Job(Request([1] + IMG * 4 + [5 + i], [image] * 4, 4)) for i, image in enumerate([*images(1) * 3, images(2)[1]])]
     first = rows.choose(jobs)
     assert [placed.job for placed in first] == [jobs[0], jobs[3]][: len(first)] and all(placed.start == 0 for placed in first)
@@ -253,8 +274,131 @@ def test_a_request_waits_for_another_that_begins_alike():
     assert second[0].job is jobs[1] and second[0].start == 1 + 4 * P and second[0].source == first[0].target
 
 
-def test_other_weights_take_nothing_over(params):
-    engine, requests = Engine(CFG, params, batch_size=4), lambda: schedule(4, seed=14)
-    first = engine.generate(requests())
+def test_other_weights_take_nothing_over(engine, programs):
+    first = engine.generate(schedule(4, seed=14))
     engine.params = random_params(CFG, seed=4)
-    assert engine.generate(requests()) == Engine(CFG, engine.params, batch_size=4).generate(requests()) != first
+    other = Engine(CFG, engine.params, batch_size=4, programs=programs)
+    assert engine.generate(schedule(4, seed=14)) == other.generate(schedule(4, seed=14)) != first
+
+
+def test_nothing_is_compiled_for_what_has_the_shapes_of_before(engine, programs):
+    requests = lambda seed: [Request([1] + IMG + [seed, i], [image], 6) for image in images(2) for i in range(5)]
+    engine.generate(requests(20))
+    compiled, events = programs.count(), []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, *_, **__: events.append(event) if event.endswith("backend_compile_duration") else None)
+    engine.generate(requests(30))
+    assert programs.count() == compiled and not events
+
+
+def test_a_beginning_is_taken_over_before_its_row_is_known_to_have_failed(params, engine):
+    """The second waits for the first, and is run from its row before anyone has looked at what the first made: NaN all over."""
+    text, broken = [1] + [5, 6, 7] * 20, np.full_like(images(1)[0], np.nan)
+    requests = [Request(text + IMG, [broken], 4), Request(text + [8], [], 6), Request([1] + [9] * 70, [], 6)]
+    seen, got = count_positions(engine), [[] for _ in requests]
+    with pytest.raises(UserError, match="request 0: the model computed something that is no number"):
+        for index, tokens in engine.stream(requests):
+            got[index] += tokens
+    assert got == [[]] + [alone(params, request) for request in requests[1:]]
+    assert seen["positions"] == len(text) + P + 1 + 71 + len(text) + 1, "and once more alone"
+
+
+def test_a_row_that_failed_and_was_cancelled_holds_nothing(params, engine):
+    requests = [Request([1, 5 + i, 6], [], 20) for i in range(2)]
+    jobs = [engine.add(request, i) for i, request in enumerate(requests)]
+    engine.advance()
+    row = next(r for r, job in engine._rows.running.items() if job is jobs[0])
+    engine._slots = engine._slots.replace(caches=jax.tree.map(lambda c: c.at[row].set(np.nan), engine._slots.caches))
+    engine.advance()
+    jobs[0].request.cancelled = True  # that it failed has not been read
+    while not jobs[1].is_finished:
+        engine.advance()
+    assert jobs[0].is_finished and jobs[1].error is None and jobs[1].tokens == alone(params, requests[1])
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(engine._slots.caches))
+    assert engine.generate([Request([1, 9, 9], [], 9) for _ in range(2)]) == [alone(params, Request([1, 9, 9], [], 9))] * 2
+
+
+def test_an_engine_outlives_an_interrupt(engine, programs, monkeypatch):
+    """As Ctrl-C in a chat: a program has taken the rows and not given them back."""
+    expected, decode = engine.generate(schedule(3, seed=15)), programs._programs["decode"]
+
+    def interrupted(*args):
+        decode(*args)
+        raise KeyboardInterrupt
+
+    other = engine.stream(schedule(3, seed=16))
+    next(other)
+    with monkeypatch.context() as patch:
+        patch.setitem(programs._programs, "decode", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            engine.generate(schedule(3, seed=15))
+    with pytest.raises(UserError, match="the engine was stopped by KeyboardInterrupt"):
+        list(other)
+    assert engine.generate(schedule(3, seed=15)) == expected
+
+
+def test_up_to_the_last_position(params, engine):
+    """The longest prompt leaves room for one token; an answer ends where the positions end."""
+    last, near = Request([1] + [5, 6] * 127, [], 9), Request([1] + [7, 8] * 124, [], 50)
+    assert len(last.ids) == engine.max_prompt == 255
+    expected = [alone(params, Request(last.ids, [], 1)), alone(params, Request(near.ids, [], 7))]
+    assert engine.generate([last, near]) == expected and len(expected[1]) == 7
+    assert engine.generate([near]) == expected[1:]
+    with pytest.raises(UserError, match="the prompt has 256 positions, images included; at most 255"):
+        engine.generate([Request([1] * 256)])
+
+
+def test_equal_prompts_run_once(params, engine):
+    requests = [Request([1] + IMG + [5, 6] * 9, images(1), 8) for _ in range(7)]
+    seen = count_positions(engine)
+    assert engine.generate(requests) == [alone(params, requests[0])] * 7
+    assert seen == dict(positions=len(requests[0].ids) + 6, images=1)
+
+
+def test_one_row_is_its_own_source(params, fresh):
+    engine = fresh(batch_size=1)
+    requests = [Request([1] + IMG + [9, i, 7], images(1), 5) for i in range(3)]
+    seen = count_positions(engine)
+    assert engine.generate(requests) == [alone(params, request) for request in requests]
+    assert seen == dict(positions=P + 4 + 2 * 2, images=1)
+
+
+def test_sharing_with_a_sliding_window(params):
+    cfg = CFG.replace(decoder=dataclasses.replace(CFG.decoder, sliding_window=20))
+    programs = Programs(cfg, np.float32, None, steps=8)
+    requests = [Request([1] + IMG + [9, i] * 8, images(1), 8) for i in range(4)]
+    shared, apart = (Engine(cfg, params, batch_size=4, share=share, programs=programs) for share in (True, False))
+    seen, found = count_positions(shared), shared.generate(requests)
+    assert found == apart.generate(requests) and len(set(map(tuple, found))) > 1
+    assert found != [alone(params, request) for request in requests], "the window must matter"
+    assert seen["positions"] < 2 * len(requests[0].ids)
+
+
+def test_what_saves_no_bucket_is_not_shared():
+    rows = Rows(share=True)
+    rows.resize(2, 256)
+    first = rows.choose([Job(Request([1, 2, 3, 4], [], 4))])
+    rows.finish(first[0].target)
+    placed, = rows.choose([Job(Request([1, 2, 3, 5], [], 4))])
+    assert placed.start == 0 and placed.target != first[0].target
+
+
+def test_a_prefill_on_a_mesh_moves_its_prompts_and_not_the_cache(params):
+    """What is exchanged between devices grows with the prompts of the prefill, whatever rows there are."""
+    mesh, B, T, R, S = make_mesh("data=4,tp=2"), 4, 32, 64, 256
+    engine = Engine(CFG, params, mesh=mesh, batch_size=R, steps=4)
+    slots = engine.programs.resize(engine.programs.empty_slots(), rows=R, length=S)
+    some = np.zeros(B, np.int32)
+    greedy = Sampling.of([0] * B, [0] * B, [1] * B, [0] * B)
+    prompts = Prompts(np.zeros((B, T), np.int32), None, some, some + 1, some, some, some + 1, greedy)
+    with engine.programs.on_mesh():
+        compile_ = lambda name, *args, **kwargs: engine.programs._programs[name].lower(*args, **kwargs).compile().as_text()
+        part = engine.programs.take(slots, some, some, width=128)
+        made = Made(np.zeros((B, 1), np.int32), some > 0, some > 0)
+        texts = [compile_("take", slots, some, some, width=128), compile_("put", slots, prompts.replace(ids=None), made, part)]
+    d = CFG.decoder
+    for text in texts:
+        moved = [line.split(" = ")[1] for line in text.splitlines() if re.search(r" (all|reduce)-[a-z-]+\(", line)]
+        shapes = re.findall(r"f32\[([\d,]+)\]", " ".join(line[: line.index("(", 1)] for line in moved))
+        sizes = [np.prod([int(n) for n in shape.split(",")]) for shape in shapes]
+        assert max(sizes) == B * d.num_kv_heads * 128 * d.head_dim // 2, "keys or values of the prompts, a half of the heads each"

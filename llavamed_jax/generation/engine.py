@@ -25,7 +25,8 @@ from llavamed_jax.generation.sampling import Sampling
 from llavamed_jax.models.llava import PARAM_AXES, check_heads
 from llavamed_jax.parallel.mesh import param_shardings
 
-_LENGTHS = 256  # rows have a multiple of so many positions
+_LENGTHS = 128  # rows have, and a prefill looks at, a multiple of so many positions
+_ROOM = 64  # tokens that a row has room for at first: few answers are as long as they may become, and attention pays for all of it
 
 
 class Engine:
@@ -39,16 +40,18 @@ class Engine:
       batch_size: rows that are decoded together, at most.
       steps: tokens decoded on the device between two looks of the host.
       share: whether prompts that begin alike share what they have in common.
+      programs: another engine's of the same shapes, dtype and mesh, which are compiled already; theirs is `steps` then.
     """
 
     def __init__(self, cfg: LlavaConfig, params, dtype=np.float32, mesh: Mesh | None = None, batch_size: int = 16, steps: int = 16,
-                 share: bool = True):
-        self.cfg, self.dtype, self.mesh, self.batch_size, self.steps = cfg, dtype, mesh, batch_size, steps
+                 share: bool = True, programs: Programs | None = None):
+        self.cfg, self.dtype, self.mesh, self.batch_size = cfg, dtype, mesh, batch_size
         self._params = params if mesh is None else jax.device_put(params, param_shardings(params, PARAM_AXES, mesh))
         self.shards = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
         if mesh is not None:
             check_heads(cfg, mesh)
-        self.programs = Programs(cfg, dtype, mesh, steps)
+        self.programs = programs or Programs(cfg, dtype, mesh, steps)
+        self.steps = self.programs.steps
         self.eos = cfg.decoder.eos_ids
         self._share = share
         self._waiting: collections.deque[Job] = collections.deque()
@@ -163,6 +166,9 @@ class Engine:
         self._admit()
         running = self._rows.running
         if running:
+            longest = max(self._length_of(job, self._ahead) for job in running.values())
+            if longest > self._length:  # by a quarter at least, since other lengths are other programs
+                self._resize(len(self._rows), min(max(longest, self._length * 5 // 4), max(map(self._longest, running.values()))))
             # With others waiting, the loop is left when a quarter of the rows has become free.
             leave_at = len(running) - max(1, len(running) // 4) if self._waiting else 0
             self._slots, made = self.programs.decode(self.params, self._slots, np.int32(leave_at))
@@ -182,19 +188,33 @@ class Engine:
             self._prefill(placed)
 
     def _make_room(self) -> None:
-        """As many rows as there is demand for, and as long as the longest request that waits may become."""
+        """As many rows as there is demand for, and long enough for those that are there and those that wait."""
         running = len(self._rows.running)
         rows = min(self.batch_size, power_of_two(running + len(self._waiting)))
         rows = -(-rows // self.shards) * self.shards
         if rows > len(self._rows) or not running and (len(self._rows) >= 4 * rows or len(self._rows) > self.batch_size >= rows):
             self._resize(rows, self._length)
-        self._resize(len(self._rows), max(len(job.key) + self.limit(job.request) for job in self._waiting))
+        length = _round_up(max(self._length_of(job, self._ahead) for job in [*self._rows.running.values(), *self._waiting]))
+        if length > self._length or 2 * length <= self._length:
+            self._resize(len(self._rows), length)
+
+    @property
+    def _ahead(self) -> int:
+        """Tokens that a row may have at the end of the next loop and that the host has not read."""
+        return self.steps + sum(made.tokens.shape[1] for made, _ in self._unread)
+
+    def _length_of(self, job: Job, ahead: int) -> int:
+        """Positions that a job needs for now."""
+        return min(len(job.key) + max(_ROOM, len(job.tokens) + ahead), self._longest(job))
+
+    def _longest(self, job: Job) -> int:
+        return len(job.key) + self.limit(job.request)
 
     def _resize(self, rows: int, length: int) -> None:
-        length = max(self._length, -(-length // _LENGTHS) * _LENGTHS)
+        length = _round_up(length)
         if (rows, length) != (len(self._rows), self._length):
             self._slots = self.programs.resize(self._slots, rows=rows, length=length)
-            self._rows.resize(rows)
+            self._rows.resize(rows, length)
             self._length = length
 
     def limit(self, request: Request) -> int:
@@ -203,8 +223,8 @@ class Engine:
 
     def _prefill(self, placed: list[Placed]) -> None:
         B, T = batch_size(len(placed), self.shards), bucket(placed[0].length)
-        width = -(-max(each.start + T for each in placed) // _LENGTHS) * _LENGTHS
-        self._resize(len(self._rows), width)
+        width = _round_up(max(each.start + T for each in placed))
+        self._resize(len(self._rows), max(self._length, width))
         prompts, features = self._prompts(placed, B, T)
         self._slots, made = self.programs.prefill(self.params, self._slots, features, prompts, width=width)
         self._unread.append((made, [(b, each.target, each.job) for b, each in enumerate(placed)]))
@@ -238,13 +258,19 @@ class Engine:
         made = jax.tree.map(np.asarray, made)
         failed = np.zeros(len(self._rows), bool)
         for place, r, job in jobs:
-            if job.is_finished:
+            if self._rows.rows[r].job is not job:  # it has left the row since
                 continue
-            if made.is_failed[place]:
-                failed[r] = True
-                job.error = UserError("the model computed something that is no number")
-            else:
+            failed[r] = made.is_failed[place]
+            if not failed[r]:
                 job.tokens += [int(token) for token in made.tokens[place] if token != NO_TOKEN]
+            elif not job.tokens and self._rows.rows[r].start:
+                # The row that it began from may have been the one to fail, unread: NaN goes backwards, too, as a masked value.
+                job.is_alone = True
+                self._waiting.appendleft(job)
+                self._rows.finish(r)
+                continue
+            else:
+                job.error = UserError("the model computed something that is no number")
             if made.is_done[place]:
                 job.is_finished = True
                 self._rows.finish(r)
@@ -266,6 +292,10 @@ class Engine:
             for r in left:
                 self._rows.rows[r].job.is_finished = True
                 self._rows.finish(r)
+
+
+def _round_up(length: int) -> int:
+    return -(-length // _LENGTHS) * _LENGTHS
 
 
 def _name(index: int, count: int) -> str:

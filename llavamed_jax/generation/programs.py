@@ -102,14 +102,16 @@ class Programs:
             slots = Slots(rows, rows, rows, rows, rows, Sampling(rows, rows, rows, rows), self.cache_shardings())
         self._programs = dict(
             encode=compiled(self._encode, everywhere, donate_argnums=1),
-            prefill=compiled(self._prefill, (slots, everywhere), donate_argnums=1, static_argnames="width"),
+            take=compiled(self._take, slots and slots.caches, static_argnames="width"),
+            fill=compiled(self._fill, (slots and slots.caches, everywhere), donate_argnums=1),
+            put=compiled(self._put, slots, donate_argnums=0),
             decode=compiled(self._decode, (slots, everywhere), donate_argnums=1),
             resize=compiled(self._resize, slots, static_argnames=("rows", "length")),
             release=compiled(self._release, slots, donate_argnums=0),
             scrub=compiled(self._scrub, slots, donate_argnums=0))
 
     def __getattr__(self, name: str):
-        """`encode`, `prefill`, …: the programs, called with the mesh in context."""
+        """`encode`, `decode`, …: the programs, called with the mesh in context."""
         if name.startswith("_") or name not in self._programs:
             raise AttributeError(name)
 
@@ -125,6 +127,16 @@ class Programs:
     def count(self) -> int:
         """How many programs have been compiled."""
         return sum(program._cache_size() for program in self._programs.values())
+
+    def prefill(self, params, slots: Slots, features, prompts: Prompts, width: int) -> tuple[Slots, Made]:
+        """Runs prompts and draws the first token of each. `width`: cache positions that the longest of them needs.
+
+        The model runs on a copy of so many rows and positions, so that its program is the same whatever rows there are;
+        the programs that take from the rows and put back are compiled in no time.
+        """
+        caches = self.take(slots, prompts.source, prompts.start, width=width)
+        caches, made = self.fill(params, caches, features, prompts)
+        return self.put(slots, prompts.replace(ids=None, images=None), made, caches), made
 
     def cache_shardings(self) -> tuple[LayerCache, ...]:
         cache = NamedSharding(self.mesh, spec_of(("act_batch", "act_heads", None, None)))
@@ -153,28 +165,34 @@ class Programs:
         new = self.apply(params, pixels[:, None], method="encode_images")[:, 0]
         return features.at[places].set(new.astype(features.dtype), mode="drop")
 
-    def _prefill(self, params, slots: Slots, features, prompts: Prompts, *, width: int) -> tuple[Slots, Made]:
-        """Runs prompts and draws the first token of each. `width`: cache positions that the longest of them needs."""
+    def _take(self, slots: Slots, source, start, *, width: int) -> tuple[LayerCache, ...]:
+        """The first `start` of `width` positions of rows, int32 [B] each; nothing behind them."""
+        # What else the row holds is an earlier request's, which may fail: a weight of 0 does not hide a NaN.
+        is_shared = (jnp.arange(width) < start[:, None])[:, None, :, None]
+        return jax.tree.map(lambda c: jnp.where(is_shared, c[source, :, :width], 0), slots.caches)
+
+    def _fill(self, params, caches, features, prompts: Prompts) -> tuple[tuple[LayerCache, ...], Made]:
+        """Runs prompts behind what their caches hold, and draws the first token of each."""
         p = prompts
         x = self.apply(params, p.ids, None if p.images is None else features[p.images], method="embed")
         positions = p.start[:, None] + jnp.arange(p.ids.shape[1])
-        # Of the source only what is shared: it may have failed behind that, unread, and a weight of 0 does not hide a NaN.
-        is_shared = (jnp.arange(width) < p.start[:, None])[:, None, :, None]
-        caches = jax.tree.map(lambda c: jnp.where(is_shared, c[p.source, :, :width], 0), slots.caches)
         x, caches = self.apply(params, x, positions, caches, method="step")
         # Only the last position of a prompt goes through the head.
         last = jnp.take_along_axis(x, (p.length - 1)[:, None, None], axis=1)[:, 0]
         token, is_failed = self._next(params, last, p.sampling, jnp.zeros_like(p.length))
-        is_done = is_failed | self.ends(token) | (p.limit <= 1)
+        return caches, Made(token[:, None], is_failed | self.ends(token) | (p.limit <= 1), is_failed)
+
+    def _put(self, slots: Slots, prompts: Prompts, made: Made, caches) -> Slots:
+        """Gives prompts that were run their rows."""
+        p, width = prompts, caches[0].k.shape[2]
 
         def put(old, new):
             return old.at[p.target].set(new, mode="drop")
 
-        slots = Slots(
-            put(slots.token, token), put(slots.position, p.start + p.length), put(slots.count, 1), put(slots.limit, p.limit),
-            put(slots.is_done, is_done), jax.tree.map(put, slots.sampling, p.sampling),
+        return Slots(
+            put(slots.token, made.tokens[:, 0]), put(slots.position, p.start + p.length), put(slots.count, 1),
+            put(slots.limit, p.limit), put(slots.is_done, made.is_done), jax.tree.map(put, slots.sampling, p.sampling),
             jax.tree.map(lambda old, new: old.at[p.target, :, :width].set(new, mode="drop"), slots.caches, caches))
-        return slots, Made(token[:, None], is_done, is_failed)
 
     def _next(self, params, x, sampling, count):
         """[B,D] of the last positions -> the next tokens, and where the logits are no numbers."""

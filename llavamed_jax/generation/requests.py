@@ -46,6 +46,7 @@ class Job:
       tokens: what was generated so far, the end-of-sequence id included.
       is_finished: nothing more will come.
       error: why nothing more will come, where the model failed on this request; the others went on.
+      is_alone: it takes nothing over from another.
     """
 
     def __init__(self, request: Request, index: int = 0):
@@ -60,6 +61,7 @@ class Job:
         self.tokens: list[int] = []
         self.is_finished = False
         self.error: UserError | None = None
+        self.is_alone = False
         self._taken = 0
 
     @property

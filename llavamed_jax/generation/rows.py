@@ -21,11 +21,13 @@ class Row:
       job: the one that has it, or None.
       key: of the positions whose keys and values it holds (`Job.key`), for requests that begin alike.
       used: when it was last given out or taken from.
+      start: how many positions its job took over.
     """
 
     job: Job | None = None
     key: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     used: int = 0
+    start: int = 0
 
 
 @dataclass
@@ -62,9 +64,11 @@ class Rows:
     def running(self) -> dict[int, Job]:
         return {r: row.job for r, row in enumerate(self.rows) if row.job is not None}
 
-    def resize(self, number: int) -> None:
-        """The first `number` rows; new ones are free."""
+    def resize(self, number: int, length: int) -> None:
+        """The first `number` rows, of `length` positions; new ones are free."""
         self.rows = self.rows[:number] + [Row() for _ in range(number - len(self.rows))]
+        for row in self.rows:
+            row.key = row.key[:length]
 
     def finish(self, r: int) -> None:
         """A row is free again. What it holds stays, for whoever begins alike: all tokens that were fed, not the last one."""
@@ -111,7 +115,7 @@ class Rows:
 
     def _best(self, job: Job, keys: Keys) -> tuple[int, int]:
         """Which key a job can take most over from, and how many positions. The last one it runs itself, for its logits."""
-        if not self._share or not len(keys):
+        if not self._share or job.is_alone or not len(keys):
             return 0, 0
         prefixes = keys.common_prefixes(job.key)
         best = int(prefixes.argmax())
@@ -129,12 +133,13 @@ class Rows:
             for job in waiting:
                 is_wanted |= held.common_prefixes(job.key) > len(job.key) // 2
         for placed in chosen:
-            self.rows[placed.source].used = self._clock
+            if placed.start:
+                self.rows[placed.source].used = self._clock
         order = sorted(free, key=lambda r: (is_wanted[r], self.rows[r].used))
         for placed, r in zip(chosen, order):
             placed.target = r
         for placed in chosen:
-            self.rows[placed.target] = Row(placed.job, placed.job.key, self._clock)
+            self.rows[placed.target] = Row(placed.job, placed.job.key, self._clock, placed.start)
 
 
 class Keys:
