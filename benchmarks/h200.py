@@ -42,12 +42,14 @@ class Size:
     prefill: tuple[tuple[int, int], ...]  # (B, T)
     decode: tuple[tuple[int, int], ...]  # (B, cache length)
     decode_tokens: int
+    evaluate: tuple[int, int, int]  # questions, batch size, and how many of them are asked one by one
     repeats: int
     dtype: str
 
 
-LARGE = Size("v15-7b", 2, 4, 2048, 3, ((1, 640), (8, 640)), ((1, 1024), (8, 1024)), 64, 5, "bfloat16")
-SMALL = Size("small", 2, 2, 128, 2, ((1, 64),), ((2, 128),), 8, 2, "float32")
+LARGE = Size("v15-7b", 2, 4, 2048, 3, ((1, 640), (8, 640)), ((1, 1024), (8, 1024), (32, 1024), (64, 1024)), 64,
+             (128, 32, 24), 5, "bfloat16")
+SMALL = Size("small", 2, 2, 128, 2, ((1, 64),), ((2, 128),), 8, (6, 4, 2), 2, "float32")
 
 
 def parity(size: Size) -> dict:
@@ -195,6 +197,7 @@ class _Prompted:
                           limit=0 * rows + new_tokens + 1, sampling=Sampling.of([0] * B, [0] * B, [1] * B, [0] * B))
         pixels = rng.standard_normal((B, S, S, 3)).astype(np.float32)
         self._arguments = jax.device_put((pixels, rows)), jax.device_put(prompts)
+        self._begun = dict(position=0 * rows + length, count=0 * rows + 1, is_done=rows < 0)
         self._features = self.programs.empty_features(B)
         self._slots = self.programs.resize(self.programs.empty_slots(), rows=B, length=self.cache_length)
 
@@ -206,9 +209,8 @@ class _Prompted:
         return made.tokens
 
     def decode(self):
-        """Prefill, and the tokens after the first."""
-        self.prefill()
-        self._slots, made = self.programs.decode(self.params, self._slots, 0)
+        """The tokens after the first, of rows that `prefill` has filled: at the same places at each call."""
+        self._slots, made = self.programs.decode(self.params, self._slots.replace(**self._begun), 0)
         return made.tokens
 
 
@@ -240,9 +242,8 @@ def _decode(size: Size, B: int, S: int) -> dict:
 
     length = S - size.decode_tokens - 2
     prompted = _Prompted(size, B, length, size.decode_tokens)
-    # The rows are donated to the loop, so each run needs a prefill of its own, whose time is taken off.
-    both = median_seconds(prompted.decode, size.repeats)
-    step = (both - median_seconds(prompted.prefill, size.repeats)) / size.decode_tokens
+    prompted.prefill()
+    step = median_seconds(prompted.decode, size.repeats) / size.decode_tokens
     decoder = prompted.params["decoder"]
     weights = sum(x.nbytes for x in jax.tree.leaves(decoder)) - decoder["embed_tokens"]["embedding"].nbytes
     moved = weights + cache_bytes(prompted.cfg.decoder, B, length + size.decode_tokens // 2, size.dtype)
@@ -257,9 +258,26 @@ def decode(size: Size) -> list[dict]:
     return [_decode(size, B, S) for B, S in size.decode]
 
 
+def evaluate(size: Size) -> dict:
+    """Questions a second of a whole evaluation: 2.2 questions an image, answers of 1 to 32 tokens, in turn for each side.
+
+    The weights are random and each side's own, and nothing but an answer's length ends it, so both make as many tokens.
+    """
+    from benchmarks import evaluate as beside
+    from llavamed_jax.config import preset
+
+    questions, batch_size, alone = size.evaluate
+    cfg = preset(size.preset)
+    cfg = cfg.replace(decoder=dataclasses.replace(cfg.decoder, eos_token_id=-5))
+    load = beside.random_questions(cfg, questions)
+    theirs = beside.theirs_at(cfg, load, batch_size, alone, size.dtype)  # first, and gone before JAX takes the memory
+    return dict(shapes=f"{questions} questions, {len({id(q.pixels) for q in load})} images, batch {batch_size}", dtype=size.dtype,
+                new_tokens=sum(q.limit for q in load), **beside.ours_at(cfg, load, batch_size, size.dtype), transformers=theirs)
+
+
 # What a case needs at least, in seconds on a large GPU: with less left of the budget it is not begun.
-CASES = {"parity": (parity, 60), "prefill": (prefill, 45), "decode": (decode, 45), "train_projector": (train_projector, 60),
-         "train_full": (train_full, 75)}
+CASES = {"parity": (parity, 60), "prefill": (prefill, 45), "decode": (decode, 60), "evaluate": (evaluate, 120),
+         "train_projector": (train_projector, 60), "train_full": (train_full, 75)}
 
 
 def run_case(name: str, size: Size, commit: str | None) -> None:

@@ -31,6 +31,10 @@ def test_every_case_runs_at_small_shapes(tmp_path):
     assert 1e-4 < found["parity"]["max_difference_bfloat16"] < 1
     for case in ("prefill", "decode", "train_projector", "train_full"):
         assert found[case]["tokens_per_second"] > 0 and found[case]["peak_memory_bytes"] > 0
+    evaluated = found["evaluate"]
+    for side in (evaluated["shared"], evaluated["apart"], evaluated["transformers"]["batched"], evaluated["transformers"]["one_by_one"]):
+        assert side["questions_per_second"] > 0
+    assert evaluated["equal_with_and_without_sharing"] == 6 and 0 < evaluated["seconds_to_first_token"] < 60
     assert found["train_full"]["trained_parameters"] > found["train_projector"]["trained_parameters"] > 0
     assert found["train_full"]["last_loss"] < found["train_full"]["first_loss"]
 
