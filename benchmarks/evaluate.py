@@ -4,7 +4,7 @@
 
 Two loads on a CPU in float32: all test questions of VQA-RAD, and the same questions at eleven an image, as SLAKE has them.
 All sides generate from prompts and pixels in memory; reading the files is measured by itself, and once more as part of the
-whole way through `evaluation.vqa.ask`. `cold` is the first pass over a load, compilation included; `warm` is the median of
+whole way through `evaluation.asking.ask`. `cold` is the first pass over a load, compilation included; `warm` is the median of
 the passes after it, between which what the engine remembers of images and prompts is thrown away.
 Tokens are compared with those of one by one. They may differ only where the two best logits lie within 1e-4.
 """
@@ -224,7 +224,7 @@ def checkpoint_of(path: str | None):
 def read_questions(processor, root: str, number: int | None, limit: int) -> tuple[list[tuple[str, str]], list[Question], dict]:
     """(question, path) pairs of VQA-RAD's test split, the same as prompts, and how long their images take to be read."""
     from llavamed_jax.data.datasets import read_vqa_rad
-    from llavamed_jax.evaluation.asking import _messages
+    from llavamed_jax.evaluation.local import _messages
 
     pairs = [(s.question.replace("<image>", "").strip(), str(s.image)) for s in read_vqa_rad(root, "test", "clean")][:number]
     begun, pixels = time.perf_counter(), {}
@@ -245,7 +245,8 @@ def as_slake(pairs, questions):
 
 def measure(model, theirs: Theirs, pairs, questions, args) -> dict:
     """One load through every side."""
-    from llavamed_jax.evaluation import vqa
+    from llavamed_jax.evaluation.asking import Generation, ask
+    from llavamed_jax.evaluation.local import LocalModel
     from llavamed_jax.generation.engine import Engine
 
     n, out = len(questions), {}
@@ -257,9 +258,9 @@ def measure(model, theirs: Theirs, pairs, questions, args) -> dict:
         engine = Engine(model.config, model.engine.params, batch_size=args.batch_size, share=share)
         seconds, found = cold_and_warm(partial(ours, engine, questions), args.repeats, partial(forget, engine))
         out[name] = seconds | differences(model, questions, found, wanted) | dict(programs=engine.programs.count())
-    model.engine.batch_size = args.batch_size
-    settings = vqa.Generation(max_new_tokens=args.max_new_tokens, batch_size=args.batch_size)
-    seconds, _ = cold_and_warm(lambda: vqa.ask(model, pairs, settings), args.repeats, partial(forget, model.engine))
+    settings = Generation(max_new_tokens=args.max_new_tokens, batch_size=args.batch_size)
+    answerer = LocalModel(model, "small")
+    seconds, _ = cold_and_warm(lambda: ask(answerer, pairs, settings), args.repeats, partial(forget, model.engine))
     out["ask"] = seconds
     for row in out.values():
         row["questions_per_second"] = n / (row["seconds_warm"] or row["seconds_cold"])

@@ -19,7 +19,9 @@ from llavamed_jax.data.datasets import VqaSample, read_slake, read_vqa_rad
 from llavamed_jax.data.processor import Processor
 from llavamed_jax.data.tokenizer import Tokenizer
 from llavamed_jax.errors import UsageError, UserError
-from llavamed_jax.evaluation import asking, controls, partial, run, scoring, vqa
+from llavamed_jax.evaluation import controls, files, local, partial, questions, run, scoring
+from llavamed_jax.evaluation.asking import Answer, Generation, ask, predict
+from llavamed_jax.evaluation.files import to_jsonl, write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLE = ROOT / "samples" / "vqa_rad"
@@ -166,7 +168,7 @@ def test_bad_prediction_lines_are_named(tmp_path, line, message):
 
 def test_predictions_survive_writing_and_reading(tmp_path):
     predictions = [prediction(1, "two\nlines \u2028 and \x85 more"), prediction(2, "«ünïcode»")]
-    vqa.write_text(tmp_path / "p.jsonl", vqa.to_jsonl(predictions))
+    write_text(tmp_path / "p.jsonl", to_jsonl(predictions))
     assert scoring.read_predictions(tmp_path / "p.jsonl") == predictions
     assert [path.name for path in tmp_path.iterdir()] == ["p.jsonl"]
     with pytest.raises(UserError, match="cannot be read"):
@@ -337,20 +339,20 @@ class FakeModel:
 def test_answers_come_back_in_order_and_images_are_asked_together():
     model = FakeModel()
     questions = [(f"q{i // 2}", f"/x/{'abc'[i % 3]}.jpg") for i in range(25)]
-    answers = vqa.ask(model, questions, vqa.Generation(max_new_tokens=5, batch_size=4, seed=3))
+    answers = ask(local.LocalModel(model, "m"), questions, Generation(max_new_tokens=5, batch_size=4, seed=3))
     assert [answer.text for answer in answers] == [f"{text} @ {Path(image).stem}" for text, image in questions]
     assert model.settings == [dict(max_new_tokens=5, temperature=0.0, seed=3)]
     images = [image for _, image, _ in model.asked]
     assert [image for image, _ in itertools.groupby(images)] == [f"/x/{c}.jpg" for c in "abc"]
     assert sorted(model.processor.paths) == [f"/x/{c}.jpg" for c in "abc"], "an image is read once"
     twice = [("q", "a.jpg"), ("q", "b.jpg"), ("q", "a.jpg")]
-    vqa.ask(model, twice, vqa.Generation())
+    ask(local.LocalModel(model, "m"), twice, Generation())
     assert {("q", "a.jpg", 0), ("q", "a.jpg", 1), ("q", "b.jpg", 0)} == set(model.asked[25:]), "equal questions draw apart"
 
 
 def test_images_are_read_ahead_but_not_all():
     processor = FakeProcessor()
-    images = asking.read_ahead(processor, [f"{i}.jpg" for i in range(100)])
+    images = local.read_ahead(processor, [f"{i}.jpg" for i in range(100)])
     next(images)
     assert 1 < len(processor.paths) <= 12
     images.close()
@@ -367,34 +369,34 @@ def test_a_question_that_cannot_be_answered_fails_alone(tmp_path, with_partial):
     questions = [("what", "a.jpg"), ("what", "broken.jpg"), ("why", "a.jpg"), ("when", "b.jpg")]
     kept = partial.Partial(tmp_path / "p", {}) if with_partial else None
     with pytest.raises(UserError, match="^2 of 4 questions could not be answered; the first, 'what' about broken.jpg: broken.jpg is no im"):
-        vqa.ask(Failing(), questions, vqa.Generation(), partial=kept)
+        ask(local.LocalModel(Failing(), "m"), questions, Generation(), partial=kept)
     if with_partial:
         model = FakeModel()
         found = partial.Partial(tmp_path / "p", {}).answers
         assert {i: answer.text for i, answer in found.items()} == {0: "what @ a", 3: "when @ b"}
         questions[1] = ("what", "mended.jpg")
-        answers = vqa.ask(model, questions, vqa.Generation(), partial=kept)
+        answers = ask(local.LocalModel(model, "m"), questions, Generation(), partial=kept)
         assert [answer.text for answer in answers] == ["what @ a", "what @ mended", "why @ a", "when @ b"] and len(model.asked) == 2
 
 
 def test_long_prompts_are_cut_with_a_counted_warning(capsys):
     model = FakeModel(max_length=8)
     long = "one two three four five six"
-    answers = vqa.ask(model, [("short", "a.jpg"), (long, "a.jpg"), (long, "b.jpg")], vqa.Generation(max_new_tokens=2))
+    answers = ask(local.LocalModel(model, "m"), [("short", "a.jpg"), (long, "a.jpg"), (long, "b.jpg")], Generation(max_new_tokens=2))
     assert [answer.tokens_cut for answer in answers] == [0, 2, 2]
     assert answers[0].text == "short @ a"
-    assert answers[1] == vqa.Answer("one two three four @ a", "stop", 2), "the end is lost, as in the original"
-    assert "2 of 3 prompts were longer than 8 tokens and lost their end (4 tokens in all)" in capsys.readouterr().err
+    assert answers[1] == Answer("one two three four @ a", "stop", 2), "the end is lost, as in the original"
+    assert "2 of 3 prompts were longer than the model takes and lost their end (4 tokens in all)" in capsys.readouterr().err
 
 
 def test_predictions_have_the_keys_of_the_original(capsys):
     samples = [question(1, "yes", text=" <image>\nIs it? "), question(2, "no", image="b.jpg", text="And now?")]
-    first = vqa.predict(FakeModel(), samples, vqa.Generation(), "m")
+    first = predict(local.LocalModel(FakeModel(), "m"), samples, Generation())
     assert list(first[0]) == ["question_id", "prompt", "text", "answer_id", "model_id", "metadata"]
     assert first[0]["prompt"] == "Is it?" and first[0]["text"] == "Is it? @ a"
     assert all(re.fullmatch("[2-9A-HJ-NP-Za-km-z]{22}", each["answer_id"]) for each in first)
     assert first[0]["answer_id"] != first[1]["answer_id"]
-    assert first == vqa.predict(FakeModel(), samples, vqa.Generation(), "m")
+    assert first == predict(local.LocalModel(FakeModel(), "m"), samples, Generation())
     assert "questions: 2 of 2" in capsys.readouterr().err, "in a pipe progress is plain lines"
 
 
@@ -410,7 +412,7 @@ def test_predictions_have_the_keys_of_the_original(capsys):
     ],
 )
 def test_model_name(path, name):
-    assert vqa.model_name(path) == name
+    assert local.model_name(path) == name
 
 
 # --- the program ---
@@ -434,7 +436,7 @@ class OrganModel(FakeModel):
 
 def test_an_evaluation_from_start_to_end(tmp_path):
     evaluation = run.Evaluation(config(), tmp_path / "out")
-    result = evaluation.run(OrganModel(), "runs/demo", with_control=True)
+    result = evaluation.run(local.LocalModel(OrganModel(), "demo"), {"checkpoint": "runs/demo"}, ["image"])
     names = {"predictions.jsonl", "predictions_control_image.jsonl", "metrics.json", "report.html"}
     assert {path.name for path in (tmp_path / "out").iterdir()} == names
     assert json.loads((tmp_path / "out" / "metrics.json").read_text()) == result
@@ -452,7 +454,7 @@ def test_an_evaluation_from_start_to_end(tmp_path):
 
 
 def test_held_out_images_are_asked_and_never_trained_on():
-    samples, training = vqa.load_samples("vqa_rad", SAMPLE, "test", "clean", SAMPLE / "held_out.json")
+    samples, training = questions.load_samples("vqa_rad", SAMPLE, "test", "clean", SAMPLE / "held_out.json")
     held_out = set(json.loads((SAMPLE / "held_out.json").read_text())["images"])
     assert {Path(sample.image).name for sample in samples} == held_out
     assert not held_out & {Path(sample.image).name for sample in training}
@@ -460,9 +462,9 @@ def test_held_out_images_are_asked_and_never_trained_on():
 
 
 def test_scoring_existing_predictions_loads_no_model(tmp_path, capsys):
-    samples, _ = vqa.load_samples("vqa_rad", SAMPLE, "test", "clean")
+    samples, _ = questions.load_samples("vqa_rad", SAMPLE, "test", "clean")
     predictions = [prediction(sample.question_id, "yes") for sample in samples]
-    vqa.write_text(tmp_path / "p.jsonl", vqa.to_jsonl(predictions))
+    write_text(tmp_path / "p.jsonl", to_jsonl(predictions))
     argv = ["--config", CONFIG, f"--config.data.root={SAMPLE}", "--predictions", str(tmp_path / "p.jsonl")]
     for name in ("a", "b"):
         assert cli.main([*argv, "--workdir", str(tmp_path / name)]) == 0
@@ -513,28 +515,28 @@ def test_a_missing_image_is_named(tmp_path):
     victim = next((root / "images").iterdir())
     victim.unlink()
     with pytest.raises(UserError, match=victim.name):
-        vqa.load_samples("vqa_rad", root, "test", "clean")
+        questions.load_samples("vqa_rad", root, "test", "clean")
 
 
 def test_a_list_of_held_out_images_that_does_not_fit(tmp_path):
     path = tmp_path / "held_out.json"
     path.write_text('{"images": ["nowhere.jpg"]}')
     with pytest.raises(UserError, match="no row: nowhere.jpg"):
-        vqa.load_samples("vqa_rad", SAMPLE, "test", "clean", path)
+        questions.load_samples("vqa_rad", SAMPLE, "test", "clean", path)
     path.write_text("[]")
     with pytest.raises(UserError, match="holds a JSON list; an object was expected"):
-        vqa.load_samples("vqa_rad", SAMPLE, "test", "clean", path)
+        questions.load_samples("vqa_rad", SAMPLE, "test", "clean", path)
     with pytest.raises(UsageError, match="slake"):
-        vqa.load_samples("slake", SAMPLE, "test", "clean", path)
+        questions.load_samples("slake", SAMPLE, "test", "clean", path)
 
 
 def test_a_failed_write_leaves_nothing_under_the_final_name(tmp_path, monkeypatch):
     def fail(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(vqa.os, "replace", fail)
+    monkeypatch.setattr(files.os, "replace", fail)
     with pytest.raises(UserError, match="No space left on device"):
-        vqa.write_text(tmp_path / "metrics.json", "{}")
+        write_text(tmp_path / "metrics.json", "{}")
     assert not list(tmp_path.iterdir())
 
 
@@ -573,9 +575,9 @@ def test_a_real_model_of_random_weights_answers(tiny_model, tmp_path, monkeypatc
 
 def test_a_prompt_too_long_for_a_real_model_is_answered_from_its_beginning(tiny_model, capsys):
     image = str(next((SAMPLE / "images").iterdir()))
-    generation = vqa.Generation(max_new_tokens=3)
+    generation = Generation(max_new_tokens=3)
     long = "Is the heart enlarged? " * 100
-    answers = vqa.ask(tiny_model, [(long, image), (long + "Is it not?", image), ("Why?", image)], generation)
+    answers = ask(local.LocalModel(tiny_model, "m"), [(long, image), (long + "Is it not?", image), ("Why?", image)], generation)
     assert answers[0].text == answers[1].text, "what differs between the two was cut"
     assert answers[1].tokens_cut > answers[0].tokens_cut > 0 == answers[2].tokens_cut
     assert "2 of 3 prompts were longer than" in capsys.readouterr().err

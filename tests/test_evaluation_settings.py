@@ -15,7 +15,9 @@ from llavamed_jax.cli.common import load_config
 from llavamed_jax.data.datasets import VqaSample, read_vqa_rad
 from llavamed_jax.data.processor import Processor
 from llavamed_jax.data.tokenizer import Tokenizer
-from llavamed_jax.evaluation import controls, run, scoring, vqa
+from llavamed_jax.evaluation import controls, run, scoring
+from llavamed_jax.evaluation.asking import Generation, ask
+from llavamed_jax.evaluation.local import LocalModel
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLE = ROOT / "samples" / "vqa_rad"
@@ -63,7 +65,7 @@ def finished(tmp_path_factory):
     job = evaluation(workdir, ":demo", **{"data.held_out": SAMPLE / "held_out.json", "generation.temperature": 0.7,
                                           "generation.max_new_tokens": 11, "generation.batch_size": 5, "seed": 3})
     model = Reader(job.samples)
-    return job, model, job.run(model, "runs/x", with_control=True), workdir
+    return job, model, job.run(LocalModel(model, "x"), {"checkpoint": "runs/x"}, ["image"]), workdir
 
 
 def test_the_control_scores_its_own_answers(finished):
@@ -124,7 +126,7 @@ def test_the_papers_protocol_reaches_candidates_and_leakage_table(tmp_path):
 def test_a_cut_prompt_whose_last_allowed_token_ends_the_answer_is_finished(tokens, reason):
     model = Reader([], max_prompt=12, tokens=tokens)
     image = str(next((SAMPLE / "images").iterdir()))
-    answer, = vqa.ask(model, [("What is shown? " * 9, image)], vqa.Generation(max_new_tokens=3, num_beams=2, seed=4))
+    answer, = ask(LocalModel(model, "m"), [("What is shown? " * 9, image)], Generation(max_new_tokens=3, num_beams=2, seed=4))
     assert answer.finish_reason == reason and answer.tokens_cut > 0
     assert answer.text == model.processor.decode(tokens).strip()
     assert model.settings == [dict(max_new_tokens=3, num_beams=2, seed=4)]

@@ -66,12 +66,15 @@ def program(argv: Sequence[str]) -> int:
 
 def _ask(evaluation, args: argparse.Namespace) -> dict | None:
     """The metrics; None where SIGTERM or SIGINT stopped it. What was answered before is kept."""
+    from llavamed_jax.evaluation.local import LocalModel, model_name
+
     stops = (signal.SIGTERM, signal.SIGINT)
     earlier = {number: signal.signal(number, signal.default_int_handler) for number in stops}
     try:
         model = common.load_assistant(args)
         flags = {name: getattr(args, name) for name in _MODEL_FLAGS if name != "control"}
-        return evaluation.run(model, args.checkpoint, args.control == "image", flags)
+        answerer = LocalModel(model, model_name(args.checkpoint))
+        return evaluation.run(answerer, {"checkpoint": args.checkpoint}, [args.control] if args.control else [], flags)
     except KeyboardInterrupt:
         return None
     except UserError as error:

@@ -1,25 +1,26 @@
-"""Questions about images -> a model's answers: prompts are made and images are read while others are answered."""
+"""Questions about images -> answers -> the lines of `predictions.jsonl`, whoever answers.
+
+A prediction has the keys of the original's answer files: `question_id`, `prompt`, `text`, `answer_id`, `model_id`,
+`metadata`.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import itertools
-from collections import Counter, deque
+import json
+import sys
+import uuid
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
 
-import numpy as np
-
+from llavamed_jax.data.datasets import VqaSample
 from llavamed_jax.errors import UserError
-from llavamed_jax.generation.text import TextStream
+from llavamed_jax.evaluation.progress import progress
 
-if TYPE_CHECKING:  # scoring predictions that exist must not import jax
-    from llavamed_jax.assistant import LlavaMed
-
-_READERS = 2  # threads that read images; a file is decoded and resized without Python's lock
-_AHEAD = 8  # images that are read before they are needed
+if TYPE_CHECKING:  # it imports this file
+    from llavamed_jax.evaluation.partial import Partial
 
 
 @dataclass(frozen=True)
@@ -42,88 +43,115 @@ class Answer:
     tokens_cut: int = 0
 
 
-class Asking:
-    """Questions on their way through a model, in bounded memory.
+class Answerer(Protocol):
+    """Whoever answers questions: a model that is loaded here (`local.py`), or one behind an address (`endpoint.py`).
 
-    Args:
-      questions: (question, image path) pairs.
-      failed: where the errors of questions that could not be answered go, by their place.
+    Attributes:
+      name: what predictions call it.
     """
 
-    def __init__(self, model: LlavaMed, questions: Sequence[tuple[str, str]], failed: dict[int, UserError]):
-        self._model, self._questions, self._failed = model, questions, failed
-        seen: Counter = Counter()
-        self._nth = []  # how many equal questions came before, those that are answered already among them
-        for question in questions:
-            self._nth.append(seen[question])
-            seen[question] += 1
+    name: str
 
-    def each(self, asked: Sequence[int], generation: Generation) -> Iterator[tuple[int, Answer]]:
-        """The answers to the questions at these places, each as it comes."""
-        given: list[tuple[int, int]] = []
+    def answers(self, questions: Sequence[tuple[str, str]], asked: Sequence[int], generation: Generation,
+                failed: dict[int, UserError]) -> Iterator[tuple[int, Answer]]:
+        """The answers to some of the (question, image path) pairs, by their place, each as it comes.
 
-        def prompts():
-            for i, ids, image, lost in self._prompts(asked):
-                given.append((i, lost))
-                yield ids, [image], self._nth[i]
-
-        settings = dict(max_new_tokens=generation.max_new_tokens, temperature=generation.temperature, seed=generation.seed)
-        with contextlib.closing(self._model.answer_each(prompts(), **settings)) as found:
-            for index, answer in found:
-                i, lost = given[index]
-                if isinstance(answer, UserError):
-                    self._failed[i] = answer
-                else:
-                    yield i, Answer(answer.text, answer.finish_reason, lost)
-
-    def beams(self, asked: Sequence[int], generation: Generation) -> Iterator[tuple[int, Answer]]:
-        """The same by beam search, which answers a batch at a time."""
-        from llavamed_jax.assistant import completion  # brings jax, as whoever made the model has
-
-        model, prompts = self._model, self._prompts(asked)
-        while batch := list(itertools.islice(prompts, generation.batch_size)):
-            indices, rows, images, lost = zip(*batch)
-            found = model.generate_tokens(rows, [[image] for image in images], max_new_tokens=generation.max_new_tokens,
-                                          num_beams=generation.num_beams, seed=generation.seed)
-            for i, tokens, cut in zip(indices, found, lost, strict=True):
-                stream = TextStream(model.processor.decode, model.processor.stop)
-                stream.push(tokens)
-                answer = completion(stream, model.engine.eos)
-                yield i, Answer(answer.text, answer.finish_reason, cut)
-
-    def _prompts(self, asked: Sequence[int]) -> Iterator[tuple[int, list[int], np.ndarray, int]]:
-        """(place, ids, image, tokens cut) of each question whose image can be read."""
-        processor, limit = self._model.processor, self._model.engine.max_prompt
-        for i, image in zip(asked, read_ahead(processor, [self._questions[i][1] for i in asked])):
-            if isinstance(image, UserError):
-                self._failed[i] = image
-                continue
-            ids = processor.expand(processor.encode(processor.prompt(_messages(*self._questions[i]))))
-            yield i, ids[:limit], image, max(0, len(ids) - limit)
+        Args:
+          asked: places of `questions`, those of one image next to each other. The others count where equal questions must
+            draw apart.
+          failed: where the errors of questions that could not be answered go, by their place.
+        """
 
 
-def read_ahead(processor, paths: Sequence[str]) -> Iterator[np.ndarray | UserError]:
-    """The pixels of each path, uint8 [H,W,3], or why there are none. A path that follows itself is read once."""
-    def read(path):
-        try:
-            return processor.images_uint8([path])[0]
-        except UserError as error:
-            return error
+def ask(
+    answerer: Answerer,
+    questions: Sequence[tuple[str, str]],
+    generation: Generation,
+    title: str = "questions",
+    partial: Partial | None = None,
+) -> list[Answer]:
+    """Asks about images: (question, image path) pairs -> answers in the same order.
 
-    groups = ((path, len(list(group))) for path, group in itertools.groupby(paths))
-    pool, reading = ThreadPoolExecutor(_READERS), deque()
-    try:
-        while True:
-            for path, count in itertools.islice(groups, _AHEAD - len(reading)):
-                reading.append((pool.submit(read, path), count))
-            if not reading:
-                return
-            image, count = reading.popleft()
-            yield from itertools.repeat(image.result(), count)
-    finally:
-        pool.shutdown(cancel_futures=True)
+    Pairs of one image are asked next to each other. Prompts that were cut and answers that are not finished
+    are counted, and a warning says how many. Each answer goes into `partial` as it comes; what stands there
+    is not asked again. What a question draws follows from itself, so an interrupted run gives the answers of an
+    uninterrupted one.
+
+    Raises:
+      UserError: after all others were answered, questions that could not be: how many, and why the first.
+    """
+    answers: dict[int, Answer] = {} if partial is None else dict(partial.answers)
+    image_order = {image: position for position, image in reversed(list(enumerate(image for _, image in questions)))}
+    left = sorted((i for i in range(len(questions)) if i not in answers), key=lambda i: image_order[questions[i][1]])
+    failed: dict[int, UserError] = {}
+    advance, close = progress(len(questions), len(answers), title)
+    with contextlib.closing(answerer.answers(questions, left, generation, failed)) as found:
+        for i, answer in found:
+            answers[i] = answer
+            if partial is not None:
+                partial.add(i, answer)
+            advance(1)
+    close()
+    if failed:
+        question, image = questions[min(failed)]
+        raise UserError(f"{len(failed)} of {len(questions)} {title} could not be answered; the first, {question!r} about "
+                        f"{Path(image).name}: {failed[min(failed)]}")
+    _warn([answers[i] for i in range(len(questions))])
+    return [answers[i] for i in range(len(questions))]
 
 
-def _messages(question: str, image: str) -> list[dict]:
-    content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
-    return [{"role": "user", "content": content}]
+def _warn(answers: Sequence[Answer]) -> None:
+    """Says how many prompts were cut and how many answers are not finished."""
+    cut = [answer.tokens_cut for answer in answers if answer.tokens_cut]
+    if cut:
+        print(
+            f"warning: {len(cut)} of {len(answers)} prompts were longer than the model takes"
+            f" and lost their end ({sum(cut)} tokens in all), as in the original",
+            file=sys.stderr,
+        )
+    unfinished = sum(answer.finish_reason == "length" for answer in answers)
+    if unfinished:
+        print(f"warning: {unfinished} of {len(answers)} answers reached max_new_tokens and are not finished", file=sys.stderr)
+
+
+def predict(
+    answerer: Answerer,
+    samples: Sequence[VqaSample],
+    generation: Generation,
+    shown: Sequence[str] | None = None,
+    title: str = "questions",
+    partial: Partial | None = None,
+) -> list[dict]:
+    """Predictions in the order of `samples`; `partial` as in `ask`.
+
+    Args:
+      shown: the image that each question is asked about, where it is not the sample's own (control runs).
+    """
+    shown = shown or [str(sample.image) for sample in samples]
+    prompts = [sample.question.replace("<image>", "").strip() for sample in samples]
+    answers = ask(answerer, list(zip(prompts, shown, strict=True)), generation, title, partial)
+    return [
+        {
+            "question_id": sample.question_id,
+            "prompt": prompt,
+            "text": answer.text,
+            "answer_id": answer_id(answerer.name, sample.question_id, prompt, Path(image).name, answer.text),
+            "model_id": answerer.name,
+            "metadata": {"image": Path(image).name, "finish_reason": answer.finish_reason}
+            | ({"prompt_tokens_cut": answer.tokens_cut} if answer.tokens_cut else {}),
+        }
+        for sample, prompt, image, answer in zip(samples, prompts, shown, answers, strict=True)
+    ]
+
+
+_SHORT_ALPHABET = "23456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz"
+
+
+def answer_id(*parts: object) -> str:
+    """A 22-character id in shortuuid's form; of the content, where the original's is random, so that runs can be compared."""
+    number = uuid.uuid5(uuid.NAMESPACE_OID, json.dumps([str(part) for part in parts])).int
+    digits = []
+    for _ in range(22):
+        number, digit = divmod(number, len(_SHORT_ALPHABET))
+        digits.append(_SHORT_ALPHABET[digit])
+    return "".join(reversed(digits))

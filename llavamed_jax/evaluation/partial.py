@@ -11,7 +11,7 @@ from pathlib import Path
 
 from llavamed_jax.errors import UserError
 from llavamed_jax.evaluation.asking import Answer
-from llavamed_jax.evaluation.vqa import write_text
+from llavamed_jax.evaluation.files import write_text
 
 
 class Partial:

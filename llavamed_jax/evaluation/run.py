@@ -10,19 +10,18 @@ import math
 import platform
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ml_collections import ConfigDict
 
 from llavamed_jax.data import datasets
 from llavamed_jax.errors import UsageError, UserError
-from llavamed_jax.evaluation import controls, report, scoring, vqa
+from llavamed_jax.evaluation import controls, report, scoring
+from llavamed_jax.evaluation.asking import Answerer, Generation, ask, predict
+from llavamed_jax.evaluation.files import to_jsonl, utf8, write_text
 from llavamed_jax.evaluation.partial import Partial
-
-if TYPE_CHECKING:
-    from llavamed_jax.assistant import LlavaMed
+from llavamed_jax.evaluation.questions import load_samples
 
 
 class Evaluation:
@@ -53,8 +52,8 @@ class Evaluation:
                              f"{cfg.generation.temperature}; beam search does not sample, and 0 was expected")
         if not 0 <= cfg.seed < 2**31:
             raise UsageError(f"seed is {cfg.seed}; 0 to {2**31 - 1} was expected")
-        self.generation = vqa.Generation(**cfg.generation.to_dict(), seed=cfg.seed)
-        self.samples, self.training = vqa.load_samples(
+        self.generation = Generation(**cfg.generation.to_dict(), seed=cfg.seed)
+        self.samples, self.training = load_samples(
             cfg.data.name, cfg.data.root, cfg.data.split, cfg.protocol, cfg.data.held_out
         )
         if not self.samples:
@@ -66,29 +65,32 @@ class Evaluation:
         """How many answers are on the disk, to be taken over when the same evaluation is run again."""
         return sum(map(len, self._partials))
 
-    def run(self, model: LlavaMed, checkpoint: str, with_control: bool = False, flags: Mapping[str, object] | None = None) -> dict:
-        """Asks the model every question, and again with images exchanged where asked for; scores; writes the files.
+    def run(self, answerer: Answerer, source: Mapping[str, str], controls_asked: Collection[str] = (),
+            flags: Mapping[str, object] | None = None) -> dict:
+        """Asks every question, and again for each control; scores; writes the files.
 
-        Each answer is kept in a `.partial` file until all is done, and taken over by a run with the same
-        checkpoint, configuration, questions and `flags` (what else `load` was given).
+        Each answer is kept in a `.partial` file until all is done, and taken over by a run of the same `source`,
+        configuration, questions and `flags`.
+
+        Args:
+          source: who answers, for the report: `checkpoint`, a path.
+          controls_asked: `image` asks again with the images exchanged.
+          flags: what else the answers follow from, such as what `load` was given.
         """
-        key = self._key(checkpoint, flags or {})
-        name = vqa.model_name(checkpoint)
-        model.engine.batch_size = self.generation.batch_size
-        model.processor = model.processor.for_evaluation()
+        key = self._key(source, flags or {})
         partial = self._partial("predictions.jsonl", key)
-        predictions = vqa.predict(model, self.samples, self.generation, name, partial=partial)
-        self._write("predictions.jsonl", vqa.to_jsonl(predictions))
+        predictions = predict(answerer, self.samples, self.generation, partial=partial)
+        self._write("predictions.jsonl", to_jsonl(predictions))
         control, extra = [], {}
-        if with_control:
+        if "image" in controls_asked:
             shown = controls.exchanged_images(self.samples, self.cfg.seed)
             partial = self._partial("predictions_control_image.jsonl", key)
-            control = vqa.predict(model, self.samples, self.generation, name, shown, "images exchanged", partial)
-            self._write("predictions_control_image.jsonl", vqa.to_jsonl(control))
+            control = predict(answerer, self.samples, self.generation, shown, "images exchanged", partial)
+            self._write("predictions_control_image.jsonl", to_jsonl(control))
         if self.cfg.organ_question:
             partial = self._partial("organ.jsonl", key)
-            extra["organ"] = controls.organ_accuracy(lambda pairs: self._ask(model, pairs, partial), self.samples)
-        metrics = self._finish(predictions, control, extra, {"checkpoint": checkpoint, "device": _device()})
+            extra["organ"] = controls.organ_accuracy(lambda pairs: self._ask(answerer, pairs, partial), self.samples)
+        metrics = self._finish(predictions, control, extra, {**source, "device": _device()})
         for partial in self._partials:
             partial.remove()
         self._partials = []
@@ -112,25 +114,27 @@ class Evaluation:
         self._partials.append(partial)
         return partial
 
-    def _key(self, checkpoint: str, flags: Mapping[str, object]) -> dict:
+    def _key(self, source: Mapping[str, str], flags: Mapping[str, object]) -> dict:
         """What the answers follow from. Tensors count by their files' sizes and dates; to read them would take minutes."""
+        checkpoint = source.get("checkpoint", "")
         root = Path(checkpoint)
-        weights = sorted(p for pattern in ("*.safetensors", "*.bin") for p in root.glob(pattern)) if root.is_dir() else []
+        weights = sorted(p for pattern in ("*.safetensors", "*.bin") for p in root.glob(pattern)) if checkpoint and root.is_dir() else []
         stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in weights]
         files = [(str(path), _sha256(path.read_bytes())) for path in _checkpoint_files(checkpoint)]
         questions = [(sample.question_id, sample.question, str(sample.image)) for sample in self.samples]
         return {
-            "checkpoint": [checkpoint, files, stats],
+            "source": dict(source),
+            "files": [files, stats],
             "flags": dict(flags),
             "config": self.cfg.to_dict(),
             "questions": questions,
             "version": _version("llavamed_jax"),
         }
 
-    def _ask(self, model: LlavaMed, pairs: Sequence[tuple[str, str]], partial: Partial) -> list[str]:
+    def _ask(self, answerer: Answerer, pairs: Sequence[tuple[str, str]], partial: Partial) -> list[str]:
         # The shifts of this control follow from one greedy answer an image, whatever the other questions are asked with.
-        greedy = vqa.Generation(max_new_tokens=self.generation.max_new_tokens, batch_size=self.generation.batch_size)
-        return [answer.text for answer in vqa.ask(model, pairs, greedy, "organ question", partial)]
+        greedy = Generation(max_new_tokens=self.generation.max_new_tokens, batch_size=self.generation.batch_size)
+        return [answer.text for answer in ask(answerer, pairs, greedy, "organ question", partial)]
 
     def _finish(self, predictions: list[dict], control: list[dict], extra: dict, run: Mapping[str, str]) -> dict:
         cfg = self.cfg
@@ -153,11 +157,11 @@ class Evaluation:
         return metrics
 
     def _write(self, name: str, text: str) -> None:
-        vqa.write_text(self.workdir / name, text)
+        write_text(self.workdir / name, text)
 
     def _details(self, run: Mapping[str, str], predictions: Sequence[Mapping]) -> dict[str, dict]:
         packages = ("llavamed_jax", "jax", "flax", "transformers", "numpy", "pillow", "nltk")
-        hashes = {"predictions": _sha256(vqa.utf8(vqa.to_jsonl(predictions)))}
+        hashes = {"predictions": _sha256(utf8(to_jsonl(predictions)))}
         root = Path(self.cfg.data.root)
         data = [root] if root.is_file() else sorted(root.glob("*.json"))
         files = [*data, *_checkpoint_files(run.get("checkpoint", ""))]
