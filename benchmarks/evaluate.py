@@ -109,15 +109,17 @@ class Theirs:
 
 
 def cold_and_warm(run: Callable[[], list], repeats: int, between: Callable[[], None] = lambda: None) -> tuple[dict, list]:
-    """Seconds of the first pass and the median of the others, and what the first one returned."""
-    seconds, first = [], None
+    """Seconds of the first pass and the median of the others, also in processor seconds; and what the first one returned."""
+    seconds, processor, first = [], [], None
     for _ in range(1 + repeats):
         between()
-        begun = time.perf_counter()
+        begun = time.perf_counter(), time.process_time()
         found = run()
-        seconds.append(time.perf_counter() - begun)
+        seconds.append(time.perf_counter() - begun[0])
+        processor.append(time.process_time() - begun[1])
         first = found if first is None else first
-    return dict(seconds_cold=seconds[0], seconds_warm=statistics.median(seconds[1:]) if repeats else None), first
+    warm = dict(seconds_warm=statistics.median(seconds[1:]), processor_seconds_warm=statistics.median(processor[1:])) if repeats else {}
+    return dict(seconds_cold=seconds[0], **warm), first
 
 
 def differences(model, questions: Sequence[Question], found: list[list[int]], wanted: list[list[int]]) -> dict:
@@ -263,12 +265,25 @@ def measure(model, theirs: Theirs, pairs, questions, args) -> dict:
     seconds, _ = cold_and_warm(lambda: ask(answerer, pairs, settings), args.repeats, partial(forget, model.engine))
     out["ask"] = seconds
     for row in out.values():
-        row["questions_per_second"] = n / (row["seconds_warm"] or row["seconds_cold"])
+        row["questions_per_second"] = n / row.get("seconds_warm", row["seconds_cold"])
     speed = {name: row["questions_per_second"] for name, row in out.items()}
     return dict(questions=n, new_tokens=sum(map(len, wanted)), longest=max(map(len, wanted)),
                 prompt_positions=sum(len(q.ids) for q in questions),
                 times_one_by_one=speed["shared"] / speed["one_by_one"], times_batched=speed["shared"] / speed["batched"],
                 times_apart=speed["shared"] / speed["apart"], **out)
+
+
+def agreement(model, questions: Sequence[Question], batch_size: int) -> dict:
+    """In bfloat16, where rounding depends on a program's shapes: how many answers are those of one row at a time, unshared."""
+    import jax
+    import jax.numpy as jnp
+
+    from llavamed_jax.generation.engine import Engine
+
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), model.engine.params)
+    found, wanted = (ours(Engine(model.config, params, jnp.bfloat16, batch_size=size, share=size > 1), questions)
+                     for size in (batch_size, 1))
+    return dict(bfloat16_equal_to_one_by_one=sum(a == b for a, b in zip(found, wanted)))
 
 
 def main() -> None:
@@ -302,7 +317,7 @@ def main() -> None:
     theirs = Theirs(hf, lambda image: normalize(image, vision.image_mean, vision.image_std))
     pairs, questions, reading = read_questions(model.processor, args.vqa_rad, args.questions, args.max_new_tokens)
     for name, load_ in (("VQA-RAD test", (pairs, questions)), (f"{SLAKE} questions an image", as_slake(pairs, questions))):
-        row = measure(model, theirs, *load_, args)
+        row = measure(model, theirs, *load_, args) | agreement(model, load_[1], args.batch_size)
         append_row(Path(args.out) / "evaluate.jsonl", {
             "case": name, "weights": args.checkpoint or "random", "dtype": "float32", "batch_size": args.batch_size,
             "max_new_tokens": args.max_new_tokens, "cores": len(os.sched_getaffinity(0)), **row, **reading, **circumstances(args.commit)})
