@@ -13,6 +13,7 @@ for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ.setdefault(variable, "2")  # torch and BLAS beside XLA: more threads than cores only slow each other
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads and the loader's forks do not mix
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test never asks a hub
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "0"  # nor does it write into the home of whoever runs it
 
 # A shell that runs a job in the background has it ignore Ctrl-C, and children inherit that: some tests send them one.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

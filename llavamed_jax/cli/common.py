@@ -257,6 +257,8 @@ def load_assistant(args: argparse.Namespace):
     """The LlavaMed that the flags `--checkpoint` and those of `add_model_flags` name; says which vision tower it has."""
     check_model_flags(args)
     from llavamed_jax.assistant import load  # brings jax
+    from llavamed_jax.cli import compilation_cache
+    compilation_cache.enable()
     model = load(args.checkpoint, dtype=args.dtype, mesh=args.mesh, vision_tower=args.vision_tower,
                  tokenizer=args.tokenizer, template=args.template)
     print(f"{args.checkpoint}: vision tower: {model.tower}", file=sys.stderr)  # stdout is for answers and results

@@ -17,7 +17,7 @@ exit status: 0 done; 1 failed; 2 wrong flag, config key or value; 75 stopped by 
 
 
 def train(argv: list[str]) -> int:
-    from llavamed_jax.cli import common
+    from llavamed_jax.cli import common, compilation_cache
     parser = common.Parser(prog="train.py", description="Trains a recipe.", epilog=_USAGE)
     parser.add_argument("--config", required=True, metavar="FILE.py[:ARGUMENTS]", help="the recipe; --config.KEY=VALUE changes one key")
     parser.add_argument("--workdir", required=True, metavar="DIR", help="where the run lies; made if it does not exist")
@@ -28,6 +28,7 @@ def train(argv: list[str]) -> int:
     config = common.load_config(args.config, overrides)
     from llavamed_jax.evaluation import watching  # imports jax, which a wrong command line need not wait for
     from llavamed_jax.training.trainer import Watch, fit
+    compilation_cache.enable()
     model = watching.TrainedModel()
     watch = Watch([watching.ClosedAccuracy(model)], watching.Samples(model), args.profile)
     return 0 if fit(config, args.workdir, watch) else common.EXIT_SAVED

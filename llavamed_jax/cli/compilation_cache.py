@@ -1,0 +1,65 @@
+"""Compiled programs are kept on the disk, so that a command line that is started again need not compile them again."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+SWITCH, DIRECTORY = "JAX_ENABLE_COMPILATION_CACHE", "JAX_COMPILATION_CACHE_DIR"  # of jax's own, from the environment
+LEAST_SECONDS = 0.1  # of compiling, for a program to be kept; jax's second would leave out half of what a small model runs
+MOST_BYTES = 4_000_000_000
+
+
+def enable() -> None:
+    """Has jax keep what it compiles in the user's cache directory; to be called before the first program is compiled.
+
+    jax finds an entry by the program, jaxlib, XLA's flags, the kind and number of devices and, on a CPU, its instruction set: what
+    another version or machine left there is not taken. `JAX_COMPILATION_CACHE_DIR` names another directory, and
+    `JAX_ENABLE_COMPILATION_CACHE=0` turns it off. Several processes keep theirs only in a directory that was named: in one
+    that they do not share, one process would find a program for which the others still want to tune kernels with it.
+    """
+    import jax  # whoever calls this is about to
+
+    config = jax.config
+    if not config.jax_enable_compilation_cache:
+        return
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        config.update("jax_persistent_cache_min_compile_time_secs", LEAST_SECONDS)
+    if config.jax_compilation_cache_dir is not None or jax.distributed.is_initialized():
+        return
+    try:
+        directory = default_directory()
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)  # what lies there is run: nobody else may write to it
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+        prune(directory, MOST_BYTES)
+    except OSError as error:
+        where = f": {error.filename}" if error.filename else ""
+        print(f"warning: compiled programs are not kept: {error.strerror or error}{where} ({DIRECTORY} names another directory, "
+              f"{SWITCH}=0 turns this off)", file=sys.stderr)
+        return
+    config.update("jax_compilation_cache_dir", str(directory))
+
+
+def default_directory() -> Path:
+    """`llavamed_jax/programs` of the user's cache directory: $XDG_CACHE_HOME, where it is an absolute path, else ~/.cache."""
+    named, home = os.environ.get("XDG_CACHE_HOME", ""), os.path.expanduser("~")
+    if not os.path.isabs(named) and not os.path.isabs(home):
+        raise OSError("this user has no home directory")
+    return (Path(named) if os.path.isabs(named) else Path(home) / ".cache") / "llavamed_jax" / "programs"
+
+
+def prune(directory: Path, most: int) -> None:
+    """Deletes the entries that were not used for the longest time, until at most `most` bytes are left."""
+    found = []
+    for path in directory.glob("*-cache"):
+        with contextlib.suppress(FileNotFoundError):  # another process may be here at the same time
+            stat = path.stat()
+            found.append((max(stat.st_atime, stat.st_mtime), stat.st_size, path))
+    for _, size, path in sorted(found, reverse=True):
+        most -= size
+        if most < 0:
+            path.unlink(missing_ok=True)
