@@ -146,16 +146,29 @@ def find_records(file: BinaryIO, name: str) -> np.ndarray:
     A list is parsed by the `json` library through a window, as Latin-1: what JSON is made of is ASCII, so one character is
     one byte, and only the text inside strings comes out wrong, which nobody looks at. Lines are not parsed.
     """
+    return np.fromiter((byte for pair in _places(file, name) for byte in pair), np.int64).reshape(-1, 2)
+
+
+def first_record(path: Path) -> Any:
+    """What the first record of a file says, as it stands there; None where there is none: whoever reads the file says why."""
+    try:
+        with open(path, "rb") as file:
+            begin, end = next(_places(file, str(path)))
+            file.seek(begin)
+            return json.loads(file.read(end - begin))
+    except (OSError, UserError, ValueError, RecursionError, StopIteration):
+        return None
+
+
+def _places(file: BinaryIO, name: str) -> Iterator[tuple[int, int]]:
     file.seek(0)
     start = len(_BOM) if file.read(len(_BOM)) == _BOM else 0
     file.seek(start)
     head = file.read(4096)  # in which there is more than white space
     first = head.lstrip()
     if first.startswith(b"["):
-        found = _list_items(file, start + len(head) - len(first) + 1, name)
-    else:
-        found = _lines(file, start)
-    return np.fromiter((byte for pair in found for byte in pair), np.int64).reshape(-1, 2)
+        return _list_items(file, start + len(head) - len(first) + 1, name)
+    return _lines(file, start)
 
 
 def _lines(file: BinaryIO, begin: int) -> Iterator[tuple[int, int]]:
