@@ -15,6 +15,7 @@ import json
 import math
 import os
 import re
+import uuid
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -134,7 +135,7 @@ def load_arrays(path: Path, *names: str) -> dict[str, np.ndarray] | None:
 def save_whole(path: Path, write: Callable[[BinaryIO], None]) -> None:
     """Writes a file whole or not at all, also where several processes write the same one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}")  # on a disk that machines share, process ids repeat
     with open(temporary, "wb") as file:
         write(file)
     temporary.replace(path)
