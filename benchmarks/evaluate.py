@@ -225,7 +225,7 @@ def checkpoint_of(path: str | None):
 
 def read_questions(processor, root: str, number: int | None, limit: int) -> tuple[list[tuple[str, str]], list[Question], dict]:
     """(question, path) pairs of VQA-RAD's test split, the same as prompts, and how long their images take to be read."""
-    from llavamed_jax.data.datasets import read_vqa_rad
+    from llavamed_jax.data.vqa_rad import read_vqa_rad
     from llavamed_jax.evaluation.local import _messages
 
     pairs = [(s.question.replace("<image>", "").strip(), str(s.image)) for s in read_vqa_rad(root, "test", "clean")][:number]

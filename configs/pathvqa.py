@@ -1,8 +1,8 @@
 """Stage 3 on PathVQA: short answers to clinicians' questions, trained as in stage 2.
 
-    python train.py --config configs/pathvqa.py:epochs=9 --workdir runs/pathvqa --config.data.train=train.json --config.data.images=images
+    python train.py --config configs/pathvqa.py:epochs=9 --workdir runs/pathvqa --config.data.train=DIRECTORY_OF_PATHVQA
 
-The questions are a LLaVA file, as LLaVA-Med v1.0 made them of PathVQA's 19,755 training questions (2,599 images).
+The 19,755 training questions (2,599 images) of the release's folder, of the hub's parquet files, or of a LLaVA file made of them.
 """
 
 from ml_collections import ConfigDict
@@ -27,8 +27,8 @@ def get_config(arg: str = "") -> ConfigDict:
     c.template = TEMPLATES[args.family]
 
     c.data = ConfigDict()
-    c.data.train = "data/pathvqa/train.json"
-    c.data.images = "data/pathvqa/images"
+    c.data.train = "data/pathvqa"  # the official layout: qas/, images/
+    c.data.images = placeholder(str)  # beside the questions; those of parquet files are written there
     c.data.validation = placeholder(str)
     c.data.protocol = placeholder(str)
     c.data.samples = placeholder(str)  # asked every samples_every steps; none: of data.validation, else of data.train

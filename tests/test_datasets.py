@@ -7,7 +7,11 @@ import math
 import pytest
 from PIL import Image
 
-from llavamed_jax.data.datasets import VQA_RAD_FILE, describe, read_slake, read_training, read_vqa_rad, to_llava
+from llavamed_jax.data.datasets import read_training
+from llavamed_jax.data.layouts import VQA_RAD_FILE
+from llavamed_jax.data.questions import describe, to_llava
+from llavamed_jax.data.slake import read_slake
+from llavamed_jax.data.vqa_rad import read_vqa_rad
 from llavamed_jax.errors import UserError
 
 
@@ -68,7 +72,7 @@ def test_published_counts_of_vqa_rad(shared, split, protocol, counts):
 
 def test_a_cut_is_described_beside_the_whole(rad):
     assert describe(read_vqa_rad(rad, "test"), "vqa_rad", "test", "clean") == (
-        "vqa_rad test (clean): 2 questions on 1 images, 0 open, 2 closed; published: 451 questions, 179 open, 272 closed")
+        "vqa_rad test (clean): 2 questions on 1 images, 0 open, 2 closed; published: 451 questions on 203 images, 179 open, 272 closed")
 
 
 def test_missing_images_are_counted(rad):
@@ -109,7 +113,7 @@ def test_published_counts_of_slake(shared, split, counts):
     n_open = sum(s.answer_type == "OPEN" for s in samples)
     assert (len(samples), n_open, len(samples) - n_open) == counts
     assert describe(samples, "slake", split, "en").endswith("as published")
-    assert len(read_slake(shared / "data" / "slake", split, lang=None)) > len(samples)
+    assert len(read_slake(shared / "data" / "slake", split, "all")) > len(samples)
 
 
 def test_slake_without_a_split_names_the_file(tmp_path):
@@ -125,7 +129,8 @@ def test_slake_fields_and_language(tmp_path):
     Image.new("RGB", (4, 4)).save(tmp_path / "imgs" / "xmlab1" / "source.jpg")
     (sample,) = read_slake(tmp_path, "train")
     assert (sample.question_id, sample.organ, sample.modality, sample.question_type) == (7, "Abdomen", "MRI", "Modality")
-    assert len(read_slake(tmp_path, "train", lang="zh")) == 1
+    assert len(read_slake(tmp_path, "train", "zh")) == 1
+    assert [s.question_id for s in read_slake(tmp_path, "train", "all")] == [7, 8]
     assert to_llava(sample)["conversations"] == [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "MRI"}]
     assert len(read_training(tmp_path)) == 1
 

@@ -15,9 +15,11 @@ from llavamed_jax.assistant import LlavaMed
 from llavamed_jax.checkpoints.load import load_params, random_checkpoint
 from llavamed_jax.cli import eval as cli
 from llavamed_jax.config import preset
-from llavamed_jax.data.datasets import VqaSample, read_slake, read_vqa_rad
 from llavamed_jax.data.processor import Processor
+from llavamed_jax.data.questions import VqaSample
+from llavamed_jax.data.slake import read_slake
 from llavamed_jax.data.tokenizer import Tokenizer
+from llavamed_jax.data.vqa_rad import read_vqa_rad
 from llavamed_jax.errors import UsageError, UserError
 from llavamed_jax.evaluation import controls, files, local, partial, questions, run, scoring
 from llavamed_jax.evaluation.asking import Answer, Generation, ask, predict

@@ -12,9 +12,10 @@ from llavamed_jax import chat
 from llavamed_jax.cli import convert
 from llavamed_jax.cli import eval as cli
 from llavamed_jax.cli.common import load_config
-from llavamed_jax.data.datasets import VqaSample, read_vqa_rad
 from llavamed_jax.data.processor import Processor
+from llavamed_jax.data.questions import VqaSample
 from llavamed_jax.data.tokenizer import Tokenizer
+from llavamed_jax.data.vqa_rad import read_vqa_rad
 from llavamed_jax.evaluation import controls, run, scoring
 from llavamed_jax.evaluation.asking import Generation, ask
 from llavamed_jax.evaluation.local import LocalModel

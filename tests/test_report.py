@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from llavamed_jax.data.datasets import VqaSample
+from llavamed_jax.data.questions import VqaSample
 from llavamed_jax.evaluation import report, scoring
 
 _VOID = {"meta", "img", "rect", "line", "br"}

@@ -1,4 +1,4 @@
-"""SLAKE 1.0, English questions, in the official layout."""
+"""SLAKE 1.0 in the official layout, its English questions."""
 
 from ml_collections import ConfigDict
 
@@ -13,6 +13,7 @@ def get_config(arg: str = "") -> ConfigDict:
     cfg.data.name = "slake"
     cfg.data.root = ""  # the folder with train.json, validate.json, test.json and imgs/
     cfg.data.split = "test"
+    cfg.data.language = "en"  # the language of the published numbers; zh, or all
     cfg.data.held_out = ""
     cfg.protocol = "clean"
     cfg.generation = ConfigDict()

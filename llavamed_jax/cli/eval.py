@@ -21,27 +21,37 @@ def _parser() -> common.Parser:
     parser = common.Parser(prog="eval.py", usage=usage, description="Asks a model a data set's questions, scores, reports.",
                            epilog=_EXAMPLES)
     parser.add_argument("--config", required=True, metavar="FILE", help="what is asked: configs/eval/NAME.py[:ARGUMENTS]")
-    parser.add_argument("--workdir", required=True, metavar="DIR", help="where predictions, metrics and report go")
+    parser.add_argument("--workdir", metavar="DIR", help="where predictions, metrics and report go")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--checkpoint", metavar="PATH", help="a checkpoint in any layout, or a run's workdir")
     source.add_argument("--predictions", metavar="FILE", help="predictions.jsonl that exists; no model is loaded")
+    source.add_argument("--write_llava", metavar="FILE", help="write the questions in LLaVA's format, for training, and end")
     parser.add_argument("--control", choices=["image"], help="ask again with the images exchanged")
     common.add_model_flags(parser)
     return parser
 
 
-# What is refused beside --predictions, where no model is loaded.
+# What is refused beside --predictions and --write_llava, where no model is loaded.
 _MODEL_FLAGS = ("control", "vision_tower", "tokenizer", "template", "dtype", "mesh")
 
 
 def program(argv: Sequence[str]) -> int:
     """Runs one evaluation; returns the exit status."""
-    args, overrides = _parser().parse_with_overrides(argv)
-    if args.predictions is not None:
+    parser = _parser()
+    args, overrides = parser.parse_with_overrides(argv)
+    if args.checkpoint is None:
         given = [name for name in _MODEL_FLAGS if getattr(args, name)]
         if given:
-            raise UsageError(f"--{given[0]} needs a model; it cannot stand beside --predictions")
+            other = "predictions" if args.predictions is not None else "write_llava"
+            raise UsageError(f"--{given[0]} needs a model; it cannot stand beside --{other}")
+    if (args.workdir is None) != (args.write_llava is not None):
+        parser.error("--workdir is missing" if args.workdir is None else "--write_llava writes one file and needs no --workdir")
     cfg = common.load_config(args.config, overrides)
+    if args.write_llava is not None:
+        from llavamed_jax.evaluation import questions
+
+        print(questions.write_llava(cfg, args.write_llava))
+        return 0
     if args.checkpoint is not None:
         common.check_model_flags(args)
     from llavamed_jax.evaluation import run  # after the flags are known to be right: it takes a second

@@ -57,7 +57,7 @@ def load_image(source, frame: int | None = None) -> Image.Image:
         raise UserError(f"the image {source[:200]} is a web address; a path, a data URL or an image was expected")
     if not isinstance(source, (str, Path)):
         raise UserError(f"the image is of type {type(source).__name__}; a path, a Pillow image, a uint8 array or bytes was expected")
-    path, named = _split_frame(str(source))
+    path, named = split_frame(str(source))
     with _open(path) as file:
         return _read(file, f"the image {path}", frame or named or 1, Path(path).suffix)
 
@@ -123,7 +123,7 @@ def _open(path: str) -> BinaryIO:
         raise UserError(f"the image {path[:200]} cannot be opened: {reason}") from error
 
 
-def _split_frame(path: str) -> tuple[str, int | None]:
+def split_frame(path: str) -> tuple[str, int | None]:
     """`scan.dcm#frame=3` -> (`scan.dcm`, 3), unless a file has that very name."""
     match = re.fullmatch(r"(.*)#frame=(\d{1,9})", path, re.DOTALL)
     if match is None or Path(path).exists():

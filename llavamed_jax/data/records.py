@@ -15,6 +15,7 @@ import json
 import math
 import os
 import re
+import uuid
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -134,7 +135,7 @@ def load_arrays(path: Path, *names: str) -> dict[str, np.ndarray] | None:
 def save_whole(path: Path, write: Callable[[BinaryIO], None]) -> None:
     """Writes a file whole or not at all, also where several processes write the same one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}")  # on a disk that machines share, process ids repeat
     with open(temporary, "wb") as file:
         write(file)
     temporary.replace(path)
@@ -146,16 +147,29 @@ def find_records(file: BinaryIO, name: str) -> np.ndarray:
     A list is parsed by the `json` library through a window, as Latin-1: what JSON is made of is ASCII, so one character is
     one byte, and only the text inside strings comes out wrong, which nobody looks at. Lines are not parsed.
     """
+    return np.fromiter((byte for pair in _places(file, name) for byte in pair), np.int64).reshape(-1, 2)
+
+
+def first_record(path: Path) -> Any:
+    """What the first record of a file says, as it stands there; None where there is none: whoever reads the file says why."""
+    try:
+        with open(path, "rb") as file:
+            begin, end = next(_places(file, str(path)))
+            file.seek(begin)
+            return json.loads(file.read(end - begin))
+    except (OSError, UserError, ValueError, RecursionError, StopIteration):
+        return None
+
+
+def _places(file: BinaryIO, name: str) -> Iterator[tuple[int, int]]:
     file.seek(0)
     start = len(_BOM) if file.read(len(_BOM)) == _BOM else 0
     file.seek(start)
     head = file.read(4096)  # in which there is more than white space
     first = head.lstrip()
     if first.startswith(b"["):
-        found = _list_items(file, start + len(head) - len(first) + 1, name)
-    else:
-        found = _lines(file, start)
-    return np.fromiter((byte for pair in found for byte in pair), np.int64).reshape(-1, 2)
+        return _list_items(file, start + len(head) - len(first) + 1, name)
+    return _lines(file, start)
 
 
 def _lines(file: BinaryIO, begin: int) -> Iterator[tuple[int, int]]:

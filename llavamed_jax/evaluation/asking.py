@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from llavamed_jax.data.datasets import VqaSample
+from llavamed_jax.data.questions import VqaSample
 from llavamed_jax.errors import UserError
 from llavamed_jax.evaluation.progress import progress
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from llavamed_jax.data.datasets import VqaSample
+from llavamed_jax.data.questions import VqaSample
 from llavamed_jax.errors import UserError
 
 ORGAN_QUESTION = "Which organ system is shown in this image?"

@@ -1,60 +1,157 @@
-"""Which questions an eval config asks, and which training rows stand beside them."""
+"""Which questions an eval config asks, which training rows stand beside them, and the same questions as a training file."""
 
 from __future__ import annotations
 
+import json
+import logging
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from ml_collections import ConfigDict
+
 from llavamed_jax.checkpoints.files import read_json
-from llavamed_jax.data import datasets
-from llavamed_jax.data.datasets import VqaSample
+from llavamed_jax.data import layouts, pathvqa
+from llavamed_jax.data import questions as data_questions
+from llavamed_jax.data.captions import INSTRUCTION, read_captions
+from llavamed_jax.data.choices import read_choices
+from llavamed_jax.data.llava_med import read_llava_med
+from llavamed_jax.data.questions import VqaSample, check_ids
+from llavamed_jax.data.records import normalize
+from llavamed_jax.data.slake import LANGUAGES, read_slake
+from llavamed_jax.data.vqa_rad import read_vqa_rad
 from llavamed_jax.errors import UsageError, UserError
+from llavamed_jax.evaluation.files import write_text
+
+log = logging.getLogger(__name__)
+
+Reader = Callable[[str, str], list[VqaSample]]  # (root, split) -> its questions
+
+# Keys of `data` that only some sets have.
+FURTHER = ("language", "images", "question", "train")
+_PUBLISHED = ("vqa_rad", "slake", "pathvqa")  # whose folders hold their training rows
 
 
 def load_samples(
-    name: str, root: str, split: str, protocol: str, held_out: str = ""
+    name: str, root: str, split: str, protocol: str, held_out: str = "", **more: str
 ) -> tuple[list[VqaSample], list[VqaSample]]:
     """The questions to ask, and the training rows that candidates, majority answer and leakage counts come from.
 
     Args:
-      name: `vqa_rad` or `slake`; `root` holds its official layout.
+      name: `vqa_rad`, `slake`, `pathvqa`, `llava_med`, `choices` or `captions`; `root` holds its official layout, or is a file.
       split: `train`, `validation` or `test`.
       protocol: `clean` or `paper`, VQA-RAD's training rows.
       held_out: a JSON file `{"images": [names]}`. Then the rows of exactly these images are asked, whatever their
         split, and all rows of the other images count as training rows.
+      more: the keys of `FURTHER`, where the set has them: SLAKE's `language`, the folder of the `images`, the `question` about images
+        to be described, and `train`, a file of training rows in place of the one beside the questions.
     Raises:
-      UsageError: a data set that is not known, or an empty root. UserError: what the readers find wrong.
+      UsageError: a data set that is not known, or an empty root. UserError: what the readers find wrong, ids that several
+        questions have.
     """
-    readers = {"vqa_rad": _read_vqa_rad, "slake": _read_slake}
+    read = _reader(name, root, split, protocol, more)
+    if held_out:
+        return _held_out(name, root, split, held_out)
+    samples = read(root, split)
+    check_ids(samples, f"{root}, split {split},")
+    return samples, _training_rows(name, root, read, more.get("train", ""))
+
+
+def further(data: ConfigDict) -> dict[str, str]:
+    """The keys of `FURTHER` that a config has."""
+    return {key: data[key] for key in FURTHER if key in data}
+
+
+def describe(cfg: ConfigDict, samples: list[VqaSample]) -> str:
+    """One line that says what is asked, and whether it is the whole of the published set."""
+    data = cfg.data
+    if data.held_out:
+        images = len({sample.image for sample in samples})
+        return f"{data.name}: {len(samples)} questions about {images} images held out by {data.held_out}"
+    variants = {"vqa_rad": cfg.protocol, "slake": data.get("language", "en"), "pathvqa": pathvqa.form(Path(data.root))}
+    return data_questions.describe(samples, data.name, data.split, variants.get(data.name, ""))
+
+
+def source_files(data: ConfigDict) -> list[Path]:
+    """The files that the questions were read from, for their hashes."""
+    root = Path(data.root)
+    if root.is_file():
+        return [root]
+    return pathvqa.files_of(root, data.split) if data.name == "pathvqa" else sorted([*root.glob("*.json"), *root.glob("*.jsonl")])
+
+
+def write_llava(cfg: ConfigDict, path: str | Path) -> str:
+    """Writes the configured questions in LLaVA's format, for training; returns a line that says what was written.
+
+    Images are absolute paths, so that the file may lie anywhere. Raises UserError where the file exists or a question can be no
+    training record, and leaves nothing then.
+    """
+    path, data = Path(path), cfg.data
+    if path.exists():
+        raise UserError(f"{path} exists; a new file was expected")
+    if data.held_out:
+        samples, _ = load_samples(data.name, data.root, data.split, cfg.protocol, data.held_out)
+    else:
+        samples = _reader(data.name, data.root, data.split, cfg.protocol, further(data))(data.root, data.split)
+    records = []
+    for index, sample in enumerate(samples):
+        record = data_questions.to_llava(sample)
+        record["image"] = [str(Path(image).absolute()) for image in record["image"]]
+        normalize(record, Path(), f"question {sample.question_id} of {data.root}", index)  # what is written can be read
+        records.append(record)
+    write_text(path, "[\n" + ",\n".join(json.dumps(record, ensure_ascii=False) for record in records) + "\n]\n")
+    return f"{describe(cfg, samples)}: written to {path}"
+
+
+def _reader(name: str, root: str, split: str, protocol: str, more: Mapping[str, str]) -> Reader:
+    """What reads a split of a data set. Raises UsageError for settings that name none."""
+    images, question, language = more.get("images") or None, more.get("question", INSTRUCTION), more.get("language", "en")
+    readers: dict[str, Reader] = {
+        "vqa_rad": lambda root, split: read_vqa_rad(root, split, protocol),
+        "slake": lambda root, split: read_slake(root, split, language),
+        "pathvqa": lambda root, split: pathvqa.read_pathvqa(root, split, images),
+        "llava_med": lambda root, split: read_llava_med(root, split, images),
+        "choices": lambda root, split: read_choices(root, split, images),
+        "captions": lambda root, split: read_captions(root, split, images, question),
+    }
     if name not in readers:
         raise UsageError(f"the data set {name!r} is not known; data.name may be {' or '.join(readers)}")
     if not root:
         raise UsageError(f"data.root is empty; the folder with {name} was expected: --config.data.root=DIR")
-    read = readers[name]
-    if not held_out:
-        return read(root, split, protocol), read(root, "train", protocol)
+    splits = ("train", "test") if name == "vqa_rad" else layouts.SPLITS
+    if split not in splits:
+        raise UsageError(f"data.split is {split!r}; of {name} it may be {_either(splits)}")
+    if language not in LANGUAGES:
+        raise UsageError(f"data.language is {language!r}; {_either(LANGUAGES)} was expected")
+    return readers[name]
+
+
+def _either(words: tuple[str, ...]) -> str:
+    return f"{', '.join(words[:-1])} or {words[-1]}"
+
+
+def _training_rows(name: str, root: str, read: Reader, train: str) -> list[VqaSample]:
+    """Files of one's own need no training rows; the published sets have them, and their numbers need them."""
+    if train:
+        return read(train, "train")
+    if name in _PUBLISHED or any(file.is_file() for file in layouts.split_files(Path(root), "train")):
+        return read(root, "train")
+    log.warning("%s has no train.json and data.train names no file: what follows from training rows (answer candidates, their "
+                "majority answer, leakage) is left out", root)
+    return []
+
+
+def _held_out(name: str, root: str, split: str, held_out: str) -> tuple[list[VqaSample], list[VqaSample]]:
     if split != "test":
         raise UsageError(f"data.split is {split!r}; beside data.held_out, which asks rows of both splits, it may be test only")
     if name != "vqa_rad":
         raise UsageError(f"data.held_out holds out images of VQA-RAD; {name} has splits without common images: data.split")
     names = _held_out_images(held_out)
-    rows = datasets.read_vqa_rad(root, "all", "clean")  # each row once, without the rephrasings of the paper's protocol
+    rows = read_vqa_rad(root, "all", "clean")  # each row once, without the rephrasings of the paper's protocol
     asked = [sample for sample in rows if Path(sample.image).name in names]
     unknown = names - {Path(sample.image).name for sample in asked}
     if unknown:
         raise UserError(f"{held_out} holds out images of which {root} has no row: {', '.join(sorted(unknown))}")
     return asked, [sample for sample in rows if Path(sample.image).name not in names]
-
-
-def _read_vqa_rad(root: str, split: str, protocol: str) -> list[VqaSample]:
-    if split not in ("train", "test"):
-        raise UsageError(f"VQA-RAD has no split {split!r}; data.split may be train or test")
-    return datasets.read_vqa_rad(root, split, protocol)
-
-
-def _read_slake(root: str, split: str, protocol: str) -> list[VqaSample]:
-    if split not in ("train", "validation", "test"):
-        raise UsageError(f"SLAKE has no split {split!r}; data.split may be train, validation or test")
-    return datasets.read_slake(root, split)
 
 
 def _held_out_images(path: str) -> set[str]:

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from llavamed_jax.data.datasets import VqaSample
+from llavamed_jax.data.questions import VqaSample
 from llavamed_jax.evaluation import controls, scoring
 from llavamed_jax.evaluation.style import CSS
 

@@ -15,13 +15,11 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from llavamed_jax.data import datasets
 from llavamed_jax.errors import UsageError, UserError
-from llavamed_jax.evaluation import controls, report, scoring
+from llavamed_jax.evaluation import controls, questions, report, scoring
 from llavamed_jax.evaluation.asking import Answerer, Generation, ask, predict
 from llavamed_jax.evaluation.files import to_jsonl, utf8, write_text
 from llavamed_jax.evaluation.partial import Partial
-from llavamed_jax.evaluation.questions import load_samples
 
 
 class Evaluation:
@@ -53,8 +51,8 @@ class Evaluation:
         if not 0 <= cfg.seed < 2**31:
             raise UsageError(f"seed is {cfg.seed}; 0 to {2**31 - 1} was expected")
         self.generation = Generation(**cfg.generation.to_dict(), seed=cfg.seed)
-        self.samples, self.training = load_samples(
-            cfg.data.name, cfg.data.root, cfg.data.split, cfg.protocol, cfg.data.held_out
+        self.samples, self.training = questions.load_samples(
+            cfg.data.name, cfg.data.root, cfg.data.split, cfg.protocol, cfg.data.held_out, **questions.further(cfg.data)
         )
         if not self.samples:
             raise UserError(f"{cfg.data.root} holds no question of {cfg.data.name} {cfg.data.split}")
@@ -102,12 +100,7 @@ class Evaluation:
 
     def describe(self) -> str:
         """One line that says what is asked, and whether it is the whole of the published set."""
-        data = self.cfg.data
-        if data.held_out:
-            images = len({sample.image for sample in self.samples})
-            return f"{data.name}: {len(self.samples)} questions about {images} images held out by {data.held_out}"
-        variant = self.cfg.protocol if data.name == "vqa_rad" else "en"
-        return datasets.describe(self.samples, data.name, data.split, variant)
+        return questions.describe(self.cfg, self.samples)
 
     def _partial(self, name: str, key: Mapping) -> Partial:
         partial = Partial(self.workdir / f"{name}.partial", key)
@@ -162,9 +155,7 @@ class Evaluation:
     def _details(self, run: Mapping[str, str], predictions: Sequence[Mapping]) -> dict[str, dict]:
         packages = ("llavamed_jax", "jax", "flax", "transformers", "numpy", "pillow", "nltk")
         hashes = {"predictions": _sha256(utf8(to_jsonl(predictions)))}
-        root = Path(self.cfg.data.root)
-        data = [root] if root.is_file() else sorted(root.glob("*.json"))
-        files = [*data, *_checkpoint_files(run.get("checkpoint", ""))]
+        files = [*questions.source_files(self.cfg.data), *_checkpoint_files(run.get("checkpoint", ""))]
         hashes |= {str(path): _sha256(path.read_bytes()) for path in files}
         date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         return {

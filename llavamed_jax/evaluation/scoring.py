@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from llavamed_jax.checkpoints.files import parse_json
-from llavamed_jax.data.datasets import VqaSample
+from llavamed_jax.data.questions import VqaSample
 from llavamed_jax.errors import UserError, some
 from llavamed_jax.evaluation import metrics
 

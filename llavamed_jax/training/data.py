@@ -86,7 +86,8 @@ class Data:
     def describe(self) -> list[str]:
         """Lines that say what was found, what has to be done without, and what the rows are."""
         found = self.plan.lengths
-        lines = [f"{found.usable} samples of {found.mean:.1f} tokens in the mean, images included, the longest {found.longest}"]
+        sets = [*self.train.found, *(self.validation.found if self.validation is not None else ())]
+        lines = [*sets, f"{found.usable} samples of {found.mean:.1f} tokens in the mean, images included, the longest {found.longest}"]
         if found.damaged:
             lines.append(f"warning: {len(found.damaged)} records cannot be used and are listed in skipped.jsonl; the first: "
                          f"{found.damaged[0]['reason']}")

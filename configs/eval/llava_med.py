@@ -1,0 +1,27 @@
+"""A file in LLaVA-Med's own test format: `{id, image, answer_type, conversations}`, such as `test.json` or `test_w_options.json`."""
+
+from ml_collections import ConfigDict
+
+from llavamed_jax.errors import UsageError
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    if arg:
+        raise UsageError(f"the recipe argument {arg!r} does not exist; this recipe has none")
+    cfg = ConfigDict()
+    cfg.data = ConfigDict()
+    cfg.data.name = "llava_med"
+    cfg.data.root = ""  # the file, or a folder with train.json and test.json
+    cfg.data.split = "test"
+    cfg.data.images = ""  # the folder of the images; empty: the file's own
+    cfg.data.train = ""  # a file of training rows; empty: train.json in the root, if it is there
+    cfg.data.held_out = ""
+    cfg.protocol = "clean"
+    cfg.generation = ConfigDict()
+    cfg.generation.max_new_tokens = 1024
+    cfg.generation.temperature = 0.0
+    cfg.generation.num_beams = 1
+    cfg.generation.batch_size = 16
+    cfg.organ_question = False
+    cfg.seed = 0
+    return cfg

@@ -1,0 +1,26 @@
+"""PathVQA: the release's folder, or the hub's parquet files."""
+
+from ml_collections import ConfigDict
+
+from llavamed_jax.errors import UsageError
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    if arg:
+        raise UsageError(f"the recipe argument {arg!r} does not exist; this recipe has none")
+    cfg = ConfigDict()
+    cfg.data = ConfigDict()
+    cfg.data.name = "pathvqa"
+    cfg.data.root = ""  # the folder with qas/ and images/, or with data/test-*.parquet
+    cfg.data.split = "test"
+    cfg.data.images = ""  # where the images lie, or those of parquet files are written; empty: images/ in the root
+    cfg.data.held_out = ""
+    cfg.protocol = "clean"
+    cfg.generation = ConfigDict()
+    cfg.generation.max_new_tokens = 1024
+    cfg.generation.temperature = 0.0
+    cfg.generation.num_beams = 1
+    cfg.generation.batch_size = 16
+    cfg.organ_question = False
+    cfg.seed = 0
+    return cfg

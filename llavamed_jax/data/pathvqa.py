@@ -1,0 +1,105 @@
+"""PathVQA (He et al. 2020): the release's folder of pickles and images, or the hub's parquet files.
+
+The release (`pvqa/`) keeps `images/{train,val,test}/train_0422.jpg`; `qas/train/train_qa.pkl`, rows of `image`, `question` and `answer`;
+and `qas/train_vqa.pkl`, the same questions with `question_id`, `question_type` and `answer_type`, which LLaVA-Med made its files of.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+from llavamed_jax.data import layouts
+from llavamed_jax.data.parquet import read_parquet
+from llavamed_jax.data.pickles import read_plain_pickle
+from llavamed_jax.data.questions import CLOSED, OPEN, Row, VqaSample, check_images, named_rows, one_of
+from llavamed_jax.errors import UserError
+
+_FOLDERS = {"train": "train", "validation": "val", "test": "test"}
+_TYPES = {"YES/NO": CLOSED, "OTHER": OPEN, "NUMBER": OPEN}
+
+
+def read_pathvqa(root: str | Path, split: str = "test", images: str | Path | None = None) -> list[VqaSample]:
+    """The questions of PathVQA.
+
+    `SPLIT_vqa.pkl` is read where it is there, else `SPLIT/SPLIT_qa.pkl`. That one and the parquet files know no ids and no answer
+    types: a question is closed there if its answer is yes or no, and is named by its image and how many of that image came
+    before, or in parquet by split and row.
+
+    Args:
+      root: the folder with `qas/` and `images/`, or with parquet files, in `data/` or in itself.
+      split: `train`, `validation` or `test`.
+      images: the folder of the images; `root/images` where it is not given. Those of parquet files are written there.
+    Raises:
+      UserError: a file or an image that is missing, a pickle that holds more than plain data, a file that is no parquet, a row
+        that lacks a field, an unknown split.
+    """
+    one_of("PathVQA's split", split, layouts.SPLITS)
+    root = Path(root)
+    folder = Path(images) if images else root / "images"
+    if form(root) == "parquet":
+        return _from_parquet(root, split, folder)
+    short = _FOLDERS[split]
+    described, plain = root / "qas" / f"{short}_vqa.pkl", root / "qas" / short / f"{short}_qa.pkl"
+    file = described if described.is_file() else plain
+    if not file.is_file():
+        raise UserError(f"the data file {file} does not exist{layouts.hint(root, 'pathvqa')}")
+    values = read_plain_pickle(file)
+    if not isinstance(values, list):
+        raise UserError(f"{file} holds a {type(values).__name__}; a list of rows was expected")
+    rows = named_rows(values, file, "pathvqa")
+    samples = [_described(row, folder / short) for row in rows] if file == described else _plain(rows, folder / short)
+    check_images(sample.image for sample in samples)
+    return samples
+
+
+def form(root: Path) -> str:
+    """`parquet` or `official`."""
+    return "parquet" if not (root / "qas").is_dir() and layouts.parquet_files(root) else "official"
+
+
+def files_of(root: Path, split: str) -> list[Path]:
+    """The files that a split's questions are in."""
+    short = _FOLDERS[split]
+    found = [root / "qas" / f"{short}_vqa.pkl", root / "qas" / short / f"{short}_qa.pkl"]
+    return layouts.parquet_files(root, split) if form(root) == "parquet" else [file for file in found if file.is_file()][:1]
+
+
+def _described(row: Row, images: Path) -> VqaSample:
+    label = row["label"]
+    if not isinstance(label, dict) or not label:
+        raise row.error("has no answer as label; {answer: score} was expected")
+    answer = Row({"label": next(iter(label))}, row.name, "pathvqa").text("label")  # as in LLaVA-Med's files
+    return VqaSample(row.identity("question_id"), _image(row, "img_id", images), row.text("sent"), answer, row.answer_type(_TYPES),
+                     question_type=row.optional("question_type"))
+
+
+def _plain(rows: list[Row], images: Path) -> list[VqaSample]:
+    seen: Counter = Counter()
+    samples = []
+    for row in rows:
+        name, answer = row.words("image"), row.text("answer")
+        samples.append(VqaSample(f"{name}-{seen[name]}", _image(row, "image", images), row.text("question"), answer, _kind(answer)))
+        seen[name] += 1
+    return samples
+
+
+def _image(row: Row, key: str, images: Path) -> Path:
+    path = row.image(key, images)
+    return path if path.suffix else path.with_name(f"{path.name}.jpg")
+
+
+def _kind(answer: str) -> str:
+    return CLOSED if answer.lower() in ("yes", "no") else OPEN
+
+
+def _from_parquet(root: Path, split: str, images: Path) -> list[VqaSample]:
+    files = layouts.parquet_files(root, split)
+    if not files:
+        raise UserError(f"{root} holds no parquet file of the split {split}; {root / 'data' / f'{split}-*.parquet'} was expected")
+    samples = []
+    for index, value in enumerate(read_parquet(files, ("question", "answer"), images)):
+        row = Row(value, f"row {index} of the split {split} of {root}", "pathvqa")
+        answer = row.text("answer")
+        samples.append(VqaSample(f"{split}-{index}", value["image"], row.text("question"), answer, _kind(answer)))
+    return samples

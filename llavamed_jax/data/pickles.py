@@ -1,0 +1,85 @@
+"""Pickles of plain data, and of nothing else: what is read is data, and no file can make this program run something.
+
+A pickle is a program for a small machine. Python's own machine (`pickle._Unpickler`, whose twin in C has no table) runs here with
+the instructions that make lists, dicts, tuples, text and numbers; those that look up a name, call or build an object do not
+exist. Keys of dicts are text or numbers: the hash of a tuple that is nested a million times ends the process.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import pickletools
+from pathlib import Path
+from typing import Any
+
+from llavamed_jax.errors import UserError
+
+_PLAIN = """
+PROTO FRAME STOP MARK POP POP_MARK MEMOIZE PUT BINPUT LONG_BINPUT GET BINGET LONG_BINGET
+NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT
+STRING BINSTRING SHORT_BINSTRING UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8
+EMPTY_LIST LIST APPEND APPENDS EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_DICT DICT SETITEM SETITEMS
+""".split()
+
+
+class _Refused(Exception):
+    """An instruction, or a use of one, that plain data does not need."""
+
+
+class _Instructions(dict):
+    """What each instruction does, by its byte."""
+
+    def __missing__(self, code: int):
+        known = pickletools.code2op.get(chr(code))
+        raise _Refused(f"the instruction {known.name}" if known else f"the byte {code}, which is no instruction")
+
+
+class _PlainUnpickler(pickle._Unpickler):
+    dispatch = _Instructions({getattr(pickle, name)[0]: pickle._Unpickler.dispatch[getattr(pickle, name)[0]] for name in _PLAIN})
+
+    def _load_dict(self):
+        items = self.pop_mark()
+        self.append(self._filled({}, items))
+
+    def _load_setitem(self):
+        value, key = self.stack.pop(), self.stack.pop()
+        self._filled(self.stack[-1], [key, value])
+
+    def _load_setitems(self):
+        items = self.pop_mark()
+        self._filled(self.stack[-1], items)
+
+    @staticmethod
+    def _filled(target: Any, items: list) -> dict:
+        if type(target) is not dict or len(items) % 2:
+            raise _Refused("an item that is set of something else than a dict")
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            if not isinstance(key, (str, int, float, type(None))):
+                raise _Refused(f"a {type(key).__name__} as the key of a dict")
+            target[key] = value
+        return target
+
+    dispatch |= {pickle.DICT[0]: _load_dict, pickle.SETITEM[0]: _load_setitem, pickle.SETITEMS[0]: _load_setitems}
+
+
+def read_plain_pickle(file: Path) -> Any:
+    """What a pickle of lists, dicts, tuples, text and numbers holds; text of Python 2 is taken to be UTF-8.
+
+    Raises UserError for a file that is missing, damaged, cut off, no pickle, or one that holds anything else.
+    """
+    try:
+        data = file.read_bytes()
+    except FileNotFoundError:
+        raise UserError(f"the data file {file} does not exist") from None
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}") from None
+    wanted = "a pickle of lists, dicts, text and numbers only was expected"
+    try:
+        return _PlainUnpickler(io.BytesIO(data), encoding="utf-8").load()
+    except _Refused as refused:
+        raise UserError(f"{file} holds {refused}; {wanted}") from None
+    except EOFError:
+        raise UserError(f"{file} is empty or ends too early; {wanted}") from None
+    except Exception as error:  # a damaged pickle may raise anything, says the library, also where its instructions are plain
+        raise UserError(f"{file} is no pickle, or a damaged one ({type(error).__name__}); {wanted}") from None

@@ -1,0 +1,234 @@
+"""A question about an image, whatever set it comes from; and what the readers of those sets share.
+
+Each set has a reader of its own (`vqa_rad`, `slake`, `pathvqa`, `llava_med`, `choices`, `captions`), which gives a list of
+`VqaSample`. `to_llava` makes a training record of one. What is wrong with a row is said with its place.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from string import ascii_uppercase
+from typing import Any
+
+from llavamed_jax.checkpoints.files import parse_json
+from llavamed_jax.data import layouts
+from llavamed_jax.data.conversation import IMAGE_MARKER
+from llavamed_jax.data.images import split_frame
+from llavamed_jax.errors import UserError, short, some
+
+OPEN, CLOSED, CHOICE, CAPTION = "OPEN", "CLOSED", "CHOICE", "CAPTION"
+LETTERS = ascii_uppercase  # of the options of multiple choice
+_LARGEST = 2**63  # a pickle can hold a number of a million digits, which Python refuses to write down
+# Questions, images, open, closed of the whole sets (spec 3.1); of the parquet form what its card says: repeated rows are left out.
+PUBLISHED = {
+    ("vqa_rad", "train", "clean"): (1797, 313, 770, 1027), ("vqa_rad", "train", "paper"): (3064, 314, 1241, 1823),
+    ("vqa_rad", "test", "clean"): (451, 203, 179, 272), ("vqa_rad", "test", "paper"): (451, 203, 179, 272),
+    ("slake", "train", "en"): (4919, 450, 2976, 1943), ("slake", "validation", "en"): (1053, 96, 631, 422),
+    ("slake", "test", "en"): (1061, 96, 645, 416),
+    ("pathvqa", "train", "official"): (19755, 2599, 9949, 9806), ("pathvqa", "validation", "official"): (6279, 832, 3144, 3135),
+    ("pathvqa", "test", "official"): (6761, 858, 3370, 3391),
+    ("pathvqa", "train", "parquet"): (19654, 2599, None, None), ("pathvqa", "validation", "parquet"): (6259, 832, None, None),
+    ("pathvqa", "test", "parquet"): (6719, 858, None, None),
+}
+_COUNTED = {OPEN: "open", CLOSED: "closed", CHOICE: "multiple choice", CAPTION: "to be described"}
+_OPEN_OR_CLOSED = {OPEN: OPEN, CLOSED: CLOSED}
+
+
+@dataclass(frozen=True)
+class VqaSample:
+    """One question about one image.
+
+    Attributes:
+      question_id: the set's own; `frame-ID` for the rephrasing of question ID.
+      question: what is asked, whole: of multiple choice with its options and how to answer (`choices.prompt`).
+      answer: text as published (integers as text); of multiple choice the text of the right option, of a caption the reference.
+      answer_type: OPEN, CLOSED, CHOICE or CAPTION.
+      question_type, organ, modality, language, phrase_type: as published with typos mended, None where a set has none.
+      options: of multiple choice, the texts of A, B, C, …
+    """
+
+    question_id: int | str
+    image: Path
+    question: str
+    answer: str
+    answer_type: str
+    question_type: str | None = None
+    organ: str | None = None
+    modality: str | None = None
+    language: str = "en"
+    phrase_type: str | None = None
+    options: tuple[str, ...] = ()
+
+
+def to_llava(sample: VqaSample) -> dict:
+    """The training record of a question, image first. The answer to multiple choice is the letter, as its question asks."""
+    answer = LETTERS[sample.options.index(sample.answer)] if sample.answer_type == CHOICE else sample.answer
+    question = sample.question.replace(IMAGE_MARKER, "").strip()
+    return {"id": sample.question_id, "image": [str(sample.image)], "answer_type": sample.answer_type, "conversations": [
+        {"from": "human", "value": f"{IMAGE_MARKER}\n{question}"}, {"from": "gpt", "value": answer}]}
+
+
+# ---- counts ----------------------------------------------------------------------------------------------------------
+
+
+def describe(samples: Sequence[VqaSample], name: str, split: str, variant: str = "") -> str:
+    """One line with the counts of `samples`, and whether they are the published ones (a cut of a set has fewer).
+
+    `name`, `split` and `variant` (VQA-RAD's protocol, SLAKE's language, PathVQA's form) are the keys of `PUBLISHED`. Files in
+    LLaVA-Med's format say whose counts they have, where they have those of one of its four sets.
+    """
+    kinds = Counter(sample.answer_type for sample in samples)
+    counts = (len(samples), len({sample.image for sample in samples}), kinds[OPEN], kinds[CLOSED])
+    shown = [kind for kind in _COUNTED if kinds[kind]] if kinds.keys() - _OPEN_OR_CLOSED else _OPEN_OR_CLOSED
+    parts = ", ".join(f"{kinds[kind]} {_COUNTED[kind]}" for kind in shown)
+    line = f"{name} {split}{f' ({variant})' if variant else ''}: {counts[0]} questions on {counts[1]} images, {parts}"
+    if name == "llava_med":
+        same = dict.fromkeys(other for (other, of, _), wanted in PUBLISHED.items() if of == split and wanted == counts)
+        return line + (f", as published of {' or '.join(same)}" if same else "")
+    published = PUBLISHED.get((name, split, variant))
+    if published is None or all(wanted in (None, count) for wanted, count in zip(published, counts, strict=True)):
+        return line + (", as published" if published else "")
+    parts = ", ".join(f"{count} {kind}" for count, kind in zip(published[2:], ("open", "closed"), strict=True) if count is not None)
+    return f"{line}; published: {published[0]} questions on {published[1]} images" + (parts and f", {parts}")
+
+
+# ---- checks ----------------------------------------------------------------------------------------------------------
+
+
+def check_images(images: Iterable[Path]) -> None:
+    """Raises UserError that names the first image that does not exist and says how many there are. `#frame=N` is no part of
+    a file's name."""
+    images = dict.fromkeys(map(Path, images))
+    missing = [image for image in images if not image.is_file() and not Path(split_frame(str(image))[0]).is_file()]
+    if missing:
+        more = f", nor do {len(missing) - 1} of the other {len(images) - 1}" if len(missing) > 1 else ""
+        raise UserError(f"the image {missing[0]} does not exist{more}")
+
+
+def check_ids(samples: Iterable[VqaSample], name: str) -> None:
+    """Raises UserError that lists ids which several questions have: predictions are joined by them (10 and "10" are one)."""
+    counts = Counter(str(sample.question_id) for sample in samples)
+    doubled = [name for name, count in counts.items() if count > 1]
+    if doubled:
+        raise UserError(f"{name} has {len(doubled)} ids that several questions have ({some(doubled)}); each its own was expected")
+
+
+def one_of(what: str, value, choices: Iterable) -> None:
+    """Raises UserError where `value` is none of `choices`."""
+    if value not in choices:
+        raise UserError(f"{what} is {value!r}; one of {', '.join(map(str, choices))} was expected")
+
+
+# ---- rows ------------------------------------------------------------------------------------------------------------
+
+
+def read_rows(file: Path, layout: str) -> list[Row]:
+    """The rows of a JSON list or of a JSONL file. Raises UserError for a file that is missing, not UTF-8 or no JSON.
+
+    Args:
+      layout: the set whose rows they are to be, a key of `layouts.TITLES`.
+    """
+    if not file.is_file():
+        raise UserError(f"the data file {file} does not exist")
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file} is not UTF-8 text; a JSON list or JSON lines were expected") from error
+    if text.lstrip().startswith("["):
+        return named_rows(parse_json(text, str(file)), file, layout)
+    lines = enumerate(text.split("\n"), 1)  # a text may hold other line separators
+    return named_rows([parse_json(line, f"line {number} of {file}") for number, line in lines if line.strip()], file, layout)
+
+
+def named_rows(values: Iterable[Any], file: Path, layout: str) -> list[Row]:
+    """Rows that know their place."""
+    return [Row(value, f"row {index} of {file}", layout) for index, value in enumerate(values)]
+
+
+class Row:
+    """A row of a data file: its values, or a UserError that says what is wrong with which."""
+
+    def __init__(self, value: Any, name: str, layout: str):
+        self.value, self.name, self._layout = value, name, layout
+
+    def __contains__(self, key: str) -> bool:
+        return isinstance(self.value, Mapping) and self.value.get(key) is not None
+
+    def __getitem__(self, key: str) -> Any:
+        if not isinstance(self.value, Mapping) or key not in self.value:
+            other = layouts.layout_of_row(self.value)
+            also = f", and it looks like a row of {layouts.TITLES[other]}" if other not in (None, self._layout) else ""
+            raise self.error(f"has no {key!r}; {layouts.ROWS.get(self._layout, 'the official layout')} was expected{also}")
+        return self.value[key]
+
+    def error(self, what: str) -> UserError:
+        return UserError(f"{self.name} {what}")
+
+    def text(self, key: str) -> str:
+        """Text without blanks around it. Some published answers are numbers."""
+        value = self[key]
+        is_number = type(value) is int and abs(value) < _LARGEST or isinstance(value, float) and math.isfinite(value)
+        if not isinstance(value, str) and not is_number:
+            raise self.error(f"has the {key} {_shown(value)}; text was expected")
+        try:
+            value = str(value).strip()
+            value.encode()
+        except UnicodeEncodeError:  # JSON and pickles can say it, and no file and no tokenizer knows what it is
+            raise self.error(f"has half a surrogate pair in its {key}") from None
+        return value
+
+    def words(self, key: str) -> str:
+        """Text that says something."""
+        if not (value := self.text(key)):
+            raise self.error(f"has an empty {key}; text was expected")
+        return value
+
+    def optional(self, key: str) -> str | None:
+        """Text, or None where the row has none."""
+        return (self.text(key) or None) if key in self else None
+
+    def fields(self) -> dict[str, str | None]:
+        """What a row of one's own may say beside its question; reports are broken down by it."""
+        return {key: self.optional(key) for key in ("question_type", "organ", "modality")}
+
+    def identity(self, *keys: str) -> int | str:
+        """The id under the first of `keys` that the row has."""
+        key = next((key for key in keys if key in self), keys[0])
+        value = self[key]
+        return value if type(value) is int and abs(value) < _LARGEST else self.words(key)
+
+    def image(self, key: str, folder: Path) -> Path:
+        """The path of the one image that the question is about."""
+        value = self[key]
+        if isinstance(value, list) and len(value) == 1:
+            value = value[0]
+        if isinstance(value, list):
+            raise self.error(f"has {len(value)} images; one was expected")
+        if not isinstance(value, str) or not value or "\0" in value:
+            raise self.error(f"has the {key} {_shown(value)}; text was expected")
+        return folder / value
+
+    def answer_type(self, names: Mapping[str, str] = _OPEN_OR_CLOSED) -> str:
+        """OPEN or CLOSED. Two rows of VQA-RAD have a trailing blank.
+
+        Args:
+          names: what a file may call them, in capitals.
+        """
+        value = self["answer_type"]
+        kind = names.get(value.strip().upper()) if isinstance(value, str) else None
+        if kind is None:
+            raise self.error(f"has the answer_type {_shown(value)}; {' or '.join(names)} was expected")
+        return kind
+
+
+def _shown(value: Any) -> str:
+    """A value for a sentence. A container is not written out: a pickle's may be nested deeper than Python can."""
+    if isinstance(value, int) and abs(value) >= _LARGEST:
+        return "a number of many digits"
+    return f"a {type(value).__name__}" if isinstance(value, (list, dict, tuple)) else short(value)

@@ -1,0 +1,36 @@
+"""SLAKE (Liu et al. 2021) in its official layout: `train.json`, `validate.json`, `test.json`, `imgs/`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from llavamed_jax.data import layouts
+from llavamed_jax.data.questions import Row, VqaSample, check_images, one_of, read_rows
+
+LANGUAGES = ("en", "zh", "all")
+
+
+def read_slake(root: str | Path, split: str = "test", language: str = "en") -> list[VqaSample]:
+    """The questions of SLAKE.
+
+    Args:
+      root: the folder, or a file in it. The hub's copy calls `validate.json` `validation.json`, and either is read.
+      split: `train`, `validation` or `test`.
+      language: `en` (the paper's), `zh`, or `all`.
+    Raises:
+      UserError: a file or an image that is missing, a row that lacks a field, an unknown split or language.
+    """
+    one_of("SLAKE's split", split, layouts.SPLITS)
+    one_of("SLAKE's language", language, LANGUAGES)
+    root = Path(root)
+    file = layouts.split_file(root, split, "slake")
+    samples = [_sample(row, file.parent / "imgs") for row in read_rows(file, "slake")]
+    samples = [sample for sample in samples if language in ("all", sample.language)]
+    check_images(sample.image for sample in samples)
+    return samples
+
+
+def _sample(row: Row, images: Path) -> VqaSample:
+    return VqaSample(
+        row.identity("qid"), row.image("img_name", images), row.text("question"), row.text("answer"), row.answer_type(),
+        question_type=row.text("content_type"), organ=row.text("location"), modality=row.text("modality"), language=row.text("q_lang"))
