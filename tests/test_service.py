@@ -40,9 +40,9 @@ def refusing(status, body):
 
 
 def test_every_fault_is_asked_again_and_nothing_else(capfd):
-    texts = [f"question {i}" for i in range(200)]
-    with OpenAiServer(reverse, fault_rate=0.3, slow=0.6) as server:
-        service = Service(server.url, "tiny", timeout=0.3, backoff=0.01, concurrency=6)
+    texts = [f"question {i}" for i in range(100)]
+    with OpenAiServer(reverse, fault_rate=0.3, slow=60) as server:
+        service = Service(server.url, "tiny", timeout=1.5, backoff=0.01, concurrency=6)
         found = ask(service, texts)
     assert {i: reply.text for i, reply in found.items()} == {i: text[::-1] for i, text in enumerate(texts)}
     faults = server.faults_met()
@@ -54,7 +54,7 @@ def test_every_fault_is_asked_again_and_nothing_else(capfd):
         "no reply in time": faults["slow"], "no JSON": faults["malformed"], "no choices": faults["empty choices"],
         "connection lost": faults["dropped"] + faults["dropped midway"]})
     assert server.most_at_once <= 6 + faults["slow"], "a slow request is still under way there when it has been given up here"
-    assert (service.prompt_tokens, service.completion_tokens) == (7 * 200, 2 * 200)
+    assert (service.prompt_tokens, service.completion_tokens) == (7 * 100, 2 * 100)
     assert capfd.readouterr().err.count("such requests are sent again") == 6, "each kind is said once"
 
 
