@@ -8,7 +8,6 @@ import importlib.metadata
 import json
 import math
 import platform
-import sys
 import tempfile
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -73,7 +72,7 @@ class Evaluation:
         configuration, questions and `flags`.
 
         Args:
-          source: who answers, for the report: `checkpoint`, a path.
+          source: who answers, for the report: `checkpoint`, a path; or `endpoint` and `model`.
           controls_asked: `image` asks again with the images exchanged.
           flags: what else the answers follow from, such as what `load` was given.
         """
@@ -90,7 +89,7 @@ class Evaluation:
         if self.cfg.organ_question:
             partial = self._partial("organ.jsonl", key)
             extra["organ"] = controls.organ_accuracy(lambda pairs: self._ask(answerer, pairs, partial), self.samples)
-        metrics = self._finish(predictions, control, extra, {**source, "device": _device()})
+        metrics = self._finish(predictions, control, extra, {**source, **answerer.facts()})
         for partial in self._partials:
             partial.remove()
         self._partials = []
@@ -160,7 +159,7 @@ class Evaluation:
         write_text(self.workdir / name, text)
 
     def _details(self, run: Mapping[str, str], predictions: Sequence[Mapping]) -> dict[str, dict]:
-        packages = ("llavamed_jax", "jax", "flax", "transformers", "numpy", "pillow", "nltk")
+        packages = ("llavamed_jax", "jax", "flax", "transformers", "numpy", "pillow", "nltk", "openai")
         hashes = {"predictions": _sha256(utf8(to_jsonl(predictions)))}
         root = Path(self.cfg.data.root)
         data = [root] if root.is_file() else sorted(root.glob("*.json"))
@@ -215,12 +214,6 @@ def _version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "not installed as a package"
-
-
-def _device() -> str:
-    """The device that a model ran on; nothing is imported for it, a model that ran has imported jax."""
-    jax = sys.modules.get("jax")
-    return "not known" if jax is None else f"{jax.device_count()} x {jax.devices()[0].device_kind}"
 
 
 def summary(metrics: Mapping) -> str:
