@@ -20,7 +20,8 @@ _PLAN = (
 
 def chat_records() -> list[dict]:
     """The records; images come several questions at a time, as in the published file."""
-    rows = sorted(read_vqa_rad(SAMPLE, "all"), key=lambda row: row.image.name)[:193]
+    rows = {(row.image.name, row.question): row for row in read_vqa_rad(SAMPLE, "all")}
+    rows = [rows[key] for key in sorted(rows)[:193]]
     records = []
     for i, (row, domains) in enumerate(zip(rows, _PLAN, strict=True)):
         mention = {"tokens": f"It's the {row.organ.lower()} ( Fig. {i} ) .", "entities": [{"type": "figure", "entity_id": str(i)}]}

@@ -30,6 +30,7 @@ def _parser() -> common.Parser:
     for name, kind in _SERVER_FLAGS.items():
         parser.add_argument(f"--{name}", type=kind, help=argparse.SUPPRESS)  # they stand beside --endpoint
     parser.add_argument("--control", choices=["image"], help="ask again with the images exchanged")
+    parser.add_argument("--dry_run", action="store_true", help="say what would be asked, what a judge would cost, and stop")
     common.add_model_flags(parser)
     return parser
 
@@ -47,24 +48,28 @@ def program(argv: Sequence[str]) -> int:
     if args.checkpoint is not None:
         common.check_model_flags(args)
     endpoint = None if args.endpoint is None else _endpoint(args)
-    from llavamed_jax.evaluation import run  # after the flags are known to be right: it takes a second
+    from llavamed_jax.evaluation import chat, run  # after the flags are known to be right: it takes a second
 
     is_new = not Path(args.workdir).exists()
-    evaluation = run.Evaluation(cfg, args.workdir)
+    evaluation = (chat.ChatEvaluation if cfg.data.name == chat.KIND else run.Evaluation)(cfg, args.workdir)
     print(evaluation.describe(), flush=True)
     try:
         if endpoint is not None:
             endpoint.check(evaluation.generation)
-        metrics = evaluation.score_file(args.predictions) if args.predictions is not None else _ask(evaluation, args, endpoint)
-    except UserError:
+        if args.predictions is None:
+            evaluation.check_images()
+        if args.dry_run:
+            print(evaluation.plan(args.predictions))
+            return 0
+        metrics = _measure(evaluation, args, endpoint)
+    finally:
         if is_new:
             with contextlib.suppress(OSError):
                 evaluation.workdir.rmdir()  # only where nothing has been written
-        raise
     if metrics is None:
         print(f"stopped; {evaluation.n_kept} answers are kept in {args.workdir}: run again to go on", file=sys.stderr)
         return common.EXIT_SAVED
-    print(run.summary(metrics))
+    print(evaluation.summary(metrics))
     print(f"report: {evaluation.workdir / 'report.html'}")
     return 0
 
@@ -97,11 +102,13 @@ def _local(args: argparse.Namespace):
     return LocalModel(common.load_assistant(args), model_name(args.checkpoint))
 
 
-def _ask(evaluation, args: argparse.Namespace, endpoint=None) -> dict | None:
-    """The metrics; None where SIGTERM or SIGINT stopped it. What was answered before is kept."""
+def _measure(evaluation, args: argparse.Namespace, endpoint=None) -> dict | None:
+    """The metrics; None where SIGTERM or SIGINT stopped it. What was answered before is kept, by a judge too."""
     stops = (signal.SIGTERM, signal.SIGINT)
     earlier = {number: signal.signal(number, signal.default_int_handler) for number in stops}
     try:
+        if args.predictions is not None:
+            return evaluation.score_file(args.predictions)
         answerer = endpoint or _local(args)
         source = {"endpoint": endpoint.service.url, "model": args.model} if endpoint else {"checkpoint": args.checkpoint}
         flags = {name: getattr(args, name) for name in _MODEL_FLAGS}

@@ -16,9 +16,10 @@ from ml_collections import ConfigDict
 
 from llavamed_jax.data import datasets
 from llavamed_jax.errors import UsageError, UserError
-from llavamed_jax.evaluation import controls, report, scoring
+from llavamed_jax.evaluation import controls, judged, report, scoring
 from llavamed_jax.evaluation.asking import Answerer, Generation, ask, predict
 from llavamed_jax.evaluation.files import to_jsonl, utf8, write_text
+from llavamed_jax.evaluation.judge import check_answered
 from llavamed_jax.evaluation.partial import Partial
 from llavamed_jax.evaluation.questions import load_samples
 
@@ -52,9 +53,7 @@ class Evaluation:
         if not 0 <= cfg.seed < 2**31:
             raise UsageError(f"seed is {cfg.seed}; 0 to {2**31 - 1} was expected")
         self.generation = Generation(**cfg.generation.to_dict(), seed=cfg.seed)
-        self.samples, self.training = load_samples(
-            cfg.data.name, cfg.data.root, cfg.data.split, cfg.protocol, cfg.data.held_out
-        )
+        self.samples, self.training = self._load()
         if not self.samples:
             raise UserError(f"{cfg.data.root} holds no question of {cfg.data.name} {cfg.data.split}")
         _check_writable(self.workdir)  # now, and not when hours of answers are to be written
@@ -62,7 +61,7 @@ class Evaluation:
     @property
     def n_kept(self) -> int:
         """How many answers are on the disk, to be taken over when the same evaluation is run again."""
-        return sum(map(len, self._partials))
+        return sum(map(len, self._partials)) + (self.judge.n_kept if self.judge is not None else 0)
 
     def run(self, answerer: Answerer, source: Mapping[str, str], controls_asked: Collection[str] = (),
             flags: Mapping[str, object] | None = None) -> dict:
@@ -86,7 +85,7 @@ class Evaluation:
             partial = self._partial("predictions_control_image.jsonl", key)
             control = predict(answerer, self.samples, self.generation, shown, "images exchanged", partial)
             self._write("predictions_control_image.jsonl", to_jsonl(control))
-        if self.cfg.organ_question:
+        if self.cfg.get("organ_question"):
             partial = self._partial("organ.jsonl", key)
             extra["organ"] = controls.organ_accuracy(lambda pairs: self._ask(answerer, pairs, partial), self.samples)
         metrics = self._finish(predictions, control, extra, {**source, **answerer.facts()})
@@ -108,6 +107,32 @@ class Evaluation:
         variant = self.cfg.protocol if data.name == "vqa_rad" else "en"
         return datasets.describe(self.samples, data.name, data.split, variant)
 
+    def plan(self, predictions: str | Path | None = None) -> str:
+        """What a run would do, without doing it: what is asked, and what a judge would take.
+
+        Args:
+          predictions: answers that exist; else the gold answers stand for those of the model.
+        """
+        if self.judge is None:
+            return f"{len(self.samples)} questions; nothing is judged"
+        texts = [str(sample.answer) for sample in self.samples]
+        if predictions is not None:
+            texts = scoring.join(self.samples, scoring.read_predictions(predictions))
+        return judged.plan(self.judge, self.samples, texts)
+
+    def check_images(self) -> None:
+        """Raises UserError where an image that will be shown is missing; the readers of VQA sets have looked already."""
+
+    def summary(self, metrics: Mapping) -> str:
+        """The result as plain text."""
+        return summary(metrics)
+
+    def _load(self) -> tuple[list[datasets.VqaSample], list[datasets.VqaSample]]:
+        """The questions to ask and the training rows beside them."""
+        cfg = self.cfg
+        self.judge = judged.open_judge(cfg, self.workdir)
+        return load_samples(cfg.data.name, cfg.data.root, cfg.data.split, cfg.protocol, cfg.data.held_out)
+
     def _partial(self, name: str, key: Mapping) -> Partial:
         partial = Partial(self.workdir / f"{name}.partial", key)
         self._partials.append(partial)
@@ -125,7 +150,7 @@ class Evaluation:
             "source": dict(source),
             "files": [files, stats],
             "flags": dict(flags),
-            "config": self.cfg.to_dict(),
+            "config": {name: value for name, value in self.cfg.to_dict().items() if name != "judge"},
             "questions": questions,
             "version": _version("llavamed_jax"),
         }
@@ -149,10 +174,16 @@ class Evaluation:
                 "strict": other["strict"],
                 "difference": scoring.difference(self.samples, predictions, control, cfg.seed),
             }
+        found = judged.judge_open(self.judge, self.samples, predictions, cfg.seed) if self.judge is not None else None
+        if found is not None:
+            metrics["judged"] = found.metrics
+            self._write("judged.jsonl", to_jsonl(found.lines))
         details = self._details(run, predictions)
         page = report.render(metrics, self.samples, predictions, control, details)
         self._write("metrics.json", json.dumps(metrics, indent=2, ensure_ascii=False) + "\n")
         self._write("report.html", page)
+        if found is not None:
+            check_answered(found.verdicts, "open answers")
         return metrics
 
     def _write(self, name: str, text: str) -> None:
@@ -233,6 +264,12 @@ def summary(metrics: Mapping) -> str:
     if metrics["n_closed"]:
         title = f'  always "{baselines["majority_closed_answer"]}"'
         lines.insert(3, f"{title:<38}{_plain(baselines['majority_closed']):>7}")
+    found = metrics.get("judged")
+    if found:
+        interval = "" if found["open_accuracy_low"] is None else f"[{found['open_accuracy_low']:.1f}, {found['open_accuracy_high']:.1f}]"
+        lines.append(f"{'open accuracy, judged':<38}{_plain(found['open_accuracy']):>7}   {interval}".rstrip())
+        if found["n_unscored"]:
+            lines.append(f"  {found['n_unscored']} open answers are unscored and not counted: {', '.join(map(str, found['unscored']))}")
     organ = metrics.get("organ")
     if organ:
         lines.append(
