@@ -32,7 +32,7 @@ IMAGES = len({record["image"] for record in FEW})
 
 def settings(folder, server=None, **changes):
     values = {
-        "data.root": folder, "data.images": SAMPLE / "images", "judge.model": "tiny", "judge.timeout": 1.0,
+        "data.root": folder, "data.images": SAMPLE / "images", "judge.model": "tiny", "judge.timeout": 2.0,
         "judge.endpoint": server.url if server else "http://127.0.0.1:9/v1",
     } | changes  # fmt: skip
     return [f"{key}={value}" for key, value in values.items()]
@@ -135,7 +135,7 @@ def command(folder, server, workdir="out", **changes):
 
 
 def test_the_193_questions_through_faults(folder, capsys):
-    with OpenAiServer(judge, fault_rate=0.1, slow=3.0) as server:
+    with OpenAiServer(judge, fault_rate=0.1, slow=6.0) as server:
         assert cli.main(command(folder, server)) == 0
         metrics = check_whole(folder / "out", server, chat_records())
         kinds = {fault.split()[0] for fault in server.faults_met()}
@@ -154,7 +154,7 @@ def test_the_193_questions_through_faults(folder, capsys):
 
 def test_a_killed_run_pays_for_nothing_twice(folder):
     """SIGKILL, then SIGTERM, then to the end: what was kept is not asked about again, what is asked is kept."""
-    with OpenAiServer(judge, fault_rate=0.1, slow=3.0, delay=0.05) as server:
+    with OpenAiServer(judge, fault_rate=0.1, slow=6.0, delay=0.02) as server:
         cache = folder / "out" / "judge_cache.jsonl"
         kept = []
         for stop, status in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 75)):
@@ -344,8 +344,8 @@ def test_texts_are_escaped(text):
         "n_questions": 1, "n_images": 1, "n_unscored": 1, "unscored": [1], "judge": {"model": text, "n_asked_again": 1},
         "differs_from_the_paper": [text], "seed": 0, **chat.chat_scores(questions, [Verdict(None)], 0),
     }  # fmt: skip
-    metrics["control"] = metrics | {"kind": "image"}
-    page = Page(chat_report.render(metrics, questions, reviews, reviews, {"Run": {"x": text}}, text))
+    metrics["control"] = metrics | {"kind": "image", "noise": metrics}
+    page = Page(chat_report.render(metrics, questions, reviews, {"image": reviews, "noise": reviews}, {"Run": {"x": text}}, text))
     assert not {"script", "img"} & set(page.tags) and not [name for name, _ in page.attributes if name.startswith("on")]
     assert "nan" not in page.text.lower() and "None" not in page.text and "image not found" in page.text and "–" in page.text
     assert text in page.text if text else "(nothing)" in page.text

@@ -11,8 +11,7 @@ from llavamed_jax.cli import common
 from llavamed_jax.errors import UsageError, UserError
 
 _EXAMPLES = """\
-example: python eval.py --config configs/eval/vqa_rad.py --config.data.root=DIR \\
-                        --checkpoint runs/vqa_rad --workdir runs/eval --control image
+example: eval.py --config configs/eval/slake.py --config.data.root=DIR --checkpoint PATH --workdir W
 Started again, it goes on where it was stopped. For research only, never for clinical decisions."""
 
 
@@ -30,7 +29,7 @@ def _parser() -> common.Parser:
     for name, kind in _SERVER_FLAGS.items():
         parser.add_argument(f"--{name}", type=kind, help=argparse.SUPPRESS)  # they stand beside --endpoint
     parser.add_argument("--control", choices=["image"], help="ask again with the images exchanged")
-    parser.add_argument("--dry_run", action="store_true", help="say what would be asked, what a judge would cost, and stop")
+    parser.add_argument("--dry_run", action="store_true", help="say what would be asked and cost, and stop")
     common.add_model_flags(parser)
     return parser
 

@@ -80,29 +80,32 @@ class ChatEvaluation(Evaluation):
         report_unscored(verdicts, [question.question_id for question in self.questions], title)
         return verdicts, lines
 
-    def _finish(self, predictions: list[dict], control: list[dict], extra: dict, run: Mapping[str, str]) -> dict:
+    def _finish(self, predictions: list[dict], control: Mapping[str, list[dict]], extra: dict, run: Mapping[str, str]) -> dict:
         verdicts, reviews = self._judged(predictions, "reviews.jsonl", "answers")
-        scores = chat_scores(self.questions, verdicts, self.cfg.seed)
-        unscored = [each for each in reviews if each["pred_score"] is None]
-        differences = chat_published.differences(self.chat_set, self.judge, self.cfg.judge.image_marker, len(unscored))
-        metrics = {
-            "dataset": KIND, "split": self.cfg.data.split, "unit": "percent; scores are points from 1 to 10",
-            "n_questions": len(self.questions), "n_images": len({question.image for question in self.questions}),
-            "n_unscored": len(unscored), "unscored": [each["question_id"] for each in unscored], "seed": self.cfg.seed,
-            "questions_sha256": self.chat_set.sha256, "judge": self.judge.summary(verdicts), **scores,
-            "differs_from_the_paper": differences, **extra,
-        }  # fmt: skip
-        exchanged: list[dict] = []
-        if control:
-            other, exchanged = self._judged(control, "reviews_control_image.jsonl", "answers, images exchanged")
-            metrics["control"] = {"kind": "image", "seed": self.cfg.seed, **chat_scores(self.questions, other, self.cfg.seed)}
-            verdicts = verdicts + other
+        metrics = self._metrics(verdicts) | extra
+        others = {}
+        for name, answers in control.items():
+            found, others[name] = self._judged(answers, f"reviews_control_{name}.jsonl", f"answers, control {name}")
+            table = {"kind": name, "seed": self.cfg.seed, **chat_scores(self.questions, found, self.cfg.seed)}
+            metrics["control"] = table if name == "image" else metrics["control"] | {name: table}
+            verdicts = verdicts + found
         details, model = self._chat_details(run, predictions), str(predictions[0].get("model_id", ""))
-        page = chat_report.render(metrics, self.questions, reviews, exchanged, details, model)
+        page = chat_report.render(metrics, self.questions, reviews, others, details, model)
         self._write("metrics.json", json.dumps(metrics, indent=2, ensure_ascii=False) + "\n")
         self._write("report.html", page)
         check_answered(verdicts, "answers")
         return metrics
+
+    def _metrics(self, verdicts: Sequence[Verdict]) -> dict:
+        """The object of `metrics.json`, without controls."""
+        unscored = [question.question_id for question, verdict in zip(self.questions, verdicts, strict=True) if verdict.value is None]
+        return {
+            "dataset": KIND, "split": self.cfg.data.split, "unit": "percent; scores are points from 1 to 10",
+            "n_questions": len(self.questions), "n_images": len({question.image for question in self.questions}),
+            "n_unscored": len(unscored), "unscored": unscored, "seed": self.cfg.seed, "questions_sha256": self.chat_set.sha256,
+            "judge": self.judge.summary(verdicts), **chat_scores(self.questions, verdicts, self.cfg.seed),
+            "differs_from_the_paper": chat_published.differences(self.chat_set, self.judge, self.cfg.judge.image_marker, len(unscored)),
+        }  # fmt: skip
 
     def _chat_details(self, run: Mapping[str, str], predictions: Sequence[Mapping]) -> dict[str, dict]:
         prompt = self.judge.prompt

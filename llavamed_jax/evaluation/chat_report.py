@@ -20,6 +20,7 @@ _TITLES = {
     "overall": "All", "conversation": "Conversation", "detailed_description": "Detailed description", "chest_xray": "Chest X-ray",
     "mri": "MRI", "histology": "Histology", "gross": "Gross pathology", "ct_scan": "CT",
 }  # fmt: skip
+_CONTROLS = {"image": "image exchanged", "noise": "noise"}
 _GOOD, _HALF = 90.0, 50.0  # percent of the reference's score, for the colour of a tag alone
 _BAR = 150  # pixels
 _CSS = """
@@ -45,7 +46,7 @@ def render(
     metrics: Mapping,
     questions: Sequence[ChatQuestion],
     reviews: Sequence[Mapping],
-    exchanged: Sequence[Mapping] = (),
+    others: Mapping[str, Sequence[Mapping]] | None = None,
     details: Mapping[str, Mapping] | None = None,
     model: str = "",
 ) -> str:
@@ -54,7 +55,7 @@ def render(
     Args:
       metrics: the object of `metrics.json`.
       questions, reviews: in one order; `reviews` are the lines of `reviews.jsonl`.
-      exchanged: reviews of the answers that were given with images exchanged.
+      others: reviews of the answers that were given to controls, by their kind.
       details: tables of what was run: title -> name -> value; a value that is no text is shown as JSON.
       model: what predictions call the model under test.
     """
@@ -68,7 +69,7 @@ def render(
         _scores(metrics),
         _paper(metrics),
         _unscored(metrics, reviews),
-        _figures(questions, reviews, exchanged),
+        _figures(questions, reviews, others or {}),
         _details(details or {}),
     ]
     return (
@@ -138,14 +139,15 @@ def tables(metrics: Mapping) -> list[tuple[str, Mapping]]:
 
 
 def _scores(metrics: Mapping) -> str:
-    control = metrics.get("control")
-    others = dict(tables(control)) if control else {}
+    control = metrics.get("control") or {}
+    kinds = {"images exchanged": control, "noise": control.get("noise")}
+    controls = {title: dict(tables(table)) for title, table in kinds.items() if table}
     most = max([110.0, *(table[f"pred_relative_score{end}"] or 0 for _, table in tables(metrics) for end in ("", "_high"))])
-    head = ["Questions", "n", "Relative score, %", *(["images exchanged"] if control else []), "Ratio of means, %", "Answers", "References"]
+    head = ["Questions", "n", "Relative score, %", *controls, "Ratio of means, %", "Answers", "References"]
     rows = []
     for name, table in tables(metrics):
-        other = others.get(name)
-        beside = [f"{number(other['pred_relative_score'])} {_interval(other, 'pred_relative_score')}"] if other else []
+        others = [found[name] for found in controls.values()]
+        beside = [f"{number(other['pred_relative_score'])} {_interval(other, 'pred_relative_score')}" for other in others]
         score = f"<b>{number(table['pred_relative_score'])}</b> {_interval(table, 'pred_relative_score')}{_bar(table, most)}"
         points = [f"{_points(table[key])} {_interval(table, key, _points)}" for key in ("pred_score", "gpt4_score")]
         rows.append([_TITLES[name], str(table["data_size"]), score, *beside, number(table["ratio_of_means"]), *points])
@@ -191,11 +193,10 @@ def _unscored(metrics: Mapping, reviews: Sequence[Mapping]) -> str:
     return f'<h2>Unscored</h2><p class="note">{note}</p>' + _table(["Id", "Question", "The judge's last reply", "Ended by"], rows, [])
 
 
-def _figures(questions: Sequence[ChatQuestion], reviews: Sequence[Mapping], exchanged: Sequence[Mapping]) -> str:
-    others = exchanged or [None] * len(reviews)
-    by_image: dict[Path, list] = {}
-    for question, review, other in zip(questions, reviews, others, strict=True):
-        by_image.setdefault(question.image, []).append((question, review, other))
+def _figures(questions: Sequence[ChatQuestion], reviews: Sequence[Mapping], others: Mapping[str, Sequence[Mapping]]) -> str:
+    by_image: dict[Path, list[tuple]] = {}
+    for i, (question, review) in enumerate(zip(questions, reviews, strict=True)):
+        by_image.setdefault(question.image, []).append((question, review, {name: found[i] for name, found in others.items()}))
     figures = [_figure(image, items) for image, items in by_image.items()]
     missing = sum("<img" not in figure for figure in figures)
     note = "Every figure with its questions; the tag is the ratio of the two scores."
@@ -204,22 +205,21 @@ def _figures(questions: Sequence[ChatQuestion], reviews: Sequence[Mapping], exch
     return f'<h2>Figures, questions, reviews</h2><p class="note">{note}</p>{"".join(figures)}'
 
 
-def _figure(image: Path, items: Sequence[tuple[ChatQuestion, Mapping, Mapping | None]]) -> str:
+def _figure(image: Path, items: Sequence[tuple[ChatQuestion, Mapping, Mapping[str, Mapping]]]) -> str:
     url, first = thumbnail(image), items[0][0]
     picture = f'<img alt="{escape(image.name)}" src="{url}">' if url else "image not found"
     side = f'<div class="picture">{picture}</div>'
     side += f"<p>{escape(image.name)} · {_TITLES[first.domain]}</p><p>{escape(f'{first.label}: {first.caption}')}</p>"
-    turns = "".join(_turn(review, other) for _, review, other in items)
+    turns = "".join(_turn(review, others) for _, review, others in items)
     return f'<div class="figure"><div class="side">{side}</div><div class="main">{turns}</div></div>'
 
 
-def _turn(review: Mapping, other: Mapping | None) -> str:
+def _turn(review: Mapping, others: Mapping[str, Mapping]) -> str:
     answers = [("reference", review["gpt4_answer"], review["gpt4_score"]), ("answer", review["text"], review["pred_score"])]
-    if other is not None:
-        answers.append(("image exchanged", other["text"], other["pred_score"]))
+    answers += [(_CONTROLS.get(name, name), other["text"], other["pred_score"]) for name, other in others.items()]
     kind, word = _tag(review)
     pair = "".join(
-        f'<div><span class="k">{title}{"" if score is None else f": {score:g}"}</span>{escape(text) or "(nothing)"}</div>'
+        f'<div><span class="k">{escape(title)}{"" if score is None else f": {score:g}"}</span>{escape(text) or "(nothing)"}</div>'
         for title, text, score in answers
     )
     said = escape(review.get("error") or review["gpt_eval"] or "(nothing)")

@@ -79,12 +79,12 @@ class Evaluation:
         partial = self._partial("predictions.jsonl", key)
         predictions = predict(answerer, self.samples, self.generation, partial=partial)
         self._write("predictions.jsonl", to_jsonl(predictions))
-        control, extra = [], {}
+        control, extra = {}, {}
         if "image" in controls_asked:
             shown = controls.exchanged_images(self.samples, self.cfg.seed)
             partial = self._partial("predictions_control_image.jsonl", key)
-            control = predict(answerer, self.samples, self.generation, shown, "images exchanged", partial)
-            self._write("predictions_control_image.jsonl", to_jsonl(control))
+            control["image"] = predict(answerer, self.samples, self.generation, shown, "images exchanged", partial)
+            self._write("predictions_control_image.jsonl", to_jsonl(control["image"]))
         if self.cfg.get("organ_question"):
             partial = self._partial("organ.jsonl", key)
             extra["organ"] = controls.organ_accuracy(lambda pairs: self._ask(answerer, pairs, partial), self.samples)
@@ -96,7 +96,7 @@ class Evaluation:
 
     def score_file(self, path: str | Path) -> dict:
         """Scores predictions that exist; no model is loaded."""
-        return self._finish(scoring.read_predictions(path), [], {}, {"predictions": str(path)})
+        return self._finish(scoring.read_predictions(path), {}, {}, {"predictions": str(path)})
 
     def describe(self) -> str:
         """One line that says what is asked, and whether it is the whole of the published set."""
@@ -160,26 +160,26 @@ class Evaluation:
         greedy = Generation(max_new_tokens=self.generation.max_new_tokens, batch_size=self.generation.batch_size)
         return [answer.text for answer in ask(answerer, pairs, greedy, "organ question", partial)]
 
-    def _finish(self, predictions: list[dict], control: list[dict], extra: dict, run: Mapping[str, str]) -> dict:
+    def _finish(self, predictions: list[dict], control: Mapping[str, list[dict]], extra: dict, run: Mapping[str, str]) -> dict:
         cfg = self.cfg
         split = "held_out" if cfg.data.held_out else cfg.data.split
         names = {"dataset": cfg.data.name, "split": split, "seed": cfg.seed}
         metrics = scoring.score(self.samples, predictions, self.training, **names) | extra
         if control:
-            other = scoring.score(self.samples, control, self.training, **names)
+            other = scoring.score(self.samples, control["image"], self.training, **names)
             metrics["control"] = {
                 "kind": "image",
                 "seed": cfg.seed,
                 "paper": other["paper"],
                 "strict": other["strict"],
-                "difference": scoring.difference(self.samples, predictions, control, cfg.seed),
+                "difference": scoring.difference(self.samples, predictions, control["image"], cfg.seed),
             }
         found = judged.judge_open(self.judge, self.samples, predictions, cfg.seed) if self.judge is not None else None
         if found is not None:
             metrics["judged"] = found.metrics
             self._write("judged.jsonl", to_jsonl(found.lines))
         details = self._details(run, predictions)
-        page = report.render(metrics, self.samples, predictions, control, details)
+        page = report.render(metrics, self.samples, predictions, control.get("image", []), details)
         self._write("metrics.json", json.dumps(metrics, indent=2, ensure_ascii=False) + "\n")
         self._write("report.html", page)
         if found is not None:
