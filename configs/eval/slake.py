@@ -3,6 +3,7 @@
 from ml_collections import ConfigDict
 
 from llavamed_jax.errors import UsageError
+from llavamed_jax.evaluation.judge_settings import judge_settings
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -22,5 +23,6 @@ def get_config(arg: str = "") -> ConfigDict:
     cfg.generation.num_beams = 1
     cfg.generation.batch_size = 16
     cfg.organ_question = False
+    cfg.judge = judge_settings()  # judge.model names who judges the open answers; nobody does while it is empty
     cfg.seed = 0
     return cfg

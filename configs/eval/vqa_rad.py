@@ -3,6 +3,7 @@
 from ml_collections import ConfigDict
 
 from llavamed_jax.errors import UsageError
+from llavamed_jax.evaluation.judge_settings import judge_settings
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -23,5 +24,6 @@ def get_config(arg: str = "") -> ConfigDict:
     cfg.generation.num_beams = 1
     cfg.generation.batch_size = 16
     cfg.organ_question = is_demo  # one more question an image, the same for all: only the image tells the answers apart
+    cfg.judge = judge_settings()  # judge.model names who judges the open answers; nobody does while it is empty
     cfg.seed = 0
     return cfg

@@ -11,13 +11,12 @@ from llavamed_jax.cli import common
 from llavamed_jax.errors import UsageError, UserError
 
 _EXAMPLES = """\
-example: python eval.py --config configs/eval/vqa_rad.py --config.data.root=DIR \\
-                        --checkpoint runs/vqa_rad --workdir runs/eval --control image
+example: eval.py --config configs/eval/slake.py --config.data.root=DIR --checkpoint PATH --workdir W
 Started again, it goes on where it was stopped. For research only, never for clinical decisions."""
 
 
 def _parser() -> common.Parser:
-    usage = "eval.py --config FILE --workdir DIR --checkpoint PATH|--predictions FILE [--config.KEY=VALUE]"
+    usage = "eval.py --config FILE --workdir DIR --checkpoint PATH|--predictions FILE|--endpoint URL"
     parser = common.Parser(prog="eval.py", usage=usage, description="Asks a model a data set's questions, scores, reports.",
                            epilog=_EXAMPLES)
     parser.add_argument("--config", required=True, metavar="FILE", help="what is asked: configs/eval/NAME.py[:ARGUMENTS]")
@@ -26,26 +25,25 @@ def _parser() -> common.Parser:
     source.add_argument("--checkpoint", metavar="PATH", help="a checkpoint in any layout, or a run's workdir")
     source.add_argument("--predictions", metavar="FILE", help="predictions.jsonl that exists; no model is loaded")
     source.add_argument("--write_llava", metavar="FILE", help="write the questions in LLaVA's format, for training, and end")
+    source.add_argument("--endpoint", metavar="URL", help="an OpenAI-compatible server that has --model NAME; "
+                        "--concurrency 8 at once, --timeout 120 seconds each")
+    for name, kind in _SERVER_FLAGS.items():
+        parser.add_argument(f"--{name}", type=kind, help=argparse.SUPPRESS)  # they stand beside --endpoint
     parser.add_argument("--control", choices=["image"], help="ask again with the images exchanged")
+    parser.add_argument("--dry_run", action="store_true", help="say what would be asked and cost, and stop")
     common.add_model_flags(parser)
     return parser
 
 
-# What is refused beside --predictions and --write_llava, where no model is loaded.
-_MODEL_FLAGS = ("control", "vision_tower", "tokenizer", "template", "dtype", "mesh")
+# Of a model that is loaded here, and of one that is asked at an address.
+_MODEL_FLAGS = ("vision_tower", "tokenizer", "template", "dtype", "mesh")
+_SERVER_FLAGS = {"model": str, "concurrency": int, "timeout": float}
 
 
 def program(argv: Sequence[str]) -> int:
     """Runs one evaluation; returns the exit status."""
-    parser = _parser()
-    args, overrides = parser.parse_with_overrides(argv)
-    if args.checkpoint is None:
-        given = [name for name in _MODEL_FLAGS if getattr(args, name)]
-        if given:
-            other = "predictions" if args.predictions is not None else "write_llava"
-            raise UsageError(f"--{given[0]} needs a model; it cannot stand beside --{other}")
-    if (args.workdir is None) != (args.write_llava is not None):
-        parser.error("--workdir is missing" if args.workdir is None else "--write_llava writes one file and needs no --workdir")
+    args, overrides = _parser().parse_with_overrides(argv)
+    _check_flags(args)
     cfg = common.load_config(args.config, overrides)
     if args.write_llava is not None:
         from llavamed_jax.evaluation import questions
@@ -54,37 +52,76 @@ def program(argv: Sequence[str]) -> int:
         return 0
     if args.checkpoint is not None:
         common.check_model_flags(args)
-    from llavamed_jax.evaluation import run  # after the flags are known to be right: it takes a second
+    endpoint = None if args.endpoint is None else _endpoint(args)
+    from llavamed_jax.evaluation import chat, run  # after the flags are known to be right: it takes a second
 
     is_new = not Path(args.workdir).exists()
-    evaluation = run.Evaluation(cfg, args.workdir)
+    evaluation = (chat.ChatEvaluation if cfg.data.name == chat.KIND else run.Evaluation)(cfg, args.workdir)
     print(evaluation.describe(), flush=True)
     try:
-        metrics = evaluation.score_file(args.predictions) if args.predictions is not None else _ask(evaluation, args)
-    except UserError:
+        if endpoint is not None:
+            endpoint.check(evaluation.generation)
+        if args.predictions is None:
+            evaluation.check_images()
+        if args.dry_run:
+            print(evaluation.plan(args.predictions))
+            return 0
+        metrics = _measure(evaluation, args, endpoint)
+    finally:
         if is_new:
             with contextlib.suppress(OSError):
                 evaluation.workdir.rmdir()  # only where nothing has been written
-        raise
     if metrics is None:
         print(f"stopped; {evaluation.n_kept} answers are kept in {args.workdir}: run again to go on", file=sys.stderr)
         return common.EXIT_SAVED
-    print(run.summary(metrics))
+    print(evaluation.summary(metrics))
     print(f"report: {evaluation.workdir / 'report.html'}")
     return 0
 
 
-def _ask(evaluation, args: argparse.Namespace) -> dict | None:
-    """The metrics; None where SIGTERM or SIGINT stopped it. What was answered before is kept."""
+def _check_flags(args: argparse.Namespace) -> None:
+    """Refuses flags that are of another source than the one that is given."""
+    if (args.workdir is None) != (args.write_llava is not None):
+        raise UsageError("--workdir is missing; a directory for predictions, metrics and report was expected" if args.workdir is None
+                         else "--write_llava writes one file and needs no --workdir")
+    given = [name for name in _MODEL_FLAGS if getattr(args, name)]
+    for source in ("predictions", "write_llava"):
+        if getattr(args, source) is not None and (args.control or given):
+            raise UsageError(f"--{(['control'] if args.control else given)[0]} needs a model; it cannot stand beside --{source}")
+    if args.endpoint is not None and given:
+        raise UsageError(f"--{given[0]} is of a model that is loaded here; it cannot stand beside --endpoint")
+    if args.endpoint is not None and not args.model:
+        raise UsageError("--endpoint needs --model NAME, the name that the server knows the model by")
+    of_server = [name for name in _SERVER_FLAGS if getattr(args, name) is not None]
+    if args.endpoint is None and of_server:
+        raise UsageError(f"--{of_server[0]} is of a model that is asked at an address; it stands beside --endpoint only")
+
+
+def _endpoint(args: argparse.Namespace):
+    from llavamed_jax.evaluation.endpoint import Endpoint  # brings the client, and nothing of jax
+    from llavamed_jax.evaluation.service import Service
+
+    settings = {name: getattr(args, name) for name in ("concurrency", "timeout") if getattr(args, name) is not None}
+    return Endpoint(Service(args.endpoint, args.model, **settings))
+
+
+def _local(args: argparse.Namespace):
     from llavamed_jax.evaluation.local import LocalModel, model_name
 
+    return LocalModel(common.load_assistant(args), model_name(args.checkpoint))
+
+
+def _measure(evaluation, args: argparse.Namespace, endpoint=None) -> dict | None:
+    """The metrics; None where SIGTERM or SIGINT stopped it. What was answered before is kept, by a judge too."""
     stops = (signal.SIGTERM, signal.SIGINT)
     earlier = {number: signal.signal(number, signal.default_int_handler) for number in stops}
     try:
-        model = common.load_assistant(args)
-        flags = {name: getattr(args, name) for name in _MODEL_FLAGS if name != "control"}
-        answerer = LocalModel(model, model_name(args.checkpoint))
-        return evaluation.run(answerer, {"checkpoint": args.checkpoint}, [args.control] if args.control else [], flags)
+        if args.predictions is not None:
+            return evaluation.score_file(args.predictions)
+        answerer = endpoint or _local(args)
+        source = {"endpoint": endpoint.service.url, "model": args.model} if endpoint else {"checkpoint": args.checkpoint}
+        flags = {name: getattr(args, name) for name in _MODEL_FLAGS}
+        return evaluation.run(answerer, source, [args.control] if args.control else [], flags)
     except KeyboardInterrupt:
         return None
     except UserError as error:

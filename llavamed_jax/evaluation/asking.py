@@ -10,6 +10,7 @@ import contextlib
 import json
 import sys
 import uuid
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +37,7 @@ class Generation:
 
 @dataclass(frozen=True)
 class Answer:
-    """`text` as generated; `finish_reason` is `stop` or `length`; `tokens_cut` were lost of a prompt too long."""
+    """`text` as generated; `finish_reason` is `stop`, `length`, or what a server says; `tokens_cut` were lost of a prompt too long."""
 
     text: str
     finish_reason: str
@@ -61,6 +62,9 @@ class Answerer(Protocol):
             draw apart.
           failed: where the errors of questions that could not be answered go, by their place.
         """
+
+    def facts(self) -> dict[str, str]:
+        """What the report says of how the answers came about."""
 
 
 def ask(
@@ -112,6 +116,9 @@ def _warn(answers: Sequence[Answer]) -> None:
     unfinished = sum(answer.finish_reason == "length" for answer in answers)
     if unfinished:
         print(f"warning: {unfinished} of {len(answers)} answers reached max_new_tokens and are not finished", file=sys.stderr)
+    others = Counter(answer.finish_reason for answer in answers if answer.finish_reason not in ("stop", "length"))
+    for reason, count in others.items():
+        print(f"warning: {count} of {len(answers)} answers ended for the reason {reason!r}", file=sys.stderr)
 
 
 def predict(

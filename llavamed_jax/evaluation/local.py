@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import sys
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -43,6 +44,11 @@ class LocalModel:
         self.model.engine.batch_size = generation.batch_size
         asking = _Asking(self.model, questions, failed)
         return asking.beams(asked, generation) if generation.num_beams > 1 else asking.each(asked, generation)
+
+    def facts(self) -> dict[str, str]:
+        """The device that the model ran on; nothing is imported for it, a model that ran has imported jax."""
+        jax = sys.modules.get("jax")
+        return {"device": "not known" if jax is None else f"{jax.device_count()} x {jax.devices()[0].device_kind}"}
 
 
 class _Asking:

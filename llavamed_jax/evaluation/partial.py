@@ -35,7 +35,7 @@ class Partial:
             if kept:
                 print(f"{path}: {len(kept)} answers of an earlier start are taken over", file=sys.stderr)
         elif lines:
-            print(f"{path}: its answers are of another checkpoint, configuration or data; all questions are asked anew", file=sys.stderr)
+            print(f"{path}: its answers are of another model, configuration or data; all questions are asked anew", file=sys.stderr)
         self.answers = {line.pop("question"): Answer(**line) for line in map(dict, kept)}
         # Written again even where it fits: the last line of a process that was killed may be half a line.
         write_text(path, "".join(json.dumps(line) + "\n" for line in [head, *kept]))

@@ -76,6 +76,7 @@ def render(
         _strict(metrics),
         _organ(metrics.get("organ")),
         _groups(metrics["groups"]),
+        _judged(metrics.get("judged")),
         _paper(metrics),
         _leakage(metrics.get("leakage")),
         _gallery(metrics, samples, predictions, control),
@@ -199,6 +200,23 @@ def _paper(metrics: Mapping) -> str:
             " the rule, not the model, earns that."
         )
     return f'<h2>As the paper computes them</h2><p class="note">{note}</p>' + _table(head, rows, range(1, len(head) - 1))
+
+
+def _judged(judged: Mapping | None) -> str:
+    if not judged:
+        return ""
+    judge = judged["judge"]
+    n_scored = judged["n_open"] - judged["n_unscored"]
+    rows = [
+        ["Open accuracy, judged", _value(judged, "open_accuracy"), f"of {n_scored} answers that were judged"],
+        ["Asked about again", str(judge["n_asked_again"]), "the first reply could not be read"],
+        ["Unscored", str(judged["n_unscored"]), escape(", ".join(map(str, judged["unscored"]))) or "none"],
+    ]
+    note = (
+        f"{escape(judge['model'])} read question, gold answer and answer, without the image, and said right or wrong; the wording is the"
+        f" project's own unless judge.prompt names another (SHA-256 {judge['wording'][:12]}…). No string metric depends on it."
+    )
+    return f'<h2>Open answers, judged</h2><p class="note">{note}</p>' + _table(["", "", ""], rows)
 
 
 def _organ(organ: Mapping | None) -> str:

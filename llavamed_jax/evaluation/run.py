@@ -8,17 +8,18 @@ import importlib.metadata
 import json
 import math
 import platform
-import sys
 import tempfile
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from llavamed_jax.data.questions import VqaSample
 from llavamed_jax.errors import UsageError, UserError
-from llavamed_jax.evaluation import controls, questions, report, scoring
+from llavamed_jax.evaluation import controls, judged, questions, report, scoring
 from llavamed_jax.evaluation.asking import Answerer, Generation, ask, predict
 from llavamed_jax.evaluation.files import to_jsonl, utf8, write_text
+from llavamed_jax.evaluation.judge import check_answered
 from llavamed_jax.evaluation.partial import Partial
 
 
@@ -51,9 +52,7 @@ class Evaluation:
         if not 0 <= cfg.seed < 2**31:
             raise UsageError(f"seed is {cfg.seed}; 0 to {2**31 - 1} was expected")
         self.generation = Generation(**cfg.generation.to_dict(), seed=cfg.seed)
-        self.samples, self.training = questions.load_samples(
-            cfg.data.name, cfg.data.root, cfg.data.split, cfg.protocol, cfg.data.held_out, **questions.further(cfg.data)
-        )
+        self.samples, self.training = self._load()
         if not self.samples:
             raise UserError(f"{cfg.data.root} holds no question of {cfg.data.name} {cfg.data.split}")
         _check_writable(self.workdir)  # now, and not when hours of answers are to be written
@@ -61,7 +60,7 @@ class Evaluation:
     @property
     def n_kept(self) -> int:
         """How many answers are on the disk, to be taken over when the same evaluation is run again."""
-        return sum(map(len, self._partials))
+        return sum(map(len, self._partials)) + (self.judge.n_kept if self.judge is not None else 0)
 
     def run(self, answerer: Answerer, source: Mapping[str, str], controls_asked: Collection[str] = (),
             flags: Mapping[str, object] | None = None) -> dict:
@@ -71,7 +70,7 @@ class Evaluation:
         configuration, questions and `flags`.
 
         Args:
-          source: who answers, for the report: `checkpoint`, a path.
+          source: who answers, for the report: `checkpoint`, a path; or `endpoint` and `model`.
           controls_asked: `image` asks again with the images exchanged.
           flags: what else the answers follow from, such as what `load` was given.
         """
@@ -79,16 +78,16 @@ class Evaluation:
         partial = self._partial("predictions.jsonl", key)
         predictions = predict(answerer, self.samples, self.generation, partial=partial)
         self._write("predictions.jsonl", to_jsonl(predictions))
-        control, extra = [], {}
+        control, extra = {}, {}
         if "image" in controls_asked:
             shown = controls.exchanged_images(self.samples, self.cfg.seed)
             partial = self._partial("predictions_control_image.jsonl", key)
-            control = predict(answerer, self.samples, self.generation, shown, "images exchanged", partial)
-            self._write("predictions_control_image.jsonl", to_jsonl(control))
-        if self.cfg.organ_question:
+            control["image"] = predict(answerer, self.samples, self.generation, shown, "images exchanged", partial)
+            self._write("predictions_control_image.jsonl", to_jsonl(control["image"]))
+        if self.cfg.get("organ_question"):
             partial = self._partial("organ.jsonl", key)
             extra["organ"] = controls.organ_accuracy(lambda pairs: self._ask(answerer, pairs, partial), self.samples)
-        metrics = self._finish(predictions, control, extra, {**source, "device": _device()})
+        metrics = self._finish(predictions, control, extra, {**source, **answerer.facts()})
         for partial in self._partials:
             partial.remove()
         self._partials = []
@@ -96,11 +95,38 @@ class Evaluation:
 
     def score_file(self, path: str | Path) -> dict:
         """Scores predictions that exist; no model is loaded."""
-        return self._finish(scoring.read_predictions(path), [], {}, {"predictions": str(path)})
+        return self._finish(scoring.read_predictions(path), {}, {}, {"predictions": str(path)})
 
     def describe(self) -> str:
         """One line that says what is asked, and whether it is the whole of the published set."""
         return questions.describe(self.cfg, self.samples)
+
+    def plan(self, predictions: str | Path | None = None) -> str:
+        """What a run would do, without doing it: what is asked, and what a judge would take.
+
+        Args:
+          predictions: answers that exist; else the gold answers stand for those of the model.
+        """
+        if self.judge is None:
+            return f"{len(self.samples)} questions; nothing is judged"
+        texts = [str(sample.answer) for sample in self.samples]
+        if predictions is not None:
+            texts = scoring.join(self.samples, scoring.read_predictions(predictions))
+        return judged.plan(self.judge, self.samples, texts)
+
+    def check_images(self) -> None:
+        """Raises UserError where an image that will be shown is missing; the readers of VQA sets have looked already."""
+
+    def summary(self, metrics: Mapping) -> str:
+        """The result as plain text."""
+        return summary(metrics)
+
+    def _load(self) -> tuple[list[VqaSample], list[VqaSample]]:
+        """The questions to ask and the training rows beside them."""
+        cfg = self.cfg
+        self.judge = judged.open_judge(cfg, self.workdir)
+        return questions.load_samples(cfg.data.name, cfg.data.root, cfg.data.split, cfg.protocol, cfg.data.held_out,
+                                      **questions.further(cfg.data))
 
     def _partial(self, name: str, key: Mapping) -> Partial:
         partial = Partial(self.workdir / f"{name}.partial", key)
@@ -119,7 +145,7 @@ class Evaluation:
             "source": dict(source),
             "files": [files, stats],
             "flags": dict(flags),
-            "config": self.cfg.to_dict(),
+            "config": {name: value for name, value in self.cfg.to_dict().items() if name != "judge"},
             "questions": questions,
             "version": _version("llavamed_jax"),
         }
@@ -129,31 +155,37 @@ class Evaluation:
         greedy = Generation(max_new_tokens=self.generation.max_new_tokens, batch_size=self.generation.batch_size)
         return [answer.text for answer in ask(answerer, pairs, greedy, "organ question", partial)]
 
-    def _finish(self, predictions: list[dict], control: list[dict], extra: dict, run: Mapping[str, str]) -> dict:
+    def _finish(self, predictions: list[dict], control: Mapping[str, list[dict]], extra: dict, run: Mapping[str, str]) -> dict:
         cfg = self.cfg
         split = "held_out" if cfg.data.held_out else cfg.data.split
         names = {"dataset": cfg.data.name, "split": split, "seed": cfg.seed}
         metrics = scoring.score(self.samples, predictions, self.training, **names) | extra
         if control:
-            other = scoring.score(self.samples, control, self.training, **names)
+            other = scoring.score(self.samples, control["image"], self.training, **names)
             metrics["control"] = {
                 "kind": "image",
                 "seed": cfg.seed,
                 "paper": other["paper"],
                 "strict": other["strict"],
-                "difference": scoring.difference(self.samples, predictions, control, cfg.seed),
+                "difference": scoring.difference(self.samples, predictions, control["image"], cfg.seed),
             }
+        found = judged.judge_open(self.judge, self.samples, predictions, cfg.seed) if self.judge is not None else None
+        if found is not None:
+            metrics["judged"] = found.metrics
+            self._write("judged.jsonl", to_jsonl(found.lines))
         details = self._details(run, predictions)
-        page = report.render(metrics, self.samples, predictions, control, details)
+        page = report.render(metrics, self.samples, predictions, control.get("image", []), details)
         self._write("metrics.json", json.dumps(metrics, indent=2, ensure_ascii=False) + "\n")
         self._write("report.html", page)
+        if found is not None:
+            check_answered(found.verdicts, "open answers")
         return metrics
 
     def _write(self, name: str, text: str) -> None:
         write_text(self.workdir / name, text)
 
     def _details(self, run: Mapping[str, str], predictions: Sequence[Mapping]) -> dict[str, dict]:
-        packages = ("llavamed_jax", "jax", "flax", "transformers", "numpy", "pillow", "nltk")
+        packages = ("llavamed_jax", "jax", "flax", "transformers", "numpy", "pillow", "nltk", "openai")
         hashes = {"predictions": _sha256(utf8(to_jsonl(predictions)))}
         files = [*questions.source_files(self.cfg.data), *_checkpoint_files(run.get("checkpoint", ""))]
         hashes |= {str(path): _sha256(path.read_bytes()) for path in files}
@@ -208,12 +240,6 @@ def _version(package: str) -> str:
         return "not installed as a package"
 
 
-def _device() -> str:
-    """The device that a model ran on; nothing is imported for it, a model that ran has imported jax."""
-    jax = sys.modules.get("jax")
-    return "not known" if jax is None else f"{jax.device_count()} x {jax.devices()[0].device_kind}"
-
-
 def summary(metrics: Mapping) -> str:
     """The result as a plain text table, for a terminal or a log."""
     control = metrics.get("control")
@@ -231,6 +257,12 @@ def summary(metrics: Mapping) -> str:
     if metrics["n_closed"]:
         title = f'  always "{baselines["majority_closed_answer"]}"'
         lines.insert(3, f"{title:<38}{_plain(baselines['majority_closed']):>7}")
+    found = metrics.get("judged")
+    if found:
+        interval = "" if found["open_accuracy_low"] is None else f"[{found['open_accuracy_low']:.1f}, {found['open_accuracy_high']:.1f}]"
+        lines.append(f"{'open accuracy, judged':<38}{_plain(found['open_accuracy']):>7}   {interval}".rstrip())
+        if found["n_unscored"]:
+            lines.append(f"  {found['n_unscored']} open answers are unscored and not counted: {', '.join(map(str, found['unscored']))}")
     organ = metrics.get("organ")
     if organ:
         lines.append(

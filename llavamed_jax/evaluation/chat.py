@@ -1,0 +1,178 @@
+"""Chat evaluation by a judge (spec 7.7): answers to questions about figures, each scored beside GPT-4's own answer.
+
+The judge reads caption, what the article says of the figure, the question and both answers, and gives each a score from 1 to
+10. The relative score is the mean of the ratios, 100 * mean(answer's / reference's). Axis letters here: N questions.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from llavamed_jax.data.questions import VqaSample, check_images
+from llavamed_jax.errors import UsageError
+from llavamed_jax.evaluation import chat_published, chat_report, scoring
+from llavamed_jax.evaluation.files import to_jsonl
+from llavamed_jax.evaluation.judge import Judge, Verdict, check_answered, report_unscored
+from llavamed_jax.evaluation.judge_prompt import CHAT_PROMPT, chat_prompt, read_prompt, read_scores
+from llavamed_jax.evaluation.qa50 import DOMAINS, TYPES, ChatQuestion, read_chat_questions
+from llavamed_jax.evaluation.run import Evaluation
+
+KIND = "chat"  # `data.name` of such a config
+_SCORES = ("pred_relative_score", "gpt4_score", "pred_score")
+
+
+class ChatEvaluation(Evaluation):
+    """The questions of a chat config, their answers, and what a judge says of these; arguments and errors as `Evaluation`'s.
+
+    Beside `predictions.jsonl`, `metrics.json` and `report.html` it writes `reviews.jsonl`: a line for each question, with both
+    answers, their scores and the judge's text.
+    """
+
+    def describe(self) -> str:
+        """One line that says what is asked, and whether it is the published set."""
+        kinds = Counter(question.kind for question in self.questions)
+        counts = ", ".join(f"{kinds[kind]} {kind}" for kind in TYPES)
+        is_published = "as published" if self.chat_set.is_published else "not the published file"
+        return f"{KIND}: {len(self.questions)} questions on {len({q.image for q in self.questions})} images, {counts}, {is_published}"
+
+    def plan(self, predictions: str | Path | None = None) -> str:
+        """What judging will take, before anything is asked. Answers that are not there are taken as long as the references."""
+        texts = [question.reference for question in self.questions]
+        source = "answers as long as the references"
+        if predictions is not None:
+            texts, source = scoring.join(self.samples, scoring.read_predictions(predictions)), "the answers that exist"
+        return f"judge {self.judge.service.where}, {source}: {self.judge.estimate(self._prompts(texts))}"
+
+    def check_images(self) -> None:
+        """Raises UserError where a figure is missing: who answers sees it, the judge does not."""
+        check_images(question.image for question in self.questions)
+
+    def summary(self, metrics: Mapping) -> str:
+        return summary(metrics)
+
+    def _load(self) -> tuple[list[VqaSample], list[VqaSample]]:
+        cfg = self.cfg
+        if not cfg.data.root:
+            raise UsageError("data.root is empty; the file of chat questions or its folder was expected: --config.data.root=PATH")
+        self.judge = Judge(cfg.judge, read_prompt(cfg.judge.prompt, CHAT_PROMPT), read_scores, self.workdir)
+        self.chat_set = read_chat_questions(cfg.data.root, cfg.data.images)
+        self.questions = self.chat_set.questions
+        return [question.sample() for question in self.questions], []
+
+    def _prompts(self, texts: Sequence[str]) -> list[str]:
+        has_marker = self.cfg.judge.image_marker
+        return [chat_prompt(self.judge.prompt, q, text, has_marker) for q, text in zip(self.questions, texts, strict=True)]
+
+    def _judged(self, predictions: Sequence[Mapping], name: str, title: str) -> tuple[list[Verdict], list[dict]]:
+        """The verdicts, and the lines of a file of reviews, which is written."""
+        texts = scoring.join(self.samples, predictions)
+        prompts = self._prompts(texts)
+        print(f"judge {self.judge.service.where}, {title}: {self.judge.estimate(prompts)}", file=sys.stderr, flush=True)
+        verdicts = self.judge.verdicts(prompts, title)
+        lines = [review(*each) for each in zip(self.questions, texts, verdicts, strict=True)]
+        self._write(name, to_jsonl(lines))
+        report_unscored(verdicts, [question.question_id for question in self.questions], title)
+        return verdicts, lines
+
+    def _finish(self, predictions: list[dict], control: Mapping[str, list[dict]], extra: dict, run: Mapping[str, str]) -> dict:
+        verdicts, reviews = self._judged(predictions, "reviews.jsonl", "answers")
+        metrics = self._metrics(verdicts) | extra
+        others = {}
+        for name, answers in control.items():
+            found, others[name] = self._judged(answers, f"reviews_control_{name}.jsonl", f"answers, control {name}")
+            table = {"kind": name, "seed": self.cfg.seed, **chat_scores(self.questions, found, self.cfg.seed)}
+            metrics["control"] = table if name == "image" else metrics["control"] | {name: table}
+            verdicts = verdicts + found
+        details, model = self._chat_details(run, predictions), str(predictions[0].get("model_id", ""))
+        page = chat_report.render(metrics, self.questions, reviews, others, details, model)
+        self._write("metrics.json", json.dumps(metrics, indent=2, ensure_ascii=False) + "\n")
+        self._write("report.html", page)
+        check_answered(verdicts, "answers")
+        return metrics
+
+    def _metrics(self, verdicts: Sequence[Verdict]) -> dict:
+        """The object of `metrics.json`, without controls."""
+        unscored = [question.question_id for question, verdict in zip(self.questions, verdicts, strict=True) if verdict.value is None]
+        return {
+            "dataset": KIND, "split": self.cfg.data.split, "unit": "percent; scores are points from 1 to 10",
+            "n_questions": len(self.questions), "n_images": len({question.image for question in self.questions}),
+            "n_unscored": len(unscored), "unscored": unscored, "seed": self.cfg.seed, "questions_sha256": self.chat_set.sha256,
+            "judge": self.judge.summary(verdicts), **chat_scores(self.questions, verdicts, self.cfg.seed),
+            "differs_from_the_paper": chat_published.differences(self.chat_set, self.judge, self.cfg.judge.image_marker, len(unscored)),
+        }  # fmt: skip
+
+    def _chat_details(self, run: Mapping[str, str], predictions: Sequence[Mapping]) -> dict[str, dict]:
+        prompt = self.judge.prompt
+        details = self._details({**run, "judge": self.judge.service.where}, predictions)
+        details["SHA-256"] |= {str(self.chat_set.file): self.chat_set.sha256, "judge's wording": prompt.wording}
+        return details | {"Judge's prompt": {"system": prompt.system, "instruction": prompt.instruction, "reminder": prompt.reminder}}
+
+
+def review(question: ChatQuestion, text: str, verdict: Verdict) -> dict:
+    """A line of `reviews.jsonl`; scores are None where the question is unscored."""
+    gpt4_score, pred_score = verdict.value or (None, None)
+    line = {
+        "question_id": question.question_id, "image": question.image.name, "type": question.kind, "domain": question.domain,
+        "question": question.question, "gpt4_answer": question.reference, "text": text, "gpt4_score": gpt4_score,
+        "pred_score": pred_score, "gpt_eval": verdict.text, "finish_reason": verdict.finish_reason,
+    }  # fmt: skip
+    again = {"first_gpt_eval": verdict.first_text} if verdict.is_asked_again else {}
+    return line | again | ({"error": verdict.error} if verdict.error is not None else {})
+
+
+def chat_scores(questions: Sequence[ChatQuestion], verdicts: Sequence[Verdict], seed: int) -> dict:
+    """The numbers of `metrics.json`: `overall`, and by `type` and `domain` a table for each that occurs.
+
+    Each table has `pred_relative_score` (mean of the ratios, percent), `gpt4_score` and `pred_score` (mean points), all with
+    95 % intervals by bootstrap over images (`_low`, `_high`), `ratio_of_means` (percent: what LLaVA's own summary prints),
+    `data_size` (questions scored) and `n_unscored`.
+    """
+    scores = np.array([verdict.value or (np.nan, np.nan) for verdict in verdicts], np.float64).reshape(-1, 2)  # [N, 2]
+    images = [str(question.image) for question in questions]
+
+    def table(rows: Sequence[int]) -> dict:
+        mine = scores[rows]
+        values = np.stack([mine[:, 1] / mine[:, 0], mine[:, 0], mine[:, 1]], axis=1)
+        result = scoring.means_with_intervals(values, [images[row] for row in rows], _SCORES, seed)
+        for name in (f"{score}{end}" for score in _SCORES[1:] for end in ("", "_low", "_high")):  # points, not percent
+            result[name] = None if result[name] is None else result[name] / 100
+        scored = mine[~np.isnan(mine).any(axis=1)]
+        result["ratio_of_means"] = float(100 * scored[:, 1].sum() / scored[:, 0].sum()) if len(scored) else None
+        return result | {"data_size": len(scored), "n_unscored": len(rows) - len(scored)}
+
+    def tables(names: Sequence[str], field: str) -> dict:
+        rows = {name: [i for i, question in enumerate(questions) if getattr(question, field) == name] for name in names}
+        return {name: table(found) for name, found in rows.items() if found}
+
+    return {"overall": table(range(len(questions))), "type": tables(TYPES, "kind"), "domain": tables(DOMAINS, "domain")}
+
+
+def summary(metrics: Mapping) -> str:
+    """The result as a plain text table, for a terminal or a log."""
+    judge, control = metrics["judge"]["model"], metrics.get("control")
+    others = dict(chat_report.tables(control)) if control else {}
+    name, split, n, n_images = (metrics[key] for key in ("dataset", "split", "n_questions", "n_images"))
+    lines = [f"{name} {split}: {n} questions about {n_images} images, judged by {judge}"]
+    head = f"{'relative score, percent':<24}{'value':>7}   {'95 % interval':<16}{'ratio of means':>14}"
+    lines.append(f"{head}{'answers':>9}{'references':>12}{'n':>6}" + ("   images exchanged" if control else ""))
+    for title, table in chat_report.tables(metrics):
+        value, low, high = (table[f"pred_relative_score{end}"] for end in ("", "_low", "_high"))
+        interval = "" if low is None else f"[{low:.1f}, {high:.1f}]"
+        cells = [_plain(table["ratio_of_means"], 14), _plain(table["pred_score"], 9, 2), _plain(table["gpt4_score"], 12, 2)]
+        line = f"{title:<24}{_plain(value, 7)}   {interval:<16}{''.join(cells)}{table['data_size']:>6}"
+        lines.append(line + (_plain(others[title]["pred_relative_score"], 19) if control else ""))
+    if metrics["n_unscored"]:
+        lines.append(f"{metrics['n_unscored']} questions are unscored and in no mean: {', '.join(map(str, metrics['unscored']))}")
+    if metrics["differs_from_the_paper"]:
+        lines.append(f"not beside the paper's numbers: {'; '.join(metrics['differs_from_the_paper'])}")
+    return "\n".join(lines)
+
+
+def _plain(value: float | None, width: int, digits: int = 1) -> str:
+    return f"{'-':>{width}}" if value is None else f"{value:>{width}.{digits}f}"

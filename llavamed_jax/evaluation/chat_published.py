@@ -1,0 +1,40 @@
+"""What LLaVA-Med's paper printed of this evaluation, and whether a run may stand beside it.
+
+Relative scores in percent, from the paper's table of chat results (`images/llava_med_chat.png` of its repository); the judge
+was GPT-4 of 14 March 2023, asked by v1.0's code at temperature 0.
+"""
+
+from __future__ import annotations
+
+from llavamed_jax.evaluation.judge import Judge
+from llavamed_jax.evaluation.judge_prompt import ORIGINAL_WORDING
+from llavamed_jax.evaluation.qa50 import ChatSet
+
+JUDGE = "gpt-4-0314"
+COLUMNS = ("conversation", "detailed_description", "chest_xray", "mri", "histology", "gross", "ct_scan", "overall")
+COUNTS = dict(zip(COLUMNS, (143, 50, 37, 38, 44, 34, 40, 193), strict=True))
+ROWS = {
+    "LLaVA": (39.4, 26.2, 41.6, 33.4, 38.4, 32.9, 33.4, 36.1),
+    "LLaVA-Med, stage 1 only": (22.6, 25.2, 25.8, 19.0, 24.8, 24.7, 22.2, 23.3),
+    "LLaVA-Med, 10K": (42.4, 32.5, 46.1, 36.7, 43.5, 34.7, 37.5, 39.9),
+    "LLaVA-Med, 60K": (53.7, 36.9, 57.3, 39.8, 49.8, 47.4, 52.4, 49.4),
+    "LLaVA-Med, 60K-IM": (55.1, 36.4, 56.2, 40.4, 52.7, 51.8, 50.1, 50.2),
+}
+
+
+def differences(questions: ChatSet, judge: Judge, has_marker: bool, n_unscored: int) -> list[str]:
+    """In what a run differs from the paper's, a few words each; with none its numbers may stand beside the paper's."""
+    found = []
+    if not questions.is_published:
+        found.append(f"the questions are not the published file (SHA-256 {questions.sha256[:8]}…)")
+    if judge.cfg.model != JUDGE:
+        found.append(f"the judge is {judge.cfg.model}, the paper's was {JUDGE}")
+    if judge.prompt.wording != ORIGINAL_WORDING:
+        found.append("the judge's instruction is worded otherwise")
+    if judge.cfg.temperature != 0:
+        found.append(f"the judge's temperature is {judge.cfg.temperature:g}, the paper's was 0")
+    if has_marker:
+        found.append("“<image>” stands in the judge's question, as in v1.5's code")
+    if n_unscored:
+        found.append(f"{n_unscored} questions are unscored")
+    return found

@@ -1,0 +1,273 @@
+"""A server of OpenAI's protocol, asked many things at once by callers that are not asynchronous.
+
+    service = Service("http://127.0.0.1:8000/v1", "llava-med")
+    with contextlib.closing(service.each(enumerate(conversations), max_tokens=64, temperature=0.0)) as found:
+        for number, reply in found:
+            …
+
+Requests run in a thread with an event loop of its own. So many are under way at a time, and so many more are prepared, since
+images are large. What may pass (429, 5xx, time-outs, dropped connections, replies that are none) is asked again after a wait
+that doubles; what cannot pass fails at once, and what no other request could survive ends them all.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import math
+import os
+import queue
+import random
+import re
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from urllib.parse import parse_qs, urlsplit
+
+import openai
+
+from llavamed_jax.errors import UsageError, UserError, short
+from llavamed_jax.evaluation.replies import (
+    PassingError,
+    Reply,
+    ServiceError,
+    connection_error,
+    read_reply,
+    refused_setting,
+    status_error,
+)
+
+__all__ = ["Reply", "Service", "ServiceError"]
+
+_LONGEST_BACKOFF = 64  # times the first wait
+_LONGEST_RETRY_AFTER = 600.0  # seconds; a server that asks for more is told later
+_CONNECT_TIMEOUT = 20.0  # seconds
+_IN_A_ROW = 16  # requests that fail with no reply between them: then the server is at fault, not the requests
+_NO_KEY = "none"  # local servers need none, but the client does
+
+
+class Service:
+    """A model behind an address.
+
+    Args:
+      url: `http(s)://HOST[:PORT]/v1`; without a path `/v1` is added. Azure's: `https://NAME.openai.azure.com?api-version=VERSION`,
+        or the address of a deployment as Azure's portal shows it.
+      model: the model's name there; Azure's deployment.
+      api_key: else `OPENAI_API_KEY` (Azure's: `AZURE_OPENAI_API_KEY` before it), else none is needed. It is never printed.
+      concurrency: requests under way at a time.
+      timeout: seconds until an attempt counts as failed.
+      retries: attempts after the first, for each request.
+      azure_version: Azure's `api-version`, where the address does not hold it.
+      backoff: seconds before the second attempt, half of it by chance; doubled each time, up to 64 times. A server's `Retry-After`
+        is kept to instead.
+    Attributes:
+      requests, prompt_tokens, completion_tokens: attempts that were sent, and tokens as the server counted them.
+      again: why something was asked again -> how often.
+      not_taken: settings that the server refused and that are no longer sent.
+    Raises:
+      UsageError: an address, a key or a number that cannot be used.
+    """
+
+    def __init__(self, url: str, model: str, *, api_key: str | None = None, concurrency: int = 8, timeout: float = 120.0,
+                 retries: int = 8, azure_version: str | None = None, backoff: float = 0.5):
+        if not model:
+            raise UsageError("the model's name is empty; the name that the server knows it by was expected")
+        if concurrency < 1 or not 0 < timeout < math.inf or retries < 0 or not 0 <= backoff < math.inf:
+            raise UsageError(f"concurrency {concurrency}, timeout {timeout}, retries {retries}, backoff {backoff}: at least 1, more "
+                             "than 0, at least 0 and at least 0 were expected")
+        self.model, self.concurrency, self.timeout, self.retries, self.backoff = model, concurrency, timeout, retries, backoff
+        self._options = client_options(url, azure_version)
+        self.url = self._options.get("base_url") or self._options["azure_endpoint"]
+        self._key = _key(api_key, is_azure="azure_endpoint" in self._options)
+        self.requests = self.prompt_tokens = self.completion_tokens = 0
+        self.again: Counter[str] = Counter()
+        self.not_taken: list[str] = []
+        self._limit_name = "max_tokens"
+        self._replies = self._failed_in_a_row = 0
+
+    def each(self, requests: Iterable[tuple[int, list[dict]]], *, max_tokens: int, temperature: float,
+             seed: int | Callable[[int], int] | None = None) -> Iterator[tuple[int, Reply | UserError]]:
+        """The replies, each as it comes; closing the iterator cancels what is under way.
+
+        Args:
+          requests: a number, which comes back with the reply, and OpenAI chat messages. It is read in the caller's thread, and
+            twice `concurrency` are held at a time.
+          seed: of what is drawn; a function gives each request, by its number, its own.
+        Yields:
+          The number, and the reply or why this request has none.
+        Raises:
+          ServiceError: nothing at all can be asked: no connection, a key or a model that is refused, or so many failures in a
+            row; after the replies that came before.
+        """
+        requests = iter(requests)
+        under_way, is_more = 0, True
+        thread = _Requests(self._client)
+        try:
+            while True:
+                while is_more and under_way < 2 * self.concurrency:
+                    number, messages = next(requests, (None, None))
+                    is_more = messages is not None
+                    if is_more:
+                        drawn = seed(number) if callable(seed) else seed
+                        settings = {"max_tokens": max_tokens, "temperature": temperature} | ({} if drawn is None else {"seed": drawn})
+                        thread.submit(number, lambda client, gate, m=messages, s=settings: self._ask(client, gate, m, s))
+                        under_way += 1
+                if not under_way:
+                    return
+                number, reply = thread.done.get()
+                under_way -= 1
+                if isinstance(reply, BaseException) and (isinstance(reply, ServiceError) or not isinstance(reply, UserError)):
+                    raise reply
+                yield number, reply
+        finally:
+            thread.close()
+
+    @property
+    def where(self) -> str:
+        """The server and the model, for a sentence."""
+        return f"{self.url} (model {short(self.model)})"
+
+    def _client(self) -> tuple[openai.AsyncOpenAI, asyncio.Semaphore]:
+        """A client, whose connections belong to one event loop, and what lets so many requests through."""
+        kind = openai.AsyncAzureOpenAI if "azure_endpoint" in self._options else openai.AsyncOpenAI
+        timeout = openai.Timeout(self.timeout, connect=min(self.timeout, _CONNECT_TIMEOUT))
+        client = kind(**self._options, api_key=self._key, timeout=timeout, max_retries=0)  # what is asked again is counted here
+        return client, asyncio.Semaphore(self.concurrency)
+
+    async def _ask(self, client: openai.AsyncOpenAI, gate: asyncio.Semaphore, messages: list[dict], settings: dict) -> Reply | UserError:
+        """The reply to one request, after as many attempts as it takes. The gate stays taken while it waits: a server that is
+        overloaded is asked less."""
+        async with gate:
+            for attempt in itertools.count():
+                try:
+                    reply = await self._attempt(client, messages, settings)
+                except UserError as error:
+                    return self._failed(error)
+                except PassingError as error:
+                    if attempt == self.retries:
+                        return self._failed(UserError(f"{self.where} was asked {attempt + 1} times; at last {self._clean(error)}"))
+                    self._count_again(error)
+                    wait = error.retry_after
+                    if wait is None:
+                        wait = self.backoff * min(2**attempt, _LONGEST_BACKOFF) * random.uniform(0.5, 1.0)
+                    if wait > _LONGEST_RETRY_AFTER:
+                        return ServiceError(f"{self.where} asks to wait {wait:.0f} s: {self._clean(error)}")
+                    await asyncio.sleep(wait)
+                else:
+                    self._replies, self._failed_in_a_row = self._replies + 1, 0
+                    self.prompt_tokens += reply.prompt_tokens
+                    self.completion_tokens += reply.completion_tokens
+                    return reply
+
+    async def _attempt(self, client: openai.AsyncOpenAI, messages: list[dict], settings: dict) -> Reply:
+        """Sends a request; again without a setting that the server does not take."""
+        while True:
+            sent = {self._limit_name if name == "max_tokens" else name: value
+                    for name, value in settings.items() if name not in self.not_taken}
+            self.requests += 1
+            try:
+                async with asyncio.timeout(self.timeout):  # of the whole; the client's is from one piece to the next
+                    response = await client.chat.completions.with_raw_response.create(model=self.model, messages=messages, **sent)
+                return read_reply(response.content)
+            except openai.APIStatusError as error:
+                name = refused_setting(error, sent)
+                if name is None:
+                    failure = status_error(error, self.where, is_start=not self._replies)
+                    raise type(failure)(self._clean(failure)) if isinstance(failure, UserError) else failure from None
+                self._leave_out(name)
+            except (TimeoutError, openai.APIConnectionError) as error:
+                reason, is_absent = connection_error(error)
+                if is_absent and not self._replies:
+                    raise ServiceError(f"{self.where} cannot be reached: {reason}") from None
+                if isinstance(error, (TimeoutError, openai.APITimeoutError)):
+                    raise PassingError("no reply in time", f"it gave no reply within {self.timeout:g} s") from None
+                raise PassingError("connection lost", f"the connection failed: {reason}") from None
+
+    def _leave_out(self, name: str) -> None:
+        """From now on a setting is not sent, or goes by its newer name. Others under way may have said so already."""
+        if name == "max_tokens":
+            self._limit_name = "max_completion_tokens"
+        elif name not in self.not_taken:
+            self.not_taken.append(name)
+            print(f"warning: {self.where} does not take {name}; its own value holds", file=sys.stderr, flush=True)
+
+    def _failed(self, error: UserError) -> UserError:
+        self._failed_in_a_row += 1
+        if self._failed_in_a_row < _IN_A_ROW or isinstance(error, ServiceError):
+            return error
+        return ServiceError(f"{self._failed_in_a_row} requests in a row have failed; the last: {error}")
+
+    def _count_again(self, error: PassingError) -> None:
+        """The first of a kind is said at once: who waits sees why."""
+        if error.kind not in self.again:
+            print(f"{self.where}: {self._clean(error)}; such requests are sent again", file=sys.stderr, flush=True)
+        self.again[error.kind] += 1
+
+    def _clean(self, error: Exception) -> str:
+        """Its sentence without the key, which some servers repeat."""
+        return str(error).replace(self._key, "[key]") if len(self._key) >= 8 else str(error)  # shorter ones are placeholders
+
+
+class _Requests:
+    """A thread with an event loop, in which requests are under way.
+
+    Attributes:
+      done: (number, what a request returned or raised), in the order in which they end.
+    """
+
+    def __init__(self, make_client: Callable):
+        self.done: queue.SimpleQueue = queue.SimpleQueue()
+        self._client, self._gate = make_client()
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="requests", daemon=True)
+        self._thread.start()
+
+    def submit(self, number: int, ask: Callable) -> None:
+        async def run():
+            try:
+                self.done.put((number, await ask(self._client, self._gate)))
+            except Exception as error:  # whoever waits for it would wait for ever
+                self.done.put((number, error))
+
+        asyncio.run_coroutine_threadsafe(run(), self._loop)
+
+    def close(self) -> None:
+        """Cancels what is under way and ends the thread."""
+        async def end():
+            others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+            for task in others:
+                task.cancel()
+            await asyncio.gather(*others, return_exceptions=True)
+            await self._client.close()
+
+        asyncio.run_coroutine_threadsafe(end(), self._loop).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+
+def client_options(url: str, azure_version: str | None) -> dict[str, str]:
+    """The client's own words for an address: `base_url`, or Azure's `azure_endpoint`, `api_version`, `azure_deployment`."""
+    try:
+        parts = urlsplit(url.strip())
+        is_address = parts.scheme in ("http", "https") and parts.hostname and (parts.port or True) and not parts.username
+    except ValueError:
+        is_address = False
+    if not is_address:
+        raise UsageError(f"the address {short(url)} is none; http://HOST:PORT/v1 or https://HOST/v1 was expected, without a user's name")
+    origin, path = f"{parts.scheme}://{parts.netloc}", parts.path.rstrip("/").removesuffix("/chat/completions")
+    version = azure_version or next(iter(parse_qs(parts.query).get("api-version", [])), None)
+    if version is None:
+        return {"base_url": f"{origin}{path or '/v1'}"}
+    before, _, deployment = re.sub(r"/openai$", "", path).partition("/openai/deployments/")
+    options = {"azure_endpoint": origin + before, "api_version": version}
+    return options | ({"azure_deployment": deployment} if deployment else {})
+
+
+def _key(given: str | None, is_azure: bool) -> str:
+    names = (["AZURE_OPENAI_API_KEY"] if is_azure else []) + ["OPENAI_API_KEY"]
+    key = given or next((os.environ[name] for name in names if os.environ.get(name)), _NO_KEY)
+    if not key.strip().isascii() or not key.strip().isprintable() or " " in key.strip():
+        raise UsageError(f"the key in {' or '.join(names)} is none: letters, digits and signs without spaces were expected")
+    return key.strip() or _NO_KEY
