@@ -25,7 +25,8 @@ def _parser() -> common.Parser:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--checkpoint", metavar="PATH", help="a checkpoint in any layout, or a run's workdir")
     source.add_argument("--predictions", metavar="FILE", help="predictions.jsonl that exists; no model is loaded")
-    parser.add_argument("--control", choices=["image"], help="ask again with the images exchanged")
+    parser.add_argument("--control", choices=["image"], help="ask again with the images exchanged, and with noise")
+    parser.add_argument("--against", metavar="FILE", help="another model's predictions.jsonl: differences, intervals, p")
     common.add_model_flags(parser)
     return parser
 
@@ -44,10 +45,10 @@ def program(argv: Sequence[str]) -> int:
     cfg = common.load_config(args.config, overrides)
     if args.checkpoint is not None:
         common.check_model_flags(args)
-    from llavamed_jax.evaluation import run  # after the flags are known to be right: it takes a second
+    from llavamed_jax.evaluation import run, summary  # after the flags are known to be right: it takes a second
 
     is_new = not Path(args.workdir).exists()
-    evaluation = run.Evaluation(cfg, args.workdir)
+    evaluation = run.Evaluation(cfg, args.workdir, args.against)
     print(evaluation.describe(), flush=True)
     try:
         metrics = evaluation.score_file(args.predictions) if args.predictions is not None else _ask(evaluation, args)
@@ -59,7 +60,7 @@ def program(argv: Sequence[str]) -> int:
     if metrics is None:
         print(f"stopped; {evaluation.n_kept} answers are kept in {args.workdir}: run again to go on", file=sys.stderr)
         return common.EXIT_SAVED
-    print(run.summary(metrics))
+    print(summary.summary(metrics))
     print(f"report: {evaluation.workdir / 'report.html'}")
     return 0
 

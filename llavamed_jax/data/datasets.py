@@ -55,6 +55,7 @@ class VqaSample:
     modality: str | None = None
     language: str = "en"
     phrase_type: str | None = None
+    options: tuple[str, ...] = ()
 
 
 def to_llava(sample: VqaSample) -> dict:
