@@ -45,8 +45,8 @@ def summary(metrics: Mapping) -> str:
 def _against(against: Mapping | None, rows) -> Iterator[str]:
     if not against:
         return
-    title = f"against {against['file']}"
-    yield f"{title:<41}{'other':>7}  {'difference':<23}{'p':>6}"
+    yield f"against {against['file']}:"
+    yield f"{'':<41}{'other':>7}  {'difference':<23}{'p':>6}"
     for family, name, title, _ in rows:
         row = against[family][name]
         interval = f"[{row['low']:.1f}, {row['high']:.1f}]" if row["low"] is not None else ""
