@@ -224,8 +224,8 @@ class Answerer:
 def test_a_model_is_asked_and_judged_and_so_is_the_control(few):
     with OpenAiServer(judge) as server:
         metrics = evaluation(few, server).run(Answerer(), {"checkpoint": "runs/x"}, ["image"])
-    names = {"predictions.jsonl", "predictions_control_image.jsonl", "reviews.jsonl", "reviews_control_image.jsonl", "metrics.json",
-             "report.html", "judge_cache.jsonl"}  # fmt: skip
+    names = {"predictions.jsonl", "predictions_control_image.jsonl", "predictions_control_noise.jsonl", "reviews.jsonl",
+             "reviews_control_image.jsonl", "reviews_control_noise.jsonl", "metrics.json", "report.html", "judge_cache.jsonl"}  # fmt: skip
     assert {path.name for path in (few / "out").iterdir()} == names
     prompts = [json.loads(line)["prompt"] for line in (few / "out" / "predictions.jsonl").read_text().splitlines()]
     assert prompts == [record["text"].removesuffix("\n<image>") for record in FEW]

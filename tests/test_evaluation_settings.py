@@ -71,20 +71,32 @@ def finished(tmp_path_factory):
 
 def test_the_control_scores_its_own_answers(finished):
     job, _, result, workdir = finished
-    exchanged = scoring.read_predictions(workdir / "predictions_control_image.jsonl")
     own = scoring.read_predictions(workdir / "predictions.jsonl")
-    assert {each["text"] for each in exchanged} == {"a kangaroo"} and "a kangaroo" not in {each["text"] for each in own}
-    for family in ("strict", "paper"):
-        assert result["control"][family] == scoring.score(job.samples, exchanged, job.training, seed=3)[family]
+    for name, table in (("image", result["control"]), ("noise", result["control"]["noise"])):
+        shown = scoring.read_predictions(workdir / f"predictions_control_{name}.jsonl")
+        assert {each["text"] for each in shown} == {"a kangaroo"} and "a kangaroo" not in {each["text"] for each in own}
+        for family in ("strict", "paper"):
+            assert table[family] == scoring.score(job.samples, shown, job.training, seed=3)[family]
+        assert table["strict"]["closed_accuracy"] == table["strict"]["open_exact"] == 0
+        assert table["paper"]["closed_recall"] == 0 < result["paper"]["closed_recall"]
+        assert (table["kind"], table["seed"]) == (name, 3)
     assert result["strict"]["closed_accuracy"] == result["strict"]["open_exact"] == 100
-    assert result["control"]["strict"]["closed_accuracy"] == result["control"]["strict"]["open_exact"] == 0
-    assert result["control"]["paper"]["closed_recall"] == 0 < result["paper"]["closed_recall"]
+
+
+def test_every_image_has_a_noise_of_its_own_that_is_gone_afterwards(finished):
+    job, _, result, workdir = finished
+    shown = {each["question_id"]: each["metadata"]["image"] for each in scoring.read_predictions(workdir / "predictions_control_noise.jsonl")}
+    by_image = {str(sample.image): shown[sample.question_id] for sample in job.samples}
+    assert all(shown[sample.question_id] == by_image[str(sample.image)] for sample in job.samples)
+    assert len(set(by_image.values())) == len(by_image) == result["n_images"]
+    assert not (workdir / "noise").exists() and result["control"]["noise"]["size"] == controls.NOISE_SIZE
 
 
 def test_the_difference_is_predictions_minus_control(finished):
     *_, result, _ = finished
-    difference = result["control"]["difference"]
-    assert difference["closed_accuracy"] == difference["closed_accuracy_low"] == difference["open_exact"] == 100
+    for difference in (result["control"]["difference"], result["control"]["noise"]["difference"]):
+        assert difference["closed_accuracy"] == difference["closed_accuracy_low"] == difference["open_exact"] == 100
+        assert difference["closed_accuracy_p"] == pytest.approx(2 / 2**15), "15 images, of which all but one exchange is less extreme"
     samples = [VqaSample(n, Path(f"{n}.jpg"), "?", "yes", "CLOSED") for n in range(4)]
     first, second = ([{"question_id": n, "text": text} for n, text in enumerate(texts)] for texts in (["yes"] * 3 + ["no"], ["no"] * 4))
     assert scoring.difference(samples, first, second, 0)["closed_accuracy"] == 75
@@ -93,7 +105,7 @@ def test_the_difference_is_predictions_minus_control(finished):
 
 def test_settings_of_the_config_reach_the_model(finished):
     job, model, _, _ = finished
-    assert model.settings == [dict(max_new_tokens=11, temperature=0.7, seed=3)] * 2 and model.engine.batch_size == 5
+    assert model.settings == [dict(max_new_tokens=11, temperature=0.7, seed=3)] * 3 and model.engine.batch_size == 5
 
 
 def test_the_organ_is_asked_greedily_whatever_the_questions_are_asked_with(finished):

@@ -9,7 +9,7 @@ from llavamed_jax.cli import eval as cli
 from llavamed_jax.cli.common import load_config
 from llavamed_jax.data.vqa_rad import read_vqa_rad
 from llavamed_jax.errors import UserError
-from llavamed_jax.evaluation import judged, run, scoring
+from llavamed_jax.evaluation import judged, kinds, run, scoring
 from llavamed_jax.evaluation.files import to_jsonl, write_text
 from tests.chat_set import ROOT, SAMPLE
 from tests.openai_server import OpenAiServer
@@ -48,7 +48,7 @@ def predictions(tmp_path):
 
 def test_open_answers_are_judged_apart_from_the_string_metrics(tmp_path, predictions):
     without = evaluation(tmp_path / "without").score_file(predictions)
-    assert "judged" not in without and {path.name for path in (tmp_path / "without").iterdir()} == {"metrics.json", "report.html"}
+    assert "judged" not in without and {path.name for path in (tmp_path / "without").iterdir()} == {"metrics.json", "report.html", "tensorboard"}
     with OpenAiServer(judge) as server:
         own = evaluation(tmp_path / "with", server)
         found = own.score_file(predictions)
@@ -103,7 +103,7 @@ def test_only_open_answers_are_judged(tmp_path):
     samples = read_vqa_rad(SAMPLE, "test")
     asked, texts, prompts = judged.open_texts(judged.open_judge(cfg, tmp_path), samples, [str(i) for i in range(len(samples))])
     assert asked == OPEN and len(prompts) == len(OPEN) < len(samples)
-    assert texts == [str(i) for i, sample in enumerate(samples) if not scoring.is_closed(sample)]
+    assert texts == [str(i) for i, sample in enumerate(samples) if not kinds.is_closed(sample)]
 
 
 def test_a_config_without_the_group_judges_nothing(tmp_path):

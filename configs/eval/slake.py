@@ -16,6 +16,8 @@ def get_config(arg: str = "") -> ConfigDict:
     cfg.data.split = "test"
     cfg.data.language = "en"  # the language of the published numbers; zh, or all
     cfg.data.held_out = ""
+    cfg.data.train = ""  # what the model was trained on, as in a training recipe: the report says which questions occur in it
+    cfg.data.train_images = ""  # the folder of its images, where it is a LLaVA file
     cfg.protocol = "clean"
     cfg.generation = ConfigDict()
     cfg.generation.max_new_tokens = 1024
@@ -24,5 +26,6 @@ def get_config(arg: str = "") -> ConfigDict:
     cfg.generation.batch_size = 16
     cfg.organ_question = False
     cfg.judge = judge_settings()  # judge.model names who judges the open answers; nobody does while it is empty
+    cfg.published = ""  # the published model that this one is, such as from_llava: the paper's numbers then stand beside it
     cfg.seed = 0
     return cfg

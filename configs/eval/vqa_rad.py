@@ -17,6 +17,8 @@ def get_config(arg: str = "") -> ConfigDict:
     cfg.data.split = "test"
     # A JSON file {"images": [...]}: ask all rows of these images and take all others for training rows.
     cfg.data.held_out = "samples/vqa_rad/held_out.json" if is_demo else ""
+    cfg.data.train = ""  # what the model was trained on, as in a training recipe: the report says which questions occur in it
+    cfg.data.train_images = ""  # the folder of its images, where it is a LLaVA file
     cfg.protocol = "clean"  # or "paper": training rows with all rephrasings, those of test questions included
     cfg.generation = ConfigDict()
     cfg.generation.max_new_tokens = 16 if is_demo else 1024
@@ -25,5 +27,6 @@ def get_config(arg: str = "") -> ConfigDict:
     cfg.generation.batch_size = 16
     cfg.organ_question = is_demo  # one more question an image, the same for all: only the image tells the answers apart
     cfg.judge = judge_settings()  # judge.model names who judges the open answers; nobody does while it is empty
+    cfg.published = ""  # the published model that this one is, such as from_llava: the paper's numbers then stand beside it
     cfg.seed = 0
     return cfg

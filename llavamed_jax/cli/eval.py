@@ -29,7 +29,8 @@ def _parser() -> common.Parser:
                         "--concurrency 8 at once, --timeout 120 seconds each")
     for name, kind in _SERVER_FLAGS.items():
         parser.add_argument(f"--{name}", type=kind, help=argparse.SUPPRESS)  # they stand beside --endpoint
-    parser.add_argument("--control", choices=["image"], help="ask again with the images exchanged")
+    parser.add_argument("--control", choices=["image"], help="ask again with the images exchanged, and with noise")
+    parser.add_argument("--against", metavar="FILE", help="another model's predictions.jsonl: differences, intervals, p")
     parser.add_argument("--dry_run", action="store_true", help="say what would be asked and cost, and stop")
     common.add_model_flags(parser)
     return parser
@@ -56,7 +57,7 @@ def program(argv: Sequence[str]) -> int:
     from llavamed_jax.evaluation import chat, run  # after the flags are known to be right: it takes a second
 
     is_new = not Path(args.workdir).exists()
-    evaluation = (chat.ChatEvaluation if cfg.data.name == chat.KIND else run.Evaluation)(cfg, args.workdir)
+    evaluation = (chat.ChatEvaluation if cfg.data.name == chat.KIND else run.Evaluation)(cfg, args.workdir, args.against)
     print(evaluation.describe(), flush=True)
     try:
         if endpoint is not None:

@@ -13,10 +13,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from llavamed_jax.data.questions import VqaSample, check_images
 from llavamed_jax.errors import UsageError
-from llavamed_jax.evaluation import chat_published, chat_report, scoring
+from llavamed_jax.evaluation import chat_published, chat_report, scoring, statistics
 from llavamed_jax.evaluation.files import to_jsonl
 from llavamed_jax.evaluation.judge import Judge, Verdict, check_answered, report_unscored
 from llavamed_jax.evaluation.judge_prompt import CHAT_PROMPT, chat_prompt, read_prompt, read_scores
@@ -33,6 +34,11 @@ class ChatEvaluation(Evaluation):
     Beside `predictions.jsonl`, `metrics.json` and `report.html` it writes `reviews.jsonl`: a line for each question, with both
     answers, their scores and the judge's text.
     """
+
+    def __init__(self, cfg: ConfigDict, workdir: str | Path, against: str | Path | None = None):
+        if against is not None:
+            raise UsageError("--against compares answers by the metrics of VQA sets and captions; a judge's scores stand in metrics.json")
+        super().__init__(cfg, workdir)
 
     def describe(self) -> str:
         """One line that says what is asked, and whether it is the published set."""
@@ -139,7 +145,8 @@ def chat_scores(questions: Sequence[ChatQuestion], verdicts: Sequence[Verdict], 
     def table(rows: Sequence[int]) -> dict:
         mine = scores[rows]
         values = np.stack([mine[:, 1] / mine[:, 0], mine[:, 0], mine[:, 1]], axis=1)
-        result = scoring.means_with_intervals(values, [images[row] for row in rows], _SCORES, seed)
+        means = [statistics.mean(name, column) for name, column in zip(_SCORES, values.T, strict=True)]
+        result = statistics.intervals(means, [images[row] for row in rows], seed)
         for name in (f"{score}{end}" for score in _SCORES[1:] for end in ("", "_low", "_high")):  # points, not percent
             result[name] = None if result[name] is None else result[name] / 100
         scored = mine[~np.isnan(mine).any(axis=1)]

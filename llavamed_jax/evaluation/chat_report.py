@@ -11,8 +11,8 @@ from html import escape
 from pathlib import Path
 
 from llavamed_jax.evaluation import chat_published
+from llavamed_jax.evaluation.pieces import number, thumbnail
 from llavamed_jax.evaluation.qa50 import DOMAINS, TYPES, ChatQuestion
-from llavamed_jax.evaluation.report import number, thumbnail
 from llavamed_jax.evaluation.style import CSS
 
 _NOTICE = "For research use only: never for clinical decisions."

@@ -1,15 +1,20 @@
 """Controls: does an answer depend on the image at all?
 
 A model that answers from the question alone scores well on medical VQA. `exchanged_images` gives every question the
-image of another, so that what remains is what the text alone gives. `organ_accuracy` asks one fixed question about
-every image, so that only the image can tell the answers apart.
+image of another, and `noise_images` a picture of noise, so that what remains is what the text alone gives: with another
+image the model may still see what such images have in common, with noise not even that. `organ_accuracy` asks one fixed
+question about every image, so that only the image can tell the answers apart.
 """
 
+import contextlib
 import re
+import shutil
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from llavamed_jax.data.questions import VqaSample
 from llavamed_jax.errors import UserError
@@ -48,6 +53,79 @@ def exchanged_images(samples: Sequence[VqaSample], seed: int) -> list[str]:
     """For each sample the path of the image that it is shown in the control run. All questions of an image move together."""
     other = derangement([str(sample.image) for sample in samples], seed)
     return [other[str(sample.image)] for sample in samples]
+
+
+NOISE_SIZE = 336
+"""Width and height of a noise picture: LLaVA-Med v1.5's tower then sees each pixel as it was drawn."""
+
+
+@contextlib.contextmanager
+def noise_images(samples: Sequence[VqaSample], folder: Path, seed: int) -> Iterator[list[str]]:
+    """For each sample the path of a picture of noise, one for each distinct image, as long as the context is open.
+
+    Picture i, of the i-th image in order of appearance, has independent uniform RGB values drawn from (seed, i).
+
+    Args:
+      folder: where the PNG files are written; it must not hold anything else, and is gone afterwards.
+    Raises:
+      UserError: too little room on the disk, or a folder that cannot be written to.
+    """
+    order = {image: place for place, image in enumerate(dict.fromkeys(str(sample.image) for sample in samples))}
+    shutil.rmtree(folder, ignore_errors=True)  # of a start that was killed
+    try:
+        paths = {image: str(folder / f"noise_{place:05}.png") for image, place in order.items()}
+        _write_noise(list(paths.values()), folder, seed)
+        yield [paths[str(sample.image)] for sample in samples]
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _write_noise(paths: Sequence[str], folder: Path, seed: int) -> None:
+    needed = len(paths) * NOISE_SIZE**2 * 3  # noise cannot be compressed
+    try:
+        folder.mkdir(parents=True)
+        free = shutil.disk_usage(folder).free
+        if free < needed:
+            raise UserError(f"{len(paths)} pictures of noise take {needed / 1e6:.0f} MB, and {folder} has {free / 1e6:.0f} MB left")
+        for place, path in enumerate(paths):
+            pixels = np.random.default_rng((seed, place)).integers(0, 256, (NOISE_SIZE, NOISE_SIZE, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(path, compress_level=0)
+    except OSError as error:
+        raise UserError(f"the pictures of noise cannot be written to {folder}: {error.strerror or error}") from error
+
+
+_READ = {"closed_accuracy": "closed accuracy", "open_f1": "open F1", "choice_accuracy": "accuracy of choices", "rouge_l": "ROUGE-L"}
+_LEVEL = 0.05  # of the test that a sentence goes by
+
+
+def reading(difference: Mapping, instead: str) -> str:
+    """What a difference between the answers with and without the own image says, in a sentence or two.
+
+    Args:
+      difference: of `scoring.difference`: own image minus control.
+      instead: what was shown, such as "noise".
+    """
+    names = [name for name in _READ if difference.get(name) is not None]
+    seen = [name for name in names if difference[f"{name}_p"] < _LEVEL and difference[name] > 0]
+    worse = [name for name in names if difference[f"{name}_p"] < _LEVEL and difference[name] < 0]
+    blind = [name for name in names if name not in seen + worse]
+    parts = []
+    if seen:
+        parts.append(f"Shown {instead}, it loses {_losses(difference, seen)}: these answers depend on the image.")
+    if worse:
+        parts.append(f"Shown {instead}, it gains {_losses(difference, worse)}: the own image misleads it, or something is wrong.")
+    if blind:
+        parts.append(f"Shown {instead}, it changes by {_losses(difference, blind)}, which chance explains: nothing here says that the"
+                     " image is looked at.")
+    return " ".join(parts)
+
+
+def _losses(difference: Mapping, names: Sequence[str]) -> str:
+    return " and ".join(f"{abs(difference[name]):.1f} points of {_READ[name]} (p {_p(difference[f'{name}_p'])})" for name in names)
+
+
+def _p(value: float) -> str:
+    return f"= {value:.3f}" if value >= 0.001 else "< 0.001"
 
 
 def named_organ(answer: str) -> str | None:

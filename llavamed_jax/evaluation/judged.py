@@ -14,7 +14,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from llavamed_jax.data.questions import VqaSample
-from llavamed_jax.evaluation import scoring
+from llavamed_jax.evaluation import scoring, statistics
 from llavamed_jax.evaluation.judge import Judge, Verdict, report_unscored
 from llavamed_jax.evaluation.judge_prompt import OPEN_PROMPT, open_prompt, read_prompt, read_right
 
@@ -62,9 +62,9 @@ def judge_open(judge: Judge, samples: Sequence[VqaSample], predictions: Sequence
     verdicts = judge.verdicts(prompts, "open answers")
     ids = [sample.question_id for sample in asked]
     report_unscored(verdicts, ids, "open answers")
-    values = np.array([np.nan if verdict.value is None else verdict.value for verdict in verdicts], np.float64)[:, None]  # [N, 1]
+    values = np.array([np.nan if verdict.value is None else verdict.value for verdict in verdicts], np.float64)  # [N]
     unscored = [name for name, verdict in zip(ids, verdicts, strict=True) if verdict.value is None]
-    table = scoring.means_with_intervals(values, [str(sample.image) for sample in asked], ["open_accuracy"], seed)
+    table = statistics.intervals([statistics.mean("open_accuracy", values)], [str(sample.image) for sample in asked], seed)
     metrics = table | {"n_open": len(asked), "n_unscored": len(unscored), "unscored": unscored, "judge": judge.summary(verdicts)}
     lines = [
         {"question_id": sample.question_id, "question": sample.question, "answer": str(sample.answer), "text": text,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import hashlib
 import importlib.metadata
@@ -14,9 +15,11 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from llavamed_jax.data import datasets
 from llavamed_jax.data.questions import VqaSample
 from llavamed_jax.errors import UsageError, UserError
-from llavamed_jax.evaluation import controls, judged, questions, report, scoring
+from llavamed_jax.evaluation import board, controls, judged, leakage, published, questions, report, scoring, summary
+from llavamed_jax.evaluation.against import Against
 from llavamed_jax.evaluation.asking import Answerer, Generation, ask, predict
 from llavamed_jax.evaluation.files import to_jsonl, utf8, write_text
 from llavamed_jax.evaluation.judge import check_answered
@@ -28,13 +31,14 @@ class Evaluation:
 
     Args:
       cfg: an eval config (`configs/eval/*.py`).
-      workdir: where `predictions.jsonl`, `metrics.json` and `report.html` go; created here.
+      workdir: where `predictions.jsonl`, `metrics.json`, `report.html` and `tensorboard/` go; created here.
+      against: another model's predictions of the same questions, to be compared with.
     Raises:
-      UsageError: a setting that is wrong. UserError: data that cannot be read or hold no question; a workdir that cannot
-        be written to.
+      UsageError: a setting that is wrong. UserError: data that cannot be read or hold no question; predictions to compare
+        with that do not fit; a workdir that cannot be written to.
     """
 
-    def __init__(self, cfg: ConfigDict, workdir: str | Path):
+    def __init__(self, cfg: ConfigDict, workdir: str | Path, against: str | Path | None = None):
         if not str(workdir):
             raise UsageError("the workdir is empty; a directory was expected: --workdir DIR")
         self.cfg, self.workdir = cfg, Path(workdir)
@@ -55,6 +59,10 @@ class Evaluation:
         self.samples, self.training = self._load()
         if not self.samples:
             raise UserError(f"{cfg.data.root} holds no question of {cfg.data.name} {cfg.data.split}")
+        self._against = None if against is None else Against(against, self.samples)
+        self._trained_on = _training_data(cfg)
+        if cfg.get("published") not in (None, "", *published.NAMES):
+            raise UsageError(f"published is {cfg.published!r}; one of {', '.join(published.NAMES)} was expected, or nothing")
         _check_writable(self.workdir)  # now, and not when hours of answers are to be written
 
     @property
@@ -71,7 +79,7 @@ class Evaluation:
 
         Args:
           source: who answers, for the report: `checkpoint`, a path; or `endpoint` and `model`.
-          controls_asked: `image` asks again with the images exchanged.
+          controls_asked: `image` asks again with the images exchanged, and once more with pictures of noise.
           flags: what else the answers follow from, such as what `load` was given.
         """
         key = self._key(source, flags or {})
@@ -80,10 +88,7 @@ class Evaluation:
         self._write("predictions.jsonl", to_jsonl(predictions))
         control, extra = {}, {}
         if "image" in controls_asked:
-            shown = controls.exchanged_images(self.samples, self.cfg.seed)
-            partial = self._partial("predictions_control_image.jsonl", key)
-            control["image"] = predict(answerer, self.samples, self.generation, shown, "images exchanged", partial)
-            self._write("predictions_control_image.jsonl", to_jsonl(control["image"]))
+            control = self._controls(answerer, key)
         if self.cfg.get("organ_question"):
             partial = self._partial("organ.jsonl", key)
             extra["organ"] = controls.organ_accuracy(lambda pairs: self._ask(answerer, pairs, partial), self.samples)
@@ -119,7 +124,7 @@ class Evaluation:
 
     def summary(self, metrics: Mapping) -> str:
         """The result as plain text."""
-        return summary(metrics)
+        return summary.summary(metrics)
 
     def _load(self) -> tuple[list[VqaSample], list[VqaSample]]:
         """The questions to ask and the training rows beside them."""
@@ -127,6 +132,18 @@ class Evaluation:
         self.judge = judged.open_judge(cfg, self.workdir)
         return questions.load_samples(cfg.data.name, cfg.data.root, cfg.data.split, cfg.protocol, cfg.data.held_out,
                                       **questions.further(cfg.data))
+
+    def _controls(self, answerer: Answerer, key: Mapping) -> dict[str, list[dict]]:
+        """The same questions about other pictures: kind of control -> predictions."""
+        found = {}
+        exchanged = contextlib.nullcontext(controls.exchanged_images(self.samples, self.cfg.seed))
+        noise = controls.noise_images(self.samples, self.workdir / "noise", self.cfg.seed)
+        for name, pictures, title in (("image", exchanged, "images exchanged"), ("noise", noise, "noise")):
+            partial = self._partial(f"predictions_control_{name}.jsonl", key)
+            with pictures as shown:
+                found[name] = predict(answerer, self.samples, self.generation, shown, title, partial)
+            self._write(f"predictions_control_{name}.jsonl", to_jsonl(found[name]))
+        return found
 
     def _partial(self, name: str, key: Mapping) -> Partial:
         partial = Partial(self.workdir / f"{name}.partial", key)
@@ -145,7 +162,7 @@ class Evaluation:
             "source": dict(source),
             "files": [files, stats],
             "flags": dict(flags),
-            "config": {name: value for name, value in self.cfg.to_dict().items() if name != "judge"},
+            "config": _asked_with(self.cfg),
             "questions": questions,
             "version": _version("llavamed_jax"),
         }
@@ -160,33 +177,44 @@ class Evaluation:
         split = "held_out" if cfg.data.held_out else cfg.data.split
         names = {"dataset": cfg.data.name, "split": split, "seed": cfg.seed}
         metrics = scoring.score(self.samples, predictions, self.training, **names) | extra
+        metrics["questions_sha256"] = _questions_hash(self.samples)
+        metrics["published"] = published.beside(
+            cfg.data.name, split, cfg.protocol, metrics["n_open"], metrics["n_closed"], cfg.get("published") or ""
+        )
         if control:
-            other = scoring.score(self.samples, control["image"], self.training, **names)
-            metrics["control"] = {
-                "kind": "image",
-                "seed": cfg.seed,
-                "paper": other["paper"],
-                "strict": other["strict"],
-                "difference": scoring.difference(self.samples, predictions, control["image"], cfg.seed),
-            }
+            tables = {name: self._control_table(metrics, predictions, answers) for name, answers in control.items()}
+            metrics["control"] = {"kind": "image", "seed": cfg.seed, **tables["image"]}
+            metrics["control"]["noise"] = {"kind": "noise", "seed": cfg.seed, "size": controls.NOISE_SIZE, **tables["noise"]}
+        if self._against is not None:
+            metrics["against"] = self._against.compare(predictions, self.training, cfg.seed)
+        if self._trained_on is not None:
+            metrics["trained_on"] = {"data": str(cfg.data.train)} | leakage.trained_on(self.samples, self._trained_on)
         found = judged.judge_open(self.judge, self.samples, predictions, cfg.seed) if self.judge is not None else None
         if found is not None:
             metrics["judged"] = found.metrics
             self._write("judged.jsonl", to_jsonl(found.lines))
         details = self._details(run, predictions)
-        page = report.render(metrics, self.samples, predictions, control.get("image", []), details)
+        page = report.render(metrics, self.samples, predictions, control.get("image", []), details, noise=control.get("noise", []))
         self._write("metrics.json", json.dumps(metrics, indent=2, ensure_ascii=False) + "\n")
         self._write("report.html", page)
+        board.write(self.workdir, metrics, board.step_of(run.get("checkpoint", "")))
         if found is not None:
             check_answered(found.verdicts, "open answers")
         return metrics
+
+    def _control_table(self, metrics: Mapping, predictions: Sequence[Mapping], control: Sequence[Mapping]) -> dict:
+        """Scores of a control and what the own image adds; the families that the questions have."""
+        names = {name: metrics[name] for name in ("dataset", "split", "seed")}
+        other = scoring.score(self.samples, control, self.training, **names)
+        table = {family: other[family] for family in ("paper", "strict", "captions") if family in other}
+        return table | {"difference": scoring.difference(self.samples, predictions, control, self.cfg.seed)}
 
     def _write(self, name: str, text: str) -> None:
         write_text(self.workdir / name, text)
 
     def _details(self, run: Mapping[str, str], predictions: Sequence[Mapping]) -> dict[str, dict]:
         packages = ("llavamed_jax", "jax", "flax", "transformers", "numpy", "pillow", "nltk", "openai")
-        hashes = {"predictions": _sha256(utf8(to_jsonl(predictions)))}
+        hashes = {"predictions": _sha256(utf8(to_jsonl(predictions))), "questions": _questions_hash(self.samples)}
         files = [*questions.source_files(self.cfg.data), *_checkpoint_files(run.get("checkpoint", ""))]
         hashes |= {str(path): _sha256(path.read_bytes()) for path in files}
         date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
@@ -196,6 +224,26 @@ class Evaluation:
             "Versions": {"python": platform.python_version()} | {name: _version(name) for name in packages},
             "SHA-256": hashes,
         }
+
+
+def _training_data(cfg: ConfigDict) -> datasets.TrainingData | None:
+    """What the model was trained on, where the config names it."""
+    if not cfg.data.get("train"):
+        return None
+    source = cfg.data.train if isinstance(cfg.data.train, str) else list(cfg.data.train)
+    return datasets.read_training(source, cfg.data.get("train_images") or None, cfg.protocol)
+
+
+def _asked_with(cfg: ConfigDict) -> dict:
+    """The config without the keys that only what is computed of the answers follows from."""
+    config = {name: value for name, value in cfg.to_dict().items() if name not in ("judge", "published")}
+    return config | {"data": {key: value for key, value in config["data"].items() if key not in ("train", "train_images")}}
+
+
+def _questions_hash(samples: Sequence[VqaSample]) -> str:
+    """A hash of the questions as they are scored, whatever files they came in: which split was asked, to the letter."""
+    rows = [[str(s.question_id), Path(s.image).name, s.question, str(s.answer), s.answer_type, list(s.options)] for s in samples]
+    return _sha256(json.dumps(rows, ensure_ascii=True).encode())
 
 
 def _check_writable(workdir: Path) -> None:
@@ -240,53 +288,3 @@ def _version(package: str) -> str:
         return "not installed as a package"
 
 
-def summary(metrics: Mapping) -> str:
-    """The result as a plain text table, for a terminal or a log."""
-    control = metrics.get("control")
-    head = f"{metrics['dataset']} {metrics['split']}: {metrics['n_closed']} closed and {metrics['n_open']} open questions"
-    lines = [f"{head} about {metrics['n_images']} images"]
-    lines.append(f"{'percent':<38}{'value':>7}   {'95 % interval':<16}{'images exchanged' if control else ''}".rstrip())
-    for family, name, title in _SUMMARY_ROWS:
-        table = metrics[family]
-        interval = ""
-        if table[f"{name}_low"] is not None:
-            interval = f"[{table[f'{name}_low']:.1f}, {table[f'{name}_high']:.1f}]"
-        other = _plain(control[family][name]) if control else ""
-        lines.append(f"{title:<38}{_plain(table[name]):>7}   {interval:<16}{other}".rstrip())
-    baselines = metrics["baselines"]
-    if metrics["n_closed"]:
-        title = f'  always "{baselines["majority_closed_answer"]}"'
-        lines.insert(3, f"{title:<38}{_plain(baselines['majority_closed']):>7}")
-    found = metrics.get("judged")
-    if found:
-        interval = "" if found["open_accuracy_low"] is None else f"[{found['open_accuracy_low']:.1f}, {found['open_accuracy_high']:.1f}]"
-        lines.append(f"{'open accuracy, judged':<38}{_plain(found['open_accuracy']):>7}   {interval}".rstrip())
-        if found["n_unscored"]:
-            lines.append(f"  {found['n_unscored']} open answers are unscored and not counted: {', '.join(map(str, found['unscored']))}")
-    organ = metrics.get("organ")
-    if organ:
-        lines.append(
-            f"organ named on {organ['n']} images: {organ['accuracy']:.1f} with the image ({organ['hits']} of {organ['n']}),"
-            f" {organ['exchanged']:.1f} with images exchanged (mean of {organ['n'] - 1} shifts), majority {organ['majority']:.1f}"
-        )
-    leakage = metrics.get("leakage")
-    if leakage and leakage["images_in_training"]:
-        lines.append(
-            f"of the images {leakage['images_in_training']} of {leakage['images']} also occur in training rows, and"
-            f" {leakage['open_answers_on_same_image_in_training']} of {leakage['open_questions']} open answers stand there"
-            " for the same image"
-        )
-    return "\n".join(lines)
-
-
-_SUMMARY_ROWS = (
-    ("strict", "closed_accuracy", "closed accuracy, strict"),
-    ("strict", "open_exact", "open exact, strict"),
-    ("strict", "open_f1", "open F1, strict"),
-    ("paper", "recall", "open recall, as in the paper"),
-    ("paper", "closed_accuracy_yes_no", "closed accuracy yes/no, as in the paper"),
-)
-
-
-def _plain(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1f}"

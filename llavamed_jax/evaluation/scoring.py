@@ -1,10 +1,11 @@
 """From questions and predictions to the numbers of `metrics.json`, all in percent.
 
-Two families stand side by side. `paper` is what the original computes (`metrics.py`), so that published numbers can be
-compared. `strict` is what the names promise: an answer is right or it is not. Axis letters here: N items, I images,
-M metrics, R resamples.
+Families stand side by side. `paper` is what the original computes (`metrics.py`), so that published numbers can be
+compared. `strict` is what the names promise (`strict.py`): an answer is right or it is not. `captions` (`captions.py`) is
+there where the set has texts to generate. Axis letters here: N items, M metrics.
 """
 
+import dataclasses
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +15,11 @@ import numpy as np
 from llavamed_jax.checkpoints.files import parse_json
 from llavamed_jax.data.questions import VqaSample
 from llavamed_jax.errors import UserError, some
-from llavamed_jax.evaluation import metrics
+from llavamed_jax.evaluation import captions, metrics, statistics
+from llavamed_jax.evaluation.kinds import CAPTION, CHOICE, CLOSED, OPEN, kind
+from llavamed_jax.evaluation.leakage import leakage
+from llavamed_jax.evaluation.statistics import Score
+from llavamed_jax.evaluation.strict import LETTERS, is_strictly_right, multiset_f1, normalized, read_choice, right_choice
 
 PAPER_OPEN = (
     "exact_match", "f1", "precision", "recall", "bleu", "bleu_1", "bleu_2", "bleu_3",
@@ -23,9 +28,10 @@ PAPER_OPEN = (
 PAPER_CLOSED = ("closed_accuracy_yes_no", "closed_accuracy_substring", "closed_recall")
 PAPER = PAPER_OPEN + PAPER_CLOSED
 STRICT = ("closed_accuracy", "open_exact", "open_f1")
+STRICT_CHOICE = "choice_accuracy"  # stands among the strict ones of a set that has multiple choice
+CAPTION_MEANS = ("rouge_l", *captions.SENTENCE_BLEU)
 GROUPS = ("question_type", "organ", "modality")
-_COLUMNS = {name: column for column, name in enumerate(PAPER + STRICT)}
-_RESAMPLES = 2000
+_COLUMNS = {name: column for column, name in enumerate((*PAPER, *STRICT, STRICT_CHOICE, *CAPTION_MEANS))}
 
 
 def read_predictions(path: str | Path) -> list[dict]:
@@ -71,39 +77,16 @@ def join(samples: Sequence[VqaSample], predictions: Iterable[Mapping]) -> list[s
     return [texts[str(sample.question_id)] for sample in samples]
 
 
-def is_closed(sample: VqaSample) -> bool:
-    """Whether a question is of the closed kind. Raises UserError for an answer type that is neither CLOSED nor OPEN."""
-    kind = sample.answer_type.strip().upper()
-    if kind not in ("CLOSED", "OPEN"):
-        raise UserError(f"question {sample.question_id} has the answer type {sample.answer_type!r}; CLOSED or OPEN was expected")
-    return kind == "CLOSED"
-
-
 def answer_candidates(training: Iterable[VqaSample]) -> list[str]:
     """Open answers of the training rows, unique, in order of first appearance.
 
     The original's candidate file was never released; on VQA-RAD's own training rows this gives 430 entries.
     """
-    return list(dict.fromkeys(str(sample.answer) for sample in training if not is_closed(sample)))
-
-
-def is_strictly_right(prediction: str, answer: str) -> bool:
-    """Whether the normalised prediction is the normalised answer, or its first word is the right one of yes and no."""
-    predicted, gold = metrics.normalize_word(prediction.lower()), metrics.normalize_word(answer.lower())
-    return predicted == gold or (gold in ("yes", "no") and predicted.split()[:1] == [gold])
-
-
-def multiset_f1(prediction: str, answer: str) -> float:
-    """F1 of the two multisets of normalised words; two empty ones are equal."""
-    predicted = Counter(metrics.normalize_word(prediction.lower()).split())
-    gold = Counter(metrics.normalize_word(answer.lower()).split())
-    if not predicted and not gold:
-        return 1.0
-    return 2 * (predicted & gold).total() / (predicted.total() + gold.total())
+    return list(dict.fromkeys(str(sample.answer) for sample in training if kind(sample) == OPEN))
 
 
 def item_values(samples: Sequence[VqaSample], texts: Sequence[str], candidates: Sequence[str] = ()) -> np.ndarray:
-    """Every metric of every item as a fraction, float64 [N, M]; NaN where a metric does not apply to the item.
+    """Every metric of every item that is a mean over items, as a fraction, float64 [N, M]; NaN where it does not apply.
 
     Args:
       samples, texts: questions with their gold answers, and the predicted texts.
@@ -112,32 +95,37 @@ def item_values(samples: Sequence[VqaSample], texts: Sequence[str], candidates: 
     candidate_list = metrics.CandidateList(candidates) if candidates else None
     values = np.full((len(samples), len(_COLUMNS)), np.nan)
     for row, (sample, text) in zip(values, zip(samples, texts, strict=True), strict=True):
-        item = _closed_item(sample, text) if is_closed(sample) else _open_item(sample, text, candidate_list)
-        for name, value in item.items():
+        for name, value in _item(sample, text, candidate_list).items():
             row[_COLUMNS[name]] = value
     return values
 
 
-def _as_original(text: object) -> str:
-    """The original's evaluators lower and normalise both sides before the metric functions normalise them again."""
-    return metrics.normalize_word(str(text).lower())
+def _item(sample: VqaSample, text: str, candidates: metrics.CandidateList | None) -> dict[str, float]:
+    name = kind(sample)
+    if name == CLOSED:
+        return _closed_item(sample, text)
+    if name == OPEN:
+        return _open_item(sample, text, candidates)
+    if name == CHOICE:
+        return {STRICT_CHOICE: read_choice(text, sample.options) == right_choice(sample)}
+    return captions.item_values(text, str(sample.answer))
 
 
 def _open_item(sample: VqaSample, text: str, candidates: metrics.CandidateList | None) -> dict[str, float]:
-    predicted, gold = _as_original(text), _as_original(sample.answer)
+    predicted, gold = normalized(text), normalized(sample.answer)
     f1, precision, recall = metrics.f1(predicted, gold)
     item = {"exact_match": metrics.exact_match(predicted, gold), "f1": f1, "precision": precision, "recall": recall}
     item |= dict(zip(("bleu", "bleu_1", "bleu_2", "bleu_3"), metrics.bleu(gold, predicted), strict=True))
     if candidates is not None:
         item["open_accuracy_candidates"] = metrics.candidate_accuracy(predicted, gold, candidates)
     item["open_accuracy_substring"] = metrics.is_substring_hit(predicted, gold)
-    item["open_exact"] = metrics.normalize_word(text.lower()) == gold
+    item["open_exact"] = predicted == gold
     item["open_f1"] = multiset_f1(text, str(sample.answer))
     return item
 
 
 def _closed_item(sample: VqaSample, text: str) -> dict[str, float]:
-    predicted, gold = _as_original(text), _as_original(sample.answer)
+    predicted, gold = normalized(text), normalized(sample.answer)
     return {
         "closed_accuracy_yes_no": metrics.is_yes_no_hit(predicted, gold),
         "closed_accuracy_substring": metrics.is_substring_hit(predicted, gold),
@@ -146,45 +134,23 @@ def _closed_item(sample: VqaSample, text: str) -> dict[str, float]:
     }
 
 
-def means_with_intervals(values: np.ndarray, images: Sequence[str], names: Sequence[str], seed: int) -> dict:
-    """Means in percent and their 95 % intervals by bootstrap over images.
-
-    Questions about one image are not independent, so whole images are drawn. A mean over no item is None, and so is an
-    interval from fewer than two images.
-
-    Args:
-      values: fractions, float64 [N, M'], NaN where a metric does not apply.
-      images: the image of each of the N items.
-      names: the M' metrics.
-      seed: of the resampling.
-    Returns:
-      `NAME`, `NAME_low` and `NAME_high` for each name.
-    """
-    _, image_index = np.unique(np.asarray(images, dtype=str), return_inverse=True)
-    num_images = image_index.max() + 1 if len(image_index) else 0
-    sums, counts = np.zeros((num_images, len(names))), np.zeros((num_images, len(names)))
-    applies = ~np.isnan(values)
-    np.add.at(sums, image_index, np.where(applies, values, 0))
-    np.add.at(counts, image_index, applies)
-    result = {}
-    if num_images:
-        rng = np.random.default_rng(seed)
-        draws = rng.multinomial(num_images, np.full(num_images, 1 / num_images), size=_RESAMPLES)  # [R, I]
-        drawn_sums, drawn_counts = draws @ sums, draws @ counts  # [R, M']
-    for column, name in enumerate(names):
-        total = counts[:, column].sum() if num_images else 0
-        result[name] = float(100 * sums[:, column].sum() / total) if total else None
-        low = high = None
-        if num_images and np.count_nonzero(counts[:, column]) > 1:
-            has_items = drawn_counts[:, column] > 0
-            means = 100 * drawn_sums[has_items, column] / drawn_counts[has_items, column]
-            low, high = (float(edge) for edge in np.percentile(means, [2.5, 97.5]))
-        result[f"{name}_low"], result[f"{name}_high"] = low, high
+def families(samples: Sequence[VqaSample], texts: Sequence[str], candidates: Sequence[str] = ()) -> dict[str, list[Score]]:
+    """The scores of `paper`, `strict` and, where the samples have captions, `captions`."""
+    values = item_values(samples, texts, candidates)
+    kinds = {kind(sample) for sample in samples}
+    names = {"paper": PAPER, "strict": (*STRICT, STRICT_CHOICE) if CHOICE in kinds else STRICT}
+    result = {family: [_mean(values, name) for name in members] for family, members in names.items()}
+    if CAPTION in kinds:
+        nothing = [0] * (2 * captions.ORDERS + 3)
+        parts = [captions.bleu_parts(text, str(sample.answer)) if kind(sample) == CAPTION else nothing
+                 for sample, text in zip(samples, texts, strict=True)]
+        bleu = Score(captions.BLEU, np.array(parts, dtype=float), captions.bleu_percent)
+        result["captions"] = [bleu, *(_mean(values, name) for name in CAPTION_MEANS)]
     return result
 
 
-def _table(values: np.ndarray, images: Sequence[str], names: Sequence[str], seed: int) -> dict:
-    return means_with_intervals(values[:, [_COLUMNS[name] for name in names]], images, names, seed)
+def _mean(values: np.ndarray, name: str) -> Score:
+    return statistics.mean(name, values[:, _COLUMNS[name]])
 
 
 def group_keys(sample: VqaSample, group: str) -> list[str]:
@@ -197,60 +163,61 @@ def group_keys(sample: VqaSample, group: str) -> list[str]:
     return [name for name in names if name] or ["not stated"]
 
 
-def _groups(samples: Sequence[VqaSample], values: np.ndarray, seed: int) -> dict:
-    """Strict metrics and the paper's open recall for each value of each field that varies."""
+def counts(samples: Iterable[VqaSample]) -> dict[str, int]:
+    """`n_open`, `n_closed`, `n_choice`, `n_caption` and `n_images`."""
+    samples = list(samples)
+    found = Counter(map(kind, samples))
+    sizes = {f"n_{name.lower()}": found[name] for name in (OPEN, CLOSED, CHOICE, CAPTION)}
+    return sizes | {"n_images": len({str(sample.image) for sample in samples})}
+
+
+def _groups(samples: Sequence[VqaSample], scores: Mapping[str, Sequence[Score]], seed: int) -> dict:
+    """For each value of each field that varies: strict metrics, the paper's open recall, captions' ROUGE-L."""
+    names = {*STRICT, STRICT_CHOICE, "recall", "rouge_l"}
+    shown = [score for family in scores.values() for score in family if names & set(score.names)]
     result = {}
     for group in GROUPS:
         keys = [group_keys(sample, group) for sample in samples]
-        counts = Counter(key for several in keys for key in several)
-        if len(counts) < 2:
+        found = Counter(key for several in keys for key in several)
+        if len(found) < 2:
             continue
         result[group] = {}
-        for key, _ in counts.most_common():
+        for key, _ in found.most_common():
             rows = [i for i, several in enumerate(keys) if key in several]
             images = [str(samples[i].image) for i in rows]
-            closed = sum(is_closed(samples[i]) for i in rows)
-            sizes = {"n_open": len(rows) - closed, "n_closed": closed, "n_images": len(set(images))}
-            result[group][key] = sizes | _table(values[rows], images, (*STRICT, "recall"), seed)
+            part = [dataclasses.replace(score, parts=score.parts[rows]) for score in shown]
+            result[group][key] = counts(samples[i] for i in rows) | statistics.intervals(part, images, seed)
     return result
 
 
 def _baselines(samples: Sequence[VqaSample], training: Sequence[VqaSample]) -> dict:
-    """What answers that look at nothing get on the closed questions, in percent.
+    """What answers that look at nothing get, in percent; None where there is no question of their kind.
 
     `majority_closed`: the most frequent closed answer of the training rows (of the questions themselves where there
     are no training rows), judged strictly. `constant_yes_no`: the text "yes no", judged as the original's `run_eval`.
+    Where there is multiple choice, `majority_choice`: always the letter that is most often right, and `chance_choice`.
     """
-    gold = [str(sample.answer) for sample in samples if is_closed(sample)]
-    if not gold:
-        return {"majority_closed": None, "majority_closed_answer": None, "constant_yes_no": None}
-    source = [str(sample.answer) for sample in training if is_closed(sample)] or gold
-    majority = Counter(_as_original(answer) for answer in source).most_common(1)[0][0]
-    return {
-        "majority_closed": 100 * sum(is_strictly_right(majority, answer) for answer in gold) / len(gold),
-        "majority_closed_answer": majority,
-        "constant_yes_no": 100 * sum(metrics.is_yes_no_hit("yes no", answer) for answer in gold) / len(gold),
-    }
-
-
-def leakage(samples: Sequence[VqaSample], training: Sequence[VqaSample]) -> dict:
-    """How much of the questions the training rows give away; counts, with the totals they are out of."""
-    images = {str(sample.image) for sample in training}
-    asked = {(str(s.image), _as_original(s.question)) for s in training}
-    answered = {(str(s.image), _as_original(s.answer)) for s in training}
-    open_samples = [sample for sample in samples if not is_closed(sample)]
-    tested_images = {str(sample.image) for sample in samples}
-    return {
-        "training_rows": len(training),
-        "images": len(tested_images),
-        "images_in_training": len(tested_images & images),
-        "questions": len(samples),
-        "questions_in_training": sum((str(s.image), _as_original(s.question)) in asked for s in samples),
-        "open_questions": len(open_samples),
-        "open_answers_on_same_image_in_training": sum(
-            (str(s.image), _as_original(s.answer)) in answered for s in open_samples
-        ),
-    }
+    gold = [str(sample.answer) for sample in samples if kind(sample) == CLOSED]
+    result = {"majority_closed": None, "majority_closed_answer": None, "constant_yes_no": None}
+    if gold:
+        source = [str(sample.answer) for sample in training if kind(sample) == CLOSED] or gold
+        majority = Counter(map(normalized, source)).most_common(1)[0][0]
+        result = {
+            "majority_closed": 100 * sum(is_strictly_right(majority, answer) for answer in gold) / len(gold),
+            "majority_closed_answer": majority,
+            "constant_yes_no": 100 * sum(metrics.is_yes_no_hit("yes no", answer) for answer in gold) / len(gold),
+        }
+    choices = [sample for sample in samples if kind(sample) == CHOICE]
+    if choices:
+        places = [right_choice(sample) for sample in choices]
+        source = [right_choice(sample) for sample in training if kind(sample) == CHOICE] or places
+        majority = Counter(source).most_common(1)[0][0]
+        result |= {
+            "majority_choice": 100 * places.count(majority) / len(places),
+            "majority_choice_letter": LETTERS[majority],
+            "chance_choice": 100 * float(np.mean([1 / len(sample.options) for sample in choices])),
+        }
+    return result
 
 
 def score(
@@ -271,32 +238,46 @@ def score(
       dataset, split: names that are written down.
       seed: of the bootstrap.
     Returns:
-      `dataset split unit n_open n_closed n_images seed paper strict baselines groups leakage`; numbers are percent,
-      None where no item or no candidate exists.
+      `dataset split unit n_open n_closed n_choice n_caption n_images seed paper strict baselines groups leakage`; with
+      multiple choice `n_choice_unread`, with captions `captions`. Numbers are percent, None where no item or no
+      candidate exists.
     Raises:
-      UserError: ids that do not fit, an answer type other than CLOSED and OPEN.
+      UserError: ids that do not fit, an unknown answer type, options that do not hold the answer.
     """
     texts = join(samples, predictions)
-    values = item_values(samples, texts, answer_candidates(training))
+    scores = families(samples, texts, answer_candidates(training))
     images = [str(sample.image) for sample in samples]
-    n_closed = sum(is_closed(sample) for sample in samples)
-    return {
-        "dataset": dataset,
-        "split": split,
-        "unit": "percent",
-        "n_open": len(samples) - n_closed,
-        "n_closed": n_closed,
-        "n_images": len(set(images)),
-        "seed": seed,
-        "paper": _table(values, images, PAPER, seed),
-        "strict": _table(values, images, STRICT, seed),
+    sizes = counts(samples)
+    result = {"dataset": dataset, "split": split, "unit": "percent", **sizes, "seed": seed}
+    if sizes["n_choice"]:
+        choices = [(sample, text) for sample, text in zip(samples, texts, strict=True) if kind(sample) == CHOICE]
+        result["n_choice_unread"] = sum(read_choice(text, sample.options) is None for sample, text in choices)
+    result |= {family: statistics.intervals(members, images, seed) for family, members in scores.items()}
+    if sizes["n_caption"]:
+        result["captions"]["not_computed"] = list(captions.NOT_COMPUTED)
+    return result | {
         "baselines": _baselines(samples, training),
-        "groups": _groups(samples, values, seed),
+        "groups": _groups(samples, scores, seed),
         "leakage": leakage(samples, training) if training else None,
     }
 
 
+def compare(
+    samples: Sequence[VqaSample], predictions: Iterable[Mapping], others: Iterable[Mapping],
+    training: Sequence[VqaSample] = (), *, seed: int = 0,
+) -> dict[str, dict]:  # fmt: skip
+    """`predictions` minus `others` on the same questions: family -> metric -> `statistics.compare`'s numbers."""
+    candidates = answer_candidates(training)
+    first, second = (families(samples, join(samples, either), candidates) for either in (predictions, others))
+    images = [str(sample.image) for sample in samples]
+    return {family: statistics.compare(first[family], second[family], images, seed) for family in first}
+
+
 def difference(samples: Sequence[VqaSample], predictions: Iterable[Mapping], others: Iterable[Mapping], seed: int) -> dict:
-    """Strict metrics of `predictions` minus those of `others` on the same questions, paired, with 95 % intervals."""
-    first, second = (item_values(samples, join(samples, either)) for either in (predictions, others))
-    return _table(first - second, [str(sample.image) for sample in samples], STRICT, seed)
+    """The same for the strict metrics and captions' ROUGE-L, flat: `NAME`, `NAME_low`, `NAME_high` and `NAME_p`."""
+    found = compare(samples, predictions, others, seed=seed)
+    names = {"strict": found["strict"], "captions": {"rouge_l": found["captions"]["rouge_l"]} if "captions" in found else {}}
+    flat = {}
+    for name, row in (names["strict"] | names["captions"]).items():
+        flat |= {name: row["difference"], f"{name}_low": row["low"], f"{name}_high": row["high"], f"{name}_p": row["p"]}
+    return flat

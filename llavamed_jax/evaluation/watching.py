@@ -17,7 +17,7 @@ from llavamed_jax.data.conversation import IMAGE_MARKER
 from llavamed_jax.data.processor import Processor
 from llavamed_jax.errors import UserError
 from llavamed_jax.evaluation import metrics
-from llavamed_jax.evaluation.scoring import is_strictly_right
+from llavamed_jax.evaluation.strict import is_strictly_right
 from llavamed_jax.models.llava import PARAM_AXES
 from llavamed_jax.parallel.mesh import param_shardings
 from llavamed_jax.training.log import Sample
@@ -119,7 +119,7 @@ def _unrolled(snapshot: Snapshot):
 
 
 class ClosedAccuracy:
-    """An evaluator: the share of the validation data's closed questions that is answered right (`scoring.is_strictly_right`)."""
+    """An evaluator: the share of the validation data's closed questions that is answered right (`strict.is_strictly_right`)."""
 
     def __init__(self, model: TrainedModel):
         self._model = model

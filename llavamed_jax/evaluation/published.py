@@ -1,0 +1,90 @@
+"""The numbers that LLaVA-Med's authors published, and when they may stand beside ours.
+
+The paper's table of fine-tuned models (`images/llava_med_vqa.png` of release v1.0.0) and the raw output beside it
+(`llava/notebook/run_eval_metrics.ipynb`). Both come from `run_eval_batch.py`: "open" is the token recall of open questions,
+"closed" says that the gold is a substring of the answer, whatever its row is called. Its VQA-RAD numbers are of `data_RAD`,
+our protocol `paper`, whose training rows hold most of the open test answers; one notebook row is of the clean rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+TEST = {"vqa_rad": (179, 272), "slake": (645, 416), "pathvqa": (3370, 3391)}
+"""Open and closed questions of the test splits that the paper asks (the notebook's cell 0)."""
+
+METRICS = ("recall", "closed_accuracy_substring")
+"""Our names of the published "open" and "closed"; no other metric was printed in the paper."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A published model on the test split of a data set.
+
+    Attributes:
+      name: what `published` of an eval config calls it; `model` as printed, with the epochs it was fine-tuned.
+      protocol: the training rows, None where a set has one kind; `source`: where it is printed.
+      values: metric -> percent.
+    """
+
+    name: str
+    model: str
+    dataset: str
+    protocol: str | None
+    source: str
+    values: Mapping[str, float]
+
+
+_TABLE = "paper, table of fine-tuned models"
+_MODELS = {  # the epochs by the notebook, whose numbers these are
+    "llava": ("LLaVA, 3 epochs", (50.00, 65.07), (78.18, 63.22), (7.74, 63.20)),
+    "from_llava": ("LLaVA-Med (From LLaVA), 15 epochs", (61.52, 84.19), (83.08, 85.34), (37.95, 91.21)),
+    "from_vicuna": ("LLaVA-Med (From Vicuna), about 9 epochs", (64.39, 81.98), (84.71, 83.17), (38.87, 91.65)),
+    "biomedclip": ("LLaVA-Med (BioMed CLIP), 9 epochs", (64.75, 83.09), (87.11, 86.78), (39.60, 91.09)),
+}
+ROWS = tuple(
+    Row(name, model, dataset, "paper" if dataset == "vqa_rad" else None, _TABLE, dict(zip(METRICS, pair, strict=True)))
+    for name, (model, *pairs) in _MODELS.items()
+    for dataset, pair in zip(TEST, pairs, strict=True)
+) + (
+    Row("from_vicuna", "LLaVA-Med (From Vicuna), 9 epochs on vqa_rad's 1,797 rows", "vqa_rad", "clean", "authors' notebook",
+        {"recall": 32.5791, "closed_accuracy_substring": 63.9706, "exact_match": 20.9612, "f1": 24.7495, "precision": 21.1164,
+         "open_accuracy_substring": 24.0223}),
+)  # fmt: skip
+NAMES = tuple(dict.fromkeys(row.name for row in ROWS))
+
+
+def beside(dataset: str, split: str, protocol: str, n_open: int, n_closed: int, name: str) -> dict:
+    """The published numbers of the model that the config names, or the reason why none stand beside ours.
+
+    Args:
+      dataset, split, protocol: what was asked, and the training rows.
+      n_open, n_closed: how much of it: a cut of a set is another test.
+      name: the published model that the evaluated one is (`published` of the config), or "".
+    Returns:
+      `row`, `model`, `protocol`, `source` and `values` (metric -> percent), or `reason`, a sentence.
+    """
+    rows = [row for row in ROWS if row.dataset == dataset]
+    if not rows:
+        return _nothing(f"the paper has no numbers of {dataset}")
+    if split != "test":
+        return _nothing(f"the paper's numbers are of the test split, and these questions are of {split}")
+    if TEST[dataset] != (n_open, n_closed):
+        asked, wanted = f"{n_open} open and {n_closed} closed questions", "{} and {}".format(*TEST[dataset])
+        return _nothing(f"these are {asked}, and the paper's are {wanted}")
+    same = [row for row in rows if row.protocol in (None, protocol)]
+    if not name:
+        models = "; ".join(f"{row.name}: {row.model}" for row in same)
+        return _nothing("the config does not say that this model is one of the published ones, and other models' numbers do not belong"
+                        f" beside it (key published: {models})")
+    found = [row for row in same if row.name == name]
+    if not found:
+        trained = ", ".join(dict.fromkeys(str(row.protocol) for row in rows if row.name == name))
+        return _nothing(f"the published {name} was trained on other rows of {dataset} (protocol {trained}) than this protocol, {protocol}")
+    row = found[0]
+    return {"row": row.name, "model": row.model, "protocol": row.protocol, "source": row.source, "values": dict(row.values)}
+
+
+def _nothing(reason: str) -> dict:
+    return {"reason": f"No published number stands here: {reason}."}

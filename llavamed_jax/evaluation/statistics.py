@@ -1,0 +1,171 @@
+"""How certain a score is, and whether two scores differ: bootstrap intervals and a paired test, both over whole images.
+
+Questions about one image are not independent: an image that is misread makes all of its answers wrong. So images are
+drawn, or exchanged between two models, and never single questions. Axis letters here: N items, I images, C columns of
+sums, M metrics, R resamples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+RESAMPLES = 2000
+EXACT_IMAGES = 16  # up to so many images that differ, every exchange is looked at: 65,536 of them
+EXCHANGES = 9999  # drawn where there are more images
+_BLOCK = 2**22  # numbers held at once: with many images, resamples are made in parts
+_EQUAL = 1e-9  # percent: two differences closer than this are the same one, rounded apart
+
+
+@dataclass(frozen=True)
+class Score:
+    """M metrics that follow from sums over items.
+
+    Attributes:
+      names: of the metrics.
+      parts: what each item adds to the sums, float64 [N, C].
+      percent: sums [..., C] -> the metrics in percent [..., M], NaN where no item counts.
+    """
+
+    names: tuple[str, ...]
+    parts: np.ndarray
+    percent: Callable[[np.ndarray], np.ndarray]
+
+
+def mean(name: str, values: np.ndarray) -> Score:
+    """A metric that is a mean over items: fractions, float64 [N], NaN where it does not apply to an item."""
+    applies = ~np.isnan(values)
+    return Score((name,), np.stack([np.where(applies, values, 0), applies], axis=-1), _mean_percent)
+
+
+def _mean_percent(sums: np.ndarray) -> np.ndarray:
+    total, count = sums[..., :1], sums[..., 1:]
+    return np.divide(100 * total, count, out=np.full_like(total, np.nan), where=count > 0)
+
+
+def intervals(scores: Sequence[Score], images: Sequence[str], seed: int) -> dict[str, float | None]:
+    """Metrics in percent and their 95 % intervals: percentiles of a bootstrap over images (Efron's, clustered).
+
+    A metric of no item is None, and so is an interval from fewer than two images.
+
+    Args:
+      scores: of the same N items.
+      images: the image of each item.
+      seed: of the resampling; the same images are drawn for every metric.
+    Returns:
+      `NAME`, `NAME_low` and `NAME_high` for each name.
+    """
+    sums = [_by_image(score.parts, images) for score in scores]
+    result = {}
+    for score, total, drawn in zip(scores, sums, _resample(scores, sums, seed), strict=True):
+        values, support = score.percent(total.sum(axis=0)), _images_that_count(score, total)
+        for column, name in enumerate(score.names):
+            result[name] = _number(values[column])
+            result[f"{name}_low"], result[f"{name}_high"] = _edges(drawn[:, column], support[column])
+    return result
+
+
+def compare(first: Sequence[Score], second: Sequence[Score], images: Sequence[str], seed: int) -> dict[str, dict]:
+    """Two models on the same questions: the difference of each metric, its 95 % interval, and a two-sided p.
+
+    The interval is a bootstrap over images of the difference, paired: both models are drawn with the same images. p is of
+    the exchange test over images (Fisher's randomisation test; for means, the sign-flip test of the images' differences):
+    were the two models the same, it would not matter which of them gave the answers about an image. p is the share of
+    exchanges that make the difference at least as large; of all of them up to `EXACT_IMAGES` images that differ, else of
+    `EXCHANGES` drawn ones, the observed one counted among them (Phipson and Smyth 2010). For one question an image and
+    answers that are right or wrong this is McNemar's exact test.
+
+    Returns:
+      name -> `value` (first), `other` (second), `difference`, `low`, `high`, `p`; None where there are no items, for the
+      interval where there are fewer than two images.
+    """
+    sums = [_by_image(score.parts, images) for score in first]
+    others = [_by_image(score.parts, images) for score in second]
+    drawn = zip(_resample(first, sums, seed), _resample(second, others, seed), strict=True)
+    result = {}
+    for score, total, other, (drawn_first, drawn_second) in zip(first, sums, others, drawn, strict=True):
+        values, other_values = score.percent(total.sum(axis=0)), score.percent(other.sum(axis=0))
+        support = np.minimum(_images_that_count(score, total), _images_that_count(score, other))
+        p = _exchange_test(total, other, score.percent, seed)
+        for column, name in enumerate(score.names):
+            low, high = _edges(drawn_first[:, column] - drawn_second[:, column], support[column])
+            result[name] = {
+                "value": _number(values[column]),
+                "other": _number(other_values[column]),
+                "difference": _number(values[column] - other_values[column]),
+                "low": low,
+                "high": high,
+                "p": _number(p[column]),
+            }
+    return result
+
+
+def _by_image(parts: np.ndarray, images: Sequence[str]) -> np.ndarray:
+    """Sums of the items of each image: [N, C] -> [I, C]."""
+    distinct, place = np.unique(np.asarray(images, dtype=str), return_inverse=True)
+    sums = np.zeros((len(distinct), parts.shape[1]))
+    np.add.at(sums, place, parts)
+    return sums
+
+
+def _resample(scores: Sequence[Score], sums: Sequence[np.ndarray], seed: int) -> list[np.ndarray]:
+    """The metrics of each score over `RESAMPLES` draws of I images out of I: [R, M] each. The draws follow from the seed."""
+    num_images = len(sums[0]) if sums else 0
+    if not num_images:
+        return [np.full((0, len(score.names)), np.nan) for score in scores]
+    rng, blocks = np.random.default_rng(seed), [[] for _ in scores]
+    for size in _sizes(RESAMPLES, num_images):
+        draws = rng.multinomial(num_images, np.full(num_images, 1 / num_images), size=size).astype(float)  # [R', I]
+        for block, score, total in zip(blocks, scores, sums, strict=True):
+            block.append(score.percent(draws @ total))
+    return [np.concatenate(block) for block in blocks]
+
+
+def _sizes(count: int, width: int) -> Iterator[int]:
+    """`count` rows of `width` numbers, in parts that fit the memory."""
+    most = max(1, _BLOCK // width)
+    while count > 0:
+        yield min(count, most)
+        count -= most
+
+
+def _images_that_count(score: Score, sums: np.ndarray) -> np.ndarray:
+    """On how many images each metric has items: [M]."""
+    return np.count_nonzero(~np.isnan(score.percent(sums)), axis=0)
+
+
+def _edges(drawn: np.ndarray, num_images: int) -> tuple[float | None, float | None]:
+    drawn = drawn[~np.isnan(drawn)]
+    if num_images < 2 or not len(drawn):
+        return None, None
+    low, high = np.percentile(drawn, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def _exchange_test(first: np.ndarray, second: np.ndarray, percent: Callable, seed: int) -> np.ndarray:
+    """The p of each metric, [M]; NaN where it has no items. `first`, `second`: sums of each image, [I, C]."""
+    totals = first.sum(axis=0), second.sum(axis=0)
+    observed = np.abs(percent(totals[0]) - percent(totals[1]))
+    moved = (second - first)[np.any(first != second, axis=1)]  # [I', C]: what an exchange of one image adds to the first
+    if not len(moved):
+        return np.where(np.isnan(observed), np.nan, 1.0)
+    is_exact = len(moved) <= EXACT_IMAGES
+    count, rng = np.zeros(len(observed)), np.random.default_rng(seed)
+    done = 0
+    for size in _sizes(2 ** len(moved) if is_exact else EXCHANGES, len(moved)):
+        if is_exact:
+            exchanged = (np.arange(done, done + size)[:, None] >> np.arange(len(moved))) & 1  # [R', I'], every pattern once
+        else:
+            exchanged = rng.integers(0, 2, size=(size, len(moved)))
+        change = exchanged.astype(float) @ moved
+        differences = np.abs(percent(totals[0] + change) - percent(totals[1] - change))
+        count += np.count_nonzero(differences >= observed - _EQUAL, axis=0)
+        done += size
+    p = count / done if is_exact else (count + 1) / (done + 1)
+    return np.where(np.isnan(observed), np.nan, p)
+
+
+def _number(value: float) -> float | None:
+    return None if np.isnan(value) else float(value)
