@@ -229,15 +229,19 @@ def recipe_arguments(text: str, *, epochs: int | None = None, protocol: str | No
     return result
 
 
-def add_model_flags(parser: argparse.ArgumentParser) -> None:
-    """The words of `llavamed_jax.load` as flags, beside a `--checkpoint` of the parser's own."""
-    group = parser.add_argument_group("model")
-    group.add_argument("--vision_tower", metavar="PATH", help="a CLIP tower, not the checkpoint's own")
-    group.add_argument("--tokenizer", metavar="PATH", help="a tokenizer, not the checkpoint's own")
-    group.add_argument("--template", metavar="NAME", help="such as v1.5:mistral_instruct")
+MODEL_FLAGS = "model: --vision_tower PATH --tokenizer PATH --template NAME --dtype TYPE --mesh SIZES"  # in one line, for an epilog
+
+
+def add_model_flags(parser: argparse.ArgumentParser, is_listed: bool = True) -> None:
+    """The words of `llavamed_jax.load` as flags, beside a `--checkpoint` of the parser's own; `--help` may leave them to its epilog."""
+    group = parser.add_argument_group("model") if is_listed else parser
+    said = (lambda text: text) if is_listed else (lambda _: argparse.SUPPRESS)
+    group.add_argument("--vision_tower", metavar="PATH", help=said("a CLIP tower, not the checkpoint's own"))
+    group.add_argument("--tokenizer", metavar="PATH", help=said("a tokenizer, not the checkpoint's own"))
+    group.add_argument("--template", metavar="NAME", help=said("such as v1.5:mistral_instruct"))
     dtypes = ("float32", "bfloat16", "float16")
-    group.add_argument("--dtype", metavar="TYPE", choices=dtypes, help="float32 (CPU), bfloat16 (else) or float16")
-    group.add_argument("--mesh", metavar="SIZES", help="such as data=2,tp=4; default: one device")
+    group.add_argument("--dtype", metavar="TYPE", choices=dtypes, help=said("float32 (CPU), bfloat16 (else) or float16"))
+    group.add_argument("--mesh", metavar="SIZES", help=said("such as data=2,tp=4; default: one device"))
 
 
 def check_model_flags(args: argparse.Namespace) -> None:

@@ -10,7 +10,9 @@ from pathlib import Path
 from llavamed_jax.cli import common
 from llavamed_jax.errors import UsageError, UserError
 
-_EXAMPLES = """\
+_EXAMPLES = f"""\
+{common.MODEL_FLAGS}
+endpoint: --model NAME --concurrency 8 --timeout 120 (seconds)
 example: eval.py --config configs/eval/slake.py --config.data.root=DIR --checkpoint PATH --workdir W
 Started again, it goes on where it was stopped. For research only, never for clinical decisions."""
 
@@ -23,16 +25,15 @@ def _parser() -> common.Parser:
     parser.add_argument("--workdir", metavar="DIR", help="where predictions, metrics and report go")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--checkpoint", metavar="PATH", help="a checkpoint in any layout, or a run's workdir")
-    source.add_argument("--predictions", metavar="FILE", help="predictions.jsonl that exists; no model is loaded")
-    source.add_argument("--write_llava", metavar="FILE", help="write the questions in LLaVA's format, for training, and end")
-    source.add_argument("--endpoint", metavar="URL", help="an OpenAI-compatible server that has --model NAME; "
-                        "--concurrency 8 at once, --timeout 120 seconds each")
-    for name, kind in _SERVER_FLAGS.items():
-        parser.add_argument(f"--{name}", type=kind, help=argparse.SUPPRESS)  # they stand beside --endpoint
-    parser.add_argument("--control", choices=["image"], help="ask again with the images exchanged, and with noise")
-    parser.add_argument("--against", metavar="FILE", help="another model's predictions.jsonl: differences, intervals, p")
+    source.add_argument("--endpoint", metavar="URL", help="an OpenAI-compatible server that has --model NAME")
+    source.add_argument("--predictions", metavar="FILE", help="predictions.jsonl that exists; no model is asked")
+    source.add_argument("--write_llava", metavar="FILE", help="write the questions as a training file, and end")
+    parser.add_argument("--control", choices=["image"], help="ask again: images exchanged, and noise")
+    parser.add_argument("--against", metavar="FILE", help="other predictions.jsonl: differences, intervals, p")
     parser.add_argument("--dry_run", action="store_true", help="say what would be asked and cost, and stop")
-    common.add_model_flags(parser)
+    for name, kind in _SERVER_FLAGS.items():
+        parser.add_argument(f"--{name}", type=kind, help=argparse.SUPPRESS)
+    common.add_model_flags(parser, is_listed=False)
     return parser
 
 
