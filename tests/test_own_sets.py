@@ -292,19 +292,25 @@ def test_every_set_is_written_and_read_back(folder, tmp_path, monkeypatch, capsy
         assert capsys.readouterr().out.endswith(f": written to {out}\n") and [p.name for p in out.parent.iterdir()] == ["train.json"]
         samples, _ = load(config(name, root, *overrides))
         wanted = [{**r, "image": [str(Path(r["image"][0]).absolute())]} for r in map(to_llava, samples)]
-        assert list(read_training(out).readable()) == wanted and all(Path(r["image"][0]).is_file() for r in wanted)
+        assert list(read_training(out).readable()) == wanted
+        assert [type(r["image"]) for r in json.loads(out.read_text())] == [str] * len(wanted)
+        assert all(Path(r["image"][0]).is_file() for r in wanted)
         before = out.read_bytes()
         assert cli.main(argv) == 1 and out.read_bytes() == before
         assert capsys.readouterr().err == f"error: {out} exists; a new file was expected\n"
 
 
 def test_the_published_sets_are_written_and_read_back(shared, tmp_path):
+    """And asked again as a file in LLaVA-Med's format, with what reports break questions down by."""
     for name, split, count in (("vqa_rad", "train", 1797), ("slake", "validation", 1053)):
         cfg = config(name, shared / "data" / name, f"data.split={split}")
         line = questions.write_llava(cfg, tmp_path / f"{name}.json")
         assert f" {count} questions " in line and ", as published: written to " in line
         assert list(read_training(tmp_path / f"{name}.json").readable()) == [
             {**r, "image": [str(Path(r["image"][0]).absolute())]} for r in map(to_llava, load(cfg)[0])]
+        same = ("question_id", "question", "answer", "answer_type", "question_type", "organ", "modality")
+        assert [[getattr(s, key) for key in same] for s in read_llava_med(tmp_path / f"{name}.json")] == [
+            [getattr(s, key) for key in same] for s in load(cfg)[0]]
 
 
 @pytest.mark.parametrize("more, status, sentence", [

@@ -28,6 +28,7 @@ Reader = Callable[[str, str], list[VqaSample]]  # (root, split) -> its questions
 
 # Keys of `data` that only some sets have.
 FURTHER = ("language", "images", "question", "train")
+_DESCRIBING = ("question_type", "organ", "modality")  # which LLaVA-Med's own test format has room for
 _PUBLISHED = ("vqa_rad", "slake", "pathvqa")  # whose folders hold their training rows
 
 
@@ -82,7 +83,8 @@ def source_files(data: ConfigDict) -> list[Path]:
 def write_llava(cfg: ConfigDict, path: str | Path) -> str:
     """Writes the configured questions in LLaVA's format, for training; returns a line that says what was written.
 
-    Images are absolute paths, so that the file may lie anywhere. Raises UserError where the file exists or a question can be no
+    Images are absolute paths, so that the file may lie anywhere. Open and closed questions make a file that the set `llava_med`
+    reads. Raises UserError where the file exists or a question can be no
     training record, and leaves nothing then.
     """
     path, data = Path(path), cfg.data
@@ -95,7 +97,8 @@ def write_llava(cfg: ConfigDict, path: str | Path) -> str:
     records = []
     for index, sample in enumerate(samples):
         record = data_questions.to_llava(sample)
-        record["image"] = [str(Path(image).absolute()) for image in record["image"]]
+        record["image"] = str(sample.image.absolute())  # a name, not a list: other trainers read no list
+        record |= {key: value for key in _DESCRIBING if (value := getattr(sample, key)) is not None}
         normalize(record, Path(), f"question {sample.question_id} of {data.root}", index)  # what is written can be read
         records.append(record)
     write_text(path, "[\n" + ",\n".join(json.dumps(record, ensure_ascii=False) for record in records) + "\n]\n")
