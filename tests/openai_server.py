@@ -14,8 +14,8 @@ import hashlib
 import json
 import random
 import re
+import signal
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -62,8 +62,9 @@ class _Handler(BaseHTTPRequestHandler):
         for name in owner.refuses:
             if name in body:
                 hint = " Use 'max_completion_tokens' instead." if name == "max_tokens" else ""
-                return self._refuse(400, f"Unsupported parameter: '{name}' is not supported with this model.{hint}",
-                                    code="unsupported_parameter", param=name)
+                why = {"message": f"Unsupported parameter: '{name}' is not supported with this model.{hint}",
+                       "code": "unsupported_parameter", "param": name}
+                return self._refuse(400, **(owner.refusal or why))
         fault = owner.fault_of(body, self.path)
         if fault is None:
             owner.stopping.wait(owner.delay)
@@ -125,7 +126,7 @@ class OpenAiServer:
       fault_rate: the share of requests that fail, in one of the ways of `faults`.
       slow: seconds that a slow reply takes; `delay` those of every other; `retry_after` those that a 429 asks for.
       key: the only key that is let in; None lets all in.
-      refuses: settings that a request must not have.
+      refuses: settings that a request must not have; `refusal` (message, code, param) may be set to what is said instead.
     Attributes:
       log: every request that was let in, in the order of arrival.
       most_at_once: requests under way at a time.
@@ -137,6 +138,7 @@ class OpenAiServer:
         self.answer, self.models, self.key, self.refuses = answer, tuple(models), key, tuple(refuses)
         self.fault_rate, self.faults, self.seed = fault_rate, tuple(faults), seed
         self.slow, self.delay, self.retry_after = slow, delay, retry_after
+        self.refusal: dict | None = None
         self.log: list[Logged] = []
         self.most_at_once = self._at_once = 0
         self.stopping = threading.Event()
@@ -216,10 +218,11 @@ def main() -> None:
     args = parser.parse_args()
     settings = {name: getattr(args, name) for name in ("fault_rate", "slow", "delay", "port")}
     with OpenAiServer(yes_or_no, models=[args.model], **settings) as server:
+        for number in (signal.SIGINT, signal.SIGTERM):  # a shell that starts it in the background has it ignore Ctrl-C
+            signal.signal(number, signal.default_int_handler)
         print(server.url, flush=True)
         try:
-            while True:
-                time.sleep(3600)
+            threading.Event().wait()
         except KeyboardInterrupt:
             answered = sum(each.fault is None for each in server.log)
             twice = len(server.asked_without_need())

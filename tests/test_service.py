@@ -122,6 +122,15 @@ def test_what_cannot_pass_is_asked_once():
         assert found[0].text == "a" and str(found[1]).endswith("its reply has no choices: overloaded")
 
 
+def test_a_filter_that_refuses_a_request_is_an_empty_answer():
+    """Azure's answers 400; the model of that address has no answer to give, however often it is asked."""
+    with OpenAiServer(reverse, refuses=("messages",)) as server:
+        server.refusal = {"message": "The response was filtered due to the prompt", "code": "content_filter", "param": "prompt"}
+        assert ask(Service(server.url, "tiny"), ["a"]) == {0: replies.Reply("", "content_filter")}
+        server.refusal = {"message": "The prompt is too long.", "code": "context_length_exceeded", "param": "messages"}
+        assert str(ask(Service(server.url, "tiny"), ["a"])[0]).endswith("(model 'tiny') answers 400 Bad Request: The prompt is too long")
+
+
 def test_the_key_comes_from_the_environment(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-of-the-environment")
     with OpenAiServer(reverse, key="sk-of-the-environment") as server:

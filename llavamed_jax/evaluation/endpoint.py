@@ -101,13 +101,11 @@ def _own_bytes(path: str) -> tuple[str, bytes] | None:
     """Media type and bytes of a file that can be sent as it is."""
     try:
         data = Path(path).read_bytes()
-        with Image.open(io.BytesIO(data)) as image:
-            if image.format not in _SENT_AS_THEY_ARE:
-                return None
+        with Image.open(io.BytesIO(data), formats=list(_SENT_AS_THEY_ARE)) as image:
             is_plain = (image.mode in _PLAIN_MODES and "transparency" not in image.info and getattr(image, "n_frames", 1) == 1
                         and image.getexif().get(_EXIF_ORIENTATION, 1) == 1)
-            return (_SENT_AS_THEY_ARE[image.format], data) if is_plain else None
-    except OSError:  # DICOM, or one frame of a file
+            return (_SENT_AS_THEY_ARE[image.format], data) if is_plain and image.format in _SENT_AS_THEY_ARE else None
+    except OSError:  # another format, or one frame of a file
         return None
 
 

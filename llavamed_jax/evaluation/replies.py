@@ -18,6 +18,7 @@ from llavamed_jax.errors import UserError
 _LONGEST_MESSAGE = 300  # characters of what a server says
 _MAY_PASS = (408, 409, 425, 429)  # and all from 500 on
 _NEVER_PASS = ("insufficient_quota", "billing_hard_limit_reached")  # codes of a 429 that waiting does not mend
+_WITHHELD = ("content_filter", "content_policy_violation")  # codes of a 400: the service answers, with nothing
 _ENDS_ALL = (401, 402, 404)  # whatever is asked: a wrong key, nothing paid, no such model
 _ENDS_ALL_AT_START = (403, 405)  # later they may be about one request
 
@@ -108,6 +109,11 @@ def status_error(error: openai.APIStatusError, where: str, is_start: bool) -> Ex
         return PassingError(name, f"it answers {sentence}", retry_after(error.response.headers))
     ends_all = status in _ENDS_ALL or (is_start and status in _ENDS_ALL_AT_START)
     return (ServiceError if ends_all else UserError)(f"{where} answers {sentence}")
+
+
+def withheld(error: openai.APIStatusError) -> Reply | None:
+    """The empty answer that a filter before the model gives by refusing the request; None where the status means something else."""
+    return Reply("", "content_filter") if error.status_code == 400 and error.code in _WITHHELD else None
 
 
 def connection_error(error: BaseException) -> tuple[str, bool]:

@@ -36,6 +36,7 @@ from llavamed_jax.evaluation.replies import (
     read_reply,
     refused_setting,
     status_error,
+    withheld,
 )
 
 __all__ = ["Reply", "Service", "ServiceError"]
@@ -171,6 +172,8 @@ class Service:
                     response = await client.chat.completions.with_raw_response.create(model=self.model, messages=messages, **sent)
                 return read_reply(response.content)
             except openai.APIStatusError as error:
+                if (empty := withheld(error)) is not None:
+                    return empty
                 name = refused_setting(error, sent)
                 if name is None:
                     failure = status_error(error, self.where, is_start=not self._replies)
