@@ -269,7 +269,8 @@ def summary(metrics: Mapping) -> str:
         interval = "" if found["open_accuracy_low"] is None else f"[{found['open_accuracy_low']:.1f}, {found['open_accuracy_high']:.1f}]"
         lines.append(f"{'open accuracy, judged':<38}{_plain(found['open_accuracy']):>7}   {interval}".rstrip())
         if found["n_unscored"]:
-            lines.append(f"  {found['n_unscored']} open answers are unscored and not counted: {', '.join(map(str, found['unscored']))}")
+            names = ", ".join(map(str, found["unscored"]))
+            lines.append(f"  unscored and not counted, {found['n_unscored']} of {found['n_open']}: {names}")
     organ = metrics.get("organ")
     if organ:
         lines.append(
