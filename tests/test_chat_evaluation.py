@@ -144,9 +144,9 @@ def test_the_193_questions_through_faults(folder, capsys):
     sizes = {name: table["data_size"] + table["n_unscored"] for group in ("type", "domain") for name, table in metrics[group].items()}
     assert sizes == {name: count for name, count in chat_published.COUNTS.items() if name != "overall"}
     out, err = capsys.readouterr()
-    assert "193 questions about 20 images, judged by tiny" in out and "3 questions are unscored and in no mean: 4, 74, 144" in out
+    assert "193 questions about 20 images, judged by tiny" in out and "unscored and in no mean, 3 of 193 questions: 4, 74, 144" in out
     assert "193 requests and 0 replies that are kept; about" in err, "the estimate comes before the first call"
-    assert "unscored: 4, 74, 144" in err
+    assert "unscored, 3 of 193 answers: 4, 74, 144" in err
     asked = [each.body["messages"][1]["content"] for each in server.log]
     assert sum("\t- None\n" in text for text in asked if "[Question]" in text) >= 14
     assert not any("<image>" in text for text in asked)
@@ -233,7 +233,24 @@ def test_a_model_is_asked_and_judged_and_so_is_the_control(few):
     assert metrics["control"]["overall"]["pred_relative_score"] == pytest.approx(100 * second / first)
     assert metrics["control"]["seed"] == 0 and metrics["overall"]["pred_relative_score"] != pytest.approx(100 * second / first)
     page = (few / "out" / "report.html").read_text()
-    assert "images exchanged" in page and "image exchanged: 2" in page
+    assert "Images exchanged" in page and "image exchanged: 2" in page
+
+
+def test_one_server_answers_and_another_judges(few):
+    def answer(body):
+        question = next(part["text"] for part in body["messages"][-1]["content"] if part["type"] == "text")
+        return f"answer {len(question)}"
+
+    with OpenAiServer(answer, models=("answering",)) as model, OpenAiServer(judge) as server:
+        argv = command(few, server)
+        argv[2:4] = ["--endpoint", model.url, "--model", "answering"]
+        assert cli.main(argv) == 0
+    reviews = [json.loads(line) for line in (few / "out" / "reviews.jsonl").read_text().splitlines()]
+    assert [each["text"] for each in reviews] == [f"answer {len(record['text']) - 8}" for record in FEW]
+    for each in reviews:
+        number = len(each["question"])
+        assert (each["gpt4_score"], each["pred_score"]) == ((None, None) if is_unread(number, True) else scores(number))
+    assert "answering" in Page((few / "out" / "report.html").read_text()).text
 
 
 def test_answers_are_kept_while_the_judge_is_away(few):
@@ -292,7 +309,7 @@ def test_the_papers_numbers_stand_only_beside_what_is_like_them(few, monkeypatch
         own = evaluation(few, server, **{"judge.model": "gpt-4-0314"})
         metrics = own.score_file(few / "p.jsonl")
         reasons = metrics["differs_from_the_paper"]
-        told = ("not the published file", "worded otherwise", "1 questions are unscored")
+        told = ("not the published file", "worded otherwise", "unscored questions: 1")
         assert len(reasons) == 3 and all(text in reason for text, reason in zip(told, reasons, strict=True))
         assert "60K-IM" not in (few / "out" / "report.html").read_text()
     monkeypatch.setattr(chat_published, "ORIGINAL_WORDING", own.judge.prompt.wording)
@@ -330,7 +347,7 @@ def test_the_report_is_one_offline_page(few):
     links = [value for name, value in page.attributes if name in ("src", "href")]
     assert len(links) == IMAGES and all(value.startswith("data:image/jpeg;base64,") for value in links) and "script" not in page.tags
     assert "For research use only: never for clinical decisions." in page.text and "judged by tiny" in page.text
-    assert page.text.count("Because of the caption.") == 18 and "1 of 19 questions are in no mean" in page.text
+    assert page.text.count("Because of the caption.") == 18 and "In no mean, 1 of 19 questions" in page.text
     for text in ("Relative score", "Ratio of means", "Histology", "asked again 3, unscored 1", "would not compare", "GPT-4", "tested"):
         assert text in page.text
     assert "reference: 6" in page.text and "answer: 8" in page.text and "133 %" in page.text

@@ -63,7 +63,7 @@ def test_what_cannot_be_read_is_asked_for_once_more_and_then_stays_unscored(tmp_
     }  # fmt: skip
     report_unscored(found, [11, 12, 13], "answers")
     error = capsys.readouterr().err
-    assert "2 of 3 answers were judged in a form that cannot be read" in error and "warning: 1 of 3 answers are unscored: 13" in error
+    assert "2 of 3 answers were judged in a form that cannot be read" in error and "warning: unscored, 1 of 3 answers: 13" in error
 
 
 def test_equal_texts_are_asked_about_once(tmp_path):

@@ -9,7 +9,7 @@ from llavamed_jax.cli import eval as cli
 from llavamed_jax.cli.common import load_config
 from llavamed_jax.data.vqa_rad import read_vqa_rad
 from llavamed_jax.errors import UserError
-from llavamed_jax.evaluation import judged, kinds, run
+from llavamed_jax.evaluation import judged, kinds, run, summary
 from llavamed_jax.evaluation.files import to_jsonl, write_text
 from tests.chat_set import ROOT, SAMPLE
 from tests.openai_server import OpenAiServer
@@ -72,8 +72,8 @@ def test_open_answers_are_judged_apart_from_the_string_metrics(tmp_path, predict
     page = Page((tmp_path / "with" / "report.html").read_text())
     assert "Open answers, judged" in page.text and f"of {n - 1} judged answers" in page.text
     assert "Open answers, judged" not in (tmp_path / "without" / "report.html").read_text()
-    text = run.summary(found)
-    assert "open accuracy, judged" in text and f"1 open answers are unscored and not counted: {OPEN[0].question_id}" in text
+    text = summary.summary(found)
+    assert "open accuracy, judged" in text and f"unscored and not counted, 1 of {n}: {OPEN[0].question_id}" in text
 
 
 def test_a_request_that_fails_is_reported_and_the_report_is_written(tmp_path, predictions):

@@ -175,7 +175,7 @@ def summary(metrics: Mapping) -> str:
         line = f"{title:<24}{_plain(value, 7)}   {interval:<16}{''.join(cells)}{table['data_size']:>6}"
         lines.append(line + (_plain(others[title]["pred_relative_score"], 19) if control else ""))
     if metrics["n_unscored"]:
-        lines.append(f"{metrics['n_unscored']} questions are unscored and in no mean: {', '.join(map(str, metrics['unscored']))}")
+        lines.append(f"unscored and in no mean, {metrics['n_unscored']} of {n} questions: {', '.join(map(str, metrics['unscored']))}")
     if metrics["differs_from_the_paper"]:
         lines.append(f"not beside the paper's numbers: {'; '.join(metrics['differs_from_the_paper'])}")
     return "\n".join(lines)

@@ -36,5 +36,5 @@ def differences(questions: ChatSet, judge: Judge, has_marker: bool, n_unscored: 
     if has_marker:
         found.append("“<image>” stands in the judge's question, as in v1.5's code")
     if n_unscored:
-        found.append(f"{n_unscored} questions are unscored")
+        found.append(f"unscored questions: {n_unscored}")
     return found

@@ -140,7 +140,7 @@ def tables(metrics: Mapping) -> list[tuple[str, Mapping]]:
 
 def _scores(metrics: Mapping) -> str:
     control = metrics.get("control") or {}
-    kinds = {"images exchanged": control, "noise": control.get("noise")}
+    kinds = {"Images exchanged": control, "Noise": control.get("noise")}
     controls = {title: dict(tables(table)) for title, table in kinds.items() if table}
     most = max([110.0, *(table[f"pred_relative_score{end}"] or 0 for _, table in tables(metrics) for end in ("", "_high"))])
     head = ["Questions", "n", "Relative score, %", *controls, "Ratio of means, %", "Answers", "References"]
@@ -172,7 +172,8 @@ def _paper(metrics: Mapping) -> str:
         return f'<h2>Beside the paper</h2><p class="note">The paper\'s numbers are not shown, since they would not compare: {reasons}.</p>'
     ours = dict(tables(metrics))
     columns = [name for name in chat_published.COLUMNS if name in ours]
-    head = ["Relative score, %", *(f"{_TITLES[name]} ({ours[name]['data_size']})" for name in columns)]
+    titles = _TITLES | {"detailed_description": "Description", "gross": "Gross"}  # eight columns on a page
+    head = ["Relative score, %", *(f'{titles[name]}<br><span class="ci">{ours[name]["data_size"]}</span>' for name in columns)]
     rows = [["<b>this run</b>", *(f"<b>{number(ours[name]['pred_relative_score'])}</b>" for name in columns)]]
     for title, values in chat_published.ROWS.items():
         printed = dict(zip(chat_published.COLUMNS, values, strict=True))
@@ -189,7 +190,7 @@ def _unscored(metrics: Mapping, reviews: Sequence[Mapping]) -> str:
     ]  # fmt: skip
     if not rows:
         return ""
-    note = f"{len(rows)} of {metrics['n_questions']} questions are in no mean: twice the judge's reply could not be read, or there is none."
+    note = f"In no mean, {len(rows)} of {metrics['n_questions']} questions: twice the judge's reply could not be read, or there is none."
     return f'<h2>Unscored</h2><p class="note">{note}</p>' + _table(["Id", "Question", "The judge's last reply", "Ended by"], rows, [])
 
 

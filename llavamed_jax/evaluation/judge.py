@@ -194,7 +194,7 @@ def report_unscored(verdicts: Sequence[Verdict], names: Sequence[object], what: 
     if again:
         print(f"{again} of {len(verdicts)} {what} were judged in a form that cannot be read, and were asked about again", file=sys.stderr)
     if unscored:
-        print(f"warning: {len(unscored)} of {len(verdicts)} {what} are unscored: {', '.join(unscored)}", file=sys.stderr)
+        print(f"warning: unscored, {len(unscored)} of {len(verdicts)} {what}: {', '.join(unscored)}", file=sys.stderr)
 
 
 def check_answered(verdicts: Sequence[Verdict], what: str) -> None:

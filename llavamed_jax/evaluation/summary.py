@@ -47,7 +47,7 @@ def _judged(judged: Mapping | None) -> Iterator[str]:
         return
     yield f"{'open accuracy, judged':<41}{_plain(judged['open_accuracy']):>7}  {_interval(judged, 'open_accuracy')}".rstrip()
     if judged["n_unscored"]:
-        yield f"  {judged['n_unscored']} open answers are unscored and not counted: {', '.join(map(str, judged['unscored']))}"
+        yield f"  unscored and not counted, {judged['n_unscored']} of {judged['n_open']}: {', '.join(map(str, judged['unscored']))}"
 
 
 def _against(against: Mapping | None, rows) -> Iterator[str]:
