@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ _VQA_RAD_IMAGES = ("images", "VQA_RAD Image Folder")  # the second as on osf.io
 _VQA_RAD_TYPES = {"PRSE": "PRES", "ATRIB": "ATTRIB"}  # typos in the published file
 _WORDS = (str, int, float)  # what the published files have as text: some answers are numbers
 _SLAKE_FILES = {"train": "train.json", "validation": "validate.json", "test": "test.json"}
+LARGEST_WEIGHT = 1000  # of a source of training data: an epoch is laid out whole, and what is larger was mistyped
 # Questions, open, closed of the whole sets (spec 3.1).
 PUBLISHED = {
     ("vqa_rad", "train", "clean"): (1797, 770, 1027), ("vqa_rad", "train", "paper"): (3064, 1241, 1823),
@@ -245,8 +245,8 @@ def _read_mixture(entries, images, protocol, split, cache) -> TrainingData:
             if not (isinstance(entry.get(key, ""), (str, Path)) or key == "images" and entry[key] is None):
                 raise UsageError(f"an entry of the training data has the {key} {entry[key]!r}; text was expected")
         weight = entry.get("weight", 1.0)
-        if type(weight) not in (int, float) or not 0 < weight < math.inf:
-            raise UsageError(f"the weight of {entry['path']} is {weight!r}; a positive number was expected")
+        if type(weight) not in (int, float) or not 0 < weight <= LARGEST_WEIGHT:
+            raise UsageError(f"the weight of {entry['path']} is {weight!r}; more than 0 and at most {LARGEST_WEIGHT} was expected")
         part = read_training(entry["path"], entry.get("images", images), protocol, split, cache)
         if not round(weight * len(part)):
             raise UserError(f"the weight {weight} of {entry['path']} leaves none of its {len(part)} records in an epoch")
