@@ -119,8 +119,8 @@ def test_a_step_carries_its_own_position_in_the_data(recipe, tmp_path, monkeypat
         return [batch["input_ids"].tolist() for batch in step.batches]
 
     whole = batches_of(tmp_path / "whole", 7)
-    first, rest = batches_of(tmp_path / "run", 3), batches_of(tmp_path / "run", 7)
-    assert (len(first), len(rest)) == (3, 4) and first + rest == whole
+    first, rest = batches_of(tmp_path / "run", 4), batches_of(tmp_path / "run", 7)
+    assert (len(first), len(rest)) == (4, 3) and first + rest == whole
     assert store.newest_intact_step(tmp_path / "run")[0] == 7
 
 

@@ -286,16 +286,19 @@ def test_the_old_states_memory_is_used_for_the_new_one(params):
     assert all(x.is_deleted() for x in old)
 
 
-def test_update_that_is_not_finite_moves_nothing(params):
-    """Loss and gradient are finite; what the optimizer makes of them is not."""
+@pytest.mark.parametrize("optimizer, slope, offset, finite", [
+    (optax.chain(optax.scale(1e38), optax.scale(1e38)), 1, 0, (True, True)), (optax.clip_by_global_norm(1.0), 1e30, 0, (True, False)),
+    (optax.scale(-1e-3), 1, math.inf, (False, True))], ids=["update", "norm", "loss"])
+def test_each_of_loss_norm_and_update_must_be_finite(params, optimizer, slope, offset, finite):
+    """What the optimizer makes of a finite gradient, a norm that overflows, a loss: one alone is enough."""
     mesh = make_mesh("data=1", jax.devices()[:1])
-    optimizer = optax.chain(optax.scale(1e38), optax.scale(1e38))
     shardings = states.state_shardings(stack(params), ("projector/.*",), optimizer, mesh)
     state = states.create(stack(params), ("projector/.*",), optimizer, mesh, jnp.float32)
     before = {n: np.array(x) for n, x in state.trainable.items()}
-    summed = lambda tree, batch: (sum(x.sum() for x in jax.tree.leaves(tree["projector"])), jnp.float32(0))
+    summed = lambda tree, batch: (offset + sum(slope * x.sum() for x in jax.tree.leaves(tree["projector"])), jnp.float32(0))
     state, metrics = make_train_step(summed, optimizer, lambda _: jnp.float32(0), mesh, shardings)(state, {})
-    assert float(metrics["skipped"]) == 1 and np.isfinite(float(metrics["grad_norm"])) and float(metrics["tokens"]) == 0
+    assert float(metrics["skipped"]) == 1 and float(metrics["tokens"]) == 0
+    assert (np.isfinite(float(metrics["loss"])), np.isfinite(float(metrics["grad_norm"]))) == finite
     assert all(np.array_equal(before[n], np.asarray(x)) for n, x in state.trainable.items())
 
 

@@ -80,8 +80,9 @@ def _naming(cfg: ConfigDict, key: str) -> Iterator[None]:
     """What goes wrong within is the fault of a config key's value."""
     try:
         yield
-    except UserError as error:
-        raise UsageError(f"the config key {key!r} is {cfg[key]!r}: {error}") from error
+    except (UserError, OSError) as error:  # a name may be too long for any file
+        what = error.strerror if isinstance(error, OSError) else error
+        raise UsageError(f"the config key {key!r} is {cfg[key]!r}: {what}") from error
 
 
 @dataclass(frozen=True)
