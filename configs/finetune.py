@@ -57,7 +57,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.log_every = 10
     c.samples_every = 200
     c.nan_limit = 10  # updates in a row that are not finite end the run
-    c.seed = 42
+    c.seed = 42  # of HF's Trainer
 
     if args.small:  # on a CPU, from random weights, on the sample that comes along
         c.tokenizer = "samples/vqa_rad/tokenizer.model"

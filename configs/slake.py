@@ -40,7 +40,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.micro_batches = 1  # on eight devices 4,096 tokens each
     c.epochs = args.epochs
     c.total_steps = placeholder(int)  # in place of epochs
-    c.max_length = 2048
+    c.max_length = 2048  # as in its command
     c.trainable = ("projector/.*", "decoder/.*")
 
     # HF's Trainer, with which all of them train: AdamW and a cosine to 0; warm-up and no decay as in each one's command.
@@ -55,7 +55,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.log_every = 10
     c.samples_every = 200
     c.nan_limit = 10  # updates in a row that are not finite end the run
-    c.seed = 42
+    c.seed = 42  # of HF's Trainer
 
     if args.small:  # on a CPU, from random weights; the questions are SLAKE's own all the same
         c.tokenizer = "samples/vqa_rad/tokenizer.model"

@@ -139,13 +139,18 @@ def test_lengths_of_large_data_are_measured_in_workers_and_kept(processor, damag
             k: v for k, v in vars(here).items() if k not in ("tokens", "images")}
     with pytest.raises(TypeError):
         lengths.measure(data, processor, MAX_LENGTH + 1, cache=tmp_path)
+    other = Processor(preset("small"), processor.tokenizer, template="up:vicuna_v1")
+    with pytest.raises(TypeError):
+        lengths.measure(data, other, MAX_LENGTH, cache=tmp_path)
+    twice = TrainingData([*data.sources, *data.sources], [1.0, 1.0])
+    lines = read_training(folder / "lines.jsonl", folder / "images")
+    for others in (twice, lines):
+        with pytest.raises(TypeError):
+            lengths.measure(others, processor, MAX_LENGTH, cache=tmp_path)
     file, = tmp_path.iterdir()
     file.write_bytes(file.read_bytes()[:-50])
     with pytest.raises(TypeError):  # what was damaged is measured anew
         lengths.measure(data, processor, MAX_LENGTH, cache=tmp_path)
-    other = Processor(preset("small"), processor.tokenizer, template="up:vicuna_v1")
-    with pytest.raises(TypeError):
-        lengths.measure(data, other, MAX_LENGTH, cache=tmp_path)
 
 
 def test_data_that_changed_after_it_was_measured_stops_the_run(processor, tmp_path):

@@ -145,11 +145,19 @@ def test_mixture_and_its_weights(rad, tmp_path):
     assert [data.record(i)["id"] for i in range(7)] == ["r"] * 4 + [0, 1, 3]
     for entries, sentence in (([], "is empty"), ([{"file": "x"}], "keys path, images and weight"),
                               ([1], "1; {path"), ([str(file)], "{path"), ([{"path": 1}], "the path 1; text"),
-                              ([{"path": file, "weight": math.nan}], "a positive number"),
-                              ([{"path": file, "weight": 0}], "a positive number was expected"),
+                              ([{"path": file, "weight": math.nan}], "at most 1000"),
+                              ([{"path": file, "weight": 0}], "more than 0 and at most 1000 was expected"),
                               ([{"path": file, "weight": 0.1}], "leaves none of its 4 records")):
         with pytest.raises(UserError, match=sentence):
             read_training(entries)
+
+
+def test_a_source_of_a_mixture_may_have_images_of_its_own(tmp_path):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+    file = write(tmp_path / "x.json", [{**record("<image>\nHi", "Ho"), "image": "i.png"}])
+    data = read_training([{"path": file, "images": str(tmp_path / "a")}, {"path": file}], tmp_path / "b")
+    assert [data.record(i)["image"] for i in (0, 1)] == [[str(tmp_path / name / "i.png")] for name in "ab"]
 
 
 def test_missing_places(tmp_path):

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import os
 import struct
 import zlib
 
@@ -229,11 +230,19 @@ def test_damaged_files_are_an_image_or_one_sentence(suffix, tmp_path):
     assert sentences >= 10
 
 
-@pytest.mark.parametrize("source, sentence", [("a" * 5000, "cannot be opened: File name too long"), ("a\0b.png", "cannot be opened")])
+@pytest.mark.parametrize("source, sentence", [
+    ("a" * 5000, "cannot be opened: File name too long"), ("a" * 300 + "#frame=2", "cannot be opened: File name too long"),
+    ("a\0b.png", "cannot be opened"), ("/dev/null", "is a pipe or a device")])
 def test_strange_paths(source, sentence):
     with pytest.raises(UserError, match=sentence) as error:
         load_image(source)
     assert len(str(error.value)) < 400
+
+
+def test_a_pipe_that_nobody_writes_to_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "x.png")
+    with pytest.raises(UserError, match="x.png is a pipe or a device; a file was expected"):
+        load_image(tmp_path / "x.png")
 
 
 def truncated_jpeg():

@@ -2,10 +2,13 @@
 
 import json
 import os
+import resource
+import signal
 import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -125,8 +128,36 @@ def test_a_failure_in_the_background_is_raised_by_wait(workdir, trained, monkeyp
     monkeypatch.setattr(store, "_write_manifest", fail)
     writer = store.StepWriter(workdir)
     writer.save(1, trained, optimizer().init(trained), META)
-    with pytest.raises(OSError, match="the disk is full"):
+    with pytest.raises(UserError, match=f"{workdir}/checkpoints/1 could not be written: the disk is full"):
         writer.close()
+
+
+def test_a_step_that_the_disk_has_no_room_for_is_refused_before_it_is_begun(workdir, trained, monkeypatch):
+    size = sum(x.nbytes for x in jax.tree.leaves((trained, optimizer().init(trained))))
+    free = size
+    monkeypatch.setattr(store.shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+    with store.StepWriter(workdir) as writer:
+        writer.save(1, trained, optimizer().init(trained), META)
+        free = size - 1
+        with pytest.raises(UserError, match="checkpoints/2 needs .* kB; its disk has .* kB free"):
+            writer.save(2, trained, optimizer().init(trained), META)
+    assert store.steps(workdir) == [1]
+
+
+def test_a_disk_that_fills_up_in_a_save_is_one_sentence(workdir, trained, monkeypatch, capfd):
+    """A limit on the size of files stands in for it: TensorStore fails in threads of Orbax, which would log each failure."""
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        with pytest.raises(UserError, match=f"^{workdir}/checkpoints/1 could not be written: File too large$"):
+            with store.StepWriter(workdir) as writer:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (4000, limit[1]))
+                writer.save(1, trained, optimizer().init(trained), META)
+                writer.wait()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert "ERROR" not in capfd.readouterr().err and store.newest_intact_step(workdir)[0] is None
 
 
 def test_a_tree_is_base_and_newest_step(workdir, source, trained):
@@ -204,6 +235,7 @@ def test_a_damaged_step_is_replaced_by_saving_it_again(workdir, trained):
 KILLED = """
 import os, sys, threading
 from pathlib import Path
+from types import SimpleNamespace
 import jax.numpy as jnp
 from llavamed_jax.checkpoints import store
 

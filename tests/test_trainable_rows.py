@@ -69,6 +69,11 @@ def test_a_model_without_the_tokens_trains_its_projector_and_says_so(start, tmp_
     assert "this model has no <im_start>, <im_end>, so no row of the embedding is trained" in capsys.readouterr().out
 
 
+def test_a_recipe_that_trains_nothing_of_the_model_is_refused(start, tmp_path):
+    with pytest.raises(UsageError, match="'trainable' names the tokens <im_start>, <im_end> alone, of which this model has none"):
+        train(start(False), tmp_path / "run", trainable=(PAIR,))
+
+
 def test_a_token_that_is_none_is_named(start, tmp_path):
     with pytest.raises(UsageError, match="'trainable' names the tokens <im_stat>, which the model's tokenizer lacks"):
         train(start(True), tmp_path / "run", trainable=("projector/.*", (TABLE, ("<im_start>", "<im_stat>"))))

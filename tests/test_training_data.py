@@ -12,7 +12,7 @@ from llavamed_jax.config import IMAGE_TOKEN
 from llavamed_jax.errors import UsageError, UserError
 from llavamed_jax.parallel.mesh import make_mesh
 from llavamed_jax.training import setup, trainer
-from llavamed_jax.training.data import Data
+from llavamed_jax.training.data import Data, row_multiple
 from llavamed_jax.training.trainer import fit
 from tests import training_runs
 from tests.training_runs import FakeStep, log_lines
@@ -140,6 +140,10 @@ def test_sample_questions_that_cannot_be_read_are_known_at_the_start(recipe):
         Data.open(cfg, setup.open_start(cfg))
     cfg.samples_every = 0
     Data.open(cfg, setup.open_start(cfg))
+
+
+def test_rows_divide_by_devices_and_micro_batches(recipe):
+    assert row_multiple(recipe(batch_size=9, micro_batches=3), make_mesh("data=2,fsdp=2,tp=2")) == 2 * 2 * 3
 
 
 def test_a_warning_names_the_batch_size_that_would_fit(recipe):

@@ -4,6 +4,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -118,9 +119,45 @@ def test_a_step_carries_its_own_position_in_the_data(recipe, tmp_path, monkeypat
         return [batch["input_ids"].tolist() for batch in step.batches]
 
     whole = batches_of(tmp_path / "whole", 7)
-    first, rest = batches_of(tmp_path / "run", 3), batches_of(tmp_path / "run", 7)
-    assert (len(first), len(rest)) == (3, 4) and first + rest == whole
+    first, rest = batches_of(tmp_path / "run", 4), batches_of(tmp_path / "run", 7)
+    assert (len(first), len(rest)) == (4, 3) and first + rest == whole
     assert store.newest_intact_step(tmp_path / "run")[0] == 7
+
+
+def test_a_run_goes_on_with_the_updates_that_it_skipped(recipe, tmp_path, monkeypatch):
+    """They do not count in the schedule, neither before nor after."""
+    class Seen(FakeStep):
+        def update(self, state, batch):
+            seen.append((state.step.item(), state.skipped.item()))
+            return super().update(state, batch)
+
+    seen = []
+    for total_steps in (3, 4):
+        monkeypatch.setattr(trainer, "make_train_step", Seen(lambda k: k == 2))
+        assert fit(recipe(total_steps=total_steps), tmp_path / "run")
+    assert seen == [(0, 0)] * 3 + [(3, 1)]
+
+
+def test_what_no_run_wrote_into_its_log_is_left_out(tmp_path):
+    log = tmp_path / "metrics.jsonl"
+    log.write_bytes(b'{"step": 1}\n5\nnull\n{}\n{"step": null}\n\xff\xfe\x00\n{"step": 3}\n{"step": 4}\n{"step": 2')
+    workdirs.cut_back(log, 3)
+    assert log.read_text() == '{"step": 1}\n{"step": 3}\n'
+
+
+def test_steps_are_saved_by_the_clock_too(recipe, tmp_path, monkeypatch):
+    """Updates of 50 seconds, a save every two minutes: in the first update after that."""
+    class Timed(FakeStep):
+        def update(self, state, batch):
+            nonlocal now
+            now += 50
+            return super().update(state, batch)
+
+    now = 0.0
+    monkeypatch.setattr(trainer, "make_train_step", Timed())
+    monkeypatch.setattr(trainer, "time", SimpleNamespace(monotonic=lambda: now))
+    assert fit(recipe(**{"checkpoint.every_steps": 0, "checkpoint.every_minutes": 2.0}), tmp_path / "run")
+    assert store.steps(tmp_path / "run") == [3, 6, 8]
 
 
 # ---- another recipe

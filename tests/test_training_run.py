@@ -247,6 +247,13 @@ def test_a_preset_takes_its_vocabulary_from_the_tokenizer(recipe):
         setup.open_start(recipe(init="preset:small", tokenizer="none"))
 
 
+def test_remat_and_attention_of_the_recipe_reach_the_model(recipe):
+    checkpoint, mesh = setup.open_start(recipe()), make_mesh("data=1", jax.devices()[:1])
+    for remat, attention, backend in (("qkvo", "splash", "splash_interpreted"), ("none", "auto", "xla")):
+        model = setup.Program.build(recipe(remat=remat, attention=attention), checkpoint, mesh, 8).model
+        assert (model.remat, model.attention) == (remat, backend)
+
+
 def test_epochs_are_counted_as_the_original_counts_them(recipe, data):
     cfg = recipe(batch_size=5, epochs=3, total_steps="none")
     opened = Data.open(cfg, setup.open_start(cfg))

@@ -179,8 +179,20 @@ def test_override_sets_the_learning_rate_of_what_it_names():
     transform = build_with((("projector/.*", 2e-5),))
     updates, _ = transform.update(params, transform.init(params), params)
     np.testing.assert_allclose([float(updates[n][0]) for n in names], [-2e-5, -1e-3], rtol=1e-5)
+    first = build_with((("projector/.*", 2e-5), (".*", 3e-5)))  # of two that match, the first counts
+    updates, _ = first.update(params, first.init(params), params)
+    np.testing.assert_allclose([float(updates[n][0]) for n in names], [-2e-5, -3e-5], rtol=1e-5)
     with pytest.raises(UsageError, match="vision"):
         build_with((("vision/.*", 2e-5),))
+
+
+def test_a_clip_norm_of_zero_clips_nothing():
+    """As LLaVA-1.5 was trained."""
+    grads = {"a/kernel": jnp.full(4, 100.0)}
+    for clip_norm, moment in ((1.0, 0.1 * 0.5), (0.0, 0.1 * 100)):
+        transform, _ = optimizers.build(optimizer_config(clip_norm=clip_norm), 10, ["a/kernel"])
+        _, state = transform.update(grads, transform.init(grads), grads)
+        np.testing.assert_allclose(state[1].mu["a/kernel"], moment, rtol=1e-5)
 
 
 def test_first_moment_has_the_dtype_of_the_recipe():
@@ -266,16 +278,27 @@ def test_gradient_that_is_not_finite_moves_nothing(params):
     assert any(not np.array_equal(before[n], np.asarray(x)) for n, x in state.trainable.items())
 
 
-def test_update_that_is_not_finite_moves_nothing(params):
-    """Loss and gradient are finite; what the optimizer makes of them is not."""
+def test_the_old_states_memory_is_used_for_the_new_one(params):
+    """All of it, what is frozen too: else parameters and moments would be held twice."""
+    state, step, mesh = build(params)
+    old = jax.tree.leaves(state)
+    step(state, place(make_batch(0), mesh))
+    assert all(x.is_deleted() for x in old)
+
+
+@pytest.mark.parametrize("optimizer, slope, offset, finite", [
+    (optax.chain(optax.scale(1e38), optax.scale(1e38)), 1, 0, (True, True)), (optax.clip_by_global_norm(1.0), 1e30, 0, (True, False)),
+    (optax.scale(-1e-3), 1, math.inf, (False, True))], ids=["update", "norm", "loss"])
+def test_each_of_loss_norm_and_update_must_be_finite(params, optimizer, slope, offset, finite):
+    """What the optimizer makes of a finite gradient, a norm that overflows, a loss: one alone is enough."""
     mesh = make_mesh("data=1", jax.devices()[:1])
-    optimizer = optax.chain(optax.scale(1e38), optax.scale(1e38))
     shardings = states.state_shardings(stack(params), ("projector/.*",), optimizer, mesh)
     state = states.create(stack(params), ("projector/.*",), optimizer, mesh, jnp.float32)
     before = {n: np.array(x) for n, x in state.trainable.items()}
-    summed = lambda tree, batch: (sum(x.sum() for x in jax.tree.leaves(tree["projector"])), jnp.float32(0))
+    summed = lambda tree, batch: (offset + sum(slope * x.sum() for x in jax.tree.leaves(tree["projector"])), jnp.float32(0))
     state, metrics = make_train_step(summed, optimizer, lambda _: jnp.float32(0), mesh, shardings)(state, {})
-    assert float(metrics["skipped"]) == 1 and np.isfinite(float(metrics["grad_norm"])) and float(metrics["tokens"]) == 0
+    assert float(metrics["skipped"]) == 1 and float(metrics["tokens"]) == 0
+    assert (np.isfinite(float(metrics["loss"])), np.isfinite(float(metrics["grad_norm"]))) == finite
     assert all(np.array_equal(before[n], np.asarray(x)) for n, x in state.trainable.items())
 
 

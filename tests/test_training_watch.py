@@ -12,7 +12,7 @@ from llavamed_jax.data.processor import Processor
 from llavamed_jax.errors import UserError
 from llavamed_jax.evaluation import watching
 from llavamed_jax.parallel.mesh import make_mesh
-from llavamed_jax.training import late, setup, trainer
+from llavamed_jax.training import late, setup, trainer, watch
 from llavamed_jax.training.late import Progress, read
 from llavamed_jax.training.trainer import Watch, fit
 from tests import training_runs as runs
@@ -170,6 +170,24 @@ def test_read_gives_floats():
     assert read({"a": jax.numpy.float32(1.5), "b": (jax.numpy.bfloat16(2),)}) == {"a": 1.5, "b": (2.0,)}
 
 
+# ---- validation
+
+def test_validation_weighs_every_batch_by_its_tokens_and_the_lowest_loss_is_the_best():
+    mesh, progress = make_mesh("data=1", jax.devices()[:1]), Progress()
+
+    def judged(step, *parts):
+        """Of batches with these sums of losses and numbers of tokens."""
+        left = iter(parts)
+        data = SimpleNamespace(validation="some", validation_batches=lambda: ({} for _ in parts))
+        snapshot = watch.Snapshot(step, {}, SimpleNamespace(mesh=mesh), data)
+        return watch.judge(snapshot, None, lambda state, batch: tuple(map(jax.numpy.float32, next(left))), [lambda s: {"x": 5.0}], progress)
+
+    assert judged(3, (6, 2), (1, 1), (0, 0), (20, 5), (3, 4)) == {"validation_loss": 30 / 12, "x": 5.0}
+    assert judged(6, (1, 1))["validation_loss"] == 1 and progress.best == {"step": 6, "validation_loss": 1}
+    judged(9, (3, 2)), judged(12, (float("nan"), 1))
+    assert progress.best["step"] == 6
+
+
 # ---- updates that are not finite
 
 def test_updates_that_are_not_finite_again_and_again_stop_the_run(recipe, stepping, tmp_path):
@@ -216,6 +234,20 @@ def test_a_trace_of_a_few_updates_lies_in_the_workdir(recipe, stepping, tmp_path
     assert fit(recipe(total_steps=4), tmp_path / "run", Watch(profile=(2, 3)))
     assert list((tmp_path / "run" / "tensorboard" / "plugins" / "profile").rglob("*.xplane.pb"))
     assert "a trace of the updates 2 to 3 lies in" in capsys.readouterr().out
+
+
+def test_a_trace_holds_its_updates_and_no_other(recipe, stepping, tmp_path, monkeypatch):
+    class Noted(FakeStep):
+        def update(self, state, batch):
+            events.append(self.step + 1)
+            return super().update(state, batch)
+
+    events = []
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda directory: events.append("start"))
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: events.append("stop"))
+    stepping(Noted())
+    assert fit(recipe(total_steps=4), tmp_path / "run", Watch(profile=(2, 3)))
+    assert events == [1, "start", 2, 3, "stop", 4]
 
 
 def test_a_trace_that_begins_too_late_is_said(recipe, stepping, tmp_path, capsys):

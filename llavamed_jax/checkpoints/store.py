@@ -14,11 +14,14 @@ lost a bit, is found and named.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import logging
 import os
+import re
 import shutil
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -113,6 +116,7 @@ class StepWriter:
     """
 
     def __init__(self, workdir: str | Path):
+        logging.getLogger("absl").addFilter(_is_not_orbaxs)
         self._root = Path(workdir).absolute() / "checkpoints"
         # Directories made in the background gain nothing here, and after a refused save their threads wait for minutes.
         options = ocp.AsyncOptions(create_directories_asynchronously=False)
@@ -140,22 +144,28 @@ class StepWriter:
           optimizer_state: any pytree of arrays.
           meta: what JSON can hold: position in the data, random state.
         Raises:
-          whatever the save before this one failed with.
+          UserError: this save, or the one before it, does not fit the disk or could not be written.
         """
         self.wait()
         directory = self._root / str(step)
-        self._checkpointer.save(directory, force=True, args=ocp.args.Composite(
-            params=ocp.args.PyTreeSave(nest(trained)), optimizer=ocp.args.PyTreeSave(optimizer_state), state=ocp.args.JsonSave(meta)))
+        size = sum(x.nbytes for x in jax.tree.leaves((dict(trained), optimizer_state)))
+        with _writing(directory):
+            free = shutil.disk_usage(self._root).free
+            if free < size:
+                raise UserError(f"{directory} needs {_amount(size)}; its disk has {_amount(free)} free")
+            self._checkpointer.save(directory, force=True, args=ocp.args.Composite(
+                params=ocp.args.PyTreeSave(nest(trained)), optimizer=ocp.args.PyTreeSave(optimizer_state), state=ocp.args.JsonSave(meta)))
         self._sealing = self._thread.submit(self._seal, directory)
 
     def _seal(self, directory: Path) -> None:
-        self._checkpointer.wait_until_finished()
-        if jax.process_index() == 0:
-            _write_manifest(directory)
-            (self._root / SEALED).touch()
+        with _writing(directory):
+            self._checkpointer.wait_until_finished()
+            if jax.process_index() == 0:
+                _write_manifest(directory)
+                (self._root / SEALED).touch()
 
     def wait(self) -> None:
-        """Returns when the last save is on disk with its manifest; raises what it failed with."""
+        """Returns when the last save is on disk with its manifest; raises UserError where it could not be written."""
         if self._sealing is not None:
             sealing, self._sealing = self._sealing, None
             sealing.result()
@@ -175,6 +185,28 @@ class StepWriter:
         finally:
             self._thread.shutdown()
             self._checkpointer.close()
+
+
+@contextlib.contextmanager
+def _writing(directory: Path) -> Iterator[None]:
+    """What the disk refuses within is one sentence; TensorStore's own is of thousands of letters."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{directory} could not be written: {error.strerror or error}") from error
+    except ValueError as error:
+        if isinstance(error, UserError) or (code := re.search(r"os_error_code='(\d+)'", str(error))) is None:
+            raise
+        raise UserError(f"{directory} could not be written: {os.strerror(int(code[1]))}") from error
+
+
+def _is_not_orbaxs(record: logging.LogRecord) -> bool:
+    """Orbax logs the traceback of a failure in each of its threads; it is raised once, and told once."""
+    return "orbax" not in Path(record.pathname).parts
+
+
+def _amount(size: int) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 1e7 else f"{size / 1e3:.1f} kB"
 
 
 def steps(workdir: str | Path) -> list[int]:

@@ -162,7 +162,7 @@ def _parse(key: str, text: str, current: Any, kind: type) -> Any:
         value = ast.literal_eval(text)
         if isinstance(value, (list, tuple)) and kind in (list, tuple):
             return kind(value)
-    except (ValueError, SyntaxError, KeyError):
+    except (ValueError, SyntaxError, KeyError, RecursionError, MemoryError):  # the last two of thousands of brackets
         pass
     wanted = {bool: "true or false", int: "an integer", float: "a number", tuple: "a list such as [\"a\", \"b\"]",
               list: "a list such as [\"a\", \"b\"]"}

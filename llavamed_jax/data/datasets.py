@@ -7,7 +7,6 @@ whatever it was read from; `questions.to_llava` makes one of a question.
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,8 @@ from llavamed_jax.data.records import FileRecords, MemoryRecords, open_records
 from llavamed_jax.data.slake import read_slake
 from llavamed_jax.data.vqa_rad import read_vqa_rad
 from llavamed_jax.errors import UsageError, UserError
+
+LARGEST_WEIGHT = 1000  # of a source of training data: an epoch is laid out whole, and what is larger was mistyped
 
 
 @dataclass(frozen=True)
@@ -115,8 +116,8 @@ def _read_mixture(entries, images, protocol, split, cache) -> TrainingData:
             if not (isinstance(entry.get(key, ""), (str, Path)) or key == "images" and entry[key] is None):
                 raise UsageError(f"an entry of the training data has the {key} {entry[key]!r}; text was expected")
         weight = entry.get("weight", 1.0)
-        if type(weight) not in (int, float) or not 0 < weight < math.inf:
-            raise UsageError(f"the weight of {entry['path']} is {weight!r}; a positive number was expected")
+        if type(weight) not in (int, float) or not 0 < weight <= LARGEST_WEIGHT:
+            raise UsageError(f"the weight of {entry['path']} is {weight!r}; more than 0 and at most {LARGEST_WEIGHT} was expected")
         part = read_training(entry["path"], entry.get("images", images), protocol, split, cache)
         if not round(weight * len(part)):
             raise UserError(f"the weight {weight} of {entry['path']} leaves none of its {len(part)} records in an epoch")

@@ -14,7 +14,9 @@ import binascii
 import contextlib
 import functools
 import io
+import os
 import re
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -113,7 +115,11 @@ def pad_to_square(image: Image.Image, color=PAD_COLOR) -> Image.Image:
 
 def _open(path: str) -> BinaryIO:
     try:
-        return open(path, "rb")
+        file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # a pipe would wait for a writer
+        if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            return file
+        file.close()
+        raise UserError(f"the image {path} is a pipe or a device; a file was expected")
     except FileNotFoundError:
         raise UserError(f"the image {path or repr(path)} does not exist") from None
     except IsADirectoryError:
@@ -126,7 +132,7 @@ def _open(path: str) -> BinaryIO:
 def split_frame(path: str) -> tuple[str, int | None]:
     """`scan.dcm#frame=3` -> (`scan.dcm`, 3), unless a file has that very name."""
     match = re.fullmatch(r"(.*)#frame=(\d{1,9})", path, re.DOTALL)
-    if match is None or Path(path).exists():
+    if match is None or os.path.exists(path):  # pathlib's raises for a name that is too long
         return path, None
     if not int(match[2]):
         raise UserError(f"the image {path} names frame 0; a whole number from 1 on was expected")

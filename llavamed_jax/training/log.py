@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import sys
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from tensorboardX import SummaryWriter
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
 from tqdm import tqdm
 
 from llavamed_jax.training.workdir import cut_back
@@ -32,6 +37,28 @@ class Sample:
     wanted: str
 
 
+class Board:
+    """A file for TensorBoard, which hides there what earlier files hold of steps after `step`.
+
+    It is written here and now: tensorboardX's SummaryWriter has a thread for it, and without a word waits for that thread for
+    ever once a full disk has ended it.
+    """
+
+    def __init__(self, folder: Path, step: int):
+        folder.mkdir(exist_ok=True)
+        self._events, self._flushed_at = EventsWriter(str(folder / "events")), time.monotonic()
+        self._events.write_event(Event(step=step + 1, session_log=SessionLog(status=SessionLog.START)))
+
+    def add(self, step: int, content: Summary) -> None:
+        self._events.write_event(Event(wall_time=time.time(), step=step, summary=content))
+        if time.monotonic() - self._flushed_at > 10:  # which waits for the disk
+            self._events.flush()
+            self._flushed_at = time.monotonic()
+
+    def close(self) -> None:
+        self._events.close()
+
+
 class MetricsWriter:
     """Writes the metrics of a run that begins at `step`; what an interrupted run logged after that is taken back.
 
@@ -47,7 +74,7 @@ class MetricsWriter:
             cut_back(workdir / log, step)
         self._skipped = workdir / "skipped.jsonl"
         self._file = open(workdir / "metrics.jsonl", "a")
-        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
+        self._board = Board(workdir / "tensorboard", step)
         self._total = total_steps
         self._name = name
         # A bar overwrites itself; where nobody watches, that would be one endless line.
@@ -66,7 +93,7 @@ class MetricsWriter:
         self._file.flush()
         for key, value in finite.items():
             if value is not None:
-                self._board.add_scalar(key, value, step)
+                self._board.add(step, summary.scalar(key, value))
         if self._bar is None or "loss" not in metrics:  # the bar shows the training loss itself
             self.say(f"{self._name} {step}/{self._total} · " + " · ".join(_shown(metrics)))
 
@@ -76,9 +103,9 @@ class MetricsWriter:
             self.say(f"{self._name} {step}/{self._total} · {sample.name} · {_one_line(sample.question)} -> "
                      f"{_one_line(sample.answer)} (wanted: {_one_line(sample.wanted)})")
             text = f"**Question** {sample.question}\n\n**Answer** {sample.answer}\n\n**Wanted** {sample.wanted}"
-            self._board.add_text(f"samples/{i}", text, step)
+            self._board.add(step, summary.text(f"samples/{i}", text))
             for j, image in enumerate(sample.images):
-                self._board.add_image(f"samples/{i}/image_{j}", image, step, dataformats="HWC")
+                self._board.add(step, summary.image(f"samples/{i}/image_{j}", image, dataformats="HWC"))
 
     def skipped(self, step: int, entries: Iterable[Mapping]) -> None:
         """A line of `skipped.jsonl` for each sample that an update had to do without."""
@@ -94,10 +121,9 @@ class MetricsWriter:
             self._bar.write(text)
 
     def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-        self._board.close()
-        self._file.close()
+        with self._file, contextlib.closing(self._board):
+            if self._bar is not None:
+                self._bar.close()
 
 
 def troubles(metrics: Mapping[str, float | int | None]) -> list[str]:

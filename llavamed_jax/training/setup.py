@@ -80,8 +80,9 @@ def _naming(cfg: ConfigDict, key: str) -> Iterator[None]:
     """What goes wrong within is the fault of a config key's value."""
     try:
         yield
-    except UserError as error:
-        raise UsageError(f"the config key {key!r} is {cfg[key]!r}: {error}") from error
+    except (UserError, OSError) as error:  # a name may be too long for any file
+        what = error.strerror if isinstance(error, OSError) else error
+        raise UsageError(f"the config key {key!r} is {cfg[key]!r}: {what}") from error
 
 
 @dataclass(frozen=True)
@@ -146,9 +147,12 @@ def _settled(cfg: ConfigDict, checkpoint: Checkpoint) -> tuple[states.Trainable,
     absent = [token for token, row in rows.items() if row is None or row >= checkpoint.config.decoder.vocab_size]
     if absent and checkpoint.config.use_start_end:
         raise UsageError(f"the config key 'trainable' names the tokens {', '.join(absent)}, which the model's tokenizer lacks")
+    rest = tuple(entry for entry in cfg.trainable if isinstance(entry, str))
+    if absent and not rest:
+        raise UsageError(f"the config key 'trainable' names the tokens {', '.join(absent)} alone, of which this model has none")
     if absent:
         print(f"trainable: this model has no {', '.join(absent)}, so no row of the embedding is trained", flush=True)
-        return tuple(entry for entry in cfg.trainable if isinstance(entry, str)), ()
+        return rest, ()
     return tuple(cfg.trainable), tuple(rows.values())
 
 

@@ -79,7 +79,8 @@ def fit(cfg: ConfigDict, workdir: str | Path, watch: Watch = Watch()) -> bool:
         except (UserError, OSError) as error:
             step, _ = store.newest_intact_step(workdir)
             saved = "no step had been saved" if step is None else f"step {step} is saved"
-            what = f"{error.filename or workdir} could not be written: {error.strerror or error}" if isinstance(error, OSError) else error
+            is_file = isinstance(error, OSError)
+            what = f"{error.filename or workdir} cannot be read or written: {error.strerror or error}" if is_file else error
             raise UserError(f"{what}; {saved}") from error
 
 
