@@ -24,7 +24,7 @@ from llavamed_jax.data.processor import Processor, expand_images
 from llavamed_jax.errors import UserError, short
 from llavamed_jax.generation.beam import BeamSearch
 from llavamed_jax.generation.engine import Engine
-from llavamed_jax.generation.requests import Request, check_image
+from llavamed_jax.generation.requests import Request, check_image, whole_numbers
 from llavamed_jax.generation.sampling import row_seed, row_seeds
 from llavamed_jax.generation.text import TextStream
 from llavamed_jax.models.llava import Llava
@@ -114,14 +114,14 @@ class LlavaMed:
         Raises:
           UserError: (a ValueError) images and image positions that do not fit, with both numbers, or ids outside the vocabulary.
         """
-        ids = np.asarray(input_ids, np.int32)
-        if ids.ndim != 2:
+        ids = whole_numbers(input_ids, "input_ids")
+        if ids.ndim != 2 or not ids.size:
             raise UserError(f"input_ids has the shape {ids.shape}; [B,T] was expected")
         wrong = ids[(ids >= self.config.decoder.vocab_size) | ((ids < 0) & (ids != IMAGE_TOKEN) & (ids != PAD_TOKEN))]
         if wrong.size:
             raise UserError(f"input_ids holds {wrong[0]}; ids below {self.config.decoder.vocab_size}, {IMAGE_TOKEN} or "
                             f"{PAD_TOKEN} were expected")
-        slots = self._slots(ids, pixel_values)
+        slots, ids = self._slots(ids, pixel_values), ids.astype(np.int32)
         segments = (ids != PAD_TOKEN).astype(np.int32)
         if self.mesh is None:
             return np.asarray(self._forward({"params": self.engine.params}, ids, slots, segment_ids=segments))
@@ -136,8 +136,7 @@ class LlavaMed:
         """Images [I,H,W,3] to the rows that hold their positions: [B,slots,H,W,3], or None without images."""
         P = self.config.tokens_per_image
         positions = (ids == IMAGE_TOKEN).sum(axis=1)
-        images = np.zeros((0,)) if pixel_values is None else np.asarray(pixel_values)
-        images = images if images.dtype == np.uint8 else images.astype(np.float32)
+        images = np.zeros((0,)) if pixel_values is None else np.atleast_1d(np.asarray(pixel_values))
         if (positions % P).any() or positions.sum() != P * len(images):
             raise UserError(f"the rows have {positions.tolist()} image positions for {len(images)} images; {P} positions an "
                             "image were expected")
@@ -146,7 +145,7 @@ class LlavaMed:
         if not len(images):
             return None
         counts = positions // P
-        slots = np.zeros((len(ids), counts.max(), *images.shape[1:]), images.dtype)
+        slots = np.zeros((len(ids), counts.max(), *images.shape[1:]), np.uint8 if images.dtype == np.uint8 else np.float32)
         taken = iter(images)
         for row, count in enumerate(counts):
             for slot in range(count):
@@ -168,8 +167,8 @@ class LlavaMed:
         images = [[] for _ in rows] if images is None else images
         if len(images) != len(rows):
             raise UserError(f"{len(images)} lists of images were given for {len(rows)} rows; one a row was expected")
-        requests = self._requests([expand_images(row, self.config.tokens_per_image) for row in rows], images,
-                                  max_new_tokens, temperature, top_p, top_k, num_beams, seed)
+        rows = [expand_images(whole_numbers(row, f"row {i}").tolist(), self.config.tokens_per_image) for i, row in enumerate(rows)]
+        requests = self._requests(rows, images, max_new_tokens, temperature, top_p, top_k, num_beams, seed)
         return self._beams.generate(requests, num_beams) if num_beams > 1 else self.engine.generate(requests)
 
     def generate(self, conversations: Sequence[Sequence[dict]], max_new_tokens: int = 256, temperature: float = 0.0,
@@ -236,12 +235,14 @@ class LlavaMed:
         def requests():
             taken = 0
             for index, (ids, images, nth) in enumerate(prompts):
-                request = Request(ids, images, *settings, seed=row_seed(seed, ids, images, nth))
+                request = Request(ids, images, *settings)
                 try:
                     self.engine.check(request, "the prompt")
                 except UserError as error:
                     refused.append((index, error))
                     continue
+                if request.temperature:  # it takes as long as a look at the image
+                    request.seed = row_seed(seed, ids, images, nth)
                 streams[taken] = index, self._text_stream(stop)
                 taken += 1
                 yield request
@@ -269,8 +270,9 @@ class LlavaMed:
 
     def _requests(self, prompts, images, max_new_tokens, temperature, top_p, top_k, num_beams, seed):
         _check_settings(max_new_tokens, temperature, top_p, top_k, num_beams, seed)
+        seeds = row_seeds(seed, prompts, images) if temperature else [0] * len(prompts)
         return [Request(list(ids), list(pixels), max_new_tokens, temperature, top_k, top_p, s)
-                for ids, pixels, s in zip(prompts, images, row_seeds(seed, prompts, images))]
+                for ids, pixels, s in zip(prompts, images, seeds)]
 
     def _text_stream(self, stop):
         stop = [stop] if isinstance(stop, str) else stop

@@ -134,3 +134,14 @@ def test_seeds_belong_to_a_prompt_and_not_to_its_place():
     found = [one, two, three, *row_seeds(1, [a], [[]]), *row_seeds(0, [a], [image]), *row_seeds(0, [a], [other])]
     assert len(set(found)) == len(found) and all(0 <= s < 2**32 for s in found)
     assert row_seeds(0, [a], [image.copy()]) == row_seeds(0, [a], [image])
+
+
+def test_a_draw_is_an_ids_and_not_a_ranks():
+    """Two logits that only rounding tells apart: whichever is sorted first, a row draws the same."""
+    logits = np.random.default_rng(8).standard_normal(97).astype(np.float32)
+    logits[[20, 70]] = 3.0
+    other, each = logits.copy(), settings(500, temperature=0.9, top_k=50, top_p=0.95)
+    other[20] -= 1e-6
+    tokens = np.asarray(draw(logits[None], each))
+    assert {20, 70} <= set(tokens.tolist())
+    np.testing.assert_array_equal(draw(other[None], each), tokens)

@@ -87,13 +87,23 @@ class _Asking:
         model, prompts = self._model, self._prompts(asked)
         while batch := list(itertools.islice(prompts, generation.batch_size)):
             indices, rows, images, lost = zip(*batch)
-            found = model.generate_tokens(rows, [[image] for image in images], max_new_tokens=generation.max_new_tokens,
-                                          num_beams=generation.num_beams, seed=generation.seed)
-            for i, tokens, cut in zip(indices, found, lost, strict=True):
+            for i, tokens, cut in zip(indices, self._search(rows, images, generation), lost, strict=True):
+                if isinstance(tokens, UserError):
+                    self._failed[i] = tokens
+                    continue
                 stream = TextStream(model.processor.decode, model.processor.stop)
                 stream.push(tokens)
                 answer = completion(stream, model.engine.eos)
                 yield i, Answer(answer.text, answer.finish_reason, cut)
+
+    def _search(self, rows, images, generation: Generation) -> list[list[int] | UserError]:
+        try:
+            return self._model.generate_tokens(rows, [[image] for image in images], max_new_tokens=generation.max_new_tokens,
+                                               num_beams=generation.num_beams, seed=generation.seed)
+        except UserError as error:  # of one of them: each is asked by itself
+            if len(rows) == 1:
+                return [error]
+            return [self._search([row], [image], generation)[0] for row, image in zip(rows, images)]
 
     def _prompts(self, asked: Sequence[int]) -> Iterator[tuple[int, list[int], np.ndarray, int]]:
         """(place, ids, image, tokens cut) of each question whose image can be read."""

@@ -19,10 +19,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from llavamed_jax.data.images import normalize
+from llavamed_jax.errors import UserError
 from llavamed_jax.generation.cache import init_cache
 from llavamed_jax.generation.engine import Engine
 from llavamed_jax.generation.programs import NO_TOKEN
-from llavamed_jax.generation.requests import Request
+from llavamed_jax.generation.requests import NO_NUMBER, Request, name_of
 from llavamed_jax.generation.rows import bucket, power_of_two
 from llavamed_jax.parallel.mesh import batch_sharding
 
@@ -149,23 +150,28 @@ class BeamSearch:
           UserError: (a ValueError) as of `Engine.stream`.
         """
         for i, request in enumerate(requests):
-            self.engine.check(request, f"request {i}" if len(requests) > 1 else "the prompt")
+            self.engine.check(request, name_of(i, len(requests)))
         order = sorted(range(len(requests)), key=lambda i: -len(requests[i].ids))
         size, out = max(1, self.engine.batch_size // num_beams), {}
         for first in range(0, len(order), size):
             chosen = order[first : first + size]
             out |= zip(chosen, self._run_batch([requests[i] for i in chosen], num_beams))
+        for i in range(len(requests)):
+            if not out[i]:
+                raise UserError(f"{name_of(i, len(requests))}: {NO_NUMBER}")
         return [out[i] for i in range(len(requests))]
 
     def _run_batch(self, rows: list[Request], num_beams: int) -> list[list[int]]:
+        """The tokens of each; none where the model failed."""
         params = self.engine.params
         batch, cache_length = self._batch(rows)
-        room = bucket(max(row.max_new_tokens for row in rows))
+        room = bucket(max(self.engine.limit(row) for row in rows))
         with self.programs.on_mesh():
             beams, caches = self._prefill(params, **batch, cache_length=cache_length, num_beams=num_beams, room=room)
             while not np.asarray(beams.is_done).all():
                 beams, caches = self._decode(params, beams, caches)
-        return [[int(t) for t in tokens if t != NO_TOKEN] for tokens in np.asarray(beams.finished.tokens)[: len(rows), 0]]
+        best = jax.device_get(jax.tree.map(lambda x: x[: len(rows), 0], beams.finished))  # NaN is above all numbers
+        return [[int(t) for t in tokens if t != NO_TOKEN and np.isfinite(score)] for tokens, score in zip(best.tokens, best.scores)]
 
     def _batch(self, rows: list[Request]) -> tuple[dict, int]:
         """Arrays of a batch, prompts padded to a bucket and rows to a power of two that the mesh divides; and the cache's length."""

@@ -9,6 +9,7 @@ sharing. Axis letters: R rows, B prompts of one prefill, T prompt positions, I i
 from __future__ import annotations
 
 import collections
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 
 import jax
@@ -19,7 +20,7 @@ from llavamed_jax.config import LlavaConfig
 from llavamed_jax.errors import UserError
 from llavamed_jax.generation.features import Features
 from llavamed_jax.generation.programs import NO_TOKEN, Made, Programs, Prompts
-from llavamed_jax.generation.requests import Job, Request, check
+from llavamed_jax.generation.requests import NO_NUMBER, Job, Request, check, name_of
 from llavamed_jax.generation.rows import Placed, Rows, batch_size, bucket, power_of_two
 from llavamed_jax.generation.sampling import Sampling
 from llavamed_jax.models.llava import PARAM_AXES, check_heads
@@ -30,7 +31,8 @@ _ROOM = 64  # tokens that a row has room for at first: few answers are as long a
 
 
 class Engine:
-    """Generates for one model. Calls may be nested (a stream while another is open), but come from one thread.
+    """Generates for one model. Calls may be nested (a stream while another is open) and come from several threads, which share
+    the rows and take turns at a round.
 
     Args:
       cfg: the model's shapes.
@@ -55,6 +57,7 @@ class Engine:
         self.eos = cfg.decoder.eos_ids
         self._share = share
         self._waiting: collections.deque[Job] = collections.deque()
+        self._turn = threading.RLock()
         self._begin()
 
     def _begin(self) -> None:
@@ -70,9 +73,11 @@ class Engine:
 
     @params.setter
     def params(self, params) -> None:
-        """Other weights of the same shapes. What was computed with the old ones is let go, and its memory; no request may be under way."""
-        self._params = params
-        self._begin()
+        """Other weights of the same shapes. What was computed with the old ones is let go, and its memory; requests that are
+        under way end with an error."""
+        with self._turn:
+            self._params = params
+            self._give_up("other weights")
 
     @property
     def max_prompt(self) -> int:
@@ -94,14 +99,14 @@ class Engine:
             then. Or, after all others have come to their end, one on which the model failed.
         """
         for i, request in enumerate(requests):
-            self.check(request, _name(i, len(requests)))
+            self.check(request, name_of(i, len(requests)))
         error = None
         for job in self.feed(requests):
             tokens = job.take()
             if tokens and not job.request.cancelled:
                 yield job.index, tokens
             if job.error is not None and error is None:
-                error = UserError(f"{_name(job.index, len(requests))}: {job.error}")
+                error = UserError(f"{name_of(job.index, len(requests))}: {job.error}")
         if error is not None:
             raise error
 
@@ -121,7 +126,7 @@ class Engine:
                         break
                     mine.append(self.add(request, index))
                     index += 1
-                if not mine:
+                if requests is None and not mine:  # another call's requests may be all that fit in the queue for now
                     return
                 self.advance()
                 changed = [job for job in mine if job.has_news]
@@ -134,7 +139,8 @@ class Engine:
     def add(self, request: Request, index: int = 0) -> Job:
         """Takes a checked request; `advance` works on it."""
         job = Job(request, index)
-        self._waiting.append(job)
+        with self._turn:
+            self._waiting.append(job)
         return job
 
     def check(self, request: Request, name: str) -> None:
@@ -146,18 +152,19 @@ class Engine:
 
         While nobody waits for a row, the host reads a round late, so that the device never waits for the host.
         """
-        try:
-            self._advance()
-        except BaseException as error:
-            # Ctrl-C may come between a program's start, which takes the rows away, and its end: they are lost either way.
-            self._give_up(error)
-            raise
+        with self._turn:
+            try:
+                self._advance()
+            except BaseException as error:
+                # Ctrl-C may come between a program's start, which takes the rows away, and its end: they are lost either way.
+                self._give_up(type(error).__name__)
+                raise
 
-    def _give_up(self, error: BaseException) -> None:
+    def _give_up(self, why: str) -> None:
         """All that is under way ends; what comes after finds an engine without rows."""
         for job in [*self._rows.running.values(), *self._waiting]:
             job.is_finished = True
-            job.error = UserError(f"the engine was stopped by {type(error).__name__}")
+            job.error = UserError(f"the engine was stopped by {why}")
         self._waiting.clear()
         self._begin()
 
@@ -255,7 +262,7 @@ class Engine:
 
     def _read(self, made: Made, jobs: list[tuple[int, int, Job]]) -> None:
         """Gives what a program made to its jobs: (place in the program's output, row, job)."""
-        made = jax.tree.map(np.asarray, made)
+        made = jax.device_get(made)
         failed = np.zeros(len(self._rows), bool)
         for place, r, job in jobs:
             if self._rows.rows[r].job is not job:  # it has left the row since
@@ -270,7 +277,7 @@ class Engine:
                 self._rows.finish(r)
                 continue
             else:
-                job.error = UserError("the model computed something that is no number")
+                job.error = UserError(NO_NUMBER)
             if made.is_done[place]:
                 job.is_finished = True
                 self._rows.finish(r)
@@ -288,7 +295,8 @@ class Engine:
                 self._read(*self._unread.popleft())
         left = [r for r, job in self._rows.running.items() if job.request.cancelled]
         if left:
-            self._slots = self.programs.release(self._slots, np.isin(np.arange(len(self._rows)), left))
+            is_done = self.programs.release(self._slots.is_done, np.isin(np.arange(len(self._rows)), left))
+            self._slots = self._slots.replace(is_done=is_done)
             for r in left:
                 self._rows.rows[r].job.is_finished = True
                 self._rows.finish(r)
@@ -296,7 +304,3 @@ class Engine:
 
 def _round_up(length: int) -> int:
     return -(-length // _LENGTHS) * _LENGTHS
-
-
-def _name(index: int, count: int) -> str:
-    return f"request {index}" if count > 1 else "the prompt"

@@ -107,7 +107,7 @@ class Programs:
             put=compiled(self._put, slots, donate_argnums=0),
             decode=compiled(self._decode, (slots, everywhere), donate_argnums=1),
             resize=compiled(self._resize, slots, static_argnames=("rows", "length")),
-            release=compiled(self._release, slots, donate_argnums=0),
+            release=compiled(self._release, rows, donate_argnums=0),
             scrub=compiled(self._scrub, slots, donate_argnums=0))
 
     def __getattr__(self, name: str):
@@ -236,9 +236,9 @@ class Programs:
                      fit(slots.is_done, 0, rows, True), sampling,
                      jax.tree.map(lambda c: fit(fit(c, 0, rows), 2, length), slots.caches))
 
-    def _release(self, slots: Slots, rows) -> Slots:
-        """Rows bool [R] are done."""
-        return slots.replace(is_done=slots.is_done | rows)
+    def _release(self, is_done, rows):
+        """bool [R], and rows that are done now, too: of nothing that has a length, so that lengths need no other program."""
+        return is_done | rows
 
     def _scrub(self, slots: Slots, rows) -> Slots:
         """Empties rows bool [R], which hold a NaN."""

@@ -6,11 +6,13 @@ import dataclasses
 import hashlib
 from collections.abc import Sequence
 
+import jax.numpy as jnp
 import numpy as np
 
 from llavamed_jax.config import IMAGE_TOKEN, LlavaConfig
-from llavamed_jax.errors import UserError
+from llavamed_jax.errors import UserError, short
 
+NO_NUMBER = "the model computed something that is no number"
 _FIRST_IMAGE_KEY = -1000  # below all token ids and markers
 
 
@@ -94,7 +96,9 @@ def _image_key(image: np.ndarray) -> int:
 
 def check(request: Request, cfg: LlavaConfig, max_prompt: int, name: str) -> None:
     """Raises UserError, a sentence that begins with `name`, for a request that cannot be run."""
-    P, ids, vocabulary = cfg.tokens_per_image, np.asarray(request.ids), cfg.decoder.vocab_size
+    P, ids, vocabulary = cfg.tokens_per_image, whole_numbers(request.ids, name), cfg.decoder.vocab_size
+    if ids.ndim != 1:
+        raise UserError(f"{name} has ids of the shape {ids.shape}; one row was expected")
     positions = int((ids == IMAGE_TOKEN).sum())
     if positions != P * len(request.images):
         raise UserError(f"{name} has {positions} image positions and {len(request.images)} images; {P} positions an image "
@@ -112,11 +116,27 @@ def check(request: Request, cfg: LlavaConfig, max_prompt: int, name: str) -> Non
         check_image(cfg, image, name)
 
 
+def whole_numbers(ids, name: str) -> np.ndarray:
+    """Token ids as an array, of whatever shape. Raises UserError, a sentence that begins with `name`, where they are none."""
+    try:
+        array = np.asarray(ids)
+    except ValueError:  # rows of several lengths
+        array = np.array([None])
+    if not array.ndim or array.size and array.dtype.kind not in "iu":
+        raise UserError(f"{name} has the ids {short(ids)}; whole numbers were expected")
+    return array
+
+
+def name_of(index: int, count: int) -> str:
+    """What a sentence calls a request of several, or the only one."""
+    return f"request {index}" if count > 1 else "the prompt"
+
+
 def check_image(cfg: LlavaConfig, image: np.ndarray, name: str) -> None:
     """Raises UserError unless the image is [height,width,channels] of the tower's size, uint8 or normalised."""
     expected = (cfg.vision.image_size, cfg.vision.image_size, cfg.vision.num_channels)
     if np.shape(image) != expected:
         raise UserError(f"{name} has an image of shape {np.shape(image)}; {expected} was expected")
     kind = np.asarray(image).dtype
-    if kind != np.uint8 and np.issubdtype(kind, np.integer):  # pixels that are not normalised and would be taken for such
+    if kind != np.uint8 and not jnp.issubdtype(kind, jnp.floating):  # whole numbers would be taken for normalised pixels
         raise UserError(f"{name} has an image of {kind}; uint8, or float32 as normalised, was expected")

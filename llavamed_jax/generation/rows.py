@@ -65,10 +65,13 @@ class Rows:
         return {r: row.job for r, row in enumerate(self.rows) if row.job is not None}
 
     def resize(self, number: int, length: int) -> None:
-        """The first `number` rows, of `length` positions; new ones are free."""
+        """The first `number` rows, of `length` positions; new ones are free.
+
+        The last position is kept for nobody: a free row is fed its last token, which stands there if its own place is cut off.
+        """
         self.rows = self.rows[:number] + [Row() for _ in range(number - len(self.rows))]
         for row in self.rows:
-            row.key = row.key[:length]
+            row.key = row.key[: length - 1]
 
     def finish(self, r: int) -> None:
         """A row is free again. What it holds stays, for whoever begins alike: all tokens that were fed, not the last one."""

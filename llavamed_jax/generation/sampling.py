@@ -89,7 +89,9 @@ def next_token(logits, settings: Sampling, step):
 def _draw(logits, settings, step):
     order, warped = warp(logits, settings)
     keys = jax.vmap(jax.random.fold_in)(settings.keys, step)
-    rank = jax.vmap(jax.random.categorical)(keys, warped)
+    # The noise is an id's and not a rank's: of two logits that only rounding tells apart, another batch puts the other first.
+    noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[-1:]))(keys)
+    rank = jnp.argmax(warped + jnp.take_along_axis(noise, order, axis=-1), axis=-1)
     return jnp.take_along_axis(order, rank[:, None], axis=-1)[:, 0].astype(jnp.int32)
 
 
