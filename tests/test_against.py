@@ -26,7 +26,8 @@ def write(path, text_of, model="m"):
 
 
 def evaluate(workdir, predictions, *options):
-    return cli.main(["--config", CONFIG, f"--config.data.root={SAMPLE}", "--workdir", str(workdir), "--predictions", str(predictions), *options])
+    where = ["--config", CONFIG, f"--config.data.root={SAMPLE}", "--workdir", str(workdir)]
+    return cli.main([*where, "--predictions", str(predictions), *options])
 
 
 # --- another model's answers ---
@@ -81,7 +82,8 @@ def test_files_that_do_not_fit_are_one_sentence(spoil, message, which, tmp_path,
 @pytest.mark.parametrize("content, message", [
     (b'{"question_id": 1, "text": "caf\xe9"}\n', "cannot be read: 'utf-8' codec can't decode byte 0xe9"),
     (b"\xff\xfe{\x00", "cannot be read: 'utf-8' codec"),
-    (b"", "question"), (b"[]", "line 1: an object"), (b'{"question_id": 1, "text": "x"', "line 1 is no JSON"), (b"\0\0\0", "line 1 is no JSON"),
+    (b"", "without a prediction"), (b"[]", "line 1: an object"), (b"\0\0\0", "line 1 is no JSON"),
+    (b'{"question_id": 1, "text": "x"', "line 1 is no JSON"),
 ])  # fmt: skip
 def test_files_that_are_no_predictions_are_one_sentence(content, message, tmp_path, capsys):
     write(tmp_path / "good.jsonl", lambda s: "yes")
@@ -182,6 +184,7 @@ def test_controls_are_scalars_too(tmp_path):
     board.write(tmp_path, metrics, 12)
     assert scalars(tmp_path / "tensorboard") == {
         "eval/d_s/strict/closed_accuracy": (12, 50.0), "eval/d_s/paper/recall": (12, 1.5),
-        "eval/d_s/control_exchanged/strict/closed_accuracy": (12, 50.0), "eval/d_s/control_exchanged/difference/closed_accuracy_p": (12, 0.25),
+        "eval/d_s/control_exchanged/strict/closed_accuracy": (12, 50.0),
+        "eval/d_s/control_exchanged/difference/closed_accuracy_p": (12, 0.25),
         "eval/d_s/control_noise/strict/closed_accuracy": (12, 50.0), "eval/d_s/control_noise/difference/closed_accuracy": (12, 0.0),
     }  # fmt: skip

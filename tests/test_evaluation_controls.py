@@ -76,8 +76,9 @@ def row(name, value, p):
 def test_a_difference_is_read_in_a_sentence():
     text = controls.reading(row("closed_accuracy", 3.25, 0.2) | row("open_f1", 28.61, 0.0001), "another image")
     assert text == (
-        "Shown another image, it loses 28.6 points of open F1 (p < 0.001): these answers depend on the image. Shown another image, it changes"
-        " by 3.2 points of closed accuracy (p = 0.200), which chance explains: nothing here says that the image is looked at."
+        "Shown another image, it loses 28.6 points of open F1 (p < 0.001): these answers depend on the image."
+        " Shown another image, it changes by 3.2 points of closed accuracy (p = 0.200), which chance explains: nothing here says that"
+        " the image is looked at."
     )
     assert controls.reading(row("closed_accuracy", -5.0, 0.01), "noise") == (
         "Shown noise, it gains 5.0 points of closed accuracy (p = 0.010): the own image misleads it, or something is wrong."
@@ -184,6 +185,7 @@ def test_one_copied_file_needs_no_decoding(pictures, monkeypatch):
     assert found["images_same_file"] == 1 and found["by_kind"]["CLOSED"]["image_and_answer_in_training"] == 0
 
 
+@pytest.mark.slow
 def test_the_papers_training_rows_hold_the_answers(shared):
     """By content as by name: 202 of VQA-RAD's 203 test images, and in the paper's rows most open answers too."""
     root = shared / "data" / "vqa_rad"

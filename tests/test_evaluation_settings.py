@@ -85,7 +85,8 @@ def test_the_control_scores_its_own_answers(finished):
 
 def test_every_image_has_a_noise_of_its_own_that_is_gone_afterwards(finished):
     job, _, result, workdir = finished
-    shown = {each["question_id"]: each["metadata"]["image"] for each in scoring.read_predictions(workdir / "predictions_control_noise.jsonl")}
+    predictions = scoring.read_predictions(workdir / "predictions_control_noise.jsonl")
+    shown = {each["question_id"]: each["metadata"]["image"] for each in predictions}
     by_image = {str(sample.image): shown[sample.question_id] for sample in job.samples}
     assert all(shown[sample.question_id] == by_image[str(sample.image)] for sample in job.samples)
     assert len(set(by_image.values())) == len(by_image) == result["n_images"]

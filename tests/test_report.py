@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from llavamed_jax.data.questions import VqaSample
-from llavamed_jax.evaluation import report, scoring
+from llavamed_jax.evaluation import pieces, report, scoring
 
 _VOID = {"meta", "img", "rect", "line", "br"}
 
@@ -77,12 +77,18 @@ def test_it_is_one_offline_page_with_numbers_and_notice(samples):
     assert '{"a": [1]}' in page.text
 
 
+def parts(html):
+    """The sections of a page by their titles."""
+    found = re.split("<h2>(.*?)</h2>", html)
+    return dict(zip(found[1::2], found[2::2], strict=True))
+
+
 def test_the_gallery_has_pictures_of_right_and_wrong_answers(samples):
     predictions = answers(samples)
     predictions[0]["text"] = "Yes."
     metrics = scoring.score(samples, predictions, dataset="vqa_rad", split="test")
     html = report.render(metrics, samples, predictions)
-    pictures = re.findall(r'src="data:image/jpeg;base64,([^"]+)"', html)
+    pictures = re.findall(r'src="data:image/jpeg;base64,([^"]+)"', parts(html)["Pictures, questions, answers"])
     assert len(pictures) == 24, "of the 30 images 24 are drawn"
     for picture in pictures:
         with Image.open(io.BytesIO(base64.b64decode(picture))) as image:
@@ -92,6 +98,47 @@ def test_the_gallery_has_pictures_of_right_and_wrong_answers(samples):
     assert html == report.render(metrics, samples, predictions), "the same seed draws the same images"
     other = scoring.score(samples, predictions, dataset="vqa_rad", split="test", seed=1)
     assert html != report.render(other, samples, predictions)
+
+
+def test_as_many_right_as_wrong_answers_are_drawn(samples):
+    predictions = answers(samples)
+    for i in (0, 4, 8, 12, 16):  # five closed answers are right, 25 wrong, and all 30 open ones partly right
+        predictions[i]["text"] = f"Yes, {i}"
+    metrics = scoring.score(samples, predictions, dataset="vqa_rad", split="test")
+    page = parts(report.render(metrics, samples, predictions))["Right, partly right and wrong answers"]
+    titles = re.findall(r'<h3>(.*?) <span class="ci">(.*?)</span></h3>', page)
+    assert titles == [("Right", "5 of 5"), ("Partly right", "6 of 30"), ("Wrong", "6 of 25")]
+    counts = [len(re.findall(f'<span class="tag {kind}">', page)) for kind in ("right", "partly", "wrong")]
+    assert counts == [5, 6, 6] and page.count("<figure>") == 17
+    right = page.split("<h3>")[1]
+    assert sorted(re.findall(r"Yes, (\d+)", right), key=int) == ["0", "4", "8", "12", "16"]
+    other = scoring.score(samples, predictions, dataset="vqa_rad", split="test", seed=1)
+    again = parts(report.render(other, samples, predictions))["Right, partly right and wrong answers"]
+    assert re.findall("alt=.(.*?)\"", again) != re.findall("alt=.(.*?)\"", page), "another seed draws others"
+
+
+def test_huge_texts_are_cut_and_say_so(samples):
+    predictions = answers(samples, open_="left lung " * 3000)
+    samples = [*samples[:-1], VqaSample(59, samples[-1].image, "Where? " * 500, "left lung", "OPEN")]
+    html = report.render(scoring.score(samples, predictions, dataset="x", split="y"), samples, predictions, predictions)
+    page = Page(html)
+    assert "(cut: 30,000 characters in all)" in page.text and "(cut: 3,500 characters in all)" in page.text
+    assert max(map(len, page.words)) < 5000 and len(html) < 3_000_000, "pictures, and no answer in full"
+    assert pieces.text("x" * pieces.LONGEST_TEXT) == "x" * pieces.LONGEST_TEXT
+    assert pieces.text("<" * (pieces.LONGEST_TEXT + 1)).startswith("&lt;" * pieces.LONGEST_TEXT + "…"), "cut before it is escaped"
+
+
+def test_multiple_choice_and_captions_have_tables_where_they_are_asked(samples):
+    for name, sample, text, words in (
+        ("choice", VqaSample(0, samples[0].image, "Where?", "left", "CHOICE", options=("right", "left")), "It may be B",
+         ["unread", "chance 50.0"]),
+        ("caption", VqaSample(0, samples[0].image, "Describe.", "a clear lung", "CAPTION"), "a lung",
+         ["ROUGE-L 80", "Not computed", "GREEN", "BLEU-4"]),
+    ):  # fmt: skip
+        predictions = [{"question_id": 0, "text": text}]
+        page = Page(report.render(scoring.score([sample], predictions, dataset="x", split="y"), [sample], predictions))
+        assert all(word in page.text for word in words), name
+        assert "Closed accuracy" not in page.text and "Open" not in page.text, "no table of what was not asked"
 
 
 @pytest.mark.parametrize("text", ["<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "a & b < c", "日本語 Ω"])
@@ -104,21 +151,26 @@ def test_answers_are_escaped(samples, text):
     assert page.text.count(" ".join(text.split())) > 40
 
 
-def test_the_control_stands_beside_the_result(samples):
+def controlled(samples, predictions, control, noise, **names):
+    metrics, *others = (scoring.score(samples, each, **names) for each in (predictions, control, noise))
+    tables = [other | {"difference": scoring.difference(samples, predictions, each, 0)}
+              for other, each in zip(others, (control, noise), strict=True)]  # fmt: skip
+    metrics["control"] = {"kind": "image", **tables[0], "noise": {"kind": "noise", "size": 336, **tables[1]}}
+    return metrics
+
+
+def test_the_controls_stand_beside_the_result(samples):
     predictions, control = answers(samples, closed="Yes"), answers(samples, open_="right kidney")
-    names = {"dataset": "slake", "split": "validation"}
-    metrics, other = scoring.score(samples, predictions, **names), scoring.score(samples, control, **names)
-    metrics["control"] = {
-        "kind": "image",
-        "seed": 0,
-        "paper": other["paper"],
-        "strict": other["strict"],
-        "difference": scoring.difference(samples, predictions, control, 0),
-    }
+    noise = answers(samples, closed="Yes", open_="nothing at all")
+    metrics = controlled(samples, predictions, control, noise, dataset="slake", split="validation")
     assert metrics["control"]["difference"]["closed_accuracy"] == 100
-    page = Page(report.render(metrics, samples, predictions, control))
-    assert "images exchanged" in page.text and "difference" in page.text
-    assert "right kidney" in page.text and "100.0 [100.0, 100.0]" in page.text
+    html = report.render(metrics, samples, predictions, control, noise=noise)
+    page, table = Page(html), Page(parts(html)["Does the image matter?"])
+    assert "images exchanged" in table.text and "noise, 336 pixels wide" in table.text
+    assert "Shown another image, it loses 100.0 points of closed accuracy" in table.text
+    assert "Shown noise, it loses 50.0 points of open F1 (p < 0.001)" in table.text
+    assert "Shown noise, it changes by 0.0 points of closed accuracy (p = 1.000), which chance explains" in table.text
+    assert "right kidney" in page.text and "nothing at all" in page.text and "100.0 [100.0, 100.0]" in table.text
 
 
 def test_organ_and_leakage_tables(samples):
@@ -131,6 +183,31 @@ def test_organ_and_leakage_tables(samples):
     assert "Images that training rows show 3 of 30" in page.text
 
 
+def test_what_the_model_was_trained_on_has_a_table(samples):
+    predictions = answers(samples)
+    metrics = scoring.score(samples, predictions, dataset="slake", split="test")
+    metrics["trained_on"] = {
+        "data": "<train>.json", "records": 1234, "records_not_readable": 5, "training_images": 678, "training_images_not_readable": 9,
+        "images": 30, "images_same_file": 11, "images_same_pixels": 2,
+        "by_kind": {"CLOSED": {"questions": 30, "image_in_training": 13, "image_and_answer_in_training": 7}},
+    }  # fmt: skip
+    text = Page(parts(report.render(metrics, samples, predictions))["Overlap with what the model was trained on"]).text
+    for words in ("<train>.json: 1234 records, 5 of them", "678 images, 9 of them", "same file 11 of 30", "another file 2 of 30",
+                  "Closed questions whose image occurs 13 of 30", "image and answer occur 7 of 30"):  # fmt: skip
+        assert words in text
+
+
+def test_a_published_number_is_named_or_its_absence_explained(samples):
+    predictions = answers(samples)
+    metrics = scoring.score(samples, predictions, dataset="vqa_rad", split="test")
+    metrics["published"] = {"model": "LLaVA-Med (X), 15 epochs", "source": "the paper", "values": {"recall": 61.52}}
+    text = Page(parts(report.render(metrics, samples, predictions))["As the paper computes them"]).text
+    assert "LLaVA-Med (X), 15 epochs" in text and "61.5" in text
+    metrics["published"] = {"reason": "No published number stands here: <why>."}
+    text = Page(parts(report.render(metrics, samples, predictions))["As the paper computes them"]).text
+    assert "No published number stands here: <why>." in text and "61.5" not in text
+
+
 def test_images_that_cannot_be_read_and_classes_without_items(tmp_path):
     (tmp_path / "broken.jpg").write_bytes(b"not a picture")
     samples = [
@@ -139,7 +216,8 @@ def test_images_that_cannot_be_read_and_classes_without_items(tmp_path):
     ]
     predictions = answers(samples, open_="")
     page = Page(report.render(scoring.score(samples, predictions, dataset="x", split="y"), samples, predictions))
-    assert page.text.count("image not found") == 2 and "2 image files could not be read" in page.text
+    # Once in the gallery of images, once among the right and wrong answers.
+    assert page.text.count("image not found") == 4 and page.text.count("2 image files could not be read") == 2
     assert "(nothing)" in page.text
     assert "–" in page.text and "nan" not in page.text.lower() and "None" not in page.text
 
@@ -148,4 +226,4 @@ def test_images_that_cannot_be_read_and_classes_without_items(tmp_path):
     "value, text", [(None, "–"), (0.0, "0.0"), (1e-300, "&lt;0.05"), (0.06, "0.1"), (-0.01, "0.0"), (-3.25, "−3.2"), (100, "100.0")]
 )
 def test_numbers(value, text):
-    assert report.number(value) == text
+    assert pieces.number(value) == text

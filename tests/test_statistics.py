@@ -186,8 +186,8 @@ def test_sums_in_another_order_are_no_other_difference():
 
 def test_bleu_of_a_set_is_exchanged_image_by_image():
     """BLEU is no mean: every exchange is scored anew. Against nltk over all of them."""
-    pairs = [("the heart is enlarged", "the heart is large"), ("no effusion is seen", "effusion"), ("left lung clear", "the left lung is clear"),
-             ("mass", "a mass in the right lobe of the liver is seen")]  # fmt: skip
+    pairs = [("the heart is enlarged", "the heart is large"), ("no effusion is seen", "effusion"),
+             ("left lung clear", "the left lung is clear"), ("mass", "a mass in the right lobe of the liver is seen")]  # fmt: skip
     references = ["the heart is enlarged today", "no pleural effusion is seen", "the left lung is clear", "mass in the liver is seen"]
     score = lambda texts: [Score(captions.BLEU, np.array([captions.bleu_parts(t, r) for t, r in zip(texts, references)], float),
                                  captions.bleu_percent)]

@@ -18,7 +18,7 @@ from llavamed_jax.evaluation.kinds import CAPTION, CHOICE, CLOSED, kind
 
 IMAGES = 24
 QUESTIONS = 6  # of one image
-EXAMPLES = 8  # of each verdict
+EXAMPLES = 6  # of each verdict
 _VERDICTS = {"right": "Right", "partly": "Partly right", "wrong": "Wrong"}
 
 

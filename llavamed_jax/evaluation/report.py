@@ -34,7 +34,7 @@ def render(
     name = f"{_SETS.get(metrics['dataset'], metrics['dataset'])}, {_SPLITS.get(metrics['split'], metrics['split'])}"
     model = str(predictions[0].get("model_id", "")) if predictions else ""
     items = gallery.items(samples, predictions, {"exchanged": control, "noise": noise})
-    return page(f"Evaluation on {name}", f"{model} · {asked(metrics)}", [
+    return page(f"Evaluation on {name}", model, asked(metrics), [
         sections.cards(metrics),
         sections.strict(metrics),
         sections.control(metrics),
@@ -51,13 +51,13 @@ def render(
     ])  # fmt: skip
 
 
-def page(title: str, subtitle: str, parts: Sequence[str]) -> str:
-    """A whole page of ready sections under a title and the notice; empty ones are left out."""
+def page(title: str, model: str, what: str, parts: Sequence[str]) -> str:
+    """A whole page of ready sections under a title, a line that says who answered what, and the notice; empty ones are left out."""
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<title>{pieces.text(title)}: {pieces.text(subtitle)}</title><style>{CSS}</style></head>\n<body><main>"
-        f'<h1>{escape(title)}</h1><p class="soft">{pieces.text(subtitle)}</p><div class="notice">{NOTICE}</div>'
+        f"<title>{pieces.text(title)}: {pieces.text(model)}</title><style>{CSS}</style></head>\n<body><main>"
+        f'<h1>{pieces.text(title)}</h1><p class="soft">{pieces.text(model)} · {escape(what)}</p><div class="notice">{NOTICE}</div>'
         + "\n".join(part for part in parts if part)
         + "</main></body></html>\n"
     )

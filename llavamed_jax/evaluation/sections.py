@@ -202,7 +202,7 @@ def groups(metrics: Mapping) -> str:
 
 def paper(metrics: Mapping) -> str:
     """The original's metrics; the published number beside ours where it is of the same model, protocol and split."""
-    names = [name for name in _PAPER_ORDER if metrics["paper"].get(name) is not None]
+    names = [name for name in _PAPER_ORDER if _applies(name, metrics)]
     if not names:
         return ""
     kinds = [(title, table["paper"]) for title, table in _control_tables(metrics)]

@@ -9,8 +9,10 @@ body{font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,"DejaVu Sans",sans-
 main{max-width:1120px;margin:0 auto;padding:32px 24px 64px}
 h1{font-size:26px;line-height:1.25;margin:0 0 4px}
 h2{font-size:18px;margin:40px 0 4px}
+h3{font-size:15px;margin:20px 0 0}
 p{margin:4px 0 12px}
 .soft,.note{color:var(--soft)}
+.soft,td code{overflow-wrap:anywhere}
 .note{font-size:13px;max-width:100ch}
 .notice{display:inline-block;margin:12px 0 0;padding:6px 12px;border-left:3px solid var(--bad);background:var(--badback);font-weight:600}
 .cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(210px,1fr));gap:14px;margin:24px 0 0}
@@ -43,6 +45,7 @@ figcaption .name{color:var(--soft);font-size:12.5px}
 details{overflow-x:auto;background:var(--paper);border:1px solid var(--line);border-radius:8px;margin:8px 0;padding:10px 14px}
 details th{width:200px}
 summary{cursor:pointer;font-weight:600}
-td code{font:12.5px ui-monospace,Menlo,Consolas,"DejaVu Sans Mono",monospace;overflow-wrap:anywhere}
+td code{font:12.5px ui-monospace,Menlo,Consolas,"DejaVu Sans Mono",monospace}
+@media(max-width:640px){main{padding:20px 12px 40px}th,td{padding:6px 8px}thead th,tbody th{white-space:normal}details th{width:110px}}
 @media print{body{background:#fff}figure,.card{break-inside:avoid}}
 """
