@@ -458,7 +458,7 @@ def test_scoring_existing_predictions_loads_no_model(tmp_path, capsys):
     "argv, status, message",
     [
         (["--workdir", "w", "--predictions", "p"], 2, "--config"),
-        (["--config", CONFIG, "--workdir", "w"], 2, "--checkpoint --predictions"),
+        (["--config", CONFIG, "--workdir", "w"], 2, "--checkpoint --endpoint --predictions"),
         (["--config", CONFIG, "--workdir", "w", "--checkpoint", "c", "--predictions", "p"], 2, "not allowed with"),
         (["--config", CONFIG, "--workdir", "w", "--checkpoint", "c", "--control", "text"], 2, "--control"),
         (["--config", CONFIG, "--workdir", "w", "--predictions", "p", "--control", "image"], 2, "--control needs a model"),

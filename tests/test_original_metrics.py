@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from llavamed_jax.data.datasets import VqaSample, read_vqa_rad
+from llavamed_jax.data.questions import VqaSample
+from llavamed_jax.data.vqa_rad import read_vqa_rad
 from llavamed_jax.evaluation import metrics, scoring, strict
 
 VARIABLE = "LLAVAMED_ORIGINAL_PREDICTIONS"
