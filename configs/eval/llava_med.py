@@ -3,6 +3,7 @@
 from ml_collections import ConfigDict
 
 from llavamed_jax.errors import UsageError
+from llavamed_jax.evaluation.judge_settings import judge_settings
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -16,6 +17,8 @@ def get_config(arg: str = "") -> ConfigDict:
     cfg.data.images = ""  # the folder of the images; empty: the file's own
     cfg.data.train = ""  # a file of training rows; empty: train.json in the root, if it is there
     cfg.data.held_out = ""
+    cfg.data.trained_on = ""  # what the model was trained on, as data.train of a recipe: the report says which questions occur in it
+    cfg.data.trained_on_images = ""  # the folder of its images, where it is a LLaVA file
     cfg.protocol = "clean"
     cfg.generation = ConfigDict()
     cfg.generation.max_new_tokens = 1024
@@ -23,5 +26,6 @@ def get_config(arg: str = "") -> ConfigDict:
     cfg.generation.num_beams = 1
     cfg.generation.batch_size = 16
     cfg.organ_question = False
+    cfg.judge = judge_settings()  # judge.model names who judges the open answers; nobody does while it is empty
     cfg.seed = 0
     return cfg

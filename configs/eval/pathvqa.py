@@ -3,6 +3,7 @@
 from ml_collections import ConfigDict
 
 from llavamed_jax.errors import UsageError
+from llavamed_jax.evaluation.judge_settings import judge_settings
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -15,6 +16,8 @@ def get_config(arg: str = "") -> ConfigDict:
     cfg.data.split = "test"
     cfg.data.images = ""  # where the images lie, or those of parquet files are written; empty: images/ in the root
     cfg.data.held_out = ""
+    cfg.data.trained_on = ""  # what the model was trained on, as data.train of a recipe: the report says which questions occur in it
+    cfg.data.trained_on_images = ""  # the folder of its images, where it is a LLaVA file
     cfg.protocol = "clean"
     cfg.generation = ConfigDict()
     cfg.generation.max_new_tokens = 1024
@@ -22,5 +25,7 @@ def get_config(arg: str = "") -> ConfigDict:
     cfg.generation.num_beams = 1
     cfg.generation.batch_size = 16
     cfg.organ_question = False
+    cfg.judge = judge_settings()  # judge.model names who judges the open answers; nobody does while it is empty
+    cfg.published = ""  # the published model that this one is, such as from_llava: the paper's numbers then stand beside it
     cfg.seed = 0
     return cfg

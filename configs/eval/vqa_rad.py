@@ -17,8 +17,8 @@ def get_config(arg: str = "") -> ConfigDict:
     cfg.data.split = "test"
     # A JSON file {"images": [...]}: ask all rows of these images and take all others for training rows.
     cfg.data.held_out = "samples/vqa_rad/held_out.json" if is_demo else ""
-    cfg.data.train = ""  # what the model was trained on, as in a training recipe: the report says which questions occur in it
-    cfg.data.train_images = ""  # the folder of its images, where it is a LLaVA file
+    cfg.data.trained_on = ""  # what the model was trained on, as data.train of a recipe: the report says which questions occur in it
+    cfg.data.trained_on_images = ""  # the folder of its images, where it is a LLaVA file
     cfg.protocol = "clean"  # or "paper": training rows with all rephrasings, those of test questions included
     cfg.generation = ConfigDict()
     cfg.generation.max_new_tokens = 16 if is_demo else 1024

@@ -1,7 +1,7 @@
 """What training rows give away of the questions: by the data sets' own file names, and by what the pictures show.
 
 `leakage` compares the questions with the rows that a data set calls its training rows. `trained_on` compares them with
-what a model was really trained on (`data.train` of an eval config), where the same picture may lie under another name: it
+what a model was really trained on (`data.trained_on` of an eval config), where the same picture may lie under another name: it
 compares files by their bytes, and pictures by their pixels, so that a copy which was saved again without loss is found.
 """
 

@@ -188,7 +188,7 @@ class Evaluation:
         if self._against is not None:
             metrics["against"] = self._against.compare(predictions, self.training, cfg.seed)
         if self._trained_on is not None:
-            metrics["trained_on"] = {"data": str(cfg.data.train)} | leakage.trained_on(self.samples, self._trained_on)
+            metrics["trained_on"] = {"data": str(cfg.data.trained_on)} | leakage.trained_on(self.samples, self._trained_on)
         found = judged.judge_open(self.judge, self.samples, predictions, cfg.seed) if self.judge is not None else None
         if found is not None:
             metrics["judged"] = found.metrics
@@ -228,16 +228,17 @@ class Evaluation:
 
 def _training_data(cfg: ConfigDict) -> datasets.TrainingData | None:
     """What the model was trained on, where the config names it."""
-    if not cfg.data.get("train"):
+    if not cfg.data.get("trained_on"):
         return None
-    source = cfg.data.train if isinstance(cfg.data.train, str) else list(cfg.data.train)
-    return datasets.read_training(source, cfg.data.get("train_images") or None, cfg.protocol)
+    source = cfg.data.trained_on if isinstance(cfg.data.trained_on, str) else list(cfg.data.trained_on)
+    return datasets.read_training(source, cfg.data.get("trained_on_images") or None, cfg.protocol)
 
 
 def _asked_with(cfg: ConfigDict) -> dict:
     """The config without the keys that only what is computed of the answers follows from."""
     config = {name: value for name, value in cfg.to_dict().items() if name not in ("judge", "published")}
-    return config | {"data": {key: value for key, value in config["data"].items() if key not in ("train", "train_images")}}
+    beside = ("train", "trained_on", "trained_on_images")
+    return config | {"data": {key: value for key, value in config["data"].items() if key not in beside}}
 
 
 def _questions_hash(samples: Sequence[VqaSample]) -> str:
