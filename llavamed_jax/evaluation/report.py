@@ -208,15 +208,16 @@ def _judged(judged: Mapping | None) -> str:
     judge = judged["judge"]
     n_scored = judged["n_open"] - judged["n_unscored"]
     rows = [
-        ["Open accuracy, judged", _value(judged, "open_accuracy"), f"of {n_scored} answers that were judged"],
+        ["Said to be right, %", _value(judged, "open_accuracy"), f"of {n_scored} answers that were judged"],
         ["Asked about again", str(judge["n_asked_again"]), "the first reply could not be read"],
         ["Unscored", str(judged["n_unscored"]), escape(", ".join(map(str, judged["unscored"]))) or "none"],
     ]
     note = (
-        f"{escape(judge['model'])} read question, gold answer and answer, without the image, and said right or wrong; the wording is the"
-        f" project's own unless judge.prompt names another (SHA-256 {judge['wording'][:12]}…). No string metric depends on it."
+        f"The judge {escape(judge['model'])} read question, gold answer and answer, without the image, and said right or wrong; the"
+        f" wording is the project's own unless judge.prompt names another (SHA-256 {judge['wording'][:12]}…). No string metric depends"
+        " on it."
     )
-    return f'<h2>Open answers, judged</h2><p class="note">{note}</p>' + _table(["", "", ""], rows)
+    return f'<h2>Open answers, judged</h2><p class="note">{note}</p>' + _table(["Open answers", "", ""], rows)
 
 
 def _organ(organ: Mapping | None) -> str:
