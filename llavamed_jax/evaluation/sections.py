@@ -270,15 +270,16 @@ def judged(metrics: Mapping) -> str:
         return ""
     judge = found["judge"]
     rows = [
-        ["Open accuracy, judged", pieces.with_bar(found, "open_accuracy"), f"of {found['n_open'] - found['n_unscored']} judged answers"],
+        ["Said to be right, %", pieces.with_bar(found, "open_accuracy"), f"of {found['n_open'] - found['n_unscored']} judged answers"],
         ["Asked about again", str(judge["n_asked_again"]), "the first reply could not be read"],
         ["Unscored", str(found["n_unscored"]), escape(", ".join(map(str, found["unscored"]))) or "none"],
     ]
     note = (
-        f"{escape(judge['model'])} read question, gold answer and answer, without the image, and said right or wrong; the wording is the"
-        f" project's own unless judge.prompt names another (SHA-256 {judge['wording'][:12]}…). No string metric depends on it."
+        f"The judge {escape(judge['model'])} read question, gold answer and answer, without the image, and said right or wrong; the"
+        f" wording is the project's own unless judge.prompt names another (SHA-256 {judge['wording'][:12]}…). No string metric depends"
+        " on it."
     )
-    return pieces.section("Open answers, judged", note, pieces.table(["", "", ""], rows))
+    return pieces.section("Open answers, judged", note, pieces.table(["Open answers", "", ""], rows))
 
 
 def details(tables: Mapping[str, Mapping]) -> str:
