@@ -132,6 +132,24 @@ def test_bad_requests_are_one_sentence(family):
         search.generate([Request([1, 5]), Request([1, 5], max_new_tokens=0)], 2)
 
 
+@pytest.mark.parametrize("family", ["mistral"], indirect=True)
+def test_a_model_that_fails_is_said_and_room_is_made_for_what_can_come(family, monkeypatch):
+    models, engine, search, k, _ = family
+    seed, _, engine.params = models[0]
+    broken = requests(seed)
+    broken[4] = dataclasses.replace(broken[4], images=[np.full_like(broken[4].images[0], np.nan)])
+    with pytest.raises(ValueError, match="request 4: the model computed something that is no number"):
+        search.generate(broken, k)
+
+    def stopped(*_, room, **__):
+        raise InterruptedError(room)
+
+    monkeypatch.setattr(search, "_prefill", stopped)
+    with pytest.raises(InterruptedError) as room:
+        search.generate([Request([1] * 9, [], 10**9)], k)
+    assert room.value.args[0] <= 2 * engine.cfg.decoder.max_position_embeddings
+
+
 jitted_advance = jax.jit(advance, static_argnames="eos")  # as in a search: eagerly, each operation is compiled by itself
 
 

@@ -357,6 +357,19 @@ def test_a_question_that_cannot_be_answered_fails_alone(tmp_path, with_partial):
         assert [answer.text for answer in answers] == ["what @ a", "what @ mended", "why @ a", "when @ b"] and len(model.asked) == 2
 
 
+def test_beams_of_which_one_cannot_be_answered(capsys):
+    class Searching(FakeModel):
+        def generate_tokens(self, rows, images, **settings):
+            found = [self.answer(ids, pixels, 0).text for ids, pixels in zip(rows, images)]
+            if any("why" in text for text in found):
+                raise UserError("request 1: the model computed something that is no number")
+            return [self.processor.encode(text) for text in found]
+
+    questions, failed = [("what", "a.jpg"), ("why", "a.jpg"), ("when", "b.jpg")], {}
+    found = dict(asking.Asking(Searching(), questions, failed).beams(range(3), vqa.Generation(num_beams=2, batch_size=3)))
+    assert {i: answer.text for i, answer in found.items()} == {0: "what @ a", 2: "when @ b"} and list(failed) == [1]
+
+
 def test_long_prompts_are_cut_with_a_counted_warning(capsys):
     model = FakeModel(max_length=8)
     long = "one two three four five six"

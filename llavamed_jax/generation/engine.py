@@ -26,7 +26,7 @@ from llavamed_jax.generation.sampling import Sampling
 from llavamed_jax.models.llava import PARAM_AXES, check_heads
 from llavamed_jax.parallel.mesh import param_shardings
 
-_LENGTHS = 128  # rows have, and a prefill looks at, a multiple of so many positions
+_LENGTHS = 128  # rows have, and a prefill looks at, a multiple of so many positions; of twice as many above eight times that
 _ROOM = 64  # tokens that a row has room for at first: few answers are as long as they may become, and attention pays for all of it
 
 
@@ -229,7 +229,7 @@ class Engine:
         return min(request.max_new_tokens, self.cfg.decoder.max_position_embeddings - len(request.ids))
 
     def _prefill(self, placed: list[Placed]) -> None:
-        B, T = batch_size(len(placed), self.shards), bucket(placed[0].length)
+        B, T = batch_size(len(placed), placed[0].length, self.shards), bucket(placed[0].length)
         width = _round_up(max(each.start + T for each in placed))
         self._resize(len(self._rows), max(self._length, width))
         prompts, features = self._prompts(placed, B, T)
@@ -303,4 +303,5 @@ class Engine:
 
 
 def _round_up(length: int) -> int:
-    return -(-length // _LENGTHS) * _LENGTHS
+    step = _LENGTHS if length <= 8 * _LENGTHS else 2 * _LENGTHS  # each length is a program: a long chat compiles half as many
+    return -(-length // step) * step

@@ -11,6 +11,7 @@ import numpy as np
 from llavamed_jax.generation.requests import Job
 
 _NO_KEY = np.int64(-1)  # what no position has
+_LONG = 256  # positions of a prompt with which computing, and not reading the weights, takes the time
 
 
 @dataclass
@@ -107,7 +108,7 @@ class Rows:
             elif not chosen or bucket(placed.length) == bucket(chosen[0].length):
                 taken.add(job.key)
                 chosen.append(placed)
-        chosen = chosen[: batch_size(len(chosen), self._shards)] if chosen else []
+        chosen = chosen[: batch_size(len(chosen), chosen[0].length, self._shards)] if chosen else []
         self._give_rows(chosen, free, held, waiting)
         return chosen
 
@@ -183,10 +184,10 @@ def bucket(length: int) -> int:
     return -(-length // step) * step
 
 
-def batch_size(number: int, shards: int = 1) -> int:
-    """How many of `number` prompts are run together: a power of four, so that few sizes are compiled; two or three are
-    filled up to four. A multiple of `shards`."""
-    size = 4 if number in (2, 3) else 4 ** ((number.bit_length() - 1) // 2)
+def batch_size(number: int, length: int = 1, shards: int = 1) -> int:
+    """How many of `number` prompts of a length are run together: a power of four, so that few sizes are compiled; two or three
+    are filled up to four, unless each is long enough to keep a device busy by itself. A multiple of `shards`."""
+    size = 4 if number in (2, 3) and length < _LONG else 4 ** ((number.bit_length() - 1) // 2)
     return -(-size // shards) * shards
 
 
