@@ -42,6 +42,7 @@ def complaint(capsys, *words):
     (["--config.batch_size=many"], "'batch_size'"),
     (["--config.batch_size=0"], "'batch_size'"),
     (["--config.batch_size=2.5"], "'batch_size'"),
+    (["--config.micro_batches=3"], "a multiple of micro_batches (3)"),
     (["--config.checkpoint.keep_best=perhaps"], "'checkpoint.keep_best'"),
     (["--config.checkpoint.keep_best=true"], "data.validation"),
     (["--config.trainable=projector"], "'trainable'"),
@@ -201,8 +202,8 @@ def test_memory_fraction_is_set_unless_the_user_did(monkeypatch, variable):
 
 # ---- the program itself
 
-@pytest.mark.parametrize("moment", ["ml_collections", "config"])
-def test_interrupted_before_it_begins_it_says_so_and_ends_with_1(tmp_path, moment):
+@pytest.mark.parametrize("moment, number", [("ml_collections", signal.SIGINT), ("config", signal.SIGTERM)])
+def test_interrupted_before_it_begins_it_says_so_and_ends_with_1(tmp_path, moment, number):
     """While modules are imported, which Python names as it goes, and while the config is read."""
     (tmp_path / "c.py").write_text("import sys, time\ndef get_config(arg=''):\n    print('config', file=sys.stderr)\n    time.sleep(60)")
     command = [sys.executable, "-u", "-X", "importtime", "train.py", "--config", str(tmp_path / "c.py"), "--workdir", str(tmp_path / "run")]
@@ -210,7 +211,7 @@ def test_interrupted_before_it_begins_it_says_so_and_ends_with_1(tmp_path, momen
     for line in process.stderr:
         if line.split()[-1].startswith(moment):
             break
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 1 and "Traceback" not in err
     assert err.splitlines()[-1] == "error: interrupted before the run had begun" and not out

@@ -232,6 +232,16 @@ def test_broken_images_are_skipped_and_listed(processor, folder, workers):
     assert "not an image" in seen[0]["reason"] and "does not exist" in seen[1]["reason"]
 
 
+def test_a_damaged_record_is_listed_at_the_beginning_of_a_run_and_never_again(processor):
+    damaged = {**record("r7"), "conversations": [{"from": "human", "value": ""}, {"from": "gpt", "value": "x"}]}
+    first, again = (batches_of(made([[record(0), damaged, record(2), record(3)]]), processor, 1, T) for _ in range(2))
+    take(first, 5)  # into the second epoch
+    assert [(entry["id"], entry["epoch"]) for entry in first.skipped] == [("r7", None)]
+    again.restore(first.state())
+    take(again, 5)
+    assert not again.skipped
+
+
 def test_too_many_broken_images_stop_the_run(processor, folder):
     records = [record(i, [folder / "broken.png"]) for i in range(6)]
     with pytest.raises(UserError, match="3 of the first 3 samples have an image that cannot be read, more than the 40% .* not an image"):

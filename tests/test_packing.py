@@ -213,6 +213,16 @@ def test_fewer_rows_than_an_update_has_still_make_one():
     assert plan.num_updates(3) == 3
 
 
+def test_a_plan_is_named_by_all_that_it_follows_from():
+    layout, longer, others = Layout(2048, 4, 8, True), some_lengths(), some_lengths()
+    longer.tokens[7] += 1
+    others.images[7] += 1
+    plans = [plan_of(some_lengths(), layout), plan_of(longer, layout), plan_of(others, layout), plan_of(some_lengths(), layout, seed=1),
+             plan_of(some_lengths(), Layout(2048, 5, 8, True)), plan_of(some_lengths(), Layout(4096, 4, 8, True))]
+    assert len({plan.fingerprint() for plan in plans}) == 6
+    assert plans[0].fingerprint() == plan_of(some_lengths(), Layout(2048, 4, 16, True)).fingerprint()  # rows an update cut nothing else
+
+
 def test_a_plan_of_nothing_is_refused():
     nothing = Lengths(np.zeros(2, np.int32), np.zeros(2, np.int16), [{"id": 0, "reason": "record 0 is torn"}], 0, 0, 0)
     with pytest.raises(UserError, match="none of the 2 samples can be used; the first: record 0 is torn"):

@@ -194,6 +194,12 @@ def test_every_key_is_refused_by_its_name_or_may_differ(recipe, written, key):
             workdirs.read_recipe(written, cfg)
 
 
+def test_the_number_of_updates_is_settled_for_the_epochs_that_it_followed_from(recipe, written):
+    assert workdirs.read_recipe(written, recipe())["total_steps"] == 8
+    for changes in ({"epochs": 2}, {"total_steps": 9}):
+        assert workdirs.read_recipe(written, recipe(**changes)) == {}
+
+
 def test_what_may_differ_are_keys():
     assert MAY_DIFFER <= set(recipes.KEYS)
 
