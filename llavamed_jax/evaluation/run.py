@@ -182,7 +182,7 @@ class Evaluation:
             cfg.data.name, split, cfg.protocol, metrics["n_open"], metrics["n_closed"], cfg.get("published") or ""
         )
         if control:
-            tables = {name: self._control_table(metrics, predictions, answers) for name, answers in control.items()}
+            tables = {name: self._control_table(predictions, answers) for name, answers in control.items()}
             metrics["control"] = {"kind": "image", "seed": cfg.seed, **tables["image"]}
             metrics["control"]["noise"] = {"kind": "noise", "seed": cfg.seed, "size": controls.NOISE_SIZE, **tables["noise"]}
         if self._against is not None:
@@ -202,12 +202,10 @@ class Evaluation:
             check_answered(found.verdicts, "open answers")
         return metrics
 
-    def _control_table(self, metrics: Mapping, predictions: Sequence[Mapping], control: Sequence[Mapping]) -> dict:
-        """Scores of a control and what the own image adds; the families that the questions have."""
-        names = {name: metrics[name] for name in ("dataset", "split", "seed")}
-        other = scoring.score(self.samples, control, self.training, **names)
-        table = {family: other[family] for family in ("paper", "strict", "captions") if family in other}
-        return table | {"difference": scoring.difference(self.samples, predictions, control, self.cfg.seed)}
+    def _control_table(self, predictions: Sequence[Mapping], control: Sequence[Mapping]) -> dict:
+        """The scores of a control, and what the own image adds."""
+        tables = scoring.tables(self.samples, control, self.training, self.cfg.seed)
+        return tables | {"difference": scoring.difference(self.samples, predictions, control, self.cfg.seed)}
 
     def _write(self, name: str, text: str) -> None:
         write_text(self.workdir / name, text)

@@ -252,14 +252,24 @@ def score(
     if sizes["n_choice"]:
         choices = [(sample, text) for sample, text in zip(samples, texts, strict=True) if kind(sample) == CHOICE]
         result["n_choice_unread"] = sum(read_choice(text, sample.options) is None for sample, text in choices)
-    result |= {family: statistics.intervals(members, images, seed) for family, members in scores.items()}
-    if sizes["n_caption"]:
-        result["captions"]["not_computed"] = list(captions.NOT_COMPUTED)
-    return result | {
+    return result | _tables(scores, images, seed) | {
         "baselines": _baselines(samples, training),
         "groups": _groups(samples, scores, seed),
         "leakage": leakage(samples, training) if training else None,
     }
+
+
+def tables(samples: Sequence[VqaSample], predictions: Iterable[Mapping], training: Sequence[VqaSample], seed: int) -> dict[str, dict]:
+    """The families of `score` alone: what a control run is scored by."""
+    scores = families(samples, join(samples, predictions), answer_candidates(training))
+    return _tables(scores, [str(sample.image) for sample in samples], seed)
+
+
+def _tables(scores: Mapping[str, Sequence[Score]], images: Sequence[str], seed: int) -> dict[str, dict]:
+    found = {family: statistics.intervals(members, images, seed) for family, members in scores.items()}
+    if "captions" in found:
+        found["captions"]["not_computed"] = list(captions.NOT_COMPUTED)
+    return found
 
 
 def compare(
@@ -275,9 +285,9 @@ def compare(
 
 def difference(samples: Sequence[VqaSample], predictions: Iterable[Mapping], others: Iterable[Mapping], seed: int) -> dict:
     """The same for the strict metrics and captions' ROUGE-L, flat: `NAME`, `NAME_low`, `NAME_high` and `NAME_p`."""
-    found = compare(samples, predictions, others, seed=seed)
-    names = {"strict": found["strict"], "captions": {"rouge_l": found["captions"]["rouge_l"]} if "captions" in found else {}}
+    found = [families(samples, join(samples, either)) for either in (predictions, others)]
+    pairs = [each["strict"] + [score for score in each.get("captions", []) if score.names == ("rouge_l",)] for each in found]
     flat = {}
-    for name, row in (names["strict"] | names["captions"]).items():
+    for name, row in statistics.compare(*pairs, [str(sample.image) for sample in samples], seed).items():
         flat |= {name: row["difference"], f"{name}_low": row["low"], f"{name}_high": row["high"], f"{name}_p": row["p"]}
     return flat

@@ -29,6 +29,7 @@ from llavamed_jax.data.processor import Processor
 from llavamed_jax.errors import UserError
 from llavamed_jax.evaluation import run
 from llavamed_jax.evaluation.local import LocalModel, model_name
+from llavamed_jax.evaluation.summary import summary
 from llavamed_jax.models.llava import Llava
 from llavamed_jax.verification.compare import Row, compare_arrays, table
 
@@ -226,7 +227,7 @@ def vqa_rad(release: Release) -> list[str]:
     print(evaluation.describe(), flush=True)
     metrics = evaluation.run(LocalModel(release.assistant, model_name(release.model)), {"checkpoint": release.model})
     others = [f"| {source} | {value} | {how} |" for source, value, how in OTHERS]
-    return [f"{evaluation.describe()}.", "", "```", run.summary(metrics), "```", "",
+    return [f"{evaluation.describe()}.", "", "```", summary(metrics), "```", "",
             "What others printed for this checkpoint, as orientation and not as a check: other prompts and other scorers.", "",
             "| source | VQA-RAD | of |", "|---|---:|---|", *others, "", f"Predictions, metrics and report: `{release.workdir}`."]
 
