@@ -466,7 +466,7 @@ def walk(engine, expected, rng, rounds):
             look(job)
     engine.advance()
     assert not engine._rows.running and not engine._waiting and not engine._unread
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(engine._slots.caches))
+    assert np.asarray(engine._slots.is_done).all() and all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(engine._slots.caches))
     return counts
 
 
@@ -602,3 +602,22 @@ def test_the_row_that_is_given_away_is_the_one_that_is_missed_least():
     assert (placed.source, placed.target) == (0, 2)
     rows.finish(2)
     assert rows.choose([job(4, 5)])[0].target == 1
+
+
+def test_rows_are_left_for_those_that_wait_as_soon_as_a_quarter_is_free(engine):
+    jobs = [engine.add(Request([1, 5, 6 + i], [], 2 if i == 1 else NEW), i) for i in range(5)]
+    engine.advance()
+    assert [len(job.tokens) for job in jobs] == [2, 2, 2, 2, 0] and jobs[1].is_finished
+    engine.advance()
+    assert len(jobs[4].tokens) > 0 and not engine._waiting
+    for _ in range(2):
+        engine.advance()
+        assert len(engine._unread) == 1, "with nobody waiting, the device is a round ahead of the host, and no more"
+
+
+def test_a_row_is_longer_than_what_the_device_may_have_written(engine):
+    job = engine.add(Request([1] * 60 + [5, 6], [], 150))
+    while not job.is_finished:
+        engine.advance()
+        assert np.asarray(engine._slots.position).max() < engine._length
+    assert len(job.tokens) == 150
