@@ -95,6 +95,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
 
     def _refuse(self, status: int, message: str, headers: dict | None = None, code: str | None = None, param: str | None = None) -> None:
+        self.owner.refused += status != 429
         self._send(status, {"error": {"message": message, "type": "invalid_request_error", "code": code, "param": param}}, headers)
 
     def _send(self, status: int, body: dict | bytes, headers: dict | None = None) -> None:
@@ -129,6 +130,7 @@ class OpenAiServer:
       refuses: settings that a request must not have; `refusal` (message, code, param) may be set to what is said instead.
     Attributes:
       log: every request that was let in, in the order of arrival.
+      refused: how many were not let in.
       most_at_once: requests under way at a time.
     """
 
@@ -140,7 +142,7 @@ class OpenAiServer:
         self.slow, self.delay, self.retry_after = slow, delay, retry_after
         self.refusal: dict | None = None
         self.log: list[Logged] = []
-        self.most_at_once = self._at_once = 0
+        self.most_at_once = self._at_once = self.refused = 0
         self.stopping = threading.Event()
         self._seen: Counter[str] = Counter()
         self._lock = threading.Lock()

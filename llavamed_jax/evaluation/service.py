@@ -13,6 +13,7 @@ that doubles; what cannot pass fails at once, and what no other request could su
 from __future__ import annotations
 
 import asyncio
+import inspect
 import itertools
 import math
 import os
@@ -85,6 +86,7 @@ class Service:
         self.again: Counter[str] = Counter()
         self.not_taken: list[str] = []
         self._limit_name = "max_tokens"
+        self._is_open = False  # the first request goes alone: what ends them all then ends no other that is under way
         self._replies = self._failed_in_a_row = 0
 
     def each(self, requests: Iterable[tuple[int, list[dict]]], *, max_tokens: int, temperature: float,
@@ -130,36 +132,39 @@ class Service:
         return f"{self.url} (model {short(self.model)})"
 
     def _client(self) -> tuple[openai.AsyncOpenAI, asyncio.Semaphore]:
-        """A client, whose connections belong to one event loop, and what lets so many requests through."""
+        """A client, whose connections belong to one event loop, and what lets so many requests through: one, until it has been tried."""
         kind = openai.AsyncAzureOpenAI if "azure_endpoint" in self._options else openai.AsyncOpenAI
         timeout = openai.Timeout(self.timeout, connect=min(self.timeout, _CONNECT_TIMEOUT))
         client = kind(**self._options, api_key=self._key, timeout=timeout, max_retries=0)  # what is asked again is counted here
-        return client, asyncio.Semaphore(self.concurrency)
+        return client, asyncio.Semaphore(self.concurrency if self._is_open else 1)
 
     async def _ask(self, client: openai.AsyncOpenAI, gate: asyncio.Semaphore, messages: list[dict], settings: dict) -> Reply | UserError:
-        """The reply to one request, after as many attempts as it takes. The gate stays taken while it waits: a server that is
-        overloaded is asked less."""
-        async with gate:
-            for attempt in itertools.count():
-                try:
-                    reply = await self._attempt(client, messages, settings)
-                except UserError as error:
-                    return self._failed(error)
-                except PassingError as error:
-                    if attempt == self.retries:
-                        return self._failed(UserError(f"{self.where} was asked {attempt + 1} times; at last {self._clean(error)}"))
-                    self._count_again(error)
-                    wait = error.retry_after
-                    if wait is None:
-                        wait = self.backoff * min(2**attempt, _LONGEST_BACKOFF) * random.uniform(0.5, 1.0)
-                    if wait > _LONGEST_RETRY_AFTER:
-                        return ServiceError(f"{self.where} asks to wait {wait:.0f} s: {self._clean(error)}")
-                    await asyncio.sleep(wait)
-                else:
-                    self._replies, self._failed_in_a_row = self._replies + 1, 0
-                    self.prompt_tokens += reply.prompt_tokens
-                    self.completion_tokens += reply.completion_tokens
-                    return reply
+        """The reply to one request, after as many attempts as it takes, or why there is none."""
+        for attempt in itertools.count():
+            try:
+                reply = await self._attempt(client, messages, settings)
+            except ServiceError as error:
+                return error
+            except UserError as error:
+                self._open(gate)
+                return self._failed(error)
+            except PassingError as error:
+                self._open(gate)
+                if attempt == self.retries:
+                    return self._failed(UserError(f"{self.where} was asked {attempt + 1} times; at last {self._clean(error)}"))
+                self._count_again(error)
+                wait = error.retry_after
+                if wait is None:
+                    wait = self.backoff * min(2**attempt, _LONGEST_BACKOFF) * random.uniform(0.5, 1.0)
+                if wait > _LONGEST_RETRY_AFTER:
+                    return ServiceError(f"{self.where} asks to wait {wait:.0f} s: {self._clean(error)}")
+                await asyncio.sleep(wait)
+            else:
+                self._open(gate)
+                self._replies, self._failed_in_a_row = self._replies + 1, 0
+                self.prompt_tokens += reply.prompt_tokens
+                self.completion_tokens += reply.completion_tokens
+                return reply
 
     async def _attempt(self, client: openai.AsyncOpenAI, messages: list[dict], settings: dict) -> Reply:
         """Sends a request; again without a setting that the server does not take."""
@@ -187,6 +192,11 @@ class Service:
                     raise PassingError("no reply in time", f"it gave no reply within {self.timeout:g} s") from None
                 raise PassingError("connection lost", f"the connection failed: {reason}") from None
 
+    def _open(self, gate: asyncio.Semaphore) -> None:
+        for _ in range(0 if self._is_open else self.concurrency - 1):
+            gate.release()
+        self._is_open = True
+
     def _leave_out(self, name: str) -> None:
         """From now on a setting is not sent, or goes by its newer name. Others under way may have said so already."""
         if name == "max_tokens":
@@ -197,7 +207,7 @@ class Service:
 
     def _failed(self, error: UserError) -> UserError:
         self._failed_in_a_row += 1
-        if self._failed_in_a_row < _IN_A_ROW or isinstance(error, ServiceError):
+        if self._failed_in_a_row < _IN_A_ROW:
             return error
         return ServiceError(f"{self._failed_in_a_row} requests in a row have failed; the last: {error}")
 
@@ -228,20 +238,28 @@ class _Requests:
 
     def submit(self, number: int, ask: Callable) -> None:
         async def run():
-            try:
-                self.done.put((number, await ask(self._client, self._gate)))
-            except Exception as error:  # whoever waits for it would wait for ever
-                self.done.put((number, error))
+            async with self._gate:  # also while it waits to ask again: a server that is overloaded is asked less
+                try:
+                    result = await ask(self._client, self._gate)
+                except Exception as error:  # whoever waits for it would wait for ever
+                    result = error
+                self.done.put((number, result))
+                if isinstance(result, ServiceError):
+                    await asyncio.Future()  # until it is cancelled: nobody passes behind what ends them all
 
         asyncio.run_coroutine_threadsafe(run(), self._loop)
 
     def close(self) -> None:
         """Cancels what is under way and ends the thread."""
         async def end():
-            others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
-            for task in others:
-                task.cancel()
-            await asyncio.gather(*others, return_exceptions=True)
+            cancelled = set()
+            while others := asyncio.all_tasks() - {asyncio.current_task()}:
+                # Not before they have begun: a coroutine inside them would never be awaited, of which Python warns.
+                for task in others - cancelled:
+                    if inspect.getcoroutinestate(task.get_coro()) != inspect.CORO_CREATED:
+                        task.cancel()
+                        cancelled.add(task)
+                await asyncio.sleep(0.001)
             await self._client.close()
 
         asyncio.run_coroutine_threadsafe(end(), self._loop).result()
