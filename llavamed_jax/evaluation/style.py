@@ -36,6 +36,7 @@ figcaption .name{color:var(--soft);font-size:12.5px}
 .qa{border-top:1px solid var(--line);margin-top:9px;padding-top:9px}
 .qa .q{font-weight:600}
 .qa div{overflow-wrap:anywhere}
+.qa .q,.qa .line span{white-space:pre-line}
 .tag{float:right;margin-left:8px;padding:0 8px;border-radius:10px;font-size:12px;font-weight:600}
 .right{color:var(--good);background:var(--goodback)}
 .wrong{color:var(--bad);background:var(--badback)}
