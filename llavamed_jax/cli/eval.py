@@ -26,7 +26,7 @@ def _parser() -> common.Parser:
     source.add_argument("--checkpoint", metavar="PATH", help="a checkpoint in any layout, or a run's workdir")
     source.add_argument("--predictions", metavar="FILE", help="predictions.jsonl that exists; no model is loaded")
     parser.add_argument("--control", choices=["image"], help="ask again with the images exchanged, and with noise")
-    parser.add_argument("--against", metavar="FILE", help="another model's predictions.jsonl: differences, intervals, p")
+    parser.add_argument("--against", metavar="FILE", help="another predictions.jsonl, compared in pairs")
     common.add_model_flags(parser)
     return parser
 

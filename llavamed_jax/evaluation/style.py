@@ -47,6 +47,7 @@ details{overflow-x:auto;background:var(--paper);border:1px solid var(--line);bor
 details th{width:200px}
 summary{cursor:pointer;font-weight:600}
 td code{font:12.5px ui-monospace,Menlo,Consolas,"DejaVu Sans Mono",monospace}
-@media(max-width:640px){main{padding:20px 12px 40px}th,td{padding:6px 8px}thead th,tbody th{white-space:normal}td:not(.n){min-width:110px}details th{width:110px}}
+@media(max-width:640px){main{padding:20px 12px 40px}th,td{padding:6px 8px}}
+@media(max-width:640px){thead th,tbody th{white-space:normal}td:not(.n){min-width:110px}details th{width:110px}}
 @media print{body{background:#fff}figure,.card{break-inside:avoid}}
 """
