@@ -76,12 +76,15 @@ def row(name, value, p):
 def test_a_difference_is_read_in_a_sentence():
     text = controls.reading(row("closed_accuracy", 3.25, 0.2) | row("open_f1", 28.61, 0.0001), "another image")
     assert text == (
-        "Shown another image, it loses 28.6 points of open F1 (p < 0.001): these answers depend on the image."
-        " Shown another image, it changes by 3.2 points of closed accuracy (p = 0.200), which chance explains: nothing here says that"
-        " the image is looked at."
+        "Shown another image, it loses 28.6 points of open F1 (p < 0.001): these answers depend on the image; a change of -3.2 points of"
+        " closed accuracy (p = 0.200) is within chance: nothing here says that the image is looked at."
     )
     assert controls.reading(row("closed_accuracy", -5.0, 0.01), "noise") == (
         "Shown noise, it gains 5.0 points of closed accuracy (p = 0.010): the own image misleads it, or something is wrong."
+    )
+    assert controls.reading(row("choice_accuracy", -2.0, 0.3) | row("rouge_l", 0.0, 1.0), "noise") == (
+        "Shown noise, changes of +2.0 points of accuracy of choices (p = 0.300) and +0.0 points of ROUGE-L (p = 1.000) are within chance:"
+        " nothing here says that the image is looked at."
     )
     assert controls.reading({"closed_accuracy": None, "closed_accuracy_p": None, "open_exact": 4.0, "open_exact_p": 0.01}, "noise") == ""
 
@@ -122,7 +125,7 @@ def test_files_and_pixels_are_found_whatever_they_are_called(pictures):
     data = train(pictures, ("renamed.png", "No.", "the Left lung"), ("again.bmp", "yes"), ("lossless.png", "No"), ("lossy.jpg", "yes"),
                  ("one_bit.png", "yes"), ("gone.png", "yes"))  # fmt: skip
     samples = [sample(n, test / f"{n}.png") for n in range(6)] + [sample(6, test / "6.jpg", "No")]
-    samples += [sample(7, test / "0.png", "Left lung.", "OPEN"), sample(8, test / "0.png", "lung", "OPEN"), sample(9, test / "0.png", "no")]
+    samples += [sample(7, test / "0.png", "Left lung.", "OPEN"), sample(8, test / "0.png", "And now", "OPEN"), sample(9, test / "0.png", "no")]
     found = leakage.trained_on(samples, data)
     assert found == {
         "records": 6, "records_not_readable": 0, "training_images": 6, "training_images_not_readable": 1,
@@ -143,6 +146,16 @@ def test_two_tested_copies_of_a_training_file_are_both_found(pictures):
                                train(pictures, ("a.png", "yes")))  # fmt: skip
     assert (found["images_same_file"], found["images_same_pixels"]) == (1, 1)
     assert found["by_kind"]["CLOSED"] == {"questions": 2, "image_in_training": 2, "image_and_answer_in_training": 2}
+
+
+def test_equal_bytes_of_another_shape_are_another_picture(pictures):
+    for folder, sizes in (("test", [(6, 8), (8, 6)]), ("train", [(8, 6)])):
+        for width, height in sizes:
+            Image.new("RGB", (width, height)).save(pictures / folder / f"{width}.{'png' if folder == 'test' else 'bmp'}")
+    Image.new("RGB", (6, 8), "white").save(pictures / "train" / "6.bmp")
+    found = leakage.trained_on([sample(n, pictures / "test" / f"{n}.png") for n in (6, 8)],
+                               train(pictures, ("8.bmp", "yes"), ("6.bmp", "yes")))  # fmt: skip
+    assert found["images_same_pixels"] == 1 and found["images_same_file"] == 0
 
 
 def test_damaged_records_and_records_without_images_are_counted(pictures):

@@ -104,6 +104,12 @@ def test_the_difference_is_predictions_minus_control(finished):
     assert scoring.difference(samples, second, first, 0)["closed_accuracy"] == -75
 
 
+def test_what_is_only_computed_of_the_answers_asks_nothing_anew(tmp_path):
+    """Answers of a start that was stopped are taken over by one with other comparisons, and not by one with another seed."""
+    key = lambda name, **changes: evaluation(tmp_path / name, **changes)._key({"checkpoint": "runs/x"}, {})
+    assert key("a") == key("b", **{"published": "from_llava", "data.train": SAMPLE, "data.train_images": "x"}) != key("c", seed=1)
+
+
 def test_settings_of_the_config_reach_the_model(finished):
     job, model, _, _ = finished
     assert model.settings == [dict(max_new_tokens=11, temperature=0.7, seed=3)] * 3 and model.engine.batch_size == 5

@@ -89,7 +89,10 @@ def test_a_metric_that_few_images_have():
 def test_many_images_are_drawn_in_parts_that_make_the_same_whole(monkeypatch):
     values, images = unequal()
     whole = intervals(fraction(values), images, seed=4), compare(fraction(values), fraction(values[::-1]), images, seed=4)
-    monkeypatch.setattr(statistics, "_BLOCK", 700)  # eleven images' worth of rows at a time
+    few = [fraction(values[:20]), fraction(values[20:40]), one_each(10) * 2]
+    exact = compare(*few, seed=0)
+    monkeypatch.setattr(statistics, "_BLOCK", 700)  # eleven draws of 60 images at a time, seventy exchanges of ten
+    assert compare(*few, seed=0)["x"]["p"] == exact["x"]["p"] < 1
     assert whole[0] == pytest.approx(intervals(fraction(values), images, seed=4), rel=1e-12)
     assert whole[1]["x"] == pytest.approx(compare(fraction(values), fraction(values[::-1]), images, seed=4)["x"], rel=1e-12)
 

@@ -99,7 +99,7 @@ _LEVEL = 0.05  # of the test that a sentence goes by
 
 
 def reading(difference: Mapping, instead: str) -> str:
-    """What a difference between the answers with and without the own image says, in a sentence or two.
+    """What a difference between the answers with and without the own image says, in a sentence.
 
     Args:
       difference: of `scoring.difference`: own image minus control.
@@ -111,17 +111,19 @@ def reading(difference: Mapping, instead: str) -> str:
     blind = [name for name in names if name not in seen + worse]
     parts = []
     if seen:
-        parts.append(f"Shown {instead}, it loses {_losses(difference, seen)}: these answers depend on the image.")
+        parts.append(f"it loses {_changes(difference, seen, '.1f')}: these answers depend on the image")
     if worse:
-        parts.append(f"Shown {instead}, it gains {_losses(difference, worse)}: the own image misleads it, or something is wrong.")
+        parts.append(f"it gains {_changes(difference, worse, '.1f')}: the own image misleads it, or something is wrong")
     if blind:
-        parts.append(f"Shown {instead}, it changes by {_losses(difference, blind)}, which chance explains: nothing here says that the"
-                     " image is looked at.")
-    return " ".join(parts)
+        verb = "changes of {} are" if len(blind) > 1 else "a change of {} is"
+        parts.append(f"{verb.format(_changes(difference, blind, '+.1f'))} within chance: nothing here says that the image is looked at")
+    return f"Shown {instead}, {'; '.join(parts)}." if parts else ""
 
 
-def _losses(difference: Mapping, names: Sequence[str]) -> str:
-    return " and ".join(f"{abs(difference[name]):.1f} points of {_READ[name]} (p {_p(difference[f'{name}_p'])})" for name in names)
+def _changes(difference: Mapping, names: Sequence[str], form: str) -> str:
+    """What the control changes, with a sign where the form has one: a difference is own image minus control."""
+    signed = {name: -difference[name] if "+" in form else abs(difference[name]) for name in names}
+    return " and ".join(f"{signed[name] + 0.0:{form}} points of {_READ[name]} (p {_p(difference[f'{name}_p'])})" for name in names)
 
 
 def _p(value: float) -> str:

@@ -39,7 +39,9 @@ _CAPTION_TITLES = {
     "bleu_4": ("BLEU-4", "of the whole set: up to four words in a row"),
     "rouge_l": ("ROUGE-L", "F1 of the longest common subsequence, mean over texts"),
     "sentence_bleu_1": ("BLEU-1, mean", "of each text by itself, then averaged"),
-    "sentence_bleu_4": ("BLEU-4, mean", "the same; a text without four right words in a row counts 0"),
+    "sentence_bleu_2": ("BLEU-2, mean", "the same, up to pairs"),
+    "sentence_bleu_3": ("BLEU-3, mean", "the same, up to triples"),
+    "sentence_bleu_4": ("BLEU-4, mean", "the same, up to four; a text without four right words in a row counts 0"),
 }
 _PAPER_ORDER = (
     "recall", "closed_accuracy_substring", "closed_accuracy_yes_no", "closed_recall", "f1", "precision", "exact_match",

@@ -36,6 +36,7 @@ figcaption .name{color:var(--soft);font-size:12.5px}
 .qa{border-top:1px solid var(--line);margin-top:9px;padding-top:9px}
 .qa .q{font-weight:600}
 .qa div{overflow-wrap:anywhere}
+.qa .q,.qa .line span{white-space:pre-line}
 .tag{float:right;margin-left:8px;padding:0 8px;border-radius:10px;font-size:12px;font-weight:600}
 .right{color:var(--good);background:var(--goodback)}
 .wrong{color:var(--bad);background:var(--badback)}
@@ -46,6 +47,7 @@ details{overflow-x:auto;background:var(--paper);border:1px solid var(--line);bor
 details th{width:200px}
 summary{cursor:pointer;font-weight:600}
 td code{font:12.5px ui-monospace,Menlo,Consolas,"DejaVu Sans Mono",monospace}
-@media(max-width:640px){main{padding:20px 12px 40px}th,td{padding:6px 8px}thead th,tbody th{white-space:normal}details th{width:110px}}
+@media(max-width:640px){main{padding:20px 12px 40px}th,td{padding:6px 8px}}
+@media(max-width:640px){thead th,tbody th{white-space:normal}td:not(.n){min-width:110px}details th{width:110px}}
 @media print{body{background:#fff}figure,.card{break-inside:avoid}}
 """
