@@ -85,7 +85,7 @@ def train(cfg: ConfigDict, topology: Topology, devices: Sequence) -> dict[str, A
     return dict(
         model=model, mesh=dict(training.program.mesh.shape), attention=training.program.model.attention, rows=training.update.rows,
         row_length=training.update.row_length, micro_batches=training.micro_batches, fitting_batch_size=training.update.fitting,
-        compile_seconds=found.seconds, program_bytes=len(found.text),
+        compile_seconds=found.seconds, compile_cpu_seconds=found.cpu_seconds, program_bytes=len(found.text),
         bytes={**held, "activations": max(0, found.peak - sum(held.values())), **found.bytes()},
         collectives=collectives.totals(sent), traffic_bytes=round(sum(each.count * each.bytes for each in sent)),
         least_traffic_bytes=round(training.least_traffic()), largest_array_bytes=round(max((each.array for each in sent), default=0)),
@@ -97,12 +97,13 @@ class Compiled:
     """What compiling a program found.
 
     Attributes:
-      seconds: that it took.
+      seconds, cpu_seconds: that it took, by the clock and of all cores together.
       peak: bytes of a device, arguments and results included. arguments, temporaries: parts of it, None where the compiler gave up.
       text: the program, empty where the compiler gave up.
     """
 
     seconds: float
+    cpu_seconds: float
     peak: int
     arguments: int | None
     temporaries: int | None
@@ -114,18 +115,20 @@ class Compiled:
 
 def compiled(lowered, topology: Topology) -> Compiled:
     """Compiles. A compiler for TPUs gives up on what does not fit, and says how much it would have been."""
-    start = time.monotonic()
+    start, cpu_start = time.monotonic(), time.process_time()
     try:
         program = lowered.compile(compiler_options=_GPU_OPTIONS if topology.platform == "gpu" else None)
     except jax.errors.JaxRuntimeError as error:
         used = re.search(r"Used ([\d.]+)([BKMGT]) of ", str(error))
         if "RESOURCE_EXHAUSTED" not in str(error) or used is None:
             raise
-        return Compiled(time.monotonic() - start, int(float(used[1]) * _SIZES[used[2]]), None, None, "")
+        peak = int(float(used[1]) * _SIZES[used[2]])
+        return Compiled(time.monotonic() - start, time.process_time() - cpu_start, peak, None, None, "")
     memory = program.memory_analysis()
     peak = (memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes + memory.temp_size_in_bytes
             + memory.generated_code_size_in_bytes)
-    return Compiled(time.monotonic() - start, peak, memory.argument_size_in_bytes, memory.temp_size_in_bytes, program.as_text())
+    return Compiled(time.monotonic() - start, time.process_time() - cpu_start, peak, memory.argument_size_in_bytes,
+                    memory.temp_size_in_bytes, program.as_text())
 
 
 def main() -> None:
