@@ -19,7 +19,7 @@ from llavamed_jax.models.llava import Llava, abstract_params
 from llavamed_jax.parallel.mesh import make_mesh
 from llavamed_jax.training.step import llava_loss
 
-BACKENDS = ("xla", "splash_interpreted")
+BACKENDS = ("xla", "splash_interpreted", "flash_interpreted")
 B, N, K, H = 2, 4, 2, 8
 
 
@@ -69,7 +69,8 @@ def test_backends_are_the_softmax_written_out(backend, T, is_packed, window):
 
 
 @pytest.mark.parametrize("mesh", [pytest.param(None, marks=pytest.mark.slow), "data=2,fsdp=1,tp=2"])
-def test_splash_has_the_gradients_of_xla(mesh):
+@pytest.mark.parametrize("backend", BACKENDS[1:])
+def test_kernels_have_the_gradients_of_xla(backend, mesh):
     """With blocks that lie across the borders of samples, queries that share keys, a window, and on a mesh that cuts rows and heads."""
     T = 140
     positions, segments = layout(T)
@@ -81,22 +82,23 @@ def test_splash_has_the_gradients_of_xla(mesh):
 
     wanted = gradients("xla")
     if mesh is None:
-        found = gradients("splash_interpreted")
+        found = gradients(backend)
     else:
         with jax.set_mesh(make_mesh(mesh, jax.devices()[:4])):
-            found = gradients("splash_interpreted")
+            found = gradients(backend)
     for a, b in zip(found, wanted, strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=2e-6 * float(jnp.abs(b).max()))
 
 
-@pytest.mark.parametrize("choice, platform, backend", [("auto", "cpu", "xla"), ("auto", "gpu", "xla"), ("auto", "tpu", "splash"),
+@pytest.mark.parametrize("choice, platform, backend", [("auto", "cpu", "xla"), ("auto", "gpu", "flash"), ("auto", "tpu", "splash"),
+                                                       ("flash", "cpu", "flash_interpreted"), ("xla", "gpu", "xla"),
                                                        ("splash", "cpu", "splash_interpreted"), ("xla", "tpu", "xla")])
 def test_backend_is_chosen_by_platform(choice, platform, backend):
     assert backend_of(choice, platform) == backend
 
 
-@pytest.mark.parametrize("choice, platform, there", [("cudnn", "gpu", "auto or xla"), ("splash", "gpu", "auto or xla"),
-                                                     ("tokamax", "cpu", "auto or xla or splash")])
+@pytest.mark.parametrize("choice, platform, there", [("cudnn", "gpu", "auto or xla or flash"), ("splash", "gpu", "auto or xla or flash"),
+                                                     ("flash", "tpu", "auto or xla or splash")])
 def test_backend_that_is_not_there_is_one_sentence(choice, platform, there):
     with pytest.raises(UsageError, match=f"'attention' is '{choice}', .* {there} was expected"):
         backend_of(choice, platform)
@@ -163,7 +165,7 @@ def program(backend, window):
     return jax.jit(jax.value_and_grad(llava_loss(Llava(cfg, scan=True, remat="qkvo", attention=backend)), has_aux=True))
 
 
-@pytest.mark.parametrize("backend, window", [("xla", None), ("xla", 6), ("splash_interpreted", 6),
+@pytest.mark.parametrize("backend, window", [("xla", None), ("xla", 6), ("splash_interpreted", 6), ("flash_interpreted", 6),
                                              pytest.param("splash_interpreted", None, marks=pytest.mark.slow)])
 def test_packed_is_apart(params, backend, window):
     """Several samples with images in a row teach what they teach alone: the sums of losses, and every parameter's gradient.

@@ -244,6 +244,12 @@ def add_model_flags(parser: argparse.ArgumentParser, is_listed: bool = True) -> 
     group.add_argument("--mesh", metavar="SIZES", help=said("such as data=2,tp=4; default: one device"))
 
 
+def add_preflight_flags(parser: argparse.ArgumentParser) -> None:
+    """`--preflight` and where its result goes."""
+    parser.add_argument("--preflight", metavar="TOPOLOGIES", help="compile for machines that are not here, such as h100-8,v5e-64")
+    parser.add_argument("--preflight_json", metavar="FILE", help="write what preflight found")
+
+
 def check_model_flags(args: argparse.Namespace) -> None:
     """Refuses a template or a preset that does not exist, before anything is loaded or written."""
     from llavamed_jax.config import preset

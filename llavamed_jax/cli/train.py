@@ -10,6 +10,7 @@ _USAGE = """\
 examples:
   train.py --config configs/pretrain.py --workdir runs/pretrain --config.data.train=alignment.json
   train.py --config configs/vqa_rad.py:v15,epochs=9 --workdir runs/vqa_rad --config.init=runs/finetune
+  train.py --config configs/finetune.py --preflight a100-40g-8,h200-1,v5e-64
 
 Started again with the same workdir, a run goes on from its newest intact step.
 exit status: 0 done; 1 failed; 2 wrong flag, config key or value; 75 stopped by a signal with everything saved
@@ -20,9 +21,14 @@ def train(argv: list[str]) -> int:
     from llavamed_jax.cli import common, compilation_cache
     parser = common.Parser(prog="train.py", description="Trains a recipe.", epilog=_USAGE)
     parser.add_argument("--config", required=True, metavar="FILE.py[:ARGUMENTS]", help="the recipe; --config.KEY=VALUE changes one key")
-    parser.add_argument("--workdir", required=True, metavar="DIR", help="where the run lies; made if it does not exist")
+    parser.add_argument("--workdir", metavar="DIR", help="where the run lies; made if it does not exist")
     parser.add_argument("--profile", type=_span, metavar="START:STOP", help="trace these updates into DIR/tensorboard")
+    common.add_preflight_flags(parser)
     args, overrides = parser.parse_with_overrides(argv)
+    if args.preflight is not None:
+        return _preflight(args.preflight, common.load_config(args.config, overrides), args.preflight_json)
+    if args.workdir is None:
+        parser.error("the following arguments are required: --workdir")
     if not args.workdir:
         parser.error("--workdir is empty; a directory was expected")
     config = common.load_config(args.config, overrides)
@@ -32,6 +38,19 @@ def train(argv: list[str]) -> int:
     model = watching.TrainedModel()
     watch = Watch([watching.ClosedAccuracy(model)], watching.Samples(model), args.profile)
     return 0 if fit(config, args.workdir, watch) else common.EXIT_SAVED
+
+
+def _preflight(names: str, config, json_file: str | None) -> int:
+    """Compiles the recipe's update for machines that are not here."""
+    import json
+
+    from llavamed_jax.preflight import compile, report
+    from llavamed_jax.training import recipe
+    recipe.check(config)
+    machines = report.topologies(names, config.mesh.slices)
+    values = json.loads(config.to_json())
+    jobs = [dict(topology=machine.name, slices=machine.slices, config=values) for machine in machines]
+    return report.check(jobs, compile.in_process, json_file)
 
 
 def _span(text: str) -> tuple[int, int]:

@@ -120,6 +120,11 @@ class Programs:
                 return self._programs[name](*args, **kwargs)
         return call
 
+    def lower(self, name: str, *args, **kwargs):
+        """A program's lowering for arguments that may be shapes; it is compiled for where these lie."""
+        with self.on_mesh():
+            return self._programs[name].lower(*args, **kwargs)
+
     def on_mesh(self):
         """The context in which programs are called; never across a `yield`, where the caller's code would run in it."""
         return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)

@@ -13,9 +13,10 @@ from jax.ad_checkpoint import checkpoint_name
 from llavamed_jax.errors import UsageError
 
 # Platform -> what a recipe's `attention` may say there -> backend. All are the same function; `xla` is what the rest is tested
-# against. On a CPU splash runs interpreted, for tests.
+# against. On a CPU the others run interpreted, for tests.
 BACKENDS = {
-    "cpu": {"auto": "xla", "xla": "xla", "splash": "splash_interpreted"},
+    "cpu": {"auto": "xla", "xla": "xla", "splash": "splash_interpreted", "flash": "flash_interpreted"},
+    "gpu": {"auto": "flash", "xla": "xla", "flash": "flash"},
     "tpu": {"auto": "splash", "xla": "xla", "splash": "splash"},
 }
 ELSEWHERE = {"auto": "xla", "xla": "xla"}
@@ -65,16 +66,19 @@ def attention(q, k, v, mask: AttentionMask | None = None, backend: str = "xla"):
       q: [B,T,N,H]
       k, v: [B,K,S,H], keys contiguous a head: the layout of the cache.
       mask: None lets every query see every key (the vision tower; XLA only).
-      backend: as `backend_of` returns it. `splash` is for whole rows: queries and keys are the same positions, consecutive
-        in a segment. `xla` goes by the mask alone.
+      backend: as `backend_of` returns it. `splash` and `flash` are for whole rows: queries and keys are the same positions,
+        consecutive in a segment. `xla` goes by the mask alone.
     Returns:
       [B,T,N,H] in v's dtype, which rematerialisation knows as `context`.
     """
     if backend == "xla":
         return checkpoint_name(_xla(q, k, v, mask), "context")
-    from llavamed_jax.models.splash import splash_attention  # Pallas takes a second to import
-
-    return splash_attention(q, k, v, mask, interpret=backend == "splash_interpreted").astype(v.dtype)
+    name, _, interpreted = backend.partition("_")
+    if name == "flash":  # Pallas takes a second to import
+        from llavamed_jax.models.flash import flash_attention as kernel
+    else:
+        from llavamed_jax.models.splash import splash_attention as kernel
+    return kernel(q, k, v, mask, interpret=bool(interpreted)).astype(v.dtype)
 
 
 def _xla(q, k, v, mask):

@@ -8,6 +8,7 @@ V vocabulary.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -19,7 +20,7 @@ from jax.ad_checkpoint import checkpoint_name
 from llavamed_jax.config import DecoderConfig
 from llavamed_jax.models.attention import AttentionMask, attention
 from llavamed_jax.models.layers import Linear, RMSNorm, apply_rope, layer_stack, rope_tables, run_layers
-from llavamed_jax.parallel.mesh import constrain
+from llavamed_jax.parallel.mesh import constrain, constrain_weight
 
 PARAM_AXES = [
     (r"decoder/embed_tokens/embedding", ("vocab", "embed")),
@@ -55,11 +56,11 @@ class Attention(nn.Module):
     def __call__(self, x, rope, mask, cache):  # [B,T,D] -> [B,T,D], cache
         cfg, (B, T, _) = self.cfg, x.shape
 
-        def project(name, heads):
-            y = Linear(heads * cfg.head_dim, False, self.dtype, name=f"{name[0]}_proj")(x)
+        def project(name, heads, axis="kv_heads"):
+            y = Linear(heads * cfg.head_dim, ("embed", axis), False, self.dtype, name=f"{name[0]}_proj")(x)
             return checkpoint_name(y, name).reshape(B, T, heads, cfg.head_dim)
 
-        q = apply_rope(project("query", cfg.num_heads), rope)
+        q = apply_rope(project("query", cfg.num_heads, "heads"), rope)
         k = apply_rope(project("key", cfg.num_kv_heads), rope).swapaxes(1, 2)  # [B,K,T,H]
         v = project("value", cfg.num_kv_heads).swapaxes(1, 2)
         if cache is not None:
@@ -67,7 +68,7 @@ class Attention(nn.Module):
             k, v = cache.k, cache.v
         q = constrain(q, "act_batch", None, "act_heads", None)
         context = attention(q, k, v, mask, self.backend if cache is None else "xla").reshape(B, T, -1)
-        return Linear(cfg.hidden_size, False, self.dtype, name="o_proj")(context), cache
+        return Linear(cfg.hidden_size, ("heads", "embed"), False, self.dtype, name="o_proj")(context), cache
 
 
 class Mlp(nn.Module):
@@ -78,9 +79,9 @@ class Mlp(nn.Module):
 
     @nn.compact
     def __call__(self, x):  # [B,T,D] -> [B,T,D]
-        gate = Linear(self.cfg.intermediate_size, False, self.dtype, name="gate_proj")(x)
-        up = Linear(self.cfg.intermediate_size, False, self.dtype, name="up_proj")(x)
-        return Linear(self.cfg.hidden_size, False, self.dtype, name="down_proj")(nn.silu(gate) * up)
+        gate = Linear(self.cfg.intermediate_size, ("embed", "mlp"), False, self.dtype, name="gate_proj")(x)
+        up = Linear(self.cfg.intermediate_size, ("embed", "mlp"), False, self.dtype, name="up_proj")(x)
+        return Linear(self.cfg.hidden_size, ("mlp", "embed"), False, self.dtype, name="down_proj")(nn.silu(gate) * up)
 
 
 class Block(nn.Module):
@@ -112,14 +113,11 @@ class Decoder(nn.Module):
         self.layers = layer_stack(Block, cfg.num_layers, cfg, self.dtype, self.attention, scan=self.scan, remat=self.remat)
         self.norm = RMSNorm(cfg.rms_norm_eps, self.dtype)
         if not cfg.tie_word_embeddings:
-            self.lm_head = Linear(cfg.vocab_size, False, self.dtype, out_dtype=jnp.float32)
+            self.lm_head = Linear(cfg.vocab_size, ("embed", "vocab"), False, self.dtype, out_dtype=jnp.float32)
 
     def embed(self, ids):
         """int32 [B,T] -> [B,T,D]; ids outside the vocabulary (image and padding markers) give some row, not an error."""
-        # Gathering the table's width first is FSDP's ordinary weight gather; a lookup in the sharded table would
-        # make XLA replicate it.
-        table = constrain(self.embed_tokens.embedding, "vocab", None)
-        return jnp.take(table, jnp.clip(ids, 0), axis=0).astype(self.dtype)
+        return _lookup(self.dtype, self.embed_tokens.embedding, jnp.clip(ids, 0))
 
     def __call__(self, x, positions, segments=None, caches=None):
         """Runs the layers and the final norm.
@@ -144,6 +142,27 @@ class Decoder(nn.Module):
             table = self.embed_tokens.embedding.astype(self.dtype)
             return jnp.einsum("...D,VD->...V", x, table, preferred_element_type=jnp.float32)
         return self.lm_head(x)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _lookup(dtype, table, ids):
+    """[V,D], int [B,T] -> [B,T,D] in `dtype`. The gradient of a row that is looked up often is summed in the table's precision."""
+    # Gathering the table's width first is FSDP's ordinary weight gather, in the narrower type; a lookup in the sharded table
+    # would make XLA replicate it.
+    return jnp.take(constrain(table.astype(dtype), "vocab", None), ids, axis=0)
+
+
+def _lookup_forward(dtype, table, ids):
+    return _lookup(dtype, table, ids), (jnp.zeros((0, table.shape[0]), table.dtype), ids)
+
+
+def _lookup_backward(_, kept, by_rows):
+    like, ids = kept
+    by_table = jnp.zeros((like.shape[1], by_rows.shape[-1]), like.dtype).at[ids].add(by_rows.astype(like.dtype))
+    return constrain(constrain_weight(by_table, "vocab", "embed"), "vocab", "embed"), None
+
+
+_lookup.defvjp(_lookup_forward, _lookup_backward)
 
 
 def head_kernel(params):

@@ -12,11 +12,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llavamed_jax.parallel.mesh import constrain_weight
+
 
 class Linear(nn.Module):
-    """`x @ kernel + bias`, computed in `dtype`; `out_dtype` keeps a wider result (the head's float32 logits)."""
+    """`x @ kernel + bias`, computed in `dtype`; `out_dtype` keeps a wider result (the head's float32 logits).
+
+    Attributes:
+      axes: logical axes of the kernel, as the model's table of parameters has them.
+    """
 
     features: int
+    axes: tuple[str | None, str | None]
     use_bias: bool = True
     dtype: Any = jnp.float32
     out_dtype: Any = None
@@ -24,7 +31,8 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x):  # [..., D] -> [..., features]
         kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features))
-        y = jnp.matmul(x.astype(self.dtype), kernel.astype(self.dtype), preferred_element_type=self.out_dtype)
+        kernel = constrain_weight(kernel.astype(self.dtype), *self.axes)
+        y = jnp.matmul(x.astype(self.dtype), kernel, preferred_element_type=self.out_dtype)
         if self.use_bias:
             y += self.param("bias", nn.initializers.zeros, (self.features,)).astype(y.dtype)
         return y

@@ -25,5 +25,5 @@ class Projector(nn.Module):
         cfg = self.cfg
         for n in range(projector_depth(cfg.projector_type)):
             features = gelu(features) if n else features
-            features = Linear(cfg.decoder.hidden_size, cfg.projector_bias, self.dtype, name=f"linear_{n}")(features)
+            features = Linear(cfg.decoder.hidden_size, ("embed", None), cfg.projector_bias, self.dtype, name=f"linear_{n}")(features)
         return features

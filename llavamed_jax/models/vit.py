@@ -92,11 +92,14 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x):  # [B,T,D] -> [B,T,D]
         heads = (*x.shape[:2], self.cfg.num_heads, self.cfg.head_dim)
-        q, k, v = (
-            checkpoint_name(Linear(self.cfg.hidden_size, dtype=self.dtype, name=f"{name[0]}_proj")(x), name).reshape(heads)
-            for name in ("query", "key", "value"))
+
+        def project(name):
+            y = Linear(self.cfg.hidden_size, ("embed", "heads"), dtype=self.dtype, name=f"{name[0]}_proj")(x)
+            return checkpoint_name(y, name).reshape(heads)
+
+        q, k, v = map(project, ("query", "key", "value"))
         context = attention(q, k.swapaxes(1, 2), v.swapaxes(1, 2)).reshape(x.shape)
-        return Linear(self.cfg.hidden_size, dtype=self.dtype, name="out_proj")(context)
+        return Linear(self.cfg.hidden_size, ("heads", "embed"), dtype=self.dtype, name="out_proj")(context)
 
 
 class Mlp(nn.Module):
@@ -105,8 +108,8 @@ class Mlp(nn.Module):
 
     @nn.compact
     def __call__(self, x):  # [B,T,D] -> [B,T,D]
-        x = Linear(self.cfg.intermediate_size, dtype=self.dtype, name="fc1")(x)
-        return Linear(self.cfg.hidden_size, dtype=self.dtype, name="fc2")(ACTIVATIONS[self.cfg.hidden_act](x))
+        x = Linear(self.cfg.intermediate_size, ("embed", "mlp"), dtype=self.dtype, name="fc1")(x)
+        return Linear(self.cfg.hidden_size, ("mlp", "embed"), dtype=self.dtype, name="fc2")(ACTIVATIONS[self.cfg.hidden_act](x))
 
 
 class Block(nn.Module):

@@ -7,12 +7,14 @@ leaf that no rule or two rules match, or that does not divide, is an error that 
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.experimental import mesh_utils
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from llavamed_jax.errors import UsageError, UserError
@@ -25,16 +27,21 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "act_batch": ("data", "fsdp"), "act_heads": "tp",
 }
 
+# From so many TPUs on fsdp on, gradients are summed in two stages, the last of them over so many devices.
+FIRST_STAGED, STAGE = 64, 4
 
-def make_mesh(spec: str | Mapping[str, int] | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh with the axes data, fsdp and tp.
+
+def make_mesh(spec: str | Mapping[str, int] | None = None, devices: Sequence[jax.Device] | None = None, slices: int = 1) -> Mesh:
+    """A mesh with the axes data, fsdp and tp. Neighbours on tp and fsdp are close to each other, those on data may be far.
 
     Args:
       spec: sizes as `"data=2,tp=4"` or a mapping; an axis that is absent is 1; -1 on one axis takes what is left.
         None puts all devices on data.
       devices: default: all of them.
+      slices: of TPUs, joined by a network that only data crosses.
     Raises:
-      UsageError: an unknown axis, two -1, or sizes that do not multiply to the number of devices.
+      UsageError: an unknown axis, two -1, or sizes that do not multiply to the number of devices; slices that are not there or
+        over which data does not divide.
     """
     devices = list(jax.devices() if devices is None else devices)
     if isinstance(spec, str):
@@ -51,7 +58,42 @@ def make_mesh(spec: str | Mapping[str, int] | None = None, devices: Sequence[jax
         raise UsageError(f"the mesh {dict(zip(AXES, shape))} does not fit {len(devices)} devices; sizes that multiply to that "
                          "number were expected (one may be -1)")
     shape = [len(devices) // known if n == -1 else n for n in shape]
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    there = len({getattr(device, "slice_index", None) for device in devices}) if devices[0].platform == "tpu" else 1
+    if there != slices:
+        raise UsageError(f"the config key 'mesh.slices' is {slices}, and the devices make {there} slices; that number was expected")
+    if slices == 1:
+        return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    if shape[0] % slices:
+        raise UsageError(f"the config key 'mesh.data' is {shape[0]}; a multiple of mesh.slices ({slices}) was expected")
+    array = mesh_utils.create_hybrid_device_mesh((shape[0] // slices, *shape[1:]), (slices, 1, 1), devices)
+    return Mesh(array, AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def auto_sizes(devices: Sequence[jax.Device], needed: int, memory: int, slices: int = 1) -> dict[str, int]:
+    """Sizes for `make_mesh`: fsdp over the smallest group of neighbours that holds the state, data over these groups.
+
+    Groups are a device, the GPUs of a host, a slice of TPUs, all devices. The state may take half of a device's memory, so that
+    an update has the other half. Communication over fsdp is 3/2 of that over data (two gathers and a scatter beside a sum), and
+    grows with the group.
+
+    Args:
+      needed: bytes of parameters, gradients and optimizer.
+      memory: bytes of one device.
+    """
+    number = len(devices)
+    host = sum(device.process_index == devices[0].process_index for device in devices)
+    groups = [1, host if devices[0].platform != "tpu" else 1, number // slices]
+    fsdp = next((n for n in groups if number % n == 0 and needed / n <= memory / 2), groups[-1])
+    return {"data": number // fsdp, "fsdp": fsdp}
+
+
+def device_memory(devices: Sequence[jax.Device]) -> int:
+    """Bytes that programs may use on each of these devices; a CPU's share of this machine's memory."""
+    local = [device for device in devices if device.process_index == jax.process_index()]
+    stats = local[0].memory_stats()
+    if stats and "bytes_limit" in stats:
+        return stats["bytes_limit"]
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // len(local)
 
 
 def spec_of(logical: Sequence[str | None], name: str = "an array") -> P:
@@ -67,6 +109,22 @@ def constrain(x, *logical: str | None):
     """`x`, told to be sharded so; without a mesh in context (`jax.set_mesh`) it is `x`."""
     mesh = jax.sharding.get_abstract_mesh()
     return x if mesh.empty else jax.lax.with_sharding_constraint(x, spec_of(logical))
+
+
+def constrain_weight(x, *logical: str | None):
+    """`x`, a weight or its gradient, told to be laid as its parameter; so the sum of its gradient over devices gives each its part.
+
+    XLA for TPUs knows how to sum into parts along one ring of a slice, and over more devices than that sums everything
+    everywhere, twice the traffic. There the gradient is first summed into the parts of larger groups, and these are cut.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    x = constrain(x, *logical)
+    fsdp = mesh.shape.get("fsdp", 1)
+    if mesh.empty or mesh.abstract_device is None or "TPU" not in mesh.abstract_device.device_kind or fsdp < FIRST_STAGED or fsdp % STAGE:
+        return x
+    sizes = tuple(mesh.shape[axis] for axis in ("data", "tp"))
+    finer = AbstractMesh((sizes[0], fsdp // STAGE, STAGE, sizes[1]), ("data", "fsdp", "last", "tp"), axis_types=(AxisType.Auto,) * 4)
+    return jax.lax.with_sharding_constraint(x, NamedSharding(finer, spec_of(logical)))
 
 
 def param_shardings(params: Any, rules: Sequence[tuple[str, tuple]], mesh: Mesh) -> Any:

@@ -31,11 +31,11 @@ KEYS: dict[str, tuple] = {
 
 # Values that a key may have, where they are few.
 CHOICES: dict[str, tuple] = {
-    "remat": ("none", *REMAT_POLICIES), "attention": ("auto", "xla", "splash"), "optimizer.mu_dtype": ("float32", "bfloat16"),
-    "data.protocol": ("clean", "paper", None), "mesh.slices": (1,), "mesh.auto": (False,),
+    "remat": ("none", *REMAT_POLICIES), "attention": ("auto", "xla", "splash", "flash"), "optimizer.mu_dtype": ("float32", "bfloat16"),
+    "data.protocol": ("clean", "paper", None),
 }
 POSITIVE = ("batch_size", "micro_batches", "epochs", "total_steps", "max_length", "log_every", "nan_limit", "checkpoint.keep",
-            "optimizer.learning_rate", "optimizer.eps")
+            "optimizer.learning_rate", "optimizer.eps", "mesh.slices")
 NOT_NEGATIVE = ("data.row_length", "data.mean_length", "data.workers", "optimizer.warmup_ratio", "optimizer.weight_decay",
                 "optimizer.clip_norm", "checkpoint.every_steps", "checkpoint.every_minutes", "samples_every", "seed")
 # Adam moves each parameter by about the learning rate: beyond this nothing is left of a model after one update. The others are

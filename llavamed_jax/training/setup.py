@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,13 +19,13 @@ from ml_collections import ConfigDict
 from llavamed_jax.checkpoints import hub
 from llavamed_jax.checkpoints.load import load_params, random_checkpoint
 from llavamed_jax.checkpoints.reader import Checkpoint, open_checkpoint, text_files
-from llavamed_jax.config import preset
+from llavamed_jax.config import LlavaConfig, preset
 from llavamed_jax.data.processor import Processor
 from llavamed_jax.data.tokenizer import Tokenizer
 from llavamed_jax.errors import UsageError, UserError
 from llavamed_jax.models import llava
 from llavamed_jax.models.attention import backend_of
-from llavamed_jax.parallel.mesh import make_mesh
+from llavamed_jax.parallel.mesh import auto_sizes, device_memory, make_mesh
 from llavamed_jax.templates import get_template
 from llavamed_jax.training import optimizer as optimizers
 from llavamed_jax.training import state as states
@@ -99,15 +98,25 @@ class Program:
 
     @classmethod
     def build(cls, cfg: ConfigDict, checkpoint: Checkpoint, mesh: Mesh, total_steps: int) -> "Program":
-        llava.check_heads(checkpoint.config, mesh)
-        dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-        abstract = llava.abstract_params(checkpoint.config, scan=True)
-        trainable, rows = _settled(cfg, checkpoint)
+        return cls.of(cfg, checkpoint.config, mesh, total_steps, *_settled(cfg, checkpoint))
+
+    @classmethod
+    def of(cls, cfg: ConfigDict, config: LlavaConfig, mesh: Mesh, total_steps: int, trainable: states.Trainable,
+           rows: tuple[int, ...] = ()) -> "Program":
+        """The program of a model's shapes alone, on devices that need not be here.
+
+        Args:
+          trainable: the recipe's, without tokens that the model does not have.
+          rows: of those tokens.
+        """
+        llava.check_heads(config, mesh)
+        platform = mesh.devices.flat[0].platform
+        abstract = llava.abstract_params(config, scan=True)
         names = list(states.partition(abstract, trainable)[0])
         optimizer, schedule = optimizers.build(cfg.optimizer, total_steps, names, [states.TABLE] if rows else [])
         shardings = states.state_shardings(abstract, trainable, optimizer, mesh)
-        backend = backend_of(cfg.attention, mesh.devices.flat[0].platform)
-        model = llava.Llava(checkpoint.config, dtype, scan=True, remat=cfg.remat, attention=backend)
+        dtype = jnp.float32 if platform == "cpu" else jnp.bfloat16
+        model = llava.Llava(config, dtype, scan=True, remat=cfg.remat, attention=backend_of(cfg.attention, platform))
         return cls(model, mesh, optimizer, schedule, shardings, trainable, rows)
 
     def initial_state(self, checkpoint: Checkpoint) -> TrainState:
@@ -118,19 +127,28 @@ class Program:
         loss_fn = llava_loss(self.model)
         return states.only_rows(loss_fn, self.rows) if self.rows else loss_fn
 
-    def state_bytes(self) -> int:
-        """Bytes of parameters and optimizer on each device."""
+    def abstract_state(self) -> TrainState:
+        """The state as shapes, each with its place on the devices."""
         trained, frozen = states.partition(llava.abstract_params(self.model.cfg, scan=True), self.trainable)
         frozen = {name: jax.ShapeDtypeStruct(x.shape, self.model.dtype) for name, x in frozen.items()}
-        arrays = trained, frozen, jax.eval_shape(self.optimizer.init, trained)
-        shardings = self.shardings.trainable, self.shardings.frozen, self.shardings.opt_state
-        sizes = jax.tree.map(lambda x, s: math.prod(s.shard_shape(x.shape)) * x.dtype.itemsize, arrays, shardings)
-        return jax.tree.reduce(operator.add, sizes)
+        number = jax.ShapeDtypeStruct((), jnp.int32)
+        state = TrainState(number, number, trained, frozen, jax.eval_shape(self.optimizer.init, trained))
+        return jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), state, self.shardings)
+
+    def state_bytes(self) -> int:
+        """Bytes of parameters and optimizer on each device."""
+        state = self.abstract_state()
+        return bytes_a_device((state.trainable, state.frozen, state.opt_state))
 
     def trained_names(self) -> list[str]:
         """Names on disk, one a layer, of what is trained."""
         abstract, _ = states.partition(llava.abstract_params(self.model.cfg, scan=True), self.trainable)
         return list(to_disk(jax.eval_shape(lambda: {n: jnp.zeros(x.shape) for n, x in abstract.items()})))
+
+
+def bytes_a_device(arrays: Any) -> int:
+    """Bytes that a tree of shapes with shardings takes on each device."""
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(arrays))
 
 
 def _settled(cfg: ConfigDict, checkpoint: Checkpoint) -> tuple[states.Trainable, tuple[int, ...]]:
@@ -173,9 +191,26 @@ def within_memory(cfg: ConfigDict, program: Program) -> Iterator[None]:
                         f"{cfg.micro_batches}) and a shorter data.row_length take less, and a larger mesh.fsdp of both") from error
 
 
-def open_mesh(cfg: ConfigDict) -> Mesh:
-    """The recipe's mesh over all devices."""
-    return make_mesh({axis: cfg.mesh[axis] for axis in ("data", "fsdp", "tp")})
+def open_mesh(cfg: ConfigDict, config: LlavaConfig, devices: Sequence[jax.Device] | None = None, memory: int | None = None) -> Mesh:
+    """The recipe's mesh; with `mesh.auto` the one that fits these devices.
+
+    Args:
+      config: the model's shapes.
+      devices: None for all that are here.
+      memory: bytes of one device that programs may use; None asks the device.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = {axis: cfg.mesh[axis] for axis in ("data", "fsdp", "tp")}
+    if cfg.mesh.auto:
+        sizes = auto_sizes(devices, _training_bytes(cfg, config), device_memory(devices) if memory is None else memory, cfg.mesh.slices)
+    return make_mesh(sizes, devices, cfg.mesh.slices)
+
+
+def _training_bytes(cfg: ConfigDict, config: LlavaConfig) -> int:
+    """Bytes of parameters, gradients and optimizer, wherever they lie."""
+    trained, frozen = ({n: math.prod(x.shape) for n, x in part.items()}
+                       for part in states.partition(llava.abstract_params(config, scan=True), cfg.trainable))
+    return sum(trained.values()) * (12 + jnp.dtype(cfg.optimizer.mu_dtype).itemsize) + 2 * sum(frozen.values())
 
 
 def to_disk(trainable: Mapping[str, Any]) -> dict[str, Any]:

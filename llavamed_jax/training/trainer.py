@@ -113,8 +113,8 @@ class Run:
     @classmethod
     def open(cls, cfg: ConfigDict, workdir: Path, total_steps: int | None, step: int | None, settled: Mapping) -> Run:
         """Reads weights and data, settles what the recipe leaves open, and puts the state on the devices."""
-        mesh = setup.open_mesh(cfg)
         checkpoint = setup.open_start(cfg)
+        mesh = setup.open_mesh(cfg, checkpoint.config)
         data = Data.open(cfg, checkpoint, row_multiple(cfg, mesh), workdir, settled)
         total_steps = total_steps or data.total_steps()
         program = setup.Program.build(cfg, checkpoint, mesh, total_steps)

@@ -1,0 +1,216 @@
+"""Flash attention for NVIDIA GPUs: Pallas kernels that go through the keys that a query sees, and no others.
+
+Whom a query sees is two numbers, the first key and itself; a causal mask within segments and window is just that. So no mask
+lies in memory, and blocks of other segments are not read. Algorithm: FlashAttention-2 (arXiv 2307.08691), with the sum over a
+group's query heads inside the kernel of the keys' gradients.
+Axis letters: B batch, T positions, N query heads, K key/value heads, G = N/K, H head width.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
+
+from llavamed_jax.parallel.mesh import spec_of
+
+# Rows and columns of a tile. A program holds one tile of what it makes and walks over narrower ones; on an Ada GPU all of it
+# must fit 99 KB of shared memory with heads of 128.
+FORWARD, BACKWARD, WALK = 128, 64, 32
+SMALLEST = 16  # that the matrix units take
+_NEVER = -1e30  # a score of a key that is not seen; finite, for a difference of two is taken
+_LOG2_E = math.log2(math.e)
+
+
+def flash_attention(q, k, v, mask, interpret: bool = False):
+    """Causal attention within segments and window; scores and softmax in float32.
+
+    Within a row the kernels go by the order of positions, not by their numbers: in a segment they must be consecutive, and a
+    segment lies in one piece. On a mesh each device has its own rows and heads.
+
+    Args:
+      q: [B,T,N,H]; H a power of two of at least 16 on a GPU.
+      k, v: [B,K,T,H]
+      mask: `attention.AttentionMask` of queries and keys that are the same positions.
+      interpret: runs the kernels' programs on a platform that is no GPU.
+    Returns:
+      [B,T,N,H]. Under rematerialisation the name `context` keeps it, with what the backward kernels need of the forward one.
+    """
+    T = q.shape[1]
+    extra = -T % min(FORWARD, max(SMALLEST, 1 << (T - 1).bit_length()))
+    segments = jnp.zeros(q.shape[:2], jnp.int32) if mask.q_segments is None else mask.q_segments
+    # What is padded comes last, as a segment that nobody else is in.
+    segments = jnp.pad(segments, ((0, 0), (0, extra)), constant_values=-1)
+    q = jnp.pad(q, ((0, 0), (0, extra), (0, 0), (0, 0)))
+    k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, extra), (0, 0))) for x in (k, v))
+    work = functools.partial(_on_one_device, window=mask.window, interpret=interpret)
+    if not jax.sharding.get_abstract_mesh().empty:
+        queries, keys = spec_of(("act_batch", None, "act_heads", None)), spec_of(("act_batch", "act_heads", None, None))
+        # Rows and heads have nothing to do with each other, so no device needs to know of another.
+        work = jax.shard_map(work, in_specs=(queries, keys, keys, spec_of(("act_batch", None))), out_specs=queries, check_vma=False)
+    return work(q, k, v, segments)[:, :T]
+
+
+def _on_one_device(q, k, v, segments, *, window, interpret):
+    first, last = seen(segments, window)
+    return _attention(interpret, q, k, v, first, last)
+
+
+def seen(segments, window: int | None):
+    """int32 [B,T] -> the first key that each query sees, and the last query that sees each key, int32 [B,T] both."""
+    B, T = segments.shape
+    at = jnp.arange(T, dtype=jnp.int32)
+    begins = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+    ends = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (0, 1)), constant_values=True)
+    first = jax.lax.cummax(jnp.where(begins, at, 0), axis=1)
+    last = jax.lax.cummin(jnp.where(ends, at, T - 1), axis=1, reverse=True)
+    if window is not None:
+        first, last = jnp.maximum(first, at - (window - 1)), jnp.minimum(last, at + (window - 1))
+    return first, last
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(interpret, q, k, v, first, last):
+    return _forward(interpret, q, k, v, first)[0]
+
+
+def _with_residuals(interpret, q, k, v, first, last):
+    out, log_sum = (checkpoint_name(x, "context") for x in _forward(interpret, q, k, v, first))
+    return out, (q, k, v, first, last, out, log_sum)
+
+
+def _gradients(interpret, kept, by_out):
+    q, k, v, first, last, out, log_sum = kept
+    # The softmax's own part of the gradient, the same for all keys of a query.
+    delta = jnp.einsum("BTNH,BTNH->BNT", out, by_out, preferred_element_type=jnp.float32)
+    by_q = _backward_queries(interpret, q, k, v, first, by_out, log_sum, delta)
+    by_k, by_v = _backward_keys(interpret, q, k, v, first, last, by_out, log_sum, delta)
+    return by_q, by_k, by_v, None, None
+
+
+_attention.defvjp(_with_residuals, _gradients)
+
+
+def _forward(interpret, q, k, v, first):
+    """[B,T,N,H], and the softmax's normalizer as a power of two, float32 [B,N,T]."""
+    B, T, N, H = q.shape
+    G, block, walk = N // k.shape[1], *_tiles(T, FORWARD, BACKWARD)
+
+    def kernel(q_ref, k_ref, v_ref, first_ref, out_ref, sum_ref):
+        i = pl.program_id(0)
+        q, begin = q_ref[...], first_ref[...]
+        rows = i * block + jnp.arange(block)
+
+        def step(j, carry):
+            out, top, total = carry
+            here = pl.ds(j * walk, walk)
+            scores, is_seen = _scores(q, k_ref[here, :], rows, j * walk + jnp.arange(walk), begin)
+            new_top = jnp.maximum(top, jnp.max(jnp.where(is_seen, scores, _NEVER), axis=1))
+            weights = jnp.where(is_seen, jnp.exp2(scores - new_top[:, None]), 0.0)
+            shrink = jnp.exp2(top - new_top)
+            out = out * shrink[:, None] + _dot(weights.astype(v_ref.dtype), v_ref[here, :])
+            return out, new_top, total * shrink + jnp.sum(weights, axis=1)
+
+        start = jnp.zeros((block, H), jnp.float32), jnp.full(block, _NEVER, jnp.float32), jnp.zeros(block, jnp.float32)
+        out, top, total = jax.lax.fori_loop(jnp.min(begin) // walk, ((i + 1) * block + walk - 1) // walk, step, start)
+        out_ref[...] = (out / total[:, None]).astype(out_ref.dtype)
+        sum_ref[...] = top + jnp.log2(total)
+
+    queries = pl.BlockSpec((None, block, None, H), lambda i, b, n: (b, i, n, 0))
+    keys = pl.BlockSpec((None, None, T, H), lambda i, b, n: (b, n // G, 0, 0))
+    return pl.pallas_call(
+        kernel, grid=(T // block, B, N), interpret=interpret, name="flash_forward",
+        in_specs=[queries, keys, keys, pl.BlockSpec((None, block), lambda i, b, n: (b, i))],
+        out_specs=[queries, pl.BlockSpec((None, None, block), lambda i, b, n: (b, n, i))],
+        out_shape=[jax.ShapeDtypeStruct(q.shape, v.dtype), jax.ShapeDtypeStruct((B, N, T), jnp.float32)],
+        compiler_params=triton.CompilerParams(num_warps=8, num_stages=2))(q, k, v, first)
+
+
+def _backward_queries(interpret, q, k, v, first, by_out, log_sum, delta):
+    """The gradient by q, [B,T,N,H]: a program a tile of queries walks over the keys that they see."""
+    B, T, N, H = q.shape
+    G, block, walk = N // k.shape[1], *_tiles(T, BACKWARD, WALK)
+
+    def kernel(q_ref, k_ref, v_ref, first_ref, by_out_ref, sum_ref, delta_ref, by_q_ref):
+        i = pl.program_id(0)
+        q, by_out, begin, log_sum, delta = (ref[...] for ref in (q_ref, by_out_ref, first_ref, sum_ref, delta_ref))
+        rows = i * block + jnp.arange(block)
+
+        def step(j, by_q):
+            here = pl.ds(j * walk, walk)
+            k = k_ref[here, :]
+            scores, is_seen = _scores(q, k, rows, j * walk + jnp.arange(walk), begin)
+            weights = jnp.where(is_seen, jnp.exp2(scores - log_sum[:, None]), 0.0)
+            by_scores = weights * (_dot(by_out, v_ref[here, :].T) - delta[:, None])
+            return by_q + _dot(by_scores.astype(k.dtype), k)
+
+        by_q = jax.lax.fori_loop(jnp.min(begin) // walk, ((i + 1) * block + walk - 1) // walk, step, jnp.zeros((block, H), jnp.float32))
+        by_q_ref[...] = (by_q * H**-0.5).astype(by_q_ref.dtype)
+
+    queries = pl.BlockSpec((None, block, None, H), lambda i, b, n: (b, i, n, 0))
+    keys = pl.BlockSpec((None, None, T, H), lambda i, b, n: (b, n // G, 0, 0))
+    numbers = pl.BlockSpec((None, None, block), lambda i, b, n: (b, n, i))
+    return pl.pallas_call(
+        kernel, grid=(T // block, B, N), interpret=interpret, name="flash_backward_queries",
+        in_specs=[queries, keys, keys, pl.BlockSpec((None, block), lambda i, b, n: (b, i)), queries, numbers, numbers],
+        out_specs=queries, out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
+        compiler_params=triton.CompilerParams(num_warps=4, num_stages=2))(q, k, v, first, by_out, log_sum, delta)
+
+
+def _backward_keys(interpret, q, k, v, first, last, by_out, log_sum, delta):
+    """The gradients by k and v, [B,K,T,H]: a program a tile of keys walks over the queries of all heads that see them."""
+    B, T, N, H = q.shape
+    K, (block, walk) = k.shape[1], _tiles(T, BACKWARD, WALK)
+    G = N // K
+
+    def kernel(q_ref, k_ref, v_ref, first_ref, last_ref, by_out_ref, sum_ref, delta_ref, by_k_ref, by_v_ref):
+        j = pl.program_id(0)
+        k, v = k_ref[...], v_ref[...]
+        columns = j * block + jnp.arange(block)
+        begin, end = (j * block) // walk, jnp.max(last_ref[...]) // walk + 1
+
+        def step(t, carry):
+            by_k, by_v = carry
+            g, i = t // (end - begin), begin + t % (end - begin)
+            here = pl.ds(i * walk, walk)
+            q, by_out = q_ref[here, g, :], by_out_ref[here, g, :]
+            scores, is_seen = _scores(q, k, i * walk + jnp.arange(walk), columns, first_ref[here])
+            weights = jnp.where(is_seen, jnp.exp2(scores - sum_ref[g, here][:, None]), 0.0)
+            by_v += _dot(weights.T.astype(by_out.dtype), by_out)
+            by_scores = weights * (_dot(by_out, v.T) - delta_ref[g, here][:, None])
+            return by_k + _dot(by_scores.T.astype(q.dtype), q), by_v
+
+        zeros = jnp.zeros((block, H), jnp.float32)
+        by_k, by_v = jax.lax.fori_loop(0, G * (end - begin), step, (zeros, zeros))
+        by_k_ref[...] = (by_k * H**-0.5).astype(by_k_ref.dtype)
+        by_v_ref[...] = by_v.astype(by_v_ref.dtype)
+
+    keys = pl.BlockSpec((None, None, block, H), lambda j, b, n: (b, n, j, 0))
+    queries = pl.BlockSpec((None, T, G, H), lambda j, b, n: (b, 0, n, 0))
+    numbers = pl.BlockSpec((None, G, T), lambda j, b, n: (b, n, 0))
+    return pl.pallas_call(
+        kernel, grid=(T // block, B, K), interpret=interpret, name="flash_backward_keys",
+        in_specs=[queries, keys, keys, pl.BlockSpec((None, T), lambda j, b, n: (b, 0)),
+                  pl.BlockSpec((None, block), lambda j, b, n: (b, j)), queries, numbers, numbers],
+        out_specs=[keys, keys], out_shape=[jax.ShapeDtypeStruct(k.shape, k.dtype), jax.ShapeDtypeStruct(v.shape, v.dtype)],
+        compiler_params=triton.CompilerParams(num_warps=4, num_stages=2))(q, k, v, first, last, by_out, log_sum, delta)
+
+
+def _tiles(T: int, block: int, walk: int) -> tuple[int, int]:
+    """Both at most the padded T."""
+    return min(block, T), min(walk, T)
+
+
+def _scores(q, k, rows, columns, begin):
+    """Scores of a tile as powers of two, float32 [rows,columns], and which of them are seen."""
+    scores = _dot(q, k.T) * (q.shape[-1] ** -0.5 * _LOG2_E)
+    return scores, (columns[None, :] >= begin[:, None]) & (columns[None, :] <= rows[:, None])
+
+
+def _dot(a, b):
+    return jnp.dot(a, b, preferred_element_type=jnp.float32)

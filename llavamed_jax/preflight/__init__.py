@@ -1,0 +1,1 @@
+"""Machines that are not here: the programs that would run there, compiled, and what they would need."""

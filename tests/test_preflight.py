@@ -1,0 +1,295 @@
+"""Programs compiled for machines that are not here: what a small one sends and holds, ways out, the command line's answers."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import pytest
+from training_runs import write_start
+
+from llavamed_jax.cli import common
+from llavamed_jax.cli.train import main
+from llavamed_jax.config import DecoderConfig, LlavaConfig, VisionConfig
+from llavamed_jax.errors import UsageError
+from llavamed_jax.models.llava import abstract_params
+from llavamed_jax.parallel.mesh import auto_sizes, make_mesh
+from llavamed_jax.preflight import collectives, programs, report, search
+from llavamed_jax.preflight.compile import compiled
+from llavamed_jax.preflight.topologies import KINDS, Topology
+from llavamed_jax.training.metrics import PEAK_FLOPS
+
+ROOT = Path(__file__).resolve().parent.parent
+FINETUNE = f"{ROOT}/configs/finetune.py"
+CFG = LlavaConfig(VisionConfig(16, 32, 3, 2, 16, 8),
+                  DecoderConfig(256, 64, 96, 3, 4, 2, 16, 1e-5, 1e4, 256, architecture="mistral"), max_length=64)
+SMALL = ["data.packing=true", "data.row_length=128", "data.mean_length=40", "batch_size=48", "micro_batches=2", "remat=full"]
+
+
+def training(config=CFG, *changes):
+    machine = Topology.parse("cpu-8")
+    cfg = common.load_config(f"{FINETUNE}:small", [*SMALL, *changes])
+    return programs.Training.of(cfg, config, machine.devices(), machine.memory)
+
+
+# ---- what a program sends and holds
+
+@pytest.fixture(scope="module")
+def small():
+    """An update over eight devices, and what compiling it found."""
+    update = training()
+    return update, compiled(update.lower(), Topology.parse("cpu-8"))
+
+
+def test_a_small_update_sends_what_its_sharding_needs(small):
+    """Each layer's weights twice a micro-batch, and its gradients once. XLA for CPUs sums whole gradients where those for GPUs
+    and TPUs sum into parts, so a sum counts half here."""
+    update, found = small
+    sent = collectives.totals(collectives.read(found.text))
+    trained = update.program.abstract_state().trainable
+    layers = sum(x.size for name, x in trained.items() if name.startswith("decoder/layers/") and x.ndim == 3)
+    whole = {op: each["bytes"] / (7 / 8) / 4 for op, each in sent.items()}  # float32 numbers
+    assert 2 * 2 * layers <= whole["all-gather"]
+    assert sum(each["bytes"] for each in sent.values()) - sent["all-reduce"]["bytes"] / 2 <= 1.15 * update.least_traffic()
+    assert 2 * layers <= whole["all-reduce"] / 2 + whole["reduce-scatter"]
+
+
+def test_no_weight_is_whole_on_a_device_longer_than_a_layer_takes(small):
+    update, found = small
+    state = update.program.abstract_state()
+    for name, x in {**state.trainable, **state.frozen}.items():
+        if x.ndim > 1 + ("/layers/" in name):
+            assert x.sharding.shard_shape(x.shape) != x.shape, name
+    a_layer = sum(x.size // CFG.decoder.num_layers for name, x in state.trainable.items() if name.startswith("decoder/layers/"))
+    table = 4 * CFG.decoder.vocab_size * CFG.decoder.hidden_size
+    gathered = [each.array for each in collectives.read(found.text) if each.op == "all-gather"]
+    assert max(gathered) == table
+    assert max(each.array for each in collectives.read(found.text)) <= 4 * a_layer
+
+
+def test_a_program_does_not_grow_with_depth():
+    deep = CFG.replace(decoder=dataclasses.replace(CFG.decoder, num_layers=12))
+    shallow, deep = (len(training(config).lower().as_text()) for config in (CFG, deep))
+    assert deep <= 1.01 * shallow
+
+
+def test_bytes_of_a_device_add_up(small):
+    update, found = small
+    held = update.bytes()
+    trained = sum(x.size for name, x in abstract_flat().items() if not name.startswith("vision_tower"))
+    norms = sum(x.size for name, x in abstract_flat().items() if not name.startswith("vision_tower") and is_whole(name))
+    assert held["gradients"] == 4 * ((trained - norms) // 8 + norms)
+    assert held["optimizer"] - 2 * held["gradients"] < 100  # and its counters
+    batch = sum(x.size * x.dtype.itemsize // 8 for x in jax.tree.leaves(update.batch()))
+    assert abs(found.arguments - held["parameters"] - held["optimizer"] - batch) < 100
+    assert found.arguments + found.temporaries <= found.peak
+
+
+def abstract_flat():
+    return {"/".join(str(p.key) for p in path): x for path, x in jax.tree_util.tree_leaves_with_path(abstract_params(CFG, scan=True))}
+
+
+def is_whole(name):
+    return name.endswith(("scale", "bias"))
+
+
+def test_model_flops_of_a_full_size_update():
+    """6 N and causal attention within samples, of LLaVA-Med v1.5: 43.9 GFLOPs a token."""
+    config, _ = programs.shapes_of("preset:v15-7b")
+    cfg = common.load_config(f"{FINETUNE}:v15,7b")
+    machine = Topology.parse("cpu-8")
+    update = programs.Training.of(cfg, config, machine.devices(), machine.memory)
+    assert update.flops() / update.tokens == pytest.approx(43.85e9, rel=1e-3)
+    assert (update.update.rows, update.update.row_length, update.image_slots) == (16, 8192, 8)
+    assert update.bytes()["parameters"] == pytest.approx(30.2e9 / 8, rel=0.01)  # float32 on a CPU, the frozen tower too
+
+
+HLO = """
+HloModule jit_step, num_partitions=8
+
+%cond (p: (s32[], f32[8])) -> pred[] {
+  %n = s32[] constant(32)
+  ROOT %lt = pred[] compare(%i, %n), direction=LT
+}
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  ROOT %s = f32[] add(%a, %b)
+}
+
+%all-reduce-scatter.1 (p: bf16[16,4]) -> bf16[2,4] {
+  %all-reduce.9 = bf16[16,4]{1,0} all-reduce(%p), channel_id=4, replica_groups=mesh['x'=2,'y'=8] {'y'}, to_apply=%add
+  ROOT %slice = bf16[2,4]{1,0} dynamic-slice(%all-reduce.9, %o, %z), dynamic_slice_sizes={2,4}
+}
+
+%body (p: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %all-gather-start.1 = (bf16[16,4]{1,0}, bf16[64,4]{1,0}) all-gather-start(%w), channel_id=1, replica_groups=[2,4]<=[8], dimensions={0}
+  %all-gather-done.1 = bf16[64,4]{1,0} all-gather-done(%all-gather-start.1)
+  %a = bf16[8,4]{1,0} all-gather(%v), channel_id=7, replica_groups={{0,1},{2,3}}, frontend_attributes={chain_id="3"}
+  %b = bf16[8,4]{1,0} all-gather(%v), channel_id=7, replica_groups={{0,1},{2,3}}, frontend_attributes={chain_id="3"}
+  %f = bf16[2,4]{1,0} fusion(%g), kind=kCustom, calls=%all-reduce-scatter.1
+  ROOT %t = (s32[], f32[8]) tuple(%i, %x)
+}
+
+ENTRY %main (p0: f32[8]) -> f32[8] {
+  %w = (s32[], f32[8]) while(%t0), condition=%cond, body=%body
+  %r = f32[4,4]{1,0} reduce-scatter(%q), replica_groups={{0,1,2,3}}, dimensions={0}, to_apply=%add
+  %alone = f32[8]{0} all-reduce(%q), replica_groups={{0},{1}}, to_apply=%add
+  ROOT %sum = (f32[8]{0}, f32[2]{0}) all-reduce(%q, %u), replica_groups={{0,1,2,3,4,5,6,7}}, to_apply=%add
+}
+"""
+
+
+def test_collectives_are_read_as_each_compiler_writes_them():
+    """In loops by their rounds, starts by what they make, chains once, fused scatters as scatters, groups of one not at all."""
+    found = {(each.op, each.bytes, each.count, each.array) for each in collectives.read(HLO)}
+    assert found == {("all-gather", 512 * 3 / 4, 32, 512), ("all-gather", 32.0, 32, 64), ("reduce-scatter", 128 * 7 / 8, 32, 128),
+                     ("reduce-scatter", 256 * 3 / 4, 1, 256), ("all-reduce", 2 * 40 * 7 / 8, 1, 40)}
+    assert collectives.totals(collectives.read(HLO))["all-gather"] == dict(count=64, bytes=32 * (384 + 32))
+
+
+# ---- machines
+
+@pytest.mark.parametrize("name, devices, grid", [
+    ("v5e-1", 1, (1, 1)), ("v5e-8", 8, (2, 4)), ("v5e-64", 64, (8, 8)), ("v6e-256", 256, (16, 16)), ("v5p-8", 4, (2, 2, 1)),
+    ("v5p-32", 16, (2, 2, 4)), ("v4-128", 64, (4, 4, 4)), ("v5p-512", 256, (4, 8, 8)), ("h100-16", 16, None), ("a100-40g-8", 8, None),
+    ("cpu-3", 3, None)])
+def test_names_are_the_vendors(name, devices, grid):
+    machine = Topology.parse(name)
+    assert (machine.num_devices, machine.name) == (devices, name)
+    assert grid is None or machine.grid() == grid
+
+
+@pytest.mark.parametrize("name, sentence", [
+    ("h100", "is unknown; KIND-COUNT .* a100-40g, .* was expected"), ("a100-8", "is unknown"), ("v5e-0", "count '0'"),
+    ("v5e-x", "count 'x'"), ("v5e-2", "does not exist; v5e has slices of 1, 4, 8, 16, 32, 64, 128, 256 chips"),
+    ("v5p-6", "TensorCores, two a chip"), ("v6e-512", "does not exist"), ("h100-12", "12 GPUs; up to 8, or a multiple")])
+def test_names_that_are_none_are_one_sentence(name, sentence):
+    with pytest.raises(UsageError, match=sentence):
+        Topology.parse(name)
+
+
+def test_a_gpu_has_no_slices():
+    with pytest.raises(UsageError, match="'mesh.slices' is 2"):
+        Topology.parse("h100-8", slices=2)
+
+
+def test_every_gpu_has_a_peak():
+    assert {kind.name for kind in KINDS.values() if hasattr(kind, "capability")} <= set(PEAK_FLOPS)
+
+
+def test_larger_machines():
+    larger = [Topology.parse(name).larger().name for name in ("v5e-1", "v5p-2", "h100-1", "a100-40g-8")]
+    assert larger == ["v5e-4", "v5p-8", "h100-2", "a100-40g-16"]
+    assert Topology.parse("v5e-256").larger() is None
+
+
+@pytest.mark.parametrize("needed, memory, sizes", [(10, 30, (8, 1)), (100, 30, (1, 8)), (10_000, 30, (1, 8))])
+def test_auto_takes_the_smallest_group_that_holds_the_state(needed, memory, sizes):
+    assert tuple(auto_sizes(jax.devices(), needed, memory).values()) == sizes
+
+
+def test_slices_that_are_not_there_are_one_sentence():
+    with pytest.raises(UsageError, match="'mesh.slices' is 2, and the devices make 1 slices"):
+        make_mesh("data=-1", slices=2)
+
+
+# ---- ways out
+
+GIB = 2**30
+
+
+def row(peak, memory=40, topology="h100-1", rows=16, **changes):
+    held = dict(parameters=10 * GIB, optimizer=20 * GIB, gradients=10 * GIB, activations=0, peak=peak * GIB)
+    return dict(topology=topology, bytes=held, memory_bytes=memory * GIB, fits=peak <= memory, rows=rows, row_length=8192, micro_batches=2,
+                mesh=dict(data=1, fsdp=1, tp=1), warnings=[], **changes)
+
+
+class Machine:
+    """In place of the compiler: an update takes `fixed` and `activations` GiB over micro-batches and devices."""
+
+    def __init__(self, fixed, activations):
+        self.fixed, self.activations, self.tried = fixed, activations, []
+
+    def __call__(self, job):
+        config, devices = job["config"], int(job["topology"].rpartition("-")[2])
+        self.tried.append((job["topology"], config["micro_batches"], config["optimizer"]["mu_dtype"]))
+        share = self.activations / config["micro_batches"] * config["data"]["row_length"] / 8192
+        fixed = self.fixed - 5 * (config["optimizer"]["mu_dtype"] == "bfloat16")
+        return row((fixed + share) / devices, topology=job["topology"])
+
+
+def job(**changes):
+    config = dict(micro_batches=2, batch_size=128, remat="full", optimizer=dict(mu_dtype="float32"))
+    return dict(topology="h100-1", slices=1, config={**config, "data": dict(packing=True, row_length=8192), **changes})
+
+
+@pytest.mark.parametrize("fixed, activations, changes, larger", [
+    (35, 32, {"micro_batches": 8}, "h100-2"),  # 35 + 32 / 8 is within 40, 35 + 32 / 4 is not
+    (35, 100, {"micro_batches": 16, "data.row_length": 2048}, "h100-4"),
+    (44, 8, {"micro_batches": 16, "optimizer.mu_dtype": "bfloat16"}, "h100-2"),
+    (60, 8, None, "h100-2"), (500, 8, None, None)])
+def test_ways_out_are_the_mildest_that_fit(fixed, activations, changes, larger):
+    machine = Machine(fixed, activations)
+    ways = search.what_fits(job(), machine(job()), machine)
+    assert [way["changes"] for way in ways if way["topology"] == "h100-1"] == ([changes] if changes else [])
+    assert [way["topology"] for way in ways if way["topology"] != "h100-1"] == ([larger] if larger else [])
+
+
+def test_what_never_fits_is_not_compiled():
+    machine = Machine(1000, 8)
+    big = row(1008)
+    big["bytes"].update(parameters=300 * GIB, optimizer=600 * GIB)
+    assert search.what_fits(job(), big, machine) == [] and machine.tried == []
+
+
+# ---- the command
+
+def test_status_and_table(capsys, tmp_path):
+    found = {"h100-1": row(30), "h100-2": row(50, topology="h100-2")}
+    more = dict(model="preset:x", attention="flash", model_flops_per_step=4e15, tokens_per_step=100_000, traffic_bytes=0,
+                least_traffic_bytes=0, compile_seconds=1.0, fitting_batch_size=None)
+    compile_ = lambda asked: {**found[asked["topology"]], **more} if asked["topology"] in found else {**row(90), **more}
+    jobs = [{**job(), "topology": name} for name in found]
+    assert report.check(jobs, compile_, str(tmp_path / "out.json")) == 0
+    out = capsys.readouterr().out
+    assert "h100-1    fits" in out and "h100-2    too small" in out and "40.0" in out
+    assert [each["topology"] for each in json.loads((tmp_path / "out.json").read_text())] == ["h100-1", "h100-2"]
+    assert report.check(jobs[1:], compile_) == 1
+    found["h100-1"]["warnings"] = ["Involuntary full rematerialization of %x"]
+    assert report.check(jobs[:1], compile_) == 1
+    assert "replicates" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags, sentence", [
+    (["--preflight", "h100"], "KIND-COUNT"), (["--preflight", ""], "names no topology"), ([], "required: --workdir"),
+    (["--preflight", "cpu-1", "--config.remat=some"], "'remat'")])
+def test_wrong_flags_exit_2_in_a_sentence(capsys, flags, sentence):
+    assert main(["--config", f"{FINETUNE}:small", *flags]) == 2
+    assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name, package", [("v5e-8", "libtpu"), ("h100-1", "the CUDA plugin")])
+def test_missing_packages_are_one_sentence_with_the_pip_line(capsys, monkeypatch, name, package):
+    monkeypatch.setattr("llavamed_jax.preflight.topologies._is_installed", lambda name: False)
+    assert main(["--config", FINETUNE, "--preflight", name]) == 1
+    error = capsys.readouterr().err
+    assert package in error and 'pip install "llavamed-jax[preflight]"' in error and error.count("\n") == 1
+
+
+def test_a_start_that_is_not_here_is_taken_by_the_recipes_name():
+    config, where = programs.shapes_of("runs/none", "finetune v1-13b")
+    assert config.decoder.num_layers == 40 and "runs/none is not here" in where
+    with pytest.raises(UsageError, match="'init' is 'runs/none'"):
+        programs.shapes_of("runs/none", "my own")
+
+
+def test_the_command_compiles_a_run_on_virtual_cpus(capfd, tmp_path):
+    """In a process of its own, from a checkpoint's config."""
+    start = write_start(tmp_path / "start")
+    keys = [f"--config.init={start}", "--config.batch_size=2", "--config.max_length=64"]
+    assert main(["--config", f"{FINETUNE}:small", "--preflight", "cpu-2", "--preflight_json", str(tmp_path / "out.json"), *keys]) == 0
+    (found,) = json.loads((tmp_path / "out.json").read_text())
+    assert (found["topology"], found["devices"], found["device_kind"], found["fits"]) == ("cpu-2", 2, "cpu", True)
+    assert set(found["bytes"]) == {"parameters", "optimizer", "gradients", "activations", "arguments", "temporaries", "peak"}
+    assert found["collectives"]["all-gather"]["count"] > 0 and found["tokens_per_step"] == 128 and found["mesh"]["fsdp"] == 2
+    assert "cpu-2     fits" in capfd.readouterr().out
