@@ -366,7 +366,8 @@ def test_beams_of_which_one_cannot_be_answered(capsys):
             return [self.processor.encode(text) for text in found]
 
     questions, failed = [("what", "a.jpg"), ("why", "a.jpg"), ("when", "b.jpg")], {}
-    found = dict(asking.Asking(Searching(), questions, failed).beams(range(3), vqa.Generation(num_beams=2, batch_size=3)))
+    model = Searching()
+    found = dict(local.LocalModel(model, "m").answers(questions, range(3), Generation(num_beams=2, batch_size=3), failed))
     assert {i: answer.text for i, answer in found.items()} == {0: "what @ a", 2: "when @ b"} and list(failed) == [1]
 
 

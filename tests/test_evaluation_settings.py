@@ -107,7 +107,7 @@ def test_the_difference_is_predictions_minus_control(finished):
 def test_what_is_only_computed_of_the_answers_asks_nothing_anew(tmp_path):
     """Answers of a start that was stopped are taken over by one with other comparisons, and not by one with another seed."""
     key = lambda name, **changes: evaluation(tmp_path / name, **changes)._key({"checkpoint": "runs/x"}, {})
-    assert key("a") == key("b", **{"published": "from_llava", "data.train": SAMPLE, "data.train_images": "x"}) != key("c", seed=1)
+    assert key("a") == key("b", **{"published": "from_llava", "data.trained_on": SAMPLE, "data.trained_on_images": "x"}) != key("c", seed=1)
 
 
 def test_settings_of_the_config_reach_the_model(finished):
