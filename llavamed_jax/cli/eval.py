@@ -2,12 +2,13 @@
 
 import argparse
 import contextlib
+import os
 import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from llavamed_jax.cli import common
+from llavamed_jax.cli import common, processes
 from llavamed_jax.errors import UsageError, UserError
 
 _EXAMPLES = """\
@@ -26,24 +27,27 @@ def _parser() -> common.Parser:
     source.add_argument("--checkpoint", metavar="PATH", help="a checkpoint in any layout, or a run's workdir")
     source.add_argument("--predictions", metavar="FILE", help="predictions.jsonl that exists; no model is loaded")
     parser.add_argument("--control", choices=["image"], help="ask again with the images exchanged")
+    processes.add_flags(parser)
     common.add_model_flags(parser)
     return parser
 
 
 # What is refused beside --predictions, where no model is loaded.
 _MODEL_FLAGS = ("control", "vision_tower", "tokenizer", "template", "dtype", "mesh")
+_PROCESS_FLAGS = ("coordinator", "num_processes", "process_id")
 
 
 def program(argv: Sequence[str]) -> int:
     """Runs one evaluation; returns the exit status."""
     args, overrides = _parser().parse_with_overrides(argv)
     if args.predictions is not None:
-        given = [name for name in _MODEL_FLAGS if getattr(args, name)]
+        given = [name for name in (*_MODEL_FLAGS, *_PROCESS_FLAGS) if getattr(args, name)]
         if given:
             raise UsageError(f"--{given[0]} needs a model; it cannot stand beside --predictions")
     cfg = common.load_config(args.config, overrides)
     if args.checkpoint is not None:
         common.check_model_flags(args)
+        processes.join(processes.asked(args))
     from llavamed_jax.evaluation import run  # after the flags are known to be right: it takes a second
 
     is_new = not Path(args.workdir).exists()
@@ -66,8 +70,15 @@ def program(argv: Sequence[str]) -> int:
 
 def _ask(evaluation, args: argparse.Namespace) -> dict | None:
     """The metrics; None where SIGTERM or SIGINT stopped it. What was answered before is kept."""
-    stops = (signal.SIGTERM, signal.SIGINT)
-    earlier = {number: signal.signal(number, signal.default_int_handler) for number in stops}
+    from llavamed_jax.parallel import distributed
+
+    def interrupt(*_):
+        for number in earlier:  # what reaches several processes may reach this one twice
+            signal.signal(number, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    earlier = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGINT)}
+    distributed.when_stopped(lambda: os.kill(os.getpid(), signal.SIGTERM))
     try:
         model = common.load_assistant(args)
         flags = {name: getattr(args, name) for name in _MODEL_FLAGS if name != "control"}
@@ -78,8 +89,10 @@ def _ask(evaluation, args: argparse.Namespace) -> dict | None:
         kept = evaluation.n_kept
         raise type(error)(f"{error}; {kept} answers are kept in {args.workdir}" if kept else str(error)) from error
     finally:
-        for number, handler in earlier.items():
-            signal.signal(number, handler)
+        distributed.when_stopped(None)
+        if not processes.is_joined():  # where it is, another signal may be on its way
+            for number, handler in earlier.items():
+                signal.signal(number, handler)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -20,6 +20,7 @@ from llavamed_jax.data import datasets
 from llavamed_jax.errors import UsageError, UserError
 from llavamed_jax.evaluation import controls, report, scoring, vqa
 from llavamed_jax.evaluation.partial import Partial
+from llavamed_jax.parallel import distributed
 
 if TYPE_CHECKING:
     from llavamed_jax.assistant import LlavaMed
@@ -88,7 +89,8 @@ class Evaluation:
         if self.cfg.organ_question:
             partial = self._partial("organ.jsonl", key)
             extra["organ"] = controls.organ_accuracy(lambda pairs: self._ask(model, pairs, partial), self.samples)
-        metrics = self._finish(predictions, control, extra, {"checkpoint": checkpoint, "device": _device()})
+        run = {"checkpoint": checkpoint, "device": _device()}
+        metrics = distributed.from_first(lambda: self._finish(predictions, control, extra, run))
         for partial in self._partials:
             partial.remove()
         self._partials = []
@@ -108,7 +110,7 @@ class Evaluation:
         return datasets.describe(self.samples, data.name, data.split, variant)
 
     def _partial(self, name: str, key: Mapping) -> Partial:
-        partial = Partial(self.workdir / f"{name}.partial", key)
+        partial = Partial(self.workdir / name, key, distributed.process_index())
         self._partials.append(partial)
         return partial
 
@@ -153,7 +155,8 @@ class Evaluation:
         return metrics
 
     def _write(self, name: str, text: str) -> None:
-        vqa.write_text(self.workdir / name, text)
+        if distributed.process_index() == 0:  # the others know their share alone
+            vqa.write_text(self.workdir / name, text)
 
     def _details(self, run: Mapping[str, str], predictions: Sequence[Mapping]) -> dict[str, dict]:
         packages = ("llavamed_jax", "jax", "flax", "transformers", "numpy", "pillow", "nltk")

@@ -22,6 +22,7 @@ from llavamed_jax.checkpoints.files import read_json
 from llavamed_jax.data import datasets
 from llavamed_jax.data.datasets import VqaSample
 from llavamed_jax.errors import UsageError, UserError
+from llavamed_jax.evaluation import sharing
 from llavamed_jax.evaluation.asking import Answer, Asking, Generation
 
 if TYPE_CHECKING:  # scoring predictions that exist must not import jax
@@ -95,17 +96,18 @@ def ask(
     Pairs of one image are asked next to each other. A prompt that with its image is longer than the model takes (the
     checkpoint's `tokenizer_model_max_length`) is cut from the right, as the original does, which loses the end of the
     instruction: it is counted, and a warning says how many. Each answer goes into `partial` as it comes; what stands there
-    is not asked again. What a question draws follows from itself, so an interrupted run gives the answers of an
-    uninterrupted one.
+    is not asked again. Of several processes each asks its share, and the first gets all answers. What a question draws
+    follows from itself, so an interrupted run gives the answers of an uninterrupted one.
 
     Raises:
       UserError: after all others were answered, questions that could not be: how many, and why the first.
     """
     answers: dict[int, Answer] = {} if partial is None else dict(partial.answers)
     image_order = {image: position for position, image in reversed(list(enumerate(image for _, image in questions)))}
-    left = sorted((i for i in range(len(questions)) if i not in answers), key=lambda i: image_order[questions[i][1]])
+    mine = sharing.share([image for _, image in questions])
+    left = sorted((i for i in mine if i not in answers), key=lambda i: image_order[questions[i][1]])
     failed: dict[int, UserError] = {}
-    advance, close = _progress(len(questions), len(answers), title)
+    advance, close = _progress(len(mine), len(mine) - len(left), sharing.titled(title))
     asking = Asking(model, questions, failed)
     found = asking.beams(left, generation) if generation.num_beams > 1 else asking.each(left, generation)
     with contextlib.closing(found):
@@ -115,6 +117,7 @@ def ask(
                 partial.add(i, answer)
             advance(1)
     close()
+    answers, failed = sharing.collected(len(questions), mine, answers, failed)
     if failed:
         question, image = questions[min(failed)]
         raise UserError(f"{len(failed)} of {len(questions)} {title} could not be answered; the first, {question!r} about "
