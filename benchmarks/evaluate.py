@@ -247,7 +247,8 @@ def as_slake(pairs, questions):
 
 def measure(model, theirs: Theirs, pairs, questions, args) -> dict:
     """One load through every side."""
-    from llavamed_jax.evaluation.asking import Generation, ask
+    from llavamed_jax.evaluation.answers import Generation
+    from llavamed_jax.evaluation.asking import ask
     from llavamed_jax.evaluation.local import LocalModel
     from llavamed_jax.generation.engine import Engine
 

@@ -55,7 +55,8 @@ def load(path: str | Path, dtype=None, quantize=None, mesh: Mesh | str | None = 
         `preset:NAME` (random weights).
       dtype: of weights and computation; None is bfloat16 on GPU and TPU, float32 on a CPU. `"float32"` also sets JAX's
         matmul precision to `highest`, which GPUs and TPUs otherwise lower.
-      mesh: a Mesh with the axes data, fsdp and tp, or text such as `"data=1,tp=2"`; None: one device.
+      mesh: a Mesh with the axes data, fsdp and tp, or text such as `"data=1,tp=2"` over the
+        devices of this process; None: one device.
       vision_tower: a CLIP directory that is taken instead of the checkpoint's own tower (quirk Q1 of the original).
       tokenizer, template: instead of the checkpoint's own.
     Raises:
@@ -65,7 +66,7 @@ def load(path: str | Path, dtype=None, quantize=None, mesh: Mesh | str | None = 
         raise UserError("quantize and adapter are not supported yet; None was expected")
     checkpoint = reader.open_checkpoint(path, vision_tower)
     processor = Processor.from_checkpoint(checkpoint, tokenizer=tokenizer, template=template)
-    mesh = make_mesh(mesh) if isinstance(mesh, str) else mesh
+    mesh = make_mesh(mesh, jax.local_devices()) if isinstance(mesh, str) else mesh
     if dtype is not None and _numpy_dtype(dtype) == np.float32:
         jax.config.update("jax_default_matmul_precision", "highest")
     dtype = _numpy_dtype(dtype)

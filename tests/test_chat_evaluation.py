@@ -17,7 +17,7 @@ from llavamed_jax.cli import eval as cli
 from llavamed_jax.cli.common import load_config
 from llavamed_jax.errors import UserError
 from llavamed_jax.evaluation import chat, chat_published, chat_report
-from llavamed_jax.evaluation.asking import Answer
+from llavamed_jax.evaluation.answers import Answer
 from llavamed_jax.evaluation.files import to_jsonl, write_text
 from llavamed_jax.evaluation.judge import Verdict
 from llavamed_jax.evaluation.qa50 import ChatQuestion

@@ -22,7 +22,8 @@ from llavamed_jax.data.images import load_image
 from llavamed_jax.data.vqa_rad import read_vqa_rad
 from llavamed_jax.errors import UsageError
 from llavamed_jax.evaluation import endpoint, scoring, service
-from llavamed_jax.evaluation.asking import Generation, ask
+from llavamed_jax.evaluation.answers import Generation
+from llavamed_jax.evaluation.asking import ask
 from tests.openai_server import OpenAiServer, yes_or_no
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -22,7 +22,8 @@ from llavamed_jax.data.tokenizer import Tokenizer
 from llavamed_jax.data.vqa_rad import read_vqa_rad
 from llavamed_jax.errors import UsageError, UserError
 from llavamed_jax.evaluation import controls, files, local, partial, questions, run, scoring
-from llavamed_jax.evaluation.asking import Answer, Generation, ask, predict
+from llavamed_jax.evaluation.answers import Answer, Generation
+from llavamed_jax.evaluation.asking import ask, predict
 from llavamed_jax.evaluation.files import to_jsonl, write_text
 from llavamed_jax.evaluation.strict import is_strictly_right
 from llavamed_jax.evaluation.summary import summary

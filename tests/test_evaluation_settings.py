@@ -17,7 +17,8 @@ from llavamed_jax.data.questions import VqaSample
 from llavamed_jax.data.tokenizer import Tokenizer
 from llavamed_jax.data.vqa_rad import read_vqa_rad
 from llavamed_jax.evaluation import controls, run, scoring
-from llavamed_jax.evaluation.asking import Generation, ask
+from llavamed_jax.evaluation.answers import Generation
+from llavamed_jax.evaluation.asking import ask
 from llavamed_jax.evaluation.local import LocalModel
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -19,6 +19,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from llavamed_jax.cli import processes
 from llavamed_jax.errors import UsageError, UserError
 
 # Keys whose value may be left open, so that `none` is no name (`training.recipe.KEYS`, which would bring jax).
@@ -39,14 +40,22 @@ def run(program: Callable[[list[str]], int | None], argv: Sequence[str] | None =
     # JAX's own 75 % reads as running out of memory; JAX refuses to be given both names of the setting.
     if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:
         os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", "0.95")
+    said = None
     try:
-        return program(list(sys.argv[1:] if argv is None else argv)) or 0
+        status = program(list(sys.argv[1:] if argv is None else argv)) or 0
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, UsageError) else 1
+        status, said = 2 if isinstance(error, UsageError) else 1, str(error)
     except KeyboardInterrupt:
-        print("error: interrupted", file=sys.stderr)
-        return 1
+        status, said = 1, "interrupted"
+    except Exception as error:
+        if not processes.is_joined():
+            raise
+        processes.trace()
+        status, said = 1, f"{type(error).__name__}: {error}".splitlines()[0]
+    if said is not None:
+        processes.complain(said)
+    processes.part(status, said)
+    return status
 
 
 class Parser(argparse.ArgumentParser):

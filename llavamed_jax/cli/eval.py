@@ -2,12 +2,13 @@
 
 import argparse
 import contextlib
+import os
 import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from llavamed_jax.cli import common
+from llavamed_jax.cli import common, processes
 from llavamed_jax.errors import UsageError, UserError
 
 _EXAMPLES = f"""\
@@ -33,12 +34,14 @@ def _parser() -> common.Parser:
     parser.add_argument("--dry_run", action="store_true", help="say what would be asked and cost, and stop")
     for name, kind in _SERVER_FLAGS.items():
         parser.add_argument(f"--{name}", type=kind, help=argparse.SUPPRESS)
+    processes.add_flags(parser)
     common.add_model_flags(parser, is_listed=False)
     return parser
 
 
 # Of a model that is loaded here, and of one that is asked at an address.
 _MODEL_FLAGS = ("vision_tower", "tokenizer", "template", "dtype", "mesh")
+_PROCESS_FLAGS = ("coordinator", "num_processes", "process_id")
 _SERVER_FLAGS = {"model": str, "concurrency": int, "timeout": float}
 
 
@@ -54,6 +57,7 @@ def program(argv: Sequence[str]) -> int:
         return 0
     if args.checkpoint is not None:
         common.check_model_flags(args)
+        processes.join(processes.asked(args))
     endpoint = None if args.endpoint is None else _endpoint(args)
     from llavamed_jax.evaluation import chat, run  # after the flags are known to be right: it takes a second
 
@@ -87,6 +91,7 @@ def _check_flags(args: argparse.Namespace) -> None:
         raise UsageError("--workdir is missing; a directory for predictions, metrics and report was expected" if args.workdir is None
                          else "--write_llava writes one file and needs no --workdir")
     given = [name for name in _MODEL_FLAGS if getattr(args, name)]
+    given += [name for name in _PROCESS_FLAGS if getattr(args, name) is not None]
     for source in ("predictions", "write_llava"):
         if getattr(args, source) is not None and (args.control or given):
             raise UsageError(f"--{(['control'] if args.control else given)[0]} needs a model; it cannot stand beside --{source}")
@@ -115,8 +120,15 @@ def _local(args: argparse.Namespace):
 
 def _measure(evaluation, args: argparse.Namespace, endpoint=None) -> dict | None:
     """The metrics; None where SIGTERM or SIGINT stopped it. What was answered before is kept, by a judge too."""
-    stops = (signal.SIGTERM, signal.SIGINT)
-    earlier = {number: signal.signal(number, signal.default_int_handler) for number in stops}
+    from llavamed_jax.parallel import distributed
+
+    def interrupt(*_):
+        for number in earlier:  # what reaches several processes may reach this one twice
+            signal.signal(number, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    earlier = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGINT)}
+    distributed.when_stopped(lambda: os.kill(os.getpid(), signal.SIGTERM))
     try:
         if args.predictions is not None:
             return evaluation.score_file(args.predictions)
@@ -130,8 +142,10 @@ def _measure(evaluation, args: argparse.Namespace, endpoint=None) -> dict | None
         kept = evaluation.n_kept
         raise type(error)(f"{error}; {kept} answers are kept in {args.workdir}" if kept else str(error)) from error
     finally:
-        for number, handler in earlier.items():
-            signal.signal(number, handler)
+        distributed.when_stopped(None)
+        if not processes.is_joined():  # where it is, another signal may be on its way
+            for number, handler in earlier.items():
+                signal.signal(number, handler)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

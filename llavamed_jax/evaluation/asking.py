@@ -11,60 +11,18 @@ import json
 import sys
 import uuid
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from llavamed_jax.data.questions import VqaSample
 from llavamed_jax.errors import UserError
+from llavamed_jax.evaluation import sharing
+from llavamed_jax.evaluation.answers import Answer, Answerer, Generation
 from llavamed_jax.evaluation.progress import progress
 
 if TYPE_CHECKING:  # it imports this file
     from llavamed_jax.evaluation.partial import Partial
-
-
-@dataclass(frozen=True)
-class Generation:
-    """How answers are generated. The defaults are greedy decoding with the original's limit of 1,024 new tokens."""
-
-    max_new_tokens: int = 1024
-    temperature: float = 0.0
-    num_beams: int = 1
-    batch_size: int = 16
-    seed: int = 0
-
-
-@dataclass(frozen=True)
-class Answer:
-    """`text` as generated; `finish_reason` is `stop`, `length`, or what a server says; `tokens_cut` were lost of a prompt too long."""
-
-    text: str
-    finish_reason: str
-    tokens_cut: int = 0
-
-
-class Answerer(Protocol):
-    """Whoever answers questions: a model that is loaded here (`local.py`), or one behind an address (`endpoint.py`).
-
-    Attributes:
-      name: what predictions call it.
-    """
-
-    name: str
-
-    def answers(self, questions: Sequence[tuple[str, str]], asked: Sequence[int], generation: Generation,
-                failed: dict[int, UserError]) -> Iterator[tuple[int, Answer]]:
-        """The answers to some of the (question, image path) pairs, by their place, each as it comes.
-
-        Args:
-          asked: places of `questions`, those of one image next to each other. The others count where equal questions must
-            draw apart.
-          failed: where the errors of questions that could not be answered go, by their place.
-        """
-
-    def facts(self) -> dict[str, str]:
-        """What the report says of how the answers came about."""
 
 
 def ask(
@@ -78,17 +36,18 @@ def ask(
 
     Pairs of one image are asked next to each other. Prompts that were cut and answers that are not finished
     are counted, and a warning says how many. Each answer goes into `partial` as it comes; what stands there
-    is not asked again. What a question draws follows from itself, so an interrupted run gives the answers of an
-    uninterrupted one.
+    is not asked again. Of several processes each asks its share, and the first gets all answers. What a question draws follows
+    from itself, so an interrupted run gives the answers of an uninterrupted one.
 
     Raises:
       UserError: after all others were answered, questions that could not be: how many, and why the first.
     """
     answers: dict[int, Answer] = {} if partial is None else dict(partial.answers)
     image_order = {image: position for position, image in reversed(list(enumerate(image for _, image in questions)))}
-    left = sorted((i for i in range(len(questions)) if i not in answers), key=lambda i: image_order[questions[i][1]])
+    mine = sharing.share([image for _, image in questions])
+    left = sorted((i for i in mine if i not in answers), key=lambda i: image_order[questions[i][1]])
     failed: dict[int, UserError] = {}
-    advance, close = progress(len(questions), len(answers), title)
+    advance, close = progress(len(mine), len(mine) - len(left), sharing.titled(title))
     with contextlib.closing(answerer.answers(questions, left, generation, failed)) as found:
         for i, answer in found:
             answers[i] = answer
@@ -96,6 +55,7 @@ def ask(
                 partial.add(i, answer)
             advance(1)
     close()
+    answers, failed = sharing.collected(len(questions), mine, answers, failed)
     if failed:
         question, image = questions[min(failed)]
         raise UserError(f"{len(failed)} of {len(questions)} {title} could not be answered; the first, {question!r} about "

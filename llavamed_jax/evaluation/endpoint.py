@@ -15,7 +15,7 @@ from PIL import Image
 
 from llavamed_jax.data.images import load_image
 from llavamed_jax.errors import UsageError, UserError
-from llavamed_jax.evaluation.asking import Answer, Generation
+from llavamed_jax.evaluation.answers import Answer, Generation
 from llavamed_jax.evaluation.service import Service
 
 # Files that are sent as they are: what every server reads, and whose pixels it can only read as `load_image` does. Grey values

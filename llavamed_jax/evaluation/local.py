@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from llavamed_jax.errors import UserError
-from llavamed_jax.evaluation.asking import Answer, Generation
+from llavamed_jax.evaluation.answers import Answer, Generation
 from llavamed_jax.generation.text import TextStream
 
 if TYPE_CHECKING:  # scoring predictions that exist must not import jax

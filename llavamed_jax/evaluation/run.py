@@ -20,10 +20,12 @@ from llavamed_jax.data.questions import VqaSample
 from llavamed_jax.errors import UsageError, UserError
 from llavamed_jax.evaluation import board, controls, judged, leakage, published, questions, report, scoring, summary
 from llavamed_jax.evaluation.against import Against
-from llavamed_jax.evaluation.asking import Answerer, Generation, ask, predict
+from llavamed_jax.evaluation.answers import Answerer, Generation
+from llavamed_jax.evaluation.asking import ask, predict
 from llavamed_jax.evaluation.files import to_jsonl, utf8, write_text
 from llavamed_jax.evaluation.judge import check_answered
 from llavamed_jax.evaluation.partial import Partial
+from llavamed_jax.parallel import distributed
 
 
 class Evaluation:
@@ -92,7 +94,8 @@ class Evaluation:
         if self.cfg.get("organ_question"):
             partial = self._partial("organ.jsonl", key)
             extra["organ"] = controls.organ_accuracy(lambda pairs: self._ask(answerer, pairs, partial), self.samples)
-        metrics = self._finish(predictions, control, extra, {**source, **answerer.facts()})
+        run = {**source, **answerer.facts()}
+        metrics = distributed.from_first(lambda: self._finish(predictions, control, extra, run))
         for partial in self._partials:
             partial.remove()
         self._partials = []
@@ -137,7 +140,7 @@ class Evaluation:
         """The same questions about other pictures: kind of control -> predictions."""
         found = {}
         exchanged = contextlib.nullcontext(controls.exchanged_images(self.samples, self.cfg.seed))
-        noise = controls.noise_images(self.samples, self.workdir / "noise", self.cfg.seed)
+        noise = controls.noise_images(self.samples, self.workdir / f"noise.{distributed.process_index()}", self.cfg.seed)
         for name, pictures, title in (("image", exchanged, "images exchanged"), ("noise", noise, "noise")):
             partial = self._partial(f"predictions_control_{name}.jsonl", key)
             with pictures as shown:
@@ -146,7 +149,7 @@ class Evaluation:
         return found
 
     def _partial(self, name: str, key: Mapping) -> Partial:
-        partial = Partial(self.workdir / f"{name}.partial", key)
+        partial = Partial(self.workdir / name, key, distributed.process_index())
         self._partials.append(partial)
         return partial
 
@@ -208,7 +211,8 @@ class Evaluation:
         return tables | {"difference": scoring.difference(self.samples, predictions, control, self.cfg.seed)}
 
     def _write(self, name: str, text: str) -> None:
-        write_text(self.workdir / name, text)
+        if distributed.process_index() == 0:  # the others know their share alone
+            write_text(self.workdir / name, text)
 
     def _details(self, run: Mapping[str, str], predictions: Sequence[Mapping]) -> dict[str, dict]:
         packages = ("llavamed_jax", "jax", "flax", "transformers", "numpy", "pillow", "nltk", "openai")
