@@ -125,7 +125,8 @@ def test_files_and_pixels_are_found_whatever_they_are_called(pictures):
     data = train(pictures, ("renamed.png", "No.", "the Left lung"), ("again.bmp", "yes"), ("lossless.png", "No"), ("lossy.jpg", "yes"),
                  ("one_bit.png", "yes"), ("gone.png", "yes"))  # fmt: skip
     samples = [sample(n, test / f"{n}.png") for n in range(6)] + [sample(6, test / "6.jpg", "No")]
-    samples += [sample(7, test / "0.png", "Left lung.", "OPEN"), sample(8, test / "0.png", "And now", "OPEN"), sample(9, test / "0.png", "no")]
+    for number, answer, kind in ((7, "Left lung.", "OPEN"), (8, "And now", "OPEN"), (9, "no", "CLOSED")):
+        samples.append(sample(number, test / "0.png", answer, kind))
     found = leakage.trained_on(samples, data)
     assert found == {
         "records": 6, "records_not_readable": 0, "training_images": 6, "training_images_not_readable": 1,
