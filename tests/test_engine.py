@@ -201,7 +201,7 @@ def test_closing_a_stream_cancels_what_is_left(fresh):
     next(stream)
     stream.close()
     engine.advance()
-    assert not engine._rows.running and not engine._waiting
+    assert not engine._rows.running and not engine._waiting and np.asarray(engine._slots.is_done).all()
     assert engine.generate(schedule(5, seed=8)) == fresh(batch_size=1).generate(schedule(5, seed=8))
 
 
@@ -238,7 +238,8 @@ def test_on_a_mesh_the_tokens_are_the_same(params, engine):
 
 
 def test_the_cache_takes_what_the_formula_says(engine):
-    engine.generate([Request([1, 5, 6], [], 4) for _ in range(4)])
+    engine.generate([Request([1, 5, 6 + i], [], 4) for i in range(3)])
+    assert len(engine._rows) == 4 and np.asarray(engine._slots.is_done).all(), "a row that nobody had is done, too"
     held = sum(leaf.nbytes for leaf in jax.tree.leaves(engine._slots.caches))
     assert held == cache_bytes(CFG.decoder, len(engine._rows), engine._length, np.float32) > 0
 
@@ -260,6 +261,15 @@ def test_buckets_and_batches():
     assert [batch_size(n) for n in (1, 2, 3, 4, 7, 15, 16, 63, 64)] == [1, 4, 4, 4, 4, 4, 16, 16, 64]
     assert [batch_size(n, length=300) for n in (1, 2, 3, 4, 7)] == [1, 1, 1, 4, 4], "a long one is not filled up"
     assert [batch_size(n, shards=8) for n in (1, 4, 16)] == [8, 8, 16]
+
+
+def test_rows_in_use_are_not_taken_away(fresh, monkeypatch):
+    engine = fresh(batch_size=16)
+    engine._rows.resize(16, 128)
+    engine._length, engine._rows.rows[9].job = 128, Job(Request([1, 5]))
+    engine.add(Request([1, 6]))
+    monkeypatch.setattr(engine, "_resize", lambda *shape: pytest.fail(f"resized to {shape}"))
+    engine._make_room()
 
 
 def test_a_request_waits_for_another_that_begins_alike():
@@ -305,9 +315,17 @@ def test_a_beginning_is_taken_over_before_its_row_is_known_to_have_failed(params
     assert seen["positions"] == len(text) + P + 1 + 71 + len(text) + 1, "and once more alone"
 
 
+def test_a_row_that_failed_unread_is_no_trouble_to_the_next_prefill(params, engine):
+    """Which takes nothing from it, but looks there: a weight of 0 does not hide a NaN."""
+    jobs = [engine.add(Request([1] + IMG + [5], [np.full_like(images(1)[0], np.nan)], 4)), engine.add(Request([1, 5, 6], [], 6))]
+    while not all(job.is_finished for job in jobs):
+        engine.advance()
+    assert jobs[0].error is not None and jobs[1].tokens == alone(params, jobs[1].request)
+
+
 def test_what_fails_behind_a_good_beginning_is_run_once_more_and_no_oftener(engine):
     text = [1] + [5, 6, 7] * 20
-    engine.generate([Request(text + [8], [], 2)])
+    engine.generate([Request(text + [8], [], 2), Request([1, 9, 9], [], 2)])
     job = engine.add(Request(text + IMG, [np.full_like(images(1)[0], np.nan)], 4))
     seen = count_positions(engine)
     for _ in range(6):
@@ -584,6 +602,10 @@ def test_features_stay_where_they_are_and_the_least_recently_used_make_room(para
         assert list(places) == chosen and set(features._place_of) == set(held)
         for k, place in features._place_of.items():
             np.testing.assert_allclose(features.array[place], wanted[k], atol=1e-5)
+    features = Features(CFG, programs, 1, places=4)
+    places = features.places(params, [0], pool[:1]) | features.places(params, [3, 4, 5], pool[3:])  # three, filled up to four
+    for k, place in places.items():
+        np.testing.assert_allclose(features.array[place], wanted[k], atol=1e-5)
     assert len(features.places(params, range(6), pool)) == 6 == len(set(features._place_of.values())) and len(features.array) == 8
 
 
