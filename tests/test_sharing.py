@@ -135,7 +135,7 @@ def test_two_processes_answer_as_one_and_one_that_is_killed_ends_both(by_one, tm
     assert ("questions, process 0 of 2: 71 of 71" in said) == is_asked_still
     # Process 0 takes over what both had answered, which may since have grown by what process 1 answers now.
     assert int(said.partition(" answers of an earlier start")[0].rsplit(" ", 1)[-1]) >= sum(before.values())
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["metrics.json", "predictions.jsonl", "report.html"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["metrics.json", "predictions.jsonl", "report.html", "tensorboard"]
     for name in ("predictions.jsonl", "metrics.json"):
         assert (tmp_path / name).read_text() == (by_one / name).read_text()
 
