@@ -143,7 +143,7 @@ def test_two_processes_answer_as_one_and_one_that_is_killed_ends_both(by_one, tm
 def test_a_process_that_fails_says_why_to_all(tmp_path):
     begun = time.monotonic()
     (first, _, said), (second, _, said_there) = ends(two("tests.fake_eval", "0.05", "1", "--", *DEMO, "--workdir", str(tmp_path)))
-    assert (first, second) == (1, 1) and time.monotonic() - begun < 60
+    assert (first, second) == (1, 1) and time.monotonic() - begun < 120  # the start of both, on a busy machine, included
     assert re.fullmatch(rf"error: (the model is tired; \d+ answers are kept in {tmp_path})\n", said_there)
     assert said.splitlines()[-1] == f"error: process 1 failed: {said_there.removeprefix('error: ').strip()}"
 
