@@ -14,6 +14,8 @@ from llavamed_jax.evaluation import watching
 from llavamed_jax.parallel.mesh import make_mesh
 from llavamed_jax.training import late, setup, trainer, watch
 from llavamed_jax.training.late import Progress, read
+from llavamed_jax.training.stopping import Stop
+from llavamed_jax.training.together import Together
 from llavamed_jax.training.trainer import Watch, fit
 from tests import training_runs as runs
 from tests.training_runs import ROOT, SAMPLE, FakeStep, SlowStep
@@ -93,9 +95,9 @@ def test_throughput_and_mfu_are_of_the_time_between_updates(monkeypatch, tmp_pat
     monkeypatch.setattr(late.time, "monotonic", lambda: now)
     monkeypatch.setattr(late.metrics, "peak_flops", lambda kind: 1e9)
     monkeypatch.setattr(late.metrics, "training_flops", lambda cfg, trained, tokens, attended, images: 1e6 * tokens)
-    log = SimpleNamespace(advance=lambda *_: None, write=lambda step, line: lines.append(line | {"step": step}))
+    log = SimpleNamespace(advance=lambda *_: None, skipped=lambda *_: None, write=lambda step, line: lines.append(line | {"step": step}))
     reader = late.LateReader(Progress(), log, tmp_path, config=None, trained={}, num_devices=2, log_every=log_every, total_steps=99,
-                             nan_limit=9, name_samples=None)
+                             nan_limit=9, name_samples=None, together=Together(Stop(), 0, [0]))
     counts = dict(samples=1, tokens=100, positions=200, attended=1, images=0, image_slots=0)
 
     def dispatch(step, at):

@@ -50,7 +50,7 @@ def run(program: Callable[[list[str]], int | None], argv: Sequence[str] | None =
     except Exception as error:
         if not processes.is_joined():
             raise
-        processes.trace()
+        processes.trace(error)
         status, said = 1, f"{type(error).__name__}: {error}".splitlines()[0]
     if said is not None:
         processes.complain(said)

@@ -9,6 +9,7 @@ import argparse
 import os
 import re
 import sys
+import time
 import traceback
 from collections.abc import Mapping
 
@@ -61,6 +62,9 @@ def join(place: Place | None) -> None:
     from llavamed_jax.parallel import distributed
     distributed.initialize(place.coordinator, place.count, place.index, place.local_devices)
     _joined = True
+    sys.stdout.flush()
+    sys.stdout = open(os.dup(1), "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors)
+    os.dup2(2, 1)  # what libraries in C write to stdout is not what was asked for
     if distributed.process_index():
         sys.stdout = sys.stderr = open(os.devnull, "w")
 
@@ -96,6 +100,13 @@ def complain(sentence: str) -> None:
     print(f"error: {sentence}", file=sys.__stderr__ if _joined else sys.stderr, flush=True)
 
 
-def trace() -> None:
-    """Prints the traceback of an error that nobody expected."""
-    traceback.print_exc(file=sys.__stderr__)
+def trace(error: Exception) -> None:
+    """Prints the traceback of an error that nobody expected.
+
+    That a connection is broken says that another process is gone: of that the runtime, or the other one, says more in a while, and
+    ends this one.
+    """
+    from llavamed_jax.parallel import distributed
+    if re.search("(?i)gloo|nccl|connection|socket|unavailable|aborted|cancelled", str(error)):
+        time.sleep(distributed.HEARTBEAT_S + 10)
+    traceback.print_exception(error, file=sys.__stderr__)

@@ -18,12 +18,13 @@ exit status: 0 done; 1 failed; 2 wrong flag, config key or value; 75 stopped by 
 
 
 def train(argv: list[str]) -> int:
-    from llavamed_jax.cli import common, compilation_cache
+    from llavamed_jax.cli import common, compilation_cache, processes
     parser = common.Parser(prog="train.py", description="Trains a recipe.", epilog=_USAGE)
     parser.add_argument("--config", required=True, metavar="FILE.py[:ARGUMENTS]", help="the recipe; --config.KEY=VALUE changes one key")
     parser.add_argument("--workdir", metavar="DIR", help="where the run lies; made if it does not exist")
     parser.add_argument("--profile", type=_span, metavar="START:STOP", help="trace these updates into DIR/tensorboard")
     common.add_preflight_flags(parser)
+    processes.add_flags(parser)
     args, overrides = parser.parse_with_overrides(argv)
     if args.preflight is not None:
         return _preflight(args.preflight, common.load_config(args.config, overrides), args.preflight_json)
@@ -32,6 +33,7 @@ def train(argv: list[str]) -> int:
     if not args.workdir:
         parser.error("--workdir is empty; a directory was expected")
     config = common.load_config(args.config, overrides)
+    processes.join(processes.asked(args))
     from llavamed_jax.evaluation import watching  # imports jax, which a wrong command line need not wait for
     from llavamed_jax.training.trainer import Watch, fit
     compilation_cache.enable()

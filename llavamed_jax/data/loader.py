@@ -1,16 +1,15 @@
 """Batches for training, made ahead in worker processes from a plan of rows that depends on nothing but its arguments.
 
-Batch g holds the rows gR to gR + R of the plan (see `data.packing`), which runs on over the end of an epoch; process k of K
-builds the k-th part of each. A batch is made whole in one worker, so what it holds cannot depend on how many workers there
-are, and where the stream stands is two counts, which any later run can go on from.
+Batch g holds the rows gR to gR + R of the plan (see `data.packing`), which runs on over the end of an epoch; of several
+processes each builds those that lie on its devices. A batch is made whole in one worker, so what it holds cannot depend on how
+many workers there are, and where the stream stands is two counts, which any later run can go on from.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 
 import grain
 import numpy as np
@@ -37,21 +36,24 @@ class BatchMaker:
     max_length: int
     start: tuple[int, int]  # epoch and row of batch 0
     last_epoch: int | None
-    part: slice  # of an update's rows, this process's
+    part: tuple[int, ...]  # of an update's rows, this process's, ascending
 
     def __call__(self, number: int) -> tuple[dict[str, np.ndarray], dict]:
         layout = self.plan.layout
-        batch = transforms.empty_batch(self.part.stop - self.part.start, layout.row_length, layout.image_slots, self.processor.image_size)
+        batch = transforms.empty_batch(len(self.part), layout.row_length, layout.image_slots, self.processor.image_size)
         report = {"skipped": [], "records": [], "seen": 0, "truncated": 0, "surplus": 0, "unsupervised": 0}
         place = self.plan.walk(*self.start, number * layout.rows, self.last_epoch)
-        for row, (epoch, records) in enumerate(self.rows(place)):
+        for row, epoch, records in self.rows(place):
             samples = [self._sample(int(record), epoch, report) for record in records]
             transforms.fill_row(batch, row, [sample for sample in samples if sample is not None])
         return batch, report
 
-    def rows(self, place: tuple[int, int]) -> Iterator[tuple[int, np.ndarray]]:
-        """Epoch and records of the rows that this process has of the update that begins at a place."""
-        return islice(self.plan.take(*place, self.plan.layout.rows, self.last_epoch), self.part.start, self.part.stop)
+    def rows(self, place: tuple[int, int]) -> Iterator[tuple[int, int, np.ndarray]]:
+        """Number, epoch and records of the rows that this process has of the update that begins at a place."""
+        here = {row: number for number, row in enumerate(self.part)}
+        for row, (epoch, records) in enumerate(self.plan.take(*place, self.plan.layout.rows, self.last_epoch)):
+            if row in here:
+                yield here[row], epoch, records
 
     def _sample(self, number: int, epoch: int, report: dict) -> tuple[transforms.Example, np.ndarray] | None:
         """A sample and its pixels; None where an image is broken, which is reported."""
@@ -107,7 +109,7 @@ class Loader:
         """
         if not self._running:
             self._running.append(self._start())
-        if self._place == (0, 0):  # a run that goes on has listed them before
+        if self._place == (0, 0) and 0 in self._make.part:  # a run that goes on has listed them before; one of several processes does
             self._skip([{**entry, "epoch": None, "image": None} for entry in self._make.plan.lengths.damaged])
         batch, report = next(self._running[0])
         self._place = self._make.plan.walk(*self._place, self._make.plan.layout.rows, self._make.last_epoch)
@@ -137,6 +139,8 @@ class Loader:
                             f"than the {self._skip_limit:.0%} that may be skipped; the last: {self.skipped[-1]['reason']}")
 
     def _refuse_barren(self, batch: dict[str, np.ndarray]) -> None:
+        if len(batch["labels"]) < self._make.plan.layout.rows:
+            return  # what other processes have of it is not known
         is_barren = not (batch["labels"] != IGNORE).any()
         self._barren = self._barren + self._make.plan.layout.rows if is_barren else 0
         if self._make.last_epoch is None and self._barren and self._barren >= len(self._make.plan.rows(self._place[0])):
@@ -154,7 +158,7 @@ class Loader:
     def ids(self, state: dict) -> list:
         """Ids of the samples in this process's part of the batch that follows `state`."""
         rows = self._make.rows((state["epoch"], state["row"]))
-        return [self._make.data.record(int(record))["id"] for _, records in rows for record in records]
+        return [self._make.data.record(int(record))["id"] for _, _, records in rows for record in records]
 
     def restore(self, state: dict) -> None:
         """Goes on from `state`. Raises UserError when it belongs to other data, another seed, or rows of another shape."""
@@ -186,25 +190,20 @@ def _close(running: list[grain.DatasetIterator]) -> None:
 
 
 def batches(data: TrainingData, processor: Processor, plan: Plan, max_length: int, *, num_workers: int = 0,
-            epochs: int | None = None, process_index: int = 0, process_count: int = 1,
+            epochs: int | None = None, part: Sequence[int] | None = None,
             on_skip: Callable[[dict], None] | None = None, skip_limit: float = SKIP_LIMIT) -> Loader:
     """Batches of training rows.
 
     Args:
       data: from `datasets.read_training`.
-      plan: of rows; its layout says how many an update has over all processes. Each process gets its part of them.
+      plan: of rows; its layout says how many an update has over all processes.
       max_length: tokens a sample; longer ones are cut and counted. What the plan's lengths were measured with.
       num_workers: processes that make batches; 0 makes them in a thread of this one. The batches are the same.
       epochs: None goes on for ever; otherwise the last batch is filled up with rows of padding.
+      part: which of an update's rows, padding included, are made here, ascending; None: all.
       on_skip: called with each skipped sample as it is met.
       skip_limit: the share of samples that may have to be skipped for their images.
-    Raises:
-      UserError: rows that the processes cannot share.
     """
-    rows = plan.layout.rows + plan.layout.padding_rows
-    if rows < 1 or rows % process_count:
-        raise UserError(f"a batch of {rows} rows cannot be shared by {process_count} processes")
-    each = rows // process_count
-    make = BatchMaker(data, processor, plan, max_length, (0, 0), None if epochs is None else epochs - 1,
-                      slice(each * process_index, each * (process_index + 1)))
+    part = range(plan.layout.rows + plan.layout.padding_rows) if part is None else part
+    make = BatchMaker(data, processor, plan, max_length, (0, 0), None if epochs is None else epochs - 1, tuple(part))
     return Loader(make, num_workers, on_skip, skip_limit)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from llavamed_jax.assistant import LlavaMed
 from llavamed_jax.checkpoints.load import flatten, nest
@@ -19,7 +20,8 @@ from llavamed_jax.errors import UserError
 from llavamed_jax.evaluation import metrics
 from llavamed_jax.evaluation.strict import is_strictly_right
 from llavamed_jax.models.llava import PARAM_AXES
-from llavamed_jax.parallel.mesh import param_shardings
+from llavamed_jax.parallel import distributed
+from llavamed_jax.parallel.mesh import local_view, param_shardings
 from llavamed_jax.training.log import Sample
 from llavamed_jax.training.setup import to_disk
 from llavamed_jax.training.watch import Snapshot
@@ -66,9 +68,12 @@ class TrainedModel:
         """Greedy answers; None to a question that cannot be asked, which is said once."""
         with self._loaded(snapshot) as model:
             rows = [self._row(model, question) for question in questions]
-            asked = [row for row in rows if row is not None]
-            answers = iter(model.generate_tokens([ids for ids, _ in asked], [pixels for _, pixels in asked], max_new_tokens))
-            return [None if row is None else self._text(model, next(answers)) for row in rows]
+            return distributed.from_first(lambda: self._answers(model, rows, max_new_tokens))
+
+    def _answers(self, model: LlavaMed, rows: Sequence[tuple | None], max_new_tokens: int) -> list[str | None]:
+        asked = [row for row in rows if row is not None]
+        answers = iter(model.generate_tokens([ids for ids, _ in asked], [pixels for _, pixels in asked], max_new_tokens))
+        return [None if row is None else self._text(model, next(answers)) for row in rows]
 
     def _row(self, model: LlavaMed, question: Question) -> tuple[list[int], list[np.ndarray]] | None:
         """Ids and pixels. A caption's prompt is the image alone, as the template without roles was trained."""
@@ -96,13 +101,13 @@ class TrainedModel:
     def _loaded(self, snapshot: Snapshot) -> Iterator[LlavaMed]:
         """The model with a snapshot's weights, which are let go afterwards: training needs the memory."""
         program = snapshot.program
-        params = _unrolled(snapshot)
+        params, mesh = _unrolled(snapshot)
         if self._model is None:
             processor = snapshot.data.processor
             if processor.template.is_for_training_only:  # asked as the model is asked later; captions are no answers, though
                 self._captioner = processor if processor.template.labels == "plain" else None
                 processor = Processor(processor.config, processor.tokenizer)
-            self._model = LlavaMed(program.model.cfg, params, processor, program.model.dtype, program.mesh)
+            self._model = LlavaMed(program.model.cfg, params, processor, program.model.dtype, mesh)
         self._model.engine.params = params
         try:
             yield self._model
@@ -110,12 +115,21 @@ class TrainedModel:
             self._model.engine.params = None
 
 
-def _unrolled(snapshot: Snapshot):
-    """A snapshot's parameters one array a layer, in the dtype of the computation, laid as the engine lays them."""
+def _unrolled(snapshot: Snapshot) -> tuple[Mapping, Mesh]:
+    """A snapshot's parameters one array a layer, in the dtype of the computation, laid as the engine lays them; and its mesh.
+
+    The engine generates on the devices of one process. Of several processes each gets a whole copy over its own.
+    """
     program = snapshot.program
     cast = lambda params: nest({name: x.astype(program.model.dtype) for name, x in to_disk(flatten(params)).items()})
-    shardings = param_shardings(jax.eval_shape(cast, snapshot.params), PARAM_AXES, program.mesh)
-    return jax.jit(cast, out_shardings=shardings)(snapshot.params)
+    shapes = jax.eval_shape(cast, snapshot.params)
+    params = jax.jit(cast, out_shardings=param_shardings(shapes, PARAM_AXES, program.mesh))(snapshot.params)
+    if distributed.process_count() == 1:
+        return params, program.mesh
+    everywhere, here = local_view(program.mesh)
+    copies = jax.device_put(params, param_shardings(shapes, PARAM_AXES, everywhere))
+    local = lambda x, sharding: jax.make_array_from_single_device_arrays(x.shape, sharding, [part.data for part in x.addressable_shards])
+    return jax.tree.map(local, copies, param_shardings(shapes, PARAM_AXES, here)), here
 
 
 class ClosedAccuracy:

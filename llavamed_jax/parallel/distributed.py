@@ -13,14 +13,14 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from llavamed_jax.errors import UserError
 
 # A process that is silent for so long is given up, and the runtime ends all others.
 HEARTBEAT_S = 40
-_CHUNK = 2**20  # bytes of a message: gRPC refuses large ones
+_CHUNK = 2**20 - 64  # bytes of a message, with room for a few more: gRPC refuses large ones
 _POLL_S = 1.0
 _FAREWELL_S = 5.0  # that a process which fails waits until the others have heard why
 
@@ -36,6 +36,7 @@ class Group:
     def __init__(self, client: Any, index: int, count: int):
         self._client, self.index, self.count = client, index, count
         self._called = 0  # handovers so far, which all processes make in one order
+        self._given: list[str] = []  # of process 0: what it gave that others may not have taken
         self._when_stopped: Callable[[], None] | None = None
         self._is_left = threading.Event()
         self._watcher = threading.Thread(target=self._watch, name="other-processes", daemon=True)
@@ -43,18 +44,25 @@ class Group:
     def gather(self, value: bytes) -> list[bytes]:
         """Process 0 gets everyone's, in order; the others get nothing and do not wait."""
         self._called += 1
+        call = f"handed/{self._called}"
         if self.index:
-            self._put(f"gather/{self._called}/{self.index}", value)
+            self._put(f"{call}/{self.index}", value)
             return []
-        return [value, *(self._take(f"gather/{self._called}/{k}") for k in range(1, self.count))]
+        found = [value, *(self._take(f"{call}/{k}") for k in range(1, self.count))]
+        self._client.key_value_delete(f"{call}/")
+        for earlier in self._given:  # whoever has made this call has taken what was given before it
+            self._client.key_value_delete(f"{earlier}/")
+        self._given.clear()
+        return found
 
     def broadcast(self, value: bytes | None) -> bytes:
         """Everyone gets what process 0 gives."""
         self._called += 1
-        key = f"broadcast/{self._called}"
+        call = f"handed/{self._called}"
         if self.index:
-            return self._take(key, is_last=False)
-        self._put(key, value)
+            return self._take(call)
+        self._put(call, value)
+        self._given.append(call)
         return value
 
     def tell(self, what: str, **details: Any) -> None:
@@ -100,18 +108,16 @@ class Group:
                 act()
 
     def _put(self, key: str, value: bytes) -> None:
-        chunks = [value[at:at + _CHUNK] for at in range(0, len(value), _CHUNK)]
-        for number, chunk in enumerate(chunks):
+        """In chunks, the first of which, put last, says how many follow it."""
+        first, *others = [value[at:at + _CHUNK] for at in range(0, len(value), _CHUNK)] or [b""]
+        for number, chunk in enumerate(others):
             self._client.key_value_set_bytes(f"{key}/{number}", chunk)
-        self._client.key_value_set(f"{key}/chunks", str(len(chunks)))
+        self._client.key_value_set_bytes(f"{key}/first", b"%d\n" % len(others) + first)
 
-    def _take(self, key: str, is_last: bool = True) -> bytes:
-        """Waits for what another process puts; whoever takes it last deletes it."""
-        chunks = int(self._wait(f"{key}/chunks"))
-        value = b"".join(self._wait(f"{key}/{number}") for number in range(chunks))
-        if is_last:
-            self._client.key_value_delete(f"{key}/")
-        return value
+    def _take(self, key: str) -> bytes:
+        """Waits for what another process puts."""
+        others, _, value = self._wait(f"{key}/first").partition(b"\n")
+        return value + b"".join(self._wait(f"{key}/{number}") for number in range(int(others)))
 
     def _wait(self, key: str) -> bytes:
         while True:  # in short waits, between which Python sees to signals
@@ -194,6 +200,16 @@ def process_count() -> int:
 def gather(value: bytes) -> list[bytes]:
     """Process 0 gets everyone's, in order, as soon as all are there; the others get nothing and do not wait."""
     return [value] if _group is None else _group.gather(value)
+
+
+@contextlib.contextmanager
+def after_first() -> Iterator[None]:
+    """What is done within is done by process 0 first, and by the others when it is through."""
+    if _group is not None and _group.index:
+        _group.broadcast(None)
+    yield
+    if _group is not None and not _group.index:
+        _group.broadcast(b"")
 
 
 def from_first(make: Callable[[], Any]) -> Any:

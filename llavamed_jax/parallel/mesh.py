@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -149,6 +150,42 @@ def param_shardings(params: Any, rules: Sequence[tuple[str, tuple]], mesh: Mesh)
         return NamedSharding(mesh, spec)
 
     return jax.tree_util.tree_map_with_path(sharding, params)
+
+
+def put(x: np.ndarray, sharding: NamedSharding) -> jax.Array:
+    """An array of the host laid over devices, in memory of its own. Of several processes, which all have it, each lays its part."""
+    if sharding.is_fully_addressable:
+        return jax.device_put(x, sharding, may_alias=False)
+    return jax.make_array_from_callback(x.shape, sharding, lambda index: np.array(x[index]))
+
+
+def local_rows(mesh: Mesh, rows: int) -> list[int]:
+    """Which of the rows of a batch, ascending, lie on the devices of this process (`batch_sharding`).
+
+    Raises:
+      UsageError: the devices cannot share them evenly.
+    """
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    if rows < 1 or rows % shards:
+        raise UsageError(f"a batch of {rows} rows cannot lie over data x fsdp = {shards} of the mesh; a multiple was expected")
+    parts = batch_sharding(mesh).addressable_devices_indices_map((rows,)).values()
+    return sorted({row for (part,) in parts for row in range(*part.indices(rows))})
+
+
+def local_view(mesh: Mesh) -> tuple[Mesh, Mesh]:
+    """For a mesh over several processes: one of all its devices, of which each process has a whole column of `data`, and one of
+    this process's devices alone, with the same fsdp and tp: what lies over the first without `data` is whole in the second.
+
+    Both fsdp and tp divide the mesh's own, so that what divides by these divides by them.
+    """
+    by_process: dict[int, list[jax.Device]] = {}
+    for device in mesh.devices.flat:
+        by_process.setdefault(device.process_index, []).append(device)
+    here = len(by_process[jax.process_index()])
+    tp = math.gcd(mesh.shape["tp"], here)
+    fsdp = math.gcd(mesh.shape["fsdp"], here // tp)
+    make = lambda devices: Mesh(np.array(devices).reshape(-1, fsdp, tp), AXES, axis_types=(AxisType.Auto,) * 3)
+    return make([device for _, devices in sorted(by_process.items()) for device in devices]), make(by_process[jax.process_index()])
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

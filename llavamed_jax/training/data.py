@@ -19,6 +19,7 @@ from llavamed_jax.data.lengths import Lengths
 from llavamed_jax.data.processor import Processor
 from llavamed_jax.errors import UsageError, UserError
 from llavamed_jax.models import llava
+from llavamed_jax.parallel.mesh import local_rows
 from llavamed_jax.training.state import partition
 
 
@@ -108,17 +109,18 @@ class Data:
                          f"batch_size {meant.fitting} would fit them, and fewer micro_batches or a smaller mesh may fit {batch_size}")
         return lines
 
-    def training_batches(self) -> loader.Loader:
-        """The endless stream of training batches."""
-        return self._batches(self.train, self.plan, self.cfg.data.workers, None)
+    def training_batches(self, mesh: Mesh | None = None) -> loader.Loader:
+        """The endless stream of training batches; on a mesh of several processes this one's rows of them."""
+        return self._batches(self.train, self.plan, self.cfg.data.workers, None, mesh)
 
-    def validation_batches(self) -> loader.Loader:
+    def validation_batches(self, mesh: Mesh | None = None) -> loader.Loader:
         """The validation records once; the last batch is filled up with empty rows."""
-        return self._batches(self.validation, self.validation_plan, 0, 1)
+        return self._batches(self.validation, self.validation_plan, 0, 1, mesh)
 
-    def _batches(self, data, plan, num_workers, epochs) -> loader.Loader:
-        return loader.batches(data, self.processor, plan, self.cfg.max_length, num_workers=num_workers, epochs=epochs,
-                              process_index=jax.process_index(), process_count=jax.process_count(), skip_limit=self.cfg.data.skip_limit)
+    def _batches(self, data, plan, num_workers, epochs, mesh) -> loader.Loader:
+        part = None if mesh is None else local_rows(mesh, plan.layout.rows + plan.layout.padding_rows)
+        return loader.batches(data, self.processor, plan, self.cfg.max_length, num_workers=num_workers, epochs=epochs, part=part,
+                              skip_limit=self.cfg.data.skip_limit)
 
 
 def _refuse_damage(cfg: ConfigDict, path, found: Lengths) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import collections
 import json
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from llavamed_jax.config import LlavaConfig
 from llavamed_jax.errors import UserError
 from llavamed_jax.training import metrics
 from llavamed_jax.training.log import MetricsWriter
+from llavamed_jax.training.together import Together
 from llavamed_jax.training.workdir import write_text
 
 # Updates that are under way at a time. One runs and one waits for it, so the device is never idle, and the host is never
@@ -49,7 +50,8 @@ class Update:
 
     Attributes:
       metrics: device scalars, as `make_train_step` returns them.
-      counts: of the batch (`metrics.batch_counts`); `troubles`: what it had to do without, by the names of `Progress`.
+      counts: of the batch (`metrics.batch_counts`); `troubles`: what it had to do without, by the names of `Progress`; `skipped`:
+        which samples these were (`Loader.skipped`). Of several processes each has those of its rows.
       position: where the data stood before the batch (`Loader.state`), by which its samples can be named.
       at: when it was dispatched.
     """
@@ -60,6 +62,7 @@ class Update:
     troubles: Mapping[str, int]
     position: Mapping[str, int]
     at: float = field(default_factory=time.monotonic)
+    skipped: Sequence[Mapping] = ()
 
 
 class LateReader:
@@ -74,16 +77,18 @@ class LateReader:
       config, trained, num_devices: for MFU (`metrics.training_flops`).
       nan_limit: so many updates in a row that are not finite end the run.
       name_samples: position in the data -> ids of the samples of the batch there.
+      together: adds up what several processes count.
     """
 
     def __init__(self, progress: Progress, log: MetricsWriter, workdir: Path, *, config: LlavaConfig, trained: Mapping[str, int],
-                 num_devices: int, log_every: int, total_steps: int, nan_limit: int, name_samples: Callable[[Mapping], list]):
+                 num_devices: int, log_every: int, total_steps: int, nan_limit: int, name_samples: Callable[[Mapping], list],
+                 together: Together):
         self._progress, self._log, self._workdir = progress, log, workdir
         self._config, self._trained = config, trained
         peak = metrics.peak_flops(jax.devices()[0].device_kind)
         self._peak = None if peak is None else peak * num_devices
         self._log_every, self._total_steps = log_every, total_steps
-        self._nan_limit, self._name_samples = nan_limit, name_samples
+        self._nan_limit, self._name_samples, self._together = nan_limit, name_samples, together
         self._queue: collections.deque[Update] = collections.deque()
         self._not_finite: list[Update] = []  # the newest, in a row
         self._is_first = True
@@ -110,6 +115,7 @@ class LateReader:
         update = self._queue.popleft()
         values = read(update.metrics)
         self._done_at = self._when_done(update)
+        update = self._of_all(update)
         self._count(update, values)
         self._log.advance(update.step, values["loss"])
         is_logged = update.step % self._log_every == 0 or update.step == self._total_steps
@@ -120,6 +126,12 @@ class LateReader:
         self._is_first = False
         if self._progress.skipped_in_a_row >= self._nan_limit:
             self._refuse()
+
+    def _of_all(self, update: Update) -> Update:
+        """The update with what all processes counted of it, in the first."""
+        sums, skipped = self._together.add_up({**update.counts, **update.troubles}, update.skipped)
+        self._log.skipped(update.step, skipped)
+        return replace(update, counts={name: sums[name] for name in update.counts}, troubles={name: sums[name] for name in update.troubles})
 
     def _when_done(self, update: Update) -> float:
         """When an update that was just read was done, of which only an upper bound is seen.

@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 
 from llavamed_jax.errors import UsageError
 from llavamed_jax.models import llava
-from llavamed_jax.parallel.mesh import param_shardings, replicated
+from llavamed_jax.parallel.mesh import param_shardings, put, replicated
 from llavamed_jax.training import optimizer as optimizers
 
 FlatParams = dict[str, jax.Array]
@@ -133,11 +133,10 @@ def create(params: Mapping[str, Any], trainable: Trainable, optimizer: optax.Gra
 
     def place(flat, where, kind):
         # The state is donated to every step, so it must not share memory with the caller's arrays.
-        return {n: jax.device_put(np.asarray(x).astype(kind), where[n], may_alias=False) for n, x in flat.items()}
+        return {n: put(np.asarray(x).astype(kind), where[n]) for n, x in flat.items()}
 
     placed = place(trained, shardings.trainable, jnp.float32)
     return TrainState(
-        step=jax.device_put(jnp.int32(0), shardings.step, may_alias=False),
-        skipped=jax.device_put(jnp.int32(0), shardings.skipped, may_alias=False),
+        step=put(np.int32(0), shardings.step), skipped=put(np.int32(0), shardings.skipped),
         trainable=placed, frozen=place(frozen, shardings.frozen, dtype),
         opt_state=jax.jit(optimizer.init, out_shardings=shardings.opt_state)(placed))

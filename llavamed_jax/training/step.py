@@ -87,7 +87,8 @@ def make_eval_step(loss_fn: LossFn, mesh: Mesh) -> Callable[[TrainState, Batch],
 def place(batch: Mapping[str, Any], mesh: Mesh) -> Batch:
     """The model's part of this process's rows of a batch, numpy arrays, laid over the devices."""
     rows = batch_sharding(mesh)
-    return {name: jax.make_array_from_process_local_data(rows, batch[name]) for name in MODEL_INPUTS if name in batch}
+    with jax.transfer_guard_host_to_device("allow"):  # of several processes' rows it counts as one that nobody asked for
+        return {name: jax.make_array_from_process_local_data(rows, batch[name]) for name in MODEL_INPUTS if name in batch}
 
 
 def _accumulate(loss, trainable, batch: Batch, micro_batches: int):

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict
 
 from llavamed_jax.checkpoints import store
@@ -17,7 +16,8 @@ from llavamed_jax.checkpoints.load import flatten
 from llavamed_jax.data.loader import Loader
 from llavamed_jax.errors import UsageError, UserError, some
 from llavamed_jax.models.llava import abstract_params
-from llavamed_jax.parallel.mesh import replicated
+from llavamed_jax.parallel import distributed
+from llavamed_jax.parallel.mesh import local_rows, put, replicated
 from llavamed_jax.training import recipe, setup
 from llavamed_jax.training import workdir as workdirs
 from llavamed_jax.training.data import Data, row_multiple
@@ -27,6 +27,7 @@ from llavamed_jax.training.metrics import batch_counts
 from llavamed_jax.training.state import TABLE, TrainState
 from llavamed_jax.training.step import make_eval_step, make_train_step, place
 from llavamed_jax.training.stopping import Stop
+from llavamed_jax.training.together import SilentLog, Together, check_same
 from llavamed_jax.training.watch import Evaluator, Profiler, Sampler, Snapshot, judge
 
 
@@ -61,9 +62,7 @@ def fit(cfg: ConfigDict, workdir: str | Path, watch: Watch = Watch()) -> bool:
     recipe.check(cfg)
     workdir = Path(workdir)
     with workdirs.locked(workdir) as sign:
-        # A directory without a step belongs to no recipe yet: one that failed before its first step may be corrected.
-        settled = workdirs.read_recipe(workdir, cfg) if store.steps(workdir) else {}
-        step = _newest_step(workdir)
+        settled, step = distributed.from_first(lambda: _found(workdir, cfg))
         total_steps = cfg.total_steps or settled.get("total_steps")
         if step is not None and total_steps is not None and step >= total_steps:
             beyond = "" if step == total_steps else f", and has been trained to {step}"
@@ -73,15 +72,24 @@ def fit(cfg: ConfigDict, workdir: str | Path, watch: Watch = Watch()) -> bool:
         try:
             with Stop() as stop, Run.open(cfg, workdir, total_steps, step, settled) as run, store.StepWriter(workdir) as writer, \
                     setup.within_memory(cfg, run.program):
-                return run.loop(stop, writer, watch)
+                return run.loop(Together(stop, cfg.checkpoint.every_minutes, run.rows), writer, watch)
         except UsageError:
             raise
         except (UserError, OSError) as error:
-            step, _ = store.newest_intact_step(workdir)
-            saved = "no step had been saved" if step is None else f"step {step} is saved"
             is_file = isinstance(error, OSError)
             what = f"{error.filename or workdir} cannot be read or written: {error.strerror or error}" if is_file else error
+            if distributed.process_index():  # the first one says it
+                raise UserError(str(what)) from error
+            step, _ = store.newest_intact_step(workdir)
+            saved = "no step had been saved" if step is None else f"step {step} is saved"
             raise UserError(f"{what}; {saved}") from error
+
+
+def _found(workdir: Path, cfg: ConfigDict) -> tuple[dict, int | None]:
+    """What the run in a directory had settled, and the step to go on from."""
+    # A directory without a step belongs to no recipe yet: one that failed before its first step may be corrected.
+    settled = workdirs.read_recipe(workdir, cfg) if store.steps(workdir) else {}
+    return settled, _newest_step(workdir)
 
 
 def _newest_step(workdir: Path) -> int | None:
@@ -115,15 +123,18 @@ class Run:
         """Reads weights and data, settles what the recipe leaves open, and puts the state on the devices."""
         checkpoint = setup.open_start(cfg)
         mesh = setup.open_mesh(cfg, checkpoint.config)
-        data = Data.open(cfg, checkpoint, row_multiple(cfg, mesh), workdir, settled)
+        with distributed.after_first():  # who finds what the first has kept of large data
+            data = Data.open(cfg, checkpoint, row_multiple(cfg, mesh), workdir, settled)
+        check_same("rows of data", data.plan.fingerprint())
         total_steps = total_steps or data.total_steps()
         program = setup.Program.build(cfg, checkpoint, mesh, total_steps)
-        batches = data.training_batches()  # with what it refuses, before anything is written
-        if step is None:
-            workdirs.discard_start(workdir, cfg)
-        workdirs.write_recipe(workdir, cfg, {"total_steps": total_steps, **data.resolved()})
-        if not (workdir / "model").exists():
-            store.write_model(workdir, checkpoint, without=program.trained_names())
+        batches = data.training_batches(mesh)  # with what it refuses, before anything is written
+        if distributed.process_index() == 0:
+            if step is None:
+                workdirs.discard_start(workdir, cfg)
+            workdirs.write_recipe(workdir, cfg, {"total_steps": total_steps, **data.resolved()})
+            if not (workdir / "model").exists():
+                store.write_model(workdir, checkpoint, without=program.trained_names())
         print(f"{cfg.init}: {checkpoint.tower}; {len(data.train)} samples, {total_steps} updates of {cfg.batch_size}, "
               f"{_size(program)}, mesh {dict(mesh.shape)}", *data.describe(), sep="\n", flush=True)
         with setup.within_memory(cfg, program):
@@ -131,7 +142,7 @@ class Run:
             if step is not None:
                 state, progress = _restore(workdir, step, state, program, batches)
                 print(f"going on from step {step}", flush=True)
-        log = MetricsWriter(workdir, step or 0, total_steps, cfg.name)
+        log = SilentLog() if distributed.process_index() else MetricsWriter(workdir, step or 0, total_steps, cfg.name)
         return cls(cfg, workdir, data, program, state, step or 0, total_steps, batches, log, progress)
 
     def __enter__(self) -> Run:
@@ -141,17 +152,24 @@ class Run:
         self.batches.close()
         self.log.close()
 
-    def loop(self, stop: Stop, writer: store.StepWriter, watch: Watch) -> bool:
+    @property
+    def rows(self) -> list[int]:
+        """Of an update's rows, those that lie on this process's devices."""
+        layout = self.data.plan.layout
+        return local_rows(self.program.mesh, layout.rows + layout.padding_rows)
+
+    def loop(self, together: Together, writer: store.StepWriter, watch: Watch) -> bool:
         """Updates until the last one, or until it is asked to stop. Returns whether the run is finished."""
         program = self.program
         loss_fn = program.loss()
         train_step = make_train_step(loss_fn, program.optimizer, program.schedule, program.mesh, program.shardings,
                                      self.cfg.micro_batches)
         eval_step = make_eval_step(loss_fn, program.mesh)
-        reader = self._reader()
-        saved_step, saved_at = self.step, time.monotonic()
+        reader = self._reader(together)
+        saved_step = self.step
+        together.saved()
         with Profiler(watch.profile, self.workdir, self.log) as profiler:
-            while self.step < self.total_steps and not stop.is_asked:
+            while self.step < self.total_steps and not together.is_stopping:
                 profiler.before(self.step + 1, reader.drain)
                 self._update(train_step, reader)
                 profiler.after(self.step, reader.drain)
@@ -160,14 +178,15 @@ class Run:
                     self.log.samples(self.step, watch.sampler(self._snapshot()))
                     reader.restart_clock()
                 is_due = self._is_due(self.cfg.checkpoint.every_steps)
-                if is_due or self._is_late(saved_at):
+                if is_due or together.is_save_due:
                     reader.drain()
                     self._refuse_nothing()
                     if is_due and (found := judge(self._snapshot(), self.state, eval_step, watch.evaluators, self.progress)):
                         self.log.write(self.step, found)
                     self._save(writer)
                     reader.restart_clock()
-                    saved_step, saved_at = self.step, time.monotonic()
+                    saved_step = self.step
+                    together.saved()
         if self.step != saved_step:
             reader.drain()
             self._save(writer)
@@ -181,7 +200,7 @@ class Run:
     def _update(self, train_step, reader: LateReader) -> None:
         """Dispatches an update, when the one before the last is done."""
         position = self.batches.state()
-        batch, missed = self._next_batch()
+        batch, missed, skipped = self._next_batch()
         # Whatever would move between host and device without being asked would also wait for the device.
         with jax.transfer_guard("disallow"):
             placed = place(batch, self.program.mesh)
@@ -189,13 +208,14 @@ class Run:
             self.state, metrics = train_step(self.state, placed)
         self.step += 1
         window = self.program.model.cfg.decoder.sliding_window
-        reader.add(Update(self.step, metrics, batch_counts(batch, window), missed, position))
+        reader.add(Update(self.step, metrics, batch_counts(batch, window), missed, position, skipped=skipped))
 
-    def _reader(self) -> LateReader:
+    def _reader(self, together: Together) -> LateReader:
         return LateReader(
             self.progress, self.log, self.workdir, config=self.program.model.cfg,
             trained={name: math.prod(x.shape) for name, x in self.state.trainable.items()}, num_devices=self.program.mesh.size,
-            log_every=self.cfg.log_every, total_steps=self.total_steps, nan_limit=self.cfg.nan_limit, name_samples=self.batches.ids)
+            log_every=self.cfg.log_every, total_steps=self.total_steps, nan_limit=self.cfg.nan_limit, name_samples=self.batches.ids,
+            together=together)
 
     def _snapshot(self) -> Snapshot:
         return Snapshot(self.step, self.state.params, self.program, self.data)
@@ -203,10 +223,6 @@ class Run:
     def _is_due(self, every: int) -> bool:
         """Every so many updates, and after the last one."""
         return self.step == self.total_steps or every > 0 and self.step % every == 0
-
-    def _is_late(self, saved_at: float) -> bool:
-        minutes = self.cfg.checkpoint.every_minutes
-        return minutes > 0 and time.monotonic() - saved_at > 60 * minutes
 
     def _refuse_nothing(self) -> None:
         """A run that has learnt from nothing has not finished; its last step is not saved."""
@@ -218,13 +234,14 @@ class Run:
             raise UserError(f"{self.progress.updates_skipped} of {self.total_steps} updates were skipped because loss, gradient or update "
                             "was not finite, so the run is not finished")
 
-    def _next_batch(self) -> tuple[Mapping, dict[str, int]]:
-        """A batch, and how many of its samples were skipped, cut or teach nothing, which is counted and never silent."""
+    def _next_batch(self) -> tuple[Mapping, dict[str, int], list[Mapping]]:
+        """A batch, how many of its samples were skipped, cut or teach nothing, which is counted and never silent, and those skipped."""
         before = self._trouble_counts()
         batch = next(self.batches)
         after = self._trouble_counts()
-        self.log.skipped(self.step + 1, self.batches.skipped[before["samples_skipped"]:])
-        return batch, {name: after[name] - before[name] for name in after}
+        skipped = self.batches.skipped[before["samples_skipped"]:]
+        self.log.skipped(self.step + 1, skipped)
+        return batch, {name: after[name] - before[name] for name in after}, skipped
 
     def _trouble_counts(self) -> dict[str, int]:
         loader = self.batches
@@ -253,7 +270,7 @@ def _restore(workdir: Path, step: int, state: TrainState, program: setup.Program
     progress = Progress(**meta["progress"])
     everywhere = replicated(program.mesh)
     return state.replace(
-        step=jax.device_put(jnp.int32(step), everywhere), skipped=jax.device_put(jnp.int32(progress.updates_skipped), everywhere),
+        step=put(np.int32(step), everywhere), skipped=put(np.int32(progress.updates_skipped), everywhere),
         trainable=setup.from_disk(trained, program.shardings.trainable), opt_state=opt_state), progress
 
 

@@ -58,7 +58,7 @@ def judge(snapshot: Snapshot, state: TrainState, eval_step, evaluators: Sequence
 
 def _validation_loss(snapshot: Snapshot, state: TrainState, eval_step) -> float:
     parts, under_way = [], collections.deque()
-    with contextlib.closing(snapshot.data.validation_batches()) as batches:
+    with contextlib.closing(snapshot.data.validation_batches(snapshot.program.mesh)) as batches:
         for batch in batches:
             while len(under_way) >= IN_FLIGHT:  # else the devices would fill with batches that wait for their turn
                 parts.append(read(under_way.popleft()))
@@ -84,7 +84,8 @@ class Profiler:
         """To be called before an update is dispatched; `drain` waits for those under way, which are not to be in the trace."""
         if self._first <= step <= self._last and not self._is_on:
             drain()
-            jax.profiler.start_trace(str(self._directory))
+            if jax.process_index() == 0:
+                jax.profiler.start_trace(str(self._directory))
             self._is_on = True
 
     def after(self, step: int, drain: Callable[[], None]) -> None:
@@ -100,6 +101,7 @@ class Profiler:
             self._log.say(f"none of the updates {self._first} to {self._last} was left to do, so nothing was profiled")
 
     def _end(self) -> None:
-        jax.profiler.stop_trace()
+        if jax.process_index() == 0:
+            jax.profiler.stop_trace()
         self._is_on, self._is_done = False, True
         self._log.say(f"a trace of the updates {self._first} to {self._last} lies in {self._directory}/plugins/profile")

@@ -13,6 +13,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from llavamed_jax.errors import UsageError, UserError
+from llavamed_jax.parallel import distributed
 from llavamed_jax.training import recipe
 
 # What a run that goes on may change: how long, where and how often, but not what is computed.
@@ -21,12 +22,15 @@ MAY_DIFFER = ("epochs", "total_steps", "log_every", "samples_every", "data.sampl
 
 @contextlib.contextmanager
 def locked(workdir: Path) -> Iterator[Callable[[], None]]:
-    """Holds the directory for one run; the kernel lets go of it however the process ends.
+    """Holds the directory for one run; the kernel lets go of it however the process ends. Of several processes the first does.
 
     Yields a function that signs the lock, for the message that others get: a run that has nothing to do leaves no trace.
     Raises:
       UserError: another run holds it.
     """
+    if distributed.process_index():
+        yield lambda: None
+        return
     try:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:

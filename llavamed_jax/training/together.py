@@ -1,0 +1,98 @@
+"""What the processes of a run agree on while it trains: what an update saw, when they save by the clock, and when they stop.
+
+Each process knows its own rows and hears signals of its own, but all must make the same calls in the same order. So with each
+update that is read, everyone tells the first what it saw and whether it was asked to stop, and the first says what all do.
+A run of one process asks nobody.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable, Mapping, Sequence
+
+from llavamed_jax.errors import UserError
+from llavamed_jax.parallel import distributed
+from llavamed_jax.training.stopping import Stop
+
+
+class Together:
+    """A process among those of a run.
+
+    Args:
+      stop: hears the signals of this one.
+      every_minutes: by the clock of the first process, a save is due; 0: never.
+      rows: of a batch, those of this process. Of processes that have the same rows one is counted.
+    """
+
+    def __init__(self, stop: Stop, every_minutes: float, rows: Sequence[int]):
+        self._stop, self._seconds, self._rows = stop, 60 * every_minutes, list(rows)
+        self._is_alone = distributed.process_count() == 1
+        self._agreed = {"stop": False, "save": False}
+        self.saved()
+
+    @property
+    def is_stopping(self) -> bool:
+        """Whether no further update is begun."""
+        return self._stop.is_asked if self._is_alone else self._agreed["stop"]
+
+    @property
+    def is_save_due(self) -> bool:
+        """Whether `every_minutes` are over."""
+        return self._is_late() if self._is_alone else self._agreed["save"]
+
+    def saved(self) -> None:
+        """A step was saved just now."""
+        self._saved_at = time.monotonic()
+        self._agreed["save"] = False
+
+    def add_up(self, counts: Mapping[str, int], skipped: Sequence[Mapping]) -> tuple[dict[str, int], list[Mapping]]:
+        """In the first process: what all have counted of an update, and what the others skipped. In all: they agree what to do next.
+
+        To be called for each update in turn.
+        """
+        if self._is_alone:
+            return dict(counts), []
+        said = dict(rows=self._rows, counts=dict(counts), skipped=list(skipped), stop=self._stop.is_asked)
+        everyone = [json.loads(each) for each in distributed.gather(json.dumps(said).encode())]
+        self._agreed = distributed.from_first(lambda: dict(stop=any(each["stop"] for each in everyone), save=self._is_late()))
+        if not everyone:
+            return dict(counts), []
+        shares = {tuple(each["rows"]): each for each in reversed(everyone)}  # the lowest of those with the same rows
+        del shares[tuple(self._rows)]
+        others = list(shares.values())[::-1]
+        return ({name: count + sum(each["counts"][name] for each in others) for name, count in counts.items()},
+                [entry for each in others for entry in each["skipped"]])
+
+    def _is_late(self) -> bool:
+        return 0 < self._seconds < time.monotonic() - self._saved_at
+
+
+def check_same(what: str, value: str) -> None:
+    """Raises UserError where this process has another value than the first."""
+    first = distributed.from_first(lambda: value)
+    if value != first:
+        raise UserError(f"process {distributed.process_index()} has {what} {value} and process 0 has {first}; the same in all "
+                        "processes were expected")
+
+
+class SilentLog:
+    """In place of `log.MetricsWriter` in all processes but the first."""
+
+    def advance(self, step: int, loss: float) -> None:
+        pass
+
+    def write(self, step: int, metrics: Mapping[str, float | int | None]) -> None:
+        pass
+
+    def samples(self, step: int, samples: Iterable) -> None:
+        pass
+
+    def skipped(self, step: int, entries: Iterable[Mapping]) -> None:
+        pass
+
+    def say(self, text: str) -> None:
+        pass
+
+    def close(self) -> None:
+        pass

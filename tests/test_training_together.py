@@ -1,0 +1,258 @@
+"""A run of several processes: what they agree on, and two real ones of four devices against one of eight, stopped, killed, gone on."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from llavamed_jax.checkpoints.reader import open_checkpoint
+from llavamed_jax.checkpoints.store import newest_intact_step
+from llavamed_jax.errors import UserError
+from llavamed_jax.parallel import distributed
+from llavamed_jax.training import together as module
+from llavamed_jax.training.stopping import Stop
+from llavamed_jax.training.together import Together, check_same
+from tests import training_runs as runs
+from tests.test_processes import Store
+from tests.test_sharing import ends, free_port, two
+from tests.training_runs import ROOT, SAMPLE
+
+# ---- what is agreed on
+
+
+class Threads:
+    """In place of the module `distributed`: each thread is a process."""
+
+    def __init__(self, count):
+        store = Store()
+        self.groups = [distributed.Group(store, k, count) for k in range(count)]
+        self.here = threading.local()
+
+    def process_index(self):
+        return self.here.index
+
+    def process_count(self):
+        return len(self.groups)
+
+    def gather(self, value):
+        return self.groups[self.here.index].gather(value)
+
+    def from_first(self, make):
+        group = self.groups[self.here.index]
+        return json.loads(group.broadcast(None if group.index else json.dumps(make()).encode()))
+
+    def run(self, work):
+        """What `work(index)` returns in each, or raises."""
+        results = [None] * len(self.groups)
+
+        def call(index):
+            self.here.index = index
+            try:
+                results[index] = work(index)
+            except UserError as error:
+                results[index] = error
+
+        threads = [threading.Thread(target=call, args=(k,)) for k in range(len(self.groups))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(20)
+        return results
+
+
+@pytest.fixture
+def three(monkeypatch):
+    threads = Threads(3)
+    monkeypatch.setattr(module, "distributed", threads)
+    return threads
+
+
+def test_counts_are_added_up_in_the_first_and_equal_rows_count_once(three):
+    """Process 2 has the rows of process 1, as where tensor parallelism spans both."""
+    rows, counts = [[0, 1], [2, 3], [2, 3]], [{"samples": 2, "tokens": 5}, {"samples": 1, "tokens": 7}, {"samples": 1, "tokens": 7}]
+    found = three.run(lambda k: Together(Stop(), 0, rows[k]).add_up(counts[k], [{"id": k}]))
+    assert found == [({"samples": 3, "tokens": 12}, [{"id": 1}]), (counts[1], []), (counts[2], [])]
+
+
+def test_all_stop_where_one_was_asked(three):
+    def work(k):
+        stop = Stop()
+        together, seen = Together(stop, 0, [k]), []
+        for update in range(3):
+            seen.append(together.is_stopping)
+            stop.is_asked |= k == 2 and update == 1
+            together.add_up({}, [])
+        return [*seen, together.is_stopping]
+
+    assert three.run(work) == [[False, False, True, True]] * 3
+
+
+def test_a_save_is_due_by_the_clock_of_the_first(three, monkeypatch):
+    clock = {0: 0.0, 1: 0.0, 2: 0.0}
+    monkeypatch.setattr(module.time, "monotonic", lambda: clock.get(getattr(three.here, "index", None), 0.0))
+
+    def work(k):
+        together, seen = Together(Stop(), 1.0, [k]), []
+        for now in (59.0, 61.0, 62.0):
+            clock[k] = now + 100 * k  # the clocks of others say nothing
+            together.add_up({}, [])
+            seen.append(together.is_save_due)
+            if together.is_save_due:
+                together.saved()
+        return seen
+
+    assert three.run(work) == [[False, True, False]] * 3
+
+
+def test_other_data_in_another_process_is_refused(three):
+    first, second, third = three.run(lambda k: check_same("rows of data", "ab"[k == 1]))
+    assert (first, third) == (None, None) and "process 1 has rows of data b and process 0 has a" in str(second)
+
+
+def test_alone_the_own_word_counts(monkeypatch):
+    stop = Stop()
+    together = Together(stop, 1.0, [0])
+    assert together.add_up({"samples": 2}, [{"id": 1}]) == ({"samples": 2}, []) and not together.is_stopping
+    stop.is_asked = True
+    now = time.monotonic()
+    assert together.is_stopping and not together.is_save_due
+    monkeypatch.setattr(module.time, "monotonic", lambda: now + 61)
+    assert together.is_save_due
+    together.saved()
+    assert not together.is_save_due
+
+
+def test_a_signal_that_comes_twice_in_a_moment_is_one(monkeypatch):
+    with Stop() as stop:
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.is_asked
+        now = time.monotonic()
+        monkeypatch.setattr("llavamed_jax.training.stopping.time.monotonic", lambda: now + 1.5)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+
+
+# ---- two processes
+
+FOUR, EIGHT = ({"XLA_FLAGS": f"--xla_force_host_platform_device_count={n}"} for n in (4, 8))
+
+
+def test_arrays_of_two_processes_lie_where_they_should():
+    port = str(free_port())
+    running = [subprocess.Popen([sys.executable, "-m", "tests.two_processes", port, str(k)], cwd=ROOT, env={**os.environ, **FOUR},
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for k in range(2)]
+    for status, out, err in ends(running):
+        assert status == 0 and out.splitlines()[-1] == "as expected", err
+
+
+STEPS = 150
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory):
+    """Rows that do not fill the mesh, a broken image, validation, answers on the way: all that processes share out."""
+    folder = tmp_path_factory.mktemp("together")
+    data = runs.write_data(folder)
+    records = json.loads((data / "train.json").read_text())
+    shutil.copytree(SAMPLE / "images", folder / "images")
+    broken = next(record["image"] for record in records if record["image"] != records[0]["image"])
+    (folder / "images" / broken).write_bytes(b"no image")
+    keys = {"init": runs.write_start(folder / "start"), "data.train": data / "train.json", "data.images": folder / "images",
+            "data.validation": data / "validation.json", "mesh.data": 2, "mesh.fsdp": 4, "batch_size": 6, "data.packing": True,
+            "data.row_length": 64, "total_steps": STEPS, "max_length": 40, "log_every": 1, "samples_every": 75,
+            "checkpoint.every_steps": 25, "checkpoint.keep": 9, "checkpoint.keep_best": True}
+    return ["--config", "configs/demo.py:vqa", *(f"--config.{key}={value}" for key, value in keys.items())]
+
+
+def started(command, workdir):
+    return two("train", *command, "--workdir", str(workdir), **FOUR)
+
+
+def waited_for(workdir, step, running, deadline=600):
+    """Returns when a step lies there whole, while the processes are at work."""
+    manifest, until = workdir / "checkpoints" / str(step) / "manifest.json", time.monotonic() + deadline
+    while not manifest.exists() and time.monotonic() < until:
+        assert all(process.poll() is None for process in running)
+        time.sleep(0.02)
+
+
+def tensors(workdir):
+    return {name: tensor.load() for name, tensor in open_checkpoint(workdir).tensors.items()}
+
+
+@pytest.fixture(scope="module")
+def whole(command, tmp_path_factory):
+    """Two processes, uninterrupted."""
+    workdir = tmp_path_factory.mktemp("whole") / "run"
+    found = ends(started(command, workdir))
+    assert [status for status, *_ in found] == [0, 0], found
+    return workdir, found
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_of_eight_devices(command, whole, tmp_path):
+    workdir, ((_, out, err), (_, *silent)) = whole
+    assert silent == ["", ""] and f"finished at step {STEPS}" in out and err == ""
+    done = subprocess.run([sys.executable, "train.py", *command, "--workdir", str(tmp_path / "run")], cwd=ROOT,
+                          env={**os.environ, **EIGHT}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    two_lines, one_lines = (runs.log_lines(folder) for folder in (workdir, tmp_path / "run"))
+    assert len(two_lines) == len(one_lines) > STEPS
+    of_time = ("tokens_per_second", "loss", "grad_norm", "validation_loss")
+    for here, there in zip(two_lines, one_lines, strict=True):
+        assert {k: v for k, v in here.items() if k not in of_time} == {k: v for k, v in there.items() if k not in of_time}
+    losses = [[line["loss"] for line in lines if "loss" in line] for lines in (two_lines, one_lines)]
+    np.testing.assert_allclose(losses[0][:25], losses[1][:25], rtol=1e-6)
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)  # later, what differs in the last bit has grown
+    validation = [[line["validation_loss"] for line in lines if "validation_loss" in line] for lines in (two_lines, one_lines)]
+    np.testing.assert_allclose(validation[0][:1], validation[1][:1], rtol=1e-6)
+    assert two_lines[-1]["samples_skipped"] > 0
+    skipped = [sorted((folder / "skipped.jsonl").read_text().splitlines()) for folder in (workdir, tmp_path / "run")]
+    assert skipped[0] == skipped[1]
+    answers = [re.findall(r"vqa 75/150 · (.* -> .*)", text) for text in (out, done.stdout)]
+    assert answers[0] == answers[1] and len(answers[0]) == 4
+
+
+@pytest.mark.slow
+def test_stopped_killed_and_gone_on_is_the_same_to_the_bit(command, whole, tmp_path):
+    """A signal to one process stops both at one step; after a kill the other one is gone; in the end nothing differs."""
+    workdir = tmp_path / "run"
+    running = started(command, workdir)
+    waited_for(workdir, 25, running)
+    running[1].send_signal(signal.SIGTERM)
+    (first, out, _), (second, *silent) = ends(running)
+    assert (first, second) == (75, 75) and silent[0] == "" and "SIGTERM" in silent[1]
+    step, damaged = newest_intact_step(workdir)
+    assert f"stopped and saved at step {step} of {STEPS}" in out and 25 < step < STEPS and not damaged
+
+    running = started(command, workdir)
+    waited_for(workdir, 75, running)
+    begun = time.monotonic()
+    running[1].kill()
+    (first, _, err), _ = ends(running)
+    assert first == 1 and time.monotonic() - begun < 60
+    assert err.splitlines()[-1].startswith("error: process 1 has ended or cannot be reached, so process 0 ends too")
+
+    found = ends(started(command, workdir))
+    assert [status for status, *_ in found] == [0, 0], found
+    assert STEPS > int(re.search(r"going on from step (\d+)", found[0][1])[1]) >= 75
+    kept, ours = (runs.log_lines(folder) for folder in (whole[0], workdir))
+    strip = lambda lines: [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines]
+    assert strip(kept) == strip(ours)
+    expected, got = tensors(whole[0]), tensors(workdir)
+    assert expected.keys() == got.keys() and all((expected[name] == got[name]).all() for name in expected)
+
+
+def test_the_launch_files_are_shell():
+    for file in sorted((ROOT / "docs" / "launch").iterdir()):
+        assert subprocess.run(["bash", "-n", file], capture_output=True).returncode == 0, file
+        assert "train.py" in file.read_text()
