@@ -159,7 +159,8 @@ def _lookup_forward(dtype, table, ids):
 def _lookup_backward(_, kept, by_rows):
     like, ids = kept
     by_table = jnp.zeros((like.shape[1], by_rows.shape[-1]), like.dtype).at[ids].add(by_rows.astype(like.dtype))
-    return constrain(constrain_weight(by_table, "vocab", "embed"), "vocab", "embed"), None
+    # Whole in its width first: cut at once, XLA would replicate the rows, to have their width cut alike.
+    return constrain(constrain_weight(constrain(by_table, "vocab", None), "vocab", "embed"), "vocab", "embed"), None
 
 
 _lookup.defvjp(_lookup_forward, _lookup_backward)
