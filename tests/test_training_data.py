@@ -33,7 +33,7 @@ def run(monkeypatch):
     def run(cfg, workdir, mesh="data=1", finishes=True):
         step = FakeStep()
         devices = jax.devices()[:int(mesh[-1])]
-        monkeypatch.setattr(setup, "make_mesh", lambda spec: make_mesh(mesh, devices))
+        monkeypatch.setattr(setup, "make_mesh", lambda spec, *_: make_mesh(mesh, devices))
         monkeypatch.setattr(trainer, "make_train_step", step)
         assert fit(cfg, workdir) is finishes
         return [{name: np.asarray(array) for name, array in batch.items()} for batch in step.batches]

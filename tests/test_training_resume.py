@@ -36,7 +36,7 @@ def recipe(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def without_compiling(monkeypatch):
-    monkeypatch.setattr(setup, "make_mesh", lambda spec: make_mesh(spec, jax.devices()[:1]))
+    monkeypatch.setattr(setup, "make_mesh", lambda spec, *_: make_mesh(spec, jax.devices()[:1]))
     monkeypatch.setattr(trainer, "make_train_step", FakeStep())
 
 

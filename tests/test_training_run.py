@@ -44,7 +44,7 @@ def recipe(start, data):
 def one_device():
     """Compiling for eight devices takes most of the time; that sharded is single is tested with the step."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(setup, "make_mesh", lambda spec: make_mesh(spec, jax.devices()[:1]))
+        patch.setattr(setup, "make_mesh", lambda spec, *_: make_mesh(spec, jax.devices()[:1]))
         yield
 
 
@@ -176,7 +176,7 @@ def test_a_run_goes_on_on_another_mesh(finished, recipe, tmp_path, monkeypatch):
     workdir = tmp_path / "run"
     shutil.copytree(finished, workdir)
     shutil.rmtree(workdir / "checkpoints" / "8")
-    monkeypatch.setattr(setup, "make_mesh", lambda spec: make_mesh("data=2,fsdp=2", jax.devices()[:4]))
+    monkeypatch.setattr(setup, "make_mesh", lambda spec, *_: make_mesh("data=2,fsdp=2", jax.devices()[:4]))
     assert fit(recipe(), workdir)
     np.testing.assert_allclose([line["loss"] for line in lines(workdir)], [line["loss"] for line in lines(finished)], rtol=2e-6)
     ours, theirs = tensors(workdir), tensors(finished)

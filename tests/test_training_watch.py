@@ -30,7 +30,7 @@ def recipe(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def one_device(monkeypatch):
-    monkeypatch.setattr(setup, "make_mesh", lambda spec: make_mesh(spec, jax.devices()[:1]))
+    monkeypatch.setattr(setup, "make_mesh", lambda spec, *_: make_mesh(spec, jax.devices()[:1]))
 
 
 @pytest.fixture
