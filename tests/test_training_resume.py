@@ -15,7 +15,7 @@ from llavamed_jax.checkpoints import store
 from llavamed_jax.errors import UsageError, UserError
 from llavamed_jax.parallel.mesh import make_mesh
 from llavamed_jax.training import recipe as recipes
-from llavamed_jax.training import setup, trainer
+from llavamed_jax.training import setup, together, trainer
 from llavamed_jax.training import workdir as workdirs
 from llavamed_jax.training.trainer import fit
 from tests import training_runs as runs
@@ -155,7 +155,7 @@ def test_steps_are_saved_by_the_clock_too(recipe, tmp_path, monkeypatch):
 
     now = 0.0
     monkeypatch.setattr(trainer, "make_train_step", Timed())
-    monkeypatch.setattr(trainer, "time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr(together, "time", SimpleNamespace(monotonic=lambda: now))
     assert fit(recipe(**{"checkpoint.every_steps": 0, "checkpoint.every_minutes": 2.0}), tmp_path / "run")
     assert store.steps(tmp_path / "run") == [3, 6, 8]
 
