@@ -15,7 +15,11 @@ class UsageError(UserError):
 
 def short(value: object, most: int = 80) -> str:
     """A value for a sentence, cut where it is long."""
-    text = repr(value)
+    return cut(repr(value), most)
+
+
+def cut(text: str, most: int = 80) -> str:
+    """A text for a sentence, cut where it is long."""
     return text if len(text) <= most else text[:most] + "…"
 
 

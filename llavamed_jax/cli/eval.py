@@ -6,7 +6,6 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from llavamed_jax.cli import common, processes
 from llavamed_jax.errors import UsageError, UserError
@@ -59,9 +58,9 @@ def program(argv: Sequence[str]) -> int:
         common.check_model_flags(args)
         processes.join(processes.asked(args))
     endpoint = None if args.endpoint is None else _endpoint(args)
-    from llavamed_jax.evaluation import chat, run  # after the flags are known to be right: it takes a second
+    from llavamed_jax.evaluation import chat, files, run  # after the flags are known to be right: it takes a second
 
-    is_new = not Path(args.workdir).exists()
+    is_new = not os.path.exists(args.workdir)
     evaluation = (chat.ChatEvaluation if cfg.data.name == chat.KIND else run.Evaluation)(cfg, args.workdir, args.against)
     print(evaluation.describe(), flush=True)
     try:
@@ -70,9 +69,10 @@ def program(argv: Sequence[str]) -> int:
         if args.predictions is None:
             evaluation.check_images()
         if args.dry_run:
-            print(evaluation.plan(args.predictions))
+            print(evaluation.plan(args.predictions, args.control is not None))
             return 0
-        metrics = _measure(evaluation, args, endpoint)
+        with files.locked(evaluation.workdir):
+            metrics = _measure(evaluation, args, endpoint)
     finally:
         if is_new:
             with contextlib.suppress(OSError):
@@ -90,6 +90,8 @@ def _check_flags(args: argparse.Namespace) -> None:
     if (args.workdir is None) != (args.write_llava is not None):
         raise UsageError("--workdir is missing; a directory for predictions, metrics and report was expected" if args.workdir is None
                          else "--write_llava writes one file and needs no --workdir")
+    if args.write_llava is not None and (args.against is not None or args.dry_run):
+        raise UsageError(f"--{'dry_run' if args.dry_run else 'against'} is of an evaluation; it cannot stand beside --write_llava")
     given = [name for name in _MODEL_FLAGS if getattr(args, name)]
     given += [name for name in _PROCESS_FLAGS if getattr(args, name) is not None]
     for source in ("predictions", "write_llava"):

@@ -40,8 +40,14 @@ def split_file(root: Path, split: str, name: str) -> Path:
         return root
     file = next(filter(Path.is_file, split_files(root, split)), None)
     if file is None:
-        raise UserError(f"the data file {root / f'{split}.json'} does not exist{hint(root, name)}")
+        raise UserError(f"the data file {root / f'{split}.json'} does not exist{hint(root, name) or _other_splits(root)}")
     return file
+
+
+def _other_splits(root: Path) -> str:
+    """The end of an error about a split that a set does not have: those that it has."""
+    found = [split for split in SPLITS if any(map(Path.is_file, split_files(root, split)))]
+    return f"; {root} has {' and '.join(found)}: data.split" if found else ""
 
 
 def parquet_files(root: Path, split: str = "") -> list[Path]:

@@ -47,13 +47,14 @@ class ChatEvaluation(Evaluation):
         is_published = "as published" if self.chat_set.is_published else "not the published file"
         return f"{KIND}: {len(self.questions)} questions on {len({q.image for q in self.questions})} images, {counts}, {is_published}"
 
-    def plan(self, predictions: str | Path | None = None) -> str:
+    def plan(self, predictions: str | Path | None = None, has_control: bool = False) -> str:
         """What judging will take, before anything is asked. Answers that are not there are taken as long as the references."""
         texts = [question.reference for question in self.questions]
         source = "answers as long as the references"
         if predictions is not None:
             texts, source = scoring.join(self.samples, scoring.read_predictions(predictions)), "the answers that exist"
-        return f"judge {self.judge.service.where}, {source}: {self.judge.estimate(self._prompts(texts))}"
+        controls = "; the controls' answers, exchanged images and noise, take up to as much again, each" if has_control else ""
+        return f"judge {self.judge.service.where}, {source}: {self.judge.estimate(self._prompts(texts))}{controls}"
 
     def check_images(self) -> None:
         """Raises UserError where a figure is missing: who answers sees it, the judge does not."""

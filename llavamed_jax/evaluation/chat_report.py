@@ -160,7 +160,7 @@ def _scores(metrics: Mapping) -> str:
     if control:
         note += (
             " Images exchanged: the same questions asked with each figure replaced by another one"
-            f" (one cycle through all, seed {control['seed']}), and judged in the same way."
+            f" (one cycle through all, seed {control['seed']}), noise: by a picture of noise; both judged in the same way."
         )
     return f'<h2>Scores</h2><p class="note">{note}</p>' + _table(head, rows, [1, len(head) - 3])
 

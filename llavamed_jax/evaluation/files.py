@@ -2,12 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from llavamed_jax.errors import UserError
+
+
+@contextlib.contextmanager
+def locked(workdir: Path) -> Iterator[None]:
+    """Holds a directory for one evaluation; the kernel lets go of it however the process ends, and nothing is left in it.
+
+    Two at once would write their answers into one file, and the next start take those of the one for the other's.
+    Raises:
+      UserError: another evaluation holds it. A file system that knows no locks is used without.
+    """
+    descriptor = os.open(workdir, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"the workdir {workdir} is in use by another evaluation; wait for its end, or name another") from None
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def write_text(path: Path, text: str) -> None:

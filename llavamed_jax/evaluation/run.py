@@ -47,6 +47,9 @@ class Evaluation:
         self._partials: list[Partial] = []
         if cfg.protocol not in ("clean", "paper"):
             raise UsageError(f"protocol is {cfg.protocol!r}; clean or paper was expected")
+        for key, value in _flat(cfg.to_dict()).items():
+            if value is None and key.startswith(("generation.", "judge.", "seed")):
+                raise UsageError(f"{key} is none; a number was expected")
         for key in ("max_new_tokens", "batch_size", "num_beams"):
             if cfg.generation[key] < 1:
                 raise UsageError(f"generation.{key} is {cfg.generation[key]}; at least 1 was expected")
@@ -109,14 +112,16 @@ class Evaluation:
         """One line that says what is asked, and whether it is the whole of the published set."""
         return questions.describe(self.cfg, self.samples)
 
-    def plan(self, predictions: str | Path | None = None) -> str:
+    def plan(self, predictions: str | Path | None = None, has_control: bool = False) -> str:
         """What a run would do, without doing it: what is asked, and what a judge would take.
 
         Args:
           predictions: answers that exist; else the gold answers stand for those of the model.
+          has_control: whether everything is asked twice more, with other images.
         """
         if self.judge is None:
-            return f"{len(self.samples)} questions; nothing is judged"
+            times = ", each three times: with its image, with another one, with noise" if has_control else ""
+            return f"{len(self.samples)} questions{times}; nothing is judged"
         texts = [str(sample.answer) for sample in self.samples]
         if predictions is not None:
             texts = scoring.join(self.samples, scoring.read_predictions(predictions))
@@ -233,7 +238,13 @@ def _training_data(cfg: ConfigDict) -> datasets.TrainingData | None:
     if not cfg.data.get("trained_on"):
         return None
     source = cfg.data.trained_on if isinstance(cfg.data.trained_on, str) else list(cfg.data.trained_on)
-    return datasets.read_training(source, cfg.data.get("trained_on_images") or None, cfg.protocol)
+    found = datasets.read_training(source, cfg.data.get("trained_on_images") or None, cfg.protocol)
+    if next(found.readable(), None) is None:  # "none of the images occurs" would be no finding
+        try:
+            found.record(0)
+        except UserError as error:
+            raise UserError(f"data.trained_on names no training data, none of {found.num_records} records can be read: {error}") from None
+    return found
 
 
 def _asked_with(cfg: ConfigDict) -> dict:

@@ -14,7 +14,7 @@ import numpy as np
 
 from llavamed_jax.checkpoints.files import parse_json
 from llavamed_jax.data.questions import VqaSample
-from llavamed_jax.errors import UserError, some
+from llavamed_jax.errors import UserError, cut, some
 from llavamed_jax.evaluation import captions, metrics, statistics
 from llavamed_jax.evaluation.kinds import CAPTION, CHOICE, CLOSED, OPEN, kind
 from llavamed_jax.evaluation.leakage import leakage
@@ -40,9 +40,11 @@ def read_predictions(path: str | Path) -> list[dict]:
     Raises UserError that names the line which is no such object, or the file that cannot be read.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")  # an answer may hold other line separators
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"the predictions {path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")  # an answer may hold other line separators
+    except OSError as error:
+        raise UserError(f"the predictions {path} cannot be read: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"the predictions {path} are no UTF-8 text, at byte {error.start}; lines of JSON were expected") from None
     predictions = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -72,7 +74,7 @@ def join(samples: Sequence[VqaSample], predictions: Iterable[Mapping]) -> list[s
         "asked more than once": [name for name, count in asked.items() if count > 1],
     }
     if any(problems.values()):
-        found = "; ".join(f"{len(ids)} {what} ({some(ids)})" for what, ids in problems.items() if ids)
+        found = "; ".join(f"{len(ids)} {what} ({some([cut(name) for name in ids])})" for what, ids in problems.items() if ids)
         raise UserError(f"the predictions do not fit the {len(samples)} questions: {found}")
     return [texts[str(sample.question_id)] for sample in samples]
 

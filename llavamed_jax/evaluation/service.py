@@ -75,9 +75,13 @@ class Service:
                  retries: int = 8, azure_version: str | None = None, backoff: float = 0.5):
         if not model:
             raise UsageError("the model's name is empty; the name that the server knows it by was expected")
-        if concurrency < 1 or not 0 < timeout < math.inf or retries < 0 or not 0 <= backoff < math.inf:
-            raise UsageError(f"concurrency {concurrency}, timeout {timeout}, retries {retries}, backoff {backoff}: at least 1, more "
-                             "than 0, at least 0 and at least 0 were expected")
+        for name, value, is_right, wanted in (
+            ("concurrency", concurrency, concurrency >= 1, "at least 1"),
+            ("timeout", timeout, 0 < timeout < math.inf, "more than 0 seconds"),
+            ("retries", retries, retries >= 0, "at least 0"), ("backoff", backoff, 0 <= backoff < math.inf, "at least 0 seconds"),
+        ):  # fmt: skip
+            if not is_right:
+                raise UsageError(f"the {name} is {value}; {wanted} was expected")
         self.model, self.concurrency, self.timeout, self.retries, self.backoff = model, concurrency, timeout, retries, backoff
         self._options = client_options(url, azure_version)
         self.url = self._options.get("base_url") or self._options["azure_endpoint"]

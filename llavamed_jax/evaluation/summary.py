@@ -57,7 +57,7 @@ def _against(against: Mapping | None, rows) -> Iterator[str]:
     yield f"{'':<41}{'other':>7}  {'difference':<23}{'p':>6}"
     for family, name, title, _ in rows:
         row = against[family][name]
-        interval = f"[{row['low']:.1f}, {row['high']:.1f}]" if row["low"] is not None else ""
+        interval = f"[{_plain(row['low'])}, {_plain(row['high'])}]" if row["low"] is not None else ""
         p = "" if row["p"] is None else f"{row['p']:.3f}" if row["p"] >= 0.001 else "<0.001"
         yield f"{title:<41}{_plain(row['other']):>7}  {_plain(row['difference']):<6} {interval:<16}{p:>6}"
 
@@ -82,6 +82,10 @@ def _notes(metrics: Mapping) -> Iterator[str]:
         seen = sum(row["image_and_answer_in_training"] for row in trained["by_kind"].values())
         yield (f"of the images {found} of {trained['images']} occur in {trained['data']}, and of the questions {seen} of"
                f" {sum(row['questions'] for row in trained['by_kind'].values())} with their answer")
+        unread = [(trained["records_not_readable"], trained["records"], "records"),
+                  (trained["training_images_not_readable"], trained["training_images"], "images")]
+        if any(count for count, _, _ in unread):
+            yield f"warning: of {trained['data']} {' and '.join(f'{n} of {total} {what}' for n, total, what in unread if n)} cannot be read"
 
 
 def _interval(table: Mapping, name: str) -> str:
@@ -89,4 +93,4 @@ def _interval(table: Mapping, name: str) -> str:
 
 
 def _plain(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1f}"
+    return "-" if value is None else f"{value:z.1f}"
