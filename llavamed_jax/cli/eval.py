@@ -21,10 +21,11 @@ def _parser() -> common.Parser:
     parser = common.Parser(prog="eval.py", usage=usage, description="Asks a model a data set's questions, scores, reports.",
                            epilog=_EXAMPLES)
     parser.add_argument("--config", required=True, metavar="FILE", help="what is asked: configs/eval/NAME.py[:ARGUMENTS]")
-    parser.add_argument("--workdir", required=True, metavar="DIR", help="where predictions, metrics and report go")
+    parser.add_argument("--workdir", metavar="DIR", help="where predictions, metrics and report go")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--checkpoint", metavar="PATH", help="a checkpoint in any layout, or a run's workdir")
     source.add_argument("--predictions", metavar="FILE", help="predictions.jsonl that exists; no model is loaded")
+    common.add_preflight_flags(parser)
     parser.add_argument("--control", choices=["image"], help="ask again with the images exchanged")
     common.add_model_flags(parser)
     return parser
@@ -38,12 +39,16 @@ def program(argv: Sequence[str]) -> int:
     """Runs one evaluation; returns the exit status."""
     args, overrides = _parser().parse_with_overrides(argv)
     if args.predictions is not None:
-        given = [name for name in _MODEL_FLAGS if getattr(args, name)]
+        given = [name for name in (*_MODEL_FLAGS, "preflight") if getattr(args, name)]
         if given:
             raise UsageError(f"--{given[0]} needs a model; it cannot stand beside --predictions")
     cfg = common.load_config(args.config, overrides)
     if args.checkpoint is not None:
         common.check_model_flags(args)
+    if args.preflight is not None:
+        return common.preflight(args, cfg, checkpoint=args.checkpoint, mesh=args.mesh, dtype=args.dtype or "bfloat16")
+    if args.workdir is None:
+        raise UsageError("the following arguments are required: --workdir; `eval.py --help` lists the flags")
     from llavamed_jax.evaluation import run  # after the flags are known to be right: it takes a second
 
     is_new = not Path(args.workdir).exists()
