@@ -35,11 +35,11 @@ def check(jobs: Sequence[Mapping[str, Any]], compiled: Callable, json_file: str 
         for job, row in zip(jobs, pool.map(lambda job: _judge(job, compiled), jobs)):
             rows.append(row)
             print(f"{job['topology']}: {verdict(row)} ({len(rows)} of {len(jobs)})", file=sys.stderr, flush=True)
+            if json_file is not None:  # after each, for they take minutes
+                write(Path(json_file), rows)
     print(table(rows))
     for line in remarks(rows):
         print(line)
-    if json_file is not None:
-        write(Path(json_file), rows)
     return 0 if any(row["fits"] for row in rows) and not any(row["warnings"] for row in rows) else 1
 
 
