@@ -9,13 +9,15 @@ import pytest
 from training_runs import write_start
 
 from llavamed_jax.cli import common
+from llavamed_jax.cli.eval import program as evaluate
 from llavamed_jax.cli.train import main
 from llavamed_jax.config import DecoderConfig, LlavaConfig, VisionConfig
-from llavamed_jax.errors import UsageError
+from llavamed_jax.errors import UsageError, UserError
 from llavamed_jax.models.llava import abstract_params
 from llavamed_jax.parallel.mesh import auto_sizes, make_mesh
 from llavamed_jax.preflight import collectives, programs, report, search
-from llavamed_jax.preflight.compile import compiled
+from llavamed_jax.preflight.compile import compiled, in_process
+from llavamed_jax.preflight.serving import Serving
 from llavamed_jax.preflight.topologies import KINDS, Topology
 from llavamed_jax.training.metrics import PEAK_FLOPS
 
@@ -293,3 +295,62 @@ def test_the_command_compiles_a_run_on_virtual_cpus(capfd, tmp_path):
     assert set(found["bytes"]) == {"parameters", "optimizer", "gradients", "activations", "arguments", "temporaries", "peak"}
     assert found["collectives"]["all-gather"]["count"] > 0 and found["tokens_per_step"] == 128 and found["mesh"]["fsdp"] == 2
     assert "cpu-2     fits" in capfd.readouterr().out
+
+
+# ---- the engine's programs
+
+def test_the_engines_programs_are_compiled_from_shapes():
+    """Each of the three for two rows on four devices; the decode loop copies no cache."""
+    machine = Topology.parse("cpu-4")
+    serving = Serving.of(CFG, machine.devices(), "data=2,tp=2", "float32", rows=2, new_tokens=40)
+    assert (serving.prompt, serving.length, serving.batch) == (128, 256, 4)
+    cache = 2 * 3 * 2 * 2 * 256 * 16 * 4 // 4  # keys and values, layers, rows, heads, positions, width, bytes, devices
+    assert serving.bytes()["cache"] == cache
+    found = {name: (compiled(lowered, machine), beside) for name, lowered, beside in serving.programs()}
+    assert list(found) == ["encode", "prefill", "decode"]
+    weights = serving.bytes()["parameters"]
+    for name, (program, beside) in found.items():
+        assert program.arguments <= weights + 3 * cache and (beside == cache or name == "decode"), name
+    assert found["decode"][0].arguments >= cache
+    assert found["decode"][0].peak < weights + 2 * cache + 2**20
+
+
+@pytest.mark.parametrize("parameters, cache, changes", [(20, 60, {"generation.batch_size": 4}), (60, 4, {"--mesh": "tp=2"})])
+def test_ways_out_of_an_evaluation(parameters, cache, changes):
+    """Fewer rows where the weights fit, the model over more devices where they do not."""
+    def machine(asked):
+        rows = asked["config"]["generation"]["batch_size"]
+        spread = int((asked["mesh"] or "tp=1").removeprefix("tp="))
+        found = row((parameters + cache * rows / 16) / spread, topology=asked["topology"], rows=rows)
+        found["bytes"].update(parameters=parameters * GIB, optimizer=0, cache=cache * rows / 16 * GIB)
+        return found
+    asked = dict(topology="h100-2", slices=1, checkpoint="preset:v15-7b", mesh=None, dtype="bfloat16",
+                 config=dict(generation=dict(batch_size=16, max_new_tokens=1024)))
+    ways = search.what_fits(asked, machine(asked), machine)
+    assert [way["changes"] for way in ways if way["topology"] == "h100-2"] == [changes]
+
+
+def test_an_evaluation_has_one_way_in():
+    for flags in (["--checkpoint", "preset:small"], ["--predictions", "x.jsonl", "--preflight", "cpu-1"]):
+        with pytest.raises(UsageError, match="--workdir|--preflight needs a model"):
+            evaluate(["--config", f"{ROOT}/configs/eval/vqa_rad.py", *flags])
+
+
+# ---- at full size, with the compilers of machines that are not here
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, changes", [
+    ("h100-8", []), ("h100-64", []), ("v5e-64", []), ("v5e-256", []), ("v5e-32", ["mesh.slices=2", "mesh.data=2"])])
+def test_a_7b_update_is_compiled_for(name, changes):
+    """It fits, sends within 15 % of the least, gathers nothing larger than the embedding table, and XLA has no complaint."""
+    cfg = common.load_config(f"{FINETUNE}:v15,7b", changes)
+    machine = Topology.parse(name, cfg.mesh.slices)
+    try:
+        machine.check_packages()
+    except UserError as error:
+        pytest.skip(str(error))
+    found = in_process(dict(topology=name, slices=cfg.mesh.slices, config=json.loads(cfg.to_json())))
+    assert found["fits"] and not found["warnings"]
+    assert found["traffic_bytes"] <= 1.15 * found["least_traffic_bytes"]
+    assert found["largest_array_bytes"] <= 32000 * 4096 * 4
+    assert 4.2e10 <= found["model_flops_per_step"] / found["tokens_per_step"] <= 5.2e10

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import ast
 import difflib
+import json
 import os
 import runpy
 import sys
@@ -255,8 +256,17 @@ def add_model_flags(parser: argparse.ArgumentParser, is_listed: bool = True) -> 
 
 def add_preflight_flags(parser: argparse.ArgumentParser) -> None:
     """`--preflight` and where its result goes."""
-    parser.add_argument("--preflight", metavar="TOPOLOGIES", help="compile for machines that are not here, such as h100-8,v5e-64")
-    parser.add_argument("--preflight_json", metavar="FILE", help="write what preflight found")
+    parser.add_argument("--preflight", metavar="NAMES", help="compile for machines that are not here: h100-8,v5e-64")
+    parser.add_argument("--preflight_json", metavar="FILE", help=argparse.SUPPRESS)
+
+
+def preflight(args: argparse.Namespace, config: ConfigDict, slices: int = 1, **job) -> int:
+    """Compiles for the machines of `--preflight`; returns the exit status."""
+    from llavamed_jax.preflight import compile, report  # brings jax
+    machines = report.topologies(args.preflight, slices)
+    job["config"] = json.loads(config.to_json())
+    jobs = [dict(topology=machine.name, slices=machine.slices, **job) for machine in machines]
+    return report.check(jobs, compile.in_process, args.preflight_json)
 
 
 def check_model_flags(args: argparse.Namespace) -> None:

@@ -33,6 +33,7 @@ def _parser() -> common.Parser:
     parser.add_argument("--dry_run", action="store_true", help="say what would be asked and cost, and stop")
     for name, kind in _SERVER_FLAGS.items():
         parser.add_argument(f"--{name}", type=kind, help=argparse.SUPPRESS)
+    common.add_preflight_flags(parser)
     processes.add_flags(parser)
     common.add_model_flags(parser, is_listed=False)
     return parser
@@ -56,6 +57,9 @@ def program(argv: Sequence[str]) -> int:
         return 0
     if args.checkpoint is not None:
         common.check_model_flags(args)
+    if args.preflight is not None:
+        return common.preflight(args, cfg, checkpoint=args.checkpoint, mesh=args.mesh, dtype=args.dtype or "bfloat16")
+    if args.checkpoint is not None:
         processes.join(processes.asked(args))
     endpoint = None if args.endpoint is None else _endpoint(args)
     from llavamed_jax.evaluation import chat, files, run  # after the flags are known to be right: it takes a second
@@ -87,7 +91,9 @@ def program(argv: Sequence[str]) -> int:
 
 def _check_flags(args: argparse.Namespace) -> None:
     """Refuses flags that are of another source than the one that is given."""
-    if (args.workdir is None) != (args.write_llava is not None):
+    if args.preflight is not None and args.checkpoint is None:
+        raise UsageError("--preflight compiles a model's programs; it stands beside --checkpoint only")
+    if args.preflight is None and (args.workdir is None) != (args.write_llava is not None):
         raise UsageError("--workdir is missing; a directory for predictions, metrics and report was expected" if args.workdir is None
                          else "--write_llava writes one file and needs no --workdir")
     if args.write_llava is not None and (args.against is not None or args.dry_run):

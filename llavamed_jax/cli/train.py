@@ -27,7 +27,10 @@ def train(argv: list[str]) -> int:
     processes.add_flags(parser)
     args, overrides = parser.parse_with_overrides(argv)
     if args.preflight is not None:
-        return _preflight(args.preflight, common.load_config(args.config, overrides), args.preflight_json)
+        config = common.load_config(args.config, overrides)
+        from llavamed_jax.training import recipe
+        recipe.check(config)
+        return common.preflight(args, config, slices=config.mesh.slices)
     if args.workdir is None:
         parser.error("the following arguments are required: --workdir")
     if not args.workdir:
@@ -40,19 +43,6 @@ def train(argv: list[str]) -> int:
     model = watching.TrainedModel()
     watch = Watch([watching.ClosedAccuracy(model)], watching.Samples(model), args.profile)
     return 0 if fit(config, args.workdir, watch) else common.EXIT_SAVED
-
-
-def _preflight(names: str, config, json_file: str | None) -> int:
-    """Compiles the recipe's update for machines that are not here."""
-    import json
-
-    from llavamed_jax.preflight import compile, report
-    from llavamed_jax.training import recipe
-    recipe.check(config)
-    machines = report.topologies(names, config.mesh.slices)
-    values = json.loads(config.to_json())
-    jobs = [dict(topology=machine.name, slices=machine.slices, config=values) for machine in machines]
-    return report.check(jobs, compile.in_process, json_file)
 
 
 def _span(text: str) -> tuple[int, int]:

@@ -10,16 +10,21 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from llavamed_jax.errors import UserError
+from llavamed_jax.parallel import distributed
 
 
 @contextlib.contextmanager
 def locked(workdir: Path) -> Iterator[None]:
     """Holds a directory for one evaluation; the kernel lets go of it however the process ends, and nothing is left in it.
 
-    Two at once would write their answers into one file, and the next start take those of the one for the other's.
+    Two at once would write their answers into one file, and the next start take those of the one for the other's. Of several
+    processes of one evaluation the first holds it.
     Raises:
       UserError: another evaluation holds it. A file system that knows no locks is used without.
     """
+    if distributed.process_index():
+        yield
+        return
     descriptor = os.open(workdir, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError):

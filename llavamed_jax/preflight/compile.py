@@ -24,6 +24,7 @@ from ml_collections import ConfigDict
 
 from llavamed_jax.errors import UsageError, UserError
 from llavamed_jax.preflight import collectives, programs
+from llavamed_jax.preflight.serving import Serving
 from llavamed_jax.preflight.topologies import Topology
 
 # Without a GPU there is nobody to try which of Triton's tiles is fastest, and untried defaults do not fit every product; the
@@ -38,7 +39,7 @@ def in_process(job: Mapping[str, Any]) -> dict[str, Any]:
     """Runs a job in a process of its own.
 
     Args:
-      job: as JSON has it: `topology`, `slices`, and `config`, a recipe's values.
+      job: as JSON has it: `topology`, `slices`, and `config`, a recipe's values; of an evaluation also `checkpoint`, `mesh` and `dtype`.
     Returns:
       What `run` returns, with `warnings`: what XLA said of arrays that it replicates.
     Raises:
@@ -70,7 +71,7 @@ def run(job: Mapping[str, Any]) -> dict[str, Any]:
     """Compiles a job's program for devices that are not here; returns a row of preflight's JSON (INTERFACE.md)."""
     topology = Topology.parse(job["topology"], job["slices"])
     devices = topology.devices()
-    found = train(ConfigDict(job["config"]), topology, devices)
+    found = train(ConfigDict(job["config"]), topology, devices) if "checkpoint" not in job else serve(job, topology, devices)
     return {"topology": topology.name, "devices": len(devices), "device_kind": devices[0].device_kind,
             "memory_bytes": topology.memory, **found, "fits": found["bytes"]["peak"] <= topology.memory}
 
@@ -90,6 +91,30 @@ def train(cfg: ConfigDict, topology: Topology, devices: Sequence) -> dict[str, A
         collectives=collectives.totals(sent), traffic_bytes=round(sum(each.count * each.bytes for each in sent)),
         least_traffic_bytes=round(training.least_traffic()), largest_array_bytes=round(max((each.array for each in sent), default=0)),
         model_flops_per_step=training.flops(), tokens_per_step=training.tokens)
+
+
+def serve(job: Mapping[str, Any], topology: Topology, devices: Sequence) -> dict[str, Any]:
+    """The engine's programs, compiled; the peak is that of the largest, with what lies beside its arguments."""
+    config, model = programs.shapes_of(job["checkpoint"])
+    generation = job["config"]["generation"]
+    serving = Serving.of(config, devices, job["mesh"], job["dtype"], generation["batch_size"], generation["max_new_tokens"])
+    each: dict[str, Any] = {}
+    for name, lowered, beside in serving.programs():
+        found = compiled(lowered, topology)
+        sent = collectives.read(found.text)
+        each[name] = dict(compile_seconds=found.seconds, compile_cpu_seconds=found.cpu_seconds, program_bytes=len(found.text),
+                          bytes={**found.bytes(), "peak": found.peak + beside}, collectives=collectives.totals(sent),
+                          traffic_bytes=round(sum(one.count * one.bytes for one in sent)))
+    largest = max(each.values(), key=lambda program: program["bytes"]["peak"])
+    held = serving.bytes()
+    return dict(
+        model=model, mesh=dict(serving.mesh.shape), attention="xla", rows=serving.rows, row_length=serving.length, micro_batches=1,
+        fitting_batch_size=None, programs=each, collectives=each["prefill"]["collectives"],
+        traffic_bytes=each["prefill"]["traffic_bytes"], least_traffic_bytes=None,
+        compile_seconds=sum(one["compile_seconds"] for one in each.values()),
+        compile_cpu_seconds=sum(one["compile_cpu_seconds"] for one in each.values()),
+        bytes={**held, "activations": max(0, largest["bytes"]["peak"] - sum(held.values())), **largest["bytes"]},
+        model_flops_per_step=serving.flops(), tokens_per_step=serving.batch * serving.prompt)
 
 
 @dataclass(frozen=True)

@@ -35,11 +35,11 @@ def check(jobs: Sequence[Mapping[str, Any]], compiled: Callable, json_file: str 
         for job, row in zip(jobs, pool.map(lambda job: _judge(job, compiled), jobs)):
             rows.append(row)
             print(f"{job['topology']}: {verdict(row)} ({len(rows)} of {len(jobs)})", file=sys.stderr, flush=True)
+            if json_file is not None:  # after each, for they take minutes
+                write(Path(json_file), rows)
     print(table(rows))
     for line in remarks(rows):
         print(line)
-    if json_file is not None:
-        write(Path(json_file), rows)
     return 0 if any(row["fits"] for row in rows) and not any(row["warnings"] for row in rows) else 1
 
 
@@ -68,7 +68,8 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
             f"{row['rows']}x{row['row_length']}" + (f"/{row['micro_batches']}" if row["micro_batches"] > 1 else ""),
             ",".join(f"{axis}={n}" for axis, n in row["mesh"].items() if n > 1) or "1", row["attention"],
             f"{row['model_flops_per_step'] / row['tokens_per_step'] / 1e9:.1f}",
-            f"{row['traffic_bytes'] / 1e9:.1f}", f"{row['least_traffic_bytes'] / 1e9:.1f}", f"{row['compile_seconds']:.0f}"))
+            f"{row['traffic_bytes'] / 1e9:.1f}", "" if row["least_traffic_bytes"] is None else f"{row['least_traffic_bytes'] / 1e9:.1f}",
+            f"{row['compile_seconds']:.0f}"))
     widths = [max(map(len, column)) for column in zip(*lines)]
     aligned = [[cell.ljust(width) if i < 2 else cell.rjust(width) for i, (cell, width) in enumerate(zip(line, widths))] for line in lines]
     return "\n".join("  ".join(line).rstrip() for line in aligned)

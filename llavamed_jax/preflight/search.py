@@ -25,26 +25,56 @@ def what_fits(job: Job, row: Row, compiled: Compile) -> list[dict[str, Any]]:
       `topology`, `changes` {key: value}, `peak` and `memory_bytes` of each.
     """
     found = []
-    for changes in training_changes(job["config"], row):
-        if _least(row, changes) > row["memory_bytes"]:
-            continue
-        tried = compiled({**job, "config": changed(job["config"], changes)})
-        if tried["fits"]:
-            found.append(_way(tried, *_fewer(job, row, changes, tried, compiled)))
-            break
+    if "checkpoint" in job:
+        found += _serving_way(job, row, compiled)
+    else:
+        found += _training_way(job, row, compiled)
     topology = Topology.parse(job["topology"], job["slices"])
     for doubled in range(1, LARGER + 1):
         topology = topology.larger()
         if topology is None:
             break
-        # What is spread over fsdp halves with each doubling; what is not never fits.
+        # What is spread over the devices halves with each doubling; what is not never fits.
         if _least(row, {}) / 2**doubled > row["memory_bytes"]:
             continue
-        tried = compiled({**job, "topology": topology.name})
+        larger = {**job, "topology": topology.name}
+        changes = {}
+        if "checkpoint" in job:  # which lies on one device if not told otherwise
+            changes = {"--mesh": f"tp={topology.num_devices}"}
+            larger["mesh"] = changes["--mesh"]
+        tried = compiled(larger)
         if tried["fits"]:
-            found.append(_way(tried, {}))
+            found.append(_way(tried, changes))
             break
     return found
+
+
+def _training_way(job: Job, row: Row, compiled: Compile) -> list[dict[str, Any]]:
+    for changes in training_changes(job["config"], row):
+        if _least(row, changes) > row["memory_bytes"]:
+            continue
+        tried = compiled({**job, "config": changed(job["config"], changes)})
+        if tried["fits"]:
+            return [_way(tried, *_fewer(job, row, changes, tried, compiled))]
+    return []
+
+
+def _serving_way(job: Job, row: Row, compiled: Compile) -> list[dict[str, Any]]:
+    """Fewer rows, where the weights fit; else the model over the devices that are there."""
+    number, held = Topology.parse(job["topology"], job["slices"]).num_devices, row["bytes"]
+    rows = job["config"]["generation"]["batch_size"]
+    while rows > 1 and held["parameters"] < row["memory_bytes"]:
+        rows //= 2
+        if held["parameters"] + held["cache"] * rows / row["rows"] < 0.9 * row["memory_bytes"]:
+            changes = {"generation.batch_size": rows}
+            tried = compiled({**job, "config": changed(job["config"], changes)})
+            if tried["fits"]:
+                return [_way(tried, changes)]
+    if job["mesh"] is None and number > 1:
+        tried = compiled({**job, "mesh": f"tp={number}"})
+        if tried["fits"]:
+            return [_way(tried, {"--mesh": f"tp={number}"})]
+    return []
 
 
 def training_changes(config: Mapping[str, Any], row: Row) -> Iterator[dict[str, Any]]:

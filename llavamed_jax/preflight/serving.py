@@ -1,0 +1,125 @@
+"""The engine's programs for a checkpoint's shapes: encoding images, running prompts, making tokens.
+
+Axis letters: R rows of the cache, B prompts of a prefill, T positions of a prompt, S cache positions, P positions an image,
+F places for image features, D model width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+
+from llavamed_jax.config import LlavaConfig
+from llavamed_jax.generation.cache import cache_bytes
+from llavamed_jax.generation.programs import Programs, Prompts, Slots
+from llavamed_jax.generation.rows import batch_size, bucket
+from llavamed_jax.generation.sampling import Sampling
+from llavamed_jax.models.decoder import LayerCache
+from llavamed_jax.models.llava import PARAM_AXES, abstract_params, check_heads
+from llavamed_jax.parallel.mesh import batch_sharding, make_mesh, param_shardings, replicated
+from llavamed_jax.training.setup import bytes_a_device
+
+TEXT = 64  # tokens of a prompt beside its image: a question and what a template puts around it
+IMAGES, PLACES, STEPS, LENGTHS = 8, 32, 16, 128  # the engine's: images the tower takes at once, F, tokens a loop, steps of S
+
+
+@dataclass(frozen=True)
+class Serving:
+    """What an engine compiles for prompts of one image each.
+
+    Attributes:
+      mesh: over which the model lies.
+      rows: R. new_tokens: the most that an answer may have; S has room for all of them, as the engine has in the end.
+    """
+
+    config: LlavaConfig
+    mesh: Mesh
+    dtype: Any
+    rows: int
+    new_tokens: int
+
+    @classmethod
+    def of(cls, config: LlavaConfig, devices: Sequence[jax.Device], mesh: str | None, dtype: str, rows: int, new_tokens: int) -> Serving:
+        """`mesh` as `--mesh` has it; None is the first device, as in an evaluation."""
+        laid = make_mesh(mesh, devices) if mesh else make_mesh(None, devices[:1])
+        check_heads(config, laid)
+        shards = laid.shape["data"] * laid.shape["fsdp"]
+        return cls(config, laid, jnp.dtype(dtype), -(-rows // shards) * shards, new_tokens)
+
+    @property
+    def prompt(self) -> int:
+        """T."""
+        return bucket(self.config.tokens_per_image + TEXT)
+
+    @property
+    def length(self) -> int:
+        """S."""
+        most = self.config.decoder.max_position_embeddings
+        return -(-min(self.prompt + self.new_tokens, most) // LENGTHS) * LENGTHS
+
+    @property
+    def batch(self) -> int:
+        """B."""
+        return batch_size(self.rows, shards=self.mesh.shape["data"] * self.mesh.shape["fsdp"])
+
+    def params(self):
+        """The weights, as shapes with their places."""
+        abstract = abstract_params(self.config)
+        return jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, self.dtype, sharding=where), abstract,
+                            param_shardings(abstract, PARAM_AXES, self.mesh))
+
+    def programs(self) -> Iterator[tuple[str, Any, int]]:
+        """(name, lowering, bytes of a device that lie beside its arguments) of each program."""
+        programs = Programs(self.config, self.dtype, self.mesh, STEPS)
+        params, vision = self.params(), self.config.vision
+        features = self._array((PLACES, self.config.tokens_per_image, self.config.decoder.hidden_size), self.dtype, replicated(self.mesh))
+        cache = self._cache_bytes(self.rows, self.length)
+        images = -(-IMAGES // (shards := self.mesh.shape["data"] * self.mesh.shape["fsdp"])) * shards
+        pixels = self._array((images, vision.image_size, vision.image_size, vision.num_channels), jnp.uint8)
+        yield "encode", programs.lower("encode", params, features, pixels, self._array((images,), jnp.int32)), cache
+        width = -(-self.prompt // LENGTHS) * LENGTHS
+        yield "prefill", programs.lower("fill", params, self._caches(programs, self.batch, width), features, self._prompts()), cache
+        number = jax.ShapeDtypeStruct((), jnp.int32)
+        yield "decode", programs.lower("decode", params, self._slots(programs), number), bytes_a_device(features)
+
+    def bytes(self) -> dict[str, int]:
+        """Of each device: parameters and the cache of all rows."""
+        return dict(parameters=bytes_a_device(self.params()), optimizer=0, gradients=0, cache=self._cache_bytes(self.rows, self.length))
+
+    def flops(self) -> float:
+        """FLOPs of a prefill: B images and prompts, of which the last position alone goes through the head."""
+        decoder, T = self.config.decoder, self.prompt
+        head = 2 * decoder.hidden_size * decoder.vocab_size
+        return self.batch * (T * (decoder.forward_flops_per_token(T) - head) + head + self.config.vision_flops_per_image())
+
+    def _cache_bytes(self, rows: int, length: int) -> int:
+        return cache_bytes(self.config.decoder, rows, length, self.dtype) // self.mesh.size
+
+    def _array(self, shape, dtype, sharding=None) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding or batch_sharding(self.mesh))
+
+    def _caches(self, programs: Programs, rows: int, length: int) -> tuple[LayerCache, ...]:
+        decoder = self.config.decoder
+        shape = (rows, decoder.num_kv_heads, length, decoder.head_dim)
+        return jax.tree.map(lambda where: self._array(shape, self.dtype, where), programs.cache_shardings(),
+                            is_leaf=lambda x: isinstance(x, NamedSharding))
+
+    def _sampling(self, rows: int) -> Sampling:
+        keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows))
+        return Sampling(self._array((rows,), jnp.float32), self._array((rows,), jnp.int32), self._array((rows,), jnp.float32),
+                        self._array((rows,), keys.dtype))
+
+    def _prompts(self) -> Prompts:
+        number = self._array((self.batch,), jnp.int32)
+        return Prompts(self._array((self.batch, self.prompt), jnp.int32), self._array((self.batch, 1), jnp.int32), number, number, number,
+                       number, number, self._sampling(self.batch))
+
+    def _slots(self, programs: Programs) -> Slots:
+        number = self._array((self.rows,), jnp.int32)
+        return Slots(number, number, number, number, self._array((self.rows,), jnp.bool_), self._sampling(self.rows),
+                     self._caches(programs, self.rows, self.length))
