@@ -364,5 +364,5 @@ def test_texts_are_escaped(text):
     metrics["control"] = metrics | {"kind": "image", "noise": metrics}
     page = Page(chat_report.render(metrics, questions, reviews, {"image": reviews, "noise": reviews}, {"Run": {"x": text}}, text))
     assert not {"script", "img"} & set(page.tags) and not [name for name, _ in page.attributes if name.startswith("on")]
-    assert "nan" not in page.text.lower() and "None" not in page.text and "image not found" in page.text and "–" in page.text
+    assert "nan" not in page.text.lower() and "None" not in page.text and "image not readable" in page.text and "–" in page.text
     assert text in page.text if text else "(nothing)" in page.text

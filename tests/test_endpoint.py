@@ -249,7 +249,7 @@ def test_a_signal_stops_it_with_every_answer_kept(number, tmp_path):
     (["--endpoint", ""], 2, "the address '' is none"),
     (["--endpoint", "SERVER", "--dtype", "float32"], 2, "--dtype is of a model that is loaded here"),
     (["--endpoint", "SERVER", "--checkpoint", "x"], 2, "not allowed with argument"),
-    (["--endpoint", "SERVER", "--concurrency", "0"], 2, "the concurrency is 0; at least 1 was expected"),
+    (["--endpoint", "SERVER", "--concurrency", "0"], 2, "concurrency is 0; at least 1 was expected"),
     (["--endpoint", "SERVER", "--concurrency", "many"], 2, "--concurrency: invalid int value: 'many'"),
     (["--predictions", "x"], 2, "--model is of a model that is asked at an address; it stands beside --endpoint only")])
 def test_mistakes_are_one_sentence(hurried, more, status, sentence, tmp_path, capsys):

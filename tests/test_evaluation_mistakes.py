@@ -33,7 +33,7 @@ def predictions(tmp_path):
     (["--config.generation.max_new_tokens=none"], 2, "generation.max_new_tokens is none"),
     (["--config.seed=none"], 2, "seed is none"),
     (["--config.judge.max_tokens=none", "--config.judge.model=x"], 2, "judge.max_tokens is none"),
-    (["--config.judge.timeout=nan", "--config.judge.model=x"], 2, "the timeout is nan; more than 0 seconds was expected"),
+    (["--config.judge.timeout=nan", "--config.judge.model=x"], 2, "timeout is nan; more than 0 seconds was expected"),
     (["--workdir", "a" * 300], 1, "cannot be written to: File name too long"),
     (["--config.data.trained_on=IMAGE"], 1, "data.trained_on names no training data, none of "),
     (["--config.data.trained_on=PREDICTIONS"], 1, "has no conversations; a list of {from, value} was expected"),

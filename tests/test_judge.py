@@ -227,9 +227,9 @@ def test_what_was_said_before_the_judge_went_away_is_kept(tmp_path):
         ({"temperature": float("nan")}, "judge.temperature is nan"),
         ({"price_prompt": -1.0}, "judge.price_prompt is -1.0"),
         ({"price_answer": float("inf")}, "judge.price_answer is inf"),
-        ({"concurrency": 0}, "the concurrency is 0"),
-        ({"timeout": 0.0}, "timeout 0"),
-        ({"retries": -1}, "retries -1"),
+        ({"concurrency": 0}, "concurrency is 0"),
+        ({"timeout": 0.0}, "timeout is 0.0"),
+        ({"retries": -1}, "retries is -1"),
     ],
 )
 def test_settings_that_are_wrong(tmp_path, changes, sentence):

@@ -217,7 +217,7 @@ def test_images_that_cannot_be_read_and_classes_without_items(tmp_path):
     predictions = answers(samples, open_="")
     page = Page(report.render(scoring.score(samples, predictions, dataset="x", split="y"), samples, predictions))
     # Once in the gallery of images, once among the right and wrong answers.
-    assert page.text.count("image not found") == 4 and page.text.count("2 image files could not be read") == 2
+    assert page.text.count("image not readable") == 4 and page.text.count("2 image files could not be read") == 2
     assert "(nothing)" in page.text
     assert "–" in page.text and "nan" not in page.text.lower() and "None" not in page.text
 

@@ -7,7 +7,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from llavamed_jax.cli import common, processes
+from llavamed_jax.cli import common, interrupts, processes
 from llavamed_jax.errors import UsageError, UserError
 
 _EXAMPLES = f"""\
@@ -62,10 +62,11 @@ def program(argv: Sequence[str]) -> int:
     if args.checkpoint is not None:
         processes.join(processes.asked(args))
     endpoint = None if args.endpoint is None else _endpoint(args)
-    from llavamed_jax.evaluation import chat, files, run  # after the flags are known to be right: it takes a second
-
     is_new = not os.path.exists(args.workdir)
-    evaluation = (chat.ChatEvaluation if cfg.data.name == chat.KIND else run.Evaluation)(cfg, args.workdir, args.against)
+    with interrupts.ending_on_interrupt():
+        from llavamed_jax.evaluation import chat, files, run  # after the flags are known to be right: it takes a second
+
+        evaluation = (chat.ChatEvaluation if cfg.data.name == chat.KIND else run.Evaluation)(cfg, args.workdir, args.against)
     print(evaluation.describe(), flush=True)
     try:
         if endpoint is not None:

@@ -208,7 +208,7 @@ def _figures(questions: Sequence[ChatQuestion], reviews: Sequence[Mapping], othe
 
 def _figure(image: Path, items: Sequence[tuple[ChatQuestion, Mapping, Mapping[str, Mapping]]]) -> str:
     url, first = thumbnail(image), items[0][0]
-    picture = f'<img alt="{escape(image.name)}" src="{url}">' if url else "image not found"
+    picture = f'<img alt="{escape(image.name)}" src="{url}">' if url else "image not readable"
     side = f'<div class="picture">{picture}</div>'
     side += f"<p>{escape(image.name)} · {_TITLES[first.domain]}</p><p>{escape(f'{first.label}: {first.caption}')}</p>"
     turns = "".join(_turn(review, others) for _, review, others in items)

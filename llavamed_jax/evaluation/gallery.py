@@ -91,7 +91,7 @@ def _missing(figures: Sequence[str]) -> str:
 def _figure(items: Sequence[Item], organ: Mapping | None = None) -> str:
     sample = items[0].sample
     url, name = pieces.thumbnail(sample.image), escape(Path(sample.image).name)
-    picture = f'<img alt="{name}" src="{url}">' if url else "image not found"
+    picture = f'<img alt="{name}" src="{url}">' if url else "image not readable"
     fields = [field for group in ("organ", "modality") for field in scoring.group_keys(sample, group)]
     label = " · ".join([name, *(escape(field) for field in fields if field != "not stated")])
     entries = []

@@ -86,7 +86,7 @@ def read_chat_questions(root: str | Path, images: str | Path = "") -> ChatSet:
         raise UserError(f"the questions {file} cannot be read: {error.strerror or error}") from None
     except UnicodeDecodeError:
         raise UserError(f"{file} is not UTF-8 text; JSON lines with chat questions were expected") from None
-    folder = Path(images) if str(images) else file.parent / "images"
+    folder = Path(images) if images is not None and str(images) else file.parent / "images"
     lines = [(f"{file}, line {number}", line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
     questions = [_question(parse_json(line, where), where, folder) for where, line in lines]
     if not questions:

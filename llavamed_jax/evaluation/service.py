@@ -81,7 +81,7 @@ class Service:
             ("retries", retries, retries >= 0, "at least 0"), ("backoff", backoff, 0 <= backoff < math.inf, "at least 0 seconds"),
         ):  # fmt: skip
             if not is_right:
-                raise UsageError(f"the {name} is {value}; {wanted} was expected")
+                raise UsageError(f"{name} is {value}; {wanted} was expected")
         self.model, self.concurrency, self.timeout, self.retries, self.backoff = model, concurrency, timeout, retries, backoff
         self._options = client_options(url, azure_version)
         self.url = self._options.get("base_url") or self._options["azure_endpoint"]
