@@ -196,7 +196,9 @@ def test_a_dry_run_asks_nothing(folder, monkeypatch, capsys):
     out, err = capsys.readouterr()
     assert "chat: 193 questions on 20 images, 143 conversation, 50 detailed_description, not the published file" in out
     assert "answers as long as the references: 193 requests and 0 replies" in out and "US dollars" in out and not err
-    assert "the answers that exist: 193 requests" in with_answers
+    assert "the answers that exist: 193 requests" in with_answers and "controls" not in out
+    assert cli.main([*argv, "--control", "image"]) == 0
+    assert "193 requests" in (out := capsys.readouterr().out) and out.endswith("; as much again for each of the two controls\n")
     assert not (folder / "out").exists()
 
 
@@ -232,6 +234,8 @@ def test_a_model_is_asked_and_judged_and_so_is_the_control(few):
     first, second = scores(193)
     assert metrics["control"]["overall"]["pred_relative_score"] == pytest.approx(100 * second / first)
     assert metrics["control"]["seed"] == 0 and metrics["overall"]["pred_relative_score"] != pytest.approx(100 * second / first)
+    noise, overall = metrics["control"]["noise"]["overall"]["pred_relative_score"], chat.summary(metrics).splitlines()[2]
+    assert overall.split()[-2:] == [f"{100 * second / first:.1f}", f"{noise:.1f}"] and "exchanged  noise" in chat.summary(metrics)
     page = (few / "out" / "report.html").read_text()
     assert "Images exchanged" in page and "image exchanged: 2" in page
 

@@ -104,7 +104,7 @@ def test_only_open_answers_are_judged(tmp_path):
     samples = read_vqa_rad(SAMPLE, "test")
     asked, texts, prompts = judged.open_texts(judged.open_judge(cfg, tmp_path), samples, [str(i) for i in range(len(samples))])
     assert asked == OPEN and len(prompts) == len(OPEN) < len(samples)
-    assert texts == [str(i) for i, sample in enumerate(samples) if not kinds.is_closed(sample)]
+    assert texts == [str(i) for i, sample in enumerate(samples) if kinds.kind(sample) == kinds.OPEN]
 
 
 def test_a_config_without_the_group_judges_nothing(tmp_path):

@@ -66,7 +66,7 @@ def program(argv: Sequence[str]) -> int:
         if args.predictions is None:
             evaluation.check_images()
         if args.dry_run:
-            print(evaluation.plan(args.predictions))
+            print(evaluation.plan(args.predictions, [args.control] if args.control else []))
             return 0
         metrics = _measure(evaluation, args, endpoint)
     finally:

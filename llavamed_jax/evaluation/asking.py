@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from llavamed_jax.data.conversation import IMAGE_MARKER
 from llavamed_jax.data.questions import VqaSample
 from llavamed_jax.errors import UserError
 from llavamed_jax.evaluation.progress import progress
@@ -135,7 +136,7 @@ def predict(
       shown: the image that each question is asked about, where it is not the sample's own (control runs).
     """
     shown = shown or [str(sample.image) for sample in samples]
-    prompts = [sample.question.replace("<image>", "").strip() for sample in samples]
+    prompts = [sample.question.replace(IMAGE_MARKER, "").strip() for sample in samples]
     answers = ask(answerer, list(zip(prompts, shown, strict=True)), generation, title, partial)
     return [
         {

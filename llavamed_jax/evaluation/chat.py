@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -47,13 +47,14 @@ class ChatEvaluation(Evaluation):
         is_published = "as published" if self.chat_set.is_published else "not the published file"
         return f"{KIND}: {len(self.questions)} questions on {len({q.image for q in self.questions})} images, {counts}, {is_published}"
 
-    def plan(self, predictions: str | Path | None = None) -> str:
+    def plan(self, predictions: str | Path | None = None, controls_asked: Collection[str] = ()) -> str:
         """What judging will take, before anything is asked. Answers that are not there are taken as long as the references."""
         texts = [question.reference for question in self.questions]
         source = "answers as long as the references"
         if predictions is not None:
             texts, source = scoring.join(self.samples, scoring.read_predictions(predictions)), "the answers that exist"
-        return f"judge {self.judge.service.where}, {source}: {self.judge.estimate(self._prompts(texts))}"
+        again = "; as much again for each of the two controls" if controls_asked else ""
+        return f"judge {self.judge.service.where}, {source}: {self.judge.estimate(self._prompts(texts))}{again}"
 
     def check_images(self) -> None:
         """Raises UserError where a figure is missing: who answers sees it, the judge does not."""
@@ -163,17 +164,17 @@ def chat_scores(questions: Sequence[ChatQuestion], verdicts: Sequence[Verdict], 
 def summary(metrics: Mapping) -> str:
     """The result as a plain text table, for a terminal or a log."""
     judge, control = metrics["judge"]["model"], metrics.get("control")
-    others = dict(chat_report.tables(control)) if control else {}
+    others = [dict(chat_report.tables(table)) for table in ((control, control["noise"]) if control else ())]
     name, split, n, n_images = (metrics[key] for key in ("dataset", "split", "n_questions", "n_images"))
     lines = [f"{name} {split}: {n} questions about {n_images} images, judged by {judge}"]
     head = f"{'relative score, percent':<24}{'value':>7}   {'95 % interval':<16}{'ratio of means':>14}"
-    lines.append(f"{head}{'answers':>9}{'references':>12}{'n':>6}" + ("   images exchanged" if control else ""))
+    lines.append(f"{head}{'answers':>9}{'references':>12}{'n':>6}" + (f"{'exchanged':>11}{'noise':>7}" if control else ""))
     for title, table in chat_report.tables(metrics):
         value, low, high = (table[f"pred_relative_score{end}"] for end in ("", "_low", "_high"))
         interval = "" if low is None else f"[{low:.1f}, {high:.1f}]"
         cells = [_plain(table["ratio_of_means"], 14), _plain(table["pred_score"], 9, 2), _plain(table["gpt4_score"], 12, 2)]
         line = f"{title:<24}{_plain(value, 7)}   {interval:<16}{''.join(cells)}{table['data_size']:>6}"
-        lines.append(line + (_plain(others[title]["pred_relative_score"], 19) if control else ""))
+        lines.append(line + "".join(_plain(found[title]["pred_relative_score"], width) for found, width in zip(others, (11, 7))))
     if metrics["n_unscored"]:
         lines.append(f"unscored and in no mean, {metrics['n_unscored']} of {n} questions: {', '.join(map(str, metrics['unscored']))}")
     if metrics["differs_from_the_paper"]:

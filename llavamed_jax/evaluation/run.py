@@ -106,14 +106,15 @@ class Evaluation:
         """One line that says what is asked, and whether it is the whole of the published set."""
         return questions.describe(self.cfg, self.samples)
 
-    def plan(self, predictions: str | Path | None = None) -> str:
+    def plan(self, predictions: str | Path | None = None, controls_asked: Collection[str] = ()) -> str:
         """What a run would do, without doing it: what is asked, and what a judge would take.
 
         Args:
           predictions: answers that exist; else the gold answers stand for those of the model.
+          controls_asked: as in `run`; no judge reads what they answer.
         """
         if self.judge is None:
-            return f"{len(self.samples)} questions; nothing is judged"
+            return f"{len(self.samples)} questions{', asked three times' if controls_asked else ''}; nothing is judged"
         texts = [str(sample.answer) for sample in self.samples]
         if predictions is not None:
             texts = scoring.join(self.samples, scoring.read_predictions(predictions))

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from html import escape
 
 from llavamed_jax.evaluation import controls, pieces, scoring
+from llavamed_jax.evaluation.kinds import CAPTION, CHOICE, CLOSED, OPEN
 from llavamed_jax.evaluation.pieces import number
 
 TITLES = {
@@ -249,7 +250,7 @@ def _trained_on(found: Mapping) -> str:
     rows = [["Images, the same file", str(found["images_same_file"]), f"of {found['images']}"],
             ["Images, the same pixels in another file", str(found["images_same_pixels"]), f"of {found['images']}"]]
     for kind, row in found["by_kind"].items():
-        name = {"CLOSED": "Closed", "OPEN": "Open", "CHOICE": "Multiple-choice", "CAPTION": "Captioning"}[kind]
+        name = {CLOSED: "Closed", OPEN: "Open", CHOICE: "Multiple-choice", CAPTION: "Captioning"}[kind]
         rows.append([f"{name} questions whose image occurs", str(row["image_in_training"]), f"of {row['questions']}"])
         rows.append([f"{name} questions whose image and answer occur", str(row["image_and_answer_in_training"]), f"of {row['questions']}"])
     note = (
