@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from llavamed_jax.data.questions import VqaSample, check_images
 from llavamed_jax.errors import UsageError
-from llavamed_jax.evaluation import chat_published, chat_report, scoring, statistics
+from llavamed_jax.evaluation import board, chat_published, chat_report, scoring, statistics
 from llavamed_jax.evaluation.files import to_jsonl
 from llavamed_jax.evaluation.judge import Judge, Verdict, check_answered, report_unscored
 from llavamed_jax.evaluation.judge_prompt import CHAT_PROMPT, chat_prompt, read_prompt, read_scores
@@ -31,8 +31,7 @@ _SCORES = ("pred_relative_score", "gpt4_score", "pred_score")
 class ChatEvaluation(Evaluation):
     """The questions of a chat config, their answers, and what a judge says of these; arguments and errors as `Evaluation`'s.
 
-    Beside `predictions.jsonl`, `metrics.json` and `report.html` it writes `reviews.jsonl`: a line for each question, with both
-    answers, their scores and the judge's text.
+    Beside what that writes there is `reviews.jsonl`: a line for each question, with both answers, their scores and the judge's text.
     """
 
     def __init__(self, cfg: ConfigDict, workdir: str | Path, against: str | Path | None = None):
@@ -100,6 +99,7 @@ class ChatEvaluation(Evaluation):
         page = chat_report.render(metrics, self.questions, reviews, others, details, model)
         self._write("metrics.json", json.dumps(metrics, indent=2, ensure_ascii=False) + "\n")
         self._write("report.html", page)
+        board.write(self.workdir, metrics, board.step_of(run.get("checkpoint", "")))
         check_answered(verdicts, "answers")
         return metrics
 
