@@ -55,6 +55,7 @@ def test_a_hand_computed_score():
     training = [question("t1", "left lung", "OPEN"), question("t2", "left", "OPEN"), question("t3", "Yes")]
     result = scoring.score(samples, [prediction(n, text) for n, text in texts.items()], training)
 
+    assert scoring.answer_candidates([*training[::-1], *training]) == ["left", "left lung"], "of open questions, each once"
     paper, strict = result["paper"], result["strict"]
     assert (result["n_open"], result["n_closed"], result["n_images"]) == (2, 3, 3)
     # "normal" holds "no"; "yes it is" holds "yes"; "no" does not hold "yes".
