@@ -24,7 +24,7 @@ from llavamed_jax.errors import UsageError, UserError
 from llavamed_jax.evaluation import controls, files, local, partial, questions, run, scoring
 from llavamed_jax.evaluation.asking import Answer, Generation, ask, predict
 from llavamed_jax.evaluation.files import to_jsonl, write_text
-from llavamed_jax.evaluation.strict import is_strictly_right
+from llavamed_jax.evaluation.strict import is_strictly_right, multiset_f1
 from llavamed_jax.evaluation.summary import summary
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -115,6 +115,14 @@ def test_a_class_without_items_is_none_and_not_zero():
 )
 def test_strict_closed_accuracy(text, answer, is_right):
     assert is_strictly_right(text, answer) is is_right
+
+
+@pytest.mark.parametrize(
+    "text, answer, value",
+    [("left left left", "left left", 4 / 5), ("left left", "left", 2 / 3), ("The left, one", "1 LEFT.", 1), ("", "a", 1), ("", "left", 0)],
+)
+def test_strict_f1_finds_each_word_as_often_as_both_have_it(text, answer, value):
+    assert multiset_f1(text, answer) == multiset_f1(answer, text) == pytest.approx(value)
 
 
 def test_ids_that_do_not_fit_are_one_error_that_lists_them():
