@@ -114,6 +114,7 @@ def test_the_papers_table():
     ({"split": "held_out"}, "these questions are of held_out"),
     ({"dataset": "slake", "split": "validation"}, "these questions are of validation"),
     ({"n_open": 60}, "these are 60 open and 272 closed questions, and the paper's are 179 and 272"),
+    ({"n_open": 180, "n_closed": 271}, "these are 180 open and 271 closed questions, and the paper's are 179 and 272"),
     ({"name": ""}, "the config does not say that this model is one of the published ones"),
     ({"protocol": "clean"}, "the published from_llava was trained on other rows of vqa_rad (protocol paper) than this protocol, clean"),
 ])  # fmt: skip

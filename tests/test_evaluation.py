@@ -98,6 +98,11 @@ def test_a_class_without_items_is_none_and_not_zero():
     assert only_open["paper"]["open_accuracy_candidates"] is None, "there are no training rows"
 
 
+@pytest.mark.parametrize("text, answer, value", [("The Left.", "left", 100), ("left lung", "left", 0), ("left", "left lung", 0)])
+def test_strict_open_answers_are_equal_or_wrong(text, answer, value):
+    assert scoring.score([question(1, answer, "OPEN")], [prediction(1, text)])["strict"]["open_exact"] == value
+
+
 @pytest.mark.parametrize(
     "text, answer, is_right",
     [
