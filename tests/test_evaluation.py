@@ -98,6 +98,12 @@ def test_a_class_without_items_is_none_and_not_zero():
     assert only_open["paper"]["open_accuracy_candidates"] is None, "there are no training rows"
 
 
+def test_a_short_answer_is_the_candidate_and_not_the_reference():
+    paper = scoring.score([question(1, "left lung", "OPEN")], [prediction(1, "left")])["paper"]
+    assert paper["bleu_1"] == pytest.approx(100 * np.exp(1 - 2)), "every word is right, and the brevity penalty is of two to one"
+    assert (paper["precision"], paper["recall"], paper["exact_match"]) == (100, 50, 100)
+
+
 @pytest.mark.parametrize("text, answer, value", [("The Left.", "left", 100), ("left lung", "left", 0), ("left", "left lung", 0)])
 def test_strict_open_answers_are_equal_or_wrong(text, answer, value):
     assert scoring.score([question(1, answer, "OPEN")], [prediction(1, text)])["strict"]["open_exact"] == value
