@@ -114,6 +114,7 @@ def test_the_papers_table():
     ({"split": "held_out"}, "these questions are of held_out"),
     ({"dataset": "slake", "split": "validation"}, "these questions are of validation"),
     ({"n_open": 60}, "these are 60 open and 272 closed questions, and the paper's are 179 and 272"),
+    ({"n_open": 180, "n_closed": 271}, "these are 180 open and 271 closed questions, and the paper's are 179 and 272"),
     ({"name": ""}, "the config does not say that this model is one of the published ones"),
     ({"protocol": "clean"}, "the published from_llava was trained on other rows of vqa_rad (protocol paper) than this protocol, clean"),
 ])  # fmt: skip
@@ -176,14 +177,18 @@ def test_the_step_is_the_checkpoints():
         assert board.step_of(path) == step
 
 
-def test_controls_are_scalars_too(tmp_path):
+def test_controls_judge_and_organ_are_scalars_too(tmp_path):
     table = {"closed_accuracy": 50.0, "closed_accuracy_low": None}
     metrics = {"dataset": "d", "split": "s", "strict": table, "paper": {"recall": 1.5}, "baselines": {"majority_closed_answer": "no"},
+               "judged": {"open_accuracy": 25.0, "open_accuracy_low": 20.0, "open_accuracy_high": None, "n_open": 4},
+               "organ": {"n": 3, "accuracy": 75.0, "exchanged": 30.0, "majority": 40.0, "shifts": [30.0]},
                "control": {"kind": "image", "seed": 3, "strict": table, "difference": {"closed_accuracy_p": 0.25},
                            "noise": {"kind": "noise", "seed": 3, "size": 336, "strict": table, "difference": {"closed_accuracy": 0.0}}}}
     board.write(tmp_path, metrics, 12)
     assert scalars(tmp_path / "tensorboard") == {
         "eval/d_s/strict/closed_accuracy": (12, 50.0), "eval/d_s/paper/recall": (12, 1.5),
+        "eval/d_s/judged/open_accuracy": (12, 25.0), "eval/d_s/judged/open_accuracy_low": (12, 20.0),
+        "eval/d_s/organ/accuracy": (12, 75.0), "eval/d_s/organ/exchanged": (12, 30.0), "eval/d_s/organ/majority": (12, 40.0),
         "eval/d_s/control_exchanged/strict/closed_accuracy": (12, 50.0),
         "eval/d_s/control_exchanged/difference/closed_accuracy_p": (12, 0.25),
         "eval/d_s/control_noise/strict/closed_accuracy": (12, 50.0), "eval/d_s/control_noise/difference/closed_accuracy": (12, 0.0),

@@ -23,6 +23,7 @@ from llavamed_jax.evaluation.judge import Verdict
 from llavamed_jax.evaluation.qa50 import ChatQuestion
 from tests.chat_set import CONFIG, ROOT, SAMPLE, chat_answers, chat_records, is_unread, judge, scores, write_chat_set
 from tests.openai_server import OpenAiServer
+from tests.test_against import scalars
 from tests.test_report import Page
 
 # For what need not be shown on 193: both types, all domains; one question is unscored (144), two are asked about again (24, 84).
@@ -196,7 +197,9 @@ def test_a_dry_run_asks_nothing(folder, monkeypatch, capsys):
     out, err = capsys.readouterr()
     assert "chat: 193 questions on 20 images, 143 conversation, 50 detailed_description, not the published file" in out
     assert "answers as long as the references: 193 requests and 0 replies" in out and "US dollars" in out and not err
-    assert "the answers that exist: 193 requests" in with_answers
+    assert "the answers that exist: 193 requests" in with_answers and "controls" not in out
+    assert cli.main([*argv, "--control", "image"]) == 0
+    assert "193 requests" in (out := capsys.readouterr().out) and out.endswith("; as much again for each of the two controls\n")
     assert not (folder / "out").exists()
 
 
@@ -225,13 +228,20 @@ def test_a_model_is_asked_and_judged_and_so_is_the_control(few):
     with OpenAiServer(judge) as server:
         metrics = evaluation(few, server).run(Answerer(), {"checkpoint": "runs/x"}, ["image"])
     names = {"predictions.jsonl", "predictions_control_image.jsonl", "predictions_control_noise.jsonl", "reviews.jsonl",
-             "reviews_control_image.jsonl", "reviews_control_noise.jsonl", "metrics.json", "report.html", "judge_cache.jsonl"}  # fmt: skip
+             "reviews_control_image.jsonl", "reviews_control_noise.jsonl", "metrics.json", "report.html", "judge_cache.jsonl",
+             "tensorboard"}  # fmt: skip
     assert {path.name for path in (few / "out").iterdir()} == names
     prompts = [json.loads(line)["prompt"] for line in (few / "out" / "predictions.jsonl").read_text().splitlines()]
     assert prompts == [record["text"].removesuffix("\n<image>") for record in FEW]
     first, second = scores(193)
     assert metrics["control"]["overall"]["pred_relative_score"] == pytest.approx(100 * second / first)
     assert metrics["control"]["seed"] == 0 and metrics["overall"]["pred_relative_score"] != pytest.approx(100 * second / first)
+    noise, overall = metrics["control"]["noise"]["overall"]["pred_relative_score"], chat.summary(metrics).splitlines()[2]
+    assert overall.split()[-2:] == [f"{100 * second / first:.1f}", f"{noise:.1f}"] and "exchanged  noise" in chat.summary(metrics)
+    written = scalars(few / "out" / "tensorboard")
+    for name, table in {"": metrics, "control_exchanged/": metrics["control"], "control_noise/": metrics["control"]["noise"]}.items():
+        value = pytest.approx(table["overall"]["pred_relative_score"], rel=1e-6)
+        assert written[f"eval/chat_{metrics['split']}/{name}overall/pred_relative_score"] == (0, value)
     page = (few / "out" / "report.html").read_text()
     assert "Images exchanged" in page and "image exchanged: 2" in page
 

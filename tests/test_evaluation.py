@@ -25,7 +25,7 @@ from llavamed_jax.evaluation import controls, files, local, partial, questions, 
 from llavamed_jax.evaluation.answers import Answer, Generation
 from llavamed_jax.evaluation.asking import ask, predict
 from llavamed_jax.evaluation.files import to_jsonl, write_text
-from llavamed_jax.evaluation.strict import is_strictly_right
+from llavamed_jax.evaluation.strict import is_strictly_right, multiset_f1
 from llavamed_jax.evaluation.summary import summary
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -56,6 +56,7 @@ def test_a_hand_computed_score():
     training = [question("t1", "left lung", "OPEN"), question("t2", "left", "OPEN"), question("t3", "Yes")]
     result = scoring.score(samples, [prediction(n, text) for n, text in texts.items()], training)
 
+    assert scoring.answer_candidates([*training[::-1], *training]) == ["left", "left lung"], "of open questions, each once"
     paper, strict = result["paper"], result["strict"]
     assert (result["n_open"], result["n_closed"], result["n_images"]) == (2, 3, 3)
     # "normal" holds "no"; "yes it is" holds "yes"; "no" does not hold "yes".
@@ -98,6 +99,17 @@ def test_a_class_without_items_is_none_and_not_zero():
     assert only_open["paper"]["open_accuracy_candidates"] is None, "there are no training rows"
 
 
+def test_a_short_answer_is_the_candidate_and_not_the_reference():
+    paper = scoring.score([question(1, "left lung", "OPEN")], [prediction(1, "left")])["paper"]
+    assert paper["bleu_1"] == pytest.approx(100 * np.exp(1 - 2)), "every word is right, and the brevity penalty is of two to one"
+    assert (paper["precision"], paper["recall"], paper["exact_match"]) == (100, 50, 100)
+
+
+@pytest.mark.parametrize("text, answer, value", [("The Left.", "left", 100), ("left lung", "left", 0), ("left", "left lung", 0)])
+def test_strict_open_answers_are_equal_or_wrong(text, answer, value):
+    assert scoring.score([question(1, answer, "OPEN")], [prediction(1, text)])["strict"]["open_exact"] == value
+
+
 @pytest.mark.parametrize(
     "text, answer, is_right",
     [
@@ -115,6 +127,14 @@ def test_a_class_without_items_is_none_and_not_zero():
 )
 def test_strict_closed_accuracy(text, answer, is_right):
     assert is_strictly_right(text, answer) is is_right
+
+
+@pytest.mark.parametrize(
+    "text, answer, value",
+    [("left left left", "left left", 4 / 5), ("left left", "left", 2 / 3), ("The left, one", "1 LEFT.", 1), ("", "a", 1), ("", "left", 0)],
+)
+def test_strict_f1_finds_each_word_as_often_as_both_have_it(text, answer, value):
+    assert multiset_f1(text, answer) == multiset_f1(answer, text) == pytest.approx(value)
 
 
 def test_ids_that_do_not_fit_are_one_error_that_lists_them():

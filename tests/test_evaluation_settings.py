@@ -1,8 +1,10 @@
 """What an evaluation is made of: which predictions the control scores, which rows a baseline comes from, which settings
 reach the model. Each assertion fails for one way to mix them up."""
 
+import hashlib
 import json
 import signal
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,6 +21,7 @@ from llavamed_jax.data.vqa_rad import read_vqa_rad
 from llavamed_jax.evaluation import controls, run, scoring
 from llavamed_jax.evaluation.answers import Generation
 from llavamed_jax.evaluation.asking import ask
+from llavamed_jax.evaluation.files import to_jsonl
 from llavamed_jax.evaluation.local import LocalModel
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -91,7 +94,34 @@ def test_every_image_has_a_noise_of_its_own_that_is_gone_afterwards(finished):
     by_image = {str(sample.image): shown[sample.question_id] for sample in job.samples}
     assert all(shown[sample.question_id] == by_image[str(sample.image)] for sample in job.samples)
     assert len(set(by_image.values())) == len(by_image) == result["n_images"]
+    assert not set(by_image.values()) & {Path(sample.image).name for sample in job.samples}
     assert not (workdir / "noise").exists() and result["control"]["noise"]["size"] == controls.NOISE_SIZE
+
+
+def test_each_control_has_its_own_scores(tmp_path):
+    job = evaluation(tmp_path)
+    own, wrong = ([{"question_id": s.question_id, "text": text or s.answer} for s in job.samples] for text in ("", "a kangaroo"))
+    control = job._finish(own, {"image": wrong, "noise": own}, {}, {})["control"]
+    for table, value in ((control, 0), (control["noise"], 100)):
+        assert (table["strict"]["closed_accuracy"], table["difference"]["closed_accuracy"]) == (value, 100 - value)
+        assert table["strict"]["open_exact"] == value
+
+
+def test_hashes_are_of_what_was_read_asked_and_answered(tmp_path):
+    job, sha256 = evaluation(tmp_path / "w"), lambda data: hashlib.sha256(data).hexdigest()
+    (tmp_path / "config.json").write_text("{}")
+    predictions = [{"question_id": s.question_id, "text": "é"} for s in job.samples]
+    file = SAMPLE / "VQA_RAD Dataset Public.json"
+    assert job._details({"checkpoint": str(tmp_path)}, predictions)["SHA-256"].items() >= {
+        "predictions": sha256(to_jsonl(predictions).encode()), "questions": run._questions_hash(job.samples),
+        str(file): sha256(file.read_bytes()), str(tmp_path / "config.json"): sha256(b"{}"),
+    }.items()  # fmt: skip
+    first, *others = job.samples
+    changes = [{"answer": "else"}, {"question": "else"}, {"image": Path("else")}, {"question_id": "else"}, {"options": ("else",)},
+               {"answer_type": "else"}]
+    hashes = {run._questions_hash([replace(first, **change), *others]) for change in ({}, *changes)}
+    assert len(hashes) == 1 + len(changes)
+    assert run._questions_hash([replace(first, image=Path("elsewhere") / first.image.name), *others]) in hashes
 
 
 def test_the_difference_is_predictions_minus_control(finished):
@@ -112,7 +142,8 @@ def test_what_is_only_computed_of_the_answers_asks_nothing_anew(tmp_path):
 
 
 def test_settings_of_the_config_reach_the_model(finished):
-    job, model, _, _ = finished
+    job, model, result, _ = finished
+    assert result["split"] == "held_out" and "these questions are of held_out" in result["published"]["reason"]
     assert model.settings == [dict(max_new_tokens=11, temperature=0.7, seed=3)] * 3 and model.engine.batch_size == 5
 
 

@@ -170,7 +170,9 @@ def test_the_controls_stand_beside_the_result(samples):
     assert "Shown another image, it loses 100.0 points of closed accuracy" in table.text
     assert "Shown noise, it loses 50.0 points of open F1 (p < 0.001)" in table.text
     assert "a change of +0.0 points of closed accuracy (p = 1.000) is within chance" in table.text
-    assert "right kidney" in page.text and "nothing at all" in page.text and "100.0 [100.0, 100.0]" in table.text
+    row = "Closed accuracy 100.0 [100.0, 100.0] 0.0 [0.0, 0.0] 100.0 [100.0, 100.0] <0.001 100.0 [100.0, 100.0] 0.0 [0.0, 0.0] 1.000"
+    assert row in table.text, "own image, exchanged, difference, p, noise, difference, p"
+    assert "exchanged right kidney noise nothing at all" in page.text
 
 
 def test_organ_and_leakage_tables(samples):

@@ -2,13 +2,15 @@
 
 import itertools
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
 import scipy.stats
 from nltk.translate.bleu_score import corpus_bleu
 
-from llavamed_jax.evaluation import captions, statistics
+from llavamed_jax.data.questions import VqaSample
+from llavamed_jax.evaluation import captions, scoring, statistics
 from llavamed_jax.evaluation.statistics import Score, compare, intervals, mean
 
 
@@ -205,3 +207,21 @@ def test_bleu_of_a_set_is_exchanged_image_by_image():
                    for swaps in itertools.product((0, 1), repeat=4)]  # fmt: skip
     assert row["difference"] == pytest.approx(differences[0], rel=1e-9)
     assert row["p"] == np.count_nonzero(np.abs(differences) >= abs(differences[0]) - 1e-9) / 16
+
+
+# --- scores ---
+
+
+def test_whatever_is_reported_is_over_images():
+    # Ten questions about an image that is read right, ten about one that is not. Of two images a draw has both, or one twice: the
+    # interval has no end but 0 and 100. Questions, drawn singly, would give about 30 to 70, and a p of 1 / 512.
+    samples = [VqaSample(i, Path("ab"[i % 2]), "Is it?", "yes", "CLOSED", question_type=("x", "y")[i // 2 % 2]) for i in range(20)]
+    right = [{"question_id": s.question_id, "text": "yes" if s.image == Path("a") else "no"} for s in samples]
+    wrong = [{"question_id": s.question_id, "text": "no"} for s in samples]
+    metrics = scoring.score(samples, right)
+    tables = [metrics["strict"], *metrics["groups"]["question_type"].values(), scoring.tables(samples, right, (), 0)["strict"],
+              scoring.difference(samples, right, wrong, 0)]
+    assert [(t["closed_accuracy"], t["closed_accuracy_low"], t["closed_accuracy_high"]) for t in tables] == [(50, 0, 100)] * 5
+    row = scoring.compare(samples, right, wrong)["strict"]["closed_accuracy"]
+    assert (row["difference"], row["low"], row["high"], row["p"]) == (50, 0, 100, 1)
+    assert tables[-1]["closed_accuracy_p"] == 1

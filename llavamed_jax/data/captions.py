@@ -10,7 +10,7 @@ from pathlib import Path
 
 from llavamed_jax.data import layouts
 from llavamed_jax.data.llava_med import first_turn
-from llavamed_jax.data.questions import CAPTION, Row, VqaSample, check_images, one_of, read_rows
+from llavamed_jax.data.questions import CAPTION, Row, VqaSample, read_split
 
 INSTRUCTION = "Describe what this image shows."
 
@@ -26,15 +26,10 @@ def read_captions(root: str | Path, split: str = "test", images: str | Path | No
     Raises:
       UserError: a file or an image that is missing, a row that lacks a field, no question, an unknown split.
     """
-    one_of("the split", split, layouts.SPLITS)
-    file = layouts.split_file(Path(root), split, "captions")
-    folder = Path(images) if images else file.parent
-    samples = [_sample(row, folder, question.strip(), index) for index, row in enumerate(read_rows(file, "captions"))]
-    check_images(sample.image for sample in samples)
-    return samples
+    return read_split(root, split, "captions", images, lambda row, folder, index: _sample(row, folder, index, question.strip()))
 
 
-def _sample(row: Row, images: Path, question: str, index: int) -> VqaSample:
+def _sample(row: Row, images: Path, index: int, question: str) -> VqaSample:
     identity, image = row.identity("id"), row.image("image", images)
     if "conversations" in row or "conversatons" in row:
         asked, reference = first_turn(row, index)

@@ -8,8 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from llavamed_jax.data import layouts
-from llavamed_jax.data.questions import CHOICE, LETTERS, Row, VqaSample, check_images, one_of, read_rows
+from llavamed_jax.data.questions import CHOICE, LETTERS, Row, VqaSample, read_split
 
 INSTRUCTION = "Answer with the letter of the right option."
 
@@ -33,15 +32,10 @@ def read_choices(root: str | Path, split: str = "test", images: str | Path | Non
     Raises:
       UserError: a file or an image that is missing, a row that lacks a field or whose answer is no option, an unknown split.
     """
-    one_of("the split", split, layouts.SPLITS)
-    file = layouts.split_file(Path(root), split, "choices")
-    folder = Path(images) if images else file.parent
-    samples = [_sample(row, folder) for row in read_rows(file, "choices")]
-    check_images(sample.image for sample in samples)
-    return samples
+    return read_split(root, split, "choices", images, _sample)
 
 
-def _sample(row: Row, images: Path) -> VqaSample:
+def _sample(row: Row, images: Path, index: int) -> VqaSample:
     identity, image, question, options = row.identity("id", "question_id"), row.image("image", images), row.words("question"), _options(row)
     return VqaSample(identity, image, prompt(question, options), _answer(row, options), CHOICE, **row.fields(), options=options)
 

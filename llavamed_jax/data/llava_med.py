@@ -8,9 +8,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from llavamed_jax.data import layouts
 from llavamed_jax.data.conversation import IMAGE_MARKER
-from llavamed_jax.data.questions import CLOSED, OPEN, Row, VqaSample, check_images, one_of, read_rows
+from llavamed_jax.data.questions import CLOSED, OPEN, Row, VqaSample, read_split
 from llavamed_jax.data.records import normalize
 
 _TYPES = {OPEN: OPEN, CLOSED: CLOSED, "YES/NO": CLOSED, "OTHER": OPEN, "NUMBER": OPEN}  # the last three in files of PathVQA
@@ -26,12 +25,7 @@ def read_llava_med(root: str | Path, split: str = "test", images: str | Path | N
     Raises:
       UserError: a file or an image that is missing, a record that lacks a field or has more than one question, an unknown split.
     """
-    one_of("the split", split, layouts.SPLITS)
-    file = layouts.split_file(Path(root), split, "llava_med")
-    folder = Path(images) if images else file.parent
-    samples = [_sample(row, folder, index) for index, row in enumerate(read_rows(file, "llava_med"))]
-    check_images(sample.image for sample in samples)
-    return samples
+    return read_split(root, split, "llava_med", images, _sample)
 
 
 def _sample(row: Row, images: Path, index: int) -> VqaSample:

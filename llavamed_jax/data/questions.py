@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from string import ascii_uppercase
@@ -144,6 +144,17 @@ def read_rows(file: Path, layout: str) -> list[Row]:
         return named_rows(parse_json(text, str(file)), file, layout)
     lines = enumerate(text.split("\n"), 1)  # a text may hold other line separators
     return named_rows([parse_json(line, f"line {number} of {file}") for number, line in lines if line.strip()], file, layout)
+
+
+def read_split(root: str | Path, split: str, layout: str, images: str | Path | None,
+               sample: Callable[[Row, Path, int], VqaSample]) -> list[VqaSample]:
+    """The samples of a file of one's own, or of the split's file in a folder; what `sample` makes of row, folder of images, place."""
+    one_of("the split", split, layouts.SPLITS)
+    file = layouts.split_file(Path(root), split, layout)
+    folder = Path(images) if images else file.parent
+    samples = [sample(row, folder, index) for index, row in enumerate(read_rows(file, layout))]
+    check_images(sample.image for sample in samples)
+    return samples
 
 
 def named_rows(values: Iterable[Any], file: Path, layout: str) -> list[Row]:

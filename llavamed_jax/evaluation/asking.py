@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llavamed_jax.data.conversation import IMAGE_MARKER
 from llavamed_jax.data.questions import VqaSample
 from llavamed_jax.errors import UserError
 from llavamed_jax.evaluation import sharing
@@ -95,7 +96,7 @@ def predict(
       shown: the image that each question is asked about, where it is not the sample's own (control runs).
     """
     shown = shown or [str(sample.image) for sample in samples]
-    prompts = [sample.question.replace("<image>", "").strip() for sample in samples]
+    prompts = [sample.question.replace(IMAGE_MARKER, "").strip() for sample in samples]
     answers = ask(answerer, list(zip(prompts, shown, strict=True)), generation, title, partial)
     return [
         {

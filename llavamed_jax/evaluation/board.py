@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+_FAMILIES = ("strict", "paper", "captions", "overall", "type", "domain")  # the last three of a chat evaluation
+_OTHERS = {"judged": ("open_accuracy", "open_accuracy_low", "open_accuracy_high"), "organ": ("accuracy", "exchanged", "majority")}
 _SUFFIX = ".eval"  # a training run's events may lie in the same folder; ours alone are replaced
 
 
@@ -28,16 +30,18 @@ def write(workdir: Path, metrics: Mapping, step: int) -> None:
 
 
 def scalars(metrics: Mapping) -> Iterator[tuple[str, float]]:
-    """Name and value of each number: the families with their intervals, baselines, controls, and what was compared."""
-    families = [family for family in ("strict", "paper", "captions") if family in metrics]
-    yield from _numbers({family: metrics[family] for family in families} | {"baselines": metrics["baselines"]})
+    """Name and value of each number: the families with their intervals, baselines, controls, judge, organ, comparison."""
+    kept = [name for name in _FAMILIES if name in metrics]
+    yield from _numbers({name: metrics[name] for name in (*kept, "baselines") if name in metrics})
+    for title, names in _OTHERS.items():
+        if metrics.get(title):
+            yield from _numbers({title: {name: metrics[title][name] for name in names}})
     control = metrics.get("control")
     if control:
-        for name, table in {"exchanged": control, "noise": control.get("noise", {})}.items():
-            kept = (*families, "difference")
-            yield from _numbers({f"control_{name}": {key: table[key] for key in kept if key in table}})
+        for title, table in {"exchanged": control, "noise": control.get("noise", {})}.items():
+            yield from _numbers({f"control_{title}": {name: table[name] for name in (*kept, "difference") if name in table}})
     if metrics.get("against"):
-        yield from _numbers({"against": {family: metrics["against"][family] for family in families}})
+        yield from _numbers({"against": {family: metrics["against"][family] for family in kept}})
 
 
 def _numbers(table: Mapping, prefix: str = "") -> Iterator[tuple[str, float]]:

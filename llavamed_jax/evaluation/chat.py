@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from llavamed_jax.data.questions import VqaSample, check_images
 from llavamed_jax.errors import UsageError
-from llavamed_jax.evaluation import chat_published, chat_report, scoring, statistics
+from llavamed_jax.evaluation import board, chat_published, chat_report, scoring, statistics
 from llavamed_jax.evaluation.files import to_jsonl
 from llavamed_jax.evaluation.judge import Judge, Verdict, check_answered, report_unscored
 from llavamed_jax.evaluation.judge_prompt import CHAT_PROMPT, chat_prompt, read_prompt, read_scores
@@ -31,8 +31,7 @@ _SCORES = ("pred_relative_score", "gpt4_score", "pred_score")
 class ChatEvaluation(Evaluation):
     """The questions of a chat config, their answers, and what a judge says of these; arguments and errors as `Evaluation`'s.
 
-    Beside `predictions.jsonl`, `metrics.json` and `report.html` it writes `reviews.jsonl`: a line for each question, with both
-    answers, their scores and the judge's text.
+    Beside what that writes there is `reviews.jsonl`: a line for each question, with both answers, their scores and the judge's text.
     """
 
     def __init__(self, cfg: ConfigDict, workdir: str | Path, against: str | Path | None = None):
@@ -100,6 +99,7 @@ class ChatEvaluation(Evaluation):
         page = chat_report.render(metrics, self.questions, reviews, others, details, model)
         self._write("metrics.json", json.dumps(metrics, indent=2, ensure_ascii=False) + "\n")
         self._write("report.html", page)
+        board.write(self.workdir, metrics, board.step_of(run.get("checkpoint", "")))
         check_answered(verdicts, "answers")
         return metrics
 
@@ -164,17 +164,17 @@ def chat_scores(questions: Sequence[ChatQuestion], verdicts: Sequence[Verdict], 
 def summary(metrics: Mapping) -> str:
     """The result as a plain text table, for a terminal or a log."""
     judge, control = metrics["judge"]["model"], metrics.get("control")
-    others = dict(chat_report.tables(control)) if control else {}
+    others = [dict(chat_report.tables(table)) for table in ((control, control["noise"]) if control else ())]
     name, split, n, n_images = (metrics[key] for key in ("dataset", "split", "n_questions", "n_images"))
     lines = [f"{name} {split}: {n} questions about {n_images} images, judged by {judge}"]
     head = f"{'relative score, percent':<24}{'value':>7}   {'95 % interval':<16}{'ratio of means':>14}"
-    lines.append(f"{head}{'answers':>9}{'references':>12}{'n':>6}" + ("   images exchanged" if control else ""))
+    lines.append(f"{head}{'answers':>9}{'references':>12}{'n':>6}" + (f"{'exchanged':>11}{'noise':>7}" if control else ""))
     for title, table in chat_report.tables(metrics):
         value, low, high = (table[f"pred_relative_score{end}"] for end in ("", "_low", "_high"))
         interval = "" if low is None else f"[{low:.1f}, {high:.1f}]"
         cells = [_plain(table["ratio_of_means"], 14), _plain(table["pred_score"], 9, 2), _plain(table["gpt4_score"], 12, 2)]
         line = f"{title:<24}{_plain(value, 7)}   {interval:<16}{''.join(cells)}{table['data_size']:>6}"
-        lines.append(line + (_plain(others[title]["pred_relative_score"], 19) if control else ""))
+        lines.append(line + "".join(_plain(found[title]["pred_relative_score"], width) for found, width in zip(others, (11, 7))))
     if metrics["n_unscored"]:
         lines.append(f"unscored and in no mean, {metrics['n_unscored']} of {n} questions: {', '.join(map(str, metrics['unscored']))}")
     if metrics["differs_from_the_paper"]:

@@ -5,24 +5,21 @@ Numbers come from the object of `chat.ChatEvaluation`; nothing is computed here.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 
-from llavamed_jax.evaluation import chat_published
-from llavamed_jax.evaluation.pieces import number, thumbnail
+from llavamed_jax.evaluation import chat_published, pieces, sections
+from llavamed_jax.evaluation.pieces import interval_of, number
 from llavamed_jax.evaluation.qa50 import DOMAINS, TYPES, ChatQuestion
-from llavamed_jax.evaluation.style import CSS
+from llavamed_jax.evaluation.report import page
 
-_NOTICE = "For research use only: never for clinical decisions."
 _TITLES = {
     "overall": "All", "conversation": "Conversation", "detailed_description": "Detailed description", "chest_xray": "Chest X-ray",
     "mri": "MRI", "histology": "Histology", "gross": "Gross pathology", "ct_scan": "CT",
 }  # fmt: skip
 _CONTROLS = {"image": "image exchanged", "noise": "noise"}
 _GOOD, _HALF = 90.0, 50.0  # percent of the reference's score, for the colour of a tag alone
-_BAR = 150  # pixels
 _CSS = """
 .figure{display:grid;grid-template-columns:260px minmax(0,1fr);background:var(--paper);border:1px solid var(--line);border-radius:8px;
 overflow:hidden;margin:16px 0}
@@ -59,77 +56,32 @@ def render(
       details: tables of what was run: title -> name -> value; a value that is no text is shown as JSON.
       model: what predictions call the model under test.
     """
-    judge = metrics["judge"]["model"]
-    body = [
-        "<h1>Chat evaluation by a judge</h1>",
-        f'<p class="soft">{escape(model)} · {metrics["n_questions"]} questions about {metrics["n_images"]} figures,'
-        f" judged by {escape(judge)}</p>",
-        f'<div class="notice">{_NOTICE}</div>',
+    what = f'{metrics["n_questions"]} questions about {metrics["n_images"]} figures, judged by {metrics["judge"]["model"]}'
+    return page("Chat evaluation by a judge", model, what, [
         _cards(metrics),
         _scores(metrics),
         _paper(metrics),
         _unscored(metrics, reviews),
         _figures(questions, reviews, others or {}),
-        _details(details or {}),
-    ]
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<title>Chat evaluation: {escape(model)}, judged by {escape(judge)}</title><style>{CSS}{_CSS}</style></head>\n<body><main>"
-        + "\n".join(part for part in body if part)
-        + "</main></body></html>\n"
-    )
+        sections.details(details or {}),
+    ], _CSS)  # fmt: skip
 
 
 def _points(value: float | None) -> str:
     return "–" if value is None else f"{value:.2f}"
 
 
-def _interval(table: Mapping, name: str, form=number) -> str:
-    low, high = table[f"{name}_low"], table[f"{name}_high"]
-    return "" if low is None else f'<span class="ci">[{form(low)}, {form(high)}]</span>'
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]], numeric: Sequence[int]) -> str:
-    """A table of ready HTML cells; the first column is the row's heading, `numeric` columns are set to the right."""
-    kinds = [' class="n"' if column in numeric else "" for column in range(len(head))]
-    top = "".join(f"<th{kind}>{cell}</th>" for cell, kind in zip(head, kinds, strict=True))
-    lines = ["".join(f"<td{kind}>{cell}</td>" for cell, kind in zip(row[1:], kinds[1:], strict=True)) for row in rows]
-    body = "".join(f"<tr><th>{row[0]}</th>{line}</tr>" for row, line in zip(rows, lines, strict=True))
-    return f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
-
-
-def _bar(table: Mapping, most: float) -> str:
-    """The relative score as a bar up to `most` percent, its interval as a line, 100 percent as a mark."""
-    value, low, high = (table[f"pred_relative_score{end}"] for end in ("", "_low", "_high"))
-    if value is None:
-        return ""
-    scale = _BAR / most
-    line = ""
-    if low is not None:
-        line = f'<line x1="{low * scale:.1f}" x2="{high * scale:.1f}" y1="5" y2="5" stroke="#1c2733" stroke-width="1.5"/>'
-    return (
-        f'<svg class="bar" width="{_BAR}" height="10" role="img" aria-label="{number(value)} percent">'
-        f'<rect width="{_BAR}" height="10" fill="#eef2f5"/><rect width="{value * scale:.1f}" height="10" fill="#7aa9d3"/>{line}'
-        f'<line x1="{100 * scale:.1f}" x2="{100 * scale:.1f}" y1="0" y2="10" stroke="#a8322b"/></svg>'
-    )
-
-
 def _cards(metrics: Mapping) -> str:
     table, judge = metrics["overall"], metrics["judge"]
     cards = [
-        ("Relative score, percent", number(table["pred_relative_score"]), _interval(table, "pred_relative_score"),
+        ("Relative score, percent", number(table["pred_relative_score"]), interval_of(table, "pred_relative_score"),
          f"ratio of the means: {number(table['ratio_of_means'])}"),
-        ("Answers, points of 10", _points(table["pred_score"]), _interval(table, "pred_score", _points), "the model under test"),
-        ("References, points of 10", _points(table["gpt4_score"]), _interval(table, "gpt4_score", _points), "GPT-4, from the captions"),
+        ("Answers, points of 10", _points(table["pred_score"]), interval_of(table, "pred_score", _points), "the model under test"),
+        ("References, points of 10", _points(table["gpt4_score"]), interval_of(table, "gpt4_score", _points), "GPT-4, from the captions"),
         ("Scored", str(table["data_size"]), f'<span class="ci">of {metrics["n_questions"]} questions</span>',
          f"asked again {judge['n_asked_again']}, unscored {metrics['n_unscored']}"),
     ]  # fmt: skip
-    html = [
-        f'<div class="card"><span>{title}</span><b>{value}</b>{interval}<span>{beside}</span></div>'
-        for title, value, interval, beside in cards
-    ]
-    return f'<div class="cards">{"".join(html)}</div>'
+    return f'<div class="cards">{"".join(pieces.card(*each) for each in cards)}</div>'
 
 
 def tables(metrics: Mapping) -> list[tuple[str, Mapping]]:
@@ -147,9 +99,9 @@ def _scores(metrics: Mapping) -> str:
     rows = []
     for name, table in tables(metrics):
         others = [found[name] for found in controls.values()]
-        beside = [f"{number(other['pred_relative_score'])} {_interval(other, 'pred_relative_score')}" for other in others]
-        score = f"<b>{number(table['pred_relative_score'])}</b> {_interval(table, 'pred_relative_score')}{_bar(table, most)}"
-        points = [f"{_points(table[key])} {_interval(table, key, _points)}" for key in ("pred_score", "gpt4_score")]
+        beside = [pieces.with_interval(other, "pred_relative_score") for other in others]
+        score = pieces.with_bar(table, "pred_relative_score", most)
+        points = [f"{_points(table[key])} {interval_of(table, key, _points)}" for key in ("pred_score", "gpt4_score")]
         rows.append([_TITLES[name], str(table["data_size"]), score, *beside, number(table["ratio_of_means"]), *points])
     note = (
         "The relative score is the mean of the ratios: of each question, the answer's points by the reference's, as in the paper; 100 is"
@@ -162,14 +114,14 @@ def _scores(metrics: Mapping) -> str:
             " Images exchanged: the same questions asked with each figure replaced by another one"
             f" (one cycle through all, seed {control['seed']}), noise: by a picture of noise; both judged in the same way."
         )
-    return f'<h2>Scores</h2><p class="note">{note}</p>' + _table(head, rows, [1, len(head) - 3])
+    return pieces.section("Scores", note, pieces.table(head, rows, [1, len(head) - 3]))
 
 
 def _paper(metrics: Mapping) -> str:
     """The paper's numbers where this run is like its own; else why they are not shown."""
     if metrics["differs_from_the_paper"]:
         reasons = escape("; ".join(metrics["differs_from_the_paper"]))
-        return f'<h2>Beside the paper</h2><p class="note">The paper\'s numbers are not shown, since they would not compare: {reasons}.</p>'
+        return pieces.section("Beside the paper", f"The paper's numbers are not shown, since they would not compare: {reasons}.")
     ours = dict(tables(metrics))
     columns = [name for name in chat_published.COLUMNS if name in ours]
     titles = _TITLES | {"detailed_description": "Description", "gross": "Gross"}  # eight columns on a page
@@ -179,7 +131,7 @@ def _paper(metrics: Mapping) -> str:
         printed = dict(zip(chat_published.COLUMNS, values, strict=True))
         rows.append([title, *(number(printed[name]) for name in columns)])
     note = "The same questions, judge, wording and temperature. The paper prints no intervals."
-    return f'<h2>Beside the paper</h2><p class="note">{note}</p>' + _table(head, rows, range(1, len(head)))
+    return pieces.section("Beside the paper", note, pieces.table(head, rows, range(1, len(head))))
 
 
 def _unscored(metrics: Mapping, reviews: Sequence[Mapping]) -> str:
@@ -191,7 +143,7 @@ def _unscored(metrics: Mapping, reviews: Sequence[Mapping]) -> str:
     if not rows:
         return ""
     note = f"In no mean, {len(rows)} of {metrics['n_questions']} questions: twice the judge's reply could not be read, or there is none."
-    return f'<h2>Unscored</h2><p class="note">{note}</p>' + _table(["Id", "Question", "The judge's last reply", "Ended by"], rows, [])
+    return pieces.section("Unscored", note, pieces.table(["Id", "Question", "The judge's last reply", "Ended by"], rows))
 
 
 def _figures(questions: Sequence[ChatQuestion], reviews: Sequence[Mapping], others: Mapping[str, Sequence[Mapping]]) -> str:
@@ -203,11 +155,11 @@ def _figures(questions: Sequence[ChatQuestion], reviews: Sequence[Mapping], othe
     note = "Every figure with its questions; the tag is the ratio of the two scores."
     if missing:
         note += f" {missing} of {len(figures)} image files could not be read."
-    return f'<h2>Figures, questions, reviews</h2><p class="note">{note}</p>{"".join(figures)}'
+    return pieces.section("Figures, questions, reviews", note, *figures)
 
 
 def _figure(image: Path, items: Sequence[tuple[ChatQuestion, Mapping, Mapping[str, Mapping]]]) -> str:
-    url, first = thumbnail(image), items[0][0]
+    url, first = pieces.thumbnail(image), items[0][0]
     picture = f'<img alt="{escape(image.name)}" src="{url}">' if url else "image not readable"
     side = f'<div class="picture">{picture}</div>'
     side += f"<p>{escape(image.name)} · {_TITLES[first.domain]}</p><p>{escape(f'{first.label}: {first.caption}')}</p>"
@@ -236,15 +188,3 @@ def _tag(review: Mapping) -> tuple[str, str]:
         return "wrong", "unscored"
     ratio = 100 * review["pred_score"] / review["gpt4_score"]
     return "right" if ratio >= _GOOD else "partly" if ratio >= _HALF else "wrong", f"{ratio:.0f} %"
-
-
-def _details(details: Mapping[str, Mapping]) -> str:
-    parts = []
-    for title, table in details.items():
-        rows = [
-            f"<tr><th>{escape(str(name))}</th><td><code>"
-            f"{escape(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))}</code></td></tr>"
-            for name, value in table.items()
-        ]
-        parts.append(f"<details open><summary>{escape(title)}</summary><table>{''.join(rows)}</table></details>")
-    return "<h2>What was run</h2>" + "\n".join(parts) if parts else ""

@@ -17,6 +17,7 @@ from llavamed_jax.data.questions import VqaSample
 from llavamed_jax.evaluation import scoring, statistics
 from llavamed_jax.evaluation.judge import Judge, Verdict, report_unscored
 from llavamed_jax.evaluation.judge_prompt import OPEN_PROMPT, open_prompt, read_prompt, read_right
+from llavamed_jax.evaluation.kinds import OPEN, kind
 
 
 def open_judge(cfg: ConfigDict, workdir: Path) -> Judge | None:
@@ -36,7 +37,7 @@ class Judged:
 
 def open_texts(judge: Judge, samples: Sequence[VqaSample], texts: Sequence[str]) -> tuple[list[VqaSample], list[str], list[str]]:
     """The open questions among some, their answers, and what the judge reads of each."""
-    pairs = [(sample, text) for sample, text in zip(samples, texts, strict=True) if sample.answer_type.strip().upper() == "OPEN"]
+    pairs = [(sample, text) for sample, text in zip(samples, texts, strict=True) if kind(sample) == OPEN]
     prompts = [open_prompt(judge.prompt, sample.question, str(sample.answer), text) for sample, text in pairs]
     return [sample for sample, _ in pairs], [text for _, text in pairs], prompts
 

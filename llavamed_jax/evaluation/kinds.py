@@ -13,8 +13,3 @@ def kind(sample: VqaSample) -> str:
         raise UserError(f"question {sample.question_id} has the answer type {sample.answer_type!r}; CLOSED, OPEN, CHOICE or CAPTION"
                         " was expected")
     return name
-
-
-def is_closed(sample: VqaSample) -> bool:
-    """Whether a question is of the closed kind; raises as `kind` does."""
-    return kind(sample) == CLOSED

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from llavamed_jax.errors import UserError
 
 THUMBNAIL = 256  # pixels of the longer side
 LONGEST_TEXT = 600  # characters of a question, an answer or a gold text that are shown
+_BAR = 150  # pixels
 
 
 def number(value: float | None) -> str:
@@ -28,14 +29,14 @@ def probability(value: float | None) -> str:
     return "–" if value is None else "&lt;0.001" if value < 0.001 else f"{value:.3f}"
 
 
-def interval(low: float | None, high: float | None) -> str:
+def interval(low: float | None, high: float | None, form: Callable[[float], str] = number) -> str:
     """A 95 % interval in small print; nothing where there is none."""
-    return "" if low is None else f'<span class="ci">[{number(low)}, {number(high)}]</span>'
+    return "" if low is None else f'<span class="ci">[{form(low)}, {form(high)}]</span>'
 
 
-def interval_of(table: Mapping, name: str) -> str:
+def interval_of(table: Mapping, name: str, form: Callable[[float], str] = number) -> str:
     """The interval of a metric in a table of `metrics.json`."""
-    return interval(table.get(f"{name}_low"), table.get(f"{name}_high"))
+    return interval(table.get(f"{name}_low"), table.get(f"{name}_high"), form)
 
 
 def with_interval(table: Mapping, name: str) -> str:
@@ -43,23 +44,30 @@ def with_interval(table: Mapping, name: str) -> str:
     return f"{number(table[name])} {interval_of(table, name)}"
 
 
-def with_bar(table: Mapping, name: str) -> str:
+def with_bar(table: Mapping, name: str, most: float = 100) -> str:
     """A metric, its interval, and both drawn; a dash where the table has it not."""
     if table.get(name) is None:
         return number(None)
-    return with_interval(table, name) + bar(table[name], table.get(f"{name}_low"), table.get(f"{name}_high"))
+    return with_interval(table, name) + bar(table[name], table.get(f"{name}_low"), table.get(f"{name}_high"), most)
 
 
-def bar(value: float, low: float | None = None, high: float | None = None, width: int = 150) -> str:
-    """A value as a bar from 0 to 100, its interval as a line across the end."""
-    scale, line = width / 100, ""
+def bar(value: float, low: float | None = None, high: float | None = None, most: float = 100) -> str:
+    """A value as a bar from 0 to `most`, its interval as a line across the end, 100 as a mark where there is more."""
+    scale, lines = _BAR / most, ""
     if low is not None:
-        line = f'<line x1="{low * scale:.1f}" x2="{high * scale:.1f}" y1="5" y2="5" stroke="#1c2733" stroke-width="1.5"/>'
+        lines = f'<line x1="{low * scale:.1f}" x2="{high * scale:.1f}" y1="5" y2="5" stroke="#1c2733" stroke-width="1.5"/>'
+    if most > 100:
+        lines += f'<line x1="{100 * scale:.1f}" x2="{100 * scale:.1f}" y1="0" y2="10" stroke="#a8322b"/>'
     return (
-        f'<svg class="bar" width="{width}" height="10" role="img" aria-label="{number(value)} percent">'
-        f'<rect width="{width}" height="10" fill="#eef2f5"/>'
-        f'<rect width="{max(value, 0) * scale:.1f}" height="10" fill="#7aa9d3"/>{line}</svg>'
+        f'<svg class="bar" width="{_BAR}" height="10" role="img" aria-label="{number(value)} percent">'
+        f'<rect width="{_BAR}" height="10" fill="#eef2f5"/>'
+        f'<rect width="{max(value, 0) * scale:.1f}" height="10" fill="#7aa9d3"/>{lines}</svg>'
     )
+
+
+def card(title: str, value: str, small: str, beside: str) -> str:
+    """A headline number, of ready HTML."""
+    return f'<div class="card"><span>{title}</span><b>{value}</b>{small}<span>{beside}</span></div>'
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], numeric: Sequence[int] = ()) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from llavamed_jax.checkpoints.files import parse_json
-from llavamed_jax.data.questions import VqaSample
+from llavamed_jax.data.questions import OPEN, VqaSample
 from llavamed_jax.errors import UserError, short
 
 FILE = "llava_med_eval_qa50_qa.jsonl"
@@ -52,7 +52,7 @@ class ChatQuestion:
 
     def sample(self) -> VqaSample:
         """The same as whoever answers is asked it: an open question whose gold is the reference."""
-        return VqaSample(self.question_id, self.image, self.question, self.reference, "OPEN", question_type=self.kind,
+        return VqaSample(self.question_id, self.image, self.question, self.reference, OPEN, question_type=self.kind,
                          modality=self.domain)
 
 

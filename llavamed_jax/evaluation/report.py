@@ -51,12 +51,12 @@ def render(
     ])  # fmt: skip
 
 
-def page(title: str, model: str, what: str, parts: Sequence[str]) -> str:
+def page(title: str, model: str, what: str, parts: Sequence[str], more_css: str = "") -> str:
     """A whole page of ready sections under a title, a line that says who answered what, and the notice; empty ones are left out."""
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<title>{pieces.text(title)}: {pieces.text(model)}</title><style>{CSS}</style></head>\n<body><main>"
+        f"<title>{pieces.text(title)}: {pieces.text(model)}</title><style>{CSS}{more_css}</style></head>\n<body><main>"
         f'<h1>{pieces.text(title)}</h1><p class="soft">{pieces.text(model)} · {escape(what)}</p><div class="notice">{NOTICE}</div>'
         + "\n".join(part for part in parts if part)
         + "</main></body></html>\n"

@@ -13,13 +13,13 @@ from pathlib import Path
 import numpy as np
 
 from llavamed_jax.checkpoints.files import parse_json
-from llavamed_jax.data.questions import VqaSample
+from llavamed_jax.data.questions import LETTERS, VqaSample
 from llavamed_jax.errors import UserError, cut, some
 from llavamed_jax.evaluation import captions, metrics, statistics
 from llavamed_jax.evaluation.kinds import CAPTION, CHOICE, CLOSED, OPEN, kind
 from llavamed_jax.evaluation.leakage import leakage
 from llavamed_jax.evaluation.statistics import Score
-from llavamed_jax.evaluation.strict import LETTERS, is_strictly_right, multiset_f1, normalized, read_choice, right_choice
+from llavamed_jax.evaluation.strict import is_strictly_right, multiset_f1, normalized, read_choice, right_choice
 
 PAPER_OPEN = (
     "exact_match", "f1", "precision", "recall", "bleu", "bleu_1", "bleu_2", "bleu_3",

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from html import escape
 
 from llavamed_jax.evaluation import controls, pieces, scoring
+from llavamed_jax.evaluation.kinds import CAPTION, CHOICE, CLOSED, OPEN
 from llavamed_jax.evaluation.pieces import number
 
 TITLES = {
@@ -71,17 +72,12 @@ def cards(metrics: Mapping) -> str:
         found.append(("Multiple choice, strict", strict, "choice_accuracy", f"chance: {number(baselines['chance_choice'])}"))
     if metrics.get("n_caption"):
         found.append(("Captions, ROUGE-L", metrics["captions"], "rouge_l", f"BLEU-4: {number(metrics['captions']['bleu_4'])}"))
-    parts = [
-        f'<div class="card"><span>{title}</span><b>{number(table[name])}</b>{pieces.interval_of(table, name)}<span>{beside}</span></div>'
-        for title, table, name, beside in found
-    ]
+    parts = [pieces.card(title, number(table[name]), pieces.interval_of(table, name), beside) for title, table, name, beside in found]
     organ = metrics.get("organ")
     if organ:
-        parts.append(
-            f'<div class="card"><span>Organ named, with the image</span><b>{number(organ["accuracy"])}</b>'
-            f'<span class="ci">{organ["hits"]} of {organ["n"]} images</span>'
-            f"<span>images exchanged: {number(organ['exchanged'])}</span></div>"
-        )
+        hits = f'<span class="ci">{organ["hits"]} of {organ["n"]} images</span>'
+        beside = f"images exchanged: {number(organ['exchanged'])}"
+        parts.append(pieces.card("Organ named, with the image", number(organ["accuracy"]), hits, beside))
     return f'<div class="cards">{"".join(parts)}</div>'
 
 
@@ -254,7 +250,7 @@ def _trained_on(found: Mapping) -> str:
     rows = [["Images, the same file", str(found["images_same_file"]), f"of {found['images']}"],
             ["Images, the same pixels in another file", str(found["images_same_pixels"]), f"of {found['images']}"]]
     for kind, row in found["by_kind"].items():
-        name = {"CLOSED": "Closed", "OPEN": "Open", "CHOICE": "Multiple-choice", "CAPTION": "Captioning"}[kind]
+        name = {CLOSED: "Closed", OPEN: "Open", CHOICE: "Multiple-choice", CAPTION: "Captioning"}[kind]
         rows.append([f"{name} questions whose image occurs", str(row["image_in_training"]), f"of {row['questions']}"])
         rows.append([f"{name} questions whose image and answer occur", str(row["image_and_answer_in_training"]), f"of {row['questions']}"])
     note = (
