@@ -291,7 +291,7 @@ def test_an_error_of_the_requests_themselves_is_raised():
 
 def test_numbers_that_cannot_be_used():
     for wrong in ({"concurrency": 0}, {"timeout": 0}, {"timeout": float("nan")}, {"retries": -1}, {"backoff": -1}):
-        with pytest.raises(UsageError, match="were expected"):
+        with pytest.raises(UsageError, match=f"{next(iter(wrong))} is .* was expected"):
             Service("http://h", "m", **wrong)
     with pytest.raises(UsageError, match="name is empty"):
         Service("http://h", "")
