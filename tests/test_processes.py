@@ -16,6 +16,7 @@ from llavamed_jax.cli import eval as cli
 from llavamed_jax.cli.clusters import Place
 from llavamed_jax.errors import UsageError
 from llavamed_jax.parallel import distributed
+from tests.several import Store
 
 ROOT = Path(__file__).resolve().parent.parent
 SLURM = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "node[1-2]", "SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1",
@@ -177,38 +178,6 @@ def test_words_that_end_nothing_are_let_go():
 
 
 # --- what is handed over ---
-
-
-class Store:
-    """As jax's client of the coordination service, for threads."""
-
-    def __init__(self):
-        self.values, self.changed = {}, threading.Condition()
-
-    def key_value_set_bytes(self, key, value):
-        assert len(value) <= 2**20
-        with self.changed:
-            if key in self.values:
-                raise RuntimeError("ALREADY_EXISTS")
-            self.values[key] = value
-            self.changed.notify_all()
-
-    def key_value_set(self, key, value):
-        self.key_value_set_bytes(key, value.encode())
-
-    def blocking_key_value_get_bytes(self, key, timeout_ms):
-        with self.changed:
-            if not self.changed.wait_for(lambda: key in self.values, timeout_ms / 1000):
-                raise RuntimeError("DEADLINE_EXCEEDED")
-            return self.values[key]
-
-    def key_value_dir_get(self, prefix):
-        with self.changed:
-            return [(key, value.decode()) for key, value in self.values.items() if key.startswith(prefix)]
-
-    def key_value_delete(self, prefix):
-        with self.changed:
-            self.values = {key: value for key, value in self.values.items() if not key.startswith(prefix)}
 
 
 def in_threads(*calls):

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ from llavamed_jax.evaluation import sharing
 from llavamed_jax.evaluation.answers import Answer
 from llavamed_jax.evaluation.partial import Partial
 from llavamed_jax.parallel import distributed
+from tests.several import ends, two
 from tests.training_runs import write_start
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -76,26 +76,6 @@ def test_a_partial_file_takes_over_what_others_have(tmp_path, capsys):
 
 
 # --- two processes ---
-
-
-def free_port():
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
-
-
-def two(module, *arguments, **environment):
-    """Both processes of a run, started."""
-    address = f"127.0.0.1:{free_port()}"
-    several = lambda k: ["--coordinator", address, "--num_processes", "2", "--process_id", str(k)]
-    return [subprocess.Popen([sys.executable, "-m", module, *arguments, *several(k)], cwd=ROOT, env={**os.environ, **environment},
-                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for k in range(2)]
-
-
-def ends(running, timeout=600):
-    """(exit status, stdout, stderr) of each."""
-    said = [process.communicate(timeout=timeout) for process in running]
-    return [(process.returncode, *each) for process, each in zip(running, said, strict=True)]
 
 
 def kept(workdir):

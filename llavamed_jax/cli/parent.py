@@ -18,7 +18,6 @@ from llavamed_jax.cli.clusters import Place
 
 # What jax's coordination service writes, which ends in the words that it aborts with.
 _RUNTIME = re.compile(rb"[WEF]\d{4} [\d:.]+ +\d+ (coordination_service\w*|preemption_sync_manager|client)\.(cc|h):\d+\] ")
-_CHATTER = b"[Gloo] "  # the CPU's collectives, on every connection
 _ABORTING = b"Terminating process because the JAX distributed service detected fatal errors"
 _PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
@@ -106,8 +105,6 @@ class Relay(threading.Thread):
         self._pass(line)
 
     def _pass(self, text: bytes) -> None:
-        if text.startswith(_CHATTER):
-            return
         with self._lock:
             if not self.held and _RUNTIME.match(text):
                 timer = threading.Timer(self._patience, self.let_go)
@@ -126,7 +123,7 @@ class Relay(threading.Thread):
 
 
 def _may_be_runtime(line: bytes) -> bool:
-    return line[:1] in b"WEF[" and len(line) < 200
+    return line[:1] in b"WEF" and len(line) < 200
 
 
 def _write(target: int, text: bytes) -> None:

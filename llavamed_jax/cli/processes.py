@@ -64,9 +64,10 @@ def join(place: Place | None) -> None:
     _joined = True
     sys.stdout.flush()
     sys.stdout = open(os.dup(1), "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors)
-    os.dup2(2, 1)  # what libraries in C write to stdout is not what was asked for
+    nowhere = open(os.devnull, "w")
+    os.dup2(nowhere.fileno(), 1)  # where the CPU's collectives tell of each connection, in pieces
     if distributed.process_index():
-        sys.stdout = sys.stderr = open(os.devnull, "w")
+        sys.stdout = sys.stderr = nowhere
 
 
 def is_joined() -> bool:

@@ -1,0 +1,61 @@
+"""Several processes for tests: two real ones, and a store that threads share in place of jax's."""
+
+import os
+import socket
+import subprocess
+import sys
+import threading
+
+from tests.training_runs import ROOT
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def two(module, *arguments, **environment):
+    """Both processes of a run, started."""
+    address = f"127.0.0.1:{free_port()}"
+    several = lambda k: ["--coordinator", address, "--num_processes", "2", "--process_id", str(k)]
+    return [subprocess.Popen([sys.executable, "-m", module, *arguments, *several(k)], cwd=ROOT, env={**os.environ, **environment},
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for k in range(2)]
+
+
+def ends(running, timeout=600):
+    """(exit status, stdout, stderr) of each."""
+    said = [process.communicate(timeout=timeout) for process in running]
+    return [(process.returncode, *each) for process, each in zip(running, said, strict=True)]
+
+
+class Store:
+    """As jax's client of the coordination service, for threads."""
+
+    def __init__(self):
+        self.values, self.changed = {}, threading.Condition()
+
+    def key_value_set_bytes(self, key, value):
+        assert len(value) <= 2**20
+        with self.changed:
+            if key in self.values:
+                raise RuntimeError("ALREADY_EXISTS")
+            self.values[key] = value
+            self.changed.notify_all()
+
+    def key_value_set(self, key, value):
+        self.key_value_set_bytes(key, value.encode())
+
+    def blocking_key_value_get_bytes(self, key, timeout_ms):
+        with self.changed:
+            if not self.changed.wait_for(lambda: key in self.values, timeout_ms / 1000):
+                raise RuntimeError("DEADLINE_EXCEEDED")
+            return self.values[key]
+
+    def key_value_dir_get(self, prefix):
+        with self.changed:
+            return [(key, value.decode()) for key, value in self.values.items() if key.startswith(prefix)]
+
+    def key_value_delete(self, prefix):
+        with self.changed:
+            self.values = {key: value for key, value in self.values.items() if not key.startswith(prefix)}
