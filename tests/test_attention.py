@@ -97,6 +97,12 @@ def test_backend_is_chosen_by_platform(choice, platform, backend):
     assert backend_of(choice, platform) == backend
 
 
+def test_heads_that_a_kernel_does_not_take():
+    assert backend_of("auto", "gpu", 80) == backend_of("auto", "gpu", 8) == "xla" and backend_of("auto", "gpu", 32) == "flash"
+    with pytest.raises(UsageError, match="'attention' is 'flash', .* the decoder's have 80; auto or xla was expected"):
+        backend_of("flash", "gpu", 80)
+
+
 @pytest.mark.parametrize("choice, platform, there", [("cudnn", "gpu", "auto or xla or flash"), ("splash", "gpu", "auto or xla or flash"),
                                                      ("flash", "tpu", "auto or xla or splash")])
 def test_backend_that_is_not_there_is_one_sentence(choice, platform, there):

@@ -22,9 +22,18 @@ BACKENDS = {
 ELSEWHERE = {"auto": "xla", "xla": "xla"}
 
 
-def backend_of(choice: str, platform: str) -> str:
-    """The backend for a recipe's `attention` on devices of a platform. Raises UsageError for one that they do not have."""
+def backend_of(choice: str, platform: str, head_dim: int = 128) -> str:
+    """The backend for a recipe's `attention` on devices of a platform, with heads of a width that it takes.
+
+    Raises:
+      UsageError: one that the devices do not have, or that does not take the heads; `auto` takes XLA's then.
+    """
     there = BACKENDS.get(platform, ELSEWHERE)
+    if there.get(choice) == "flash" and (head_dim < 16 or head_dim & (head_dim - 1)):
+        if choice == "auto":
+            return "xla"
+        raise UsageError(f"the config key 'attention' is {choice!r}, which takes heads of 16, 32, 64, … numbers, and the decoder's have "
+                         f"{head_dim}; auto or xla was expected")
     if choice not in there:
         raise UsageError(f"the config key 'attention' is {choice!r}, which is not for devices of the kind {platform}; "
                          f"{' or '.join(there)} was expected")

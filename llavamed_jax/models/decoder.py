@@ -20,7 +20,7 @@ from jax.ad_checkpoint import checkpoint_name
 from llavamed_jax.config import DecoderConfig
 from llavamed_jax.models.attention import AttentionMask, attention
 from llavamed_jax.models.layers import Linear, RMSNorm, apply_rope, layer_stack, rope_tables, run_layers
-from llavamed_jax.parallel.mesh import constrain, constrain_weight
+from llavamed_jax.parallel.mesh import RULES, constrain, spec_of
 
 PARAM_AXES = [
     (r"decoder/embed_tokens/embedding", ("vocab", "embed")),
@@ -158,9 +158,25 @@ def _lookup_forward(dtype, table, ids):
 
 def _lookup_backward(_, kept, by_rows):
     like, ids = kept
-    by_table = jnp.zeros((like.shape[1], by_rows.shape[-1]), like.dtype).at[ids].add(by_rows.astype(like.dtype))
-    # Whole in its width first: cut at once, XLA would replicate the rows, to have their width cut alike.
-    return constrain(constrain_weight(constrain(by_table, "vocab", None), "vocab", "embed"), "vocab", "embed"), None
+    V, dtype = like.shape[1], like.dtype
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return _sum_rows(ids, by_rows, V, dtype), None
+
+    def on_one_device(ids, by_rows):  # its own rows of the batch and its part of the vocabulary; XLA would move the rows about
+        part = V // mesh.shape[RULES["vocab"]]
+        by_table = _sum_rows(ids - jax.lax.axis_index(RULES["vocab"]) * part, by_rows, part, dtype)
+        by_table = jax.lax.psum(by_table, tuple(axis for axis in RULES["act_batch"] if axis != RULES["embed"]))
+        return jax.lax.psum_scatter(by_table, RULES["embed"], scatter_dimension=1, tiled=True)
+
+    rows = spec_of(("act_batch", None)), spec_of(("act_batch", None, None))
+    return jax.shard_map(on_one_device, in_specs=rows, out_specs=spec_of(("vocab", "embed")), check_vma=False)(ids, by_rows), None
+
+
+def _sum_rows(ids, by_rows, rows: int, dtype):
+    """int [B,T], [B,T,D] -> the sum of the rows of each id, [rows,D]; ids outside are left out."""
+    ids = jnp.where((ids >= 0) & (ids < rows), ids, rows)
+    return jnp.zeros((rows, by_rows.shape[-1]), dtype).at[ids].add(by_rows.astype(dtype), mode="drop")
 
 
 _lookup.defvjp(_lookup_forward, _lookup_backward)

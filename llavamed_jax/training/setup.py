@@ -116,7 +116,8 @@ class Program:
         optimizer, schedule = optimizers.build(cfg.optimizer, total_steps, names, [states.TABLE] if rows else [])
         shardings = states.state_shardings(abstract, trainable, optimizer, mesh)
         dtype = jnp.float32 if platform == "cpu" else jnp.bfloat16
-        model = llava.Llava(config, dtype, scan=True, remat=cfg.remat, attention=backend_of(cfg.attention, platform))
+        backend = backend_of(cfg.attention, platform, config.decoder.head_dim)
+        model = llava.Llava(config, dtype, scan=True, remat=cfg.remat, attention=backend)
         return cls(model, mesh, optimizer, schedule, shardings, trainable, rows)
 
     def initial_state(self, checkpoint: Checkpoint) -> TrainState:
