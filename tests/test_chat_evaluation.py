@@ -199,7 +199,8 @@ def test_a_dry_run_asks_nothing(folder, monkeypatch, capsys):
     assert "answers as long as the references: 193 requests and 0 replies" in out and "US dollars" in out and not err
     assert "the answers that exist: 193 requests" in with_answers and "controls" not in out
     assert cli.main([*argv, "--control", "image"]) == 0
-    assert "193 requests" in (out := capsys.readouterr().out) and out.endswith("exchanged images and noise, take up to as much again, each\n")
+    out = capsys.readouterr().out
+    assert "193 requests" in out and out.endswith("exchanged images and noise, take up to as much again, each\n")
     assert not (folder / "out").exists()
 
 
