@@ -342,7 +342,7 @@ def test_an_evaluation_has_one_way_in():
 @pytest.mark.parametrize("name, changes", [
     ("h100-8", []), ("h100-64", []), ("v5e-64", []), ("v5e-256", []), ("v5e-32", ["mesh.slices=2", "mesh.data=2"])])
 def test_a_7b_update_is_compiled_for(name, changes):
-    """It fits, sends within 15 % of the least, gathers nothing larger than the embedding table, and XLA has no complaint."""
+    """It fits, sends within 15 % of the least, at once no more than the embedding table and the head, and XLA has no complaint."""
     cfg = common.load_config(f"{FINETUNE}:v15,7b", changes)
     machine = Topology.parse(name, cfg.mesh.slices)
     try:
@@ -352,5 +352,5 @@ def test_a_7b_update_is_compiled_for(name, changes):
     found = in_process(dict(topology=name, slices=cfg.mesh.slices, config=json.loads(cfg.to_json())))
     assert found["fits"] and not found["warnings"]
     assert found["traffic_bytes"] <= 1.15 * found["least_traffic_bytes"]
-    assert found["largest_array_bytes"] <= 32000 * 4096 * 4
+    assert found["largest_array_bytes"] <= 2 * 32000 * 4096 * 4
     assert 4.2e10 <= found["model_flops_per_step"] / found["tokens_per_step"] <= 5.2e10
