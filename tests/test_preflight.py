@@ -354,3 +354,21 @@ def test_a_7b_update_is_compiled_for(name, changes):
     assert found["traffic_bytes"] <= 1.15 * found["least_traffic_bytes"]
     assert found["largest_array_bytes"] <= 2 * 32000 * 4096 * 4
     assert 4.2e10 <= found["model_flops_per_step"] / found["tokens_per_step"] <= 5.2e10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["v4-8", "v5e-1", "v5p-8", "v6e-8"])
+def test_a_tpus_memory_is_what_its_compiler_says(name, monkeypatch):
+    """And a program that does not fit is read from what the compiler says of it, at whichever stage."""
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    machine = Topology.parse(name)
+    try:
+        device = jax.sharding.SingleDeviceSharding(machine.devices()[0])
+    except UserError as error:
+        pytest.skip(str(error))
+    doubled = jax.jit(lambda x: 2 * x, in_shardings=device, out_shardings=device)
+    lowered = doubled.lower(jax.ShapeDtypeStruct((100 * 2**10, 2**18), "float32"))
+    with pytest.raises(jax.errors.JaxRuntimeError, match=rf" exceeds available HBM \({machine.memory / 2**30:.2f}G\)"):
+        lowered.compile()
+    assert compiled(lowered, machine).peak == 200 * 2**30

@@ -32,6 +32,8 @@ from llavamed_jax.preflight.topologies import Topology
 _GPU_OPTIONS = {"xla_gpu_enable_triton_gemm": False}
 # What XLA says when it makes whole copies of arrays that are spread over devices, since it knows no better way.
 _WASTE = re.compile(r"involuntary full rematerialization|involuntarily replicat", re.IGNORECASE)
+# How a TPU's compiler says what a program that does not fit would take, arguments and results included, as late or early it sees it.
+_USED = re.compile(r"(?:Used |required for HLO temporaries \()([\d.]+)([BKMGT])(?: of |\) exceeds )")
 _SIZES = {"B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -144,7 +146,7 @@ def compiled(lowered, topology: Topology) -> Compiled:
     try:
         program = lowered.compile(compiler_options=_GPU_OPTIONS if topology.platform == "gpu" else None)
     except jax.errors.JaxRuntimeError as error:
-        used = re.search(r"Used ([\d.]+)([BKMGT]) of ", str(error))
+        used = _USED.search(str(error))
         if "RESOURCE_EXHAUSTED" not in str(error) or used is None:
             raise
         peak = int(float(used[1]) * _SIZES[used[2]])

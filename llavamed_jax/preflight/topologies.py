@@ -68,7 +68,7 @@ class Tpu:
 
     Attributes:
       name: what libtpu calls it.
-      memory: bytes of a JAX device that XLA lets programs have.
+      memory: bytes of a JAX device that XLA lets programs have, as libtpu's compiler says where they want more.
       dimensions: of a slice's grid. counted: units of COUNT a chip, its TensorCores where it has two. options: further words for libtpu.
     """
 
@@ -90,7 +90,7 @@ KINDS: dict[str, Gpu | Tpu | None] = {
     "h200": Gpu("NVIDIA H200", memory=150_110_011_392, bandwidth=4800e9, **_H100),
     "l4": Gpu("NVIDIA L4", memory=23_580_639_232, bandwidth=300e9, cores=58, cache=48 * 2**20, clock=2.04, **_ADA),
     "rtx4090": Gpu("NVIDIA GeForce RTX 4090", memory=25_393_692_672, bandwidth=1008e9, cores=128, cache=72 * 2**20, clock=2.52, **_ADA),
-    "v4": Tpu("v4", int(31.75 * _GIB), 3, counted=2, options=(("chip_config_name", "megacore"),)),
+    "v4": Tpu("v4", int(30.75 * _GIB), 3, counted=2, options=(("chip_config_name", "megacore"),)),
     "v5e": Tpu("v5e", int(15.75 * _GIB), 2),
     "v5p": Tpu("v5p", int(95.74 * _GIB), 3, counted=2),
     "v6e": Tpu("v6e", int(31.25 * _GIB), 2),
