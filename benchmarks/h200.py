@@ -115,7 +115,7 @@ def _train(size: Size, trainable: list[str]) -> dict:
 
     from benchmarks.measure import median_seconds, peak_memory, random_params
     from llavamed_jax.config import IGNORE, IMAGE_TOKEN, preset
-    from llavamed_jax.models.llava import Llava
+    from llavamed_jax.models import llava
     from llavamed_jax.parallel.mesh import make_mesh
     from llavamed_jax.training import metrics, optimizer, state
     from llavamed_jax.training.step import llava_loss, make_train_step, place
@@ -137,7 +137,8 @@ def _train(size: Size, trainable: list[str]) -> dict:
     shardings = state.state_shardings(params, trainable, update, mesh)
     train_state = state.create(params, trainable, update, mesh, dtype)
     del params
-    step = make_train_step(llava_loss(Llava(cfg, dtype, scan=True, remat="full")), update, schedule, mesh, shardings)
+    loss = llava_loss(llava.Llava(cfg, dtype, scan=True, remat="full"))
+    step = make_train_step(loss, update, schedule, mesh, shardings)
     rows, losses = place(batch, mesh), []
 
     def run():
@@ -147,12 +148,42 @@ def _train(size: Size, trainable: list[str]) -> dict:
         return out
 
     seconds = median_seconds(run, size.repeats, warmup=2)
-    trained = {name: int(x.size) for name, x in train_state.trainable.items()}
+    trained, abstract = {name: int(x.size) for name, x in train_state.trainable.items()}, jax.eval_shape(lambda x: x, train_state)
+    measured = peak_memory()
     flops = metrics.training_flops(cfg, trained, B * T, B * T * (T + 1) // 2, B * I)
     peak = metrics.peak_flops(jax.devices()[0].device_kind)
     return dict(shapes=f"B {B}, T {T}, images a row {I}", dtype=size.dtype, remat="full", seconds=seconds,
                 tokens_per_second=B * T / seconds, mfu=flops / seconds / peak if peak else None,
-                trained_parameters=sum(trained.values()), first_loss=float(losses[0]), last_loss=float(losses[-1]), **peak_memory())
+                trained_parameters=sum(trained.values()), first_loss=float(losses[0]), last_loss=float(losses[-1]), **measured,
+                **_preflight(lambda mesh: make_train_step(loss, update, schedule, mesh, state.state_shardings(
+                    llava.abstract_params(cfg, scan=True), trainable, update, mesh)), abstract, rows))
+
+
+def _preflight(step_on, abstract, batch) -> dict:
+    """What preflight says of a step, compiled for a description of this device, beside which its measured peak stands.
+
+    Args:
+      step_on: a mesh -> the step. abstract, batch: state and rows, its arguments, of which only shapes are looked at.
+    """
+    import jax
+
+    from llavamed_jax.parallel.mesh import batch_sharding, make_mesh, replicated
+    from llavamed_jax.preflight.compile import compiled
+    from llavamed_jax.preflight.topologies import KINDS, Topology
+
+    kind = jax.devices()[0].device_kind
+    name = next((name for name, what in KINDS.items() if kind == getattr(what, "name", name)), None)
+    if name is None:
+        return dict(preflight_error=f"preflight has no description of {kind!r}")
+    machine = Topology.parse(f"{name}-1")
+    try:
+        mesh = make_mesh("data=1", machine.devices()[:1])
+        like = lambda where: lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+        rows = jax.tree.map(like(batch_sharding(mesh)), batch)
+        found = compiled(step_on(mesh).lower(jax.tree.map(like(replicated(mesh)), abstract), rows), machine)
+    except Exception as error:  # what was measured is worth more than what could be said of it
+        return dict(preflight_error=str(error)[:300])
+    return dict(preflight_peak_bytes=found.peak, preflight_argument_bytes=found.arguments, preflight_temporary_bytes=found.temporaries)
 
 
 def train_projector(size: Size) -> dict:

@@ -31,6 +31,10 @@ def test_every_case_runs_at_small_shapes(tmp_path):
     assert 1e-4 < found["parity"]["max_difference_bfloat16"] < 1
     for case in ("prefill", "decode", "train_projector", "train_full"):
         assert found[case]["tokens_per_second"] > 0 and found[case]["peak_memory_bytes"] > 0
+    for case in ("train_projector", "train_full"):  # all of AdamW in float32: parameters and two moments are arguments
+        said = found[case]
+        assert said["preflight_peak_bytes"] > said["preflight_argument_bytes"] > 12 * said["trained_parameters"]
+        assert said["preflight_peak_bytes"] < said["peak_memory_bytes"]  # which on a CPU is the process's, Python included
     evaluated = found["evaluate"]
     for side in (evaluated["shared"], evaluated["apart"], evaluated["transformers"]["batched"], evaluated["transformers"]["one_by_one"]):
         assert side["questions_per_second"] > 0
