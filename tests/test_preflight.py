@@ -106,49 +106,6 @@ def test_model_flops_of_a_full_size_update():
     assert update.bytes()["parameters"] == pytest.approx(30.2e9 / 8, rel=0.01)  # float32 on a CPU, the frozen tower too
 
 
-HLO = """
-HloModule jit_step, num_partitions=8
-
-%cond (p: (s32[], f32[8])) -> pred[] {
-  %n = s32[] constant(32)
-  ROOT %lt = pred[] compare(%i, %n), direction=LT
-}
-
-%add (a: f32[], b: f32[]) -> f32[] {
-  ROOT %s = f32[] add(%a, %b)
-}
-
-%all-reduce-scatter.1 (p: bf16[16,4]) -> bf16[2,4] {
-  %all-reduce.9 = bf16[16,4]{1,0} all-reduce(%p), channel_id=4, replica_groups=mesh['x'=2,'y'=8] {'y'}, to_apply=%add
-  ROOT %slice = bf16[2,4]{1,0} dynamic-slice(%all-reduce.9, %o, %z), dynamic_slice_sizes={2,4}
-}
-
-%body (p: (s32[], f32[8])) -> (s32[], f32[8]) {
-  %all-gather-start.1 = (bf16[16,4]{1,0}, bf16[64,4]{1,0}) all-gather-start(%w), channel_id=1, replica_groups=[2,4]<=[8], dimensions={0}
-  %all-gather-done.1 = bf16[64,4]{1,0} all-gather-done(%all-gather-start.1)
-  %a = bf16[8,4]{1,0} all-gather(%v), channel_id=7, replica_groups={{0,1},{2,3}}, frontend_attributes={chain_id="3"}
-  %b = bf16[8,4]{1,0} all-gather(%v), channel_id=7, replica_groups={{0,1},{2,3}}, frontend_attributes={chain_id="3"}
-  %f = bf16[2,4]{1,0} fusion(%g), kind=kCustom, calls=%all-reduce-scatter.1
-  ROOT %t = (s32[], f32[8]) tuple(%i, %x)
-}
-
-ENTRY %main (p0: f32[8]) -> f32[8] {
-  %w = (s32[], f32[8]) while(%t0), condition=%cond, body=%body
-  %r = f32[4,4]{1,0} reduce-scatter(%q), replica_groups={{0,1,2,3}}, dimensions={0}, to_apply=%add
-  %alone = f32[8]{0} all-reduce(%q), replica_groups={{0},{1}}, to_apply=%add
-  ROOT %sum = (f32[8]{0}, f32[2]{0}) all-reduce(%q, %u), replica_groups={{0,1,2,3,4,5,6,7}}, to_apply=%add
-}
-"""
-
-
-def test_collectives_are_read_as_each_compiler_writes_them():
-    """In loops by their rounds, starts by what they make, chains once, fused scatters as scatters, groups of one not at all."""
-    found = {(each.op, each.bytes, each.count, each.array) for each in collectives.read(HLO)}
-    assert found == {("all-gather", 512 * 3 / 4, 32, 512), ("all-gather", 32.0, 32, 64), ("reduce-scatter", 128 * 7 / 8, 32, 128),
-                     ("reduce-scatter", 256 * 3 / 4, 1, 256), ("all-reduce", 2 * 40 * 7 / 8, 1, 40)}
-    assert collectives.totals(collectives.read(HLO))["all-gather"] == dict(count=64, bytes=32 * (384 + 32))
-
-
 # ---- machines
 
 @pytest.mark.parametrize("name, devices, grid", [
@@ -221,7 +178,8 @@ class Machine:
 
 
 def job(**changes):
-    config = dict(micro_batches=2, batch_size=128, remat="full", optimizer=dict(mu_dtype="float32"))
+    config = dict(micro_batches=2, batch_size=128, remat="full", optimizer=dict(mu_dtype="float32"),
+                  mesh=dict(data=1, fsdp=-1, tp=1, auto=False))
     return dict(topology="h100-1", slices=1, config={**config, "data": dict(packing=True, row_length=8192), **changes})
 
 

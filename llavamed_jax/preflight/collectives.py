@@ -38,9 +38,12 @@ def read(text: str) -> list[Collective]:
     """The collectives of a compiled program (`compiled.as_text()`), those in loops as often as they run.
 
     A loop that ends when it finds reason to counts as one round; ours of that kind, over the chunks of the head, sends nothing
-    without tensor parallelism.
+    without tensor parallelism. An empty text, of a compiler that gave up, has none.
     """
     computations, entry = _computations(text)
+    if not entry:
+        return []
+    all_devices = math.prod(int(number) for number in re.findall(r"(?:num_partitions|replica_count)=(\d+)", text.partition("\n\n")[0]))
     found, chains = [], set()
     for name, times in _times(computations, entry).items():
         # XLA for TPUs writes a reduce-scatter as a fusion of a sum and the slice of it that is kept.
@@ -55,7 +58,7 @@ def read(text: str) -> list[Collective]:
                 if chain.groups() in chains:
                     continue
                 chains.add(chain.groups())
-            n = 2 if kind == "collective-permute" else _group_size(rest)
+            n = 2 if kind == "collective-permute" else _group_size(rest) or all_devices
             array = _array(kind, shape, op != kind, n)
             kind = "reduce-scatter" if is_scattered and kind == "all-reduce" else kind
             if n > 1:
@@ -151,15 +154,16 @@ def _elements(shape: str) -> list[str]:
 
 def _bytes(shape: str) -> float:
     return sum(_WIDTHS.get(dtype, 1) * math.prod(map(int, filter(None, sizes.split(",")))) for dtype, sizes in
-               re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", shape))
+               re.findall(r"\b([a-z]\w*)\[([\d,]*)\]", shape))
 
 
 def _group_size(rest: str) -> int:
-    """Devices that take part together, of `{{0,1},{2,3}}`, `[4,2]<=[8]` or `mesh['a'=2,'b'=4] {'b'}`."""
-    if named := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", rest):
+    """Devices that take part together, of `{{0,1},{2,3}}`, `[4,2]<=[8]` or `mesh['a'=2,'b'=4], device_ids=… {'b'}`; 0 of `{}`: all."""
+    if named := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", rest):
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", named[1]))
-        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", named[2]))
+        # 'a':(2)4 is a part of an axis: 4 after the first 2.
+        return math.prod(int(part or sizes[axis]) for axis, part in re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", named[2]))
     if iota := re.search(r"replica_groups=\[\d+,(\d+)\]", rest):
         return int(iota[1])
     listed = re.search(r"replica_groups=\{\{([\d,]*)\}", rest)
-    return len(listed[1].split(",")) if listed else 1
+    return len(listed[1].split(",")) if listed else 0

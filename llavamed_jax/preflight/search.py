@@ -6,29 +6,33 @@ import copy
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from llavamed_jax.errors import UserError
 from llavamed_jax.preflight.topologies import Topology
 
 Job, Row = Mapping[str, Any], dict[str, Any]
-Compile = Callable[[Job], Row]
+Try = Callable[[Job], Row | None]  # what compiling found, None of what does not fit
 
 SHORTEST_ROW = 2048  # that the recipes' samples fit
 LARGER = 3  # how often the number of devices is doubled
 
 
-def what_fits(job: Job, row: Row, compiled: Compile) -> list[dict[str, Any]]:
+def what_fits(job: Job, row: Row, compiled: Callable[[Job], Row]) -> list[dict[str, Any]]:
     """At most two ways out, each compiled: by keys on the same machine, and by a larger machine as the recipe is.
 
     Args:
       job, row: what did not fit, and what it was found to need.
-      compiled: compiles a job.
+      compiled: compiles a job. What it refuses, such as heads that a mesh would cut, is no way out.
     Returns:
       `topology`, `changes` {key: value}, `peak` and `memory_bytes` of each.
     """
-    found = []
-    if "checkpoint" in job:
-        found += _serving_way(job, row, compiled)
-    else:
-        found += _training_way(job, row, compiled)
+    def fitting(job: Job) -> Row | None:
+        try:
+            tried = compiled(job)
+        except UserError:
+            return None
+        return tried if tried["fits"] and not tried["warnings"] else None
+
+    found = _serving_way(job, row, fitting) if "checkpoint" in job else _training_way(job, row, fitting)
     topology = Topology.parse(job["topology"], job["slices"])
     for doubled in range(1, LARGER + 1):
         topology = topology.larger()
@@ -38,28 +42,28 @@ def what_fits(job: Job, row: Row, compiled: Compile) -> list[dict[str, Any]]:
         if _least(row, {}) / 2**doubled > row["memory_bytes"]:
             continue
         larger = {**job, "topology": topology.name}
-        changes = {}
         if "checkpoint" in job:  # which lies on one device if not told otherwise
             changes = {"--mesh": f"tp={topology.num_devices}"}
             larger["mesh"] = changes["--mesh"]
-        tried = compiled(larger)
-        if tried["fits"]:
+        else:
+            changes = _wider(job["config"]["mesh"], topology.num_devices)
+            larger["config"] = changed(job["config"], changes)
+        if tried := fitting(larger):
             found.append(_way(tried, changes))
             break
     return found
 
 
-def _training_way(job: Job, row: Row, compiled: Compile) -> list[dict[str, Any]]:
+def _training_way(job: Job, row: Row, fitting: Try) -> list[dict[str, Any]]:
     for changes in training_changes(job["config"], row):
         if _least(row, changes) > row["memory_bytes"]:
             continue
-        tried = compiled({**job, "config": changed(job["config"], changes)})
-        if tried["fits"]:
-            return [_way(tried, *_fewer(job, row, changes, tried, compiled))]
+        if tried := fitting({**job, "config": changed(job["config"], changes)}):
+            return [_way(tried, *_fewer(job, row, changes, tried, fitting))]
     return []
 
 
-def _serving_way(job: Job, row: Row, compiled: Compile) -> list[dict[str, Any]]:
+def _serving_way(job: Job, row: Row, fitting: Try) -> list[dict[str, Any]]:
     """Fewer rows, where the weights fit; else the model over the devices that are there."""
     number, held = Topology.parse(job["topology"], job["slices"]).num_devices, row["bytes"]
     rows = job["config"]["generation"]["batch_size"]
@@ -67,14 +71,19 @@ def _serving_way(job: Job, row: Row, compiled: Compile) -> list[dict[str, Any]]:
         rows //= 2
         if held["parameters"] + held["cache"] * rows / row["rows"] < 0.9 * row["memory_bytes"]:
             changes = {"generation.batch_size": rows}
-            tried = compiled({**job, "config": changed(job["config"], changes)})
-            if tried["fits"]:
+            if tried := fitting({**job, "config": changed(job["config"], changes)}):
                 return [_way(tried, changes)]
     if job["mesh"] is None and number > 1:
-        tried = compiled({**job, "mesh": f"tp={number}"})
-        if tried["fits"]:
+        if tried := fitting({**job, "mesh": f"tp={number}"}):
             return [_way(tried, {"--mesh": f"tp={number}"})]
     return []
+
+
+def _wider(mesh: Mapping[str, Any], number: int) -> dict[str, Any]:
+    """What lays a recipe's mesh over so many devices: nothing, where it takes what is there."""
+    if mesh["auto"] or -1 in (mesh["data"], mesh["fsdp"], mesh["tp"]):
+        return {}
+    return {"mesh.fsdp": number // (mesh["data"] * mesh["tp"])}
 
 
 def training_changes(config: Mapping[str, Any], row: Row) -> Iterator[dict[str, Any]]:
@@ -118,7 +127,7 @@ def _least(row: Row, changes: Mapping[str, Any]) -> float:
     return held["parameters"] + held["optimizer"] - saved
 
 
-def _fewer(job: Job, row: Row, changes: dict[str, Any], tried: Row, compiled: Compile) -> tuple[dict[str, Any], Row]:
+def _fewer(job: Job, row: Row, changes: dict[str, Any], tried: Row, fitting: Try) -> tuple[dict[str, Any], Row]:
     """Fewer micro-batches that fit too, where the two that were compiled say that there may be; what a row's share of the peak is
     falls as their number rises. Returns changes and what they need."""
     first, last = job["config"]["micro_batches"], changes.get("micro_batches", 0)
@@ -132,8 +141,8 @@ def _fewer(job: Job, row: Row, changes: dict[str, Any], tried: Row, compiled: Co
     if number >= last:
         return changes, tried
     fewer = {"micro_batches": number}
-    again = compiled({**job, "config": changed(job["config"], fewer)})
-    return (fewer, again) if again["fits"] else (changes, tried)
+    again = fitting({**job, "config": changed(job["config"], fewer)})
+    return (fewer, again) if again else (changes, tried)
 
 
 def _way(tried: Row, changes: dict[str, Any], row: Row | None = None) -> dict[str, Any]:
