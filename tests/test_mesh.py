@@ -7,13 +7,14 @@ import sys
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from llavamed_jax.config import PRESETS, preset
 from llavamed_jax.errors import UsageError, UserError
 from llavamed_jax.models import llava
-from llavamed_jax.parallel.mesh import AXES, RULES, constrain, make_mesh, param_shardings, spec_of
+from llavamed_jax.parallel import mesh as meshes
+from llavamed_jax.parallel.mesh import AXES, RULES, constrain, constrain_weight, make_mesh, param_shardings, spec_of
 
 
 @pytest.mark.parametrize("spec,shape", [
@@ -110,3 +111,92 @@ def test_the_sharded_gradient_is_compiled_with_collectives_and_without_replicati
     done = subprocess.run([sys.executable, "-c", STEP], capture_output=True, text=True, timeout=300)
     assert done.stdout.split() == ["True", "True"], done.stderr[-2000:]
     assert "rematerialization" not in done.stderr
+
+
+# ---- machines that are not here
+
+class Device:
+    """As jax describes one: where it lies, and what it is."""
+
+    def __init__(self, number, kind="NVIDIA H100 80GB HBM3", process=0, piece=0, coords=()):
+        self.id, self.device_kind, self.process_index, self.slice_index, self.coords = number, kind, process, piece, coords
+        self.platform, self.core_on_chip = "tpu" if kind.startswith("TPU") else "gpu", 0
+
+    def __repr__(self):
+        return f"{self.id}"
+
+
+def gpus(hosts, a_process=8):
+    """Eight GPUs a host, which jax calls a slice; in no good order, as several processes of a host give them."""
+    found = [Device(i, process=i // a_process, piece=i // 8) for i in range(8 * hosts)]
+    return found[::2] + found[1::2]
+
+
+def tpus(x, y, z, slices=1):
+    grid = [(i, j, k) for k in range(z) for j in range(y) for i in range(x)]
+    return [Device(len(grid) * piece + n, "TPU v5", piece, piece, at) for piece in range(slices) for n, at in enumerate(grid)]
+
+
+def test_gpus_of_several_hosts_make_a_mesh_with_fsdp_inside_a_host():
+    """To jax they are several slices, of which `jax.make_mesh` makes none."""
+    mesh = make_mesh("data=2,fsdp=8", gpus(2))
+    assert [{device.slice_index for device in row.flat} for row in mesh.devices] == [{0}, {1}]
+    assert make_mesh("fsdp=-1", gpus(2)).shape["fsdp"] == 16 and set(mesh.axis_types) == {AxisType.Auto}
+
+
+def test_an_axis_may_cut_a_side_of_a_tpus_grid():
+    mesh = make_mesh("fsdp=32,tp=2", tpus(4, 4, 4))
+    assert mesh.devices.shape == (1, 32, 2) and len({device.id for device in mesh.devices.flat}) == 64
+    neighbours = mesh.devices[0, :, 0].tolist(), mesh.devices[0, :, 1].tolist()
+    assert {sum(abs(p - q) for p, q in zip(a.coords, b.coords)) for a, b in zip(*neighbours)} == {1}
+
+
+@pytest.mark.parametrize("spec", ["data=2,fsdp=-1", "data=4,fsdp=8"])
+def test_data_alone_crosses_from_slice_to_slice(spec):
+    mesh = make_mesh(spec, tpus(4, 4, 1, slices=2), slices=2)
+    assert {len({device.slice_index for device in row.flat}) for row in mesh.devices} == {1}
+    pieces = [row.flat[0].slice_index for row in mesh.devices]
+    assert pieces == sorted(pieces) and set(pieces) == {0, 1}
+
+
+def test_slices_divide_data():
+    with pytest.raises(UsageError, match=re.escape("'mesh.data' is 1; a multiple of mesh.slices (2) was expected")):
+        make_mesh("fsdp=-1", tpus(4, 4, 1, slices=2), slices=2)
+    with pytest.raises(UsageError, match="'mesh.slices' is 1, and the devices make 2 slices"):
+        make_mesh("fsdp=-1", tpus(4, 4, 1, slices=2))
+
+
+@pytest.mark.parametrize("devices, slices, needed, sizes", [
+    (gpus(1), 1, 15, (8, 1)), (gpus(1), 1, 16, (1, 8)),  # the state may take half of 30
+    (gpus(4), 1, 120, (4, 8)), (gpus(4), 1, 121, (1, 32)),  # a host holds it, or all must
+    (gpus(2, a_process=1), 1, 120, (2, 8)), (gpus(1, a_process=1), 1, 120, (1, 8)),  # a process a GPU
+    (tpus(4, 4, 1), 1, 15, (16, 1)), (tpus(4, 4, 1), 1, 16, (1, 16)), (tpus(4, 4, 1, slices=2), 2, 16, (2, 16)),
+    (tpus(4, 4, 1, slices=2), 2, 10_000, (2, 16)),  # over a slice at the most
+])
+def test_auto_takes_the_smallest_group_of_neighbours(devices, slices, needed, sizes):
+    assert tuple(meshes.auto_sizes(devices, needed, 30, slices).values()) == sizes
+
+
+def test_memory_is_what_jax_may_have_of_the_devices_here():
+    here, there = Device(0), Device(1, process=1)
+    here.memory_stats, there.memory_stats = lambda: {"bytes_limit": 123}, lambda: pytest.fail("this one is another host's")
+    assert meshes.device_memory([there, here]) == 123
+    here.memory_stats = lambda: None
+    assert 2 * meshes.device_memory([here, here]) == meshes.device_memory([here])
+
+
+@pytest.mark.parametrize("kind, shape, finer", [
+    ("TPU v5 lite", (1, 64, 1), (1, 16, 4, 1)), ("TPU v5", (2, 128, 2), (2, 32, 4, 2)), ("TPU v5 lite", (1, 32, 1), None),
+    ("NVIDIA H200", (1, 64, 1), None), ("TPU v5 lite", (1, 66, 1), None)])
+def test_gradients_of_many_tpus_are_summed_in_two_stages(monkeypatch, kind, shape, finer):
+    """Laid as the weight, then as parts of groups of four whose members have the same part; elsewhere the first alone."""
+    laid = []
+    device = AbstractDevice(device_kind=kind, platform=kind.split()[0].lower(), num_cores=None)
+    over = AbstractMesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, abstract_device=device)
+    monkeypatch.setattr(jax.sharding, "get_abstract_mesh", lambda: over)
+    monkeypatch.setattr(jax.lax, "with_sharding_constraint", lambda x, where: laid.append(where) or x)
+    assert constrain_weight("weight", "embed", "mlp") == "weight"
+    assert laid[0] == P("fsdp", "tp") and len(laid) == 1 + (finer is not None)
+    if finer is not None:
+        assert laid[1].spec == P("fsdp", "tp") and tuple(laid[1].mesh.shape.values()) == finer
+        assert laid[1].mesh.axis_names == ("data", "fsdp", "last", "tp")

@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from argparse import Namespace
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,47 @@ def test_a_machine_without_tpu_asks_nobody(monkeypatch):
     assert clusters.detected({"JAX_PLATFORMS": "cpu"}) is None
     pod = {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JAX_PLATFORMS": "cuda"}
     assert clusters.detected(pod) is None and clusters.detected({**pod, "JOB_COMPLETION_INDEX": "0"}) == Place()
+
+
+def test_devices_that_are_named_are_not_shared_out_again():
+    eight = {**SLURM, "SLURM_STEP_TASKS_PER_NODE": "2", "CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5,6,7"}
+    assert clusters.detected({**eight, "JAX_LOCAL_DEVICE_IDS": "3"}) == Place()
+    assert clusters.detected({**eight, "SLURM_LOCALID": "2"}) == Place(), "beyond what the step says: jax decides"
+    of_the_job = {name: value for name, value in eight.items() if name != "SLURM_STEP_TASKS_PER_NODE"}
+    assert clusters.detected({**of_the_job, "SLURM_TASKS_PER_NODE": "4(x2)"}) == Place(local_devices=range(0, 2))
+
+
+def test_a_pod_needs_the_package_that_asks_for_its_size(monkeypatch, capsys):
+    pod = {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JAX_PLATFORMS": "cuda", "JOB_COMPLETION_INDEX": "0"}
+    monkeypatch.setattr(clusters.importlib.util, "find_spec", lambda name: None)
+    assert clusters.detected(pod) is None and "pip install kubernetes" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("vendor, found", [("0x1ae0\n", Place()), ("0x10de\n", None)])  # Google's, NVIDIA's
+def test_a_tpu_is_told_by_its_vendor_and_asks_its_machine(monkeypatch, tmp_path, vendor, found):
+    class Answer(BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append((self.path, self.headers["Metadata-Flavor"]))
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b"a:b:10.0.0.2,c:d:10.0.0.3")
+
+        def log_message(self, *_):
+            pass
+
+    asked = []
+    (tmp_path / "0000:00:04.0").mkdir()
+    (tmp_path / "0000:00:04.0" / "vendor").write_text(vendor)
+    monkeypatch.setattr(clusters, "Path", lambda _: tmp_path)
+    monkeypatch.setattr(clusters.importlib.util, "find_spec", lambda name: name)
+    with HTTPServer(("127.0.0.1", 0), Answer) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("GCE_METADATA_IP", f"127.0.0.1:{server.server_port}")
+        assert clusters.detected({}) == found
+        server.shutdown()
+    assert asked == ([("/computeMetadata/v1/instance/attributes/worker-network-endpoints", "Google")] if found else [])
+    assert clusters._metadata("worker-network-endpoints") == "", "nobody answers any more"
+    assert clusters.detected({"TPU_PROCESS_ADDRESSES": "a:1,b:1", "TPU_WORKER_HOSTNAMES": "a", "MEGASCALE_NUM_SLICES": ""}) == found
 
 
 def test_flags_beside_predictions_are_refused(capsys):
@@ -245,6 +287,37 @@ def test_a_stop_is_heard_once(monkeypatch):
     for group in groups:
         group.leave()
     assert heard == [1]
+
+
+@pytest.mark.parametrize("status, sentence, wanted", [
+    (0, None, ["leave"]), (75, None, ["stop", "leave"]), (2, "the disk is full", [("fail", 2, "the disk is full"), ("exit", 2)])])
+def test_a_process_parts_from_the_others(monkeypatch, status, sentence, wanted):
+    """Done, stopped with everything saved, failed; each once."""
+    told = []
+    monkeypatch.setattr(processes, "_joined", True)
+    monkeypatch.setattr(distributed, "leave", lambda: told.append("leave"))
+    monkeypatch.setattr(distributed, "stop", lambda: told.append("stop"))
+    monkeypatch.setattr(distributed, "fail", lambda *words: told.append(("fail", *words)))
+    monkeypatch.setattr(processes.os, "_exit", lambda status: told.append(("exit", status)))
+    processes.part(status, sentence)
+    processes.part(status, sentence)
+    assert told == wanted
+
+
+def test_a_silent_process_still_complains(monkeypatch, capsys):
+    """And an error of a broken connection waits for a better word."""
+    slept = []
+    monkeypatch.setattr(sys, "__stderr__", sys.stderr)
+    monkeypatch.setattr(processes.time, "sleep", slept.append)
+    with open(os.devnull, "w") as nowhere:
+        monkeypatch.setattr(sys, "stderr", nowhere)
+        monkeypatch.setattr(processes, "_joined", True)
+        processes.complain("the disk is full")
+        processes.trace(ValueError("no such layer"))
+        assert slept == []
+        processes.trace(RuntimeError("Gloo: Connection reset by peer"))
+    error = capsys.readouterr().err
+    assert error.startswith("error: the disk is full\n") and "no such layer" in error and slept == [distributed.HEARTBEAT_S + 10]
 
 
 def test_alone_nothing_waits():

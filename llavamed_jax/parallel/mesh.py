@@ -62,11 +62,14 @@ def make_mesh(spec: str | Mapping[str, int] | None = None, devices: Sequence[jax
     there = len({getattr(device, "slice_index", None) for device in devices}) if devices[0].platform == "tpu" else 1
     if there != slices:
         raise UsageError(f"the config key 'mesh.slices' is {slices}, and the devices make {there} slices; that number was expected")
+    # Not `jax.make_mesh`: it refuses GPUs of several hosts, which are slices to jax, and grids of TPUs that an axis must cut.
     if slices == 1:
-        return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
-    if shape[0] % slices:
-        raise UsageError(f"the config key 'mesh.data' is {shape[0]}; a multiple of mesh.slices ({slices}) was expected")
-    array = mesh_utils.create_hybrid_device_mesh((shape[0] // slices, *shape[1:]), (slices, 1, 1), devices)
+        array = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    else:
+        if shape[0] % slices:
+            raise UsageError(f"the config key 'mesh.data' is {shape[0]}; a multiple of mesh.slices ({slices}) was expected")
+        inside = (shape[0] // slices, *shape[1:])
+        array = mesh_utils.create_hybrid_device_mesh(inside, (slices, 1, 1), devices, allow_split_physical_axes=True)
     return Mesh(array, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
@@ -82,10 +85,16 @@ def auto_sizes(devices: Sequence[jax.Device], needed: int, memory: int, slices: 
       memory: bytes of one device.
     """
     number = len(devices)
-    host = sum(device.process_index == devices[0].process_index for device in devices)
-    groups = [1, host if devices[0].platform != "tpu" else 1, number // slices]
+    groups = [1, _host_size(devices) if devices[0].platform != "tpu" else 1, number // slices]
     fsdp = next((n for n in groups if number % n == 0 and needed / n <= memory / 2), groups[-1])
     return {"data": number // fsdp, "fsdp": fsdp}
+
+
+def _host_size(devices: Sequence[jax.Device]) -> int:
+    """Devices of the first one's host; jax calls what NVLink joins a slice, of which a host's processes may have a part each."""
+    slices = [getattr(device, "slice_index", None) for device in devices]
+    hosts = slices if len(set(slices)) > 1 else [device.process_index for device in devices]
+    return hosts.count(hosts[0])
 
 
 def device_memory(devices: Sequence[jax.Device]) -> int:

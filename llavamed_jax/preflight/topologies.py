@@ -198,7 +198,7 @@ class Topology:
         if isinstance(what, Gpu):
             hosts = max(1, self.count // GPUS_A_HOST)
             return topologies.get_topology_desc("", "cuda", target_config=what.describe(),
-                                                topology=f"1x{hosts}x{self.count // hosts}").devices
+                                                topology=f"{hosts}x1x{self.count // hosts}").devices  # NVLink is within a host
         grid, options = self.grid(), dict(what.options)
         if math.prod(grid) < 4:
             options["chips_per_host_bounds"] = grid + (1,) * (3 - len(grid))
