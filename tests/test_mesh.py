@@ -134,7 +134,8 @@ def gpus(hosts, a_process=8):
 
 def tpus(x, y, z, slices=1):
     grid = [(i, j, k) for k in range(z) for j in range(y) for i in range(x)]
-    return [Device(len(grid) * piece + n, "TPU v5", piece, piece, at) for piece in range(slices) for n, at in enumerate(grid)]
+    return [Device(len(grid) * piece + n, "TPU v5", (len(grid) * piece + n) // 4, piece, at) for piece in range(slices)
+            for n, at in enumerate(grid)]
 
 
 def test_gpus_of_several_hosts_make_a_mesh_with_fsdp_inside_a_host():
@@ -170,7 +171,8 @@ def test_slices_divide_data():
     (gpus(1), 1, 15, (8, 1)), (gpus(1), 1, 16, (1, 8)),  # the state may take half of 30
     (gpus(4), 1, 120, (4, 8)), (gpus(4), 1, 121, (1, 32)),  # a host holds it, or all must
     (gpus(2, a_process=1), 1, 120, (2, 8)), (gpus(1, a_process=1), 1, 120, (1, 8)),  # a process a GPU
-    (tpus(4, 4, 1), 1, 15, (16, 1)), (tpus(4, 4, 1), 1, 16, (1, 16)), (tpus(4, 4, 1, slices=2), 2, 16, (2, 16)),
+    (tpus(4, 4, 1), 1, 15, (16, 1)), (tpus(4, 4, 1), 1, 16, (1, 16)),  # whose hosts of four are no border
+    (tpus(4, 4, 1, slices=2), 2, 16, (2, 16)),
     (tpus(4, 4, 1, slices=2), 2, 10_000, (2, 16)),  # over a slice at the most
 ])
 def test_auto_takes_the_smallest_group_of_neighbours(devices, slices, needed, sizes):

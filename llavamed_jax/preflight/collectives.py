@@ -58,7 +58,7 @@ def read(text: str) -> list[Collective]:
                 if chain.groups() in chains:
                     continue
                 chains.add(chain.groups())
-            n = 2 if kind == "collective-permute" else _group_size(rest) or all_devices
+            n = _group_size(rest) or all_devices
             array = _array(kind, shape, op != kind, n)
             kind = "reduce-scatter" if is_scattered and kind == "all-reduce" else kind
             if n > 1:
