@@ -1,6 +1,8 @@
 """The numbers of preflight's rows beside what was counted by hand, and what decides a verdict."""
 
 import json
+import os
+import sys
 from types import SimpleNamespace
 
 import jax
@@ -338,3 +340,36 @@ def test_what_xla_is_asked_for(monkeypatch, name, slices, asked):
     machine = Topology.parse(name, slices)
     assert machine.devices() == ["device"] and asked.items() <= words.items() and ("num_slices" in words) == (slices > 1)
     assert machine.num_devices == slices * machine.count // (2 if name.startswith(("v4", "v5p")) else 1)
+
+
+LIBTPU = """I1128 04:48:44.961883   25987 deepsea_compiler_backend.cc:2171] Total hbm usage >= 6.54G:
+    reserved        258.00M
+    program           4.76G
+    arguments         1.28G
+
+Output size 1.53G; shares 1.28G with arguments.
+
+Total host usage >= 0B:
+    reserved             0B
+    program         unknown size
+    arguments            0B
+
+Output size 0B; shares 0B with arguments.
+"""
+
+
+def test_a_tpus_peak_is_what_its_compiler_counts():
+    """Program, arguments and results that share nothing with these; what is reserved is not within the usable memory either."""
+    assert compiling.tpu_peak("W first\n" + LIBTPU) == int((4.76 + 1.28 + 1.53 - 1.28) * 2**30)
+    other = LIBTPU.replace("258.00M\n", "0B \n").replace("4.76G\n", "900.00K \n")  # it writes a space there
+    assert compiling.tpu_peak(other) == int(900 * 2**10 + (1.28 + 1.53 - 1.28) * 2**30)
+    assert compiling.tpu_peak("nothing of it") is None
+
+
+def test_what_the_compiler_writes_is_read_and_still_written(capfd):
+    with compiling._stderr_read() as said:
+        os.write(2, b"from C++\n")
+        print("from Python", file=sys.stderr)
+    os.write(2, b"after\n")
+    assert "from C++" in said[0] and "after" not in said[0]
+    assert "from C++" in capfd.readouterr().err

@@ -8,13 +8,15 @@ that a compiler took is given back, and because what XLA warns of comes on its s
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,9 @@ _GPU_OPTIONS = {"xla_gpu_enable_triton_gemm": False}
 _WASTE = re.compile(r"involuntary full rematerialization|involuntarily replicat", re.IGNORECASE)
 # How a TPU's compiler says what a program that does not fit would take, arguments and results included, as late or early it sees it.
 _USED = re.compile(r"(?:Used |required for HLO temporaries \()([\d.]+)([BKMGT])(?: of |\) exceeds )")
+# What it says of one that fits. It counts the gaps between temporaries once, where `memory_analysis` counts them twice.
+_FOUND = re.compile(r"Total hbm usage >= .*?\n\s+reserved\s+([\d.]+)([BKMGT])\s*\n\s+program\s+([\d.]+)([BKMGT])\s*\n"
+                    r"\s+arguments\s+([\d.]+)([BKMGT])\s*\n\s*Output size ([\d.]+)([BKMGT]); shares ([\d.]+)([BKMGT])")
 _SIZES = {"B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -56,6 +61,7 @@ def in_process(job: Mapping[str, Any]) -> dict[str, Any]:
     root = str(Path(__file__).resolve().parent.parent.parent)
     environment = {
         **os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags.strip(), "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        "TPU_MIN_LOG_LEVEL": "0", "TPU_STDERR_LOG_LEVEL": "0", "TPU_LOG_DIR": "disabled",  # libtpu says there what a program takes
         "PYTHONPATH": os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])}
     command = [sys.executable, "-m", "llavamed_jax.preflight.compile"]
     done = subprocess.run(command, input=json.dumps(job), capture_output=True, text=True, env=environment)
@@ -144,7 +150,8 @@ def compiled(lowered, topology: Topology) -> Compiled:
     """Compiles. A compiler for TPUs gives up on what does not fit, and says how much it would have been."""
     start, cpu_start = time.monotonic(), time.process_time()
     try:
-        program = lowered.compile(compiler_options=_GPU_OPTIONS if topology.platform == "gpu" else None)
+        with _stderr_read() as said:
+            program = lowered.compile(compiler_options=_GPU_OPTIONS if topology.platform == "gpu" else None)
     except jax.errors.JaxRuntimeError as error:
         used = _USED.search(str(error))
         if "RESOURCE_EXHAUSTED" not in str(error) or used is None:
@@ -152,10 +159,42 @@ def compiled(lowered, topology: Topology) -> Compiled:
         peak = int(float(used[1]) * _SIZES[used[2]])
         return Compiled(time.monotonic() - start, time.process_time() - cpu_start, peak, None, None, "")
     memory = program.memory_analysis()
-    peak = (memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes + memory.temp_size_in_bytes
-            + memory.generated_code_size_in_bytes)
+    beside = (memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+              + memory.generated_code_size_in_bytes)
+    peak = beside + memory.temp_size_in_bytes
+    if topology.platform == "tpu":
+        peak = tpu_peak("".join(said)) or peak
     return Compiled(time.monotonic() - start, time.process_time() - cpu_start, peak, memory.argument_size_in_bytes,
-                    memory.temp_size_in_bytes, program.as_text())
+                    max(0, peak - beside), program.as_text())
+
+
+def tpu_peak(log: str) -> int | None:
+    """Bytes of a program, its arguments and its results in what libtpu logs of it; None where the log has no such account."""
+    found = _FOUND.search(log)
+    if found is None:
+        return None
+    said = found.groups()
+    _, program, arguments, results, shared = (float(number) * _SIZES[unit] for number, unit in zip(said[::2], said[1::2], strict=True))
+    return int(program + arguments + results - shared)
+
+
+@contextlib.contextmanager
+def _stderr_read() -> Iterator[list[str]]:
+    """What is written to the process's stderr within, C++ included, is in the list afterwards, and on stderr too."""
+    said: list[str] = []
+    sys.stderr.flush()
+    with tempfile.TemporaryFile() as file:
+        stderr = os.dup(2)
+        os.dup2(file.fileno(), 2)
+        try:
+            yield said
+        finally:
+            sys.stderr.flush()
+            os.dup2(stderr, 2)
+            os.close(stderr)
+            file.seek(0)
+            said.append(file.read().decode(errors="replace"))
+            os.write(2, said[0].encode())
 
 
 def main() -> None:

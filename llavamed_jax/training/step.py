@@ -20,6 +20,9 @@ Batch = Mapping[str, jax.Array]
 LossFn = Callable[[dict, Batch], tuple[jax.Array, jax.Array]]
 
 MODEL_INPUTS = ("input_ids", "labels", "positions", "segment_ids", "pixel_values")
+# Weights are gathered whole before they are used. XLA for a v6e would pass them round the devices part by part within each
+# product, in the backward pass again and in float32: 2.2 times the bytes (docs/preflight.md).
+_TPU_OPTIONS = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
 
 
 def llava_loss(model: Llava) -> LossFn:
@@ -75,7 +78,8 @@ def make_train_step(loss_fn: LossFn, optimizer: optax.GradientTransformation, sc
             opt_state=if_finite(opt_state, state.opt_state))
         return state, metrics
 
-    compiled = jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
+    options = _TPU_OPTIONS if mesh.devices.flat[0].platform == "tpu" else None
+    compiled = jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated(mesh)), compiler_options=options)
     return _within(mesh, compiled)
 
 
