@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from llavamed_jax.errors import UserError
 from llavamed_jax.preflight.topologies import Topology
 
 Job, Row = Mapping[str, Any], dict[str, Any]
@@ -42,8 +43,8 @@ def what_fits(job: Job, row: Row, compiled: Compile) -> list[dict[str, Any]]:
         if "checkpoint" in job:  # which lies on one device if not told otherwise
             changes = {"--mesh": f"tp={topology.num_devices}"}
             larger["mesh"] = changes["--mesh"]
-        tried = compiled(larger)
-        if tried["fits"]:
+        tried = _tried(larger, compiled)
+        if tried is not None:
             found.append(_way(tried, changes))
             break
     return found
@@ -53,8 +54,8 @@ def _training_way(job: Job, row: Row, compiled: Compile) -> list[dict[str, Any]]
     for changes in training_changes(job["config"], row):
         if _least(row, changes) > row["memory_bytes"]:
             continue
-        tried = compiled({**job, "config": changed(job["config"], changes)})
-        if tried["fits"]:
+        tried = _tried({**job, "config": changed(job["config"], changes)}, compiled)
+        if tried is not None:
             return [_way(tried, *_fewer(job, row, changes, tried, compiled))]
     return []
 
@@ -67,12 +68,12 @@ def _serving_way(job: Job, row: Row, compiled: Compile) -> list[dict[str, Any]]:
         rows //= 2
         if held["parameters"] + held["cache"] * rows / row["rows"] < 0.9 * row["memory_bytes"]:
             changes = {"generation.batch_size": rows}
-            tried = compiled({**job, "config": changed(job["config"], changes)})
-            if tried["fits"]:
+            tried = _tried({**job, "config": changed(job["config"], changes)}, compiled)
+            if tried is not None:
                 return [_way(tried, changes)]
     if job["mesh"] is None and number > 1:
-        tried = compiled({**job, "mesh": f"tp={number}"})
-        if tried["fits"]:
+        tried = _tried({**job, "mesh": f"tp={number}"}, compiled)
+        if tried is not None:
             return [_way(tried, {"--mesh": f"tp={number}"})]
     return []
 
@@ -132,8 +133,18 @@ def _fewer(job: Job, row: Row, changes: dict[str, Any], tried: Row, compiled: Co
     if number >= last:
         return changes, tried
     fewer = {"micro_batches": number}
-    again = compiled({**job, "config": changed(job["config"], fewer)})
-    return (fewer, again) if again["fits"] else (changes, tried)
+    again = _tried({**job, "config": changed(job["config"], fewer)}, compiled)
+    return (fewer, again) if again is not None else (changes, tried)
+
+
+def _tried(job: Job, compiled: Compile) -> Row | None:
+    """What a job needs, where it fits. No way out is what cannot be compiled there (a mesh of fixed sizes on more devices, heads that tp
+    does not divide), or only with copies of what should be spread."""
+    try:
+        row = compiled(job)
+    except UserError:
+        return None
+    return row if row["fits"] and not row["warnings"] else None
 
 
 def _way(tried: Row, changes: dict[str, Any], row: Row | None = None) -> dict[str, Any]:
