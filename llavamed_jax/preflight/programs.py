@@ -76,8 +76,8 @@ class Training:
         mean_length = min(cfg.data.mean_length, cfg.max_length)  # to which samples are cut
         if cfg.data.packing:
             if 0 < cfg.data.row_length < mean_length:
-                raise UsageError(f"the config key 'data.row_length' is {cfg.data.row_length}; data.mean_length, {mean_length} tokens, or more "
-                                 "was expected, for a sample must fit")
+                raise UsageError(f"the config key 'data.row_length' is {cfg.data.row_length}; data.mean_length, {mean_length} tokens, or "
+                                 "more was expected, for a sample must fit")
             update = rows_an_update(cfg.batch_size, mean_length, multiple, cfg.data.row_length, longest=mean_length)
             slots = -(-update.row_length // mean_length)
         else:

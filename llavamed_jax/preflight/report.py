@@ -92,7 +92,7 @@ class Results:
 
     def __init__(self, name: str):
         self.path = Path(os.path.realpath(name))
-        self.part = self.path.with_name(self.path.name + ".part")
+        self.part = Path(f"{self.path}.part")
         self._is_empty, self._trouble = True, ""
         if not name:
             raise UsageError("--preflight_json is empty; a file's name was expected")
@@ -146,7 +146,7 @@ def tables(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     held = {"parameters": "parameters", **({"cache": "cache"} if "cache" in rows[0]["bytes"] else {
         "optimizer": "optimizer", "gradients": "gradients"}), "activations": "activations"}
     memory = [("topology", "verdict", "peak", "usable", *held)]
-    program = [("topology", "rows", "mesh", "attention", "GFLOP/token", "traffic GB", "least GB", "compile s")]
+    program = [("topology", "rows", "mesh", "attention", "GFLOP/token", "traffic", "least", "compile")]
     for row in rows:
         memory.append((row["topology"], verdict(row), gib(row["bytes"]["peak"]), gib(row["memory_bytes"]),
                        *(gib(row["bytes"][name]) for name in held)))
@@ -174,9 +174,10 @@ def _aligned(lines: Sequence[Sequence[str]], words: int) -> str:
 def remarks(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """What the tables have no room for: ways out, rows that do not fit the batch, warnings."""
     is_serving = "cache" in rows[0]["bytes"]
-    lines = ["bytes in GiB a device; " + (
-        "rows of the cache x their length; traffic of a prefill, received by a device" if is_serving else
-        "rows an update x their length / micro-batches; traffic received by a device in an update")]
+    lines = ["memory: GiB of a device; compile: seconds; rows: " + (
+        "of the cache x their length" if is_serving else "of an update x their length / micro-batches")]
+    lines += ["traffic: GB that a device receives in a prefill" if is_serving else
+              "traffic: GB that a device receives in an update, and the least that it must"]
     lines += sorted({f"model: {row['model']}" for row in rows})
     lines += sorted({f"tokens a sample: {row['mean_length']}, data.mean_length of the recipe" for row in rows if row.get("mean_length")})
     for row in rows:
