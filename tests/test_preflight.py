@@ -16,7 +16,7 @@ from llavamed_jax.errors import UsageError, UserError
 from llavamed_jax.models.llava import abstract_params
 from llavamed_jax.parallel.mesh import auto_sizes, make_mesh
 from llavamed_jax.preflight import collectives, programs, report, search
-from llavamed_jax.preflight.compile import compiled, in_process
+from llavamed_jax.preflight.compile import Compiler, compiled
 from llavamed_jax.preflight.serving import Serving
 from llavamed_jax.preflight.topologies import KINDS, Topology
 from llavamed_jax.training.metrics import PEAK_FLOPS
@@ -307,7 +307,7 @@ def test_a_7b_update_is_compiled_for(name, changes):
         machine.check_packages()
     except UserError as error:
         pytest.skip(str(error))
-    found = in_process(dict(topology=name, slices=cfg.mesh.slices, config=json.loads(cfg.to_json())))
+    found = Compiler()(dict(topology=name, slices=cfg.mesh.slices, config=json.loads(cfg.to_json())))
     assert found["fits"] and not found["warnings"]
     assert found["traffic_bytes"] <= 1.15 * found["least_traffic_bytes"]
     assert found["largest_array_bytes"] <= 2 * 32000 * 4096 * 4

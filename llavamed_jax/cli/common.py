@@ -20,7 +20,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from llavamed_jax.cli import processes
+from llavamed_jax.cli import interrupts, processes
 from llavamed_jax.errors import UsageError, UserError
 
 # Keys whose value may be left open, so that `none` is no name (`training.recipe.KEYS`, which would bring jax).
@@ -256,17 +256,25 @@ def add_model_flags(parser: argparse.ArgumentParser, is_listed: bool = True) -> 
 
 def add_preflight_flags(parser: argparse.ArgumentParser) -> None:
     """`--preflight` and where its result goes."""
-    parser.add_argument("--preflight", metavar="NAMES", help="compile for machines that are not here: h100-8,v5e-64")
+    parser.add_argument("--preflight", metavar="NAMES", help="compile for h100-8,v5e-64,…; --preflight_json FILE")
     parser.add_argument("--preflight_json", metavar="FILE", help=argparse.SUPPRESS)
+
+
+def check_preflight_flags(args: argparse.Namespace) -> None:
+    if args.preflight is None and args.preflight_json is not None:
+        raise UsageError("--preflight_json is where the result of --preflight goes; --preflight NAMES was expected beside it")
 
 
 def preflight(args: argparse.Namespace, config: ConfigDict, slices: int = 1, **job) -> int:
     """Compiles for the machines of `--preflight`; returns the exit status."""
-    from llavamed_jax.preflight import compile, report  # brings jax
+    from llavamed_jax.preflight import report
     machines = report.topologies(args.preflight, slices)
+    from llavamed_jax.preflight import compile  # brings jax
     job["config"] = json.loads(config.to_json())
     jobs = [dict(topology=machine.name, slices=machine.slices, **job) for machine in machines]
-    return report.check(jobs, compile.in_process, args.preflight_json)
+    compiler = compile.Compiler()
+    with interrupts.raising_on_interrupt():
+        return report.check(jobs, compiler, args.preflight_json, compiler.stop)
 
 
 def check_model_flags(args: argparse.Namespace) -> None:

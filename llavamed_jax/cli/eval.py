@@ -58,7 +58,7 @@ def program(argv: Sequence[str]) -> int:
     if args.checkpoint is not None:
         common.check_model_flags(args)
     if args.preflight is not None:
-        return common.preflight(args, cfg, checkpoint=args.checkpoint, mesh=args.mesh, dtype=args.dtype or "bfloat16")
+        return _preflight(args, cfg)
     if args.checkpoint is not None:
         processes.join(processes.asked(args))
     endpoint = None if args.endpoint is None else _endpoint(args)
@@ -90,8 +90,21 @@ def program(argv: Sequence[str]) -> int:
     return 0
 
 
+def _preflight(args: argparse.Namespace, cfg) -> int:
+    from llavamed_jax.evaluation import run
+
+    if "generation" not in cfg:
+        raise UsageError(f"--config is {args.config!r}, which has no 'generation'; a file of configs/eval was expected")
+    run.check_generation(cfg)
+    if cfg.generation.num_beams > 1:
+        raise UsageError(f"generation.num_beams is {cfg.generation.num_beams}; --preflight compiles the engine's programs and not those of "
+                         "beam search: 1 was expected")
+    return common.preflight(args, cfg, checkpoint=args.checkpoint, mesh=args.mesh, dtype=args.dtype)
+
+
 def _check_flags(args: argparse.Namespace) -> None:
     """Refuses flags that are of another source than the one that is given."""
+    common.check_preflight_flags(args)
     if args.preflight is not None and args.checkpoint is None:
         raise UsageError("--preflight compiles a model's programs; it stands beside --checkpoint only")
     if args.preflight is None and (args.workdir is None) != (args.write_llava is not None):

@@ -1,4 +1,7 @@
-"""Ctrl-C, or a SIGTERM, before a run has begun. Nothing but the standard library is imported: the handler stands before slow imports."""
+"""Ctrl-C, or a SIGTERM, before a run has begun and during a preflight.
+
+Nothing but the standard library is imported: the handler stands before slow imports.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +22,22 @@ def ending_on_interrupt() -> Iterator[None]:
         os._exit(1)
 
     earlier = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def raising_on_interrupt() -> Iterator[None]:
+    """The first of either is a KeyboardInterrupt, for whoever waits and has something to put in order; the next ones are not heard."""
+    def interrupt(*_):
+        for number in earlier:
+            signal.signal(number, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    earlier = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:

@@ -26,6 +26,7 @@ def train(argv: list[str]) -> int:
     common.add_preflight_flags(parser)
     processes.add_flags(parser)
     args, overrides = parser.parse_with_overrides(argv)
+    common.check_preflight_flags(args)
     if args.preflight is not None:
         config = common.load_config(args.config, overrides)
         from llavamed_jax.training import recipe

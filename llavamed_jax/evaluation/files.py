@@ -47,7 +47,8 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_bytes(utf8(text))
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # where it could not even be begun
+            temporary.unlink()
         raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
 
 

@@ -28,6 +28,21 @@ from llavamed_jax.evaluation.partial import Partial
 from llavamed_jax.parallel import distributed
 
 
+def check_generation(cfg: ConfigDict) -> None:
+    """Raises UsageError for values under `generation` that no evaluation could start with."""
+    for key, value in cfg.generation.items():
+        if value is None:
+            raise UsageError(f"generation.{key} is none; a number was expected")
+    for key in ("max_new_tokens", "batch_size", "num_beams"):
+        if cfg.generation[key] < 1:
+            raise UsageError(f"generation.{key} is {cfg.generation[key]}; at least 1 was expected")
+    if not 0 <= cfg.generation.temperature < math.inf:  # nan too
+        raise UsageError(f"generation.temperature is {cfg.generation.temperature}; a number of at least 0 was expected")
+    if cfg.generation.num_beams > 1 and cfg.generation.temperature > 0:
+        raise UsageError(f"generation.num_beams is {cfg.generation.num_beams} with a generation.temperature of "
+                         f"{cfg.generation.temperature}; beam search does not sample, and 0 was expected")
+
+
 class Evaluation:
     """The questions that a config names, and what is done with them. Bad settings raise before a model is loaded.
 
@@ -48,16 +63,9 @@ class Evaluation:
         if cfg.protocol not in ("clean", "paper"):
             raise UsageError(f"protocol is {cfg.protocol!r}; clean or paper was expected")
         for key, value in _flat(cfg.to_dict()).items():
-            if value is None and key.startswith(("generation.", "judge.", "seed")):
+            if value is None and key.startswith(("judge.", "seed")):
                 raise UsageError(f"{key} is none; a number was expected")
-        for key in ("max_new_tokens", "batch_size", "num_beams"):
-            if cfg.generation[key] < 1:
-                raise UsageError(f"generation.{key} is {cfg.generation[key]}; at least 1 was expected")
-        if not 0 <= cfg.generation.temperature < math.inf:  # nan too
-            raise UsageError(f"generation.temperature is {cfg.generation.temperature}; a number of at least 0 was expected")
-        if cfg.generation.num_beams > 1 and cfg.generation.temperature > 0:
-            raise UsageError(f"generation.num_beams is {cfg.generation.num_beams} with a generation.temperature of "
-                             f"{cfg.generation.temperature}; beam search does not sample, and 0 was expected")
+        check_generation(cfg)
         if not 0 <= cfg.seed < 2**31:
             raise UsageError(f"seed is {cfg.seed}; 0 to {2**31 - 1} was expected")
         self.generation = Generation(**cfg.generation.to_dict(), seed=cfg.seed)

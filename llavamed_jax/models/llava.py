@@ -21,7 +21,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from llavamed_jax.config import IMAGE_TOKEN, LlavaConfig
-from llavamed_jax.errors import UserError
+from llavamed_jax.errors import UsageError
 from llavamed_jax.models import decoder, projector, vit
 from llavamed_jax.parallel.mesh import constrain
 
@@ -94,11 +94,11 @@ class Llava(nn.Module):
 
 
 def check_heads(cfg: LlavaConfig, mesh: Mesh) -> None:
-    """Raises UserError where tensor parallelism would cut through a head, which XLA answers by replicating."""
+    """Raises UsageError where tensor parallelism would cut through a head, which XLA answers by replicating."""
     tp, v, d = mesh.shape["tp"], cfg.vision, cfg.decoder
     for heads, of in ((v.num_heads, "tower's"), (d.num_heads, "decoder's"), (d.num_kv_heads, "decoder's key/value")):
         if heads % tp:
-            raise UserError(f"the {of} {heads} heads are not divisible by the mesh axis tp of {tp}")
+            raise UsageError(f"the {of} {heads} heads are not divisible by the mesh axis tp of {tp}")
 
 
 def merge(text, is_image, features):

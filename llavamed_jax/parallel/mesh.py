@@ -142,7 +142,7 @@ def param_shardings(params: Any, rules: Sequence[tuple[str, tuple]], mesh: Mesh)
 
     Stacked leaves (`…/layers/…`) have one leading axis more than their rule, which stays whole.
     Raises:
-      UserError: naming the leaf that matches no rule or several, or has a dimension that its mesh axis does not divide.
+      UserError: naming the leaf that matches no rule or several. UsageError: one with a dimension that its mesh axis does not divide.
     """
     def sharding(path, leaf):
         name = "/".join(str(getattr(p, "key", getattr(p, "name", p))) for p in path)
@@ -155,7 +155,7 @@ def param_shardings(params: Any, rules: Sequence[tuple[str, tuple]], mesh: Mesh)
         spec = spec_of(axes, name)
         for size, axis in zip(leaf.shape, spec):
             if axis is not None and size % mesh.shape[axis]:
-                raise UserError(f"{name}: a dimension of {size} is not divisible by the mesh axis {axis} of {mesh.shape[axis]}")
+                raise UsageError(f"{name}: a dimension of {size} is not divisible by the mesh axis {axis} of {mesh.shape[axis]}")
         return NamedSharding(mesh, spec)
 
     return jax.tree_util.tree_map_with_path(sharding, params)

@@ -12,9 +12,11 @@ import contextlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +26,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from llavamed_jax.errors import UsageError, UserError
+from llavamed_jax.errors import UsageError, UserError, cut
 from llavamed_jax.preflight import collectives, programs
 from llavamed_jax.preflight.serving import Serving
 from llavamed_jax.preflight.topologies import Topology
@@ -39,40 +41,101 @@ _USED = re.compile(r"(?:Used |required for HLO temporaries \()([\d.]+)([BKMGT])(
 # What it says of one that fits. It counts the gaps between temporaries once, where `memory_analysis` counts them twice.
 _FOUND = re.compile(r"Total hbm usage >= .*?\n\s+reserved\s+([\d.]+)([BKMGT])\s*\n\s+program\s+([\d.]+)([BKMGT])\s*\n"
                     r"\s+arguments\s+([\d.]+)([BKMGT])\s*\n\s*Output size ([\d.]+)([BKMGT]); shares ([\d.]+)([BKMGT])")
+# How C++ begins a sentence after which it ends the process.
+_FATAL = re.compile(r"F\d{4} [\d:.]+ +\d+ [\w./]+:\d+\] ")
+# What a user's environment may say for runs, and a compilation must not hear: devices, programs that are kept, of which no compiler
+# warns again, and silence about what it warns of.
+_NOT_TAKEN = ("JAX_NUM_CPU_DEVICES", "JAX_COMPILATION_CACHE_DIR", "TF_CPP_MIN_LOG_LEVEL", "JAX_LOGGING_LEVEL")
 _SIZES = {"B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
-def in_process(job: Mapping[str, Any]) -> dict[str, Any]:
-    """Runs a job in a process of its own.
+class Compiler:
+    """Compiles jobs, each in a process of its own, which ends when this one does, however that comes. Several threads may call it."""
 
-    Args:
-      job: as JSON has it: `topology`, `slices`, and `config`, a recipe's values; of an evaluation also `checkpoint`, `mesh` and `dtype`.
-    Returns:
-      What `run` returns, with `warnings`: what XLA said of arrays that it replicates.
-    Raises:
-      UserError, UsageError: as `run` does.
-    """
-    topology = Topology.parse(job["topology"], job["slices"])
-    topology.check_packages()
+    def __init__(self):
+        self._lock, self._is_stopped = threading.Lock(), False
+        self._running: set[subprocess.Popen] = set()
+
+    def __call__(self, job: Mapping[str, Any]) -> dict[str, Any]:
+        """Runs a job.
+
+        Args:
+          job: as JSON has it: `topology`, `slices`, and `config`, a recipe's values; of an evaluation also `checkpoint`, `mesh`, `dtype`.
+        Returns:
+          What `run` returns, with `warnings`: what XLA said of arrays that it replicates.
+        Raises:
+          UserError, UsageError: as `run` does; a compiler that ended without a result.
+        """
+        topology = Topology.parse(job["topology"], job["slices"])
+        topology.check_packages()
+        status, out, words = self._run(json.dumps(job), _environment(topology))
+        if status or not out:
+            raise UserError(_ended(status, words))
+        result = json.loads(out.splitlines()[-1])
+        if "error" in result:
+            raise (UsageError if result["is_usage"] else UserError)(result["error"])
+        return {**result, "warnings": sorted({line.strip() for line in words.splitlines() if _WASTE.search(line)})}
+
+    def stop(self) -> None:
+        """Ends what is being compiled; nothing begins after it."""
+        with self._lock:
+            self._is_stopped = True
+            for process in self._running:
+                _kill(process.pid)
+
+    def _run(self, job: str, environment: Mapping[str, str]) -> tuple[int, str, str]:
+        """Exit status, stdout and stderr of a process. It leads a group of its own, so that Ctrl-C on a terminal reaches this one alone."""
+        theirs, ours = os.pipe()
+        try:
+            with self._lock:
+                if self._is_stopped:
+                    raise UserError("it was stopped before it began")
+                process = subprocess.Popen(
+                    [sys.executable, "-m", "llavamed_jax.preflight.compile", str(theirs)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE, text=True, errors="replace", env=environment, pass_fds=[theirs], start_new_session=True)
+                self._running.add(process)
+            try:
+                out, words = process.communicate(job)
+            finally:
+                with self._lock:
+                    self._running.remove(process)
+                if process.poll() is None:
+                    _kill(process.pid)
+                    process.wait()
+            return process.returncode, out, words
+        finally:
+            os.close(theirs)
+            os.close(ours)
+
+
+def _kill(group: int) -> None:
+    with contextlib.suppress(ProcessLookupError):  # it has just ended
+        os.killpg(group, signal.SIGKILL)
+
+
+def _environment(topology: Topology) -> dict[str, str]:
+    """The user's, but for what would choose other devices, keep programs, or hide the compiler's warnings."""
     flags = os.environ.get("XLA_FLAGS", "")
     if topology.platform == "cpu":
         flags = re.sub(r"--xla_force_host_platform_device_count=\d+", "", flags)
         flags += f" --xla_force_host_platform_device_count={topology.num_devices}"
     root = str(Path(__file__).resolve().parent.parent.parent)
-    environment = {
-        **os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags.strip(), "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-        "TPU_MIN_LOG_LEVEL": "0", "TPU_STDERR_LOG_LEVEL": "0", "TPU_LOG_DIR": "disabled",  # libtpu says there what a program takes
-        "PYTHONPATH": os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])}
-    command = [sys.executable, "-m", "llavamed_jax.preflight.compile"]
-    done = subprocess.run(command, input=json.dumps(job), capture_output=True, text=True, env=environment)
-    lines = done.stdout.splitlines()
-    if done.returncode or not lines:
-        reason = next((line for line in reversed(done.stderr.splitlines()) if "Error" in line), done.stderr.strip()[-300:])
-        raise UserError(f"{topology.name}: the compiler ended with status {done.returncode}: {reason[:400]}")
-    result = json.loads(lines[-1])
-    if "error" in result:
-        raise (UsageError if result["is_usage"] else UserError)(result["error"])
-    return {**result, "warnings": sorted({line.strip() for line in done.stderr.splitlines() if _WASTE.search(line)})}
+    kept = {name: value for name, value in os.environ.items() if name not in _NOT_TAKEN}
+    return {**kept, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags.strip(), "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+            "TPU_MIN_LOG_LEVEL": "0", "TPU_STDERR_LOG_LEVEL": "0", "TPU_LOG_DIR": "disabled",  # libtpu says there what a program takes
+            "PYTHONPATH": os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])}
+
+
+def _ended(status: int, words: str) -> str:
+    """What is said of a compiler that ended without a result, by its exit status and what it wrote to stderr."""
+    if status == -signal.SIGKILL:
+        return "the compiler was ended by SIGKILL, which the system sends where memory runs out"
+    lines = [line.strip() for line in words.splitlines() if line.strip()]
+    # A stack trace of C++ comes after the sentence that matters, one of Python before it.
+    reason = next((line for line in lines if _FATAL.match(line)), None) or next((line for line in reversed(lines) if "Error" in line), "")
+    reason = cut(_FATAL.sub("", reason or " ".join(lines[-3:])), 400)
+    how = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
+    return f"the compiler {how}{f': {reason}' if reason else ''}"
 
 
 def run(job: Mapping[str, Any]) -> dict[str, Any]:
@@ -94,6 +157,7 @@ def train(cfg: ConfigDict, topology: Topology, devices: Sequence) -> dict[str, A
     return dict(
         model=model, mesh=dict(training.program.mesh.shape), attention=training.program.model.attention, rows=training.update.rows,
         row_length=training.update.row_length, micro_batches=training.micro_batches, fitting_batch_size=training.update.fitting,
+        mean_length=training.mean_length,
         compile_seconds=found.seconds, compile_cpu_seconds=found.cpu_seconds, program_bytes=len(found.text),
         bytes={**held, "activations": max(0, found.peak - sum(held.values())), **found.bytes()},
         collectives=collectives.totals(sent), traffic_bytes=round(sum(each.count * each.bytes for each in sent)),
@@ -105,7 +169,8 @@ def serve(job: Mapping[str, Any], topology: Topology, devices: Sequence) -> dict
     """The engine's programs, compiled; the peak is that of the largest, with what lies beside its arguments."""
     config, model = programs.shapes_of(job["checkpoint"])
     generation = job["config"]["generation"]
-    serving = Serving.of(config, devices, job["mesh"], job["dtype"], generation["batch_size"], generation["max_new_tokens"])
+    dtype = job["dtype"] or ("float32" if topology.platform == "cpu" else "bfloat16")  # as `load` picks it
+    serving = Serving.of(config, devices, job["mesh"], dtype, generation["batch_size"], generation["max_new_tokens"])
     each: dict[str, Any] = {}
     for name, lowered, beside in serving.programs():
         found = compiled(lowered, topology)
@@ -197,8 +262,15 @@ def _stderr_read() -> Iterator[list[str]]:
             os.write(2, said[0].encode())
 
 
+def _end_with_parent(alive: int) -> None:
+    os.read(alive, 1)  # returns when the other end is closed
+    os.killpg(0, signal.SIGKILL)
+
+
 def main() -> None:
-    """The process: a job on stdin, its result as one line of JSON on stdout."""
+    """The process: a job on stdin, its result as one line of JSON on stdout. It ends with the one whose end of a pipe it was given."""
+    if len(sys.argv) > 1:
+        threading.Thread(target=_end_with_parent, args=(int(sys.argv[1]),), daemon=True).start()
     out, sys.stdout = sys.stdout, sys.stderr  # what libraries print is not the result
     try:
         result = run(json.load(sys.stdin))

@@ -20,7 +20,7 @@ from llavamed_jax.data.packing import Update, rows_an_update
 from llavamed_jax.errors import UsageError
 from llavamed_jax.parallel.mesh import batch_sharding
 from llavamed_jax.training import setup
-from llavamed_jax.training.data import row_multiple
+from llavamed_jax.training.data import check_positions, check_rows, row_multiple
 from llavamed_jax.training.metrics import training_flops
 from llavamed_jax.training.state import TABLE
 from llavamed_jax.training.step import make_train_step
@@ -50,7 +50,7 @@ class Training:
 
     Attributes:
       update: rows, their length, and the samples that they hold. micro_batches, image_slots: as in a run.
-      mean_length: tokens a sample, as the recipe states it.
+      mean_length: tokens a sample, as the recipe states it, cut to `max_length`.
     """
 
     program: setup.Program
@@ -65,6 +65,7 @@ class Training:
 
         Rows have room for as many images as samples of the mean length; a run tries numbers around that on its data.
         """
+        check_positions(cfg, config)
         mesh = setup.open_mesh(cfg, config, devices, memory)
         trainable = tuple(entry for entry in cfg.trainable if isinstance(entry, str))
         rows: tuple[int, ...] = ()
@@ -72,13 +73,18 @@ class Training:
             trainable, rows = tuple(cfg.trainable), (config.decoder.vocab_size - 2, config.decoder.vocab_size - 1)
         program = setup.Program.of(cfg, config, mesh, 100, trainable, rows)
         multiple = row_multiple(cfg, mesh)
+        mean_length = min(cfg.data.mean_length, cfg.max_length)  # to which samples are cut
         if cfg.data.packing:
-            update = rows_an_update(cfg.batch_size, cfg.data.mean_length, multiple, cfg.data.row_length)
-            slots = -(-update.row_length // cfg.data.mean_length)
+            if 0 < cfg.data.row_length < mean_length:
+                raise UsageError(f"the config key 'data.row_length' is {cfg.data.row_length}; data.mean_length, {mean_length} tokens, or "
+                                 "more was expected, for a sample must fit")
+            update = rows_an_update(cfg.batch_size, mean_length, multiple, cfg.data.row_length, longest=mean_length)
+            slots = -(-update.row_length // mean_length)
         else:
-            update = Update(cfg.max_length, -(-cfg.batch_size // multiple) * multiple, cfg.batch_size, None)
+            check_rows(cfg, multiple)
+            update = Update(cfg.max_length, cfg.batch_size, cfg.batch_size, None)
             slots = 1
-        return cls(program, update, cfg.micro_batches, slots, cfg.data.mean_length)
+        return cls(program, update, cfg.micro_batches, slots, mean_length)
 
     def lower(self):
         """The update, lowered for the mesh's devices."""

@@ -1,51 +1,134 @@
-"""`--preflight`: a verdict a topology, as a table, as JSON, and as an exit status."""
+"""`--preflight`: a verdict a topology, as tables, as JSON, and as an exit status."""
 
 from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
-from llavamed_jax.errors import UsageError
+from llavamed_jax.errors import UsageError, UserError, short
+from llavamed_jax.evaluation.files import write_text
 from llavamed_jax.preflight import search
+from llavamed_jax.preflight.progress import Progress
 from llavamed_jax.preflight.topologies import Topology
 
 _GIB = 2**30
 _NEEDED = 6 * _GIB  # of this machine's memory, for a compilation at full size
-_COLUMNS = ("topology", "verdict", "peak", "usable", "parameters", "optimizer", "gradients", "activations", "rows", "mesh", "attention",
-            "GFLOP/token", "traffic GB", "least GB", "compile s")
 
 
-def check(jobs: Sequence[Mapping[str, Any]], compiled: Callable, json_file: str | None = None) -> int:
+def check(jobs: Sequence[Mapping[str, Any]], compiled: Callable, json_file: str | None = None,
+          stop: Callable[[], None] = lambda: None) -> int:
     """Compiles jobs, prints what was found, and writes it.
 
     Args:
-      jobs: as `compile.in_process` takes them, one a topology.
-      compiled: `compile.in_process`.
-      json_file: where the list of rows goes.
+      jobs: as `compile.Compiler` takes them, one a topology.
+      compiled: a `compile.Compiler`. stop: its `stop`.
+      json_file: where the list of rows goes, once all jobs are through; until then it grows in a file beside it, `.part` at the end.
     Returns:
       0, or 1 where nothing fits, or where XLA replicates arrays that should be spread.
+    Raises:
+      UserError, UsageError: a job failed, or a signal came (as KeyboardInterrupt); what was found is printed before.
     """
-    rows: list[dict[str, Any]] = []
+    out = None if json_file is None else Results(json_file)
+    rows, failed, is_interrupted = {}, {}, False
+    progress = Progress(len(jobs))
     with ThreadPoolExecutor(_at_once(len(jobs))) as pool:
-        for job, row in zip(jobs, pool.map(lambda job: _judge(job, compiled), jobs)):
-            rows.append(row)
-            print(f"{job['topology']}: {verdict(row)} ({len(rows)} of {len(jobs)})", file=sys.stderr, flush=True)
-            if json_file is not None:  # after each, for they take minutes
-                write(Path(json_file), rows)
-    print(table(rows))
-    for line in remarks(rows):
-        print(line)
-    return 0 if any(row["fits"] for row in rows) and not any(row["warnings"] for row in rows) else 1
+        futures = {pool.submit(_judge, job, compiled, progress): i for i, job in enumerate(jobs)}
+        try:
+            for future in _as_they_end(futures, progress):
+                name, error = jobs[futures[future]]["topology"], future.exception()
+                if isinstance(error, UserError):
+                    failed[futures[future]] = error
+                    progress.settled(f"{name}: failed")
+                    continue
+                rows[futures[future]] = row = future.result()
+                progress.settled(f"{name}: {verdict(row)}")
+                if out is not None:  # after each, for they take minutes
+                    out.keep([rows[i] for i in sorted(rows)])
+        except KeyboardInterrupt:
+            is_interrupted = True
+        finally:
+            stop()
+            pool.shutdown(cancel_futures=True)
+            progress.close()
+    found = [rows[i] for i in sorted(rows)]
+    if found:
+        print("\n".join([*tables(found), *remarks(found)]), flush=True)
+    said = _reasons(jobs, failed) + ([f"interrupted when {len(rows)} of {len(jobs)} topologies were through"] if is_interrupted else [])
+    if out is not None:
+        said += out.finish(is_whole=not said)
+    if said:
+        is_usage = not is_interrupted and failed and all(isinstance(error, UsageError) for error in failed.values())
+        raise (UsageError if is_usage else UserError)("; ".join(said))
+    return 0 if any(row["fits"] for row in found) and not any(row["warnings"] for row in found) else 1
+
+
+def _as_they_end(futures: Mapping[Future, int], progress: Progress):
+    waiting = set(futures)
+    while waiting:
+        ended, waiting = wait(waiting, timeout=1, return_when=FIRST_COMPLETED)
+        yield from sorted(ended, key=futures.get)
+        progress.tick()
+
+
+def _reasons(jobs, failed: Mapping[int, UserError]) -> list[str]:
+    """Why topologies failed, those of one reason together."""
+    reasons: dict[str, list[str]] = {}
+    for i in sorted(failed):
+        reasons.setdefault(str(failed[i]), []).append(jobs[i]["topology"])
+    return [f"{', '.join(names)}: {reason}" for reason, names in reasons.items()]
+
+
+class Results:
+    """The file of `--preflight_json`, looked at before minutes of compiling. Rows lie in one beside it, `.part` at the end, until all are
+    there: what an earlier preflight found is not lost to one that fails.
+
+    Raises:
+      UsageError: no name for a file. UserError: one that cannot be written.
+    """
+
+    def __init__(self, name: str):
+        self.path = Path(os.path.realpath(name))
+        self.part = Path(f"{self.path}.part")
+        self._is_empty, self._trouble = True, ""
+        if not name:
+            raise UsageError("--preflight_json is empty; a file's name was expected")
+        if not os.path.isdir(self.path.parent):
+            raise UsageError(f"--preflight_json is {short(name)}, whose folder does not exist; a file in one that does was expected")
+        if os.path.exists(self.path) and not os.path.isfile(self.path):
+            raise UsageError(f"--preflight_json is {short(name)}, which is no file; a file's name was expected")
+        if os.path.exists(self.path) and not os.access(self.path, os.W_OK):
+            raise UserError(f"{self.path} cannot be written: it is read-only")
+        self._write([])
+
+    def keep(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Writes what is there so far. What goes wrong is said in the end: the rows are shown, too."""
+        try:
+            self._write(rows)
+            self._is_empty = False
+        except UserError as error:
+            self._trouble = str(error)
+
+    def finish(self, is_whole: bool) -> list[str]:
+        """Gives the rows their name, if they are whole; returns what there is to say."""
+        if is_whole and not self._trouble:
+            os.replace(self.part, self.path)
+            return []
+        if self._is_empty:
+            self.part.unlink(missing_ok=True)
+            return [self._trouble] if self._trouble else []
+        return [*([self._trouble] if self._trouble else []), f"what was found is in {self.part}"]
+
+    def _write(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        write_text(self.part, json.dumps(list(rows), indent=1) + "\n")
 
 
 def topologies(names: str, slices: int = 1) -> list[Topology]:
-    """Reads `h100-8,v5e-64`. Raises UsageError."""
-    found = [Topology.parse(name.strip(), slices) for name in names.split(",") if name.strip()]
+    """Reads `h100-8,v5e-64`; one that is named twice counts once. Raises UsageError."""
+    found = [Topology.parse(name, slices) for name in dict.fromkeys(name.strip() for name in names.split(",")) if name]
     if not found:
         raise UsageError("--preflight names no topology; a list such as h100-8,v5e-64 was expected")
     for topology in found:
@@ -57,50 +140,95 @@ def verdict(row: Mapping[str, Any]) -> str:
     return "replicates" if row["warnings"] else "fits" if row["fits"] else "too small"
 
 
-def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The rows as text; bytes are GiB of one device."""
-    lines = [_COLUMNS]
+def tables(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The rows as text, in two tables that fit 80 columns: memory in GiB of one device, and what was compiled."""
+    gib = lambda n: number(n / _GIB)
+    held = {"parameters": "parameters", **({"cache": "cache"} if "cache" in rows[0]["bytes"] else {
+        "optimizer": "optimizer", "gradients": "gradients"}), "activations": "activations"}
+    memory = [("topology", "verdict", "peak", "usable", *held)]
+    program = [("topology", "rows", "mesh", "attention", "GFLOP/token", "traffic", "least", "compile")]
     for row in rows:
-        held, gib = row["bytes"], lambda n: f"{n / _GIB:.1f}"
-        lines.append((
-            row["topology"], verdict(row), gib(held["peak"]), gib(row["memory_bytes"]),
-            *(gib(held[name]) for name in ("parameters", "optimizer", "gradients", "activations")),
-            f"{row['rows']}x{row['row_length']}" + (f"/{row['micro_batches']}" if row["micro_batches"] > 1 else ""),
+        memory.append((row["topology"], verdict(row), gib(row["bytes"]["peak"]), gib(row["memory_bytes"]),
+                       *(gib(row["bytes"][name]) for name in held)))
+        program.append((
+            row["topology"], f"{row['rows']}x{row['row_length']}" + (f"/{row['micro_batches']}" if row["micro_batches"] > 1 else ""),
             ",".join(f"{axis}={n}" for axis, n in row["mesh"].items() if n > 1) or "1", row["attention"],
-            f"{row['model_flops_per_step'] / row['tokens_per_step'] / 1e9:.1f}",
-            f"{row['traffic_bytes'] / 1e9:.1f}", "" if row["least_traffic_bytes"] is None else f"{row['least_traffic_bytes'] / 1e9:.1f}",
-            f"{row['compile_seconds']:.0f}"))
+            number(row["model_flops_per_step"] / row["tokens_per_step"] / 1e9), number(row["traffic_bytes"] / 1e9),
+            "" if row["least_traffic_bytes"] is None else number(row["least_traffic_bytes"] / 1e9), f"{row['compile_seconds']:.0f}"))
+    return [_aligned(memory, 2), "", _aligned(program, 1), ""]
+
+
+def number(n: float) -> str:
+    """With one digit after the point, or what a small one needs to be none of zero."""
+    return f"{n:.1f}" if n >= 0.05 or n == 0 else f"{n:.1g}" if n >= 0.0005 else "<0.001"
+
+
+def _aligned(lines: Sequence[Sequence[str]], words: int) -> str:
+    """Columns, the first `words` of them to the left."""
     widths = [max(map(len, column)) for column in zip(*lines)]
-    aligned = [[cell.ljust(width) if i < 2 else cell.rjust(width) for i, (cell, width) in enumerate(zip(line, widths))] for line in lines]
-    return "\n".join("  ".join(line).rstrip() for line in aligned)
+    aligned = [[cell.ljust(width) + " " if i < words else cell.rjust(width) for i, (cell, width) in enumerate(zip(line, widths))]
+               for line in lines]
+    return "\n".join(" ".join(line).rstrip() for line in aligned)
 
 
 def remarks(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What the table has no room for: ways out, rows that do not fit the batch, warnings."""
-    lines = ["bytes in GiB a device; rows an update x their length / micro-batches; traffic received by a device in an update"]
+    """What the tables have no room for: ways out, rows that do not fit the batch, warnings."""
+    is_serving = "cache" in rows[0]["bytes"]
+    lines = ["memory: GiB of a device; compile: seconds; rows: " + (
+        "of the cache x their length" if is_serving else "of an update x their length / micro-batches")]
+    lines += ["traffic: GB that a device receives in a prefill" if is_serving else
+              "traffic: GB that a device receives in an update, and the least that it must"]
     lines += sorted({f"model: {row['model']}" for row in rows})
+    lines += sorted({f"tokens a sample: {row['mean_length']}, data.mean_length of the recipe" for row in rows if row.get("mean_length")})
     for row in rows:
         if row.get("fitting_batch_size") is not None:
             lines.append(f"{row['topology']}: its devices make an update of {row['fitting_batch_size']} samples; batch_size "
                          f"{row['fitting_batch_size']} would say so")
         if not row["fits"]:
-            ways = " or ".join(_words(way, row) for way in row["would_fit"])
-            tried = f"and so is what was tried: other values of keys, and up to {2**search.LARGER} times as many devices"
-            lines.append(f"{row['topology']} is too small{f'; it would fit {ways}' if ways else f', {tried}'}")
+            lines.append(_way_out(row))
         lines += [f"{row['topology']}: XLA replicates an array that is spread over devices: {text[:300]}" for text in row["warnings"]]
     return lines
 
 
-def write(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """The rows as JSON, whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(list(rows), indent=1) + "\n", encoding="utf-8")
-    os.replace(part, path)
+def _way_out(row: Mapping[str, Any]) -> str:
+    ways = " or ".join(_words(way, row) for way in row["would_fit"])
+    if ways:
+        return f"{row['topology']} is too small; it would fit {ways}"
+    larger = f", and up to {2**search.LARGER} times as many devices" if Topology.parse(row["topology"]).larger() is not None else ""
+    return f"{row['topology']} is too small, and so is what was tried: other values of keys{larger}"
 
 
-def _judge(job: Mapping[str, Any], compiled: Callable) -> dict[str, Any]:
-    row = compiled(job)
-    return row if row["fits"] else {**row, "would_fit": search.what_fits(job, row, compiled)}
+def _judge(job: Mapping[str, Any], compiled: Callable, progress: Progress) -> dict[str, Any]:
+    def told(asked: Mapping[str, Any]) -> dict[str, Any]:
+        name = _name(asked, job)
+        progress.begin(name)
+        try:
+            return compiled(asked)
+        except UserError as error:
+            if asked is not job:
+                progress.note(f"{name}: {error}")
+            raise
+        finally:
+            progress.end(name)
+
+    row = told(job)
+    return row if row["fits"] else {**row, "would_fit": search.what_fits(job, row, told)}
+
+
+def _name(asked: Mapping[str, Any], job: Mapping[str, Any]) -> str:
+    """A job in words: its topology, and how it differs from the one that was asked for."""
+    before, now = _leaves(job["config"]), _leaves(asked["config"])
+    changes = [f"{key}={value}" for key, value in now.items() if before[key] != value]
+    changes += [f"--mesh {asked['mesh']}"] if asked.get("mesh") != job.get("mesh") else []
+    where = asked["topology"] if asked["topology"] == job["topology"] else f"{asked['topology']} for {job['topology']}"
+    return where + (f" with {' '.join(changes)}" if changes else "")
+
+
+def _leaves(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, value in config.items():
+        out.update(_leaves(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value})
+    return out
 
 
 def _words(way: Mapping[str, Any], row: Mapping[str, Any]) -> str:

@@ -13,10 +13,11 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from llavamed_jax.errors import UsageError, UserError
+from llavamed_jax.errors import UsageError, UserError, short
 
 GPU_SHARE = 0.95  # of a GPU's memory, that entry points let JAX have (XLA_CLIENT_MEM_FRACTION)
 GPUS_A_HOST = 8
+MOST_DEVICES, MOST_CPUS = 8192, 256  # that are compiled for; of virtual CPUs each is a thread or more
 PIP = 'pip install "llavamed-jax[preflight]"'
 
 
@@ -115,10 +116,11 @@ class Topology:
         """Reads `KIND-COUNT`. Raises UsageError, which says what it may be."""
         kind, _, count = text.rpartition("-")
         if kind not in KINDS:
-            raise UsageError(f"the topology {text!r} is unknown; KIND-COUNT with KIND one of {', '.join(KINDS)} was expected, such as "
+            raise UsageError(f"the topology {short(text)} is unknown; KIND-COUNT with KIND one of {', '.join(KINDS)} was expected, such as "
                              "h100-8")
-        if not re.fullmatch(r"[1-9]\d{0,5}", count):
-            raise UsageError(f"the topology {text!r} has the count {count!r}; a whole number of at least 1 was expected")
+        most = MOST_CPUS if kind == "cpu" else MOST_DEVICES
+        if not re.fullmatch(r"[1-9][0-9]{0,5}", count) or int(count) > most:
+            raise UsageError(f"the topology {short(text)} has the count {short(count)}; a whole number from 1 to {most} was expected")
         topology = cls(kind, int(count), slices)
         what = KINDS[kind]
         if isinstance(what, Tpu):

@@ -28,6 +28,13 @@ def row_multiple(cfg: ConfigDict, mesh: Mesh) -> int:
     return mesh.shape["data"] * mesh.shape["fsdp"] * cfg.micro_batches
 
 
+def check_rows(cfg: ConfigDict, multiple: int) -> None:
+    """Raises UsageError where rows of a sample each cannot be shared evenly; of packed ones as many are made as can be."""
+    if cfg.batch_size % multiple:
+        raise UsageError(f"the config key 'batch_size' is {cfg.batch_size}; a multiple of {multiple} was expected "
+                         f"(data x fsdp of the mesh x micro_batches {cfg.micro_batches})")
+
+
 @dataclass(frozen=True)
 class Data:
     """Training and validation records, measured, and the rows that are made of them."""
@@ -60,7 +67,7 @@ class Data:
             _refuse_damage(cfg, path, found)
             return data, found
 
-        _refuse_positions(cfg, checkpoint.config)
+        check_positions(cfg, checkpoint.config)
         if cfg.data.samples and cfg.samples_every:  # read when it is their turn; that they can be is known now
             datasets.read_training(cfg.data.samples, cfg.data.images)
         rows = _Rows(cfg, checkpoint.config, multiple, settled or {})
@@ -130,7 +137,8 @@ def _refuse_damage(cfg: ConfigDict, path, found: Lengths) -> None:
                         f"skipped (data.skip_limit); the first: {found.damaged[0]['reason']}")
 
 
-def _refuse_positions(cfg: ConfigDict, config: LlavaConfig) -> None:
+def check_positions(cfg: ConfigDict, config: LlavaConfig) -> None:
+    """Raises UsageError where samples may be longer than the decoder's positions."""
     most = config.decoder.max_position_embeddings
     if cfg.max_length > most:
         raise UsageError(f"the config key 'max_length' is {cfg.max_length}; the decoder knows {most} positions: at most that was expected")
@@ -149,9 +157,8 @@ class _Rows:
         """Of training rows. Those of a run that goes on are kept; another mesh only adds empty ones."""
         cfg, settled = self.cfg, self.settled
         if not cfg.data.packing:
-            if cfg.batch_size % self.multiple and not settled:
-                raise UsageError(f"the config key 'batch_size' is {cfg.batch_size}; a multiple of {self.multiple} was expected "
-                                 f"(data x fsdp of the mesh x micro_batches {cfg.micro_batches})")
+            if not settled:
+                check_rows(cfg, self.multiple)
             return self._padded(packing.Layout(cfg.max_length, found.max_images, cfg.batch_size, False))
         if not found.usable:
             return packing.Layout(cfg.max_length, 0, self.multiple, True)  # of nothing, which the plan refuses

@@ -35,8 +35,8 @@ CHOICES: dict[str, tuple] = {
     "data.protocol": ("clean", "paper", None),
 }
 POSITIVE = ("batch_size", "micro_batches", "epochs", "total_steps", "max_length", "log_every", "nan_limit", "checkpoint.keep",
-            "optimizer.learning_rate", "optimizer.eps", "mesh.slices")
-NOT_NEGATIVE = ("data.row_length", "data.mean_length", "data.workers", "optimizer.warmup_ratio", "optimizer.weight_decay",
+            "data.mean_length", "optimizer.learning_rate", "optimizer.eps", "mesh.slices")
+NOT_NEGATIVE = ("data.row_length", "data.workers", "optimizer.warmup_ratio", "optimizer.weight_decay",
                 "optimizer.clip_norm", "checkpoint.every_steps", "checkpoint.every_minutes", "samples_every", "seed")
 # Adam moves each parameter by about the learning rate: beyond this nothing is left of a model after one update. The others are
 # a process each, a plan each, an array each, or counters of 32 bits: what is larger was mistyped, and would fill the memory.
@@ -68,6 +68,10 @@ def check(cfg: ConfigDict) -> None:
         raise UsageError("the config keys 'epochs' and 'total_steps' are both open; one of them was expected")
     if cfg.batch_size % cfg.micro_batches:
         raise UsageError(f"the config key 'batch_size' is {cfg.batch_size}; a multiple of micro_batches ({cfg.micro_batches}) was expected")
+    for axis, free in (("data", (1, -1)), ("fsdp", (1, -1)), ("tp", (1,))):
+        if cfg.mesh.auto and cfg.mesh[axis] not in free:
+            raise UsageError(f"the config key 'mesh.{axis}' is {cfg.mesh[axis]} beside mesh.auto, which picks data and fsdp and leaves "
+                             f"tp at 1; {' or '.join(map(str, free))} was expected")
     if cfg.checkpoint.keep_best and not cfg.data.validation:
         raise UsageError("the config key 'checkpoint.keep_best' is true, but data.validation names no data to judge by")
 

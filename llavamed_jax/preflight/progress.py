@@ -1,0 +1,64 @@
+"""What is being compiled just now: a bar with a clock on a terminal, a line for each beginning and end in a pipe, both on stderr."""
+
+from __future__ import annotations
+
+import sys
+import threading
+
+from tqdm import tqdm
+
+
+class Progress:
+    """Of compilations, several of which may run side by side.
+
+    Args:
+      total: topologies.
+    """
+
+    def __init__(self, total: int):
+        self._total, self._done, self._now = total, 0, []
+        self._lock = threading.Lock()
+        self._bar = None
+        if sys.stderr is not None and sys.stderr.isatty():
+            form = "preflight: {n_fmt} of {total_fmt} [{elapsed}]{postfix}"
+            self._bar = tqdm(total=total, bar_format=form, file=sys.stderr, leave=False, dynamic_ncols=True)
+
+    def begin(self, what: str) -> None:
+        """A compilation: a topology, and what is changed for it."""
+        with self._lock:
+            self._now.append(what)
+        if self._bar is None:
+            self._say(f"{what}: compiling")
+        self.tick()
+
+    def end(self, what: str) -> None:
+        with self._lock:
+            self._now.remove(what)
+
+    def settled(self, what: str) -> None:
+        """A topology, with its verdict."""
+        self._done += 1
+        self._say(f"{what} ({self._done} of {self._total})")
+        if self._bar is not None:
+            self._bar.update()
+
+    def note(self, text: str) -> None:
+        """A line that stays."""
+        self._say(text)
+
+    def tick(self) -> None:
+        """Moves the clock."""
+        if self._bar is not None:
+            with self._lock:
+                self._bar.set_postfix_str(" compiling " + ", ".join(self._now) if self._now else "")
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def _say(self, text: str) -> None:
+        with self._lock:
+            if self._bar is not None:
+                self._bar.write(text, file=sys.stderr)
+            elif sys.stderr is not None:
+                print(text, file=sys.stderr, flush=True)
