@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -273,6 +274,22 @@ def test_what_a_run_would_refuse_preflight_refuses(changes, sentence):
     cfg = common.load_config(f"{FINETUNE}:small", changes)
     with pytest.raises(UsageError, match=sentence):
         Training.of(cfg, shapes_of("preset:small")[0], machine.devices(), machine.memory)
+
+
+@pytest.mark.parametrize("init", ["preset:none", "preset:", f"{ROOT}/README.md", "/dev/null", "x" * 5000])
+def test_a_start_that_is_none_is_one_sentence(capsys, init):
+    keys = [f"--config.init={init}", "--config.name=mine" if init[0] == "x" else "--config.name=finetune small"]
+    assert train(["--config", f"{FINETUNE}:small", "--preflight", "cpu-1", *keys]) == 2
+    error = capsys.readouterr().err
+    assert "'init' is" in error and "is no directory here" in error and error.count("\n") == 1 and len(error) < 400
+
+
+def test_the_tower_that_is_asked_for_is_the_one_that_is_compiled(monkeypatch):
+    asked = []
+    monkeypatch.setattr("llavamed_jax.preflight.programs.open_checkpoint", lambda *names: asked.append(names) or shapes)
+    shapes = SimpleNamespace(config="config")
+    assert shapes_of(str(ROOT), "finetune small", "clip") == ("config", str(ROOT)) and asked == [(str(ROOT), "clip")]
+    assert shapes_of("preset:small", "x", "clip")[1] == "preset:small, with its own tower and not clip"
 
 
 def test_samples_are_no_longer_than_they_are_cut():

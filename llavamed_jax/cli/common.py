@@ -272,6 +272,7 @@ def preflight(args: argparse.Namespace, config: ConfigDict, slices: int = 1, **j
     from llavamed_jax.preflight import compile  # brings jax
     job["config"] = json.loads(config.to_json())
     jobs = [dict(topology=machine.name, slices=machine.slices, **job) for machine in machines]
+    compile.check_model(jobs[0])
     compiler = compile.Compiler()
     with interrupts.raising_on_interrupt():
         return report.check(jobs, compiler, args.preflight_json, compiler.stop)

@@ -99,7 +99,8 @@ def _preflight(args: argparse.Namespace, cfg) -> int:
     if cfg.generation.num_beams > 1:
         raise UsageError(f"generation.num_beams is {cfg.generation.num_beams}; --preflight compiles the engine's programs and not those of "
                          "beam search: 1 was expected")
-    return common.preflight(args, cfg, checkpoint=args.checkpoint, mesh=args.mesh, dtype=args.dtype)
+    return common.preflight(args, cfg, checkpoint=args.checkpoint, vision_tower=args.vision_tower, mesh=args.mesh,
+                            dtype=args.dtype)
 
 
 def _check_flags(args: argparse.Namespace) -> None:

@@ -60,7 +60,8 @@ class Compiler:
         """Runs a job.
 
         Args:
-          job: as JSON has it: `topology`, `slices`, and `config`, a recipe's values; of an evaluation also `checkpoint`, `mesh`, `dtype`.
+          job: as JSON has it: `topology`, `slices`, and `config`, a recipe's values; of an evaluation also `checkpoint`,
+            `vision_tower`, `mesh` and `dtype`.
         Returns:
           What `run` returns, with `warnings`: what XLA said of arrays that it replicates.
         Raises:
@@ -138,6 +139,15 @@ def _ended(status: int, words: str) -> str:
     return f"the compiler {how}{f': {reason}' if reason else ''}"
 
 
+def check_model(job: Mapping[str, Any]) -> None:
+    """Raises UserError or UsageError where the model's config cannot be read, which no process is needed for."""
+    config = job["config"]
+    if "checkpoint" in job:
+        programs.shapes_of(job["checkpoint"], vision_tower=job["vision_tower"])
+    else:
+        programs.shapes_of(config["init"], config["name"], config["vision_tower"])
+
+
 def run(job: Mapping[str, Any]) -> dict[str, Any]:
     """Compiles a job's program for devices that are not here; returns a row of preflight's JSON (INTERFACE.md)."""
     topology = Topology.parse(job["topology"], job["slices"])
@@ -149,7 +159,7 @@ def run(job: Mapping[str, Any]) -> dict[str, Any]:
 
 def train(cfg: ConfigDict, topology: Topology, devices: Sequence) -> dict[str, Any]:
     """A recipe's update, compiled."""
-    config, model = programs.shapes_of(cfg.init, cfg.name)
+    config, model = programs.shapes_of(cfg.init, cfg.name, cfg.vision_tower)
     training = programs.Training.of(cfg, config, devices, topology.memory)
     found = compiled(training.lower(), topology)
     held = training.bytes()
@@ -167,7 +177,7 @@ def train(cfg: ConfigDict, topology: Topology, devices: Sequence) -> dict[str, A
 
 def serve(job: Mapping[str, Any], topology: Topology, devices: Sequence) -> dict[str, Any]:
     """The engine's programs, compiled; the peak is that of the largest, with what lies beside its arguments."""
-    config, model = programs.shapes_of(job["checkpoint"])
+    config, model = programs.shapes_of(job["checkpoint"], vision_tower=job["vision_tower"])
     generation = job["config"]["generation"]
     dtype = job["dtype"] or ("float32" if topology.platform == "cpu" else "bfloat16")  # as `load` picks it
     serving = Serving.of(config, devices, job["mesh"], dtype, generation["batch_size"], generation["max_new_tokens"])

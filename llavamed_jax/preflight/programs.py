@@ -6,9 +6,9 @@ Axis letters: B rows, T positions.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from llavamed_jax.checkpoints.reader import open_checkpoint
 from llavamed_jax.config import PRESETS, LlavaConfig, preset
 from llavamed_jax.data.packing import Update, rows_an_update
-from llavamed_jax.errors import UsageError
+from llavamed_jax.errors import UsageError, cut, short
 from llavamed_jax.parallel.mesh import batch_sharding
 from llavamed_jax.training import setup
 from llavamed_jax.training.data import check_positions, check_rows, row_multiple
@@ -26,22 +26,26 @@ from llavamed_jax.training.state import TABLE
 from llavamed_jax.training.step import make_train_step
 
 
-def shapes_of(path: str, name: str | None = None) -> tuple[LlavaConfig, str]:
+def shapes_of(path: str, name: str | None = None, vision_tower: str | None = None) -> tuple[LlavaConfig, str]:
     """A model's shapes, and where they are from, in words.
 
     Args:
       path: `preset:NAME`, or a checkpoint, whose config is read.
       name: a recipe's; where its start is not there yet, the preset that ends this name is taken.
+      vision_tower: in place of a checkpoint's own; a preset keeps its own, which the words say.
     """
-    if path.startswith(setup.PRESET):
-        return preset(path.removeprefix(setup.PRESET)), path
-    if name is None or Path(path).is_dir():
-        return open_checkpoint(path).config, path
-    known = name.split()[-1] if name else ""
+    own = f", with its own tower and not {vision_tower}" if vision_tower else ""
+    known = path.removeprefix(setup.PRESET)
+    if path.startswith(setup.PRESET) and known in PRESETS:
+        return preset(known), path + own
+    if not path.startswith(setup.PRESET) and (name is None or os.path.isdir(path)):
+        return open_checkpoint(path, vision_tower).config, path
+    is_absent = not path.startswith(setup.PRESET) and not os.path.exists(path)
+    known = name.split()[-1] if name and is_absent else ""
     if known not in PRESETS:
-        raise UsageError(f"the config key 'init' is {path!r}, which is no directory here; a checkpoint's, or preset:NAME with NAME one of "
-                         f"{', '.join(PRESETS)}, was expected")
-    return preset(known), f"preset:{known} ({path} is not here)"
+        raise UsageError(f"the config key 'init' is {short(path)}, which is no directory here; a checkpoint's, or preset:NAME with NAME "
+                         f"one of {', '.join(PRESETS)}, was expected")
+    return preset(known), f"preset:{known} ({cut(path)} is not here){own}"
 
 
 @dataclass(frozen=True)
