@@ -14,6 +14,7 @@ lost a bit, is found and named.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import hashlib
 import logging
@@ -21,7 +22,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Coroutine, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from orbax.checkpoint._src import asyncio_utils  # nothing public reaches its event loop
 
 from llavamed_jax.checkpoints import names
 from llavamed_jax.checkpoints.files import new_directory, read_json, write_json
@@ -42,6 +44,7 @@ from llavamed_jax.errors import UserError
 
 MANIFEST = "manifest.json"
 SEALED = ".sealed"  # stands in checkpoints/ once a step was whole
+_LEFT_S = 60.0  # that the writes of a save that has failed may take to end
 
 
 def write_model(out: str | Path, checkpoint: Checkpoint, config: LlavaConfig | None = None, files: Mapping[str, Path] | None = None,
@@ -107,6 +110,24 @@ def _step_tensors(directory: Path) -> dict[str, Tensor]:
         return flatten(restored)[name]
 
     return {name: Tensor(tuple(m.shape), np.dtype(m.dtype), lambda name=name: read(name)) for name, m in metadata.items()}
+
+
+def _run_to_the_end(coro: Coroutine) -> Any:
+    """In place of Orbax's function of its event loop, which closes the loop at the first failure. Then the writes that are still
+    under way find it closed, and TensorStore prints a traceback for each; here they come to their end first."""
+    loop = asyncio.new_event_loop()
+    try:
+        asyncio.set_event_loop(loop)
+        return loop.run_until_complete(coro)
+    finally:
+        if left := asyncio.all_tasks(loop):
+            for task in loop.run_until_complete(asyncio.wait(left, timeout=_LEFT_S))[0]:
+                task.cancelled() or task.exception()  # looked at, or asyncio complains; the first one is raised above
+        asyncio.set_event_loop(None)
+        loop.close()
+
+
+asyncio_utils._run_sync_via_new_loop = _run_to_the_end
 
 
 class StepWriter:
