@@ -18,7 +18,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from llavamed_jax.checkpoints import store
+from llavamed_jax.checkpoints import base, store
 from llavamed_jax.checkpoints.load import load_params, random_checkpoint
 from llavamed_jax.checkpoints.reader import open_checkpoint
 from llavamed_jax.config import DecoderConfig, LlavaConfig, VisionConfig
@@ -190,6 +190,30 @@ def test_a_base_that_was_interrupted_is_written_anew(tmp_path, source):
     assert open_checkpoint(tmp_path / "run").tensors.keys() == source.tensors.keys()
 
 
+def test_a_base_is_held_to_its_hashes_when_it_is_read(workdir, source, trained):
+    save(workdir, [1], trained)
+    file = workdir / "base" / "model.safetensors"
+    checkpoint, whole = open_checkpoint(workdir), file.read_bytes()
+    frozen = {name: tensor for name, tensor in source.tensors.items() if name not in trained}
+    for name, tensor in list(frozen.items())[::5]:
+        at = whole.index(np.ascontiguousarray(tensor.load()).tobytes()) if tensor.load().std() else None  # ones and zeros are often there
+        if at is None:
+            continue
+        file.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1:])
+        with pytest.raises(UserError, match=f"base is damaged: {name} has another sha256 than its manifest.json says"):
+            checkpoint.read(name)
+        with pytest.raises(UserError, match=f"{name} has another sha256"):
+            base.check_base(workdir)
+        file.write_bytes(whole)
+    base.check_base(workdir)
+    manifest = workdir / "base" / "manifest.json"
+    hashes = json.loads(manifest.read_text())
+    assert hashes.keys() == frozen.keys()
+    manifest.write_text(json.dumps({**hashes, "decoder/norm/bias": "0"}))
+    with pytest.raises(UserError, match="base is damaged: it lacks decoder/norm/bias, which its manifest.json names"):
+        open_checkpoint(workdir)
+
+
 def test_files_travel_with_the_model(tmp_path, source):
     (tmp_path / "tokenizer.model").write_bytes(b"pieces")
     config = CFG.replace(template="v1.5:mistral_instruct")
@@ -242,7 +266,7 @@ import os, sys, threading
 from pathlib import Path
 from types import SimpleNamespace
 import jax.numpy as jnp
-from llavamed_jax.checkpoints import store
+from llavamed_jax.checkpoints import base, store
 
 def die():  # as abrupt as SIGKILL: no handler, no atexit
     while not list((Path(sys.argv[1]) / "checkpoints").glob(sys.argv[2])):
@@ -285,6 +309,17 @@ def test_keep_deletes_the_old(workdir, trained):
         writer.keep(1)
         assert store.steps(workdir) == [4]
     assert store.newest_intact_step(workdir) == (4, [])
+
+
+def test_steps_beyond_the_one_that_was_reached_take_no_place(workdir, trained):
+    """Those that are damaged, behind which a run went back: kept in place of its own they would leave it none."""
+    save(workdir, [5, 10], trained)
+    flip_a_bit(largest(workdir / "checkpoints" / "10" / "params"))
+    with store.StepWriter(workdir) as writer:
+        writer.save(7, trained, optimizer().init(trained), META)
+        writer.wait()
+        writer.keep(1, newest=7)
+    assert store.steps(workdir) == [7, 10] and store.newest_intact_step(workdir)[0] == 7
 
 
 def test_a_deletion_that_is_cut_short_leaves_no_step_that_looks_intact(workdir, trained, monkeypatch):
