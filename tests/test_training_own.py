@@ -197,6 +197,20 @@ def test_whole_it_does(recipe, workdir, without_compiling):
     assert newest_intact_step(workdir)[0] == 9
 
 
+def test_a_step_is_never_read_over_another_base(recipe, workdir, tmp_path, without_compiling):
+    """Whole by itself and of the same shapes: only the step knows that it is not its own."""
+    start = tmp_path / "start"
+    shutil.copytree(recipe().init, start)
+    overwrite(start, files={"tokenizer.model": SAMPLE / "tokenizer.model"})
+    assert fit(packed(recipe, init=start), tmp_path / "other")
+    assert open_checkpoint(workdir).step == 6
+    shutil.rmtree(workdir / "base")
+    shutil.copytree(tmp_path / "other/base", workdir / "base")
+    for path in (workdir, workdir / "checkpoints/3"):
+        with pytest.raises(UserError, match="base/manifest.json has changed since the run"):
+            open_checkpoint(path)
+
+
 # ---- what was settled
 
 def edited(workdir, **resolved):
@@ -289,6 +303,9 @@ def test_data_of_the_same_lengths_and_other_content_is_refused(recipe, tmp_path,
 
 
 def test_another_arithmetic_is_told(recipe, workdir, without_compiling, capsys):
+    assert fit(packed(recipe), workdir) and fit(packed(recipe, epochs=3), workdir)
+    assert "roundings" not in capsys.readouterr().out
+    shutil.rmtree(workdir / "checkpoints/9")
     with jax.default_matmul_precision("highest"):
         assert fit(packed(recipe, epochs=3), workdir)
     assert "warning: matmul precision was None and is highest now: the run goes on with other roundings" in capsys.readouterr().out

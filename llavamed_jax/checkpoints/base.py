@@ -58,11 +58,11 @@ def fingerprints(root: Path) -> dict[str, str]:
     return {file.relative_to(root).as_posix(): _sha256_of(file) for file in files if file.is_file()}
 
 
-def check_fingerprints(root: Path, wanted: Mapping[str, str]) -> None:
-    """Raises UserError where a file of `fingerprints` is gone, new or changed."""
+def check_fingerprints(root: Path, wanted: Mapping[str, str], part: str = "") -> None:
+    """Raises UserError where a file of `fingerprints`, or of a part of them (`base/`), is gone, new or changed."""
     found = fingerprints(root)
     for name in sorted({*wanted, *found}):
-        if found.get(name) != wanted.get(name):
+        if name.startswith(part) and found.get(name) != wanted.get(name):
             what = "is gone" if name not in found else "is new" if name not in wanted else "has changed"
             raise UserError(f"{root / name} {what} since the run in {root} was started, and its steps are no whole model with another one; "
                             "the directory as the run left it, or another one to begin anew, was expected")

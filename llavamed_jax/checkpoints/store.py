@@ -33,7 +33,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint._src import asyncio_utils  # nothing public reaches its event loop
 
 from llavamed_jax.checkpoints import names
-from llavamed_jax.checkpoints.base import MANIFEST, read_base, write_base
+from llavamed_jax.checkpoints.base import MANIFEST, check_fingerprints, read_base, write_base
 from llavamed_jax.checkpoints.files import new_directory, read_json, write_json
 from llavamed_jax.checkpoints.layouts import match
 from llavamed_jax.checkpoints.load import flatten, nest
@@ -86,6 +86,7 @@ def open_tree(path: str | Path) -> Checkpoint:
             raise UserError(damage)
     found = read_base(root)
     if step is not None:
+        _refuse_other_base(root, step)
         found |= _step_tensors(root / "checkpoints" / str(step))
     shapes = {name: spec.shape for name, spec in names.specs(config).items()}
     try:
@@ -95,6 +96,12 @@ def open_tree(path: str | Path) -> Checkpoint:
     for sentence in damaged:
         warnings.warn(sentence, stacklevel=2)
     return Checkpoint(config, "tree", root, tensors, text_files(root / "model"), "the tensors in the tree", step)
+
+
+def _refuse_other_base(root: Path, step: int) -> None:
+    """Raises UserError where the base is not the one that a run's step was trained over. Steps of no run do not say."""
+    if _damage(root / "checkpoints" / str(step), "state") is None and (record := read_meta(root, step).get("run")):
+        check_fingerprints(root, record["model"], "base/")
 
 
 def _step_tensors(directory: Path) -> dict[str, Tensor]:

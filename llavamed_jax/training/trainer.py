@@ -308,7 +308,8 @@ def _restore(workdir: Path, step: int, own: Checkpoint, program: setup.Program, 
 def _arithmetic(program: setup.Program) -> dict[str, str]:
     """What the last bits of an update depend on, beside the recipe."""
     return {"dtype": np.dtype(program.model.dtype).name, "attention": program.model.attention, "jax": jax.__version__,
-            "device": program.mesh.devices.flat[0].device_kind, "matmul precision": str(jax.config.jax_default_matmul_precision)}
+            "device": program.mesh.devices.flat[0].device_kind, "mesh": str(dict(program.mesh.shape)),
+            "matmul precision": str(jax.config.jax_default_matmul_precision)}
 
 
 def _changes(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
