@@ -126,10 +126,12 @@ def _run_to_the_end(coro: Coroutine) -> Any:
     try:
         asyncio.set_event_loop(loop)
         return loop.run_until_complete(coro)
-    finally:
+    except Exception:
         if left := asyncio.all_tasks(loop):
             for task in loop.run_until_complete(asyncio.wait(left, timeout=_LEFT_S))[0]:
-                task.cancelled() or task.exception()  # looked at, or asyncio complains; the first one is raised above
+                task.cancelled() or task.exception()  # looked at, or asyncio complains; the first one is raised here
+        raise
+    finally:
         asyncio.set_event_loop(None)
         loop.close()
 

@@ -18,8 +18,8 @@ from llavamed_jax.errors import UsageError, UserError
 from llavamed_jax.parallel import distributed
 from llavamed_jax.training import recipe
 
-# What a run that goes on may change: how long, where and how often, but not what is computed.
 _LENGTH = ("epochs", "total_steps")
+# What a run that goes on may change: how long, where and how often, but not what is computed.
 MAY_DIFFER = (*_LENGTH, "log_every", "samples_every", "data.samples", "nan_limit", "checkpoint.", "data.workers", "mesh.")
 
 
