@@ -24,8 +24,12 @@ def two(module, *arguments, **environment):
 
 
 def ends(running, timeout=600):
-    """(exit status, stdout, stderr) of each."""
-    said = [process.communicate(timeout=timeout) for process in running]
+    """(exit status, stdout, stderr) of each. What has not ended by then is killed: nobody else would."""
+    try:
+        said = [process.communicate(timeout=timeout) for process in running]
+    finally:
+        for process in running:
+            process.kill()
     return [(process.returncode, *each) for process, each in zip(running, said, strict=True)]
 
 

@@ -18,7 +18,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from llavamed_jax.checkpoints import store
+from llavamed_jax.checkpoints import base, store
 from llavamed_jax.checkpoints.load import load_params, random_checkpoint
 from llavamed_jax.checkpoints.reader import open_checkpoint
 from llavamed_jax.config import DecoderConfig, LlavaConfig, VisionConfig
@@ -144,20 +144,25 @@ def test_a_step_that_the_disk_has_no_room_for_is_refused_before_it_is_begun(work
     assert store.steps(workdir) == [1]
 
 
-def test_a_disk_that_fills_up_in_a_save_is_one_sentence(workdir, trained, monkeypatch, capfd):
-    """A limit on the size of files stands in for it: TensorStore fails in threads of Orbax, which would log each failure."""
+def test_a_disk_that_fills_up_in_a_save_is_one_sentence(workdir, source, monkeypatch, capfd):
+    """A limit on the size of files stands in for it: TensorStore fails in threads of Orbax, which would log each failure, and other
+    writes end when the first has failed already, which would find no event loop any more."""
+    unseen = []
+    monkeypatch.setattr(sys, "unraisablehook", unseen.append)
+    everything = {name: jnp.asarray(source.read(name)) for name in source.tensors}
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
         with pytest.raises(UserError, match=f"^{workdir}/checkpoints/1 could not be written: File too large$"):
             with store.StepWriter(workdir) as writer:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (4000, limit[1]))
-                writer.save(1, trained, optimizer().init(trained), META)
+                writer.save(1, everything, optimizer().init(everything), META)
                 writer.wait()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
         signal.signal(signal.SIGXFSZ, handler)
-    assert "ERROR" not in capfd.readouterr().err and store.newest_intact_step(workdir)[0] is None
+    said = capfd.readouterr().err
+    assert "ERROR" not in said and "exception" not in said and not unseen and store.newest_intact_step(workdir)[0] is None
 
 
 def test_a_tree_is_base_and_newest_step(workdir, source, trained):
@@ -183,6 +188,30 @@ def test_a_base_that_was_interrupted_is_written_anew(tmp_path, source):
     (tmp_path / "run" / "model").rmdir()  # stopped between base and model
     store.write_model(tmp_path / "run", source)
     assert open_checkpoint(tmp_path / "run").tensors.keys() == source.tensors.keys()
+
+
+def test_a_base_is_held_to_its_hashes_when_it_is_read(workdir, source, trained):
+    save(workdir, [1], trained)
+    file = workdir / "base" / "model.safetensors"
+    checkpoint, whole = open_checkpoint(workdir), file.read_bytes()
+    frozen = {name: tensor for name, tensor in source.tensors.items() if name not in trained}
+    for name, tensor in list(frozen.items())[::5]:
+        at = whole.index(np.ascontiguousarray(tensor.load()).tobytes()) if tensor.load().std() else None  # ones and zeros are often there
+        if at is None:
+            continue
+        file.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1:])
+        with pytest.raises(UserError, match=f"base is damaged: {name} has another sha256 than its manifest.json says"):
+            checkpoint.read(name)
+        with pytest.raises(UserError, match=f"{name} has another sha256"):
+            base.check_base(workdir)
+        file.write_bytes(whole)
+    base.check_base(workdir)
+    manifest = workdir / "base" / "manifest.json"
+    hashes = json.loads(manifest.read_text())
+    assert hashes.keys() == frozen.keys()
+    manifest.write_text(json.dumps({**hashes, "decoder/norm/bias": "0"}))
+    with pytest.raises(UserError, match="base is damaged: it lacks decoder/norm/bias, which its manifest.json names"):
+        open_checkpoint(workdir)
 
 
 def test_files_travel_with_the_model(tmp_path, source):
@@ -237,7 +266,7 @@ import os, sys, threading
 from pathlib import Path
 from types import SimpleNamespace
 import jax.numpy as jnp
-from llavamed_jax.checkpoints import store
+from llavamed_jax.checkpoints import base, store
 
 def die():  # as abrupt as SIGKILL: no handler, no atexit
     while not list((Path(sys.argv[1]) / "checkpoints").glob(sys.argv[2])):
@@ -280,6 +309,17 @@ def test_keep_deletes_the_old(workdir, trained):
         writer.keep(1)
         assert store.steps(workdir) == [4]
     assert store.newest_intact_step(workdir) == (4, [])
+
+
+def test_steps_beyond_the_one_that_was_reached_take_no_place(workdir, trained):
+    """Those that are damaged, behind which a run went back: kept in place of its own they would leave it none."""
+    save(workdir, [5, 10], trained)
+    flip_a_bit(largest(workdir / "checkpoints" / "10" / "params"))
+    with store.StepWriter(workdir) as writer:
+        writer.save(7, trained, optimizer().init(trained), META)
+        writer.wait()
+        writer.keep(1, newest=7)
+    assert store.steps(workdir) == [7, 10] and store.newest_intact_step(workdir)[0] == 7
 
 
 def test_a_deletion_that_is_cut_short_leaves_no_step_that_looks_intact(workdir, trained, monkeypatch):

@@ -10,8 +10,9 @@ import jax
 import numpy as np
 import pytest
 
-from llavamed_jax.checkpoints.reader import open_checkpoint
-from llavamed_jax.checkpoints.store import steps
+from llavamed_jax.checkpoints.load import random_checkpoint
+from llavamed_jax.checkpoints.reader import open_checkpoint, tree_config
+from llavamed_jax.checkpoints.store import steps, write_model
 from llavamed_jax.data.tokenizer import Tokenizer
 from llavamed_jax.errors import UsageError, UserError
 from llavamed_jax.parallel.mesh import make_mesh
@@ -88,9 +89,13 @@ def test_a_finished_run_changes_nothing(finished, recipe):
     assert snapshot(finished) == before
 
 
-def test_resumed_is_uninterrupted_to_the_bit(finished, recipe, tmp_path):
-    """A crash after step 5 throws back to step 3; SIGTERM in step 6 is saved at 6; the end is the undisturbed run's."""
-    workdir, cfg = tmp_path / "run", recipe()
+def test_resumed_is_uninterrupted_to_the_bit(finished, recipe, tmp_path, start):
+    """A crash after step 5 throws back to step 3; SIGTERM in step 6 is saved at 6; the end is the undisturbed run's.
+
+    After the crash `init` is another model, after the signal it is gone: nothing of it is needed any more.
+    """
+    shutil.copytree(start, tmp_path / "start")
+    workdir, cfg = tmp_path / "run", recipe(init=tmp_path / "start")
 
     def crash(snapshot):
         if snapshot.step == 6:
@@ -105,8 +110,11 @@ def test_resumed_is_uninterrupted_to_the_bit(finished, recipe, tmp_path):
     with pytest.raises(RuntimeError):
         fit(cfg, workdir, Watch([crash]))
     assert steps(workdir) == [3]
+    shutil.rmtree(tmp_path / "start")
+    write_model(tmp_path / "start", random_checkpoint(tree_config(start), seed=9))
     assert fit(cfg, workdir, Watch([terminate])) is False
     assert steps(workdir) == [3, 6]
+    shutil.rmtree(tmp_path / "start")
     assert fit(cfg, workdir) is True
     measured = {"tokens_per_second"}
     strip = lambda found: [{k: v for k, v in line.items() if k not in measured} for line in found]

@@ -154,6 +154,7 @@ def test_arrays_of_two_processes_lie_where_they_should():
 
 
 STEPS = 150
+PATIENCE_S = 1800  # two minutes each on an idle machine of two cores, far more on a busy one
 
 
 @pytest.fixture(scope="module")
@@ -176,7 +177,7 @@ def started(command, workdir):
     return two("train", *command, "--workdir", str(workdir), **FOUR)
 
 
-def waited_for(workdir, step, running, deadline=600):
+def waited_for(workdir, step, running, deadline=PATIENCE_S):
     """Returns when a step lies there whole, while the processes are at work."""
     manifest, until = workdir / "checkpoints" / str(step) / "manifest.json", time.monotonic() + deadline
     while not manifest.exists() and time.monotonic() < until:
@@ -192,7 +193,7 @@ def tensors(workdir):
 def whole(command, tmp_path_factory):
     """Two processes, uninterrupted."""
     workdir = tmp_path_factory.mktemp("whole") / "run"
-    found = ends(started(command, workdir))
+    found = ends(started(command, workdir), PATIENCE_S)
     assert [status for status, *_ in found] == [0, 0], found
     return workdir, found
 
@@ -228,7 +229,7 @@ def test_stopped_killed_and_gone_on_is_the_same_to_the_bit(command, whole, tmp_p
     running = started(command, workdir)
     waited_for(workdir, 25, running)
     running[1].send_signal(signal.SIGTERM)
-    (first, out, _), (second, *silent) = ends(running)
+    (first, out, _), (second, *silent) = ends(running, PATIENCE_S)
     assert (first, second) == (75, 75) and silent[0] == "" and "SIGTERM" in silent[1]
     step, damaged = newest_intact_step(workdir)
     assert f"stopped and saved at step {step} of {STEPS}" in out and 25 < step < STEPS and not damaged
@@ -237,11 +238,11 @@ def test_stopped_killed_and_gone_on_is_the_same_to_the_bit(command, whole, tmp_p
     waited_for(workdir, 75, running)
     begun = time.monotonic()
     running[1].kill()
-    (first, _, err), _ = ends(running)
+    (first, _, err), _ = ends(running, PATIENCE_S)
     assert first == 1 and time.monotonic() - begun < 60
     assert err.splitlines()[-1].startswith("error: process 1 has ended or cannot be reached, so process 0 ends too")
 
-    found = ends(started(command, workdir))
+    found = ends(started(command, workdir), PATIENCE_S)
     assert [status for status, *_ in found] == [0, 0], found
     assert STEPS > int(re.search(r"going on from step (\d+)", found[0][1])[1]) >= 75
     kept, ours = (runs.log_lines(folder) for folder in (whole[0], workdir))

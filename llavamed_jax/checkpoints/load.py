@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import zlib
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 
 import numpy as np
 
@@ -13,17 +13,18 @@ from llavamed_jax.checkpoints.reader import Checkpoint, Tensor
 from llavamed_jax.config import LlavaConfig
 
 
-def load_params(checkpoint: Checkpoint, dtype=None, scan: bool = False) -> dict:
+def load_params(checkpoint: Checkpoint, dtype=None, scan: bool = False, only: Container[str] | None = None) -> dict:
     """The parameters of a checkpoint that the model computes with.
 
     Args:
       dtype: of every array; None keeps each tensor's own.
       scan: stacked layers (`layers`, leading axis L) as training has them; else `layers_{i}`.
+      only: names of what is read, one a layer; None: all.
     Returns:
       Nested dicts of numpy arrays (bfloat16 through ml_dtypes), in the form of `models.llava`.
     """
     checkpoint = checkpoint.cast(dtype)
-    shapes = names.expected_shapes(checkpoint.config)
+    shapes = {name: shape for name, shape in names.expected_shapes(checkpoint.config).items() if only is None or name in only}
     flat: dict[str, np.ndarray] = {}
     for name in shapes:
         layer = re.fullmatch(r"(.*/)layers_(\d+)(/.*)", name) if scan else None

@@ -1,7 +1,7 @@
 """This project's own tree, which a run's workdir is.
 
     model/                config.json of ours, tokenizer and preprocessor files
-    base/                 the tensors that are not trained, one array a tensor in its own dtype, as safetensors
+    base/                 the tensors that are not trained, one array a tensor in its own dtype, as safetensors (`base.py`)
     checkpoints/STEP/     what a training step left, through Orbax:
       params/             the trained tensors under canonical names, layers unstacked
       optimizer/          the optimizer's state
@@ -14,6 +14,7 @@ lost a bit, is found and named.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import hashlib
 import logging
@@ -21,7 +22,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Coroutine, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -29,19 +30,21 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from orbax.checkpoint._src import asyncio_utils  # nothing public reaches its event loop
 
 from llavamed_jax.checkpoints import names
+from llavamed_jax.checkpoints.base import MANIFEST, check_fingerprints, read_base, write_base
 from llavamed_jax.checkpoints.files import new_directory, read_json, write_json
 from llavamed_jax.checkpoints.layouts import match
 from llavamed_jax.checkpoints.load import flatten, nest
 from llavamed_jax.checkpoints.reader import Checkpoint, text_files, tree_config, tree_root
-from llavamed_jax.checkpoints.torch_files import Tensor, read_safetensors
-from llavamed_jax.checkpoints.writer import Progress, total_bytes, write_safetensors
+from llavamed_jax.checkpoints.torch_files import Tensor
+from llavamed_jax.checkpoints.writer import Progress, total_bytes
 from llavamed_jax.config import LlavaConfig
 from llavamed_jax.errors import UserError
 
-MANIFEST = "manifest.json"
 SEALED = ".sealed"  # stands in checkpoints/ once a step was whole
+_LEFT_S = 60.0  # that the writes of a save that has failed may take to end
 
 
 def write_model(out: str | Path, checkpoint: Checkpoint, config: LlavaConfig | None = None, files: Mapping[str, Path] | None = None,
@@ -59,7 +62,7 @@ def write_model(out: str | Path, checkpoint: Checkpoint, config: LlavaConfig | N
         shutil.rmtree(out / "base")  # of a run that was stopped while it wrote its base
     tensors = {name: tensor for name, tensor in checkpoint.tensors.items() if name not in without}
     with new_directory(out / "base", total_bytes(tensors)) as base:
-        write_safetensors(base, tensors, progress)
+        write_base(base, tensors, progress)
     with new_directory(out / "model") as model:
         write_json(model / "config.json", (config or checkpoint.config).to_dict())
         for name, file in (checkpoint.files if files is None else files).items():
@@ -81,8 +84,9 @@ def open_tree(path: str | Path) -> Checkpoint:
         damage = f"{path} does not exist; DIR/checkpoints/STEP was expected" if step is None else _damage(path, "params")
         if damage:
             raise UserError(damage)
-    found = read_safetensors(root / "base")
+    found = read_base(root)
     if step is not None:
+        _refuse_other_base(root, step)
         found |= _step_tensors(root / "checkpoints" / str(step))
     shapes = {name: spec.shape for name, spec in names.specs(config).items()}
     try:
@@ -92,6 +96,12 @@ def open_tree(path: str | Path) -> Checkpoint:
     for sentence in damaged:
         warnings.warn(sentence, stacklevel=2)
     return Checkpoint(config, "tree", root, tensors, text_files(root / "model"), "the tensors in the tree", step)
+
+
+def _refuse_other_base(root: Path, step: int) -> None:
+    """Raises UserError where the base is not the one that a run's step was trained over. Steps of no run do not say."""
+    if _damage(root / "checkpoints" / str(step), "state") is None and (record := read_meta(root, step).get("run")):
+        check_fingerprints(root, record["model"], "base/")
 
 
 def _step_tensors(directory: Path) -> dict[str, Tensor]:
@@ -107,6 +117,26 @@ def _step_tensors(directory: Path) -> dict[str, Tensor]:
         return flatten(restored)[name]
 
     return {name: Tensor(tuple(m.shape), np.dtype(m.dtype), lambda name=name: read(name)) for name, m in metadata.items()}
+
+
+def _run_to_the_end(coro: Coroutine) -> Any:
+    """In place of Orbax's function of its event loop, which closes the loop at the first failure. Then the writes that are still
+    under way find it closed, and TensorStore prints a traceback for each; here they come to their end first."""
+    loop = asyncio.new_event_loop()
+    try:
+        asyncio.set_event_loop(loop)
+        return loop.run_until_complete(coro)
+    except Exception:
+        if left := asyncio.all_tasks(loop):
+            for task in loop.run_until_complete(asyncio.wait(left, timeout=_LEFT_S))[0]:
+                task.cancelled() or task.exception()  # looked at, or asyncio complains; the first one is raised here
+        raise
+    finally:
+        asyncio.set_event_loop(None)
+        loop.close()
+
+
+asyncio_utils._run_sync_via_new_loop = _run_to_the_end
 
 
 class StepWriter:
@@ -170,9 +200,15 @@ class StepWriter:
             sealing, self._sealing = self._sealing, None
             sealing.result()
 
-    def keep(self, n: int, also: Iterable[int] = ()) -> None:
-        """Deletes all steps but the newest `n` that are sealed and those in `also`. The one being saved is left alone."""
-        sealed = sorted(s for s in steps(self._root.parent) if (self._root / str(s) / MANIFEST).is_file())
+    def keep(self, n: int, also: Iterable[int] = (), newest: int | None = None) -> None:
+        """Deletes all steps but the newest `n` that are sealed and those in `also`. The one being saved is left alone.
+
+        Args:
+          newest: the last step that this run has saved. Later ones, which a run leaves that went back behind damaged steps,
+            neither count nor go.
+        """
+        ours = (step for step in steps(self._root.parent) if newest is None or step <= newest)
+        sealed = sorted(step for step in ours if (self._root / str(step) / MANIFEST).is_file())
         kept = {*sealed[max(len(sealed) - n, 0):], *also}
         if jax.process_index() == 0:
             for step in set(sealed) - kept:
@@ -234,6 +270,11 @@ def newest_intact_step(workdir: str | Path, part: str = "") -> tuple[int | None,
             return step, damaged
         damaged.append(damage)
     return None, damaged
+
+
+def read_meta(workdir: str | Path, step: int) -> dict:
+    """The `meta` of a step, as `StepWriter.save` was given it."""
+    return ocp.JsonCheckpointHandler().restore(Path(workdir).absolute() / "checkpoints" / str(step) / "state", ocp.args.JsonRestore())
 
 
 def restore_step(workdir: str | Path, step: int, trained_like: Mapping[str, Any], optimizer_like: Any) -> tuple[dict, Any, dict]:

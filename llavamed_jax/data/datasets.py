@@ -7,6 +7,7 @@ whatever it was read from; `questions.to_llava` makes one of a question.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,6 +54,10 @@ class TrainingData:
                 return source[number]
             number -= len(source)
         raise IndexError(number)
+
+    def fingerprint(self) -> str:
+        """Names the records: their text, not the images' pixels."""
+        return hashlib.sha256(repr([source.fingerprint() for source in self.sources]).encode()).hexdigest()[:24]
 
     def readable(self) -> Iterator[dict]:
         """The records in order, without the damaged ones."""

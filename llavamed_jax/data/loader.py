@@ -89,6 +89,7 @@ class Loader:
     def __init__(self, make: BatchMaker, num_workers: int, on_skip: Callable[[dict], None] | None, skip_limit: float):
         self._make, self._workers, self._on_skip, self._skip_limit = make, num_workers, on_skip, skip_limit
         self._place = make.start
+        self._records = make.data.fingerprint()
         self._running: list[grain.DatasetIterator] = []  # the one iterator, once started
         # Closes it with this object or, before modules are torn down (grain's destructors need them), with the program.
         weakref.finalize(self, _close, self._running)
@@ -153,7 +154,8 @@ class Loader:
         epoch, row = self._place
         plan = self._make.plan
         return {"epoch": epoch, "row": row, "samples": len(plan.stream), "seed": plan.stream.seed,
-                "row_length": plan.layout.row_length, "image_slots": plan.layout.image_slots, "rows": plan.fingerprint()}
+                "row_length": plan.layout.row_length, "image_slots": plan.layout.image_slots, "rows_an_update": plan.layout.rows,
+                "rows": plan.fingerprint(), "records": self._records}
 
     def ids(self, state: dict) -> list:
         """Ids of the samples in this process's part of the batch that follows `state`."""
@@ -164,7 +166,8 @@ class Loader:
         """Goes on from `state`. Raises UserError when it belongs to other data, another seed, or rows of another shape."""
         for key, here in self.state().items():
             if key not in ("epoch", "row") and state.get(key) != here:
-                change = "samples have other lengths" if key == "rows" else f"{key} was {state.get(key)} and is {here} now"
+                change = {"rows": "samples have other lengths", "records": "samples have other text or images"}.get(
+                    key, f"{key} was {state.get(key)} and is {here} now")
                 raise UserError(f"the position in the data was saved with other data: its {change}; what the run was started with was "
                                 "expected")
         self.close()

@@ -18,7 +18,7 @@ from llavamed_jax.errors import UserError
 
 # One character of its own outside every vocabulary piece: SentencePiece spells it as a byte and starts afresh after it.
 _SEPARATOR = "\n"
-_FILES = ("tokenizer.model", "tokenizer.json")
+TOKENIZERS = ("tokenizer.model", "tokenizer.json")  # what `find_tokenizer` looks for, in this order
 
 
 class Tokenizer:
@@ -119,7 +119,7 @@ class Tokenizer:
             raise UserError(f"{path} holds no tokenizer: tokenizer.model or tokenizer.json was expected")
         if not file.is_file():
             raise UserError(f"the tokenizer file {file} does not exist")
-        directory = file.parent if file.name in _FILES else None  # under another name, its neighbours are not its own
+        directory = file.parent if file.name in TOKENIZERS else None  # under another name, its neighbours are not its own
         settings = _settings(directory / "tokenizer_config.json") if directory else {}
         if file.suffix == ".json":
             backend = _HfBackend(file, settings)
@@ -133,7 +133,7 @@ class Tokenizer:
 
 def find_tokenizer(directory: Path) -> Path | None:
     """The file in `directory` that ids are read from: SentencePiece's own before transformers' conversion of it."""
-    return next((directory / name for name in _FILES if (directory / name).is_file()), None)
+    return next((directory / name for name in TOKENIZERS if (directory / name).is_file()), None)
 
 
 class _SentencePieceBackend:

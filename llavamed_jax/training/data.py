@@ -85,6 +85,20 @@ class Data:
         """Updates of the run: `total_steps`, or those that the rows of `epochs` make."""
         return self.cfg.total_steps if self.cfg.total_steps is not None else self.plan.num_updates(self.cfg.epochs)
 
+    def fingerprint(self) -> str:
+        """Names what every update holds, in short."""
+        return f"{self.plan.fingerprint()}-{self.plan.layout.rows}-{self.train.fingerprint()}"
+
+    def judged_by(self) -> str | None:
+        """Names the validation records."""
+        return None if self.validation is None else self.validation.fingerprint()
+
+    def refuse_other_validation(self, earlier: str | None) -> None:
+        """Raises UserError where the validation records are not those that `judged_by` named: their losses would not compare."""
+        if self.judged_by() != earlier:
+            raise UserError(f"the samples of {self.cfg.data.validation} (data.validation) have other text or images than when the run was "
+                            "saved; the same were expected")
+
     def resolved(self) -> dict[str, Any]:
         """What `recipe.json` keeps of it, so that a run that goes on has the same rows."""
         layout, found = self.plan.layout, self.plan.lengths

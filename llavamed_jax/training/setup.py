@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,10 +19,10 @@ from ml_collections import ConfigDict
 
 from llavamed_jax.checkpoints import hub
 from llavamed_jax.checkpoints.load import load_params, random_checkpoint
-from llavamed_jax.checkpoints.reader import Checkpoint, open_checkpoint, text_files
+from llavamed_jax.checkpoints.reader import TEXT_FILES, Checkpoint, open_checkpoint
 from llavamed_jax.config import LlavaConfig, preset
 from llavamed_jax.data.processor import Processor
-from llavamed_jax.data.tokenizer import Tokenizer
+from llavamed_jax.data.tokenizer import TOKENIZERS, Tokenizer
 from llavamed_jax.errors import UsageError, UserError
 from llavamed_jax.models import llava
 from llavamed_jax.models.attention import backend_of
@@ -33,6 +34,7 @@ from llavamed_jax.training.state import TrainState
 from llavamed_jax.training.step import LossFn, llava_loss
 
 PRESET = "preset:"
+_OF_TOKENIZERS = ("tokenizer", "added_", "special_")
 
 
 def open_start(cfg: ConfigDict) -> Checkpoint:
@@ -65,13 +67,29 @@ def open_start(cfg: ConfigDict) -> Checkpoint:
                                         + (" or preset:NAME was expected" if key == "init" else " was expected"))
         checkpoint = open_checkpoint(cfg.init, cfg.vision_tower)
     if cfg.tokenizer is not None:
-        path = Path(cfg.tokenizer)
-        files = text_files(path) if path.is_dir() else {path.name: path}
-        kept = {name: file for name, file in checkpoint.files.items() if not name.startswith(("tokenizer", "added_", "special_"))}
-        checkpoint = checkpoint.replace(files={**kept, **files})
+        kept = {name: file for name, file in checkpoint.files.items() if not name.startswith(_OF_TOKENIZERS)}
+        checkpoint = checkpoint.replace(files={**kept, **_tokenizer_files(Path(cfg.tokenizer))})
     if cfg.template is not None and not get_template(cfg.template).is_for_training_only:
         checkpoint = checkpoint.replace(config=checkpoint.config.replace(template=cfg.template))
     return checkpoint
+
+
+def with_own_tokenizer(cfg: ConfigDict) -> ConfigDict:
+    """The recipe for a run's own directory, whose `model/` has the tokenizer that the recipe names."""
+    own = cfg.copy_and_resolve_references()
+    own.tokenizer = None
+    return own
+
+
+def _tokenizer_files(path: Path) -> dict[str, Path]:
+    """The files of `Tokenizer.load(path)` by the names under which a directory's are found, and no other: a model's preprocessor is
+    its own."""
+    if path.is_file() and path.name not in TOKENIZERS:  # its neighbours are not its own
+        return {"tokenizer.json" if path.suffix == ".json" else "tokenizer.model": path}
+    directory = path if path.is_dir() else path.parent
+    others = () if path.is_dir() else set(TOKENIZERS) - {path.name}
+    return {name: directory / name for name in TEXT_FILES
+            if name.startswith(_OF_TOKENIZERS) and name not in others and (directory / name).is_file()}
 
 
 @contextlib.contextmanager
@@ -123,6 +141,11 @@ class Program:
     def initial_state(self, checkpoint: Checkpoint) -> TrainState:
         return states.create(load_params(checkpoint, scan=True), self.trainable, self.optimizer, self.mesh, self.model.dtype)
 
+    def frozen(self, checkpoint: Checkpoint) -> states.FlatParams:
+        """What is not trained, of a checkpoint that need hold nothing else, laid as a state has it."""
+        names = set(to_disk({name: self._abstract[name] for name in self.shardings.frozen}))
+        return states.place(load_params(checkpoint, scan=True, only=names), self.shardings.frozen, self.model.dtype)
+
     def loss(self) -> LossFn:
         """What is minimised, with a gradient in the rows that are trained."""
         loss_fn = llava_loss(self.model)
@@ -130,7 +153,7 @@ class Program:
 
     def abstract_state(self) -> TrainState:
         """The state as shapes, each with its place on the devices."""
-        trained, frozen = states.partition(llava.abstract_params(self.model.cfg, scan=True), self.trainable)
+        trained, frozen = states.partition(self._abstract, self.trainable)
         frozen = {name: jax.ShapeDtypeStruct(x.shape, self.model.dtype) for name, x in frozen.items()}
         number = jax.ShapeDtypeStruct((), jnp.int32)
         state = TrainState(number, number, trained, frozen, jax.eval_shape(self.optimizer.init, trained))
@@ -143,8 +166,11 @@ class Program:
 
     def trained_names(self) -> list[str]:
         """Names on disk, one a layer, of what is trained."""
-        abstract, _ = states.partition(llava.abstract_params(self.model.cfg, scan=True), self.trainable)
-        return list(to_disk(jax.eval_shape(lambda: {n: jnp.zeros(x.shape) for n, x in abstract.items()})))
+        return list(to_disk({name: self._abstract[name] for name in self.shardings.trainable}))
+
+    @functools.cached_property
+    def _abstract(self) -> dict[str, jax.ShapeDtypeStruct]:
+        return flatten_dict(llava.abstract_params(self.model.cfg, scan=True), sep="/")
 
 
 def bytes_a_device(arrays: Any) -> int:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from llavamed_jax.errors import UsageError
 from llavamed_jax.models import llava
@@ -117,6 +117,12 @@ def state_shardings(params: Mapping[str, Any], trainable: Trainable, optimizer: 
                       optimizers.state_shardings(optimizer, abstract, trained_shardings, everywhere))
 
 
+def place(params: Mapping[str, Any], where: Mapping[str, NamedSharding], dtype: Any) -> FlatParams:
+    """Those parameters of a nested or flat tree that `where` names, laid as it says, in memory of their own: a state is donated."""
+    flat = flatten_dict(params, sep="/")
+    return {name: put(np.asarray(flat[name]).astype(dtype), sharding) for name, sharding in where.items()}
+
+
 def create(params: Mapping[str, Any], trainable: Trainable, optimizer: optax.GradientTransformation, mesh: Mesh,
            dtype: Any) -> TrainState:
     """The state before the first update.
@@ -129,14 +135,8 @@ def create(params: Mapping[str, Any], trainable: Trainable, optimizer: optax.Gra
       dtype: of the computation, in which frozen parameters are kept. What is trained is float32.
     """
     shardings = state_shardings(params, trainable, optimizer, mesh)
-    trained, frozen = partition(params, trainable)
-
-    def place(flat, where, kind):
-        # The state is donated to every step, so it must not share memory with the caller's arrays.
-        return {n: put(np.asarray(x).astype(kind), where[n]) for n, x in flat.items()}
-
-    placed = place(trained, shardings.trainable, jnp.float32)
+    placed = place(params, shardings.trainable, jnp.float32)
     return TrainState(
         step=put(np.int32(0), shardings.step), skipped=put(np.int32(0), shardings.skipped),
-        trainable=placed, frozen=place(frozen, shardings.frozen, dtype),
+        trainable=placed, frozen=place(params, shardings.frozen, dtype),
         opt_state=jax.jit(optimizer.init, out_shardings=shardings.opt_state)(placed))

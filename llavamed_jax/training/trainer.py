@@ -11,8 +11,9 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from llavamed_jax.checkpoints import store
+from llavamed_jax.checkpoints import base, store
 from llavamed_jax.checkpoints.load import flatten
+from llavamed_jax.checkpoints.reader import Checkpoint
 from llavamed_jax.data.loader import Loader
 from llavamed_jax.errors import UsageError, UserError, some
 from llavamed_jax.models.llava import abstract_params
@@ -62,15 +63,17 @@ def fit(cfg: ConfigDict, workdir: str | Path, watch: Watch = Watch()) -> bool:
     recipe.check(cfg)
     workdir = Path(workdir)
     with workdirs.locked(workdir) as sign:
-        settled, step = distributed.from_first(lambda: _found(workdir, cfg))
-        total_steps = cfg.total_steps or settled.get("total_steps")
+        record, step = distributed.from_first(lambda: _found(workdir, cfg))
+        total_steps = cfg.total_steps or record.get("settled", {}).get("total_steps")
         if step is not None and total_steps is not None and step >= total_steps:
+            if not distributed.process_index():
+                base.check_base(workdir)
             beyond = "" if step == total_steps else f", and has been trained to {step}"
             print(f"{workdir} is finished: {total_steps} updates were asked for{beyond}", flush=True)
             return True
         sign()
         try:
-            with Stop() as stop, Run.open(cfg, workdir, total_steps, step, settled) as run, store.StepWriter(workdir) as writer, \
+            with Stop() as stop, Run.open(cfg, workdir, total_steps, step, record) as run, store.StepWriter(workdir) as writer, \
                     setup.within_memory(cfg, run.program):
                 return run.loop(Together(stop, cfg.checkpoint.every_minutes, run.rows), writer, watch)
         except UsageError:
@@ -86,10 +89,19 @@ def fit(cfg: ConfigDict, workdir: str | Path, watch: Watch = Watch()) -> bool:
 
 
 def _found(workdir: Path, cfg: ConfigDict) -> tuple[dict, int | None]:
-    """What the run in a directory had settled, and the step to go on from."""
-    # A directory without a step belongs to no recipe yet: one that failed before its first step may be corrected.
-    settled = workdirs.read_recipe(workdir, cfg) if store.steps(workdir) else {}
-    return settled, _newest_step(workdir)
+    """What the run in a directory had recorded with its newest step, and this step; {} and None to begin."""
+    step = _newest_step(workdir)
+    if step is None:  # a directory without a step belongs to no recipe yet: one that failed before its first step may be corrected
+        workdirs.begin_anew(workdir, cfg)
+        return {}, None
+    meta = store.read_meta(workdir, step)
+    if (saved_as := meta.get("step")) != step:
+        what = "does not say which step it is, as those of earlier versions" if saved_as is None else f"was saved as step {saved_as}"
+        raise UserError(f"{workdir}/checkpoints/{step} {what}; a step under its own number was expected")
+    record = meta["run"]
+    record["settled"] = workdirs.settled(workdir, cfg, step, record)
+    base.check_fingerprints(workdir, record["model"])
+    return record, step
 
 
 def _newest_step(workdir: Path) -> int | None:
@@ -116,34 +128,41 @@ class Run:
     total_steps: int
     batches: Loader
     log: MetricsWriter
+    record: Mapping  # which run this is and what it stands on, for its steps; in the first process, which writes them
     progress: Progress = field(default_factory=Progress)
 
     @classmethod
-    def open(cls, cfg: ConfigDict, workdir: Path, total_steps: int | None, step: int | None, settled: Mapping) -> Run:
-        """Reads weights and data, settles what the recipe leaves open, and puts the state on the devices."""
-        checkpoint = setup.open_start(cfg)
+    def open(cls, cfg: ConfigDict, workdir: Path, total_steps: int | None, step: int | None, earlier: Mapping) -> Run:
+        """Reads weights and data, settles what the recipe leaves open, and puts the state on the devices.
+
+        A run that goes on needs no `init`: what is not trained, tokenizer and config are those of its own directory.
+        Args:
+          earlier: what step `step` recorded; {} where there is none.
+        """
+        checkpoint = setup.open_start(cfg) if step is None else base.open_base(workdir)
+        start = cfg if step is None else setup.with_own_tokenizer(cfg)
         mesh = setup.open_mesh(cfg, checkpoint.config)
         with distributed.after_first():  # who finds what the first has kept of large data
-            data = Data.open(cfg, checkpoint, row_multiple(cfg, mesh), workdir, settled)
-        check_same("rows of data", data.plan.fingerprint())
+            data = Data.open(start, checkpoint, row_multiple(cfg, mesh), workdir, earlier.get("settled"))
+        check_same("rows of data", data.fingerprint())
         total_steps = total_steps or data.total_steps()
-        program = setup.Program.build(cfg, checkpoint, mesh, total_steps)
+        program = setup.Program.build(start, checkpoint, mesh, total_steps)
         batches = data.training_batches(mesh)  # with what it refuses, before anything is written
-        if distributed.process_index() == 0:
-            if step is None:
-                workdirs.discard_start(workdir, cfg)
-            workdirs.write_recipe(workdir, cfg, {"total_steps": total_steps, **data.resolved()})
-            if not (workdir / "model").exists():
-                store.write_model(workdir, checkpoint, without=program.trained_names())
-        print(f"{cfg.init}: {checkpoint.tower}; {len(data.train)} samples, {total_steps} updates of {cfg.batch_size}, "
-              f"{_size(program)}, mesh {dict(mesh.shape)}", *data.describe(), sep="\n", flush=True)
+        if step is not None:
+            meta = store.read_meta(workdir, step)
+            batches.restore(meta["data"])
+            data.refuse_other_validation(earlier["validation"])
+        record = {} if distributed.process_index() else _begin(workdir, cfg, checkpoint, program, data, total_steps, earlier)
+        print(f"{cfg.init if step is None else workdir}: {checkpoint.tower}; {len(data.train)} samples, {total_steps} updates of "
+              f"{cfg.batch_size}, {_size(program)}, mesh {dict(mesh.shape)}", *data.describe(), sep="\n", flush=True)
         with setup.within_memory(cfg, program):
-            state, progress = program.initial_state(checkpoint), Progress()
-            if step is not None:
-                state, progress = _restore(workdir, step, state, program, batches)
-                print(f"going on from step {step}", flush=True)
+            if step is None:
+                state, progress = program.initial_state(checkpoint), Progress()
+            else:
+                state, progress = _restore(workdir, step, checkpoint, program, meta)
+                print(f"going on from step {step}", *_changes(earlier["computed"], _arithmetic(program)), sep="\n", flush=True)
         log = SilentLog() if distributed.process_index() else MetricsWriter(workdir, step or 0, total_steps, cfg.name)
-        return cls(cfg, workdir, data, program, state, step or 0, total_steps, batches, log, progress)
+        return cls(cfg, workdir, data, program, state, step or 0, total_steps, batches, log, record, progress)
 
     def __enter__(self) -> Run:
         return self
@@ -249,7 +268,7 @@ class Run:
                     samples_unsupervised=loader.unsupervised)
 
     def _save(self, writer: store.StepWriter) -> None:
-        meta = {"data": self.batches.state(), "progress": vars(self.progress), "seed": self.cfg.seed}
+        meta = {"step": self.step, "data": self.batches.state(), "progress": vars(self.progress), "run": self.record}
         writer.save(self.step, setup.to_disk(self.state.trainable), self.state.opt_state, meta)
         self._prune(writer)
 
@@ -257,21 +276,46 @@ class Run:
         """Deletes old steps. One that is still being written does not count among those that are kept."""
         keep = self.cfg.checkpoint
         best = [self.progress.best["step"]] if keep.keep_best and self.progress.best else []
-        writer.keep(keep.keep, also=best)
+        writer.keep(keep.keep, also=best, newest=self.step)
 
 
-def _restore(workdir: Path, step: int, state: TrainState, program: setup.Program, batches: Loader) -> tuple[TrainState, Progress]:
-    """The state of a saved step; `batches` goes on where it stood."""
-    like = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-    trained_like = setup.to_disk({n: like(x, program.shardings.trainable[n]) for n, x in state.trainable.items()})
-    optimizer_like = jax.tree.map(like, state.opt_state, program.shardings.opt_state)
-    trained, opt_state, meta = store.restore_step(workdir, step, trained_like, optimizer_like)
-    batches.restore(meta["data"])
+def _begin(workdir: Path, cfg: ConfigDict, checkpoint: Checkpoint, program: setup.Program, data: Data, total_steps: int,
+           earlier: Mapping) -> dict:
+    """Writes the recipe and, of a run that has no step, what no step will have; returns what its steps record of both."""
+    if not earlier:
+        workdirs.discard_start(workdir)
+    record = workdirs.write_recipe(workdir, cfg, {"total_steps": total_steps, **data.resolved()}, earlier.get("run"))
+    if not earlier:
+        store.write_model(workdir, checkpoint, without=program.trained_names())
+    return {**record, "model": base.fingerprints(workdir), "validation": data.judged_by(), "computed": _arithmetic(program)}
+
+
+def _restore(workdir: Path, step: int, own: Checkpoint, program: setup.Program, meta: Mapping) -> tuple[TrainState, Progress]:
+    """The state of a saved step over the run's own base."""
+    like = program.abstract_state()
+    trained, opt_state, _ = store.restore_step(workdir, step, setup.to_disk(like.trainable), like.opt_state)
+    frozen = program.frozen(own)
+    if distributed.process_index() == 0:
+        for name in own.unused:  # no update needs them, but what is made of this run will
+            own.read(name)
     progress = Progress(**meta["progress"])
     everywhere = replicated(program.mesh)
-    return state.replace(
+    return TrainState(
         step=put(np.int32(step), everywhere), skipped=put(np.int32(progress.updates_skipped), everywhere),
-        trainable=setup.from_disk(trained, program.shardings.trainable), opt_state=opt_state), progress
+        trainable=setup.from_disk(trained, program.shardings.trainable), frozen=frozen, opt_state=opt_state), progress
+
+
+def _arithmetic(program: setup.Program) -> dict[str, str]:
+    """What the last bits of an update depend on, beside the recipe."""
+    return {"dtype": np.dtype(program.model.dtype).name, "attention": program.model.attention, "jax": jax.__version__,
+            "device": program.mesh.devices.flat[0].device_kind, "mesh": str(dict(program.mesh.shape)),
+            "matmul precision": str(jax.config.jax_default_matmul_precision)}
+
+
+def _changes(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """Warnings of an arithmetic that has changed: the run goes on, and is no longer equal to the uninterrupted one to the bit."""
+    return [f"warning: {what} was {before.get(what)} and is {now[what]} now: the run goes on with other roundings"
+            for what in now if before.get(what) != now[what]]
 
 
 def _size(program: setup.Program) -> str:

@@ -7,8 +7,10 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+import uuid
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -16,8 +18,9 @@ from llavamed_jax.errors import UsageError, UserError
 from llavamed_jax.parallel import distributed
 from llavamed_jax.training import recipe
 
+_LENGTH = ("epochs", "total_steps")
 # What a run that goes on may change: how long, where and how often, but not what is computed.
-MAY_DIFFER = ("epochs", "total_steps", "log_every", "samples_every", "data.samples", "nan_limit", "checkpoint.", "data.workers", "mesh.")
+MAY_DIFFER = (*_LENGTH, "log_every", "samples_every", "data.samples", "nan_limit", "checkpoint.", "data.workers", "mesh.")
 
 
 @contextlib.contextmanager
@@ -54,51 +57,95 @@ def locked(workdir: Path) -> Iterator[Callable[[], None]]:
         yield sign
 
 
-def read_recipe(workdir: Path, cfg: ConfigDict) -> dict:
-    """What the run had settled when it was last started here (`resolved` of `recipe.json`); {} in a new directory.
+def settled(workdir: Path, cfg: ConfigDict, step: int, record: Mapping[str, Any]) -> dict:
+    """What the run had settled when it saved a step (`resolved` of `recipe.json`), for a run that goes on from there.
 
+    The step's own record counts, for a step is held to its hashes; `recipe.json`, which anyone may edit, has to agree with it.
     A number of updates that followed from `epochs` is settled only for the same `epochs`.
+    Args:
+      record: of the step (`write_recipe`).
     Raises:
-      UsageError: `cfg` differs from the recipe of this directory in a key that may not.
+      UsageError: `cfg` differs in a key that may not from the recipe of this directory or of the step.
+      UserError: a step of another run, or a `recipe.json` that has been changed.
     """
-    if not (workdir / "recipe.json").exists():
-        return {}
-    earlier, resolved = _earlier(workdir)
+    resolved = read_recipe(workdir, cfg)
+    where, file = workdir / "checkpoints" / str(step), workdir / "recipe.json"
+    if record.get("run") != _read(workdir).get("run"):
+        raise UserError(f"{where} is of another run than {file}; a step that the run in {workdir} saved was expected")
+    _refuse_changes(cfg, record["recipe"], f"the run saved {where}")
+    is_same_length = {key: record["recipe"][key] for key in _LENGTH} == {key: _plain(cfg)[key] for key in _LENGTH}
+    for key, value in record["resolved"].items():
+        if resolved.get(key) != value and (key != "total_steps" or is_same_length and key in resolved):
+            raise UserError(f"{file} says that {key} is {resolved.get(key)!r}, but the run saved {where} with {value!r}: it has been "
+                            "changed since")
+    return {key: value for key, value in record["resolved"].items() if key != "total_steps" or is_same_length}
+
+
+def read_recipe(workdir: Path, cfg: ConfigDict) -> dict:
+    """`resolved` of `recipe.json`, without a number of updates that belongs to other `epochs`.
+
+    Raises:
+      UsageError: `cfg` differs from the recipe of this directory in a key that may not; UserError: there is none.
+    """
+    found, now = _read(workdir), _plain(cfg)
+    _refuse_changes(cfg, found["recipe"], f"the run in {workdir} was started")
+    is_same_length = all(found["recipe"].get(key) == now.get(key) for key in _LENGTH)
+    return {key: value for key, value in found["resolved"].items() if key != "total_steps" or is_same_length}
+
+
+def _refuse_changes(cfg: ConfigDict, earlier: Mapping[str, Any], when: str) -> None:
     now = _plain(cfg)
     for key in sorted(set(earlier) | set(now)):
         if earlier.get(key) != now.get(key) and not key.startswith(MAY_DIFFER):
-            raise UsageError(f"the config key {key!r} is {now.get(key)!r}, but the run in {workdir} was started with "
+            raise UsageError(f"the config key {key!r} is {now.get(key)!r}, but {when} with "
                              f"{earlier.get(key)!r}; the same recipe or another workdir was expected")
-    if any(earlier.get(key) != now.get(key) for key in ("epochs", "total_steps")):
-        resolved = {key: value for key, value in resolved.items() if key != "total_steps"}
-    return resolved
 
 
-def _earlier(workdir: Path) -> tuple[dict, dict]:
-    """Recipe and `resolved` of `recipe.json`."""
+def _read(workdir: Path) -> dict:
+    """`recipe.json`: name of the run, recipe, and what was settled."""
     path = workdir / "recipe.json"
     try:
         found = json.loads(path.read_text())
-        earlier, resolved = found["recipe"], found["resolved"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        earlier = resolved = None
-    if not isinstance(earlier, dict) or not isinstance(resolved, dict):
-        raise UserError(f"{path} is damaged; the recipe of an earlier run was expected")
-    return earlier, resolved
+    except (OSError, ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict) or not all(isinstance(found.get(key), dict) for key in ("recipe", "resolved")):
+        raise UserError(f"{path} is {'damaged' if path.exists() else 'missing'}; the recipe of an earlier run was expected")
+    return found
 
 
-def discard_start(workdir: Path, cfg: ConfigDict) -> None:
-    """Removes the model that a run of another recipe put here before it failed without a step; `cfg` starts from its own."""
-    if not (workdir / "recipe.json").exists():
-        return
-    earlier, now = _earlier(workdir)[0], _plain(cfg)
-    if any(earlier.get(key) != now.get(key) for key in {*earlier, *now} if not key.startswith(MAY_DIFFER)):
-        shutil.rmtree(workdir / "model", ignore_errors=True)  # the base goes with it: `store.write_model`
+def begin_anew(workdir: Path, cfg: ConfigDict) -> None:
+    """Makes sure that a run without a step may begin in a directory.
+
+    Raises:
+      UserError: a model lies there that no run wrote, which its steps would be laid over; UsageError: `init` is this model.
+    """
+    start = None if cfg.init.startswith("preset:") else Path(cfg.init)
+    if start is not None and start.is_dir():
+        inside = start.resolve().relative_to(workdir.resolve()).parts if start.resolve().is_relative_to(workdir.resolve()) else None
+        if inside is not None and inside[:1] in ((), ("checkpoints",), ("base",), ("model",)):
+            raise UsageError(f"the config key 'init' is {cfg.init!r}, which is the workdir's own model; a run that starts from it needs "
+                             "another workdir")
+    for part in ("model", "base"):
+        if (workdir / part).exists() and not (workdir / "recipe.json").exists():
+            raise UserError(f"{workdir} holds a {part}/ and no recipe.json, so no run wrote it; a new directory was expected as workdir")
 
 
-def write_recipe(workdir: Path, cfg: ConfigDict, resolved: dict) -> None:
-    """Writes `recipe.json`: the recipe by dotted key, and what the run settled from it and its data."""
-    write_text(workdir / "recipe.json", json.dumps({"recipe": _plain(cfg), "resolved": resolved}, indent=1) + "\n")
+def discard_start(workdir: Path) -> None:
+    """Removes the model of a run that ended without a step: `init`, from which the next one starts, may have been another then."""
+    shutil.rmtree(workdir / "model", ignore_errors=True)  # the base goes with it: `store.write_model`
+
+
+def write_recipe(workdir: Path, cfg: ConfigDict, resolved: dict, name: str | None = None) -> dict:
+    """Writes `recipe.json`: a name of the run, the recipe by dotted key, and what the run settled from it and its data.
+
+    Args:
+      name: of a run that goes on; None makes one.
+    Returns:
+      The same, which every step carries.
+    """
+    record = {"run": name or uuid.uuid4().hex, "recipe": _plain(cfg), "resolved": resolved}
+    write_text(workdir / "recipe.json", json.dumps(record, indent=1) + "\n")
+    return record
 
 
 def _plain(cfg: ConfigDict) -> dict:

@@ -1,0 +1,102 @@
+"""The part of this project's own tree that is written once: `base/`, the tensors that no step has, and `model/`.
+
+`base/manifest.json` has a sha256 of each tensor, written last, to which a tensor is held when it is read: so the base of a 7B
+model is checked without being read twice. A run's steps carry the sha256 of this manifest and of the files of `model/`
+(`fingerprints`), so that a step is never laid over another base.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from llavamed_jax.checkpoints.files import read_json, write_json
+from llavamed_jax.checkpoints.reader import Checkpoint, text_files, tree_config
+from llavamed_jax.checkpoints.torch_files import Tensor, read_safetensors
+from llavamed_jax.checkpoints.writer import Progress, write_safetensors
+from llavamed_jax.errors import UserError
+
+MANIFEST = "manifest.json"
+
+
+def write_base(directory: Path, tensors: Mapping[str, Tensor], progress: Progress = iter) -> None:
+    """Writes tensors and, when all are there, their manifest into an empty directory."""
+    hashes: dict[str, str] = {}
+    write_safetensors(directory, {name: _noting(name, tensor, hashes) for name, tensor in tensors.items()}, progress)
+    write_json(directory / MANIFEST, hashes)
+
+
+def read_base(root: Path) -> dict[str, Tensor]:
+    """The tensors of a tree's base by canonical name, each held to its sha256 when it is read.
+
+    A base without a manifest is read as it is: whether it may lack one says whoever asks (`fingerprints`).
+    Raises:
+      UserError: a base that is missing, cut, or without a tensor that its manifest names. When a tensor is read: another sha256.
+    """
+    directory = root / "base"
+    tensors = read_safetensors(directory)
+    if not (directory / MANIFEST).is_file():
+        return tensors
+    hashes = read_json(directory / MANIFEST)
+    absent = [name for name in hashes if name not in tensors]
+    if absent:
+        raise UserError(f"{directory} is damaged: it lacks {absent[0]}, which its {MANIFEST} names")
+    return {name: _held(directory, name, tensor, hashes.get(name)) for name, tensor in tensors.items()}
+
+
+def open_base(root: Path) -> Checkpoint:
+    """A run's directory without its steps: config, files and the tensors that they do not have."""
+    return Checkpoint(tree_config(root), "tree", root, read_base(root), text_files(root / "model"), "the tensors in its base/")
+
+
+def fingerprints(root: Path) -> dict[str, str]:
+    """sha256 by name of what a step stands on: the manifest of the base, through which its tensors, and the files of `model/`."""
+    files = [root / "base" / MANIFEST, root / "model" / "config.json", *text_files(root / "model").values()]
+    return {file.relative_to(root).as_posix(): _sha256_of(file) for file in files if file.is_file()}
+
+
+def check_fingerprints(root: Path, wanted: Mapping[str, str], part: str = "") -> None:
+    """Raises UserError where a file of `fingerprints`, or of a part of them (`base/`), is gone, new or changed."""
+    found = fingerprints(root)
+    for name in sorted({*wanted, *found}):
+        if name.startswith(part) and found.get(name) != wanted.get(name):
+            what = "is gone" if name not in found else "is new" if name not in wanted else "has changed"
+            raise UserError(f"{root / name} {what} since the run in {root} was started, and its steps are no whole model with another one; "
+                            "the directory as the run left it, or another one to begin anew, was expected")
+
+
+def check_base(root: Path) -> None:
+    """Reads the base through, and raises UserError for the first tensor that is damaged."""
+    for tensor in read_base(root).values():
+        tensor.load()
+
+
+def _noting(name: str, tensor: Tensor, hashes: dict[str, str]) -> Tensor:
+    """The tensor, which notes its sha256 when it is read."""
+    def load():
+        array = np.asarray(tensor.load(), order="C")  # the bytes that are written
+        hashes[name] = _sha256(array)
+        return array
+    return Tensor(tensor.shape, tensor.dtype, load)
+
+
+def _held(directory: Path, name: str, tensor: Tensor, sha256: str | None) -> Tensor:
+    """The tensor, which is refused when it is read and has another sha256."""
+    def load():
+        array = tensor.load()
+        if _sha256(array) != sha256:
+            raise UserError(f"{directory} is damaged: {name} has another sha256 than its {MANIFEST} says")
+        return array
+    return Tensor(tensor.shape, tensor.dtype, load)
+
+
+def _sha256(array: np.ndarray) -> str:
+    return hashlib.sha256(array.reshape(-1).view(np.uint8)).hexdigest()
+
+
+def _sha256_of(file: Path) -> str:
+    with open(file, "rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()

@@ -1,0 +1,334 @@
+"""A run that goes on stands on what its own directory holds: not on `init`, not on what was changed, and on no other run's."""
+
+import json
+import os
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from llavamed_jax.checkpoints.load import random_checkpoint
+from llavamed_jax.checkpoints.reader import open_checkpoint, tree_config
+from llavamed_jax.checkpoints.store import newest_intact_step, read_meta, steps, write_model
+from llavamed_jax.data.tokenizer import Tokenizer
+from llavamed_jax.errors import UsageError, UserError
+from llavamed_jax.parallel.mesh import make_mesh
+from llavamed_jax.training import setup, trainer
+from llavamed_jax.training.trainer import Watch, fit
+from tests import training_runs as runs
+from tests.training_runs import SAMPLE, FakeStep
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_device():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(setup, "make_mesh", lambda spec, *_: make_mesh(spec, jax.devices()[:1]))
+        yield
+
+
+@pytest.fixture
+def without_compiling(monkeypatch):
+    monkeypatch.setattr(trainer, "make_train_step", FakeStep())
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    start = runs.write_start(tmp_path_factory.mktemp("start") / "start")
+    data = runs.write_data(tmp_path_factory.mktemp("data"))
+    return lambda **changes: runs.shrunk(start, data, **changes)
+
+
+@pytest.fixture(scope="module")
+def stopped(recipe, tmp_path_factory):
+    """A packed run whose updates change nothing, finished at step 6, with steps 3 and 6."""
+    workdir = tmp_path_factory.mktemp("runs") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "make_train_step", FakeStep())
+        assert fit(packed(recipe), workdir)
+    assert steps(workdir) == [3, 6]
+    return workdir
+
+
+def packed(recipe, **changes):
+    return recipe(**{"data.packing": True, "data.row_length": 64, "epochs": 2, "total_steps": "none", **changes})
+
+
+@pytest.fixture
+def workdir(stopped, tmp_path):
+    shutil.copytree(stopped, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def crash_at(step):
+    def evaluate(snapshot):
+        if snapshot.step == step:
+            raise RuntimeError("power cut")
+        return {}
+    return Watch([evaluate])
+
+
+def tensors(path):
+    checkpoint = open_checkpoint(path)
+    return {name: checkpoint.read(name) for name in checkpoint.tensors}
+
+
+def contents(folder):
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+# ---- init
+
+def overwrite(start, **files):
+    """Another model of the same shapes in its place."""
+    config = tree_config(start)
+    shutil.rmtree(start)
+    write_model(start, random_checkpoint(config, seed=9), **files)
+
+
+@pytest.mark.parametrize("change", [overwrite, shutil.rmtree])
+def test_a_run_needs_its_init_no_more_once_it_has_saved(recipe, tmp_path, monkeypatch, change):
+    """Nor the recipe's tokenizer: tensors and batches that follow are those of an undisturbed run."""
+    start, spoken = tmp_path / "start", tmp_path / "spoken.model"
+    shutil.copytree(recipe().init, start)
+    shutil.copyfile(SAMPLE / "tokenizer.model", spoken)
+
+    def batches_of(workdir, total_steps):
+        step = FakeStep()
+        monkeypatch.setattr(trainer, "make_train_step", step)
+        assert fit(recipe(init=start, tokenizer=spoken, total_steps=total_steps), workdir)
+        return [{name: np.asarray(array) for name, array in batch.items()} for batch in step.batches]
+
+    whole, first = batches_of(tmp_path / "whole", 6), batches_of(tmp_path / "run", 3)
+    change(start)
+    spoken.unlink()
+    for one, other in zip(first + batches_of(tmp_path / "run", 6), whole, strict=True):
+        assert one.keys() == other.keys() and all(np.array_equal(one[name], other[name]) for name in one)
+    ours, theirs = tensors(tmp_path / "run"), tensors(tmp_path / "whole")
+    assert ours.keys() == theirs.keys() and all(np.array_equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_a_run_without_a_step_begins_with_init_as_it_is(recipe, tmp_path, without_compiling):
+    """The base of the start before is not kept: trained on one model and laid over another, the result would be neither."""
+    start = tmp_path / "start"
+    shutil.copytree(recipe().init, start)
+    with pytest.raises(RuntimeError):
+        fit(recipe(init=start), tmp_path / "run", crash_at(3))
+    assert not steps(tmp_path / "run") and (tmp_path / "run" / "base" / "manifest.json").exists()
+    overwrite(start, files={"tokenizer.model": SAMPLE / "tokenizer.model"})
+    assert fit(recipe(init=start), tmp_path / "run")
+    ours, theirs = tensors(tmp_path / "run"), tensors(start)
+    assert all(np.array_equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_what_is_kept_is_what_was_started_with(recipe, tmp_path):
+    """Frozen parameters, config and tokenizer from base/ and model/ are those from init."""
+    checkpoint = setup.open_start(recipe(tokenizer=SAMPLE / "tokenizer.model"))
+    program = setup.Program.build(recipe(), checkpoint, make_mesh("data=1", jax.devices()[:1]), 8)
+    write_model(tmp_path / "run", checkpoint, without=program.trained_names())
+    own = trainer.base.open_base(tmp_path / "run")
+    assert own.config == checkpoint.config and not set(program.trained_names()) & set(own.tensors)
+    state, frozen = program.initial_state(checkpoint), program.frozen(own)
+    assert frozen.keys() == state.frozen.keys() and frozen
+    assert all(frozen[name].dtype == x.dtype and np.array_equal(frozen[name], x) for name, x in state.frozen.items())
+
+
+@pytest.mark.parametrize("inside", ["", "checkpoints/6"])
+def test_a_model_that_no_run_wrote_is_left_alone(recipe, tmp_path, inside):
+    run = tmp_path / "run"
+    shutil.copytree(recipe().init, run)
+    with pytest.raises(UserError, match="run holds a model/ and no recipe.json, so no run wrote it"):
+        fit(recipe(), run)
+    (run / inside).mkdir(parents=True, exist_ok=True)
+    (run / ".lock").unlink()
+    before = contents(run)
+    with pytest.raises(UsageError, match="'init' is .* the workdir's own model"):
+        fit(recipe(init=run / inside), run)
+    assert {name: text for name, text in contents(run).items() if name.name != ".lock"} == before
+
+
+# ---- what the steps stand on
+
+def flip(file, at):
+    content = bytearray(file.read_bytes())
+    content[at] ^= 1
+    file.write_bytes(content)
+
+
+def flip_tensor(file, name):
+    """In a safetensors file."""
+    content = file.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    flip(file, 8 + length + json.loads(content[8:8 + length])[name]["data_offsets"][0])
+
+
+FROZEN, UNUSED = "vision_tower/layers_0/mlp/fc1/kernel", "vision_tower/post_layernorm/scale"
+DAMAGES = {
+    "frozen": (lambda run: flip_tensor(run / "base/model.safetensors", FROZEN), f"base is damaged: {FROZEN} has another sha256"),
+    "unused": (lambda run: flip_tensor(run / "base/model.safetensors", UNUSED), f"base is damaged: {UNUSED} has another sha256"),
+    "cut": (lambda run: os.truncate(run / "base/model.safetensors", 5000), "base/model.safetensors is no whole safetensors file"),
+    "weights": (lambda run: (run / "base/model.safetensors").unlink(), "base holds no weights"),
+    "base": (lambda run: shutil.rmtree(run / "base"), "base/manifest.json is gone since the run"),
+    "manifest": (lambda run: (run / "base/manifest.json").unlink(), "base/manifest.json is gone since the run"),
+    "hashes": (lambda run: flip(run / "base/manifest.json", 60), "base/manifest.json has changed since the run"),
+    "model": (lambda run: shutil.rmtree(run / "model"), "is gone since the run"),
+    "config": (lambda run: (run / "model/config.json").write_text((run / "model/config.json").read_text().replace("1e-05", "1e-06")),
+               "model/config.json has changed since the run"),
+    "tokenizer": (lambda run: flip(run / "model/tokenizer.model", 9000), "model/tokenizer.model has changed since the run"),
+    "settings": (lambda run: (run / "model/tokenizer_config.json").write_text('{"legacy": false}'), "tokenizer_config.json is new since"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("epochs", [2, 3], ids=["finished", "to be gone on with"])
+def test_a_run_does_not_end_well_without_its_base_and_model(recipe, workdir, without_compiling, damage, epochs):
+    act, sentence = DAMAGES[damage]
+    before = contents(workdir)
+    act(workdir)
+    assert contents(workdir) != before
+    with pytest.raises(UserError, match=sentence):
+        fit(packed(recipe, epochs=epochs), workdir)
+    assert steps(workdir) == [3, 6]
+
+
+def test_whole_it_does(recipe, workdir, without_compiling):
+    for epochs in (2, 3):
+        assert fit(packed(recipe, epochs=epochs), workdir)
+    assert newest_intact_step(workdir)[0] == 9
+
+
+def test_a_step_is_never_read_over_another_base(recipe, workdir, tmp_path, without_compiling):
+    """Whole by itself and of the same shapes: only the step knows that it is not its own."""
+    start = tmp_path / "start"
+    shutil.copytree(recipe().init, start)
+    overwrite(start, files={"tokenizer.model": SAMPLE / "tokenizer.model"})
+    assert fit(packed(recipe, init=start), tmp_path / "other")
+    assert open_checkpoint(workdir).step == 6
+    shutil.rmtree(workdir / "base")
+    shutil.copytree(tmp_path / "other/base", workdir / "base")
+    for path in (workdir, workdir / "checkpoints/3"):
+        with pytest.raises(UserError, match="base/manifest.json has changed since the run"):
+            open_checkpoint(path)
+
+
+# ---- what was settled
+
+def edited(workdir, **resolved):
+    file = workdir / "recipe.json"
+    found = json.loads(file.read_text())
+    file.write_text(json.dumps({**found, "resolved": {**found["resolved"], **resolved}}))
+
+
+@pytest.mark.parametrize("key, value", [("rows", 1), ("rows", None), ("row_length", 128), ("image_slots", 9), ("mean_length", 1.0),
+                                        ("samples", 1), ("total_steps", 60)])
+def test_what_was_settled_may_not_be_edited(recipe, workdir, without_compiling, key, value):
+    (workdir / "checkpoints/6/manifest.json").unlink()  # to go on from step 3
+    edited(workdir, **{key: value})
+    with pytest.raises(UserError, match=f"recipe.json says that {key} is {value}, but the run saved .*checkpoints/3 with "):
+        fit(packed(recipe), workdir)
+
+
+def test_rows_are_those_of_the_step(recipe, stopped, monkeypatch):
+    """And the position in the data is of rows of this shape: with other rows an update the run would be another."""
+    meta = read_meta(stopped, 6)
+    assert meta["data"]["rows_an_update"] == meta["run"]["resolved"]["rows"] == 2
+    cfg = packed(recipe)
+    checkpoint = setup.open_start(cfg)
+    batches = trainer.Data.open(cfg, checkpoint, settled={**meta["run"]["resolved"], "rows": 1}).training_batches()
+    with pytest.raises(UserError, match="other data: its rows_an_update was 2 and is 1 now"):
+        batches.restore(meta["data"])
+
+
+def test_a_recipe_that_was_edited_too_is_refused_by_its_key(recipe, workdir):
+    file = workdir / "recipe.json"
+    found = json.loads(file.read_text())
+    found["recipe"]["optimizer.learning_rate"] = 0.5
+    file.write_text(json.dumps(found))
+    with pytest.raises(UsageError, match="'optimizer.learning_rate' is 0.5, but the run saved .*checkpoints/6 with 0.00"):
+        fit(packed(recipe, **{"optimizer.learning_rate": 0.5}), workdir)
+    file.unlink()
+    with pytest.raises(UserError, match="recipe.json is missing"):
+        fit(packed(recipe), workdir)
+
+
+def test_epochs_may_be_changed_back_and_forth(recipe, workdir, without_compiling):
+    """Also where a run was ended before it saved a step of the new number: recipe.json knows of it, the steps do not."""
+    for _ in range(2):
+        with pytest.raises(RuntimeError):
+            fit(packed(recipe, epochs=3), workdir, crash_at(9))
+        assert json.loads((workdir / "recipe.json").read_text())["resolved"]["total_steps"] == 9 and newest_intact_step(workdir)[0] == 6
+    assert fit(packed(recipe), workdir) and newest_intact_step(workdir)[0] == 6
+    assert fit(packed(recipe, epochs=3), workdir) and newest_intact_step(workdir)[0] == 9
+
+
+# ---- steps of others
+
+def test_a_step_of_another_run_is_refused(recipe, workdir, tmp_path, without_compiling):
+    assert fit(packed(recipe, epochs=3), tmp_path / "other")
+    shutil.copytree(tmp_path / "other/checkpoints/9", workdir / "checkpoints/9")
+    with pytest.raises(UserError, match="checkpoints/9 is of another run than .*recipe.json"):
+        fit(packed(recipe, epochs=3), workdir)
+
+
+def test_a_step_under_another_number_is_refused(recipe, workdir):
+    (workdir / "checkpoints/6").rename(workdir / "checkpoints/8")
+    with pytest.raises(UserError, match="checkpoints/8 was saved as step 6"):
+        fit(packed(recipe, epochs=3), workdir)
+
+
+def test_damaged_steps_ahead_do_not_push_out_intact_ones(recipe, workdir, without_compiling):
+    """A run that went back from 6 to 3 and keeps one step keeps 3 until 4 is whole, not the damaged 6."""
+    file = max((p for p in (workdir / "checkpoints/6/params").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    flip(file, 50)
+    with pytest.raises(RuntimeError):
+        fit(packed(recipe, **{"checkpoint.keep": 1, "checkpoint.every_steps": 2}), workdir, crash_at(6))
+    assert steps(workdir) == [3, 4, 6] and newest_intact_step(workdir)[0] == 4
+
+
+# ---- data and machine
+
+@pytest.mark.parametrize("key, sentence", [("data.train", "its samples have other text or images"),
+                                           ("data.validation", "data.validation. have other text or images")])
+def test_data_of_the_same_lengths_and_other_content_is_refused(recipe, tmp_path, without_compiling, monkeypatch, key, sentence):
+    files = {f"data.{name}": runs.write_data(tmp_path) / f"{name}.json" for name in ("train", "validation")}
+    monkeypatch.setattr(trainer, "judge", lambda *_: {})  # which would compile
+    assert fit(recipe(total_steps=3, **files), tmp_path / "run")
+    records = json.loads(files[key].read_text())
+    other = next(i for i, record in enumerate(records) if record["image"] != records[0]["image"])
+    records[0]["image"], records[other]["image"] = records[other]["image"], records[0]["image"]
+    files[key].write_text(json.dumps(records))
+    with pytest.raises(UserError, match=sentence):
+        fit(recipe(total_steps=6, **files), tmp_path / "run")
+    assert steps(tmp_path / "run") == [3]
+
+
+def test_another_arithmetic_is_told(recipe, workdir, without_compiling, capsys):
+    assert fit(packed(recipe), workdir) and fit(packed(recipe, epochs=3), workdir)
+    assert "roundings" not in capsys.readouterr().out
+    shutil.rmtree(workdir / "checkpoints/9")
+    with jax.default_matmul_precision("highest"):
+        assert fit(packed(recipe, epochs=3), workdir)
+    assert "warning: matmul precision was None and is highest now: the run goes on with other roundings" in capsys.readouterr().out
+
+
+# ---- the tokenizer of a recipe
+
+def test_of_a_tokenizer_its_files_are_taken_and_no_other(recipe, tmp_path):
+    """So that a run's own directory gives the same ids: by names that are found, with the settings that were read, and without a
+    preprocessor, by which images would be normalised."""
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    for name in ("tokenizer.model", "other.model", "tokenizer.json"):
+        shutil.copyfile(SAMPLE / "tokenizer.model", folder / name)
+    (folder / "tokenizer_config.json").write_text('{"legacy": false}')
+    (folder / "preprocessor_config.json").write_text('{"image_mean": [0, 0, 0], "image_std": [1, 1, 1]}')
+    names = {".": {"tokenizer.model", "tokenizer.json", "tokenizer_config.json"},
+             "tokenizer.model": {"tokenizer.model", "tokenizer_config.json"}, "other.model": {"tokenizer.model"}}
+    for name, expected in names.items():
+        checkpoint = setup.open_start(recipe(tokenizer=folder / name))
+        assert set(checkpoint.files) == expected
+        write_model(tmp_path / f"run of {name}", checkpoint)
+        own, asked = Tokenizer.load(tmp_path / f"run of {name}" / "model"), Tokenizer.load(folder / name)
+        assert own.is_legacy == asked.is_legacy == (name == "other.model")
+        assert own.encode("what is </s> shown") == asked.encode("what is </s> shown")
+        assert trainer.base.open_base(tmp_path / f"run of {name}").config == checkpoint.config
