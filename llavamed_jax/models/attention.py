@@ -93,9 +93,11 @@ def attention(q, k, v, mask: AttentionMask | None = None, backend: str = "xla"):
 def _xla(q, k, v, mask):
     B, T, N, H = q.shape
     K = k.shape[1]
-    q = q.reshape(B, T, K, N // K, H)
-    scores = jnp.einsum("BTKGH,BKSH->BKGTS", q, k, preferred_element_type=jnp.float32) * H**-0.5
+    # Heads stand before positions in both products: on a CPU the other order took twice as long, and four times with one query.
+    q = q.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
+    scores = jnp.einsum("BKGTH,BKSH->BKGTS", q, k, preferred_element_type=jnp.float32) * H**-0.5
     if mask is not None:
         scores = jnp.where(mask.dense()[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return jnp.einsum("BKGTS,BKSH->BTKGH", weights, v).reshape(B, T, N, H)
+    context = jnp.einsum("BKGTS,BKSH->BKGTH", weights, v)
+    return context.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
