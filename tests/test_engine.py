@@ -154,6 +154,25 @@ def test_an_image_is_run_once_for_all_its_questions(params, fresh):
     assert counts[0]["positions"] == 3 * (P + 4) + 9 * 3
 
 
+def test_the_tower_takes_images_of_waiting_requests_along(fresh):
+    engine, seen, batches = fresh(), [], []
+    pool = images(16)
+    requests = [Request([1] + IMG + [4, 5, 6], [image], 3) for image in pool]
+    expected = fresh(batch_size=1).generate(requests)
+    count_positions(engine)  # a copy of the programs, which other engines use too
+    encode = engine.programs._programs["encode"]
+
+    def counted(params, features, pixels, places):
+        batches.append(int((places < len(features)).sum()))
+        seen.extend(pixels[: batches[-1]])
+        return encode(params, features, pixels, places)
+
+    engine.programs._programs["encode"] = counted
+    assert engine.generate(requests) == expected
+    assert batches == [8, 8]  # four rows, and as many that wait
+    assert all((image == other).all() for image, other in zip(seen, pool, strict=True))
+
+
 def test_a_later_turn_runs_only_what_is_new(params, fresh):
     engine = fresh(batch_size=1)
     first = Request([1] + IMG + [5, 6, 7] * 20, images(1), 8)

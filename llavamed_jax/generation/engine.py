@@ -250,7 +250,8 @@ class Engine:
         images = features = None
         if any(keys):
             pixels = [image for job, part in zip(jobs, shown) for image in job.images[part]]
-            places = self._features.places(self.params, sum(keys, []), pixels)
+            soon = (pair for job in self._waiting for pair in zip(job.image_keys, job.images))
+            places = self._features.places(self.params, sum(keys, []), pixels, soon)
             images, features = np.zeros((B, power_of_two(max(map(len, keys)))), np.int32), self._features.array
             for b, row in enumerate(keys):
                 images[b, : len(row)] = [places[key] for key in row]

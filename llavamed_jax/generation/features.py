@@ -6,7 +6,8 @@ Axis letters: F places, P positions an image, D model width.
 from __future__ import annotations
 
 import collections
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -30,14 +31,21 @@ class Features:
         self._place_of: collections.OrderedDict[int, int] = collections.OrderedDict()  # image key -> place, oldest use first
         self.array = None
 
-    def places(self, params, keys: Sequence[int], images: Sequence[np.ndarray]) -> dict[int, int]:
-        """The place of each image, by its key; those that have none yet are encoded."""
+    def places(self, params, keys: Sequence[int], images: Sequence[np.ndarray],
+               soon: Iterable[tuple[int, np.ndarray]] = ()) -> dict[int, int]:
+        """The place of each image, by its key; those that have none yet are encoded. A batch that is not full takes images along
+        that are wanted soon, as (key, image)."""
         wanted = dict(zip(keys, images))
         if len(wanted) > self._places or self.array is None:
             self._places = max(self._places, 1 << (len(wanted) - 1).bit_length())
             self._place_of.clear()
             self.array = self._programs.empty_features(self._places)
         new = [key for key in wanted if key not in self._place_of]
+        if new:
+            room = min(-len(new) % self._batch, self._places - len(wanted))
+            along = {key: image for key, image in soon if key not in self._place_of and key not in wanted}
+            along = dict(itertools.islice(along.items(), room))
+            new, wanted = [*new, *along], wanted | along
         for key in wanted:
             if key in self._place_of:
                 self._place_of.move_to_end(key)

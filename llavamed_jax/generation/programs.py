@@ -235,10 +235,8 @@ class Programs:
             x = jax.lax.slice_in_dim(x, 0, min(size, x.shape[axis]), axis=axis)
             return jnp.pad(x, [(0, size - n if i == axis else 0) for i, n in enumerate(x.shape)], constant_values=value)
 
-        keys = jax.random.wrap_key_data(fit(jax.random.key_data(slots.sampling.keys), 0, rows))
-        sampling = jax.tree.map(lambda x: fit(x, 0, rows), slots.sampling.replace(keys=slots.token)).replace(keys=keys)
         return Slots(*(fit(x, 0, rows) for x in (slots.token, slots.position, slots.count, slots.limit)),
-                     fit(slots.is_done, 0, rows, True), sampling,
+                     fit(slots.is_done, 0, rows, True), jax.tree.map(lambda x: fit(x, 0, rows), slots.sampling),
                      jax.tree.map(lambda c: fit(fit(c, 0, rows), 2, length), slots.caches))
 
     def _release(self, is_done, rows):

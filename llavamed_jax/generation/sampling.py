@@ -1,7 +1,7 @@
 """From logits to the next token, each row with its own settings.
 
 The filters are those of transformers' `generate`, in its order: temperature, top-k, top-p. A row's randomness is its own
-(its key and its count of tokens), so it does not depend on what else is in the batch. Axis letters: B rows, V vocabulary.
+(its seed and its count of tokens), so it does not depend on what else is in the batch. Axis letters: B rows, V vocabulary.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ class Sampling:
       temperature: float32 [B]; 0 is greedy.
       top_k: int32 [B]; 0 keeps all.
       tail: float32 [B], the probability that top-p gives away, 1 - p; 0 keeps all.
-      keys: [B] random keys.
+      seeds: uint32 [B].
     """
 
     temperature: jax.Array
     top_k: jax.Array
     tail: jax.Array
-    keys: jax.Array
+    seeds: jax.Array
 
     @classmethod
     def of(cls, temperature: Sequence[float], top_k: Sequence[int], top_p: Sequence[float], seeds: Sequence[int]) -> "Sampling":
@@ -44,7 +44,7 @@ class Sampling:
             top_k=np.array([min(k, _ALL) for k in top_k], np.int32),
             # 1 - p is taken before rounding to float32, as transformers does: 1 - 0.9 in float32 is another number.
             tail=np.array([1 - p for p in top_p], np.float32),
-            keys=jax.vmap(jax.random.key)(np.array(seeds, np.uint32)))
+            seeds=np.array(seeds, np.uint32))
 
 
 def row_seeds(seed: int, rows: Sequence[Sequence[int]], images: Sequence[Sequence[np.ndarray]]) -> list[int]:
@@ -88,7 +88,7 @@ def next_token(logits, settings: Sampling, step):
 
 def _draw(logits, settings, step):
     order, warped = warp(logits, settings)
-    keys = jax.vmap(jax.random.fold_in)(settings.keys, step)
+    keys = jax.vmap(lambda seed, n: jax.random.fold_in(jax.random.key(seed), n))(settings.seeds, step)
     # The noise is an id's and not a rank's: of two logits that only rounding tells apart, another batch puts the other first.
     noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[-1:]))(keys)
     rank = jnp.argmax(warped + jnp.take_along_axis(noise, order, axis=-1), axis=-1)

@@ -110,9 +110,8 @@ class Serving:
                             is_leaf=lambda x: isinstance(x, NamedSharding))
 
     def _sampling(self, rows: int) -> Sampling:
-        keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows))
         return Sampling(self._array((rows,), jnp.float32), self._array((rows,), jnp.int32), self._array((rows,), jnp.float32),
-                        self._array((rows,), keys.dtype))
+                        self._array((rows,), jnp.uint32))
 
     def _prompts(self) -> Prompts:
         number = self._array((self.batch,), jnp.int32)
