@@ -101,6 +101,19 @@ def test_an_interrupt_shows_what_was_found_and_stops_the_rest(capsys, monkeypatc
     assert "h100-1    fits" in capsys.readouterr().out and "h100-4" not in asked
 
 
+def test_an_output_that_is_closed_is_one_sentence_and_the_file_is_written(tmp_path):
+    """As of `| head -1`."""
+    code = ("import sys, test_preflight_command as here; from llavamed_jax.cli import common; from llavamed_jax.preflight import report; "
+            f"sys.exit(common.run(lambda _: report.check(here.jobs('cpu-1'), here.some_fail({{}}), '{tmp_path}/found.json')))")
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "tests", stdout=writer, stderr=subprocess.PIPE, text=True,
+                          env={**os.environ, "PYTHONPATH": str(ROOT)})
+    os.close(writer)
+    assert done.returncode == 1 and done.stderr.splitlines()[-1] == "error: the output was closed before all of it was written"
+    assert "Traceback" not in done.stderr and json.loads((tmp_path / "found.json").read_text())[0]["topology"] == "cpu-1"
+
+
 def stand_in(tmp_path, monkeypatch, script):
     """A compiler's process that does as the shell is told."""
     file = tmp_path / "compiler"
