@@ -265,11 +265,21 @@ def test_wrong_training_command_lines(capsys, flags, status, sentence):
     (["--config", VQA_RAD, "--config.generation.num_beams=4"], "not those of beam search"),
     (["--config", VQA_RAD, "--config.generation.batch_size=0"], "generation.batch_size is 0"),
     (["--config", VQA_RAD, "--config.generation.max_new_tokens=none"], "generation.max_new_tokens is none"),
-    (["--config", f"{FINETUNE}:small"], "has no 'generation'")])
+    (["--config", f"{FINETUNE}:small"], "has no 'generation'"),
+    (["--config", VQA_RAD, "--checkpoint="], "--checkpoint is empty")])
 def test_wrong_evaluation_command_lines(capsys, flags, sentence):
-    assert evaluate([*flags, "--checkpoint", "preset:small", "--preflight", "cpu-1"]) == 2
+    assert evaluate(["--checkpoint", "preset:small", "--preflight", "cpu-1", *flags]) == 2
     error = capsys.readouterr().err
     assert sentence in error and error.count("\n") == 1
+
+
+def test_a_compiler_that_cannot_be_opened_names_the_versions(monkeypatch):
+    def fail(**_):
+        raise NotImplementedError("topology not implemented for cuda\nmore")
+    monkeypatch.setattr("llavamed_jax.preflight.topologies._is_installed", lambda name: True)
+    monkeypatch.setattr("jax.experimental.topologies.get_topology_desc", fail)
+    with pytest.raises(UserError, match=r"jax [\d.]+ \(NotImplementedError: topology not implemented for cuda\); pip install .* that fit$"):
+        Topology.parse("h100-8").devices()
 
 
 def test_a_name_that_is_given_twice_counts_once():
