@@ -201,9 +201,9 @@ class Topology:
         try:
             return topologies.get_topology_desc(**self._description()).devices
         except Exception as error:  # of a plugin of another version, of libtpu, of a library in C++ that is not there
-            said = next(iter(str(error).splitlines()), "")
-            raise UserError(f"what compiles for it cannot be opened by jax {jax.__version__} ({cut(f'{type(error).__name__}: {said}', 200)}); "
-                            f"{PIP} installs the versions that fit") from error
+            said = cut(f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}", 200)
+            raise UserError(f"what compiles for it cannot be opened by jax {jax.__version__} ({said}); {PIP} installs the versions that "
+                            "fit") from error
 
     def _description(self) -> dict[str, Any]:
         """The machine as jax's `get_topology_desc` takes it."""
