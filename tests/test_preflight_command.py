@@ -103,6 +103,19 @@ def test_an_interrupt_shows_what_was_found_and_stops_the_rest(capsys, monkeypatc
     assert "h100-1    fits" in capsys.readouterr().out and "h100-4" not in asked
 
 
+def test_an_output_that_is_closed_is_one_sentence_and_the_file_is_written(tmp_path):
+    """As of `| head -1`."""
+    code = ("import sys, test_preflight_command as here; from llavamed_jax.cli import common; from llavamed_jax.preflight import report; "
+            f"sys.exit(common.run(lambda _: report.check(here.jobs('cpu-1'), here.some_fail({{}}), '{tmp_path}/found.json')))")
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "tests", stdout=writer, stderr=subprocess.PIPE, text=True,
+                          env={**os.environ, "PYTHONPATH": str(ROOT)})
+    os.close(writer)
+    assert done.returncode == 1 and done.stderr.splitlines()[-1] == "error: the output was closed before all of it was written"
+    assert "Traceback" not in done.stderr and json.loads((tmp_path / "found.json").read_text())[0]["topology"] == "cpu-1"
+
+
 def stand_in(tmp_path, monkeypatch, script):
     """A compiler's process that does as the shell is told."""
     file = tmp_path / "compiler"
@@ -132,6 +145,16 @@ def test_a_compiler_that_is_stopped_leaves_no_process(tmp_path, monkeypatch):
     assert not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z"
     with pytest.raises(UserError, match="stopped before it began"):
         compiler(jobs("cpu-1")[0])
+
+
+def test_a_command_line_without_stdin_compiles(tmp_path):
+    """The child's end of the pipe takes no number of its own streams."""
+    code = ("import json, sys, test_preflight_command as here; from pathlib import Path; from _pytest.monkeypatch import MonkeyPatch\n"
+            f"here.stand_in(Path('{tmp_path}'), MonkeyPatch(), 'test \"$3\" -gt 2 || exit 9; cat; echo')\n"
+            "print(here.compile.Compiler()(here.jobs('cpu-1')[0])['topology'])")
+    done = subprocess.run(["sh", "-c", 'exec "$0" "$@" <&-', sys.executable, "-c", code], cwd=ROOT / "tests", capture_output=True,
+                          text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.stdout == "cpu-1\n", done.stderr
 
 
 def test_a_compiler_ends_with_the_process_that_asked_for_it():
@@ -254,11 +277,21 @@ def test_wrong_training_command_lines(capsys, flags, status, sentence):
     (["--config", VQA_RAD, "--config.generation.num_beams=4"], "not those of beam search"),
     (["--config", VQA_RAD, "--config.generation.batch_size=0"], "generation.batch_size is 0"),
     (["--config", VQA_RAD, "--config.generation.max_new_tokens=none"], "generation.max_new_tokens is none"),
-    (["--config", f"{FINETUNE}:small"], "has no 'generation'")])
+    (["--config", f"{FINETUNE}:small"], "has no 'generation'"),
+    (["--config", VQA_RAD, "--checkpoint="], "--checkpoint is empty")])
 def test_wrong_evaluation_command_lines(capsys, flags, sentence):
-    assert evaluate([*flags, "--checkpoint", "preset:small", "--preflight", "cpu-1"]) == 2
+    assert evaluate(["--checkpoint", "preset:small", "--preflight", "cpu-1", *flags]) == 2
     error = capsys.readouterr().err
     assert sentence in error and error.count("\n") == 1
+
+
+def test_a_compiler_that_cannot_be_opened_names_the_versions(monkeypatch):
+    def fail(**_):
+        raise NotImplementedError("topology not implemented for cuda\nmore")
+    monkeypatch.setattr("llavamed_jax.preflight.topologies._is_installed", lambda name: True)
+    monkeypatch.setattr("jax.experimental.topologies.get_topology_desc", fail)
+    with pytest.raises(UserError, match=r"jax [\d.]+ \(NotImplementedError: topology not implemented for cuda\); pip install .* that fit$"):
+        Topology.parse("h100-8").devices()
 
 
 def test_a_name_that_is_given_twice_counts_once():

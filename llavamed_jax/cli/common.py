@@ -48,6 +48,9 @@ def run(program: Callable[[list[str]], int | None], argv: Sequence[str] | None =
         status, said = 2 if isinstance(error, UsageError) else 1, str(error)
     except KeyboardInterrupt:
         status, said = 1, "interrupted"
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python complains once more when it ends
+        status, said = 1, "the output was closed before all of it was written"
     except Exception as error:
         if not processes.is_joined():
             raise

@@ -106,6 +106,8 @@ def _preflight(args: argparse.Namespace, cfg) -> int:
 def _check_flags(args: argparse.Namespace) -> None:
     """Refuses flags that are of another source than the one that is given."""
     common.check_preflight_flags(args)
+    if args.checkpoint == "":
+        raise UsageError("--checkpoint is empty; a checkpoint's directory, owner/name of a hub or preset:NAME was expected")
     if args.preflight is not None and args.checkpoint is None:
         raise UsageError("--preflight compiles a model's programs; it stands beside --checkpoint only")
     if args.preflight is None and (args.workdir is None) != (args.write_llava is not None):

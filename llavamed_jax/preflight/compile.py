@@ -9,6 +9,7 @@ that a compiler took is given back, and because what XLA warns of comes on its s
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import re
@@ -86,7 +87,7 @@ class Compiler:
 
     def _run(self, job: str, environment: Mapping[str, str]) -> tuple[int, str, str]:
         """Exit status, stdout and stderr of a process. It leads a group of its own, so that Ctrl-C on a terminal reaches this one alone."""
-        theirs, ours = os.pipe()
+        theirs, ours = _pipe()
         try:
             with self._lock:
                 if self._is_stopped:
@@ -107,6 +108,15 @@ class Compiler:
         finally:
             os.close(theirs)
             os.close(ours)
+
+
+def _pipe() -> list[int]:
+    """Both ends above 2: a command line that was started without stdin has the lowest numbers free, which a child's own streams take."""
+    ends = os.pipe()
+    high = [fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 3) for end in ends]
+    for end in ends:
+        os.close(end)
+    return high
 
 
 def _kill(group: int) -> None:

@@ -50,7 +50,7 @@ class Progress:
         """Moves the clock."""
         if self._bar is not None:
             with self._lock:
-                self._bar.set_postfix_str(" compiling " + ", ".join(self._now) if self._now else "")
+                self._bar.set_postfix_str("compiling " + ", ".join(self._now) if self._now else "")
 
     def close(self) -> None:
         if self._bar is not None:

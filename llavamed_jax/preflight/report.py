@@ -55,11 +55,11 @@ def check(jobs: Sequence[Mapping[str, Any]], compiled: Callable, json_file: str 
             pool.shutdown(cancel_futures=True)
             progress.close()
     found = [rows[i] for i in sorted(rows)]
-    if found:
-        print("\n".join([*tables(found), *remarks(found)]), flush=True)
     said = _reasons(jobs, failed) + ([f"interrupted when {len(rows)} of {len(jobs)} topologies were through"] if is_interrupted else [])
     if out is not None:
         said += out.finish(is_whole=not said)
+    if found:
+        print("\n".join([*tables(found), *remarks(found)]), flush=True)
     if said:
         is_usage = not is_interrupted and failed and all(isinstance(error, UsageError) for error in failed.values())
         raise (UsageError if is_usage else UserError)("; ".join(said))

@@ -12,8 +12,9 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from llavamed_jax.errors import UsageError, UserError, short
+from llavamed_jax.errors import UsageError, UserError, cut, short
 
 GPU_SHARE = 0.95  # of a GPU's memory, that entry points let JAX have (XLA_CLIENT_MEM_FRACTION)
 GPUS_A_HOST = 8
@@ -197,16 +198,26 @@ class Topology:
                 raise UserError(f"{self.name}: there are {len(found)} virtual CPU devices; "
                                 f"XLA_FLAGS=--xla_force_host_platform_device_count={self.count} was expected")
             return found[: self.count]
+        try:
+            return topologies.get_topology_desc(**self._description()).devices
+        except Exception as error:  # of a plugin of another version, of libtpu, of a library in C++ that is not there
+            said = cut(f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}", 200)
+            raise UserError(f"what compiles for it cannot be opened by jax {jax.__version__} ({said}); {PIP} installs the versions that "
+                            "fit") from error
+
+    def _description(self) -> dict[str, Any]:
+        """The machine as jax's `get_topology_desc` takes it."""
+        what = KINDS[self.kind]
         if isinstance(what, Gpu):
             hosts = max(1, self.count // GPUS_A_HOST)
-            return topologies.get_topology_desc("", "cuda", target_config=what.describe(),
-                                                topology=f"{hosts}x1x{self.count // hosts}").devices  # NVLink is within a host
+            return dict(topology_name="", platform="cuda", target_config=what.describe(),
+                        topology=f"{hosts}x1x{self.count // hosts}")  # NVLink is within a host
         grid, options = self.grid(), dict(what.options)
         if math.prod(grid) < 4:
             options["chips_per_host_bounds"] = grid + (1,) * (3 - len(grid))
         if self.slices > 1:
             options["num_slices"] = self.slices
-        return topologies.get_topology_desc(platform="tpu", topology_name=f"{what.name}:{'x'.join(map(str, grid))}", **options).devices
+        return dict(platform="tpu", topology_name=f"{what.name}:{'x'.join(map(str, grid))}", **options)
 
 
 def _is_installed(name: str) -> bool:
