@@ -136,6 +136,12 @@ def test_every_gpu_has_a_peak():
     assert {kind.name for kind in KINDS.values() if hasattr(kind, "capability")} <= set(PEAK_FLOPS)
 
 
+@pytest.mark.parametrize("name, number", [
+    ("v5e-1", 1), ("v5e-64", 4), ("v5p-8", 4), ("v5p-16", 4), ("h100-2", 2), ("h100-16", 8), ("cpu-8", 8)])
+def test_devices_of_a_host(name, number):
+    assert Topology.parse(name).host_devices == number
+
+
 def test_larger_machines():
     larger = [Topology.parse(name).larger().name for name in ("v5e-1", "v5p-2", "h100-1", "a100-40g-8")]
     assert larger == ["v5e-4", "v5p-8", "h100-2", "a100-40g-16"]
@@ -273,19 +279,22 @@ def test_the_engines_programs_are_compiled_from_shapes():
     assert found["decode"][0].peak < weights + 2 * cache + 2**20
 
 
-@pytest.mark.parametrize("parameters, cache, changes", [(20, 60, {"generation.batch_size": 4}), (60, 4, {"--mesh": "tp=2"})])
-def test_ways_out_of_an_evaluation(parameters, cache, changes):
-    """Fewer rows where the weights fit, the model over more devices where they do not."""
+@pytest.mark.parametrize("name, parameters, cache, ways", [
+    ("h100-2", 20, 60, [{"generation.batch_size": 4}, {"--mesh": "data=-1,tp=2"}]),
+    ("h100-2", 60, 4, [{"--mesh": "tp=2"}, {"--mesh": "data=-1,tp=2"}]),
+    ("h100-8", 60, 4, [{"--mesh": "data=-1,tp=2"}]), ("h100-1", 100, 4, [{"--mesh": "tp=4"}]), ("v5e-64", 100, 4, [{"--mesh": "tp=4"}]),
+    ("h100-16", 200, 100, [{"--mesh": "tp=8"}]), ("h100-16", 400, 4, []), ("v5e-16", 200, 4, [])])
+def test_ways_out_of_an_evaluation(name, parameters, cache, ways):
+    """Fewer rows where the weights fit, the model over more devices of a host where they do not; more hosts are no help."""
     def machine(asked):
         rows = asked["config"]["generation"]["batch_size"]
-        spread = int((asked["mesh"] or "tp=1").removeprefix("tp="))
+        spread = int((asked["mesh"] or "tp=1").rpartition("tp=")[2])
         found = row((parameters + cache * rows / 16) / spread, topology=asked["topology"], rows=rows)
         found["bytes"].update(parameters=parameters * GIB, optimizer=0, cache=cache * rows / 16 * GIB)
         return found
-    asked = dict(topology="h100-2", slices=1, checkpoint="preset:v15-7b", mesh=None, dtype="bfloat16",
+    asked = dict(topology=name, slices=1, checkpoint="preset:v15-7b", mesh=None, dtype="bfloat16",
                  config=dict(generation=dict(batch_size=16, max_new_tokens=1024)))
-    ways = search.what_fits(asked, machine(asked), machine)
-    assert [way["changes"] for way in ways if way["topology"] == "h100-2"] == [changes]
+    assert [way["changes"] for way in search.what_fits(asked, machine(asked), machine)] == ways
 
 
 def test_an_evaluation_has_one_way_in():

@@ -35,21 +35,20 @@ def what_fits(job: Job, row: Row, compiled: Callable[[Job], Row]) -> list[dict[s
     found = _serving_way(job, row, fitting) if "checkpoint" in job else _training_way(job, row, fitting)
     topology = Topology.parse(job["topology"], job["slices"])
     for doubled in range(1, LARGER + 1):
-        topology = topology.larger()
-        if topology is None:
+        smaller, topology = topology, topology.larger()
+        if topology is None or "checkpoint" in job and topology.host_devices == smaller.host_devices:
             break
         # What is spread over the devices halves with each doubling; what is not never fits.
         if _least(row, {}) / 2**doubled > row["memory_bytes"]:
             continue
         larger = {**job, "topology": topology.name}
-        if "checkpoint" in job:  # which lies on one device if not told otherwise
-            changes = {"--mesh": f"tp={topology.num_devices}"}
-            larger["mesh"] = changes["--mesh"]
+        if "checkpoint" in job:
+            found += (ways := _over_a_host(larger, row, fitting))
         else:
             changes = _wider(job["config"]["mesh"], topology.num_devices)
-            larger["config"] = changed(job["config"], changes)
-        if tried := fitting(larger):
-            found.append(_way(tried, changes))
+            ways = [_way(tried, changes)] if (tried := fitting({**larger, "config": changed(job["config"], changes)})) else []
+            found += ways
+        if ways:
             break
     return found
 
@@ -64,8 +63,8 @@ def _training_way(job: Job, row: Row, fitting: Try) -> list[dict[str, Any]]:
 
 
 def _serving_way(job: Job, row: Row, fitting: Try) -> list[dict[str, Any]]:
-    """Fewer rows, where the weights fit; else the model over the devices that are there."""
-    number, held = Topology.parse(job["topology"], job["slices"]).num_devices, row["bytes"]
+    """Fewer rows, where the weights fit; else the model over several devices of a host."""
+    held = row["bytes"]
     rows = job["config"]["generation"]["batch_size"]
     while rows > 1 and held["parameters"] < row["memory_bytes"]:
         rows //= 2
@@ -73,9 +72,18 @@ def _serving_way(job: Job, row: Row, fitting: Try) -> list[dict[str, Any]]:
             changes = {"generation.batch_size": rows}
             if tried := fitting({**job, "config": changed(job["config"], changes)}):
                 return [_way(tried, changes)]
-    if job["mesh"] is None and number > 1:
-        if tried := fitting({**job, "mesh": f"tp={number}"}):
-            return [_way(tried, {"--mesh": f"tp={number}"})]
+    return _over_a_host(job, row, fitting)
+
+
+def _over_a_host(job: Job, row: Row, fitting: Try) -> list[dict[str, Any]]:
+    """The least tensor parallelism that does it, where the model lies on one device: each process of an evaluation has a model of its own
+    on its devices, so that more hosts are no help."""
+    there, held = Topology.parse(job["topology"], job["slices"]).host_devices, row["bytes"]
+    for tp in (2**i for i in range(1, there.bit_length())):
+        if job["mesh"] is None and there % tp == 0 and (held["parameters"] + held["cache"]) / tp <= row["memory_bytes"]:
+            mesh = f"tp={tp}" if tp == there else f"data=-1,tp={tp}"
+            if tried := fitting({**job, "mesh": mesh}):
+                return [_way(tried, {"--mesh": mesh})]
     return []
 
 

@@ -18,6 +18,7 @@ from llavamed_jax.errors import UsageError, UserError, cut, short
 
 GPU_SHARE = 0.95  # of a GPU's memory, that entry points let JAX have (XLA_CLIENT_MEM_FRACTION)
 GPUS_A_HOST = 8
+TPUS_A_HOST = 4  # as libtpu has it in its topologies
 MOST_DEVICES, MOST_CPUS = 8192, 256  # that are compiled for; of virtual CPUs each is a thread or more
 PIP = 'pip install "llavamed-jax[preflight]"'
 
@@ -141,6 +142,12 @@ class Topology:
         """JAX devices; a v4 or v5p chip of two cores is one."""
         what = KINDS[self.kind]
         return self.slices * self.count // (what.counted if isinstance(what, Tpu) else 1)
+
+    @property
+    def host_devices(self) -> int:
+        """JAX devices of one host, which are those of a process."""
+        most = {Gpu: GPUS_A_HOST, Tpu: TPUS_A_HOST}.get(type(KINDS[self.kind]), self.num_devices)
+        return min(self.num_devices // self.slices, most)
 
     @property
     def platform(self) -> str:
