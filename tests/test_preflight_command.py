@@ -35,6 +35,7 @@ def row(topology, peak=30, **changes):
 
 def jobs(*names):
     config = dict(micro_batches=2, batch_size=128, remat="full", optimizer=dict(mu_dtype="float32"),
+                  mesh=dict(data=1, fsdp=-1, tp=1, auto=False),
                   data=dict(packing=True, row_length=8192))
     return [dict(topology=name, slices=1, config=config) for name in names]
 
