@@ -14,16 +14,15 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 TOPOLOGIES = "a100-40g-8,a100-80g-8,h100-8,h200-1,v5e-64,v5p-8,v6e-8"
-ALONE = "l4-1,a100-40g-1,h100-1,v5p-2,v6e-1"
 EVAL = ["eval.py", "--config", "configs/eval/vqa_rad.py", "--checkpoint"]
-# name: title, command, topologies
+# name: title, command
 CASES = {
-    "finetune_v15_7b": ("full fine-tuning, 7B (v1.5)", ["train.py", "--config", "configs/finetune.py:v15,7b"], TOPOLOGIES),
-    "finetune_v1_13b": ("full fine-tuning, 13B (v1.0)", ["train.py", "--config", "configs/finetune.py:v1,13b"], TOPOLOGIES),
-    "pretrain_v15_7b": ("stage 1, 7B", ["train.py", "--config", "configs/pretrain.py:v15,7b"], TOPOLOGIES),
-    "pretrain_v1_13b": ("stage 1, 13B", ["train.py", "--config", "configs/pretrain.py:v1,13b"], TOPOLOGIES),
-    "eval_v15_7b": ("inference, bfloat16, 7B", [*EVAL, "preset:v15-7b"], ALONE),
-    "eval_v1_13b": ("inference, bfloat16, 13B", [*EVAL, "preset:v1-13b"], ALONE),
+    "finetune_v15_7b": ("full fine-tuning, 7B (v1.5)", ["train.py", "--config", "configs/finetune.py:v15,7b"]),
+    "finetune_v1_13b": ("full fine-tuning, 13B (v1.0)", ["train.py", "--config", "configs/finetune.py:v1,13b"]),
+    "pretrain_v15_7b": ("stage 1, 7B", ["train.py", "--config", "configs/pretrain.py:v15,7b"]),
+    "pretrain_v1_13b": ("stage 1, 13B", ["train.py", "--config", "configs/pretrain.py:v1,13b"]),
+    "eval_v15_7b": ("inference, bfloat16, 7B", [*EVAL, "preset:v15-7b"]),
+    "eval_v1_13b": ("inference, bfloat16, 13B", [*EVAL, "preset:v1-13b"]),
 }
 GIB = 2**30
 
@@ -70,13 +69,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", default=ROOT / "benchmarks/results/preflight", type=Path, metavar="DIR")
     parser.add_argument("--cases", default=",".join(CASES), metavar="A,B", help=f"of {', '.join(CASES)}")
-    parser.add_argument("--topologies", metavar="X,Y", help="in place of each case's own; nothing to compile none")
+    parser.add_argument("--topologies", metavar="X,Y", help=f"default {TOPOLOGIES}; nothing to compile none")
     args = parser.parse_args()
     found = {}
     for name in args.cases.split(","):
-        _, command, topologies = CASES[name]
-        asked = topologies if args.topologies is None else args.topologies
-        found[name] = measure(command, [topology for topology in asked.split(",") if topology], args.out / f"{name}.json")
+        asked = TOPOLOGIES if args.topologies is None else args.topologies
+        found[name] = measure(CASES[name][1], [topology for topology in asked.split(",") if topology], args.out / f"{name}.json")
     print(table({name: rows for name, rows in found.items() if rows}))
 
 
