@@ -3,6 +3,8 @@
 B batch, T positions, N query heads, K key/value heads, H head width.
 """
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -35,6 +37,13 @@ def test_rows_of_any_length(T):
     q, k, v = draw(T)
     wanted = written_out(q, k, v, None, None, None)
     np.testing.assert_allclose(jax.jit(flash)(q, k, v), wanted, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("T, padded", [(1, 16), (16, 16), (40, 64), (130, 256)])
+def test_tiles_are_of_a_size_that_matrix_units_take(T, padded):
+    program = jax.make_jaxpr(lambda q, k, v: flash(q, k, v))(*draw(T))
+    shapes = re.findall(r"f32\[2,(\d+),4,8\] \w+:f32\[2,4,(\d+)\] = pallas_call", str(program))
+    assert shapes == [(str(padded), str(padded))]
 
 
 def blocks(T, *borders):

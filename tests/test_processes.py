@@ -10,6 +10,7 @@ from argparse import Namespace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
+import jax  # noqa: F401  as in a program that has begun
 import pytest
 
 from llavamed_jax.cli import clusters, parent, processes
@@ -45,6 +46,7 @@ def test_flags_name_a_place():
     (flags("host", 2, 0), "'host'; HOST:PORT was expected"),
     (flags("host:1", 2, 2), "--process_id is 2 of --num_processes 2"),
     (flags("host:1", 0, 0), "--process_id is 0 of --num_processes 0"),
+    (flags("host:1", 1, 1), "--process_id is 1 of --num_processes 1"),
 ])
 def test_flags_that_do_not_fit_are_named(given, message):
     with pytest.raises(UsageError, match=message):
@@ -196,6 +198,7 @@ def test_a_child_does_not_outlive_its_parent():
 
 @pytest.mark.parametrize("words, wanted", [
     (LOST, "process 1 has ended or cannot be reached, so process 0 ends too; what it had saved"),
+    (LOST.replace("\n1\n", "\n1,3\n"), "process 1, 3 has ended or cannot be reached"),
     (NO_COORDINATOR, "process 0 has ended or cannot be reached, so process 0 ends too"),
     (NOT_ALL_CAME, "process 0 of 2 waited for the others at host:1, and they did not all come; each has to be started"),
     (TWICE, "two processes were started with one --process_id"),
@@ -217,6 +220,27 @@ def test_words_that_end_nothing_are_let_go():
     os.close(source[1])
     relay.join(5)
     assert not relay.is_alive() and not relay.held
+
+
+def test_words_that_come_in_pieces_are_held_whole():
+    source, target = os.pipe(), os.pipe()
+    relay = parent.Relay(source[0], target[1])
+    relay.start()
+    words = (RUNTIME % LOST).encode()
+    os.write(source[1], b"before\n" + words[:30])
+    assert os.read(target[0], 1000) == b"before\n"
+    time.sleep(0.1)
+    os.write(source[1], words[30:])
+    os.close(source[1])
+    relay.join(5)
+    assert relay.held == words
+
+
+def test_a_program_that_has_begun_is_not_forked(monkeypatch):
+    """jax is here, whose threads a fork would lose."""
+    monkeypatch.setattr(parent.os, "fork", lambda: pytest.fail("forked"))
+    assert "jax" in sys.modules
+    parent.stay_behind(Place("host:1", 2, 1))
 
 
 # --- what is handed over ---
