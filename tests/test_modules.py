@@ -11,11 +11,12 @@ import transformers
 
 from llavamed_jax.config import LlavaConfig, VisionConfig, preset
 from llavamed_jax.errors import UserError
-from llavamed_jax.models import layers, llava
+from llavamed_jax.models import decoder, layers, llava
 from llavamed_jax.models.attention import AttentionMask, attention
 from llavamed_jax.models.decoder import Decoder
 from llavamed_jax.models.projector import Projector
 from llavamed_jax.models.vit import VisionTower
+from llavamed_jax.parallel.mesh import make_mesh
 
 torch = hf.torch
 
@@ -244,3 +245,17 @@ def test_stack_puts_layers_in_their_order():
     shapes = lambda tree: jax.tree.map(lambda x: tuple(x.shape), tree)
     assert shapes(llava.abstract_params(cfg)) == shapes(params)
     assert shapes(llava.abstract_params(cfg, scan=True)) == shapes(llava.stack(params))
+
+
+@pytest.mark.parametrize("mesh", [None, "data=2,fsdp=2,tp=2"])
+def test_the_gradient_of_a_row_that_is_looked_up_often_is_its_count(mesh):
+    """In bfloat16 a sum of ones stays at 256; on a mesh each device sums its own rows of the batch for its part of the table."""
+    ids = jnp.asarray(np.random.default_rng(0).choice(16, (8, 600), p=np.r_[0.5, 1 / 30 * np.ones(15)]), jnp.int32)
+    table = jnp.zeros((16, 4), jnp.float32)
+    work = jax.jit(jax.grad(lambda table: jnp.sum(decoder._lookup(jnp.bfloat16, table, ids).astype(jnp.float32))))
+    if mesh is None:
+        found = work(table)
+    else:
+        with jax.set_mesh(make_mesh(mesh)):
+            found = work(table)
+    assert found.dtype == jnp.float32 and np.array_equal(found, np.bincount(ids.ravel(), minlength=16)[:, None].repeat(4, 1))
