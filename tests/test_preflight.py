@@ -139,7 +139,8 @@ def test_every_gpu_has_a_peak():
 @pytest.mark.parametrize("name, number", [
     ("v5e-1", 1), ("v5e-64", 4), ("v5p-8", 4), ("v5p-16", 4), ("h100-2", 2), ("h100-16", 8), ("cpu-8", 8)])
 def test_devices_of_a_host(name, number):
-    assert Topology.parse(name).host_devices == number
+    machine = Topology.parse(name)
+    assert machine.host_devices == machine.host().num_devices == number and machine.host().host() == machine.host()
 
 
 def test_larger_machines():

@@ -161,9 +161,13 @@ def check_model(job: Mapping[str, Any]) -> None:
 def run(job: Mapping[str, Any]) -> dict[str, Any]:
     """Compiles a job's program for devices that are not here; returns a row of preflight's JSON (INTERFACE.md)."""
     topology = Topology.parse(job["topology"], job["slices"])
-    devices = topology.devices()
-    found = train(ConfigDict(job["config"]), topology, devices) if "checkpoint" not in job else serve(job, topology, devices)
-    return {"topology": topology.name, "devices": len(devices), "device_kind": devices[0].device_kind,
+    if "checkpoint" in job:  # each process of an evaluation has a model of its own on its devices
+        devices = topology.host().devices()
+        found = serve(job, topology, devices)
+    else:
+        devices = topology.devices()
+        found = train(ConfigDict(job["config"]), topology, devices)
+    return {"topology": topology.name, "devices": topology.num_devices, "device_kind": devices[0].device_kind,
             "memory_bytes": topology.memory, **found, "fits": found["bytes"]["peak"] <= topology.memory}
 
 

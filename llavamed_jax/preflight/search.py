@@ -76,13 +76,13 @@ def _serving_way(job: Job, row: Row, fitting: Try) -> list[dict[str, Any]]:
 
 
 def _over_a_host(job: Job, row: Row, fitting: Try) -> list[dict[str, Any]]:
-    """The least tensor parallelism that does it, where the model lies on one device: each process of an evaluation has a model of its own
-    on its devices, so that more hosts are no help."""
+    """The least tensor parallelism that does it: each process of an evaluation has a model of its own on its devices, so that more hosts
+    are no help."""
     there, held = Topology.parse(job["topology"], job["slices"]).host_devices, row["bytes"]
     for tp in (2**i for i in range(1, there.bit_length())):
-        if job["mesh"] is None and there % tp == 0 and (held["parameters"] + held["cache"]) / tp <= row["memory_bytes"]:
+        if there % tp == 0 and (held["parameters"] + held["cache"]) / tp <= row["memory_bytes"]:
             mesh = f"tp={tp}" if tp == there else f"data=-1,tp={tp}"
-            if tried := fitting({**job, "mesh": mesh}):
+            if mesh != job["mesh"] and (tried := fitting({**job, "mesh": mesh})):
                 return [_way(tried, {"--mesh": mesh})]
     return []
 

@@ -46,7 +46,6 @@ class Serving:
     @classmethod
     def of(cls, config: LlavaConfig, devices: Sequence[jax.Device], mesh: str | None, dtype: str, rows: int, new_tokens: int) -> Serving:
         """`mesh` as `--mesh` has it, over one process's devices; None is the first device, as in an evaluation."""
-        devices = [device for device in devices if device.process_index == devices[0].process_index]
         laid = make_mesh(mesh, devices) if mesh else make_mesh(None, devices[:1])
         check_heads(config, laid)
         shards = laid.shape["data"] * laid.shape["fsdp"]

@@ -149,6 +149,10 @@ class Topology:
         most = {Gpu: GPUS_A_HOST, Tpu: TPUS_A_HOST}.get(type(KINDS[self.kind]), self.num_devices)
         return min(self.num_devices // self.slices, most)
 
+    def host(self) -> Topology:
+        """One host of it, as a machine of its own."""
+        return Topology(self.kind, self.count * self.host_devices * self.slices // self.num_devices)
+
     @property
     def platform(self) -> str:
         return {Gpu: "gpu", Tpu: "tpu"}.get(type(KINDS[self.kind]), "cpu")
