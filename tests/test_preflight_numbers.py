@@ -244,6 +244,19 @@ def test_changes_are_the_mildest_first():
     assert list(search.training_changes(done, row(50))) == []
 
 
+@pytest.mark.parametrize("slices, parameters, way", [
+    (1, 60, {"mesh.data": 1, "mesh.fsdp": -1}), (2, 60, {"mesh.data": 2, "mesh.fsdp": -1}), (1, 400, None)])
+def test_what_lies_whole_on_each_device_may_be_spread(slices, parameters, way):
+    """Over all eight, or over the four of each slice; 400 GiB are too much for eight of 40."""
+    def compiled(asked):
+        spread = 8 // asked["config"]["mesh"]["data"] if asked["config"]["mesh"]["fsdp"] == -1 else 1
+        return row(parameters / spread + 5, topology=asked["topology"])
+    asked = {**job(mesh=dict(data=-1, fsdp=1, tp=1, auto=False, slices=slices)), "topology": "v5e-8", "slices": 1}
+    found = {**row(parameters + 5, topology="v5e-8"), "mesh": dict(data=8, fsdp=1, tp=1)}
+    found["bytes"].update(parameters=parameters * GIB, optimizer=0)
+    assert [each["changes"] for each in search.what_fits(asked, found, compiled) if each["topology"] == "v5e-8"] == ([way] if way else [])
+
+
 @pytest.mark.parametrize("optimizer, is_tried", [(39, True), (41, False)])
 def test_a_first_moment_in_half_the_width_saves_a_quarter_of_the_optimizer(optimizer, is_tried):
     """10 + 39 * 3 / 4 is within 40, 10 + 41 * 3 / 4 is not."""

@@ -97,6 +97,8 @@ def _wider(mesh: Mapping[str, Any], number: int) -> dict[str, Any]:
 def training_changes(config: Mapping[str, Any], row: Row) -> Iterator[dict[str, Any]]:
     """Values of keys that take less memory, the mildest first: what costs speed alone before what changes numbers."""
     mesh = row["mesh"]
+    if mesh["fsdp"] == 1 < mesh["data"] and not config["mesh"]["auto"]:
+        yield {"mesh.data": config["mesh"]["slices"], "mesh.fsdp": -1}
     micro_batches = config["micro_batches"]
     most = row["rows"] // (mesh["data"] * mesh["fsdp"])  # a row of a device at a time
     while most > 1 and config["batch_size"] % most:
@@ -130,9 +132,9 @@ def changed(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, 
 
 def _least(row: Row, changes: Mapping[str, Any]) -> float:
     """Bytes without which no update runs, whatever it keeps for the backward pass."""
-    held = row["bytes"]
+    held, mesh = row["bytes"], row["mesh"]
     saved = held["optimizer"] / 4 if changes.get("optimizer.mu_dtype") == "bfloat16" else 0
-    return held["parameters"] + held["optimizer"] - saved
+    return (held["parameters"] + held["optimizer"] - saved) / (mesh["data"] // changes.get("mesh.data", mesh["data"]))
 
 
 def _fewer(job: Job, row: Row, changes: dict[str, Any], tried: Row, fitting: Try) -> tuple[dict[str, Any], Row]:
