@@ -29,7 +29,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
 }
 
 # From so many TPUs on fsdp on, gradients are summed in two stages, the last of them over so many devices.
-FIRST_STAGED, STAGE = 64, 4
+FIRST_STAGED, STAGE = 32, 4
 
 
 def make_mesh(spec: str | Mapping[str, int] | None = None, devices: Sequence[jax.Device] | None = None, slices: int = 1) -> Mesh:
