@@ -188,7 +188,8 @@ def test_memory_is_what_jax_may_have_of_the_devices_here():
 
 
 @pytest.mark.parametrize("kind, shape, finer", [
-    ("TPU v5 lite", (1, 64, 1), (1, 16, 4, 1)), ("TPU v5", (2, 128, 2), (2, 32, 4, 2)), ("TPU v5 lite", (1, 32, 1), (1, 8, 4, 1)), ("TPU v5 lite", (1, 16, 1), None),
+    ("TPU v5 lite", (1, 64, 1), (1, 16, 4, 1)), ("TPU v5", (2, 128, 2), (2, 32, 4, 2)),
+    ("TPU v5 lite", (1, 32, 1), (1, 8, 4, 1)), ("TPU v5 lite", (1, 16, 1), None),
     ("NVIDIA H200", (1, 64, 1), None), ("TPU v5 lite", (1, 66, 1), None)])
 def test_gradients_of_many_tpus_are_summed_in_two_stages(monkeypatch, kind, shape, finer):
     """Laid as the weight, then as parts of groups of four whose members have the same part; elsewhere the first alone."""
