@@ -1,13 +1,12 @@
 """A checkpoint moves between meshes: what eight devices saved is, in bits, what two or one get back."""
 
-from types import SimpleNamespace
-
 import jax
 import numpy as np
 import pytest
 from training_runs import ROOT
 
 from llavamed_jax.checkpoints import store
+from llavamed_jax.checkpoints.base import open_base
 from llavamed_jax.checkpoints.load import random_checkpoint
 from llavamed_jax.cli.common import load_config
 from llavamed_jax.config import DecoderConfig, LlavaConfig, VisionConfig
@@ -16,6 +15,7 @@ from llavamed_jax.training import setup, trainer
 from llavamed_jax.training.late import Progress
 
 CFG = LlavaConfig(VisionConfig(16, 32, 2, 2, 16, 8), DecoderConfig(64, 32, 48, 3, 4, 2, 8, 1e-5, 1e4, 128, architecture="mistral"))
+META = {"data": {"position": 7}, "progress": vars(Progress(updates_skipped=1)), "seed": 0}
 
 
 def program_on(spec: str, number: int, checkpoint) -> setup.Program:
@@ -38,19 +38,17 @@ def saved(tmp_path_factory):
     assert any(len(x.sharding.device_set) == 8 and not x.is_fully_replicated for x in jax.tree.leaves(state.opt_state))
     store.write_model(workdir, checkpoint, without=program.trained_names())
     with store.StepWriter(workdir) as writer:
-        meta = {"data": {"position": 7}, "progress": vars(Progress(updates_skipped=1)), "seed": 0}
-        writer.save(5, setup.to_disk(state.trainable), state.opt_state, meta)
+        writer.save(5, setup.to_disk(state.trainable), state.opt_state, META)
     return workdir, checkpoint, state
 
 
 @pytest.mark.parametrize("spec, number", [("fsdp=8", 8), ("fsdp=2", 2), ("tp=2", 2), ("data=2", 2), ("data=1", 1)])
 def test_eight_devices_state_is_the_same_on_others(saved, spec, number):
     workdir, checkpoint, wanted = saved
-    program, positions = program_on(spec, number, checkpoint), []
-    loader = SimpleNamespace(restore=positions.append)
-    found, progress = trainer._restore(workdir, 5, program.initial_state(checkpoint), program, loader)
-    assert positions == [{"position": 7}] and (int(found.step), int(found.skipped), progress.updates_skipped) == (5, 1, 1)
-    for part in ("trainable", "opt_state"):
+    program = program_on(spec, number, checkpoint)
+    found, progress = trainer._restore(workdir, 5, open_base(workdir), program, META)
+    assert (int(found.step), int(found.skipped), progress.updates_skipped) == (5, 1, 1)
+    for part in ("trainable", "frozen", "opt_state"):
         ours, theirs = getattr(found, part), getattr(wanted, part)
         assert jax.tree.structure(ours) == jax.tree.structure(theirs)
         for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
