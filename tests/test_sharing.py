@@ -125,7 +125,8 @@ def test_a_process_that_fails_says_why_to_all(tmp_path):
     (first, _, said), (second, _, said_there) = ends(two("tests.fake_eval", "0.05", "1", "--", *DEMO, "--workdir", str(tmp_path)))
     assert (first, second) == (1, 1) and time.monotonic() - begun < 120  # the start of both, on a busy machine, included
     assert re.fullmatch(rf"error: (the model is tired; \d+ answers are kept in {tmp_path})\n", said_there)
-    assert said.splitlines()[-1] == f"error: process 1 failed: {said_there.removeprefix('error: ').strip()}"
+    # Who started the first process says it, and a line of its progress may still be under way.
+    assert f"error: process 1 failed: {said_there.removeprefix('error: ').strip()}" in said.splitlines()
 
 
 def test_a_signal_to_one_stops_both(tmp_path):
