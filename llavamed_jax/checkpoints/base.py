@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from llavamed_jax.checkpoints.files import read_json, write_json
+from llavamed_jax.checkpoints.files import read_json, sha256_of, write_json
 from llavamed_jax.checkpoints.reader import Checkpoint, text_files, tree_config
 from llavamed_jax.checkpoints.torch_files import Tensor, read_safetensors
 from llavamed_jax.checkpoints.writer import Progress, write_safetensors
@@ -55,7 +55,7 @@ def open_base(root: Path) -> Checkpoint:
 def fingerprints(root: Path) -> dict[str, str]:
     """sha256 by name of what a step stands on: the manifest of the base, through which its tensors, and the files of `model/`."""
     files = [root / "base" / MANIFEST, root / "model" / "config.json", *text_files(root / "model").values()]
-    return {file.relative_to(root).as_posix(): _sha256_of(file) for file in files if file.is_file()}
+    return {file.relative_to(root).as_posix(): sha256_of(file) for file in files if file.is_file()}
 
 
 def check_fingerprints(root: Path, wanted: Mapping[str, str], part: str = "") -> None:
@@ -95,8 +95,3 @@ def _held(directory: Path, name: str, tensor: Tensor, sha256: str | None) -> Ten
 
 def _sha256(array: np.ndarray) -> str:
     return hashlib.sha256(array.reshape(-1).view(np.uint8)).hexdigest()
-
-
-def _sha256_of(file: Path) -> str:
-    with open(file, "rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()

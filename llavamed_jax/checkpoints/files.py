@@ -1,10 +1,11 @@
-"""JSON files, and directories that appear when they are complete."""
+"""JSON files, sha256 of files, and directories that appear when they are complete."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -42,6 +43,11 @@ def parse_json(text: str, name: str) -> Any:
 
 def write_json(file: Path, value: dict) -> None:
     file.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def sha256_of(file: Path) -> str:
+    with open(file, "rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 @contextlib.contextmanager

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import logging
 import os
 import re
@@ -34,7 +33,7 @@ from orbax.checkpoint._src import asyncio_utils  # nothing public reaches its ev
 
 from llavamed_jax.checkpoints import names
 from llavamed_jax.checkpoints.base import MANIFEST, check_fingerprints, read_base, write_base
-from llavamed_jax.checkpoints.files import new_directory, read_json, write_json
+from llavamed_jax.checkpoints.files import new_directory, read_json, sha256_of, write_json
 from llavamed_jax.checkpoints.layouts import match
 from llavamed_jax.checkpoints.load import flatten, nest
 from llavamed_jax.checkpoints.reader import Checkpoint, text_files, tree_config, tree_root
@@ -316,11 +315,8 @@ def _files(directory: Path) -> list[str]:
 
 
 def _hashes(directory: Path, files: list[str]) -> dict[str, str]:
-    def sha256(file):
-        with open(directory / file, "rb") as handle:
-            return hashlib.file_digest(handle, "sha256").hexdigest()
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:  # hashlib lets go of the interpreter lock
-        return dict(zip(files, threads.map(sha256, files)))
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:  # hashing lets go of the interpreter lock
+        return dict(zip(files, threads.map(lambda file: sha256_of(directory / file), files)))
 
 
 def _write_manifest(directory: Path) -> None:

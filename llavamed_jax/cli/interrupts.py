@@ -8,7 +8,9 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+
+_NUMBERS = (signal.SIGINT, signal.SIGTERM)
 
 
 @contextlib.contextmanager
@@ -21,25 +23,27 @@ def ending_on_interrupt() -> Iterator[None]:
         os.write(2, b"error: interrupted before the run had begun\n")
         os._exit(1)
 
-    earlier = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with _heard_by(end):
         yield
-    finally:
-        for number, handler in earlier.items():
-            signal.signal(number, handler)
 
 
 @contextlib.contextmanager
 def raising_on_interrupt() -> Iterator[None]:
     """The first of either is a KeyboardInterrupt, for whoever waits and has something to put in order; the next ones are not heard."""
     def interrupt(*_):
-        for number in earlier:
+        for number in _NUMBERS:
             signal.signal(number, signal.SIG_IGN)
         raise KeyboardInterrupt
 
-    earlier = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    with _heard_by(interrupt):
+        yield
+
+
+@contextlib.contextmanager
+def _heard_by(handler: Callable[..., None]) -> Iterator[None]:
+    earlier = {number: signal.signal(number, handler) for number in _NUMBERS}
     try:
         yield
     finally:
-        for number, handler in earlier.items():
-            signal.signal(number, handler)
+        for number, before in earlier.items():
+            signal.signal(number, before)

@@ -19,7 +19,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,24 +88,27 @@ class Compiler:
     def _run(self, job: str, environment: Mapping[str, str]) -> tuple[int, str, str]:
         """Exit status, stdout and stderr of a process. It leads a group of its own, so that Ctrl-C on a terminal reaches this one alone."""
         theirs, ours = _pipe()
+        stderr = tempfile.TemporaryFile()  # a file, so that the process can read what its compiler says there
         try:
             with self._lock:
                 if self._is_stopped:
                     raise UserError("it was stopped before it began")
                 process = subprocess.Popen(
                     [sys.executable, "-m", "llavamed_jax.preflight.compile", str(theirs)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                    stderr=subprocess.PIPE, text=True, errors="replace", env=environment, pass_fds=[theirs], start_new_session=True)
+                    stderr=stderr, text=True, errors="replace", env=environment, pass_fds=[theirs], start_new_session=True)
                 self._running.add(process)
             try:
-                out, words = process.communicate(job)
+                out, _ = process.communicate(job)
             finally:
                 with self._lock:
                     self._running.remove(process)
                 if process.poll() is None:
                     _kill(process.pid)
                     process.wait()
-            return process.returncode, out, words
+            stderr.seek(0)
+            return process.returncode, out, stderr.read().decode(errors="replace")
         finally:
+            stderr.close()
             os.close(theirs)
             os.close(ours)
 
@@ -237,10 +240,9 @@ class Compiled:
 
 def compiled(lowered, topology: Topology) -> Compiled:
     """Compiles. A compiler for TPUs gives up on what does not fit, and says how much it would have been."""
-    start, cpu_start = time.monotonic(), time.process_time()
+    start, cpu_start, written = time.monotonic(), time.process_time(), _written()
     try:
-        with _stderr_read() as said:
-            program = lowered.compile(compiler_options=_GPU_OPTIONS if topology.platform == "gpu" else None)
+        program = lowered.compile(compiler_options=_GPU_OPTIONS if topology.platform == "gpu" else None)
     except jax.errors.JaxRuntimeError as error:
         used = _USED.search(str(error))
         if "RESOURCE_EXHAUSTED" not in str(error) or used is None:
@@ -252,7 +254,7 @@ def compiled(lowered, topology: Topology) -> Compiled:
               + memory.generated_code_size_in_bytes)
     peak = beside + memory.temp_size_in_bytes
     if topology.platform == "tpu":
-        peak = tpu_peak("".join(said)) or peak
+        peak = tpu_peak(_said_since(written)) or peak
     return Compiled(time.monotonic() - start, time.process_time() - cpu_start, peak, memory.argument_size_in_bytes,
                     max(0, peak - beside), program.as_text())
 
@@ -267,23 +269,24 @@ def tpu_peak(log: str) -> int | None:
     return int(program + arguments + results - shared)
 
 
-@contextlib.contextmanager
-def _stderr_read() -> Iterator[list[str]]:
-    """What is written to the process's stderr within, C++ included, is in the list afterwards, and on stderr too."""
-    said: list[str] = []
+def _written() -> int | None:
+    """How much the process has written to its stderr, C++ included; None where that is not the file that `Compiler` makes it."""
     sys.stderr.flush()
-    with tempfile.TemporaryFile() as file:
-        stderr = os.dup(2)
-        os.dup2(file.fileno(), 2)
-        try:
-            yield said
-        finally:
-            sys.stderr.flush()
-            os.dup2(stderr, 2)
-            os.close(stderr)
-            file.seek(0)
-            said.append(file.read().decode(errors="replace"))
-            os.write(2, said[0].encode())
+    try:
+        return os.lseek(2, 0, os.SEEK_CUR)
+    except OSError:
+        return None
+
+
+def _said_since(begin: int | None) -> str:
+    """What was written to stderr after its first `begin` bytes; empty where it cannot be read."""
+    end = _written()
+    if begin is None or end is None:
+        return ""
+    try:
+        return os.pread(2, end - begin, begin).decode(errors="replace")
+    except OSError:  # a file that is open for writing alone
+        return ""
 
 
 def _end_with_parent(alive: int) -> None:

@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 
 from llavamed_jax.assistant import LlavaMed, load
 from llavamed_jax.checkpoints import hub, names
-from llavamed_jax.checkpoints.files import read_json
+from llavamed_jax.checkpoints.files import read_json, sha256_of
 from llavamed_jax.checkpoints.load import nest
 from llavamed_jax.checkpoints.reader import Checkpoint, open_checkpoint
 from llavamed_jax.config import PRESETS
@@ -95,13 +95,13 @@ def fetch(release: Release) -> list[str]:
     if not hub.is_hub_name(release.model) or Path(release.model).exists():
         files = sorted(p for p in release.directory.rglob("*") if p.is_file())
         return [f"`{release.model}` is a directory: nothing was fetched, there is no stated hash to compare with.", "",
-                *_file_table([(p.relative_to(release.directory), p.stat().st_size, _sha256(p), "") for p in files])]
+                *_file_table([(p.relative_to(release.directory), p.stat().st_size, sha256_of(p), "") for p in files])]
     stated = _stated(release.model)
     rows = []
     present = {name: release.directory / name for name in stated if (release.directory / name).is_file()}
     for name, _ in zip(present, release.progress(list(present))):
         path, (size, algorithm, digest) = present[name], stated[name]
-        found = _sha256(path) if algorithm == "sha256" else _git_blob(path)
+        found = sha256_of(path) if algorithm == "sha256" else _git_blob(path)
         if path.stat().st_size != size or found != digest:
             raise UserError(f"{name} of {release.model} has the {algorithm} {found} and {path.stat().st_size} bytes; the hub states "
                             f"{digest} and {size}")
@@ -122,11 +122,6 @@ def _stated(model: str) -> dict[str, tuple[int, str, str]]:
 def _file_table(rows: Sequence[tuple]) -> list[str]:
     head = ["| file | bytes | hash | |", "|---|---:|---|---|"]
     return head + [f"| {name} | {size:,} | `{digest}` | {note} |" for name, size, digest, note in rows]
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _git_blob(path: Path) -> str:
