@@ -25,6 +25,7 @@ from llavamed_jax.evaluation.asking import ask, predict
 from llavamed_jax.evaluation.files import to_jsonl, utf8, write_text
 from llavamed_jax.evaluation.judge import check_answered
 from llavamed_jax.evaluation.partial import Partial
+from llavamed_jax.keys import flatten
 from llavamed_jax.parallel import distributed
 
 
@@ -62,7 +63,7 @@ class Evaluation:
         self._partials: list[Partial] = []
         if cfg.protocol not in ("clean", "paper"):
             raise UsageError(f"protocol is {cfg.protocol!r}; clean or paper was expected")
-        for key, value in _flat(cfg.to_dict()).items():
+        for key, value in flatten(cfg.to_dict()).items():
             if value is None and key.startswith(("judge.", "seed")):
                 raise UsageError(f"{key} is none; a number was expected")
         check_generation(cfg)
@@ -235,7 +236,7 @@ class Evaluation:
         date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         return {
             "Run": {**run, "date": date, "seed": str(self.cfg.seed)},
-            "Configuration": _flat(self.cfg.to_dict()),
+            "Configuration": flatten(self.cfg.to_dict()),
             "Versions": {"python": platform.python_version()} | {name: _version(name) for name in packages},
             "SHA-256": hashes,
         }
@@ -278,14 +279,6 @@ def _check_writable(workdir: Path) -> None:
         raise UserError(f"the workdir {workdir} is a file; a directory was expected") from error
     except OSError as error:
         raise UserError(f"the workdir {workdir} cannot be written to: {error.strerror or error}") from error
-
-
-def _flat(config: Mapping, prefix: str = "") -> dict:
-    """A nested config with dotted names, as they are typed on the command line."""
-    result = {}
-    for key, value in config.items():
-        result |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
-    return result
 
 
 def _checkpoint_files(checkpoint: str) -> list[Path]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from llavamed_jax.errors import UsageError, UserError, short
 from llavamed_jax.evaluation.files import write_text
+from llavamed_jax.keys import flatten
 from llavamed_jax.preflight import search
 from llavamed_jax.preflight.progress import Progress
 from llavamed_jax.preflight.topologies import Topology
@@ -217,18 +218,11 @@ def _judge(job: Mapping[str, Any], compiled: Callable, progress: Progress) -> di
 
 def _name(asked: Mapping[str, Any], job: Mapping[str, Any]) -> str:
     """A job in words: its topology, and how it differs from the one that was asked for."""
-    before, now = _leaves(job["config"]), _leaves(asked["config"])
+    before, now = flatten(job["config"]), flatten(asked["config"])
     changes = [f"{key}={value}" for key, value in now.items() if before[key] != value]
     changes += [f"--mesh {asked['mesh']}"] if asked.get("mesh") != job.get("mesh") else []
     where = asked["topology"] if asked["topology"] == job["topology"] else f"{asked['topology']} for {job['topology']}"
     return where + (f" with {' '.join(changes)}" if changes else "")
-
-
-def _leaves(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    for key, value in config.items():
-        out.update(_leaves(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value})
-    return out
 
 
 def _words(way: Mapping[str, Any], row: Mapping[str, Any]) -> str:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from llavamed_jax.errors import UserError
+from llavamed_jax.keys import changed
 from llavamed_jax.preflight.topologies import Topology
 
 Job, Row = Mapping[str, Any], dict[str, Any]
@@ -43,13 +43,13 @@ def what_fits(job: Job, row: Row, compiled: Callable[[Job], Row]) -> list[dict[s
             continue
         larger = {**job, "topology": topology.name}
         if "checkpoint" in job:
-            found += (ways := _over_a_host(larger, row, fitting))
+            ways = _over_a_host(larger, row, fitting)
         else:
             changes = _wider(job["config"]["mesh"], topology.num_devices)
-            ways = [_way(tried, changes)] if (tried := fitting({**larger, "config": changed(job["config"], changes)})) else []
-            found += ways
+            tried = fitting({**larger, "config": changed(job["config"], changes)})
+            ways = [_way(tried, changes)] if tried else []
         if ways:
-            break
+            return found + ways
     return found
 
 
@@ -116,18 +116,6 @@ def training_changes(config: Mapping[str, Any], row: Row) -> Iterator[dict[str, 
         yield {**smaller, "optimizer.mu_dtype": "bfloat16"}
         if shorter:
             yield {**smaller, **shorter, "optimizer.mu_dtype": "bfloat16"}
-
-
-def changed(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """A recipe's values with some keys changed, dots for levels."""
-    config = copy.deepcopy(dict(config))
-    for key, value in changes.items():
-        *parents, leaf = key.split(".")
-        node = config
-        for part in parents:
-            node = node[part]
-        node[leaf] = value
-    return config
 
 
 def _least(row: Row, changes: Mapping[str, Any]) -> float:

@@ -8,6 +8,7 @@ import re
 from ml_collections import ConfigDict
 
 from llavamed_jax.errors import UsageError
+from llavamed_jax.keys import flatten
 from llavamed_jax.models.layers import REMAT_POLICIES
 from llavamed_jax.training.state import TABLE
 
@@ -45,14 +46,6 @@ LARGEST = {"optimizer.learning_rate": LARGEST_RATE, "data.workers": 1024, "data.
            "epochs": 10_000, "total_steps": 10**9}
 SHARES = {"optimizer.b1": "0 or more and less than 1", "optimizer.b2": "0 or more and less than 1", "optimizer.warmup_ratio": "0 to 1",
           "data.skip_limit": "0 to 1"}
-
-
-def flatten(cfg: ConfigDict, prefix: str = "") -> dict:
-    """Values by dotted key."""
-    out = {}
-    for key, value in cfg.items():
-        out.update(flatten(value, f"{prefix}{key}.") if isinstance(value, ConfigDict) else {prefix + key: value})
-    return out
 
 
 def check(cfg: ConfigDict) -> None:

@@ -15,8 +15,8 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from llavamed_jax.errors import UsageError, UserError
+from llavamed_jax.keys import flatten
 from llavamed_jax.parallel import distributed
-from llavamed_jax.training import recipe
 
 _LENGTH = ("epochs", "total_steps")
 # What a run that goes on may change: how long, where and how often, but not what is computed.
@@ -150,7 +150,7 @@ def write_recipe(workdir: Path, cfg: ConfigDict, resolved: dict, name: str | Non
 
 def _plain(cfg: ConfigDict) -> dict:
     """Values by dotted key, as JSON gives them back."""
-    return json.loads(json.dumps(recipe.flatten(cfg), default=lambda value: value.to_dict()))
+    return json.loads(json.dumps(flatten(cfg), default=lambda value: value.to_dict()))
 
 
 def write_text(path: Path, text: str) -> None:
