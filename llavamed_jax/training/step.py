@@ -21,7 +21,7 @@ LossFn = Callable[[dict, Batch], tuple[jax.Array, jax.Array]]
 
 MODEL_INPUTS = ("input_ids", "labels", "positions", "segment_ids", "pixel_values")
 # Weights are gathered whole before they are used. XLA for a v6e would pass them round the devices part by part within each
-# product, in the backward pass again and in float32: 2.2 times the bytes (docs/preflight.md).
+# product, in the backward pass again: 2.2 times the bytes (docs/preflight.md).
 _TPU_OPTIONS = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
 
 
