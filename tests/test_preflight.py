@@ -20,6 +20,7 @@ from llavamed_jax.preflight.compile import Compiler, compiled
 from llavamed_jax.preflight.serving import Serving
 from llavamed_jax.preflight.topologies import KINDS, Topology
 from llavamed_jax.training.metrics import PEAK_FLOPS
+from tests.preflight_jobs import GIB, job, row
 
 ROOT = Path(__file__).resolve().parent.parent
 FINETUNE = f"{ROOT}/configs/finetune.py"
@@ -161,15 +162,6 @@ def test_slices_that_are_not_there_are_one_sentence():
 
 # ---- ways out
 
-GIB = 2**30
-
-
-def row(peak, memory=40, topology="h100-1", rows=16, **changes):
-    held = dict(parameters=10 * GIB, optimizer=20 * GIB, gradients=10 * GIB, activations=0, peak=peak * GIB)
-    return dict(topology=topology, bytes=held, memory_bytes=memory * GIB, fits=peak <= memory, rows=rows, row_length=8192, micro_batches=2,
-                mesh=dict(data=1, fsdp=1, tp=1), warnings=[], **changes)
-
-
 class Machine:
     """In place of the compiler: an update takes `fixed` and `activations` GiB over micro-batches and devices."""
 
@@ -182,12 +174,6 @@ class Machine:
         share = self.activations / config["micro_batches"] * config["data"]["row_length"] / 8192
         fixed = self.fixed - 5 * (config["optimizer"]["mu_dtype"] == "bfloat16")
         return row((fixed + share) / devices, topology=job["topology"])
-
-
-def job(**changes):
-    config = dict(micro_batches=2, batch_size=128, remat="full", optimizer=dict(mu_dtype="float32"),
-                  mesh=dict(data=1, fsdp=-1, tp=1, auto=False))
-    return dict(topology="h100-1", slices=1, config={**config, "data": dict(packing=True, row_length=8192), **changes})
 
 
 @pytest.mark.parametrize("fixed, activations, changes, larger", [

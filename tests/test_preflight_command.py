@@ -18,26 +18,22 @@ from llavamed_jax.errors import UsageError, UserError
 from llavamed_jax.preflight import compile, report, search
 from llavamed_jax.preflight.programs import Training, shapes_of
 from llavamed_jax.preflight.topologies import Topology
+from tests import preflight_jobs
+from tests.preflight_jobs import GIB
 
 ROOT = Path(__file__).resolve().parent.parent
 FINETUNE = f"{ROOT}/configs/finetune.py"
 VQA_RAD = f"{ROOT}/configs/eval/vqa_rad.py"
-GIB = 2**30
 
 
 def row(topology, peak=30, **changes):
-    held = dict(parameters=10 * GIB, optimizer=20 * GIB, gradients=10 * GIB, activations=0, peak=peak * GIB)
-    return {**dict(topology=topology, bytes=held, memory_bytes=40 * GIB, fits=peak <= 40, rows=16, row_length=8192, micro_batches=2,
-                   mesh=dict(data=1, fsdp=8, tp=1), warnings=[], model="preset:x", mean_length=1080, attention="flash",
-                   model_flops_per_step=4e15, tokens_per_step=100_000, traffic_bytes=0, least_traffic_bytes=0, compile_seconds=1.0,
-                   fitting_batch_size=None), **changes}
+    return {**preflight_jobs.row(peak, topology=topology), "mesh": dict(data=1, fsdp=8, tp=1), **dict(
+        model="preset:x", mean_length=1080, attention="flash", model_flops_per_step=4e15, tokens_per_step=100_000, traffic_bytes=0,
+        least_traffic_bytes=0, compile_seconds=1.0, fitting_batch_size=None), **changes}
 
 
 def jobs(*names):
-    config = dict(micro_batches=2, batch_size=128, remat="full", optimizer=dict(mu_dtype="float32"),
-                  mesh=dict(data=1, fsdp=-1, tp=1, auto=False),
-                  data=dict(packing=True, row_length=8192))
-    return [dict(topology=name, slices=1, config=config) for name in names]
+    return [{**preflight_jobs.job(), "topology": name} for name in names]
 
 
 # ---- what was found before something went wrong

@@ -6,12 +6,13 @@ from types import SimpleNamespace
 
 import jax
 import pytest
-from test_preflight import CFG, GIB, job, row, training
+from test_preflight import CFG, training
 
 from llavamed_jax.errors import UsageError, UserError
 from llavamed_jax.preflight import compile as compiling
 from llavamed_jax.preflight import report, search
 from llavamed_jax.preflight.topologies import KINDS, Topology
+from tests.preflight_jobs import GIB, job, row
 
 # Numbers of CFG's arrays, by how they lie.
 LAYERS = 3 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 96)  # fsdp and tp
