@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from llavamed_jax.config.checks import as_object, channels, check_counts, check_fields, number
 from llavamed_jax.errors import UserError
 
 IMAGE_TOKEN = -200  # stands for an image in token ids (LLaVA's IMAGE_TOKEN_INDEX)
@@ -65,7 +65,7 @@ class VisionConfig:
     def __post_init__(self):
         for name in ("image_mean", "image_std"):
             object.__setattr__(self, name, channels("the vision config", name, getattr(self, name)))
-        _check_fields(self, "vision ")
+        check_fields(self, "vision ")
         if self.hidden_act not in ("quick_gelu", "gelu"):
             raise UserError(f"vision hidden_act is {self.hidden_act!r}; quick_gelu or gelu was expected")
         if self.hidden_size % self.num_heads:
@@ -89,7 +89,7 @@ class VisionConfig:
         if model_type not in ("clip_vision_model", "clip"):
             raise UserError(f"the vision tower's model_type is {model_type!r}; clip_vision_model was expected")
         c = {**_VISION_DEFAULTS, **{k: v for k, v in config.items() if v is not None}}
-        _check_counts(c, [key for key in _VISION_DEFAULTS if key not in ("layer_norm_eps", "hidden_act")])
+        check_counts(c, [key for key in _VISION_DEFAULTS if key not in ("layer_norm_eps", "hidden_act")])
         return cls(c["hidden_size"], c["intermediate_size"], c["num_hidden_layers"], c["num_attention_heads"],
                    c["image_size"], c["patch_size"], c["layer_norm_eps"], c["hidden_act"], c["num_channels"])
 
@@ -123,7 +123,7 @@ class DecoderConfig:
     more_eos_ids: tuple[int, ...] = ()  # config.json may name several ids that end a sequence
 
     def __post_init__(self):
-        _check_fields(self, "decoder ")
+        check_fields(self, "decoder ")
         if self.num_heads % self.num_kv_heads:
             raise UserError(f"{self.num_heads} query heads are not a multiple of {self.num_kv_heads} key/value heads")
         if self.head_dim % 2:
@@ -143,7 +143,7 @@ class DecoderConfig:
         # null is a value of its own for a window and for key/value heads; elsewhere it stands for the default.
         c = {**defaults, **{k: v for k, v in config.items()
                             if v is not None or k not in defaults or k in ("sliding_window", "num_key_value_heads")}}
-        _check_counts(c, ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+        check_counts(c, ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
                           "max_position_embeddings", *(["num_key_value_heads"] if c.get("num_key_value_heads") else [])])
         rope = as_object(c.get("rope_parameters") or {}, "rope_parameters")
         scaling = as_object(c.get("rope_scaling") or rope, "rope_scaling")
@@ -159,8 +159,8 @@ class DecoderConfig:
         return cls(
             vocab_size=c["vocab_size"], hidden_size=c["hidden_size"], intermediate_size=c["intermediate_size"],
             num_layers=c["num_hidden_layers"], num_heads=heads, num_kv_heads=c.get("num_key_value_heads") or heads,
-            head_dim=c.get("head_dim") or c["hidden_size"] // heads, rms_norm_eps=_number(c["rms_norm_eps"], "rms_norm_eps"),
-            rope_theta=_number(rope.get("rope_theta", c["rope_theta"]), "rope_theta"),
+            head_dim=c.get("head_dim") or c["hidden_size"] // heads, rms_norm_eps=number(c["rms_norm_eps"], "rms_norm_eps"),
+            rope_theta=number(rope.get("rope_theta", c["rope_theta"]), "rope_theta"),
             max_position_embeddings=c["max_position_embeddings"],
             sliding_window=c.get("sliding_window") if arch == "mistral" else None,
             tie_word_embeddings=bool(c.get("tie_word_embeddings", False)), architecture=arch,
@@ -223,7 +223,7 @@ class LlavaConfig:
     extra: str = "{}"
 
     def __post_init__(self):
-        _check_fields(self, "")
+        check_fields(self, "")
         if self.feature_select not in ("patch", "cls_patch"):
             raise UserError(f"the vision feature selection is {self.feature_select!r}; patch or cls_patch was expected")
         if not -self.vision.num_layers - 1 <= self.feature_layer <= self.vision.num_layers:
@@ -302,63 +302,6 @@ class LlavaConfig:
         raise UserError(f"the layout {layout!r} does not exist; transformers or llava was expected")
 
 
-def as_object(value: Any, key: str) -> dict:
-    """The JSON object that stands under `key` of a config.json. Raises UserError for anything else."""
-    if not isinstance(value, Mapping):
-        raise UserError(f"config.json has {key} {value!r}; an object was expected")
-    return dict(value)
-
-
-def channels(where: str, key: str, value: Any) -> tuple[float, ...]:
-    """`image_mean` or `image_std` of a preprocessor as a tuple, which unlike JSON's list has a hash."""
-    value = list(value) if isinstance(value, tuple) else value
-    is_number = [isinstance(x, (int, float)) and not isinstance(x, bool) for x in value] if isinstance(value, list) else []
-    if len(is_number) != 3 or not all(is_number) or (key == "image_std" and min(value) <= 0):
-        raise UserError(f"{where} has {key} {value!r}; a list of three numbers{' above 0' * (key == 'image_std')} was expected")
-    return tuple(map(float, value))
-
-
-def _number(value: Any, key: str) -> float:
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise UserError(f"config.json has {key} {value!r}; a number was expected")
-    return float(value) if abs(value) < 1e300 else math.inf  # of a whole number that no float holds, which is refused below
-
-
-# By annotation; a whole number will do for a number, and true and false for neither.
-_KINDS = {"int": ((int,), "a whole number"), "float": ((int, float), "a number"), "bool": ((bool,), "true or false"),
-          "str": ((str,), "a text"), "tuple[int, ...]": ((tuple,), "a list of whole numbers"),
-          "tuple[float, ...]": ((tuple,), "numbers"), "VisionConfig": ((VisionConfig,), "a VisionConfig"),
-          "DecoderConfig": ((DecoderConfig,), "a DecoderConfig")}
-
-
-# Whole numbers that are no counts, and the counts of which a wrong one would name tensors without end.
-_SIGNED = {"feature_layer", "image_token_id", "bos_token_id", "eos_token_id", "pad_token_id"}
-_MOST = {"num_layers": 1000}
-
-
-def _check_fields(config: Any, part: str) -> None:
-    """Raises UserError for a field of a config that is not of its annotated type or that no model has: JSON can hold anything."""
-    for field in dataclasses.fields(config):
-        value, (kind, _, optional) = getattr(config, field.name), field.type.partition(" | ")
-        types, words = _KINDS[kind]
-        is_of_kind = isinstance(value, types) and not (isinstance(value, bool) and bool not in types)
-        if optional and value is None:
-            continue
-        if not is_of_kind:
-            raise UserError(f"the {part}config has {field.name} {value!r}; {words}{' or null' if optional else ''} was expected")
-        if kind == "int" and field.name not in _SIGNED and not 1 <= value <= (limit := _MOST.get(field.name, value)):
-            bounds = f"from 1 to {limit}" if field.name in _MOST else "of at least 1"
-            raise UserError(f"the {part}config has {field.name} {value!r}; a whole number {bounds} was expected")
-        if kind == "float" and not 0 < value < math.inf:
-            raise UserError(f"the {part}config has {field.name} {value!r}; a finite number above 0 was expected")
-
-
-def _check_counts(config: Mapping[str, Any], keys: list[str]) -> None:
-    for key in keys:
-        if not isinstance(config[key], int) or isinstance(config[key], bool) or config[key] < 1:
-            raise UserError(f"config.json has {key} {config[key]!r}; a whole number of at least 1 was expected")
-
-
 def projector_depth(projector_type: str) -> int:
     """Number of linear layers of `linear` (1), `mlpNx_gelu` (N) or `identity` (0); spec 1.4."""
     if projector_type == "identity":
@@ -369,37 +312,3 @@ def projector_depth(projector_type: str) -> int:
     if found:
         return int(found[1])
     raise UserError(f"the projector type is {projector_type!r}; linear, mlpNx_gelu or identity was expected")
-
-
-def _decoder(arch, hidden, ffn, layers, heads, kv, vocab=32000, eps=1e-5, theta=1e4, positions=4096) -> DecoderConfig:
-    return DecoderConfig(vocab, hidden, ffn, layers, heads, kv, hidden // heads, eps, theta, positions, architecture=arch)
-
-
-def _presets() -> dict[str, LlavaConfig]:
-    clip224 = VisionConfig.from_hf(KNOWN_TOWERS["openai/clip-vit-large-patch14"])
-    clip336 = VisionConfig.from_hf(KNOWN_TOWERS["openai/clip-vit-large-patch14-336"])
-    mistral = _decoder("mistral", 4096, 14336, 32, 32, 8, theta=1e6, positions=32768)  # Mistral-7B-Instruct-v0.2
-    vicuna7, vicuna13 = (_decoder("llama", d, f, n, h, h) for d, f, n, h in ((4096, 11008, 32, 32), (5120, 13824, 40, 40)))
-    small = LlavaConfig(
-        VisionConfig(192, 768, 6, 6, 96, 16), _decoder("mistral", 256, 704, 6, 8, 4, vocab=1024, theta=1e6),
-        max_length=512, template="v1.5:mistral_instruct")
-    v1 = dict(projector_type="linear", image_aspect_ratio="square", use_start_end=True, source="llava")
-    llava15 = dict(template="up:vicuna_v1", source="llava_llama")
-    return {
-        "small": small,
-        "v15-7b": LlavaConfig(clip336, mistral, template="v1.5:mistral_instruct"),
-        "v1-7b": LlavaConfig(clip224, dataclasses.replace(vicuna7, vocab_size=32003, max_position_embeddings=2048), **v1),
-        "v1-13b": LlavaConfig(clip224, dataclasses.replace(vicuna13, vocab_size=32003, max_position_embeddings=2048), **v1),
-        "llava15-7b": LlavaConfig(clip336, vicuna7, **llava15),
-        "llava15-13b": LlavaConfig(clip336, vicuna13, **llava15),
-    }
-
-
-PRESETS = _presets()
-
-
-def preset(name: str) -> LlavaConfig:
-    """A named model shape. Raises UserError with the names that exist."""
-    if name not in PRESETS:
-        raise UserError(f"the preset {name!r} does not exist; one of {', '.join(PRESETS)} was expected")
-    return PRESETS[name]

@@ -1,0 +1,74 @@
+"""What a value of a config.json must be: JSON can hold anything."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from llavamed_jax.errors import UserError, short
+
+
+def as_object(value: Any, key: str) -> dict:
+    """The JSON object that stands under `key` of a config.json. Raises UserError for anything else."""
+    if not isinstance(value, Mapping):
+        raise UserError(f"config.json has {key} {short(value)}; an object was expected")
+    return dict(value)
+
+
+def channels(where: str, key: str, value: Any) -> tuple[float, ...]:
+    """`image_mean` or `image_std` of a preprocessor as a tuple, which unlike JSON's list has a hash."""
+    value = list(value) if isinstance(value, tuple) else value
+    is_number = [is_plain(x, (int, float)) for x in value] if isinstance(value, list) else []
+    if len(is_number) != 3 or not all(is_number) or (key == "image_std" and min(value) <= 0):
+        raise UserError(f"{where} has {key} {short(value)}; a list of three numbers{' above 0' * (key == 'image_std')} was expected")
+    return tuple(map(float, value))
+
+
+def number(value: Any, key: str) -> float:
+    if not is_plain(value, (int, float)):
+        raise UserError(f"config.json has {key} {short(value)}; a number was expected")
+    return float(value) if abs(value) < 1e300 else math.inf  # of a whole number that no float holds, which is refused below
+
+
+# By annotation; a whole number will do for a number, and true and false for neither.
+_KINDS = {"int": ((int,), "a whole number"), "float": ((int, float), "a number"), "bool": ((bool,), "true or false"),
+          "str": ((str,), "a text")}
+_LISTS = {"tuple[int, ...]": ((int,), "a list of whole numbers"), "tuple[float, ...]": ((int, float), "a list of numbers")}
+# Whole numbers that are no counts, and the counts of which a wrong one would name tensors without end.
+_SIGNED = {"feature_layer", "image_token_id", "bos_token_id", "eos_token_id", "pad_token_id"}
+_MOST = {"num_layers": 1000}
+
+
+def check_fields(config: Any, part: str) -> None:
+    """Raises UserError for a field of a config that is not of its annotated type, or has a value that no model has."""
+    for field in dataclasses.fields(config):
+        value, (kind, _, optional) = getattr(config, field.name), field.type.partition(" | ")
+        if optional and value is None:
+            continue
+        if not _is_of_kind(value, kind):
+            words = _KINDS[kind][1] if kind in _KINDS else _LISTS[kind][1] if kind in _LISTS else f"a {kind}"
+            raise UserError(f"the {part}config has {field.name} {short(value)}; {words}{' or null' if optional else ''} was expected")
+        if kind == "int" and field.name not in _SIGNED and not 1 <= value <= (limit := _MOST.get(field.name, value)):
+            bounds = f"from 1 to {limit}" if field.name in _MOST else "of at least 1"
+            raise UserError(f"the {part}config has {field.name} {short(value)}; a whole number {bounds} was expected")
+        if kind == "float" and not 0 < value < math.inf:
+            raise UserError(f"the {part}config has {field.name} {short(value)}; a finite number above 0 was expected")
+
+
+def _is_of_kind(value: Any, kind: str) -> bool:
+    if kind in _LISTS:
+        return isinstance(value, tuple) and all(is_plain(item, _LISTS[kind][0]) for item in value)
+    return is_plain(value, _KINDS[kind][0]) if kind in _KINDS else type(value).__name__ == kind
+
+
+def is_plain(value: Any, types: tuple[type, ...]) -> bool:
+    """Whether a value of JSON is of one of the types, where true and false are no numbers."""
+    return isinstance(value, types) and not (isinstance(value, bool) and bool not in types)
+
+
+def check_counts(config: Mapping[str, Any], keys: list[str]) -> None:
+    for key in keys:
+        if not is_plain(config[key], (int,)) or config[key] < 1:
+            raise UserError(f"config.json has {key} {short(config[key])}; a whole number of at least 1 was expected")
