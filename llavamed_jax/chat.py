@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import io
 import os
 import sys
 from collections.abc import Sequence
@@ -35,8 +34,8 @@ def program(argv: Sequence[str]) -> None:
             raise UsageError(f"--{name} is {getattr(args, name)}; at least {least} was expected")
     model = common.load_assistant(args)
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a terminal without UTF-8 shows ? and the chat goes on
+        if (reconfigure := getattr(stream, "reconfigure", None)) is not None:
+            reconfigure(errors="replace")  # a terminal without UTF-8 shows ? and the chat goes on
     if sys.stdin.isatty():
         with contextlib.suppress(ImportError):  # Windows has none
             import readline  # noqa: F401  # input() then edits lines, wide characters too, and remembers them

@@ -95,4 +95,8 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from llavamed_jax import terminal
+
+    with terminal.cleaned():
+        status = main()
+    sys.exit(status)

@@ -1,6 +1,7 @@
 """The house rules, read from the code itself: who may import whom, how long a file may be, what lies at the top."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ PACKAGE = ROOT / "llavamed_jax"
 
 # Lowest first. A file imports its own layer and the layers before it, never a later one.
 LAYERS = [
-    ("errors",),
+    ("errors", "terminal"),
     ("parallel", "config", "hf_config", "templates", "keys"),
     ("models",),
     ("data", "adapters", "checkpoints"),
@@ -94,6 +95,26 @@ def test_weights_know_configs_only():
             assert others <= {"config", "hf_config", "templates", "errors"}, f"{path.relative_to(ROOT)} imports {sorted(others)}"
         if here == "models":
             assert others <= {"config", "hf_config", "errors", "parallel"}, f"{path.relative_to(ROOT)} imports {sorted(others)}"
+
+
+def test_what_is_printed_passes_through_one_place():
+    """`terminal.Screen` stands in the place of both streams: nobody takes the ones of before, or writes beside them."""
+    beside = re.compile(r"(?<!terminal\.Screen\()sys\.__std(out|err)__|sys\.std(out|err)\.buffer")
+    wrong = [f"{path.relative_to(ROOT)}: {line.strip()}" for path in sources()
+             for line in path.read_text(encoding="utf-8").splitlines() if beside.search(line)]
+    assert all(line.startswith("llavamed_jax/data/dicom.py: ") for line in wrong), wrong  # a child's pixels, which are no text
+
+
+def test_every_command_line_cleans_what_it_prints():
+    """Each `main` ends in `cli.common.run`, which opens `terminal.cleaned`."""
+    lines = (ROOT / "pyproject.toml").read_text(encoding="utf-8").partition("[project.scripts]")[2].partition("[")[0].splitlines()
+    modules = {line.split('"')[1].partition(":")[0] for line in lines if '"' in line}
+    modules |= {name for name in COMMAND_LINES if (ROOT / name.replace(".", "/")).with_suffix(".py").is_file()}
+    assert len(modules) >= 4
+    for module in sorted(modules):
+        tree = ast.parse((ROOT / module.replace(".", "/")).with_suffix(".py").read_text(encoding="utf-8"))
+        (main,) = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "main"]
+        assert re.search(r"\b(common\.)?run\(", ast.unparse(main.body[-1])), f"{module}.main does not end in cli.common.run"
 
 
 def test_data_needs_no_jax():

@@ -20,6 +20,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from llavamed_jax import terminal
 from llavamed_jax.cli import interrupts, processes
 from llavamed_jax.errors import UsageError, UserError
 
@@ -30,7 +31,7 @@ EXIT_SAVED = 75  # stopped by a signal with everything saved: run again to go on
 
 
 def run(program: Callable[[list[str]], int | None], argv: Sequence[str] | None = None) -> int:
-    """Runs a program and turns its errors into one line on stderr and the exit status of the interface.
+    """Runs a program and turns its errors into one line on stderr and the exit status of the interface; cleans what it prints.
 
     Args:
       program: takes the words of the command line; returns the exit status, None for 0.
@@ -38,12 +39,17 @@ def run(program: Callable[[list[str]], int | None], argv: Sequence[str] | None =
     Returns:
       0 done, 1 failed (`UserError`), 2 wrong command line, config or value (`UsageError`), or what `program` returned.
     """
+    with terminal.cleaned():
+        return _run(program, list(sys.argv[1:] if argv is None else argv))
+
+
+def _run(program: Callable[[list[str]], int | None], argv: list[str]) -> int:
     # JAX's own 75 % reads as running out of memory; JAX refuses to be given both names of the setting.
     if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:
         os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", "0.95")
     said = None
     try:
-        status = program(list(sys.argv[1:] if argv is None else argv)) or 0
+        status = program(argv) or 0
     except UserError as error:
         status, said = 2 if isinstance(error, UsageError) else 1, str(error)
     except KeyboardInterrupt:

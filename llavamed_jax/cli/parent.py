@@ -7,6 +7,7 @@ of them. It imports no jax, whose threads a fork would lose.
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import os
 import re
@@ -14,6 +15,7 @@ import signal
 import sys
 import threading
 
+from llavamed_jax import terminal
 from llavamed_jax.cli.clusters import Place
 
 # What jax's coordination service writes, which ends in the words that it aborts with.
@@ -76,7 +78,7 @@ def _wait(child: int, words: tuple[int, int] | None, place: Place) -> int:
             relay.let_go()
         said = f"{name} was ended by {signal.Signals(-code).name}"
         said += ", which the system sends where memory runs out" if code == -signal.SIGKILL else ""
-    os.write(2, f"error: {said}\n".encode())
+    os.write(2, f"error: {terminal.sentence(said)}\n".encode())
     return 1
 
 
@@ -94,8 +96,9 @@ class Relay(threading.Thread):
         self.held = b""
 
     def run(self) -> None:
-        line = b""
+        line, decoder = b"", codecs.getincrementaldecoder("utf-8")("surrogateescape")
         while chunk := os.read(self._source, 2**16):
+            chunk = decoder.decode(chunk).encode("utf-8", "surrogateescape")  # half a character waits for its other half
             *lines, line = (line + chunk).split(b"\n")
             for each in lines:
                 self._pass(each + b"\n")
@@ -127,6 +130,7 @@ def _may_be_runtime(line: bytes) -> bool:
 
 
 def _write(target: int, text: bytes) -> None:
+    text = terminal.clean_bytes(text)
     while text:
         text = text[os.write(target, text):]
 

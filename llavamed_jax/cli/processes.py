@@ -13,6 +13,7 @@ import time
 import traceback
 from collections.abc import Mapping
 
+from llavamed_jax import terminal
 from llavamed_jax.cli import parent
 from llavamed_jax.cli.clusters import Place, detected
 from llavamed_jax.errors import UsageError
@@ -63,7 +64,7 @@ def join(place: Place | None) -> None:
     distributed.initialize(place.coordinator, place.count, place.index, place.local_devices)
     _joined = True
     sys.stdout.flush()
-    sys.stdout = open(os.dup(1), "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors)
+    sys.stdout = terminal.Screen(open(os.dup(1), "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors))
     nowhere = open(os.devnull, "w")
     os.dup2(nowhere.fileno(), 1)  # where the CPU's collectives tell of each connection, in pieces
     if distributed.process_index():
@@ -98,7 +99,7 @@ def part(status: int, sentence: str | None) -> None:
 
 def complain(sentence: str) -> None:
     """Prints an error, of a silent process too."""
-    print(f"error: {sentence}", file=sys.__stderr__ if _joined else sys.stderr, flush=True)
+    print(f"error: {terminal.sentence(sentence)}", file=_stderr(), flush=True)
 
 
 def trace(error: Exception) -> None:
@@ -110,4 +111,9 @@ def trace(error: Exception) -> None:
     from llavamed_jax.parallel import distributed
     if re.search("(?i)gloo|nccl|connection|socket|unavailable|aborted|cancelled", str(error)):
         time.sleep(distributed.HEARTBEAT_S + 10)
-    traceback.print_exception(error, file=sys.__stderr__)
+    traceback.print_exception(error, file=_stderr())
+
+
+def _stderr() -> terminal.Screen:
+    """Where errors go, those of a silent process too."""
+    return terminal.Screen(sys.__stderr__) if _joined else sys.stderr

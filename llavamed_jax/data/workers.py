@@ -11,6 +11,8 @@ from multiprocessing import parent_process
 import grain
 from absl import flags
 
+from llavamed_jax import terminal
+
 _GRACE_S = 30  # a worker's, after a SIGTERM
 
 
@@ -33,7 +35,7 @@ def in_order(make: Callable[[int], dict], count: int, workers: int) -> grain.Dat
 
 
 def _tie_to_parent(worker: int, num_workers: int) -> None:
-    """Run first in each worker process: it ends when its parent does, not before, and not after.
+    """Run first in each worker process: what it prints is cleaned, and it ends when its parent does, not before, and not after.
 
     A Ctrl-C and a scheduler's SIGTERM reach the whole process group; the parent still wants batches until it has saved.
     When the parent is gone, however it went, grain's own worker would wait for ever. Shared memory that was on its way is
@@ -48,6 +50,7 @@ def _tie_to_parent(worker: int, num_workers: int) -> None:
         parent.join()
         os._exit(1)
 
+    terminal.install()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, later)
     if (parent := parent_process()) is not None:

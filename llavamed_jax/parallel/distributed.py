@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from llavamed_jax import terminal
 from llavamed_jax.errors import UserError
 
 # A process that is silent for so long is given up, and the runtime ends all others.
@@ -100,7 +101,8 @@ class Group:
                 return  # process 0 is gone, and the runtime ends this one
             failure, stop = told.get("failure"), told.get("stop")
             if failure is not None and failure["process"] != self.index:
-                print(f"error: process {failure['process']} failed: {failure['sentence']}", file=sys.__stderr__, flush=True)
+                said = terminal.sentence(f"error: process {failure['process']} failed: {failure['sentence']}")
+                print(said, file=terminal.Screen(sys.__stderr__), flush=True)
                 self.farewell()
                 os._exit(failure["status"])
             if stop is not None and stop["process"] != self.index and self._when_stopped is not None:

@@ -1,0 +1,135 @@
+"""What is printed, cleaned in one place: no text from outside can move a terminal's cursor, change its title, or hide itself.
+
+    with terminal.cleaned():
+        print(answer)          # an escape sequence in it shows as \\x1b[…
+
+`cleaned` stands in the entry point of every command line. It puts a `Screen` in the place of `sys.stdout` and `sys.stderr`,
+through which `print`, logging, warnings, tracebacks and tqdm all write, so that no caller has to think of it. What C and C++
+write to the file descriptors themselves does not pass through here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import re
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, TextIO
+
+# Controls (C0 but for tab and line feed, DEL, C1), marks and overrides of direction, line and paragraph separators, characters
+# without a width, annotations and tags, and lone surrogates, which no encoding has bytes for. The joiners of emoji and of
+# Persian (U+200C, U+200D) stay.
+_UNPRINTABLE = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff"
+    "\U000e0000-\U000e007f]"
+)
+_BAR = re.compile("\r|\n*(?:\x1b\\[A)+")  # what tqdm moves the cursor with: to the line's begin, or up
+_hidden: list[Callable[[str], str]] = []
+
+
+def clean(text: str) -> str:
+    """A text with its control characters written out (`\\x1b`, `\\u202e`); new lines and tabs stay."""
+    return _UNPRINTABLE.sub(_escaped, text.replace("\r\n", "\n"))
+
+
+def sentence(text: str) -> str:
+    """A text for one line: `clean`, with new lines and tabs written out too."""
+    return clean(text).replace("\n", "\\n").replace("\t", "\\t")
+
+
+def clean_bytes(text: bytes) -> bytes:
+    """`clean` for what another program has written, in UTF-8 or not."""
+    return clean(text.decode("utf-8", "surrogateescape")).encode("utf-8", "backslashreplace")
+
+
+def _escaped(found: re.Match) -> str:
+    return found[0].encode("unicode_escape").decode()
+
+
+class Screen:
+    """A text stream that writes to another one what `clean` leaves of it, without what `hide` was told of.
+
+    The begin of a line and the line above are tqdm's to go to, and nobody else's. Where the stream's encoding has no bytes for a
+    character, the character is written out.
+    """
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        caller = sys._getframe().f_back  # None where Python itself prints a traceback
+        is_bar = caller is not None and caller.f_globals.get("__name__") == "tqdm.utils"  # of ours and of libraries
+        found = _BAR.match(text) if is_bar else None
+        begin = found[0] if found else ""
+        rest = text[len(begin):]
+        for hidden in _hidden:
+            rest = hidden(rest)
+        rest = sentence(rest) if begin else clean(rest)
+        if getattr(self._stream, "errors", None) == "strict":
+            encoding = self._stream.encoding or "utf-8"
+            rest = rest.encode(encoding, "backslashreplace").decode(encoding)
+        self._stream.write(begin + rest)
+        return len(text)
+
+    def writelines(self, lines) -> None:
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def hide(cleaner: Callable[[str], str]) -> None:
+    """Has everything that is printed pass through a function that takes secrets out, as long as `cleaned` is open."""
+    if isinstance(sys.stderr, Screen):
+        _hidden.append(cleaner)
+
+
+def install() -> Callable[[], None]:
+    """Cleans what this process prints from here on. Returns what undoes it."""
+    earlier = {name: stream for name in ("stdout", "stderr") if (stream := getattr(sys, name)) is not None}
+    screens = {name: stream if isinstance(stream, Screen) else Screen(stream) for name, stream in earlier.items()}
+    for name, screen in screens.items():
+        setattr(sys, name, screen)
+    moved = []
+    for handler in _stream_handlers():  # those that are older than this call hold the streams themselves
+        name = next((name for name, stream in earlier.items() if handler.stream is stream), None)
+        if name is not None:
+            moved.append((handler, handler.setStream(screens[name])))
+
+    def undo() -> None:
+        for name, screen in screens.items():
+            if getattr(sys, name) is screen:
+                setattr(sys, name, earlier[name])
+        for handler, stream in moved:
+            if stream is not None:
+                handler.setStream(stream)
+        _hidden.clear()
+
+    return undo
+
+
+@contextlib.contextmanager
+def cleaned() -> Iterator[None]:
+    """Cleans what is printed inside. An exception that nobody catches leaves it open: Python's own traceback of it is to come."""
+    if isinstance(sys.stdout, Screen) and isinstance(sys.stderr, Screen):
+        yield
+        return
+    undo = install()
+    try:
+        yield
+    except Exception:
+        raise
+    except BaseException:  # SystemExit
+        undo()
+        raise
+    undo()
+
+
+def _stream_handlers() -> Iterator[logging.StreamHandler]:
+    loggers = [logging.root, *logging.root.manager.loggerDict.values()]
+    for handler in {id(each): each for logger in loggers for each in getattr(logger, "handlers", ())}.values():
+        handler = getattr(handler, "python_handler", handler)  # absl's
+        if isinstance(handler, logging.StreamHandler):
+            yield handler
