@@ -16,12 +16,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from llavamed_jax.checkpoints import reader
+from llavamed_jax.checkpoints.generation_file import not_applied
 from llavamed_jax.checkpoints.load import load_params
 from llavamed_jax.config import IMAGE_TOKEN, PAD_TOKEN, LlavaConfig
 from llavamed_jax.data.chat import read_messages
 from llavamed_jax.data.conversation import IMAGE_MARKER
 from llavamed_jax.data.processor import Processor, expand_images
-from llavamed_jax.errors import UserError, short
+from llavamed_jax.errors import UserError, short, warn
 from llavamed_jax.generation.beam import BeamSearch
 from llavamed_jax.generation.engine import Engine
 from llavamed_jax.generation.requests import Request, check_image, whole_numbers
@@ -65,6 +66,8 @@ def load(path: str | Path, dtype=None, quantize=None, mesh: Mesh | str | None = 
     if quantize is not None or adapter is not None:
         raise UserError("quantize and adapter are not supported yet; None was expected")
     checkpoint = reader.open_checkpoint(path, vision_tower)
+    if sentence := not_applied(checkpoint.config, checkpoint.files):
+        warn(f"{path}: {sentence}")
     processor = Processor.from_checkpoint(checkpoint, tokenizer=tokenizer, template=template)
     mesh = make_mesh(mesh, jax.local_devices()) if isinstance(mesh, str) else mesh
     if dtype is not None and _numpy_dtype(dtype) == np.float32:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 
@@ -11,6 +12,11 @@ class UserError(ValueError):
 
 class UsageError(UserError):
     """The command line, the config file, a config key or its value is wrong. Command lines print it and exit 2."""
+
+
+def warn(sentence: str) -> None:
+    """Says on stderr what is not as whoever runs this may think, and goes on."""
+    print(f"warning: {sentence}", file=sys.stderr, flush=True)
 
 
 def short(value: object, most: int = 80) -> str:

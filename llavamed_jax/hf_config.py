@@ -22,7 +22,7 @@ _ORIGINAL_KEYS = {
 _TRANSFORMERS_KEYS = {
     "model_type", "text_config", "vision_config", "projector_hidden_act", "multimodal_projector_bias",
     "vision_feature_layer", "vision_feature_select_strategy", "image_token_index", "image_token_id", "image_seq_length",
-    "tie_word_embeddings", "dtype", "torch_dtype", OURS,
+    "tie_word_embeddings", "eos_token_id", "dtype", "torch_dtype", OURS,
 }
 # What the original's loader reads beside the model's shape, for models that did not come from its layout.
 _ORIGINAL_DEFAULTS = {
@@ -80,13 +80,17 @@ def plain_decoder(config: Mapping[str, Any]) -> DecoderConfig:
     lacking = [key for key in required if config.get(key) is None]
     if lacking:
         raise UserError(f"config.json lacks {', '.join(lacking)}")
-    ids = {key: config.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    if architecture == "llama" and (ids["bos_token_id"], ids["eos_token_id"]) == (0, 1):
-        # The first conversions of LLaMA said so; its tokenizer's ids are 1 and 2, and with these no answer would end.
-        ids |= {"bos_token_id": 1, "eos_token_id": 2}
-    if isinstance(ids["pad_token_id"], int) and ids["pad_token_id"] < 0:
-        ids["pad_token_id"] = None
-    return DecoderConfig.from_hf({**config, **{key: value for key, value in ids.items() if key in config}}, architecture)
+    config = mended_ids(architecture, config)
+    if isinstance(config.get("pad_token_id"), int) and config["pad_token_id"] < 0:
+        config["pad_token_id"] = None
+    return DecoderConfig.from_hf(config, architecture)
+
+
+def mended_ids(architecture: str, config: Mapping[str, Any]) -> dict:
+    """A config's keys, or a generation_config's, with the ids of LLaMA's tokenizer where the first conversions of LLaMA wrote
+    other ones, with which no answer would end."""
+    is_wrong = architecture == "llama" and (config.get("bos_token_id"), config.get("eos_token_id")) == (0, 1)
+    return {**config, **({"bos_token_id": 1, "eos_token_id": 2} if is_wrong else {})}
 
 
 def joined(decoder: DecoderConfig, vision: VisionConfig, projector_type: str, tower: str, uses_image_tokens: bool) -> LlavaConfig:
@@ -159,6 +163,8 @@ def from_transformers(config: Mapping[str, Any]) -> LlavaConfig:
         raise UserError(f"vision_feature_select_strategy is {config['vision_feature_select_strategy']!r}; default or full was expected")
     text = config.get("text_config")
     text = as_object({"model_type": "llama"} if text is None else text, "text_config")  # transformers' default
+    if config.get("eos_token_id") is not None:  # generate takes the outer one first
+        text["eos_token_id"] = config["eos_token_id"]
     # transformers 5 ties where either of the two says so; the older ones, which asked the text model, wrote both alike.
     text["tie_word_embeddings"] = bool(text.get("tie_word_embeddings") or config.get("tie_word_embeddings"))
     vision = config.get("vision_config")

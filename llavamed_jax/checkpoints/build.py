@@ -11,6 +11,7 @@ import numpy as np
 
 from llavamed_jax.checkpoints import hub, names
 from llavamed_jax.checkpoints.files import read_json
+from llavamed_jax.checkpoints.generation_file import with_stop_ids
 from llavamed_jax.checkpoints.image_tokens import TABLES, add_image_tokens
 from llavamed_jax.checkpoints.layouts import canonical, from_torch
 from llavamed_jax.checkpoints.reader import Checkpoint, text_files
@@ -50,7 +51,8 @@ def build(decoder: str | Path, vision: str | Path, projector: str, scratch: Path
             raise UserError(f"the projector {file} does not exist; a file or a type such as mlp2x_gelu was expected")
         projector_depth(projector)  # refuses a type that does not exist
     try:
-        config = joined(plain_decoder(raw), tower_config(vision), "linear" if is_file else projector, Path(vision).name, image_tokens)
+        config = joined(with_stop_ids(plain_decoder(raw), decoder), tower_config(vision), "linear" if is_file else projector,
+                        Path(vision).name, image_tokens)
     except UserError as error:
         raise UserError(f"{decoder}: {error}") from None
     tensors = canonical(decoder, read_weights(decoder), config, "decoder") | tower_tensors(config, vision)

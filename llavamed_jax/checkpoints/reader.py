@@ -16,6 +16,8 @@ import numpy as np
 
 from llavamed_jax.checkpoints import hub, names
 from llavamed_jax.checkpoints.files import read_json
+from llavamed_jax.checkpoints.generation_file import FILE as GENERATION
+from llavamed_jax.checkpoints.generation_file import with_stop_ids
 from llavamed_jax.checkpoints.layouts import canonical
 from llavamed_jax.checkpoints.torch_files import Tensor, read_weights
 from llavamed_jax.checkpoints.tower import check_width, fetch_tower, find_tower, tower_config, tower_tensors, with_statistics
@@ -25,7 +27,7 @@ from llavamed_jax.hf_config import is_transformers, tower_name
 
 TEXT_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
               "preprocessor_config.json", "processor_config.json", "chat_template.jinja", "chat_template.json",
-              "generation_config.json")
+              GENERATION)
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,7 @@ def tree_config(path: Path) -> LlavaConfig:
         config = LlavaConfig.from_dict(read_json(file))
     except (KeyError, TypeError) as error:
         raise UserError(f"{file} is no config of this project: {error}") from None
-    return config.replace(vision=with_statistics(config.vision, file.parent))
+    return config.replace(vision=with_statistics(config.vision, file.parent), decoder=with_stop_ids(config.decoder, file.parent))
 
 
 def _kind(path: str | Path, weights: bool = True) -> tuple[str, str]:
@@ -146,10 +148,12 @@ def _kind(path: str | Path, weights: bool = True) -> tuple[str, str]:
 
 
 def text_files(directory: Path) -> dict[str, Path]:
-    """The tokenizer and preprocessor files of a checkpoint; of an export of ours those from before it added tokens."""
+    """The files that travel with a checkpoint; of an export of ours those from before it added tokens, but for
+    `generation_config.json`: its user may have changed the one that transformers goes by."""
     source = directory / OURS
-    directory = source if source.is_dir() else directory
-    return {name: directory / name for name in TEXT_FILES if (directory / name).is_file()}
+    source = source if source.is_dir() else directory
+    found = {name: source / name for name in TEXT_FILES if (source / name).is_file()}
+    return found | ({GENERATION: directory / GENERATION} if GENERATION in found and (directory / GENERATION).is_file() else {})
 
 
 def _torch_config(directory: Path, vision_tower: Path | None) -> tuple[LlavaConfig, dict]:
@@ -169,7 +173,8 @@ def _torch_config(directory: Path, vision_tower: Path | None) -> tuple[LlavaConf
         raise UserError(f"{directory}: {error}") from None
     if vision is not None:
         check_width(vision_tower, vision, config.vision.hidden_size if is_transformers(raw) else raw.get("mm_hidden_size"))
-    return config.replace(vision=with_statistics(vision or config.vision, directory)), raw
+    return config.replace(vision=with_statistics(vision or config.vision, directory),
+                          decoder=with_stop_ids(config.decoder, directory)), raw
 
 
 def _open_torch(directory: Path, vision_tower: Path | None) -> Checkpoint:

@@ -34,6 +34,7 @@ from orbax.checkpoint._src import asyncio_utils  # nothing public reaches its ev
 from llavamed_jax.checkpoints import names
 from llavamed_jax.checkpoints.base import MANIFEST, check_fingerprints, read_base, write_base
 from llavamed_jax.checkpoints.files import new_directory, read_json, sha256_of, write_json
+from llavamed_jax.checkpoints.generation_file import copy_files
 from llavamed_jax.checkpoints.layouts import match
 from llavamed_jax.checkpoints.load import flatten, nest
 from llavamed_jax.checkpoints.reader import Checkpoint, text_files, tree_config, tree_root
@@ -64,8 +65,7 @@ def write_model(out: str | Path, checkpoint: Checkpoint, config: LlavaConfig | N
         write_base(base, tensors, progress)
     with new_directory(out / "model") as model:
         write_json(model / "config.json", (config or checkpoint.config).to_dict())
-        for name, file in (checkpoint.files if files is None else files).items():
-            shutil.copyfile(file, model / name)
+        copy_files(config or checkpoint.config, checkpoint.files if files is None else files, model)
 
 
 def open_tree(path: str | Path) -> Checkpoint:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,6 +13,8 @@ import numpy as np
 from llavamed_jax.checkpoints import names
 from llavamed_jax.checkpoints.card import model_card
 from llavamed_jax.checkpoints.files import new_directory, write_json
+from llavamed_jax.checkpoints.generation_file import FILE as GENERATION
+from llavamed_jax.checkpoints.generation_file import copy_files, settings_for
 from llavamed_jax.checkpoints.processor_files import clip_preprocessor, write_processor
 from llavamed_jax.checkpoints.reader import Checkpoint
 from llavamed_jax.checkpoints.torch_files import DTYPES, Tensor
@@ -95,14 +96,14 @@ def _write_text_files(checkpoint: Checkpoint, out: Path, layout: str) -> None:
     cfg, files = checkpoint.config, checkpoint.files
     (out / "README.md").write_text(model_card(checkpoint, layout), encoding="utf-8")
     kept = out
-    if layout == "transformers" and cfg.image_token_id is None:
-        write_json(out / "generation_config.json", dict(
-            bos_token_id=cfg.decoder.bos_token_id, eos_token_id=cfg.decoder.eos_token_id, pad_token_id=cfg.decoder.vocab_size + 1))
-        write_processor(cfg, files, out)
-        kept = out / OURS  # from where an import takes them, so that nothing of this layout stays
-        kept.mkdir()
-    for name, file in files.items():
-        shutil.copyfile(file, kept / name)
+    if layout == "transformers":
+        has_added_rows = cfg.image_token_id is None
+        write_json(out / GENERATION, settings_for(cfg, files.get(GENERATION), cfg.decoder.vocab_size + 1 if has_added_rows else None))
+        if has_added_rows:
+            write_processor(cfg, files, out)
+            kept = out / OURS  # from where an import takes them, so that nothing of this layout stays
+            kept.mkdir()
+    copy_files(cfg, files, kept)
 
 
 def write_safetensors(directory: Path, tensors: Mapping[str, Tensor], progress: Progress = iter,

@@ -26,6 +26,7 @@ from llavamed_jax.errors import UsageError, UserError
 from llavamed_jax.templates import get_template
 
 _TOKENIZERS = ("tokenizer.model", "tokenizer.json")  # the first of them is read
+_OF_TEXT = ("tokenizer", "special_", "added_", "chat_template")  # the files that --tokenizer replaces
 _DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
 
@@ -67,8 +68,8 @@ def _open(path: str, args: argparse.Namespace) -> Checkpoint:
         if not any(name.startswith("tokenizer") for name in files):
             raise UsageError(f"--tokenizer {source} holds no tokenizer.model and no tokenizer.json")
         _said_of("--tokenizer", Tokenizer.load, source)  # one that cannot be read is said before anything is written
-        preprocessor = {n: f for n, f in checkpoint.files.items() if n == "preprocessor_config.json"}
-        checkpoint = checkpoint.replace(files={**preprocessor, **files})
+        kept = {name: file for name, file in checkpoint.files.items() if not name.startswith(_OF_TEXT)}
+        checkpoint = checkpoint.replace(files={**kept, **{name: file for name, file in files.items() if name.startswith(_OF_TEXT)}})
     _check_text(checkpoint)
     print(f"{path}: {checkpoint.layout} layout, vision tower: {checkpoint.tower}")
     if getattr(args, "projector", None) is not None:

@@ -68,6 +68,14 @@ def is_plain(value: Any, types: tuple[type, ...]) -> bool:
     return isinstance(value, types) and not (isinstance(value, bool) and bool not in types)
 
 
+def token_ids(value: Any, key: str, file: str = "config.json") -> tuple[int, ...]:
+    """The ids of a value that is one id, a list of ids, or null."""
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if value == [] or not all(is_plain(i, (int,)) for i in ids):
+        raise UserError(f"{file} has {key} {short(value)}; an id, a list of ids or null was expected")
+    return tuple(dict.fromkeys(ids))
+
+
 def check_counts(config: Mapping[str, Any], keys: list[str]) -> None:
     for key in keys:
         if not is_plain(config[key], (int,)) or config[key] < 1:

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from llavamed_jax.config.checks import as_object, channels, check_counts, check_fields, number
+from llavamed_jax.config.checks import as_object, channels, check_counts, check_fields, number, token_ids
 from llavamed_jax.errors import UserError
 
 IMAGE_TOKEN = -200  # stands for an image in token ids (LLaVA's IMAGE_TOKEN_INDEX)
@@ -120,7 +120,7 @@ class DecoderConfig:
     bos_token_id: int | None = 1
     eos_token_id: int | None = 2
     pad_token_id: int | None = None
-    more_eos_ids: tuple[int, ...] = ()  # config.json may name several ids that end a sequence
+    more_eos_ids: tuple[int, ...] = ()  # a config may name several ids that end a sequence
 
     def __post_init__(self):
         check_fields(self, "decoder ")
@@ -154,8 +154,6 @@ class DecoderConfig:
         if c.get("hidden_act", "silu") != "silu":
             raise UserError(f"the decoder's hidden_act is {c['hidden_act']!r}; silu was expected")
         heads = c["num_attention_heads"]
-        eos = c.get("eos_token_id", 2)
-        several = isinstance(eos, list) and bool(eos)
         return cls(
             vocab_size=c["vocab_size"], hidden_size=c["hidden_size"], intermediate_size=c["intermediate_size"],
             num_layers=c["num_hidden_layers"], num_heads=heads, num_kv_heads=c.get("num_key_value_heads") or heads,
@@ -164,8 +162,8 @@ class DecoderConfig:
             max_position_embeddings=c["max_position_embeddings"],
             sliding_window=c.get("sliding_window") if arch == "mistral" else None,
             tie_word_embeddings=bool(c.get("tie_word_embeddings", False)), architecture=arch,
-            bos_token_id=c.get("bos_token_id", 1), eos_token_id=eos[0] if several else eos,
-            pad_token_id=c.get("pad_token_id"), more_eos_ids=tuple(eos[1:]) if several else ())
+            bos_token_id=c.get("bos_token_id", 1), pad_token_id=c.get("pad_token_id"),
+            **cls.ends_with(token_ids(c.get("eos_token_id", 2), "eos_token_id")))
 
     def to_hf(self) -> dict:
         """Every field explicit, and both spellings of the RoPE settings, so that any transformers reads the same model."""
@@ -176,10 +174,20 @@ class DecoderConfig:
                    rope_parameters={"rope_type": "default", "rope_theta": self.rope_theta},
                    max_position_embeddings=self.max_position_embeddings, tie_word_embeddings=self.tie_word_embeddings,
                    attention_bias=False, mlp_bias=False, bos_token_id=self.bos_token_id,
-                   eos_token_id=list(self.eos_ids) if self.more_eos_ids else self.eos_token_id, pad_token_id=self.pad_token_id)
+                   eos_token_id=self.eos_value, pad_token_id=self.pad_token_id)
         if self.architecture == "mistral":
             out["sliding_window"] = self.sliding_window
         return out
+
+    @staticmethod
+    def ends_with(ids: tuple[int, ...]) -> dict[str, Any]:
+        """The fields of a decoder whose sequences end with any of these ids."""
+        return dict(eos_token_id=ids[0] if ids else None, more_eos_ids=ids[1:])
+
+    @property
+    def eos_value(self) -> int | list[int] | None:
+        """`eos_token_id` as transformers' files have it."""
+        return list(self.eos_ids) if self.more_eos_ids else self.eos_token_id
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
