@@ -1,6 +1,5 @@
 """DICOM: files made here with known values, and pydicom's own test files."""
 
-import io
 import subprocess
 import sys
 from pathlib import Path
@@ -10,9 +9,9 @@ import pytest
 
 pydicom = pytest.importorskip("pydicom", reason="pydicom, the extra [medical], is not installed")
 
-from pydicom.dataset import Dataset, FileMetaDataset  # noqa: E402
+from dicom_files import HOUNSFIELD, RAMP, dataset, encoded, shown  # noqa: E402
+from pydicom.dataset import Dataset  # noqa: E402
 from pydicom.encaps import encapsulate  # noqa: E402
-from pydicom.uid import ExplicitVRLittleEndian, SecondaryCaptureImageStorage  # noqa: E402
 
 from llavamed_jax.config import preset  # noqa: E402
 from llavamed_jax.data.dicom import read_dicom  # noqa: E402
@@ -45,8 +44,9 @@ NOT_SHOWN = {
     "ExplVR_BigEndNoMeta.dcm": "holds no DICOM image; it is of the class RT Ion Plan Storage",
     "ExplVR_LitEndNoMeta.dcm": "RT Ion Plan Storage",
     "JPEG-lossy.dcm": "12-bit precision", "JPGExtended.dcm": "12-bit precision",
-    "JPEG2000-embedded-sequence-delimiter.dcm": "dcm has a stream of 3722445056 x 1024 pixels", "MR_truncated.dcm": "cannot reshape array",
-    "SC_rgb_jpeg.dcm": "unexpected tag", "UN_sequence.dcm": "holds no DICOM image", "badVR.dcm": "invalid literal",
+    "JPEG2000-embedded-sequence-delimiter.dcm": "dcm has a stream of 3722445056 x 1024 pixels",
+    "MR_truncated.dcm": "pixel data are less than expected",
+    "SC_rgb_jpeg.dcm": "unexpected tag", "UN_sequence.dcm": "holds no DICOM image", "badVR.dcm": r"\(0028,0008\) Number of Frames '1A'",
     "meta_missing_tsyntax.dcm": "holds no DICOM image", "nested_priv_SQ.dcm": "holds no DICOM image", "no_meta.dcm": "holds no DICOM image",
     "no_meta_group_length.dcm": "holds no DICOM image", "priv_SQ.dcm": "holds no DICOM image",
     "empty_charset_LEI.dcm": "holds no DICOM image", "reportsi.dcm": "Basic Text SR",
@@ -54,45 +54,6 @@ NOT_SHOWN = {
     "rtplan.dcm": "RT Plan", "rtplan_truncated.dcm": "RT Plan", "rtstruct.dcm": "RT Structure Set", "test-SR.dcm": "Comprehensive SR",
     "waveform_ecg.dcm": "12-lead ECG",
 }  # fmt: skip
-
-
-def dataset(values, interpretation="MONOCHROME2", bits=None, frames=None, **elements):
-    """An uncompressed image of the stored values [H,W], [H,W,3] or [frames,H,W]."""
-    values = np.asarray(values)
-    meta = FileMetaDataset()
-    meta.TransferSyntaxUID, meta.MediaStorageSOPClassUID = ExplicitVRLittleEndian, SecondaryCaptureImageStorage
-    meta.MediaStorageSOPInstanceUID = "1.2.3"
-    ds = Dataset()
-    ds.file_meta, ds.SOPClassUID, ds.SOPInstanceUID = meta, SecondaryCaptureImageStorage, "1.2.3"
-    shape = values.shape[1:] if frames else values.shape
-    ds.Rows, ds.Columns, ds.SamplesPerPixel = shape[0], shape[1], shape[2] if len(shape) == 3 else 1
-    if ds.SamplesPerPixel > 1:
-        ds.PlanarConfiguration = 0
-    if frames:
-        ds.NumberOfFrames = frames
-    ds.PhotometricInterpretation, ds.PixelRepresentation = interpretation, int(values.dtype.kind == "i")
-    ds.BitsAllocated = 8 * values.dtype.itemsize
-    ds.BitsStored = bits or ds.BitsAllocated
-    ds.HighBit = ds.BitsStored - 1
-    ds.PixelData = values.tobytes() + b"\0" * (values.nbytes % 2)
-    ds["PixelData"].VR = "OB" if ds.BitsAllocated == 8 else "OW"
-    for keyword, value in elements.items():
-        setattr(ds, keyword, value)
-    return ds
-
-
-def encoded(ds):
-    buffer = io.BytesIO()
-    ds.save_as(buffer, enforce_file_format=True)
-    return buffer.getvalue()
-
-
-def shown(ds, frame=None):
-    return np.asarray(load_image(encoded(ds), frame))[..., 0].astype(int)
-
-
-RAMP = np.linspace(0, 4095, 256).reshape(16, 16).astype(np.uint16)
-HOUNSFIELD = dict(RescaleSlope=1, RescaleIntercept=-1024)
 
 
 def test_rescale_and_linear_window():
@@ -234,8 +195,8 @@ def test_by_content_or_by_suffix(tmp_path):
 @pytest.mark.parametrize("change, sentence", [
     (dict(Rows=60000, Columns=60000), "has 60000 x 60000 pixels a frame; 1 to 178956970 were expected"), (dict(Rows=0), "has 4 x 0 pixels"),
     (dict(PhotometricInterpretation="HSV"), "photometric interpretation HSV; one of MONOCHROME1"),
-    (dict(Rows=40), "number of bytes|cannot reshape|less than expected"), (dict(NumberOfFrames=0), None),
-    (dict(WindowCenter=1, WindowWidth=0), "Window Width must be"), (dict(BitsAllocated=7), "is no DICOM image that can be read")])
+    (dict(Rows=40), "pixel data are less than expected"), (dict(NumberOfFrames=0), None),
+    (dict(BitsAllocated=7), "is no DICOM image that can be read")])
 def test_headers_that_make_no_sense(change, sentence):
     ds = dataset(np.full((4, 4), 70, np.uint8), **change)
     if sentence is None:

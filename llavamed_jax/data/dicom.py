@@ -1,10 +1,7 @@
-"""DICOM to 8-bit images, as a viewer shows them: the stored values, rescaled, through the file's own window.
+"""DICOM files to 8-bit images: the stored values of a frame, which `dicom_display` shows as a viewer does.
 
-    grey    stored -> modality LUT or rescale -> VOI LUT or window -> 0 … 255 -> inverted for MONOCHROME1
-    colour  RGB, YBR and palettes -> RGB, the upper eight bits
-
-Each step is pydicom's, which with its decoders is the extra `[medical]`. Only the frame that is asked for is decoded.
-Source: DICOM PS3.3, C.7.6.3 (pixels), C.11.1 (modality LUT), C.11.2 (VOI LUT). H and W are rows and columns.
+Files are read by pydicom, which with its decoders is the extra `[medical]`. Only the frame that is asked for is decoded.
+Source: DICOM PS3.3, C.7.6.3 (pixels). H and W are rows and columns.
 """
 
 from __future__ import annotations
@@ -12,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import struct
 import subprocess
 import sys
 from typing import TYPE_CHECKING, BinaryIO
@@ -19,6 +17,8 @@ from typing import TYPE_CHECKING, BinaryIO
 import numpy as np
 from PIL import Image
 
+from llavamed_jax.data.dicom_display import COLOR, GREY, PALETTE, render
+from llavamed_jax.data.dicom_elements import called, remove_empty, text, whole_number
 from llavamed_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -34,15 +34,20 @@ from pydicom.pixels import pixel_array
 values = pixel_array(io.BytesIO(sys.stdin.buffer.read()), **json.loads(sys.argv[1]))
 numpy.save(sys.stdout.buffer, values)
 """
-_GREY, _COLOR = ("MONOCHROME1", "MONOCHROME2"), ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT")
 _INSTALL = "pip install 'llavamed-jax[medical]'"
 # What is read of a header; the rest, however large, is passed over.
-_PALETTE = [f"{kind}{color}PaletteColorLookupTableData" for kind in ("", "Segmented") for color in ("Red", "Green", "Blue", "Alpha")]
+_PALETTE_DATA = [f"{kind}{color}PaletteColorLookupTableData" for kind in ("", "Segmented") for color in ("Red", "Green", "Blue")]
 _KEYWORDS = [
-    "SOPClassUID", "Rows", "Columns", "SamplesPerPixel", "PhotometricInterpretation", "NumberOfFrames", "BitsStored",
-    "PixelRepresentation", "PixelPaddingValue", "PixelPaddingRangeLimit", "ModalityLUTSequence", "RescaleSlope", "RescaleIntercept",
-    "VOILUTSequence", "WindowCenter", "WindowWidth", "VOILUTFunction", "SharedFunctionalGroupsSequence",
-    "PerFrameFunctionalGroupsSequence", *(f"{color}PaletteColorLookupTableDescriptor" for color in ("Red", "Green", "Blue")), *_PALETTE]
+    "SOPClassUID", "Rows", "Columns", "SamplesPerPixel", "PhotometricInterpretation", "PlanarConfiguration", "NumberOfFrames",
+    "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation", *(
+        f"{kind}PixelPadding{end}" for kind in ("", "Float", "DoubleFloat") for end in ("Value", "RangeLimit")),
+    "ModalityLUTSequence", "RescaleSlope", "RescaleIntercept", "VOILUTSequence", "WindowCenter", "WindowWidth", "VOILUTFunction",
+    "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence", "ExtendedOffsetTable", "ExtendedOffsetTableLengths",
+    *(f"{color}PaletteColorLookupTableDescriptor" for color in ("Red", "Green", "Blue")), *_PALETTE_DATA]
+_READ_AGAIN = {0x00280008, 0x7FE00001}  # Number of Frames and Extended Offset Table, which pydicom reads once more when it decodes
+# What Python, numpy and struct say of a header that they were not made for: nothing that a reader of DICOM could use.
+_PYTHONS = (TypeError, LookupError, ArithmeticError, AssertionError, UnicodeError, struct.error)
+_PYTHONS_WORDS = re.compile(r"^'\w+' object |invalid literal|could not convert|NoneType|buffer")
 
 
 def is_dicom(head: bytes, suffix: str) -> bool:
@@ -69,13 +74,23 @@ def read_dicom(file: BinaryIO, name: str, frame: int = 1) -> Image.Image:
         raise UserError(f"{name} is DICOM, which needs pydicom: {_INSTALL}") from None
     try:
         header = _read_header(file, name)
-        _check(header, name, frame)
-        values = _decode(file, header, name, frame - 1)
-        return _render(values, _for_frame(header, frame - 1), name)
+        removed = remove_empty(header)
+        count = _check(header, name, frame)
+        values = _decode(file, header, name, frame - 1, count, is_whole=bool(removed & _READ_AGAIN))
+        return render(values, header, frame - 1, name)
     except UserError:
         raise
     except Exception as error:  # on damaged files pydicom and its decoders raise nearly anything
-        raise UserError(f"{name} is no DICOM image that can be read: {one_line(error)}") from error
+        raise UserError(f"{name} is no DICOM image that can be read: {_in_dicoms_words(error)}") from error
+
+
+def _in_dicoms_words(error: Exception) -> str:
+    """What pydicom says of a file, which names elements; of Python's and numpy's own errors what they mean here."""
+    said = one_line(error)
+    if "cannot reshape" in said:
+        return "its pixel data are less than expected by its rows, columns and samples"
+    is_pythons = isinstance(error, _PYTHONS) or isinstance(error, (AttributeError, ValueError)) and _PYTHONS_WORDS.search(said)
+    return "its header or its pixel data are damaged, or not as the standard has them" if is_pythons else said
 
 
 def one_line(error: Exception) -> str:
@@ -92,31 +107,41 @@ def _read_header(file: BinaryIO, name: str) -> Dataset:
         raise UserError(f"{name} is deflated as a whole and has {size} bytes; at most {_MAX_DEFLATED} were expected")
     file.seek(0)
     header = dcmread(file, stop_before_pixels=True, force=True, specific_tags=_KEYWORDS)
-    if "TransferSyntaxUID" not in header.file_meta:
+    if not header.file_meta.get("TransferSyntaxUID"):
         is_implicit, is_little_endian = header.original_encoding
         header.file_meta.TransferSyntaxUID = (
             uid.ImplicitVRLittleEndian if is_implicit else uid.ExplicitVRLittleEndian if is_little_endian else uid.ExplicitVRBigEndian)
     return header
 
 
-def _check(header: Dataset, name: str, frame: int) -> None:
-    """Raises UserError, before anything is decoded, for what cannot be an image of reasonable size."""
-    if "Rows" not in header or "Columns" not in header:
+def _check(header: Dataset, name: str, frame: int) -> int:
+    """How many frames there are.
+
+    Raises:
+      UserError: before anything is decoded, for what cannot be an image of reasonable size.
+    """
+    rows, columns = (whole_number(header, keyword, name) for keyword in ("Rows", "Columns"))
+    if rows is None or columns is None:
         kind = f"; it is of the class {header.SOPClassUID.name}" if "SOPClassUID" in header else ""
         raise UserError(f"{name} holds no DICOM image{kind}")
-    if not 0 < header.Rows * header.Columns <= MAX_PIXELS:
-        raise UserError(f"{name} has {header.Columns} x {header.Rows} pixels a frame; 1 to {MAX_PIXELS} were expected")
-    interpretation = header.get("PhotometricInterpretation")
-    if interpretation not in (*_GREY, *_COLOR, "PALETTE COLOR"):
-        raise UserError(f"{name} has the photometric interpretation {interpretation}; one of "
-                        f"{', '.join((*_GREY, *_COLOR))} or PALETTE COLOR was expected")
-    count = int(header.get("NumberOfFrames") or 1)
+    if not 0 < rows * columns <= MAX_PIXELS:
+        raise UserError(f"{name} has {columns} x {rows} pixels a frame; 1 to {MAX_PIXELS} were expected")
+    interpretation = text(header, "PhotometricInterpretation", name)
+    if interpretation not in (*GREY, *COLOR, PALETTE):
+        found = f"the photometric interpretation {interpretation}" if interpretation else f"no {called('PhotometricInterpretation')}"
+        raise UserError(f"{name} has {found}; one of {', '.join((*GREY, *COLOR))} or {PALETTE} was expected")
+    count = whole_number(header, "NumberOfFrames", name) or 1
     if not 1 <= frame <= count:
         raise UserError(f"{name} has {count} frame{'s' * (count > 1)}, counted from 1; there is no frame {frame}")
+    return count
 
 
-def _decode(file: BinaryIO, header: Dataset, name: str, index: int) -> np.ndarray:
-    """The stored values of a frame, [H,W] or [H,W,3]; YBR is RGB already."""
+def _decode(file: BinaryIO, header: Dataset, name: str, index: int, count: int, is_whole: bool) -> np.ndarray:
+    """The stored values of a frame, [H,W] or [H,W,3]; YBR is RGB already.
+
+    Args:
+      is_whole: the file has to be read as a whole, to take empty elements out of it that pydicom would stumble over.
+    """
     from pydicom import dcmread, uid
     from pydicom.pixels import get_decoder, pixel_array
 
@@ -127,24 +152,54 @@ def _decode(file: BinaryIO, header: Dataset, name: str, index: int) -> np.ndarra
         raise UserError(f"{name} is compressed as {syntax.name}, which pydicom does not decode") from None
     if not decoder.is_available:
         raise UserError(f"{name} is compressed as {syntax.name}, which needs another decoder: {_INSTALL}")
+    described = _described(header, name, count)
+    shift = 0 if syntax.is_encapsulated and syntax != uid.RLELossless else _lowest_bit(header, described, name)
     file.seek(0)
-    if syntax == uid.DeflatedExplicitVRLittleEndian:
-        return pixel_array(dcmread(file), index=index)
+    source, described["transfer_syntax_uid"] = file, syntax
+    if is_whole or syntax == uid.DeflatedExplicitVRLittleEndian:
+        source = dcmread(file, force=True)
+        source.file_meta = header.file_meta
+        remove_empty(source)
     if not syntax.is_encapsulated:
-        return pixel_array(file, index=index, transfer_syntax_uid=syntax)
-    _check_stream(file, header, name, index)
+        values = pixel_array(source, index=index, **described)
+        return values >> shift if shift else values
+    _check_stream(file, name, index, count)
     errors = []
     for plugin in [p for p in decoder.available_plugins if p != "gdcm"]:
         try:
-            return pixel_array(file, index=index, transfer_syntax_uid=syntax, decoding_plugin=plugin)
+            return pixel_array(source, index=index, decoding_plugin=plugin, **described) >> shift
         except Exception as error:  # as in `read_dicom`
             errors.append(error)
     if errors:
         raise errors[0]
-    return _decode_apart(file, index=index, transfer_syntax_uid=syntax, decoding_plugin="gdcm")
+    return _decode_apart(file, index=index, decoding_plugin="gdcm", **described)
 
 
-def _check_stream(file: BinaryIO, header: Dataset, name: str, index: int) -> None:
+def _described(header: Dataset, name: str, count: int) -> dict[str, object]:
+    """The elements that say how pixels are stored, as options of `pixel_array`, which would read them once more: of several values
+    the first, and for those that are absent or empty what viewers take."""
+    number = lambda keyword: whole_number(header, keyword, name)
+    interpretation = text(header, "PhotometricInterpretation", name)
+    found = dict(
+        rows=number("Rows"), columns=number("Columns"), number_of_frames=count, photometric_interpretation=interpretation,
+        samples_per_pixel=number("SamplesPerPixel") or (3 if interpretation in COLOR else 1), bits_allocated=number("BitsAllocated"),
+        bits_stored=number("BitsStored") or number("BitsAllocated"), planar_configuration=number("PlanarConfiguration") or 0,
+        pixel_representation=number("PixelRepresentation") or 0)
+    offsets = [keyword in header for keyword in ("ExtendedOffsetTable", "ExtendedOffsetTableLengths")]
+    return found if all(offsets) else {**found, "extended_offsets": None}
+
+
+def _lowest_bit(header: Dataset, described: dict, name: str) -> int:
+    """Where stored values begin in a word, which is above its lowest bit where the highest is not BitsStored - 1. `described` is
+    changed to the bits up to the highest: what pydicom takes for BitsStored begins at the lowest."""
+    high, stored, allocated = whole_number(header, "HighBit", name), described["bits_stored"], described["bits_allocated"]
+    if None in (high, stored, allocated) or not stored <= high < allocated:
+        return 0
+    described["bits_stored"] = high + 1
+    return high + 1 - stored
+
+
+def _check_stream(file: BinaryIO, name: str, index: int, count: int) -> None:
     """Raises UserError for a JPEG 2000 stream that claims more pixels than a frame may have: OpenJPEG goes by its claim.
     Decoders of the other kinds go by the header, or look themselves."""
     from pydicom import dcmread
@@ -153,7 +208,7 @@ def _check_stream(file: BinaryIO, header: Dataset, name: str, index: int) -> Non
     file.seek(0)
     dcmread(file, stop_before_pixels=True, force=True, specific_tags=["Rows"])  # leaves the file at the pixels' tag
     file.seek(12, 1)  # tag, VR and length
-    frame = get_frame(file, index, number_of_frames=int(header.get("NumberOfFrames") or 1))
+    frame = get_frame(file, index, number_of_frames=count)
     size = re.search(rb"\xff\x4f\xff\x51.{4}(.{4})(.{4})", frame[:4096], re.DOTALL)  # SOC, and of SIZ width and height
     if size is not None:
         width, height = (int.from_bytes(x, "big") for x in size.groups())
@@ -171,78 +226,3 @@ def _decode_apart(file: BinaryIO, **arguments) -> np.ndarray:
         lines = done.stderr.decode(errors="replace").strip().splitlines()
         raise ValueError(lines[-1] if done.returncode > 0 and lines else "its decoder broke down")
     return np.load(io.BytesIO(done.stdout))
-
-
-def _for_frame(header: Dataset, index: int) -> Dataset:
-    """The header as it holds for one frame: enhanced files keep rescale and window in groups, shared or a frame's own."""
-    for groups in (header.get("SharedFunctionalGroupsSequence") or [])[:1], _at(header.get("PerFrameFunctionalGroupsSequence"), index):
-        for group in groups:
-            for keyword in ("PixelValueTransformationSequence", "FrameVOILUTSequence"):
-                for item in group.get(keyword) or []:
-                    header.update(item)
-    return header
-
-
-def _at(sequence, index: int) -> list:
-    return list(sequence or [])[index:index + 1]
-
-
-def _render(values: np.ndarray, header: Dataset, name: str) -> Image.Image:
-    from pydicom.pixels import apply_color_lut
-
-    if header.PhotometricInterpretation in _GREY:
-        return Image.fromarray(_grey(values, header, name))
-    if header.PhotometricInterpretation == "PALETTE COLOR":
-        bits, values = header.RedPaletteColorLookupTableDescriptor[2], apply_color_lut(values, header)
-    else:
-        bits = header.BitsStored
-    if values.ndim != 3 or values.dtype.kind != "u":
-        raise UserError(f"{name} has colours as {values.dtype} of shape {values.shape}; unsigned [H,W,3] was expected")
-    return Image.fromarray((values[..., :3] >> max(0, bits - 8)).astype(np.uint8))
-
-
-def _grey(stored: np.ndarray, header: Dataset, name: str) -> np.ndarray:
-    """Stored values [H,W] as they are shown, uint8."""
-    from pydicom.pixels import apply_modality_lut, apply_voi_lut
-
-    bits = [_widen(header.get(keyword)) for keyword in ("ModalityLUTSequence", "VOILUTSequence")][1]
-    values = apply_modality_lut(stored if stored.dtype.kind == "f" else stored.astype(np.int64), header).astype(np.float64)
-    if bits:
-        values = apply_voi_lut(np.rint(values).astype(np.int64), header).astype(np.float64)
-        low, high = 0, 2**bits - 1
-    elif header.get("WindowWidth") is not None and header.get("WindowCenter") is not None:
-        values = apply_voi_lut(values, header)
-        low, high = apply_voi_lut(np.array([-np.inf, np.inf]), header)  # where the window's ends are shown
-    elif stored.dtype.kind == "u" and header.BitsStored <= 8 and np.array_equal(values, stored):
-        low, high = 0, 2**header.BitsStored - 1
-    else:
-        low, high = _extent(values[~_is_padding(stored, header)], name)
-    shown = np.clip((values - low) / ((high - low) or 1), 0, 1)
-    shown = np.rint(shown * 255).astype(np.uint8)
-    return 255 - shown if header.PhotometricInterpretation == "MONOCHROME1" else shown
-
-
-def _widen(tables) -> int:
-    """How many bits the entries of a lookup table have, 0 for no table. They are declared as 16, since pydicom looks values
-    up in the entries' own width, which is too narrow for a table of 4,096 entries of 8 bits and unknown to numpy for 12."""
-    if not tables:
-        return 0
-    entries, first, bits = tables[0].LUTDescriptor
-    tables[0].LUTDescriptor = [entries, first, 16]
-    return bits
-
-
-def _is_padding(stored: np.ndarray, header: Dataset) -> np.ndarray:
-    """Where a frame holds the value that stands for no pixel; nowhere if it holds nothing else."""
-    first = header.get("PixelPaddingValue")
-    if first is None:
-        return np.zeros(stored.shape, bool)
-    last = header.get("PixelPaddingRangeLimit", first)
-    padding = (stored >= min(first, last)) & (stored <= max(first, last))
-    return padding & ~padding.all()
-
-
-def _extent(values: np.ndarray, name: str) -> tuple[float, float]:
-    if not np.isfinite(values).all():
-        raise UserError(f"{name} has values that are not finite; finite ones were expected")
-    return float(values.min()), float(values.max())

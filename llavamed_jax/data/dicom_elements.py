@@ -1,0 +1,108 @@
+"""Elements of a DICOM header as plain values: an element that is present and empty is as one that is absent.
+
+Scanners and anonymisers write elements of every kind without a value, with the padding of a text alone, or with several values
+where the standard has one. What cannot be read is one sentence that names the element by tag and name. Source: DICOM PS3.5, 6.2.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from llavamed_jax.errors import UserError, short
+
+if TYPE_CHECKING:
+    from pydicom import Dataset
+
+_TEXT = ("CS", "DS", "IS", "LO", "SH", "UI")  # of these VRs a value may be padded, and hold nothing but padding
+
+
+def called(keyword: str) -> str:
+    """`WindowWidth` -> `(0028,1051) Window Width`."""
+    from pydicom.datadict import dictionary_description, tag_for_keyword
+
+    tag = tag_for_keyword(keyword)
+    return f"({tag >> 16:04X},{tag & 0xFFFF:04X}) {dictionary_description(tag)}"
+
+
+def remove_empty(ds: Dataset) -> set[int]:
+    """Takes the elements without a value out of a data set and of the items of its sequences; returns the tags of the former."""
+    from pydicom.datadict import dictionary_has_tag, dictionary_VR
+
+    removed = set()
+    for tag in list(ds.keys()):
+        kind = dictionary_VR(tag) if dictionary_has_tag(tag) else ""
+        if _is_empty(ds, tag, kind in _TEXT):
+            del ds[tag]
+            removed.add(int(tag))
+        elif kind == "SQ":
+            for item in ds[tag].value:
+                remove_empty(item)
+    return removed
+
+
+def _is_empty(ds: Dataset, tag: int, is_text: bool) -> bool:
+    try:
+        value = ds.get_item(tag).value
+    except Exception:  # pydicom converts what has no value, and for that may look at another element that has none
+        return True
+    if is_text and isinstance(value, (str, bytes)):
+        value = value.strip(" \0\\" if isinstance(value, str) else b" \0\\")
+    return value is None or isinstance(value, (str, bytes, list)) and not value
+
+
+def items(ds: Dataset, keyword: str) -> list[Dataset]:
+    """The items of a sequence, none where there is no such sequence."""
+    return list(ds.get(keyword) or [])
+
+
+def values(ds: Dataset, keyword: str, name: str) -> list[Any]:
+    """All values of an element, with None for one of several that is empty; an empty list where there is no element.
+
+    Args:
+      name: what an error calls the image.
+    Raises:
+      UserError: the element cannot be read.
+    """
+    try:
+        found = ds.get(keyword)
+    except Exception as error:  # pydicom converts a value when it is asked for
+        raw = ds.get_item(keyword)
+        raise wrong(name, keyword, getattr(raw, "value", None), "a value of its representation") from error
+    several = [found] if found is None or isinstance(found, (str, bytes)) or not hasattr(found, "__iter__") else list(found)
+    several = [None if isinstance(value, (str, bytes)) and not value.strip() else value for value in several]
+    return [] if all(value is None for value in several) else several
+
+
+def numbers(ds: Dataset, keyword: str, name: str) -> list[float | None]:
+    """`values` as numbers, which may be infinite or NaN."""
+    found = values(ds, keyword, name)
+    try:
+        return [None if value is None else float(value) for value in found]
+    except (TypeError, ValueError, OverflowError):
+        raise wrong(name, keyword, found[0] if len(found) == 1 else found, "a number") from None
+
+
+def first_number(ds: Dataset, keyword: str, name: str) -> float | None:
+    """The first value that an element has, None where it has none."""
+    return next((value for value in numbers(ds, keyword, name) if value is not None), None)
+
+
+def whole_number(ds: Dataset, keyword: str, name: str) -> int | None:
+    """The same of an element that counts something."""
+    value = first_number(ds, keyword, name)
+    if value is not None and value != value // 1:  # NaN and infinity too
+        raise wrong(name, keyword, value, "a whole number")
+    return None if value is None else int(value)
+
+
+def text(ds: Dataset, keyword: str, name: str) -> str | None:
+    """The first value of an element as a text without padding, in capitals, None where it has none."""
+    value = next((value for value in values(ds, keyword, name) if value is not None), None)
+    value = value.decode("latin-1") if isinstance(value, bytes) else value
+    return None if value is None else str(value).strip(" \0").upper()
+
+
+def wrong(name: str, keyword: str, value: Any, expected: str) -> UserError:
+    """The sentence about an element that cannot be used."""
+    value = value.decode("latin-1").strip(" \0") if isinstance(value, bytes) else value
+    return UserError(f"{name} has {called(keyword)} {short(value)}; {expected} was expected")
