@@ -76,6 +76,9 @@ OTHERS = [
      "test_loader::test_cut_never_leaves_part_of_an_image"),
     ("v1.0 replaces a sample whose image is broken by another, drawn at random", "it is skipped, listed and counted", "",
      "test_loader::test_broken_images_are_skipped_and_listed"),
+    ("v1.0's stages 2 and 3 average the mean losses of single samples, stage 1 those of pairs: HF's Trainer over micro-batches",
+     "kept in the `v1` recipes of stages 2 and 3, exactly; stage 1 and all other recipes weigh every token alike",
+     "`loss_weighting`", "test_training_torch::test_fifty_updates_by_sample_are_those_of_hfs_trainer"),
     ("a sample whose counts of ids do not add up teaches nothing, with a line in the log", "the same, counted", "",
      "test_conversation::test_counts_that_do_not_add_up_leave_nothing_supervised"),
     ("v1.0's inference template `v1`, `default` and v1.5's `v0`, `llama_2`, `mpt` and `mmtag` ones", "are not here; `v1.0:v1` is what "

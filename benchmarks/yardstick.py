@@ -4,7 +4,8 @@ The same tiny LLaVA from the same weights, on eight fixed batches repeated, 50 u
 torch's AdamW, clipping and the cosine of HF's Trainer there (spec 4.3). At the learning rate of the stage and at 1e-3, for
 at a small one much that is wrong would pass. Each stage starts where torch's stage before ended.
 A row passes if every loss agrees to 2e-6 of it, if each trained tensor's change agrees to 1 % of it (norms over all
-updates), and if what is frozen has kept its bits. Then the same with mistakes put in on purpose: each must fail.
+updates), and if what is frozen has kept its bits. Then stage 2 of v1.0, whose `loss_weighting` is `sample`, beside the rule
+of HF's Trainer with one sample a micro-batch, and the same with mistakes put in on purpose: each must fail.
 """
 
 from __future__ import annotations
@@ -58,6 +59,8 @@ class Stage:
 
 STAGES = {"1": Stage("configs/pretrain.py:v1", 1.0, (8, 12)), "2": Stage("configs/finetune.py", 0.5, (2, 9)),
           "3": Stage("configs/vqa_rad.py", 1.0, (1, 3))}
+# v1.0's stage 2, one sample a micro-batch: answers of very different lengths, which `token` and `sample` weigh differently.
+BY_SAMPLE = Stage("configs/finetune.py:v1", 0.5, (1, 12))
 # v1.0's stage 1 also trains rows of the embedding for its start and end tokens, which the tiny model has not.
 TRAINABLE = {"1": ("projector/.*",), "2": ("projector/.*", "decoder/.*"), "3": ("projector/.*", "decoder/.*")}
 
@@ -94,7 +97,7 @@ def _batch(rng, stage: Stage, cfg: LlavaConfig) -> dict:
                 positions=np.tile(at, (ROWS, 1)), segment_ids=segments, pixel_values=pixels)
 
 
-def train_torch(model, recipe: ConfigDict, trainable: tuple[str, ...], batches: list[dict]) -> Training:
+def train_torch(model, recipe: ConfigDict, trainable: tuple[str, ...], batches: list[dict], weighting: str = "token") -> Training:
     """What HF's Trainer does with the original's settings. The model is changed."""
     before = {n: x.copy() for n, x in flatten(hf.params_of(model)).items()}
     names = set(states.partition(before, trainable)[0])
@@ -108,34 +111,72 @@ def train_torch(model, recipe: ConfigDict, trainable: tuple[str, ...], batches: 
     scheduler = transformers.get_cosine_schedule_with_warmup(optimizer, math.ceil(0.03 * UPDATES), UPDATES)
     losses = []
     for update in range(UPDATES):
-        loss = _torch_loss(model, batches[update % len(batches)])
         optimizer.zero_grad()
-        loss.backward()
+        losses.append(_backward(model, batches[update % len(batches)], weighting))
         torch.nn.utils.clip_grad_norm_([p for _, p in trained], 1.0)
         optimizer.step()
         scheduler.step()
-        losses.append(loss.item())
     return Training(np.array(losses), before, {n: x.copy() for n, x in flatten(hf.params_of(model)).items()})
+
+
+def by_sample_batches(cfg: LlavaConfig) -> list[dict]:
+    """Rows for `loss_weighting=sample`. One sample of each second batch has no supervised token."""
+    batches = [_batch(np.random.default_rng([4, i]), BY_SAMPLE, cfg) for i in range(BATCHES)]
+    for i in range(0, BATCHES, 2):
+        batches[i]["labels"][i // 2] = IGNORE
+    return batches
+
+
+def packed(rows: dict) -> dict:
+    """The same samples, several in a row: without padding one after another, the last row filled up."""
+    lengths = rows["segment_ids"].sum(1)
+    places = [(0, 0, 1), (0, lengths[0], 2), (1, 0, 1), (1, lengths[2], 2)]
+    out = {name: np.full((2, 2 * LENGTH), IGNORE if name == "labels" else 0, np.int32) for name in rows if name != "pixel_values"}
+    images = [[], []]
+    for sample, (row, start, segment) in enumerate(places):
+        here, there = (sample, slice(lengths[sample])), (row, slice(start, start + lengths[sample]))
+        for name in out:
+            out[name][there] = segment if name == "segment_ids" else rows[name][here]
+        if (rows["input_ids"][sample] == IMAGE_TOKEN).any():
+            images[row].append(rows["pixel_values"][sample, 0])
+    size = rows["pixel_values"].shape[2:]
+    out["pixel_values"] = np.stack([np.stack([*row, *[np.zeros(size, np.float32)] * (2 - len(row))]) for row in images])
+    return out
+
+
+def _backward(model, rows: dict, weighting: str) -> float:
+    """Adds up gradients as HF's Trainer does, over one micro-batch (`token`) or one a sample (`sample`); returns the loss.
+
+    The mean over no token is NaN with a gradient of 0: it moves nothing and is one of the micro-batches that are averaged. The
+    log of HF's Trainer leaves it out, and so does the loss here.
+    """
+    parts = [rows] if weighting == "token" else [{name: x[i:i + 1] for name, x in rows.items()} for i in range(len(rows["labels"]))]
+    losses = []
+    for part in parts:
+        loss = _torch_loss(model, part)
+        (loss / len(parts)).backward()
+        losses.append(loss.item())
+    return float(np.nanmean(losses))
 
 
 def _torch_loss(model, rows: dict):
     ids = torch.tensor(np.where(rows["input_ids"] == IMAGE_TOKEN, hf.IMAGE_ID, rows["input_ids"])).long()
     has_image = (rows["input_ids"] == IMAGE_TOKEN).any(1)
-    pixels = torch.tensor(rows["pixel_values"][has_image, 0]).permute(0, 3, 1, 2)
+    pixels = torch.tensor(rows["pixel_values"][has_image, 0]).permute(0, 3, 1, 2) if has_image.any() else None
     logits = model(input_ids=ids, pixel_values=pixels, attention_mask=torch.tensor(rows["segment_ids"])).logits
     labels = torch.tensor(rows["labels"]).long()
     return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORE)
 
 
 def train_here(before: dict[str, np.ndarray], cfg: LlavaConfig, recipe: ConfigDict, trainable: tuple[str, ...],
-               batches: list[dict]) -> Training:
+               batches: list[dict], weighting: str = "token", micro_batches: int = 1, mesh: str = "data=1") -> Training:
     """The same with this project's training step, from parameters by their names on disk."""
-    mesh = make_mesh("data=1", jax.devices()[:1])
+    mesh = make_mesh(mesh, jax.devices()[:math.prod(int(size[-1]) for size in mesh.split(","))])
     params = stack(states.merge(before, {}))
     optimizer, schedule = optimizers.build(recipe, UPDATES, list(states.partition(params, trainable)[0]))
     state = states.create(params, trainable, optimizer, mesh, jnp.float32)
-    step = make_train_step(llava_loss(Llava(cfg, scan=True)), optimizer, schedule, mesh,
-                           states.state_shardings(params, trainable, optimizer, mesh))
+    step = make_train_step(llava_loss(Llava(cfg, scan=True), weighting), optimizer, schedule, mesh,
+                           states.state_shardings(params, trainable, optimizer, mesh), micro_batches, weighting)
     placed, losses = [place(rows, mesh) for rows in batches], []
     for update in range(UPDATES):
         state, metrics = step(state, placed[update % len(batches)])
@@ -190,6 +231,23 @@ def yardstick(stages=tuple(STAGES), rates=("stage", HIGH_RATE)) -> Iterator[tupl
         start = ended
 
 
+def by_sample(rate: float = HIGH_RATE) -> tuple[Training, LlavaConfig, ConfigDict]:
+    """Stage 2 of v1.0 as HF's Trainer weighs it: torch's training, our config, the recipe's optimizer at a learning rate."""
+    model, cfg = hf.llava()
+    recipe = load_config(str(ROOT / BY_SAMPLE.recipe), []).optimizer.copy_and_resolve_references()
+    recipe.learning_rate = rate
+    return train_torch(model, recipe, TRAINABLE["2"], by_sample_batches(cfg), "sample"), cfg, recipe
+
+
+def weighted_here(theirs: Training, cfg: LlavaConfig, recipe: ConfigDict, *, is_packed: bool = False, weighting: str = "sample",
+                  micro_batches: int = 1, mesh: str = "data=1") -> Comparison:
+    """The same updates here, packed or not, beside torch's."""
+    batches = by_sample_batches(cfg)
+    batches = [packed(rows) for rows in batches] if is_packed else batches
+    ours = train_here(theirs.before, cfg, recipe, TRAINABLE["2"], batches, weighting, micro_batches, mesh)
+    return compare(ours, theirs, TRAINABLE["2"])
+
+
 @torch.no_grad()
 def put(model, params: dict[str, np.ndarray]) -> None:
     """Writes parameters by our names into a torch model."""
@@ -241,9 +299,19 @@ def with_mistake(mistake: str, theirs: Training, rate: float, cfg: LlavaConfig) 
     return compare(ours, theirs, TRAINABLE["2"])
 
 
+# Rows of the table of `loss_weighting`: the name, and the settings of `weighted_here`.
+WEIGHTED = {
+    "a sample a row": {},
+    "packed": dict(is_packed=True),
+    "packed, in two micro-batches": dict(is_packed=True, micro_batches=2),
+    "weighed by token": dict(weighting="token"),
+    "packed, weighed by token": dict(is_packed=True, weighting="token"),
+}
+
+
 def main() -> int:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    row = "| {:<45} | {:>9} | {:>9} | {:>9} | {:<5} | {}".format
+    row = "| {:<55} | {:>9} | {:>9} | {:>9} | {:<5} | {}".format
     print(row("differences from torch", "loss", "change", "moved", "bits", ""))
     verdicts, references = [], {}
 
@@ -257,6 +325,10 @@ def main() -> int:
         show(f"stage {stage} at {rate:g}", found, True)
         references[stage, rate] = theirs
     cfg = hf.llava()[1]
+    for rate in (2e-5, HIGH_RATE):
+        theirs, *given = by_sample(rate)
+        for name, settings in WEIGHTED.items():
+            show(f"stage 2 of v1.0 at {rate:g}, {name}", weighted_here(theirs, *given, **settings), settings.get("weighting") != "token")
     for mistake in MISTAKES:
         show(f"stage 2 at {HIGH_RATE:g}, {mistake}", with_mistake(mistake, references["2", HIGH_RATE], HIGH_RATE, cfg), False)
     return 0 if all(verdicts) else 1

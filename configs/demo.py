@@ -58,6 +58,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.epochs = placeholder(int)  # in place of total_steps
     c.total_steps = stage["total_steps"]
     c.max_length = stage["max_length"]
+    c.loss_weighting = "token"  # or "sample"
     c.trainable = stage["trainable"]
 
     c.optimizer = ConfigDict(dict(

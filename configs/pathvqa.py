@@ -43,6 +43,8 @@ def get_config(arg: str = "") -> ConfigDict:
     c.epochs = args.epochs
     c.total_steps = placeholder(int)  # in place of epochs
     c.max_length = 2048  # as in its command
+    # v1.0 ran one sample a micro-batch through HF's Trainer, which averages their means: every sample weighs alike.
+    c.loss_weighting = "sample" if args.family == "v1" else "token"
     c.trainable = ("projector/.*", "decoder/.*")
 
     # HF's Trainer, with which all of them train: AdamW and a cosine to 0; warm-up and no decay as in each one's command.

@@ -43,6 +43,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.epochs = args.epochs
     c.total_steps = placeholder(int)  # in place of epochs
     c.max_length = 2048  # all three
+    c.loss_weighting = "token"  # v1.0 ran two samples a micro-batch: neither this nor "sample" is quite that
     c.trainable = ("projector/.*",)
     if args.family == "v1":  # and the rows of the tokens about an image, where the model has them: the original's whole table
         # is open too, but nothing else of it is meant to move (quirk Q12)

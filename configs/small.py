@@ -41,6 +41,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.epochs = args.epochs
     c.total_steps = placeholder(int)  # in place of epochs
     c.max_length = 160
+    c.loss_weighting = "token"  # or "sample"
     c.trainable = ("vision_tower/.*", "projector/.*", "decoder/.*")
 
     c.optimizer = ConfigDict(dict(  # the tower half as fast: it sees 870 images

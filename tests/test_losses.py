@@ -10,7 +10,16 @@ from llavamed_jax.config import IGNORE, DecoderConfig, LlavaConfig, VisionConfig
 from llavamed_jax.models.decoder import head_kernel
 from llavamed_jax.models.llava import Llava, abstract_params
 from llavamed_jax.parallel.mesh import make_mesh
-from llavamed_jax.training.losses import LARGEST_CHUNK, SMALLEST_CHUNK, _chunk, chunked_cross_entropy, cross_entropy
+from llavamed_jax.training.losses import (
+    LARGEST_CHUNK,
+    SMALLEST_CHUNK,
+    WEIGHTINGS,
+    _chunk,
+    chunked_cross_entropy,
+    cross_entropy,
+    num_samples,
+    num_supervised,
+)
 from llavamed_jax.training.step import llava_loss
 
 B, T, D, V = 8, 40, 16, 48
@@ -32,8 +41,8 @@ def tiny(vocab, is_tied):
     return LlavaConfig(VisionConfig(16, 32, 2, 2, 16, 8), decoder)
 
 
-def whole_loss(hidden, kernel, labels, segments):
-    return cross_entropy(hidden @ kernel, labels, segments)
+def whole_loss(hidden, kernel, labels, segments, weighting="token"):
+    return cross_entropy(hidden @ kernel, labels, segments, weighting)
 
 
 def loss_and_gradients(loss, args):
@@ -55,20 +64,36 @@ def equations(jaxpr):
                 yield from equations(getattr(value, "jaxpr", value))
 
 
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
 @pytest.mark.parametrize("chunk", [None, 7, 10**4])
-def test_chunks_are_the_whole(drawn, chunk):
-    found = loss_and_gradients(lambda *a: chunked_cross_entropy(*a, chunk), drawn)
-    assert_equal(found, loss_and_gradients(whole_loss, drawn))
+def test_chunks_are_the_whole(drawn, chunk, weighting):
+    found = loss_and_gradients(lambda *a: chunked_cross_entropy(*a, chunk, weighting), drawn)
+    assert_equal(found, loss_and_gradients(lambda *a: whole_loss(*a, weighting), drawn))
 
 
-@pytest.mark.parametrize("mesh", ["data=2,fsdp=2,tp=2", *(
-    pytest.param(mesh, marks=pytest.mark.slow) for mesh in ("fsdp=8", "tp=8"))])
-def test_chunks_on_a_mesh_are_the_whole(drawn, mesh):
+def test_by_sample_each_sample_weighs_alike(drawn):
+    """The mean loss of each segment on its own, summed: samples that are packed weigh as those that are not."""
+    hidden, kernel, labels, segments = drawn
+    means = []
+    for row in range(B):
+        for segment in range(1, int(segments[row].max()) + 1):
+            only = jnp.where(segments[row:row + 1] == segment, segment, 0)
+            total, count = whole_loss(hidden[row:row + 1], kernel, labels[row:row + 1], only)
+            means += [float(total / count)] if count else []
+    total, count = whole_loss(*drawn, "sample")
+    assert float(count) == len(means) < int(num_samples(segments)), "some samples here have no supervised token"
+    np.testing.assert_allclose(float(total), sum(means), rtol=1e-6)
+    assert float(num_supervised(labels, segments)) == float(whole_loss(*drawn)[1])
+
+
+@pytest.mark.parametrize("mesh, weighting", [("data=2,fsdp=2,tp=2", "token"), ("data=2,fsdp=2,tp=2", "sample"), *(
+    pytest.param(mesh, weighting, marks=pytest.mark.slow) for mesh in ("fsdp=8", "tp=8") for weighting in WEIGHTINGS)])
+def test_chunks_on_a_mesh_are_the_whole(drawn, mesh, weighting):
     """Rows over data and fsdp, the vocabulary over tp, the kernel's gradient laid as the kernel."""
-    wanted = loss_and_gradients(whole_loss, drawn)
+    wanted = loss_and_gradients(lambda *a: whole_loss(*a, weighting), drawn)
     mesh = make_mesh(mesh)
     with jax.set_mesh(mesh):
-        found = loss_and_gradients(lambda *a: chunked_cross_entropy(*a, 7), drawn)
+        found = loss_and_gradients(lambda *a: chunked_cross_entropy(*a, 7, weighting), drawn)
     assert_equal(found, wanted)
     assert found[1][1].sharding.shard_shape((D, V)) == (D // mesh.shape["fsdp"], V // mesh.shape["tp"])
 
@@ -87,9 +112,11 @@ def test_the_heads_gradient_crosses_the_network_once():
     assert inside == {"tp"}
 
 
-def test_nothing_supervised_is_zero_over_zero_with_gradients_of_zero(drawn):
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+def test_nothing_supervised_is_zero_over_zero_with_gradients_of_zero(drawn, weighting):
     hidden, kernel, labels, segments = drawn
-    (total, count), gradients = loss_and_gradients(chunked_cross_entropy, (hidden, kernel, jnp.full_like(labels, IGNORE), segments))
+    loss = lambda *a: chunked_cross_entropy(*a, weighting=weighting)
+    (total, count), gradients = loss_and_gradients(loss, (hidden, kernel, jnp.full_like(labels, IGNORE), segments))
     assert (float(total), float(count)) == (0, 0) and not any(jnp.any(g) for g in gradients)
 
 

@@ -95,6 +95,15 @@ def test_what_all_of_them_share(name, family):
     assert cfg.trainable[0] == "projector/.*" and ("decoder/.*" in cfg.trainable) == (name != "pretrain")
 
 
+def test_v1_weighs_samples_in_stages_2_and_3():
+    """Spec 4.1: one sample a micro-batch there, two in stage 1; elsewhere tokens weigh alike."""
+    for name in (*STAGES, *TASKS):
+        for family in ("v1", "v1,13b", "v15", "llava15", "small"):
+            is_by_sample = family.startswith("v1") and family != "v15" and name != "pretrain"
+            assert load(name, family).loss_weighting == ("sample" if is_by_sample else "token"), (name, family)
+    assert load("demo").loss_weighting == load("small").loss_weighting == "token"
+
+
 def test_templates_are_the_families_own():
     """Spec 3.4, 3.7 and 4.6: v1.0 trains with its default version, LLaVA-1.5 with `plain` and then `v1`."""
     found = {(name, family): load(name, family).template for name in (*STAGES, *TASKS) for family in ("v1", "v15", "llava15")}

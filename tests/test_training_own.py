@@ -15,6 +15,7 @@ from llavamed_jax.data.tokenizer import Tokenizer
 from llavamed_jax.errors import UsageError, UserError
 from llavamed_jax.parallel.mesh import make_mesh
 from llavamed_jax.training import setup, trainer
+from llavamed_jax.training import workdir as workdirs
 from llavamed_jax.training.trainer import Watch, fit
 from tests import training_runs as runs
 from tests.training_runs import SAMPLE, FakeStep
@@ -75,6 +76,45 @@ def tensors(path):
 
 def contents(folder):
     return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+# ---- a recipe of before
+
+class Weighting(FakeStep):
+    """Notes with which weighting of the loss it was made."""
+
+    def __call__(self, *arguments):
+        self.seen = arguments[-1]
+        return super().__call__()
+
+
+def test_a_run_from_before_loss_weighting_goes_on_by_token(recipe, tmp_path, monkeypatch, capsys):
+    """Whatever the recipe says now, as often as it goes on; its recipe.json still lacks the key."""
+    def run(**changes):
+        monkeypatch.setattr(trainer, "make_train_step", step := Weighting())
+        assert fit(recipe(**changes), tmp_path / "run")
+        return step.seen, capsys.readouterr().out, json.loads((tmp_path / "run" / "recipe.json").read_text())["recipe"]
+
+    plain = workdirs._plain
+    with monkeypatch.context() as patch:
+        patch.setattr(workdirs, "_plain", lambda cfg: {key: x for key, x in plain(cfg).items() if key != "loss_weighting"})
+        run(total_steps=2)
+    for total_steps in (4, 6):
+        seen, said, written = run(total_steps=total_steps, loss_weighting="sample")
+        assert seen == "token" and "loss_weighting" not in written
+        assert "warning: this run was started before the config key 'loss_weighting' was there: it goes on with 'token'" in said
+    seen, said, _ = run(total_steps=8)
+    assert seen == "token" and "loss_weighting" not in said
+    with pytest.raises(UsageError, match="'seed' is 7"):
+        fit(recipe(total_steps=9, seed=7), tmp_path / "run")
+
+
+def test_the_weighting_of_a_run_is_settled(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer, "make_train_step", step := Weighting())
+    assert fit(recipe(total_steps=2, loss_weighting="sample"), tmp_path / "run") and step.seen == "sample"
+    with pytest.raises(UsageError, match="'loss_weighting' is 'token', but .* with 'sample'"):
+        fit(recipe(total_steps=3), tmp_path / "run")
+    assert fit(recipe(total_steps=3, loss_weighting="sample"), tmp_path / "run")
 
 
 # ---- init

@@ -63,19 +63,20 @@ def make_batch(seed=0, rows=8, length=24):
 
 
 @functools.cache
-def program(mesh_spec="data=1", trainable=TRAINABLE, micro_batches=1, scan=True):
+def program(mesh_spec="data=1", trainable=TRAINABLE, micro_batches=1, scan=True, weighting="token"):
     """(optimizer, step, mesh) on as many devices as the mesh asks for; compiled once for all tests."""
     mesh = make_mesh(mesh_spec, jax.devices()[: math.prod(int(p.split("=")[1]) for p in mesh_spec.split(","))])
     abstract = abstract_params(CFG, scan=scan)
     optimizer, schedule = optimizers.build(optimizer_config(warmup_ratio=0.0), 10, list(states.partition(abstract, trainable)[0]))
     shardings = states.state_shardings(abstract, trainable, optimizer, mesh)
-    step = make_train_step(llava_loss(Llava(CFG, scan=scan)), optimizer, schedule, mesh, shardings, micro_batches)
+    loss = llava_loss(Llava(CFG, scan=scan), weighting)
+    step = make_train_step(loss, optimizer, schedule, mesh, shardings, micro_batches, weighting)
     return optimizer, step, mesh
 
 
-def build(params, mesh_spec="data=1", trainable=TRAINABLE, micro_batches=1, scan=True):
+def build(params, mesh_spec="data=1", trainable=TRAINABLE, micro_batches=1, scan=True, weighting="token"):
     """(state, step, mesh) before the first update."""
-    optimizer, step, mesh = program(mesh_spec, trainable, micro_batches, scan)
+    optimizer, step, mesh = program(mesh_spec, trainable, micro_batches, scan, weighting)
     return states.create(stack(params) if scan else params, trainable, optimizer, mesh, jnp.float32), step, mesh
 
 
@@ -253,6 +254,72 @@ def test_micro_batches_on_a_mesh_are_whole(params, single):
     state, losses = train(build(params, "data=4,tp=2", micro_batches=2), [make_batch(s) for s in range(4)])
     np.testing.assert_allclose(losses, single[1], rtol=1e-6)
     assert_same(state, single[0], 2e-5)
+
+
+# ---- every sample alike
+
+@pytest.fixture(scope="module")
+def by_hand(params):
+    """(batches, losses, gradients' norms, parameters) where each sample's mean loss is computed on its own, from whole logits,
+    and averaged over all samples of a batch: also with one that has no supervised token, whose share of the gradient is 0."""
+    batches = [make_batch(seed) for seed in range(3)]
+    batches[1]["labels"][3] = IGNORE
+    optimizer, _, _ = program()
+    model, (trained, frozen) = Llava(CFG, scan=True), states.partition(stack(params), TRAINABLE)
+    opt_state, losses, norms = optimizer.init(trained), [], []
+
+    def mean(trained, batch):
+        logits = model.apply({"params": states.merge(trained, frozen)}, batch["input_ids"], batch["pixel_values"], batch["positions"],
+                             batch["segment_ids"])
+        parts = [cross_entropy(logits[i:i + 1], batch["labels"][i:i + 1], batch["segment_ids"][i:i + 1]) for i in range(8)]
+        means = jnp.stack([total / jnp.maximum(count, 1) for total, count in parts])
+        return means.mean(), means
+
+    gradient = jax.jit(jax.value_and_grad(mean, has_aux=True))
+    for batch in batches:
+        (_, means), grads = gradient(trained, batch)
+        losses.append(float(means[means > 0].mean()))
+        norms.append(float(optax.tree.norm(grads)))
+        updates, opt_state = optimizer.update(grads, opt_state, trained)
+        trained = optax.apply_updates(trained, updates)
+    return batches, losses, norms, trained
+
+
+def packed(batch):
+    """The eight rows two and two in rows of twice the length, one sample's padding within the row."""
+    def pair(name, x):
+        x = x.reshape(4, 2, *x.shape[1:])
+        if name == "segment_ids":
+            x = x * np.array([1, 2])[None, :, None]
+        return x.reshape(4, -1, *x.shape[3:])
+    return {name: pair(name, x).astype(x.dtype) for name, x in batch.items()}
+
+
+@pytest.mark.parametrize("mesh, micro_batches, is_packed", [
+    ("data=1", 1, False), ("data=2,fsdp=2,tp=2", 2, False), ("fsdp=2,tp=2", 2, True),
+    pytest.param("data=8", 1, False, marks=pytest.mark.slow), pytest.param("data=1", 4, True, marks=pytest.mark.slow)])
+def test_by_sample_each_sample_weighs_alike(params, by_hand, mesh, micro_batches, is_packed):
+    batches, losses, norms, wanted = by_hand
+    assert len(set((batches[0]["labels"] != IGNORE).sum(1))) > 4, "samples must differ in supervised tokens"
+    state, step, mesh = build(params, mesh, micro_batches=micro_batches, weighting="sample")
+    for batch, loss, norm in zip(batches, losses, norms, strict=True):
+        state, metrics = step(state, place(packed(batch) if is_packed else batch, mesh))
+        assert float(metrics["grad_norm"]) == pytest.approx(norm, rel=1e-5)
+        assert float(metrics["tokens"]) == (batch["labels"][:, 1:] != IGNORE).sum()
+        assert float(metrics["loss"]) == pytest.approx(loss, rel=1e-6)
+    for name, value in wanted.items():
+        np.testing.assert_allclose(np.asarray(state.trainable[name]), value, rtol=0, atol=2e-5, err_msg=name)
+
+
+def test_validation_by_sample_is_the_mean_of_the_samples_means(params):
+    state, _, mesh = build(params)
+    batch, evaluate = make_batch(0), make_eval_step(llava_loss(Llava(CFG, scan=True), "sample"), mesh)
+    alone = make_eval_step(llava_loss(Llava(CFG, scan=True)), mesh)
+    batch["labels"][5] = IGNORE
+    parts = [alone(state, place({n: x[i:i + 1] for n, x in batch.items()}, mesh)) for i in range(8)]
+    total, count = evaluate(state, place(batch, mesh))
+    assert float(count) == 7 and float(parts[5][1]) == 0
+    np.testing.assert_allclose(float(total), sum(float(t / c) for t, c in parts if c), rtol=1e-6)
 
 
 def test_scanned_is_unrolled(params, single):

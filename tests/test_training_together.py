@@ -159,7 +159,8 @@ PATIENCE_S = 1800  # two minutes each on an idle machine of two cores, far more 
 
 @pytest.fixture(scope="module")
 def command(tmp_path_factory):
-    """Rows that do not fill the mesh, a broken image, validation, answers on the way: all that processes share out."""
+    """Rows that do not fill the mesh, samples that weigh alike, a broken image, validation, answers on the way: all that
+    processes share out."""
     folder = tmp_path_factory.mktemp("together")
     data = runs.write_data(folder)
     records = json.loads((data / "train.json").read_text())
@@ -169,6 +170,7 @@ def command(tmp_path_factory):
     keys = {"init": runs.write_start(folder / "start"), "data.train": data / "train.json", "data.images": folder / "images",
             "data.validation": data / "validation.json", "mesh.data": 2, "mesh.fsdp": 4, "batch_size": 6, "data.packing": True,
             "data.row_length": 64, "total_steps": STEPS, "max_length": 40, "log_every": 1, "samples_every": 75,
+            "loss_weighting": "sample",
             "checkpoint.every_steps": 25, "checkpoint.keep": 9, "checkpoint.keep_best": True}
     return ["--config", "configs/demo.py:vqa", *(f"--config.{key}={value}" for key, value in keys.items())]
 

@@ -93,7 +93,8 @@ class Training:
     def lower(self):
         """The update, lowered for the mesh's devices."""
         program = self.program
-        step = make_train_step(program.loss(), program.optimizer, program.schedule, program.mesh, program.shardings, self.micro_batches)
+        step = make_train_step(program.loss(), program.optimizer, program.schedule, program.mesh, program.shardings, self.micro_batches,
+                               program.weighting)
         return step.lower(program.abstract_state(), self.batch())
 
     def batch(self) -> dict[str, jax.ShapeDtypeStruct]:

@@ -18,7 +18,11 @@ from llavamed_jax.parallel.mesh import RULES, constrain, spec_of
 CHUNK_SHARE, SMALLEST_CHUNK, LARGEST_CHUNK = 8, 128, 2048
 
 
-def cross_entropy(logits: jax.Array, labels: jax.Array, segment_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
+WEIGHTINGS = ("token", "sample")
+
+
+def cross_entropy(logits: jax.Array, labels: jax.Array, segment_ids: jax.Array,
+                  weighting: str = "token") -> tuple[jax.Array, jax.Array]:
     """Cross-entropy of each supervised token given everything before it in its segment.
 
     The label of position t is the token *at* t, as PyTorch's models take it; the shift happens here. A token that
@@ -27,17 +31,22 @@ def cross_entropy(logits: jax.Array, labels: jax.Array, segment_ids: jax.Array) 
     Args:
       logits: [B,T,V], any float type; reduced in float32.
       labels: int [B,T], `IGNORE` where a token is not supervised.
-      segment_ids: int [B,T], 0 is padding.
+      segment_ids: int [B,T], 0 is padding; the positions of one sample in a row have one id, from 1 on.
+      weighting: `token`: every supervised token weighs alike. `sample`: every sample does, so a token weighs one over
+        the number of supervised tokens of its sample.
     Returns:
-      (sum of the losses, number of supervised tokens), float32 scalars: means are taken where all counts are known.
+      (sum, count), float32 scalars: means are taken where all counts are known. With `token` the sum of the losses and
+      the number of supervised tokens; with `sample` the sum of the samples' mean losses and the number of samples that
+      have a supervised token.
     """
     targets = _targets(labels, segment_ids)
-    losses, _ = _losses(logits.astype(jnp.float32), targets)
-    return jnp.sum(losses), _count(targets)
+    weights, count = _weights(targets, segment_ids, weighting)
+    losses, _ = _losses(logits.astype(jnp.float32), targets, weights)
+    return jnp.sum(losses), count
 
 
 def chunked_cross_entropy(hidden: jax.Array, kernel: jax.Array, labels: jax.Array, segment_ids: jax.Array,
-                          chunk: int | None = None) -> tuple[jax.Array, jax.Array]:
+                          chunk: int | None = None, weighting: str = "token") -> tuple[jax.Array, jax.Array]:
     """`cross_entropy(hidden @ kernel, ...)`, of which only C positions' logits exist at a time.
 
     Positions that teach nothing (images, questions, padding) are never multiplied with the head. The gradient is
@@ -48,13 +57,24 @@ def chunked_cross_entropy(hidden: jax.Array, kernel: jax.Array, labels: jax.Arra
     Args:
       hidden: [B,T,D], what the head reads, in the dtype of the computation.
       kernel: [D,V], any float type; its gradient is summed in float32.
-      labels, segment_ids: as of `cross_entropy`.
+      labels, segment_ids, weighting: as of `cross_entropy`.
       chunk: C; None picks it.
     Returns:
       As `cross_entropy`. It can be differentiated once, by reverse mode, in `hidden` and `kernel`.
     """
     targets = _targets(labels, segment_ids)
-    return _loss_sum(hidden, kernel, targets, chunk), _count(targets)
+    weights, count = _weights(targets, segment_ids, weighting)
+    return _loss_sum(hidden, kernel, targets, weights, chunk), count
+
+
+def num_supervised(labels: jax.Array, segment_ids: jax.Array) -> jax.Array:
+    """Number of tokens of int [B,T] rows that the loss is taken of, a float32 scalar."""
+    return _count(_targets(labels, segment_ids))
+
+
+def num_samples(segment_ids: jax.Array) -> jax.Array:
+    """Number of samples in int [B,T] rows, those without a supervised token too, a float32 scalar."""
+    return jnp.sum(jnp.max(segment_ids, axis=1), dtype=jnp.float32)
 
 
 def _targets(labels, segment_ids):
@@ -69,8 +89,20 @@ def _count(targets):
     return jnp.sum(targets != IGNORE, dtype=jnp.float32)
 
 
-def _losses(logits, targets, axis: str | None = None):
-    """float32 [...,V], int [...] -> losses [...], and their gradient by the logits [...,V].
+def _weights(targets, segment_ids, weighting: str):
+    """(float32 [B,T] that the losses are multiplied with, None for 1 each; the count that belongs to their sum)."""
+    if weighting == "token":
+        return None, _count(targets)
+    is_supervised = targets != IGNORE
+    length = targets.shape[1] + 1  # of the segment ids
+    counts = jax.vmap(lambda ids, x: jnp.bincount(ids, x, length=length))(segment_ids, is_supervised.astype(jnp.int32))
+    here = jnp.take_along_axis(counts, segment_ids, axis=1)
+    weights = jnp.where(is_supervised, 1.0 / jnp.maximum(here, 1), 0.0).astype(jnp.float32)
+    return weights, jnp.sum(counts > 0, dtype=jnp.float32)
+
+
+def _losses(logits, targets, weights=None, axis: str | None = None):
+    """float32 [...,V], int [...] -> losses [...], and their gradient by the logits [...,V], both times `weights` [...].
 
     `axis` is the mesh axis over which the vocabulary is spread, for a caller that sees its own part of it only.
     """
@@ -87,53 +119,56 @@ def _losses(logits, targets, axis: str | None = None):
     target_logits = total(jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1))
     is_supervised = targets != IGNORE
     losses = jnp.where(is_supervised, (jnp.log(normalizer) + highest)[..., 0] - target_logits, 0.0)
-    return losses, jnp.where(is_supervised[..., None], powers / normalizer - is_target, 0.0)
+    by_logits = jnp.where(is_supervised[..., None], powers / normalizer - is_target, 0.0)
+    return (losses, by_logits) if weights is None else (losses * weights, by_logits * weights[..., None])
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _loss_sum(hidden, kernel, targets, chunk):
-    return _loss_and_gradients(hidden, kernel, targets, chunk, (False, False))[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _loss_sum(hidden, kernel, targets, weights, chunk):
+    return _loss_and_gradients(hidden, kernel, targets, weights, chunk, (False, False))[0]
 
 
-def _forward(hidden, kernel, targets, chunk):
-    total, *gradients = _loss_and_gradients(hidden.value, kernel.value, targets.value, chunk, (hidden.perturbed, kernel.perturbed))
+def _forward(hidden, kernel, targets, weights, chunk):
+    value = lambda x: None if x is None else x.value
+    total, *gradients = _loss_and_gradients(hidden.value, kernel.value, targets.value, value(weights), chunk,
+                                            (hidden.perturbed, kernel.perturbed))
     return total, gradients
 
 
 def _backward(chunk, gradients, cotangent):
-    return *(None if g is None else g * cotangent.astype(g.dtype) for g in gradients), None
+    return *(None if g is None else g * cotangent.astype(g.dtype) for g in gradients), None, None
 
 
 _loss_sum.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
-def _loss_and_gradients(hidden, kernel, targets, chunk, wanted):
+def _loss_and_gradients(hidden, kernel, targets, weights, chunk, wanted):
     """The sum of the losses, and its gradients by hidden and kernel (None where not wanted), each in its own dtype."""
     # Cast and gathered once; in the loop it would be once a chunk.
-    weights = constrain(kernel.astype(hidden.dtype), None, "vocab")
+    whole = constrain(kernel.astype(hidden.dtype), None, "vocab")
     work = functools.partial(_on_one_device, chunk=chunk, wanted=wanted)
     if jax.sharding.get_abstract_mesh().empty:
-        total, by_hidden, by_kernel = work(hidden, weights, targets)
+        total, by_hidden, by_kernel = work(hidden, whole, targets, weights)
     else:
-        rows = spec_of(("act_batch", None, None))
+        rows, positions = spec_of(("act_batch", None, None)), spec_of(("act_batch", None))
         # The gradient is written by hand, so nothing here is differentiated and the check of replication has no use.
         total, by_hidden, by_kernel = jax.shard_map(
-            functools.partial(_on_a_mesh, work), in_specs=(rows, spec_of((None, "vocab")), spec_of(("act_batch", None))),
-            out_specs=(spec_of(()), rows, spec_of(("embed", "vocab"))), check_vma=False)(hidden, weights, targets)
+            functools.partial(_on_a_mesh, work), in_specs=(rows, spec_of((None, "vocab")), positions, positions),
+            out_specs=(spec_of(()), rows, spec_of(("embed", "vocab"))), check_vma=False)(hidden, whole, targets, weights)
     return total, by_hidden, None if by_kernel is None else by_kernel.astype(kernel.dtype)
 
 
-def _on_a_mesh(work, hidden, kernel, targets):
+def _on_a_mesh(work, hidden, kernel, targets, weights):
     """`work` on this device's rows and part of the vocabulary; sums over the other rows, the kernel's laid as the kernel."""
-    total, by_hidden, by_kernel = work(hidden, kernel, targets, row_axes=RULES["act_batch"], vocab_axis=RULES["vocab"])
+    total, by_hidden, by_kernel = work(hidden, kernel, targets, weights, row_axes=RULES["act_batch"], vocab_axis=RULES["vocab"])
     if by_kernel is not None:
         by_kernel = jax.lax.psum(by_kernel, tuple(axis for axis in RULES["act_batch"] if axis != RULES["embed"]))
         by_kernel = jax.lax.psum_scatter(by_kernel, RULES["embed"], scatter_dimension=0, tiled=True)
     return jax.lax.psum(total, RULES["act_batch"]), by_hidden, by_kernel
 
 
-def _on_one_device(hidden, kernel, targets, *, chunk, wanted, row_axes=None, vocab_axis=None):
-    """[B,T,D], [D,V], [B,T] -> sum of losses, gradients [B,T,D] and float32 [D,V], of one device's part of B and V."""
+def _on_one_device(hidden, kernel, targets, weights, *, chunk, wanted, row_axes=None, vocab_axis=None):
+    """[B,T,D], [D,V], [B,T], [B,T] -> sum of losses, gradients [B,T,D] and float32 [D,V], of one device's part of B and V."""
     x, y = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
     N, C = y.size, chunk or _chunk(y.size)
     is_supervised = y != IGNORE
@@ -147,7 +182,8 @@ def _on_one_device(hidden, kernel, targets, *, chunk, wanted, row_axes=None, voc
         total, by_x, by_kernel = carry
         at = jax.lax.dynamic_slice(order, (i * C,), (C,))
         x_, y_ = x.at[at].get(mode="fill", fill_value=0), y.at[at].get(mode="fill", fill_value=IGNORE)
-        losses, by_logits = _losses(jnp.matmul(x_, kernel, preferred_element_type=jnp.float32), y_, vocab_axis)
+        w_ = None if weights is None else weights.reshape(-1).at[at].get(mode="fill", fill_value=0)
+        losses, by_logits = _losses(jnp.matmul(x_, kernel, preferred_element_type=jnp.float32), y_, w_, vocab_axis)
         by_logits = by_logits.astype(x.dtype)  # at most 1 in size; a float32 operand would take the slow matrix units
         if by_x is not None:
             part = jnp.einsum("CV,DV->CD", by_logits, kernel, preferred_element_type=jnp.float32)

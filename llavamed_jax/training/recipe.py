@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from llavamed_jax.errors import UsageError
 from llavamed_jax.keys import flatten
 from llavamed_jax.models.layers import REMAT_POLICIES
+from llavamed_jax.training.losses import WEIGHTINGS
 from llavamed_jax.training.state import TABLE
 
 # Dotted key -> the types of its value; `None` where the value may be left open.
@@ -20,7 +21,7 @@ KEYS: dict[str, tuple] = {
     "data.packing": (bool,), "data.row_length": (int,), "data.mean_length": (int,), "data.workers": (int,),
     "data.skip_limit": (float,),
     "batch_size": (int,), "micro_batches": (int,), "epochs": (int, None), "total_steps": (int, None), "max_length": (int,),
-    "trainable": (list, tuple),
+    "loss_weighting": (str,), "trainable": (list, tuple),
     "optimizer.learning_rate": (float,), "optimizer.warmup_ratio": (float,), "optimizer.weight_decay": (float,),
     "optimizer.clip_norm": (float,), "optimizer.b1": (float,), "optimizer.b2": (float,), "optimizer.eps": (float,),
     "optimizer.mu_dtype": (str,), "optimizer.overrides": (list, tuple),
@@ -33,7 +34,7 @@ KEYS: dict[str, tuple] = {
 # Values that a key may have, where they are few.
 CHOICES: dict[str, tuple] = {
     "remat": ("none", *REMAT_POLICIES), "attention": ("auto", "xla", "splash", "flash"), "optimizer.mu_dtype": ("float32", "bfloat16"),
-    "data.protocol": ("clean", "paper", None),
+    "data.protocol": ("clean", "paper", None), "loss_weighting": WEIGHTINGS,
 }
 POSITIVE = ("batch_size", "micro_batches", "epochs", "total_steps", "max_length", "log_every", "nan_limit", "checkpoint.keep",
             "data.mean_length", "optimizer.learning_rate", "optimizer.eps", "mesh.slices")

@@ -113,6 +113,7 @@ class Program:
     shardings: TrainState
     trainable: states.Trainable
     rows: tuple[int, ...]  # the only ones of `states.TABLE` that are trained; none where it is trained whole or not at all
+    weighting: str = "token"  # of the loss
 
     @classmethod
     def build(cls, cfg: ConfigDict, checkpoint: Checkpoint, mesh: Mesh, total_steps: int) -> "Program":
@@ -136,7 +137,7 @@ class Program:
         dtype = jnp.float32 if platform == "cpu" else jnp.bfloat16
         backend = backend_of(cfg.attention, platform, config.decoder.head_dim)
         model = llava.Llava(config, dtype, scan=True, remat=cfg.remat, attention=backend)
-        return cls(model, mesh, optimizer, schedule, shardings, trainable, rows)
+        return cls(model, mesh, optimizer, schedule, shardings, trainable, rows, cfg.loss_weighting)
 
     def initial_state(self, checkpoint: Checkpoint) -> TrainState:
         return states.create(load_params(checkpoint, scan=True), self.trainable, self.optimizer, self.mesh, self.model.dtype)
@@ -148,7 +149,7 @@ class Program:
 
     def loss(self) -> LossFn:
         """What is minimised, with a gradient in the rows that are trained."""
-        loss_fn = llava_loss(self.model)
+        loss_fn = llava_loss(self.model, self.weighting)
         return states.only_rows(loss_fn, self.rows) if self.rows else loss_fn
 
     def abstract_state(self) -> TrainState:

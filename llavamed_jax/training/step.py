@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from llavamed_jax.models.decoder import head_kernel
 from llavamed_jax.models.llava import Llava
 from llavamed_jax.parallel.mesh import batch_sharding, constrain, replicated
-from llavamed_jax.training.losses import chunked_cross_entropy
+from llavamed_jax.training.losses import chunked_cross_entropy, num_samples, num_supervised
 from llavamed_jax.training.state import TrainState, merge
 
 Batch = Mapping[str, jax.Array]
@@ -25,19 +25,19 @@ MODEL_INPUTS = ("input_ids", "labels", "positions", "segment_ids", "pixel_values
 _TPU_OPTIONS = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
 
 
-def llava_loss(model: Llava) -> LossFn:
-    """(parameters, rows) -> (sum of token losses, number of supervised tokens) of a model."""
+def llava_loss(model: Llava, weighting: str = "token") -> LossFn:
+    """(parameters, rows) -> (sum of losses, count) of a model, by the recipe's `loss_weighting` (`losses.cross_entropy`)."""
 
     def loss(params: dict, batch: Batch):
         hidden = model.apply({"params": params}, batch["input_ids"], batch.get("pixel_values"), batch["positions"],
                              batch["segment_ids"], method="hidden")
-        return chunked_cross_entropy(hidden, head_kernel(params), batch["labels"], batch["segment_ids"])
+        return chunked_cross_entropy(hidden, head_kernel(params), batch["labels"], batch["segment_ids"], weighting=weighting)
 
     return loss
 
 
 def make_train_step(loss_fn: LossFn, optimizer: optax.GradientTransformation, schedule: optax.Schedule, mesh: Mesh,
-                    shardings: TrainState, micro_batches: int = 1) -> Callable[[TrainState, Batch], tuple[TrainState, dict]]:
+                    shardings: TrainState, micro_batches: int = 1, weighting: str = "token") -> Callable[[TrainState, Batch], tuple[TrainState, dict]]:
     """The compiled update.
 
     Args:
@@ -46,9 +46,11 @@ def make_train_step(loss_fn: LossFn, optimizer: optax.GradientTransformation, sc
       mesh: that the model's constraints refer to.
       shardings: of the state (`state.state_shardings`), which the new state keeps.
       micro_batches: M; the rows of a batch are worked through in M parts, and the update is that of the whole batch.
+      weighting: of the loss. With `sample` the gradient is divided by all samples of the batch: one without a supervised
+        token counts with a gradient of 0, as it does in HF's Trainer.
     Returns:
       (state, batch) -> (state, metrics). The old state's buffers are reused: it must not be touched again. Metrics are
-      float32 scalars: `loss` (a token's mean), `tokens` (supervised; 0 where there is none), `grad_norm` (before clipping),
+      float32 scalars: `loss` (the mean of tokens, or of the means of samples), `tokens` (supervised), `grad_norm` (before clipping),
       `learning_rate`, `skipped` (1 where loss, gradient or the new parameters were not finite; then parameters and
       optimizer stay as they were).
     """
@@ -58,8 +60,10 @@ def make_train_step(loss_fn: LossFn, optimizer: optax.GradientTransformation, sc
             return loss_fn(merge(trainable, state.frozen), rows)
 
         total, count, grads = _accumulate(loss, state.trainable, batch, micro_batches)
-        divisor = jnp.maximum(count, 1.0)
-        grads = jax.tree.map(lambda g: g / divisor, grads)
+        tokens, divisor = count, count
+        if weighting == "sample":
+            tokens, divisor = num_supervised(batch["labels"], batch["segment_ids"]), num_samples(batch["segment_ids"])
+        grads = jax.tree.map(lambda g: g / jnp.maximum(divisor, 1.0), grads)
         grad_norm = optax.tree.norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
         moved = optax.apply_updates(state.trainable, updates)
@@ -70,7 +74,7 @@ def make_train_step(loss_fn: LossFn, optimizer: optax.GradientTransformation, sc
         def if_finite(new, old):
             return jax.tree.map(lambda n, o: jnp.where(is_finite, n, o), new, old)
 
-        metrics = dict(loss=total / divisor, tokens=count, grad_norm=grad_norm,
+        metrics = dict(loss=total / jnp.maximum(count, 1.0), tokens=tokens, grad_norm=grad_norm,
                        learning_rate=schedule(state.step - state.skipped), skipped=1.0 - is_finite)
         state = state.replace(
             step=state.step + 1, skipped=state.skipped + (1 - is_finite.astype(jnp.int32)),
@@ -84,7 +88,7 @@ def make_train_step(loss_fn: LossFn, optimizer: optax.GradientTransformation, sc
 
 
 def make_eval_step(loss_fn: LossFn, mesh: Mesh) -> Callable[[TrainState, Batch], tuple[jax.Array, jax.Array]]:
-    """The compiled validation: (state, batch) -> (sum of token losses, number of supervised tokens)."""
+    """The compiled validation: (state, batch) -> (sum of losses, count), as the loss has them."""
     return _within(mesh, jax.jit(lambda state, batch: loss_fn(state.params, batch), out_shardings=replicated(mesh)))
 
 
@@ -96,7 +100,7 @@ def place(batch: Mapping[str, Any], mesh: Mesh) -> Batch:
 
 
 def _accumulate(loss, trainable, batch: Batch, micro_batches: int):
-    """(sum of losses, supervised tokens, gradient of the sum) over all micro-batches.
+    """(sum of losses, count, gradient of the sum) over all micro-batches.
 
     Sums, not means: micro-batches differ in supervised tokens, and the mean of their means is another loss.
     """

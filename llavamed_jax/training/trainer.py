@@ -72,6 +72,7 @@ def fit(cfg: ConfigDict, workdir: str | Path, watch: Watch = Watch()) -> bool:
             print(f"{workdir} is finished: {total_steps} updates were asked for{beyond}", flush=True)
             return True
         sign()
+        cfg = workdirs.as_started(cfg, record["recipe"]) if step is not None else cfg
         try:
             with Stop() as stop, Run.open(cfg, workdir, total_steps, step, record) as run, store.StepWriter(workdir) as writer, \
                     setup.within_memory(cfg, run.program):
@@ -182,7 +183,7 @@ class Run:
         program = self.program
         loss_fn = program.loss()
         train_step = make_train_step(loss_fn, program.optimizer, program.schedule, program.mesh, program.shardings,
-                                     self.cfg.micro_batches)
+                                     self.cfg.micro_batches, program.weighting)
         eval_step = make_eval_step(loss_fn, program.mesh)
         reader = self._reader(together)
         saved_step = self.step
@@ -284,7 +285,7 @@ def _begin(workdir: Path, cfg: ConfigDict, checkpoint: Checkpoint, program: setu
     """Writes the recipe and, of a run that has no step, what no step will have; returns what its steps record of both."""
     if not earlier:
         workdirs.discard_start(workdir)
-    record = workdirs.write_recipe(workdir, cfg, {"total_steps": total_steps, **data.resolved()}, earlier.get("run"))
+    record = workdirs.write_recipe(workdir, cfg, {"total_steps": total_steps, **data.resolved()}, earlier)
     if not earlier:
         store.write_model(workdir, checkpoint, without=program.trained_names())
     return {**record, "model": base.fingerprints(workdir), "validation": data.judged_by(), "computed": _arithmetic(program)}

@@ -21,6 +21,8 @@ from llavamed_jax.parallel import distributed
 _LENGTH = ("epochs", "total_steps")
 # What a run that goes on may change: how long, where and how often, but not what is computed.
 MAY_DIFFER = (*_LENGTH, "log_every", "samples_every", "data.samples", "nan_limit", "checkpoint.", "data.workers", "mesh.")
+# Keys that recipes once did not have, and what runs did then. Such a run goes on like that, whatever the recipe says now.
+LATER = {"loss_weighting": "token"}
 
 
 @contextlib.contextmanager
@@ -95,10 +97,21 @@ def read_recipe(workdir: Path, cfg: ConfigDict) -> dict:
 
 def _refuse_changes(cfg: ConfigDict, earlier: Mapping[str, Any], when: str) -> None:
     now = _plain(cfg)
-    for key in sorted(set(earlier) | set(now)):
+    for key in sorted((set(earlier) | set(now)) - (LATER.keys() - earlier.keys())):
         if earlier.get(key) != now.get(key) and not key.startswith(MAY_DIFFER):
             raise UsageError(f"the config key {key!r} is {now.get(key)!r}, but {when} with "
                              f"{earlier.get(key)!r}; the same recipe or another workdir was expected")
+
+
+def as_started(cfg: ConfigDict, earlier: Mapping[str, Any]) -> ConfigDict:
+    """The recipe for a run that was started with the keys of `earlier`: what it did where a key is newer is kept, and said."""
+    own = cfg.copy_and_resolve_references()
+    for key, value in LATER.items():
+        if key not in earlier and own[key] != value:
+            print(f"warning: this run was started before the config key {key!r} was there: it goes on with {value!r}, not with "
+                  f"{own[key]!r}", flush=True)
+            own[key] = value
+    return own
 
 
 def _read(workdir: Path) -> dict:
@@ -135,15 +148,18 @@ def discard_start(workdir: Path) -> None:
     shutil.rmtree(workdir / "model", ignore_errors=True)  # the base goes with it: `store.write_model`
 
 
-def write_recipe(workdir: Path, cfg: ConfigDict, resolved: dict, name: str | None = None) -> dict:
+def write_recipe(workdir: Path, cfg: ConfigDict, resolved: dict, earlier: Mapping[str, Any] | None = None) -> dict:
     """Writes `recipe.json`: a name of the run, the recipe by dotted key, and what the run settled from it and its data.
 
     Args:
-      name: of a run that goes on; None makes one.
+      earlier: of a run that goes on, what its step recorded: its name, and its recipe, which may lack newer keys.
     Returns:
       The same, which every step carries.
     """
-    record = {"run": name or uuid.uuid4().hex, "recipe": _plain(cfg), "resolved": resolved}
+    earlier = earlier or {}
+    newer = LATER.keys() - earlier["recipe"].keys() if earlier else set()
+    recipe = {key: value for key, value in _plain(cfg).items() if key not in newer}
+    record = {"run": earlier.get("run") or uuid.uuid4().hex, "recipe": recipe, "resolved": resolved}
     write_text(workdir / "recipe.json", json.dumps(record, indent=1) + "\n")
     return record
 
