@@ -37,7 +37,8 @@ def llava_loss(model: Llava, weighting: str = "token") -> LossFn:
 
 
 def make_train_step(loss_fn: LossFn, optimizer: optax.GradientTransformation, schedule: optax.Schedule, mesh: Mesh,
-                    shardings: TrainState, micro_batches: int = 1, weighting: str = "token") -> Callable[[TrainState, Batch], tuple[TrainState, dict]]:
+                    shardings: TrainState, micro_batches: int = 1,
+                    weighting: str = "token") -> Callable[[TrainState, Batch], tuple[TrainState, dict]]:
     """The compiled update.
 
     Args:

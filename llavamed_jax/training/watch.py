@@ -44,7 +44,8 @@ Sampler = Callable[[Snapshot], Sequence[Sample]]
 
 
 def judge(snapshot: Snapshot, state: TrainState, eval_step, evaluators: Sequence[Evaluator], progress: Progress) -> dict[str, float]:
-    """The validation loss, weighted as the recipe's `loss_weighting` says, and what the evaluators say; notes in `progress` which step is the best."""
+    """The validation loss, weighted as the training loss is, and what the evaluators say; notes in `progress` which step is
+    the best."""
     found = {}
     if snapshot.data.validation is not None:
         found["validation_loss"] = loss = _validation_loss(snapshot, state, eval_step)
