@@ -26,6 +26,8 @@ class Template:
       examples: turns that every prompt begins with and no training text has.
       is_stripped: v1.5's TWO strips messages and result, and adds a blank after `sep2` (quirk Q5).
       procedure: what finds the supervised tokens, where it is not the style's own.
+      after_question: what the original's evaluation appends to a question before it asks. `render`, which is the originals'
+        `get_prompt`, takes texts as they come.
     """
 
     name: str
@@ -37,6 +39,7 @@ class Template:
     examples: tuple[str, ...] = ()
     is_stripped: bool = False
     procedure: str | None = None
+    after_question: str = ""
 
     @property
     def labels(self) -> str:
@@ -81,6 +84,7 @@ _S_MED_C = _med(_SEES + "clinical research" + _WITH, _EXPLAIN)
 _S_LLAMA_2 = ("You are a helpful language and vision assistant. You are able to understand the visual content that the user provides, "
               "and assist the user with a variety of tasks using natural language.")
 _HUMAN, _USER, _NONE = ("Human", "Assistant"), ("USER", "ASSISTANT"), ("", "")
+_RESPONSE = "\n\n### Response:"
 _GREETING = "Hi there!  How can I help you today?\n"
 
 _ROWS = [  # names, style, system, roles, sep, sep2, what else
@@ -95,7 +99,7 @@ _ROWS = [  # names, style, system, roles, sep, sep2, what else
         ("plain", "PLAIN", "", _NONE, "\n"))),
     ("v1.0:v0", "V0", _S_H, _HUMAN, "###"),
     ("v1.0:simple", "SINGLE", _S_H, _HUMAN, "###", None, ("Hi!", _GREETING)),
-    ("v1.0:simple_legacy", "SINGLE", _S_MED_A, _HUMAN, "###", None, ("Hi!\n\n### Response:", _GREETING)),
+    ("v1.0:simple_legacy", "SINGLE", _S_MED_A, _HUMAN, "###", None, ("Hi!" + _RESPONSE, _GREETING), False, None, _RESPONSE),
     ("v1.0:multimodal", "SINGLE", _S_MED_B, _HUMAN, "###", None, ("Hi!", _GREETING)),
     ("v1.0:vicuna_v1_1", "TWO", _S_U, _USER, " ", "</s>"),
     ("v1.0:llava_v1", "TWO", _S_MED_C, _USER, " ", "</s>"),

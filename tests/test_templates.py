@@ -90,6 +90,9 @@ def test_prompts_are_the_originals(name, model):
         if not turns[0]:
             continue
         messages = [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
+        # v1.0's model_vqa.py appends this to a question, behind its image, before the conversation takes it.
+        behind = "\n\n### Response:" if name == "v1.0:simple_legacy" else ""
+        turns = [turn if i % 2 else turn + behind for i, turn in enumerate(turns)]
         assert processor.prompt(messages) == theirs.prompt([*turns, None])
 
 
@@ -116,6 +119,18 @@ def test_an_image_in_a_message_goes_where_the_origin_puts_it(name, llama_tokeniz
     assert ids.count(IMAGE_TOKEN) == 1 and len(processor.expand(ids)) == len(ids) + 15
     pair = [32002, 32003] if name == "v1.0:v0" else [32001, 32002]
     assert (ids[at - 1:at + 2:2] == pair) == (name in V1)
+
+
+def test_simple_legacy_asks_as_model_vqa_does(llama_tokenizer):
+    processor = Processor.load(llama_tokenizer, "v1.0:simple_legacy", image_size=56)
+    messages = [{"role": "user", "content": [{"type": "image", "image": "x.png"}, {"type": "text", "text": "Is it?"}]}]
+    prompt = processor.prompt(messages)
+    assert prompt.endswith("###Human: Is it?\n<image>\n\n### Response:###Assistant:")
+    followed = [*messages, {"role": "assistant", "content": "No."}, {"role": "user", "content": "Why?"}]
+    assert processor.prompt(followed) == prompt + " No.###Human: Why?\n\n### Response:###Assistant:"
+    ids = processor.encode(prompt)  # white space beside an image goes, as the rest of v1.0's ids does
+    assert ids == processor.encode(prompt.replace("<image>\n\n", "<image>"))
+    assert processor.encode("\n\n### Response:###")[1:] == processor.tokenizer.encode("\n\n### Response:###", bos=False)
 
 
 def test_names_that_originals_use():

@@ -1,42 +1,48 @@
-"""OpenAI chat messages to turns and images, and prompts by a checkpoint's own Jinja chat template."""
+"""OpenAI chat messages to turns and images."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-from llavamed_jax.checkpoints.files import read_json
 from llavamed_jax.data.conversation import IMAGE_MARKER
 from llavamed_jax.errors import UserError, short
 
 
 @dataclass(frozen=True)
 class Chat:
-    """Messages taken apart: the system's text or None, turns in alternation from the user's, images in order."""
+    """Messages taken apart.
+
+    Attributes:
+      system: the system's text or None.
+      turns: texts in alternation from the user's, an image as its marker: what the built-in templates take.
+      images: in order.
+      parts: of each turn, `{"type": "text", "text": …}` and `{"type": "image"}` in the order that the message gave them:
+        what a checkpoint's own chat template takes.
+    """
 
     system: str | None
     turns: list[str]
     images: list
+    parts: list[list[dict]]
 
 
 def read_messages(messages: Sequence[dict], marker: str = IMAGE_MARKER, is_image_last: bool = False) -> Chat:
     """Takes OpenAI chat messages apart.
 
-    A message's images go before its text, each as `marker` and a new line, as LLaVA was trained, or behind it, as LLaVA-Med
-    v1.0 was; a text that places as many `<image>` itself is left alone. Messages that carry no images at all may hold markers
-    for images given elsewhere.
+    In `turns` a message's images go before its text, each as `marker` and a new line, as LLaVA was trained, or behind it, as
+    LLaVA-Med v1.0 was; a text that places as many `<image>` itself is left alone. Messages that carry no images at all may
+    hold markers for images given elsewhere.
 
     Raises:
       UserError: roles out of order, an unknown role or part, or a count of images that does not fit the markers.
     """
-    system, turns, images = None, [], []
+    system, turns, images, parts = None, [], [], []
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not all(isinstance(m, dict) for m in messages):
         raise UserError("messages must be a list of objects with role and content")
     for i, message in enumerate(messages):
         role, content = message.get("role"), message.get("content")
-        text, found = _read_content(content, i)
+        text, found, given = _read_content(content, i)
         if role in ("system", "developer"):
             if i > 0 or found:
                 raise UserError(f"message {i} is the system's; one of text alone was expected, and first")
@@ -47,6 +53,7 @@ def read_messages(messages: Sequence[dict], marker: str = IMAGE_MARKER, is_image
         if role != ("user", "assistant")[len(turns) % 2]:
             raise UserError(f"message {i} is the {role}'s; user and assistant in alternation, the user first, were expected")
         markers = text.count(IMAGE_MARKER)
+        parts.append(_split_at_markers(text) if markers else given)
         if found and not markers:
             text = (text.strip() + ("\n" + marker) * len(found)).lstrip() if is_image_last else (marker + "\n") * len(found) + text.strip()
         elif found and markers != len(found):
@@ -58,26 +65,30 @@ def read_messages(messages: Sequence[dict], marker: str = IMAGE_MARKER, is_image
     markers = sum(text.count(IMAGE_MARKER) for text in (system or "", *turns))
     if images and markers != len(images):
         raise UserError(f"the messages have {len(images)} images for {markers} {IMAGE_MARKER} markers")
-    return Chat(system, turns, images)
+    return Chat(system, turns, images, parts)
 
 
-def _read_content(content, index: int) -> tuple[str, list]:
+def _read_content(content, index: int) -> tuple[str, list, list[dict]]:
+    """The text of a message, its images, and both in order."""
     if isinstance(content, str):
-        return content, []
+        return content, [], [{"type": "text", "text": content}]
     if not isinstance(content, (list, tuple)):
         raise UserError(f"message {index} has the content {short(content)}; a text or a list of parts was expected")
-    texts, images = [], []
+    texts, images, parts = [], [], []
     for part in content:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind == "text" and isinstance(part.get("text"), str):
             texts.append(part["text"])
-        elif kind == "image" and part.get("image") is not None:
+            parts.append({"type": "text", "text": part["text"]})
+            continue
+        if kind == "image" and part.get("image") is not None:
             images.append(part["image"])
         elif kind == "image_url" and isinstance(url := _url(part.get("image_url")), str):
             images.append(url)
         else:
             raise UserError(f"message {index} has a part of type {short(kind)}; text, image or image_url with its content was expected")
-    return "\n".join(texts), images
+        parts.append({"type": "image"})
+    return "\n".join(texts), images, parts
 
 
 def _url(image_url):
@@ -85,57 +96,13 @@ def _url(image_url):
     return image_url.get("url") if isinstance(image_url, dict) else image_url
 
 
-@dataclass(frozen=True)
-class ChatTemplate:
-    """A Jinja chat template as transformers stores it beside a checkpoint. It writes prompts; it knows no label masks."""
-
-    source: str
-    bos: str
-    eos: str
-
-    def render(self, chat: Chat) -> str:
-        """The prompt with the assistant's place open. The leading beginning-of-sequence token is left to encoding."""
-        try:
-            from jinja2.exceptions import TemplateError
-            from jinja2.sandbox import ImmutableSandboxedEnvironment
-        except ImportError as error:
-            raise UserError("this checkpoint's chat template needs Jinja: pip install jinja2, or name a template") from error
-
-        def refuse(reason):
-            raise UserError(f"the checkpoint's chat template refuses the messages: {reason}")
-
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-        environment.globals["raise_exception"] = refuse
-        environment.filters["tojson"] = lambda value, **kw: json.dumps(value, ensure_ascii=False, **kw)
-        messages = [{"role": "system", "content": [{"type": "text", "text": chat.system}]}] if chat.system is not None else []
-        messages += [{"role": ("user", "assistant")[i % 2], "content": _parts(turn)} for i, turn in enumerate(chat.turns)]
-        try:
-            text = environment.from_string(self.source).render(
-                messages=messages, add_generation_prompt=True, bos_token=self.bos, eos_token=self.eos)
-        except TemplateError as error:
-            raise UserError(f"the checkpoint's chat template cannot be rendered: {error}") from error
-        return text.removeprefix(self.bos) if self.bos else text
-
-
-def _parts(turn: str) -> list[dict]:
-    """A turn as the parts that multimodal chat templates loop over."""
-    count = turn.count(IMAGE_MARKER)
-    text = turn.replace(IMAGE_MARKER + "\n", "").replace(IMAGE_MARKER, "")
-    return [{"type": "image"}] * count + [{"type": "text", "text": text}]
-
-
-def find_chat_template(directory: Path) -> str | None:
-    """The Jinja source in `directory`, from whichever of transformers' three places has it."""
-    if (directory / "chat_template.jinja").is_file():
-        return (directory / "chat_template.jinja").read_text(encoding="utf-8")
-    for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
-        if (directory / name).is_file():
-            template = read_json(directory / name).get("chat_template")
-            if isinstance(template, list):  # named templates: the default one
-                named = [t for t in template if isinstance(t, dict)]
-                template = next((t.get("template") for t in named if t.get("name") == "default"), None)
-            if template and not isinstance(template, str):
-                raise UserError(f"{directory / name} has the chat_template {template!r}; a text was expected")
-            if template:
-                return template
-    return None
+def _split_at_markers(text: str) -> list[dict]:
+    """A text that places its images itself, as parts. The new line between a marker and the text belongs to the marker."""
+    first, *rest = text.split(IMAGE_MARKER)
+    parts = [{"type": "text", "text": first.removesuffix("\n")}] if first else []
+    for i, piece in enumerate(rest):
+        parts.append({"type": "image"})
+        piece = piece.removeprefix("\n")
+        piece = piece if i == len(rest) - 1 else piece.removesuffix("\n")
+        parts += [{"type": "text", "text": piece}] if piece else []
+    return parts

@@ -23,8 +23,9 @@ import numpy as np
 from llavamed_jax.checkpoints import hub, reader
 from llavamed_jax.checkpoints.files import read_json
 from llavamed_jax.config import CLIP_MEAN, CLIP_STD, IGNORE, IMAGE_TOKEN, OURS, LlavaConfig
-from llavamed_jax.data import chat as chats
 from llavamed_jax.data import images as pixels
+from llavamed_jax.data.chat import Chat, read_messages
+from llavamed_jax.data.chat_template import ChatTemplate, find_chat_template
 from llavamed_jax.data.conversation import IMAGE_MARKER, image_first, render, supervise, training_turns
 from llavamed_jax.data.tokenizer import Tokenizer, find_tokenizer
 from llavamed_jax.errors import UserError, short
@@ -47,7 +48,7 @@ class Processor:
 
     def __init__(self, config: LlavaConfig | None, tokenizer: Tokenizer | None = None, template: str | None = None,
                  image_size: int | None = None, image_mode: str | None = None, *,
-                 chat_template: chats.ChatTemplate | None = None):
+                 chat_template: ChatTemplate | None = None):
         """`template` None means the config's own, else `chat_template`, else by the config's `source`."""
         if image_mode not in (None, *pixels.MODES):
             raise UserError(f"the image mode is {image_mode!r}; {' or '.join(pixels.MODES)} was expected")
@@ -110,10 +111,12 @@ class Processor:
         if directory is not None and (directory / OURS).is_dir():
             directory = directory / OURS
         source = tokenizer or (directory if directory is not None and find_tokenizer(directory) else None)
-        tok = Tokenizer.load(source) if source is not None else None
+        of_transformers = config.source == "transformers"
+        tok = Tokenizer.load(source, of_transformers) if source is not None else None
         # The originals' directories may hold the language model's own chat template, which knows no images.
-        jinja = chats.find_chat_template(directory) if directory is not None and config.source == "transformers" else None
-        chat_template = chats.ChatTemplate(jinja, tok.bos_token, tok.eos_token) if jinja and tok else None
+        found = find_chat_template(directory) if directory is not None and of_transformers else None
+        image = _image_token(config, tok)
+        chat_template = ChatTemplate(found[0], str(found[1]), tok.special_tokens, image or IMAGE_MARKER) if found and tok else None
         return cls(config, tok, template, image_size, image_mode, chat_template=chat_template)
 
     # ---- text ----
@@ -170,17 +173,24 @@ class Processor:
         Raises:
           UserError: messages out of order, or a count of images that does not fit the markers, with both numbers.
         """
-        chat = chats.read_messages(messages, self.image_marker, is_image_last=self._is_v1)
+        chat = read_messages(messages, self.image_marker, is_image_last=self._is_v1)
         if self.chat_template is not None:
             return self.chat_template.render(chat)
-        open_turn = [] if self.template.labels == "plain" else [None]
-        return render(self.template, chat.turns + open_turn, chat.system)
+        return render(self.template, self._asked(chat), chat.system)
+
+    def _asked(self, chat: Chat) -> list[str | None]:
+        """The turns as the template's prompts have them: questions with what the original appends, and the answer's place."""
+        turns = [turn if i % 2 else turn + self.template.after_question for i, turn in enumerate(chat.turns)]
+        return turns if self.template.labels == "plain" else [*turns, None]
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a prompt, an image one IMAGE_TOKEN (spec 3.6): each text between images is encoded on its own.
+        """Ids of a prompt, an image one IMAGE_TOKEN.
 
-        With v1.0's templates the ids of start and end tokens stand about it, the white space beside it is dropped, and each
-        `<im_patch>` that the text writes out is an IMAGE_TOKEN too.
+        In the originals' manner each text between images is encoded on its own (spec 3.6). Where the checkpoint is in
+        transformers' layout and its tokenizer has a token for images, the text is encoded as a whole, as transformers'
+        processors do. With v1.0's templates the ids of start and end tokens stand about an image, the white space beside it is
+        dropped, and each `<im_patch>` that the text writes out is an IMAGE_TOKEN too. Where a checkpoint's own chat template
+        has written the beginning-of-sequence token, no second one is put before it.
 
         Raises:
           UserError: what is no text, or half a surrogate pair in it.
@@ -193,7 +203,11 @@ class Processor:
             text = text.replace(f"{_IM_START}{IMAGE_MARKER}{_IM_END}", IMAGE_MARKER).replace(IMAGE_MARKER, image)
             patch = tokenizer.id_of(_IM_PATCH)
             return [IMAGE_TOKEN if i == patch else i for i in tokenizer.encode(text)]
-        first, *rest = (self.tokenizer.encode(part, bos=i == 0) for i, part in enumerate(text.split(IMAGE_MARKER)))
+        begun = self.chat_template is not None and self.tokenizer.bos_token and text.startswith(self.tokenizer.bos_token)
+        if image := _image_token(self.config, self.tokenizer):
+            ids, image_id = self.tokenizer.encode(text.replace(IMAGE_MARKER, image), bos=not begun), self.tokenizer.id_of(image)
+            return [IMAGE_TOKEN if i == image_id else i for i in ids]
+        first, *rest = (self.tokenizer.encode(part, bos=i == 0 and not begun) for i, part in enumerate(text.split(IMAGE_MARKER)))
         return functools.reduce(lambda ids, part: ids + [IMAGE_TOKEN] + part, rest, first)
 
     @functools.cached_property
@@ -310,6 +324,15 @@ def _model_directory(path: Path) -> Path | None:
     """Where `config.json` and tokenizer files lie for a checkpoint PATH, None for something else."""
     candidates = [path / "model", path, path.parent.parent / "model"] if path.parent.name == "checkpoints" else [path / "model", path]
     return next((c for c in candidates if (c / "config.json").is_file()), None)
+
+
+def _image_token(config: LlavaConfig | None, tokenizer: Tokenizer | None) -> str | None:
+    """The token that stands for an image in transformers' texts; None in the originals', where no token does."""
+    if tokenizer is None or config is not None and config.source != "transformers":
+        return None
+    if tokenizer.id_of(IMAGE_MARKER) is not None:
+        return IMAGE_MARKER
+    return tokenizer.token_of(config.image_token_id) if config is not None else None
 
 
 def _default_template(config: LlavaConfig | None, is_evaluation: bool = False) -> str:

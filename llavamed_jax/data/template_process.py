@@ -1,0 +1,125 @@
+"""Renders chat templates in a process of its own, with bounds on time, memory and output.
+
+A template is somebody else's program: it may loop for ever, ask for any amount of memory or compute 9**9**9, and some of
+that cannot be interrupted from inside Python. The process starts with the first template, which takes about a second, and
+then takes a fraction of a millisecond a prompt. It ends with the process that started it, whichever way that ends.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from multiprocessing.connection import Pipe
+from pathlib import Path
+
+from llavamed_jax.errors import UserError, cut
+
+CPU_SECONDS = 5  # a prompt; processor time, so that a busy machine refuses nothing
+_WALL_SECONDS = 120  # for what takes no processor time, and for the start
+_CHILD = Path(__file__).with_name("template_child.py")
+_LONGEST = 300  # characters of a template's or a library's words in an error
+
+
+def render(request: dict, name: str) -> str:
+    """The text of one prompt.
+
+    Args:
+      request: what `template_child.render` takes.
+      name: what an error calls the template.
+    Raises:
+      UserError: whatever goes wrong.
+    """
+    key = (request["source"], name)
+    with _lock:
+        if key in _hopeless:  # it would take as long again with every prompt
+            raise UserError(_hopeless[key])
+        try:
+            reply = _running().ask(request)
+        except BaseException:  # a signal, say: what comes next would be the answer to this
+            _stop()
+            raise
+        if "died" in reply:
+            _stop()
+            _hopeless[key] = f"{name} cannot be rendered: {reply['died']}"
+            raise UserError(_hopeless[key])
+    if "text" in reply:
+        return reply["text"]
+    raise UserError(f"{name} {reply['verb']}: {_one_line(reply['error'])}")
+
+
+def _one_line(text: str) -> str:
+    """Printable words of a template's or a library's, as the end of a sentence."""
+    words = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    return cut(words, _LONGEST).rstrip(".")
+
+
+class _Process:
+    def __init__(self):
+        self._connection, theirs = Pipe()
+        with theirs:
+            # -P: the script's folder holds modules whose names are those of libraries.
+            self._popen = subprocess.Popen(
+                [sys.executable, "-P", str(_CHILD), str(theirs.fileno()), str(CPU_SECONDS)], pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                start_new_session=True)  # a Ctrl-C at the terminal is not for it
+        started = self._receive()
+        if "error" in started:
+            raise UserError("chat templates are rendered by transformers and jinja2, which cannot be imported: "
+                            f"{_one_line(started['error'])}")
+        if "died" in started:
+            raise UserError(f"the process that renders chat templates does not start: {started['died']}")
+
+    def ask(self, request: dict) -> dict:
+        try:
+            self._connection.send_bytes(json.dumps(request).encode())
+        except OSError:
+            return {"died": self._reason()}
+        return self._receive()
+
+    def _receive(self) -> dict:
+        try:
+            if self._connection.poll(_WALL_SECONDS):
+                return json.loads(self._connection.recv_bytes())
+            return {"died": f"it takes more than {_WALL_SECONDS} s"}
+        except (EOFError, OSError):
+            return {"died": self._reason()}
+
+    def _reason(self) -> str:
+        code = self._popen.wait()
+        if code == -signal.SIGXCPU:
+            return f"it takes more than {CPU_SECONDS} s of processor time"
+        if code == -signal.SIGKILL:
+            return "its process was killed, as the system does where memory is short"
+        return f"its process ended with status {code}"
+
+    def stop(self) -> None:
+        self._popen.kill()
+        self._popen.wait()
+        self._connection.close()
+
+
+_lock = threading.Lock()
+_process: tuple[int, _Process] | None = None  # beside the id of the process that started it, with which a fork shares nothing
+_hopeless: dict[tuple[str, str], str] = {}  # templates that ended their process, and the sentence about each
+
+
+def _running() -> _Process:
+    global _process
+    if _process is None or _process[0] != os.getpid():
+        _process = os.getpid(), _Process()
+    return _process[1]
+
+
+@atexit.register
+def _stop() -> None:
+    global _process
+    if _process is not None and _process[0] == os.getpid():
+        with contextlib.suppress(OSError):
+            _process[1].stop()
+    _process = None
