@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import numbers
 from collections import deque
@@ -69,6 +70,9 @@ def load(path: str | Path, dtype=None, quantize=None, mesh: Mesh | str | None = 
     if sentence := not_applied(checkpoint.config, checkpoint.files):
         warn(f"{path}: {sentence}")
     processor = Processor.from_checkpoint(checkpoint, tokenizer=tokenizer, template=template)
+    if processor.eos_ids != checkpoint.config.decoder.eos_ids:
+        warn(f"{path}: the tokenizer's eos_token {short(processor.tokenizer.eos_token)} ({processor.eos_ids[-1]}) ends an answer too; "
+             f"the configs name {list(checkpoint.config.decoder.eos_ids)}")
     mesh = make_mesh(mesh, jax.local_devices()) if isinstance(mesh, str) else mesh
     if dtype is not None and _numpy_dtype(dtype) == np.float32:
         jax.config.update("jax_default_matmul_precision", "highest")
@@ -102,7 +106,8 @@ class LlavaMed:
     def __init__(self, config: LlavaConfig, params, processor: Processor, dtype=jnp.float32, mesh: Mesh | None = None,
                  name: str = "llavamed", tower: str = ""):
         self.config, self.processor, self.dtype, self.mesh, self.name, self.tower = config, processor, dtype, mesh, name, tower
-        self.engine = Engine(config, jax.device_put(params) if mesh is None else params, dtype, mesh)
+        decoder = dataclasses.replace(config.decoder, **config.decoder.ends_with(processor.eos_ids))
+        self.engine = Engine(config.replace(decoder=decoder), jax.device_put(params) if mesh is None else params, dtype, mesh)
         self._beams = BeamSearch(self.engine)
         self._forward = jax.jit(Llava(config, dtype).apply)
 

@@ -19,6 +19,16 @@ def warn(sentence: str) -> None:
     print(f"warning: {sentence}", file=sys.stderr, flush=True)
 
 
+_said: set[str] = set()
+
+
+def warn_once(sentence: str) -> None:
+    """`warn`, where this process has not said the same before: a checkpoint's files are read more than once."""
+    if sentence not in _said:
+        _said.add(sentence)
+        warn(sentence)
+
+
 def short(value: object, most: int = 80) -> str:
     """A value for a sentence, cut where it is long."""
     return cut(repr(value), most)

@@ -6,7 +6,6 @@ takes a message's content as a text, one for an image processor as a list of par
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +14,7 @@ from llavamed_jax.checkpoints.files import read_json
 from llavamed_jax.data import template_process
 from llavamed_jax.data.chat import Chat
 from llavamed_jax.data.conversation import IMAGE_MARKER
-from llavamed_jax.errors import UserError, short
+from llavamed_jax.errors import UserError, short, warn_once
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,7 @@ def find_chat_template(directory: Path) -> tuple[str, Path] | None:
     # A tokenizer's template beside a processor's is the language model's, which every version leaves aside.
     other = next((other for text, other in found[1:] if text != source and other.name != "tokenizer_config.json"), None)
     if other is not None:
-        _say_once(f"warning: {file} and {other} hold different chat templates; {file.name} is taken, as transformers 5.24 does")
+        warn_once(f"{file} and {other} hold different chat templates; {file.name} is taken, as transformers 5.24 does")
     return source, file
 
 
@@ -115,11 +114,3 @@ def _read(file: Path) -> str:
     except OSError as error:
         raise UserError(f"the chat template {file} cannot be read: {error.strerror}") from None
 
-
-_said: set[str] = set()
-
-
-def _say_once(line: str) -> None:
-    if line not in _said:
-        _said.add(line)
-        print(line, file=sys.stderr)

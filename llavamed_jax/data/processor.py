@@ -137,6 +137,12 @@ class Processor:
         return get_template(self.template_name)
 
     @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """The ids that end an answer: those of the config, and the tokenizer's own `eos_token`, at which vLLM ends too."""
+        ids, own = self.config.decoder.eos_ids, self._tokenizer.eos_id if self._tokenizer is not None else None
+        return ids if own is None or own in ids or own >= self.config.decoder.vocab_size else (*ids, own)
+
+    @property
     def stop(self) -> tuple[str, ...]:
         """Texts that end an answer beside the end-of-sequence id: v1.0's and v0's models write "###" in its place."""
         return self.template.stop if self.template_name else ()

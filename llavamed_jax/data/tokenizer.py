@@ -9,7 +9,7 @@ added tokens (`Tokenizer.as_v1`).
 
 With `tokenizer.json`, whole texts go through the tokenizers library, which does what the file says. Whether a text begins
 with the beginning-of-sequence token is one thing that versions read differently: transformers 4's `LlamaTokenizerFast`, with
-which the originals ran, always puts it there, transformers 5 where the file does (`of_transformers`).
+which the originals ran, goes by `add_bos_token` and puts it there without, transformers 5 by the file (`of_transformers`).
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from llavamed_jax.checkpoints.special_tokens import FILES, SpecialTokens, Token, read_special_tokens
 from llavamed_jax.data.tokenizer_backends import SentencePiece, Tokenizers
+from llavamed_jax.data.tokenizer_generations import say_differences
 from llavamed_jax.errors import UserError
 
 TOKENIZERS = ("tokenizer.model", "tokenizer.json")  # what `find_tokenizer` looks for, in this order
@@ -47,7 +49,6 @@ class Tokenizer:
         roles = {**{role: Token(text, is_special=True) for role, text in own.items() if text is not None}, **said.roles}
         added = {token.text: token for token in (*getattr(backend, "added", ()), *said.added)}
         self._cut = self._with_ids({**{t.text: t for t in (*roles.values(), *said.others)}, **added})
-        self.special_tokens = {role: token.text for role, token in roles.items()}
         self.bos_id, self.eos_id, self.unk_id = (self._cut[roles[role].text].id if role in roles else None for role in _CORE)
         self.pad_id = self.unk_id if self.unk_id is not None else self.eos_id
         self._text_of = {token.id: token.text for token in self._cut.values()}
@@ -57,12 +58,13 @@ class Tokenizer:
         self._splitter = "(" + "|".join(map(re.escape, longest_first)) + ")" if longest_first else "(?!)()"
         self.has_bos = said.has_bos and self.bos_id is not None
         self.is_legacy = said.is_legacy
-        self._adds_bos = not self._is_whole  # or tokenizer.json does
+        self._follows_file = self._is_whole and (of_transformers or not said.is_llama)
+        named = said.roles if self._follows_file else roles
+        self.special_tokens = {role: token.text for role, token in named.items()}
         if self._is_whole:
             self.is_legacy = self._begins_anew()
-            begins = self.bos_id is not None and backend.encode_whole("", True)[:1] == [self.bos_id]
-            self._adds_bos = not begins and not of_transformers and said.is_llama
-            self.has_bos = begins or self._adds_bos and self.has_bos
+        if self._follows_file:
+            self.has_bos = self.bos_id is not None and backend.encode_whole("", True)[:1] == [self.bos_id]
 
     def _with_ids(self, tokens: Mapping[str, Token]) -> dict[str, Token]:
         """Each token with its id: the one of its file, else of the vocabulary, else the next free one."""
@@ -87,6 +89,16 @@ class Tokenizer:
         return self._backend.encode_whole(special + "a", False)[-1:] == self._backend.encode_whole("a", False)[-1:]
 
     @property
+    def file(self) -> Path:
+        """The file that pieces come from."""
+        return self._backend.file
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """The whole of `tokenizer_config.json`, empty where there is none."""
+        return self._said.settings
+
+    @property
     def bos_token(self) -> str:
         """The text of the token that sequences begin with, or ""."""
         return self.special_tokens.get("bos_token", "")
@@ -108,9 +120,11 @@ class Tokenizer:
             text.encode()
         except UnicodeEncodeError as error:
             raise UserError(f"the text has half a surrogate pair at character {error.start}; whole characters were expected") from None
-        ids = [self.bos_id] if bos and self.has_bos and self._adds_bos else []
+        if self._follows_file:
+            return self._backend.encode_whole(text, bos)
+        ids = [self.bos_id] if bos and self.has_bos else []
         if self._is_whole:
-            return ids + self._backend.encode_whole(text, bos)
+            return ids + self._backend.encode_whole(text, False)
         is_first = True
         for part in self._split(text):
             if part in self._cut:
@@ -195,9 +209,21 @@ class Tokenizer:
             raise UserError(f"{path} holds no tokenizer: tokenizer.model or tokenizer.json was expected")
         if not file.is_file():
             raise UserError(f"the tokenizer file {file} does not exist")
-        said = _NOTHING
-        if file.name in TOKENIZERS:  # under another name, its neighbours are not its own
-            said = read_special_tokens({name: file.parent / name for name in FILES if (file.parent / name).is_file()})
+        if file.name not in TOKENIZERS:  # under another name, its neighbours are not its own
+            return cls._of_file(file, _NOTHING, of_transformers)
+        said = read_special_tokens({name: file.parent / name for name in FILES if (file.parent / name).is_file()})
+        tokenizer, other = cls._of_file(file, said, of_transformers), None
+        beside = next(file.parent / name for name in TOKENIZERS if name != file.name)
+        if path.is_dir() and beside.is_file():
+            try:
+                other = cls._of_file(beside, said, of_transformers)
+            except UserError as error:
+                other = error
+        say_differences(file.parent, tokenizer, other)
+        return tokenizer
+
+    @classmethod
+    def _of_file(cls, file: Path, said: SpecialTokens, of_transformers: bool) -> "Tokenizer":
         if file.suffix == ".json":
             return cls(Tokenizers(file, (*said.added, *said.roles.values(), *said.others)), said, of_transformers=of_transformers)
         return cls(SentencePiece(file), said)
