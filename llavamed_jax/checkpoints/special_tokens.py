@@ -22,6 +22,7 @@ _LISTS = ("additional_special_tokens", "extra_special_tokens")  # the second is 
 _FLAGS = {"special": "is_special", "lstrip": "strips_left", "rstrip": "strips_right", "single_word": "is_single_word",
           "normalized": "is_normalized"}
 _LARGEST_ID = 2**24 - 1
+_ADDED = "the added tokens"
 
 
 class Token(NamedTuple):
@@ -137,25 +138,25 @@ def _token(file: Path | None, key: str, value: Any) -> Token | None:
 def _from_added_tokens(file: Path | None, content: Mapping[str, Any]) -> Iterator[Token]:
     for text, i in content.items():
         if not text:
-            raise _wrong(file, text, i, "a token's text and its id")
+            raise _wrong(file, text, i, "a token's text and its id", _ADDED)
         yield Token(text, _id(file, text, i))
 
 
 def _from_decoder(file: Path | None, decoder: Any) -> Iterator[Token]:
     if not isinstance(decoder, dict | None):
-        raise _wrong(file, "added_tokens_decoder", decoder, "an object of ids and tokens")
+        raise _wrong(file, "added_tokens_decoder", decoder, "an object of ids and tokens", _ADDED)
     for key, entry in (decoder or {}).items():
         where = f"added_tokens_decoder {key}"
         token = _token(file, where, entry) if isinstance(entry, dict) else None
         if token is None:
-            raise _wrong(file, where, entry, "an object with the token's content")
+            raise _wrong(file, where, entry, "an object with the token's content", _ADDED)
         i = int(key) if key.isdecimal() and len(key) < 12 else key
         yield token._replace(id=_id(file, where, i), is_special=entry.get("special", False))
 
 
 def _id(file: Path | None, key: str, value: Any) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= _LARGEST_ID:
-        raise _wrong(file, key, value, f"a whole number from 0 to {_LARGEST_ID}")
+        raise _wrong(file, key, value, f"a whole number from 0 to {_LARGEST_ID}", _ADDED)
     return value
 
 
@@ -164,9 +165,10 @@ def _check_ids(tokens: list[Token], files: Mapping[str, Path]) -> None:
     for token in tokens:
         other = texts.setdefault(token.id, token.text)
         if other != token.text:
-            where = " and ".join(str(files[name]) for name in ("added_tokens.json", "tokenizer_config.json") if name in files)
-            raise UserError(f"{where}: the id {token.id} stands for {short(other)} and for {short(token.text)}; one token was expected")
+            file = next(files[name] for name in ("added_tokens.json", "tokenizer_config.json") if name in files)
+            raise UserError(f"{_ADDED} of the tokenizer in {file.parent}: the id {token.id} stands for {short(other)} and for "
+                            f"{short(token.text)}; one token an id was expected")
 
 
-def _wrong(file: Path | None, key: str, value: Any, expected: str) -> UserError:
-    return UserError(f"{file} has {short(value)} for {short(key)}; {expected} was expected")
+def _wrong(file: Path, key: str, value: Any, expected: str, what: str = "the special tokens") -> UserError:
+    return UserError(f"{what} of the tokenizer in {file.parent}: {file.name} has {short(value)} for {short(key)}; {expected} was expected")
