@@ -11,14 +11,15 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
 import random
 import re
 import signal
 import threading
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, urlsplit
 
@@ -33,6 +34,25 @@ class Logged:
     asked: str
     fault: str | None
     path: str
+
+
+@dataclass(frozen=True)
+class Raw:
+    """A response as it goes over the wire, in pieces, after which the connection is closed; `pause` seconds between them.
+
+    `sent` counts its bytes as they go: a client that hangs up stops them.
+    """
+
+    pieces: Iterable[bytes]
+    pause: float = 0.0
+    sent: list[int] = field(default_factory=list)
+
+    @classmethod
+    def response(cls, body: bytes | Iterable[bytes] = b"", status: str = "200 OK", headers: Mapping[str, str] | None = None, **more) -> Raw:
+        """Status line, headers and body. Without a length the body ends where the connection does."""
+        named = {"Content-Type": "application/json"} | ({"Content-Length": str(len(body))} if isinstance(body, bytes) else {})
+        lines = [f"HTTP/1.1 {status}", *(f"{name}: {value}" for name, value in (named | dict(headers or {})).items()), "", ""]
+        return cls(itertools.chain(["\r\n".join(lines).encode("latin-1")], [body] if isinstance(body, bytes) else body), **more)
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -68,7 +88,8 @@ class _Handler(BaseHTTPRequestHandler):
         fault = owner.fault_of(body, self.path)
         if fault is None:
             owner.stopping.wait(owner.delay)
-            self._send(200, owner.completion(body))
+            found = owner.completion(body)
+            self._send(200, found) if isinstance(found, dict) else self._write(found)
         else:
             self._fail(fault, body)
 
@@ -93,6 +114,17 @@ class _Handler(BaseHTTPRequestHandler):
                 self.end_headers()
                 self.wfile.write(b'{"choices": [{"mess')
             self.close_connection = True
+
+    def _write(self, raw: Raw) -> None:
+        self.close_connection = True
+        for piece in raw.pieces:
+            try:
+                self.wfile.write(piece)
+            except OSError:
+                return
+            raw.sent.append(len(piece))
+            if raw.pause and self.owner.stopping.wait(raw.pause):
+                return
 
     def _refuse(self, status: int, message: str, headers: dict | None = None, code: str | None = None, param: str | None = None) -> None:
         self.owner.refused += status != 429
@@ -122,7 +154,7 @@ class OpenAiServer:
     """Answers chat completions, on a port of its own. A context.
 
     Args:
-      answer: the body of a request -> the text of the answer, or the whole reply as a dict.
+      answer: the body of a request -> the text of the answer, or the whole reply as a dict or `Raw`.
       models: the names it knows.
       fault_rate: the share of requests that fail, in one of the ways of `faults`.
       slow: seconds that a slow reply takes; `delay` those of every other; `retry_after` those that a 429 asks for.
@@ -134,7 +166,7 @@ class OpenAiServer:
       most_at_once: requests under way at a time.
     """
 
-    def __init__(self, answer: Callable[[dict], str | dict], *, models: Sequence[str] = ("tiny",), fault_rate: float = 0.0,
+    def __init__(self, answer: Callable[[dict], str | dict | Raw], *, models: Sequence[str] = ("tiny",), fault_rate: float = 0.0,
                  faults: Sequence[str] = FAULTS, seed: int = 0, slow: float = 2.0, delay: float = 0.0, retry_after: float = 0.05,
                  key: str | None = None, refuses: Sequence[str] = (), port: int = 0):
         self.answer, self.models, self.key, self.refuses = answer, tuple(models), key, tuple(refuses)
@@ -160,9 +192,9 @@ class OpenAiServer:
             self.log.append(Logged(body, asked, fault, path))
         return fault
 
-    def completion(self, body: dict) -> dict:
+    def completion(self, body: dict) -> dict | Raw:
         answer = self.answer(body)
-        if isinstance(answer, dict):
+        if not isinstance(answer, str):
             return answer
         usage = {"prompt_tokens": 7, "completion_tokens": len(answer.split()), "total_tokens": 7 + len(answer.split())}
         choice = {"index": 0, "message": {"role": "assistant", "content": answer}, "finish_reason": "stop"}

@@ -14,7 +14,8 @@ import pytest
 
 from llavamed_jax.errors import UsageError, UserError
 from llavamed_jax.evaluation import replies
-from llavamed_jax.evaluation.service import Service, ServiceError, client_options
+from llavamed_jax.evaluation.address import read_address
+from llavamed_jax.evaluation.service import Service, ServiceError
 from tests.openai_server import FAULTS, OpenAiServer
 
 SETTINGS = {"max_tokens": 16, "temperature": 0.0}
@@ -174,7 +175,7 @@ def test_a_server_that_goes_away_is_waited_for_and_then_given_up():
     ("https://n.openai.azure.com/openai/deployments/d/chat/completions?api-version=v",
      {"azure_endpoint": "https://n.openai.azure.com", "api_version": "v", "azure_deployment": "d"})])
 def test_addresses(url, found):
-    assert client_options(url, None) == found
+    assert read_address(url).options == found
 
 
 @pytest.mark.parametrize("url", ["", "localhost:8000", "ftp://h/v1", "http://", "http://h:port/v1", "http://user:secret@h/v1"])

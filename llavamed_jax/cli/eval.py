@@ -158,8 +158,9 @@ def _measure(evaluation, args: argparse.Namespace, endpoint=None) -> dict | None
         if args.predictions is not None:
             return evaluation.score_file(args.predictions)
         answerer = endpoint or _local(args)
-        source = {"endpoint": endpoint.service.url, "model": args.model} if endpoint else {"checkpoint": args.checkpoint}
+        source = {"endpoint": endpoint.service.url, "model": endpoint.name} if endpoint else {"checkpoint": args.checkpoint}
         flags = {name: getattr(args, name) for name in _MODEL_FLAGS}
+        flags |= {"query": endpoint.service.address.identity} if endpoint else {}
         return evaluation.run(answerer, source, [args.control] if args.control else [], flags)
     except KeyboardInterrupt:
         return None

@@ -36,7 +36,7 @@ class Endpoint:
     """
 
     def __init__(self, service: Service):
-        self.service, self.name = service, service.model
+        self.service, self.name = service, service.name
 
     @staticmethod
     def check(generation: Generation) -> None:

@@ -138,7 +138,7 @@ class Judge:
         prompt_tokens = sum(verdict.prompt_tokens for verdict in verdicts)
         completion_tokens = sum(verdict.completion_tokens for verdict in verdicts)
         return {
-            "model": self.cfg.model, "endpoint": self.service.url, "temperature": self.cfg.temperature, "wording": self.prompt.wording,
+            "model": self.service.name, "endpoint": self.service.url, "temperature": self.cfg.temperature, "wording": self.prompt.wording,
             "n_asked_again": sum(verdict.is_asked_again for verdict in verdicts), "prompt_tokens": prompt_tokens,
             "completion_tokens": completion_tokens, "dollars": self._dollars(prompt_tokens, completion_tokens),
         }  # fmt: skip

@@ -14,8 +14,12 @@ from http import HTTPStatus
 import openai
 
 from llavamed_jax.errors import UserError
+from llavamed_jax.evaluation.secrets import Secrets
 
 _LONGEST_MESSAGE = 300  # characters of what a server says
+_LONGEST_FINISH = 60  # of the word for why an answer ended
+_MOST_TOKENS = 10**7  # that a server may count for one reply
+_NOTHING_SECRET = Secrets(())
 _MAY_PASS = (408, 409, 425, 429)  # and all from 500 on
 _NEVER_PASS = ("insufficient_quota", "billing_hard_limit_reached")  # codes of a 429 that waiting does not mend
 _WITHHELD = ("content_filter", "content_policy_violation")  # codes of a 400: the service answers, with nothing
@@ -51,8 +55,8 @@ class PassingError(Exception):
         self.kind, self.retry_after = kind, retry_after
 
 
-def read_reply(body: bytes) -> Reply:
-    """The first choice of a chat completion.
+def read_reply(body: bytes, secrets: Secrets = _NOTHING_SECRET) -> Reply:
+    """The first choice of a chat completion, without what is secret.
 
     Its text is the message's content, as a text or as a list of parts; else its refusal. It may be empty where the server
     says so: a model can end at once. Content that is absent is an empty answer only where the limit of tokens or a filter
@@ -63,13 +67,15 @@ def read_reply(body: bytes) -> Reply:
     """
     try:
         data = json.loads(body)
-    except ValueError:
-        raise PassingError("no JSON", f"its reply is not JSON: {_cut(body.decode('utf-8', 'replace')) or 'it is empty'}") from None
+    except (ValueError, RecursionError):  # the latter of thousands of brackets
+        told = _cut(body.decode("utf-8", "replace"), secrets) or "it is empty"
+        raise PassingError("no JSON", f"its reply is not JSON: {told}") from None
     choices = data.get("choices") if isinstance(data, dict) else None
     if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
-        told = server_message(data)
+        told = server_message(data, secrets)
         raise PassingError("no choices", f"its reply has no choices: {told}" if told else "its reply has no choices")
     message, finish = choices[0].get("message"), choices[0].get("finish_reason") or "stop"
+    finish = _cut(finish if isinstance(finish, str) else _dumped(finish), secrets, _LONGEST_FINISH) or "stop"
     text = _text(message) if isinstance(message, dict) else None
     if text is None and finish in ("length", "content_filter"):
         text = ""
@@ -77,7 +83,8 @@ def read_reply(body: bytes) -> Reply:
         raise PassingError("no text", f"its reply has no text (finish_reason {finish})")
     usage = data.get("usage") if isinstance(data.get("usage"), dict) else {}
     prompt, completion = (usage.get(name) for name in ("prompt_tokens", "completion_tokens"))
-    return Reply(text, str(finish), *(count if isinstance(count, int) else 0 for count in (prompt, completion)))
+    counts = (count if type(count) is int and 0 <= count < _MOST_TOKENS else 0 for count in (prompt, completion))
+    return Reply(secrets.clean(text), finish, *counts)
 
 
 def _text(message: Mapping) -> str | None:
@@ -91,7 +98,7 @@ def _text(message: Mapping) -> str | None:
     return refusal if isinstance(refusal, str) and refusal else content if isinstance(content, str) else None
 
 
-def status_error(error: openai.APIStatusError, where: str, is_start: bool) -> Exception:
+def status_error(error: openai.APIStatusError, where: str, is_start: bool, secrets: Secrets = _NOTHING_SECRET) -> Exception:
     """An HTTP status as what it means for the request, or for all of them.
 
     Args:
@@ -100,7 +107,7 @@ def status_error(error: openai.APIStatusError, where: str, is_start: bool) -> Ex
     Returns:
       PassingError, ServiceError (nothing more can be asked) or UserError (of this request).
     """
-    status, told = error.status_code, server_message(error.body)
+    status, told = error.status_code, server_message(error.body, secrets)
     name = f"{status} {HTTPStatus(status).phrase}" if status in set(HTTPStatus) else str(status)
     sentence = f"{name}: {told}" if told else name
     if error.code in _NEVER_PASS:
@@ -116,7 +123,7 @@ def withheld(error: openai.APIStatusError) -> Reply | None:
     return Reply("", "content_filter") if error.status_code == 400 and error.code in _WITHHELD else None
 
 
-def connection_error(error: BaseException) -> tuple[str, bool]:
+def connection_error(error: BaseException, secrets: Secrets = _NOTHING_SECRET) -> tuple[str, bool]:
     """Why a connection failed, and whether there never was one: nobody listens, no such name, a wrong certificate."""
     chain, is_absent = [error], False
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
@@ -126,15 +133,15 @@ def connection_error(error: BaseException) -> tuple[str, bool]:
     number = next((each.errno for each in reversed(chain) if isinstance(each, ConnectionError) and each.errno), None)
     if number is not None:
         return os.strerror(number), is_absent
-    told = next((text for each in reversed(chain) if (text := _cut(getattr(each, "strerror", None) or str(each)))), "no reason is given")
-    return told, is_absent
+    said = (_cut(str(getattr(each, "strerror", None) or each), secrets) for each in reversed(chain))
+    return next(filter(None, said), "no reason is given"), is_absent
 
 
 def refused_setting(error: openai.APIStatusError, sent: Collection[str]) -> str | None:
     """The setting of a request that the server does not take (`max_tokens`, `temperature`, `seed`); None where that is not why."""
     if error.status_code not in (400, 422):
         return None
-    told = json.dumps(error.body, default=str).lower()
+    told = _dumped(error.body).lower()
     if "max_tokens" in sent and "max_completion_tokens" in told:  # else it may only be too high
         return "max_tokens"
     others = [name for name in sent if name != "max_tokens"]
@@ -144,19 +151,27 @@ def refused_setting(error: openai.APIStatusError, sent: Collection[str]) -> str 
     return next((name for name in others if is_about_names and re.search(rf"(?<![\w.]){name}(?!\w)", told)), None)
 
 
-def server_message(body: object) -> str:
+def server_message(body: object, secrets: Secrets = _NOTHING_SECRET) -> str:
     """What the body of an error says, in one line; empty where it says nothing readable (a web page of a proxy)."""
     if isinstance(body, Mapping):
         inner = body.get("error", body)
         if isinstance(inner, Mapping):
             inner = next((inner[key] for key in ("message", "detail", "msg") if inner.get(key)), None)
-        return _cut(inner if isinstance(inner, str) else json.dumps(inner, default=str) if inner else "")
-    return "" if not isinstance(body, str) or body.lstrip().startswith("<") else _cut(body)
+        return _cut(inner if isinstance(inner, str) else _dumped(inner) if inner else "", secrets)
+    return "" if not isinstance(body, str) or body.lstrip().startswith("<") else _cut(body, secrets)
 
 
-def _cut(text: str) -> str:
-    line = " ".join(text.split()).rstrip(".")
-    return line if len(line) <= _LONGEST_MESSAGE else line[:_LONGEST_MESSAGE] + "…"
+def _dumped(value: object) -> str:
+    try:
+        return json.dumps(value, default=str)
+    except RecursionError:  # it was read from fewer levels of calls
+        return "a value that is nested too deeply"
+
+
+def _cut(text: str, secrets: Secrets, most: int = _LONGEST_MESSAGE) -> str:
+    """A text in one line, without what is secret, and then cut: a key that a cut goes through would not be found."""
+    line = " ".join(secrets.clean_message(text).split()).rstrip(".")
+    return line if len(line) <= most else line[:most] + "…"
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:

@@ -19,6 +19,7 @@ from llavamed_jax.data import datasets
 from llavamed_jax.data.questions import VqaSample
 from llavamed_jax.errors import UsageError, UserError
 from llavamed_jax.evaluation import board, controls, judged, leakage, published, questions, report, scoring, summary
+from llavamed_jax.evaluation.address import shown
 from llavamed_jax.evaluation.against import Against
 from llavamed_jax.evaluation.answers import Answerer, Generation
 from llavamed_jax.evaluation.asking import ask, predict
@@ -228,6 +229,13 @@ class Evaluation:
         if distributed.process_index() == 0:  # the others know their share alone
             write_text(self.workdir / name, text)
 
+    def _shown_config(self) -> dict[str, object]:
+        """The configuration by dotted keys; of the judge's address what may be shown."""
+        config = flatten(self.cfg.to_dict())
+        if "judge.endpoint" in config:
+            config["judge.endpoint"] = shown(str(config["judge.endpoint"])) if self.judge is None else self.judge.service.url
+        return config
+
     def _details(self, run: Mapping[str, str], predictions: Sequence[Mapping]) -> dict[str, dict]:
         packages = ("llavamed_jax", "jax", "flax", "transformers", "numpy", "pillow", "nltk", "openai")
         hashes = {"predictions": _sha256(utf8(to_jsonl(predictions))), "questions": _questions_hash(self.samples)}
@@ -236,7 +244,7 @@ class Evaluation:
         date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         return {
             "Run": {**run, "date": date, "seed": str(self.cfg.seed)},
-            "Configuration": flatten(self.cfg.to_dict()),
+            "Configuration": self._shown_config(),
             "Versions": {"python": platform.python_version()} | {name: _version(name) for name in packages},
             "SHA-256": hashes,
         }

@@ -19,16 +19,17 @@ import math
 import os
 import queue
 import random
-import re
 import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from urllib.parse import parse_qs, urlsplit
 
 import openai
 
-from llavamed_jax.errors import UsageError, UserError, short
+from llavamed_jax import terminal
+from llavamed_jax.errors import UsageError, UserError, cut, short
+from llavamed_jax.evaluation.address import read_address
+from llavamed_jax.evaluation.bounded_client import BoundedClient, RedirectError, TooLargeError, UnreadableError
 from llavamed_jax.evaluation.replies import (
     PassingError,
     Reply,
@@ -39,24 +40,29 @@ from llavamed_jax.evaluation.replies import (
     status_error,
     withheld,
 )
+from llavamed_jax.evaluation.secrets import Secrets, proxy_secrets
 
 __all__ = ["Reply", "Service", "ServiceError"]
 
 _LONGEST_BACKOFF = 64  # times the first wait
 _LONGEST_RETRY_AFTER = 600.0  # seconds; a server that asks for more is told later
 _CONNECT_TIMEOUT = 20.0  # seconds
+_LONGEST_MESSAGE = 500  # characters
 _IN_A_ROW = 16  # requests that fail with no reply between them: then the server is at fault, not the requests
 _NO_KEY = "none"  # local servers need none, but the client does
+# Of a reply: what an answer of so many tokens can take, written in JSON's escapes, and thoughts and counts beside it.
+_BYTES_A_REPLY, _BYTES_A_TOKEN, _LARGEST_REPLY = 2**20, 256, 2**26
 
 
 class Service:
     """A model behind an address.
 
     Args:
-      url: `http(s)://HOST[:PORT]/v1`; without a path `/v1` is added. Azure's: `https://NAME.openai.azure.com?api-version=VERSION`,
-        or the address of a deployment as Azure's portal shows it.
+      url: `http(s)://HOST[:PORT]/v1[?NAME=VALUE]`; without a path `/v1` is added, and the query goes with every request. Azure's:
+        `https://NAME.openai.azure.com?api-version=VERSION`, or the address of a deployment as Azure's portal shows it.
       model: the model's name there; Azure's deployment.
-      api_key: else `OPENAI_API_KEY` (Azure's: `AZURE_OPENAI_API_KEY` before it), else none is needed. It is never printed.
+      api_key: else `OPENAI_API_KEY` (Azure's: `AZURE_OPENAI_API_KEY` before it), else none is needed. Neither it nor a value of the
+        query is ever shown, and none of them comes back in a reply or an error.
       concurrency: requests under way at a time.
       timeout: seconds until an attempt counts as failed.
       retries: attempts after the first, for each request.
@@ -64,6 +70,7 @@ class Service:
       backoff: seconds before the second attempt, half of it by chance; doubled each time, up to 64 times. A server's `Retry-After`
         is kept to instead.
     Attributes:
+      address: the address, taken apart; `url` is what may be shown of it, and `name` of the model's name.
       requests, prompt_tokens, completion_tokens: attempts that were sent, and tokens as the server counted them.
       again: why something was asked again -> how often.
       not_taken: settings that the server refused and that are no longer sent.
@@ -83,9 +90,12 @@ class Service:
             if not is_right:
                 raise UsageError(f"{name} is {value}; {wanted} was expected")
         self.model, self.concurrency, self.timeout, self.retries, self.backoff = model, concurrency, timeout, retries, backoff
-        self._options = client_options(url, azure_version)
-        self.url = self._options.get("base_url") or self._options["azure_endpoint"]
-        self._key = _key(api_key, is_azure="azure_endpoint" in self._options)
+        self.address = read_address(url, azure_version)
+        self._key = _key(api_key, self.address.is_azure)
+        sent = [] if self._key == _NO_KEY else [self._key, os.environ.get("AZURE_OPENAI_AD_TOKEN", "").strip()]
+        self.secrets = Secrets([*sent, *self.address.secrets, *proxy_secrets()])
+        terminal.hide(self.secrets.clean)
+        self.url, self.name = self.secrets.clean_message(self.address.shown), self.secrets.clean_message(model)
         self.requests = self.prompt_tokens = self.completion_tokens = 0
         self.again: Counter[str] = Counter()
         self.not_taken: list[str] = []
@@ -109,7 +119,7 @@ class Service:
         """
         requests = iter(requests)
         under_way, is_more = 0, True
-        thread = _Requests(self._client)
+        thread = _Requests(lambda: self._client(max_tokens))
         try:
             while True:
                 while is_more and under_way < 2 * self.concurrency:
@@ -133,13 +143,20 @@ class Service:
     @property
     def where(self) -> str:
         """The server and the model, for a sentence."""
-        return f"{self.url} (model {short(self.model)})"
+        return f"{self.url} (model {short(self.name)})"
 
-    def _client(self) -> tuple[openai.AsyncOpenAI, asyncio.Semaphore]:
+    def _client(self, max_tokens: int) -> tuple[openai.AsyncOpenAI, asyncio.Semaphore]:
         """A client, whose connections belong to one event loop, and what lets so many requests through: one, until it has been tried."""
-        kind = openai.AsyncAzureOpenAI if "azure_endpoint" in self._options else openai.AsyncOpenAI
+        options = self.address.options
+        kind = openai.AsyncAzureOpenAI if "azure_endpoint" in options else openai.AsyncOpenAI
         timeout = openai.Timeout(self.timeout, connect=min(self.timeout, _CONNECT_TIMEOUT))
-        client = kind(**self._options, api_key=self._key, timeout=timeout, max_retries=0)  # what is asked again is counted here
+        largest = min(_BYTES_A_REPLY + _BYTES_A_TOKEN * max_tokens, _LARGEST_REPLY)
+        try:
+            http = BoundedClient(self.address.query, largest, timeout=timeout)
+            # What is asked again is counted here, and not by the client.
+            client = kind(**options, api_key=self._key, timeout=timeout, max_retries=0, http_client=http)
+        except Exception as error:  # an address, a proxy or a certificate of the environment that the client does not take
+            raise UserError(f"{self.where} cannot be asked: {self._clean(error)}") from None
         return client, asyncio.Semaphore(self.concurrency if self._is_open else 1)
 
     async def _ask(self, client: openai.AsyncOpenAI, gate: asyncio.Semaphore, messages: list[dict], settings: dict) -> Reply | UserError:
@@ -179,22 +196,31 @@ class Service:
             try:
                 async with asyncio.timeout(self.timeout):  # of the whole; the client's is from one piece to the next
                     response = await client.chat.completions.with_raw_response.create(model=self.model, messages=messages, **sent)
-                return read_reply(response.content)
+                return read_reply(response.content, self.secrets)
+            except RedirectError as error:
+                raise ServiceError(f"{self.where} cannot be asked: {self._clean(error)}") from None
+            except TooLargeError as error:  # it would be as large again
+                raise UserError(f"{self.where}: {self._clean(error)}") from None
+            except UnreadableError as error:
+                raise PassingError("unreadable", self._clean(error)) from None
             except openai.APIStatusError as error:
                 if (empty := withheld(error)) is not None:
                     return empty
                 name = refused_setting(error, sent)
                 if name is None:
-                    failure = status_error(error, self.where, is_start=not self._replies)
-                    raise type(failure)(self._clean(failure)) if isinstance(failure, UserError) else failure from None
+                    raise status_error(error, self.where, not self._replies, self.secrets) from None
                 self._leave_out(name)
             except (TimeoutError, openai.APIConnectionError) as error:
-                reason, is_absent = connection_error(error)
+                reason, is_absent = connection_error(error, self.secrets)
                 if is_absent and not self._replies:
                     raise ServiceError(f"{self.where} cannot be reached: {reason}") from None
                 if isinstance(error, (TimeoutError, openai.APITimeoutError)):
                     raise PassingError("no reply in time", f"it gave no reply within {self.timeout:g} s") from None
                 raise PassingError("connection lost", f"the connection failed: {reason}") from None
+            except PassingError:
+                raise
+            except Exception as error:  # of other people's code: what no request can carry, what no reply can be read as
+                raise UserError(f"{self.where} cannot be asked this: {type(error).__name__}: {self._clean(error)}") from None
 
     def _open(self, gate: asyncio.Semaphore) -> None:
         for _ in range(0 if self._is_open else self.concurrency - 1):
@@ -222,8 +248,8 @@ class Service:
         self.again[error.kind] += 1
 
     def _clean(self, error: Exception) -> str:
-        """Its sentence without the key, which some servers repeat."""
-        return str(error).replace(self._key, "[key]") if len(self._key) >= 8 else str(error)  # shorter ones are placeholders
+        """Its sentence, without the key that a server or a library may have repeated."""
+        return cut(" ".join(self.secrets.clean_message(str(error)).split()), _LONGEST_MESSAGE)
 
 
 class _Requests:
@@ -260,7 +286,8 @@ class _Requests:
             while others := asyncio.all_tasks() - {asyncio.current_task()}:
                 # Not before they have begun: a coroutine inside them would never be awaited, of which Python warns.
                 for task in others - cancelled:
-                    if inspect.getcoroutinestate(task.get_coro()) != inspect.CORO_CREATED:
+                    coroutine = task.get_coro()  # or what closes a generator of the client's
+                    if not inspect.iscoroutine(coroutine) or inspect.getcoroutinestate(coroutine) != inspect.CORO_CREATED:
                         task.cancel()
                         cancelled.add(task)
                 await asyncio.sleep(0.001)
@@ -270,24 +297,6 @@ class _Requests:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
-
-
-def client_options(url: str, azure_version: str | None) -> dict[str, str]:
-    """The client's own words for an address: `base_url`, or Azure's `azure_endpoint`, `api_version`, `azure_deployment`."""
-    try:
-        parts = urlsplit(url.strip())
-        is_address = parts.scheme in ("http", "https") and parts.hostname and (parts.port or True) and not parts.username
-    except ValueError:
-        is_address = False
-    if not is_address:
-        raise UsageError(f"the address {short(url)} is none; http://HOST:PORT/v1 or https://HOST/v1 was expected, without a user's name")
-    origin, path = f"{parts.scheme}://{parts.netloc}", parts.path.rstrip("/").removesuffix("/chat/completions")
-    version = azure_version or next(iter(parse_qs(parts.query).get("api-version", [])), None)
-    if version is None:
-        return {"base_url": f"{origin}{path or '/v1'}"}
-    before, _, deployment = re.sub(r"/openai$", "", path).partition("/openai/deployments/")
-    options = {"azure_endpoint": origin + before, "api_version": version}
-    return options | ({"azure_deployment": deployment} if deployment else {})
 
 
 def _key(given: str | None, is_azure: bool) -> str:

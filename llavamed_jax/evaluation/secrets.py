@@ -1,0 +1,117 @@
+"""Keys that are sent to a server and must come back from it nowhere: not in what is printed, and in no file.
+
+A server's words are cleaned whole, before anything is cut off them: what is left of a key behind a cut is no longer found. A key
+is known in the ways in which servers and libraries write one: as it is, in percent or backslash escapes, as entities of HTML, in
+hexadecimal and in base64.
+"""
+
+from __future__ import annotations
+
+import base64
+import functools
+import os
+import re
+from collections.abc import Iterable
+from urllib.parse import unquote, urlsplit
+
+MARK = "[key]"
+SHORTEST = 8  # characters; what is shorter is a placeholder ("none", "EMPTY"), and may be a word of any answer
+_SHORTEST_WORD = 4  # and of any sentence
+_ENTITIES = {"&": "amp", "<": "lt", ">": "gt", '"': "quot", "'": "(?:apos|#39)"}
+
+
+class Secrets:
+    """Texts that are taken out of what a server says.
+
+    Args:
+      values: the keys. Those with fewer than `SHORTEST` characters are taken out of messages, as whole words, and left in answers;
+        those with fewer than four are left everywhere.
+    """
+
+    def __init__(self, values: Iterable[str]):
+        found = sorted({value for value in values if value}, key=len, reverse=True)
+        self._keys = [_Key(value) for value in found if len(value) >= SHORTEST]
+        short = "|".join(re.escape(value) for value in found if _SHORTEST_WORD <= len(value) < SHORTEST)
+        self._words = re.compile(rf"(?<![^\W_])(?:{short})(?![^\W_])") if short else None
+
+    def clean(self, text: str) -> str:
+        """An answer without the keys, each replaced by `MARK`."""
+        for key in self._keys:
+            text = key.replaced(text, is_begin_enough=False)
+        return text
+
+    def clean_message(self, text: str) -> str:
+        """What a server or a library says of a failure: `clean`, and without short keys and begins of keys, since a library may
+        have cut it already."""
+        for key in self._keys:
+            text = key.replaced(text, is_begin_enough=True)
+        return text if self._words is None else self._words.sub(MARK, text)
+
+
+class _Key:
+    """One key, wherever and however it is written."""
+
+    def __init__(self, value: str):
+        self._begin = re.compile("".join(_letter(char) for char in value[:SHORTEST]), re.IGNORECASE)
+        self._rest = [_compiled(char) for char in value[SHORTEST:]]
+        plain = [f"(?i:{re.escape(form)})" for form in (value, value.encode().hex())]
+        self._whole = re.compile("|".join([*plain, *map(re.escape, _base64(value))]))
+
+    def replaced(self, text: str, is_begin_enough: bool) -> str:
+        text, parts, kept, at = self._whole.sub(MARK, text), [], 0, 0
+        while (found := self._begin.search(text, at)) is not None:
+            end, is_whole = self._extended(text, found.end())
+            if is_whole or is_begin_enough:
+                parts += [text[kept:found.start()], MARK]
+                kept = at = end
+            else:
+                at = found.start() + 1
+        return "".join([*parts, text[kept:]])
+
+    def _extended(self, text: str, at: int) -> tuple[int, bool]:
+        """Where the key that begins before `at` ends in a text, and whether it is all there."""
+        for letter in self._rest:
+            found = letter.match(text, at)
+            if found is None:
+                return at, False
+            at = found.end()
+        return at, True
+
+
+def _letter(char: str) -> str:
+    """A pattern of one character in each of its forms, its own the last; counts are bounded, so that no text takes long."""
+    code = ord(char)
+    forms = [rf"%(?:25){{0,3}}{code:02x}", rf"\\{{1,8}}(?:u00|x){code:02x}", rf"&(?:amp;){{0,3}}#(?:0{{0,6}}{code}|x0{{0,6}}{code:x});"]
+    if char in _ENTITIES:
+        forms.append(f"&(?:amp;){{0,3}}{_ENTITIES[char]};")
+    forms.append(rf"\\{{0,8}}{re.escape(char)}" if char in "\"'\\/" else re.escape(char))
+    return f"(?:{'|'.join(forms)})"
+
+
+@functools.cache
+def _compiled(char: str) -> re.Pattern:
+    return re.compile(_letter(char), re.IGNORECASE)
+
+
+def _base64(value: str) -> list[str]:
+    """What a key looks like inside base64, which depends on how many bytes stand before it."""
+    cores, data = [], value.encode()
+    for before in range(3):
+        for encode in (base64.b64encode, base64.urlsafe_b64encode):
+            text = encode(b"\0" * before + data).decode()
+            core = text[-(-before * 8 // 6):(before + len(data)) * 8 // 6]
+            cores.append(core)
+    return list(dict.fromkeys(cores))
+
+
+def proxy_secrets() -> list[str]:
+    """Passwords that the environment's proxies are given, which a client may name in an error."""
+    found = []
+    for name in ("http_proxy", "https_proxy", "all_proxy"):
+        for value in filter(None, (os.environ.get(name), os.environ.get(name.upper()))):
+            try:
+                password = urlsplit(value).password
+            except ValueError:
+                continue
+            found += [password, unquote(password)] if password else []
+    return found
