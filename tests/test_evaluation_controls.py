@@ -76,15 +76,15 @@ def row(name, value, p):
 def test_a_difference_is_read_in_a_sentence():
     text = controls.reading(row("closed_accuracy", 3.25, 0.2) | row("open_f1", 28.61, 0.0001), "another image")
     assert text == (
-        "Shown another image, it loses 28.6 points of open F1 (p < 0.001): these answers depend on the image; a change of -3.2 points of"
-        " closed accuracy (p = 0.200) is within chance: nothing here says that the image is looked at."
+        "Shown another image, it loses 28.6 points of open F1 (p < 0.001): these answers depend on the image; a difference of"
+        " +3.2 points of closed accuracy (p = 0.200) is within chance: nothing here says that the image is looked at."
     )
     assert controls.reading(row("closed_accuracy", -5.0, 0.01), "noise") == (
         "Shown noise, it gains 5.0 points of closed accuracy (p = 0.010): the own image misleads it, or something is wrong."
     )
     assert controls.reading(row("choice_accuracy", -2.0, 0.3) | row("rouge_l", 0.0, 1.0), "noise") == (
-        "Shown noise, changes of +2.0 points of accuracy of choices (p = 0.300) and +0.0 points of ROUGE-L (p = 1.000) are within chance:"
-        " nothing here says that the image is looked at."
+        "Shown noise, differences of -2.0 points of accuracy of choices (p = 0.300) and +0.0 points of ROUGE-L (p = 1.000) are within"
+        " chance: nothing here says that the image is looked at."
     )
     assert controls.reading({"closed_accuracy": None, "closed_accuracy_p": None, "open_exact": 4.0, "open_exact_p": 0.01}, "noise") == ""
 

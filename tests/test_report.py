@@ -169,7 +169,7 @@ def test_the_controls_stand_beside_the_result(samples):
     assert "images exchanged" in table.text and "noise, 336 pixels wide" in table.text
     assert "Shown another image, it loses 100.0 points of closed accuracy" in table.text
     assert "Shown noise, it loses 50.0 points of open F1 (p < 0.001)" in table.text
-    assert "a change of +0.0 points of closed accuracy (p = 1.000) is within chance" in table.text
+    assert "a difference of +0.0 points of closed accuracy (p = 1.000) is within chance" in table.text
     row = "Closed accuracy 100.0 [100.0, 100.0] 0.0 [0.0, 0.0] 100.0 [100.0, 100.0] <0.001 100.0 [100.0, 100.0] 0.0 [0.0, 0.0] 1.000"
     assert row in table.text, "own image, exchanged, difference, p, noise, difference, p"
     assert "exchanged right kidney noise nothing at all" in page.text

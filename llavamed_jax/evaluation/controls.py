@@ -101,8 +101,10 @@ _LEVEL = 0.05  # of the test that a sentence goes by
 def reading(difference: Mapping, instead: str) -> str:
     """What a difference between the answers with and without the own image says, in a sentence.
 
+    A number with a sign is own image minus control, as in every table.
+
     Args:
-      difference: of `scoring.difference`: own image minus control.
+      difference: of `scoring.difference`.
       instead: what was shown, such as "noise".
     """
     names = [name for name in _READ if difference.get(name) is not None]
@@ -111,19 +113,20 @@ def reading(difference: Mapping, instead: str) -> str:
     blind = [name for name in names if name not in seen + worse]
     parts = []
     if seen:
-        parts.append(f"it loses {_changes(difference, seen, '.1f')}: these answers depend on the image")
+        parts.append(f"it loses {_points(difference, seen, '.1f')}: these answers depend on the image")
     if worse:
-        parts.append(f"it gains {_changes(difference, worse, '.1f')}: the own image misleads it, or something is wrong")
+        parts.append(f"it gains {_points(difference, worse, '.1f')}: the own image misleads it, or something is wrong")
     if blind:
-        verb = "changes of {} are" if len(blind) > 1 else "a change of {} is"
-        parts.append(f"{verb.format(_changes(difference, blind, '+.1f'))} within chance: nothing here says that the image is looked at")
+        verb = "differences of {} are" if len(blind) > 1 else "a difference of {} is"
+        parts.append(f"{verb.format(_points(difference, blind, '+.1f'))} within chance: nothing here says that the image is looked at")
     return f"Shown {instead}, {'; '.join(parts)}." if parts else ""
 
 
-def _changes(difference: Mapping, names: Sequence[str], form: str) -> str:
-    """What the control changes, with a sign where the form has one: a difference is own image minus control."""
-    signed = {name: -difference[name] if "+" in form else abs(difference[name]) for name in names}
-    return " and ".join(f"{signed[name] + 0.0:{form}} points of {_READ[name]} (p {_p(difference[f'{name}_p'])})" for name in names)
+def _points(difference: Mapping, names: Sequence[str], form: str) -> str:
+    """The differences, with their sign where the form has one; a loss and a gain are said by the verb."""
+    shown = {name: difference[name] if "+" in form else abs(difference[name]) for name in names}
+    return " and ".join(f"{round(shown[name], 1) + 0.0:{form}} points of {_READ[name]} (p {_p(difference[f'{name}_p'])})"
+                        for name in names)
 
 
 def _p(value: float) -> str:

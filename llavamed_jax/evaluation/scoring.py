@@ -19,7 +19,15 @@ from llavamed_jax.evaluation import captions, metrics, statistics
 from llavamed_jax.evaluation.kinds import CAPTION, CHOICE, CLOSED, OPEN, kind
 from llavamed_jax.evaluation.leakage import leakage
 from llavamed_jax.evaluation.statistics import Score
-from llavamed_jax.evaluation.strict import is_strictly_right, multiset_f1, normalized, read_choice, right_choice
+from llavamed_jax.evaluation.strict import (
+    comparable,
+    is_exactly_right,
+    is_strictly_right,
+    multiset_f1,
+    normalized,
+    read_choice,
+    right_choice,
+)
 
 PAPER_OPEN = (
     "exact_match", "f1", "precision", "recall", "bleu", "bleu_1", "bleu_2", "bleu_3",
@@ -121,7 +129,7 @@ def _open_item(sample: VqaSample, text: str, candidates: metrics.CandidateList |
     if candidates is not None:
         item["open_accuracy_candidates"] = metrics.candidate_accuracy(predicted, gold, candidates)
     item["open_accuracy_substring"] = metrics.is_substring_hit(predicted, gold)
-    item["open_exact"] = predicted == gold
+    item["open_exact"] = is_exactly_right(text, str(sample.answer))
     item["open_f1"] = multiset_f1(text, str(sample.answer))
     return item
 
@@ -203,7 +211,7 @@ def _baselines(samples: Sequence[VqaSample], training: Sequence[VqaSample]) -> d
     result = {"majority_closed": None, "majority_closed_answer": None, "constant_yes_no": None}
     if gold:
         source = [str(sample.answer) for sample in training if kind(sample) == CLOSED] or gold
-        majority = Counter(map(normalized, source)).most_common(1)[0][0]
+        majority = Counter(map(comparable, source)).most_common(1)[0][0]
         result = {
             "majority_closed": 100 * sum(is_strictly_right(majority, answer) for answer in gold) / len(gold),
             "majority_closed_answer": majority,

@@ -15,8 +15,8 @@ from llavamed_jax.evaluation.kinds import CAPTION, CHOICE, CLOSED, OPEN
 from llavamed_jax.evaluation.pieces import number
 
 TITLES = {
-    "closed_accuracy": ("Closed accuracy", "the answer is the gold, or its first word is the right one of yes and no"),
-    "open_exact": ("Open, exact", "the normalised answer equals the gold"),
+    "closed_accuracy": ("Closed accuracy", "the answer is the gold, or begins with the right one of yes and no and does not say the other"),
+    "open_exact": ("Open, exact", "the normalised answer equals the gold, whatever form it is written in"),
     "open_f1": ("Open, F1", "overlap of the words of answer and gold, counted as multisets"),
     "choice_accuracy": ("Multiple choice", "letter or text of the right option, and nothing else"),
     "recall": ("Open, recall", "the paper's “open” number: gold words found; repeating a right word raises it"),

@@ -1,9 +1,9 @@
 """Whether an answer is right, as the words promise: of a closed, an open or a multiple-choice question.
 
-A multiple-choice answer is read by a grammar and by nothing else, the same for every model: the letter ("B", "b.", "(B)",
-"B: left lung"), the text of an option, or either after "Answer:", "The answer is", "Option". Whatever is longer or may be
-read in two ways is unread: it counts as wrong, and is counted. Guessing what a longer answer may have meant is what makes
-two evaluations of the same answers disagree.
+What an answer says is read by `reader.py`, the same for all three and for every model. A multiple-choice answer is the letter
+("B", "b.", "(B)", "B: left lung") or the text of an option, and nothing behind it. Whatever is longer or may be read in two
+ways is unread: it counts as wrong, and is counted. Guessing what a longer answer may have meant is what makes two evaluations
+of the same answers disagree.
 """
 
 import re
@@ -12,11 +12,10 @@ from collections.abc import Sequence
 
 from llavamed_jax.data.questions import LETTERS, VqaSample
 from llavamed_jax.errors import UserError
-from llavamed_jax.evaluation import metrics
+from llavamed_jax.evaluation import metrics, reader
 
-_LEAD = re.compile(r"(?:the )?(?:final |correct |best )?(?:answer|option|choice)(?: is)?(?:\s*:\s*|\s+)(?:option |choice )?", re.I)
 _LETTER = re.compile(r"([a-z])\)?|\(([a-z])\)|\[([a-z])\]", re.I)
-_LETTER_AND_TEXT = re.compile(r"(?:([a-z])[.:)]|\(([a-z])\)|\[([a-z])\])\s*(.+)", re.I | re.S)
+_LETTER_AND_TEXT = re.compile(r"(?:([a-z])[.,:)]|\(([a-z])\)|\[([a-z])\])\s*(.+)", re.I | re.S)
 
 
 def normalized(text: object) -> str:
@@ -24,32 +23,43 @@ def normalized(text: object) -> str:
     return metrics.normalize_word(str(text).lower())
 
 
+def comparable(text: object) -> str:
+    """A text in the form that strict metrics compare."""
+    return reader.comparable(reader.clean(text))
+
+
 def is_strictly_right(prediction: str, answer: str) -> bool:
-    """Whether the normalised prediction is the normalised answer, or its first word is the right one of yes and no."""
-    predicted, gold = normalized(prediction), normalized(answer)
-    return predicted == gold or (gold in ("yes", "no") and predicted.split()[:1] == [gold])
+    """Whether a closed answer is the gold, or begins with the right one of yes and no and does not say the other.
+
+    Neither an empty prediction nor any prediction for an empty gold is right.
+    """
+    gold = comparable(answer)
+    return reader.yes_or_no(prediction) == gold if gold in ("yes", "no") else reader.says(prediction, answer)
+
+
+def is_exactly_right(prediction: str, answer: str) -> bool:
+    """Whether an open answer is the gold, whatever form it is written in."""
+    return reader.says(prediction, answer)
 
 
 def multiset_f1(prediction: str, answer: str) -> float:
-    """F1 of the two multisets of normalised words; two empty ones are equal."""
-    predicted, gold = Counter(normalized(prediction).split()), Counter(normalized(answer).split())
-    if not predicted and not gold:
+    """F1 of the two multisets of normalised words; 1 where the prediction says the answer, 0 where either has no word."""
+    if reader.says(prediction, answer):
         return 1.0
-    return 2 * (predicted & gold).total() / (predicted.total() + gold.total())
+    predicted, gold = (Counter(reader.comparable(text).split()) for text in (reader.readings(prediction)[-1], reader.clean(answer)))
+    return 2 * (predicted & gold).total() / max(1, predicted.total() + gold.total())
 
 
 def read_choice(text: str, options: Sequence[str]) -> int | None:
     """The place of the option that an answer names; None where it names none, or may be read as two."""
-    text = text.replace("**", "").strip()  # bold in Markdown
-    lead = _LEAD.match(text)
-    found = _readings(text, options) | (_readings(text[lead.end():], options) if lead else set())
+    found = set().union(*(_named_by(each, options) for each in reader.readings(text, has_letters=True)))
     return found.pop() if len(found) == 1 else None
 
 
-def _readings(text: str, options: Sequence[str]) -> set[int]:
-    """Every option that the whole of a text may stand for."""
+def _named_by(text: str, options: Sequence[str]) -> set[int]:
+    """Every option that the whole of a clean text may stand for."""
     found = {place for place, option in enumerate(options) if _is_same(text, option)}
-    if letter := _LETTER.fullmatch(text.rstrip(".:, ")):
+    if letter := _LETTER.fullmatch(text):
         found |= _named(letter.groups(), options)
     if both := _LETTER_AND_TEXT.fullmatch(text):
         of_text = {place for place, option in enumerate(options) if _is_same(both[4], option)}
@@ -64,9 +74,7 @@ def _named(letters: Sequence[str | None], options: Sequence[str]) -> set[int]:
 
 
 def _is_same(text: str, option: str) -> bool:
-    if text.strip().lower() == option.strip().lower():
-        return True
-    return normalized(text) == normalized(option) != ""  # what normalises to nothing, such as "A", equals itself only
+    return comparable(text) == comparable(option) != ""
 
 
 def right_choice(sample: VqaSample) -> int:
@@ -75,7 +83,7 @@ def right_choice(sample: VqaSample) -> int:
     if not 2 <= len(options) <= len(LETTERS):
         raise UserError(f"question {sample.question_id} has {len(options)} options; 2 to {len(LETTERS)} were expected")
     places = [place for place, option in enumerate(options) if option == sample.answer]
-    places = places or [place for place, option in enumerate(options) if normalized(option) == normalized(sample.answer)]
+    places = places or [place for place, option in enumerate(options) if _is_same(sample.answer, option)]
     if len(places) != 1:
         raise UserError(f"question {sample.question_id} has the answer {sample.answer!r}, which {len(places)} of its {len(options)}"
                         " options are; one was expected")

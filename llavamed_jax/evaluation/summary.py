@@ -15,7 +15,7 @@ _ROWS = (
     ("captions", "bleu_4", "captions, BLEU-4", "n_caption"),
     ("captions", "rouge_l", "captions, ROUGE-L", "n_caption"),
     ("paper", "recall", "open recall, as in the paper", "n_open"),
-    ("paper", "closed_accuracy_yes_no", "closed accuracy yes/no, as in the paper", "n_closed"),
+    ("paper", "closed_accuracy_substring", "closed accuracy, as in the paper", "n_closed"),
 )
 _KINDS = {"n_closed": "closed", "n_open": "open", "n_choice": "multiple-choice", "n_caption": "captioning"}
 

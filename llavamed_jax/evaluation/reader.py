@@ -1,0 +1,162 @@
+"""What an answer says, however it is written: the one reader of closed, open and multiple-choice answers.
+
+People and served models write a right answer as "**Yes**", "“Yes”", "Yes…", "Answer: Yes", "Yes—clearly.", "是。". `clean` takes
+off what is only form, `readings` also a lead, and `without_remark` a remark behind the answer. What remains is compared as the
+VQA evaluation does (`metrics.normalize_word`). Nothing here guesses: what is no known form stays in the text.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Iterator
+
+from llavamed_jax.evaluation import metrics
+
+_SPAN = 400  # characters between two marks of emphasis: keeps the search linear in the length of an answer
+_NESTED = 8  # brackets and marks, one around the other
+_QUOTES = "\"“”„‟″〝〞〟«»‹›「」『』《》〈〉"
+_SAME = str.maketrans(
+    {code: chr(code - 0xFEE0) for code in range(0xFF01, 0xFF5F)}  # full-width letters, digits and punctuation
+    | dict.fromkeys(map(ord, "\u200b\u200c\u200d\u2060\ufeff\u00ad"))  # have no width
+    | dict.fromkeys(map(ord, "‐‑‒–—―−⸺⸻─"), "-") | dict.fromkeys(map(ord, "‘’‚‛′`´"),
+                                                                 "'") | dict.fromkeys(map(ord, "…⋯"), "...")
+    | {ord("。"): ".", ord("｡"): ".", ord("、"): ",", ord("､"): ",", ord("【"): "[", ord("】"): "]", ord("〔"): "(",
+       ord("〕"): ")"}
+)
+_EMPHASIS = re.compile(rf"(?<![A-Za-z0-9*_~])(\*{{1,3}}|_{{1,3}}|~~)(?=\S)([^\n]{{1,{_SPAN}}}?)(?<=\S)\1(?![A-Za-z0-9*_~])")
+_TAG = re.compile(r"</?(?:answer|b|i|u|p|em|strong|code|mark|span|final_answer)\s*/?>|<br\s*/?>", re.I)
+_LATEX = re.compile(rf"\\(?:boxed|fbox|text(?:bf|it|rm)?|mathrm|mathbf)\{{([^{{}}]{{0,{_SPAN}}})\}}")
+_QUOTE_MARKS = re.compile(rf"[{_QUOTES}]|(?<![A-Za-z0-9])'|'(?![A-Za-z0-9])")
+_BULLET = re.compile(r"(?:[-*+•·>#]+\s+)+")
+_BEFORE = re.compile(r"(?:[\s,;:!?*]|\.{2,}|\.(?!\d)|-(?!\d))+")
+_AFTER = " \n,;:!?.-"
+_PAIRS = {"(": ")", "[": "]", "{": "}", "$": "$"}
+
+_LEAD = re.compile(
+    r"(?:(?:so|thus|therefore|hence|well|overall),?\s+)?(?:(?:the|my|our)\s+)?(?:(?:final|correct|right|best|short)\s+)?"
+    r"(?:answer|ans|option|choice|response)(?:\s+(?:to|for)\s+(?:the|this|your)\s+question)?(?:\s+(?:is|would be|should be))?"
+    r"(?:\s*[:=]\s*|\s+-\s+|\.{2,}\s*|\s+)(?:(?:option|choice)\s+)?", re.I)  # fmt: skip
+_LEAD_ZH = re.compile(r"(?:所以|因此|综上)?,?(?:最终|正确|我)?的?(?:答案|回答|答|选项|选择|选)(?:应该?|就)?(?:是|为)?\s*[:,\-]?\s*")
+_LEAD_QA = re.compile(r"a(?:nswer)?\s*:\s*", re.I)
+
+_BREAK = re.compile(r"\s*(?:[,;:!?\n(]|\.(?!\d)|-)[\s,;:!?.\-(]*")
+_PICTURE = r"(?:images?|pictures?|scans?|figures?|films?|photos?|slices?|views?|radiographs?|x-?rays?|cts?|mris?|case|study|question)"
+_REMARK = re.compile(
+    rf"(?:there|it|it's|this|that|these|those|as(?!\s+well)|because|since|which|clearly|definitely|certainly|obviously|evidently|"
+    rf"indeed|i\s+(?:see|think|believe)|(?:we|you|one)\s+(?:can\s+)?see|see\b|seen|shown|visible|explanation|reason|rationale|note|"
+    rf"(?:in|on|from|by|according\s+to|based\s+on|judging\s+(?:by|from)|given|due\s+to)\s+(?:the|this|these|what)\s+{_PICTURE}|"
+    rf"(?:the|this)\s+{_PICTURE}|with\s+(?:high|full|great)?\s*(?:confidence|certainty))\b"
+    r"|(?:有|因|由于|这|那|图|影像|可以|可见|很|非常|显|明显|从|该|此|确|当然|其|见|如|根据|说明|理由|解释)",
+    re.I)  # fmt: skip
+_VERB = r"(?:is|are|was|were|has|have|shows?|appears?|seems?|looks?|indicates?|suggests?|can)"
+_SENTENCE = re.compile(r"(?!(?:and|or|but|not|no|nor|also|rather|instead|yes)\b)(?=(?:\S+\s+){2})"
+                       rf"[^,;:.!?\n(]*\b{_VERB}\b", re.I)  # three words or more
+_SAYS_ELSE = re.compile(r"\b(?:also|but|rather|instead|actually|or|not|wrong|incorrect)\b|[不但或而]", re.I)
+
+# "no" before a word of its own ("no mass") is no answer; at an end, or before a clause, it is one.
+_CLAUSE = r"(?:there|it|this|that|the|i|we|you|they|he|she|not|and|or|but|is|sorry|wait)"
+_ANSWERS = {"yes": re.compile(r"\byes\b", re.I), "no": re.compile(rf"\bno\b(?![^\S\n]+(?!{_CLAUSE}\b)[a-z])", re.I)}
+_YES_NO = re.compile(r"\W*(yes|no)\b(?!'\w)", re.I)
+_TAKEN_BACK = re.compile(r"\s+(?:is|isn't|was|wasn't|would|cannot|can't)\b|\W*(?:and/or|or|not)\b(?!\s+only)", re.I)
+
+
+def clean(text: object) -> str:
+    """A text without what is only form: emphasis, quotation marks, other alphabets' punctuation, marks before and behind it."""
+    text = unicodedata.normalize("NFC", str(text)).translate(_SAME)
+    text = _TAG.sub(" ", text)
+    for pattern, group in ((_LATEX, 1), (_EMPHASIS, 2), (_LATEX, 1), (_EMPHASIS, 2)):  # one inside the other
+        text = pattern.sub(lambda match, group=group: match[group], text)
+    lines = (" ".join(line.split()) for line in _QUOTE_MARKS.sub("", text).splitlines())
+    return _unwrapped("\n".join(filter(None, lines)))
+
+
+def _unwrapped(text: str) -> str:
+    """A text without marks and brackets around it; one that is nothing else stays."""
+    for _ in range(_NESTED):
+        inner = _BULLET.sub("", text, count=1) if _BULLET.match(text) else text
+        inner = _BEFORE.sub("", inner, count=1) if _BEFORE.match(inner) else inner
+        inner = inner.rstrip(_AFTER)
+        inner = inner[1:-1] if _is_bracketed(inner) else inner
+        if not inner or inner == text:
+            break
+        text = inner
+    return text
+
+
+def _is_bracketed(text: str) -> bool:
+    """Whether the first character opens a pair that the last one closes."""
+    opening, closing = text[:1], _PAIRS.get(text[:1])
+    if len(text) < 2 or text[-1] != closing:
+        return False
+    if opening == closing:
+        return opening not in text[1:-1]
+    depth = 0
+    for place, mark in enumerate(text):
+        depth += (mark == opening) - (mark == closing)
+        if not depth:
+            return place == len(text) - 1
+    return False
+
+
+def comparable(text: str) -> str:
+    """A clean text as it is compared: lower-cased and normalised as in the VQA evaluation.
+
+    What normalises to nothing ("A", "the", "+") is compared by its words, else as it stands: it equals itself only.
+    """
+    lowered = text.lower()
+    return metrics.normalize_word(lowered) or " ".join(re.findall(r"\w+", lowered)) or lowered.strip()
+
+
+def readings(text: object, has_letters: bool = False) -> list[str]:
+    """The clean text, and what is left of it behind each lead ("Answer:", "The answer is", "答案是").
+
+    Args:
+      has_letters: the answer may be a letter, so that "A: left lung" is no lead.
+    """
+    found = [clean(text)]
+    patterns = (_LEAD, _LEAD_ZH) if has_letters else (_LEAD, _LEAD_ZH, _LEAD_QA)
+    while len(found) < 4:
+        lead = next((match for pattern in patterns if (match := pattern.match(found[-1]))), None)
+        if lead is None or not (rest := _unwrapped(found[-1][lead.end():].strip())):
+            break
+        found.append(rest)
+    return found
+
+
+def says(text: object, answer: object) -> bool:
+    """Whether a text is an answer, in whatever form, and at most a remark behind it.
+
+    An empty text says nothing, and nothing is right for an empty answer.
+    """
+    wanted = comparable(clean(answer))
+    if not wanted:
+        return False
+    found = readings(text)
+    return any(comparable(each) == wanted for each in found) or any(
+        comparable(head) == wanted for head in without_remark(found[-1], 4 * len(str(answer)) + _SPAN))
+
+
+def without_remark(text: str, longest: int) -> Iterator[str]:
+    """What stands before each break of a clean text behind which there is a remark: a clause about the answer, not more of it.
+
+    Args:
+      longest: characters that the answer may have at most.
+    """
+    for match in _BREAK.finditer(text, 0, longest):
+        rest = text[match.end():match.end() + 4 * _SPAN].strip()
+        is_new_sentence = any(mark in match[0] for mark in ".!\n;-(")
+        is_remark = _REMARK.match(rest) or is_new_sentence and _SENTENCE.match(rest)
+        if is_remark and not _SAYS_ELSE.search(rest):
+            yield text[:match.start()].strip()
+
+
+def yes_or_no(text: object) -> str | None:
+    """`yes` or `no` where a text begins with it and does not say the other one too; None where it may be read as neither or both."""
+    text = readings(text)[-1]
+    first = _YES_NO.match(text)
+    if first is None:
+        return None
+    word, rest = first[1].lower(), text[first.end():]
+    other = "no" if word == "yes" else "yes"
+    return None if _ANSWERS[other].search(rest) or _TAKEN_BACK.match(rest) else word

@@ -1,0 +1,188 @@
+"""How people and served models write a right answer, and what only looks like one: the same reader for every kind of question."""
+
+import time
+
+import pytest
+
+from llavamed_jax.data.questions import VqaSample
+from llavamed_jax.data.slake import read_slake
+from llavamed_jax.evaluation import reader, scoring
+from llavamed_jax.evaluation.strict import is_exactly_right, is_strictly_right, multiset_f1, read_choice
+
+# A right answer `{}` in the forms of served models and of people.
+FORMS = [
+    "{}", " {} \n", "{}.", "{}!", "{} .", "{}…", "{}...", "…{}", "{}。", "{}！", "{}，", "{}；", "**{}**", "**{}.**",
+    "*{}*", "__{}__", "***{}***",
+    "`{}`", "“{}”", "“{}.”", "\"{}\"", "‘{}’", "'{}'", "«{}»", "「{}」", "『{}』", "({})", "（{}）", "[{}]", "【{}】",
+    "*“{}”*", "# {}", "- {}",
+    "• {}", "> {}", "— {}", "{} —", "\u200b{}\ufeff", "\\boxed{{{}}}", "$\\boxed{{\\text{{{}}}}}$",
+    "<answer>{}</answer>", "<b>{}</b>",
+    "Answer: {}", "answer:{}", "Answer：{}", "Answer: {}.", "**Answer:** {}", "**Answer**: {}", "Answer: **{}**",
+    "**Answer: {}**",
+    "Answer:\n{}", "Answer: “{}”", "Final answer: {}", "### Final Answer\n\n**{}**", "The answer is {}.",
+    "The answer is: {}", "the answer is {}",
+    "The correct answer is **{}**.", "The answer to the question is {}.", "So the answer is {}.",
+    "Therefore, the answer is “{}”.",
+    "**The answer is {}.**", "Response: {}", "A: {}", "Answer - {}", "Answer – {}", "答案：{}", "答案是{}。",
+    "答案：**{}**", "正确答案是“{}”。", "回答：{}。",
+    "{}, there is one.", "**{}**, there is one.", "“{}”, there is one.", "{}—clearly.", "{} – clearly.", "{} - clearly",
+    "**{}**—clearly.",
+    "{}; it is seen on the image.", "{}. The image shows it.", "{}.\n\nThe finding is visible in the upper part.",
+    "{} (as seen in the image)",
+    "{}, as seen in the image.", "{}, because it is bright.", "{}… it is visible.", "Answer: {}. It is visible.",
+    "{}\nExplanation: it is bright.",
+    "{}: this is clearly visible", "{}, based on the image.", "{}, with high confidence.", "{}，有一个。",
+    "{}。图中可以看到。", "{}——很明显。", "答案是{}，因为图中可见。",
+]  # fmt: skip
+# The same in full-width letters, which a table turns.
+WIDE = {code: chr(code + 0xFEE0) for code in range(0x21, 0x7F)}
+# What none of the forms may make right: beside the other option, these about the right one.
+WRONG = ["not {}", "not {}, but another", "isn't {}", "No, not {}", "never {}", "maybe {}", "{} or something else",
+         "{} is wrong", "It is not {}", "不是{}", "非{}"]
+BOTH = ["{0} … {1}", "{0}…{1}", "{0} {1}", "{0}, {1}", "{0}/{1}", "{0} / {1}", "{0} or {1}", "{0} and {1}", "{0}—{1}",
+        "{0}. {1}.", "{0}; {1}", "{0}\n{1}", "{0} ({1})",
+        "{0}, no, {1}", "{0}? {1}!", "{0}, or rather {1}", "{0}, but {1}", "{0}。{1}。", "{0}，{1}", "{0}、{1}",
+        "{0}或{1}", "{0}, I mean {1}", "{0}… actually {1}"]  # fmt: skip
+
+
+def both(first, second):
+    return [text.format(first, second) for text in BOTH]
+
+
+@pytest.mark.parametrize("gold, other", [("Yes", "No"), ("No", "Yes"), ("yes", "no"), ("NO", "YES")])
+def test_yes_and_no_in_every_form(gold, other):
+    for form in FORMS:
+        for text in (gold, gold.lower(), gold.upper(), gold.translate(WIDE)):
+            assert is_strictly_right(form.format(text), gold), form.format(text)
+            assert not is_strictly_right(form.format(text), other), form.format(text)
+        for text in (*(wrong.format(gold) for wrong in WRONG), *both(gold, other), *both(other, gold)):
+            assert not is_strictly_right(form.format(text), gold), form.format(text)
+
+
+@pytest.mark.parametrize("text, gold, is_right", [
+    ("Yes, it is.", "yes", True), ("Yes it is", "yes", True), ("Yes, there is no shift of the midline.", "yes", True),
+    ("No, there is no mass.", "no", True), ("No mass is seen.", "no", True),
+    ("No - the heart is not enlarged.", "no", True),
+    ("Yes and no", "yes", False), ("Yes. No, there is none.", "yes", False), ("no, yes it is", "no", False),
+    ("Yes, but no.", "yes", False),
+    ("The answer is no, not yes", "no", False), ("Yes is not right", "yes", False), ("Yes or no?", "yes", False),
+    ("not at all", "no", False),
+    ("normal", "no", False), ("None", "no", False), ("yesterday", "yes", False), ("Nope", "no", False),
+    ("There is no mass", "no", False),
+    ("", "no", False), ("**", "no", False), ("Answer:", "no", False), ("I think yes", "yes", False),
+    ("yes'm", "yes", False), ("no-one", "no", True),
+])  # fmt: skip
+def test_what_is_read_as_yes_or_no(text, gold, is_right):
+    assert is_strictly_right(text, gold) is is_right
+
+
+@pytest.mark.parametrize("language, count", [("en", 1053), ("zh", 41)])
+def test_slakes_golds_are_right_in_every_form_and_nothing_else_is(shared, language, count):
+    """100 and 0: `closed_accuracy` and `open_exact` of SLAKE's validation questions."""
+    samples = read_slake(shared / "data" / "slake", "validation", language)
+    assert len(samples) == count
+    kinds = {"CLOSED": is_strictly_right, "OPEN": is_exactly_right}
+    pairs = sorted({(sample.answer_type, sample.answer) for sample in samples})
+    for form in FORMS:
+        for kind, gold in pairs:
+            assert kinds[kind](form.format(gold), gold), (form, gold)
+            assert kinds[kind](form.format(gold.translate(WIDE)), gold), (form, gold)
+            assert multiset_f1(form.format(gold), gold) == 1
+    golds = {kind: sorted({gold.lower() for of, gold in pairs if of == kind}) for kind in kinds}
+    for number, (kind, gold) in enumerate(pairs):
+        others = [each for each in golds[kind] if reader.comparable(reader.clean(each)) != reader.comparable(reader.clean(gold))]
+        chosen = [others[(7 * number + i) % len(others)] for i in range(3)]
+        chosen = [{"yes": "no", "no": "yes"}[gold.lower()]] if gold.lower() in ("yes", "no") else chosen
+        texts = [*chosen, *(wrong.format(gold) for wrong in WRONG), *both(gold, chosen[0]), *both(chosen[0], gold)]
+        if gold.lower() not in ("yes", "no"):
+            texts += [f"No, {gold}", f"No, it is not {gold}", f"Yes, {gold}"]
+        for text in texts:
+            if (said := reader.comparable(reader.clean(text))) in golds[kind] or text in golds[kind] or said.split() == ["0"]:
+                continue  # "left lung" and "right" are together another gold, and would be one that is written
+            for form in ("{}", "**{}**", "“{}”", "Answer: {}", "The answer is {}.", "{}。", "{}…", "{}—clearly.",
+                         "**{}**, there is one."):
+                assert not kinds[kind](form.format(text), gold), (form, text, gold)
+
+
+def test_the_score_of_slake_is_100_and_0(shared):
+    samples = read_slake(shared / "data" / "slake", "validation")
+    for form in ("**{}**", "“{}”", "Answer: {}", "{}。", "The answer is {}.", "{}—clearly."):
+        strict = scoring.score(samples,
+                               [{"question_id": s.question_id,
+                                 "text": form.format(s.answer)} for s in samples])["strict"]
+        assert (strict["closed_accuracy"], strict["open_exact"], strict["open_f1"]) == (100, 100, 100)
+        wrong = [{"question_id": s.question_id, "text": form.format(f"not {s.answer}")} for s in samples]
+        strict = scoring.score(samples, wrong)["strict"]
+        assert (strict["closed_accuracy"], strict["open_exact"]) == (0, 0)
+
+
+def test_choices_are_read_in_every_form_without_a_remark():
+    options = ("liver", "left lung", "T2*", "heart")
+    forms = [form for form in FORMS if not any(word in form for word in ("there", "clearly", "image", "visible",
+                                                                         "bright", "confidence"))]
+    forms = [form for form in forms if not any(word in form for word in ("有", "很", "图", "A: "))]
+    assert len(forms) > 60
+    for form in forms:
+        for text in ("B", "b", "left lung", "Left Lung", "B. left lung", "(B) left lung", "B：left lung"):
+            assert read_choice(form.format(text), options) == 1, form.format(text)
+        for text in ("B or C", "A, B", "not B", "B. liver", "left lung and liver", "E", "No"):
+            assert read_choice(form.format(text), options) is None, form.format(text)
+    assert read_choice("A: left lung", options) is None, "letter and text of two options"
+    assert read_choice("A: liver", options) == 0 and read_choice("**A**: liver", options) == 0
+    assert read_choice("T2*", options) == 2 and read_choice("**T2***", options) == 2
+    assert read_choice("选B", options) == read_choice("答案：B。", options) == read_choice("Ｂ、left lung",
+                                                                                      options) == 1
+
+
+@pytest.mark.parametrize("text, gold, is_right", [
+    ("X‑ray", "X-Ray", True), ("x ray", "X-Ray", True), ("X–Ray", "X-Ray", True), ("T2*", "T2", False),
+    ("T2", "T2*", False), ("3.5 cm", "3", False),
+    ("3.", "3", True), ("three", "3", True), ("Lung, Heart", "Lung", False),
+    ("Lung, which is the biggest", "Lung", True),
+    ("Lung. Heart is next to it.", "Lung", True), ("Lung. Not the heart.", "Lung", False),
+    ("Lung, as well as the heart", "Lung", False),
+    ("Lung; it is not the heart but it", "Lung", False), ("the left lung", "left lung", True),
+    ("Left", "left lung", False),
+    ("doesn’t enhance", "doesn't enhance", True), ("größer", "gro\u0308ßer", True), ("左肺、心脏", "左肺，心脏", True),
+    ("是不是", "是", False), ("是的", "是", False),
+])  # fmt: skip
+def test_open_answers_are_read_and_not_guessed(text, gold, is_right):
+    assert is_exactly_right(text, gold) is is_right
+
+
+@pytest.mark.parametrize("gold", ["A", "the", "", "an", "  ", "+", "?", "...", "a.", "The", "**", "“”"])
+@pytest.mark.parametrize("text", ["", " ", "the", "A", "left", "...", "**"])
+def test_an_empty_answer_is_never_right(gold, text):
+    """A gold that the VQA evaluation's rules take to nothing is compared as it stands; an empty answer is no answer."""
+    is_same = gold.strip() != "" and reader.clean(text).lower() == reader.clean(gold).lower() != ""
+    sample = VqaSample(1, "a.jpg", "?", gold, "OPEN")
+    strict = scoring.score([sample], [{"question_id": 1, "text": text}])["strict"]
+    assert strict["open_exact"] == strict["open_f1"] == (100 if is_same else 0)
+    assert is_strictly_right(text, gold) == is_same
+
+
+def test_the_papers_metrics_know_no_reader():
+    """They are the original's: what stands in the text is compared, its stars and quotation marks too."""
+    samples = [VqaSample(1, "a.jpg", "?", "left", "OPEN"), VqaSample(2, "b.jpg", "?", "A", "OPEN"),
+               VqaSample(3, "b.jpg", "?", "是", "CLOSED")]
+    texts = {1: "**left**", 2: "", 3: "“是”"}
+    result = scoring.score(samples, [{"question_id": number, "text": text} for number, text in texts.items()])
+    assert result["strict"]["open_exact"] == 50 and result["strict"]["closed_accuracy"] == 100
+    assert result["paper"]["recall"] == result["paper"]["exact_match"] == 0
+    assert result["paper"]["open_accuracy_substring"] == 100, "the empty text is in every text"
+    assert result["paper"]["closed_recall"] == 0 and result["paper"]["closed_accuracy_substring"] == 100
+
+
+@pytest.mark.parametrize("text",
+                         ["*" * 50_000, "* " * 50_000, "(" * 50_000, "yes " * 20_000, "yes, there " * 10_000,
+                          "\\boxed{" * 9_000, "- " * 50_000,
+                                  "'" * 50_000, "Answer: " * 10_000, ". " * 50_000, "<b>" * 20_000, "__a" * 20_000,
+                          " " * 50_000 + "x",
+                                  ". " * 50_000 + "x", "\n " * 50_000 + "x", "yes" + " ." * 50_000 + "x",
+                          "(" * 20_000 + ")" * 20_000])  # fmt: skip
+def test_a_long_answer_takes_no_time(text):
+    begun = time.process_time()
+    for gold in ("yes", "left lung"):
+        assert read_choice(text, ("a", "b")) is None and not is_strictly_right(text, "left lung")
+        is_exactly_right(text, gold), is_strictly_right(text, gold)
+    assert time.process_time() - begun < 5
