@@ -71,7 +71,8 @@ def render(machinery, source: str, messages: list[dict], tokens: dict[str, str],
     Returns:
       {"text": …}, or {"verb": …, "error": …}: what the template does that is wrong.
     """
-    images, question = sum(m["text"].count(marker) for m in messages), messages[-1]["text"].replace(marker, "").strip()
+    images = sum(m["text"].count(marker) for m in messages)
+    asked = [part["text"].strip() for part in messages[-1]["parts"] if part["type"] == "text"]
     errors, drafts = [], []
     for takes_parts in _ways(machinery, source):
         given = [{"role": m["role"], "content": m["parts"] if m["role"] in takes_parts else m["text"]} for m in messages]
@@ -83,12 +84,12 @@ def render(machinery, source: str, messages: list[dict], tokens: dict[str, str],
             continue
         if len(text) > _LONGEST:
             return {"verb": "cannot be rendered", "error": f"it writes {len(text)} characters; at most {_LONGEST} were expected"}
-        if text.count(marker) == images:
-            if question in text:
-                return {"text": text}
-            drafts.append(text)
-        else:
+        if text.count(marker) != images:
             errors.append(_Images(f"it writes {text.count(marker)} {marker} for {images} images"))
+        elif all(piece in text for piece in asked) and "{'type': '" not in text:  # Python's words for a list where a text was meant
+            return {"text": text}
+        else:
+            drafts.append(text)
     if drafts:  # it changes what is said, in upper case say
         return {"text": drafts[0]}
     return _said(errors)
@@ -105,6 +106,8 @@ def _said(errors: list[Exception]) -> dict:
     if refusal is not None:
         return {"verb": "refuses the messages", "error": str(refusal)}
     error = errors[0]
+    if isinstance(error, MemoryError):
+        return {"verb": "cannot be rendered", "error": f"it needs more than {_MEMORY >> 20} MiB of memory"}
     name = "" if isinstance(error, _Images) else f"{type(error).__name__}: "
     return {"verb": "cannot be rendered", "error": f"{name}{error}"}
 
@@ -122,7 +125,7 @@ def _loops_over_content(machinery, source: str) -> bool:
     try:
         tree = machinery._compile_jinja_template(source).environment.parse(source)
     except Exception:  # invalid, which rendering says better; or a version without this function
-        return False
+        return True
     names = {"content"}
 
     def is_content(node) -> bool:
