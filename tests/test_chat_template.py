@@ -28,37 +28,56 @@ IMAGE, TEXT = {"type": "image", "image": PICTURE}, {"type": "text", "text": "Is 
 TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 # Templates as they are published beside models, or exported by programs that tune them, and which content each takes.
 PARTS = {
-    "llava-hf's, with generation tags": """{% for m in messages %}{{ m['role'].upper() + ': ' }}{% for c in m['content'] | selectattr('type', \
-'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}{% if m['role'] != 'assistant' %}{% for c in m['content'] | selectattr('type', \
-'equalto', 'text') %}{{ c['text'] + ' ' }}{% endfor %}{% else %}{% for c in m['content'] | selectattr('type', 'equalto', 'text') %}\
-{% generation %}{{ c['text'] + ' ' }}{% endgeneration %}{% endfor %}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' \
+    "llava-hf's, with generation tags": """{% for m in messages %}{{ m['role'].upper() + ': ' }}{% for c in \
+m['content'] | selectattr('type', \
+'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}{% if m['role'] != 'assistant' %}{% for c in m['content'] | \
+selectattr('type', \
+'equalto', 'text') %}{{ c['text'] + ' ' }}{% endfor %}{% else %}{% for c in m['content'] | selectattr('type', \
+'equalto', 'text') %}\
+{% generation %}{{ c['text'] + ' ' }}{% endgeneration %}{% endfor %}{% endif %}{% endfor %}{% if \
+add_generation_prompt %}{{ 'ASSISTANT:' \
 }}{% endif %}""",
-    "interleaved": """{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>{% for c in m.content %}{% if c.type == 'image' %}<image>\
-{% elif c.type == 'text' %}{{ c.text }}{% endif %}{% endfor %}{{ eos_token }}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}""",
-    "either, by a macro": """{% macro write(content) %}{% if content is string %}{{ content }}{% else %}{% for item in content %}\
-{{ '<image>' if item['type'] == 'image' else item['text'] }}{% endfor %}{% endif %}{% endmacro %}{% for message in messages %}\
+    "interleaved": """{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>{% for c in m.content %}{% if c.type == \
+'image' %}<image>\
+{% elif c.type == 'text' %}{{ c.text }}{% endif %}{% endfor %}{{ eos_token }}{% endfor %}{% if \
+add_generation_prompt %}<|assistant|>{% endif %}""",
+    "either, by a macro": """{% macro write(content) %}{% if content is string %}{{ content }}{% else %}{% for item \
+in content %}\
+{{ '<image>' if item['type'] == 'image' else item['text'] }}{% endfor %}{% endif %}{% endmacro %}{% for message in \
+messages %}\
 {{ message.role }}: {{ write(message.content) }}\n{% endfor %}{{ tools | tojson }}{{ documents is none }}""",
-    "the first part": """{% for message in messages %}{% set content = message['content'] %}{% if message['role'] == 'user' %}[INST] \
-{% for block in content %}{% if block['type'] == 'text' %}{{ block['text'] }}{% else %}<image>\n{% endif %}{% endfor %} [/INST]{% else %}\
+    "the first part": """{% for message in messages %}{% set content = message['content'] %}{% if message['role'] \
+== 'user' %}[INST] \
+{% for block in content %}{% if block['type'] == 'text' %}{{ block['text'] }}{% else %}<image>\n{% endif %}{% \
+endfor %} [/INST]{% else %}\
  {{ content[0]['text'] }}{{ eos_token }}{% endif %}{% endfor %}""",
-    "loop controls and namespaces": """{% set ns = namespace(n=0) %}{% for m in messages %}{% for c in m.get('content') %}{% if c.type == 'image' %}\
-{% set ns.n = ns.n + 1 %}Picture {{ ns.n }}: <image>\n{% continue %}{% endif %}{{ c.text }}{% endfor %}{% if loop.last %}{% break %}{% endif %}\
+    "loop controls and namespaces": """{% set ns = namespace(n=0) %}{% for m in messages %}{% for c in \
+m.get('content') %}{% if c.type == 'image' %}\
+{% set ns.n = ns.n + 1 %}Picture {{ ns.n }}: <image>\n{% continue %}{% endif %}{{ c.text }}{% endfor %}{% if \
+loop.last %}{% break %}{% endif %}\
 |{% endfor %}""",
 }
 STRINGS = {
-    "llama's own": """{% for message in messages %}{% if message['role'] == 'user' %}{{ bos_token + '[INST] ' + message['content'].strip() + \
-' [/INST]' }}{% elif message['role'] == 'system' %}{{ '<<SYS>>\\n' + message['content'] + '\\n<</SYS>>\\n\\n' }}{% else %}{{ ' ' + \
+    "llama's own": """{% for message in messages %}{% if message['role'] == 'user' %}{{ bos_token + '[INST] ' + \
+message['content'].strip() + \
+' [/INST]' }}{% elif message['role'] == 'system' %}{{ '<<SYS>>\\n' + message['content'] + '\\n<</SYS>>\\n\\n' }}{% \
+else %}{{ ' ' + \
 message['content'] + ' ' + eos_token }}{% endif %}{% endfor %}""",
-    "mistral's own": """{% if messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] %}{% set rest = messages[1:] %}{% else %}\
-{% set system = '' %}{% set rest = messages %}{% endif %}{% for message in rest %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}\
-{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}{% if message['role'] == 'user' %}\
-{{ '[INST] ' + system + message['content'] + ' [/INST]' }}{% else %}{{ message['content'] + eos_token }}{% endif %}{% endfor %}""",
+    "mistral's own": """{% if messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] %}{% set \
+rest = messages[1:] %}{% else %}\
+{% set system = '' %}{% set rest = messages %}{% endif %}{% for message in rest %}{% if (message['role'] == 'user') \
+!= (loop.index0 % 2 == 0) %}\
+{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}{% if \
+message['role'] == 'user' %}\
+{{ '[INST] ' + system + message['content'] + ' [/INST]' }}{% else %}{{ message['content'] + eos_token }}{% endif \
+%}{% endfor %}""",
     "joined": """{%- for message in messages %}
     {{- '<|im_start|>' ~ message.role ~ '\n' ~ message.content | trim ~ '<|im_end|>\n' }}
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}""",
 }
-MIXED = """{% for m in messages %}{% if m.role == 'user' %}{% for c in m.content %}{{ '<image>\n' if c.type == 'image' else c.text }}{% endfor %}\
+MIXED = """{% for m in messages %}{% if m.role == 'user' %}{% for c in m.content %}{{ '<image>\n' if c.type == \
+'image' else c.text }}{% endfor %}\
 {% else %}{{ ' ' + m.content + eos_token }}{% endif %}{% endfor %}"""
 TALKS = {
     "one question": [("user", [IMAGE, TEXT])],
@@ -226,6 +245,7 @@ def test_bytes_that_are_not_utf_8(tmp_path):
 
 # ---- hostile templates -----------------------------------------------------------------------------------------------
 
+_MEMORY = "cannot be rendered: it needs more than 1024 MiB of memory"
 HOSTILE = {
     "division by zero": ("{{ 1 / 0 }}", "cannot be rendered: ZeroDivisionError: division by zero"),
     "syntax": ("{% for %}", "cannot be rendered: TemplateSyntaxError: "),
@@ -249,11 +269,12 @@ HOSTILE = {
     "loops for ever": ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
                        "cannot be rendered: it takes more than 5 s of processor time"),
     "a number of many digits": ("{{ 9 ** (9 ** 9) }}", "cannot be rendered: it takes more than 5 s of processor time"),
-    "a huge text": ("{{ 'x' * 10**12 }}", "cannot be rendered: it needs more than 1024 MiB of memory"),
-    "a huge output": ("{% for i in range(99999) %}{{ 'x' * 99999 }}{% endfor %}", "cannot be rendered: it needs more than 1024 MiB of memory"),
-    "a large output": ("{{ '<image>' + 'x' * 2**25 }}", "cannot be rendered: it writes 33554439 characters; at most 16777216 were expected"),
+    "a huge text": ("{{ 'x' * 10**12 }}", _MEMORY),
+    "a huge output": ("{% for i in range(99999) %}{{ 'x' * 99999 }}{% endfor %}", _MEMORY),
+    "a large output": ("{{ '<image>' + 'x' * 2**25 }}",
+                       "cannot be rendered: it writes 33554439 characters; at most 16777216 were expected"),
     "doubling": ("{% set ns = namespace(a='x') %}{% for i in range(99) %}{% set ns.a = ns.a + ns.a %}{% endfor %}",
-                 "cannot be rendered: it needs more than 1024 MiB of memory"),
+                 _MEMORY),
 }
 
 
