@@ -25,6 +25,7 @@ import numpy as np
 from PIL import Image
 
 from llavamed_jax.config import CLIP_MEAN, CLIP_STD
+from llavamed_jax.data.depth import of_pillow, open_page
 from llavamed_jax.data.dicom import MAX_PIXELS, is_dicom, one_line, read_dicom
 from llavamed_jax.errors import UserError
 
@@ -77,7 +78,7 @@ def preprocess_uint8(image: Image.Image, size: int, mode: str = "pad") -> np.nda
     """
     if mode not in MODES:
         raise UserError(f"the image mode is {mode!r}; {' or '.join(MODES)} was expected")
-    image = _to_rgb(image, "the image")
+    image = _from_pillow(image)
     short, long = sorted(image.size)
     if short < 1 or long > MAX_ASPECT * short:
         raise UserError(f"the image is {image.width} x {image.height} pixels; an aspect ratio of at most {MAX_ASPECT} was expected")
@@ -146,18 +147,16 @@ def _read(file: BinaryIO, name: str, frame: int, suffix: str = "") -> Image.Imag
         raise UserError(f"{name} is empty")
     if is_dicom(head, suffix):
         return read_dicom(file, name, frame).convert("RGB")
-    with _refusing(name, frame), Image.open(file) as image:
-        if image.format == "EPS":  # which Pillow would hand to Ghostscript, to be run
+    with _refusing(name, frame):
+        page = open_page(file, frame)
+        if page.image.format == "EPS":  # which Pillow would hand to Ghostscript, to be run
             raise UserError(f"{name} is PostScript, a program; an image was expected")
-        image.seek(frame - 1)
-        image.load()
-        return _to_rgb(image, name)
+        return page.to_rgb(name)
 
 
 def _from_pillow(image: Image.Image) -> Image.Image:
     with _refusing("the image"):
-        image.load()  # it may be open only so far
-        return _to_rgb(image, "the image")
+        return of_pillow(image).to_rgb("the image")  # it may be open only so far
 
 
 @contextlib.contextmanager
@@ -177,31 +176,11 @@ def _refusing(name: str, frame: int = 1) -> Iterator[None]:
         raise UserError(f"{name} is damaged: {one_line(error)}") from error
 
 
-def _to_rgb(image: Image.Image, name: str) -> Image.Image:
-    if image.mode == "RGB":
-        return image
-    if image.mode.startswith("I"):  # I;16 in its byte orders, and I of 32 bits
-        return _from_integers(np.asarray(image), name)
-    if image.mode == "F":
-        raise UserError(f"{name} has floating-point pixels; whole numbers were expected")
-    if image.mode in ("La", "RGBa"):  # Pillow takes the multiplication with alpha back in this step alone
-        image = image.convert({"La": "LA", "RGBa": "RGBA"}[image.mode])
-    return image.convert("RGB")
-
-
-def _from_integers(values: np.ndarray, name: str) -> Image.Image:
-    """Grey values of any width [H,W], scaled by a power of two so that the highest fits eight bits."""
-    if values.min(initial=0) < 0:
-        raise UserError(f"{name} has grey values below 0; 0 and more were expected")
-    excess = max(0, int(values.max(initial=0)).bit_length() - 8)
-    return Image.fromarray((values >> excess).astype(np.uint8)).convert("RGB")
-
-
 def _from_array(array: np.ndarray) -> Image.Image:
     is_image = array.ndim == 2 or (array.ndim == 3 and array.shape[-1] in (1, 3, 4))
     if array.dtype != np.uint8 or not is_image or 0 in array.shape:
         raise UserError(f"an image is a {array.dtype} array of shape {array.shape}; uint8 [H,W,3] or [H,W] was expected")
-    return _to_rgb(Image.fromarray(array[..., 0] if array.shape[-1] == 1 and array.ndim == 3 else array), "the image")
+    return Image.fromarray(array[..., 0] if array.shape[-1] == 1 and array.ndim == 3 else array).convert("RGB")
 
 
 def _data_url(url: str) -> bytes:
