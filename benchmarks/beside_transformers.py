@@ -114,7 +114,7 @@ def train_step(B: int, T: int, repeats: int) -> dict:
         losses[1].append(float(loss))
 
     result = in_turns(ours, theirs, repeats)
-    apart = max(abs(a - b) / b for a, b in zip(*losses, strict=True))
+    apart = float(np.max([abs(a - b) / b for a, b in zip(*losses, strict=True)]))  # NaN where a loss is
     return dict(shapes=f"B {B}, T {T}", **result, largest_relative_loss_difference=apart)
 
 

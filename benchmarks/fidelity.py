@@ -164,7 +164,7 @@ def group_row(number: str, title: str, results: list[Result], note: str) -> str:
     passed, skipped = (sum(r.outcome == outcome for r in results) for outcome in ("passed", "skipped"))
     measured = [pair for r in results for pair in r.measured]
     # Of several measurements with their own tolerances, the one that comes closest to what is allowed.
-    difference, allowed = max(measured, key=lambda pair: pair[0] / pair[1]) if measured else (None, None)
+    difference, allowed = max(measured, key=lambda pair: (math.isnan(pair[0]), pair[0] / pair[1])) if measured else (None, None)
     checks = f"{passed}" + (f" ({skipped} skipped)" if skipped else "")
     return f"| {number} | {title} | {checks} | {number_(difference)} | {'' if allowed is None else f'{allowed:.0e}'} | {note} |"
 

@@ -106,7 +106,7 @@ def measure(cfg, params, stage: str, B: int, T: int, supervised: float, repeats:
     return dict(shapes=f"B {B}, T {T}, V {cfg.decoder.vocab_size}", stage=stage, supervised=supervised, seconds=seconds,
                 ratio={name: s / seconds["whole"] for name, s in seconds.items()},
                 temporary_bytes={name: p.temporaries for name, p in programs.items()},
-                largest_relative_loss_difference=max(abs(x / first["whole"] - 1) for x in first.values()))
+                largest_relative_loss_difference=float(np.max([abs(x / first["whole"] - 1) for x in first.values()])))
 
 
 def main() -> None:

@@ -207,11 +207,11 @@ def compare(ours: Training, theirs: Training, trainable: tuple[str, ...]) -> Com
     norm = lambda x: float(np.linalg.norm(np.asarray(x, np.float64)))
     moved = {n: norm(theirs.after[n] - theirs.before[n]) for n in names}
     apart = {n: norm(ours.after[n] - theirs.after[n]) / moved[n] for n in names}
-    worst = max(apart, key=apart.get)
+    worst = max(apart, key=lambda n: np.nan_to_num(apart[n], nan=np.inf))
     return Comparison(
         loss=float(np.abs(ours.losses / theirs.losses - 1).max()), change=apart[worst], worst=worst,
         frozen_is_identical=all(np.array_equal(x.after[n], theirs.before[n]) for n in frozen for x in (ours, theirs)),
-        smallest_change=min(moved[n] / norm(theirs.before[n]) for n in names))
+        smallest_change=float(np.min([moved[n] / norm(theirs.before[n]) for n in names])))
 
 
 def yardstick(stages=tuple(STAGES), rates=("stage", HIGH_RATE)) -> Iterator[tuple[str, float, Comparison, Training]]:

@@ -1,6 +1,7 @@
 """`convert verify`: equal models of any layout are equal, and each kind of difference is named."""
 
 import json
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -145,3 +146,64 @@ def test_what_is_not_finite_is_equal_to_nothing(original, monkeypatch):
     rows = {row.what: row for row in compare.compare(checkpoint, checkpoint)}
     assert all(rows[f"logits: {name}"].found == "not finite in the first and the second" for name in asked)
     assert [what for what, row in rows.items() if not row.is_equal] == [f"logits: {name}" for name in asked]
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("is_first", [True, False])
+@pytest.mark.parametrize("filled", [0.0, 1.0])
+def test_no_number_equals_what_is_none(filled, is_first, value):
+    """Largest of 0 and NaN is 0 for Python's own `max`, by the order of the two."""
+    numbers, none = np.full((4, 5), filled, np.float32), np.full((4, 5), value, np.float32)
+    one = np.where(np.arange(20).reshape(4, 5) == 7, none, numbers)
+    for dtype in (np.float64, np.float32, np.float16, ml_dtypes.bfloat16):
+        for broken in (none.astype(dtype), one.astype(dtype)):
+            pair = (broken, numbers) if is_first else (numbers, broken)
+            assert compare.compare_arrays(*pair) == (False, np.inf)
+            assert compare.compare_arrays(broken, broken.copy()) == (True, np.inf)
+
+
+def test_differences_of_arrays_that_are_numbers():
+    zeros, wide = np.zeros(3, np.float32), np.array([1e300, -1e300, 0])
+    assert compare.compare_arrays(zeros, zeros.copy()) == (True, 0.0)
+    assert compare.compare_arrays(zeros, -zeros) == (False, 0.0)  # other bits, and no difference
+    assert compare.compare_arrays(zeros, np.array([0, 2, 0], np.float32)) == (False, 1.0)
+    assert compare.compare_arrays(wide, wide * 0.5) == (False, 0.5)  # beyond float32
+    assert compare.compare_arrays(np.array([3e38], np.float32), np.array([-3e38], np.float32))[1] > 1
+    with np.errstate(invalid="ignore"):
+        assert np.isnan(compare.kl_divergence(np.array([[np.nan, 1.0]]), np.array([[0.0, 1.0]])))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_tensor_of_zeros_and_one_of_nan(value, dtype, other, tmp_path, capsys):
+    """Either way round, in one value or in all, without computing and with it."""
+    def zeros(tensor):
+        return np.zeros_like(tensor).astype(dtype)
+
+    def broken(tensor):
+        return np.full_like(tensor, value).astype(dtype)
+    zero = other(**{"model.mm_projector.0.bias": zeros}).rename(tmp_path / "zero")
+    none = other(**{"model.mm_projector.0.bias": broken})
+    for pair, word in (((zero, none), "second"), ((none, zero), "first"), ((none, none), "first")):
+        for flags in (["--tensors_only"], []):
+            assert verify(*pair, *flags) == 1
+            found, last = lines(capsys)
+            row = found["tensors: projector"]
+            assert "DIFFERS" in row and f"(48 {'NaN' if np.isnan(value) else 'infinite'} among 48 values of the {word}" in row
+            assert last == "not equal: tensors: projector" and not any(what.startswith("logits") for what in found)
+
+
+def test_the_words_of_load_are_flags(original, tmp_path, capsys):
+    """A tokenizer and a template for both; what is typed wrong exits 2."""
+    sample = Path(__file__).parent.parent / "samples" / "vqa_rad" / "tokenizer.model"
+    assert verify(original, original, "--tensors_only", "--tokenizer", sample, "--template", "v1.5:mistral_instruct") == 0
+    found, _ = lines(capsys)
+    assert "the same ids for 5 texts" in found["tokenizer"]
+    assert verify(original, original, "--tensors_only", "--tokenizer", sample) == 0
+    assert "the same ids for 3 texts" in lines(capsys)[0]["tokenizer"]
+    assert verify(original, original, "--tensors_only") == 0
+    assert "neither has one" in lines(capsys)[0]["tokenizer"]
+    for flags, sentence in ((["--template", "v9:none"], "--template: "), (["--tokenizer", tmp_path], "--tokenizer "),
+                            (["--dtype", "int8"], "--dtype"), (["--tolerance", "inf"], "--tolerance is inf")):
+        assert verify(original, original, "--tensors_only", *flags) == 2
+        assert sentence in capsys.readouterr().err

@@ -15,6 +15,7 @@ from llavamed_jax.checkpoints.generation_file import with_stop_ids
 from llavamed_jax.checkpoints.image_tokens import TABLES, add_image_tokens
 from llavamed_jax.checkpoints.layouts import canonical, from_torch
 from llavamed_jax.checkpoints.reader import Checkpoint, text_files
+from llavamed_jax.checkpoints.soundness import Tally
 from llavamed_jax.checkpoints.torch_files import Tensor, read_file, read_weights
 from llavamed_jax.checkpoints.tower import tower_config, tower_tensors
 from llavamed_jax.config import LlavaConfig, projector_depth
@@ -167,6 +168,6 @@ def _with_last_rows(file: Path, table: Tensor, rows: Tensor) -> Tensor:
         raise UserError(f"{file} has embed_tokens of {list(rows.shape)}; {list(table.shape)} or {[2, table.shape[1]]} was expected")
     def load() -> np.ndarray:
         out = np.array(table.load())
-        out[-2:] = rows.load()[-2:].astype(out.dtype)
+        out[-2:] = Tally().cast(f"embed_tokens of {file}", rows.load()[-2:], out.dtype)
         return out
     return Tensor(table.shape, table.dtype, load)

@@ -17,6 +17,7 @@ import numpy as np
 from llavamed_jax.checkpoints import hub, names
 from llavamed_jax.checkpoints.files import new_directory, read_json, write_json
 from llavamed_jax.checkpoints.reader import TEXT_FILES
+from llavamed_jax.checkpoints.soundness import Tally, is_finite
 from llavamed_jax.checkpoints.torch_files import Tensor, read_weights
 from llavamed_jax.checkpoints.writer import Progress, total_bytes, write_safetensors
 from llavamed_jax.errors import UserError, some
@@ -57,13 +58,15 @@ def _write(base, other, out, operation: np.ufunc, what: str, progress: Progress)
     _check(base, ours, what, other, theirs)
     _check_config(other, config, theirs)
     config |= dict.fromkeys({"torch_dtype", *({"dtype"} & config.keys())}, "float16")  # transformers 5 writes `dtype`
-    tensors = {name: _combined(name, ours.get(name), tensor, operation) for name, tensor in theirs.items()}
+    tally = Tally()
+    tensors = {name: _combined(name, ours.get(name), tensor, operation, tally) for name, tensor in theirs.items()}
     with new_directory(out, total_bytes(tensors), (base, other)) as temporary:
         write_safetensors(temporary, tensors, progress, {"format": "pt"})
         for name in TEXT_FILES:
             if (other / name).is_file():
                 shutil.copyfile(other / name, temporary / name)
         write_json(temporary / "config.json", config)
+    tally.warn()
     return tensors
 
 
@@ -114,15 +117,21 @@ def _layers(tensors: Mapping[str, Tensor]) -> int:
     return 1 + max((int(found[1]) for found in map(re.compile(r"model\.layers\.(\d+)\.").match, tensors) if found), default=-1)
 
 
-def _combined(name: str, base: Tensor | None, other: Tensor, operation: np.ufunc) -> Tensor:
+def _combined(name: str, base: Tensor | None, other: Tensor, operation: np.ufunc, tally: Tally) -> Tensor:
     """`other` with `operation` applied to the rows that `base` has; everything else stays as it is."""
+    half = np.dtype(np.float16)
+
     def load() -> np.ndarray:
-        with np.errstate(over="ignore", invalid="ignore"):  # said below, in one sentence
-            out = np.array(other.load(), np.float16)
+        try:
+            out = np.array(tally.cast(name, other.load(), half))
             if base is not None:
                 rows = out[:base.shape[0]]
-                operation(rows, base.load().astype(np.float16, copy=False), out=rows)
-        if not np.isfinite(out).all():
+                with np.errstate(over="ignore", invalid="ignore"):  # said below, in one sentence
+                    operation(rows, tally.cast(name, base.load(), half), out=rows)
+            is_whole = is_finite(out)
+        except UserError:  # of a cast
+            is_whole = False
+        if not is_whole:
             raise UserError(f"{name} is not finite in float16, in which deltas are made: values beyond 65504 or damaged weights")
         return out
     return Tensor(other.shape, np.dtype(np.float16), load)

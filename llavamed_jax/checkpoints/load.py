@@ -22,8 +22,10 @@ def load_params(checkpoint: Checkpoint, dtype=None, scan: bool = False, only: Co
       only: names of what is read, one a layer; None: all.
     Returns:
       Nested dicts of numpy arrays (bfloat16 through ml_dtypes), in the form of `models.llava`.
+    Raises:
+      UserError: a delta in a model's place, or values that are not finite, in the file or in `dtype`.
     """
-    checkpoint = checkpoint.cast(dtype)
+    checkpoint = checkpoint.cast(dtype).sound()
     shapes = {name: shape for name, shape in names.expected_shapes(checkpoint.config).items() if only is None or name in only}
     flat: dict[str, np.ndarray] = {}
     for name in shapes:
@@ -37,6 +39,7 @@ def load_params(checkpoint: Checkpoint, dtype=None, scan: bool = False, only: Co
             dtypes = {checkpoint.tensors[f"{layer[1]}layers_{i}{layer[3]}"].dtype for i in range(length)}
             flat[stacked] = np.empty((length, *shapes[name]), np.result_type(*dtypes))
         flat[stacked][int(layer[2])] = checkpoint.read(name)
+    checkpoint.tally.warn()
     return nest(flat)
 
 

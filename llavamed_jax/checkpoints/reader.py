@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,7 @@ from llavamed_jax.checkpoints.files import read_json
 from llavamed_jax.checkpoints.generation_file import FILE as GENERATION
 from llavamed_jax.checkpoints.generation_file import with_stop_ids
 from llavamed_jax.checkpoints.layouts import canonical
+from llavamed_jax.checkpoints.soundness import Tally, is_zero, norms_are_small
 from llavamed_jax.checkpoints.torch_files import Tensor, read_weights
 from llavamed_jax.checkpoints.tower import check_width, fetch_tower, find_tower, tower_config, tower_tensors, with_statistics
 from llavamed_jax.config import KNOWN_TOWERS, OURS, LlavaConfig, as_object, preset, projector_depth
@@ -41,6 +42,8 @@ class Checkpoint:
       files: tokenizer and preprocessor files by name.
       tower: which vision tower this is, in words, for the log.
       step: of a tree, the training step whose tensors are laid over the base.
+      is_delta: whether buffers say that these tensors are the difference of two models; the norms may say so too.
+      tally: of what a cast of the tensors loses.
     """
 
     config: LlavaConfig
@@ -50,6 +53,8 @@ class Checkpoint:
     files: Mapping[str, Path]
     tower: str
     step: int | None = None
+    is_delta: bool = False
+    tally: Tally = field(default_factory=Tally, compare=False, repr=False)
 
     def read(self, name: str) -> np.ndarray:
         """The tensor of a canonical name, in this project's orientation and in its own dtype."""
@@ -75,7 +80,30 @@ class Checkpoint:
             return self
         dtype = np.dtype(dtype)
         return self.replace(tensors={
-            name: Tensor(t.shape, dtype, lambda load=t.load: load().astype(dtype, copy=False)) for name, t in self.tensors.items()})
+            name: Tensor(t.shape, dtype, lambda name=name, load=t.load: self.tally.cast(name, load(), dtype))
+            for name, t in self.tensors.items()})
+
+    def doubt(self) -> str | None:
+        """What is wrong with these tensors as a model, in a sentence, as far as a few small ones show; None for nothing."""
+        if not self.is_delta and not norms_are_small(self.tensors):
+            return None
+        what = "buffers of zeros" if self.is_delta else "norms of about 0"
+        return (f"{self.directory} is no model but a delta: it has {what}, as the difference of two models has; `convert apply-delta "
+                "--base LLAMA --delta THIS --out DIR` makes a model of it")
+
+    def sound(self) -> "Checkpoint":
+        """The same checkpoint with every tensor looked at when it is read: for whoever computes with it or writes it.
+
+        Whoever has read what it wanted calls `tally.warn`.
+        Raises:
+          UserError: a delta. When a tensor is read: NaN or infinite values.
+        """
+        if doubt := self.doubt():
+            raise UserError(doubt)
+        where = f"{self.directory}: " if self.directory else ""
+        return self.replace(tensors={
+            name: Tensor(t.shape, t.dtype, lambda name=name, load=t.load: self.tally.look(name, load(), where))
+            for name, t in self.tensors.items()})
 
 
 def open_checkpoint(path: str | Path, vision_tower: str | Path | None = None, seed: int = 0) -> Checkpoint:
@@ -197,9 +225,11 @@ def _open_torch(directory: Path, vision_tower: Path | None) -> Checkpoint:
     if tower_directory is None:
         tensors = canonical(directory, found, config, layout, rows=rows)
     else:
-        found = {key: tensor for key, tensor in found.items() if not _is_tower(key)}
-        tensors = canonical(directory, found, config, layout, ("vision_tower/",), rows) | tower_tensors(config, tower_directory)
-    return Checkpoint(config, layout, directory, tensors, text_files(directory), tower)
+        without = {key: tensor for key, tensor in found.items() if not _is_tower(key)}
+        tensors = canonical(directory, without, config, layout, ("vision_tower/",), rows) | tower_tensors(config, tower_directory)
+    frequencies = [tensor for key, tensor in found.items() if key.endswith("rotary_emb.inv_freq")]
+    is_delta = any(is_zero(tensor.load()) for tensor in frequencies)  # a delta's are a difference, so zeros (spec Q33)
+    return Checkpoint(config, layout, directory, tensors, text_files(directory), tower, is_delta=is_delta)
 
 
 def _is_tower(key: str) -> bool:

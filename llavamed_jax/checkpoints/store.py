@@ -55,14 +55,15 @@ def write_model(out: str | Path, checkpoint: Checkpoint, config: LlavaConfig | N
       config, files: in place of the checkpoint's own.
       without: canonical names that the base leaves out, because every step has them.
     Raises:
-      UserError: `out` has a model already.
+      UserError: `out` has a model already; weights that are no model's (`Checkpoint.sound`).
     """
-    out, without = Path(out), set(without)
+    out, without, checkpoint = Path(out), set(without), checkpoint.sound()
     if (out / "base").exists() and not (out / "model").exists():
         shutil.rmtree(out / "base")  # of a run that was stopped while it wrote its base
     tensors = {name: tensor for name, tensor in checkpoint.tensors.items() if name not in without}
     with new_directory(out / "base", total_bytes(tensors)) as base:
         write_base(base, tensors, progress)
+    checkpoint.tally.warn()
     with new_directory(out / "model") as model:
         write_json(model / "config.json", (config or checkpoint.config).to_dict())
         copy_files(config or checkpoint.config, checkpoint.files if files is None else files, model)

@@ -35,7 +35,8 @@ def export(checkpoint: Checkpoint, out: str | Path, layout: str = "transformers"
       layout: `transformers` (`LlavaForConditionalGeneration` loads it) or `llava` (the original's own). Where the config
         says LLaVA-Med v1.0, whose checkpoints hold no tower, `llava` puts the tower into a directory inside `out`.
     Raises:
-      UserError: `out` holds something, the layout cannot hold this model, its tokenizer does not fit, or the disk is full.
+      UserError: `out` holds something, the layout cannot hold this model, its tokenizer does not fit, the disk is full, or the
+        weights are no model's (`Checkpoint.sound`).
     """
     cfg = checkpoint.config
     config = cfg.to_hf(layout)
@@ -44,6 +45,7 @@ def export(checkpoint: Checkpoint, out: str | Path, layout: str = "transformers"
         checkpoint = checkpoint.replace(tensors={**checkpoint.tensors, **_padded_vocabulary(checkpoint)})
     with new_directory(out, total_bytes(checkpoint.tensors), checkpoint.sources) as temporary:
         _write_text_files(checkpoint, temporary, layout)  # first: what is wrong with a tokenizer shows before the long work
+        checkpoint = checkpoint.sound()
         if layout == "llava" and cfg.source == "llava":
             tower = {name: spellings[0] for name, spellings in names.torch_names(cfg, "clip").items()}
             spelled = {name: key for name, key in spelled.items() if name not in tower}
@@ -55,6 +57,7 @@ def export(checkpoint: Checkpoint, out: str | Path, layout: str = "transformers"
         write_safetensors(temporary, _in_torch(checkpoint, spelled), progress, {"format": "pt"})
         config["dtype"] = config["torch_dtype"] = checkpoint.tensors[VOCABULARY[0]].dtype.name
         write_json(temporary / "config.json", config)
+    checkpoint.tally.warn()
 
 
 def total_bytes(tensors: Mapping[str, Tensor]) -> int:

@@ -22,7 +22,7 @@ from llavamed_jax.checkpoints.torch_files import Tensor
 from llavamed_jax.checkpoints.writer import export, total_bytes
 from llavamed_jax.cli.common import Parser, run
 from llavamed_jax.data.tokenizer import Tokenizer
-from llavamed_jax.errors import UsageError, UserError
+from llavamed_jax.errors import UsageError, UserError, warn
 from llavamed_jax.templates import get_template
 
 _TOKENIZERS = ("tokenizer.model", "tokenizer.json")  # the first of them is read
@@ -48,17 +48,22 @@ def _program(argv: list[str]) -> int | None:
 
 def _checkpoint_flags(parser: argparse.ArgumentParser, path: str) -> None:
     parser.add_argument(path, required=True, **_PATH) if path.startswith("--") else parser.add_argument(path, **_PATH)
-    parser.add_argument("--vision_tower", metavar="PATH", help="a CLIP tower, not the checkpoint's own")
-    parser.add_argument("--tokenizer", metavar="PATH", help="a tokenizer.model, or a directory with a tokenizer")
-    parser.add_argument("--template", metavar="NAME", help="template of the result: v1.5:mistral_instruct ...")
+    _part_flags(parser, "a CLIP tower, not the checkpoint's own", "template of the result: v1.5:mistral_instruct ...")
     parser.add_argument("--dtype", choices=_DTYPES, metavar="TYPE", help="float32, float16 or bfloat16; else as it is")
+
+
+def _part_flags(parser: argparse.ArgumentParser, tower: str, template: str) -> None:
+    parser.add_argument("--vision_tower", metavar="PATH", help=tower)
+    parser.add_argument("--tokenizer", metavar="PATH", help="a tokenizer.model, or a directory with a tokenizer")
+    parser.add_argument("--template", metavar="NAME", help=template)
 
 
 _PATH = dict(metavar="PATH", help="directory or run, owner/name of a hub, preset:NAME")
 
 
-def _open(path: str, args: argparse.Namespace) -> Checkpoint:
-    checkpoint = open_checkpoint(path, args.vision_tower).cast(_DTYPES.get(args.dtype))
+def _open(path: str, args: argparse.Namespace, dtype: type | None = None) -> Checkpoint:
+    """The checkpoint of a PATH with the parts that the flags name in place of its own. Says what it is."""
+    checkpoint = open_checkpoint(path, args.vision_tower).cast(dtype)
     if args.template is not None:
         _said_of("--template", get_template, args.template)
         checkpoint = checkpoint.replace(config=checkpoint.config.replace(template=args.template))
@@ -117,7 +122,7 @@ def _import_flags(parser: argparse.ArgumentParser) -> None:
 def _import(args: argparse.Namespace) -> None:
     """Turn a checkpoint into a tree of this project."""
     from llavamed_jax.checkpoints.store import write_model  # Orbax: not needed by the other commands
-    checkpoint = _open(args.checkpoint, args)
+    checkpoint = _open(args.checkpoint, args, _DTYPES.get(args.dtype))
     with new_directory(args.out, total_bytes(checkpoint.tensors), checkpoint.sources) as out:
         write_model(out, checkpoint, progress=_bar)
     _report(checkpoint.tensors, args.out)
@@ -131,7 +136,7 @@ def _export_flags(parser: argparse.ArgumentParser) -> None:
 
 def _export(args: argparse.Namespace) -> None:
     """Write a checkpoint in a PyTorch layout."""
-    checkpoint = _open(args.checkpoint, args)
+    checkpoint = _open(args.checkpoint, args, _DTYPES.get(args.dtype))
     export(checkpoint, args.out, args.layout, _bar)
     _report(checkpoint.tensors, args.out)
 
@@ -194,7 +199,9 @@ def _inspect_flags(parser: argparse.ArgumentParser) -> None:
 
 def _inspect(args: argparse.Namespace) -> None:
     """Print what a checkpoint holds."""
-    checkpoint = _open(args.path, args)
+    checkpoint = _open(args.path, args, _DTYPES.get(args.dtype))
+    if doubt := checkpoint.doubt():
+        warn(doubt)
     cfg, v, d = checkpoint.config, checkpoint.config.vision, checkpoint.config.decoder
     tokenizer = next((n for n in _TOKENIZERS if n in checkpoint.files), "none")
     window = f", window {d.sliding_window}" if d.sliding_window else ""
@@ -228,17 +235,15 @@ def _verify_flags(parser: argparse.ArgumentParser) -> None:
                         help="how far values may be apart, as a part of the largest magnitude of their tensor or of the logits")
     parser.add_argument("--tensors_only", action="store_true", help="no logits and no greedy tokens: the models are not loaded")
     parser.add_argument("--dtype", choices=_DTYPES, default="float32", help="that logits are computed in")
-    parser.add_argument("--vision_tower", metavar="PATH", help="a CLIP tower that is taken for both")
+    _part_flags(parser, "a CLIP tower that is taken for both", "template of both: v1.5:mistral_instruct ...")
 
 
 def _verify(args: argparse.Namespace) -> int:
     """Say whether two checkpoints are the same model; exit status 1 if they are not."""
     from llavamed_jax.verification.compare import compare, table  # brings jax
-    if not args.tolerance >= 0:
+    if not 0 <= args.tolerance < math.inf:
         raise UsageError(f"--tolerance is {args.tolerance}; a number of at least 0 was expected")
-    checkpoints = [open_checkpoint(path, args.vision_tower) for path in (args.a, args.b)]
-    for path, checkpoint in zip((args.a, args.b), checkpoints):
-        print(f"{path}: {checkpoint.layout} layout, vision tower: {checkpoint.tower}")
+    checkpoints = [_open(path, args) for path in (args.a, args.b)]
     rows = compare(*checkpoints, args.tolerance, args.tensors_only, _DTYPES[args.dtype], _bar)
     print(f"\n{table(rows)}\n")
     differing = [row.what for row in rows if not row.is_equal]

@@ -18,6 +18,7 @@ import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding
 
+from llavamed_jax.checkpoints.soundness import Tally
 from llavamed_jax.errors import UsageError
 from llavamed_jax.models import llava
 from llavamed_jax.parallel.mesh import param_shardings, put, replicated
@@ -118,9 +119,21 @@ def state_shardings(params: Mapping[str, Any], trainable: Trainable, optimizer: 
 
 
 def place(params: Mapping[str, Any], where: Mapping[str, NamedSharding], dtype: Any) -> FlatParams:
-    """Those parameters of a nested or flat tree that `where` names, laid as it says, in memory of their own: a state is donated."""
+    """Those parameters of a nested or flat tree that `where` names, laid as it says, in memory of their own: a state is donated.
+
+    Raises UserError for a value that `dtype` cannot hold; values that become 0 there are a warning.
+    """
     flat = flatten_dict(params, sep="/")
-    return {name: put(np.asarray(flat[name]).astype(dtype), sharding) for name, sharding in where.items()}
+    tally = Tally()
+
+    def own(name: str) -> np.ndarray:
+        array = np.asarray(flat[name])
+        out = tally.cast(name, array, dtype)
+        return out.copy() if out is array else out
+
+    placed = {name: put(own(name), sharding) for name, sharding in where.items()}
+    tally.warn()
+    return placed
 
 
 def create(params: Mapping[str, Any], trainable: Trainable, optimizer: optax.GradientTransformation, mesh: Mesh,

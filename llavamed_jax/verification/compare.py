@@ -14,8 +14,10 @@ import numpy as np
 from llavamed_jax.assistant import LlavaMed
 from llavamed_jax.checkpoints.load import load_params
 from llavamed_jax.checkpoints.reader import Checkpoint
+from llavamed_jax.checkpoints.soundness import is_finite, what_is_not_finite
 from llavamed_jax.config import IMAGE_TOKEN, PAD_TOKEN, LlavaConfig
 from llavamed_jax.data.processor import Processor, expand_images
+from llavamed_jax.data.tokenizer import TOKENIZERS
 from llavamed_jax.errors import some
 
 VOCABULARY = {"decoder/embed_tokens/embedding": 0, "decoder/lm_head/kernel": 1}  # the axis that counts tokens
@@ -50,10 +52,11 @@ def compare(a: Checkpoint, b: Checkpoint, tolerance: float = 1e-4, tensors_only:
       tensors_only: computes nothing: no logits and no greedy tokens.
       dtype: that logits are computed in.
     Returns:
-      The rows of the table. Where settings or shapes differ, there is nothing to compute and logits are left out.
+      The rows of the table. Where settings or shapes differ, or weights are not finite, there is nothing to compute and logits are
+      left out.
     """
     rows = [_settings(a.config, b.config), *_tensors(a, b, tolerance, progress), _tokenizers(a, b)]
-    if tensors_only or not rows[0].is_equal or any(row.difference is None and not row.is_equal for row in rows[1:-1]):
+    if tensors_only or not rows[0].is_equal or any(row.difference in (None, np.inf) and not row.is_equal for row in rows[1:-1]):
         return rows
     return rows + _outputs(a, b, tolerance, dtype)
 
@@ -101,10 +104,11 @@ def _tensors(a: Checkpoint, b: Checkpoint, tolerance: float, progress: Progress)
             if shapes is None:
                 problems.append(f"{name} is {list(a.tensors[name].shape)} and {list(b.tensors[name].shape)}")
                 continue
-            same, difference = compare_arrays(a.read(name)[shapes], b.read(name)[shapes])
+            ours, theirs = a.read(name)[shapes], b.read(name)[shapes]
+            same, difference = compare_arrays(ours, theirs)
             identical += same
             if difference > worst:
-                worst, where = difference, name
+                worst, where = difference, name + _not_finite(ours, theirs)
         found = f"{identical} of {len(members)} bit for bit" + (f", most in {where}" if where else "")
         if problems:
             rows.append(Row(f"tensors: {part}", some(problems, 4, "; "), False))
@@ -113,6 +117,12 @@ def _tensors(a: Checkpoint, b: Checkpoint, tolerance: float, progress: Progress)
     for _ in on_their_way:  # lets the progress see its end
         pass
     return rows
+
+
+def _not_finite(*arrays: np.ndarray) -> str:
+    """What of the first and the second array is no number, for the table."""
+    found = [f"{what_is_not_finite(array)} of the {word}" for array, word in zip(arrays, ("first", "second")) if not is_finite(array)]
+    return f" ({', '.join(found)})" if found else ""
 
 
 def _common_shapes(name: str, a: Checkpoint, b: Checkpoint) -> tuple[slice, ...] | None:
@@ -129,26 +139,38 @@ def _common_shapes(name: str, a: Checkpoint, b: Checkpoint) -> tuple[slice, ...]
 
 
 def compare_arrays(a: np.ndarray, b: np.ndarray) -> tuple[bool, float]:
-    """Whether two arrays are the same bits of the same type, and their largest difference over their largest magnitude."""
-    if a.dtype == b.dtype and np.array_equal(np.ascontiguousarray(a).view(np.uint8), np.ascontiguousarray(b).view(np.uint8)):
-        return True, 0.0
-    a, b = a.astype(np.float32), b.astype(np.float32)
-    scale = max(np.abs(a).max(), np.abs(b).max())
-    difference = float(np.abs(a - b).max() / scale) if scale else 0.0
-    return False, difference if np.isfinite(difference) else float("inf")
+    """Whether two arrays are the same bits of the same type, and their largest difference over their largest magnitude.
+
+    The difference is infinite where a value is: nothing equals a number that is none, though its bits do.
+    """
+    is_identical = a.dtype == b.dtype and np.array_equal(
+        np.ascontiguousarray(a).view(np.uint8), np.ascontiguousarray(b).view(np.uint8))
+    if not (is_finite(a) and is_finite(b)):
+        return is_identical, np.inf
+    if is_identical or not a.size:
+        return is_identical, 0.0
+    wide = np.float64 if np.float64 in (a.dtype, b.dtype) else np.float32
+    a, b = a.astype(wide), b.astype(wide)
+    scale = np.maximum(np.abs(a).max(), np.abs(b).max())
+    with np.errstate(over="ignore"):
+        return False, float(np.abs(a - b).max() / scale) if scale else 0.0
 
 
 def _tokenizers(a: Checkpoint, b: Checkpoint) -> Row:
     """Whether both give the same ids for a few texts; a checkpoint without a tokenizer is compared without one."""
-    absent = [word for word, c in zip(("first", "second"), (a, b)) if not {"tokenizer.model", "tokenizer.json"} & c.files.keys()]
+    sources = [next((c.files[name] for name in TOKENIZERS if name in c.files), None) for c in (a, b)]
+    absent = [word for word, source in zip(("first", "second"), sources) if source is None]
     if absent:
         return Row("tokenizer", "neither has one" if len(absent) == 2 else f"the {absent[0]} has none", True)
-    processors = [Processor.from_checkpoint(checkpoint) for checkpoint in (a, b)]
-    for text in TEXTS:
+    processors = [Processor.from_checkpoint(checkpoint, tokenizer=source) for checkpoint, source in zip((a, b), sources)]
+    texts, name = list(TEXTS), a.config.template
+    if name is not None and name == b.config.template:  # others may write one prompt under two names
+        texts += [processors[0].prompt([{"role": "user", "content": text}]) for text in TEXTS[:2]]
+    for text in texts:
         ours, theirs = (processor.encode(text) for processor in processors)
         if ours != theirs:
             return Row("tokenizer", f"{text!r} becomes {ours[:6]}… and {theirs[:6]}…", False)
-    return Row("tokenizer", f"the same ids for {len(TEXTS)} texts", True)
+    return Row("tokenizer", f"the same ids for {len(texts)} texts", True)
 
 
 def prompts(cfg: LlavaConfig, vocab_size: int) -> dict[str, tuple[list[int], list[np.ndarray]]]:
@@ -203,9 +225,9 @@ def _run(checkpoint: Checkpoint, asked: dict, dtype) -> tuple[dict[str, np.ndarr
 
 
 def kl_divergence(a: np.ndarray, b: np.ndarray) -> float:
-    """The largest KL(a || b) of a position of logits [T,V], in nats."""
+    """The largest KL(a || b) of a position of logits [T,V], in nats; NaN where a logit is."""
     p, q = (x.astype(np.float64) - np.logaddexp.reduce(x.astype(np.float64), axis=-1, keepdims=True) for x in (a, b))
-    return max(0.0, float((np.exp(p) * (p - q)).sum(-1).max()))  # rounding leaves -1e-17 where it is 0
+    return float(np.maximum(0.0, (np.exp(p) * (p - q)).sum(-1).max()))  # rounding leaves -1e-17 where it is 0
 
 
 def table(rows: Sequence[Row]) -> str:

@@ -24,6 +24,7 @@ from llavamed_jax.checkpoints import hub, names
 from llavamed_jax.checkpoints.files import read_json, sha256_of
 from llavamed_jax.checkpoints.load import nest
 from llavamed_jax.checkpoints.reader import Checkpoint, open_checkpoint
+from llavamed_jax.checkpoints.soundness import is_finite
 from llavamed_jax.config import PRESETS
 from llavamed_jax.data.processor import Processor
 from llavamed_jax.errors import UserError
@@ -136,7 +137,7 @@ def tensors(release: Release) -> list[str]:
     on_their_way = iter(release.progress(list(checkpoint.tensors)))
     for (name, tensor), _ in zip(checkpoint.tensors.items(), on_their_way):
         part = "projector" if name.startswith("projector") else name.split("/")[0]
-        if not np.isfinite(checkpoint.read(name).astype(np.float32, copy=False)).all():
+        if not is_finite(checkpoint.read(name)):
             raise UserError(f"{name} of {release.model} holds values that are not finite")
         count = counted.setdefault(part, [0, 0])
         count[0] += 1
