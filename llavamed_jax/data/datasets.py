@@ -15,6 +15,7 @@ from pathlib import Path
 from llavamed_jax.data import layouts, pathvqa
 from llavamed_jax.data.captions import read_captions
 from llavamed_jax.data.choices import read_choices
+from llavamed_jax.data.hub_rows import read_hub
 from llavamed_jax.data.questions import VqaSample, describe, to_llava
 from llavamed_jax.data.records import FileRecords, MemoryRecords, open_records
 from llavamed_jax.data.slake import read_slake
@@ -104,7 +105,7 @@ def _read_set(layout: str, path: Path, split: str, protocol: str, images: str | 
         return read_slake(path, split), "en"
     if layout == "pathvqa":
         return pathvqa.read_pathvqa(path, split, images), pathvqa.form(path)
-    read = {"choices": read_choices, "captions": read_captions}[layout]
+    read = {"choices": read_choices, "captions": read_captions, "parquet": read_hub}[layout]
     return read(path, split, images), ""
 
 

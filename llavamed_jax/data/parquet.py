@@ -23,11 +23,13 @@ _ROWS = 64  # that are held at a time, with their images
 _LARGE = 2000  # rows from which on a bar is shown
 
 
-def read_parquet(files: Sequence[Path], columns: Sequence[str], images: Path) -> Iterator[dict[str, Any]]:
+def read_parquet(files: Sequence[Path], columns: Sequence[str], images: Path,
+                 optional: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
     """The rows of some files, one file after another: `columns` as they are, and `image` as a path.
 
     Args:
       columns: other than `image`, whose values are encoded bytes, or `{"bytes", "path"}` as the hub has them.
+      optional: columns that a file may have; a row has them where its file does.
       images: the folder that the images are written to, where they do not lie there already.
     Raises:
       UserError: pyarrow is missing, a file that is no parquet, lacks a column or holds no image, a folder that cannot be written.
@@ -37,12 +39,21 @@ def read_parquet(files: Sequence[Path], columns: Sequence[str], images: Path) ->
     total, keep = sum(file.metadata.num_rows for file in opened), _Images(images)
     with tqdm(total=total, desc="reading parquet", unit="row", disable=None if total >= _LARGE else True) as bar:
         for name, file in zip(files, opened, strict=True):
-            index = 0
-            for batch in _batches(file, name, [*columns, "image"]):
+            index, more = 0, [column for column in optional if column in file.schema_arrow.names]
+            for batch in _batches(file, name, [*columns, *more, "image"]):
                 for row in batch:
                     yield {**row, "image": keep(row["image"], f"row {index} of {name}")}
                     index += 1
                 bar.update(len(batch))
+
+
+def footer(file: Path) -> tuple[list[str], int]:
+    """Names of the columns of a file and its number of rows; none where it cannot be read, or pyarrow is not there."""
+    try:
+        opened = _open(_pyarrow(), file, set())
+    except UserError:  # whoever reads the rows says why
+        return [], 0
+    return opened.schema_arrow.names, opened.metadata.num_rows
 
 
 def _pyarrow():

@@ -10,7 +10,7 @@ from collections import Counter
 from pathlib import Path
 
 from llavamed_jax.data import layouts
-from llavamed_jax.data.parquet import read_parquet
+from llavamed_jax.data.hub_rows import by_answer, read_hub
 from llavamed_jax.data.pickles import read_plain_pickle
 from llavamed_jax.data.questions import CLOSED, OPEN, Row, VqaSample, check_images, named_rows, one_of
 from llavamed_jax.errors import UserError
@@ -22,9 +22,9 @@ _TYPES = {"YES/NO": CLOSED, "OTHER": OPEN, "NUMBER": OPEN}
 def read_pathvqa(root: str | Path, split: str = "test", images: str | Path | None = None) -> list[VqaSample]:
     """The questions of PathVQA.
 
-    `SPLIT_vqa.pkl` is read where it is there, else `SPLIT/SPLIT_qa.pkl`. That one and the parquet files know no ids and no answer
-    types: a question is closed there if its answer is yes or no, and is named by its image and how many of that image came
-    before, or in parquet by split and row.
+    `SPLIT_vqa.pkl` is read where it is there, else `SPLIT/SPLIT_qa.pkl`. That one knows no ids and no answer types: a question is
+    closed there if its answer is yes or no, and is named by its image and how many of that image came before. Parquet files are read
+    as `hub_rows.read_hub` reads any.
 
     Args:
       root: the folder with `qas/` and `images/`, or with parquet files, in `data/` or in itself.
@@ -38,7 +38,8 @@ def read_pathvqa(root: str | Path, split: str = "test", images: str | Path | Non
     root = Path(root)
     folder = Path(images) if images else root / "images"
     if form(root) == "parquet":
-        return _from_parquet(root, split, folder)
+        # Nothing may say whose they are: then they are read, and `layouts.set_at` does not call them PathVQA.
+        return read_hub(root, split, folder, name="pathvqa" if layouts.named_by_parquet(root) else "parquet")
     short = _FOLDERS[split]
     described, plain = root / "qas" / f"{short}_vqa.pkl", root / "qas" / short / f"{short}_qa.pkl"
     file = described if described.is_file() else plain
@@ -79,7 +80,7 @@ def _plain(rows: list[Row], images: Path) -> list[VqaSample]:
     samples = []
     for row in rows:
         name, answer = row.words("image"), row.text("answer")
-        samples.append(VqaSample(f"{name}-{seen[name]}", _image(row, "image", images), row.text("question"), answer, _kind(answer)))
+        samples.append(VqaSample(f"{name}-{seen[name]}", _image(row, "image", images), row.text("question"), answer, by_answer(answer)))
         seen[name] += 1
     return samples
 
@@ -87,19 +88,3 @@ def _plain(rows: list[Row], images: Path) -> list[VqaSample]:
 def _image(row: Row, key: str, images: Path) -> Path:
     path = row.image(key, images)
     return path if path.suffix else path.with_name(f"{path.name}.jpg")
-
-
-def _kind(answer: str) -> str:
-    return CLOSED if answer.lower() in ("yes", "no") else OPEN
-
-
-def _from_parquet(root: Path, split: str, images: Path) -> list[VqaSample]:
-    files = layouts.parquet_files(root, split)
-    if not files:
-        raise UserError(f"{root} holds no parquet file of the split {split}; {root / 'data' / f'{split}-*.parquet'} was expected")
-    samples = []
-    for index, value in enumerate(read_parquet(files, ("question", "answer"), images)):
-        row = Row(value, f"row {index} of the split {split} of {root}", "pathvqa")
-        answer = row.text("answer")
-        samples.append(VqaSample(f"{split}-{index}", value["image"], row.text("question"), answer, _kind(answer)))
-    return samples

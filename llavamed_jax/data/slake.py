@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from llavamed_jax.data import layouts
+from llavamed_jax.data.hub_rows import read_hub
 from llavamed_jax.data.questions import Row, VqaSample, check_images, one_of, read_rows
 
 LANGUAGES = ("en", "zh", "all")
@@ -14,7 +15,8 @@ def read_slake(root: str | Path, split: str = "test", language: str = "en") -> l
     """The questions of SLAKE.
 
     Args:
-      root: the folder, or a file in it. The hub's copy calls `validate.json` `validation.json`, and either is read.
+      root: the folder, or a file in it. The hub's copy calls `validate.json` `validation.json`, and either is read. Or a folder of
+        parquet files that are SLAKE's (`layouts.named_by_parquet`).
       split: `train`, `validation` or `test`.
       language: `en` (the paper's), `zh`, or `all`.
     Raises:
@@ -23,6 +25,8 @@ def read_slake(root: str | Path, split: str = "test", language: str = "en") -> l
     one_of("SLAKE's split", split, layouts.SPLITS)
     one_of("SLAKE's language", language, LANGUAGES)
     root = Path(root)
+    if layouts.parquet_files(root) and not any(map(Path.is_file, layouts.split_files(root, split))):
+        return read_hub(root, split, language=language, name="slake")
     file = layouts.split_file(root, split, "slake")
     samples = [_sample(row, file.parent / "imgs") for row in read_rows(file, "slake")]
     samples = [sample for sample in samples if language in ("all", sample.language)]

@@ -6,7 +6,8 @@ import logging
 from dataclasses import replace
 from pathlib import Path
 
-from llavamed_jax.data.layouts import VQA_RAD_FILE, hint
+from llavamed_jax.data.hub_rows import read_hub
+from llavamed_jax.data.layouts import VQA_RAD_FILE, hint, parquet_files
 from llavamed_jax.data.questions import Row, VqaSample, check_images, one_of, read_rows
 from llavamed_jax.errors import UserError
 
@@ -24,7 +25,7 @@ def read_vqa_rad(root: str | Path, split: str = "test", protocol: str = "clean")
     test questions are then trained on. That leak is logged.
 
     Args:
-      root: the folder, or the file in it.
+      root: the folder, or the file in it; or a folder of parquet files that are VQA-RAD's (`layouts.named_by_parquet`).
       split: `train`, `test` or `all`.
       protocol: `clean` or `paper`; without effect on test rows.
     Raises:
@@ -34,6 +35,8 @@ def read_vqa_rad(root: str | Path, split: str = "test", protocol: str = "clean")
     one_of("VQA-RAD's protocol", protocol, ("clean", "paper"))
     root = Path(root)
     file = root / VQA_RAD_FILE if root.is_dir() else root
+    if not file.is_file() and parquet_files(root):
+        return _from_parquet(root, split, protocol)
     if not file.is_file():
         raise UserError(f"the data file {file} does not exist{hint(root, 'vqa_rad')}")
     rows = read_rows(file, "vqa_rad")
@@ -50,6 +53,12 @@ def read_vqa_rad(root: str | Path, split: str = "test", protocol: str = "clean")
         samples += frames
     check_images(s.image for s in samples)
     return samples
+
+
+def _from_parquet(root: Path, split: str, protocol: str) -> list[VqaSample]:
+    if protocol == "paper" and split != "test":
+        raise UserError(f"{root} holds parquet files, which have no rephrasings; protocol=paper needs {VQA_RAD_FILE}")
+    return [sample for each in (("train", "test") if split == "all" else (split,)) for sample in read_hub(root, each, name="vqa_rad")]
 
 
 def _sample(row: Row, images: Path) -> VqaSample:

@@ -14,6 +14,7 @@ from llavamed_jax.data import layouts, pathvqa
 from llavamed_jax.data import questions as data_questions
 from llavamed_jax.data.captions import INSTRUCTION, read_captions
 from llavamed_jax.data.choices import read_choices
+from llavamed_jax.data.hub_rows import read_hub
 from llavamed_jax.data.llava_med import read_llava_med
 from llavamed_jax.data.questions import VqaSample, check_ids
 from llavamed_jax.data.records import normalize
@@ -38,7 +39,7 @@ def load_samples(
     """The questions to ask, and the training rows that candidates, majority answer and leakage counts come from.
 
     Args:
-      name: `vqa_rad`, `slake`, `pathvqa`, `llava_med`, `choices` or `captions`; `root` holds its official layout, or is a file.
+      name: `vqa_rad`, `slake`, `pathvqa`, `llava_med`, `choices`, `captions` or `parquet`; `root` holds its official layout, or is a file.
       split: `train`, `validation` or `test`.
       protocol: `clean` or `paper`, VQA-RAD's training rows.
       held_out: a JSON file `{"images": [names]}`. Then the rows of exactly these images are asked, whatever their
@@ -53,6 +54,9 @@ def load_samples(
     if held_out:
         return _held_out(name, root, split, held_out)
     samples = read(root, split)
+    if layouts.set_at(Path(root), name) != name:
+        log.warning("%s: nothing says that its parquet files are %s (a dataset card, the set's number of rows); they are read, and called "
+                    "parquet", root, layouts.TITLES[name].partition(" ")[0])
     check_ids(samples, f"{root}, split {split},")
     return samples, _training_rows(name, root, read, more.get("train", ""))
 
@@ -68,8 +72,14 @@ def describe(cfg: ConfigDict, samples: list[VqaSample]) -> str:
     if data.held_out:
         images = len({sample.image for sample in samples})
         return f"{data.name}: {len(samples)} questions about {images} images held out by {data.held_out}"
+    name = set_name(data)
     variants = {"vqa_rad": cfg.protocol, "slake": data.get("language", "en"), "pathvqa": pathvqa.form(Path(data.root))}
-    return data_questions.describe(samples, data.name, data.split, variants.get(data.name, ""))
+    return data_questions.describe(samples, name, data.split, variants.get(name, ""))
+
+
+def set_name(data: ConfigDict) -> str:
+    """What the questions are called in `metrics.json` and the report: `data.name`, where the files say nothing else."""
+    return layouts.set_at(Path(data.root), data.name)
 
 
 def source_files(data: ConfigDict) -> list[Path]:
@@ -77,7 +87,9 @@ def source_files(data: ConfigDict) -> list[Path]:
     root = Path(data.root)
     if root.is_file():
         return [root]
-    return pathvqa.files_of(root, data.split) if data.name == "pathvqa" else sorted([*root.glob("*.json"), *root.glob("*.jsonl")])
+    if data.name == "pathvqa":
+        return pathvqa.files_of(root, data.split)
+    return sorted([*root.glob("*.json"), *root.glob("*.jsonl")]) or layouts.parquet_files(root, data.split)
 
 
 def write_llava(cfg: ConfigDict, path: str | Path) -> str:
@@ -115,6 +127,7 @@ def _reader(name: str, root: str, split: str, protocol: str, more: Mapping[str, 
         "llava_med": lambda root, split: read_llava_med(root, split, images),
         "choices": lambda root, split: read_choices(root, split, images),
         "captions": lambda root, split: read_captions(root, split, images, question),
+        "parquet": lambda root, split: read_hub(root, split, images, more.get("language", "all")),
     }
     if name not in readers:
         raise UsageError(f"the data set {name!r} is not known; data.name may be {' or '.join(readers)}")
@@ -136,7 +149,8 @@ def _training_rows(name: str, root: str, read: Reader, train: str) -> list[VqaSa
     """Files of one's own need no training rows; the published sets have them, and their numbers need them."""
     if train:
         return read(train, "train")
-    if name in _PUBLISHED or any(file.is_file() for file in layouts.split_files(Path(root), "train")):
+    files = [*filter(Path.is_file, layouts.split_files(Path(root), "train")), *layouts.parquet_files(Path(root), "train")]
+    if name in _PUBLISHED or files:
         return read(root, "train")
     log.warning("%s has no train.json and data.train names no file: what follows from training rows (answer candidates, their "
                 "majority answer, leakage) is left out", root)

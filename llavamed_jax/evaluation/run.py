@@ -193,11 +193,12 @@ class Evaluation:
     def _finish(self, predictions: list[dict], control: Mapping[str, list[dict]], extra: dict, run: Mapping[str, str]) -> dict:
         cfg = self.cfg
         split = "held_out" if cfg.data.held_out else cfg.data.split
-        names = {"dataset": cfg.data.name, "split": split, "seed": cfg.seed}
+        name = questions.set_name(cfg.data)
+        names = {"dataset": name, "split": split, "seed": cfg.seed}
         metrics = scoring.score(self.samples, predictions, self.training, **names) | extra
         metrics["questions_sha256"] = _questions_hash(self.samples)
         metrics["published"] = published.beside(
-            cfg.data.name, split, cfg.protocol, metrics["n_open"], metrics["n_closed"], cfg.get("published") or ""
+            name, split, cfg.protocol, metrics["n_open"], metrics["n_closed"], cfg.get("published") or ""
         )
         if control:
             tables = {name: self._control_table(predictions, answers) for name, answers in control.items()}
