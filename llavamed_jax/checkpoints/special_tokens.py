@@ -34,7 +34,7 @@ class Token(NamedTuple):
       strips_left, strips_right: whether white space before and behind it is dropped.
       is_single_word: cut out only where blanks or the text's ends are on both sides.
       is_normalized: looked for after normalization.
-      is_bare: `special_tokens_map.json` has it as a string, not as an object. transformers 4.28 drops white space beside such.
+      is_bare: a file names it by a string that transformers 4.28 leaves one. Beside such it drops white space.
     """
 
     text: str
@@ -93,11 +93,15 @@ def read_special_tokens(files: Mapping[str, Path]) -> SpecialTokens:
     decoder = config.get("added_tokens_decoder")
     roles, others = {}, {}
     for name, content in (("tokenizer_config.json", config), ("special_tokens_map.json", own_map if decoder is None else {})):
-        for role, token in _roles(files.get(name), content):  # the later file's goes before the earlier one's
-            roles[role] = token._replace(is_bare=name == "special_tokens_map.json" and isinstance(content[role], str))
+        # Of strings in tokenizer_config.json, LLaMA's class makes objects of the first three roles and the padding's.
+        made = (*ROLES[:3], "pad_token") if name == "tokenizer_config.json" else ()
+        roles |= {role: token._replace(is_bare=token.is_bare and role not in made)
+                  for role, token in _roles(files.get(name), content)}  # the later file's goes before the earlier one's
         others |= {token.text: token for token in _lists(files.get(name), content)}
     tokens = {token.text: token for token in _from_added_tokens(files.get("added_tokens.json"), added)}
     tokens |= {token.text: token for token in _from_decoder(files.get("tokenizer_config.json"), decoder)}
+    # An object in a list says how its token is cut out; a string and a role leave that to the list of added tokens.
+    tokens |= {text: token._replace(id=tokens[text].id) for text, token in others.items() if text in tokens and not token.is_bare}
     special = {*others, *(token.text for token in roles.values())}
     tokens = [token._replace(is_special=token.is_special or token.text in special) for token in tokens.values()]
     _check_ids(tokens, files)
@@ -132,7 +136,7 @@ def _token(file: Path | None, key: str, value: Any) -> Token | None:
     text, flags = content.get("content"), {name: content.get(key, False) for key, name in _FLAGS.items()}
     if not isinstance(text, str) or not text or not all(isinstance(flag, bool) for flag in flags.values()):
         raise _wrong(file, key, value, "a text, or an object with its content and flags")
-    return Token(text, **{**flags, "is_special": True})
+    return Token(text, **{**flags, "is_special": True}, is_bare=isinstance(value, str))
 
 
 def _from_added_tokens(file: Path | None, content: Mapping[str, Any]) -> Iterator[Token]:

@@ -47,8 +47,10 @@ class Tokenizer:
         self._backend, self._said, self._is_v1 = backend, said, is_v1
         own = {"bos_token": backend.bos, "eos_token": backend.eos, "unk_token": backend.unk}
         roles = {**{role: Token(text, is_special=True) for role, text in own.items() if text is not None}, **said.roles}
+        self._named = (*roles.values(), *said.others)
+        self._alone = {token.text for token in self._named}  # before these, not legacy, no lone prefix stays
         added = {token.text: token for token in (*getattr(backend, "added", ()), *said.added)}
-        self._cut = self._with_ids({**{t.text: t for t in (*roles.values(), *said.others)}, **added})
+        self._cut = self._with_ids({**{token.text: token for token in self._named}, **added})
         self.bos_id, self.eos_id, self.unk_id = (self._cut[roles[role].text].id if role in roles else None for role in _CORE)
         self.pad_id = self.unk_id if self.unk_id is not None else self.eos_id
         self._text_of = {token.id: token.text for token in self._cut.values()}
@@ -125,41 +127,41 @@ class Tokenizer:
         ids = [self.bos_id] if bos and self.has_bos else []
         if self._is_whole:
             return ids + self._backend.encode_whole(text, False)
-        is_first = True
-        for part in self._split(text):
-            if part in self._cut:
-                ids.append(self._cut[part].id)
-            elif part:
-                ids += self._backend.encode(part, has_prefix=self.is_legacy or self._is_v1 or is_first)
-            if part:
-                is_first = False
+        anew = self.is_legacy or self._is_v1
+        parts = self._split(text if anew or not text else "▁" + text.replace("▁", " "))
+        if not anew and len(parts) > 1 and parts[0] == "▁" and parts[1] in self._alone:
+            del parts[0]
+        for part in parts:
+            ids += [self._cut[part].id] if part in self._cut else self._backend.encode(part, has_prefix=anew)
         return ids
 
     def _split(self, text: str) -> list[str]:
-        """Text and special tokens in turn, text first and last."""
-        parts = re.split(self._splitter, text)
-        for i in range(1, len(parts), 2):
-            token, left, right = self._cut[parts[i]], parts[i - 1], parts[i + 1]
+        """The text cut at special tokens, the longest at each place, as the slow classes' `tokenize` does it."""
+        parts = [part for part in re.split(self._splitter, text) if part]
+        for i, part in enumerate(parts):
+            token = self._cut.get(part)
+            if token is None:
+                continue
+            left, right = parts[i - 1] if i else "", parts[i + 1] if i + 1 < len(parts) else ""
             strips_left, strips_right = self._strips(token)
-            if strips_right:
-                right = right.lstrip()
-            if strips_left:
-                left = left.rstrip()
-            if token.is_single_word and not self._is_v1 and (left[-1:].strip() or right[:1].strip()):
-                left, right, parts[i] = "", left + token.text + right, ""
-            parts[i - 1], parts[i + 1] = left, right
-        return parts
+            if strips_right and right:
+                right = parts[i + 1] = right.lstrip()
+            if strips_left and left:
+                left = parts[i - 1] = left.rstrip()
+            if token.is_single_word and not self._is_v1:
+                if left and left[-1] != " ":
+                    parts[i - 1:i + 1] = left + part, ""
+                elif right and right[0] != " ":
+                    parts[i:i + 2] = "", part + right
+        return [part for part in parts if part]
 
     def _strips(self, token: Token) -> tuple[bool, bool]:
-        """Whether white space before and behind a token is dropped. transformers 4.28 drops it beside every token that is
-        not an object in its files (`_said.roles`, `_said.others`)."""
+        """Whether white space before and behind a token is dropped. transformers 4.28 drops it beside every token that no file
+        names by an object."""
         if not self._is_v1:
             return token.strips_left, token.strips_right
-        objects = [each for each in (*self._said.roles.values(), *self._said.others) if each.text == token.text and not each.is_bare]
-        if not objects and token.text in (self._backend.bos, self._backend.eos, self._backend.unk):
-            said = {each.text for each in self._said.roles.values()}
-            return (False, False) if token.text not in said else (True, True)
-        return (objects[0].strips_left, objects[0].strips_right) if objects else (True, True)
+        named = next((each for each in self._named if each.text == token.text and not each.is_bare), None)
+        return (named.strips_left, named.strips_right) if named is not None else (True, True)
 
     def id_of(self, token: str) -> int | None:
         """The id of a special or added token, None where there is no such token."""
