@@ -109,7 +109,7 @@ def from_original(config: Mapping[str, Any], vision: VisionConfig | None) -> Lla
     if tower_name(config) is None:
         raise UserError("config.json lacks mm_vision_tower")
     if kind in ("llava", "llama") and "mm_vision_tower" not in config:
-        config = {**config, **{key: value for key, value in _V0_DEFAULTS.items() if key not in config}}
+        config = {**_V0_DEFAULTS, **config, "mm_vision_tower": tower_name(config)}
     tower, projector = tower_name(config), config.get("mm_projector_type", "linear")
     if kind == "llama":
         kind = "llava"

@@ -8,7 +8,8 @@ same shapes, or one error names those that differ.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,9 +21,10 @@ from llavamed_jax.checkpoints.generation_file import FILE as GENERATION
 from llavamed_jax.checkpoints.generation_file import with_stop_ids
 from llavamed_jax.checkpoints.layouts import canonical
 from llavamed_jax.checkpoints.soundness import Tally, is_zero, norms_are_small
-from llavamed_jax.checkpoints.torch_files import Tensor, read_weights
+from llavamed_jax.checkpoints.torch_files import Tensor, has_weights, read_weights
 from llavamed_jax.checkpoints.tower import check_width, fetch_tower, find_tower, tower_config, tower_tensors, with_statistics
-from llavamed_jax.config import KNOWN_TOWERS, OURS, LlavaConfig, as_object, preset, projector_depth
+from llavamed_jax.checkpoints.tower_shape import is_tower, known_shape, shape_of_tensors
+from llavamed_jax.config import KNOWN_TOWERS, OURS, LlavaConfig, VisionConfig, as_object, preset, projector_depth
 from llavamed_jax.errors import UserError
 from llavamed_jax.hf_config import is_transformers, tower_name
 
@@ -112,7 +114,8 @@ def open_checkpoint(path: str | Path, vision_tower: str | Path | None = None, se
     Args:
       path: a directory in a PyTorch layout, this project's own tree or one step of it, `owner/name[@revision]` of a hub, or
         `preset:NAME` for random weights.
-      vision_tower: a CLIP tower, as a directory or by name, that is taken instead of the checkpoint's own.
+      vision_tower: a CLIP tower, as a directory or by name, that is taken instead of the checkpoint's own. A directory with a
+        `config.json` and no weights says which shape the tower's tensors in the checkpoint have.
       seed: of the random weights of a preset.
     Raises:
       UserError: no checkpoint, another architecture, or tensors that are missing, unexpected or misshapen.
@@ -132,14 +135,15 @@ def open_checkpoint(path: str | Path, vision_tower: str | Path | None = None, se
 
 
 def read_config(path: str | Path, vision_tower: str | Path | None = None) -> LlavaConfig:
-    """The config of a checkpoint of any kind; no weight file is touched, nor need be there.
+    """The config of a checkpoint of any kind; no weight file need be there, and none is looked at but where the shape of the
+    tower stands in its tensors alone.
 
     Args and errors as of `open_checkpoint`.
     """
     path, kind = _kind(path, weights=False)
     vision_tower = None if vision_tower is None else hub.local(vision_tower, weights=False)
     if kind == "torch":
-        return _torch_config(Path(path), vision_tower)[0]
+        return _torch_config(Path(path), vision_tower, lambda: read_weights(Path(path)))[0]
     config = preset(path.removeprefix("preset:")) if kind == "preset" else tree_config(Path(path))
     return config if vision_tower is None else _replace_tower(config, vision_tower)
 
@@ -184,39 +188,73 @@ def text_files(directory: Path) -> dict[str, Path]:
     return found | ({GENERATION: directory / GENERATION} if GENERATION in found and (directory / GENERATION).is_file() else {})
 
 
-def _torch_config(directory: Path, vision_tower: Path | None) -> tuple[LlavaConfig, dict]:
-    """The config of a PyTorch layout, and `config.json` as it stands there."""
+def _torch_config(directory: Path, vision_tower: Path | None,
+                  weights: Callable[[], Mapping[str, Tensor]]) -> tuple[LlavaConfig, dict, str]:
+    """The config of a PyTorch layout, `config.json` as it stands there, and what of the tower is assumed, in words.
+
+    Args:
+      weights: reads the headers of the weight files; asked where the tower's shape stands nowhere else.
+    """
     if not (directory / "config.json").is_file():
         raise UserError(f"{directory} holds no config.json; a checkpoint's directory was expected")
-    raw = read_json(directory / "config.json")
+    raw, vision, assumed = read_json(directory / "config.json"), None, ""
     if vision_tower is None and not is_transformers(raw) and "vision_config" not in as_object(raw.get(OURS, {}), OURS):
         name = tower_name(raw)
         vision_tower = find_tower(directory, name)
-        if vision_tower is None and name not in KNOWN_TOWERS and hub.is_hub_name(name or ""):
-            vision_tower = fetch_tower(directory, name, weights=False)
-    vision = None if vision_tower is None else tower_config(vision_tower)
+        if vision_tower is None and name is not None and name not in KNOWN_TOWERS:
+            vision_tower, vision, assumed = _tower_of_elsewhere(directory, name, weights)
+    if vision_tower is not None:
+        vision = tower_config(vision_tower)
     try:
         config = LlavaConfig.from_hf(raw, vision)
     except UserError as error:
         raise UserError(f"{directory}: {error}") from None
     if vision is not None:
-        check_width(vision_tower, vision, config.vision.hidden_size if is_transformers(raw) else raw.get("mm_hidden_size"))
+        check_width(vision_tower or directory, vision, config.vision.hidden_size if is_transformers(raw) else raw.get("mm_hidden_size"))
     return config.replace(vision=with_statistics(vision or config.vision, directory),
-                          decoder=with_stop_ids(config.decoder, directory)), raw
+                          decoder=with_stop_ids(config.decoder, directory)), raw, assumed
+
+
+def _tower_of_elsewhere(directory: Path, name: str,
+                        weights: Callable[[], Mapping[str, Tensor]]) -> tuple[Path | None, VisionConfig | None, str]:
+    """What is to be found of a tower that lies neither inside nor beside a checkpoint: its directory as a hub gives it, else its
+    config from the tensors in the checkpoint and what of that is assumed, else from the name alone.
+
+    Raises:
+      UserError: nothing says what shape the tower has.
+    """
+    try:
+        return fetch_tower(directory, name, weights=False), None, ""
+    except UserError as error:
+        refusal = error
+    try:
+        found = weights()
+    except UserError:  # whoever reads them says it
+        found = {}
+    if any(map(is_tower, found)):
+        return None, *shape_of_tensors(directory, name, found)
+    vision = known_shape(name)
+    if vision is None:
+        raise refusal
+    return None, vision, ""
 
 
 def _open_torch(directory: Path, vision_tower: Path | None) -> Checkpoint:
-    config, raw = _torch_config(directory, vision_tower)
+    weights = functools.cache(lambda: read_weights(directory))
+    config, raw, assumed = _torch_config(directory, vision_tower, weights)
     layout = "transformers" if is_transformers(raw) else "llava"
-    found = read_weights(directory)
+    found = weights()
     if layout == "llava" and projector_depth(config.projector_type) and not any("mm_projector." in key for key in found):
         raise UserError(f"{directory} holds no projector (model.mm_projector), so it is a plain decoder: `convert build "
                         "--decoder PATH --vision CLIP` joins it with a tower")
     tower_directory = vision_tower
-    if vision_tower is not None:
+    has_tower = layout == "transformers" or any(map(is_tower, found))
+    if vision_tower is not None and has_tower and not has_weights(vision_tower):
+        tower_directory, tower = None, f"the tensors in the checkpoint, of the shape in {vision_tower}"
+    elif vision_tower is not None:
         tower = f"{vision_tower}, as asked for"
-    elif layout == "transformers" or any(map(_is_tower, found)):
-        tower = "the tensors in the checkpoint"
+    elif has_tower:
+        tower = "the tensors in the checkpoint" + (f", {assumed}" if assumed else "")
     else:
         name = tower_name(raw)
         tower_directory = find_tower(directory, name) or fetch_tower(directory, name)
@@ -225,15 +263,11 @@ def _open_torch(directory: Path, vision_tower: Path | None) -> Checkpoint:
     if tower_directory is None:
         tensors = canonical(directory, found, config, layout, rows=rows)
     else:
-        without = {key: tensor for key, tensor in found.items() if not _is_tower(key)}
+        without = {key: tensor for key, tensor in found.items() if not is_tower(key)}
         tensors = canonical(directory, without, config, layout, ("vision_tower/",), rows) | tower_tensors(config, tower_directory)
     frequencies = [tensor for key, tensor in found.items() if key.endswith("rotary_emb.inv_freq")]
     is_delta = any(is_zero(tensor.load()) for tensor in frequencies)  # a delta's are a difference, so zeros (spec Q33)
     return Checkpoint(config, layout, directory, tensors, text_files(directory), tower, is_delta=is_delta)
-
-
-def _is_tower(key: str) -> bool:
-    return key.startswith(("vision_tower.", "model.vision_tower."))
 
 
 def _replace_tower(config: LlavaConfig, directory: Path) -> LlavaConfig:

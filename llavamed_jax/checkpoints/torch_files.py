@@ -55,6 +55,11 @@ def read_weights(directory: Path) -> dict[str, Tensor]:
     return _read_shards(directory, _BIN, read_bin)
 
 
+def has_weights(directory: Path) -> bool:
+    """Whether a directory has files that `read_weights` looks at, whole or not."""
+    return any(any(directory.glob(pattern)) for pattern in ("*.safetensors*", f"{_BIN}*"))
+
+
 def read_safetensors(directory: Path) -> dict[str, Tensor]:
     """`read_weights` of `.safetensors` files alone."""
     return _read_shards(directory, "*.safetensors", _read_safetensors_file)
