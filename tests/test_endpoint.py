@@ -24,7 +24,7 @@ from llavamed_jax.errors import UsageError
 from llavamed_jax.evaluation import endpoint, scoring, service
 from llavamed_jax.evaluation.answers import Generation
 from llavamed_jax.evaluation.asking import ask
-from tests.openai_server import OpenAiServer, yes_or_no
+from tests.openai_server import OpenAiServer, Raw, yes_or_no
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLE = ROOT / "samples" / "vqa_rad"
@@ -258,7 +258,35 @@ def test_mistakes_are_one_sentence(hurried, more, status, sentence, tmp_path, ca
         assert cli.main([*ARGV, "--workdir", str(tmp_path / "w"), *more]) == status
     error = capsys.readouterr().err
     assert sentence in error and error.startswith("error: ") and error.count("\n") == 1
-    assert not server.log and (status == 1 or not (tmp_path / "w").exists())
+    assert not server.log and not (tmp_path / "w").exists()
+
+
+@pytest.mark.parametrize("what", ["nobody listens", "a wrong key", "no such model", "a redirect", "errors alone", "nobody judges"])
+def test_where_nothing_was_answered_the_workdir_is_as_before(what, hurried, tmp_path, monkeypatch, capsys):
+    """A new one is gone, and one that is there keeps what it holds, an earlier start's answers of another model among it."""
+    def answer(body):
+        if what == "a redirect":
+            return Raw.response(b"", "307 Go", {"Location": "http://elsewhere.invalid/"})
+        return Raw.response(b"", "400 No" if what == "errors alone" else "200 OK")
+
+    with OpenAiServer(answer, key="right" if what == "a wrong key" else None) as server:
+        url = "http://127.0.0.1:1" if what.startswith("nobody") else server.url
+        words = [*ARGV, "--endpoint", url, "--model", "huge" if what == "no such model" else "tiny", "--control", "image"]
+        if what == "nobody judges":
+            (tmp_path / "p.jsonl").write_text("".join(
+                json.dumps({"question_id": sample.question_id, "text": "yes"}) + "\n" for sample in read_vqa_rad(SAMPLE, "test", "clean")))
+            words = ["--config", ARGV[1].removesuffix(":demo"), f"--config.data.root={SAMPLE}", "--predictions", str(tmp_path / "p.jsonl"),
+                     "--config.judge.model=tiny", f"--config.judge.endpoint={url}"]
+        assert cli.main([*words, "--workdir", str(tmp_path / "new")]) == 1
+        assert not (tmp_path / "new").exists()
+        old = tmp_path / "old"
+        old.mkdir()
+        (old / "notes.txt").write_text("mine")
+        (old / "predictions.jsonl.partial").write_text('{"answers of": "another model"}\n')
+        before = {file.name: (file.read_bytes(), file.stat().st_mtime_ns) for file in old.iterdir()}
+        assert cli.main([*words, "--workdir", str(old)]) == 1
+        assert {file.name: (file.read_bytes(), file.stat().st_mtime_ns) for file in old.iterdir()} == before
+    assert capsys.readouterr().err.count("error: ") == 2
 
 
 def test_a_key_that_is_refused_is_not_printed(hurried, tmp_path, monkeypatch, capsys):

@@ -132,12 +132,16 @@ def test_lines_that_are_no_replies_count_for_nothing(tmp_path, line, capsys):
 
 def test_replies_that_cannot_be_written(tmp_path):
     (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="r.jsonl cannot be read: Not a directory"):
+        JudgeCache(tmp_path / "file" / "r.jsonl")
+    cache = JudgeCache(tmp_path / "r.jsonl")
+    (tmp_path / "r.jsonl").mkdir()
     with pytest.raises(UserError, match="r.jsonl cannot be written: "):
-        JudgeCache(tmp_path / "file" / "r.jsonl").add("a", Reply("x", "stop"))
+        cache.add("a", Reply("x", "stop"))
 
 
 def test_a_cache_that_is_a_folder_is_one_sentence(tmp_path):
-    with pytest.raises(UserError, match="cannot be read: Is a directory"):
+    with pytest.raises(UserError, match="is a directory; a file was expected"):
         JudgeCache(tmp_path)
 
 

@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from llavamed_jax.errors import UserError
+from llavamed_jax.utils.files import open_file, read_bytes
 
 
 def read_json(path: Path) -> dict:
     """The object in a JSON file. Raises UserError when it is missing or is none."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_bytes(path).decode("utf-8")
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
@@ -46,7 +47,7 @@ def write_json(file: Path, value: dict) -> None:
 
 
 def sha256_of(file: Path) -> str:
-    with open(file, "rb") as opened:
+    with open_file(file) as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 

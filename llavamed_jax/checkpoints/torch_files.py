@@ -26,6 +26,7 @@ from safetensors import SafetensorError, safe_open
 from llavamed_jax.checkpoints import names
 from llavamed_jax.checkpoints.files import read_json
 from llavamed_jax.errors import UserError, some
+from llavamed_jax.utils.files import open_file
 
 DTYPES = {"F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16),
           "BF16": np.dtype(ml_dtypes.bfloat16)}
@@ -134,7 +135,7 @@ def _check_presence(directory: Path, shards: list[str]) -> None:
 def _check_content(file: Path) -> None:
     """Raises UserError where the file is missing, or is the pointer that a clone without git-lfs leaves in its place."""
     try:
-        with open(file, "rb") as stream:
+        with open_file(file) as stream:
             is_pointer = stream.read(len(_LFS_POINTER)) == _LFS_POINTER
     except FileNotFoundError:
         raise UserError(f"the file {file} is missing") from None

@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 
 from llavamed_jax import terminal
 from llavamed_jax.cli import interrupts, processes
-from llavamed_jax.errors import UsageError, UserError
+from llavamed_jax.errors import UsageError, UserError, short
 
 # Keys whose value may be left open, so that `none` is no name (`training.recipe.KEYS`, which would bring jax).
 OPEN_KEYS = ("vision_tower", "tokenizer", "template", "data.images", "data.validation", "data.protocol", "data.samples",
@@ -77,6 +77,12 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str):
         raise UsageError(f"{message}; `{self.prog} --help` lists the flags")
 
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):
+        strange = next((word for word in args or () if "\0" in word), None)
+        if strange is not None:
+            self.error(f"the argument {short(strange)} holds a NUL character")
+        return super().parse_known_args(args, namespace)
+
     def parse_with_overrides(self, argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         """Parses `argv`; returns the flags and the overrides `KEY=VALUE` of `--config.KEY=VALUE`."""
         args, rest = self.parse_known_args(argv)
@@ -110,7 +116,8 @@ def load_config(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
     if path.is_dir():
         raise UsageError(f"the config file {name} is a directory; one file was expected{_neighbours(path / '*.py')}")
     if not path.is_file():
-        raise UsageError(f"the config file {name} does not exist{_neighbours(path)}")
+        what = "is a pipe or a device; one file was expected" if os.path.exists(path) else f"does not exist{_neighbours(path)}"
+        raise UsageError(f"the config file {name} {what}")
     try:
         get_config = runpy.run_path(str(path)).get("get_config")
         if get_config is None:
@@ -127,7 +134,15 @@ def load_config(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
     config.lock()
     for override in overrides:
         _apply(config, override)
+    strange = next((key for key in leaf_keys(config) if "\0" in _texts(config[key])), None)
+    if strange is not None:
+        raise UsageError(f"the config key {strange!r} holds a NUL character, which no path and no text may")
     return config
+
+
+def _texts(value: Any) -> str:
+    """All texts in a value of a config, one after another."""
+    return value if isinstance(value, str) else "\n".join(map(_texts, value)) if isinstance(value, (list, tuple)) else ""
 
 
 def _neighbours(path: Path) -> str:

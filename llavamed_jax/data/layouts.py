@@ -7,6 +7,7 @@ none of them: parquet files of images, questions and answers are `parquet`, unti
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -41,7 +42,7 @@ def split_files(root: Path, split: str) -> Iterable[Path]:
 
 def split_file(root: Path, split: str, name: str) -> Path:
     """The file of a split: `root` itself where it is a file. Raises UserError that says what `root` looks like instead."""
-    if root.is_file():
+    if os.path.exists(root) and not root.is_dir():
         return root
     file = next(filter(Path.is_file, split_files(root, split)), None)
     if file is None:

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from llavamed_jax.data.records import save_whole
 from llavamed_jax.errors import UserError
+from llavamed_jax.utils.files import open_file
 
 _ROWS = 64  # that are held at a time, with their images
 _LARGE = 2000  # rows from which on a bar is shown
@@ -65,6 +66,7 @@ def _pyarrow():
 
 
 def _open(parquet, file: Path, columns: set[str]):
+    open_file(file).close()  # pyarrow would wait for a pipe
     try:
         opened = parquet.ParquetFile(file)
     except Exception as error:  # ArrowInvalid, OSError and others, by what is wrong

@@ -6,6 +6,7 @@ and `qas/train_vqa.pkl`, the same questions with `question_id`, `question_type` 
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -37,13 +38,15 @@ def read_pathvqa(root: str | Path, split: str = "test", images: str | Path | Non
     one_of("PathVQA's split", split, layouts.SPLITS)
     root = Path(root)
     folder = Path(images) if images else root / "images"
+    if os.path.exists(root) and not root.is_dir():
+        raise UserError(f"{root} is a file, a pipe or a device; PathVQA's folder, with qas/ and images/, was expected")
     if form(root) == "parquet":
         # Nothing may say whose they are: then they are read, and `layouts.set_at` does not call them PathVQA.
         return read_hub(root, split, folder, name="pathvqa" if layouts.named_by_parquet(root) else "parquet")
     short = _FOLDERS[split]
     described, plain = root / "qas" / f"{short}_vqa.pkl", root / "qas" / short / f"{short}_qa.pkl"
-    file = described if described.is_file() else plain
-    if not file.is_file():
+    file = described if os.path.exists(described) else plain
+    if not os.path.exists(file):
         raise UserError(f"the data file {file} does not exist{layouts.hint(root, 'pathvqa')}")
     values = read_plain_pickle(file)
     if not isinstance(values, list):

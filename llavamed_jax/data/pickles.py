@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from llavamed_jax.errors import UserError
+from llavamed_jax.utils.files import read_bytes
 
 _PLAIN = """
 PROTO FRAME STOP MARK POP POP_MARK MEMOIZE PUT BINPUT LONG_BINPUT GET BINGET LONG_BINGET
@@ -69,11 +70,9 @@ def read_plain_pickle(file: Path) -> Any:
     Raises UserError for a file that is missing, damaged, cut off, no pickle, or one that holds anything else.
     """
     try:
-        data = file.read_bytes()
+        data = read_bytes(file, f"the data file {file}")
     except FileNotFoundError:
         raise UserError(f"the data file {file} does not exist") from None
-    except OSError as error:
-        raise UserError(f"{file} cannot be read: {error.strerror}") from None
     wanted = "a pickle of lists, dicts, text and numbers only was expected"
     try:
         return _PlainUnpickler(io.BytesIO(data), encoding="utf-8").load()

@@ -19,6 +19,7 @@ from llavamed_jax.data import layouts
 from llavamed_jax.data.conversation import IMAGE_MARKER
 from llavamed_jax.data.images import split_frame
 from llavamed_jax.errors import UserError, short, some
+from llavamed_jax.utils.files import read_bytes
 
 OPEN, CLOSED, CHOICE, CAPTION = "OPEN", "CLOSED", "CHOICE", "CAPTION"
 LETTERS = ascii_uppercase  # of the options of multiple choice
@@ -132,12 +133,10 @@ def read_rows(file: Path, layout: str) -> list[Row]:
     Args:
       layout: the set whose rows they are to be, a key of `layouts.TITLES`.
     """
-    if not file.is_file():
-        raise UserError(f"the data file {file} does not exist")
     try:
-        text = file.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise UserError(f"{file} cannot be read: {error.strerror}") from None
+        text = read_bytes(file, f"the data file {file}").decode("utf-8-sig")
+    except FileNotFoundError:
+        raise UserError(f"the data file {file} does not exist") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{file} is not UTF-8 text; a JSON list or JSON lines were expected") from error
     if text.lstrip().startswith("["):

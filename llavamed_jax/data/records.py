@@ -27,6 +27,7 @@ import numpy as np
 from llavamed_jax.checkpoints.files import parse_json
 from llavamed_jax.data.conversation import IMAGE_MARKER
 from llavamed_jax.errors import UserError, short
+from llavamed_jax.utils.files import open_file
 
 _WINDOW = 4 * 2**20  # bytes of a JSON list that are looked at together
 _LONGEST = 2**28  # bytes of one record, beyond which the file is taken to be broken
@@ -100,14 +101,14 @@ def open_records(path: str | Path, images: str | Path | None = None, cache: Path
     """
     file = Path(path)
     folder = Path(images) if images is not None else file.parent
-    if not file.is_file():
-        raise UserError(f"the data file {file} does not exist")
-    if not folder.is_dir():
-        raise UserError(f"the folder of images {folder} does not exist")
     try:
-        with open(file, "rb") as opened:
+        with open_file(file, f"the data file {file}") as opened:
+            if not folder.is_dir():
+                raise UserError(f"the folder of images {folder} does not exist")
             sha256 = hashlib.file_digest(opened, "sha256").hexdigest()
             return FileRecords(file, folder, _offsets(opened, file, sha256, cache), sha256)
+    except FileNotFoundError:
+        raise UserError(f"the data file {file} does not exist") from None
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error.strerror}") from None
 
@@ -153,7 +154,7 @@ def find_records(file: BinaryIO, name: str) -> np.ndarray:
 def first_record(path: Path) -> Any:
     """What the first record of a file says, as it stands there; None where there is none: whoever reads the file says why."""
     try:
-        with open(path, "rb") as file:
+        with open_file(path) as file:
             begin, end = next(_places(file, str(path)))
             file.seek(begin)
             return json.loads(file.read(end - begin))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,9 +36,9 @@ def read_vqa_rad(root: str | Path, split: str = "test", protocol: str = "clean")
     one_of("VQA-RAD's protocol", protocol, ("clean", "paper"))
     root = Path(root)
     file = root / VQA_RAD_FILE if root.is_dir() else root
-    if not file.is_file() and parquet_files(root):
+    if not os.path.exists(file) and parquet_files(root):
         return _from_parquet(root, split, protocol)
-    if not file.is_file():
+    if not os.path.exists(file):
         raise UserError(f"the data file {file} does not exist{hint(root, 'vqa_rad')}")
     rows = read_rows(file, "vqa_rad")
     images = next((file.parent / name for name in _IMAGES if (file.parent / name).is_dir()), None)

@@ -9,6 +9,7 @@ from pathlib import Path
 from llavamed_jax.data.questions import VqaSample
 from llavamed_jax.errors import UserError
 from llavamed_jax.evaluation import scoring
+from llavamed_jax.utils.files import read_bytes
 
 
 class Against:
@@ -25,7 +26,7 @@ class Against:
             scoring.join(samples, self.predictions)
         except UserError as error:
             raise UserError(f"--against {path}: {error}") from error
-        self.sha256 = hashlib.sha256(self.path.read_bytes()).hexdigest()
+        self.sha256 = hashlib.sha256(read_bytes(path, f"--against {path}")).hexdigest()
 
     def compare(self, predictions: Sequence[Mapping], training: Sequence[VqaSample], seed: int) -> dict:
         """What `metrics.json` holds under `against`: `file`, `model_id` (None where the file states none), `sha256`, and each

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llavamed_jax.errors import UserError
+from llavamed_jax.utils.files import read_bytes
 
 if TYPE_CHECKING:  # it brings the client
     from llavamed_jax.evaluation.replies import Reply
@@ -29,17 +30,16 @@ class JudgeCache:
     def __init__(self, path: Path):
         self.path, self._lines = path, {}
         try:
-            data = path.read_bytes() if path.exists() else b""
-        except OSError as error:
-            raise UserError(f"the judge's replies {path} cannot be read: {error.strerror or error}") from None
+            data = read_bytes(path, f"the file of the judge's replies {path}")
+        except FileNotFoundError:
+            data = b""
         self._is_whole = not data or data.endswith(b"\n")
         lines = [line for line in data.split(b"\n") if line.strip()]
         damaged = 0
         for line in lines:
             try:
-                fields = json.loads(line)
-                self._lines[fields.pop("key")] = {name: kind(fields[name]) for name, kind in _FIELDS.items()}
-            except (ValueError, TypeError, KeyError, AttributeError):
+                self._lines.update([_kept(json.loads(line))])
+            except (ValueError, RecursionError):
                 damaged += 1
         if damaged:
             print(f"warning: {path}: {damaged} of {len(lines)} lines are no whole replies and are passed over", file=sys.stderr)
@@ -69,6 +69,13 @@ class JudgeCache:
 
 
 _FIELDS = {"text": str, "finish_reason": str, "prompt_tokens": int, "completion_tokens": int}
+
+
+def _kept(line: object) -> tuple[str, dict]:
+    """Key and fields of a line. Raises ValueError where it is no reply."""
+    if not isinstance(line, dict) or any(type(line.get(name)) is not kind for name, kind in {"key": str, **_FIELDS}.items()):
+        raise ValueError
+    return line["key"], {name: line[name] for name in _FIELDS}
 
 
 def request_key(model: str, messages: Sequence[Mapping], settings: Mapping) -> str:

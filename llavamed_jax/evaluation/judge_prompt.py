@@ -14,6 +14,7 @@ from pathlib import Path
 
 from llavamed_jax.errors import UsageError, UserError, some
 from llavamed_jax.evaluation.qa50 import ChatQuestion
+from llavamed_jax.utils.files import read_bytes
 
 CHAT_PROMPT = Path(__file__).with_name("judge_prompt.txt")
 OPEN_PROMPT = Path(__file__).with_name("judge_open_prompt.txt")
@@ -61,7 +62,7 @@ def read_prompt(path: str, default: Path) -> JudgePrompt:
 
 def _sections(file: Path) -> dict[str, str]:
     try:
-        text = file.read_text(encoding="utf-8-sig")
+        text = read_bytes(file, f"the judge's prompt {file}", 2**24).decode("utf-8-sig")
     except OSError as error:
         raise UsageError(f"judge.prompt is {file}, which cannot be read: {error.strerror or error}") from None
     except UnicodeDecodeError:

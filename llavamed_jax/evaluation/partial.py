@@ -13,6 +13,7 @@ from pathlib import Path
 from llavamed_jax.errors import UserError
 from llavamed_jax.evaluation.answers import Answer
 from llavamed_jax.evaluation.files import write_text
+from llavamed_jax.utils.files import read_bytes
 
 
 class Partial:
@@ -35,27 +36,30 @@ class Partial:
         self._final = path
         self.path = path.with_name(f"{path.name}.{process}.partial" if process else f"{path.name}.partial")
         self._head = {"answers of": hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()}
-        own = _read(self.path)
-        is_ours = own[:1] == [self._head]
-        self.answers = self._found_by_others() | _answers(own[1:] if is_ours else [])
+        found = _read(self.path)
+        own = found if found[:1] == [self._head] else []
+        self._kept, damaged = _answers(own[1:])
+        self.answers = self._found_by_others() | self._kept
+        self._is_begun = False
         if self.answers:
             print(f"{self.path}: {len(self.answers)} answers of an earlier start are taken over", file=sys.stderr)
-        if own and not is_ours:
+        if damaged:
+            print(f"warning: {self.path}: {damaged} of {len(own) - 1} lines are no whole answers and are passed over", file=sys.stderr)
+        if found and not own:
             print(f"{self.path}: its answers are of another checkpoint, configuration or data; all questions are asked anew",
                   file=sys.stderr)
-        # Written again even where it fits: the last line of a process that was killed may be half a line.
-        write_text(self.path, "".join(json.dumps(line) + "\n" for line in [self._head, *(own[1:] if is_ours else [])]))
 
     def __len__(self) -> int:
         """Answers on the disk, those of other processes among them."""
         return len(self._found_by_others() | self.answers)
 
     def add(self, question: int, answer: Answer) -> None:
-        """Keeps the answer to the question at a place, on the disk too."""
-        line = json.dumps({"question": question, **dataclasses.asdict(answer)}) + "\n"
+        """Keeps the answer to the question at a place, on the disk too. The first one begins the file: until then the workdir is as
+        it was."""
+        self._begin()
         try:
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(line)
+                file.write(_line(question, answer))
         except OSError as error:
             raise UserError(f"{self.path} cannot be written: {error.strerror or error}") from error
         self.answers[question] = answer
@@ -65,31 +69,46 @@ class Partial:
         for file in (self.path, *self._of_others()):
             file.unlink(missing_ok=True)
 
+    def _begin(self) -> None:
+        """Writes the key and what was taken over. Also where the file fits: its last line may be half a line of a killed process."""
+        if not self._is_begun:
+            write_text(self.path, json.dumps(self._head) + "\n" + "".join(_line(*item) for item in self._kept.items()))
+            self._is_begun = True
+
     def _found_by_others(self) -> dict[int, Answer]:
         files = map(_read, self._of_others())
-        return {i: answer for lines in files if lines[:1] == [self._head] for i, answer in _answers(lines[1:]).items()}
+        return {i: answer for lines in files if lines[:1] == [self._head] for i, answer in _answers(lines[1:])[0].items()}
 
     def _of_others(self) -> list[Path]:
         pattern = re.compile(re.escape(self._final.name) + r"(\.\d+)?\.partial")
         return sorted(file for file in self._final.parent.iterdir() if pattern.fullmatch(file.name) and file != self.path)
 
 
-def _answers(lines: Sequence[Mapping]) -> dict[int, Answer]:
-    return {line["question"]: Answer(**{key: value for key, value in line.items() if key != "question"}) for line in lines}
+def _line(question: int, answer: Answer) -> str:
+    return json.dumps({"question": question, **dataclasses.asdict(answer)}) + "\n"
 
 
-def _read(path: Path) -> list[dict]:
-    """The lines of a file up to the first that is not whole; none where there is no file."""
+_FIELDS = {"question": int, "text": str, "finish_reason": str, "tokens_cut": int}
+
+
+def _answers(lines: Sequence[object]) -> tuple[dict[int, Answer], int]:
+    """The answers of lines, by the question's place, and how many lines hold none: half a line, or JSON of another shape."""
+    whole = [line for line in lines if isinstance(line, dict) and {name: type(value) for name, value in line.items()} == _FIELDS
+             and line["question"] >= 0]
+    return {line["question"]: Answer(line["text"], line["finish_reason"], line["tokens_cut"]) for line in whole}, len(lines) - len(whole)
+
+
+def _read(path: Path) -> list[object]:
+    """The values of a file's lines, None for one that is no JSON; no lines where there is no file."""
     try:
-        text = path.read_bytes().decode("utf-8", errors="replace")
+        text = read_bytes(path).decode("utf-8", errors="replace")
     except FileNotFoundError:
         return []
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
-    lines = []
-    for line in text.split("\n"):
-        try:
-            lines.append(json.loads(line))
-        except ValueError:
-            break
-    return lines
+    return [_value(line) for line in text.split("\n") if line.strip()]
+
+
+def _value(line: str) -> object:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return None

@@ -15,6 +15,7 @@ from typing import Any
 from llavamed_jax.checkpoints.files import parse_json
 from llavamed_jax.data.questions import OPEN, VqaSample
 from llavamed_jax.errors import UserError, short
+from llavamed_jax.utils.files import read_bytes
 
 FILE = "llava_med_eval_qa50_qa.jsonl"
 PUBLISHED_SHA256 = "48c6b680a962dbf8caf63e3ded2bef7770dccf9c2602f32e5f05f4b907266f25"
@@ -80,7 +81,7 @@ def read_chat_questions(root: str | Path, images: str | Path = "") -> ChatSet:
     """
     file = Path(root) / FILE if Path(root).is_dir() else Path(root)
     try:
-        data = file.read_bytes()
+        data = read_bytes(file, f"the file of questions {file}")
         text = data.decode("utf-8-sig")
     except OSError as error:
         raise UserError(f"the questions {file} cannot be read: {error.strerror or error}") from None

@@ -28,6 +28,7 @@ from llavamed_jax.evaluation.strict import (
     read_choice,
     right_choice,
 )
+from llavamed_jax.utils.files import read_bytes
 
 PAPER_OPEN = (
     "exact_match", "f1", "precision", "recall", "bleu", "bleu_1", "bleu_2", "bleu_3",
@@ -48,13 +49,13 @@ def read_predictions(path: str | Path) -> list[dict]:
     Raises UserError that names the line which is no such object, or the file that cannot be read.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")  # an answer may hold other line separators
+        text = read_bytes(path, f"the file of predictions {path}").decode("utf-8-sig")
     except OSError as error:
         raise UserError(f"the predictions {path} cannot be read: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"the predictions {path} are no UTF-8 text, at byte {error.start}; lines of JSON were expected") from None
     predictions = []
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(text.split("\n"), start=1):  # an answer may hold other line separators
         if not line.strip():
             continue
         prediction = parse_json(line, f"{path}, line {number}")

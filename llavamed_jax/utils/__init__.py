@@ -1,0 +1,1 @@
+"""What every room may use: the standard library and nothing above it."""

@@ -1,0 +1,63 @@
+"""Reading a file that somebody named: it may be a pipe that nobody writes to, a device without an end, or no name at all."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+from typing import BinaryIO
+
+from llavamed_jax.errors import UserError, short
+
+MOST = 2**32  # bytes of a file that is read whole
+_KINDS = {stat.S_IFDIR: "a directory", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket",
+          stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
+
+
+def open_file(path: str | Path, name: str = "") -> BinaryIO:
+    """A regular file, opened for reading bytes. Nothing waits for whoever is at a pipe's other end.
+
+    Args:
+      name: what a sentence calls it; the path, where it is empty.
+    Raises:
+      FileNotFoundError: nothing is there. UserError: a directory, a pipe, a device or a socket; a file that cannot be opened; a
+        name that no file can have.
+    """
+    name = name or str(path)
+    try:
+        file = open(path, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK))
+    except FileNotFoundError:
+        raise
+    except IsADirectoryError:
+        raise UserError(f"{name} is a directory; a file was expected") from None
+    except OSError as error:
+        raise UserError(f"{name} cannot be read: {error.strerror or error}") from None
+    except ValueError:  # NUL, or half a surrogate pair
+        raise UserError(f"{short(name)} is no name that a file can have") from None
+    kind = _KINDS.get(stat.S_IFMT(os.fstat(file.fileno()).st_mode))
+    if kind is not None:
+        file.close()
+        raise UserError(f"{name} is {kind}; a file was expected")
+    return file
+
+
+def read_bytes(path: str | Path, name: str = "", most: int = MOST) -> bytes:
+    """The content of a regular file.
+
+    Args:
+      name: what a sentence calls it; the path, where it is empty.
+      most: bytes that it may have.
+    Raises:
+      FileNotFoundError, UserError: as `open_file`; a file that is larger, or that cannot be read.
+    """
+    with open_file(path, name) as file:
+        try:
+            size = os.fstat(file.fileno()).st_size
+            data = file.read(most + 1) if size <= most else b""
+        except OSError as error:
+            raise UserError(f"{name or path} cannot be read: {error.strerror or error}") from None
+        except MemoryError:
+            raise UserError(f"{name or path} has {size / 1e9:.2f} GB, for which there is no memory") from None
+    if max(size, len(data)) > most:
+        raise UserError(f"{name or path} has {max(size, len(data)) / 1e9:.2f} GB; at most {most / 1e9:.2f} GB were expected")
+    return data
