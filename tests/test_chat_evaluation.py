@@ -1,6 +1,7 @@
 """Chat evaluation by a judge: numbers that are computed by hand, 193 questions through faults, stops and starts, and the report."""
 
 import json
+import re
 import signal
 import socket
 import subprocess
@@ -334,6 +335,33 @@ def test_the_papers_numbers_stand_only_beside_what_is_like_them(few, monkeypatch
             other = evaluation(few, server, "x", **{"judge.model": "gpt-4-0314"} | dict([change.split("=")]))
             found = chat_published.differences(other.chat_set, other.judge, other.cfg.judge.image_marker, 0)
             assert len(found) == 1 and reason in found[0]
+
+
+def test_scores_beyond_the_scale_count_where_the_original_is_asked_for(few, capsys):
+    """By default they are asked about again, and the run says what the original would have done; kept replies are read anew."""
+    odd = {1: "8 0", 12: "8 11", 24: "9 5."}
+
+    def answer(body):
+        text = body["messages"][-1]["content"]
+        number = int(re.search(r"\[Assistant 2\]\nanswer (\d+)\n", text)[1])
+        return "8 4" if "Mind the form" in text else odd.get(number, "8 8")
+
+    with OpenAiServer(answer) as server:
+        strict = evaluation(few, server).score_file(few / "p.jsonl")
+        assert strict["judge"]["n_asked_again"] == 3 and strict["judge"]["reading"] == "strict" and strict["n_unscored"] == 0
+        assert any("asked for again: 3 (judge.reading=original)" in reason for reason in strict["differs_from_the_paper"])
+        count = len(server.log)
+        original = evaluation(few, server, **{"judge.reading": "original"}).score_file(few / "p.jsonl")
+        assert len(server.log) == count == len(FEW) + 3, "nothing is asked for it"
+    assert original["judge"]["n_asked_again"] == 0 and original["judge"]["reading"] == "original"
+    assert not any("judge.reading" in reason for reason in original["differs_from_the_paper"])
+    rest = len(FEW) - 3
+    assert strict["overall"]["pred_relative_score"] == pytest.approx(100 * (3 * 4 / 8 + rest) / len(FEW))
+    assert original["overall"]["pred_relative_score"] == pytest.approx(100 * (0 / 8 + 11 / 8 + 5 / 9 + rest) / len(FEW))
+    reviews = [json.loads(line) for line in (few / "out" / "reviews.jsonl").read_text().splitlines()]
+    assert {each["question_id"]: each["pred_score"] for each in reviews if each["question_id"] in odd} == {1: 0, 12: 11, 24: 5}
+    assert cli.main([*command(few, server), "--config.judge.reading=loose"]) == 2
+    assert "judge.reading is 'loose'; strict or original was expected" in capsys.readouterr().err
 
 
 def test_the_papers_table_is_the_papers():

@@ -4,11 +4,21 @@ import tomllib
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from llavamed_jax.errors import UsageError, UserError
 from llavamed_jax.evaluation import judge_prompt
-from llavamed_jax.evaluation.judge_prompt import CHAT_PROMPT, OPEN_PROMPT, chat_prompt, open_prompt, read_prompt, read_right, read_scores
+from llavamed_jax.evaluation.judge_prompt import (
+    CHAT_PROMPT,
+    OPEN_PROMPT,
+    chat_prompt,
+    open_prompt,
+    read_original_scores,
+    read_prompt,
+    read_right,
+    read_scores,
+)
 from llavamed_jax.evaluation.qa50 import ChatQuestion
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -134,6 +144,32 @@ def test_a_prompt_file_that_cannot_be_read(tmp_path):
 )
 def test_scores(reply, scores):
     assert read_scores(reply) == scores
+
+
+ORIGINAL = [
+    ("8 9", (8, 9)), ("8 9\nBecause.", (8, 9)), ("8 0", (8, 0)), ("8 11", (8, 11)), ("9 5.", (9, 5)), ("-1 .5", (-1, 0.5)),
+    ("1e1 8", (10, 8)),
+    ("8 9\r\nx", (8, 9)), ("8.5 100", (8.5, 100)), ("8,9", None), ("8, 9", None), ("8  9", None), (" 8 9", None), ("8 9 ", None),
+    ("\n8 9", None), ("8 9 7", None), ("8", None), ("", None), ("8/10 9/10", None), ("**8 9**", None), ("0 8", None), ("-0 8", None),
+    ("8 nan", None), ("inf 8", None), ("8\t9", None), ("8 9.", (8, 9)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("reply", "scores"), ORIGINAL)
+def test_scores_as_the_original_reads_them(reply, scores):
+    assert read_original_scores(reply) == scores
+
+
+@pytest.mark.parametrize(("reply", "scores"), ORIGINAL)
+def test_the_original_s_own_statement(reply, scores):
+    """`review.split("\\n")[0].split(" ")`, each of them a float: what it raises on is read as nothing."""
+    try:
+        first, second = (float(word) for word in reply.split("\n")[0].split(" "))
+        second / first
+        own = (first, second)
+    except (ValueError, ZeroDivisionError):
+        own = None
+    assert own == scores or not np.isfinite(own).all()
 
 
 @pytest.mark.parametrize(

@@ -23,5 +23,6 @@ def get_config(arg: str = "") -> ConfigDict:
     cfg.generation.batch_size = 16
     cfg.judge = judge_settings()  # judge.model has no default: it is paid for; --dry_run says what it will cost
     cfg.judge.image_marker = False  # leaves "<image>" in the judge's question, as v1.5's code did; v1.0's took it away
+    cfg.judge.reading = "strict"  # scores from 1 to 10, else the judge is asked again; "original": whatever two numbers it gives
     cfg.seed = 0
     return cfg

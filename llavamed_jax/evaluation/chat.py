@@ -20,7 +20,7 @@ from llavamed_jax.errors import UsageError
 from llavamed_jax.evaluation import board, chat_published, chat_report, scoring, statistics
 from llavamed_jax.evaluation.files import to_jsonl
 from llavamed_jax.evaluation.judge import Judge, Verdict, check_answered, report_unscored
-from llavamed_jax.evaluation.judge_prompt import CHAT_PROMPT, chat_prompt, read_prompt, read_scores
+from llavamed_jax.evaluation.judge_prompt import CHAT_PROMPT, READINGS, chat_prompt, read_original_scores, read_prompt
 from llavamed_jax.evaluation.qa50 import DOMAINS, TYPES, ChatQuestion, read_chat_questions
 from llavamed_jax.evaluation.run import Evaluation
 
@@ -66,7 +66,9 @@ class ChatEvaluation(Evaluation):
         cfg = self.cfg
         if not cfg.data.root:
             raise UsageError("data.root is empty; the file of chat questions or its folder was expected: --config.data.root=PATH")
-        self.judge = Judge(cfg.judge, read_prompt(cfg.judge.prompt, CHAT_PROMPT), read_scores, self.workdir)
+        if cfg.judge.reading not in READINGS:
+            raise UsageError(f"judge.reading is {cfg.judge.reading!r}; {' or '.join(READINGS)} was expected")
+        self.judge = Judge(cfg.judge, read_prompt(cfg.judge.prompt, CHAT_PROMPT), READINGS[cfg.judge.reading], self.workdir)
         self.chat_set = read_chat_questions(cfg.data.root, cfg.data.images)
         self.questions = self.chat_set.questions
         return [question.sample() for question in self.questions], []
@@ -106,12 +108,16 @@ class ChatEvaluation(Evaluation):
     def _metrics(self, verdicts: Sequence[Verdict]) -> dict:
         """The object of `metrics.json`, without controls."""
         unscored = [question.question_id for question, verdict in zip(self.questions, verdicts, strict=True) if verdict.value is None]
+        reading = self.cfg.judge.reading
+        read_otherwise = sum(v.first_text is not None and read_original_scores(v.first_text) is not None for v in verdicts)
         return {
-            "dataset": KIND, "split": self.cfg.data.split, "unit": "percent; scores are points from 1 to 10",
+            "dataset": KIND, "split": self.cfg.data.split,
+            "unit": f"percent; scores are points{' from 1 to 10' if reading == 'strict' else ', as the judge gave them'}",
             "n_questions": len(self.questions), "n_images": len({question.image for question in self.questions}),
             "n_unscored": len(unscored), "unscored": unscored, "seed": self.cfg.seed, "questions_sha256": self.chat_set.sha256,
-            "judge": self.judge.summary(verdicts), **chat_scores(self.questions, verdicts, self.cfg.seed),
-            "differs_from_the_paper": chat_published.differences(self.chat_set, self.judge, self.cfg.judge.image_marker, len(unscored)),
+            "judge": self.judge.summary(verdicts) | {"reading": reading}, **chat_scores(self.questions, verdicts, self.cfg.seed),
+            "differs_from_the_paper": chat_published.differences(
+                self.chat_set, self.judge, self.cfg.judge.image_marker, len(unscored), read_otherwise),
         }  # fmt: skip
 
     def _chat_details(self, run: Mapping[str, str], predictions: Sequence[Mapping]) -> dict[str, dict]:

@@ -22,8 +22,12 @@ ROWS = {
 }
 
 
-def differences(questions: ChatSet, judge: Judge, has_marker: bool, n_unscored: int) -> list[str]:
-    """In what a run differs from the paper's, a few words each; with none its numbers may stand beside the paper's."""
+def differences(questions: ChatSet, judge: Judge, has_marker: bool, n_unscored: int, n_read_otherwise: int = 0) -> list[str]:
+    """In what a run differs from the paper's, a few words each; with none its numbers may stand beside the paper's.
+
+    Args:
+      n_read_otherwise: replies that were asked for again and whose scores the original takes.
+    """
     found = []
     if not questions.is_published:
         found.append(f"the questions are not the published file (SHA-256 {questions.sha256[:8]}…)")
@@ -35,6 +39,9 @@ def differences(questions: ChatSet, judge: Judge, has_marker: bool, n_unscored: 
         found.append(f"the judge's temperature is {judge.cfg.temperature:g}, the paper's was 0")
     if has_marker:
         found.append("“<image>” stands in the judge's question, as in v1.5's code")
+    if n_read_otherwise:
+        found.append(f"replies whose scores the original takes and that were asked for again: {n_read_otherwise} "
+                     "(judge.reading=original)")
     if n_unscored:
         found.append(f"unscored questions: {n_unscored}")
     return found

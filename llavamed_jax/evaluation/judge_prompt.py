@@ -8,6 +8,7 @@ the project's own, `judge_prompt.txt`; another is given by its path. Such a file
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,6 +111,21 @@ def read_scores(reply: str) -> tuple[float, float] | None:
     found = _SCORES.fullmatch(_first_line(reply))
     scores = tuple(map(float, found.groups())) if found else (0.0, 0.0)
     return scores if all(1 <= score <= 10 for score in scores) else None
+
+
+def read_original_scores(reply: str) -> tuple[float, float] | None:
+    """The two scores of a reply as the original reads them (spec 7.7): its first line, split at single blanks, is two numbers, of
+    whatever size. None for what the original ends on: another form, a reference's 0, by which it divides, and what is not finite.
+    """
+    try:
+        first, second = map(float, reply.partition("\n")[0].split(" "))
+    except ValueError:
+        return None
+    return (first, second) if first and math.isfinite(first) and math.isfinite(second) else None
+
+
+READINGS = {"strict": read_scores, "original": read_original_scores}
+"""`judge.reading` -> what reads the scores of a reply."""
 
 
 def read_right(reply: str) -> bool | None:
