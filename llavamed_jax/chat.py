@@ -9,7 +9,8 @@ import sys
 from collections.abc import Sequence
 
 from llavamed_jax.cli import common
-from llavamed_jax.errors import UsageError, UserError
+from llavamed_jax.data.images import split_frame
+from llavamed_jax.errors import UsageError, UserError, short
 
 HELP = ("/image FILE adds an image to the next message, /clear starts anew; Ctrl-C stops an answer, an empty line or Ctrl-D "
         "ends the chat")
@@ -32,6 +33,9 @@ def program(argv: Sequence[str]) -> None:
     for name, least in (("max_new_tokens", 1), ("temperature", 0), ("seed", 0)):
         if not least <= getattr(args, name) < float("inf"):  # nan too
             raise UsageError(f"--{name} is {getattr(args, name)}; at least {least} was expected")
+    for path in args.image:  # now, and not when minutes have gone by with loading
+        if not os.path.exists(os.path.expanduser(split_frame(path)[0])):
+            raise UsageError(f"--image is {short(path)}, which does not exist; an image's file was expected")
     model = common.load_assistant(args)
     for stream in (sys.stdout, sys.stderr):
         if (reconfigure := getattr(stream, "reconfigure", None)) is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 
 class UserError(ValueError):
@@ -27,6 +28,19 @@ def warn_once(sentence: str) -> None:
     if sentence not in _said:
         _said.add(sentence)
         warn(sentence)
+
+
+def at(path: str | Path, sentence: str) -> UserError:
+    """The error about what lies at a path that somebody named: where nothing lies there, the name is wrong (`UsageError`)."""
+    return (UserError if exists(path) else UsageError)(sentence)
+
+
+def exists(path: str | Path) -> bool:
+    """Whether something lies at a path; False for a name that no file can have, and for one that may not be looked at."""
+    try:
+        return Path(path).exists()
+    except (OSError, ValueError):
+        return False
 
 
 def short(value: object, most: int = 80) -> str:

@@ -89,7 +89,7 @@ def test_files_that_are_no_predictions_are_one_sentence(content, message, tmp_pa
     write(tmp_path / "good.jsonl", lambda s: "yes")
     (tmp_path / "bad.jsonl").write_bytes(content)
     for files in (("bad.jsonl", "good.jsonl"), ("good.jsonl", "bad.jsonl"), ("good.jsonl", "."), ("good.jsonl", "absent.jsonl")):
-        assert evaluate(tmp_path / "w", tmp_path / files[0], "--against", str(tmp_path / files[1])) == 1
+        assert evaluate(tmp_path / "w", tmp_path / files[0], "--against", str(tmp_path / files[1])) == 1 + ("absent.jsonl" in files)
         error = capsys.readouterr().err
         assert error.startswith("error: ") and error.count("\n") == 1
         assert message in error or {".": "is a directory; a file was expected", "absent.jsonl": "cannot be read: "}[files[1]] in error

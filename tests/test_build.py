@@ -322,9 +322,9 @@ def test_bad_parts_are_one_sentence_and_leave_nothing(case, parts, capsys):
 
 
 def test_a_projector_that_is_neither_file_nor_type(parts, capsys):
-    assert command(parts, "built", "mistral", "clip-tiny", "resampler") == 1
+    assert command(parts, "built", "mistral", "clip-tiny", "resampler") == 2
     assert "the projector type is 'resampler'; linear, mlpNx_gelu or identity was expected" in capsys.readouterr().err
-    assert command(parts, "built", "mistral", "clip-tiny", parts / "mm_projector.bin") == 1
+    assert command(parts, "built", "mistral", "clip-tiny", parts / "mm_projector.bin") == 2
     assert "mm_projector.bin does not exist; a file or a type such as mlp2x_gelu" in capsys.readouterr().err
 
 

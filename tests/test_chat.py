@@ -133,7 +133,7 @@ def test_an_image_that_cannot_be_read_is_said_at_once_and_not_kept(talk, tmp_pat
     assert status == 0 and len(errors) == 2
     assert errors[0].startswith("error: ") and "absent.png does not exist" in errors[0] and "is not an image" in errors[1]
     assert content(model.asked[-1][0]) == ["What?"]
-    assert talk(model, flags=["--image", "absent.png"])[0] == 1
+    assert talk(model, flags=["--image", "absent.png"])[0] == 2
 
 
 def test_an_error_keeps_the_conversation_and_the_image_that_waits(talk, picture):

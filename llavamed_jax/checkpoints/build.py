@@ -19,7 +19,7 @@ from llavamed_jax.checkpoints.soundness import Tally
 from llavamed_jax.checkpoints.torch_files import Tensor, read_file, read_weights
 from llavamed_jax.checkpoints.tower import tower_config, tower_tensors
 from llavamed_jax.config import LlavaConfig, projector_depth
-from llavamed_jax.errors import UserError, some
+from llavamed_jax.errors import UsageError, UserError, at, cut, exists, some
 from llavamed_jax.hf_config import joined, plain_decoder
 
 # What an original's config.json beside an mm_projector.bin says of how its features were taken.
@@ -46,13 +46,17 @@ def build(decoder: str | Path, vision: str | Path, projector: str, scratch: Path
     """
     decoder, vision, file = hub.local(decoder), hub.local(vision), Path(projector)
     raw = _decoder_config(decoder)
-    is_file = file.is_file()
+    is_file = exists(file) and file.is_file()
     if not is_file:
         if file.suffix:
-            raise UserError(f"the projector {file} does not exist; a file or a type such as mlp2x_gelu was expected")
-        projector_depth(projector)  # refuses a type that does not exist
+            raise at(file, f"the projector {file} does not exist; a file or a type such as mlp2x_gelu was expected")
+        try:
+            projector_depth(projector)  # refuses a type that does not exist
+        except UserError as error:
+            raise UsageError(str(error)) from None
+    tower = tower_config(vision)
     try:
-        config = joined(with_stop_ids(plain_decoder(raw), decoder), tower_config(vision), "linear" if is_file else projector,
+        config = joined(with_stop_ids(plain_decoder(raw), decoder), tower, "linear" if is_file else projector,
                         Path(vision).name, image_tokens)
     except UserError as error:
         raise UserError(f"{decoder}: {error}") from None
@@ -75,7 +79,7 @@ def build(decoder: str | Path, vision: str | Path, projector: str, scratch: Path
 
 def _decoder_config(directory: Path) -> dict:
     if not (directory / "config.json").is_file():
-        raise UserError(f"the decoder {directory} holds no config.json; a directory of LLaMA, Vicuna or Mistral was expected")
+        raise at(directory, f"the decoder {directory} holds no config.json; a directory of LLaMA, Vicuna or Mistral was expected")
     raw = read_json(directory / "config.json")
     if raw.get("model_type") not in ("llama", "mistral"):
         raise UserError(f"the decoder {directory} has model_type {raw.get('model_type')!r}; llama or mistral was expected")
@@ -112,6 +116,8 @@ def with_projector(checkpoint: Checkpoint, file: Path) -> tuple[Checkpoint, str]
     Raises:
       UserError: no such file, tensors of another kind, or shapes that do not fit.
     """
+    if not exists(file):
+        raise UsageError(f"the projector {cut(str(file))} does not exist; an mm_projector.bin was expected")
     found = read_file(file)
     pattern = re.compile(r"(?:.*\.)?(?:mm_projector\.(?:(\d+)\.)?(weight|bias)|(embed_tokens|embed_in)\.weight)")
     unknown = [name for name in found if not pattern.fullmatch(name)]

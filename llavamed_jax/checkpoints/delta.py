@@ -20,7 +20,7 @@ from llavamed_jax.checkpoints.reader import TEXT_FILES
 from llavamed_jax.checkpoints.soundness import Tally, is_finite
 from llavamed_jax.checkpoints.torch_files import Tensor, read_weights
 from llavamed_jax.checkpoints.writer import Progress, total_bytes, write_safetensors
-from llavamed_jax.errors import UserError, some
+from llavamed_jax.errors import UserError, at, some
 
 _TABLE = "model.embed_tokens.weight"
 _VOCABULARY = (_TABLE, "lm_head.weight")
@@ -52,7 +52,7 @@ def _write(base, other, out, operation: np.ufunc, what: str, progress: Progress)
     for directory in (base, other):
         if not (directory / "config.json").is_file():
             hint = " (`convert export --layout llava` writes one)" if (directory / "model" / "config.json").is_file() else ""
-            raise UserError(f"{directory} is no directory with a config.json; a model in the original's layout was expected{hint}")
+            raise at(directory, f"{directory} is no directory with a config.json; a model in the original's layout was expected{hint}")
     config = read_json(other / "config.json")
     ours, theirs = (_weights(directory) for directory in (base, other))
     _check(base, ours, what, other, theirs)

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from llavamed_jax.checkpoints.torch_files import weight_map
-from llavamed_jax.errors import UserError
+from llavamed_jax.errors import UsageError, UserError, cut, exists
 
 _TEXT = ["*.json", "*.jinja", "*.model", "README.md", "LICENSE*", "llavamed_jax/*"]
 
@@ -27,9 +27,15 @@ def local(path: str | Path, weights: bool = True) -> Path:
     Raises:
       UserError: a name that is no directory here and that the hub does not give, with the reason.
     """
-    if Path(path).exists() or not is_hub_name(path):
-        return Path(path)
-    return _fetch(str(path), weights)
+    if not exists(path) and is_hub_name(path):
+        return _fetch(str(path), weights)
+    try:
+        Path(path).stat()
+    except FileNotFoundError:
+        pass  # whoever opens it says what was expected
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{cut(str(path))!r} cannot be opened: {getattr(error, 'strerror', None) or error}") from None
+    return Path(path)
 
 
 def is_hub_name(path: str | Path) -> bool:

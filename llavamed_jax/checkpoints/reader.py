@@ -25,7 +25,7 @@ from llavamed_jax.checkpoints.torch_files import Tensor, has_weights, read_weigh
 from llavamed_jax.checkpoints.tower import check_width, fetch_tower, find_tower, tower_config, tower_tensors, with_statistics
 from llavamed_jax.checkpoints.tower_shape import is_tower, known_shape, shape_of_tensors
 from llavamed_jax.config import KNOWN_TOWERS, OURS, LlavaConfig, VisionConfig, as_object, preset, projector_depth
-from llavamed_jax.errors import UserError
+from llavamed_jax.errors import UserError, at
 from llavamed_jax.hf_config import is_transformers, tower_name
 
 TEXT_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -171,12 +171,12 @@ def _kind(path: str | Path, weights: bool = True) -> tuple[str, str]:
     try:
         directory = Path(path) if (tree_root(Path(path)) / "model").is_dir() else hub.local(path, weights)
     except OSError as error:  # a name that no file can have
-        raise UserError(f"{str(path)[:80]!r} cannot be opened: {error.strerror}") from None
+        raise at(path, f"{str(path)[:80]!r} cannot be opened: {error.strerror}") from None
     if (tree_root(directory) / "model" / "config.json").is_file():
         return str(directory), "tree"
     if directory.is_dir():
         return str(directory), "torch"
-    raise UserError(f"{path} is no directory; a checkpoint's directory, owner/name of a hub or preset:NAME was expected")
+    raise at(path, f"{path} is no directory; a checkpoint's directory, owner/name of a hub or preset:NAME was expected")
 
 
 def text_files(directory: Path) -> dict[str, Path]:

@@ -41,7 +41,7 @@ from llavamed_jax.checkpoints.reader import Checkpoint, text_files, tree_config,
 from llavamed_jax.checkpoints.torch_files import Tensor
 from llavamed_jax.checkpoints.writer import Progress, total_bytes
 from llavamed_jax.config import LlavaConfig
-from llavamed_jax.errors import UserError
+from llavamed_jax.errors import UserError, at
 
 SEALED = ".sealed"  # stands in checkpoints/ once a step was whole
 _LEFT_S = 60.0  # that the writes of a save that has failed may take to end
@@ -83,7 +83,7 @@ def open_tree(path: str | Path) -> Checkpoint:
         step, damaged = int(path.name) if path.name.isdigit() and path.is_dir() else None, []
         damage = f"{path} does not exist; DIR/checkpoints/STEP was expected" if step is None else _damage(path, "params")
         if damage:
-            raise UserError(damage)
+            raise at(path, damage)
     found = read_base(root)
     if step is not None:
         _refuse_other_base(root, step)

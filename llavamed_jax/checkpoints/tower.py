@@ -12,7 +12,7 @@ from llavamed_jax.checkpoints.layouts import canonical
 from llavamed_jax.checkpoints.names import is_buffer
 from llavamed_jax.checkpoints.torch_files import Tensor, read_weights
 from llavamed_jax.config import LlavaConfig, VisionConfig, channels
-from llavamed_jax.errors import UserError
+from llavamed_jax.errors import UserError, at
 
 
 def find_tower(directory: Path, name: str | None) -> Path | None:
@@ -52,7 +52,7 @@ def with_statistics(vision: VisionConfig, directory: Path) -> VisionConfig:
 def tower_config(directory: Path) -> VisionConfig:
     """A CLIP directory's tower, and how its preprocessor normalises."""
     if not (directory / "config.json").is_file():
-        raise UserError(f"the vision tower {directory} holds no config.json; a CLIP model's directory was expected")
+        raise at(directory, f"the vision tower {directory} holds no config.json; a CLIP model's directory was expected")
     raw = read_json(directory / "config.json")
     if raw.get("model_type", "clip") not in ("clip", "clip_vision_model"):  # others have a vision_config too
         raise UserError(f"the vision tower {directory} has model_type {raw['model_type']!r}; clip or clip_vision_model was expected")

@@ -22,7 +22,7 @@ from llavamed_jax.checkpoints.torch_files import Tensor
 from llavamed_jax.checkpoints.writer import export, total_bytes
 from llavamed_jax.cli.common import Parser, run
 from llavamed_jax.data.tokenizer import Tokenizer
-from llavamed_jax.errors import UsageError, UserError, warn
+from llavamed_jax.errors import UsageError, UserError, cut, exists, warn
 from llavamed_jax.templates import get_template
 
 _TOKENIZERS = ("tokenizer.model", "tokenizer.json")  # the first of them is read
@@ -69,6 +69,8 @@ def _open(path: str, args: argparse.Namespace, dtype: type | None = None) -> Che
         checkpoint = checkpoint.replace(config=checkpoint.config.replace(template=args.template))
     if args.tokenizer is not None:
         source = Path(args.tokenizer)
+        if not exists(source):
+            raise UsageError(f"--tokenizer {cut(str(source))} holds no tokenizer.model and no tokenizer.json, for it does not exist")
         files = {"tokenizer.model": source} if source.is_file() and source.suffix == ".model" else text_files(source)
         if not any(name.startswith("tokenizer") for name in files):
             raise UsageError(f"--tokenizer {source} holds no tokenizer.model and no tokenizer.json")

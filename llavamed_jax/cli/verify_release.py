@@ -32,6 +32,8 @@ def _program(argv: list[str]) -> None:
     parser.add_argument("--out", type=Path, default=Path("docs/verification.md"), metavar="FILE", help="what is written at the end")
     parser.add_argument("--config", default="configs/eval/vqa_rad.py", metavar="FILE.py", help="how VQA-RAD is asked")
     args, overrides = parser.parse_with_overrides(argv)
+    if args.vqa_rad and not Path(args.vqa_rad).exists():
+        raise UsageError(f"--vqa_rad is {args.vqa_rad!r}, which does not exist; the folder of VQA-RAD was expected")
     cfg = load_config(args.config, [*([f"data.root={args.vqa_rad}"] if args.vqa_rad else []), *overrides])
 
     from llavamed_jax.verification import release as verification  # brings jax

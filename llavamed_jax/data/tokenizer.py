@@ -22,7 +22,7 @@ from typing import Any
 from llavamed_jax.checkpoints.special_tokens import FILES, SpecialTokens, Token, read_special_tokens
 from llavamed_jax.data.tokenizer_backends import SentencePiece, Tokenizers
 from llavamed_jax.data.tokenizer_generations import say_differences
-from llavamed_jax.errors import UserError
+from llavamed_jax.errors import UsageError, UserError, cut, exists
 
 TOKENIZERS = ("tokenizer.model", "tokenizer.json")  # what `find_tokenizer` looks for, in this order
 _CORE = ("bos_token", "eos_token", "unk_token")
@@ -206,6 +206,8 @@ class Tokenizer:
           UserError: no tokenizer there, or a file that cannot be read.
         """
         path = Path(path)
+        if not exists(path):
+            raise UsageError(f"the tokenizer file {cut(str(path))} does not exist")
         file = find_tokenizer(path, of_transformers) if path.is_dir() else path
         if file is None:
             raise UserError(f"{path} holds no tokenizer: tokenizer.model or tokenizer.json was expected")

@@ -14,7 +14,7 @@ import numpy as np
 
 from llavamed_jax.checkpoints.files import parse_json
 from llavamed_jax.data.questions import LETTERS, VqaSample
-from llavamed_jax.errors import UserError, cut, some
+from llavamed_jax.errors import UserError, at, cut, some
 from llavamed_jax.evaluation import captions, metrics, statistics
 from llavamed_jax.evaluation.kinds import CAPTION, CHOICE, CLOSED, OPEN, kind
 from llavamed_jax.evaluation.leakage import leakage
@@ -51,7 +51,7 @@ def read_predictions(path: str | Path) -> list[dict]:
     try:
         text = read_bytes(path, f"the file of predictions {path}").decode("utf-8-sig")
     except OSError as error:
-        raise UserError(f"the predictions {path} cannot be read: {error.strerror or error}") from error
+        raise at(path, f"the predictions {path} cannot be read: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"the predictions {path} are no UTF-8 text, at byte {error.start}; lines of JSON were expected") from None
     predictions = []
