@@ -60,7 +60,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.checkpoint = ConfigDict(dict(every_steps=500, every_minutes=30.0, keep=2, keep_best=False))
     c.log_every = 10
     c.samples_every = 200
-    c.nan_limit = 10  # updates in a row that are not finite end the run
+    c.nan_limit = 10  # updates in a row that are not finite, or have no gradient, end the run
     c.seed = 42  # of HF's Trainer
 
     if args.small:  # on a CPU, from random weights, on the sample that comes along

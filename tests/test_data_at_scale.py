@@ -134,9 +134,9 @@ def test_lengths_of_large_data_are_measured_in_workers_and_kept(processor, damag
     monkeypatch.setattr(lengths, "_Measure", None)  # is not called again
     kept = lengths.measure(data, processor, MAX_LENGTH, cache=tmp_path)
     for found in (there, kept):
-        assert np.array_equal(found.tokens, here.tokens) and np.array_equal(found.images, here.images)
-        assert {k: v for k, v in vars(found).items() if k not in ("tokens", "images")} == {
-            k: v for k, v in vars(here).items() if k not in ("tokens", "images")}
+        arrays = ("tokens", "images", "lost")
+        assert all(np.array_equal(getattr(found, name), getattr(here, name)) for name in arrays) and here.lost.any() and here.first_lost
+        assert {k: v for k, v in vars(found).items() if k not in arrays} == {k: v for k, v in vars(here).items() if k not in arrays}
     with pytest.raises(TypeError):
         lengths.measure(data, processor, MAX_LENGTH + 1, cache=tmp_path)
     other = Processor(preset("small"), processor.tokenizer, template="up:vicuna_v1")

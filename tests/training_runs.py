@@ -62,7 +62,7 @@ class FakeStep:
         return state, self.metrics(bool(self.skipped(self.step)))
 
     def metrics(self, is_skipped):
-        values = dict(loss=1.0, tokens=4.0, grad_norm=1.0, learning_rate=0.0, skipped=float(is_skipped))
+        values = dict(loss=1.0, tokens=4.0, grad_norm=1.0, learning_rate=1e-3, moved=1.0, skipped=float(is_skipped))
         return {name: jax.device_put(np.float32(value)) for name, value in values.items()}
 
 

@@ -22,7 +22,8 @@ from llavamed_jax.data.records import load_arrays, save_whole
 from llavamed_jax.errors import UsageError, UserError
 
 BLOCK = 512  # records that are measured together
-FORMAT = 1  # of what is kept; to be raised when samples become longer or shorter
+FORMAT = 2  # of what is kept; to be raised when samples become longer or shorter
+_ARRAYS = ("tokens", "images", "lost")
 LARGE = 5000  # records from which on it is worth to start processes, and to keep what was found
 
 
@@ -37,6 +38,8 @@ class Lengths:
       truncated: samples that are cut at the maximal length.
       surplus: images that no marker stands for, or that the cut takes away.
       unsupervised: samples of which nothing is learnt (see `conversation.supervise`).
+      lost: int16 [N], how many of the surplus images each sample has; None where there are none.
+      first_lost: which sample loses an image first, and why.
     """
 
     tokens: np.ndarray
@@ -45,6 +48,13 @@ class Lengths:
     truncated: int
     surplus: int
     unsupervised: int
+    lost: np.ndarray | None = None
+    first_lost: str = ""
+
+    @property
+    def is_lossy(self) -> np.ndarray:
+        """bool [N], whether a sample loses an image."""
+        return np.zeros(len(self.tokens), bool) if self.lost is None else self.lost > 0
 
     @property
     def usable(self) -> int:
@@ -87,7 +97,9 @@ def measure(data: TrainingData, processor: Processor, max_length: int, num_worke
     lengths = Lengths(
         *(np.concatenate([part[name] for part in parts]) if parts else np.zeros(0, int) for name in ("tokens", "images")),
         [entry for part in parts for entry in part["damaged"]],
-        *(int(sum(part[name] for part in parts)) for name in ("truncated", "surplus", "unsupervised")))
+        *(int(sum(part[name] for part in parts)) for name in ("truncated", "surplus", "unsupervised")),
+        np.concatenate([part["lost"] for part in parts]) if parts else None,
+        next((part["first_lost"] for part in parts if part["first_lost"]), ""))
     if lengths.surplus and not lengths.max_images and processor.tokens_per_image >= max_length:
         raise UsageError(f"the config key 'max_length' is {max_length}; an image alone takes {processor.tokens_per_image} positions")
     if kept is not None:
@@ -106,7 +118,7 @@ class _Measure:
     def __call__(self, block: int) -> dict:
         numbers = range(block * BLOCK, min((block + 1) * BLOCK, self.data.num_records))
         found = dict(tokens=np.zeros(len(numbers), np.int32), images=np.zeros(len(numbers), np.int16), damaged=[],
-                     truncated=0, surplus=0, unsupervised=0)
+                     truncated=0, surplus=0, unsupervised=0, lost=np.zeros(len(numbers), np.int16), first_lost="")
         for i, number in enumerate(numbers):
             record = {"id": number}
             try:
@@ -118,8 +130,19 @@ class _Measure:
             found["tokens"][i], found["images"][i] = len(example.ids), len(example.images)
             found["truncated"] += example.is_truncated
             found["surplus"] += example.num_surplus
+            found["lost"][i] = min(example.num_surplus, np.iinfo(np.int16).max)
+            if example.num_surplus and not found["first_lost"]:
+                found["first_lost"] = _why_lost(record, example, self.max_length)
             found["unsupervised"] += not example.is_supervised
         return found
+
+
+def _why_lost(record: dict, example: transforms.Example, max_length: int) -> str:
+    unmarked, marked = record.get("surplus", 0), len(record["image"])
+    images = lambda count: f"{count} image" + ("s" if count > 1 else "")
+    if unmarked:
+        return f"record {record['id']!r} names {images(unmarked + marked)} and has a marker for {marked or 'none'} of them"
+    return f"record {record['id']!r} is cut at {max_length} tokens, which takes {images(example.num_surplus)} away"
 
 
 def _key(data: TrainingData, processor: Processor, max_length: int) -> str:
@@ -131,10 +154,11 @@ def _key(data: TrainingData, processor: Processor, max_length: int) -> str:
 
 
 def _save(path: Path, lengths: Lengths) -> None:
-    rest = {name: getattr(lengths, name) for name in ("damaged", "truncated", "surplus", "unsupervised")}
-    save_whole(path, lambda file: np.savez(file, tokens=lengths.tokens, images=lengths.images, rest=np.array(json.dumps(rest))))
+    rest = {name: getattr(lengths, name) for name in ("damaged", "truncated", "surplus", "unsupervised", "first_lost")}
+    arrays = {name: getattr(lengths, name) for name in _ARRAYS}
+    save_whole(path, lambda file: np.savez(file, **arrays, rest=np.array(json.dumps(rest))))
 
 
 def _load(path: Path) -> Lengths | None:
-    found = load_arrays(path, "tokens", "images", "rest")
-    return None if found is None else Lengths(found["tokens"], found["images"], **json.loads(str(found["rest"])))
+    found = load_arrays(path, *_ARRAYS, "rest")
+    return None if found is None else Lengths(**{name: found[name] for name in _ARRAYS}, **json.loads(str(found["rest"])))

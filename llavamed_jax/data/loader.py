@@ -95,6 +95,8 @@ class Loader:
         weakref.finalize(self, _close, self._running)
         self.skipped: list[dict] = []
         self._broken: set[int] = set()  # records of which an image was broken: ids may be equal
+        found = make.plan.lengths
+        self._is_known = (found.tokens == 0) | found.is_lossy  # bool [records]: those that are damaged, or lose an image
         self._seen = 0
         self._barren = 0  # rows since the last one with a supervised token
         self.truncated = self.surplus = self.unsupervised = 0
@@ -132,12 +134,22 @@ class Loader:
                 self._on_skip(entry)
 
     def _refuse_too_many(self) -> None:
+        """Of samples whose image is broken, alone and with those that were known to be damaged or to lose an image."""
+        if not self._broken:
+            return
         samples = len(self._make.plan.stream)
         judged = min(samples, max(self._seen, _EARLY))
         if len(self._broken) > self._skip_limit * judged:
             self.close()
             raise UserError(f"{len(self._broken)} of the first {min(samples, self._seen)} samples have an image that cannot be read, more "
                             f"than the {self._skip_limit:.0%} that may be skipped; the last: {self.skipped[-1]['reason']}")
+        weights, is_bad = self._make.plan.stream.weights(), self._is_known.copy()
+        is_bad[list(self._broken)] = True
+        if weights[is_bad].sum() > self._skip_limit * samples:
+            self.close()
+            raise UserError(f"{weights[is_bad].sum():.0f} of the {samples} samples cannot be used or lose an image, {len(self._broken)} of "
+                            f"them because it cannot be read: more than the {self._skip_limit:.0%} that may be skipped (data.skip_limit); "
+                            f"the last: {self.skipped[-1]['reason']}")
 
     def _refuse_barren(self, batch: dict[str, np.ndarray]) -> None:
         if len(batch["labels"]) < self._make.plan.layout.rows:

@@ -51,6 +51,10 @@ class Stream:
         """Samples an epoch."""
         return sum(self.sizes)
 
+    def weights(self) -> np.ndarray:
+        """Samples an epoch that each record stands for, float64 [records], numbered through all sources."""
+        return np.repeat(np.divide(self.sizes, self.lengths), self.lengths)
+
     def order(self, epoch: int) -> np.ndarray:
         """The records of an epoch in order, int32 [samples], numbered through all sources."""
         return np.fromiter((self._record(epoch, slot) for slot in range(len(self))), np.int32, len(self))

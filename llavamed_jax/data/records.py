@@ -227,7 +227,7 @@ def normalize(row: Any, images: Path, name: str, index: int) -> dict:
 
     `conversations` may be spelled `conversatons` (quirk Q13), values may be numbers, `image` a name, a list or absent.
     Images beyond the markers are surplus and left out: a record that names an image and marks none is text, as in the
-    originals.
+    originals, which say nothing of it. Images under the key `images`, which the originals do not read, are surplus too.
 
     Args:
       name: what an error calls the record.
@@ -270,4 +270,6 @@ def normalize(row: Any, images: Path, name: str, index: int) -> dict:
     name = index if name is None else name if isinstance(name, (str, int)) else str(name)  # what a line of JSON can say
     record = {"id": name, "image": [str(images / image) for image in names[:used]], "conversations": conversations}
     record |= {"answer_type": str(row["answer_type"])} if "answer_type" in row else {}
-    return {**record, "surplus": len(names) - used} if used < len(names) else record
+    others = row.get("images") if "image" not in row else None
+    surplus = len(names) - used + (len(others) if isinstance(others, list) else isinstance(others, str) and others != "")
+    return {**record, "surplus": surplus} if surplus else record

@@ -32,13 +32,14 @@ MAX_NEW_TOKENS = {"sample": 64, "closed": 16}
 
 @dataclass(frozen=True)
 class Question:
-    """The first turn of a record."""
+    """The first turn of a record, with the images that its markers stand for; `lost`: how many the record names beyond."""
 
     name: str
     images: Sequence[str]
     text: str
     wanted: str
     is_closed: bool
+    lost: int = 0
 
 
 def first_turn(record: Mapping) -> Question | None:
@@ -49,7 +50,10 @@ def first_turn(record: Mapping) -> Question | None:
     wanted = turns[1]["value"]
     kind = record.get("answer_type")  # of a VQA set; elsewhere an answer of yes or no makes a question closed
     is_closed = str(kind).strip().upper() == "CLOSED" if kind else metrics.normalize_word(wanted.lower()) in ("yes", "no")
-    return Question(str(record["id"]), record["image"], turns[0]["value"].replace(IMAGE_MARKER, "").strip(), wanted, is_closed)
+    markers = [turn["value"].count(IMAGE_MARKER) for turn in turns]
+    count = markers[0] if sum(markers) == len(record["image"]) else bool(markers[0])  # else several in a turn are one image
+    return Question(str(record["id"]), record["image"][:count], turns[0]["value"].replace(IMAGE_MARKER, "").strip(), wanted, is_closed,
+                    record.get("surplus", 0))
 
 
 def _questions(records: Iterable[Mapping]) -> Iterator[Question]:
@@ -62,12 +66,14 @@ class TrainedModel:
     def __init__(self):
         self._model: LlavaMed | None = None
         self._captioner: Processor | None = None  # of a template without roles
-        self._refused: set[str] = set()
+        self._refused: dict[str, str] = {}  # question -> why it is not asked
 
     def ask(self, snapshot: Snapshot, questions: Sequence[Question], max_new_tokens: int) -> list[str | None]:
         """Greedy answers; None to a question that cannot be asked, which is said once."""
         with self._loaded(snapshot) as model:
+            known = len(self._refused)
             rows = [self._row(model, question) for question in questions]
+            self._say(list(self._refused.items())[known:])
             return distributed.from_first(lambda: self._answers(model, rows, max_new_tokens))
 
     def _answers(self, model: LlavaMed, rows: Sequence[tuple | None], max_new_tokens: int) -> list[str | None]:
@@ -79,6 +85,8 @@ class TrainedModel:
         """Ids and pixels. A caption's prompt is the image alone, as the template without roles was trained."""
         processor = model.processor
         try:
+            if question.lost:
+                raise UserError(f"its record names {question.lost} more images than it has {IMAGE_MARKER} markers")
             if self._captioner is not None:
                 ids = processor.expand(self._captioner.encode(self._captioner.image_marker))
             else:
@@ -88,10 +96,15 @@ class TrainedModel:
                 raise UserError(f"its prompt is {len(ids)} tokens long; at most {model.engine.max_prompt} were expected")
             return ids, list(processor.images_uint8(question.images)) if question.images else []
         except UserError as error:
-            if question.name not in self._refused:
-                print(f"question {question.name} is not asked: {error}", flush=True)
-            self._refused.add(question.name)
+            self._refused.setdefault(question.name, str(error))
             return None
+
+    @staticmethod
+    def _say(refused: Sequence[tuple[str, str]]) -> None:
+        for name, why in refused[:SHOWN]:
+            print(f"question {name} is not asked: {why}", flush=True)
+        if len(refused) > SHOWN:
+            print(f"{len(refused) - SHOWN} more questions are not asked, for such reasons", flush=True)
 
     def _text(self, model: LlavaMed, ids: Sequence[int]) -> str:
         text = model.processor.decode(ids)
@@ -152,12 +165,16 @@ class Samples:
 
     def __init__(self, model: TrainedModel):
         self._model = model
+        self._has_said = False
 
     def __call__(self, snapshot: Snapshot) -> list[Sample]:
         cfg, data = snapshot.data.cfg, snapshot.data
         fixed = datasets.read_training(cfg.data.samples, cfg.data.images) if cfg.data.samples else data.validation or data.train
         with_image = (q for q in _questions(fixed.readable()) if q.images)
         questions = list(itertools.islice(with_image, SHOWN))
+        if not questions and not self._has_said:
+            print("samples_every has nothing to show: no question of the data has an image and an answer", flush=True)
+            self._has_said = True
         answers = self._model.ask(snapshot, questions, MAX_NEW_TOKENS["sample"]) if questions else []
         return [Sample(q.name, data.processor.images_uint8(q.images), q.text, answer, q.wanted)
                 for q, answer in zip(questions, answers) if answer is not None]

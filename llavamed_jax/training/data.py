@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,8 @@ class Data:
     plan: packing.Plan
     validation: datasets.TrainingData | None
     validation_plan: packing.Plan | None
+    samples: Lengths | None = None  # of `data.samples`, which are asked and not trained on
+    unread: list[dict] = field(default_factory=list)  # of this process's validation samples, those whose image could not be read
 
     @classmethod
     def open(cls, cfg: ConfigDict, checkpoint: Checkpoint, multiple: int = 1, workdir: Path | None = None,
@@ -61,25 +63,29 @@ class Data:
         cache = workdir / "cache" if workdir is not None else None
         processor = Processor.from_checkpoint(checkpoint, tokenizer=cfg.tokenizer, template=cfg.template)
 
+        def measure(data, path) -> Lengths:
+            found = lengths.measure(data, processor, cfg.max_length, cfg.data.workers, cache)
+            _refuse_losses(cfg, path, packing.Stream.of(data, cfg.seed), found)
+            return found
+
         def read(path, split) -> tuple[datasets.TrainingData, Lengths]:
             data = datasets.read_training(path, cfg.data.images, cfg.data.protocol or "clean", split, cache)
-            found = lengths.measure(data, processor, cfg.max_length, cfg.data.workers, cache)
-            _refuse_damage(cfg, path, found)
-            return data, found
+            return data, measure(data, path)
 
         check_positions(cfg, checkpoint.config)
-        if cfg.data.samples and cfg.samples_every:  # read when it is their turn; that they can be is known now
-            datasets.read_training(cfg.data.samples, cfg.data.images)
+        samples = None
+        if cfg.data.samples and cfg.samples_every:  # read again when it is their turn; that they can be is known now
+            samples = measure(datasets.read_training(cfg.data.samples, cfg.data.images), cfg.data.samples)
         rows = _Rows(cfg, checkpoint.config, multiple, settled or {})
         train, measured = read(cfg.data.train, "train")
         stream = packing.Stream.of(train, cfg.seed)
         plan = packing.Plan(stream, measured, rows.layout(stream, measured), cache)
         if not cfg.data.validation:
-            return cls(cfg, processor, train, plan, None, None)
+            return cls(cfg, processor, train, plan, None, None, samples)
         validation, measured = read(cfg.data.validation, "validation")
         stream = packing.Stream.of(validation, cfg.seed, is_shuffled=False)
         layout = rows.layout_like(plan.layout, stream, measured)
-        return cls(cfg, processor, train, plan, validation, packing.Plan(stream, measured, layout, cache))
+        return cls(cfg, processor, train, plan, validation, packing.Plan(stream, measured, layout, cache), samples)
 
     def total_steps(self) -> int:
         """Updates of the run: `total_steps`, or those that the rows of `epochs` make."""
@@ -110,14 +116,28 @@ class Data:
         found = self.plan.lengths
         sets = [*self.train.found, *(self.validation.found if self.validation is not None else ())]
         lines = [*sets, f"{found.usable} samples of {found.mean:.1f} tokens in the mean, images included, the longest {found.longest}"]
-        if found.damaged:
-            lines.append(f"warning: {len(found.damaged)} records cannot be used and are listed in skipped.jsonl; the first: "
-                         f"{found.damaged[0]['reason']}")
-        troubles = {f"samples are longer than {self.cfg.max_length} tokens and are cut": found.truncated,
-                    "samples have no supervised token": found.unsupervised,
-                    "images are left out, for no marker stands for them or a cut takes them away": found.surplus}
-        lines += [f"warning: {count} {what}" for what, count in troubles.items() if count]
+        lines += self._troubles("", found)
+        if self.validation_plan is not None:
+            lines += self._troubles("validation ", self.validation_plan.lengths)
+        if self.samples is not None:
+            lines += self._troubles("sample ", self.samples)
         return [*lines, *self._describe_packing()] if self.plan.layout.is_packed else lines
+
+    def _troubles(self, which: str, found: Lengths) -> list[str]:
+        """Warnings of what the records of training, validation or sample data have that is not used."""
+        lines = []
+        if found.damaged:
+            lines.append(f"{len(found.damaged)} {which}records cannot be used and are listed in skipped.jsonl; the first: "
+                         f"{found.damaged[0]['reason']}" if not which else
+                         f"{len(found.damaged)} {which}records cannot be used; the first: {found.damaged[0]['reason']}")
+        if found.truncated:
+            lines.append(f"{found.truncated} {which}samples are longer than {self.cfg.max_length} tokens and are cut")
+        if found.unsupervised:
+            lines.append(f"{found.unsupervised} {which}samples have no supervised token")
+        if found.surplus:
+            lines.append(f"{found.surplus} {which}images are left out, for no marker stands for them or a cut takes them away; the first: "
+                         f"{found.first_lost}")
+        return [f"warning: {line}" for line in lines]
 
     def _describe_packing(self) -> list[str]:
         layout, rows, batch_size = self.plan.layout, self.plan.rows(0), self.cfg.batch_size
@@ -135,20 +155,36 @@ class Data:
         return self._batches(self.train, self.plan, self.cfg.data.workers, None, mesh)
 
     def validation_batches(self, mesh: Mesh | None = None) -> loader.Loader:
-        """The validation records once; the last batch is filled up with empty rows."""
-        return self._batches(self.validation, self.validation_plan, 0, 1, mesh)
+        """The validation records once; the last batch is filled up with empty rows. `unread` gets what is skipped on the way."""
+        self.unread.clear()
+        return self._batches(self.validation, self.validation_plan, 0, 1, mesh, lambda entry: entry["image"] and self.unread.append(entry))
 
-    def _batches(self, data, plan, num_workers, epochs, mesh) -> loader.Loader:
+    def _batches(self, data, plan, num_workers, epochs, mesh, on_skip=None) -> loader.Loader:
         part = None if mesh is None else local_rows(mesh, plan.layout.rows + plan.layout.padding_rows)
         return loader.batches(data, self.processor, plan, self.cfg.max_length, num_workers=num_workers, epochs=epochs, part=part,
-                              skip_limit=self.cfg.data.skip_limit)
+                              on_skip=on_skip, skip_limit=self.cfg.data.skip_limit)
 
 
-def _refuse_damage(cfg: ConfigDict, path, found: Lengths) -> None:
-    damaged, count = len(found.damaged), len(found.tokens)
-    if damaged > cfg.data.skip_limit * count:
-        raise UserError(f"{damaged} of the {count} samples of {path} cannot be used, more than the {cfg.data.skip_limit:.0%} that may be "
+def _refuse_losses(cfg: ConfigDict, path, stream: packing.Stream, found: Lengths) -> None:
+    """Raises UserError where more than `data.skip_limit` of the samples cannot be used or lose an image, or of the images.
+
+    Samples are those of an epoch: a source of weight 2 counts twice.
+    """
+    limit, weights, samples = cfg.data.skip_limit, stream.weights(), len(stream)
+    count = lambda values: float((weights * values).sum())
+    damaged, lossy = count(found.tokens == 0), count(found.is_lossy)
+    if damaged > limit * samples:
+        raise UserError(f"{damaged:.0f} of the {samples} samples of {path} cannot be used, more than the {limit:.0%} that may be "
                         f"skipped (data.skip_limit); the first: {found.damaged[0]['reason']}")
+    why = f"for no <image> marker stands for them or the cut at max_length takes them away: more than the {limit:.0%} that may be " \
+          f"skipped (data.skip_limit); the first: {found.first_lost}"
+    if damaged + lossy > limit * samples:
+        rest = f" and {damaged:.0f} cannot be used" if damaged else ""
+        raise UserError(f"{lossy:.0f} of the {samples} samples of {path} lose images{rest}, {why}")
+    lost = count(found.lost) if found.lost is not None else 0
+    named = count(found.images) + lost
+    if lost > limit * named:
+        raise UserError(f"{lost:.0f} of the {named:.0f} images of {path} are left out, {why}")
 
 
 def check_positions(cfg: ConfigDict, config: LlavaConfig) -> None:

@@ -22,6 +22,10 @@ from llavamed_jax.training.workdir import write_text
 # Updates that are under way at a time. One runs and one waits for it, so the device is never idle, and the host is never
 # further ahead: what it allocates stays bounded, and a signal is obeyed after two updates.
 IN_FLIGHT = 2
+# Why a run that learns nothing does not: how its sentence ends.
+ZERO_GRADIENT = ": no parameter that trainable names has a part in the loss of the samples; a projector or a tower has none in samples " \
+                "without an image"
+UNMOVED = "; optimizer.learning_rate, eps and clip_norm decide how far an update goes"
 
 
 def read(values: Any) -> Any:
@@ -41,6 +45,10 @@ class Progress:
     samples_unsupervised: int = 0  # that teach nothing, because the original's label arithmetic did not add up
     updates_skipped: int = 0  # whose loss or gradient was not finite
     skipped_in_a_row: int = 0  # of them, since the last update that was
+    zero_gradients: int = 0  # updates whose gradient was exactly 0
+    zero_gradients_in_a_row: int = 0  # of them, since the last one that was not
+    updates_moved: int = 0  # that moved the parameters
+    updates_unmoved: int = 0  # that did not, though their learning rate was not 0
     best: dict | None = None  # {"step", "validation_loss"}
 
 
@@ -75,7 +83,8 @@ class LateReader:
       progress: is counted up.
       log: gets a line every `log_every` updates and for the last one.
       config, trained, num_devices: for MFU (`metrics.training_flops`).
-      nan_limit: so many updates in a row that are not finite end the run.
+      nan_limit: so many updates in a row that are not finite, or have a gradient of exactly 0, end the run; and so many from its
+        beginning that do not move the parameters.
       name_samples: position in the data -> ids of the samples of the batch there.
       together: adds up what several processes count.
     """
@@ -126,6 +135,7 @@ class LateReader:
         self._is_first = False
         if self._progress.skipped_in_a_row >= self._nan_limit:
             self._refuse()
+        self._refuse_still(update, values)
 
     def _of_all(self, update: Update) -> Update:
         """The update with what all processes counted of it, in the first."""
@@ -154,8 +164,22 @@ class LateReader:
         else:
             progress.skipped_in_a_row = 0
             self._not_finite.clear()
+            self._count_still(values)
         self._tokens += counts["tokens"]
         self._flops += metrics.training_flops(self._config, self._trained, counts["tokens"], counts["attended"], counts["images"])
+
+    def _count_still(self, values: Mapping[str, float]) -> None:
+        """Counts whether an update had a gradient and moved anything. Without a supervised token it had neither to have."""
+        progress = self._progress
+        if not values["tokens"]:
+            return
+        is_zero = values["grad_norm"] == 0
+        progress.zero_gradients += is_zero
+        progress.zero_gradients_in_a_row = progress.zero_gradients_in_a_row + 1 if is_zero else 0
+        if values["learning_rate"] > 0:  # the first update of a warm-up moves nothing
+            is_moved = bool(values["moved"])
+            progress.updates_moved += is_moved
+            progress.updates_unmoved += not is_moved
 
     def _line(self, update: Update, values: Mapping[str, float], seconds: float) -> dict:
         progress, counts = self._progress, update.counts
@@ -174,3 +198,14 @@ class LateReader:
         write_text(path, json.dumps([{"step": u.step, "ids": self._name_samples(u.position)} for u in self._not_finite], indent=1) + "\n")
         raise UserError(f"{self._progress.skipped_in_a_row} updates in a row, up to step {self._not_finite[-1].step}, were not finite in "
                         f"loss, gradient or update (nan_limit is {self._nan_limit}); the ids of their samples are in {path}")
+
+    def _refuse_still(self, update: Update, values: Mapping[str, float]) -> None:
+        """Ends a run that learns nothing."""
+        progress, limit = self._progress, self._nan_limit
+        if progress.zero_gradients_in_a_row >= limit:
+            raise UserError(f"{progress.zero_gradients_in_a_row} updates in a row, up to step {update.step}, had a gradient of exactly 0 "
+                            f"(nan_limit is {limit}){ZERO_GRADIENT}")
+        if not progress.updates_moved and progress.updates_unmoved >= limit:
+            raise UserError(f"not one of the first {progress.updates_unmoved} updates, up to step {update.step}, moved the parameters "
+                            f"(nan_limit is {limit}): the last had a gradient of {values['grad_norm']:.3g} and a learning rate of "
+                            f"{values['learning_rate']:.3g}{UNMOVED}")

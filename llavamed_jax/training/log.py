@@ -130,7 +130,8 @@ def troubles(metrics: Mapping[str, float | int | None]) -> list[str]:
     """What a run had to do without, in words; nothing where there was nothing."""
     words = dict(updates_skipped="updates skipped (not finite)", samples_skipped="samples skipped (see skipped.jsonl)",
                  images_skipped="images left out",
-                 samples_truncated="samples cut at max_length", samples_unsupervised="samples without a supervised token")
+                 samples_truncated="samples cut at max_length", samples_unsupervised="samples without a supervised token",
+                 validation_samples_skipped="validation samples skipped (their image cannot be read)")
     return [f"{metrics[key]} {text}" for key, text in words.items() if metrics.get(key)]
 
 

@@ -40,6 +40,7 @@ POSITIVE = ("batch_size", "micro_batches", "epochs", "total_steps", "max_length"
             "data.mean_length", "optimizer.learning_rate", "optimizer.eps", "mesh.slices")
 NOT_NEGATIVE = ("data.row_length", "data.workers", "optimizer.warmup_ratio", "optimizer.weight_decay",
                 "optimizer.clip_norm", "checkpoint.every_steps", "checkpoint.every_minutes", "samples_every", "seed")
+SMALLEST = 2.0**-126  # float32's smallest number of full precision: devices take less for 0
 # Adam moves each parameter by about the learning rate: beyond this nothing is left of a model after one update. The others are
 # a process each, a plan each, an array each, or counters of 32 bits: what is larger was mistyped, and would fill the memory.
 LARGEST_RATE = 10.0
@@ -86,6 +87,8 @@ def _check_value(key: str, value) -> None:
         raise UsageError(f"the config key {key!r} is {value!r}; at most {LARGEST[key]} was expected")
     if value == "" and key != "name":
         raise UsageError(f"the config key {key!r} is empty; text{' or none' if None in kinds else ''} was expected")
+    if not is_open and key in POSITIVE and 0 < value < SMALLEST:
+        raise UsageError(f"the config key {key!r} is {value!r}, which is 0 in float32; at least {SMALLEST:.2g} was expected")
     if not is_open and key in POSITIVE and value <= 0:
         raise UsageError(f"the config key {key!r} is {value!r}; more than 0 was expected")
     if not is_open and key in NOT_NEGATIVE and value < 0:

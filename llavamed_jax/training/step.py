@@ -20,6 +20,9 @@ Batch = Mapping[str, jax.Array]
 LossFn = Callable[[dict, Batch], tuple[jax.Array, jax.Array]]
 
 MODEL_INPUTS = ("input_ids", "labels", "positions", "segment_ids", "pixel_values")
+# An update this much smaller than the parameters, by their norms, moves nothing: float32 holds seven digits. What is left of it is
+# in parameters that were exactly 0.
+STILL = 1e-12
 # Weights are gathered whole before they are used. XLA for a v6e would pass them round the devices part by part within each
 # product, in the backward pass again: 2.2 times the bytes (docs/preflight.md).
 _TPU_OPTIONS = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
@@ -52,8 +55,8 @@ def make_train_step(loss_fn: LossFn, optimizer: optax.GradientTransformation, sc
     Returns:
       (state, batch) -> (state, metrics). The old state's buffers are reused: it must not be touched again. Metrics are
       float32 scalars: `loss` (the mean of tokens, or of the means of samples), `tokens` (supervised), `grad_norm` (before clipping),
-      `learning_rate`, `skipped` (1 where loss, gradient or the new parameters were not finite; then parameters and
-      optimizer stay as they were).
+      `learning_rate`, `moved` (0 where the update was less than `STILL` of the parameters), `skipped` (1 where loss, gradient
+      or the new parameters were not finite; then parameters and optimizer stay as they were).
     """
 
     def step(state: TrainState, batch: Batch):
@@ -72,11 +75,15 @@ def make_train_step(loss_fn: LossFn, optimizer: optax.GradientTransformation, sc
         is_finite = jax.tree.reduce(lambda so_far, x: so_far & jnp.isfinite(x).all(), moved,
                                     jnp.isfinite(total) & jnp.isfinite(grad_norm))
 
+        change = optax.tree.norm(jax.tree.map(jnp.subtract, moved, state.trainable))
+        is_moved = change > STILL * optax.tree.norm(state.trainable)
+
         def if_finite(new, old):
             return jax.tree.map(lambda n, o: jnp.where(is_finite, n, o), new, old)
 
         metrics = dict(loss=total / jnp.maximum(count, 1.0), tokens=tokens, grad_norm=grad_norm,
-                       learning_rate=schedule(state.step - state.skipped), skipped=1.0 - is_finite)
+                       learning_rate=schedule(state.step - state.skipped), moved=is_moved.astype(jnp.float32),
+                       skipped=1.0 - is_finite)
         state = state.replace(
             step=state.step + 1, skipped=state.skipped + (1 - is_finite.astype(jnp.int32)),
             trainable=if_finite(moved, state.trainable),

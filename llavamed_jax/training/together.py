@@ -53,16 +53,30 @@ class Together:
         """
         if self._is_alone:
             return dict(counts), []
-        said = dict(rows=self._rows, counts=dict(counts), skipped=list(skipped), stop=self._stop.is_asked)
-        everyone = [json.loads(each) for each in distributed.gather(json.dumps(said).encode())]
+        everyone = self._everyones(counts=dict(counts), skipped=list(skipped), stop=self._stop.is_asked)
         self._agreed = distributed.from_first(lambda: dict(stop=any(each["stop"] for each in everyone), save=self._is_late()))
         if not everyone:
             return dict(counts), []
-        shares = {tuple(each["rows"]): each for each in reversed(everyone)}  # the lowest of those with the same rows
-        del shares[tuple(self._rows)]
-        others = list(shares.values())[::-1]
+        others = self._others(everyone)
         return ({name: count + sum(each["counts"][name] for each in others) for name, count in counts.items()},
                 [entry for each in others for entry in each["skipped"]])
+
+    def listed(self, entries: Sequence[Mapping]) -> list[Mapping]:
+        """In the first process: the entries of all, of equal rows once; elsewhere nothing. To be called by all."""
+        if self._is_alone:
+            return list(entries)
+        everyone = self._everyones(entries=list(entries))
+        return [*entries, *(entry for each in self._others(everyone) for entry in each["entries"])] if everyone else []
+
+    def _everyones(self, **said) -> list[dict]:
+        """In the first process what each says, with its rows; elsewhere nothing."""
+        return [json.loads(each) for each in distributed.gather(json.dumps(dict(rows=self._rows, **said)).encode())]
+
+    def _others(self, everyone: Sequence[Mapping]) -> list[Mapping]:
+        """All but the first, of those with the same rows the lowest."""
+        shares = {tuple(each["rows"]): each for each in reversed(everyone)}
+        del shares[tuple(self._rows)]
+        return list(shares.values())[::-1]
 
     def _is_late(self) -> bool:
         return 0 < self._seconds < time.monotonic() - self._saved_at

@@ -22,7 +22,7 @@ from llavamed_jax.parallel.mesh import local_rows, put, replicated
 from llavamed_jax.training import recipe, setup
 from llavamed_jax.training import workdir as workdirs
 from llavamed_jax.training.data import Data, row_multiple
-from llavamed_jax.training.late import LateReader, Progress, Update
+from llavamed_jax.training.late import UNMOVED, ZERO_GRADIENT, LateReader, Progress, Update
 from llavamed_jax.training.log import MetricsWriter, troubles
 from llavamed_jax.training.metrics import batch_counts
 from llavamed_jax.training.state import TABLE, TrainState
@@ -201,7 +201,7 @@ class Run:
                 if is_due or together.is_save_due:
                     reader.drain()
                     self._refuse_nothing()
-                    if is_due and (found := judge(self._snapshot(), self.state, eval_step, watch.evaluators, self.progress)):
+                    if is_due and (found := self._judge(eval_step, watch, together)):
                         self.log.write(self.step, found)
                     self._save(writer)
                     reader.restart_clock()
@@ -230,6 +230,14 @@ class Run:
         window = self.program.model.cfg.decoder.sliding_window
         reader.add(Update(self.step, metrics, batch_counts(batch, window), missed, position, skipped=skipped))
 
+    def _judge(self, eval_step, watch: Watch, together: Together) -> dict[str, float]:
+        """What validation data and evaluators say, and how many validation samples they had to do without."""
+        found = judge(self._snapshot(), self.state, eval_step, watch.evaluators, self.progress)
+        unread = together.listed(self.data.unread)
+        if unread:
+            self.log.say(f"warning: {len(unread)} validation samples are skipped; the first: {unread[0]['reason']}")
+        return {**found, "validation_samples_skipped": len(unread)} if unread else found
+
     def _reader(self, together: Together) -> LateReader:
         return LateReader(
             self.progress, self.log, self.workdir, config=self.program.model.cfg,
@@ -253,6 +261,14 @@ class Run:
         if 2 * self.progress.updates_skipped >= self.total_steps:
             raise UserError(f"{self.progress.updates_skipped} of {self.total_steps} updates were skipped because loss, gradient or update "
                             "was not finite, so the run is not finished")
+        if self.progress.zero_gradients and self.progress.zero_gradients + self.progress.updates_skipped >= self.total_steps:
+            raise UserError(f"{self.progress.zero_gradients} of {self.total_steps} updates had a gradient of exactly 0, so nothing was "
+                            f"trained{ZERO_GRADIENT}")
+        if self.progress.updates_unmoved and not self.progress.updates_moved:
+            raise UserError(f"not one of {self.progress.updates_unmoved} updates moved the parameters, so nothing was trained{UNMOVED}")
+        if not self.progress.updates_unmoved and not self.progress.updates_moved:
+            self.log.say("warning: the learning rate was 0 in every update, for all of them are warm-up (optimizer.warmup_ratio): nothing "
+                         "was trained")
 
     def _next_batch(self) -> tuple[Mapping, dict[str, int], list[Mapping]]:
         """A batch, how many of its samples were skipped, cut or teach nothing, which is counted and never silent, and those skipped."""
@@ -299,7 +315,7 @@ def _restore(workdir: Path, step: int, own: Checkpoint, program: setup.Program, 
     if distributed.process_index() == 0:
         for name in own.unused:  # no update needs them, but what is made of this run will
             own.read(name)
-    progress = Progress(**meta["progress"])
+    progress = Progress(**{"updates_moved": 1, **meta["progress"]})  # earlier versions did not count them
     everywhere = replicated(program.mesh)
     return TrainState(
         step=put(np.int32(step), everywhere), skipped=put(np.int32(progress.updates_skipped), everywhere),
