@@ -72,8 +72,8 @@ OTHERS = [
      "test_templates::test_ids_and_labels_are_the_originals"),
     ("several `<image>` in a turn are one to upstream's training", "they all stay where each has its image", "the record's `image`",
      "test_processor::test_training_example_counts_images"),
-    ("an image that no `<image>` marker stands for is dropped without a word, and the text trained on alone", "the same, counted and printed; "
-     "beyond the limit the run does not start", "`data.skip_limit`", "test_lost_images::test_beyond_the_limit_the_run_does_not_start"),
+    ("an image that no `<image>` marker stands for is dropped without a word, and the text trained on alone",
+     "the same, counted and printed; beyond the limit the run does not start", "`data.skip_limit`", "test_lost_images::test_beyond_the_limit_the_run_does_not_start"),
     ("a training sample may be cut inside an image", "it is cut before the image", "`max_length`",
      "test_loader::test_cut_never_leaves_part_of_an_image"),
     ("v1.0 replaces a sample whose image is broken by another, drawn at random", "it is skipped, listed and counted", "",

@@ -144,7 +144,8 @@ def test_broken_images_add_to_those_that_are_lost(recipe, tmp_path):
     (tmp_path / "images" / "broken.png").write_bytes(b"none")
     records = [*[GOOD] * 4, *[LOST["no marker"][0]] * 3, *[record(image="broken.png")] * 3]
     for limit, is_enough in ((0.5, False), (0.6, True)):
-        batches = opened(recipe(records, batch_size=10, **{"data.images": tmp_path / "images", "data.skip_limit": limit})).training_batches()
+        keys = {"data.images": tmp_path / "images", "data.skip_limit": limit}
+        batches = opened(recipe(records, batch_size=10, **keys)).training_batches()
         if is_enough:
             assert next(batches)["segment_ids"].max(axis=1).sum() == 7
             continue
