@@ -31,14 +31,15 @@ fidelity: $(VENV)/.dev
 
 # For one large GPU: the Python that is named, no environment, nothing installed or fetched.
 h200:
-	$(or $(PYTHON),python3) benchmarks/h200.py --out "$(or $(OUT),benchmarks/results)" \
+	"$(or $(PYTHON),python3)" benchmarks/h200.py --out "$(or $(OUT),benchmarks/results)" \
 		$(if $(COMMIT),--commit "$(COMMIT)") $(if $(CASES),--cases "$(CASES)") $(if $(SMALL),--small)
 
 ifneq ($(MAKECMDGOALS),h200)
 # The interpreter: PYTHON=... if given, else that of the environment, else the first that runs (a pyenv shim may be on the
 # path and not run). Its version names a stamp, so another PYTHON rebuilds the environment.
-version = $(shell $(1) -c 'import sys; v = sys.version_info; print("%d.%d" % v[:2]) if (3, 11) <= v[:2] < (3, 13) else sys.exit(1)' 2>/dev/null)
-INTERPRETER := $(firstword $(foreach python,$(or $(PYTHON),$(wildcard $(RUN)) python3.11 python3.12 python3),$(if $(call version,$(python)),$(python))))
+version = $(shell "$(1)" -c 'import sys; v = sys.version_info; print("%d.%d" % v[:2]) if (3, 11) <= v[:2] < (3, 13) else sys.exit(1)' 2>/dev/null)
+CANDIDATES := $(wildcard $(RUN)) python3.11 python3.12 python3
+INTERPRETER := $(or $(PYTHON),$(firstword $(foreach python,$(CANDIDATES),$(if $(call version,$(python)),$(python)))))
 VERSION := $(if $(INTERPRETER),$(call version,$(INTERPRETER)))
 ifeq ($(VERSION),)
 $(error $(or $(PYTHON),no Python here) is not a Python 3.11 or 3.12 that runs; name one with PYTHON=/path/to/python3.11)
@@ -47,7 +48,7 @@ endif
 
 $(VENV)/.python-$(VERSION):
 	@[ "$$($(RUN) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)" = $(VERSION) ] || \
-		$(INTERPRETER) -m venv --clear $(VENV)
+		"$(INTERPRETER)" -m venv --clear $(VENV)
 	@touch $@
 
 $(VENV)/.core-cpu $(VENV)/.core-cuda12 $(VENV)/.core-cuda13 $(VENV)/.core-tpu: $(VENV)/.core-%: pyproject.toml requirements.txt $(VENV)/.python-$(VERSION)

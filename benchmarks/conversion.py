@@ -109,13 +109,15 @@ def convert(source: Path, out: Path, *command: str) -> dict:
 
     def run():
         nonlocal peak
-        process = subprocess.Popen([sys.executable, "-m", "convert", *command, "--checkpoint", source, "--out", out], cwd=ROOT,
-                                   stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        while process.poll() is None:
-            peak = max(peak, anonymous_bytes(process.pid))
-            time.sleep(SAMPLE_SECONDS)
-        if process.returncode:
-            raise UserError(f"convert {' '.join(command)} failed: {process.stdout.read().strip()}")
+        with tempfile.TemporaryFile() as said:  # a pipe that nobody reads would fill up
+            process = subprocess.Popen([sys.executable, "-m", "convert", *command, "--checkpoint", source, "--out", out], cwd=ROOT,
+                                       stdout=said, stderr=subprocess.STDOUT)
+            while process.poll() is None:
+                peak = max(peak, anonymous_bytes(process.pid))
+                time.sleep(SAMPLE_SECONDS)
+            if process.returncode:
+                said.seek(0)
+                raise UserError(f"convert {' '.join(command)} failed: {said.read().decode(errors='replace').strip()}")
     taken, processor = seconds(run)
     return dict(seconds=round(taken, 2), copy_seconds=round(copied, 2), ratio=round(taken / copied, 3),
                 processor_seconds=round(processor, 2), copy_processor_seconds=round(copy_processor, 2), peak_rss_anon_bytes=peak,
@@ -144,7 +146,7 @@ def forget(directory: Path) -> None:
 def anonymous_bytes(pid: int) -> int:
     """Memory of a process that no file stands behind; 0 when it has just ended."""
     try:
-        status = Path(f"/proc/{pid}/status").read_text()
+        status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return 0
     return next((int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("RssAnon:")), 0)

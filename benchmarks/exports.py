@@ -45,7 +45,7 @@ def make(out: Path) -> None:
             cases.append(dict(prompt=prompt, ids=[PIECES if i == lm.IMAGE_TOKEN else int(i) for i in ids], answer=list(map(int, answer)),
                               messages=[{"role": role, "content": content} for role, content in turns],
                               pixels=None if pixels is None else pixels.tolist()))
-        (out / f"{name}.json").write_text(json.dumps(cases))
+        (out / f"{name}.json").write_text(json.dumps(cases), encoding="utf-8")
 
 
 def export_tiny(out: Path, source: str, architecture: str, template: str, mode: str) -> None:
@@ -80,7 +80,7 @@ def check(directory: Path) -> None:
             continue
         model, info = transformers.LlavaForConditionalGeneration.from_pretrained(directory / name, output_loading_info=True)
         assert not info["missing_keys"] and not info["unexpected_keys"], info
-        equal = [same(processor, model.eval(), case) for case in json.loads((directory / f"{name}.json").read_text())]
+        equal = [same(processor, model.eval(), case) for case in json.loads((directory / f"{name}.json").read_text(encoding="utf-8"))]
         counts = [f"{sum(one[what] is True for one in equal)}/{sum(one[what] is not None for one in equal)} {what}" for what in equal[0]]
         print(f"{type(processor.image_processor).__name__}, {', '.join(counts)}")
 

@@ -133,7 +133,7 @@ def run(selectors: Iterable[str]) -> list[Result]:
 def document(results: list[Result]) -> str:
     packages = ("jax", "flax", "torch", "transformers", "numpy")
     versions = ", ".join(f"{package} {importlib.metadata.version(package)}" for package in packages)
-    commit = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    commit = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=ROOT, capture_output=True, encoding="utf-8").stdout.strip()
     lines = ["# Fidelity", "",
              "How far this project is from the original PyTorch code and from transformers, on a CPU in float32. Written by "
              "`make fidelity`, which runs the tests named here and prints the largest difference that they measured. No released "
@@ -177,7 +177,7 @@ def true_shapes() -> list[str]:
     """The layer table, as benchmarks/true_shapes.py left it."""
     if not TRUE_SHAPES.is_file():
         return []
-    data = json.loads(TRUE_SHAPES.read_text())
+    data = json.loads(TRUE_SHAPES.read_text(encoding="utf-8"))
     lines = ["", "## The released shapes, layer by layer", "",
              f"`python benchmarks/true_shapes.py --checkpoint {data['checkpoint']}`: {data['parameters']:,} random parameters, one "
              f"image and one question ({data['positions']} positions), float32, transformers' layer modules beside this project's "

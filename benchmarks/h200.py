@@ -332,7 +332,7 @@ def run_all(names: list[str], args) -> int:
             continue
         command = [sys.executable, __file__, "--case", name] + ["--small"] * args.small + (["--commit", args.commit] if args.commit else [])
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=left)
+            done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", timeout=left)
         except subprocess.TimeoutExpired:
             append_row(out, {"case": name, "skipped": f"did not end within {left:.0f} s", "commit": args.commit})
             continue

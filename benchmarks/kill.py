@@ -64,13 +64,14 @@ class Run:
             environment |= {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
         self.segments = segments()
         self.started = time.monotonic()
-        with open(log, "a") as out:
+        with open(log, "a", encoding="utf-8") as out:
             self.process = subprocess.Popen(words, cwd=ROOT, env=environment, stdout=out, stderr=out)
 
     def finish(self) -> float:
         """Waits for the end; returns the seconds from the start."""
         if self.process.wait() != 0:
-            raise SystemExit(f"error: a run ended with {self.process.returncode}:\n{self.log.read_text()[-2000:]}")
+            said = self.log.read_text(encoding="utf-8", errors="replace")
+            raise SystemExit(f"error: a run ended with {self.process.returncode}:\n{said[-2000:]}")
         return time.monotonic() - self.started
 
     def kill_at(self, moment: float) -> bool:
@@ -107,7 +108,7 @@ class Run:
         mapped = set()
         for folder in Path("/proc").iterdir() if new else ():
             try:
-                maps = (folder / "maps").read_text() if folder.name.isdigit() else ""
+                maps = (folder / "maps").read_text(encoding="utf-8", errors="replace") if folder.name.isdigit() else ""
             except OSError:
                 continue
             mapped |= {name for name in new if f"{SHM}/{name}" in maps}
@@ -120,7 +121,7 @@ def segments() -> set[str]:
 
 def history(workdir: Path) -> list[dict]:
     """What `metrics.jsonl` says of each step, without what depends on the clock."""
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return [{key: value for key, value in line.items() if key not in MEASURED} for line in lines]
 
 
@@ -137,7 +138,7 @@ def reached(workdir: Path) -> str:
         return "before the first step" if (workdir / "recipe.json").exists() else "before its recipe was written"
     names = [path.name for path in checkpoints.iterdir()] if checkpoints.is_dir() else []
     saving = [name for name in names if name[0] != "." and not (checkpoints / name / "manifest.json").exists()]
-    lines = log.read_text().count("\n")
+    lines = log.read_text(encoding="utf-8", errors="replace").count("\n")
     return f"{lines} steps logged" + (f", saving {saving[0].split('.')[0]}" if saving else "") if lines else "compiling the first step"
 
 

@@ -45,7 +45,7 @@ WORKER = """
 import json, pickle, sys, time
 
 def megabytes():
-    with open("/proc/self/smaps_rollup") as file:
+    with open("/proc/self/smaps_rollup", encoding="ascii") as file:
         return sum(int(line.split()[1]) for line in file if line.startswith("Private_")) / 1024
 
 start = time.process_time()
@@ -180,7 +180,7 @@ def scale(folder: Path, data: TrainingData, processor: Processor, count: int) ->
     image = Path(data.record(0)["image"][0])
     file, cache = folder / "large.json", folder / "cache"
     cache.mkdir()
-    with open(file, "w") as out:
+    with open(file, "w", encoding="utf-8") as out:
         for i in range(count):
             words = " ".join(["the image shows a chest with no sign of disease"] * (4 + i % 8))
             turns = [{"from": "human", "value": "<image>\nWhat is shown?"}, {"from": "gpt", "value": words}]
@@ -209,11 +209,12 @@ def worker_overhead(folder: Path, data: TrainingData, processor: Processor, plan
     """Private memory and processor seconds of a process that is ready to make batches, less those of one with grain alone."""
     make = loader.batches(data, processor, plan, MAX_LENGTH)._make
     (folder / "make.pickle").write_bytes(pickle.dumps(make))
-    (folder / "worker.py").write_text(WORKER)
+    (folder / "worker.py").write_text(WORKER, encoding="utf-8")
 
     def run(*words):
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        done = subprocess.run([sys.executable, folder / "worker.py", *words], capture_output=True, text=True, check=True, env=environment)
+        command = [sys.executable, folder / "worker.py", *words]
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", check=True, env=environment)
         return json.loads(done.stdout)
 
     runs = [(run(), run(folder / "make.pickle")) for _ in range(5)]

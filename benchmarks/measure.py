@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import importlib.metadata
 import json
@@ -61,8 +62,9 @@ def peak_memory() -> dict:
 def circumstances(commit: str | None = None) -> dict:
     """Device, versions, commit and date of a row."""
     if commit is None:
-        done = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-        commit = done.stdout.strip() or None
+        with contextlib.suppress(FileNotFoundError):  # a machine without git
+            done = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=ROOT, capture_output=True, encoding="utf-8")
+            commit = done.stdout.strip() or None
     versions = {}
     for package in PACKAGES:
         try:
@@ -78,5 +80,5 @@ def append_row(out: Path, row: dict) -> None:
     line = json.dumps(row)
     print(line, flush=True)
     out.parent.mkdir(parents=True, exist_ok=True)
-    with open(out, "a") as file:
+    with open(out, "a", encoding="utf-8") as file:
         file.write(line + "\n")

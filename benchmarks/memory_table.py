@@ -29,18 +29,18 @@ GIB = 2**30
 
 def measure(command: list[str], topologies: list[str], out: Path) -> list[dict]:
     """The rows of a case; those that the file lacks are compiled and added to it."""
-    rows = json.loads(out.read_text()) if out.exists() else []
+    rows = json.loads(out.read_text(encoding="utf-8")) if out.exists() else []
     for topology in topologies:
         if any(row["topology"] == topology for row in rows):
             continue
         with tempfile.NamedTemporaryFile(suffix=".json") as file:
             done = subprocess.run([sys.executable, *command, "--preflight", topology, "--preflight_json", file.name], cwd=ROOT)
-            text = Path(file.name).read_text()
+            text = Path(file.name).read_text(encoding="utf-8")
             if done.returncode not in (0, 1) or not text:
                 raise SystemExit(f"{' '.join(command)} --preflight {topology} ended with status {done.returncode}")
             rows += json.loads(text)
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(rows, indent=1) + "\n")
+        out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     return rows
 
 

@@ -76,7 +76,7 @@ def main() -> int:
                   peak_resident_bytes=peak, rows=rows, **circumstances())
     args.out.parent.mkdir(parents=True, exist_ok=True)
     temporary = args.out.with_name(f".{args.out.name}")
-    temporary.write_text(json.dumps(result, indent=1) + "\n")
+    temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     temporary.replace(args.out)
     print(f"{result['positions']} positions, {result['seconds']} s, at most {peak / 1e9:.1f} GB resident; written to {args.out}")
     return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import codecs
 import contextlib
 import os
 import sys
@@ -40,6 +41,10 @@ def program(argv: Sequence[str]) -> None:
     for stream in (sys.stdout, sys.stderr):
         if (reconfigure := getattr(stream, "reconfigure", None)) is not None:
             reconfigure(errors="replace")  # a terminal without UTF-8 shows ? and the chat goes on
+    if (reconfigure := getattr(sys.stdin, "reconfigure", None)) is not None:
+        # Where the locale knows ASCII alone, people type UTF-8 nonetheless; bytes that are no characters are no error.
+        is_ascii = codecs.lookup(sys.stdin.encoding).name == "ascii"
+        reconfigure(encoding="utf-8" if is_ascii else None, errors="surrogateescape")
     if sys.stdin.isatty():
         with contextlib.suppress(ImportError):  # Windows has none
             import readline  # noqa: F401  # input() then edits lines, wide characters too, and remembers them

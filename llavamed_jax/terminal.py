@@ -66,7 +66,7 @@ class Screen:
         for hidden in _hidden:
             rest = hidden(rest)
         rest = sentence(rest) if begin else clean(rest)
-        if getattr(self._stream, "errors", None) == "strict":
+        if getattr(self._stream, "errors", None) in ("strict", "surrogateescape"):  # the latter in the locale C
             encoding = self._stream.encoding or "utf-8"
             rest = rest.encode(encoding, "backslashreplace").decode(encoding)
         self._stream.write(begin + rest)

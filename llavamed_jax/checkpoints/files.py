@@ -8,8 +8,8 @@ import fcntl
 import hashlib
 import json
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -78,7 +78,8 @@ def new_directory(out: str | Path, size: int = 0, apart_from: Iterable[Path | No
         free = shutil.disk_usage(target.parent).free
         if free < size:
             raise UserError(f"{out} needs {size / 1e9:.2f} GB; its disk has {free / 1e9:.2f} GB free")
-        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=_PARTIAL, dir=target.parent))
+        temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}{_PARTIAL}")
+        temporary.mkdir()  # not `mkdtemp`, whose directories are private whatever the umask says
     except OSError as error:
         raise UserError(f"{out} cannot be written: {error.strerror or error}") from None
     except (ValueError, RuntimeError) as error:  # a name that no file can have; a link that leads to itself
@@ -88,7 +89,6 @@ def new_directory(out: str | Path, size: int = 0, apart_from: Iterable[Path | No
         if lock is not None:
             stack.callback(os.close, lock)
         try:
-            temporary.chmod(0o755)  # mkdtemp's is private to the user
             yield temporary
             temporary.replace(target)
         except BaseException as error:

@@ -80,6 +80,8 @@ def asking(path: str) -> Iterator[None]:
     """Turns what huggingface_hub raises when it is asked for a model into one sentence about `path`. Raises UserError."""
     from huggingface_hub import constants, errors
     unknown, where = f"{path} is no directory; as a model's name", constants.ENDPOINT
+    if constants.HF_HUB_CACHE.startswith("~"):  # it would be a folder of that name where the user works
+        raise UserError(f"{unknown} it needs a directory to be kept in, and this user has no home directory; set HF_HOME to one")
     unreached = f"{unknown} it is not in the cache of hub models, and %s; give a checkpoint's directory"
     try:
         yield
@@ -94,6 +96,9 @@ def asking(path: str) -> Iterator[None]:
     except (errors.HTTPError, OSError) as error:  # HTTPError: of the client that huggingface_hub has, whichever it is
         if type(error).__name__ in ("ConnectError", "ConnectTimeout"):
             raise UserError(unreached % f"{where} cannot be reached") from None
+        if getattr(error, "filename", None):
+            raise UserError(f"{unknown} it would be kept in {constants.HF_HUB_CACHE}, which cannot be used ({error.filename}: "
+                            f"{error.strerror}); set HF_HOME to another directory") from None
         status = getattr(getattr(error, "response", None), "status_code", None)
         reason = f"status {status}" if status else getattr(error, "strerror", None) or type(error).__name__
         raise UserError(f"{unknown} it could not be fetched from {where} ({reason}); what came is kept for the next try") from None

@@ -67,7 +67,7 @@ def _slurm_devices(environment: Mapping[str, str]) -> Sequence[int] | None:
 def _is_tpu_host(environment: Mapping[str, str]) -> bool:
     platforms = environment.get("JAX_PLATFORMS", "tpu")
     return "tpu" in platforms and importlib.util.find_spec("libtpu") is not None and any(
-        path.read_text().strip() == "0x1ae0" for path in Path("/sys/bus/pci/devices").glob("*/vendor"))  # Google's
+        path.read_text(encoding="ascii").strip() == "0x1ae0" for path in Path("/sys/bus/pci/devices").glob("*/vendor"))  # Google's
 
 
 def _tpu_hosts(environment: Mapping[str, str]) -> int:

@@ -20,7 +20,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from llavamed_jax import terminal
+from llavamed_jax import streams, terminal
 from llavamed_jax.cli import interrupts, processes
 from llavamed_jax.errors import UsageError, UserError, short
 
@@ -39,6 +39,7 @@ def run(program: Callable[[list[str]], int | None], argv: Sequence[str] | None =
     Returns:
       0 done, 1 failed (`UserError`), 2 wrong command line, config or value (`UsageError`), or what `program` returned.
     """
+    streams.keep_open()
     with terminal.cleaned():
         return _run(program, list(sys.argv[1:] if argv is None else argv))
 
@@ -57,6 +58,10 @@ def _run(program: Callable[[list[str]], int | None], argv: list[str]) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python complains once more when it ends
         status, said = 1, "the output was closed before all of it was written"
+    except FileNotFoundError as error:
+        if "temporary directory" not in str(error):  # what `tempfile` raises, whoever asked it
+            raise
+        status, said = 1, f"a temporary directory is needed ({error.strerror}); set TMPDIR to one that can be written"
     except Exception as error:
         if not processes.is_joined():
             raise

@@ -65,7 +65,7 @@ def join(place: Place | None) -> None:
     _joined = True
     sys.stdout.flush()
     sys.stdout = terminal.Screen(open(os.dup(1), "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors))
-    nowhere = open(os.devnull, "w")
+    nowhere = open(os.devnull, "w", encoding="utf-8")
     os.dup2(nowhere.fileno(), 1)  # where the CPU's collectives tell of each connection, in pieces
     if distributed.process_index():
         sys.stdout = sys.stderr = nowhere

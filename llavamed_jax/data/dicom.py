@@ -27,13 +27,20 @@ if TYPE_CHECKING:
 SUFFIXES = (".dcm", ".dicom", ".dic")
 MAX_PIXELS = 178_956_970  # of a frame: where Pillow speaks of a decompression bomb
 _MAX_DEFLATED = 2**20  # bytes of a file that is deflated as a whole; a thousandfold in memory at worst
+# Through memory: numpy asks a file for its position, which a pipe has only where PYTHONUNBUFFERED is set. What libraries print
+# goes to stderr.
 _APART = """
-import io, json, sys
+import io, json, os, sys
+out = os.fdopen(os.dup(1), "wb")
+os.dup2(2, 1)
 import numpy
 from pydicom.pixels import pixel_array
-values = pixel_array(io.BytesIO(sys.stdin.buffer.read()), **json.loads(sys.argv[1]))
-numpy.save(sys.stdout.buffer, values)
+array = io.BytesIO()
+numpy.save(array, pixel_array(io.BytesIO(sys.stdin.buffer.read()), **json.loads(sys.argv[1])))
+out.write(array.getbuffer())
+out.close()
 """
+_MOST_SECONDS = 300  # that a frame may take to decode there
 _INSTALL = "pip install 'llavamed-jax[medical]'"
 # What is read of a header; the rest, however large, is passed over.
 _PALETTE_DATA = [f"{kind}{color}PaletteColorLookupTableData" for kind in ("", "Segmented") for color in ("Red", "Green", "Blue")]
@@ -221,7 +228,12 @@ def _decode_apart(file: BinaryIO, **arguments) -> np.ndarray:
     """`pixel_array` in a process of its own: on some damaged files GDCM, the one decoder of lossless JPEG here, ends the
     process that it runs in."""
     file.seek(0)
-    done = subprocess.run([sys.executable, "-c", _APART, json.dumps(arguments)], input=file.read(), capture_output=True, timeout=300)
+    # -P: the folder that the user works in may hold a numpy.py.
+    command = [sys.executable, "-P", "-c", _APART, json.dumps(arguments)]
+    try:
+        done = subprocess.run(command, input=file.read(), capture_output=True, timeout=_MOST_SECONDS)
+    except subprocess.TimeoutExpired:
+        raise ValueError(f"its decoder takes more than {_MOST_SECONDS} s") from None
     if done.returncode:
         lines = done.stderr.decode(errors="replace").strip().splitlines()
         raise ValueError(lines[-1] if done.returncode > 0 and lines else "its decoder broke down")

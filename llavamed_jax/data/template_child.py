@@ -55,7 +55,7 @@ def _limit(what: int, value: int) -> None:
 
 
 def _virtual_memory() -> int:
-    with open("/proc/self/statm") as file:
+    with open("/proc/self/statm", encoding="ascii") as file:
         return int(file.read().split()[0]) * resource.getpagesize()
 
 

@@ -18,6 +18,7 @@ import threading
 from multiprocessing.connection import Pipe
 from pathlib import Path
 
+from llavamed_jax import streams
 from llavamed_jax.errors import UserError, cut
 
 CPU_SECONDS = 5  # a prompt; processor time, so that a busy machine refuses nothing
@@ -61,6 +62,7 @@ def _one_line(text: str) -> str:
 
 class _Process:
     def __init__(self):
+        streams.keep_open()  # one end of the pipe could be the child's stdin
         self._connection, theirs = Pipe()
         with theirs:
             # -P: the script's folder holds modules whose names are those of libraries.

@@ -59,7 +59,7 @@ class JudgeCache:
         line = json.dumps({"key": key} | fields) + "\n"  # ASCII: a lone surrogate is escaped
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+            descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
             with open(descriptor, "wb", buffering=0) as file:
                 file.write(("" if self._is_whole else "\n").encode() + line.encode())
         except OSError as error:

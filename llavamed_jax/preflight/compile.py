@@ -93,9 +93,11 @@ class Compiler:
             with self._lock:
                 if self._is_stopped:
                     raise UserError("it was stopped before it began")
+                # -P: the folder that the user works in may hold a jax.py.
                 process = subprocess.Popen(
-                    [sys.executable, "-m", "llavamed_jax.preflight.compile", str(theirs)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                    stderr=stderr, text=True, errors="replace", env=environment, pass_fds=[theirs], start_new_session=True)
+                    [sys.executable, "-P", "-m", "llavamed_jax.preflight.compile", str(theirs)], stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE, stderr=stderr, encoding="utf-8", errors="replace", env=environment, pass_fds=[theirs],
+                    start_new_session=True)
                 self._running.add(process)
             try:
                 out, _ = process.communicate(job)

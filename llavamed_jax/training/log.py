@@ -73,7 +73,7 @@ class MetricsWriter:
         for log in ("metrics.jsonl", "skipped.jsonl"):
             cut_back(workdir / log, step)
         self._skipped = workdir / "skipped.jsonl"
-        self._file = open(workdir / "metrics.jsonl", "a")
+        self._file = open(workdir / "metrics.jsonl", "a", encoding="utf-8")
         self._board = Board(workdir / "tensorboard", step)
         self._total = total_steps
         self._name = name
@@ -110,7 +110,7 @@ class MetricsWriter:
     def skipped(self, step: int, entries: Iterable[Mapping]) -> None:
         """A line of `skipped.jsonl` for each sample that an update had to do without."""
         for entry in entries:
-            with open(self._skipped, "a") as file:
+            with open(self._skipped, "a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, **entry}) + "\n")
 
     def say(self, text: str) -> None:

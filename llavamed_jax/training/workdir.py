@@ -41,7 +41,7 @@ def locked(workdir: Path) -> Iterator[Callable[[], None]]:
     except OSError as error:
         raise UserError(f"the workdir {workdir} cannot be made: {error.strerror}") from None
     try:
-        file = open(workdir / ".lock", "a+")
+        file = open(workdir / ".lock", "a+", encoding="utf-8")
     except OSError as error:
         raise UserError(f"the workdir {workdir} cannot be written: {error.strerror}") from None
     with file:
@@ -118,7 +118,7 @@ def _read(workdir: Path) -> dict:
     """`recipe.json`: name of the run, recipe, and what was settled."""
     path = workdir / "recipe.json"
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         found = None
     if not isinstance(found, dict) or not all(isinstance(found.get(key), dict) for key in ("recipe", "resolved")):
@@ -172,7 +172,7 @@ def _plain(cfg: ConfigDict) -> dict:
 def write_text(path: Path, text: str) -> None:
     """Replaces a file's content whole or not at all."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
+    temporary.write_text(text, encoding="utf-8")
     temporary.rename(path)
 
 
@@ -181,7 +181,7 @@ def cut_back(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(errors="replace").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         with contextlib.suppress(ValueError, TypeError, KeyError):  # the last line of a killed run may be torn, or a disk's error
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
