@@ -12,6 +12,7 @@ import numpy as np
 
 from llavamed_jax.checkpoints.files import read_json, write_json
 from llavamed_jax.checkpoints.reader import Checkpoint
+from llavamed_jax.checkpoints.special_tokens import read_special_tokens
 from llavamed_jax.checkpoints.torch_files import Tensor
 from llavamed_jax.errors import UserError
 
@@ -76,30 +77,23 @@ def _longer(table: Tensor, axis: int, new: list[str], deviation: float, seed: li
 
 def _vocabulary(files: Mapping[str, Path]) -> dict[str, int]:
     """Pieces and added tokens with their ids; empty where there is no tokenizer."""
+    source = next((files[name] for name in ("tokenizer.model", "tokenizer.json") if name in files), None)
+    if source is None:
+        return {}
     try:
-        if "tokenizer.model" in files:
+        if source.suffix == ".model":
             import sentencepiece
-            model = sentencepiece.SentencePieceProcessor(model_file=str(files["tokenizer.model"]))
+            model = sentencepiece.SentencePieceProcessor(model_file=str(source))
             found = {model.id_to_piece(i): i for i in range(model.vocab_size())}
-        elif "tokenizer.json" in files:
-            found = dict(read_json(files["tokenizer.json"])["model"]["vocab"])
         else:
-            return {}
-        for name in ("tokenizer.json", "tokenizer_config.json", "added_tokens.json"):
-            found |= _added(name, read_json(files[name])) if name in files else {}
-    except (RuntimeError, OSError, LookupError, TypeError, ValueError) as error:  # RuntimeError: SentencePiece
-        if isinstance(error, UserError):
-            raise
+            found = dict(read_json(source)["model"]["vocab"])
+        if "tokenizer.json" in files:
+            found |= {token["content"]: int(token["id"]) for token in read_json(files["tokenizer.json"]).get("added_tokens", ())}
+    except UserError:
+        raise
+    except Exception as error:  # RuntimeError of SentencePiece; of damaged files anything
         raise UserError(f"the tokenizer {', '.join(map(str, files.values()))} cannot be read ({type(error).__name__})") from None
-    return found
-
-
-def _added(file: str, content: dict) -> dict[str, int]:
-    if file == "tokenizer.json":
-        return {token["content"]: token["id"] for token in content.get("added_tokens", ())}
-    if file == "tokenizer_config.json":
-        return {token["content"]: int(i) for i, token in content.get("added_tokens_decoder", {}).items()}
-    return {text: int(i) for text, i in content.items()}
+    return found | {token.text: token.id for token in read_special_tokens(files).added}
 
 
 def _write_tokens(files: Mapping[str, Path], ids: Mapping[str, int], scratch: Path) -> dict[str, Path]:

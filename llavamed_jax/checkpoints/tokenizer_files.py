@@ -15,25 +15,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 from llavamed_jax.checkpoints.files import read_json, write_json
+from llavamed_jax.checkpoints.special_tokens import SpecialTokens, Token, read_special_tokens
 from llavamed_jax.errors import UserError
 
 IMAGE, PAD = "<image>", "<pad>"
-_PLACEMENT = dict(single_word=False, lstrip=False, rstrip=False)
-
-
-class _Added(NamedTuple):
-    """A token that is cut out of the text before the rest is split into pieces."""
-
-    id: int
-    text: str
-    is_special: bool
-    is_normalized: bool = False  # looked for after normalization
+_CORE = ("bos_token", "eos_token", "unk_token")
 
 
 class _Source(NamedTuple):
     json: dict  # as tokenizer.json
-    added: list[_Added]
-    names: dict[str, str]  # of bos_token, eos_token and unk_token
+    added: list[Token]
+    names: dict[str, str]  # of bos_token, eos_token and unk_token, where there are such
 
 
 def write_tokenizer(rows: int, files: Mapping[str, Path], out: Path) -> None:
@@ -45,50 +37,55 @@ def write_tokenizer(rows: int, files: Mapping[str, Path], out: Path) -> None:
     Raises:
       UserError: the tokenizer cannot be read, or has not one piece a row.
     """
-    file = files.get("tokenizer.model") or files["tokenizer.json"]
-    settings = read_json(files["tokenizer_config.json"]) if "tokenizer_config.json" in files else {}
+    file, said = files.get("tokenizer.model") or files["tokenizer.json"], read_special_tokens(files)
     try:
-        source = _from_json(file, settings) if file.suffix == ".json" else _from_sentencepiece(file, files, settings)
+        source = (_from_json if file.suffix == ".json" else _from_sentencepiece)(file, said)
         pieces = max([*source.json["model"]["vocab"].values(), *(token.id for token in source.added)]) + 1
-    except (RuntimeError, OSError, ValueError, LookupError, TypeError, AttributeError) as error:  # RuntimeError: SentencePiece
+    except UserError:
+        raise
+    except Exception as error:  # RuntimeError of SentencePiece; of damaged files anything
         raise UserError(f"the tokenizer {file} cannot be read ({type(error).__name__})") from None
     if pieces != rows:  # <image> would not be the row that the config says it is
         raise UserError(f"the tokenizer has {pieces} pieces; {rows} were expected, one a row of the embedding table")
 
     is_normalized = any(token.is_normalized for token in source.added)
-    added = [*source.added, _Added(rows, IMAGE, True, is_normalized), _Added(rows + 1, PAD, True, is_normalized)]
-    entries = {t.id: dict(content=t.text, special=t.is_special, normalized=t.is_normalized, **_PLACEMENT) for t in added}
+    more = [Token(text, rows + i, is_special=True, is_normalized=is_normalized) for i, text in enumerate((IMAGE, PAD))]
+    entries = {token.id: dict(content=token.text, special=token.is_special, normalized=token.is_normalized, lstrip=token.strips_left,
+                              rstrip=token.strips_right, single_word=token.is_single_word) for token in (*source.added, *more)}
     tokenizer = {**source.json, "added_tokens": [{"id": i, **entry} for i, entry in entries.items()]}
     (out / "tokenizer.json").write_text(json.dumps(tokenizer, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     write_json(out / "tokenizer_config.json", dict(
         # `legacy`, so that slow classes, too, give text after <image> the prefix that the original gives it.
-        **source.names, tokenizer_class="LlamaTokenizer", legacy=True, add_bos_token=True, add_eos_token=False, pad_token=PAD,
-        clean_up_tokenization_spaces=False, padding_side="left", model_max_length=settings.get("model_max_length", 2048),
+        **source.names, tokenizer_class="LlamaTokenizer", legacy=True, add_bos_token=said.has_bos, add_eos_token=False, pad_token=PAD,
+        clean_up_tokenization_spaces=False, padding_side="left", model_max_length=said.settings.get("model_max_length", 2048),
         processor_class="LlavaProcessor", added_tokens_decoder={str(i): entry for i, entry in entries.items()}))
     if "tokenizer.model" in files:  # what llama.cpp and slow tokenizers read
         shutil.copyfile(files["tokenizer.model"], out / "tokenizer.model")
 
 
-def _from_sentencepiece(file: Path, files: Mapping[str, Path], settings: dict) -> _Source:
+def _from_sentencepiece(file: Path, said: SpecialTokens) -> _Source:
     """A `tokenizer.json` that splits as the SentencePiece model does."""
     import sentencepiece
 
     model = sentencepiece.SentencePieceProcessor(model_file=str(file))
     pieces = [model.id_to_piece(i) for i in range(model.vocab_size())]
-    core = dict(bos_token=model.bos_id(), eos_token=model.eos_id(), unk_token=model.unk_id())
-    names = {kind: pieces[i] for kind, i in core.items()}
-    added = {i: _Added(i, pieces[i], True) for i in sorted(core.values())}
-    added = [*added.values(), *(token for token in _added_tokens(files, settings) if token.id not in added)]
+    ids = {piece: i for i, piece in enumerate(pieces)} | {token.text: token.id for token in said.added}
+    own = zip(_CORE, (model.bos_id(), model.eos_id(), model.unk_id()), strict=True)
+    roles = {role: Token(pieces[i]) for role, i in own} | {role: token for role, token in said.roles.items() if token.text in ids}
+    in_use = {token.text: token for token in (*roles.values(), *said.others) if token.text in ids}
+    named = {text: token._replace(id=ids[text], is_special=True) for text, token in in_use.items()} | {t.text: t for t in said.added}
+    added = sorted((token._replace(is_normalized=False) for token in named.values()), key=lambda token: token.id)
     prefix = [{"type": "Prepend", "prepend": "▁"}, {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]
-    if settings.get("legacy") is False:
-        prefix += _only_where_the_original_begins([token.text for token in added])
+    if not said.is_legacy:
+        prefix += _only_where_the_original_begins(list(in_use), [text for text in named if text not in in_use])
         added = [token._replace(is_normalized=True) for token in added]
+    names = {role: roles[role].text for role in _CORE}
     scores = {piece: model.get_score(i) for i, piece in enumerate(pieces)
               if not (model.is_control(i) or model.is_unknown(i) or model.is_byte(i))}
     return _Source({
         "version": "1.0", "truncation": None, "padding": None,
         "normalizer": {"type": "Sequence", "normalizers": prefix}, "pre_tokenizer": None,
-        "post_processor": _begins_with(names["bos_token"], core["bos_token"]),
+        "post_processor": _begins_with(names["bos_token"], ids[names["bos_token"]]) if said.has_bos else None,
         "decoder": {"type": "Sequence", "decoders": [
             {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"},
             {"type": "Strip", "content": " ", "start": 1, "stop": 0}]},
@@ -114,38 +111,30 @@ def _merges(scores: Mapping[str, float]) -> list[str]:
     return [pair for *_, pair in sorted(pairs)]
 
 
-def _only_where_the_original_begins(specials: list[str]) -> list[dict]:
-    """Normalizers for `"legacy": false`: the prefix at the beginning and after `<image>`, but not after other special tokens.
+def _only_where_the_original_begins(roles: list[str], others: list[str]) -> list[dict]:
+    """Normalizers for `"legacy": false`: the prefix at the beginning and after `<image>`, but not after other special tokens, and
+    not before those with a role; before `others` it stands alone.
 
-    They see the whole text, special tokens included, because those are looked for after normalization.
+    They see the whole text, special tokens included, because those are looked for after normalization; and they see each token
+    by itself, since what is looked for is the normalized token.
     """
-    special = "|".join(map(re.escape, [IMAGE, PAD, *specials]))
-    return [{"type": "Replace", "pattern": {"Regex": rf"\A▁(?={special})"}, "content": ""},
-            {"type": "Replace", "pattern": {"Regex": rf"{IMAGE}(?!{special}|\z)"}, "content": f"{IMAGE}▁"}]
+    before = "|".join(map(re.escape, [IMAGE, PAD, *roles]))
+    alone = "".join(rf"|{re.escape(text)}\z" for text in others)
+    return [{"type": "Replace", "pattern": {"Regex": rf"\A▁(?={before}{alone})"}, "content": ""},
+            {"type": "Replace", "pattern": {"Regex": rf"{IMAGE}(?!{before}|\z)"}, "content": f"{IMAGE}▁"}]
 
 
-def _from_json(file: Path, settings: dict) -> _Source:
+def _from_json(file: Path, said: SpecialTokens) -> _Source:
     """The checkpoint's own `tokenizer.json`, each text between special tokens prefixed as a beginning."""
     tokenizer = read_json(file)
-    names = {f"{kind}_token": _content(settings.get(f"{kind}_token")) or default
-             for kind, default in (("bos", "<s>"), ("eos", "</s>"), ("unk", "<unk>"))}
-    added = [_Added(t["id"], t["content"], t["special"]) for t in tokenizer["added_tokens"]]
+    added = [Token(t["content"], t["id"], t["special"], t["lstrip"], t["rstrip"], t["single_word"], t["normalized"])
+             for t in tokenizer["added_tokens"]]
     ids = {**tokenizer["model"]["vocab"], **{token.text: token.id for token in added}}
-    tokenizer["post_processor"] = _begins_with(names["bos_token"], ids[names["bos_token"]])
+    names = {role: said.roles[role].text if role in said.roles else default
+             for role, default in zip(_CORE, ("<s>", "</s>", "<unk>"), strict=True)}
+    names = {role: text for role, text in names.items() if text in ids}
+    if "bos_token" in names and said.is_llama:
+        tokenizer["post_processor"] = _begins_with(names["bos_token"], ids[names["bos_token"]]) if said.has_bos else None
     if (tokenizer.get("pre_tokenizer") or {}).get("type") == "Metaspace":
         tokenizer["pre_tokenizer"] |= {"prepend_scheme": "always"}
     return _Source(tokenizer, added, names)
-
-
-def _added_tokens(files: Mapping[str, Path], settings: dict) -> list[_Added]:
-    """Tokens beyond the SentencePiece model, from either of the files that transformers keeps them in."""
-    added = {text: _Added(i, text, False) for text, i in
-             (read_json(files["added_tokens.json"]) if "added_tokens.json" in files else {}).items()}
-    for i, entry in settings.get("added_tokens_decoder", {}).items():
-        added[entry["content"]] = _Added(int(i), entry["content"], bool(entry.get("special")))
-    return sorted(added.values())
-
-
-def _content(token) -> str | None:
-    """The text of a token that transformers writes as a string or as an object."""
-    return token.get("content") if isinstance(token, dict) else token
