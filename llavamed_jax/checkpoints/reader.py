@@ -185,6 +185,9 @@ def text_files(directory: Path) -> dict[str, Path]:
     source = directory / OURS
     source = source if source.is_dir() else directory
     found = {name: source / name for name in TEXT_FILES if (source / name).is_file()}
+    named = source / "additional_chat_templates" / "default.jinja"  # transformers keeps several templates so
+    if named.is_file():
+        found.setdefault("chat_template.jinja", named)
     return found | ({GENERATION: directory / GENERATION} if GENERATION in found and (directory / GENERATION).is_file() else {})
 
 

@@ -21,7 +21,7 @@ ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_t
 _LISTS = ("additional_special_tokens", "extra_special_tokens")  # the second is transformers 5's name
 _FLAGS = {"special": "is_special", "lstrip": "strips_left", "rstrip": "strips_right", "single_word": "is_single_word",
           "normalized": "is_normalized"}
-_LARGEST_ID = 2**24 - 1
+_LARGEST_ID = 2**20 - 1  # four times the largest vocabulary that is known; a table follows from it
 _ADDED = "the added tokens"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -26,7 +27,8 @@ class SentencePiece:
 
         self.file = file
         try:
-            self._model = sentencepiece.SentencePieceProcessor(model_file=str(file))
+            with _silent():
+                self._model = sentencepiece.SentencePieceProcessor(model_file=str(file))
             self.size = self._model.vocab_size()
             self._ids = {self._model.id_to_piece(i): i for i in reversed(range(self.size))}
         except UnicodeDecodeError as error:
@@ -69,7 +71,7 @@ class Tokenizers:
         import tokenizers
 
         self.file = file
-        with _naming(file, "is not a tokenizer.json"):
+        with _naming(file, "is not a tokenizer.json"), _silent():
             self._tokenizer = tokenizers.Tokenizer.from_file(str(file))
             self._tokenizer.no_truncation()
             self._tokenizer.no_padding()
@@ -80,7 +82,9 @@ class Tokenizers:
             self.added = tuple(Token(token.content, i, token.special) for i, token in
                                self._tokenizer.get_added_tokens_decoder().items())
         self.bos, self.eos, self.unk = (text if self.id_of(text) is not None else None for text in ("<s>", "</s>", "<unk>"))
-        self._fresh = len(self.encode(_SEPARATOR, True))
+        with _silent():  # here a damaged file shows
+            self.encode_whole("", True)
+            self._fresh = len(self.encode(_SEPARATOR, True))
 
     def _add(self, token: Token) -> None:
         import tokenizers
@@ -108,6 +112,23 @@ class Tokenizers:
     def decode(self, ids: Sequence[int]) -> str:
         with _naming(self.file):
             return self._tokenizer.decode(list(ids), skip_special_tokens=False)
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """Leaves out what C++ and Rust write to stderr themselves: of a damaged file a backtrace, where an exception follows."""
+    try:
+        kept = os.dup(2)
+    except OSError:  # closed
+        yield
+        return
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 @contextlib.contextmanager
