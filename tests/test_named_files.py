@@ -152,6 +152,21 @@ def test_nul_on_a_command_line(words, capsys):
     assert status == 2 and "NUL character" in said and "\\x00" in said
 
 
+@pytest.mark.parametrize("error", [
+    OSError(36, "File name too long", "a" * 5000), PermissionError(13, "Permission denied", "/root/x"), ValueError("embedded null byte"),
+    ValueError("embedded null character in path")])
+def test_what_the_system_says_is_one_sentence_whoever_asked_it(error, capsys):
+    def fail(argv):
+        raise error
+
+    assert common.run(fail, []) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and said.count("\n") == 1 and len(said) < 400 and "Traceback" not in said
+    assert str(getattr(error, "strerror", None) or "NUL") in said
+    with pytest.raises(ConnectionResetError):  # of no file: nobody expected it
+        common.run(lambda argv: (_ for _ in ()).throw(ConnectionResetError(104, "reset")), [])
+
+
 @pytest.mark.parametrize("value", ["'a\\0b'", "('x', 'a\\0b')"])
 def test_nul_in_a_config_file(value, tmp_path):
     (tmp_path / "c.py").write_text("from ml_collections import ConfigDict\n"

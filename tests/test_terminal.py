@@ -1,10 +1,13 @@
 """What is printed is cleaned in one place, whoever prints it: no text from outside moves the cursor or hides."""
 
+import contextlib
 import io
+import json
 import logging
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,13 +15,20 @@ import pytest
 from tqdm import tqdm
 
 from llavamed_jax import chat, terminal
+from llavamed_jax.checkpoints.load import random_checkpoint
+from llavamed_jax.checkpoints.writer import export
 from llavamed_jax.cli import common, verify_release
 from llavamed_jax.cli import convert as convert_cli
 from llavamed_jax.cli import eval as eval_cli
 from llavamed_jax.cli.parent import Relay
 from llavamed_jax.cli.train import main as train_main
+from llavamed_jax.data import workers
 from llavamed_jax.errors import UserError
+from llavamed_jax.evaluation import asking
+from llavamed_jax.evaluation.answers import Answer
+from llavamed_jax.training.log import MetricsWriter, Sample
 from tests.openai_server import OpenAiServer
+from tests.test_convert import CFG as TINY
 
 ROOT = Path(__file__).resolve().parent.parent
 # Clear the screen; a title that rings; one byte CSI; the text that follows runs backwards; back to the line's begin; up; erased.
@@ -185,6 +195,65 @@ def test_answers_and_server_s_words_of_an_evaluation(hostile_folder, monkeypatch
     assert is_clean(said) and r"x\x1b[31m\r\u202ey" in said and "answers ended for the reason" in said
     kept = (hostile_folder / "w" / "predictions.jsonl").read_text()
     assert r"yes a\u001b[2J\u001b]0;pwned\u0007" in kept, "files have what was said"
+
+
+def test_reasons_without_end_are_counted(capsys):
+    asking._warn([Answer("x", f"reason {i % 20}") for i in range(100)])
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 9 and said[-1] == "warning: 60 of 100 answers ended for 12 other reasons"
+
+
+class Printing:
+    """What a loader's worker runs: prints in each way, and warns."""
+
+    def __call__(self, number):
+        print("printed", HOSTILE, file=sys.stderr, flush=True)
+        warnings.warn(f"warned {HOSTILE}", stacklevel=1)
+        logging.getLogger("tests.worker").warning("logged %s", HOSTILE)
+        return {"number": number}
+
+
+def test_what_a_loader_s_worker_prints(capfd):
+    with contextlib.closing(workers.in_order(Printing(), 2, 1)) as found:
+        assert [each["number"] for each in found] == [0, 1]
+    said = capfd.readouterr().err
+    assert said.count("printed " + SHOWN) == 2 and "warned " + SHOWN in said and "logged " + SHOWN in said
+    assert not any(HOSTILE[:5] in line for line in said.splitlines())
+
+
+@pytest.mark.parametrize("is_watched", [True, False])
+def test_texts_of_training_data(is_watched, tmp_path, monkeypatch):
+    """Ids, questions and answers that a run shows while it trains, with a bar and without; each in one line."""
+    stream = Terminal() if is_watched else io.StringIO()
+    monkeypatch.setattr(sys, "stdout", stream)
+    monkeypatch.setattr(sys, "stderr", stream)
+    text = f"{HOSTILE}\nerror: all is well"
+    with terminal.cleaned():
+        writer = MetricsWriter(tmp_path, 0, 9, FILE_NAME)
+        writer.samples(3, [Sample(text, [], text, text, text)])
+        writer.advance(3, 1.0)
+        writer.write(3, {"loss": 1.0, "samples": 3, "tokens": 4})
+        writer.close()
+    said = stream.getvalue()
+    assert is_clean(said.replace("\r", "").replace("\x1b[A", "")) and said.count("[2J") >= 4
+    assert not any(line.startswith("error") for line in said.replace("\r", "\n").splitlines())
+    assert terminal.sentence(FILE_NAME) in said
+
+
+def test_a_checkpoint_with_escapes_in_its_files(tmp_path, capsys):
+    """Names and values of a config reach the terminal when it is shown, imported, compared, or refused."""
+    model = tmp_path / FILE_NAME / "model"
+    export(random_checkpoint(TINY, seed=1), model, "llava")
+    config = json.loads((model / "config.json").read_text())
+    for change in ({"mm_vision_tower": HOSTILE}, {"model_type": HOSTILE}, {"mm_projector_type": HOSTILE}, {"hidden_act": HOSTILE + "\nx"},
+                   {HOSTILE: HOSTILE}, {"torch_dtype": HOSTILE}, {"eos_token_id": HOSTILE}, {"template": HOSTILE}):
+        (model / "config.json").write_text(json.dumps(config | change))
+        for words in (["inspect", model], ["import", "--checkpoint", model, "--out", tmp_path / f"{len(change)}\x1b[31m"],
+                      ["verify", model, model, "--tensors_only"], ["inspect", model, "--vision_tower", f"x{HOSTILE[:9]}"]):
+            status = convert_cli.main([str(word) for word in words])
+            said = "".join(capsys.readouterr())
+            assert status in (0, 1, 2) and said and is_clean(said), words
+            assert not any(line.startswith("x") for line in said.splitlines())
 
 
 def test_streamed_answers_of_a_chat(monkeypatch, capsys):

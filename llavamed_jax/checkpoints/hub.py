@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from llavamed_jax import terminal
 from llavamed_jax.checkpoints.torch_files import weight_map
 from llavamed_jax.errors import UsageError, UserError, cut, exists
 
@@ -114,4 +115,5 @@ def _print_licence(path: str, directory: Path) -> None:
         licence = None
     licence = ", ".join(licence) if isinstance(licence, list) else licence
     commit = directory.name[:12]
-    print(f"{path} (commit {commit}): licence {licence or 'not stated by its model card'}", file=sys.stderr)
+    said = f"{path} (commit {commit}): licence {licence or 'not stated by its model card'}"
+    print(terminal.sentence(said), file=sys.stderr)

@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 
 from llavamed_jax import streams, terminal
 from llavamed_jax.cli import interrupts, processes
-from llavamed_jax.errors import UsageError, UserError, short
+from llavamed_jax.errors import UsageError, UserError, cut, short
 
 # Keys whose value may be left open, so that `none` is no name (`training.recipe.KEYS`, which would bring jax).
 OPEN_KEYS = ("vision_tower", "tokenizer", "template", "data.images", "data.validation", "data.protocol", "data.samples",
@@ -58,19 +58,27 @@ def _run(program: Callable[[list[str]], int | None], argv: list[str]) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python complains once more when it ends
         status, said = 1, "the output was closed before all of it was written"
-    except FileNotFoundError as error:
-        if "temporary directory" not in str(error):  # what `tempfile` raises, whoever asked it
-            raise
-        status, said = 1, f"a temporary directory is needed ({error.strerror}); set TMPDIR to one that can be written"
     except Exception as error:
-        if not processes.is_joined():
-            raise
-        processes.trace(error)
-        status, said = 1, f"{type(error).__name__}: {error}".splitlines()[0]
+        status, said = 1, _of_the_system(error)
+        if said is None:
+            if not processes.is_joined():
+                raise
+            processes.trace(error)
+            said = f"{type(error).__name__}: {error}".splitlines()[0]
     if said is not None:
         processes.complain(said)
     processes.part(status, said)
     return status
+
+
+def _of_the_system(error: Exception) -> str | None:
+    """A sentence of what the system says of a file that nobody expected to be in the way; None for an error of another kind."""
+    if isinstance(error, FileNotFoundError) and "temporary directory" in str(error):  # what `tempfile` raises, whoever asked it
+        return f"a temporary directory is needed ({error.strerror}); set TMPDIR to one that can be written"
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{cut(str(error.filename), 300)}: {error.strerror}"
+    is_nul = isinstance(error, ValueError) and "embedded null" in str(error)
+    return "a path holds a NUL character, which no file's name may" if is_nul else None
 
 
 class Parser(argparse.ArgumentParser):
@@ -328,5 +336,5 @@ def load_assistant(args: argparse.Namespace):
     compilation_cache.enable()
     model = load(args.checkpoint, dtype=args.dtype, mesh=args.mesh, vision_tower=args.vision_tower,
                  tokenizer=args.tokenizer, template=args.template)
-    print(f"{args.checkpoint}: vision tower: {model.tower}", file=sys.stderr)  # stdout is for answers and results
+    print(terminal.sentence(f"{args.checkpoint}: vision tower: {model.tower}"), file=sys.stderr)  # stdout is for answers and results
     return model

@@ -14,6 +14,7 @@ import ml_dtypes
 import numpy as np
 from tqdm import tqdm
 
+from llavamed_jax import terminal
 from llavamed_jax.checkpoints.build import build, with_projector
 from llavamed_jax.checkpoints.delta import apply_delta, make_delta
 from llavamed_jax.checkpoints.files import new_directory, read_json
@@ -78,7 +79,7 @@ def _open(path: str, args: argparse.Namespace, dtype: type | None = None) -> Che
         kept = {name: file for name, file in checkpoint.files.items() if not name.startswith(_OF_TEXT)}
         checkpoint = checkpoint.replace(files={**kept, **{name: file for name, file in files.items() if name.startswith(_OF_TEXT)}})
     _check_text(checkpoint)
-    print(f"{path}: {checkpoint.layout} layout, vision tower: {checkpoint.tower}")
+    print(terminal.sentence(f"{path}: {checkpoint.layout} layout, vision tower: {checkpoint.tower}"))
     if getattr(args, "projector", None) is not None:
         checkpoint, sentence = with_projector(checkpoint, Path(args.projector))
         print(sentence)
@@ -219,7 +220,7 @@ def _inspect(args: argparse.Namespace) -> None:
         ("template", cfg.template or "by model type"),
     ]
     for label, text in rows:
-        print(f"{label:<13} {text}")
+        print(f"{label:<13} {terminal.sentence(text)}")
     print(f"\n{'part':<13} {'tensors':>8} {'parameters':>15}  dtype")
     unused = set(checkpoint.unused)
     parts = {part: [n for n in checkpoint.tensors if n.startswith(part) and n not in unused]

@@ -26,6 +26,9 @@ if TYPE_CHECKING:  # it imports this file
     from llavamed_jax.evaluation.partial import Partial
 
 
+_MOST_REASONS = 8  # for which answers end, each in a line: a server may name one for each answer
+
+
 def ask(
     answerer: Answerer,
     questions: Sequence[tuple[str, str]],
@@ -78,8 +81,11 @@ def _warn(answers: Sequence[Answer]) -> None:
     if unfinished:
         print(f"warning: {unfinished} of {len(answers)} answers reached max_new_tokens and are not finished", file=sys.stderr)
     others = Counter(answer.finish_reason for answer in answers if answer.finish_reason not in ("stop", "length"))
-    for reason, count in others.items():
+    for reason, count in others.most_common(_MOST_REASONS):
         print(f"warning: {count} of {len(answers)} answers ended for the reason {reason!r}", file=sys.stderr)
+    if len(others) > _MOST_REASONS:
+        rest = others.total() - sum(count for _, count in others.most_common(_MOST_REASONS))
+        print(f"warning: {rest} of {len(answers)} answers ended for {len(others) - _MOST_REASONS} other reasons", file=sys.stderr)
 
 
 def predict(

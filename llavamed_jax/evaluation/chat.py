@@ -66,9 +66,10 @@ class ChatEvaluation(Evaluation):
         cfg = self.cfg
         if not cfg.data.root:
             raise UsageError("data.root is empty; the file of chat questions or its folder was expected: --config.data.root=PATH")
-        if cfg.judge.reading not in READINGS:
-            raise UsageError(f"judge.reading is {cfg.judge.reading!r}; {' or '.join(READINGS)} was expected")
-        self.judge = Judge(cfg.judge, read_prompt(cfg.judge.prompt, CHAT_PROMPT), READINGS[cfg.judge.reading], self.workdir)
+        self._reading = cfg.judge.get("reading", "strict")
+        if self._reading not in READINGS:
+            raise UsageError(f"judge.reading is {self._reading!r}; {' or '.join(READINGS)} was expected")
+        self.judge = Judge(cfg.judge, read_prompt(cfg.judge.prompt, CHAT_PROMPT), READINGS[self._reading], self.workdir)
         self.chat_set = read_chat_questions(cfg.data.root, cfg.data.images)
         self.questions = self.chat_set.questions
         return [question.sample() for question in self.questions], []
@@ -108,7 +109,7 @@ class ChatEvaluation(Evaluation):
     def _metrics(self, verdicts: Sequence[Verdict]) -> dict:
         """The object of `metrics.json`, without controls."""
         unscored = [question.question_id for question, verdict in zip(self.questions, verdicts, strict=True) if verdict.value is None]
-        reading = self.cfg.judge.reading
+        reading = self._reading
         read_otherwise = sum(v.first_text is not None and read_original_scores(v.first_text) is not None for v in verdicts)
         return {
             "dataset": KIND, "split": self.cfg.data.split,

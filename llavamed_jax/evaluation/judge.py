@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from ml_collections import ConfigDict
 
+from llavamed_jax import terminal
 from llavamed_jax.errors import UsageError, UserError
 from llavamed_jax.evaluation.judge_cache import JudgeCache, request_key
 from llavamed_jax.evaluation.judge_prompt import JudgePrompt
@@ -190,7 +191,7 @@ class Judge:
 def report_unscored(verdicts: Sequence[Verdict], names: Sequence[object], what: str) -> None:
     """Says on stderr how many questions were asked again, and which stay unscored."""
     again = sum(verdict.is_asked_again for verdict in verdicts)
-    unscored = [str(name) for name, verdict in zip(names, verdicts, strict=True) if verdict.value is None]
+    unscored = [terminal.sentence(str(name)) for name, verdict in zip(names, verdicts, strict=True) if verdict.value is None]
     if again:
         print(f"{again} of {len(verdicts)} {what} were judged in a form that cannot be read, and were asked about again", file=sys.stderr)
     if unscored:

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from llavamed_jax import terminal
 from llavamed_jax.assistant import LlavaMed
 from llavamed_jax.checkpoints.load import flatten, nest
 from llavamed_jax.data import datasets
@@ -102,7 +103,7 @@ class TrainedModel:
     @staticmethod
     def _say(refused: Sequence[tuple[str, str]]) -> None:
         for name, why in refused[:SHOWN]:
-            print(f"question {name} is not asked: {why}", flush=True)
+            print(terminal.sentence(f"question {name} is not asked: {why}"), flush=True)
         if len(refused) > SHOWN:
             print(f"{len(refused) - SHOWN} more questions are not asked, for such reasons", flush=True)
 

@@ -100,9 +100,10 @@ class MetricsWriter:
     def samples(self, step: int, samples: Iterable[Sample]) -> None:
         """A line for each answer; text and picture in TensorBoard."""
         for i, sample in enumerate(samples):
-            self.say(f"{self._name} {step}/{self._total} · {sample.name} · {_one_line(sample.question)} -> "
+            self.say(f"{self._name} {step}/{self._total} · {_one_line(sample.name)} · {_one_line(sample.question)} -> "
                      f"{_one_line(sample.answer)} (wanted: {_one_line(sample.wanted)})")
             text = f"**Question** {sample.question}\n\n**Answer** {sample.answer}\n\n**Wanted** {sample.wanted}"
+            text = text.encode("utf-8", "backslashreplace").decode()  # JSON can hold half a surrogate pair
             self._board.add(step, summary.text(f"samples/{i}", text))
             for j, image in enumerate(sample.images):
                 self._board.add(step, summary.image(f"samples/{i}/image_{j}", image, dataformats="HWC"))

@@ -7,7 +7,7 @@ import stat
 from pathlib import Path
 from typing import BinaryIO
 
-from llavamed_jax.errors import UserError, short
+from llavamed_jax.errors import UserError, at, short
 
 MOST = 2**32  # bytes of a file that is read whole
 _KINDS = {stat.S_IFDIR: "a directory", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket",
@@ -31,9 +31,9 @@ def open_file(path: str | Path, name: str = "") -> BinaryIO:
     except IsADirectoryError:
         raise UserError(f"{name} is a directory; a file was expected") from None
     except OSError as error:
-        raise UserError(f"{name} cannot be read: {error.strerror or error}") from None
+        raise at(path, f"{name} cannot be read: {error.strerror or error}") from None
     except ValueError:  # NUL, or half a surrogate pair
-        raise UserError(f"{short(name)} is no name that a file can have") from None
+        raise at(path, f"{short(name)} is no name that a file can have") from None
     kind = _KINDS.get(stat.S_IFMT(os.fstat(file.fileno()).st_mode))
     if kind is not None:
         file.close()
