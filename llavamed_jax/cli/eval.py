@@ -54,11 +54,14 @@ def program(argv: Sequence[str]) -> int:
         from llavamed_jax.evaluation import questions
 
         print(questions.write_llava(cfg, args.write_llava))
+        _say_void(args, cfg, overrides)
         return 0
     if args.checkpoint is not None:
         common.check_model_flags(args)
     if args.preflight is not None:
-        return _preflight(args, cfg)
+        status = _preflight(args, cfg)
+        _say_void(args, cfg, overrides)
+        return status
     if args.checkpoint is not None:
         processes.join(processes.asked(args))
     endpoint = None if args.endpoint is None else _endpoint(args)
@@ -68,6 +71,7 @@ def program(argv: Sequence[str]) -> int:
 
         evaluation = (chat.ChatEvaluation if cfg.data.name == chat.KIND else run.Evaluation)(cfg, args.workdir, args.against)
     print(evaluation.describe(), flush=True)
+    _say_void(args, cfg, overrides)
     try:
         if endpoint is not None:
             endpoint.check(evaluation.generation)
@@ -88,6 +92,17 @@ def program(argv: Sequence[str]) -> int:
     print(evaluation.summary(metrics))
     print(f"report: {evaluation.workdir / 'report.html'}")
     return 0
+
+
+def _say_void(args: argparse.Namespace, cfg, overrides: Sequence[str]) -> None:
+    """Says which keys are not used, so that nobody takes them for obeyed."""
+    from llavamed_jax.evaluation import void
+
+    sources = ("preflight", "checkpoint", "endpoint", "predictions", "write_llava")
+    source = next(name for name in sources if getattr(args, name) is not None)
+    typed = [override.partition("=")[0] for override in overrides]
+    for line in void.sentences(cfg, typed, source):
+        print(f"warning: {line}", file=sys.stderr, flush=True)
 
 
 def _preflight(args: argparse.Namespace, cfg) -> int:

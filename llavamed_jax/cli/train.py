@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 from llavamed_jax.cli.interrupts import ending_on_interrupt
@@ -28,15 +29,19 @@ def train(argv: list[str]) -> int:
     args, overrides = parser.parse_with_overrides(argv)
     common.check_preflight_flags(args)
     if args.preflight is not None:
-        config = common.load_config(args.config, overrides)
-        from llavamed_jax.training import recipe
+        if args.profile is not None:
+            parser.error("--profile traces a run's updates; it cannot stand beside --preflight, which runs none")
+        config = _configured(args.config, overrides)
+        from llavamed_jax.training import recipe, void
         recipe.check(config)
-        return common.preflight(args, config, slices=config.mesh.slices)
+        status = common.preflight(args, config, slices=config.mesh.slices)
+        print(*(f"warning: {line}\n" for line in void.sentences(config)), sep="", end="", file=sys.stderr)
+        return status
     if args.workdir is None:
         parser.error("the following arguments are required: --workdir")
     if not args.workdir:
         parser.error("--workdir is empty; a directory was expected")
-    config = common.load_config(args.config, overrides)
+    config = _configured(args.config, overrides)
     processes.join(processes.asked(args))
     from llavamed_jax.evaluation import watching  # imports jax, which a wrong command line need not wait for
     from llavamed_jax.training.trainer import Watch, fit
@@ -44,6 +49,29 @@ def train(argv: list[str]) -> int:
     model = watching.TrainedModel()
     watch = Watch([watching.ClosedAccuracy(model)], watching.Samples(model), args.profile)
     return 0 if fit(config, args.workdir, watch) else common.EXIT_SAVED
+
+
+def _configured(spec: str, overrides: Sequence[str]):
+    """The recipe with its overrides. Of `epochs` and `total_steps` the one that is typed counts, and the recipe's other is left open.
+
+    Raises UsageError where both are typed, and what `common.load_config` raises.
+    """
+    from llavamed_jax.cli import common
+    from llavamed_jax.errors import UsageError
+    config = common.load_config(spec, overrides)
+    typed = {override.partition("=")[0] for override in overrides}
+    lengths = ("epochs", "total_steps")
+    if any(key not in config or config[key] is None for key in lengths):
+        return config
+    if typed.issuperset(lengths):
+        raise UsageError(f"the config keys 'epochs' ({config.epochs}) and 'total_steps' ({config.total_steps}) are both given, "
+                         "and each says how long the run is; one of them was expected")
+    for key, other in (lengths, lengths[::-1]):
+        if key in typed:
+            print(f"{key} is {config[key]}: {other}, which is {config[other]} in the recipe, is left open", flush=True)
+            with config.ignore_type():
+                config[other] = None
+    return config
 
 
 def _span(text: str) -> tuple[int, int]:

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from llavamed_jax.errors import UsageError
 
 # Biases and the scales of norms are not decayed (HF's Trainer; spec 4.3).
-_NOT_DECAYED = re.compile(r".*/(scale|bias)")
+NOT_DECAYED = re.compile(r".*/(scale|bias)")
 
 
 def warmup_cosine(peak: float, warmup_ratio: float, total_steps: int) -> optax.Schedule:
@@ -47,14 +47,14 @@ def build(cfg: ConfigDict, total_steps: int, names: Sequence[str],
     Returns:
       The optax transformation, and the schedule of the learning rate without overrides.
     Raises:
-      UsageError: an override that matches no trainable parameter.
+      UsageError: an override that matches no trainable parameter, or none that those before it leave.
     """
     schedule = warmup_cosine(cfg.learning_rate, cfg.warmup_ratio, total_steps)
     steps = [
         optax.clip_by_global_norm(cfg.clip_norm) if cfg.clip_norm else optax.identity(),
         _scale_by_adam(cfg.b1, cfg.b2, cfg.eps, cfg.mu_dtype),
         optax.add_decayed_weights(cfg.weight_decay, mask={
-            name: not _NOT_DECAYED.fullmatch(name) and name not in undecayed for name in names}),
+            name: not NOT_DECAYED.fullmatch(name) and name not in undecayed for name in names}),
     ]
     if cfg.overrides:
         steps.append(_scale_by_name(_factors(cfg.overrides, cfg.learning_rate, names)))
@@ -85,9 +85,14 @@ def _one_minus_power(b: float, t):
 
 def _factors(overrides: Sequence[tuple[str, float]], base: float, names: Sequence[str]) -> dict[str, float]:
     """Learning rate of each parameter, as a fraction of the base."""
+    left = list(names)
     for regex, _ in overrides:
         if not any(re.fullmatch(regex, name) for name in names):
             raise UsageError(f"the config key 'optimizer.overrides' has {regex!r}, which matches no trainable parameter")
+        if not any(re.fullmatch(regex, name) for name in left):
+            raise UsageError(f"the config key 'optimizer.overrides' has {regex!r}, all of whose parameters an entry before it matches; "
+                             "the first entry that matches counts, so the narrower one was expected first")
+        left = [name for name in left if not re.fullmatch(regex, name)]
     rates = {name: next((rate for regex, rate in overrides if re.fullmatch(regex, name)), base) for name in names}
     return {name: rate / base for name, rate in rates.items()}
 

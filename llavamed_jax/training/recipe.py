@@ -67,6 +67,9 @@ def check(cfg: ConfigDict) -> None:
         if cfg.mesh.auto and cfg.mesh[axis] not in free:
             raise UsageError(f"the config key 'mesh.{axis}' is {cfg.mesh[axis]} beside mesh.auto, which picks data and fsdp and leaves "
                              f"tp at 1; {' or '.join(map(str, free))} was expected")
+    if cfg.vision_tower is not None and cfg.init.startswith("preset:"):
+        raise UsageError(f"the config key 'vision_tower' is {cfg.vision_tower!r} beside init {cfg.init!r}, whose tower is random; none, or "
+                         "a checkpoint as init, was expected")
     if cfg.checkpoint.keep_best and not cfg.data.validation:
         raise UsageError("the config key 'checkpoint.keep_best' is true, but data.validation names no data to judge by")
 

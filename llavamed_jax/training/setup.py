@@ -30,6 +30,7 @@ from llavamed_jax.parallel.mesh import auto_sizes, device_memory, make_mesh
 from llavamed_jax.templates import get_template
 from llavamed_jax.training import optimizer as optimizers
 from llavamed_jax.training import state as states
+from llavamed_jax.training import void
 from llavamed_jax.training.state import TrainState
 from llavamed_jax.training.step import LossFn, llava_loss
 
@@ -151,6 +152,10 @@ class Program:
         """What is minimised, with a gradient in the rows that are trained."""
         loss_fn = llava_loss(self.model, self.weighting)
         return states.only_rows(loss_fn, self.rows) if self.rows else loss_fn
+
+    def void(self, cfg: ConfigDict) -> list[str]:
+        """What of the recipe's `optimizer` is not used, and why (`void.of_optimizer`)."""
+        return void.of_optimizer(cfg, list(self.shardings.trainable), [states.TABLE] if self.rows else [])
 
     def abstract_state(self) -> TrainState:
         """The state as shapes, each with its place on the devices."""

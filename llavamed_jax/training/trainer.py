@@ -19,7 +19,7 @@ from llavamed_jax.errors import UsageError, UserError, some
 from llavamed_jax.models.llava import abstract_params
 from llavamed_jax.parallel import distributed
 from llavamed_jax.parallel.mesh import local_rows, put, replicated
-from llavamed_jax.training import recipe, setup
+from llavamed_jax.training import recipe, setup, void
 from llavamed_jax.training import workdir as workdirs
 from llavamed_jax.training.data import Data, row_multiple
 from llavamed_jax.training.late import UNMOVED, ZERO_GRADIENT, LateReader, Progress, Update
@@ -155,7 +155,8 @@ class Run:
             data.refuse_other_validation(earlier["validation"])
         record = {} if distributed.process_index() else _begin(workdir, cfg, checkpoint, program, data, total_steps, earlier)
         print(f"{cfg.init if step is None else workdir}: {checkpoint.tower}; {len(data.train)} samples, {total_steps} updates of "
-              f"{cfg.batch_size}, {_size(program)}, mesh {dict(mesh.shape)}", *data.describe(), sep="\n", flush=True)
+              f"{cfg.batch_size}, {_size(program)}, mesh {dict(mesh.shape)}", *data.describe(),
+              *(f"warning: {line}" for line in [*void.sentences(cfg), *program.void(cfg)]), sep="\n", flush=True)
         with setup.within_memory(cfg, program):
             if step is None:
                 state, progress = program.initial_state(checkpoint), Progress()

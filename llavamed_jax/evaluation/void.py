@@ -1,0 +1,75 @@
+"""Keys of an eval config that another key, or what is asked, makes void: an evaluation says each of them before it starts."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+
+from ml_collections import ConfigDict
+
+from llavamed_jax.errors import short
+from llavamed_jax.evaluation.chat import KIND as CHAT
+from llavamed_jax.evaluation.judge_settings import judge_settings
+from llavamed_jax.keys import flatten
+
+# Data set -> the keys of `data` beside those of all that its reader follows (`questions.FURTHER`).
+FOLLOWED = {
+    "vqa_rad": ("train",), "slake": ("language", "train"), "pathvqa": ("images", "train"), "llava_med": ("images", "train"),
+    "choices": ("images", "train"), "captions": ("images", "question", "train"), "parquet": ("images", "language", "train"),
+    CHAT: ("images",),
+}
+# What only an answer that is asked for follows from, and what of it a server is not told.
+_OF_ANSWERS = ("generation.", "organ_question")
+_OF_LOCAL = ("generation.batch_size",)
+
+
+def sentences(cfg: ConfigDict, typed: Collection[str], source: str) -> list[str]:
+    """What of a config is not used, and why: `the config key KEY is VALUE and is not used: …`.
+
+    Args:
+      typed: the dotted keys that the command line gives. A recipe's own value that is not used is no news, except where it
+        asks for something: a data set's own key, a protocol, training data's images, a judge's settings.
+      source: `preflight`, `checkpoint`, `endpoint`, `predictions` or `write_llava`, whichever is given.
+    """
+    values, found = flatten(cfg.to_dict()), {}
+    if not {"data.name", "protocol"} <= values.keys():
+        return []  # no eval config, which whoever reads it refuses
+    for key, why in _void(cfg, values, typed, source):
+        found.setdefault(key, why)
+    return [f"the config key {key!r} is {short(values[key])} and is not used: {why}" for key, why in found.items()]
+
+
+def _void(cfg: ConfigDict, values: dict, typed: Collection[str], source: str) -> Iterator[tuple[str, str]]:
+    name = cfg.data.name
+    for key in ("language", "images", "question", "train"):
+        if f"data.{key}" in values and name in FOLLOWED and key not in FOLLOWED[name] and f"data.{key}" in typed:
+            yield f"data.{key}", f"{name} has no such key"
+    if cfg.data.get("trained_on_images") and not cfg.data.get("trained_on"):
+        yield "data.trained_on_images", "data.trained_on names no data"
+    if cfg.protocol == "paper" and not cfg.data.get("trained_on"):
+        if cfg.data.get("held_out"):
+            yield "protocol", "data.held_out asks each row once, and trains on none of its rephrasings"
+        elif name != "vqa_rad":
+            yield "protocol", f"it names VQA-RAD's training rows, and this is {name}"
+    if cfg.data.get("held_out") and "data.train" in typed:
+        yield "data.train", "beside data.held_out all rows of the other images are training rows"
+    if name == CHAT and "data.split" in typed:
+        yield "data.split", "the chat questions have one split"
+    for key in ("judge.image_marker", "judge.reading"):
+        if key in typed and name != CHAT:
+            yield key, f"it is of the chat questions, and this is {name}"
+    if "judge.model" in values and name != CHAT and not cfg.judge.model:
+        usual = flatten(judge_settings().to_dict(), "judge.")
+        for key in usual:
+            if values[key] != usual[key]:
+                yield key, "judge.model names no judge"
+    for key in typed:
+        if source in ("predictions", "write_llava") and key.startswith(_OF_ANSWERS):
+            yield key, f"nothing is asked beside --{source}"
+        if source == "write_llava" and key.startswith(("judge.", "published", "seed", "data.trained_on", "data.train")):
+            yield key, "nothing is scored beside --write_llava"
+        if source == "preflight" and not key.startswith("generation."):
+            yield key, "nothing is asked beside --preflight"
+        if source == "endpoint" and key in _OF_LOCAL:
+            yield key, "requests to a server are not batched; --concurrency says how many are under way"
+    if source == "predictions" and cfg.get("organ_question"):
+        yield "organ_question", "nothing is asked beside --predictions"

@@ -1,0 +1,68 @@
+"""Config keys that another key makes void: a run says each of them before it starts."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from llavamed_jax.data import layouts
+from llavamed_jax.errors import short
+from llavamed_jax.training.optimizer import NOT_DECAYED
+from llavamed_jax.training.state import TABLE
+
+# Data sets whose images lie where their own layout says.
+_OWN_IMAGES = ("vqa_rad", "slake")
+
+
+def sentences(cfg: ConfigDict) -> list[str]:
+    """What of a recipe is not used, and why: `the config key KEY is VALUE and is not used: …`."""
+    return [_sentence(*each) for each in _void(cfg)]
+
+
+def of_optimizer(cfg: ConfigDict, names: Sequence[str], undecayed: Sequence[str] = ()) -> list[str]:
+    """The same of `cfg.optimizer`, which depends on the names of what is trained (and of what decay leaves alone beside the usual)."""
+    found: list[tuple[str, object, str]] = []
+    regexes = [regex for regex, _ in cfg.optimizer.overrides]
+    if regexes and all(any(re.fullmatch(regex, name) for regex in regexes) for name in names):
+        found.append(("optimizer.learning_rate", cfg.optimizer.learning_rate, "optimizer.overrides match all that is trained"))
+    if cfg.optimizer.weight_decay and all(NOT_DECAYED.fullmatch(name) or name in undecayed for name in names):
+        found.append(("optimizer.weight_decay", cfg.optimizer.weight_decay,
+                      "trainable names biases, scales of norms and single rows alone, which do not decay"))
+    return [_sentence(*each) for each in found]
+
+
+def _sentence(key: str, value: object, why: str) -> str:
+    return f"the config key {key!r} is {short(value)} and is not used: {why}"
+
+
+def _void(cfg: ConfigDict) -> Iterator[tuple[str, object, str]]:
+    if cfg.epochs is not None and cfg.total_steps is not None:
+        yield "epochs", cfg.epochs, f"total_steps is {cfg.total_steps}"
+    if cfg.data.row_length and not cfg.data.packing:
+        yield "data.row_length", cfg.data.row_length, "data.packing is false"
+    if cfg.data.samples and not cfg.samples_every:
+        yield "data.samples", cfg.data.samples, "samples_every is 0"
+    if cfg.checkpoint.keep_best and not cfg.checkpoint.every_steps:
+        yield "checkpoint.keep_best", True, "checkpoint.every_steps is 0, so only the last step is judged"
+    if any(isinstance(entry, str) and re.fullmatch(entry, TABLE) for entry in cfg.trainable):
+        for entry in cfg.trainable:
+            if not isinstance(entry, str):
+                yield "trainable", tuple(entry), f"another entry trains all of {TABLE}"
+    sources = list(_sources(cfg))
+    if cfg.data.protocol == "paper" and not any(layout == "vqa_rad" for layout, _ in sources):
+        yield "data.protocol", "paper", "no data is in VQA-RAD's own layout"
+    if cfg.data.images is not None and all(layout in _OWN_IMAGES or has_images for layout, has_images in sources):
+        yield "data.images", cfg.data.images, "all data have a folder of images of their own"
+
+
+def _sources(cfg: ConfigDict) -> Iterator[tuple[str | None, bool]]:
+    """(layout, whether it names its own images) of everything that the recipe reads."""
+    train = [cfg.data.train] if isinstance(cfg.data.train, str) else list(cfg.data.train)
+    for entry in [*train, cfg.data.validation, cfg.data.samples if cfg.samples_every else None]:
+        is_mixed = hasattr(entry, "keys")
+        path = entry.get("path") if is_mixed else entry
+        if isinstance(path, str):
+            yield layouts.layout_of(Path(path)), is_mixed and entry.get("images") is not None
