@@ -512,7 +512,7 @@ def test_scoring_existing_predictions_loads_no_model(tmp_path, capsys):
             "train or test",
         ),
         (["--config", CONFIG, f"--config.data.root={ROOT / 'tests'}", "--workdir", "w", "--predictions", "p"], 1, "tests"),
-        (["--config", CONFIG, f"--config.data.root={SAMPLE}", "--workdir", "w", "--predictions", "p.jsonl"], 1, "p.jsonl"),
+        (["--config", CONFIG, f"--config.data.root={SAMPLE}", "--workdir", "w", "--predictions", "p.jsonl"], 2, "p.jsonl"),
     ],
 )
 def test_mistakes_are_one_sentence_and_leave_nothing(argv, status, message, tmp_path, monkeypatch, capsys):

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from llavamed_jax.data.questions import VqaSample
-from llavamed_jax.errors import UserError
 from llavamed_jax.evaluation import scoring
+from llavamed_jax.evaluation.predictions import predictions_for, warn_of_open
 from llavamed_jax.utils.files import read_bytes
 
 
@@ -21,16 +21,13 @@ class Against:
 
     def __init__(self, path: str | Path, samples: Sequence[VqaSample]):
         self.path, self._samples = Path(path), samples
-        self.predictions = scoring.read_predictions(path)
-        try:
-            scoring.join(samples, self.predictions)
-        except UserError as error:
-            raise UserError(f"--against {path}: {error}") from error
+        self.predictions = predictions_for(samples, path, f"--against {path}: ")
         self.sha256 = hashlib.sha256(read_bytes(path, f"--against {path}")).hexdigest()
 
     def compare(self, predictions: Sequence[Mapping], training: Sequence[VqaSample], seed: int) -> dict:
         """What `metrics.json` holds under `against`: `file`, `model_id` (None where the file states none), `sha256`, and each
         family's metrics with `value`, `other`, `difference`, `low`, `high` and `p`."""
+        warn_of_open(self._samples, self.predictions, self.path)
         names = dict.fromkeys(str(each["model_id"]) for each in self.predictions if each.get("model_id"))
         table = scoring.compare(self._samples, predictions, self.predictions, training, seed=seed)
         return {"file": str(self.path), "model_id": ", ".join(names) or None, "sha256": self.sha256} | table

@@ -20,6 +20,7 @@ from llavamed_jax.data.questions import VqaSample
 from llavamed_jax.errors import UserError
 from llavamed_jax.evaluation import sharing
 from llavamed_jax.evaluation.answers import Answer, Answerer, Generation
+from llavamed_jax.evaluation.predictions import image_names
 from llavamed_jax.evaluation.progress import progress
 
 if TYPE_CHECKING:  # it imports this file
@@ -95,23 +96,28 @@ def predict(
     shown: Sequence[str] | None = None,
     title: str = "questions",
     partial: Partial | None = None,
+    control: str | None = None,
 ) -> list[dict]:
     """Predictions in the order of `samples`; `partial` as in `ask`.
 
+    `metadata` says what was shown: `image`, the end of its path that no other image has, and `control`, null for the own image.
+
     Args:
       shown: the image that each question is asked about, where it is not the sample's own (control runs).
+      control: the name of the control.
     """
     shown = shown or [str(sample.image) for sample in samples]
     prompts = [sample.question.replace(IMAGE_MARKER, "").strip() for sample in samples]
+    names = image_names([*(str(sample.image) for sample in samples), *shown])
     answers = ask(answerer, list(zip(prompts, shown, strict=True)), generation, title, partial)
     return [
         {
             "question_id": sample.question_id,
             "prompt": prompt,
             "text": answer.text,
-            "answer_id": answer_id(answerer.name, sample.question_id, prompt, Path(image).name, answer.text),
+            "answer_id": answer_id(answerer.name, sample.question_id, prompt, names[image], answer.text),
             "model_id": answerer.name,
-            "metadata": {"image": Path(image).name, "finish_reason": answer.finish_reason}
+            "metadata": {"image": names[image], "control": control, "finish_reason": answer.finish_reason}
             | ({"prompt_tokens_cut": answer.tokens_cut} if answer.tokens_cut else {}),
         }
         for sample, prompt, image, answer in zip(samples, prompts, shown, answers, strict=True)

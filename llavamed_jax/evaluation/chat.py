@@ -17,10 +17,11 @@ from ml_collections import ConfigDict
 
 from llavamed_jax.data.questions import VqaSample, check_images
 from llavamed_jax.errors import UsageError
-from llavamed_jax.evaluation import board, chat_published, chat_report, scoring, statistics
+from llavamed_jax.evaluation import board, chat_published, chat_report, statistics
 from llavamed_jax.evaluation.files import to_jsonl
 from llavamed_jax.evaluation.judge import Judge, Verdict, check_answered, report_unscored
 from llavamed_jax.evaluation.judge_prompt import CHAT_PROMPT, READINGS, chat_prompt, read_original_scores, read_prompt
+from llavamed_jax.evaluation.predictions import join, predictions_for
 from llavamed_jax.evaluation.qa50 import DOMAINS, TYPES, ChatQuestion, read_chat_questions
 from llavamed_jax.evaluation.run import Evaluation
 
@@ -51,7 +52,7 @@ class ChatEvaluation(Evaluation):
         texts = [question.reference for question in self.questions]
         source = "answers as long as the references"
         if predictions is not None:
-            texts, source = scoring.join(self.samples, scoring.read_predictions(predictions)), "the answers that exist"
+            texts, source = join(self.samples, predictions_for(self.samples, predictions)), "the answers that exist"
         controls = "; the controls' answers, exchanged images and noise, take up to as much again, each" if has_control else ""
         return f"judge {self.judge.service.where}, {source}: {self.judge.estimate(self._prompts(texts))}{controls}"
 
@@ -80,7 +81,7 @@ class ChatEvaluation(Evaluation):
 
     def _judged(self, predictions: Sequence[Mapping], name: str, title: str) -> tuple[list[Verdict], list[dict]]:
         """The verdicts, and the lines of a file of reviews, which is written."""
-        texts = scoring.join(self.samples, predictions)
+        texts = join(self.samples, predictions)
         prompts = self._prompts(texts)
         print(f"judge {self.judge.service.where}, {title}: {self.judge.estimate(prompts)}", file=sys.stderr, flush=True)
         verdicts = self.judge.verdicts(prompts, title)

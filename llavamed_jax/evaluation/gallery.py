@@ -15,6 +15,7 @@ import numpy as np
 from llavamed_jax.data.questions import VqaSample
 from llavamed_jax.evaluation import captions, controls, pieces, scoring, strict
 from llavamed_jax.evaluation.kinds import CAPTION, CHOICE, CLOSED, kind
+from llavamed_jax.evaluation.predictions import join
 
 IMAGES = 24
 QUESTIONS = 6  # of one image
@@ -48,8 +49,8 @@ class Item:
 
 def items(samples: Sequence[VqaSample], predictions: Sequence[Mapping], controls: Mapping[str, Sequence[Mapping]]) -> list[Item]:
     """Questions and answers joined by id; a control without predictions is left out."""
-    others = {name: scoring.join(samples, answers) for name, answers in controls.items() if answers}
-    texts = scoring.join(samples, predictions)
+    others = {name: join(samples, answers) for name, answers in controls.items() if answers}
+    texts = join(samples, predictions)
     return [Item(sample, texts[i], {name: found[i] for name, found in others.items()}) for i, sample in enumerate(samples)]
 
 

@@ -14,10 +14,11 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from llavamed_jax.data.questions import VqaSample
-from llavamed_jax.evaluation import scoring, statistics
+from llavamed_jax.evaluation import statistics
 from llavamed_jax.evaluation.judge import Judge, Verdict, report_unscored
 from llavamed_jax.evaluation.judge_prompt import OPEN_PROMPT, open_prompt, read_prompt, read_right
 from llavamed_jax.evaluation.kinds import OPEN, kind
+from llavamed_jax.evaluation.predictions import join
 
 
 def open_judge(cfg: ConfigDict, workdir: Path) -> Judge | None:
@@ -57,7 +58,7 @@ def judge_open(judge: Judge, samples: Sequence[VqaSample], predictions: Sequence
     Raises:
       UserError: ids that do not fit; a judge that cannot be asked at all.
     """
-    texts = scoring.join(samples, predictions)
+    texts = join(samples, predictions)
     print(plan(judge, samples, texts), file=sys.stderr, flush=True)
     asked, answers, prompts = open_texts(judge, samples, texts)
     verdicts = judge.verdicts(prompts, "open answers")

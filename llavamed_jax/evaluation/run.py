@@ -26,6 +26,7 @@ from llavamed_jax.evaluation.asking import ask, predict
 from llavamed_jax.evaluation.files import to_jsonl, utf8, write_text
 from llavamed_jax.evaluation.judge import check_answered
 from llavamed_jax.evaluation.partial import Partial
+from llavamed_jax.evaluation.predictions import image_names, join, predictions_for, warn_of_open
 from llavamed_jax.keys import flatten
 from llavamed_jax.parallel import distributed
 
@@ -116,7 +117,9 @@ class Evaluation:
 
     def score_file(self, path: str | Path) -> dict:
         """Scores predictions that exist; no model is loaded."""
-        return self._finish(scoring.read_predictions(path), {}, {}, {"predictions": str(path)})
+        predictions = predictions_for(self.samples, path)
+        warn_of_open(self.samples, predictions, path)
+        return self._finish(predictions, {}, {}, {"predictions": str(path)})
 
     def describe(self) -> str:
         """One line that says what is asked, and whether it is the whole of the published set."""
@@ -134,7 +137,7 @@ class Evaluation:
             return f"{len(self.samples)} questions{times}; nothing is judged"
         texts = [str(sample.answer) for sample in self.samples]
         if predictions is not None:
-            texts = scoring.join(self.samples, scoring.read_predictions(predictions))
+            texts = join(self.samples, predictions_for(self.samples, predictions))
         return judged.plan(self.judge, self.samples, texts)
 
     def check_images(self) -> None:
@@ -159,7 +162,7 @@ class Evaluation:
         for name, pictures, title in (("image", exchanged, "images exchanged"), ("noise", noise, "noise")):
             partial = self._partial(f"predictions_control_{name}.jsonl", key)
             with pictures as shown:
-                found[name] = predict(answerer, self.samples, self.generation, shown, title, partial)
+                found[name] = predict(answerer, self.samples, self.generation, shown, title, partial, name)
             self._write(f"predictions_control_{name}.jsonl", to_jsonl(found[name]))
         return found
 
@@ -274,7 +277,8 @@ def _asked_with(cfg: ConfigDict) -> dict:
 
 def _questions_hash(samples: Sequence[VqaSample]) -> str:
     """A hash of the questions as they are scored, whatever files they came in: which split was asked, to the letter."""
-    rows = [[str(s.question_id), Path(s.image).name, s.question, str(s.answer), s.answer_type, list(s.options)] for s in samples]
+    names = image_names(str(s.image) for s in samples)
+    rows = [[str(s.question_id), names[str(s.image)], s.question, str(s.answer), s.answer_type, list(s.options)] for s in samples]
     return _sha256(json.dumps(rows, ensure_ascii=True).encode())
 
 

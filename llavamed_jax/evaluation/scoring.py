@@ -8,16 +8,14 @@ there where the set has texts to generate. Axis letters here: N items, M metrics
 import dataclasses
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 
-from llavamed_jax.checkpoints.files import parse_json
 from llavamed_jax.data.questions import LETTERS, VqaSample
-from llavamed_jax.errors import UserError, at, cut, some
 from llavamed_jax.evaluation import captions, metrics, statistics
 from llavamed_jax.evaluation.kinds import CAPTION, CHOICE, CLOSED, OPEN, kind
 from llavamed_jax.evaluation.leakage import leakage
+from llavamed_jax.evaluation.predictions import join, read_predictions
 from llavamed_jax.evaluation.statistics import Score
 from llavamed_jax.evaluation.strict import (
     comparable,
@@ -28,7 +26,8 @@ from llavamed_jax.evaluation.strict import (
     read_choice,
     right_choice,
 )
-from llavamed_jax.utils.files import read_bytes
+
+__all__ = ["join", "read_predictions"]  # stand here too, for whoever scores a file
 
 PAPER_OPEN = (
     "exact_match", "f1", "precision", "recall", "bleu", "bleu_1", "bleu_2", "bleu_3",
@@ -41,51 +40,6 @@ STRICT_CHOICE = "choice_accuracy"  # stands among the strict ones of a set that 
 CAPTION_MEANS = ("rouge_l", *captions.SENTENCE_BLEU)
 GROUPS = ("question_type", "organ", "modality")
 _COLUMNS = {name: column for column, name in enumerate((*PAPER, *STRICT, STRICT_CHOICE, *CAPTION_MEANS))}
-
-
-def read_predictions(path: str | Path) -> list[dict]:
-    """Reads `predictions.jsonl`: one object a line with at least `question_id` and the text `text`.
-
-    Raises UserError that names the line which is no such object, or the file that cannot be read.
-    """
-    try:
-        text = read_bytes(path, f"the file of predictions {path}").decode("utf-8-sig")
-    except OSError as error:
-        raise at(path, f"the predictions {path} cannot be read: {error.strerror or error}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"the predictions {path} are no UTF-8 text, at byte {error.start}; lines of JSON were expected") from None
-    predictions = []
-    for number, line in enumerate(text.split("\n"), start=1):  # an answer may hold other line separators
-        if not line.strip():
-            continue
-        prediction = parse_json(line, f"{path}, line {number}")
-        is_prediction = isinstance(prediction, dict) and "question_id" in prediction
-        if not is_prediction or not isinstance(prediction.get("text"), str):
-            raise UserError(f'{path}, line {number}: an object with "question_id" and the text "text" was expected')
-        predictions.append(prediction)
-    return predictions
-
-
-def join(samples: Sequence[VqaSample], predictions: Iterable[Mapping]) -> list[str]:
-    """The predicted text of each sample, by question id (10 and "10" are the same).
-
-    Raises UserError with every kind of misfit at once: questions without a prediction, predictions for a question that
-    is not asked, ids that occur twice on either side.
-    """
-    predictions = list(predictions)
-    texts = {str(prediction["question_id"]): prediction["text"] for prediction in predictions}
-    asked = Counter(str(sample.question_id) for sample in samples)
-    answered = Counter(str(prediction["question_id"]) for prediction in predictions)
-    problems = {
-        "without a prediction": [name for name in asked if name not in answered],
-        "predicted more than once": [name for name, count in answered.items() if count > 1],
-        "predicted but not asked": [name for name in answered if name not in asked],
-        "asked more than once": [name for name, count in asked.items() if count > 1],
-    }
-    if any(problems.values()):
-        found = "; ".join(f"{len(ids)} {what} ({some([cut(name) for name in ids])})" for what, ids in problems.items() if ids)
-        raise UserError(f"the predictions do not fit the {len(samples)} questions: {found}")
-    return [texts[str(sample.question_id)] for sample in samples]
 
 
 def answer_candidates(training: Iterable[VqaSample]) -> list[str]:
