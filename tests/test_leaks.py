@@ -91,6 +91,7 @@ def places(key, origin):
         "answer in parts": completion({"content": [{"type": "text", "text": key[:9]}, {"type": "text", "text": key[9:]}]}),
         "answer in percent escapes": completion({"content": quote(key)}),
         "answer in base64": completion({"content": base64.b64encode(key.encode()).decode()}),
+        "answer, cut by its limit": completion({"content": f"yes, {key[:20]}"}, "length"),
         "refusal": completion({"content": None, "refusal": key}),
         "tool calls": completion({"tool_calls": [{"id": key, "function": {"name": key}}]}),
         "no choices": {"choices": [], "error": {"message": key}}, "choices of something else": {"choices": [key], "error": key},
@@ -187,12 +188,13 @@ def test_an_answer_with_the_key_s_text_has_a_mark_in_its_place(asked, tmp_path, 
 
 def test_what_is_no_key_stays():
     secrets = Secrets(["sk-proj-0123456789", "EMPTY"])
-    for text in ("sk-proj-012345678 is not all of it", "an EMPTY field, sk-proj-", "50 % of \\u0073k & 100%25", ""):
+    for text in ("sk-proj-0123456 is not much of it", "an EMPTY field, sk-proj-", "50 % of \\u0073k & 100%25", ""):
         assert secrets.clean(text) == text
     assert secrets.clean_message("sk-proj-0123 was cut, EMPTY, EMPTYHAND sk-") == "[key] was cut, [key], EMPTYHAND sk-"
     assert Secrets([]).clean_message("sk-x") == Secrets([""]).clean_message("sk-x") == "sk-x"
     assert secrets.clean("a sk-proj-0123456789b SK-PROJ-0123456789") == "a [key]b [key]"
     twice = Secrets(["0123456789", "0123456789abc"])
+    assert secrets.clean("It is sk-proj-01234567") == "It is [key]", "an answer that its limit of tokens has cut"
     assert twice.clean("0123456789abc 0123456789ab") == "[key] [key]ab", "the longer one first"
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -15,7 +16,9 @@ from llavamed_jax.cli import convert as convert_cli
 from llavamed_jax.cli import eval as cli
 from llavamed_jax.cli import train as train_cli
 from llavamed_jax.data import datasets, records
+from llavamed_jax.data.questions import check_images
 from llavamed_jax.errors import UserError
+from llavamed_jax.evaluation import leakage
 from llavamed_jax.evaluation.answers import Answer
 from llavamed_jax.evaluation.judge_cache import JudgeCache
 from llavamed_jax.evaluation.partial import Partial
@@ -173,6 +176,15 @@ def test_nul_in_a_config_file(value, tmp_path):
                                    f"def get_config(arg=''):\n    return ConfigDict(dict(data=dict(root={value})))\n")
     with pytest.raises(UserError, match="the config key 'data.root' holds a NUL character"):
         common.load_config(str(tmp_path / "c.py"))
+
+
+def test_training_images_that_are_pipes_are_compared_with_nothing(strange, tmp_path):
+    image = str(SAMPLE / "images" / "synpic17738.jpg")
+    shutil.copy(image, tmp_path / "same.jpg")
+    found = leakage._Matches([image, str(strange["pipe"])], [str(tmp_path / "same.jpg"), *map(str, strange.values())])
+    assert found.of(image) == [str(tmp_path / "same.jpg")] and found.of(str(strange["pipe"])) == [] and found.num_unreadable == 5
+    with pytest.raises(UserError, match="the image .*pipe.jsonl is no file"):
+        check_images([strange["pipe"]])
 
 
 def test_nul_in_data(tmp_path):

@@ -18,7 +18,7 @@ from llavamed_jax.checkpoints.files import parse_json
 from llavamed_jax.data import layouts
 from llavamed_jax.data.conversation import IMAGE_MARKER
 from llavamed_jax.data.images import split_frame
-from llavamed_jax.errors import UserError, short, some
+from llavamed_jax.errors import UserError, exists, short, some
 from llavamed_jax.utils.files import read_bytes
 
 OPEN, CLOSED, CHOICE, CAPTION = "OPEN", "CLOSED", "CHOICE", "CAPTION"
@@ -107,7 +107,7 @@ def check_images(images: Iterable[Path]) -> None:
     missing = [image for image in images if not image.is_file() and not Path(split_frame(str(image))[0]).is_file()]
     if missing:
         more = f", nor do {len(missing) - 1} of the other {len(images) - 1}" if len(missing) > 1 else ""
-        raise UserError(f"the image {missing[0]} does not exist{more}")
+        raise UserError(f"the image {missing[0]} {'is no file' if exists(missing[0]) else 'does not exist'}{more}")
 
 
 def check_ids(samples: Iterable[VqaSample], name: str) -> None:

@@ -23,6 +23,7 @@ from llavamed_jax.errors import UserError
 from llavamed_jax.evaluation.kinds import OPEN, kind
 from llavamed_jax.evaluation.progress import progress
 from llavamed_jax.evaluation.strict import normalized
+from llavamed_jax.utils.files import open_file
 
 _THREADS = 8  # reading and decoding release Python's lock
 
@@ -160,18 +161,18 @@ def _size(image: str) -> tuple[int, str] | None:
 
 def _digest(image: str) -> str | None:
     try:
-        with open(_file(image), "rb") as file:
+        with open_file(_file(image)) as file:
             return hashlib.file_digest(file, "sha256").hexdigest() + image[len(_file(image)):]
-    except (OSError, ValueError):
+    except (OSError, ValueError):  # UserError is one
         return None
 
 
 def _shape(image: str) -> tuple[int, int] | None:
     """Width and height; from a file's first bytes where Pillow knows it, else (DICOM) by decoding; None for no picture."""
     try:
-        with Image.open(_file(image)) as picture:
+        with open_file(_file(image)) as file, Image.open(file) as picture:
             return picture.size
-    except FileNotFoundError:
+    except (FileNotFoundError, UserError):  # nothing there, or a pipe or a device
         return None
     except (OSError, ValueError, Image.DecompressionBombError):
         with contextlib.suppress(UserError):

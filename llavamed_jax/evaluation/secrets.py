@@ -17,6 +17,7 @@ from urllib.parse import unquote, urlsplit
 MARK = "[key]"
 SHORTEST = 8  # characters; what is shorter is a placeholder ("none", "EMPTY"), and may be a word of any answer
 _SHORTEST_WORD = 4  # and of any sentence
+_LEAST_OF_A_KEY = 16  # characters: an answer with so many of its first may have ended in the middle of it, by its limit
 _ENTITIES = {"&": "amp", "<": "lt", ">": "gt", '"': "quot", "'": "(?:apos|#39)"}
 
 
@@ -35,7 +36,7 @@ class Secrets:
         self._words = re.compile(rf"(?<![^\W_])(?:{short})(?![^\W_])") if short else None
 
     def clean(self, text: str) -> str:
-        """An answer without the keys, each replaced by `MARK`."""
+        """An answer without the keys, each replaced by `MARK`, and without the first sixteen characters or more of one."""
         for key in self._keys:
             text = key.replaced(text, is_begin_enough=False)
         return text
@@ -52,6 +53,7 @@ class _Key:
     """One key, wherever and however it is written."""
 
     def __init__(self, value: str):
+        self._length = len(value)
         self._begin = re.compile("".join(_letter(char) for char in value[:SHORTEST]), re.IGNORECASE)
         self._rest = [_compiled(char) for char in value[SHORTEST:]]
         plain = [f"(?i:{re.escape(form)})" for form in (value, value.encode().hex())]
@@ -60,22 +62,22 @@ class _Key:
     def replaced(self, text: str, is_begin_enough: bool) -> str:
         text, parts, kept, at = self._whole.sub(MARK, text), [], 0, 0
         while (found := self._begin.search(text, at)) is not None:
-            end, is_whole = self._extended(text, found.end())
-            if is_whole or is_begin_enough:
+            end, count = self._extended(text, found.end())
+            if count == self._length or is_begin_enough or count >= _LEAST_OF_A_KEY:
                 parts += [text[kept:found.start()], MARK]
                 kept = at = end
             else:
                 at = found.start() + 1
         return "".join([*parts, text[kept:]])
 
-    def _extended(self, text: str, at: int) -> tuple[int, bool]:
-        """Where the key that begins before `at` ends in a text, and whether it is all there."""
-        for letter in self._rest:
+    def _extended(self, text: str, at: int) -> tuple[int, int]:
+        """Where the key that begins before `at` ends in a text, and how many of its characters are there."""
+        for count, letter in enumerate(self._rest, SHORTEST):
             found = letter.match(text, at)
             if found is None:
-                return at, False
+                return at, count
             at = found.end()
-        return at, True
+        return at, self._length
 
 
 def _letter(char: str) -> str:
