@@ -80,7 +80,8 @@ def test_a_tiff_that_does_not_say_what_its_zero_is():
 
 @pytest.mark.parametrize("photometric", [0, 1])
 @pytest.mark.parametrize("compression, mode", [
-    ("group3", "1"), ("group4", "1"), ("tiff_lzw", "1"), ("packbits", "L"), ("tiff_lzw", "L"), ("tiff_deflate", "L"), ("jpeg", "L"),
+    ("group3", "1"), ("group4", "1"), ("tiff_lzw", "1"), ("packbits", "L"), ("tiff_lzw", "L"), ("tiff_deflate", "L"),
+    ("jpeg", "L"),
     ("tiff_lzw", "I;16"), ("tiff_adobe_deflate", "I;16"), ("packbits", "I;16"), ("zstd", "I;16"), ("lzma", "I;16")])
 def test_compressed_tiff(photometric, compression, mode):
     """As Pillow writes them; the tag is then changed in the file, so that the same values have the other meaning."""
@@ -136,7 +137,8 @@ def colors(highest):
 @pytest.mark.parametrize("order", "<>")
 @pytest.mark.parametrize("highest", [255, 1023, 4095, 65535])
 @pytest.mark.parametrize("extra", [None, 0, 2])
-@pytest.mark.parametrize("layout", [dict(), dict(compression=8), dict(planar=2), dict(tile=16), dict(tile=16, compression=8)])
+@pytest.mark.parametrize("layout", [dict(), dict(compression=8), dict(planar=2), dict(tile=16),
+                                    dict(tile=16, compression=8)])
 def test_colour_tiff_of_sixteen_bits(order, highest, extra, layout):
     """As grey: 12 bits in 16 are as bright as 8 in 8; sixteen bits by their upper eight, as the originals show them."""
     values = colors(highest)
@@ -162,10 +164,12 @@ def test_png_of_sixteen_bits(highest, alpha, is_interlaced):
     opaque = np.full((*values.shape, 1), alpha, np.uint16)
     wanted = eight(values, 16)
     np.testing.assert_array_equal(grey(png(values, 0, 16, is_interlaced)), wanted)
-    np.testing.assert_array_equal(grey(png(np.concatenate([values[..., None], opaque], -1), 4, 16, is_interlaced)), wanted)
+    np.testing.assert_array_equal(grey(png(np.concatenate([values[..., None], opaque], -1), 4, 16, is_interlaced)),
+                                  wanted)
     np.testing.assert_array_equal(grey(png(np.stack([values] * 3, -1), 2, 16, is_interlaced)), wanted)
     np.testing.assert_array_equal(load_image(png(rgb, 2, 16, is_interlaced)), eight(rgb, 16))
-    np.testing.assert_array_equal(load_image(png(np.concatenate([rgb, opaque], -1), 6, 16, is_interlaced)), eight(rgb, 16))
+    np.testing.assert_array_equal(load_image(png(np.concatenate([rgb, opaque], -1), 6, 16, is_interlaced)),
+                                  eight(rgb, 16))
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
@@ -199,7 +203,8 @@ def test_jpeg_2000(bits):
 
 @pytest.mark.parametrize("bits", [10, 12, 16])
 def test_jpeg_2000_says_how_many_bits_it_has(bits):
-    openjpeg = pytest.importorskip("openjpeg.utils", reason="pylibjpeg-openjpeg, of the extra [medical], is not installed")
+    openjpeg = pytest.importorskip("openjpeg.utils",
+                                   reason="pylibjpeg-openjpeg, of the extra [medical], is not installed")
     values = np.tile(ramp(bits), (4, 1))
     content = openjpeg.encode_array(values, bits_stored=bits)
     assert np.abs(grey(content) - RAMP[:1]).max() <= 1
@@ -209,7 +214,8 @@ def test_jpeg_2000_says_how_many_bits_it_has(bits):
 
 @pytest.mark.parametrize("content", [
     tiff(ramp(16), 0), tiff(ramp(16), 0, ">"), tiff(ramp(12), 0, bits=12), tiff(colors(4095), 2),
-    tiff(ramp(16, "i"), 1, ">", compression=8), png(colors(4095), 2, 16), png(np.stack([ramp(12), ramp(12)], -1), 4, 16),
+    tiff(ramp(16, "i"), 1, ">", compression=8), png(colors(4095), 2, 16),
+    png(np.stack([ramp(12), ramp(12)], -1), 4, 16),
     pnm(colors(4095), 65535)])
 def test_every_kind_of_source_gives_the_same_picture(content, tmp_path):
     (tmp_path / "x").write_bytes(content)
@@ -255,7 +261,8 @@ def test_damaged_tiff_of_many_bits_is_an_image_or_one_sentence():
         damaged = [whole[:len(whole) * i // 20] for i in range(20)]
         for _ in range(60):
             data, places = bytearray(whole), rng.integers(0, len(whole), 3)
-            data[-200 + int(places[0]) % 200], data[int(places[1]) % 8], data[places[2]] = rng.integers(0, 256, 3).tolist()
+            data[-200 + int(places[0]) % 200], data[int(places[1]) % 8], data[places[2]] = rng.integers(0, 256,
+                                                                                                        3).tolist()
             damaged.append(bytes(data))
         for data in damaged:
             try:

@@ -63,7 +63,8 @@ def test_an_empty_element_is_as_one_that_is_absent(syntax, keyword):
 
 
 @pytest.mark.parametrize("keyword, written", [
-    ("WindowCenter", 200), ("WindowWidth", 300), ("RescaleSlope", 2), ("RescaleIntercept", 10), ("VOILUTFunction", "SIGMOID"),
+    ("WindowCenter", 200), ("WindowWidth", 300), ("RescaleSlope", 2), ("RescaleIntercept", 10),
+    ("VOILUTFunction", "SIGMOID"),
     ("NumberOfFrames", 1)])
 @pytest.mark.parametrize("padding", [b" ", b"\0", b"\\"])
 def test_a_text_of_padding_alone_is_empty(keyword, written, padding):
@@ -71,7 +72,8 @@ def test_a_text_of_padding_alone_is_empty(keyword, written, padding):
     text = ("12345678" if keyword != "VOILUTFunction" else "SIGMOIDS")
     content = encoded(dataset(RAMP, bits=12, **{**elements, keyword: text}))
     assert content.count(text.encode()) == 1
-    np.testing.assert_array_equal(shown(content.replace(text.encode(), padding * 8)), shown(without(keyword, **elements)))
+    np.testing.assert_array_equal(shown(content.replace(text.encode(), padding * 8)),
+                                  shown(without(keyword, **elements)))
     value = str(written).encode()
     np.testing.assert_array_equal(shown(content.replace(text.encode(), value.ljust(8, b" "))),
                                   shown(dataset(RAMP, bits=12, **{**elements, keyword: written})))
@@ -97,15 +99,19 @@ def test_of_several_values_the_first_usable_one_counts(one, several):
 def test_slope_and_intercept_each_have_their_default():
     """One alone counts, and a slope of 0 counts for nothing, as viewers have it."""
     x = RAMP.astype(float)
-    assert near(shown(dataset(RAMP, bits=12, RescaleIntercept=-1024, WindowCenter=40, WindowWidth=400)), linear(x - 1024, 40, 400))
+    assert near(shown(dataset(RAMP, bits=12, RescaleIntercept=-1024, WindowCenter=40, WindowWidth=400)),
+                linear(x - 1024, 40, 400))
     assert near(shown(dataset(RAMP, bits=12, RescaleSlope=2, **WINDOW)), linear(2 * x, 2000, 3000))
     assert near(shown(dataset(RAMP, bits=12, RescaleSlope=0, RescaleIntercept=9, **WINDOW)), linear(x, 2000, 3000))
-    assert near(shown(dataset(RAMP, bits=12, RescaleSlope=-1, RescaleIntercept=4095)), 255 - shown(dataset(RAMP, bits=12)))
+    assert near(shown(dataset(RAMP, bits=12, RescaleSlope=-1, RescaleIntercept=4095)),
+                255 - shown(dataset(RAMP, bits=12)))
 
 
 @pytest.mark.parametrize("elements", [
-    dict(WindowWidth=0), dict(WindowWidth=-400), dict(WindowWidth="NaN"), dict(WindowWidth="inf"), dict(WindowCenter="NaN"),
-    dict(WindowCenter="-inf"), dict(WindowWidth=None), dict(WindowCenter=None), dict(WindowWidth=0, VOILUTFunction="LINEAR_EXACT"),
+    dict(WindowWidth=0), dict(WindowWidth=-400), dict(WindowWidth="NaN"), dict(WindowWidth="inf"),
+    dict(WindowCenter="NaN"),
+    dict(WindowCenter="-inf"), dict(WindowWidth=None), dict(WindowCenter=None),
+    dict(WindowWidth=0, VOILUTFunction="LINEAR_EXACT"),
     dict(WindowWidth=-1, VOILUTFunction="SIGMOID")])
 def test_what_is_no_window_is_as_none(elements):
     with pydicom.config.disable_value_validation():
@@ -148,7 +154,8 @@ def test_what_cannot_be_shown_is_one_sentence_in_dicoms_words(elements, sentence
     ("RescaleSlope", r"\(0028,1053\) Rescale Slope"), ("NumberOfFrames", r"\(0028,0008\) Number of Frames")])
 @pytest.mark.parametrize("written", [b"abcdefgh", b"1234,678", b"12 45678", b"--------"])
 def test_texts_that_are_no_numbers_name_their_element(keyword, called, written):
-    content = encoded(dataset(RAMP, bits=12, **{**WINDOW, "RescaleSlope": 1, "RescaleIntercept": 0, keyword: "12345678"}))
+    content = encoded(dataset(RAMP, bits=12,
+                              **{**WINDOW, "RescaleSlope": 1, "RescaleIntercept": 0, keyword: "12345678"}))
     with pytest.raises(UserError, match=f"has {called} '{written.decode()}'; a number was expected"):
         shown(content.replace(b"12345678", written))
 
@@ -168,7 +175,8 @@ def test_an_item_without_a_table_is_passed_over(keyword, syntax, number):
     empty = dataset(RAMP, bits=12, **{keyword: [EMPTY_ITEMS[number]]}, **elements)
     np.testing.assert_array_equal(shown(empty), shown(dataset(RAMP, bits=12, **elements)))
     table = item(LUTDescriptor=[4096, 0, 12], LUTData=TABLE.tolist(), ModalityLUTType="US")
-    alone, behind = (dataset(RAMP, bits=12, syntax=syntax, **{keyword: tables}) for tables in ([table], [EMPTY_ITEMS[number], table]))
+    alone, behind = (dataset(RAMP, bits=12, syntax=syntax, **{keyword: tables})
+                     for tables in ([table], [EMPTY_ITEMS[number], table]))
     np.testing.assert_array_equal(shown(behind), shown(alone))
     low, high = TABLE[RAMP].min(), TABLE[RAMP].max()
     assert near(shown(alone), (TABLE[RAMP] - low) / (high - low) * 255)
@@ -202,8 +210,10 @@ def test_a_table_of_values_below_zero(first):
 
 
 @pytest.mark.parametrize("table, sentence", [
-    (item(LUTDescriptor=[4096, 0], LUTData=TABLE.tolist()), r"has \(0028,3002\) LUT Descriptor \[4096, 0\]; three numbers"),
-    (item(LUTDescriptor=[4096, 0, 12], LUTData=[1, 2, 3]), r"has 3 entries in \(0028,3006\) LUT Data; 4096 were expected")])
+    (item(LUTDescriptor=[4096, 0], LUTData=TABLE.tolist()),
+     r"has \(0028,3002\) LUT Descriptor \[4096, 0\]; three numbers"),
+    (item(LUTDescriptor=[4096, 0, 12], LUTData=[1, 2, 3]),
+     r"has 3 entries in \(0028,3006\) LUT Data; 4096 were expected")])
 def test_tables_that_make_no_sense(table, sentence):
     for keyword in ("ModalityLUTSequence", "VOILUTSequence"):
         with pytest.raises(UserError, match=sentence):
@@ -247,7 +257,8 @@ def test_a_frames_own_group_goes_first():
     frames = np.stack([RAMP, RAMP])
     shared = group([item(WindowCenter=1000, WindowWidth=100)], [HU])
     own = [group([BRAIN]), group(pixel=[item(RescaleSlope=2, RescaleIntercept=0)])]
-    ds = dataset(frames, bits=12, frames=2, SharedFunctionalGroupsSequence=[shared], PerFrameFunctionalGroupsSequence=own, **WINDOW)
+    ds = dataset(frames, bits=12, frames=2, SharedFunctionalGroupsSequence=[shared],
+                 PerFrameFunctionalGroupsSequence=own, **WINDOW)
     assert near(shown(ds, 1), linear(RAMP - 1024.0, 40, 400))
     assert near(shown(ds, 2), linear(RAMP * 2.0, 1000, 100))
     table = item(LUTDescriptor=[4096, 0, 12], LUTData=TABLE.tolist())
@@ -260,8 +271,10 @@ def test_a_frames_own_group_goes_first():
 
 
 @pytest.mark.parametrize("change, sentence", [
-    (dict(RedPaletteColorLookupTableDescriptor=None), r"has \(0028,1101\) Red Palette Color Lookup Table Descriptor None; three numbers"),
-    (dict(GreenPaletteColorLookupTableData=None), r"is PALETTE COLOR without \(0028,1202\) Green Palette Color Lookup Table Data"),
+    (dict(RedPaletteColorLookupTableDescriptor=None),
+     r"has \(0028,1101\) Red Palette Color Lookup Table Descriptor None; three numbers"),
+    (dict(GreenPaletteColorLookupTableData=None),
+     r"is PALETTE COLOR without \(0028,1202\) Green Palette Color Lookup Table Data"),
     (dict(BluePaletteColorLookupTableData=b"12"), r"has 1 entries in \(0028,1203\) .* 256 were expected")])
 def test_palettes_that_are_empty_or_short(change, sentence):
     with pytest.raises(UserError, match=sentence):
@@ -280,12 +293,14 @@ def palette(scale=1, depth=16, count=256, index=None, **change):
 def test_palettes_of_every_depth():
     """Sixteen bits in full; sixteen bits that hold eight, as many writers have it; eight bits, also of more than 256 colours."""
     colors = np.random.default_rng(1).integers(0, 256, (3, 256))
-    for ds in (palette(257), palette(1), palette(1, 8), palette(1, 8, RedPaletteColorLookupTableDescriptor=[256, 0, 16])):
+    for ds in (palette(257), palette(1), palette(1, 8),
+               palette(1, 8, RedPaletteColorLookupTableDescriptor=[256, 0, 16])):
         np.testing.assert_array_equal(shown(ds).ravel(), colors[0])
     many, index = np.random.default_rng(1).integers(0, 256, (3, 4096)), RAMP
     np.testing.assert_array_equal(shown(palette(1, 8, 4096, index)), many[0][RAMP])
     segmented = {f"{color}PaletteColorLookupTableData": None for color in ("Red", "Green", "Blue")}
-    segmented |= {f"Segmented{keyword}": np.array([0, 256, *range(0, 65536, 256)], "<u2").tobytes() for keyword in segmented}
+    segmented |= {f"Segmented{keyword}": np.array([0, 256, *range(0, 65536, 256)], "<u2").tobytes()
+                  for keyword in segmented}
     np.testing.assert_array_equal(shown(palette(1, 16, **segmented)).ravel(), np.arange(256))
 
 
@@ -299,7 +314,9 @@ def test_palettes_of_every_depth():
 def test_polarity_and_depth(interpretation, bits, is_signed, has_window):
     """A ramp over all values of the bits is a ramp from black to white, or from white to black: 1 is the one whose 0 is white."""
     low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if is_signed else (0, 2**bits - 1)
-    values = np.rint(np.linspace(low, high, 256)).reshape(16, 16).astype(("i" if is_signed else "u") + ("1" if bits == 8 else "2"))
+    values = np.rint(np.linspace(low, high, 256)).reshape(16,
+                                                          16).astype(("i" if is_signed else "u") + ("1" if bits == 8
+                                                                                                    else "2"))
     window = dict(WindowCenter=(low + high + 1) / 2, WindowWidth=high - low + 1) if has_window else {}
     for syntax in SYNTAXES:
         found = shown(dataset(values, interpretation, bits=bits, syntax=syntax, **window))
@@ -331,11 +348,13 @@ def test_floating_point_pixels(kind, interpretation):
     window = dict(WindowCenter=0.5, WindowWidth=0.5)
     assert near(shown(dataset(values, interpretation, **window)), turn(np.clip((values - 0.5) / 0.5 + 0.5, 0, 1) * 255))
     rescaled = dict(RescaleSlope=10, RescaleIntercept=5, WindowCenter=10, WindowWidth=5, VOILUTFunction="LINEAR_EXACT")
-    assert near(shown(dataset(values, interpretation, **rescaled)), turn(np.clip((values - 0.5) / 0.5 + 0.5, 0, 1) * 255))
+    assert near(shown(dataset(values, interpretation, **rescaled)),
+                turn(np.clip((values - 0.5) / 0.5 + 0.5, 0, 1) * 255))
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("window", [{}, dict(WindowCenter=0.5, WindowWidth=2), dict(RescaleSlope=2, RescaleIntercept=1)])
+@pytest.mark.parametrize("window", [{}, dict(WindowCenter=0.5, WindowWidth=2),
+                                    dict(RescaleSlope=2, RescaleIntercept=1)])
 def test_values_that_are_not_finite(value, window):
     """Refused with and without a window, unless the file says that they stand for no pixel: then they are shown black."""
     values = np.linspace(-0.5, 1.5, 256).reshape(16, 16).astype(np.float32)

@@ -27,7 +27,8 @@ def tiff(pages, photometric=1, order="<", compression=1, tile=None, planar=1, fi
             places.append(len(out))
             out += chunk
         sizes = list(map(len, chunks))
-        tags = {256: (4, [width]), 257: (4, [height]), 258: (3, [bits or 8 * values.itemsize] * samples), 259: (3, [compression]),
+        tags = {256: (4, [width]), 257: (4, [height]), 258: (3, [bits or 8 * values.itemsize] * samples),
+                259: (3, [compression]),
                 262: (3, [photometric]), 266: (3, [fill]), 277: (3, [samples]), 284: (3, [planar]),
                 339: (3, [_FORMATS[values.dtype.kind]] * samples)}
         tags |= ({322: (4, [tile]), 323: (4, [tile]), 324: (4, places), 325: (4, sizes)} if tile else
@@ -60,10 +61,12 @@ def _packed(values, bits, order, fill):
     """Rows of samples; fewer bits than a byte, or twelve, from the highest bit on, each row beginning a byte."""
     if bits is None or bits == 8 * values.itemsize:
         content = values.astype(values.dtype.newbyteorder(order)).tobytes()
-        return content if fill == 1 else np.packbits(np.unpackbits(np.frombuffer(content, np.uint8)), bitorder="little").tobytes()
+        return content if fill == 1 else np.packbits(np.unpackbits(np.frombuffer(content, np.uint8)),
+                                                     bitorder="little").tobytes()
     rows = values.reshape(len(values), -1).astype(np.int64)
     each = (rows[..., None] >> np.arange(bits - 1, -1, -1)) & 1
-    return np.packbits(each.reshape(len(rows), -1).astype(np.uint8), axis=1, bitorder="big" if fill == 1 else "little").tobytes()
+    return np.packbits(each.reshape(len(rows), -1).astype(np.uint8), axis=1,
+                       bitorder="big" if fill == 1 else "little").tobytes()
 
 
 def png(values, color, bits, is_interlaced=False, chunks=()):
@@ -72,9 +75,11 @@ def png(values, color, bits, is_interlaced=False, chunks=()):
     height, width = values.shape[:2]
     passes = [values]
     if is_interlaced:
-        passes = [values[y::dy, x::dx] for x, y, dx, dy in ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4),
+        passes = [values[y::dy, x::dx] for x, y, dx,
+                  dy in ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4),
                                                             (1, 0, 2, 2), (0, 1, 1, 2))]
-    raw = b"".join(b"\0" + _packed(row[None].astype(np.int64), bits, ">", 1) if bits < 16 else b"\0" + row.astype(">u2").tobytes()
+    raw = b"".join(b"\0" + _packed(row[None].astype(np.int64), bits, ">", 1) if bits < 16
+                   else b"\0" + row.astype(">u2").tobytes()
                    for each in passes if each.size for row in each)
 
     def chunk(name, content):

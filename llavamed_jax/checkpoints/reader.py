@@ -20,9 +20,10 @@ from llavamed_jax.checkpoints.files import read_json
 from llavamed_jax.checkpoints.generation_file import FILE as GENERATION
 from llavamed_jax.checkpoints.generation_file import with_stop_ids
 from llavamed_jax.checkpoints.layouts import canonical
+from llavamed_jax.checkpoints.preprocessor_file import check, has_settings, with_image_settings
 from llavamed_jax.checkpoints.soundness import Tally, is_zero, norms_are_small
 from llavamed_jax.checkpoints.torch_files import Tensor, has_weights, read_weights
-from llavamed_jax.checkpoints.tower import check_width, fetch_tower, find_tower, tower_config, tower_tensors, with_statistics
+from llavamed_jax.checkpoints.tower import check_width, fetch_tower, find_tower, tower_config, tower_tensors
 from llavamed_jax.checkpoints.tower_shape import is_tower, known_shape, shape_of_tensors
 from llavamed_jax.config import KNOWN_TOWERS, OURS, LlavaConfig, VisionConfig, as_object, preset, projector_depth
 from llavamed_jax.errors import UserError, at
@@ -160,7 +161,8 @@ def tree_config(path: Path) -> LlavaConfig:
         config = LlavaConfig.from_dict(read_json(file))
     except (KeyError, TypeError) as error:
         raise UserError(f"{file} is no config of this project: {error}") from None
-    return config.replace(vision=with_statistics(config.vision, file.parent), decoder=with_stop_ids(config.decoder, file.parent))
+    config = config.replace(decoder=with_stop_ids(config.decoder, file.parent))
+    return with_image_settings(config, file.parent, config.source == "transformers")
 
 
 def _kind(path: str | Path, weights: bool = True) -> tuple[str, str]:
@@ -200,7 +202,7 @@ def _torch_config(directory: Path, vision_tower: Path | None,
     """
     if not (directory / "config.json").is_file():
         raise UserError(f"{directory} holds no config.json; a checkpoint's directory was expected")
-    raw, vision, assumed = read_json(directory / "config.json"), None, ""
+    raw, vision, assumed, asked = read_json(directory / "config.json"), None, "", vision_tower
     if vision_tower is None and not is_transformers(raw) and "vision_config" not in as_object(raw.get(OURS, {}), OURS):
         name = tower_name(raw)
         vision_tower = find_tower(directory, name)
@@ -214,8 +216,8 @@ def _torch_config(directory: Path, vision_tower: Path | None,
         raise UserError(f"{directory}: {error}") from None
     if vision is not None:
         check_width(vision_tower or directory, vision, config.vision.hidden_size if is_transformers(raw) else raw.get("mm_hidden_size"))
-    return config.replace(vision=with_statistics(vision or config.vision, directory),
-                          decoder=with_stop_ids(config.decoder, directory)), raw, assumed
+    config = config.replace(vision=vision or config.vision, decoder=with_stop_ids(config.decoder, directory))
+    return with_image_settings(config, directory, is_transformers(raw), asked), raw, assumed
 
 
 def _tower_of_elsewhere(directory: Path, name: str,
@@ -276,7 +278,12 @@ def _open_torch(directory: Path, vision_tower: Path | None) -> Checkpoint:
 def _replace_tower(config: LlavaConfig, directory: Path) -> LlavaConfig:
     vision = tower_config(directory)
     check_width(directory, vision, config.vision.hidden_size)
-    return config.replace(vision=vision)
+    if not has_settings(directory):
+        own = config.vision
+        vision = dataclasses.replace(vision, image_mean=own.image_mean, image_std=own.image_std, images=own.images)
+    config = config.replace(vision=vision)
+    check(config, str(directory))
+    return config
 
 
 def _with_tower(checkpoint: Checkpoint, directory: Path) -> Checkpoint:

@@ -37,6 +37,7 @@ from llavamed_jax.checkpoints.files import new_directory, read_json, sha256_of, 
 from llavamed_jax.checkpoints.generation_file import copy_files
 from llavamed_jax.checkpoints.layouts import match
 from llavamed_jax.checkpoints.load import flatten, nest
+from llavamed_jax.checkpoints.preprocessor_file import make_equal
 from llavamed_jax.checkpoints.reader import Checkpoint, text_files, tree_config, tree_root
 from llavamed_jax.checkpoints.torch_files import Tensor
 from llavamed_jax.checkpoints.writer import Progress, total_bytes
@@ -57,7 +58,7 @@ def write_model(out: str | Path, checkpoint: Checkpoint, config: LlavaConfig | N
     Raises:
       UserError: `out` has a model already; weights that are no model's (`Checkpoint.sound`).
     """
-    out, without, checkpoint = Path(out), set(without), checkpoint.sound()
+    out, without, checkpoint, config = Path(out), set(without), checkpoint.sound(), config or checkpoint.config
     if (out / "base").exists() and not (out / "model").exists():
         shutil.rmtree(out / "base")  # of a run that was stopped while it wrote its base
     tensors = {name: tensor for name, tensor in checkpoint.tensors.items() if name not in without}
@@ -65,8 +66,9 @@ def write_model(out: str | Path, checkpoint: Checkpoint, config: LlavaConfig | N
         write_base(base, tensors, progress)
     checkpoint.tally.warn()
     with new_directory(out / "model") as model:
-        write_json(model / "config.json", (config or checkpoint.config).to_dict())
-        copy_files(config or checkpoint.config, checkpoint.files if files is None else files, model)
+        write_json(model / "config.json", config.to_dict())
+        copy_files(config, checkpoint.files if files is None else files, model)
+        make_equal(config, model, config.source == "transformers", is_needed=False)
 
 
 def open_tree(path: str | Path) -> Checkpoint:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from pathlib import Path
 
-from llavamed_jax.checkpoints import hub
+from llavamed_jax.checkpoints import hub, preprocessor_file
 from llavamed_jax.checkpoints.files import read_json
 from llavamed_jax.checkpoints.layouts import canonical
 from llavamed_jax.checkpoints.names import is_buffer
 from llavamed_jax.checkpoints.torch_files import Tensor, read_weights
-from llavamed_jax.config import LlavaConfig, VisionConfig, channels
+from llavamed_jax.config import LlavaConfig, VisionConfig
 from llavamed_jax.errors import UserError, at
 
 
@@ -36,21 +35,8 @@ def fetch_tower(directory: Path, name: str | None, weights: bool = True) -> Path
                     "vision_tower=PATH (--vision_tower PATH) was expected")
 
 
-def with_statistics(vision: VisionConfig, directory: Path) -> VisionConfig:
-    """The tower with the mean and the standard deviation of a directory's own preprocessor, where it has one."""
-    for name in ("preprocessor_config.json", "processor_config.json"):
-        file = directory / name
-        if file.is_file():
-            settings = read_json(file)
-            settings = settings.get("image_processor", settings)
-            if isinstance(settings, dict) and "image_mean" in settings and "image_std" in settings:
-                return dataclasses.replace(vision, **{
-                    key: channels(str(file), key, settings[key]) for key in ("image_mean", "image_std")})
-    return vision
-
-
 def tower_config(directory: Path) -> VisionConfig:
-    """A CLIP directory's tower, and how its preprocessor normalises."""
+    """A CLIP directory's tower, and what its preprocessor does."""
     if not (directory / "config.json").is_file():
         raise at(directory, f"the vision tower {directory} holds no config.json; a CLIP model's directory was expected")
     raw = read_json(directory / "config.json")
@@ -60,7 +46,8 @@ def tower_config(directory: Path) -> VisionConfig:
         vision = VisionConfig.from_hf(raw)
     except UserError as error:
         raise UserError(f"{directory}: {error}") from None
-    return with_statistics(vision, directory)
+    found = preprocessor_file.read(directory, vision.image_size)
+    return vision if found is None else found.applied_to(vision)
 
 
 def check_width(directory: Path, vision: VisionConfig, expected: int | None) -> None:

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import numpy as np
 
-from llavamed_jax.checkpoints import names
+from llavamed_jax.checkpoints import names, preprocessor_file
 from llavamed_jax.checkpoints.card import model_card
 from llavamed_jax.checkpoints.files import new_directory, write_json
 from llavamed_jax.checkpoints.generation_file import FILE as GENERATION
 from llavamed_jax.checkpoints.generation_file import copy_files, settings_for
-from llavamed_jax.checkpoints.processor_files import clip_preprocessor, write_processor
+from llavamed_jax.checkpoints.processor_files import write_processor
 from llavamed_jax.checkpoints.reader import Checkpoint
 from llavamed_jax.checkpoints.torch_files import DTYPES, Tensor
 from llavamed_jax.config import OURS
@@ -53,7 +53,7 @@ def export(checkpoint: Checkpoint, out: str | Path, layout: str = "transformers"
             directory.mkdir()
             write_safetensors(directory, _in_torch(checkpoint, tower), progress, {"format": "pt"})
             write_json(directory / "config.json", {"architectures": ["CLIPVisionModel"], **cfg.vision.to_hf()})
-            write_json(directory / "preprocessor_config.json", clip_preprocessor(cfg, checkpoint.files))  # which v1.0's code reads here
+            write_json(directory / preprocessor_file.FILE, preprocessor_file.written(cfg, is_transformers=False))  # which v1.0 reads here
         write_safetensors(temporary, _in_torch(checkpoint, spelled), progress, {"format": "pt"})
         config["dtype"] = config["torch_dtype"] = checkpoint.tensors[VOCABULARY[0]].dtype.name
         write_json(temporary / "config.json", config)
@@ -107,6 +107,10 @@ def _write_text_files(checkpoint: Checkpoint, out: Path, layout: str) -> None:
             kept = out / OURS  # from where an import takes them, so that nothing of this layout stays
             kept.mkdir()
     copy_files(cfg, files, kept)
+    if kept == out:
+        preprocessor_file.make_equal(cfg, out, layout == "transformers")
+    else:
+        preprocessor_file.make_equal(cfg, kept, cfg.source == "transformers", is_needed=False)
 
 
 def write_safetensors(directory: Path, tensors: Mapping[str, Tensor], progress: Progress = iter,

@@ -1,6 +1,7 @@
 """Shapes and constants of a model, read from and written to checkpoints' `config.json`."""
 
 from llavamed_jax.config.checks import as_object, channels, token_ids
+from llavamed_jax.config.images import MAX_EDGE, RESAMPLE, ImageSettings
 from llavamed_jax.config.model import (
     CLIP_MEAN,
     CLIP_STD,
@@ -17,6 +18,6 @@ from llavamed_jax.config.model import (
 from llavamed_jax.config.presets import PRESETS, preset
 
 __all__ = [
-    "CLIP_MEAN", "CLIP_STD", "IGNORE", "IMAGE_TOKEN", "KNOWN_TOWERS", "OURS", "PAD_TOKEN", "PRESETS", "DecoderConfig", "LlavaConfig",
-    "VisionConfig", "as_object", "channels", "preset", "projector_depth", "token_ids",
+    "CLIP_MEAN", "CLIP_STD", "IGNORE", "IMAGE_TOKEN", "KNOWN_TOWERS", "MAX_EDGE", "OURS", "PAD_TOKEN", "PRESETS", "RESAMPLE",
+    "DecoderConfig", "ImageSettings", "LlavaConfig", "VisionConfig", "as_object", "channels", "preset", "projector_depth", "token_ids",
 ]

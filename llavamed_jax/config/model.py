@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llavamed_jax.config.checks import as_object, channels, check_counts, check_fields, number, token_ids
+from llavamed_jax.config.images import ImageSettings
 from llavamed_jax.errors import UserError
 
 IMAGE_TOKEN = -200  # stands for an image in token ids (LLaVA's IMAGE_TOKEN_INDEX)
@@ -47,7 +48,7 @@ KNOWN_TOWERS = {
 class VisionConfig:
     """A CLIP ViT. Field names follow this project; `from_hf` maps them from a `CLIPVisionConfig`.
 
-    `image_mean` and `image_std` are what its preprocessor normalises pixels between 0 and 1 with.
+    `image_mean`, `image_std` and `images` are what its preprocessor does (`config/images.py`).
     """
 
     hidden_size: int
@@ -61,10 +62,12 @@ class VisionConfig:
     num_channels: int = 3
     image_mean: tuple[float, ...] = CLIP_MEAN
     image_std: tuple[float, ...] = CLIP_STD
+    images: ImageSettings = ImageSettings()
 
     def __post_init__(self):
         for name in ("image_mean", "image_std"):
             object.__setattr__(self, name, channels("the vision config", name, getattr(self, name)))
+        object.__setattr__(self, "images", ImageSettings.of(self.images))
         check_fields(self, "vision ")
         if self.hidden_act not in ("quick_gelu", "gelu"):
             raise UserError(f"vision hidden_act is {self.hidden_act!r}; quick_gelu or gelu was expected")
@@ -80,6 +83,21 @@ class VisionConfig:
     @property
     def head_dim(self) -> int:
         return self.hidden_size // self.num_heads
+
+    @property
+    def normalization(self) -> tuple[tuple[float, ...], tuple[float, ...], float]:
+        """Mean, standard deviation and scale: pixels are (x * scale - mean) / std of values x from 0 to 255."""
+        mean, std = (self.image_mean, self.image_std) if self.images.is_normalized else ((0.0,) * 3, (1.0,) * 3)
+        return mean, std, self.images.scale
+
+    @property
+    def pad_color(self) -> tuple[int, ...]:
+        """Red, green and blue that images are padded to a square with, as the originals and transformers take it from the mean,
+        whether that is applied or not. Raises UserError for a mean that is no colour."""
+        color = tuple(int(255 * mean) for mean in self.image_mean)
+        if not all(0 <= value <= 255 for value in color):
+            raise UserError(f"the image_mean {list(self.image_mean)} is no colour to pad images with; numbers from 0 to 1 were expected")
+        return color
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> "VisionConfig":

@@ -76,7 +76,8 @@ class Page:
         again.tile = [_with_raw_mode(tile, mode) for tile, mode in zip(again.tile, low)]
         again.load()
         lower = np.asarray(again).astype(np.uint16)
-        return lower[..., 0] << 8 | lower[..., 1] if is_grey else np.asarray(shown).astype(np.uint16) << 8 | lower[..., :3]
+        return lower[..., 0] << 8 | lower[..., 1] if is_grey else np.asarray(shown).astype(np.uint16) << 8 | lower[...,
+                                                                                                                   :3]
 
     def __post_init__(self):
         tiles = getattr(self.image, "tile", None)
@@ -190,7 +191,8 @@ def _jpeg_2000(content: bytes, size: tuple[int, int], name: str) -> np.ndarray |
 def _raw_modes(image: Image.Image) -> list[str | None]:
     """Of each tile that is not loaded yet. libtiff's planes, which are unpacked one by one, have none that can be changed."""
     is_split = image.format == "TIFF" and image.tag_v2.get(_PLANAR) == 2
-    return [None if is_split and tile.codec_name == "libtiff" else _raw_mode(tile) for tile in getattr(image, "tile", ())]
+    return [None if is_split and tile.codec_name == "libtiff" else _raw_mode(tile)
+            for tile in getattr(image, "tile", ())]
 
 
 def _raw_mode(tile) -> str | None:
@@ -228,7 +230,8 @@ def _mend_raw_modes(image: Image.Image) -> bool:
         mode = _raw_mode(tile)
         if tile.codec_name == "libtiff" and mode in ("I;16S", "I;16BS", "I;32S", "I;32BS"):
             image.tile[i] = _with_raw_mode(tile, f"{mode[:4]}NS")
-        elif tile.codec_name == "raw" and is_split and mode in tuple("RGBA") and max(image.tag_v2.get(_BITS, (8,))) == 16:
+        elif tile.codec_name == "raw" and is_split and mode in tuple("RGBA") and max(image.tag_v2.get(_BITS,
+                                                                                                      (8,))) == 16:
             image.tile[i] = _with_raw_mode(tile, f"{mode};16{order}")
         elif mode == "L;IR":
             image.tile[i] = _with_raw_mode(tile, "L;R")
@@ -261,7 +264,8 @@ def _directories(data: bytes) -> Iterator[dict[int, tuple[int, int]]]:
     while start and start not in seen:
         seen.add(start)
         count = struct.unpack_from(order + "H", data, start)[0]
-        entries = [(start + 2 + 12 * i, *struct.unpack_from(order + "HHI", data, start + 2 + 12 * i)) for i in range(count)]
+        entries = [(start + 2 + 12 * i, *struct.unpack_from(order + "HHI", data, start + 2 + 12 * i))
+                   for i in range(count)]
         yield {tag: (struct.unpack_from(order + "H", data, place + 8)[0], place + 8)
                for place, tag, kind, length in entries if (kind, length) == (3, 1)}
         start = struct.unpack_from(order + "I", data, start + 2 + 12 * count)[0]

@@ -103,7 +103,8 @@ def _rescale(header: Dataset, index: int, name: str) -> tuple[float, float]:
 def _group_items(header: Dataset, index: int, keyword: str) -> list[Dataset]:
     """The items of a functional group of an enhanced file: a frame's own before those of all frames."""
     own = items(header, "PerFrameFunctionalGroupsSequence")[index:index + 1]
-    return [item for group in (*own, *items(header, "SharedFunctionalGroupsSequence")[:1]) for item in items(group, keyword)]
+    return [item for group in (*own, *items(header, "SharedFunctionalGroupsSequence")[:1])
+            for item in items(group, keyword)]
 
 
 # ---- values of interest
@@ -217,7 +218,8 @@ def _is_padding(stored: np.ndarray, header: Dataset, name: str) -> np.ndarray:
         padding = np.isnan(stored)
     else:
         ends = [first, first if last is None or math.isnan(last) else last]
-        if stored.dtype.kind != "f" and all(map(math.isfinite, ends)):  # written as US for values that are signed, and the reverse
+        if stored.dtype.kind != "f" and all(map(math.isfinite,
+                                                ends)):  # written as US for values that are signed, and the reverse
             ends = np.array([int(end) for end in ends]).astype(stored.dtype).tolist()
         padding = (stored >= min(ends)) & (stored <= max(ends))
     return padding & ~padding.all()
@@ -244,7 +246,8 @@ def _palette(header: Dataset, count: int, first: int, name: str) -> np.ndarray:
     keywords = [f"{color}PaletteColorLookupTableData" for color in ("Red", "Green", "Blue")]
     lacking = [keyword for keyword in keywords if keyword not in header]
     if not lacking:
-        return np.stack([_entries(header, header.get(keyword), count, name, keyword) for keyword in keywords], -1).astype(np.uint16)
+        return np.stack([_entries(header, header.get(keyword), count, name, keyword) for keyword in keywords],
+                        -1).astype(np.uint16)
     if any(f"Segmented{keyword}" not in header for keyword in keywords):
         raise UserError(f"{name} is {PALETTE} without {called(lacking[0])}")
     return apply_color_lut(np.arange(first, first + count), header)[:, :3]

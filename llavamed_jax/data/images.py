@@ -24,13 +24,14 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image
 
-from llavamed_jax.config import CLIP_MEAN, CLIP_STD
+from llavamed_jax.config import CLIP_MEAN, CLIP_STD, ImageSettings
 from llavamed_jax.data.depth import of_pillow, open_page
 from llavamed_jax.data.dicom import MAX_PIXELS, is_dicom, one_line, read_dicom
 from llavamed_jax.errors import UserError
 
 PAD_COLOR = (122, 116, 104)  # int(255 * mean): the originals pad with it
 MODES = ("pad", "square")
+_CLIPS = ImageSettings()
 MAX_ASPECT = 200  # beyond it, resizing the short edge to the tower's size makes gigabytes of a few kilobytes
 
 
@@ -66,42 +67,63 @@ def load_image(source, frame: int | None = None) -> Image.Image:
 
 
 def preprocess(image: Image.Image, size: int, mode: str = "pad", mean=CLIP_MEAN, std=CLIP_STD) -> np.ndarray:
-    """Pixels for the tower: float32 [size,size,3]. See `preprocess_uint8` for `mode`."""
+    """Pixels for a tower as CLIP's processor makes them: float32 [size,size,3]. See `preprocess_uint8` for `mode`."""
     return normalize(preprocess_uint8(image, size, mode), mean, std)
 
 
-def preprocess_uint8(image: Image.Image, size: int, mode: str = "pad") -> np.ndarray:
+def preprocess_uint8(image: Image.Image, size: int, mode: str = "pad", settings: ImageSettings = _CLIPS,
+                     color: tuple[int, ...] | None = PAD_COLOR) -> np.ndarray:
     """The same before normalisation, uint8 [size,size,3]: a quarter of the bytes on the way to a device.
 
-    `square` cuts the centre out (what lies outside is lost); `pad` first pads to a square in the mean colour, the image
-    at half the difference rounded down (v1.5 drew that pixel at random, quirk Q3).
+    Args:
+      mode: `pad` first pads to a square, the image at half the difference rounded down (v1.5 drew that pixel at random, quirk
+        Q3); `square` does not, so that with CLIP's settings what lies outside the centre is lost.
+      settings: how images are resized and cut.
+      color: that is padded with.
+    Raises:
+      UserError: another mode, an image too large or too long, or settings that make it no square of this size.
     """
     if mode not in MODES:
         raise UserError(f"the image mode is {mode!r}; {' or '.join(MODES)} was expected")
     image = _from_pillow(image)
     short, long = sorted(image.size)
-    if short < 1 or long > MAX_ASPECT * short:
+    keeps_shape = settings.resize is None or len(settings.resize) == 1
+    if short < 1 or keeps_shape and long > MAX_ASPECT * short:
         raise UserError(f"the image is {image.width} x {image.height} pixels; an aspect ratio of at most {MAX_ASPECT} was expected")
     if mode == "pad" and long * long > MAX_PIXELS:
         raise UserError(f"the image is {image.width} x {image.height} pixels; to be padded to a square, at most "
                         f"{int(MAX_PIXELS**0.5)} on a side were expected")
     if mode == "pad":
-        image = pad_to_square(image)
-    width, height = (int(size * edge / min(image.size)) for edge in image.size)
-    image = image.resize((width, height), Image.Resampling.BICUBIC)
-    left, top = (width - size) // 2, (height - size) // 2
-    return np.asarray(image.crop((left, top, left + size, top + size)))
+        image = pad_to_square(image, color)
+    image = _resize(image, size, settings)
+    if settings.is_cropped:
+        left, top = (image.width - size) // 2, (image.height - size) // 2
+        image = image.crop((left, top, left + size, top + size))  # black beyond the image
+    if image.size != (size, size):
+        raise UserError(f"the checkpoint's image settings make {image.width} x {image.height} pixels of an image; {size} x {size} were "
+                        "expected")
+    return np.asarray(image)
 
 
-def normalize(pixels: np.ndarray, mean=CLIP_MEAN, std=CLIP_STD) -> np.ndarray:
-    """uint8 [...,3] to float32 [...,3]: (x / 255 - mean) / std."""
-    table = _normalize_table(tuple(mean), tuple(std))
+def _resize(image: Image.Image, size: int, settings: ImageSettings) -> Image.Image:
+    edges = (size,) if settings.resize is None else settings.resize
+    if not edges:
+        return image
+    height, width = edges if len(edges) == 2 else (int(edges[0] * edge / min(image.size)) for edge in image.size[::-1])
+    if width * height > MAX_PIXELS:
+        raise UserError(f"the checkpoint's image settings make {width} x {height} pixels of an image; at most {MAX_PIXELS} were expected")
+    return image.resize((width, height), Image.Resampling[settings.resample.upper()])
+
+
+def normalize(pixels: np.ndarray, mean=CLIP_MEAN, std=CLIP_STD, scale: float = 1 / 255) -> np.ndarray:
+    """uint8 [...,3] to float32 [...,3]: (x * scale - mean) / std."""
+    table = _normalize_table(tuple(mean), tuple(std), scale)
     return table[pixels, np.arange(3)]
 
 
 @functools.lru_cache(maxsize=8)
-def _normalize_table(mean, std) -> np.ndarray:  # [256,3]
-    values = (np.arange(256, dtype=np.float64) * (1 / 255)).astype(np.float32)[:, None]
+def _normalize_table(mean, std, scale) -> np.ndarray:  # [256,3]
+    values = (np.arange(256, dtype=np.float64) * scale).astype(np.float32)[:, None]
     return (values - np.float32(mean)) / np.float32(std)
 
 

@@ -19,10 +19,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from llavamed_jax.checkpoints import hub, reader
 from llavamed_jax.checkpoints.files import read_json
-from llavamed_jax.config import CLIP_MEAN, CLIP_STD, IGNORE, IMAGE_TOKEN, OURS, LlavaConfig
+from llavamed_jax.config import IGNORE, IMAGE_TOKEN, OURS, LlavaConfig
 from llavamed_jax.data import images as pixels
 from llavamed_jax.data.chat import Chat, read_messages
 from llavamed_jax.data.chat_template import ChatTemplate, find_chat_template
@@ -62,7 +63,6 @@ class Processor:
         self.tokens_per_image = config.tokens_per_image if config else (image_size // _PATCH) ** 2 if image_size else None
         self.max_length = config.max_length if config else None
         self._tokenizer = tokenizer
-        self._statistics = (config.vision.image_mean, config.vision.image_std) if config else (CLIP_MEAN, CLIP_STD)
         if template is not None:
             get_template(template)  # a name that was typed fails here, a derived one when text is asked for
         self.template_name = template or (config.template if config else None)
@@ -280,7 +280,8 @@ class Processor:
         Raises:
           UserError: one image that is no list, an image that cannot be read, or another mode.
         """
-        return pixels.normalize(self.images_uint8(sources, mode, frame), *self._statistics)
+        arrays = self.images_uint8(sources, mode, frame)
+        return pixels.normalize(arrays, *self.config.vision.normalization) if self.config else pixels.normalize(arrays)
 
     def images_uint8(self, sources: Sequence, mode: str | None = None, frame: int | None = None) -> np.ndarray:
         """The same before normalisation, uint8 [I,H,W,3], which the model does itself where it is given uint8."""
@@ -290,8 +291,16 @@ class Processor:
         if not isinstance(sources, Iterable) or isinstance(sources, (str, bytes, bytearray)) or is_array and sources.ndim != 4:
             raise UserError(f"images were given as a {type(sources).__name__}; a list of images was expected, for one image too")
         size, mode = self.image_size, self.image_mode if mode is None else mode
-        arrays = [pixels.preprocess_uint8(pixels.load_image(s, frame), size, mode) for s in sources]
+        arrays = [self._preprocess(pixels.load_image(source, frame), mode) for source in sources]
         return np.stack(arrays) if arrays else np.zeros((0, size, size, 3), np.uint8)
+
+    def _preprocess(self, image: Image.Image, mode: str) -> np.ndarray:
+        """One image [H,W,3] as the checkpoint's image processor leaves it before normalisation."""
+        if self.config is None:
+            return pixels.preprocess_uint8(image, self.image_size, mode)
+        vision = self.config.vision
+        color = vision.pad_color if mode == "pad" else None
+        return pixels.preprocess_uint8(image, vision.image_size, mode, vision.images, color)
 
 
 def expand_images(ids: Sequence[int], patches: int, labels: Sequence[int] | None = None):

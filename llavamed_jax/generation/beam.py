@@ -184,7 +184,7 @@ class BeamSearch:
         for b, row in enumerate(rows):
             ids[b, : len(row.ids)] = row.ids
             for slot, image in enumerate(map(np.asarray, row.images)):
-                pixels[b, slot] = normalize(image, v.image_mean, v.image_std) if image.dtype == np.uint8 else image
+                pixels[b, slot] = normalize(image, *v.normalization) if image.dtype == np.uint8 else image
         fill = [1] * (B - len(rows))  # rows that nobody asked for: one token long, done at once
         batch = dict(ids=ids, pixels=pixels, lengths=np.array([len(r.ids) for r in rows] + fill, np.int32),
                      limit=np.array(limits + fill, np.int32))

@@ -34,14 +34,14 @@ PARAM_AXES = [
 
 
 def normalize(pixels, cfg: VisionConfig):
-    """uint8 [...,3] as the tower takes it, float32: (x / 255 - mean) / std. Floating-point pixels are so already.
+    """uint8 [...,3] as the tower takes it, float32: (x * scale - mean) / std. Floating-point pixels are so already.
 
     On the device, so that a quarter of the bytes goes there; equal to `data.images.normalize` to 1e-6.
     """
     if pixels.dtype != jnp.uint8:
         return pixels
-    mean, std = (jnp.array(x, jnp.float32) for x in (cfg.image_mean, cfg.image_std))
-    return (pixels.astype(jnp.float32) * (1 / 255) - mean) / std
+    mean, std, scale = (jnp.array(x, jnp.float32) for x in cfg.normalization)
+    return (pixels.astype(jnp.float32) * scale - mean) / std
 
 
 class PatchEmbedding(nn.Module):

@@ -1,0 +1,307 @@
+"""`preprocessor_config.json` and `processor_config.json`: how images are made into pixels, obeyed, refused or warned of key by key.
+
+Absent keys have the defaults of transformers' classes, and a switch that is null is off, as transformers has it; an `image_processor`
+inside `processor_config.json` goes before the other file. In transformers' layout `do_pad` of a `LlavaImageProcessor` says whether
+images are padded to a square; in the originals' layouts `image_aspect_ratio` of `config.json` does.
+Source: transformers 5.24, `image_processing_backends.py` (PilBackend), `models/{clip,llava}/image_processing_pil_*.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from llavamed_jax.checkpoints.files import read_json, write_json
+from llavamed_jax.config import CLIP_MEAN, CLIP_STD, MAX_EDGE, RESAMPLE, ImageSettings, LlavaConfig, VisionConfig, channels
+from llavamed_jax.errors import UserError, short, some, warn_once
+
+FILE, PROCESSOR, VIDEO = "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"
+_CLASSES = ("CLIPImageProcessor", "LlavaImageProcessor")
+_SIZE = 224  # the classes' default of `size` and of `crop_size`
+# What changes no pixel: who reads the file, and how results are handed over. Images are always converted to RGB here; where
+# `do_convert_rgb` is false transformers takes no others.
+_WITHOUT_EFFECT = {
+    "image_processor_type", "feature_extractor_type", "processor_class", "_processor_class", "auto_map",
+    "do_convert_rgb", "data_format",
+    "input_data_format", "device", "return_tensors", "disable_grouping", "image_seq_length", "_valid_processor_keys",
+    "use_fast",
+    "transformers_version", "_commit_hash", "_name_or_path"}
+_READ = {
+    "do_resize", "size", "default_to_square", "use_square_size", "resample", "do_center_crop", "crop_size",
+    "do_rescale",
+    "rescale_factor", "do_normalize", "image_mean", "image_std", "do_pad", "pad_size"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Preprocessor:
+    """What a directory's files say.
+
+    Attributes:
+      where: the file, for sentences.
+      is_padded: whether transformers' processor pads images to a square.
+    """
+
+    where: str
+    settings: ImageSettings
+    image_mean: tuple[float, ...]
+    image_std: tuple[float, ...]
+    is_padded: bool
+
+    @property
+    def content(self) -> tuple:
+        """What decides over pixels."""
+        return self.settings, self.image_mean, self.image_std, self.is_padded
+
+    def applied_to(self, vision: VisionConfig) -> VisionConfig:
+        return dataclasses.replace(vision, image_mean=self.image_mean, image_std=self.image_std, images=self.settings)
+
+
+def read(directory: Path, size: int, warn: Callable[[str], None] = warn_once) -> Preprocessor | None:
+    """The settings of the files in a directory, None where it has none.
+
+    Args:
+      size: edge of the tower's input.
+      warn: is told what is not applied.
+    Raises:
+      UserError: another image processor, or a setting that this project does not have.
+    """
+    found = [_parse(raw, where, size, warn) for where, raw in _raw(directory, warn)]
+    if len(found) == 2 and found[0].content != found[1].content:
+        warn(f"{directory}: {PROCESSOR} and {FILE} hold different image settings; {PROCESSOR}'s are taken, as transformers 5 does")
+    return found[0] if found else None
+
+
+def has_settings(directory: Path) -> bool:
+    return bool(_raw(directory, warn_once))
+
+
+def _raw(directory: Path, warn: Callable[[str], None]) -> list[tuple[str, Mapping[str, Any]]]:
+    """The files that hold image settings, with what they hold; the one that counts first."""
+    processor, file = directory / PROCESSOR, directory / FILE
+    found, inner = [], read_json(processor) if processor.is_file() else {}
+    if inner.get("video_processor") is not None or (directory / VIDEO).is_file():
+        warn(f"{directory} has settings for videos, which are not read")
+    if inner.get("image_processor") is not None:
+        if not isinstance(inner["image_processor"], Mapping):
+            raise UserError(f"{processor} has image_processor {short(inner['image_processor'])}; an object was expected")
+        found.append((str(processor), inner["image_processor"]))
+    return found + ([(str(file), read_json(file))] if file.is_file() else [])
+
+
+def with_image_settings(config: LlavaConfig, directory: Path, is_transformers: bool,
+                        tower: Path | None = None) -> LlavaConfig:
+    """A config with the image settings of a directory's files, where it has them.
+
+    Args:
+      is_transformers: `do_pad` decides whether images are padded, and `processor_config.json` has to count their tokens as the
+        model does.
+      tower: a directory whose own settings, where it has any, go before the others; `config.vision` has them.
+    Raises:
+      UserError: as of `read`; the settings give some image another size than the tower's; files that contradict each other.
+    """
+    raw = _raw(directory, warn_once)
+    where = raw[0][0] if raw else str(directory)
+    if tower is not None and has_settings(tower):
+        where = str(tower)
+    elif (found := read(directory, config.vision.image_size)) is not None:
+        config = config.replace(vision=found.applied_to(config.vision))
+    if raw and raw[0][1].get("do_pad") is not None:
+        ratio = "pad" if _pads(raw[0][1], raw[0][0]) else "square"
+        if is_transformers:
+            config = config.replace(image_aspect_ratio=ratio)
+        elif ratio != config.image_aspect_ratio:
+            warn_once(f"{where} has do_pad {short(raw[0][1]['do_pad'])}; image_aspect_ratio {config.image_aspect_ratio} of "
+                      "config.json is taken, as the original's code does")
+    if is_transformers and (directory / PROCESSOR).is_file():
+        _check_count(read_json(directory / PROCESSOR), directory / PROCESSOR, config)
+    check(config, where)
+    return config
+
+
+def check(config: LlavaConfig, where: str) -> None:
+    """Raises UserError where not every image becomes the tower's input."""
+    vision, is_padded = config.vision, config.image_aspect_ratio == "pad"
+    if not vision.images.fills(vision.image_size, is_padded):
+        raise UserError(f"{where}: do_center_crop is false and size makes {_words(vision.images.resize)} of an image; "
+                        f"{vision.image_size} x {vision.image_size} pixels of every image were expected by the vision tower")
+    if is_padded:
+        try:
+            _ = vision.pad_color
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
+
+
+def _words(resize: tuple[int, ...] | None) -> str:
+    if resize is None or len(resize) == 1:
+        return "its shape"
+    return f"{resize[1]} x {resize[0]} pixels" if resize else "its size"
+
+
+# ---- from a file
+
+
+def _parse(given: Mapping[str, Any], where: str, size: int, warn: Callable[[str], None]) -> Preprocessor:
+    kind = _kind(given, where)
+    if given.get("use_square_size"):
+        raise UserError(f"{where} has use_square_size, which generations of transformers read differently; size was expected")
+    does = {key: _switch(given, key, where, True)
+            for key in ("do_resize", "do_center_crop", "do_rescale", "do_normalize")}
+    is_padded = _pads(given, where)
+    if does["do_center_crop"]:
+        _check_crop(given, where, size)
+    # CLIP's processor pads at the end, and to a size that it is told.
+    if given.get("do_pad") and not is_padded and _edges(given.get("pad_size") or size, where, "pad_size",
+                                                        True) != (size, size):
+        raise UserError(f"{where} has pad_size {short(given['pad_size'])}; {size} x {size}, the vision tower's, was expected")
+    odd = sorted(key for key, value in given.items() if value is not None and key not in _READ | _WITHOUT_EFFECT)
+    if odd:
+        warn(f"{where} has {some(odd)}, which transformers' {kind} does not read, and which is not read here")
+    mean, std = (channels(where, key, given.get(key, default)) for key,
+                 default in (("image_mean", CLIP_MEAN), ("image_std", CLIP_STD)))
+    settings = ImageSettings(
+        _resize(given, where, size) if does["do_resize"] else (), does["do_center_crop"],
+        _filter(given, where) if does["do_resize"] else "bicubic", _factor(given, where) if does["do_rescale"] else 1.0,
+        does["do_normalize"])
+    return Preprocessor(where, settings, mean, std, is_padded)
+
+
+def _pads(given: Mapping[str, Any], where: str) -> bool:
+    """Whether images are padded to a square, which LLaVA's own processor alone does."""
+    return _switch(given, "do_pad", where, False) and _kind(given, where) == "LlavaImageProcessor"
+
+
+def _kind(given: Mapping[str, Any], where: str) -> str:
+    """The class that transformers takes: by its name, by the name of before 4.25, else that of its llava models."""
+    key = next((key for key in ("image_processor_type", "feature_extractor_type") if given.get(key) is not None), None)
+    if key is None:
+        if isinstance(given.get("auto_map"), dict) and given["auto_map"]:
+            raise UserError(f"{where} names code of its own (auto_map) and no image_processor_type; {' or '.join(_CLASSES)} was expected")
+        return "LlavaImageProcessor"
+    name = given[key]
+    kind = name.replace("FeatureExtractor",
+                        "ImageProcessor").removesuffix("Fast").removesuffix("Pil") if isinstance(name, str) else None
+    if kind not in _CLASSES:
+        raise UserError(f"{where} has {key} {short(name)}; {' or '.join(_CLASSES)} was expected")
+    return kind
+
+
+def _switch(given: Mapping[str, Any], key: str, where: str, default: bool) -> bool:
+    value = given.get(key, default)
+    if not isinstance(value, bool | None):
+        raise UserError(f"{where} has {key} {short(value)}; true or false was expected")
+    return bool(value)
+
+
+def _resize(given: Mapping[str, Any], where: str, size: int) -> tuple[int, ...] | None:
+    if "size" not in given and "crop_size" not in given:
+        return None  # the classes' defaults fit towers of 224 pixels alone
+    is_square = _switch(given, "default_to_square", where, False)
+    edges = _edges(given["size"], where, "size", is_square) if "size" in given else (_SIZE,)
+    return None if edges == (size,) else edges
+
+
+def _check_crop(given: Mapping[str, Any], where: str, size: int) -> None:
+    if "crop_size" not in given and "size" not in given:
+        return  # as `_resize` says
+    crop = _edges(given["crop_size"], where, "crop_size", True) if "crop_size" in given else (_SIZE, _SIZE)
+    if crop != (size, size):
+        found = f"has crop_size {short(given['crop_size'])}" if "crop_size" in given else f"has no crop_size, which means {_SIZE}"
+        raise UserError(f"{where} {found}; {size} x {size}, the vision tower's, was expected")
+
+
+def _edges(value: Any, where: str, key: str, is_square: bool) -> tuple[int, ...]:
+    """(n,) for a shortest edge, (h, w) for both; `is_square`: a number alone means both."""
+    if isinstance(value, Mapping) and value.keys() == {"height", "width"}:
+        edges = (value["height"], value["width"])
+    elif isinstance(value, Mapping) and value.keys() == {"shortest_edge"} and key == "size":
+        edges = (value["shortest_edge"],)
+    elif isinstance(value, list) and len(value) == 2:
+        edges = tuple(value)
+    else:
+        edges = (value, value) if is_square else (value,)
+    if not all(isinstance(edge, int) and not isinstance(edge, bool) and 1 <= edge <= MAX_EDGE for edge in edges):
+        kinds = "shortest_edge, " * (key == "size") + "height and width"
+        raise UserError(f"{where} has {key} {short(value)}; {kinds} or a number, from 1 to {MAX_EDGE}, was expected")
+    return edges
+
+
+def _filter(given: Mapping[str, Any], where: str) -> str:
+    number = given.get("resample", RESAMPLE.index("bicubic"))
+    if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < len(RESAMPLE):
+        names = ", ".join(f"{i} ({name})" for i, name in enumerate(RESAMPLE))
+        raise UserError(f"{where} has resample {short(number)}; one of {names} was expected")
+    return RESAMPLE[number]
+
+
+def _factor(given: Mapping[str, Any], where: str) -> float:
+    value = given.get("rescale_factor", 1 / 255)
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
+        raise UserError(f"{where} has rescale_factor {short(value)}; a finite number above 0 was expected")
+    return float(value)
+
+
+# ---- how many tokens an image is
+
+
+def _check_count(raw: Mapping[str, Any], file: Path, config: LlavaConfig) -> None:
+    """Raises UserError where `LlavaProcessor` would count another number of tokens an image than the model has, with which
+    transformers fails. Processors of before 4.48 have no `num_additional_image_tokens` and count 1."""
+    given = {key: value for key, value in raw.items() if value is not None}
+    patch, strategy = given.get("patch_size", config.vision.patch_size), given.get("vision_feature_select_strategy")
+    own = {"patch": "default", "cls_patch": "full"}[config.feature_select]
+    if patch != config.vision.patch_size:
+        raise UserError(f"{file} has patch_size {short(patch)}; config.json has {config.vision.patch_size}")
+    if strategy not in (None, own):
+        raise UserError(f"{file} has vision_feature_select_strategy {short(strategy)}; config.json has {own}")
+    additional = given.get("num_additional_image_tokens")
+    if additional is not None and strategy is not None and additional != 1:
+        raise UserError(f"{file} has num_additional_image_tokens {short(additional)}; 1 was expected, the class token of the vision tower, "
+                        f"with which an image is {config.tokens_per_image} tokens")
+
+
+# ---- to a file
+
+
+def written(config: LlavaConfig, is_transformers: bool) -> dict:
+    """The `preprocessor_config.json` that makes an image processor of transformers do what is done here. Only LLaVA's own knows
+    the padding to a square, which in the originals' layouts is their code's."""
+    vision, images, size = config.vision, config.vision.images, config.vision.image_size
+    edges = (size,) if images.resize in (None, ()) else images.resize
+    kind = {"image_processor_type": "LlavaImageProcessor",
+            "do_pad": True} if is_transformers and config.image_aspect_ratio == "pad" else {
+        "image_processor_type": "CLIPImageProcessor"}
+    return dict(
+        kind, do_convert_rgb=True, do_resize=images.resize != (), resample=RESAMPLE.index(images.resample),
+        size={"shortest_edge": edges[0]} if len(edges) == 1 else {"height": edges[0], "width": edges[1]},
+        do_center_crop=images.is_cropped, crop_size={"height": size, "width": size}, do_rescale=images.scale != 1.0,
+        rescale_factor=1 / 255 if images.scale == 1.0 else images.scale, do_normalize=images.is_normalized,
+        image_mean=list(vision.image_mean), image_std=list(vision.image_std))
+
+
+def make_equal(config: LlavaConfig, directory: Path, is_transformers: bool, is_needed: bool = True) -> None:
+    """Sees to it that the files in a directory that is being written say what the config says: they may have come with another
+    tower than the config's, or say nothing where the settings are not CLIP's.
+
+    Args:
+      is_needed: False where a config of this project holds the settings if there are no files.
+    """
+    try:
+        found = read(directory, config.vision.image_size, warn=lambda sentence: None)
+        has_files = found is not None
+    except UserError:  # of another tower's size
+        found, has_files = None, True
+    if not has_files and not is_needed:
+        return
+    plain = dataclasses.replace(config.vision, image_mean=CLIP_MEAN, image_std=CLIP_STD, images=ImageSettings())
+    said = plain if found is None else found.applied_to(plain)
+    pads = found is not None and found.is_padded
+    if said == config.vision and (not is_transformers
+                                  or pads == (config.image_aspect_ratio == "pad")) and (found is not None) == has_files:
+        return
+    write_json(directory / FILE, written(config, is_transformers))
+    if (directory / PROCESSOR).is_file():
+        kept = {key: value for key, value in read_json(directory / PROCESSOR).items() if key != "image_processor"}
+        write_json(directory / PROCESSOR, kept)
