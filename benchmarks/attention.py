@@ -20,6 +20,7 @@ import numpy as np
 
 from benchmarks.measure import append_row, circumstances, median_seconds
 from llavamed_jax.models.attention import BACKENDS, ELSEWHERE, AttentionMask, attention
+from llavamed_jax.utils.paths import local
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -73,7 +74,7 @@ def case(B: int, T: int, N: int, K: int, H: int, samples: int, window: int | Non
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--small", action="store_true", help="small shapes, for a CPU")
-    parser.add_argument("--out", default=ROOT / "benchmarks/results/attention.jsonl", type=Path, metavar="FILE")
+    parser.add_argument("--out", default=ROOT / "benchmarks/results/attention.jsonl", type=local, metavar="FILE")
     args = parser.parse_args()
     cases = [(1, 96, 4, 2, 16, 3, None, jnp.float32, 1)] if args.small else [
         (2, 2048, 32, 8, 128, 3, None, jnp.float32, 3), (2, 2048, 32, 8, 128, 3, 256, jnp.bfloat16, 10),

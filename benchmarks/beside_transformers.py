@@ -34,6 +34,7 @@ from llavamed_jax.models.llava import Llava
 from llavamed_jax.parallel.mesh import make_mesh
 from llavamed_jax.training import optimizer, state
 from llavamed_jax.training.step import llava_loss, make_train_step, place
+from llavamed_jax.utils.paths import local
 
 TRAINABLE = ["projector/.*", "decoder/.*"]  # stage 2
 LEARNING_RATE = 2e-5
@@ -159,7 +160,8 @@ def greedy_decode(B: int, T: int, new_tokens: int, repeats: int) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", default="benchmarks/results", metavar="DIR", help="where beside_transformers.jsonl is appended to")
+    parser.add_argument("--out", type=local, default="benchmarks/results", metavar="DIR",
+                        help="where beside_transformers.jsonl is appended to")
     parser.add_argument("--commit", metavar="SHA", help="written into the rows; default: what git says")
     parser.add_argument("--repeats", type=int, default=5, metavar="N")
     args = parser.parse_args()

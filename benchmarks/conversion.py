@@ -32,6 +32,7 @@ from llavamed_jax.checkpoints.torch_files import Tensor, read_file
 from llavamed_jax.checkpoints.writer import total_bytes, write_safetensors
 from llavamed_jax.config import PRESETS, LlavaConfig, preset
 from llavamed_jax.errors import UserError
+from llavamed_jax.utils.paths import local
 
 BLOCK = 32 * 2**20 + 3  # values that are drawn; odd, so that no row of a matrix falls on itself
 SAMPLE_SECONDS = 0.01
@@ -40,8 +41,8 @@ ROOM = 3.2  # the original, the tree, and either an export or the copy, over the
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--directory", type=Path, required=True, help="where the files are written and removed again")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="where conversion.jsonl is appended to")
+    parser.add_argument("--directory", type=local, required=True, help="where the files are written and removed again")
+    parser.add_argument("--out", type=local, default=ROOT / "benchmarks" / "results", help="where conversion.jsonl is appended to")
     parser.add_argument("--preset", choices=PRESETS, default="v15-7b")
     args = parser.parse_args()
     args.directory.mkdir(parents=True, exist_ok=True)

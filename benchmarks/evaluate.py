@@ -30,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 
 from llavamed_jax.config import IMAGE_TOKEN
+from llavamed_jax.utils.paths import local
 
 ROOT = Path(__file__).resolve().parent.parent
 SLAKE = 11  # questions an image
@@ -289,13 +290,13 @@ def agreement(model, questions: Sequence[Question], batch_size: int) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--vqa_rad", required=True, metavar="DIR", help="VQA-RAD in its official layout")
+    parser.add_argument("--vqa_rad", type=local, required=True, metavar="DIR", help="VQA-RAD in its official layout")
     parser.add_argument("--checkpoint", metavar="PATH", help="of a small model; default: random weights")
     parser.add_argument("--questions", type=int, metavar="N", help="only the first N")
     parser.add_argument("--batch_size", type=int, default=16, metavar="B", help="of every side")
     parser.add_argument("--max_new_tokens", type=int, default=64, metavar="N")
     parser.add_argument("--repeats", type=int, default=3, metavar="N", help="warm passes")
-    parser.add_argument("--out", default="benchmarks/results", metavar="DIR", help="where evaluate.jsonl is appended to")
+    parser.add_argument("--out", type=local, default="benchmarks/results", metavar="DIR", help="where evaluate.jsonl is appended to")
     parser.add_argument("--commit", metavar="SHA", help="written into the rows; default: what git says")
     args = parser.parse_args()
 

@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # run as a script, too, for this package and the project
 
 from benchmarks.quirks import OTHERS, QUIRKS  # noqa: E402
+from llavamed_jax.utils.paths import local  # noqa: E402
 
 TRUE_SHAPES = ROOT / "docs" / "fidelity" / "true_shapes.json"
 
@@ -79,7 +80,7 @@ GROUPS = [
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "fidelity.md")
+    parser.add_argument("--out", type=local, default=ROOT / "docs" / "fidelity.md")
     args = parser.parse_args()
     selectors = sorted({s for _, _, group, _ in GROUPS for s in group} | {row[-1] for row in [*QUIRKS, *OTHERS]} - {None})
     results = run(selectors)

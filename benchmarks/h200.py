@@ -19,6 +19,9 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from llavamed_jax.utils.paths import local
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:
     os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", "0.95")  # JAX's 75 % reads as out of memory
@@ -351,7 +354,7 @@ def run_all(names: list[str], args) -> int:
 def main() -> int:
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", default="benchmarks/results", metavar="DIR", help="where h200.jsonl is appended to")
+    parser.add_argument("--out", type=local, default="benchmarks/results", metavar="DIR", help="where h200.jsonl is appended to")
     parser.add_argument("--commit", metavar="SHA", help="written into the rows; default: what git says")
     parser.add_argument("--cases", metavar="A,B", help=f"default: {','.join(CASES)}")
     parser.add_argument("--small", action="store_true", help="small shapes, on a CPU")

@@ -39,6 +39,7 @@ from llavamed_jax.data.datasets import TrainingData, read_training
 from llavamed_jax.data.packing import Layout, Plan, Stream
 from llavamed_jax.data.processor import Processor
 from llavamed_jax.data.tokenizer import Tokenizer
+from llavamed_jax.utils.paths import local
 
 MAX_LENGTH = 2048
 WORKER = """
@@ -65,12 +66,12 @@ print(json.dumps({"seconds": seconds, "megabytes": ready, "megabytes_after_a_bat
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     sample = ROOT / "samples" / "vqa_rad"
-    parser.add_argument("--root", type=Path, default=sample, help="VQA-RAD in its official layout")
-    parser.add_argument("--tokenizer", type=Path, default=sample / "tokenizer.model")
+    parser.add_argument("--root", type=local, default=sample, help="VQA-RAD in its official layout")
+    parser.add_argument("--tokenizer", type=local, default=sample / "tokenizer.model")
     parser.add_argument("--preset", default="v15-7b")
     parser.add_argument("--samples", type=int, default=256, help="of the throughput, an eighth at a time")
     parser.add_argument("--records", type=int, default=500_000)
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="where loader.jsonl is appended to")
+    parser.add_argument("--out", type=local, default=ROOT / "benchmarks" / "results", help="where loader.jsonl is appended to")
     args = parser.parse_args()
     config, tokenizer = preset(args.preset), Tokenizer.load(args.tokenizer)
     processor = Processor(config, tokenizer)

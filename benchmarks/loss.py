@@ -32,6 +32,7 @@ from llavamed_jax.models.llava import Llava
 from llavamed_jax.parallel.mesh import make_mesh
 from llavamed_jax.training import losses, optimizer, state
 from llavamed_jax.training.step import make_train_step, place
+from llavamed_jax.utils.paths import local
 
 ADAMW = ConfigDict(dict(learning_rate=2e-5, warmup_ratio=0.0, weight_decay=0.0, clip_norm=1.0, b1=0.9, b2=0.999, eps=1e-8,
                         mu_dtype="float32", overrides=()))
@@ -111,7 +112,7 @@ def measure(cfg, params, stage: str, B: int, T: int, supervised: float, repeats:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", default="benchmarks/results", metavar="DIR", help="where loss.jsonl is appended to")
+    parser.add_argument("--out", type=local, default="benchmarks/results", metavar="DIR", help="where loss.jsonl is appended to")
     parser.add_argument("--commit", metavar="SHA", help="written into the rows; default: what git says")
     parser.add_argument("--repeats", type=int, default=5, metavar="N")
     args = parser.parse_args()

@@ -13,6 +13,10 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from llavamed_jax.utils.paths import local  # noqa: E402
+
 TOPOLOGIES = "a100-40g-8,a100-80g-8,h100-8,h200-1,v5e-64,v5p-8,v6e-8"
 EVAL = ["eval.py", "--config", "configs/eval/vqa_rad.py", "--checkpoint"]
 # name: title, command
@@ -67,7 +71,7 @@ def _cell(row: dict) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", default=ROOT / "benchmarks/results/preflight", type=Path, metavar="DIR")
+    parser.add_argument("--out", default=ROOT / "benchmarks/results/preflight", type=local, metavar="DIR")
     parser.add_argument("--cases", default=",".join(CASES), metavar="A,B", help=f"of {', '.join(CASES)}")
     parser.add_argument("--topologies", metavar="X,Y", help=f"default {TOPOLOGIES}; nothing to compile none")
     args = parser.parse_args()

@@ -30,6 +30,7 @@ from llavamed_jax.data.processor import Processor
 from llavamed_jax.data.tokenizer import Tokenizer
 from llavamed_jax.models import llava
 from llavamed_jax.training.step import llava_loss
+from llavamed_jax.utils.paths import local
 
 MAX_LENGTH, SAMPLES = 160, 32  # of configs/vqa_rad.py:small, and of an update
 
@@ -37,10 +38,10 @@ MAX_LENGTH, SAMPLES = 160, 32  # of configs/vqa_rad.py:small, and of an update
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     sample = ROOT / "samples" / "vqa_rad"
-    parser.add_argument("--root", type=Path, default=sample, help="VQA-RAD in its official layout")
-    parser.add_argument("--tokenizer", type=Path, default=sample / "tokenizer.model")
+    parser.add_argument("--root", type=local, default=sample, help="VQA-RAD in its official layout")
+    parser.add_argument("--tokenizer", type=local, default=sample / "tokenizer.model")
     parser.add_argument("--batches", type=int, default=7)
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="where packing.jsonl is appended to")
+    parser.add_argument("--out", type=local, default=ROOT / "benchmarks" / "results", help="where packing.jsonl is appended to")
     args = parser.parse_args()
     config, tokenizer = preset("small"), Tokenizer.load(args.tokenizer)
     config = config.replace(decoder=replace(config.decoder, vocab_size=tokenizer.vocab_size))

@@ -62,7 +62,7 @@ def theirs(out: Path, model: Path) -> None:
         again = transformers.LlamaTokenizer.from_pretrained(out / version)
         ids[version] = {"trained": [tokenizer(text)["input_ids"] for text in written],
                         "loaded again": [again(text)["input_ids"] for text in written]}
-    (out / "ids.json").write_text(json.dumps(ids))
+    (out / "ids.json").write_text(json.dumps(ids), encoding="utf-8")
 
 
 def ours(folder: Path, version: str, talks: list[tuple[str, str]]) -> list[list[int]]:
@@ -84,7 +84,7 @@ def ours(folder: Path, version: str, talks: list[tuple[str, str]]) -> list[list[
 def check(out: Path) -> int:
     """Prints a line a version and way; the exit status is 1 where an id differs."""
     talks = json.loads((out / "texts.json").read_text(encoding="utf-8"))["talks"]
-    ids, is_equal = json.loads((out / "ids.json").read_text()), True
+    ids, is_equal = json.loads((out / "ids.json").read_text(encoding="utf-8")), True
     for version in VERSIONS:
         found = ours(out / version, version, talks)
         for way, wanted in ids[version].items():
@@ -97,7 +97,7 @@ def check(out: Path) -> int:
 
 def record(out: Path) -> None:
     """Writes what a test needs to check this again without that transformers: the folders' files and a hash of all ids."""
-    ids = json.loads((out / "ids.json").read_text())
+    ids = json.loads((out / "ids.json").read_text(encoding="utf-8"))
     files = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
     FILE.write_text(json.dumps({
         "transformers": ids["transformers"],

@@ -43,6 +43,7 @@ from llavamed_jax.models import decoder, projector, vit
 from llavamed_jax.models.attention import AttentionMask
 from llavamed_jax.models.layers import LayerNorm, RMSNorm, rope_tables
 from llavamed_jax.models.llava import merge
+from llavamed_jax.utils.paths import local
 
 # "[INST] <image>\nWhat is shown in this image? [/INST]" with Mistral's tokenizer (spec 3.6); LLaMA's vocabulary is as large.
 QUESTION = [1, 733, 16289, 28793, 28705, IMAGE_TOKEN, 28705, 13, 3195, 349, 4894, 297, 456, 3469, 28804, 733, 28748, 16289, 28793]
@@ -53,8 +54,8 @@ LANGUAGE = {"mistral": (modeling_mistral, "Mistral"), "llama": (modeling_llama, 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--checkpoint", default="preset:v15-7b", metavar="PATH", help="of any kind; default preset:v15-7b, random")
-    parser.add_argument("--image", type=Path, default=IMAGE)
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "fidelity" / "true_shapes.json", help="where the table is written")
+    parser.add_argument("--image", type=local, default=IMAGE)
+    parser.add_argument("--out", type=local, default=ROOT / "docs" / "fidelity" / "true_shapes.json", help="where the table is written")
     args = parser.parse_args()
     try:
         checkpoint = open_checkpoint(args.checkpoint)

@@ -64,8 +64,10 @@ def chat(checkpoint: Path) -> None:
 
 
 def main() -> int:
+    from llavamed_jax.utils.paths import local
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="where everything goes (default: runs/demo)")
+    parser.add_argument("--out", type=local, default=Path("runs/demo"), help="where everything goes (default: runs/demo)")
     parser.add_argument("--seed", type=int, default=0)
     flags = parser.parse_args()
     out, start = flags.out.resolve(), time.monotonic()

@@ -20,6 +20,7 @@ import sentencepiece
 from PIL import Image, ImageDraw
 
 from llavamed_jax.evaluation.controls import ORGAN_ANSWERS, ORGAN_QUESTION
+from llavamed_jax.utils.paths import local
 
 ANNOTATIONS = "VQA_RAD Dataset Public.json"
 
@@ -146,8 +147,8 @@ def write_json(path: Path, content) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--source", type=Path, required=True, help="VQA-RAD in its official layout")
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--source", type=local, required=True, help="VQA-RAD in its official layout")
+    parser.add_argument("--out", type=local, required=True)
     flags = parser.parse_args()
     chosen = sorted(name for names in image_names().values() for name in names)
     rows = [row for row in json.loads((flags.source / ANNOTATIONS).read_text(encoding="utf-8")) if row["image_name"] in chosen]

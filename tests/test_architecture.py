@@ -13,7 +13,7 @@ PACKAGE = ROOT / "llavamed_jax"
 
 # Lowest first. A file imports its own layer and the layers before it, never a later one.
 LAYERS = [
-    ("errors", "streams", "terminal"),
+    ("errors", "terminal"),
     ("utils",),
     ("parallel", "config", "hf_config", "templates", "keys"),
     ("models",),

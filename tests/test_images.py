@@ -256,8 +256,8 @@ def truncated_jpeg():
     (truncated_jpeg(), "is damaged"), (np.zeros((4, 4, 3), np.float32), "float32 array of shape"),
     (np.zeros((4, 4, 2), np.uint8), "uint8 \\[H,W,3\\]"), (7, "the image is of type int;"),
     ("data:image/png,xyz", "base64, as was expected"), ("data:image/png;base64,#", "holds no base64"),
-    ("https://example.org/x.png", "is a web address"),
-    ("HTTP://x/y.png", "is a web address"), ("file:///x.png", "is a web address"), ("", "the image '' does not exist"),
+    ("https://example.org/x.png", "is an address"),
+    ("HTTP://x/y.png", "is an address"), ("file:///x.png", "is an address"), ("", "the image '' does not exist"),
     (Image.new("F", (4, 4)), "floating-point pixels")])
 def test_bad_sources_are_one_sentence(source, sentence):
     with pytest.raises(UserError, match=sentence) as error:

@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llavamed_jax import streams
 from llavamed_jax.checkpoints.files import new_directory
 from llavamed_jax.checkpoints.hub import asking
 from llavamed_jax.cli import common
 from llavamed_jax.errors import UserError
 from llavamed_jax.terminal import Screen
+from llavamed_jax.utils import streams
 from tests.training_runs import SAMPLE, log_lines, write_start
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -20,9 +20,10 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from llavamed_jax import streams, terminal
+from llavamed_jax import terminal
 from llavamed_jax.cli import interrupts, processes
 from llavamed_jax.errors import UsageError, UserError, cut, short
+from llavamed_jax.utils import paths, streams
 
 # Keys whose value may be left open, so that `none` is no name (`training.recipe.KEYS`, which would bring jax).
 OPEN_KEYS = ("vision_tower", "tokenizer", "template", "data.images", "data.validation", "data.protocol", "data.samples",
@@ -81,6 +82,10 @@ def _of_the_system(error: Exception) -> str | None:
     return "a path holds a NUL character, which no file's name may" if is_nul else None
 
 
+_NO_PATHS = ("URL", "TEXT", "NAME")  # metavars of flags that may hold an address
+_NO_PATH_KEYS = ("endpoint", "model", "question")  # last parts of such config keys
+
+
 class Parser(argparse.ArgumentParser):
     """argparse whose complaint is one sentence, and whose flags are typed in full."""
 
@@ -94,7 +99,14 @@ class Parser(argparse.ArgumentParser):
         strange = next((word for word in args or () if "\0" in word), None)
         if strange is not None:
             self.error(f"the argument {short(strange)} holds a NUL character")
-        return super().parse_known_args(args, namespace)
+        found, rest = super().parse_known_args(args, namespace)
+        for action in self._actions:
+            flag, value = (*action.option_strings, action.metavar or action.dest)[0], getattr(found, action.dest, None)
+            if action.metavar not in _NO_PATHS:
+                paths.refuse_address(flag, value)
+            if action.metavar == "DIR":
+                paths.refuse_other_encodings(flag, value)
+        return found, rest
 
     def parse_with_overrides(self, argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         """Parses `argv`; returns the flags and the overrides `KEY=VALUE` of `--config.KEY=VALUE`."""
@@ -147,6 +159,9 @@ def load_config(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
     config.lock()
     for override in overrides:
         _apply(config, override)
+    for key in leaf_keys(config):
+        if key.rpartition(".")[2] not in _NO_PATH_KEYS:
+            paths.refuse_address(f"the config key {key!r}", config[key])
     strange = next((key for key in leaf_keys(config) if "\0" in _texts(config[key])), None)
     if strange is not None:
         raise UsageError(f"the config key {strange!r} holds a NUL character, which no path and no text may")

@@ -32,7 +32,7 @@ def _parser() -> common.Parser:
     parser.add_argument("--against", metavar="FILE", help="other predictions.jsonl: differences, intervals, p")
     parser.add_argument("--dry_run", action="store_true", help="say what would be asked and cost, and stop")
     for name, kind in _SERVER_FLAGS.items():
-        parser.add_argument(f"--{name}", type=kind, help=argparse.SUPPRESS)
+        parser.add_argument(f"--{name}", type=kind, metavar="NAME" if kind is str else "N", help=argparse.SUPPRESS)
     common.add_preflight_flags(parser)
     processes.add_flags(parser)
     common.add_model_flags(parser, is_listed=False)

@@ -29,7 +29,7 @@ def _program(argv: list[str]) -> None:
     parser.add_argument("--stock_tower", metavar="PATH", help="the CLIP tower to compare with; default the one that the config names")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on an accelerator, float32 on a CPU")
     parser.add_argument("--workdir", default="runs/verify-release", metavar="DIR", help="predictions, metrics and report of VQA-RAD")
-    parser.add_argument("--out", type=Path, default=Path("docs/verification.md"), metavar="FILE", help="what is written at the end")
+    parser.add_argument("--out", default="docs/verification.md", metavar="FILE", help="what is written at the end")
     parser.add_argument("--config", default="configs/eval/vqa_rad.py", metavar="FILE.py", help="how VQA-RAD is asked")
     args, overrides = parser.parse_with_overrides(argv)
     if args.vqa_rad and not Path(args.vqa_rad).exists():
@@ -58,7 +58,7 @@ def _program(argv: list[str]) -> None:
         done[step] = action(release)
         print("\n".join(done[step]), flush=True)
         # After every step: what was found stays, whatever the next one does.
-        _write(args.out, verification.document(release, done, _facts()))
+        _write(Path(args.out), verification.document(release, done, _facts()))
     print(f"\nwritten to {args.out}")
 
 

@@ -28,6 +28,7 @@ from llavamed_jax.config import CLIP_MEAN, CLIP_STD, ImageSettings
 from llavamed_jax.data.depth import of_pillow, open_page
 from llavamed_jax.data.dicom import MAX_PIXELS, is_dicom, one_line, read_dicom
 from llavamed_jax.errors import UserError
+from llavamed_jax.utils.paths import is_address
 
 PAD_COLOR = (122, 116, 104)  # int(255 * mean): the originals pad with it
 MODES = ("pad", "square")
@@ -57,8 +58,8 @@ def load_image(source, frame: int | None = None) -> Image.Image:
         return _read(io.BytesIO(source), f"the image of {len(source)} bytes", frame or 1)
     if isinstance(source, str) and source[:5].lower() == "data:":
         return _read(io.BytesIO(_data_url(source)), "the image in the data URL", frame or 1)
-    if isinstance(source, str) and re.match("(https?|ftp|file)://", source, re.IGNORECASE):
-        raise UserError(f"the image {source[:200]} is a web address; a path, a data URL or an image was expected")
+    if is_address(source):
+        raise UserError(f"the image {source[:200]} is an address; a path, a data URL or an image was expected")
     if not isinstance(source, (str, Path)):
         raise UserError(f"the image is of type {type(source).__name__}; a path, a Pillow image, a uint8 array or bytes was expected")
     path, named = split_frame(str(source))

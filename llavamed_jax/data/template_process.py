@@ -18,8 +18,8 @@ import threading
 from multiprocessing.connection import Pipe
 from pathlib import Path
 
-from llavamed_jax import streams
 from llavamed_jax.errors import UserError, cut
+from llavamed_jax.utils import streams
 
 CPU_SECONDS = 5  # a prompt; processor time, so that a busy machine refuses nothing
 _WALL_SECONDS = 120  # for what takes no processor time, and for the start

@@ -23,6 +23,7 @@ from llavamed_jax.checkpoints.special_tokens import FILES, SpecialTokens, Token,
 from llavamed_jax.data.tokenizer_backends import SentencePiece, Tokenizers
 from llavamed_jax.data.tokenizer_generations import say_differences
 from llavamed_jax.errors import UsageError, UserError, cut, exists
+from llavamed_jax.utils.paths import refuse_address
 
 TOKENIZERS = ("tokenizer.model", "tokenizer.json")  # what `find_tokenizer` looks for, in this order
 _CORE = ("bos_token", "eos_token", "unk_token")
@@ -205,6 +206,7 @@ class Tokenizer:
         Raises:
           UserError: no tokenizer there, or a file that cannot be read.
         """
+        refuse_address("the tokenizer", path)
         path = Path(path)
         if not exists(path):
             raise UsageError(f"the tokenizer file {cut(str(path))} does not exist")

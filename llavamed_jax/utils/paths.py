@@ -1,0 +1,58 @@
+"""Paths that somebody types: of this machine, and in UTF-8. Addresses (`gs://`, `s3://`, `https://` …) are refused here alone."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from llavamed_jax.errors import UsageError, short
+
+
+def is_address(path: object) -> bool:
+    """Whether a path is an address of the form SCHEME://…, which `pathlib` would make a folder `SCHEME:` of."""
+    return isinstance(path, str) and re.match(r"\s*[A-Za-z][\w.+-]*://", path) is not None
+
+
+def refuse_address(name: str, value: Any) -> None:
+    """Raises UsageError where a path, or one inside lists and mappings, is an address.
+
+    Args:
+      name: what the error calls it: `--workdir`, or `the config key 'init'`.
+    """
+    if is_address(value):
+        raise UsageError(f"{name} is {short(value)}, an address; buckets and the web are neither read nor written yet, and a path "
+                         "on this machine was expected")
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        for each in value:
+            refuse_address(name, each)
+
+
+def refuse_other_encodings(name: str, path: str | None) -> None:
+    """Raises UsageError for a folder whose name is not UTF-8: libraries in C++ would write to another one, or fail.
+
+    It is not, where its bytes are of another encoding, and where Python takes them for another by the locale.
+    """
+    if path is None:
+        return
+    try:
+        is_utf8 = os.fsencode(path) == path.encode()
+    except UnicodeEncodeError:  # bytes that the locale's encoding does not have, or characters that it lacks
+        is_utf8 = False
+    if not is_utf8:
+        encoding = sys.getfilesystemencoding()
+        hint = "" if encoding == "utf-8" else f" (the locale's encoding is {encoding}: set PYTHONUTF8=1)"
+        raise UsageError(f"{name} is {short(path)}; a name in UTF-8 was expected{hint}")
+
+
+def local(text: str) -> Path:
+    """The `type` of a path in a script's `argparse`."""
+    if is_address(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is an address; a path on this machine was expected")
+    return Path(text)
