@@ -7,8 +7,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from llavamed_jax.config import KNOWN_TOWERS, OURS, DecoderConfig, LlavaConfig, VisionConfig, as_object
-from llavamed_jax.errors import UserError
+from llavamed_jax.config import KNOWN_TOWERS, OURS, DecoderConfig, LlavaConfig, VisionConfig, as_object, projector_depth
+from llavamed_jax.errors import UserError, short
 
 # Keys of a source's config.json that LlavaConfig models; all others travel in `extra`.
 _ORIGINAL_KEYS = {
@@ -78,7 +78,7 @@ def plain_decoder(config: Mapping[str, Any]) -> DecoderConfig:
         raise UserError(f"config.json has model_type {kind!r}; llama or mistral was expected")
     required = (*_REQUIRED, "num_key_value_heads") if architecture == "mistral" else _REQUIRED
     lacking = [key for key in required if config.get(key) is None]
-    if lacking:
+    if lacking not in ([], ["rms_norm_eps"]):  # of which the first LLaVAs leaned on transformers' default
         raise UserError(f"config.json lacks {', '.join(lacking)}")
     config = mended_ids(architecture, config)
     if isinstance(config.get("pad_token_id"), int) and config["pad_token_id"] < 0:
@@ -136,6 +136,8 @@ def to_original(cfg: LlavaConfig) -> dict:
     """The `config.json` that the original's loader reads. Raises UserError for a projector that it would complete at random."""
     if not cfg.projector_bias and cfg.projector_type != "identity":
         raise UserError("the original's projector has biases and this model's has none: --layout transformers holds it")
+    if cfg.projector_act != "gelu" and projector_depth(cfg.projector_type) > 1:
+        raise UserError(f"the original's projector has GELU and this model's {cfg.projector_act}: --layout transformers holds it")
     is_theirs = cfg.source != "transformers"  # only then do the keys that travel belong to this layout
     kind = cfg.source if is_theirs else f"llava_{cfg.decoder.architecture}"
     architectures = ["LlavaMistralForCausalLM" if kind == "llava_mistral" else "LlavaLlamaForCausalLM"]
@@ -154,10 +156,9 @@ def to_original(cfg: LlavaConfig) -> dict:
 def from_transformers(config: Mapping[str, Any]) -> LlavaConfig:
     """From transformers' `llava`, of any of its generations (spec 2.5)."""
     layer = config.get("vision_feature_layer", -2)
-    if not isinstance(layer, int):
-        raise UserError(f"vision_feature_layer is {layer}; one layer was expected")
-    if config.get("projector_hidden_act", "gelu") != "gelu":
-        raise UserError(f"projector_hidden_act is {config['projector_hidden_act']!r}; gelu was expected")
+    layer = layer[0] if isinstance(layer, list) and len(layer) == 1 else layer
+    if isinstance(layer, list):
+        raise UserError(f"vision_feature_layer is {short(layer)}, whose features are concatenated; one layer was expected")
     select = {"default": "patch", "full": "cls_patch"}.get(str(config.get("vision_feature_select_strategy", "default")))
     if select is None:
         raise UserError(f"vision_feature_select_strategy is {config['vision_feature_select_strategy']!r}; default or full was expected")
@@ -173,7 +174,8 @@ def from_transformers(config: Mapping[str, Any]) -> LlavaConfig:
     ours = as_object(config.get(OURS, {}), OURS)
     cfg = LlavaConfig(
         vision=VisionConfig.from_hf(as_object(vision, "vision_config")), decoder=DecoderConfig.from_hf(text),
-        projector_type="mlp2x_gelu", projector_bias=config.get("multimodal_projector_bias", True), feature_layer=layer,
+        projector_type="mlp2x_gelu", projector_act=config.get("projector_hidden_act") or "gelu",
+        projector_bias=config.get("multimodal_projector_bias", True), feature_layer=layer,
         feature_select=select, image_aspect_ratio=ours.get("image_aspect_ratio", "square"),
         max_length=ours.get("max_length"), use_start_end=ours.get("use_start_end", False), template=ours.get("template"),
         source=ours.get("source", "transformers"),
@@ -201,7 +203,7 @@ def to_transformers(cfg: LlavaConfig) -> dict:
         "model_type": "llava",
         "text_config": {**cfg.decoder.to_hf(), "vocab_size": cfg.transformers_vocab_size,
                         "architectures": [_DECODERS[cfg.decoder.architecture]]},  # by which vLLM finds the decoder's code
-        "vision_config": cfg.vision.to_hf(), "projector_hidden_act": "gelu", "multimodal_projector_bias": cfg.projector_bias,
+        "vision_config": cfg.vision.to_hf(), "projector_hidden_act": cfg.projector_act, "multimodal_projector_bias": cfg.projector_bias,
         "vision_feature_layer": cfg.feature_layer,
         "vision_feature_select_strategy": {"patch": "default", "cls_patch": "full"}[cfg.feature_select],
         "image_token_index": image_token, "image_token_id": image_token, "image_seq_length": cfg.tokens_per_image,

@@ -26,11 +26,11 @@ IMAGE_ID = 95
 def llava(architecture="mistral", vision=None, text=None, seed=0, activation_scale=1.0, **top):
     """A LlavaForConditionalGeneration (eager attention, float32, eval) and our LlavaConfig of it."""
     text = {**TEXT, **(text or {})}
-    theta = text.pop("rope_theta")
+    theta, scaling = text.pop("rope_theta"), text.pop("rope_scaling", {})
     if architecture == "mistral":
         text.setdefault("sliding_window", None)
     text_config = {"mistral": transformers.MistralConfig, "llama": transformers.LlamaConfig}[architecture](
-        **text, rope_parameters={"rope_type": "default", "rope_theta": theta})
+        **text, rope_parameters={"rope_type": "default", "rope_theta": theta, **scaling})
     config = transformers.LlavaConfig(
         vision_config=transformers.CLIPVisionConfig(**{**VISION, **(vision or {})}), text_config=text_config,
         image_token_index=IMAGE_ID, tie_word_embeddings=text["tie_word_embeddings"],
@@ -59,7 +59,8 @@ def randomise(model, seed, activation_scale=1.0):
 def params_of(model):
     """The model's weights as our nested, unrolled tree of numpy arrays, without what the feature layer does not need."""
     tree, vision = {}, model.config.vision_config
-    used = vision.num_hidden_layers + 1 + model.config.vision_feature_layer
+    layer = model.config.vision_feature_layer
+    used = vision.num_hidden_layers + 1 + (layer[0] if isinstance(layer, list) else layer)
     unused = ["vision_tower/post_layernorm"] + [f"vision_tower/layers_{i}/" for i in range(used, vision.num_hidden_layers)]
     for name, tensor in model.state_dict().items():
         path = our_name(name)

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 
+from llavamed_jax.config import RopeScaling
 from llavamed_jax.models import attention, layers, llava, projector
 from llavamed_jax.models.llava import Llava
 
@@ -21,6 +22,10 @@ rng = np.random.default_rng(0)
 
 def text(n):
     return rng.integers(3, 90, n).tolist()
+
+
+LINEAR = {"rope_type": "linear", "factor": 2.5}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 512}
 
 
 @dataclasses.dataclass
@@ -86,6 +91,18 @@ CASES = {
         [[1] + [-200] * (P + 1) + text(9)], [1], dict(vision_feature_layer=-1, vision_feature_select_strategy="full")),
     "projector without bias": Case([[1] + IMG + text(9)], [1], dict(multimodal_projector_bias=False)),
     "exact GELU in the tower": Case([[1] + IMG + text(9)], [1], dict(vision=dict(hidden_act="gelu"))),
+    "biased attention": Case([[1] + IMG + text(9)], [1], dict(architecture="llama", text=dict(attention_bias=True))),
+    "biased attention and MLP": Case(
+        [[1] + IMG + text(9), [1] + text(6)], [1, 0], dict(architecture="llama", text=dict(attention_bias=True, mlp_bias=True))),
+    "linear scaling at 1,200 positions": Case(
+        [[1] + IMG + text(1183)], [1], dict(architecture="llama", text=dict(rope_scaling=LINEAR, num_hidden_layers=1))),
+    "llama3 scaling at 1,200 positions": Case(
+        [[1] + IMG + text(1183)], [1], dict(architecture="llama", text=dict(rope_scaling=LLAMA3, rope_theta=5e5, num_hidden_layers=1))),
+    "mistral, linear scaling, window": Case([[1] + IMG + text(30)], [1], dict(text=dict(rope_scaling=LINEAR, sliding_window=7))),
+    "tanh GELU in decoder, projector and tower": Case(
+        [[1] + IMG + text(9)], [1], dict(text=dict(hidden_act="gelu_pytorch_tanh"), vision=dict(hidden_act="gelu_new"),
+                                         projector_hidden_act="gelu_fast")),
+    "a list of one feature layer": Case([[1] + IMG + text(9)], [1], dict(vision_feature_layer=[-3])),
 }
 
 
@@ -94,7 +111,8 @@ def test_logits_equal_transformers(name, measured):
     measured(CASES[name].difference(), 0.0, TOLERANCE)
 
 
-@pytest.mark.parametrize("name", ["padded and text-only rows", "window shorter than the sequence"])
+@pytest.mark.parametrize("name", ["padded and text-only rows", "window shorter than the sequence", "biased attention and MLP",
+                                  "llama3 scaling at 1,200 positions"])
 def test_scanned_layers_equal_transformers(name, measured):
     measured(CASES[name].difference(scan=True), 0.0, TOLERANCE)
 
@@ -148,6 +166,22 @@ def interleaved_rope(monkeypatch):
     monkeypatch.setattr(llava.decoder, "apply_rope", wrong)
 
 
+def without_bias(part):
+    """One projection of the decoder computed without its bias, which stays among the parameters."""
+    def change(monkeypatch):
+        real = layers.Linear.__call__
+
+        def wrong(self, x):
+            y = real(self, x)
+            return y - self.get_variable("params", "bias") if self.name == part and "decoder" in self.path else y
+        monkeypatch.setattr(layers.Linear, "__call__", wrong)
+    return change
+
+
+def scaling(keys, **changes):
+    return RopeScaling(**{**keys, **changes})
+
+
 # (mutant, case, change of the config or None, change of the code or None)
 MUTANTS = [
     ("decoder eps 1e-5 -> 1e-6", "small activations", decoder(rms_norm_eps=1e-6), None),
@@ -164,6 +198,22 @@ MUTANTS = [
     ("query heads grouped the other way", "one image", None, interleaved_heads),
     ("rotary pairs interleaved", "one image", None, interleaved_rope),
     ("features counted over the batch", "padded and text-only rows", None, batch_wide_merge),
+    *((f"a bias left out: {part}", "biased attention and MLP", None, without_bias(part)) for part in (
+        "q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")),
+    ("linear factor 2.5 -> none", "linear scaling at 1,200 positions", decoder(rope_scaling=None), None),
+    ("linear factor 2.5 -> 2.501", "linear scaling at 1,200 positions", decoder(rope_scaling=scaling(LINEAR, factor=2.501)), None),
+    ("llama3 -> none", "llama3 scaling at 1,200 positions", decoder(rope_scaling=None), None),
+    ("llama3 factor 8 -> 8.01", "llama3 scaling at 1,200 positions", decoder(rope_scaling=scaling(LLAMA3, factor=8.01)), None),
+    ("llama3 low factor 1 -> 1.01", "llama3 scaling at 1,200 positions", decoder(rope_scaling=scaling(LLAMA3, low_freq_factor=1.01)), None),
+    ("llama3 high factor 4 -> 4.01", "llama3 scaling at 1,200 positions",
+     decoder(rope_scaling=scaling(LLAMA3, high_freq_factor=4.01)), None),
+    ("llama3 length 512 -> 513", "llama3 scaling at 1,200 positions",
+     decoder(rope_scaling=scaling(LLAMA3, original_max_position_embeddings=513)), None),
+    ("decoder tanh GELU -> SiLU", "tanh GELU in decoder, projector and tower", decoder(hidden_act="silu"), None),
+    ("decoder tanh GELU -> exact", "tanh GELU in decoder, projector and tower", decoder(hidden_act="gelu"), None),
+    ("projector tanh GELU -> exact", "tanh GELU in decoder, projector and tower", lambda cfg: cfg.replace(projector_act="gelu"), None),
+    ("tower tanh GELU -> exact", "tanh GELU in decoder, projector and tower", vision(hidden_act="gelu"), None),
+    ("feature layer [-3] -> -4", "a list of one feature layer", lambda cfg: cfg.replace(feature_layer=-4), None),
 ]
 
 

@@ -56,10 +56,17 @@ layers_#/self_attn/q_proj/kernel          layers.#.self_attn.q_proj.weight      
 layers_#/self_attn/k_proj/kernel          layers.#.self_attn.k_proj.weight           D K
 layers_#/self_attn/v_proj/kernel          layers.#.self_attn.v_proj.weight           D K
 layers_#/self_attn/o_proj/kernel          layers.#.self_attn.o_proj.weight           N D
+layers_#/self_attn/q_proj/bias            layers.#.self_attn.q_proj.bias             N
+layers_#/self_attn/k_proj/bias            layers.#.self_attn.k_proj.bias             K
+layers_#/self_attn/v_proj/bias            layers.#.self_attn.v_proj.bias             K
+layers_#/self_attn/o_proj/bias            layers.#.self_attn.o_proj.bias             D
 layers_#/post_attention_layernorm/scale   layers.#.post_attention_layernorm.weight   D
 layers_#/mlp/gate_proj/kernel             layers.#.mlp.gate_proj.weight              D F
 layers_#/mlp/up_proj/kernel               layers.#.mlp.up_proj.weight                D F
 layers_#/mlp/down_proj/kernel             layers.#.mlp.down_proj.weight              F D
+layers_#/mlp/gate_proj/bias               layers.#.mlp.gate_proj.bias                F
+layers_#/mlp/up_proj/bias                 layers.#.mlp.up_proj.bias                  F
+layers_#/mlp/down_proj/bias               layers.#.mlp.down_proj.bias                D
 norm/scale                                norm.weight                                D
 """
 
@@ -107,7 +114,9 @@ def specs(cfg: LlavaConfig) -> dict[str, Spec]:
         out[f"projector/linear_{n}/kernel"] = Spec((fan_in, d.hidden_size), "projector", f"{n}.weight")
         if cfg.projector_bias:
             out[f"projector/linear_{n}/bias"] = Spec((d.hidden_size,), "projector", f"{n}.bias")
-    out.update(_rows(_DECODER, "decoder", d.num_layers, decoder_sizes))
+    without = tuple(module for module, has_bias in (("/self_attn/", d.attention_bias), ("/mlp/", d.mlp_bias)) if not has_bias)
+    out.update((name, spec) for name, spec in _rows(_DECODER, "decoder", d.num_layers, decoder_sizes)
+               if not (name.endswith("/bias") and any(module in name for module in without)))
     if not d.tie_word_embeddings:
         out["decoder/lm_head/kernel"] = Spec((d.hidden_size, d.vocab_size), "lm_head", "weight")
     return out

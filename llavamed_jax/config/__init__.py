@@ -3,6 +3,7 @@
 from llavamed_jax.config.checks import as_object, channels, token_ids
 from llavamed_jax.config.images import MAX_EDGE, RESAMPLE, ImageSettings
 from llavamed_jax.config.model import (
+    ACTIVATIONS,
     CLIP_MEAN,
     CLIP_STD,
     IGNORE,
@@ -16,8 +17,10 @@ from llavamed_jax.config.model import (
     projector_depth,
 )
 from llavamed_jax.config.presets import PRESETS, preset
+from llavamed_jax.config.rope import RopeScaling
 
 __all__ = [
-    "CLIP_MEAN", "CLIP_STD", "IGNORE", "IMAGE_TOKEN", "KNOWN_TOWERS", "MAX_EDGE", "OURS", "PAD_TOKEN", "PRESETS", "RESAMPLE",
-    "DecoderConfig", "ImageSettings", "LlavaConfig", "VisionConfig", "as_object", "channels", "preset", "projector_depth", "token_ids",
+    "ACTIVATIONS", "CLIP_MEAN", "CLIP_STD", "IGNORE", "IMAGE_TOKEN", "KNOWN_TOWERS", "MAX_EDGE", "OURS", "PAD_TOKEN", "PRESETS",
+    "RESAMPLE", "DecoderConfig", "ImageSettings", "LlavaConfig", "RopeScaling", "VisionConfig", "as_object", "channels", "preset",
+    "projector_depth", "token_ids",
 ]

@@ -15,6 +15,7 @@ from typing import Any
 
 from llavamed_jax.config.checks import as_object, channels, check_counts, check_fields, number, token_ids
 from llavamed_jax.config.images import ImageSettings
+from llavamed_jax.config.rope import RopeScaling, read_rope
 from llavamed_jax.errors import UserError
 
 IMAGE_TOKEN = -200  # stands for an image in token ids (LLaVA's IMAGE_TOKEN_INDEX)
@@ -24,6 +25,9 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of red, green and blue betwee
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 # The key of an exported config.json under which stands what the layout itself has no place for.
 OURS = "llavamed_jax"
+
+# Names of transformers' activations that `models.layers` has; some are one function under several names.
+ACTIVATIONS = ("silu", "swish", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "quick_gelu", "relu")
 
 # What transformers' LlamaConfig and MistralConfig fill in when a key of `text_config` is absent (published
 # llava-hf configs lean on this).
@@ -69,8 +73,7 @@ class VisionConfig:
             object.__setattr__(self, name, channels("the vision config", name, getattr(self, name)))
         object.__setattr__(self, "images", ImageSettings.of(self.images))
         check_fields(self, "vision ")
-        if self.hidden_act not in ("quick_gelu", "gelu"):
-            raise UserError(f"vision hidden_act is {self.hidden_act!r}; quick_gelu or gelu was expected")
+        check_activation("vision hidden_act", self.hidden_act)
         if self.hidden_size % self.num_heads:
             raise UserError(f"vision hidden_size {self.hidden_size} is not divisible by its {self.num_heads} heads")
         if self.patch_size > self.image_size:
@@ -139,6 +142,10 @@ class DecoderConfig:
     eos_token_id: int | None = 2
     pad_token_id: int | None = None
     more_eos_ids: tuple[int, ...] = ()  # a config may name several ids that end a sequence
+    rope_scaling: RopeScaling | None = None
+    attention_bias: bool = False  # of query, key, value and output (LLaMA alone)
+    mlp_bias: bool = False
+    hidden_act: str = "silu"
 
     def __post_init__(self):
         check_fields(self, "decoder ")
@@ -146,13 +153,20 @@ class DecoderConfig:
             raise UserError(f"{self.num_heads} query heads are not a multiple of {self.num_kv_heads} key/value heads")
         if self.head_dim % 2:
             raise UserError(f"head_dim {self.head_dim} is odd; rotary embedding needs an even width")
+        check_activation("the decoder's hidden_act", self.hidden_act)
+
+    @property
+    def max_positions(self) -> int:
+        """Positions that a text may have: a linear scaling stretches those that the config counts."""
+        stretched = self.rope_scaling is not None and self.rope_scaling.rope_type == "linear"
+        return int(self.max_position_embeddings * (self.rope_scaling.factor if stretched else 1))
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any], architecture: str | None = None) -> "DecoderConfig":
         """From a `LlamaConfig` or `MistralConfig` dict; both spellings of the RoPE settings are read.
 
         Raises:
-          UserError: another architecture, scaled RoPE, biased projections, or an activation other than SiLU.
+          UserError: another architecture, or a scaling of RoPE or an activation that this model does not have.
         """
         arch = architecture or config.get("model_type", "llama")
         if not isinstance(arch, str) or arch not in _TEXT_DEFAULTS:
@@ -163,20 +177,14 @@ class DecoderConfig:
                             if v is not None or k not in defaults or k in ("sliding_window", "num_key_value_heads")}}
         check_counts(c, ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
                           "max_position_embeddings", *(["num_key_value_heads"] if c.get("num_key_value_heads") else [])])
-        rope = as_object(c.get("rope_parameters") or {}, "rope_parameters")
-        scaling = as_object(c.get("rope_scaling") or rope, "rope_scaling")
-        if scaling.get("rope_type", scaling.get("type", "default")) != "default":
-            raise UserError(f"the decoder's rope_scaling is {dict(scaling)}; plain rotary embedding was expected")
-        if c.get("attention_bias") or c.get("mlp_bias"):
-            raise UserError("the decoder has attention_bias or mlp_bias; LLaMA and Mistral have neither")
-        if c.get("hidden_act", "silu") != "silu":
-            raise UserError(f"the decoder's hidden_act is {c['hidden_act']!r}; silu was expected")
+        theta, scaling = read_rope(config, defaults["rope_theta"], c["max_position_embeddings"])
+        biases = {key: c.get(key) or False for key in ("attention_bias", "mlp_bias")} if arch == "llama" else {}
         heads = c["num_attention_heads"]
         return cls(
             vocab_size=c["vocab_size"], hidden_size=c["hidden_size"], intermediate_size=c["intermediate_size"],
             num_layers=c["num_hidden_layers"], num_heads=heads, num_kv_heads=c.get("num_key_value_heads") or heads,
             head_dim=c.get("head_dim") or c["hidden_size"] // heads, rms_norm_eps=number(c["rms_norm_eps"], "rms_norm_eps"),
-            rope_theta=number(rope.get("rope_theta", c["rope_theta"]), "rope_theta"),
+            rope_theta=theta, rope_scaling=scaling, hidden_act=c.get("hidden_act") or "silu", **biases,
             max_position_embeddings=c["max_position_embeddings"],
             sliding_window=c.get("sliding_window") if arch == "mistral" else None,
             tie_word_embeddings=bool(c.get("tie_word_embeddings", False)), architecture=arch,
@@ -185,16 +193,21 @@ class DecoderConfig:
 
     def to_hf(self) -> dict:
         """Every field explicit, and both spellings of the RoPE settings, so that any transformers reads the same model."""
+        scaling = self.rope_scaling.to_hf() if self.rope_scaling else {}
         out = dict(model_type=self.architecture, vocab_size=self.vocab_size, hidden_size=self.hidden_size,
                    intermediate_size=self.intermediate_size, num_hidden_layers=self.num_layers,
                    num_attention_heads=self.num_heads, num_key_value_heads=self.num_kv_heads, head_dim=self.head_dim,
-                   hidden_act="silu", rms_norm_eps=self.rms_norm_eps, rope_theta=self.rope_theta,
-                   rope_parameters={"rope_type": "default", "rope_theta": self.rope_theta},
+                   hidden_act=self.hidden_act, rms_norm_eps=self.rms_norm_eps, rope_theta=self.rope_theta,
+                   rope_parameters={"rope_type": "default", **scaling, "rope_theta": self.rope_theta},
                    max_position_embeddings=self.max_position_embeddings, tie_word_embeddings=self.tie_word_embeddings,
-                   attention_bias=False, mlp_bias=False, bos_token_id=self.bos_token_id,
+                   attention_bias=self.attention_bias, mlp_bias=self.mlp_bias, bos_token_id=self.bos_token_id,
                    eos_token_id=self.eos_value, pad_token_id=self.pad_token_id)
         if self.architecture == "mistral":
             out["sliding_window"] = self.sliding_window
+        if scaling.get("rope_type") == "linear":  # as versions before 4.43 want it: these two keys and no other
+            out["rope_scaling"] = {"type": "linear", "factor": scaling["factor"]}
+        elif scaling:
+            out["rope_scaling"] = scaling
         return out
 
     @staticmethod
@@ -247,6 +260,7 @@ class LlavaConfig:
     source: str = "llava_mistral"
     image_token_id: int | None = None
     extra: str = "{}"
+    projector_act: str = "gelu"
 
     def __post_init__(self):
         check_fields(self, "")
@@ -255,6 +269,7 @@ class LlavaConfig:
         if not -self.vision.num_layers - 1 <= self.feature_layer <= self.vision.num_layers:
             raise UserError(f"feature layer {self.feature_layer} does not exist in a tower of {self.vision.num_layers} layers")
         projector_depth(self.projector_type)
+        check_activation("projector_hidden_act", self.projector_act)
 
     @property
     def num_vision_layers_used(self) -> int:
@@ -290,6 +305,8 @@ class LlavaConfig:
     def from_dict(cls, d: Mapping[str, Any]) -> "LlavaConfig":
         d = {k: v for k, v in d.items() if k != "model_type"}
         d |= {part: as_object(d.get(part), part) for part in ("vision", "decoder")}
+        if d["decoder"].get("rope_scaling") is not None:
+            d["decoder"] = {**d["decoder"], "rope_scaling": RopeScaling(**as_object(d["decoder"]["rope_scaling"], "rope_scaling"))}
         if isinstance(d["decoder"].get("more_eos_ids"), list):  # JSON has no tuples
             d["decoder"] = {**d["decoder"], "more_eos_ids": tuple(d["decoder"]["more_eos_ids"])}
         known = {f.name for f in dataclasses.fields(cls)}
@@ -326,6 +343,12 @@ class LlavaConfig:
         if layout == "llava":
             return hf_config.to_original(self)
         raise UserError(f"the layout {layout!r} does not exist; transformers or llava was expected")
+
+
+def check_activation(what: str, name: str) -> None:
+    """Raises UserError for an activation that `models.layers.ACTIVATIONS` has not."""
+    if name not in ACTIVATIONS:
+        raise UserError(f"{what} is {name!r}; one of {', '.join(ACTIVATIONS)} was expected")
 
 
 def projector_depth(projector_type: str) -> int:

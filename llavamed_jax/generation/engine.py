@@ -82,7 +82,7 @@ class Engine:
     @property
     def max_prompt(self) -> int:
         """The longest prompt, in positions with images expanded, that leaves room for a token."""
-        return min(self.cfg.max_length or self.cfg.decoder.max_position_embeddings, self.cfg.decoder.max_position_embeddings - 1)
+        return min(self.cfg.max_length or self.cfg.decoder.max_positions, self.cfg.decoder.max_positions - 1)
 
     def generate(self, requests: Sequence[Request]) -> list[list[int]]:
         """The new token ids of each request, the end-of-sequence id included. Raises as `stream` does."""
@@ -226,7 +226,7 @@ class Engine:
 
     def limit(self, request: Request) -> int:
         """The most new tokens that a request can have."""
-        return min(request.max_new_tokens, self.cfg.decoder.max_position_embeddings - len(request.ids))
+        return min(request.max_new_tokens, self.cfg.decoder.max_positions - len(request.ids))
 
     def _prefill(self, placed: list[Placed]) -> None:
         B, T = batch_size(len(placed), placed[0].length, self.shards), bucket(placed[0].length)

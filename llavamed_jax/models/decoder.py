@@ -19,7 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from llavamed_jax.config import DecoderConfig
 from llavamed_jax.models.attention import AttentionMask, attention
-from llavamed_jax.models.layers import Linear, RMSNorm, apply_rope, layer_stack, rope_tables, run_layers
+from llavamed_jax.models.layers import ACTIVATIONS, Linear, RMSNorm, apply_rope, layer_stack, rope_tables, run_layers
 from llavamed_jax.parallel.mesh import RULES, constrain, spec_of
 
 PARAM_AXES = [
@@ -27,6 +27,10 @@ PARAM_AXES = [
     (r"decoder/.*/self_attn/q_proj/kernel", ("embed", "heads")),
     (r"decoder/.*/self_attn/(k|v)_proj/kernel", ("embed", "kv_heads")),
     (r"decoder/.*/self_attn/o_proj/kernel", ("heads", "embed")),
+    (r"decoder/.*/self_attn/q_proj/bias", ("heads",)),
+    (r"decoder/.*/self_attn/(k|v)_proj/bias", ("kv_heads",)),
+    (r"decoder/.*/mlp/(gate|up)_proj/bias", ("mlp",)),
+    (r"decoder/.*/(o_proj|down_proj)/bias", (None,)),
     (r"decoder/.*/mlp/(gate|up)_proj/kernel", ("embed", "mlp")),
     (r"decoder/.*/mlp/down_proj/kernel", ("mlp", "embed")),
     (r"decoder/(.*/)?(norm|input_layernorm|post_attention_layernorm)/scale", (None,)),
@@ -57,7 +61,7 @@ class Attention(nn.Module):
         cfg, (B, T, _) = self.cfg, x.shape
 
         def project(name, heads, axis="kv_heads"):
-            y = Linear(heads * cfg.head_dim, ("embed", axis), False, self.dtype, name=f"{name[0]}_proj")(x)
+            y = Linear(heads * cfg.head_dim, ("embed", axis), cfg.attention_bias, self.dtype, name=f"{name[0]}_proj")(x)
             return checkpoint_name(y, name).reshape(B, T, heads, cfg.head_dim)
 
         q = apply_rope(project("query", cfg.num_heads, "heads"), rope)
@@ -68,20 +72,22 @@ class Attention(nn.Module):
             k, v = cache.k, cache.v
         q = constrain(q, "act_batch", None, "act_heads", None)
         context = attention(q, k, v, mask, self.backend if cache is None else "xla").reshape(B, T, -1)
-        return Linear(cfg.hidden_size, ("heads", "embed"), False, self.dtype, name="o_proj")(context), cache
+        return Linear(cfg.hidden_size, ("heads", "embed"), cfg.attention_bias, self.dtype, name="o_proj")(context), cache
 
 
 class Mlp(nn.Module):
-    """SwiGLU: `down(silu(gate(x)) * up(x))`."""
+    """SwiGLU: `down(act(gate(x)) * up(x))`, the activation SiLU in every published model."""
 
     cfg: DecoderConfig
     dtype: Any
 
     @nn.compact
     def __call__(self, x):  # [B,T,D] -> [B,T,D]
-        gate = Linear(self.cfg.intermediate_size, ("embed", "mlp"), False, self.dtype, name="gate_proj")(x)
-        up = Linear(self.cfg.intermediate_size, ("embed", "mlp"), False, self.dtype, name="up_proj")(x)
-        return Linear(self.cfg.hidden_size, ("mlp", "embed"), False, self.dtype, name="down_proj")(nn.silu(gate) * up)
+        cfg = self.cfg
+        gate = Linear(cfg.intermediate_size, ("embed", "mlp"), cfg.mlp_bias, self.dtype, name="gate_proj")(x)
+        up = Linear(cfg.intermediate_size, ("embed", "mlp"), cfg.mlp_bias, self.dtype, name="up_proj")(x)
+        product = ACTIVATIONS[cfg.hidden_act](gate) * up
+        return Linear(cfg.hidden_size, ("mlp", "embed"), cfg.mlp_bias, self.dtype, name="down_proj")(product)
 
 
 class Block(nn.Module):
@@ -132,7 +138,7 @@ class Decoder(nn.Module):
         """
         keys = positions if caches is None else jnp.broadcast_to(jnp.arange(caches[0].k.shape[2]), (x.shape[0], caches[0].k.shape[2]))
         mask = AttentionMask(positions, keys, segments, segments, window=self.cfg.sliding_window)
-        rope = rope_tables(positions, self.cfg.head_dim, self.cfg.rope_theta)
+        rope = rope_tables(positions, self.cfg.head_dim, self.cfg.rope_theta, self.cfg.rope_scaling)
         x, caches = run_layers(self.layers, constrain(x, "act_batch", None, None), (rope, mask), caches)
         return self.norm(x), caches
 

@@ -5,6 +5,7 @@ Axis letters: B batch, T positions, H head width, D model width, L layers.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import flax.linen as nn
@@ -12,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llavamed_jax.config import RopeScaling
 from llavamed_jax.parallel.mesh import constrain_weight
 
 
@@ -76,10 +78,17 @@ def gelu(x):
     return jax.nn.gelu(x, approximate=False)
 
 
-ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": gelu}
+def tanh_gelu(x):
+    """GELU by its tanh approximation."""
+    return jax.nn.gelu(x, approximate=True)
 
 
-def rope_frequencies(head_dim: int, theta: float) -> np.ndarray:
+# By transformers' names (`config.ACTIVATIONS`).
+ACTIVATIONS = {"silu": nn.silu, "swish": nn.silu, "gelu": gelu, "gelu_new": tanh_gelu, "gelu_fast": tanh_gelu,
+               "gelu_pytorch_tanh": tanh_gelu, "quick_gelu": quick_gelu, "relu": nn.relu}
+
+
+def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None = None) -> np.ndarray:
     """Inverse frequencies float32 [H/2], each power the float32 nearest to the exact one.
 
     Bit for bit what torch computes with the C library's power. Its vectorised power is one last bit off in a few places, other
@@ -87,12 +96,27 @@ def rope_frequencies(head_dim: int, theta: float) -> np.ndarray:
     last bit of the highest frequencies is 8e-5 in a cosine at position 1,500.
     """
     exponent = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-    return np.float32(1.0) / np.power(np.float64(theta), exponent.astype(np.float64)).astype(np.float32)
+    frequencies = np.float32(1.0) / np.power(np.float64(theta), exponent.astype(np.float64)).astype(np.float32)
+    return frequencies if scaling is None else _scaled(frequencies, scaling)
 
 
-def rope_tables(positions, head_dim: int, theta: float):
+def _scaled(frequencies: np.ndarray, scaling: RopeScaling) -> np.ndarray:
+    """Scaled frequencies float32 [H/2], operation by operation as torch computes them (transformers' modeling_rope_utils). A number
+    over a tensor is there the number times the reciprocal."""
+    f32 = np.float32
+    if scaling.rope_type == "linear":
+        return frequencies / f32(scaling.factor)
+    low, high, before = scaling.low_freq_factor, scaling.high_freq_factor, scaling.original_max_position_embeddings
+    lengths = f32(2 * math.pi) * (f32(1) / frequencies)  # of a wave, in positions
+    slow = np.where(lengths > f32(before / low), frequencies / f32(scaling.factor), frequencies)
+    share = (f32(before) * (f32(1) / lengths) - f32(low)) / f32(high - low)
+    between = (f32(1) - share) * slow / f32(scaling.factor) + share * slow
+    return np.where((lengths < f32(before / high)) | (lengths > f32(before / low)), slow, between)
+
+
+def rope_tables(positions, head_dim: int, theta: float, scaling: RopeScaling | None = None):
     """Cosine and sine, float32 [B,T,H/2] each, of `positions` int32 [B,T]."""
-    angles = positions.astype(jnp.float32)[..., None] * rope_frequencies(head_dim, theta)
+    angles = positions.astype(jnp.float32)[..., None] * rope_frequencies(head_dim, theta, scaling)
     return jnp.cos(angles), jnp.sin(angles)
 
 

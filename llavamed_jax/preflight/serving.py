@@ -59,7 +59,7 @@ class Serving:
     @property
     def length(self) -> int:
         """S."""
-        most = self.config.decoder.max_position_embeddings
+        most = self.config.decoder.max_positions
         return -(-min(self.prompt + self.new_tokens, most) // LENGTHS) * LENGTHS
 
     @property

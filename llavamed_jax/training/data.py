@@ -189,7 +189,7 @@ def _refuse_losses(cfg: ConfigDict, path, stream: packing.Stream, found: Lengths
 
 def check_positions(cfg: ConfigDict, config: LlavaConfig) -> None:
     """Raises UsageError where samples may be longer than the decoder's positions."""
-    most = config.decoder.max_position_embeddings
+    most = config.decoder.max_positions
     if cfg.max_length > most:
         raise UsageError(f"the config key 'max_length' is {cfg.max_length}; the decoder knows {most} positions: at most that was expected")
 
