@@ -1,11 +1,11 @@
-"""What is printed, cleaned in one place: no text from outside can move a terminal's cursor, change its title, or hide itself.
+"""Cleans everything that is printed, so that no text from outside moves a terminal's cursor, changes its title or hides.
 
     with terminal.cleaned():
         print(answer)          # an escape sequence in it shows as \\x1b[…
 
-`cleaned` stands in the entry point of every command line. It puts a `Screen` in the place of `sys.stdout` and `sys.stderr`,
-through which `print`, logging, warnings, tracebacks and tqdm all write, so that no caller has to think of it. What C and C++
-write to the file descriptors themselves does not pass through here.
+The entry point of every command line opens `cleaned`, which replaces `sys.stdout` and `sys.stderr` by a `Screen`. `print`,
+logging, warnings, tracebacks and tqdm write through it, so a new caller cannot forget to clean. Libraries in C and C++ write to
+the file descriptors directly, which this module does not see.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _UNPRINTABLE = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff"
     "\U000e0000-\U000e007f]"
 )
-_BAR = re.compile("\r|\n*(?:\x1b\\[A)+")  # what tqdm moves the cursor with: to the line's begin, or up
+_BAR = re.compile("\r|\n*(?:\x1b\\[A)+")  # tqdm moves the cursor to the start of the line, or up
 _hidden: list[Callable[[str], str]] = []
 
 
@@ -48,9 +48,9 @@ def _escaped(found: re.Match) -> str:
 
 
 class Screen:
-    """A text stream that writes to another one what `clean` leaves of it, without what `hide` was told of.
+    """A text stream that cleans what it is given (`clean`, and the functions given to `hide`) and writes it to another stream.
 
-    The begin of a line and the line above are tqdm's to go to, and nobody else's. Where the stream's encoding has no bytes for a
+    Only tqdm may move the cursor: to the start of the line, or up. Where the stream's encoding has no bytes for a
     character, the character is written out.
     """
 
@@ -81,19 +81,19 @@ class Screen:
 
 
 def hide(cleaner: Callable[[str], str]) -> None:
-    """Has everything that is printed pass through a function that takes secrets out, as long as `cleaned` is open."""
+    """Adds a function that removes secrets from everything that is printed while `cleaned` is open."""
     if isinstance(sys.stderr, Screen):
         _hidden.append(cleaner)
 
 
 def install() -> Callable[[], None]:
-    """Cleans what this process prints from here on. Returns what undoes it."""
+    """Cleans what this process prints from now on. Returns a function that ends this."""
     earlier = {name: stream for name in ("stdout", "stderr") if (stream := getattr(sys, name)) is not None}
     screens = {name: stream if isinstance(stream, Screen) else Screen(stream) for name, stream in earlier.items()}
     for name, screen in screens.items():
         setattr(sys, name, screen)
     moved = []
-    for handler in _stream_handlers():  # those that are older than this call hold the streams themselves
+    for handler in _stream_handlers():  # handlers made before this call hold the old streams
         name = next((name for name, stream in earlier.items() if handler.stream is stream), None)
         if name is not None:
             moved.append((handler, handler.setStream(screens[name])))
@@ -112,7 +112,7 @@ def install() -> Callable[[], None]:
 
 @contextlib.contextmanager
 def cleaned() -> Iterator[None]:
-    """Cleans what is printed inside. An exception that nobody catches leaves it open: Python's own traceback of it is to come."""
+    """Cleans what is printed inside. It stays open after an uncaught exception, because Python has yet to print the traceback."""
     if isinstance(sys.stdout, Screen) and isinstance(sys.stderr, Screen):
         yield
         return

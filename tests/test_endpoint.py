@@ -246,7 +246,7 @@ def test_a_signal_stops_it_with_every_answer_kept(number, tmp_path):
     (["--endpoint", "SERVER/nowhere"], 1, "answers 404 Not Found: Resource not found"),
     (["--endpoint", "SERVER", "--config.generation.num_beams=3"], 2, "OpenAI's protocol has no beam search"),
     (["--endpoint", "SERVER", "--model", ""], 2, "--endpoint needs --model NAME"),
-    (["--endpoint", ""], 2, "the address '' is none"),
+    (["--endpoint", ""], 2, "the address '' is not valid"),
     (["--endpoint", "SERVER", "--dtype", "float32"], 2, "--dtype is of a model that is loaded here"),
     (["--endpoint", "SERVER", "--checkpoint", "x"], 2, "not allowed with argument"),
     (["--endpoint", "SERVER", "--concurrency", "0"], 2, "concurrency is 0; at least 1 was expected"),

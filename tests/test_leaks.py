@@ -224,17 +224,18 @@ def test_a_password_in_an_address_is_refused_and_not_repeated(url, flag, asked, 
         "--predictions", str(tmp_path / "p.jsonl"), f"--config.judge.endpoint={url}", "--config.judge.model=m"]
     assert cli.main([*asked, *words]) == 2
     said = "".join(capsys.readouterr())
-    assert "is none" in said and "was expected" in said and "WORD" not in said and "PASS" not in said and "HOST" in said
+    assert "is not valid" in said and "was expected" in said and "WORD" not in said and "PASS" not in said and "HOST" in said
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(("url", "reason"), [
     ("http://h/v\x001", r"it holds the character \x00;"), ("http://h\n/v1", r"\n;"), ("http://h/\x1b[31m", r"\x1b;"),
     ("http://h\u202e/v1", r"\u202e;"), ("http://h/v1\udcff", r"\udcff;"), ("http://h/a b", "it holds a blank"), ("http://h\t/v1", r"\t;"),
-    ("http://h/v1#top", "it holds a fragment"), ("http://" + "h" * 2000, "it has 2007 characters"), ("http://a..b/v1", "is none; http"),
-    (f"http://{'a' * 64}.b/v1", "is none; http"), ("http://[::1/v1", "is none"),
-    ("http://h:99999/v1", "is none"), ("http://h:0", "is none"),
-    ("http:///v1", "is none"), ("\u00a0http://h\u00a0/v1", r"\xa0;")])
+    ("http://h/v1#top", "it holds a fragment"), ("http://" + "h" * 2000, "it has 2007 characters"),
+    ("http://a..b/v1", "is not valid; http"),
+    (f"http://{'a' * 64}.b/v1", "is not valid; http"), ("http://[::1/v1", "is not valid"),
+    ("http://h:99999/v1", "is not valid"), ("http://h:0", "is not valid"),
+    ("http:///v1", "is not valid"), ("\u00a0http://h\u00a0/v1", r"\xa0;")])
 def test_addresses_that_are_none(url, reason, asked, capsys):
     with pytest.raises(UsageError) as error:
         read_address(url)

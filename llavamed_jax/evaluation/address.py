@@ -1,4 +1,4 @@
-"""A server's address: what its client is told, what may be shown of it, and what has to stay a secret."""
+"""Parses a server's address: the client's options, the part that may be shown, and the values that must stay secret."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Address:
 
     @property
     def identity(self) -> str:
-        """Of the query what answers may follow from: all but what is named like a key, which may be another one tomorrow."""
+        """The part of the query on which answers may depend: all parameters but those named like a key, which may change."""
         return "&".join(item for item in self.query.split("&") if not _KEY_NAME.search(item.partition("=")[0]))
 
     @property
@@ -49,7 +49,7 @@ def read_address(url: str, azure_version: str | None = None) -> Address:
         address of a deployment, with `?api-version=VERSION`.
       azure_version: Azure's `api-version`, where the address does not hold it.
     Raises:
-      UsageError: it is none; what is in it is not repeated where it may be a password.
+      UsageError: the address is not valid. The sentence does not repeat what may be a password.
     """
     url = url.strip()
     try:
@@ -69,7 +69,7 @@ def read_address(url: str, azure_version: str | None = None) -> Address:
     elif "#" in url:
         reason = "it holds a fragment (#…), which no server sees"
     if reason or not is_address:
-        raise UsageError(f"the address {short(shown(url))} is none{reason and f': {reason}'}; {_EXPECTED}")
+        raise UsageError(f"the address {short(shown(url))} is not valid{reason and f': {reason}'}; {_EXPECTED}")
     origin, path = f"{parts.scheme}://{parts.netloc}", parts.path.rstrip("/").removesuffix("/chat/completions")
     named = dict(parse_qsl(parts.query, keep_blank_values=True))
     version = azure_version or named.get("api-version")
@@ -90,7 +90,7 @@ def _address(options: dict[str, str], query: str) -> Address:
 
 
 def shown(url: str) -> str:
-    """An address as it may be shown, right or not: without a user's name and password, and without values of its query.
+    """An address, valid or not, without user name, password and the values of its query.
 
     `api-version`, which is no secret, stays.
     """

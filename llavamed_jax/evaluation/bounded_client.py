@@ -1,4 +1,4 @@
-"""The HTTP client beneath openai's, with bounds: on the size of a reply, on what it unpacks to, and on where it is sent on to."""
+"""The HTTP client below openai's: it bounds the size of a reply, packed and unpacked, and follows redirects within one origin."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import openai
 from llavamed_jax.evaluation.address import shown
 
 MOST_REDIRECTS = 5
-LARGEST_ERROR = 2**18  # bytes of an error's body that are read; its sentence stands at its begin
+LARGEST_ERROR = 2**18  # bytes of an error's body that are read; the message stands at the start
 _REDIRECTS = (301, 302, 307, 308)
 # Headers that are true of what came, and not of the bytes that are kept; these are read as UTF-8, whatever charset is named.
 _OF_THE_BODY = ("content-encoding", "content-length", "content-type", "transfer-encoding")
 
 
 class RedirectError(openai.OpenAIError):
-    """A server sends requests on to where they must not go, or in a circle. The sentence names both addresses."""
+    """A redirect that is not followed: to another origin, to an invalid address, or one too many."""
 
 
 class TooLargeError(openai.OpenAIError):
@@ -31,15 +31,15 @@ class UnreadableError(openai.OpenAIError):
 
 
 class BoundedClient(openai.DefaultAsyncHttpxClient):
-    """Sends requests with images and a key to one origin alone, and holds no more of a reply than it may.
+    """Sends requests to one origin, and reads replies up to a limit.
 
-    A redirect within the origin (scheme, host and port) is followed, with the same method and body; any other is refused, since
-    images and questions would go where nobody has sent them. A reply is unpacked here, in pieces: a megabyte of gzip may hold a
-    gigabyte.
+    A redirect within the origin (scheme, host and port) is followed with the same method and body. Any other redirect raises
+    RedirectError, because it would send images and questions to an address that the user has not named. Replies are unpacked here
+    and piece by piece, because a megabyte of gzip may hold a gigabyte.
 
     Args:
       query: what is added to every request's address.
-      largest: bytes of a reply, packed and unpacked.
+      largest: the most bytes that a reply may have, packed or unpacked.
     """
 
     def __init__(self, query: str, largest: int, **options: Any):
@@ -74,7 +74,7 @@ class BoundedClient(openai.DefaultAsyncHttpxClient):
                                   extensions=request.extensions)
 
     async def _read(self, request, response):
-        """The response with its body read, and unpacked; of an error no more than its begin."""
+        """The response with its body, read and unpacked; of an error only the first `LARGEST_ERROR` bytes."""
         is_error = response.status_code >= 400
         limit = LARGEST_ERROR if is_error else self._largest
         body = bytearray()

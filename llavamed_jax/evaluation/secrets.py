@@ -1,8 +1,7 @@
-"""Keys that are sent to a server and must come back from it nowhere: not in what is printed, and in no file.
+"""Removes API keys from what a server says, so that a key reaches no terminal and no file.
 
-A server's words are cleaned whole, before anything is cut off them: what is left of a key behind a cut is no longer found. A key
-is known in the ways in which servers and libraries write one: as it is, in percent or backslash escapes, as entities of HTML, in
-hexadecimal and in base64.
+A text is cleaned before it is cut, because part of a key in front of a cut would no longer be recognised. A key is recognised as
+servers and libraries write it: as it is, in percent or backslash escapes, as HTML entities, in hexadecimal and in base64.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from urllib.parse import unquote, urlsplit
 MARK = "[key]"
 SHORTEST = 8  # characters; what is shorter is a placeholder ("none", "EMPTY"), and may be a word of any answer
 _SHORTEST_WORD = 4  # and of any sentence
-_LEAST_OF_A_KEY = 16  # characters: an answer with so many of its first may have ended in the middle of it, by its limit
+_LEAST_OF_A_KEY = 16  # characters from a key's start: a limit of tokens may have ended the answer within the key
 _ENTITIES = {"&": "amp", "<": "lt", ">": "gt", '"': "quot", "'": "(?:apos|#39)"}
 
 
@@ -42,15 +41,15 @@ class Secrets:
         return text
 
     def clean_message(self, text: str) -> str:
-        """What a server or a library says of a failure: `clean`, and without short keys and begins of keys, since a library may
-        have cut it already."""
+        """An error message without the keys. Short keys and the first eight characters or more of a key are removed too, because
+        a library may have cut the message already."""
         for key in self._keys:
             text = key.replaced(text, is_begin_enough=True)
         return text if self._words is None else self._words.sub(MARK, text)
 
 
 class _Key:
-    """One key, wherever and however it is written."""
+    """Finds one key in a text, in each form in which it may be written."""
 
     def __init__(self, value: str):
         self._length = len(value)
@@ -71,7 +70,7 @@ class _Key:
         return "".join([*parts, text[kept:]])
 
     def _extended(self, text: str, at: int) -> tuple[int, int]:
-        """Where the key that begins before `at` ends in a text, and how many of its characters are there."""
+        """Where a key ends whose first characters end at `at`, and how many of its characters were found."""
         for count, letter in enumerate(self._rest, SHORTEST):
             found = letter.match(text, at)
             if found is None:
@@ -81,7 +80,7 @@ class _Key:
 
 
 def _letter(char: str) -> str:
-    """A pattern of one character in each of its forms, its own the last; counts are bounded, so that no text takes long."""
+    """A pattern of one character in each of its forms. Repetitions are bounded, so that matching takes linear time."""
     code = ord(char)
     forms = [rf"%(?:25){{0,3}}{code:02x}", rf"\\{{1,8}}(?:u00|x){code:02x}", rf"&(?:amp;){{0,3}}#(?:0{{0,6}}{code}|x0{{0,6}}{code:x});"]
     if char in _ENTITIES:
@@ -96,7 +95,7 @@ def _compiled(char: str) -> re.Pattern:
 
 
 def _base64(value: str) -> list[str]:
-    """What a key looks like inside base64, which depends on how many bytes stand before it."""
+    """How a key looks inside base64, which depends on the number of bytes before it modulo 3."""
     cores, data = [], value.encode()
     for before in range(3):
         for encode in (base64.b64encode, base64.urlsafe_b64encode):
@@ -107,7 +106,7 @@ def _base64(value: str) -> list[str]:
 
 
 def proxy_secrets() -> list[str]:
-    """Passwords that the environment's proxies are given, which a client may name in an error."""
+    """The passwords of the proxies that the environment names; a client may repeat one in an error message."""
     found = []
     for name in ("http_proxy", "https_proxy", "all_proxy"):
         for value in filter(None, (os.environ.get(name), os.environ.get(name.upper()))):

@@ -1,4 +1,4 @@
-"""Reading a file that somebody named: it may be a pipe that nobody writes to, a device without an end, or no name at all."""
+"""Reads files that a user named, and refuses a pipe, a device, a socket or a directory at once instead of waiting for it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _KINDS = {stat.S_IFDIR: "a directory", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a
 
 
 def open_file(path: str | Path, name: str = "") -> BinaryIO:
-    """A regular file, opened for reading bytes. Nothing waits for whoever is at a pipe's other end.
+    """Opens a regular file for reading bytes. It never waits for a writer at the other end of a pipe.
 
     Args:
       name: what a sentence calls it; the path, where it is empty.
