@@ -325,3 +325,28 @@ def test_text_stream_holds_back_half_characters_and_half_stop_strings():
     assert "".join(text.push([b]) for b in b"yes \n###") + text.finish() == "yes" == text.text
     other = TextStream(decode, stop=["", "never"])
     assert "".join(other.push([b]) for b in b"one nev") + other.finish() == "one nev"
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_answers_end_at_the_tokenizers_own_eos_token(beams, saved, tmp_path, capsys):
+    """vLLM and transformers' chats end there too; transformers' `generate` alone, which knows no tokenizer, does not."""
+    import sentencepiece
+    path = shutil.copytree(saved[0], tmp_path / "m")
+    row = [1, 5, 9, 20, 33, 41]
+    free = lm.load(path, dtype="float32").generate_tokens([row], max_new_tokens=12, num_beams=beams)[0]
+    end = next(i for k, i in enumerate(free) if k > 1 and free.index(i) == k)  # the third token or later, at its first place
+    piece = sentencepiece.SentencePieceProcessor(model_file=str(TOKENIZER)).id_to_piece(end)
+    (path / "tokenizer_config.json").write_text(json.dumps({"eos_token": piece}))
+    capsys.readouterr()
+    model = lm.load(path, dtype="float32")
+    assert f"the tokenizer's eos_token {piece!r} ({end}) ends an answer too; the configs name [2]" in capsys.readouterr().err
+    assert model.processor.eos_ids == (2, end) == model.engine.eos and model.config.decoder.eos_ids == (2,)
+    if beams == 1:
+        assert model.generate_tokens([row], max_new_tokens=12) == [free[:free.index(end) + 1]]
+    else:
+        found = model.generate_tokens([row], max_new_tokens=12, num_beams=beams)[0]
+        theirs = saved[1].generate(torch.tensor([row]), max_new_tokens=12, num_beams=beams, do_sample=False,
+                                   eos_token_id=[2, end], pad_token_id=0)
+        assert found == [i for i in theirs[0, len(row):].tolist() if i != 0 or 0 in found]
+    (path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "[END]"}))  # the next free id, which has no row
+    assert lm.load(path, dtype="float32").processor.eos_ids == (2,)
