@@ -23,8 +23,8 @@ QUIRKS = [
     ("Q9", "the projector of stage 1 is ignored", "mended", "`convert build --projector FILE`",
      "test_build::test_a_projector_from_stage_1_over_its_base"),
     ("Q10", "v1.0's training begins sequences with `</s>` where the model's path holds \"llama\"", "kept for checkpoints whose tokenizer "
-     "files say so; a path says nothing", "`bos_token` in `tokenizer_config.json`",
-     "test_tokenizer::test_a_tokenizer_that_begins_with_the_end"),
+     "files say so, in the order in which transformers reads them; a path says nothing", "`bos_token` in `special_tokens_map.json`, else "
+     "in `tokenizer_config.json`", "test_slow_tokenizers::test_the_folders_of_v1s_own_code_give_its_ids_on_600_samples"),
     ("Q11", "v1.0 drops white space beside images; behind an image that ends its turn, v0's labels move by a token", "kept with v1.0's "
      "templates", "`template`", "test_templates::test_v0_labels_as_printed"),
     ("Q12", "stage 1 trains the whole embedding table, text-only rows leak", "mended", "`trainable` in the recipe",
@@ -86,6 +86,14 @@ OTHERS = [
      "test_conversation::test_counts_that_do_not_add_up_leave_nothing_supervised"),
     ("v1.0's inference template `v1`, `default` and v1.5's `v0`, `llama_2`, `mpt` and `mmtag` ones", "are not here; `v1.0:v1` is what "
      "`--version v1` trains with", "", "test_templates::test_names_that_originals_use"),
+    ("transformers 4.28, with which v1.0 ran, drops white space beside `<s>`, `</s>` and `<unk>` written out in a text, where "
+     "`special_tokens_map.json` holds them as strings; what v1.0's code saves for Q10 does", "kept with v1.0's templates", "`template`",
+     "test_slow_tokenizers::test_ids_are_the_slow_classs"),
+    ("v1.0's `model_vqa.py` appends `### Response:` to a question asked with `simple_legacy`", "kept, for each question", "`template`",
+     "test_templates::test_simple_legacy_asks_as_model_vqa_does"),
+    ("transformers 4 and 5 split one tokenizer's text differently behind special tokens and images", "`tokenizer.model` as 4's slow "
+     "classes, `tokenizer.json` as the file says; where both are there and differ, a warning names both", "",
+     "test_tokenizer_json::test_whole_texts_are_transformers"),
     ("v1.0's tokenizer, if it is a fast one, keeps white space beside images", "always the slow one's ids, with which it was trained", "",
      "test_templates::test_white_space_beside_v1s_images_is_dropped"),
     ("grey of more than eight bits is clipped, so that nearly all is white", "divided by a power of two, as `docs/images.md` says", "",

@@ -36,8 +36,9 @@ IMAGES = {
 @pytest.fixture(scope="module")
 def pieces():
     """`tokenizer.json` of the sample's model, as this project exports it, without prefix and special tokens."""
+    from llavamed_jax.checkpoints.special_tokens import read_special_tokens
     from llavamed_jax.checkpoints.tokenizer_files import _from_sentencepiece
-    return _from_sentencepiece(SAMPLE, {}, {}).json
+    return _from_sentencepiece(SAMPLE, read_special_tokens({})).json
 
 
 def metaspace(scheme, is_split):

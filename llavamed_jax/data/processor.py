@@ -345,9 +345,10 @@ def _image_token(config: LlavaConfig | None, tokenizer: Tokenizer | None) -> str
     """The token that stands for an image in transformers' texts; None in the originals', where no token does."""
     if tokenizer is None or config is not None and config.source != "transformers":
         return None
-    if tokenizer.id_of(IMAGE_MARKER) is not None:
-        return IMAGE_MARKER
-    return tokenizer.token_of(config.image_token_id) if config is not None else None
+    named = tokenizer.token_of(config.image_token_id) if config is not None else None
+    if named is not None and named not in tokenizer.special_tokens.values():
+        return named
+    return IMAGE_MARKER if tokenizer.id_of(IMAGE_MARKER) is not None else None
 
 
 def _default_template(config: LlavaConfig | None, is_evaluation: bool = False) -> str:
