@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import hf
+import jax
 import numpy as np
 import pytest
 import transformers
@@ -57,6 +58,17 @@ def test_logits_on_a_mesh(saved, assistant):
     ids = np.array([[1] + [-200] * P + [4, 5], [1] + [-200] * P + [6, 7], [1] + list(range(3, 21))])
     sharded = lm.load(saved[0], mesh="data=4,tp=2", template="v1.5:mistral_instruct")
     np.testing.assert_allclose(sharded.logits(ids, hf.images(2)), assistant.logits(ids, hf.images(2)), atol=2e-5)
+
+
+def test_a_mesh_of_fewer_devices_takes_the_first_ones(saved, assistant):
+    """As text, in either order, on a machine of eight; the tokens are those of one device."""
+    ids = np.array([[1] + [-200] * P + [4, 5]])
+    for spec in ("data=1,tp=2", "tp=2"):
+        sharded = lm.load(saved[0], mesh=spec, template="v1.5:mistral_instruct")
+        assert list(sharded.mesh.devices.flat) == jax.devices()[:2]
+        np.testing.assert_allclose(sharded.logits(ids, hf.images(1)), assistant.logits(ids, hf.images(1)), atol=2e-5)
+        rows = [[1, -200, 4, 5], [1, 7, 8]]
+        assert sharded.generate_tokens(rows, [[hf.images(1)[0]], []], 4) == assistant.generate_tokens(rows, [[hf.images(1)[0]], []], 4)
 
 
 @pytest.mark.parametrize("ids,images,sentence", [
@@ -201,7 +213,8 @@ def test_every_argument_of_load_counts(saved, tmp_path):
     bare = shutil.copytree(path, tmp_path / "bare")
     (bare / "tokenizer.model").unlink()
     assert lm.load(bare, tokenizer=TOKENIZER).processor.encode("a") == lm.load(path).processor.encode("a")
-    for bad in (dict(dtype="int8"), dict(dtype=np.float64), dict(quantize="int8"), dict(adapter="x"), dict(mesh="tp=3")):
+    for bad in (dict(dtype="int8"), dict(dtype=np.float64), dict(quantize="int8"), dict(adapter="x"), dict(mesh="tp=9"),
+                dict(mesh="tp=3,data=-1")):
         with pytest.raises(ValueError, match="expected"):
             lm.load(path, **bad)
 

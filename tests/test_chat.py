@@ -236,7 +236,7 @@ def test_in_a_terminal_control_c_stops_the_answer_and_not_the_program():
 
 
 def test_a_terminal_without_unicode_shows_question_marks():
-    status, shown = in_a_terminal([(b"you: ", b"What?\n"), (b"you: ", b"\x04")], PYTHONIOENCODING="ascii", PYTHONUTF8="0")
+    status, shown = in_a_terminal([(b"you: ", b"What?\n"), (b"you: ", b"\x04")], LC_ALL="C.UTF-8", PYTHONIOENCODING="ascii", PYTHONUTF8="0")
     assert status == 0 and "\ncaf? ?? .\nyou: " in shown
 
 

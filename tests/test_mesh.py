@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -18,18 +19,33 @@ from llavamed_jax.parallel.mesh import AXES, RULES, constrain, constrain_weight,
 
 
 @pytest.mark.parametrize("spec,shape", [
-    (None, (8, 1, 1)), ("data=2,fsdp=2,tp=2", (2, 2, 2)), ("fsdp=-1", (1, 8, 1)), ({"data": -1, "tp": 4}, (2, 1, 4)), ("", None)])
+    (None, (8, 1, 1)), ("data=2,fsdp=2,tp=2", (2, 2, 2)), ("fsdp=-1", (1, 8, 1)), ({"data": -1, "tp": 4}, (2, 1, 4))])
 def test_sizes(spec, shape):
-    if shape is None:
-        with pytest.raises(UsageError, match="does not fit 8 devices"):
-            make_mesh(spec)
-        return
     mesh = make_mesh(spec)
     assert mesh.axis_names == AXES and tuple(mesh.shape.values()) == shape
     assert set(mesh.axis_types) == {AxisType.Auto}
 
 
-@pytest.mark.parametrize("spec", ["data=3", "data=-1,tp=-1", "rows=8", "data=two", "data=0", "data=16", "data", "fsdp=-2"])
+@pytest.mark.parametrize("spec, shape", [
+    ("data=1,tp=2", (1, 1, 2)), ("data=3", (3, 1, 1)), ({"data": 2, "fsdp": 1, "tp": 2}, (2, 1, 2)), (" tp = 1 ", (1, 1, 1)),
+    ({}, (1, 1, 1))])
+def test_sizes_of_fewer_devices_take_the_first_ones(spec, shape):
+    mesh = make_mesh(spec)
+    assert tuple(mesh.shape.values()) == shape and mesh.axis_names == AXES
+    assert list(mesh.devices.flat) == jax.devices()[:mesh.size]
+
+
+def test_of_several_processes_none_is_left_without_a_device(monkeypatch):
+    far = [SimpleNamespace(process_index=i // 4, platform="cpu", id=i) for i in range(8)]
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    for spec in ("tp=2", "data=2,tp=2", {"data": 1, "fsdp": 1, "tp": 4}):
+        with pytest.raises(UsageError, match="of the 8 devices of several processes; sizes that multiply to all of them were expected"):
+            make_mesh(spec, far)
+    assert make_mesh("tp=2", jax.devices()).size == 2, "of this process alone"
+
+
+@pytest.mark.parametrize("spec", ["data=3,tp=-1", "data=-1,tp=-1", "rows=8", "data=two", "data=0", "data=16", "data", "fsdp=-2", "", ",",
+                                  "data=2,data=4", "tp=9", "data=4,tp=4", "tp=2,"])
 def test_sizes_that_do_not_fit_are_one_sentence(spec):
     with pytest.raises(UsageError, match="expected"):
         make_mesh(spec)

@@ -179,13 +179,14 @@ def test_a_run_that_learns_nothing_does_not_finish(recipe, data, tmp_path):
         assert not steps(tmp_path / f"run{updates}")
 
 
-def test_a_run_goes_on_on_another_mesh(finished, recipe, tmp_path, monkeypatch):
-    """Saved on one device, restored onto four: the same run up to the order of sums."""
+def test_a_run_goes_on_on_another_mesh(finished, recipe, tmp_path, monkeypatch, capsys):
+    """Saved on one device, restored onto the first four of eight: the same run up to the order of sums."""
     workdir = tmp_path / "run"
     shutil.copytree(finished, workdir)
     shutil.rmtree(workdir / "checkpoints" / "8")
-    monkeypatch.setattr(setup, "make_mesh", lambda spec, *_: make_mesh("data=2,fsdp=2", jax.devices()[:4]))
-    assert fit(recipe(), workdir)
+    monkeypatch.setattr(setup, "make_mesh", make_mesh)
+    assert fit(recipe(**{"mesh.data": 2, "mesh.fsdp": 2}), workdir)
+    assert "mesh {'data': 2, 'fsdp': 2, 'tp': 1} on the first 4 of 8 devices\n" in capsys.readouterr().out
     np.testing.assert_allclose([line["loss"] for line in lines(workdir)], [line["loss"] for line in lines(finished)], rtol=2e-6)
     ours, theirs = tensors(workdir), tensors(finished)
     for name in theirs:

@@ -36,34 +36,46 @@ def make_mesh(spec: str | Mapping[str, int] | None = None, devices: Sequence[jax
     """A mesh with the axes data, fsdp and tp. Neighbours on tp and fsdp are close to each other, those on data may be far.
 
     Args:
-      spec: sizes as `"data=2,tp=4"` or a mapping; an axis that is absent is 1; -1 on one axis takes what is left.
-        None puts all devices on data.
+      spec: sizes as `"data=2,tp=4"` or a mapping; an axis that is absent is 1; -1 on one axis takes what is left. Sizes of
+        fewer devices than there are take the first ones. None puts all devices on data.
       devices: default: all of them.
       slices: of TPUs, joined by a network that only data crosses.
     Raises:
-      UsageError: an unknown axis, two -1, or sizes that do not multiply to the number of devices; slices that are not there or
-        over which data does not divide.
+      UsageError: an unknown or repeated axis, two -1, sizes of more devices than there are or that leave a process without
+        one; slices that are not there or over which data does not divide.
     """
     devices = list(jax.devices() if devices is None else devices)
     if isinstance(spec, str):
         try:
-            spec = {k.strip(): int(v) for k, v in (part.split("=") for part in spec.split(",") if part.strip())}
+            pairs = [(k.strip(), int(v)) for k, v in (part.split("=") for part in spec.split(","))]
         except ValueError:
             raise UsageError(f"the mesh {spec!r} cannot be read; sizes such as data=2,tp=4 were expected") from None
+        if len(dict(pairs)) < len(pairs):
+            raise UsageError(f"the mesh {spec!r} names an axis twice; sizes such as data=2,tp=4 were expected")
+        spec = dict(pairs)
     sizes = {"data": -1} if spec is None else {k: int(v) for k, v in spec.items()}
     if set(sizes) - set(AXES):
         raise UsageError(f"the mesh has the unknown axes {sorted(set(sizes) - set(AXES))}; {', '.join(AXES)} were expected")
     shape = [sizes.get(axis, 1) for axis in AXES]
     known = math.prod(n for n in shape if n != -1)
-    if shape.count(-1) > 1 or min(shape) < -1 or 0 in shape or len(devices) % known or (-1 not in shape and known != len(devices)):
-        raise UsageError(f"the mesh {dict(zip(AXES, shape))} does not fit {len(devices)} devices; sizes that multiply to that "
-                         "number were expected (one may be -1)")
+    is_open = -1 in shape
+    if shape.count(-1) > 1 or min(shape) < -1 or 0 in shape or (len(devices) % known if is_open else known > len(devices)):
+        wanted = "of which the others multiply to a divisor" if is_open else "that multiply to at most that number"
+        raise UsageError(f"the mesh {dict(zip(AXES, shape))} does not fit {len(devices)} devices; sizes {wanted} were expected "
+                         "(one may be -1)")
     shape = [len(devices) // known if n == -1 else n for n in shape]
+    is_part = math.prod(shape) < len(devices)
+    if is_part and jax.process_count() > 1 and len({device.process_index for device in devices}) > 1:
+        raise UsageError(f"the mesh {dict(zip(AXES, shape))} takes {math.prod(shape)} of the {len(devices)} devices of several "
+                         "processes; sizes that multiply to all of them were expected (one may be -1)")
+    devices = devices[:math.prod(shape)]
     there = len({getattr(device, "slice_index", None) for device in devices}) if devices[0].platform == "tpu" else 1
     if there != slices:
         raise UsageError(f"the config key 'mesh.slices' is {slices}, and the devices make {there} slices; that number was expected")
     # Not `jax.make_mesh`: it refuses GPUs of several hosts, which are slices to jax, and grids of TPUs that an axis must cut.
-    if slices == 1:
+    if is_part:
+        array = np.array(devices, dtype=object).reshape(shape)  # the next line would look for a whole grid of TPUs
+    elif slices == 1:
         array = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     else:
         if shape[0] % slices:

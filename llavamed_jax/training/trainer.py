@@ -9,6 +9,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from llavamed_jax.checkpoints import base, store
@@ -155,7 +156,7 @@ class Run:
             data.refuse_other_validation(earlier["validation"])
         record = {} if distributed.process_index() else _begin(workdir, cfg, checkpoint, program, data, total_steps, earlier)
         print(f"{cfg.init if step is None else workdir}: {checkpoint.tower}; {len(data.train)} samples, {total_steps} updates of "
-              f"{cfg.batch_size}, {_size(program)}, mesh {dict(mesh.shape)}", *data.describe(),
+              f"{cfg.batch_size}, {_size(program)}, mesh {dict(mesh.shape)}{_part(mesh)}", *data.describe(),
               *(f"warning: {line}" for line in [*void.sentences(cfg), *program.void(cfg)]), sep="\n", flush=True)
         with setup.within_memory(cfg, program):
             if step is None:
@@ -336,10 +337,16 @@ def _changes(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
             for what in now if before.get(what) != now[what]]
 
 
+def _part(mesh: Mesh) -> str:
+    """Of a mesh that leaves devices idle, how many it takes."""
+    return f" on the first {mesh.size} of {jax.device_count()} devices" if mesh.size < jax.device_count() else ""
+
+
 def _size(program: setup.Program) -> str:
-    """How much of the model is trained, in words."""
+    """How much of the model is trained, in words; small numbers to the last parameter."""
     sizes = {name: math.prod(x.shape) for name, x in flatten(abstract_params(program.model.cfg, scan=True)).items()}
     trained = sum(sizes[name] for name in program.shardings.trainable)
     if program.rows:
         trained -= sizes[TABLE] - len(program.rows) * program.model.cfg.decoder.hidden_size
-    return f"{trained / 1e6:,.2f} M of {sum(sizes.values()) / 1e6:,.2f} M parameters trained"
+    shown = f"{trained / 1e6:,.2f} M" if trained >= 1e6 else f"{trained:,}"
+    return f"{shown} of {sum(sizes.values()) / 1e6:,.2f} M parameters trained"
