@@ -4,6 +4,7 @@ import base64
 import io
 
 import numpy as np
+import PIL
 import pytest
 from PIL import Image
 from wide_files import png, pnm, tiff
@@ -143,7 +144,11 @@ def test_colour_tiff_of_sixteen_bits(order, highest, extra, layout):
     """As grey: 12 bits in 16 are as bright as 8 in 8; sixteen bits by their upper eight, as the originals show them."""
     values = colors(highest)
     stored = values if extra is None else np.concatenate([values, np.full_like(values[..., :1], 65535)], -1)
-    shown = np.asarray(load_image(tiff(stored, 2, order, extra=extra, **layout)))
+    try:
+        shown = np.asarray(load_image(tiff(stored, 2, order, extra=extra, **layout)))
+    except UserError:
+        assert extra == 0 and int(PIL.__version__.partition(".")[0]) < 12, "older ones do not know every kind of padding"
+        return
     np.testing.assert_array_equal(shown, eight(values, 16))
 
 

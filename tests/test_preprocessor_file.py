@@ -276,6 +276,22 @@ def test_a_processor_that_counts_other_tokens_than_the_model_is_refused(processo
     assert "processor_config.json" in str(error.value)
 
 
+def test_a_processor_with_another_image_token_is_said(tmp_path, capsys):
+    directory = checkpoint(tmp_path, PLAIN, {"image_token": "<img>"})
+    (directory / "tokenizer.json").write_text(json.dumps(tokenizer("<image>")))
+    Processor.load(directory)
+    assert "processor_config.json has image_token '<img>'; <image> of the tokenizer" in capsys.readouterr().err
+    Processor.load(checkpoint(tmp_path / "same", PLAIN, {"image_token": "<image>"}))
+    assert "image_token" not in capsys.readouterr().err
+
+
+def tokenizer(token):
+    added = [dict(id=i, content=text, special=True, single_word=False, lstrip=False, rstrip=False, normalized=False)
+             for i, text in enumerate(("<s>", "</s>", token))]
+    vocabulary = {"<s>": 0, "</s>": 1, token: 2, "a": 3}
+    return dict(version="1.0", added_tokens=added, model=dict(type="BPE", vocab=vocabulary, merges=[]))
+
+
 # ---- the originals' layouts
 
 
@@ -371,6 +387,7 @@ def test_settings_come_back_from_imports_and_exports(settings, place, tmp_path):
             np.testing.assert_array_equal(theirs(tmp_path / f"{layout} again", picture(*size)), pixels)
     for size, pixels in wanted.items():
         np.testing.assert_array_equal(theirs(tmp_path / "transformers", picture(*size)), pixels)
+    assert "Nor does it read `preprocessor_config.json` here" in (tmp_path / "llava" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("settings", SETTINGS[:3], ids=range(3))

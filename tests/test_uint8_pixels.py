@@ -11,7 +11,7 @@ import tiny
 import llavamed_jax as lm
 from llavamed_jax.checkpoints.load import load_params, random_checkpoint
 from llavamed_jax.checkpoints.reader import read_config
-from llavamed_jax.config import IMAGE_TOKEN, LlavaConfig
+from llavamed_jax.config import IMAGE_TOKEN, ImageSettings, LlavaConfig
 from llavamed_jax.data import images
 from llavamed_jax.data.processor import Processor
 from llavamed_jax.generation.requests import Request
@@ -65,6 +65,22 @@ def test_logits_of_uint8_pixels_equal_those_of_float32(model, pictures, measured
     expected = model.logits(ids, floats)
     measured(np.where(ids[..., None] == -1, 0, model.logits(ids, pictures) - expected), np.zeros_like(expected), 1e-5)
     assert np.abs(assistant(CONFIG).logits(ids, pictures) - expected).max() > 1e-3, "another mean must show"
+
+
+@pytest.mark.parametrize("settings", [
+    ImageSettings(is_normalized=False), ImageSettings(scale=1 / 127.5), ImageSettings(scale=1.0),
+    ImageSettings(scale=1.0, is_normalized=False)])
+def test_every_scale_is_the_models_too(settings, pictures, measured):
+    """Whole rows, the engine and beams normalise uint8 as the host does."""
+    config = CONFIG.replace(vision=dataclasses.replace(CONFIG.vision, images=settings, image_mean=(0.1, 0.6, 0.9)))
+    asked, floats = assistant(config), images.normalize(pictures, *config.vision.normalization)
+    rows = [prompt([], [5, 6], [7])]
+    expected = asked.logits(rows, floats[:2])
+    measured(asked.logits(rows, pictures[:2]), expected, 1e-5 * max(1, np.abs(expected).max()))
+    assert np.abs(assistant(CONFIG).logits(rows, pictures[:2]) - expected).max() > 1e-3
+    for beams in (1, 2):
+        wanted = asked.generate_tokens(rows, [list(floats[:2])], max_new_tokens=6, num_beams=beams)
+        assert asked.generate_tokens(rows, [list(pictures[:2])], max_new_tokens=6, num_beams=beams) == wanted
 
 
 def test_tokens_of_uint8_pixels_equal_those_of_float32(model, pictures):

@@ -8,7 +8,7 @@ from pathlib import Path
 from llavamed_jax.checkpoints.chat_template import chat_template, template_name
 from llavamed_jax.checkpoints.files import read_json
 from llavamed_jax.checkpoints.reader import Checkpoint
-from llavamed_jax.config import LlavaConfig
+from llavamed_jax.config import CLIP_MEAN, CLIP_STD, ImageSettings, LlavaConfig
 
 _MAX_RUNS = 20  # of a chain of recipes, each begun from the one before
 
@@ -95,6 +95,8 @@ The tensors have the names of LLaVA's own code ({model_type}). That code takes t
 _TOWER_INSIDE = "here the directory `{name}`: give its path there."
 _TOWER_IGNORED = ("and not the tower's tensors in this checkpoint. Where they differ from the named tower's, so do its answers; "
                   "llavamed-jax reads the tensors here.")
+_SETTINGS_IGNORED = (" Nor does it read `preprocessor_config.json` here, whose settings are not CLIP's own: it takes those of the "
+                     "tower that it fetches.")
 
 
 def model_card(checkpoint: Checkpoint, layout: str) -> str:
@@ -123,7 +125,9 @@ def _use(cfg: LlavaConfig, layout: str) -> str:
     if layout == "llava":
         inside = _TOWER_INSIDE.format(name=Path(cfg.to_hf(layout)["mm_vision_tower"]).name)
         kind = cfg.source if cfg.source != "transformers" else f"llava_{cfg.decoder.architecture}"
-        return _IN_LLAVA.format(model_type=f"`model_type` `{kind}`", tower=inside if cfg.source == "llava" else _TOWER_IGNORED)
+        is_plain = cfg.vision.images == ImageSettings() and (cfg.vision.image_mean, cfg.vision.image_std) == (CLIP_MEAN, CLIP_STD)
+        ignored = _TOWER_IGNORED + ("" if is_plain else _SETTINGS_IGNORED)
+        return _IN_LLAVA.format(model_type=f"`model_type` `{kind}`", tower=inside if cfg.source == "llava" else ignored)
     notes = [_PAD] if cfg.image_aspect_ratio == "pad" else []
     if cfg.image_token_id is None:
         notes.append(_ADDED_ROWS.format(first=cfg.decoder.vocab_size, last=cfg.transformers_vocab_size - 1))

@@ -262,6 +262,13 @@ def _check_count(raw: Mapping[str, Any], file: Path, config: LlavaConfig) -> Non
                         f"with which an image is {config.tokens_per_image} tokens")
 
 
+def warn_of_image_token(directory: Path, taken: str) -> None:
+    """Says where `processor_config.json` has another token for images than the one that is taken."""
+    stated = read_json(directory / PROCESSOR).get("image_token") if (directory / PROCESSOR).is_file() else None
+    if stated not in (None, taken):
+        warn_once(f"{directory / PROCESSOR} has image_token {short(stated)}; {taken} of the tokenizer and config.json is taken")
+
+
 # ---- to a file
 
 

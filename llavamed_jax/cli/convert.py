@@ -212,7 +212,8 @@ def _inspect(args: argparse.Namespace) -> None:
     rows = [
         ("layout", f"{checkpoint.layout}{step}"),
         ("vision tower", f"{v.num_layers} layers, width {v.hidden_size}, {v.num_heads} heads, {v.image_size} px, patch {v.patch_size}"),
-        ("", f"feature layer {cfg.feature_layer}, {cfg.feature_select}: {cfg.tokens_per_image} tokens an image; {cfg.image_aspect_ratio}"),
+        ("", f"feature layer {cfg.feature_layer}, {cfg.feature_select}: {cfg.tokens_per_image} tokens an image"),
+        ("images", f"{cfg.image_aspect_ratio}, {v.images.words(v.image_size)}"),
         ("projector", f"{cfg.projector_type}, {v.hidden_size} -> {d.hidden_size}"),
         ("decoder", f"{d.architecture}, {d.num_layers} layers, width {d.hidden_size}, {d.num_heads} heads, {d.num_kv_heads} of keys"),
         ("", f"vocabulary {d.vocab_size}, feed-forward {d.intermediate_size}, theta {d.rope_theta:g}, eps {d.rms_norm_eps:g}{window}"),

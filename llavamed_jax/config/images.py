@@ -51,6 +51,13 @@ class ImageSettings:
         """From what stands in a config.json of ours."""
         return value if isinstance(value, cls) else cls(**value)
 
+    def words(self, size: int) -> str:
+        """The steps before normalisation, for a tower of `size` x `size` pixels."""
+        edges = (size,) if self.resize is None else self.resize
+        kinds = {0: "not resized", 1: "shortest edge to {}", 2: "to height {} and width {}"}
+        resized = kinds[len(edges)].format(*edges) + f" ({self.resample})" * bool(edges)
+        return f"{resized}{', centre cut out' * self.is_cropped}{', not normalised' * (not self.is_normalized)}"
+
     def fills(self, size: int, is_padded: bool) -> bool:
         """Whether every image becomes `size` x `size` pixels, as the tower takes them."""
         if self.is_cropped or self.resize == (size, size):

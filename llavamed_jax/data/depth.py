@@ -189,7 +189,10 @@ def _jpeg_2000(content: bytes, size: tuple[int, int], name: str) -> np.ndarray |
 
 
 def _raw_modes(image: Image.Image) -> list[str | None]:
-    """Of each tile that is not loaded yet. libtiff's planes, which are unpacked one by one, have none that can be changed."""
+    """Of each tile that is not loaded yet, where it can be changed: not of libtiff's planes, which are unpacked one by one, nor of
+    an animation's later frames, which are laid over others, nor of formats whose decoders have their own."""
+    if image.format not in ("TIFF", "PNG", "PPM") or image.format == "PNG" and image.tell():
+        return []
     is_split = image.format == "TIFF" and image.tag_v2.get(_PLANAR) == 2
     return [None if is_split and tile.codec_name == "libtiff" else _raw_mode(tile)
             for tile in getattr(image, "tile", ())]

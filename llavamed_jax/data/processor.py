@@ -23,6 +23,7 @@ from PIL import Image
 
 from llavamed_jax.checkpoints import hub, reader
 from llavamed_jax.checkpoints.files import read_json
+from llavamed_jax.checkpoints.preprocessor_file import warn_of_image_token
 from llavamed_jax.config import IGNORE, IMAGE_TOKEN, OURS, LlavaConfig
 from llavamed_jax.data import images as pixels
 from llavamed_jax.data.chat import Chat, read_messages
@@ -116,6 +117,8 @@ class Processor:
         # The originals' directories may hold the language model's own chat template, which knows no images.
         found = find_chat_template(directory) if directory is not None and of_transformers else None
         image = _image_token(config, tok)
+        if image is not None and directory is not None:
+            warn_of_image_token(directory, image)
         chat_template = ChatTemplate(found[0], str(found[1]), tok.special_tokens, image or IMAGE_MARKER) if found and tok else None
         return cls(config, tok, template, image_size, image_mode, chat_template=chat_template)
 
