@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from dataclasses import dataclass, field
 from urllib.parse import parse_qsl, unquote, urlsplit
@@ -32,8 +33,10 @@ class Address:
 
     @property
     def identity(self) -> str:
-        """The part of the query on which answers may depend: all parameters but those named like a key, which may change."""
-        return "&".join(item for item in self.query.split("&") if not _KEY_NAME.search(item.partition("=")[0]))
+        """SHA-256 of the part of the query on which answers may depend: all parameters but those named like a key, which may
+        change; empty where there are none."""
+        items = "&".join(item for item in self.query.split("&") if not _KEY_NAME.search(item.partition("=")[0]))
+        return hashlib.sha256(items.encode()).hexdigest() if items else ""
 
     @property
     def is_azure(self) -> bool:
