@@ -19,3 +19,8 @@ def __getattr__(name: str):
     if name in _HOMES:
         return getattr(importlib.import_module(f"llavamed_jax.{_HOMES[name]}"), name)
     raise AttributeError(f"module 'llavamed_jax' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """What is meant to be used, imported yet or not, in place of the modules that happen to be."""
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})

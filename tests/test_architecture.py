@@ -178,3 +178,11 @@ def test_import_is_cheap():
     """`import llavamed_jax` starts no accelerator, so that flags and environment can still be set after it."""
     code = "import llavamed_jax, sys; b = sys.modules.get('jax._src.xla_bridge'); sys.exit(bool(b and b._backends))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_dir_shows_what_is_meant_to_be_used():
+    """Before anything of it is imported, and without importing it: tab completion must be quick."""
+    code = ("import sys, llavamed_jax as lm; names = [n for n in dir(lm) if not n.startswith('__')]; heavy = 'jax' in sys.modules; "
+            "lm.Processor; print(names, heavy, names == [n for n in dir(lm) if not n.startswith('__')], '__version__' in dir(lm))")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, encoding="utf-8")
+    assert done.stdout == "['Completion', 'IMAGE_TOKEN', 'LlavaMed', 'Processor', 'load'] False True True\n", done.stderr
