@@ -86,6 +86,7 @@ def main() -> int:
     print(f"with images exchanged   {organ['exchanged']:.0f} % (mean over all {len(organ['shifts'])} cyclic shifts)")
     print(f"majority                {organ['majority']:.0f} %")
     print(f"\nTook {(time.monotonic() - start) / 60:.1f} minutes. For research only, never for clinical decisions.")
+    print("TensorBoard itself: pip install tensorboard, then tensorboard --logdir and the folder below.")
     print(f"report       {evaluation / 'report.html'}")
     print(f"TensorBoard  {checkpoint / 'tensorboard'}")
     print(f"checkpoint   {checkpoint}")
