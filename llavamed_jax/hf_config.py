@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from llavamed_jax.config import KNOWN_TOWERS, OURS, DecoderConfig, LlavaConfig, VisionConfig, as_object, projector_depth
+from llavamed_jax.config import KNOWN_TOWERS, OURS, DecoderConfig, LlavaConfig, VisionConfig, as_object, projector_depth, token_ids
 from llavamed_jax.errors import UserError, short
 
 # Keys of a source's config.json that LlavaConfig models; all others travel in `extra`.
@@ -181,27 +181,29 @@ def from_transformers(config: Mapping[str, Any]) -> LlavaConfig:
         source=ours.get("source", "transformers"),
         image_token_id=config.get("image_token_index", config.get("image_token_id", 32000)),
         extra=json.dumps(ours["extra"], sort_keys=True) if "extra" in ours else _extra(config, _TRANSFORMERS_KEYS))
-    # Rows that our export added go again; a table that was resized since is taken as it is.
-    bare = cfg.replace(image_token_id=None, decoder=dataclasses.replace(
-        cfg.decoder, vocab_size=ours.get("vocab_size", cfg.decoder.vocab_size)))
-    is_ours = bare.decoder.vocab_size == cfg.image_token_id and bare.transformers_vocab_size == cfg.decoder.vocab_size
+    # Rows that our export added for its <image> and <pad> go again; a table that was resized since is taken as it is.
+    rows = ours.get("vocab_size", cfg.decoder.vocab_size)
+    bare = cfg.replace(image_token_id=None, decoder=dataclasses.replace(cfg.decoder, vocab_size=rows))
+    ids = token_ids(ours.get("added_ids", [rows, rows + 1]), f"{OURS}.added_ids")
+    is_ours = bool(ids) and ids[0] == cfg.image_token_id and bare.rows_in_transformers(ids) == cfg.decoder.vocab_size
     return bare if is_ours else cfg
 
 
-def to_transformers(cfg: LlavaConfig) -> dict:
-    """The `config.json` of a LlavaForConditionalGeneration. Raises UserError for a projector that it cannot hold."""
+def to_transformers(cfg: LlavaConfig, ids: tuple[int, int] | None = None) -> dict:
+    """The `config.json` of a LlavaForConditionalGeneration (`LlavaConfig.to_hf`). Raises UserError for a projector that it cannot hold."""
     if cfg.projector_type != "mlp2x_gelu":
         raise UserError(f"transformers' llava layout holds two-layer projectors only; this model's is {cfg.projector_type!r}: "
                         "--layout llava holds it")
-    vocabulary = cfg.decoder.vocab_size
-    image_token = cfg.image_token_id if cfg.image_token_id is not None else vocabulary
+    vocabulary, has_image = cfg.decoder.vocab_size, cfg.image_token_id is not None
+    ids = ids or (vocabulary, vocabulary + 1)
+    image_token, pad_token = (cfg.image_token_id, cfg.decoder.pad_token_id) if has_image else ids
     is_theirs = cfg.source == "transformers"
     return {
         "architectures": ["LlavaForConditionalGeneration"],
-        "pad_token_id": cfg.decoder.pad_token_id if cfg.image_token_id is not None else vocabulary + 1,
+        "pad_token_id": pad_token,
         **(json.loads(cfg.extra) if is_theirs else {}),
         "model_type": "llava",
-        "text_config": {**cfg.decoder.to_hf(), "vocab_size": cfg.transformers_vocab_size,
+        "text_config": {**cfg.decoder.to_hf(), "vocab_size": cfg.rows_in_transformers(ids),
                         "architectures": [_DECODERS[cfg.decoder.architecture]]},  # by which vLLM finds the decoder's code
         "vision_config": cfg.vision.to_hf(), "projector_hidden_act": cfg.projector_act, "multimodal_projector_bias": cfg.projector_bias,
         "vision_feature_layer": cfg.feature_layer,
@@ -209,5 +211,6 @@ def to_transformers(cfg: LlavaConfig) -> dict:
         "image_token_index": image_token, "image_token_id": image_token, "image_seq_length": cfg.tokens_per_image,
         "tie_word_embeddings": cfg.decoder.tie_word_embeddings,
         OURS: dict(image_aspect_ratio=cfg.image_aspect_ratio, max_length=cfg.max_length, use_start_end=cfg.use_start_end,
-                    template=cfg.template, source=cfg.source, vocab_size=vocabulary, extra=json.loads(cfg.extra)),
+                    template=cfg.template, source=cfg.source, vocab_size=vocabulary, added_ids=None if has_image else list(ids),
+                    extra=json.loads(cfg.extra)),
     }

@@ -87,8 +87,10 @@ _PAD = """\
   Software that reads `preprocessor_config.json` and does not know that class must be given square images."""
 _NO_CHAT_TEMPLATE = "- The template {name} has no form in Jinja here: write the prompt as text."
 _ADDED_ROWS = """\
-- Rows {first} to {last} of both tables over the vocabulary are additions of this layout (`<image>`, `<pad>`, filling): means of
-  the other rows. An import by llavamed-jax takes them away again."""
+- `<image>` is token {image}, `<pad>` {pad}. Rows {first} to {last} of both tables over the vocabulary are additions of this layout:
+  means of the other rows. An import by llavamed-jax takes them away again."""
+_UNUSED_ROWS = """\
+- `<image>` is token {image}, `<pad>` {pad}: of the {rows} rows of the tables over the vocabulary, these had no token before."""
 _IN_LLAVA = """\
 The tensors have the names of LLaVA's own code ({model_type}). That code takes the vision tower that `mm_vision_tower` in
 `config.json` names, {tower}"""
@@ -99,12 +101,13 @@ _SETTINGS_IGNORED = (" Nor does it read `preprocessor_config.json` here, whose s
                      "tower that it fetches.")
 
 
-def model_card(checkpoint: Checkpoint, layout: str) -> str:
-    """The README.md of an export, in Markdown with the front matter of model hubs."""
+def model_card(checkpoint: Checkpoint, layout: str, ids: tuple[int, int] | None = None) -> str:
+    """The README.md of an export, in Markdown with the front matter of model hubs. `ids`: of `<image>` and `<pad>`, which an
+    export in transformers' layout adds."""
     cfg = checkpoint.config
     return _CARD.format(
         library="library_name: transformers\n" if layout == "transformers" else "", facts=_table(_facts(checkpoint)),
-        use=_use(cfg, layout), training=_training(checkpoint), decoder_licence=_DECODER_LICENCES[cfg.decoder.architecture])
+        use=_use(cfg, layout, ids), training=_training(checkpoint), decoder_licence=_DECODER_LICENCES[cfg.decoder.architecture])
 
 
 def _facts(checkpoint: Checkpoint) -> dict[str, object]:
@@ -121,7 +124,7 @@ def _facts(checkpoint: Checkpoint) -> dict[str, object]:
     }
 
 
-def _use(cfg: LlavaConfig, layout: str) -> str:
+def _use(cfg: LlavaConfig, layout: str, ids: tuple[int, int] | None) -> str:
     if layout == "llava":
         inside = _TOWER_INSIDE.format(name=Path(cfg.to_hf(layout)["mm_vision_tower"]).name)
         kind = cfg.source if cfg.source != "transformers" else f"llava_{cfg.decoder.architecture}"
@@ -129,8 +132,11 @@ def _use(cfg: LlavaConfig, layout: str) -> str:
         ignored = _TOWER_IGNORED + ("" if is_plain else _SETTINGS_IGNORED)
         return _IN_LLAVA.format(model_type=f"`model_type` `{kind}`", tower=inside if cfg.source == "llava" else ignored)
     notes = [_PAD] if cfg.image_aspect_ratio == "pad" else []
-    if cfg.image_token_id is None:
-        notes.append(_ADDED_ROWS.format(first=cfg.decoder.vocab_size, last=cfg.transformers_vocab_size - 1))
+    rows, now = cfg.decoder.vocab_size, cfg.rows_in_transformers(ids) if ids else 0
+    if now > rows:
+        notes.append(_ADDED_ROWS.format(first=rows, last=now - 1, image=ids[0], pad=ids[1]))
+    elif ids:
+        notes.append(_UNUSED_ROWS.format(rows=rows, image=ids[0], pad=ids[1]))
     if chat_template(cfg) is None:
         notes.append(_NO_CHAT_TEMPLATE.format(name=f"`{template_name(cfg)}`"))
     return _IN_TRANSFORMERS.format(notes="\n".join(notes))

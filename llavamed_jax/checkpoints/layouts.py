@@ -48,7 +48,7 @@ def canonical(where: Path, found: Mapping[str, Tensor], config: LlavaConfig, lay
     Args:
       layout: whose names they have (`names.torch_names`).
       without: parts (`vision_tower/`) that are not looked for.
-      rows: of the vocabulary there, where it has more than ours (config.transformers_vocab_size); the rest is left out.
+      rows: of the vocabulary there, where it has more than ours (config.rows_in_transformers); the rest is left out.
     Raises:
       UserError: as of `match`; a head of its own where the config says that it is the embedding.
     """

@@ -13,16 +13,16 @@ from llavamed_jax.config import LlavaConfig
 
 
 def write_processor(cfg: LlavaConfig, files: Mapping[str, Path], out: Path) -> None:
-    """Writes a `LlavaProcessor` whose ids and pixels are this project's, where `<image>` and `<pad>` are the first two rows
-    that the export adds. Of text, nothing is written where `files` hold no tokenizer.
+    """Writes a `LlavaProcessor` whose ids and pixels are this project's, where `<image>` and `<pad>` have the ids of
+    `tokenizer_files.ids_in_transformers`. Of text, nothing is written where `files` hold no tokenizer.
 
     Args:
       files: the checkpoint's own tokenizer and preprocessor files.
     Raises:
-      UserError: a file cannot be read, or the tokenizer has not one piece a row of the embedding table.
+      UserError: a file cannot be read.
     """
     if "tokenizer.model" in files or "tokenizer.json" in files:
-        write_tokenizer(cfg.decoder.vocab_size, files, out)
+        write_tokenizer(files, out)
     write_json(out / preprocessor_file.FILE, preprocessor_file.written(cfg, is_transformers=True))
     write_json(out / preprocessor_file.PROCESSOR, dict(
         processor_class="LlavaProcessor", image_token=IMAGE, num_additional_image_tokens=1, patch_size=cfg.vision.patch_size,

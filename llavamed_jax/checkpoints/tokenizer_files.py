@@ -7,6 +7,7 @@ encodes each chunk between images on its own (spec 3.6). So `tokenizer.json` is 
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shutil
@@ -22,34 +23,70 @@ IMAGE, PAD = "<image>", "<pad>"
 _CORE = ("bos_token", "eos_token", "unk_token")
 
 
+# How far a table may be from one row a piece: it may be padded, for example to a multiple of 128 on each of 8 devices, and some
+# published tokenizers have tokens that nobody gave a row. Further off, the tokenizer is another model's.
+_SPARE, _LACKING = 1024, 16
+
+
 class _Source(NamedTuple):
     json: dict  # as tokenizer.json
     added: list[Token]
     names: dict[str, str]  # of bos_token, eos_token and unk_token, where there are such
 
+    @property
+    def pieces(self) -> int:
+        return 1 + max([*self.json["model"]["vocab"].values(), *(token.id for token in self.added)])
 
-def write_tokenizer(rows: int, files: Mapping[str, Path], out: Path) -> None:
-    """Writes `tokenizer.json`, `tokenizer_config.json` and, where it exists, `tokenizer.model`; `<image>` and `<pad>` are `rows`
-    and `rows` + 1.
+    @property
+    def ids(self) -> tuple[int, int]:
+        """Of `<image>` and `<pad>`: their own, or the next ones, which alone the `tokenizers` library gives to new tokens."""
+        own = {token.text: token.id for token in self.added}
+        free = itertools.count(self.pieces)
+        return tuple(own[text] if text in own else next(free) for text in (IMAGE, PAD))
 
-    Of a checkpoint that has `tokenizer.json` alone, that file is kept, and text after every special token gets the prefix
-    of a beginning: the same ids but after `</s>` where the checkpoint says `"legacy": false`.
+
+def ids_in_transformers(rows: int, files: Mapping[str, Path]) -> tuple[int, int]:
+    """The ids of `<image>` and `<pad>` in transformers' layout.
+
+    Args:
+      rows: of the embedding table.
+      files: of the tokenizer; without one, the ids are those behind the table.
     Raises:
-      UserError: the tokenizer cannot be read, or has not one piece a row.
+      UserError: the tokenizer cannot be read, or is of another model than the table.
     """
+    if not {"tokenizer.model", "tokenizer.json"} & files.keys():
+        return rows, rows + 1
+    source = _source(files)
+    if not -_LACKING <= rows - source.pieces <= _SPARE:
+        raise UserError(f"the tokenizer has {source.pieces} pieces; {rows} were expected, one a row of the embedding table, or at most "
+                        f"{_SPARE} fewer or {_LACKING} more")
+    return source.ids
+
+
+def _source(files: Mapping[str, Path]) -> _Source:
     file, said = files.get("tokenizer.model") or files["tokenizer.json"], read_special_tokens(files)
     try:
         source = (_from_json if file.suffix == ".json" else _from_sentencepiece)(file, said)
-        pieces = max([*source.json["model"]["vocab"].values(), *(token.id for token in source.added)]) + 1
+        source.ids  # noqa: B018  of a damaged vocabulary
     except UserError:
         raise
     except Exception as error:  # RuntimeError of SentencePiece; of damaged files anything
         raise UserError(f"the tokenizer {file} cannot be read ({type(error).__name__})") from None
-    if pieces != rows:  # <image> would not be the row that the config says it is
-        raise UserError(f"the tokenizer has {pieces} pieces; {rows} were expected, one a row of the embedding table")
+    return source
 
-    is_normalized = any(token.is_normalized for token in source.added)
-    more = [Token(text, rows + i, is_special=True, is_normalized=is_normalized) for i, text in enumerate((IMAGE, PAD))]
+
+def write_tokenizer(files: Mapping[str, Path], out: Path) -> None:
+    """Writes `tokenizer.json`, `tokenizer_config.json` and, where it exists, `tokenizer.model`; `<image>` and `<pad>` have the ids of
+    `ids_in_transformers`.
+
+    Of a checkpoint that has `tokenizer.json` alone, that file is kept, and text after every special token gets the prefix
+    of a beginning: the same ids but after `</s>` where the checkpoint says `"legacy": false`.
+    Raises:
+      UserError: the tokenizer cannot be read.
+    """
+    source, said = _source(files), read_special_tokens(files)
+    is_normalized, ids = any(token.is_normalized for token in source.added), dict(zip((IMAGE, PAD), source.ids, strict=True))
+    more = [Token(text, i, is_special=True, is_normalized=is_normalized) for text, i in ids.items() if i >= source.pieces]
     entries = {token.id: dict(content=token.text, special=token.is_special, normalized=token.is_normalized, lstrip=token.strips_left,
                               rstrip=token.strips_right, single_word=token.is_single_word) for token in (*source.added, *more)}
     tokenizer = {**source.json, "added_tokens": [{"id": i, **entry} for i, entry in entries.items()]}

@@ -17,6 +17,7 @@ from llavamed_jax.checkpoints.generation_file import FILE as GENERATION
 from llavamed_jax.checkpoints.generation_file import copy_files, settings_for
 from llavamed_jax.checkpoints.processor_files import write_processor
 from llavamed_jax.checkpoints.reader import Checkpoint
+from llavamed_jax.checkpoints.tokenizer_files import ids_in_transformers
 from llavamed_jax.checkpoints.torch_files import DTYPES, Tensor
 from llavamed_jax.config import OURS
 
@@ -39,12 +40,15 @@ def export(checkpoint: Checkpoint, out: str | Path, layout: str = "transformers"
         weights are no model's (`Checkpoint.sound`).
     """
     cfg = checkpoint.config
-    config = cfg.to_hf(layout)
+    config, ids = cfg.to_hf(layout), None
     spelled = {name: spellings[0] for name, spellings in names.torch_names(cfg, layout).items()}
-    if layout == "transformers":
-        checkpoint = checkpoint.replace(tensors={**checkpoint.tensors, **_padded_vocabulary(checkpoint)})
+    if layout == "transformers" and cfg.image_token_id is None:
+        ids = ids_in_transformers(cfg.decoder.vocab_size, checkpoint.files)
+        config = cfg.to_hf(layout, ids)
+        padded = _padded_vocabulary(checkpoint, cfg.rows_in_transformers(ids))
+        checkpoint = checkpoint.replace(tensors={**checkpoint.tensors, **padded})
     with new_directory(out, total_bytes(checkpoint.tensors), checkpoint.sources) as temporary:
-        _write_text_files(checkpoint, temporary, layout)  # first: what is wrong with a tokenizer shows before the long work
+        _write_text_files(checkpoint, temporary, layout, ids)  # first: what is wrong with a tokenizer shows before the long work
         checkpoint = checkpoint.sound()
         if layout == "llava" and cfg.source == "llava":
             tower = {name: spellings[0] for name, spellings in names.torch_names(cfg, "clip").items()}
@@ -76,9 +80,9 @@ def _in_torch(checkpoint: Checkpoint, spelled: Mapping[str, str]) -> dict[str, T
     return {key: convert(name, checkpoint.tensors[name]) for name, key in spelled.items()}
 
 
-def _padded_vocabulary(checkpoint: Checkpoint) -> dict[str, Tensor]:
+def _padded_vocabulary(checkpoint: Checkpoint, rows: int) -> dict[str, Tensor]:
     """The tables over the vocabulary with the rows that transformers' layout has beyond ours, each the mean of the others."""
-    added = checkpoint.config.transformers_vocab_size - checkpoint.config.decoder.vocab_size
+    added = rows - checkpoint.config.decoder.vocab_size
 
     def convert(tensor, axis):
         def load():
@@ -93,16 +97,15 @@ def _padded_vocabulary(checkpoint: Checkpoint) -> dict[str, Tensor]:
             for name in VOCABULARY if name in checkpoint.tensors and added}
 
 
-def _write_text_files(checkpoint: Checkpoint, out: Path, layout: str) -> None:
-    """The model card, and tokenizer and preprocessor files as they came; where rows are added to the vocabulary, those that
+def _write_text_files(checkpoint: Checkpoint, out: Path, layout: str, ids: tuple[int, int] | None) -> None:
+    """The model card, and tokenizer and preprocessor files as they came; where `<image>` and `<pad>` get `ids`, those that
     transformers' `AutoProcessor` reads."""
     cfg, files = checkpoint.config, checkpoint.files
-    (out / "README.md").write_text(model_card(checkpoint, layout), encoding="utf-8")
+    (out / "README.md").write_text(model_card(checkpoint, layout, ids), encoding="utf-8")
     kept = out
     if layout == "transformers":
-        has_added_rows = cfg.image_token_id is None
-        write_json(out / GENERATION, settings_for(cfg, files.get(GENERATION), cfg.decoder.vocab_size + 1 if has_added_rows else None))
-        if has_added_rows:
+        write_json(out / GENERATION, settings_for(cfg, files.get(GENERATION), ids[1] if ids else None))
+        if ids:
             write_processor(cfg, files, out)
             kept = out / OURS  # from where an import takes them, so that nothing of this layout stays
             kept.mkdir()

@@ -283,10 +283,20 @@ class LlavaConfig:
 
     @property
     def transformers_vocab_size(self) -> int:
-        """Rows of the embedding table in transformers' layout: <image> and <pad> are added unless the table has an
-        <image> of its own, and the whole is filled up to a multiple of 64, as the published conversions are (spec 2.5)."""
-        rows = self.decoder.vocab_size
-        return rows if self.image_token_id is not None else -(-(rows + 2) // 64) * 64
+        """Rows of the embedding table in transformers' layout, where the first two behind it are <image> and <pad>."""
+        return self.rows_in_transformers((self.decoder.vocab_size, self.decoder.vocab_size + 1))
+
+    def rows_in_transformers(self, ids: tuple[int, int]) -> int:
+        """Rows of the embedding table in transformers' layout.
+
+        A table that has an <image> of its own, or unused rows for <image> and <pad>, stays as it is. Else it is filled up to a
+        multiple of 64, as the published conversions are (spec 2.5).
+
+        Args:
+          ids: of <image> and <pad>.
+        """
+        rows, needed = self.decoder.vocab_size, 1 + max(ids)
+        return rows if self.image_token_id is not None or needed <= rows else -(-needed // 64) * 64
 
     def vision_flops_per_image(self) -> float:
         """FLOPs of one image's forward pass through the blocks that are used, attention over the full square."""
@@ -334,12 +344,16 @@ class LlavaConfig:
             return hf_config.from_original(config, vision)
         raise UserError(f"config.json has model_type {config.get('model_type')!r}; llava_mistral, llava_llama or llava was expected")
 
-    def to_hf(self, layout: str) -> dict:
-        """The `config.json` of an export; `layout` is `transformers` or `llava` (the original's own)."""
+    def to_hf(self, layout: str, ids: tuple[int, int] | None = None) -> dict:
+        """The `config.json` of an export; `layout` is `transformers` or `llava` (the original's own).
+
+        Args:
+          ids: of `<image>` and `<pad>` in transformers' layout, for a model that has none; None: the first two behind its table.
+        """
         from llavamed_jax import hf_config
 
         if layout == "transformers":
-            return hf_config.to_transformers(self)
+            return hf_config.to_transformers(self, ids)
         if layout == "llava":
             return hf_config.to_original(self)
         raise UserError(f"the layout {layout!r} does not exist; transformers or llava was expected")
