@@ -6,9 +6,17 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+LONGEST = 2000  # characters of a sentence
+
 
 class UserError(ValueError):
-    """Something outside the program is wrong (a file, a checkpoint, data). Command lines print it and exit 1."""
+    """Something outside the program is wrong (a file, a checkpoint, data). Command lines print it and exit 1.
+
+    A sentence that quotes a long value is cut in its middle: what is wrong stands before the value, what was expected behind it.
+    """
+
+    def __init__(self, sentence: object = ""):
+        super().__init__(without_middle(str(sentence)))
 
 
 class UsageError(UserError):
@@ -51,6 +59,14 @@ def short(value: object, most: int = 80) -> str:
 def cut(text: str, most: int = 80) -> str:
     """A text for a sentence, cut where it is long."""
     return text if len(text) <= most else text[:most] + "…"
+
+
+def without_middle(text: str, most: int = LONGEST) -> str:
+    """A text of at most about `most` characters: of a longer one the beginning, the end, and how much is left out between them."""
+    if len(text) <= most:
+        return text
+    head, tail = text[:most * 3 // 5], text[-(most * 2 // 5):]
+    return f"{head}… ({len(text) - len(head) - len(tail):,} characters left out) …{tail}"
 
 
 def some(items: Sequence[str], most: int = 8, separator: str = ", ") -> str:

@@ -22,7 +22,7 @@ from llavamed_jax.data.records import load_arrays, save_whole
 from llavamed_jax.errors import UsageError, UserError
 
 BLOCK = 512  # records that are measured together
-FORMAT = 2  # of what is kept; to be raised when samples become longer or shorter
+FORMAT = 3  # of what is kept; to be raised when samples become longer or shorter
 _ARRAYS = ("tokens", "images", "lost")
 LARGE = 5000  # records from which on it is worth to start processes, and to keep what was found
 
@@ -40,6 +40,7 @@ class Lengths:
       unsupervised: samples of which nothing is learnt (see `conversation.supervise`).
       lost: int16 [N], how many of the surplus images each sample has; None where there are none.
       first_lost: which sample loses an image first, and why.
+      highest: the highest token id of all, and the id of the record that has it.
     """
 
     tokens: np.ndarray
@@ -50,6 +51,7 @@ class Lengths:
     unsupervised: int
     lost: np.ndarray | None = None
     first_lost: str = ""
+    highest: tuple[int, object] = (0, None)
 
     @property
     def is_lossy(self) -> np.ndarray:
@@ -74,32 +76,41 @@ class Lengths:
         return int(self.images.max(initial=0))
 
 
-def measure(data: TrainingData, processor: Processor, max_length: int, num_workers: int = 0, cache: Path | None = None) -> Lengths:
+def measure(data: TrainingData, processor: Processor, max_length: int, num_workers: int = 0, cache: Path | None = None,
+            rows: int | None = None) -> Lengths:
     """The lengths of all records.
 
     Args:
       max_length: tokens a sample; longer ones are cut, never inside an image.
       num_workers: processes that measure, where the data is large.
       cache: a folder that keeps what was found in large data.
+      rows: of the model's table over the vocabulary; None where no model will read the tokens.
     Raises:
-      UsageError: a maximal length that holds no image, of data with images.
+      UsageError: a maximal length that holds no image, of data with images. UserError: a token for which the model has no row.
     """
     is_large = data.num_records >= LARGE
     kept = cache / f"lengths-{_key(data, processor, max_length)}.npz" if is_large and cache is not None else None
     if kept is not None and (known := _load(kept)) is not None:
+        _refuse_beyond(rows, known.highest, processor)
         return known
     count = -(-data.num_records // BLOCK)
     make = _Measure(data, processor, max_length)
     blocks = workers.in_order(make, count, num_workers) if is_large and num_workers else map(make, range(count))
-    parts = list(tqdm(blocks, "measuring samples", count, unit_scale=BLOCK, disable=None if is_large else True))
-    if is_large and num_workers:
-        blocks.close()
+    parts = []
+    try:
+        for part in tqdm(blocks, "measuring samples", count, unit_scale=BLOCK, disable=None if is_large else True):
+            _refuse_beyond(rows, part["highest"], processor)
+            parts.append(part)
+    finally:
+        if is_large and num_workers:
+            blocks.close()
     lengths = Lengths(
         *(np.concatenate([part[name] for part in parts]) if parts else np.zeros(0, int) for name in ("tokens", "images")),
         [entry for part in parts for entry in part["damaged"]],
         *(int(sum(part[name] for part in parts)) for name in ("truncated", "surplus", "unsupervised")),
         np.concatenate([part["lost"] for part in parts]) if parts else None,
-        next((part["first_lost"] for part in parts if part["first_lost"]), ""))
+        next((part["first_lost"] for part in parts if part["first_lost"]), ""),
+        max((part["highest"] for part in parts), key=lambda found: found[0], default=(0, None)))
     if lengths.surplus and not lengths.max_images and processor.tokens_per_image >= max_length:
         raise UsageError(f"the config key 'max_length' is {max_length}; an image alone takes {processor.tokens_per_image} positions")
     if kept is not None:
@@ -118,7 +129,8 @@ class _Measure:
     def __call__(self, block: int) -> dict:
         numbers = range(block * BLOCK, min((block + 1) * BLOCK, self.data.num_records))
         found = dict(tokens=np.zeros(len(numbers), np.int32), images=np.zeros(len(numbers), np.int16), damaged=[],
-                     truncated=0, surplus=0, unsupervised=0, lost=np.zeros(len(numbers), np.int16), first_lost="")
+                     truncated=0, surplus=0, unsupervised=0, lost=np.zeros(len(numbers), np.int16), first_lost="",
+                     highest=(0, None))
         for i, number in enumerate(numbers):
             record = {"id": number}
             try:
@@ -134,7 +146,17 @@ class _Measure:
             if example.num_surplus and not found["first_lost"]:
                 found["first_lost"] = _why_lost(record, example, self.max_length)
             found["unsupervised"] += not example.is_supervised
+            found["highest"] = max(found["highest"], (max(example.ids, default=0), record["id"]), key=lambda pair: pair[0])
         return found
+
+
+def _refuse_beyond(rows: int | None, highest: tuple[int, object], processor: Processor) -> None:
+    """Raises UserError where a token has no row in the model's table over the vocabulary: its embedding would be NaN."""
+    token, record = highest
+    if rows is not None and token >= rows:
+        raise UserError(f"record {record!r} has the token {token}, and the model's table over the vocabulary has {rows} rows: the "
+                        f"tokenizer, of {processor.tokenizer.vocab_size} tokens, is another model's, or tokens were added to it without "
+                        "rows; the model's own tokenizer was expected, or a model with rows for all (`python -m convert build`)")
 
 
 def _why_lost(record: dict, example: transforms.Example, max_length: int) -> str:
@@ -154,11 +176,14 @@ def _key(data: TrainingData, processor: Processor, max_length: int) -> str:
 
 
 def _save(path: Path, lengths: Lengths) -> None:
-    rest = {name: getattr(lengths, name) for name in ("damaged", "truncated", "surplus", "unsupervised", "first_lost")}
+    rest = {name: getattr(lengths, name) for name in ("damaged", "truncated", "surplus", "unsupervised", "first_lost", "highest")}
     arrays = {name: getattr(lengths, name) for name in _ARRAYS}
     save_whole(path, lambda file: np.savez(file, **arrays, rest=np.array(json.dumps(rest))))
 
 
 def _load(path: Path) -> Lengths | None:
     found = load_arrays(path, *_ARRAYS, "rest")
-    return None if found is None else Lengths(**{name: found[name] for name in _ARRAYS}, **json.loads(str(found["rest"])))
+    if found is None:
+        return None
+    rest = json.loads(str(found["rest"]))
+    return Lengths(**{name: found[name] for name in _ARRAYS}, **{**rest, "highest": tuple(rest["highest"])})

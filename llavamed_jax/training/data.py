@@ -64,7 +64,8 @@ class Data:
         processor = Processor.from_checkpoint(checkpoint, tokenizer=cfg.tokenizer, template=cfg.template)
 
         def measure(data, path) -> Lengths:
-            found = lengths.measure(data, processor, cfg.max_length, cfg.data.workers, cache)
+            rows = checkpoint.config.decoder.vocab_size
+            found = lengths.measure(data, processor, cfg.max_length, cfg.data.workers, cache, rows)
             _refuse_losses(cfg, path, packing.Stream.of(data, cfg.seed), found)
             return found
 

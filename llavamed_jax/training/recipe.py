@@ -46,6 +46,7 @@ SMALLEST = 2.0**-126  # float32's smallest number of full precision: devices tak
 LARGEST_RATE = 10.0
 LARGEST = {"optimizer.learning_rate": LARGEST_RATE, "data.workers": 1024, "data.row_length": 2**17, "batch_size": 2**20,
            "epochs": 10_000, "total_steps": 10**9}
+LONGEST_NAME = 200
 SHARES = {"optimizer.b1": "0 or more and less than 1", "optimizer.b2": "0 or more and less than 1", "optimizer.warmup_ratio": "0 to 1",
           "data.skip_limit": "0 to 1"}
 
@@ -88,6 +89,9 @@ def _check_value(key: str, value) -> None:
         raise UsageError(f"the config key {key!r} is {value!r}; {SHARES[key]} was expected")
     if not is_open and key in LARGEST and value > LARGEST[key]:
         raise UsageError(f"the config key {key!r} is {value!r}; at most {LARGEST[key]} was expected")
+    if key == "name" and len(value) > LONGEST_NAME:
+        raise UsageError(f"the config key 'name' has {len(value):,} characters; it stands in every line of the log: at most {LONGEST_NAME} "
+                         "were expected")
     if value == "" and key != "name":
         raise UsageError(f"the config key {key!r} is empty; text{' or none' if None in kinds else ''} was expected")
     if not is_open and key in POSITIVE and 0 < value < SMALLEST:

@@ -14,7 +14,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from llavamed_jax.errors import UsageError, UserError
+from llavamed_jax.errors import UsageError, UserError, exists
 from llavamed_jax.keys import flatten
 from llavamed_jax.parallel import distributed
 
@@ -133,7 +133,7 @@ def begin_anew(workdir: Path, cfg: ConfigDict) -> None:
       UserError: a model lies there that no run wrote, which its steps would be laid over; UsageError: `init` is this model.
     """
     start = None if cfg.init.startswith("preset:") else Path(cfg.init)
-    if start is not None and start.is_dir():
+    if start is not None and exists(start) and start.is_dir():
         inside = start.resolve().relative_to(workdir.resolve()).parts if start.resolve().is_relative_to(workdir.resolve()) else None
         if inside is not None and inside[:1] in ((), ("checkpoints",), ("base",), ("model",)):
             raise UsageError(f"the config key 'init' is {cfg.init!r}, which is the workdir's own model; a run that starts from it needs "
