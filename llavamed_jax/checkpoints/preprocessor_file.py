@@ -1,8 +1,9 @@
-"""`preprocessor_config.json` and `processor_config.json`: how images are made into pixels, obeyed, refused or warned of key by key.
+"""`preprocessor_config.json` and `processor_config.json`: how images are made into pixels, key by key.
 
-Absent keys have the defaults of transformers' classes, and a switch that is null is off, as transformers has it; an `image_processor`
-inside `processor_config.json` goes before the other file. In transformers' layout `do_pad` of a `LlavaImageProcessor` says whether
-images are padded to a square; in the originals' layouts `image_aspect_ratio` of `config.json` does.
+Absent keys have the defaults of transformers' classes, and a switch that is null is off, as transformers has it; an
+`image_processor` inside `processor_config.json` goes before the other file. In transformers' layout `do_pad` of a
+`LlavaImageProcessor` says whether images are padded to a square; in the originals' layouts `image_aspect_ratio` of
+`config.json` does. Each key is obeyed, refused or warned of: docs/checkpoints.md has the table.
 Source: transformers 5.24, `image_processing_backends.py` (PilBackend), `models/{clip,llava}/image_processing_pil_*.py`.
 """
 
@@ -15,24 +16,31 @@ from pathlib import Path
 from typing import Any
 
 from llavamed_jax.checkpoints.files import read_json, write_json
-from llavamed_jax.config import CLIP_MEAN, CLIP_STD, MAX_EDGE, RESAMPLE, ImageSettings, LlavaConfig, VisionConfig, channels
+from llavamed_jax.config import (
+    CLIP_MEAN,
+    CLIP_STD,
+    MAX_EDGE,
+    RESAMPLE,
+    ImageSettings,
+    LlavaConfig,
+    VisionConfig,
+    channels,
+)
 from llavamed_jax.errors import UserError, short, some, warn_once
 
 FILE, PROCESSOR, VIDEO = "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"
 _CLASSES = ("CLIPImageProcessor", "LlavaImageProcessor")
+_EITHER = " or ".join(_CLASSES)
 _SIZE = 224  # the classes' default of `size` and of `crop_size`
-# What changes no pixel: who reads the file, and how results are handed over. Images are always converted to RGB here; where
-# `do_convert_rgb` is false transformers takes no others.
+# What changes no pixel: who reads the file, and how results are handed over. Images are always converted to RGB here;
+# where `do_convert_rgb` is false transformers takes no others.
 _WITHOUT_EFFECT = {
     "image_processor_type", "feature_extractor_type", "processor_class", "_processor_class", "auto_map",
-    "do_convert_rgb", "data_format",
-    "input_data_format", "device", "return_tensors", "disable_grouping", "image_seq_length", "_valid_processor_keys",
-    "use_fast",
-    "transformers_version", "_commit_hash", "_name_or_path"}
+    "do_convert_rgb", "data_format", "input_data_format", "device", "return_tensors", "disable_grouping",
+    "image_seq_length", "_valid_processor_keys", "use_fast", "transformers_version", "_commit_hash", "_name_or_path"}
 _READ = {
     "do_resize", "size", "default_to_square", "use_square_size", "resample", "do_center_crop", "crop_size",
-    "do_rescale",
-    "rescale_factor", "do_normalize", "image_mean", "image_std", "do_pad", "pad_size"}
+    "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std", "do_pad", "pad_size"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +78,8 @@ def read(directory: Path, size: int, warn: Callable[[str], None] = warn_once) ->
     """
     found = [_parse(raw, where, size, warn) for where, raw in _raw(directory, warn)]
     if len(found) == 2 and found[0].content != found[1].content:
-        warn(f"{directory}: {PROCESSOR} and {FILE} hold different image settings; {PROCESSOR}'s are taken, as transformers 5 does")
+        warn(f"{directory}: {PROCESSOR} and {FILE} hold different image settings; {PROCESSOR}'s are taken, as "
+             "transformers 5 does")
     return found[0] if found else None
 
 
@@ -81,13 +90,13 @@ def has_settings(directory: Path) -> bool:
 def _raw(directory: Path, warn: Callable[[str], None]) -> list[tuple[str, Mapping[str, Any]]]:
     """The files that hold image settings, with what they hold; the one that counts first."""
     processor, file = directory / PROCESSOR, directory / FILE
-    found, inner = [], read_json(processor) if processor.is_file() else {}
-    if inner.get("video_processor") is not None or (directory / VIDEO).is_file():
+    content = read_json(processor) if processor.is_file() else {}
+    if content.get("video_processor") is not None or (directory / VIDEO).is_file():
         warn(f"{directory} has settings for videos, which are not read")
-    if inner.get("image_processor") is not None:
-        if not isinstance(inner["image_processor"], Mapping):
-            raise UserError(f"{processor} has image_processor {short(inner['image_processor'])}; an object was expected")
-        found.append((str(processor), inner["image_processor"]))
+    inner = content.get("image_processor")
+    if not isinstance(inner, Mapping | None):
+        raise UserError(f"{processor} has image_processor {short(inner)}; an object was expected")
+    found = [] if inner is None else [(str(processor), inner)]
     return found + ([(str(file), read_json(file))] if file.is_file() else [])
 
 
@@ -96,28 +105,28 @@ def with_image_settings(config: LlavaConfig, directory: Path, is_transformers: b
     """A config with the image settings of a directory's files, where it has them.
 
     Args:
-      is_transformers: `do_pad` decides whether images are padded, and `processor_config.json` has to count their tokens as the
-        model does.
+      is_transformers: `do_pad` decides whether images are padded, and `processor_config.json` has to count their tokens
+        as the model does.
       tower: a directory whose own settings, where it has any, go before the others; `config.vision` has them.
     Raises:
-      UserError: as of `read`; the settings give some image another size than the tower's; files that contradict each other.
+      UserError: as of `read`; the settings give some image another size than the tower's; files that contradict each
+        other.
     """
     raw = _raw(directory, warn_once)
-    where = raw[0][0] if raw else str(directory)
-    if tower is not None and has_settings(tower):
-        where = str(tower)
-    elif (found := read(directory, config.vision.image_size)) is not None:
+    file, given = raw[0] if raw else (str(directory), {})
+    is_towers = tower is not None and has_settings(tower)
+    if not is_towers and (found := read(directory, config.vision.image_size)) is not None:
         config = config.replace(vision=found.applied_to(config.vision))
-    if raw and raw[0][1].get("do_pad") is not None:
-        ratio = "pad" if _pads(raw[0][1], raw[0][0]) else "square"
+    if given.get("do_pad") is not None:
+        own, ratio = config.image_aspect_ratio, "pad" if _pads(given, file) else "square"
         if is_transformers:
             config = config.replace(image_aspect_ratio=ratio)
-        elif ratio != config.image_aspect_ratio:
-            warn_once(f"{where} has do_pad {short(raw[0][1]['do_pad'])}; image_aspect_ratio {config.image_aspect_ratio} of "
-                      "config.json is taken, as the original's code does")
+        elif ratio != own:
+            warn_once(f"{file} has do_pad {str(given['do_pad']).lower()}; image_aspect_ratio {own} of config.json is taken, "
+                      "as the original's code does")
     if is_transformers and (directory / PROCESSOR).is_file():
         _check_count(read_json(directory / PROCESSOR), directory / PROCESSOR, config)
-    check(config, where)
+    check(config, str(tower) if is_towers else file)
     return config
 
 
@@ -125,8 +134,9 @@ def check(config: LlavaConfig, where: str) -> None:
     """Raises UserError where not every image becomes the tower's input."""
     vision, is_padded = config.vision, config.image_aspect_ratio == "pad"
     if not vision.images.fills(vision.image_size, is_padded):
+        edge = vision.image_size
         raise UserError(f"{where}: do_center_crop is false and size makes {_words(vision.images.resize)} of an image; "
-                        f"{vision.image_size} x {vision.image_size} pixels of every image were expected by the vision tower")
+                        f"{edge} x {edge} pixels of every image were expected by the vision tower")
     if is_padded:
         try:
             _ = vision.pad_color
@@ -146,21 +156,20 @@ def _words(resize: tuple[int, ...] | None) -> str:
 def _parse(given: Mapping[str, Any], where: str, size: int, warn: Callable[[str], None]) -> Preprocessor:
     kind = _kind(given, where)
     if given.get("use_square_size"):
-        raise UserError(f"{where} has use_square_size, which generations of transformers read differently; size was expected")
+        raise UserError(f"{where} has use_square_size, which generations of transformers read differently; size was "
+                        "expected")
     does = {key: _switch(given, key, where, True)
             for key in ("do_resize", "do_center_crop", "do_rescale", "do_normalize")}
     is_padded = _pads(given, where)
     if does["do_center_crop"]:
         _check_crop(given, where, size)
-    # CLIP's processor pads at the end, and to a size that it is told.
-    if given.get("do_pad") and not is_padded and _edges(given.get("pad_size") or size, where, "pad_size",
-                                                        True) != (size, size):
-        raise UserError(f"{where} has pad_size {short(given['pad_size'])}; {size} x {size}, the vision tower's, was expected")
+    if given.get("do_pad") and not is_padded and given.get("pad_size") is not None:
+        _check_edges(given, "pad_size", where, size)  # to which CLIP's processor pads at the end
     odd = sorted(key for key, value in given.items() if value is not None and key not in _READ | _WITHOUT_EFFECT)
     if odd:
         warn(f"{where} has {some(odd)}, which transformers' {kind} does not read, and which is not read here")
-    mean, std = (channels(where, key, given.get(key, default)) for key,
-                 default in (("image_mean", CLIP_MEAN), ("image_std", CLIP_STD)))
+    mean = channels(where, "image_mean", given.get("image_mean", CLIP_MEAN))
+    std = channels(where, "image_std", given.get("image_std", CLIP_STD))
     settings = ImageSettings(
         _resize(given, where, size) if does["do_resize"] else (), does["do_center_crop"],
         _filter(given, where) if does["do_resize"] else "bicubic", _factor(given, where) if does["do_rescale"] else 1.0,
@@ -178,13 +187,11 @@ def _kind(given: Mapping[str, Any], where: str) -> str:
     key = next((key for key in ("image_processor_type", "feature_extractor_type") if given.get(key) is not None), None)
     if key is None:
         if isinstance(given.get("auto_map"), dict) and given["auto_map"]:
-            raise UserError(f"{where} names code of its own (auto_map) and no image_processor_type; {' or '.join(_CLASSES)} was expected")
+            raise UserError(f"{where} names code of its own (auto_map) and no image_processor_type; {_EITHER} was expected")
         return "LlavaImageProcessor"
-    name = given[key]
-    kind = name.replace("FeatureExtractor",
-                        "ImageProcessor").removesuffix("Fast").removesuffix("Pil") if isinstance(name, str) else None
+    kind = str(given[key]).replace("FeatureExtractor", "ImageProcessor").removesuffix("Fast").removesuffix("Pil")
     if kind not in _CLASSES:
-        raise UserError(f"{where} has {key} {short(name)}; {' or '.join(_CLASSES)} was expected")
+        raise UserError(f"{where} has {key} {short(given[key])}; {_EITHER} was expected")
     return kind
 
 
@@ -206,10 +213,15 @@ def _resize(given: Mapping[str, Any], where: str, size: int) -> tuple[int, ...] 
 def _check_crop(given: Mapping[str, Any], where: str, size: int) -> None:
     if "crop_size" not in given and "size" not in given:
         return  # as `_resize` says
-    crop = _edges(given["crop_size"], where, "crop_size", True) if "crop_size" in given else (_SIZE, _SIZE)
-    if crop != (size, size):
-        found = f"has crop_size {short(given['crop_size'])}" if "crop_size" in given else f"has no crop_size, which means {_SIZE}"
-        raise UserError(f"{where} {found}; {size} x {size}, the vision tower's, was expected")
+    if "crop_size" in given:
+        _check_edges(given, "crop_size", where, size)
+    elif size != _SIZE:
+        raise UserError(f"{where} has no crop_size, which means {_SIZE}; {size} x {size}, the vision tower's, was expected")
+
+
+def _check_edges(given: Mapping[str, Any], key: str, where: str, size: int) -> None:
+    if _edges(given[key], where, key, is_square=True) != (size, size):
+        raise UserError(f"{where} has {key} {short(given[key])}; {size} x {size}, the vision tower's, was expected")
 
 
 def _edges(value: Any, where: str, key: str, is_square: bool) -> tuple[int, ...]:
@@ -247,8 +259,8 @@ def _factor(given: Mapping[str, Any], where: str) -> float:
 
 
 def _check_count(raw: Mapping[str, Any], file: Path, config: LlavaConfig) -> None:
-    """Raises UserError where `LlavaProcessor` would count another number of tokens an image than the model has, with which
-    transformers fails. Processors of before 4.48 have no `num_additional_image_tokens` and count 1."""
+    """Raises UserError where `LlavaProcessor` would count another number of tokens an image than the model has, with
+    which transformers fails. Processors of before 4.48 have no `num_additional_image_tokens` and count 1."""
     given = {key: value for key, value in raw.items() if value is not None}
     patch, strategy = given.get("patch_size", config.vision.patch_size), given.get("vision_feature_select_strategy")
     own = {"patch": "default", "cls_patch": "full"}[config.feature_select]
@@ -258,28 +270,28 @@ def _check_count(raw: Mapping[str, Any], file: Path, config: LlavaConfig) -> Non
         raise UserError(f"{file} has vision_feature_select_strategy {short(strategy)}; config.json has {own}")
     additional = given.get("num_additional_image_tokens")
     if additional is not None and strategy is not None and additional != 1:
-        raise UserError(f"{file} has num_additional_image_tokens {short(additional)}; 1 was expected, the class token of the vision tower, "
-                        f"with which an image is {config.tokens_per_image} tokens")
+        raise UserError(f"{file} has num_additional_image_tokens {short(additional)}; 1 was expected, the class token of "
+                        f"the vision tower, with which an image is {config.tokens_per_image} tokens")
 
 
 def warn_of_image_token(directory: Path, taken: str) -> None:
     """Says where `processor_config.json` has another token for images than the one that is taken."""
     stated = read_json(directory / PROCESSOR).get("image_token") if (directory / PROCESSOR).is_file() else None
     if stated not in (None, taken):
-        warn_once(f"{directory / PROCESSOR} has image_token {short(stated)}; {taken} of the tokenizer and config.json is taken")
+        warn_once(f"{directory / PROCESSOR} has image_token {short(stated)}; {taken} of the tokenizer and config.json is "
+                  "taken")
 
 
 # ---- to a file
 
 
 def written(config: LlavaConfig, is_transformers: bool) -> dict:
-    """The `preprocessor_config.json` that makes an image processor of transformers do what is done here. Only LLaVA's own knows
-    the padding to a square, which in the originals' layouts is their code's."""
+    """The `preprocessor_config.json` that makes an image processor of transformers do what is done here. Only LLaVA's
+    own knows the padding to a square, which in the originals' layouts is their code's."""
     vision, images, size = config.vision, config.vision.images, config.vision.image_size
     edges = (size,) if images.resize in (None, ()) else images.resize
-    kind = {"image_processor_type": "LlavaImageProcessor",
-            "do_pad": True} if is_transformers and config.image_aspect_ratio == "pad" else {
-        "image_processor_type": "CLIPImageProcessor"}
+    does_pad = is_transformers and config.image_aspect_ratio == "pad"
+    kind = dict(image_processor_type=_CLASSES[does_pad], **({"do_pad": True} if does_pad else {}))
     return dict(
         kind, do_convert_rgb=True, do_resize=images.resize != (), resample=RESAMPLE.index(images.resample),
         size={"shortest_edge": edges[0]} if len(edges) == 1 else {"height": edges[0], "width": edges[1]},
@@ -289,24 +301,22 @@ def written(config: LlavaConfig, is_transformers: bool) -> dict:
 
 
 def make_equal(config: LlavaConfig, directory: Path, is_transformers: bool, is_needed: bool = True) -> None:
-    """Sees to it that the files in a directory that is being written say what the config says: they may have come with another
-    tower than the config's, or say nothing where the settings are not CLIP's.
+    """Sees to it that the files in a directory that is being written say what the config says: they may have come with
+    another tower than the config's, or say nothing where the settings are not CLIP's.
 
     Args:
       is_needed: False where a config of this project holds the settings if there are no files.
     """
     try:
-        found = read(directory, config.vision.image_size, warn=lambda sentence: None)
-        has_files = found is not None
+        found, is_other = read(directory, config.vision.image_size, warn=lambda sentence: None), False
     except UserError:  # of another tower's size
-        found, has_files = None, True
-    if not has_files and not is_needed:
+        found, is_other = None, True
+    if found is None and not is_other and not is_needed:
         return
-    plain = dataclasses.replace(config.vision, image_mean=CLIP_MEAN, image_std=CLIP_STD, images=ImageSettings())
-    said = plain if found is None else found.applied_to(plain)
-    pads = found is not None and found.is_padded
-    if said == config.vision and (not is_transformers
-                                  or pads == (config.image_aspect_ratio == "pad")) and (found is not None) == has_files:
+    if found is None:  # no files mean CLIP's settings
+        found = Preprocessor("", ImageSettings(), CLIP_MEAN, CLIP_STD, False)
+    pads_alike = not is_transformers or found.is_padded == (config.image_aspect_ratio == "pad")
+    if not is_other and pads_alike and found.applied_to(config.vision) == config.vision:
         return
     write_json(directory / FILE, written(config, is_transformers))
     if (directory / PROCESSOR).is_file():

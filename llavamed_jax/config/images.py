@@ -23,8 +23,8 @@ class ImageSettings:
     """The steps between an image and its normalised pixels; as they stand here they are CLIP's.
 
     Attributes:
-      resize: () leaves an image as large as it is, (n,) makes its shortest edge n, (h, w) makes it h x w, whatever its shape;
-        None makes the shortest edge that of the tower's input.
+      resize: () leaves an image as large as it is, (n,) makes its shortest edge n, (h, w) makes it h x w, whatever its
+        shape; None makes the shortest edge that of the tower's input.
       is_cropped: the centre is cut out, of the size of the tower's input; what is lacking at an edge is black.
       resample: the filter of the resizing, one of `RESAMPLE`.
       scale: values from 0 to 255 are multiplied with it.
@@ -42,9 +42,11 @@ class ImageSettings:
             object.__setattr__(self, "resize", tuple(self.resize))
         check_fields(self, "image ")
         if self.resample not in RESAMPLE:
-            raise UserError(f"the image config has resample {self.resample!r}; one of {', '.join(RESAMPLE)} was expected")
+            raise UserError(f"the image config has resample {self.resample!r}; one of {', '.join(RESAMPLE)} was "
+                            "expected")
         if len(self.resize or ()) > 2 or not all(1 <= edge <= MAX_EDGE for edge in self.resize or ()):
-            raise UserError(f"the image config has resize {self.resize!r}; at most two edges from 1 to {MAX_EDGE} were expected")
+            raise UserError(f"the image config has resize {self.resize!r}; at most two edges from 1 to {MAX_EDGE} were "
+                            "expected")
 
     @classmethod
     def of(cls, value: "ImageSettings | Mapping[str, Any]") -> "ImageSettings":

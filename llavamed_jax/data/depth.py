@@ -1,9 +1,10 @@
 """Pages of image files whose samples have more than eight bits, are signed, or are white at 0.
 
-Pillow shows colour and grey with alpha of 16 bits by their upper eight, so that 12 bits in a file of 16 are black; it inverts TIFF
-whose 0 is white up to eight bits only, and does not read most of the others; and of compressed TIFF it swaps the bytes of some.
-Here a page is read as Pillow describes it in `Image.tile` (PIL/TiffImagePlugin.py, OPEN_INFO), with another raw mode where that
-one is wrong. Source: TIFF 6.0 (PhotometricInterpretation, SampleFormat), PNG 12.4. H and W are height and width.
+Pillow shows colour and grey with alpha of 16 bits by their upper eight, so that 12 bits in a file of 16 are black; it
+inverts TIFF whose 0 is white up to eight bits only, and does not read most of the others; and of compressed TIFF it
+swaps the bytes of some. Here a page is read as Pillow describes it in `Image.tile` (PIL/TiffImagePlugin.py, OPEN_INFO),
+with another raw mode where that one is wrong. Source: TIFF 6.0 (PhotometricInterpretation, SampleFormat), PNG 12.4. H
+and W are height and width.
 """
 
 from __future__ import annotations
@@ -41,8 +42,8 @@ class Page:
     is_negative: bool
 
     def to_rgb(self, name: str) -> Image.Image:
-        """The page as 8-bit RGB. Samples of more bits lose as many of their lowest as the page's highest value has beyond
-        eight, alpha is dropped. Raises UserError for values that have no place between black and white."""
+        """The page as 8-bit RGB. Samples of more bits lose as many of their lowest as the page's highest value has
+        beyond eight, alpha is dropped. Raises UserError for values that have no place between black and white."""
         if self.image.format == "JPEG2000" and getattr(self.image, "tile", None):
             values = _jpeg_2000(self.content(), self.image.size, name)
             if values is not None:
@@ -136,8 +137,8 @@ def as_pillow_converts(image: Image.Image, name: str) -> Image.Image:
 
 
 def from_integers(values: np.ndarray, name: str, is_negative: bool = False) -> Image.Image:
-    """Whole numbers of any width, [H,W] or [H,W,3], scaled by a power of two so that the highest fits eight bits; inverted where
-    0 is white."""
+    """Whole numbers of any width, [H,W] or [H,W,3], scaled by a power of two so that the highest fits eight bits;
+    inverted where 0 is white."""
     if values.min(initial=0) < 0:
         raise UserError(f"{name} has grey values below 0; 0 and more were expected")
     excess = max(0, int(values.max(initial=0)).bit_length() - 8)
@@ -160,7 +161,8 @@ def _grey(image: Image.Image) -> np.ndarray | None:
 
 
 def _jpeg_2000(content: bytes, size: tuple[int, int], name: str) -> np.ndarray | None:
-    """Colours [H,W,3] or grey [H,W], as of 16 bits, of JPEG 2000 with several components of more than eight; None of others.
+    """Colours [H,W,3] or grey [H,W], as of 16 bits, of JPEG 2000 with several components of more than eight; None of
+    others.
 
     Pillow rounds these up, and the brightest to 256, which is 0: white is black there.
     """
@@ -178,7 +180,8 @@ def _jpeg_2000(content: bytes, size: tuple[int, int], name: str) -> np.ndarray |
                         "pip install 'llavamed-jax[medical]'") from None
     kind = openjpeg.get_parameters(content)["colourspace"]
     if (right - left, bottom - top) != size or len({*bits}) > 1 or kind not in ("unspecified", "sRGB", "monochrome"):
-        raise UserError(f"{name} is JPEG 2000 of {max(bits)} bits a colour and the colour space {kind}; RGB of equal depths was expected")
+        raise UserError(f"{name} is JPEG 2000 of {max(bits)} bits a colour and the colour space {kind}; RGB of equal "
+                        "depths was expected")
     values = openjpeg.decode(content).astype(np.int64)
     is_signed = content[place + 42] & 128
     values = (values + is_signed * 2 ** (bits[0] - 1) // 128) << max(0, 16 - bits[0])
@@ -189,8 +192,9 @@ def _jpeg_2000(content: bytes, size: tuple[int, int], name: str) -> np.ndarray |
 
 
 def _raw_modes(image: Image.Image) -> list[str | None]:
-    """Of each tile that is not loaded yet, where it can be changed: not of libtiff's planes, which are unpacked one by one, nor of
-    an animation's later frames, which are laid over others, nor of formats whose decoders have their own."""
+    """Of each tile that is not loaded yet, where it can be changed: not of libtiff's planes, which are unpacked one by
+    one, nor of an animation's later frames, which are laid over others, nor of formats whose decoders have their
+    own."""
     if image.format not in ("TIFF", "PNG", "PPM") or image.format == "PNG" and image.tell():
         return []
     is_split = image.format == "TIFF" and image.tag_v2.get(_PLANAR) == 2
@@ -222,8 +226,9 @@ def _other_bytes(mode: str | None) -> str | None:
 
 
 def _mend_raw_modes(image: Image.Image) -> bool:
-    """Corrects the raw modes of TIFF that Pillow has wrong: libtiff gives words in the machine's own byte order, and planes of 16
-    bits are no planes of 8. Returns whether the image is to be inverted, for which one raw mode is lacking."""
+    """Corrects the raw modes of TIFF that Pillow has wrong: libtiff gives words in the machine's own byte order, and
+    planes of 16 bits are no planes of 8. Returns whether the image is to be inverted, for which one raw mode is
+    lacking."""
     if image.format != "TIFF" or not getattr(image, "tile", None):
         return False
     is_negative = any(_raw_mode(tile) == "L;IR" for tile in image.tile)
@@ -249,8 +254,8 @@ def _order(data: bytes | bytearray) -> str:
 
 
 def _negative_pages(data: bytes) -> dict[int, int]:
-    """Of the pages, from 0, of a TIFF file whose 0 is white, and that Pillow reads only where 0 is black: where the value of that
-    tag stands."""
+    """Of the pages, from 0, of a TIFF file whose 0 is white, and that Pillow reads only where 0 is black: where the
+    value of that tag stands."""
     if data[:4] not in (b"II*\0", b"MM\0*"):
         return {}
     try:

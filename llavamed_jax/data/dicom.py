@@ -1,7 +1,7 @@
 """DICOM files to 8-bit images: the stored values of a frame, which `dicom_display` shows as a viewer does.
 
-Files are read by pydicom, which with its decoders is the extra `[medical]`. Only the frame that is asked for is decoded.
-Source: DICOM PS3.3, C.7.6.3 (pixels). H and W are rows and columns.
+Files are read by pydicom, which with its decoders is the extra `[medical]`. Only the frame that is asked for is
+decoded. Source: DICOM PS3.3, C.7.6.3 (pixels). H and W are rows and columns.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 SUFFIXES = (".dcm", ".dicom", ".dic")
 MAX_PIXELS = 178_956_970  # of a frame: where Pillow speaks of a decompression bomb
 _MAX_DEFLATED = 2**20  # bytes of a file that is deflated as a whole; a thousandfold in memory at worst
-# Through memory: numpy asks a file for its position, which a pipe has only where PYTHONUNBUFFERED is set. What libraries print
-# goes to stderr.
+# Through memory: numpy asks a file for its position, which a pipe has only where PYTHONUNBUFFERED is set. What
+# libraries print goes to stderr.
 _APART = """
 import io, json, os, sys
 out = os.fdopen(os.dup(1), "wb")
@@ -43,15 +43,16 @@ out.close()
 _MOST_SECONDS = 300  # that a frame may take to decode there
 _INSTALL = "pip install 'llavamed-jax[medical]'"
 # What is read of a header; the rest, however large, is passed over.
-_PALETTE_DATA = [f"{kind}{color}PaletteColorLookupTableData" for kind in ("", "Segmented") for color in ("Red", "Green", "Blue")]
+_PALETTES = [f"{color}PaletteColorLookupTable" for color in ("Red", "Green", "Blue")]
 _KEYWORDS = [
-    "SOPClassUID", "Rows", "Columns", "SamplesPerPixel", "PhotometricInterpretation", "PlanarConfiguration", "NumberOfFrames",
-    "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation", *(
+    "SOPClassUID", "Rows", "Columns", "SamplesPerPixel", "PhotometricInterpretation", "PlanarConfiguration",
+    "NumberOfFrames", "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation", *(
         f"{kind}PixelPadding{end}" for kind in ("", "Float", "DoubleFloat") for end in ("Value", "RangeLimit")),
-    "ModalityLUTSequence", "RescaleSlope", "RescaleIntercept", "VOILUTSequence", "WindowCenter", "WindowWidth", "VOILUTFunction",
-    "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence", "ExtendedOffsetTable", "ExtendedOffsetTableLengths",
-    *(f"{color}PaletteColorLookupTableDescriptor" for color in ("Red", "Green", "Blue")), *_PALETTE_DATA]
-_READ_AGAIN = {0x00280008, 0x7FE00001}  # Number of Frames and Extended Offset Table, which pydicom reads once more when it decodes
+    "ModalityLUTSequence", "RescaleSlope", "RescaleIntercept", "VOILUTSequence", "WindowCenter", "WindowWidth",
+    "VOILUTFunction", "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence", "ExtendedOffsetTable",
+    "ExtendedOffsetTableLengths", *(f"{name}Descriptor" for name in _PALETTES), *(f"{name}Data" for name in _PALETTES),
+    *(f"Segmented{name}Data" for name in _PALETTES)]
+_READ_AGAIN = {0x00280008, 0x7FE00001}  # Number of Frames, Extended Offset Table: pydicom reads them when it decodes
 # What Python, numpy and struct say of a header that they were not made for: nothing that a reader of DICOM could use.
 _PYTHONS = (TypeError, LookupError, ArithmeticError, AssertionError, UnicodeError, struct.error)
 _PYTHONS_WORDS = re.compile(r"^'\w+' object |invalid literal|could not convert|NoneType|buffer")
@@ -65,8 +66,8 @@ def is_dicom(head: bytes, suffix: str) -> bool:
 def read_dicom(file: BinaryIO, name: str, frame: int = 1) -> Image.Image:
     """One frame as an image of mode L or RGB.
 
-    Of several windows the first is taken. Without one, unsigned values of at most eight bits are shown as they are, others
-    spread from the frame's lowest to its highest, padding aside.
+    Of several windows the first is taken. Without one, unsigned values of at most eight bits are shown as they are,
+    others spread from the frame's lowest to its highest, padding aside.
 
     Args:
       file: the whole DICOM file.
@@ -96,8 +97,9 @@ def _in_dicoms_words(error: Exception) -> str:
     said = one_line(error)
     if "cannot reshape" in said:
         return "its pixel data are less than expected by its rows, columns and samples"
-    is_pythons = isinstance(error, _PYTHONS) or isinstance(error, (AttributeError, ValueError)) and _PYTHONS_WORDS.search(said)
-    return "its header or its pixel data are damaged, or not as the standard has them" if is_pythons else said
+    if isinstance(error, _PYTHONS) or isinstance(error, (AttributeError, ValueError)) and _PYTHONS_WORDS.search(said):
+        return "its header or its pixel data are damaged, or not as the standard has them"
+    return said
 
 
 def one_line(error: Exception) -> str:
@@ -135,7 +137,8 @@ def _check(header: Dataset, name: str, frame: int) -> int:
         raise UserError(f"{name} has {columns} x {rows} pixels a frame; 1 to {MAX_PIXELS} were expected")
     interpretation = text(header, "PhotometricInterpretation", name)
     if interpretation not in (*GREY, *COLOR, PALETTE):
-        found = f"the photometric interpretation {interpretation}" if interpretation else f"no {called('PhotometricInterpretation')}"
+        found = f"the photometric interpretation {interpretation}"
+        found = found if interpretation else f"no {called('PhotometricInterpretation')}"
         raise UserError(f"{name} has {found}; one of {', '.join((*GREY, *COLOR))} or {PALETTE} was expected")
     count = whole_number(header, "NumberOfFrames", name) or 1
     if not 1 <= frame <= count:
@@ -183,23 +186,25 @@ def _decode(file: BinaryIO, header: Dataset, name: str, index: int, count: int, 
 
 
 def _described(header: Dataset, name: str, count: int) -> dict[str, object]:
-    """The elements that say how pixels are stored, as options of `pixel_array`, which would read them once more: of several values
-    the first, and for those that are absent or empty what viewers take."""
+    """The elements that say how pixels are stored, as options of `pixel_array`, which would read them once more: of
+    several values the first, and for those that are absent or empty what viewers take."""
     number = lambda keyword: whole_number(header, keyword, name)
-    interpretation = text(header, "PhotometricInterpretation", name)
+    interpretation, allocated = text(header, "PhotometricInterpretation", name), number("BitsAllocated")
     found = dict(
-        rows=number("Rows"), columns=number("Columns"), number_of_frames=count, photometric_interpretation=interpretation,
-        samples_per_pixel=number("SamplesPerPixel") or (3 if interpretation in COLOR else 1), bits_allocated=number("BitsAllocated"),
-        bits_stored=number("BitsStored") or number("BitsAllocated"), planar_configuration=number("PlanarConfiguration") or 0,
-        pixel_representation=number("PixelRepresentation") or 0)
+        rows=number("Rows"), columns=number("Columns"), number_of_frames=count,
+        photometric_interpretation=interpretation, bits_allocated=allocated,
+        samples_per_pixel=number("SamplesPerPixel") or (3 if interpretation in COLOR else 1),
+        bits_stored=number("BitsStored") or allocated, pixel_representation=number("PixelRepresentation") or 0,
+        planar_configuration=number("PlanarConfiguration") or 0)
     offsets = [keyword in header for keyword in ("ExtendedOffsetTable", "ExtendedOffsetTableLengths")]
     return found if all(offsets) else {**found, "extended_offsets": None}
 
 
 def _lowest_bit(header: Dataset, described: dict, name: str) -> int:
-    """Where stored values begin in a word, which is above its lowest bit where the highest is not BitsStored - 1. `described` is
-    changed to the bits up to the highest: what pydicom takes for BitsStored begins at the lowest."""
-    high, stored, allocated = whole_number(header, "HighBit", name), described["bits_stored"], described["bits_allocated"]
+    """Where stored values begin in a word, which is above its lowest bit where the highest is not BitsStored - 1.
+    `described` is changed to the bits up to the highest: what pydicom takes for BitsStored begins at the lowest."""
+    high, stored, allocated = (whole_number(header, "HighBit", name), described["bits_stored"],
+                               described["bits_allocated"])
     if None in (high, stored, allocated) or not stored <= high < allocated:
         return 0
     described["bits_stored"] = high + 1
@@ -207,8 +212,8 @@ def _lowest_bit(header: Dataset, described: dict, name: str) -> int:
 
 
 def _check_stream(file: BinaryIO, name: str, index: int, count: int) -> None:
-    """Raises UserError for a JPEG 2000 stream that claims more pixels than a frame may have: OpenJPEG goes by its claim.
-    Decoders of the other kinds go by the header, or look themselves."""
+    """Raises UserError for a JPEG 2000 stream that claims more pixels than a frame may have: OpenJPEG goes by its
+    claim. Decoders of the other kinds go by the header, or look themselves."""
     from pydicom import dcmread
     from pydicom.encaps import get_frame
 
@@ -225,8 +230,8 @@ def _check_stream(file: BinaryIO, name: str, index: int, count: int) -> None:
 
 
 def _decode_apart(file: BinaryIO, **arguments) -> np.ndarray:
-    """`pixel_array` in a process of its own: on some damaged files GDCM, the one decoder of lossless JPEG here, ends the
-    process that it runs in."""
+    """`pixel_array` in a process of its own: on some damaged files GDCM, the one decoder of lossless JPEG here, ends
+    the process that it runs in."""
     file.seek(0)
     # -P: the folder that the user works in may hold a numpy.py.
     command = [sys.executable, "-P", "-c", _APART, json.dumps(arguments)]

@@ -3,9 +3,9 @@
     grey    stored -> modality LUT or rescale -> VOI LUT or window -> 0 … 255 -> inverted for MONOCHROME1
     colour  RGB, YBR and palettes -> RGB, the upper eight bits
 
-Elements are as `dicom_elements.remove_empty` leaves them. Of several values and several items the first usable one counts.
-Source: DICOM PS3.3, C.7.6.3 (pixels), C.7.6.16 (functional groups), C.11.1 (modality LUT), C.11.2 (VOI LUT). H and W are rows
-and columns.
+Elements are as `dicom_elements.remove_empty` leaves them. Of several values and several items the first usable one
+counts. Source: DICOM PS3.3, C.7.6.3 (pixels), C.7.6.16 (functional groups), C.11.1 (modality LUT), C.11.2 (VOI LUT). H
+and W are rows and columns.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ def render(stored: np.ndarray, header: Dataset, index: int, name: str) -> Image.
     else:
         bits = whole_number(header, "BitsStored", name) or 8 * stored.dtype.itemsize
     if stored.ndim != 3 or stored.dtype.kind != "u":
-        raise UserError(f"{name} has {interpretation} with {'signed' if stored.dtype.kind == 'i' else 'unusual'} values or "
-                        "another number of samples; three unsigned samples a pixel were expected")
+        raise UserError(f"{name} has {interpretation} with signed values or another number of samples; three unsigned "
+                        "samples a pixel were expected")
     return Image.fromarray((stored[..., :3] >> max(0, bits - 8)).astype(np.uint8))
 
 
@@ -86,8 +86,8 @@ def _modality(stored: np.ndarray, header: Dataset, index: int, name: str) -> np.
 
 
 def _rescale(header: Dataset, index: int, name: str) -> tuple[float, float]:
-    """Slope and intercept. Of the two, one that is absent leaves values as they are; a slope of 0, which would leave nothing to
-    see, makes viewers ignore both."""
+    """Slope and intercept. Of the two, one that is absent leaves values as they are; a slope of 0, which would leave
+    nothing to see, makes viewers ignore both."""
     for ds in (*_group_items(header, index, "PixelValueTransformationSequence"), header):
         slope, intercept = first_number(ds, "RescaleSlope", name), first_number(ds, "RescaleIntercept", name)
         for keyword, value in (("RescaleSlope", slope), ("RescaleIntercept", intercept)):
@@ -152,8 +152,8 @@ def _voi(header: Dataset, index: int, name: str, is_signed: bool) -> _Window | _
 
 
 def _window(ds: Dataset, name: str) -> _Window | None:
-    """The first centre and width. A width that is no number above 0 makes no window; one between 0 and 1, which LINEAR does not
-    have (parametric maps of small values), is LINEAR_EXACT's."""
+    """The first centre and width. A width that is no number above 0 makes no window; one between 0 and 1, which LINEAR
+    does not have (parametric maps of small values), is LINEAR_EXACT's."""
     centers, widths = (numbers(ds, keyword, name) for keyword in ("WindowCenter", "WindowWidth"))
     for center, width in zip(centers, widths):
         if center is not None and width is not None and math.isfinite(center) and 0 < width < math.inf:
@@ -190,7 +190,8 @@ def _entries(item: Dataset, data: object, count: int, name: str, keyword: str = 
     if len(entries) < count and 2 * len(entries) >= count:
         entries = entries.astype("<u2").view(np.uint8)
     if len(entries) < count:
-        raise UserError(f"{name} has {len(entries)} entries in {called(keyword)}; {count} were expected, as its descriptor says")
+        raise UserError(f"{name} has {len(entries)} entries in {called(keyword)}; {count} were expected, as its "
+                        "descriptor says")
     return entries[:count].astype(np.int64)
 
 
@@ -226,7 +227,8 @@ def _is_padding(stored: np.ndarray, header: Dataset, name: str) -> np.ndarray:
 
 
 def _apply_palette(stored: np.ndarray, header: Dataset, name: str) -> tuple[np.ndarray, int]:
-    """Indices [H,W] to colours [H,W,3], and the bits of a colour, which are eight in a table of 16 whose values need no more."""
+    """Indices [H,W] to colours [H,W,3], and the bits of a colour, which are eight in a table of 16 whose values need no
+    more."""
     keyword = "RedPaletteColorLookupTableDescriptor"
     descriptor = _words(header, keyword, name)
     if len(descriptor) != 3:

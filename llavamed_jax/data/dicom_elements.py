@@ -1,7 +1,8 @@
 """Elements of a DICOM header as plain values: an element that is present and empty is as one that is absent.
 
-Scanners and anonymisers write elements of every kind without a value, with the padding of a text alone, or with several values
-where the standard has one. What cannot be read is one sentence that names the element by tag and name. Source: DICOM PS3.5, 6.2.
+Scanners and anonymisers write elements of every kind without a value, with the padding of a text alone, or with several
+values where the standard has one. What cannot be read is one sentence that names the element by tag and name. Source:
+DICOM PS3.5, 6.2.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ def called(keyword: str) -> str:
 
 
 def remove_empty(ds: Dataset) -> set[int]:
-    """Takes the elements without a value out of a data set and of the items of its sequences; returns the tags of the former."""
+    """Takes the elements without a value out of a data set and of the items of its sequences; returns the tags of the
+    former."""
     from pydicom.datadict import dictionary_has_tag, dictionary_VR
 
     removed = set()

@@ -1,10 +1,10 @@
 """Images: from a path, bytes, a data URL, Pillow or an array to the pixels that a CLIP tower takes (spec 3.3).
 
-Order and rounding are those of transformers' `CLIPImageProcessorPil`: to RGB, shortest edge to the size (bicubic, on uint8),
-centre crop, then 1/255, mean and standard deviation in float32. To RGB is the originals' `Image.open(path).convert("RGB")`:
-transparency is dropped, not laid over a colour, and an orientation in EXIF is not followed. Two things differ, because there
-the original shows white or black instead of the image: grey values of more than eight bits are scaled and not clipped, and
-floating-point pixels are refused. H and W are height and width.
+Order and rounding are those of transformers' `CLIPImageProcessorPil` and `LlavaImageProcessorPil`: to RGB, padded to a
+square or not, resized on uint8, the centre cut out, then scale, mean and standard deviation in float32; the checkpoint
+says how (`config/images.py`). To RGB is the originals' `Image.open(path).convert("RGB")`: transparency is dropped, not
+laid over a colour, and an orientation in EXIF is not followed. Where the original shows white, black or a negative
+instead of the image, `data/depth.py` does not. H and W are height and width.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ def load_image(source, frame: int | None = None) -> Image.Image:
 
     Args:
       source: a path, encoded bytes, a `data:` URL, a Pillow image, or a uint8 array [H,W], [H,W,1], [H,W,3] or [H,W,4].
-        Files are what Pillow reads, or DICOM by content or by suffix (extra `[medical]`, `data/dicom.py`). A path may end
-        in `#frame=N`. Grey values of more than eight bits lose as many of their lowest as the image's highest value has
-        beyond eight, so that 12 bits in a 16-bit file are not black.
+        Files are what Pillow reads, or DICOM by content or by suffix (extra `[medical]`, `data/dicom.py`). A path may
+        end in `#frame=N`. Grey values of more than eight bits lose as many of their lowest as the image's highest value
+        has beyond eight, so that 12 bits in a 16-bit file are not black.
       frame: of files that hold several (DICOM, GIF, TIFF), counted from 1; None is the first, or what the path says.
     Raises:
       UserError: nothing there, not an image, a damaged one, no such frame, or an array of another kind.
@@ -61,7 +61,8 @@ def load_image(source, frame: int | None = None) -> Image.Image:
     if is_address(source):
         raise UserError(f"the image {source[:200]} is an address; a path, a data URL or an image was expected")
     if not isinstance(source, (str, Path)):
-        raise UserError(f"the image is of type {type(source).__name__}; a path, a Pillow image, a uint8 array or bytes was expected")
+        raise UserError(f"the image is of type {type(source).__name__}; a path, a Pillow image, a uint8 array or bytes "
+                        "was expected")
     path, named = split_frame(str(source))
     with _open(path) as file:
         return _read(file, f"the image {path}", frame or named or 1, Path(path).suffix)
@@ -77,8 +78,8 @@ def preprocess_uint8(image: Image.Image, size: int, mode: str = "pad", settings:
     """The same before normalisation, uint8 [size,size,3]: a quarter of the bytes on the way to a device.
 
     Args:
-      mode: `pad` first pads to a square, the image at half the difference rounded down (v1.5 drew that pixel at random, quirk
-        Q3); `square` does not, so that with CLIP's settings what lies outside the centre is lost.
+      mode: `pad` first pads to a square, the image at half the difference rounded down (v1.5 drew that pixel at random,
+        quirk Q3); `square` does not, so that with CLIP's settings what lies outside the centre is lost.
       settings: how images are resized and cut.
       color: that is padded with.
     Raises:
@@ -90,7 +91,8 @@ def preprocess_uint8(image: Image.Image, size: int, mode: str = "pad", settings:
     short, long = sorted(image.size)
     keeps_shape = settings.resize is None or len(settings.resize) == 1
     if short < 1 or keeps_shape and long > MAX_ASPECT * short:
-        raise UserError(f"the image is {image.width} x {image.height} pixels; an aspect ratio of at most {MAX_ASPECT} was expected")
+        raise UserError(f"the image is {image.width} x {image.height} pixels; an aspect ratio of at most {MAX_ASPECT} was "
+                        "expected")
     if mode == "pad" and long * long > MAX_PIXELS:
         raise UserError(f"the image is {image.width} x {image.height} pixels; to be padded to a square, at most "
                         f"{int(MAX_PIXELS**0.5)} on a side were expected")
@@ -101,8 +103,8 @@ def preprocess_uint8(image: Image.Image, size: int, mode: str = "pad", settings:
         left, top = (image.width - size) // 2, (image.height - size) // 2
         image = image.crop((left, top, left + size, top + size))  # black beyond the image
     if image.size != (size, size):
-        raise UserError(f"the checkpoint's image settings make {image.width} x {image.height} pixels of an image; {size} x {size} were "
-                        "expected")
+        raise UserError(f"the checkpoint's image settings make {image.width} x {image.height} pixels of an image; "
+                        f"{size} x {size} were expected")
     return np.asarray(image)
 
 
@@ -112,7 +114,8 @@ def _resize(image: Image.Image, size: int, settings: ImageSettings) -> Image.Ima
         return image
     height, width = edges if len(edges) == 2 else (int(edges[0] * edge / min(image.size)) for edge in image.size[::-1])
     if width * height > MAX_PIXELS:
-        raise UserError(f"the checkpoint's image settings make {width} x {height} pixels of an image; at most {MAX_PIXELS} were expected")
+        raise UserError(f"the checkpoint's image settings make {width} x {height} pixels of an image; at most "
+                        f"{MAX_PIXELS} were expected")
     return image.resize((width, height), Image.Resampling[settings.resample.upper()])
 
 
