@@ -40,12 +40,12 @@ def get_config(arg: str = "") -> ConfigDict:
     c.vision_tower = placeholder(str)
     c.tokenizer = f"{SAMPLE}/tokenizer.model" if args.word == "warmup" else placeholder(str)
     c.template = stage["template"]
+    c.protocol = placeholder(str)  # of VQA-RAD: clean, or paper
 
     c.data = ConfigDict()
     c.data.train = stage["train"]
     c.data.images = f"{SAMPLE}/images"
     c.data.validation = placeholder(str)
-    c.data.protocol = placeholder(str)
     c.data.samples = placeholder(str)
     c.data.packing = False  # several samples a row of row_length tokens (0: picked)
     c.data.row_length = 0

@@ -25,12 +25,12 @@ def get_config(arg: str = "") -> ConfigDict:
     c.vision_tower = placeholder(str)
     c.tokenizer = placeholder(str)
     c.template = template
+    c.protocol = placeholder(str)  # of VQA-RAD: clean, or paper
 
     c.data = ConfigDict()
     c.data.train = "data/instruct/llava_med_instruct_60k_inline_mention.json"
     c.data.images = "data/images"
     c.data.validation = placeholder(str)
-    c.data.protocol = placeholder(str)
     c.data.samples = placeholder(str)  # asked every samples_every steps; none: of data.validation, else of data.train
     c.data.packing = True  # several samples a row of row_length tokens (0: picked)
     c.data.row_length = 0

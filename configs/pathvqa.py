@@ -25,12 +25,12 @@ def get_config(arg: str = "") -> ConfigDict:
     c.vision_tower = placeholder(str)
     c.tokenizer = placeholder(str)
     c.template = TEMPLATES[args.family]
+    c.protocol = placeholder(str)
 
     c.data = ConfigDict()
     c.data.train = "data/pathvqa"  # the official layout: qas/, images/
     c.data.images = placeholder(str)  # beside the questions; those of parquet files are written there
     c.data.validation = placeholder(str)
-    c.data.protocol = placeholder(str)
     c.data.samples = placeholder(str)  # asked every samples_every steps; none: of data.validation, else of data.train
     c.data.packing = True  # several samples a row of row_length tokens (0: picked)
     c.data.row_length = 0

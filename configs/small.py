@@ -23,12 +23,12 @@ def get_config(arg: str = "") -> ConfigDict:
     c.vision_tower = placeholder(str)
     c.tokenizer = "samples/vqa_rad/tokenizer.model"  # of 1,025 pieces; what they lack is spelled in bytes
     c.template = "v1.5:mistral_instruct"
+    c.protocol = "clean"
 
     c.data = ConfigDict()
     c.data.train = (dict(path="data/vqa_rad"), dict(path="data/slake"))  # 1,797 and 4,919 questions, in their official layouts
     c.data.images = placeholder(str)  # beside the questions
     c.data.validation = placeholder(str)
-    c.data.protocol = "clean"
     c.data.samples = placeholder(str)
     c.data.packing = True  # several samples a row of row_length tokens
     c.data.row_length = 256

@@ -26,12 +26,12 @@ def get_config(arg: str = "") -> ConfigDict:
     c.vision_tower = placeholder(str)
     c.tokenizer = placeholder(str)
     c.template = TEMPLATES[args.family]
+    c.protocol = args.protocol
 
     c.data = ConfigDict()
     c.data.train = "data/vqa_rad"  # the official layout
     c.data.images = placeholder(str)  # beside the questions
     c.data.validation = placeholder(str)
-    c.data.protocol = args.protocol
     c.data.samples = placeholder(str)  # asked every samples_every steps; none: of data.validation, else of data.train
     c.data.packing = True  # several samples a row of row_length tokens (0: picked)
     c.data.row_length = 0

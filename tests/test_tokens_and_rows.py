@@ -118,7 +118,7 @@ LONG = "x" * 100_000
     f"template={LONG}", f"tokenizer={LONG}", f"init={LONG}", f"init=preset:{LONG}", f"data.train={LONG}", f"data.images={LONG}",
     f"remat={LONG}", f"batch_size={LONG}", f"trainable=['{LONG}(']", f"trainable=['{LONG}']", f"trainable={LONG}", f"{LONG}=1",
     f"optimizer.overrides=[['{LONG}', 1.0]]", f"optimizer.overrides=[['{LONG}', 100.0]]", f"data.train=[{{'{LONG}': 1}}]",
-    f"data.train=[{{'path': '{LONG}'}}]", f"data.protocol={LONG}", f"name={LONG}", f"loss_weighting={LONG}"])
+    f"data.train=[{{'path': '{LONG}'}}]", f"protocol={LONG}", f"name={LONG}", f"loss_weighting={LONG}"])
 def test_an_error_does_not_echo_a_long_value(override, tmp_path, capsys):
     status = train(["--config", f"{ROOT}/configs/demo.py:warmup", "--workdir", str(tmp_path / "run"), f"--config.{override}"])
     said = capsys.readouterr().err

@@ -161,6 +161,18 @@ def test_a_run_without_a_step_begins_with_init_as_it_is(recipe, tmp_path, withou
     assert all(np.array_equal(ours[name], theirs[name]) for name in theirs)
 
 
+def test_a_run_from_before_a_key_was_renamed_goes_on(recipe, tmp_path):
+    """`protocol` was `data.protocol` in training recipes, and is `protocol` in evaluations and behind the colon."""
+    now = workdirs._plain(recipe(protocol="clean"))
+    before = {{"protocol": "data.protocol"}.get(key, key): value for key, value in now.items()}
+    assert "data.protocol" in before and "protocol" not in before
+    workdirs._refuse_changes(recipe(protocol="clean"), before, "it was started")
+    with pytest.raises(UsageError, match="the config key 'protocol' is 'paper', but it was started with 'clean'"):
+        workdirs._refuse_changes(recipe(protocol="paper"), before, "it was started")
+    with pytest.raises(UsageError, match="the config key 'data.protocol' does not exist; did you mean protocol"):
+        recipe(**{"data.protocol": "clean"})
+
+
 def test_what_is_kept_is_what_was_started_with(recipe, tmp_path):
     """Frozen parameters, config and tokenizer from base/ and model/ are those from init."""
     checkpoint = setup.open_start(recipe(tokenizer=SAMPLE / "tokenizer.model"))

@@ -89,7 +89,7 @@ VOID = {
     "data.samples": (["data.samples=x.json", "samples_every=0"], "samples_every is 0"),
     "checkpoint.keep_best": (["checkpoint.keep_best=true", "data.validation=x.json", "checkpoint.every_steps=0"], "only the last step"),
     "trainable": (['trainable=["decoder/.*", ("decoder/embed_tokens/embedding", ("<s>",))]'], "another entry trains all of"),
-    "data.protocol": (["data.protocol=paper", f"data.train={SAMPLE / 'vqa_train.json'}"], "no data is in VQA-RAD's own layout"),
+    "protocol": (["protocol=paper", f"data.train={SAMPLE / 'vqa_train.json'}"], "no data is in VQA-RAD's own layout"),
     "data.images": ([f"data.train={SAMPLE}", f"data.images={SAMPLE / 'images'}"], "all data have a folder of images of their own"),
 }
 
@@ -105,7 +105,7 @@ def test_a_void_key_of_training_is_said(key):
 
 def test_what_is_used_is_not_called_void(tmp_path):
     mixed = f'[{{"path": "{SAMPLE}"}}, {{"path": "{SAMPLE / "vqa_train.json"}", "images": "{SAMPLE / "images"}"}}]'
-    for overrides in ([f"data.train={SAMPLE}", "data.protocol=paper"], [f"data.train={mixed}", "data.protocol=paper"],
+    for overrides in ([f"data.train={SAMPLE}", "protocol=paper"], [f"data.train={mixed}", "protocol=paper"],
                       [f"data.train={SAMPLE / 'vqa_train.json'}", f"data.images={SAMPLE / 'images'}"],
                       [f"data.train={SAMPLE}", f"data.images={SAMPLE / 'images'}", f"data.validation={SAMPLE / 'vqa_train.json'}"],
                       ["data.samples=x.json", "samples_every=5"], ["data.row_length=64", "data.packing=true"],

@@ -26,7 +26,7 @@ from llavamed_jax.errors import UsageError, UserError, cut, short
 from llavamed_jax.utils import paths, streams
 
 # Keys whose value may be left open, so that `none` is no name (`training.recipe.KEYS`, which would bring jax).
-OPEN_KEYS = ("vision_tower", "tokenizer", "template", "data.images", "data.validation", "data.protocol", "data.samples",
+OPEN_KEYS = ("vision_tower", "tokenizer", "template", "data.images", "data.validation", "protocol", "data.samples",
              "epochs", "total_steps")
 EXIT_SAVED = 75  # stopped by a signal with everything saved: run again to go on (EX_TEMPFAIL of sysexits.h)
 

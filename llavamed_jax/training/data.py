@@ -70,7 +70,7 @@ class Data:
             return found
 
         def read(path, split) -> tuple[datasets.TrainingData, Lengths]:
-            data = datasets.read_training(path, cfg.data.images, cfg.data.protocol or "clean", split, cache)
+            data = datasets.read_training(path, cfg.data.images, cfg.protocol or "clean", split, cache)
             return data, measure(data, path)
 
         check_positions(cfg, checkpoint.config)

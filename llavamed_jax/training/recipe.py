@@ -16,7 +16,7 @@ from llavamed_jax.training.state import TABLE
 # Dotted key -> the types of its value; `None` where the value may be left open.
 KEYS: dict[str, tuple] = {
     "name": (str,), "init": (str,), "vision_tower": (str, None), "tokenizer": (str, None), "template": (str, None),
-    "data.train": (str, list, tuple), "data.images": (str, None), "data.validation": (str, None), "data.protocol": (str, None),
+    "data.train": (str, list, tuple), "data.images": (str, None), "data.validation": (str, None), "protocol": (str, None),
     "data.samples": (str, None),
     "data.packing": (bool,), "data.row_length": (int,), "data.mean_length": (int,), "data.workers": (int,),
     "data.skip_limit": (float,),
@@ -34,7 +34,7 @@ KEYS: dict[str, tuple] = {
 # Values that a key may have, where they are few.
 CHOICES: dict[str, tuple] = {
     "remat": ("none", *REMAT_POLICIES), "attention": ("auto", "xla", "splash", "flash"), "optimizer.mu_dtype": ("float32", "bfloat16"),
-    "data.protocol": ("clean", "paper", None), "loss_weighting": WEIGHTINGS,
+    "protocol": ("clean", "paper", None), "loss_weighting": WEIGHTINGS,
 }
 POSITIVE = ("batch_size", "micro_batches", "epochs", "total_steps", "max_length", "log_every", "nan_limit", "checkpoint.keep",
             "data.mean_length", "optimizer.learning_rate", "optimizer.eps", "mesh.slices")

@@ -52,8 +52,8 @@ def _void(cfg: ConfigDict) -> Iterator[tuple[str, object, str]]:
             if not isinstance(entry, str):
                 yield "trainable", tuple(entry), f"another entry trains all of {TABLE}"
     sources = list(_sources(cfg))
-    if cfg.data.protocol == "paper" and not any(layout == "vqa_rad" for layout, _ in sources):
-        yield "data.protocol", "paper", "no data is in VQA-RAD's own layout"
+    if cfg.protocol == "paper" and not any(layout == "vqa_rad" for layout, _ in sources):
+        yield "protocol", "paper", "no data is in VQA-RAD's own layout"
     if cfg.data.images is not None and all(layout in _OWN_IMAGES or has_images for layout, has_images in sources):
         yield "data.images", cfg.data.images, "all data have a folder of images of their own"
 

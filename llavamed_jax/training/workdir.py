@@ -23,6 +23,7 @@ _LENGTH = ("epochs", "total_steps")
 MAY_DIFFER = (*_LENGTH, "log_every", "samples_every", "data.samples", "nan_limit", "checkpoint.", "data.workers", "mesh.")
 # Keys that recipes once did not have, and what runs did then. Such a run goes on like that, whatever the recipe says now.
 LATER = {"loss_weighting": "token"}
+_RENAMED = {"data.protocol": "protocol"}  # keys that recipes had under other names
 
 
 @contextlib.contextmanager
@@ -96,7 +97,7 @@ def read_recipe(workdir: Path, cfg: ConfigDict) -> dict:
 
 
 def _refuse_changes(cfg: ConfigDict, earlier: Mapping[str, Any], when: str) -> None:
-    now = _plain(cfg)
+    now, earlier = _plain(cfg), {_RENAMED.get(key, key): value for key, value in earlier.items()}
     for key in sorted((set(earlier) | set(now)) - (LATER.keys() - earlier.keys())):
         if earlier.get(key) != now.get(key) and not key.startswith(MAY_DIFFER):
             raise UsageError(f"the config key {key!r} is {now.get(key)!r}, but {when} with "
