@@ -41,13 +41,15 @@ TIFFS = [(1, "u"), (2, "u"), (4, "u"), (8, "u"), (12, "u"), (16, "u"), (32, "u")
 @pytest.mark.parametrize("bits, kind", TIFFS)
 @pytest.mark.parametrize("photometric", [0, 1])
 @pytest.mark.parametrize("order", "<>")
-@pytest.mark.parametrize("layout", [dict(), dict(compression=8), dict(tile=16), dict(tile=16, compression=8)])
+@pytest.mark.parametrize("layout", [dict(), dict(compression=8), dict(tile=16), dict(tile=16, compression=8),
+                                    dict(is_big=True), dict(is_big=True, compression=8)])
 def test_grey_tiff(bits, kind, photometric, order, layout):
     """PhotometricInterpretation 0: 0 is white. What Pillow has no mode for is one sentence, never another picture."""
     values = ramp(bits, kind)
     content = tiff(values, photometric, order, bits=bits, **layout)
     wanted = eight(values, bits) if photometric else 255 - eight(values, bits)
-    if order == ">" and (bits, kind) in ((12, "u"), (32, "u")) or bits == 12 and layout.get("tile"):
+    has_no_mode = order == ">" and (layout.get("is_big") or (bits, kind) in ((12, "u"), (32, "u")))
+    if has_no_mode or bits == 12 and layout.get("tile"):
         try:
             np.testing.assert_array_equal(grey(content), wanted)
         except UserError as error:

@@ -149,6 +149,15 @@ def test_what_cannot_be_shown_is_one_sentence_in_dicoms_words(elements, sentence
     assert not any(word in str(error.value) for word in ("NoneType", "object", "operand", "invalid literal", "\n"))
 
 
+def test_what_no_terminal_should_be_sent_is_escaped():
+    content = encoded(dataset(RAMP, bits=12, **WINDOW))
+    for old, new, sentence in ((b"MONOCHROME2 ", b"MON\x1b[2JROME2", r"interpretation MON\\x1b\[2JROME2; one of"),
+                               (b"1.2.840.10008.1.2.1\0", b"1.2.840.10008.1.2\x1b1\0", r"as 1.2.840.10008.1.2\\x1b1, which")):
+        with pytest.raises(UserError, match=sentence) as error:
+            shown(content.replace(old, new))
+        assert str(error.value).isprintable()
+
+
 @pytest.mark.parametrize("keyword, called", [
     ("WindowCenter", r"\(0028,1050\) Window Center"), ("WindowWidth", r"\(0028,1051\) Window Width"),
     ("RescaleSlope", r"\(0028,1053\) Rescale Slope"), ("NumberOfFrames", r"\(0028,0008\) Number of Frames")])

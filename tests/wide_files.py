@@ -8,12 +8,17 @@ import numpy as np
 _FORMATS = {"u": 1, "i": 2, "f": 3}
 
 
-def tiff(pages, photometric=1, order="<", compression=1, tile=None, planar=1, fill=1, bits=None, extra=None):
-    """Pages as arrays [H,W] or [H,W,S]; `bits` packs whole numbers into so many a sample; `photometric` None leaves its tag out.
+def tiff(pages, photometric=1, order="<", compression=1, tile=None, planar=1, fill=1, bits=None, extra=None, is_big=False):
+    """Pages as arrays [H,W] or [H,W,S]; `bits` packs whole numbers into so many a sample; `photometric` None leaves its
+    tag out.
 
-    `compression` is 1 (none) or 8 (deflate); `tile` an edge, for tiles in place of one strip; `fill` 2 turns the bits of a byte.
+    `compression` is 1 (none) or 8 (deflate); `tile` an edge, for tiles in place of one strip; `fill` 2 turns the bits of
+    a byte; `is_big` is BigTIFF.
     """
-    out, link = (b"II" if order == "<" else b"MM") + struct.pack(order + "HI", 42, 0), 4
+    number, offset, room = ("Q", "Q", 8) if is_big else ("H", "I", 4)
+    head = struct.pack(order + "HHHQ", 43, 8, 0, 0) if is_big else struct.pack(order + "HI", 42, 0)
+    out = (b"II" if order == "<" else b"MM") + head
+    link = len(out) - room
     for values in [pages] if isinstance(pages, np.ndarray) else pages:
         values = values[..., None] if values.ndim == 2 else values
         height, width, samples = values.shape
@@ -37,16 +42,18 @@ def tiff(pages, photometric=1, order="<", compression=1, tile=None, planar=1, fi
         tags = {tag: value for tag, value in tags.items() if value != (3, [None])}
         out += b"\0" * (len(out) % 2)
         start = len(out)
-        out = out[:link] + struct.pack(order + "I", start) + out[link + 4:]
-        beyond, rest, entries = start + 2 + 12 * len(tags) + 4, b"", b""
+        out = out[:link] + struct.pack(order + offset, start) + out[link + room:]
+        first = start + struct.calcsize("<" + number)
+        beyond, rest, entries = first + (4 + 2 * room) * len(tags) + room, b"", b""
         for tag in sorted(tags):
             kind, numbers = tags[tag]
             value = struct.pack(order + {3: "H", 4: "I"}[kind] * len(numbers), *numbers)
-            field = value.ljust(4, b"\0") if len(value) <= 4 else struct.pack(order + "I", beyond + len(rest))
-            rest += value if len(value) > 4 else b""
-            entries += struct.pack(order + "HHI", tag, kind, len(numbers)) + field
-        link = start + 2 + len(entries)
-        out += struct.pack(order + "H", len(tags)) + entries + bytes(4) + rest
+            is_inside = len(value) <= room
+            field = value.ljust(room, b"\0") if is_inside else struct.pack(order + offset, beyond + len(rest))
+            rest += b"" if is_inside else value
+            entries += struct.pack(order + "HH" + offset, tag, kind, len(numbers)) + field
+        link = first + len(entries)
+        out += struct.pack(order + number, len(tags)) + entries + bytes(room) + rest
     return out
 
 

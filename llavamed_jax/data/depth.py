@@ -256,7 +256,7 @@ def _order(data: bytes | bytearray) -> str:
 def _negative_pages(data: bytes) -> dict[int, int]:
     """Of the pages, from 0, of a TIFF file whose 0 is white, and that Pillow reads only where 0 is black: where the
     value of that tag stands."""
-    if data[:4] not in (b"II*\0", b"MM\0*"):
+    if data[:4] not in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
         return {}
     try:
         return {page: tags[_PHOTOMETRIC][1] for page, tags in enumerate(_directories(data))
@@ -266,14 +266,21 @@ def _negative_pages(data: bytes) -> dict[int, int]:
 
 
 def _directories(data: bytes) -> Iterator[dict[int, tuple[int, int]]]:
-    """Each directory's tags of one short number: tag -> (value, where it stands)."""
-    order, seen = _order(data), set()
-    start = struct.unpack_from(order + "I", data, 4)[0]
+    """Each directory's tags of one short number: tag -> (value, where it stands). TIFF and BigTIFF, whose numbers of entries
+    and offsets are longer."""
+    order, seen, is_big = _order(data), set(), b"+" in data[2:4]
+    number, offset, entry, at = ("Q", "Q", 20, 8) if is_big else ("H", "I", 12, 4)
+
+    def read(kind: str, place: int) -> int:
+        return struct.unpack_from(order + kind, data, place)[0]
+
+    start = read(offset, at)
     while start and start not in seen:
         seen.add(start)
-        count = struct.unpack_from(order + "H", data, start)[0]
-        entries = [(start + 2 + 12 * i, *struct.unpack_from(order + "HHI", data, start + 2 + 12 * i))
-                   for i in range(count)]
-        yield {tag: (struct.unpack_from(order + "H", data, place + 8)[0], place + 8)
-               for place, tag, kind, length in entries if (kind, length) == (3, 1)}
-        start = struct.unpack_from(order + "I", data, start + 2 + 12 * count)[0]
+        count, first = read(number, start), start + struct.calcsize(number)
+        if count * entry > len(data):
+            return
+        places = range(first, first + count * entry, entry)
+        yield {read("H", place): (read("H", place + entry - at), place + entry - at) for place in places
+               if read("H", place + 2) == 3 and read(offset, place + 4) == 1}
+        start = read(offset, first + count * entry)

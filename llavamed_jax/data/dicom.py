@@ -104,7 +104,12 @@ def _in_dicoms_words(error: Exception) -> str:
 
 def one_line(error: Exception) -> str:
     """What a library says of an error, as part of a sentence."""
-    return " ".join(str(error).split()).rstrip(".") or type(error).__name__
+    return _printable(" ".join(str(error).split()).rstrip(".")) or type(error).__name__
+
+
+def _printable(text: str) -> str:
+    """A text of a file for a sentence: what no terminal should be sent is escaped."""
+    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
 
 
 def _read_header(file: BinaryIO, name: str) -> Dataset:
@@ -137,7 +142,7 @@ def _check(header: Dataset, name: str, frame: int) -> int:
         raise UserError(f"{name} has {columns} x {rows} pixels a frame; 1 to {MAX_PIXELS} were expected")
     interpretation = text(header, "PhotometricInterpretation", name)
     if interpretation not in (*GREY, *COLOR, PALETTE):
-        found = f"the photometric interpretation {interpretation}"
+        found = f"the photometric interpretation {_printable(interpretation or '')}"
         found = found if interpretation else f"no {called('PhotometricInterpretation')}"
         raise UserError(f"{name} has {found}; one of {', '.join((*GREY, *COLOR))} or {PALETTE} was expected")
     count = whole_number(header, "NumberOfFrames", name) or 1
@@ -159,7 +164,7 @@ def _decode(file: BinaryIO, header: Dataset, name: str, index: int, count: int, 
     try:
         decoder = get_decoder(syntax)
     except NotImplementedError:
-        raise UserError(f"{name} is compressed as {syntax.name}, which pydicom does not decode") from None
+        raise UserError(f"{name} is compressed as {_printable(syntax.name)}, which pydicom does not decode") from None
     if not decoder.is_available:
         raise UserError(f"{name} is compressed as {syntax.name}, which needs another decoder: {_INSTALL}")
     described = _described(header, name, count)

@@ -69,7 +69,7 @@ def values(ds: Dataset, keyword: str, name: str) -> list[Any]:
         found = ds.get(keyword)
     except Exception as error:  # pydicom converts a value when it is asked for
         raw = ds.get_item(keyword)
-        raise wrong(name, keyword, getattr(raw, "value", None), "a value of its representation") from error
+        raise wrong(name, keyword, getattr(raw, "value", None), "a value of the element's type") from error
     several = [found] if found is None or isinstance(found, (str, bytes)) or not hasattr(found,
                                                                                          "__iter__") else list(found)
     several = [None if isinstance(value, (str, bytes)) and not value.strip() else value for value in several]
