@@ -267,8 +267,8 @@ HOSTILE = {
     "images left out": ("{{ messages[-1].role }}", "cannot be rendered: it writes 0 <image> for 1 images"),
     "images twice": ("<image><image> Is it normal?", "cannot be rendered: it writes 2 <image> for 1 images"),
     "loops for ever": ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
-                       "cannot be rendered: it takes more than 5 s of processor time"),
-    "a number of many digits": ("{{ 9 ** (9 ** 9) }}", "cannot be rendered: it takes more than 5 s of processor time"),
+                       "cannot be rendered: it takes more than 3 s of processor time"),
+    "a number of many digits": ("{{ 9 ** (9 ** 9) }}", "cannot be rendered: it takes more than 3 s of processor time"),
     "a huge text": ("{{ 'x' * 10**12 }}", _MEMORY),
     "a huge output": ("{% for i in range(99999) %}{{ 'x' * 99999 }}{% endfor %}", _MEMORY),
     "a large output": ("{{ '<image>' + 'x' * 2**25 }}",
@@ -292,7 +292,7 @@ def test_a_template_that_looped_is_not_tried_again():
     source = "{% for i in range(99999) %}{% for j in range(99998) %}{% endfor %}{% endfor %}"
     for limit in (100, 1):
         start = time.monotonic()
-        with pytest.raises(UserError, match="it takes more than 5 s of processor time"):
+        with pytest.raises(UserError, match="it takes more than 3 s of processor time"):
             by_us(source, [{"role": "user", "content": "Q"}])
         assert time.monotonic() - start < limit
 

@@ -22,11 +22,11 @@ from llavamed_jax.checkpoints.reader import Checkpoint, open_checkpoint, text_fi
 from llavamed_jax.checkpoints.torch_files import Tensor
 from llavamed_jax.checkpoints.writer import export, total_bytes
 from llavamed_jax.cli.common import Parser, run
-from llavamed_jax.data.tokenizer import Tokenizer
+from llavamed_jax.data.chat_template import read_template
+from llavamed_jax.data.tokenizer import TOKENIZERS, Tokenizer
 from llavamed_jax.errors import UsageError, UserError, cut, exists, warn
 from llavamed_jax.templates import get_template
 
-_TOKENIZERS = ("tokenizer.model", "tokenizer.json")  # the first of them is read
 _OF_TEXT = ("tokenizer", "special_", "added_", "chat_template")  # the files that --tokenizer replaces
 _DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
@@ -92,10 +92,10 @@ def _check_text(checkpoint: Checkpoint) -> None:
     for name, file in checkpoint.files.items():
         if name.endswith(".json"):
             read_json(file)
-    source = next((checkpoint.files[name] for name in _TOKENIZERS if name in checkpoint.files), None)
-    if source is None:
-        return
-    pieces, rows = Tokenizer.load(source).vocab_size, checkpoint.config.decoder.vocab_size
+        elif name.endswith(".jinja"):
+            read_template(file)
+    rows = checkpoint.config.decoder.vocab_size
+    pieces = max((Tokenizer.load(checkpoint.files[name]).vocab_size for name in TOKENIZERS if name in checkpoint.files), default=0)
     if pieces > rows:
         print(f"warning: the tokenizer has {pieces} pieces and the embedding table {rows} rows: ids from {rows} on have none",
               file=sys.stderr)
@@ -206,7 +206,7 @@ def _inspect(args: argparse.Namespace) -> None:
     if doubt := checkpoint.doubt():
         warn(doubt)
     cfg, v, d = checkpoint.config, checkpoint.config.vision, checkpoint.config.decoder
-    tokenizer = next((n for n in _TOKENIZERS if n in checkpoint.files), "none")
+    tokenizer = next((n for n in TOKENIZERS if n in checkpoint.files), "none")
     window = f", window {d.sliding_window}" if d.sliding_window else ""
     step = f", step {checkpoint.step}" if checkpoint.step is not None else ""
     rows = [

@@ -92,12 +92,12 @@ def _in_json(file: Path) -> tuple[str, Path] | None:
 def _in_jinja_files(directory: Path) -> tuple[str, Path] | None:
     file = directory / "chat_template.jinja"
     if file.is_file():
-        return _read(file), file
+        return read_template(file), file
     named = {path.stem: path for path in sorted((directory / "additional_chat_templates").glob("*.jinja"))}
     if not named:
         return None
     file = _default(named, directory / "additional_chat_templates")
-    return _read(file), file
+    return read_template(file), file
 
 
 def _default(named: Mapping, where: Path):
@@ -106,7 +106,8 @@ def _default(named: Mapping, where: Path):
     return named["default"]
 
 
-def _read(file: Path) -> str:
+def read_template(file: Path) -> str:
+    """The text of a `.jinja` file. Raises UserError where it cannot be read."""
     try:
         return file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

@@ -21,7 +21,7 @@ from pathlib import Path
 from llavamed_jax.errors import UserError, cut
 from llavamed_jax.utils import streams
 
-CPU_SECONDS = 5  # a prompt; processor time, so that a busy machine refuses nothing
+CPU_SECONDS = 3  # a prompt; processor time, so that a busy machine refuses nothing
 _WALL_SECONDS = 120  # for what takes no processor time, and for the start
 _CHILD = Path(__file__).with_name("template_child.py")
 _LONGEST = 300  # characters of a template's or a library's words in an error
