@@ -339,7 +339,7 @@ def test_a_disk_that_fails_while_it_is_written(number, v15, tmp_path, monkeypatc
 TEXT = {
     "a tokenizer of other bytes": ("tokenizer.model", b"garbage", "tokenizer.model is not a SentencePiece model"),
     "settings that are no JSON": ("generation_config.json", b"{", "generation_config.json is no JSON"),
-    "another tokenizer beside it": ("tokenizer.json", b"{", "tokenizer.json is not a tokenizer.json: "),
+    "another tokenizer beside it": ("tokenizer.json", b"{}", "tokenizer.json is not a tokenizer.json: "),
     "a chat template of other bytes": ("chat_template.jinja", b"\xff", "chat_template.jinja is not UTF-8"),
     "settings that are a list": ("tokenizer_config.json", b"[]", "tokenizer_config.json holds a JSON list; an object was expected"),
 }
