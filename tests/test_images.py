@@ -95,6 +95,29 @@ def test_transparency_is_dropped_and_not_laid_over_a_colour(tmp_path):
     assert load_image(Image.new("LA", (2, 2), (100, 128)).convert("La")).getpixel((0, 0)) == (99, 99, 99)
 
 
+def chunk(name, data, damage=0):
+    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data) ^ damage)
+
+
+@pytest.mark.parametrize("added", [
+    chunk(b"zTXt", b"k\0\0" + zlib.compress(bytes(2**21))), chunk(b"iTXt", b"k\0\1\0\0\0" + zlib.compress(bytes(2**21))),
+    chunk(b"iCCP", b"k\0\0" + zlib.compress(np.random.default_rng(0).bytes(2**21))), chunk(b"tEXt", b"k\0v", damage=1),
+    chunk(b"zTXt", b"k\0\0" + zlib.compress(bytes(2**20))) * 70, chunk(b"gAMA", b"1"), chunk(b"iCCP", b"k\0\0no zlib"),
+    chunk(b"eXIf", b"nothing"), chunk(b"prVt", bytes(9))], ids=lambda added: f"{added[4:8].decode()}{len(added)}")
+def test_what_a_png_says_beside_its_pixels_is_not_read(added):
+    """Pillow refuses a file of a large text or colour profile (its issues 2445 and 8363), or of one that is damaged."""
+    buffer = io.BytesIO()
+    frames = [Image.fromarray(np.full((8, 8, 3), shade, np.uint8)) for shade in (40, 90)]
+    frames[0].save(buffer, "PNG", save_all=True, append_images=frames[1:])
+    content = buffer.getvalue()
+    for before in (33, len(content) - 12):  # behind the header, before the end
+        found = content[:before] + added + content[before:]
+        assert [load_image(found, frame).getpixel((0, 0))[0] for frame in (1, 2)] == [40, 90]
+    transparent = io.BytesIO()
+    frames[0].quantize(2).save(transparent, "PNG", transparency=0)
+    assert load_image(transparent.getvalue()[:33] + added + transparent.getvalue()[33:]).getpixel((0, 0)) == (40, 40, 40)
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_an_orientation_in_exif_is_not_followed(orientation, tmp_path):
     exif = Image.Exif()

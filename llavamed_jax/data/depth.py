@@ -23,6 +23,8 @@ from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 from llavamed_jax.errors import UserError
 
 _BITS, _PHOTOMETRIC, _PLANAR, _FORMAT = 258, 262, 284, 339  # tags of TIFF
+_PNG = b"\x89PNG\r\n\x1a\n"
+_PIXELS_OF_PNG = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND", b"acTL", b"fcTL", b"fdAT")  # the last three: animations
 _PLAIN = "RGB, of 65535"  # what `_raw_mode` calls PPM of 16 bits
 
 
@@ -91,6 +93,10 @@ def open_page(file: BinaryIO, frame: int = 1) -> Page:
         file.seek(0)
         return file.read()
 
+    start = file.read(8)
+    file.seek(0)
+    if start == _PNG:
+        file = io.BytesIO(bare_png(file.read()))
     try:
         image = seek(Image.open(file), frame)
         return Page(image, content, frame, is_white_zero(image))
@@ -102,6 +108,20 @@ def open_page(file: BinaryIO, frame: int = 1) -> Page:
     for place in negative.values():
         patched[place:place + 2] = struct.pack(_order(patched) + "H", 1)
     return Page(seek(Image.open(io.BytesIO(patched)), frame), lambda: bytes(patched), frame, frame - 1 in negative)
+
+
+def bare_png(content: bytes) -> bytes:
+    """A PNG file without the chunks that say nothing of its pixels: texts, colour profiles, EXIF. Pillow refuses a
+    file for one of them that is large (a mebibyte of text or profile) or damaged."""
+    kept, place = [content[:8]], 8
+    while place + 12 <= len(content):
+        end = place + 12 + int.from_bytes(content[place:place + 4], "big")  # length, name, data, checksum
+        name = content[place + 4:place + 8]
+        is_optional = name.isalpha() and name[:1].islower()
+        if end > len(content) or not is_optional or name in _PIXELS_OF_PNG:
+            kept.append(content[place:end])
+        place = end
+    return b"".join(kept)
 
 
 def of_pillow(image: Image.Image) -> Page:

@@ -18,11 +18,12 @@ import numpy as np
 from PIL import Image
 
 from llavamed_jax.data.dicom_display import COLOR, GREY, PALETTE, render
-from llavamed_jax.data.dicom_elements import called, remove_empty, text, whole_number
+from llavamed_jax.data.dicom_elements import bits_stored, called, remove_empty, text, whole_number
 from llavamed_jax.errors import UserError
 
 if TYPE_CHECKING:
     from pydicom import Dataset
+    from pydicom.uid import UID
 
 SUFFIXES = (".dcm", ".dicom", ".dic")
 MAX_PIXELS = 178_956_970  # of a frame: where Pillow speaks of a decompression bomb
@@ -97,6 +98,8 @@ def _in_dicoms_words(error: Exception) -> str:
     said = one_line(error)
     if "cannot reshape" in said:
         return "its pixel data are less than expected by its rows, columns and samples"
+    if "could not broadcast" in said:
+        return "its compressed pixel data make another image than expected by its rows, columns and samples"
     if isinstance(error, _PYTHONS) or isinstance(error, (AttributeError, ValueError)) and _PYTHONS_WORDS.search(said):
         return "its header or its pixel data are damaged, or not as the standard has them"
     return said
@@ -167,6 +170,10 @@ def _decode(file: BinaryIO, header: Dataset, name: str, index: int, count: int, 
         raise UserError(f"{name} is compressed as {_printable(syntax.name)}, which pydicom does not decode") from None
     if not decoder.is_available:
         raise UserError(f"{name} is compressed as {syntax.name}, which needs another decoder: {_INSTALL}")
+    precision = _check_stream(file, name, index, count) if syntax.is_encapsulated else None
+    if precision is not None:
+        header.BitsAllocated = 8 if precision <= 8 else 16 if precision <= 16 else 32
+        header.BitsStored = min(precision, whole_number(header, "BitsStored", name) or precision)
     described = _described(header, name, count)
     shift = 0 if syntax.is_encapsulated and syntax != uid.RLELossless else _lowest_bit(header, described, name)
     file.seek(0)
@@ -176,9 +183,10 @@ def _decode(file: BinaryIO, header: Dataset, name: str, index: int, count: int, 
         source.file_meta = header.file_meta
         remove_empty(source)
     if not syntax.is_encapsulated:
+        _check_length(source, described, name)
         values = pixel_array(source, index=index, **described)
         return values >> shift if shift else values
-    _check_stream(file, name, index, count)
+    described["planar_configuration"] = 0  # streams say themselves how planes lie, and pydicom's plugins know it
     errors = []
     for plugin in [p for p in decoder.available_plugins if p != "gdcm"]:
         try:
@@ -199,7 +207,7 @@ def _described(header: Dataset, name: str, count: int) -> dict[str, object]:
         rows=number("Rows"), columns=number("Columns"), number_of_frames=count,
         photometric_interpretation=interpretation, bits_allocated=allocated,
         samples_per_pixel=number("SamplesPerPixel") or (3 if interpretation in COLOR else 1),
-        bits_stored=number("BitsStored") or allocated, pixel_representation=number("PixelRepresentation") or 0,
+        bits_stored=bits_stored(header, name), pixel_representation=number("PixelRepresentation") or 0,
         planar_configuration=number("PlanarConfiguration") or 0)
     offsets = [keyword in header for keyword in ("ExtendedOffsetTable", "ExtendedOffsetTableLengths")]
     return found if all(offsets) else {**found, "extended_offsets": None}
@@ -216,22 +224,67 @@ def _lowest_bit(header: Dataset, described: dict, name: str) -> int:
     return high + 1 - stored
 
 
-def _check_stream(file: BinaryIO, name: str, index: int, count: int) -> None:
-    """Raises UserError for a JPEG 2000 stream that claims more pixels than a frame may have: OpenJPEG goes by its
-    claim. Decoders of the other kinds go by the header, or look themselves."""
-    from pydicom import dcmread
+def _check_stream(file: BinaryIO, name: str, index: int, count: int) -> int | None:
+    """Bits a sample of the compressed frame as its stream says, which goes before the header; None for RLE.
+
+    Raises:
+      UserError: a JPEG 2000 stream claims more pixels than a frame may have: OpenJPEG goes by its claim. Decoders of
+        the other kinds go by the header, or look themselves.
+    """
     from pydicom.encaps import get_frame
 
-    file.seek(0)
-    dcmread(file, stop_before_pixels=True, force=True, specific_tags=["Rows"])  # leaves the file at the pixels' tag
+    _seek_pixels(file)
     file.seek(12, 1)  # tag, VR and length
     frame = get_frame(file, index, number_of_frames=count)
-    size = re.search(rb"\xff\x4f\xff\x51.{4}(.{4})(.{4})", frame[:4096], re.DOTALL)  # SOC, and of SIZ width and height
-    if size is not None:
-        width, height = (int.from_bytes(x, "big") for x in size.groups())
-        if width * height > MAX_PIXELS:
-            raise UserError(f"{name} has a stream of {width} x {height} pixels; at most {MAX_PIXELS} were expected")
+    # SOC, and of SIZ width, height and the precision of the first component
+    size = re.search(rb"\xff\x4f\xff\x51.{4}(.{4})(.{4}).{26}(.)", frame[:4096], re.DOTALL)
     file.seek(0)
+    if size is None:
+        return _precision_of_jpeg(frame)
+    width, height = (int.from_bytes(x, "big") for x in size.groups()[:2])
+    if width * height > MAX_PIXELS:
+        raise UserError(f"{name} has a stream of {width} x {height} pixels; at most {MAX_PIXELS} were expected")
+    return (size[3][0] & 127) + 1
+
+
+def _precision_of_jpeg(stream: bytes) -> int | None:
+    """Bits a sample of JPEG and JPEG-LS, from the header of their frame; None of other streams."""
+    place = 2
+    while stream[:2] == b"\xff\xd8" and place + 4 < len(stream) and stream[place] == 0xFF:
+        marker = stream[place + 1]
+        if marker == 0xF7 or 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # SOF55 and SOF0 … SOF15
+            return stream[place + 4] or None
+        place += 1 if marker == 0xFF else 2 + int.from_bytes(stream[place + 2:place + 4], "big")
+    return None
+
+
+def _check_length(source: BinaryIO | Dataset, described: dict, name: str) -> None:
+    """Raises UserError for YBR_FULL_422 whose colours are not halved: files that were decompressed and kept the
+    interpretation. They may hold RGB or YBR_FULL."""
+    if described["photometric_interpretation"] != "YBR_FULL_422" or described["bits_allocated"] != 8:
+        return
+    pixels = described["rows"] * described["columns"] * described["number_of_frames"]
+    if _length_of_pixels(source, described["transfer_syntax_uid"]) >= 3 * pixels:
+        raise UserError(f"{name} has YBR_FULL_422 and three bytes a pixel, which RGB and YBR_FULL have; two were expected")
+
+
+def _length_of_pixels(source: BinaryIO | Dataset, syntax: UID) -> int:
+    """Bytes of uncompressed pixel data."""
+    if not hasattr(source, "read"):
+        return len(source.PixelData)
+    _seek_pixels(source)
+    start = source.read(12)
+    source.seek(0)
+    order = "little" if syntax.is_little_endian else "big"
+    return int.from_bytes(start[4:8] if syntax.is_implicit_VR else start[8:12], order)
+
+
+def _seek_pixels(file: BinaryIO) -> None:
+    """To the tag of the pixel data."""
+    from pydicom import dcmread
+
+    file.seek(0)
+    dcmread(file, stop_before_pixels=True, force=True, specific_tags=["Rows"])
 
 
 def _decode_apart(file: BinaryIO, **arguments) -> np.ndarray:

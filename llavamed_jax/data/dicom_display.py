@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-from llavamed_jax.data.dicom_elements import called, first_number, items, numbers, text, values, whole_number, wrong
+from llavamed_jax.data.dicom_elements import bits_stored, called, first_number, items, numbers, text, values, wrong
 from llavamed_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def render(stored: np.ndarray, header: Dataset, index: int, name: str) -> Image.
     if interpretation == PALETTE:
         stored, bits = _apply_palette(stored, header, name)
     else:
-        bits = whole_number(header, "BitsStored", name) or 8 * stored.dtype.itemsize
+        bits = max(bits_stored(header, name), int(stored.max()).bit_length())
     if stored.ndim != 3 or stored.dtype.kind != "u":
         raise UserError(f"{name} has {interpretation} with signed values or another number of samples; three unsigned "
                         "samples a pixel were expected")
@@ -60,11 +60,11 @@ def _grey(stored: np.ndarray, header: Dataset, index: int, name: str) -> np.ndar
     if not np.isfinite(result[~padding]).all():
         raise UserError(f"{name} has values that are not finite; finite ones were expected")
     result = np.where(np.isfinite(result), result, -np.inf)  # padding that is NaN is shown black
-    bits = whole_number(header, "BitsStored", name)
+    bits = bits_stored(header, name)
     voi = _voi(header, index, name, is_signed=stored.dtype.kind == "i" or bool((result < 0).any()))
     if voi is not None:
         shown = voi.apply(result)
-    elif stored.dtype.kind == "u" and bits is not None and bits <= 8 and np.array_equal(result, stored):
+    elif stored.dtype.kind == "u" and bits <= 8 and np.array_equal(result, stored):
         shown = result / (2**bits - 1)
     else:
         low, high = result[~padding].min(), result[~padding].max()

@@ -98,6 +98,11 @@ def whole_number(ds: Dataset, keyword: str, name: str) -> int | None:
     return None if value is None else int(value)
 
 
+def bits_stored(ds: Dataset, name: str) -> int | None:
+    """Bits Stored; where that is absent or 0, Bits Allocated, as viewers take it. None without either."""
+    return whole_number(ds, "BitsStored", name) or whole_number(ds, "BitsAllocated", name)
+
+
 def text(ds: Dataset, keyword: str, name: str) -> str | None:
     """The first value of an element as a text without padding, in capitals, None where it has none."""
     value = next((value for value in values(ds, keyword, name) if value is not None), None)
