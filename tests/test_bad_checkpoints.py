@@ -219,7 +219,7 @@ BAD_FILES = {
     "a name that a terminal obeys": (lambda d: edited(d, **{"model.\n\x1b[31mghost": np.zeros(3, np.float16)}),
                                      r"holds a tensor named 'model.\\n\\x1b\[31mghost'; names without control characters"),
     "eight bits": (lambda d: retyped(d, "model.norm.weight", "F8_E4M3"), "model.norm.weight in .* is of type F8_E4M3; one of F64, F32"),
-    "an adapter": (adapter, "holds an adapter .adapter_config.json.; a whole model's weights were expected"),
+    "an adapter": (adapter, "holds an adapter .adapter_config.json.; a whole model's weights were expected: adapters come with a later"),
     "a projector": (projector_alone, "holds a projector alone .mm_projector.bin.*`convert build --decoder BASE"),
 }
 

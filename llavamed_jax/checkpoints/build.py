@@ -16,7 +16,7 @@ from llavamed_jax.checkpoints.image_tokens import TABLES, add_image_tokens
 from llavamed_jax.checkpoints.layouts import canonical, from_torch
 from llavamed_jax.checkpoints.reader import Checkpoint, text_files
 from llavamed_jax.checkpoints.soundness import Tally
-from llavamed_jax.checkpoints.torch_files import Tensor, read_file, read_weights
+from llavamed_jax.checkpoints.torch_files import Tensor, read_file, read_weights, refuse_adapter
 from llavamed_jax.checkpoints.tower import tower_config, tower_tensors
 from llavamed_jax.config import LlavaConfig, projector_depth
 from llavamed_jax.errors import UsageError, UserError, at, cut, exists, some
@@ -78,6 +78,7 @@ def build(decoder: str | Path, vision: str | Path, projector: str, scratch: Path
 
 
 def _decoder_config(directory: Path) -> dict:
+    refuse_adapter(directory)
     if not (directory / "config.json").is_file():
         raise at(directory, f"the decoder {directory} holds no config.json; a directory of LLaMA, Vicuna or Mistral was expected")
     raw = read_json(directory / "config.json")

@@ -18,7 +18,7 @@ from llavamed_jax.checkpoints import hub, names
 from llavamed_jax.checkpoints.files import new_directory, read_json, write_json
 from llavamed_jax.checkpoints.reader import TEXT_FILES
 from llavamed_jax.checkpoints.soundness import Tally, is_finite
-from llavamed_jax.checkpoints.torch_files import Tensor, read_weights
+from llavamed_jax.checkpoints.torch_files import Tensor, read_weights, refuse_adapter
 from llavamed_jax.checkpoints.writer import Progress, total_bytes, write_safetensors
 from llavamed_jax.errors import UserError, at, some
 
@@ -50,6 +50,7 @@ def apply_delta(base: str | Path, delta: str | Path, out: str | Path, progress: 
 def _write(base, other, out, operation: np.ufunc, what: str, progress: Progress) -> dict[str, Tensor]:
     base, other = hub.local(base), hub.local(other)
     for directory in (base, other):
+        refuse_adapter(directory)
         if not (directory / "config.json").is_file():
             hint = " (`convert export --layout llava` writes one)" if (directory / "model" / "config.json").is_file() else ""
             raise at(directory, f"{directory} is no directory with a config.json; a model in the original's layout was expected{hint}")

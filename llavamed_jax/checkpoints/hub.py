@@ -49,7 +49,7 @@ def is_hub_name(path: str | Path) -> bool:
 def _fetch(path: str, weights: bool) -> Path:
     name, _, revision = path.partition("@")
     directory = _snapshot(path, name, revision or None, _TEXT)
-    if weights:
+    if weights and not (directory / "adapter_config.json").is_file():  # which is refused without its weights, too
         # By the commit, so that the weights are those of the config that was just read.
         directory = _fetch_weights(path, name, directory)
     _print_licence(path, directory)

@@ -22,7 +22,7 @@ from llavamed_jax.checkpoints.generation_file import with_stop_ids
 from llavamed_jax.checkpoints.layouts import canonical
 from llavamed_jax.checkpoints.preprocessor_file import check, has_settings, with_image_settings
 from llavamed_jax.checkpoints.soundness import Tally, is_zero, norms_are_small
-from llavamed_jax.checkpoints.torch_files import Tensor, has_weights, read_weights
+from llavamed_jax.checkpoints.torch_files import Tensor, has_weights, read_weights, refuse_adapter
 from llavamed_jax.checkpoints.tower import check_width, fetch_tower, find_tower, tower_config, tower_tensors
 from llavamed_jax.checkpoints.tower_shape import is_tower, known_shape, shape_of_tensors
 from llavamed_jax.config import KNOWN_TOWERS, OURS, LlavaConfig, VisionConfig, as_object, preset, projector_depth
@@ -200,6 +200,7 @@ def _torch_config(directory: Path, vision_tower: Path | None,
     Args:
       weights: reads the headers of the weight files; asked where the tower's shape stands nowhere else.
     """
+    refuse_adapter(directory)
     if not (directory / "config.json").is_file():
         raise UserError(f"{directory} holds no config.json; a checkpoint's directory was expected")
     raw, vision, assumed, asked = read_json(directory / "config.json"), None, "", vision_tower

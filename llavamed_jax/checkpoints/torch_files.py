@@ -49,11 +49,23 @@ def read_weights(directory: Path) -> dict[str, Tensor]:
     """Every tensor of a directory's weight files by its name there: of `.safetensors`, else of `pytorch_model*.bin`.
 
     Raises:
-      UserError: no weights, a file that is missing, damaged or holds more than tensors, or an index that is wrong.
+      UserError: no weights or an adapter's, a file that is missing, damaged or holds more than tensors, or an index that is wrong.
     """
+    refuse_adapter(directory)
     if any(directory.glob("*.safetensors*")) or not any(directory.glob(f"{_BIN}*")):
         return read_safetensors(directory)
     return _read_shards(directory, _BIN, read_bin)
+
+
+def refuse_adapter(directory: Path) -> None:
+    """Raises UserError for a directory of LoRA's: as PEFT writes it, and as LLaVA's training does with `non_lora_trainables.bin` and the
+    model's config beside."""
+    of_adapter = sorted(file.name for pattern in ("adapter_config.json", "adapter_model*", "non_lora_trainables.bin")
+                        for file in directory.glob(pattern))
+    is_whole = any(file.name not in of_adapter for pattern in ("*.safetensors*", f"{_BIN}*") for file in directory.glob(pattern))
+    if of_adapter and (not is_whole or any(name.startswith("adapter_model") for name in of_adapter)):
+        raise UserError(f"{directory} holds an adapter ({of_adapter[0]}); a whole model's weights were expected: adapters come with a "
+                        "later version, and until then PEFT's merge_and_unload makes a model of an adapter and its base")
 
 
 def has_weights(directory: Path) -> bool:
@@ -109,8 +121,6 @@ def _read_shards(directory: Path, pattern: str, read: Callable[[Path], dict[str,
 
 
 def _no_weights(directory: Path) -> str:
-    if (directory / "adapter_config.json").is_file():
-        return f"{directory} holds an adapter (adapter_config.json); a whole model's weights were expected"
     if (directory / "mm_projector.bin").is_file():
         return (f"{directory} holds a projector alone (mm_projector.bin); a whole model was expected: "
                 "`convert build --decoder BASE --vision CLIP --projector FILE` joins it with its base")

@@ -9,7 +9,7 @@ from llavamed_jax.checkpoints import hub, preprocessor_file
 from llavamed_jax.checkpoints.files import read_json
 from llavamed_jax.checkpoints.layouts import canonical
 from llavamed_jax.checkpoints.names import is_buffer
-from llavamed_jax.checkpoints.torch_files import Tensor, read_weights
+from llavamed_jax.checkpoints.torch_files import Tensor, read_weights, refuse_adapter
 from llavamed_jax.config import LlavaConfig, VisionConfig
 from llavamed_jax.errors import UserError, at
 
@@ -37,6 +37,7 @@ def fetch_tower(directory: Path, name: str | None, weights: bool = True) -> Path
 
 def tower_config(directory: Path) -> VisionConfig:
     """A CLIP directory's tower, and what its preprocessor does."""
+    refuse_adapter(directory)
     if not (directory / "config.json").is_file():
         raise at(directory, f"the vision tower {directory} holds no config.json; a CLIP model's directory was expected")
     raw = read_json(directory / "config.json")
