@@ -163,3 +163,71 @@ def test_bad_bin_files_are_one_sentence(case, tmp_path):
     with pytest.raises(UserError, match=sentence) as error:
         open_checkpoint(directory)
     assert "\n" not in str(error.value) and not (directory / "harm").exists()
+
+
+# Tensors that torch saves and whose values are not simply in the file; `x` is float32 [48] from 1 to 48.
+ODD = {
+    "a negative bit": (lambda torch, x: torch._neg_view(x), -1.0),
+    "a negative bit of bfloat16": (lambda torch, x: torch._neg_view(x.bfloat16()), -1.0),
+    "the imaginary part of a conjugate": (lambda torch, x: torch.complex(x, x).conj().imag, -1.0),
+    "a parameter": (lambda torch, x: torch.nn.Parameter(x), 1.0),
+    "every second of another": (lambda torch, x: torch.stack([x, 0 * x], 1)[:, 0], 1.0),
+    "no values": (lambda torch, x: torch.empty(48, device="meta"), "lies on the device meta, so its values are not in the file"),
+    "quantised": (lambda torch, x: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8), "is of type torch.qint8, and quantised weights cannot"),
+    "complex": (lambda torch, x: torch.complex(x, x), "is of type torch.complex64; one of torch.float64, torch.float32"),
+    "conjugated": (lambda torch, x: torch.complex(x, x).conj(), "is of type torch.complex64; one of"),
+    "compressed rows": (lambda torch, x: x[None].to_sparse_csr(), "is a sparse tensor; a dense one was expected"),
+    "nested": (lambda torch, x: torch.nested.nested_tensor([x[:8], x[8:]]), "is a nested tensor; a dense one was expected"),
+    "bytes": (lambda torch, x: x.to(torch.int8), "is of type torch.int8; one of"),
+    "eight bits": (lambda torch, x: x.to(torch.float8_e4m3fn), "is of type torch.float8_e4m3fn; one of"),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("case", ODD)
+def test_odd_tensors_are_read_or_one_sentence(case, tmp_path):
+    torch = torch_module()
+    tiny.save_clip(tmp_path / "tiny-tower")
+    config, tensors = {**tiny.V1, "vocab_size": 73}, v1_tensors(dtype=np.float32)
+    directory = save_bins(tmp_path / "bin", config, tensors, index=False, shards=1)
+    make, wanted = ODD[case]
+    x = torch.arange(1.0, 49.0)
+    state = torch.load(directory / "pytorch_model.bin")
+    torch.save(state | {"model.norm.weight": make(torch, x)}, directory / "pytorch_model.bin")
+    if isinstance(wanted, str):
+        with pytest.raises(UserError, match=f"model.norm.weight in .*pytorch_model.bin {wanted}") as error:
+            open_checkpoint(directory)
+        assert "\n" not in str(error.value)
+    else:
+        np.testing.assert_array_equal(open_checkpoint(directory).read("decoder/norm/scale").astype(np.float32), wanted * x.numpy())
+
+
+def test_an_odd_buffer_is_nobodys_business(tmp_path):
+    torch = torch_module()
+    tiny.save_clip(tmp_path / "tiny-tower")
+    directory = save_bins(tmp_path / "bin", {**tiny.V1, "vocab_size": 73}, v1_tensors(), index=False, shards=1)
+    state = torch.load(directory / "pytorch_model.bin")
+    torch.save(state | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.empty(6, device="meta")}, directory / "pytorch_model.bin")
+    assert "decoder/norm/scale" in open_checkpoint(directory).tensors
+
+
+def test_damaged_bytes_are_one_sentence(tmp_path):
+    """Whatever torch raises of them."""
+    tiny.save_clip(tmp_path / "tiny-tower")
+    directory = save_bins(tmp_path / "bin", {**tiny.V1, "vocab_size": 73}, v1_tensors(), index=False, shards=1)
+    file, rng = directory / "pytorch_model.bin", np.random.default_rng(0)
+    whole, refused = file.read_bytes(), 0
+    start, end = whole.index(b"model.embed_tokens"), whole.index(b"model.embed_tokens") + 6000  # of the pickle
+    for _ in range(150):
+        damaged = bytearray(whole)
+        for at in rng.integers(start, end, rng.integers(1, 4)):
+            damaged[at] = rng.integers(256)
+        file.write_bytes(damaged)
+        try:
+            checkpoint = open_checkpoint(directory)
+            for name in checkpoint.tensors:
+                checkpoint.read(name)
+        except UserError as error:
+            assert "\n" not in str(error)
+            refused += 1
+    assert refused > 50

@@ -211,25 +211,41 @@ def read_bin(file: Path) -> dict[str, Tensor]:
         if unsafe:
             raise UserError(f"{file} was refused: its pickle calls {unsafe[1]}, where tensors alone were expected") from None
         raise UserError(f"{file} is no whole file of torch.save") from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError):  # what torch raises of a damaged archive
+    except MemoryError:
+        raise
+    except Exception:  # of a damaged archive torch raises anything: RuntimeError, EOFError, KeyError, AttributeError, …
         raise UserError(f"{file} is no whole file of torch.save") from None
     if not isinstance(state, Mapping) or not all(isinstance(k, str) and isinstance(t, torch.Tensor) for k, t in state.items()):
         raise UserError(f"{file} holds something else than tensors by name; a state dict was expected")
     tensors = {}
     for name, tensor in state.items():
-        if tensor.layout is not torch.strided:
-            raise UserError(f"{name} in {file} is a sparse tensor; a dense one was expected")
-        if str(tensor.dtype) in _TORCH_DTYPES:
-            dtype = DTYPES[_TORCH_DTYPES[str(tensor.dtype)]]
-            tensors[name] = Tensor(tuple(tensor.shape), dtype, lambda tensor=tensor, dtype=dtype: _to_numpy(tensor, dtype))
-        elif not names.is_buffer(name):
-            raise UserError(f"{name} in {file} is of type {tensor.dtype}; one of {', '.join(_TORCH_DTYPES)} was expected")
+        if odd := _what_is_odd(tensor):
+            if names.is_buffer(name):
+                continue
+            raise UserError(f"{name} in {file} {odd}")
+        dtype = DTYPES[_TORCH_DTYPES[str(tensor.dtype)]]
+        tensors[name] = Tensor(tuple(tensor.shape), dtype, lambda tensor=tensor, dtype=dtype: _to_numpy(tensor, dtype))
     return tensors
+
+
+def _what_is_odd(tensor) -> str | None:
+    """Why a tensor of torch cannot be a weight here, in words; None where it can."""
+    import torch
+    if tensor.layout is not torch.strided:
+        return "is a sparse tensor; a dense one was expected"
+    if tensor.is_nested:
+        return "is a nested tensor; a dense one was expected"
+    if str(tensor.dtype) not in _TORCH_DTYPES:
+        quantised = ", and quantised weights cannot be read" if tensor.is_quantized else ""
+        return f"is of type {tensor.dtype}{quantised}; one of {', '.join(_TORCH_DTYPES)} was expected"
+    if tensor.device.type != "cpu":
+        return f"lies on the device {tensor.device}, so its values are not in the file"
+    return None
 
 
 def _to_numpy(tensor, dtype: np.dtype) -> np.ndarray:
     import torch
-    tensor = tensor.detach().contiguous()
+    tensor = tensor.detach().resolve_neg().contiguous()  # a bit of a view may say that its values are those of the file negated
     if dtype == DTYPES["BF16"]:  # which numpy knows through ml_dtypes and torch does not hand over
         return tensor.view(torch.int16).numpy().view(dtype)
     return tensor.numpy()
