@@ -57,7 +57,7 @@ def tower_name(config: Mapping[str, Any]) -> str | None:
     name = config.get("mm_vision_tower") or config.get("vision_tower") or (
         _V0_DEFAULTS["mm_vision_tower"] if config.get("model_type") in ("llava", "llama") else None)
     if not isinstance(name, str | None):
-        raise UserError(f"config.json has mm_vision_tower {name!r}; a model's name or a directory was expected")
+        raise UserError(f"config.json has mm_vision_tower {short(name)}; a model's name or a directory was expected")
     return name
 
 
@@ -75,7 +75,7 @@ def plain_decoder(config: Mapping[str, Any]) -> DecoderConfig:
     kind = config.get("model_type")
     architecture = "mistral" if kind in ("mistral", "llava_mistral") else "llama" if kind in ("llama", "llava", "llava_llama") else None
     if architecture is None:
-        raise UserError(f"config.json has model_type {kind!r}; llama or mistral was expected")
+        raise UserError(f"config.json has model_type {short(kind)}; llama or mistral was expected")
     required = (*_REQUIRED, "num_key_value_heads") if architecture == "mistral" else _REQUIRED
     lacking = [key for key in required if config.get(key) is None]
     if lacking not in ([], ["rms_norm_eps"]):  # of which the first LLaVAs leaned on transformers' default
@@ -118,7 +118,7 @@ def from_original(config: Mapping[str, Any], vision: VisionConfig | None) -> Lla
     if vision is None:
         shape = ours.get("vision_config") or KNOWN_TOWERS.get(tower)
         if shape is None:
-            raise UserError(f"the shape of the vision tower {tower!r} is not known; its directory was expected as vision_tower=PATH")
+            raise UserError(f"the shape of the vision tower {short(tower)} is not known; its directory was expected as vision_tower=PATH")
         vision = VisionConfig.from_hf(as_object(shape, "vision_config"))
     if config.get("image_aspect_ratio") == "anyres":
         raise UserError("image_aspect_ratio is 'anyres' (LLaVA-1.6); pad or square was expected")
@@ -159,9 +159,10 @@ def from_transformers(config: Mapping[str, Any]) -> LlavaConfig:
     layer = layer[0] if isinstance(layer, list) and len(layer) == 1 else layer
     if isinstance(layer, list):
         raise UserError(f"vision_feature_layer is {short(layer)}, whose features are concatenated; one layer was expected")
-    select = {"default": "patch", "full": "cls_patch"}.get(str(config.get("vision_feature_select_strategy", "default")))
+    strategy = config.get("vision_feature_select_strategy", "default")
+    select = {"default": "patch", "full": "cls_patch"}.get(str(strategy))
     if select is None:
-        raise UserError(f"vision_feature_select_strategy is {config['vision_feature_select_strategy']!r}; default or full was expected")
+        raise UserError(f"vision_feature_select_strategy is {short(strategy)}; default or full was expected")
     text = config.get("text_config")
     text = as_object({"model_type": "llama"} if text is None else text, "text_config")  # transformers' default
     if config.get("eos_token_id") is not None:  # generate takes the outer one first
@@ -180,7 +181,7 @@ def from_transformers(config: Mapping[str, Any]) -> LlavaConfig:
         max_length=ours.get("max_length"), use_start_end=ours.get("use_start_end", False), template=ours.get("template"),
         source=ours.get("source", "transformers"),
         image_token_id=config.get("image_token_index", config.get("image_token_id", 32000)),
-        extra=json.dumps(ours["extra"], sort_keys=True) if "extra" in ours else _extra(config, _TRANSFORMERS_KEYS))
+        extra=json.dumps(as_object(ours["extra"], "extra"), sort_keys=True) if "extra" in ours else _extra(config, _TRANSFORMERS_KEYS))
     # Rows that our export added for its <image> and <pad> go again; a table that was resized since is taken as it is.
     rows = ours.get("vocab_size", cfg.decoder.vocab_size)
     bare = cfg.replace(image_token_id=None, decoder=dataclasses.replace(cfg.decoder, vocab_size=rows))
@@ -192,7 +193,7 @@ def from_transformers(config: Mapping[str, Any]) -> LlavaConfig:
 def to_transformers(cfg: LlavaConfig, ids: tuple[int, int] | None = None) -> dict:
     """The `config.json` of a LlavaForConditionalGeneration (`LlavaConfig.to_hf`). Raises UserError for a projector that it cannot hold."""
     if cfg.projector_type != "mlp2x_gelu":
-        raise UserError(f"transformers' llava layout holds two-layer projectors only; this model's is {cfg.projector_type!r}: "
+        raise UserError(f"transformers' llava layout holds two-layer projectors only; this model's is {short(cfg.projector_type)}: "
                         "--layout llava holds it")
     vocabulary, has_image = cfg.decoder.vocab_size, cfg.image_token_id is not None
     ids = ids or (vocabulary, vocabulary + 1)

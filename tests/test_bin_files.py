@@ -173,7 +173,7 @@ ODD = {
     "a parameter": (lambda torch, x: torch.nn.Parameter(x), 1.0),
     "every second of another": (lambda torch, x: torch.stack([x, 0 * x], 1)[:, 0], 1.0),
     "no values": (lambda torch, x: torch.empty(48, device="meta"), "lies on the device meta, so its values are not in the file"),
-    "quantised": (lambda torch, x: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8), "is of type torch.qint8, and quantised weights cannot"),
+    "quantised": (lambda torch, x: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8), "is of type torch.qint8, and quantised weights"),
     "complex": (lambda torch, x: torch.complex(x, x), "is of type torch.complex64; one of torch.float64, torch.float32"),
     "conjugated": (lambda torch, x: torch.complex(x, x).conj(), "is of type torch.complex64; one of"),
     "compressed rows": (lambda torch, x: x[None].to_sparse_csr(), "is a sparse tensor; a dense one was expected"),

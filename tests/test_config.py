@@ -1,6 +1,7 @@
 """A config.json can hold anything anywhere: each wrong kind of value is one sentence that names key and value."""
 
 import dataclasses
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -94,3 +95,32 @@ def test_several_ends_of_a_sequence_travel_both_ways():
     assert single.decoder.eos_ids == (2,) and single.decoder.to_hf()["eos_token_id"] == 2
     none = dataclasses.replace(single.decoder, eos_token_id=None)
     assert none.eos_ids == ()
+
+
+WRONG = [None, True, 1.5, -1, 10**400, float("nan"), "", "a" * 100_000, [], ["x"], [[]], {"a": 1}, "/a/b\0c"]
+
+
+def places(config, path=()):
+    """The path of every key, those of objects inside too."""
+    for key, value in config.items():
+        yield (*path, key)
+        if isinstance(value, dict):
+            yield from places(value, (*path, key))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_key_with_every_kind_of_value_is_read_or_one_short_sentence(kind, tmp_path):
+    """Whatever JSON can hold at any place, and keys that a config may have beside those that it has."""
+    more = [("rope_scaling",), ("rope_parameters",), ("attention_bias",), ("head_dim",), ("eos_token_id",), ("partial_rotary_factor",)]
+    whole, refused = json.dumps(KINDS[kind]), 0
+    for *parents, key in [*places(KINDS[kind]), *more]:
+        for value in WRONG:
+            config = json.loads(whole)
+            functools.reduce(lambda at, parent: at[parent], parents, config)[key] = value
+            tiny.save(tmp_path / "model" if kind == "ours" else tmp_path, config)
+            try:
+                hash(read_config(tmp_path))
+            except UserError as error:
+                assert "\n" not in str(error) and len(str(error)) < 1000, (parents, key, value)
+                refused += 1
+    assert refused > 100

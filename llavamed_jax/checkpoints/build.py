@@ -19,7 +19,7 @@ from llavamed_jax.checkpoints.soundness import Tally
 from llavamed_jax.checkpoints.torch_files import Tensor, read_file, read_weights, refuse_adapter
 from llavamed_jax.checkpoints.tower import tower_config, tower_tensors
 from llavamed_jax.config import LlavaConfig, projector_depth
-from llavamed_jax.errors import UsageError, UserError, at, cut, exists, some
+from llavamed_jax.errors import UsageError, UserError, at, cut, exists, short, some
 from llavamed_jax.hf_config import joined, plain_decoder
 
 # What an original's config.json beside an mm_projector.bin says of how its features were taken.
@@ -67,7 +67,7 @@ def build(decoder: str | Path, vision: str | Path, projector: str, scratch: Path
     if image_tokens:
         deviation = raw.get("initializer_range", 0.02)
         if not isinstance(deviation, (int, float)) or not 0 <= deviation < 1:
-            raise UserError(f"{decoder}: config.json has initializer_range {deviation!r}; a number from 0 to 1 was expected")
+            raise UserError(f"{decoder}: config.json has initializer_range {short(deviation)}; a number from 0 to 1 was expected")
         checkpoint, new = add_image_tokens(checkpoint, scratch, deviation, seed, has_pad)
         said.append(f"image tokens: added {', '.join(new)}" if new else "image tokens: there already")
     if is_file:
@@ -83,7 +83,7 @@ def _decoder_config(directory: Path) -> dict:
         raise at(directory, f"the decoder {directory} holds no config.json; a directory of LLaMA, Vicuna or Mistral was expected")
     raw = read_json(directory / "config.json")
     if raw.get("model_type") not in ("llama", "mistral"):
-        raise UserError(f"the decoder {directory} has model_type {raw.get('model_type')!r}; llama or mistral was expected")
+        raise UserError(f"the decoder {directory} has model_type {short(raw.get('model_type'))}; llama or mistral was expected")
     return raw
 
 

@@ -11,7 +11,7 @@ from llavamed_jax.checkpoints.layouts import canonical
 from llavamed_jax.checkpoints.names import is_buffer
 from llavamed_jax.checkpoints.torch_files import Tensor, read_weights, refuse_adapter
 from llavamed_jax.config import LlavaConfig, VisionConfig
-from llavamed_jax.errors import UserError, at
+from llavamed_jax.errors import UserError, at, exists, short
 
 
 def find_tower(directory: Path, name: str | None) -> Path | None:
@@ -20,7 +20,7 @@ def find_tower(directory: Path, name: str | None) -> Path | None:
         return None
     candidates = [Path(name)] if Path(name).is_absolute() else []
     candidates += [directory / Path(name).name, directory.resolve().parent / Path(name).name]
-    return next((c for c in candidates if (c / "config.json").is_file()), None)
+    return next((c for c in candidates if exists(c / "config.json")), None)
 
 
 def fetch_tower(directory: Path, name: str | None, weights: bool = True) -> Path:
@@ -31,7 +31,7 @@ def fetch_tower(directory: Path, name: str | None, weights: bool = True) -> Path
             return hub.local(name, weights)
         except UserError as error:
             reason = f" ({error})"
-    raise UserError(f"{directory} names the vision tower {name!r}, which lies neither inside nor beside it{reason}; "
+    raise UserError(f"{directory} names the vision tower {short(name)}, which lies neither inside nor beside it{reason}; "
                     "vision_tower=PATH (--vision_tower PATH) was expected")
 
 
@@ -42,7 +42,7 @@ def tower_config(directory: Path) -> VisionConfig:
         raise at(directory, f"the vision tower {directory} holds no config.json; a CLIP model's directory was expected")
     raw = read_json(directory / "config.json")
     if raw.get("model_type", "clip") not in ("clip", "clip_vision_model"):  # others have a vision_config too
-        raise UserError(f"the vision tower {directory} has model_type {raw['model_type']!r}; clip or clip_vision_model was expected")
+        raise UserError(f"the vision tower {directory} has model_type {short(raw['model_type'])}; clip or clip_vision_model was expected")
     try:
         vision = VisionConfig.from_hf(raw)
     except UserError as error:
@@ -54,7 +54,7 @@ def tower_config(directory: Path) -> VisionConfig:
 def check_width(directory: Path, vision: VisionConfig, expected: int | None) -> None:
     """Raises UserError where the projector was made for a tower of another width."""
     if expected not in (None, vision.hidden_size):
-        raise UserError(f"the vision tower {directory} has width {vision.hidden_size}; the projector expects {expected}")
+        raise UserError(f"the vision tower {directory} has width {vision.hidden_size}; the projector expects {short(expected)}")
 
 
 def tower_tensors(config: LlavaConfig, directory: Path) -> dict[str, Tensor]:

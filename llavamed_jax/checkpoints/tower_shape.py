@@ -14,7 +14,7 @@ from pathlib import Path
 
 from llavamed_jax.checkpoints.torch_files import Tensor
 from llavamed_jax.config import KNOWN_TOWERS, VisionConfig
-from llavamed_jax.errors import UserError
+from llavamed_jax.errors import UserError, short
 
 CLIP_WIDTHS = (768, 1024)  # of ViT-B and ViT-L
 _HEAD_WIDTH = 64
@@ -52,13 +52,13 @@ def shape_of_tensors(directory: Path, name: str, found: Mapping[str, Tensor]) ->
     edge = math.isqrt(max(positions[0] - 1, 0)) if len(positions) == 2 else 0
     is_clip = len(patch) == 4 and patch[2] == patch[3] and len(feed_forward) == 2 and edge and edge**2 + 1 == positions[0]
     if not is_clip:
-        raise UserError(f"{directory} names the vision tower {name!r}, which is not here, and its tensors are not those of a CLIP ViT; "
-                        "vision_tower=PATH (--vision_tower PATH) was expected")
+        raise UserError(f"{directory} names the vision tower {short(name)}, which is not here, and its tensors are not those of a "
+                        "CLIP ViT; vision_tower=PATH (--vision_tower PATH) was expected")
     width = patch[0]
     if width not in CLIP_WIDTHS:
-        raise UserError(f"{directory} names the vision tower {name!r}, which is not here; its tensors have width {width}, at which "
+        raise UserError(f"{directory} names the vision tower {short(name)}, which is not here; its tensors have width {width}, at which "
                         "CLIP has no tower, so its heads are not known; a directory with the tower's config.json was expected, without "
                         "weights where those of the checkpoint shall be taken: vision_tower=PATH (--vision_tower PATH)")
     vision = VisionConfig(width, feed_forward[0], len(layers), width // _HEAD_WIDTH, edge * patch[2], patch[2], num_channels=patch[1])
     return vision, (f"which give its shape; {vision.num_heads} heads, {vision.hidden_act} and eps {vision.layer_norm_eps:g} are "
-                    f"assumed, as in CLIP, because mm_vision_tower {name!r} is not here")
+                    f"assumed, as in CLIP, because mm_vision_tower {short(name)} is not here")

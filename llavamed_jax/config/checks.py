@@ -39,6 +39,7 @@ _LISTS = {"tuple[int, ...]": ((int,), "a list of whole numbers"), "tuple[float, 
 # Whole numbers that are no counts, and the counts of which a wrong one would name tensors without end.
 _SIGNED = {"feature_layer", "image_token_id", "bos_token_id", "eos_token_id", "pad_token_id"}
 _MOST = {"num_layers": 1000}
+_MOST_OF_ALL = 2**31 - 1
 
 
 def check_fields(config: Any, part: str) -> None:
@@ -50,8 +51,8 @@ def check_fields(config: Any, part: str) -> None:
         if not _is_of_kind(value, kind):
             words = _KINDS[kind][1] if kind in _KINDS else _LISTS[kind][1] if kind in _LISTS else f"a {kind}"
             raise UserError(f"the {part}config has {field.name} {short(value)}; {words}{' or null' if optional else ''} was expected")
-        if kind == "int" and field.name not in _SIGNED and not 1 <= value <= (limit := _MOST.get(field.name, value)):
-            bounds = f"from 1 to {limit}" if field.name in _MOST else "of at least 1"
+        if kind == "int" and field.name not in _SIGNED and not 1 <= value <= (limit := _MOST.get(field.name, _MOST_OF_ALL)):
+            bounds = "of at least 1" if value < 1 and field.name not in _MOST else f"from 1 to {limit}"
             raise UserError(f"the {part}config has {field.name} {short(value)}; a whole number {bounds} was expected")
         if kind == "float" and not 0 < value < math.inf:
             raise UserError(f"the {part}config has {field.name} {short(value)}; a finite number above 0 was expected")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llavamed_jax.config.checks import check_fields
-from llavamed_jax.errors import UserError
+from llavamed_jax.errors import UserError, short
 
 RESAMPLE = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # Pillow's filters, by their numbers
 MAX_EDGE = 13_377  # whose square is the most pixels that an image may have
@@ -42,10 +42,10 @@ class ImageSettings:
             object.__setattr__(self, "resize", tuple(self.resize))
         check_fields(self, "image ")
         if self.resample not in RESAMPLE:
-            raise UserError(f"the image config has resample {self.resample!r}; one of {', '.join(RESAMPLE)} was "
+            raise UserError(f"the image config has resample {short(self.resample)}; one of {', '.join(RESAMPLE)} was "
                             "expected")
         if len(self.resize or ()) > 2 or not all(1 <= edge <= MAX_EDGE for edge in self.resize or ()):
-            raise UserError(f"the image config has resize {self.resize!r}; at most two edges from 1 to {MAX_EDGE} were "
+            raise UserError(f"the image config has resize {short(self.resize)}; at most two edges from 1 to {MAX_EDGE} were "
                             "expected")
 
     @classmethod

@@ -16,7 +16,7 @@ from typing import Any
 from llavamed_jax.config.checks import as_object, channels, check_counts, check_fields, number, token_ids
 from llavamed_jax.config.images import ImageSettings
 from llavamed_jax.config.rope import RopeScaling, read_rope
-from llavamed_jax.errors import UserError
+from llavamed_jax.errors import UserError, short
 
 IMAGE_TOKEN = -200  # stands for an image in token ids (LLaVA's IMAGE_TOKEN_INDEX)
 IGNORE = -100  # a label that is not supervised
@@ -108,7 +108,7 @@ class VisionConfig:
         config = as_object(config.get("vision_config", config), "vision_config")
         model_type = config.get("model_type", "clip_vision_model")
         if model_type not in ("clip_vision_model", "clip"):
-            raise UserError(f"the vision tower's model_type is {model_type!r}; clip_vision_model was expected")
+            raise UserError(f"the vision tower's model_type is {short(model_type)}; clip_vision_model was expected")
         c = {**_VISION_DEFAULTS, **{k: v for k, v in config.items() if v is not None}}
         check_counts(c, [key for key in _VISION_DEFAULTS if key not in ("layer_norm_eps", "hidden_act")])
         return cls(c["hidden_size"], c["intermediate_size"], c["num_hidden_layers"], c["num_attention_heads"],
@@ -170,7 +170,7 @@ class DecoderConfig:
         """
         arch = architecture or config.get("model_type", "llama")
         if not isinstance(arch, str) or arch not in _TEXT_DEFAULTS:
-            raise UserError(f"the decoder's model_type is {arch!r}; llama or mistral was expected")
+            raise UserError(f"the decoder's model_type is {short(arch)}; llama or mistral was expected")
         defaults = _TEXT_DEFAULTS[arch]
         # null is a value of its own for a window and for key/value heads; elsewhere it stands for the default.
         c = {**defaults, **{k: v for k, v in config.items()
@@ -265,7 +265,7 @@ class LlavaConfig:
     def __post_init__(self):
         check_fields(self, "")
         if self.feature_select not in ("patch", "cls_patch"):
-            raise UserError(f"the vision feature selection is {self.feature_select!r}; patch or cls_patch was expected")
+            raise UserError(f"the vision feature selection is {short(self.feature_select)}; patch or cls_patch was expected")
         if not -self.vision.num_layers - 1 <= self.feature_layer <= self.vision.num_layers:
             raise UserError(f"feature layer {self.feature_layer} does not exist in a tower of {self.vision.num_layers} layers")
         projector_depth(self.projector_type)
@@ -342,7 +342,7 @@ class LlavaConfig:
             return hf_config.from_transformers(config)
         if hf_config.is_original(config):
             return hf_config.from_original(config, vision)
-        raise UserError(f"config.json has model_type {config.get('model_type')!r}; llava_mistral, llava_llama or llava was expected")
+        raise UserError(f"config.json has model_type {short(config.get('model_type'))}; llava_mistral, llava_llama or llava was expected")
 
     def to_hf(self, layout: str, ids: tuple[int, int] | None = None) -> dict:
         """The `config.json` of an export; `layout` is `transformers` or `llava` (the original's own).
@@ -356,13 +356,13 @@ class LlavaConfig:
             return hf_config.to_transformers(self, ids)
         if layout == "llava":
             return hf_config.to_original(self)
-        raise UserError(f"the layout {layout!r} does not exist; transformers or llava was expected")
+        raise UserError(f"the layout {short(layout)} does not exist; transformers or llava was expected")
 
 
 def check_activation(what: str, name: str) -> None:
     """Raises UserError for an activation that `models.layers.ACTIVATIONS` has not."""
     if name not in ACTIVATIONS:
-        raise UserError(f"{what} is {name!r}; one of {', '.join(ACTIVATIONS)} was expected")
+        raise UserError(f"{what} is {short(name)}; one of {', '.join(ACTIVATIONS)} was expected")
 
 
 def projector_depth(projector_type: str) -> int:
@@ -374,4 +374,4 @@ def projector_depth(projector_type: str) -> int:
     found = re.fullmatch(r"mlp0*([1-9][0-9]?)x_gelu", projector_type)
     if found:
         return int(found[1])
-    raise UserError(f"the projector type is {projector_type!r}; linear, mlpNx_gelu or identity was expected")
+    raise UserError(f"the projector type is {short(projector_type)}; linear, mlpNx_gelu or identity was expected")
