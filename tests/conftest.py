@@ -15,6 +15,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads and the 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test never asks a hub
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "0"  # nor does it write into the home of whoever runs it
 
+# The tests' servers are on this machine, whatever proxy leads out of it.
+for variable in ("NO_PROXY", "no_proxy"):
+    os.environ[variable] = ",".join(filter(None, [os.environ.get(variable), "127.0.0.1", "localhost"]))
+
 # A shell that runs a job in the background has it ignore Ctrl-C, and children inherit that: some tests send them one.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -22,7 +22,7 @@ from typing import Any
 from llavamed_jax.checkpoints.special_tokens import FILES, SpecialTokens, Token, read_special_tokens
 from llavamed_jax.data.tokenizer_backends import SentencePiece, Tokenizers
 from llavamed_jax.data.tokenizer_generations import say_differences
-from llavamed_jax.errors import UsageError, UserError, cut, exists
+from llavamed_jax.errors import UsageError, UserError, cut
 from llavamed_jax.utils.paths import refuse_address
 
 TOKENIZERS = ("tokenizer.model", "tokenizer.json")  # what `find_tokenizer` looks for, in this order
@@ -208,8 +208,13 @@ class Tokenizer:
         """
         refuse_address("the tokenizer", path)
         path = Path(path)
-        if not exists(path):
-            raise UsageError(f"the tokenizer file {cut(str(path))} does not exist")
+        try:
+            path.stat()
+        except FileNotFoundError:
+            raise UsageError(f"the tokenizer file {cut(str(path))} does not exist") from None
+        except (OSError, ValueError) as error:  # a name that no file can have, or one that may not be looked at
+            reason = getattr(error, "strerror", None) or error
+            raise UsageError(f"the tokenizer file {cut(str(path))!r} cannot be opened: {reason}") from None
         file = find_tokenizer(path, of_transformers) if path.is_dir() else path
         if file is None:
             raise UserError(f"{path} holds no tokenizer: tokenizer.model or tokenizer.json was expected")
