@@ -52,6 +52,19 @@ def is_original(config: Mapping[str, Any]) -> bool:
     return config.get("model_type") in ("llava_mistral", "llava_llama", "llava", "llama") and not is_transformers(config)
 
 
+def not_obeyed(config: Mapping[str, Any]) -> list[str]:
+    """Settings of a source's `config.json` that its own code goes by and this project does not, as sentences."""
+    parts = [(key, config[key]) for key in ("text_config", "vision_config") if isinstance(config.get(key), Mapping)]
+    out = []
+    for where, part in [("", config), *((f"{key}.", part) for key, part in parts)]:
+        for key in ("attention_dropout", "dropout"):
+            if part.get(key):
+                out.append(f"config.json has {where}{key} {short(part[key])}, which training does not apply here")
+        if part.get("quantization_config"):
+            out.append(f"config.json has {where}quantization_config, which is not applied: the weights are taken as they are in the files")
+    return out
+
+
 def tower_name(config: Mapping[str, Any]) -> str | None:
     """What an original's `config.json` calls its vision tower: a model's name or a directory."""
     name = config.get("mm_vision_tower") or config.get("vision_tower") or (
@@ -122,6 +135,10 @@ def from_original(config: Mapping[str, Any], vision: VisionConfig | None) -> Lla
         vision = VisionConfig.from_hf(as_object(shape, "vision_config"))
     if config.get("image_aspect_ratio") == "anyres":
         raise UserError("image_aspect_ratio is 'anyres' (LLaVA-1.6); pad or square was expected")
+    if config.get("s2"):
+        raise UserError(f"s2 is {short(config['s2'])} (a tower at several scales); one scale was expected")
+    if config.get("mm_resampler_type") not in (None, "identity"):
+        raise UserError(f"mm_resampler_type is {short(config['mm_resampler_type'])}; a projector without a resampler was expected")
     return LlavaConfig(
         vision=vision, decoder=plain_decoder(config), projector_type=projector,
         feature_layer=config.get("mm_vision_select_layer", -1),  # the original's code default

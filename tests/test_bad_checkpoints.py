@@ -270,6 +270,8 @@ BAD_CONFIGS = {
                             "sliding_window 0; a whole number of at least 1 was expected"),
     "no room for a token": ({"tokenizer_model_max_length": 0}, "max_length 0; a whole number of at least 1"),
     "a layer too far": ({"mm_vision_select_layer": -9}, "feature layer -9 does not exist in a tower of 3 layers"),
+    "a tower at several scales": ({"s2": True}, "s2 is True .a tower at several scales.; one scale was expected"),
+    "a resampler": ({"mm_resampler_type": "perceiver"}, "mm_resampler_type is 'perceiver'; a projector without a resampler was expected"),
     "tiles": ({"image_aspect_ratio": "anyres"}, "image_aspect_ratio is 'anyres' .LLaVA-1.6."),
 }
 
@@ -361,3 +363,15 @@ def test_ids_without_a_row_are_said(v15, tmp_path, capsys):
     (v15 / "added_tokens.json").write_text('{"<pad>": "last"}')
     status, error = converted(v15, tmp_path / "again", capsys)
     assert status == 1 and "the added tokens of the tokenizer in " in error
+
+
+def test_settings_that_are_not_obeyed_are_said(v15, tmp_path, capsys):
+    config = json.loads((v15 / "config.json").read_text())
+    assert converted(v15, tmp_path / "quiet", capsys) == (0, "")
+    (v15 / "config.json").write_text(json.dumps({**config, "attention_dropout": 0.1, "quantization_config": {"load_in_8bit": True}}))
+    status = main(["import", "--checkpoint", str(v15), "--out", str(tmp_path / "out")])
+    said = capsys.readouterr().err.splitlines()
+    assert status == 0 and said == [
+        f"warning: {v15}: config.json has attention_dropout 0.1, which training does not apply here",
+        f"warning: {v15}: config.json has quantization_config, which is not applied: the weights are taken as they are in the files"]
+    assert json.loads((tmp_path / "out" / "model" / "config.json").read_text())["extra"]["attention_dropout"] == 0.1

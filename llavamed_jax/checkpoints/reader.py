@@ -26,8 +26,8 @@ from llavamed_jax.checkpoints.torch_files import Tensor, has_weights, read_weigh
 from llavamed_jax.checkpoints.tower import check_width, fetch_tower, find_tower, tower_config, tower_tensors
 from llavamed_jax.checkpoints.tower_shape import is_tower, known_shape, shape_of_tensors
 from llavamed_jax.config import KNOWN_TOWERS, OURS, LlavaConfig, VisionConfig, as_object, preset, projector_depth
-from llavamed_jax.errors import UserError, at
-from llavamed_jax.hf_config import is_transformers, tower_name
+from llavamed_jax.errors import UserError, at, warn
+from llavamed_jax.hf_config import is_transformers, not_obeyed, tower_name
 
 TEXT_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
               "preprocessor_config.json", "processor_config.json", "chat_template.jinja", "chat_template.json",
@@ -250,6 +250,8 @@ def _open_torch(directory: Path, vision_tower: Path | None) -> Checkpoint:
     config, raw, assumed = _torch_config(directory, vision_tower, weights)
     layout = "transformers" if is_transformers(raw) else "llava"
     found = weights()
+    for sentence in not_obeyed(raw):
+        warn(f"{directory}: {sentence}")
     if layout == "llava" and projector_depth(config.projector_type) and not any("mm_projector." in key for key in found):
         raise UserError(f"{directory} holds no projector (model.mm_projector), so it is a plain decoder: `convert build "
                         "--decoder PATH --vision CLIP` joins it with a tower")
