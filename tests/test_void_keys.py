@@ -55,6 +55,17 @@ def test_the_length_that_is_typed_counts_in_a_recipe_of_epochs(overrides, wanted
     assert ("total_steps is 7: epochs, which is 3 in the recipe, is left open" in out) == (overrides == ["total_steps=7"])
 
 
+def test_an_argument_that_a_key_overrules_is_said(capsys):
+    assert train_command._configured(f"{CONFIGS}/vqa_rad.py:epochs=9,protocol=paper", ["epochs=5", "data.protocol=clean"]).epochs == 5
+    out = capsys.readouterr().out
+    assert "epochs is 5, as --config.epochs says: epochs=9 behind the recipe is not used" in out
+    assert "data.protocol is clean, as --config.data.protocol says: protocol=paper behind the recipe is not used" in out
+    assert train_command._configured(f"{CONFIGS}/vqa_rad.py:epochs=9", ["total_steps=5"]).total_steps == 5
+    assert "epochs, which is 9 in the recipe, is left open" in capsys.readouterr().out
+    train_command._configured(f"{CONFIGS}/vqa_rad.py:epochs=9", ["epochs=9"])
+    assert not capsys.readouterr().out
+
+
 @pytest.mark.parametrize("recipe", ["demo.py:warmup", "finetune.py:small", "vqa_rad.py:small,epochs=9"])
 def test_two_lengths_are_a_wrong_command_line(recipe, tmp_path, capsys):
     words = ["--config", f"{CONFIGS}/{recipe}", "--workdir", str(tmp_path / "run"), "--config.epochs=3", "--config.total_steps=5"]
@@ -115,6 +126,8 @@ def test_what_is_used_is_not_called_void(tmp_path):
         assert not found, (overrides, found)
     config = training("finetune", f"data.train={mixed}", f"data.images={SAMPLE / 'images'}")
     assert "data.images" in void.sentences(config)[0]
+    config = training("vqa_rad", f'data.train=[{{"path": "{SAMPLE}", "images": "x"}}]')
+    assert "'images': 'x'" in void.sentences(config)[0] and "its images lie where" in void.sentences(config)[0]
 
 
 def test_a_run_prints_what_it_does_not_use(tmp_path, monkeypatch, capsys):

@@ -59,11 +59,16 @@ def _configured(spec: str, overrides: Sequence[str]):
     from llavamed_jax.cli import common
     from llavamed_jax.errors import UsageError
     config = common.load_config(spec, overrides)
-    typed = {override.partition("=")[0] for override in overrides}
+    typed = dict(override.partition("=")[::2] for override in overrides)
+    for argument in spec.partition(":")[2].split(","):
+        name, _, value = argument.partition("=")
+        key = {"epochs": "epochs", "protocol": "data.protocol"}.get(name)
+        if typed.get(key, value) != value:
+            print(f"{key} is {typed[key]}, as --config.{key} says: {argument} behind the recipe is not used", flush=True)
     lengths = ("epochs", "total_steps")
     if any(key not in config or config[key] is None for key in lengths):
         return config
-    if typed.issuperset(lengths):
+    if all(key in typed for key in lengths):
         raise UsageError(f"the config keys 'epochs' ({config.epochs}) and 'total_steps' ({config.total_steps}) are both given, "
                          "and each says how long the run is; one of them was expected")
     for key, other in (lengths, lengths[::-1]):

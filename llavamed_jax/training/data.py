@@ -116,7 +116,8 @@ class Data:
         """Lines that say what was found, what has to be done without, and what the rows are."""
         found = self.plan.lengths
         sets = [*self.train.found, *(self.validation.found if self.validation is not None else ())]
-        lines = [*sets, f"{found.usable} samples of {found.mean:.1f} tokens in the mean, images included, the longest {found.longest}"]
+        lines = [*sets, f"{found.usable} samples of {found.mean:.1f} tokens in the mean, images included, the longest {found.longest} "
+                        f"(data.mean_length, {self.cfg.data.mean_length}, is for preflight alone)"]
         lines += self._troubles("", found)
         if self.validation_plan is not None:
             lines += self._troubles("validation ", self.validation_plan.lengths)

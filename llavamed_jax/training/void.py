@@ -51,6 +51,9 @@ def _void(cfg: ConfigDict) -> Iterator[tuple[str, object, str]]:
         for entry in cfg.trainable:
             if not isinstance(entry, str):
                 yield "trainable", tuple(entry), f"another entry trains all of {TABLE}"
+    for entry in [] if isinstance(cfg.data.train, str) else cfg.data.train:
+        if hasattr(entry, "keys") and entry.get("images") is not None and _layout(entry.get("path")) in _OWN_IMAGES:
+            yield "data.train", dict(entry), "its images lie where the data set's own layout has them"
     sources = list(_sources(cfg))
     if cfg.protocol == "paper" and not any(layout == "vqa_rad" for layout, _ in sources):
         yield "protocol", "paper", "no data is in VQA-RAD's own layout"
@@ -65,4 +68,8 @@ def _sources(cfg: ConfigDict) -> Iterator[tuple[str | None, bool]]:
         is_mixed = hasattr(entry, "keys")
         path = entry.get("path") if is_mixed else entry
         if isinstance(path, str):
-            yield layouts.layout_of(Path(path)), is_mixed and entry.get("images") is not None
+            yield _layout(path), is_mixed and entry.get("images") is not None
+
+
+def _layout(path: object) -> str | None:
+    return layouts.layout_of(Path(path)) if isinstance(path, str) else None
