@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import numbers
 from collections import deque
@@ -18,6 +19,7 @@ from jax.sharding import Mesh
 
 from llavamed_jax.checkpoints import reader
 from llavamed_jax.checkpoints.generation_file import not_applied
+from llavamed_jax.checkpoints.identity import Origin, origin
 from llavamed_jax.checkpoints.load import load_params
 from llavamed_jax.config import IMAGE_TOKEN, PAD_TOKEN, LlavaConfig
 from llavamed_jax.data.chat import read_messages
@@ -31,6 +33,8 @@ from llavamed_jax.generation.sampling import row_seed, row_seeds
 from llavamed_jax.generation.text import TextStream
 from llavamed_jax.models.llava import Llava
 from llavamed_jax.parallel.mesh import batch_sharding, make_mesh
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -77,7 +81,10 @@ def load(path: str | Path, dtype=None, quantize=None, mesh: Mesh | str | None = 
     if dtype is not None and _numpy_dtype(dtype) == np.float32:
         jax.config.update("jax_default_matmul_precision", "highest")
     dtype = _numpy_dtype(dtype)
-    return LlavaMed(checkpoint.config, load_params(checkpoint, dtype), processor, dtype, mesh, Path(path).name, checkpoint.tower)
+    model = LlavaMed(checkpoint.config, load_params(checkpoint, dtype), processor, dtype, mesh, Path(path).name, checkpoint.tower,
+                     origin(path, checkpoint, tokenizer))
+    log.info("%s", model)
+    return model
 
 
 def _numpy_dtype(dtype):
@@ -101,15 +108,35 @@ class LlavaMed:
       mesh: None is one device.
       name: what predictions call this model.
       tower: which vision tower this is, in words.
+      origin: the files that it was loaded from.
     """
 
     def __init__(self, config: LlavaConfig, params, processor: Processor, dtype=jnp.float32, mesh: Mesh | None = None,
-                 name: str = "llavamed", tower: str = ""):
+                 name: str = "llavamed", tower: str = "", origin: Origin | None = None):
         self.config, self.processor, self.dtype, self.mesh, self.name, self.tower = config, processor, dtype, mesh, name, tower
+        self.origin = origin
         decoder = dataclasses.replace(config.decoder, **config.decoder.ends_with(processor.eos_ids))
         self.engine = Engine(config.replace(decoder=decoder), jax.device_put(params) if mesh is None else params, dtype, mesh)
         self._beams = BeamSearch(self.engine)
         self._forward = jax.jit(Llava(config, dtype).apply)
+
+    def describe(self) -> dict[str, object]:
+        """What this model is, in words and numbers that JSON can hold: which parts were taken where several could have been.
+
+        Returns:
+          `checkpoint` (the PATH; None for a model that was made in memory), `step` (of a run), `template`, `tower`, `tokenizer`,
+          `dtype`, `mesh` (axis -> devices, None for one device), `quantize` and `adapter` (None).
+        """
+        p, mesh = self.processor, None if self.mesh is None else {name: int(size) for name, size in self.mesh.shape.items()}
+        return {
+            "checkpoint": self.origin.path if self.origin else None, "step": self.origin.step if self.origin else None,
+            "template": p.template_words, "tower": self.tower or None, "tokenizer": p.tokenizer_words,
+            "dtype": np.dtype(self.dtype).name, "mesh": mesh, "quantize": None, "adapter": None,
+        }  # fmt: skip
+
+    def __repr__(self) -> str:
+        said = {name: value for name, value in self.describe().items() if value is not None}
+        return f"{self.name}: {', '.join(f'{name} {value}' for name, value in said.items())}"
 
     def logits(self, input_ids, pixel_values=None) -> np.ndarray:
         """Logits of whole rows.

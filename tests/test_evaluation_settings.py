@@ -109,12 +109,11 @@ def test_each_control_has_its_own_scores(tmp_path):
 
 def test_hashes_are_of_what_was_read_asked_and_answered(tmp_path):
     job, sha256 = evaluation(tmp_path / "w"), lambda data: hashlib.sha256(data).hexdigest()
-    (tmp_path / "config.json").write_text("{}")
     predictions = [{"question_id": s.question_id, "text": "é"} for s in job.samples]
     file = SAMPLE / "VQA_RAD Dataset Public.json"
-    assert job._details({"checkpoint": str(tmp_path)}, predictions)["SHA-256"].items() >= {
+    assert job._details({}, predictions, {"files": {"config.json": "0a"}})["SHA-256"].items() >= {
         "predictions": sha256(to_jsonl(predictions).encode()), "questions": run._questions_hash(job.samples),
-        str(file): sha256(file.read_bytes()), str(tmp_path / "config.json"): sha256(b"{}"),
+        str(file): sha256(file.read_bytes()), "config.json": "0a",
     }.items()  # fmt: skip
     first, *others = job.samples
     changes = [{"answer": "else"}, {"question": "else"}, {"image": Path("else")}, {"question_id": "else"}, {"options": ("else",)},

@@ -45,6 +45,7 @@ class Checkpoint:
       files: tokenizer and preprocessor files by name.
       tower: which vision tower this is, in words, for the log.
       step: of a tree, the training step whose tensors are laid over the base.
+      tower_directory: where the tower's config or tensors were read, if that is not the checkpoint's own directory.
       is_delta: whether buffers say that these tensors are the difference of two models; the norms may say so too.
       tally: of what a cast of the tensors loses.
     """
@@ -56,6 +57,7 @@ class Checkpoint:
     files: Mapping[str, Path]
     tower: str
     step: int | None = None
+    tower_directory: Path | None = None
     is_delta: bool = False
     tally: Tally = field(default_factory=Tally, compare=False, repr=False)
 
@@ -275,7 +277,8 @@ def _open_torch(directory: Path, vision_tower: Path | None) -> Checkpoint:
         tensors = canonical(directory, without, config, layout, ("vision_tower/",), rows) | tower_tensors(config, tower_directory)
     frequencies = [tensor for key, tensor in found.items() if key.endswith("rotary_emb.inv_freq")]
     is_delta = any(is_zero(tensor.load()) for tensor in frequencies)  # a delta's are a difference, so zeros (spec Q33)
-    return Checkpoint(config, layout, directory, tensors, text_files(directory), tower, is_delta=is_delta)
+    beside = vision_tower or tower_directory or (find_tower(directory, tower_name(raw)) if layout == "llava" else None)
+    return Checkpoint(config, layout, directory, tensors, text_files(directory), tower, tower_directory=beside, is_delta=is_delta)
 
 
 def _replace_tower(config: LlavaConfig, directory: Path) -> LlavaConfig:
@@ -292,4 +295,5 @@ def _replace_tower(config: LlavaConfig, directory: Path) -> LlavaConfig:
 def _with_tower(checkpoint: Checkpoint, directory: Path) -> Checkpoint:
     config = _replace_tower(checkpoint.config, directory)
     kept = {name: t for name, t in checkpoint.tensors.items() if not name.startswith("vision_tower/")}
-    return checkpoint.replace(config=config, tensors=kept | tower_tensors(config, directory), tower=f"{directory}, as asked for")
+    return checkpoint.replace(config=config, tensors=kept | tower_tensors(config, directory), tower=f"{directory}, as asked for",
+                              tower_directory=directory)

@@ -68,6 +68,16 @@ def refuse_adapter(directory: Path) -> None:
                         "later version, and until then PEFT's merge_and_unload makes a model of an adapter and its base")
 
 
+def weight_files(directory: Path) -> list[Path]:
+    """The files that `read_weights` reads tensors from, and their index; none where it would read none."""
+    is_safe = any(directory.glob("*.safetensors*")) or not any(directory.glob(f"{_BIN}*"))
+    pattern = "*.safetensors" if is_safe else _BIN
+    index = next(iter(sorted(directory.glob(f"{pattern}.index.json"))), None)
+    if index is None:
+        return sorted(directory.glob(pattern))
+    return [index, *(directory / shard for shard in sorted(set(weight_map(index).values())))]
+
+
 def has_weights(directory: Path) -> bool:
     """Whether a directory has files that `read_weights` looks at, whole or not."""
     return any(any(directory.glob(pattern)) for pattern in ("*.safetensors*", f"{_BIN}*"))

@@ -1,7 +1,6 @@
 """`python eval.py` and `llavamed-eval`: asks a model the questions of a data set, scores the answers, writes a report."""
 
 import argparse
-import contextlib
 import os
 import signal
 import sys
@@ -76,7 +75,7 @@ def program(argv: Sequence[str]) -> int:
         if endpoint is not None:
             endpoint.check(evaluation.generation)
         if args.predictions is None:
-            evaluation.check_images()
+            evaluation.check([args.control] if args.control else [])
         if args.dry_run:
             print(evaluation.plan(args.predictions, args.control is not None))
             return 0
@@ -84,8 +83,7 @@ def program(argv: Sequence[str]) -> int:
             metrics = _measure(evaluation, args, endpoint)
     finally:
         if is_new:
-            with contextlib.suppress(OSError):
-                evaluation.workdir.rmdir()  # only where nothing has been written
+            files.remove_empty(evaluation.workdir)  # only where nothing has been written
     if metrics is None:
         print(f"stopped; {evaluation.n_kept} answers are kept in {args.workdir}: run again to go on", file=sys.stderr)
         return common.EXIT_SAVED

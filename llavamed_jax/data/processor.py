@@ -131,6 +131,16 @@ class Processor:
             raise UserError("this checkpoint has no tokenizer files; give one with tokenizer=PATH (--tokenizer PATH)")
         return self._tokenizer
 
+    @property
+    def template_words(self) -> str | None:
+        """Which template writes the prompts: its name, or the file of the checkpoint's own chat template."""
+        return self.template_name or (f"the chat template {self.chat_template.file}" if self.chat_template else None)
+
+    @property
+    def tokenizer_words(self) -> str | None:
+        """The file that ids are read from; None where there is no tokenizer."""
+        return None if self._tokenizer is None else str(self._tokenizer.file)
+
     @functools.cached_property
     def template(self) -> Template:
         """The named template. Raises UserError where the checkpoint has only a Jinja chat template, or an unknown name."""

@@ -50,3 +50,12 @@ class Answerer(Protocol):
 
     def facts(self) -> dict[str, str]:
         """What the report says of how the answers came about."""
+
+    def describe(self) -> dict[str, object]:
+        """Who answers, for `asked` of `metrics.json`: the keys of `asked.KEYS` that are known, in JSON's types."""
+
+    def depends_on(self) -> dict[str, object]:
+        """What of who answers the answers follow from: its name in a sentence -> a value in JSON's types, such as a file's hash."""
+
+    def machine(self) -> dict[str, object]:
+        """What the last digits, and so a rare answer, may follow from: the kind and number of devices, and the like."""

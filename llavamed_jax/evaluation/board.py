@@ -8,7 +8,7 @@ from pathlib import Path
 
 _FAMILIES = ("strict", "paper", "captions", "overall", "type", "domain")  # the last three of a chat evaluation
 _OTHERS = {"judged": ("open_accuracy", "open_accuracy_low", "open_accuracy_high"), "organ": ("accuracy", "exchanged", "majority")}
-_SUFFIX = ".eval"  # a training run's events may lie in the same folder; ours alone are replaced
+_SUFFIX = ".eval"  # a training run's events may lie in the same folder; ours alone are replaced (`files.Results`)
 
 
 def step_of(checkpoint: str) -> int:
@@ -17,14 +17,11 @@ def step_of(checkpoint: str) -> int:
     return int(match[1]) if match else 0
 
 
-def write(workdir: Path, metrics: Mapping, step: int) -> None:
-    """Writes the metrics' numbers into `WORKDIR/tensorboard`, in the place of those that an earlier start wrote."""
+def write(folder: Path, metrics: Mapping, step: int) -> None:
+    """Writes the metrics' numbers into `FOLDER/tensorboard`, as one file that ends in `.eval`."""
     from tensorboardX import SummaryWriter
 
-    folder = workdir / "tensorboard"
-    for earlier in folder.glob(f"events.out.tfevents.*{_SUFFIX}"):
-        earlier.unlink()
-    with SummaryWriter(str(folder), filename_suffix=_SUFFIX) as writer:
+    with SummaryWriter(str(folder / "tensorboard"), filename_suffix=_SUFFIX) as writer:
         for name, value in scalars(metrics):
             writer.add_scalar(f"eval/{metrics['dataset']}_{metrics['split']}/{name}", value, step)
 

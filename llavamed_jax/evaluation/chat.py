@@ -6,7 +6,6 @@ The judge reads caption, what the article says of the figure, the question and b
 
 from __future__ import annotations
 
-import json
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -17,7 +16,8 @@ from ml_collections import ConfigDict
 
 from llavamed_jax.data.questions import VqaSample, check_images
 from llavamed_jax.errors import UsageError
-from llavamed_jax.evaluation import board, chat_published, chat_report, statistics
+from llavamed_jax.evaluation import chat_published, chat_report, statistics
+from llavamed_jax.evaluation.asked import words as asked_words
 from llavamed_jax.evaluation.files import to_jsonl
 from llavamed_jax.evaluation.judge import Judge, Verdict, check_answered, report_unscored
 from llavamed_jax.evaluation.judge_prompt import CHAT_PROMPT, READINGS, chat_prompt, read_original_scores, read_prompt
@@ -86,7 +86,7 @@ class ChatEvaluation(Evaluation):
         print(f"judge {self.judge.service.where}, {title}: {self.judge.estimate(prompts)}", file=sys.stderr, flush=True)
         verdicts = self.judge.verdicts(prompts, title)
         lines = [review(*each) for each in zip(self.questions, texts, verdicts, strict=True)]
-        self._write(name, to_jsonl(lines))
+        self.results.add(name, to_jsonl(lines))
         report_unscored(verdicts, [question.question_id for question in self.questions], title)
         return verdicts, lines
 
@@ -99,11 +99,9 @@ class ChatEvaluation(Evaluation):
             table = {"kind": name, "seed": self.cfg.seed, **chat_scores(self.questions, found, self.cfg.seed)}
             metrics["control"] = table if name == "image" else metrics["control"] | {name: table}
             verdicts = verdicts + found
-        details, model = self._chat_details(run, predictions), str(predictions[0].get("model_id", ""))
+        details, model = self._chat_details(run, predictions, metrics.get("asked", {})), str(predictions[0].get("model_id", ""))
         page = chat_report.render(metrics, self.questions, reviews, others, details, model)
-        self._write("metrics.json", json.dumps(metrics, indent=2, ensure_ascii=False) + "\n")
-        self._write("report.html", page)
-        board.write(self.workdir, metrics, board.step_of(run.get("checkpoint", "")))
+        self._write_results(metrics, page, predictions, control, run)
         check_answered(verdicts, "answers")
         return metrics
 
@@ -122,9 +120,9 @@ class ChatEvaluation(Evaluation):
                 self.chat_set, self.judge, self.cfg.judge.image_marker, len(unscored), read_otherwise),
         }  # fmt: skip
 
-    def _chat_details(self, run: Mapping[str, str], predictions: Sequence[Mapping]) -> dict[str, dict]:
+    def _chat_details(self, run: Mapping[str, str], predictions: Sequence[Mapping], said: Mapping[str, object]) -> dict[str, dict]:
         prompt = self.judge.prompt
-        details = self._details({**run, "judge": self.judge.service.where}, predictions)
+        details = self._details({**run, "judge": self.judge.service.where}, predictions, said)
         details["SHA-256"] |= {str(self.chat_set.file): self.chat_set.sha256, "judge's wording": prompt.wording}
         return details | {"Judge's prompt": {"system": prompt.system, "instruction": prompt.instruction, "reminder": prompt.reminder}}
 
@@ -187,6 +185,8 @@ def summary(metrics: Mapping) -> str:
         lines.append(f"unscored and in no mean, {metrics['n_unscored']} of {n} questions: {', '.join(map(str, metrics['unscored']))}")
     if metrics["differs_from_the_paper"]:
         lines.append(f"not beside the paper's numbers: {'; '.join(metrics['differs_from_the_paper'])}")
+    if said := asked_words(metrics.get("asked") or {}):
+        lines.append(f"asked with {said}")
     return "\n".join(lines)
 
 

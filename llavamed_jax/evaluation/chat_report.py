@@ -10,6 +10,7 @@ from html import escape
 from pathlib import Path
 
 from llavamed_jax.evaluation import chat_published, pieces, sections
+from llavamed_jax.evaluation.asked import words as asked_words
 from llavamed_jax.evaluation.pieces import interval_of, number
 from llavamed_jax.evaluation.qa50 import DOMAINS, TYPES, ChatQuestion
 from llavamed_jax.evaluation.report import page
@@ -57,6 +58,7 @@ def render(
       model: what predictions call the model under test.
     """
     what = f'{metrics["n_questions"]} questions about {metrics["n_images"]} figures, judged by {metrics["judge"]["model"]}'
+    what += f" · asked with {said}" if (said := asked_words(metrics.get("asked") or {})) else ""
     return page("Chat evaluation by a judge", model, what, [
         _cards(metrics),
         _scores(metrics),

@@ -80,13 +80,18 @@ def noise_images(samples: Sequence[VqaSample], folder: Path, seed: int) -> Itera
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def check_room(count: int, folder: Path) -> None:
+    """Raises UserError where the disk of a folder has no room for so many pictures of noise."""
+    there = next(place for place in (folder, *folder.parents) if place.exists())
+    needed, free = count * NOISE_SIZE**2 * 3, shutil.disk_usage(there).free  # noise cannot be compressed
+    if free < needed:
+        raise UserError(f"{count} pictures of noise take {needed / 1e6:.0f} MB, and {folder} has {free / 1e6:.0f} MB left")
+
+
 def _write_noise(paths: Sequence[str], folder: Path, seed: int) -> None:
-    needed = len(paths) * NOISE_SIZE**2 * 3  # noise cannot be compressed
     try:
         folder.mkdir(parents=True)
-        free = shutil.disk_usage(folder).free
-        if free < needed:
-            raise UserError(f"{len(paths)} pictures of noise take {needed / 1e6:.0f} MB, and {folder} has {free / 1e6:.0f} MB left")
+        check_room(len(paths), folder)
         for place, path in enumerate(paths):
             pixels = np.random.default_rng((seed, place)).integers(0, 256, (NOISE_SIZE, NOISE_SIZE, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(path, compress_level=0)
@@ -139,6 +144,17 @@ def named_organ(answer: str) -> str | None:
     return next((_ORGAN_OF_WORD[word] for word in words if word in _ORGAN_OF_WORD), None)
 
 
+def check_organs(samples: Sequence[VqaSample]) -> None:
+    """Raises UserError for fewer than two images, or an image whose organ is not one of `ORGAN_ANSWERS`."""
+    organs = {str(sample.image): str(sample.organ) for sample in samples}
+    strange = {organ for organ in organs.values() if organ not in ORGAN_ANSWERS}
+    if strange or len(organs) < 2:
+        raise UserError(
+            f"the organ question needs at least two images of {', '.join(ORGAN_ANSWERS)};"
+            f" {len(organs)} images{' of ' + ', '.join(sorted(strange)) if strange else ''} were given"
+        )
+
+
 def organ_accuracy(ask: Callable[[Sequence[tuple[str, str]]], Sequence[str]], samples: Sequence[VqaSample]) -> dict:
     """How often the answer to `ORGAN_QUESTION` names the organ that the data set states for the image, in percent.
 
@@ -155,13 +171,8 @@ def organ_accuracy(ask: Callable[[Sequence[tuple[str, str]]], Sequence[str]], sa
     Raises:
       UserError: fewer than two images, or an image whose organ is not one of `ORGAN_ANSWERS`.
     """
+    check_organs(samples)
     organs = {str(sample.image): str(sample.organ) for sample in samples}
-    strange = {organ for organ in organs.values() if organ not in ORGAN_ANSWERS}
-    if strange or len(organs) < 2:
-        raise UserError(
-            f"the organ question needs at least two images of {', '.join(ORGAN_ANSWERS)};"
-            f" {len(organs)} images{' of ' + ', '.join(sorted(strange)) if strange else ''} were given"
-        )
     texts = ask([(ORGAN_QUESTION, image) for image in organs])
     gold, named = list(organs.values()), [named_organ(text) for text in texts]
     n = len(gold)

@@ -74,6 +74,19 @@ class Endpoint:
         return facts | ({"settings not taken": ", ".join(service.not_taken)} if service.not_taken else {})
 
 
+    def describe(self) -> dict[str, object]:
+        """As `Answerer.describe` says. Template, tower and the like are the server's, and not known here."""
+        return {"endpoint": self.service.url, "model": self.name}
+
+    def depends_on(self) -> dict[str, object]:
+        """As `Answerer.depends_on` says. What a server has under a name may change without a sign."""
+        return {"--endpoint": self.service.url, "--model": self.name, "the query of --endpoint": self.service.address.identity}
+
+    def machine(self) -> dict[str, object]:
+        """As `Answerer.machine` says: the server's is not known."""
+        return {}
+
+
 def _requests(questions: Sequence[tuple[str, str]], asked: Sequence[int], failed: dict[int, UserError]) -> Iterator[tuple[int, list[dict]]]:
     """(place, chat messages) of each question whose image can be read."""
     url_of = functools.lru_cache(maxsize=1)(data_url)  # questions about one image follow each other

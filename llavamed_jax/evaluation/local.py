@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
 import sys
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
@@ -15,11 +16,13 @@ import numpy as np
 
 from llavamed_jax.errors import UserError
 from llavamed_jax.evaluation.answers import Answer, Generation
+from llavamed_jax.evaluation.asked import versions
 from llavamed_jax.generation.text import TextStream
 
 if TYPE_CHECKING:  # scoring predictions that exist must not import jax
     from llavamed_jax.assistant import LlavaMed
 
+_PACKAGES = ("jax", "jaxlib", "flax", "ml_dtypes", "sentencepiece", "tokenizers", "transformers")  # compute, and read text
 _READERS = 2  # threads that read images; a file is decoded and resized without Python's lock
 _AHEAD = 8  # images that are read before they are needed
 
@@ -37,6 +40,7 @@ class LocalModel:
     def __init__(self, model: LlavaMed, name: str):
         model.processor = model.processor.for_evaluation()
         self.model, self.name = model, name
+        self._file_hashes: dict[str, str] | None = None
 
     def answers(self, questions: Sequence[tuple[str, str]], asked: Sequence[int], generation: Generation,
                 failed: dict[int, UserError]) -> Iterator[tuple[int, Answer]]:
@@ -49,6 +53,36 @@ class LocalModel:
         """The device that the model ran on; nothing is imported for it, a model that ran has imported jax."""
         jax = sys.modules.get("jax")
         return {"device": "not known" if jax is None else f"{jax.device_count()} x {jax.devices()[0].device_kind}"}
+
+
+    def describe(self) -> dict[str, object]:
+        """As `Answerer.describe` says; `checkpoint_sha256` is of the list of the checkpoint's files (`identity.Origin`)."""
+        described, origin = getattr(self.model, "describe", dict)(), getattr(self.model, "origin", None)
+        if origin is None:
+            return described
+        hashes = self._hashes(origin)
+        return described | {"checkpoint_sha256": origin.sha256(hashes), "files": hashes}
+
+    def depends_on(self) -> dict[str, object]:
+        """As `Answerer.depends_on` says: every file of model, tower and tokenizer, and what was made of them."""
+        said, origin = getattr(self.model, "describe", dict)(), getattr(self.model, "origin", None)
+        files = {} if origin is None else {f"the file {name}": digest for name, digest in self._hashes(origin).items()}
+        made = {f"the {name}": said[name] for name in ("template", "dtype", "mesh", "quantize", "adapter", "step") if name in said}
+        config = {} if origin is None else {"the model's config": origin.config}
+        return {"the model's name": self.name, **made, **config, **files, **versions(_PACKAGES)}
+
+    def machine(self) -> dict[str, object]:
+        """As `Answerer.machine` says."""
+        jax = sys.modules.get("jax")
+        if jax is None:
+            return {}
+        return {"device": jax.devices()[0].device_kind, "devices of a process": jax.local_device_count(), "CPU cores": os.cpu_count(),
+                "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""), "matmul precision": jax.config.jax_default_matmul_precision}
+
+    def _hashes(self, origin) -> dict[str, str]:
+        if self._file_hashes is None:
+            self._file_hashes = origin.hashes()
+        return self._file_hashes
 
 
 class _Asking:

@@ -7,6 +7,7 @@ from html import escape
 
 from llavamed_jax.data.questions import VqaSample
 from llavamed_jax.evaluation import gallery, pieces, sections
+from llavamed_jax.evaluation.asked import words as asked_words
 from llavamed_jax.evaluation.style import CSS
 from llavamed_jax.evaluation.summary import asked
 
@@ -34,7 +35,8 @@ def render(
     name = f"{_SETS.get(metrics['dataset'], metrics['dataset'])}, {_SPLITS.get(metrics['split'], metrics['split'])}"
     model = str(predictions[0].get("model_id", "")) if predictions else ""
     items = gallery.items(samples, predictions, {"exchanged": control, "noise": noise})
-    return page(f"Evaluation on {name}", model, asked(metrics), [
+    words = asked_words(metrics.get("asked") or {})
+    return page(f"Evaluation on {name}", model, asked(metrics) + (f" · asked with {words}" if words else ""), [
         sections.cards(metrics),
         sections.strict(metrics),
         sections.control(metrics),

@@ -5,30 +5,39 @@ from __future__ import annotations
 import contextlib
 import datetime
 import hashlib
-import importlib.metadata
 import json
 import math
 import platform
+import sys
 import tempfile
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 from ml_collections import ConfigDict
 
+from llavamed_jax.checkpoints.files import read_json
 from llavamed_jax.data import datasets
-from llavamed_jax.data.questions import VqaSample
+from llavamed_jax.data import questions as data_questions
+from llavamed_jax.data.questions import CHOICE, VqaSample
 from llavamed_jax.errors import UsageError, UserError
-from llavamed_jax.evaluation import board, controls, judged, leakage, published, questions, report, scoring, summary
+from llavamed_jax.evaluation import asked, board, controls, judged, leakage, published, questions, report, scoring, summary
 from llavamed_jax.evaluation.address import shown
 from llavamed_jax.evaluation.against import Against
 from llavamed_jax.evaluation.answers import Answerer, Generation
 from llavamed_jax.evaluation.asking import ask, predict
-from llavamed_jax.evaluation.files import to_jsonl, utf8, write_text
+from llavamed_jax.evaluation.files import Results, to_jsonl, utf8
 from llavamed_jax.evaluation.judge import check_answered
-from llavamed_jax.evaluation.partial import Partial
-from llavamed_jax.evaluation.predictions import image_names, join, predictions_for, warn_of_open
+from llavamed_jax.evaluation.kinds import kind
+from llavamed_jax.evaluation.partial import Partial, num_answers
+from llavamed_jax.evaluation.predictions import join, predictions_for, read_predictions, warn_of_open
+from llavamed_jax.evaluation.strict import right_choice
 from llavamed_jax.keys import flatten
 from llavamed_jax.parallel import distributed
+from llavamed_jax.utils.code import code_sha256
+
+# What only some evaluations leave: of an earlier one of something else it would stand beside the new metrics.
+_OF_RESULTS = ("predictions_control_*.jsonl", "judged.jsonl", "reviews.jsonl", "reviews_control_*.jsonl")
 
 
 def check_generation(cfg: ConfigDict) -> None:
@@ -63,6 +72,7 @@ class Evaluation:
             raise UsageError("the workdir is empty; a directory was expected: --workdir DIR")
         self.cfg, self.workdir = cfg, Path(workdir)
         self._partials: list[Partial] = []
+        self.results = Results(self.workdir)
         if cfg.protocol not in ("clean", "paper"):
             raise UsageError(f"protocol is {cfg.protocol!r}; clean or paper was expected")
         for key, value in flatten(cfg.to_dict()).items():
@@ -98,15 +108,15 @@ class Evaluation:
           controls_asked: `image` asks again with the images exchanged, and once more with pictures of noise.
           flags: what else the answers follow from, such as what `load` was given.
         """
-        key = self._key(source, flags or {})
-        partial = self._partial("predictions.jsonl", key)
-        predictions = predict(answerer, self.samples, self.generation, partial=partial)
-        self._write("predictions.jsonl", to_jsonl(predictions))
-        control, extra = {}, {}
+        self.check(controls_asked)
+        key = self._key(source, flags or {}, answerer)
+        machine = getattr(answerer, "machine", dict)()
+        predictions = predict(answerer, self.samples, self.generation, partial=self._partial("predictions.jsonl", key, machine))
+        control, extra = {}, {"asked": asked.record(answerer, self.generation)}
         if "image" in controls_asked:
-            control = self._controls(answerer, key)
+            control = self._controls(answerer, key, machine)
         if self.cfg.get("organ_question"):
-            partial = self._partial("organ.jsonl", key)
+            partial = self._partial("organ.jsonl", key, machine)
             extra["organ"] = controls.organ_accuracy(lambda pairs: self._ask(answerer, pairs, partial), self.samples)
         run = {**source, **answerer.facts()}
         metrics = distributed.from_first(lambda: self._finish(predictions, control, extra, run))
@@ -118,8 +128,34 @@ class Evaluation:
     def score_file(self, path: str | Path) -> dict:
         """Scores predictions that exist; no model is loaded."""
         predictions = predictions_for(self.samples, path)
+        self._check_unused(Path(path), predictions)
         warn_of_open(self.samples, predictions, path)
-        return self._finish(predictions, {}, {}, {"predictions": str(path)})
+        said = dict.fromkeys(asked.KEYS) | {"predictions": str(path), "predictions_sha256": _sha256(utf8(to_jsonl(predictions)))}
+        return self._finish(predictions, {}, {"asked": said}, {"predictions": str(path)})
+
+    def check(self, controls_asked: Collection[str] = ()) -> None:
+        """Raises UserError for what would be found only after everything was asked: ids that several questions have, an image
+        that will be shown and is missing, a control that these questions cannot have."""
+        data_questions.check_ids(self.samples, str(self.cfg.data.root))
+        self.check_images()
+        if self.cfg.get("organ_question"):
+            controls.check_organs(self.samples)
+        if controls_asked:
+            controls.exchanged_images(self.samples, self.cfg.seed)
+            controls.check_room(len({str(sample.image) for sample in self.samples}), self.workdir)
+        for sample in self.samples:
+            if kind(sample) == CHOICE:
+                right_choice(sample)
+
+    def _check_unused(self, path: Path, predictions: Sequence[Mapping]) -> None:
+        """Refuses to lay the metrics of one file beside the answers of another evaluation."""
+        own = self.workdir / "predictions.jsonl"
+        if any(map(num_answers, self.workdir.glob("predictions*.partial"))):
+            raise UsageError(f"the workdir {self.workdir} holds answers of an evaluation that was stopped; the metrics of {path} do not "
+                             "belong beside them, and another --workdir was expected")
+        if own.exists() and not own.samefile(path) and _answered(read_predictions(own)) != _answered(predictions):
+            raise UsageError(f"the workdir {self.workdir} holds other answers, {own.name} of another evaluation; the metrics of {path} do "
+                             "not belong beside them, and another --workdir was expected")
 
     def describe(self) -> str:
         """One line that says what is asked, and whether it is the whole of the published set."""
@@ -154,39 +190,26 @@ class Evaluation:
         return questions.load_samples(cfg.data.name, cfg.data.root, cfg.data.split, cfg.protocol, cfg.data.held_out,
                                       **questions.further(cfg.data))
 
-    def _controls(self, answerer: Answerer, key: Mapping) -> dict[str, list[dict]]:
+    def _controls(self, answerer: Answerer, key: Mapping, machine: Mapping) -> dict[str, list[dict]]:
         """The same questions about other pictures: kind of control -> predictions."""
         found = {}
         exchanged = contextlib.nullcontext(controls.exchanged_images(self.samples, self.cfg.seed))
         noise = controls.noise_images(self.samples, self.workdir / f"noise.{distributed.process_index()}", self.cfg.seed)
         for name, pictures, title in (("image", exchanged, "images exchanged"), ("noise", noise, "noise")):
-            partial = self._partial(f"predictions_control_{name}.jsonl", key)
+            partial = self._partial(f"predictions_control_{name}.jsonl", key, machine)
             with pictures as shown:
                 found[name] = predict(answerer, self.samples, self.generation, shown, title, partial, name)
-            self._write(f"predictions_control_{name}.jsonl", to_jsonl(found[name]))
         return found
 
-    def _partial(self, name: str, key: Mapping) -> Partial:
-        partial = Partial(self.workdir / name, key, distributed.process_index())
+    def _partial(self, name: str, key: Mapping, machine: Mapping) -> Partial:
+        partial = Partial(self.workdir / name, key, distributed.process_index(), machine, distributed.process_count())
         self._partials.append(partial)
         return partial
 
-    def _key(self, source: Mapping[str, str], flags: Mapping[str, object]) -> dict:
-        """What the answers follow from. Tensors count by their files' sizes and dates; to read them would take minutes."""
-        checkpoint = source.get("checkpoint", "")
-        root = Path(checkpoint)
-        weights = sorted(p for pattern in ("*.safetensors", "*.bin") for p in root.glob(pattern)) if checkpoint and root.is_dir() else []
-        stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in weights]
-        files = [(str(path), _sha256(path.read_bytes())) for path in _checkpoint_files(checkpoint)]
-        questions = [(sample.question_id, sample.question, str(sample.image)) for sample in self.samples]
-        return {
-            "source": dict(source),
-            "files": [files, stats],
-            "flags": dict(flags),
-            "config": _asked_with(self.cfg),
-            "questions": questions,
-            "version": _version("llavamed_jax"),
-        }
+    def _key(self, source: Mapping[str, str], flags: Mapping[str, object], answerer: Answerer | None = None) -> dict:
+        """What the answers follow from. A checkpoint counts by its content (`Answerer.depends_on`), wherever it lies."""
+        given = source if getattr(getattr(answerer, "model", None), "origin", None) is None else {}
+        return asked.key(answerer, self.cfg, self.samples, {f"--{name}": value for name, value in {**given, **flags}.items()})
 
     def _ask(self, answerer: Answerer, pairs: Sequence[tuple[str, str]], partial: Partial) -> list[str]:
         # The shifts of this control follow from one greedy answer an image, whatever the other questions are asked with.
@@ -214,12 +237,10 @@ class Evaluation:
         found = judged.judge_open(self.judge, self.samples, predictions, cfg.seed) if self.judge is not None else None
         if found is not None:
             metrics["judged"] = found.metrics
-            self._write("judged.jsonl", to_jsonl(found.lines))
-        details = self._details(run, predictions)
+            self.results.add("judged.jsonl", to_jsonl(found.lines))
+        details = self._details(run, predictions, metrics.get("asked", {}))
         page = report.render(metrics, self.samples, predictions, control.get("image", []), details, noise=control.get("noise", []))
-        self._write("metrics.json", json.dumps(metrics, indent=2, ensure_ascii=False) + "\n")
-        self._write("report.html", page)
-        board.write(self.workdir, metrics, board.step_of(run.get("checkpoint", "")))
+        self._write_results(metrics, page, predictions, control, run)
         if found is not None:
             check_answered(found.verdicts, "open answers")
         return metrics
@@ -229,9 +250,32 @@ class Evaluation:
         tables = scoring.tables(self.samples, control, self.training, self.cfg.seed)
         return tables | {"difference": scoring.difference(self.samples, predictions, control, self.cfg.seed)}
 
-    def _write(self, name: str, text: str) -> None:
-        if distributed.process_index() == 0:  # the others know their share alone
-            write_text(self.workdir / name, text)
+    def _write_results(self, metrics: Mapping, page: str, predictions: Sequence[Mapping], control: Mapping[str, Sequence[Mapping]],
+                       run: Mapping[str, str]) -> None:
+        """All files at once, and none of an evaluation that came before beside them."""
+        if "predictions" not in run:
+            self.results.add("predictions.jsonl", to_jsonl(predictions))
+        for name, answers in control.items():
+            self.results.add(f"predictions_control_{name}.jsonl", to_jsonl(answers))
+        self.results.add("report.html", page)
+        self.results.add("metrics.json", json.dumps(metrics, indent=2, ensure_ascii=False) + "\n")
+        step = board.step_of(run.get("checkpoint", ""))
+        stale = [] if "predictions" in run else self._stale(metrics)
+        self.results.write(lambda folder: board.write(folder, metrics, step))
+        for path in stale:
+            print(f"{path}: removed, it is of another evaluation", file=sys.stderr)
+            path.unlink(missing_ok=True)
+
+    def _stale(self, metrics: Mapping) -> list[Path]:
+        """Files that an earlier evaluation of something else left and this one does not write."""
+        try:
+            earlier = read_json(self.workdir / "metrics.json")
+        except UserError:
+            earlier = {}
+        if _identity(earlier) == _identity(metrics):
+            return []
+        paths = (path for pattern in _OF_RESULTS for path in self.workdir.glob(pattern))
+        return [path for path in sorted(paths) if path.name not in self.results]
 
     def _shown_config(self) -> dict[str, object]:
         """The configuration by dotted keys; of the judge's address what may be shown."""
@@ -240,16 +284,18 @@ class Evaluation:
             config["judge.endpoint"] = shown(str(config["judge.endpoint"])) if self.judge is None else self.judge.service.url
         return config
 
-    def _details(self, run: Mapping[str, str], predictions: Sequence[Mapping]) -> dict[str, dict]:
+    def _details(self, run: Mapping[str, str], predictions: Sequence[Mapping], said: Mapping[str, object] = MappingProxyType({}),
+                 ) -> dict[str, dict]:
         packages = ("llavamed_jax", "jax", "flax", "transformers", "numpy", "pillow", "nltk", "openai")
         hashes = {"predictions": _sha256(utf8(to_jsonl(predictions))), "questions": _questions_hash(self.samples)}
-        files = [*questions.source_files(self.cfg.data), *_checkpoint_files(run.get("checkpoint", ""))]
-        hashes |= {str(path): _sha256(path.read_bytes()) for path in files}
+        hashes |= {str(path): _sha256(path.read_bytes()) for path in questions.source_files(self.cfg.data)} | dict(said.get("files", {}))
         date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         return {
             "Run": {**run, "date": date, "seed": str(self.cfg.seed)},
+            "Asked": {name: value for name, value in said.items() if name != "files"},
             "Configuration": self._shown_config(),
-            "Versions": {"python": platform.python_version()} | {name: _version(name) for name in packages},
+            "Versions": {"python": platform.python_version(), "code": code_sha256()}
+            | {name: asked.version(name) or "not installed as a package" for name in packages},
             "SHA-256": hashes,
         }
 
@@ -268,16 +314,14 @@ def _training_data(cfg: ConfigDict) -> datasets.TrainingData | None:
     return found
 
 
-def _asked_with(cfg: ConfigDict) -> dict:
-    """The config without the keys that only what is computed of the answers follows from."""
-    config = {name: value for name, value in cfg.to_dict().items() if name not in ("judge", "published")}
-    beside = ("train", "trained_on", "trained_on_images")
-    return config | {"data": {key: value for key, value in config["data"].items() if key not in beside}}
-
-
 def _questions_hash(samples: Sequence[VqaSample]) -> str:
-    """A hash of the questions as they are scored, whatever files they came in: which split was asked, to the letter."""
-    names = image_names(str(s.image) for s in samples)
+    """A hash of the questions as they are scored, whatever files they came in: which split was asked, to the letter.
+
+    Of an image's path as many parts count as tell most images apart: SLAKE's are all called source.jpg.
+    """
+    paths = {str(s.image): Path(s.image).parts for s in samples}
+    length = next((n for n in range(1, 9) if 2 * len({parts[-n:] for parts in paths.values()}) > len(paths)), 9)
+    names = {image: "/".join(parts[-length:]) for image, parts in paths.items()}
     rows = [[str(s.question_id), names[str(s.image)], s.question, str(s.answer), s.answer_type, list(s.options)] for s in samples]
     return _sha256(json.dumps(rows, ensure_ascii=True).encode())
 
@@ -294,23 +338,15 @@ def _check_writable(workdir: Path) -> None:
         raise UserError(f"the workdir {workdir} cannot be written to: {error.strerror or error}") from error
 
 
-def _checkpoint_files(checkpoint: str) -> list[Path]:
-    """The small files that identify a checkpoint: its config, its index of shards, and the newest step's manifest."""
-    root = Path(checkpoint)
-    if not checkpoint or not root.is_dir():
-        return []
-    manifests = [path for path in root.glob("checkpoints/*/manifest.json") if path.parent.name.isdigit()]
-    names = ("config.json", "model/config.json", "model.safetensors.index.json", "manifest.json")
-    found = [root / name for name in names if (root / name).is_file()]
-    return found + sorted(manifests, key=lambda path: int(path.parent.name))[-1:]
+def _identity(metrics: Mapping) -> tuple:
+    """What an evaluation's answers follow from, as far as `metrics.json` says it."""
+    said = metrics.get("asked")
+    return (said, metrics.get("questions_sha256")) if isinstance(said, dict) else ()
+
+
+def _answered(predictions: Sequence[Mapping]) -> dict[str, str]:
+    return {str(each["question_id"]): each["text"] for each in predictions}
 
 
 def _sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed as a package"

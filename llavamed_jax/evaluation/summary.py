@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from llavamed_jax.evaluation import controls
+from llavamed_jax.evaluation.asked import words as asked_words
 
 # Family, metric, title, and the count without which the row is left out.
 _ROWS = (
@@ -39,7 +40,13 @@ def summary(metrics: Mapping) -> str:
         if name == "closed_accuracy":
             always = f'  always "{metrics["baselines"]["majority_closed_answer"]}"'
             lines.append(f"{always:<41}{_plain(metrics['baselines']['majority_closed']):>7}")
-    return "\n".join([*lines, *_judged(metrics.get("judged")), *_against(metrics.get("against"), rows), *_notes(metrics)])
+    more = *_judged(metrics.get("judged")), *_against(metrics.get("against"), rows), *_notes(metrics), *_asked_with(metrics)
+    return "\n".join([*lines, *more])
+
+
+def _asked_with(metrics: Mapping) -> Iterator[str]:
+    if words := asked_words(metrics.get("asked") or {}):
+        yield f"asked with {words}"
 
 
 def _judged(judged: Mapping | None) -> Iterator[str]:

@@ -1,0 +1,80 @@
+"""The files that a loaded model follows from, for whoever has to know whether it is still the same model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from llavamed_jax.checkpoints.reader import Checkpoint, text_files
+from llavamed_jax.checkpoints.torch_files import weight_files
+from llavamed_jax.config import OURS
+from llavamed_jax.utils.hashes import sha256_of_files, sha256_of_list, short_hash
+
+_TOWER = ("config.json", "preprocessor_config.json", "processor_config.json")
+_MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a model came from.
+
+    Attributes:
+      path: the PATH that it was loaded from.
+      step: of a run, the training step.
+      config: a name for the config that all its files came to.
+      files: of the checkpoint, by their names in it. Tensors of this project's own tree count by their manifests, which have a sha256
+        of each and to which they are held when they are read; those of PyTorch's layouts by their files.
+      beside: of a vision tower or a tokenizer that lies elsewhere.
+    """
+
+    path: str
+    step: int | None = None
+    config: str = ""
+    files: Mapping[str, Path] = field(default_factory=dict)
+    beside: Mapping[str, Path] = field(default_factory=dict)
+
+    def hashes(self) -> dict[str, str]:
+        """Name -> sha256 of every file, those that lie elsewhere among them. Raises UserError for one that is gone by now."""
+        return sha256_of_files({**self.files, **self.beside})
+
+    def sha256(self, hashes: Mapping[str, str]) -> str:
+        """One sha256 of the checkpoint, of the list of its own files."""
+        return sha256_of_list({name: hashes[name] for name in self.files})
+
+
+def origin(path: str | Path, checkpoint: Checkpoint, tokenizer: str | Path | None = None) -> Origin:
+    """Where an open checkpoint came from.
+
+    Args:
+      path: as it was asked for.
+      tokenizer: the file or directory that its tokenizer was read from in place of its own.
+    """
+    root, files = checkpoint.directory, {}
+    if checkpoint.layout == "tree":
+        files = _tree_files(root, checkpoint.step)
+    elif root is not None:
+        files = {name: root / name for name in ("config.json",)} | _named(root, text_files(root).values())
+        files |= _named(root, [*(root / OURS).rglob("*"), *(root / "additional_chat_templates").glob("*"), *weight_files(root)])
+    beside = {}
+    if checkpoint.tower_directory is not None:
+        tower = checkpoint.tower_directory
+        found = [*(tower / name for name in _TOWER), *weight_files(tower)]
+        beside |= {f"vision tower: {name}": file for name, file in _named(tower, found).items()}
+    if tokenizer is not None:
+        source = Path(tokenizer)
+        found = text_files(source) if source.is_dir() else {source.name: source, **text_files(source.parent)}
+        beside |= {f"tokenizer: {name}": file for name, file in found.items() if file.is_file()}
+    return Origin(str(path), checkpoint.step, short_hash(json.loads(json.dumps(checkpoint.config.to_dict(), default=str))), files, beside)
+
+
+def _tree_files(root: Path, step: int | None) -> dict[str, Path]:
+    manifest = root / "base" / _MANIFEST
+    base = [manifest] if manifest.is_file() else (root / "base").glob("*")
+    steps = [] if step is None else [root / "checkpoints" / str(step) / _MANIFEST]
+    return _named(root, [*base, root / "base.json", *(root / "model").rglob("*"), *steps])
+
+
+def _named(root: Path, files: Iterable[Path]) -> dict[str, Path]:
+    return {file.relative_to(root).as_posix(): file for file in sorted(files) if file.is_file()}

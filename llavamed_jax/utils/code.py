@@ -1,0 +1,18 @@
+"""Which code is running: a name for it that changes with every line."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from pathlib import Path
+
+_SUFFIXES = (".py", ".txt")  # what the judge is told lies beside the code
+
+
+@functools.cache
+def code_sha256() -> str:
+    """A sha256 of this package's files: their names and contents, wherever they are installed."""
+    root, digest = Path(__file__).resolve().parents[1], hashlib.sha256()
+    for file in sorted(path for path in root.rglob("*") if path.suffix in _SUFFIXES):
+        digest.update(f"{file.relative_to(root).as_posix()} {hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
+    return digest.hexdigest()

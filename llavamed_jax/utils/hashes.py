@@ -1,0 +1,108 @@
+"""sha256 of files. Those of large files are remembered, since a 7B model's weights take half a minute or more to hash.
+
+A remembered hash counts for a file of the same device, inode, size, time of change (`mtime`) and of inode change (`ctime`), all
+to the nanosecond. The kernel sets `ctime` whenever content, name or owner change, and no program can set it back; what is relied
+on is the kernel and the clock. A file that was changed within the last seconds is hashed and not remembered.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from llavamed_jax.errors import UserError
+from llavamed_jax.utils.files import open_file
+
+LARGE = 2**26  # bytes from which on a hash is remembered
+_RECENT_S = 5.0
+_MOST = 4096  # files that are remembered
+_THREADS = 8
+
+
+def sha256_of_files(files: Mapping[str, Path]) -> dict[str, str]:
+    """Name -> sha256 of each file, several at a time.
+
+    Raises:
+      UserError: a file that is gone or cannot be read.
+    """
+    known = _remembered()
+    with ThreadPoolExecutor(_THREADS) as threads:  # hashing lets go of the interpreter lock
+        found = dict(zip(files, threads.map(lambda file: _sha256(file, known), files.values()), strict=True))
+    new = {mark: digest for digest, mark in found.values() if mark is not None and mark not in known}
+    if new:
+        _remember({**known, **new})
+    return {name: digest for name, (digest, _) in found.items()}
+
+
+def sha256_of_list(hashes: Mapping[str, str]) -> str:
+    """One sha256 for several files: of the lines `NAME SHA256`, by name."""
+    return hashlib.sha256("".join(f"{name} {digest}\n" for name, digest in sorted(hashes.items())).encode()).hexdigest()
+
+
+def _sha256(file: Path, known: Mapping[str, str]) -> tuple[str, str | None]:
+    """The hash, and under what it may be remembered."""
+    try:
+        with open_file(file) as opened:
+            before = _mark(opened.fileno())
+            if before in known:
+                return known[before], before
+            digest = hashlib.file_digest(opened, "sha256").hexdigest()
+            return digest, before if before == _mark(opened.fileno()) else None
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror or error}") from None
+
+
+def _mark(descriptor: int) -> str | None:
+    """What a large file that was not changed just now is known by."""
+    s = os.fstat(descriptor)
+    if s.st_size < LARGE or max(s.st_mtime, s.st_ctime) > time.time() - _RECENT_S:
+        return None
+    return " ".join(map(str, (s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns)))
+
+
+def _file() -> Path:
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(home) / "llavamed_jax" / "sha256.json"
+
+
+def _remembered() -> dict[str, str]:
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        found = json.loads(_file().read_text(encoding="utf-8"))
+        if isinstance(found, dict):
+            return {mark: digest for mark, digest in found.items() if isinstance(digest, str) and len(digest) == 64}
+    return {}
+
+
+def _remember(hashes: Mapping[str, str]) -> None:
+    """Writes what is remembered, whole or not at all; a home that cannot be written to is used without."""
+    file, kept = _file(), dict(list(hashes.items())[-_MOST:])
+    with contextlib.suppress(OSError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary = file.with_name(f".{file.name}.{uuid.uuid4().hex[:12]}")
+        temporary.write_text(json.dumps(kept), encoding="utf-8")
+        temporary.replace(file)
+
+
+def short_hash(*values: object) -> str:
+    """A name of 16 letters for values in JSON's types, equal for equal ones."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def sha256_of_each(files: Sequence[Path]) -> dict[Path, str | None]:
+    """File -> sha256; None for one that cannot be read, which is no error here."""
+    def read(file: Path) -> str | None:
+        try:
+            with open_file(file) as opened:
+                return hashlib.file_digest(opened, "sha256").hexdigest()
+        except (OSError, UserError):
+            return None
+
+    with ThreadPoolExecutor(_THREADS) as threads:
+        return dict(zip(files, threads.map(read, files), strict=True))
