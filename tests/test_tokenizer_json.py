@@ -176,7 +176,7 @@ def test_two_files_that_differ_are_named_once(pieces, tmp_path, capsys):
     processor = Processor.load(path)
     said = capsys.readouterr().err
     assert said.count("warning:") == 1 and "tokenizer.json gives 'a</s>b' the ids [1, " in said and "tokenizer.model gives [1, " in said
-    assert "this one is taken, as transformers' processors do" in said
+    assert "this one is taken, as transformers' processors and fast classes do" in said
     assert processor.tokenizer.file.name == "tokenizer.json"
     Processor.load(path)
     assert capsys.readouterr().err == ""
@@ -197,6 +197,15 @@ def test_two_files_that_agree_are_not(pieces, tmp_path, capsys):
     assert capsys.readouterr().err == ""
     (path / "tokenizer.model").write_bytes(b"nonsense")
     assert Processor.load(path).encode("x")[0] == 1
+    assert "tokenizer.model is not a SentencePiece model" in capsys.readouterr().err
+
+
+def test_a_class_that_is_not_llamas_reads_tokenizer_json_in_every_layout(pieces, tmp_path, capsys):
+    """LLaMA 3's directories may hold a tokenizer.model that is no SentencePiece model."""
+    path = directory(tmp_path / "m", byte_level(), {"tokenizer_class": "PreTrainedTokenizerFast"}, source="llava")
+    (path / "tokenizer.model").write_bytes(b"IQ== 0\nIg== 1\n")
+    assert Processor.load(path).tokenizer.file.name == "tokenizer.json"
+    assert Processor.load(path).encode("Is it?")[0] == 0
     assert "tokenizer.model is not a SentencePiece model" in capsys.readouterr().err
 
 

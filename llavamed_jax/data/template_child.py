@@ -9,6 +9,7 @@ version without it, the ways are tried in turn.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import resource
@@ -119,6 +120,7 @@ def _ways(machinery, source: str) -> Iterator[tuple[str, ...]]:
     yield from (way for way in (_PARTS, _USERS_PARTS, _TEXT) if way != likely)
 
 
+@functools.cache
 def _loops_over_content(machinery, source: str) -> bool:
     """Whether a template's syntax tree takes a message's content for a list, after vLLM's `_detect_content_format`."""
     from jinja2 import nodes

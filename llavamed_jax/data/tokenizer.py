@@ -215,22 +215,26 @@ class Tokenizer:
         except (OSError, ValueError) as error:  # a name that no file can have, or one that may not be looked at
             reason = getattr(error, "strerror", None) or error
             raise UsageError(f"the tokenizer file {cut(str(path))!r} cannot be opened: {reason}") from None
-        file = find_tokenizer(path, of_transformers) if path.is_dir() else path
+        if not path.is_dir() and path.name not in TOKENIZERS:  # under another name, its neighbours are not its own
+            if not path.is_file():
+                raise UserError(f"the tokenizer file {path} does not exist")
+            return cls._of_file(path, _NOTHING, of_transformers)
+        directory = path if path.is_dir() else path.parent
+        said = read_special_tokens({name: directory / name for name in FILES if (directory / name).is_file()})
+        # Classes other than LLaMA's are fast ones, which read tokenizer.json.
+        file = find_tokenizer(path, of_transformers or not said.is_llama) if path.is_dir() else path
         if file is None:
             raise UserError(f"{path} holds no tokenizer: tokenizer.model or tokenizer.json was expected")
         if not file.is_file():
             raise UserError(f"the tokenizer file {file} does not exist")
-        if file.name not in TOKENIZERS:  # under another name, its neighbours are not its own
-            return cls._of_file(file, _NOTHING, of_transformers)
-        said = read_special_tokens({name: file.parent / name for name in FILES if (file.parent / name).is_file()})
         tokenizer, other = cls._of_file(file, said, of_transformers), None
-        beside = next(file.parent / name for name in TOKENIZERS if name != file.name)
+        beside = next(directory / name for name in TOKENIZERS if name != file.name)
         if path.is_dir() and beside.is_file():
             try:
                 other = cls._of_file(beside, said, of_transformers)
             except UserError as error:
                 other = error
-        say_differences(file.parent, tokenizer, other)
+        say_differences(directory, tokenizer, other)
         return tokenizer
 
     @classmethod

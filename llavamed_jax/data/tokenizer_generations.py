@@ -35,7 +35,7 @@ def say_differences(directory: Path, tokenizer: Tokenizer, other: Tokenizer | Us
 
 def _of_files(tokenizer: Tokenizer, other: Tokenizer | UserError | None) -> Iterator[str]:
     name, reason = tokenizer.file.name, {
-        "tokenizer.json": "this one is taken, as transformers' processors do",
+        "tokenizer.json": "this one is taken, as transformers' processors and fast classes do",
         "tokenizer.model": "this one is taken, as the originals' code does"}.get(tokenizer.file.name)
     if isinstance(other, UserError):
         yield f"{name} is read; beside it, {other}"
