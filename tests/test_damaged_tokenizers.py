@@ -99,7 +99,7 @@ def uses(path):
 
     def export():
         (path / "out").mkdir(exist_ok=True)
-        write_tokenizer(Tokenizer.load(path).vocab_size, files, path / "out")
+        write_tokenizer(files, path / "out")
 
     return tokenizer, processor, export, lambda: _vocabulary(files)
 
@@ -130,7 +130,7 @@ def test_a_damaged_sentencepiece_model(seed, tmp_path, capfd):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_a_damaged_tokenizer_json(seed, tmp_path, capfd):
-    write_tokenizer(1024, {"tokenizer.model": SAMPLE}, tmp_path)
+    write_tokenizer({"tokenizer.model": SAMPLE}, tmp_path)
     whole, seen = (tmp_path / "tokenizer.json").read_bytes(), set()
     for i in range(30):
         path, rng = checkpoint(tmp_path / "m", "llava" if i % 2 else "transformers"), random.Random(seed * 1000 + i)

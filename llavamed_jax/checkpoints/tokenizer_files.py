@@ -108,7 +108,7 @@ def _from_sentencepiece(file: Path, said: SpecialTokens) -> _Source:
     pieces = [model.id_to_piece(i) for i in range(model.vocab_size())]
     ids = {piece: i for i, piece in enumerate(pieces)} | {token.text: token.id for token in said.added}
     own = zip(_CORE, (model.bos_id(), model.eos_id(), model.unk_id()), strict=True)
-    roles = {role: Token(pieces[i]) for role, i in own} | {role: token for role, token in said.roles.items() if token.text in ids}
+    roles = {role: Token(pieces[i]) for role, i in own if i >= 0} | {role: token for role, token in said.roles.items() if token.text in ids}
     in_use = {token.text: token for token in (*roles.values(), *said.others) if token.text in ids}
     named = {text: token._replace(id=ids[text], is_special=True) for text, token in in_use.items()} | {t.text: t for t in said.added}
     added = sorted((token._replace(is_normalized=False) for token in named.values()), key=lambda token: token.id)
@@ -116,17 +116,17 @@ def _from_sentencepiece(file: Path, said: SpecialTokens) -> _Source:
     if not said.is_legacy:
         prefix += _only_where_the_original_begins(list(in_use), [text for text in named if text not in in_use])
         added = [token._replace(is_normalized=True) for token in added]
-    names = {role: roles[role].text for role in _CORE}
+    names = {role: roles[role].text for role in _CORE if role in roles}
     scores = {piece: model.get_score(i) for i, piece in enumerate(pieces)
               if not (model.is_control(i) or model.is_unknown(i) or model.is_byte(i))}
     return _Source({
         "version": "1.0", "truncation": None, "padding": None,
         "normalizer": {"type": "Sequence", "normalizers": prefix}, "pre_tokenizer": None,
-        "post_processor": _begins_with(names["bos_token"], ids[names["bos_token"]]) if said.has_bos else None,
+        "post_processor": _begins_with(names["bos_token"], ids[names["bos_token"]]) if said.has_bos and "bos_token" in names else None,
         "decoder": {"type": "Sequence", "decoders": [
             {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"},
             {"type": "Strip", "content": " ", "start": 1, "stop": 0}]},
-        "model": {"type": "BPE", "dropout": None, "unk_token": names["unk_token"], "continuing_subword_prefix": None,
+        "model": {"type": "BPE", "dropout": None, "unk_token": names.get("unk_token"), "continuing_subword_prefix": None,
                   "end_of_word_suffix": None, "fuse_unk": True, "byte_fallback": True,
                   "vocab": {piece: i for i, piece in enumerate(pieces)}, "merges": _merges(scores)},
     }, added, names)
