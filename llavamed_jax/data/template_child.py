@@ -35,7 +35,8 @@ def main(descriptor: str, seconds: str) -> None:
         _send(connection, {"error": f"{type(error).__name__}: {error}"})
         return
     _limit(resource.RLIMIT_CORE, 0)
-    _limit(resource.RLIMIT_AS, _virtual_memory() + _MEMORY)
+    with contextlib.suppress(FileNotFoundError):  # macOS has no /proc, and no such limit
+        _limit(resource.RLIMIT_AS, _virtual_memory() + _MEMORY)
     _send(connection, {})
     while os.getppid() == parent:
         if connection.poll(10):
