@@ -12,13 +12,14 @@ from collections.abc import Sequence
 from llavamed_jax.cli import common
 from llavamed_jax.data.images import split_frame
 from llavamed_jax.errors import UsageError, UserError, short
+from llavamed_jax.utils import signals
 
 HELP = ("/image FILE adds an image to the next message, /clear starts anew; Ctrl-C stops an answer, an empty line or Ctrl-D "
         "ends the chat")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return common.run(program, argv)
+    return common.command(lambda: program, argv, has="the chat had begun")
 
 
 def program(argv: Sequence[str]) -> None:
@@ -49,8 +50,10 @@ def program(argv: Sequence[str]) -> None:
         with contextlib.suppress(ImportError):  # Windows has none
             import readline  # noqa: F401  # input() then edits lines, wide characters too, and remembers them
     chat = Chat(model, args)
+    signals.enter(signals.Phase("ended by {name}", grace=0, raises=True))
     print(f"{model.name}, research use only, never for clinical decisions. {HELP}")
-    chat.run()
+    with signals.interrupting():
+        chat.run()
 
 
 class Chat:
@@ -117,11 +120,13 @@ class Chat:
         content = [{"type": "image", "image": path} for path in self.images] + [{"type": "text", "text": question}]
         messages = self.messages + [{"role": "user", "content": content}]
         answer, is_whole = "", False
+        signals.forget()
         try:
             for piece in self.model.stream(messages, max_new_tokens=self.args.max_new_tokens,
                                            temperature=self.args.temperature, seed=self.args.seed):
                 answer += piece
                 print(piece, end="", flush=True)
+                signals.check()
             is_whole = True
         except KeyboardInterrupt:  # stops the answer, not the program; what was said stays said
             pass

@@ -202,7 +202,7 @@ def test_memory_fraction_is_set_unless_the_user_did(monkeypatch, variable):
 
 # ---- the program itself
 
-@pytest.mark.parametrize("moment, number", [("ml_collections", signal.SIGINT), ("config", signal.SIGTERM)])
+@pytest.mark.parametrize("moment, number", [("llavamed_jax.cli.compilation_cache", signal.SIGINT), ("config", signal.SIGTERM)])
 def test_interrupted_before_it_begins_it_says_so_and_ends_with_1(tmp_path, moment, number):
     """While modules are imported, which Python names as it goes, and while the config is read."""
     (tmp_path / "c.py").write_text("import sys, time\ndef get_config(arg=''):\n    print('config', file=sys.stderr)\n    time.sleep(60)")

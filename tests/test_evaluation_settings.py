@@ -184,7 +184,7 @@ def test_a_cut_prompt_whose_last_allowed_token_ends_the_answer_is_finished(token
 
 
 class Stopping(Reader):
-    """Is interrupted by a signal behind so many answers."""
+    """Sends a signal before the last of so many answers, behind which it is obeyed."""
 
     def __init__(self, samples, answers):
         super().__init__(samples)
@@ -192,10 +192,10 @@ class Stopping(Reader):
 
     def answer_each(self, prompts, **settings):
         for answer in super().answer_each(prompts, **settings):
-            yield answer
             self.left -= 1
             if not self.left:
                 signal.raise_signal(signal.SIGTERM)
+            yield answer
 
 
 def test_an_evaluation_that_a_signal_stopped_goes_on(tmp_path, monkeypatch, capsys):

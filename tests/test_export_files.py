@@ -136,7 +136,7 @@ def test_an_interrupted_conversion_cleans_up(source, tmp_path):
     time.sleep(0.3)
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=30)
-    assert (process.returncode, error.strip()) == (1, "error: interrupted")
+    assert (process.returncode, error.strip()) == (1, "error: interrupted before anything was written")
     assert not list(tmp_path.iterdir())
 
 

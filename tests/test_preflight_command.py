@@ -11,13 +11,14 @@ from types import SimpleNamespace
 
 import pytest
 
-from llavamed_jax.cli import common, interrupts
+from llavamed_jax.cli import common
 from llavamed_jax.cli.eval import main as evaluate
 from llavamed_jax.cli.train import main as train
 from llavamed_jax.errors import UsageError, UserError
 from llavamed_jax.preflight import compile, report, search
 from llavamed_jax.preflight.programs import Training, shapes_of
 from llavamed_jax.preflight.topologies import Topology
+from llavamed_jax.utils import signals
 from tests import preflight_jobs
 from tests.preflight_jobs import GIB
 
@@ -95,7 +96,7 @@ def test_an_interrupt_shows_what_was_found_and_stops_the_rest(capsys, monkeypatc
         assert stopped.wait(60)
         raise UserError("it was stopped")
 
-    with interrupts.raising_on_interrupt(), pytest.raises(UserError, match="^interrupted when 1 of 4 topologies were through$"):
+    with signals.listening(signals.over(1)), pytest.raises(UserError, match="^interrupted when 1 of 4 topologies were through$"):
         report.check(jobs("h100-1", "h100-2", "h100-2", "h100-4"), compiled, stop=stopped.set)
     assert "h100-1    fits" in capsys.readouterr().out and "h100-4" not in asked
 

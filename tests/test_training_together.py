@@ -18,7 +18,6 @@ from llavamed_jax.checkpoints.store import newest_intact_step
 from llavamed_jax.errors import UserError
 from llavamed_jax.parallel import distributed
 from llavamed_jax.training import together as module
-from llavamed_jax.training.stopping import Stop
 from llavamed_jax.training.together import Together, check_same
 from tests import training_runs as runs
 from tests.several import Store, ends, free_port, two
@@ -77,17 +76,17 @@ def three(monkeypatch):
 def test_counts_are_added_up_in_the_first_and_equal_rows_count_once(three):
     """Process 2 has the rows of process 1, as where tensor parallelism spans both."""
     rows, counts = [[0, 1], [2, 3], [2, 3]], [{"samples": 2, "tokens": 5}, {"samples": 1, "tokens": 7}, {"samples": 1, "tokens": 7}]
-    found = three.run(lambda k: Together(Stop(), 0, rows[k]).add_up(counts[k], [{"id": k}]))
+    found = three.run(lambda k: Together(bool, 0, rows[k]).add_up(counts[k], [{"id": k}]))
     assert found == [({"samples": 3, "tokens": 12}, [{"id": 1}]), (counts[1], []), (counts[2], [])]
 
 
 def test_all_stop_where_one_was_asked(three):
     def work(k):
-        stop = Stop()
-        together, seen = Together(stop, 0, [k]), []
+        asked: list = []
+        together, seen = Together(lambda: bool(asked), 0, [k]), []
         for update in range(3):
             seen.append(together.is_stopping)
-            stop.is_asked |= k == 2 and update == 1
+            asked += [1] if k == 2 and update == 1 else []
             together.add_up({}, [])
         return [*seen, together.is_stopping]
 
@@ -99,7 +98,7 @@ def test_a_save_is_due_by_the_clock_of_the_first(three, monkeypatch):
     monkeypatch.setattr(module.time, "monotonic", lambda: clock.get(getattr(three.here, "index", None), 0.0))
 
     def work(k):
-        together, seen = Together(Stop(), 1.0, [k]), []
+        together, seen = Together(bool, 1.0, [k]), []
         for now in (59.0, 61.0, 62.0):
             clock[k] = now + 100 * k  # the clocks of others say nothing
             together.add_up({}, [])
@@ -117,27 +116,16 @@ def test_other_data_in_another_process_is_refused(three):
 
 
 def test_alone_the_own_word_counts(monkeypatch):
-    stop = Stop()
-    together = Together(stop, 1.0, [0])
+    asked: list = []
+    together = Together(lambda: bool(asked), 1.0, [0])
     assert together.add_up({"samples": 2}, [{"id": 1}]) == ({"samples": 2}, []) and not together.is_stopping
-    stop.is_asked = True
+    asked.append(1)
     now = time.monotonic()
     assert together.is_stopping and not together.is_save_due
     monkeypatch.setattr(module.time, "monotonic", lambda: now + 61)
     assert together.is_save_due
     together.saved()
     assert not together.is_save_due
-
-
-def test_a_signal_that_comes_twice_in_a_moment_is_one(monkeypatch):
-    with Stop() as stop:
-        signal.raise_signal(signal.SIGTERM)
-        signal.raise_signal(signal.SIGTERM)
-        assert stop.is_asked
-        now = time.monotonic()
-        monkeypatch.setattr("llavamed_jax.training.stopping.time.monotonic", lambda: now + 1.5)
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGTERM)
 
 
 # ---- two processes

@@ -14,7 +14,6 @@ from llavamed_jax.evaluation import watching
 from llavamed_jax.parallel.mesh import make_mesh
 from llavamed_jax.training import late, setup, trainer, watch
 from llavamed_jax.training.late import Progress, read
-from llavamed_jax.training.stopping import Stop
 from llavamed_jax.training.together import Together
 from llavamed_jax.training.trainer import Watch, fit
 from tests import training_runs as runs
@@ -97,7 +96,7 @@ def test_throughput_and_mfu_are_of_the_time_between_updates(monkeypatch, tmp_pat
     monkeypatch.setattr(late.metrics, "training_flops", lambda cfg, trained, tokens, attended, images: 1e6 * tokens)
     log = SimpleNamespace(advance=lambda *_: None, skipped=lambda *_: None, write=lambda step, line: lines.append(line | {"step": step}))
     reader = late.LateReader(Progress(), log, tmp_path, config=None, trained={}, num_devices=2, log_every=log_every, total_steps=99,
-                             nan_limit=9, name_samples=None, together=Together(Stop(), 0, [0]))
+                             nan_limit=9, name_samples=None, together=Together(bool, 0, [0]))
     counts = dict(samples=1, tokens=100, positions=200, attended=1, images=0, image_slots=0)
 
     def dispatch(step, at):
@@ -148,7 +147,7 @@ def waits(tree) -> set[tuple[str, str]]:
 def test_values_of_the_device_are_read_in_one_place():
     """In the files of the loop, nothing but `late.read` waits for a device."""
     found = {}
-    for name in ("trainer", "late", "watch", "step", "losses", "stopping", "log", "metrics"):
+    for name in ("trainer", "late", "watch", "step", "losses", "log", "metrics"):
         found[name] = waits(ast.parse((ROOT / "llavamed_jax" / "training" / f"{name}.py").read_text()))
     assert found.pop("late") == {("read", "float"), ("read", "device_get")}
     assert not any(found.values()), found

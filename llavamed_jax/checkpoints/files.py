@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from llavamed_jax.errors import UserError
+from llavamed_jax.utils import signals
 from llavamed_jax.utils.files import open_file, read_bytes
 
 
@@ -84,7 +85,7 @@ def new_directory(out: str | Path, size: int = 0, apart_from: Iterable[Path | No
         raise UserError(f"{out} cannot be written: {error.strerror or error}") from None
     except (ValueError, RuntimeError) as error:  # a name that no file can have; a link that leads to itself
         raise error if isinstance(error, UserError) else UserError(f"{str(out)!r} cannot be written: {error}") from None
-    with contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack, signals.undone_by(lambda: _remove(temporary)):
         lock = _lock(temporary)
         if lock is not None:
             stack.callback(os.close, lock)
@@ -92,7 +93,7 @@ def new_directory(out: str | Path, size: int = 0, apart_from: Iterable[Path | No
             yield temporary
             temporary.replace(target)
         except BaseException as error:
-            shutil.rmtree(temporary, ignore_errors=True)
+            _remove(temporary)
             if isinstance(error, OSError) and error.errno in _DISK:
                 raise UserError(f"{out} cannot be written: {error.strerror}") from None
             if type(error) is UserError and str(temporary) in str(error):  # of a directory inside: by the name that was asked for
@@ -115,6 +116,12 @@ def _lock(directory: Path) -> int | None:
         os.close(descriptor)
         return None
     return descriptor
+
+
+def _remove(directory: Path) -> None:
+    """Deletes a directory in which another thread may still be writing."""
+    for _ in range(3):
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 def _remove_leftovers(out: Path) -> None:

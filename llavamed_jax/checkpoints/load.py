@@ -11,6 +11,7 @@ import numpy as np
 from llavamed_jax.checkpoints import names
 from llavamed_jax.checkpoints.reader import Checkpoint, Tensor
 from llavamed_jax.config import LlavaConfig
+from llavamed_jax.utils import signals
 
 
 def load_params(checkpoint: Checkpoint, dtype=None, scan: bool = False, only: Container[str] | None = None) -> dict:
@@ -28,7 +29,7 @@ def load_params(checkpoint: Checkpoint, dtype=None, scan: bool = False, only: Co
     checkpoint = checkpoint.cast(dtype).sound()
     shapes = {name: shape for name, shape in names.expected_shapes(checkpoint.config).items() if only is None or name in only}
     flat: dict[str, np.ndarray] = {}
-    for name in shapes:
+    for name in signals.checked(shapes):
         layer = re.fullmatch(r"(.*/)layers_(\d+)(/.*)", name) if scan else None
         if layer is None:
             flat[name] = checkpoint.read(name)

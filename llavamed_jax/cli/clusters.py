@@ -7,7 +7,6 @@ import importlib.util
 import os
 import re
 import sys
-import urllib.request
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,6 +76,8 @@ def _tpu_hosts(environment: Mapping[str, str]) -> int:
 
 def _metadata(key: str) -> str:
     """An attribute of a virtual machine at Google; empty where there is none."""
+    import urllib.request  # takes a while, and few are asked
+
     host = os.environ.get("GCE_METADATA_IP", "metadata.google.internal")
     request = urllib.request.Request(f"http://{host}/computeMetadata/v1/instance/attributes/{key}", headers={"Metadata-Flavor": "Google"})
     try:

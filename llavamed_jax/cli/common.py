@@ -16,19 +16,46 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from ml_collections import ConfigDict
+from typing import TYPE_CHECKING, Any
 
 from llavamed_jax import terminal
-from llavamed_jax.cli import interrupts, processes
+from llavamed_jax.cli import processes
 from llavamed_jax.errors import UsageError, UserError, cut, short
-from llavamed_jax.utils import paths, streams
+from llavamed_jax.utils import paths, signals, streams
+
+if TYPE_CHECKING:  # not before a command listens to signals
+    from ml_collections import ConfigDict
 
 # Keys whose value may be left open, so that `none` is no name (`training.recipe.KEYS`, which would bring jax).
 OPEN_KEYS = ("vision_tower", "tokenizer", "template", "data.images", "data.validation", "protocol", "data.samples",
              "epochs", "total_steps")
 EXIT_SAVED = 75  # stopped by a signal with everything saved: run again to go on (EX_TEMPFAIL of sysexits.h)
+
+
+def command(load: Callable[[], Callable[[list[str]], int | None]], argv: Sequence[str] | None = None, has: str = "the run had begun",
+            is_forked: bool = False) -> int:
+    """Runs a command: listens to signals, then imports its program, then runs it (`run`).
+
+    A process that was started for it (`argv` is None) gets standard streams that can be used and ends here, without the
+    interpreter's own end, in which native threads that are still at work would crash (XLA's compile threads under jax 0.10.2).
+
+    Args:
+      load: imports the program, which may take a while.
+      has: what a signal that ends the command at once came before.
+      is_forked: the program joins other processes (`processes.join`), which starts the thread that waits for signals.
+    Returns:
+      The exit status.
+    """
+    with signals.listening(signals.Phase(f"error: interrupted before {has}", grace=0), is_command=True):
+        if argv is None:
+            streams.keep_open()
+            streams.outlast()
+        if not is_forked:
+            signals.watch()
+        status = run(lambda words: load()(words), argv)
+        if argv is None:
+            signals.leave(status)
+        return status
 
 
 def run(program: Callable[[list[str]], int | None], argv: Sequence[str] | None = None) -> int:
@@ -52,10 +79,12 @@ def _run(program: Callable[[list[str]], int | None], argv: list[str]) -> int:
     said = None
     try:
         status = program(argv) or 0
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except UserError as error:
         status, said = 2 if isinstance(error, UsageError) else 1, str(error)
-    except KeyboardInterrupt:
-        status, said = 1, "interrupted"
+    except KeyboardInterrupt as error:
+        status, said = 1, str(error) or "interrupted"
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python complains once more when it ends
         status, said = 1, "the output was closed before all of it was written"
@@ -66,6 +95,7 @@ def _run(program: Callable[[list[str]], int | None], argv: list[str]) -> int:
                 raise
             processes.trace(error)
             said = f"{type(error).__name__}: {error}".splitlines()[0]
+    signals.enter(signals.over(status))
     if said is not None:
         processes.complain(said)
     processes.part(status, said)
@@ -154,6 +184,7 @@ def load_config(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
         line = next((f.lineno for f in reversed(traceback.extract_tb(error.__traceback__)) if f.filename == str(path)), None)
         where = f" at line {line}" if line else ""
         raise UsageError(f"the config file {name} raised {type(error).__name__}{where}: {error}") from error
+    from ml_collections import ConfigDict
     if not isinstance(config, ConfigDict):
         raise UsageError(f"get_config of {name} returned {type(config).__name__}; an ml_collections.ConfigDict was expected")
     config.lock()
@@ -181,6 +212,7 @@ def _neighbours(path: Path) -> str:
 
 def leaf_keys(config: ConfigDict, prefix: str = "") -> Iterator[str]:
     """Dotted names of every value in a config."""
+    from ml_collections import ConfigDict
     for key in config:
         value = config[key]
         if isinstance(value, ConfigDict) and len(value):
@@ -190,6 +222,7 @@ def leaf_keys(config: ConfigDict, prefix: str = "") -> Iterator[str]:
 
 
 def _apply(config: ConfigDict, override: str) -> None:
+    from ml_collections import ConfigDict
     key, _, text = override.partition("=")
     *parents, leaf = key.split(".")
     node: Any = config
@@ -326,8 +359,9 @@ def preflight(args: argparse.Namespace, config: ConfigDict, slices: int = 1, **j
     jobs = [dict(topology=machine.name, slices=machine.slices, **job) for machine in machines]
     compile.check_model(jobs[0])
     compiler = compile.Compiler()
-    with interrupts.raising_on_interrupt():
-        return report.check(jobs, compiler, args.preflight_json, compiler.stop)
+    signals.watch()
+    signals.enter(signals.Phase("error: interrupted twice"))
+    return report.check(jobs, compiler, args.preflight_json, compiler.stop)
 
 
 def check_model_flags(args: argparse.Namespace) -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import math
+import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,22 +22,20 @@ from llavamed_jax.checkpoints.files import new_directory, read_json
 from llavamed_jax.checkpoints.reader import Checkpoint, open_checkpoint, text_files
 from llavamed_jax.checkpoints.torch_files import Tensor
 from llavamed_jax.checkpoints.writer import export, total_bytes
-from llavamed_jax.cli.common import Parser, run
+from llavamed_jax.cli.common import Parser
+from llavamed_jax.cli.convert_door import main
 from llavamed_jax.data.chat_template import read_template
 from llavamed_jax.data.tokenizer import TOKENIZERS, Tokenizer
 from llavamed_jax.errors import UsageError, UserError, cut, exists, warn
 from llavamed_jax.templates import get_template
+from llavamed_jax.utils import signals
 
 _OF_TEXT = ("tokenizer", "special_", "added_", "chat_template")  # the files that --tokenizer replaces
 _DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The exit status of `python -m convert ARGV`."""
-    return run(_program, argv)
-
-
-def _program(argv: list[str]) -> int | None:
+def program(argv: list[str]) -> int | None:
+    """Runs one conversion; returns the exit status."""
     parser = Parser(prog="python -m convert", description=__doc__)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, (add_flags, action) in COMMANDS.items():
@@ -162,7 +161,7 @@ def _build(args: argparse.Namespace) -> None:
         raise UsageError(f"--seed is {args.seed}; a whole number of at least 0 was expected")
     if args.add_pad_token and not args.add_image_tokens:
         raise UsageError("--add_pad_token puts [PAD] before the image tokens; --add_image_tokens was expected beside it")
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, signals.undone_by(lambda: shutil.rmtree(scratch, ignore_errors=True)):
         checkpoint, said = build(args.decoder, args.vision, args.projector, Path(scratch), args.add_image_tokens, args.seed,
                                  args.add_pad_token)
         _check_text(checkpoint)

@@ -2,12 +2,13 @@
 
 import argparse
 import os
-import signal
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
-from llavamed_jax.cli import common, interrupts, processes
+from llavamed_jax.cli import common, processes
 from llavamed_jax.errors import UsageError, UserError
+from llavamed_jax.utils import signals
 
 _EXAMPLES = f"""\
 {common.MODEL_FLAGS}
@@ -41,6 +42,7 @@ def _parser() -> common.Parser:
 # Of a model that is loaded here, and of one that is asked at an address.
 _MODEL_FLAGS = ("vision_tower", "tokenizer", "template", "dtype", "mesh")
 _PROCESS_FLAGS = ("coordinator", "num_processes", "process_id")
+_GRACE_S = 10  # from a first signal to the end of the process
 _SERVER_FLAGS = {"model": str, "concurrency": int, "timeout": float}
 
 
@@ -61,35 +63,40 @@ def program(argv: Sequence[str]) -> int:
         status = _preflight(args, cfg)
         _say_void(args, cfg, overrides)
         return status
-    if args.checkpoint is not None:
-        processes.join(processes.asked(args))
+    processes.join(processes.asked(args) if args.checkpoint is not None else None)
     endpoint = None if args.endpoint is None else _endpoint(args)
     is_new = not os.path.exists(args.workdir)
-    with interrupts.ending_on_interrupt():
-        from llavamed_jax.evaluation import chat, files, run  # after the flags are known to be right: it takes a second
+    from llavamed_jax.evaluation import chat, files, run  # after the flags are known to be right: it takes a second
 
+    remove = (lambda: files.remove_empty(Path(args.workdir))) if is_new else lambda: None  # only where nothing has been written
+    with signals.undone_by(remove):
         evaluation = (chat.ChatEvaluation if cfg.data.name == chat.KIND else run.Evaluation)(cfg, args.workdir, args.against)
-    print(evaluation.describe(), flush=True)
-    _say_void(args, cfg, overrides)
-    try:
-        if endpoint is not None:
-            endpoint.check(evaluation.generation)
-        if args.predictions is None:
-            evaluation.check([args.control] if args.control else [])
-        if args.dry_run:
-            print(evaluation.plan(args.predictions, args.control is not None))
-            return 0
-        with files.locked(evaluation.workdir):
-            metrics = _measure(evaluation, args, endpoint)
-    finally:
-        if is_new:
-            files.remove_empty(evaluation.workdir)  # only where nothing has been written
+        print(evaluation.describe(), flush=True)
+        _say_void(args, cfg, overrides)
+        try:
+            if endpoint is not None:
+                endpoint.check(evaluation.generation)
+            if args.predictions is None:
+                evaluation.check([args.control] if args.control else [])
+            if args.dry_run:
+                print(evaluation.plan(args.predictions, args.control is not None))
+                return 0
+            with files.locked(evaluation.workdir):
+                metrics = _measure(evaluation, args, endpoint)
+        finally:
+            remove()
     if metrics is None:
-        print(f"stopped; {evaluation.n_kept} answers are kept in {args.workdir}: run again to go on", file=sys.stderr)
+        if signals.failure():
+            raise UserError(f"{signals.failure()}; {evaluation.n_kept} answers are kept in {args.workdir}: run again to go on")
+        print(_stopped(evaluation, args), file=sys.stderr)
         return common.EXIT_SAVED
     print(evaluation.summary(metrics))
     print(f"report: {evaluation.workdir / 'report.html'}")
     return 0
+
+
+def _stopped(evaluation, args: argparse.Namespace) -> str:
+    return f"stopped; {evaluation.n_kept} answers are kept in {args.workdir}: run again to go on"
 
 
 def _say_void(args: argparse.Namespace, cfg, overrides: Sequence[str]) -> None:
@@ -156,17 +163,17 @@ def _local(args: argparse.Namespace):
     return LocalModel(common.load_assistant(args), model_name(args.checkpoint))
 
 
-def _measure(evaluation, args: argparse.Namespace, endpoint=None) -> dict | None:
-    """The metrics; None where SIGTERM or SIGINT stopped it. What was answered before is kept, by a judge too."""
+def _measure(evaluation, args: argparse.Namespace, endpoint) -> dict | None:
+    """The metrics; None where a signal stopped it. What was answered before is kept, by a judge too.
+
+    Every answer is on the disk as soon as it is there, so where the evaluation does not come to its end in time, in a native call or
+    a request, the process is ended as it is.
+    """
     from llavamed_jax.parallel import distributed
 
-    def interrupt(*_):
-        for number in earlier:  # what reaches several processes may reach this one twice
-            signal.signal(number, signal.SIG_IGN)
-        raise KeyboardInterrupt
-
-    earlier = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGINT)}
-    distributed.when_stopped(lambda: os.kill(os.getpid(), signal.SIGTERM))
+    signals.enter(signals.Phase(lambda: _stopped(evaluation, args), common.EXIT_SAVED, grace=_GRACE_S, raises=True,
+                                last=lambda: processes.part(common.EXIT_SAVED, None)))
+    distributed.when_stopped(lambda: signals.ask("another process"))
     try:
         if args.predictions is not None:
             return evaluation.score_file(args.predictions)
@@ -182,14 +189,11 @@ def _measure(evaluation, args: argparse.Namespace, endpoint=None) -> dict | None
         raise type(error)(f"{error}; {kept} answers are kept in {args.workdir}" if kept else str(error)) from error
     finally:
         distributed.when_stopped(None)
-        if not processes.is_joined():  # where it is, another signal may be on its way
-            for number, handler in earlier.items():
-                signal.signal(number, handler)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The entry point of `eval.py` and `llavamed-eval`."""
-    return common.run(program, argv)
+    return common.command(lambda: program, argv, is_forked=True)
 
 
 if __name__ == "__main__":

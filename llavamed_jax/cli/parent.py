@@ -17,11 +17,11 @@ import threading
 
 from llavamed_jax import terminal
 from llavamed_jax.cli.clusters import Place
+from llavamed_jax.utils import signals
 
 # What jax's coordination service writes, which ends in the words that it aborts with.
 _RUNTIME = re.compile(rb"[WEF]\d{4} [\d:.]+ +\d+ (coordination_service\w*|preemption_sync_manager|client)\.(cc|h):\d+\] ")
 _ABORTING = b"Terminating process because the JAX distributed service detected fatal errors"
-_PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 def stay_behind(place: Place) -> None:
@@ -50,12 +50,11 @@ def _end_with_parent(alive: int) -> None:
 
 def _wait(child: int, words: tuple[int, int] | None, place: Place) -> int:
     """The exit status of the child, when it has ended."""
-    def pass_on(number, _):
+    def pass_on(number):
         with contextlib.suppress(ProcessLookupError):  # it has just ended
             os.kill(child, number)
 
-    for number in _PASSED_ON:
-        signal.signal(number, pass_on)
+    signals.pass_on(pass_on, others=(signal.SIGUSR1, signal.SIGUSR2))
     relay = None
     if words is not None:
         os.close(words[1])

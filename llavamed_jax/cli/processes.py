@@ -17,6 +17,7 @@ from llavamed_jax import terminal
 from llavamed_jax.cli import parent
 from llavamed_jax.cli.clusters import Place, detected
 from llavamed_jax.errors import UsageError
+from llavamed_jax.utils import signals, streams
 
 _joined = False
 
@@ -58,13 +59,15 @@ def join(place: Place | None) -> None:
     """
     global _joined
     if place is None:
+        signals.watch()
         return
     parent.stay_behind(place)
+    signals.watch(is_job=True)
     from llavamed_jax.parallel import distributed
     distributed.initialize(place.coordinator, place.count, place.index, place.local_devices)
     _joined = True
     sys.stdout.flush()
-    sys.stdout = terminal.Screen(open(os.dup(1), "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors))
+    sys.stdout = terminal.Screen(streams.opened(os.dup(1), sys.stdout, closefd=True))
     nowhere = open(os.devnull, "w", encoding="utf-8")
     os.dup2(nowhere.fileno(), 1)  # where the CPU's collectives tell of each connection, in pieces
     if distributed.process_index():

@@ -5,7 +5,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from llavamed_jax.cli.interrupts import ending_on_interrupt
+from llavamed_jax.cli import common
+from llavamed_jax.errors import UserError
+from llavamed_jax.utils import signals
 
 _USAGE = """\
 examples:
@@ -19,7 +21,7 @@ exit status: 0 done; 1 failed; 2 wrong flag, config key or value; 75 stopped by 
 
 
 def train(argv: list[str]) -> int:
-    from llavamed_jax.cli import common, compilation_cache, processes
+    from llavamed_jax.cli import compilation_cache, processes
     parser = common.Parser(prog="train.py", description="Trains a recipe.", epilog=_USAGE)
     parser.add_argument("--config", required=True, metavar="FILE.py[:ARGUMENTS]", help="the recipe; --config.KEY=VALUE changes one key")
     parser.add_argument("--workdir", metavar="DIR", help="where the run lies; made if it does not exist")
@@ -48,7 +50,11 @@ def train(argv: list[str]) -> int:
     compilation_cache.enable()
     model = watching.TrainedModel()
     watch = Watch([watching.ClosedAccuracy(model)], watching.Samples(model), args.profile)
-    return 0 if fit(config, args.workdir, watch) else common.EXIT_SAVED
+    if fit(config, args.workdir, watch):
+        return 0
+    if signals.failure():
+        raise UserError(f"{signals.failure()}; what was trained is saved in {args.workdir}: run again to go on")
+    return common.EXIT_SAVED
 
 
 def _configured(spec: str, overrides: Sequence[str]):
@@ -88,6 +94,4 @@ def _span(text: str) -> tuple[int, int]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    with ending_on_interrupt():  # until the trainer's own handler takes over
-        from llavamed_jax.cli import common  # takes a while
-        return common.run(train, argv)
+    return common.command(lambda: train, argv, is_forked=True)

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from llavamed_jax.cli.common import Parser, load_config, run
+from llavamed_jax.cli.common import Parser, command, load_config
 from llavamed_jax.errors import UsageError
 
 RELEASE = "microsoft/llava-med-v1.5-mistral-7b"
@@ -17,7 +17,7 @@ RELEASE = "microsoft/llava-med-v1.5-mistral-7b"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The exit status."""
-    return run(_program, argv)
+    return command(lambda: _program, argv)
 
 
 def _program(argv: list[str]) -> None:

@@ -22,6 +22,7 @@ from llavamed_jax.evaluation import sharing
 from llavamed_jax.evaluation.answers import Answer, Answerer, Generation
 from llavamed_jax.evaluation.predictions import image_names
 from llavamed_jax.evaluation.progress import progress
+from llavamed_jax.utils import signals
 
 if TYPE_CHECKING:  # it imports this file
     from llavamed_jax.evaluation.partial import Partial
@@ -59,6 +60,7 @@ def ask(
             if partial is not None:
                 partial.add(i, answer)
             advance(1)
+            signals.check()
     close()
     answers, failed = sharing.collected(len(questions), mine, answers, failed)
     if failed:

@@ -18,6 +18,7 @@ from PIL import Image
 
 from llavamed_jax.data.questions import VqaSample
 from llavamed_jax.errors import UserError
+from llavamed_jax.utils import signals
 
 ORGAN_QUESTION = "Which organ system is shown in this image?"
 """Asked about every image, in training too. Its answers are derived from VQA-RAD's field `image_organ`."""
@@ -72,12 +73,13 @@ def noise_images(samples: Sequence[VqaSample], folder: Path, seed: int) -> Itera
     """
     order = {image: place for place, image in enumerate(dict.fromkeys(str(sample.image) for sample in samples))}
     shutil.rmtree(folder, ignore_errors=True)  # of a start that was killed
-    try:
+    with contextlib.ExitStack() as stack:
+        remove = lambda: shutil.rmtree(folder, ignore_errors=True)
+        stack.callback(remove)
+        stack.enter_context(signals.undone_by(remove))
         paths = {image: str(folder / f"noise_{place:05}.png") for image, place in order.items()}
         _write_noise(list(paths.values()), folder, seed)
         yield [paths[str(sample.image)] for sample in samples]
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def check_room(count: int, folder: Path) -> None:
@@ -92,7 +94,7 @@ def _write_noise(paths: Sequence[str], folder: Path, seed: int) -> None:
     try:
         folder.mkdir(parents=True)
         check_room(len(paths), folder)
-        for place, path in enumerate(paths):
+        for place, path in enumerate(signals.checked(paths)):
             pixels = np.random.default_rng((seed, place)).integers(0, 256, (NOISE_SIZE, NOISE_SIZE, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(path, compress_level=0)
     except OSError as error:

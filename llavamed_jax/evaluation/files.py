@@ -13,6 +13,7 @@ from pathlib import Path
 
 from llavamed_jax.errors import UserError
 from llavamed_jax.parallel import distributed
+from llavamed_jax.utils import signals
 
 _TEMPORARY = ".results."
 
@@ -140,8 +141,9 @@ def write_text(path: Path, text: str) -> None:
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_bytes(utf8(text))
-        os.replace(temporary, path)
+        with signals.undone_by(temporary.unlink):
+            temporary.write_bytes(utf8(text))
+            os.replace(temporary, path)
     except OSError as error:
         with contextlib.suppress(OSError):  # where it could not even be begun
             temporary.unlink()

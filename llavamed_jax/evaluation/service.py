@@ -13,6 +13,7 @@ that doubles; what cannot pass fails at once, and what no other request could su
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import inspect
 import itertools
 import math
@@ -41,6 +42,7 @@ from llavamed_jax.evaluation.replies import (
     withheld,
 )
 from llavamed_jax.evaluation.secrets import Secrets, proxy_secrets
+from llavamed_jax.utils import signals
 
 __all__ = ["Reply", "Service", "ServiceError"]
 
@@ -132,7 +134,7 @@ class Service:
                         under_way += 1
                 if not under_way:
                     return
-                number, reply = thread.done.get()
+                number, reply = thread.next()
                 under_way -= 1
                 if isinstance(reply, BaseException) and (isinstance(reply, ServiceError) or not isinstance(reply, UserError)):
                     raise reply
@@ -278,6 +280,13 @@ class _Requests:
                     await asyncio.Future()  # until it is cancelled: nobody passes behind what ends them all
 
         asyncio.run_coroutine_threadsafe(run(), self._loop)
+
+    def next(self) -> tuple[int, object]:
+        """What ended next; waits for it, unless a signal ends the command."""
+        while True:
+            signals.check()
+            with contextlib.suppress(queue.Empty):
+                return self.done.get(timeout=0.2)
 
     def close(self) -> None:
         """Cancels what is under way and ends the thread."""

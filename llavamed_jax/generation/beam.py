@@ -26,6 +26,7 @@ from llavamed_jax.generation.programs import NO_TOKEN
 from llavamed_jax.generation.requests import NO_NUMBER, Request, name_of
 from llavamed_jax.generation.rows import bucket, power_of_two
 from llavamed_jax.parallel.mesh import batch_sharding
+from llavamed_jax.utils import signals
 
 # The score of what does not exist or must not be chosen; transformers' own, since it takes part in comparisons.
 _NEVER = -1e9
@@ -169,6 +170,7 @@ class BeamSearch:
         with self.programs.on_mesh():
             beams, caches = self._prefill(params, **batch, cache_length=cache_length, num_beams=num_beams, room=room)
             while not np.asarray(beams.is_done).all():
+                signals.check()
                 beams, caches = self._decode(params, beams, caches)
         best = jax.device_get(jax.tree.map(lambda x: x[: len(rows), 0], beams.finished))  # NaN is above all numbers
         return [[int(t) for t in tokens if t != NO_TOKEN and np.isfinite(score)] for tokens, score in zip(best.tokens, best.scores)]

@@ -25,6 +25,7 @@ from llavamed_jax.generation.rows import Placed, Rows, batch_size, bucket, power
 from llavamed_jax.generation.sampling import Sampling
 from llavamed_jax.models.llava import PARAM_AXES, check_heads
 from llavamed_jax.parallel.mesh import param_shardings
+from llavamed_jax.utils import signals
 
 _LENGTHS = 128  # rows have, and a prefill looks at, a multiple of so many positions; of twice as many above eight times that
 _ROOM = 64  # tokens that a row has room for at first: few answers are as long as they may become, and attention pays for all of it
@@ -119,6 +120,7 @@ class Engine:
         requests, mine, index = iter(requests), [], 0
         try:
             while True:
+                signals.check()
                 while requests is not None and len(self._waiting) < 2 * self.batch_size:
                     request = next(requests, None)
                     if request is None:

@@ -18,6 +18,7 @@ from typing import Any
 
 from llavamed_jax import terminal
 from llavamed_jax.errors import UserError
+from llavamed_jax.utils import signals
 
 # A process that is silent for so long is given up, and the runtime ends all others.
 HEARTBEAT_S = 40
@@ -122,7 +123,8 @@ class Group:
         return value + b"".join(self._wait(f"{key}/{number}") for number in range(int(others)))
 
     def _wait(self, key: str) -> bytes:
-        while True:  # in short waits, between which Python sees to signals
+        while True:  # in short waits, between which a signal may end the command
+            signals.check()
             try:
                 return self._client.blocking_key_value_get_bytes(key, int(1000 * _POLL_S))
             except RuntimeError as error:

@@ -15,6 +15,7 @@ from llavamed_jax.keys import flatten
 from llavamed_jax.preflight import search
 from llavamed_jax.preflight.progress import Progress
 from llavamed_jax.preflight.topologies import Topology
+from llavamed_jax.utils import signals
 
 _GIB = 2**30
 _NEEDED = 6 * _GIB  # of this machine's memory, for a compilation at full size
@@ -31,7 +32,7 @@ def check(jobs: Sequence[Mapping[str, Any]], compiled: Callable, json_file: str 
     Returns:
       0, or 1 where nothing fits, or where XLA replicates arrays that should be spread.
     Raises:
-      UserError, UsageError: a job failed, or a signal came (as KeyboardInterrupt); what was found is printed before.
+      UserError, UsageError: a job failed, or a signal came; what was found is printed before.
     """
     out = None if json_file is None else Results(json_file)
     rows, failed, is_interrupted = {}, {}, False
@@ -49,8 +50,7 @@ def check(jobs: Sequence[Mapping[str, Any]], compiled: Callable, json_file: str 
                 progress.settled(f"{name}: {verdict(row)}")
                 if out is not None:  # after each, for they take minutes
                     out.keep([rows[i] for i in sorted(rows)])
-        except KeyboardInterrupt:
-            is_interrupted = True
+            is_interrupted = len(rows) + len(failed) < len(jobs)
         finally:
             stop()
             pool.shutdown(cancel_futures=True)
@@ -69,8 +69,8 @@ def check(jobs: Sequence[Mapping[str, Any]], compiled: Callable, json_file: str 
 
 def _as_they_end(futures: Mapping[Future, int], progress: Progress):
     waiting = set(futures)
-    while waiting:
-        ended, waiting = wait(waiting, timeout=1, return_when=FIRST_COMPLETED)
+    while waiting and not signals.is_asked():
+        ended, waiting = wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED)
         yield from sorted(ended, key=futures.get)
         progress.tick()
 

@@ -9,24 +9,23 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from llavamed_jax.errors import UserError
 from llavamed_jax.parallel import distributed
-from llavamed_jax.training.stopping import Stop
 
 
 class Together:
     """A process among those of a run.
 
     Args:
-      stop: hears the signals of this one.
+      is_asked: whether this one was asked to stop.
       every_minutes: by the clock of the first process, a save is due; 0: never.
       rows: of a batch, those of this process. Of processes that have the same rows one is counted.
     """
 
-    def __init__(self, stop: Stop, every_minutes: float, rows: Sequence[int]):
-        self._stop, self._seconds, self._rows = stop, 60 * every_minutes, list(rows)
+    def __init__(self, is_asked: Callable[[], bool], every_minutes: float, rows: Sequence[int]):
+        self._is_asked, self._seconds, self._rows = is_asked, 60 * every_minutes, list(rows)
         self._is_alone = distributed.process_count() == 1
         self._agreed = {"stop": False, "save": False}
         self.saved()
@@ -34,7 +33,7 @@ class Together:
     @property
     def is_stopping(self) -> bool:
         """Whether no further update is begun."""
-        return self._stop.is_asked if self._is_alone else self._agreed["stop"]
+        return self._is_asked() if self._is_alone else self._agreed["stop"]
 
     @property
     def is_save_due(self) -> bool:
@@ -53,7 +52,7 @@ class Together:
         """
         if self._is_alone:
             return dict(counts), []
-        everyone = self._everyones(counts=dict(counts), skipped=list(skipped), stop=self._stop.is_asked)
+        everyone = self._everyones(counts=dict(counts), skipped=list(skipped), stop=self._is_asked())
         self._agreed = distributed.from_first(lambda: dict(stop=any(each["stop"] for each in everyone), save=self._is_late()))
         if not everyone:
             return dict(counts), []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,9 +29,14 @@ from llavamed_jax.training.log import MetricsWriter, troubles
 from llavamed_jax.training.metrics import batch_counts
 from llavamed_jax.training.state import TABLE, TrainState
 from llavamed_jax.training.step import make_eval_step, make_train_step, place
-from llavamed_jax.training.stopping import Stop
 from llavamed_jax.training.together import SilentLog, Together, check_same
 from llavamed_jax.training.watch import Evaluator, Profiler, Sampler, Snapshot, judge
+from llavamed_jax.utils import signals
+
+_NOTHING_DONE = "stopped before an update was done: run again to go on"
+_OPENING = signals.Phase(_NOTHING_DONE, status=75, grace=30, raises=True)
+_LOOP = signals.Phase("error: ended at once by a second {name}; what had been saved is kept",
+                      note="what is under way is finished and saved; a second one ends the run at once")
 
 
 @dataclass(frozen=True)
@@ -55,15 +61,16 @@ def fit(cfg: ConfigDict, workdir: str | Path, watch: Watch = Watch()) -> bool:
       cfg: the recipe (`recipe.KEYS`).
       workdir: gets `recipe.json`, `model/`, `base/`, `checkpoints/`, `metrics.jsonl`, `skipped.jsonl`, `tensorboard/`.
     Returns:
-      True when the run is finished (which it may have been before); False when SIGTERM or SIGINT stopped it, after
-      everything was saved.
+      True when the run is finished (which it may have been before); False when a signal stopped it, or a stdout that cannot be
+      written to (`signals.failure`), after everything was saved.
     Raises:
       UsageError: a recipe that cannot be, or that differs from the one the directory was started with.
       UserError: data, weights or a directory that cannot be used; updates that are not finite, again and again.
     """
     recipe.check(cfg)
     workdir = Path(workdir)
-    with workdirs.locked(workdir) as sign:
+    with signals.listening(_OPENING), workdirs.locked(workdir) as sign:
+        distributed.when_stopped(lambda: signals.ask("another process"))
         record, step = distributed.from_first(lambda: _found(workdir, cfg))
         total_steps = cfg.total_steps or record.get("settled", {}).get("total_steps")
         if step is not None and total_steps is not None and step >= total_steps:
@@ -75,11 +82,16 @@ def fit(cfg: ConfigDict, workdir: str | Path, watch: Watch = Watch()) -> bool:
         sign()
         cfg = workdirs.as_started(cfg, record["recipe"]) if step is not None else cfg
         try:
-            with Stop() as stop, Run.open(cfg, workdir, total_steps, step, record) as run, store.StepWriter(workdir) as writer, \
+            with Run.open(cfg, workdir, total_steps, step, record) as run, store.StepWriter(workdir) as writer, \
                     setup.within_memory(cfg, run.program):
-                return run.loop(Together(stop, cfg.checkpoint.every_minutes, run.rows), writer, watch)
+                distributed.when_stopped(None)  # from here on all stop at the same update
+                signals.enter(_LOOP)
+                return run.loop(Together(signals.is_asked, cfg.checkpoint.every_minutes, run.rows), writer, watch)
         except UsageError:
             raise
+        except signals.Stopped:
+            print(_NOTHING_DONE, file=sys.stderr, flush=True)
+            return False
         except (UserError, OSError) as error:
             is_file = isinstance(error, OSError)
             what = f"{error.filename or workdir} cannot be read or written: {error.strerror or error}" if is_file else error
@@ -215,8 +227,8 @@ class Run:
         writer.wait()
         self._prune(writer)
         is_finished = self.step >= self.total_steps
-        self.log.say(" · ".join([f"{'finished' if is_finished else 'stopped and saved'} at step {self.step} of {self.total_steps}: "
-                                 f"{self.workdir}", *troubles(vars(self.progress))]))
+        end = "finished" if is_finished else "stopped and saved" if self.step else "stopped before the first update was done,"
+        self.log.say(" · ".join([f"{end} at step {self.step} of {self.total_steps}: {self.workdir}", *troubles(vars(self.progress))]))
         return is_finished
 
     def _update(self, train_step, reader: LateReader) -> None:
@@ -305,7 +317,7 @@ def _begin(workdir: Path, cfg: ConfigDict, checkpoint: Checkpoint, program: setu
         workdirs.discard_start(workdir)
     record = workdirs.write_recipe(workdir, cfg, {"total_steps": total_steps, **data.resolved()}, earlier)
     if not earlier:
-        store.write_model(workdir, checkpoint, without=program.trained_names())
+        store.write_model(workdir, checkpoint, without=program.trained_names(), progress=signals.checked)
     return {**record, "model": base.fingerprints(workdir), "validation": data.judged_by(), "computed": _arithmetic(program)}
 
 

@@ -1,9 +1,16 @@
-"""The three standard streams, which a process may have been started without (`<&-`, some schedulers and services)."""
+"""The three standard streams, which a process may have been started without (`<&-`, some schedulers and services), and whose reader
+may be gone before it ends."""
 
 from __future__ import annotations
 
+import errno
+import io
 import os
 import sys
+from typing import TextIO
+
+from llavamed_jax.errors import UserError
+from llavamed_jax.utils import signals
 
 _STREAMS = (("stdin", "r"), ("stdout", "w"), ("stderr", "w"))
 
@@ -24,3 +31,54 @@ def keep_open() -> None:
             setattr(sys, f"__{name}__", stream)
             if getattr(sys, name) is None:
                 setattr(sys, name, stream)
+
+
+def outlast() -> None:
+    """Replaces stdout and stderr by streams that outlast their readers.
+
+    Where stderr cannot be written to any more, the command goes on without; likewise where stdout was a terminal, whose loss SIGHUP
+    tells of. Where stdout cannot, a reader that has ended or a full disk, a command that saves its work is asked to stop
+    (`signals.ask`), and another one raises BrokenPipeError or UserError.
+    """
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        stream = opened(number, getattr(sys, name))
+        setattr(sys, name, stream)
+        setattr(sys, f"__{name}__", stream)
+
+
+def opened(number: int, like: TextIO, closefd: bool = False) -> io.TextIOWrapper:
+    """Such a stream over a file descriptor, with the encoding of another stream."""
+    raw = (_Errors if number == 2 else _Output)(number, "w", closefd=closefd)
+    is_unbuffered = getattr(like, "write_through", False)  # python -u
+    return io.TextIOWrapper(raw if is_unbuffered else io.BufferedWriter(raw), like.encoding, like.errors, write_through=is_unbuffered,
+                            line_buffering=like.line_buffering)
+
+
+class _Errors(io.FileIO):
+    """stderr."""
+
+    def write(self, data) -> int | None:
+        try:
+            return super().write(data)
+        except OSError as error:
+            if error.errno == errno.EAGAIN:
+                raise
+            return len(data)
+
+
+class _Output(io.FileIO):
+    """stdout, or a copy of it."""
+
+    def write(self, data) -> int | None:
+        try:
+            return super().write(data)
+        except OSError as error:
+            if error.errno == errno.EAGAIN:
+                raise
+            was_terminal = error.errno == errno.EIO and os.fstat(self.fileno()).st_rdev
+            if not was_terminal:
+                sentence = f"stdout cannot be written to: {error.strerror}"
+                if not signals.can_be_asked():
+                    raise error if error.errno == errno.EPIPE else UserError(sentence) from error
+                signals.ask(sentence, is_failure=True)
+            return len(data)

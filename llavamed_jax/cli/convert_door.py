@@ -1,0 +1,17 @@
+"""The entry point of `python -m convert`, which listens to signals before it imports what converts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from llavamed_jax.cli import common
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The exit status of `python -m convert ARGV`."""
+    return common.command(_program, argv, has="anything was written")
+
+
+def _program() -> Callable[[list[str]], int | None]:
+    from llavamed_jax.cli import convert
+    return convert.program
