@@ -21,7 +21,7 @@ from llavamed_jax.checkpoints import reader
 from llavamed_jax.checkpoints.generation_file import not_applied
 from llavamed_jax.checkpoints.identity import Origin, origin
 from llavamed_jax.checkpoints.load import load_params
-from llavamed_jax.config import IMAGE_TOKEN, PAD_TOKEN, LlavaConfig
+from llavamed_jax.config import IMAGE_TOKEN, MOST_BEAMS, PAD_TOKEN, LlavaConfig
 from llavamed_jax.data.chat import read_messages
 from llavamed_jax.data.conversation import IMAGE_MARKER
 from llavamed_jax.data.processor import Processor, expand_images
@@ -329,6 +329,8 @@ def _check_settings(max_new_tokens, temperature, top_p, top_k, num_beams, seed) 
     for name, value, least in (("max_new_tokens", max_new_tokens, 1), ("top_k", top_k, 0), ("num_beams", num_beams, 1), ("seed", seed, 0)):
         if not isinstance(value, numbers.Integral) or value < least:
             raise UserError(f"{name} is {short(value)}; a whole number of at least {least} was expected")
+    if num_beams > MOST_BEAMS:
+        raise UserError(f"num_beams is {short(num_beams)}; at most {MOST_BEAMS} was expected")
     if num_beams > 1 and temperature > 0:
         raise UserError(f"num_beams {num_beams} was given with temperature {temperature}; beam search does not sample, and "
                         "temperature 0 or num_beams 1 was expected")

@@ -9,6 +9,7 @@ from llavamed_jax.config.model import (
     IGNORE,
     IMAGE_TOKEN,
     KNOWN_TOWERS,
+    MOST_BEAMS,
     OURS,
     PAD_TOKEN,
     DecoderConfig,
@@ -20,7 +21,7 @@ from llavamed_jax.config.presets import PRESETS, preset
 from llavamed_jax.config.rope import RopeScaling
 
 __all__ = [
-    "ACTIVATIONS", "CLIP_MEAN", "CLIP_STD", "IGNORE", "IMAGE_TOKEN", "KNOWN_TOWERS", "MAX_EDGE", "OURS", "PAD_TOKEN", "PRESETS",
-    "RESAMPLE", "DecoderConfig", "ImageSettings", "LlavaConfig", "RopeScaling", "VisionConfig", "as_object", "channels", "preset",
-    "projector_depth", "token_ids",
+    "ACTIVATIONS", "CLIP_MEAN", "CLIP_STD", "IGNORE", "IMAGE_TOKEN", "KNOWN_TOWERS", "MAX_EDGE", "MOST_BEAMS", "OURS",
+    "PAD_TOKEN", "PRESETS", "RESAMPLE", "DecoderConfig", "ImageSettings", "LlavaConfig", "RopeScaling",
+    "VisionConfig", "as_object", "channels", "preset", "projector_depth", "token_ids",
 ]

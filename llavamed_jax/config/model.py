@@ -20,6 +20,7 @@ from llavamed_jax.errors import UserError, short
 
 IMAGE_TOKEN = -200  # stands for an image in token ids (LLaVA's IMAGE_TOKEN_INDEX)
 IGNORE = -100  # a label that is not supervised
+MOST_BEAMS = 128  # of a beam search, which keeps a cache for each
 PAD_TOKEN = -1  # pads short rows of `logits` on the right
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of red, green and blue between 0 and 1 (spec 3.3)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)

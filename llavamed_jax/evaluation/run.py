@@ -17,10 +17,11 @@ from types import MappingProxyType
 from ml_collections import ConfigDict
 
 from llavamed_jax.checkpoints.files import read_json
+from llavamed_jax.config import MOST_BEAMS
 from llavamed_jax.data import datasets
 from llavamed_jax.data import questions as data_questions
 from llavamed_jax.data.questions import CHOICE, VqaSample
-from llavamed_jax.errors import UsageError, UserError
+from llavamed_jax.errors import UsageError, UserError, short
 from llavamed_jax.evaluation import asked, board, controls, judged, leakage, published, questions, report, scoring, summary
 from llavamed_jax.evaluation.address import shown
 from llavamed_jax.evaluation.against import Against
@@ -45,9 +46,11 @@ def check_generation(cfg: ConfigDict) -> None:
     for key, value in cfg.generation.items():
         if value is None:
             raise UsageError(f"generation.{key} is none; a number was expected")
-    for key in ("max_new_tokens", "batch_size", "num_beams"):
+    for key, most in (("max_new_tokens", 131072), ("batch_size", 4096), ("num_beams", MOST_BEAMS)):
         if cfg.generation[key] < 1:
-            raise UsageError(f"generation.{key} is {cfg.generation[key]}; at least 1 was expected")
+            raise UsageError(f"generation.{key} is {short(cfg.generation[key])}; at least 1 was expected")
+        if cfg.generation[key] > most:
+            raise UsageError(f"generation.{key} is {short(cfg.generation[key])}; at most {most} was expected")
     if not 0 <= cfg.generation.temperature < math.inf:  # nan too
         raise UsageError(f"generation.temperature is {cfg.generation.temperature}; a number of at least 0 was expected")
     if cfg.generation.num_beams > 1 and cfg.generation.temperature > 0:
