@@ -184,13 +184,7 @@ class Processor:
     def image_marker(self) -> str:
         """What stands for an image in prompts: `<image>`, in v1.5's and upstream's text between start and end tokens where the
         model has them. In v1.0's text `<image>` itself means that."""
-        if not self._has_start_end or self._is_v1:
-            return IMAGE_MARKER
-        absent = [token for token in (_IM_START, _IM_END) if self.tokenizer.id_of(token) is None]
-        if absent:
-            raise UserError(f"the model's images stand between {_IM_START} and {_IM_END}, and its tokenizer has no "
-                            f"{' and no '.join(absent)}; `python -m convert build --add_image_tokens` adds both")
-        return f"{_IM_START}{IMAGE_MARKER}{_IM_END}"
+        return f"{_IM_START}{IMAGE_MARKER}{_IM_END}" if self._has_start_end and not self._is_v1 else IMAGE_MARKER
 
     def prompt(self, messages: Sequence[dict]) -> str:
         """The text of OpenAI chat messages up to where the answer begins, `<image>` for each image.
@@ -228,6 +222,10 @@ class Processor:
             text = text.replace(f"{_IM_START}{IMAGE_MARKER}{_IM_END}", IMAGE_MARKER).replace(IMAGE_MARKER, image)
             patch = tokenizer.id_of(_IM_PATCH)
             return [IMAGE_TOKEN if i == patch else i for i in tokenizer.encode(text)]
+        absent = [token for token in (_IM_START, _IM_END) if self._has_start_end and token in text and self.id_of(token) is None]
+        if absent:
+            raise UserError(f"the model's images stand between {_IM_START} and {_IM_END}, and its tokenizer has no "
+                            f"{' and no '.join(absent)}; `python -m convert build --add_image_tokens` adds both")
         begun = self.chat_template is not None and self.tokenizer.bos_token and text.startswith(self.tokenizer.bos_token)
         if image := _image_token(self.config, self.tokenizer):
             ids, image_id = self.tokenizer.encode(text.replace(IMAGE_MARKER, image), bos=not begun), self.tokenizer.id_of(image)
