@@ -76,19 +76,21 @@ def measure(name: str, directory: Path, rows: Path) -> None:
 
 
 def write_random(cfg: LlavaConfig, out: Path) -> int:
-    """A checkpoint in the original's layout: every tensor another stretch of one block of random values. Returns its bytes."""
+    """A checkpoint in the original's layout: every tensor another stretch of one block of random values, those of
+    norms around 1. Returns its bytes."""
     block = np.random.default_rng(0).standard_normal(BLOCK, np.float32).astype(ml_dtypes.bfloat16)
     block *= ml_dtypes.bfloat16(0.02)
 
-    def tensor(index: int, shape: tuple[int, ...]) -> Tensor:
+    def tensor(name: str, index: int, shape: tuple[int, ...]) -> Tensor:
         def load():
             count = int(np.prod(shape))
             turned = np.roll(block, -7919 * index) if count > BLOCK else block[7919 * index % (BLOCK // 2):]
-            return np.resize(turned[:count], shape)
+            array = np.resize(turned[:count], shape)
+            return array + ml_dtypes.bfloat16(1) if name.endswith("/scale") else array
         return Tensor(shape, block.dtype, load)
 
     specs = names.specs(cfg)
-    tensors = {spelled[0]: tensor(i, names.torch_shape(name, specs[name].shape))
+    tensors = {spelled[0]: tensor(name, i, names.torch_shape(name, specs[name].shape))
                for i, (name, spelled) in enumerate(names.torch_names(cfg, "llava").items())}
     size, free = total_bytes(tensors), shutil.disk_usage(out.parent).free
     if free < ROOM * size:

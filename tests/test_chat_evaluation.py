@@ -292,7 +292,7 @@ def test_images_are_looked_for_only_where_a_model_sees_them(few, monkeypatch, ca
     [
         ({"judge.model": ""}, 2, "judge.model is empty"),
         ({"judge.prompt": "absent.txt"}, 2, "judge.prompt is absent.txt"),
-        ({"judge.endpoint": "nowhere"}, 2, "the address 'nowhere' is none"),
+        ({"judge.endpoint": "nowhere"}, 2, "the address 'nowhere' is not valid"),
         ({"data.root": ""}, 2, "data.root is empty; the file of chat questions"),
         ({"data.root": "absent"}, 1, "the questions absent cannot be read"),
         ({"judge.modl": "x"}, 2, "judge.modl"),
