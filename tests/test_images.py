@@ -262,6 +262,19 @@ def test_strange_paths(source, sentence):
     assert len(str(error.value)) < 400
 
 
+@pytest.mark.parametrize("there, asked, sentence", [
+    ("scan.jpg", "scan.JPG", "does not exist; it does with the suffix .jpg"), ("scan.PNG", "scan.png", "with the suffix .PNG"),
+    ("a/scan.png", "a\\scan.png", "does not exist; it does with / for \\\\"),
+    ("Ro\u0308ntgen.png", "R\u00f6ntgen.png", "does not exist; it does in Unicode's form NFD"),
+    ("R\u00f6ntgen.png", "Ro\u0308ntgen.png", "does not exist; it does in Unicode's form NFC"),
+    ("scan.png", "scan", "does not exist$")])
+def test_a_name_that_another_system_would_find(there, asked, sentence, tmp_path):
+    (tmp_path / there).parent.mkdir(exist_ok=True)
+    Image.new("L", (2, 2)).save(tmp_path / there)
+    with pytest.raises(UserError, match=sentence):
+        load_image(f"{tmp_path}/{asked}")
+
+
 def test_a_pipe_that_nobody_writes_to_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "x.png")
     with pytest.raises(UserError, match="x.png is a pipe or a device; a file was expected"):

@@ -262,6 +262,22 @@ def test_an_epoch_that_teaches_nothing_stops_the_run(processor, folder):
             take(batches_of(made([records]), processor, 2, T, skip_limit=1.0))
 
 
+@pytest.mark.parametrize("template, answer, length, why", [
+    (None, None, T, "record 1 has no answer, or an empty one"), (None, "", T, "record 1 has no answer, or an empty one"),
+    (None, "an answer", 9, "record 1 is cut at 9 tokens, before an answer or within one"),
+    (None, "one </s> two", T, "the answers are not where the template v1.5:mistral_instruct counts them: a special token"),
+    ("up:vicuna_v1", "one </s> two", T, "the answers are not where the template up:vicuna_v1 counts them: a special token")])
+def test_why_nothing_is_learnt_of_a_sample(processor, mistral_tokenizer, template, answer, length, why):
+    """LLaVA's "tokenization mismatch" (its issues 375, 779, 1166, 1706), which trains at a loss of 0 there."""
+    here = Processor(preset("small"), Tokenizer.load(mistral_tokenizer), template) if template else processor
+    records = [record(0), {**record(1), "conversations": record(1, answer=answer)["conversations"][:1 if answer is None else 2]}]
+    found = lengths.measure(made([records]), here, length)
+    assert found.unsupervised == (2 if length < T else 1)
+    assert why.replace("record 1", "record 0" if length < T else "record 1") in found.first_unsupervised
+    with pytest.raises(UserError, match="none of the 1 samples of an epoch has a supervised token: .*record"):
+        take(batches_of(made([records[1:]]), here, 1, length, skip_limit=1.0))
+
+
 def test_one_broken_sample_counts_once_over_the_epochs(processor, folder):
     records = [record(0, [folder / "broken.png"]), record(1, [folder / "0.png"])]
     batches = batches_of(made([records]), processor, 2, T, epochs=3)

@@ -17,6 +17,7 @@ import io
 import os
 import re
 import stat
+import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -148,12 +149,23 @@ def _open(path: str) -> BinaryIO:
         file.close()
         raise UserError(f"the image {path} is a pipe or a device; a file was expected")
     except FileNotFoundError:
-        raise UserError(f"the image {path or repr(path)} does not exist") from None
+        raise UserError(f"the image {path or repr(path)} does not exist{_beside(path)}") from None
     except IsADirectoryError:
         raise UserError(f"the image {path} is a directory") from None
     except (OSError, ValueError) as error:  # no permission, a name too long or with a null character
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise UserError(f"the image {path[:200]} cannot be opened: {reason}") from error
+
+
+def _beside(path: str) -> str:
+    """Which file is there instead, where names differ as they do between operating systems."""
+    stem, suffix = os.path.splitext(path)
+    forms = {f"in Unicode's form {form}": unicodedata.normalize(form, path) for form in ("NFC", "NFD")}
+    cases = {f"with the suffix {other}": stem + other for other in (suffix.lower(), suffix.upper())}
+    for how, other in {**forms, **cases, "with / for \\": path.replace("\\", "/")}.items():
+        if other != path and os.path.exists(other):
+            return f"; it does {how}"
+    return ""
 
 
 def split_frame(path: str) -> tuple[str, int | None]:

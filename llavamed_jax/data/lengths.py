@@ -22,7 +22,7 @@ from llavamed_jax.data.records import load_arrays, save_whole
 from llavamed_jax.errors import UsageError, UserError
 
 BLOCK = 512  # records that are measured together
-FORMAT = 3  # of what is kept; to be raised when samples become longer or shorter
+FORMAT = 4  # of what is kept; to be raised when samples become longer or shorter
 _ARRAYS = ("tokens", "images", "lost")
 LARGE = 5000  # records from which on it is worth to start processes, and to keep what was found
 
@@ -40,6 +40,7 @@ class Lengths:
       unsupervised: samples of which nothing is learnt (see `conversation.supervise`).
       lost: int16 [N], how many of the surplus images each sample has; None where there are none.
       first_lost: which sample loses an image first, and why.
+      first_unsupervised: which sample teaches nothing first, and why.
       highest: the highest token id of all, and the id of the record that has it.
     """
 
@@ -51,6 +52,7 @@ class Lengths:
     unsupervised: int
     lost: np.ndarray | None = None
     first_lost: str = ""
+    first_unsupervised: str = ""
     highest: tuple[int, object] = (0, None)
 
     @property
@@ -109,7 +111,7 @@ def measure(data: TrainingData, processor: Processor, max_length: int, num_worke
         [entry for part in parts for entry in part["damaged"]],
         *(int(sum(part[name] for part in parts)) for name in ("truncated", "surplus", "unsupervised")),
         np.concatenate([part["lost"] for part in parts]) if parts else None,
-        next((part["first_lost"] for part in parts if part["first_lost"]), ""),
+        *(next((part[name] for part in parts if part[name]), "") for name in ("first_lost", "first_unsupervised")),
         max((part["highest"] for part in parts), key=lambda found: found[0], default=(0, None)))
     if lengths.surplus and not lengths.max_images and processor.tokens_per_image >= max_length:
         raise UsageError(f"the config key 'max_length' is {max_length}; an image alone takes {processor.tokens_per_image} positions")
@@ -130,7 +132,7 @@ class _Measure:
         numbers = range(block * BLOCK, min((block + 1) * BLOCK, self.data.num_records))
         found = dict(tokens=np.zeros(len(numbers), np.int32), images=np.zeros(len(numbers), np.int16), damaged=[],
                      truncated=0, surplus=0, unsupervised=0, lost=np.zeros(len(numbers), np.int16), first_lost="",
-                     highest=(0, None))
+                     first_unsupervised="", highest=(0, None))
         for i, number in enumerate(numbers):
             record = {"id": number}
             try:
@@ -146,6 +148,8 @@ class _Measure:
             if example.num_surplus and not found["first_lost"]:
                 found["first_lost"] = _why_lost(record, example, self.max_length)
             found["unsupervised"] += not example.is_supervised
+            if not example.is_supervised and not found["first_unsupervised"]:
+                found["first_unsupervised"] = _why_unsupervised(record, example, self.processor, self.max_length)
             found["highest"] = max(found["highest"], (max(example.ids, default=0), record["id"]), key=lambda pair: pair[0])
         return found
 
@@ -167,6 +171,15 @@ def _why_lost(record: dict, example: transforms.Example, max_length: int) -> str
     return f"record {record['id']!r} is cut at {max_length} tokens, which takes {images(example.num_surplus)} away"
 
 
+def _why_unsupervised(record: dict, example: transforms.Example, processor: Processor, max_length: int) -> str:
+    if not any(turn["from"] != "human" and str(turn["value"]) for turn in record["conversations"]):
+        return f"record {record['id']!r} has no answer, or an empty one"
+    if example.is_truncated:
+        return f"record {record['id']!r} is cut at {max_length} tokens, before an answer or within one"
+    return (f"in record {record['id']!r} the answers are not where the template {processor.template_name} counts them: a "
+            "special token stands in its text, or the tokenizer is not one that the template was made for")
+
+
 def _key(data: TrainingData, processor: Processor, max_length: int) -> str:
     """A name for everything that lengths depend on. Another version of Python may name it anew, which costs one pass."""
     config = processor.config
@@ -176,7 +189,8 @@ def _key(data: TrainingData, processor: Processor, max_length: int) -> str:
 
 
 def _save(path: Path, lengths: Lengths) -> None:
-    rest = {name: getattr(lengths, name) for name in ("damaged", "truncated", "surplus", "unsupervised", "first_lost", "highest")}
+    rest = {name: getattr(lengths, name) for name in ("damaged", "truncated", "surplus", "unsupervised", "first_lost",
+                                                "first_unsupervised", "highest")}
     arrays = {name: getattr(lengths, name) for name in _ARRAYS}
     save_whole(path, lambda file: np.savez(file, **arrays, rest=np.array(json.dumps(rest))))
 

@@ -158,8 +158,8 @@ class Loader:
         self._barren = self._barren + self._make.plan.layout.rows if is_barren else 0
         if self._make.last_epoch is None and self._barren and self._barren >= len(self._make.plan.rows(self._place[0])):
             self.close()
-            raise UserError(f"none of the {len(self._make.plan.stream)} samples of an epoch has a supervised token: their images cannot be "
-                            "read, they have no turn of gpt, or max_length cuts it off")
+            why = self._make.plan.lengths.first_unsupervised or "their images cannot be read"
+            raise UserError(f"none of the {len(self._make.plan.stream)} samples of an epoch has a supervised token: {why}")
 
     def state(self) -> dict:
         """Where the stream stands after the batches that were handed out; JSON, and good for any number of workers."""

@@ -135,7 +135,8 @@ class Data:
         if found.truncated:
             lines.append(f"{found.truncated} {which}samples are longer than {self.cfg.max_length} tokens and are cut")
         if found.unsupervised:
-            lines.append(f"{found.unsupervised} {which}samples have no supervised token")
+            lines.append(f"{found.unsupervised} {which}samples have no supervised token; the first: "
+                         f"{found.first_unsupervised}")
         if found.surplus:
             lines.append(f"{found.surplus} {which}images are left out, for no marker stands for them or a cut takes them away; the first: "
                          f"{found.first_lost}")
