@@ -61,7 +61,7 @@ def key(answerer: Answerer, cfg: ConfigDict, samples: Sequence[VqaSample], given
         **getattr(answerer, "depends_on", dict)(),
         **{f"the config key {name!r}": value for name, value in config.items()},
         "the order of the questions": short_hash([str(sample.question_id) for sample in samples]),
-        **{f"question {cut(str(s.question_id))}": short_hash(s.question, str(s.answer), s.answer_type, s.options) for s in samples},
+        **{f"question {cut(str(sample.question_id))}": short_hash(sample.question) for sample in samples},
         **_images(samples),
         **versions(_PACKAGES),
         "the code": code_sha256()[:16],

@@ -40,7 +40,7 @@ class Partial:
     def __init__(self, path: Path, key: Mapping, process: int = 0, machine: Mapping | None = None, count: int = 1):
         self._final, self._process, self._count = path, process, count
         self.path = path.with_name(f"{path.name}.{process}.partial" if process else f"{path.name}.partial")
-        follows = json.loads(json.dumps(dict(key), sort_keys=True, default=str))
+        follows = json.loads(json.dumps(dict(key), default=str))
         digest = hashlib.sha256(json.dumps(follows, sort_keys=True).encode()).hexdigest()
         self._head = {"answers of": digest, "follow from": follows, "machine": json.loads(json.dumps(dict(machine or {}), default=str))}
         found = _read(self.path)

@@ -211,8 +211,10 @@ class Evaluation:
 
     def _key(self, source: Mapping[str, str], flags: Mapping[str, object], answerer: Answerer | None = None) -> dict:
         """What the answers follow from. A checkpoint counts by its content (`Answerer.depends_on`), wherever it lies."""
-        given = source if getattr(getattr(answerer, "model", None), "origin", None) is None else {}
-        return asked.key(answerer, self.cfg, self.samples, {f"--{name}": value for name, value in {**given, **flags}.items()})
+        by_content = getattr(getattr(answerer, "model", None), "origin", None) is not None
+        given = {f"--{name}": value for name, value in {**({} if by_content else source), **flags}.items()}
+        paths = {f"--{name}": "given" for name in ("vision_tower", "tokenizer") if by_content and flags.get(name)}
+        return asked.key(answerer, self.cfg, self.samples, given | paths)
 
     def _ask(self, answerer: Answerer, pairs: Sequence[tuple[str, str]], partial: Partial) -> list[str]:
         # The shifts of this control follow from one greedy answer an image, whatever the other questions are asked with.
