@@ -7,9 +7,10 @@ Each set has a reader of its own (`vqa_rad`, `slake`, `pathvqa`, `llava_med`, `c
 from __future__ import annotations
 
 import math
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
@@ -83,7 +84,7 @@ def describe(samples: Sequence[VqaSample], name: str, split: str, variant: str =
     LLaVA-Med's format say whose counts they have, where they have those of one of its four sets.
     """
     kinds = Counter(sample.answer_type for sample in samples)
-    counts = (len(samples), len({sample.image for sample in samples}), kinds[OPEN], kinds[CLOSED])
+    counts = (len(samples), len(set(first_names(sample.image for sample in samples).values())), kinds[OPEN], kinds[CLOSED])
     shown = [kind for kind in _COUNTED if kinds[kind]] if kinds.keys() - _OPEN_OR_CLOSED else _OPEN_OR_CLOSED
     parts = ", ".join(f"{kinds[kind]} {_COUNTED[kind]}" for kind in shown)
     line = f"{name} {split}{f' ({variant})' if variant else ''}: {counts[0]} questions on {counts[1]} images, {parts}"
@@ -108,6 +109,25 @@ def check_images(images: Iterable[Path]) -> None:
     if missing:
         more = f", nor do {len(missing) - 1} of the other {len(images) - 1}" if len(missing) > 1 else ""
         raise UserError(f"the image {missing[0]} {'is no file' if exists(missing[0]) else 'does not exist'}{more}")
+
+
+def first_names(images: Iterable[str | Path]) -> dict[str, Path]:
+    """Each path -> the first of the paths that is the same file: `x/../0.png`, a link and `0.png` are one image.
+
+    A frame (`#frame=N`) is an image of its own.
+    """
+    found, first = {}, {}
+    for image in dict.fromkeys(map(str, images)):
+        file = image if os.path.exists(image) else split_frame(image)[0]
+        found[image] = first.setdefault((os.path.realpath(file), image[len(file):]), Path(image))
+    return found
+
+
+def one_name_each(*groups: Sequence[VqaSample]) -> list[list[VqaSample]]:
+    """The same samples, each image under one path in all of them: what follows knows an image by its path."""
+    names = first_names(sample.image for samples in groups for sample in samples)
+    return [[sample if names[str(sample.image)] == sample.image else replace(sample, image=names[str(sample.image)]) for sample in samples]
+            for samples in groups]
 
 
 def check_ids(samples: Iterable[VqaSample], name: str) -> None:

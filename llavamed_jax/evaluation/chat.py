@@ -6,6 +6,7 @@ The judge reads caption, what the article says of the figure, the question and b
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from ml_collections import ConfigDict
 
-from llavamed_jax.data.questions import VqaSample, check_images
+from llavamed_jax.data.questions import VqaSample, check_images, first_names
 from llavamed_jax.errors import UsageError
 from llavamed_jax.evaluation import chat_published, chat_report, statistics
 from llavamed_jax.evaluation.asked import words as asked_words
@@ -72,7 +73,8 @@ class ChatEvaluation(Evaluation):
             raise UsageError(f"judge.reading is {self._reading!r}; {' or '.join(READINGS)} was expected")
         self.judge = Judge(cfg.judge, read_prompt(cfg.judge.prompt, CHAT_PROMPT), READINGS[self._reading], self.workdir)
         self.chat_set = read_chat_questions(cfg.data.root, cfg.data.images)
-        self.questions = self.chat_set.questions
+        names = first_names(question.image for question in self.chat_set.questions)
+        self.questions = [dataclasses.replace(question, image=names[str(question.image)]) for question in self.chat_set.questions]
         return [question.sample() for question in self.questions], []
 
     def _prompts(self, texts: Sequence[str]) -> list[str]:

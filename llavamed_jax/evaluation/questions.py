@@ -58,7 +58,7 @@ def load_samples(
         log.warning("%s: nothing says that its parquet files are %s (a dataset card, the set's number of rows); they are read, and called "
                     "parquet", root, layouts.TITLES[name].partition(" ")[0])
     check_ids(samples, f"{root}, split {split},")
-    return samples, _training_rows(name, root, read, more.get("train", ""))
+    return tuple(data_questions.one_name_each(samples, _training_rows(name, root, read, more.get("train", ""))))
 
 
 def further(data: ConfigDict) -> dict[str, str]:
@@ -168,7 +168,7 @@ def _held_out(name: str, root: str, split: str, held_out: str) -> tuple[list[Vqa
     unknown = names - {Path(sample.image).name for sample in asked}
     if unknown:
         raise UserError(f"{held_out} holds out images of which {root} has no row: {', '.join(sorted(unknown))}")
-    return asked, [sample for sample in rows if Path(sample.image).name not in names]
+    return tuple(data_questions.one_name_each(asked, [sample for sample in rows if Path(sample.image).name not in names]))
 
 
 def _held_out_images(path: str) -> set[str]:
