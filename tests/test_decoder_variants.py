@@ -56,7 +56,8 @@ def write(directory, content):
 SPELLINGS = {
     "linear": [{"rope_scaling": {"type": "linear", "factor": 4}}, {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
                {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}},
-               {"rope_theta": 1e6, "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}}],
+               {"rope_theta": 1e6, "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}},
+               {"rope_scaling": {"type": "linear", "factor": 4.0}, "rope_parameters": {"rope_type": "default", "rope_theta": 3e4}}],
     "llama3": [{"rope_theta": 5e5, "rope_scaling": {"rope_type": "llama3", "factor": 8, "low_freq_factor": 1, "high_freq_factor": 4,
                                                     "original_max_position_embeddings": 8192}},
                {"rope_theta": 5e5, "rope_scaling": {"type": "llama3", "rope_type": "llama3", "factor": 8, "low_freq_factor": 1,

@@ -66,6 +66,12 @@ def test_yes_and_no_in_every_form(gold, other):
     ("Yes and no", "yes", False), ("Yes. No, there is none.", "yes", False), ("no, yes it is", "no", False),
     ("Yes, but no.", "yes", False),
     ("The answer is no, not yes", "no", False), ("Yes is not right", "yes", False), ("Yes or no?", "yes", False),
+    ("No, not at all.", "no", True), ("No - not on this image", "no", True), ("No. Not visible.", "no", True),
+    ("No, not no", "no", False), ("no not", "no", True), ("Yes, not at all", "yes", False),
+    ("~~Yes~~ No", "no", True), ("~~Yes~~ No", "yes", False), ("~~yes~~", "yes", False), ("~~No~~ **Yes**", "yes", True),
+    ("<del>yes</del> no", "no", True), ("<del>yes</del>", "yes", False),
+    ("<think>\nThere is no mass? No.\n</think>\n\nYes", "yes", True), ("<think>yes", "yes", False),
+    ("ASSISTANT: Yes", "yes", True),
     ("not at all", "no", False),
     ("normal", "no", False), ("None", "no", False), ("yesterday", "yes", False), ("Nope", "no", False),
     ("There is no mass", "no", False),
@@ -145,6 +151,8 @@ def test_choices_are_read_in_every_form_without_a_remark():
     ("Left", "left lung", False),
     ("doesn’t enhance", "doesn't enhance", True), ("größer", "gro\u0308ßer", True), ("左肺、心脏", "左肺，心脏", True),
     ("是不是", "是", False), ("是的", "是", False),
+    ("~~liver~~ lung", "lung", True), ("~~lung~~", "lung", False), ("~~lung~~ liver", "lung", False),
+    ("~5 mm", "5 mm", False), ("<think>liver?</think> Lung", "lung", True),
 ])  # fmt: skip
 def test_open_answers_are_read_and_not_guessed(text, gold, is_right):
     assert is_exactly_right(text, gold) is is_right
@@ -177,6 +185,7 @@ def test_the_papers_metrics_know_no_reader():
                          ["*" * 50_000, "* " * 50_000, "(" * 50_000, "yes " * 20_000, "yes, there " * 10_000,
                           "\\boxed{" * 9_000, "- " * 50_000,
                                   "'" * 50_000, "Answer: " * 10_000, ". " * 50_000, "<b>" * 20_000, "__a" * 20_000,
+                          "~~a" * 20_000, "<del>" * 20_000, "<think>" * 20_000,
                           " " * 50_000 + "x",
                                   ". " * 50_000 + "x", "\n " * 50_000 + "x", "yes" + " ." * 50_000 + "x",
                           "(" * 20_000 + ")" * 20_000])  # fmt: skip

@@ -50,7 +50,7 @@ def read_rope(config: Mapping[str, Any], theta: Any, positions: int) -> tuple[fl
     """
     new, old = (as_object(config.get(key) or {}, key) for key in ("rope_parameters", "rope_scaling"))
     rope, name = (old, "rope_scaling") if old else (new, "rope_parameters")  # as transformers 5 takes them
-    for value in (config.get("rope_theta"), new.get("rope_theta"), rope.get("rope_theta")):
+    for value in (config.get("rope_theta"), rope.get("rope_theta")):
         theta = theta if value is None else value
     partial = rope.get("partial_rotary_factor", config.get("partial_rotary_factor"))
     if partial not in (None, 1, 1.0):

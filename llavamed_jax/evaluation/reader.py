@@ -24,7 +24,9 @@ _SAME = str.maketrans(
     | {ord("。"): ".", ord("｡"): ".", ord("、"): ",", ord("､"): ",", ord("【"): "[", ord("】"): "]", ord("〔"): "(",
        ord("〕"): ")"}
 )
-_EMPHASIS = re.compile(rf"(?<![A-Za-z0-9*_~])(\*{{1,3}}|_{{1,3}}|~~)(?=\S)([^\n]{{1,{_SPAN}}}?)(?<=\S)\1(?![A-Za-z0-9*_~])")
+_EMPHASIS = re.compile(rf"(?<![A-Za-z0-9*_~])(\*{{1,3}}|_{{1,3}})(?=\S)([^\n]{{1,{_SPAN}}}?)(?<=\S)\1(?![A-Za-z0-9*_~])")
+# What a writer has taken back (struck through), and what a model thinks before it answers.
+_NOT_SAID = re.compile(rf"~~(?=\S)[^\n~]{{1,{_SPAN}}}(?<=\S)~~|<(del|strike)>[^<]{{0,{_SPAN}}}</\1>|\A\s*<think>.*?</think>", re.I | re.S)
 _TAG = re.compile(r"</?(?:answer|b|i|u|p|em|strong|code|mark|span|final_answer)\s*/?>|<br\s*/?>", re.I)
 _LATEX = re.compile(rf"\\(?:boxed|fbox|text(?:bf|it|rm)?|mathrm|mathbf)\{{([^{{}}]{{0,{_SPAN}}})\}}")
 _QUOTE_MARKS = re.compile(rf"[{_QUOTES}]|(?<![A-Za-z0-9])'|'(?![A-Za-z0-9])")
@@ -38,7 +40,7 @@ _LEAD = re.compile(
     r"(?:answer|ans|option|choice|response)(?:\s+(?:to|for)\s+(?:the|this|your)\s+question)?(?:\s+(?:is|would be|should be))?"
     r"(?:\s*[:=]\s*|\s+-\s+|\.{2,}\s*|\s+)(?:(?:option|choice)\s+)?", re.I)  # fmt: skip
 _LEAD_ZH = re.compile(r"(?:所以|因此|综上)?,?(?:最终|正确|我)?的?(?:答案|回答|答|选项|选择|选)(?:应该?|就)?(?:是|为)?\s*[:,\-]?\s*")
-_LEAD_QA = re.compile(r"a(?:nswer)?\s*:\s*", re.I)
+_LEAD_QA = re.compile(r"a(?:nswer|ssistant)?\s*:\s*", re.I)
 
 _BREAK = re.compile(r"\s*(?:[,;:!?\n(]|\.(?!\d)|-)[\s,;:!?.\-(]*")
 _PICTURE = r"(?:images?|pictures?|scans?|figures?|films?|photos?|slices?|views?|radiographs?|x-?rays?|cts?|mris?|case|study|question)"
@@ -58,13 +60,16 @@ _SAYS_ELSE = re.compile(r"\b(?:also|but|rather|instead|actually|or|not|wrong|inc
 _CLAUSE = r"(?:there|it|this|that|the|i|we|you|they|he|she|not|and|or|but|is|sorry|wait)"
 _ANSWERS = {"yes": re.compile(r"\byes\b", re.I), "no": re.compile(rf"\bno\b(?![^\S\n]+(?!{_CLAUSE}\b)[a-z])", re.I)}
 _YES_NO = re.compile(r"\W*(yes|no)\b(?!'\w)", re.I)
-_TAKEN_BACK = re.compile(r"\s+(?:is|isn't|was|wasn't|would|cannot|can't)\b|\W*(?:and/or|or|not)\b(?!\s+only)", re.I)
+# "Yes, not …" says both; "no, not …" says no, unless it is "no, not no".
+_TAKEN_BACK = {word: re.compile(rf"\s+(?:is|isn't|was|wasn't|would|cannot|can't)\b|\W*(?:and/or|or|{but})\b(?!\s+only)", re.I)
+               for word, but in (("yes", "not"), ("no", r"not\W+no"))}
 
 
 def clean(text: object) -> str:
-    """A text without what is only form: emphasis, quotation marks, other alphabets' punctuation, marks before and behind it."""
+    """A text without what is struck through or thought before the answer, and without what is only form: emphasis, quotation
+    marks, other alphabets' punctuation, marks before and behind it."""
     text = unicodedata.normalize("NFC", str(text)).translate(_SAME)
-    text = _TAG.sub(" ", text)
+    text = _TAG.sub(" ", _NOT_SAID.sub(" ", text))
     for pattern, group in ((_LATEX, 1), (_EMPHASIS, 2), (_LATEX, 1), (_EMPHASIS, 2)):  # one inside the other
         text = pattern.sub(lambda match, group=group: match[group], text)
     lines = (" ".join(line.split()) for line in _QUOTE_MARKS.sub("", text).splitlines())
@@ -159,4 +164,4 @@ def yes_or_no(text: object) -> str | None:
         return None
     word, rest = first[1].lower(), text[first.end():]
     other = "no" if word == "yes" else "yes"
-    return None if _ANSWERS[other].search(rest) or _TAKEN_BACK.match(rest) else word
+    return None if _ANSWERS[other].search(rest) or _TAKEN_BACK[word].match(rest) else word
