@@ -221,6 +221,15 @@ def test_tokens_of_other_files_are_added_to_tokenizer_json(pieces, tmp_path):
         Processor.load(path)
 
 
+@pytest.mark.parametrize("single, settings", [("<s> $A </s>", {}), ("$A </s>", {}), ("<s> $A", {"bos_token": "</s>"})])
+def test_a_file_that_puts_other_tokens_around_a_text_is_followed_and_said(single, settings, pieces, tmp_path, capsys):
+    processor = tokenizers.processors.TemplateProcessing(single=single, special_tokens=[("<s>", 1), ("</s>", 2)])
+    tokenizer = {**sentencepiece_like(pieces), "post_processor": json.loads(processor.__getstate__())}
+    path = directory(tmp_path / "m", tokenizer, settings)
+    assert Processor.load(path).encode("Is <image> it?") == theirs(path)("Is <image> it?")
+    assert "around a text, which is followed" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("settings, sentence", [
     ({"clean_up_tokenization_spaces": True}, "clean_up_tokenization_spaces True, which is not applied"),
     ({"split_special_tokens": True}, "split_special_tokens True, which is not applied"),

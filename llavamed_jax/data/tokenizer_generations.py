@@ -55,6 +55,10 @@ def _of_settings(tokenizer: Tokenizer) -> Iterator[str]:
         if settings.get(key) not in nothing:
             yield f"tokenizer_config.json has {key} {short(settings[key])}, which is not applied: {what}"
     if tokenizer.file.suffix == ".json":
+        around = tokenizer.encode("")
+        if around not in ([], [tokenizer.bos_id]):
+            yield (f"tokenizer.json puts the ids {around} around a text, which is followed, as transformers does; the other files' "
+                   f"bos_token is {tokenizer.bos_id}, and a prompt ends where the answer begins")
         asked = settings.get("add_bos_token")
         if asked is not None and asked != tokenizer.has_bos:
             yield (f"tokenizer_config.json has add_bos_token {asked} and tokenizer.json says otherwise, which is followed, as "
