@@ -190,10 +190,27 @@ def test_a_cache_that_cannot_be_written_is_named(home):
     assert f"which cannot be used ({home}" in str(caught.value) and str(caught.value).endswith("set HF_HOME to another directory")
 
 
+# A container may run as a user that its /etc/passwd does not know.
+UNKNOWN = """
+import pwd
+
+def getpwuid(uid):
+    raise KeyError(uid)
+
+pwd.getpwuid = getpwuid
+"""
+
+
+def test_an_evaluation_needs_no_home(tmp_path):
+    """nltk fails on import where it finds none."""
+    code = UNKNOWN + "from llavamed_jax.evaluation import captions, metrics; print(metrics.bleu('a b', 'a b')[1], captions.ORDERS)"
+    done = bare("-c", code, cwd=tmp_path, PYTHONPATH=str(ROOT))
+    assert (done.returncode, done.stdout) == (0, "1.0 4\n"), done.stderr
+    assert not list(tmp_path.iterdir())
+
+
 def test_without_a_home_nothing_is_cached_in_a_folder_called_tilde(tmp_path):
-    """A container may run as a user that its /etc/passwd does not know."""
-    code = ("import os; os.path.expanduser = lambda path: path\n"
-            "from llavamed_jax.cli.convert import main; raise SystemExit(main(['inspect', 'me/model']))")
+    code = UNKNOWN + "from llavamed_jax.cli.convert import main; raise SystemExit(main(['inspect', 'me/model']))"
     done = bare("-c", code, cwd=tmp_path, PYTHONPATH=str(ROOT), HF_HUB_OFFLINE="1")
     assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
     assert "this user has no home directory; set HF_HOME to one" in done.stderr

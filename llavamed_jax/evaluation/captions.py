@@ -14,6 +14,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from llavamed_jax.evaluation.metrics import bleu_score
+
 ORDERS = 4
 BLEU = tuple(f"bleu_{n}" for n in range(1, ORDERS + 1))
 SENTENCE_BLEU = tuple(f"sentence_bleu_{n}" for n in range(1, ORDERS + 1))
@@ -34,9 +36,7 @@ def bleu_parts(prediction: str, reference: str) -> list[float]:
 
     Counting is nltk's: matches clipped by the reference, at least one n-gram where a text is shorter than n.
     """
-    from nltk.translate.bleu_score import modified_precision  # nltk takes a second to import
-
-    predicted, wanted = words(prediction), words(reference)
+    modified_precision, predicted, wanted = bleu_score().modified_precision, words(prediction), words(reference)
     counts = [modified_precision([wanted], predicted, n) for n in range(1, ORDERS + 1)]
     # A `Fraction` that nltk does not reduce: its numerator and denominator are the counts.
     return [*(c.numerator for c in counts), *(c.denominator for c in counts), len(predicted), len(wanted), 1]

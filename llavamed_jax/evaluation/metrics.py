@@ -6,10 +6,13 @@ precision, recall counts the candidate's repetitions, normalisation removes at m
 because a corrected metric would be another metric; `scoring.py` reports strict ones beside them.
 """
 
+import os
 import re
+import sys
 import warnings
 from collections import Counter
 from collections.abc import Sequence
+from types import ModuleType
 
 _PUNCTUATION = (";", "/", "[", "]", '"', "{", "}", "(", ")", "=", "+", "\\", "_", "-", ">", "<", "@", "`", ",", "?", "!")
 _DIGIT_COMMA_DIGIT = re.compile(r"\d,\d")
@@ -144,12 +147,27 @@ def bleu(reference: str, candidate: str) -> tuple[float, float, float, float]:
     Lower-cases and splits, but does not normalise: the original's callers did that. Without smoothing an n-gram order
     that never matches counts as the smallest normal float, hence values such as 1.8e-231.
     """
-    from nltk.translate.bleu_score import sentence_bleu  # nltk takes a second to import; the other metrics need none
-
+    sentence_bleu = bleu_score().sentence_bleu
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # nltk warns at every n-gram order without a match, which here is the rule
         scores = sentence_bleu([reference.lower().split()], candidate.lower().split(), weights=_BLEU_WEIGHTS)
     return tuple(float(score) for score in scores)
+
+
+def bleu_score() -> ModuleType:
+    """nltk's `translate.bleu_score`. The package takes a second to import, and the other metrics do without it.
+
+    On import it looks for a directory to download to, and fails for a user who has no home (a container's, say).
+    """
+    if "nltk" not in sys.modules and not os.path.isabs(os.path.expanduser("~")):
+        os.environ["HOME"] = os.sep
+        try:
+            import nltk  # noqa: F401
+        finally:
+            del os.environ["HOME"]
+    from nltk.translate import bleu_score
+
+    return bleu_score
 
 
 def is_substring_hit(prediction: str, reference: str) -> bool:

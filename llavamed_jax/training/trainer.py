@@ -360,5 +360,5 @@ def _size(program: setup.Program) -> str:
     trained = sum(sizes[name] for name in program.shardings.trainable)
     if program.rows:
         trained -= sizes[TABLE] - len(program.rows) * program.model.cfg.decoder.hidden_size
-    shown = f"{trained / 1e6:,.2f} M" if trained >= 1e6 else f"{trained:,}"
-    return f"{shown} of {sum(sizes.values()) / 1e6:,.2f} M parameters trained"
+    trained, everything = (f"{n / 1e6:,.2f} M" if n >= 1e6 else f"{n:,}" for n in (trained, sum(sizes.values())))
+    return f"{trained} of {everything} parameters trained"
