@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -32,6 +33,8 @@ _ORIGINAL_DEFAULTS = {
 # What LLaVA-Med v1.0's evaluation writes into a v0 config, which says nothing of vision (spec 2.1). It leaves the feature
 # layer out, which therefore falls back to the code's -1.
 _V0_DEFAULTS = {"use_mm_proj": True, "mm_vision_tower": "openai/clip-vit-large-patch14", "mm_hidden_size": 1024}
+# Of `image_aspect_ratio`: an image becomes several inputs of the tower (`process_images` of LLaVA-NeXT, `anyres_max_9` among them).
+_TILES = re.compile("anyres|highres|crop_split")
 _DECODERS = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
 # An original's file always states these; transformers' own class has defaults, which its published configs lean on.
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "rms_norm_eps")
@@ -133,8 +136,10 @@ def from_original(config: Mapping[str, Any], vision: VisionConfig | None) -> Lla
         if shape is None:
             raise UserError(f"the shape of the vision tower {short(tower)} is not known; its directory was expected as vision_tower=PATH")
         vision = VisionConfig.from_hf(as_object(shape, "vision_config"))
-    if config.get("image_aspect_ratio") == "anyres":
-        raise UserError("image_aspect_ratio is 'anyres' (LLaVA-1.6); pad or square was expected")
+    ratio = config.get("image_aspect_ratio")
+    if not isinstance(ratio, str | None) or _TILES.match(ratio or ""):
+        later = " (LLaVA-1.6 and later)" * isinstance(ratio, str)
+        raise UserError(f"image_aspect_ratio is {short(ratio)}{later}; pad or square was expected")
     if config.get("s2"):
         raise UserError(f"s2 is {short(config['s2'])} (a tower at several scales); one scale was expected")
     if config.get("mm_resampler_type") not in (None, "identity"):

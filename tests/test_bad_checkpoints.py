@@ -272,7 +272,12 @@ BAD_CONFIGS = {
     "a layer too far": ({"mm_vision_select_layer": -9}, "feature layer -9 does not exist in a tower of 3 layers"),
     "a tower at several scales": ({"s2": True}, "s2 is True .a tower at several scales.; one scale was expected"),
     "a resampler": ({"mm_resampler_type": "perceiver"}, "mm_resampler_type is 'perceiver'; a projector without a resampler was expected"),
-    "tiles": ({"image_aspect_ratio": "anyres"}, "image_aspect_ratio is 'anyres' .LLaVA-1.6."),
+    "tiles": ({"image_aspect_ratio": "anyres"}, "image_aspect_ratio is 'anyres' .LLaVA-1.6 and later."),
+    "at most so many tiles": ({"image_aspect_ratio": "anyres_max_9"}, "image_aspect_ratio is 'anyres_max_9'"),
+    "tiles of LLaVA-NeXT": ({"image_aspect_ratio": "highres"}, "image_aspect_ratio is 'highres'"),
+    "no ratio": ({"image_aspect_ratio": [1, 1]}, r"image_aspect_ratio is \[1, 1\]; pad or square was expected"),
+    "an id beyond all tables": ({"eos_token_id": 10**30}, "eos_token_id 1000.*at most 2147483647 were expected"),
+    "one of several ids beyond all tables": ({"eos_token_id": [2, 10**30]}, "more_eos_ids .*at most 2147483647 were expected"),
 }
 
 

@@ -54,6 +54,8 @@ def check_fields(config: Any, part: str) -> None:
         if kind == "int" and field.name not in _SIGNED and not 1 <= value <= (limit := _MOST.get(field.name, _MOST_OF_ALL)):
             bounds = "of at least 1" if value < 1 and field.name not in _MOST else f"from 1 to {limit}"
             raise UserError(f"the {part}config has {field.name} {short(value)}; a whole number {bounds} was expected")
+        if kind == "int" and abs(value) > _MOST_OF_ALL or kind == "tuple[int, ...]" and any(abs(item) > _MOST_OF_ALL for item in value):
+            raise UserError(f"the {part}config has {field.name} {short(value)}; whole numbers of at most {_MOST_OF_ALL} were expected")
         if kind == "float" and not 0 < value < math.inf:
             raise UserError(f"the {part}config has {field.name} {short(value)}; a finite number above 0 was expected")
 
