@@ -46,6 +46,9 @@ in content %}\
 {{ '<image>' if item['type'] == 'image' else item['text'] }}{% endfor %}{% endif %}{% endmacro %}{% for message in \
 messages %}\
 {{ message.role }}: {{ write(message.content) }}\n{% endfor %}{{ tools | tojson }}{{ documents is none }}""",
+    "either, by a macro that calls it otherwise": """{% macro write(c) %}{% if c is string %}{{ c }}{% else %}{% for item in c %}\
+{{ '<image>' if item['type'] == 'image' else item['text'] }}{% endfor %}{% endif %}{% endmacro %}{% for m in messages %}\
+{{ m.role }}: {{ write(m.content) }}\n{% endfor %}""",
     "the first part": """{% for message in messages %}{% set content = message['content'] %}{% if message['role'] \
 == 'user' %}[INST] \
 {% for block in content %}{% if block['type'] == 'text' %}{{ block['text'] }}{% else %}<image>\n{% endif %}{% \

@@ -123,7 +123,8 @@ def _ways(machinery, source: str) -> Iterator[tuple[str, ...]]:
 
 @functools.cache
 def _loops_over_content(machinery, source: str) -> bool:
-    """Whether a template's syntax tree takes a message's content for a list, after vLLM's `_detect_content_format`."""
+    """Whether a template's syntax tree takes a message's content for a list, after vLLM's `_detect_content_format`. One that asks
+    whether something is a text takes both, by a macro perhaps, and transformers' processors give lists."""
     from jinja2 import nodes
     try:
         tree = machinery._compile_jinja_template(source).environment.parse(source)
@@ -151,7 +152,7 @@ def _loops_over_content(machinery, source: str) -> bool:
     lists += [each.node for each in tree.find_all(nodes.Filter) if each.name in ("selectattr", "rejectattr")]
     lists += [item.node for item in tree.find_all(nodes.Getitem)
               if isinstance(item.arg, nodes.Const) and isinstance(item.arg.value, int)]
-    return any(map(is_content, lists))
+    return any(map(is_content, lists)) or any(test.name == "string" for test in tree.find_all(nodes.Test))
 
 
 if __name__ == "__main__":

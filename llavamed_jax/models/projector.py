@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from llavamed_jax.config import LlavaConfig, projector_depth
-from llavamed_jax.models.layers import ACTIVATIONS, Linear, gelu
+from llavamed_jax.models.layers import ACTIVATIONS, Linear
 
 PARAM_AXES = [
     (r"projector/linear_\d+/kernel", ("embed", None)),
@@ -23,8 +23,7 @@ class Projector(nn.Module):
     @nn.compact
     def __call__(self, features):  # [..., D of the tower] -> [..., D of the decoder]
         cfg = self.cfg
-        activate = gelu if cfg.projector_act == "gelu" else ACTIVATIONS[cfg.projector_act]  # the originals have GELU alone
         for n in range(projector_depth(cfg.projector_type)):
-            features = activate(features) if n else features
+            features = ACTIVATIONS[cfg.projector_act](features) if n else features  # the originals have GELU alone
             features = Linear(cfg.decoder.hidden_size, ("embed", None), cfg.projector_bias, self.dtype, name=f"linear_{n}")(features)
         return features
