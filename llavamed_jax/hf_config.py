@@ -6,6 +6,7 @@ import dataclasses
 import json
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from llavamed_jax.config import KNOWN_TOWERS, OURS, DecoderConfig, LlavaConfig, VisionConfig, as_object, projector_depth, token_ids
@@ -75,6 +76,11 @@ def tower_name(config: Mapping[str, Any]) -> str | None:
     if not isinstance(name, str | None):
         raise UserError(f"config.json has mm_vision_tower {short(name)}; a model's name or a directory was expected")
     return name
+
+
+def _writable_tower(name: str | None) -> str:
+    """What a v1.0 export calls its tower, which it puts into a directory of the last part of this name."""
+    return name if name and re.fullmatch(r"(?!\.{1,2}$)[\w.()+@ -]{1,200}", Path(name).name) else "vision_tower"
 
 
 def _stock_tower(vision: VisionConfig) -> str:
@@ -163,10 +169,12 @@ def to_original(cfg: LlavaConfig) -> dict:
     is_theirs = cfg.source != "transformers"  # only then do the keys that travel belong to this layout
     kind = cfg.source if is_theirs else f"llava_{cfg.decoder.architecture}"
     architectures = ["LlavaMistralForCausalLM" if kind == "llava_mistral" else "LlavaLlamaForCausalLM"]
-    travelled = json.loads(cfg.extra) if is_theirs else {}
+    travelled = (json.loads(cfg.extra) if is_theirs else {}) or {
+        **_ORIGINAL_DEFAULTS, "architectures": architectures, "mm_vision_tower": _stock_tower(cfg.vision)}
+    if kind == "llava":
+        travelled["mm_vision_tower"] = _writable_tower(travelled.get("mm_vision_tower"))
     return {
-        **cfg.decoder.to_hf(), **(travelled or {**_ORIGINAL_DEFAULTS, "architectures": architectures,
-                                             "mm_vision_tower": _stock_tower(cfg.vision)}),
+        **cfg.decoder.to_hf(), **travelled,
         "model_type": kind, "mm_hidden_size": cfg.vision.hidden_size, "mm_projector_type": cfg.projector_type,
         "mm_vision_select_layer": cfg.feature_layer, "mm_vision_select_feature": cfg.feature_select,
         "mm_use_im_start_end": cfg.use_start_end, "image_aspect_ratio": cfg.image_aspect_ratio,

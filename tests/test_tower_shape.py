@@ -162,3 +162,18 @@ def test_the_towers_of_clip_of_true_shapes(width, layers, patch, edge, tmp_path)
     config = {**released.V15, "mm_hidden_size": width, "mm_vision_tower": "/data/clip"}
     found = open_checkpoint(sparse(tmp_path / "model", config, shapes))
     assert found.config.vision == VisionConfig.from_hf(tower)
+
+
+@pytest.mark.parametrize("name", ["..", "/", ".", "/a/..", "a" * 300, "a\0b", "C:\\clip\\x", "clip\nx"])
+@pytest.mark.parametrize("layout", ["v1.0", "v1.5"])
+def test_names_that_no_directory_can_have(layout, name, tmp_path):
+    """Neither the parent's files nor the checkpoint's own are taken for a tower's, and an export of v1.0 has its tower inside."""
+    tiny.save(tmp_path, {**TOWER, "hidden_act": "gelu"})
+    checkpoint = open_checkpoint(save(tmp_path / "found", layout, name))
+    assert checkpoint.config.vision == VisionConfig.from_hf(TOWER)
+    export(checkpoint, tmp_path / "out", "llava")
+    again = open_checkpoint(tmp_path / "out")
+    assert again.config.vision == checkpoint.config.vision
+    assert all(np.array_equal(again.read(n), checkpoint.read(n)) for n in checkpoint.tensors)
+    inside = [path for path in (tmp_path / "out").iterdir() if path.is_dir()]
+    assert [path.name for path in inside] == ([] if layout == "v1.5" else ["vision_tower"])

@@ -18,8 +18,9 @@ def find_tower(directory: Path, name: str | None) -> Path | None:
     """The directory that `mm_vision_tower` names: an absolute path, or its last component inside or beside the checkpoint."""
     if not name:
         return None
+    last = Path(name).name
     candidates = [Path(name)] if Path(name).is_absolute() else []
-    candidates += [directory / Path(name).name, directory.resolve().parent / Path(name).name]
+    candidates += [directory / last, directory.resolve().parent / last] if last not in ("", "..") else []
     return next((c for c in candidates if exists(c / "config.json")), None)
 
 

@@ -53,7 +53,7 @@ def export(checkpoint: Checkpoint, out: str | Path, layout: str = "transformers"
         if layout == "llava" and cfg.source == "llava":
             tower = {name: spellings[0] for name, spellings in names.torch_names(cfg, "clip").items()}
             spelled = {name: key for name, key in spelled.items() if name not in tower}
-            directory = temporary / Path(config.get("mm_vision_tower") or "vision_tower").name
+            directory = temporary / Path(config["mm_vision_tower"]).name
             directory.mkdir()
             write_safetensors(directory, _in_torch(checkpoint, tower), progress, {"format": "pt"})
             write_json(directory / "config.json", {"architectures": ["CLIPVisionModel"], **cfg.vision.to_hf()})
