@@ -10,6 +10,7 @@ from pydicom.dataset import Dataset  # noqa: E402
 from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian  # noqa: E402
 
 from llavamed_jax.data.dicom import _KEYWORDS  # noqa: E402
+from llavamed_jax.data.images import load_image  # noqa: E402
 from llavamed_jax.errors import UserError  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # pydicom's, on values that are wrong on purpose
@@ -331,6 +332,21 @@ def test_polarity_and_depth(interpretation, bits, is_signed, has_window):
         found = shown(dataset(values, interpretation, bits=bits, syntax=syntax, **window))
         wanted = (values.astype(float) - low) / (high - low) * 255
         assert near(found, 255 - wanted if interpretation == "MONOCHROME1" else wanted)
+
+
+@pytest.mark.parametrize("highest", [255, 1023, 4095, 65535])
+def test_colours_of_sixteen_bits_are_those_that_are_used(highest):
+    """As in PNG and TIFF, where the header says nothing but how the samples lie. One that says the depth is believed."""
+    ramp = np.rint(np.linspace(0, highest, 256)).astype(np.uint16).reshape(16, 16)
+    used = highest.bit_length()
+    rgb = np.stack([ramp, ramp[::-1], ramp // 2], -1)
+    np.testing.assert_array_equal(load_image(encoded(dataset(rgb, "RGB", bits=16))), rgb >> used - 8)
+    tables = {f"{color}PaletteColorLookupTable{part}": value for color in ("Red", "Green", "Blue")
+              for part, value in (("Descriptor", [256, 0, 16]), ("Data", ramp.astype("<u2").tobytes()))}
+    index = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    np.testing.assert_array_equal(shown(dataset(index, "PALETTE COLOR", **tables)), ramp >> used - 8)
+    for stated in {10, 12} - set(range(used)):
+        np.testing.assert_array_equal(load_image(encoded(dataset(rgb, "RGB", bits=stated))), rgb >> stated - 8)
 
 
 @pytest.mark.parametrize("is_signed", [False, True])

@@ -129,12 +129,15 @@ def test_choices_are_read_in_every_form_without_a_remark():
     forms = [form for form in forms if not any(word in form for word in ("有", "很", "图", "A: "))]
     assert len(forms) > 60
     for form in forms:
-        for text in ("B", "b", "left lung", "Left Lung", "B. left lung", "(B) left lung", "B：left lung"):
+        for text in ("B", "b", "left lung", "Left Lung", "B. left lung", "(B) left lung", "B：left lung",
+                     "B – left lung", "B (left lung)", "B; left lung"):
             assert read_choice(form.format(text), options) == 1, form.format(text)
         for text in ("B or C", "A, B", "not B", "B. liver", "left lung and liver", "E", "No"):
             assert read_choice(form.format(text), options) is None, form.format(text)
     assert read_choice("A: left lung", options) is None, "letter and text of two options"
     assert read_choice("A: liver", options) == 0 and read_choice("**A**: liver", options) == 0
+    assert read_choice("A - left lung", options) is read_choice("A (left lung)", options) is None
+    assert read_choice("C-arm", ("arm", "C-arm")) == 1 and read_choice("B - arm", ("arm", "b-arm")) is None
     assert read_choice("T2*", options) == 2 and read_choice("**T2***", options) == 2
     assert read_choice("选B", options) == read_choice("答案：B。", options) == read_choice("Ｂ、left lung",
                                                                                       options) == 1

@@ -44,11 +44,17 @@ def render(stored: np.ndarray, header: Dataset, index: int, name: str) -> Image.
     if interpretation == PALETTE:
         stored, bits = _apply_palette(stored, header, name)
     else:
-        bits = max(bits_stored(header, name), int(stored.max()).bit_length())
+        bits = _color_bits(stored, bits_stored(header, name))
     if stored.ndim != 3 or stored.dtype.kind != "u":
         raise UserError(f"{name} has {interpretation} with signed values or another number of samples; three unsigned "
                         "samples a pixel were expected")
     return Image.fromarray((stored[..., :3] >> max(0, bits - 8)).astype(np.uint8))
+
+
+def _color_bits(values: np.ndarray, stated: int) -> int:
+    """Bits of a colour: as many as are stated. Where that is no more than how the samples lie, as many as the highest value needs, which
+    is the rule of other files of 16 bits (`depth.py`): 12 bits in 16 are not black."""
+    return max(stated if stated < 8 * values.dtype.itemsize else 8, int(values.max(initial=0)).bit_length())
 
 
 def _grey(stored: np.ndarray, header: Dataset, index: int, name: str) -> np.ndarray:
@@ -227,8 +233,7 @@ def _is_padding(stored: np.ndarray, header: Dataset, name: str) -> np.ndarray:
 
 
 def _apply_palette(stored: np.ndarray, header: Dataset, name: str) -> tuple[np.ndarray, int]:
-    """Indices [H,W] to colours [H,W,3], and the bits of a colour, which are eight in a table of 16 whose values need no
-    more."""
+    """Indices [H,W] to colours [H,W,3], and the bits of a colour in the whole table."""
     keyword = "RedPaletteColorLookupTableDescriptor"
     descriptor = _words(header, keyword, name)
     if len(descriptor) != 3:
@@ -237,8 +242,7 @@ def _apply_palette(stored: np.ndarray, header: Dataset, name: str) -> tuple[np.n
     if stored.dtype.kind == "i" and first >= 32768:
         first -= 65536
     colors = _palette(header, count, first, name)
-    bits = 8 if colors.max() < 256 else bits
-    return colors[np.clip(stored.astype(np.int64) - first, 0, len(colors) - 1)], bits
+    return colors[np.clip(stored.astype(np.int64) - first, 0, len(colors) - 1)], _color_bits(colors, bits)
 
 
 def _palette(header: Dataset, count: int, first: int, name: str) -> np.ndarray:

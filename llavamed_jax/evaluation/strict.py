@@ -1,9 +1,9 @@
 """Whether an answer is right, as the words promise: of a closed, an open or a multiple-choice question.
 
 What an answer says is read by `reader.py`, the same for all three and for every model. A multiple-choice answer is the letter
-("B", "b.", "(B)", "B: left lung") or the text of an option, and nothing behind it. Whatever is longer or may be read in two
-ways is unread: it counts as wrong, and is counted. Guessing what a longer answer may have meant is what makes two evaluations
-of the same answers disagree.
+("B", "b.", "(B)", "B: left lung", "B - left lung", "B (left lung)") or the text of an option, and nothing behind it. Whatever is
+longer or may be read in two ways is unread: it counts as wrong, and is counted. Guessing what a longer answer may have meant is
+what makes two evaluations of the same answers disagree.
 """
 
 import re
@@ -15,7 +15,7 @@ from llavamed_jax.errors import UserError
 from llavamed_jax.evaluation import metrics, reader
 
 _LETTER = re.compile(r"([a-z])\)?|\(([a-z])\)|\[([a-z])\]", re.I)
-_LETTER_AND_TEXT = re.compile(r"(?:([a-z])[.,:)]|\(([a-z])\)|\[([a-z])\])\s*(.+)", re.I | re.S)
+_LETTER_AND_TEXT = re.compile(r"(?:([a-z])(?:[.,:;)]|\s+-|(?=\s+\())|\(([a-z])\)|\[([a-z])\])\s*(.+)", re.I | re.S)
 
 
 def normalized(text: object) -> str:
