@@ -40,7 +40,7 @@ KINDS = {"transformers": HF, "original": V15, "ours": preset("small").to_dict()}
     ("original", "mm_projector_type", 2), ("original", "mm_vision_select_layer", "-2"), ("original", "llavamed_jax", 5),
     ("original", "mm_vision_select_feature", None), ("original", "tokenizer_model_max_length", "x"),
     ("ours", "vision", None), ("ours", "decoder", 5), ("ours", "decoder.vocab_size", "x"), ("ours", "max_length", 1.5),
-    ("ours", "template", 5), ("ours", "vision.hidden_size", None), ("ours", "projector_bias", 1)])
+    ("ours", "image_aspect_ratio", "anyres"), ("ours", "template", 5), ("ours", "vision.hidden_size", None), ("ours", "projector_bias", 1)])
 def test_a_value_of_another_kind_is_one_sentence(tmp_path, kind, path, value):
     config = json.loads(json.dumps(KINDS[kind]))
     *parents, key = path.split(".")

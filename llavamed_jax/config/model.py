@@ -267,6 +267,8 @@ class LlavaConfig:
         check_fields(self, "")
         if self.feature_select not in ("patch", "cls_patch"):
             raise UserError(f"the vision feature selection is {short(self.feature_select)}; patch or cls_patch was expected")
+        if self.image_aspect_ratio not in ("pad", "square"):
+            raise UserError(f"the config has image_aspect_ratio {short(self.image_aspect_ratio)}; pad or square was expected")
         if not -self.vision.num_layers - 1 <= self.feature_layer <= self.vision.num_layers:
             raise UserError(f"feature layer {self.feature_layer} does not exist in a tower of {self.vision.num_layers} layers")
         projector_depth(self.projector_type)

@@ -160,11 +160,13 @@ def bleu_score() -> ModuleType:
     On import it looks for a directory to download to, and fails for a user who has no home (a container's, say).
     """
     if "nltk" not in sys.modules and not os.path.isabs(os.path.expanduser("~")):
+        earlier = {name: os.environ[name] for name in ("HOME",) if name in os.environ}  # relative, or empty
         os.environ["HOME"] = os.sep
         try:
             import nltk  # noqa: F401
         finally:
             del os.environ["HOME"]
+            os.environ |= earlier
     from nltk.translate import bleu_score
 
     return bleu_score
