@@ -87,7 +87,7 @@ class TrainedModel:
         processor = model.processor
         try:
             if question.lost:
-                raise UserError(f"its record names {question.lost} more images than it has {IMAGE_MARKER} markers")
+                raise UserError(f"its record names more images, by {question.lost}, than it has {IMAGE_MARKER} markers")
             if self._captioner is not None:
                 ids = processor.expand(self._captioner.encode(self._captioner.image_marker))
             else:
