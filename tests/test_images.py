@@ -8,7 +8,7 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, ImageOps
 
 from llavamed_jax.data.images import PAD_COLOR, load_image, normalize, pad_to_square, preprocess, preprocess_uint8
 from llavamed_jax.errors import UserError
@@ -126,6 +126,23 @@ def test_an_orientation_in_exif_is_not_followed(orientation, tmp_path):
     assert Image.open(tmp_path / "x.jpg").getexif()[0x0112] == orientation
     np.testing.assert_array_equal(load_image(tmp_path / "x.jpg"), Image.open(tmp_path / "x.jpg").convert("RGB"))
     assert load_image(tmp_path / "x.jpg").size == (30, 20)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("mode", ["L", "I;16", "RGB"])
+def test_the_orientation_of_a_tiff_is_followed(mode, orientation, tmp_path):
+    """Pillow turns such an image while it reads, so the originals do."""
+    values = np.random.default_rng(0).integers(0, 256, (20, 30, 3) if mode == "RGB" else (20, 30)).astype(np.uint8)
+    stored = Image.fromarray(values.astype(np.uint16) * 257 if mode == "I;16" else values)
+    stored.save(tmp_path / "x.tiff", tiffinfo={274: orientation})
+    turned = ImageOps.exif_transpose(_tagged(Image.fromarray(values), orientation)).convert("RGB")
+    assert turned.size == ((30, 20) if orientation < 5 else (20, 30))
+    np.testing.assert_array_equal(load_image(tmp_path / "x.tiff"), turned)
+
+
+def _tagged(image, orientation):
+    image.getexif()[0x0112] = orientation
+    return image
 
 
 @pytest.mark.parametrize("width, height, offset", [(10, 7, (0, 1)), (7, 10, (1, 0)), (10, 10, (0, 0))])

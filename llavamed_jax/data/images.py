@@ -3,8 +3,8 @@
 Order and rounding are those of transformers' `CLIPImageProcessorPil` and `LlavaImageProcessorPil`: to RGB, padded to a
 square or not, resized on uint8, the centre cut out, then scale, mean and standard deviation in float32; the checkpoint
 says how (`config/images.py`). To RGB is the originals' `Image.open(path).convert("RGB")`: transparency is dropped, not
-laid over a colour, and an orientation in EXIF is not followed. Where the original shows white, black or a negative
-instead of the image, `data/depth.py` does not. H and W are height and width.
+laid over a colour, and an orientation in EXIF is not followed (that of a TIFF is, by Pillow). Where the original shows
+white, black or a negative instead of the image, `data/depth.py` does not. H and W are height and width.
 """
 
 from __future__ import annotations
