@@ -155,9 +155,14 @@ def from_original(config: Mapping[str, Any], vision: VisionConfig | None) -> Lla
         feature_layer=config.get("mm_vision_select_layer", -1),  # the original's code default
         feature_select=config.get("mm_vision_select_feature", "patch"),
         image_aspect_ratio="pad" if config.get("image_aspect_ratio") == "pad" else "square",
-        max_length=config.get("tokenizer_model_max_length"), use_start_end=bool(config.get("mm_use_im_start_end", False)),
+        max_length=_max_length(config.get("tokenizer_model_max_length")), use_start_end=bool(config.get("mm_use_im_start_end", False)),
         template=ours.get("template"), source=kind, image_token_id=ours.get("image_token_id"),
         extra=_extra(config, _ORIGINAL_KEYS))
+
+
+def _max_length(value):
+    """The longest prompt in tokens, or None: transformers writes 1e30, as a float or a whole number, for no limit."""
+    return None if isinstance(value, int | float) and value >= 1e18 else value
 
 
 def to_original(cfg: LlavaConfig) -> dict:

@@ -124,3 +124,11 @@ def test_every_key_with_every_kind_of_value_is_read_or_one_short_sentence(kind, 
                 assert "\n" not in str(error) and len(str(error)) < 1000, (parents, key, value)
                 refused += 1
     assert refused > 100
+
+
+@pytest.mark.parametrize(("said", "read"), [
+    (int(1e30), None), (1e30, None), (None, None), (2048, 2048)])
+def test_a_limit_that_is_none_is_read_as_none(tmp_path, said, read):
+    """transformers' word for a tokenizer without a limit is 1e30, which trainers copy into config.json."""
+    (tmp_path / "config.json").write_text(json.dumps({**V15, "tokenizer_model_max_length": said}), encoding="utf-8")
+    assert read_config(tmp_path).max_length == read
