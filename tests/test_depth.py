@@ -219,6 +219,39 @@ def test_jpeg_2000_says_how_many_bits_it_has(bits):
     assert np.abs(grey(content) - RAMP[:1]).max() <= 1
 
 
+def test_jpeg_2000_of_signed_colours():
+    """The lowest value that a component can have is black."""
+    openjpeg = pytest.importorskip("openjpeg.utils",
+                                   reason="pylibjpeg-openjpeg, of the extra [medical], is not installed")
+    values = np.tile(ramp(12).astype(np.int16) - 2048, (4, 1))
+    content = openjpeg.encode_array(np.stack([values] * 3, -1), bits_stored=12, photometric_interpretation=1)
+    np.testing.assert_array_equal(grey(content), (values.astype(int) + 2048) >> 4)
+
+
+@pytest.mark.parametrize("layout", [dict(), dict(is_big=True)])
+def test_a_tiff_whose_pages_go_round_in_a_circle_has_an_end(layout):
+    """The one page says that itself is the next one."""
+    content = bytearray(tiff(ramp(32), 0, **layout))
+    size, start = (8, 8) if layout else (4, 4)
+    first = int.from_bytes(content[start:start + size], "little")
+    count = int.from_bytes(content[first:first + (8 if layout else 2)], "little")
+    place = first + (8 + 20 * count if layout else 2 + 12 * count)
+    assert not any(content[place:place + size])  # there was none
+    content[place:place + size] = content[start:start + size]
+    np.testing.assert_array_equal(grey(bytes(content)), 255 - RAMP)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_each_frame_of_an_animated_png(mode):
+    frames = [Image.fromarray(RAMP.astype(np.uint8)).convert(mode), Image.fromarray(255 - RAMP.astype(np.uint8)).convert(mode)]
+    buffer = io.BytesIO()
+    frames[0].save(buffer, "PNG", save_all=True, append_images=frames[1:])
+    for number, frame in enumerate(frames, 1):
+        np.testing.assert_array_equal(load_image(buffer.getvalue(), frame=number), frame.convert("RGB"))
+    with pytest.raises(UserError, match="has fewer than 3 frames"):
+        load_image(buffer.getvalue(), frame=3)
+
+
 @pytest.mark.parametrize("content", [
     tiff(ramp(16), 0), tiff(ramp(16), 0, ">"), tiff(ramp(12), 0, bits=12), tiff(colors(4095), 2),
     tiff(ramp(16, "i"), 1, ">", compression=8), png(colors(4095), 2, 16),
