@@ -404,3 +404,24 @@ def test_padding_of_signed_values_written_as_unsigned():
     for limit in (None, -1500):
         ds = dataset(stored, PixelPaddingValue=-2000, PixelPaddingRangeLimit=limit)
         assert near(shown(ds), np.clip((stored - low) / (high - low), 0, 1) * 255)
+
+
+def test_values_between_padding_and_its_limit_stand_for_no_pixel():
+    """The two ends may be in either order, and the values between them are of no scale."""
+    stored = RAMP.astype(np.int16) // 4 + 100
+    low, high = stored[2:].min(), stored[2:].max()
+    wanted = np.clip((stored - low) / (high - low), 0, 1) * 255
+    wanted[:2] = 0
+    stored[0], stored[1, ::2], stored[1, 1::2] = -2000, -1700, -1500
+    for first, last in ((-2000, -1500), (-1500, -2000)):
+        found = shown(dataset(stored, PixelPaddingValue=first, PixelPaddingRangeLimit=last))
+        assert near(found[2:], wanted[2:]) and not found[:2].any()
+    beyond = shown(dataset(stored, PixelPaddingValue=-2000, PixelPaddingRangeLimit=-1600))
+    assert beyond[2:].min() > 100, "-1500 is a value like the others"
+
+
+@pytest.mark.parametrize("window", [{}, WINDOW])
+def test_a_frame_of_padding_alone_is_shown_as_it_is(window):
+    stored = np.full((16, 16), 40, np.uint16)
+    found = shown(dataset(stored, bits=12, PixelPaddingValue=40, **window))
+    np.testing.assert_array_equal(found, shown(dataset(stored, bits=12, **window)))

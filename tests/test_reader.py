@@ -77,6 +77,7 @@ def test_yes_and_no_in_every_form(gold, other):
     ("There is no mass", "no", False),
     ("", "no", False), ("**", "no", False), ("Answer:", "no", False), ("I think yes", "yes", False),
     ("yes'm", "yes", False), ("no-one", "no", True),
+    ("Yes, not only on the left", "yes", True), ("Yes, not on the left", "yes", False), ("Yes and not only there", "yes", True),
 ])  # fmt: skip
 def test_what_is_read_as_yes_or_no(text, gold, is_right):
     assert is_strictly_right(text, gold) is is_right
@@ -156,6 +157,9 @@ def test_choices_are_read_in_every_form_without_a_remark():
     ("是不是", "是", False), ("是的", "是", False),
     ("~~liver~~ lung", "lung", True), ("~~lung~~", "lung", False), ("~~lung~~ liver", "lung", False),
     ("~5 mm", "5 mm", False), ("<think>liver?</think> Lung", "lung", True),
+    ("Lung. That is wrong.", "Lung", False), ("Lung, which is incorrect", "Lung", False), ("Lung. This is right.", "Lung", True),
+    ("no evidence of it, " * 60 + "none", "no evidence of it, " * 60 + "none", True),
+    ("left lung and heart " * 30 + "too, which is seen", "left lung and heart " * 30 + "too", True),
 ])  # fmt: skip
 def test_open_answers_are_read_and_not_guessed(text, gold, is_right):
     assert is_exactly_right(text, gold) is is_right
