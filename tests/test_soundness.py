@@ -218,10 +218,12 @@ def test_values_that_become_zero_are_counted(command, tmp_path, capsys):
     assert "warning" not in capsys.readouterr().err
 
 
-def test_kernels_of_zeros_are_said_and_biases_are_not(tmp_path, capsys):
-    directory = changed(v15(tmp_path), KERNEL, np.zeros_like)
+@pytest.mark.parametrize("name, ours", [(KERNEL, "decoder/layers_1/mlp/up_proj/kernel"),
+                                        ("model.embed_tokens.weight", "decoder/embed_tokens/embedding")])
+def test_kernels_and_tables_of_zeros_are_said_and_biases_are_not(name, ours, tmp_path, capsys):
+    directory = changed(v15(tmp_path), name, np.zeros_like)
     changed(directory, "model.mm_projector.0.bias", np.zeros_like)
-    said = "warning: 1 kernels hold zeros alone, as weights that were never filled do: decoder/layers_1/mlp/up_proj/kernel\n"
+    said = f"warning: 1 kernels hold zeros alone, as weights that were never filled do: {ours}\n"
     for command in COMMANDS:
         assert convert(command, directory, tmp_path / command) == 0
         assert capsys.readouterr().err == said
