@@ -51,6 +51,28 @@ def test_which_file_says_what_a_sequence_begins_with(config, own_map, added, wan
     assert tokenizer.decode(tokenizer.encode("hello")) == "hello"
 
 
+@pytest.mark.parametrize("settings, begins", [({}, True), ({"add_bos_token": True}, True), ({"add_bos_token": False}, False),
+                                              ({"add_bos_token": None}, False), ({"legacy": None}, True)])
+def test_null_is_no_switch_that_is_on(settings, begins, tmp_path):
+    """The ids that transformers 4.28.1 and 4.36.2 give."""
+    shutil.copyfile(slow_tokenizers.MODEL, tmp_path / "tokenizer.model")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    tokenizer = Tokenizer.load(tmp_path)
+    for each in (tokenizer, tokenizer.as_v1([])):
+        assert each.encode("hello</s>a") == [1] * begins + [318, 491, 960, 2, 275]
+
+
+@pytest.mark.parametrize("config, own_map, wanted", [
+    ({"pad_token": "[PAD]"}, {}, [1, 275, 952, 1024, 952, 322]), ({}, {"pad_token": "[PAD]"}, [1, 275, 1024, 322]),
+    ({"pad_token": "[PAD]"}, {"pad_token": "[PAD]"}, [1, 275, 1024, 322])])
+def test_white_space_beside_the_padding_depends_on_the_file_that_names_it(config, own_map, wanted, tmp_path):
+    """The ids that transformers 4.28.1 gives."""
+    shutil.copyfile(slow_tokenizers.MODEL, tmp_path / "tokenizer.model")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps(own_map))
+    assert Tokenizer.load(tmp_path).as_v1([]).encode("a [PAD] b") == wanted
+
+
 def test_every_reader_has_the_same_roles(tmp_path):
     shutil.copyfile(slow_tokenizers.MODEL, tmp_path / "tokenizer.model")
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}))

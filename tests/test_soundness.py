@@ -305,3 +305,12 @@ def test_norms_of_models_are_not_those_of_a_delta(scale):
     tensors = {name: soundness.Tensor(t.shape, t.dtype, lambda name=name, load=t.load: load() * (scale if "layers_" in name else 1))
                for name, t in checkpoint.tensors.items()}
     assert checkpoint.replace(tensors=tensors).doubt() is None
+
+
+@pytest.mark.parametrize("small", ["decoder/layers_", "decoder/norm"])
+def test_norms_that_are_small_in_one_place_are_a_models(small):
+    """In a delta all of them are near 0."""
+    checkpoint = random_checkpoint(TINY)
+    tensors = {name: soundness.Tensor(t.shape, t.dtype, lambda name=name, load=t.load: load() * (0.001 if name.startswith(small) else 1))
+               for name, t in checkpoint.tensors.items()}
+    assert checkpoint.replace(tensors=tensors).doubt() is None

@@ -70,8 +70,9 @@ class SpecialTokens:
 
     @property
     def has_bos(self) -> bool:
-        """Whether a text begins with the beginning-of-sequence token where `tokenizer.model` is read."""
-        return self.settings.get("add_bos_token") is not False
+        """Whether a text begins with the beginning-of-sequence token where `tokenizer.model` is read. Missing means so and null
+        does not, as in transformers 4."""
+        return self.settings.get("add_bos_token", True) is True
 
     @property
     def is_llama(self) -> bool:
