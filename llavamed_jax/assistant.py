@@ -28,7 +28,7 @@ from llavamed_jax.data.processor import Processor, expand_images
 from llavamed_jax.errors import UserError, short, warn
 from llavamed_jax.generation.beam import BeamSearch
 from llavamed_jax.generation.engine import Engine
-from llavamed_jax.generation.requests import Request, check_image, whole_numbers
+from llavamed_jax.generation.requests import Request, check_image, name_of, whole_numbers
 from llavamed_jax.generation.sampling import row_seed, row_seeds
 from llavamed_jax.generation.text import TextStream
 from llavamed_jax.models.llava import Llava
@@ -157,6 +157,10 @@ class LlavaMed:
         if wrong.size:
             raise UserError(f"input_ids holds {wrong[0]}; ids below {self.config.decoder.vocab_size}, {IMAGE_TOKEN} or "
                             f"{PAD_TOKEN} were expected")
+        held = ids != PAD_TOKEN
+        apart = np.flatnonzero((np.diff(held, axis=1) & held[:, 1:]).sum(1) + held[:, 0] > 1)
+        if len(apart):
+            raise UserError(f"row {apart[0]} of input_ids has {PAD_TOKEN} between its tokens; it pads a row on the right")
         slots, ids = self._slots(ids, pixel_values), ids.astype(np.int32)
         segments = (ids != PAD_TOKEN).astype(np.int32)
         if self.mesh is None:
@@ -203,9 +207,18 @@ class LlavaMed:
         images = [[] for _ in rows] if images is None else images
         if len(images) != len(rows):
             raise UserError(f"{len(images)} lists of images were given for {len(rows)} rows; one a row was expected")
-        rows = [expand_images(whole_numbers(row, f"row {i}").tolist(), self.config.tokens_per_image) for i, row in enumerate(rows)]
+        rows = [self._expand(row, len(own), name_of(i, len(rows))) for i, (row, own) in enumerate(zip(rows, images))]
         requests = self._requests(rows, images, max_new_tokens, temperature, top_p, top_k, num_beams, seed)
         return self._beams.generate(requests, num_beams) if num_beams > 1 else self.engine.generate(requests)
+
+    def _expand(self, row: Sequence[int], num_images: int, name: str) -> list[int]:
+        """A row with P positions an image. Raises UserError, which counts the tokens as they were given."""
+        P, ids = self.config.tokens_per_image, whole_numbers(row, name).tolist()
+        expanded = expand_images(ids, P)
+        if expanded.count(IMAGE_TOKEN) != P * num_images:
+            raise UserError(f"{name} has {ids.count(IMAGE_TOKEN)} image tokens and {num_images} images; one token, or {P} "
+                            "in a run, an image were expected")
+        return expanded
 
     def generate(self, conversations: Sequence[Sequence[dict]], max_new_tokens: int = 256, temperature: float = 0.0,
                  top_p: float = 1.0, top_k: int = 0, num_beams: int = 1, seed: int = 0, stop: Sequence[str] = ()) -> list[Completion]:

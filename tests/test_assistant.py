@@ -77,10 +77,30 @@ def test_a_mesh_of_fewer_devices_takes_the_first_ones(saved, assistant):
     ([[1] + [-200] * (P - 1)], 1, r"\[15\] image positions"),
     ([[1, VOCAB]], 0, f"holds {VOCAB}; ids below {VOCAB}"),
     ([1, 2], 0, r"shape \(2,\)"),
+    ([[1, 5, -1], [1, -1, 5]], 0, r"row 1 of input_ids has -1 between its tokens; it pads a row on the right"),
 ])
 def test_bad_logits_calls_are_one_sentence(assistant, ids, images, sentence):
     with pytest.raises(ValueError, match=sentence):
         assistant.logits(ids, hf.images(images) if images else None)
+
+
+@pytest.mark.parametrize("row, images, sentence", [
+    ([1] + [-200] * (P - 1) + [5], 1, f"the prompt has {P - 1} image tokens and 1 images; one token, or {P} in a run"),
+    ([1, -200] + [5] + [-200] * P, 3, f"the prompt has {P + 1} image tokens and 3 images"),
+    ([1, -200, 5], 2, "the prompt has 1 image tokens and 2 images"), ([1, 5], 1, "the prompt has 0 image tokens and 1 images"),
+    ([1] + [-200] * (P + 1), 1, f"position 1 begins a run of {P + 1} image tokens")])
+def test_image_tokens_are_counted_as_they_were_given(assistant, row, images, sentence):
+    """A prompt cut inside an image, as in transformers' issue 36002, where 575 of 576 tokens were left."""
+    with pytest.raises(ValueError, match=sentence):
+        assistant.generate_tokens([row], [list(hf.images(images))])
+
+
+def test_rows_padded_on_the_left_have_the_logits_of_rows_padded_on_the_right(assistant):
+    """What counts is how far tokens are apart (transformers' issue 28184)."""
+    row = [1] + [-200] * P + [4, 5]
+    alone = assistant.logits([row], hf.images(1))[0]
+    np.testing.assert_allclose(assistant.logits([[-1, -1] + row], hf.images(1))[0, 2:], alone, atol=2e-5)
+    np.testing.assert_allclose(assistant.logits([row + [-1, -1]], hf.images(1))[0, :-2], alone, atol=2e-5)
 
 
 def test_pixels_in_another_layout_or_size_are_refused(assistant):
