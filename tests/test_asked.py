@@ -385,3 +385,80 @@ def test_the_sha256_of_a_large_file_is_remembered_until_it_changes(tmp_path, mon
     assert hashes.sha256_of_files({"w": file})["w"] and len(counted) == 2, "what was changed just now is hashed each time"
     monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")
     assert hashes.sha256_of_files({"w": file})["w"] and len(counted) == 3, "a home that cannot be written to"
+
+
+def test_a_loaded_model_says_what_it_is(root, caplog):
+    import logging
+
+    import llavamed_jax as lm
+
+    with caplog.at_level(logging.INFO, "llavamed_jax"):
+        model = lm.load("tree", vision_tower="other-tower", tokenizer="tokenizer", template="v1.0:simple",
+                        mesh="data=1,tp=2")
+    assert model.describe() == {
+        "checkpoint": "tree", "step": None, "template": "v1.0:simple", "tower": "other-tower, as asked for",
+        "tokenizer": "tokenizer/tokenizer.model", "dtype": "float32", "mesh": {"data": 1, "fsdp": 1, "tp": 2},
+        "quantize": None,
+        "adapter": None}  # fmt: skip
+    assert "tower other-tower, as asked for" in caplog.text and "template v1.0:simple" in caplog.text
+    json.dumps(model.describe())
+    plain = lm.load("model").describe()
+    assert (plain["tower"], plain["template"], plain["mesh"]) == ("the tensors in the checkpoint",
+                                                                  "v1.5:mistral_instruct", None)
+    assert lm.load("preset:small").describe()["tower"] == "random weights"
+
+
+def test_a_step_of_a_run_is_part_of_what_it_is(root, monkeypatch, capsys):
+    """The newest step moves while a run trains: what was answered before is of another model."""
+    from llavamed_jax.checkpoints.store import StepWriter
+
+    def save(step):
+        name = "decoder/norm/scale"
+        trained = {name: jax.numpy.full((48,), 1 + step / 100, np.float16)}
+        with StepWriter("tree") as writer:
+            writer.save(step, trained, {"x": jax.numpy.zeros(1)}, {})
+
+    save(5)
+    assert start(monkeypatch, "w", *TREE, stops_after=5) == 75
+    kept = num_kept("w")
+    save(6)
+    capsys.readouterr()
+    assert start(monkeypatch, "w", *TREE) == 0
+    said = capsys.readouterr().err
+    assert f"its {kept} answers are of another evaluation (not the same: the step (5 then, 6 now), the file checkpoints/6/man" in said
+    assert json.loads((root / "w" / "metrics.json").read_text())["asked"]["step"] == 6
+    assert start(monkeypatch, "v", "--checkpoint", "tree/checkpoints/5") == 0
+    assert json.loads((root / "v" / "metrics.json").read_text())["asked"]["step"] == 5
+
+
+def test_bin_files_count_too(root, monkeypatch, capsys):
+    torch = pytest.importorskip("torch", reason="torch's CPU build is not installed")
+    tensors = {}
+    for file in sorted(Path("model").glob("*.safetensors")):
+        tensors |= load_file(file)
+        file.unlink()
+    Path("model/model.safetensors.index.json").unlink()
+    tensors = {name: torch.from_numpy(tensor) for name, tensor in tensors.items()}
+    torch.save(tensors, "model/pytorch_model.bin")
+    torch.save({"x": torch.zeros(1)}, "model/training_args.bin")
+    assert start(monkeypatch, "w", stops_after=5) == 75
+    torch.save({"x": torch.ones(1)}, "model/training_args.bin")  # no part of the model
+    assert start(monkeypatch, "w", stops_after=1) == 75
+    assert "taken over" in capsys.readouterr().err
+    tensors["model.norm.weight"] += 1
+    torch.save(tensors, "model/pytorch_model.bin")
+    assert start(monkeypatch, "w") == 0
+    assert "(not the same: the file pytorch_model.bin)" in capsys.readouterr().err
+
+
+def test_the_record_of_a_server(root, monkeypatch):
+    from tests.openai_server import OpenAiServer
+
+    argv = ["--config", str(ROOT / "configs" / "eval" / "llava_med.py"), "--config.data.root=set", "--workdir", "w",
+            "--model", "tiny"]
+    with OpenAiServer(lambda body: "yes") as server:
+        assert cli.main([*argv, "--endpoint", server.url]) == 0
+    said = json.loads((root / "w" / "metrics.json").read_text())["asked"]
+    known = {"endpoint": server.url, "model": "tiny", "generation": said["generation"]}
+    assert said == dict.fromkeys(asked.KEYS) | known and said["generation"]["max_new_tokens"] == 1024
+    assert f"endpoint {server.url}" in (root / "w" / "report.html").read_text()
