@@ -15,11 +15,12 @@ def free_port():
         return found.getsockname()[1]
 
 
-def two(module, *arguments, **environment):
-    """Both processes of a run, started."""
+def two(module, *arguments, only_second=(), **environment):
+    """Both processes of a run, started; the second one with some flags more."""
     address = f"127.0.0.1:{free_port()}"
     several = lambda k: ["--coordinator", address, "--num_processes", "2", "--process_id", str(k)]
-    return [subprocess.Popen([sys.executable, "-m", module, *arguments, *several(k)], cwd=ROOT, env={**os.environ, **environment},
+    return [subprocess.Popen([sys.executable, "-m", module, *arguments, *(only_second if k else ()), *several(k)],
+                             cwd=ROOT, env={**os.environ, **environment},
                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for k in range(2)]
 
 

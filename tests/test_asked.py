@@ -200,7 +200,7 @@ CHANGES = {
     "a chat template": ([], lambda: Path("model/chat_template.jinja").write_text("x"), [],
                         "the file chat_template.jinja (not there then)"),
     "a file that is gone": ([], lambda: Path("model/special_tokens_map.json").unlink(), [],
-                            "the file special_tokens_map.json (gone)"),
+                            "the file special_tokens_map.json (not there now)"),
     "another model in the same tree": (TREE, lambda: edit_base("tree"), [], "the file base/manifest.json"),
     "a tree's config": (TREE, lambda: edit("tree/model/config.json", template="v1.0:simple"), [],
                         "the file model/config.json"),

@@ -23,7 +23,8 @@ FORMS = [
     "The answer is: {}", "the answer is {}",
     "The correct answer is **{}**.", "The answer to the question is {}.", "So the answer is {}.",
     "Therefore, the answer is “{}”.",
-    "**The answer is {}.**", "Response: {}", "A: {}", "Answer - {}", "Answer – {}", "答案：{}", "答案是{}。",
+    "**The answer is {}.**", "Response: {}", "A: {}", "ASSISTANT: {}", "✅ {}", "{} ✔️", "**Answer**\n{}",
+    "Answer - {}", "Answer – {}", "答案：{}", "答案是{}。",
     "答案：**{}**", "正确答案是“{}”。", "回答：{}。",
     "{}, there is one.", "**{}**, there is one.", "“{}”, there is one.", "{}—clearly.", "{} – clearly.", "{} - clearly",
     "**{}**—clearly.",
@@ -127,7 +128,7 @@ def test_choices_are_read_in_every_form_without_a_remark():
     options = ("liver", "left lung", "T2*", "heart")
     forms = [form for form in FORMS if not any(word in form for word in ("there", "clearly", "image", "visible",
                                                                          "bright", "confidence"))]
-    forms = [form for form in forms if not any(word in form for word in ("有", "很", "图", "A: "))]
+    forms = [form for form in forms if not any(word in form for word in ("有", "很", "图", "A: ", "ASS"))]
     assert len(forms) > 60
     for form in forms:
         for text in ("B", "b", "left lung", "Left Lung", "B. left lung", "(B) left lung", "B：left lung",

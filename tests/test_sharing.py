@@ -52,7 +52,9 @@ def test_answers_come_together_in_the_first(monkeypatch):
 
     assert collected(1, []) == (dict.fromkeys(range(5), sharing.ELSEWHERE), {})
     with pytest.raises(UserError, match="3 of 5 questions were asked by no process"):
-        collected(0, [b"[{}, {}]", b'[{"0": {"text": "", "finish_reason": "stop"}, "2": {"text": "", "finish_reason": "stop"}}, {}]'])
+        collected(0,
+                  [b"[{}, {}]",
+                   b'[{"0": {"text": "", "finish_reason": "stop"}, "2": {"text": "", "finish_reason": "stop"}}, {}]'])
     found, failed = collected(0, [sent[0], sent[1]])
     assert found == {0: answers[0][0], 2: answers[0][2], 1: answers[1][1], 3: answers[1][3]}
     assert failed.keys() == {4} and str(failed[4]) == "it is broken"
@@ -86,7 +88,8 @@ def kept(workdir):
 def by_one(tmp_path_factory):
     """What one process makes of the demo's questions, with a model that computes nothing."""
     workdir = tmp_path_factory.mktemp("one")
-    done = subprocess.run([sys.executable, "-m", "tests.fake_eval", "0", "--", *DEMO, "--workdir", str(workdir)], cwd=ROOT,
+    done = subprocess.run([sys.executable, "-m", "tests.fake_eval", "0", "--", *DEMO, "--workdir", str(workdir)],
+                          cwd=ROOT,
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return workdir
@@ -108,25 +111,44 @@ def test_two_processes_answer_as_one_and_one_that_is_killed_ends_both(by_one, tm
     before = kept(tmp_path)
     assert set(before) == {"predictions.jsonl.partial", "predictions.jsonl.1.partial"} and min(before.values()) >= 5
 
-    (first, out, said), (second, silent_out, silent_err) = ends(two("tests.fake_eval", "0", "--", *DEMO, "--workdir", str(tmp_path)))
+    (first, out, said), (second, silent_out,
+                         silent_err) = ends(two("tests.fake_eval", "0", "--", *DEMO, "--workdir", str(tmp_path)))
     assert (first, second) == (0, 0), said + silent_err
     assert silent_out == silent_err == "" and "report: " in out
     is_asked_still = before["predictions.jsonl.partial"] < 71  # it may have been done with its share before the other was killed
     assert ("questions, process 0 of 2: 71 of 71" in said) == is_asked_still
     # Process 0 takes over what both had answered, which may since have grown by what process 1 answers now.
     assert int(said.partition(" answers of an earlier start")[0].rsplit(" ", 1)[-1]) >= sum(before.values())
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["metrics.json", "predictions.jsonl", "report.html", "tensorboard"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["metrics.json", "predictions.jsonl", "report.html",
+                                                                "tensorboard"]
     for name in ("predictions.jsonl", "metrics.json"):
         assert (tmp_path / name).read_text() == (by_one / name).read_text()
 
 
 def test_a_process_that_fails_says_why_to_all(tmp_path):
     begun = time.monotonic()
-    (first, _, said), (second, _, said_there) = ends(two("tests.fake_eval", "0.05", "1", "--", *DEMO, "--workdir", str(tmp_path)))
-    assert (first, second) == (1, 1) and time.monotonic() - begun < 120  # the start of both, on a busy machine, included
+    (first, _, said), (second, _,
+                       said_there) = ends(two("tests.fake_eval", "0.05", "1", "--", *DEMO, "--workdir", str(tmp_path)))
+    assert (first, second) == (1,
+                               1) and time.monotonic() - begun < 120  # the start of both, on a busy machine, included
     assert re.fullmatch(rf"error: (the model is tired; \d+ answers are kept in {tmp_path})\n", said_there)
     # Who started the first process says it, and a line of its progress may still be under way.
     assert f"error: process 1 failed: {said_there.removeprefix('error: ').strip()}" in said.splitlines()
+
+
+@pytest.mark.parametrize("more, named", [
+    (["--config.generation.max_new_tokens=7"], "'generation.max_new_tokens' (16 in process 0, 7 in process 1)"),
+    (["--config.seed=1"], "the config key 'seed' (0 in process 0, 1 in process 1)"),
+    (["--checkpoint", "runs/y"], "--checkpoint ('runs/x' in process 0, 'runs/y' in process 1)"),
+    (["--dtype", "bfloat16"], "--dtype (not there in process 0)"),
+    (["--control", "image"], "--control ([] in process 0, ['image'] in process 1)"),
+])  # fmt: skip
+def test_processes_that_were_started_with_something_else_end_before_anything_is_asked(more, named, tmp_path):
+    running = two("tests.fake_eval", "0.1", "--", *DEMO, "--workdir", str(tmp_path / "w"), only_second=more)
+    for status, _, said in ends(running):
+        assert status == 1 and "process 1 was started with something else than process 0: " in said and named in said
+        assert "the same in all processes was expected" in said and "Traceback" not in said
+    assert not list(tmp_path.glob("w/*"))
 
 
 def test_a_signal_to_one_stops_both(tmp_path):
@@ -143,12 +165,14 @@ def test_a_signal_to_one_stops_both(tmp_path):
 def test_two_processes_with_a_real_model_answer_as_one(tmp_path):
     """Four devices each, over two of which the rows of an engine lie."""
     start = write_start(tmp_path / "start")
-    command = ["--config", "configs/eval/vqa_rad.py:demo", "--config.generation.max_new_tokens=4", "--checkpoint", str(start),
+    command = ["--config", "configs/eval/vqa_rad.py:demo", "--config.generation.max_new_tokens=4", "--checkpoint",
+               str(start),
                "--mesh", "data=4", "--control", "image"]
     four = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
     running = two("llavamed_jax.cli.eval", *command, "--workdir", str(tmp_path / "two"), **four)
     assert [status for status, *_ in ends(running)] == [0, 0]
-    done = subprocess.run([sys.executable, "eval.py", *command, "--workdir", str(tmp_path / "one")], cwd=ROOT, env={**os.environ, **four},
+    done = subprocess.run([sys.executable, "eval.py", *command, "--workdir", str(tmp_path / "one")], cwd=ROOT,
+                          env={**os.environ, **four},
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     for name in ("predictions.jsonl", "predictions_control_image.jsonl", "metrics.json"):

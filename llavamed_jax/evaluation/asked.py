@@ -91,15 +91,19 @@ def version(package: str) -> str | None:
         return None
 
 
-def changes(earlier: Mapping[str, object], now: Mapping[str, object]) -> str:
-    """What is not the same in two keys, in words: a few by name, with their values where these are short, and the count of the rest."""
+def changes(earlier: Mapping[str, object], now: Mapping[str, object], when: tuple[str, str] = ("then", "now")) -> str:
+    """What is not the same in two keys, in words: a few by name, with their values where these are short, and the count of the rest.
+
+    Args:
+      when: what the two are called.
+    """
     names = [name for name in {**now, **earlier} if earlier.get(name) != now.get(name)]
-    return some([_change(name, earlier, now) for name in names], 6)
+    return some([_change(name, earlier, now, when) for name in names], 6)
 
 
-def _change(name: str, earlier: Mapping[str, object], now: Mapping[str, object]) -> str:
+def _change(name: str, earlier: Mapping[str, object], now: Mapping[str, object], when: tuple[str, str]) -> str:
     if name not in earlier or name not in now:
-        return f"{name} ({'not there then' if name not in earlier else 'gone'})"
+        return f"{name} (not there {when[name in earlier]})"
     values = short(earlier[name], 40), short(now[name], 40)
     is_hash = all(isinstance(value, str) and len(value) in (16, 64) for value in (earlier[name], now[name]))
-    return name if is_hash else f"{name} ({values[0]} then, {values[1]} now)"
+    return name if is_hash else f"{name} ({values[0]} {when[0]}, {values[1]} {when[1]})"

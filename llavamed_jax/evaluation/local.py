@@ -61,7 +61,7 @@ class LocalModel:
         if origin is None:
             return described
         hashes = self._hashes(origin)
-        return described | {"checkpoint_sha256": origin.sha256(hashes), "files": hashes}
+        return described | {"checkpoint_sha256": origin.sha256(hashes) if origin.files else None, "files": hashes}
 
     def depends_on(self) -> dict[str, object]:
         """As `Answerer.depends_on` says: every file of model, tower and tokenizer, and what was made of them."""

@@ -30,17 +30,18 @@ _NOT_SAID = re.compile(rf"~~(?=\S)[^\n~]{{1,{_SPAN}}}(?<=\S)~~|<(del|strike)>[^<
 _TAG = re.compile(r"</?(?:answer|b|i|u|p|em|strong|code|mark|span|final_answer)\s*/?>|<br\s*/?>", re.I)
 _LATEX = re.compile(rf"\\(?:boxed|fbox|text(?:bf|it|rm)?|mathrm|mathbf)\{{([^{{}}]{{0,{_SPAN}}})\}}")
 _QUOTE_MARKS = re.compile(rf"[{_QUOTES}]|(?<![A-Za-z0-9])'|'(?![A-Za-z0-9])")
+_PICTOGRAM = re.compile("[\U0001f000-\U0001faff\u2600-\u27bf\ufe0f]+")
 _BULLET = re.compile(r"(?:[-*+•·>#]+\s+)+")
 _BEFORE = re.compile(r"(?:[\s,;:!?*]|\.{2,}|\.(?!\d)|-(?!\d))+")
 _AFTER = " \n,;:!?.-"
 _PAIRS = {"(": ")", "[": "]", "{": "}", "$": "$"}
 
 _LEAD = re.compile(
-    r"(?:(?:so|thus|therefore|hence|well|overall),?\s+)?(?:(?:the|my|our)\s+)?(?:(?:final|correct|right|best|short)\s+)?"
+    r"(?:(?:so|thus|therefore|hence|well|overall),?\s+)?(?:(?:the|my|our|your)\s+)?(?:(?:final|correct|right|best|short)\s+)?"
     r"(?:answer|ans|option|choice|response)(?:\s+(?:to|for)\s+(?:the|this|your)\s+question)?(?:\s+(?:is|would be|should be))?"
     r"(?:\s*[:=]\s*|\s+-\s+|\.{2,}\s*|\s+)(?:(?:option|choice)\s+)?", re.I)  # fmt: skip
 _LEAD_ZH = re.compile(r"(?:所以|因此|综上)?,?(?:最终|正确|我)?的?(?:答案|回答|答|选项|选择|选)(?:应该?|就)?(?:是|为)?\s*[:,\-]?\s*")
-_LEAD_QA = re.compile(r"a(?:nswer|ssistant)?\s*:\s*", re.I)
+_LEAD_QA = re.compile(r"(?:a|assistant|model)\s*:\s*", re.I)
 
 _BREAK = re.compile(r"\s*(?:[,;:!?\n(]|\.(?!\d)|-)[\s,;:!?.\-(]*")
 _PICTURE = r"(?:images?|pictures?|scans?|figures?|films?|photos?|slices?|views?|radiographs?|x-?rays?|cts?|mris?|case|study|question)"
@@ -70,6 +71,7 @@ def clean(text: object) -> str:
     marks, other alphabets' punctuation, marks before and behind it."""
     text = unicodedata.normalize("NFC", str(text)).translate(_SAME)
     text = _TAG.sub(" ", _NOT_SAID.sub(" ", text))
+    text = _PICTOGRAM.sub(" ", text) if _PICTOGRAM.sub("", text).strip() else text
     for pattern, group in ((_LATEX, 1), (_EMPHASIS, 2), (_LATEX, 1), (_EMPHASIS, 2)):  # one inside the other
         text = pattern.sub(lambda match, group=group: match[group], text)
     lines = (" ".join(line.split()) for line in _QUOTE_MARKS.sub("", text).splitlines())

@@ -22,7 +22,7 @@ from llavamed_jax.data import datasets
 from llavamed_jax.data import questions as data_questions
 from llavamed_jax.data.questions import CHOICE, VqaSample
 from llavamed_jax.errors import UsageError, UserError, short
-from llavamed_jax.evaluation import asked, board, controls, judged, leakage, published, questions, report, scoring, summary
+from llavamed_jax.evaluation import asked, board, controls, judged, leakage, published, questions, report, scoring, sharing, summary
 from llavamed_jax.evaluation.address import shown
 from llavamed_jax.evaluation.against import Against
 from llavamed_jax.evaluation.answers import Answerer, Generation
@@ -113,6 +113,7 @@ class Evaluation:
         """
         self.check(controls_asked)
         key = self._key(source, flags or {}, answerer)
+        sharing.check_same({**key, "--control": sorted(controls_asked)})
         machine = getattr(answerer, "machine", dict)()
         predictions = predict(answerer, self.samples, self.generation, partial=self._partial("predictions.jsonl", key, machine))
         control, extra = {}, {"asked": asked.record(answerer, self.generation)}
