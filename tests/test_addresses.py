@@ -16,7 +16,8 @@ from llavamed_jax.keys import flatten
 from llavamed_jax.utils import paths
 
 ROOT = Path(__file__).resolve().parent.parent
-CONFIGS = [path for path in sorted((ROOT / "configs").rglob("*.py"))]
+CONFIGS = sorted((ROOT / "configs").rglob("*.py"))
+CONFIG = str(ROOT / "configs" / "demo.py")
 COMMANDS = {"train": train.main, "eval": eval_cli.main, "convert": convert_cli.main, "chat": chat.main,
             "verify-release": verify_release.main}
 # Flags of the commands that name something else than a path.
@@ -148,10 +149,15 @@ def test_scripts_refuse_them_too():
 @pytest.mark.parametrize("encoding, path, hint", [
     ("utf-8", "a\udcff", ""), ("ascii", "\udcc3\udcbc", r" \(the locale's encoding is ascii: set PYTHONUTF8=1\)"),
     ("iso8859-1", "\xc3\xbc", r" \(the locale's encoding is iso8859-1: set PYTHONUTF8=1\)")])
-def test_folders_whose_names_are_not_utf8(encoding, path, hint, monkeypatch):
+def test_paths_that_are_not_utf8(encoding, path, hint, monkeypatch):
     monkeypatch.setattr(os, "fsencode", lambda text: text.encode(encoding, "surrogateescape"))
     monkeypatch.setattr(paths.sys, "getfilesystemencoding", lambda: encoding)
-    with pytest.raises(UsageError, match=f"--workdir is .*; a name in UTF-8 was expected{hint}$"):
-        paths.refuse_other_encodings("--workdir", path)
-    paths.refuse_other_encodings("--workdir", "plain")
-    paths.refuse_other_encodings("--workdir", None)
+    for value in (path, Path(path), [dict(path="plain", images=path)]):
+        with pytest.raises(UsageError, match=f"--workdir is .*; a name in UTF-8 was expected{hint}$"):
+            paths.check("--workdir", value)
+    for call in (lambda: lm.load(path), lambda: lm.load("preset:small", tokenizer=path), lambda: lm.Processor.load(path),
+                 lambda: common.load_config(CONFIG, [f"init={path}"])):
+        with pytest.raises(UsageError, match=f"a name in UTF-8 was expected{hint}"):
+            call()
+    for value in ("plain", None, 3, ["plain", 1.5, None], {}):
+        paths.check("--workdir", value)

@@ -16,7 +16,7 @@ from pathlib import Path
 from llavamed_jax import terminal
 from llavamed_jax.checkpoints.torch_files import weight_map
 from llavamed_jax.errors import UsageError, UserError, cut, exists
-from llavamed_jax.utils.paths import refuse_address
+from llavamed_jax.utils.paths import check
 
 _TEXT = ["*.json", "*.jinja", "*.model", "README.md", "LICENSE*", "llavamed_jax/*"]
 
@@ -29,7 +29,7 @@ def local(path: str | Path, weights: bool = True) -> Path:
     Raises:
       UserError: a name that is no directory here and that the hub does not give, with the reason.
     """
-    refuse_address("the path", path)
+    check("the path", path)
     if not exists(path) and is_hub_name(path):
         return _fetch(str(path), weights)
     try:

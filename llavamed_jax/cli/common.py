@@ -131,11 +131,8 @@ class Parser(argparse.ArgumentParser):
             self.error(f"the argument {short(strange)} holds a NUL character")
         found, rest = super().parse_known_args(args, namespace)
         for action in self._actions:
-            flag, value = (*action.option_strings, action.metavar or action.dest)[0], getattr(found, action.dest, None)
             if action.metavar not in _NO_PATHS:
-                paths.refuse_address(flag, value)
-            if action.metavar == "DIR":
-                paths.refuse_other_encodings(flag, value)
+                paths.check((*action.option_strings, action.metavar or action.dest)[0], getattr(found, action.dest, None))
         return found, rest
 
     def parse_with_overrides(self, argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -192,7 +189,7 @@ def load_config(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
         _apply(config, override)
     for key in leaf_keys(config):
         if key.rpartition(".")[2] not in _NO_PATH_KEYS:
-            paths.refuse_address(f"the config key {key!r}", config[key])
+            paths.check(f"the config key {key!r}", config[key])
     strange = next((key for key in leaf_keys(config) if "\0" in _texts(config[key])), None)
     if strange is not None:
         raise UsageError(f"the config key {strange!r} holds a NUL character, which no path and no text may")

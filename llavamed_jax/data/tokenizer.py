@@ -23,7 +23,7 @@ from llavamed_jax.checkpoints.special_tokens import FILES, SpecialTokens, Token,
 from llavamed_jax.data.tokenizer_backends import SentencePiece, Tokenizers
 from llavamed_jax.data.tokenizer_generations import say_differences
 from llavamed_jax.errors import UsageError, UserError, cut
-from llavamed_jax.utils.paths import refuse_address
+from llavamed_jax.utils import paths
 
 TOKENIZERS = ("tokenizer.model", "tokenizer.json")  # what `find_tokenizer` looks for, in this order
 _CORE = ("bos_token", "eos_token", "unk_token")
@@ -206,7 +206,7 @@ class Tokenizer:
         Raises:
           UserError: no tokenizer there, or a file that cannot be read.
         """
-        refuse_address("the tokenizer", path)
+        paths.check("the tokenizer", path)
         path = Path(path)
         try:
             path.stat()

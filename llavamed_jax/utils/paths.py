@@ -18,37 +18,31 @@ def is_address(path: object) -> bool:
     return isinstance(path, str) and re.match(r"\s*[A-Za-z][\w.+-]*://", path) is not None
 
 
-def refuse_address(name: str, value: Any) -> None:
-    """Raises UsageError where a path, or one inside lists and mappings, is an address.
+def check(name: str, value: Any) -> None:
+    """Raises UsageError where a path, or one inside lists and mappings, is an address, or a name that is not UTF-8.
 
+    A name is not, where its bytes are of another encoding, and where Python takes them for another by the locale. Libraries in
+    C++ (SentencePiece, TensorStore) would not find it, or would write to another place.
     Args:
       name: what the error calls it: `--workdir`, or `the config key 'init'`.
+      value: numbers and None are no paths.
     """
     if is_address(value):
         raise UsageError(f"{name} is {short(value)}, an address; buckets and the web are neither read nor written yet, and a path "
                          "on this machine was expected")
-    if isinstance(value, Mapping):
-        value = list(value.values())
-    if isinstance(value, (list, tuple)):
-        for each in value:
-            refuse_address(name, each)
-
-
-def refuse_other_encodings(name: str, path: str | None) -> None:
-    """Raises UsageError for a folder whose name is not UTF-8: libraries in C++ would write to another one, or fail.
-
-    It is not, where its bytes are of another encoding, and where Python takes them for another by the locale.
-    """
-    if path is None:
-        return
-    try:
-        is_utf8 = os.fsencode(path) == path.encode()
-    except UnicodeEncodeError:  # bytes that the locale's encoding does not have, or characters that it lacks
-        is_utf8 = False
-    if not is_utf8:
+    if isinstance(value, (str, Path)) and not _is_utf8(str(value)):
         encoding = sys.getfilesystemencoding()
         hint = "" if encoding == "utf-8" else f" (the locale's encoding is {encoding}: set PYTHONUTF8=1)"
-        raise UsageError(f"{name} is {short(path)}; a name in UTF-8 was expected{hint}")
+        raise UsageError(f"{name} is {short(str(value))}; a name in UTF-8 was expected{hint}")
+    for each in value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ():
+        check(name, each)
+
+
+def _is_utf8(path: str) -> bool:
+    try:
+        return os.fsencode(path) == path.encode()
+    except UnicodeEncodeError:  # bytes that are no characters, or characters that the locale's encoding lacks
+        return False
 
 
 def local(text: str) -> Path:
