@@ -179,6 +179,7 @@ def exchange(a, b):
 TREE = ["--checkpoint", "tree"]
 TOWER = ["--vision_tower", "other-tower"]
 OWN_TOKENIZER = ["--tokenizer", "tokenizer"]
+OWN_TOKENIZER_FILE = ["--tokenizer", "tokenizer/tokenizer.model"]
 # What is changed -> (flags of both starts, the change, more flags of the second, what the sentence names).
 CHANGES = {
     "config.json": ([], lambda: edit("model/config.json", rms_norm_eps=2e-5), [], "the file config.json"),
@@ -216,10 +217,17 @@ CHANGES = {
                          "the file vision tower: config.json"),
     "a tower's preprocessor": (TOWER, lambda: edit("other-tower/preprocessor_config.json", note=1), [],
                                "vision tower: preprocessor_config"),
+    "a tower's processor": (TOWER, lambda: write_json(Path("other-tower/processor_config.json"), {"image_processor": PREPROCESSOR}), [],
+                            "the file vision tower: processor_config.json (not there then)"),
     "a tower of a tree": (TREE + TOWER, lambda: edit_tensor("other-tower/model.safetensors", 40), [],
                           "the file vision tower: model.safetensors"),
     "a tokenizer that was named": (OWN_TOKENIZER, lambda: edit("tokenizer/tokenizer_config.json", note=1), [],
                                    "the file tokenizer: tokenizer_con"),
+    "what lies beside a tokenizer that was named": (
+        OWN_TOKENIZER_FILE, lambda: edit("tokenizer/tokenizer_config.json", note=1), [], "the file tokenizer: tokenizer_con"),
+    "a chat template among several": (
+        [], lambda: write_json(Path("model/additional_chat_templates/default.jinja"), "x"), [],
+        "the file additional_chat_templates/default.jinja (not there then)"),
     "--vision_tower": ([], None, TOWER, "--vision_tower (not there then)"),
     "--tokenizer": ([], None, OWN_TOKENIZER, "--tokenizer (not there then)"),
     "--template": ([], None, ["--template", "v1.0:simple"], "--template (not there then)"),
@@ -239,6 +247,8 @@ CHANGES = {
                                          conversations=[{"from": "human", "value": "Why?\n<image>"},
                                                         {"from": "gpt", "value": "x"}]), [],
                    "question 32"),
+    "one letter of a question": ([], lambda: edit_question(11, conversations=[
+        {"from": "human", "value": "what is 2 of 3?\n<image>"}, {"from": "gpt", "value": "x"}]), [], "question 32"),
     "an id": ([], lambda: edit_question(11, id=99), [], "question 99 (not there then)"),
     "which image is asked about": ([], lambda: edit_question(11, image="0.png"), [], "the image 0.png"),
     "the order of the questions": ([], lambda: reverse_questions(), [], "the order of the questions"),
