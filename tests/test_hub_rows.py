@@ -109,6 +109,8 @@ def test_the_hubs_cache_and_columns_name_a_set(hub):
     assert len(read_slake(root, "test", "zh")) == 1 and len(read_slake(root, "test", "all")) == 2
     assert layouts.named_by_parquet(hub("r", test=[row(phrase_type="freeform", image_organ="HEAD")])) == "vqa_rad"
     assert layouts.named_by_parquet(hub("one", test=[row(modality="CT")])) is None, "a column of other sets too"
+    for column in ("location", "q_lang", "phrase_type", "img_id"):
+        assert layouts.named_by_parquet(hub(f"one {column}", test=[row(**{column: "x"})])) is None, "one column is no sign"
     assert layouts.named_by_parquet(hub("both", card=CARDS["pathvqa"],
                                         test=[row(**slake)])) is None, "two signs of two sets"
 

@@ -132,8 +132,12 @@ def test_multiple_choice_may_be_asked_elsewhere_without_its_options():
     sample = question(1, text="Where?\nA. left\nB. right\nAnswer with the letter.", kind="CHOICE",
                       options=("left", "right"))
     check_asked([sample], [line(1, prompt="Where?")])
-    with pytest.raises(UserError, match="another prompt"):
-        check_asked([sample], [line(1, prompt="What?")])
+    for prompt in ("What?", "", " <image>\n"):
+        with pytest.raises(UserError, match="another prompt"):
+            check_asked([sample], [line(1, prompt=prompt)])
+    for kind in ("OPEN", "CLOSED"):  # half a question is another one
+        with pytest.raises(UserError, match="another prompt"):
+            check_asked([question(1, text="Is it large or small?", kind=kind)], [line(1, prompt="Is it large")])
 
 
 def test_an_image_out_of_parquet_has_a_name_of_ours():

@@ -196,6 +196,14 @@ def test_what_is_no_key_stays():
     twice = Secrets(["0123456789", "0123456789abc"])
     assert secrets.clean("It is sk-proj-01234567") == "It is [key]", "an answer that its limit of tokens has cut"
     assert twice.clean("0123456789abc 0123456789ab") == "[key] [key]ab", "the longer one first"
+    assert secrets.clean("It is SK-PROJ-01234567") == "It is [key]", "cut, and in other letters"
+    begins_twice = Secrets(["abababab0123456789"])
+    assert begins_twice.clean("ababababab0123456789") == "ab[key]", "what looks like its start may lie over its start"
+    odd = "~~~???>>>~~~???>>>"
+    for encode in (base64.b64encode, base64.urlsafe_b64encode):
+        for before in (b"", b"x", b"xy"):
+            text = encode(before + odd.encode() + b"yx").decode()
+            assert set("+/-_") & set(text) and "[key]" in Secrets([odd]).clean(text), (encode, before)
 
 
 def test_no_log_of_a_library_has_it_either(asked, tmp_path):

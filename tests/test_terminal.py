@@ -49,6 +49,7 @@ def test_what_is_cleaned_and_what_stays():
     assert terminal.clean("dos\r\nlines\r\n") == "dos\nlines\n"
     assert terminal.sentence("a\nerror: b\tc") == r"a\nerror: b\tc"
     assert terminal.clean("\u2028\u2029\x85\x0b\x0c\ufeff\u061c") == r"\u2028\u2029\x85\x0b\x0c\ufeff\u061c"
+    assert terminal.clean("a\U000e0041\U000e007fb\ufff9\ufffb\u206f") == r"a\U000e0041\U000e007fb\ufff9\ufffb\u206f", "tags, annotations"
 
 
 class Terminal(io.StringIO):
