@@ -44,7 +44,7 @@ def test_ids_and_rows_and_the_way_back(rows, tied, tmp_path):
         assert found.files["tokenizer.model"].read_bytes() == SAMPLE_TOKENIZER.read_bytes()
 
 
-@pytest.mark.parametrize("rows", [1025, 1100, 1023])
+@pytest.mark.parametrize("rows", [1025, 1023])
 def test_logits_ids_and_tokens_in_transformers(rows, tmp_path):
     torch = pytest.importorskip("torch", reason="torch's CPU build is not installed")
     transformers = pytest.importorskip("transformers")
@@ -70,7 +70,7 @@ def test_logits_ids_and_tokens_in_transformers(rows, tmp_path):
     found = ours.logits([ids], pixels)
     np.testing.assert_allclose(theirs[..., :real], found[..., :real], atol=2e-5 * max(1, found.std()), rtol=0)
     length = next((i for i, token in enumerate(new) if token >= real), len(new))  # a row that no token has may win, of random ones
-    assert length >= 3 or rows == 1100
+    assert length >= 3
     assert ours.generate_tokens([row], [list(pixels)], max_new_tokens=10)[0][:length] == new[:length]
 
 
