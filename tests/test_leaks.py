@@ -198,7 +198,8 @@ def test_what_is_no_key_stays():
     assert twice.clean("0123456789abc 0123456789ab") == "[key] [key]ab", "the longer one first"
     assert secrets.clean("It is SK-PROJ-01234567") == "It is [key]", "cut, and in other letters"
     begins_twice = Secrets(["abababab0123456789"])
-    assert begins_twice.clean("ababababab0123456789") == "ab[key]", "what looks like its start may lie over its start"
+    for text in ("ababababab0123456789", "ababababab01234567", "ababababab%30123456789"):
+        assert begins_twice.clean(text) == "ab[key]", "what looks like its start may lie over its start"
     odd = "~~~???>>>~~~???>>>"
     for encode in (base64.b64encode, base64.urlsafe_b64encode):
         for before in (b"", b"x", b"xy"):
