@@ -245,14 +245,21 @@ def reply(message, finish="stop", **more):
     (reply({"content": "a"}), "a", "stop"), (reply({"content": ""}), "", "stop"), (reply({"content": None}, "length"), "", "length"),
     (reply({}, "content_filter"), "", "content_filter"), (reply({"content": None, "refusal": "I cannot."}), "I cannot.", "stop"),
     (reply({"content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}), "ab", "stop"),
-    (reply({"content": "a"}, None, usage=None), "a", "stop")])
+    (reply({"content": "a"}, None, usage=None), "a", "stop"),
+    # vLLM's issues 30139 and 45736: its parser takes all of the text for reasoning. Asking again would change nothing.
+    (reply({"content": None, "reasoning_content": "I think yes"}), "", "reasoning_only"),
+    (reply({"content": "", "reasoning": "I think yes"}), "", "reasoning_only"),
+    (reply({"content": None, "reasoning": "I thi"}, "length"), "", "length"),
+    (reply({"content": "yes", "reasoning_content": "I think yes"}), "yes", "stop"),
+    (reply({"content": "", "reasoning_content": None}), "", "stop")])
 def test_replies_with_a_text(body, text, finish):
     assert replies.read_reply(body) == replies.Reply(text, finish)
 
 
 @pytest.mark.parametrize("body", [
     b"", b"ok", b"[]", b"null", b"\xff", b'{"choices": null}', b'{"choices": [7]}', b'{"choices": [{}]}', b'{"choices": "text"}',
-    reply({"content": None}), reply({"content": 7}), reply({"content": []}), reply("text")])
+    reply({"content": None}), reply({"content": None, "reasoning_content": ""}),
+    reply({"content": 7}), reply({"content": []}), reply("text")])
 def test_replies_that_are_none(body):
     with pytest.raises(replies.PassingError, match="its reply"):
         replies.read_reply(body)

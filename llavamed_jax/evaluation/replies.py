@@ -23,6 +23,7 @@ _NOTHING_SECRET = Secrets(())
 _MAY_PASS = (408, 409, 425, 429)  # and all from 500 on
 _NEVER_PASS = ("insufficient_quota", "billing_hard_limit_reached")  # codes of a 429 that waiting does not mend
 _WITHHELD = ("content_filter", "content_policy_violation")  # codes of a 400: the service answers, with nothing
+_REASONING = ("reasoning_content", "reasoning")  # where vLLM puts it, before and since its version 0.11
 _ENDS_ALL = (401, 402, 404)  # whatever is asked: a wrong key, nothing paid, no such model
 _ENDS_ALL_AT_START = (403, 405)  # later they may be about one request
 
@@ -59,8 +60,8 @@ def read_reply(body: bytes, secrets: Secrets = _NOTHING_SECRET) -> Reply:
     """The first choice of a chat completion, without what is secret.
 
     Its text is the message's content, as a text or as a list of parts; else its refusal. It may be empty where the server
-    says so: a model can end at once. Content that is absent is an empty answer only where the limit of tokens or a filter
-    explains it.
+    says so: a model can end at once. Content that is absent is an empty answer only where the limit of tokens, a filter
+    or a text of reasoning explains it; the last is `reasoning_only` as its `finish_reason`.
 
     Raises:
       PassingError: a reply that is not JSON, without a choice, or without a text.
@@ -79,6 +80,8 @@ def read_reply(body: bytes, secrets: Secrets = _NOTHING_SECRET) -> Reply:
     text = _text(message) if isinstance(message, dict) else None
     if text is None and finish in ("length", "content_filter"):
         text = ""
+    if not text and isinstance(message, dict) and any(message.get(key) for key in _REASONING):
+        text, finish = "", "reasoning_only" if finish == "stop" else finish
     if text is None:
         raise PassingError("no text", f"its reply has no text (finish_reason {finish})")
     usage = data.get("usage") if isinstance(data.get("usage"), dict) else {}
