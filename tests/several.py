@@ -19,8 +19,9 @@ def two(module, *arguments, only_second=(), **environment):
     """Both processes of a run, started; the second one with some flags more."""
     address = f"127.0.0.1:{free_port()}"
     several = lambda k: ["--coordinator", address, "--num_processes", "2", "--process_id", str(k)]
+    here = {name: value for name, value in os.environ.items() if "proxy" not in name.lower()}  # of which jax would warn on stderr
     return [subprocess.Popen([sys.executable, "-m", module, *arguments, *(only_second if k else ()), *several(k)],
-                             cwd=ROOT, env={**os.environ, **environment},
+                             cwd=ROOT, env={**here, **environment},
                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for k in range(2)]
 
 

@@ -56,10 +56,10 @@ def test_the_length_that_is_typed_counts_in_a_recipe_of_epochs(overrides, wanted
 
 
 def test_an_argument_that_a_key_overrules_is_said(capsys):
-    assert train_command._configured(f"{CONFIGS}/vqa_rad.py:epochs=9,protocol=paper", ["epochs=5", "data.protocol=clean"]).epochs == 5
+    assert train_command._configured(f"{CONFIGS}/vqa_rad.py:epochs=9,protocol=paper", ["epochs=5", "protocol=clean"]).epochs == 5
     out = capsys.readouterr().out
     assert "epochs is 5, as --config.epochs says: epochs=9 behind the recipe is not used" in out
-    assert "data.protocol is clean, as --config.data.protocol says: protocol=paper behind the recipe is not used" in out
+    assert "protocol is clean, as --config.protocol says: protocol=paper behind the recipe is not used" in out
     assert train_command._configured(f"{CONFIGS}/vqa_rad.py:epochs=9", ["total_steps=5"]).total_steps == 5
     assert "epochs, which is 9 in the recipe, is left open" in capsys.readouterr().out
     train_command._configured(f"{CONFIGS}/vqa_rad.py:epochs=9", ["epochs=9"])

@@ -68,9 +68,8 @@ def _configured(spec: str, overrides: Sequence[str]):
     typed = dict(override.partition("=")[::2] for override in overrides)
     for argument in spec.partition(":")[2].split(","):
         name, _, value = argument.partition("=")
-        key = {"epochs": "epochs", "protocol": "data.protocol"}.get(name)
-        if typed.get(key, value) != value:
-            print(f"{key} is {typed[key]}, as --config.{key} says: {argument} behind the recipe is not used", flush=True)
+        if name in ("epochs", "protocol") and typed.get(name, value) != value:
+            print(f"{name} is {typed[name]}, as --config.{name} says: {argument} behind the recipe is not used", flush=True)
     lengths = ("epochs", "total_steps")
     if any(key not in config or config[key] is None for key in lengths):
         return config
