@@ -137,6 +137,24 @@ def test_a_wrong_base_is_named_before_anything_is_written(case, tmp_path, capsys
     assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "delta"]
 
 
+@pytest.mark.parametrize("direction", ["apply-delta", "make-delta"])
+def test_a_base_of_the_same_shapes_that_computes_otherwise_is_warned_of(direction, pair, tmp_path, capsys):
+    """LLaMA 2 under v1.0's delta (LLaVA-Med's issue 44): nothing but its config tells it from LLaMA."""
+    assert main(["make-delta", "--base", str(tmp_path / "base"), "--target", str(tmp_path / "target"),
+                 "--out", str(tmp_path / "delta")]) == 0
+    assert "another base" not in capsys.readouterr().err
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    eps, positions = config["rms_norm_eps"], config["max_position_embeddings"]
+    config |= {"rms_norm_eps": 10 * eps, "max_position_embeddings": 2 * positions}
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+    kind = direction.partition("-")[0]
+    other = "delta" if kind == "apply" else "target"
+    assert main([direction, "--base", str(tmp_path / "base"), f"--{other}", str(tmp_path / other), "--out", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr().err
+    assert (f"may be another base than that of {tmp_path / other}, whose shapes it has: rms_norm_eps is {10 * eps} there and {eps} in "
+            f"the {other}; max_position_embeddings is {2 * positions} there and {positions} in the {other}") in said
+
+
 def test_a_target_with_tensors_of_its_own_is_no_target(tmp_path):
     base = tiny.drawn(tiny.decoder_shapes(tiny.LLAMA))
     tiny.save(tmp_path / "base", tiny.LLAMA, base)

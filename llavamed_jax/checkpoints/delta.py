@@ -20,10 +20,12 @@ from llavamed_jax.checkpoints.reader import TEXT_FILES
 from llavamed_jax.checkpoints.soundness import Tally, is_finite
 from llavamed_jax.checkpoints.torch_files import Tensor, read_weights, refuse_adapter
 from llavamed_jax.checkpoints.writer import Progress, total_bytes, write_safetensors
-from llavamed_jax.errors import UserError, at, some
+from llavamed_jax.errors import UserError, at, short, some, warn
 
 _TABLE = "model.embed_tokens.weight"
 _VOCABULARY = (_TABLE, "lm_head.weight")
+# Facts of a config that training leaves as they are; LLaMA 2 differs from LLaMA in the first two.
+_OF_THE_BASE = ("rms_norm_eps", "max_position_embeddings", "hidden_act", "num_attention_heads", "rope_theta", "rope_scaling")
 _VERBATIM = ("model.mm_projector.", "model.vision_tower.")  # what a plain decoder has nothing to subtract from
 
 
@@ -58,6 +60,7 @@ def _write(base, other, out, operation: np.ufunc, what: str, progress: Progress)
     ours, theirs = (_weights(directory) for directory in (base, other))
     _check(base, ours, what, other, theirs)
     _check_config(other, config, theirs)
+    _warn_of_base(base, what, other, config)
     config |= dict.fromkeys({"torch_dtype", *({"dtype"} & config.keys())}, "float16")  # transformers 5 writes `dtype`
     tally = Tally()
     tensors = {name: _combined(name, ours.get(name), tensor, operation, tally) for name, tensor in theirs.items()}
@@ -112,6 +115,16 @@ def _check_config(other: Path, config: Mapping[str, object], theirs: Mapping[str
     for key, found in (("vocab_size", rows), ("hidden_size", width), ("num_hidden_layers", _layers(theirs))):
         if config.get(key) != found:
             raise UserError(f"{other / 'config.json'} has {key} {config.get(key)!r} where its tensors have {found}")
+
+
+def _warn_of_base(base: Path, what: str, other: Path, config: Mapping[str, object]) -> None:
+    """Says where a base of the right shapes computes otherwise than its delta's config: LLaMA 2 is not LLaMA, and what comes
+    of it answers nonsense."""
+    raw = read_json(base / "config.json")
+    differ = [key for key in _OF_THE_BASE if key in raw and key in config and raw[key] != config[key]]
+    if differ:
+        said = "; ".join(f"{key} is {short(raw[key])} there and {short(config[key])} in {what}" for key in differ)
+        warn(f"{base} may be another base than that of {other}, whose shapes it has: {said}")
 
 
 def _layers(tensors: Mapping[str, Tensor]) -> int:
