@@ -159,8 +159,8 @@ def test_a_planted_key_is_found_nowhere(name, asked, tmp_path, monkeypatch, caps
         words = [["--endpoint", server.url, "--model", "tiny"],
                  ["--predictions", str(tmp_path / "p.jsonl"), f"--config.judge.endpoint={server.url}", "--config.judge.model=tiny",
                   "--config.judge.retries=1"]]
-        for more in words:
-            status = cli.main([*asked, *more])
+        for workdir, more in zip(("out", "judged"), words, strict=True):
+            status = cli.main([*asked[:-1], str(tmp_path / workdir), *more])
             said = "".join(capsys.readouterr())
             assert status in (0, 1) and "Traceback" not in said and (status == 0 or "error: " in said), said
             assert not leaks(said + all_text(tmp_path), key)

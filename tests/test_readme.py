@@ -38,7 +38,7 @@ def parsed(monkeypatch):
 
     def run(line):
         words = words_of(line)
-        program = {"train.py": train_cli.train, "eval.py": eval_cli.program, "-m": convert_cli._program}[words[1]]
+        program = {"train.py": train_cli.train, "eval.py": eval_cli.program, "-m": convert_cli.program}[words[1]]
         monkeypatch.setattr(common.Parser, "parse_known_args", keep)
         with pytest.raises(Kept) as caught:
             program(words[3:] if words[1] == "-m" else words[2:])

@@ -65,6 +65,7 @@ def test_every_way_to_print_is_cleaned(monkeypatch):
     log = logging.getLogger("tests.terminal")
     older = logging.StreamHandler()  # made before, as absl's is by an import
     monkeypatch.setattr(log, "handlers", [older])
+    monkeypatch.setattr(log, "propagate", False)  # pytest's own record of it would go to another process, in UTF-8
     with terminal.cleaned():
         print("print", HOSTILE, file=sys.stderr)
         log.warning("log %s", HOSTILE)
