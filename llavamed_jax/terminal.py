@@ -25,6 +25,7 @@ _UNPRINTABLE = re.compile(
     "\U000e0000-\U000e007f]"
 )
 _BAR = re.compile("\r|\n*(?:\x1b\\[A)+")  # tqdm moves the cursor to the start of the line, or up
+_NUMBERS = {"stdout": 1, "stderr": 2}  # file descriptors
 _hidden: list[Callable[[str], str]] = []
 
 
@@ -94,7 +95,8 @@ def install() -> Callable[[], None]:
         setattr(sys, name, screen)
     moved = []
     for handler in _stream_handlers():  # handlers made before this call hold the old streams
-        name = next((name for name, stream in earlier.items() if handler.stream is stream), None)
+        name = next((name for name, stream in earlier.items()
+                     if handler.stream is stream or _number(handler.stream) == _NUMBERS[name]), None)
         if name is not None:
             moved.append((handler, handler.setStream(screens[name])))
 
@@ -125,6 +127,14 @@ def cleaned() -> Iterator[None]:
         undo()
         raise
     undo()
+
+
+def _number(stream: TextIO) -> int | None:
+    """The file descriptor of a stream, None where it has none."""
+    try:
+        return stream.fileno()
+    except (AttributeError, OSError, ValueError):
+        return None
 
 
 def _stream_handlers() -> Iterator[logging.StreamHandler]:
