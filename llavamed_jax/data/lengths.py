@@ -20,6 +20,7 @@ from llavamed_jax.data.datasets import TrainingData
 from llavamed_jax.data.processor import Processor
 from llavamed_jax.data.records import load_arrays, save_whole
 from llavamed_jax.errors import UsageError, UserError
+from llavamed_jax.utils import signals
 
 BLOCK = 512  # records that are measured together
 FORMAT = 4  # of what is kept; to be raised when samples become longer or shorter
@@ -97,7 +98,7 @@ def measure(data: TrainingData, processor: Processor, max_length: int, num_worke
         return known
     count = -(-data.num_records // BLOCK)
     make = _Measure(data, processor, max_length)
-    blocks = workers.in_order(make, count, num_workers) if is_large and num_workers else map(make, range(count))
+    blocks = workers.in_order(make, count, num_workers) if is_large and num_workers else map(make, signals.checked(range(count)))
     parts = []
     try:
         for part in tqdm(blocks, "measuring samples", count, unit_scale=BLOCK, disable=None if is_large else True):

@@ -7,19 +7,17 @@ many workers there are, and where the stream stands is two counts, which any lat
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-import grain
 import numpy as np
 
 from llavamed_jax.config import IGNORE
 from llavamed_jax.data import transforms, workers
 from llavamed_jax.data.datasets import TrainingData
-from llavamed_jax.data.packing import Plan
+from llavamed_jax.data.packing import Layout, Plan
 from llavamed_jax.data.processor import Processor
-from llavamed_jax.errors import UserError
+from llavamed_jax.errors import UserError, warn
 
 _ENDLESS = 2**40
 SKIP_LIMIT = 0.5
@@ -82,6 +80,7 @@ class Loader:
     Attributes:
       skipped: samples that could not be used, as {"id", "epoch", "image", "reason"}: first the damaged records, once (epoch
         and image None), then each whose image cannot be read as it is met. The other samples of a row move up.
+      on_wait: called with the seconds for which a batch has been waited for (`workers.InOrder`).
       truncated, surplus, unsupervised: samples so far that were cut, images that were left out, samples that teach nothing
         (see `conversation.supervise`).
     """
@@ -90,9 +89,8 @@ class Loader:
         self._make, self._workers, self._on_skip, self._skip_limit = make, num_workers, on_skip, skip_limit
         self._place = make.start
         self._records = make.data.fingerprint()
-        self._running: list[grain.DatasetIterator] = []  # the one iterator, once started
-        # Closes it with this object or, before modules are torn down (grain's destructors need them), with the program.
-        weakref.finalize(self, _close, self._running)
+        self.on_wait: Callable[[float], object] = lambda waited: None
+        self._running: list[workers.InOrder] = []  # the one iterator, once started
         self.skipped: list[dict] = []
         self._broken: set[int] = set()  # records of which an image was broken: ids may be equal
         found = make.plan.lengths
@@ -108,12 +106,14 @@ class Loader:
         """The next batch.
 
         Raises:
-          UserError: too many samples had to be skipped, or a whole epoch of an endless stream had no supervised token.
+          UserError: too many samples had to be skipped, or a whole epoch of an endless stream had no supervised token; a worker died or
+            gives nothing (`workers.WorkerError`). Stopped: of `on_wait`.
         """
         if not self._running:
             self._running.append(self._start())
         if self._place == (0, 0) and 0 in self._make.part:  # a run that goes on has listed them before; one of several processes does
             self._skip([{**entry, "epoch": None, "image": None} for entry in self._make.plan.lengths.damaged])
+        self._running[0].on_wait = self.on_wait
         batch, report = next(self._running[0])
         self._place = self._make.plan.walk(*self._place, self._make.plan.layout.rows, self._make.last_epoch)
         self.truncated += int(report["truncated"])
@@ -188,9 +188,10 @@ class Loader:
 
     def close(self) -> None:
         """Ends the worker processes. They also end with this object, with the program, and when the program dies."""
-        _close(self._running)
+        while self._running:
+            self._running.pop().close()
 
-    def _start(self) -> grain.DatasetIterator:
+    def _start(self) -> workers.InOrder:
         make, count = self._make, _ENDLESS
         if make.last_epoch is not None:
             epoch, row = make.start
@@ -199,9 +200,19 @@ class Loader:
         return workers.in_order(make, count, self._workers)
 
 
-def _close(running: list[grain.DatasetIterator]) -> None:
-    while running:
-        running.pop().close()
+def row_bytes(layout: Layout, image_size: int | None) -> int:
+    """Bytes of a row of a batch (`transforms.empty_batch`)."""
+    return 4 * 4 * layout.row_length + 3 * (image_size or 0) ** 2 * layout.image_slots
+
+
+def _fitting(num_workers: int, size: int) -> int:
+    """As many workers as have room for their batches in shared memory; fewer are said."""
+    found = workers.fitting(num_workers, size)
+    if found < num_workers:
+        who = f"{found} of {num_workers} data.workers are started" if found else "batches are made in a thread, without data.workers,"
+        warn(f"{who} because {workers.SHARED} has {workers.free_bytes() / 1e6:.0f} MB free and a worker needs "
+             f"{workers.HELD * size / 1e6:.0f} MB for batches of {size / 1e6:.1f} MB; docker run --shm-size=8g gives more")
+    return found
 
 
 def batches(data: TrainingData, processor: Processor, plan: Plan, max_length: int, *, num_workers: int = 0,
@@ -220,5 +231,6 @@ def batches(data: TrainingData, processor: Processor, plan: Plan, max_length: in
       skip_limit: the share of samples that may have to be skipped for their images.
     """
     part = range(plan.layout.rows + plan.layout.padding_rows) if part is None else part
+    num_workers = _fitting(num_workers, len(part) * row_bytes(plan.layout, processor.image_size))
     make = BatchMaker(data, processor, plan, max_length, (0, 0), None if epochs is None else epochs - 1, tuple(part))
     return Loader(make, num_workers, on_skip, skip_limit)

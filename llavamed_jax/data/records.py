@@ -25,6 +25,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from llavamed_jax.checkpoints.files import parse_json
+from llavamed_jax.data import notes
 from llavamed_jax.data.conversation import IMAGE_MARKER
 from llavamed_jax.errors import UserError, short
 from llavamed_jax.utils.files import open_file
@@ -73,6 +74,7 @@ class FileRecords:
             raise IndexError(i)
         begin, end = map(int, self._offsets[i])
         name = f"record {i} of {self.path}"
+        notes.reading(name)
         try:
             if self._file is None:
                 self._file = open(self.path, "rb", buffering=0)

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from llavamed_jax.config import IGNORE, IMAGE_TOKEN
+from llavamed_jax.data import notes
 from llavamed_jax.data.processor import Processor
 from llavamed_jax.errors import UserError
 
@@ -98,6 +99,7 @@ def read_images(example: Example, processor: Processor) -> tuple[np.ndarray, dic
     """Pixels of an example's images, uint8 [i,H,W,3], or which image is broken and why."""
     arrays = []
     for source in example.images:
+        notes.reading(source)
         try:
             arrays.append(processor.images_uint8([source])[0])
         except UserError as error:

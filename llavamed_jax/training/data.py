@@ -232,7 +232,7 @@ class _Rows:
     def _padded(self, layout: packing.Layout) -> packing.Layout:
         layout = replace(layout, padding_rows=-layout.rows % self.multiple)
         rows, size = (layout.rows + layout.padding_rows) / jax.process_count(), self.config.vision.image_size
-        needed = rows * (4 * 4 * layout.row_length + 3 * size * size * layout.image_slots)  # see `transforms.empty_batch`
+        needed = rows * loader.row_bytes(layout, size)
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         if needed > memory:
             raise UsageError(f"the config key 'batch_size' is {self.cfg.batch_size}: {rows:.0f} rows of {layout.row_length} tokens and "

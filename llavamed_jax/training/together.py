@@ -13,6 +13,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from llavamed_jax.errors import UserError
 from llavamed_jax.parallel import distributed
+from llavamed_jax.utils import signals
+
+PATIENCE_S = 10.0  # for a batch, once the run was asked to stop
 
 
 class Together:
@@ -39,6 +42,18 @@ class Together:
     def is_save_due(self) -> bool:
         """Whether `every_minutes` are over."""
         return self._is_late() if self._is_alone else self._agreed["save"]
+
+    def on_wait(self, seconds: float) -> None:
+        """To be called while a batch is waited for.
+
+        Raises:
+          Stopped: this process was asked to stop, and is alone. TimeoutError: it is not, so that the others wait for it, and the batch
+            does not come.
+        """
+        if self._is_asked() and self._is_alone:
+            raise signals.Stopped("stopped while a batch was waited for")
+        if self._is_asked() and seconds > PATIENCE_S:
+            raise TimeoutError
 
     def saved(self) -> None:
         """A step was saved just now."""

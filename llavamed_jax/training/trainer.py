@@ -17,6 +17,7 @@ from llavamed_jax.checkpoints import base, store
 from llavamed_jax.checkpoints.load import flatten
 from llavamed_jax.checkpoints.reader import Checkpoint
 from llavamed_jax.data.loader import Loader
+from llavamed_jax.data.workers import WorkerError
 from llavamed_jax.errors import UsageError, UserError, some
 from llavamed_jax.models.llava import abstract_params
 from llavamed_jax.parallel import distributed
@@ -200,27 +201,37 @@ class Run:
                                      self.cfg.micro_batches, program.weighting)
         eval_step = make_eval_step(loss_fn, program.mesh)
         reader = self._reader(together)
+        self.batches.on_wait = together.on_wait
         saved_step = self.step
         together.saved()
         with Profiler(watch.profile, self.workdir, self.log) as profiler:
-            while self.step < self.total_steps and not together.is_stopping:
-                profiler.before(self.step + 1, reader.drain)
-                self._update(train_step, reader)
-                profiler.after(self.step, reader.drain)
-                if watch.sampler is not None and self.cfg.samples_every and self._is_due(self.cfg.samples_every):
+            try:
+                while self.step < self.total_steps and not together.is_stopping:
+                    profiler.before(self.step + 1, reader.drain)
+                    self._update(train_step, reader)
+                    profiler.after(self.step, reader.drain)
+                    if watch.sampler is not None and self.cfg.samples_every and self._is_due(self.cfg.samples_every):
+                        reader.drain()
+                        self.log.samples(self.step, watch.sampler(self._snapshot()))
+                        reader.restart_clock()
+                    is_due = self._is_due(self.cfg.checkpoint.every_steps)
+                    if is_due or together.is_save_due:
+                        reader.drain()
+                        self._refuse_nothing()
+                        if is_due and (found := self._judge(eval_step, watch, together)):
+                            self.log.write(self.step, found)
+                        self._save(writer)
+                        reader.restart_clock()
+                        saved_step = self.step
+                        together.saved()
+            except signals.Stopped as stopped:  # what was waited for is done without
+                self.log.say(str(stopped))
+            except WorkerError:
+                if jax.process_count() == 1 and self.step != saved_step:
                     reader.drain()
-                    self.log.samples(self.step, watch.sampler(self._snapshot()))
-                    reader.restart_clock()
-                is_due = self._is_due(self.cfg.checkpoint.every_steps)
-                if is_due or together.is_save_due:
-                    reader.drain()
-                    self._refuse_nothing()
-                    if is_due and (found := self._judge(eval_step, watch, together)):
-                        self.log.write(self.step, found)
                     self._save(writer)
-                    reader.restart_clock()
-                    saved_step = self.step
-                    together.saved()
+                    writer.wait()
+                raise
         if self.step != saved_step:
             reader.drain()
             self._save(writer)

@@ -18,6 +18,8 @@ from llavamed_jax.training.late import IN_FLIGHT, Progress, read
 from llavamed_jax.training.log import MetricsWriter, Sample
 from llavamed_jax.training.state import TrainState
 from llavamed_jax.training.step import place
+from llavamed_jax.training.together import PATIENCE_S
+from llavamed_jax.utils import signals
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,11 @@ Sampler = Callable[[Snapshot], Sequence[Sample]]
 
 def judge(snapshot: Snapshot, state: TrainState, eval_step, evaluators: Sequence[Evaluator], progress: Progress) -> dict[str, float]:
     """The validation loss, weighted as the training loss is, and what the evaluators say; notes in `progress` which step is
-    the best."""
+    the best.
+
+    Raises:
+      Stopped: the run was asked to stop, and validation data do not come.
+    """
     found = {}
     if snapshot.data.validation is not None:
         found["validation_loss"] = loss = _validation_loss(snapshot, state, eval_step)
@@ -60,6 +66,7 @@ def judge(snapshot: Snapshot, state: TrainState, eval_step, evaluators: Sequence
 def _validation_loss(snapshot: Snapshot, state: TrainState, eval_step) -> float:
     parts, under_way = [], collections.deque()
     with contextlib.closing(snapshot.data.validation_batches(snapshot.program.mesh)) as batches:
+        batches.on_wait = _on_wait
         for batch in batches:
             while len(under_way) >= IN_FLIGHT:  # else the devices would fill with batches that wait for their turn
                 parts.append(read(under_way.popleft()))
@@ -68,6 +75,12 @@ def _validation_loss(snapshot: Snapshot, state: TrainState, eval_step) -> float:
     if not count:
         raise UserError(f"no sample of the validation data {snapshot.data.cfg.data.validation} has a supervised token")
     return total / count
+
+
+def _on_wait(seconds: float) -> None:
+    """What comes is used, also after a signal: a run that goes on does not validate this step again."""
+    if signals.is_asked() and seconds > PATIENCE_S:
+        raise signals.Stopped("stopped while validation data were waited for") if jax.process_count() == 1 else TimeoutError
 
 
 class Profiler:
