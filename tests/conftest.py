@@ -68,6 +68,6 @@ def measured(record_property):
         assert found.shape == wanted.shape
         difference = float(np.abs(found - wanted).max() / scale)
         record_property("difference", difference)
-        record_property("tolerance", tolerance)
+        record_property("tolerance", float(tolerance))  # workers send properties as plain numbers
         assert difference <= tolerance, f"{difference:.3g} apart; {tolerance:g} was allowed"
     return check
