@@ -104,7 +104,7 @@ OTHERS = [
      "test_images::test_bad_sources_are_one_sentence"),
     ("transparency is dropped, and what lies beneath it is seen", "kept; current transformers lays it over white", "",
      "test_images::test_transparency_is_dropped_and_not_laid_over_a_colour"),
-    ("an orientation in EXIF is not followed", "kept", "", "test_images::test_an_orientation_in_exif_is_not_followed"),
+    ("an orientation in EXIF is not followed, and that of a TIFF is, by Pillow", "kept", "", "test_images::test_an_orientation_in_exif_is_not_followed"),
     ("v1.5 pads a grey image with 114 when it is asked and with the mean colour when it is trained", "always (122, 116, 104)", "",
      "test_images::test_a_grey_image_is_padded_with_the_colour"),
     ("of several frames or pages the first is seen", "the first, or the one that is named", "`FILE#frame=N`", "test_images::test_frames"),

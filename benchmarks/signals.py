@@ -30,6 +30,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import runs
 from benchmarks.runs import ROOT, Run
+from llavamed_jax.utils.paths import local
 
 UPDATES, SAVE_EVERY, WORKERS = 40, 5, 2
 # Seconds from the last signal to the end, on a machine that does nothing else: two updates and a save; the grace of an evaluation and
@@ -198,7 +199,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--again", type=int, default=10, help="every so many runs are started again and compared; 0: none")
     parser.add_argument("--commands", default="train,eval,export,import,verify")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "signals.jsonl")
+    parser.add_argument("--out", type=local, default=ROOT / "benchmarks" / "results" / "signals.jsonl")
     args = parser.parse_args()
     begun, rows = time.monotonic(), []
     for number in NUMBERS:  # what is ignored here, as by a shell that starts this in the background, would be ignored by the runs

@@ -188,4 +188,5 @@ def test_null_says_nothing(tmp_path):
     shutil.copyfile(SAMPLE, tmp_path / "tokenizer.model")
     for name, content in SETTINGS.items():
         (tmp_path / name).write_text(json.dumps(dict.fromkeys(content) if name != "added_tokens.json" else {}))
-    assert Tokenizer.load(tmp_path).encode("a</s>b") == Tokenizer.load(SAMPLE).encode("a</s>b")
+    wanted = Tokenizer.load(SAMPLE).encode("a</s>b")
+    assert Tokenizer.load(tmp_path).encode("a</s>b") == wanted[1:], "but for add_bos_token: transformers 4 takes null as false"
