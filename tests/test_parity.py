@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from llavamed_jax.config import RopeScaling
-from llavamed_jax.models import attention, layers, llava, projector
+from llavamed_jax.models import attention, layers, llava
 from llavamed_jax.models.llava import Llava
 
 torch = hf.torch
@@ -125,10 +125,6 @@ def vision(**changes):
     return lambda cfg: cfg.replace(vision=dataclasses.replace(cfg.vision, **changes))
 
 
-def tanh_gelu(monkeypatch):
-    monkeypatch.setattr(projector, "gelu", lambda x: jax.nn.gelu(x, approximate=True))
-
-
 def interleaved_heads(monkeypatch):
     """Query head n reads key head n mod K instead of n div G."""
     real = attention.attention
@@ -191,7 +187,8 @@ MUTANTS = [
     ("theta 1e6 -> 999,000", "theta 1e6 at 1,200 positions", decoder(rope_theta=999e3), None),
     ("window 7 -> none", "window shorter than the sequence", decoder(sliding_window=None), None),
     ("window 7 -> 8", "window shorter than the sequence", decoder(sliding_window=8), None),
-    ("projector GELU exact -> tanh", "one image", None, tanh_gelu),
+    ("projector GELU exact -> tanh", "one image",
+     lambda cfg: cfg.replace(projector_act="gelu_pytorch_tanh"), None),
     ("tower quick-GELU -> GELU", "one image", vision(hidden_act="gelu"), None),
     ("feature layer -2 -> -3", "one image", lambda cfg: cfg.replace(feature_layer=-3), None),
     ("class token in place of the last patch", "one image", None, last_token_dropped),
