@@ -66,14 +66,15 @@ class Run:
                             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
         self.segments = segments()
         self.started = time.monotonic()
-        with open(log, "a") as out:
+        with open(log, "a", encoding="utf-8") as out:
             self.process = subprocess.Popen([sys.executable, *words], cwd=ROOT, env=environment, stdout=out, stderr=out,
                                             start_new_session=True)
 
     def finish(self) -> float:
         """Waits for the end; returns the seconds from the start."""
         if self.process.wait() != 0:
-            raise SystemExit(f"error: a run ended with {self.process.returncode}:\n{self.log.read_text()[-2000:]}")
+            said = self.log.read_text(encoding="utf-8", errors="replace")
+            raise SystemExit(f"error: a run ended with {self.process.returncode}:\n{said[-2000:]}")
         return time.monotonic() - self.started
 
     def wait_until(self, moment: float) -> bool:
@@ -121,7 +122,7 @@ class Run:
         mapped = set()
         for folder in Path("/proc").iterdir() if new else ():
             try:
-                maps = (folder / "maps").read_text() if folder.name.isdigit() else ""
+                maps = (folder / "maps").read_text(encoding="utf-8", errors="replace") if folder.name.isdigit() else ""
             except OSError:
                 continue
             mapped |= {name for name in new if f"{SHM}/{name}" in maps}
@@ -134,7 +135,7 @@ def segments() -> set[str]:
 
 def history(workdir: Path) -> list[dict]:
     """What `metrics.jsonl` says of each step, without what depends on the clock."""
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return [{key: value for key, value in line.items() if key not in MEASURED} for line in lines]
 
 

@@ -57,7 +57,7 @@ class Command:
 
 
 def has(pattern: str) -> Callable[[Path, Path], bool]:
-    return lambda _, log: log.exists() and re.search(pattern, log.read_text(errors="replace")) is not None
+    return lambda _, log: log.exists() and re.search(pattern, log.read_text(encoding="utf-8", errors="replace")) is not None
 
 
 def is_saving(folder: Path, _) -> bool:
@@ -100,7 +100,8 @@ def measure(command: Command, folder: Path, cache: Path | None) -> None:
     run.finish()
     absent = [stage for stage in command.stages if stage not in seen]
     if absent:
-        raise SystemExit(f"error: {command.name} never came to its stage {absent[0]}:\n{log.read_text()[-2000:]}")
+        said = log.read_text(encoding="utf-8", errors="replace")
+        raise SystemExit(f"error: {command.name} never came to its stage {absent[0]}:\n{said[-2000:]}")
     ends = [*list(seen.values())[1:], time.monotonic()]
     command.lengths = {stage: max(end - begin, 0.01) for (stage, begin), end in zip(seen.items(), ends, strict=True)}
 
@@ -131,7 +132,7 @@ def disturbed(command: Command, stage: str, number: int, is_twice: bool, draw: r
         run.kill_at(0)
     seconds = time.monotonic() - last
     status = run.process.wait()
-    said = log.read_text(errors="replace")
+    said = log.read_text(encoding="utf-8", errors="replace")
     wrong = [f"it did not end within {seconds:.1f} s"] * (is_late or seconds > PROMISE_S[command.name])
     wrong += [f"exit status {status}"] * (not is_right(command, stage, status, sent, at))
     wrong += ["a traceback"] * ("Traceback" in said and status != -number)
@@ -157,11 +158,13 @@ def unwhole(command: Command, folder: Path, status: int) -> list[str]:
         step, damaged = newest_intact_step(folder)
         if status == 75 and (damaged or step is None and steps(folder)):
             found += damaged or ["no step is whole"]
-        if status == 75 and (saved := re.findall(r"stopped and saved at step (\d+)", folder.with_suffix(".log").read_text())):
+        said = folder.with_suffix(".log").read_text(encoding="utf-8", errors="replace")
+        if status == 75 and (saved := re.findall(r"stopped and saved at step (\d+)", said)):
             found += [f"step {saved[-1]} was said to be saved, {step} is"] * (int(saved[-1]) != step)
     for path in [*folder.glob("*.json"), *folder.glob("*.jsonl")] if folder.is_dir() else []:
         try:
-            [json.loads(line) for line in ([path.read_text()] if path.suffix == ".json" else path.read_text().splitlines())]
+            text = path.read_text(encoding="utf-8")
+            [json.loads(line) for line in ([text] if path.suffix == ".json" else text.splitlines())]
         except ValueError:
             found.append(f"{path.name} is not whole")
     if command.name == "export" and folder.exists() and not (folder / "config.json").exists():
@@ -243,7 +246,7 @@ def main() -> int:
             print(f"{i + 1}: {command.name} {stage}, {row['sent']} x {row['signal']} at {row['at_seconds']} s: exit {row['status']} after "
                   f"{row['seconds']} s{', gone on' if row.get('again') else ''}; {'; '.join(row['wrong']) or 'passed'}", flush=True)
             args.out.parent.mkdir(exist_ok=True)
-            with open(args.out, "a") as out:
+            with open(args.out, "a", encoding="utf-8") as out:
                 out.write(json.dumps(row) + "\n")
     good = sum(not row["wrong"] for row in rows)
     print(f"\n{table(rows)}\ntook {(time.monotonic() - begun) / 60:.1f} minutes\n{good}/{args.signals}")

@@ -148,7 +148,7 @@ def test_a_compiler_that_is_stopped_leaves_no_process(tmp_path, monkeypatch):
 def test_a_command_line_without_stdin_compiles(tmp_path):
     """The child's end of the pipe takes no number of its own streams."""
     code = ("import json, sys, test_preflight_command as here; from pathlib import Path; from _pytest.monkeypatch import MonkeyPatch\n"
-            f"here.stand_in(Path('{tmp_path}'), MonkeyPatch(), 'test \"$4\" -gt 2 || exit 9; cat; echo')\n"
+            f"here.stand_in(Path('{tmp_path}'), MonkeyPatch(), 'test \"$6\" -gt 2 || exit 9; cat; echo')\n"
             "print(here.compile.Compiler()(here.jobs('cpu-1')[0])['topology'])")
     done = subprocess.run(["sh", "-c", 'exec "$0" "$@" <&-', sys.executable, "-c", code], cwd=ROOT / "tests", capture_output=True,
                           text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})

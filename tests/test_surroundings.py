@@ -1,6 +1,5 @@
 """Nothing is taken for granted of the machine: no variable, no home, no locale, no open stream, no umask, no folder to work in."""
 
-import ast
 import io
 import os
 import subprocess
@@ -31,46 +30,6 @@ def bare(*command, closed="", cwd=ROOT, **environment):
     words = ["bash", "-c", f'exec "$@" {WITHOUT.get(closed, "")}', "bash", sys.executable, *map(str, command)]
     return subprocess.run(words, cwd=cwd, env={"PATH": os.defpath, **environment}, stdin=subprocess.DEVNULL, capture_output=True,
                           encoding="utf-8", timeout=300)
-
-
-# ---- what the code may not leave open
-
-def calls(path):
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Call):
-            name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
-            yield node, name, {keyword.arg: keyword.value for keyword in node.keywords}
-
-
-def is_text_without_encoding(node, name, keywords) -> bool:
-    """Whether a call reads or writes text in the encoding of whatever locale there is."""
-    if "encoding" in keywords or None in keywords:
-        return False
-    if name in ("run", "Popen", "check_output") and {"text", "universal_newlines"} & keywords.keys():
-        return True
-    is_method = isinstance(node.func, ast.Attribute)
-    if name == "read_text" and is_method:
-        return not node.args
-    if name == "write_text" and is_method:
-        return len(node.args) < 2
-    if name == "open" and not is_method:
-        modes = [argument.value for argument in [*node.args[1:], *keywords.values()] if isinstance(argument, ast.Constant)]
-        return not any("b" in mode for mode in modes if isinstance(mode, str))
-    return False
-
-
-def test_text_is_read_and_written_with_an_encoding():
-    examples = {"open(f)": True, "open(f, 'w')": True, "open(f, 'rb')": False, "open(f, encoding='utf-8')": False, "p.read_text()": True,
-                "p.write_text(s)": True, "p.write_text(s, encoding='utf-8')": False, "run(x, text=True)": True, "Image.open(f)": False,
-                "write_text(path, text)": False}
-    for text, wanted in examples.items():
-        node = ast.parse(text).body[0].value
-        name = getattr(node.func, "attr", getattr(node.func, "id", ""))
-        assert is_text_without_encoding(node, name, {k.arg: k.value for k in node.keywords}) is wanted, text
-    sources = [path for folder in ("llavamed_jax", "samples", "benchmarks", "configs", "convert") for path in (ROOT / folder).rglob("*.py")]
-    assert len(sources) > 150
-    wrong = [f"{path.relative_to(ROOT)}:{call[0].lineno}" for path in sources for call in calls(path) if is_text_without_encoding(*call)]
-    assert not wrong, f"text without an encoding: {', '.join(wrong)}"
 
 
 # ---- an emptied environment

@@ -291,8 +291,8 @@ def _decode_apart(file: BinaryIO, **arguments) -> np.ndarray:
     """`pixel_array` in a process of its own: on some damaged files GDCM, the one decoder of lossless JPEG here, ends
     the process that it runs in."""
     file.seek(0)
-    # -P: the folder that the user works in may hold a numpy.py.
-    command = [sys.executable, "-P", "-c", _APART, json.dumps(arguments)]
+    # -P: the folder that the user works in may hold a numpy.py. utf8: a path to this environment that the locale cannot spell.
+    command = [sys.executable, "-P", "-X", "utf8", "-c", _APART, json.dumps(arguments)]
     try:
         done = subprocess.run(command, input=file.read(), capture_output=True, timeout=_MOST_SECONDS)
     except subprocess.TimeoutExpired:

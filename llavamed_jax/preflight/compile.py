@@ -95,7 +95,7 @@ class Compiler:
                     raise UserError("it was stopped before it began")
                 # -P: the folder that the user works in may hold a jax.py.
                 process = subprocess.Popen(
-                    [sys.executable, "-P", "-m", "llavamed_jax.preflight.compile", str(theirs)], stdin=subprocess.PIPE,
+                    [sys.executable, "-P", "-X", "utf8", "-m", "llavamed_jax.preflight.compile", str(theirs)], stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE, stderr=stderr, encoding="utf-8", errors="replace", env=environment, pass_fds=[theirs],
                     start_new_session=True)
                 self._running.add(process)
