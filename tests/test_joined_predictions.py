@@ -10,7 +10,7 @@ from llavamed_jax.cli import eval as cli
 from llavamed_jax.data.questions import VqaSample
 from llavamed_jax.data.vqa_rad import read_vqa_rad
 from llavamed_jax.errors import UserError
-from llavamed_jax.evaluation import run
+from llavamed_jax.evaluation import run, scoring
 from llavamed_jax.evaluation.answers import Answer, Generation
 from llavamed_jax.evaluation.asking import predict
 from llavamed_jax.evaluation.controls import exchanged_images
@@ -183,3 +183,14 @@ def test_a_data_set_whose_ids_match_is_another(tmp_path, capsys):
     error = capsys.readouterr().err.splitlines()[-1]
     assert "3 answer another prompt (question 1: 'What is it? 1' where 'Is it? 1' is asked); 3 are about another image" in error
     assert cli.main([*argv, str(tmp_path / "b"), f"--config.data.root={tmp_path / 'two'}"]) == 0
+
+
+def test_a_score_is_of_answers_to_its_questions():
+    """Whoever calls it; answers that say that they are of a control are scored as one."""
+    samples = [question(n, f"{n}.jpg", f"Is it {n}?") for n in range(3)]
+    own = predictions(samples)
+    assert scoring.score(samples, own)["n_closed"] == 3
+    assert scoring.score(samples, predictions(samples, ["x.jpg"] * 3, "noise"))["n_closed"] == 3
+    for change in ({"prompt": "Is it 7?"}, {"metadata": {"image": "x.jpg"}}):
+        with pytest.raises(UserError, match="are no answers to the 3 questions: 1 "):
+            scoring.score(samples, [own[0] | change, *own[1:]])

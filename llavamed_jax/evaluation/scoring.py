@@ -15,7 +15,7 @@ from llavamed_jax.data.questions import LETTERS, VqaSample
 from llavamed_jax.evaluation import captions, metrics, statistics
 from llavamed_jax.evaluation.kinds import CAPTION, CHOICE, CLOSED, OPEN, kind
 from llavamed_jax.evaluation.leakage import leakage
-from llavamed_jax.evaluation.predictions import join, read_predictions
+from llavamed_jax.evaluation.predictions import check_asked, join, read_predictions
 from llavamed_jax.evaluation.statistics import Score
 from llavamed_jax.evaluation.strict import (
     comparable,
@@ -207,9 +207,12 @@ def score(
       multiple choice `n_choice_unread`, with captions `captions`. Numbers are percent, None where no item or no
       candidate exists.
     Raises:
-      UserError: ids that do not fit, an unknown answer type, options that do not hold the answer.
+      UserError: ids that do not fit, answers to another prompt or about another image, an unknown answer type, options that do
+        not hold the answer.
     """
+    predictions = list(predictions)
     texts = join(samples, predictions)
+    check_asked(samples, predictions, has_controls=True)
     scores = families(samples, texts, answer_candidates(training))
     images = [str(sample.image) for sample in samples]
     sizes = counts(samples)
