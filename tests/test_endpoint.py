@@ -218,12 +218,12 @@ def test_a_killed_evaluation_goes_on_without_asking_again(tmp_path):
         second = start(server, tmp_path)
         _, said = second.communicate(timeout=120)
         assert second.returncode == 0 and f"{len(places)} answers of an earlier start are taken over" in said
-    assert 40 - 2 * 8 <= len(places) <= 40 + 8, "each answer is on the disk soon after it came"
+    assert 30 <= len(places) <= 40 + 8, "each answer is on the disk soon after it came"
     samples = scoring.read_predictions(tmp_path / "predictions.jsonl")
     answered = [each for each in server.log if each.fault is None and sent(each.body)[0] != "Which organ system is shown in this image?"]
     assert len(answered) == len(samples) - len(places), "exactly those that were not kept"
     again = Counter(each.asked for each in answered) & asked_before
-    assert again.total() <= 2 * 8, "of what was asked before only what was under way: twice the concurrency is held at a time"
+    assert again.total() <= 8, "of what was asked before only what was under way"
     folder = SAMPLE / "images"
     for each in samples:
         ((_, request),) = endpoint._requests([(each["prompt"], str(folder / each["metadata"]["image"]))], [0], {})
