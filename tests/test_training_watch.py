@@ -179,7 +179,7 @@ def test_validation_weighs_every_batch_by_its_tokens_and_the_lowest_loss_is_the_
     def judged(step, *parts):
         """Of batches with these sums of losses and numbers of tokens."""
         left = iter(parts)
-        data = SimpleNamespace(validation="some", validation_batches=lambda _: ({} for _ in parts))
+        data = SimpleNamespace(validation="some", validation_batches=lambda *_: ({} for _ in parts))
         snapshot = watch.Snapshot(step, {}, SimpleNamespace(mesh=mesh), data)
         return watch.judge(snapshot, None, lambda state, batch: tuple(map(jax.numpy.float32, next(left))), [lambda s: {"x": 5.0}], progress)
 

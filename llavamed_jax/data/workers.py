@@ -217,6 +217,6 @@ def _how(code: int) -> str:
     if code == -signal.SIGKILL:
         return f"was ended by {name}, which the system sends where memory runs out; fewer data.workers and a smaller batch_size take less"
     if code == -signal.SIGBUS:
-        return (f"was ended by {name}, which the system sends where {SHARED} is full ({(free_bytes() or 0) / 1e6:.0f} MB are free): fewer "
-                "data.workers take less of it, and docker run --shm-size=8g gives more")
+        return (f"was ended by {name}, which the system sends where {SHARED} is full ({(free_bytes() or 0) / 1e6:.0f} MB are free now): "
+                "fewer data.workers take less of it, and docker run --shm-size=8g gives more")
     return f"was ended by {name}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -157,10 +157,14 @@ class Data:
         """The endless stream of training batches; on a mesh of several processes this one's rows of them."""
         return self._batches(self.train, self.plan, self.cfg.data.workers, None, mesh)
 
-    def validation_batches(self, mesh: Mesh | None = None) -> loader.Loader:
-        """The validation records once; the last batch is filled up with empty rows. `unread` gets what is skipped on the way."""
+    def validation_batches(self, mesh: Mesh | None = None, on_wait: Callable[[float], object] | None = None) -> loader.Loader:
+        """The validation records once; the last batch is filled up with empty rows. `unread` gets what is skipped on the way; `on_wait`
+        is the loader's."""
         self.unread.clear()
-        return self._batches(self.validation, self.validation_plan, 0, 1, mesh, lambda entry: entry["image"] and self.unread.append(entry))
+        found = self._batches(self.validation, self.validation_plan, 0, 1, mesh,
+                              lambda entry: entry["image"] and self.unread.append(entry))
+        found.on_wait = on_wait or found.on_wait
+        return found
 
     def _batches(self, data, plan, num_workers, epochs, mesh, on_skip=None) -> loader.Loader:
         part = None if mesh is None else local_rows(mesh, plan.layout.rows + plan.layout.padding_rows)

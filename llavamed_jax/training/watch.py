@@ -65,9 +65,7 @@ def judge(snapshot: Snapshot, state: TrainState, eval_step, evaluators: Sequence
 
 def _validation_loss(snapshot: Snapshot, state: TrainState, eval_step) -> float:
     parts, under_way = [], collections.deque()
-    with contextlib.closing(snapshot.data.validation_batches(snapshot.program.mesh)) as batches:
-        if hasattr(batches, "on_wait"):  # a plain iterator waits for no worker
-            batches.on_wait = _on_wait
+    with contextlib.closing(snapshot.data.validation_batches(snapshot.program.mesh, _on_wait)) as batches:
         for batch in batches:
             while len(under_way) >= IN_FLIGHT:  # else the devices would fill with batches that wait for their turn
                 parts.append(read(under_way.popleft()))
