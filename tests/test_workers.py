@@ -204,7 +204,6 @@ def test_in_a_small_container_fewer_workers_start_and_it_goes_on(tmp_path, mistr
     assert in_a_container(tmp_path, mistral_tokenizer, rows, "8") == ("done\n", said)
 
 
-@pytest.mark.slow  # which of two sentences comes depends on who fills the last bytes
 def test_shared_memory_that_another_program_fills_is_named(tmp_path, mistral_tokenizer):
     out, err = in_a_container(tmp_path, mistral_tokenizer, "16", "2", "filled")
     assert out.splitlines()[-1] == "done" and out.startswith("error: loader worker ") and not err
