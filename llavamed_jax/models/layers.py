@@ -34,7 +34,9 @@ class Linear(nn.Module):
     def __call__(self, x):  # [..., D] -> [..., features]
         kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features))
         kernel = constrain_weight(kernel.astype(self.dtype), *self.axes)
-        y = jnp.matmul(x.astype(self.dtype), kernel, preferred_element_type=self.out_dtype)
+        # Not `jnp.matmul`: it is jitted, and quantisers that intercept `dot_general` do not see the product in its cached trace.
+        y = jax.lax.dot_general(x.astype(self.dtype), kernel, (((x.ndim - 1,), (0,)), ((), ())),
+                                preferred_element_type=self.out_dtype)
         if self.use_bias:
             y += self.param("bias", nn.initializers.zeros, (self.features,)).astype(y.dtype)
         return y

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
@@ -57,7 +58,9 @@ class PatchEmbedding(nn.Module):
         side = self.cfg.image_size // p
         # Pixels beyond the last whole patch fall away, as in a convolution without padding.
         x = pixels[:, : side * p, : side * p].reshape(-1, side, p, side, p, C).astype(self.dtype)
-        return jnp.einsum("BhpwqC,pqCD->BhwD", x, kernel.astype(self.dtype)).reshape(-1, side * side, D)
+        # BhpwqC,pqCD->BhwD; `dot_general` for the reason that `Linear` states.
+        x = jax.lax.dot_general(x, kernel.astype(self.dtype), (((2, 4, 5), (0, 1, 2)), ((), ())))
+        return x.reshape(-1, side * side, D)
 
 
 class PositionEmbedding(nn.Module):
