@@ -27,11 +27,11 @@ import numpy as np
 
 from benchmarks.measure import ROOT, append_row, circumstances
 from llavamed_jax.checkpoints import names
-from llavamed_jax.checkpoints.files import write_json
 from llavamed_jax.checkpoints.torch_files import Tensor, read_file
 from llavamed_jax.checkpoints.writer import total_bytes, write_safetensors
 from llavamed_jax.config import PRESETS, LlavaConfig, preset
 from llavamed_jax.errors import UserError
+from llavamed_jax.utils.files import write_json
 from llavamed_jax.utils.paths import local
 
 BLOCK = 32 * 2**20 + 3  # values that are drawn; odd, so that no row of a matrix falls on itself

@@ -4,7 +4,7 @@
 
 Two loads on a CPU in float32: all test questions of VQA-RAD, and the same questions at eleven an image, as SLAKE has them.
 All sides generate from prompts and pixels in memory; reading the files is measured by itself, and once more as part of the
-whole way through `evaluation.asking.ask`. `cold` is the first pass over a load, compilation included; `warm` is the median of
+whole way through `evaluation.answering.ask.ask`. `cold` is the first pass over a load, compilation included; `warm` is the median of
 the passes after it, between which what the engine remembers of images and prompts is thrown away.
 Tokens are compared with those of one by one. They may differ only where the two best logits lie within 1e-4.
 """
@@ -184,7 +184,7 @@ def theirs_at(cfg, questions: Sequence[Question], batch_size: int, alone: int, d
     if not on_cpu and not torch.cuda.is_available():
         return "not measured: torch sees no GPU here"
     from llavamed_jax.config import OURS
-    from llavamed_jax.data.images import normalize
+    from llavamed_jax.images.load import normalize
 
     shapes = cfg.to_hf("transformers")
     del shapes[OURS]  # which would have the rows that an export adds taken off again
@@ -226,8 +226,8 @@ def checkpoint_of(path: str | None):
 
 def read_questions(processor, root: str, number: int | None, limit: int) -> tuple[list[tuple[str, str]], list[Question], dict]:
     """(question, path) pairs of VQA-RAD's test split, the same as prompts, and how long their images take to be read."""
-    from llavamed_jax.data.vqa_rad import read_vqa_rad
-    from llavamed_jax.evaluation.local import _messages
+    from llavamed_jax.datasets.vqa_rad import read_vqa_rad
+    from llavamed_jax.evaluation.answering.local import _messages
 
     pairs = [(s.question.replace("<image>", "").strip(), str(s.image)) for s in read_vqa_rad(root, "test", "clean")][:number]
     begun, pixels = time.perf_counter(), {}
@@ -248,9 +248,9 @@ def as_slake(pairs, questions):
 
 def measure(model, theirs: Theirs, pairs, questions, args) -> dict:
     """One load through every side."""
-    from llavamed_jax.evaluation.answers import Generation
-    from llavamed_jax.evaluation.asking import ask
-    from llavamed_jax.evaluation.local import LocalModel
+    from llavamed_jax.evaluation.answering.answerer import Generation
+    from llavamed_jax.evaluation.answering.ask import ask
+    from llavamed_jax.evaluation.answering.local import LocalModel
     from llavamed_jax.generation.engine import Engine
 
     n, out = len(questions), {}
@@ -306,7 +306,7 @@ def main() -> None:
     from benchmarks.measure import append_row, circumstances
     from llavamed_jax.assistant import load
     from llavamed_jax.checkpoints.writer import export
-    from llavamed_jax.data.images import normalize
+    from llavamed_jax.images.load import normalize
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     with tempfile.TemporaryDirectory() as directory:

@@ -34,11 +34,11 @@ from PIL import Image
 
 from benchmarks.measure import ROOT, append_row, circumstances
 from llavamed_jax.config import preset
-from llavamed_jax.data import lengths, loader, packing
-from llavamed_jax.data.datasets import TrainingData, read_training
-from llavamed_jax.data.packing import Layout, Plan, Stream
-from llavamed_jax.data.processor import Processor
-from llavamed_jax.data.tokenizer import Tokenizer
+from llavamed_jax.datasets.training import TrainingData, read_training
+from llavamed_jax.pipeline import lengths, loader, packing
+from llavamed_jax.pipeline.packing import Layout, Plan, Stream
+from llavamed_jax.processor import Processor
+from llavamed_jax.text.tokenizer import Tokenizer
 from llavamed_jax.utils.paths import local
 
 MAX_LENGTH = 2048

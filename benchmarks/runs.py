@@ -26,7 +26,7 @@ def write_start(path: Path) -> Path:
     from llavamed_jax.checkpoints.load import random_checkpoint
     from llavamed_jax.checkpoints.store import write_model
     from llavamed_jax.config import DecoderConfig, LlavaConfig, VisionConfig
-    from llavamed_jax.data.tokenizer import Tokenizer
+    from llavamed_jax.text.tokenizer import Tokenizer
     vocabulary = Tokenizer.load(SAMPLE / "tokenizer.model").vocab_size
     cfg = LlavaConfig(VisionConfig(16, 32, 2, 2, 16, 8),
                       DecoderConfig(vocabulary, 16, 24, 1, 2, 1, 8, 1e-5, 1e4, 128, architecture="mistral"),

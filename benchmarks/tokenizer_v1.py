@@ -28,8 +28,8 @@ VERSIONS = {"v0, llama in the path": "v1.0:v0", "v0": "v1.0:v0", "v1": "v1.0:vic
 
 def texts(out: Path, data: Path) -> None:
     """Writes `out/texts.json`: of each version, training texts as the original hands them to its tokenizer."""
-    from llavamed_jax.data.vqa_rad import read_vqa_rad
-    from llavamed_jax.templates import get_template
+    from llavamed_jax.datasets.vqa_rad import read_vqa_rad
+    from llavamed_jax.text.templates import get_template
     rows = read_vqa_rad(data, "train")[:SAMPLES]
     # The image in front of every other question, behind the rest.
     talks = [(f"<image>\n{row.question}" if i % 2 else f"{row.question}\n<image>", row.answer) for i, row in enumerate(rows)]
@@ -70,8 +70,8 @@ def ours(folder: Path, version: str, talks: list[tuple[str, str]]) -> list[list[
     from dataclasses import replace
 
     from llavamed_jax.config import IMAGE_TOKEN, preset
-    from llavamed_jax.data.processor import Processor
-    from llavamed_jax.data.tokenizer import Tokenizer
+    from llavamed_jax.processor import Processor
+    from llavamed_jax.text.tokenizer import Tokenizer
     config, tokenizer, ids = preset("v1-7b"), Tokenizer.load(folder), []
     config = config.replace(decoder=replace(config.decoder, vocab_size=tokenizer.vocab_size))
     processor, patch = Processor(config, tokenizer, VERSIONS[version]), tokenizer.id_of(PATCH)

@@ -37,8 +37,8 @@ from llavamed_jax.checkpoints import names
 from llavamed_jax.checkpoints.load import nest
 from llavamed_jax.checkpoints.reader import Checkpoint, open_checkpoint
 from llavamed_jax.config import IMAGE_TOKEN, LlavaConfig
-from llavamed_jax.data.images import load_image, preprocess
 from llavamed_jax.errors import UserError
+from llavamed_jax.images.load import load_image, preprocess
 from llavamed_jax.models import decoder, projector, vit
 from llavamed_jax.models.attention import AttentionMask
 from llavamed_jax.models.layers import LayerNorm, RMSNorm, rope_tables

@@ -12,7 +12,7 @@ from llavamed_jax.config import IMAGE_TOKEN
 __all__ = ["load", "LlavaMed", "Completion", "Processor", "IMAGE_TOKEN"]
 __version__ = "0.1.0"
 
-_HOMES = {"load": "assistant", "LlavaMed": "assistant", "Completion": "assistant", "Processor": "data.processor"}
+_HOMES = {"load": "assistant", "LlavaMed": "assistant", "Completion": "assistant", "Processor": "processor"}
 
 
 def __getattr__(name: str):

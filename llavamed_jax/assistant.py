@@ -22,17 +22,17 @@ from llavamed_jax.checkpoints.generation_file import not_applied
 from llavamed_jax.checkpoints.identity import Origin, origin
 from llavamed_jax.checkpoints.load import load_params
 from llavamed_jax.config import IMAGE_TOKEN, MOST_BEAMS, PAD_TOKEN, LlavaConfig
-from llavamed_jax.data.chat import read_messages
-from llavamed_jax.data.conversation import IMAGE_MARKER
-from llavamed_jax.data.processor import Processor, expand_images
 from llavamed_jax.errors import UserError, short, warn
 from llavamed_jax.generation.beam import BeamSearch
 from llavamed_jax.generation.engine import Engine
 from llavamed_jax.generation.requests import Request, check_image, name_of, whole_numbers
 from llavamed_jax.generation.sampling import row_seed, row_seeds
-from llavamed_jax.generation.text import TextStream
+from llavamed_jax.generation.text_stream import TextStream
 from llavamed_jax.models.llava import Llava
 from llavamed_jax.parallel.mesh import batch_sharding, make_mesh
+from llavamed_jax.processor import Processor, expand_images
+from llavamed_jax.text.conversation import IMAGE_MARKER
+from llavamed_jax.text.messages import read_messages
 
 log = logging.getLogger(__name__)
 

@@ -10,8 +10,8 @@ import sys
 from collections.abc import Sequence
 
 from llavamed_jax.cli import common
-from llavamed_jax.data.images import split_frame
 from llavamed_jax.errors import UsageError, UserError, short
+from llavamed_jax.images.load import split_frame
 from llavamed_jax.utils import signals
 
 HELP = ("/image FILE adds an image to the next message, /clear starts anew; Ctrl-C stops an answer, an empty line or Ctrl-D "

@@ -52,7 +52,7 @@ def train(out: Path, seed: int) -> Path:
 def chat(checkpoint: Path) -> None:
     """One question about a held-out image, through the Python API."""
     import llavamed_jax as lm
-    from llavamed_jax.evaluation.controls import ORGAN_QUESTION
+    from llavamed_jax.evaluation.scoring.controls import ORGAN_QUESTION
 
     name = json.loads((SAMPLE / "held_out.json").read_text(encoding="utf-8"))["images"][0]
     image = {"type": "image", "image": str(SAMPLE / "images" / name)}
@@ -98,7 +98,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    from llavamed_jax import terminal
+    from llavamed_jax.utils import terminal
 
     with terminal.cleaned():
         status = main()

@@ -19,7 +19,7 @@ from pathlib import Path
 import sentencepiece
 from PIL import Image, ImageDraw
 
-from llavamed_jax.evaluation.controls import ORGAN_ANSWERS, ORGAN_QUESTION
+from llavamed_jax.evaluation.scoring.controls import ORGAN_ANSWERS, ORGAN_QUESTION
 from llavamed_jax.utils.paths import local
 
 ANNOTATIONS = "VQA_RAD Dataset Public.json"

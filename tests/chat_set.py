@@ -5,8 +5,8 @@ import json
 import re
 from pathlib import Path
 
-from llavamed_jax.data.vqa_rad import read_vqa_rad
-from llavamed_jax.evaluation.qa50 import FILE
+from llavamed_jax.datasets.qa50 import FILE
+from llavamed_jax.datasets.vqa_rad import read_vqa_rad
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLE = ROOT / "samples" / "vqa_rad"
@@ -35,7 +35,7 @@ def chat_records() -> list[dict]:
 
 
 def write_chat_set(folder: Path, records: list[dict] | None = None) -> Path:
-    """Writes the file into a folder; the images are the sample's own (`data.images`)."""
+    """Writes the file into a folder; the images are the sample's own (`images.load`)."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / FILE
     path.write_text("".join(json.dumps(record) + "\n" for record in records or chat_records()), encoding="utf-8")

@@ -10,7 +10,7 @@ pydicom = pytest.importorskip("pydicom", reason="pydicom, the extra [medical], i
 from pydicom.dataset import Dataset, FileMetaDataset  # noqa: E402
 from pydicom.uid import ExplicitVRLittleEndian, SecondaryCaptureImageStorage  # noqa: E402
 
-from llavamed_jax.data.images import load_image  # noqa: E402
+from llavamed_jax.images.load import load_image  # noqa: E402
 
 RAMP = np.linspace(0, 4095, 256).reshape(16, 16).astype(np.uint16)
 HOUNSFIELD = dict(RescaleSlope=1, RescaleIntercept=-1024)

@@ -11,8 +11,8 @@ import llavamed_jax as lm
 from llavamed_jax.checkpoints.reader import open_checkpoint, read_config
 from llavamed_jax.cli import eval as eval_command
 from llavamed_jax.cli.convert import main
-from llavamed_jax.data.processor import Processor
 from llavamed_jax.errors import UserError
+from llavamed_jax.processor import Processor
 from tests import released, tiny
 
 LORA = {"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": np.ones((2, 48), np.float32),

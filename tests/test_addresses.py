@@ -12,8 +12,8 @@ from llavamed_jax.cli import common, train, verify_release
 from llavamed_jax.cli import convert as convert_cli
 from llavamed_jax.cli import eval as eval_cli
 from llavamed_jax.errors import UsageError
-from llavamed_jax.keys import flatten
 from llavamed_jax.utils import paths
+from llavamed_jax.utils.nested import flatten
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = sorted((ROOT / "configs").rglob("*.py"))

@@ -9,9 +9,11 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event
 
 from llavamed_jax.cli import eval as cli
-from llavamed_jax.data.vqa_rad import read_vqa_rad
-from llavamed_jax.evaluation import board, published, scoring
-from llavamed_jax.evaluation.files import to_jsonl
+from llavamed_jax.datasets.vqa_rad import read_vqa_rad
+from llavamed_jax.evaluation import published
+from llavamed_jax.evaluation.report import tensorboard
+from llavamed_jax.evaluation.scoring import score
+from llavamed_jax.utils.files import to_jsonl
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLE = ROOT / "samples" / "vqa_rad"
@@ -43,14 +45,14 @@ def test_two_files_are_compared_in_pairs(tmp_path, capsys):
     assert against["file"] == str(tmp_path / "b.jsonl") and against["model_id"] == "other/model"
     assert against["sha256"] == hashlib.sha256((tmp_path / "b.jsonl").read_bytes()).hexdigest()
     for family in ("paper", "strict"):
-        other = scoring.score(SAMPLES, second, read_vqa_rad(SAMPLE, "train"))[family]
+        other = score.score(SAMPLES, second, read_vqa_rad(SAMPLE, "train"))[family]
         for name, row in against[family].items():
             assert list(row) == ["value", "other", "difference", "low", "high", "p"]
             assert row["value"] == metrics[family][name] and row["other"] == other[name]
     row = against["strict"]["closed_accuracy"]
     assert row["value"] == 100 and 0 < row["other"] < 100 and row["difference"] == 100 - row["other"] and row["p"] < 0.01
     assert against["strict"]["open_exact"]["difference"] == 0 and against["strict"]["open_exact"]["p"] == 1
-    table = scoring.compare(SAMPLES, first, second, read_vqa_rad(SAMPLE, "train"))
+    table = score.compare(SAMPLES, first, second, read_vqa_rad(SAMPLE, "train"))
     assert against["strict"] == table["strict"]
     out = capsys.readouterr().out
     assert f"against {tmp_path / 'b.jsonl'}:" in out and f"{row['other']:.1f}" in out and f"{row['difference']:.1f}" in out
@@ -104,7 +106,7 @@ def test_the_papers_table():
     assert rows["biomedclip", "slake", None] == {"recall": 87.11, "closed_accuracy_substring": 86.78}
     assert rows["llava", "pathvqa", None] == {"recall": 7.74, "closed_accuracy_substring": 63.20}
     assert len(rows) == len(published.ROWS) == 13 and rows["from_vicuna", "vqa_rad", "clean"]["recall"] == 32.5791
-    assert {name for values in rows.values() for name in values} <= set(scoring.PAPER)
+    assert {name for values in rows.values() for name in values} <= set(score.PAPER)
 
 
 @pytest.mark.parametrize("change, reason", [
@@ -174,7 +176,7 @@ def test_tensorboard_receives_every_scalar_once(tmp_path, monkeypatch):
 def test_the_step_is_the_checkpoints():
     for path, step in (("runs/a/checkpoints/400", 400), ("runs/a/checkpoints/7/", 7), ("x/checkpoint-1200", 1200), ("checkpoint-3", 3),
                        ("runs/a", 0), ("runs/400", 0), ("preset:small", 0), ("owner/name@checkpoint-5x", 0), ("", 0)):  # fmt: skip
-        assert board.step_of(path) == step
+        assert tensorboard.step_of(path) == step
 
 
 def test_controls_judge_and_organ_are_scalars_too(tmp_path):
@@ -184,7 +186,7 @@ def test_controls_judge_and_organ_are_scalars_too(tmp_path):
                "organ": {"n": 3, "accuracy": 75.0, "exchanged": 30.0, "majority": 40.0, "shifts": [30.0]},
                "control": {"kind": "image", "seed": 3, "strict": table, "difference": {"closed_accuracy_p": 0.25},
                            "noise": {"kind": "noise", "seed": 3, "size": 336, "strict": table, "difference": {"closed_accuracy": 0.0}}}}
-    board.write(tmp_path, metrics, 12)
+    tensorboard.write(tmp_path, metrics, 12)
     assert scalars(tmp_path / "tensorboard") == {
         "eval/d_s/strict/closed_accuracy": (12, 50.0), "eval/d_s/paper/recall": (12, 1.5),
         "eval/d_s/judged/open_accuracy": (12, 25.0), "eval/d_s/judged/open_accuracy_low": (12, 20.0),

@@ -17,10 +17,10 @@ from llavamed_jax.checkpoints.identity import origin
 from llavamed_jax.checkpoints.reader import open_checkpoint
 from llavamed_jax.cli import convert
 from llavamed_jax.cli import eval as cli
-from llavamed_jax.data.processor import Processor
-from llavamed_jax.evaluation import asked
-from llavamed_jax.evaluation.answers import Answer
+from llavamed_jax.evaluation.answering import asked
+from llavamed_jax.evaluation.answering.answerer import Answer
 from llavamed_jax.parallel.mesh import make_mesh
+from llavamed_jax.processor import Processor
 from llavamed_jax.utils import hashes
 from tests import tiny
 

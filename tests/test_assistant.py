@@ -15,7 +15,7 @@ import llavamed_jax as lm
 from llavamed_jax import chat
 from llavamed_jax.assistant import completion
 from llavamed_jax.errors import UserError
-from llavamed_jax.generation.text import TextStream
+from llavamed_jax.generation.text_stream import TextStream
 
 torch = hf.torch
 

@@ -14,8 +14,8 @@ import pytest
 
 from llavamed_jax.cli import eval as cli
 from llavamed_jax.errors import UserError
-from llavamed_jax.evaluation.replies import PassingError, read_reply
-from llavamed_jax.evaluation.service import Service, ServiceError
+from llavamed_jax.openai_client.client import Service, ServiceError
+from llavamed_jax.openai_client.replies import PassingError, read_reply
 from tests.openai_server import OpenAiServer, Raw
 from tests.test_leaks import asked  # noqa: F401  # a fixture
 

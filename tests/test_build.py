@@ -13,8 +13,8 @@ from llavamed_jax.checkpoints.build import build, with_projector
 from llavamed_jax.checkpoints.reader import open_checkpoint
 from llavamed_jax.checkpoints.writer import export
 from llavamed_jax.cli.convert import main
-from llavamed_jax.data.processor import Processor
 from llavamed_jax.errors import UserError
+from llavamed_jax.processor import Processor
 from tests import tiny
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -11,9 +11,9 @@ from PIL import Image
 
 from llavamed_jax import chat, config
 from llavamed_jax.config import DecoderConfig, LlavaConfig, VisionConfig
-from llavamed_jax.data.chat import read_messages
-from llavamed_jax.data.images import load_image
 from llavamed_jax.errors import UserError
+from llavamed_jax.images.load import load_image
+from llavamed_jax.text.messages import read_messages
 
 ROOT = Path(__file__).resolve().parent.parent
 TOKENIZER = ROOT / "samples" / "vqa_rad" / "tokenizer.model"

@@ -16,12 +16,13 @@ import pytest
 
 from llavamed_jax.cli import eval as cli
 from llavamed_jax.cli.common import load_config
+from llavamed_jax.datasets.qa50 import ChatQuestion
 from llavamed_jax.errors import UserError
-from llavamed_jax.evaluation import chat, chat_published, chat_report
-from llavamed_jax.evaluation.answers import Answer
-from llavamed_jax.evaluation.files import to_jsonl, write_text
-from llavamed_jax.evaluation.judge import Verdict
-from llavamed_jax.evaluation.qa50 import ChatQuestion
+from llavamed_jax.evaluation import chat, chat_published
+from llavamed_jax.evaluation.answering.answerer import Answer
+from llavamed_jax.evaluation.judging.judge import Verdict
+from llavamed_jax.evaluation.report import chat_report
+from llavamed_jax.utils.files import to_jsonl, write_text
 from tests.chat_set import CONFIG, ROOT, SAMPLE, chat_answers, chat_records, is_unread, judge, scores, write_chat_set
 from tests.openai_server import OpenAiServer
 from tests.test_against import scalars
@@ -325,7 +326,7 @@ def test_the_papers_numbers_stand_only_beside_what_is_like_them(few, monkeypatch
         assert len(reasons) == 3 and all(text in reason for text, reason in zip(told, reasons, strict=True))
         assert "60K-IM" not in (few / "out" / "report.html").read_text()
     monkeypatch.setattr(chat_published, "ORIGINAL_WORDING", own.judge.prompt.wording)
-    monkeypatch.setattr("llavamed_jax.evaluation.qa50.PUBLISHED_SHA256", own.chat_set.sha256)
+    monkeypatch.setattr("llavamed_jax.datasets.qa50.PUBLISHED_SHA256", own.chat_set.sha256)
     with OpenAiServer(lambda body: "8 4", **names) as server:
         like = evaluation(few, server, "like", **{"judge.model": "gpt-4-0314"})
         assert like.score_file(few / "p.jsonl")["differs_from_the_paper"] == []

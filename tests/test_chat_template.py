@@ -14,11 +14,11 @@ import pytest
 from PIL import Image
 
 from llavamed_jax.config import IMAGE_TOKEN, preset
-from llavamed_jax.data import template_process
-from llavamed_jax.data.chat import read_messages
-from llavamed_jax.data.chat_template import ChatTemplate
-from llavamed_jax.data.processor import Processor
 from llavamed_jax.errors import UserError
+from llavamed_jax.processor import Processor
+from llavamed_jax.text import template_process
+from llavamed_jax.text.chat_template import ChatTemplate
+from llavamed_jax.text.messages import read_messages
 
 pytest.importorskip("jinja2")
 pytest.importorskip("transformers")
@@ -368,7 +368,7 @@ def test_without_transformers_a_sentence(tmp_path, monkeypatch):
 
 def test_another_version_without_the_private_function(monkeypatch):
     """The ways are tried in turn then; `template_child` is run here, in this process."""
-    from llavamed_jax.data import template_child
+    from llavamed_jax.text import template_child
 
     class Machinery:
         @staticmethod

@@ -15,8 +15,8 @@ from llavamed_jax.checkpoints.store import newest_intact_step, write_model
 from llavamed_jax.cli import common
 from llavamed_jax.cli.train import main
 from llavamed_jax.config import DecoderConfig, LlavaConfig, VisionConfig
-from llavamed_jax.data.tokenizer import Tokenizer
 from llavamed_jax.errors import UsageError
+from llavamed_jax.text.tokenizer import Tokenizer
 from llavamed_jax.training import recipe
 from llavamed_jax.training import workdir as workdirs
 

@@ -11,8 +11,8 @@ import tiny
 
 from llavamed_jax.checkpoints.reader import read_config
 from llavamed_jax.config import LlavaConfig, preset
-from llavamed_jax.data.processor import Processor
 from llavamed_jax.errors import UserError
+from llavamed_jax.processor import Processor
 
 TOKENIZER = Path(__file__).resolve().parent.parent / "samples" / "vqa_rad" / "tokenizer.model"
 HF = {"model_type": "llava", "text_config": tiny.MISTRAL, "vision_config": tiny.CLIP, "vision_feature_layer": -2}

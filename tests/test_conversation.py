@@ -5,11 +5,11 @@ import hashlib
 import pytest
 
 from llavamed_jax.config import IGNORE, IMAGE_TOKEN, preset
-from llavamed_jax.data.conversation import image_first, render
-from llavamed_jax.data.processor import Processor
-from llavamed_jax.data.tokenizer import Tokenizer
 from llavamed_jax.errors import UserError
-from llavamed_jax.templates import TEMPLATES, get_template
+from llavamed_jax.processor import Processor
+from llavamed_jax.text.conversation import image_first, render
+from llavamed_jax.text.templates import TEMPLATES, get_template
+from llavamed_jax.text.tokenizer import Tokenizer
 
 TURNS = ["<image>\nQ1", "A1", "Q2", None]
 

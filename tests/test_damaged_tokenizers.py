@@ -11,9 +11,9 @@ import pytest
 from llavamed_jax.checkpoints.image_tokens import _vocabulary
 from llavamed_jax.checkpoints.tokenizer_files import write_tokenizer
 from llavamed_jax.config import preset
-from llavamed_jax.data.processor import Processor
-from llavamed_jax.data.tokenizer import Tokenizer
 from llavamed_jax.errors import UserError
+from llavamed_jax.processor import Processor
+from llavamed_jax.text.tokenizer import Tokenizer
 
 SAMPLE = Path(__file__).resolve().parent.parent / "samples" / "vqa_rad" / "tokenizer.model"
 TURNS = [{"from": "human", "value": "<image>\nIs it?"}, {"from": "gpt", "value": "No."}]

@@ -13,12 +13,13 @@ import pytest
 from PIL import Image
 
 from llavamed_jax.config import preset
-from llavamed_jax.data import lengths, loader, records
-from llavamed_jax.data.datasets import TrainingData, read_training
-from llavamed_jax.data.packing import Layout, Plan, Stream
-from llavamed_jax.data.processor import Processor
-from llavamed_jax.data.tokenizer import Tokenizer
+from llavamed_jax.datasets import records
+from llavamed_jax.datasets.training import TrainingData, read_training
 from llavamed_jax.errors import UsageError, UserError
+from llavamed_jax.pipeline import lengths, loader
+from llavamed_jax.pipeline.packing import Layout, Plan, Stream
+from llavamed_jax.processor import Processor
+from llavamed_jax.text.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 MAX_LENGTH = 160

@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 from wide_files import png, pnm, tiff
 
-from llavamed_jax.data.images import load_image, preprocess_uint8
 from llavamed_jax.errors import UserError
+from llavamed_jax.images.load import load_image, preprocess_uint8
 
 RAMP = np.tile(np.arange(256), (20, 1))
 

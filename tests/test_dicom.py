@@ -14,10 +14,10 @@ from pydicom.dataset import Dataset  # noqa: E402
 from pydicom.encaps import encapsulate  # noqa: E402
 
 from llavamed_jax.config import preset  # noqa: E402
-from llavamed_jax.data.dicom import read_dicom  # noqa: E402
-from llavamed_jax.data.images import load_image  # noqa: E402
-from llavamed_jax.data.processor import Processor  # noqa: E402
 from llavamed_jax.errors import UserError  # noqa: E402
+from llavamed_jax.images.dicom import read_dicom  # noqa: E402
+from llavamed_jax.images.load import load_image  # noqa: E402
+from llavamed_jax.processor import Processor  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # pydicom's, on values that its test files get wrong
 FOLDER = Path(pydicom.__file__).parent / "data" / "test_files"
@@ -234,7 +234,7 @@ def test_a_stream_of_more_pixels_than_its_header_says():
 
 def test_a_decoder_that_breaks_down_is_one_sentence(monkeypatch):
     """GDCM runs in a process of its own, which here ends as if by its own bug."""
-    monkeypatch.setattr("llavamed_jax.data.dicom._APART", "import os; os.abort()")
+    monkeypatch.setattr("llavamed_jax.images.dicom._APART", "import os; os.abort()")
     with pytest.raises(UserError, match="is no DICOM image that can be read: its decoder broke down"):
         load_image(FOLDER / "SC_rgb_jpeg_gdcm.dcm")
 
@@ -310,7 +310,7 @@ def test_without_pydicom_one_sentence_says_what_to_install(tmp_path):
     file = tmp_path / "scan.dcm"
     file.write_bytes(encoded(dataset(np.full((4, 4), 70, np.uint8))))
     code = ("import sys; sys.modules['pydicom'] = None\n"
-            "from llavamed_jax.data.images import load_image\n"
+            "from llavamed_jax.images.load import load_image\n"
             f"load_image({str(file)!r})")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     last = done.stderr.strip().splitlines()[-1]

@@ -9,9 +9,9 @@ from dicom_files import HOUNSFIELD, RAMP, dataset, encoded, shown  # noqa: E402
 from pydicom.dataset import Dataset  # noqa: E402
 from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian  # noqa: E402
 
-from llavamed_jax.data.dicom import _KEYWORDS  # noqa: E402
-from llavamed_jax.data.images import load_image  # noqa: E402
 from llavamed_jax.errors import UserError  # noqa: E402
+from llavamed_jax.images.dicom import _KEYWORDS  # noqa: E402
+from llavamed_jax.images.load import load_image  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # pydicom's, on values that are wrong on purpose
 WINDOW = dict(WindowCenter=2000, WindowWidth=3000)

@@ -27,8 +27,8 @@ from pydicom.uid import (  # noqa: E402
     RLELossless,
 )
 
-from llavamed_jax.data.images import load_image  # noqa: E402
 from llavamed_jax.errors import UserError  # noqa: E402
+from llavamed_jax.images.load import load_image  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # pydicom's, on headers that are wrong on purpose
 ROW, COLUMN = np.linspace(0, 255, 64).astype(np.uint8)[None], np.linspace(255, 0, 48).astype(np.uint8)[:, None]

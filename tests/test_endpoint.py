@@ -18,12 +18,14 @@ import pytest
 from PIL import Image
 
 from llavamed_jax.cli import eval as cli
-from llavamed_jax.data.images import load_image
-from llavamed_jax.data.vqa_rad import read_vqa_rad
+from llavamed_jax.datasets.vqa_rad import read_vqa_rad
 from llavamed_jax.errors import UsageError
-from llavamed_jax.evaluation import endpoint, scoring, service
-from llavamed_jax.evaluation.answers import Generation
-from llavamed_jax.evaluation.asking import ask
+from llavamed_jax.evaluation.answering import endpoint
+from llavamed_jax.evaluation.answering.answerer import Generation
+from llavamed_jax.evaluation.answering.ask import ask
+from llavamed_jax.evaluation.scoring import score
+from llavamed_jax.images.load import load_image
+from llavamed_jax.openai_client import client
 from tests.openai_server import OpenAiServer, Raw, yes_or_no
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,7 +44,7 @@ def sent(body):
 
 
 def an_answerer(server, **settings):
-    return endpoint.Endpoint(service.Service(server.url, "tiny", **{"backoff": 0.01} | settings))
+    return endpoint.Endpoint(client.Service(server.url, "tiny", **{"backoff": 0.01} | settings))
 
 
 # --- what is sent ---
@@ -150,7 +152,7 @@ def test_answers_that_are_not_finished_or_withheld_are_counted(capsys):
 @pytest.fixture
 def hurried(monkeypatch):
     """The command line as it is, with short waits."""
-    monkeypatch.setattr(service, "Service", functools.partial(service.Service, backoff=0.01))
+    monkeypatch.setattr(client, "Service", functools.partial(client.Service, backoff=0.01))
     monkeypatch.chdir(ROOT)
 
 
@@ -174,7 +176,7 @@ def test_faults_change_nothing_but_the_time(hurried, tmp_path, capsys):
     assert faults.total() > 20 and len(server.log) == wanted.total() + int(again[1]), "once more for each failure, and never else"
     assert int(again[1]) - faults.total() <= late and len(server.asked_without_need(wanted)) <= late
 
-    answers = scoring.read_predictions(tmp_path / "rough" / "predictions.jsonl")
+    answers = score.read_predictions(tmp_path / "rough" / "predictions.jsonl")
     assert {each["model_id"] for each in answers} == {"tiny"} and {each["text"] for each in answers} == {"yes", "no"}
     metrics = json.loads((tmp_path / "rough" / "metrics.json").read_text())
     assert metrics["control"]["kind"] == "image" and metrics["organ"]["n"] > 2
@@ -219,7 +221,7 @@ def test_a_killed_evaluation_goes_on_without_asking_again(tmp_path):
         _, said = second.communicate(timeout=120)
         assert second.returncode == 0 and f"{len(places)} answers of an earlier start are taken over" in said
     assert 30 <= len(places) <= 40 + 8, "each answer is on the disk soon after it came"
-    samples = scoring.read_predictions(tmp_path / "predictions.jsonl")
+    samples = score.read_predictions(tmp_path / "predictions.jsonl")
     answered = [each for each in server.log if each.fault is None and sent(each.body)[0] != "Which organ system is shown in this image?"]
     assert len(answered) == len(samples) - len(places), "exactly those that were not kept"
     again = Counter(each.asked for each in answered) & asked_before

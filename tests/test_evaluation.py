@@ -15,18 +15,20 @@ from llavamed_jax.assistant import LlavaMed
 from llavamed_jax.checkpoints.load import load_params, random_checkpoint
 from llavamed_jax.cli import eval as cli
 from llavamed_jax.config import preset
-from llavamed_jax.data.processor import Processor
-from llavamed_jax.data.questions import VqaSample
-from llavamed_jax.data.slake import read_slake
-from llavamed_jax.data.tokenizer import Tokenizer
-from llavamed_jax.data.vqa_rad import read_vqa_rad
+from llavamed_jax.datasets.sample import VqaSample
+from llavamed_jax.datasets.slake import read_slake
+from llavamed_jax.datasets.vqa_rad import read_vqa_rad
 from llavamed_jax.errors import UsageError, UserError
-from llavamed_jax.evaluation import controls, files, local, partial, questions, run, scoring
-from llavamed_jax.evaluation.answers import Answer, Generation
-from llavamed_jax.evaluation.asking import ask, predict
-from llavamed_jax.evaluation.files import to_jsonl, write_text
-from llavamed_jax.evaluation.strict import is_strictly_right, multiset_f1
-from llavamed_jax.evaluation.summary import summary
+from llavamed_jax.evaluation import questions, results, run
+from llavamed_jax.evaluation.answering import local, resume
+from llavamed_jax.evaluation.answering.answerer import Answer, Generation
+from llavamed_jax.evaluation.answering.ask import ask, predict
+from llavamed_jax.evaluation.report.summary import summary
+from llavamed_jax.evaluation.scoring import controls, score
+from llavamed_jax.evaluation.scoring.strict import is_strictly_right, multiset_f1
+from llavamed_jax.processor import Processor
+from llavamed_jax.text.tokenizer import Tokenizer
+from llavamed_jax.utils.files import to_jsonl, write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLE = ROOT / "samples" / "vqa_rad"
@@ -54,9 +56,9 @@ def test_a_hand_computed_score():
     ]
     texts = {1: "It looks normal.", 2: "Yes, it is.", 3: "no", 4: "left lung left", 5: "The left lung."}
     training = [question("t1", "left lung", "OPEN"), question("t2", "left", "OPEN"), question("t3", "Yes")]
-    result = scoring.score(samples, [prediction(n, text) for n, text in texts.items()], training)
+    result = score.score(samples, [prediction(n, text) for n, text in texts.items()], training)
 
-    assert scoring.answer_candidates([*training[::-1], *training]) == ["left", "left lung"], "of open questions, each once"
+    assert score.answer_candidates([*training[::-1], *training]) == ["left", "left lung"], "of open questions, each once"
     paper, strict = result["paper"], result["strict"]
     assert (result["n_open"], result["n_closed"], result["n_images"]) == (2, 3, 3)
     # "normal" holds "no"; "yes it is" holds "yes"; "no" does not hold "yes".
@@ -81,7 +83,7 @@ def test_a_hand_computed_score():
 
 
 def test_names_are_those_of_the_interface():
-    result = scoring.score([question(1, "yes")], [prediction(1, "yes")])
+    result = score.score([question(1, "yes")], [prediction(1, "yes")])
     names = "exact_match f1 precision recall bleu bleu_1 bleu_2 bleu_3 open_accuracy_candidates open_accuracy_substring"
     names += " closed_accuracy_yes_no closed_accuracy_substring closed_recall"
     assert {key for key in result["paper"] if not re.search("_(low|high)$", key)} == set(names.split())
@@ -90,24 +92,24 @@ def test_names_are_those_of_the_interface():
 
 
 def test_a_class_without_items_is_none_and_not_zero():
-    only_closed = scoring.score([question(1, "yes")], [prediction(1, "yes")])
+    only_closed = score.score([question(1, "yes")], [prediction(1, "yes")])
     assert only_closed["strict"]["open_f1"] is None and only_closed["paper"]["bleu"] is None
     assert only_closed["strict"]["closed_accuracy"] == 100
     assert only_closed["strict"]["closed_accuracy_low"] is None, "one image gives no interval"
-    only_open = scoring.score([question(1, "left", "OPEN")], [prediction(1, "left")])
+    only_open = score.score([question(1, "left", "OPEN")], [prediction(1, "left")])
     assert only_open["paper"]["closed_recall"] is None and only_open["baselines"]["majority_closed"] is None
     assert only_open["paper"]["open_accuracy_candidates"] is None, "there are no training rows"
 
 
 def test_a_short_answer_is_the_candidate_and_not_the_reference():
-    paper = scoring.score([question(1, "left lung", "OPEN")], [prediction(1, "left")])["paper"]
+    paper = score.score([question(1, "left lung", "OPEN")], [prediction(1, "left")])["paper"]
     assert paper["bleu_1"] == pytest.approx(100 * np.exp(1 - 2)), "every word is right, and the brevity penalty is of two to one"
     assert (paper["precision"], paper["recall"], paper["exact_match"]) == (100, 50, 100)
 
 
 @pytest.mark.parametrize("text, answer, value", [("The Left.", "left", 100), ("left lung", "left", 0), ("left", "left lung", 0)])
 def test_strict_open_answers_are_equal_or_wrong(text, answer, value):
-    assert scoring.score([question(1, answer, "OPEN")], [prediction(1, text)])["strict"]["open_exact"] == value
+    assert score.score([question(1, answer, "OPEN")], [prediction(1, text)])["strict"]["open_exact"] == value
 
 
 @pytest.mark.parametrize(
@@ -140,13 +142,13 @@ def test_strict_f1_finds_each_word_as_often_as_both_have_it(text, answer, value)
 def test_ids_that_do_not_fit_are_one_error_that_lists_them():
     samples = [question(1, "yes"), question(2, "no"), question(3, "no")]
     with pytest.raises(UserError) as error:
-        scoring.join(samples, [prediction(1, "a"), prediction(1, "b"), prediction(9, "c")])
+        score.join(samples, [prediction(1, "a"), prediction(1, "b"), prediction(9, "c")])
     text = str(error.value)
     assert "2 without a prediction (2, 3)" in text
     assert "1 predicted more than once (1)" in text and "1 predicted but not asked (9)" in text
     with pytest.raises(UserError, match=r"1 asked more than once \(1\)"):
-        scoring.join([question(1, "yes"), question(1, "no")], [prediction(1, "a")])
-    assert scoring.join(samples, [prediction(str(n), f"t{n}") for n in (3, 2, 1)]) == ["t1", "t2", "t3"]
+        score.join([question(1, "yes"), question(1, "no")], [prediction(1, "a")])
+    assert score.join(samples, [prediction(str(n), f"t{n}") for n in (3, 2, 1)]) == ["t1", "t2", "t3"]
 
 
 @pytest.mark.parametrize(
@@ -162,23 +164,23 @@ def test_bad_prediction_lines_are_named(tmp_path, line, message):
     path = tmp_path / "p.jsonl"
     path.write_text('{"question_id": 1, "text": "a\\u2028b"}\n' + line + "\n")
     with pytest.raises(UserError, match=re.escape(message)):
-        scoring.read_predictions(path)
+        score.read_predictions(path)
 
 
 def test_predictions_survive_writing_and_reading(tmp_path):
     predictions = [prediction(1, "two\nlines \u2028 and \x85 more"), prediction(2, "«ünïcode»")]
     write_text(tmp_path / "p.jsonl", to_jsonl(predictions))
-    assert scoring.read_predictions(tmp_path / "p.jsonl") == predictions
+    assert score.read_predictions(tmp_path / "p.jsonl") == predictions
     assert [path.name for path in tmp_path.iterdir()] == ["p.jsonl"]
     with pytest.raises(UserError, match="cannot be read"):
-        scoring.read_predictions(tmp_path / "absent.jsonl")
+        score.read_predictions(tmp_path / "absent.jsonl")
 
 
 def test_the_whole_of_vqa_rad(shared):
     root = shared / "data" / "vqa_rad"
     samples, training = read_vqa_rad(root, "test"), read_vqa_rad(root, "train")
-    assert len(scoring.answer_candidates(training)) == 430
-    result = scoring.score(samples, [prediction(sample.question_id, sample.answer) for sample in samples], training)
+    assert len(score.answer_candidates(training)) == 430
+    result = score.score(samples, [prediction(sample.question_id, sample.answer) for sample in samples], training)
     assert (result["n_open"], result["n_closed"], result["n_images"]) == (179, 272, 203)
     assert result["strict"]["closed_accuracy"] == result["strict"]["open_exact"] == 100
     assert result["strict"]["open_f1"] == result["paper"]["closed_accuracy_substring"] == 100
@@ -187,14 +189,14 @@ def test_the_whole_of_vqa_rad(shared):
     assert result["baselines"]["majority_closed"] == pytest.approx(100 * 133 / 272)
     assert result["baselines"]["constant_yes_no"] == pytest.approx(100 * 251 / 272)
     assert result["leakage"]["images_in_training"] == 202
-    paper = scoring.leakage(samples, read_vqa_rad(root, "train", "paper"))
+    paper = score.leakage(samples, read_vqa_rad(root, "train", "paper"))
     assert paper["training_rows"] == 3064
     assert paper["open_answers_on_same_image_in_training"] > 100 > result["leakage"]["open_answers_on_same_image_in_training"]
 
 
 def test_slake_scores_its_gold_as_right(shared):
     samples = read_slake(shared / "data" / "slake", "validation")
-    result = scoring.score(samples, [prediction(sample.question_id, sample.answer) for sample in samples])
+    result = score.score(samples, [prediction(sample.question_id, sample.answer) for sample in samples])
     assert result["strict"]["closed_accuracy"] == result["strict"]["open_exact"] == 100
     assert set(result["groups"]) == {"question_type", "organ", "modality"}
 
@@ -366,12 +368,12 @@ def test_a_question_that_cannot_be_answered_fails_alone(tmp_path, with_partial):
             return UserError("the model computed something that is no number") if answer.text.startswith("why") else answer
 
     questions = [("what", "a.jpg"), ("what", "broken.jpg"), ("why", "a.jpg"), ("when", "b.jpg")]
-    kept = partial.Partial(tmp_path / "p", {}) if with_partial else None
+    kept = resume.Partial(tmp_path / "p", {}) if with_partial else None
     with pytest.raises(UserError, match="^2 of 4 questions could not be answered; the first, 'what' about broken.jpg: broken.jpg is no im"):
         ask(local.LocalModel(Failing(), "m"), questions, Generation(), partial=kept)
     if with_partial:
         model = FakeModel()
-        found = partial.Partial(tmp_path / "p", {}).answers
+        found = resume.Partial(tmp_path / "p", {}).answers
         assert {i: answer.text for i, answer in found.items()} == {0: "what @ a", 3: "when @ b"}
         questions[1] = ("what", "mended.jpg")
         answers = ask(local.LocalModel(model, "m"), questions, Generation(), partial=kept)
@@ -460,8 +462,8 @@ def test_an_evaluation_from_start_to_end(tmp_path):
     assert result["control"]["strict"] == result["strict"]
     assert result["control"]["difference"]["closed_accuracy"] == result["control"]["difference"]["closed_accuracy_high"] == 0
     assert result["leakage"]["images_in_training"] == 0, "held-out images are in no training row"
-    shown = scoring.read_predictions(tmp_path / "out" / "predictions_control_image.jsonl")
-    own = scoring.read_predictions(tmp_path / "out" / "predictions.jsonl")
+    shown = score.read_predictions(tmp_path / "out" / "predictions_control_image.jsonl")
+    own = score.read_predictions(tmp_path / "out" / "predictions.jsonl")
     assert all(a["metadata"]["image"] != b["metadata"]["image"] for a, b in zip(shown, own, strict=True))
     text = summary(result)
     assert "exchanged" in text and "noise" in text and "15 of 15" in text
@@ -548,7 +550,7 @@ def test_a_failed_write_leaves_nothing_under_the_final_name(tmp_path, monkeypatc
     def fail(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(files.os, "replace", fail)
+    monkeypatch.setattr(results.os, "replace", fail)
     with pytest.raises(UserError, match="No space left on device"):
         write_text(tmp_path / "metrics.json", "{}")
     assert not list(tmp_path.iterdir())
@@ -578,9 +580,9 @@ def test_a_real_model_of_random_weights_answers(tiny_model, tmp_path, monkeypatc
     for batch_size, control in ((1, []), (8, ["--control", "image"])):
         options = ["--workdir", str(tmp_path / f"b{batch_size}"), f"--config.generation.batch_size={batch_size}"]
         assert cli.main([*argv, *options, "--checkpoint", "runs/x", *control]) == 0
-    first, second = (scoring.read_predictions(tmp_path / name / "predictions.jsonl") for name in ("b1", "b8"))
+    first, second = (score.read_predictions(tmp_path / name / "predictions.jsonl") for name in ("b1", "b8"))
     assert first == second and len({each["text"] for each in first}) > 2
-    exchanged = scoring.read_predictions(tmp_path / "b8" / "predictions_control_image.jsonl")
+    exchanged = score.read_predictions(tmp_path / "b8" / "predictions_control_image.jsonl")
     assert [each["text"] for each in exchanged] != [each["text"] for each in second], "the image must matter"
     metrics = json.loads((tmp_path / "b8" / "metrics.json").read_text())
     assert metrics["organ"]["n"] == 2 and metrics["control"]["kind"] == "image"

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from llavamed_jax.data import datasets
-from llavamed_jax.data.questions import VqaSample
+from llavamed_jax.datasets import training
+from llavamed_jax.datasets.sample import VqaSample
 from llavamed_jax.errors import UserError
-from llavamed_jax.evaluation import controls, leakage
+from llavamed_jax.evaluation.scoring import controls, leakage
 
 
 def sample(number, image, answer="Yes", kind="CLOSED"):
@@ -110,7 +110,7 @@ def train(folder, *records):
     rows = [{"id": str(n), "image": image, "conversations": [turn for i, answer in enumerate(turns) for turn in (
         asked(i == 0), {"from": "gpt", "value": answer})]} for n, (image, *turns) in enumerate(records)]
     (folder / "train.json").write_text(json.dumps(rows))
-    return datasets.read_training(str(folder / "train.json"), str(folder / "train"))
+    return training.read_training(str(folder / "train.json"), str(folder / "train"))
 
 
 def test_files_and_pixels_are_found_whatever_they_are_called(pictures):
@@ -167,7 +167,7 @@ def test_damaged_records_and_records_without_images_are_counted(pictures):
     talk = [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "yes"}]
     rows += [{"id": "x"}, {"id": "y", "conversations": talk}, rows[0] | {"id": "z", "image": "broken.png"}]
     (pictures / "train.json").write_text(json.dumps(rows))
-    data = datasets.read_training(str(pictures / "train.json"), str(pictures / "train"))
+    data = training.read_training(str(pictures / "train.json"), str(pictures / "train"))
     found = leakage.trained_on([sample(0, pictures / "test" / "0.png")], data)
     assert (found["records"], found["records_not_readable"]) == (4, 1)
     assert (found["training_images"], found["training_images_not_readable"]) == (2, 1)
@@ -203,7 +203,7 @@ def test_one_copied_file_needs_no_decoding(pictures, monkeypatch):
 def test_the_papers_training_rows_hold_the_answers(shared):
     """By content as by name: 202 of VQA-RAD's 203 test images, and in the paper's rows most open answers too."""
     root = shared / "data" / "vqa_rad"
-    samples = [each for each in datasets.read_vqa_rad(root, "test") if each.answer_type == "OPEN"]
-    by_name = leakage.leakage(samples, datasets.read_vqa_rad(root, "train", "paper"))
-    found = leakage.trained_on(samples, datasets.read_training(root, protocol="paper"))
+    samples = [each for each in training.read_vqa_rad(root, "test") if each.answer_type == "OPEN"]
+    by_name = leakage.leakage(samples, training.read_vqa_rad(root, "train", "paper"))
+    found = leakage.trained_on(samples, training.read_training(root, protocol="paper"))
     assert found["by_kind"]["OPEN"]["image_and_answer_in_training"] == by_name["open_answers_on_same_image_in_training"] == 105

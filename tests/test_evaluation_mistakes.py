@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from llavamed_jax.cli import eval as cli
-from llavamed_jax.data.vqa_rad import read_vqa_rad
+from llavamed_jax.datasets.vqa_rad import read_vqa_rad
 from llavamed_jax.errors import UserError
-from llavamed_jax.evaluation.files import locked
-from llavamed_jax.evaluation.scoring import join, read_predictions
+from llavamed_jax.evaluation.results import locked
+from llavamed_jax.evaluation.scoring.score import join, read_predictions
 from tests.openai_server import OpenAiServer, yes_or_no
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -14,15 +14,16 @@ from llavamed_jax import chat
 from llavamed_jax.cli import convert
 from llavamed_jax.cli import eval as cli
 from llavamed_jax.cli.common import load_config
-from llavamed_jax.data.processor import Processor
-from llavamed_jax.data.questions import VqaSample
-from llavamed_jax.data.tokenizer import Tokenizer
-from llavamed_jax.data.vqa_rad import read_vqa_rad
-from llavamed_jax.evaluation import controls, run, scoring
-from llavamed_jax.evaluation.answers import Generation
-from llavamed_jax.evaluation.asking import ask
-from llavamed_jax.evaluation.files import to_jsonl
-from llavamed_jax.evaluation.local import LocalModel
+from llavamed_jax.datasets.sample import VqaSample
+from llavamed_jax.datasets.vqa_rad import read_vqa_rad
+from llavamed_jax.evaluation import run
+from llavamed_jax.evaluation.answering.answerer import Generation
+from llavamed_jax.evaluation.answering.ask import ask
+from llavamed_jax.evaluation.answering.local import LocalModel
+from llavamed_jax.evaluation.scoring import controls, score
+from llavamed_jax.processor import Processor
+from llavamed_jax.text.tokenizer import Tokenizer
+from llavamed_jax.utils.files import to_jsonl
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLE = ROOT / "samples" / "vqa_rad"
@@ -75,12 +76,12 @@ def finished(tmp_path_factory):
 
 def test_the_control_scores_its_own_answers(finished):
     job, _, result, workdir = finished
-    own = scoring.read_predictions(workdir / "predictions.jsonl")
+    own = score.read_predictions(workdir / "predictions.jsonl")
     for name, table in (("image", result["control"]), ("noise", result["control"]["noise"])):
-        shown = scoring.read_predictions(workdir / f"predictions_control_{name}.jsonl")
+        shown = score.read_predictions(workdir / f"predictions_control_{name}.jsonl")
         assert {each["text"] for each in shown} == {"a kangaroo"} and "a kangaroo" not in {each["text"] for each in own}
         for family in ("strict", "paper"):
-            assert table[family] == scoring.score(job.samples, shown, job.training, seed=3)[family]
+            assert table[family] == score.score(job.samples, shown, job.training, seed=3)[family]
         assert table["strict"]["closed_accuracy"] == table["strict"]["open_exact"] == 0
         assert table["paper"]["closed_recall"] == 0 < result["paper"]["closed_recall"]
         assert (table["kind"], table["seed"]) == (name, 3)
@@ -89,7 +90,7 @@ def test_the_control_scores_its_own_answers(finished):
 
 def test_every_image_has_a_noise_of_its_own_that_is_gone_afterwards(finished):
     job, _, result, workdir = finished
-    predictions = scoring.read_predictions(workdir / "predictions_control_noise.jsonl")
+    predictions = score.read_predictions(workdir / "predictions_control_noise.jsonl")
     shown = {each["question_id"]: each["metadata"]["image"] for each in predictions}
     by_image = {str(sample.image): shown[sample.question_id] for sample in job.samples}
     assert all(shown[sample.question_id] == by_image[str(sample.image)] for sample in job.samples)
@@ -130,8 +131,8 @@ def test_the_difference_is_predictions_minus_control(finished):
         assert difference["closed_accuracy_p"] == pytest.approx(2 / 2**15), "15 images, of which all but one exchange is less extreme"
     samples = [VqaSample(n, Path(f"{n}.jpg"), "?", "yes", "CLOSED") for n in range(4)]
     first, second = ([{"question_id": n, "text": text} for n, text in enumerate(texts)] for texts in (["yes"] * 3 + ["no"], ["no"] * 4))
-    assert scoring.difference(samples, first, second, 0)["closed_accuracy"] == 75
-    assert scoring.difference(samples, second, first, 0)["closed_accuracy"] == -75
+    assert score.difference(samples, first, second, 0)["closed_accuracy"] == 75
+    assert score.difference(samples, second, first, 0)["closed_accuracy"] == -75
 
 
 def test_what_is_only_computed_of_the_answers_asks_nothing_anew(tmp_path):
@@ -155,7 +156,7 @@ def test_the_organ_is_asked_greedily_whatever_the_questions_are_asked_with(finis
 def test_the_majority_answer_comes_from_training_rows_where_there_are_any(training, answer, accuracy):
     asked = [VqaSample(n, Path("a.jpg"), "?", gold, "CLOSED") for n, gold in enumerate(["no", "no", "no", "yes"])]
     rows = [VqaSample("t", Path("b.jpg"), "?", training, "CLOSED")] if training else []
-    baselines = scoring.score(asked, [{"question_id": n, "text": "x"} for n in range(4)], rows)["baselines"]
+    baselines = score.score(asked, [{"question_id": n, "text": "x"} for n in range(4)], rows)["baselines"]
     assert (baselines["majority_closed_answer"], baselines["majority_closed"]) == (answer, accuracy)
 
 

@@ -11,17 +11,18 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file
 
-from llavamed_jax.checkpoints import files, writer
+from llavamed_jax.checkpoints import writer
 from llavamed_jax.checkpoints.load import random_checkpoint
 from llavamed_jax.checkpoints.reader import open_checkpoint
 from llavamed_jax.checkpoints.store import write_model
 from llavamed_jax.checkpoints.torch_files import Tensor
 from llavamed_jax.checkpoints.writer import export
 from llavamed_jax.config import IMAGE_TOKEN, DecoderConfig, LlavaConfig, VisionConfig
-from llavamed_jax.data.processor import Processor
-from llavamed_jax.data.tokenizer import Tokenizer
 from llavamed_jax.errors import UserError
-from llavamed_jax.templates import TEMPLATES
+from llavamed_jax.processor import Processor
+from llavamed_jax.text.templates import TEMPLATES
+from llavamed_jax.text.tokenizer import Tokenizer
+from llavamed_jax.utils import directories
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLE_TOKENIZER = ROOT / "samples" / "vqa_rad" / "tokenizer.model"
@@ -299,7 +300,7 @@ def test_the_original_layout_has_biases(tmp_path):
 def test_a_disk_without_room_is_seen_before_anything_is_written(tmp_path, monkeypatch):
     checkpoint = random_checkpoint(config())
     size = writer.total_bytes(checkpoint.tensors)
-    monkeypatch.setattr(files.shutil, "disk_usage", lambda path: type("", (), {"free": size - 1}))
+    monkeypatch.setattr(directories.shutil, "disk_usage", lambda path: type("", (), {"free": size - 1}))
     for write in (lambda: export(checkpoint, tmp_path / "deep" / "out", "llava"), lambda: write_model(tmp_path / "tree", checkpoint)):
         with pytest.raises(UserError, match=r"needs 0\.\d+ GB; its disk has 0\.\d+ GB free"):
             write()

@@ -16,7 +16,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from llavamed_jax.checkpoints import files, writer
+from llavamed_jax.checkpoints import writer
 from llavamed_jax.checkpoints.load import random_checkpoint
 from llavamed_jax.checkpoints.reader import open_checkpoint
 from llavamed_jax.checkpoints.store import write_model
@@ -24,6 +24,7 @@ from llavamed_jax.checkpoints.torch_files import Tensor
 from llavamed_jax.checkpoints.writer import export, write_safetensors
 from llavamed_jax.config import DecoderConfig, LlavaConfig, VisionConfig
 from llavamed_jax.errors import UserError
+from llavamed_jax.utils import directories
 
 ROOT = Path(__file__).resolve().parent.parent
 CFG = LlavaConfig(VisionConfig(32, 64, 3, 4, 28, 14), DecoderConfig(70, 48, 96, 2, 4, 2, 12, 1e-5, 1e4, 512, architecture="mistral"))
@@ -123,7 +124,7 @@ def test_a_killed_conversion_leaves_nothing_that_looks_whole(command, source, tm
                 open_checkpoint(path)
     checkpoint = open_checkpoint(source)
     if command == "import":
-        with files.new_directory(out) as directory:
+        with directories.new_directory(out) as directory:
             write_model(directory, checkpoint)
     else:
         export(checkpoint, out)
@@ -141,8 +142,8 @@ def test_an_interrupted_conversion_cleans_up(source, tmp_path):
 
 
 def test_a_conversion_under_way_is_left_alone(tmp_path):
-    with files.new_directory(tmp_path / "out") as first:
+    with directories.new_directory(tmp_path / "out") as first:
         (first / "file").write_text("in work")
-        with files.new_directory(tmp_path / "out") as second:
+        with directories.new_directory(tmp_path / "out") as second:
             assert first != second and (first / "file").exists()
         assert (tmp_path / "out").is_dir() and (first / "file").read_text() == "in work"

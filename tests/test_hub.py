@@ -82,7 +82,7 @@ def test_a_tower_that_the_config_names_is_fetched(hub, convert, tmp_path):
 
 def test_a_processor_needs_no_weights(hub, tmp_path):
     del hub.requests[:]
-    code = "from llavamed_jax.data.processor import Processor; print(Processor.load('me/llava').template_name)"
+    code = "from llavamed_jax.processor import Processor; print(Processor.load('me/llava').template_name)"
     env = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "v1.5:mistral_instruct\n"), done.stderr

@@ -11,12 +11,12 @@ from PIL import Image
 
 from llavamed_jax.cli import eval as cli
 from llavamed_jax.cli.common import load_config
-from llavamed_jax.data import layouts
-from llavamed_jax.data.datasets import read_training
-from llavamed_jax.data.hub_rows import read_hub
-from llavamed_jax.data.questions import describe
-from llavamed_jax.data.slake import read_slake
-from llavamed_jax.data.vqa_rad import read_vqa_rad
+from llavamed_jax.datasets import detect
+from llavamed_jax.datasets.hub_rows import read_hub
+from llavamed_jax.datasets.sample import describe
+from llavamed_jax.datasets.slake import read_slake
+from llavamed_jax.datasets.training import read_training
+from llavamed_jax.datasets.vqa_rad import read_vqa_rad
 from llavamed_jax.errors import UserError
 from llavamed_jax.evaluation import questions
 
@@ -64,7 +64,7 @@ def hub(tmp_path):
 
 def test_three_columns_are_no_set(hub):
     root = hub(train=[row()], test=[row(), row("What?", "Left")])
-    assert layouts.named_by_parquet(root) is None and layouts.layout_of(root) == "parquet"
+    assert detect.named_by_parquet(root) is None and detect.layout_of(root) == "parquet"
     for name in ("vqa_rad", "slake", "llava_med", "choices", "captions"):
         with pytest.raises(UserError, match="data.name=parquet") as raised:
             questions.load_samples(name, str(root), "test", "clean")
@@ -82,7 +82,7 @@ CARDS = {"pathvqa": "---\npretty_name: PathVQA\n---\n# Dataset Card for PathVQA\
 @pytest.mark.parametrize("name", CARDS)
 def test_a_card_names_a_set(hub, name):
     root = hub(card=CARDS[name], train=[row()], test=[row()])
-    assert layouts.layout_of(root) == name == layouts.set_at(root, name)
+    assert detect.layout_of(root) == name == detect.set_at(root, name)
     assert len(questions.load_samples(name, str(root), "test", "clean")[0]) == 1
     for other in set(CARDS) - {name}:
         with pytest.raises(UserError, match=f"looks like .*: data.name={name}$"):
@@ -95,30 +95,30 @@ def test_a_card_names_a_set(hub, name):
 def test_a_card_that_names_none_or_two_is_no_sign(hub, card):
     root = hub(test=[row()])
     (root / "README.md").write_bytes(card if isinstance(card, bytes) else card.encode())
-    assert layouts.named_by_parquet(root) is None
+    assert detect.named_by_parquet(root) is None
 
 
 def test_the_hubs_cache_and_columns_name_a_set(hub):
     slake = {"img_name": "x", "q_lang": "en", "location": "Lung", "modality": "CT", "content_type": "Organ",
              "answer_type": "OPEN"}
-    assert layouts.named_by_parquet(hub("datasets--flaviagiammarino--path-vqa/snapshots/0a", test=[row()])) == "pathvqa"
+    assert detect.named_by_parquet(hub("datasets--flaviagiammarino--path-vqa/snapshots/0a", test=[row()])) == "pathvqa"
     root = hub("s", test=[row(**slake), row(**slake | {"q_lang": "zh"})])
-    assert layouts.named_by_parquet(root) == "slake"
+    assert detect.named_by_parquet(root) == "slake"
     (sample,) = read_slake(root, "test")
     assert (sample.organ, sample.modality, sample.question_type, sample.answer_type) == ("Lung", "CT", "Organ", "OPEN")
     assert len(read_slake(root, "test", "zh")) == 1 and len(read_slake(root, "test", "all")) == 2
-    assert layouts.named_by_parquet(hub("r", test=[row(phrase_type="freeform", image_organ="HEAD")])) == "vqa_rad"
-    assert layouts.named_by_parquet(hub("one", test=[row(modality="CT")])) is None, "a column of other sets too"
+    assert detect.named_by_parquet(hub("r", test=[row(phrase_type="freeform", image_organ="HEAD")])) == "vqa_rad"
+    assert detect.named_by_parquet(hub("one", test=[row(modality="CT")])) is None, "a column of other sets too"
     for column in ("location", "q_lang", "phrase_type", "img_id"):
-        assert layouts.named_by_parquet(hub(f"one {column}", test=[row(**{column: "x"})])) is None, "one column is no sign"
-    assert layouts.named_by_parquet(hub("both", card=CARDS["pathvqa"],
+        assert detect.named_by_parquet(hub(f"one {column}", test=[row(**{column: "x"})])) is None, "one column is no sign"
+    assert detect.named_by_parquet(hub("both", card=CARDS["pathvqa"],
                                         test=[row(**slake)])) is None, "two signs of two sets"
 
 
 def test_counts_name_a_set(hub):
-    assert layouts.named_by_parquet(hub("p", test=[row()] * 6719)) == "pathvqa"
-    assert layouts.named_by_parquet(hub("v", test=[row()] * 451, train=[row()] * 1793)) == "vqa_rad"
-    assert layouts.named_by_parquet(hub("x", test=[row()] * 451, train=[row()] * 100)) is None
+    assert detect.named_by_parquet(hub("p", test=[row()] * 6719)) == "pathvqa"
+    assert detect.named_by_parquet(hub("v", test=[row()] * 451, train=[row()] * 1793)) == "vqa_rad"
+    assert detect.named_by_parquet(hub("x", test=[row()] * 451, train=[row()] * 100)) is None
 
 
 def test_vqa_rads_272_closed_questions(shared, hub, caplog):
@@ -143,7 +143,7 @@ def test_vqa_rads_272_closed_questions(shared, hub, caplog):
 def test_slakes_counts(shared, hub):
     samples = read_slake(shared / "data" / "slake", "validation")
     root = hub(validation=[of(s, "answer_type", "content_type", "location") for s in samples])
-    assert layouts.layout_of(root) == "slake"
+    assert detect.layout_of(root) == "slake"
     assert describe(read_slake(root, "validation"), "slake", "validation", "en").endswith("as published")
 
 
@@ -219,18 +219,18 @@ def test_every_set_under_every_name(places):
     may = {("llava_med", "captions"),
            ("parquet", "pathvqa")}  # a LLaVA file's answers as captions; the second is called parquet
     for name, root in places.items():
-        assert layouts.layout_of(root) == name
+        assert detect.layout_of(root) == name
         assert questions.load_samples(name, str(root), "test", "clean")[0], name
         assert len(read_training(root))
         for other in sorted(set(places) - {name}):
             if (name, other) in may:
-                assert layouts.set_at(root, other) == ("parquet" if name == "parquet" else other)
+                assert detect.set_at(root, other) == ("parquet" if name == "parquet" else other)
                 continue
             with pytest.raises(UserError) as raised:
                 questions.load_samples(other, str(root), "test", "clean")
             sentence = str(raised.value)
             named = [each for each,
-                     title in layouts.TITLES.items() if f"looks like {title}" in sentence or f"data.name={each}" in sentence]
+                     title in detect.TITLES.items() if f"looks like {title}" in sentence or f"data.name={each}" in sentence]
             assert named in ([name], []) or named == ["parquet"] == [name], (name, other, sentence)
             assert named or other == "parquet" or "looks like a row of" in sentence, (name, other, sentence)
 
@@ -242,17 +242,17 @@ def test_every_set_under_every_name(places):
     ({"image", "answer", "reference"}, None),
     ({"conversations", "phrase_type", "options", "img_name"}, "llava_med"), (set(), None)])
 def test_rows_of_questions_are_no_captions(keys, name):
-    assert layouts.layout_of_row(dict.fromkeys(keys, "x")) == name
+    assert detect.layout_of_row(dict.fromkeys(keys, "x")) == name
 
 
 def test_folders_that_share_a_name_with_a_set_are_not_it(tmp_path):
     (tmp_path / "qas").mkdir()
-    assert layouts.layout_of(tmp_path) is None, "a folder qas/ without its pickles"
+    assert detect.layout_of(tmp_path) is None, "a folder qas/ without its pickles"
     (tmp_path / "imgs").mkdir()
     (tmp_path / "imgs" / "photo1.jpg").write_bytes(b"")
-    assert layouts.layout_of(tmp_path) is None
+    assert detect.layout_of(tmp_path) is None
     (tmp_path / "imgs" / "xmlab1").mkdir()
-    assert layouts.layout_of(tmp_path) == "slake"
+    assert detect.layout_of(tmp_path) == "slake"
 
 
 def test_the_config_reads_it(hub):

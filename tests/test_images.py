@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms, ImageOps
 
-from llavamed_jax.data.images import PAD_COLOR, load_image, normalize, pad_to_square, preprocess, preprocess_uint8
 from llavamed_jax.errors import UserError
+from llavamed_jax.images.load import PAD_COLOR, load_image, normalize, pad_to_square, preprocess, preprocess_uint8
 
 
 def pattern(width=300, height=200):

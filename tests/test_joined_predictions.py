@@ -7,15 +7,16 @@ import pytest
 from PIL import Image
 
 from llavamed_jax.cli import eval as cli
-from llavamed_jax.data.questions import VqaSample
-from llavamed_jax.data.vqa_rad import read_vqa_rad
+from llavamed_jax.datasets.sample import VqaSample
+from llavamed_jax.datasets.vqa_rad import read_vqa_rad
 from llavamed_jax.errors import UserError
-from llavamed_jax.evaluation import run, scoring
-from llavamed_jax.evaluation.answers import Answer, Generation
-from llavamed_jax.evaluation.asking import predict
-from llavamed_jax.evaluation.controls import exchanged_images
-from llavamed_jax.evaluation.files import to_jsonl
-from llavamed_jax.evaluation.predictions import check_asked, image_names
+from llavamed_jax.evaluation import run
+from llavamed_jax.evaluation.answering.answerer import Answer, Generation
+from llavamed_jax.evaluation.answering.ask import predict
+from llavamed_jax.evaluation.scoring import score
+from llavamed_jax.evaluation.scoring.controls import exchanged_images
+from llavamed_jax.evaluation.scoring.predictions import check_asked, image_names
+from llavamed_jax.utils.files import to_jsonl
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLE = ROOT / "samples" / "vqa_rad"
@@ -189,8 +190,8 @@ def test_a_score_is_of_answers_to_its_questions():
     """Whoever calls it; answers that say that they are of a control are scored as one."""
     samples = [question(n, f"{n}.jpg", f"Is it {n}?") for n in range(3)]
     own = predictions(samples)
-    assert scoring.score(samples, own)["n_closed"] == 3
-    assert scoring.score(samples, predictions(samples, ["x.jpg"] * 3, "noise"))["n_closed"] == 3
+    assert score.score(samples, own)["n_closed"] == 3
+    assert score.score(samples, predictions(samples, ["x.jpg"] * 3, "noise"))["n_closed"] == 3
     for change in ({"prompt": "Is it 7?"}, {"metadata": {"image": "x.jpg"}}):
         with pytest.raises(UserError, match="are no answers to the 3 questions: 1 "):
-            scoring.score(samples, [own[0] | change, *own[1:]])
+            score.score(samples, [own[0] | change, *own[1:]])

@@ -8,12 +8,12 @@ from dataclasses import replace
 import pytest
 
 from llavamed_jax.errors import UsageError, UserError
-from llavamed_jax.evaluation.judge import Judge, check_answered, report_unscored
-from llavamed_jax.evaluation.judge_cache import JudgeCache, request_key
-from llavamed_jax.evaluation.judge_prompt import CHAT_PROMPT, read_prompt, read_scores
-from llavamed_jax.evaluation.judge_settings import judge_settings
-from llavamed_jax.evaluation.replies import Reply
-from llavamed_jax.evaluation.service import ServiceError
+from llavamed_jax.evaluation.judging.judge import Judge, check_answered, report_unscored
+from llavamed_jax.evaluation.judging.prompts import CHAT_PROMPT, read_prompt, read_scores
+from llavamed_jax.evaluation.judging.settings import judge_settings
+from llavamed_jax.openai_client.cache import JudgeCache, request_key
+from llavamed_jax.openai_client.client import ServiceError
+from llavamed_jax.openai_client.replies import Reply
 from tests.openai_server import OpenAiServer
 
 PROMPT = replace(read_prompt("", CHAT_PROMPT), system="System.", reminder="Mind the form.")

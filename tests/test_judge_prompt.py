@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from llavamed_jax.datasets.qa50 import ChatQuestion
 from llavamed_jax.errors import UsageError, UserError
-from llavamed_jax.evaluation import judge_prompt
-from llavamed_jax.evaluation.judge_prompt import (
+from llavamed_jax.evaluation.judging import prompts
+from llavamed_jax.evaluation.judging.prompts import (
     CHAT_PROMPT,
     OPEN_PROMPT,
     chat_prompt,
@@ -19,7 +20,6 @@ from llavamed_jax.evaluation.judge_prompt import (
     read_right,
     read_scores,
 )
-from llavamed_jax.evaluation.qa50 import ChatQuestion
 
 ROOT = Path(__file__).resolve().parent.parent
 QUESTION = ChatQuestion(7, Path("f.jpg"), "Where is it?\n<image>", "In the lung.", "Fig. 2", "A chest X-ray.",
@@ -74,7 +74,7 @@ def test_the_projects_own_files_have_all_sections_and_are_shipped():
     for file in (CHAT_PROMPT, OPEN_PROMPT):
         found = read_prompt("", file)
         assert found.system and found.instruction and found.reminder and file in shipped
-        assert found.wording != judge_prompt.ORIGINAL_WORDING
+        assert found.wording != prompts.ORIGINAL_WORDING
     assert "right or wrong" in read_prompt("", OPEN_PROMPT).instruction
 
 

@@ -8,10 +8,14 @@ import pytest
 
 from llavamed_jax.cli import eval as cli
 from llavamed_jax.cli.common import load_config
-from llavamed_jax.data.vqa_rad import read_vqa_rad
+from llavamed_jax.datasets import sample as samples_of_sets
+from llavamed_jax.datasets.vqa_rad import read_vqa_rad
 from llavamed_jax.errors import UserError
-from llavamed_jax.evaluation import judged, kinds, run, statistics, summary
-from llavamed_jax.evaluation.files import to_jsonl, write_text
+from llavamed_jax.evaluation import run
+from llavamed_jax.evaluation.judging import open_answers
+from llavamed_jax.evaluation.report import summary
+from llavamed_jax.evaluation.scoring import statistics
+from llavamed_jax.utils.files import to_jsonl, write_text
 from tests.chat_set import ROOT, SAMPLE
 from tests.openai_server import OpenAiServer
 from tests.test_report import Page
@@ -106,9 +110,9 @@ def test_a_dry_run_says_what_it_would_cost(tmp_path, capsys):
 def test_only_open_answers_are_judged(tmp_path):
     cfg = load_config(CONFIG, [f"data.root={SAMPLE}", "judge.model=tiny"])
     samples = read_vqa_rad(SAMPLE, "test")
-    asked, texts, prompts = judged.open_texts(judged.open_judge(cfg, tmp_path), samples, [str(i) for i in range(len(samples))])
+    asked, texts, prompts = open_answers.open_texts(open_answers.open_judge(cfg, tmp_path), samples, [str(i) for i in range(len(samples))])
     assert asked == OPEN and len(prompts) == len(OPEN) < len(samples)
-    assert texts == [str(i) for i, sample in enumerate(samples) if kinds.kind(sample) == kinds.OPEN]
+    assert texts == [str(i) for i, sample in enumerate(samples) if samples_of_sets.kind(sample) == samples_of_sets.OPEN]
 
 
 def test_a_config_without_the_group_judges_nothing(tmp_path):

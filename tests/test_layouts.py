@@ -7,8 +7,8 @@ import pytest
 
 from llavamed_jax.checkpoints.reader import open_checkpoint
 from llavamed_jax.config import LlavaConfig
-from llavamed_jax.data.processor import Processor
 from llavamed_jax.errors import UserError
+from llavamed_jax.processor import Processor
 from tests import tiny
 from tests.tiny import v1_tensors
 

@@ -15,9 +15,9 @@ import pytest
 
 from llavamed_jax.cli import eval as cli
 from llavamed_jax.errors import UsageError, UserError
-from llavamed_jax.evaluation import service
-from llavamed_jax.evaluation.address import read_address, shown
-from llavamed_jax.evaluation.secrets import Secrets
+from llavamed_jax.openai_client import client
+from llavamed_jax.openai_client.address import read_address, shown
+from llavamed_jax.openai_client.secrets import Secrets
 from tests.openai_server import OpenAiServer, Raw
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -135,7 +135,7 @@ def all_text(folder):
 def asked(tmp_path, monkeypatch):
     """Argv of an evaluation of three questions, which two servers may be asked about; and their predictions."""
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(service, "Service", functools.partial(service.Service, backoff=0.0001, retries=1))
+    monkeypatch.setattr(client, "Service", functools.partial(client.Service, backoff=0.0001, retries=1))
     rows = [{"id": i, "image": str(image), "answer_type": kind, "conversations": [
         {"from": "human", "value": f"<image>\nWhat is {i}?"}, {"from": "gpt", "value": answer}]}
         for i, (image, kind, answer) in enumerate(zip(IMAGES, ("OPEN", "OPEN", "CLOSED"), ("lung", "heart", "yes"), strict=True))]
@@ -265,7 +265,7 @@ def test_a_query_goes_with_every_request_and_its_values_are_not_shown(asked, tmp
     assert '"it is [key] or east-us"' in files, "what has fewer than eight letters may be a word of an answer"
     with OpenAiServer(lambda body: "x") as server:
         for url in (f"{server.origin}?api-version=2024-10-21&code=c%20d", f"{server.origin}/openai?code=c%20d&api-version=2024-10-21"):
-            found = service.Service(url, "tiny")
+            found = client.Service(url, "tiny")
             next(found.each([(0, [{"role": "user", "content": "a"}])], max_tokens=1, temperature=0.0))
             assert server.log[-1].path == "/openai/deployments/tiny/chat/completions?api-version=2024-10-21&code=c%20d"
             assert found.url.endswith("?code=[hidden]")
@@ -290,7 +290,7 @@ def test_a_key_in_the_address_or_the_model_s_name_is_not_shown(asked, tmp_path, 
 
 def test_what_no_request_can_carry_is_one_sentence():
     with OpenAiServer(lambda body: "x") as server:
-        found = service.Service(server.url, "tiny", retries=0)
+        found = client.Service(server.url, "tiny", retries=0)
         requests = enumerate([[{"role": "user", "content": text}] for text in ("a", "half \ud800", "b")])
         replies = dict(found.each(requests, max_tokens=1, temperature=0.0))
     assert replies[0].text == replies[2].text == "x" and type(replies[1]) is UserError

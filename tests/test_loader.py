@@ -14,13 +14,13 @@ import pytest
 from PIL import Image
 
 from llavamed_jax.config import IGNORE, IMAGE_TOKEN, preset
-from llavamed_jax.data import lengths, loader, transforms
-from llavamed_jax.data.datasets import TrainingData
-from llavamed_jax.data.packing import Layout, Plan, Stream
-from llavamed_jax.data.processor import Processor
-from llavamed_jax.data.records import MemoryRecords
-from llavamed_jax.data.tokenizer import Tokenizer
+from llavamed_jax.datasets.records import MemoryRecords
+from llavamed_jax.datasets.training import TrainingData
 from llavamed_jax.errors import UserError
+from llavamed_jax.pipeline import examples, lengths, loader
+from llavamed_jax.pipeline.packing import Layout, Plan, Stream
+from llavamed_jax.processor import Processor
+from llavamed_jax.text.tokenizer import Tokenizer
 
 P, SIZE, T = 36, 96, 96  # of preset:small, and the rows of these tests
 ROOT = Path(__file__).resolve().parent.parent
@@ -116,7 +116,7 @@ def test_a_run_without_images_carries_none(processor):
 @pytest.mark.parametrize("length, kept", [(3, 3), (4, 4), (10, 5), (40, 5), (41, 41), (42, 42), (45, 42), (78, 78), (100, 80)])
 def test_cut_never_leaves_part_of_an_image(length, kept):
     ids = [1] * 5 + [IMAGE_TOKEN] * 36 + [1] + [IMAGE_TOKEN] * 36 + [1] * 2
-    assert transforms.cut(ids, length, 36) == kept
+    assert examples.cut(ids, length, 36) == kept
 
 
 def test_a_cut_sample_is_counted_and_leaves_its_second_image_out(processor, folder):

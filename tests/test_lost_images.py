@@ -7,7 +7,7 @@ import jax
 import pytest
 
 from llavamed_jax.errors import UserError
-from llavamed_jax.evaluation import watching
+from llavamed_jax.evaluation import during_training
 from llavamed_jax.parallel.mesh import make_mesh
 from llavamed_jax.training import setup, trainer
 from llavamed_jax.training.data import Data
@@ -171,7 +171,7 @@ def test_validation_images_that_cannot_be_read_are_counted_and_printed(recipe, t
 def test_a_question_has_the_images_of_its_own_turn():
     def asked(*texts, images):
         turns = [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
-        return watching.first_turn({"id": 1, "image": images, "conversations": turns}).images
+        return during_training.first_turn({"id": 1, "image": images, "conversations": turns}).images
     assert asked("<image> is it?", "yes", "and <image>?", "no", images=["a", "b"]) == ["a"]
     assert asked("<image><image> alike?", "yes", images=["a", "b"]) == ["a", "b"]
     assert asked("<image><image> alike?", "yes", "and <image>?", "no", images=["a", "b"]) == ["a"]  # several in a turn are one
@@ -179,11 +179,11 @@ def test_a_question_has_the_images_of_its_own_turn():
 
 
 def test_a_question_that_lost_its_image_is_not_asked(capsys):
-    questions = [watching.first_turn({"id": i, "image": [], "surplus": 1, "conversations": record("is it?")["conversations"]})
+    questions = [during_training.first_turn({"id": i, "image": [], "surplus": 1, "conversations": record("is it?")["conversations"]})
                  for i in range(7)]
-    model = watching.TrainedModel()
+    model = during_training.TrainedModel()
     assert [model._row(type("Model", (), {"processor": None}), question) for question in questions] == [None] * 7
     model._say(list(model._refused.items()))
     said = capsys.readouterr().out.splitlines()
     assert said[0] == "question 0 is not asked: its record names more images, by 1, than it has <image> markers"
-    assert len(said) == watching.SHOWN + 1 and said[-1] == "3 more questions are not asked, for such reasons"
+    assert len(said) == during_training.SHOWN + 1 and said[-1] == "3 more questions are not asked, for such reasons"

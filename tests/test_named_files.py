@@ -15,13 +15,13 @@ from llavamed_jax.cli import common
 from llavamed_jax.cli import convert as convert_cli
 from llavamed_jax.cli import eval as cli
 from llavamed_jax.cli import train as train_cli
-from llavamed_jax.data import datasets, records
-from llavamed_jax.data.questions import check_images
+from llavamed_jax.datasets import records, training
+from llavamed_jax.datasets.sample import check_images
 from llavamed_jax.errors import UserError
-from llavamed_jax.evaluation import leakage
-from llavamed_jax.evaluation.answers import Answer
-from llavamed_jax.evaluation.judge_cache import JudgeCache
-from llavamed_jax.evaluation.partial import Partial
+from llavamed_jax.evaluation.answering.answerer import Answer
+from llavamed_jax.evaluation.answering.resume import Partial
+from llavamed_jax.evaluation.scoring import leakage
+from llavamed_jax.openai_client.cache import JudgeCache
 from llavamed_jax.utils import files
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -113,9 +113,9 @@ def test_every_file_that_an_evaluation_may_be_given(place, kind, strange, tmp_pa
 @pytest.mark.parametrize("kind", ["pipe", "zero", "random", "socket"])
 def test_training_data(kind, strange):
     with pytest.raises(UserError, match=f"^the data file .* {KINDS[kind]}"):
-        datasets.read_training(str(strange[kind]))
+        training.read_training(str(strange[kind]))
     with pytest.raises(UserError, match=f"^the data file .* {KINDS[kind]}"):
-        datasets.read_training([{"path": str(strange[kind]), "images": None, "weight": 1.0}])
+        training.read_training([{"path": str(strange[kind]), "images": None, "weight": 1.0}])
 
 
 @pytest.mark.parametrize("kind", ["pipe", "zero", "random", "socket"])
@@ -191,7 +191,7 @@ def test_nul_in_data(tmp_path):
     row = {"id": 1, "image": "a\0b.png", "conversations": [{"from": "human", "value": "<image>\na"}, {"from": "gpt", "value": "b"}]}
     (tmp_path / "d.json").write_text(json.dumps([row]))
     found = records.open_records(tmp_path / "d.json")
-    from llavamed_jax.data.images import load_image
+    from llavamed_jax.images.load import load_image
     with pytest.raises(UserError):
         load_image(found[0]["image"][0])
 

@@ -8,15 +8,15 @@ from PIL import Image
 
 from llavamed_jax.cli import eval as cli
 from llavamed_jax.cli.common import load_config
-from llavamed_jax.data import captions, choices
-from llavamed_jax.data.captions import read_captions
-from llavamed_jax.data.choices import read_choices
-from llavamed_jax.data.datasets import read_training
-from llavamed_jax.data.layouts import VQA_RAD_FILE, layout_of
-from llavamed_jax.data.llava_med import read_llava_med
-from llavamed_jax.data.questions import describe, to_llava
-from llavamed_jax.data.slake import read_slake
-from llavamed_jax.data.vqa_rad import read_vqa_rad
+from llavamed_jax.datasets import captions, choices
+from llavamed_jax.datasets.captions import read_captions
+from llavamed_jax.datasets.choices import read_choices
+from llavamed_jax.datasets.detect import VQA_RAD_FILE, layout_of
+from llavamed_jax.datasets.llava_med import read_llava_med
+from llavamed_jax.datasets.sample import describe, to_llava
+from llavamed_jax.datasets.slake import read_slake
+from llavamed_jax.datasets.training import read_training
+from llavamed_jax.datasets.vqa_rad import read_vqa_rad
 from llavamed_jax.errors import UsageError, UserError
 from llavamed_jax.evaluation import questions
 

@@ -7,14 +7,14 @@ from grain.experimental import BestFitPackIterDataset
 from PIL import Image
 
 from llavamed_jax.config import IGNORE, IMAGE_TOKEN, preset
-from llavamed_jax.data import lengths, loader, packing, transforms
-from llavamed_jax.data.datasets import TrainingData
-from llavamed_jax.data.lengths import Lengths
-from llavamed_jax.data.packing import Layout, Plan, Stream, choose_image_slots, pack, rows_an_update
-from llavamed_jax.data.processor import Processor
-from llavamed_jax.data.records import MemoryRecords
-from llavamed_jax.data.tokenizer import Tokenizer
+from llavamed_jax.datasets.records import MemoryRecords
+from llavamed_jax.datasets.training import TrainingData
 from llavamed_jax.errors import UsageError, UserError
+from llavamed_jax.pipeline import examples, lengths, loader, packing
+from llavamed_jax.pipeline.lengths import Lengths
+from llavamed_jax.pipeline.packing import Layout, Plan, Stream, choose_image_slots, pack, rows_an_update
+from llavamed_jax.processor import Processor
+from llavamed_jax.text.tokenizer import Tokenizer
 
 T, SLOTS, MAX_LENGTH = 256, 4, 120
 
@@ -61,7 +61,7 @@ def batches_of(data, processor, seed=0, shuffle=True, rows=2, layout=None, **arg
 def packed_by_grain(data, processor, order, seed):
     """What grain's packer makes of the tokens, labels and images themselves."""
     def element(i):
-        example = transforms.tokenize(data.record(int(order[i])), processor, MAX_LENGTH)
+        example = examples.tokenize(data.record(int(order[i])), processor, MAX_LENGTH)
         pixels = processor.images_uint8(example.images)
         return dict(input_ids=np.array(example.ids), labels=np.array(example.labels), pixel_values=pixels)
 

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from llavamed_jax.data import parquet
-from llavamed_jax.data.datasets import read_training
-from llavamed_jax.data.pathvqa import read_pathvqa
-from llavamed_jax.data.pickles import read_plain_pickle
-from llavamed_jax.data.questions import PUBLISHED, describe, to_llava
+from llavamed_jax.datasets import parquet
+from llavamed_jax.datasets.pathvqa import read_pathvqa
+from llavamed_jax.datasets.pickles import read_plain_pickle
+from llavamed_jax.datasets.sample import PUBLISHED, describe, to_llava
+from llavamed_jax.datasets.training import read_training
 from llavamed_jax.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent

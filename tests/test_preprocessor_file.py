@@ -16,10 +16,10 @@ from llavamed_jax.checkpoints.reader import open_checkpoint, read_config
 from llavamed_jax.checkpoints.store import write_model
 from llavamed_jax.checkpoints.writer import export
 from llavamed_jax.config import CLIP_MEAN, CLIP_STD, ImageSettings, LlavaConfig, VisionConfig
-from llavamed_jax.data.images import load_image
-from llavamed_jax.data.processor import Processor
 from llavamed_jax.errors import UserError
+from llavamed_jax.images.load import load_image
 from llavamed_jax.models import vit
+from llavamed_jax.processor import Processor
 
 HF = {"model_type": "llava", "text_config": tiny.MISTRAL, "vision_config": tiny.CLIP, "vision_feature_layer": -2,
       "image_token_index": 69}

@@ -11,10 +11,10 @@ import pytest
 from PIL import Image
 
 from llavamed_jax.config import IGNORE, IMAGE_TOKEN, preset
-from llavamed_jax.data.processor import Processor, expand_images
-from llavamed_jax.data.tokenizer import Tokenizer
 from llavamed_jax.errors import UserError
-from llavamed_jax.templates import TEMPLATES, get_template
+from llavamed_jax.processor import Processor, expand_images
+from llavamed_jax.text.templates import TEMPLATES, get_template
+from llavamed_jax.text.tokenizer import Tokenizer
 
 DOCUMENTATION = Path(__file__).resolve().parent.parent / "docs" / "prompts.md"
 ASK = [{"role": "user", "content": [{"type": "text", "text": "What is shown in this image?"}, {"type": "image", "image": "x.png"}]}]

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from llavamed_jax.datasets.qa50 import DOMAINS, PUBLISHED_SHA256, read_chat_questions
 from llavamed_jax.errors import UserError
-from llavamed_jax.evaluation.qa50 import DOMAINS, PUBLISHED_SHA256, read_chat_questions
 from tests.chat_set import SAMPLE, chat_records, write_chat_set
 
 

@@ -9,13 +9,13 @@ import pytest
 from llavamed_jax.checkpoints.names import specs
 from llavamed_jax.cli import common
 from llavamed_jax.config import PRESETS, preset
-from llavamed_jax.data.conversation import IMAGE_MARKER
-from llavamed_jax.data.packing import rows_an_update
-from llavamed_jax.data.processor import Processor
-from llavamed_jax.data.tokenizer import Tokenizer
 from llavamed_jax.errors import UsageError
 from llavamed_jax.models.llava import abstract_params
-from llavamed_jax.templates import TEMPLATES, get_template
+from llavamed_jax.pipeline.packing import rows_an_update
+from llavamed_jax.processor import Processor
+from llavamed_jax.text.conversation import IMAGE_MARKER
+from llavamed_jax.text.templates import TEMPLATES, get_template
+from llavamed_jax.text.tokenizer import Tokenizer
 from llavamed_jax.training import optimizer as optimizers
 from llavamed_jax.training import recipe, state
 

@@ -7,8 +7,8 @@ import pickle
 import numpy as np
 import pytest
 
-from llavamed_jax.data import records
-from llavamed_jax.data.records import FileRecords, MemoryRecords, find_records, open_records
+from llavamed_jax.datasets import records
+from llavamed_jax.datasets.records import FileRecords, MemoryRecords, find_records, open_records
 from llavamed_jax.errors import UserError
 
 

@@ -13,12 +13,13 @@ import pytest
 from PIL import Image
 
 from llavamed_jax.cli import eval as cli
-from llavamed_jax.data.questions import describe
-from llavamed_jax.data.vqa_rad import read_vqa_rad
+from llavamed_jax.datasets.sample import describe
+from llavamed_jax.datasets.vqa_rad import read_vqa_rad
 from llavamed_jax.errors import UserError
-from llavamed_jax.evaluation import board, files, questions
-from llavamed_jax.evaluation.answers import Answer
-from llavamed_jax.evaluation.files import to_jsonl
+from llavamed_jax.evaluation import questions, results
+from llavamed_jax.evaluation.answering.answerer import Answer
+from llavamed_jax.evaluation.report import tensorboard
+from llavamed_jax.utils.files import to_jsonl
 from tests.test_joined_predictions import predictions
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -81,9 +82,9 @@ def test_a_disk_that_is_full_leaves_the_results_as_they_were(victim, tmp_path, m
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patched:
-        patched.setattr(files.os, "fsync", full)
+        patched.setattr(results.os, "fsync", full)
         if victim == "events":
-            patched.setattr(board, "write", lambda *_: full(os.open("/dev/null", os.O_RDONLY)) or (_ for _ in ()).throw(
+            patched.setattr(tensorboard, "write", lambda *_: full(os.open("/dev/null", os.O_RDONLY)) or (_ for _ in ()).throw(
                 OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))))
         assert evaluate(monkeypatch, tmp_path, "no")[0] == 1
     error = capsys.readouterr().err.splitlines()[-1]
@@ -161,23 +162,23 @@ def test_the_record_of_a_file_is_the_file(tmp_path):
 def test_a_directory_that_another_holds_is_not_removed(tmp_path):
     work = tmp_path / "w"
     work.mkdir()
-    with files.locked(work):
+    with results.locked(work):
         with pytest.raises(UserError, match="in use by another evaluation"):
-            with files.locked(work):
+            with results.locked(work):
                 pass
-        files.remove_empty(work)
+        results.remove_empty(work)
         assert work.is_dir(), "the winner's, still empty"
     (work / "file").write_text("")
-    files.remove_empty(work)
+    results.remove_empty(work)
     assert work.is_dir()
     (work / "file").unlink()
-    files.remove_empty(work)
+    results.remove_empty(work)
     assert not work.exists()
-    files.remove_empty(work)
+    results.remove_empty(work)
 
 
 def test_a_directory_that_was_removed_between_opening_and_locking_is_made_again(tmp_path, monkeypatch):
-    work, real = tmp_path / "w", files._open
+    work, real = tmp_path / "w", results._open
     opened = []
 
     def gone(path):
@@ -187,8 +188,8 @@ def test_a_directory_that_was_removed_between_opening_and_locking_is_made_again(
         opened.append(descriptor)
         return descriptor
 
-    monkeypatch.setattr(files, "_open", gone)
-    with files.locked(work):
+    monkeypatch.setattr(results, "_open", gone)
+    with results.locked(work):
         assert len(opened) == 2 and work.is_dir()
 
 
@@ -200,7 +201,7 @@ def test_many_at_once_on_a_new_directory(tmp_path):
         for _ in range(30):
             work.mkdir(exist_ok=True)
             try:
-                with files.locked(work):
+                with results.locked(work):
                     inside.append(n)
                     most.append(len(inside))
                     (work / "file").write_text("")
@@ -213,7 +214,7 @@ def test_many_at_once_on_a_new_directory(tmp_path):
             except OSError as error:
                 failed.append(error)
             finally:
-                files.remove_empty(work)
+                results.remove_empty(work)
 
     threads = [threading.Thread(target=begin, args=(n,)) for n in range(6)]
     [thread.start() for thread in threads]
@@ -271,7 +272,7 @@ def test_what_cannot_be_is_found_before_a_model_is_loaded(make, more, sentence, 
 
 
 def test_no_room_for_noise_is_found_before_a_model_is_loaded(tmp_path, monkeypatch, capsys):
-    from llavamed_jax.evaluation import controls
+    from llavamed_jax.evaluation.scoring import controls
 
     root = own_set(tmp_path / "set", count=2)
     monkeypatch.setattr(cli, "_local", None)

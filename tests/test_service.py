@@ -13,9 +13,9 @@ import openai
 import pytest
 
 from llavamed_jax.errors import UsageError, UserError
-from llavamed_jax.evaluation import replies
-from llavamed_jax.evaluation.address import read_address
-from llavamed_jax.evaluation.service import Service, ServiceError
+from llavamed_jax.openai_client import replies
+from llavamed_jax.openai_client.address import read_address
+from llavamed_jax.openai_client.client import Service, ServiceError
 from tests.openai_server import FAULTS, OpenAiServer
 
 SETTINGS = {"max_tokens": 16, "temperature": 0.0}
@@ -101,7 +101,7 @@ def test_the_wait_doubles_and_is_bounded(monkeypatch):
     async def sleep(seconds):
         waits.append(seconds)
 
-    monkeypatch.setattr("llavamed_jax.evaluation.service.asyncio.sleep", sleep)
+    monkeypatch.setattr("llavamed_jax.openai_client.client.asyncio.sleep", sleep)
     with OpenAiServer(reverse, fault_rate=1.0, faults=["500"]) as server:
         found = ask(Service(server.url, "tiny", backoff=0.5, retries=9), ["a"])
     assert isinstance(found[0], UserError) and len(server.log) == 10

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from llavamed_jax.errors import UserError
-from llavamed_jax.evaluation import sharing
-from llavamed_jax.evaluation.answers import Answer
-from llavamed_jax.evaluation.partial import Partial
+from llavamed_jax.evaluation.answering import sharing
+from llavamed_jax.evaluation.answering.answerer import Answer
+from llavamed_jax.evaluation.answering.resume import Partial
 from llavamed_jax.parallel import distributed
 from tests.several import ends, two
 from tests.training_runs import write_start

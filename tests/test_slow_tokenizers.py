@@ -8,8 +8,8 @@ import pytest
 
 from benchmarks import slow_tokenizers, tokenizer_v1
 from llavamed_jax.config import IMAGE_TOKEN, preset
-from llavamed_jax.data.processor import Processor
-from llavamed_jax.data.tokenizer import Tokenizer
+from llavamed_jax.processor import Processor
+from llavamed_jax.text.tokenizer import Tokenizer
 
 RECORDED = json.loads(slow_tokenizers.FILE.read_text(encoding="utf-8"))
 CASES = [(name, version) for name, versions in RECORDED["ids"].items() for version in versions]

@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llavamed_jax.checkpoints.files import new_directory
 from llavamed_jax.checkpoints.hub import asking
 from llavamed_jax.cli import common
 from llavamed_jax.errors import UserError
-from llavamed_jax.terminal import Screen
 from llavamed_jax.utils import streams
+from llavamed_jax.utils.directories import new_directory
+from llavamed_jax.utils.terminal import Screen
 from tests.training_runs import SAMPLE, log_lines, write_start
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -40,7 +40,7 @@ def test_lossless_jpeg_is_decoded_in_any_environment(monkeypatch, tmp_path, vari
     pytest.importorskip("pydicom", reason="pydicom, the extra [medical], is not installed")
     from pydicom.data import get_testdata_file
 
-    from llavamed_jax.data.images import load_image
+    from llavamed_jax.images.load import load_image
     for name in list(os.environ):
         monkeypatch.delenv(name)
     for name, value in variables.items():

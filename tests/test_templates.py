@@ -6,12 +6,12 @@ import random
 import pytest
 
 from llavamed_jax.config import IGNORE, IMAGE_TOKEN, preset
-from llavamed_jax.data.conversation import render
-from llavamed_jax.data.processor import Processor
-from llavamed_jax.data.tokenizer import Tokenizer
-from llavamed_jax.data.transforms import tokenize
 from llavamed_jax.errors import UserError
-from llavamed_jax.templates import TEMPLATES, get_template
+from llavamed_jax.pipeline.examples import tokenize
+from llavamed_jax.processor import Processor
+from llavamed_jax.text.conversation import render
+from llavamed_jax.text.templates import TEMPLATES, get_template
+from llavamed_jax.text.tokenizer import Tokenizer
 from tests import original_text
 from tests.test_conversation import BACK, FRONT, spans, talk
 

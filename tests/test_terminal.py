@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 from tqdm import tqdm
 
-from llavamed_jax import chat, terminal
+from llavamed_jax import chat
 from llavamed_jax.checkpoints.load import random_checkpoint
 from llavamed_jax.checkpoints.writer import export
 from llavamed_jax.cli import common, verify_release
@@ -22,11 +22,12 @@ from llavamed_jax.cli import convert as convert_cli
 from llavamed_jax.cli import eval as eval_cli
 from llavamed_jax.cli.parent import Relay
 from llavamed_jax.cli.train import main as train_main
-from llavamed_jax.data import workers
 from llavamed_jax.errors import UserError
-from llavamed_jax.evaluation import asking
-from llavamed_jax.evaluation.answers import Answer
+from llavamed_jax.evaluation.answering import ask
+from llavamed_jax.evaluation.answering.answerer import Answer
+from llavamed_jax.pipeline import workers
 from llavamed_jax.training.log import MetricsWriter, Sample
+from llavamed_jax.utils import terminal
 from tests.openai_server import OpenAiServer
 from tests.test_convert import CFG as TINY
 
@@ -200,7 +201,7 @@ def test_answers_and_server_s_words_of_an_evaluation(hostile_folder, monkeypatch
 
 
 def test_reasons_without_end_are_counted(capsys):
-    asking._warn([Answer("x", f"reason {i % 20}") for i in range(100)])
+    ask._warn([Answer("x", f"reason {i % 20}") for i in range(100)])
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 9 and said[-1] == "warning: 60 of 100 answers ended for 12 other reasons"
 

@@ -7,8 +7,8 @@ import shutil
 
 import pytest
 
-from llavamed_jax.data.tokenizer import Tokenizer
 from llavamed_jax.errors import UserError
+from llavamed_jax.text.tokenizer import Tokenizer
 from tests.original_text import Slow
 
 TEXT = "[INST] What is shown? [/INST] A chest X-ray. </s>[INST] Where? [/INST]"

@@ -13,9 +13,9 @@ import pytest
 from test_tokenizer import random_text
 
 from llavamed_jax.config import IMAGE_TOKEN, preset
-from llavamed_jax.data.processor import Processor
-from llavamed_jax.data.tokenizer import Tokenizer
 from llavamed_jax.errors import UserError
+from llavamed_jax.processor import Processor
+from llavamed_jax.text.tokenizer import Tokenizer
 
 tokenizers = pytest.importorskip("tokenizers")
 SAMPLE = Path(__file__).resolve().parent.parent / "samples" / "vqa_rad" / "tokenizer.model"
@@ -36,8 +36,8 @@ IMAGES = {
 @pytest.fixture(scope="module")
 def pieces():
     """`tokenizer.json` of the sample's model, as this project exports it, without prefix and special tokens."""
-    from llavamed_jax.checkpoints.special_tokens import read_special_tokens
     from llavamed_jax.checkpoints.tokenizer_files import _from_sentencepiece
+    from llavamed_jax.text.special_tokens import read_special_tokens
     return _from_sentencepiece(SAMPLE, read_special_tokens({})).json
 
 

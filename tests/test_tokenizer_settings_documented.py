@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from llavamed_jax.checkpoints.special_tokens import ROLES
-from llavamed_jax.data.tokenizer_generations import _NOT_APPLIED
+from llavamed_jax.text.special_tokens import ROLES
+from llavamed_jax.text.tokenizer_generations import _NOT_APPLIED
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = (ROOT / "docs" / "checkpoints.md").read_text(encoding="utf-8")

@@ -9,11 +9,11 @@ from llavamed_jax.checkpoints.load import random_checkpoint
 from llavamed_jax.checkpoints.store import write_model
 from llavamed_jax.cli.train import main as train
 from llavamed_jax.config import DecoderConfig, LlavaConfig, VisionConfig
-from llavamed_jax.data import lengths
-from llavamed_jax.data.datasets import read_training
-from llavamed_jax.data.processor import Processor
-from llavamed_jax.data.tokenizer import Tokenizer
+from llavamed_jax.datasets.training import read_training
 from llavamed_jax.errors import LONGEST, UsageError, UserError, without_middle
+from llavamed_jax.pipeline import lengths
+from llavamed_jax.processor import Processor
+from llavamed_jax.text.tokenizer import Tokenizer
 from llavamed_jax.training import recipe as recipes
 from llavamed_jax.training import setup
 from llavamed_jax.training.data import Data

@@ -12,9 +12,9 @@ from llavamed_jax.checkpoints.reader import open_checkpoint, read_config
 from llavamed_jax.checkpoints.writer import export
 from llavamed_jax.cli.convert import main
 from llavamed_jax.config import IMAGE_TOKEN, KNOWN_TOWERS, VisionConfig
-from llavamed_jax.data.processor import Processor
 from llavamed_jax.errors import UserError
 from llavamed_jax.models.llava import Llava
+from llavamed_jax.processor import Processor
 from tests import released, tiny
 from tests.test_layouts import sparse
 

@@ -13,9 +13,9 @@ import pytest
 from llavamed_jax.checkpoints.load import random_checkpoint
 from llavamed_jax.checkpoints.reader import open_checkpoint, tree_config
 from llavamed_jax.checkpoints.store import steps, write_model
-from llavamed_jax.data.tokenizer import Tokenizer
 from llavamed_jax.errors import UsageError, UserError
 from llavamed_jax.parallel.mesh import make_mesh
+from llavamed_jax.text.tokenizer import Tokenizer
 from llavamed_jax.training import setup
 from llavamed_jax.training import workdir as workdirs
 from llavamed_jax.training.data import Data

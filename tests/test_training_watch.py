@@ -8,10 +8,10 @@ import jax
 import pytest
 
 import llavamed_jax as lm
-from llavamed_jax.data.processor import Processor
 from llavamed_jax.errors import UserError
-from llavamed_jax.evaluation import watching
+from llavamed_jax.evaluation import during_training
 from llavamed_jax.parallel.mesh import make_mesh
+from llavamed_jax.processor import Processor
 from llavamed_jax.training import late, setup, trainer, watch
 from llavamed_jax.training.late import Progress, read
 from llavamed_jax.training.together import Together
@@ -262,17 +262,17 @@ def test_a_trace_that_begins_too_late_is_said(recipe, stepping, tmp_path, capsys
 def test_samples_and_closed_accuracy_are_the_saved_models(recipe, stepping, tmp_path, capsys):
     """What is shown is what the workdir's model answers; closed questions alone count."""
     stepping(FakeStep())
-    model, seen = watching.TrainedModel(), []
-    sampler = watching.Samples(model)
+    model, seen = during_training.TrainedModel(), []
+    sampler = during_training.Samples(model)
     cfg = recipe(total_steps=3, samples_every=2, **{"checkpoint.every_steps": 0})
     with cfg.ignore_type():
         cfg.data.validation = str(cfg.data.train).replace("train.json", "validation.json")
-    watch = Watch([watching.ClosedAccuracy(model)], lambda snapshot: seen.append((snapshot.step, sampler(snapshot))) or seen[-1][1])
+    watch = Watch([during_training.ClosedAccuracy(model)], lambda snapshot: seen.append((snapshot.step, sampler(snapshot))) or seen[-1][1])
     assert fit(cfg, tmp_path / "run", watch)
     said = capsys.readouterr().out
     assert [step for step, _ in seen] == [2, 3]
     records = json.loads(open(cfg.data.validation).read())
-    closed = [r for r in records if watching.first_turn({**r, "image": [r["image"]]}).is_closed]
+    closed = [r for r in records if during_training.first_turn({**r, "image": [r["image"]]}).is_closed]
     line = next(line for line in runs.log_lines(tmp_path / "run") if "validation_loss" in line)
     assert line["step"] == 3 and line["validation_closed"] == len(closed) and 0 <= line["validation_closed_accuracy"] <= 1
     saved = lm.load(tmp_path / "run")
@@ -280,7 +280,7 @@ def test_samples_and_closed_accuracy_are_the_saved_models(recipe, stepping, tmp_
         question = record["conversations"][0]["value"].removeprefix("<image>\n")
         assert (sample.question, sample.wanted) == (question, record["conversations"][1]["value"])
         content = [{"type": "image", "image": str(SAMPLE / "images" / record["image"])}, {"type": "text", "text": question}]
-        wanted = saved.generate([[{"role": "user", "content": content}]], max_new_tokens=watching.MAX_NEW_TOKENS["sample"])
+        wanted = saved.generate([[{"role": "user", "content": content}]], max_new_tokens=during_training.MAX_NEW_TOKENS["sample"])
         assert sample.answer == wanted[0].text and sample.name in said
 
 
@@ -290,21 +290,21 @@ def test_samples_and_closed_accuracy_are_the_saved_models(recipe, stepping, tmp_
 ])
 def test_which_questions_are_closed(record, is_closed):
     turns = [{"from": "human", "value": "Is it?\n<image>"}, {"from": "gpt", "value": record.pop("wanted")}]
-    assert watching.first_turn({"id": 1, "image": ["x"], "conversations": turns, **record}).is_closed is is_closed
-    assert watching.first_turn({"id": 1, "image": ["x"], "conversations": turns[:1]}) is None
+    assert during_training.first_turn({"id": 1, "image": ["x"], "conversations": turns, **record}).is_closed is is_closed
+    assert during_training.first_turn({"id": 1, "image": ["x"], "conversations": turns[:1]}) is None
 
 
 def test_a_caption_is_asked_for_as_it_was_trained():
     """With a template without roles the prompt is what stands before the first supervised token."""
     config = setup.preset("small")
     processor = Processor(config, setup.Tokenizer.load(SAMPLE / "tokenizer.model"), template="v1.5:plain")
-    model = watching.TrainedModel()
+    model = during_training.TrainedModel()
     model._captioner = processor
     fake = SimpleNamespace(processor=Processor(config, processor.tokenizer), engine=SimpleNamespace(max_prompt=500))
     image = str(next((SAMPLE / "images").iterdir()))
-    ids, _ = model._row(fake, watching.Question("1", [image], "Describe it.", "A chest.", False))
+    ids, _ = model._row(fake, during_training.Question("1", [image], "Describe it.", "A chest.", False))
     turns = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "A chest."}]
     example, labels = processor.expand(*processor.training_example(turns))
     assert ids == example[:next(i for i, label in enumerate(labels) if label >= 0)]
     fake.engine.max_prompt = 10
-    assert model._row(fake, watching.Question("2", [image], "", "", False)) is None
+    assert model._row(fake, during_training.Question("2", [image], "", "", False)) is None

@@ -12,14 +12,14 @@ import llavamed_jax as lm
 from llavamed_jax.checkpoints.load import load_params, random_checkpoint
 from llavamed_jax.checkpoints.reader import read_config
 from llavamed_jax.config import IMAGE_TOKEN, ImageSettings, LlavaConfig
-from llavamed_jax.data import images
-from llavamed_jax.data.processor import Processor
 from llavamed_jax.generation.requests import Request
+from llavamed_jax.images import load
 from llavamed_jax.models import vit
+from llavamed_jax.processor import Processor
 
 CONFIG = LlavaConfig.from_hf({"model_type": "llava", "text_config": tiny.MISTRAL, "vision_config": tiny.CLIP,
                               "vision_feature_layer": -2})
-STATISTICS = [(images.CLIP_MEAN, images.CLIP_STD), ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)), ((0.1, 0.6, 0.9), (0.2, 0.3, 0.25))]
+STATISTICS = [(load.CLIP_MEAN, load.CLIP_STD), ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)), ((0.1, 0.6, 0.9), (0.2, 0.3, 0.25))]
 
 
 def with_statistics(config, mean, std):
@@ -52,7 +52,7 @@ def test_every_value_on_the_device_equals_the_host(mean, std, measured):
     every = np.repeat(np.arange(256, dtype=np.uint8)[:, None], 3, axis=1)
     on_device = jax.jit(vit.normalize, static_argnums=1)(every, with_statistics(CONFIG, mean, std).vision)
     assert on_device.dtype == np.float32
-    measured(on_device, images.normalize(every, mean, std), 1e-6)
+    measured(on_device, load.normalize(every, mean, std), 1e-6)
     measured(on_device, (every / 255 - mean) / std, 1e-6)
 
 
@@ -61,7 +61,7 @@ def test_logits_of_uint8_pixels_equal_those_of_float32(model, pictures, measured
     ids = np.full((2, max(map(len, rows))), -1)
     for i, row in enumerate(rows):
         ids[i, :len(row)] = row
-    floats = images.normalize(pictures, *STATISTICS[2])
+    floats = load.normalize(pictures, *STATISTICS[2])
     expected = model.logits(ids, floats)
     measured(np.where(ids[..., None] == -1, 0, model.logits(ids, pictures) - expected), np.zeros_like(expected), 1e-5)
     assert np.abs(assistant(CONFIG).logits(ids, pictures) - expected).max() > 1e-3, "another mean must show"
@@ -73,7 +73,7 @@ def test_logits_of_uint8_pixels_equal_those_of_float32(model, pictures, measured
 def test_every_scale_is_the_models_too(settings, pictures, measured):
     """Whole rows, the engine and beams normalise uint8 as the host does."""
     config = CONFIG.replace(vision=dataclasses.replace(CONFIG.vision, images=settings, image_mean=(0.1, 0.6, 0.9)))
-    asked, floats = assistant(config), images.normalize(pictures, *config.vision.normalization)
+    asked, floats = assistant(config), load.normalize(pictures, *config.vision.normalization)
     rows = [prompt([], [5, 6], [7])]
     expected = asked.logits(rows, floats[:2])
     measured(asked.logits(rows, pictures[:2]), expected, 1e-5 * max(1, np.abs(expected).max()))
@@ -86,7 +86,7 @@ def test_every_scale_is_the_models_too(settings, pictures, measured):
 def test_tokens_of_uint8_pixels_equal_those_of_float32(model, pictures):
     rows = [prompt([], [5, 6], [7]), prompt([8, 9], [10])]
     split = lambda all_of_them: [list(all_of_them[:2]), list(all_of_them[2:])]
-    floats = images.normalize(pictures, *STATISTICS[2])
+    floats = load.normalize(pictures, *STATISTICS[2])
     expected = model.generate_tokens(rows, split(floats), max_new_tokens=8)
     assert model.generate_tokens(rows, split(pictures), max_new_tokens=8) == expected
     mixed = [[pictures[0], floats[1]], [pictures[2]]]
@@ -110,7 +110,7 @@ def test_a_checkpoints_own_statistics_reach_the_model(tmp_path):
     assert LlavaConfig.from_dict(json.loads(json.dumps(read_config(directory).to_dict()))).vision == vision
     white = np.full((4, 4, 3), 255, np.uint8)
     assert (Processor.load(directory, image_mode="square").images([white]) == 2).all()
-    assert read_config("preset:small").vision.image_mean == images.CLIP_MEAN
+    assert read_config("preset:small").vision.image_mean == load.CLIP_MEAN
 
 
 def test_statistics_of_the_towers_own_directory(tmp_path):

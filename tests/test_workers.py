@@ -17,8 +17,8 @@ import pytest
 from PIL import Image
 
 from llavamed_jax.checkpoints.store import newest_intact_step
-from llavamed_jax.data import notes, workers
-from llavamed_jax.utils import signals
+from llavamed_jax.pipeline import workers
+from llavamed_jax.utils import signals, worker_notes
 from tests import training_runs as runs
 from tests.training_runs import ROOT
 
@@ -32,7 +32,7 @@ class Make:
         self.hanging, self.size = hanging, size
 
     def __call__(self, number):
-        notes.reading(f"images/{number}.png")
+        worker_notes.reading(f"images/{number}.png")
         time.sleep(60 if number in self.hanging else 0)
         return {"number": number, "array": np.full(self.size, number, np.int32)}
 

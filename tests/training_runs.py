@@ -12,7 +12,7 @@ from llavamed_jax.checkpoints.load import random_checkpoint
 from llavamed_jax.checkpoints.store import write_model
 from llavamed_jax.cli.common import load_config
 from llavamed_jax.config import DecoderConfig, LlavaConfig, VisionConfig
-from llavamed_jax.data.tokenizer import Tokenizer
+from llavamed_jax.text.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLE = ROOT / "samples" / "vqa_rad"

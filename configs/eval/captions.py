@@ -2,7 +2,7 @@
 
 from ml_collections import ConfigDict
 
-from llavamed_jax.data.captions import INSTRUCTION
+from llavamed_jax.datasets.captions import INSTRUCTION
 from llavamed_jax.errors import UsageError
 
 

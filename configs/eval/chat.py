@@ -3,7 +3,7 @@
 from ml_collections import ConfigDict
 
 from llavamed_jax.errors import UsageError
-from llavamed_jax.evaluation.judge_settings import judge_settings
+from llavamed_jax.evaluation.judging.settings import judge_settings
 
 
 def get_config(arg: str = "") -> ConfigDict:

@@ -13,11 +13,12 @@ from pathlib import Path
 
 import numpy as np
 
-from llavamed_jax.checkpoints.files import read_json, sha256_of, write_json
 from llavamed_jax.checkpoints.reader import Checkpoint, text_files, tree_config
 from llavamed_jax.checkpoints.torch_files import Tensor, read_safetensors
 from llavamed_jax.checkpoints.writer import Progress, write_safetensors
 from llavamed_jax.errors import UserError
+from llavamed_jax.utils.files import read_json, write_json
+from llavamed_jax.utils.hashes import sha256_of
 
 MANIFEST = "manifest.json"
 

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 
 from llavamed_jax.checkpoints import hub, names
-from llavamed_jax.checkpoints.files import read_json
 from llavamed_jax.checkpoints.generation_file import with_stop_ids
 from llavamed_jax.checkpoints.image_tokens import TABLES, add_image_tokens
 from llavamed_jax.checkpoints.layouts import canonical, from_torch
@@ -21,6 +20,7 @@ from llavamed_jax.checkpoints.tower import tower_config, tower_tensors
 from llavamed_jax.config import LlavaConfig, projector_depth
 from llavamed_jax.errors import UsageError, UserError, at, cut, exists, short, some
 from llavamed_jax.hf_config import joined, plain_decoder
+from llavamed_jax.utils.files import read_json
 
 # What an original's config.json beside an mm_projector.bin says of how its features were taken.
 _SETTINGS = {"mm_vision_select_layer": "feature_layer", "mm_vision_select_feature": "feature_select",

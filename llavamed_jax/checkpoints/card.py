@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 
 from llavamed_jax.checkpoints.chat_template import chat_template, template_name
-from llavamed_jax.checkpoints.files import read_json
 from llavamed_jax.checkpoints.reader import Checkpoint
 from llavamed_jax.config import CLIP_MEAN, CLIP_STD, ImageSettings, LlavaConfig
+from llavamed_jax.utils.files import read_json
 
 _MAX_RUNS = 20  # of a chain of recipes, each begun from the one before
 

@@ -1,7 +1,7 @@
 """The conversation templates as Jinja, for the processors of exported models.
 
 None begins with the beginning-of-sequence token: the tokenizer adds it, and llama.cpp and vLLM would add a second. The
-texts are those of `data.conversation`, images placed as `data.chat` places them; a test renders both.
+texts are those of `text.conversation`, images placed as `text.messages` places them; a test renders both.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 
 from llavamed_jax.config import LlavaConfig
-from llavamed_jax.templates import Template, default_template, get_template
+from llavamed_jax.text.templates import Template, default_template, get_template
 
 # A message's text, its images before it unless it places them itself; then the system's message apart from the turns.
 _HEAD = r"""

@@ -15,12 +15,13 @@ from pathlib import Path
 import numpy as np
 
 from llavamed_jax.checkpoints import hub, names
-from llavamed_jax.checkpoints.files import new_directory, read_json, write_json
 from llavamed_jax.checkpoints.reader import TEXT_FILES
 from llavamed_jax.checkpoints.soundness import Tally, is_finite
 from llavamed_jax.checkpoints.torch_files import Tensor, read_weights, refuse_adapter
 from llavamed_jax.checkpoints.writer import Progress, total_bytes, write_safetensors
 from llavamed_jax.errors import UserError, at, short, some, warn
+from llavamed_jax.utils.directories import new_directory
+from llavamed_jax.utils.files import read_json, write_json
 
 _TABLE = "model.embed_tokens.weight"
 _VOCABULARY = (_TABLE, "lm_head.weight")

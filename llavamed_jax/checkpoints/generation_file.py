@@ -13,10 +13,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from llavamed_jax.checkpoints.files import read_json, write_json
 from llavamed_jax.config import DecoderConfig, LlavaConfig, token_ids
 from llavamed_jax.errors import UserError, short, some
 from llavamed_jax.hf_config import mended_ids
+from llavamed_jax.utils.files import read_json, write_json
 
 FILE = "generation_config.json"
 # Settings that change transformers' answers and that this project does not have, each with the values that change nothing.

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import numpy as np
 
-from llavamed_jax.checkpoints.files import read_json, write_json
 from llavamed_jax.checkpoints.reader import Checkpoint
-from llavamed_jax.checkpoints.special_tokens import read_special_tokens
 from llavamed_jax.checkpoints.torch_files import Tensor
 from llavamed_jax.errors import UserError
+from llavamed_jax.text.special_tokens import read_special_tokens
+from llavamed_jax.utils.files import read_json, write_json
 
 PAD, PATCH, START, END = "[PAD]", "<im_patch>", "<im_start>", "<im_end>"
 _AT_ONCE = ((PAD,), (PATCH,), (START, END))  # rows that are added together, in this order

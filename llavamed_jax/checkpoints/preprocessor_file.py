@@ -15,7 +15,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from llavamed_jax.checkpoints.files import read_json, write_json
 from llavamed_jax.config import (
     CLIP_MEAN,
     CLIP_STD,
@@ -27,6 +26,7 @@ from llavamed_jax.config import (
     channels,
 )
 from llavamed_jax.errors import UserError, short, some, warn_once
+from llavamed_jax.utils.files import read_json, write_json
 
 FILE, PROCESSOR, VIDEO = "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"
 _CLASSES = ("CLIPImageProcessor", "LlavaImageProcessor")

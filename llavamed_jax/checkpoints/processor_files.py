@@ -7,9 +7,9 @@ from pathlib import Path
 
 from llavamed_jax.checkpoints import preprocessor_file
 from llavamed_jax.checkpoints.chat_template import chat_template
-from llavamed_jax.checkpoints.files import write_json
 from llavamed_jax.checkpoints.tokenizer_files import IMAGE, write_tokenizer
 from llavamed_jax.config import LlavaConfig
+from llavamed_jax.utils.files import write_json
 
 
 def write_processor(cfg: LlavaConfig, files: Mapping[str, Path], out: Path) -> None:

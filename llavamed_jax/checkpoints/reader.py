@@ -16,7 +16,6 @@ from pathlib import Path
 import numpy as np
 
 from llavamed_jax.checkpoints import hub, names
-from llavamed_jax.checkpoints.files import read_json
 from llavamed_jax.checkpoints.generation_file import FILE as GENERATION
 from llavamed_jax.checkpoints.generation_file import with_stop_ids
 from llavamed_jax.checkpoints.layouts import canonical
@@ -28,6 +27,7 @@ from llavamed_jax.checkpoints.tower_shape import is_tower, known_shape, shape_of
 from llavamed_jax.config import KNOWN_TOWERS, OURS, LlavaConfig, VisionConfig, as_object, preset, projector_depth
 from llavamed_jax.errors import UserError, at, warn
 from llavamed_jax.hf_config import is_transformers, not_obeyed, tower_name
+from llavamed_jax.utils.files import read_json
 
 TEXT_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
               "preprocessor_config.json", "processor_config.json", "chat_template.jinja", "chat_template.json",

@@ -33,7 +33,6 @@ from orbax.checkpoint._src import asyncio_utils  # nothing public reaches its ev
 
 from llavamed_jax.checkpoints import names
 from llavamed_jax.checkpoints.base import MANIFEST, check_fingerprints, read_base, write_base
-from llavamed_jax.checkpoints.files import new_directory, read_json, sha256_of, write_json
 from llavamed_jax.checkpoints.generation_file import copy_files
 from llavamed_jax.checkpoints.layouts import match
 from llavamed_jax.checkpoints.load import flatten, nest
@@ -43,6 +42,9 @@ from llavamed_jax.checkpoints.torch_files import Tensor
 from llavamed_jax.checkpoints.writer import Progress, total_bytes
 from llavamed_jax.config import LlavaConfig
 from llavamed_jax.errors import UserError, at
+from llavamed_jax.utils.directories import new_directory
+from llavamed_jax.utils.files import read_json, write_json
+from llavamed_jax.utils.hashes import sha256_of
 
 SEALED = ".sealed"  # stands in checkpoints/ once a step was whole
 _LEFT_S = 60.0  # that the writes of a save that has failed may take to end

@@ -15,9 +15,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from llavamed_jax.checkpoints.files import read_json, write_json
-from llavamed_jax.checkpoints.special_tokens import SpecialTokens, Token, read_special_tokens
 from llavamed_jax.errors import UserError
+from llavamed_jax.text.special_tokens import SpecialTokens, Token, read_special_tokens
+from llavamed_jax.utils.files import read_json, write_json
 
 IMAGE, PAD = "<image>", "<pad>"
 _CORE = ("bos_token", "eos_token", "unk_token")

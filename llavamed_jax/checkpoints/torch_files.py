@@ -24,9 +24,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from llavamed_jax.checkpoints import names
-from llavamed_jax.checkpoints.files import read_json
 from llavamed_jax.errors import UserError, some
-from llavamed_jax.utils.files import open_file
+from llavamed_jax.utils.files import open_file, read_json
 
 DTYPES = {"F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16),
           "BF16": np.dtype(ml_dtypes.bfloat16)}

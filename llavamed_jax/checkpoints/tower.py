@@ -6,12 +6,12 @@ import re
 from pathlib import Path
 
 from llavamed_jax.checkpoints import hub, preprocessor_file
-from llavamed_jax.checkpoints.files import read_json
 from llavamed_jax.checkpoints.layouts import canonical
 from llavamed_jax.checkpoints.names import is_buffer
 from llavamed_jax.checkpoints.torch_files import Tensor, read_weights, refuse_adapter
 from llavamed_jax.config import LlavaConfig, VisionConfig
 from llavamed_jax.errors import UserError, at, exists, short
+from llavamed_jax.utils.files import read_json
 
 
 def find_tower(directory: Path, name: str | None) -> Path | None:

@@ -12,7 +12,6 @@ import numpy as np
 
 from llavamed_jax.checkpoints import names, preprocessor_file
 from llavamed_jax.checkpoints.card import model_card
-from llavamed_jax.checkpoints.files import new_directory, write_json
 from llavamed_jax.checkpoints.generation_file import FILE as GENERATION
 from llavamed_jax.checkpoints.generation_file import copy_files, settings_for
 from llavamed_jax.checkpoints.processor_files import write_processor
@@ -20,6 +19,8 @@ from llavamed_jax.checkpoints.reader import Checkpoint
 from llavamed_jax.checkpoints.tokenizer_files import ids_in_transformers
 from llavamed_jax.checkpoints.torch_files import DTYPES, Tensor
 from llavamed_jax.config import OURS
+from llavamed_jax.utils.directories import new_directory
+from llavamed_jax.utils.files import write_json
 
 SHARD_BYTES = 5 * 10**9  # as transformers cut checkpoints of this size
 VOCABULARY = ("decoder/embed_tokens/embedding", "decoder/lm_head/kernel")

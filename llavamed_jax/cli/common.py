@@ -18,10 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llavamed_jax import terminal
 from llavamed_jax.cli import processes
 from llavamed_jax.errors import UsageError, UserError, cut, short
-from llavamed_jax.utils import paths, signals, streams
+from llavamed_jax.utils import paths, signals, streams, terminal
 
 if TYPE_CHECKING:  # not before a command listens to signals
     from ml_collections import ConfigDict
@@ -364,7 +363,7 @@ def preflight(args: argparse.Namespace, config: ConfigDict, slices: int = 1, **j
 def check_model_flags(args: argparse.Namespace) -> None:
     """Refuses a template or a preset that does not exist, before anything is loaded or written."""
     from llavamed_jax.config import preset
-    from llavamed_jax.templates import get_template
+    from llavamed_jax.text.templates import get_template
     checks = [("--checkpoint", preset, args.checkpoint.removeprefix("preset:"))] if args.checkpoint.startswith("preset:") else []
     checks += [("--template", get_template, args.template)] if args.template is not None else []
     for flag, check, value in checks:

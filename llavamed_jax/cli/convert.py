@@ -15,20 +15,20 @@ import ml_dtypes
 import numpy as np
 from tqdm import tqdm
 
-from llavamed_jax import terminal
 from llavamed_jax.checkpoints.build import build, with_projector
 from llavamed_jax.checkpoints.delta import apply_delta, make_delta
-from llavamed_jax.checkpoints.files import new_directory, read_json
 from llavamed_jax.checkpoints.reader import Checkpoint, open_checkpoint, text_files
 from llavamed_jax.checkpoints.torch_files import Tensor
 from llavamed_jax.checkpoints.writer import export, total_bytes
 from llavamed_jax.cli.common import Parser
 from llavamed_jax.cli.convert_door import main
-from llavamed_jax.data.chat_template import read_template
-from llavamed_jax.data.tokenizer import TOKENIZERS, Tokenizer
 from llavamed_jax.errors import UsageError, UserError, cut, exists, warn
-from llavamed_jax.templates import get_template
-from llavamed_jax.utils import signals
+from llavamed_jax.text.chat_template import read_template
+from llavamed_jax.text.templates import get_template
+from llavamed_jax.text.tokenizer import TOKENIZERS, Tokenizer
+from llavamed_jax.utils import signals, terminal
+from llavamed_jax.utils.directories import new_directory
+from llavamed_jax.utils.files import read_json
 
 _OF_TEXT = ("tokenizer", "special_", "added_", "chat_template")  # the files that --tokenizer replaces
 _DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}

@@ -66,9 +66,9 @@ def program(argv: Sequence[str]) -> int:
     processes.join(processes.asked(args) if args.checkpoint is not None else None)
     endpoint = None if args.endpoint is None else _endpoint(args)
     is_new = not os.path.exists(args.workdir)
-    from llavamed_jax.evaluation import chat, files, run  # after the flags are known to be right: it takes a second
+    from llavamed_jax.evaluation import chat, results, run  # after the flags are known to be right: it takes a second
 
-    remove = (lambda: files.remove_empty(Path(args.workdir))) if is_new else lambda: None  # only where nothing has been written
+    remove = (lambda: results.remove_empty(Path(args.workdir))) if is_new else lambda: None  # only where nothing has been written
     with signals.undone_by(remove):
         evaluation = (chat.ChatEvaluation if cfg.data.name == chat.KIND else run.Evaluation)(cfg, args.workdir, args.against)
         print(evaluation.describe(), flush=True)
@@ -81,7 +81,7 @@ def program(argv: Sequence[str]) -> int:
             if args.dry_run:
                 print(evaluation.plan(args.predictions, args.control is not None))
                 return 0
-            with files.locked(evaluation.workdir):
+            with results.locked(evaluation.workdir):
                 metrics = _measure(evaluation, args, endpoint)
         finally:
             remove()
@@ -150,15 +150,15 @@ def _check_flags(args: argparse.Namespace) -> None:
 
 
 def _endpoint(args: argparse.Namespace):
-    from llavamed_jax.evaluation.endpoint import Endpoint  # brings the client, and nothing of jax
-    from llavamed_jax.evaluation.service import Service
+    from llavamed_jax.evaluation.answering.endpoint import Endpoint  # brings the client, and nothing of jax
+    from llavamed_jax.openai_client.client import Service
 
     settings = {name: getattr(args, name) for name in ("concurrency", "timeout") if getattr(args, name) is not None}
     return Endpoint(Service(args.endpoint, args.model, **settings))
 
 
 def _local(args: argparse.Namespace):
-    from llavamed_jax.evaluation.local import LocalModel, model_name
+    from llavamed_jax.evaluation.answering.local import LocalModel, model_name
 
     return LocalModel(common.load_assistant(args), model_name(args.checkpoint))
 

@@ -15,9 +15,8 @@ import signal
 import sys
 import threading
 
-from llavamed_jax import terminal
 from llavamed_jax.cli.clusters import Place
-from llavamed_jax.utils import signals
+from llavamed_jax.utils import signals, terminal
 
 # What jax's coordination service writes, which ends in the words that it aborts with.
 _RUNTIME = re.compile(rb"[WEF]\d{4} [\d:.]+ +\d+ (coordination_service\w*|preemption_sync_manager|client)\.(cc|h):\d+\] ")

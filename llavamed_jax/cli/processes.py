@@ -13,11 +13,10 @@ import time
 import traceback
 from collections.abc import Mapping
 
-from llavamed_jax import terminal
 from llavamed_jax.cli import parent
 from llavamed_jax.cli.clusters import Place, detected
 from llavamed_jax.errors import UsageError
-from llavamed_jax.utils import signals, streams
+from llavamed_jax.utils import signals, streams, terminal
 
 _joined = False
 

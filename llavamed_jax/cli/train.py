@@ -45,11 +45,11 @@ def train(argv: list[str]) -> int:
         parser.error("--workdir is empty; a directory was expected")
     config = _configured(args.config, overrides)
     processes.join(processes.asked(args))
-    from llavamed_jax.evaluation import watching  # imports jax, which a wrong command line need not wait for
+    from llavamed_jax.evaluation import during_training  # imports jax, which a wrong command line need not wait for
     from llavamed_jax.training.trainer import Watch, fit
     compilation_cache.enable()
-    model = watching.TrainedModel()
-    watch = Watch([watching.ClosedAccuracy(model)], watching.Samples(model), args.profile)
+    model = during_training.TrainedModel()
+    watch = Watch([during_training.ClosedAccuracy(model)], during_training.Samples(model), args.profile)
     if fit(config, args.workdir, watch):
         return 0
     if signals.failure():

@@ -15,16 +15,24 @@ from pathlib import Path
 import numpy as np
 from ml_collections import ConfigDict
 
-from llavamed_jax.data.questions import VqaSample, check_images, first_names
+from llavamed_jax.datasets.qa50 import DOMAINS, TYPES, ChatQuestion, read_chat_questions
+from llavamed_jax.datasets.sample import VqaSample, check_images, first_names
 from llavamed_jax.errors import UsageError
-from llavamed_jax.evaluation import chat_published, chat_report, statistics
-from llavamed_jax.evaluation.asked import words as asked_words
-from llavamed_jax.evaluation.files import to_jsonl
-from llavamed_jax.evaluation.judge import Judge, Verdict, check_answered, report_unscored
-from llavamed_jax.evaluation.judge_prompt import CHAT_PROMPT, READINGS, chat_prompt, read_original_scores, read_prompt
-from llavamed_jax.evaluation.predictions import join, predictions_for
-from llavamed_jax.evaluation.qa50 import DOMAINS, TYPES, ChatQuestion, read_chat_questions
+from llavamed_jax.evaluation import chat_published
+from llavamed_jax.evaluation.answering.asked import words as asked_words
+from llavamed_jax.evaluation.judging.judge import Judge, Verdict, check_answered, report_unscored
+from llavamed_jax.evaluation.judging.prompts import (
+    CHAT_PROMPT,
+    READINGS,
+    chat_prompt,
+    read_original_scores,
+    read_prompt,
+)
+from llavamed_jax.evaluation.report import chat_report
 from llavamed_jax.evaluation.run import Evaluation
+from llavamed_jax.evaluation.scoring import statistics
+from llavamed_jax.evaluation.scoring.predictions import join, predictions_for
+from llavamed_jax.utils.files import to_jsonl
 
 KIND = "chat"  # `data.name` of such a config
 _SCORES = ("pred_relative_score", "gpt4_score", "pred_score")

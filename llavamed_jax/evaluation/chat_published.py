@@ -6,9 +6,9 @@ was GPT-4 of 14 March 2023, asked by v1.0's code at temperature 0.
 
 from __future__ import annotations
 
-from llavamed_jax.evaluation.judge import Judge
-from llavamed_jax.evaluation.judge_prompt import ORIGINAL_WORDING
-from llavamed_jax.evaluation.qa50 import ChatSet
+from llavamed_jax.datasets.qa50 import ChatSet
+from llavamed_jax.evaluation.judging.judge import Judge
+from llavamed_jax.evaluation.judging.prompts import ORIGINAL_WORDING
 
 JUDGE = "gpt-4-0314"
 COLUMNS = ("conversation", "detailed_description", "chest_xray", "mri", "histology", "gross", "ct_scan", "overall")

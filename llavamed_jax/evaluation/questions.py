@@ -9,19 +9,18 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from llavamed_jax.checkpoints.files import read_json
-from llavamed_jax.data import layouts, pathvqa
-from llavamed_jax.data import questions as data_questions
-from llavamed_jax.data.captions import INSTRUCTION, read_captions
-from llavamed_jax.data.choices import read_choices
-from llavamed_jax.data.hub_rows import read_hub
-from llavamed_jax.data.llava_med import read_llava_med
-from llavamed_jax.data.questions import VqaSample, check_ids
-from llavamed_jax.data.records import normalize
-from llavamed_jax.data.slake import LANGUAGES, read_slake
-from llavamed_jax.data.vqa_rad import read_vqa_rad
+from llavamed_jax.datasets import detect, pathvqa
+from llavamed_jax.datasets import sample as data_questions
+from llavamed_jax.datasets.captions import INSTRUCTION, read_captions
+from llavamed_jax.datasets.choices import read_choices
+from llavamed_jax.datasets.hub_rows import read_hub
+from llavamed_jax.datasets.llava_med import read_llava_med
+from llavamed_jax.datasets.records import normalize
+from llavamed_jax.datasets.sample import VqaSample, check_ids
+from llavamed_jax.datasets.slake import LANGUAGES, read_slake
+from llavamed_jax.datasets.vqa_rad import read_vqa_rad
 from llavamed_jax.errors import UsageError, UserError
-from llavamed_jax.evaluation.files import write_text
+from llavamed_jax.utils.files import read_json, write_text
 
 log = logging.getLogger(__name__)
 
@@ -54,9 +53,9 @@ def load_samples(
     if held_out:
         return _held_out(name, root, split, held_out)
     samples = read(root, split)
-    if layouts.set_at(Path(root), name) != name:
+    if detect.set_at(Path(root), name) != name:
         log.warning("%s: nothing says that its parquet files are %s (a dataset card, the set's number of rows); they are read, and called "
-                    "parquet", root, layouts.TITLES[name].partition(" ")[0])
+                    "parquet", root, detect.TITLES[name].partition(" ")[0])
     check_ids(samples, f"{root}, split {split},")
     return tuple(data_questions.one_name_each(samples, _training_rows(name, root, read, more.get("train", ""))))
 
@@ -79,7 +78,7 @@ def describe(cfg: ConfigDict, samples: list[VqaSample]) -> str:
 
 def set_name(data: ConfigDict) -> str:
     """What the questions are called in `metrics.json` and the report: `data.name`, where the files say nothing else."""
-    return layouts.set_at(Path(data.root), data.name)
+    return detect.set_at(Path(data.root), data.name)
 
 
 def source_files(data: ConfigDict) -> list[Path]:
@@ -89,7 +88,7 @@ def source_files(data: ConfigDict) -> list[Path]:
         return [root]
     if data.name == "pathvqa":
         return pathvqa.files_of(root, data.split)
-    return sorted([*root.glob("*.json"), *root.glob("*.jsonl")]) or layouts.parquet_files(root, data.split)
+    return sorted([*root.glob("*.json"), *root.glob("*.jsonl")]) or detect.parquet_files(root, data.split)
 
 
 def write_llava(cfg: ConfigDict, path: str | Path) -> str:
@@ -133,7 +132,7 @@ def _reader(name: str, root: str, split: str, protocol: str, more: Mapping[str, 
         raise UsageError(f"the data set {name!r} is not known; data.name may be {' or '.join(readers)}")
     if not root:
         raise UsageError(f"data.root is empty; the folder with {name} was expected: --config.data.root=DIR")
-    splits = ("train", "test") if name == "vqa_rad" else layouts.SPLITS
+    splits = ("train", "test") if name == "vqa_rad" else detect.SPLITS
     if split not in splits:
         raise UsageError(f"data.split is {split!r}; of {name} it may be {_either(splits)}")
     if language not in LANGUAGES:
@@ -149,7 +148,7 @@ def _training_rows(name: str, root: str, read: Reader, train: str) -> list[VqaSa
     """Files of one's own need no training rows; the published sets have them, and their numbers need them."""
     if train:
         return read(train, "train")
-    files = [*filter(Path.is_file, layouts.split_files(Path(root), "train")), *layouts.parquet_files(Path(root), "train")]
+    files = [*filter(Path.is_file, detect.split_files(Path(root), "train")), *detect.parquet_files(Path(root), "train")]
     if name in _PUBLISHED or files:
         return read(root, "train")
     log.warning("%s has no train.json and data.train names no file: what follows from training rows (answer candidates, their "

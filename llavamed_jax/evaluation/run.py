@@ -16,26 +16,29 @@ from types import MappingProxyType
 
 from ml_collections import ConfigDict
 
-from llavamed_jax.checkpoints.files import read_json
 from llavamed_jax.config import MOST_BEAMS
-from llavamed_jax.data import datasets
-from llavamed_jax.data import questions as data_questions
-from llavamed_jax.data.questions import CHOICE, VqaSample
+from llavamed_jax.datasets import sample as data_questions
+from llavamed_jax.datasets import training
+from llavamed_jax.datasets.sample import CHOICE, VqaSample, kind
 from llavamed_jax.errors import UsageError, UserError, short
-from llavamed_jax.evaluation import asked, board, controls, judged, leakage, published, questions, report, scoring, sharing, summary
-from llavamed_jax.evaluation.address import shown
-from llavamed_jax.evaluation.against import Against
-from llavamed_jax.evaluation.answers import Answerer, Generation
-from llavamed_jax.evaluation.asking import ask, predict
-from llavamed_jax.evaluation.files import Results, to_jsonl, utf8
-from llavamed_jax.evaluation.judge import check_answered
-from llavamed_jax.evaluation.kinds import kind
-from llavamed_jax.evaluation.partial import Partial, num_answers
-from llavamed_jax.evaluation.predictions import join, predictions_for, read_predictions, warn_of_open
-from llavamed_jax.evaluation.strict import right_choice
-from llavamed_jax.keys import flatten
+from llavamed_jax.evaluation import published, questions
+from llavamed_jax.evaluation.answering import asked, sharing
+from llavamed_jax.evaluation.answering.answerer import Answerer, Generation
+from llavamed_jax.evaluation.answering.ask import ask, predict
+from llavamed_jax.evaluation.answering.resume import Partial, num_answers
+from llavamed_jax.evaluation.judging import open_answers
+from llavamed_jax.evaluation.judging.judge import check_answered
+from llavamed_jax.evaluation.report import report, summary, tensorboard
+from llavamed_jax.evaluation.results import Results
+from llavamed_jax.evaluation.scoring import controls, leakage, score
+from llavamed_jax.evaluation.scoring.against import Against
+from llavamed_jax.evaluation.scoring.predictions import join, predictions_for, read_predictions, warn_of_open
+from llavamed_jax.evaluation.scoring.strict import right_choice
+from llavamed_jax.openai_client.address import shown
 from llavamed_jax.parallel import distributed
 from llavamed_jax.utils.code import code_sha256
+from llavamed_jax.utils.files import read_json, to_jsonl, utf8
+from llavamed_jax.utils.nested import flatten
 
 # What only some evaluations leave: of an earlier one of something else it would stand beside the new metrics.
 _OF_RESULTS = ("predictions_control_*.jsonl", "judged.jsonl", "reviews.jsonl", "reviews_control_*.jsonl")
@@ -178,7 +181,7 @@ class Evaluation:
         texts = [str(sample.answer) for sample in self.samples]
         if predictions is not None:
             texts = join(self.samples, predictions_for(self.samples, predictions))
-        return judged.plan(self.judge, self.samples, texts)
+        return open_answers.plan(self.judge, self.samples, texts)
 
     def check_images(self) -> None:
         """Raises UserError where an image that will be shown is missing; the readers of VQA sets have looked already."""
@@ -190,7 +193,7 @@ class Evaluation:
     def _load(self) -> tuple[list[VqaSample], list[VqaSample]]:
         """The questions to ask and the training rows beside them."""
         cfg = self.cfg
-        self.judge = judged.open_judge(cfg, self.workdir)
+        self.judge = open_answers.open_judge(cfg, self.workdir)
         return questions.load_samples(cfg.data.name, cfg.data.root, cfg.data.split, cfg.protocol, cfg.data.held_out,
                                       **questions.further(cfg.data))
 
@@ -227,7 +230,7 @@ class Evaluation:
         split = "held_out" if cfg.data.held_out else cfg.data.split
         name = questions.set_name(cfg.data)
         names = {"dataset": name, "split": split, "seed": cfg.seed}
-        metrics = scoring.score(self.samples, predictions, self.training, **names) | extra
+        metrics = score.score(self.samples, predictions, self.training, **names) | extra
         metrics["questions_sha256"] = _questions_hash(self.samples)
         metrics["published"] = published.beside(
             name, split, cfg.protocol, metrics["n_open"], metrics["n_closed"], cfg.get("published") or ""
@@ -240,7 +243,7 @@ class Evaluation:
             metrics["against"] = self._against.compare(predictions, self.training, cfg.seed)
         if self._trained_on is not None:
             metrics["trained_on"] = {"data": str(cfg.data.trained_on)} | leakage.trained_on(self.samples, self._trained_on)
-        found = judged.judge_open(self.judge, self.samples, predictions, cfg.seed) if self.judge is not None else None
+        found = open_answers.judge_open(self.judge, self.samples, predictions, cfg.seed) if self.judge is not None else None
         if found is not None:
             metrics["judged"] = found.metrics
             self.results.add("judged.jsonl", to_jsonl(found.lines))
@@ -253,8 +256,8 @@ class Evaluation:
 
     def _control_table(self, predictions: Sequence[Mapping], control: Sequence[Mapping]) -> dict:
         """The scores of a control, and what the own image adds."""
-        tables = scoring.tables(self.samples, control, self.training, self.cfg.seed)
-        return tables | {"difference": scoring.difference(self.samples, predictions, control, self.cfg.seed)}
+        tables = score.tables(self.samples, control, self.training, self.cfg.seed)
+        return tables | {"difference": score.difference(self.samples, predictions, control, self.cfg.seed)}
 
     def _write_results(self, metrics: Mapping, page: str, predictions: Sequence[Mapping], control: Mapping[str, Sequence[Mapping]],
                        run: Mapping[str, str]) -> None:
@@ -265,9 +268,9 @@ class Evaluation:
             self.results.add(f"predictions_control_{name}.jsonl", to_jsonl(answers))
         self.results.add("report.html", page)
         self.results.add("metrics.json", json.dumps(metrics, indent=2, ensure_ascii=False) + "\n")
-        step = board.step_of(run.get("checkpoint", ""))
+        step = tensorboard.step_of(run.get("checkpoint", ""))
         stale = [] if "predictions" in run else self._stale(metrics)
-        self.results.write(lambda folder: board.write(folder, metrics, step))
+        self.results.write(lambda folder: tensorboard.write(folder, metrics, step))
         for path in stale:
             print(f"{path}: removed, it is of another evaluation", file=sys.stderr)
             path.unlink(missing_ok=True)
@@ -306,12 +309,12 @@ class Evaluation:
         }
 
 
-def _training_data(cfg: ConfigDict) -> datasets.TrainingData | None:
+def _training_data(cfg: ConfigDict) -> training.TrainingData | None:
     """What the model was trained on, where the config names it."""
     if not cfg.data.get("trained_on"):
         return None
     source = cfg.data.trained_on if isinstance(cfg.data.trained_on, str) else list(cfg.data.trained_on)
-    found = datasets.read_training(source, cfg.data.get("trained_on_images") or None, cfg.protocol)
+    found = training.read_training(source, cfg.data.get("trained_on_images") or None, cfg.protocol)
     if next(found.readable(), None) is None:  # "none of the images occurs" would be no finding
         try:
             found.record(0)

@@ -8,8 +8,8 @@ from ml_collections import ConfigDict
 
 from llavamed_jax.errors import short
 from llavamed_jax.evaluation.chat import KIND as CHAT
-from llavamed_jax.evaluation.judge_settings import judge_settings
-from llavamed_jax.keys import flatten
+from llavamed_jax.evaluation.judging.settings import judge_settings
+from llavamed_jax.utils.nested import flatten
 
 # Data set -> the keys of `data` beside those of all that its reader follows (`questions.FURTHER`).
 FOLLOWED = {

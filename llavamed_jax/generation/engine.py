@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 
 from llavamed_jax.config import LlavaConfig
 from llavamed_jax.errors import UserError
-from llavamed_jax.generation.features import Features
+from llavamed_jax.generation.image_features import Features
 from llavamed_jax.generation.programs import NO_TOKEN, Made, Programs, Prompts
 from llavamed_jax.generation.requests import NO_NUMBER, Job, Request, check, name_of
 from llavamed_jax.generation.rows import Placed, Rows, batch_size, bucket, power_of_two

@@ -37,7 +37,7 @@ PARAM_AXES = [
 def normalize(pixels, cfg: VisionConfig):
     """uint8 [...,3] as the tower takes it, float32: (x * scale - mean) / std. Floating-point pixels are so already.
 
-    On the device, so that a quarter of the bytes goes there; equal to `data.images.normalize` to 1e-6.
+    On the device, so that a quarter of the bytes goes there; equal to `images.load.normalize` to 1e-6.
     """
     if pixels.dtype != jnp.uint8:
         return pixels

@@ -16,9 +16,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from llavamed_jax import terminal
 from llavamed_jax.errors import UserError
-from llavamed_jax.utils import signals
+from llavamed_jax.utils import signals, terminal
 
 # A process that is silent for so long is given up, and the runtime ends all others.
 HEARTBEAT_S = 40

@@ -16,9 +16,9 @@ from ml_collections import ConfigDict
 
 from llavamed_jax.checkpoints.reader import open_checkpoint
 from llavamed_jax.config import PRESETS, LlavaConfig, preset
-from llavamed_jax.data.packing import Update, rows_an_update
 from llavamed_jax.errors import UsageError, cut, short
 from llavamed_jax.parallel.mesh import batch_sharding
+from llavamed_jax.pipeline.packing import Update, rows_an_update
 from llavamed_jax.training import setup
 from llavamed_jax.training.data import check_positions, check_rows, row_multiple
 from llavamed_jax.training.metrics import training_flops

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from llavamed_jax.errors import UsageError, UserError, short
-from llavamed_jax.evaluation.files import write_text
-from llavamed_jax.keys import flatten
 from llavamed_jax.preflight import search
 from llavamed_jax.preflight.progress import Progress
 from llavamed_jax.preflight.topologies import Topology
 from llavamed_jax.utils import signals
+from llavamed_jax.utils.files import write_text
+from llavamed_jax.utils.nested import flatten
 
 _GIB = 2**30
 _NEEDED = 6 * _GIB  # of this machine's memory, for a compilation at full size

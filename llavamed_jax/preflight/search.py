@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from llavamed_jax.errors import UserError
-from llavamed_jax.keys import changed
 from llavamed_jax.preflight.topologies import Topology
+from llavamed_jax.utils.nested import changed
 
 Job, Row = Mapping[str, Any], dict[str, Any]
 Try = Callable[[Job], Row | None]  # what compiling found, None of what does not fit

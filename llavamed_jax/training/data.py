@@ -14,12 +14,13 @@ from ml_collections import ConfigDict
 
 from llavamed_jax.checkpoints.reader import Checkpoint
 from llavamed_jax.config import LlavaConfig
-from llavamed_jax.data import datasets, lengths, loader, packing
-from llavamed_jax.data.lengths import Lengths
-from llavamed_jax.data.processor import Processor
+from llavamed_jax.datasets import training
 from llavamed_jax.errors import UsageError, UserError
 from llavamed_jax.models import llava
 from llavamed_jax.parallel.mesh import local_rows
+from llavamed_jax.pipeline import lengths, loader, packing
+from llavamed_jax.pipeline.lengths import Lengths
+from llavamed_jax.processor import Processor
 from llavamed_jax.training.state import partition
 
 
@@ -41,9 +42,9 @@ class Data:
 
     cfg: ConfigDict
     processor: Processor
-    train: datasets.TrainingData
+    train: training.TrainingData
     plan: packing.Plan
-    validation: datasets.TrainingData | None
+    validation: training.TrainingData | None
     validation_plan: packing.Plan | None
     samples: Lengths | None = None  # of `data.samples`, which are asked and not trained on
     unread: list[dict] = field(default_factory=list)  # of this process's validation samples, those whose image could not be read
@@ -69,14 +70,14 @@ class Data:
             _refuse_losses(cfg, path, packing.Stream.of(data, cfg.seed), found)
             return found
 
-        def read(path, split) -> tuple[datasets.TrainingData, Lengths]:
-            data = datasets.read_training(path, cfg.data.images, cfg.protocol or "clean", split, cache)
+        def read(path, split) -> tuple[training.TrainingData, Lengths]:
+            data = training.read_training(path, cfg.data.images, cfg.protocol or "clean", split, cache)
             return data, measure(data, path)
 
         check_positions(cfg, checkpoint.config)
         samples = None
         if cfg.data.samples and cfg.samples_every:  # read again when it is their turn; that they can be is known now
-            samples = measure(datasets.read_training(cfg.data.samples, cfg.data.images), cfg.data.samples)
+            samples = measure(training.read_training(cfg.data.samples, cfg.data.images), cfg.data.samples)
         rows = _Rows(cfg, checkpoint.config, multiple, settled or {})
         train, measured = read(cfg.data.train, "train")
         stream = packing.Stream.of(train, cfg.seed)

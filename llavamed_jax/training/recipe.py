@@ -8,10 +8,10 @@ import re
 from ml_collections import ConfigDict
 
 from llavamed_jax.errors import UsageError
-from llavamed_jax.keys import flatten
 from llavamed_jax.models.layers import REMAT_POLICIES
 from llavamed_jax.training.losses import WEIGHTINGS
 from llavamed_jax.training.state import TABLE
+from llavamed_jax.utils.nested import flatten
 
 # Dotted key -> the types of its value; `None` where the value may be left open.
 KEYS: dict[str, tuple] = {

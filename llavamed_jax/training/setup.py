@@ -21,13 +21,13 @@ from llavamed_jax.checkpoints import hub
 from llavamed_jax.checkpoints.load import load_params, random_checkpoint
 from llavamed_jax.checkpoints.reader import TEXT_FILES, Checkpoint, open_checkpoint
 from llavamed_jax.config import LlavaConfig, preset
-from llavamed_jax.data.processor import Processor
-from llavamed_jax.data.tokenizer import TOKENIZERS, Tokenizer
 from llavamed_jax.errors import UsageError, UserError
 from llavamed_jax.models import llava
 from llavamed_jax.models.attention import backend_of
 from llavamed_jax.parallel.mesh import auto_sizes, device_memory, make_mesh
-from llavamed_jax.templates import get_template
+from llavamed_jax.processor import Processor
+from llavamed_jax.text.templates import get_template
+from llavamed_jax.text.tokenizer import TOKENIZERS, Tokenizer
 from llavamed_jax.training import optimizer as optimizers
 from llavamed_jax.training import state as states
 from llavamed_jax.training import void

@@ -16,12 +16,12 @@ from ml_collections import ConfigDict
 from llavamed_jax.checkpoints import base, store
 from llavamed_jax.checkpoints.load import flatten
 from llavamed_jax.checkpoints.reader import Checkpoint
-from llavamed_jax.data.loader import Loader
-from llavamed_jax.data.workers import WorkerError
 from llavamed_jax.errors import UsageError, UserError, some
 from llavamed_jax.models.llava import abstract_params
 from llavamed_jax.parallel import distributed
 from llavamed_jax.parallel.mesh import local_rows, put, replicated
+from llavamed_jax.pipeline.loader import Loader
+from llavamed_jax.pipeline.workers import WorkerError
 from llavamed_jax.training import recipe, setup, void
 from llavamed_jax.training import workdir as workdirs
 from llavamed_jax.training.data import Data, row_multiple

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from llavamed_jax.data import layouts
+from llavamed_jax.datasets import detect
 from llavamed_jax.errors import short
 from llavamed_jax.training.optimizer import NOT_DECAYED
 from llavamed_jax.training.state import TABLE
@@ -72,4 +72,4 @@ def _sources(cfg: ConfigDict) -> Iterator[tuple[str | None, bool]]:
 
 
 def _layout(path: object) -> str | None:
-    return layouts.layout_of(Path(path)) if isinstance(path, str) else None
+    return detect.layout_of(Path(path)) if isinstance(path, str) else None

@@ -15,8 +15,8 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from llavamed_jax.errors import UsageError, UserError, exists
-from llavamed_jax.keys import flatten
 from llavamed_jax.parallel import distributed
+from llavamed_jax.utils.nested import flatten
 
 _LENGTH = ("epochs", "total_steps")
 # What a run that goes on may change: how long, where and how often, but not what is computed.

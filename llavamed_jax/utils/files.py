@@ -1,13 +1,20 @@
-"""Reads files that a user named, and refuses a pipe, a device, a socket or a directory at once instead of waiting for it."""
+"""Reads files that a user named, and writes files that are whole or absent.
+
+Reading refuses a pipe, a device, a socket or a directory at once instead of waiting for it.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import stat
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from llavamed_jax.errors import UserError, at, short
+from llavamed_jax.utils import signals
 
 MOST = 2**32  # bytes of a file that is read whole
 _KINDS = {stat.S_IFDIR: "a directory", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket",
@@ -61,3 +68,57 @@ def read_bytes(path: str | Path, name: str = "", most: int = MOST) -> bytes:
     if max(size, len(data)) > most:
         raise UserError(f"{name or path} has {max(size, len(data)) / 1e9:.2f} GB; at most {most / 1e9:.2f} GB were expected")
     return data
+
+
+def read_json(path: Path) -> dict:
+    """The object in a JSON file. Raises UserError when it is missing or is none."""
+    try:
+        text = read_bytes(path).decode("utf-8")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is no JSON: {error}") from None
+    value = parse_json(text, str(path))
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds a JSON {type(value).__name__}; an object was expected")
+    return value
+
+
+def parse_json(text: str, name: str) -> Any:
+    """The value of a JSON text; `name` is what an error calls it. Raises UserError."""
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{name} is no JSON: {error}") from None
+    except RecursionError:
+        raise UserError(f"{name} is nested too deeply to be read as JSON") from None
+
+
+def write_json(file: Path, value: dict) -> None:
+    file.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file under a temporary name and renames it: under the final name it is whole or absent.
+
+    A lone surrogate, which UTF-8 has no bytes for, is written as JSON escapes it.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with signals.undone_by(temporary.unlink):
+            temporary.write_bytes(utf8(text))
+            os.replace(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):  # where it could not even be begun
+            temporary.unlink()
+        raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+def utf8(text: str) -> bytes:
+    """The bytes that `write_text` writes."""
+    return text.encode("utf-8", errors="backslashreplace")
+
+
+def to_jsonl(objects: Sequence[Mapping]) -> str:
+    """Objects as lines of JSON."""
+    return "".join(json.dumps(each, ensure_ascii=False) + "\n" for each in objects)

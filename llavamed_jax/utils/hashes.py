@@ -106,3 +106,8 @@ def sha256_of_each(files: Sequence[Path]) -> dict[Path, str | None]:
 
     with ThreadPoolExecutor(_THREADS) as threads:
         return dict(zip(files, threads.map(read, files), strict=True))
+
+
+def sha256_of(file: Path) -> str:
+    with open_file(file) as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()

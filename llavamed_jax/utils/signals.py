@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from llavamed_jax import terminal
+from llavamed_jax.utils import terminal
 
 NUMBERS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 _TWICE_S = 0.2  # `timeout` sends a signal to the process and to its group

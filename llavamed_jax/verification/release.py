@@ -21,17 +21,18 @@ from ml_collections import ConfigDict
 
 from llavamed_jax.assistant import LlavaMed, load
 from llavamed_jax.checkpoints import hub, names
-from llavamed_jax.checkpoints.files import read_json, sha256_of
 from llavamed_jax.checkpoints.load import nest
 from llavamed_jax.checkpoints.reader import Checkpoint, open_checkpoint
 from llavamed_jax.checkpoints.soundness import is_finite
 from llavamed_jax.config import PRESETS
-from llavamed_jax.data.processor import Processor
 from llavamed_jax.errors import UserError
 from llavamed_jax.evaluation import run
-from llavamed_jax.evaluation.local import LocalModel, model_name
-from llavamed_jax.evaluation.summary import summary
+from llavamed_jax.evaluation.answering.local import LocalModel, model_name
+from llavamed_jax.evaluation.report.summary import summary
 from llavamed_jax.models.llava import Llava
+from llavamed_jax.processor import Processor
+from llavamed_jax.utils.files import read_json
+from llavamed_jax.utils.hashes import sha256_of
 from llavamed_jax.verification.compare import Row, compare_arrays, table
 
 STOCK_TOWER = "openai/clip-vit-large-patch14-336"

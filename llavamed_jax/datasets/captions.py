@@ -1,0 +1,43 @@
+"""Captions and reports: an image and the text that a model is to come near to.
+
+JSON or JSON lines of `{id, image, caption}`, where the text may also be called `report` or `reference`; or a LLaVA file, whose
+answers are the texts.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from llavamed_jax.datasets import detect
+from llavamed_jax.datasets.llava_med import first_turn
+from llavamed_jax.datasets.rows import Row, read_split
+from llavamed_jax.datasets.sample import CAPTION, VqaSample
+
+INSTRUCTION = "Describe what this image shows."
+
+
+def read_captions(root: str | Path, split: str = "test", images: str | Path | None = None, question: str = INSTRUCTION) -> list[VqaSample]:
+    """One sample an image; `answer` is its reference text.
+
+    Args:
+      root: the file, or a folder with `train.json`, `validation.json`, `test.json` (or `.jsonl`).
+      split: which of them, where `root` is a folder.
+      images: the folder of the images; the file's own where it is not given.
+      question: what is asked about every image. Empty asks what a LLaVA file asks of its own.
+    Raises:
+      UserError: a file or an image that is missing, a row that lacks a field, no question, an unknown split.
+    """
+    return read_split(root, split, "captions", images, lambda row, folder, index: _sample(row, folder, index, question.strip()))
+
+
+def _sample(row: Row, images: Path, index: int, question: str) -> VqaSample:
+    identity, image = row.identity("id"), row.image("image", images)
+    if "conversations" in row or "conversatons" in row:
+        asked, reference = first_turn(row, index)
+    else:
+        asked, reference = "", row.words(next((key for key in detect.REFERENCES if key in row), "caption"))
+    if not (question or asked):
+        raise row.error("has no question of its own; data.question, what is asked about every image, was expected")
+    if not reference:
+        raise row.error("has an empty answer; the text of the caption was expected")
+    return VqaSample(identity, image, question or asked, reference, CAPTION, **row.fields())

@@ -1,0 +1,77 @@
+"""Questions about images in parquet files, as the hub keeps them: rows of `image`, `question`, `answer` and what else a set has.
+
+VQA-RAD, SLAKE and PathVQA all lie there under these three columns; which of them it is says `layouts.named_by_parquet`.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from llavamed_jax.datasets import detect
+from llavamed_jax.datasets.parquet import read_parquet
+from llavamed_jax.datasets.rows import Row, one_of
+from llavamed_jax.datasets.sample import CLOSED, OPEN, PUBLISHED, VqaSample
+from llavamed_jax.errors import UserError
+
+log = logging.getLogger(__name__)
+
+_TYPES = {OPEN: OPEN, CLOSED: CLOSED, "YES/NO": CLOSED, "OTHER": OPEN, "NUMBER": OPEN}
+# What a column may be called that a report is broken down by.
+_NAMED = {"question_type": ("question_type", "content_type"), "organ": ("organ", "location", "image_organ"), "modality": ("modality",)}
+_LANGUAGE = ("q_lang", "language")
+_OPTIONAL = ("answer_type", *(column for columns in _NAMED.values() for column in columns), *_LANGUAGE)
+
+
+def read_hub(root: str | Path, split: str = "test", images: str | Path | None = None, language: str = "all",
+             name: str = "parquet") -> list[VqaSample]:
+    """The questions of a split's parquet files, in `data/` or in the folder itself.
+
+    An id is the split and the row's number. `answer_type` is read where it is a column; else a question is closed if its answer is
+    yes or no, and a warning says so where the set is known to have other closed answers.
+
+    Args:
+      images: the folder that the images are written to; `root/images` where it is not given.
+      language: rows of it alone (column `q_lang` or `language`); of files without such a column all rows.
+      name: the set that the rows are to be of, `parquet` for any.
+    Raises:
+      UserError: files that are missing or no parquet, rows that lack a field, files of which nothing says that they are of `name`.
+    """
+    one_of("the split", split, detect.SPLITS)
+    root = Path(root)
+    found = detect.named_by_parquet(root)
+    if name not in ("parquet", found):
+        other = f" looks like {detect.TITLES[found]}: data.name={found}" if found else (
+            f" holds {detect.TITLES['parquet']}, and nothing says that they are {detect.TITLES[name]}: data.name=parquet reads them")
+        raise UserError(f"{root}{other}")
+    files = detect.parquet_files(root, split)
+    if not files:
+        raise UserError(f"{root} holds no parquet file of the split {split}; {root / 'data' / f'{split}-*.parquet'} was expected")
+    rows = read_parquet(files, ("question", "answer"), Path(images) if images else root / "images", _OPTIONAL)
+    samples = [_sample(Row(value, f"row {index} of the split {split} of {root}", "parquet"), f"{split}-{index}")
+               for index, value in enumerate(rows)]
+    _say_what_is_guessed(root, split, samples, found, any("answer_type" in detect.footer(file)[0] for file in files))
+    return [sample for sample in samples if language in ("all", sample.language)]
+
+
+def _sample(row: Row, identity: str) -> VqaSample:
+    answer = row.text("answer")
+    fields = {key: next((row.optional(column) for column in columns if column in row), None) for key, columns in _NAMED.items()}
+    kind = row.answer_type(_TYPES) if "answer_type" in row else by_answer(answer)
+    language = next((row.words(column) for column in _LANGUAGE if column in row), "en")
+    return VqaSample(identity, row["image"], row.text("question"), answer, kind, **fields, language=language)
+
+
+def by_answer(answer: str) -> str:
+    """The kind of a question that does not state it: closed where it is answered by yes or no."""
+    return CLOSED if answer.lower() in ("yes", "no") else OPEN
+
+
+def _say_what_is_guessed(root: Path, split: str, samples: list[VqaSample], name: str | None, is_stated: bool) -> None:
+    if is_stated or name is None:
+        return
+    closed = sum(sample.answer_type == CLOSED for sample in samples)
+    known = {counts[3] for (of, of_split, _), counts in PUBLISHED.items() if (of, of_split) == (name, split) and counts[3] is not None}
+    if known and closed not in known:
+        log.warning("%s, split %s: there is no column answer_type, so the %d questions answered by yes or no are closed; the whole set "
+                    "has %s closed ones", root, split, closed, " or ".join(map(str, sorted(known))))

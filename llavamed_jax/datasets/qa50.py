@@ -1,0 +1,134 @@
+"""LLaVA-Med's chat questions (spec 3.1, 7.7): about figures of articles, with GPT-4's answer, the caption and what the text says.
+
+The published file, `llava_med_eval_qa50_qa.jsonl`, has 193 questions about 50 figures: 143 of a conversation, 50 that ask for
+a detailed description. A line is an object with `question_id, image, pair_id, text, gpt4_answer, fig_caption,
+in_text_mention, domain, type, fig_label`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llavamed_jax.datasets.sample import OPEN, VqaSample
+from llavamed_jax.errors import UserError, short
+from llavamed_jax.utils.files import parse_json, read_bytes
+
+FILE = "llava_med_eval_qa50_qa.jsonl"
+PUBLISHED_SHA256 = "48c6b680a962dbf8caf63e3ded2bef7770dccf9c2602f32e5f05f4b907266f25"
+TYPES = ("conversation", "detailed_description")
+DOMAINS = ("chest_xray", "mri", "histology", "gross", "ct_scan")
+"""In the original's order: a question counts in the first that is true (8 of the 193 have two)."""
+
+_MARKER = "\n<image>"
+
+
+@dataclass(frozen=True)
+class ChatQuestion:
+    """One question about a figure.
+
+    Attributes:
+      text: as published, with "\\n<image>" at its end; `question` is the text without it.
+      reference: GPT-4's answer, which saw the caption and the mentions but no figure.
+      mentions: sentences of the article that mention the figure, as published; None where there are none.
+      kind: one of `TYPES`; `domain`: one of `DOMAINS`.
+    """
+
+    question_id: int | str
+    image: Path
+    text: str
+    reference: str
+    label: str
+    caption: str
+    mentions: list | None
+    kind: str
+    domain: str
+
+    @property
+    def question(self) -> str:
+        return self.text.removesuffix(_MARKER)
+
+    def sample(self) -> VqaSample:
+        """The same as whoever answers is asked it: an open question whose gold is the reference."""
+        return VqaSample(self.question_id, self.image, self.question, self.reference, OPEN, question_type=self.kind,
+                         modality=self.domain)
+
+
+@dataclass(frozen=True)
+class ChatSet:
+    """The questions of a file, and the SHA-256 of its bytes."""
+
+    file: Path
+    questions: list[ChatQuestion]
+    sha256: str
+
+    @property
+    def is_published(self) -> bool:
+        return self.sha256 == PUBLISHED_SHA256
+
+
+def read_chat_questions(root: str | Path, images: str | Path = "") -> ChatSet:
+    """Reads the questions.
+
+    Args:
+      root: the file, or the folder with it under its published name.
+      images: the folder of the figures; by default `images/` beside the file. They need not be there: a judge sees none.
+    Raises:
+      UserError: a file that is missing, no UTF-8 or without questions; a line that is no such object; an id that occurs twice.
+    """
+    file = Path(root) / FILE if Path(root).is_dir() else Path(root)
+    try:
+        data = read_bytes(file, f"the file of questions {file}")
+        text = data.decode("utf-8-sig")
+    except OSError as error:
+        raise UserError(f"the questions {file} cannot be read: {error.strerror or error}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{file} is not UTF-8 text; JSON lines with chat questions were expected") from None
+    folder = Path(images) if images is not None and str(images) else file.parent / "images"
+    lines = [(f"{file}, line {number}", line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
+    questions = [_question(parse_json(line, where), where, folder) for where, line in lines]
+    if not questions:
+        raise UserError(f"{file} holds no question")
+    seen: dict[str, str] = {}
+    for (where, _), question in zip(lines, questions, strict=True):
+        earlier = seen.setdefault(str(question.question_id), where)
+        if earlier != where:
+            raise UserError(f"{where} has the question_id {question.question_id!r}, as {earlier.rpartition(', ')[2]} has")
+    return ChatSet(file, questions, hashlib.sha256(data).hexdigest())
+
+
+def _question(record: Any, where: str, images: Path) -> ChatQuestion:
+    """A record's question. Raises UserError, which says what was expected of which field."""
+    if not isinstance(record, dict):
+        raise UserError(f"{where} holds a JSON {type(record).__name__}; an object with a chat question was expected")
+
+    def get(key: str, is_right, expected: str):
+        if key not in record:
+            raise UserError(f"{where} has no {key!r}; {expected} was expected")
+        if not is_right(record[key]):
+            raise UserError(f"{where} has the {key} {short(record[key])}; {expected} was expected")
+        return record[key]
+
+    def is_text(value) -> bool:
+        return isinstance(value, str) and bool(value.strip())
+
+    get("pair_id", is_text, "text")
+    domain = get("domain", _is_domain, f"an object of true and false with {', '.join(DOMAINS)}, one of them true,")
+    return ChatQuestion(
+        question_id=get("question_id", lambda v: type(v) is int or is_text(v), "a number or text"),
+        image=images / get("image", is_text, "the name of a file"),
+        text=get("text", lambda v: is_text(v) and v.endswith(_MARKER), 'a question that ends with "\\n<image>"'),
+        reference=get("gpt4_answer", is_text, "text"),
+        label=get("fig_label", lambda v: isinstance(v, str), "text"),
+        caption=get("fig_caption", lambda v: isinstance(v, str), "text"),
+        mentions=get("in_text_mention", lambda v: v is None or isinstance(v, list), "a list or null"),
+        kind=get("type", lambda v: v in TYPES, " or ".join(TYPES)),
+        domain=next(name for name in DOMAINS if domain[name]),
+    )
+
+
+def _is_domain(value: Any) -> bool:
+    is_whole = isinstance(value, dict) and set(value) == set(DOMAINS) and all(type(v) is bool for v in value.values())
+    return is_whole and any(value.values())

@@ -1,0 +1,41 @@
+"""SLAKE (Liu et al. 2021) in its official layout: `train.json`, `validate.json`, `test.json`, `imgs/`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from llavamed_jax.datasets import detect
+from llavamed_jax.datasets.hub_rows import read_hub
+from llavamed_jax.datasets.rows import Row, one_of, read_rows
+from llavamed_jax.datasets.sample import VqaSample, check_images
+
+LANGUAGES = ("en", "zh", "all")
+
+
+def read_slake(root: str | Path, split: str = "test", language: str = "en") -> list[VqaSample]:
+    """The questions of SLAKE.
+
+    Args:
+      root: the folder, or a file in it. The hub's copy calls `validate.json` `validation.json`, and either is read. Or a folder of
+        parquet files that are SLAKE's (`layouts.named_by_parquet`).
+      split: `train`, `validation` or `test`.
+      language: `en` (the paper's), `zh`, or `all`.
+    Raises:
+      UserError: a file or an image that is missing, a row that lacks a field, an unknown split or language.
+    """
+    one_of("SLAKE's split", split, detect.SPLITS)
+    one_of("SLAKE's language", language, LANGUAGES)
+    root = Path(root)
+    if detect.parquet_files(root) and not any(map(Path.is_file, detect.split_files(root, split))):
+        return read_hub(root, split, language=language, name="slake")
+    file = detect.split_file(root, split, "slake")
+    samples = [_sample(row, file.parent / "imgs") for row in read_rows(file, "slake")]
+    samples = [sample for sample in samples if language in ("all", sample.language)]
+    check_images(sample.image for sample in samples)
+    return samples
+
+
+def _sample(row: Row, images: Path) -> VqaSample:
+    return VqaSample(
+        row.identity("qid"), row.image("img_name", images), row.text("question"), row.text("answer"), row.answer_type(),
+        question_type=row.text("content_type"), organ=row.text("location"), modality=row.text("modality"), language=row.text("q_lang"))

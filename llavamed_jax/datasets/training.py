@@ -1,0 +1,135 @@
+"""Training records from whatever a recipe names: LLaVA files, and every data set that is evaluated on, in its own layout.
+
+A training record is a dict `{"id", "image": list of paths, "conversations": [{"from": "human"|"gpt", "value": str}, …]}`
+whatever it was read from; `questions.to_llava` makes one of a question.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from llavamed_jax.datasets import detect, pathvqa
+from llavamed_jax.datasets.captions import read_captions
+from llavamed_jax.datasets.choices import read_choices
+from llavamed_jax.datasets.hub_rows import read_hub
+from llavamed_jax.datasets.records import FileRecords, MemoryRecords, open_records
+from llavamed_jax.datasets.sample import VqaSample, describe, to_llava
+from llavamed_jax.datasets.slake import read_slake
+from llavamed_jax.datasets.vqa_rad import read_vqa_rad
+from llavamed_jax.errors import UsageError, UserError
+
+LARGEST_WEIGHT = 1000  # of a source of training data: an epoch is laid out whole, and what is larger was mistyped
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """Records of one or several sources; an epoch takes `round(weight * len(source))` of each (see `pipeline.packing`).
+
+    `found` has a line for each source that is a data set with published counts (`questions.describe`).
+    """
+
+    sources: Sequence[MemoryRecords | FileRecords]
+    weights: Sequence[float] = (1.0,)
+    found: Sequence[str] = ()
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Samples that each source gives an epoch."""
+        return tuple(round(weight * len(source)) for source, weight in zip(self.sources, self.weights, strict=True))
+
+    def __len__(self) -> int:
+        return sum(self.sizes)
+
+    @property
+    def num_records(self) -> int:
+        return sum(map(len, self.sources))
+
+    def record(self, number: int) -> dict:
+        """A record by its number through all sources. Raises UserError, which names it, where it is damaged."""
+        for source in self.sources:
+            if number < len(source):
+                return source[number]
+            number -= len(source)
+        raise IndexError(number)
+
+    def fingerprint(self) -> str:
+        """Names the records: their text, not the images' pixels."""
+        return hashlib.sha256(repr([source.fingerprint() for source in self.sources]).encode()).hexdigest()[:24]
+
+    def readable(self) -> Iterator[dict]:
+        """The records in order, without the damaged ones."""
+        for number in range(self.num_records):
+            with contextlib.suppress(UserError):
+                yield self.record(number)
+
+
+def read_training(data, images: str | Path | None = None, protocol: str = "clean", split: str = "train",
+                  cache: Path | None = None) -> TrainingData:
+    """Training records from whatever `data.train` of a recipe names.
+
+    Args:
+      data: a LLaVA JSON or JSONL file; a data set in its own layout (`layouts.TITLES`), a folder or a file; or a list of
+        `{"path", "images", "weight"}`, where weight 2 shows a source twice an epoch and 0.5 half of it.
+      images: the folder of the images, where it is not the layout's own.
+      protocol, split: which rows of a data set.
+      cache: see `records.open_records`.
+    Raises:
+      UserError: a file that is missing or no JSON, a row of a data set that is malformed, no records. Records of a LLaVA file
+        are read when they are asked for, and the malformed ones are found by `lengths.measure`.
+    """
+    if isinstance(data, (list, tuple)):
+        return _read_mixture(data, images, protocol, split, cache)
+    path = Path(data)
+    layout = detect.layout_of(path)
+    if layout is None and path.is_dir():
+        raise UserError(f"the folder {path} holds neither {', nor '.join(detect.TITLES.values())}{detect.hint(path, '')}")
+    if layout in (None, "llava_med"):
+        source, found = open_records(detect.split_file(path, split, "llava_med") if path.is_dir() else path, images, cache), ()
+    else:
+        samples, variant = _read_set(layout, path, split, protocol, images)
+        source, found = MemoryRecords(map(to_llava, samples)), (describe(samples, layout, split, variant),)
+    if not len(source):
+        raise UserError(f"{path} holds no training records")
+    return TrainingData([source], found=found)
+
+
+def _read_set(layout: str, path: Path, split: str, protocol: str, images: str | Path | None) -> tuple[list[VqaSample], str]:
+    """The questions of a data set, and which variant of it they are."""
+    if layout == "vqa_rad":
+        return read_vqa_rad(path, split, protocol), protocol
+    if layout == "slake":
+        return read_slake(path, split), "en"
+    if layout == "pathvqa":
+        return pathvqa.read_pathvqa(path, split, images), pathvqa.form(path)
+    read = {"choices": read_choices, "captions": read_captions, "parquet": read_hub}[layout]
+    return read(path, split, images), ""
+
+
+def _read_mixture(entries, images, protocol, split, cache) -> TrainingData:
+    sources, weights, found = [], [], []
+    for entry in entries:
+        if not hasattr(entry, "keys"):  # a ConfigDict is no Mapping
+            raise UsageError(f"an entry of the training data is {entry!r}; {{path, images, weight}} was expected")
+        entry = dict(entry)
+        unknown = set(entry) - {"path", "images", "weight"}
+        if "path" not in entry or unknown:
+            raise UsageError(f"an entry of the training data is {entry}; the keys path, images and weight were expected")
+        for key in ("path", "images"):
+            if not (isinstance(entry.get(key, ""), (str, Path)) or key == "images" and entry[key] is None):
+                raise UsageError(f"an entry of the training data has the {key} {entry[key]!r}; text was expected")
+        weight = entry.get("weight", 1.0)
+        if type(weight) not in (int, float) or not 0 < weight <= LARGEST_WEIGHT:
+            raise UsageError(f"the weight of {entry['path']} is {weight!r}; more than 0 and at most {LARGEST_WEIGHT} was expected")
+        part = read_training(entry["path"], entry.get("images", images), protocol, split, cache)
+        if not round(weight * len(part)):
+            raise UserError(f"the weight {weight} of {entry['path']} leaves none of its {len(part)} records in an epoch")
+        sources += part.sources
+        found += part.found
+        weights.append(float(weight))
+    if not sources:
+        raise UserError("the list of training data is empty; at least one {path, images, weight} was expected")
+    return TrainingData(sources, weights, found)

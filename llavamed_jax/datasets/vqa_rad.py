@@ -1,0 +1,76 @@
+"""VQA-RAD (Lau et al. 2018): its public file and its images, or a cut of it in the same layout."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import replace
+from pathlib import Path
+
+from llavamed_jax.datasets.detect import VQA_RAD_FILE, hint, parquet_files
+from llavamed_jax.datasets.hub_rows import read_hub
+from llavamed_jax.datasets.rows import Row, one_of, read_rows
+from llavamed_jax.datasets.sample import VqaSample, check_images
+from llavamed_jax.errors import UserError
+
+log = logging.getLogger(__name__)
+
+_IMAGES = ("images", "VQA_RAD Image Folder")  # the second as on osf.io
+_TYPES = {"PRSE": "PRES", "ATRIB": "ATTRIB"}  # typos in the published file
+
+
+def read_vqa_rad(root: str | Path, split: str = "test", protocol: str = "clean") -> list[VqaSample]:
+    """The questions of VQA-RAD.
+
+    Test rows are those whose `phrase_type` begins with `test_`. The `paper` protocol adds the rephrasing (`question_frame`)
+    of every row to the training rows, test rows included, as the repackaging did that the paper trained on: answers of
+    test questions are then trained on. That leak is logged.
+
+    Args:
+      root: the folder, or the file in it; or a folder of parquet files that are VQA-RAD's (`layouts.named_by_parquet`).
+      split: `train`, `test` or `all`.
+      protocol: `clean` or `paper`; without effect on test rows.
+    Raises:
+      UserError: a file or an image that is missing, a row that lacks a field, an unknown split or protocol.
+    """
+    one_of("VQA-RAD's split", split, ("train", "test", "all"))
+    one_of("VQA-RAD's protocol", protocol, ("clean", "paper"))
+    root = Path(root)
+    file = root / VQA_RAD_FILE if root.is_dir() else root
+    if not os.path.exists(file) and parquet_files(root):
+        return _from_parquet(root, split, protocol)
+    if not os.path.exists(file):
+        raise UserError(f"the data file {file} does not exist{hint(root, 'vqa_rad')}")
+    rows = read_rows(file, "vqa_rad")
+    images = next((file.parent / name for name in _IMAGES if (file.parent / name).is_dir()), None)
+    if images is None:
+        raise UserError(f"{file.parent} has no folder {_IMAGES[0]}/ with VQA-RAD's images")
+    pairs = [(row, _sample(row, images)) for row in rows]
+    samples = [s for _, s in pairs if split == "all" or (split == "test") == s.phrase_type.startswith("test_")]
+    if protocol == "paper" and split != "test":
+        frames = [_frame(row, s) for row, s in pairs if row.value.get("question_frame") not in (None, "NULL")]
+        leaked = sum(s.phrase_type.startswith("test_") for s in frames)
+        log.warning("VQA-RAD, protocol paper: %d rephrasings added to the training rows, %d of them of test questions: "
+                    "test answers leak into training, as in the paper", len(frames), leaked)
+        samples += frames
+    check_images(s.image for s in samples)
+    return samples
+
+
+def _from_parquet(root: Path, split: str, protocol: str) -> list[VqaSample]:
+    if protocol == "paper" and split != "test":
+        raise UserError(f"{root} holds parquet files, which have no rephrasings; protocol=paper needs {VQA_RAD_FILE}")
+    return [sample for each in (("train", "test") if split == "all" else (split,)) for sample in read_hub(root, each, name="vqa_rad")]
+
+
+def _sample(row: Row, images: Path) -> VqaSample:
+    answer_type = row.answer_type()
+    kinds = [_TYPES.get(kind.strip().upper(), kind.strip().upper()) for kind in row.text("question_type").split(",")]
+    qid = row.text("qid")
+    return VqaSample(
+        int(qid) if qid.isdecimal() else qid, row.image("image_name", images), row.text("question"), row.text("answer"), answer_type,
+        question_type=", ".join(sorted(kinds)), organ=row.text("image_organ"), phrase_type=row.text("phrase_type"))
+
+
+def _frame(row: Row, sample: VqaSample) -> VqaSample:
+    return replace(sample, question_id=f"frame-{sample.question_id}", question=row.text("question_frame"))

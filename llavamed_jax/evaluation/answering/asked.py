@@ -1,0 +1,109 @@
+"""What the answers of an evaluation follow from: the record of it in `metrics.json`, and the key of a stopped one.
+
+Everything counts that may change an answer: each file of the checkpoint, its tower and its tokenizer, the template, every key of
+the config and every flag, each question and the content of its image, the code and the packages that compute. Where any of it has
+changed, answers that are kept are another evaluation's.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from llavamed_jax.datasets.sample import VqaSample
+from llavamed_jax.errors import cut, short, some
+from llavamed_jax.evaluation.answering.answerer import Answerer, Generation
+from llavamed_jax.evaluation.scoring.predictions import image_names
+from llavamed_jax.images.load import split_frame
+from llavamed_jax.utils.code import code_sha256
+from llavamed_jax.utils.hashes import sha256_of_each, short_hash
+from llavamed_jax.utils.nested import flatten
+
+# The keys that `asked` of `metrics.json` always has; None for what is not known of who answered.
+KEYS = ("checkpoint", "checkpoint_sha256", "step", "template", "tower", "tokenizer", "dtype", "mesh", "quantize", "adapter",
+        "endpoint", "model", "generation")  # fmt: skip
+# Keys of a config that only what is computed of the answers follows from, or that name what counts by its content.
+_BESIDE = ("judge", "published", "data.train", "data.trained_on", "data.trained_on_images", "data.root", "data.images")
+_PACKAGES = ("numpy", "pillow", "pydicom")  # read the images, whoever answers
+
+
+def record(answerer: Answerer, generation: Generation) -> dict:
+    """What `metrics.json` holds under `asked`: `KEYS`, and what else is known of who answered."""
+    described = getattr(answerer, "describe", dict)()  # a stand-in for a model need not say
+    return dict.fromkeys(KEYS) | described | {"generation": vars(generation)}
+
+
+_WORDS = ("template", "tower", "tokenizer", "dtype", "mesh", "quantize", "adapter", "endpoint", "predictions")
+
+
+def words(said: Mapping[str, object]) -> str:
+    """A record in one line, for whoever reads a result: which template, tower, tokenizer and numbers it is of."""
+    parts = [f"{name} {said[name]}" for name in _WORDS if said.get(name) is not None]
+    generation = said.get("generation")
+    if isinstance(generation, Mapping):
+        parts.append(", ".join(f"{name} {value}" for name, value in generation.items() if name != "batch_size"))
+    return "; ".join(parts)
+
+
+def key(answerer: Answerer, cfg: ConfigDict, samples: Sequence[VqaSample], given: Mapping[str, object]) -> dict[str, object]:
+    """What the answers follow from: its name, as a sentence calls it -> a value in JSON's types.
+
+    Args:
+      given: what the command line gives: who answers, and the model's flags.
+    """
+    values = flatten(cfg.to_dict())
+    config = {name: value for name, value in values.items() if not any(name == key or name.startswith(f"{key}.") for key in _BESIDE)}
+    return {
+        **{name: value for name, value in given.items() if value is not None},
+        **getattr(answerer, "depends_on", dict)(),
+        **{f"the config key {name!r}": value for name, value in config.items()},
+        "the order of the questions": short_hash([str(sample.question_id) for sample in samples]),
+        **{f"question {cut(str(sample.question_id))}": short_hash(sample.question) for sample in samples},
+        **_images(samples),
+        **versions(_PACKAGES),
+        "the code": code_sha256()[:16],
+    }
+
+
+def _images(samples: Sequence[VqaSample]) -> dict[str, str]:
+    """Name -> the file's content and which question it belongs to: an image may be another's under its own name."""
+    names = image_names(str(sample.image) for sample in samples)
+    files = {image: Path(image if Path(image).exists() else split_frame(image)[0]) for image in names}
+    hashes = sha256_of_each(list(dict.fromkeys(files.values())))
+    asked: dict[str, list[str]] = {image: [] for image in names}
+    for sample in samples:
+        asked[str(sample.image)].append(str(sample.question_id))
+    return {f"the image {cut(name)}": short_hash(hashes[files[image]], asked[image]) for image, name in names.items()}
+
+
+def versions(packages: Sequence[str]) -> dict[str, str | None]:
+    """The version of each package, None where it is not there."""
+    return {f"the package {name}": version(name) for name in packages}
+
+
+def version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def changes(earlier: Mapping[str, object], now: Mapping[str, object], when: tuple[str, str] = ("then", "now")) -> str:
+    """What is not the same in two keys, in words: a few by name, with their values where these are short, and the count of the rest.
+
+    Args:
+      when: what the two are called.
+    """
+    names = [name for name in {**now, **earlier} if earlier.get(name) != now.get(name)]
+    return some([_change(name, earlier, now, when) for name in names], 6)
+
+
+def _change(name: str, earlier: Mapping[str, object], now: Mapping[str, object], when: tuple[str, str]) -> str:
+    if name not in earlier or name not in now:
+        return f"{name} (not there {when[name in earlier]})"
+    values = short(earlier[name], 40), short(now[name], 40)
+    is_hash = all(isinstance(value, str) and len(value) in (16, 64) for value in (earlier[name], now[name]))
+    return name if is_hash else f"{name} ({values[0]} {when[0]}, {values[1]} {when[1]})"

@@ -1,0 +1,181 @@
+"""What is generated while a model is trained: closed accuracy on the validation questions, and answers to look at."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from llavamed_jax.assistant import LlavaMed
+from llavamed_jax.checkpoints.load import flatten, nest
+from llavamed_jax.datasets import training
+from llavamed_jax.errors import UserError
+from llavamed_jax.evaluation import metrics
+from llavamed_jax.evaluation.scoring.strict import is_strictly_right
+from llavamed_jax.models.llava import PARAM_AXES
+from llavamed_jax.parallel import distributed
+from llavamed_jax.parallel.mesh import local_view, param_shardings
+from llavamed_jax.processor import Processor
+from llavamed_jax.text.conversation import IMAGE_MARKER
+from llavamed_jax.training.log import Sample
+from llavamed_jax.training.setup import to_disk
+from llavamed_jax.training.watch import Snapshot
+from llavamed_jax.utils import terminal
+
+SHOWN = 4  # questions that are asked again and again
+MAX_NEW_TOKENS = {"sample": 64, "closed": 16}
+
+
+@dataclass(frozen=True)
+class Question:
+    """The first turn of a record, with the images that its markers stand for; `lost`: how many the record names beyond."""
+
+    name: str
+    images: Sequence[str]
+    text: str
+    wanted: str
+    is_closed: bool
+    lost: int = 0
+
+
+def first_turn(record: Mapping) -> Question | None:
+    """The question of a training record; None where it has no answer."""
+    turns = record["conversations"][record["conversations"][0]["from"] == "gpt":]
+    if len(turns) < 2:
+        return None
+    wanted = turns[1]["value"]
+    kind = record.get("answer_type")  # of a VQA set; elsewhere an answer of yes or no makes a question closed
+    is_closed = str(kind).strip().upper() == "CLOSED" if kind else metrics.normalize_word(wanted.lower()) in ("yes", "no")
+    markers = [turn["value"].count(IMAGE_MARKER) for turn in turns]
+    count = markers[0] if sum(markers) == len(record["image"]) else bool(markers[0])  # else several in a turn are one image
+    return Question(str(record["id"]), record["image"][:count], turns[0]["value"].replace(IMAGE_MARKER, "").strip(), wanted, is_closed,
+                    record.get("surplus", 0))
+
+
+def _questions(records: Iterable[Mapping]) -> Iterator[Question]:
+    return (question for question in map(first_turn, records) if question is not None)
+
+
+class TrainedModel:
+    """A run's model as one that can be asked. Its programs are compiled once; its weights are those of a snapshot."""
+
+    def __init__(self):
+        self._model: LlavaMed | None = None
+        self._captioner: Processor | None = None  # of a template without roles
+        self._refused: dict[str, str] = {}  # question -> why it is not asked
+
+    def ask(self, snapshot: Snapshot, questions: Sequence[Question], max_new_tokens: int) -> list[str | None]:
+        """Greedy answers; None to a question that cannot be asked, which is said once."""
+        with self._loaded(snapshot) as model:
+            known = len(self._refused)
+            rows = [self._row(model, question) for question in questions]
+            self._say(list(self._refused.items())[known:])
+            return distributed.from_first(lambda: self._answers(model, rows, max_new_tokens))
+
+    def _answers(self, model: LlavaMed, rows: Sequence[tuple | None], max_new_tokens: int) -> list[str | None]:
+        asked = [row for row in rows if row is not None]
+        answers = iter(model.generate_tokens([ids for ids, _ in asked], [pixels for _, pixels in asked], max_new_tokens))
+        return [None if row is None else self._text(model, next(answers)) for row in rows]
+
+    def _row(self, model: LlavaMed, question: Question) -> tuple[list[int], list[np.ndarray]] | None:
+        """Ids and pixels. A caption's prompt is the image alone, as the template without roles was trained."""
+        processor = model.processor
+        try:
+            if question.lost:
+                raise UserError(f"its record names more images, by {question.lost}, than it has {IMAGE_MARKER} markers")
+            if self._captioner is not None:
+                ids = processor.expand(self._captioner.encode(self._captioner.image_marker))
+            else:
+                content = [{"type": "image", "image": image} for image in question.images] + [{"type": "text", "text": question.text}]
+                ids = processor.expand(processor.encode(processor.prompt([{"role": "user", "content": content}])))
+            if len(ids) > model.engine.max_prompt:
+                raise UserError(f"its prompt is {len(ids)} tokens long; at most {model.engine.max_prompt} were expected")
+            return ids, list(processor.images_uint8(question.images)) if question.images else []
+        except UserError as error:
+            self._refused.setdefault(question.name, str(error))
+            return None
+
+    @staticmethod
+    def _say(refused: Sequence[tuple[str, str]]) -> None:
+        for name, why in refused[:SHOWN]:
+            print(terminal.sentence(f"question {name} is not asked: {why}"), flush=True)
+        if len(refused) > SHOWN:
+            print(f"{len(refused) - SHOWN} more questions are not asked, for such reasons", flush=True)
+
+    def _text(self, model: LlavaMed, ids: Sequence[int]) -> str:
+        text = model.processor.decode(ids)
+        return min((text.split(end)[0] for end in model.processor.stop), key=len, default=text).strip()
+
+    @contextlib.contextmanager
+    def _loaded(self, snapshot: Snapshot) -> Iterator[LlavaMed]:
+        """The model with a snapshot's weights, which are let go afterwards: training needs the memory."""
+        program = snapshot.program
+        params, mesh = _unrolled(snapshot)
+        if self._model is None:
+            processor = snapshot.data.processor
+            if processor.template.is_for_training_only:  # asked as the model is asked later; captions are no answers, though
+                self._captioner = processor if processor.template.labels == "plain" else None
+                processor = Processor(processor.config, processor.tokenizer)
+            self._model = LlavaMed(program.model.cfg, params, processor, program.model.dtype, mesh)
+        self._model.engine.params = params
+        try:
+            yield self._model
+        finally:
+            self._model.engine.params = None
+
+
+def _unrolled(snapshot: Snapshot) -> tuple[Mapping, Mesh]:
+    """A snapshot's parameters one array a layer, in the dtype of the computation, laid as the engine lays them; and its mesh.
+
+    The engine generates on the devices of one process. Of several processes each gets a whole copy over its own.
+    """
+    program = snapshot.program
+    cast = lambda params: nest({name: x.astype(program.model.dtype) for name, x in to_disk(flatten(params)).items()})
+    shapes = jax.eval_shape(cast, snapshot.params)
+    params = jax.jit(cast, out_shardings=param_shardings(shapes, PARAM_AXES, program.mesh))(snapshot.params)
+    if distributed.process_count() == 1:
+        return params, program.mesh
+    everywhere, here = local_view(program.mesh)
+    copies = jax.device_put(params, param_shardings(shapes, PARAM_AXES, everywhere))
+    local = lambda x, sharding: jax.make_array_from_single_device_arrays(x.shape, sharding, [part.data for part in x.addressable_shards])
+    return jax.tree.map(local, copies, param_shardings(shapes, PARAM_AXES, here)), here
+
+
+class ClosedAccuracy:
+    """An evaluator: the share of the validation data's closed questions that is answered right (`strict.is_strictly_right`)."""
+
+    def __init__(self, model: TrainedModel):
+        self._model = model
+
+    def __call__(self, snapshot: Snapshot) -> dict[str, float]:
+        if snapshot.data.validation is None:
+            return {}
+        closed = [q for q in _questions(snapshot.data.validation.readable()) if q.is_closed]
+        answers = self._model.ask(snapshot, closed, MAX_NEW_TOKENS["closed"]) if closed else []
+        right = [is_strictly_right(answer, q.wanted) for q, answer in zip(closed, answers) if answer is not None]
+        return {"validation_closed_accuracy": sum(right) / len(right), "validation_closed": len(right)} if right else {}
+
+
+class Samples:
+    """A sampler: the answers to a few fixed questions, the first of `data.samples`, else of validation or training data."""
+
+    def __init__(self, model: TrainedModel):
+        self._model = model
+        self._has_said = False
+
+    def __call__(self, snapshot: Snapshot) -> list[Sample]:
+        cfg, data = snapshot.data.cfg, snapshot.data
+        fixed = training.read_training(cfg.data.samples, cfg.data.images) if cfg.data.samples else data.validation or data.train
+        with_image = (q for q in _questions(fixed.readable()) if q.images)
+        questions = list(itertools.islice(with_image, SHOWN))
+        if not questions and not self._has_said:
+            print("samples_every has nothing to show: no question of the data has an image and an answer", flush=True)
+            self._has_said = True
+        answers = self._model.ask(snapshot, questions, MAX_NEW_TOKENS["sample"]) if questions else []
+        return [Sample(q.name, data.processor.images_uint8(q.images), q.text, answer, q.wanted)
+                for q, answer in zip(questions, answers) if answer is not None]

@@ -1,0 +1,77 @@
+"""Open VQA answers judged right or wrong by a language model, as recent medical leaderboards do; apart from the string metrics.
+
+The judge reads question, gold answer and answer, no image. Axis letters here: N open questions.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from llavamed_jax.datasets.sample import OPEN, VqaSample, kind
+from llavamed_jax.evaluation.judging.judge import Judge, Verdict, report_unscored
+from llavamed_jax.evaluation.judging.prompts import OPEN_PROMPT, open_prompt, read_prompt, read_right
+from llavamed_jax.evaluation.scoring import statistics
+from llavamed_jax.evaluation.scoring.predictions import join
+
+
+def open_judge(cfg: ConfigDict, workdir: Path) -> Judge | None:
+    """The judge that a config names; None where it names none. Raises what `Judge` raises."""
+    group = cfg.get("judge")
+    return Judge(group, read_prompt(group.prompt, OPEN_PROMPT), read_right, workdir) if group is not None and group.model else None
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What a judge said: the object `judged` of `metrics.json`, the lines of `judged.jsonl`, and its verdicts."""
+
+    metrics: dict
+    lines: list[dict]
+    verdicts: list[Verdict]
+
+
+def open_texts(judge: Judge, samples: Sequence[VqaSample], texts: Sequence[str]) -> tuple[list[VqaSample], list[str], list[str]]:
+    """The open questions among some, their answers, and what the judge reads of each."""
+    pairs = [(sample, text) for sample, text in zip(samples, texts, strict=True) if kind(sample) == OPEN]
+    prompts = [open_prompt(judge.prompt, sample.question, str(sample.answer), text) for sample, text in pairs]
+    return [sample for sample, _ in pairs], [text for _, text in pairs], prompts
+
+
+def plan(judge: Judge, samples: Sequence[VqaSample], texts: Sequence[str]) -> str:
+    """What judging these answers will take."""
+    prompts = open_texts(judge, samples, texts)[2]
+    return f"judge {judge.service.where}, {len(prompts)} open answers: {judge.estimate(prompts)}"
+
+
+def judge_open(judge: Judge, samples: Sequence[VqaSample], predictions: Sequence[Mapping], seed: int) -> Judged:
+    """Has the open answers judged.
+
+    Returns:
+      `metrics`: `open_accuracy` in percent of the answers that were judged, with `_low` and `_high` (95 %, bootstrap over images),
+      `n_open`, `n_unscored`, `unscored` (their ids), `judge`.
+    Raises:
+      UserError: ids that do not fit; a judge that cannot be asked at all.
+    """
+    texts = join(samples, predictions)
+    print(plan(judge, samples, texts), file=sys.stderr, flush=True)
+    asked, answers, prompts = open_texts(judge, samples, texts)
+    verdicts = judge.verdicts(prompts, "open answers")
+    ids = [sample.question_id for sample in asked]
+    report_unscored(verdicts, ids, "open answers")
+    values = np.array([np.nan if verdict.value is None else verdict.value for verdict in verdicts], np.float64)  # [N]
+    unscored = [name for name, verdict in zip(ids, verdicts, strict=True) if verdict.value is None]
+    table = statistics.intervals([statistics.mean("open_accuracy", values)], [str(sample.image) for sample in asked], seed)
+    metrics = table | {"n_open": len(asked), "n_unscored": len(unscored), "unscored": unscored, "judge": judge.summary(verdicts)}
+    lines = [
+        {"question_id": sample.question_id, "question": sample.question, "answer": str(sample.answer), "text": text,
+         "is_right": verdict.value, "judge_text": verdict.text, "finish_reason": verdict.finish_reason}
+        | ({"first_judge_text": verdict.first_text} if verdict.is_asked_again else {})
+        | ({"error": verdict.error} if verdict.error is not None else {})
+        for sample, text, verdict in zip(asked, answers, verdicts, strict=True)
+    ]  # fmt: skip
+    return Judged(metrics, lines, verdicts)

@@ -1,0 +1,138 @@
+"""What a judge is told, and what is read from its reply.
+
+The frame around question and answers is the original's (spec 7.7). The judge's instruction and system message are a file of
+the project's own, `judge_prompt.txt`; another is given by its path. Such a file has the sections `[[system]]`,
+`[[instruction]]` and, if the project's is not to be used, `[[reminder]]`, each under a line with its name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from llavamed_jax.datasets.qa50 import ChatQuestion
+from llavamed_jax.errors import UsageError, UserError, some
+from llavamed_jax.utils.files import read_bytes
+
+CHAT_PROMPT = Path(__file__).with_name("judge_prompt.txt")
+OPEN_PROMPT = Path(__file__).with_name("judge_open_prompt.txt")
+ORIGINAL_WORDING = "cf95eaf30319cdea5f00fe4f669b8686e42bf695f90e32594a9783054bfa473d"
+"""`JudgePrompt.wording` of the original's system message and instruction, which are not part of this project."""
+
+_SECTIONS = ("system", "instruction", "reminder")
+_HEADING = re.compile(r"^\[\[(.*)\]\][ \t\r]*$", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class JudgePrompt:
+    """A judge's system message, its instruction, and what is added when a reply could not be read."""
+
+    file: Path
+    system: str
+    instruction: str
+    reminder: str
+
+    @property
+    def wording(self) -> str:
+        """SHA-256 of system message and instruction, with all white space as one blank."""
+        return hashlib.sha256(" ".join(f"{self.system} {self.instruction}".split()).encode()).hexdigest()
+
+    def messages(self, user: str, is_reminded: bool = False) -> list[dict]:
+        """The messages to a judge; a reminder stands behind all else."""
+        content = f"{user}{self.reminder}\n" if is_reminded else user
+        return [{"role": "system", "content": self.system}, {"role": "user", "content": content}]
+
+
+def read_prompt(path: str, default: Path) -> JudgePrompt:
+    """The prompt in a file; of the project's own file where the path is empty.
+
+    Raises:
+      UsageError: a file that is not there. UserError: one without its sections, or that is no UTF-8 text.
+    """
+    own = _sections(default)
+    found = _sections(Path(path)) if path else own
+    missing = [name for name in ("system", "instruction") if not found.get(name)]
+    if missing:
+        raise UserError(f"the judge's prompt {path} has no text under [[{missing[0]}]]; sections [[system]] and [[instruction]], "
+                        "and [[reminder]] if wanted, were expected")
+    return JudgePrompt(Path(path) if path else default, found["system"], found["instruction"], found.get("reminder") or own["reminder"])
+
+
+def _sections(file: Path) -> dict[str, str]:
+    try:
+        text = read_bytes(file, f"the judge's prompt {file}", 2**24).decode("utf-8-sig")
+    except OSError as error:
+        raise UsageError(f"judge.prompt is {file}, which cannot be read: {error.strerror or error}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"the judge's prompt {file} is not UTF-8 text") from None
+    before, *parts = _HEADING.split(text)
+    names = parts[::2]
+    strange = [f"[[{name}]]" for name in names if name not in _SECTIONS or names.count(name) > 1]
+    if before.strip() or strange:
+        what = f"the section {some(strange)}, which is unknown or stands there twice" if strange else "text before its first section"
+        raise UserError(f"the judge's prompt {file} has {what}; {', '.join(f'[[{name}]]' for name in _SECTIONS)} were expected, each once")
+    return dict(zip(names, (part.strip("\r\n") for part in parts[1::2]), strict=True))
+
+
+def chat_prompt(prompt: JudgePrompt, question: ChatQuestion, answer: str, has_marker: bool = False) -> str:
+    """What a judge of two answers reads; the reference is Assistant 1's.
+
+    The mentions stand there as Python writes a list or None, as in the original (quirk Q29).
+
+    Args:
+      has_marker: leaves "<image>" at the question's end, as v1.5's code does; v1.0's, which the paper used, takes it away.
+    """
+    text = question.text if has_marker else question.question
+    return (
+        f"[Context]\nFigure Caption:\n{question.label}: {question.caption}\n\nFigure Context:\n\t- {question.mentions}\n\n"
+        f"[Question]\n{text}\n\n"
+        f"[Assistant 1]\n{question.reference}\n\n[End of Assistant 1]\n\n"
+        f"[Assistant 2]\n{answer}\n\n[End of Assistant 2]\n\n"
+        f"[System]\n{prompt.instruction}\n\n"
+    )
+
+
+def open_prompt(prompt: JudgePrompt, question: str, gold: str, answer: str) -> str:
+    """What a judge of one answer against a gold answer reads."""
+    return (
+        f"[Question]\n{question}\n\n[Gold Answer]\n{gold}\n\n[Answer]\n{answer}\n\n[End of Answer]\n\n"
+        f"[System]\n{prompt.instruction}\n\n"
+    )
+
+
+_SCORES = re.compile(r"([0-9]+(?:\.[0-9]+)?)(?: *, *| +)([0-9]+(?:\.[0-9]+)?)")
+
+
+def read_scores(reply: str) -> tuple[float, float] | None:
+    """The two scores of a reply: its first line is two numbers from 1 to 10, parted by blanks or a comma; else None."""
+    found = _SCORES.fullmatch(_first_line(reply))
+    scores = tuple(map(float, found.groups())) if found else (0.0, 0.0)
+    return scores if all(1 <= score <= 10 for score in scores) else None
+
+
+def read_original_scores(reply: str) -> tuple[float, float] | None:
+    """The two scores of a reply as the original reads them (spec 7.7): its first line, split at single blanks, is two numbers, of
+    whatever size. None for what the original ends on: another form, a reference's 0, by which it divides, and what is not finite.
+    """
+    try:
+        first, second = map(float, reply.partition("\n")[0].split(" "))
+    except ValueError:
+        return None
+    return (first, second) if first and math.isfinite(first) and math.isfinite(second) else None
+
+
+READINGS = {"strict": read_scores, "original": read_original_scores}
+"""`judge.reading` -> what reads the scores of a reply."""
+
+
+def read_right(reply: str) -> bool | None:
+    """Whether a reply's first line is "right" (or "correct"); False for "wrong" (or "incorrect"); None for all else."""
+    word = _first_line(reply).lower().removesuffix(".")
+    return {"right": True, "correct": True, "wrong": False, "incorrect": False}.get(word)
+
+
+def _first_line(reply: str) -> str:
+    return reply.strip().partition("\n")[0].strip()

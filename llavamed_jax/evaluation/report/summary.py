@@ -1,0 +1,103 @@
+"""The result of an evaluation as plain text, for a terminal or a log."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from llavamed_jax.evaluation.answering.asked import words as asked_words
+from llavamed_jax.evaluation.scoring import controls
+
+# Family, metric, title, and the count without which the row is left out.
+_ROWS = (
+    ("strict", "closed_accuracy", "closed accuracy, strict", "n_closed"),
+    ("strict", "open_exact", "open exact, strict", "n_open"),
+    ("strict", "open_f1", "open F1, strict", "n_open"),
+    ("strict", "choice_accuracy", "multiple choice, strict", "n_choice"),
+    ("captions", "bleu_4", "captions, BLEU-4", "n_caption"),
+    ("captions", "rouge_l", "captions, ROUGE-L", "n_caption"),
+    ("paper", "recall", "open recall, as in the paper", "n_open"),
+    ("paper", "closed_accuracy_substring", "closed accuracy, as in the paper", "n_closed"),
+)
+_KINDS = {"n_closed": "closed", "n_open": "open", "n_choice": "multiple-choice", "n_caption": "captioning"}
+
+
+def asked(metrics: Mapping) -> str:
+    """How many questions of which kind about how many images."""
+    parts = [f"{metrics[key]} {name}" for key, name in _KINDS.items() if metrics.get(key)]
+    return f"{' and '.join(parts) or 'no'} questions about {metrics['n_images']} images"
+
+
+def summary(metrics: Mapping) -> str:
+    """The result as a plain text table: what matters of `metrics.json`."""
+    control, rows = metrics.get("control"), [row for row in _ROWS if metrics.get(row[3])]
+    lines = [f"{metrics['dataset']} {metrics['split']}: {asked(metrics)}"]
+    head = f"{'percent':<41}{'value':>7}  {'95 % interval':<15}" + (f"{'exchanged':>9}{'noise':>7}" if control else "")
+    lines.append(head.rstrip())
+    for family, name, title, _ in rows:
+        table = metrics[family]
+        others = f"{_plain(control[family][name]):>9}{_plain(control['noise'][family][name]):>7}" if control else ""
+        lines.append(f"{title:<41}{_plain(table[name]):>7}  {_interval(table, name):<15}{others}".rstrip())
+        if name == "closed_accuracy":
+            always = f'  always "{metrics["baselines"]["majority_closed_answer"]}"'
+            lines.append(f"{always:<41}{_plain(metrics['baselines']['majority_closed']):>7}")
+    more = *_judged(metrics.get("judged")), *_against(metrics.get("against"), rows), *_notes(metrics), *_asked_with(metrics)
+    return "\n".join([*lines, *more])
+
+
+def _asked_with(metrics: Mapping) -> Iterator[str]:
+    if words := asked_words(metrics.get("asked") or {}):
+        yield f"asked with {words}"
+
+
+def _judged(judged: Mapping | None) -> Iterator[str]:
+    if not judged:
+        return
+    yield f"{'open accuracy, judged':<41}{_plain(judged['open_accuracy']):>7}  {_interval(judged, 'open_accuracy')}".rstrip()
+    if judged["n_unscored"]:
+        yield f"  unscored and not counted, {judged['n_unscored']} of {judged['n_open']}: {', '.join(map(str, judged['unscored']))}"
+
+
+def _against(against: Mapping | None, rows) -> Iterator[str]:
+    if not against:
+        return
+    yield f"against {against['file']}:"
+    yield f"{'':<41}{'other':>7}  {'difference':<23}{'p':>6}"
+    for family, name, title, _ in rows:
+        row = against[family][name]
+        interval = f"[{_plain(row['low'])}, {_plain(row['high'])}]" if row["low"] is not None else ""
+        p = "" if row["p"] is None else f"{row['p']:.3f}" if row["p"] >= 0.001 else "<0.001"
+        yield f"{title:<41}{_plain(row['other']):>7}  {_plain(row['difference']):<6} {interval:<16}{p:>6}"
+
+
+def _notes(metrics: Mapping) -> Iterator[str]:
+    control, organ, leakage = (metrics.get(key) for key in ("control", "organ", "leakage"))
+    if control:
+        yield controls.reading(control["difference"], "another image")
+        yield controls.reading(control["noise"]["difference"], "noise")
+    if metrics.get("n_choice_unread"):
+        yield f"{metrics['n_choice_unread']} of {metrics['n_choice']} multiple-choice answers name no option or several, and count as wrong"
+    if organ:
+        yield (f"organ named on {organ['n']} images: {organ['accuracy']:.1f} with the image ({organ['hits']} of {organ['n']}),"
+               f" {organ['exchanged']:.1f} with images exchanged (mean of {organ['n'] - 1} shifts), majority {organ['majority']:.1f}")
+    if leakage and leakage["images_in_training"]:
+        yield (f"of the images {leakage['images_in_training']} of {leakage['images']} also occur in training rows, and"
+               f" {leakage['open_answers_on_same_image_in_training']} of {leakage['open_questions']} open answers stand there"
+               " for the same image")
+    trained = metrics.get("trained_on")
+    if trained:
+        found = trained["images_same_file"] + trained["images_same_pixels"]
+        seen = sum(row["image_and_answer_in_training"] for row in trained["by_kind"].values())
+        yield (f"of the images {found} of {trained['images']} occur in {trained['data']}, and of the questions {seen} of"
+               f" {sum(row['questions'] for row in trained['by_kind'].values())} with their answer")
+        unread = [(trained["records_not_readable"], trained["records"], "records"),
+                  (trained["training_images_not_readable"], trained["training_images"], "images")]
+        if any(count for count, _, _ in unread):
+            yield f"warning: of {trained['data']} {' and '.join(f'{n} of {total} {what}' for n, total, what in unread if n)} cannot be read"
+
+
+def _interval(table: Mapping, name: str) -> str:
+    return "" if table[f"{name}_low"] is None else f"[{table[f'{name}_low']:.1f}, {table[f'{name}_high']:.1f}]"
+
+
+def _plain(value: float | None) -> str:
+    return "-" if value is None else f"{value:z.1f}"

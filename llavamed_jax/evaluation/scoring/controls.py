@@ -1,0 +1,195 @@
+"""Controls: does an answer depend on the image at all?
+
+A model that answers from the question alone scores well on medical VQA. `exchanged_images` gives every question the
+image of another, and `noise_images` a picture of noise, so that what remains is what the text alone gives: with another
+image the model may still see what such images have in common, with noise not even that. `organ_accuracy` asks one fixed
+question about every image, so that only the image can tell the answers apart.
+"""
+
+import contextlib
+import re
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from llavamed_jax.datasets.sample import VqaSample
+from llavamed_jax.errors import UserError
+from llavamed_jax.utils import signals
+
+ORGAN_QUESTION = "Which organ system is shown in this image?"
+"""Asked about every image, in training too. Its answers are derived from VQA-RAD's field `image_organ`."""
+
+ORGAN_ANSWERS = {"HEAD": "Head.", "CHEST": "Chest.", "ABD": "Abdomen."}
+
+# The words by which an answer names an organ; those of VQA-RAD's own answers to "what organ system is pictured?".
+ORGAN_WORDS = {
+    "HEAD": frozenset("head brain skull cranium cranial intracranial cerebral cns neurological neuro".split()),
+    "CHEST": frozenset(
+        "chest thorax thoracic lung lungs heart cardiac cardiovascular cardiopulmonary pulmonary respiratory".split()
+    ),
+    "ABD": frozenset(
+        "abd abdomen abdominal gi gastrointestinal liver kidney kidneys spleen pancreas bowel stomach colon pelvis".split()
+    ),
+}
+_ORGAN_OF_WORD = {word: organ for organ, words in ORGAN_WORDS.items() for word in words}
+
+
+def derangement(images: Sequence[str], seed: int) -> dict[str, str]:
+    """Another image for each distinct image: one random cycle through all of them, fixed by the seed.
+
+    Raises UserError for fewer than two distinct images.
+    """
+    distinct = list(dict.fromkeys(images))
+    if len(distinct) < 2:
+        raise UserError(f"images can be exchanged among at least two; the questions have {len(distinct)}")
+    order = [distinct[i] for i in np.random.default_rng(seed).permutation(len(distinct))]
+    return dict(zip(order, order[1:] + order[:1], strict=True))
+
+
+def exchanged_images(samples: Sequence[VqaSample], seed: int) -> list[str]:
+    """For each sample the path of the image that it is shown in the control run. All questions of an image move together."""
+    other = derangement([str(sample.image) for sample in samples], seed)
+    return [other[str(sample.image)] for sample in samples]
+
+
+NOISE_SIZE = 336
+"""Width and height of a noise picture: LLaVA-Med v1.5's tower then sees each pixel as it was drawn."""
+
+
+@contextlib.contextmanager
+def noise_images(samples: Sequence[VqaSample], folder: Path, seed: int) -> Iterator[list[str]]:
+    """For each sample the path of a picture of noise, one for each distinct image, as long as the context is open.
+
+    Picture i, of the i-th image in order of appearance, has independent uniform RGB values drawn from (seed, i).
+
+    Args:
+      folder: where the PNG files are written; it must not hold anything else, and is gone afterwards.
+    Raises:
+      UserError: too little room on the disk, or a folder that cannot be written to.
+    """
+    order = {image: place for place, image in enumerate(dict.fromkeys(str(sample.image) for sample in samples))}
+    shutil.rmtree(folder, ignore_errors=True)  # of a start that was killed
+    with contextlib.ExitStack() as stack:
+        remove = lambda: shutil.rmtree(folder, ignore_errors=True)
+        stack.callback(remove)
+        stack.enter_context(signals.undone_by(remove))
+        paths = {image: str(folder / f"noise_{place:05}.png") for image, place in order.items()}
+        _write_noise(list(paths.values()), folder, seed)
+        yield [paths[str(sample.image)] for sample in samples]
+
+
+def check_room(count: int, folder: Path) -> None:
+    """Raises UserError where the disk of a folder has no room for so many pictures of noise."""
+    there = next(place for place in (folder, *folder.parents) if place.exists())
+    needed, free = count * NOISE_SIZE**2 * 3, shutil.disk_usage(there).free  # noise cannot be compressed
+    if free < needed:
+        raise UserError(f"{count} pictures of noise take {needed / 1e6:.0f} MB, and {folder} has {free / 1e6:.0f} MB left")
+
+
+def _write_noise(paths: Sequence[str], folder: Path, seed: int) -> None:
+    try:
+        folder.mkdir(parents=True)
+        check_room(len(paths), folder)
+        for place, path in enumerate(signals.checked(paths)):
+            pixels = np.random.default_rng((seed, place)).integers(0, 256, (NOISE_SIZE, NOISE_SIZE, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(path, compress_level=0)
+    except OSError as error:
+        raise UserError(f"the pictures of noise cannot be written to {folder}: {error.strerror or error}") from error
+
+
+_READ = {"closed_accuracy": "closed accuracy", "open_f1": "open F1", "choice_accuracy": "accuracy of choices", "rouge_l": "ROUGE-L"}
+_LEVEL = 0.05  # of the test that a sentence goes by
+
+
+def reading(difference: Mapping, instead: str) -> str:
+    """What a difference between the answers with and without the own image says, in a sentence.
+
+    A number with a sign is own image minus control, as in every table.
+
+    Args:
+      difference: of `scoring.difference`.
+      instead: what was shown, such as "noise".
+    """
+    names = [name for name in _READ if difference.get(name) is not None]
+    seen = [name for name in names if difference[f"{name}_p"] < _LEVEL and difference[name] > 0]
+    worse = [name for name in names if difference[f"{name}_p"] < _LEVEL and difference[name] < 0]
+    blind = [name for name in names if name not in seen + worse]
+    parts = []
+    if seen:
+        parts.append(f"it loses {_points(difference, seen, '.1f')}: these answers depend on the image")
+    if worse:
+        parts.append(f"it gains {_points(difference, worse, '.1f')}: the own image misleads it, or something is wrong")
+    if blind:
+        verb = "differences of {} are" if len(blind) > 1 else "a difference of {} is"
+        parts.append(f"{verb.format(_points(difference, blind, '+.1f'))} within chance: nothing here says that the image is looked at")
+    return f"Shown {instead}, {'; '.join(parts)}." if parts else ""
+
+
+def _points(difference: Mapping, names: Sequence[str], form: str) -> str:
+    """The differences, with their sign where the form has one; a loss and a gain are said by the verb."""
+    shown = {name: difference[name] if "+" in form else abs(difference[name]) for name in names}
+    return " and ".join(f"{round(shown[name], 1) + 0.0:{form}} points of {_READ[name]} (p {_p(difference[f'{name}_p'])})"
+                        for name in names)
+
+
+def _p(value: float) -> str:
+    return f"= {value:.3f}" if value >= 0.001 else "< 0.001"
+
+
+def named_organ(answer: str) -> str | None:
+    """HEAD, CHEST or ABD by the first word of the answer that is in `ORGAN_WORDS`; None if none is."""
+    words = re.findall(r"[a-z]+", answer.lower())
+    return next((_ORGAN_OF_WORD[word] for word in words if word in _ORGAN_OF_WORD), None)
+
+
+def check_organs(samples: Sequence[VqaSample]) -> None:
+    """Raises UserError for fewer than two images, or an image whose organ is not one of `ORGAN_ANSWERS`."""
+    organs = {str(sample.image): str(sample.organ) for sample in samples}
+    strange = {organ for organ in organs.values() if organ not in ORGAN_ANSWERS}
+    if strange or len(organs) < 2:
+        raise UserError(
+            f"the organ question needs at least two images of {', '.join(ORGAN_ANSWERS)};"
+            f" {len(organs)} images{' of ' + ', '.join(sorted(strange)) if strange else ''} were given"
+        )
+
+
+def organ_accuracy(ask: Callable[[Sequence[tuple[str, str]]], Sequence[str]], samples: Sequence[VqaSample]) -> dict:
+    """How often the answer to `ORGAN_QUESTION` names the organ that the data set states for the image, in percent.
+
+    The images are put on a ring; in shift s every image's place is taken by the one s places further. Since the
+    question is the same text everywhere and decoding is greedy, the answer depends on the image shown only, so all n-1
+    shifts follow from n generations.
+
+    Args:
+      ask: answers (question, image path) pairs, greedily.
+      samples: of which each distinct image counts once, with its field `organ`.
+    Returns:
+      `n`, `hits`, `accuracy` (with the image), `exchanged` (mean over all shifts) and `shifts` (each one), `majority`
+      (always the most frequent organ), and `answers` (image, organ, answer, named organ).
+    Raises:
+      UserError: fewer than two images, or an image whose organ is not one of `ORGAN_ANSWERS`.
+    """
+    check_organs(samples)
+    organs = {str(sample.image): str(sample.organ) for sample in samples}
+    texts = ask([(ORGAN_QUESTION, image) for image in organs])
+    gold, named = list(organs.values()), [named_organ(text) for text in texts]
+    n = len(gold)
+    hits = [sum(named[(i + shift) % n] == gold[i] for i in range(n)) for shift in range(n)]
+    answers = [
+        {"image": image, "organ": organ, "answer": text, "named": name}
+        for (image, organ), text, name in zip(organs.items(), texts, named, strict=True)
+    ]
+    return {
+        "question": ORGAN_QUESTION,
+        "n": n,
+        "hits": hits[0],
+        "accuracy": 100 * hits[0] / n,
+        "exchanged": 100 * sum(hits[1:]) / (n * (n - 1)),
+        "shifts": [100 * shifted / n for shifted in hits[1:]],
+        "majority": 100 * Counter(gold).most_common(1)[0][1] / n,
+        "answers": answers,
+    }

@@ -1,0 +1,187 @@
+"""What training rows give away of the questions: by the data sets' own file names, and by what the pictures show.
+
+`leakage` compares the questions with the rows that a data set calls its training rows. `trained_on` compares them with
+what a model was really trained on (`data.trained_on` of an eval config), where the same picture may lie under another name: it
+compares files by their bytes, and pictures by their pixels, so that a copy which was saved again without loss is found.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from PIL import Image
+
+from llavamed_jax.datasets.sample import OPEN, VqaSample, kind
+from llavamed_jax.datasets.training import TrainingData
+from llavamed_jax.errors import UserError
+from llavamed_jax.evaluation.scoring.strict import normalized
+from llavamed_jax.images.load import load_image
+from llavamed_jax.utils.files import open_file
+from llavamed_jax.utils.progress import progress
+
+_THREADS = 8  # reading and decoding release Python's lock
+
+
+def leakage(samples: Sequence[VqaSample], training: Sequence[VqaSample]) -> dict:
+    """How much of the questions the training rows give away; counts, with the totals they are out of."""
+    images = {str(sample.image) for sample in training}
+    asked = {(str(s.image), normalized(s.question)) for s in training}
+    answered = {(str(s.image), normalized(s.answer)) for s in training}
+    open_samples = [sample for sample in samples if kind(sample) == OPEN]
+    tested_images = {str(sample.image) for sample in samples}
+    return {
+        "training_rows": len(training),
+        "images": len(tested_images),
+        "images_in_training": len(tested_images & images),
+        "questions": len(samples),
+        "questions_in_training": sum((str(s.image), normalized(s.question)) in asked for s in samples),
+        "open_questions": len(open_samples),
+        "open_answers_on_same_image_in_training": sum((str(s.image), normalized(s.answer)) in answered for s in open_samples),
+    }
+
+
+def trained_on(samples: Sequence[VqaSample], data: TrainingData) -> dict:
+    """Which questions' image, or image and answer, occur in the records a model was trained on; counts.
+
+    An answer counts where a record about the same picture has it, normalised, as the whole of a turn: a conversation that
+    only mentions it is not found, so the count is a lower bound.
+
+    Returns:
+      `records`, `records_not_readable`, `training_images`, `training_images_not_readable` (missing, or no picture);
+      `images`, of which `images_same_file` occur byte by byte and `images_same_pixels` only by their pixels; `by_kind`:
+      kind of question -> `questions`, `image_in_training`, `image_and_answer_in_training`.
+    """
+    answers, num_records, num_damaged = _answers_by_image(data)
+    tested = dict.fromkeys(str(sample.image) for sample in samples)
+    matches = _Matches(list(tested), list(answers))
+    found = {image: set().union(*(answers[other] for other in matches.of(image))) for image in tested if matches.of(image)}
+    table = defaultdict(Counter)
+    for sample in samples:
+        row, image = table[kind(sample)], str(sample.image)
+        row["questions"] += 1
+        row["image_in_training"] += image in found
+        row["image_and_answer_in_training"] += image in found and normalized(sample.answer) in found[image]
+    return {
+        "records": num_records,
+        "records_not_readable": num_damaged,
+        "training_images": len(answers),
+        "training_images_not_readable": matches.num_unreadable,
+        "images": len(tested),
+        "images_same_file": len(matches.same_file),
+        "images_same_pixels": len(found) - len(matches.same_file),
+        "by_kind": {name: dict(row) for name, row in table.items()},
+    }
+
+
+def _answers_by_image(data: TrainingData) -> tuple[dict[str, set[str]], int, int]:
+    """The answers given about each image, normalised; how many records there are, and how many cannot be read."""
+    answers, readable = defaultdict(set), 0
+    for record in data.readable():
+        readable += 1
+        turns = {normalized(turn["value"]) for turn in record["conversations"] if turn["from"] == "gpt"}
+        for image in record["image"]:
+            answers[str(image)] |= turns
+    return dict(answers), data.num_records, data.num_records - readable
+
+
+class _Matches:
+    """Which training images show what a tested image shows.
+
+    Nothing is read for nothing: files are hashed where their sizes are those of a tested one, and decoded where width and
+    height are those of a tested one with other bytes; each at most once.
+
+    Attributes:
+      same_file, same_pixels: tested image -> the training images.
+      num_unreadable: training images that are missing or no picture.
+    """
+
+    def __init__(self, tested: Sequence[str], training: Sequence[str]):
+        paths = list(dict.fromkeys([*tested, *training]))
+        sizes = dict(zip(paths, _map(_size, paths), strict=True))
+        shapes = dict(zip(paths, _map(_shape, paths), strict=True))
+        self.num_unreadable = sum(shapes[image] is None for image in training)
+        same_size = _alike(tested, training, sizes)
+        digests = dict(zip(same_size, _map(_digest, same_size, "image files compared"), strict=True))
+        self.same_file = _equal(tested, training, digests)
+        # A training image is decoded for the tested images of its shape, unless all of them are the very same file.
+        files = {shapes[image]: {digests.get(other) for other in tested if shapes[other] == shapes[image]} for image in tested}
+        unsettled = [image for image in training if files.get(shapes[image], set()) - {digests.get(image, image)}]
+        same_shape = _alike(tested, unsettled, shapes)
+        self.same_pixels = _equal(tested, unsettled, dict(zip(same_shape, _map(_pixels, same_shape, "pictures compared"), strict=True)))
+
+    def of(self, image: str) -> list[str]:
+        """The training images that show what `image` shows."""
+        return self.same_file.get(image, []) + self.same_pixels.get(image, [])
+
+
+def _alike(tested: Sequence[str], training: Sequence[str], of: Mapping[str, object]) -> list[str]:
+    """The images of both sides of which something is equal to what is known of an image of the other side."""
+    common = {of[image] for image in tested} & {of[image] for image in training} - {None}
+    return [image for image in dict.fromkeys([*tested, *training]) if of[image] in common]
+
+
+def _equal(tested: Sequence[str], training: Sequence[str], digests: Mapping[str, str | None]) -> dict[str, list[str]]:
+    """Tested image -> the training images of the same digest, where there are any."""
+    by_digest = defaultdict(list)
+    for image in training:
+        if digests.get(image) is not None:
+            by_digest[digests[image]].append(image)
+    return {image: by_digest[digests[image]] for image in tested if digests.get(image) in by_digest}
+
+
+def _map(read: Callable, paths: Iterable[str], title: str = "") -> list:
+    paths = list(paths)
+    advance, close = progress(len(paths), 0, title) if title and paths else ((lambda count: None), (lambda: None))
+    result = []
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for value in pool.map(read, paths):
+            result.append(value)
+            advance(1)
+    close()
+    return result
+
+
+def _file(image: str) -> str:
+    return image.partition("#frame=")[0] if not Path(image).exists() else image
+
+
+def _size(image: str) -> tuple[int, str] | None:
+    """Bytes of a file, and the frame where one of several is named; None for a file that is not there."""
+    try:
+        return Path(_file(image)).stat().st_size, image[len(_file(image)):]
+    except (OSError, ValueError):
+        return None
+
+
+def _digest(image: str) -> str | None:
+    try:
+        with open_file(_file(image)) as file:
+            return hashlib.file_digest(file, "sha256").hexdigest() + image[len(_file(image)):]
+    except (OSError, ValueError):  # UserError is one
+        return None
+
+
+def _shape(image: str) -> tuple[int, int] | None:
+    """Width and height; from a file's first bytes where Pillow knows it, else (DICOM) by decoding; None for no picture."""
+    try:
+        with open_file(_file(image)) as file, Image.open(file) as picture:
+            return picture.size
+    except (FileNotFoundError, UserError):  # nothing there, or a pipe or a device
+        return None
+    except (OSError, ValueError, Image.DecompressionBombError):
+        with contextlib.suppress(UserError):
+            return load_image(image).size
+    return None
+
+
+def _pixels(image: str) -> str | None:
+    try:
+        picture = load_image(image)
+    except UserError:
+        return None
+    return hashlib.sha256(repr(picture.size).encode() + picture.tobytes()).hexdigest()

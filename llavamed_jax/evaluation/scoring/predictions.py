@@ -1,0 +1,172 @@
+"""Predictions in a file: read, and held to the questions that they are to be answers to.
+
+Ids alone say little: two data sets number their questions from 1, and the answers of a control have the ids of the others. What a
+line says beside its id (`prompt`, `metadata.image`, `metadata.control`) has to be what is asked.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path, PurePosixPath
+
+from llavamed_jax.datasets.sample import CHOICE, VqaSample
+from llavamed_jax.errors import UserError, at, cut, short, some
+from llavamed_jax.text.conversation import IMAGE_MARKER
+from llavamed_jax.utils.files import parse_json, read_bytes
+
+_OF_CONTENT = re.compile(r"[0-9a-f]{32}")  # the name of an image that came out of a parquet file
+
+
+def read_predictions(path: str | Path) -> list[dict]:
+    """Reads `predictions.jsonl`: one object a line with at least `question_id` and the text `text`.
+
+    Raises UserError that names the line which is no such object, or the file that cannot be read.
+    """
+    try:
+        text = read_bytes(path, f"the file of predictions {path}").decode("utf-8-sig")
+    except OSError as error:
+        raise at(path, f"the predictions {path} cannot be read: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"the predictions {path} are no UTF-8 text, at byte {error.start}; lines of JSON were expected") from None
+    predictions = []
+    for number, line in enumerate(text.split("\n"), start=1):  # an answer may hold other line separators
+        if not line.strip():
+            continue
+        prediction = parse_json(line, f"{path}, line {number}")
+        is_prediction = isinstance(prediction, dict) and "question_id" in prediction
+        if not is_prediction or not isinstance(prediction.get("text"), str):
+            raise UserError(f'{path}, line {number}: an object with "question_id" and the text "text" was expected')
+        predictions.append(prediction)
+    return predictions
+
+
+def predictions_for(samples: Sequence[VqaSample], path: str | Path, what: str = "") -> list[dict]:
+    """The predictions of a file, which are answers to these questions about their own images.
+
+    Args:
+      what: begins an error, such as the flag that names the file.
+    Raises:
+      UserError: a file that cannot be read, ids that do not fit, another prompt, another image, answers of a control.
+    """
+    predictions = read_predictions(path)
+    try:
+        join(samples, predictions)
+        check_asked(samples, predictions)
+    except UserError as error:
+        raise type(error)(f"{what}{error}") from error
+    return predictions
+
+
+def warn_of_open(samples: Sequence[VqaSample], predictions: Sequence[Mapping], path: str | Path) -> None:
+    """Counts the lines of a file that do not state what they are answers to: of them the ids alone are known to fit."""
+    counts = check_asked(samples, predictions)
+    parts = [f"{count} of {len(samples)} lines {title}" for title, count in counts.items() if count]
+    if parts:
+        print(f"warning: {path}: {'; '.join(parts)}", file=sys.stderr)
+
+
+def join(samples: Sequence[VqaSample], predictions: Iterable[Mapping]) -> list[str]:
+    """The predicted text of each sample, by question id (10 and "10" are the same).
+
+    Raises UserError with every kind of misfit at once: questions without a prediction, predictions for a question that
+    is not asked, ids that occur twice on either side.
+    """
+    predictions = list(predictions)
+    texts = {str(prediction["question_id"]): prediction["text"] for prediction in predictions}
+    asked = Counter(str(sample.question_id) for sample in samples)
+    answered = Counter(str(prediction["question_id"]) for prediction in predictions)
+    problems = {
+        "without a prediction": [name for name in asked if name not in answered],
+        "predicted more than once": [name for name, count in answered.items() if count > 1],
+        "predicted but not asked": [name for name in answered if name not in asked],
+        "asked more than once": [name for name, count in asked.items() if count > 1],
+    }
+    if any(problems.values()):
+        found = "; ".join(f"{len(ids)} {what} ({some([cut(name) for name in ids])})" for what, ids in problems.items() if ids)
+        raise UserError(f"the predictions do not fit the {len(samples)} questions: {found}")
+    return [texts[str(sample.question_id)] for sample in samples]
+
+
+def check_asked(samples: Sequence[VqaSample], predictions: Iterable[Mapping], has_controls: bool = False) -> dict[str, int]:
+    """Holds joined predictions to the prompts and images of their questions.
+
+    Args:
+      has_controls: lines may say that they are of a control, and are about another image then.
+    Returns:
+      What lines leave open -> how many do.
+    Raises:
+      UserError: another prompt, another image, or answers of a control; how many, and the first of each.
+    """
+    by_id = {str(prediction["question_id"]): prediction for prediction in predictions}
+    names = image_names(str(sample.image) for sample in samples)
+    wrong: dict[str, list[str]] = {"answer another prompt": [], "are about another image": [], "are of a control": []}
+    counts = {"state no prompt and are joined by question_id": 0, "state no image": 0, "have a prompt with more than the question": 0}
+    for sample in samples:
+        line, where = by_id[str(sample.question_id)], f"question {cut(str(sample.question_id))}: "
+        prompt, image, control = line.get("prompt"), _stated_image(line), _metadata(line).get("control")
+        counts["state no prompt and are joined by question_id"] += not isinstance(prompt, str)
+        counts["state no image"] += image is None
+        if isinstance(prompt, str) and (said := _plain(prompt)) != (asked := _plain(sample.question)):
+            is_longer = _has_whole(said, asked)
+            counts["have a prompt with more than the question"] += is_longer
+            # A multiple-choice question is written with its options here, and may be elsewhere without.
+            if not is_longer and not (sample.answer_type == CHOICE and said and asked.startswith(said)):
+                wrong["answer another prompt"].append(f"{where}{short(prompt)} where {short(sample.question)} is asked")
+        if control is not None:
+            wrong["are of a control"] += [] if has_controls else [f"{where}{short(control)}"]
+        elif image is not None and not _is_image(image, names[str(sample.image)]):
+            wrong["are about another image"].append(f"{where}{short(image)} where {short(names[str(sample.image)])} is shown")
+    if any(wrong.values()):
+        found = "; ".join(f"{len(each)} {what} ({each[0]})" for what, each in wrong.items() if each)
+        raise UserError(f"the predictions are no answers to the {len(samples)} questions: {found}")
+    return counts
+
+
+def image_names(images: Iterable[str]) -> dict[str, str]:
+    """Each path -> the shortest end of it that no other path has: its name, or with folders (`xmlab1/source.jpg`)."""
+    paths = {image: PurePosixPath(image).parts for image in dict.fromkeys(images)}
+    ends, left, length = {}, list(paths), 1
+    while left:
+        counts = Counter(paths[image][-length:] for image in left)
+        ends |= {image: paths[image][-length:] for image in left if counts[paths[image][-length:]] == 1 or length >= len(paths[image])}
+        left, length = [image for image in left if image not in ends], length + 1
+    return {image: str(PurePosixPath(*ends[image])) for image in paths}
+
+
+def _metadata(prediction: Mapping) -> Mapping:
+    found = prediction.get("metadata")
+    return found if isinstance(found, dict) else {}
+
+
+def _stated_image(prediction: Mapping) -> str | None:
+    """The name of the image that a line says it is about; None where it says none."""
+    for value in (_metadata(prediction).get("image"), prediction.get("image")):
+        if isinstance(value, str) and value and not value.startswith("data:"):
+            return value
+    return None
+
+
+def _is_image(stated: str, name: str) -> bool:
+    """Whether what a line says is the image: as many parts of both paths as either has are the same.
+
+    Of an image that came out of a parquet file the name is ours, and says nothing beside another one.
+    """
+    parts, wanted = PurePosixPath(stated.replace("\\", "/")).parts, PurePosixPath(name).parts
+    if _OF_CONTENT.match(wanted[-1]) and not _OF_CONTENT.match(parts[-1] if parts else ""):
+        return True
+    length = min(len(parts), len(wanted))
+    return length > 0 and parts[-length:] == wanted[-length:]
+
+
+def _plain(text: str) -> str:
+    """A prompt without the image's marker, case, runs of blanks and empty lines."""
+    lines = (" ".join(line.split()) for line in text.replace(IMAGE_MARKER, "\n").splitlines())
+    return "\n".join(filter(None, lines)).casefold()
+
+
+def _has_whole(prompt: str, question: str) -> bool:
+    """Whether a prompt has a question as sentences of its own: "is it?" is no part of "what is it?"."""
+    return question != "" and re.search(rf"(?:\A|\n|[.!?:>\])][ ]?){re.escape(question)}(?=\s|\Z)", prompt) is not None

@@ -1,0 +1,84 @@
+"""Replies that were paid for: one line each, kept as they come, so that a run that was stopped goes on without paying twice."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llavamed_jax.errors import UserError
+from llavamed_jax.utils.files import read_bytes
+
+if TYPE_CHECKING:  # it brings the client
+    from llavamed_jax.openai_client.replies import Reply
+
+
+class JudgeCache:
+    """A file of replies, `{"key", "text", "finish_reason", "prompt_tokens", "completion_tokens"}` a line, which only grows.
+
+    A line that is not whole, such as the last one of a process that was killed, counts for nothing: its question is asked
+    again. Several runs may share a file.
+
+    Raises:
+      UserError: a file that cannot be read or written.
+    """
+
+    def __init__(self, path: Path):
+        self.path, self._lines = path, {}
+        try:
+            data = read_bytes(path, f"the file of the judge's replies {path}")
+        except FileNotFoundError:
+            data = b""
+        self._is_whole = not data or data.endswith(b"\n")
+        lines = [line for line in data.split(b"\n") if line.strip()]
+        damaged = 0
+        for line in lines:
+            try:
+                self._lines.update([_kept(json.loads(line))])
+            except (ValueError, RecursionError):
+                damaged += 1
+        if damaged:
+            print(f"warning: {path}: {damaged} of {len(lines)} lines are no whole replies and are passed over", file=sys.stderr)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._lines
+
+    def get(self, key: str) -> Reply | None:
+        """The reply that is kept under a key."""
+        from llavamed_jax.openai_client.replies import Reply
+
+        return Reply(**self._lines[key]) if key in self._lines else None
+
+    def add(self, key: str, reply: Reply) -> None:
+        """Keeps a reply, on the disk too."""
+        fields = {name: getattr(reply, name) for name in _FIELDS}
+        line = json.dumps({"key": key} | fields) + "\n"  # ASCII: a lone surrogate is escaped
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+            with open(descriptor, "wb", buffering=0) as file:
+                file.write(("" if self._is_whole else "\n").encode() + line.encode())
+        except OSError as error:
+            raise UserError(f"the judge's replies {self.path} cannot be written: {error.strerror or error}") from error
+        self._is_whole = True
+        self._lines[key] = fields
+
+
+_FIELDS = {"text": str, "finish_reason": str, "prompt_tokens": int, "completion_tokens": int}
+
+
+def _kept(line: object) -> tuple[str, dict]:
+    """Key and fields of a line. Raises ValueError where it is no reply."""
+    if not isinstance(line, dict) or any(type(line.get(name)) is not kind for name, kind in {"key": str, **_FIELDS}.items()):
+        raise ValueError
+    return line["key"], {name: line[name] for name in _FIELDS}
+
+
+def request_key(model: str, messages: Sequence[Mapping], settings: Mapping) -> str:
+    """SHA-256 of what a reply follows from. A judge is known by its name: the address is not part of it."""
+    content = json.dumps([model, list(messages), dict(settings)], sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()

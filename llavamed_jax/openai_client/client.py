@@ -1,0 +1,315 @@
+"""A server of OpenAI's protocol, asked many things at once by callers that are not asynchronous.
+
+    service = Service("http://127.0.0.1:8000/v1", "llava-med")
+    with contextlib.closing(service.each(enumerate(conversations), max_tokens=64, temperature=0.0)) as found:
+        for number, reply in found:
+            …
+
+Requests run in a thread with an event loop of its own. So many are under way at a time, and so many more are prepared, since
+images are large. What may pass (429, 5xx, time-outs, dropped connections, replies that are none) is asked again after a wait
+that doubles; what cannot pass fails at once, and what no other request could survive ends them all.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import inspect
+import itertools
+import math
+import os
+import queue
+import random
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+
+import openai
+
+from llavamed_jax.errors import UsageError, UserError, cut, short
+from llavamed_jax.openai_client.address import read_address
+from llavamed_jax.openai_client.bounded import BoundedClient, RedirectError, TooLargeError, UnreadableError
+from llavamed_jax.openai_client.replies import (
+    PassingError,
+    Reply,
+    ServiceError,
+    connection_error,
+    read_reply,
+    refused_setting,
+    status_error,
+    withheld,
+)
+from llavamed_jax.openai_client.secrets import Secrets, proxy_secrets
+from llavamed_jax.utils import signals, terminal
+
+__all__ = ["Reply", "Service", "ServiceError"]
+
+_LONGEST_BACKOFF = 64  # times the first wait
+_LONGEST_RETRY_AFTER = 600.0  # seconds; a server that asks for more is told later
+_CONNECT_TIMEOUT = 20.0  # seconds
+_LONGEST_MESSAGE = 500  # characters
+_IN_A_ROW = 16  # requests that fail with no reply between them: then the server is at fault, not the requests
+_NO_KEY = "none"  # local servers need none, but the client does
+# Of a reply: what an answer of so many tokens can take, written in JSON's escapes, and thoughts and counts beside it.
+_BYTES_A_REPLY, _BYTES_A_TOKEN, _LARGEST_REPLY = 2**20, 256, 2**26
+
+
+class Service:
+    """A model behind an address.
+
+    Args:
+      url: `http(s)://HOST[:PORT]/v1[?NAME=VALUE]`; without a path `/v1` is added, and the query goes with every request. Azure's:
+        `https://NAME.openai.azure.com?api-version=VERSION`, or the address of a deployment as Azure's portal shows it.
+      model: the model's name there; Azure's deployment.
+      api_key: else `OPENAI_API_KEY` (Azure's: `AZURE_OPENAI_API_KEY` before it), else none is needed. Neither it nor a value of the
+        query is ever shown, and none of them comes back in a reply or an error.
+      concurrency: requests under way at a time.
+      timeout: seconds until an attempt counts as failed.
+      retries: attempts after the first, for each request.
+      azure_version: Azure's `api-version`, where the address does not hold it.
+      backoff: seconds before the second attempt, half of it by chance; doubled each time, up to 64 times. A server's `Retry-After`
+        is kept to instead.
+    Attributes:
+      address: the address, taken apart; `url` is what may be shown of it, and `name` of the model's name.
+      requests, prompt_tokens, completion_tokens: attempts that were sent, and tokens as the server counted them.
+      again: why something was asked again -> how often.
+      not_taken: settings that the server refused and that are no longer sent.
+    Raises:
+      UsageError: an address, a key or a number that cannot be used.
+    """
+
+    def __init__(self, url: str, model: str, *, api_key: str | None = None, concurrency: int = 8, timeout: float = 120.0,
+                 retries: int = 8, azure_version: str | None = None, backoff: float = 0.5):
+        if not model:
+            raise UsageError("the model's name is empty; the name that the server knows it by was expected")
+        for name, value, is_right, wanted in (
+            ("concurrency", concurrency, concurrency >= 1, "at least 1"),
+            ("timeout", timeout, 0 < timeout < math.inf, "more than 0 seconds"),
+            ("retries", retries, retries >= 0, "at least 0"), ("backoff", backoff, 0 <= backoff < math.inf, "at least 0 seconds"),
+        ):  # fmt: skip
+            if not is_right:
+                raise UsageError(f"{name} is {value}; {wanted} was expected")
+        self.model, self.concurrency, self.timeout, self.retries, self.backoff = model, concurrency, timeout, retries, backoff
+        self.address = read_address(url, azure_version)
+        self._key = _key(api_key, self.address.is_azure)
+        sent = [] if self._key == _NO_KEY else [self._key, os.environ.get("AZURE_OPENAI_AD_TOKEN", "").strip()]
+        self.secrets = Secrets([*sent, *self.address.secrets, *proxy_secrets()])
+        terminal.hide(self.secrets.clean)
+        self.url, self.name = self.secrets.clean_message(self.address.shown), self.secrets.clean_message(model)
+        self.requests = self.prompt_tokens = self.completion_tokens = 0
+        self.again: Counter[str] = Counter()
+        self.not_taken: list[str] = []
+        self._limit_name = "max_tokens"
+        self._is_open = False  # the first request goes alone: what ends them all then ends no other that is under way
+        self._replies = self._failed_in_a_row = 0
+
+    def each(self, requests: Iterable[tuple[int, list[dict]]], *, max_tokens: int, temperature: float,
+             seed: int | Callable[[int], int] | None = None) -> Iterator[tuple[int, Reply | UserError]]:
+        """The replies, each as it comes; closing the iterator cancels what is under way.
+
+        Args:
+          requests: a number, which comes back with the reply, and OpenAI chat messages. It is read in the caller's thread, and
+            twice `concurrency` are held at a time.
+          seed: of what is drawn; a function gives each request, by its number, its own.
+        Yields:
+          The number, and the reply or why this request has none.
+        Raises:
+          ServiceError: nothing at all can be asked: no connection, a key or a model that is refused, or so many failures in a
+            row; after the replies that came before.
+        """
+        requests = iter(requests)
+        under_way, is_more = 0, True
+        thread = _Requests(lambda: self._client(max_tokens))
+        try:
+            while True:
+                while is_more and under_way < 2 * self.concurrency:
+                    number, messages = next(requests, (None, None))
+                    is_more = messages is not None
+                    if is_more:
+                        drawn = seed(number) if callable(seed) else seed
+                        settings = {"max_tokens": max_tokens, "temperature": temperature} | ({} if drawn is None else {"seed": drawn})
+                        thread.submit(number, lambda client, gate, m=messages, s=settings: self._ask(client, gate, m, s))
+                        under_way += 1
+                if not under_way:
+                    return
+                number, reply = thread.next()
+                under_way -= 1
+                if isinstance(reply, BaseException) and (isinstance(reply, ServiceError) or not isinstance(reply, UserError)):
+                    raise reply
+                yield number, reply
+        finally:
+            thread.close()
+
+    @property
+    def where(self) -> str:
+        """The server and the model, for a sentence."""
+        return f"{self.url} (model {short(self.name)})"
+
+    def _client(self, max_tokens: int) -> tuple[openai.AsyncOpenAI, asyncio.Semaphore]:
+        """A client, whose connections belong to one event loop, and what lets so many requests through: one, until it has been tried."""
+        options = self.address.options
+        kind = openai.AsyncAzureOpenAI if "azure_endpoint" in options else openai.AsyncOpenAI
+        timeout = openai.Timeout(self.timeout, connect=min(self.timeout, _CONNECT_TIMEOUT))
+        largest = min(_BYTES_A_REPLY + _BYTES_A_TOKEN * max_tokens, _LARGEST_REPLY)
+        try:
+            http = BoundedClient(self.address.query, largest, timeout=timeout)
+            # What is asked again is counted here, and not by the client.
+            client = kind(**options, api_key=self._key, timeout=timeout, max_retries=0, http_client=http)
+        except Exception as error:  # an address, a proxy or a certificate of the environment that the client does not take
+            raise UserError(f"{self.where} cannot be asked: {self._clean(error)}") from None
+        return client, asyncio.Semaphore(self.concurrency if self._is_open else 1)
+
+    async def _ask(self, client: openai.AsyncOpenAI, gate: asyncio.Semaphore, messages: list[dict], settings: dict) -> Reply | UserError:
+        """The reply to one request, after as many attempts as it takes, or why there is none."""
+        for attempt in itertools.count():
+            try:
+                reply = await self._attempt(client, messages, settings)
+            except ServiceError as error:
+                return error
+            except UserError as error:
+                self._open(gate)
+                return self._failed(error)
+            except PassingError as error:
+                self._open(gate)
+                if attempt == self.retries:
+                    return self._failed(UserError(f"{self.where} was asked {attempt + 1} times; at last {self._clean(error)}"))
+                self._count_again(error)
+                wait = error.retry_after
+                if wait is None:
+                    wait = self.backoff * min(2**attempt, _LONGEST_BACKOFF) * random.uniform(0.5, 1.0)
+                if wait > _LONGEST_RETRY_AFTER:
+                    return ServiceError(f"{self.where} asks to wait {wait:.0f} s: {self._clean(error)}")
+                await asyncio.sleep(wait)
+            else:
+                self._open(gate)
+                self._replies, self._failed_in_a_row = self._replies + 1, 0
+                self.prompt_tokens += reply.prompt_tokens
+                self.completion_tokens += reply.completion_tokens
+                return reply
+
+    async def _attempt(self, client: openai.AsyncOpenAI, messages: list[dict], settings: dict) -> Reply:
+        """Sends a request; again without a setting that the server does not take."""
+        while True:
+            sent = {self._limit_name if name == "max_tokens" else name: value
+                    for name, value in settings.items() if name not in self.not_taken}
+            self.requests += 1
+            try:
+                async with asyncio.timeout(self.timeout):  # of the whole; the client's is from one piece to the next
+                    response = await client.chat.completions.with_raw_response.create(model=self.model, messages=messages, **sent)
+                return read_reply(response.content, self.secrets)
+            except RedirectError as error:
+                raise ServiceError(f"{self.where} cannot be asked: {self._clean(error)}") from None
+            except TooLargeError as error:  # it would be as large again
+                raise UserError(f"{self.where}: {self._clean(error)}") from None
+            except UnreadableError as error:
+                raise PassingError("unreadable", self._clean(error)) from None
+            except openai.APIStatusError as error:
+                if (empty := withheld(error)) is not None:
+                    return empty
+                name = refused_setting(error, sent)
+                if name is None:
+                    raise status_error(error, self.where, not self._replies, self.secrets) from None
+                self._leave_out(name)
+            except (TimeoutError, openai.APIConnectionError) as error:
+                reason, is_absent = connection_error(error, self.secrets)
+                if is_absent and not self._replies:
+                    raise ServiceError(f"{self.where} cannot be reached: {reason}") from None
+                if isinstance(error, (TimeoutError, openai.APITimeoutError)):
+                    raise PassingError("no reply in time", f"it gave no reply within {self.timeout:g} s") from None
+                raise PassingError("connection lost", f"the connection failed: {reason}") from None
+            except PassingError:
+                raise
+            except Exception as error:  # of other people's code: what no request can carry, what no reply can be read as
+                raise UserError(f"{self.where} cannot be asked this: {type(error).__name__}: {self._clean(error)}") from None
+
+    def _open(self, gate: asyncio.Semaphore) -> None:
+        for _ in range(0 if self._is_open else self.concurrency - 1):
+            gate.release()
+        self._is_open = True
+
+    def _leave_out(self, name: str) -> None:
+        """From now on a setting is not sent, or goes by its newer name. Others under way may have said so already."""
+        if name == "max_tokens":
+            self._limit_name = "max_completion_tokens"
+        elif name not in self.not_taken:
+            self.not_taken.append(name)
+            print(f"warning: {self.where} does not take {name}; its own value holds", file=sys.stderr, flush=True)
+
+    def _failed(self, error: UserError) -> UserError:
+        self._failed_in_a_row += 1
+        if self._failed_in_a_row < _IN_A_ROW:
+            return error
+        return ServiceError(f"{self._failed_in_a_row} requests in a row have failed; the last: {error}")
+
+    def _count_again(self, error: PassingError) -> None:
+        """The first of a kind is said at once: who waits sees why."""
+        if error.kind not in self.again:
+            print(f"{self.where}: {self._clean(error)}; such requests are sent again", file=sys.stderr, flush=True)
+        self.again[error.kind] += 1
+
+    def _clean(self, error: Exception) -> str:
+        """Its sentence, without the key that a server or a library may have repeated."""
+        return cut(" ".join(self.secrets.clean_message(str(error)).split()), _LONGEST_MESSAGE)
+
+
+class _Requests:
+    """A thread with an event loop, in which requests are under way.
+
+    Attributes:
+      done: (number, what a request returned or raised), in the order in which they end.
+    """
+
+    def __init__(self, make_client: Callable):
+        self.done: queue.SimpleQueue = queue.SimpleQueue()
+        self._client, self._gate = make_client()
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="requests", daemon=True)
+        self._thread.start()
+
+    def submit(self, number: int, ask: Callable) -> None:
+        async def run():
+            async with self._gate:  # also while it waits to ask again: a server that is overloaded is asked less
+                try:
+                    result = await ask(self._client, self._gate)
+                except Exception as error:  # whoever waits for it would wait for ever
+                    result = error
+                self.done.put((number, result))
+                if isinstance(result, ServiceError):
+                    await asyncio.Future()  # until it is cancelled: nobody passes behind what ends them all
+
+        asyncio.run_coroutine_threadsafe(run(), self._loop)
+
+    def next(self) -> tuple[int, object]:
+        """What ended next; waits for it, unless a signal ends the command."""
+        while True:
+            signals.check()
+            with contextlib.suppress(queue.Empty):
+                return self.done.get(timeout=0.2)
+
+    def close(self) -> None:
+        """Cancels what is under way and ends the thread."""
+        async def end():
+            cancelled = set()
+            while others := asyncio.all_tasks() - {asyncio.current_task()}:
+                # Not before they have begun: a coroutine inside them would never be awaited, of which Python warns.
+                for task in others - cancelled:
+                    coroutine = task.get_coro()  # or what closes a generator of the client's
+                    if not inspect.iscoroutine(coroutine) or inspect.getcoroutinestate(coroutine) != inspect.CORO_CREATED:
+                        task.cancel()
+                        cancelled.add(task)
+                await asyncio.sleep(0.001)
+            await self._client.close()
+
+        asyncio.run_coroutine_threadsafe(end(), self._loop).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+
+def _key(given: str | None, is_azure: bool) -> str:
+    names = (["AZURE_OPENAI_API_KEY"] if is_azure else []) + ["OPENAI_API_KEY"]
+    key = given or next((os.environ[name] for name in names if os.environ.get(name)), _NO_KEY)
+    if not key.strip().isascii() or not key.strip().isprintable() or " " in key.strip():
+        raise UsageError(f"the key in {' or '.join(names)} is none: letters, digits and signs without spaces were expected")
+    return key.strip() or _NO_KEY

@@ -1,0 +1,204 @@
+"""How long each sample is and how many images it has: one pass over the text of all records, before anything is trained.
+
+Packing, the number of updates and the mean length follow from it, and records that cannot be used are known at its end. No
+image is opened. Of large data the result is kept in a folder, under a name made from everything that it depends on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from llavamed_jax.datasets.records import load_arrays, save_whole
+from llavamed_jax.datasets.training import TrainingData
+from llavamed_jax.errors import UsageError, UserError
+from llavamed_jax.pipeline import examples, workers
+from llavamed_jax.processor import Processor
+from llavamed_jax.utils import signals
+
+BLOCK = 512  # records that are measured together
+FORMAT = 4  # of what is kept; to be raised when samples become longer or shorter
+_ARRAYS = ("tokens", "images", "lost")
+LARGE = 5000  # records from which on it is worth to start processes, and to keep what was found
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """What the pass found; N is the number of records of all sources, one source after another.
+
+    Attributes:
+      tokens: int32 [N], positions of each sample, images expanded, after cutting; 0 for one that cannot be used.
+      images: int16 [N], images of each sample.
+      damaged: the records that cannot be used, as {"id", "reason"}.
+      truncated: samples that are cut at the maximal length.
+      surplus: images that no marker stands for, or that the cut takes away.
+      unsupervised: samples of which nothing is learnt (see `conversation.supervise`).
+      lost: int16 [N], how many of the surplus images each sample has; None where there are none.
+      first_lost: which sample loses an image first, and why.
+      first_unsupervised: which sample teaches nothing first, and why.
+      highest: the highest token id of all, and the id of the record that has it.
+    """
+
+    tokens: np.ndarray
+    images: np.ndarray
+    damaged: list[dict]
+    truncated: int
+    surplus: int
+    unsupervised: int
+    lost: np.ndarray | None = None
+    first_lost: str = ""
+    first_unsupervised: str = ""
+    highest: tuple[int, object] = (0, None)
+
+    @property
+    def is_lossy(self) -> np.ndarray:
+        """bool [N], whether a sample loses an image."""
+        return np.zeros(len(self.tokens), bool) if self.lost is None else self.lost > 0
+
+    @property
+    def usable(self) -> int:
+        return int(np.count_nonzero(self.tokens))
+
+    @property
+    def mean(self) -> float:
+        """Tokens a usable sample, images included; 0 where there is none."""
+        return float(self.tokens.sum() / max(self.usable, 1))
+
+    @property
+    def longest(self) -> int:
+        return int(self.tokens.max(initial=0))
+
+    @property
+    def max_images(self) -> int:
+        return int(self.images.max(initial=0))
+
+
+def measure(data: TrainingData, processor: Processor, max_length: int, num_workers: int = 0, cache: Path | None = None,
+            rows: int | None = None) -> Lengths:
+    """The lengths of all records.
+
+    Args:
+      max_length: tokens a sample; longer ones are cut, never inside an image.
+      num_workers: processes that measure, where the data is large.
+      cache: a folder that keeps what was found in large data.
+      rows: of the model's table over the vocabulary; None where no model will read the tokens.
+    Raises:
+      UsageError: a maximal length that holds no image, of data with images. UserError: a token for which the model has no row.
+    """
+    is_large = data.num_records >= LARGE
+    kept = cache / f"lengths-{_key(data, processor, max_length)}.npz" if is_large and cache is not None else None
+    if kept is not None and (known := _load(kept)) is not None:
+        _refuse_beyond(rows, known.highest, processor)
+        return known
+    count = -(-data.num_records // BLOCK)
+    make = _Measure(data, processor, max_length)
+    blocks = workers.in_order(make, count, num_workers) if is_large and num_workers else map(make, signals.checked(range(count)))
+    parts = []
+    try:
+        for part in tqdm(blocks, "measuring samples", count, unit_scale=BLOCK, disable=None if is_large else True):
+            _refuse_beyond(rows, part["highest"], processor)
+            parts.append(part)
+    finally:
+        if is_large and num_workers:
+            blocks.close()
+    lengths = Lengths(
+        *(np.concatenate([part[name] for part in parts]) if parts else np.zeros(0, int) for name in ("tokens", "images")),
+        [entry for part in parts for entry in part["damaged"]],
+        *(int(sum(part[name] for part in parts)) for name in ("truncated", "surplus", "unsupervised")),
+        np.concatenate([part["lost"] for part in parts]) if parts else None,
+        *(next((part[name] for part in parts if part[name]), "") for name in ("first_lost", "first_unsupervised")),
+        max((part["highest"] for part in parts), key=lambda found: found[0], default=(0, None)))
+    if lengths.surplus and not lengths.max_images and processor.tokens_per_image >= max_length:
+        raise UsageError(f"the config key 'max_length' is {max_length}; an image alone takes {processor.tokens_per_image} positions")
+    if kept is not None:
+        _save(kept, lengths)
+    return lengths
+
+
+@dataclass(frozen=True)
+class _Measure:
+    """Number of a block to what it holds; what the worker processes run."""
+
+    data: TrainingData
+    processor: Processor
+    max_length: int
+
+    def __call__(self, block: int) -> dict:
+        numbers = range(block * BLOCK, min((block + 1) * BLOCK, self.data.num_records))
+        found = dict(tokens=np.zeros(len(numbers), np.int32), images=np.zeros(len(numbers), np.int16), damaged=[],
+                     truncated=0, surplus=0, unsupervised=0, lost=np.zeros(len(numbers), np.int16), first_lost="",
+                     first_unsupervised="", highest=(0, None))
+        for i, number in enumerate(numbers):
+            record = {"id": number}
+            try:
+                record = self.data.record(number)
+                example = examples.tokenize(record, self.processor, self.max_length)
+            except UserError as error:
+                found["damaged"].append({"id": record["id"], "reason": str(error)})
+                continue
+            found["tokens"][i], found["images"][i] = len(example.ids), len(example.images)
+            found["truncated"] += example.is_truncated
+            found["surplus"] += example.num_surplus
+            found["lost"][i] = min(example.num_surplus, np.iinfo(np.int16).max)
+            if example.num_surplus and not found["first_lost"]:
+                found["first_lost"] = _why_lost(record, example, self.max_length)
+            found["unsupervised"] += not example.is_supervised
+            if not example.is_supervised and not found["first_unsupervised"]:
+                found["first_unsupervised"] = _why_unsupervised(record, example, self.processor, self.max_length)
+            found["highest"] = max(found["highest"], (max(example.ids, default=0), record["id"]), key=lambda pair: pair[0])
+        return found
+
+
+def _refuse_beyond(rows: int | None, highest: tuple[int, object], processor: Processor) -> None:
+    """Raises UserError where a token has no row in the model's table over the vocabulary: its embedding would be NaN."""
+    token, record = highest
+    if rows is not None and token >= rows:
+        raise UserError(f"record {record!r} has the token {token}, and the model's table over the vocabulary has {rows} rows: the "
+                        f"tokenizer, of {processor.tokenizer.vocab_size} tokens, is another model's, or tokens were added to it without "
+                        "rows; the model's own tokenizer was expected, or a model with rows for all (`python -m convert build`)")
+
+
+def _why_lost(record: dict, example: examples.Example, max_length: int) -> str:
+    unmarked, marked = record.get("surplus", 0), len(record["image"])
+    images = lambda count: f"{count} image" + ("s" if count > 1 else "")
+    if unmarked:
+        return f"record {record['id']!r} names {images(unmarked + marked)} and has a marker for {marked or 'none'} of them"
+    return f"record {record['id']!r} is cut at {max_length} tokens, which takes {images(example.num_surplus)} away"
+
+
+def _why_unsupervised(record: dict, example: examples.Example, processor: Processor, max_length: int) -> str:
+    if not any(turn["from"] != "human" and str(turn["value"]) for turn in record["conversations"]):
+        return f"record {record['id']!r} has no answer, or an empty one"
+    if example.is_truncated:
+        return f"record {record['id']!r} is cut at {max_length} tokens, before an answer or within one"
+    return (f"in record {record['id']!r} the answers are not where the template {processor.template_name} counts them: a "
+            "special token stands in its text, or the tokenizer is not one that the template was made for")
+
+
+def _key(data: TrainingData, processor: Processor, max_length: int) -> str:
+    """A name for everything that lengths depend on. Another version of Python may name it anew, which costs one pass."""
+    config = processor.config
+    parts = [FORMAT, max_length, processor.template_name, processor.tokens_per_image, processor.max_length,
+             config and config.use_start_end, [source.fingerprint() for source in data.sources]]
+    return hashlib.sha256(json.dumps(parts).encode() + pickle.dumps(processor.tokenizer)).hexdigest()[:24]
+
+
+def _save(path: Path, lengths: Lengths) -> None:
+    rest = {name: getattr(lengths, name) for name in ("damaged", "truncated", "surplus", "unsupervised", "first_lost",
+                                                "first_unsupervised", "highest")}
+    arrays = {name: getattr(lengths, name) for name in _ARRAYS}
+    save_whole(path, lambda file: np.savez(file, **arrays, rest=np.array(json.dumps(rest))))
+
+
+def _load(path: Path) -> Lengths | None:
+    found = load_arrays(path, *_ARRAYS, "rest")
+    if found is None:
+        return None
+    rest = json.loads(str(found["rest"]))
+    return Lengths(**{name: found[name] for name in _ARRAYS}, **{**rest, "highest": tuple(rest["highest"])})

@@ -1,0 +1,236 @@
+"""Batches for training, made ahead in worker processes from a plan of rows that depends on nothing but its arguments.
+
+Batch g holds the rows gR to gR + R of the plan (see `pipeline.packing`), which runs on over the end of an epoch; of several
+processes each builds those that lie on its devices. A batch is made whole in one worker, so what it holds cannot depend on how
+many workers there are, and where the stream stands is two counts, which any later run can go on from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from llavamed_jax.config import IGNORE
+from llavamed_jax.datasets.training import TrainingData
+from llavamed_jax.errors import UserError, warn
+from llavamed_jax.pipeline import examples, workers
+from llavamed_jax.pipeline.packing import Layout, Plan
+from llavamed_jax.processor import Processor
+
+_ENDLESS = 2**40
+SKIP_LIMIT = 0.5
+_EARLY = 1000  # samples on which a share of broken images is judged at the least, in data that has them
+
+
+@dataclass(frozen=True)
+class BatchMaker:
+    """Batch number to (batch, report); what the worker processes run."""
+
+    data: TrainingData
+    processor: Processor
+    plan: Plan
+    max_length: int
+    start: tuple[int, int]  # epoch and row of batch 0
+    last_epoch: int | None
+    part: tuple[int, ...]  # of an update's rows, this process's, ascending
+
+    def __call__(self, number: int) -> tuple[dict[str, np.ndarray], dict]:
+        layout = self.plan.layout
+        batch = examples.empty_batch(len(self.part), layout.row_length, layout.image_slots, self.processor.image_size)
+        report = {"skipped": [], "records": [], "seen": 0, "truncated": 0, "surplus": 0, "unsupervised": 0}
+        place = self.plan.walk(*self.start, number * layout.rows, self.last_epoch)
+        for row, epoch, records in self.rows(place):
+            samples = [self._sample(int(record), epoch, report) for record in records]
+            examples.fill_row(batch, row, [sample for sample in samples if sample is not None])
+        return batch, report
+
+    def rows(self, place: tuple[int, int]) -> Iterator[tuple[int, int, np.ndarray]]:
+        """Number, epoch and records of the rows that this process has of the update that begins at a place."""
+        here = {row: number for number, row in enumerate(self.part)}
+        for row, (epoch, records) in enumerate(self.plan.take(*place, self.plan.layout.rows, self.last_epoch)):
+            if row in here:
+                yield here[row], epoch, records
+
+    def _sample(self, number: int, epoch: int, report: dict) -> tuple[examples.Example, np.ndarray] | None:
+        """A sample and its pixels; None where an image is broken, which is reported."""
+        record = self.data.record(number)
+        example = examples.tokenize(record, self.processor, self.max_length)
+        measured = int(self.plan.lengths.tokens[number]), int(self.plan.lengths.images[number])
+        if (len(example.ids), len(example.images)) != measured:
+            raise UserError(f"record {record['id']!r} has {len(example.ids)} tokens and {len(example.images)} images, and had "
+                            f"{measured[0]} and {measured[1]} when the data was measured: it has changed since, or the run's "
+                            "folder cache/ is out of date")
+        report["seen"] += 1
+        pixels, broken = examples.read_images(example, self.processor)
+        if broken:
+            report["skipped"].append({"id": record["id"], "epoch": epoch, **broken})
+            report["records"].append(number)
+            return None
+        report["truncated"] += example.is_truncated
+        report["surplus"] += example.num_surplus
+        report["unsupervised"] += not example.is_supervised
+        return example, pixels
+
+
+class Loader:
+    """An iterator over batches in row form (see `pipeline.examples`). Make one with `batches`.
+
+    Attributes:
+      skipped: samples that could not be used, as {"id", "epoch", "image", "reason"}: first the damaged records, once (epoch
+        and image None), then each whose image cannot be read as it is met. The other samples of a row move up.
+      on_wait: called with the seconds for which a batch has been waited for (`workers.InOrder`).
+      truncated, surplus, unsupervised: samples so far that were cut, images that were left out, samples that teach nothing
+        (see `conversation.supervise`).
+    """
+
+    def __init__(self, make: BatchMaker, num_workers: int, on_skip: Callable[[dict], None] | None, skip_limit: float):
+        self._make, self._workers, self._on_skip, self._skip_limit = make, num_workers, on_skip, skip_limit
+        self._place = make.start
+        self._records = make.data.fingerprint()
+        self.on_wait: Callable[[float], object] = lambda waited: None
+        self._running: list[workers.InOrder] = []  # the one iterator, once started
+        self.skipped: list[dict] = []
+        self._broken: set[int] = set()  # records of which an image was broken: ids may be equal
+        found = make.plan.lengths
+        self._is_known = (found.tokens == 0) | found.is_lossy  # bool [records]: those that are damaged, or lose an image
+        self._seen = 0
+        self._barren = 0  # rows since the last one with a supervised token
+        self.truncated = self.surplus = self.unsupervised = 0
+
+    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
+        return self
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        """The next batch.
+
+        Raises:
+          UserError: too many samples had to be skipped, or a whole epoch of an endless stream had no supervised token; a worker died or
+            gives nothing (`workers.WorkerError`). Stopped: of `on_wait`.
+        """
+        if not self._running:
+            self._running.append(self._start())
+        if self._place == (0, 0) and 0 in self._make.part:  # a run that goes on has listed them before; one of several processes does
+            self._skip([{**entry, "epoch": None, "image": None} for entry in self._make.plan.lengths.damaged])
+        self._running[0].on_wait = self.on_wait
+        batch, report = next(self._running[0])
+        self._place = self._make.plan.walk(*self._place, self._make.plan.layout.rows, self._make.last_epoch)
+        self.truncated += int(report["truncated"])
+        self.surplus += int(report["surplus"])
+        self.unsupervised += int(report["unsupervised"])
+        self._seen += int(report["seen"])
+        self._skip(report["skipped"])
+        self._broken.update(map(int, report["records"]))
+        self._refuse_too_many()
+        self._refuse_barren(batch)
+        # Out of the worker's shared memory, which would otherwise live as long as the last array made from it.
+        return {name: np.array(array) for name, array in batch.items()} if self._workers else batch
+
+    def _skip(self, entries: list[dict]) -> None:
+        for entry in entries:
+            self.skipped.append(entry)
+            if self._on_skip is not None:
+                self._on_skip(entry)
+
+    def _refuse_too_many(self) -> None:
+        """Of samples whose image is broken, alone and with those that were known to be damaged or to lose an image."""
+        if not self._broken:
+            return
+        samples = len(self._make.plan.stream)
+        judged = min(samples, max(self._seen, _EARLY))
+        if len(self._broken) > self._skip_limit * judged:
+            self.close()
+            raise UserError(f"{len(self._broken)} of the first {min(samples, self._seen)} samples have an image that cannot be read, more "
+                            f"than the {self._skip_limit:.0%} that may be skipped; the last: {self.skipped[-1]['reason']}")
+        weights, is_bad = self._make.plan.stream.weights(), self._is_known.copy()
+        is_bad[list(self._broken)] = True
+        if weights[is_bad].sum() > self._skip_limit * samples:
+            self.close()
+            raise UserError(f"{weights[is_bad].sum():.0f} of the {samples} samples cannot be used or lose an image, {len(self._broken)} of "
+                            f"them because it cannot be read: more than the {self._skip_limit:.0%} that may be skipped (data.skip_limit); "
+                            f"the last: {self.skipped[-1]['reason']}")
+
+    def _refuse_barren(self, batch: dict[str, np.ndarray]) -> None:
+        if len(batch["labels"]) < self._make.plan.layout.rows:
+            return  # what other processes have of it is not known
+        is_barren = not (batch["labels"] != IGNORE).any()
+        self._barren = self._barren + self._make.plan.layout.rows if is_barren else 0
+        if self._make.last_epoch is None and self._barren and self._barren >= len(self._make.plan.rows(self._place[0])):
+            self.close()
+            why = self._make.plan.lengths.first_unsupervised or "their images cannot be read"
+            raise UserError(f"none of the {len(self._make.plan.stream)} samples of an epoch has a supervised token: {why}")
+
+    def state(self) -> dict:
+        """Where the stream stands after the batches that were handed out; JSON, and good for any number of workers."""
+        epoch, row = self._place
+        plan = self._make.plan
+        return {"epoch": epoch, "row": row, "samples": len(plan.stream), "seed": plan.stream.seed,
+                "row_length": plan.layout.row_length, "image_slots": plan.layout.image_slots, "rows_an_update": plan.layout.rows,
+                "rows": plan.fingerprint(), "records": self._records}
+
+    def ids(self, state: dict) -> list:
+        """Ids of the samples in this process's part of the batch that follows `state`."""
+        rows = self._make.rows((state["epoch"], state["row"]))
+        return [self._make.data.record(int(record))["id"] for _, _, records in rows for record in records]
+
+    def restore(self, state: dict) -> None:
+        """Goes on from `state`. Raises UserError when it belongs to other data, another seed, or rows of another shape."""
+        for key, here in self.state().items():
+            if key not in ("epoch", "row") and state.get(key) != here:
+                change = {"rows": "samples have other lengths", "records": "samples have other text or images"}.get(
+                    key, f"{key} was {state.get(key)} and is {here} now")
+                raise UserError(f"the position in the data was saved with other data: its {change}; what the run was started with was "
+                                "expected")
+        self.close()
+        self._place = state["epoch"], state["row"]
+        self._make = replace(self._make, start=self._place)
+
+    def close(self) -> None:
+        """Ends the worker processes. They also end with this object, with the program, and when the program dies."""
+        while self._running:
+            self._running.pop().close()
+
+    def _start(self) -> workers.InOrder:
+        make, count = self._make, _ENDLESS
+        if make.last_epoch is not None:
+            epoch, row = make.start
+            rows = sum(len(make.plan.rows(e)) for e in range(epoch, make.last_epoch + 1)) - row
+            count = max(0, -(-rows // make.plan.layout.rows))
+        return workers.in_order(make, count, self._workers)
+
+
+def row_bytes(layout: Layout, image_size: int | None) -> int:
+    """Bytes of a row of a batch (`transforms.empty_batch`)."""
+    return 4 * 4 * layout.row_length + 3 * (image_size or 0) ** 2 * layout.image_slots
+
+
+def _fitting(num_workers: int, size: int) -> int:
+    """As many workers as have room for their batches in shared memory; fewer are said."""
+    found = workers.fitting(num_workers, size)
+    if found < num_workers:
+        who = f"{found} of {num_workers} data.workers are started" if found else "batches are made in a thread, without data.workers,"
+        warn(f"{who} because {workers.SHARED} has {workers.free_bytes() / 1e6:.0f} MB free and a worker needs "
+             f"{workers.HELD * size / 1e6:.0f} MB for batches of {size / 1e6:.1f} MB; docker run --shm-size=8g gives more")
+    return found
+
+
+def batches(data: TrainingData, processor: Processor, plan: Plan, max_length: int, *, num_workers: int = 0,
+            epochs: int | None = None, part: Sequence[int] | None = None,
+            on_skip: Callable[[dict], None] | None = None, skip_limit: float = SKIP_LIMIT) -> Loader:
+    """Batches of training rows.
+
+    Args:
+      data: from `datasets.read_training`.
+      plan: of rows; its layout says how many an update has over all processes.
+      max_length: tokens a sample; longer ones are cut and counted. What the plan's lengths were measured with.
+      num_workers: processes that make batches; 0 makes them in a thread of this one. The batches are the same.
+      epochs: None goes on for ever; otherwise the last batch is filled up with rows of padding.
+      part: which of an update's rows, padding included, are made here, ascending; None: all.
+      on_skip: called with each skipped sample as it is met.
+      skip_limit: the share of samples that may have to be skipped for their images.
+    """
+    part = range(plan.layout.rows + plan.layout.padding_rows) if part is None else part
+    num_workers = _fitting(num_workers, len(part) * row_bytes(plan.layout, processor.image_size))
+    make = BatchMaker(data, processor, plan, max_length, (0, 0), None if epochs is None else epochs - 1, tuple(part))
+    return Loader(make, num_workers, on_skip, skip_limit)

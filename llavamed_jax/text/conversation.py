@@ -1,0 +1,211 @@
+"""Prompts of conversations, one renderer a style, and the label masks of training text (spec 3.4 to 3.7).
+
+A conversation is a list of turns, texts in alternation beginning with the user's; a last turn of None leaves the assistant's
+place open. `<image>` in a text marks an image. Templates stand in `llavamed_jax.text.templates`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from llavamed_jax.config import IGNORE, IMAGE_TOKEN
+from llavamed_jax.errors import UserError, short
+from llavamed_jax.text.templates import Template
+
+IMAGE_MARKER = "<image>"
+
+
+def render(template: Template, turns: Sequence[str | None], system: str | None = None) -> str:
+    """The prompt of `turns`; `system` replaces the template's own.
+
+    Raises:
+      UserError: no turns, or a template that cannot hold them.
+    """
+    if not turns:
+        raise UserError("a prompt of no turns was asked for; at least one was expected")
+    if system is not None:
+        template = replace(template, system=system)
+    return _RENDERERS[template.style](template, [*template.examples, *turns])
+
+
+def _single(template: Template, turns) -> str:
+    text = template.system + template.sep
+    for i, turn in enumerate(turns):
+        role = template.roles[i % 2]
+        text += f"{role}: {turn}{template.sep}" if turn else f"{role}:"
+    return text
+
+
+def _two(template: Template, turns) -> str:
+    after_answer = template.sep2 + " " if template.is_stripped else template.sep2
+    separators = (template.sep, after_answer)
+    text = template.system + template.sep
+    for i, turn in enumerate(turns):
+        role = template.roles[i % 2]
+        if not turn:
+            text += role + ":"
+            continue
+        turn = turn.strip() if template.is_stripped else turn
+        text += role + ": " + turn + separators[i % 2]
+    return text.strip() if template.is_stripped else text
+
+
+def _llama_2(template: Template, turns) -> str:
+    if not turns[0]:
+        raise UserError(f"the template {template.name} needs a first message of the user that is not empty")
+    text = ""
+    for i, turn in enumerate(turns):
+        if not turn:
+            continue
+        if i == 0 and template.system:
+            turn = f"<<SYS>>\n{template.system}\n<</SYS>>\n\n{turn}"
+        text += f" {turn} {template.sep2}" if i % 2 else f"{template.sep}[INST] {turn} [/INST]"
+    return text.lstrip(template.sep)  # by characters, as the original does
+
+
+def _plain(template: Template, turns) -> str:
+    if any(turns[1:]):
+        raise UserError(f"the template {template.name} is for captions: it holds one message, {len(turns)} were given")
+    return template.system + (turns[0] + template.sep if turns[0] else "")
+
+
+def _v0(template: Template, turns) -> str:
+    """v1.0's training text up to where the answer begins."""
+    speakers = ("human", "gpt")
+    said = [(speakers[i % 2], turn) for i, turn in enumerate(turns) if turn is not None]
+    is_open = len(said) < len(turns)
+    return "".join(_v0_pieces(template, said)) + (f"### {template.roles[len(said) % 2]}:" if is_open else "")
+
+
+_RENDERERS = {"SINGLE": _single, "TWO": _two, "LLAMA_2": _llama_2, "PLAIN": _plain, "V0": _v0}
+
+# ---- training text -------------------------------------------------------------------------------------------------
+
+
+def image_first(text: str, marker: str = IMAGE_MARKER, count: int = 1) -> str:
+    """Upstream's `preprocess_multimodal`: the image's marker before the text, several in one turn collapsed to `count`.
+
+    `marker` is what stands for one image; with start and end tokens it is wrapped in them. Text without a marker stays.
+    """
+    if IMAGE_MARKER not in text:
+        return text
+    text = text.replace(IMAGE_MARKER, "").strip()
+    return ((IMAGE_MARKER + "\n") * count + text).strip().replace(IMAGE_MARKER, marker)
+
+
+def training_turns(template: Template, conversation: Sequence[dict]) -> list[tuple[str, str]]:
+    """(speaker, text) of the turns of a LLaVA conversation, human and gpt in alternation; a leading answer is dropped.
+
+    Only the v0 procedure takes speakers as they come, others than human and gpt too, as the original does.
+
+    Raises:
+      UserError: what is no list of {from, value}, another speaker, two in a row, or nothing left.
+    """
+    turns = _read_turns(conversation)
+    if template.labels != "v0":
+        unknown = sorted({speaker for speaker, _ in turns} - {"human", "gpt"})
+        if unknown:
+            raise UserError(f"the conversation has a turn from {short(unknown[0])}; human or gpt was expected")
+        start = 1 if turns and turns[0][0] == "gpt" else 0
+        turns = turns[start:]
+        for i, (speaker, _) in enumerate(turns):
+            if speaker != ("human", "gpt")[i % 2]:
+                raise UserError(f"turn {start + i} of the conversation is from {speaker}; human and gpt in alternation were expected")
+    if not turns:
+        raise UserError("the conversation is empty; at least one question and its answer were expected")
+    if template.labels == "plain" and (len(turns) != 2 or IMAGE_MARKER not in turns[0][1]):
+        raise UserError(f"the template {template.name} needs a conversation of <image> and its caption, one turn each")
+    return turns
+
+
+def _read_turns(conversation: Sequence[dict]) -> list[tuple[str, str]]:
+    """(speaker, text); numbers, which the released files hold, become text."""
+    if not isinstance(conversation, Sequence) or isinstance(conversation, str):
+        raise UserError(f"the conversation is {short(conversation)}; a list of {{from, value}} was expected")
+    for i, turn in enumerate(conversation):
+        speaker, value = (turn.get("from"), turn.get("value")) if isinstance(turn, Mapping) else (None, None)
+        if not isinstance(speaker, str) or not isinstance(value, (str, int, float)):
+            raise UserError(f"turn {i} of the conversation is {short(turn)}; {{from: human or gpt, value: text}} was expected")
+    return [(turn["from"], str(turn["value"])) for turn in conversation]
+
+
+def supervise(template: Template, turns: Sequence[tuple[str, str]], encode: Callable[[str], list[int]], *, pad_id: int | None,
+              is_legacy: bool = True, max_length: int | None = None, image_length: int = 1) -> tuple[list[int], list[int]]:
+    """Ids and labels (not shifted) of a conversation, with the originals' own arithmetic (spec 3.7).
+
+    The originals find answers by encoding parts of the text alone and counting ids, so labels are exactly those that the
+    released models were trained with, defects included: where v1's and llama_2's counts do not add up, nothing of the sample
+    is supervised, which callers count; where v0's do not, spans move (quirk Q11).
+
+    Args:
+      turns: (speaker, text).
+      encode: text to ids, beginning-of-sequence first, an image one IMAGE_TOKEN.
+      pad_id: what the original pads with; it is unk, so a real unk makes the counts differ.
+      max_length: samples of this length or longer are not checked for a mismatch.
+      image_length: how many ids an image is when the original counts: P in v1.0, whose images are P patch tokens, else 1.
+    """
+    def measure(ids: Sequence[int]) -> int:
+        return sum(image_length if i == IMAGE_TOKEN else 1 for i in ids)
+
+    text = _training_text(template, turns)
+    ids = np.asarray(encode(text))
+    lengths = np.where(ids == IMAGE_TOKEN, image_length, 1)
+    is_masked = np.zeros(lengths.sum(), bool)  # by the original's positions
+    if template.labels == "plain":
+        spans = [slice(len(encode(IMAGE_MARKER)))]
+    elif template.labels == "v0":
+        spans = _questions_of_v0(template, turns, lambda part: measure(encode(part)))
+    else:
+        # Not in llama_2: upstream never gave that procedure the correction for tokenizers that are not legacy.
+        correction = 1 if template.labels == "v1" and not is_legacy else 0
+        *spans, tail = _questions_of_rounds(template, text, lambda part: measure(encode(part)), correction)
+        is_mismatch = tail.start != lengths[ids != pad_id].sum()
+        spans.append(slice(None) if is_mismatch and (max_length is None or tail.start < max_length) else tail)
+    for span in spans:
+        is_masked[span] = True
+    labels = np.where(is_masked[np.cumsum(lengths) - lengths], IGNORE, ids)
+    return ids.tolist(), labels.tolist()
+
+
+def _training_text(template: Template, turns: Sequence[tuple[str, str]]) -> str:
+    if template.labels == "plain":
+        return IMAGE_MARKER + turns[1][1] + template.sep
+    if template.labels == "v0":
+        return "".join(_v0_pieces(template, turns)) + "### "
+    return render(template, [text for _, text in turns])
+
+
+def _v0_pieces(template: Template, turns: Sequence[tuple[str, str]]) -> list[str]:
+    """The system text and each turn, in the form that v0 trains with: it is not the template's own (quirk Q14)."""
+    roles = dict(zip(("human", "gpt"), template.roles, strict=True))
+    return [template.system + "\n\n", *(f"### {roles.get(speaker.lower(), 'unknown')}: {text}\n" for speaker, text in turns)]
+
+
+def _questions_of_v0(template: Template, turns, measure: Callable[[str], int]) -> Iterator[slice]:
+    """System text and questions. The "###" before a question stays: it is what ends the answer before."""
+    header, *pieces = _v0_pieces(template, turns)
+    cursor = measure(header)
+    yield slice(cursor)
+    for (speaker, _), piece in zip(turns, pieces, strict=True):
+        length = measure(piece)
+        if speaker == "human":
+            yield slice(cursor + 2, cursor + length)
+        cursor += length
+
+
+def _questions_of_rounds(template: Template, text: str, measure: Callable[[str], int], correction: int) -> Iterator[slice]:
+    """The beginning-of-sequence id, each round up to its answer, and last what is after the rounds."""
+    before_answer = f"{template.sep}{template.roles[1]}: " if template.labels == "v1" else "[/INST] "
+    cursor = 1
+    yield slice(cursor)
+    for i, round_text in enumerate(text.split(template.sep2)):
+        parts = round_text.split(before_answer)
+        if len(parts) != 2:
+            break
+        shift = correction if i else 0
+        yield slice(cursor, cursor + measure(parts[0] + before_answer) - 2 - shift)
+        cursor += measure(round_text) - shift
+    yield slice(cursor, None)

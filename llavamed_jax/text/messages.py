@@ -1,0 +1,108 @@
+"""OpenAI chat messages to turns and images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from llavamed_jax.errors import UserError, short
+from llavamed_jax.text.conversation import IMAGE_MARKER
+
+
+@dataclass(frozen=True)
+class Chat:
+    """Messages taken apart.
+
+    Attributes:
+      system: the system's text or None.
+      turns: texts in alternation from the user's, an image as its marker: what the built-in templates take.
+      images: in order.
+      parts: of each turn, `{"type": "text", "text": …}` and `{"type": "image"}` in the order that the message gave them:
+        what a checkpoint's own chat template takes.
+    """
+
+    system: str | None
+    turns: list[str]
+    images: list
+    parts: list[list[dict]]
+
+
+def read_messages(messages: Sequence[dict], marker: str = IMAGE_MARKER, is_image_last: bool = False) -> Chat:
+    """Takes OpenAI chat messages apart.
+
+    In `turns` a message's images go before its text, each as `marker` and a new line, as LLaVA was trained, or behind it, as
+    LLaVA-Med v1.0 was; a text that places as many `<image>` itself is left alone. Messages that carry no images at all may
+    hold markers for images given elsewhere.
+
+    Raises:
+      UserError: roles out of order, an unknown role or part, or a count of images that does not fit the markers.
+    """
+    system, turns, images, parts = None, [], [], []
+    if not isinstance(messages, Sequence) or isinstance(messages, str) or not all(isinstance(m, dict) for m in messages):
+        raise UserError("messages must be a list of objects with role and content")
+    for i, message in enumerate(messages):
+        role, content = message.get("role"), message.get("content")
+        text, found, given = _read_content(content, i)
+        if role in ("system", "developer"):
+            if i > 0 or found:
+                raise UserError(f"message {i} is the system's; one of text alone was expected, and first")
+            system = text
+            continue
+        if role not in ("user", "assistant"):
+            raise UserError(f"message {i} has the role {short(role)}; system, user or assistant was expected")
+        if role != ("user", "assistant")[len(turns) % 2]:
+            raise UserError(f"message {i} is the {role}'s; user and assistant in alternation, the user first, were expected")
+        markers = text.count(IMAGE_MARKER)
+        parts.append(_split_at_markers(text) if markers else given)
+        if found and not markers:
+            text = (text.strip() + ("\n" + marker) * len(found)).lstrip() if is_image_last else (marker + "\n") * len(found) + text.strip()
+        elif found and markers != len(found):
+            raise UserError(f"message {i} has {len(found)} images for {markers} {IMAGE_MARKER} markers")
+        turns.append(text)
+        images += found
+    if len(turns) % 2 == 0:
+        raise UserError("the last message must be the user's, so that there is something to answer")
+    markers = sum(text.count(IMAGE_MARKER) for text in (system or "", *turns))
+    if images and markers != len(images):
+        raise UserError(f"the messages have {len(images)} images for {markers} {IMAGE_MARKER} markers")
+    return Chat(system, turns, images, parts)
+
+
+def _read_content(content, index: int) -> tuple[str, list, list[dict]]:
+    """The text of a message, its images, and both in order."""
+    if isinstance(content, str):
+        return content, [], [{"type": "text", "text": content}]
+    if not isinstance(content, (list, tuple)):
+        raise UserError(f"message {index} has the content {short(content)}; a text or a list of parts was expected")
+    texts, images, parts = [], [], []
+    for part in content:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind == "text" and isinstance(part.get("text"), str):
+            texts.append(part["text"])
+            parts.append({"type": "text", "text": part["text"]})
+            continue
+        if kind == "image" and part.get("image") is not None:
+            images.append(part["image"])
+        elif kind == "image_url" and isinstance(url := _url(part.get("image_url")), str):
+            images.append(url)
+        else:
+            raise UserError(f"message {index} has a part of type {short(kind)}; text, image or image_url with its content was expected")
+        parts.append({"type": "image"})
+    return "\n".join(texts), images, parts
+
+
+def _url(image_url):
+    """OpenAI's `{"url": …}`; older clients send the URL itself."""
+    return image_url.get("url") if isinstance(image_url, dict) else image_url
+
+
+def _split_at_markers(text: str) -> list[dict]:
+    """A text that places its images itself, as parts. The new line between a marker and the text belongs to the marker."""
+    first, *rest = text.split(IMAGE_MARKER)
+    parts = [{"type": "text", "text": first.removesuffix("\n")}] if first else []
+    for i, piece in enumerate(rest):
+        parts.append({"type": "image"})
+        piece = piece.removeprefix("\n")
+        piece = piece if i == len(rest) - 1 else piece.removesuffix("\n")
+        parts += [{"type": "text", "text": piece}] if piece else []
+    return parts

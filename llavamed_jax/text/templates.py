@@ -1,0 +1,133 @@
+"""Prompt templates as data (spec 3.4): the one table that prompts, training text and exported chat templates follow.
+
+A template is a row of `TEMPLATES`, named `ORIGIN:NAME`: `v1.0` for the code of LLaVA-Med v1.0, `v1.5` for v1.5's, `up` for
+upstream LLaVA's. The same name may stand for other text in another origin. Left out are templates whose text is a long
+example or a safety prompt of another project's (v1.0's inference template `v1`, `default`, `llama_2`) and those that no
+LLaVA-Med uses (`mpt`, the `mmtag` and `direct` ones).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from llavamed_jax.errors import UserError
+
+V1 = "v1.0"  # the origin whose text and tokens follow rules of their own (spec 3.5, 3.6)
+_PROCEDURES = {"SINGLE": "v0", "V0": "v0", "TWO": "v1", "LLAMA_2": "llama_2", "PLAIN": "plain"}
+
+
+@dataclass(frozen=True)
+class Template:
+    """How turns become one string; fields as in the originals' `Conversation`.
+
+    Attributes:
+      style: which renderer of `text.conversation` writes it: SINGLE, V0, TWO, LLAMA_2 or PLAIN.
+      sep, sep2: what ends a user's turn and an answer; without `sep2`, `sep` ends both.
+      examples: turns that every prompt begins with and no training text has.
+      is_stripped: v1.5's TWO strips messages and result, and adds a blank after `sep2` (quirk Q5).
+      procedure: what finds the supervised tokens, where it is not the style's own.
+      after_question: what the original's evaluation appends to a question before it asks. `render`, which is the originals'
+        `get_prompt`, takes texts as they come.
+    """
+
+    name: str
+    style: str
+    system: str
+    roles: tuple[str, str]
+    sep: str
+    sep2: str | None = None
+    examples: tuple[str, ...] = ()
+    is_stripped: bool = False
+    procedure: str | None = None
+    after_question: str = ""
+
+    @property
+    def labels(self) -> str:
+        """Which of the originals' procedures finds the supervised tokens: v0, v1, llama_2 or plain (spec 3.7)."""
+        return self.procedure or _PROCEDURES[self.style]
+
+    @property
+    def is_v1(self) -> bool:
+        """Whether text, tokens and images follow LLaVA-Med v1.0's rules."""
+        return self.name.startswith(f"{V1}:")
+
+    @property
+    def is_for_training_only(self) -> bool:
+        """Whether the originals train with it and never ask with it: such a model is asked with its default template."""
+        return self.style in ("PLAIN", "V0")
+
+    @property
+    def stop(self) -> tuple[str, ...]:
+        """Texts that end an answer beside the end-of-sequence id, which these models learnt to write in its place."""
+        return (self.sep,) if self.style in ("SINGLE", "V0") else ()
+
+
+def _polite(person: str) -> str:
+    return (f"A chat between a curious {person} and an artificial intelligence assistant. "
+            f"The assistant gives helpful, detailed, and polite answers to the {person}'s questions.")
+
+
+def _med(*sentences: str) -> str:
+    """The system texts of v1.0: no blank stands between their sentences, and the models were trained so."""
+    return ("You are LLaVA-Med, a large language and vision assistant trained by a group of researchers at Microsoft, based on the "
+            "general domain LLaVA architecture.") + "".join(sentences)
+
+
+_SEES = "You are able to understand the visual content that the user provides, and assist the user with a variety of medical and "
+_WITH = " tasks using natural language."
+_EXPLAIN = "Follow the instructions carefully and explain your answers in detail."
+_S_H, _S_U = _polite("human"), _polite("user")
+_S_MED_A = _med("You are designed to assist human with a variety of medical and clinical research" + _WITH,
+                "Follow the instructions carefully.")
+_S_MED_B = _med(_SEES + "clinical" + _WITH, _EXPLAIN)
+_S_MED_C = _med(_SEES + "clinical research" + _WITH, _EXPLAIN)
+_S_LLAMA_2 = ("You are a helpful language and vision assistant. You are able to understand the visual content that the user provides, "
+              "and assist the user with a variety of tasks using natural language.")
+_HUMAN, _USER, _NONE = ("Human", "Assistant"), ("USER", "ASSISTANT"), ("", "")
+_RESPONSE = "\n\n### Response:"
+_GREETING = "Hi there!  How can I help you today?\n"
+
+_ROWS = [  # names, style, system, roles, sep, sep2, what else
+    ("v1.5:vicuna_v1", "TWO", _S_U, _USER, " ", "</s>", (), True),
+    ("up:vicuna_v1", "TWO", _S_U, _USER, " ", "</s>"),
+    ("v1.5:llava_v1", "TWO", _S_H, _USER, " ", "</s>", (), True),
+    ("up:llava_v1", "TWO", _S_H, _USER, " ", "</s>"),
+    *((f"{origin}:{name}", *row) for origin in ("v1.5", "up") for name, *row in (
+        ("llava_v0", "SINGLE", _S_H, _HUMAN, "###"),
+        ("mistral_instruct", "LLAMA_2", "", _USER, "", "</s>"),
+        ("llava_llama_2", "LLAMA_2", _S_LLAMA_2, _USER, "<s>", "</s>"),
+        ("plain", "PLAIN", "", _NONE, "\n"))),
+    ("v1.0:v0", "V0", _S_H, _HUMAN, "###"),
+    ("v1.0:simple", "SINGLE", _S_H, _HUMAN, "###", None, ("Hi!", _GREETING)),
+    ("v1.0:simple_legacy", "SINGLE", _S_MED_A, _HUMAN, "###", None, ("Hi!" + _RESPONSE, _GREETING), False, None, _RESPONSE),
+    ("v1.0:multimodal", "SINGLE", _S_MED_B, _HUMAN, "###", None, ("Hi!", _GREETING)),
+    ("v1.0:vicuna_v1_1", "TWO", _S_U, _USER, " ", "</s>"),
+    ("v1.0:llava_v1", "TWO", _S_MED_C, _USER, " ", "</s>"),
+    # Its version is none that v1.0's training knows, so what it would train with is the v0 procedure.
+    ("v1.0:bair_v1", "TWO", "BEGINNING OF CONVERSATION:", ("USER", "GPT"), " ", "</s>", (), False, "v0"),
+]
+TEMPLATES = {row[0]: Template(*row) for row in _ROWS}
+# Names of the originals' for a template that has another here. v1.0 trains `--version v1` with vicuna_v1_1.
+_ALIASES = {"v1.0:v1": "v1.0:vicuna_v1_1", **{f"{origin}:{alias}": f"{origin}:{name}" for origin in ("v1.5", "up")
+                                              for alias, name in (("v1", "vicuna_v1"), ("v0_plain", "plain"))}}
+
+
+def get_template(name: str) -> Template:
+    """The template `ORIGIN:NAME`; a bare name means v1.5's, else upstream's. Raises UserError with the names there are."""
+    for full in () if not isinstance(name, str) else (name,) if ":" in name else (f"v1.5:{name}", f"up:{name}"):
+        full = _ALIASES.get(full, full)
+        if full in TEMPLATES:
+            return TEMPLATES[full]
+    raise UserError(f"the template {name!r} does not exist; one of {', '.join(TEMPLATES)} was expected")
+
+
+def default_template(source: str, architecture: str, is_evaluation: bool = False) -> str:
+    """The name for a checkpoint that names none (INTERFACE.md).
+
+    Args:
+      source, architecture: `LlavaConfig.source` and the decoder's; a bare tokenizer counts as the released model's.
+      is_evaluation: v1.0 asks its test questions with another template than a person's.
+    """
+    if source == "llava":
+        return "v1.0:simple" if is_evaluation else "v1.0:multimodal"
+    return "v1.5:mistral_instruct" if architecture == "mistral" else "up:vicuna_v1"

@@ -1,0 +1,146 @@
+"""The two libraries that split text into pieces: SentencePiece with `tokenizer.model`, tokenizers with `tokenizer.json`."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from llavamed_jax.errors import UserError, cut, short
+from llavamed_jax.text.special_tokens import Token
+
+# One character of its own outside every vocabulary piece: SentencePiece spells it as a byte and starts afresh after it.
+_SEPARATOR = "\n"
+
+
+class SentencePiece:
+    """`tokenizer.model`. Special tokens that a text writes out are ordinary text here: whoever calls cuts them out first.
+
+    Attributes:
+      size: number of pieces.
+      bos, eos, unk: the texts of these pieces; None where the model has none.
+    """
+
+    def __init__(self, file: Path):
+        import sentencepiece
+
+        self.file = file
+        try:
+            with _silent():
+                self._model = sentencepiece.SentencePieceProcessor(model_file=str(file))
+            self.size = self._model.vocab_size()
+            self._ids = {self._model.id_to_piece(i): i for i in reversed(range(self.size))}
+        except UnicodeDecodeError as error:
+            raise UserError(f"{file} is damaged: one of its pieces is not UTF-8 ({error.reason})") from None
+        except Exception as error:  # RuntimeError and OSError of a file that cannot be read; on damaged ones others too
+            raise UserError(f"{file} is not a SentencePiece model") from error
+        ids = (self._model.bos_id(), self._model.eos_id(), self._model.unk_id())
+        self.bos, self.eos, self.unk = (self._model.id_to_piece(i) if 0 <= i < self.size else None for i in ids)
+        self._fresh = len(self._encode(_SEPARATOR))
+
+    def id_of(self, piece: str) -> int | None:
+        return self._ids.get(piece)
+
+    def encode(self, text: str, has_prefix: bool) -> list[int]:
+        """Ids of a text, which stands at a beginning where `has_prefix`, and in the middle of another text elsewhere."""
+        return self._encode(text) if has_prefix else self._encode(_SEPARATOR + text)[self._fresh:]
+
+    def _encode(self, text: str) -> list[int]:
+        with _naming(self.file):
+            return self._model.encode(text)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        with _naming(self.file):
+            return self._model.decode(list(ids))
+
+
+class Tokenizers:
+    """`tokenizer.json`. The library cuts special tokens out itself and puts begin and end where the file says so.
+
+    Attributes as of `SentencePiece`, and
+      added: the tokens that the file, or another file of the checkpoint, adds to the vocabulary.
+    """
+
+    def __init__(self, file: Path, more: Sequence[Token] = ()):
+        """`more` are tokens of other files, which are added where `tokenizer.json` lacks them.
+
+        Raises:
+          UserError: the file cannot be read, or a token would get another id than its file says.
+        """
+        import tokenizers
+
+        self.file = file
+        with _naming(file, "is not a tokenizer.json"), _silent():
+            self._tokenizer = tokenizers.Tokenizer.from_file(str(file))
+            self._tokenizer.no_truncation()
+            self._tokenizer.no_padding()
+            for token in more:
+                if self._tokenizer.token_to_id(token.text) is None:
+                    self._add(token)
+            self.size = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+            self.added = tuple(Token(token.content, i, token.special) for i, token in
+                               self._tokenizer.get_added_tokens_decoder().items())
+        self.bos, self.eos, self.unk = (text if self.id_of(text) is not None else None for text in ("<s>", "</s>", "<unk>"))
+        with _silent():  # here a damaged file shows
+            self.encode_whole("", True)
+            self._fresh = len(self.encode(_SEPARATOR, True))
+
+    def _add(self, token: Token) -> None:
+        import tokenizers
+
+        added = tokenizers.AddedToken(
+            token.text, lstrip=token.strips_left, rstrip=token.strips_right, single_word=token.is_single_word,
+            normalized=token.is_normalized, special=token.is_special)
+        (self._tokenizer.add_special_tokens if token.is_special else self._tokenizer.add_tokens)([added])
+        i = self._tokenizer.token_to_id(token.text)
+        if token.id is not None and i != token.id:
+            raise UserError(f"{self.file} lacks the token {short(token.text)}, whose id is {token.id}; the next free id is {i}")
+
+    def id_of(self, piece: str) -> int | None:
+        return self._tokenizer.token_to_id(piece)
+
+    def encode_whole(self, text: str, is_sequence: bool) -> list[int]:
+        """Ids of a whole text; `is_sequence`: with begin and end of sequence, as the file says."""
+        with _naming(self.file):
+            return self._tokenizer.encode(text, add_special_tokens=is_sequence).ids
+
+    def encode(self, text: str, has_prefix: bool) -> list[int]:
+        ids = self.encode_whole(text if has_prefix else _SEPARATOR + text, False)
+        return ids if has_prefix else ids[self._fresh:]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        with _naming(self.file):
+            return self._tokenizer.decode(list(ids), skip_special_tokens=False)
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """Leaves out what C++ and Rust write to stderr themselves: of a damaged file a backtrace, where an exception follows."""
+    try:
+        kept = os.dup(2)
+    except OSError:  # closed
+        yield
+        return
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+@contextlib.contextmanager
+def _naming(file: Path, what: str = "cannot be used") -> Iterator[None]:
+    """Turns what the libraries raise into one sentence. tokenizers raises bare Exception, and where its Rust code panics, a
+    class of its own that is not an Exception."""
+    try:
+        yield
+    except UserError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        words = cut(" ".join(str(error).split()), 200).rstrip(".")
+        raise UserError(f"{file} {what}: {words or type(error).__name__}") from None

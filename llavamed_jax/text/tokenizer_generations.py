@@ -1,0 +1,69 @@
+"""Where generations of transformers read one tokenizer directory differently, or a setting is not applied here: said once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llavamed_jax.errors import UserError, short, warn_once
+
+if TYPE_CHECKING:
+    from llavamed_jax.text.tokenizer import Tokenizer
+
+# Where conversions of one SentencePiece model have been seen to differ: behind special tokens, in runs of blanks, at white
+# space in front, in spelt-out bytes. {} is a special token.
+_PROBES = ("a{}b", "a{} b", "a{}\nb", " a", "a  b   c", "\na", "é胸 🫁", "Is there a pleural effusion?")
+# Keys of tokenizer_config.json, the values that ask for nothing, and what others ask for.
+_NOT_APPLIED = {
+    "clean_up_tokenization_spaces": ((False, None), "answers keep their blanks before punctuation"),
+    "split_special_tokens": ((False, None), "special tokens that a text writes out become their ids"),
+    "sp_model_kwargs": (({}, None), "SentencePiece runs with its own settings"),
+}
+
+
+def say_differences(directory: Path, tokenizer: Tokenizer, other: Tokenizer | UserError | None) -> None:
+    """Prints a warning for each difference.
+
+    Args:
+      tokenizer: the one that is used.
+      other: the one of the other file, or what is wrong with it; None where there is one file.
+    """
+    for sentence in (*_of_files(tokenizer, other), *_of_settings(tokenizer)):
+        warn_once(f"{directory}: {sentence}")
+
+
+def _of_files(tokenizer: Tokenizer, other: Tokenizer | UserError | None) -> Iterator[str]:
+    name, reason = tokenizer.file.name, {
+        "tokenizer.json": "this one is taken, as transformers' processors and fast classes do",
+        "tokenizer.model": "this one is taken, as the originals' code does"}.get(tokenizer.file.name)
+    if isinstance(other, UserError):
+        yield f"{name} is read; beside it, {other}"
+    elif other is not None:
+        special = tokenizer.eos_token or "\n"
+        for probe in (each.format(special) for each in _PROBES):
+            found, others = tokenizer.encode(probe), other.encode(probe)
+            if found != others:
+                yield (f"{name} gives {short(probe)} the ids {found}; {reason}. {other.file.name} gives {others}: transformers 4's slow "
+                       "classes read tokenizer.model, its fast ones and transformers 5 tokenizer.json")
+                return
+
+
+def _of_settings(tokenizer: Tokenizer) -> Iterator[str]:
+    settings = tokenizer.settings
+    for key, (nothing, what) in _NOT_APPLIED.items():
+        if settings.get(key) not in nothing:
+            yield f"tokenizer_config.json has {key} {short(settings[key])}, which is not applied: {what}"
+    if tokenizer.file.suffix == ".json":
+        around = tokenizer.encode("")
+        if around not in ([], [tokenizer.bos_id]):
+            yield (f"tokenizer.json puts the ids {around} around a text, which is followed, as transformers does; the other files' "
+                   f"bos_token is {tokenizer.bos_id}, and a prompt ends where the answer begins")
+        asked = settings.get("add_bos_token")
+        if asked is not None and asked != tokenizer.has_bos:
+            yield (f"tokenizer_config.json has add_bos_token {asked} and tokenizer.json says otherwise, which is followed, as "
+                   "transformers 5 does; transformers 4's LlamaTokenizerFast follows the first")
+    elif settings.get("add_eos_token"):
+        yield "tokenizer_config.json has add_eos_token True, which is not applied: a prompt ends where the answer begins"
+    elif settings.get("add_prefix_space") is False:
+        yield "tokenizer_config.json has add_prefix_space False, which is not applied, as in transformers before 4.38"

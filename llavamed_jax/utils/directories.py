@@ -1,0 +1,96 @@
+"""Directories that appear when they are complete."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import secrets
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from llavamed_jax.errors import UserError
+from llavamed_jax.utils import signals
+
+
+@contextlib.contextmanager
+def new_directory(out: str | Path, size: int = 0, apart_from: Iterable[Path | None] = ()) -> Iterator[Path]:
+    """A temporary directory beside `out` that becomes `out` at the end, and is gone if something fails before.
+
+    It is locked while it is written, so that what a killed process left (`.NAME.*.partial`) is known as such and removed by
+    the next one that writes `out`.
+
+    Args:
+      size: bytes that will be written; the disk must have them free.
+      apart_from: directories that are read, inside of which nothing may appear.
+    Raises:
+      UserError: `out` is a file or a directory that holds something, lies in what is read, cannot be written, or does not fit
+        the disk.
+    """
+    out = Path(out)
+    try:
+        target = out.resolve()  # a link keeps leading to where it leads
+        if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+            raise UserError(f"{out} exists and is not empty; a new directory was expected")
+        for source in apart_from:
+            if source is not None and target.is_relative_to(source.resolve()):
+                raise UserError(f"{out} lies inside {source}, which is read; a directory outside of it was expected")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(target)
+        free = shutil.disk_usage(target.parent).free
+        if free < size:
+            raise UserError(f"{out} needs {size / 1e9:.2f} GB; its disk has {free / 1e9:.2f} GB free")
+        temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}{_PARTIAL}")
+        temporary.mkdir()  # not `mkdtemp`, whose directories are private whatever the umask says
+    except OSError as error:
+        raise UserError(f"{out} cannot be written: {error.strerror or error}") from None
+    except (ValueError, RuntimeError) as error:  # a name that no file can have; a link that leads to itself
+        raise error if isinstance(error, UserError) else UserError(f"{str(out)!r} cannot be written: {error}") from None
+    with contextlib.ExitStack() as stack, signals.undone_by(lambda: _remove(temporary)):
+        lock = _lock(temporary)
+        if lock is not None:
+            stack.callback(os.close, lock)
+        try:
+            yield temporary
+            temporary.replace(target)
+        except BaseException as error:
+            _remove(temporary)
+            if isinstance(error, OSError) and error.errno in _DISK:
+                raise UserError(f"{out} cannot be written: {error.strerror}") from None
+            if type(error) is UserError and str(temporary) in str(error):  # of a directory inside: by the name that was asked for
+                raise UserError(str(error).replace(str(temporary), str(out))) from None
+            raise
+
+
+# What a disk says while it is written: full, over a quota, a file too large for it, read-only by now, failing.
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+_PARTIAL = ".partial"
+
+
+def _lock(directory: Path) -> int | None:
+    """A descriptor that holds a directory until it is closed, by the kernel at the latest; None where another has it, or on
+    a file system without locks."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _remove(directory: Path) -> None:
+    """Deletes a directory in which another thread may still be writing."""
+    for _ in range(3):
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def _remove_leftovers(out: Path) -> None:
+    for path in out.parent.iterdir():
+        if path.name.startswith(f".{out.name}.") and path.name.endswith(_PARTIAL) and path.is_dir():
+            lock = _lock(path)
+            if lock is not None:
+                shutil.rmtree(path, ignore_errors=True)
+                os.close(lock)
