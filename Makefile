@@ -6,7 +6,7 @@ RUN := $(VENV)/bin/python
 export HF_HUB_OFFLINE = 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test lint setup h200 verify-release fidelity
+.PHONY: demo test test-all lint setup h200 verify-release fidelity
 .DEFAULT_GOAL := demo
 
 demo: $(VENV)/.core-$(ACCEL)
@@ -14,6 +14,10 @@ demo: $(VENV)/.core-$(ACCEL)
 
 test: $(VENV)/.dev
 	$(RUN) -m pytest -n 2 -m "not slow" tests
+
+# The tests that take minutes (the mark "slow") too.
+test-all: $(VENV)/.dev
+	$(RUN) -m pytest -n 2 tests
 
 lint: $(VENV)/.dev
 	$(RUN) -m ruff check .

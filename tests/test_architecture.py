@@ -33,7 +33,7 @@ DOORS = {"train.py": "train", "eval.py": "eval", "serve.py": "serve", "convert/_
 TOP_LEVEL = {
     "llavamed_jax", "configs", "convert", "tests", "benchmarks", "samples", "docs", ".ci",
     "train.py", "eval.py", "serve.py", "pyproject.toml", "requirements.txt", "Makefile",
-    "README.md", "LICENSE", "CITATION.cff", "CHANGELOG.md", ".gitignore",
+    "README.md", "LICENSE", "CITATION.cff", "CHANGELOG.md", "CONTRIBUTING.md", ".gitignore",
 }  # fmt: skip
 LONGEST_FILE = 420
 

@@ -1,0 +1,73 @@
+"""The pages that a reader follows: every relative link of README, CONTRIBUTING and docs/ leads somewhere."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md")), *sorted((ROOT / "samples").glob("*.md"))]
+LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+
+
+def prose(page: Path) -> str:
+    """A page without its blocks of code, which may hold brackets of another kind."""
+    return re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as code hosts make them: lower case, blanks to dashes, punctuation left out."""
+    headings = re.findall(r"^#+ (.+)$", prose(page), re.MULTILINE)
+    return {
+        re.sub(r"[^\w\- ]", "", re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", each)).strip().lower().replace(" ", "-")
+        for each in headings
+    }
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_no_relative_link_is_dead(page):
+    for target in LINK.findall(prose(page)):
+        if re.match(r"[a-z]+:", target):
+            continue  # another site
+        name, _, anchor = target.partition("#")
+        file = (page.parent / name).resolve() if name else page
+        assert file.exists(), f"{page.relative_to(ROOT)} links to {target}, which does not exist"
+        if anchor and file.suffix == ".md":
+            assert anchor in anchors(file), (
+                f"{page.relative_to(ROOT)} links to {target}: {name or 'the page'} has no such heading"
+            )
+
+
+def test_a_link_is_found_and_a_heading_named_as_hosts_name_it(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("## Files of images, key by key\n[a](#x) and [b](c.md)\n```\n[no](link)\n```\n", encoding="utf-8")
+    assert LINK.findall(prose(page)) == ["#x", "c.md"]
+    assert anchors(page) == {"files-of-images-key-by-key"}
+
+
+def test_every_page_is_in_the_index():
+    index = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
+    linked = {(ROOT / "docs" / target.partition("#")[0]).resolve() for target in LINK.findall(index)}
+    missing = [
+        page.name
+        for page in sorted((ROOT / "docs").glob("*.md"))
+        if page.name != "README.md" and page.resolve() not in linked
+    ]
+    assert not missing, f"docs/README.md does not link to {missing}"
+    assert "docs/README.md" in LINK.findall((ROOT / "README.md").read_text(encoding="utf-8"))
+
+
+PATH = re.compile(r"`((?:llavamed_jax|tests|benchmarks|configs|samples|docs|convert)/[\w./*-]+)(?:::(\w+))?`")
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if page.name != "CHANGELOG.md"], ids=lambda page: str(page.relative_to(ROOT))
+)
+def test_every_file_that_a_page_names_exists(page):
+    """In tables and text; the changelog names files of its time, and `docs/verification.md` is written by a command."""
+    for name, test in PATH.findall(prose(page)):
+        if name == "docs/verification.md":
+            continue
+        found = list(ROOT.glob(name.rstrip("/")))
+        assert found, f"{page.relative_to(ROOT)} names {name}, which does not exist"
+        assert not test or f"def {test}(" in found[0].read_text(encoding="utf-8"), f"{name} has no {test}"
