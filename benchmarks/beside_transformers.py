@@ -28,6 +28,7 @@ from benchmarks.measure import append_row, circumstances
 from llavamed_jax.checkpoints.load import load_params
 from llavamed_jax.checkpoints.reader import open_checkpoint
 from llavamed_jax.config import IGNORE, IMAGE_TOKEN, OURS, preset
+from llavamed_jax.config.hf import llava_to_hf
 from llavamed_jax.generation.engine import Engine
 from llavamed_jax.generation.requests import Request
 from llavamed_jax.models.llava import Llava
@@ -45,7 +46,7 @@ class Pair:
 
     def __init__(self, B: int, T: int):
         cfg = preset("small")
-        shapes = cfg.to_hf("transformers")
+        shapes = llava_to_hf(cfg, "transformers")
         del shapes[OURS]  # which would have the rows that an export adds taken off again
         hf = transformers.LlavaConfig(**shapes)
         hf.text_config.eos_token_id = hf.text_config.pad_token_id = None  # nothing ends early

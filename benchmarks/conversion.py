@@ -30,6 +30,7 @@ from llavamed_jax.checkpoints import names
 from llavamed_jax.checkpoints.torch_files import Tensor, read_file
 from llavamed_jax.checkpoints.writer import total_bytes, write_safetensors
 from llavamed_jax.config import PRESETS, LlavaConfig, preset
+from llavamed_jax.config.hf import llava_to_hf
 from llavamed_jax.errors import UserError
 from llavamed_jax.utils.files import write_json
 from llavamed_jax.utils.paths import local
@@ -97,7 +98,7 @@ def write_random(cfg: LlavaConfig, out: Path) -> int:
         raise UserError(f"{out.parent} has {free / 1e9:.1f} GB free; {ROOM * size / 1e9:.1f} GB were expected")
     out.mkdir()
     write_safetensors(out, tensors, metadata={"format": "pt"})
-    write_json(out / "config.json", {**cfg.to_hf("llava"), "torch_dtype": "bfloat16"})
+    write_json(out / "config.json", {**llava_to_hf(cfg, "llava"), "torch_dtype": "bfloat16"})
     return size
 
 

@@ -30,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 
 from llavamed_jax.config import IMAGE_TOKEN
+from llavamed_jax.config.hf import llava_to_hf
 from llavamed_jax.utils.paths import local
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -186,7 +187,7 @@ def theirs_at(cfg, questions: Sequence[Question], batch_size: int, alone: int, d
     from llavamed_jax.config import OURS
     from llavamed_jax.images.load import normalize
 
-    shapes = cfg.to_hf("transformers")
+    shapes = llava_to_hf(cfg, "transformers")
     del shapes[OURS]  # which would have the rows that an export adds taken off again
     torch.set_default_dtype(getattr(torch, dtype))
     with torch.device("cpu" if on_cpu else "cuda"):

@@ -20,6 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from llavamed_jax.config.hf import llava_to_hf
 from llavamed_jax.utils.paths import local
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -74,7 +75,7 @@ def parity(size: Size) -> dict:
     cfg = preset(size.preset)
     cfg = cfg.replace(vision=dataclasses.replace(cfg.vision, num_layers=size.parity_layers + 1),
                       decoder=dataclasses.replace(cfg.decoder, num_layers=size.parity_layers))
-    shapes = cfg.to_hf("transformers")
+    shapes = llava_to_hf(cfg, "transformers")
     del shapes[OURS]  # which would have the rows that an export adds taken off again
     hf = transformers.LlavaConfig(**shapes)
     torch.manual_seed(0)

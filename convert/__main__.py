@@ -1,3 +1,3 @@
-from llavamed_jax.cli.convert_door import main
+from llavamed_jax.cli.convert import main
 
 raise SystemExit(main())

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import transformers
 
-from llavamed_jax.config import LlavaConfig
+from llavamed_jax.config.hf import llava_from_hf
 
 torch = pytest.importorskip("torch", reason="torch's CPU build is not installed")
 
@@ -38,7 +38,7 @@ def llava(architecture="mistral", vision=None, text=None, seed=0, activation_sca
     config._attn_implementation = "eager"
     model = transformers.LlavaForConditionalGeneration(config).float().eval()
     randomise(model, seed, activation_scale)
-    return model, LlavaConfig.from_hf(config.to_dict())
+    return model, llava_from_hf(config.to_dict())
 
 
 @torch.no_grad()

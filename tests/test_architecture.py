@@ -29,7 +29,7 @@ LAYERS = [
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 COMMAND_LINES = {"llavamed_jax.cli", "llavamed_jax.chat", "llavamed_jax.curation.__main__"}
-DOORS = {"train.py": "train", "eval.py": "eval", "serve.py": "serve", "convert/__main__.py": "convert_door"}
+DOORS = {"train.py": "train", "eval.py": "eval", "serve.py": "serve", "convert/__main__.py": "convert"}
 TOP_LEVEL = {
     "llavamed_jax", "configs", "convert", "tests", "benchmarks", "samples", "docs", ".ci",
     "train.py", "eval.py", "serve.py", "pyproject.toml", "requirements.txt", "Makefile",

@@ -79,7 +79,7 @@ HUGE = {
 
 _CHILD = """
 import resource, sys
-from llavamed_jax.evaluation.service import Service
+from llavamed_jax.openai_client.client import Service
 def ask(url, **settings):
     requests = enumerate([[{"role": "user", "content": str(i)}] for i in range(8)])
     return list(Service(url, "tiny", backoff=0.001, **settings).each(requests, max_tokens=16, temperature=0.0))

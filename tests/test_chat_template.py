@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from llavamed_jax.config import IMAGE_TOKEN, preset
+from llavamed_jax.config.hf import llava_to_hf
 from llavamed_jax.errors import UserError
 from llavamed_jax.processor import Processor
 from llavamed_jax.text import template_process
@@ -109,7 +110,7 @@ def by_us(source, messages, **kw):
 def checkpoint(path, **files):
     """A directory in transformers' layout with these files."""
     path.mkdir(parents=True)
-    config = preset("llava15-7b").to_hf("transformers")
+    config = llava_to_hf(preset("llava15-7b"), "transformers")
     del config["llavamed_jax"]
     shutil.copyfile(SAMPLE, path / "tokenizer.model")
     for name, content in {"config.json": config, **files}.items():
@@ -341,7 +342,7 @@ def test_threads_and_forks_have_their_own_answers():
 
 @pytest.mark.parametrize("way", ["return", "os._exit(0)", "os.kill(os.getpid(), 9)"])
 def test_nothing_is_left_behind(way):
-    code = ("import os\nfrom llavamed_jax.data import template_process as p\n"
+    code = ("import os\nfrom llavamed_jax.text import template_process as p\n"
             "p.render(dict(source='x', messages=[dict(role='user', text='x', parts=[])], tokens={}, marker='<image>'), 'T')\n"
             f"print(p._process[1]._popen.pid, flush=True)\n{'pass' if way == 'return' else way}")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).resolve().parent.parent)

@@ -11,6 +11,7 @@ import tiny
 
 from llavamed_jax.checkpoints.reader import read_config
 from llavamed_jax.config import LlavaConfig, preset
+from llavamed_jax.config.hf import llava_from_hf
 from llavamed_jax.errors import UserError
 from llavamed_jax.processor import Processor
 
@@ -58,7 +59,7 @@ def test_a_value_of_another_kind_is_one_sentence(tmp_path, kind, path, value):
 
 def test_null_where_transformers_has_a_default():
     """`text_config` and `vision_config` of null are LLaMA 7B and CLIP-L/14-336 there."""
-    cfg = LlavaConfig.from_hf({"model_type": "llava", "text_config": None, "vision_config": None, "image_token_index": 32000})
+    cfg = llava_from_hf({"model_type": "llava", "text_config": None, "vision_config": None, "image_token_index": 32000})
     assert cfg.decoder.hidden_size == 4096 and cfg.vision.image_size == 336
 
 
@@ -88,10 +89,10 @@ def test_files_beside_the_config(tmp_path, file, content, sentence):
 
 def test_several_ends_of_a_sequence_travel_both_ways():
     text = {**HF["text_config"], "eos_token_id": [2, 7, 9]}
-    cfg = LlavaConfig.from_hf({**HF, "text_config": text})
+    cfg = llava_from_hf({**HF, "text_config": text})
     assert cfg.decoder.eos_ids == (2, 7, 9) and cfg.decoder.to_hf()["eos_token_id"] == [2, 7, 9]
     assert LlavaConfig.from_dict(json.loads(json.dumps(cfg.to_dict()))) == cfg and hash(cfg)
-    single = LlavaConfig.from_hf({**HF, "text_config": {**text, "eos_token_id": 2}})
+    single = llava_from_hf({**HF, "text_config": {**text, "eos_token_id": 2}})
     assert single.decoder.eos_ids == (2,) and single.decoder.to_hf()["eos_token_id"] == 2
     none = dataclasses.replace(single.decoder, eos_token_id=None)
     assert none.eos_ids == ()

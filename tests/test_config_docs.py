@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from llavamed_jax.checkpoints import generation_file
-from llavamed_jax.config import ACTIVATIONS, LlavaConfig
+from llavamed_jax.config import ACTIVATIONS
+from llavamed_jax.config.hf import llava_from_hf
 from tests import released, tiny
 
 DOCS = (Path(__file__).resolve().parent.parent / "docs" / "checkpoints.md").read_text(encoding="utf-8")
@@ -46,9 +47,9 @@ def test_the_activations_are_those_that_there_are():
 
 def test_what_is_said_of_defaults():
     raw = {"model_type": "llava", "vision_config": {}, "text_config": {"model_type": "mistral"}}
-    mistral, llama = (LlavaConfig.from_hf({**raw, "text_config": {"model_type": kind}}).decoder for kind in ("mistral", "llama"))
+    mistral, llama = (llava_from_hf({**raw, "text_config": {"model_type": kind}}).decoder for kind in ("mistral", "llama"))
     assert (mistral.sliding_window, mistral.max_position_embeddings, mistral.num_kv_heads) == (4096, 131072, 8)
     assert (llama.sliding_window, llama.max_position_embeddings, llama.eos_ids) == (None, 2048, (2,))
     assert (llama.rms_norm_eps, llama.rope_theta, llama.hidden_act) == (1e-6, 1e4, "silu")
-    assert LlavaConfig.from_hf({**raw, "vision_config": None}).vision.image_size == 336
-    assert LlavaConfig.from_hf(raw).image_token_id == 32000
+    assert llava_from_hf({**raw, "vision_config": None}).vision.image_size == 336
+    assert llava_from_hf(raw).image_token_id == 32000

@@ -11,6 +11,7 @@ import pytest
 from llavamed_jax.checkpoints.image_tokens import _vocabulary
 from llavamed_jax.checkpoints.tokenizer_files import write_tokenizer
 from llavamed_jax.config import preset
+from llavamed_jax.config.hf import llava_to_hf
 from llavamed_jax.errors import UserError
 from llavamed_jax.processor import Processor
 from llavamed_jax.text.tokenizer import Tokenizer
@@ -75,7 +76,7 @@ def with_odd_value(content: dict, rng: random.Random) -> dict:
 def checkpoint(path, source):
     shutil.rmtree(path, ignore_errors=True)
     path.mkdir()
-    config = preset("llava15-7b").to_hf(source)
+    config = llava_to_hf(preset("llava15-7b"), source)
     config.pop("llavamed_jax", None)
     (path / "config.json").write_text(json.dumps(config))
     return path

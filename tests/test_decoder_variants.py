@@ -13,6 +13,7 @@ from llavamed_jax.checkpoints.reader import open_checkpoint, read_config
 from llavamed_jax.checkpoints.store import write_model
 from llavamed_jax.checkpoints.writer import export
 from llavamed_jax.config import IMAGE_TOKEN, LlavaConfig, RopeScaling, VisionConfig
+from llavamed_jax.config.hf import llava_from_hf, llava_to_hf
 from llavamed_jax.errors import UserError
 from llavamed_jax.models import layers, llava
 from llavamed_jax.parallel.mesh import make_mesh, param_shardings
@@ -77,15 +78,15 @@ WANTED = {"linear": LINEAR, "llama3": LLAMA3, "plain": None}
 def test_both_spellings_in_every_layout(kind, spelling, layout):
     keys = {**tiny.LLAMA, "num_key_value_heads": 2, **SPELLINGS[kind][spelling]}
     if layout == "transformers":
-        cfg = LlavaConfig.from_hf({"model_type": "llava", "text_config": keys, "vision_config": tiny.CLIP})
+        cfg = llava_from_hf({"model_type": "llava", "text_config": keys, "vision_config": tiny.CLIP})
     else:
         source = {"llama": "llava_llama", "mistral": "llava_mistral"}[layout]
-        cfg = LlavaConfig.from_hf({**released.V15, **keys, "model_type": source, "rope_theta": keys.get("rope_theta")},
+        cfg = llava_from_hf({**released.V15, **keys, "model_type": source, "rope_theta": keys.get("rope_theta")},
                                   VisionConfig.from_hf(released.TOWER))
     assert cfg.decoder.rope_scaling == WANTED[kind]
     assert cfg.decoder.rope_theta == (5e5 if kind == "llama3" else 1e4)
     for way in ("transformers", "llava"):
-        assert LlavaConfig.from_hf(cfg.to_hf(way), cfg.vision).decoder == cfg.decoder
+        assert llava_from_hf(llava_to_hf(cfg, way), cfg.vision).decoder == cfg.decoder
     assert LlavaConfig.from_dict(json.loads(json.dumps(cfg.to_dict()))) == cfg
 
 
@@ -193,7 +194,7 @@ def test_a_config_without_eps_has_that_of_transformers(tmp_path):
 @pytest.mark.parametrize(("layer", "found"), [([-2], -2), ([1], 1), (-1, -1)])
 def test_one_feature_layer_in_a_list(layer, found):
     raw = {"model_type": "llava", "text_config": tiny.LLAMA, "vision_config": tiny.CLIP, "vision_feature_layer": layer}
-    assert LlavaConfig.from_hf(raw).feature_layer == found
+    assert llava_from_hf(raw).feature_layer == found
 
 
 def test_several_feature_layers_are_named(tmp_path):

@@ -12,6 +12,7 @@ from llavamed_jax.checkpoints.load import random_checkpoint
 from llavamed_jax.checkpoints.reader import open_checkpoint
 from llavamed_jax.checkpoints.writer import export
 from llavamed_jax.config import KNOWN_TOWERS, DecoderConfig, LlavaConfig, VisionConfig, preset
+from llavamed_jax.config.hf import llava_to_hf
 from tests import tiny
 
 PIECES = Path(__file__).resolve().parent.parent / "samples" / "vqa_rad" / "tokenizer.model"  # 1,024 of them
@@ -73,7 +74,7 @@ def test_what_has_no_tensors_is_said(tmp_path):
 def test_rows_for_image_and_pad_and_up_to_a_multiple_of_64(pieces, rows):
     cfg = config()
     cfg = cfg.replace(decoder=dataclasses.replace(cfg.decoder, vocab_size=pieces))
-    assert cfg.to_hf("transformers")["text_config"]["vocab_size"] == rows
+    assert llava_to_hf(cfg, "transformers")["text_config"]["vocab_size"] == rows
 
 
 def test_what_processors_of_each_age_read(tmp_path):
@@ -163,7 +164,7 @@ def test_the_original_layout_says_how_features_are_taken(tmp_path):
 def test_a_tower_without_a_name_is_called_as_the_stock_one_of_its_shape(name):
     """The original's code fetches it by this name, and refuses one that is neither a directory nor OpenAI's."""
     cfg = config("transformers").replace(vision=VisionConfig.from_hf(KNOWN_TOWERS[name]))
-    assert cfg.to_hf("llava")["mm_vision_tower"] == name
+    assert llava_to_hf(cfg, "llava")["mm_vision_tower"] == name
 
 
 def test_the_tower_of_v1_is_a_whole_directory(tmp_path):

@@ -80,13 +80,13 @@ SLOW = """
 import sys, time
 from llavamed_jax.checkpoints import writer
 from llavamed_jax.checkpoints.reader import open_checkpoint
-from llavamed_jax.cli import convert
+from llavamed_jax.cli import convert, convert_program
 def slowly(names):
     print("begun", flush=True)
     for name in names:
         time.sleep(0.02)
         yield name
-convert._bar = slowly
+convert_program._bar = slowly
 writer.SHARD_BYTES = 40_000
 sys.exit(convert.main(sys.argv[1:]))
 """

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from llavamed_jax.checkpoints.reader import open_checkpoint
-from llavamed_jax.config import LlavaConfig
+from llavamed_jax.config.hf import llava_from_hf, llava_to_hf
 from llavamed_jax.errors import UserError
 from llavamed_jax.processor import Processor
 from tests import tiny
@@ -58,7 +58,7 @@ def test_v0_configs_without_a_word_of_vision(kind, tmp_path):
     assert cfg.num_vision_layers_used == 3 and str(tmp_path / "clip-vit-large-patch14") in checkpoint.tower
     # The first conversions of LLaMA gave its tokens ids that its tokenizer does not have.
     assert (cfg.decoder.bos_token_id, cfg.decoder.eos_token_id, cfg.decoder.pad_token_id) == (1, 2, None)
-    exported = cfg.to_hf("llava")
+    exported = llava_to_hf(cfg, "llava")
     assert (exported["model_type"], exported["mm_vision_tower"], exported["mm_hidden_size"], exported["use_mm_proj"]) == (
         "llava", "openai/clip-vit-large-patch14", 1024, True)
 
@@ -84,7 +84,7 @@ def test_llava_1_5_before_and_after_transformers_took_its_name(kind, tmp_path):
     assert (checkpoint.config.source, checkpoint.config.image_aspect_ratio, checkpoint.config.max_length) == ("llava_llama", "pad", 2048)
     assert Processor.from_checkpoint(checkpoint).template_name == "up:vicuna_v1"
     np.testing.assert_array_equal(checkpoint.read("vision_tower/pre_layrnorm/bias"), tensors[f"{tower}pre_layrnorm.bias"])
-    assert checkpoint.config.to_hf("llava")["model_type"] == "llava_llama"
+    assert llava_to_hf(checkpoint.config, "llava")["model_type"] == "llava_llama"
 
 
 # --- transformers' configs ---------------------------------------------------------------------------------------------------------
@@ -116,7 +116,7 @@ CONFIGS = {
 def test_a_config_is_read_as_transformers_reads_it(case):
     import transformers
     raw = {**STOCK, **CONFIGS[case]}
-    theirs, ours = transformers.LlavaConfig.from_dict(json.loads(json.dumps(raw))), LlavaConfig.from_hf(raw)
+    theirs, ours = transformers.LlavaConfig.from_dict(json.loads(json.dumps(raw))), llava_from_hf(raw)
     text, vision, d, v = theirs.text_config, theirs.vision_config, ours.decoder, ours.vision
     assert (d.vocab_size, d.hidden_size, d.intermediate_size, d.num_layers, d.num_heads, d.num_kv_heads, d.head_dim) == (
         text.vocab_size, text.hidden_size, text.intermediate_size, text.num_hidden_layers, text.num_attention_heads,

@@ -291,12 +291,12 @@ PROGRAM = """
     from multiprocessing import active_children, shared_memory
 
     from llavamed_jax.config import preset
-    from llavamed_jax.data import lengths, loader
-    from llavamed_jax.data.datasets import TrainingData
-    from llavamed_jax.data.packing import Layout, Plan, Stream
-    from llavamed_jax.data.processor import Processor
-    from llavamed_jax.data.records import MemoryRecords
-    from llavamed_jax.data.tokenizer import Tokenizer
+    from llavamed_jax.pipeline import lengths, loader
+    from llavamed_jax.datasets.training import TrainingData
+    from llavamed_jax.pipeline.packing import Layout, Plan, Stream
+    from llavamed_jax.processor import Processor
+    from llavamed_jax.datasets.records import MemoryRecords
+    from llavamed_jax.text.tokenizer import Tokenizer
 
     shared_memory._SHM_NAME_PREFIX = "/@NAME@"  # in the workers too, which import this file
 

@@ -10,7 +10,8 @@ from llavamed_jax.checkpoints.reader import open_checkpoint
 from llavamed_jax.checkpoints.store import write_model
 from llavamed_jax.checkpoints.tokenizer_files import ids_in_transformers
 from llavamed_jax.checkpoints.writer import export
-from llavamed_jax.config import IMAGE_TOKEN, LlavaConfig
+from llavamed_jax.config import IMAGE_TOKEN
+from llavamed_jax.config.hf import llava_from_hf
 from llavamed_jax.errors import UserError
 from tests.released import all_tensors, assert_same_bits
 from tests.test_export import SAMPLE_TOKENIZER, config, lively, with_tokenizer
@@ -104,12 +105,12 @@ def test_exports_of_before_are_read(tmp_path):
     export(padded(1024, tmp_path / "files"), tmp_path / "hf")
     raw = json.loads((tmp_path / "hf" / "config.json").read_text())
     del raw["llavamed_jax"]["added_ids"]
-    assert LlavaConfig.from_hf(raw).decoder.vocab_size == 1024
+    assert llava_from_hf(raw).decoder.vocab_size == 1024
 
 
 def test_a_padded_table_that_was_resized_since_is_taken_as_it_is(tmp_path):
     export(padded(1100, tmp_path / "files"), tmp_path / "hf")
     raw = json.loads((tmp_path / "hf" / "config.json").read_text())
     raw["text_config"]["vocab_size"] = 1152
-    cfg = LlavaConfig.from_hf(raw)
+    cfg = llava_from_hf(raw)
     assert (cfg.decoder.vocab_size, cfg.image_token_id) == (1152, 1024)

@@ -15,7 +15,8 @@ from llavamed_jax.checkpoints.load import random_checkpoint
 from llavamed_jax.checkpoints.reader import open_checkpoint, read_config
 from llavamed_jax.checkpoints.store import write_model
 from llavamed_jax.checkpoints.writer import export
-from llavamed_jax.config import CLIP_MEAN, CLIP_STD, ImageSettings, LlavaConfig, VisionConfig
+from llavamed_jax.config import CLIP_MEAN, CLIP_STD, ImageSettings, VisionConfig
+from llavamed_jax.config.hf import llava_from_hf
 from llavamed_jax.errors import UserError
 from llavamed_jax.images.load import load_image
 from llavamed_jax.models import vit
@@ -367,7 +368,7 @@ def same_pixels(directory, wanted):
 @pytest.mark.parametrize("place", ["preprocessor", "processor"])
 def test_settings_come_back_from_imports_and_exports(settings, place, tmp_path):
     """A checkpoint of transformers to our tree, to both layouts and back: the same pixels each time, and transformers' too."""
-    config = LlavaConfig.from_hf(HF)
+    config = llava_from_hf(HF)
     source = tmp_path / "source"
     export(random_checkpoint(config), source)
     files = dict(settings=settings) if place == "preprocessor" else dict(processor={"image_processor": settings})
@@ -416,7 +417,7 @@ def test_settings_of_the_originals_reach_transformers(settings, ratio, tmp_path)
 
 def test_an_export_that_was_edited_is_read_as_edited(tmp_path):
     """By transformers and here; our tree of it too, though the files from before the export lie inside."""
-    config = dataclasses.replace(LlavaConfig.from_hf({**tiny.V1, "model_type": "llava_llama",
+    config = dataclasses.replace(llava_from_hf({**tiny.V1, "model_type": "llava_llama",
                                                       "mm_projector_type": "mlp2x_gelu"},
                                                      VisionConfig.from_hf(tiny.CLIP)), image_aspect_ratio="pad")
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(PLAIN))
@@ -438,7 +439,7 @@ def test_an_export_that_was_edited_is_read_as_edited(tmp_path):
 def test_another_towers_settings_reach_the_tree(tmp_path):
     """The files that travel are the checkpoint's, of another size; those that are written say what the model does."""
     source = tmp_path / "source"
-    export(random_checkpoint(LlavaConfig.from_hf(HF)), source)
+    export(random_checkpoint(llava_from_hf(HF)), source)
     checkpoint(source, PLAIN, config=json.loads((source / "config.json").read_text()))
     large = {**tiny.CLIP, "image_size": 42}
     tower = tiny.save(tmp_path / "other", large, tiny.drawn(tiny.clip_shapes(large), dtype=np.float32))

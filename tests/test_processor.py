@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from llavamed_jax.config import IGNORE, IMAGE_TOKEN, preset
+from llavamed_jax.config.hf import llava_to_hf
 from llavamed_jax.errors import UserError
 from llavamed_jax.processor import Processor, expand_images
 from llavamed_jax.text.templates import TEMPLATES, get_template
@@ -149,7 +150,7 @@ def test_every_kind_of_directory(mistral_tokenizer, tmp_path, name, kind):
         (tmp_path / "checkpoints" / "3").mkdir(parents=True)
         path = tmp_path if kind == "tree" else tmp_path / "checkpoints" / "3"
     else:
-        path = directory(tmp_path / "m", config.to_hf(kind), mistral_tokenizer)
+        path = directory(tmp_path / "m", llava_to_hf(config, kind), mistral_tokenizer)
     processor = Processor.load(path)
     assert processor.template.name == config.template
     assert (processor.tokens_per_image, processor.image_size, processor.image_mode, processor.max_length) == (
@@ -226,7 +227,7 @@ def test_template_argument_and_config_come_first(mistral_tokenizer, tmp_path):
 
 
 def test_chat_template_of_a_transformers_checkpoint(mistral_tokenizer, tmp_path):
-    config = preset("llava15-7b").to_hf("transformers")
+    config = llava_to_hf(preset("llava15-7b"), "transformers")
     del config["llavamed_jax"]
     path = directory(tmp_path / "m", config, mistral_tokenizer)
     (path / "chat_template.json").write_text(json.dumps({"chat_template": LLAVA_HF_TEMPLATE}))
@@ -244,7 +245,7 @@ def test_chat_template_of_a_transformers_checkpoint(mistral_tokenizer, tmp_path)
 
 
 def test_an_original_directory_ignores_the_language_models_chat_template(mistral_tokenizer, tmp_path):
-    path = directory(tmp_path / "m", preset("v15-7b").to_hf("llava"), mistral_tokenizer)
+    path = directory(tmp_path / "m", llava_to_hf(preset("v15-7b"), "llava"), mistral_tokenizer)
     (path / "tokenizer_config.json").write_text(json.dumps({"chat_template": "{{ 'text only' }}", "legacy": True}))
     assert Processor.load(path).prompt(ASK).startswith("[INST] <image>")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from llavamed_jax.cli import common
-from llavamed_jax.cli import convert as convert_cli
+from llavamed_jax.cli import convert_program as convert_cli
 from llavamed_jax.cli import eval as eval_cli
 from llavamed_jax.cli import train as train_cli
 from llavamed_jax.training import recipe

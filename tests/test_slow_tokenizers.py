@@ -8,6 +8,7 @@ import pytest
 
 from benchmarks import slow_tokenizers, tokenizer_v1
 from llavamed_jax.config import IMAGE_TOKEN, preset
+from llavamed_jax.config.hf import llava_to_hf
 from llavamed_jax.processor import Processor
 from llavamed_jax.text.tokenizer import Tokenizer
 
@@ -101,7 +102,7 @@ def test_the_folders_of_v1s_own_code_give_its_ids_on_600_samples(version, shared
 def test_texts_with_images_are_encoded_whole_in_transformers_layout(name, tmp_path):
     """Where `<image>` is a token, transformers' processors hand the whole text to the tokenizer: text behind an image is split as
     text behind any special token. The originals' code encodes it as a beginning."""
-    config = preset("llava15-7b").to_hf("transformers")
+    config = llava_to_hf(preset("llava15-7b"), "transformers")
     del config["llavamed_jax"]
     (tmp_path / "config.json").write_text(json.dumps({**config, "image_token_index": 1024}))
     shutil.copyfile(slow_tokenizers.MODEL, tmp_path / "tokenizer.model")
@@ -110,7 +111,7 @@ def test_texts_with_images_are_encoded_whole_in_transformers_layout(name, tmp_pa
     processor = Processor.load(tmp_path)
     for text, wanted in zip(RECORDED["texts"], RECORDED["ids"][name]["4.36.2"], strict=True):
         assert processor.encode(text) == [IMAGE_TOKEN if i == 1024 else i for i in wanted], text
-    (tmp_path / "config.json").write_text(json.dumps(preset("llava15-7b").to_hf("llava")))
+    (tmp_path / "config.json").write_text(json.dumps(llava_to_hf(preset("llava15-7b"), "llava")))
     original, apart = Processor.load(tmp_path), "USER: <image>\nIs it? ASSISTANT:"
     chunks = [original.tokenizer.encode(chunk, bos=i == 0) for i, chunk in enumerate(apart.split("<image>"))]
     assert original.encode(apart) == [*chunks[0], IMAGE_TOKEN, *chunks[1]]

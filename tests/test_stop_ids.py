@@ -10,7 +10,7 @@ from llavamed_jax.checkpoints.reader import open_checkpoint, read_config
 from llavamed_jax.checkpoints.store import write_model
 from llavamed_jax.checkpoints.writer import export
 from llavamed_jax.cli.convert import main
-from llavamed_jax.config import LlavaConfig
+from llavamed_jax.config.hf import llava_from_hf
 from llavamed_jax.errors import UserError
 from tests import released, tiny
 
@@ -272,7 +272,7 @@ def test_settings_that_change_nothing_are_all_known():
     transformers = pytest.importorskip("transformers")
     defaults = transformers.GenerationConfig()
     known = {**defaults.to_dict(), **getattr(defaults, "_get_default_generation_params", dict)()}
-    assert not_applied(LlavaConfig.from_hf(released.V15, released.TINY.vision), {}) is None
+    assert not_applied(llava_from_hf(released.V15, released.TINY.vision), {}) is None
     from llavamed_jax.checkpoints import generation_file as g
     assert not set(known) - set(g._NOT_APPLIED) - g._OF_A_CALL - g._WITHOUT_EFFECT
     for key, neutral in g._NOT_APPLIED.items():

@@ -95,7 +95,7 @@ def test_a_chat_hears_utf8_in_every_locale(variables, shown):
 
 
 def test_chat_templates_are_rendered_without_streams():
-    code = ("from llavamed_jax.data import template_process as t; text = t.render(dict(source='{{ messages[0].content }}', tokens={}, "
+    code = ("from llavamed_jax.text import template_process as t; text = t.render(dict(source='{{ messages[0].content }}', tokens={}, "
             "marker='<image>', messages=[dict(role='user', text='hello', parts=[])]), 'it'); raise SystemExit(text != 'hello')")
     for closed in ("stdin", "all"):
         assert bare("-c", code, closed=closed).returncode == 0, closed
@@ -162,7 +162,8 @@ pwd.getpwuid = getpwuid
 
 def test_an_evaluation_needs_no_home(tmp_path):
     """nltk fails on import where it finds none."""
-    code = UNKNOWN + "from llavamed_jax.evaluation import captions, metrics; print(metrics.bleu('a b', 'a b')[1], captions.ORDERS)"
+    code = (UNKNOWN + "from llavamed_jax.evaluation import metrics; from llavamed_jax.evaluation.scoring import captions; "
+            "print(metrics.bleu('a b', 'a b')[1], captions.ORDERS)")
     done = bare("-c", code, cwd=tmp_path, PYTHONPATH=str(ROOT))
     assert (done.returncode, done.stdout) == (0, "1.0 4\n"), done.stderr
     assert not list(tmp_path.iterdir())

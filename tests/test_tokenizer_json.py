@@ -13,6 +13,7 @@ import pytest
 from test_tokenizer import random_text
 
 from llavamed_jax.config import IMAGE_TOKEN, preset
+from llavamed_jax.config.hf import llava_to_hf
 from llavamed_jax.errors import UserError
 from llavamed_jax.processor import Processor
 from llavamed_jax.text.tokenizer import Tokenizer
@@ -74,7 +75,7 @@ def byte_level(has_bos=True):
 def directory(path, tokenizer, settings=None, source="transformers"):
     """A checkpoint's directory without weights, in transformers' layout or an original's."""
     path.mkdir(parents=True)
-    config = preset("llava15-7b").to_hf("transformers" if source == "transformers" else "llava")
+    config = llava_to_hf(preset("llava15-7b"), "transformers" if source == "transformers" else "llava")
     if source == "transformers":
         del config["llavamed_jax"]
         ids = {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
@@ -184,7 +185,7 @@ def test_two_files_that_differ_are_named_once(pieces, tmp_path, capsys):
     for file in path.iterdir():
         if file.name != "config.json":
             shutil.copyfile(file, tmp_path / "original" / file.name)
-    (tmp_path / "original" / "config.json").write_text(json.dumps(preset("llava15-7b").to_hf("llava")))
+    (tmp_path / "original" / "config.json").write_text(json.dumps(llava_to_hf(preset("llava15-7b"), "llava")))
     assert Processor.load(tmp_path / "original").tokenizer.file.name == "tokenizer.model"
     assert "this one is taken, as the originals' code does" in capsys.readouterr().err
 

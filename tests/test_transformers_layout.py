@@ -13,7 +13,8 @@ from llavamed_jax.checkpoints import names  # noqa: E402
 from llavamed_jax.checkpoints.load import flatten, load_params, random_checkpoint  # noqa: E402
 from llavamed_jax.checkpoints.reader import open_checkpoint  # noqa: E402
 from llavamed_jax.checkpoints.writer import export  # noqa: E402
-from llavamed_jax.config import IMAGE_TOKEN, DecoderConfig, LlavaConfig  # noqa: E402
+from llavamed_jax.config import IMAGE_TOKEN, DecoderConfig  # noqa: E402
+from llavamed_jax.config.hf import llava_from_hf, llava_to_hf  # noqa: E402
 from llavamed_jax.errors import UserError  # noqa: E402
 from llavamed_jax.models import llava  # noqa: E402
 from tests import hf, released  # noqa: E402
@@ -114,9 +115,9 @@ def test_rows_that_a_user_added_after_the_export_are_kept(v15, tmp_path):
 def test_a_stock_checkpoint_keeps_its_rows():
     stock = {"model_type": "llava", "image_token_index": 32000, "pad_token_id": 32001, "vision_config": {},
              "text_config": {"model_type": "llama", "vocab_size": 32064, "rms_norm_eps": 1e-5}}
-    cfg = LlavaConfig.from_hf(stock)
+    cfg = llava_from_hf(stock)
     assert (cfg.decoder.vocab_size, cfg.transformers_vocab_size, cfg.image_token_id) == (32064, 32064, 32000)
-    assert LlavaConfig.from_hf(cfg.to_hf("transformers")) == cfg
+    assert llava_from_hf(llava_to_hf(cfg, "transformers")) == cfg
 
 
 def test_tied_head(tmp_path):

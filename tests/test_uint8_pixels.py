@@ -12,12 +12,13 @@ import llavamed_jax as lm
 from llavamed_jax.checkpoints.load import load_params, random_checkpoint
 from llavamed_jax.checkpoints.reader import read_config
 from llavamed_jax.config import IMAGE_TOKEN, ImageSettings, LlavaConfig
+from llavamed_jax.config.hf import llava_from_hf
 from llavamed_jax.generation.requests import Request
 from llavamed_jax.images import load
 from llavamed_jax.models import vit
 from llavamed_jax.processor import Processor
 
-CONFIG = LlavaConfig.from_hf({"model_type": "llava", "text_config": tiny.MISTRAL, "vision_config": tiny.CLIP,
+CONFIG = llava_from_hf({"model_type": "llava", "text_config": tiny.MISTRAL, "vision_config": tiny.CLIP,
                               "vision_feature_layer": -2})
 STATISTICS = [(load.CLIP_MEAN, load.CLIP_STD), ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)), ((0.1, 0.6, 0.9), (0.2, 0.3, 0.25))]
 

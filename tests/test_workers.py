@@ -147,13 +147,13 @@ def test_workers_fit_the_room_that_is_there(tmp_path, monkeypatch):
 
 IN_A_CONTAINER = """
     import contextlib, sys
-    from llavamed_jax.data import lengths, loader
-    from llavamed_jax.data.datasets import TrainingData
-    from llavamed_jax.data.packing import Layout, Plan, Stream
-    from llavamed_jax.data.processor import Processor
-    from llavamed_jax.data.records import MemoryRecords
-    from llavamed_jax.data.tokenizer import Tokenizer
-    from llavamed_jax.data.workers import WorkerError
+    from llavamed_jax.pipeline import lengths, loader
+    from llavamed_jax.datasets.training import TrainingData
+    from llavamed_jax.pipeline.packing import Layout, Plan, Stream
+    from llavamed_jax.processor import Processor
+    from llavamed_jax.datasets.records import MemoryRecords
+    from llavamed_jax.text.tokenizer import Tokenizer
+    from llavamed_jax.pipeline.workers import WorkerError
 
     def main(rows, asked, is_filled):
         records = [{"id": i, "image": [IMAGE], "conversations": [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "A"}]}

@@ -18,8 +18,8 @@ from llavamed_jax.checkpoints.soundness import Tally
 from llavamed_jax.checkpoints.torch_files import Tensor, read_file, read_weights, refuse_adapter
 from llavamed_jax.checkpoints.tower import tower_config, tower_tensors
 from llavamed_jax.config import LlavaConfig, projector_depth
+from llavamed_jax.config.hf import joined, plain_decoder
 from llavamed_jax.errors import UsageError, UserError, at, cut, exists, short, some
-from llavamed_jax.hf_config import joined, plain_decoder
 from llavamed_jax.utils.files import read_json
 
 # What an original's config.json beside an mm_projector.bin says of how its features were taken.

@@ -8,6 +8,7 @@ from pathlib import Path
 from llavamed_jax.checkpoints.chat_template import chat_template, template_name
 from llavamed_jax.checkpoints.reader import Checkpoint
 from llavamed_jax.config import CLIP_MEAN, CLIP_STD, ImageSettings, LlavaConfig
+from llavamed_jax.config.hf import llava_to_hf
 from llavamed_jax.utils.files import read_json
 
 _MAX_RUNS = 20  # of a chain of recipes, each begun from the one before
@@ -126,7 +127,7 @@ def _facts(checkpoint: Checkpoint) -> dict[str, object]:
 
 def _use(cfg: LlavaConfig, layout: str, ids: tuple[int, int] | None) -> str:
     if layout == "llava":
-        inside = _TOWER_INSIDE.format(name=Path(cfg.to_hf(layout)["mm_vision_tower"]).name)
+        inside = _TOWER_INSIDE.format(name=Path(llava_to_hf(cfg, layout)["mm_vision_tower"]).name)
         kind = cfg.source if cfg.source != "transformers" else f"llava_{cfg.decoder.architecture}"
         is_plain = cfg.vision.images == ImageSettings() and (cfg.vision.image_mean, cfg.vision.image_std) == (CLIP_MEAN, CLIP_STD)
         ignored = _TOWER_IGNORED + ("" if is_plain else _SETTINGS_IGNORED)

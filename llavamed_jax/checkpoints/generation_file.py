@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from llavamed_jax.config import DecoderConfig, LlavaConfig, token_ids
+from llavamed_jax.config.hf import mended_ids
 from llavamed_jax.errors import UserError, short, some
-from llavamed_jax.hf_config import mended_ids
 from llavamed_jax.utils.files import read_json, write_json
 
 FILE = "generation_config.json"

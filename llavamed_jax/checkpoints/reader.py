@@ -25,8 +25,8 @@ from llavamed_jax.checkpoints.torch_files import Tensor, has_weights, read_weigh
 from llavamed_jax.checkpoints.tower import check_width, fetch_tower, find_tower, tower_config, tower_tensors
 from llavamed_jax.checkpoints.tower_shape import is_tower, known_shape, shape_of_tensors
 from llavamed_jax.config import KNOWN_TOWERS, OURS, LlavaConfig, VisionConfig, as_object, preset, projector_depth
+from llavamed_jax.config.hf import is_transformers, llava_from_hf, not_obeyed, tower_name
 from llavamed_jax.errors import UserError, at, warn
-from llavamed_jax.hf_config import is_transformers, not_obeyed, tower_name
 from llavamed_jax.utils.files import read_json
 
 TEXT_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -214,7 +214,7 @@ def _torch_config(directory: Path, vision_tower: Path | None,
     if vision_tower is not None:
         vision = tower_config(vision_tower)
     try:
-        config = LlavaConfig.from_hf(raw, vision)
+        config = llava_from_hf(raw, vision)
     except UserError as error:
         raise UserError(f"{directory}: {error}") from None
     if vision is not None:

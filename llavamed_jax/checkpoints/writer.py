@@ -19,6 +19,7 @@ from llavamed_jax.checkpoints.reader import Checkpoint
 from llavamed_jax.checkpoints.tokenizer_files import ids_in_transformers
 from llavamed_jax.checkpoints.torch_files import DTYPES, Tensor
 from llavamed_jax.config import OURS
+from llavamed_jax.config.hf import llava_to_hf
 from llavamed_jax.utils.directories import new_directory
 from llavamed_jax.utils.files import write_json
 
@@ -41,11 +42,11 @@ def export(checkpoint: Checkpoint, out: str | Path, layout: str = "transformers"
         weights are no model's (`Checkpoint.sound`).
     """
     cfg = checkpoint.config
-    config, ids = cfg.to_hf(layout), None
+    config, ids = llava_to_hf(cfg, layout), None
     spelled = {name: spellings[0] for name, spellings in names.torch_names(cfg, layout).items()}
     if layout == "transformers" and cfg.image_token_id is None:
         ids = ids_in_transformers(cfg.decoder.vocab_size, checkpoint.files)
-        config = cfg.to_hf(layout, ids)
+        config = llava_to_hf(cfg, layout, ids)
         padded = _padded_vocabulary(checkpoint, cfg.rows_in_transformers(ids))
         checkpoint = checkpoint.replace(tensors={**checkpoint.tensors, **padded})
     with new_directory(out, total_bytes(checkpoint.tensors), checkpoint.sources) as temporary:

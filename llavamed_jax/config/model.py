@@ -328,39 +328,6 @@ class LlavaConfig:
         return cls(**{**d, "vision": VisionConfig(**d["vision"]), "decoder": DecoderConfig(**d["decoder"]),
                       "extra": json.dumps(as_object(d.get("extra", {}), "extra"), sort_keys=True)})
 
-    @classmethod
-    def from_hf(cls, config: Mapping[str, Any], vision: VisionConfig | None = None) -> "LlavaConfig":
-        """From the `config.json` of a released checkpoint.
-
-        Args:
-          config: `model_type` `llava_mistral`, `llava_llama`, `llava` with or `llama` without `mm_*` keys (v0), or
-            transformers' own `llava`.
-          vision: the tower's shape; the originals keep it in the tower's own directory, transformers' layout inside.
-        Raises:
-          UserError: another architecture, or an original layout whose tower is neither given nor known by name.
-        """
-        from llavamed_jax import hf_config  # which stands on this module
-
-        if hf_config.is_transformers(config):
-            return hf_config.from_transformers(config)
-        if hf_config.is_original(config):
-            return hf_config.from_original(config, vision)
-        raise UserError(f"config.json has model_type {short(config.get('model_type'))}; llava_mistral, llava_llama or llava was expected")
-
-    def to_hf(self, layout: str, ids: tuple[int, int] | None = None) -> dict:
-        """The `config.json` of an export; `layout` is `transformers` or `llava` (the original's own).
-
-        Args:
-          ids: of `<image>` and `<pad>` in transformers' layout, for a model that has none; None: the first two behind its table.
-        """
-        from llavamed_jax import hf_config
-
-        if layout == "transformers":
-            return hf_config.to_transformers(self, ids)
-        if layout == "llava":
-            return hf_config.to_original(self)
-        raise UserError(f"the layout {short(layout)} does not exist; transformers or llava was expected")
-
 
 def check_activation(what: str, name: str) -> None:
     """Raises UserError for an activation that `models.layers.ACTIVATIONS` has not."""

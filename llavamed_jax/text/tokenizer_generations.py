@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 from llavamed_jax.errors import UserError, short, warn_once
-
-if TYPE_CHECKING:
-    from llavamed_jax.text.tokenizer import Tokenizer
 
 # Where conversions of one SentencePiece model have been seen to differ: behind special tokens, in runs of blanks, at white
 # space in front, in spelt-out bytes. {} is a special token.
@@ -20,6 +17,18 @@ _NOT_APPLIED = {
     "split_special_tokens": ((False, None), "special tokens that a text writes out become their ids"),
     "sp_model_kwargs": (({}, None), "SentencePiece runs with its own settings"),
 }
+
+
+class Tokenizer(Protocol):
+    """What is compared here of a `text.tokenizer.Tokenizer`."""
+
+    file: Path
+    settings: Mapping[str, Any]
+    eos_token: str
+    bos_id: int | None
+    has_bos: bool
+
+    def encode(self, text: str, bos: bool = True) -> list[int]: ...
 
 
 def say_differences(directory: Path, tokenizer: Tokenizer, other: Tokenizer | UserError | None) -> None:

@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from llavamed_jax.config import KNOWN_TOWERS, OURS, DecoderConfig, LlavaConfig, VisionConfig, as_object, projector_depth, token_ids
+from llavamed_jax.config.checks import as_object, token_ids
+from llavamed_jax.config.model import KNOWN_TOWERS, OURS, DecoderConfig, LlavaConfig, VisionConfig, projector_depth
 from llavamed_jax.errors import UserError, short
 
 # Keys of a source's config.json that LlavaConfig models; all others travel in `extra`.
@@ -39,6 +40,39 @@ _TILES = re.compile("anyres|highres|crop_split")
 _DECODERS = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
 # An original's file always states these; transformers' own class has defaults, which its published configs lean on.
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "rms_norm_eps")
+
+
+def llava_from_hf(config: Mapping[str, Any], vision: VisionConfig | None = None) -> LlavaConfig:
+    """Reads the `config.json` of a released checkpoint.
+
+    Args:
+      config: `model_type` `llava_mistral`, `llava_llama`, `llava` with or `llama` without `mm_*` keys (v0), or
+        transformers' own `llava`.
+      vision: the tower's shape; the originals keep it in the tower's own directory, transformers' layout inside.
+    Raises:
+      UserError: another architecture, or an original layout whose tower is neither given nor known by name.
+    """
+    if is_transformers(config):
+        return from_transformers(config)
+    if is_original(config):
+        return from_original(config, vision)
+    raise UserError(f"config.json has model_type {short(config.get('model_type'))}; llava_mistral, llava_llama or llava was expected")
+
+
+def llava_to_hf(cfg: LlavaConfig, layout: str, ids: tuple[int, int] | None = None) -> dict[str, Any]:
+    """Makes the `config.json` of an export.
+
+    Args:
+      layout: `transformers` or `llava` (the original's own).
+      ids: of `<image>` and `<pad>` in transformers' layout, for a model that has none; None: the first two behind its table.
+    Raises:
+      UserError: another layout.
+    """
+    if layout == "transformers":
+        return to_transformers(cfg, ids)
+    if layout == "llava":
+        return to_original(cfg)
+    raise UserError(f"the layout {short(layout)} does not exist; transformers or llava was expected")
 
 
 def _extra(config: Mapping[str, Any], modelled: set[str]) -> str:
@@ -226,7 +260,7 @@ def from_transformers(config: Mapping[str, Any]) -> LlavaConfig:
 
 
 def to_transformers(cfg: LlavaConfig, ids: tuple[int, int] | None = None) -> dict:
-    """The `config.json` of a LlavaForConditionalGeneration (`LlavaConfig.to_hf`). Raises UserError for a projector that it cannot hold."""
+    """The `config.json` of a LlavaForConditionalGeneration (`llava_to_hf`). Raises UserError for a projector that it cannot hold."""
     if cfg.projector_type != "mlp2x_gelu":
         raise UserError(f"transformers' llava layout holds two-layer projectors only; this model's is {short(cfg.projector_type)}: "
                         "--layout llava holds it")

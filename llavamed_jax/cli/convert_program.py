@@ -1,0 +1,268 @@
+"""`python -m convert`: weights in and out, and what a checkpoint holds."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from tqdm import tqdm
+
+from llavamed_jax.checkpoints.build import build, with_projector
+from llavamed_jax.checkpoints.delta import apply_delta, make_delta
+from llavamed_jax.checkpoints.reader import Checkpoint, open_checkpoint, text_files
+from llavamed_jax.checkpoints.torch_files import Tensor
+from llavamed_jax.checkpoints.writer import export, total_bytes
+from llavamed_jax.cli.common import Parser
+from llavamed_jax.errors import UsageError, UserError, cut, exists, warn
+from llavamed_jax.text.chat_template import read_template
+from llavamed_jax.text.templates import get_template
+from llavamed_jax.text.tokenizer import TOKENIZERS, Tokenizer
+from llavamed_jax.utils import signals, terminal
+from llavamed_jax.utils.directories import new_directory
+from llavamed_jax.utils.files import read_json
+
+_OF_TEXT = ("tokenizer", "special_", "added_", "chat_template")  # the files that --tokenizer replaces
+_DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+
+
+def program(argv: list[str]) -> int | None:
+    """Runs one conversion; returns the exit status."""
+    parser = Parser(prog="python -m convert", description=__doc__)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, (add_flags, action) in COMMANDS.items():
+        command = commands.add_parser(name, help=action.__doc__, description=action.__doc__)
+        add_flags(command)
+        command.set_defaults(action=action)
+    args = parser.parse_args(argv)
+    return args.action(args)
+
+
+def _checkpoint_flags(parser: argparse.ArgumentParser, path: str) -> None:
+    parser.add_argument(path, required=True, **_PATH) if path.startswith("--") else parser.add_argument(path, **_PATH)
+    _part_flags(parser, "a CLIP tower, not the checkpoint's own", "template of the result: v1.5:mistral_instruct ...")
+    parser.add_argument("--dtype", choices=_DTYPES, metavar="TYPE", help="float32, float16 or bfloat16; else as it is")
+
+
+def _part_flags(parser: argparse.ArgumentParser, tower: str, template: str) -> None:
+    parser.add_argument("--vision_tower", metavar="PATH", help=tower)
+    parser.add_argument("--tokenizer", metavar="PATH", help="a tokenizer.model, or a directory with a tokenizer")
+    parser.add_argument("--template", metavar="NAME", help=template)
+
+
+_PATH = dict(metavar="PATH", help="directory or run, owner/name of a hub, preset:NAME")
+
+
+def _open(path: str, args: argparse.Namespace, dtype: type | None = None) -> Checkpoint:
+    """The checkpoint of a PATH with the parts that the flags name in place of its own. Says what it is."""
+    checkpoint = open_checkpoint(path, args.vision_tower).cast(dtype)
+    if args.template is not None:
+        _said_of("--template", get_template, args.template)
+        checkpoint = checkpoint.replace(config=checkpoint.config.replace(template=args.template))
+    if args.tokenizer is not None:
+        source = Path(args.tokenizer)
+        if not exists(source):
+            raise UsageError(f"--tokenizer {cut(str(source))} holds no tokenizer.model and no tokenizer.json, for it does not exist")
+        files = {"tokenizer.model": source} if source.is_file() and source.suffix == ".model" else text_files(source)
+        if not any(name.startswith("tokenizer") for name in files):
+            raise UsageError(f"--tokenizer {source} holds no tokenizer.model and no tokenizer.json")
+        _said_of("--tokenizer", Tokenizer.load, source)  # one that cannot be read is said before anything is written
+        kept = {name: file for name, file in checkpoint.files.items() if not name.startswith(_OF_TEXT)}
+        checkpoint = checkpoint.replace(files={**kept, **{name: file for name, file in files.items() if name.startswith(_OF_TEXT)}})
+    _check_text(checkpoint)
+    print(terminal.sentence(f"{path}: {checkpoint.layout} layout, vision tower: {checkpoint.tower}"))
+    if getattr(args, "projector", None) is not None:
+        checkpoint, sentence = with_projector(checkpoint, Path(args.projector))
+        print(sentence)
+    return checkpoint
+
+
+def _check_text(checkpoint: Checkpoint) -> None:
+    """Raises UserError of settings or a tokenizer that cannot be read: they travel as they are, and whoever loads the result
+    would be the first to know. Says where ids have no row: some published tokenizers have a token too many."""
+    for name, file in checkpoint.files.items():
+        if name.endswith(".json"):
+            read_json(file)
+        elif name.endswith(".jinja"):
+            read_template(file)
+    rows = checkpoint.config.decoder.vocab_size
+    pieces = max((Tokenizer.load(checkpoint.files[name]).vocab_size for name in TOKENIZERS if name in checkpoint.files), default=0)
+    if pieces > rows:
+        print(f"warning: the tokenizer has {pieces} pieces and the embedding table {rows} rows: ids from {rows} on have none",
+              file=sys.stderr)
+
+
+def _said_of(flag: str, check: Callable[[Any], object], value: Any) -> None:
+    try:
+        check(value)
+    except UserError as error:
+        raise UsageError(f"{flag}: {error}") from error
+
+
+def _bar(names: Iterable[str]) -> Iterable[str]:
+    return tqdm(names, unit="tensor", disable=None)  # None: silent where stderr is no terminal
+
+
+def _report(tensors: Mapping[str, Tensor], out: str) -> None:
+    print(f"wrote {len(tensors)} tensors, {_bytes(total_bytes(tensors))}, to {out}")
+
+
+def _import_flags(parser: argparse.ArgumentParser) -> None:
+    _checkpoint_flags(parser, "--checkpoint")
+    parser.add_argument("--projector", metavar="FILE", help="an mm_projector.bin in the projector's place")
+    parser.add_argument("--out", required=True, metavar="DIR", help="a new directory for the result")
+
+
+def _import(args: argparse.Namespace) -> None:
+    """Turn a checkpoint into a tree of this project."""
+    from llavamed_jax.checkpoints.store import write_model  # Orbax: not needed by the other commands
+    checkpoint = _open(args.checkpoint, args, _DTYPES.get(args.dtype))
+    with new_directory(args.out, total_bytes(checkpoint.tensors), checkpoint.sources) as out:
+        write_model(out, checkpoint, progress=_bar)
+    _report(checkpoint.tensors, args.out)
+
+
+def _export_flags(parser: argparse.ArgumentParser) -> None:
+    _import_flags(parser)
+    parser.add_argument("--layout", required=True, choices=("transformers", "llava"),
+                        metavar="LAYOUT", help="transformers, or llava (the original's own)")
+
+
+def _export(args: argparse.Namespace) -> None:
+    """Write a checkpoint in a PyTorch layout."""
+    checkpoint = _open(args.checkpoint, args, _DTYPES.get(args.dtype))
+    export(checkpoint, args.out, args.layout, _bar)
+    _report(checkpoint.tensors, args.out)
+
+
+def _build_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--decoder", required=True, metavar="PATH", help="a directory of LLaMA, Vicuna or Mistral, or owner/name of a hub")
+    parser.add_argument("--vision", required=True, metavar="PATH", help="a directory of a CLIP model, or owner/name of a hub")
+    parser.add_argument("--projector", required=True, metavar="TYPE|FILE",
+                        help="linear or mlpNx_gelu, freshly drawn, or an mm_projector.bin")
+    parser.add_argument("--add_image_tokens", action="store_true", help="add <im_patch>, <im_start> and <im_end>, as LLaVA-Med v1.0 has")
+    parser.add_argument("--add_pad_token", action="store_true", help="and [PAD] before them, as its --version v0 does")
+    parser.add_argument("--seed", type=int, default=0, help="of what is drawn; default 0")
+    parser.add_argument("--out", required=True, metavar="DIR", help="a new directory for the tree")
+
+
+def _build(args: argparse.Namespace) -> None:
+    """Join a plain decoder and a CLIP tower with a projector: how stage 1 starts."""
+    from llavamed_jax.checkpoints.store import write_model
+    if args.seed < 0:
+        raise UsageError(f"--seed is {args.seed}; a whole number of at least 0 was expected")
+    if args.add_pad_token and not args.add_image_tokens:
+        raise UsageError("--add_pad_token puts [PAD] before the image tokens; --add_image_tokens was expected beside it")
+    with tempfile.TemporaryDirectory() as scratch, signals.undone_by(lambda: shutil.rmtree(scratch, ignore_errors=True)):
+        checkpoint, said = build(args.decoder, args.vision, args.projector, Path(scratch), args.add_image_tokens, args.seed,
+                                 args.add_pad_token)
+        _check_text(checkpoint)
+        print(*said, sep="\n")
+        with new_directory(args.out, total_bytes(checkpoint.tensors), map(Path, (args.decoder, args.vision))) as out:
+            write_model(out, checkpoint, progress=_bar)
+    _report(checkpoint.tensors, args.out)
+
+
+def _delta_flags(parser: argparse.ArgumentParser, other: str, other_help: str) -> None:
+    parser.add_argument("--base", required=True, metavar="PATH", help="the plain decoder: a directory, or owner/name of a hub")
+    parser.add_argument(other, required=True, metavar="PATH", help=other_help)
+    parser.add_argument("--out", required=True, metavar="DIR", help="a new directory, in the original's layout")
+
+
+def _make_delta_flags(parser: argparse.ArgumentParser) -> None:
+    _delta_flags(parser, "--target", "the model that was trained from it, in the original's layout")
+
+
+def _make_delta(args: argparse.Namespace) -> None:
+    """Write a model as its difference from the base that it was trained from, in float16."""
+    _report(make_delta(args.base, args.target, args.out, _bar), args.out)
+
+
+def _apply_delta_flags(parser: argparse.ArgumentParser) -> None:
+    _delta_flags(parser, "--delta", "what was released in the model's place")
+
+
+def _apply_delta(args: argparse.Namespace) -> None:
+    """Add a delta to its base, in float16: how LLaVA-Med v1.0 becomes a model."""
+    _report(apply_delta(args.base, args.delta, args.out, _bar), args.out)
+
+
+def _inspect_flags(parser: argparse.ArgumentParser) -> None:
+    _checkpoint_flags(parser, "path")
+
+
+def _inspect(args: argparse.Namespace) -> None:
+    """Print what a checkpoint holds."""
+    checkpoint = _open(args.path, args, _DTYPES.get(args.dtype))
+    if doubt := checkpoint.doubt():
+        warn(doubt)
+    cfg, v, d = checkpoint.config, checkpoint.config.vision, checkpoint.config.decoder
+    tokenizer = next((n for n in TOKENIZERS if n in checkpoint.files), "none")
+    window = f", window {d.sliding_window}" if d.sliding_window else ""
+    step = f", step {checkpoint.step}" if checkpoint.step is not None else ""
+    rows = [
+        ("layout", f"{checkpoint.layout}{step}"),
+        ("vision tower", f"{v.num_layers} layers, width {v.hidden_size}, {v.num_heads} heads, {v.image_size} px, patch {v.patch_size}"),
+        ("", f"feature layer {cfg.feature_layer}, {cfg.feature_select}: {cfg.tokens_per_image} tokens an image"),
+        ("images", f"{cfg.image_aspect_ratio}, {v.images.words(v.image_size)}"),
+        ("projector", f"{cfg.projector_type}, {v.hidden_size} -> {d.hidden_size}"),
+        ("decoder", f"{d.architecture}, {d.num_layers} layers, width {d.hidden_size}, {d.num_heads} heads, {d.num_kv_heads} of keys"),
+        ("", f"vocabulary {d.vocab_size}, feed-forward {d.intermediate_size}, theta {d.rope_theta:g}, eps {d.rms_norm_eps:g}{window}"),
+        ("tokenizer", tokenizer),
+        ("template", cfg.template or "by model type"),
+    ]
+    for label, text in rows:
+        print(f"{label:<13} {terminal.sentence(text)}")
+    print(f"\n{'part':<13} {'tensors':>8} {'parameters':>15}  dtype")
+    unused = set(checkpoint.unused)
+    parts = {part: [n for n in checkpoint.tensors if n.startswith(part) and n not in unused]
+             for part in ("vision_tower", "projector", "decoder")}
+    for part, members in {**parts, "unused": unused, "all": checkpoint.tensors}.items():
+        tensors = [checkpoint.tensors[name] for name in members]
+        dtypes = ", ".join(sorted({t.dtype.name for t in tensors}))
+        print(f"{part:<13} {len(tensors):>8} {sum(math.prod(t.shape) for t in tensors):>15,}  {dtypes}")
+
+
+def _verify_flags(parser: argparse.ArgumentParser) -> None:
+    for name in "ab":
+        parser.add_argument(name, **_PATH | {"metavar": name.upper()})
+    parser.add_argument("--tolerance", type=float, default=1e-4, metavar="X",
+                        help="how far values may be apart, as a part of the largest magnitude of their tensor or of the logits")
+    parser.add_argument("--tensors_only", action="store_true", help="no logits and no greedy tokens: the models are not loaded")
+    parser.add_argument("--dtype", choices=_DTYPES, default="float32", help="that logits are computed in")
+    _part_flags(parser, "a CLIP tower that is taken for both", "template of both: v1.5:mistral_instruct ...")
+
+
+def _verify(args: argparse.Namespace) -> int:
+    """Say whether two checkpoints are the same model; exit status 1 if they are not."""
+    from llavamed_jax.verification.compare import compare, table  # brings jax
+    if not 0 <= args.tolerance < math.inf:
+        raise UsageError(f"--tolerance is {args.tolerance}; a number of at least 0 was expected")
+    checkpoints = [_open(path, args) for path in (args.a, args.b)]
+    rows = compare(*checkpoints, args.tolerance, args.tensors_only, _DTYPES[args.dtype], _bar)
+    print(f"\n{table(rows)}\n")
+    differing = [row.what for row in rows if not row.is_equal]
+    print(f"not equal: {'; '.join(differing)}" if differing else f"equal, to {args.tolerance:g} of the largest magnitude")
+    return 1 if differing else 0
+
+
+def _bytes(size: int) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB"
+
+
+COMMANDS = {
+    "import": (_import_flags, _import),
+    "export": (_export_flags, _export),
+    "build": (_build_flags, _build),
+    "make-delta": (_make_delta_flags, _make_delta),
+    "apply-delta": (_apply_delta_flags, _apply_delta),
+    "inspect": (_inspect_flags, _inspect),
+    "verify": (_verify_flags, _verify),
+}
