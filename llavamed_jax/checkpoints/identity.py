@@ -27,6 +27,7 @@ class Origin:
       files: of the checkpoint, by their names in it. Tensors of this project's own tree count by their manifests, which have a sha256
         of each and to which they are held when they are read; those of PyTorch's layouts by their files.
       beside: of a vision tower or a tokenizer that lies elsewhere.
+      known: name -> sha256 of files that need not be there any more: a run that goes on deletes its older steps.
     """
 
     path: str
@@ -34,10 +35,12 @@ class Origin:
     config: str = ""
     files: Mapping[str, Path] = field(default_factory=dict)
     beside: Mapping[str, Path] = field(default_factory=dict)
+    known: Mapping[str, str] = field(default_factory=dict)
 
     def hashes(self) -> dict[str, str]:
         """Name -> sha256 of every file, those that lie elsewhere among them. Raises UserError for one that is gone by now."""
-        return sha256_of_files({**self.files, **self.beside})
+        found = {name: file for name, file in {**self.files, **self.beside}.items() if name not in self.known}
+        return sha256_of_files(found) | self.known
 
     def sha256(self, hashes: Mapping[str, str]) -> str:
         """One sha256 of the checkpoint, of the list of its own files."""
@@ -66,7 +69,9 @@ def origin(path: str | Path, checkpoint: Checkpoint, tokenizer: str | Path | Non
         source = Path(tokenizer)
         found = text_files(source) if source.is_dir() else {source.name: source, **text_files(source.parent)}
         beside |= {f"tokenizer: {name}": file for name, file in found.items() if file.is_file()}
-    return Origin(str(path), checkpoint.step, short_hash(json.loads(json.dumps(checkpoint.config.to_dict(), default=str))), files, beside)
+    known = sha256_of_files({name: file for name, file in files.items() if checkpoint.layout == "tree" and name.startswith("checkpoints/")})
+    return Origin(str(path), checkpoint.step, short_hash(json.loads(json.dumps(checkpoint.config.to_dict(), default=str))), files, beside,
+                  known)
 
 
 def _tree_files(root: Path, step: int | None) -> dict[str, Path]:

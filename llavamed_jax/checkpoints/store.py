@@ -18,10 +18,9 @@ import asyncio
 import contextlib
 import logging
 import os
-import re
 import shutil
 import warnings
-from collections.abc import Coroutine, Iterable, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -31,23 +30,30 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint._src import asyncio_utils  # nothing public reaches its event loop
 
-from llavamed_jax.checkpoints import names
+from llavamed_jax.checkpoints import holding, names
 from llavamed_jax.checkpoints.base import MANIFEST, check_fingerprints, read_base, write_base
 from llavamed_jax.checkpoints.generation_file import copy_files
+from llavamed_jax.checkpoints.holding import Hold, StepGone, reading
 from llavamed_jax.checkpoints.layouts import match
 from llavamed_jax.checkpoints.load import flatten, nest
 from llavamed_jax.checkpoints.preprocessor_file import make_equal
 from llavamed_jax.checkpoints.reader import Checkpoint, text_files, tree_config, tree_root
+from llavamed_jax.checkpoints.step_manifest import damage as _damage
+from llavamed_jax.checkpoints.step_manifest import write as _write_manifest
 from llavamed_jax.checkpoints.torch_files import Tensor
 from llavamed_jax.checkpoints.writer import Progress, total_bytes
 from llavamed_jax.config import LlavaConfig
 from llavamed_jax.errors import UserError, at
 from llavamed_jax.utils.directories import new_directory
 from llavamed_jax.utils.files import read_json, write_json
-from llavamed_jax.utils.hashes import sha256_of
 
 SEALED = ".sealed"  # stands in checkpoints/ once a step was whole
 _LEFT_S = 60.0  # that the writes of a save that has failed may take to end
+_TRIES = 5  # to open the newest step of a run that deletes the older ones meanwhile
+
+
+class Removed(UserError):
+    """A step was removed while it was written."""
 
 
 def write_model(out: str | Path, checkpoint: Checkpoint, config: LlavaConfig | None = None, files: Mapping[str, Path] | None = None,
@@ -76,29 +82,38 @@ def write_model(out: str | Path, checkpoint: Checkpoint, config: LlavaConfig | N
 def open_tree(path: str | Path) -> Checkpoint:
     """Opens a workdir or `convert import`'s directory (base and the newest intact step), or one `DIR/checkpoints/STEP`.
 
+    The step is held while its tensors are to be read (`holding`): a run that goes on deletes it later.
     Raises:
       UserError: tensors that are missing, unexpected or misshapen; a step that was asked for by name and is not intact.
     """
     path = Path(path)
+    for _ in range(_TRIES - 1):
+        with contextlib.suppress(StepGone):
+            return _open_tree(path)
+    return _open_tree(path)
+
+
+def _open_tree(path: Path) -> Checkpoint:
     root, config = tree_root(path), tree_config(path)
     if root == path:
-        step, damaged = newest_intact_step(root, "params")
+        step, held, damaged = _hold_newest(root, "params")
     else:
         step, damaged = int(path.name) if path.name.isdigit() and path.is_dir() else None, []
+        held = holding.hold(path)
         damage = f"{path} does not exist; DIR/checkpoints/STEP was expected" if step is None else _damage(path, "params")
         if damage:
             raise at(path, damage)
     found = read_base(root)
     if step is not None:
         _refuse_other_base(root, step)
-        found |= _step_tensors(root / "checkpoints" / str(step))
+        found |= _step_tensors(root / "checkpoints" / str(step), held)
     shapes = {name: spec.shape for name, spec in names.specs(config).items()}
     try:
         tensors = match(root, found, {name: (name,) for name in shapes}, shapes)
     except UserError as error:
         raise UserError("; ".join([*damaged, str(error)])) from None
     for sentence in damaged:
-        warnings.warn(sentence, stacklevel=2)
+        warnings.warn(sentence, stacklevel=3)
     return Checkpoint(config, "tree", root, tensors, text_files(root / "model"), "the tensors in the tree", step)
 
 
@@ -108,17 +123,19 @@ def _refuse_other_base(root: Path, step: int) -> None:
         check_fingerprints(root, record["model"], "base/")
 
 
-def _step_tensors(directory: Path) -> dict[str, Tensor]:
-    """The trained tensors of a step, each read by itself when it is asked for."""
+def _step_tensors(directory: Path, held: Hold | None) -> dict[str, Tensor]:
+    """The trained tensors of a step, each read by itself when it is asked for. The step is held as long as one of them is there."""
     params = (directory / "params").absolute()
     handler = ocp.PyTreeCheckpointHandler()
-    metadata = flatten(handler.metadata(params).tree)
+    with reading(directory):
+        metadata = flatten(handler.metadata(params).tree)
 
-    def read(name):
+    def read(name: str, _: Hold | None = held) -> np.ndarray:
         item = nest({name: 0})
         arguments = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
-        restored = handler.restore(params, args=ocp.args.PyTreeRestore(item=item, restore_args=arguments, partial_restore=True))
-        return flatten(restored)[name]
+        with reading(directory):
+            return flatten(handler.restore(params, args=ocp.args.PyTreeRestore(
+                item=item, restore_args=arguments, partial_restore=True)))[name]
 
     return {name: Tensor(tuple(m.shape), np.dtype(m.dtype), lambda name=name: read(name)) for name, m in metadata.items()}
 
@@ -147,11 +164,14 @@ class StepWriter:
     """Saves steps under `workdir/checkpoints` while training goes on; one save is under way at a time.
 
     As a context it waits for the last save on leaving.
+
+    Args:
+      on_saved: is called with the number of each step that is on disk, in a thread of the first process.
     """
 
-    def __init__(self, workdir: str | Path):
+    def __init__(self, workdir: str | Path, on_saved: Callable[[int], None] = lambda step: None):
         logging.getLogger("absl").addFilter(_is_not_orbaxs)
-        self._root = Path(workdir).absolute() / "checkpoints"
+        self._root, self._on_saved = Path(workdir).absolute() / "checkpoints", on_saved
         # Directories made in the background gain nothing here, and after a refused save their threads wait for minutes.
         options = ocp.AsyncOptions(create_directories_asynchronously=False)
         self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(), async_options=options)
@@ -169,7 +189,7 @@ class StepWriter:
         self.close()
 
     def save(self, step: int, trained: Mapping[str, jax.Array], optimizer_state: Any, meta: dict) -> None:
-        """Saves a step; a damaged one of the same number is replaced.
+        """Saves a step; a damaged one of the same number is replaced, and `checkpoints/` is made anew where it was removed.
 
         Returns once the arrays are copied to the host, so that they may be donated; files and manifest follow.
 
@@ -181,22 +201,26 @@ class StepWriter:
           UserError: this save, or the one before it, does not fit the disk or could not be written.
         """
         self.wait()
-        directory = self._root / str(step)
+        directory, tree = self._root / str(step), nest(trained)
         size = sum(x.nbytes for x in jax.tree.leaves((dict(trained), optimizer_state)))
         with _writing(directory):
+            if jax.process_index() == 0:
+                self._root.mkdir(exist_ok=True)
             free = shutil.disk_usage(self._root).free
             if free < size:
                 raise UserError(f"{directory} needs {_amount(size)}; its disk has {_amount(free)} free")
             self._checkpointer.save(directory, force=True, args=ocp.args.Composite(
-                params=ocp.args.PyTreeSave(nest(trained)), optimizer=ocp.args.PyTreeSave(optimizer_state), state=ocp.args.JsonSave(meta)))
-        self._sealing = self._thread.submit(self._seal, directory)
+                params=ocp.args.PyTreeSave(tree), optimizer=ocp.args.PyTreeSave(optimizer_state), state=ocp.args.JsonSave(meta)))
+        self._sealing = self._thread.submit(self._seal, directory, set(trained))
 
-    def _seal(self, directory: Path) -> None:
+    def _seal(self, directory: Path, wanted: set[str]) -> None:
         with _writing(directory):
             self._checkpointer.wait_until_finished()
             if jax.process_index() == 0:
+                _check_written(directory, wanted)
                 _write_manifest(directory)
                 (self._root / SEALED).touch()
+                self._on_saved(int(directory.name))
 
     def wait(self) -> None:
         """Returns when the last save is on disk with its manifest; raises UserError where it could not be written."""
@@ -204,20 +228,29 @@ class StepWriter:
             sealing, self._sealing = self._sealing, None
             sealing.result()
 
-    def keep(self, n: int, also: Iterable[int] = (), newest: int | None = None) -> None:
+    def is_there(self, step: int) -> bool:
+        """Whether the files of a step that was saved are at their place; what they hold is not looked at."""
+        directory = self._root / str(step)
+        try:
+            return all((directory / file).is_file() for file in read_json(directory / MANIFEST))
+        except UserError:
+            return False
+
+    def keep(self, n: int, also: Iterable[int] = (), newest: int | None = None) -> list[int]:
         """Deletes all steps but the newest `n` that are sealed and those in `also`. The one being saved is left alone.
 
         Args:
           newest: the last step that this run has saved. Later ones, which a run leaves that went back behind damaged steps,
             neither count nor go.
+        Returns:
+          Those that would have been deleted and are held by somebody who reads them.
         """
         ours = (step for step in steps(self._root.parent) if newest is None or step <= newest)
         sealed = sorted(step for step in ours if (self._root / str(step) / MANIFEST).is_file())
         kept = {*sealed[max(len(sealed) - n, 0):], *also}
-        if jax.process_index() == 0:
-            for step in set(sealed) - kept:
-                (self._root / str(step) / MANIFEST).unlink()  # first, so that a half-deleted step never looks intact
-                shutil.rmtree(self._root / str(step))
+        if jax.process_index():
+            return []
+        return [step for step in sealed if step not in kept and not holding.delete(self._root / str(step))]
 
     def close(self) -> None:
         try:
@@ -232,12 +265,28 @@ def _writing(directory: Path) -> Iterator[None]:
     """What the disk refuses within is one sentence; TensorStore's own is of thousands of letters."""
     try:
         yield
-    except OSError as error:
-        raise UserError(f"{directory} could not be written: {error.strerror or error}") from error
-    except ValueError as error:
-        if isinstance(error, UserError) or (code := re.search(r"os_error_code='(\d+)'", str(error))) is None:
+    except UserError:
+        raise
+    except (OSError, ValueError) as error:
+        if holding.is_absence(error):
+            raise Removed(f"{directory} was removed while it was written, so this step is not saved") from error
+        if not isinstance(error, OSError) and "os_error_code=" not in str(error):
             raise
-        raise UserError(f"{directory} could not be written: {os.strerror(int(code[1]))}") from error
+        raise UserError(f"{directory} could not be written: {holding.reason(error)}") from error
+
+
+def _check_written(directory: Path, wanted: set[str]) -> None:
+    """Raises Removed where parts of what was just written are no longer there: TensorStore makes the directories anew that somebody
+    removes under it, and they would look whole with what came after that."""
+    try:
+        handler = ocp.PyTreeCheckpointHandler()
+        found = flatten(handler.metadata(directory / "params").tree)
+        handler.metadata(directory / "optimizer")
+        ocp.JsonCheckpointHandler().restore(directory / "state", ocp.args.JsonRestore())
+    except Exception as error:
+        raise Removed(f"{directory} was removed while it was written, so this step is not saved") from error
+    if found.keys() != wanted:
+        raise Removed(f"{directory} was removed in part while it was written, so this step is not saved")
 
 
 def _is_not_orbaxs(record: logging.LogRecord) -> bool:
@@ -251,8 +300,11 @@ def _amount(size: int) -> str:
 
 def steps(workdir: str | Path) -> list[int]:
     """The numbers of the steps that lie in a workdir, intact or not, ascending."""
-    root = Path(workdir) / "checkpoints"
-    return sorted(int(p.name) for p in root.iterdir() if p.is_dir() and p.name.isdigit()) if root.is_dir() else []
+    try:
+        names = os.listdir(Path(workdir) / "checkpoints")
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return sorted(int(name) for name in names if name.isdigit() and (Path(workdir) / "checkpoints" / name).is_dir())
 
 
 def has_sealed(workdir: str | Path) -> bool:
@@ -267,18 +319,31 @@ def newest_intact_step(workdir: str | Path, part: str = "") -> tuple[int | None,
     Args:
       part: only this part of the steps is read and checked (`params`); "" for everything.
     """
-    damaged = []
-    for step in reversed(steps(workdir)):
-        damage = _damage(Path(workdir) / "checkpoints" / str(step), part)
-        if damage is None:
-            return step, damaged
-        damaged.append(damage)
-    return None, damaged
+    step, _, damaged = _hold_newest(Path(workdir), part)
+    return step, damaged
+
+
+def _hold_newest(root: Path, part: str) -> tuple[int | None, Hold | None, list[str]]:
+    """`newest_intact_step`, which is held before it is looked at. A step that is deleted meanwhile is no damaged one."""
+    for _ in range(_TRIES):
+        listed, damaged = steps(root), {}
+        for step in reversed(listed):
+            directory = root / "checkpoints" / str(step)
+            held = holding.hold(directory)
+            if (damage := _damage(directory, part)) is None:
+                return step, held, list(damaged.values())
+            damaged[directory] = damage
+        damaged = {directory: damage for directory, damage in damaged.items() if directory.is_dir()}
+        if steps(root) == listed:
+            break
+    return None, None, list(damaged.values())
 
 
 def read_meta(workdir: str | Path, step: int) -> dict:
     """The `meta` of a step, as `StepWriter.save` was given it."""
-    return ocp.JsonCheckpointHandler().restore(Path(workdir).absolute() / "checkpoints" / str(step) / "state", ocp.args.JsonRestore())
+    directory = Path(workdir).absolute() / "checkpoints" / str(step)
+    with reading(directory):
+        return ocp.JsonCheckpointHandler().restore(directory / "state", ocp.args.JsonRestore())
 
 
 def restore_step(workdir: str | Path, step: int, trained_like: Mapping[str, Any], optimizer_like: Any) -> tuple[dict, Any, dict]:
@@ -293,58 +358,25 @@ def restore_step(workdir: str | Path, step: int, trained_like: Mapping[str, Any]
       UserError: the step has other tensors, or other shapes.
     """
     directory = Path(workdir).absolute() / "checkpoints" / str(step)
-    found = {name: Tensor(tuple(m.shape), m.dtype, None)
-             for name, m in flatten(ocp.PyTreeCheckpointHandler().metadata(directory / "params").tree).items()}
+    with reading(directory):
+        metadata = flatten(ocp.PyTreeCheckpointHandler().metadata(directory / "params").tree)
+    found = {name: Tensor(tuple(m.shape), m.dtype, None) for name, m in metadata.items()}
     match(directory, found, {name: (name,) for name in trained_like}, {name: x.shape for name, x in trained_like.items()})
     _check_optimizer(directory, optimizer_like)
     trees = {"params": nest(trained_like), "optimizer": optimizer_like}
     arguments = {key: ocp.args.PyTreeRestore(item=tree, restore_args=ocp.checkpoint_utils.construct_restore_args(tree))
                  for key, tree in trees.items()}
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+    with reading(directory), ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
         restored = checkpointer.restore(directory, args=ocp.args.Composite(**arguments, state=ocp.args.JsonRestore()))
     return flatten(restored["params"]), restored["optimizer"], restored["state"]
 
 
 def _check_optimizer(directory: Path, like: Any) -> None:
     """Raises UserError where the saved optimizer is not of the shapes, types and names of `like`."""
-    saved = ocp.PyTreeCheckpointHandler().metadata(directory / "optimizer").tree
+    with reading(directory):
+        saved = ocp.PyTreeCheckpointHandler().metadata(directory / "optimizer").tree
     found, wanted = ({jax.tree_util.keystr(path, simple=True, separator="/"): f"{np.dtype(x.dtype).name} {list(x.shape)}"
                       for path, x in jax.tree_util.tree_leaves_with_path(tree)} for tree in (saved, like))
     for name in sorted(found.keys() | wanted.keys()):
         if found.get(name) != wanted.get(name):
             raise UserError(f"{directory}/optimizer has {name} as {found.get(name, 'nothing')}; {wanted.get(name, 'nothing')} was expected")
-
-
-def _files(directory: Path) -> list[str]:
-    return sorted(p.relative_to(directory).as_posix() for p in directory.rglob("*") if p.is_file() and p.name != MANIFEST)
-
-
-def _hashes(directory: Path, files: list[str]) -> dict[str, str]:
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:  # hashing lets go of the interpreter lock
-        return dict(zip(files, threads.map(lambda file: sha256_of(directory / file), files)))
-
-
-def _write_manifest(directory: Path) -> None:
-    temporary = directory / f".{MANIFEST}"
-    write_json(temporary, _hashes(directory, _files(directory)))
-    temporary.replace(directory / MANIFEST)
-
-
-def _damage(directory: Path, part: str = "") -> str | None:
-    """What is wrong with a step, in a sentence; None when it is intact."""
-    if not (directory / MANIFEST).is_file():
-        return f"{directory} has no {MANIFEST}: its saving was interrupted"
-    try:
-        manifest = read_json(directory / MANIFEST)
-    except UserError as error:
-        return str(error)
-    for needed in (part,) if part else ("params", "optimizer", "state"):
-        if not any(file.startswith(f"{needed}/") for file in manifest):
-            return f"{directory} is damaged: its {MANIFEST} names no file of {needed}/"
-    wanted = {file: sha for file, sha in manifest.items() if file.startswith(f"{part}/" if part else "")}
-    absent = [file for file in wanted if not (directory / file).is_file()]
-    if absent:
-        return f"{directory} lacks {absent[0]}, which its {MANIFEST} names"
-    found = _hashes(directory, list(wanted))
-    changed = [file for file in wanted if found[file] != wanted[file]]
-    return f"{directory} is damaged: {changed[0]} has another sha256 than its {MANIFEST} says" if changed else None

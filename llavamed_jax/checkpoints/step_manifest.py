@@ -1,0 +1,51 @@
+"""The manifest of a training step: sha256 of each of its files, written last."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from llavamed_jax.checkpoints.base import MANIFEST
+from llavamed_jax.errors import UserError
+from llavamed_jax.utils.files import read_json, write_json
+from llavamed_jax.utils.hashes import sha256_of
+
+
+def write(directory: Path) -> None:
+    """Hashes every file of a step and writes its manifest, whole or not at all."""
+    temporary = directory / f".{MANIFEST}"
+    write_json(temporary, _hashes(directory, _files(directory)))
+    temporary.replace(directory / MANIFEST)
+
+
+def damage(directory: Path, part: str = "") -> str | None:
+    """What is wrong with a step, in a sentence; None when it is intact."""
+    if not (directory / MANIFEST).is_file():
+        return f"{directory} has no {MANIFEST}: its saving was interrupted, or is under way"
+    try:
+        manifest = read_json(directory / MANIFEST)
+    except UserError as error:
+        return str(error)
+    for needed in (part,) if part else ("params", "optimizer", "state"):
+        if not any(file.startswith(f"{needed}/") for file in manifest):
+            return f"{directory} is damaged: its {MANIFEST} names no file of {needed}/"
+    wanted = {file: sha for file, sha in manifest.items() if file.startswith(f"{part}/" if part else "")}
+    absent = [file for file in wanted if not (directory / file).is_file()]
+    if absent:
+        return f"{directory} lacks {absent[0]}, which its {MANIFEST} names"
+    try:
+        found = _hashes(directory, list(wanted))
+    except OSError as error:
+        return f"{directory} cannot be read: {error.strerror or error}"
+    changed = [file for file in wanted if found[file] != wanted[file]]
+    return f"{directory} is damaged: {changed[0]} has another sha256 than its {MANIFEST} says" if changed else None
+
+
+def _files(directory: Path) -> list[str]:
+    return sorted(p.relative_to(directory).as_posix() for p in directory.rglob("*") if p.is_file() and p.name != MANIFEST)
+
+
+def _hashes(directory: Path, names: list[str]) -> dict[str, str]:
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:  # hashing lets go of the interpreter lock
+        return dict(zip(names, threads.map(lambda file: sha256_of(directory / file), names)))

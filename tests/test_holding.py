@@ -1,0 +1,184 @@
+"""Steps that are read while their run deletes old ones: what is held stays; where nothing can be held, one sentence says what to do."""
+
+import errno
+import threading
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from llavamed_jax.checkpoints import holding, identity, step_manifest, store
+from llavamed_jax.checkpoints.load import load_params, random_checkpoint
+from llavamed_jax.checkpoints.reader import open_checkpoint
+from llavamed_jax.config import DecoderConfig, LlavaConfig, VisionConfig
+from llavamed_jax.errors import UserError
+
+CFG = LlavaConfig(VisionConfig(16, 32, 2, 2, 16, 8), DecoderConfig(64, 16, 24, 1, 2, 1, 8, 1e-5, 1e4, 128, architecture="mistral"))
+SOURCE = random_checkpoint(CFG, seed=1)
+TRAINED = [name for name in SOURCE.tensors if name.startswith(("projector/", "decoder/"))]
+
+
+@pytest.fixture
+def workdir(tmp_path):
+    store.write_model(tmp_path / "run", SOURCE, without=TRAINED)
+    return tmp_path / "run"
+
+
+def trained(step):
+    return {name: jnp.asarray(SOURCE.read(name)) + step for name in TRAINED}
+
+
+@pytest.fixture
+def save(workdir):
+    """Saves a step, all that it waits for included."""
+    with store.StepWriter(workdir) as writer:
+        def save(step, keep=1):
+            writer.save(step, trained(step), optax.adam(1e-3).init(trained(step)), {"step": step})
+            writer.wait()
+            return writer.keep(keep)
+        yield save
+
+
+@pytest.fixture
+def no_locks(monkeypatch):
+    def flock(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+    monkeypatch.setattr(holding.fcntl, "flock", flock)
+
+
+def assert_is(checkpoint, step):
+    for name in TRAINED:
+        np.testing.assert_array_equal(checkpoint.read(name), np.asarray(trained(step)[name]), err_msg=name)
+
+
+@pytest.mark.parametrize("path", ["", "checkpoints/1"])
+def test_a_step_that_is_read_is_deleted_later(workdir, save, path):
+    save(1)
+    checkpoint = open_checkpoint(workdir / path)
+    assert save(2) == [1] and store.steps(workdir) == [1, 2]
+    assert_is(checkpoint, 1)
+    del checkpoint
+    assert save(3) == [] and store.steps(workdir) == [3]
+
+
+def test_a_copy_of_the_checkpoint_holds_the_step_too(workdir, save):
+    save(1)
+    checkpoint = open_checkpoint(workdir).cast(np.float32).sound()
+    assert save(2) == [1]
+    load_params(checkpoint)
+    del checkpoint
+    assert save(3) == []
+
+
+def test_two_readers_hold_a_step_until_the_last_is_done(workdir, save):
+    save(1)
+    one, other = open_checkpoint(workdir), open_checkpoint(workdir)
+    del one
+    assert save(2) == [1]
+    assert_is(other, 1)
+
+
+def test_reading_never_fails_beside_a_run_that_keeps_one_step(workdir, save):
+    """The thread saves as fast as it can: of readers that hold nothing about every second one failed."""
+    save(1)
+    last, is_done, read = [1], threading.Event(), 0
+
+    def train():
+        while not is_done.is_set():
+            last[0] += 1
+            save(last[0])
+    thread = threading.Thread(target=train)
+    thread.start()
+    try:
+        while last[0] < 12 and thread.is_alive():
+            checkpoint = open_checkpoint(workdir)
+            assert_is(checkpoint, checkpoint.step)
+            read += 1
+    finally:
+        is_done.set()
+        thread.join()
+    assert last[0] >= 12 and read > 1
+
+
+def test_without_locks_a_step_that_goes_is_one_sentence(workdir, save, no_locks, capfd):
+    save(1)
+    checkpoint = open_checkpoint(workdir)
+    assert save(2) == [] and store.steps(workdir) == [2]
+    with pytest.raises(holding.StepGone, match=f"^{workdir}/checkpoints/1 was deleted while it was read, as a run that goes on deletes its "
+                       r"older steps .checkpoint.keep.; read again to take the newest step$") as raised:
+        load_params(checkpoint)
+    assert raised.value.__cause__ is None and raised.value.__suppress_context__, "no traceback of TensorStore beneath it"
+    assert "Traceback" not in "".join(capfd.readouterr())
+    assert_is(open_checkpoint(workdir), 2)
+
+
+@pytest.mark.parametrize("moment", ["before it is hashed", "while it is hashed", "before its tensors are listed"])
+def test_without_locks_the_newest_step_is_opened_instead_of_one_that_goes(workdir, save, no_locks, monkeypatch, moment, recwarn):
+    save(1)
+    done = []
+
+    def instead(what):
+        """The step goes, and its successor comes, before a function is called for the first time."""
+        def call(*args):
+            if not done:
+                done.append(1)
+                save(2)
+            return what(*args)
+        return call
+
+    if moment == "before its tensors are listed":
+        monkeypatch.setattr(store, "_step_tensors", instead(store._step_tensors))
+    elif moment == "while it is hashed":
+        monkeypatch.setattr(step_manifest, "_hashes", instead(step_manifest._hashes))
+    else:
+        monkeypatch.setattr(store, "_damage", instead(store._damage))
+    checkpoint = open_checkpoint(workdir)
+    assert checkpoint.step == 2 and not [each for each in recwarn.list if "checkpoints/" in str(each.message)]
+    assert_is(checkpoint, 2)
+
+
+def test_a_step_that_is_being_deleted_is_not_opened(workdir, save):
+    save(1)
+    save(2, keep=2)
+    directory = workdir / "checkpoints" / "1"
+    with open(directory / "manifest.json", "r+") as file:
+        holding.fcntl.flock(file, holding.fcntl.LOCK_EX)
+        assert holding.hold(directory) is None
+    assert holding.hold(directory) is not None
+
+
+@pytest.mark.parametrize("part, read", [
+    ("params", lambda workdir: load_params(open_checkpoint(workdir))),
+    ("state", lambda workdir: store.read_meta(workdir, 1)),
+    ("optimizer", lambda workdir: store.restore_step(workdir, 1, trained(1), optax.adam(1e-3).init(trained(1)))),
+])
+def test_what_cannot_be_read_after_it_was_checked_is_one_sentence(workdir, save, monkeypatch, part, read, capfd):
+    """Every file of a part in turn is cut after its hash was looked at: a disk that fails."""
+    save(1)
+    monkeypatch.setattr(store, "_damage", lambda *_: None)
+    files = [path for path in (workdir / "checkpoints" / "1" / part).rglob("*") if path.is_file() and path.stat().st_size]
+    refused = 0
+    for file in files:
+        content = file.read_bytes()
+        file.write_bytes(content[:len(content) // 2])
+        try:
+            read(workdir)
+        except UserError as error:
+            refused += 1
+            assert str(error).startswith(f"{workdir}/checkpoints/1") and len(str(error)) < 500 and "\n" not in str(error), str(error)
+            assert error.__cause__ is None and error.__suppress_context__
+        file.write_bytes(content)
+    assert refused
+    assert "Traceback" not in "".join(capfd.readouterr())
+
+
+def test_the_hash_of_a_step_is_known_when_it_is_gone(workdir, save):
+    """An evaluation writes the hashes of its checkpoint at its end, when a run may have deleted the step long since."""
+    save(1)
+    checkpoint = open_checkpoint(workdir)
+    origin = identity.origin(workdir, checkpoint)
+    wanted = origin.hashes()
+    del checkpoint
+    save(2)
+    assert store.steps(workdir) == [2] and origin.hashes() == wanted and "checkpoints/1/manifest.json" in wanted
