@@ -17,8 +17,7 @@ from llavamed_jax.cli.train import main
 from llavamed_jax.config import DecoderConfig, LlavaConfig, VisionConfig
 from llavamed_jax.errors import UsageError
 from llavamed_jax.text.tokenizer import Tokenizer
-from llavamed_jax.training import recipe
-from llavamed_jax.training import workdir as workdirs
+from llavamed_jax.training import place, recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLE = ROOT / "samples" / "vqa_rad"
@@ -162,7 +161,7 @@ def test_what_is_missing_is_named(capsys, tmp_path, key, value, named):
 
 
 def test_a_workdir_in_use_ends_with_1(capsys, tmp_path):
-    with workdirs.locked(tmp_path):
+    with place.locked(tmp_path):
         status, line = complaint(capsys, "--config", CONFIGS / "demo.py", "--workdir", tmp_path)
     assert status == 1 and "in use" in line
 

@@ -14,6 +14,7 @@ import pytest
 from llavamed_jax.checkpoints import store
 from llavamed_jax.errors import UsageError, UserError
 from llavamed_jax.parallel.mesh import make_mesh
+from llavamed_jax.training import place as places
 from llavamed_jax.training import recipe as recipes
 from llavamed_jax.training import setup, together, trainer
 from llavamed_jax.training import workdir as workdirs
@@ -209,9 +210,9 @@ def test_what_may_differ_are_keys():
 HOLDER = """
 import sys, time
 from pathlib import Path
-from llavamed_jax.training import workdir
-with workdir.locked(Path(sys.argv[1])) as sign:
-    sign()
+from llavamed_jax.training import place
+with place.locked(Path(sys.argv[1])) as held:
+    held.sign()
     print("held", flush=True)
     time.sleep(600)
 """
@@ -220,11 +221,11 @@ with workdir.locked(Path(sys.argv[1])) as sign:
 def test_the_lock_dies_with_its_process(tmp_path):
     holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True, cwd=ROOT)
     assert holder.stdout.readline() == "held\n"
-    with pytest.raises(UserError, match=f"in use by another run .process {holder.pid}."), workdirs.locked(tmp_path):
+    with pytest.raises(UserError, match=f"in use by another run .process {holder.pid}."), places.locked(tmp_path):
         pass
     holder.send_signal(signal.SIGKILL)
     holder.wait()
     holder.stdout.close()
     assert (tmp_path / ".lock").exists(), "that the file exists means nothing"
-    with workdirs.locked(tmp_path) as sign:
-        sign()
+    with places.locked(tmp_path) as held:
+        held.sign()

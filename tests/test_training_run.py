@@ -16,8 +16,7 @@ from llavamed_jax.checkpoints.store import steps, write_model
 from llavamed_jax.errors import UsageError, UserError
 from llavamed_jax.parallel.mesh import make_mesh
 from llavamed_jax.text.tokenizer import Tokenizer
-from llavamed_jax.training import setup
-from llavamed_jax.training import workdir as workdirs
+from llavamed_jax.training import place, setup
 from llavamed_jax.training.data import Data
 from llavamed_jax.training.trainer import Watch, fit
 from tests import training_runs as runs
@@ -206,8 +205,8 @@ def test_what_may_differ_does(finished, recipe):
 
 
 def test_a_workdir_in_use_is_refused(recipe, tmp_path):
-    with workdirs.locked(tmp_path) as sign:
-        sign()
+    with place.locked(tmp_path) as held:
+        held.sign()
         with pytest.raises(UserError, match=f"in use by another run .process {os.getpid()}"):
             fit(recipe(), tmp_path)
 

@@ -88,7 +88,12 @@ def reading(directory: Path) -> Iterator[None]:
 
 def is_absence(error: Exception) -> bool:
     """Whether an exception says that a file or a directory is not there."""
-    return isinstance(error, FileNotFoundError) or "os_error_code='2'" in str(error)
+    return isinstance(error, FileNotFoundError) or str(error).startswith("NOT_FOUND: ") or "os_error_code='2'" in str(error)
+
+
+def is_refusal(error: Exception) -> bool:
+    """Whether an exception says that the disk refused something: that it is full, failing, or not to be written to."""
+    return isinstance(error, OSError) or "os_error_code=" in str(error)
 
 
 def reason(error: Exception) -> str:

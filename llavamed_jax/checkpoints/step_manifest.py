@@ -11,6 +11,8 @@ from llavamed_jax.errors import UserError
 from llavamed_jax.utils.files import read_json, write_json
 from llavamed_jax.utils.hashes import sha256_of
 
+INTERRUPTED = "its saving was interrupted"  # or goes on, where its run does
+
 
 def write(directory: Path) -> None:
     """Hashes every file of a step and writes its manifest, whole or not at all."""
@@ -22,7 +24,7 @@ def write(directory: Path) -> None:
 def damage(directory: Path, part: str = "") -> str | None:
     """What is wrong with a step, in a sentence; None when it is intact."""
     if not (directory / MANIFEST).is_file():
-        return f"{directory} has no {MANIFEST}: its saving was interrupted, or is under way"
+        return f"{directory} has no {MANIFEST}: {INTERRUPTED}"
     try:
         manifest = read_json(directory / MANIFEST)
     except UserError as error:

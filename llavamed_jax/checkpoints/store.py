@@ -38,6 +38,7 @@ from llavamed_jax.checkpoints.layouts import match
 from llavamed_jax.checkpoints.load import flatten, nest
 from llavamed_jax.checkpoints.preprocessor_file import make_equal
 from llavamed_jax.checkpoints.reader import Checkpoint, text_files, tree_config, tree_root
+from llavamed_jax.checkpoints.step_manifest import INTERRUPTED
 from llavamed_jax.checkpoints.step_manifest import damage as _damage
 from llavamed_jax.checkpoints.step_manifest import write as _write_manifest
 from llavamed_jax.checkpoints.torch_files import Tensor
@@ -45,15 +46,16 @@ from llavamed_jax.checkpoints.writer import Progress, total_bytes
 from llavamed_jax.config import LlavaConfig
 from llavamed_jax.errors import UserError, at
 from llavamed_jax.utils.directories import new_directory
-from llavamed_jax.utils.files import read_json, write_json
+from llavamed_jax.utils.files import is_at, read_json, write_json
 
 SEALED = ".sealed"  # stands in checkpoints/ once a step was whole
 _LEFT_S = 60.0  # that the writes of a save that has failed may take to end
 _TRIES = 5  # to open the newest step of a run that deletes the older ones meanwhile
+_REMOVED = "{} was removed while it was written, so this step is not saved"
 
 
-class Removed(UserError):
-    """A step was removed while it was written."""
+class Unsaved(UserError):
+    """A step is not saved, and the disk has refused nothing: somebody removed what was written, and another save may succeed."""
 
 
 def write_model(out: str | Path, checkpoint: Checkpoint, config: LlavaConfig | None = None, files: Mapping[str, Path] | None = None,
@@ -113,7 +115,7 @@ def _open_tree(path: Path) -> Checkpoint:
     except UserError as error:
         raise UserError("; ".join([*damaged, str(error)])) from None
     for sentence in damaged:
-        warnings.warn(sentence, stacklevel=3)
+        warnings.warn(sentence + ", or is under way" * sentence.endswith(INTERRUPTED), stacklevel=3)
     return Checkpoint(config, "tree", root, tensors, text_files(root / "model"), "the tensors in the tree", step)
 
 
@@ -198,7 +200,7 @@ class StepWriter:
           optimizer_state: any pytree of arrays.
           meta: what JSON can hold: position in the data, random state.
         Raises:
-          UserError: this save, or the one before it, does not fit the disk or could not be written.
+          UserError: this save, or the one before it, does not fit the disk or could not be written; Unsaved where the disk is not to blame.
         """
         self.wait()
         directory, tree = self._root / str(step), nest(trained)
@@ -211,12 +213,16 @@ class StepWriter:
                 raise UserError(f"{directory} needs {_amount(size)}; its disk has {_amount(free)} free")
             self._checkpointer.save(directory, force=True, args=ocp.args.Composite(
                 params=ocp.args.PyTreeSave(tree), optimizer=ocp.args.PyTreeSave(optimizer_state), state=ocp.args.JsonSave(meta)))
-        self._sealing = self._thread.submit(self._seal, directory, set(trained))
+            written = _open_written(directory)
+        self._sealing = self._thread.submit(self._seal, written, directory, set(trained))
 
-    def _seal(self, directory: Path, wanted: set[str]) -> None:
-        with _writing(directory):
+    def _seal(self, written: int, directory: Path, wanted: set[str]) -> None:
+        with contextlib.ExitStack() as stack, _writing(directory):
+            stack.callback(os.close, written)
             self._checkpointer.wait_until_finished()
             if jax.process_index() == 0:
+                if not is_at(written, directory):
+                    raise Unsaved(_REMOVED.format(directory))
                 _check_written(directory, wanted)
                 _write_manifest(directory)
                 (self._root / SEALED).touch()
@@ -262,21 +268,29 @@ class StepWriter:
 
 @contextlib.contextmanager
 def _writing(directory: Path) -> Iterator[None]:
-    """What the disk refuses within is one sentence; TensorStore's own is of thousands of letters."""
+    """What goes wrong within is one sentence. TensorStore's own is of thousands of letters, and Orbax finds many names for a file that
+    is not there."""
     try:
         yield
-    except UserError:
+    except (UserError, MemoryError, jax.errors.JaxRuntimeError):
         raise
-    except (OSError, ValueError) as error:
+    except Exception as error:
         if holding.is_absence(error):
-            raise Removed(f"{directory} was removed while it was written, so this step is not saved") from error
-        if not isinstance(error, OSError) and "os_error_code=" not in str(error):
-            raise
-        raise UserError(f"{directory} could not be written: {holding.reason(error)}") from error
+            raise Unsaved(_REMOVED.format(directory)) from error
+        kind = UserError if holding.is_refusal(error) else Unsaved
+        raise kind(f"{directory} could not be written: {holding.reason(error)}") from error
+
+
+def _open_written(directory: Path) -> int:
+    """The directory that a save writes to, which gets the step's name when all is written."""
+    for path in [*directory.parent.glob(f"{directory.name}.*"), directory]:
+        with contextlib.suppress(FileNotFoundError):
+            return os.open(path, os.O_RDONLY)
+    raise Unsaved(_REMOVED.format(directory))
 
 
 def _check_written(directory: Path, wanted: set[str]) -> None:
-    """Raises Removed where parts of what was just written are no longer there: TensorStore makes the directories anew that somebody
+    """Raises Unsaved where parts of what was just written are no longer there: TensorStore makes the directories anew that somebody
     removes under it, and they would look whole with what came after that."""
     try:
         handler = ocp.PyTreeCheckpointHandler()
@@ -284,9 +298,9 @@ def _check_written(directory: Path, wanted: set[str]) -> None:
         handler.metadata(directory / "optimizer")
         ocp.JsonCheckpointHandler().restore(directory / "state", ocp.args.JsonRestore())
     except Exception as error:
-        raise Removed(f"{directory} was removed while it was written, so this step is not saved") from error
+        raise Unsaved(_REMOVED.format(directory)) from error
     if found.keys() != wanted:
-        raise Removed(f"{directory} was removed in part while it was written, so this step is not saved")
+        raise Unsaved(_REMOVED.format(directory))
 
 
 def _is_not_orbaxs(record: logging.LogRecord) -> bool:

@@ -7,7 +7,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from tensorboardX.proto.summary_pb2 import Summary
 from tqdm import tqdm
 
 from llavamed_jax.training.workdir import cut_back
+from llavamed_jax.utils.files import is_at
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,9 @@ class Board:
 
     def __init__(self, folder: Path, step: int):
         folder.mkdir(exist_ok=True)
+        others = set(folder.iterdir())
         self._events, self._flushed_at = EventsWriter(str(folder / "events")), time.monotonic()
+        self.path = next(iter(set(folder.iterdir()) - others), None)  # None: it took the place of one of the same second
         self._events.write_event(Event(step=step + 1, session_log=SessionLog(status=SessionLog.START)))
 
     def add(self, step: int, content: Summary) -> None:
@@ -67,13 +70,14 @@ class MetricsWriter:
       step: updates done so far.
       total_steps: of the whole run.
       name: in front of the progress.
+      check: is called where a log was removed, and raises where the whole workdir was.
     """
 
-    def __init__(self, workdir: Path, step: int, total_steps: int, name: str):
+    def __init__(self, workdir: Path, step: int, total_steps: int, name: str, check: Callable[[], None] = lambda: None):
         for log in ("metrics.jsonl", "skipped.jsonl"):
             cut_back(workdir / log, step)
-        self._skipped = workdir / "skipped.jsonl"
-        self._file = open(workdir / "metrics.jsonl", "a", encoding="utf-8")
+        self._skipped, self._path, self._check = workdir / "skipped.jsonl", workdir / "metrics.jsonl", check
+        self._file = open(self._path, "a", encoding="utf-8")
         self._board = Board(workdir / "tensorboard", step)
         self._total = total_steps
         self._name = name
@@ -88,6 +92,7 @@ class MetricsWriter:
 
     def write(self, step: int, metrics: Mapping[str, float | int | None]) -> None:
         """One line of `metrics.jsonl`, the same in TensorBoard, and where there is no bar a line for whoever reads along."""
+        self._find_again(step)
         finite = {key: value if value is None or math.isfinite(value) else None for key, value in metrics.items()}
         self._file.write(json.dumps({"step": step, **finite}, allow_nan=False) + "\n")  # JSON has no NaN: null
         self._file.flush()
@@ -96,6 +101,26 @@ class MetricsWriter:
                 self._board.add(step, summary.scalar(key, value))
         if self._bar is None or "loss" not in metrics:  # the bar shows the training loss itself
             self.say(f"{self._name} {step}/{self._total} · " + " · ".join(_shown(metrics)))
+
+    def _find_again(self, step: int) -> None:
+        """Begins the logs anew that were removed: what is written to a file without a name nobody will read.
+
+        Raises:
+          UserError: the workdir is gone (`check`).
+        """
+        is_there, is_shown = is_at(self._file.fileno(), self._path), self._board.path is None or self._board.path.exists()
+        if is_there and is_shown:
+            return
+        self._check()
+        if not is_there:
+            self.say(f"warning: {self._path} was removed; it begins anew, without the lines before step {step}")
+            self._file.close()
+            self._file = open(self._path, "a", encoding="utf-8")
+        if not is_shown:
+            self.say(f"warning: {self._board.path} was removed; another file begins, without what it showed before step {step}")
+            with contextlib.suppress(OSError):
+                self._board.close()
+            self._board = Board(self._path.parent / "tensorboard", step - 1)
 
     def samples(self, step: int, samples: Iterable[Sample]) -> None:
         """A line for each answer; text and picture in TensorBoard."""

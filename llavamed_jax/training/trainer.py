@@ -22,6 +22,7 @@ from llavamed_jax.parallel import distributed
 from llavamed_jax.parallel.mesh import local_rows, put, replicated
 from llavamed_jax.pipeline.loader import Loader
 from llavamed_jax.pipeline.workers import WorkerError
+from llavamed_jax.training import place as places
 from llavamed_jax.training import recipe, setup, void
 from llavamed_jax.training import workdir as workdirs
 from llavamed_jax.training.data import Data, row_multiple
@@ -70,7 +71,7 @@ def fit(cfg: ConfigDict, workdir: str | Path, watch: Watch = Watch()) -> bool:
     """
     recipe.check(cfg)
     workdir = Path(workdir)
-    with signals.listening(_OPENING), workdirs.locked(workdir) as sign:
+    with signals.listening(_OPENING), places.locked(workdir) as place:
         distributed.when_stopped(lambda: signals.ask("another process"))
         record, step = distributed.from_first(lambda: _found(workdir, cfg))
         total_steps = cfg.total_steps or record.get("settled", {}).get("total_steps")
@@ -80,15 +81,15 @@ def fit(cfg: ConfigDict, workdir: str | Path, watch: Watch = Watch()) -> bool:
             beyond = "" if step == total_steps else f", and has been trained to {step}"
             print(f"{workdir} is finished: {total_steps} updates were asked for{beyond}", flush=True)
             return True
-        sign()
+        place.sign()
         cfg = workdirs.as_started(cfg, record["recipe"]) if step is not None else cfg
         try:
-            with Run.open(cfg, workdir, total_steps, step, record) as run, store.StepWriter(workdir) as writer, \
+            with Run.open(cfg, place, total_steps, step, record) as run, store.StepWriter(workdir, place.note) as writer, \
                     setup.within_memory(cfg, run.program):
                 distributed.when_stopped(None)  # from here on all stop at the same update
                 signals.enter(_LOOP)
                 return run.loop(Together(signals.is_asked, cfg.checkpoint.every_minutes, run.rows), writer, watch)
-        except UsageError:
+        except (UsageError, places.Lost):
             raise
         except signals.Stopped:
             print(_NOTHING_DONE, file=sys.stderr, flush=True)
@@ -98,6 +99,7 @@ def fit(cfg: ConfigDict, workdir: str | Path, watch: Watch = Watch()) -> bool:
             what = f"{error.filename or workdir} cannot be read or written: {error.strerror or error}" if is_file else error
             if distributed.process_index():  # the first one says it
                 raise UserError(str(what)) from error
+            place.check()  # where the directory is gone, that is the reason
             step, _ = store.newest_intact_step(workdir)
             saved = "no step had been saved" if step is None else f"step {step} is saved"
             raise UserError(f"{what}; {saved}") from error
@@ -135,7 +137,7 @@ class Run:
     """An opened run: everything that the loop works with. As a context it closes its files and worker processes."""
 
     cfg: ConfigDict
-    workdir: Path
+    place: places.Place
     data: Data
     program: setup.Program
     state: TrainState
@@ -145,15 +147,18 @@ class Run:
     log: MetricsWriter
     record: Mapping  # which run this is and what it stands on, for its steps; in the first process, which writes them
     progress: Progress = field(default_factory=Progress)
+    saved: int = 0  # the newest step that was given to the writer, or the one that the run goes on from
+    is_unsaved: bool = False  # whether the last save came to nothing; a second one in a row ends the run
 
     @classmethod
-    def open(cls, cfg: ConfigDict, workdir: Path, total_steps: int | None, step: int | None, earlier: Mapping) -> Run:
+    def open(cls, cfg: ConfigDict, place: places.Place, total_steps: int | None, step: int | None, earlier: Mapping) -> Run:
         """Reads weights and data, settles what the recipe leaves open, and puts the state on the devices.
 
         A run that goes on needs no `init`: what is not trained, tokenizer and config are those of its own directory.
         Args:
           earlier: what step `step` recorded; {} where there is none.
         """
+        workdir = place.workdir
         checkpoint = setup.open_start(cfg) if step is None else base.open_base(workdir)
         start = cfg if step is None else setup.with_own_tokenizer(cfg)
         mesh = setup.open_mesh(cfg, checkpoint.config)
@@ -168,6 +173,7 @@ class Run:
             batches.restore(meta["data"])
             data.refuse_other_validation(earlier["validation"])
         record = {} if distributed.process_index() else _begin(workdir, cfg, checkpoint, program, data, total_steps, earlier)
+        place.belongs_to(record, step)
         print(f"{cfg.init if step is None else workdir}: {checkpoint.tower}; {len(data.train)} samples, {total_steps} updates of "
               f"{cfg.batch_size}, {_size(program)}, mesh {dict(mesh.shape)}{_part(mesh)}", *data.describe(),
               *(f"warning: {line}" for line in [*void.sentences(cfg), *program.void(cfg)]), sep="\n", flush=True)
@@ -177,8 +183,8 @@ class Run:
             else:
                 state, progress = _restore(workdir, step, checkpoint, program, meta)
                 print(f"going on from step {step}", *_changes(earlier["computed"], _arithmetic(program)), sep="\n", flush=True)
-        log = SilentLog() if distributed.process_index() else MetricsWriter(workdir, step or 0, total_steps, cfg.name)
-        return cls(cfg, workdir, data, program, state, step or 0, total_steps, batches, log, record, progress)
+        log = SilentLog() if distributed.process_index() else MetricsWriter(workdir, step or 0, total_steps, cfg.name, place.check)
+        return cls(cfg, place, data, program, state, step or 0, total_steps, batches, log, record, progress, saved=step or 0)
 
     def __enter__(self) -> Run:
         return self
@@ -202,9 +208,8 @@ class Run:
         eval_step = make_eval_step(loss_fn, program.mesh)
         reader = self._reader(together)
         self.batches.on_wait = together.on_wait
-        saved_step = self.step
         together.saved()
-        with Profiler(watch.profile, self.workdir, self.log) as profiler:
+        with Profiler(watch.profile, self.place.workdir, self.log) as profiler:
             try:
                 while self.step < self.total_steps and not together.is_stopping:
                     profiler.before(self.step + 1, reader.drain)
@@ -222,24 +227,27 @@ class Run:
                             self.log.write(self.step, found)
                         self._save(writer)
                         reader.restart_clock()
-                        saved_step = self.step
                         together.saved()
             except signals.Stopped as stopped:  # what was waited for is done without
                 self.log.say(str(stopped))
             except WorkerError:
-                if jax.process_count() == 1 and self.step != saved_step:
+                if jax.process_count() == 1 and self.step != self.saved:
                     reader.drain()
                     self._save(writer)
                     writer.wait()
                 raise
-        if self.step != saved_step:
+        if self.step != self.saved:
             reader.drain()
             self._save(writer)
-        writer.wait()
-        self._prune(writer)
+        if not self._is_saved(writer):  # the state is still here
+            self._write(writer)
+            if not self._is_saved(writer):
+                raise UserError(f"step {self.step} was removed from {self.place.workdir} as often as it was saved")
+        if held := self._prune(writer):
+            self.log.say(f"somebody reads the steps {some(list(map(str, held)))}, so they are kept: delete them later")
         is_finished = self.step >= self.total_steps
         end = "finished" if is_finished else "stopped and saved" if self.step else "stopped before the first update was done,"
-        self.log.say(" · ".join([f"{end} at step {self.step} of {self.total_steps}: {self.workdir}", *troubles(vars(self.progress))]))
+        self.log.say(" · ".join([f"{end} at step {self.step} of {self.total_steps}: {self.place.workdir}", *troubles(vars(self.progress))]))
         return is_finished
 
     def _update(self, train_step, reader: LateReader) -> None:
@@ -265,7 +273,7 @@ class Run:
 
     def _reader(self, together: Together) -> LateReader:
         return LateReader(
-            self.progress, self.log, self.workdir, config=self.program.model.cfg,
+            self.progress, self.log, self.place.workdir, config=self.program.model.cfg,
             trained={name: math.prod(x.shape) for name, x in self.state.trainable.items()}, num_devices=self.program.mesh.size,
             log_every=self.cfg.log_every, total_steps=self.total_steps, nan_limit=self.cfg.nan_limit, name_samples=self.batches.ids,
             together=together)
@@ -310,15 +318,48 @@ class Run:
                     samples_unsupervised=loader.unsupervised)
 
     def _save(self, writer: store.StepWriter) -> None:
+        """Saves this step, once the one before is known to be saved and the workdir to be the run's own."""
+        self._is_saved(writer)
+        self._write(writer)
+
+    def _write(self, writer: store.StepWriter) -> None:
         meta = {"step": self.step, "data": self.batches.state(), "progress": vars(self.progress), "run": self.record}
         writer.save(self.step, setup.to_disk(self.state.trainable), self.state.opt_state, meta)
+        self.saved = self.step
         self._prune(writer)
 
-    def _prune(self, writer: store.StepWriter) -> None:
-        """Deletes old steps. One that is still being written does not count among those that are kept."""
+    def _is_saved(self, writer: store.StepWriter) -> bool:
+        """Waits for the last save, and says whether it lies where it was saved; a warning tells that it does not.
+
+        Raises:
+          Lost: the workdir is no longer the run's own.
+        """
+        removed = ""
+        try:
+            writer.wait()
+        except store.Unsaved as error:
+            if jax.process_count() > 1 or self.is_unsaved:
+                raise
+            removed = str(error)
+        self.is_unsaved = bool(removed)
+
+        def look() -> str:
+            self.place.check()
+            if not self.saved or removed or writer.is_there(self.saved):
+                return removed
+            return f"{self.place.workdir}/checkpoints/{self.saved} was removed after it was saved, and is lost"
+
+        if sentence := distributed.from_first(look):
+            others = store.steps(self.place.workdir)
+            self.log.say(f"warning: {sentence}; the steps that are left: {some(list(map(str, others))) or 'none'}")
+        return not sentence
+
+    def _prune(self, writer: store.StepWriter) -> list[int]:
+        """Deletes old steps, and returns those that are held by readers. One that is still being written does not count among those
+        that are kept."""
         keep = self.cfg.checkpoint
         best = [self.progress.best["step"]] if keep.keep_best and self.progress.best else []
-        writer.keep(keep.keep, also=best, newest=self.step)
+        return writer.keep(keep.keep, also=best, newest=self.step)
 
 
 def _begin(workdir: Path, cfg: ConfigDict, checkpoint: Checkpoint, program: setup.Program, data: Data, total_steps: int,

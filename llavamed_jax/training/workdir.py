@@ -1,21 +1,18 @@
-"""A run's directory: who may write to it, which recipe it belongs to, and its log cut back to where a run goes on."""
+"""A run's directory: which recipe it belongs to, and its log cut back to where a run goes on. Who may write to it: `place.py`."""
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
-import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from llavamed_jax.errors import UsageError, UserError, exists
-from llavamed_jax.parallel import distributed
 from llavamed_jax.utils.nested import flatten
 
 _LENGTH = ("epochs", "total_steps")
@@ -24,40 +21,6 @@ MAY_DIFFER = (*_LENGTH, "log_every", "samples_every", "data.samples", "nan_limit
 # Keys that recipes once did not have, and what runs did then. Such a run goes on like that, whatever the recipe says now.
 LATER = {"loss_weighting": "token"}
 _RENAMED = {"data.protocol": "protocol"}  # keys that recipes had under other names
-
-
-@contextlib.contextmanager
-def locked(workdir: Path) -> Iterator[Callable[[], None]]:
-    """Holds the directory for one run; the kernel lets go of it however the process ends. Of several processes the first does.
-
-    Yields a function that signs the lock, for the message that others get: a run that has nothing to do leaves no trace.
-    Raises:
-      UserError: another run holds it.
-    """
-    if distributed.process_index():
-        yield lambda: None
-        return
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"the workdir {workdir} cannot be made: {error.strerror}") from None
-    try:
-        file = open(workdir / ".lock", "a+", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"the workdir {workdir} cannot be written: {error.strerror}") from None
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.seek(0)
-            raise UserError(f"the workdir {workdir} is in use by another run (process {file.read().strip() or 'unknown'})") from None
-
-        def sign():
-            file.truncate(0)
-            file.write(str(os.getpid()))
-            file.flush()
-
-        yield sign
 
 
 def settled(workdir: Path, cfg: ConfigDict, step: int, record: Mapping[str, Any]) -> dict:
@@ -73,7 +36,7 @@ def settled(workdir: Path, cfg: ConfigDict, step: int, record: Mapping[str, Any]
     """
     resolved = read_recipe(workdir, cfg)
     where, file = workdir / "checkpoints" / str(step), workdir / "recipe.json"
-    if record.get("run") != _read(workdir).get("run"):
+    if record.get("run") != read_record(workdir).get("run"):
         raise UserError(f"{where} is of another run than {file}; a step that the run in {workdir} saved was expected")
     _refuse_changes(cfg, record["recipe"], f"the run saved {where}")
     is_same_length = {key: record["recipe"][key] for key in _LENGTH} == {key: _plain(cfg)[key] for key in _LENGTH}
@@ -90,7 +53,7 @@ def read_recipe(workdir: Path, cfg: ConfigDict) -> dict:
     Raises:
       UsageError: `cfg` differs from the recipe of this directory in a key that may not; UserError: there is none.
     """
-    found, now = _read(workdir), _plain(cfg)
+    found, now = read_record(workdir), _plain(cfg)
     _refuse_changes(cfg, found["recipe"], f"the run in {workdir} was started")
     is_same_length = all(found["recipe"].get(key) == now.get(key) for key in _LENGTH)
     return {key: value for key, value in found["resolved"].items() if key != "total_steps" or is_same_length}
@@ -115,8 +78,8 @@ def as_started(cfg: ConfigDict, earlier: Mapping[str, Any]) -> ConfigDict:
     return own
 
 
-def _read(workdir: Path) -> dict:
-    """`recipe.json`: name of the run, recipe, and what was settled."""
+def read_record(workdir: Path) -> dict:
+    """`recipe.json`: name of the run, recipe, and what was settled. Raises UserError where it is missing or damaged."""
     path = workdir / "recipe.json"
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -161,8 +124,13 @@ def write_recipe(workdir: Path, cfg: ConfigDict, resolved: dict, earlier: Mappin
     newer = LATER.keys() - earlier["recipe"].keys() if earlier else set()
     recipe = {key: value for key, value in _plain(cfg).items() if key not in newer}
     record = {"run": earlier.get("run") or uuid.uuid4().hex, "recipe": recipe, "resolved": resolved}
-    write_text(workdir / "recipe.json", json.dumps(record, indent=1) + "\n")
+    write_record(workdir, record)
     return record
+
+
+def write_record(workdir: Path, record: Mapping[str, Any]) -> None:
+    """Writes `recipe.json`."""
+    write_text(workdir / "recipe.json", json.dumps({key: record[key] for key in ("run", "recipe", "resolved")}, indent=1) + "\n")
 
 
 def _plain(cfg: ConfigDict) -> dict:

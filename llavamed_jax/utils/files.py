@@ -48,6 +48,14 @@ def open_file(path: str | Path, name: str = "") -> BinaryIO:
     return file
 
 
+def is_at(descriptor: int, path: str | Path) -> bool:
+    """Whether an open file or directory is still the one at a path."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+
+
 def read_bytes(path: str | Path, name: str = "", most: int = MOST) -> bytes:
     """The content of a regular file.
 
