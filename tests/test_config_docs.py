@@ -1,4 +1,4 @@
-"""docs/checkpoints.md names every key of the installed transformers' config classes, and what is said of a default is so."""
+"""docs/checkpoint_keys.md names every key of the installed transformers' config classes, and what is said of a default is so."""
 
 import re
 from pathlib import Path
@@ -10,7 +10,7 @@ from llavamed_jax.config import ACTIVATIONS
 from llavamed_jax.config.hf import llava_from_hf
 from tests import released, tiny
 
-DOCS = (Path(__file__).resolve().parent.parent / "docs" / "checkpoints.md").read_text(encoding="utf-8")
+DOCS = (Path(__file__).resolve().parent.parent / "docs" / "checkpoint_keys.md").read_text(encoding="utf-8")
 # Of every model's config: how it is run, returned and labelled.
 COMMON = {"chunk_size_feed_forward", "is_encoder_decoder", "id2label", "label2id", "problem_type", "output_attentions",
           "output_hidden_states", "return_dict", "model_type"}

@@ -1,4 +1,4 @@
-"""docs/checkpoints.md lists every key of the tokenizer's files that the versions of transformers from 4.28 to today's write."""
+"""docs/checkpoint_keys.md lists every key of the tokenizer's files that the versions of transformers from 4.28 to today's write."""
 
 import json
 import re
@@ -11,7 +11,7 @@ from llavamed_jax.text.special_tokens import ROLES
 from llavamed_jax.text.tokenizer_generations import _NOT_APPLIED
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGE = (ROOT / "docs" / "checkpoints.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs" / "checkpoint_keys.md").read_text(encoding="utf-8")
 # What 4.28.1 and 4.36.2 save of a LlamaTokenizer and its fast twin, and what published folders of LLaVA's have besides.
 SAVED = {
     "tokenizer_config.json": {

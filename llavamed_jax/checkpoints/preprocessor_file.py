@@ -3,7 +3,7 @@
 Absent keys have the defaults of transformers' classes, and a switch that is null is off, as transformers has it; an
 `image_processor` inside `processor_config.json` goes before the other file. In transformers' layout `do_pad` of a
 `LlavaImageProcessor` says whether images are padded to a square; in the originals' layouts `image_aspect_ratio` of
-`config.json` does. Each key is obeyed, refused or warned of: docs/checkpoints.md has the table.
+`config.json` does. Each key is obeyed, refused or warned of: docs/checkpoint_keys.md has the table.
 Source: transformers 5.24, `image_processing_backends.py` (PilBackend), `models/{clip,llava}/image_processing_pil_*.py`.
 """
 
