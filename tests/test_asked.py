@@ -340,7 +340,7 @@ def test_other_code_asks_anew(what, root, monkeypatch, capsys):
 def test_another_machine_is_said(root, monkeypatch, capsys):
     assert start(monkeypatch, "w", stops_after=5) == 75
     n = num_kept("w")
-    monkeypatch.setattr("os.cpu_count", lambda: 3)
+    monkeypatch.setenv("NPROC", "3")
     assert start(monkeypatch, "w") == 0
     said = capsys.readouterr().err
     assert f"{n} answers of an earlier start are taken over" in said

@@ -136,18 +136,21 @@ def test_a_process_that_fails_says_why_to_all(tmp_path):
     assert f"error: process 1 failed: {said_there.removeprefix('error: ').strip()}" in said.splitlines()
 
 
-@pytest.mark.parametrize("more, named", [
-    (["--config.generation.max_new_tokens=7"], "'generation.max_new_tokens' (16 in process 0, 7 in process 1)"),
-    (["--config.seed=1"], "the config key 'seed' (0 in process 0, 1 in process 1)"),
-    (["--checkpoint", "runs/y"], "--checkpoint ('runs/x' in process 0, 'runs/y' in process 1)"),
-    (["--dtype", "bfloat16"], "--dtype (not there in process 0)"),
-    (["--control", "image"], "--control ([] in process 0, ['image'] in process 1)"),
+@pytest.mark.parametrize("first, second, named", [
+    ([], ["--config.generation.max_new_tokens=7"], "'generation.max_new_tokens' (16 in process 0, 7 in process 1)"),
+    ([], ["--config.seed=1"], "the config key 'seed' (0 in process 0, 1 in process 1)"),
+    (DEMO[2:], ["--checkpoint", "runs/y"], "--checkpoint ('runs/x' in process 0, 'runs/y' in process 1)"),
+    ([], ["--dtype", "bfloat16"], "--dtype (not there in process 0)"),
+    ([], ["--control", "image"], "--control ([] in process 0, ['image'] in process 1)"),
 ])  # fmt: skip
-def test_processes_that_were_started_with_something_else_end_before_anything_is_asked(more, named, tmp_path):
-    running = two("tests.fake_eval", "0.1", "--", *DEMO, "--workdir", str(tmp_path / "w"), only_second=more)
-    for status, _, said in ends(running):
-        assert status == 1 and "process 1 was started with something else than process 0: " in said and named in said
+def test_processes_that_were_started_with_something_else_end_before_anything_is_asked(first, second, named, tmp_path):
+    running = two("tests.fake_eval", "0.1", "--", *DEMO[:4 - len(first)], "--workdir", str(tmp_path / "w"), only_first=first,
+                  only_second=second)
+    found = ends(running)
+    for status, _, said in found:
+        assert status == 2 and "process 1 was started with something else than process 0: " in said and named in said
         assert "the same in all processes was expected" in said and "Traceback" not in said
+    assert found[0][2].splitlines()[-1] == found[1][2].splitlines()[-1]
     assert not list(tmp_path.glob("w/*"))
 
 

@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 
 import numpy as np
@@ -15,55 +14,13 @@ import pytest
 
 from llavamed_jax.checkpoints.reader import open_checkpoint
 from llavamed_jax.checkpoints.store import newest_intact_step
-from llavamed_jax.errors import UserError
-from llavamed_jax.parallel import distributed
 from llavamed_jax.training import together as module
-from llavamed_jax.training.together import Together, check_same
+from llavamed_jax.training.together import Together
 from tests import training_runs as runs
-from tests.several import Store, ends, free_port, two
+from tests.several import Threads, ends, free_port, two
 from tests.training_runs import ROOT, SAMPLE
 
 # ---- what is agreed on
-
-
-class Threads:
-    """In place of the module `distributed`: each thread is a process."""
-
-    def __init__(self, count):
-        store = Store()
-        self.groups = [distributed.Group(store, k, count) for k in range(count)]
-        self.here = threading.local()
-
-    def process_index(self):
-        return self.here.index
-
-    def process_count(self):
-        return len(self.groups)
-
-    def gather(self, value):
-        return self.groups[self.here.index].gather(value)
-
-    def from_first(self, make):
-        group = self.groups[self.here.index]
-        return json.loads(group.broadcast(None if group.index else json.dumps(make()).encode()))
-
-    def run(self, work):
-        """What `work(index)` returns in each, or raises."""
-        results = [None] * len(self.groups)
-
-        def call(index):
-            self.here.index = index
-            try:
-                results[index] = work(index)
-            except UserError as error:
-                results[index] = error
-
-        threads = [threading.Thread(target=call, args=(k,)) for k in range(len(self.groups))]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(20)
-        return results
 
 
 @pytest.fixture
@@ -108,11 +65,6 @@ def test_a_save_is_due_by_the_clock_of_the_first(three, monkeypatch):
         return seen
 
     assert three.run(work) == [[False, True, False]] * 3
-
-
-def test_other_data_in_another_process_is_refused(three):
-    first, second, third = three.run(lambda k: check_same("rows of data", "ab"[k == 1]))
-    assert (first, third) == (None, None) and "process 1 has rows of data b and process 0 has a" in str(second)
 
 
 def test_alone_the_own_word_counts(monkeypatch):

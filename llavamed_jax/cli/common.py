@@ -115,11 +115,28 @@ _NO_PATHS = ("URL", "TEXT", "NAME")  # metavars of flags that may hold an addres
 _NO_PATH_KEYS = ("endpoint", "model", "question")  # last parts of such config keys
 
 
+class _Once(argparse.Action):
+    """Keeps a flag's value, as argparse does, and refuses another one: argparse would take the last and say nothing."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        given = parser.given.setdefault(self.dest, values)
+        if given != values:
+            parser.error(f"{option_string} is given twice, with {short(given)} and with {short(values)}; one value was expected")
+        setattr(namespace, self.dest, values)
+
+
 class Parser(argparse.ArgumentParser):
-    """argparse whose complaint is one sentence, and whose flags are typed in full."""
+    """argparse whose complaint is one sentence, and whose flags are typed in full and with one value.
+
+    Attributes:
+      given: of a command line, the values by flag.
+    """
 
     def __init__(self, **kwargs):
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+        self.given: dict[str, Any] = {}
+        for name in (None, "store"):
+            self.register("action", name, _Once)
 
     def error(self, message: str):
         raise UsageError(f"{message}; `{self.prog} --help` lists the flags")
@@ -128,6 +145,7 @@ class Parser(argparse.ArgumentParser):
         strange = next((word for word in args or () if "\0" in word), None)
         if strange is not None:
             self.error(f"the argument {short(strange)} holds a NUL character")
+        self.given = {}
         found, rest = super().parse_known_args(args, namespace)
         for action in self._actions:
             if action.metavar not in _NO_PATHS:
@@ -160,8 +178,12 @@ def load_config(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
     Returns:
       The config, locked.
     Raises:
-      UsageError: no such file, a file that raises or lacks `get_config`, an unknown key, a value of another type.
+      UsageError: no such file, a file that raises or lacks `get_config`, an unknown key, a value of another type, two values of a key.
     """
+    given: dict[str, str] = {}
+    for key, _, value in (override.partition("=") for override in overrides):
+        if given.setdefault(key, value) != value:
+            raise UsageError(f"--config.{key} is given twice, with {short(given[key])} and with {short(value)}; one value was expected")
     name, _, argument = spec.partition(":")
     path = Path(name)
     if path.is_dir():

@@ -22,7 +22,7 @@ from llavamed_jax.datasets import training
 from llavamed_jax.datasets.sample import CHOICE, VqaSample, kind
 from llavamed_jax.errors import UsageError, UserError, short
 from llavamed_jax.evaluation import published, questions
-from llavamed_jax.evaluation.answering import asked, sharing
+from llavamed_jax.evaluation.answering import asked
 from llavamed_jax.evaluation.answering.answerer import Answerer, Generation
 from llavamed_jax.evaluation.answering.ask import ask, predict
 from llavamed_jax.evaluation.answering.resume import Partial, num_answers
@@ -35,7 +35,7 @@ from llavamed_jax.evaluation.scoring.against import Against
 from llavamed_jax.evaluation.scoring.predictions import join, predictions_for, read_predictions, warn_of_open
 from llavamed_jax.evaluation.scoring.strict import right_choice
 from llavamed_jax.openai_client.address import shown
-from llavamed_jax.parallel import distributed
+from llavamed_jax.parallel import agreement, distributed
 from llavamed_jax.utils.code import code_sha256
 from llavamed_jax.utils.files import read_json, to_jsonl, utf8
 from llavamed_jax.utils.nested import flatten
@@ -116,7 +116,7 @@ class Evaluation:
         """
         self.check(controls_asked)
         key = self._key(source, flags or {}, answerer)
-        sharing.check_same({**key, "--control": sorted(controls_asked)})
+        agreement.check_same(lambda: {**key, "--control": sorted(controls_asked), **agreement.installation()})
         machine = getattr(answerer, "machine", dict)()
         predictions = predict(answerer, self.samples, self.generation, partial=self._partial("predictions.jsonl", key, machine))
         control, extra = {}, {"asked": asked.record(answerer, self.generation)}

@@ -39,6 +39,7 @@ class Group:
         self._called = 0  # handovers so far, which all processes make in one order
         self._given: list[str] = []  # of process 0: what it gave that others may not have taken
         self._when_stopped: Callable[[], None] | None = None
+        self.ends_alike = False  # whether each process knows by itself why all end
         self._is_left = threading.Event()
         self._watcher = threading.Thread(target=self._watch, name="other-processes", daemon=True)
 
@@ -172,10 +173,17 @@ def leave() -> None:
         jax.distributed.shutdown()
 
 
+def end_alike() -> None:
+    """All processes have come to the same failure and end with its sentence: none tells the others of it (`fail`)."""
+    if _group is not None:
+        _group.ends_alike = True
+
+
 def fail(status: int, sentence: str) -> None:
     """Tells the others why this process ends, and with which exit status they shall."""
     if _group is not None:
-        _group.tell("failure", status=status, sentence=sentence)
+        if not _group.ends_alike:
+            _group.tell("failure", status=status, sentence=sentence)
         _group.leave()
         _group.farewell()
 

@@ -46,7 +46,8 @@ class Data:
     plan: packing.Plan
     validation: training.TrainingData | None
     validation_plan: packing.Plan | None
-    samples: Lengths | None = None  # of `data.samples`, which are asked and not trained on
+    samples: Lengths | None = None  # of `shown`
+    shown: training.TrainingData | None = None  # `data.samples`, which are asked and not trained on
     unread: list[dict] = field(default_factory=list)  # of this process's validation samples, those whose image could not be read
 
     @classmethod
@@ -75,27 +76,24 @@ class Data:
             return data, measure(data, path)
 
         check_positions(cfg, checkpoint.config)
-        samples = None
+        samples = shown = None
         if cfg.data.samples and cfg.samples_every:  # read again when it is their turn; that they can be is known now
-            samples = measure(training.read_training(cfg.data.samples, cfg.data.images), cfg.data.samples)
+            shown = training.read_training(cfg.data.samples, cfg.data.images)
+            samples = measure(shown, cfg.data.samples)
         rows = _Rows(cfg, checkpoint.config, multiple, settled or {})
         train, measured = read(cfg.data.train, "train")
         stream = packing.Stream.of(train, cfg.seed)
         plan = packing.Plan(stream, measured, rows.layout(stream, measured), cache)
         if not cfg.data.validation:
-            return cls(cfg, processor, train, plan, None, None, samples)
+            return cls(cfg, processor, train, plan, None, None, samples, shown)
         validation, measured = read(cfg.data.validation, "validation")
         stream = packing.Stream.of(validation, cfg.seed, is_shuffled=False)
         layout = rows.layout_like(plan.layout, stream, measured)
-        return cls(cfg, processor, train, plan, validation, packing.Plan(stream, measured, layout, cache), samples)
+        return cls(cfg, processor, train, plan, validation, packing.Plan(stream, measured, layout, cache), samples, shown)
 
     def total_steps(self) -> int:
         """Updates of the run: `total_steps`, or those that the rows of `epochs` make."""
         return self.cfg.total_steps if self.cfg.total_steps is not None else self.plan.num_updates(self.cfg.epochs)
-
-    def fingerprint(self) -> str:
-        """Names what every update holds, in short."""
-        return f"{self.plan.fingerprint()}-{self.plan.layout.rows}-{self.train.fingerprint()}"
 
     def judged_by(self) -> str | None:
         """Names the validation records."""

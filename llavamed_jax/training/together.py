@@ -11,7 +11,6 @@ import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from llavamed_jax.errors import UserError
 from llavamed_jax.parallel import distributed
 from llavamed_jax.utils import signals
 
@@ -94,14 +93,6 @@ class Together:
 
     def _is_late(self) -> bool:
         return 0 < self._seconds < time.monotonic() - self._saved_at
-
-
-def check_same(what: str, value: str) -> None:
-    """Raises UserError where this process has another value than the first."""
-    first = distributed.from_first(lambda: value)
-    if value != first:
-        raise UserError(f"process {distributed.process_index()} has {what} {value} and process 0 has {first}; the same in all "
-                        "processes were expected")
 
 
 class SilentLog:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import jax
+import jaxlib
 import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -18,12 +19,12 @@ from llavamed_jax.checkpoints.load import flatten
 from llavamed_jax.checkpoints.reader import Checkpoint
 from llavamed_jax.errors import UsageError, UserError, some
 from llavamed_jax.models.llava import abstract_params
-from llavamed_jax.parallel import distributed
+from llavamed_jax.parallel import agreement, distributed
 from llavamed_jax.parallel.mesh import local_rows, put, replicated
 from llavamed_jax.pipeline.loader import Loader
 from llavamed_jax.pipeline.workers import WorkerError
+from llavamed_jax.training import alike, recipe, setup, void
 from llavamed_jax.training import place as places
-from llavamed_jax.training import recipe, setup, void
 from llavamed_jax.training import workdir as workdirs
 from llavamed_jax.training.data import Data, row_multiple
 from llavamed_jax.training.late import UNMOVED, ZERO_GRADIENT, LateReader, Progress, Update
@@ -31,9 +32,9 @@ from llavamed_jax.training.log import MetricsWriter, troubles
 from llavamed_jax.training.metrics import batch_counts
 from llavamed_jax.training.state import TABLE, TrainState
 from llavamed_jax.training.step import make_eval_step, make_train_step, place
-from llavamed_jax.training.together import SilentLog, Together, check_same
+from llavamed_jax.training.together import SilentLog, Together
 from llavamed_jax.training.watch import Evaluator, Profiler, Sampler, Snapshot, judge
-from llavamed_jax.utils import signals
+from llavamed_jax.utils import machine, signals
 
 _NOTHING_DONE = "stopped before an update was done: run again to go on"
 _OPENING = signals.Phase(_NOTHING_DONE, status=75, grace=30, raises=True)
@@ -67,10 +68,12 @@ def fit(cfg: ConfigDict, workdir: str | Path, watch: Watch = Watch()) -> bool:
       written to (`signals.failure`), after everything was saved.
     Raises:
       UsageError: a recipe that cannot be, or that differs from the one the directory was started with.
-      UserError: data, weights or a directory that cannot be used; updates that are not finite, again and again.
+      UserError: data, weights or a directory that cannot be used; updates that are not finite, again and again. Of several processes
+        in all, one of which has other data, weights, code or packages (`agreement`); UsageError: another recipe or flag.
     """
-    recipe.check(cfg)
     workdir = Path(workdir)
+    agreement.check_same(lambda: alike.start(cfg, workdir, {"profile": watch.profile}))
+    recipe.check(cfg)
     with signals.listening(_OPENING), places.locked(workdir) as place:
         distributed.when_stopped(lambda: signals.ask("another process"))
         record, step = distributed.from_first(lambda: _found(workdir, cfg))
@@ -89,7 +92,7 @@ def fit(cfg: ConfigDict, workdir: str | Path, watch: Watch = Watch()) -> bool:
                 distributed.when_stopped(None)  # from here on all stop at the same update
                 signals.enter(_LOOP)
                 return run.loop(Together(signals.is_asked, cfg.checkpoint.every_minutes, run.rows), writer, watch)
-        except (UsageError, places.Lost):
+        except (UsageError, places.Lost, agreement.StartedOtherwise):
             raise
         except signals.Stopped:
             print(_NOTHING_DONE, file=sys.stderr, flush=True)
@@ -161,11 +164,12 @@ class Run:
         workdir = place.workdir
         checkpoint = setup.open_start(cfg) if step is None else base.open_base(workdir)
         start = cfg if step is None else setup.with_own_tokenizer(cfg)
+        agreement.check_same(lambda: alike.model(cfg, workdir, checkpoint, step))
         mesh = setup.open_mesh(cfg, checkpoint.config)
         with distributed.after_first():  # who finds what the first has kept of large data
             data = Data.open(start, checkpoint, row_multiple(cfg, mesh), workdir, earlier.get("settled"))
-        check_same("rows of data", data.fingerprint())
         total_steps = total_steps or data.total_steps()
+        agreement.check_same(lambda: alike.data(data, total_steps))
         program = setup.Program.build(start, checkpoint, mesh, total_steps)
         batches = data.training_batches(mesh)  # with what it refuses, before anything is written
         if step is not None:
@@ -389,16 +393,24 @@ def _restore(workdir: Path, step: int, own: Checkpoint, program: setup.Program, 
 
 
 def _arithmetic(program: setup.Program) -> dict[str, str]:
-    """What the last bits of an update depend on, beside the recipe."""
+    """What the last bits of an update depend on, beside the recipe. A host's cores count where they compute."""
+    device = program.mesh.devices.flat[0]
+    host = {"CPU cores": str(machine.cpu_cores()), "CPU": machine.cpu_model()} if device.platform == "cpu" else {}
     return {"dtype": np.dtype(program.model.dtype).name, "attention": program.model.attention, "jax": jax.__version__,
-            "device": program.mesh.devices.flat[0].device_kind, "mesh": str(dict(program.mesh.shape)),
+            "jaxlib": jaxlib.__version__, "device": device.device_kind, "runtime": " ".join(device.client.platform_version.split()),
+            **host, "mesh": str(dict(program.mesh.shape)), "processes": str(distributed.process_count()),
+            **agreement.compiler_flags(),
             "matmul precision": str(jax.config.jax_default_matmul_precision)}
 
 
 def _changes(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
     """Warnings of an arithmetic that has changed: the run goes on, and is no longer equal to the uninterrupted one to the bit."""
-    return [f"warning: {what} was {before.get(what)} and is {now[what]} now: the run goes on with other roundings"
-            for what in now if before.get(what) != now[what]]
+    lines = [f"warning: {what} was {before[what] or 'empty'} and is {now[what] or 'empty'} now: the run goes on with other roundings"
+             for what in now if what in before and before[what] != now[what]]
+    if before["device"] == now["device"] and (unknown := now.keys() - before.keys()):  # of an earlier version
+        lines.append(f"warning: the step does not say with which {some(sorted(unknown))} it was saved: the run may go on with other "
+                     "roundings")
+    return lines
 
 
 def _part(mesh: Mesh) -> str:

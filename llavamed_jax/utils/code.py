@@ -1,9 +1,10 @@
-"""Which code is running: a name for it that changes with every line."""
+"""Which code is running: a name for it that changes with every line, and the versions of other packages."""
 
 from __future__ import annotations
 
 import functools
 import hashlib
+import importlib.metadata
 from pathlib import Path
 
 _SUFFIXES = (".py", ".txt")  # what the judge is told lies beside the code
@@ -16,3 +17,11 @@ def code_sha256() -> str:
     for file in sorted(path for path in root.rglob("*") if path.suffix in _SUFFIXES):
         digest.update(f"{file.relative_to(root).as_posix()} {hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
     return digest.hexdigest()
+
+
+def version(package: str) -> str | None:
+    """The version of an installed package; None where it is not there."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -7,18 +7,17 @@ changed, answers that are kept are another evaluation's.
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ml_collections import ConfigDict
 
 from llavamed_jax.datasets.sample import VqaSample
-from llavamed_jax.errors import cut, short, some
+from llavamed_jax.errors import cut
 from llavamed_jax.evaluation.answering.answerer import Answerer, Generation
 from llavamed_jax.evaluation.scoring.predictions import image_names
 from llavamed_jax.images.load import split_frame
-from llavamed_jax.utils.code import code_sha256
+from llavamed_jax.utils.code import code_sha256, version
 from llavamed_jax.utils.hashes import sha256_of_each, short_hash
 from llavamed_jax.utils.nested import flatten
 
@@ -82,28 +81,3 @@ def _images(samples: Sequence[VqaSample]) -> dict[str, str]:
 def versions(packages: Sequence[str]) -> dict[str, str | None]:
     """The version of each package, None where it is not there."""
     return {f"the package {name}": version(name) for name in packages}
-
-
-def version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def changes(earlier: Mapping[str, object], now: Mapping[str, object], when: tuple[str, str] = ("then", "now")) -> str:
-    """What is not the same in two keys, in words: a few by name, with their values where these are short, and the count of the rest.
-
-    Args:
-      when: what the two are called.
-    """
-    names = [name for name in {**now, **earlier} if earlier.get(name) != now.get(name)]
-    return some([_change(name, earlier, now, when) for name in names], 6)
-
-
-def _change(name: str, earlier: Mapping[str, object], now: Mapping[str, object], when: tuple[str, str]) -> str:
-    if name not in earlier or name not in now:
-        return f"{name} (not there {when[name in earlier]})"
-    values = short(earlier[name], 40), short(now[name], 40)
-    is_hash = all(isinstance(value, str) and len(value) in (16, 64) for value in (earlier[name], now[name]))
-    return name if is_hash else f"{name} ({values[0]} {when[0]}, {values[1]} {when[1]})"

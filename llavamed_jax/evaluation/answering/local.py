@@ -18,6 +18,7 @@ from llavamed_jax.errors import UserError
 from llavamed_jax.evaluation.answering.answerer import Answer, Generation
 from llavamed_jax.evaluation.answering.asked import versions
 from llavamed_jax.generation.text_stream import TextStream
+from llavamed_jax.utils import machine
 
 if TYPE_CHECKING:  # scoring predictions that exist must not import jax
     from llavamed_jax.assistant import LlavaMed
@@ -76,8 +77,9 @@ class LocalModel:
         jax = sys.modules.get("jax")
         if jax is None:
             return {}
-        return {"device": jax.devices()[0].device_kind, "devices of a process": jax.local_device_count(), "CPU cores": os.cpu_count(),
-                "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""), "matmul precision": jax.config.jax_default_matmul_precision}
+        return {"device": jax.devices()[0].device_kind, "devices of a process": jax.local_device_count(),
+                "CPU cores": machine.cpu_cores(), "CPU": machine.cpu_model(), "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
+                "matmul precision": jax.config.jax_default_matmul_precision}
 
     def _hashes(self, origin) -> dict[str, str]:
         if self._file_hashes is None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from llavamed_jax.errors import UserError
 from llavamed_jax.evaluation.answering.answerer import Answer
-from llavamed_jax.evaluation.answering.asked import changes
+from llavamed_jax.utils.changes import changes
 from llavamed_jax.utils.files import read_bytes, write_text
 
 

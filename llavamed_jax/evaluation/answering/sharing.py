@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 
 from llavamed_jax.errors import UserError
 from llavamed_jax.evaluation.answering.answerer import Answer
-from llavamed_jax.evaluation.answering.asked import changes
 from llavamed_jax.parallel import distributed
 
 ELSEWHERE = Answer("", "stop")  # what a process that is not the first has in place of an answer
@@ -32,28 +31,6 @@ def share(images: Sequence[str], index: int | None = None, count: int | None = N
         owner[image] = load.index(min(load))
         load[owner[image]] += questions
     return [i for i, image in enumerate(images) if owner[image] == index]
-
-
-def check_same(values: Mapping[str, object]) -> None:
-    """Raises UserError in all processes where one was started with something else, which the sentence names.
-
-    Args:
-      values: what has to be the same in all: its name -> a value in JSON's types.
-    """
-    if distributed.process_count() == 1:
-        return
-    everyone = distributed.gather(json.dumps(dict(values), default=str).encode())
-    sentence = distributed.from_first(lambda: _other_start([json.loads(each) for each in everyone]))
-    if sentence:
-        raise UserError(sentence)
-
-
-def _other_start(everyone: Sequence[Mapping[str, object]]) -> str | None:
-    other = next((k for k, values in enumerate(everyone) if values != everyone[0]), None)
-    if other is None:
-        return None
-    found = changes(everyone[0], everyone[other], ("in process 0", f"in process {other}"))
-    return f"process {other} was started with something else than process 0: {found}; the same in all processes was expected"
 
 
 def collected(total: int, mine: Sequence[int], answers: Mapping[int, Answer], failed: Mapping[int, UserError],
