@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -302,3 +303,15 @@ def test_two_processes_of_other_data_under_one_name_end_with_one_sentence(tmp_pa
     assert (status, there, silent) == (1, 1, "") and said == said_there and len(said.splitlines()) == 1, said + said_there
     assert "error: process 1 was started with something else than process 0: the records of data.train ('12 records, sha256 " in said
     assert not list((tmp_path / "run").glob("checkpoints/*"))
+
+
+@pytest.mark.parametrize("module, words", [("train", ["--config", "configs/demo.py:vqa"]), (
+    "tests.fake_eval", ["0", "--", "--config", "configs/eval/vqa_rad.py:demo", "--checkpoint", "runs/x"])], ids=["train", "eval"])
+def test_a_config_that_one_process_cannot_read_ends_all_at_once(tmp_path, module, words):
+    """Before it had joined the others it would have left them waiting for it for five minutes."""
+    begun = time.monotonic()
+    running = two(module, *words, "--workdir", str(tmp_path / "run"), only_second=["--config.bogus=1"])
+    (status, _, said), (there, _, said_there) = ends(running, 300)
+    assert (status, there) == (2, 2) and time.monotonic() - begun < 120
+    assert "error: process 1 failed: the config key 'bogus' does not exist" in said
+    assert said_there.startswith("error: the config key 'bogus' does not exist") and not (tmp_path / "run" / "model").exists()

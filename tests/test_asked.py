@@ -23,6 +23,7 @@ from llavamed_jax.parallel.mesh import make_mesh
 from llavamed_jax.processor import Processor
 from llavamed_jax.utils import hashes
 from tests import tiny
+from tests.words import instead
 
 ROOT = Path(__file__).resolve().parent.parent
 TOKENIZER = ROOT / "samples" / "vqa_rad" / "tokenizer.model"
@@ -119,9 +120,8 @@ def root(made, tmp_path, monkeypatch):
 def start(monkeypatch, workdir, *more, stops_after=None):
     """`eval.py` with the stand-in; its exit status."""
     monkeypatch.setattr(cli.common, "load_assistant", lambda args: Model(args, stops_after))
-    given = {word.partition("=")[0] for word in more}
     argv = ["--config", str(ROOT / "configs" / "eval" / "llava_med.py"), "--config.data.root=set", "--workdir", workdir]
-    return cli.main([*argv, *([] if "--checkpoint" in given else ["--checkpoint", "model"]), *more])
+    return cli.main(instead([*argv, "--checkpoint", "model"], more))
 
 
 def num_kept(workdir):
@@ -304,7 +304,7 @@ def test_where_nothing_has_changed_all_is_taken_over(flags, root, monkeypatch, c
               value in zip(flags[::2], flags[1::2]) if word in ("--vision_tower", "--tokenizer")]
     absolute = [] if "--checkpoint" in flags else ["--checkpoint", str(root / "model")]
     capsys.readouterr()
-    assert start(monkeypatch, "w", *flags, *where, *absolute) == 0
+    assert start(monkeypatch, "w", *instead([*flags], [*where, *absolute])) == 0
     said = capsys.readouterr().err
     assert f"{n} answers of an earlier start are taken over" in said and "another" not in said
     assert start(monkeypatch, "fresh", *flags) == 0 and texts("w") == texts("fresh")

@@ -27,6 +27,7 @@ from llavamed_jax.evaluation.scoring import score
 from llavamed_jax.images.load import load_image
 from llavamed_jax.openai_client import client
 from tests.openai_server import OpenAiServer, Raw, yes_or_no
+from tests.words import instead
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLE = ROOT / "samples" / "vqa_rad"
@@ -263,7 +264,7 @@ def test_a_signal_stops_it_with_every_answer_kept(number, tmp_path):
 def test_mistakes_are_one_sentence(hurried, more, status, sentence, tmp_path, capsys):
     with OpenAiServer(yes_or_no) as server:
         more = [word.replace("SERVER", server.url) for word in more]
-        assert cli.main([*ARGV, "--workdir", str(tmp_path / "w"), *more]) == status
+        assert cli.main(instead([*ARGV, "--workdir", str(tmp_path / "w")], more)) == status
     error = capsys.readouterr().err
     assert sentence in error and error.startswith("error: ") and error.count("\n") == 1
     assert not server.log and not (tmp_path / "w").exists()
@@ -279,7 +280,7 @@ def test_where_nothing_was_answered_the_workdir_is_as_before(what, hurried, tmp_
 
     with OpenAiServer(answer, key="right" if what == "a wrong key" else None) as server:
         url = "http://127.0.0.1:1" if what.startswith("nobody") else server.url
-        words = [*ARGV, "--endpoint", url, "--model", "huge" if what == "no such model" else "tiny", "--control", "image"]
+        words = instead(ARGV, ["--endpoint", url, "--model", "huge" if what == "no such model" else "tiny", "--control", "image"])
         if what == "nobody judges":
             (tmp_path / "p.jsonl").write_text("".join(
                 json.dumps({"question_id": sample.question_id, "text": "yes"}) + "\n" for sample in read_vqa_rad(SAMPLE, "test", "clean")))

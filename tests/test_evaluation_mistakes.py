@@ -14,6 +14,7 @@ from llavamed_jax.errors import UserError
 from llavamed_jax.evaluation.results import locked
 from llavamed_jax.evaluation.scoring.score import join, read_predictions
 from tests.openai_server import OpenAiServer, yes_or_no
+from tests.words import instead
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLE = ROOT / "samples" / "vqa_rad"
@@ -47,7 +48,7 @@ def test_a_mistake_is_one_sentence(more, status, sentence, predictions, tmp_path
     words = {"IMAGE": str(image), "PREDICTIONS": str(predictions), "SLAKE": str(slake)}
     for word, path in words.items():
         more, sentence = [each.replace(word, path) for each in more], sentence.replace(word, path)
-    argv = [*ARGV, "--workdir", str(tmp_path / "w"), *more, "--predictions", str(predictions)]
+    argv = instead([*ARGV, "--workdir", str(tmp_path / "w"), "--predictions", str(predictions)], more)
     if str(slake) in " ".join(more):
         argv[1] = str(ROOT / "configs/eval/slake.py")
     assert cli.main(argv) == status

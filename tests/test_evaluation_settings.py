@@ -24,6 +24,7 @@ from llavamed_jax.evaluation.scoring import controls, score
 from llavamed_jax.processor import Processor
 from llavamed_jax.text.tokenizer import Tokenizer
 from llavamed_jax.utils.files import to_jsonl
+from tests.words import instead
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLE = ROOT / "samples" / "vqa_rad"
@@ -244,9 +245,9 @@ def test_settings_that_are_wrong_are_said_before_a_model_is_loaded(more, status,
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("")
     held_out = [f"--config.data.root={SAMPLE}", f"--config.data.held_out={SAMPLE / 'held_out.json'}"]
-    argv = ["--config", f"{ROOT / 'configs/eval/vqa_rad.py'}:demo", *held_out, "--workdir", "w", "--checkpoint", "nowhere", *more]
+    argv = ["--config", f"{ROOT / 'configs/eval/vqa_rad.py'}:demo", *held_out, "--workdir", "w", "--checkpoint", "nowhere"]
     monkeypatch.setattr("llavamed_jax.cli.common.load_assistant", None)
-    assert cli.main(argv) == status
+    assert cli.main(instead(argv, more)) == status
     error = capsys.readouterr().err
     assert sentence in error and error.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -23,6 +23,7 @@ from llavamed_jax.evaluation.answering.resume import Partial
 from llavamed_jax.evaluation.scoring import leakage
 from llavamed_jax.openai_client.cache import JudgeCache
 from llavamed_jax.utils import files
+from tests.words import instead
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLE = ROOT / "samples" / "vqa_rad"
@@ -94,7 +95,7 @@ def test_every_file_that_an_evaluation_may_be_given(place, kind, strange, tmp_pa
     words = {
         "predictions": [*EVAL, "--predictions", path], "against": [*EVAL, "--predictions", "p.jsonl", "--against", path],
         "trained_on": [*EVAL, "--predictions", "p.jsonl", f"--config.data.trained_on={path}"],
-        "root": [*EVAL, "--predictions", "p.jsonl", f"--config.data.root={path}"],
+        "root": instead(EVAL, ["--predictions", "p.jsonl", f"--config.data.root={path}"]),
         "prompt": [*EVAL, "--predictions", "p.jsonl", *judge, f"--config.judge.prompt={path}"],
         "cache": [*EVAL, "--predictions", "p.jsonl", *judge, f"--config.judge.cache={path}"],
         "held_out": [*EVAL, "--predictions", "p.jsonl", f"--config.data.held_out={path}"],

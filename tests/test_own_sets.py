@@ -19,6 +19,7 @@ from llavamed_jax.datasets.training import read_training
 from llavamed_jax.datasets.vqa_rad import read_vqa_rad
 from llavamed_jax.errors import UsageError, UserError
 from llavamed_jax.evaluation import questions
+from tests.words import instead
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLE = ROOT / "samples" / "vqa_rad"
@@ -321,8 +322,8 @@ def test_the_published_sets_are_written_and_read_back(shared, tmp_path):
 def test_what_cannot_be_written_leaves_nothing(folder, tmp_path, monkeypatch, capsys, more, status, sentence):
     monkeypatch.chdir(tmp_path)
     write(folder / "test.json", [record(1)])
-    argv = ["--config", str(ROOT / "configs" / "eval" / "llava_med.py"), f"--config.data.root={folder}", "--write_llava", "out.json", *more]
-    assert cli.main(argv) == status
+    argv = ["--config", str(ROOT / "configs" / "eval" / "llava_med.py"), f"--config.data.root={folder}", "--write_llava", "out.json"]
+    assert cli.main(instead(argv, more)) == status
     error = capsys.readouterr().err
     assert sentence in error and error.count("\n") == 1 and [p.name for p in tmp_path.iterdir()] == ["set"]
 

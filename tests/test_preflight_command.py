@@ -21,6 +21,7 @@ from llavamed_jax.preflight.topologies import Topology
 from llavamed_jax.utils import signals
 from tests import preflight_jobs
 from tests.preflight_jobs import GIB
+from tests.words import instead
 
 ROOT = Path(__file__).resolve().parent.parent
 FINETUNE = f"{ROOT}/configs/finetune.py"
@@ -278,7 +279,7 @@ def test_wrong_training_command_lines(capsys, flags, status, sentence):
     (["--config", f"{FINETUNE}:small"], "has no 'generation'"),
     (["--config", VQA_RAD, "--checkpoint="], "--checkpoint is empty")])
 def test_wrong_evaluation_command_lines(capsys, flags, sentence):
-    assert evaluate(["--checkpoint", "preset:small", "--preflight", "cpu-1", *flags]) == 2
+    assert evaluate(instead(["--checkpoint", "preset:small", "--preflight", "cpu-1"], flags)) == 2
     error = capsys.readouterr().err
     assert sentence in error and error.count("\n") == 1
 

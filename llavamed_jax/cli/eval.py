@@ -50,6 +50,8 @@ def program(argv: Sequence[str]) -> int:
     """Runs one evaluation; returns the exit status."""
     args, overrides = _parser().parse_with_overrides(argv)
     _check_flags(args)
+    if args.preflight is None and args.write_llava is None:  # first, so that the others hear of a config that one alone cannot read
+        processes.join(processes.asked(args) if args.checkpoint is not None else None)
     cfg = common.load_config(args.config, overrides)
     if args.write_llava is not None:
         from llavamed_jax.evaluation import questions
@@ -63,7 +65,6 @@ def program(argv: Sequence[str]) -> int:
         status = _preflight(args, cfg)
         _say_void(args, cfg, overrides)
         return status
-    processes.join(processes.asked(args) if args.checkpoint is not None else None)
     endpoint = None if args.endpoint is None else _endpoint(args)
     is_new = not os.path.exists(args.workdir)
     from llavamed_jax.evaluation import chat, results, run  # after the flags are known to be right: it takes a second

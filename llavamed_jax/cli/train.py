@@ -43,8 +43,8 @@ def train(argv: list[str]) -> int:
         parser.error("the following arguments are required: --workdir")
     if not args.workdir:
         parser.error("--workdir is empty; a directory was expected")
+    processes.join(processes.asked(args))  # first, so that the others hear of a config that only one of several cannot read
     config = _configured(args.config, overrides)
-    processes.join(processes.asked(args))
     from llavamed_jax.evaluation import during_training  # imports jax, which a wrong command line need not wait for
     from llavamed_jax.training.trainer import Watch, fit
     compilation_cache.enable()
