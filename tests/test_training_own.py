@@ -16,7 +16,7 @@ from llavamed_jax.checkpoints.store import newest_intact_step, read_meta, steps,
 from llavamed_jax.errors import UsageError, UserError
 from llavamed_jax.parallel.mesh import make_mesh
 from llavamed_jax.text.tokenizer import Tokenizer
-from llavamed_jax.training import setup, trainer
+from llavamed_jax.training import arithmetic, setup, trainer
 from llavamed_jax.training import workdir as workdirs
 from llavamed_jax.training.trainer import Watch, fit
 from tests import training_runs as runs
@@ -386,31 +386,31 @@ def test_another_number_of_cores_is_told_when_a_run_goes_on(recipe, tmp_path, wi
     ("dtype", "float32", "float16"), ("attention", "xla", "flash"),
 ])  # fmt: skip
 def test_each_thing_that_last_bits_depend_on_is_told(monkeypatch, what, before, now):
-    def arithmetic(given):
+    def used(given):
         for name in ("NPROC", "PJRT_NPROC", "XLA_FLAGS", "LIBTPU_INIT_ARGS"):
             monkeypatch.delenv(name, raising=False)
         for name, value in given.items() if what == "CPU cores" or what.startswith("the environment") else ():
             monkeypatch.setenv(name, value)
         here = lambda name, otherwise: given if what == name else otherwise
-        monkeypatch.setattr(trainer.machine, "cpu_model", lambda: here("CPU", "a CPU"))
-        monkeypatch.setattr(trainer.distributed, "process_count", lambda: here("processes", 1))
+        monkeypatch.setattr(arithmetic.machine, "cpu_model", lambda: here("CPU", "a CPU"))
+        monkeypatch.setattr(arithmetic.distributed, "process_count", lambda: here("processes", 1))
         for module in ("jax", "jaxlib"):
             monkeypatch.setattr(f"{module}.__version__", here(module, "1"))
         device = SimpleNamespace(platform="cpu", device_kind=here("device", "cpu"), client=SimpleNamespace(
             platform_version=here("runtime", "x")))
-        return trainer._arithmetic(SimpleNamespace(
+        return arithmetic.used(SimpleNamespace(
             model=SimpleNamespace(dtype=here("dtype", "float32"), attention=here("attention", "xla")),
             mesh=SimpleNamespace(devices=np.array([device]), shape=here("mesh", {"data": 1}))))
 
-    first, again, other = arithmetic(before), arithmetic(before), arithmetic(now)
-    assert trainer._changes(first, again) == []
-    (told,) = trainer._changes(json.loads(json.dumps(first)), other)
+    first, again, other = used(before), used(before), used(now)
+    assert arithmetic.warnings(first, again) == []
+    (told,) = arithmetic.warnings(json.loads(json.dumps(first)), other)
     assert re.fullmatch(f"warning: {what} was .+ and is .+ now: the run goes on with other roundings", told)
 
 
 def test_a_hosts_cores_do_not_count_where_an_accelerator_computes():
     device = SimpleNamespace(platform="gpu", device_kind="H200", client=SimpleNamespace(platform_version="cuda 1"))
-    said = trainer._arithmetic(SimpleNamespace(model=SimpleNamespace(dtype="bfloat16", attention="xla"),
+    said = arithmetic.used(SimpleNamespace(model=SimpleNamespace(dtype="bfloat16", attention="xla"),
                                                mesh=SimpleNamespace(devices=np.array([device]), shape={"data": 1})))
     assert not {"CPU", "CPU cores"} & said.keys() and {"jaxlib", "runtime", "device"} <= said.keys()
 
@@ -420,35 +420,35 @@ def test_cores_are_those_that_this_process_may_use(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("os.cpu_count", lambda: 64)
     monkeypatch.setattr("os.sched_getaffinity", lambda process: {3, 5, 8}, raising=False)
-    assert trainer.machine.cpu_cores() == 3
+    assert arithmetic.machine.cpu_cores() == 3
     monkeypatch.setenv("NPROC", "not a number")
-    assert trainer.machine.cpu_cores() == 3
+    assert arithmetic.machine.cpu_cores() == 3
     monkeypatch.setenv("NPROC", "5")
-    assert trainer.machine.cpu_cores() == 5
+    assert arithmetic.machine.cpu_cores() == 5
     monkeypatch.setenv("PJRT_NPROC", "7")
-    assert trainer.machine.cpu_cores() == 7
+    assert arithmetic.machine.cpu_cores() == 7
 
 
 def test_the_processors_name_and_instructions_count(monkeypatch, tmp_path):
-    monkeypatch.setattr(trainer.machine, "_CPUINFO", str(tmp_path / "cpuinfo"))
+    monkeypatch.setattr(arithmetic.machine, "_CPUINFO", str(tmp_path / "cpuinfo"))
     found = []
     for text in ("model name\t: X 1\nflags\t: avx2 fma\n", "model name\t: X 1\nflags\t: fma avx2\n\nmodel name: X 1\n",
                  "model name\t: X 2\nflags\t: avx2 fma\n", "model name\t: X 1\nflags\t: avx2\n", "CPU part\t: 0xd40\nFeatures\t: asimd\n"):
         (tmp_path / "cpuinfo").write_text(text)
-        found.append(trainer.machine.cpu_model())
+        found.append(arithmetic.machine.cpu_model())
     assert found[0] == found[1] and len(set(found)) == 4 and found[0].startswith("X 1, instructions ") and found[4].startswith("0xd40")
     (tmp_path / "cpuinfo").unlink()
-    assert trainer.machine.cpu_model()
+    assert arithmetic.machine.cpu_model()
 
 
 def test_a_step_of_an_earlier_version_does_not_say_its_cores():
     now = {"device": "cpu", "jax": "2", "CPU cores": "2", "CPU": "x"}
-    assert trainer._changes(now, now) == []
-    assert trainer._changes({"device": "cpu", "jax": "2"}, now) == [
+    assert arithmetic.warnings(now, now) == []
+    assert arithmetic.warnings({"device": "cpu", "jax": "2"}, now) == [
         "warning: the step does not say with which CPU, CPU cores it was saved: the run may go on with other roundings"]
-    assert trainer._changes({"device": "gpu", "jax": "2"}, now) == [
+    assert arithmetic.warnings({"device": "gpu", "jax": "2"}, now) == [
         "warning: device was gpu and is cpu now: the run goes on with other roundings"]
-    assert trainer._changes({**now, "CPU cores": "4"}, now) == [
+    assert arithmetic.warnings({**now, "CPU cores": "4"}, now) == [
         "warning: CPU cores was 4 and is 2 now: the run goes on with other roundings"]
 
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import jax
-import jaxlib
 import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -23,7 +22,7 @@ from llavamed_jax.parallel import agreement, distributed
 from llavamed_jax.parallel.mesh import local_rows, put, replicated
 from llavamed_jax.pipeline.loader import Loader
 from llavamed_jax.pipeline.workers import WorkerError
-from llavamed_jax.training import alike, recipe, setup, void
+from llavamed_jax.training import alike, arithmetic, recipe, setup, void
 from llavamed_jax.training import place as places
 from llavamed_jax.training import workdir as workdirs
 from llavamed_jax.training.data import Data, row_multiple
@@ -34,7 +33,7 @@ from llavamed_jax.training.state import TABLE, TrainState
 from llavamed_jax.training.step import make_eval_step, make_train_step, place
 from llavamed_jax.training.together import SilentLog, Together
 from llavamed_jax.training.watch import Evaluator, Profiler, Sampler, Snapshot, judge
-from llavamed_jax.utils import machine, signals
+from llavamed_jax.utils import signals
 
 _NOTHING_DONE = "stopped before an update was done: run again to go on"
 _OPENING = signals.Phase(_NOTHING_DONE, status=75, grace=30, raises=True)
@@ -186,7 +185,8 @@ class Run:
                 state, progress = program.initial_state(checkpoint), Progress()
             else:
                 state, progress = _restore(workdir, step, checkpoint, program, meta)
-                print(f"going on from step {step}", *_changes(earlier["computed"], _arithmetic(program)), sep="\n", flush=True)
+                told = arithmetic.warnings(earlier["computed"], arithmetic.used(program))
+                print(f"going on from step {step}", *told, sep="\n", flush=True)
         log = SilentLog() if distributed.process_index() else MetricsWriter(workdir, step or 0, total_steps, cfg.name, place.check)
         return cls(cfg, place, data, program, state, step or 0, total_steps, batches, log, record, progress, saved=step or 0)
 
@@ -374,7 +374,7 @@ def _begin(workdir: Path, cfg: ConfigDict, checkpoint: Checkpoint, program: setu
     record = workdirs.write_recipe(workdir, cfg, {"total_steps": total_steps, **data.resolved()}, earlier)
     if not earlier:
         store.write_model(workdir, checkpoint, without=program.trained_names(), progress=signals.checked)
-    return {**record, "model": base.fingerprints(workdir), "validation": data.judged_by(), "computed": _arithmetic(program)}
+    return {**record, "model": base.fingerprints(workdir), "validation": data.judged_by(), "computed": arithmetic.used(program)}
 
 
 def _restore(workdir: Path, step: int, own: Checkpoint, program: setup.Program, meta: Mapping) -> tuple[TrainState, Progress]:
@@ -390,27 +390,6 @@ def _restore(workdir: Path, step: int, own: Checkpoint, program: setup.Program, 
     return TrainState(
         step=put(np.int32(step), everywhere), skipped=put(np.int32(progress.updates_skipped), everywhere),
         trainable=setup.from_disk(trained, program.shardings.trainable), frozen=frozen, opt_state=opt_state), progress
-
-
-def _arithmetic(program: setup.Program) -> dict[str, str]:
-    """What the last bits of an update depend on, beside the recipe. A host's cores count where they compute."""
-    device = program.mesh.devices.flat[0]
-    host = {"CPU cores": str(machine.cpu_cores()), "CPU": machine.cpu_model()} if device.platform == "cpu" else {}
-    return {"dtype": np.dtype(program.model.dtype).name, "attention": program.model.attention, "jax": jax.__version__,
-            "jaxlib": jaxlib.__version__, "device": device.device_kind, "runtime": " ".join(device.client.platform_version.split()),
-            **host, "mesh": str(dict(program.mesh.shape)), "processes": str(distributed.process_count()),
-            **agreement.compiler_flags(),
-            "matmul precision": str(jax.config.jax_default_matmul_precision)}
-
-
-def _changes(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
-    """Warnings of an arithmetic that has changed: the run goes on, and is no longer equal to the uninterrupted one to the bit."""
-    lines = [f"warning: {what} was {before[what] or 'empty'} and is {now[what] or 'empty'} now: the run goes on with other roundings"
-             for what in now if what in before and before[what] != now[what]]
-    if before["device"] == now["device"] and (unknown := now.keys() - before.keys()):  # of an earlier version
-        lines.append(f"warning: the step does not say with which {some(sorted(unknown))} it was saved: the run may go on with other "
-                     "roundings")
-    return lines
 
 
 def _part(mesh: Mesh) -> str:
