@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 import llavamed_jax as lm
 from llavamed_jax import chat
-from llavamed_jax.cli import convert as convert_cli
+from llavamed_jax.cli import convert_program as convert_cli
 from llavamed_jax.cli import eval as eval_cli
 from llavamed_jax.cli import train as train_cli
 from llavamed_jax.cli import verify_release
