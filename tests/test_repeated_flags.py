@@ -47,11 +47,13 @@ def test_one_value_that_is_given_twice_is_taken():
     parser = common.Parser(prog="x")
     parser.add_argument("--name")
     parser.add_argument("--number", type=int)
+    parser.add_argument("--share", type=float)
     parser.add_argument("--is_so", action="store_true")
     parser.add_argument("--image", action="append")
     words = ["--name", "a", "--name=a", "--number", "1", "--number", "01", "--is_so", "--is_so", "--image", "a", "--image", "b"]
     args, overrides = parser.parse_with_overrides([*words, "--config.k=1", "--config.k=1"])
-    assert vars(args) == dict(name="a", number=1, is_so=True, image=["a", "b"])
+    assert str(parser.parse_args(["--share", "nan"]).share) == str(parser.parse_args(["--share", "nan", "--share=NaN"]).share) == "nan"
+    assert vars(args) == dict(share=None, name="a", number=1, is_so=True, image=["a", "b"])
     config = common.load_config(f"{ROOT}/configs/demo.py:vqa", ["seed=7", "seed=7"])
     assert config.seed == 7 and overrides == ["k=1", "k=1"]
 

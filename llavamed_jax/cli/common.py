@@ -120,7 +120,7 @@ class _Once(argparse.Action):
 
     def __call__(self, parser, namespace, values, option_string=None):
         given = parser.given.setdefault(self.dest, values)
-        if given != values:
+        if repr(given) != repr(values):  # NaN does not equal NaN
             parser.error(f"{option_string} is given twice, with {short(given)} and with {short(values)}; one value was expected")
         setattr(namespace, self.dest, values)
 
