@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -92,6 +94,30 @@ class Run:
             self.process.wait()
         return is_running
 
+    def treat(self, how: str, since: float, moment: float, draw: random.Random) -> int:
+        """Lets the worker processes do without the processor from one moment on, both in seconds after the start; the process itself, where
+        it has none. Returns how many they were when it ended.
+
+        Args:
+          how: `stopped` (SIGSTOP), `killed` (one of them, SIGKILL), `starved` (stopped and let go on, many times a second), `untouched`.
+        """
+        count = 0
+        if how == "untouched" or not self.wait_until(since):
+            return count
+        while True:
+            workers = self.workers()
+            count = len(workers)
+            if how == "killed":
+                _send(signal.SIGKILL, [draw.choice(workers)] if workers else [])
+                return count
+            _send(signal.SIGSTOP, workers or [self.process.pid])
+            if not self.wait_until(min(moment, time.monotonic() - self.started + draw.uniform(0.02, 0.2))) or how == "stopped":
+                return count
+            if time.monotonic() - self.started >= moment:
+                return count
+            _send(signal.SIGCONT, workers or [self.process.pid])
+            self.wait_until(min(moment, time.monotonic() - self.started + draw.uniform(0.005, 0.05)))
+
     def workers(self) -> list[int]:
         """Process ids of what it has started, without Python's resource tracker."""
         return [pid for pid, command in self._processes() if pid != self.process.pid and "resource_tracker" not in command]
@@ -127,6 +153,12 @@ class Run:
                 continue
             mapped |= {name for name in new if f"{SHM}/{name}" in maps}
         return [f"segment {name}" for name in sorted(new - mapped)]
+
+
+def _send(number: int, pids: list[int]) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
 
 
 def segments() -> set[str]:

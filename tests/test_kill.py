@@ -10,9 +10,9 @@ from tests.training_runs import ROOT
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", ["train", "eval"])
-def test_two_kills_lose_nothing(command):
-    done = subprocess.run([sys.executable, "benchmarks/kill.py", "--command", command, "--kills", "2"], cwd=ROOT,
+@pytest.mark.parametrize("command, ways", [("train", "stopped,killed"), ("train", "starved,untouched"), ("eval", "stopped,starved")])
+def test_two_kills_lose_nothing(command, ways):
+    done = subprocess.run([sys.executable, "benchmarks/kill.py", "--command", command, "--kills", "2", "--workers", ways], cwd=ROOT,
                           capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.splitlines()[-1] == "2/2", done.stdout + done.stderr
 

@@ -82,8 +82,13 @@ def program(argv: Sequence[str]) -> int:
             if args.dry_run:
                 print(evaluation.plan(args.predictions, args.control is not None))
                 return 0
-            with results.locked(evaluation.workdir):
+            with results.locked(evaluation.workdir) as evaluation.place:
                 metrics = _measure(evaluation, args, endpoint)
+                if metrics is None:
+                    evaluation.check_place()  # before it is said that answers are kept there
+        except results.Lost:
+            remove = lambda: None  # what is there now is somebody else's
+            raise
         finally:
             remove()
     if metrics is None:
@@ -185,7 +190,10 @@ def _measure(evaluation, args: argparse.Namespace, endpoint) -> dict | None:
         return evaluation.run(answerer, source, [args.control] if args.control else [], flags)
     except KeyboardInterrupt:
         return None
-    except UserError as error:
+    except (UserError, OSError) as error:
+        evaluation.check_place()  # where the workdir is gone, that is the reason
+        if isinstance(error, OSError):
+            raise
         kept = evaluation.n_kept
         raise type(error)(f"{error}; {kept} answers are kept in {args.workdir}" if kept else str(error)) from error
     finally:

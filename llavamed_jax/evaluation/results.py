@@ -7,18 +7,39 @@ import fcntl
 import os
 import shutil
 import tempfile
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from llavamed_jax.errors import UserError
 from llavamed_jax.parallel import distributed
-from llavamed_jax.utils.files import utf8
+from llavamed_jax.utils.files import is_at, utf8
 
 _TEMPORARY = ".results."
 
 
+class Lost(UserError):
+    """The directory of an evaluation is no longer at its place."""
+
+
+class Place:
+    """The directory that an evaluation writes to, which others may remove, move or replace meanwhile."""
+
+    def __init__(self, workdir: Path, descriptor: int | None = None):
+        self._workdir, self._descriptor = workdir, descriptor
+        if descriptor is None:
+            self._descriptor = _open(workdir)
+            weakref.finalize(self, os.close, self._descriptor)
+
+    def check(self) -> None:
+        """Raises Lost where another directory, or none, is at the path by now."""
+        if not is_at(self._descriptor, self._workdir):
+            raise Lost(f"the workdir {self._workdir} was removed, moved or replaced while the evaluation ran, and the answers that were "
+                       "kept there are gone with it; no results are written")
+
+
 @contextlib.contextmanager
-def locked(workdir: Path) -> Iterator[None]:
+def locked(workdir: Path) -> Iterator[Place]:
     """Holds a directory for one evaluation; the kernel lets go of it however the process ends, and nothing is left in it.
 
     Two at once would write their answers into one file, and the next start take those of the one for the other's. Of several
@@ -27,18 +48,18 @@ def locked(workdir: Path) -> Iterator[None]:
       UserError: another evaluation holds it. A file system that knows no locks is used without.
     """
     if distributed.process_index():
-        yield
+        yield Place(workdir)
         return
     descriptor = _open(workdir)
     try:
         while True:
             if not _lock(descriptor):
                 raise UserError(f"the workdir {workdir} is in use by another evaluation; wait for its end, or name another")
-            if _is_at(descriptor, workdir):
+            if is_at(descriptor, workdir):
                 break
             os.close(descriptor)  # another evaluation that came to nothing has removed the directory meanwhile
             descriptor = _open(workdir)
-        yield
+        yield Place(workdir, descriptor)
     finally:
         os.close(descriptor)
 
@@ -73,24 +94,17 @@ def _lock(descriptor: int) -> bool:
     return True
 
 
-def _is_at(descriptor: int, path: Path) -> bool:
-    """Whether an open directory is still the one at a path."""
-    try:
-        return os.path.samestat(os.fstat(descriptor), os.stat(path))
-    except OSError:
-        return False
-
-
 class Results:
     """The files of a finished evaluation. All are written under temporary names, and only then renamed: a disk that is full leaves the
     results of an earlier evaluation as they were.
 
     Args:
       workdir: where they go; its lock is held.
+      check: raises where it is no longer at its place.
     """
 
-    def __init__(self, workdir: Path):
-        self._workdir, self._texts = workdir, {}
+    def __init__(self, workdir: Path, check: Callable[[], None] = lambda: None):
+        self._workdir, self._check, self._texts = workdir, check, {}
 
     def __contains__(self, name: str) -> bool:
         return name in self._texts
@@ -107,8 +121,10 @@ class Results:
             equal ending (`*.eval`).
           last: the file that is renamed after all others.
         Raises:
-          UserError: the disk refuses a file; then nothing has changed but what a single rename could not undo.
+          UserError: the disk refuses a file; then nothing has changed but what a single rename could not undo. A file that is not there
+            when all were written.
         """
+        self._check()
         for leftover in self._workdir.glob(f"{_TEMPORARY}*"):  # of a process that was killed
             shutil.rmtree(leftover, ignore_errors=True)
         try:
@@ -128,7 +144,11 @@ class Results:
                     os.replace(folder / file, target)
                     for other in set(earlier) - {target}:
                         other.unlink(missing_ok=True)
+            self._check()
+            if gone := [file for file in files if not (self._workdir / file).is_file()]:
+                raise UserError(f"{self._workdir / gone[0]} was removed as soon as it was written")
         except OSError as error:
+            self._check()
             raise UserError(f"the results in {self._workdir} cannot be written: {error.strerror or error}; what stood there before is as "
                             "it was") from error
 

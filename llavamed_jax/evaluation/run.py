@@ -29,7 +29,7 @@ from llavamed_jax.evaluation.answering.resume import Partial, num_answers
 from llavamed_jax.evaluation.judging import open_answers
 from llavamed_jax.evaluation.judging.judge import check_answered
 from llavamed_jax.evaluation.report import report, summary, tensorboard
-from llavamed_jax.evaluation.results import Results
+from llavamed_jax.evaluation.results import Place, Results
 from llavamed_jax.evaluation.scoring import controls, leakage, score
 from llavamed_jax.evaluation.scoring.against import Against
 from llavamed_jax.evaluation.scoring.predictions import join, predictions_for, read_predictions, warn_of_open
@@ -78,7 +78,8 @@ class Evaluation:
             raise UsageError("the workdir is empty; a directory was expected: --workdir DIR")
         self.cfg, self.workdir = cfg, Path(workdir)
         self._partials: list[Partial] = []
-        self.results = Results(self.workdir)
+        self.place: Place | None = None
+        self.results = Results(self.workdir, self.check_place)
         if cfg.protocol not in ("clean", "paper"):
             raise UsageError(f"protocol is {cfg.protocol!r}; clean or paper was expected")
         for key, value in flatten(cfg.to_dict()).items():
@@ -131,6 +132,11 @@ class Evaluation:
             partial.remove()
         self._partials = []
         return metrics
+
+    def check_place(self) -> None:
+        """Raises UserError where the workdir that the evaluation holds (`results.locked`) is no longer at its place."""
+        if self.place is not None:
+            self.place.check()
 
     def score_file(self, path: str | Path) -> dict:
         """Scores predictions that exist; no model is loaded."""
@@ -209,7 +215,8 @@ class Evaluation:
         return found
 
     def _partial(self, name: str, key: Mapping, machine: Mapping) -> Partial:
-        partial = Partial(self.workdir / name, key, distributed.process_index(), machine, distributed.process_count())
+        partial = Partial(self.workdir / name, key, distributed.process_index(), machine, distributed.process_count(),
+                          self.check_place)
         self._partials.append(partial)
         return partial
 

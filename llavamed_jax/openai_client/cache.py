@@ -59,6 +59,10 @@ class JudgeCache:
         line = json.dumps({"key": key} | fields) + "\n"  # ASCII: a lone surrogate is escaped
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            if self._lines and not self.path.exists():
+                print(f"warning: {self.path} was removed; it is written anew, with the {len(self._lines)} replies that it held",
+                      file=sys.stderr)
+                line = "".join(json.dumps({"key": each} | kept) + "\n" for each, kept in self._lines.items()) + line
             descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
             with open(descriptor, "wb", buffering=0) as file:
                 file.write(("" if self._is_whole else "\n").encode() + line.encode())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import os
 import queue
@@ -27,6 +28,7 @@ SHARED = "/dev/shm"
 _POLL_S = 0.2
 _DEAD_S = 3.0  # in which what a worker had finished before it died still comes
 _CLOSE_S = 5.0  # for workers to end by themselves
+_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
 class WorkerError(UserError):
@@ -195,12 +197,15 @@ def _begin(path: str, worker: int, num_workers: int) -> None:
     """Run first in each worker process: what it prints is cleaned, and it ends when its parent does.
 
     When the parent is gone, however it went, grain's own worker would wait for ever. Shared memory that was on its way is
-    then removed by Python's resource tracker, a process of its own that ends after the last of them.
+    then removed by Python's resource tracker, a process of its own that ends after the last of them. A worker that is stopped (SIGSTOP)
+    can look for nobody: on Linux the kernel ends it.
     """
     def watch(parent):
         parent.join()
         os._exit(1)
 
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # with the thread that started it: the loader, which ends the last
     terminal.install()
     worker_notes.begin(path, worker)
     if (parent := parent_process()) is not None:

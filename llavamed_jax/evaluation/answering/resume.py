@@ -9,7 +9,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from llavamed_jax.errors import UserError
@@ -29,6 +29,7 @@ class Partial:
       path: what the answers are on their way into, for example `predictions.jsonl`; its folder exists. The file is beside it.
       key: whatever the answers depend on (`asked.key`): its name -> a value in JSON's types.
       process, count: which of several this is, and how many there are.
+      check: raises where the folder is no longer the one that it was.
       machine: what else the last digits may follow from; where it has changed, that is said.
     Attributes:
       answers: those that are kept, an earlier start's among them, by the question's place.
@@ -36,8 +37,9 @@ class Partial:
       UserError: a file that cannot be read or written.
     """
 
-    def __init__(self, path: Path, key: Mapping, process: int = 0, machine: Mapping | None = None, count: int = 1):
-        self._final, self._process, self._count = path, process, count
+    def __init__(self, path: Path, key: Mapping, process: int = 0, machine: Mapping | None = None, count: int = 1,
+                 check: Callable[[], None] = lambda: None):
+        self._final, self._process, self._count, self._check = path, process, count, check
         self.path = path.with_name(f"{path.name}.{process}.partial" if process else f"{path.name}.partial")
         follows = json.loads(json.dumps(dict(key), default=str))
         digest = hashlib.sha256(json.dumps(follows, sort_keys=True).encode()).hexdigest()
@@ -76,24 +78,35 @@ class Partial:
 
     def __len__(self) -> int:
         """Answers on the disk, those of other processes among them."""
+        self._find_again()
         return len(self._found_by_others() | self.answers)
 
     def add(self, question: int, answer: Answer) -> None:
         """Keeps the answer to the question at a place, on the disk too. The first one begins the file: until then the workdir is as
         it was."""
+        self._check()
+        self._find_again()
         self._begin()
         try:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(_line(question, answer))
         except OSError as error:
             raise UserError(f"{self.path} cannot be written: {error.strerror or error}") from error
-        self.answers[question] = answer
+        self.answers[question] = self._kept[question] = answer
 
     def remove(self) -> None:
         """Deletes the file, and those of others: the answers stand under their final name. What is set aside stays."""
         for file in (self.path, *self._of_others()):
             if self._number(file) is not None or file == self.path or self._is_ours(_read(file)):
                 file.unlink(missing_ok=True)
+
+    def _find_again(self) -> None:
+        """Writes the file anew that was removed since it was begun: its answers are still here."""
+        if self._is_begun and not self.path.exists():
+            self._is_begun = False
+            self._begin()
+            print(f"warning: {self.path} was removed while the evaluation ran; it is written anew, with the {len(self._kept)} answers "
+                  "that it held", file=sys.stderr)
 
     def _begin(self) -> None:
         """Writes the key and what was taken over. Also where the file fits: its last line may be half a line of a killed process."""
