@@ -84,7 +84,7 @@ def program(argv: Sequence[str]) -> int:
                 return 0
             with results.locked(evaluation.workdir) as evaluation.place:
                 metrics = _measure(evaluation, args, endpoint)
-                if metrics is None:
+                if metrics is None and evaluation.has_written:
                     evaluation.check_place()  # before it is said that answers are kept there
         except results.Lost:
             remove = lambda: None  # what is there now is somebody else's
@@ -175,6 +175,7 @@ def _measure(evaluation, args: argparse.Namespace, endpoint) -> dict | None:
     Every answer is on the disk as soon as it is there, so where the evaluation does not come to its end in time, in a native call or
     a request, the process is ended as it is.
     """
+    from llavamed_jax.evaluation import results
     from llavamed_jax.parallel import distributed
 
     signals.enter(signals.Phase(lambda: _stopped(evaluation, args), common.EXIT_SAVED, grace=_GRACE_S, raises=True,
@@ -190,8 +191,11 @@ def _measure(evaluation, args: argparse.Namespace, endpoint) -> dict | None:
         return evaluation.run(answerer, source, [args.control] if args.control else [], flags)
     except KeyboardInterrupt:
         return None
+    except results.Lost:
+        raise
     except (UserError, OSError) as error:
-        evaluation.check_place()  # where the workdir is gone, that is the reason
+        if evaluation.has_written or isinstance(error, OSError):
+            evaluation.check_place()  # where the workdir is gone, that is the reason
         if isinstance(error, OSError):
             raise
         kept = evaluation.n_kept

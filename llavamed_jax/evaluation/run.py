@@ -133,6 +133,11 @@ class Evaluation:
         self._partials = []
         return metrics
 
+    @property
+    def has_written(self) -> bool:
+        """Whether answers were written into the workdir. Without any the first of several processes removes it when it fails."""
+        return any(partial.is_begun for partial in self._partials)
+
     def check_place(self) -> None:
         """Raises UserError where the workdir that the evaluation holds (`results.locked`) is no longer at its place."""
         if self.place is not None:

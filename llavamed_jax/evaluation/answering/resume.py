@@ -33,6 +33,7 @@ class Partial:
       machine: what else the last digits may follow from; where it has changed, that is said.
     Attributes:
       answers: those that are kept, an earlier start's among them, by the question's place.
+      is_begun: whether this start has written the file.
     Raises:
       UserError: a file that cannot be read or written.
     """
@@ -49,7 +50,7 @@ class Partial:
         own = found if self._is_ours(found) else []
         self._kept, damaged = _answers(own[1:])
         self.answers = self._found_by_others() | self._kept
-        self._is_begun = False
+        self.is_begun = False
         if self.answers:
             print(f"{self.path}: {len(self.answers)} answers of an earlier start are taken over", file=sys.stderr)
             self._say_machine([own, *map(_read, self._of_others())])
@@ -102,18 +103,18 @@ class Partial:
 
     def _find_again(self) -> None:
         """Writes the file anew that was removed since it was begun: its answers are still here."""
-        if self._is_begun and not self.path.exists():
-            self._is_begun = False
+        if self.is_begun and not self.path.exists():
+            self.is_begun = False
             self._begin()
             print(f"warning: {self.path} was removed while the evaluation ran; it is written anew, with the {len(self._kept)} answers "
                   "that it held", file=sys.stderr)
 
     def _begin(self) -> None:
         """Writes the key and what was taken over. Also where the file fits: its last line may be half a line of a killed process."""
-        if not self._is_begun:
+        if not self.is_begun:
             self._set_aside()
             write_text(self.path, json.dumps(self._head) + "\n" + "".join(_line(*item) for item in self._kept.items()))
-            self._is_begun = True
+            self.is_begun = True
 
     def _set_aside(self) -> None:
         """Renames the file of another evaluation; the first process also those of processes that are no longer there."""
