@@ -26,7 +26,7 @@ from ml_collections import ConfigDict
 
 from benchmarks.measure import append_row, circumstances
 from llavamed_jax.checkpoints.load import load_params
-from llavamed_jax.checkpoints.reader import open_checkpoint
+from llavamed_jax.checkpoints.open import open_checkpoint
 from llavamed_jax.config import IGNORE, IMAGE_TOKEN, OURS, preset
 from llavamed_jax.config.hf import llava_to_hf
 from llavamed_jax.generation.engine import Engine

@@ -27,8 +27,9 @@ import numpy as np
 
 from benchmarks.measure import ROOT, append_row, circumstances
 from llavamed_jax.checkpoints import names
-from llavamed_jax.checkpoints.torch_files import Tensor, read_file
-from llavamed_jax.checkpoints.writer import total_bytes, write_safetensors
+from llavamed_jax.checkpoints.tensor import Tensor
+from llavamed_jax.checkpoints.torch.files import read_file
+from llavamed_jax.checkpoints.torch.write import total_bytes, write_safetensors
 from llavamed_jax.config import PRESETS, LlavaConfig, preset
 from llavamed_jax.config.hf import llava_to_hf
 from llavamed_jax.errors import UserError

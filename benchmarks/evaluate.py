@@ -212,8 +212,8 @@ def theirs_at(cfg, questions: Sequence[Question], batch_size: int, alone: int, d
 
 def checkpoint_of(path: str | None):
     """An open checkpoint: the one named, or the small model with random weights whose answers end at various lengths."""
-    from llavamed_jax.checkpoints.load import random_checkpoint
-    from llavamed_jax.checkpoints.reader import open_checkpoint
+    from llavamed_jax.checkpoints.open import open_checkpoint
+    from llavamed_jax.checkpoints.random import random_checkpoint
     from llavamed_jax.config import preset
 
     if path is not None:
@@ -306,7 +306,7 @@ def main() -> None:
 
     from benchmarks.measure import append_row, circumstances
     from llavamed_jax.assistant import load
-    from llavamed_jax.checkpoints.writer import export
+    from llavamed_jax.checkpoints.export.directory import export
     from llavamed_jax.images.load import normalize
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))

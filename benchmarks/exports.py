@@ -50,9 +50,9 @@ def make(out: Path) -> None:
 
 def export_tiny(out: Path, source: str, architecture: str, template: str, mode: str) -> None:
     """A random model whose answers change with the image and from token to token."""
-    from llavamed_jax.checkpoints.load import random_checkpoint
-    from llavamed_jax.checkpoints.torch_files import Tensor
-    from llavamed_jax.checkpoints.writer import export
+    from llavamed_jax.checkpoints.export.directory import export
+    from llavamed_jax.checkpoints.random import random_checkpoint
+    from llavamed_jax.checkpoints.tensor import Tensor
     from llavamed_jax.config import DecoderConfig, LlavaConfig, VisionConfig
     decoder = DecoderConfig(PIECES, 48, 96, 2, 4, 2, 12, 1e-5, 1e4, 512, architecture=architecture)
     checkpoint = random_checkpoint(LlavaConfig(VisionConfig(32, 64, 3, 4, 28, 14), decoder, template=template, source=source,

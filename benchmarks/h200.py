@@ -68,7 +68,7 @@ def parity(size: Size) -> dict:
     import transformers
 
     from llavamed_jax.checkpoints.load import load_params
-    from llavamed_jax.checkpoints.reader import open_checkpoint
+    from llavamed_jax.checkpoints.open import open_checkpoint
     from llavamed_jax.config import IMAGE_TOKEN, OURS, preset
     from llavamed_jax.models.llava import Llava
 

@@ -113,8 +113,8 @@ def throughput(data: TrainingData, processor: Processor, found: lengths.Lengths,
     def whole_samples(part):
         report = {"skipped": [], "records": [], "seen": 0, "truncated": 0, "surplus": 0, "unsupervised": 0}
         made = [make._sample(int(number), 0, report) for number in part]
-        batch = loader.transforms.empty_batch(1, MAX_LENGTH * len(part), len(part), size)
-        loader.transforms.fill_row(batch, 0, made)
+        batch = loader.examples.empty_batch(1, MAX_LENGTH * len(part), len(part), size)
+        loader.examples.fill_row(batch, 0, made)
 
     ways = dict(transformers_pixels=transformers_pixels, our_pixels=our_pixels, whole_samples=whole_samples)
     for way in ways.values():

@@ -25,8 +25,8 @@ MEASURED = ("tokens_per_second", "memory_peak_bytes", "mfu")  # all else in metr
 
 def write_start(path: Path) -> Path:
     """A tiny checkpoint with the sample's tokenizer."""
-    from llavamed_jax.checkpoints.load import random_checkpoint
-    from llavamed_jax.checkpoints.store import write_model
+    from llavamed_jax.checkpoints.random import random_checkpoint
+    from llavamed_jax.checkpoints.tree.model import write_model
     from llavamed_jax.config import DecoderConfig, LlavaConfig, VisionConfig
     from llavamed_jax.text.tokenizer import Tokenizer
     vocabulary = Tokenizer.load(SAMPLE / "tokenizer.model").vocab_size
@@ -172,7 +172,7 @@ def history(workdir: Path) -> list[dict]:
 
 
 def parameters(workdir: Path) -> dict[str, np.ndarray]:
-    from llavamed_jax.checkpoints.reader import open_checkpoint
+    from llavamed_jax.checkpoints.open import open_checkpoint
     checkpoint = open_checkpoint(workdir)
     return {name: checkpoint.read(name) for name in checkpoint.tensors}
 

@@ -154,7 +154,7 @@ def unwhole(command: Command, folder: Path, status: int) -> list[str]:
     """What is there in part only."""
     found = []
     if command.name == "train":
-        from llavamed_jax.checkpoints.store import newest_intact_step, steps
+        from llavamed_jax.checkpoints.tree.store import newest_intact_step, steps
         step, damaged = newest_intact_step(folder)
         if status == 75 and (damaged or step is None and steps(folder)):
             found += damaged or ["no step is whole"]

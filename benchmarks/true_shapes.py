@@ -34,8 +34,9 @@ from transformers.models.mistral import modeling_mistral
 
 from benchmarks.measure import ROOT, circumstances
 from llavamed_jax.checkpoints import names
-from llavamed_jax.checkpoints.load import nest
-from llavamed_jax.checkpoints.reader import Checkpoint, open_checkpoint
+from llavamed_jax.checkpoints.checkpoint import Checkpoint
+from llavamed_jax.checkpoints.nested import nest
+from llavamed_jax.checkpoints.open import open_checkpoint
 from llavamed_jax.config import IMAGE_TOKEN, LlavaConfig
 from llavamed_jax.errors import UserError
 from llavamed_jax.images.load import load_image, preprocess

@@ -32,7 +32,7 @@ import torch
 import transformers
 from ml_collections import ConfigDict
 
-from llavamed_jax.checkpoints.load import flatten
+from llavamed_jax.checkpoints.nested import flatten
 from llavamed_jax.cli.common import load_config
 from llavamed_jax.config import IGNORE, IMAGE_TOKEN, LlavaConfig
 from llavamed_jax.models.llava import Llava, stack

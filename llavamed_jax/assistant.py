@@ -17,10 +17,10 @@ import ml_dtypes
 import numpy as np
 from jax.sharding import Mesh
 
-from llavamed_jax.checkpoints import reader
 from llavamed_jax.checkpoints.generation_file import not_applied
 from llavamed_jax.checkpoints.identity import Origin, origin
 from llavamed_jax.checkpoints.load import load_params
+from llavamed_jax.checkpoints.open import open_checkpoint
 from llavamed_jax.config import IMAGE_TOKEN, MOST_BEAMS, PAD_TOKEN, LlavaConfig
 from llavamed_jax.errors import UserError, short, warn
 from llavamed_jax.generation.beam import BeamSearch
@@ -54,7 +54,7 @@ class Completion:
 
 def load(path: str | Path, dtype=None, quantize=None, mesh: Mesh | str | None = None, adapter=None,
          vision_tower: str | Path | None = None, tokenizer: str | Path | None = None, template: str | None = None) -> "LlavaMed":
-    """Loads a checkpoint of any kind that `checkpoints.reader.open_checkpoint` reads.
+    """Loads a checkpoint of any kind that `checkpoints.open.open_checkpoint` reads.
 
     Args:
       path: a directory in a PyTorch layout, this project's own tree (a run's workdir), `owner/name[@revision]` of a hub, or
@@ -70,7 +70,7 @@ def load(path: str | Path, dtype=None, quantize=None, mesh: Mesh | str | None = 
     """
     if quantize is not None or adapter is not None:
         raise UserError("quantize and adapter are not supported yet; None was expected")
-    checkpoint = reader.open_checkpoint(path, vision_tower)
+    checkpoint = open_checkpoint(path, vision_tower)
     if sentence := not_applied(checkpoint.config, checkpoint.files):
         warn(f"{path}: {sentence}")
     processor = Processor.from_checkpoint(checkpoint, tokenizer=tokenizer, template=template)

@@ -21,7 +21,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from llavamed_jax.checkpoints import hub, reader
+from llavamed_jax.checkpoints import hub, model_config
+from llavamed_jax.checkpoints.checkpoint import Checkpoint
 from llavamed_jax.checkpoints.preprocessor_file import warn_of_image_token
 from llavamed_jax.config import IGNORE, IMAGE_TOKEN, OURS, LlavaConfig
 from llavamed_jax.errors import UserError, short
@@ -95,11 +96,11 @@ class Processor:
             return cls(None, Tokenizer.load(tokenizer or path), template, image_size, image_mode)
         # A tree's `model/` alone is enough here; as a checkpoint's PATH it is none.
         is_inside = directory is not None and read_json(directory / "config.json").get("model_type") == "llavamed_jax"
-        config = reader.tree_config(directory.parent) if is_inside else reader.read_config(path)
+        config = model_config.tree_config(directory.parent) if is_inside else model_config.read_config(path)
         return cls._from_files(config, directory, tokenizer, template, image_size, image_mode)
 
     @classmethod
-    def from_checkpoint(cls, checkpoint: reader.Checkpoint, tokenizer: str | Path | None = None, template: str | None = None,
+    def from_checkpoint(cls, checkpoint: Checkpoint, tokenizer: str | Path | None = None, template: str | None = None,
                         image_mode: str | None = None) -> "Processor":
         """The processor of an open checkpoint, whose tower may be another than its files name."""
         files = checkpoint.files

@@ -8,7 +8,8 @@ import pytest
 from safetensors.numpy import save_file
 
 import llavamed_jax as lm
-from llavamed_jax.checkpoints.reader import open_checkpoint, read_config
+from llavamed_jax.checkpoints.model_config import read_config
+from llavamed_jax.checkpoints.open import open_checkpoint
 from llavamed_jax.cli import eval as eval_command
 from llavamed_jax.cli.convert import main
 from llavamed_jax.errors import UserError

@@ -8,9 +8,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from llavamed_jax.checkpoints.load import random_checkpoint
-from llavamed_jax.checkpoints.reader import open_checkpoint
-from llavamed_jax.checkpoints.store import write_model
+from llavamed_jax.checkpoints.open import open_checkpoint
+from llavamed_jax.checkpoints.random import random_checkpoint
+from llavamed_jax.checkpoints.tree.model import write_model
 from llavamed_jax.errors import UsageError
 from llavamed_jax.parallel import agreement
 from llavamed_jax.training import alike, recipe, setup
@@ -187,7 +187,7 @@ def test_other_models_are_refused(cfg, tmp_path, several, what):
         found = json.loads(file.read_text())
         file.write_text(json.dumps({**found, "max_length": 63}))
     elif what == "torch weights":
-        from llavamed_jax.checkpoints.writer import export
+        from llavamed_jax.checkpoints.export.directory import export
         for folder, of in (("a", "start"), ("b", "copy")):
             export(open_checkpoint(tmp_path / of), tmp_path / folder, "transformers")
         cfg.init, other.init = str(tmp_path / "a"), str(tmp_path / "b")

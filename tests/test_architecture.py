@@ -15,7 +15,7 @@ PACKAGE = ROOT / "llavamed_jax"
 # Lowest first. A file imports rooms of its own group and of the groups before it, never of a later one.
 LAYERS = [
     ("errors",),
-    ("utils", "config", "hf_config", "parallel", "recipes", "openai_client"),
+    ("utils", "config", "parallel", "recipes", "openai_client"),
     ("images", "text", "quantized"),
     ("models",),
     ("checkpoints", "datasets", "generation"),
@@ -89,6 +89,44 @@ def test_imports_point_downwards():
             if LEVEL[there] > LEVEL[here]:
                 wrong.append(f"{path.relative_to(ROOT)} imports {name}")
     assert not wrong, "upward imports:\n" + "\n".join(wrong)
+
+
+def circles(edges: dict[str, set[str]]) -> list[list[str]]:
+    """Groups of files that import each other, directly or through others (Tarjan's strongly connected components)."""
+    index, lowest, stack, found = {}, {}, [], []
+
+    def visit(node):
+        index[node] = lowest[node] = len(index)
+        stack.append(node)
+        for other in edges.get(node, ()):
+            if other not in index:
+                visit(other)
+                lowest[node] = min(lowest[node], lowest[other])
+            elif other in stack:
+                lowest[node] = min(lowest[node], index[other])
+        if lowest[node] == index[node]:
+            group = stack[stack.index(node):]
+            del stack[stack.index(node):]
+            if len(group) > 1 or node in edges.get(node, ()):
+                found.append(sorted(group))
+
+    for node in edges:
+        if node not in index:
+            visit(node)
+    return found
+
+
+def test_circles_are_found():
+    assert circles({"a": {"b"}, "b": {"c"}, "c": set()}) == []
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"d"}}) == [["b", "c"], ["d"]]
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}}) == [["a", "b", "c"]]
+
+
+def test_no_files_import_each_other_in_a_circle():
+    """Imports inside functions count: a lazy import hides a circle and does not end it."""
+    edges = {module_name(path): ours(imports(path)) for path in sources()}
+    assert len(edges) > 150
+    assert circles(edges) == []
 
 
 def test_what_is_printed_passes_through_one_place():

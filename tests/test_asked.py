@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from llavamed_jax.assistant import LlavaMed, _numpy_dtype
 from llavamed_jax.checkpoints.identity import origin
-from llavamed_jax.checkpoints.reader import open_checkpoint
+from llavamed_jax.checkpoints.open import open_checkpoint
 from llavamed_jax.cli import convert
 from llavamed_jax.cli import eval as cli
 from llavamed_jax.evaluation.answering import asked
@@ -420,7 +420,7 @@ def test_a_loaded_model_says_what_it_is(root, caplog):
 
 def test_a_step_of_a_run_is_part_of_what_it_is(root, monkeypatch, capsys):
     """The newest step moves while a run trains: what was answered before is of another model."""
-    from llavamed_jax.checkpoints.store import StepWriter
+    from llavamed_jax.checkpoints.tree.store import StepWriter
 
     def save(step):
         name = "decoder/norm/scale"

@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from llavamed_jax.checkpoints import names, writer
-from llavamed_jax.checkpoints.load import random_checkpoint
-from llavamed_jax.checkpoints.reader import open_checkpoint, read_config
-from llavamed_jax.checkpoints.writer import export
+from llavamed_jax.checkpoints import names
+from llavamed_jax.checkpoints.export.directory import export
+from llavamed_jax.checkpoints.model_config import read_config
+from llavamed_jax.checkpoints.open import open_checkpoint
+from llavamed_jax.checkpoints.random import random_checkpoint
+from llavamed_jax.checkpoints.torch import write
 from llavamed_jax.cli.convert import main
 from llavamed_jax.errors import UserError
 from tests import released, tiny
@@ -95,7 +97,7 @@ def test_bad_input_is_one_sentence(case, v15):
 
 
 def test_a_missing_shard_and_an_index_that_is_wrong(v15, tmp_path, monkeypatch):
-    monkeypatch.setattr(writer, "SHARD_BYTES", 50_000)
+    monkeypatch.setattr(write, "SHARD_BYTES", 50_000)
     export(open_checkpoint(v15), tmp_path / "many", "llava")
     shutil.copytree(tmp_path / "many", tmp_path / "wrong")
     shards = sorted(p.name for p in (tmp_path / "many").glob("*.safetensors"))
@@ -330,14 +332,14 @@ def test_a_link_leads_where_it_leads(is_there, v15, tmp_path, capsys):
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO])
 def test_a_disk_that_fails_while_it_is_written(number, v15, tmp_path, monkeypatch, capsys):
-    write, count = writer._write_shard, iter(range(9))
+    write_shard, count = write._write_shard, iter(range(9))
 
     def fail(*args):
-        write(*args)
+        write_shard(*args)
         if next(count) == 0:
             raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(writer, "_write_shard", fail)
+    monkeypatch.setattr(write, "_write_shard", fail)
     status, error = converted(v15, tmp_path / "out", capsys)
     assert status == 1 and error == f"error: {tmp_path}/out/base cannot be written: {os.strerror(number)}\n"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["tiny-tower", "v15"]

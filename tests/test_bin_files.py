@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from llavamed_jax.checkpoints.reader import open_checkpoint
+from llavamed_jax.checkpoints.open import open_checkpoint
 from llavamed_jax.errors import UserError
 from tests import tiny
 from tests.tiny import v1_tensors

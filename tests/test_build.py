@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from llavamed_jax.checkpoints.build import build, with_projector
-from llavamed_jax.checkpoints.reader import open_checkpoint
-from llavamed_jax.checkpoints.writer import export
+from llavamed_jax.checkpoints.assemble.build import build, with_projector
+from llavamed_jax.checkpoints.export.directory import export
+from llavamed_jax.checkpoints.open import open_checkpoint
 from llavamed_jax.cli.convert import main
 from llavamed_jax.errors import UserError
 from llavamed_jax.processor import Processor

@@ -15,11 +15,15 @@ import jax.numpy as jnp  # noqa: E402
 from safetensors import safe_open  # noqa: E402
 from safetensors.numpy import load_file  # noqa: E402
 
-from llavamed_jax.checkpoints import names, writer  # noqa: E402
-from llavamed_jax.checkpoints.load import flatten, load_params, random_checkpoint  # noqa: E402
-from llavamed_jax.checkpoints.reader import open_checkpoint, read_config  # noqa: E402
-from llavamed_jax.checkpoints.store import write_model  # noqa: E402
-from llavamed_jax.checkpoints.writer import export  # noqa: E402
+from llavamed_jax.checkpoints import names  # noqa: E402
+from llavamed_jax.checkpoints.export.directory import export  # noqa: E402
+from llavamed_jax.checkpoints.load import load_params  # noqa: E402
+from llavamed_jax.checkpoints.model_config import read_config  # noqa: E402
+from llavamed_jax.checkpoints.nested import flatten  # noqa: E402
+from llavamed_jax.checkpoints.open import open_checkpoint  # noqa: E402
+from llavamed_jax.checkpoints.random import random_checkpoint  # noqa: E402
+from llavamed_jax.checkpoints.torch import write  # noqa: E402
+from llavamed_jax.checkpoints.tree.model import write_model  # noqa: E402
 from llavamed_jax.config import PRESETS, DecoderConfig  # noqa: E402
 from llavamed_jax.errors import UserError  # noqa: E402
 from llavamed_jax.models import llava  # noqa: E402
@@ -130,7 +134,7 @@ def test_every_dtype_travels_as_it_is(dtype, tmp_path):
 def test_shards_and_index_hold_the_same_as_one_file(v15, tmp_path, monkeypatch):
     checkpoint = open_checkpoint(v15)
     export(checkpoint, tmp_path / "one", "llava")
-    monkeypatch.setattr(writer, "SHARD_BYTES", 20_000)
+    monkeypatch.setattr(write, "SHARD_BYTES", 20_000)
     export(checkpoint, tmp_path / "many", "llava")
     files = sorted(p.name for p in (tmp_path / "many").glob("*.safetensors"))
     assert len(files) > 3 and files[0] == f"model-00001-of-{len(files):05d}.safetensors"

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from llavamed_jax.checkpoints.load import random_checkpoint
-from llavamed_jax.checkpoints.store import newest_intact_step, write_model
+from llavamed_jax.checkpoints.random import random_checkpoint
+from llavamed_jax.checkpoints.tree.model import write_model
+from llavamed_jax.checkpoints.tree.store import newest_intact_step
 from llavamed_jax.cli import common
 from llavamed_jax.cli.train import main
 from llavamed_jax.config import DecoderConfig, LlavaConfig, VisionConfig

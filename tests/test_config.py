@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import tiny
 
-from llavamed_jax.checkpoints.reader import read_config
+from llavamed_jax.checkpoints.model_config import read_config
 from llavamed_jax.config import LlavaConfig, preset
 from llavamed_jax.config.hf import llava_from_hf
 from llavamed_jax.errors import UserError

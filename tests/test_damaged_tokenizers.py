@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from llavamed_jax.checkpoints.image_tokens import _vocabulary
-from llavamed_jax.checkpoints.tokenizer_files import write_tokenizer
+from llavamed_jax.checkpoints.assemble.image_tokens import _vocabulary
+from llavamed_jax.checkpoints.export.tokenizer import write_tokenizer
 from llavamed_jax.config import preset
 from llavamed_jax.config.hf import llava_to_hf
 from llavamed_jax.errors import UserError

@@ -204,7 +204,7 @@ def test_a_worker_is_little_more_than_grain(processor, damaged, tmp_path):
     (tmp_path / "large.json").write_text(json.dumps(rows))
     data = read_training(tmp_path / "large.json", folder / "images")
     found = lengths.Lengths(np.full(50_000, 123, np.int32), np.ones(50_000, np.int16), [], 0, 0, 0)
-    example = lengths.transforms.tokenize(data.record(7), processor, MAX_LENGTH)
+    example = lengths.examples.tokenize(data.record(7), processor, MAX_LENGTH)
     found.tokens[:] = [len(example.ids) + len(str(i)) - 1 for i in range(50_000)]
     plan = Plan(Stream.of(data, 0), found, Layout(MAX_LENGTH, 1, 4, False))
     plan.rows(0)

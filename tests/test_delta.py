@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from llavamed_jax.checkpoints.delta import apply_delta, make_delta
+from llavamed_jax.checkpoints.assemble.delta import apply_delta, make_delta
 from llavamed_jax.checkpoints.load import load_params
-from llavamed_jax.checkpoints.reader import open_checkpoint
+from llavamed_jax.checkpoints.open import open_checkpoint
 from llavamed_jax.cli.convert import main
 from llavamed_jax.errors import UserError
 from tests import tiny

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from llavamed_jax.assistant import LlavaMed
-from llavamed_jax.checkpoints.load import load_params, random_checkpoint
+from llavamed_jax.checkpoints.load import load_params
+from llavamed_jax.checkpoints.random import random_checkpoint
 from llavamed_jax.cli import eval as cli
 from llavamed_jax.config import preset
 from llavamed_jax.datasets.sample import VqaSample

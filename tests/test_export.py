@@ -11,12 +11,13 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file
 
-from llavamed_jax.checkpoints import writer
-from llavamed_jax.checkpoints.load import random_checkpoint
-from llavamed_jax.checkpoints.reader import open_checkpoint
-from llavamed_jax.checkpoints.store import write_model
-from llavamed_jax.checkpoints.torch_files import Tensor
-from llavamed_jax.checkpoints.writer import export
+from llavamed_jax.checkpoints.export import directory
+from llavamed_jax.checkpoints.export.directory import export
+from llavamed_jax.checkpoints.open import open_checkpoint
+from llavamed_jax.checkpoints.random import random_checkpoint
+from llavamed_jax.checkpoints.tensor import Tensor
+from llavamed_jax.checkpoints.torch import write
+from llavamed_jax.checkpoints.tree.model import write_model
 from llavamed_jax.config import IMAGE_TOKEN, DecoderConfig, LlavaConfig, VisionConfig
 from llavamed_jax.errors import UserError
 from llavamed_jax.processor import Processor
@@ -299,18 +300,18 @@ def test_the_original_layout_has_biases(tmp_path):
 
 def test_a_disk_without_room_is_seen_before_anything_is_written(tmp_path, monkeypatch):
     checkpoint = random_checkpoint(config())
-    size = writer.total_bytes(checkpoint.tensors)
+    size = directory.total_bytes(checkpoint.tensors)
     monkeypatch.setattr(directories.shutil, "disk_usage", lambda path: type("", (), {"free": size - 1}))
-    for write in (lambda: export(checkpoint, tmp_path / "deep" / "out", "llava"), lambda: write_model(tmp_path / "tree", checkpoint)):
+    for attempt in (lambda: export(checkpoint, tmp_path / "deep" / "out", "llava"), lambda: write_model(tmp_path / "tree", checkpoint)):
         with pytest.raises(UserError, match=r"needs 0\.\d+ GB; its disk has 0\.\d+ GB free"):
-            write()
+            attempt()
     assert not [p for p in tmp_path.rglob("*") if p.is_file()]
 
 
 def test_a_disk_that_fills_up_is_one_sentence(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
-    monkeypatch.setattr(writer, "_write_shard", full)
+    monkeypatch.setattr(write, "_write_shard", full)
     with pytest.raises(UserError, match="out cannot be written: No space left on device"):
         export(random_checkpoint(config()), tmp_path / "out")
     assert not list(tmp_path.iterdir())

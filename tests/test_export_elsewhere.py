@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from llavamed_jax.checkpoints.load import random_checkpoint
-from llavamed_jax.checkpoints.reader import open_checkpoint
-from llavamed_jax.checkpoints.writer import export
+from llavamed_jax.checkpoints.export.directory import export
+from llavamed_jax.checkpoints.open import open_checkpoint
+from llavamed_jax.checkpoints.random import random_checkpoint
+from llavamed_jax.checkpoints.torch import write
 from llavamed_jax.config import KNOWN_TOWERS, DecoderConfig, LlavaConfig, VisionConfig, preset
 from llavamed_jax.config.hf import llava_to_hf
 from tests import tiny
@@ -119,8 +120,7 @@ def test_generation_ends_where_the_model_ends(tmp_path):
 
 
 def test_shards_are_listed_where_they_lie(tmp_path, monkeypatch):
-    from llavamed_jax.checkpoints import writer
-    monkeypatch.setattr(writer, "SHARD_BYTES", 40_000)
+    monkeypatch.setattr(write, "SHARD_BYTES", 40_000)
     export(random_checkpoint(config()), tmp_path / "hf")
     index = read(tmp_path / "hf" / "model.safetensors.index.json")
     found, size = {}, 0
@@ -136,13 +136,12 @@ def test_shards_are_listed_where_they_lie(tmp_path, monkeypatch):
 
 def test_a_shard_holds_the_whole_projector(tmp_path, monkeypatch):
     """llama.cpp's surgery takes the projector from one file."""
-    from llavamed_jax.checkpoints import writer
     cfg = preset("v15-7b")
-    sizes = {name: writer._bytes(tensor) // 2 for name, tensor in random_checkpoint(cfg).tensors.items()}  # in bfloat16
+    sizes = {name: write._bytes(tensor) // 2 for name, tensor in random_checkpoint(cfg).tensors.items()}  # in bfloat16
     before = sum(size for name, size in sizes.items() if name.startswith(("vision_tower/", "projector/")))
     assert list(sizes)[:391] == [name for name in sizes if name.startswith("vision_tower/")]
     assert [name.partition("/")[0] for name in list(sizes)[391:395]] == ["projector"] * 4
-    assert before < writer.SHARD_BYTES
+    assert before < write.SHARD_BYTES
 
 
 # --- the originals -------------------------------------------------------------------------------------------------------------------

@@ -16,12 +16,13 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from llavamed_jax.checkpoints import writer
-from llavamed_jax.checkpoints.load import random_checkpoint
-from llavamed_jax.checkpoints.reader import open_checkpoint
-from llavamed_jax.checkpoints.store import write_model
-from llavamed_jax.checkpoints.torch_files import Tensor
-from llavamed_jax.checkpoints.writer import export, write_safetensors
+from llavamed_jax.checkpoints.export.directory import export
+from llavamed_jax.checkpoints.open import open_checkpoint
+from llavamed_jax.checkpoints.random import random_checkpoint
+from llavamed_jax.checkpoints.tensor import Tensor
+from llavamed_jax.checkpoints.torch import write
+from llavamed_jax.checkpoints.torch.write import write_safetensors
+from llavamed_jax.checkpoints.tree.model import write_model
 from llavamed_jax.config import DecoderConfig, LlavaConfig, VisionConfig
 from llavamed_jax.errors import UserError
 from llavamed_jax.utils import directories
@@ -60,7 +61,7 @@ def test_a_view_is_written_as_it_reads(tmp_path):
 
 
 def test_few_tensors_are_in_memory_at_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(writer, "SHARD_BYTES", 4000)
+    monkeypatch.setattr(write, "SHARD_BYTES", 4000)
     alive, most = set(), []
 
     def load():
@@ -78,8 +79,8 @@ def test_few_tensors_are_in_memory_at_once(tmp_path, monkeypatch):
 
 SLOW = """
 import sys, time
-from llavamed_jax.checkpoints import writer
-from llavamed_jax.checkpoints.reader import open_checkpoint
+from llavamed_jax.checkpoints.open import open_checkpoint
+from llavamed_jax.checkpoints.torch import write
 from llavamed_jax.cli import convert, convert_program
 def slowly(names):
     print("begun", flush=True)
@@ -87,7 +88,7 @@ def slowly(names):
         time.sleep(0.02)
         yield name
 convert_program._bar = slowly
-writer.SHARD_BYTES = 40_000
+write.SHARD_BYTES = 40_000
 sys.exit(convert.main(sys.argv[1:]))
 """
 

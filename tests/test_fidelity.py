@@ -9,7 +9,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="torch's CPU build is not installed")
 
 from benchmarks import fidelity, true_shapes  # noqa: E402
-from llavamed_jax.checkpoints.load import random_checkpoint  # noqa: E402
+from llavamed_jax.checkpoints.random import random_checkpoint  # noqa: E402
 from llavamed_jax.config import DecoderConfig, LlavaConfig, VisionConfig  # noqa: E402
 from tests.conftest import ROOT  # noqa: E402
 

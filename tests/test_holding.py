@@ -8,9 +8,12 @@ import numpy as np
 import optax
 import pytest
 
-from llavamed_jax.checkpoints import holding, identity, step_manifest, store
-from llavamed_jax.checkpoints.load import load_params, random_checkpoint
-from llavamed_jax.checkpoints.reader import open_checkpoint
+from llavamed_jax.checkpoints import identity
+from llavamed_jax.checkpoints.load import load_params
+from llavamed_jax.checkpoints.open import open_checkpoint
+from llavamed_jax.checkpoints.random import random_checkpoint
+from llavamed_jax.checkpoints.tree import holding, model, step_manifest, store
+from llavamed_jax.checkpoints.tree.model import write_model
 from llavamed_jax.config import DecoderConfig, LlavaConfig, VisionConfig
 from llavamed_jax.errors import UserError
 
@@ -21,7 +24,7 @@ TRAINED = [name for name in SOURCE.tensors if name.startswith(("projector/", "de
 
 @pytest.fixture
 def workdir(tmp_path):
-    store.write_model(tmp_path / "run", SOURCE, without=TRAINED)
+    write_model(tmp_path / "run", SOURCE, without=TRAINED)
     return tmp_path / "run"
 
 
@@ -128,7 +131,7 @@ def test_without_locks_the_newest_step_is_opened_instead_of_one_that_goes(workdi
         return call
 
     if moment == "before its tensors are listed":
-        monkeypatch.setattr(store, "_step_tensors", instead(store._step_tensors))
+        monkeypatch.setattr(model, "_step_tensors", instead(model._step_tensors))
     elif moment == "while it is hashed":
         monkeypatch.setattr(step_manifest, "_hashes", instead(step_manifest._hashes))
     else:

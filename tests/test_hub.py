@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from safetensors.numpy import save_file
 
-from llavamed_jax.checkpoints.writer import export
+from llavamed_jax.checkpoints.export.directory import export
+from llavamed_jax.checkpoints.torch import write
 from tests import tiny
 from tests.local_hub import LocalHub
 
@@ -20,14 +21,13 @@ WEIGHTS = (".safetensors", ".bin", ".msgpack", ".h5")
 def hub(tmp_path_factory):
     """`me/llava`, as transformers and others leave a repository; `me/v1`, which names its tower; `me/clip`, the tower."""
     root = tmp_path_factory.mktemp("hub")
-    from llavamed_jax.checkpoints import writer
-    from llavamed_jax.checkpoints.load import random_checkpoint
+    from llavamed_jax.checkpoints.random import random_checkpoint
     from tests.test_convert import CFG
-    limit, writer.SHARD_BYTES = writer.SHARD_BYTES, 150_000
+    limit, write.SHARD_BYTES = write.SHARD_BYTES, 150_000
     try:
         export(random_checkpoint(CFG), root / "llava", "llava")
     finally:
-        writer.SHARD_BYTES = limit
+        write.SHARD_BYTES = limit
     (root / "llava" / "README.md").write_text("---\nlicense: apache-2.0\n---\nA model.\n")
     for other in ("pytorch_model.bin", "flax_model.msgpack", "consolidated.safetensors", "training.log"):
         (root / "llava" / other).write_bytes(b"not fetched")

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from llavamed_jax.checkpoints.reader import open_checkpoint
+from llavamed_jax.checkpoints.open import open_checkpoint
 from llavamed_jax.config.hf import llava_from_hf, llava_to_hf
 from llavamed_jax.errors import UserError
 from llavamed_jax.processor import Processor

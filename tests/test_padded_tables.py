@@ -5,11 +5,11 @@ import json
 import numpy as np
 import pytest
 
-from llavamed_jax.checkpoints.load import random_checkpoint
-from llavamed_jax.checkpoints.reader import open_checkpoint
-from llavamed_jax.checkpoints.store import write_model
-from llavamed_jax.checkpoints.tokenizer_files import ids_in_transformers
-from llavamed_jax.checkpoints.writer import export
+from llavamed_jax.checkpoints.export.directory import export
+from llavamed_jax.checkpoints.export.tokenizer import ids_in_transformers
+from llavamed_jax.checkpoints.open import open_checkpoint
+from llavamed_jax.checkpoints.random import random_checkpoint
+from llavamed_jax.checkpoints.tree.model import write_model
 from llavamed_jax.config import IMAGE_TOKEN
 from llavamed_jax.config.hf import llava_from_hf
 from llavamed_jax.errors import UserError

@@ -11,10 +11,11 @@ import pytest
 import tiny
 from PIL import Image
 
-from llavamed_jax.checkpoints.load import random_checkpoint
-from llavamed_jax.checkpoints.reader import open_checkpoint, read_config
-from llavamed_jax.checkpoints.store import write_model
-from llavamed_jax.checkpoints.writer import export
+from llavamed_jax.checkpoints.export.directory import export
+from llavamed_jax.checkpoints.model_config import read_config
+from llavamed_jax.checkpoints.open import open_checkpoint
+from llavamed_jax.checkpoints.random import random_checkpoint
+from llavamed_jax.checkpoints.tree.model import write_model
 from llavamed_jax.config import CLIP_MEAN, CLIP_STD, ImageSettings, VisionConfig
 from llavamed_jax.config.hf import llava_from_hf
 from llavamed_jax.errors import UserError

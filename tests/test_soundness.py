@@ -7,11 +7,12 @@ from safetensors.numpy import load_file, save_file
 
 import llavamed_jax as lm
 from llavamed_jax.checkpoints import soundness
-from llavamed_jax.checkpoints.delta import apply_delta, make_delta
-from llavamed_jax.checkpoints.load import load_params, random_checkpoint
-from llavamed_jax.checkpoints.reader import open_checkpoint
-from llavamed_jax.checkpoints.store import write_model
-from llavamed_jax.checkpoints.writer import export
+from llavamed_jax.checkpoints.assemble.delta import apply_delta, make_delta
+from llavamed_jax.checkpoints.export.directory import export
+from llavamed_jax.checkpoints.load import load_params
+from llavamed_jax.checkpoints.open import open_checkpoint
+from llavamed_jax.checkpoints.random import random_checkpoint
+from llavamed_jax.checkpoints.tree.model import write_model
 from llavamed_jax.cli.convert import main
 from llavamed_jax.errors import UserError
 from tests import released, tiny

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llavamed_jax.checkpoints.reader import open_checkpoint
-from llavamed_jax.checkpoints.store import steps
+from llavamed_jax.checkpoints.open import open_checkpoint
+from llavamed_jax.checkpoints.tree.store import steps
 from llavamed_jax.errors import UsageError, UserError
 from llavamed_jax.parallel.mesh import make_mesh
 from llavamed_jax.training import recipe as recipes

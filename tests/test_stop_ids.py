@@ -5,10 +5,11 @@ import shutil
 
 import pytest
 
+from llavamed_jax.checkpoints.export.directory import export
 from llavamed_jax.checkpoints.generation_file import not_applied
-from llavamed_jax.checkpoints.reader import open_checkpoint, read_config
-from llavamed_jax.checkpoints.store import write_model
-from llavamed_jax.checkpoints.writer import export
+from llavamed_jax.checkpoints.model_config import read_config
+from llavamed_jax.checkpoints.open import open_checkpoint
+from llavamed_jax.checkpoints.tree.model import write_model
 from llavamed_jax.cli.convert import main
 from llavamed_jax.config.hf import llava_from_hf
 from llavamed_jax.errors import UserError

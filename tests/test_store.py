@@ -18,9 +18,11 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from llavamed_jax.checkpoints import base, store
-from llavamed_jax.checkpoints.load import load_params, random_checkpoint
-from llavamed_jax.checkpoints.reader import open_checkpoint
+from llavamed_jax.checkpoints.load import load_params
+from llavamed_jax.checkpoints.open import open_checkpoint
+from llavamed_jax.checkpoints.random import random_checkpoint
+from llavamed_jax.checkpoints.tree import base, store
+from llavamed_jax.checkpoints.tree.model import write_model
 from llavamed_jax.config import DecoderConfig, LlavaConfig, VisionConfig
 from llavamed_jax.errors import UserError
 
@@ -42,7 +44,7 @@ def trained(source):
 
 @pytest.fixture
 def workdir(tmp_path, source, trained):
-    store.write_model(tmp_path / "run", source, without=trained)
+    write_model(tmp_path / "run", source, without=trained)
     return tmp_path / "run"
 
 
@@ -181,12 +183,12 @@ def test_a_base_that_was_interrupted_is_written_anew(tmp_path, source):
         yield from names[:5]
         raise KeyboardInterrupt
     with pytest.raises(KeyboardInterrupt):
-        store.write_model(tmp_path / "run", source, progress=fail)
+        write_model(tmp_path / "run", source, progress=fail)
     assert list((tmp_path / "run").iterdir()) == []
-    store.write_model(tmp_path / "run", source)
+    write_model(tmp_path / "run", source)
     (tmp_path / "run" / "model" / "config.json").unlink()
     (tmp_path / "run" / "model").rmdir()  # stopped between base and model
-    store.write_model(tmp_path / "run", source)
+    write_model(tmp_path / "run", source)
     assert open_checkpoint(tmp_path / "run").tensors.keys() == source.tensors.keys()
 
 
@@ -217,7 +219,7 @@ def test_a_base_is_held_to_its_hashes_when_it_is_read(workdir, source, trained):
 def test_files_travel_with_the_model(tmp_path, source):
     (tmp_path / "tokenizer.model").write_bytes(b"pieces")
     config = CFG.replace(template="v1.5:mistral_instruct")
-    store.write_model(tmp_path / "run", source, config=config, files={"tokenizer.model": tmp_path / "tokenizer.model"})
+    write_model(tmp_path / "run", source, config=config, files={"tokenizer.model": tmp_path / "tokenizer.model"})
     checkpoint = open_checkpoint(tmp_path / "run")
     assert checkpoint.config == config
     assert checkpoint.files["tokenizer.model"].read_bytes() == b"pieces"
@@ -266,7 +268,7 @@ import os, sys, threading
 from pathlib import Path
 from types import SimpleNamespace
 import jax.numpy as jnp
-from llavamed_jax.checkpoints import base, store
+from llavamed_jax.checkpoints.tree import store
 
 def die():  # as abrupt as SIGKILL: no handler, no atexit
     while not list((Path(sys.argv[1]) / "checkpoints").glob(sys.argv[2])):
@@ -338,7 +340,7 @@ def test_a_deletion_that_is_cut_short_leaves_no_step_that_looks_intact(workdir, 
 
 
 def test_a_step_goes_before_a_base_that_has_its_tensors_too(tmp_path, source, trained):
-    store.write_model(tmp_path / "run", source)
+    write_model(tmp_path / "run", source)
     save(tmp_path / "run", [1], trained)
     found = open_checkpoint(tmp_path / "run")
     for name, array in trained.items():

@@ -15,8 +15,8 @@ import pytest
 from tqdm import tqdm
 
 from llavamed_jax import chat
-from llavamed_jax.checkpoints.load import random_checkpoint
-from llavamed_jax.checkpoints.writer import export
+from llavamed_jax.checkpoints.export.directory import export
+from llavamed_jax.checkpoints.random import random_checkpoint
 from llavamed_jax.cli import common, verify_release
 from llavamed_jax.cli import convert as convert_cli
 from llavamed_jax.cli import eval as eval_cli

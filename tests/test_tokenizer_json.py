@@ -37,7 +37,7 @@ IMAGES = {
 @pytest.fixture(scope="module")
 def pieces():
     """`tokenizer.json` of the sample's model, as this project exports it, without prefix and special tokens."""
-    from llavamed_jax.checkpoints.tokenizer_files import _from_sentencepiece
+    from llavamed_jax.checkpoints.export.tokenizer import _from_sentencepiece
     from llavamed_jax.text.special_tokens import read_special_tokens
     return _from_sentencepiece(SAMPLE, read_special_tokens({})).json
 

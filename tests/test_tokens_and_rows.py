@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import pytest
 
-from llavamed_jax.checkpoints.load import random_checkpoint
-from llavamed_jax.checkpoints.store import write_model
+from llavamed_jax.checkpoints.random import random_checkpoint
+from llavamed_jax.checkpoints.tree.model import write_model
 from llavamed_jax.cli.train import main as train
 from llavamed_jax.config import DecoderConfig, LlavaConfig, VisionConfig
 from llavamed_jax.datasets.training import read_training

@@ -6,10 +6,11 @@ import jax
 import numpy as np
 import pytest
 
-from llavamed_jax.checkpoints import tower_shape
+from llavamed_jax.checkpoints.export.directory import export
 from llavamed_jax.checkpoints.load import load_params
-from llavamed_jax.checkpoints.reader import open_checkpoint, read_config
-from llavamed_jax.checkpoints.writer import export
+from llavamed_jax.checkpoints.model_config import read_config
+from llavamed_jax.checkpoints.open import open_checkpoint
+from llavamed_jax.checkpoints.torch import tower_shape
 from llavamed_jax.cli.convert import main
 from llavamed_jax.config import IMAGE_TOKEN, KNOWN_TOWERS, VisionConfig
 from llavamed_jax.errors import UserError

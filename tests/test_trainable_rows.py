@@ -7,10 +7,10 @@ import numpy as np
 import optax
 import pytest
 
-from llavamed_jax.checkpoints.image_tokens import add_image_tokens
-from llavamed_jax.checkpoints.load import random_checkpoint
-from llavamed_jax.checkpoints.reader import open_checkpoint
-from llavamed_jax.checkpoints.store import write_model
+from llavamed_jax.checkpoints.assemble.image_tokens import add_image_tokens
+from llavamed_jax.checkpoints.open import open_checkpoint
+from llavamed_jax.checkpoints.random import random_checkpoint
+from llavamed_jax.checkpoints.tree.model import write_model
 from llavamed_jax.cli.common import load_config
 from llavamed_jax.config import DecoderConfig, LlavaConfig, VisionConfig
 from llavamed_jax.errors import UsageError

@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 from training_runs import ROOT
 
-from llavamed_jax.checkpoints import store
-from llavamed_jax.checkpoints.base import open_base
-from llavamed_jax.checkpoints.load import random_checkpoint
+from llavamed_jax.checkpoints.random import random_checkpoint
+from llavamed_jax.checkpoints.tree import store
+from llavamed_jax.checkpoints.tree.base import open_base
+from llavamed_jax.checkpoints.tree.model import open_tree, write_model
 from llavamed_jax.cli.common import load_config
 from llavamed_jax.config import DecoderConfig, LlavaConfig, VisionConfig
 from llavamed_jax.parallel.mesh import make_mesh, put
@@ -36,7 +37,7 @@ def saved(tmp_path_factory):
     state = program.initial_state(checkpoint)
     state = state.replace(trainable=at_random(state.trainable), opt_state=at_random(state.opt_state))
     assert any(len(x.sharding.device_set) == 8 and not x.is_fully_replicated for x in jax.tree.leaves(state.opt_state))
-    store.write_model(workdir, checkpoint, without=program.trained_names())
+    write_model(workdir, checkpoint, without=program.trained_names())
     with store.StepWriter(workdir) as writer:
         writer.save(5, setup.to_disk(state.trainable), state.opt_state, META)
     return workdir, checkpoint, state
@@ -62,6 +63,6 @@ def test_eight_devices_state_is_the_same_on_others(saved, spec, number):
 def test_a_tree_on_disk_knows_no_mesh(saved):
     """What eight devices trained is read as any checkpoint is."""
     workdir, _, state = saved
-    read = store.open_tree(workdir)
+    read = open_tree(workdir)
     for name, value in setup.to_disk(state.trainable).items():
         assert np.array_equal(read.read(name), np.asarray(value)), name

@@ -11,8 +11,8 @@ import time
 import jax
 import pytest
 
-from llavamed_jax.checkpoints import store
-from llavamed_jax.checkpoints.store import newest_intact_step, steps
+from llavamed_jax.checkpoints.tree import store
+from llavamed_jax.checkpoints.tree.store import newest_intact_step, steps
 from llavamed_jax.parallel.mesh import make_mesh
 from llavamed_jax.training import place as places
 from llavamed_jax.training import setup, trainer
@@ -288,7 +288,7 @@ def test_logs_that_are_removed_begin_anew(recipe, at_update, tmp_path, capsys):
 
 
 def test_steps_that_are_read_at_the_end_are_named(recipe, at_update, tmp_path, capsys):
-    from llavamed_jax.checkpoints.reader import open_checkpoint
+    from llavamed_jax.checkpoints.open import open_checkpoint
     work, readers = tmp_path / "run", []
     at_update(5, lambda: readers.append(open_checkpoint(work)), after=sealed(work, 5))
     assert fit(recipe(**{"checkpoint.keep": 1}), work)

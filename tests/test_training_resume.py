@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-from llavamed_jax.checkpoints import store
+from llavamed_jax.checkpoints.tree import store
 from llavamed_jax.errors import UsageError, UserError
 from llavamed_jax.parallel.mesh import make_mesh
 from llavamed_jax.training import place as places

@@ -10,9 +10,11 @@ import jax
 import numpy as np
 import pytest
 
-from llavamed_jax.checkpoints.load import random_checkpoint
-from llavamed_jax.checkpoints.reader import open_checkpoint, tree_config
-from llavamed_jax.checkpoints.store import steps, write_model
+from llavamed_jax.checkpoints.model_config import tree_config
+from llavamed_jax.checkpoints.open import open_checkpoint
+from llavamed_jax.checkpoints.random import random_checkpoint
+from llavamed_jax.checkpoints.tree.model import write_model
+from llavamed_jax.checkpoints.tree.store import steps
 from llavamed_jax.errors import UsageError, UserError
 from llavamed_jax.parallel.mesh import make_mesh
 from llavamed_jax.text.tokenizer import Tokenizer

@@ -12,8 +12,8 @@ import time
 import numpy as np
 import pytest
 
-from llavamed_jax.checkpoints.reader import open_checkpoint
-from llavamed_jax.checkpoints.store import newest_intact_step
+from llavamed_jax.checkpoints.open import open_checkpoint
+from llavamed_jax.checkpoints.tree.store import newest_intact_step
 from llavamed_jax.training import together as module
 from llavamed_jax.training.together import Together
 from tests import training_runs as runs

@@ -10,9 +10,11 @@ import jax  # noqa: E402
 from safetensors.numpy import load_file, save_file  # noqa: E402
 
 from llavamed_jax.checkpoints import names  # noqa: E402
-from llavamed_jax.checkpoints.load import flatten, load_params, random_checkpoint  # noqa: E402
-from llavamed_jax.checkpoints.reader import open_checkpoint  # noqa: E402
-from llavamed_jax.checkpoints.writer import export  # noqa: E402
+from llavamed_jax.checkpoints.export.directory import export  # noqa: E402
+from llavamed_jax.checkpoints.load import load_params  # noqa: E402
+from llavamed_jax.checkpoints.nested import flatten  # noqa: E402
+from llavamed_jax.checkpoints.open import open_checkpoint  # noqa: E402
+from llavamed_jax.checkpoints.random import random_checkpoint  # noqa: E402
 from llavamed_jax.config import IMAGE_TOKEN, DecoderConfig  # noqa: E402
 from llavamed_jax.config.hf import llava_from_hf, llava_to_hf  # noqa: E402
 from llavamed_jax.errors import UserError  # noqa: E402

@@ -9,8 +9,9 @@ import pytest
 import tiny
 
 import llavamed_jax as lm
-from llavamed_jax.checkpoints.load import load_params, random_checkpoint
-from llavamed_jax.checkpoints.reader import read_config
+from llavamed_jax.checkpoints.load import load_params
+from llavamed_jax.checkpoints.model_config import read_config
+from llavamed_jax.checkpoints.random import random_checkpoint
 from llavamed_jax.config import IMAGE_TOKEN, ImageSettings, LlavaConfig
 from llavamed_jax.config.hf import llava_from_hf
 from llavamed_jax.generation.requests import Request

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from llavamed_jax.checkpoints.load import random_checkpoint
-from llavamed_jax.checkpoints.reader import open_checkpoint
-from llavamed_jax.checkpoints.writer import export
+from llavamed_jax.checkpoints.export.directory import export
+from llavamed_jax.checkpoints.open import open_checkpoint
+from llavamed_jax.checkpoints.random import random_checkpoint
 from llavamed_jax.cli.convert import main
 from llavamed_jax.config import DecoderConfig, LlavaConfig, VisionConfig
 from llavamed_jax.verification import compare

@@ -11,8 +11,8 @@ import pytest
 from local_hub import LocalHub
 from safetensors.numpy import load_file, save_file
 
-from llavamed_jax.checkpoints.load import random_checkpoint
-from llavamed_jax.checkpoints.writer import export
+from llavamed_jax.checkpoints.export.directory import export
+from llavamed_jax.checkpoints.random import random_checkpoint
 from llavamed_jax.config import DecoderConfig, LlavaConfig, VisionConfig
 from tests.conftest import ROOT
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from llavamed_jax.checkpoints.store import newest_intact_step
+from llavamed_jax.checkpoints.tree.store import newest_intact_step
 from llavamed_jax.pipeline import workers
 from llavamed_jax.utils import signals, worker_notes
 from tests import training_runs as runs

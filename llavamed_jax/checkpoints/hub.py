@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from llavamed_jax.checkpoints.torch_files import weight_map
+from llavamed_jax.checkpoints.torch.files import weight_map
 from llavamed_jax.errors import UsageError, UserError, cut, exists
 from llavamed_jax.utils import terminal
 from llavamed_jax.utils.paths import check

@@ -7,8 +7,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from llavamed_jax.checkpoints.reader import Checkpoint, text_files
-from llavamed_jax.checkpoints.torch_files import weight_files
+from llavamed_jax.checkpoints.checkpoint import Checkpoint
+from llavamed_jax.checkpoints.model_config import text_files
+from llavamed_jax.checkpoints.torch.files import weight_files
 from llavamed_jax.config import OURS
 from llavamed_jax.utils.hashes import sha256_of_files, sha256_of_list, short_hash
 

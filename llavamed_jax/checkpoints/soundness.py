@@ -11,7 +11,8 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from llavamed_jax.checkpoints.torch_files import DTYPES, Tensor
+from llavamed_jax.checkpoints.tensor import Tensor
+from llavamed_jax.checkpoints.torch.files import DTYPES
 from llavamed_jax.errors import UserError, some, warn
 
 # The bits of each type's infinity without the sign: above it lies NaN, below it every number.

@@ -15,11 +15,14 @@ import ml_dtypes
 import numpy as np
 from tqdm import tqdm
 
-from llavamed_jax.checkpoints.build import build, with_projector
-from llavamed_jax.checkpoints.delta import apply_delta, make_delta
-from llavamed_jax.checkpoints.reader import Checkpoint, open_checkpoint, text_files
-from llavamed_jax.checkpoints.torch_files import Tensor
-from llavamed_jax.checkpoints.writer import export, total_bytes
+from llavamed_jax.checkpoints.assemble.build import build, with_projector
+from llavamed_jax.checkpoints.assemble.delta import apply_delta, make_delta
+from llavamed_jax.checkpoints.checkpoint import Checkpoint
+from llavamed_jax.checkpoints.export.directory import export
+from llavamed_jax.checkpoints.model_config import text_files
+from llavamed_jax.checkpoints.open import open_checkpoint
+from llavamed_jax.checkpoints.tensor import Tensor
+from llavamed_jax.checkpoints.torch.write import total_bytes
 from llavamed_jax.cli.common import Parser
 from llavamed_jax.errors import UsageError, UserError, cut, exists, warn
 from llavamed_jax.text.chat_template import read_template
@@ -122,7 +125,7 @@ def _import_flags(parser: argparse.ArgumentParser) -> None:
 
 def _import(args: argparse.Namespace) -> None:
     """Turn a checkpoint into a tree of this project."""
-    from llavamed_jax.checkpoints.store import write_model  # Orbax: not needed by the other commands
+    from llavamed_jax.checkpoints.tree.model import write_model  # Orbax: not needed by the other commands
     checkpoint = _open(args.checkpoint, args, _DTYPES.get(args.dtype))
     with new_directory(args.out, total_bytes(checkpoint.tensors), checkpoint.sources) as out:
         write_model(out, checkpoint, progress=_bar)
@@ -155,7 +158,7 @@ def _build_flags(parser: argparse.ArgumentParser) -> None:
 
 def _build(args: argparse.Namespace) -> None:
     """Join a plain decoder and a CLIP tower with a projector: how stage 1 starts."""
-    from llavamed_jax.checkpoints.store import write_model
+    from llavamed_jax.checkpoints.tree.model import write_model
     if args.seed < 0:
         raise UsageError(f"--seed is {args.seed}; a whole number of at least 0 was expected")
     if args.add_pad_token and not args.add_image_tokens:

@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from llavamed_jax.assistant import LlavaMed
-from llavamed_jax.checkpoints.load import flatten, nest
+from llavamed_jax.checkpoints.nested import flatten, nest
 from llavamed_jax.datasets import training
 from llavamed_jax.errors import UserError
 from llavamed_jax.evaluation import metrics

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from llavamed_jax.checkpoints.reader import open_checkpoint
+from llavamed_jax.checkpoints.open import open_checkpoint
 from llavamed_jax.config import PRESETS, LlavaConfig, preset
 from llavamed_jax.errors import UsageError, cut, short
 from llavamed_jax.parallel.mesh import batch_sharding

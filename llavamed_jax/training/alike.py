@@ -16,8 +16,9 @@ from pathlib import Path
 import numpy as np
 from ml_collections import ConfigDict
 
-from llavamed_jax.checkpoints import base, identity, store
-from llavamed_jax.checkpoints.reader import Checkpoint
+from llavamed_jax.checkpoints import identity
+from llavamed_jax.checkpoints.checkpoint import Checkpoint
+from llavamed_jax.checkpoints.tree import base, store
 from llavamed_jax.datasets.training import TrainingData
 from llavamed_jax.errors import UserError
 from llavamed_jax.images.load import split_frame

@@ -12,7 +12,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from llavamed_jax.checkpoints.reader import Checkpoint
+from llavamed_jax.checkpoints.checkpoint import Checkpoint
 from llavamed_jax.config import LlavaConfig
 from llavamed_jax.datasets import training
 from llavamed_jax.errors import UsageError, UserError

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-from llavamed_jax.checkpoints import base
+from llavamed_jax.checkpoints.tree import base
 from llavamed_jax.errors import UserError
 from llavamed_jax.parallel import distributed
 from llavamed_jax.training import workdir as workdirs

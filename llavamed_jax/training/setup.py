@@ -18,8 +18,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from llavamed_jax.checkpoints import hub
-from llavamed_jax.checkpoints.load import load_params, random_checkpoint
-from llavamed_jax.checkpoints.reader import TEXT_FILES, Checkpoint, open_checkpoint
+from llavamed_jax.checkpoints.checkpoint import Checkpoint
+from llavamed_jax.checkpoints.load import load_params
+from llavamed_jax.checkpoints.model_config import TEXT_FILES
+from llavamed_jax.checkpoints.open import open_checkpoint
+from llavamed_jax.checkpoints.random import random_checkpoint
 from llavamed_jax.config import LlavaConfig, preset
 from llavamed_jax.errors import UsageError, UserError
 from llavamed_jax.models import llava

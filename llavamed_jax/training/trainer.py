@@ -13,9 +13,10 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from llavamed_jax.checkpoints import base, store
-from llavamed_jax.checkpoints.load import flatten
-from llavamed_jax.checkpoints.reader import Checkpoint
+from llavamed_jax.checkpoints.checkpoint import Checkpoint
+from llavamed_jax.checkpoints.nested import flatten
+from llavamed_jax.checkpoints.tree import base, store
+from llavamed_jax.checkpoints.tree.model import write_model
 from llavamed_jax.errors import UsageError, UserError, some
 from llavamed_jax.models.llava import abstract_params
 from llavamed_jax.parallel import agreement, distributed
@@ -373,7 +374,7 @@ def _begin(workdir: Path, cfg: ConfigDict, checkpoint: Checkpoint, program: setu
         workdirs.discard_start(workdir)
     record = workdirs.write_recipe(workdir, cfg, {"total_steps": total_steps, **data.resolved()}, earlier)
     if not earlier:
-        store.write_model(workdir, checkpoint, without=program.trained_names(), progress=signals.checked)
+        write_model(workdir, checkpoint, without=program.trained_names(), progress=signals.checked)
     return {**record, "model": base.fingerprints(workdir), "validation": data.judged_by(), "computed": arithmetic.used(program)}
 
 

@@ -109,7 +109,7 @@ def begin_anew(workdir: Path, cfg: ConfigDict) -> None:
 
 def discard_start(workdir: Path) -> None:
     """Removes the model of a run that ended without a step: `init`, from which the next one starts, may have been another then."""
-    shutil.rmtree(workdir / "model", ignore_errors=True)  # the base goes with it: `store.write_model`
+    shutil.rmtree(workdir / "model", ignore_errors=True)  # the base goes with it: `write_model`
 
 
 def write_recipe(workdir: Path, cfg: ConfigDict, resolved: dict, earlier: Mapping[str, Any] | None = None) -> dict:

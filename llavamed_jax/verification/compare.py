@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from llavamed_jax.assistant import LlavaMed
+from llavamed_jax.checkpoints.checkpoint import Checkpoint
 from llavamed_jax.checkpoints.load import load_params
-from llavamed_jax.checkpoints.reader import Checkpoint
 from llavamed_jax.checkpoints.soundness import is_finite, what_is_not_finite
 from llavamed_jax.config import IMAGE_TOKEN, PAD_TOKEN, LlavaConfig
 from llavamed_jax.errors import some

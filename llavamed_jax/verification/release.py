@@ -21,8 +21,9 @@ from ml_collections import ConfigDict
 
 from llavamed_jax.assistant import LlavaMed, load
 from llavamed_jax.checkpoints import hub, names
-from llavamed_jax.checkpoints.load import nest
-from llavamed_jax.checkpoints.reader import Checkpoint, open_checkpoint
+from llavamed_jax.checkpoints.checkpoint import Checkpoint
+from llavamed_jax.checkpoints.nested import nest
+from llavamed_jax.checkpoints.open import open_checkpoint
 from llavamed_jax.checkpoints.soundness import is_finite
 from llavamed_jax.config import PRESETS
 from llavamed_jax.errors import UserError

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import jax
 
-from llavamed_jax.checkpoints.base import MANIFEST
+from llavamed_jax.checkpoints.tree.base import MANIFEST
 from llavamed_jax.errors import UserError, cut
 
 

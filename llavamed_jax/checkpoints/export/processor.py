@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from llavamed_jax.checkpoints import preprocessor_file
-from llavamed_jax.checkpoints.chat_template import chat_template
-from llavamed_jax.checkpoints.tokenizer_files import IMAGE, write_tokenizer
+from llavamed_jax.checkpoints.export.chat_template import chat_template
+from llavamed_jax.checkpoints.export.tokenizer import IMAGE, write_tokenizer
 from llavamed_jax.config import LlavaConfig
 from llavamed_jax.utils.files import write_json
 

@@ -13,9 +13,11 @@ from pathlib import Path
 
 import numpy as np
 
-from llavamed_jax.checkpoints.reader import Checkpoint, text_files, tree_config
-from llavamed_jax.checkpoints.torch_files import Tensor, read_safetensors
-from llavamed_jax.checkpoints.writer import Progress, write_safetensors
+from llavamed_jax.checkpoints.checkpoint import Checkpoint
+from llavamed_jax.checkpoints.model_config import text_files, tree_config
+from llavamed_jax.checkpoints.tensor import Tensor
+from llavamed_jax.checkpoints.torch.files import read_safetensors
+from llavamed_jax.checkpoints.torch.write import Progress, write_safetensors
 from llavamed_jax.errors import UserError
 from llavamed_jax.utils.files import read_json, write_json
 from llavamed_jax.utils.hashes import sha256_of

@@ -14,7 +14,6 @@ import re
 import warnings
 import zipfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import BinaryIO
@@ -24,6 +23,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from llavamed_jax.checkpoints import names
+from llavamed_jax.checkpoints.tensor import Tensor
 from llavamed_jax.errors import UserError, some
 from llavamed_jax.utils.files import open_file, read_json
 
@@ -35,13 +35,6 @@ _BIN = "pytorch_model*.bin"
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
-@dataclass(frozen=True)
-class Tensor:
-    """A tensor that is not in memory yet."""
-
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    load: Callable[[], np.ndarray]
 
 
 def read_weights(directory: Path) -> dict[str, Tensor]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from llavamed_jax.checkpoints.chat_template import chat_template, template_name
-from llavamed_jax.checkpoints.reader import Checkpoint
+from llavamed_jax.checkpoints.checkpoint import Checkpoint
+from llavamed_jax.checkpoints.export.chat_template import chat_template, template_name
 from llavamed_jax.config import CLIP_MEAN, CLIP_STD, ImageSettings, LlavaConfig
 from llavamed_jax.config.hf import llava_to_hf
 from llavamed_jax.utils.files import read_json

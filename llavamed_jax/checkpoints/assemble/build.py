@@ -10,13 +10,15 @@ from pathlib import Path
 import numpy as np
 
 from llavamed_jax.checkpoints import hub, names
+from llavamed_jax.checkpoints.assemble.image_tokens import TABLES, add_image_tokens
+from llavamed_jax.checkpoints.checkpoint import Checkpoint
 from llavamed_jax.checkpoints.generation_file import with_stop_ids
-from llavamed_jax.checkpoints.image_tokens import TABLES, add_image_tokens
-from llavamed_jax.checkpoints.layouts import canonical, from_torch
-from llavamed_jax.checkpoints.reader import Checkpoint, text_files
+from llavamed_jax.checkpoints.model_config import text_files
 from llavamed_jax.checkpoints.soundness import Tally
-from llavamed_jax.checkpoints.torch_files import Tensor, read_file, read_weights, refuse_adapter
-from llavamed_jax.checkpoints.tower import tower_config, tower_tensors
+from llavamed_jax.checkpoints.tensor import Tensor
+from llavamed_jax.checkpoints.torch.files import read_file, read_weights, refuse_adapter
+from llavamed_jax.checkpoints.torch.layout import canonical, from_torch
+from llavamed_jax.checkpoints.torch.tower import tower_config, tower_tensors
 from llavamed_jax.config import LlavaConfig, projector_depth
 from llavamed_jax.config.hf import joined, plain_decoder
 from llavamed_jax.errors import UsageError, UserError, at, cut, exists, short, some

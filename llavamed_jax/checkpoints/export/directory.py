@@ -2,32 +2,27 @@
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
 from llavamed_jax.checkpoints import names, preprocessor_file
-from llavamed_jax.checkpoints.card import model_card
+from llavamed_jax.checkpoints.checkpoint import Checkpoint
+from llavamed_jax.checkpoints.export.card import model_card
+from llavamed_jax.checkpoints.export.processor import write_processor
+from llavamed_jax.checkpoints.export.tokenizer import ids_in_transformers
 from llavamed_jax.checkpoints.generation_file import FILE as GENERATION
 from llavamed_jax.checkpoints.generation_file import copy_files, settings_for
-from llavamed_jax.checkpoints.processor_files import write_processor
-from llavamed_jax.checkpoints.reader import Checkpoint
-from llavamed_jax.checkpoints.tokenizer_files import ids_in_transformers
-from llavamed_jax.checkpoints.torch_files import DTYPES, Tensor
+from llavamed_jax.checkpoints.tensor import Tensor
+from llavamed_jax.checkpoints.torch.write import Progress, total_bytes, write_safetensors
 from llavamed_jax.config import OURS
 from llavamed_jax.config.hf import llava_to_hf
 from llavamed_jax.utils.directories import new_directory
 from llavamed_jax.utils.files import write_json
 
-SHARD_BYTES = 5 * 10**9  # as transformers cut checkpoints of this size
 VOCABULARY = ("decoder/embed_tokens/embedding", "decoder/lm_head/kernel")
-_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
-Progress = Callable[[Iterable[str]], Iterable[str]]  # wraps the names on their way, to show where the work stands
 
 
 def export(checkpoint: Checkpoint, out: str | Path, layout: str = "transformers", progress: Progress = iter) -> None:
@@ -66,13 +61,8 @@ def export(checkpoint: Checkpoint, out: str | Path, layout: str = "transformers"
     checkpoint.tally.warn()
 
 
-def total_bytes(tensors: Mapping[str, Tensor]) -> int:
-    """What the tensors take on disk."""
-    return sum(map(_bytes, tensors.values()))
 
 
-def _bytes(tensor: Tensor) -> int:
-    return math.prod(tensor.shape) * tensor.dtype.itemsize
 
 
 def _in_torch(checkpoint: Checkpoint, spelled: Mapping[str, str]) -> dict[str, Tensor]:
@@ -118,63 +108,7 @@ def _write_text_files(checkpoint: Checkpoint, out: Path, layout: str, ids: tuple
         preprocessor_file.make_equal(cfg, kept, cfg.source == "transformers", is_needed=False)
 
 
-def write_safetensors(directory: Path, tensors: Mapping[str, Tensor], progress: Progress = iter,
-                      metadata: dict[str, str] | None = None) -> None:
-    """Writes `model.safetensors`, or shards of at most `SHARD_BYTES` (one tensor may be larger) with an index.
-
-    In memory are the tensor that is being written and the next one.
-    """
-    shards, sizes = [[]], [0]
-    for name, tensor in tensors.items():
-        size = _bytes(tensor)
-        if shards[-1] and sizes[-1] + size > SHARD_BYTES:
-            shards.append([])
-            sizes.append(0)
-        shards[-1].append(name)
-        sizes[-1] += size
-    shards = [{name: tensors[name] for name in sorted(shard, key=lambda name: -tensors[name].dtype.itemsize)} for shard in shards]
-    files = ["model.safetensors"] if len(shards) == 1 else [
-        f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
-    arrays = _read_ahead(tensor for shard in shards for tensor in shard.values())
-    on_their_way = iter(progress([name for shard in shards for name in shard]))
-    for file, shard in zip(files, shards):
-        _write_shard(directory / file, shard, (array for _, array in zip(on_their_way, arrays)), metadata)
-    for _ in on_their_way:  # lets the progress see its end
-        pass
-    if len(shards) > 1:
-        weight_map = {name: file for file, shard in zip(files, shards) for name in shard}
-        write_json(directory / "model.safetensors.index.json", {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map})
 
 
-def _read_ahead(tensors: Iterable[Tensor]) -> Iterator[np.ndarray]:
-    """The arrays in order; while one is written, a thread reads and turns the next."""
-    with ThreadPoolExecutor(1) as thread:
-        ahead = None
-        for tensor in tensors:
-            # The file's bytes are those of a whole array: a view would be written as it lies in memory.
-            ready, ahead = ahead, thread.submit(lambda tensor: np.asarray(tensor.load(), order="C"), tensor)
-            if ready is not None:
-                yield ready.result()
-        if ahead is not None:
-            yield ahead.result()
 
 
-def _write_shard(file: Path, tensors: Mapping[str, Tensor], arrays: Iterable[np.ndarray], metadata: dict[str, str] | None) -> None:
-    """One safetensors file: the header's length (8 bytes), the header as JSON, and the tensors one after another.
-
-    The library's own `serialize_file` wants every tensor of a file in memory at once.
-    Args:
-      tensors: widest type first, so that each begins at a multiple of its size, as the header's padding to 8 does.
-    """
-    header, end = {"__metadata__": metadata} if metadata else {}, 0
-    for name, tensor in tensors.items():
-        start, end = end, end + _bytes(tensor)
-        header[name] = dict(dtype=_DTYPE_NAMES[tensor.dtype], shape=list(tensor.shape), data_offsets=[start, end])
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with open(file, "wb") as out:
-        out.write(len(text).to_bytes(8, "little") + text)
-        for (name, tensor), array in zip(tensors.items(), arrays):
-            if (array.shape, array.dtype) != (tensor.shape, tensor.dtype):
-                raise ValueError(f"{name} was read as {array.dtype} {array.shape}; {tensor.dtype} {tensor.shape} was expected")
-            out.write(array.reshape(-1).view(np.uint8))

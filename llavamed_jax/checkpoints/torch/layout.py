@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from llavamed_jax.checkpoints import names
-from llavamed_jax.checkpoints.torch_files import Tensor
+from llavamed_jax.checkpoints.tensor import Tensor
 from llavamed_jax.config import LlavaConfig
 from llavamed_jax.errors import UserError, some
 

@@ -15,10 +15,11 @@ from pathlib import Path
 import numpy as np
 
 from llavamed_jax.checkpoints import hub, names
-from llavamed_jax.checkpoints.reader import TEXT_FILES
+from llavamed_jax.checkpoints.model_config import TEXT_FILES
 from llavamed_jax.checkpoints.soundness import Tally, is_finite
-from llavamed_jax.checkpoints.torch_files import Tensor, read_weights, refuse_adapter
-from llavamed_jax.checkpoints.writer import Progress, total_bytes, write_safetensors
+from llavamed_jax.checkpoints.tensor import Tensor
+from llavamed_jax.checkpoints.torch.files import read_weights, refuse_adapter
+from llavamed_jax.checkpoints.torch.write import Progress, total_bytes, write_safetensors
 from llavamed_jax.errors import UserError, at, short, some, warn
 from llavamed_jax.utils.directories import new_directory
 from llavamed_jax.utils.files import read_json, write_json

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from llavamed_jax.checkpoints.reader import Checkpoint
-from llavamed_jax.checkpoints.torch_files import Tensor
+from llavamed_jax.checkpoints.checkpoint import Checkpoint
+from llavamed_jax.checkpoints.tensor import Tensor
 from llavamed_jax.errors import UserError
 from llavamed_jax.text.special_tokens import read_special_tokens
 from llavamed_jax.utils.files import read_json, write_json

@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from llavamed_jax.checkpoints.torch_files import Tensor
+from llavamed_jax.checkpoints.tensor import Tensor
 from llavamed_jax.config import KNOWN_TOWERS, VisionConfig
 from llavamed_jax.errors import UserError, short
 

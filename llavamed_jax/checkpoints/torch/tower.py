@@ -6,9 +6,10 @@ import re
 from pathlib import Path
 
 from llavamed_jax.checkpoints import hub, preprocessor_file
-from llavamed_jax.checkpoints.layouts import canonical
 from llavamed_jax.checkpoints.names import is_buffer
-from llavamed_jax.checkpoints.torch_files import Tensor, read_weights, refuse_adapter
+from llavamed_jax.checkpoints.tensor import Tensor
+from llavamed_jax.checkpoints.torch.files import read_weights, refuse_adapter
+from llavamed_jax.checkpoints.torch.layout import canonical
 from llavamed_jax.config import LlavaConfig, VisionConfig
 from llavamed_jax.errors import UserError, at, exists, short
 from llavamed_jax.utils.files import read_json

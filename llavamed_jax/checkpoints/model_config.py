@@ -1,0 +1,153 @@
+"""Reads the config of a checkpoint of any kind, without its weights and without jax."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from llavamed_jax.checkpoints import hub
+from llavamed_jax.checkpoints.generation_file import FILE as GENERATION
+from llavamed_jax.checkpoints.generation_file import with_stop_ids
+from llavamed_jax.checkpoints.preprocessor_file import check, has_settings, with_image_settings
+from llavamed_jax.checkpoints.tensor import Tensor
+from llavamed_jax.checkpoints.torch.files import read_weights, refuse_adapter
+from llavamed_jax.checkpoints.torch.tower import check_width, fetch_tower, find_tower, tower_config
+from llavamed_jax.checkpoints.torch.tower_shape import is_tower, known_shape, shape_of_tensors
+from llavamed_jax.config import KNOWN_TOWERS, OURS, LlavaConfig, VisionConfig, as_object, preset
+from llavamed_jax.config.hf import is_transformers, llava_from_hf, tower_name
+from llavamed_jax.errors import UserError, at
+from llavamed_jax.utils.files import read_json
+
+TEXT_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+              "preprocessor_config.json", "processor_config.json", "chat_template.jinja", "chat_template.json",
+              GENERATION)
+
+
+
+
+
+
+def read_config(path: str | Path, vision_tower: str | Path | None = None) -> LlavaConfig:
+    """The config of a checkpoint of any kind; no weight file need be there, and none is looked at but where the shape of the
+    tower stands in its tensors alone.
+
+    Args and errors as of `open_checkpoint`.
+    """
+    path, kind = kind_of(path, weights=False)
+    vision_tower = None if vision_tower is None else hub.local(vision_tower, weights=False)
+    if kind == "torch":
+        return torch_config(Path(path), vision_tower, lambda: read_weights(Path(path)))[0]
+    config = preset(path.removeprefix("preset:")) if kind == "preset" else tree_config(Path(path))
+    return config if vision_tower is None else replace_tower(config, vision_tower)
+
+
+def tree_root(path: Path) -> Path:
+    """The tree that a PATH means: itself, or of `DIR/checkpoints/STEP` DIR."""
+    return path.parents[1] if path.parent.name == "checkpoints" else path
+
+
+def tree_config(path: Path) -> LlavaConfig:
+    """The config of this project's own tree or of one of its steps."""
+    file = tree_root(path) / "model" / "config.json"
+    try:
+        config = LlavaConfig.from_dict(read_json(file))
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{file} is no config of this project: {error}") from None
+    config = config.replace(decoder=with_stop_ids(config.decoder, file.parent))
+    return with_image_settings(config, file.parent, config.source == "transformers")
+
+
+def kind_of(path: str | Path, weights: bool = True) -> tuple[str, str]:
+    """A PATH as text, and whether it is a `preset`, a `tree` or a directory in a `torch` layout. Names are fetched."""
+    if str(path).startswith("preset:"):
+        return str(path), "preset"
+    # A step of a tree need not be there: whoever opens it says what is wrong with it.
+    try:
+        directory = Path(path) if (tree_root(Path(path)) / "model").is_dir() else hub.local(path, weights)
+    except OSError as error:  # a name that no file can have
+        raise at(path, f"{str(path)[:80]!r} cannot be opened: {error.strerror}") from None
+    if (tree_root(directory) / "model" / "config.json").is_file():
+        return str(directory), "tree"
+    if directory.is_dir():
+        return str(directory), "torch"
+    raise at(path, f"{path} is no directory; a checkpoint's directory, owner/name of a hub or preset:NAME was expected")
+
+
+def text_files(directory: Path) -> dict[str, Path]:
+    """The files that travel with a checkpoint; of an export of ours those from before it added tokens, but for
+    `generation_config.json`: its user may have changed the one that transformers goes by."""
+    source = directory / OURS
+    source = source if source.is_dir() else directory
+    found = {name: source / name for name in TEXT_FILES if (source / name).is_file()}
+    named = source / "additional_chat_templates" / "default.jinja"  # transformers keeps several templates so
+    if named.is_file():
+        found.setdefault("chat_template.jinja", named)
+    return found | ({GENERATION: directory / GENERATION} if GENERATION in found and (directory / GENERATION).is_file() else {})
+
+
+def torch_config(directory: Path, vision_tower: Path | None,
+                  weights: Callable[[], Mapping[str, Tensor]]) -> tuple[LlavaConfig, dict, str]:
+    """The config of a PyTorch layout, `config.json` as it stands there, and what of the tower is assumed, in words.
+
+    Args:
+      weights: reads the headers of the weight files; asked where the tower's shape stands nowhere else.
+    """
+    refuse_adapter(directory)
+    if not (directory / "config.json").is_file():
+        raise UserError(f"{directory} holds no config.json; a checkpoint's directory was expected")
+    raw, vision, assumed, asked = read_json(directory / "config.json"), None, "", vision_tower
+    if vision_tower is None and not is_transformers(raw) and "vision_config" not in as_object(raw.get(OURS, {}), OURS):
+        name = tower_name(raw)
+        vision_tower = find_tower(directory, name)
+        if vision_tower is None and name is not None and name not in KNOWN_TOWERS:
+            vision_tower, vision, assumed = _tower_of_elsewhere(directory, name, weights)
+    if vision_tower is not None:
+        vision = tower_config(vision_tower)
+    try:
+        config = llava_from_hf(raw, vision)
+    except UserError as error:
+        raise UserError(f"{directory}: {error}") from None
+    if vision is not None:
+        check_width(vision_tower or directory, vision, config.vision.hidden_size if is_transformers(raw) else raw.get("mm_hidden_size"))
+    config = config.replace(vision=vision or config.vision, decoder=with_stop_ids(config.decoder, directory))
+    return with_image_settings(config, directory, is_transformers(raw), asked), raw, assumed
+
+
+def _tower_of_elsewhere(directory: Path, name: str,
+                        weights: Callable[[], Mapping[str, Tensor]]) -> tuple[Path | None, VisionConfig | None, str]:
+    """What is to be found of a tower that lies neither inside nor beside a checkpoint: its directory as a hub gives it, else its
+    config from the tensors in the checkpoint and what of that is assumed, else from the name alone.
+
+    Raises:
+      UserError: nothing says what shape the tower has.
+    """
+    try:
+        return fetch_tower(directory, name, weights=False), None, ""
+    except UserError as error:
+        refusal = error
+    try:
+        found = weights()
+    except UserError:  # whoever reads them says it
+        found = {}
+    if any(map(is_tower, found)):
+        return None, *shape_of_tensors(directory, name, found)
+    vision = known_shape(name)
+    if vision is None:
+        raise refusal
+    return None, vision, ""
+
+
+
+
+def replace_tower(config: LlavaConfig, directory: Path) -> LlavaConfig:
+    vision = tower_config(directory)
+    check_width(directory, vision, config.vision.hidden_size)
+    if not has_settings(directory):
+        own = config.vision
+        vision = dataclasses.replace(vision, image_mean=own.image_mean, image_std=own.image_std, images=own.images)
+    config = config.replace(vision=vision)
+    check(config, str(directory))
+    return config
+
+

@@ -1,0 +1,117 @@
+"""Writes and opens this project's own tree: the base that a run began with, and the trained tensors of a step laid over it."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import warnings
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from llavamed_jax.checkpoints import names
+from llavamed_jax.checkpoints.checkpoint import Checkpoint
+from llavamed_jax.checkpoints.generation_file import copy_files
+from llavamed_jax.checkpoints.model_config import text_files, tree_config, tree_root
+from llavamed_jax.checkpoints.nested import flatten, nest
+from llavamed_jax.checkpoints.preprocessor_file import make_equal
+from llavamed_jax.checkpoints.tensor import Tensor
+from llavamed_jax.checkpoints.torch.layout import match
+from llavamed_jax.checkpoints.torch.write import Progress, total_bytes
+from llavamed_jax.checkpoints.tree import holding
+from llavamed_jax.checkpoints.tree.base import check_fingerprints, read_base, write_base
+from llavamed_jax.checkpoints.tree.holding import Hold, StepGone, reading
+from llavamed_jax.checkpoints.tree.step_manifest import INTERRUPTED
+from llavamed_jax.checkpoints.tree.step_manifest import damage as _damage
+from llavamed_jax.checkpoints.tree.store import TRIES, hold_newest, read_meta
+from llavamed_jax.config import LlavaConfig
+from llavamed_jax.errors import UserError, at
+from llavamed_jax.utils.directories import new_directory
+from llavamed_jax.utils.files import write_json
+
+
+def write_model(out: str | Path, checkpoint: Checkpoint, config: LlavaConfig | None = None, files: Mapping[str, Path] | None = None,
+                without: Iterable[str] = (), progress: Progress = iter) -> None:
+    """Writes `out/base` and then `out/model`, which marks the base as whole; each appears when it is complete.
+
+    Args:
+      config, files: in place of the checkpoint's own.
+      without: canonical names that the base leaves out, because every step has them.
+    Raises:
+      UserError: `out` has a model already; weights that are no model's (`Checkpoint.sound`).
+    """
+    out, without, checkpoint, config = Path(out), set(without), checkpoint.sound(), config or checkpoint.config
+    if (out / "base").exists() and not (out / "model").exists():
+        shutil.rmtree(out / "base")  # of a run that was stopped while it wrote its base
+    tensors = {name: tensor for name, tensor in checkpoint.tensors.items() if name not in without}
+    with new_directory(out / "base", total_bytes(tensors)) as base:
+        write_base(base, tensors, progress)
+    checkpoint.tally.warn()
+    with new_directory(out / "model") as model:
+        write_json(model / "config.json", config.to_dict())
+        copy_files(config, checkpoint.files if files is None else files, model)
+        make_equal(config, model, config.source == "transformers", is_needed=False)
+
+
+def open_tree(path: str | Path) -> Checkpoint:
+    """Opens a workdir or `convert import`'s directory (base and the newest intact step), or one `DIR/checkpoints/STEP`.
+
+    The step is held while its tensors are to be read (`holding`): a run that goes on deletes it later.
+    Raises:
+      UserError: tensors that are missing, unexpected or misshapen; a step that was asked for by name and is not intact.
+    """
+    path = Path(path)
+    for _ in range(TRIES - 1):
+        with contextlib.suppress(StepGone):
+            return _open_tree(path)
+    return _open_tree(path)
+
+
+def _open_tree(path: Path) -> Checkpoint:
+    root, config = tree_root(path), tree_config(path)
+    if root == path:
+        step, held, damaged = hold_newest(root, "params")
+    else:
+        step, damaged = int(path.name) if path.name.isdigit() and path.is_dir() else None, []
+        held = holding.hold(path)
+        damage = f"{path} does not exist; DIR/checkpoints/STEP was expected" if step is None else _damage(path, "params")
+        if damage:
+            raise at(path, damage)
+    found = read_base(root)
+    if step is not None:
+        _refuse_other_base(root, step)
+        found |= _step_tensors(root / "checkpoints" / str(step), held)
+    shapes = {name: spec.shape for name, spec in names.specs(config).items()}
+    try:
+        tensors = match(root, found, {name: (name,) for name in shapes}, shapes)
+    except UserError as error:
+        raise UserError("; ".join([*damaged, str(error)])) from None
+    for sentence in damaged:
+        warnings.warn(sentence + ", or is under way" * sentence.endswith(INTERRUPTED), stacklevel=3)
+    return Checkpoint(config, "tree", root, tensors, text_files(root / "model"), "the tensors in the tree", step)
+
+
+def _refuse_other_base(root: Path, step: int) -> None:
+    """Raises UserError where the base is not the one that a run's step was trained over. Steps of no run do not say."""
+    if _damage(root / "checkpoints" / str(step), "state") is None and (record := read_meta(root, step).get("run")):
+        check_fingerprints(root, record["model"], "base/")
+
+
+def _step_tensors(directory: Path, held: Hold | None) -> dict[str, Tensor]:
+    """The trained tensors of a step, each read by itself when it is asked for. The step is held as long as one of them is there."""
+    params = (directory / "params").absolute()
+    handler = ocp.PyTreeCheckpointHandler()
+    with reading(directory):
+        metadata = flatten(handler.metadata(params).tree)
+
+    def read(name: str, _: Hold | None = held) -> np.ndarray:
+        item = nest({name: 0})
+        arguments = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
+        with reading(directory):
+            return flatten(handler.restore(params, args=ocp.args.PyTreeRestore(
+                item=item, restore_args=arguments, partial_restore=True)))[name]
+
+    return {name: Tensor(tuple(m.shape), np.dtype(m.dtype), lambda name=name: read(name)) for name, m in metadata.items()}
