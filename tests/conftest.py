@@ -19,9 +19,12 @@ os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "0"  # nor does it write into the h
 for variable in ("NO_PROXY", "no_proxy"):
     os.environ[variable] = ",".join(filter(None, [os.environ.get(variable), "127.0.0.1", "localhost"]))
 
-# A shell that runs a job in the background has it ignore Ctrl-C, and children inherit that: some tests send them one.
+# A shell that runs a job in the background has it ignore Ctrl-C, and `nohup` has it ignore SIGHUP. Children inherit that, and some
+# tests send them these signals.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 import pytest  # noqa: E402
 
