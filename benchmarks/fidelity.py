@@ -31,10 +31,10 @@ TRUE_SHAPES = ROOT / "docs" / "fidelity" / "true_shapes.json"
 # Number in the specification's conformance list, what it is, the tests (file::function, or a whole file), what to say.
 GROUPS = [
     ("1", "Metrics on a whole data set", ["test_evaluation::test_a_hand_computed_score", "test_evaluation::test_the_whole_of_vqa_rad"],
-     "to 1e-6: scores worked out by hand, gold answers as predictions; the original's own prediction files are not part of this project"),
-    ("2", "Metrics, case by case", ["test_metrics"], "to 1e-12, values that nltk 3.8.1 gave"),
+     "to 1e-6: scores computed by hand, and gold answers as predictions; the original's prediction files are not part of this project"),
+    ("2", "Metrics, case by case", ["test_metrics"], "to 1e-12, against values from nltk 3.8.1"),
     ("3", "Ids and label masks", ["test_conversation", "test_tokenizer", "test_processor", "test_templates"],
-     "19 templates of three origins, LLaMA's and Mistral's tokenizers, beside the originals' procedures told again"),
+     "19 templates of three origins, LLaMA's and Mistral's tokenizers, against a second implementation of the originals' procedures"),
     ("4", "Prompt fingerprints", ["test_conversation::test_fingerprints", "test_conversation::test_mistral_text",
                                   "test_templates::test_fingerprints", "test_templates::test_prompts_are_the_originals"],
      "sha256 of the rendered prompts"),
@@ -44,34 +44,36 @@ GROUPS = [
                                         "test_known_answers::test_load_and_logits_as_printed",
                                         "test_known_answers::test_tower_and_projector_as_printed"],
      "v1.5 and v1.0, padded right and left: logits, loss, tower, projector"),
-    ("7", "— cut at `tokenizer_model_max_length`", ["test_known_answers::test_rows_are_cut_as_the_original_cuts"], "inside an image too"),
-    ("7", "— sliding window", ["test_known_answers::test_sliding_window"], "1, 4 and none; torch beside it"),
-    ("7", "— greedy tokens", ["test_known_answers::test_greedy_tokens"], "image, text, two images, beside torch without a cache"),
+    ("7", "— cut at `tokenizer_model_max_length`", ["test_known_answers::test_rows_are_cut_as_the_original_cuts"], "also inside an image"),
+    ("7", "— sliding window", ["test_known_answers::test_sliding_window"], "windows of 1, 4 and none, against torch"),
+    ("7", "— greedy tokens", ["test_known_answers::test_greedy_tokens"], "image, text, two images, against torch without a cache"),
     ("8", "The gradient of stage 1", ["test_known_answers::test_stage_1_moves_the_projector_and_the_rows_of_two_tokens"],
-     "the projector's and two rows', over their largest magnitude, beside torch's; the original's leak into token rows is left out (Q12)"),
+     "of the projector and of two rows, relative to their largest magnitude, against torch's; the original's leak into token "
+     "rows is left out (Q12)"),
     ("9", "Images that do not fit their markers", ["test_assistant::test_the_count_of_images_must_fit_the_markers",
                                                    "test_assistant::test_bad_logits_calls_are_one_sentence",
                                                    "test_generation::test_bad_requests_are_one_sentence"], "an error with both numbers"),
-    ("10", "Deltas", ["test_delta"], "bit for bit torch's float16, 32,000 rows against 32,003 and 32,004"),
+    ("10", "Deltas", ["test_delta"], "equal to torch's float16 bit for bit; 32,000 rows against 32,003 and 32,004"),
     ("11", "Names of tensors, both ways", ["test_checkpoints", "test_transformers_layout", "test_layouts",
                                             "test_export::test_round_trips_to_the_bit"],
      "round trips to the bit; the tower's switch"),
-    ("", "Exports in transformers' own hands", ["test_export::test_ids_in_transformers_are_those_of_the_original",
+    ("", "Exports read by transformers", ["test_export::test_ids_in_transformers_are_those_of_the_original",
                                                 "test_export::test_chat_templates_write_our_prompts",
                                                 "test_export::test_processor_and_generate_give_our_tokens"],
-     "its processor's ids and prompts, its `generate`'s tokens"),
+     "ids and prompts of its processor, tokens of its `generate`"),
     ("12", "Clean-up of generated data", [], "to come with the curation of data"),
-    ("13", "Stop strings", ["test_assistant::test_stop_strings_end_the_text_and_an_empty_one_does_nothing"], "an empty one stops nothing"),
-    ("14", "Chunks of questions", [], "not a part of this project: one process asks all questions in batches"),
-    ("", "Whole models beside transformers", ["test_parity::test_logits_equal_transformers",
+    ("13", "Stop strings", ["test_assistant::test_stop_strings_end_the_text_and_an_empty_one_does_nothing"],
+     "an empty stop string stops nothing"),
+    ("14", "Chunks of questions", [], "not part of this project: one process asks all questions in batches"),
+    ("", "Whole models against transformers", ["test_parity::test_logits_equal_transformers",
                                               "test_parity::test_scanned_layers_equal_transformers"],
-     "14 settings, two of them scanned too; logits with a standard deviation of 1"),
+     "14 settings, two of them also scanned; logits with a standard deviation of 1"),
     ("", "Ten random models, loaded from files", ["test_known_answers::test_random_models_equal_transformers",
                                                  "test_known_answers::test_a_random_model_with_a_linear_projector_equals_torch"],
-     "difference over the logits' magnitude; greedy tokens equal; and a linear projector beside torch"),
+     "difference relative to the logits' magnitude; greedy tokens equal; a linear projector against torch"),
     ("", "Wrong models are noticed", ["test_parity::test_mutants_fail_by_twice_the_tolerance"],
      "the comparison above rejects each of these mutants"),
-    ("", "Modules one by one", ["test_modules"], "tower, projector, decoder padded left, norms, masks"),
+    ("", "Modules one by one", ["test_modules"], "tower, projector, decoder with left padding, norms, masks"),
     ("", "Rotary frequencies", ["test_known_answers::test_rope_frequencies_are_torchs_bit_for_bit_with_the_c_librarys_power"],
      "bit for bit, 60 pairs of head width and theta; see below"),
     ("", "Twenty updates of training", ["test_training_torch"], "losses to 2e-6, parameters to 2e-5"),
@@ -136,18 +138,19 @@ def document(results: list[Result]) -> str:
     versions = ", ".join(f"{package} {importlib.metadata.version(package)}" for package in packages)
     commit = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=ROOT, capture_output=True, encoding="utf-8").stdout.strip()
     lines = ["# Fidelity", "",
-             "How far this project is from the original PyTorch code and from transformers, on a CPU in float32. Written by "
-             "`make fidelity`, which runs the tests named here and prints the largest difference that they measured. No released "
-             "weights are involved (`make verify-release` is for those): levels T, tiny random weights, and S, the released shapes.", "",
+             "This page says how far this project is from the original PyTorch code and from transformers, on a CPU in float32. "
+             "`make fidelity` writes it: it runs the tests named here and prints the largest difference that they measured. No "
+             "released weights are involved (`make verify-release` checks those). The levels are T, tiny random weights, and S, the "
+             "released shapes.", "",
              f"{datetime.date.today().isoformat()}, commit {commit}, {versions}.", "",
              "## Conformance groups", "",
-             "Numbers are those of the specification's conformance list. Differences are those that come closest to what is allowed; "
-             "*holds*: ids, texts, bits, errors, or figures to the digits that the note says, as they should be.", "",
+             "The numbers are those of the specification's conformance list. Each difference is the one that comes closest to its "
+             "tolerance. *holds* means that ids, texts, bits, errors, or figures to the digits in the note are as expected.", "",
              "| | group | checks | largest difference | allowed | |", "|---|---|---:|---:|---:|---|"]
     for number, title, selectors, note in GROUPS:
         lines.append(group_row(number, title, [r for r in results if any(map(r.belongs, selectors))], note))
     lines += ["", "## Quirks of the original", "",
-              "Numbers are those of the specification's list; *kept* reproduces the original, *mended* does not.", "",
+              "The numbers are those of the specification's list. *kept* reproduces the original, *mended* does not.", "",
               "| | the original | here | switch | held by |", "|---|---|---|---|---|"]
     lines += [f"| {' | '.join(row)} | {held_by(test)} |" for *row, test in QUIRKS]
     lines += ["", "## Other differences", "", "| the original | here | switch | held by |", "|---|---|---|---|"]
@@ -181,8 +184,8 @@ def true_shapes() -> list[str]:
     data = json.loads(TRUE_SHAPES.read_text(encoding="utf-8"))
     lines = ["", "## The released shapes, layer by layer", "",
              f"`python benchmarks/true_shapes.py --checkpoint {data['checkpoint']}`: {data['parameters']:,} random parameters, one "
-             f"image and one question ({data['positions']} positions), float32, transformers' layer modules beside this project's "
-             f"blocks. Each side feeds on its own output. {data['seconds']} s on {data['device']}, at most "
+             f"image and one question ({data['positions']} positions), float32, transformers' layer modules compared with this "
+             f"project's blocks. Each side continues with its own output. {data['seconds']} s on {data['device']}, at most "
              f"{data['peak_resident_bytes'] / 1e9:.1f} GB resident, commit {data['commit']}.", "",
              "| after | largest difference | largest magnitude | ratio |", "|---|---:|---:|---:|"]
     for row in data["rows"]:
@@ -208,12 +211,12 @@ def rotary() -> list[str]:
     exponents = [math.log10(ours[i]) for i in places]
     where = ", ".join(f"number {i} (10^{e:.2f})" for i, e in zip(places, exponents)) or "nowhere"
     return ["", "## Rotary frequencies", "",
-            "Each inverse frequency here is made of the float32 nearest to the exact power, which is what torch computes with the C "
-            "library's `powf`, bit for bit. torch's vectorised `pow` is one last bit off in a few places, other ones with AVX2 than "
-            "with AVX-512 (`ATEN_CPU_CAPABILITY`), so there is no one set of bits to be equal to. On this machine "
+            "Each inverse frequency here comes from the float32 nearest to the exact power. torch computes the same bits with the C "
+            "library's `powf`. torch's vectorised `pow` differs in the last bit in a few places, and in other places with AVX2 than "
+            "with AVX-512 (`ATEN_CPU_CAPABILITY`), so there is no single set of bits to equal. On this machine "
             f"({torch.backends.cpu.get_cpu_capability()}), at head width {head_dim} and theta {theta:g}, torch differs at {where}. "
-            f"Four layers of that head width over {positions:,} positions give logits that are {effect:.1e} of their largest "
-            "magnitude apart with the one and the other."]
+            f"In four layers of that head width over {positions:,} positions, the two sets of frequencies give logits that differ by "
+            f"{effect:.1e} of their largest magnitude."]
 
 
 def logits_apart(module, positions: int, ours, theirs) -> float:
