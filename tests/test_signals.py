@@ -35,10 +35,21 @@ common.command(lambda: program)
 NATIVE = "hashlib.pbkdf2_hmac('sha256', b'', b'', 2 * 10**9)  # minutes in which Python's own handlers do not run"
 
 
+_STARTED = []
+
+
+@pytest.fixture(autouse=True)
+def no_process_outlives_its_test():
+    yield
+    while _STARTED:
+        _STARTED.pop().kill()
+
+
 def start(body, **options):
     code = COMMAND.format(body="\n".join("    " + line for line in body.splitlines()))
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+    _STARTED.append(process)
     assert process.stdout.readline() == "begun\n", process.stderr.read()
     return process
 
