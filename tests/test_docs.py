@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.test_architecture import LEVEL, PACKAGE
+
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md")), *sorted((ROOT / "samples").glob("*.md"))]
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
@@ -71,3 +73,22 @@ def test_every_file_that_a_page_names_exists(page):
         found = list(ROOT.glob(name.rstrip("/")))
         assert found, f"{page.relative_to(ROOT)} names {name}, which does not exist"
         assert not test or f"def {test}(" in found[0].read_text(encoding="utf-8"), f"{name} has no {test}"
+
+
+def test_the_map_has_every_room_in_the_order_of_the_imports():
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    there = {path.stem for path in PACKAGE.iterdir() if path.is_dir() or path.suffix == ".py"} - {
+        "__init__",
+        "__pycache__",
+    }
+    table = text.partition("| room | what it does |")[2].partition("\n\n")[0]
+    rows = [
+        name
+        for line in table.splitlines()
+        for name in re.findall(r"`(\w+)`", line.split("|")[1:2][0] if "|" in line else "")
+    ]
+    diagram = re.search(r"```mermaid\n(.*?)```", text, re.DOTALL)[1]
+    drawn = [name for name in dict.fromkeys(re.findall(r"\w+", diagram)) if name in LEVEL]
+    for names in (rows, drawn):
+        assert set(names) == there
+        assert [LEVEL[name] for name in names] == sorted(LEVEL[name] for name in names)
