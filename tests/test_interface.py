@@ -186,7 +186,9 @@ def test_which_evaluation_has_a_key_is_said():
 def test_names_of_data_sets_presets_and_machines():
     assert all(f"`{path.stem}`" in section("eval.py") for path in EVALUATIONS)
     assert all(f"`{name}`" in section("A checkpoint PATH") for name in PRESETS)
-    assert set(re.findall(r"`([\w-]+)`", section("Topologies").split("COUNT is")[0])) - {"KIND-COUNT"} == set(KINDS)
+    assert set(re.findall(r"`([\w-]+)`", re.split(r"COUNT\s+is", section("Topologies"))[0])) - {"KIND-COUNT"} == set(
+        KINDS
+    )
 
 
 def test_numbers_of_an_evaluation_are_named():
