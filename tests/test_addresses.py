@@ -16,7 +16,7 @@ from llavamed_jax.utils import paths
 from llavamed_jax.utils.nested import flatten
 
 ROOT = Path(__file__).resolve().parent.parent
-CONFIGS = sorted((ROOT / "configs").rglob("*.py"))
+CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.py") if path.stem != "common")
 CONFIG = str(ROOT / "configs" / "demo.py")
 COMMANDS = {"train": train.main, "eval": eval_cli.main, "convert": convert_cli.main, "chat": chat.main,
             "verify-release": verify_release.main}

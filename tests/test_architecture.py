@@ -181,6 +181,16 @@ def test_command_lines_are_imported_by_their_doors_only():
         assert not wrong, f"{path.relative_to(ROOT)} imports the command line {sorted(wrong)}"
 
 
+def test_recipes_import_no_command_line():
+    """A recipe is data: the command line reads recipes, and recipes know nothing of it. Nor do their arguments, `recipes.py`."""
+    paths = sorted((ROOT / "configs").rglob("*.py"))
+    assert len(paths) >= 17
+    for path in paths:
+        wrong = {name for name in ours(imports(path)) if room(name) == "cli"}
+        assert not wrong, f"{path.relative_to(ROOT)} imports {sorted(wrong)}"
+    assert {room(name) for name in ours(imports(PACKAGE / "recipes.py"))} <= {"errors", "utils"}
+
+
 @pytest.mark.parametrize("door", DOORS)
 def test_doors_are_thin(door):
     path = ROOT / door

@@ -17,6 +17,7 @@ from llavamed_jax.cli import common
 from llavamed_jax.cli.train import main
 from llavamed_jax.config import DecoderConfig, LlavaConfig, VisionConfig
 from llavamed_jax.errors import UsageError
+from llavamed_jax.recipes import recipe_arguments
 from llavamed_jax.text.tokenizer import Tokenizer
 from llavamed_jax.training import place, recipe
 
@@ -181,12 +182,12 @@ def test_overrides_have_the_type_of_their_key():
 
 
 def test_recipe_arguments():
-    args = common.recipe_arguments("v1,13b,epochs=9,protocol=paper", epochs=3, protocol="clean")
+    args = recipe_arguments("v1,13b,epochs=9,protocol=paper", epochs=3, protocol="clean")
     assert (args.preset, args.epochs, args.protocol) == ("v1-13b", 9, "paper")
-    assert common.recipe_arguments("").preset == "v15-7b" and common.recipe_arguments("small").preset == "small"
-    assert common.recipe_arguments("b", words=("a", "b")).word == "b" and common.recipe_arguments("", words=("a", "b")).word == "a"
+    assert recipe_arguments("").preset == "v15-7b" and recipe_arguments("small").preset == "small"
+    assert recipe_arguments("b", words=("a", "b")).word == "b" and recipe_arguments("", words=("a", "b")).word == "a"
     with pytest.raises(UsageError):
-        common.recipe_arguments("epochs=3")
+        recipe_arguments("epochs=3")
 
 
 @pytest.mark.parametrize("variable", ["XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION", None])

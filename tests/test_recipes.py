@@ -2,6 +2,7 @@
 
 import ast
 import itertools
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from llavamed_jax.errors import UsageError
 from llavamed_jax.models.llava import abstract_params
 from llavamed_jax.pipeline.packing import rows_an_update
 from llavamed_jax.processor import Processor
+from llavamed_jax.recipes import recipe_arguments
 from llavamed_jax.text.conversation import IMAGE_MARKER
 from llavamed_jax.text.templates import TEMPLATES, get_template
 from llavamed_jax.text.tokenizer import Tokenizer
@@ -38,7 +40,7 @@ def test_every_recipe_builds_and_is_checked(name, argument):
     cfg = load(name, argument)
     recipe.check(cfg)
     get_template(cfg.template)
-    args = common.recipe_arguments(argument, epochs=0, protocol="clean", words=("warmup", "align", "instruct", "vqa"))
+    args = recipe_arguments(argument, epochs=0, protocol="clean", words=("warmup", "align", "instruct", "vqa"))
     if name == "demo":
         return
     assert args.preset in PRESETS and args.preset in cfg.name
@@ -49,13 +51,108 @@ def test_every_recipe_builds_and_is_checked(name, argument):
     assert {n.split("/")[0] for n in specs(preset(args.preset))} == {"vision_tower", "projector", "decoder"}
 
 
-@pytest.mark.parametrize("name", [*STAGES, *TASKS, "demo"])
+def modules_of(path):
+    return {node.module for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)}
+
+
+@pytest.mark.parametrize("name", [*STAGES, *TASKS, "demo", "small"])
 def test_recipes_are_short_and_import_nothing_of_each_other(name):
-    text = (CONFIGS / f"{name}.py").read_text()
-    assert len(text.splitlines()) <= 80
-    modules = {node.module for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ImportFrom)}
-    assert modules == {"ml_collections", "ml_collections.config_dict", "llavamed_jax.cli.common"}
+    path = CONFIGS / f"{name}.py"
+    assert len(path.read_text().splitlines()) <= 80
+    assert modules_of(path) == {"ml_collections", "configs", "llavamed_jax.recipes"}  # common, of configs
     assert {path.stem for path in CONFIGS.glob("*.py")} >= {*STAGES, *TASKS, "demo"}
+
+
+@pytest.mark.parametrize("name", [*STAGES, *TASKS, "demo", "small"])
+def test_a_recipe_states_every_number_that_has_a_source(name):
+    """In its own file: `configs/common.py` has a placeholder for each of them, so that none can be taken over unseen."""
+    tree = ast.parse((CONFIGS / f"{name}.py").read_text())
+    set_here = {ast.unparse(target) for node in ast.walk(tree) if isinstance(node, ast.Assign) for target in node.targets}
+    set_here |= {f"{ast.unparse(node.func.value)}.{word.arg}" for node in ast.walk(tree) if isinstance(node, ast.Call)
+                 and isinstance(node.func, ast.Attribute) and node.func.attr == "update" for word in node.keywords}
+    numbers = {"c.batch_size", "c.micro_batches", "c.max_length", "c.trainable", "c.data.mean_length", "c.seed",
+               *(f"c.optimizer.{key}" for key in ("learning_rate", "warmup_ratio", "weight_decay", "clip_norm", "b1", "b2", "eps"))}
+    assert numbers <= set_here and {"c.epochs", "c.total_steps"} & set_here
+
+
+def test_the_plumbing_has_no_number_of_its_own_where_a_recipe_states_one():
+    sys.path.insert(0, str(CONFIGS.parent))
+    try:
+        from configs import common as plumbing
+    finally:
+        sys.path.remove(str(CONFIGS.parent))
+    base = plumbing.base("n", "i", "t", "d")
+    with pytest.raises(UsageError):
+        recipe.check(base)
+    for key in ("batch_size", "micro_batches", "epochs", "total_steps", "max_length", "trainable", "seed"):
+        assert base[key] is None, key
+    assert {key for key, value in base.optimizer.items() if value is not None} == {"mu_dtype", "overrides"}
+    with pytest.raises(TypeError):
+        base.batch_size = "64"  # a placeholder has its key's type
+
+
+# ---- where recipes may lie
+
+OWN = """from configs import common
+from ml_collections import ConfigDict
+
+def get_config(arg=''):
+    c = common.base('mine', 'preset:small', 'v1.5:plain', 'data.json')
+    c.batch_size = 7
+    return c
+"""
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """Neither the place where the command is started nor Python's path has the project's `configs/`."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [folder for folder in sys.path if not (Path(folder) / "configs").is_dir()])
+    return tmp_path
+
+
+def test_recipes_load_wherever_the_command_is_started(elsewhere):
+    before = list(sys.path), [name for name in sys.modules if name.split(".")[0] == "configs"]
+    assert load("vqa_rad", "v1,7b").batch_size == 64 and load("eval/slake").data.language == "en"
+    assert before == (sys.path, [name for name in sys.modules if name.split(".")[0] == "configs"])
+
+
+def test_a_recipe_of_ones_own_may_lie_anywhere(elsewhere):
+    (elsewhere / "mine.py").write_text(OWN)
+    (elsewhere / "configs").mkdir()
+    (elsewhere / "configs" / "mine.py").write_text(OWN)
+    for place in ("mine.py", "configs/mine.py"):
+        assert common.load_config(place).batch_size == 7
+    (elsewhere / "old.py").write_text(OWN.replace("from configs", "from llavamed_jax.cli.common import recipe_arguments\nfrom configs"))
+    assert common.load_config("old.py", ["batch_size=8"]).batch_size == 8
+
+
+def test_another_checkouts_plumbing_is_its_own(elsewhere):
+    """Loaded in one process with this one's, in either order; and a package `configs` of the user's does not hide ours."""
+    (elsewhere / "a" / "configs").mkdir(parents=True)
+    (elsewhere / "a" / "configs" / "mine.py").write_text(OWN)
+    text = (CONFIGS / "common.py").read_text()
+    (elsewhere / "a" / "configs" / "common.py").write_text(text.replace("every_steps=500", "every_steps=77"))
+    assert load("finetune").checkpoint.every_steps == 500
+    assert common.load_config("a/configs/mine.py").checkpoint.every_steps == 77
+    assert load("finetune").checkpoint.every_steps == 500
+    (elsewhere / "b" / "configs").mkdir(parents=True)
+    (elsewhere / "b" / "configs" / "__init__.py").write_text("common = None")
+    (elsewhere / "b" / "configs" / "extra.py").write_text("SIZE = 3")
+    sys.path.insert(0, str(elsewhere / "b"))
+    assert load("finetune").checkpoint.every_steps == 500
+    (elsewhere / "b" / "mine.py").write_text(OWN.replace("import common", "import common, extra").replace("= 7", "= extra.SIZE"))
+    assert common.load_config("b/mine.py").batch_size == 3
+    (elsewhere / "b" / "configs" / "mine.py").write_text(OWN.replace("from configs import common", "from configs import SIZE, common"))
+    (elsewhere / "b" / "configs" / "__init__.py").write_text("SIZE = 9")
+    assert common.load_config("b/configs/mine.py").batch_size == 7
+
+
+def test_a_recipe_that_is_missing_is_named_beside_recipes_alone():
+    with pytest.raises(UsageError, match="holds demo.py, finetune.py, pathvqa.py, pretrain.py, slake.py, small.py, vqa_rad.py$"):
+        load("fintune")
+    with pytest.raises(UsageError, match=r"common.py defines no get_config\(arg\); .* holds captions.py, chat.py, choices.py"):
+        load("eval/common")
 
 
 @pytest.mark.parametrize("name", [*STAGES, *TASKS])
@@ -128,7 +225,7 @@ def test_stages_chain_by_init():
 def test_template_and_tokens_teach_an_answer(name, family, llama_tokenizer, mistral_tokenizer):
     """With the family's tokenizer: one image, ids that have a row in the table, and the answer is what is supervised."""
     cfg = load(name, family)
-    shapes = preset(common.recipe_arguments(family).preset)
+    shapes = preset(recipe_arguments(family).preset)
     tokenizer = Tokenizer.load(mistral_tokenizer if shapes.decoder.architecture == "mistral" else llama_tokenizer)
     processor = Processor(shapes, tokenizer, template=cfg.template)
     ids, labels = processor.training_example([{"from": "human", "value": f"What is shown?\n{IMAGE_MARKER}"},

@@ -22,8 +22,8 @@ from tests import training_runs as runs
 from tests.training_runs import SAMPLE, FakeStep
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
-TRAINING = sorted(path.stem for path in CONFIGS.glob("*.py"))
-EVAL = sorted(path.stem for path in (CONFIGS / "eval").glob("*.py"))
+TRAINING = sorted(path.stem for path in CONFIGS.glob("*.py") if path.stem != "common")
+EVAL = sorted(path.stem for path in (CONFIGS / "eval").glob("*.py") if path.stem != "common")
 
 
 def training(name, *overrides):

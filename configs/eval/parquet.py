@@ -2,31 +2,14 @@
 
 from ml_collections import ConfigDict
 
-from llavamed_jax.errors import UsageError
-from llavamed_jax.evaluation.judging.settings import judge_settings
+from configs.eval import common
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    if arg:
-        raise UsageError(f"the recipe argument {arg!r} does not exist; this recipe has none")
-    cfg = ConfigDict()
-    cfg.data = ConfigDict()
-    cfg.data.name = "parquet"
-    cfg.data.root = ""  # the folder with data/test-*.parquet, or with the files themselves
-    cfg.data.split = "test"
-    cfg.data.images = ""  # the folder that the images are written to; empty: images/ in the root
-    cfg.data.language = "all"  # en or zh where there is a column q_lang or language
-    cfg.data.held_out = ""
-    cfg.data.trained_on = ""  # what the model was trained on, as data.train of a recipe: the report says which questions occur in it
-    cfg.data.trained_on_images = ""  # the folder of its images, where it is a LLaVA file
-    cfg.protocol = "clean"
-    cfg.generation = ConfigDict()
-    cfg.generation.max_new_tokens = 1024
-    cfg.generation.temperature = 0.0
-    cfg.generation.num_beams = 1
-    cfg.generation.batch_size = 16
-    cfg.organ_question = False
-    cfg.judge = judge_settings()  # judge.model names who judges the open answers; nobody does while it is empty
-    cfg.published = ""  # the published model that this one is, such as from_llava: the paper's numbers then stand beside it
-    cfg.seed = 0
-    return cfg
+    common.refuse_arguments(arg)
+    return common.base(
+        "parquet", judge=True, published=True,
+        root="",  # the folder with data/test-*.parquet, or with the files themselves
+        images="",  # the folder that the images are written to; empty: images/ in the root
+        language="all",  # en or zh where there is a column q_lang or language
+    )

@@ -1,4 +1,4 @@
-"""What every command line shares: flags, config files, recipe arguments, messages and exit statuses.
+"""What every command line shares: flags, config files, messages and exit statuses.
 
 Nothing here imports jax: `run` must set the memory fraction before the first import of it, and `--help` answers at once.
 """
@@ -7,19 +7,22 @@ from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import difflib
+import importlib
 import json
 import os
 import runpy
 import sys
 import traceback
+import types
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llavamed_jax.cli import processes
 from llavamed_jax.errors import UsageError, UserError, cut, short
+from llavamed_jax.recipes import recipe_arguments  # noqa: F401  (recipes of users' own may import it from here)
 from llavamed_jax.utils import paths, signals, streams, terminal
 
 if TYPE_CHECKING:  # not before a command listens to signals
@@ -192,10 +195,11 @@ def load_config(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
         what = "is a pipe or a device; one file was expected" if os.path.exists(path) else f"does not exist{_neighbours(path)}"
         raise UsageError(f"the config file {name} {what}")
     try:
-        get_config = runpy.run_path(str(path)).get("get_config")
-        if get_config is None:
-            raise UsageError(f"the config file {name} defines no get_config(arg)")
-        config = get_config(argument)
+        with _configs_importable(path):
+            get_config = runpy.run_path(str(path)).get("get_config")
+            if get_config is None:
+                raise UsageError(f"the config file {name} defines no get_config(arg){_neighbours(path)}")
+            config = get_config(argument)
     except UserError:
         raise
     except (Exception, SystemExit) as error:
@@ -217,6 +221,35 @@ def load_config(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
     return config
 
 
+@contextlib.contextmanager
+def _configs_importable(path: Path) -> Iterator[None]:
+    """Lets the recipe at `path` import `configs.common`, wherever the command was started and whatever is installed.
+
+    `configs` is then the folder of that name that holds the recipe, then this project's, then those on Python's path. Modules that
+    were imported as `configs` before, of another checkout, are put aside: two recipes may have two `configs/common.py`.
+    """
+    def imported() -> dict[str, Any]:
+        return {name: module for name, module in sys.modules.items() if name.partition(".")[0] == "configs"}
+
+    own = [folder for file in (path.absolute(), path.resolve()) for folder in file.parents if folder.name == "configs"]
+    before, modules = list(sys.path), imported()
+    for name in modules:
+        del sys.modules[name]
+    try:
+        sys.path[:0] = [str(folder.parent) for folder in own]
+        is_package = any((folder / "__init__.py").is_file() for folder in own)
+        package = importlib.import_module("configs") if is_package else types.ModuleType("configs")
+        ours = Path(__file__).resolve().parents[2] / "configs"
+        package.__path__ = [str(folder) for folder in (*own, ours, *(Path(folder) / "configs" for folder in before))]
+        sys.modules["configs"] = package
+        yield
+    finally:
+        sys.path[:] = before
+        for name in imported():
+            del sys.modules[name]
+        sys.modules.update(modules)
+
+
 def _texts(value: Any) -> str:
     """All texts in a value of a config, one after another."""
     return value if isinstance(value, str) else "\n".join(map(_texts, value)) if isinstance(value, (list, tuple)) else ""
@@ -224,7 +257,11 @@ def _texts(value: Any) -> str:
 
 def _neighbours(path: Path) -> str:
     """A hint: the config files that lie where a missing one was looked for."""
-    found = sorted(p.name for p in path.parent.glob("*.py")) if path.parent.is_dir() else []
+    found = []
+    for file in sorted(path.parent.glob("*.py")) if path.parent.is_dir() else []:
+        with contextlib.suppress(OSError):
+            if file.is_file() and b"def get_config" in file.read_bytes():
+                found.append(file.name)
     return f"; {path.parent} holds {', '.join(found)}" if found else ""
 
 
@@ -280,66 +317,6 @@ def _parse(key: str, text: str, current: Any, kind: type) -> Any:
     wanted = {bool: "true or false", int: "an integer", float: "a number", tuple: "a list such as [\"a\", \"b\"]",
               list: "a list such as [\"a\", \"b\"]"}
     raise UsageError(f"the config key {key!r} is {text!r}; {wanted.get(kind, kind.__name__)} was expected")
-
-
-@dataclass(frozen=True)
-class RecipeArguments:
-    """What a recipe was asked for after the colon. `preset` names the model's shape (`config.PRESETS`)."""
-
-    family: str = "v15"
-    size: str = "7b"
-    small: bool = False
-    epochs: int | None = None
-    protocol: str | None = None
-    word: str | None = None
-
-    @property
-    def preset(self) -> str:
-        return "small" if self.small else f"{self.family}-{self.size}"
-
-
-_CHOICES = {"family": ("v15", "v1", "llava15"), "size": ("7b", "13b"), "small": ("small",)}
-
-
-def recipe_arguments(text: str, *, epochs: int | None = None, protocol: str | None = None,
-                     words: Sequence[str] = ()) -> RecipeArguments:
-    """Reads `v15|v1|llava15`, `7b|13b`, `small`, `epochs=N` and `protocol=clean|paper`, separated by commas.
-
-    Args:
-      text: what stands after the colon of `--config FILE.py:…`.
-      epochs, protocol: the recipe's own values; None says that the recipe has no such argument.
-      words: words of the recipe's own, of which one may be given (the demo's stages); the first is the default.
-    Raises:
-      UsageError: an unknown or repeated argument, a wrong value, or `v15` with `13b`, which was never released.
-    """
-    found: dict[str, Any] = {}
-    kinds = {word: kind for kind, choices in _CHOICES.items() for word in choices} | {word: "word" for word in words}
-    for item in filter(None, text.split(",")):
-        name, is_assignment, value = item.partition("=")
-        if is_assignment and name == "epochs" and epochs is not None:
-            if not value.isdigit() or int(value) < 1:
-                raise UsageError(f"the recipe argument {item!r} is wrong; epochs=N with N of at least 1 was expected")
-            kind, value = "epochs", int(value)
-        elif is_assignment and name == "protocol" and protocol is not None:
-            if value not in ("clean", "paper"):
-                raise UsageError(f"the recipe argument {item!r} is wrong; protocol=clean or protocol=paper was expected")
-            kind = "protocol"
-        elif item in kinds:
-            kind, value = kinds[item], item
-        else:
-            known = [*kinds, *(["epochs=N"] if epochs is not None else []), *(["protocol=clean|paper"] if protocol else [])]
-            raise UsageError(f"the recipe argument {item!r} does not exist; one of {', '.join(known)} was expected")
-        if kind in found:
-            raise UsageError(f"the recipe argument {item!r} contradicts or repeats {found[kind]!r}")
-        found[kind] = value
-    if "small" in found and ("family" in found or "size" in found):
-        other = found.get("family") or found["size"]
-        raise UsageError(f"the recipe argument 'small' names a model of its own; it cannot stand beside {other!r}")
-    found["small"] = "small" in found
-    result = RecipeArguments(**{"epochs": epochs, "protocol": protocol, "word": words[0] if words else None, **found})
-    if (result.family, result.size) == ("v15", "13b"):
-        raise UsageError("the recipe argument '13b' is Vicuna's size, so with v1 or llava15 only; v15 is Mistral 7b")
-    return result
 
 
 MODEL_FLAGS = "model: --vision_tower PATH --tokenizer PATH --template NAME --dtype TYPE --mesh SIZES"  # in one line, for an epilog
