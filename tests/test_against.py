@@ -13,6 +13,7 @@ from llavamed_jax.datasets.vqa_rad import read_vqa_rad
 from llavamed_jax.evaluation import published
 from llavamed_jax.evaluation.report import tensorboard
 from llavamed_jax.evaluation.scoring import score
+from llavamed_jax.evaluation.scoring.items import PAPER, AnswerSet
 from llavamed_jax.utils.files import to_jsonl
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -45,14 +46,14 @@ def test_two_files_are_compared_in_pairs(tmp_path, capsys):
     assert against["file"] == str(tmp_path / "b.jsonl") and against["model_id"] == "other/model"
     assert against["sha256"] == hashlib.sha256((tmp_path / "b.jsonl").read_bytes()).hexdigest()
     for family in ("paper", "strict"):
-        other = score.score(SAMPLES, second, read_vqa_rad(SAMPLE, "train"))[family]
+        other = score.score(AnswerSet(SAMPLES, second, read_vqa_rad(SAMPLE, "train")))[family]
         for name, row in against[family].items():
             assert list(row) == ["value", "other", "difference", "low", "high", "p"]
             assert row["value"] == metrics[family][name] and row["other"] == other[name]
     row = against["strict"]["closed_accuracy"]
     assert row["value"] == 100 and 0 < row["other"] < 100 and row["difference"] == 100 - row["other"] and row["p"] < 0.01
     assert against["strict"]["open_exact"]["difference"] == 0 and against["strict"]["open_exact"]["p"] == 1
-    table = score.compare(SAMPLES, first, second, read_vqa_rad(SAMPLE, "train"))
+    table = score.compare(*(AnswerSet(SAMPLES, each, read_vqa_rad(SAMPLE, "train")) for each in (first, second)))
     assert against["strict"] == table["strict"]
     out = capsys.readouterr().out
     assert f"against {tmp_path / 'b.jsonl'}:" in out and f"{row['other']:.1f}" in out and f"{row['difference']:.1f}" in out
@@ -106,7 +107,7 @@ def test_the_papers_table():
     assert rows["biomedclip", "slake", None] == {"recall": 87.11, "closed_accuracy_substring": 86.78}
     assert rows["llava", "pathvqa", None] == {"recall": 7.74, "closed_accuracy_substring": 63.20}
     assert len(rows) == len(published.ROWS) == 13 and rows["from_vicuna", "vqa_rad", "clean"]["recall"] == 32.5791
-    assert {name for values in rows.values() for name in values} <= set(score.PAPER)
+    assert {name for values in rows.values() for name in values} <= set(PAPER)
 
 
 @pytest.mark.parametrize("change, reason", [

@@ -23,7 +23,7 @@ from llavamed_jax.errors import UsageError
 from llavamed_jax.evaluation.answering import endpoint
 from llavamed_jax.evaluation.answering.answerer import Generation
 from llavamed_jax.evaluation.answering.ask import ask
-from llavamed_jax.evaluation.scoring import score
+from llavamed_jax.evaluation.scoring.predictions import read_predictions
 from llavamed_jax.images.load import load_image
 from llavamed_jax.openai_client import client
 from tests.openai_server import OpenAiServer, Raw, yes_or_no
@@ -177,7 +177,7 @@ def test_faults_change_nothing_but_the_time(hurried, tmp_path, capsys):
     assert faults.total() > 20 and len(server.log) == wanted.total() + int(again[1]), "once more for each failure, and never else"
     assert int(again[1]) - faults.total() <= late and len(server.asked_without_need(wanted)) <= late
 
-    answers = score.read_predictions(tmp_path / "rough" / "predictions.jsonl")
+    answers = read_predictions(tmp_path / "rough" / "predictions.jsonl")
     assert {each["model_id"] for each in answers} == {"tiny"} and {each["text"] for each in answers} == {"yes", "no"}
     metrics = json.loads((tmp_path / "rough" / "metrics.json").read_text())
     assert metrics["control"]["kind"] == "image" and metrics["organ"]["n"] > 2
@@ -222,7 +222,7 @@ def test_a_killed_evaluation_goes_on_without_asking_again(tmp_path):
         _, said = second.communicate(timeout=120)
         assert second.returncode == 0 and f"{len(places)} answers of an earlier start are taken over" in said
     assert 30 <= len(places) <= 40 + 8, "each answer is on the disk soon after it came"
-    samples = score.read_predictions(tmp_path / "predictions.jsonl")
+    samples = read_predictions(tmp_path / "predictions.jsonl")
     answered = [each for each in server.log if each.fault is None and sent(each.body)[0] != "Which organ system is shown in this image?"]
     assert len(answered) == len(samples) - len(places), "exactly those that were not kept"
     again = Counter(each.asked for each in answered) & asked_before

@@ -26,6 +26,8 @@ from llavamed_jax.evaluation.answering.answerer import Answer, Generation
 from llavamed_jax.evaluation.answering.ask import ask, predict
 from llavamed_jax.evaluation.report.summary import summary
 from llavamed_jax.evaluation.scoring import controls, score
+from llavamed_jax.evaluation.scoring.items import AnswerSet, answer_candidates
+from llavamed_jax.evaluation.scoring.predictions import join, read_predictions
 from llavamed_jax.evaluation.scoring.strict import is_strictly_right, multiset_f1
 from llavamed_jax.processor import Processor
 from llavamed_jax.text.tokenizer import Tokenizer
@@ -57,9 +59,9 @@ def test_a_hand_computed_score():
     ]
     texts = {1: "It looks normal.", 2: "Yes, it is.", 3: "no", 4: "left lung left", 5: "The left lung."}
     training = [question("t1", "left lung", "OPEN"), question("t2", "left", "OPEN"), question("t3", "Yes")]
-    result = score.score(samples, [prediction(n, text) for n, text in texts.items()], training)
+    result = score.score(AnswerSet(samples, [prediction(n, text) for n, text in texts.items()], training))
 
-    assert score.answer_candidates([*training[::-1], *training]) == ["left", "left lung"], "of open questions, each once"
+    assert answer_candidates([*training[::-1], *training]) == ["left", "left lung"], "of open questions, each once"
     paper, strict = result["paper"], result["strict"]
     assert (result["n_open"], result["n_closed"], result["n_images"]) == (2, 3, 3)
     # "normal" holds "no"; "yes it is" holds "yes"; "no" does not hold "yes".
@@ -84,7 +86,7 @@ def test_a_hand_computed_score():
 
 
 def test_names_are_those_of_the_interface():
-    result = score.score([question(1, "yes")], [prediction(1, "yes")])
+    result = score.score(AnswerSet([question(1, "yes")], [prediction(1, "yes")]))
     names = "exact_match f1 precision recall bleu bleu_1 bleu_2 bleu_3 open_accuracy_candidates open_accuracy_substring"
     names += " closed_accuracy_yes_no closed_accuracy_substring closed_recall"
     assert {key for key in result["paper"] if not re.search("_(low|high)$", key)} == set(names.split())
@@ -93,24 +95,24 @@ def test_names_are_those_of_the_interface():
 
 
 def test_a_class_without_items_is_none_and_not_zero():
-    only_closed = score.score([question(1, "yes")], [prediction(1, "yes")])
+    only_closed = score.score(AnswerSet([question(1, "yes")], [prediction(1, "yes")]))
     assert only_closed["strict"]["open_f1"] is None and only_closed["paper"]["bleu"] is None
     assert only_closed["strict"]["closed_accuracy"] == 100
     assert only_closed["strict"]["closed_accuracy_low"] is None, "one image gives no interval"
-    only_open = score.score([question(1, "left", "OPEN")], [prediction(1, "left")])
+    only_open = score.score(AnswerSet([question(1, "left", "OPEN")], [prediction(1, "left")]))
     assert only_open["paper"]["closed_recall"] is None and only_open["baselines"]["majority_closed"] is None
     assert only_open["paper"]["open_accuracy_candidates"] is None, "there are no training rows"
 
 
 def test_a_short_answer_is_the_candidate_and_not_the_reference():
-    paper = score.score([question(1, "left lung", "OPEN")], [prediction(1, "left")])["paper"]
+    paper = score.score(AnswerSet([question(1, "left lung", "OPEN")], [prediction(1, "left")]))["paper"]
     assert paper["bleu_1"] == pytest.approx(100 * np.exp(1 - 2)), "every word is right, and the brevity penalty is of two to one"
     assert (paper["precision"], paper["recall"], paper["exact_match"]) == (100, 50, 100)
 
 
 @pytest.mark.parametrize("text, answer, value", [("The Left.", "left", 100), ("left lung", "left", 0), ("left", "left lung", 0)])
 def test_strict_open_answers_are_equal_or_wrong(text, answer, value):
-    assert score.score([question(1, answer, "OPEN")], [prediction(1, text)])["strict"]["open_exact"] == value
+    assert score.score(AnswerSet([question(1, answer, "OPEN")], [prediction(1, text)]))["strict"]["open_exact"] == value
 
 
 @pytest.mark.parametrize(
@@ -143,13 +145,13 @@ def test_strict_f1_finds_each_word_as_often_as_both_have_it(text, answer, value)
 def test_ids_that_do_not_fit_are_one_error_that_lists_them():
     samples = [question(1, "yes"), question(2, "no"), question(3, "no")]
     with pytest.raises(UserError) as error:
-        score.join(samples, [prediction(1, "a"), prediction(1, "b"), prediction(9, "c")])
+        join(samples, [prediction(1, "a"), prediction(1, "b"), prediction(9, "c")])
     text = str(error.value)
     assert "2 without a prediction (2, 3)" in text
     assert "1 predicted more than once (1)" in text and "1 predicted but not asked (9)" in text
     with pytest.raises(UserError, match=r"1 asked more than once \(1\)"):
-        score.join([question(1, "yes"), question(1, "no")], [prediction(1, "a")])
-    assert score.join(samples, [prediction(str(n), f"t{n}") for n in (3, 2, 1)]) == ["t1", "t2", "t3"]
+        join([question(1, "yes"), question(1, "no")], [prediction(1, "a")])
+    assert join(samples, [prediction(str(n), f"t{n}") for n in (3, 2, 1)]) == ["t1", "t2", "t3"]
 
 
 @pytest.mark.parametrize(
@@ -165,23 +167,23 @@ def test_bad_prediction_lines_are_named(tmp_path, line, message):
     path = tmp_path / "p.jsonl"
     path.write_text('{"question_id": 1, "text": "a\\u2028b"}\n' + line + "\n")
     with pytest.raises(UserError, match=re.escape(message)):
-        score.read_predictions(path)
+        read_predictions(path)
 
 
 def test_predictions_survive_writing_and_reading(tmp_path):
     predictions = [prediction(1, "two\nlines \u2028 and \x85 more"), prediction(2, "«ünïcode»")]
     write_text(tmp_path / "p.jsonl", to_jsonl(predictions))
-    assert score.read_predictions(tmp_path / "p.jsonl") == predictions
+    assert read_predictions(tmp_path / "p.jsonl") == predictions
     assert [path.name for path in tmp_path.iterdir()] == ["p.jsonl"]
     with pytest.raises(UserError, match="cannot be read"):
-        score.read_predictions(tmp_path / "absent.jsonl")
+        read_predictions(tmp_path / "absent.jsonl")
 
 
 def test_the_whole_of_vqa_rad(shared):
     root = shared / "data" / "vqa_rad"
     samples, training = read_vqa_rad(root, "test"), read_vqa_rad(root, "train")
-    assert len(score.answer_candidates(training)) == 430
-    result = score.score(samples, [prediction(sample.question_id, sample.answer) for sample in samples], training)
+    assert len(answer_candidates(training)) == 430
+    result = score.score(AnswerSet(samples, [prediction(sample.question_id, sample.answer) for sample in samples], training))
     assert (result["n_open"], result["n_closed"], result["n_images"]) == (179, 272, 203)
     assert result["strict"]["closed_accuracy"] == result["strict"]["open_exact"] == 100
     assert result["strict"]["open_f1"] == result["paper"]["closed_accuracy_substring"] == 100
@@ -197,7 +199,7 @@ def test_the_whole_of_vqa_rad(shared):
 
 def test_slake_scores_its_gold_as_right(shared):
     samples = read_slake(shared / "data" / "slake", "validation")
-    result = score.score(samples, [prediction(sample.question_id, sample.answer) for sample in samples])
+    result = score.score(AnswerSet(samples, [prediction(sample.question_id, sample.answer) for sample in samples]))
     assert result["strict"]["closed_accuracy"] == result["strict"]["open_exact"] == 100
     assert set(result["groups"]) == {"question_type", "organ", "modality"}
 
@@ -463,8 +465,8 @@ def test_an_evaluation_from_start_to_end(tmp_path):
     assert result["control"]["strict"] == result["strict"]
     assert result["control"]["difference"]["closed_accuracy"] == result["control"]["difference"]["closed_accuracy_high"] == 0
     assert result["leakage"]["images_in_training"] == 0, "held-out images are in no training row"
-    shown = score.read_predictions(tmp_path / "out" / "predictions_control_image.jsonl")
-    own = score.read_predictions(tmp_path / "out" / "predictions.jsonl")
+    shown = read_predictions(tmp_path / "out" / "predictions_control_image.jsonl")
+    own = read_predictions(tmp_path / "out" / "predictions.jsonl")
     assert all(a["metadata"]["image"] != b["metadata"]["image"] for a, b in zip(shown, own, strict=True))
     text = summary(result)
     assert "exchanged" in text and "noise" in text and "15 of 15" in text
@@ -581,9 +583,9 @@ def test_a_real_model_of_random_weights_answers(tiny_model, tmp_path, monkeypatc
     for batch_size, control in ((1, []), (8, ["--control", "image"])):
         options = ["--workdir", str(tmp_path / f"b{batch_size}"), f"--config.generation.batch_size={batch_size}"]
         assert cli.main([*argv, *options, "--checkpoint", "runs/x", *control]) == 0
-    first, second = (score.read_predictions(tmp_path / name / "predictions.jsonl") for name in ("b1", "b8"))
+    first, second = (read_predictions(tmp_path / name / "predictions.jsonl") for name in ("b1", "b8"))
     assert first == second and len({each["text"] for each in first}) > 2
-    exchanged = score.read_predictions(tmp_path / "b8" / "predictions_control_image.jsonl")
+    exchanged = read_predictions(tmp_path / "b8" / "predictions_control_image.jsonl")
     assert [each["text"] for each in exchanged] != [each["text"] for each in second], "the image must matter"
     metrics = json.loads((tmp_path / "b8" / "metrics.json").read_text())
     assert metrics["organ"]["n"] == 2 and metrics["control"]["kind"] == "image"

@@ -12,7 +12,7 @@ from llavamed_jax.cli import eval as cli
 from llavamed_jax.datasets.vqa_rad import read_vqa_rad
 from llavamed_jax.errors import UserError
 from llavamed_jax.evaluation.results import locked
-from llavamed_jax.evaluation.scoring.score import join, read_predictions
+from llavamed_jax.evaluation.scoring.predictions import join, read_predictions
 from tests.openai_server import OpenAiServer, yes_or_no
 from tests.words import instead
 

@@ -21,6 +21,8 @@ from llavamed_jax.evaluation.answering.answerer import Generation
 from llavamed_jax.evaluation.answering.ask import ask
 from llavamed_jax.evaluation.answering.local import LocalModel
 from llavamed_jax.evaluation.scoring import controls, score
+from llavamed_jax.evaluation.scoring.items import AnswerSet
+from llavamed_jax.evaluation.scoring.predictions import read_predictions
 from llavamed_jax.processor import Processor
 from llavamed_jax.text.tokenizer import Tokenizer
 from llavamed_jax.utils.files import to_jsonl
@@ -77,12 +79,12 @@ def finished(tmp_path_factory):
 
 def test_the_control_scores_its_own_answers(finished):
     job, _, result, workdir = finished
-    own = score.read_predictions(workdir / "predictions.jsonl")
+    own = read_predictions(workdir / "predictions.jsonl")
     for name, table in (("image", result["control"]), ("noise", result["control"]["noise"])):
-        shown = score.read_predictions(workdir / f"predictions_control_{name}.jsonl")
+        shown = read_predictions(workdir / f"predictions_control_{name}.jsonl")
         assert {each["text"] for each in shown} == {"a kangaroo"} and "a kangaroo" not in {each["text"] for each in own}
         for family in ("strict", "paper"):
-            assert table[family] == score.score(job.samples, shown, job.training, seed=3)[family]
+            assert table[family] == score.score(AnswerSet(job.samples, shown, job.training), seed=3)[family]
         assert table["strict"]["closed_accuracy"] == table["strict"]["open_exact"] == 0
         assert table["paper"]["closed_recall"] == 0 < result["paper"]["closed_recall"]
         assert (table["kind"], table["seed"]) == (name, 3)
@@ -91,7 +93,7 @@ def test_the_control_scores_its_own_answers(finished):
 
 def test_every_image_has_a_noise_of_its_own_that_is_gone_afterwards(finished):
     job, _, result, workdir = finished
-    predictions = score.read_predictions(workdir / "predictions_control_noise.jsonl")
+    predictions = read_predictions(workdir / "predictions_control_noise.jsonl")
     shown = {each["question_id"]: each["metadata"]["image"] for each in predictions}
     by_image = {str(sample.image): shown[sample.question_id] for sample in job.samples}
     assert all(shown[sample.question_id] == by_image[str(sample.image)] for sample in job.samples)
@@ -113,7 +115,7 @@ def test_hashes_are_of_what_was_read_asked_and_answered(tmp_path):
     job, sha256 = evaluation(tmp_path / "w"), lambda data: hashlib.sha256(data).hexdigest()
     predictions = [{"question_id": s.question_id, "text": "é"} for s in job.samples]
     file = SAMPLE / "VQA_RAD Dataset Public.json"
-    assert job._details({}, predictions, {"files": {"config.json": "0a"}})["SHA-256"].items() >= {
+    assert job._details({}, AnswerSet(job.samples, predictions), {"files": {"config.json": "0a"}})["SHA-256"].items() >= {
         "predictions": sha256(to_jsonl(predictions).encode()), "questions": run._questions_hash(job.samples),
         str(file): sha256(file.read_bytes()), "config.json": "0a",
     }.items()  # fmt: skip
@@ -132,8 +134,8 @@ def test_the_difference_is_predictions_minus_control(finished):
         assert difference["closed_accuracy_p"] == pytest.approx(2 / 2**15), "15 images, of which all but one exchange is less extreme"
     samples = [VqaSample(n, Path(f"{n}.jpg"), "?", "yes", "CLOSED") for n in range(4)]
     first, second = ([{"question_id": n, "text": text} for n, text in enumerate(texts)] for texts in (["yes"] * 3 + ["no"], ["no"] * 4))
-    assert score.difference(samples, first, second, 0)["closed_accuracy"] == 75
-    assert score.difference(samples, second, first, 0)["closed_accuracy"] == -75
+    assert score.difference(AnswerSet(samples, first), AnswerSet(samples, second), 0)["closed_accuracy"] == 75
+    assert score.difference(AnswerSet(samples, second), AnswerSet(samples, first), 0)["closed_accuracy"] == -75
 
 
 def test_what_is_only_computed_of_the_answers_asks_nothing_anew(tmp_path):
@@ -157,7 +159,7 @@ def test_the_organ_is_asked_greedily_whatever_the_questions_are_asked_with(finis
 def test_the_majority_answer_comes_from_training_rows_where_there_are_any(training, answer, accuracy):
     asked = [VqaSample(n, Path("a.jpg"), "?", gold, "CLOSED") for n, gold in enumerate(["no", "no", "no", "yes"])]
     rows = [VqaSample("t", Path("b.jpg"), "?", training, "CLOSED")] if training else []
-    baselines = score.score(asked, [{"question_id": n, "text": "x"} for n in range(4)], rows)["baselines"]
+    baselines = score.score(AnswerSet(asked, [{"question_id": n, "text": "x"} for n in range(4)], rows))["baselines"]
     assert (baselines["majority_closed_answer"], baselines["majority_closed"]) == (answer, accuracy)
 
 

@@ -15,6 +15,7 @@ from llavamed_jax.evaluation.answering.answerer import Answer, Generation
 from llavamed_jax.evaluation.answering.ask import predict
 from llavamed_jax.evaluation.scoring import score
 from llavamed_jax.evaluation.scoring.controls import exchanged_images
+from llavamed_jax.evaluation.scoring.items import AnswerSet
 from llavamed_jax.evaluation.scoring.predictions import check_asked, image_names
 from llavamed_jax.utils.files import to_jsonl
 
@@ -190,8 +191,8 @@ def test_a_score_is_of_answers_to_its_questions():
     """Whoever calls it; answers that say that they are of a control are scored as one."""
     samples = [question(n, f"{n}.jpg", f"Is it {n}?") for n in range(3)]
     own = predictions(samples)
-    assert score.score(samples, own)["n_closed"] == 3
-    assert score.score(samples, predictions(samples, ["x.jpg"] * 3, "noise"))["n_closed"] == 3
+    assert score.score(AnswerSet(samples, own))["n_closed"] == 3
+    assert score.score(AnswerSet(samples, predictions(samples, ["x.jpg"] * 3, "noise")))["n_closed"] == 3
     for change in ({"prompt": "Is it 7?"}, {"metadata": {"image": "x.jpg"}}):
         with pytest.raises(UserError, match="are no answers to the 3 questions: 1 "):
-            score.score(samples, [own[0] | change, *own[1:]])
+            score.score(AnswerSet(samples, [own[0] | change, *own[1:]]))

@@ -14,6 +14,7 @@ from nltk.translate.bleu_score import corpus_bleu
 from llavamed_jax.datasets.sample import VqaSample
 from llavamed_jax.errors import UserError
 from llavamed_jax.evaluation.scoring import captions, score
+from llavamed_jax.evaluation.scoring.items import AnswerSet, answer_candidates
 from llavamed_jax.evaluation.scoring.strict import read_choice, right_choice
 
 OPTIONS = ("right lung", "left lung", "both lungs", "neither")
@@ -80,14 +81,14 @@ def test_the_right_option_is_found_and_bad_options_are_named():
 def test_multiple_choice_by_hand():
     samples = [choice(0, "left lung"), choice(1, "left lung", image="b.jpg"), choice(2, "neither", image="b.jpg"),
                choice(3, "yes", options=("no", "yes"), image="c.jpg")]  # fmt: skip
-    result = score.score(samples, answers("B", "(A)", "It is neither of them", "Yes."))
+    result = score.score(AnswerSet(samples, answers("B", "(A)", "It is neither of them", "Yes.")))
     assert (result["n_choice"], result["n_open"], result["n_closed"], result["n_choice_unread"]) == (4, 0, 0, 1)
     assert result["strict"]["choice_accuracy"] == 50 and result["strict"]["open_f1"] is None
     assert result["baselines"]["majority_choice"] == 75 and result["baselines"]["majority_choice_letter"] == "B"
     assert result["baselines"]["chance_choice"] == pytest.approx(100 * (3 / 4 + 1 / 2) / 4)
     assert result["paper"]["recall"] is None and result["paper"]["closed_recall"] is None
     training = [choice("t", "neither"), choice("u", "left lung"), choice("v", "neither")]
-    baselines = score.score(samples, answers("B", "A", "A", "A"), training)["baselines"]
+    baselines = score.score(AnswerSet(samples, answers("B", "A", "A", "A"), training))["baselines"]
     assert (baselines["majority_choice"], baselines["majority_choice_letter"]) == (25, "D"), "the letter of the training rows"
     json.dumps(result, allow_nan=False)
 
@@ -173,7 +174,7 @@ def test_bleu_by_hand():
 def test_captions_by_hand():
     samples = [caption(0, "the heart is enlarged", modality="X-Ray"), caption(1, "no mass", image="b.jpg", modality="CT"),
                VqaSample(2, Path("b.jpg"), "Is it?", "yes", "CLOSED", modality="CT")]  # fmt: skip
-    result = score.score(samples, answers("the heart is enlarged", "a small mass", "yes"))
+    result = score.score(AnswerSet(samples, answers("the heart is enlarged", "a small mass", "yes")))
     table = result["captions"]
     assert (result["n_caption"], result["n_closed"]) == (2, 1)
     assert table["rouge_l"] == pytest.approx(100 * (1 + 2 / 5) / 2)
@@ -191,19 +192,19 @@ def test_captions_by_hand():
 
 
 def test_a_set_without_them_says_nothing_of_them():
-    result = score.score([VqaSample(0, Path("a.jpg"), "Is it?", "yes", "CLOSED")], answers("yes"))
+    result = score.score(AnswerSet([VqaSample(0, Path("a.jpg"), "Is it?", "yes", "CLOSED")], answers("yes")))
     assert (result["n_choice"], result["n_caption"]) == (0, 0)
     assert not {"captions", "n_choice_unread"} & set(result) and "choice_accuracy" not in result["strict"]
 
 
 def test_the_control_of_captions_and_choices_is_paired():
     samples = [caption(0, "left lung"), choice(1, "neither", image="b.jpg")]
-    found = score.difference(samples, answers("left lung", "D"), answers("right lung", "A"), 0)
+    found = score.difference(AnswerSet(samples, answers("left lung", "D")), AnswerSet(samples, answers("right lung", "A")), 0)
     assert found["rouge_l"] == pytest.approx(50) and found["choice_accuracy"] == 100 and found["closed_accuracy"] is None
 
 
 def test_questions_of_one_kind_are_no_other_kind():
     samples = [choice(0, "left lung"), caption(1, "left lung")]
-    assert score.answer_candidates(samples) == []
+    assert answer_candidates(samples) == []
     with pytest.raises(UserError, match="answer type 'NUMBER'; CLOSED, OPEN, CHOICE or CAPTION was expected"):
-        score.score([replace(samples[0], answer_type="NUMBER")], answers("x"))
+        score.score(AnswerSet([replace(samples[0], answer_type="NUMBER")], answers("x")))

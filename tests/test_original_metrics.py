@@ -16,6 +16,8 @@ from llavamed_jax.datasets.sample import VqaSample
 from llavamed_jax.datasets.vqa_rad import read_vqa_rad
 from llavamed_jax.evaluation import metrics
 from llavamed_jax.evaluation.scoring import score, strict
+from llavamed_jax.evaluation.scoring.items import AnswerSet
+from llavamed_jax.evaluation.scoring.predictions import join, read_predictions
 
 VARIABLE = "LLAVAMED_ORIGINAL_PREDICTIONS"
 # Spec, appendix A1, x 100; `open accuracy` there is `run_eval_batch`'s.
@@ -31,7 +33,7 @@ def original_predictions():
     if not path:
         pytest.skip(f"{VARIABLE} does not name LLaVA-Med v1.0.0's answer-file*.jsonl")
     files = sorted(Path(path).glob("answer-file*.jsonl")) if Path(path).is_dir() else [Path(path)]
-    return {file.name: score.read_predictions(file) for file in files}
+    return {file.name: read_predictions(file) for file in files}
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +43,7 @@ def rad(shared):
 
 def test_the_published_column_comes_out_of_the_published_predictions(original_predictions, rad):
     samples, training = rad
-    tables = {name: score.score(samples, predictions, training)["paper"] for name, predictions in original_predictions.items()}
+    tables = {name: score.score(AnswerSet(samples, predictions, training))["paper"] for name, predictions in original_predictions.items()}
     fits = {name: {key: table[key] == pytest.approx(value, rel=5e-6) for key, value in COLUMN.items()} for name, table in tables.items()}
     assert [name for name, each in fits.items() if all(each.values())], f"no file gives the column; what fits: {fits}"
 
@@ -49,7 +51,7 @@ def test_the_published_column_comes_out_of_the_published_predictions(original_pr
 def test_every_published_prediction_scores_as_the_reference_says(original_predictions, rad):
     samples, _ = rad
     for predictions in original_predictions.values():
-        check(samples, score.join(samples, predictions))
+        check(samples, join(samples, predictions))
 
 
 # --- a second reading of the specification (7.1 to 7.4), which shares no code with the first ---
@@ -123,7 +125,8 @@ def reference_closed(prediction, gold):
 
 
 def check(samples, texts):
-    table = score.score(samples, [{"question_id": s.question_id, "text": t} for s, t in zip(samples, texts, strict=True)])["paper"]
+    predictions = [{"question_id": s.question_id, "text": t} for s, t in zip(samples, texts, strict=True)]
+    table = score.score(AnswerSet(samples, predictions))["paper"]
     for kind, reference in (("OPEN", reference_open), ("CLOSED", reference_closed)):
         rows = [reference(text, str(sample.answer)) for sample, text in zip(samples, texts, strict=True) if sample.answer_type == kind]
         for name in rows[0] if rows else ():
@@ -204,14 +207,14 @@ def test_random_texts_score_as_the_specification_says():
     ("肺炎", "肺", "OPEN", {"open_accuracy_substring": 100, "recall": 0, "open_exact": 0}),
 ])  # fmt: skip
 def test_by_hand(text, gold, kind, values):
-    result = score.score([VqaSample(1, Path("a.jpg"), "?", gold, kind)], [{"question_id": 1, "text": text}])
+    result = score.score(AnswerSet([VqaSample(1, Path("a.jpg"), "?", gold, kind)], [{"question_id": 1, "text": text}]))
     found = result["paper"] | result["strict"]
     assert {name: found[name] for name in values} == {name: pytest.approx(value, rel=1e-12) for name, value in values.items()}
 
 
 def test_the_whole_of_it_is_finite_and_within_its_bounds():
     samples, texts = adversarial()
-    result = score.score(samples, [{"question_id": s.question_id, "text": t} for s, t in zip(samples, texts, strict=True)])
+    result = score.score(AnswerSet(samples, [{"question_id": s.question_id, "text": t} for s, t in zip(samples, texts, strict=True)]))
     for family in ("paper", "strict"):
         for name, value in result[family].items():
             assert value is None or 0 <= value <= 100, (family, name)

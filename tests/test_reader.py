@@ -7,6 +7,7 @@ import pytest
 from llavamed_jax.datasets.sample import VqaSample
 from llavamed_jax.datasets.slake import read_slake
 from llavamed_jax.evaluation.scoring import reader, score
+from llavamed_jax.evaluation.scoring.items import AnswerSet
 from llavamed_jax.evaluation.scoring.strict import is_exactly_right, is_strictly_right, multiset_f1, read_choice
 
 # A right answer `{}` in the forms of served models and of people.
@@ -115,12 +116,11 @@ def test_slakes_golds_are_right_in_every_form_and_nothing_else_is(shared, langua
 def test_the_score_of_slake_is_100_and_0(shared):
     samples = read_slake(shared / "data" / "slake", "validation")
     for form in ("**{}**", "“{}”", "Answer: {}", "{}。", "The answer is {}.", "{}—clearly."):
-        strict = score.score(samples,
-                               [{"question_id": s.question_id,
-                                 "text": form.format(s.answer)} for s in samples])["strict"]
+        said = [{"question_id": s.question_id, "text": form.format(s.answer)} for s in samples]
+        strict = score.score(AnswerSet(samples, said))["strict"]
         assert (strict["closed_accuracy"], strict["open_exact"], strict["open_f1"]) == (100, 100, 100)
         wrong = [{"question_id": s.question_id, "text": form.format(f"not {s.answer}")} for s in samples]
-        strict = score.score(samples, wrong)["strict"]
+        strict = score.score(AnswerSet(samples, wrong))["strict"]
         assert (strict["closed_accuracy"], strict["open_exact"]) == (0, 0)
 
 
@@ -172,7 +172,7 @@ def test_an_empty_answer_is_never_right(gold, text):
     """A gold that the VQA evaluation's rules take to nothing is compared as it stands; an empty answer is no answer."""
     is_same = gold.strip() != "" and reader.clean(text).lower() == reader.clean(gold).lower() != ""
     sample = VqaSample(1, "a.jpg", "?", gold, "OPEN")
-    strict = score.score([sample], [{"question_id": 1, "text": text}])["strict"]
+    strict = score.score(AnswerSet([sample], [{"question_id": 1, "text": text}]))["strict"]
     assert strict["open_exact"] == strict["open_f1"] == (100 if is_same else 0)
     assert is_strictly_right(text, gold) == is_same
 
@@ -182,7 +182,7 @@ def test_the_papers_metrics_know_no_reader():
     samples = [VqaSample(1, "a.jpg", "?", "left", "OPEN"), VqaSample(2, "b.jpg", "?", "A", "OPEN"),
                VqaSample(3, "b.jpg", "?", "是", "CLOSED")]
     texts = {1: "**left**", 2: "", 3: "“是”"}
-    result = score.score(samples, [{"question_id": number, "text": text} for number, text in texts.items()])
+    result = score.score(AnswerSet(samples, [{"question_id": number, "text": text} for number, text in texts.items()]))
     assert result["strict"]["open_exact"] == 50 and result["strict"]["closed_accuracy"] == 100
     assert result["paper"]["recall"] == result["paper"]["exact_match"] == 0
     assert result["paper"]["open_accuracy_substring"] == 100, "the empty text is in every text"

@@ -12,6 +12,7 @@ from PIL import Image
 from llavamed_jax.datasets.sample import VqaSample
 from llavamed_jax.evaluation.report import pieces, report
 from llavamed_jax.evaluation.scoring import score
+from llavamed_jax.evaluation.scoring.items import AnswerSet
 
 _VOID = {"meta", "img", "rect", "line", "br"}
 
@@ -65,8 +66,8 @@ def answers(samples, closed="No", open_="the left side"):
 
 def test_it_is_one_offline_page_with_numbers_and_notice(samples):
     predictions = answers(samples)
-    metrics = score.score(samples, predictions, dataset="vqa_rad", split="test")
-    html = report.render(metrics, samples, predictions, details={"Run": {"date": "2026-01-01", "nested": {"a": [1]}}})
+    metrics = score.score(AnswerSet(samples, predictions), dataset="vqa_rad", split="test")
+    html = report.render(metrics, AnswerSet(samples, predictions), details={"Run": {"date": "2026-01-01", "nested": {"a": [1]}}})
     page = Page(html)
     assert "For research use only: never for clinical decisions." in page.text
     assert "Evaluation on VQA-RAD, test split" in page.text and "small & new" in page.text
@@ -87,8 +88,8 @@ def parts(html):
 def test_the_gallery_has_pictures_of_right_and_wrong_answers(samples):
     predictions = answers(samples)
     predictions[0]["text"] = "Yes."
-    metrics = score.score(samples, predictions, dataset="vqa_rad", split="test")
-    html = report.render(metrics, samples, predictions)
+    metrics = score.score(AnswerSet(samples, predictions), dataset="vqa_rad", split="test")
+    html = report.render(metrics, AnswerSet(samples, predictions))
     pictures = re.findall(r'src="data:image/jpeg;base64,([^"]+)"', parts(html)["Pictures, questions, answers"])
     assert len(pictures) == 24, "of the 30 images 24 are drawn"
     for picture in pictures:
@@ -96,32 +97,33 @@ def test_the_gallery_has_pictures_of_right_and_wrong_answers(samples):
             assert image.size == (256, 171)
     for kind, word in (("wrong", "wrong"), ("partly", "F1 50")):
         assert f'<span class="tag {kind}">{word}</span>' in html
-    assert html == report.render(metrics, samples, predictions), "the same seed draws the same images"
-    other = score.score(samples, predictions, dataset="vqa_rad", split="test", seed=1)
-    assert html != report.render(other, samples, predictions)
+    assert html == report.render(metrics, AnswerSet(samples, predictions)), "the same seed draws the same images"
+    other = score.score(AnswerSet(samples, predictions), dataset="vqa_rad", split="test", seed=1)
+    assert html != report.render(other, AnswerSet(samples, predictions))
 
 
 def test_as_many_right_as_wrong_answers_are_drawn(samples):
     predictions = answers(samples)
     for i in (0, 4, 8, 12, 16):  # five closed answers are right, 25 wrong, and all 30 open ones partly right
         predictions[i]["text"] = f"Yes, {i}"
-    metrics = score.score(samples, predictions, dataset="vqa_rad", split="test")
-    page = parts(report.render(metrics, samples, predictions))["Right, partly right and wrong answers"]
+    metrics = score.score(AnswerSet(samples, predictions), dataset="vqa_rad", split="test")
+    page = parts(report.render(metrics, AnswerSet(samples, predictions)))["Right, partly right and wrong answers"]
     titles = re.findall(r'<h3>(.*?) <span class="ci">(.*?)</span></h3>', page)
     assert titles == [("Right", "5 of 5"), ("Partly right", "6 of 30"), ("Wrong", "6 of 25")]
     counts = [len(re.findall(f'<span class="tag {kind}">', page)) for kind in ("right", "partly", "wrong")]
     assert counts == [5, 6, 6] and page.count("<figure>") == 17
     right = page.split("<h3>")[1]
     assert sorted(re.findall(r"Yes, (\d+)", right), key=int) == ["0", "4", "8", "12", "16"]
-    other = score.score(samples, predictions, dataset="vqa_rad", split="test", seed=1)
-    again = parts(report.render(other, samples, predictions))["Right, partly right and wrong answers"]
+    other = score.score(AnswerSet(samples, predictions), dataset="vqa_rad", split="test", seed=1)
+    again = parts(report.render(other, AnswerSet(samples, predictions)))["Right, partly right and wrong answers"]
     assert re.findall("alt=.(.*?)\"", again) != re.findall("alt=.(.*?)\"", page), "another seed draws others"
 
 
 def test_huge_texts_are_cut_and_say_so(samples):
     predictions = answers(samples, open_="left lung " * 3000)
     samples = [*samples[:-1], VqaSample(59, samples[-1].image, "Where? " * 500, "left lung", "OPEN")]
-    html = report.render(score.score(samples, predictions, dataset="x", split="y"), samples, predictions, predictions)
+    answered = AnswerSet(samples, predictions)
+    html = report.render(score.score(answered, dataset="x", split="y"), answered, {"image": answered})
     page = Page(html)
     assert "(cut: 30,000 characters in all)" in page.text and "(cut: 3,500 characters in all)" in page.text
     assert max(map(len, page.words)) < 5000 and len(html) < 3_000_000, "pictures, and no answer in full"
@@ -137,7 +139,8 @@ def test_multiple_choice_and_captions_have_tables_where_they_are_asked(samples):
          ["ROUGE-L 80", "Not computed", "GREEN", "BLEU-4"]),
     ):  # fmt: skip
         predictions = [{"question_id": 0, "text": text}]
-        page = Page(report.render(score.score([sample], predictions, dataset="x", split="y"), [sample], predictions))
+        answered = AnswerSet([sample], predictions)
+        page = Page(report.render(score.score(answered, dataset="x", split="y"), answered))
         assert all(word in page.text for word in words), name
         assert "Closed accuracy" not in page.text and "Open" not in page.text, "no table of what was not asked"
 
@@ -146,16 +149,17 @@ def test_multiple_choice_and_captions_have_tables_where_they_are_asked(samples):
 def test_answers_are_escaped(samples, text):
     predictions = answers(samples, closed=text, open_=text)
     predictions[0]["model_id"] = text
-    metrics = score.score(samples, predictions, dataset=text, split=text)
-    page = Page(report.render(metrics, samples, predictions, predictions, {text: {text: text}}))
+    metrics = score.score(AnswerSet(samples, predictions), dataset=text, split=text)
+    answered = AnswerSet(samples, predictions)
+    page = Page(report.render(metrics, answered, {"image": answered}, {text: {text: text}}))
     assert "script" not in page.tags and not [name for name, _ in page.attributes if name.startswith("on")]
     assert page.text.count(" ".join(text.split())) > 40
 
 
 def controlled(samples, predictions, control, noise, **names):
-    metrics, *others = (score.score(samples, each, **names) for each in (predictions, control, noise))
-    tables = [other | {"difference": score.difference(samples, predictions, each, 0)}
-              for other, each in zip(others, (control, noise), strict=True)]  # fmt: skip
+    own, *others = (AnswerSet(samples, each) for each in (predictions, control, noise))
+    metrics = score.score(own, **names)
+    tables = [score.score(other, **names) | {"difference": score.difference(own, other)} for other in others]
     metrics["control"] = {"kind": "image", **tables[0], "noise": {"kind": "noise", "size": 336, **tables[1]}}
     return metrics
 
@@ -165,7 +169,8 @@ def test_the_controls_stand_beside_the_result(samples):
     noise = answers(samples, closed="Yes", open_="nothing at all")
     metrics = controlled(samples, predictions, control, noise, dataset="slake", split="validation")
     assert metrics["control"]["difference"]["closed_accuracy"] == 100
-    html = report.render(metrics, samples, predictions, control, noise=noise)
+    others = {"image": AnswerSet(samples, control), "noise": AnswerSet(samples, noise)}
+    html = report.render(metrics, AnswerSet(samples, predictions), others)
     page, table = Page(html), Page(parts(html)["Does the image matter?"])
     assert "images exchanged" in table.text and "noise, 336 pixels wide" in table.text
     assert "Shown another image, it loses 100.0 points of closed accuracy" in table.text
@@ -178,9 +183,9 @@ def test_the_controls_stand_beside_the_result(samples):
 
 def test_organ_and_leakage_tables(samples):
     predictions = answers(samples)
-    metrics = score.score(samples, predictions, samples[:6], dataset="vqa_rad", split="held_out")
+    metrics = score.score(AnswerSet(samples, predictions, samples[:6]), dataset="vqa_rad", split="held_out")
     metrics["organ"] = {"question": "Which?", "n": 15, "hits": 11, "accuracy": 73.33, "exchanged": 28.57, "majority": 33.33}
-    page = Page(report.render(metrics, samples, predictions))
+    page = Page(report.render(metrics, AnswerSet(samples, predictions)))
     assert "held-out images" in page.text
     assert "73.3" in page.text and "11 of 15" in page.text and "mean over all 14 cyclic shifts" in page.text
     assert "Images that training rows show 3 of 30" in page.text
@@ -188,13 +193,13 @@ def test_organ_and_leakage_tables(samples):
 
 def test_what_the_model_was_trained_on_has_a_table(samples):
     predictions = answers(samples)
-    metrics = score.score(samples, predictions, dataset="slake", split="test")
+    metrics = score.score(AnswerSet(samples, predictions), dataset="slake", split="test")
     metrics["trained_on"] = {
         "data": "<train>.json", "records": 1234, "records_not_readable": 5, "training_images": 678, "training_images_not_readable": 9,
         "images": 30, "images_same_file": 11, "images_same_pixels": 2,
         "by_kind": {"CLOSED": {"questions": 30, "image_in_training": 13, "image_and_answer_in_training": 7}},
     }  # fmt: skip
-    text = Page(parts(report.render(metrics, samples, predictions))["Overlap with what the model was trained on"]).text
+    text = Page(parts(report.render(metrics, AnswerSet(samples, predictions)))["Overlap with what the model was trained on"]).text
     for words in ("<train>.json: 1234 records, 5 of them", "678 images, 9 of them", "same file 11 of 30", "another file 2 of 30",
                   "Closed questions whose image occurs 13 of 30", "image and answer occur 7 of 30"):  # fmt: skip
         assert words in text
@@ -202,12 +207,12 @@ def test_what_the_model_was_trained_on_has_a_table(samples):
 
 def test_a_published_number_is_named_or_its_absence_explained(samples):
     predictions = answers(samples)
-    metrics = score.score(samples, predictions, dataset="vqa_rad", split="test")
+    metrics = score.score(AnswerSet(samples, predictions), dataset="vqa_rad", split="test")
     metrics["published"] = {"model": "LLaVA-Med (X), 15 epochs", "source": "the paper", "values": {"recall": 61.52}}
-    text = Page(parts(report.render(metrics, samples, predictions))["As the paper computes them"]).text
+    text = Page(parts(report.render(metrics, AnswerSet(samples, predictions)))["As the paper computes them"]).text
     assert "LLaVA-Med (X), 15 epochs" in text and "61.5" in text
     metrics["published"] = {"reason": "No published number stands here: <why>."}
-    text = Page(parts(report.render(metrics, samples, predictions))["As the paper computes them"]).text
+    text = Page(parts(report.render(metrics, AnswerSet(samples, predictions)))["As the paper computes them"]).text
     assert "No published number stands here: <why>." in text and "61.5" not in text
 
 
@@ -218,7 +223,8 @@ def test_images_that_cannot_be_read_and_classes_without_items(tmp_path):
         VqaSample(2, Path("absent.jpg"), "Where?", "left", "OPEN"),
     ]
     predictions = answers(samples, open_="")
-    page = Page(report.render(score.score(samples, predictions, dataset="x", split="y"), samples, predictions))
+    answered = AnswerSet(samples, predictions)
+    page = Page(report.render(score.score(answered, dataset="x", split="y"), answered))
     # Once in the gallery of images, once among the right and wrong answers.
     assert page.text.count("image not readable") == 4 and page.text.count("2 image files could not be read") == 2
     assert "(nothing)" in page.text

@@ -11,6 +11,7 @@ from nltk.translate.bleu_score import corpus_bleu
 
 from llavamed_jax.datasets.sample import VqaSample
 from llavamed_jax.evaluation.scoring import captions, score, statistics
+from llavamed_jax.evaluation.scoring.items import AnswerSet
 from llavamed_jax.evaluation.scoring.statistics import Score, compare, intervals, mean
 
 
@@ -218,10 +219,10 @@ def test_whatever_is_reported_is_over_images():
     samples = [VqaSample(i, Path("ab"[i % 2]), "Is it?", "yes", "CLOSED", question_type=("x", "y")[i // 2 % 2]) for i in range(20)]
     right = [{"question_id": s.question_id, "text": "yes" if s.image == Path("a") else "no"} for s in samples]
     wrong = [{"question_id": s.question_id, "text": "no"} for s in samples]
-    metrics = score.score(samples, right)
-    tables = [metrics["strict"], *metrics["groups"]["question_type"].values(), score.tables(samples, right, (), 0)["strict"],
-              score.difference(samples, right, wrong, 0)]
+    metrics = score.score(AnswerSet(samples, right))
+    tables = [metrics["strict"], *metrics["groups"]["question_type"].values(), score.tables(AnswerSet(samples, right, ()), 0)["strict"],
+              score.difference(AnswerSet(samples, right), AnswerSet(samples, wrong), 0)]
     assert [(t["closed_accuracy"], t["closed_accuracy_low"], t["closed_accuracy_high"]) for t in tables] == [(50, 0, 100)] * 5
-    row = score.compare(samples, right, wrong)["strict"]["closed_accuracy"]
+    row = score.compare(AnswerSet(samples, right), AnswerSet(samples, wrong))["strict"]["closed_accuracy"]
     assert (row["difference"], row["low"], row["high"], row["p"]) == (50, 0, 100, 1)
     assert tables[-1]["closed_accuracy_p"] == 1

@@ -31,7 +31,7 @@ from llavamed_jax.evaluation.judging.prompts import (
 from llavamed_jax.evaluation.report import chat_report
 from llavamed_jax.evaluation.run import Evaluation
 from llavamed_jax.evaluation.scoring import statistics
-from llavamed_jax.evaluation.scoring.predictions import join, predictions_for
+from llavamed_jax.evaluation.scoring.items import AnswerSet
 from llavamed_jax.utils.files import to_jsonl
 
 KIND = "chat"  # `data.name` of such a config
@@ -61,7 +61,7 @@ class ChatEvaluation(Evaluation):
         texts = [question.reference for question in self.questions]
         source = "answers as long as the references"
         if predictions is not None:
-            texts, source = join(self.samples, predictions_for(self.samples, predictions)), "the answers that exist"
+            texts, source = AnswerSet.read(self.samples, predictions).texts, "the answers that exist"
         controls = "; the controls' answers, exchanged images and noise, take up to as much again, each" if has_control else ""
         return f"judge {self.judge.service.where}, {source}: {self.judge.estimate(self._prompts(texts))}{controls}"
 
@@ -89,29 +89,29 @@ class ChatEvaluation(Evaluation):
         has_marker = self.cfg.judge.image_marker
         return [chat_prompt(self.judge.prompt, q, text, has_marker) for q, text in zip(self.questions, texts, strict=True)]
 
-    def _judged(self, predictions: Sequence[Mapping], name: str, title: str) -> tuple[list[Verdict], list[dict]]:
+    def _judged(self, answers: AnswerSet, name: str, title: str) -> tuple[list[Verdict], list[dict]]:
         """The verdicts, and the lines of a file of reviews, which is written."""
-        texts = join(self.samples, predictions)
-        prompts = self._prompts(texts)
+        prompts = self._prompts(answers.texts)
         print(f"judge {self.judge.service.where}, {title}: {self.judge.estimate(prompts)}", file=sys.stderr, flush=True)
         verdicts = self.judge.verdicts(prompts, title)
-        lines = [review(*each) for each in zip(self.questions, texts, verdicts, strict=True)]
+        lines = [review(*each) for each in zip(self.questions, answers.texts, verdicts, strict=True)]
         self.results.add(name, to_jsonl(lines))
         report_unscored(verdicts, [question.question_id for question in self.questions], title)
         return verdicts, lines
 
-    def _finish(self, predictions: list[dict], control: Mapping[str, list[dict]], extra: dict, run: Mapping[str, str]) -> dict:
-        verdicts, reviews = self._judged(predictions, "reviews.jsonl", "answers")
+    def _finish(self, answers: AnswerSet, others: Mapping[str, AnswerSet], extra: dict, run: Mapping[str, str]) -> dict:
+        verdicts, reviews = self._judged(answers, "reviews.jsonl", "answers")
         metrics = self._metrics(verdicts) | extra
-        others = {}
-        for name, answers in control.items():
-            found, others[name] = self._judged(answers, f"reviews_control_{name}.jsonl", f"answers, control {name}")
+        reviews_of = {}
+        for name, other in others.items():
+            found, reviews_of[name] = self._judged(other, f"reviews_control_{name}.jsonl", f"answers, control {name}")
             table = {"kind": name, "seed": self.cfg.seed, **chat_scores(self.questions, found, self.cfg.seed)}
             metrics["control"] = table if name == "image" else metrics["control"] | {name: table}
             verdicts = verdicts + found
-        details, model = self._chat_details(run, predictions, metrics.get("asked", {})), str(predictions[0].get("model_id", ""))
-        page = chat_report.render(metrics, self.questions, reviews, others, details, model)
-        self._write_results(metrics, page, predictions, control, run)
+        details = self._chat_details(run, answers, metrics.get("asked", {}))
+        model = str(answers.predictions[0].get("model_id", ""))
+        page = chat_report.render(metrics, self.questions, reviews, reviews_of, details, model)
+        self._write_results(metrics, page, answers, others, run)
         check_answered(verdicts, "answers")
         return metrics
 
@@ -130,9 +130,9 @@ class ChatEvaluation(Evaluation):
                 self.chat_set, self.judge, self.cfg.judge.image_marker, len(unscored), read_otherwise),
         }  # fmt: skip
 
-    def _chat_details(self, run: Mapping[str, str], predictions: Sequence[Mapping], said: Mapping[str, object]) -> dict[str, dict]:
+    def _chat_details(self, run: Mapping[str, str], answers: AnswerSet, said: Mapping[str, object]) -> dict[str, dict]:
         prompt = self.judge.prompt
-        details = self._details({**run, "judge": self.judge.service.where}, predictions, said)
+        details = self._details({**run, "judge": self.judge.service.where}, answers, said)
         details["SHA-256"] |= {str(self.chat_set.file): self.chat_set.sha256, "judge's wording": prompt.wording}
         return details | {"Judge's prompt": {"system": prompt.system, "instruction": prompt.instruction, "reminder": prompt.reminder}}
 

@@ -12,7 +12,6 @@ import sys
 import tempfile
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 
 from ml_collections import ConfigDict
 
@@ -31,8 +30,8 @@ from llavamed_jax.evaluation.judging.judge import check_answered
 from llavamed_jax.evaluation.report import report, summary, tensorboard
 from llavamed_jax.evaluation.results import Place, Results
 from llavamed_jax.evaluation.scoring import controls, leakage, score
-from llavamed_jax.evaluation.scoring.against import Against
-from llavamed_jax.evaluation.scoring.predictions import join, predictions_for, read_predictions, warn_of_open
+from llavamed_jax.evaluation.scoring.items import AnswerSet
+from llavamed_jax.evaluation.scoring.predictions import read_predictions
 from llavamed_jax.evaluation.scoring.strict import right_choice
 from llavamed_jax.openai_client.address import shown
 from llavamed_jax.parallel import agreement, distributed
@@ -92,7 +91,7 @@ class Evaluation:
         self.samples, self.training = self._load()
         if not self.samples:
             raise UserError(f"{cfg.data.root} holds no question of {cfg.data.name} {cfg.data.split}")
-        self._against = None if against is None else Against(against, self.samples)
+        self._against = None if against is None else AnswerSet.read(self.samples, against, self.training, f"--against {against}: ")
         self._trained_on = _training_data(cfg)
         if cfg.get("published") not in (None, "", *published.NAMES):
             raise UsageError(f"published is {cfg.published!r}; one of {', '.join(published.NAMES)} was expected, or nothing")
@@ -127,7 +126,9 @@ class Evaluation:
             partial = self._partial("organ.jsonl", key, machine)
             extra["organ"] = controls.organ_accuracy(lambda pairs: self._ask(answerer, pairs, partial), self.samples)
         run = {**source, **answerer.facts()}
-        metrics = distributed.from_first(lambda: self._finish(predictions, control, extra, run))
+        join = lambda lines: AnswerSet(self.samples, lines, self.training)
+        controls_joined = lambda: {name: join(lines) for name, lines in control.items()}
+        metrics = distributed.from_first(lambda: self._finish(join(predictions), controls_joined(), extra, run))
         for partial in self._partials:
             partial.remove()
         self._partials = []
@@ -145,11 +146,11 @@ class Evaluation:
 
     def score_file(self, path: str | Path) -> dict:
         """Scores predictions that exist; no model is loaded."""
-        predictions = predictions_for(self.samples, path)
-        self._check_unused(Path(path), predictions)
-        warn_of_open(self.samples, predictions, path)
-        said = dict.fromkeys(asked.KEYS) | {"predictions": str(path), "predictions_sha256": _sha256(utf8(to_jsonl(predictions)))}
-        return self._finish(predictions, {}, {"asked": said}, {"predictions": str(path)})
+        answers = AnswerSet.read(self.samples, path, self.training)
+        self._check_unused(Path(path), answers.predictions)
+        answers.warn_of_not_stated()
+        said = dict.fromkeys(asked.KEYS) | {"predictions": str(path), "predictions_sha256": _hash(answers.predictions)}
+        return self._finish(answers, {}, {"asked": said}, {"predictions": str(path)})
 
     def check(self, controls_asked: Collection[str] = ()) -> None:
         """Raises UserError for what would be found only after everything was asked: ids that several questions have, an image
@@ -191,7 +192,7 @@ class Evaluation:
             return f"{len(self.samples)} questions{times}; nothing is judged"
         texts = [str(sample.answer) for sample in self.samples]
         if predictions is not None:
-            texts = join(self.samples, predictions_for(self.samples, predictions))
+            texts = AnswerSet.read(self.samples, predictions).texts
         return open_answers.plan(self.judge, self.samples, texts)
 
     def check_images(self) -> None:
@@ -237,47 +238,42 @@ class Evaluation:
         greedy = Generation(max_new_tokens=self.generation.max_new_tokens, batch_size=self.generation.batch_size)
         return [answer.text for answer in ask(answerer, pairs, greedy, "organ question", partial)]
 
-    def _finish(self, predictions: list[dict], control: Mapping[str, list[dict]], extra: dict, run: Mapping[str, str]) -> dict:
+    def _finish(self, answers: AnswerSet, others: Mapping[str, AnswerSet], extra: dict, run: Mapping[str, str]) -> dict:
+        """Scores, judges, reports. `others`: kind of control -> its answers."""
         cfg = self.cfg
         split = "held_out" if cfg.data.held_out else cfg.data.split
         name = questions.set_name(cfg.data)
-        names = {"dataset": name, "split": split, "seed": cfg.seed}
-        metrics = score.score(self.samples, predictions, self.training, **names) | extra
+        metrics = score.score(answers, dataset=name, split=split, seed=cfg.seed) | extra
         metrics["questions_sha256"] = _questions_hash(self.samples)
         metrics["published"] = published.beside(
             name, split, cfg.protocol, metrics["n_open"], metrics["n_closed"], cfg.get("published") or ""
         )
-        if control:
-            tables = {name: self._control_table(predictions, answers) for name, answers in control.items()}
+        if others:
+            tables = {kind: score.tables(other, cfg.seed) | {"difference": score.difference(answers, other, cfg.seed)}
+                      for kind, other in others.items()}
             metrics["control"] = {"kind": "image", "seed": cfg.seed, **tables["image"]}
             metrics["control"]["noise"] = {"kind": "noise", "seed": cfg.seed, "size": controls.NOISE_SIZE, **tables["noise"]}
         if self._against is not None:
-            metrics["against"] = self._against.compare(predictions, self.training, cfg.seed)
+            metrics["against"] = score.against(answers, self._against, cfg.seed)
         if self._trained_on is not None:
             metrics["trained_on"] = {"data": str(cfg.data.trained_on)} | leakage.trained_on(self.samples, self._trained_on)
-        found = open_answers.judge_open(self.judge, self.samples, predictions, cfg.seed) if self.judge is not None else None
+        found = open_answers.judge_open(self.judge, answers, cfg.seed) if self.judge is not None else None
         if found is not None:
             metrics["judged"] = found.metrics
             self.results.add("judged.jsonl", to_jsonl(found.lines))
-        details = self._details(run, predictions, metrics.get("asked", {}))
-        page = report.render(metrics, self.samples, predictions, control.get("image", []), details, noise=control.get("noise", []))
-        self._write_results(metrics, page, predictions, control, run)
+        details = self._details(run, answers, metrics.get("asked", {}))
+        self._write_results(metrics, report.render(metrics, answers, others, details), answers, others, run)
         if found is not None:
             check_answered(found.verdicts, "open answers")
         return metrics
 
-    def _control_table(self, predictions: Sequence[Mapping], control: Sequence[Mapping]) -> dict:
-        """The scores of a control, and what the own image adds."""
-        tables = score.tables(self.samples, control, self.training, self.cfg.seed)
-        return tables | {"difference": score.difference(self.samples, predictions, control, self.cfg.seed)}
-
-    def _write_results(self, metrics: Mapping, page: str, predictions: Sequence[Mapping], control: Mapping[str, Sequence[Mapping]],
+    def _write_results(self, metrics: Mapping, page: str, answers: AnswerSet, others: Mapping[str, AnswerSet],
                        run: Mapping[str, str]) -> None:
         """All files at once, and none of an evaluation that came before beside them."""
         if "predictions" not in run:
-            self.results.add("predictions.jsonl", to_jsonl(predictions))
-        for name, answers in control.items():
-            self.results.add(f"predictions_control_{name}.jsonl", to_jsonl(answers))
+            self.results.add("predictions.jsonl", to_jsonl(answers.predictions))
+        for name, other in others.items():
+            self.results.add(f"predictions_control_{name}.jsonl", to_jsonl(other.predictions))
         self.results.add("report.html", page)
         self.results.add("metrics.json", json.dumps(metrics, indent=2, ensure_ascii=False) + "\n")
         step = tensorboard.step_of(run.get("checkpoint", ""))
@@ -305,10 +301,9 @@ class Evaluation:
             config["judge.endpoint"] = shown(str(config["judge.endpoint"])) if self.judge is None else self.judge.service.url
         return config
 
-    def _details(self, run: Mapping[str, str], predictions: Sequence[Mapping], said: Mapping[str, object] = MappingProxyType({}),
-                 ) -> dict[str, dict]:
+    def _details(self, run: Mapping[str, str], answers: AnswerSet, said: Mapping[str, object]) -> dict[str, dict]:
         packages = ("llavamed_jax", "jax", "flax", "transformers", "numpy", "pillow", "nltk", "openai")
-        hashes = {"predictions": _sha256(utf8(to_jsonl(predictions))), "questions": _questions_hash(self.samples)}
+        hashes = {"predictions": _hash(answers.predictions), "questions": _questions_hash(self.samples)}
         hashes |= {str(path): _sha256(path.read_bytes()) for path in questions.source_files(self.cfg.data)} | dict(said.get("files", {}))
         date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         return {
@@ -367,6 +362,10 @@ def _identity(metrics: Mapping) -> tuple:
 
 def _answered(predictions: Sequence[Mapping]) -> dict[str, str]:
     return {str(each["question_id"]): each["text"] for each in predictions}
+
+
+def _hash(predictions: Sequence[Mapping]) -> str:
+    return _sha256(utf8(to_jsonl(predictions)))
 
 
 def _sha256(data: bytes) -> str:

@@ -6,7 +6,7 @@ The judge reads question, gold answer and answer, no image. Axis letters here: N
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from llavamed_jax.datasets.sample import OPEN, VqaSample, kind
 from llavamed_jax.evaluation.judging.judge import Judge, Verdict, report_unscored
 from llavamed_jax.evaluation.judging.prompts import OPEN_PROMPT, open_prompt, read_prompt, read_right
 from llavamed_jax.evaluation.scoring import statistics
-from llavamed_jax.evaluation.scoring.predictions import join
+from llavamed_jax.evaluation.scoring.items import AnswerSet
 
 
 def open_judge(cfg: ConfigDict, workdir: Path) -> Judge | None:
@@ -48,18 +48,17 @@ def plan(judge: Judge, samples: Sequence[VqaSample], texts: Sequence[str]) -> st
     return f"judge {judge.service.where}, {len(prompts)} open answers: {judge.estimate(prompts)}"
 
 
-def judge_open(judge: Judge, samples: Sequence[VqaSample], predictions: Sequence[Mapping], seed: int) -> Judged:
+def judge_open(judge: Judge, answers: AnswerSet, seed: int) -> Judged:
     """Has the open answers judged.
 
     Returns:
       `metrics`: `open_accuracy` in percent of the answers that were judged, with `_low` and `_high` (95 %, bootstrap over images),
       `n_open`, `n_unscored`, `unscored` (their ids), `judge`.
     Raises:
-      UserError: ids that do not fit; a judge that cannot be asked at all.
+      UserError: a judge that cannot be asked at all.
     """
-    texts = join(samples, predictions)
-    print(plan(judge, samples, texts), file=sys.stderr, flush=True)
-    asked, answers, prompts = open_texts(judge, samples, texts)
+    print(plan(judge, answers.samples, answers.texts), file=sys.stderr, flush=True)
+    asked, texts, prompts = open_texts(judge, answers.samples, answers.texts)
     verdicts = judge.verdicts(prompts, "open answers")
     ids = [sample.question_id for sample in asked]
     report_unscored(verdicts, ids, "open answers")
@@ -72,6 +71,6 @@ def judge_open(judge: Judge, samples: Sequence[VqaSample], predictions: Sequence
          "is_right": verdict.value, "judge_text": verdict.text, "finish_reason": verdict.finish_reason}
         | ({"first_judge_text": verdict.first_text} if verdict.is_asked_again else {})
         | ({"error": verdict.error} if verdict.error is not None else {})
-        for sample, text, verdict in zip(asked, answers, verdicts, strict=True)
+        for sample, text, verdict in zip(asked, texts, verdicts, strict=True)
     ]  # fmt: skip
     return Judged(metrics, lines, verdicts)

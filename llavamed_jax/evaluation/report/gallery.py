@@ -14,8 +14,8 @@ import numpy as np
 
 from llavamed_jax.datasets.sample import CAPTION, CHOICE, CLOSED, VqaSample, kind
 from llavamed_jax.evaluation.report import pieces
-from llavamed_jax.evaluation.scoring import captions, controls, score, strict
-from llavamed_jax.evaluation.scoring.predictions import join
+from llavamed_jax.evaluation.scoring import controls, score
+from llavamed_jax.evaluation.scoring.items import STRICT_CHOICE, AnswerSet
 
 IMAGES = 24
 QUESTIONS = 6  # of one image
@@ -25,33 +25,31 @@ _VERDICTS = {"right": "Right", "partly": "Partly right", "wrong": "Wrong"}
 
 @dataclass(frozen=True)
 class Item:
-    """A question with its answer, and the answers to it in the controls: name -> text."""
+    """A question with its answer, its verdict, and the answers to it in the controls: name -> text.
+
+    `verdict` is one of `right`, `partly`, `wrong`, and a word: of open answers and captions, how much they share with the gold.
+    """
 
     sample: VqaSample
     text: str
+    verdict: tuple[str, str]
     others: Mapping[str, str]
 
-    @property
-    def verdict(self) -> tuple[str, str]:
-        """One of `right`, `partly`, `wrong`, and a word: of open answers and captions, how much they share with the gold."""
-        name, gold = kind(self.sample), str(self.sample.answer)
-        if name == CLOSED:
-            return ("right", "right") if strict.is_strictly_right(self.text, gold) else ("wrong", "wrong")
-        if name == CHOICE:
-            choice = strict.read_choice(self.text, self.sample.options)
-            if choice is None:
-                return "wrong", "unread"
-            return ("right", "right") if choice == strict.right_choice(self.sample) else ("wrong", "wrong")
-        value, title = (captions.rouge_l, "ROUGE-L") if name == CAPTION else (strict.multiset_f1, "F1")
-        share = value(self.text, gold)
-        return ("right", "right") if share == 1 else ("partly", f"{title} {100 * share:.0f}") if share else ("wrong", "wrong")
+
+def items(answers: AnswerSet, controls: Mapping[str, AnswerSet]) -> list[Item]:
+    """Questions and answers in one order; `controls`: name -> answers to the same questions."""
+    pairs = enumerate(zip(answers.samples, answers.texts, strict=True))
+    return [Item(sample, text, _verdict(answers, i), {name: other.texts[i] for name, other in controls.items()})
+            for i, (sample, text) in pairs]
 
 
-def items(samples: Sequence[VqaSample], predictions: Sequence[Mapping], controls: Mapping[str, Sequence[Mapping]]) -> list[Item]:
-    """Questions and answers joined by id; a control without predictions is left out."""
-    others = {name: join(samples, answers) for name, answers in controls.items() if answers}
-    texts = join(samples, predictions)
-    return [Item(sample, texts[i], {name: found[i] for name, found in others.items()}) for i, sample in enumerate(samples)]
+def _verdict(answers: AnswerSet, i: int) -> tuple[str, str]:
+    name = kind(answers.samples[i])
+    if name == CHOICE and answers.choices[i] is None:
+        return "wrong", "unread"
+    metric = {CLOSED: "closed_accuracy", CHOICE: STRICT_CHOICE, CAPTION: "rouge_l"}.get(name, "open_f1")
+    share, title = answers.value(i, metric), "ROUGE-L" if name == CAPTION else "F1"
+    return ("right", "right") if share == 1 else ("partly", f"{title} {100 * share:.0f}") if share else ("wrong", "wrong")
 
 
 def images(metrics: Mapping, items: Sequence[Item]) -> str:

@@ -5,36 +5,35 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from html import escape
 
-from llavamed_jax.datasets.sample import VqaSample
 from llavamed_jax.evaluation.answering.asked import words as asked_words
 from llavamed_jax.evaluation.report import gallery, pieces, sections
 from llavamed_jax.evaluation.report.style import CSS
 from llavamed_jax.evaluation.report.summary import asked
+from llavamed_jax.evaluation.scoring.items import AnswerSet
 
 NOTICE = "For research use only: never for clinical decisions."
+_CONTROLS = {"image": "exchanged", "noise": "noise"}
 _SETS = {"vqa_rad": "VQA-RAD", "slake": "SLAKE", "pathvqa": "PathVQA"}
 _SPLITS = {"held_out": "held-out images", "test": "test split", "validation": "validation split", "train": "training split"}
 
 
 def render(
     metrics: Mapping,
-    samples: Sequence[VqaSample],
-    predictions: Sequence[Mapping],
-    control: Sequence[Mapping] = (),
+    answers: AnswerSet,
+    controls: Mapping[str, AnswerSet] | None = None,
     details: Mapping[str, Mapping] | None = None,
-    noise: Sequence[Mapping] = (),
 ) -> str:
     """The report as one HTML text.
 
     Args:
       metrics: the object of `metrics.json`.
-      samples, predictions: the questions and their answers, joined by id.
-      control, noise: predictions of the same questions with images exchanged and with noise, shown beside the real ones.
+      answers: the questions and their answers.
+      controls: kind of control (`image`, `noise`) -> the answers to the same questions, shown beside the real ones.
       details: tables of what was run: title -> name -> value; a value that is no text is shown as JSON.
     """
     name = f"{_SETS.get(metrics['dataset'], metrics['dataset'])}, {_SPLITS.get(metrics['split'], metrics['split'])}"
-    model = str(predictions[0].get("model_id", "")) if predictions else ""
-    items = gallery.items(samples, predictions, {"exchanged": control, "noise": noise})
+    model = str(answers.predictions[0].get("model_id", "")) if answers.predictions else ""
+    items = gallery.items(answers, {_CONTROLS[kind]: other for kind, other in (controls or {}).items()})
     words = asked_words(metrics.get("asked") or {})
     return page(f"Evaluation on {name}", model, asked(metrics) + (f" · asked with {words}" if words else ""), [
         sections.cards(metrics),

@@ -13,7 +13,8 @@ from html import escape
 from llavamed_jax.datasets.sample import CAPTION, CHOICE, CLOSED, OPEN
 from llavamed_jax.evaluation.report import pieces
 from llavamed_jax.evaluation.report.pieces import number
-from llavamed_jax.evaluation.scoring import controls, score
+from llavamed_jax.evaluation.scoring import controls
+from llavamed_jax.evaluation.scoring.items import STRICT, STRICT_CHOICE
 
 TITLES = {
     "closed_accuracy": ("Closed accuracy", "the answer is the gold, or begins with the right one of yes and no and does not say the other"),
@@ -84,7 +85,7 @@ def cards(metrics: Mapping) -> str:
 
 def strict(metrics: Mapping) -> str:
     """Right or not right, with what no look at the image gets."""
-    names = [name for name in (*score.STRICT, score.STRICT_CHOICE) if name in metrics["strict"] and _applies(name, metrics)]
+    names = [name for name in (*STRICT, STRICT_CHOICE) if name in metrics["strict"] and _applies(name, metrics)]
     if not names:
         return ""
     rows = [[TITLES[name][0], pieces.with_bar(metrics["strict"], name), TITLES[name][1]] for name in names]
@@ -112,7 +113,7 @@ def control(metrics: Mapping) -> str:
     for title, _ in kinds:
         head += [title, "difference", "p"]
     rows = []
-    for name in [name for name in (*score.STRICT, score.STRICT_CHOICE, "rouge_l") if _applies(name, metrics)]:
+    for name in [name for name in (*STRICT, STRICT_CHOICE, "rouge_l") if _applies(name, metrics)]:
         family = "captions" if name == "rouge_l" else "strict"
         row = [(TITLES | _CAPTION_TITLES)[name][0], pieces.with_interval(metrics[family], name)]
         for _, kind in kinds:

@@ -7,7 +7,6 @@ line says beside its id (`prompt`, `metadata.image`, `metadata.control`) has to 
 from __future__ import annotations
 
 import re
-import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
@@ -43,31 +42,6 @@ def read_predictions(path: str | Path) -> list[dict]:
     return predictions
 
 
-def predictions_for(samples: Sequence[VqaSample], path: str | Path, what: str = "") -> list[dict]:
-    """The predictions of a file, which are answers to these questions about their own images.
-
-    Args:
-      what: begins an error, such as the flag that names the file.
-    Raises:
-      UserError: a file that cannot be read, ids that do not fit, another prompt, another image, answers of a control.
-    """
-    predictions = read_predictions(path)
-    try:
-        join(samples, predictions)
-        check_asked(samples, predictions)
-    except UserError as error:
-        raise type(error)(f"{what}{error}") from error
-    return predictions
-
-
-def warn_of_open(samples: Sequence[VqaSample], predictions: Sequence[Mapping], path: str | Path) -> None:
-    """Counts the lines of a file that do not state what they are answers to: of them the ids alone are known to fit."""
-    counts = check_asked(samples, predictions)
-    parts = [f"{count} of {len(samples)} lines {title}" for title, count in counts.items() if count]
-    if parts:
-        print(f"warning: {path}: {'; '.join(parts)}", file=sys.stderr)
-
-
 def join(samples: Sequence[VqaSample], predictions: Iterable[Mapping]) -> list[str]:
     """The predicted text of each sample, by question id (10 and "10" are the same).
 
@@ -90,11 +64,11 @@ def join(samples: Sequence[VqaSample], predictions: Iterable[Mapping]) -> list[s
     return [texts[str(sample.question_id)] for sample in samples]
 
 
-def check_asked(samples: Sequence[VqaSample], predictions: Iterable[Mapping], has_controls: bool = False) -> dict[str, int]:
+def check_asked(samples: Sequence[VqaSample], predictions: Iterable[Mapping], is_control_allowed: bool = False) -> dict[str, int]:
     """Holds joined predictions to the prompts and images of their questions.
 
     Args:
-      has_controls: lines may say that they are of a control, and are about another image then.
+      is_control_allowed: lines may say that they are of a control, and are about another image then.
     Returns:
       What lines leave open -> how many do.
     Raises:
@@ -116,7 +90,7 @@ def check_asked(samples: Sequence[VqaSample], predictions: Iterable[Mapping], ha
             if not is_longer and not (sample.answer_type == CHOICE and said and asked.startswith(said)):
                 wrong["answer another prompt"].append(f"{where}{short(prompt)} where {short(sample.question)} is asked")
         if control is not None:
-            wrong["are of a control"] += [] if has_controls else [f"{where}{short(control)}"]
+            wrong["are of a control"] += [] if is_control_allowed else [f"{where}{short(control)}"]
         elif image is not None and not _is_image(image, names[str(sample.image)]):
             wrong["are about another image"].append(f"{where}{short(image)} where {short(names[str(sample.image)])} is shown")
     if any(wrong.values()):

@@ -1,0 +1,183 @@
+"""A set of predictions, joined to its questions once and scored once.
+
+`AnswerSet` is what scores, comparisons, controls, the judge and the report take. Axis letters here: N items, M metrics.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from llavamed_jax.datasets.sample import CAPTION, CHOICE, CLOSED, OPEN, VqaSample, kind
+from llavamed_jax.errors import UserError
+from llavamed_jax.evaluation import metrics
+from llavamed_jax.evaluation.scoring import captions, statistics
+from llavamed_jax.evaluation.scoring.predictions import check_asked, join, read_predictions
+from llavamed_jax.evaluation.scoring.statistics import Score
+from llavamed_jax.evaluation.scoring.strict import (
+    is_exactly_right,
+    is_strictly_right,
+    multiset_f1,
+    normalized,
+    read_choice,
+    right_choice,
+)
+from llavamed_jax.utils.files import read_bytes
+
+PAPER_OPEN = (
+    "exact_match", "f1", "precision", "recall", "bleu", "bleu_1", "bleu_2", "bleu_3",
+    "open_accuracy_candidates", "open_accuracy_substring",
+)  # fmt: skip
+PAPER_CLOSED = ("closed_accuracy_yes_no", "closed_accuracy_substring", "closed_recall")
+PAPER = PAPER_OPEN + PAPER_CLOSED
+STRICT = ("closed_accuracy", "open_exact", "open_f1")
+STRICT_CHOICE = "choice_accuracy"  # stands among the strict ones of a set that has multiple choice
+CAPTION_MEANS = ("rouge_l", *captions.SENTENCE_BLEU)
+_COLUMNS = {name: column for column, name in enumerate((*PAPER, *STRICT, STRICT_CHOICE, *CAPTION_MEANS))}
+
+
+def answer_candidates(training: Iterable[VqaSample]) -> list[str]:
+    """Open answers of the training rows, unique, in order of first appearance.
+
+    The original's candidate file was never released; on VQA-RAD's own training rows this gives 430 entries.
+    """
+    return list(dict.fromkeys(str(sample.answer) for sample in training if kind(sample) == OPEN))
+
+
+class AnswerSet:
+    """The answers of one model to all questions: about their own images, or about those of a control.
+
+    Joining happens on construction. Items are scored when the first score is asked for, and never again.
+
+    Args:
+      samples: the N questions with gold answers.
+      predictions: objects with `question_id` and `text`, in any order, one for each sample.
+      training: rows that answer candidates, the majority answer and the leakage counts come from.
+      is_control_allowed: whether lines may say that they are of a control.
+    Attributes:
+      texts: the predicted text of each sample.
+      file, sha256: where `read` found the predictions, and the hash of that file.
+    Raises:
+      UserError: ids that do not fit, answers to another prompt or about another image, answers of a control.
+    """
+
+    def __init__(self, samples: Sequence[VqaSample], predictions: Iterable[Mapping], training: Sequence[VqaSample] = (),
+                 is_control_allowed: bool = True):
+        self.samples, self.predictions, self.training = samples, list(predictions), training
+        self.texts = join(samples, self.predictions)
+        self._not_stated = check_asked(samples, self.predictions, is_control_allowed)
+        self.file: Path | None = None
+        self.sha256 = ""
+
+    @classmethod
+    def read(cls, samples: Sequence[VqaSample], path: str | Path, training: Sequence[VqaSample] = (), what: str = "") -> AnswerSet:
+        """Reads a file of predictions, which are answers to these questions about their own images.
+
+        Args:
+          what: begins an error about the predictions, such as the flag that names the file.
+        Raises:
+          UserError: a file that cannot be read; predictions that do not fit the questions.
+        """
+        predictions = read_predictions(path)
+        try:
+            answers = cls(samples, predictions, training, is_control_allowed=False)
+        except UserError as error:
+            raise type(error)(f"{what}{error}") from error
+        answers.file, answers.sha256 = Path(path), hashlib.sha256(read_bytes(path, f"the file of predictions {path}")).hexdigest()
+        return answers
+
+    def warn_of_not_stated(self) -> None:
+        """Counts the lines that do not state what they are answers to: only their ids are known to fit."""
+        parts = [f"{count} of {len(self.samples)} lines {title}" for title, count in self._not_stated.items() if count]
+        if parts:
+            print(f"warning: {self.file}: {'; '.join(parts)}", file=sys.stderr)
+
+    @property
+    def model(self) -> str:
+        """What the predictions call their model: each name once; empty where no line has one."""
+        return ", ".join(dict.fromkeys(str(each["model_id"]) for each in self.predictions if each.get("model_id")))
+
+    @functools.cached_property
+    def images(self) -> list[str]:
+        """The path of each sample's image."""
+        return [str(sample.image) for sample in self.samples]
+
+    @functools.cached_property
+    def choices(self) -> dict[int, int | None]:
+        """Place of a multiple-choice question -> place of the option that its answer names; None where it names no option."""
+        pairs = enumerate(zip(self.samples, self.texts, strict=True))
+        return {i: read_choice(text, sample.options) for i, (sample, text) in pairs if kind(sample) == CHOICE}
+
+    @functools.cached_property
+    def values(self) -> np.ndarray:
+        """Every metric of every item that is a mean over items, as a fraction, float64 [N, M]; NaN where it does not apply.
+
+        `open_accuracy_candidates` is NaN where the training rows have no open answer.
+        """
+        candidates = answer_candidates(self.training)
+        candidate_list = metrics.CandidateList(candidates) if candidates else None
+        values = np.full((len(self.samples), len(_COLUMNS)), np.nan)
+        for i, row in enumerate(values):
+            for name, value in self._item(i, candidate_list).items():
+                row[_COLUMNS[name]] = value
+        return values
+
+    def _item(self, i: int, candidates: metrics.CandidateList | None) -> dict[str, float]:
+        sample, text = self.samples[i], self.texts[i]
+        name = kind(sample)
+        if name == CLOSED:
+            return _closed_item(sample, text)
+        if name == OPEN:
+            return _open_item(sample, text, candidates)
+        if name == CHOICE:
+            return {STRICT_CHOICE: self.choices[i] == right_choice(sample)}
+        return captions.item_values(text, str(sample.answer))
+
+    def value(self, i: int, name: str) -> float:
+        """A metric of item `i` as a fraction."""
+        return float(self.values[i, _COLUMNS[name]])
+
+    @functools.cached_property
+    def families(self) -> dict[str, list[Score]]:
+        """The scores of `paper`, `strict` and, where the samples have captions, `captions`."""
+        kinds = {kind(sample) for sample in self.samples}
+        names = {"paper": PAPER, "strict": (*STRICT, STRICT_CHOICE) if CHOICE in kinds else STRICT}
+        result = {family: [self._mean(name) for name in members] for family, members in names.items()}
+        if CAPTION in kinds:
+            nothing = [0] * (2 * captions.ORDERS + 3)
+            parts = [captions.bleu_parts(text, str(sample.answer)) if kind(sample) == CAPTION else nothing
+                     for sample, text in zip(self.samples, self.texts, strict=True)]
+            bleu = Score(captions.BLEU, np.array(parts, dtype=float), captions.bleu_percent)
+            result["captions"] = [bleu, *(self._mean(name) for name in CAPTION_MEANS)]
+        return result
+
+    def _mean(self, name: str) -> Score:
+        return statistics.mean(name, self.values[:, _COLUMNS[name]])
+
+
+def _open_item(sample: VqaSample, text: str, candidates: metrics.CandidateList | None) -> dict[str, float]:
+    predicted, gold = normalized(text), normalized(sample.answer)
+    f1, precision, recall = metrics.f1(predicted, gold)
+    item = {"exact_match": metrics.exact_match(predicted, gold), "f1": f1, "precision": precision, "recall": recall}
+    item |= dict(zip(("bleu", "bleu_1", "bleu_2", "bleu_3"), metrics.bleu(gold, predicted), strict=True))
+    if candidates is not None:
+        item["open_accuracy_candidates"] = metrics.candidate_accuracy(predicted, gold, candidates)
+    item["open_accuracy_substring"] = metrics.is_substring_hit(predicted, gold)
+    item["open_exact"] = is_exactly_right(text, str(sample.answer))
+    item["open_f1"] = multiset_f1(text, str(sample.answer))
+    return item
+
+
+def _closed_item(sample: VqaSample, text: str) -> dict[str, float]:
+    predicted, gold = normalized(text), normalized(sample.answer)
+    return {
+        "closed_accuracy_yes_no": metrics.is_yes_no_hit(predicted, gold),
+        "closed_accuracy_substring": metrics.is_substring_hit(predicted, gold),
+        "closed_recall": metrics.f1(predicted, gold)[2],
+        "closed_accuracy": is_strictly_right(text, str(sample.answer)),
+    }
