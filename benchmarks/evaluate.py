@@ -228,7 +228,6 @@ def checkpoint_of(path: str | None):
 def read_questions(processor, root: str, number: int | None, limit: int) -> tuple[list[tuple[str, str]], list[Question], dict]:
     """(question, path) pairs of VQA-RAD's test split, the same as prompts, and how long their images take to be read."""
     from llavamed_jax.datasets.vqa_rad import read_vqa_rad
-    from llavamed_jax.evaluation.answering.local import _messages
 
     pairs = [(s.question.replace("<image>", "").strip(), str(s.image)) for s in read_vqa_rad(root, "test", "clean")][:number]
     begun, pixels = time.perf_counter(), {}
@@ -236,7 +235,8 @@ def read_questions(processor, root: str, number: int | None, limit: int) -> tupl
         if path not in pixels:
             pixels[path] = processor.images_uint8([path])[0]
     seconds = time.perf_counter() - begun
-    questions = [Question(processor.expand(processor.encode(processor.prompt(_messages(*pair)))), pixels[pair[1]], limit) for pair in pairs]
+    ids = [processor.expand(processor.encode(processor.question(text, [path]))) for text, path in pairs]
+    questions = [Question(row, pixels[path], limit) for row, (_, path) in zip(ids, pairs, strict=True)]
     return pairs, questions, dict(images=len(pixels), seconds_to_read_each_image_once=seconds)
 
 

@@ -29,7 +29,7 @@ from llavamed_jax.errors import UserError, short
 from llavamed_jax.images import load as pixels
 from llavamed_jax.text.chat_template import ChatTemplate, find_chat_template
 from llavamed_jax.text.conversation import IMAGE_MARKER, image_first, render, supervise, training_turns
-from llavamed_jax.text.messages import Chat, read_messages
+from llavamed_jax.text.messages import Chat, question, read_messages
 from llavamed_jax.text.templates import Template, default_template, get_template
 from llavamed_jax.text.tokenizer import Tokenizer, find_tokenizer
 from llavamed_jax.utils.files import read_json
@@ -193,7 +193,17 @@ class Processor:
         Raises:
           UserError: messages out of order, or a count of images that does not fit the markers, with both numbers.
         """
-        chat = read_messages(messages, self.image_marker, is_image_last=self._is_v1)
+        return self._rendered(read_messages(messages, self.image_marker, is_image_last=self._is_v1))
+
+    def question(self, text: str, images: Sequence = ()) -> str:
+        """The prompt of one question about images: equal to `prompt` of a user's message with these images before this text.
+
+        Raises:
+          UserError: a count of images that does not fit the markers in the text.
+        """
+        return self._rendered(question(text, images, self.image_marker, is_image_last=self._is_v1))
+
+    def _rendered(self, chat: Chat) -> str:
         if self.chat_template is not None:
             return self.chat_template.render(chat)
         return render(self.template, self._asked(chat), chat.system)

@@ -31,8 +31,8 @@ class Processor:
     def for_evaluation(self):
         return self
 
-    def prompt(self, messages):
-        return messages[0]["content"][1]["text"]
+    def question(self, text, images):
+        return text
 
     def encode(self, prompt):
         self.prompts.append(prompt)

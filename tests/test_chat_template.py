@@ -20,6 +20,7 @@ from llavamed_jax.processor import Processor
 from llavamed_jax.text import template_process
 from llavamed_jax.text.chat_template import ChatTemplate
 from llavamed_jax.text.messages import read_messages
+from tests.test_templates import check_questions
 
 pytest.importorskip("jinja2")
 pytest.importorskip("transformers")
@@ -158,6 +159,11 @@ def test_a_template_may_name_images_otherwise():
     for source, text in ((PARTS["interleaved"].replace("<image>", "[IMG]"), "<s><|user|>[IMG]Is it normal?</s><|assistant|>"),
                          (STRINGS["llama's own"], "<s>[INST] [IMG]\nIs it normal? [/INST]")):
         assert by_us(source, messages_of(TALKS["one question"]), marker="[IMG]") == text
+
+
+@pytest.mark.parametrize("source", {**PARTS, **STRINGS}.values(), ids={**PARTS, **STRINGS})
+def test_a_question_is_the_prompt_of_its_message(source, tmp_path):
+    check_questions(Processor.load(checkpoint(tmp_path / "a", **{"chat_template.jinja": source})))
 
 
 def test_what_transformers_templates_may_call():

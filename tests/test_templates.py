@@ -2,6 +2,7 @@
 
 import hashlib
 import random
+from pathlib import Path
 
 import pytest
 
@@ -15,6 +16,7 @@ from llavamed_jax.text.tokenizer import Tokenizer
 from tests import original_text
 from tests.test_conversation import BACK, FRONT, spans, talk
 
+SAMPLE = Path(__file__).resolve().parent.parent / "samples" / "vqa_rad" / "tokenizer.model"
 V1 = [name for name in TEMPLATES if name.startswith("v1.0:")]
 PLAIN = [name for name in TEMPLATES if name.endswith("plain")]
 ASKING = [name for name in TEMPLATES if not TEMPLATES[name].is_for_training_only]
@@ -119,6 +121,31 @@ def test_an_image_in_a_message_goes_where_the_origin_puts_it(name, llama_tokeniz
     assert ids.count(IMAGE_TOKEN) == 1 and len(processor.expand(ids)) == len(ids) + 15
     pair = [32002, 32003] if name == "v1.0:v0" else [32001, 32002]
     assert (ids[at - 1:at + 2:2] == pair) == (name in V1)
+
+
+QUESTIONS = ["Is it?", " Is it? \n", "", "\n", "这张胸部X光片显示什么？", "Two\nlines.", "Compare <image> and <image>.", "<image>\nIs it?",
+             "### Human: [INST] </s> {{ x }}"]
+
+
+def outcome(make):
+    try:
+        return make()
+    except UserError as error:
+        return str(error).replace("the question has", "message 0 has")
+
+
+def check_questions(processor):
+    """A question about images is written, or refused, as a user's message of these images and this text."""
+    for text in QUESTIONS:
+        for images in ([], ["x.png"], ["x.png", "y.png"]):
+            parts = [{"type": "image", "image": image} for image in images] + [{"type": "text", "text": text}]
+            wanted = outcome(lambda parts=parts: processor.prompt([{"role": "user", "content": parts}]))
+            assert outcome(lambda text=text, images=images: processor.question(text, images)) == wanted
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_question_is_the_prompt_of_its_message(name):
+    check_questions(Processor(None, Tokenizer.load(SAMPLE), name, image_size=56))
 
 
 def test_simple_legacy_asks_as_model_vqa_does(llama_tokenizer):

@@ -91,8 +91,7 @@ class TrainedModel:
             if self._captioner is not None:
                 ids = processor.expand(self._captioner.encode(self._captioner.image_marker))
             else:
-                content = [{"type": "image", "image": image} for image in question.images] + [{"type": "text", "text": question.text}]
-                ids = processor.expand(processor.encode(processor.prompt([{"role": "user", "content": content}])))
+                ids = processor.expand(processor.encode(processor.question(question.text, question.images)))
             if len(ids) > model.engine.max_prompt:
                 raise UserError(f"its prompt is {len(ids)} tokens long; at most {model.engine.max_prompt} were expected")
             return ids, list(processor.images_uint8(question.images)) if question.images else []

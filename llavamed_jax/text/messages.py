@@ -1,4 +1,4 @@
-"""OpenAI chat messages to turns and images."""
+"""OpenAI chat messages, or one question, to turns and images."""
 
 from __future__ import annotations
 
@@ -52,13 +52,8 @@ def read_messages(messages: Sequence[dict], marker: str = IMAGE_MARKER, is_image
             raise UserError(f"message {i} has the role {short(role)}; system, user or assistant was expected")
         if role != ("user", "assistant")[len(turns) % 2]:
             raise UserError(f"message {i} is the {role}'s; user and assistant in alternation, the user first, were expected")
-        markers = text.count(IMAGE_MARKER)
-        parts.append(_split_at_markers(text) if markers else given)
-        if found and not markers:
-            text = (text.strip() + ("\n" + marker) * len(found)).lstrip() if is_image_last else (marker + "\n") * len(found) + text.strip()
-        elif found and markers != len(found):
-            raise UserError(f"message {i} has {len(found)} images for {markers} {IMAGE_MARKER} markers")
-        turns.append(text)
+        parts.append(_split_at_markers(text) if IMAGE_MARKER in text else given)
+        turns.append(_with_images(text, len(found), marker, is_image_last, f"message {i}"))
         images += found
     if len(turns) % 2 == 0:
         raise UserError("the last message must be the user's, so that there is something to answer")
@@ -66,6 +61,29 @@ def read_messages(messages: Sequence[dict], marker: str = IMAGE_MARKER, is_image
     if images and markers != len(images):
         raise UserError(f"the messages have {len(images)} images for {markers} {IMAGE_MARKER} markers")
     return Chat(system, turns, images, parts)
+
+
+def question(text: str, images: Sequence = (), marker: str = IMAGE_MARKER, is_image_last: bool = False) -> Chat:
+    """One question about images, equal to `read_messages` of a user's message with these images before this text.
+
+    Raises:
+      UserError: a count of images that does not fit the markers in the text.
+    """
+    turn = _with_images(text, len(images), marker, is_image_last, "the question")
+    has_markers = IMAGE_MARKER in text
+    parts = _split_at_markers(text) if has_markers else [*({"type": "image"} for _ in images), {"type": "text", "text": text}]
+    return Chat(None, [turn], list(images), [parts])
+
+
+def _with_images(text: str, num_images: int, marker: str, is_image_last: bool, where: str) -> str:
+    """A turn with its images' markers, before or behind the text, unless the text places as many markers itself."""
+    markers = text.count(IMAGE_MARKER)
+    if num_images and markers not in (0, num_images):
+        raise UserError(f"{where} has {num_images} images for {markers} {IMAGE_MARKER} markers")
+    if markers or not num_images:
+        return text
+    text = text.strip()
+    return (text + ("\n" + marker) * num_images).lstrip() if is_image_last else (marker + "\n") * num_images + text
 
 
 def _read_content(content, index: int) -> tuple[str, list, list[dict]]:

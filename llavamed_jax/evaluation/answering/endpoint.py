@@ -26,7 +26,7 @@ _EXIF_ORIENTATION = 0x0112
 
 
 class Endpoint:
-    """A served model as one that answers an evaluation's questions (`asking.Answerer`).
+    """A served model as one that answers an evaluation's questions (`answerer.Answerer`).
 
     A question is one user message: the image as a data URL, then the text. System prompt and template are the server's. What is
     too long for the model the server refuses; no prompt is cut.
@@ -72,7 +72,6 @@ class Endpoint:
         facts = {"requests": str(service.requests), "requests sent again": f"{service.again.total()}{f' ({again})' if again else ''}",
                  "prompt tokens": str(service.prompt_tokens), "completion tokens": str(service.completion_tokens)}
         return facts | ({"settings not taken": ", ".join(service.not_taken)} if service.not_taken else {})
-
 
     def describe(self) -> dict[str, object]:
         """As `Answerer.describe` says. Template, tower and the like are the server's, and not known here."""

@@ -29,7 +29,7 @@ _AHEAD = 8  # images that are read before they are needed
 
 
 class LocalModel:
-    """A loaded model as one that answers an evaluation's questions (`asking.Answerer`).
+    """A loaded model as one that answers an evaluation's questions (`answerer.Answerer`).
 
     A prompt that with its image is longer than the model takes (the checkpoint's `tokenizer_model_max_length`) is cut from
     the right, as the original does, which loses the end of the instruction; it is counted in its answer.
@@ -148,7 +148,8 @@ class _Asking:
             if isinstance(image, UserError):
                 self._failed[i] = image
                 continue
-            ids = processor.expand(processor.encode(processor.prompt(_messages(*self._questions[i]))))
+            text, path = self._questions[i]
+            ids = processor.expand(processor.encode(processor.question(text, [path])))
             yield i, ids[:limit], image, max(0, len(ids) - limit)
 
 
@@ -172,11 +173,6 @@ def read_ahead(processor, paths: Sequence[str]) -> Iterator[np.ndarray | UserErr
             yield from itertools.repeat(image.result(), count)
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def _messages(question: str, image: str) -> list[dict]:
-    content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
-    return [{"role": "user", "content": content}]
 
 
 def model_name(path: str) -> str:
