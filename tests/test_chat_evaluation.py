@@ -18,7 +18,7 @@ from llavamed_jax.cli import eval as cli
 from llavamed_jax.cli.common import load_config
 from llavamed_jax.datasets.qa50 import ChatQuestion
 from llavamed_jax.errors import UserError
-from llavamed_jax.evaluation import chat, chat_published
+from llavamed_jax.evaluation import chat, chat_published, run
 from llavamed_jax.evaluation.answering.answerer import Answer
 from llavamed_jax.evaluation.judging.judge import Verdict
 from llavamed_jax.evaluation.report import chat_report
@@ -42,8 +42,8 @@ def settings(folder, server=None, **changes):
 
 
 def evaluation(tmp_path, server=None, workdir="out", **changes):
-    found = chat.ChatEvaluation(load_config(CONFIG, settings(tmp_path / "set", server, **changes)), tmp_path / workdir)
-    found.judge.service.backoff = 0.01
+    found = run.open_evaluation(load_config(CONFIG, settings(tmp_path / "set", server, **changes)), tmp_path / workdir)
+    found.scorer.judge.service.backoff = 0.01
     return found
 
 
@@ -229,7 +229,7 @@ class Answerer:
 
 def test_a_model_is_asked_and_judged_and_so_is_the_control(few):
     with OpenAiServer(judge) as server:
-        metrics = evaluation(few, server).run(Answerer(), {"checkpoint": "runs/x"}, ["image"])
+        metrics = run.evaluate(evaluation(few, server), Answerer(), {"checkpoint": "runs/x"}, ["image"])
     names = {"predictions.jsonl", "predictions_control_image.jsonl", "predictions_control_noise.jsonl", "reviews.jsonl",
              "reviews_control_image.jsonl", "reviews_control_noise.jsonl", "metrics.json", "report.html", "judge_cache.jsonl",
              "tensorboard"}  # fmt: skip
@@ -269,9 +269,9 @@ def test_one_server_answers_and_another_judges(few):
 def test_answers_are_kept_while_the_judge_is_away(few):
     answerer = Answerer()
     with pytest.raises(UserError, match="cannot be reached"):
-        evaluation(few).run(answerer, {"checkpoint": "runs/x"})
+        run.evaluate(evaluation(few), answerer, {"checkpoint": "runs/x"})
     with OpenAiServer(judge) as server:
-        evaluation(few, server, **{"judge.max_tokens": 99}).run(answerer, {"checkpoint": "runs/x"})
+        run.evaluate(evaluation(few, server, **{"judge.max_tokens": 99}), answerer, {"checkpoint": "runs/x"})
         check_whole(few / "out", server, FEW)
     assert answerer.asked == len(FEW), "another judge is no reason to ask the model again"
 
@@ -320,21 +320,21 @@ def test_the_papers_numbers_stand_only_beside_what_is_like_them(few, monkeypatch
     names = dict(models=("gpt-4-0314",))
     with OpenAiServer(judge, **names) as server:
         own = evaluation(few, server, **{"judge.model": "gpt-4-0314"})
-        metrics = own.score_file(few / "p.jsonl")
+        metrics = run.score_file(own, few / "p.jsonl")
         reasons = metrics["differs_from_the_paper"]
         told = ("not the published file", "worded otherwise", "unscored questions: 1")
         assert len(reasons) == 3 and all(text in reason for text, reason in zip(told, reasons, strict=True))
         assert "60K-IM" not in (few / "out" / "report.html").read_text()
-    monkeypatch.setattr(chat_published, "ORIGINAL_WORDING", own.judge.prompt.wording)
-    monkeypatch.setattr("llavamed_jax.datasets.qa50.PUBLISHED_SHA256", own.chat_set.sha256)
+    monkeypatch.setattr(chat_published, "ORIGINAL_WORDING", own.scorer.judge.prompt.wording)
+    monkeypatch.setattr("llavamed_jax.datasets.qa50.PUBLISHED_SHA256", own.scorer.chat_set.sha256)
     with OpenAiServer(lambda body: "8 4", **names) as server:
         like = evaluation(few, server, "like", **{"judge.model": "gpt-4-0314"})
-        assert like.score_file(few / "p.jsonl")["differs_from_the_paper"] == []
+        assert run.score_file(like, few / "p.jsonl")["differs_from_the_paper"] == []
         page = Page((few / "like" / "report.html").read_text())
         assert "LLaVA-Med, 60K-IM 55.1 36.4 56.2 40.4 52.7 51.8 50.1 50.2" in page.text and "this run 50.0" in page.text
         for change, reason in (("judge.image_marker=true", "stands in"), ("judge.temperature=0.2", "0.2"), ("judge.model=gpt-4", "gpt-4,")):
             other = evaluation(few, server, "x", **{"judge.model": "gpt-4-0314"} | dict([change.split("=")]))
-            found = chat_published.differences(other.chat_set, other.judge, other.cfg.judge.image_marker, 0)
+            found = chat_published.differences(other.scorer.chat_set, other.scorer.judge, other.cfg.judge.image_marker, 0)
             assert len(found) == 1 and reason in found[0]
 
 
@@ -348,11 +348,11 @@ def test_scores_beyond_the_scale_count_where_the_original_is_asked_for(few, caps
         return "8 4" if "Mind the form" in text else odd.get(number, "8 8")
 
     with OpenAiServer(answer) as server:
-        strict = evaluation(few, server).score_file(few / "p.jsonl")
+        strict = run.score_file(evaluation(few, server), few / "p.jsonl")
         assert strict["judge"]["n_asked_again"] == 3 and strict["judge"]["reading"] == "strict" and strict["n_unscored"] == 0
         assert any("asked for again: 3 (judge.reading=original)" in reason for reason in strict["differs_from_the_paper"])
         count = len(server.log)
-        original = evaluation(few, server, **{"judge.reading": "original"}).score_file(few / "p.jsonl")
+        original = run.score_file(evaluation(few, server, **{"judge.reading": "original"}), few / "p.jsonl")
         assert len(server.log) == count == len(FEW) + 3, "nothing is asked for it"
     assert original["judge"]["n_asked_again"] == 0 and original["judge"]["reading"] == "original"
     assert not any("judge.reading" in reason for reason in original["differs_from_the_paper"])
@@ -381,7 +381,7 @@ def test_the_papers_table_is_the_papers():
 
 def test_the_report_is_one_offline_page(few):
     with OpenAiServer(judge) as server:
-        evaluation(few, server).score_file(few / "p.jsonl")
+        run.score_file(evaluation(few, server), few / "p.jsonl")
     html = (few / "out" / "report.html").read_text()
     page = Page(html)
     links = [value for name, value in page.attributes if name in ("src", "href")]

@@ -452,8 +452,8 @@ class OrganModel(FakeModel):
 
 
 def test_an_evaluation_from_start_to_end(tmp_path):
-    evaluation = run.Evaluation(config(), tmp_path / "out")
-    result = evaluation.run(local.LocalModel(OrganModel(), "demo"), {"checkpoint": "runs/demo"}, ["image"])
+    evaluation = run.open_evaluation(config(), tmp_path / "out")
+    result = run.evaluate(evaluation, local.LocalModel(OrganModel(), "demo"), {"checkpoint": "runs/demo"}, ["image"])
     names = {"predictions.jsonl", "predictions_control_image.jsonl", "predictions_control_noise.jsonl", "metrics.json", "report.html",
              "tensorboard"}
     assert {path.name for path in (tmp_path / "out").iterdir()} == names

@@ -17,9 +17,13 @@ from llavamed_jax.cli.common import load_config
 from llavamed_jax.datasets.sample import VqaSample
 from llavamed_jax.datasets.vqa_rad import read_vqa_rad
 from llavamed_jax.evaluation import run
+from llavamed_jax.evaluation.answering import asked
 from llavamed_jax.evaluation.answering.answerer import Generation
 from llavamed_jax.evaluation.answering.ask import ask
 from llavamed_jax.evaluation.answering.local import LocalModel
+from llavamed_jax.evaluation.questions import questions_hash
+from llavamed_jax.evaluation.report import details
+from llavamed_jax.evaluation.results import Outcome
 from llavamed_jax.evaluation.scoring import controls, score
 from llavamed_jax.evaluation.scoring.items import AnswerSet
 from llavamed_jax.evaluation.scoring.predictions import read_predictions
@@ -35,7 +39,8 @@ EOS = 2
 
 def evaluation(workdir, arguments="", **changes):
     values = {"data.root": SAMPLE} | changes
-    return run.Evaluation(load_config(f"{ROOT / 'configs/eval/vqa_rad.py'}{arguments}", [f"{k}={v}" for k, v in values.items()]), workdir)
+    cfg = load_config(f"{ROOT / 'configs/eval/vqa_rad.py'}{arguments}", [f"{k}={v}" for k, v in values.items()])
+    return run.open_evaluation(cfg, workdir)
 
 
 class Reader:
@@ -74,7 +79,7 @@ def finished(tmp_path_factory):
     job = evaluation(workdir, ":demo", **{"data.held_out": SAMPLE / "held_out.json", "generation.temperature": 0.7,
                                           "generation.max_new_tokens": 11, "generation.batch_size": 5, "seed": 3})
     model = Reader(job.samples)
-    return job, model, job.run(LocalModel(model, "x"), {"checkpoint": "runs/x"}, ["image"]), workdir
+    return job, model, run.evaluate(job, LocalModel(model, "x"), {"checkpoint": "runs/x"}, ["image"]), workdir
 
 
 def test_the_control_scores_its_own_answers(finished):
@@ -84,7 +89,7 @@ def test_the_control_scores_its_own_answers(finished):
         shown = read_predictions(workdir / f"predictions_control_{name}.jsonl")
         assert {each["text"] for each in shown} == {"a kangaroo"} and "a kangaroo" not in {each["text"] for each in own}
         for family in ("strict", "paper"):
-            assert table[family] == score.score(AnswerSet(job.samples, shown, job.training), seed=3)[family]
+            assert table[family] == score.score(AnswerSet(job.samples, shown, job.scorer.training), seed=3)[family]
         assert table["strict"]["closed_accuracy"] == table["strict"]["open_exact"] == 0
         assert table["paper"]["closed_recall"] == 0 < result["paper"]["closed_recall"]
         assert (table["kind"], table["seed"]) == (name, 3)
@@ -105,7 +110,8 @@ def test_every_image_has_a_noise_of_its_own_that_is_gone_afterwards(finished):
 def test_each_control_has_its_own_scores(tmp_path):
     job = evaluation(tmp_path)
     own, wrong = ([{"question_id": s.question_id, "text": text or s.answer} for s in job.samples] for text in ("", "a kangaroo"))
-    control = job._finish(own, {"image": wrong, "noise": own}, {}, {})["control"]
+    answers = {name: AnswerSet(job.samples, lines) for name, lines in {run.OWN: own, "image": wrong, "noise": own}.items()}
+    control = run._finish(job, answers, {}, {})["control"]
     for table, value in ((control, 0), (control["noise"], 100)):
         assert (table["strict"]["closed_accuracy"], table["difference"]["closed_accuracy"]) == (value, 100 - value)
         assert table["strict"]["open_exact"] == value
@@ -115,16 +121,17 @@ def test_hashes_are_of_what_was_read_asked_and_answered(tmp_path):
     job, sha256 = evaluation(tmp_path / "w"), lambda data: hashlib.sha256(data).hexdigest()
     predictions = [{"question_id": s.question_id, "text": "é"} for s in job.samples]
     file = SAMPLE / "VQA_RAD Dataset Public.json"
-    assert job._details({}, AnswerSet(job.samples, predictions), {"files": {"config.json": "0a"}})["SHA-256"].items() >= {
-        "predictions": sha256(to_jsonl(predictions).encode()), "questions": run._questions_hash(job.samples),
+    found = Outcome({"asked": {"files": {"config.json": "0a"}}}, str)
+    assert details.tables(job.cfg, None, AnswerSet(job.samples, predictions), found, {})["SHA-256"].items() >= {
+        "predictions": sha256(to_jsonl(predictions).encode()), "questions": questions_hash(job.samples),
         str(file): sha256(file.read_bytes()), "config.json": "0a",
     }.items()  # fmt: skip
     first, *others = job.samples
     changes = [{"answer": "else"}, {"question": "else"}, {"image": Path("else")}, {"question_id": "else"}, {"options": ("else",)},
                {"answer_type": "else"}]
-    hashes = {run._questions_hash([replace(first, **change), *others]) for change in ({}, *changes)}
+    hashes = {questions_hash([replace(first, **change), *others]) for change in ({}, *changes)}
     assert len(hashes) == 1 + len(changes)
-    assert run._questions_hash([replace(first, image=Path("elsewhere") / first.image.name), *others]) in hashes
+    assert questions_hash([replace(first, image=Path("elsewhere") / first.image.name), *others]) in hashes
 
 
 def test_the_difference_is_predictions_minus_control(finished):
@@ -140,7 +147,10 @@ def test_the_difference_is_predictions_minus_control(finished):
 
 def test_what_is_only_computed_of_the_answers_asks_nothing_anew(tmp_path):
     """Answers of a start that was stopped are taken over by one with other comparisons, and not by one with another seed."""
-    key = lambda name, **changes: evaluation(tmp_path / name, **changes)._key({"checkpoint": "runs/x"}, {})
+    def key(name, **changes):
+        job = evaluation(tmp_path / name, **changes)
+        return asked.key(None, job.cfg, job.samples, {"checkpoint": "runs/x"}, {})
+
     assert key("a") == key("b", **{"published": "from_llava", "data.trained_on": SAMPLE, "data.trained_on_images": "x"}) != key("c", seed=1)
 
 
@@ -169,10 +179,10 @@ def test_the_papers_protocol_reaches_candidates_and_leakage_table(tmp_path):
     for protocol in ("clean", "paper"):
         job = evaluation(tmp_path / protocol, protocol=protocol)
         predictions.write_text("".join(json.dumps({"question_id": s.question_id, "text": "x"}) + "\n" for s in job.samples))
-        results[protocol] = job.score_file(predictions)
+        results[protocol] = run.score_file(job, predictions)
         rows = read_vqa_rad(SAMPLE, "train", protocol)
         assert results[protocol]["leakage"]["training_rows"] == len(rows)
-        assert job.training == rows and job.samples == read_vqa_rad(SAMPLE, "test", "clean")
+        assert job.scorer.training == rows and job.samples == read_vqa_rad(SAMPLE, "test", "clean")
     leaked = [results[protocol]["leakage"]["questions_in_training"] for protocol in ("clean", "paper")]
     assert leaked[0] < leaked[1]
 
@@ -258,7 +268,7 @@ def test_settings_that_are_wrong_are_said_before_a_model_is_loaded(more, status,
 def test_a_lone_surrogate_in_an_answer_is_written_escaped(tmp_path):
     job = evaluation(tmp_path)
     (tmp_path / "p.jsonl").write_text("".join(f'{{"question_id": "{s.question_id}", "text": "no \\ud800"}}\n' for s in job.samples))
-    job.score_file(tmp_path / "p.jsonl")
+    run.score_file(job, tmp_path / "p.jsonl")
     assert "no \\ud800" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 

@@ -42,7 +42,7 @@ def judge(body):
 
 def evaluation(workdir, server=None, **changes):
     values = {"data.root": SAMPLE} | ({"judge.model": "tiny", "judge.endpoint": server.url} if server else {}) | changes
-    return run.Evaluation(load_config(CONFIG, [f"{key}={value}" for key, value in values.items()]), workdir)
+    return run.open_evaluation(load_config(CONFIG, [f"{key}={value}" for key, value in values.items()]), workdir)
 
 
 @pytest.fixture
@@ -52,13 +52,13 @@ def predictions(tmp_path):
 
 
 def test_open_answers_are_judged_apart_from_the_string_metrics(tmp_path, predictions):
-    without = evaluation(tmp_path / "without").score_file(predictions)
+    without = run.score_file(evaluation(tmp_path / "without"), predictions)
     assert "judged" not in without
     assert {path.name for path in (tmp_path / "without").iterdir()} == {"metrics.json", "report.html", "tensorboard"}
     with OpenAiServer(judge) as server:
         own = evaluation(tmp_path / "with", server)
-        found = own.score_file(predictions)
-        assert evaluation(tmp_path / "with", server).score_file(predictions) == found
+        found = run.score_file(own, predictions)
+        assert run.score_file(evaluation(tmp_path / "with", server), predictions) == found
         asked = len(OPEN) + 2
         assert len(server.log) == asked and server.asked_without_need() == [], "the second time nothing is asked"
     assert {key: value for key, value in found.items() if key != "judged"} == without
@@ -91,7 +91,7 @@ def test_a_request_that_fails_is_reported_and_the_report_is_written(tmp_path, pr
     with OpenAiServer(answer) as server:
         own = evaluation(tmp_path / "out", server, **{"judge.retries": 0})
         with pytest.raises(UserError, match=f"^1 of {len(OPEN)} open answers were not judged and are reported as unscored"):
-            own.score_file(predictions)
+            run.score_file(own, predictions)
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert metrics["judged"]["unscored"] == [OPEN[0].question_id]
     assert "no choices" in json.loads((tmp_path / "out" / "judged.jsonl").read_text().splitlines()[0])["error"]
@@ -119,4 +119,4 @@ def test_a_config_without_the_group_judges_nothing(tmp_path):
     cfg = load_config(CONFIG, [f"data.root={SAMPLE}"])
     with cfg.unlocked():
         del cfg["judge"]
-    assert run.Evaluation(cfg, tmp_path / "w").judge is None
+    assert run.open_evaluation(cfg, tmp_path / "w").scorer.judge is None

@@ -67,20 +67,20 @@ def program(argv: Sequence[str]) -> int:
         return status
     endpoint = None if args.endpoint is None else _endpoint(args)
     is_new = not os.path.exists(args.workdir)
-    from llavamed_jax.evaluation import chat, results, run  # after the flags are known to be right: it takes a second
+    from llavamed_jax.evaluation import results, run  # after the flags are known to be right: it takes a second
 
     remove = (lambda: results.remove_empty(Path(args.workdir))) if is_new else lambda: None  # only where nothing has been written
     with signals.undone_by(remove):
-        evaluation = (chat.ChatEvaluation if cfg.data.name == chat.KIND else run.Evaluation)(cfg, args.workdir, args.against)
-        print(evaluation.describe(), flush=True)
+        evaluation = run.open_evaluation(cfg, args.workdir, args.against)
+        print(evaluation.scorer.describe(), flush=True)
         _say_void(args, cfg, overrides)
         try:
             if endpoint is not None:
                 endpoint.check(evaluation.generation)
             if args.predictions is None:
-                evaluation.check([args.control] if args.control else [])
+                run.check(evaluation, [args.control] if args.control else [])
             if args.dry_run:
-                print(evaluation.plan(args.predictions, args.control is not None))
+                print(run.plan(evaluation, args.predictions, args.control is not None))
                 return 0
             with results.locked(evaluation.workdir) as evaluation.place:
                 metrics = _measure(evaluation, args, endpoint)
@@ -96,7 +96,7 @@ def program(argv: Sequence[str]) -> int:
             raise UserError(f"{signals.failure()}; {evaluation.n_kept} answers are kept in {args.workdir}: run again to go on")
         print(_stopped(evaluation, args), file=sys.stderr)
         return common.EXIT_SAVED
-    print(evaluation.summary(metrics))
+    print(evaluation.scorer.summary(metrics))
     print(f"report: {evaluation.workdir / 'report.html'}")
     return 0
 
@@ -117,11 +117,11 @@ def _say_void(args: argparse.Namespace, cfg, overrides: Sequence[str]) -> None:
 
 
 def _preflight(args: argparse.Namespace, cfg) -> int:
-    from llavamed_jax.evaluation import run
+    from llavamed_jax.evaluation.settings import check_generation
 
     if "generation" not in cfg:
         raise UsageError(f"--config is {args.config!r}, which has no 'generation'; a file of configs/eval was expected")
-    run.check_generation(cfg)
+    check_generation(cfg)
     if cfg.generation.num_beams > 1:
         raise UsageError(f"generation.num_beams is {cfg.generation.num_beams}; --preflight compiles the engine's programs and not those of "
                          "beam search: 1 was expected")
@@ -175,7 +175,7 @@ def _measure(evaluation, args: argparse.Namespace, endpoint) -> dict | None:
     Every answer is on the disk as soon as it is there, so where the evaluation does not come to its end in time, in a native call or
     a request, the process is ended as it is.
     """
-    from llavamed_jax.evaluation import results
+    from llavamed_jax.evaluation import results, run
     from llavamed_jax.parallel import distributed
 
     signals.enter(signals.Phase(lambda: _stopped(evaluation, args), common.EXIT_SAVED, grace=_GRACE_S, raises=True,
@@ -183,12 +183,12 @@ def _measure(evaluation, args: argparse.Namespace, endpoint) -> dict | None:
     distributed.when_stopped(lambda: signals.ask("another process"))
     try:
         if args.predictions is not None:
-            return evaluation.score_file(args.predictions)
+            return run.score_file(evaluation, args.predictions)
         answerer = endpoint or _local(args)
         source = {"endpoint": endpoint.service.url, "model": endpoint.name} if endpoint else {"checkpoint": args.checkpoint}
         flags = {name: getattr(args, name) for name in _MODEL_FLAGS}
         flags |= {"query": endpoint.service.address.identity} if endpoint else {}
-        return evaluation.run(answerer, source, [args.control] if args.control else [], flags)
+        return run.evaluate(evaluation, answerer, source, [args.control] if args.control else [], flags)
     except KeyboardInterrupt:
         return None
     except results.Lost:

@@ -16,11 +16,11 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from llavamed_jax.datasets.qa50 import DOMAINS, TYPES, ChatQuestion, read_chat_questions
-from llavamed_jax.datasets.sample import VqaSample, check_images, first_names
+from llavamed_jax.datasets.sample import VqaSample, first_names
 from llavamed_jax.errors import UsageError
 from llavamed_jax.evaluation import chat_published
 from llavamed_jax.evaluation.answering.asked import words as asked_words
-from llavamed_jax.evaluation.judging.judge import Judge, Verdict, check_answered, report_unscored
+from llavamed_jax.evaluation.judging.judge import Judge, Verdict, report_unscored
 from llavamed_jax.evaluation.judging.prompts import (
     CHAT_PROMPT,
     READINGS,
@@ -29,7 +29,7 @@ from llavamed_jax.evaluation.judging.prompts import (
     read_prompt,
 )
 from llavamed_jax.evaluation.report import chat_report
-from llavamed_jax.evaluation.run import Evaluation
+from llavamed_jax.evaluation.results import Outcome
 from llavamed_jax.evaluation.scoring import statistics
 from llavamed_jax.evaluation.scoring.items import AnswerSet
 from llavamed_jax.utils.files import to_jsonl
@@ -38,16 +38,27 @@ KIND = "chat"  # `data.name` of such a config
 _SCORES = ("pred_relative_score", "gpt4_score", "pred_score")
 
 
-class ChatEvaluation(Evaluation):
-    """The questions of a chat config, their answers, and what a judge says of these; arguments and errors as `Evaluation`'s.
+class ChatScorer:
+    """The questions of a chat config, and what a judge says of answers to them.
 
-    Beside what that writes there is `reviews.jsonl`: a line for each question, with both answers, their scores and the judge's text.
+    Beside the files of every evaluation there is `reviews.jsonl`: a line for each question, with both answers, their scores and
+    the judge's text. Arguments and errors are those of `VqaScorer`; there are no training rows.
     """
 
-    def __init__(self, cfg: ConfigDict, workdir: str | Path, against: str | Path | None = None):
+    def __init__(self, cfg: ConfigDict, workdir: Path, against: str | Path | None = None):
         if against is not None:
             raise UsageError("--against compares answers by the metrics of VQA sets and captions; a judge's scores stand in metrics.json")
-        super().__init__(cfg, workdir)
+        if not cfg.data.root:
+            raise UsageError("data.root is empty; the file of chat questions or its folder was expected: --config.data.root=PATH")
+        self.cfg, self._reading = cfg, cfg.judge.get("reading", "strict")
+        if self._reading not in READINGS:
+            raise UsageError(f"judge.reading is {self._reading!r}; {' or '.join(READINGS)} was expected")
+        self.judge = Judge(cfg.judge, read_prompt(cfg.judge.prompt, CHAT_PROMPT), READINGS[self._reading], workdir)
+        self.chat_set = read_chat_questions(cfg.data.root, cfg.data.images)
+        names = first_names(question.image for question in self.chat_set.questions)
+        self.questions = [dataclasses.replace(question, image=names[str(question.image)]) for question in self.chat_set.questions]
+        self.samples: list[VqaSample] = [question.sample() for question in self.questions]
+        self.training: list[VqaSample] = []
 
     def describe(self) -> str:
         """One line that says what is asked, and whether it is the published set."""
@@ -56,64 +67,43 @@ class ChatEvaluation(Evaluation):
         is_published = "as published" if self.chat_set.is_published else "not the published file"
         return f"{KIND}: {len(self.questions)} questions on {len({q.image for q in self.questions})} images, {counts}, {is_published}"
 
-    def plan(self, predictions: str | Path | None = None, has_control: bool = False) -> str:
+    def plan(self, texts: Sequence[str] | None, has_control: bool) -> str:
         """What judging will take, before anything is asked. Answers that are not there are taken as long as the references."""
-        texts = [question.reference for question in self.questions]
-        source = "answers as long as the references"
-        if predictions is not None:
-            texts, source = AnswerSet.read(self.samples, predictions).texts, "the answers that exist"
+        source = "answers as long as the references" if texts is None else "the answers that exist"
+        prompts = self._prompts([question.reference for question in self.questions] if texts is None else texts)
         controls = "; the controls' answers, exchanged images and noise, take up to as much again, each" if has_control else ""
-        return f"judge {self.judge.service.where}, {source}: {self.judge.estimate(self._prompts(texts))}{controls}"
+        return f"judge {self.judge.service.where}, {source}: {self.judge.estimate(prompts)}{controls}"
 
-    def check_images(self) -> None:
-        """Raises UserError where a figure is missing: who answers sees it, the judge does not."""
-        check_images(question.image for question in self.questions)
-
-    def summary(self, metrics: Mapping) -> str:
-        return summary(metrics)
-
-    def _load(self) -> tuple[list[VqaSample], list[VqaSample]]:
-        cfg = self.cfg
-        if not cfg.data.root:
-            raise UsageError("data.root is empty; the file of chat questions or its folder was expected: --config.data.root=PATH")
-        self._reading = cfg.judge.get("reading", "strict")
-        if self._reading not in READINGS:
-            raise UsageError(f"judge.reading is {self._reading!r}; {' or '.join(READINGS)} was expected")
-        self.judge = Judge(cfg.judge, read_prompt(cfg.judge.prompt, CHAT_PROMPT), READINGS[self._reading], self.workdir)
-        self.chat_set = read_chat_questions(cfg.data.root, cfg.data.images)
-        names = first_names(question.image for question in self.chat_set.questions)
-        self.questions = [dataclasses.replace(question, image=names[str(question.image)]) for question in self.chat_set.questions]
-        return [question.sample() for question in self.questions], []
+    def score(self, answers: AnswerSet, others: Mapping[str, AnswerSet], extra: Mapping) -> Outcome:
+        """The judge's numbers of all answers. `others`: kind of control -> its answers; `extra`: further objects of `metrics.json`."""
+        verdicts, reviews = self._judged(answers, "answers")
+        metrics, files = self._metrics(verdicts) | extra, {"reviews.jsonl": to_jsonl(reviews)}
+        other_reviews = {}
+        for name, other in others.items():
+            found, other_reviews[name] = self._judged(other, f"answers, control {name}")
+            files[f"reviews_control_{name}.jsonl"] = to_jsonl(other_reviews[name])
+            table = {"kind": name, "seed": self.cfg.seed, **chat_scores(self.questions, found, self.cfg.seed)}
+            metrics["control"] = table if name == "image" else metrics["control"] | {name: table}
+            verdicts = verdicts + found
+        model, prompt = str(answers.predictions[0].get("model_id", "")), self.judge.prompt
+        return Outcome(
+            metrics, lambda tables: chat_report.render(metrics, self.questions, reviews, other_reviews, tables, model),
+            files, "answers", verdicts, {"judge": self.judge.service.where},
+            {str(self.chat_set.file): self.chat_set.sha256, "judge's wording": prompt.wording},
+            {"Judge's prompt": {"system": prompt.system, "instruction": prompt.instruction, "reminder": prompt.reminder}},
+        )  # fmt: skip
 
     def _prompts(self, texts: Sequence[str]) -> list[str]:
         has_marker = self.cfg.judge.image_marker
         return [chat_prompt(self.judge.prompt, q, text, has_marker) for q, text in zip(self.questions, texts, strict=True)]
 
-    def _judged(self, answers: AnswerSet, name: str, title: str) -> tuple[list[Verdict], list[dict]]:
-        """The verdicts, and the lines of a file of reviews, which is written."""
+    def _judged(self, answers: AnswerSet, title: str) -> tuple[list[Verdict], list[dict]]:
+        """The verdicts, and the lines of a file of reviews."""
         prompts = self._prompts(answers.texts)
         print(f"judge {self.judge.service.where}, {title}: {self.judge.estimate(prompts)}", file=sys.stderr, flush=True)
         verdicts = self.judge.verdicts(prompts, title)
-        lines = [review(*each) for each in zip(self.questions, answers.texts, verdicts, strict=True)]
-        self.results.add(name, to_jsonl(lines))
         report_unscored(verdicts, [question.question_id for question in self.questions], title)
-        return verdicts, lines
-
-    def _finish(self, answers: AnswerSet, others: Mapping[str, AnswerSet], extra: dict, run: Mapping[str, str]) -> dict:
-        verdicts, reviews = self._judged(answers, "reviews.jsonl", "answers")
-        metrics = self._metrics(verdicts) | extra
-        reviews_of = {}
-        for name, other in others.items():
-            found, reviews_of[name] = self._judged(other, f"reviews_control_{name}.jsonl", f"answers, control {name}")
-            table = {"kind": name, "seed": self.cfg.seed, **chat_scores(self.questions, found, self.cfg.seed)}
-            metrics["control"] = table if name == "image" else metrics["control"] | {name: table}
-            verdicts = verdicts + found
-        details = self._chat_details(run, answers, metrics.get("asked", {}))
-        model = str(answers.predictions[0].get("model_id", ""))
-        page = chat_report.render(metrics, self.questions, reviews, reviews_of, details, model)
-        self._write_results(metrics, page, answers, others, run)
-        check_answered(verdicts, "answers")
-        return metrics
+        return verdicts, [review(*each) for each in zip(self.questions, answers.texts, verdicts, strict=True)]
 
     def _metrics(self, verdicts: Sequence[Verdict]) -> dict:
         """The object of `metrics.json`, without controls."""
@@ -130,11 +120,10 @@ class ChatEvaluation(Evaluation):
                 self.chat_set, self.judge, self.cfg.judge.image_marker, len(unscored), read_otherwise),
         }  # fmt: skip
 
-    def _chat_details(self, run: Mapping[str, str], answers: AnswerSet, said: Mapping[str, object]) -> dict[str, dict]:
-        prompt = self.judge.prompt
-        details = self._details({**run, "judge": self.judge.service.where}, answers, said)
-        details["SHA-256"] |= {str(self.chat_set.file): self.chat_set.sha256, "judge's wording": prompt.wording}
-        return details | {"Judge's prompt": {"system": prompt.system, "instruction": prompt.instruction, "reminder": prompt.reminder}}
+    @staticmethod
+    def summary(metrics: Mapping) -> str:
+        """The result as plain text."""
+        return summary(metrics)
 
 
 def review(question: ChatQuestion, text: str, verdict: Verdict) -> dict:

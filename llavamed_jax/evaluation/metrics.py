@@ -3,7 +3,7 @@
 The published LLaVA-Med numbers were computed with these functions (`llava/eval/run_eval*.py` of release v1.0.0), so a
 comparison with the paper needs exactly them. Several are not what their names say: "exact match" is a partial-credit
 precision, recall counts the candidate's repetitions, normalisation removes at most 32 full stops. They are kept
-because a corrected metric would be another metric; `scoring.py` reports strict ones beside them.
+because a corrected metric would be another metric; `scoring/strict.py` has strict ones beside them.
 """
 
 import os

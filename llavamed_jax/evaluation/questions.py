@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -89,6 +90,18 @@ def source_files(data: ConfigDict) -> list[Path]:
     if data.name == "pathvqa":
         return pathvqa.files_of(root, data.split)
     return sorted([*root.glob("*.json"), *root.glob("*.jsonl")]) or detect.parquet_files(root, data.split)
+
+
+def questions_hash(samples: Sequence[VqaSample]) -> str:
+    """A hash of the questions as they are scored, whatever files they came in: which split was asked, to the letter.
+
+    Of an image's path as many parts count as tell most images apart: SLAKE's are all called source.jpg.
+    """
+    paths = {str(s.image): Path(s.image).parts for s in samples}
+    length = next((n for n in range(1, 9) if 2 * len({parts[-n:] for parts in paths.values()}) > len(paths)), 9)
+    names = {image: "/".join(parts[-length:]) for image, parts in paths.items()}
+    rows = [[str(s.question_id), names[str(s.image)], s.question, str(s.answer), s.answer_type, list(s.options)] for s in samples]
+    return hashlib.sha256(json.dumps(rows, ensure_ascii=True).encode()).hexdigest()
 
 
 def write_llava(cfg: ConfigDict, path: str | Path) -> str:

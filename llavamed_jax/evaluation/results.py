@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import os
 import shutil
+import sys
 import tempfile
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from llavamed_jax.errors import UserError
+from llavamed_jax.errors import UsageError, UserError
+from llavamed_jax.evaluation.answering.resume import num_answers
+from llavamed_jax.evaluation.judging.judge import Verdict
+from llavamed_jax.evaluation.report import tensorboard
+from llavamed_jax.evaluation.scoring.predictions import read_predictions
 from llavamed_jax.parallel import distributed
-from llavamed_jax.utils.files import is_at, utf8
+from llavamed_jax.utils.files import is_at, read_json, utf8
 
+# Files that only some evaluations leave. Beside the metrics of another evaluation they would be wrong.
+_OF_RESULTS = ("predictions_control_*.jsonl", "judged.jsonl", "reviews.jsonl", "reviews_control_*.jsonl")
 _TEMPORARY = ".results."
 
 
@@ -94,66 +103,133 @@ def _lock(descriptor: int) -> bool:
     return True
 
 
-class Results:
-    """The files of a finished evaluation. All are written under temporary names, and only then renamed: a disk that is full leaves the
-    results of an earlier evaluation as they were.
+@dataclass(frozen=True)
+class Outcome:
+    """What a scorer made of the answers of an evaluation.
+
+    Attributes:
+      metrics: the object of `metrics.json`.
+      render: tables of what was run (title -> name -> value) -> the page `report.html`.
+      files: further files of the results, name -> text.
+      judged, verdicts: what a judge read, in the plural, and what it said of each.
+      facts, hashes: further rows of the tables of what was run; `tables`: further ones.
+    """
+
+    metrics: dict
+    render: Callable[[Mapping[str, Mapping]], str]
+    files: Mapping[str, str] = field(default_factory=dict)
+    judged: str = ""
+    verdicts: Sequence[Verdict] = ()
+    facts: Mapping[str, str] = field(default_factory=dict)
+    hashes: Mapping[str, str] = field(default_factory=dict)
+    tables: Mapping[str, Mapping] = field(default_factory=dict)
+
+
+def check_writable(workdir: Path) -> None:
+    """Creates the directory and a file in it, which is gone again; UserError where that cannot be done."""
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=workdir):
+            pass
+    except FileExistsError as error:
+        raise UserError(f"the workdir {workdir} is a file; a directory was expected") from error
+    except OSError as error:
+        raise UserError(f"the workdir {workdir} cannot be written to: {error.strerror or error}") from error
+
+
+def check_unused(workdir: Path, path: Path, predictions: Sequence[Mapping]) -> None:
+    """Refuses to lay the metrics of a file of predictions beside the answers of another evaluation.
+
+    Raises:
+      UsageError: the workdir holds other answers.
+    """
+    own = workdir / "predictions.jsonl"
+    if any(map(num_answers, workdir.glob("predictions*.partial"))):
+        raise UsageError(f"the workdir {workdir} holds answers of an evaluation that was stopped; the metrics of {path} do not "
+                         "belong beside them, and another --workdir was expected")
+    if own.exists() and not own.samefile(path) and _texts(read_predictions(own)) != _texts(predictions):
+        raise UsageError(f"the workdir {workdir} holds other answers, {own.name} of another evaluation; the metrics of {path} do "
+                         "not belong beside them, and another --workdir was expected")
+
+
+def _texts(predictions: Sequence[Mapping]) -> dict[str, str]:
+    return {str(each["question_id"]): each["text"] for each in predictions}
+
+
+def write_results(workdir: Path, files: Mapping[str, str], metrics: Mapping, run: Mapping[str, str],
+                  check: Callable[[], None] = lambda: None) -> None:
+    """Writes all files of an evaluation at once, and removes those that an earlier one of something else left beside them.
 
     Args:
       workdir: where they go; its lock is held.
-      check: raises where it is no longer at its place.
+      files: name -> text, without `metrics.json`.
+      run: who answered; a checkpoint's path says the step of TensorBoard's scalars.
+      check: raises where the workdir is no longer at its place.
+    Raises:
+      UserError: the disk refuses a file; then nothing has changed but what a single rename could not undo. A file that is not
+        there when all were written.
     """
-
-    def __init__(self, workdir: Path, check: Callable[[], None] = lambda: None):
-        self._workdir, self._check, self._texts = workdir, check, {}
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._texts
-
-    def add(self, name: str, text: str) -> None:
-        """A file of the results, to be written at the end."""
-        self._texts[name] = text
-
-    def write(self, more: Callable[[Path], None] = lambda folder: None, last: str = "metrics.json") -> None:
-        """Writes what was added.
-
-        Args:
-          more: writes further files into the folder that it is given, in folders of their own; one takes the place of those of an
-            equal ending (`*.eval`).
-          last: the file that is renamed after all others.
-        Raises:
-          UserError: the disk refuses a file; then nothing has changed but what a single rename could not undo. A file that is not there
-            when all were written.
-        """
-        self._check()
-        for leftover in self._workdir.glob(f"{_TEMPORARY}*"):  # of a process that was killed
-            shutil.rmtree(leftover, ignore_errors=True)
-        try:
-            with tempfile.TemporaryDirectory(prefix=_TEMPORARY, dir=self._workdir) as name:
-                folder = Path(name)
-                for file, text in self._texts.items():
-                    with open(folder / file, "wb") as opened:
-                        opened.write(utf8(text))
-                        opened.flush()
-                        os.fsync(opened.fileno())  # some file systems say only then that they are full
-                more(folder)
-                files = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file()]
-                for file in sorted(files, key=lambda file: file.name == last):
-                    target = self._workdir / file
-                    target.parent.mkdir(exist_ok=True)
-                    earlier = [] if file.parent == Path() else list(target.parent.glob(f"*{target.suffix}"))
-                    os.replace(folder / file, target)
-                    for other in set(earlier) - {target}:
-                        other.unlink(missing_ok=True)
-            self._check()
-            if gone := [file for file in files if not (self._workdir / file).is_file()]:
-                raise UserError(f"{self._workdir / gone[0]} was removed as soon as it was written")
-        except OSError as error:
-            self._check()
-            raise UserError(f"the results in {self._workdir} cannot be written: {error.strerror or error}; what stood there before is as "
-                            "it was") from error
+    files = {**files, "metrics.json": json.dumps(metrics, indent=2, ensure_ascii=False) + "\n"}
+    step = tensorboard.step_of(run.get("checkpoint", ""))
+    stale = [] if "predictions" in run else _stale(workdir, files, metrics)
+    _write(workdir, files, lambda folder: tensorboard.write(folder, metrics, step), check)
+    for path in stale:
+        print(f"{path}: removed, it is of another evaluation", file=sys.stderr)
+        path.unlink(missing_ok=True)
 
 
+def _stale(workdir: Path, files: Mapping[str, str], metrics: Mapping) -> list[Path]:
+    """Files that an earlier evaluation of something else left and this one does not write."""
+    try:
+        earlier = read_json(workdir / "metrics.json")
+    except UserError:
+        earlier = {}
+    if _identity(earlier) == _identity(metrics):
+        return []
+    paths = (path for pattern in _OF_RESULTS for path in workdir.glob(pattern))
+    return [path for path in sorted(paths) if path.name not in files]
 
 
+def _identity(metrics: Mapping) -> tuple:
+    """What an evaluation's answers depend on, as far as `metrics.json` says it."""
+    said = metrics.get("asked")
+    return (said, metrics.get("questions_sha256")) if isinstance(said, dict) else ()
 
 
+def _write(workdir: Path, files: Mapping[str, str], more: Callable[[Path], None], check: Callable[[], None],
+           last: str = "metrics.json") -> None:
+    """Writes files under temporary names and renames them afterwards: a full disk leaves the results of an earlier evaluation as
+    they were.
+
+    Args:
+      more: writes further files into the folder that it is given, in folders of their own; one takes the place of those of an
+        equal ending (`*.eval`).
+      last: the file that is renamed after all others.
+    """
+    check()
+    for leftover in workdir.glob(f"{_TEMPORARY}*"):  # of a process that was killed
+        shutil.rmtree(leftover, ignore_errors=True)
+    try:
+        with tempfile.TemporaryDirectory(prefix=_TEMPORARY, dir=workdir) as name:
+            folder = Path(name)
+            for file, text in files.items():
+                with open(folder / file, "wb") as opened:
+                    opened.write(utf8(text))
+                    opened.flush()
+                    os.fsync(opened.fileno())  # some file systems say only then that they are full
+            more(folder)
+            written = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file()]
+            for file in sorted(written, key=lambda file: file.name == last):
+                target = workdir / file
+                target.parent.mkdir(exist_ok=True)
+                earlier = [] if file.parent == Path() else list(target.parent.glob(f"*{target.suffix}"))
+                os.replace(folder / file, target)
+                for other in set(earlier) - {target}:
+                    other.unlink(missing_ok=True)
+        check()
+        if gone := [file for file in written if not (workdir / file).is_file()]:
+            raise UserError(f"{workdir / gone[0]} was removed as soon as it was written")
+    except OSError as error:
+        check()
+        raise UserError(f"the results in {workdir} cannot be written: {error.strerror or error}; what stood there before is as "
+                        "it was") from error

@@ -221,11 +221,12 @@ def answers(release: Release) -> list[str]:
 
 def vqa_rad(release: Release) -> list[str]:
     """The 451 test questions of VQA-RAD by the path of `eval.py`, zero-shot."""
-    evaluation = run.Evaluation(release.evaluation, release.workdir)
-    print(evaluation.describe(), flush=True)
-    metrics = evaluation.run(LocalModel(release.assistant, model_name(release.model)), {"checkpoint": release.model})
+    evaluation = run.open_evaluation(release.evaluation, release.workdir)
+    what = evaluation.scorer.describe()
+    print(what, flush=True)
+    metrics = run.evaluate(evaluation, LocalModel(release.assistant, model_name(release.model)), {"checkpoint": release.model})
     others = [f"| {source} | {value} | {how} |" for source, value, how in OTHERS]
-    return [f"{evaluation.describe()}.", "", "```", summary(metrics), "```", "",
+    return [f"{what}.", "", "```", summary(metrics), "```", "",
             "What others printed for this checkpoint, as orientation and not as a check: other prompts and other scorers.", "",
             "| source | VQA-RAD | of |", "|---|---:|---|", *others, "", f"Predictions, metrics and report: `{release.workdir}`."]
 

@@ -24,7 +24,7 @@ from llavamed_jax.utils.nested import flatten
 # The keys that `asked` of `metrics.json` always has; None for what is not known of who answered.
 KEYS = ("checkpoint", "checkpoint_sha256", "step", "template", "tower", "tokenizer", "dtype", "mesh", "quantize", "adapter",
         "endpoint", "model", "generation")  # fmt: skip
-# Keys of a config that only what is computed of the answers follows from, or that name what counts by its content.
+# Keys of a config that change no answer: what is computed from the answers, and paths to what counts by its content.
 _BESIDE = ("judge", "published", "data.train", "data.trained_on", "data.trained_on_images", "data.root", "data.images")
 _PACKAGES = ("numpy", "pillow", "pydicom")  # read the images, whoever answers
 
@@ -47,14 +47,21 @@ def words(said: Mapping[str, object]) -> str:
     return "; ".join(parts)
 
 
-def key(answerer: Answerer, cfg: ConfigDict, samples: Sequence[VqaSample], given: Mapping[str, object]) -> dict[str, object]:
-    """What the answers follow from: its name, as a sentence calls it -> a value in JSON's types.
+def key(answerer: Answerer, cfg: ConfigDict, samples: Sequence[VqaSample], source: Mapping[str, str],
+        flags: Mapping[str, object]) -> dict[str, object]:
+    """What the answers depend on: its name, as a sentence calls it -> a value in JSON's types.
+
+    A checkpoint that says what it was read from counts by its content (`Answerer.depends_on`), wherever it lies.
 
     Args:
-      given: what the command line gives: who answers, and the model's flags.
+      source: who answers, as the command line has it: `checkpoint`, or `endpoint` and `model`.
+      flags: the model's flags.
     """
-    values = flatten(cfg.to_dict())
-    config = {name: value for name, value in values.items() if not any(name == key or name.startswith(f"{key}.") for key in _BESIDE)}
+    is_by_content = getattr(getattr(answerer, "model", None), "origin", None) is not None
+    given = {f"--{name}": value for name, value in {**({} if is_by_content else source), **flags}.items()}
+    given |= {f"--{name}": "given" for name in ("vision_tower", "tokenizer") if is_by_content and flags.get(name)}
+    config = {name: value for name, value in flatten(cfg.to_dict()).items()
+              if not any(name == key or name.startswith(f"{key}.") for key in _BESIDE)}
     return {
         **{name: value for name, value in given.items() if value is not None},
         **getattr(answerer, "depends_on", dict)(),

@@ -1,6 +1,6 @@
 """`report.html` of a chat evaluation: scores by type and domain, then every figure with its questions, answers and reviews.
 
-Numbers come from the object of `chat.ChatEvaluation`; nothing is computed here.
+Numbers come from the object of `chat.ChatScorer`; nothing is computed here.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from pathlib import Path
 
 _FAMILIES = ("strict", "paper", "captions", "overall", "type", "domain")  # the last three of a chat evaluation
 _OTHERS = {"judged": ("open_accuracy", "open_accuracy_low", "open_accuracy_high"), "organ": ("accuracy", "exchanged", "majority")}
-_SUFFIX = ".eval"  # a training run's events may lie in the same folder; ours alone are replaced (`files.Results`)
+_SUFFIX = ".eval"  # a training run's events may lie in the same folder; ours alone are replaced (`results.write_results`)
 
 
 def step_of(checkpoint: str) -> int:

@@ -1,0 +1,105 @@
+"""Questions with gold answers: what is asked of a data set, and the numbers, comparisons and judgement that answers get."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from llavamed_jax.datasets import training
+from llavamed_jax.errors import UsageError, UserError
+from llavamed_jax.evaluation import published, questions
+from llavamed_jax.evaluation.judging import open_answers
+from llavamed_jax.evaluation.report import report, summary
+from llavamed_jax.evaluation.results import Outcome
+from llavamed_jax.evaluation.scoring import controls, leakage, score
+from llavamed_jax.evaluation.scoring.items import AnswerSet
+from llavamed_jax.utils.files import to_jsonl
+
+
+class VqaScorer:
+    """Open, closed, multiple-choice and captioning questions of one set.
+
+    Args:
+      cfg: an eval config.
+      workdir: where a judge keeps its replies.
+      against: another model's predictions of the same questions.
+    Attributes:
+      samples, training: the questions, and the training rows beside them.
+      judge: reads the open answers; None where the config names no judge.
+    Raises:
+      UsageError: a setting that is wrong. UserError: data that cannot be read or hold no question; predictions that do not fit.
+    """
+
+    summary = staticmethod(summary.summary)
+
+    def __init__(self, cfg: ConfigDict, workdir: Path, against: str | Path | None = None):
+        self._cfg = cfg
+        self.judge = open_answers.open_judge(cfg, workdir)
+        self.samples, self.training = questions.load_samples(
+            cfg.data.name, cfg.data.root, cfg.data.split, cfg.protocol, cfg.data.held_out, **questions.further(cfg.data))
+        if not self.samples:
+            raise UserError(f"{cfg.data.root} holds no question of {cfg.data.name} {cfg.data.split}")
+        self._against = None if against is None else AnswerSet.read(self.samples, against, self.training, f"--against {against}: ")
+        self._trained_on = _training_data(cfg)
+        if cfg.get("published") not in (None, "", *published.NAMES):
+            raise UsageError(f"published is {cfg.published!r}; one of {', '.join(published.NAMES)} was expected, or nothing")
+
+    def describe(self) -> str:
+        """One line that says what is asked, and whether it is the whole of the published set."""
+        return questions.describe(self._cfg, self.samples)
+
+    def plan(self, texts: Sequence[str] | None, has_control: bool) -> str:
+        """What a run would do: what is asked, and what a judge would take.
+
+        Args:
+          texts: answers that exist; None where a model is to give them.
+        """
+        if self.judge is None:
+            times = ", each three times: with its image, with another one, with noise" if has_control else ""
+            return f"{len(self.samples)} questions{times}; nothing is judged"
+        return open_answers.plan(self.judge, self.samples, [str(sample.answer) for sample in self.samples] if texts is None else texts)
+
+    def score(self, answers: AnswerSet, others: Mapping[str, AnswerSet], extra: Mapping) -> Outcome:
+        """The numbers of all answers.
+
+        Args:
+          others: kind of control -> its answers.
+          extra: further objects of `metrics.json`.
+        """
+        cfg = self._cfg
+        split, name = "held_out" if cfg.data.held_out else cfg.data.split, questions.set_name(cfg.data)
+        metrics = score.score(answers, dataset=name, split=split, seed=cfg.seed) | extra
+        metrics["questions_sha256"] = questions.questions_hash(self.samples)
+        metrics["published"] = published.beside(
+            name, split, cfg.protocol, metrics["n_open"], metrics["n_closed"], cfg.get("published") or "")
+        if others:
+            tables = {kind: score.tables(other, cfg.seed) | {"difference": score.difference(answers, other, cfg.seed)}
+                      for kind, other in others.items()}
+            metrics["control"] = {"kind": "image", "seed": cfg.seed, **tables["image"]}
+            metrics["control"]["noise"] = {"kind": "noise", "seed": cfg.seed, "size": controls.NOISE_SIZE, **tables["noise"]}
+        if self._against is not None:
+            metrics["against"] = score.against(answers, self._against, cfg.seed)
+        if self._trained_on is not None:
+            metrics["trained_on"] = {"data": str(cfg.data.trained_on)} | leakage.trained_on(self.samples, self._trained_on)
+        render = lambda tables: report.render(metrics, answers, others, tables)
+        if self.judge is None:
+            return Outcome(metrics, render)
+        judged = open_answers.judge_open(self.judge, answers, cfg.seed)
+        metrics["judged"] = judged.metrics
+        return Outcome(metrics, render, {"judged.jsonl": to_jsonl(judged.lines)}, "open answers", judged.verdicts)
+
+
+def _training_data(cfg: ConfigDict) -> training.TrainingData | None:
+    """What the model was trained on, where the config names it."""
+    if not cfg.data.get("trained_on"):
+        return None
+    source = cfg.data.trained_on if isinstance(cfg.data.trained_on, str) else list(cfg.data.trained_on)
+    found = training.read_training(source, cfg.data.get("trained_on_images") or None, cfg.protocol)
+    if next(found.readable(), None) is None:  # "none of the images occurs" would be no finding
+        try:
+            found.record(0)
+        except UserError as error:
+            raise UserError(f"data.trained_on names no training data, none of {found.num_records} records can be read: {error}") from None
+    return found
