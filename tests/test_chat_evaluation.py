@@ -393,7 +393,7 @@ def test_the_report_is_one_offline_page(few):
     assert "reference: 6" in page.text and "answer: 8" in page.text and "133 %" in page.text
 
 
-@pytest.mark.parametrize("text", ["<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "日本語 & Ω", ""])
+@pytest.mark.parametrize("text", ["<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "日本語 & Ω", "{{ 7 * 7 }}{% x %}", ""])
 def test_texts_are_escaped(text):
     questions = [ChatQuestion(1, Path("a.jpg"), f"{text}\n<image>", text, text, text, None, "conversation", "mri")]
     reviews = [chat.review(questions[0], text, Verdict(None, text, text, "stop", text or None))]

@@ -3,6 +3,8 @@
 import base64
 import io
 import re
+import tomllib
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -10,9 +12,11 @@ import pytest
 from PIL import Image
 
 from llavamed_jax.datasets.sample import VqaSample
-from llavamed_jax.evaluation.report import pieces, report
+from llavamed_jax.evaluation.report import page as page_of
+from llavamed_jax.evaluation.report import report
 from llavamed_jax.evaluation.scoring import score
 from llavamed_jax.evaluation.scoring.items import AnswerSet
+from llavamed_jax.utils import code
 
 _VOID = {"meta", "img", "rect", "line", "br"}
 
@@ -127,8 +131,9 @@ def test_huge_texts_are_cut_and_say_so(samples):
     page = Page(html)
     assert "(cut: 30,000 characters in all)" in page.text and "(cut: 3,500 characters in all)" in page.text
     assert max(map(len, page.words)) < 5000 and len(html) < 3_000_000, "pictures, and no answer in full"
-    assert pieces.text("x" * pieces.LONGEST_TEXT) == "x" * pieces.LONGEST_TEXT
-    assert pieces.text("<" * (pieces.LONGEST_TEXT + 1)).startswith("&lt;" * pieces.LONGEST_TEXT + "…"), "cut before it is escaped"
+    cut = page_of.environment().get_template("macros.html.j2").module.cut
+    assert cut("x" * page_of.LONGEST_TEXT) == "x" * page_of.LONGEST_TEXT
+    assert cut("<" * (page_of.LONGEST_TEXT + 1)).startswith("&lt;" * page_of.LONGEST_TEXT + "…"), "cut before it is escaped"
 
 
 def test_multiple_choice_and_captions_have_tables_where_they_are_asked(samples):
@@ -154,6 +159,53 @@ def test_answers_are_escaped(samples, text):
     page = Page(report.render(metrics, answered, {"image": answered}, {text: {text: text}}))
     assert "script" not in page.tags and not [name for name, _ in page.attributes if name.startswith("on")]
     assert page.text.count(" ".join(text.split())) > 40
+
+
+def spoilt(value, text):
+    """A value of `metrics.json` in which each text is a hostile one, at whatever depth."""
+    if isinstance(value, dict):
+        return {key: spoilt(each, text) for key, each in value.items()}
+    if isinstance(value, list):
+        return [spoilt(each, text) for each in value]
+    return text if isinstance(value, str) else value
+
+
+HOSTILE = ["<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "'><svg onload=alert(1)>", "</style><b>",
+           "{{ 7 * 7 }}{% x %}{# y & z"]
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_a_hostile_text_in_every_field_is_shown_as_text(samples, text):
+    """Questions, answers, golds, names of images, models, files, groups, judges, tables: every text that a page is made of."""
+    samples = [replace(sample, question=text, answer=text if sample.answer_type == "OPEN" else sample.answer, organ=text + str(i % 2),
+                       question_type=text + str(i % 3), modality=text, image=sample.image.with_name(text.replace("/", "") + str(i)))
+               for i, sample in enumerate(samples)]  # fmt: skip
+    samples += [VqaSample("c", Path(text.replace("/", "")), text, "a", "CHOICE", options=("a", "b")),
+                VqaSample(text, Path("d.png"), text, text, "CAPTION")]
+    lines = [{"question_id": sample.question_id, "text": text, "model_id": text} for sample in samples]
+    answers = AnswerSet(samples, lines, samples)
+    metrics = controlled(samples, lines, lines, lines, dataset="d", split="s")
+    table = score.score(answers)
+    row = {"value": 1.0, "other": 2.0, "difference": 3.0, "low": 0.5, "high": 4.0, "p": 0.5}
+    metrics |= {
+        "asked": {"template": "t", "generation": {"seed": "1"}}, "leakage": table["leakage"],
+        "against": {"file": "f", "model_id": "m", "sha256": "s", "strict": {"open_f1": row}, "captions": {"rouge_l": row},
+                    "paper": {name: row for name in table["paper"]}},
+        "organ": {"question": "q", "n": 2, "hits": 1, "accuracy": 50.0, "exchanged": 0.0, "majority": 50.0, "answers": []},
+        "judged": {"judge": {"model": "m", "n_asked_again": 0, "wording": "w"}, "open_accuracy": 1.0, "open_accuracy_low": None,
+                   "open_accuracy_high": None, "n_open": 30, "n_unscored": 1, "unscored": ["u"]},
+        "published": {"model": "m", "source": "s", "values": {"recall": 1.0}},
+        "trained_on": {"data": "d", "records": 1, "records_not_readable": 0, "training_images": 1, "training_images_not_readable": 0,
+                       "images": 1, "images_same_file": 0, "images_same_pixels": 0, "by_kind": {}},
+    }  # fmt: skip
+    groups = {group: {text + key: row for key, row in rows.items()} for group, rows in metrics["groups"].items()}
+    shown = spoilt(metrics, text) | {"groups": groups}
+    html = report.render(shown, answers, {"image": answers, "noise": answers}, {text: {text: text, "more": {text: text}}})
+    page = Page(html)
+    assert not [name for name, _ in page.attributes if name.startswith("on")] and text not in html
+    plain = report.render(metrics, answers, {"image": answers, "noise": answers}, {"t": {"n": "v", "more": {"k": "v"}}})
+    assert page.tags == Page(plain).tags, "no field adds or takes away an element"
+    assert page.text.count(text) > 150, "and each is shown to the letter"
 
 
 def controlled(samples, predictions, control, noise, **names):
@@ -232,7 +284,17 @@ def test_images_that_cannot_be_read_and_classes_without_items(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "value, text", [(None, "–"), (0.0, "0.0"), (1e-300, "&lt;0.05"), (0.06, "0.1"), (-0.01, "0.0"), (-3.25, "−3.2"), (100, "100.0")]
+    "value, text", [(None, "–"), (0.0, "0.0"), (1e-300, "<0.05"), (0.06, "0.1"), (-0.01, "0.0"), (-3.25, "−3.2"), (100, "100.0")]
 )
 def test_numbers(value, text):
-    assert pieces.number(value) == text
+    assert page_of.number(value) == text
+
+
+def test_templates_are_shipped_and_count_as_code():
+    """A file beside the code that the package needs: setuptools takes it along, and answers of other pages' code are asked anew."""
+    package = Path(code.__file__).resolve().parents[1]
+    patterns = tomllib.loads((package.parent / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["package-data"]
+    shipped = {path for pattern in patterns["llavamed_jax"] for path in package.glob(pattern)}
+    beside = {path for path in package.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
+    assert {"report.html.j2", "chat.html.j2", "gallery.html.j2", "style.css"} <= {path.name for path in beside}
+    assert beside == shipped and {path.suffix for path in beside} <= set(code._SUFFIXES)

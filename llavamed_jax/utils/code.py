@@ -7,7 +7,7 @@ import hashlib
 import importlib.metadata
 from pathlib import Path
 
-_SUFFIXES = (".py", ".txt")  # what the judge is told lies beside the code
+_SUFFIXES = (".py", ".txt", ".j2", ".css")  # what the judge is told and the pages of reports lie beside the code
 
 
 @functools.cache

@@ -1,21 +1,20 @@
 """The pictures of `report.html`: some images with all that was asked about them, and as many right as wrong answers.
 
-Both are drawn by the run's seed, not picked: neither the best nor the worst.
+Both are drawn by the run's seed, not picked: neither the best nor the worst. The page is `gallery.html.j2`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from html import escape
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from llavamed_jax.datasets.sample import CAPTION, CHOICE, CLOSED, VqaSample, kind
-from llavamed_jax.evaluation.report import pieces
-from llavamed_jax.evaluation.scoring import controls, score
+from llavamed_jax.evaluation.report import page
+from llavamed_jax.evaluation.scoring import controls
 from llavamed_jax.evaluation.scoring.items import STRICT_CHOICE, AnswerSet
+from llavamed_jax.evaluation.scoring.score import group_keys
 
 IMAGES = 24
 QUESTIONS = 6  # of one image
@@ -23,24 +22,40 @@ EXAMPLES = 6  # of each verdict
 _VERDICTS = {"right": "Right", "partly": "Partly right", "wrong": "Wrong"}
 
 
-@dataclass(frozen=True)
-class Item:
-    """A question with its answer, its verdict, and the answers to it in the controls: name -> text.
+def pictures(metrics: Mapping, answers: AnswerSet, others: Mapping[str, AnswerSet]) -> dict[str, object]:
+    """What `gallery.html.j2` shows.
 
-    `verdict` is one of `right`, `partly`, `wrong`, and a word: of open answers and captions, how much they share with the gold.
+    Args:
+      others: title of a control -> its answers.
+    Returns:
+      `examples`: (title, figures, how many there are) of each verdict, at most `EXAMPLES` figures drawn by the seed. `images`:
+      `IMAGES` figures, each with the first `QUESTIONS` questions about it. And the counts that the notes state.
     """
-
-    sample: VqaSample
-    text: str
-    verdict: tuple[str, str]
-    others: Mapping[str, str]
-
-
-def items(answers: AnswerSet, controls: Mapping[str, AnswerSet]) -> list[Item]:
-    """Questions and answers in one order; `controls`: name -> answers to the same questions."""
-    pairs = enumerate(zip(answers.samples, answers.texts, strict=True))
-    return [Item(sample, text, _verdict(answers, i), {name: other.texts[i] for name, other in controls.items()})
-            for i, (sample, text) in pairs]
+    by_image: dict[str, list[int]] = {}
+    by_verdict: dict[str, list[int]] = {name: [] for name in _VERDICTS}
+    for i, image in enumerate(answers.images):
+        by_image.setdefault(image, []).append(i)
+        by_verdict[_verdict(answers, i)[0]].append(i)
+    entry = lambda i: _entry(_verdict(answers, i), answers.samples[i].question, answers.texts[i], str(answers.samples[i].answer),
+                             {title: other.texts[i] for title, other in others.items()})
+    rng, examples = np.random.default_rng(metrics["seed"]), []
+    for name, title in _VERDICTS.items():
+        found = by_verdict[name]
+        drawn = [found[i] for i in sorted(rng.permutation(len(found))[:EXAMPLES])]
+        if drawn:
+            examples.append((title, [_figure(answers.samples[i], [entry(i)]) for i in drawn], len(found)))
+    places = np.random.default_rng(metrics["seed"]).permutation(len(by_image))[:IMAGES]
+    organs = {answer["image"]: _organ_entry(answer) for answer in (metrics.get("organ") or {}).get("answers", [])}
+    shown = []
+    for image in [list(by_image)[place] for place in sorted(places)]:
+        asked = by_image[image]
+        entries = [*([organs[image]] if image in organs else []), *map(entry, asked[:QUESTIONS])]
+        shown.append(_figure(answers.samples[asked[0]], entries))
+    return {
+        "examples": examples, "most_examples": EXAMPLES, "num_answers": len(answers.samples),
+        "num_examples_missing": _num_missing(figure for _, figures, _ in examples for figure in figures),
+        "images": shown, "num_images": len(by_image), "most_questions": QUESTIONS, "num_images_missing": _num_missing(shown),
+    }  # fmt: skip
 
 
 def _verdict(answers: AnswerSet, i: int) -> tuple[str, str]:
@@ -52,59 +67,21 @@ def _verdict(answers: AnswerSet, i: int) -> tuple[str, str]:
     return ("right", "right") if share == 1 else ("partly", f"{title} {100 * share:.0f}") if share else ("wrong", "wrong")
 
 
-def images(metrics: Mapping, items: Sequence[Item]) -> str:
-    """`IMAGES` images, each with the first `QUESTIONS` questions about it."""
-    by_image: dict[str, list[Item]] = {}
-    for item in items:
-        by_image.setdefault(str(item.sample.image), []).append(item)
-    drawn = np.random.default_rng(metrics["seed"]).permutation(len(by_image))[:IMAGES]
-    shown = [list(by_image)[i] for i in sorted(drawn)]
-    organs = {answer["image"]: answer for answer in (metrics.get("organ") or {}).get("answers", [])}
-    figures = [_figure(by_image[image][:QUESTIONS], organs.get(image)) for image in shown]
-    note = f"{len(shown)} of {len(by_image)} images, drawn by seed {metrics['seed']}; at most {QUESTIONS} questions each."
-    return pieces.section("Pictures, questions, answers", note + _missing(figures), f'<div class="gallery">{"".join(figures)}</div>')
+def _organ_entry(organ: Mapping) -> dict:
+    verdict = ("right", "right") if organ["named"] == organ["organ"] else ("wrong", "wrong")
+    return _entry(verdict, controls.ORGAN_QUESTION, organ["answer"], controls.ORGAN_ANSWERS[organ["organ"]], {})
 
 
-def examples(metrics: Mapping, items: Sequence[Item]) -> str:
-    """As many right, partly right and wrong answers, drawn by the seed: at most `EXAMPLES` of each."""
-    by_verdict: dict[str, list[Item]] = {name: [] for name in _VERDICTS}
-    for item in items:
-        by_verdict[item.verdict[0]].append(item)
-    rng, parts, figures = np.random.default_rng(metrics["seed"]), [], []
-    for name, title in _VERDICTS.items():
-        found = by_verdict[name]
-        drawn = [_figure([found[i]]) for i in sorted(rng.permutation(len(found))[:EXAMPLES])]
-        figures += drawn
-        if drawn:
-            parts.append(f'<h3>{title} <span class="ci">{len(drawn)} of {len(found)}</span></h3>')
-            parts.append(f'<div class="gallery">{"".join(drawn)}</div>')
-    note = f"At most {EXAMPLES} of each, drawn by seed {metrics['seed']} from all {len(items)} answers."
-    return pieces.section("Right, partly right and wrong answers", note + _missing(figures), *parts)
+def _entry(verdict: tuple[str, str], question: str, answer: str, gold: str, others: Mapping[str, str]) -> dict:
+    return {"verdict": verdict, "question": question, "lines": {"answer": answer, "gold": gold, **others}}
 
 
-def _missing(figures: Sequence[str]) -> str:
-    missing = sum("<img" not in figure for figure in figures)
-    return f" {missing} image file{'s' * (missing > 1)} could not be read." if missing else ""
+def _figure(sample: VqaSample, entries: Sequence[Mapping]) -> dict:
+    name = Path(sample.image).name
+    fields = [field for group in ("organ", "modality") for field in group_keys(sample, group)]
+    labels = [name, *(field for field in fields if field != "not stated")]
+    return {"url": page.thumbnail(sample.image), "name": name, "labels": labels, "entries": entries}
 
 
-def _figure(items: Sequence[Item], organ: Mapping | None = None) -> str:
-    sample = items[0].sample
-    url, name = pieces.thumbnail(sample.image), escape(Path(sample.image).name)
-    picture = f'<img alt="{name}" src="{url}">' if url else "image not readable"
-    fields = [field for group in ("organ", "modality") for field in score.group_keys(sample, group)]
-    label = " · ".join([name, *(escape(field) for field in fields if field != "not stated")])
-    entries = []
-    if organ:
-        verdict = ("right", "right") if organ["named"] == organ["organ"] else ("wrong", "wrong")
-        lines = {"answer": organ["answer"], "gold": controls.ORGAN_ANSWERS[organ["organ"]]}
-        entries.append(_entry(verdict, controls.ORGAN_QUESTION, lines))
-    for item in items:
-        entries.append(_entry(item.verdict, item.sample.question, {"answer": item.text, "gold": str(item.sample.answer), **item.others}))
-    caption = f'<figcaption><span class="name">{label}</span>{"".join(entries)}</figcaption>'
-    return f'<figure><div class="picture">{picture}</div>{caption}</figure>'
-
-
-def _entry(verdict: tuple[str, str], question: str, lines: Mapping[str, str]) -> str:
-    rows = [f'<div class="line"><span class="k">{title}</span><span>{pieces.text(text)}</span></div>' for title, text in lines.items()]
-    tag = f'<span class="tag {verdict[0]}">{verdict[1]}</span>'
-    return f'<div class="qa">{tag}<div class="q">{pieces.text(question)}</div>{"".join(rows)}</div>'
+def _num_missing(figures: Iterable[Mapping]) -> int:
+    return sum(figure["url"] is None for figure in figures)

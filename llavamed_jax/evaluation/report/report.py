@@ -1,26 +1,71 @@
-"""`report.html`: one file that opens offline, with tables, intervals, and pictures beside questions and answers."""
+"""`report.html`: one file that opens offline, with tables, intervals, and pictures beside questions and answers.
+
+Numbers come from the object of `score.score` and what `vqa.py` adds to it; nothing is computed here. The page is
+`report.html.j2`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from html import escape
+from collections.abc import Mapping
 
-from llavamed_jax.evaluation.answering.asked import words as asked_words
-from llavamed_jax.evaluation.report import gallery, pieces, sections
-from llavamed_jax.evaluation.report.style import CSS
+from llavamed_jax.datasets.sample import CAPTION, CHOICE, CLOSED, OPEN
+from llavamed_jax.evaluation.answering.asked import words
+from llavamed_jax.evaluation.report import gallery, page
 from llavamed_jax.evaluation.report.summary import asked
-from llavamed_jax.evaluation.scoring.items import AnswerSet
+from llavamed_jax.evaluation.scoring import controls
+from llavamed_jax.evaluation.scoring.items import STRICT, STRICT_CHOICE, AnswerSet
 
-NOTICE = "For research use only: never for clinical decisions."
 _CONTROLS = {"image": "exchanged", "noise": "noise"}
 _SETS = {"vqa_rad": "VQA-RAD", "slake": "SLAKE", "pathvqa": "PathVQA"}
 _SPLITS = {"held_out": "held-out images", "test": "test split", "validation": "validation split", "train": "training split"}
+TITLES = {
+    "closed_accuracy": ("Closed accuracy", "the answer is the gold, or begins with the right one of yes and no and does not say the other"),
+    "open_exact": ("Open, exact", "the normalised answer equals the gold, whatever form it is written in"),
+    "open_f1": ("Open, F1", "overlap of the words of answer and gold, counted as multisets"),
+    "choice_accuracy": ("Multiple choice", "letter or text of the right option, and nothing else"),
+    "recall": ("Open, recall", "the paper's “open” number: gold words found; repeating a right word raises it"),
+    "f1": ("Open, F1", "as the original counts it"),
+    "precision": ("Open, precision", "answer words that are in the gold"),
+    "exact_match": ("Open, “exact match”", "distinct gold words found / words of the answer: no equality of strings"),
+    "bleu": ("BLEU", "1- to 4-grams, unsmoothed: near 0 wherever an answer is shorter than four words"),
+    "bleu_1": ("BLEU-1", "single words, with brevity penalty"),
+    "bleu_2": ("BLEU-2", "pairs of words alone"),
+    "bleu_3": ("BLEU-3", "triples of words alone"),
+    "open_accuracy_candidates": ("Open accuracy, candidates", "the training answer nearest to the answer is the gold"),
+    "open_accuracy_substring": ("Open accuracy, substring", "the gold is a substring of the answer"),
+    "closed_accuracy_yes_no": ("Closed accuracy, yes/no", "the gold is a substring, and “yes” or “no” is one too"),
+    "closed_accuracy_substring": ("Closed accuracy, substring", "the paper's “closed”: the gold is a substring, “no” of “normal” too"),
+    "closed_recall": ("Closed recall", "gold words found, as for open questions"),
+}
+_CAPTION_TITLES = {
+    "bleu_1": ("BLEU-1", "of the whole set: single words, brevity penalty"),
+    "bleu_2": ("BLEU-2", "of the whole set: up to pairs"),
+    "bleu_3": ("BLEU-3", "of the whole set: up to triples"),
+    "bleu_4": ("BLEU-4", "of the whole set: up to four words in a row"),
+    "rouge_l": ("ROUGE-L", "F1 of the longest common subsequence, mean over texts"),
+    "sentence_bleu_1": ("BLEU-1, mean", "of each text by itself, then averaged"),
+    "sentence_bleu_2": ("BLEU-2, mean", "the same, up to pairs"),
+    "sentence_bleu_3": ("BLEU-3, mean", "the same, up to triples"),
+    "sentence_bleu_4": ("BLEU-4, mean", "the same, up to four; a text without four right words in a row counts 0"),
+}
+_PAPER_ORDER = (
+    "recall", "closed_accuracy_substring", "closed_accuracy_yes_no", "closed_recall", "f1", "precision", "exact_match",
+    "open_accuracy_substring", "open_accuracy_candidates", "bleu", "bleu_1", "bleu_2", "bleu_3",
+)  # fmt: skip
+_GROUP_TITLES = {"question_type": "Question type", "organ": "Organ", "modality": "Modality"}
+# What a metric is computed on: a row or column without such questions is left out.
+_KIND_OF = {"closed": "n_closed", "open": "n_open", "choice": "n_choice", "rouge": "n_caption"}
+_GROUP_COLUMNS = (  # metric, title of the count before it, title
+    ("closed_accuracy", "closed", "accuracy, strict"), ("open_f1", "open", "F1, strict"), ("recall", "", "recall, paper"),
+    ("choice_accuracy", "choice", "accuracy, strict"), ("rouge_l", "captions", "ROUGE-L"),
+)  # fmt: skip
+_KIND_TITLES = {CLOSED: "Closed", OPEN: "Open", CHOICE: "Multiple-choice", CAPTION: "Captioning"}
 
 
 def render(
     metrics: Mapping,
     answers: AnswerSet,
-    controls: Mapping[str, AnswerSet] | None = None,
+    others: Mapping[str, AnswerSet] | None = None,
     details: Mapping[str, Mapping] | None = None,
 ) -> str:
     """The report as one HTML text.
@@ -28,37 +73,42 @@ def render(
     Args:
       metrics: the object of `metrics.json`.
       answers: the questions and their answers.
-      controls: kind of control (`image`, `noise`) -> the answers to the same questions, shown beside the real ones.
+      others: kind of control (`image`, `noise`) -> the answers to the same questions, shown beside the real ones.
       details: tables of what was run: title -> name -> value; a value that is no text is shown as JSON.
     """
-    name = f"{_SETS.get(metrics['dataset'], metrics['dataset'])}, {_SPLITS.get(metrics['split'], metrics['split'])}"
-    model = str(answers.predictions[0].get("model_id", "")) if answers.predictions else ""
-    items = gallery.items(answers, {_CONTROLS[kind]: other for kind, other in (controls or {}).items()})
-    words = asked_words(metrics.get("asked") or {})
-    return page(f"Evaluation on {name}", model, asked(metrics) + (f" · asked with {words}" if words else ""), [
-        sections.cards(metrics),
-        sections.strict(metrics),
-        sections.control(metrics),
-        sections.organ(metrics),
-        sections.captions(metrics),
-        sections.against(metrics),
-        sections.groups(metrics),
-        sections.judged(metrics),
-        sections.paper(metrics),
-        sections.leakage(metrics),
-        gallery.examples(metrics, items),
-        gallery.images(metrics, items),
-        sections.details(details or {}),
-    ])  # fmt: skip
-
-
-def page(title: str, model: str, what: str, parts: Sequence[str], more_css: str = "") -> str:
-    """A whole page of ready sections under a title, a line that says who answered what, and the notice; empty ones are left out."""
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<title>{pieces.text(title)}: {pieces.text(model)}</title><style>{CSS}{more_css}</style></head>\n<body><main>"
-        f'<h1>{pieces.text(title)}</h1><p class="soft">{pieces.text(model)} · {escape(what)}</p><div class="notice">{NOTICE}</div>'
-        + "\n".join(part for part in parts if part)
-        + "</main></body></html>\n"
+    said, has = words(metrics.get("asked") or {}), lambda name: bool(metrics.get(_count_of(name)))
+    control = metrics.get("control") or {}
+    tables = [(title, table) for title, table in (("images exchanged", control), ("noise", control.get("noise"))) if table]
+    readings = [controls.reading(table["difference"], shown) for shown, (_, table) in zip(("another image", "noise"), tables)]
+    columns = [column for column in _GROUP_COLUMNS if has(column[0])]
+    group_head = ["images", *(cell for _, count, title in columns for cell in (count, title) if cell)]
+    strict = [name for name in (*STRICT, STRICT_CHOICE) if has(name)]
+    return page.render(
+        "report.html.j2",
+        title=f"Evaluation on {_SETS.get(metrics['dataset'], metrics['dataset'])}, {_SPLITS.get(metrics['split'], metrics['split'])}",
+        model=str(answers.predictions[0].get("model_id", "")) if answers.predictions else "",
+        what=asked(metrics) + (f" · asked with {said}" if said else ""),
+        details=details or {},
+        metrics=metrics,
+        titles=TITLES,
+        caption_titles=_CAPTION_TITLES,
+        strict_names=[name for name in strict if name in metrics["strict"]],
+        paper_order=_PAPER_ORDER,
+        paper_names=[name for name in _PAPER_ORDER if has(name)],
+        control_tables=tables,
+        control_names=strict + ["rouge_l"] * has("rouge_l"),
+        control_head=[cell for title, _ in tables for cell in (title, "difference", "p")],
+        readings=[sentence for sentence in readings if sentence],
+        group_titles=_GROUP_TITLES,
+        group_columns=columns,
+        group_head=group_head,
+        group_numeric=[1, *(2 + i for i, cell in enumerate(group_head[1:]) if cell in {count for _, count, _ in columns if count})],
+        count_of=_count_of,
+        kind_titles=_KIND_TITLES,
+        pictures=gallery.pictures(metrics, answers, {_CONTROLS[kind]: other for kind, other in (others or {}).items()}),
     )
+
+
+def _count_of(name: str) -> str:
+    """The count of the questions that a metric is computed on. Where it is 0 the metric's rows and columns are left out."""
+    return _KIND_OF.get(name.split("_")[0], "n_open")
