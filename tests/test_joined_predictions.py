@@ -10,9 +10,9 @@ from llavamed_jax.cli import eval as cli
 from llavamed_jax.datasets.sample import VqaSample
 from llavamed_jax.datasets.vqa_rad import read_vqa_rad
 from llavamed_jax.errors import UserError
-from llavamed_jax.evaluation import run
 from llavamed_jax.evaluation.answering.answerer import Answer, Generation
 from llavamed_jax.evaluation.answering.ask import predict
+from llavamed_jax.evaluation.questions import questions_hash
 from llavamed_jax.evaluation.scoring import score
 from llavamed_jax.evaluation.scoring.controls import exchanged_images
 from llavamed_jax.evaluation.scoring.items import AnswerSet
@@ -110,7 +110,7 @@ def test_slakes_images_have_one_name_and_are_told_apart(tmp_path):
     for image in ("source.jpg", "imgs/xmlab1/source.jpg", "/elsewhere/imgs/xmlab1/source.jpg",
                   "imgs\\xmlab1\\source.jpg"):
         check_asked(samples[1:2], [line(1, image=image)])
-    hashes = {run._questions_hash([question(0, f"imgs/{name}/source.jpg"),
+    hashes = {questions_hash([question(0, f"imgs/{name}/source.jpg"),
                                    question(1, "imgs/x/source.jpg")]) for name in "ab"}
     assert len(hashes) == 2, "which of two images is asked about is part of the test"
 
