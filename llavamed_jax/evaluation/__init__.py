@@ -1,0 +1,1 @@
+"""Evaluation: questions, answers, scores and report. `run.py` composes them."""

@@ -41,22 +41,25 @@ _SCORES = ("pred_relative_score", "gpt4_score", "pred_score")
 class ChatScorer:
     """The questions of a chat config, and what a judge says of answers to them.
 
-    Beside the files of every evaluation there is `reviews.jsonl`: a line for each question, with both answers, their scores and
-    the judge's text. Arguments and errors are those of `VqaScorer`; there are no training rows.
+    Beside the files of every evaluation there is `reviews.jsonl`: a line for each question, with both answers, their
+    scores and the judge's text. Arguments and errors are those of `VqaScorer`; there are no training rows.
     """
 
     def __init__(self, cfg: ConfigDict, workdir: Path, against: str | Path | None = None):
         if against is not None:
-            raise UsageError("--against compares answers by the metrics of VQA sets and captions; a judge's scores stand in metrics.json")
+            raise UsageError("--against compares answers by the metrics of VQA sets and captions; a judge's scores stand in "
+                             "metrics.json")
         if not cfg.data.root:
-            raise UsageError("data.root is empty; the file of chat questions or its folder was expected: --config.data.root=PATH")
+            raise UsageError("data.root is empty; the file of chat questions or its folder was expected: "
+                             "--config.data.root=PATH")
         self.cfg, self._reading = cfg, cfg.judge.get("reading", "strict")
         if self._reading not in READINGS:
             raise UsageError(f"judge.reading is {self._reading!r}; {' or '.join(READINGS)} was expected")
         self.judge = Judge(cfg.judge, read_prompt(cfg.judge.prompt, CHAT_PROMPT), READINGS[self._reading], workdir)
         self.chat_set = read_chat_questions(cfg.data.root, cfg.data.images)
-        names = first_names(question.image for question in self.chat_set.questions)
-        self.questions = [dataclasses.replace(question, image=names[str(question.image)]) for question in self.chat_set.questions]
+        found = self.chat_set.questions
+        names = first_names(question.image for question in found)
+        self.questions = [dataclasses.replace(question, image=names[str(question.image)]) for question in found]
         self.samples: list[VqaSample] = [question.sample() for question in self.questions]
         self.training: list[VqaSample] = []
 
@@ -65,17 +68,23 @@ class ChatScorer:
         kinds = Counter(question.kind for question in self.questions)
         counts = ", ".join(f"{kinds[kind]} {kind}" for kind in TYPES)
         is_published = "as published" if self.chat_set.is_published else "not the published file"
-        return f"{KIND}: {len(self.questions)} questions on {len({q.image for q in self.questions})} images, {counts}, {is_published}"
+        n_images = len({question.image for question in self.questions})
+        return f"{KIND}: {len(self.questions)} questions on {n_images} images, {counts}, {is_published}"
 
     def plan(self, texts: Sequence[str] | None, has_control: bool) -> str:
-        """What judging will take, before anything is asked. Answers that are not there are taken as long as the references."""
+        """What judging will take. Answers that do not exist yet are taken to be as long as the references."""
         source = "answers as long as the references" if texts is None else "the answers that exist"
         prompts = self._prompts([question.reference for question in self.questions] if texts is None else texts)
-        controls = "; the controls' answers, exchanged images and noise, take up to as much again, each" if has_control else ""
-        return f"judge {self.judge.service.where}, {source}: {self.judge.estimate(prompts)}{controls}"
+        controls = "; the controls' answers, exchanged images and noise, take up to as much again, each"
+        return f"judge {self.judge.service.where}, {source}: {self.judge.estimate(prompts)}{controls if has_control else ''}"
 
     def score(self, answers: AnswerSet, others: Mapping[str, AnswerSet], extra: Mapping) -> Outcome:
-        """The judge's numbers of all answers. `others`: kind of control -> its answers; `extra`: further objects of `metrics.json`."""
+        """The judge's numbers of all answers.
+
+        Args:
+          others: kind of control -> its answers.
+          extra: further objects of `metrics.json`.
+        """
         verdicts, reviews = self._judged(answers, "answers")
         metrics, files = self._metrics(verdicts) | extra, {"reviews.jsonl": to_jsonl(reviews)}
         other_reviews = {}
@@ -95,7 +104,8 @@ class ChatScorer:
 
     def _prompts(self, texts: Sequence[str]) -> list[str]:
         has_marker = self.cfg.judge.image_marker
-        return [chat_prompt(self.judge.prompt, q, text, has_marker) for q, text in zip(self.questions, texts, strict=True)]
+        return [chat_prompt(self.judge.prompt, question, text, has_marker)
+                for question, text in zip(self.questions, texts, strict=True)]
 
     def _judged(self, answers: AnswerSet, title: str) -> tuple[list[Verdict], list[dict]]:
         """The verdicts, and the lines of a file of reviews."""
@@ -107,7 +117,8 @@ class ChatScorer:
 
     def _metrics(self, verdicts: Sequence[Verdict]) -> dict:
         """The object of `metrics.json`, without controls."""
-        unscored = [question.question_id for question, verdict in zip(self.questions, verdicts, strict=True) if verdict.value is None]
+        unscored = [question.question_id for question, verdict in zip(self.questions, verdicts, strict=True)
+                    if verdict.value is None]
         reading = self._reading
         read_otherwise = sum(v.first_text is not None and read_original_scores(v.first_text) is not None for v in verdicts)
         return {

@@ -12,7 +12,6 @@ from llavamed_jax.evaluation.judging.prompts import ORIGINAL_WORDING
 
 JUDGE = "gpt-4-0314"
 COLUMNS = ("conversation", "detailed_description", "chest_xray", "mri", "histology", "gross", "ct_scan", "overall")
-COUNTS = dict(zip(COLUMNS, (143, 50, 37, 38, 44, 34, 40, 193), strict=True))
 ROWS = {
     "LLaVA": (39.4, 26.2, 41.6, 33.4, 38.4, 32.9, 33.4, 36.1),
     "LLaVA-Med, stage 1 only": (22.6, 25.2, 25.8, 19.0, 24.8, 24.7, 22.2, 23.3),

@@ -158,7 +158,7 @@ def _texts(predictions: Sequence[Mapping]) -> dict[str, str]:
 
 def write_results(workdir: Path, files: Mapping[str, str], metrics: Mapping, run: Mapping[str, str],
                   check: Callable[[], None] = lambda: None) -> None:
-    """Writes all files of an evaluation at once, and removes those that an earlier one of something else left beside them.
+    """Writes all files of an evaluation at once, and removes files that an evaluation of something else left there.
 
     Args:
       workdir: where they go; its lock is held.
@@ -166,8 +166,8 @@ def write_results(workdir: Path, files: Mapping[str, str], metrics: Mapping, run
       run: who answered; a checkpoint's path says the step of TensorBoard's scalars.
       check: raises where the workdir is no longer at its place.
     Raises:
-      UserError: the disk refuses a file; then nothing has changed but what a single rename could not undo. A file that is not
-        there when all were written.
+      UserError: the disk refuses a file; then nothing has changed but what a single rename could not undo. A file that
+        is not there when all were written.
     """
     files = {**files, "metrics.json": json.dumps(metrics, indent=2, ensure_ascii=False) + "\n"}
     step = tensorboard.step_of(run.get("checkpoint", ""))
@@ -198,12 +198,11 @@ def _identity(metrics: Mapping) -> tuple:
 
 def _write(workdir: Path, files: Mapping[str, str], more: Callable[[Path], None], check: Callable[[], None],
            last: str = "metrics.json") -> None:
-    """Writes files under temporary names and renames them afterwards: a full disk leaves the results of an earlier evaluation as
-    they were.
+    """Writes files under temporary names and renames them afterwards: a full disk leaves earlier results as they were.
 
     Args:
-      more: writes further files into the folder that it is given, in folders of their own; one takes the place of those of an
-        equal ending (`*.eval`).
+      more: writes further files into the folder that it is given, in folders of their own; such a file takes the place
+        of those of an equal ending (`*.eval`).
       last: the file that is renamed after all others.
     """
     check()
@@ -231,5 +230,5 @@ def _write(workdir: Path, files: Mapping[str, str], more: Callable[[Path], None]
             raise UserError(f"{workdir / gone[0]} was removed as soon as it was written")
     except OSError as error:
         check()
-        raise UserError(f"the results in {workdir} cannot be written: {error.strerror or error}; what stood there before is as "
-                        "it was") from error
+        raise UserError(f"the results in {workdir} cannot be written: {error.strerror or error}; what stood there before "
+                        "is as it was") from error

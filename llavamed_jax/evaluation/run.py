@@ -69,7 +69,7 @@ class Evaluation:
 
     @property
     def has_written(self) -> bool:
-        """Whether answers were written into the workdir. Without any the first of several processes removes it when it fails."""
+        """Whether answers were written into the workdir. Without any, a process that fails removes the workdir."""
         return any(partial.is_begun for partial in self.partials)
 
     def check_place(self) -> None:
@@ -86,8 +86,8 @@ def open_evaluation(cfg: ConfigDict, workdir: str | Path, against: str | Path | 
       workdir: where `predictions.jsonl`, `metrics.json`, `report.html` and `tensorboard/` go.
       against: another model's predictions of the same questions, to be compared with.
     Raises:
-      UsageError: a setting that is wrong. UserError: data that cannot be read or hold no question; predictions to compare
-        with that do not fit; a workdir that cannot be written to.
+      UsageError: a setting that is wrong. UserError: data that cannot be read or hold no question; predictions to
+        compare with that do not fit; a workdir that cannot be written to.
     """
     if not str(workdir):
         raise UsageError("the workdir is empty; a directory was expected: --workdir DIR")
@@ -98,8 +98,8 @@ def open_evaluation(cfg: ConfigDict, workdir: str | Path, against: str | Path | 
 
 
 def check(evaluation: Evaluation, controls_asked: Collection[str] = ()) -> None:
-    """Raises UserError for what would be found only after everything was asked: ids that several questions have, an image
-    that is missing, a control that these questions cannot have."""
+    """Raises UserError for what would be found only after everything was asked: ids that several questions have, an
+    image that is missing, a control that these questions cannot have."""
     cfg, samples = evaluation.cfg, evaluation.samples
     check_ids(samples, str(cfg.data.root))
     check_images(sample.image for sample in samples)
@@ -124,8 +124,8 @@ def plan(evaluation: Evaluation, predictions: str | Path | None = None, has_cont
     return evaluation.scorer.plan(texts, has_control)
 
 
-def evaluate(evaluation: Evaluation, answerer: Answerer, source: Mapping[str, str], controls_asked: Collection[str] = (),
-             flags: Mapping[str, object] | None = None) -> dict:
+def evaluate(evaluation: Evaluation, answerer: Answerer, source: Mapping[str, str],
+             controls_asked: Collection[str] = (), flags: Mapping[str, object] | None = None) -> dict:
     """Asks every question, and again for each control; scores; writes the files.
 
     Each answer is kept in a `.partial` file until all is done, and taken over by a run of the same `source`,
@@ -159,15 +159,17 @@ def score_file(evaluation: Evaluation, path: str | Path) -> dict:
     return _finish(evaluation, {OWN: answers}, {"asked": said}, {"predictions": str(path)})
 
 
-def _ask(evaluation: Evaluation, answerer: Answerer, key: Mapping, controls_asked: Collection[str]) -> tuple[dict[str, list[dict]], dict]:
+def _ask(evaluation: Evaluation, answerer: Answerer, key: Mapping,
+         controls_asked: Collection[str]) -> tuple[dict[str, list[dict]], dict]:
     """The predictions of the own images (`OWN`) and of each control, and what `metrics.json` says of the asking."""
     cfg, samples, generation = evaluation.cfg, evaluation.samples, evaluation.generation
     machine = getattr(answerer, "machine", dict)()
     index, count = distributed.process_index(), distributed.process_count()
 
     def partial(name: str) -> Partial:
-        evaluation.partials.append(Partial(evaluation.workdir / name, key, index, machine, count, evaluation.check_place))
-        return evaluation.partials[-1]
+        kept = Partial(evaluation.workdir / name, key, index, machine, count, evaluation.check_place)
+        evaluation.partials.append(kept)
+        return kept
 
     lines = {OWN: predict(answerer, samples, generation, partial=partial("predictions.jsonl"))}
     extra: dict = {"asked": asked.record(answerer, generation)}
@@ -179,8 +181,9 @@ def _ask(evaluation: Evaluation, answerer: Answerer, key: Mapping, controls_aske
             with pictures as shown:
                 lines[name] = predict(answerer, samples, generation, shown, title, kept, name)
     if cfg.get("organ_question"):
-        # The shifts of this control follow from one greedy answer an image, whatever the other questions are asked with.
-        greedy, kept = Generation(max_new_tokens=generation.max_new_tokens, batch_size=generation.batch_size), partial("organ.jsonl")
+        # All shifts of this control follow from one answer an image, so it is greedy, whatever the config says.
+        greedy = Generation(max_new_tokens=generation.max_new_tokens, batch_size=generation.batch_size)
+        kept = partial("organ.jsonl")
         said = lambda pairs: [answer.text for answer in ask(answerer, pairs, greedy, "organ question", kept)]
         extra["organ"] = controls.organ_accuracy(said, samples)
     return lines, extra

@@ -1,4 +1,4 @@
-"""Questions with gold answers: what is asked of a data set, and the numbers, comparisons and judgement that answers get."""
+"""Questions with gold answers: those of a data set, and the numbers, comparisons and judgement of answers to them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ class VqaScorer:
       samples, training: the questions, and the training rows beside them.
       judge: reads the open answers; None where the config names no judge.
     Raises:
-      UsageError: a setting that is wrong. UserError: data that cannot be read or hold no question; predictions that do not fit.
+      UsageError: a setting that is wrong. UserError: data that cannot be read or hold no question; predictions that do
+        not fit.
     """
 
     summary = staticmethod(summary.summary)
@@ -37,14 +38,17 @@ class VqaScorer:
     def __init__(self, cfg: ConfigDict, workdir: Path, against: str | Path | None = None):
         self._cfg = cfg
         self.judge = open_answers.open_judge(cfg, workdir)
+        data = cfg.data
         self.samples, self.training = questions.load_samples(
-            cfg.data.name, cfg.data.root, cfg.data.split, cfg.protocol, cfg.data.held_out, **questions.further(cfg.data))
+            data.name, data.root, data.split, cfg.protocol, data.held_out, **questions.further(data))
         if not self.samples:
             raise UserError(f"{cfg.data.root} holds no question of {cfg.data.name} {cfg.data.split}")
-        self._against = None if against is None else AnswerSet.read(self.samples, against, self.training, f"--against {against}: ")
+        read = lambda path: AnswerSet.read(self.samples, path, self.training, f"--against {path}: ")
+        self._against = None if against is None else read(against)
         self._trained_on = _training_data(cfg)
         if cfg.get("published") not in (None, "", *published.NAMES):
-            raise UsageError(f"published is {cfg.published!r}; one of {', '.join(published.NAMES)} was expected, or nothing")
+            names = ", ".join(published.NAMES)
+            raise UsageError(f"published is {cfg.published!r}; one of {names} was expected, or nothing")
 
     def describe(self) -> str:
         """One line that says what is asked, and whether it is the whole of the published set."""
@@ -59,7 +63,8 @@ class VqaScorer:
         if self.judge is None:
             times = ", each three times: with its image, with another one, with noise" if has_control else ""
             return f"{len(self.samples)} questions{times}; nothing is judged"
-        return open_answers.plan(self.judge, self.samples, [str(sample.answer) for sample in self.samples] if texts is None else texts)
+        texts = [str(sample.answer) for sample in self.samples] if texts is None else texts
+        return open_answers.plan(self.judge, self.samples, texts)
 
     def score(self, answers: AnswerSet, others: Mapping[str, AnswerSet], extra: Mapping) -> Outcome:
         """The numbers of all answers.
@@ -77,12 +82,13 @@ class VqaScorer:
         if others:
             tables = {kind: score.tables(other, cfg.seed) | {"difference": score.difference(answers, other, cfg.seed)}
                       for kind, other in others.items()}
-            metrics["control"] = {"kind": "image", "seed": cfg.seed, **tables["image"]}
-            metrics["control"]["noise"] = {"kind": "noise", "seed": cfg.seed, "size": controls.NOISE_SIZE, **tables["noise"]}
+            noise = {"kind": "noise", "seed": cfg.seed, "size": controls.NOISE_SIZE, **tables["noise"]}
+            metrics["control"] = {"kind": "image", "seed": cfg.seed, **tables["image"], "noise": noise}
         if self._against is not None:
             metrics["against"] = score.against(answers, self._against, cfg.seed)
         if self._trained_on is not None:
-            metrics["trained_on"] = {"data": str(cfg.data.trained_on)} | leakage.trained_on(self.samples, self._trained_on)
+            found = leakage.trained_on(self.samples, self._trained_on)
+            metrics["trained_on"] = {"data": str(cfg.data.trained_on)} | found
         render = lambda tables: report.render(metrics, answers, others, tables)
         if self.judge is None:
             return Outcome(metrics, render)
@@ -101,5 +107,6 @@ def _training_data(cfg: ConfigDict) -> training.TrainingData | None:
         try:
             found.record(0)
         except UserError as error:
-            raise UserError(f"data.trained_on names no training data, none of {found.num_records} records can be read: {error}") from None
+            raise UserError(f"data.trained_on names no training data, none of {found.num_records} records can be read: "
+                            f"{error}") from None
     return found

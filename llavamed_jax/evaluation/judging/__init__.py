@@ -1,0 +1,1 @@
+"""Judging: a language model behind an address reads answers."""

@@ -1,0 +1,1 @@
+"""Reporting: the page, the summary in a terminal, and TensorBoard's scalars."""

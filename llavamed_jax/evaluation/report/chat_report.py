@@ -1,4 +1,4 @@
-"""`report.html` of a chat evaluation: scores by type and domain, then every figure with its questions, answers and reviews.
+"""`report.html` of a chat evaluation: scores by type and domain, then each figure with questions, answers and reviews.
 
 Numbers come from the object of `chat.ChatScorer`; nothing is computed here. The page is `chat.html.j2`.
 """
@@ -14,8 +14,8 @@ from llavamed_jax.evaluation.answering.asked import words
 from llavamed_jax.evaluation.report import page
 
 _TITLES = {
-    "overall": "All", "conversation": "Conversation", "detailed_description": "Detailed description", "chest_xray": "Chest X-ray",
-    "mri": "MRI", "histology": "Histology", "gross": "Gross pathology", "ct_scan": "CT",
+    "overall": "All", "conversation": "Conversation", "detailed_description": "Detailed description",
+    "chest_xray": "Chest X-ray", "mri": "MRI", "histology": "Histology", "gross": "Gross pathology", "ct_scan": "CT",
 }  # fmt: skip
 _CONTROLS = {"image": "image exchanged", "noise": "noise"}
 _GOOD, _HALF = 90.0, 50.0  # percent of the reference's score, for the colour of a tag alone
@@ -40,22 +40,24 @@ def render(
     """
     said, control, rows = words(metrics.get("asked") or {}), metrics.get("control") or {}, tables(metrics)
     controls = {"Images exchanged": control, "Noise": control.get("noise")}
-    ours, short = dict(rows), _TITLES | {"detailed_description": "Description", "gross": "Gross"}  # eight columns on a page
+    ours = dict(rows)
+    short = _TITLES | {"detailed_description": "Description", "gross": "Gross"}  # eight columns on a page
     columns = [(i, name) for i, name in enumerate(chat_published.COLUMNS) if name in ours]
     figures = _figures(questions, reviews, others or {})
     return page.render(
         "chat.html.j2",
         title="Chat evaluation by a judge",
         model=model,
-        what=f"{metrics['n_questions']} questions about {metrics['n_images']} figures, judged by {metrics['judge']['model']}"
-        + (f" · asked with {said}" if said else ""),
+        what=f"{metrics['n_questions']} questions about {metrics['n_images']} figures, judged by"
+        + f" {metrics['judge']['model']}" + (f" · asked with {said}" if said else ""),
         details=details or {},
         metrics=metrics,
         titles=_TITLES,
         tables=rows,
         controls={title: dict(tables(table)) for title, table in controls.items() if table},
         most=max([110.0, *(table[f"pred_relative_score{end}"] or 0 for _, table in rows for end in ("", "_high"))]),
-        paper_columns=[(short[name], ours[name]["data_size"], ours[name]["pred_relative_score"]) for _, name in columns],
+        paper_columns=[(short[name], ours[name]["data_size"], ours[name]["pred_relative_score"])
+                       for _, name in columns],
         paper_rows={title: [values[i] for i, _ in columns] for title, values in chat_published.ROWS.items()},
         unscored=[review for review in reviews if review["pred_score"] is None],
         figures=figures,
@@ -69,16 +71,20 @@ def tables(metrics: Mapping) -> list[tuple[str, Mapping]]:
     return [("overall", metrics["overall"]), *((name, groups[name]) for name in (*TYPES, *DOMAINS) if name in groups)]
 
 
-def _figures(questions: Sequence[ChatQuestion], reviews: Sequence[Mapping], others: Mapping[str, Sequence[Mapping]]) -> list[dict]:
+def _figures(questions: Sequence[ChatQuestion], reviews: Sequence[Mapping],
+             others: Mapping[str, Sequence[Mapping]]) -> list[dict]:
     """Each figure with the turns about it, in the order of the questions."""
     figures: dict[Path, dict] = {}
     for i, (question, review) in enumerate(zip(questions, reviews, strict=True)):
         if question.image not in figures:
-            caption = f"{question.label}: {question.caption}"
-            figures[question.image] = {"url": page.thumbnail(question.image), "name": question.image.name, "domain": question.domain,
-                                       "caption": caption, "turns": []}
-        answers = [("reference", review["gpt4_answer"], review["gpt4_score"]), ("answer", review["text"], review["pred_score"])]
-        answers += [(_CONTROLS.get(name, name), found[i]["text"], found[i]["pred_score"]) for name, found in others.items()]
+            figures[question.image] = {
+                "url": page.thumbnail(question.image), "name": question.image.name, "domain": question.domain,
+                "caption": f"{question.label}: {question.caption}", "turns": [],
+            }  # fmt: skip
+        answers = [("reference", review["gpt4_answer"], review["gpt4_score"]),
+                   ("answer", review["text"], review["pred_score"])]
+        answers += [(_CONTROLS.get(name, name), found[i]["text"], found[i]["pred_score"])
+                    for name, found in others.items()]
         figures[question.image]["turns"].append({"review": review, "verdict": _tag(review), "answers": answers})
     return list(figures.values())
 

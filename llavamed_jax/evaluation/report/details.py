@@ -1,4 +1,4 @@
-"""What was run, for the end of `report.html`: who answered, the configuration, versions of the code and hashes of the data."""
+"""What was run, for the end of `report.html`: who answered, configuration, versions of the code, hashes of the data."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 _PACKAGES = ("llavamed_jax", "jax", "flax", "transformers", "numpy", "pillow", "nltk", "openai")
 
 
-def tables(cfg: ConfigDict, judge: Judge | None, answers: AnswerSet, found: Outcome, run: Mapping[str, str]) -> dict[str, dict]:
+def tables(cfg: ConfigDict, judge: Judge | None, answers: AnswerSet, found: Outcome,
+           run: Mapping[str, str]) -> dict[str, dict]:
     """Title of a table -> name -> value.
 
     Args:

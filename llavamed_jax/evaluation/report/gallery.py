@@ -28,16 +28,16 @@ def pictures(metrics: Mapping, answers: AnswerSet, others: Mapping[str, AnswerSe
     Args:
       others: title of a control -> its answers.
     Returns:
-      `examples`: (title, figures, how many there are) of each verdict, at most `EXAMPLES` figures drawn by the seed. `images`:
-      `IMAGES` figures, each with the first `QUESTIONS` questions about it. And the counts that the notes state.
+      `examples`: (title, figures, how many there are) of each verdict, at most `EXAMPLES` figures drawn by the seed.
+      `images`: `IMAGES` figures, each with the first `QUESTIONS` questions about it. And the counts that the notes state.
     """
     by_image: dict[str, list[int]] = {}
     by_verdict: dict[str, list[int]] = {name: [] for name in _VERDICTS}
     for i, image in enumerate(answers.images):
         by_image.setdefault(image, []).append(i)
         by_verdict[_verdict(answers, i)[0]].append(i)
-    entry = lambda i: _entry(_verdict(answers, i), answers.samples[i].question, answers.texts[i], str(answers.samples[i].answer),
-                             {title: other.texts[i] for title, other in others.items()})
+    entry = lambda i: _entry(_verdict(answers, i), answers.samples[i].question, answers.texts[i],
+                             str(answers.samples[i].answer), {title: other.texts[i] for title, other in others.items()})
     rng, examples = np.random.default_rng(metrics["seed"]), []
     for name, title in _VERDICTS.items():
         found = by_verdict[name]
@@ -54,7 +54,8 @@ def pictures(metrics: Mapping, answers: AnswerSet, others: Mapping[str, AnswerSe
     return {
         "examples": examples, "most_examples": EXAMPLES, "num_answers": len(answers.samples),
         "num_examples_missing": _num_missing(figure for _, figures, _ in examples for figure in figures),
-        "images": shown, "num_images": len(by_image), "most_questions": QUESTIONS, "num_images_missing": _num_missing(shown),
+        "images": shown, "num_images": len(by_image), "most_questions": QUESTIONS,
+        "num_images_missing": _num_missing(shown),
     }  # fmt: skip
 
 
@@ -64,7 +65,9 @@ def _verdict(answers: AnswerSet, i: int) -> tuple[str, str]:
         return "wrong", "unread"
     metric = {CLOSED: "closed_accuracy", CHOICE: STRICT_CHOICE, CAPTION: "rouge_l"}.get(name, "open_f1")
     share, title = answers.value(i, metric), "ROUGE-L" if name == CAPTION else "F1"
-    return ("right", "right") if share == 1 else ("partly", f"{title} {100 * share:.0f}") if share else ("wrong", "wrong")
+    if share == 1:
+        return "right", "right"
+    return ("partly", f"{title} {100 * share:.0f}") if share else ("wrong", "wrong")
 
 
 def _organ_entry(organ: Mapping) -> dict:

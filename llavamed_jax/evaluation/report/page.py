@@ -1,4 +1,4 @@
-"""Pages from templates: the environment that escapes whatever is put into one, and how numbers and pictures are shown."""
+"""Pages from templates: the environment, which escapes every value, and how numbers and pictures are shown."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LONGEST_TEXT = 600  # characters of a question, an answer or a gold text that ar
 
 
 def render(template: str, **values) -> str:
-    """A page of a template of this folder. Every value is escaped; one that the template wants and is not given is an error."""
+    """A page of a template of this folder. Every value is escaped; a value that is missing is an error."""
     return environment().get_template(template).render(**values)
 
 

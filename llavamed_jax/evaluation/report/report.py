@@ -17,9 +17,12 @@ from llavamed_jax.evaluation.scoring.items import STRICT, STRICT_CHOICE, AnswerS
 
 _CONTROLS = {"image": "exchanged", "noise": "noise"}
 _SETS = {"vqa_rad": "VQA-RAD", "slake": "SLAKE", "pathvqa": "PathVQA"}
-_SPLITS = {"held_out": "held-out images", "test": "test split", "validation": "validation split", "train": "training split"}
+_SPLITS = {
+    "held_out": "held-out images", "test": "test split", "validation": "validation split", "train": "training split",
+}  # fmt: skip
 TITLES = {
-    "closed_accuracy": ("Closed accuracy", "the answer is the gold, or begins with the right one of yes and no and does not say the other"),
+    "closed_accuracy": (
+        "Closed accuracy", "the answer is the gold, or begins with the right one of yes and no and does not say the other"),
     "open_exact": ("Open, exact", "the normalised answer equals the gold, whatever form it is written in"),
     "open_f1": ("Open, F1", "overlap of the words of answer and gold, counted as multisets"),
     "choice_accuracy": ("Multiple choice", "letter or text of the right option, and nothing else"),
@@ -34,7 +37,8 @@ TITLES = {
     "open_accuracy_candidates": ("Open accuracy, candidates", "the training answer nearest to the answer is the gold"),
     "open_accuracy_substring": ("Open accuracy, substring", "the gold is a substring of the answer"),
     "closed_accuracy_yes_no": ("Closed accuracy, yes/no", "the gold is a substring, and “yes” or “no” is one too"),
-    "closed_accuracy_substring": ("Closed accuracy, substring", "the paper's “closed”: the gold is a substring, “no” of “normal” too"),
+    "closed_accuracy_substring": (
+        "Closed accuracy, substring", "the paper's “closed”: the gold is a substring, “no” of “normal” too"),
     "closed_recall": ("Closed recall", "gold words found, as for open questions"),
 }
 _CAPTION_TITLES = {
@@ -56,8 +60,8 @@ _GROUP_TITLES = {"question_type": "Question type", "organ": "Organ", "modality":
 # What a metric is computed on: a row or column without such questions is left out.
 _KIND_OF = {"closed": "n_closed", "open": "n_open", "choice": "n_choice", "rouge": "n_caption"}
 _GROUP_COLUMNS = (  # metric, title of the count before it, title
-    ("closed_accuracy", "closed", "accuracy, strict"), ("open_f1", "open", "F1, strict"), ("recall", "", "recall, paper"),
-    ("choice_accuracy", "choice", "accuracy, strict"), ("rouge_l", "captions", "ROUGE-L"),
+    ("closed_accuracy", "closed", "accuracy, strict"), ("open_f1", "open", "F1, strict"),
+    ("recall", "", "recall, paper"), ("choice_accuracy", "choice", "accuracy, strict"), ("rouge_l", "captions", "ROUGE-L"),
 )  # fmt: skip
 _KIND_TITLES = {CLOSED: "Closed", OPEN: "Open", CHOICE: "Multiple-choice", CAPTION: "Captioning"}
 
@@ -77,15 +81,18 @@ def render(
       details: tables of what was run: title -> name -> value; a value that is no text is shown as JSON.
     """
     said, has = words(metrics.get("asked") or {}), lambda name: bool(metrics.get(_count_of(name)))
-    control = metrics.get("control") or {}
-    tables = [(title, table) for title, table in (("images exchanged", control), ("noise", control.get("noise"))) if table]
-    readings = [controls.reading(table["difference"], shown) for shown, (_, table) in zip(("another image", "noise"), tables)]
+    name, split, control = metrics["dataset"], metrics["split"], metrics.get("control") or {}
+    pairs = ("images exchanged", control), ("noise", control.get("noise"))
+    tables = [(title, table) for title, table in pairs if table]
+    readings = [controls.reading(table["difference"], shown)
+                for shown, (_, table) in zip(("another image", "noise"), tables)]
     columns = [column for column in _GROUP_COLUMNS if has(column[0])]
     group_head = ["images", *(cell for _, count, title in columns for cell in (count, title) if cell)]
+    group_counts = {"images", *(count for _, count, _ in columns)}
     strict = [name for name in (*STRICT, STRICT_CHOICE) if has(name)]
     return page.render(
         "report.html.j2",
-        title=f"Evaluation on {_SETS.get(metrics['dataset'], metrics['dataset'])}, {_SPLITS.get(metrics['split'], metrics['split'])}",
+        title=f"Evaluation on {_SETS.get(name, name)}, {_SPLITS.get(split, split)}",
         model=str(answers.predictions[0].get("model_id", "")) if answers.predictions else "",
         what=asked(metrics) + (f" · asked with {said}" if said else ""),
         details=details or {},
@@ -102,7 +109,7 @@ def render(
         group_titles=_GROUP_TITLES,
         group_columns=columns,
         group_head=group_head,
-        group_numeric=[1, *(2 + i for i, cell in enumerate(group_head[1:]) if cell in {count for _, count, _ in columns if count})],
+        group_numeric=[1 + i for i, cell in enumerate(group_head) if cell in group_counts],
         count_of=_count_of,
         kind_titles=_KIND_TITLES,
         pictures=gallery.pictures(metrics, answers, {_CONTROLS[kind]: other for kind, other in (others or {}).items()}),
@@ -110,5 +117,5 @@ def render(
 
 
 def _count_of(name: str) -> str:
-    """The count of the questions that a metric is computed on. Where it is 0 the metric's rows and columns are left out."""
+    """The count of the questions that a metric is computed on. Where it is 0 the metric is left out of the page."""
     return _KIND_OF.get(name.split("_")[0], "n_open")

@@ -1,0 +1,1 @@
+"""Scoring: from predictions to numbers, their intervals, comparisons and controls."""

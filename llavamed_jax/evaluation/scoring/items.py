@@ -75,7 +75,8 @@ class AnswerSet:
         self.sha256 = ""
 
     @classmethod
-    def read(cls, samples: Sequence[VqaSample], path: str | Path, training: Sequence[VqaSample] = (), what: str = "") -> AnswerSet:
+    def read(cls, samples: Sequence[VqaSample], path: str | Path, training: Sequence[VqaSample] = (),
+             what: str = "") -> AnswerSet:
         """Reads a file of predictions, which are answers to these questions about their own images.
 
         Args:
@@ -88,7 +89,8 @@ class AnswerSet:
             answers = cls(samples, predictions, training, is_control_allowed=False)
         except UserError as error:
             raise type(error)(f"{what}{error}") from error
-        answers.file, answers.sha256 = Path(path), hashlib.sha256(read_bytes(path, f"the file of predictions {path}")).hexdigest()
+        answers.file = Path(path)
+        answers.sha256 = hashlib.sha256(read_bytes(path, f"the file of predictions {path}")).hexdigest()
         return answers
 
     def warn_of_not_stated(self) -> None:
@@ -109,13 +111,13 @@ class AnswerSet:
 
     @functools.cached_property
     def choices(self) -> dict[int, int | None]:
-        """Place of a multiple-choice question -> place of the option that its answer names; None where it names no option."""
+        """Place of a multiple-choice question -> place of the option that its answer names, None where it names none."""
         pairs = enumerate(zip(self.samples, self.texts, strict=True))
         return {i: read_choice(text, sample.options) for i, (sample, text) in pairs if kind(sample) == CHOICE}
 
     @functools.cached_property
     def values(self) -> np.ndarray:
-        """Every metric of every item that is a mean over items, as a fraction, float64 [N, M]; NaN where it does not apply.
+        """Each metric that is a mean over items, of every item: fractions, float64 [N, M], NaN where it does not apply.
 
         `open_accuracy_candidates` is NaN where the training rows have no open answer.
         """

@@ -116,7 +116,7 @@ def score(answers: AnswerSet, *, dataset: str = "", split: str = "", seed: int =
 
 def tables(answers: AnswerSet, seed: int) -> dict[str, dict]:
     """The families of `score` alone: what a control run is scored by."""
-    found = {family: statistics.intervals(members, answers.images, seed) for family, members in answers.families.items()}
+    found = {family: statistics.intervals(scores, answers.images, seed) for family, scores in answers.families.items()}
     if "captions" in found:
         found["captions"]["not_computed"] = list(captions.NOT_COMPUTED)
     return found
@@ -124,8 +124,8 @@ def tables(answers: AnswerSet, seed: int) -> dict[str, dict]:
 
 def compare(first: AnswerSet, second: AnswerSet, seed: int = 0) -> dict[str, dict]:
     """`first` minus `second` on the same questions: family -> metric -> `statistics.compare`'s numbers."""
-    others = second.families
-    return {family: statistics.compare(scores, others[family], first.images, seed) for family, scores in first.families.items()}
+    return {family: statistics.compare(scores, second.families[family], first.images, seed)
+            for family, scores in first.families.items()}
 
 
 def difference(first: AnswerSet, second: AnswerSet, seed: int = 0) -> dict:
@@ -139,7 +139,8 @@ def difference(first: AnswerSet, second: AnswerSet, seed: int = 0) -> dict:
 
 
 def against(answers: AnswerSet, other: AnswerSet, seed: int) -> dict:
-    """What `metrics.json` holds under `against`: `file`, `model_id` (None where the file states none), `sha256`, and each
-    family's metrics with `value`, `other`, `difference`, `low`, `high` and `p`."""
+    """What `metrics.json` holds under `against`: `file`, `model_id` (None where the file states none), `sha256`, and
+    each family's metrics with `value`, `other`, `difference`, `low`, `high` and `p`."""
     other.warn_of_not_stated()
-    return {"file": str(other.file), "model_id": other.model or None, "sha256": other.sha256} | compare(answers, other, seed)
+    file = {"file": str(other.file), "model_id": other.model or None, "sha256": other.sha256}
+    return file | compare(answers, other, seed)
