@@ -121,7 +121,7 @@ def _train(size: Size, trainable: list[str]) -> dict:
     from llavamed_jax.config import IGNORE, IMAGE_TOKEN, preset
     from llavamed_jax.models import llava
     from llavamed_jax.parallel.mesh import make_mesh
-    from llavamed_jax.training import metrics, optimizer, state
+    from llavamed_jax.training import optimizer, state, throughput
     from llavamed_jax.training.step import llava_loss, make_train_step, place
 
     cfg, mesh, dtype = preset(size.preset), make_mesh("data=1", jax.devices()[:1]), jnp.dtype(size.dtype)
@@ -154,8 +154,8 @@ def _train(size: Size, trainable: list[str]) -> dict:
     seconds = median_seconds(run, size.repeats, warmup=2)
     trained, abstract = {name: int(x.size) for name, x in train_state.trainable.items()}, jax.eval_shape(lambda x: x, train_state)
     measured = peak_memory()
-    flops = metrics.training_flops(cfg, trained, B * T, B * T * (T + 1) // 2, B * I)
-    peak = metrics.peak_flops(jax.devices()[0].device_kind)
+    flops = throughput.training_flops(cfg, trained, B * T, B * T * (T + 1) // 2, B * I)
+    peak = throughput.peak_flops(jax.devices()[0].device_kind)
     return dict(shapes=f"B {B}, T {T}, images a row {I}", dtype=size.dtype, remat="full", seconds=seconds,
                 tokens_per_second=B * T / seconds, mfu=flops / seconds / peak if peak else None,
                 trained_parameters=sum(trained.values()), first_loss=float(losses[0]), last_loss=float(losses[-1]), **measured,
@@ -253,7 +253,7 @@ def _prefill(size: Size, B: int, T: int) -> dict:
     import jax
 
     from benchmarks.measure import median_seconds, peak_memory
-    from llavamed_jax.training.metrics import peak_flops
+    from llavamed_jax.training.throughput import peak_flops
 
     prompted = _Prompted(size, B, T, 1)
     cfg, seconds = prompted.cfg, median_seconds(prompted.prefill, 2 * size.repeats)

@@ -39,7 +39,7 @@ from llavamed_jax.models.llava import Llava, stack
 from llavamed_jax.parallel.mesh import make_mesh
 from llavamed_jax.training import optimizer as optimizers
 from llavamed_jax.training import state as states
-from llavamed_jax.training.setup import to_disk
+from llavamed_jax.training.program import to_disk
 from llavamed_jax.training.step import llava_loss, make_train_step, place
 from tests import hf
 

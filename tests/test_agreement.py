@@ -13,8 +13,9 @@ from llavamed_jax.checkpoints.random import random_checkpoint
 from llavamed_jax.checkpoints.tree.model import write_model
 from llavamed_jax.errors import UsageError
 from llavamed_jax.parallel import agreement
-from llavamed_jax.training import alike, recipe, setup
-from llavamed_jax.training.data import Data
+from llavamed_jax.training import alike, recipe
+from llavamed_jax.training.rows import Data
+from llavamed_jax.training.start import open_start
 from llavamed_jax.utils import code
 from llavamed_jax.utils.nested import flatten
 from tests import training_runs as runs
@@ -153,7 +154,7 @@ def test_where_a_host_writes_and_how_a_path_is_written_may_differ(cfg, tmp_path,
 # ---- what is compared when it is open
 
 def opened(cfg, workdir):
-    return alike.model(cfg, workdir, setup.open_start(cfg), None)
+    return alike.model(cfg, workdir, open_start(cfg), None)
 
 
 def copied(cfg, tmp_path):
@@ -220,7 +221,7 @@ def test_a_directory_of_a_hosts_own_disk_is_refused(cfg, tmp_path, several, monk
 # ---- what is compared when the data has been read
 
 def read(cfg):
-    return Data.open(cfg, setup.open_start(cfg), 1)
+    return Data.open(cfg, open_start(cfg), 1)
 
 
 @pytest.mark.parametrize("key, change", [("data.train", "text"), ("data.train", "fewer"), ("data.train", "image"),

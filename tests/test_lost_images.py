@@ -9,8 +9,9 @@ import pytest
 from llavamed_jax.errors import UserError
 from llavamed_jax.evaluation import during_training
 from llavamed_jax.parallel.mesh import make_mesh
-from llavamed_jax.training import setup, trainer
-from llavamed_jax.training.data import Data
+from llavamed_jax.training import program, trainer
+from llavamed_jax.training.rows import Data
+from llavamed_jax.training.start import open_start
 from llavamed_jax.training.trainer import fit
 from tests import training_runs as runs
 from tests.training_runs import SAMPLE, FakeStep
@@ -60,11 +61,11 @@ def recipe(start, tmp_path):
 
 @pytest.fixture(autouse=True)
 def one_device(monkeypatch):
-    monkeypatch.setattr(setup, "make_mesh", lambda spec, *_: make_mesh(spec, jax.devices()[:1]))
+    monkeypatch.setattr(program, "make_mesh", lambda spec, *_: make_mesh(spec, jax.devices()[:1]))
 
 
 def opened(cfg):
-    return Data.open(cfg, setup.open_start(cfg))
+    return Data.open(cfg, open_start(cfg))
 
 
 @PACKINGS

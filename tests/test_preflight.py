@@ -19,7 +19,7 @@ from llavamed_jax.preflight import collectives, programs, report, search
 from llavamed_jax.preflight.compile import Compiler, compiled
 from llavamed_jax.preflight.serving import Serving
 from llavamed_jax.preflight.topologies import KINDS, Topology
-from llavamed_jax.training.metrics import PEAK_FLOPS
+from llavamed_jax.training.throughput import PEAK_FLOPS
 from tests.preflight_jobs import GIB, job, row
 
 ROOT = Path(__file__).resolve().parent.parent

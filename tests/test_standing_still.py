@@ -11,9 +11,9 @@ from llavamed_jax.checkpoints.open import open_checkpoint
 from llavamed_jax.checkpoints.tree.store import steps
 from llavamed_jax.errors import UsageError, UserError
 from llavamed_jax.parallel.mesh import make_mesh
+from llavamed_jax.training import program, trainer
 from llavamed_jax.training import recipe as recipes
-from llavamed_jax.training import setup, trainer
-from llavamed_jax.training.late import Progress
+from llavamed_jax.training.metrics_reader import Progress
 from llavamed_jax.training.trainer import fit
 from tests import training_runs as runs
 from tests.training_runs import FakeStep
@@ -45,7 +45,7 @@ def recipe(start, folder):
 
 @pytest.fixture(autouse=True)
 def one_device(monkeypatch):
-    monkeypatch.setattr(setup, "make_mesh", lambda spec, *_: make_mesh(spec, jax.devices()[:1]))
+    monkeypatch.setattr(program, "make_mesh", lambda spec, *_: make_mesh(spec, jax.devices()[:1]))
 
 
 def tensors(path):

@@ -213,7 +213,7 @@ def test_a_decoder_that_is_built_in_keeps_its_ids(tmp_path, capsys):
 
 
 def test_a_run_starts_with_the_ids_and_keeps_them(tmp_path):
-    from llavamed_jax.training.setup import open_start
+    from llavamed_jax.training.start import open_start
     from tests.training_runs import SAMPLE, shrunk, write_data, write_start
     start, data = write_start(tmp_path / "start"), write_data(tmp_path)
     with_settings(start / "model")

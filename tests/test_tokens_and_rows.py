@@ -15,8 +15,8 @@ from llavamed_jax.pipeline import lengths
 from llavamed_jax.processor import Processor
 from llavamed_jax.text.tokenizer import Tokenizer
 from llavamed_jax.training import recipe as recipes
-from llavamed_jax.training import setup
-from llavamed_jax.training.data import Data
+from llavamed_jax.training.rows import Data
+from llavamed_jax.training.start import open_start
 from llavamed_jax.training.trainer import fit
 from tests import training_runs as runs
 from tests.training_runs import ROOT, SAMPLE
@@ -54,7 +54,7 @@ def test_a_tokenizer_larger_than_the_table_is_refused_before_the_first_update(st
 
 def test_tokens_that_no_text_uses_are_no_trouble(started):
     """A tokenizer may have a few more than the table, as released ones do."""
-    highest = Data.open(cfg := started(TOKENIZER.vocab_size), setup.open_start(cfg)).plan.lengths.highest[0]
+    highest = Data.open(cfg := started(TOKENIZER.vocab_size), open_start(cfg)).plan.lengths.highest[0]
     assert 3 < highest < TOKENIZER.vocab_size - 1
     processor = Processor(model(TOKENIZER.vocab_size), TOKENIZER)
     data = read_training(cfg.data.train, cfg.data.images)
@@ -70,7 +70,7 @@ def test_validation_and_sample_data_too(started, tmp_path, key):
     (tmp_path / "odd.json").write_text(json.dumps(records))
     cfg = started(TOKENIZER.vocab_size, [added], samples_every=2, **{key: tmp_path / "odd.json"})
     with pytest.raises(UserError, match=f"record 'odd one' has the token {TOKENIZER.vocab_size}, and"):
-        Data.open(cfg, setup.open_start(cfg))
+        Data.open(cfg, open_start(cfg))
 
 
 def test_what_was_measured_for_a_larger_table_is_checked_again(started, tmp_path, monkeypatch):
@@ -98,7 +98,7 @@ def test_image_tokens_without_rows_are_refused(started, tmp_path, template, adde
 def test_image_tokens_with_rows_are_used(started):
     cfg = model(TOKENIZER.vocab_size + 2, use_start_end=True)
     recipe = started(None, ("<im_start>", "<im_end>"), cfg)
-    data = Data.open(recipe, setup.open_start(recipe))
+    data = Data.open(recipe, open_start(recipe))
     assert data.plan.lengths.highest[0] == TOKENIZER.vocab_size + 1
     ids, _ = data.processor.training_example([{"from": "human", "value": "<image> is it?"}, {"from": "gpt", "value": "yes"}], 1)
     at = ids.index(-200)
@@ -106,7 +106,7 @@ def test_image_tokens_with_rows_are_used(started):
     fewer = cfg.replace(decoder=replace(cfg.decoder, vocab_size=cfg.decoder.vocab_size - 1))
     recipe = started(None, ("<im_start>", "<im_end>"), fewer)
     with pytest.raises(UserError, match=f"has the token {TOKENIZER.vocab_size + 1}, and the .* has {TOKENIZER.vocab_size + 1} rows"):
-        Data.open(recipe, setup.open_start(recipe))
+        Data.open(recipe, open_start(recipe))
 
 
 # ---- long values

@@ -11,8 +11,9 @@ import pytest
 from llavamed_jax.config import IMAGE_TOKEN
 from llavamed_jax.errors import UsageError, UserError
 from llavamed_jax.parallel.mesh import make_mesh
-from llavamed_jax.training import setup, trainer
-from llavamed_jax.training.data import Data, row_multiple
+from llavamed_jax.training import program, trainer
+from llavamed_jax.training.rows import Data, row_multiple
+from llavamed_jax.training.start import open_start
 from llavamed_jax.training.trainer import fit
 from tests import training_runs
 from tests.training_runs import FakeStep, log_lines
@@ -33,7 +34,7 @@ def run(monkeypatch):
     def run(cfg, workdir, mesh="data=1", finishes=True):
         step = FakeStep()
         devices = jax.devices()[:int(mesh[-1])]
-        monkeypatch.setattr(setup, "make_mesh", lambda spec, *_: make_mesh(mesh, devices))
+        monkeypatch.setattr(program, "make_mesh", lambda spec, *_: make_mesh(mesh, devices))
         monkeypatch.setattr(trainer, "make_train_step", step)
         assert fit(cfg, workdir) is finishes
         return [{name: np.asarray(array) for name, array in batch.items()} for batch in step.batches]
@@ -66,7 +67,7 @@ def test_fractions_of_padding_are_those_of_the_batches(recipe, run, tmp_path, ca
 def test_the_number_of_updates_comes_from_the_rows(recipe, run, tmp_path):
     cfg = recipe(epochs=3, total_steps="none")
     batches = run(cfg, tmp_path / "run")
-    data = Data.open(cfg, setup.open_start(cfg))
+    data = Data.open(cfg, open_start(cfg))
     rows = [len(data.plan.rows(epoch)) for epoch in range(3)]
     assert len(batches) == resolved(tmp_path / "run")["total_steps"] == sum(count // 2 for count in rows) < 3 * 12 // 2
 
@@ -99,17 +100,17 @@ def test_unpacked_rows_need_a_batch_that_divides_and_get_empty_rows_later(recipe
 def test_validation_rows_are_packed_too_and_hold_every_sample_once(recipe):
     cfg = recipe()
     cfg.data.validation = cfg.data.train
-    data = Data.open(cfg, setup.open_start(cfg))
+    data = Data.open(cfg, open_start(cfg))
     batches = list(data.validation_batches())
     assert sum(int(batch["segment_ids"].max(axis=1).sum()) for batch in batches) == 12
     assert all(batch["input_ids"].shape == (2, 96) for batch in batches)
-    assert data.validation_plan.rows(0).records.tolist() == Data.open(cfg, setup.open_start(cfg)).validation_plan.rows(0).records.tolist()
+    assert data.validation_plan.rows(0).records.tolist() == Data.open(cfg, open_start(cfg)).validation_plan.rows(0).records.tolist()
 
 
 def test_validation_takes_the_rows_of_a_micro_batch_at_a_time(recipe):
     cfg = recipe(batch_size=24, micro_batches=4)
     cfg.data.validation = cfg.data.train
-    data = Data.open(cfg, setup.open_start(cfg), multiple=8)  # two devices
+    data = Data.open(cfg, open_start(cfg), multiple=8)  # two devices
     assert data.plan.layout.rows == 8 and data.validation_plan.layout.rows == 2
     batches = list(data.validation_batches())
     assert {batch["input_ids"].shape for batch in batches} == {(2, 96)}
@@ -119,27 +120,27 @@ def test_validation_takes_the_rows_of_a_micro_batch_at_a_time(recipe):
 @pytest.mark.parametrize("packing", [True, False])
 def test_a_batch_that_no_memory_holds_is_refused(recipe, packing, monkeypatch):
     cfg = recipe(batch_size=10, **{"data.packing": packing})
-    data = Data.open(cfg, setup.open_start(cfg), multiple=10)
+    data = Data.open(cfg, open_start(cfg), multiple=10)
     needed = sum(array.nbytes for name, array in next(data.training_batches()).items() if name != "num_images")
     monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": needed, "SC_PHYS_PAGES": 1}.get)
-    Data.open(cfg, setup.open_start(cfg), multiple=10)
+    Data.open(cfg, open_start(cfg), multiple=10)
     monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": needed - 1, "SC_PHYS_PAGES": 1}.get)
     with pytest.raises(UsageError, match="'batch_size' is 10: 10 rows of .* GB an update; less than this machine's memory"):
-        Data.open(cfg, setup.open_start(cfg), multiple=10)
+        Data.open(cfg, open_start(cfg), multiple=10)
 
 
 def test_a_sample_is_no_longer_than_the_decoder_knows_positions(recipe):
-    Data.open(recipe(max_length=128, **{"data.row_length": 0}), setup.open_start(recipe()))
+    Data.open(recipe(max_length=128, **{"data.row_length": 0}), open_start(recipe()))
     with pytest.raises(UsageError, match="'max_length' is 129; the decoder knows 128 positions"):
-        Data.open(recipe(max_length=129), setup.open_start(recipe()))
+        Data.open(recipe(max_length=129), open_start(recipe()))
 
 
 def test_sample_questions_that_cannot_be_read_are_known_at_the_start(recipe):
     cfg = recipe(samples_every=100, **{"data.samples": "absent.json"})
     with pytest.raises(UserError, match="absent.json does not exist"):
-        Data.open(cfg, setup.open_start(cfg))
+        Data.open(cfg, open_start(cfg))
     cfg.samples_every = 0
-    Data.open(cfg, setup.open_start(cfg))
+    Data.open(cfg, open_start(cfg))
 
 
 def test_rows_divide_by_devices_and_micro_batches(recipe):
@@ -147,17 +148,17 @@ def test_rows_divide_by_devices_and_micro_batches(recipe):
 
 
 def test_a_warning_names_the_batch_size_that_would_fit(recipe):
-    data = Data.open(recipe(batch_size=1), setup.open_start(recipe()), multiple=8)
+    data = Data.open(recipe(batch_size=1), open_start(recipe()), multiple=8)
     warning, = (line for line in data.describe() if "batch_size" in line and line.startswith("warning"))
     fitting = int(re.search(r"batch_size (\d+) would fit", warning)[1])
-    again = Data.open(recipe(batch_size=fitting), setup.open_start(recipe()), multiple=8)
+    again = Data.open(recipe(batch_size=fitting), open_start(recipe()), multiple=8)
     assert again.plan.layout.rows == data.plan.layout.rows == 8
     assert not any("would fit" in line for line in again.describe())
 
 
 def test_a_row_length_shorter_than_a_sample_is_a_wrong_value(recipe):
     with pytest.raises(UsageError, match="'data.row_length' is 16; the longest sample has"):
-        Data.open(recipe(**{"data.row_length": 16}), setup.open_start(recipe()))
+        Data.open(recipe(**{"data.row_length": 16}), open_start(recipe()))
 
 
 def test_damaged_records_are_listed_once_and_too_many_stop_the_run(recipe, run, tmp_path, capsys):

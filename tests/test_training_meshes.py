@@ -12,16 +12,17 @@ from llavamed_jax.checkpoints.tree.model import open_tree, write_model
 from llavamed_jax.cli.common import load_config
 from llavamed_jax.config import DecoderConfig, LlavaConfig, VisionConfig
 from llavamed_jax.parallel.mesh import make_mesh, put
-from llavamed_jax.training import setup, trainer
-from llavamed_jax.training.late import Progress
+from llavamed_jax.training import trainer
+from llavamed_jax.training.metrics_reader import Progress
+from llavamed_jax.training.program import Program, to_disk
 
 CFG = LlavaConfig(VisionConfig(16, 32, 2, 2, 16, 8), DecoderConfig(64, 32, 48, 3, 4, 2, 8, 1e-5, 1e4, 128, architecture="mistral"))
 META = {"data": {"position": 7}, "progress": vars(Progress(updates_skipped=1)), "seed": 0}
 
 
-def program_on(spec: str, number: int, checkpoint) -> setup.Program:
+def program_on(spec: str, number: int, checkpoint) -> Program:
     recipe = load_config(f"{ROOT}/configs/finetune.py:small", ["optimizer.mu_dtype=bfloat16"])
-    return setup.Program.build(recipe, checkpoint, make_mesh(spec, jax.devices()[:number]), 8)
+    return Program.build(recipe, checkpoint, make_mesh(spec, jax.devices()[:number]), 8)
 
 
 def at_random(tree):
@@ -39,7 +40,7 @@ def saved(tmp_path_factory):
     assert any(len(x.sharding.device_set) == 8 and not x.is_fully_replicated for x in jax.tree.leaves(state.opt_state))
     write_model(workdir, checkpoint, without=program.trained_names())
     with store.StepWriter(workdir) as writer:
-        writer.save(5, setup.to_disk(state.trainable), state.opt_state, META)
+        writer.save(5, to_disk(state.trainable), state.opt_state, META)
     return workdir, checkpoint, state
 
 
@@ -64,5 +65,5 @@ def test_a_tree_on_disk_knows_no_mesh(saved):
     """What eight devices trained is read as any checkpoint is."""
     workdir, _, state = saved
     read = open_tree(workdir)
-    for name, value in setup.to_disk(state.trainable).items():
+    for name, value in to_disk(state.trainable).items():
         assert np.array_equal(read.read(name), np.asarray(value)), name

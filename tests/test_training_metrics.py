@@ -10,7 +10,7 @@ from tensorboardX.proto.event_pb2 import Event
 
 from llavamed_jax.config import preset
 from llavamed_jax.models.llava import abstract_params
-from llavamed_jax.training import metrics
+from llavamed_jax.training import throughput
 from llavamed_jax.training.log import MetricsWriter, Sample
 
 CFG = preset("llava15-7b")
@@ -32,13 +32,13 @@ def sizes(*prefixes):
 ])
 def test_flops_follow_what_is_trained(trained, matmuls, attention):
     """6 N a token where the decoder is trained, 4 N where gradients only pass through it, 2 N below what is trained."""
-    flops = metrics.training_flops(CFG, sizes(*trained), TOKENS, ATTENDED, images=0)
+    flops = throughput.training_flops(CFG, sizes(*trained), TOKENS, ATTENDED, images=0)
     assert flops == pytest.approx(TOKENS * matmuls + attention * ATTENTION, rel=1e-12)
 
 
 def test_the_tower_costs_its_forward_pass_and_thrice_that_where_it_is_trained():
-    image = lambda *trained: (metrics.training_flops(CFG, sizes(*trained), TOKENS, ATTENDED, images=10)
-                              - metrics.training_flops(CFG, sizes(*trained), TOKENS, ATTENDED, images=0))
+    image = lambda *trained: (throughput.training_flops(CFG, sizes(*trained), TOKENS, ATTENDED, images=10)
+                              - throughput.training_flops(CFG, sizes(*trained), TOKENS, ATTENDED, images=0))
     assert image("projector/") == pytest.approx(10 * CFG.vision_flops_per_image())
     assert image("projector/", "vision_tower/") == pytest.approx(30 * CFG.vision_flops_per_image())
 
@@ -48,7 +48,7 @@ def test_the_convention_gives_the_published_flops():
     for name, billions in (("v15-7b", 44.3), ("llava15-7b", 41.3)):
         cfg = preset(name)
         whole = {n: math.prod(x.shape) for n, x in flatten_dict(abstract_params(cfg, scan=True), sep="/").items() if n[0] != "v"}
-        flops = metrics.training_flops(cfg, whole, 2048, 2048 * 2049 // 2, images=0) / 2048
+        flops = throughput.training_flops(cfg, whole, 2048, 2048 * 2049 // 2, images=0) / 2048
         assert flops / 1e9 == pytest.approx(billions, abs=0.06)
 
 
@@ -57,18 +57,18 @@ def test_the_convention_gives_the_published_flops():
     ("cpu", None), ("NVIDIA H200 NVL MIG 1g.18gb", None), ("NVIDIA A10", None), ("TPU v5 super", None), ("", None),
 ])
 def test_peak_is_looked_up_by_the_strings_that_devices_have(kind, peak):
-    assert metrics.peak_flops(kind) == peak
+    assert throughput.peak_flops(kind) == peak
 
 
 def test_batches_are_counted_by_segments():
     batch = dict(segment_ids=np.array([[1, 1, 2, 0], [1, 1, 1, 0], [0, 0, 0, 0]]), num_images=np.array([2, 0, 0]),
                  positions=np.array([[0, 1, 0, 0], [0, 1, 2, 0], [0, 0, 0, 0]]), pixel_values=np.zeros((3, 2, 4, 4, 3)))
-    assert metrics.batch_counts(batch) == dict(samples=3, tokens=6, positions=12, attended=3 + 1 + 6, images=2, image_slots=6)
-    assert metrics.batch_counts(batch, window=2)["attended"] == 3 + 1 + 5
+    assert throughput.batch_counts(batch) == dict(samples=3, tokens=6, positions=12, attended=3 + 1 + 6, images=2, image_slots=6)
+    assert throughput.batch_counts(batch, window=2)["attended"] == 3 + 1 + 5
     text = {key: batch[key] for key in ("segment_ids", "positions")}
-    assert metrics.batch_counts(text)["image_slots"] == 0
+    assert throughput.batch_counts(text)["image_slots"] == 0
     empty = {key: np.zeros_like(value) for key, value in text.items()}
-    assert metrics.batch_counts(empty)["attended"] == metrics.batch_counts(empty)["samples"] == 0
+    assert throughput.batch_counts(empty)["attended"] == throughput.batch_counts(empty)["samples"] == 0
 
 
 def events(folder):

@@ -18,9 +18,12 @@ from llavamed_jax.checkpoints.tree.store import newest_intact_step, read_meta, s
 from llavamed_jax.errors import UsageError, UserError
 from llavamed_jax.parallel.mesh import make_mesh
 from llavamed_jax.text.tokenizer import Tokenizer
-from llavamed_jax.training import arithmetic, setup, trainer
+from llavamed_jax.training import arithmetic, program, trainer
 from llavamed_jax.training import workdir as workdirs
-from llavamed_jax.training.trainer import Watch, fit
+from llavamed_jax.training.callbacks import Callbacks
+from llavamed_jax.training.program import Program
+from llavamed_jax.training.start import open_start
+from llavamed_jax.training.trainer import fit
 from tests import training_runs as runs
 from tests.training_runs import SAMPLE, FakeStep
 
@@ -28,7 +31,7 @@ from tests.training_runs import SAMPLE, FakeStep
 @pytest.fixture(scope="module", autouse=True)
 def one_device():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(setup, "make_mesh", lambda spec, *_: make_mesh(spec, jax.devices()[:1]))
+        patch.setattr(program, "make_mesh", lambda spec, *_: make_mesh(spec, jax.devices()[:1]))
         yield
 
 
@@ -70,7 +73,7 @@ def crash_at(step):
         if snapshot.step == step:
             raise RuntimeError("power cut")
         return {}
-    return Watch([evaluate])
+    return Callbacks([evaluate])
 
 
 def tensors(path):
@@ -179,8 +182,8 @@ def test_a_run_from_before_a_key_was_renamed_goes_on(recipe, tmp_path):
 
 def test_what_is_kept_is_what_was_started_with(recipe, tmp_path):
     """Frozen parameters, config and tokenizer from base/ and model/ are those from init."""
-    checkpoint = setup.open_start(recipe(tokenizer=SAMPLE / "tokenizer.model"))
-    program = setup.Program.build(recipe(), checkpoint, make_mesh("data=1", jax.devices()[:1]), 8)
+    checkpoint = open_start(recipe(tokenizer=SAMPLE / "tokenizer.model"))
+    program = Program.build(recipe(), checkpoint, make_mesh("data=1", jax.devices()[:1]), 8)
     write_model(tmp_path / "run", checkpoint, without=program.trained_names())
     own = trainer.base.open_base(tmp_path / "run")
     assert own.config == checkpoint.config and not set(program.trained_names()) & set(own.tensors)
@@ -289,7 +292,7 @@ def test_rows_are_those_of_the_step(recipe, stopped, monkeypatch):
     meta = read_meta(stopped, 6)
     assert meta["data"]["rows_an_update"] == meta["run"]["resolved"]["rows"] == 2
     cfg = packed(recipe)
-    checkpoint = setup.open_start(cfg)
+    checkpoint = open_start(cfg)
     batches = trainer.Data.open(cfg, checkpoint, settled={**meta["run"]["resolved"], "rows": 1}).training_batches()
     with pytest.raises(UserError, match="other data: its rows_an_update was 2 and is 1 now"):
         batches.restore(meta["data"])
@@ -468,7 +471,7 @@ def test_of_a_tokenizer_its_files_are_taken_and_no_other(recipe, tmp_path):
     names = {".": {"tokenizer.model", "tokenizer.json", "tokenizer_config.json"},
              "tokenizer.model": {"tokenizer.model", "tokenizer_config.json"}, "other.model": {"tokenizer.model"}}
     for name, expected in names.items():
-        checkpoint = setup.open_start(recipe(tokenizer=folder / name))
+        checkpoint = open_start(recipe(tokenizer=folder / name))
         assert set(checkpoint.files) == expected
         write_model(tmp_path / f"run of {name}", checkpoint)
         own, asked = Tokenizer.load(tmp_path / f"run of {name}" / "model"), Tokenizer.load(folder / name)

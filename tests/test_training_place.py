@@ -15,7 +15,7 @@ from llavamed_jax.checkpoints.tree import store
 from llavamed_jax.checkpoints.tree.store import newest_intact_step, steps
 from llavamed_jax.parallel.mesh import make_mesh
 from llavamed_jax.training import place as places
-from llavamed_jax.training import setup, trainer
+from llavamed_jax.training import program, trainer
 from llavamed_jax.training.place import Lost
 from llavamed_jax.training.trainer import fit
 from tests import training_runs as runs
@@ -32,7 +32,7 @@ def recipe(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """One device, and a step that computes nothing."""
-    monkeypatch.setattr(setup, "make_mesh", lambda spec, *_: make_mesh(spec, jax.devices()[:1]))
+    monkeypatch.setattr(program, "make_mesh", lambda spec, *_: make_mesh(spec, jax.devices()[:1]))
     monkeypatch.setattr(trainer, "make_train_step", FakeStep())
 
 
@@ -65,7 +65,7 @@ def other(recipe, tmp_path_factory):
     """Another run's workdir, of the same recipe and the same model."""
     folder = tmp_path_factory.mktemp("other")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(setup, "make_mesh", lambda spec, *_: make_mesh(spec, jax.devices()[:1]))
+        patch.setattr(program, "make_mesh", lambda spec, *_: make_mesh(spec, jax.devices()[:1]))
         patch.setattr(trainer, "make_train_step", FakeStep())
         assert fit(recipe(total_steps=2), folder / "run")
     return folder / "run"

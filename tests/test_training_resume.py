@@ -15,8 +15,8 @@ from llavamed_jax.checkpoints.tree import store
 from llavamed_jax.errors import UsageError, UserError
 from llavamed_jax.parallel.mesh import make_mesh
 from llavamed_jax.training import place as places
+from llavamed_jax.training import program, step_agreement, trainer
 from llavamed_jax.training import recipe as recipes
-from llavamed_jax.training import setup, together, trainer
 from llavamed_jax.training import workdir as workdirs
 from llavamed_jax.training.trainer import fit
 from tests import training_runs as runs
@@ -37,7 +37,7 @@ def recipe(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def without_compiling(monkeypatch):
-    monkeypatch.setattr(setup, "make_mesh", lambda spec, *_: make_mesh(spec, jax.devices()[:1]))
+    monkeypatch.setattr(program, "make_mesh", lambda spec, *_: make_mesh(spec, jax.devices()[:1]))
     monkeypatch.setattr(trainer, "make_train_step", FakeStep())
 
 
@@ -156,7 +156,7 @@ def test_steps_are_saved_by_the_clock_too(recipe, tmp_path, monkeypatch):
 
     now = 0.0
     monkeypatch.setattr(trainer, "make_train_step", Timed())
-    monkeypatch.setattr(together, "time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr(step_agreement, "time", SimpleNamespace(monotonic=lambda: now))
     assert fit(recipe(**{"checkpoint.every_steps": 0, "checkpoint.every_minutes": 2.0}), tmp_path / "run")
     assert store.steps(tmp_path / "run") == [3, 6, 8]
 

@@ -18,9 +18,12 @@ from llavamed_jax.checkpoints.tree.store import steps
 from llavamed_jax.errors import UsageError, UserError
 from llavamed_jax.parallel.mesh import make_mesh
 from llavamed_jax.text.tokenizer import Tokenizer
-from llavamed_jax.training import place, setup
-from llavamed_jax.training.data import Data
-from llavamed_jax.training.trainer import Watch, fit
+from llavamed_jax.training import place, program
+from llavamed_jax.training.callbacks import Callbacks
+from llavamed_jax.training.program import Program, from_disk, to_disk
+from llavamed_jax.training.rows import Data
+from llavamed_jax.training.start import open_start
+from llavamed_jax.training.trainer import fit
 from tests import training_runs as runs
 from tests.training_runs import SAMPLE
 from tests.training_runs import log_lines as lines
@@ -46,7 +49,7 @@ def recipe(start, data):
 def one_device():
     """Compiling for eight devices takes most of the time; that sharded is single is tested with the step."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(setup, "make_mesh", lambda spec, *_: make_mesh(spec, jax.devices()[:1]))
+        patch.setattr(program, "make_mesh", lambda spec, *_: make_mesh(spec, jax.devices()[:1]))
         yield
 
 
@@ -109,11 +112,11 @@ def test_resumed_is_uninterrupted_to_the_bit(finished, recipe, tmp_path, start):
         return {}
 
     with pytest.raises(RuntimeError):
-        fit(cfg, workdir, Watch([crash]))
+        fit(cfg, workdir, Callbacks([crash]))
     assert steps(workdir) == [3]
     shutil.rmtree(tmp_path / "start")
     write_model(tmp_path / "start", random_checkpoint(tree_config(start), seed=9))
-    assert fit(cfg, workdir, Watch([terminate])) is False
+    assert fit(cfg, workdir, Callbacks([terminate])) is False
     assert steps(workdir) == [3, 6]
     shutil.rmtree(tmp_path / "start")
     assert fit(cfg, workdir) is True
@@ -157,7 +160,7 @@ def test_a_recipe_that_failed_before_its_first_step_may_be_corrected(recipe, tmp
         raise RuntimeError("power cut")
 
     with pytest.raises(RuntimeError):
-        fit(recipe(total_steps=1, trainable='["projector/.*"]'), tmp_path / "run", Watch([crash]))
+        fit(recipe(total_steps=1, trainable='["projector/.*"]'), tmp_path / "run", Callbacks([crash]))
     assert fit(recipe(total_steps=1), tmp_path / "run") and len(tensors(tmp_path / "run")) > 5
 
 
@@ -185,7 +188,7 @@ def test_a_run_goes_on_on_another_mesh(finished, recipe, tmp_path, monkeypatch, 
     workdir = tmp_path / "run"
     shutil.copytree(finished, workdir)
     shutil.rmtree(workdir / "checkpoints" / "8")
-    monkeypatch.setattr(setup, "make_mesh", make_mesh)
+    monkeypatch.setattr(program, "make_mesh", make_mesh)
     assert fit(recipe(**{"mesh.data": 2, "mesh.fsdp": 2}), workdir)
     assert "mesh {'data': 2, 'fsdp': 2, 'tp': 1} on the first 4 of 8 devices\n" in capsys.readouterr().out
     np.testing.assert_allclose([line["loss"] for line in lines(workdir)], [line["loss"] for line in lines(finished)], rtol=2e-6)
@@ -218,7 +221,7 @@ def test_validation_weighs_by_tokens_and_the_best_step_is_kept(recipe, data, tmp
     cfg = recipe(**{"data.validation": data / "validation.json", "checkpoint.keep": 1, "checkpoint.keep_best": True,
                     "checkpoint.every_steps": 2, "optimizer.learning_rate": 3.0, "optimizer.warmup_ratio": 0.5})
     seen = []
-    assert fit(cfg, tmp_path / "run", Watch([lambda snapshot: seen.append(snapshot.step) or {"answers": float(snapshot.step)}]))
+    assert fit(cfg, tmp_path / "run", Callbacks([lambda snapshot: seen.append(snapshot.step) or {"answers": float(snapshot.step)}]))
     judged = [line for line in lines(tmp_path / "run") if "validation_loss" in line]
     assert seen == [line["step"] for line in judged] == [2, 4, 6, 8] and judged[0]["answers"] == 2.0
     best = min(judged, key=lambda line: line["validation_loss"])["step"]
@@ -248,32 +251,32 @@ def test_samples_whose_image_is_broken_are_skipped_and_listed(recipe, data, tmp_
 
 def test_a_preset_takes_its_vocabulary_from_the_tokenizer(recipe):
     cfg = recipe(init="preset:small", tokenizer=SAMPLE / "tokenizer.model")
-    checkpoint = setup.open_start(cfg)
+    checkpoint = open_start(cfg)
     tokenizer = Tokenizer.load(SAMPLE / "tokenizer.model")
     decoder = checkpoint.config.decoder
     assert decoder.vocab_size == tokenizer.vocab_size == checkpoint.tensors["decoder/lm_head/kernel"].shape[1]
     assert (decoder.bos_token_id, decoder.eos_token_id) == (tokenizer.bos_id, tokenizer.eos_id)
     with pytest.raises(UsageError, match="tokenizer"):
-        setup.open_start(recipe(init="preset:small", tokenizer="none"))
+        open_start(recipe(init="preset:small", tokenizer="none"))
 
 
 def test_remat_and_attention_of_the_recipe_reach_the_model(recipe):
-    checkpoint, mesh = setup.open_start(recipe()), make_mesh("data=1", jax.devices()[:1])
+    checkpoint, mesh = open_start(recipe()), make_mesh("data=1", jax.devices()[:1])
     for remat, attention, backend in (("qkvo", "splash", "splash_interpreted"), ("none", "auto", "xla")):
-        model = setup.Program.build(recipe(remat=remat, attention=attention), checkpoint, mesh, 8).model
+        model = Program.build(recipe(remat=remat, attention=attention), checkpoint, mesh, 8).model
         assert (model.remat, model.attention) == (remat, backend)
 
 
 def test_epochs_are_counted_as_the_original_counts_them(recipe, data):
     cfg = recipe(batch_size=5, epochs=3, total_steps="none")
-    opened = Data.open(cfg, setup.open_start(cfg))
+    opened = Data.open(cfg, open_start(cfg))
     assert opened.total_steps() == 12 // 5 * 3
 
 
 def test_disk_form_is_one_array_a_layer_and_back():
     flat = {"decoder/layers/mlp/up_proj/kernel": np.arange(24.0).reshape(3, 2, 4), "projector/linear_0/bias": np.ones(2)}
-    disk = setup.to_disk(flat)
+    disk = to_disk(flat)
     assert set(disk) == {f"decoder/layers_{i}/mlp/up_proj/kernel" for i in range(3)} | {"projector/linear_0/bias"}
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    back = setup.from_disk(disk, dict.fromkeys(flat, sharding))
+    back = from_disk(disk, dict.fromkeys(flat, sharding))
     assert all(np.array_equal(back[name], flat[name]) for name in flat)

@@ -18,7 +18,7 @@ from llavamed_jax.parallel.mesh import make_mesh
 from llavamed_jax.training import optimizer as optimizers
 from llavamed_jax.training import state as states
 from llavamed_jax.training.losses import IGNORE, cross_entropy
-from llavamed_jax.training.setup import to_disk
+from llavamed_jax.training.program import to_disk
 from llavamed_jax.training.step import llava_loss, make_eval_step, make_train_step, place
 
 CFG = LlavaConfig(VisionConfig(16, 32, 3, 2, 16, 8),

@@ -14,8 +14,8 @@ import pytest
 
 from llavamed_jax.checkpoints.open import open_checkpoint
 from llavamed_jax.checkpoints.tree.store import newest_intact_step
-from llavamed_jax.training import together as module
-from llavamed_jax.training.together import Together
+from llavamed_jax.training import step_agreement as module
+from llavamed_jax.training.step_agreement import StepAgreement
 from tests import training_runs as runs
 from tests.several import Threads, ends, free_port, two
 from tests.training_runs import ROOT, SAMPLE
@@ -33,14 +33,14 @@ def three(monkeypatch):
 def test_counts_are_added_up_in_the_first_and_equal_rows_count_once(three):
     """Process 2 has the rows of process 1, as where tensor parallelism spans both."""
     rows, counts = [[0, 1], [2, 3], [2, 3]], [{"samples": 2, "tokens": 5}, {"samples": 1, "tokens": 7}, {"samples": 1, "tokens": 7}]
-    found = three.run(lambda k: Together(bool, 0, rows[k]).add_up(counts[k], [{"id": k}]))
+    found = three.run(lambda k: StepAgreement(bool, 0, rows[k]).add_up(counts[k], [{"id": k}]))
     assert found == [({"samples": 3, "tokens": 12}, [{"id": 1}]), (counts[1], []), (counts[2], [])]
 
 
 def test_all_stop_where_one_was_asked(three):
     def work(k):
         asked: list = []
-        together, seen = Together(lambda: bool(asked), 0, [k]), []
+        together, seen = StepAgreement(lambda: bool(asked), 0, [k]), []
         for update in range(3):
             seen.append(together.is_stopping)
             asked += [1] if k == 2 and update == 1 else []
@@ -55,7 +55,7 @@ def test_a_save_is_due_by_the_clock_of_the_first(three, monkeypatch):
     monkeypatch.setattr(module.time, "monotonic", lambda: clock.get(getattr(three.here, "index", None), 0.0))
 
     def work(k):
-        together, seen = Together(bool, 1.0, [k]), []
+        together, seen = StepAgreement(bool, 1.0, [k]), []
         for now in (59.0, 61.0, 62.0):
             clock[k] = now + 100 * k  # the clocks of others say nothing
             together.add_up({}, [])
@@ -69,7 +69,7 @@ def test_a_save_is_due_by_the_clock_of_the_first(three, monkeypatch):
 
 def test_alone_the_own_word_counts(monkeypatch):
     asked: list = []
-    together = Together(lambda: bool(asked), 1.0, [0])
+    together = StepAgreement(lambda: bool(asked), 1.0, [0])
     assert together.add_up({"samples": 2}, [{"id": 1}]) == ({"samples": 2}, []) and not together.is_stopping
     asked.append(1)
     now = time.monotonic()

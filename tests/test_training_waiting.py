@@ -11,7 +11,7 @@ from llavamed_jax.checkpoints.tree.store import newest_intact_step
 from llavamed_jax.errors import UserError
 from llavamed_jax.parallel.mesh import make_mesh
 from llavamed_jax.pipeline import loader, workers
-from llavamed_jax.training import setup, trainer, watch
+from llavamed_jax.training import program, trainer, validation
 from llavamed_jax.training.trainer import fit
 from tests import training_runs as runs
 from tests.training_runs import FakeStep
@@ -27,7 +27,7 @@ def recipe(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """One device, and a step that computes nothing."""
-    monkeypatch.setattr(setup, "make_mesh", lambda spec, *_: make_mesh(spec, jax.devices()[:1]))
+    monkeypatch.setattr(program, "make_mesh", lambda spec, *_: make_mesh(spec, jax.devices()[:1]))
     monkeypatch.setattr(trainer, "make_train_step", FakeStep())
 
 
@@ -67,7 +67,7 @@ def test_a_signal_saves_without_the_batch_that_does_not_come(recipe, hanging, tm
 
 
 def test_a_signal_saves_without_validation_data_that_do_not_come(recipe, hanging, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(watch, "PATIENCE_S", 0.5)
+    monkeypatch.setattr(validation, "PATIENCE_S", 0.5)
     hanging(lambda maker, number: maker.last_epoch is not None, terminate)
     data = runs.write_data(tmp_path)
     assert fit(recipe(**{"data.validation": data / "validation.json"}), tmp_path / "run") is False
@@ -84,7 +84,7 @@ def test_batches_that_never_come_end_the_run_with_its_step_saved(recipe, hanging
 
 def test_a_signal_before_the_first_update_saves_nothing_and_says_so(recipe, tmp_path, monkeypatch, capsys):
     """While data are measured, weights are read, and what no step will have is written: a start that is given up leaves nothing in part."""
-    for name, at in (("measure", "llavamed_jax.pipeline.lengths.measure"), ("load", "llavamed_jax.training.setup.load_params"),
+    for name, at in (("measure", "llavamed_jax.pipeline.lengths.measure"), ("load", "llavamed_jax.training.program.load_params"),
                      ("write", "llavamed_jax.checkpoints.tree.store.write_base")):
         module, _, function = at.rpartition(".")
         with monkeypatch.context() as patch:

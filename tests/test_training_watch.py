@@ -8,14 +8,19 @@ import jax
 import pytest
 
 import llavamed_jax as lm
+from llavamed_jax.config import preset
 from llavamed_jax.errors import UserError
 from llavamed_jax.evaluation import during_training
 from llavamed_jax.parallel.mesh import make_mesh
 from llavamed_jax.processor import Processor
-from llavamed_jax.training import late, setup, trainer, watch
-from llavamed_jax.training.late import Progress, read
-from llavamed_jax.training.together import Together
-from llavamed_jax.training.trainer import Watch, fit
+from llavamed_jax.text.tokenizer import Tokenizer
+from llavamed_jax.training import metrics_reader, program, trainer, validation
+from llavamed_jax.training.callbacks import Callbacks, Snapshot
+from llavamed_jax.training.metrics_reader import MetricsReader, Progress, Update, read
+from llavamed_jax.training.program import Program
+from llavamed_jax.training.start import open_start
+from llavamed_jax.training.step_agreement import StepAgreement
+from llavamed_jax.training.trainer import fit
 from tests import training_runs as runs
 from tests.training_runs import ROOT, SAMPLE, FakeStep, SlowStep
 
@@ -29,7 +34,7 @@ def recipe(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def one_device(monkeypatch):
-    monkeypatch.setattr(setup, "make_mesh", lambda spec, *_: make_mesh(spec, jax.devices()[:1]))
+    monkeypatch.setattr(program, "make_mesh", lambda spec, *_: make_mesh(spec, jax.devices()[:1]))
 
 
 @pytest.fixture
@@ -67,9 +72,9 @@ def test_other_errors_of_the_runtime_stay_what_they_are(recipe, stepping, tmp_pa
 
 def test_the_bytes_of_a_state_are_those_of_its_arrays(recipe):
     cfg = recipe(**{"trainable": ["projector/.*"]})
-    checkpoint = setup.open_start(cfg)
+    checkpoint = open_start(cfg)
     for mesh in (make_mesh(None, jax.devices()[:1]), make_mesh("fsdp=2", jax.devices()[:2])):
-        program = setup.Program.build(cfg, checkpoint, mesh, 8)
+        program = Program.build(cfg, checkpoint, mesh, 8)
         state = program.initial_state(checkpoint)
         held = [x.addressable_shards[0].data.nbytes for x in jax.tree.leaves((state.trainable, state.frozen, state.opt_state))]
         assert program.state_bytes() == sum(held)
@@ -91,17 +96,17 @@ def test_the_host_runs_ahead_by_one_update_and_reads_two_late(recipe, stepping, 
 def test_throughput_and_mfu_are_of_the_time_between_updates(monkeypatch, tmp_path, log_every):
     """By a clock of ours. Updates that are found done together share their time, a pause is nobody's."""
     now, lines = 0.0, []
-    monkeypatch.setattr(late.time, "monotonic", lambda: now)
-    monkeypatch.setattr(late.metrics, "peak_flops", lambda kind: 1e9)
-    monkeypatch.setattr(late.metrics, "training_flops", lambda cfg, trained, tokens, attended, images: 1e6 * tokens)
+    monkeypatch.setattr(metrics_reader.time, "monotonic", lambda: now)
+    monkeypatch.setattr(metrics_reader.throughput, "peak_flops", lambda kind: 1e9)
+    monkeypatch.setattr(metrics_reader.throughput, "training_flops", lambda cfg, trained, tokens, attended, images: 1e6 * tokens)
     log = SimpleNamespace(advance=lambda *_: None, skipped=lambda *_: None, write=lambda step, line: lines.append(line | {"step": step}))
-    reader = late.LateReader(Progress(), log, tmp_path, config=None, trained={}, num_devices=2, log_every=log_every, total_steps=99,
-                             nan_limit=9, name_samples=None, together=Together(bool, 0, [0]))
+    reader = MetricsReader(Progress(), log, tmp_path, config=None, trained={}, num_devices=2, log_every=log_every, total_steps=99,
+                             nan_limit=9, name_samples=None, together=StepAgreement(bool, 0, [0]))
     counts = dict(samples=1, tokens=100, positions=200, attended=1, images=0, image_slots=0)
 
     def dispatch(step, at):
         metrics = FakeStep().metrics(False)
-        reader.add(late.Update(step, metrics, counts, {}, {}, at))
+        reader.add(Update(step, metrics, counts, {}, {}, at))
 
     dispatch(1, 0.0)
     now = 50.0  # it was compiled
@@ -145,11 +150,11 @@ def waits(tree) -> set[tuple[str, str]]:
 
 
 def test_values_of_the_device_are_read_in_one_place():
-    """In the files of the loop, nothing but `late.read` waits for a device."""
+    """In the files of the loop, nothing but `metrics_reader.read` waits for a device."""
     found = {}
-    for name in ("trainer", "late", "watch", "step", "losses", "log", "metrics"):
+    for name in ("trainer", "metrics_reader", "validation", "profiler", "step", "losses", "log", "throughput"):
         found[name] = waits(ast.parse((ROOT / "llavamed_jax" / "training" / f"{name}.py").read_text()))
-    assert found.pop("late") == {("read", "float"), ("read", "device_get")}
+    assert found.pop("metrics_reader") == {("read", "float"), ("read", "device_get")}
     assert not any(found.values()), found
     careless = "def f(x: float):\n    isinstance(x, float)\n    return float(x), x.item(), np.asarray(x), x.block_until_ready()"
     assert waits(ast.parse(careless)) == {("f", what) for what in ("float", "item", "asarray", "block_until_ready")}
@@ -180,8 +185,9 @@ def test_validation_weighs_every_batch_by_its_tokens_and_the_lowest_loss_is_the_
         """Of batches with these sums of losses and numbers of tokens."""
         left = iter(parts)
         data = SimpleNamespace(validation="some", validation_batches=lambda *_: ({} for _ in parts))
-        snapshot = watch.Snapshot(step, {}, SimpleNamespace(mesh=mesh), data)
-        return watch.judge(snapshot, None, lambda state, batch: tuple(map(jax.numpy.float32, next(left))), [lambda s: {"x": 5.0}], progress)
+        snapshot = Snapshot(step, {}, SimpleNamespace(mesh=mesh), data)
+        return validation.judge(snapshot, None, lambda state, batch: tuple(map(jax.numpy.float32, next(left))),
+                                [lambda s: {"x": 5.0}], progress)
 
     assert judged(3, (6, 2), (1, 1), (0, 0), (20, 5), (3, 4)) == {"validation_loss": 30 / 12, "x": 5.0}
     assert judged(6, (1, 1))["validation_loss"] == 1 and progress.best == {"step": 6, "validation_loss": 1}
@@ -232,7 +238,7 @@ def test_a_run_of_which_half_was_skipped_is_not_finished(recipe, stepping, tmp_p
 
 def test_a_trace_of_a_few_updates_lies_in_the_workdir(recipe, stepping, tmp_path, capsys):
     stepping(FakeStep())
-    assert fit(recipe(total_steps=4), tmp_path / "run", Watch(profile=(2, 3)))
+    assert fit(recipe(total_steps=4), tmp_path / "run", Callbacks(profile=(2, 3)))
     assert list((tmp_path / "run" / "tensorboard" / "plugins" / "profile").rglob("*.xplane.pb"))
     assert "a trace of the updates 2 to 3 lies in" in capsys.readouterr().out
 
@@ -247,13 +253,13 @@ def test_a_trace_holds_its_updates_and_no_other(recipe, stepping, tmp_path, monk
     monkeypatch.setattr(jax.profiler, "start_trace", lambda directory: events.append("start"))
     monkeypatch.setattr(jax.profiler, "stop_trace", lambda: events.append("stop"))
     stepping(Noted())
-    assert fit(recipe(total_steps=4), tmp_path / "run", Watch(profile=(2, 3)))
+    assert fit(recipe(total_steps=4), tmp_path / "run", Callbacks(profile=(2, 3)))
     assert events == [1, "start", 2, 3, "stop", 4]
 
 
 def test_a_trace_that_begins_too_late_is_said(recipe, stepping, tmp_path, capsys):
     stepping(FakeStep())
-    assert fit(recipe(total_steps=2), tmp_path / "run", Watch(profile=(5, 9)))
+    assert fit(recipe(total_steps=2), tmp_path / "run", Callbacks(profile=(5, 9)))
     assert "none of the updates 5 to 9 was left to do" in capsys.readouterr().out
 
 
@@ -267,7 +273,8 @@ def test_samples_and_closed_accuracy_are_the_saved_models(recipe, stepping, tmp_
     cfg = recipe(total_steps=3, samples_every=2, **{"checkpoint.every_steps": 0})
     with cfg.ignore_type():
         cfg.data.validation = str(cfg.data.train).replace("train.json", "validation.json")
-    watch = Watch([during_training.ClosedAccuracy(model)], lambda snapshot: seen.append((snapshot.step, sampler(snapshot))) or seen[-1][1])
+    show = lambda snapshot: seen.append((snapshot.step, sampler(snapshot))) or seen[-1][1]
+    watch = Callbacks([during_training.ClosedAccuracy(model)], show)
     assert fit(cfg, tmp_path / "run", watch)
     said = capsys.readouterr().out
     assert [step for step, _ in seen] == [2, 3]
@@ -296,8 +303,8 @@ def test_which_questions_are_closed(record, is_closed):
 
 def test_a_caption_is_asked_for_as_it_was_trained():
     """With a template without roles the prompt is what stands before the first supervised token."""
-    config = setup.preset("small")
-    processor = Processor(config, setup.Tokenizer.load(SAMPLE / "tokenizer.model"), template="v1.5:plain")
+    config = preset("small")
+    processor = Processor(config, Tokenizer.load(SAMPLE / "tokenizer.model"), template="v1.5:plain")
     model = during_training.TrainedModel()
     model._captioner = processor
     fake = SimpleNamespace(processor=Processor(config, processor.tokenizer), engine=SimpleNamespace(max_prompt=500))

@@ -15,8 +15,8 @@ from llavamed_jax.errors import UsageError
 from llavamed_jax.evaluation import void as eval_void
 from llavamed_jax.parallel.mesh import make_mesh
 from llavamed_jax.training import optimizer as optimizers
+from llavamed_jax.training import program, trainer, void_keys
 from llavamed_jax.training import recipe as recipes
-from llavamed_jax.training import setup, trainer, void
 from llavamed_jax.training.trainer import fit
 from tests import training_runs as runs
 from tests.training_runs import SAMPLE, FakeStep
@@ -75,7 +75,7 @@ def test_two_lengths_are_a_wrong_command_line(recipe, tmp_path, capsys):
 
 def test_epochs_of_a_recipe_of_steps_are_trained(tmp_path, capsys, monkeypatch):
     """The demo's recipe has steps: once, `epochs` was ignored there."""
-    monkeypatch.setattr(setup, "make_mesh", lambda spec, *_: make_mesh(spec, jax.devices()[:1]))
+    monkeypatch.setattr(program, "make_mesh", lambda spec, *_: make_mesh(spec, jax.devices()[:1]))
     monkeypatch.setattr(trainer, "make_train_step", FakeStep())
     start, data = runs.write_start(tmp_path / "start"), runs.write_data(tmp_path)
     words = ["--config", f"{CONFIGS}/demo.py:vqa", "--workdir", str(tmp_path / "run"), f"--config.init={start}", "--config.epochs=2",
@@ -89,9 +89,9 @@ def test_epochs_of_a_recipe_of_steps_are_trained(tmp_path, capsys, monkeypatch):
 
 @pytest.mark.parametrize("name", TRAINING)
 def test_no_training_recipe_has_a_void_key_of_its_own(name):
-    assert not void.sentences(training(name))
+    assert not void_keys.sentences(training(name))
     if name != "small" and name != "demo":
-        assert not void.sentences(common.load_config(f"{CONFIGS / name}.py:small"))
+        assert not void_keys.sentences(common.load_config(f"{CONFIGS / name}.py:small"))
 
 
 VOID = {
@@ -110,7 +110,7 @@ def test_a_void_key_of_training_is_said(key):
     overrides, why = VOID[key]
     config = training("finetune", *overrides)
     recipes.check(config)
-    line = said(void.sentences(config), key)
+    line = said(void_keys.sentences(config), key)
     assert line and why in line and "is not used" in line
 
 
@@ -122,16 +122,16 @@ def test_what_is_used_is_not_called_void(tmp_path):
                       ["data.samples=x.json", "samples_every=5"], ["data.row_length=64", "data.packing=true"],
                       ["checkpoint.keep_best=true", "data.validation=x.json", "checkpoint.every_steps=10"]):
         config = training("vqa_rad", *overrides)
-        found = void.sentences(config)
+        found = void_keys.sentences(config)
         assert not found, (overrides, found)
     config = training("finetune", f"data.train={mixed}", f"data.images={SAMPLE / 'images'}")
-    assert "data.images" in void.sentences(config)[0]
+    assert "data.images" in void_keys.sentences(config)[0]
     config = training("vqa_rad", f'data.train=[{{"path": "{SAMPLE}", "images": "x"}}]')
-    assert "'images': 'x'" in void.sentences(config)[0] and "its images lie where" in void.sentences(config)[0]
+    assert "'images': 'x'" in void_keys.sentences(config)[0] and "its images lie where" in void_keys.sentences(config)[0]
 
 
 def test_a_run_prints_what_it_does_not_use(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(setup, "make_mesh", lambda spec, *_: make_mesh(spec, jax.devices()[:1]))
+    monkeypatch.setattr(program, "make_mesh", lambda spec, *_: make_mesh(spec, jax.devices()[:1]))
     monkeypatch.setattr(trainer, "make_train_step", FakeStep())
     cfg = runs.shrunk(runs.write_start(tmp_path / "start"), runs.write_data(tmp_path), epochs=3, total_steps=2, **{"data.row_length": 64})
     cfg.optimizer.overrides = ((".*", 1e-4),)
@@ -165,13 +165,14 @@ def test_an_override_that_those_before_it_leave_nothing_is_refused(overrides, is
 
 def test_a_rate_or_a_decay_that_reaches_nothing_is_said():
     cfg = training("finetune", "optimizer.weight_decay=0.1")
-    assert not void.of_optimizer(cfg, NAMES)
+    assert not void_keys.of_optimizer(cfg, NAMES)
     cfg.optimizer.overrides = (("decoder/.*", 1e-4),)
-    assert not void.of_optimizer(cfg, NAMES)
+    assert not void_keys.of_optimizer(cfg, NAMES)
     cfg.optimizer.overrides = (("decoder/.*", 1e-4), ("projector/.*", 1e-3))
-    assert said(void.of_optimizer(cfg, NAMES), "optimizer.learning_rate")
-    assert said(void.of_optimizer(cfg, NAMES[1:]), "optimizer.weight_decay")
-    assert said(void.of_optimizer(cfg, ["decoder/embed_tokens/embedding"], ["decoder/embed_tokens/embedding"]), "optimizer.weight_decay")
+    assert said(void_keys.of_optimizer(cfg, NAMES), "optimizer.learning_rate")
+    assert said(void_keys.of_optimizer(cfg, NAMES[1:]), "optimizer.weight_decay")
+    table = ["decoder/embed_tokens/embedding"]
+    assert said(void_keys.of_optimizer(cfg, table, table), "optimizer.weight_decay")
 
 
 # ---- eval recipes

@@ -34,10 +34,10 @@ def train(argv: list[str]) -> int:
         if args.profile is not None:
             parser.error("--profile traces a run's updates; it cannot stand beside --preflight, which runs none")
         config = _configured(args.config, overrides)
-        from llavamed_jax.training import recipe, void
+        from llavamed_jax.training import recipe, void_keys
         recipe.check(config)
         status = common.preflight(args, config, slices=config.mesh.slices)
-        print(*(f"warning: {line}\n" for line in void.sentences(config)), sep="", end="", file=sys.stderr)
+        print(*(f"warning: {line}\n" for line in void_keys.sentences(config)), sep="", end="", file=sys.stderr)
         return status
     if args.workdir is None:
         parser.error("the following arguments are required: --workdir")
@@ -46,11 +46,12 @@ def train(argv: list[str]) -> int:
     processes.join(processes.asked(args))  # first, so that the others hear of a config that only one of several cannot read
     config = _configured(args.config, overrides)
     from llavamed_jax.evaluation import during_training  # imports jax, which a wrong command line need not wait for
-    from llavamed_jax.training.trainer import Watch, fit
+    from llavamed_jax.training.callbacks import Callbacks
+    from llavamed_jax.training.trainer import fit
     compilation_cache.enable()
     model = during_training.TrainedModel()
-    watch = Watch([during_training.ClosedAccuracy(model)], during_training.Samples(model), args.profile)
-    if fit(config, args.workdir, watch):
+    callbacks = Callbacks([during_training.ClosedAccuracy(model)], during_training.Samples(model), args.profile)
+    if fit(config, args.workdir, callbacks):
         return 0
     if signals.failure():
         raise UserError(f"{signals.failure()}; what was trained is saved in {args.workdir}: run again to go on")

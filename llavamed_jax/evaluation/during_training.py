@@ -22,9 +22,9 @@ from llavamed_jax.parallel import distributed
 from llavamed_jax.parallel.mesh import local_view, param_shardings
 from llavamed_jax.processor import Processor
 from llavamed_jax.text.conversation import IMAGE_MARKER
+from llavamed_jax.training.callbacks import Snapshot
 from llavamed_jax.training.log import Sample
-from llavamed_jax.training.setup import to_disk
-from llavamed_jax.training.watch import Snapshot
+from llavamed_jax.training.program import to_disk
 from llavamed_jax.utils import terminal
 
 SHOWN = 4  # questions that are asked again and again

@@ -19,11 +19,12 @@ from llavamed_jax.config import PRESETS, LlavaConfig, preset
 from llavamed_jax.errors import UsageError, cut, short
 from llavamed_jax.parallel.mesh import batch_sharding
 from llavamed_jax.pipeline.packing import Update, rows_an_update
-from llavamed_jax.training import setup
-from llavamed_jax.training.data import check_positions, check_rows, row_multiple
-from llavamed_jax.training.metrics import training_flops
+from llavamed_jax.training.program import Program, bytes_a_device, open_mesh
+from llavamed_jax.training.rows import check_positions, check_rows, row_multiple
+from llavamed_jax.training.start import PRESET
 from llavamed_jax.training.state import TABLE
 from llavamed_jax.training.step import make_train_step
+from llavamed_jax.training.throughput import training_flops
 
 
 def shapes_of(path: str, name: str | None = None, vision_tower: str | None = None) -> tuple[LlavaConfig, str]:
@@ -35,12 +36,12 @@ def shapes_of(path: str, name: str | None = None, vision_tower: str | None = Non
       vision_tower: in place of a checkpoint's own; a preset keeps its own, which the words say.
     """
     own = f", with its own tower and not {vision_tower}" if vision_tower else ""
-    known = path.removeprefix(setup.PRESET)
-    if path.startswith(setup.PRESET) and known in PRESETS:
+    known = path.removeprefix(PRESET)
+    if path.startswith(PRESET) and known in PRESETS:
         return preset(known), path + own
-    if not path.startswith(setup.PRESET) and (name is None or os.path.isdir(path)):
+    if not path.startswith(PRESET) and (name is None or os.path.isdir(path)):
         return open_checkpoint(path, vision_tower).config, path
-    is_absent = not path.startswith(setup.PRESET) and not os.path.exists(path)
+    is_absent = not path.startswith(PRESET) and not os.path.exists(path)
     known = name.split()[-1] if name and is_absent else ""
     if known not in PRESETS:
         raise UsageError(f"the config key 'init' is {short(path)}, which is no directory here; a checkpoint's, or preset:NAME with NAME "
@@ -57,7 +58,7 @@ class Training:
       mean_length: tokens a sample, as the recipe states it, cut to `max_length`.
     """
 
-    program: setup.Program
+    program: Program
     update: Update
     micro_batches: int
     image_slots: int
@@ -70,12 +71,12 @@ class Training:
         Rows have room for as many images as samples of the mean length; a run tries numbers around that on its data.
         """
         check_positions(cfg, config)
-        mesh = setup.open_mesh(cfg, config, devices, memory)
+        mesh = open_mesh(cfg, config, devices, memory)
         trainable = tuple(entry for entry in cfg.trainable if isinstance(entry, str))
         rows: tuple[int, ...] = ()
         if len(trainable) < len(cfg.trainable) and config.use_start_end:
             trainable, rows = tuple(cfg.trainable), (config.decoder.vocab_size - 2, config.decoder.vocab_size - 1)
-        program = setup.Program.of(cfg, config, mesh, 100, trainable, rows)
+        program = Program.of(cfg, config, mesh, 100, trainable, rows)
         multiple = row_multiple(cfg, mesh)
         mean_length = min(cfg.data.mean_length, cfg.max_length)  # to which samples are cut
         if cfg.data.packing:
@@ -109,8 +110,8 @@ class Training:
     def bytes(self) -> dict[str, int]:
         """Of each device: parameters, optimizer, and gradients as the optimizer takes them."""
         state = self.program.abstract_state()
-        return dict(parameters=setup.bytes_a_device((state.trainable, state.frozen)), optimizer=setup.bytes_a_device(state.opt_state),
-                    gradients=setup.bytes_a_device(state.trainable))
+        return dict(parameters=bytes_a_device((state.trainable, state.frozen)), optimizer=bytes_a_device(state.opt_state),
+                    gradients=bytes_a_device(state.trainable))
 
     @property
     def tokens(self) -> int:

@@ -22,7 +22,7 @@ from llavamed_jax.generation.sampling import Sampling
 from llavamed_jax.models.decoder import LayerCache
 from llavamed_jax.models.llava import PARAM_AXES, abstract_params, check_heads
 from llavamed_jax.parallel.mesh import batch_sharding, make_mesh, param_shardings, replicated
-from llavamed_jax.training.setup import bytes_a_device
+from llavamed_jax.training.program import bytes_a_device
 
 TEXT = 64  # tokens of a prompt beside its image: a question and what a template puts around it
 IMAGES, PLACES, STEPS, LENGTHS = 8, 32, 16, 128  # the engine's: images the tower takes at once, F, tokens a loop, steps of S

@@ -24,7 +24,7 @@ from llavamed_jax.errors import UserError
 from llavamed_jax.images.load import split_frame
 from llavamed_jax.parallel import agreement
 from llavamed_jax.pipeline.packing import Plan
-from llavamed_jax.training.data import Data
+from llavamed_jax.training.rows import Data
 from llavamed_jax.utils import signals
 from llavamed_jax.utils.hashes import sha256_of_each
 from llavamed_jax.utils.nested import flatten

@@ -10,11 +10,11 @@ import numpy as np
 
 from llavamed_jax.errors import some
 from llavamed_jax.parallel import agreement, distributed
-from llavamed_jax.training import setup
+from llavamed_jax.training.program import Program
 from llavamed_jax.utils import machine
 
 
-def used(program: setup.Program) -> dict[str, str]:
+def used(program: Program) -> dict[str, str]:
     """What the last bits of an update depend on, beside the recipe. A host's cores count where they compute."""
     device = program.mesh.devices.flat[0]
     host = {"CPU cores": str(machine.cpu_cores()), "CPU": machine.cpu_model()} if device.platform == "cpu" else {}

@@ -173,3 +173,25 @@ def _shown(metrics: Mapping[str, float | int | None]) -> Iterable[str]:
 def _one_line(text: str, most: int = 160) -> str:
     line = " ".join(text.split())
     return line if len(line) <= most else f"{line[:most]}…"
+
+
+class SilentLog:
+    """In place of `log.MetricsWriter` in all processes but the first."""
+
+    def advance(self, step: int, loss: float) -> None:
+        pass
+
+    def write(self, step: int, metrics: Mapping[str, float | int | None]) -> None:
+        pass
+
+    def samples(self, step: int, samples: Iterable) -> None:
+        pass
+
+    def skipped(self, step: int, entries: Iterable[Mapping]) -> None:
+        pass
+
+    def say(self, text: str) -> None:
+        pass
+
+    def close(self) -> None:
+        pass

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,17 +23,21 @@ from llavamed_jax.parallel import agreement, distributed
 from llavamed_jax.parallel.mesh import local_rows, put, replicated
 from llavamed_jax.pipeline.loader import Loader
 from llavamed_jax.pipeline.workers import WorkerError
-from llavamed_jax.training import alike, arithmetic, recipe, setup, void
+from llavamed_jax.training import alike, arithmetic, recipe, void_keys
 from llavamed_jax.training import place as places
 from llavamed_jax.training import workdir as workdirs
-from llavamed_jax.training.data import Data, row_multiple
-from llavamed_jax.training.late import UNMOVED, ZERO_GRADIENT, LateReader, Progress, Update
-from llavamed_jax.training.log import MetricsWriter, troubles
-from llavamed_jax.training.metrics import batch_counts
+from llavamed_jax.training.callbacks import NONE, Callbacks, Snapshot
+from llavamed_jax.training.log import MetricsWriter, SilentLog, troubles
+from llavamed_jax.training.metrics_reader import UNMOVED, ZERO_GRADIENT, MetricsReader, Progress, Update
+from llavamed_jax.training.profiler import Profiler
+from llavamed_jax.training.program import Program, from_disk, open_mesh, to_disk, within_memory
+from llavamed_jax.training.rows import Data, row_multiple
+from llavamed_jax.training.start import open_start, with_own_tokenizer
 from llavamed_jax.training.state import TABLE, TrainState
 from llavamed_jax.training.step import make_eval_step, make_train_step, place
-from llavamed_jax.training.together import SilentLog, Together
-from llavamed_jax.training.watch import Evaluator, Profiler, Sampler, Snapshot, judge
+from llavamed_jax.training.step_agreement import StepAgreement
+from llavamed_jax.training.throughput import batch_counts
+from llavamed_jax.training.validation import judge
 from llavamed_jax.utils import signals
 
 _NOTHING_DONE = "stopped before an update was done: run again to go on"
@@ -42,22 +46,9 @@ _LOOP = signals.Phase("error: ended at once by a second {name}; what had been sa
                       note="what is under way is finished and saved; a second one ends the run at once")
 
 
-@dataclass(frozen=True)
-class Watch:
-    """What looks at a run from outside.
-
-    Attributes:
-      evaluators: are called whenever the validation loss is computed.
-      sampler: is called every `samples_every` updates.
-      profile: first and last update of a trace.
-    """
-
-    evaluators: Sequence[Evaluator] = ()
-    sampler: Sampler | None = None
-    profile: tuple[int, int] | None = None
 
 
-def fit(cfg: ConfigDict, workdir: str | Path, watch: Watch = Watch()) -> bool:
+def fit(cfg: ConfigDict, workdir: str | Path, callbacks: Callbacks = NONE) -> bool:
     """Trains a recipe in a directory, from the newest intact step that lies there, or from `init`.
 
     Args:
@@ -72,7 +63,7 @@ def fit(cfg: ConfigDict, workdir: str | Path, watch: Watch = Watch()) -> bool:
         in all, one of which has other data, weights, code or packages (`agreement`); UsageError: another recipe or flag.
     """
     workdir = Path(workdir)
-    agreement.check_same(lambda: alike.start(cfg, workdir, {"profile": watch.profile}))
+    agreement.check_same(lambda: alike.start(cfg, workdir, {"profile": callbacks.profile}))
     recipe.check(cfg)
     with signals.listening(_OPENING), places.locked(workdir) as place:
         distributed.when_stopped(lambda: signals.ask("another process"))
@@ -88,10 +79,10 @@ def fit(cfg: ConfigDict, workdir: str | Path, watch: Watch = Watch()) -> bool:
         cfg = workdirs.as_started(cfg, record["recipe"]) if step is not None else cfg
         try:
             with Run.open(cfg, place, total_steps, step, record) as run, store.StepWriter(workdir, place.note) as writer, \
-                    setup.within_memory(cfg, run.program):
+                    within_memory(cfg, run.program):
                 distributed.when_stopped(None)  # from here on all stop at the same update
                 signals.enter(_LOOP)
-                return run.loop(Together(signals.is_asked, cfg.checkpoint.every_minutes, run.rows), writer, watch)
+                return run.loop(StepAgreement(signals.is_asked, cfg.checkpoint.every_minutes, run.rows), writer, callbacks)
         except (UsageError, places.Lost, agreement.StartedOtherwise):
             raise
         except signals.Stopped:
@@ -142,7 +133,7 @@ class Run:
     cfg: ConfigDict
     place: places.Place
     data: Data
-    program: setup.Program
+    program: Program
     state: TrainState
     step: int
     total_steps: int
@@ -162,15 +153,15 @@ class Run:
           earlier: what step `step` recorded; {} where there is none.
         """
         workdir = place.workdir
-        checkpoint = setup.open_start(cfg) if step is None else base.open_base(workdir)
-        start = cfg if step is None else setup.with_own_tokenizer(cfg)
+        checkpoint = open_start(cfg) if step is None else base.open_base(workdir)
+        start = cfg if step is None else with_own_tokenizer(cfg)
         agreement.check_same(lambda: alike.model(cfg, workdir, checkpoint, step))
-        mesh = setup.open_mesh(cfg, checkpoint.config)
+        mesh = open_mesh(cfg, checkpoint.config)
         with distributed.after_first():  # who finds what the first has kept of large data
             data = Data.open(start, checkpoint, row_multiple(cfg, mesh), workdir, earlier.get("settled"))
         total_steps = total_steps or data.total_steps()
         agreement.check_same(lambda: alike.data(data, total_steps))
-        program = setup.Program.build(start, checkpoint, mesh, total_steps)
+        program = Program.build(start, checkpoint, mesh, total_steps)
         batches = data.training_batches(mesh)  # with what it refuses, before anything is written
         if step is not None:
             meta = store.read_meta(workdir, step)
@@ -180,8 +171,8 @@ class Run:
         place.belongs_to(record, step)
         print(f"{cfg.init if step is None else workdir}: {checkpoint.tower}; {len(data.train)} samples, {total_steps} updates of "
               f"{cfg.batch_size}, {_size(program)}, mesh {dict(mesh.shape)}{_part(mesh)}", *data.describe(),
-              *(f"warning: {line}" for line in [*void.sentences(cfg), *program.void(cfg)]), sep="\n", flush=True)
-        with setup.within_memory(cfg, program):
+              *(f"warning: {line}" for line in [*void_keys.sentences(cfg), *program.void(cfg)]), sep="\n", flush=True)
+        with within_memory(cfg, program):
             if step is None:
                 state, progress = program.initial_state(checkpoint), Progress()
             else:
@@ -204,7 +195,7 @@ class Run:
         layout = self.data.plan.layout
         return local_rows(self.program.mesh, layout.rows + layout.padding_rows)
 
-    def loop(self, together: Together, writer: store.StepWriter, watch: Watch) -> bool:
+    def loop(self, together: StepAgreement, writer: store.StepWriter, callbacks: Callbacks) -> bool:
         """Updates until the last one, or until it is asked to stop. Returns whether the run is finished."""
         program = self.program
         loss_fn = program.loss()
@@ -214,21 +205,21 @@ class Run:
         reader = self._reader(together)
         self.batches.on_wait = together.on_wait
         together.saved()
-        with Profiler(watch.profile, self.place.workdir, self.log) as profiler:
+        with Profiler(callbacks.profile, self.place.workdir, self.log) as profiler:
             try:
                 while self.step < self.total_steps and not together.is_stopping:
                     profiler.before(self.step + 1, reader.drain)
                     self._update(train_step, reader)
                     profiler.after(self.step, reader.drain)
-                    if watch.sampler is not None and self.cfg.samples_every and self._is_due(self.cfg.samples_every):
+                    if callbacks.sampler is not None and self.cfg.samples_every and self._is_due(self.cfg.samples_every):
                         reader.drain()
-                        self.log.samples(self.step, watch.sampler(self._snapshot()))
+                        self.log.samples(self.step, callbacks.sampler(self._snapshot()))
                         reader.restart_clock()
                     is_due = self._is_due(self.cfg.checkpoint.every_steps)
                     if is_due or together.is_save_due:
                         reader.drain()
-                        self._refuse_nothing()
-                        if is_due and (found := self._judge(eval_step, watch, together)):
+                        self._check_something_was_trained()
+                        if is_due and (found := self._judge(eval_step, callbacks, together)):
                             self.log.write(self.step, found)
                         self._save(writer)
                         reader.restart_clock()
@@ -255,7 +246,7 @@ class Run:
         self.log.say(" · ".join([f"{end} at step {self.step} of {self.total_steps}: {self.place.workdir}", *troubles(vars(self.progress))]))
         return is_finished
 
-    def _update(self, train_step, reader: LateReader) -> None:
+    def _update(self, train_step, reader: MetricsReader) -> None:
         """Dispatches an update, when the one before the last is done."""
         position = self.batches.state()
         batch, missed, skipped = self._next_batch()
@@ -268,16 +259,16 @@ class Run:
         window = self.program.model.cfg.decoder.sliding_window
         reader.add(Update(self.step, metrics, batch_counts(batch, window), missed, position, skipped=skipped))
 
-    def _judge(self, eval_step, watch: Watch, together: Together) -> dict[str, float]:
+    def _judge(self, eval_step, callbacks: Callbacks, together: StepAgreement) -> dict[str, float]:
         """What validation data and evaluators say, and how many validation samples they had to do without."""
-        found = judge(self._snapshot(), self.state, eval_step, watch.evaluators, self.progress)
+        found = judge(self._snapshot(), self.state, eval_step, callbacks.evaluators, self.progress)
         unread = together.listed(self.data.unread)
         if unread:
             self.log.say(f"warning: {len(unread)} validation samples are skipped; the first: {unread[0]['reason']}")
         return {**found, "validation_samples_skipped": len(unread)} if unread else found
 
-    def _reader(self, together: Together) -> LateReader:
-        return LateReader(
+    def _reader(self, together: StepAgreement) -> MetricsReader:
+        return MetricsReader(
             self.progress, self.log, self.place.workdir, config=self.program.model.cfg,
             trained={name: math.prod(x.shape) for name, x in self.state.trainable.items()}, num_devices=self.program.mesh.size,
             log_every=self.cfg.log_every, total_steps=self.total_steps, nan_limit=self.cfg.nan_limit, name_samples=self.batches.ids,
@@ -290,7 +281,7 @@ class Run:
         """Every so many updates, and after the last one."""
         return self.step == self.total_steps or every > 0 and self.step % every == 0
 
-    def _refuse_nothing(self) -> None:
+    def _check_something_was_trained(self) -> None:
         """A run that has learnt from nothing has not finished; its last step is not saved."""
         if self.step < self.total_steps:
             return
@@ -329,7 +320,7 @@ class Run:
 
     def _write(self, writer: store.StepWriter) -> None:
         meta = {"step": self.step, "data": self.batches.state(), "progress": vars(self.progress), "run": self.record}
-        writer.save(self.step, setup.to_disk(self.state.trainable), self.state.opt_state, meta)
+        writer.save(self.step, to_disk(self.state.trainable), self.state.opt_state, meta)
         self.saved = self.step
         self._prune(writer)
 
@@ -367,7 +358,7 @@ class Run:
         return writer.keep(keep.keep, also=best, newest=self.step)
 
 
-def _begin(workdir: Path, cfg: ConfigDict, checkpoint: Checkpoint, program: setup.Program, data: Data, total_steps: int,
+def _begin(workdir: Path, cfg: ConfigDict, checkpoint: Checkpoint, program: Program, data: Data, total_steps: int,
            earlier: Mapping) -> dict:
     """Writes the recipe and, of a run that has no step, what no step will have; returns what its steps record of both."""
     if not earlier:
@@ -378,10 +369,10 @@ def _begin(workdir: Path, cfg: ConfigDict, checkpoint: Checkpoint, program: setu
     return {**record, "model": base.fingerprints(workdir), "validation": data.judged_by(), "computed": arithmetic.used(program)}
 
 
-def _restore(workdir: Path, step: int, own: Checkpoint, program: setup.Program, meta: Mapping) -> tuple[TrainState, Progress]:
+def _restore(workdir: Path, step: int, own: Checkpoint, program: Program, meta: Mapping) -> tuple[TrainState, Progress]:
     """The state of a saved step over the run's own base."""
     like = program.abstract_state()
-    trained, opt_state, _ = store.restore_step(workdir, step, setup.to_disk(like.trainable), like.opt_state)
+    trained, opt_state, _ = store.restore_step(workdir, step, to_disk(like.trainable), like.opt_state)
     frozen = program.frozen(own)
     if distributed.process_index() == 0:
         for name in own.unused:  # no update needs them, but what is made of this run will
@@ -390,7 +381,7 @@ def _restore(workdir: Path, step: int, own: Checkpoint, program: setup.Program, 
     everywhere = replicated(program.mesh)
     return TrainState(
         step=put(np.int32(step), everywhere), skipped=put(np.int32(progress.updates_skipped), everywhere),
-        trainable=setup.from_disk(trained, program.shardings.trainable), frozen=frozen, opt_state=opt_state), progress
+        trainable=from_disk(trained, program.shardings.trainable), frozen=frozen, opt_state=opt_state), progress
 
 
 def _part(mesh: Mesh) -> str:
@@ -398,7 +389,7 @@ def _part(mesh: Mesh) -> str:
     return f" on the first {mesh.size} of {jax.device_count()} devices" if mesh.size < jax.device_count() else ""
 
 
-def _size(program: setup.Program) -> str:
+def _size(program: Program) -> str:
     """How much of the model is trained, in words; small numbers to the last parameter."""
     sizes = {name: math.prod(x.shape) for name, x in flatten(abstract_params(program.model.cfg, scan=True)).items()}
     trained = sum(sizes[name] for name in program.shardings.trainable)

@@ -68,7 +68,7 @@ class Data:
         def measure(data, path) -> Lengths:
             rows = checkpoint.config.decoder.vocab_size
             found = lengths.measure(data, processor, cfg.max_length, cfg.data.workers, cache, rows)
-            _refuse_losses(cfg, path, packing.Stream.of(data, cfg.seed), found)
+            _check_skip_limit(cfg, path, packing.Stream.of(data, cfg.seed), found)
             return found
 
         def read(path, split) -> tuple[training.TrainingData, Lengths]:
@@ -171,7 +171,7 @@ class Data:
                               on_skip=on_skip, skip_limit=self.cfg.data.skip_limit)
 
 
-def _refuse_losses(cfg: ConfigDict, path, stream: packing.Stream, found: Lengths) -> None:
+def _check_skip_limit(cfg: ConfigDict, path, stream: packing.Stream, found: Lengths) -> None:
     """Raises UserError where more than `data.skip_limit` of the samples cannot be used or lose an image, or of the images.
 
     Samples are those of an epoch: a source of weight 2 counts twice.

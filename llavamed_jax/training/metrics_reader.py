@@ -1,4 +1,4 @@
-"""The one place where values leave the devices: the metrics of updates, read when they are done and not waited for."""
+"""Reads the metrics of updates two updates late, so that the host never blocks the devices."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ import jax
 
 from llavamed_jax.config import LlavaConfig
 from llavamed_jax.errors import UserError
-from llavamed_jax.training import metrics
+from llavamed_jax.training import throughput
 from llavamed_jax.training.log import MetricsWriter
-from llavamed_jax.training.together import Together
+from llavamed_jax.training.step_agreement import StepAgreement
 from llavamed_jax.training.workdir import write_text
 
 # Updates that are under way at a time. One runs and one waits for it, so the device is never idle, and the host is never
@@ -73,7 +73,7 @@ class Update:
     skipped: Sequence[Mapping] = ()
 
 
-class LateReader:
+class MetricsReader:
     """Takes updates as they are dispatched, and reads and writes their metrics two updates late.
 
     Throughput is taken between the times at which updates were done. The clock starts after the first update, which compiles,
@@ -91,10 +91,10 @@ class LateReader:
 
     def __init__(self, progress: Progress, log: MetricsWriter, workdir: Path, *, config: LlavaConfig, trained: Mapping[str, int],
                  num_devices: int, log_every: int, total_steps: int, nan_limit: int, name_samples: Callable[[Mapping], list],
-                 together: Together):
+                 together: StepAgreement):
         self._progress, self._log, self._workdir = progress, log, workdir
         self._config, self._trained = config, trained
-        peak = metrics.peak_flops(jax.devices()[0].device_kind)
+        peak = throughput.peak_flops(jax.devices()[0].device_kind)
         self._peak = None if peak is None else peak * num_devices
         self._log_every, self._total_steps = log_every, total_steps
         self._nan_limit, self._name_samples, self._together = nan_limit, name_samples, together
@@ -134,8 +134,8 @@ class LateReader:
             self.restart_clock(self._done_at)
         self._is_first = False
         if self._progress.skipped_in_a_row >= self._nan_limit:
-            self._refuse()
-        self._refuse_still(update, values)
+            self._end_as_not_finite()
+        self._check_something_is_learnt(update, values)
 
     def _of_all(self, update: Update) -> Update:
         """The update with what all processes counted of it, in the first."""
@@ -166,7 +166,7 @@ class LateReader:
             self._not_finite.clear()
             self._count_still(values)
         self._tokens += counts["tokens"]
-        self._flops += metrics.training_flops(self._config, self._trained, counts["tokens"], counts["attended"], counts["images"])
+        self._flops += throughput.training_flops(self._config, self._trained, counts["tokens"], counts["attended"], counts["images"])
 
     def _count_still(self, values: Mapping[str, float]) -> None:
         """Counts whether an update had a gradient and moved anything. Without a supervised token it had neither to have."""
@@ -188,10 +188,10 @@ class LateReader:
             tokens=progress.tokens, tokens_per_second=self._tokens / seconds,
             padding_fraction=1 - counts["tokens"] / counts["positions"],
             image_padding_fraction=1 - counts["images"] / counts["image_slots"] if counts["image_slots"] else 0.0,
-            mfu=None if self._peak is None else self._flops / seconds / self._peak, memory_peak_bytes=metrics.peak_memory(),
+            mfu=None if self._peak is None else self._flops / seconds / self._peak, memory_peak_bytes=throughput.peak_memory(),
             **{name: count for name, count in vars(progress).items() if name.endswith(("skipped", "truncated", "unsupervised"))})
 
-    def _refuse(self) -> None:
+    def _end_as_not_finite(self) -> None:
         """Ends the run; a file says which samples it could make nothing of."""
         process = f".{jax.process_index()}" if jax.process_count() > 1 else ""
         path = self._workdir / f"not_finite{process}.json"
@@ -199,7 +199,7 @@ class LateReader:
         raise UserError(f"{self._progress.skipped_in_a_row} updates in a row, up to step {self._not_finite[-1].step}, were not finite in "
                         f"loss, gradient or update (nan_limit is {self._nan_limit}); the ids of their samples are in {path}")
 
-    def _refuse_still(self, update: Update, values: Mapping[str, float]) -> None:
+    def _check_something_is_learnt(self, update: Update, values: Mapping[str, float]) -> None:
         """Ends a run that learns nothing."""
         progress, limit = self._progress, self._nan_limit
         if progress.zero_gradients_in_a_row >= limit:

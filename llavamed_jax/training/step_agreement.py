@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from llavamed_jax.parallel import distributed
 from llavamed_jax.utils import signals
@@ -17,7 +17,7 @@ from llavamed_jax.utils import signals
 PATIENCE_S = 10.0  # for a batch, once the run was asked to stop
 
 
-class Together:
+class StepAgreement:
     """A process among those of a run.
 
     Args:
@@ -95,23 +95,3 @@ class Together:
         return 0 < self._seconds < time.monotonic() - self._saved_at
 
 
-class SilentLog:
-    """In place of `log.MetricsWriter` in all processes but the first."""
-
-    def advance(self, step: int, loss: float) -> None:
-        pass
-
-    def write(self, step: int, metrics: Mapping[str, float | int | None]) -> None:
-        pass
-
-    def samples(self, step: int, samples: Iterable) -> None:
-        pass
-
-    def skipped(self, step: int, entries: Iterable[Mapping]) -> None:
-        pass
-
-    def say(self, text: str) -> None:
-        pass
-
-    def close(self) -> None:
-        pass

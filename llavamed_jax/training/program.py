@@ -1,4 +1,4 @@
-"""From a recipe to what a run works with: the model it starts from, its optimizer, its place on the devices."""
+"""What a run compiles: its model, its optimizer, the mesh, and where each part of the state lies on it."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import contextlib
 import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -17,93 +16,19 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from llavamed_jax.checkpoints import hub
 from llavamed_jax.checkpoints.checkpoint import Checkpoint
 from llavamed_jax.checkpoints.load import load_params
-from llavamed_jax.checkpoints.model_config import TEXT_FILES
-from llavamed_jax.checkpoints.open import open_checkpoint
-from llavamed_jax.checkpoints.random import random_checkpoint
-from llavamed_jax.config import LlavaConfig, preset
+from llavamed_jax.config import LlavaConfig
 from llavamed_jax.errors import UsageError, UserError
 from llavamed_jax.models import llava
 from llavamed_jax.models.attention import backend_of
 from llavamed_jax.parallel.mesh import auto_sizes, device_memory, make_mesh
 from llavamed_jax.processor import Processor
-from llavamed_jax.text.templates import get_template
-from llavamed_jax.text.tokenizer import TOKENIZERS, Tokenizer
 from llavamed_jax.training import optimizer as optimizers
 from llavamed_jax.training import state as states
-from llavamed_jax.training import void
+from llavamed_jax.training import void_keys
 from llavamed_jax.training.state import TrainState
 from llavamed_jax.training.step import LossFn, llava_loss
-
-PRESET = "preset:"
-_OF_TOKENIZERS = ("tokenizer", "added_", "special_")
-
-
-def open_start(cfg: ConfigDict) -> Checkpoint:
-    """The checkpoint that `init` names, with the recipe's tokenizer and template in place of its own.
-
-    A preset takes its vocabulary from the tokenizer. The template goes into the config that the run writes, so that the
-    model is asked as it was trained; `plain` and v1.0's `v0` are ways to train and not to ask.
-    """
-    if cfg.tokenizer is not None:
-        with _naming(cfg, "tokenizer"):
-            tokenizer = Tokenizer.load(cfg.tokenizer)
-    if cfg.template is not None:
-        with _naming(cfg, "template"):
-            get_template(cfg.template)
-    if cfg.init.startswith(PRESET):
-        if cfg.tokenizer is None:
-            raise UsageError(f"the config key 'init' is {cfg.init!r}, which has no tokenizer: "
-                             "'tokenizer' was expected to name a tokenizer.model or a directory with one")
-        with _naming(cfg, "init"):
-            config = preset(cfg.init.removeprefix(PRESET))
-        config = config.replace(decoder=replace(config.decoder, vocab_size=tokenizer.vocab_size, bos_token_id=tokenizer.bos_id,
-                                                eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.pad_id))
-        checkpoint = random_checkpoint(config, cfg.seed)
-    else:
-        for key in ("init", "vision_tower"):
-            if cfg[key] is not None:
-                with _naming(cfg, key):
-                    if not hub.local(cfg[key]).is_dir():
-                        raise UserError("no such directory is there; a checkpoint's directory, owner/name of a hub"
-                                        + (" or preset:NAME was expected" if key == "init" else " was expected"))
-        checkpoint = open_checkpoint(cfg.init, cfg.vision_tower)
-    if cfg.tokenizer is not None:
-        kept = {name: file for name, file in checkpoint.files.items() if not name.startswith(_OF_TOKENIZERS)}
-        checkpoint = checkpoint.replace(files={**kept, **_tokenizer_files(Path(cfg.tokenizer))})
-    if cfg.template is not None and not get_template(cfg.template).is_for_training_only:
-        checkpoint = checkpoint.replace(config=checkpoint.config.replace(template=cfg.template))
-    return checkpoint
-
-
-def with_own_tokenizer(cfg: ConfigDict) -> ConfigDict:
-    """The recipe for a run's own directory, whose `model/` has the tokenizer that the recipe names."""
-    own = cfg.copy_and_resolve_references()
-    own.tokenizer = None
-    return own
-
-
-def _tokenizer_files(path: Path) -> dict[str, Path]:
-    """The files of `Tokenizer.load(path)` by the names under which a directory's are found, and no other: a model's preprocessor is
-    its own."""
-    if path.is_file() and path.name not in TOKENIZERS:  # its neighbours are not its own
-        return {"tokenizer.json" if path.suffix == ".json" else "tokenizer.model": path}
-    directory = path if path.is_dir() else path.parent
-    others = () if path.is_dir() else set(TOKENIZERS) - {path.name}
-    return {name: directory / name for name in TEXT_FILES
-            if name.startswith(_OF_TOKENIZERS) and name not in others and (directory / name).is_file()}
-
-
-@contextlib.contextmanager
-def _naming(cfg: ConfigDict, key: str) -> Iterator[None]:
-    """What goes wrong within is the fault of a config key's value."""
-    try:
-        yield
-    except (UserError, OSError) as error:  # a name may be too long for any file
-        what = error.strerror if isinstance(error, OSError) else error
-        raise UsageError(f"the config key {key!r} is {cfg[key]!r}: {what}") from error
 
 
 @dataclass(frozen=True)
@@ -158,7 +83,7 @@ class Program:
 
     def void(self, cfg: ConfigDict) -> list[str]:
         """What of the recipe's `optimizer` is not used, and why (`void.of_optimizer`)."""
-        return void.of_optimizer(cfg, list(self.shardings.trainable), [states.TABLE] if self.rows else [])
+        return void_keys.of_optimizer(cfg, list(self.shardings.trainable), [states.TABLE] if self.rows else [])
 
     def abstract_state(self) -> TrainState:
         """The state as shapes, each with its place on the devices."""

@@ -1,0 +1,48 @@
+"""Traces a few updates of a run with JAX's profiler."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+
+from llavamed_jax.training.log import MetricsWriter
+
+
+class Profiler:
+    """Traces the updates `first` to `last` into the run's TensorBoard directory. As a context it ends a trace that is open."""
+
+    def __init__(self, span: tuple[int, int] | None, workdir: Path, log: MetricsWriter):
+        self._first, self._last = span or (0, 0)
+        self._directory, self._log = workdir / "tensorboard", log
+        self._is_on = self._is_done = False
+
+    def __enter__(self) -> Profiler:
+        return self
+
+    def before(self, step: int, drain: Callable[[], None]) -> None:
+        """To be called before an update is dispatched; `drain` waits for those under way, which are not to be in the trace."""
+        if self._first <= step <= self._last and not self._is_on:
+            drain()
+            if jax.process_index() == 0:
+                jax.profiler.start_trace(str(self._directory))
+            self._is_on = True
+
+    def after(self, step: int, drain: Callable[[], None]) -> None:
+        """To be called when an update was dispatched."""
+        if self._is_on and step >= self._last:
+            drain()
+            self._end()
+
+    def __exit__(self, *_) -> None:
+        if self._is_on:
+            self._end()
+        elif self._last and not self._is_done:
+            self._log.say(f"none of the updates {self._first} to {self._last} was left to do, so nothing was profiled")
+
+    def _end(self) -> None:
+        if jax.process_index() == 0:
+            jax.profiler.stop_trace()
+        self._is_on, self._is_done = False, True
+        self._log.say(f"a trace of the updates {self._first} to {self._last} lies in {self._directory}/plugins/profile")

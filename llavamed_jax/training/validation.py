@@ -1,0 +1,57 @@
+"""Judges a run at the steps that are saved by count: validation loss, and what evaluators say."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import math
+from collections.abc import Sequence
+
+import jax
+
+from llavamed_jax.errors import UserError
+from llavamed_jax.training.callbacks import Evaluator, Snapshot
+from llavamed_jax.training.metrics_reader import IN_FLIGHT, Progress, read
+from llavamed_jax.training.state import TrainState
+from llavamed_jax.training.step import place
+from llavamed_jax.training.step_agreement import PATIENCE_S
+from llavamed_jax.utils import signals
+
+
+def judge(snapshot: Snapshot, state: TrainState, eval_step, evaluators: Sequence[Evaluator], progress: Progress) -> dict[str, float]:
+    """The validation loss, weighted as the training loss is, and what the evaluators say; notes in `progress` which step is
+    the best.
+
+    Raises:
+      Stopped: the run was asked to stop, and validation data do not come.
+    """
+    found = {}
+    if snapshot.data.validation is not None:
+        found["validation_loss"] = loss = _validation_loss(snapshot, state, eval_step)
+        best = progress.best["validation_loss"] if progress.best else math.inf
+        if loss < best:  # NaN never is
+            progress.best = {"step": snapshot.step, "validation_loss": loss}
+    for evaluate in evaluators:
+        found.update(evaluate(snapshot))
+    return found
+
+
+def _validation_loss(snapshot: Snapshot, state: TrainState, eval_step) -> float:
+    parts, under_way = [], collections.deque()
+    with contextlib.closing(snapshot.data.validation_batches(snapshot.program.mesh, _on_wait)) as batches:
+        for batch in batches:
+            while len(under_way) >= IN_FLIGHT:  # else the devices would fill with batches that wait for their turn
+                parts.append(read(under_way.popleft()))
+            under_way.append(eval_step(state, place(batch, snapshot.program.mesh)))
+    total, count = map(math.fsum, zip(*parts, *map(read, under_way), strict=True))
+    if not count:
+        raise UserError(f"no sample of the validation data {snapshot.data.cfg.data.validation} has a supervised token")
+    return total / count
+
+
+def _on_wait(seconds: float) -> None:
+    """What comes is used, also after a signal: a run that goes on does not validate this step again."""
+    if signals.is_asked() and seconds > PATIENCE_S:
+        raise signals.Stopped("stopped while validation data were waited for") if jax.process_count() == 1 else TimeoutError
+
+
