@@ -85,7 +85,7 @@ def test_batches_that_never_come_end_the_run_with_its_step_saved(recipe, hanging
 def test_a_signal_before_the_first_update_saves_nothing_and_says_so(recipe, tmp_path, monkeypatch, capsys):
     """While data are measured, weights are read, and what no step will have is written: a start that is given up leaves nothing in part."""
     for name, at in (("measure", "llavamed_jax.pipeline.lengths.measure"), ("load", "llavamed_jax.training.program.load_params"),
-                     ("write", "llavamed_jax.checkpoints.tree.store.write_base")):
+                     ("write", "llavamed_jax.checkpoints.tree.model.write_base")):
         module, _, function = at.rpartition(".")
         with monkeypatch.context() as patch:
             real = getattr(__import__(module, fromlist=[function]), function)
