@@ -120,7 +120,8 @@ def plan(evaluation: Evaluation, predictions: str | Path | None = None, has_cont
       predictions: a file of answers that exist; else the gold answers stand for those of the model.
       has_control: whether everything is asked twice more, with other images.
     """
-    texts = None if predictions is None else AnswerSet.read(evaluation.samples, predictions).texts
+    is_read = predictions is not None and evaluation.scorer.judge is not None
+    texts = AnswerSet.read(evaluation.samples, predictions).texts if is_read else None
     return evaluation.scorer.plan(texts, has_control)
 
 
