@@ -7,11 +7,11 @@ import math
 import pytest
 from PIL import Image
 
-from llavamed_jax.datasets.detect import VQA_RAD_FILE
-from llavamed_jax.datasets.sample import describe, to_llava
+from llavamed_jax.datasets.counts import describe
+from llavamed_jax.datasets.sample import to_llava
 from llavamed_jax.datasets.slake import read_slake
 from llavamed_jax.datasets.training import read_training
-from llavamed_jax.datasets.vqa_rad import read_vqa_rad
+from llavamed_jax.datasets.vqa_rad import VQA_RAD_FILE, read_vqa_rad
 from llavamed_jax.errors import UserError
 
 

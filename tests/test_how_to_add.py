@@ -1,12 +1,21 @@
 """The worked examples of docs/architecture.md do what the page says: each is read from the page and registered."""
 
 import ast
+import importlib.util
+import json
 import re
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
+from llavamed_jax.cli import eval as eval_command
+from llavamed_jax.cli.common import load_config
 from llavamed_jax.config import IGNORE
+from llavamed_jax.datasets import detect, registry
+from llavamed_jax.datasets.training import read_training
+from llavamed_jax.errors import UsageError, UserError
+from llavamed_jax.evaluation import questions
 from llavamed_jax.processor import Processor
 from llavamed_jax.text import templates
 
@@ -44,3 +53,92 @@ def test_a_template_that_is_not_registered_is_refused_with_those_that_are(templa
     monkeypatch.delitem(templates.TEMPLATES, template)
     with pytest.raises(templates.UserError, match="'mine:one_word' does not exist; one of v1.5:vicuna_v1"):
         templates.get_template(template)
+
+
+# ---- a data set ------------------------------------------------------------------------------------------------------
+
+LINES = [("train", "a.png", "Where is it?", "left"), ("train", "b.png", "Is it?", "yes"), ("test", "c.png", "Which organ?", "lung"),
+         ("test", "c.png", "Is it normal?", "no"), ("test", "d.png", "Is it large?", "yes")]
+
+
+@pytest.fixture
+def cards(tmp_path):
+    """The folder of a set whose reader the package does not have; the reader is registered from a file of its own."""
+    (tmp_path / "reader").mkdir()
+    (tmp_path / "reader" / "cards.py").write_text(example("A data set"), encoding="utf-8")
+    spec = importlib.util.spec_from_file_location("cards", tmp_path / "reader" / "cards.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert registry.register(module.DATA_SET) is registry.register(module.DATA_SET)  # a notebook's cell may run twice
+    root = tmp_path / "set"
+    root.mkdir()
+    (root / "cards.tsv").write_text("".join("\t".join(line) + "\n" for line in LINES), encoding="utf-8")
+    for index, name in enumerate("abcd"):
+        Image.new("RGB", (8, 8), (index, 0, 0)).save(root / f"{name}.png")
+    yield root
+    registry.SETS.pop("cards", None)
+
+
+def test_a_data_set_is_trained_on_under_its_own_layout(cards):
+    assert detect.layout_of(cards) == "cards"
+    for data in (str(cards), [{"path": str(cards), "weight": 2}]):
+        training = read_training(data)
+        assert [turn["value"] for turn in list(training.readable())[0]["conversations"]] == ["<image>\nWhere is it?", "left"]
+        assert training.num_records == 2 and len(training) == (2 if isinstance(data, str) else 4)
+        assert list(training.found) == ["cards train: 2 questions on 2 images, 1 open, 1 closed"]
+    with pytest.raises(UserError, match=r"the folder .* holds neither .*, nor Cards \(cards.tsv\)"):
+        read_training(cards.parent / "reader")
+
+
+def test_a_data_set_is_asked_and_scored_under_its_name(cards, tmp_path):
+    """By the command, with predictions in a model's place; recipes of other sets name it with `data.name`."""
+    cfg = load_config("configs/eval/llava_med.py", ["data.name=cards", f"data.root={cards}"])
+    samples, training = questions.load_samples("cards", cfg.data.root, "test", "clean", **questions.further(cfg.data))
+    assert [sample.answer for sample in samples] == ["lung", "no", "yes"] and len(training) == 2
+    assert questions.describe(cfg, samples) == "cards test: 3 questions on 2 images, 1 open, 2 closed"
+    assert questions.source_files(cfg.data) == [cards / "cards.tsv"]
+    predictions = tmp_path / "p.jsonl"
+    rows = [dict(question_id=s.question_id, prompt=s.question, text=t, answer_id=str(n), model_id="m", metadata={})
+            for n, (s, t) in enumerate(zip(samples, ("lung", "no", "no"), strict=True))]
+    predictions.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert eval_command.main(["--config", "configs/eval/llava_med.py", "--config.data.name=cards", f"--config.data.root={cards}",
+                              "--predictions", str(predictions), "--workdir", str(tmp_path / "w")]) == 0
+    metrics = json.loads((tmp_path / "w" / "metrics.json").read_text())
+    assert (metrics["dataset"], metrics["split"], metrics["n_open"], metrics["n_closed"]) == ("cards", "test", 1, 2)
+    assert metrics["strict"]["closed_accuracy"] == 50.0 and metrics["strict"]["open_exact"] == 100.0
+    assert eval_command.main(["--config", "configs/eval/llava_med.py", "--config.data.name=cards", f"--config.data.root={cards}",
+                              "--write_llava", str(tmp_path / "out.json")]) == 0
+    assert len(read_training(tmp_path / "out.json")) == 3
+
+
+def test_what_is_wrong_with_a_data_set_is_said_as_of_any_other(cards):
+    with pytest.raises(UserError, match=r"looks like Cards \(cards.tsv\): data.name=cards"):
+        questions.load_samples("slake", str(cards), "test", "clean")
+    with pytest.raises(UsageError, match="data.split is 'validation'; of cards it may be train or test"):
+        questions.load_samples("cards", str(cards), "validation", "clean")
+    with pytest.raises(UsageError, match="cards has splits without common images"):
+        questions.load_samples("cards", str(cards), "test", "clean", held_out="x.json")
+    with pytest.raises(UserError, match="the name 'slake' is that of SLAKE; another name"):
+        registry.register(registry.DataSet("slake", "Mine", "x", read=lambda selected: []))
+    (cards / "d.png").unlink()
+    with pytest.raises(UserError, match="d.png does not exist"):
+        questions.load_samples("cards", str(cards), "test", "clean")
+    del registry.SETS["cards"]
+    with pytest.raises(UsageError, match="'cards' is not known; data.name may be vqa_rad or slake"):
+        questions.load_samples("cards", str(cards), "test", "clean")
+
+
+def test_a_recipe_of_ones_own_registers_its_set(cards, tmp_path):
+    del registry.SETS["cards"]
+    (tmp_path / "mine.py").write_text((tmp_path / "reader" / "cards.py").read_text() + """
+from configs.eval import common
+from llavamed_jax.datasets.registry import register
+
+
+def get_config(arg=""):
+    register(DATA_SET)
+    return common.base("cards", root=arg)
+""")
+    for _ in range(2):
+        cfg = load_config(f"{tmp_path}/mine.py:{cards}")
+        assert len(questions.load_samples(cfg.data.name, cfg.data.root, cfg.data.split, cfg.protocol)[0]) == 3

@@ -12,8 +12,9 @@ from PIL import Image
 from llavamed_jax.cli import eval as cli
 from llavamed_jax.cli.common import load_config
 from llavamed_jax.datasets import detect
+from llavamed_jax.datasets.counts import describe
 from llavamed_jax.datasets.hub_rows import read_hub
-from llavamed_jax.datasets.sample import describe
+from llavamed_jax.datasets.registry import SETS
 from llavamed_jax.datasets.slake import read_slake
 from llavamed_jax.datasets.training import read_training
 from llavamed_jax.datasets.vqa_rad import read_vqa_rad
@@ -229,8 +230,7 @@ def test_every_set_under_every_name(places):
             with pytest.raises(UserError) as raised:
                 questions.load_samples(other, str(root), "test", "clean")
             sentence = str(raised.value)
-            named = [each for each,
-                     title in detect.TITLES.items() if f"looks like {title}" in sentence or f"data.name={each}" in sentence]
+            named = [each for each, of in SETS.items() if f"looks like {of.title}" in sentence or f"data.name={each}" in sentence]
             assert named in ([name], []) or named == ["parquet"] == [name], (name, other, sentence)
             assert named or other == "parquet" or "looks like a row of" in sentence, (name, other, sentence)
 

@@ -11,12 +11,13 @@ from llavamed_jax.cli.common import load_config
 from llavamed_jax.datasets import captions, choices
 from llavamed_jax.datasets.captions import read_captions
 from llavamed_jax.datasets.choices import read_choices
-from llavamed_jax.datasets.detect import VQA_RAD_FILE, layout_of
+from llavamed_jax.datasets.counts import describe
+from llavamed_jax.datasets.detect import layout_of
 from llavamed_jax.datasets.llava_med import read_llava_med
-from llavamed_jax.datasets.sample import describe, to_llava
+from llavamed_jax.datasets.sample import to_llava
 from llavamed_jax.datasets.slake import read_slake
 from llavamed_jax.datasets.training import read_training
-from llavamed_jax.datasets.vqa_rad import read_vqa_rad
+from llavamed_jax.datasets.vqa_rad import VQA_RAD_FILE, read_vqa_rad
 from llavamed_jax.errors import UsageError, UserError
 from llavamed_jax.evaluation import questions
 from tests.words import instead

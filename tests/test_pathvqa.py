@@ -11,9 +11,11 @@ import pytest
 from PIL import Image
 
 from llavamed_jax.datasets import parquet
+from llavamed_jax.datasets.counts import describe
 from llavamed_jax.datasets.pathvqa import read_pathvqa
 from llavamed_jax.datasets.pickles import read_plain_pickle
-from llavamed_jax.datasets.sample import PUBLISHED, describe, to_llava
+from llavamed_jax.datasets.registry import SETS
+from llavamed_jax.datasets.sample import to_llava
 from llavamed_jax.datasets.training import read_training
 from llavamed_jax.errors import UserError
 
@@ -76,9 +78,10 @@ def test_training_takes_the_release_and_says_what_it_found(release):
 
 def test_counts_as_published():
     """Spec 3.1 a second time, for PathVQA of which no data lies here: questions, images, open, closed of the release."""
-    assert [PUBLISHED["pathvqa", split, "official"] for split in ("train", "validation", "test")] == [
+    assert [SETS["pathvqa"].published[split, "official"] for split in ("train", "validation", "test")] == [
         (19755, 2599, 9949, 9806), (6279, 832, 3144, 3135), (6761, 858, 3370, 3391)]
-    assert all(total == n_open + closed for key, (total, _, n_open, closed) in PUBLISHED.items() if key[2] != "parquet")
+    assert all(total == n_open + closed for each in SETS.values() for (_, variant), (total, _, n_open, closed) in each.published.items()
+               if variant != "parquet")
 
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))

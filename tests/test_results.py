@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from llavamed_jax.cli import eval as cli
-from llavamed_jax.datasets.sample import describe
+from llavamed_jax.datasets.counts import describe
 from llavamed_jax.datasets.vqa_rad import read_vqa_rad
 from llavamed_jax.errors import UserError
 from llavamed_jax.evaluation import questions, results

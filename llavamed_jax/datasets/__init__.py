@@ -1,0 +1,12 @@
+"""The readers of data sets. A data set is one file and one line here; `registry.DataSet` says what it tells of itself."""
+
+from llavamed_jax.datasets import captions, choices, hub_rows, llava_med, pathvqa, slake, vqa_rad
+from llavamed_jax.datasets.registry import register
+
+register(vqa_rad.DATA_SET)
+register(slake.DATA_SET)
+register(pathvqa.DATA_SET)
+register(llava_med.DATA_SET)
+register(choices.DATA_SET)
+register(captions.DATA_SET)
+register(hub_rows.DATA_SET)

@@ -6,13 +6,15 @@ answers are the texts.
 
 from __future__ import annotations
 
+from collections.abc import Set
 from pathlib import Path
 
-from llavamed_jax.datasets import detect
 from llavamed_jax.datasets.llava_med import first_turn
+from llavamed_jax.datasets.registry import DataSet, Selection
 from llavamed_jax.datasets.rows import Row, read_split
 from llavamed_jax.datasets.sample import CAPTION, VqaSample
 
+REFERENCES = ("reference", "report", "caption")  # what a row may call its text
 INSTRUCTION = "Describe what this image shows."
 
 
@@ -35,9 +37,30 @@ def _sample(row: Row, images: Path, index: int, question: str) -> VqaSample:
     if "conversations" in row or "conversatons" in row:
         asked, reference = first_turn(row, index)
     else:
-        asked, reference = "", row.words(next((key for key in detect.REFERENCES if key in row), "caption"))
+        asked, reference = "", row.words(next((key for key in REFERENCES if key in row), "caption"))
     if not (question or asked):
         raise row.error("has no question of its own; data.question, what is asked about every image, was expected")
     if not reference:
         raise row.error("has an empty answer; the text of the caption was expected")
     return VqaSample(identity, image, question or asked, reference, CAPTION, **row.fields())
+
+
+def _read(selected: Selection) -> list[VqaSample]:
+    question = INSTRUCTION if selected.question is None else selected.question
+    return read_captions(selected.root, selected.split, selected.images, question)
+
+
+def _is_row(keys: Set[str]) -> bool:
+    """A text beside a question and its answer is no caption to be written."""
+    return not keys.isdisjoint(REFERENCES) and keys.isdisjoint(("question", "answer"))
+
+
+DATA_SET = DataSet(
+    name="captions",
+    label="captions",
+    sign="rows with a caption, report or reference",
+    read=_read,
+    row="{id, image, caption} or {id, image, conversations}",
+    follows=("images", "question"),
+    is_row=_is_row,
+)

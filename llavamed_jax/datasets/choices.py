@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from llavamed_jax.datasets.registry import DataSet
 from llavamed_jax.datasets.rows import Row, read_split
 from llavamed_jax.datasets.sample import CHOICE, LETTERS, VqaSample
 
@@ -69,3 +70,14 @@ def _answer(row: Row, options: Sequence[str]) -> str:
     if options.count(right) > 1:
         raise row.error(f"has its right option {right[:80]!r} {options.count(right)} times; once was expected")
     return right
+
+
+DATA_SET = DataSet(
+    name="choices",
+    label="multiple choice",
+    sign="rows with options",
+    read=lambda selected: read_choices(selected.root, selected.split, selected.images),
+    row="{id, image, question, options, answer}",
+    follows=("images",),
+    is_row=lambda keys: "options" in keys,
+)

@@ -15,22 +15,9 @@ from typing import Any
 
 from llavamed_jax.datasets.parquet import footer
 from llavamed_jax.datasets.records import first_record
+from llavamed_jax.datasets.registry import SETS, SPLITS, DataSet
 from llavamed_jax.errors import UserError
 
-VQA_RAD_FILE = "VQA_RAD Dataset Public.json"
-SPLITS = ("train", "validation", "test")
-TITLES = {
-    "vqa_rad": f"VQA-RAD ({VQA_RAD_FILE})", "slake": "SLAKE (train.json, imgs/)",
-    "pathvqa": "PathVQA (qas/, images/, or its parquet files)",
-    "llava_med": "LLaVA-Med's format (rows with conversations)", "choices": "multiple choice (rows with options)",
-    "captions": "captions (rows with a caption, report or reference)",
-    "parquet": "questions about images in parquet files (image, question, answer)",
-}
-ROWS = {
-    "llava_med": "{id, image, answer_type, conversations}", "choices": "{id, image, question, options, answer}",
-    "captions": "{id, image, caption} or {id, image, conversations}", "parquet": "{image, question, answer}",
-}
-REFERENCES = ("reference", "report", "caption")  # what a row of captions may call its text
 _NAMES = {"train": ("train",), "validation": ("validation", "validate", "val"), "test": ("test",)}
 _MOST_FOLDERS = 50  # that are looked into where the one that was named holds nothing
 
@@ -65,51 +52,30 @@ def parquet_files(root: Path, split: str = "") -> list[Path]:
 
 def layout_of(path: Path) -> str | None:
     """The name of the data set at a place, as `data.name` has it; None where there is none that is known."""
-    if path.name == VQA_RAD_FILE or (path / VQA_RAD_FILE).is_file():
-        return "vqa_rad"
+    certain = next((each.name for each in SETS.values() if each.is_at(path)), None)
+    if certain is not None:
+        return certain
     if path.is_file():
         return layout_of_row(first_record(path))
-    if any(path.glob("qas/*_vqa.pkl")) or any(path.glob("qas/*/*_qa.pkl")):
-        return "pathvqa"
     if parquet_files(path):
         return named_by_parquet(path) or "parquet"
     files = filter(Path.is_file, (file for split in SPLITS for file in split_files(path, split)))
     found = next(filter(None, (layout_of_row(first_record(file)) for file in files)), None)
-    return found or ("slake" if _has_slakes_images(path / "imgs") else None)
-
-
-def _has_slakes_images(folder: Path) -> bool:
-    """SLAKE's images lie in folders `xmlabN`; an empty folder may be waiting for them."""
-    return folder.is_dir() and (any(folder.glob("xmlab*")) or not any(folder.iterdir()))
+    return found or next((each.name for each in SETS.values() if each.seems_at(path)), None)
 
 
 def layout_of_row(row: Any) -> str | None:
-    """The same by the keys of a row. A text beside a question and its answer is no caption to be written."""
-    keys = row.keys() if isinstance(row, dict) else set()
-    signs = {"llava_med": ("conversations", "conversatons"), "vqa_rad": ("phrase_type",), "slake": ("img_name",),
-             "choices": ("options",), "captions": () if keys & {"question", "answer"} else REFERENCES}
-    return next((name for name, any_of in signs.items() if keys & set(any_of)), None)
+    """The same by the keys of a row. A row with conversations is a LLaVA record, whatever else it has."""
+    keys = row.keys() if isinstance(row, dict) else frozenset()
+    in_order = sorted(SETS.values(), key=lambda each: not each.is_conversations)
+    return next((each.name for each in in_order if each.is_row(keys)), None)
 
 
-# Rows of the sets on the hub, whatever columns they have there: VQA-RAD without repeated ones, SLAKE's English ones and all.
-_HUB_ROWS = {
-    "vqa_rad": {"train": (1793, 1797, 3064), "test": (451,)},
-    "slake": {"train": (4919, 9835), "validation": (1053, 2099), "test": (1061, 2094)},
-    "pathvqa": {"train": (19654, 19755), "validation": (6259, 6279), "test": (6719, 6761)},
-}
-# Columns that a set has and no other has; so many of them are a sign.
-_HUB_COLUMNS = {
-    "vqa_rad": {"phrase_type", "image_organ", "qid_linked_id", "image_case_url", "question_frame", "question_relation",
-                "question_rephrase"},
-    "slake": {"img_name", "img_id", "q_lang", "location", "base_type", "content_type", "triple"},
-    "pathvqa": set(),
-}
 _ENOUGH_COLUMNS = 2
-_TITLED = {"vqa_rad": r"vqa[\W_]*rad", "slake": r"slake", "pathvqa": r"path[\W_]*vqa"}
 
 
 def named_by_parquet(root: Path) -> str | None:
-    """The set whose parquet files lie in a folder: `vqa_rad`, `slake` or `pathvqa`; None where nothing says it, or two things say two.
+    """The set whose parquet files lie in a folder; None where nothing says it, or two things say two.
 
     A sign is the title of a dataset card beside the files, the folder's name in the hub's cache, as many rows in each of its splits
     as the set has, or two columns that no other set has. Columns image, question and answer are none.
@@ -122,15 +88,21 @@ def named_by_parquet(root: Path) -> str | None:
             names, rows = footer(file)
             columns |= set(names)
             counts[split] = counts.get(split, 0) + rows
-    found |= {name for name, own in _HUB_COLUMNS.items() if len(columns & own) >= _ENOUGH_COLUMNS}
-    found |= {name for name, rows in _HUB_ROWS.items() if counts and all(counts[split] in rows.get(split, ()) for split in counts)}
+    for each in _on_the_hub():
+        own_rows = counts and all(counts[split] in each.parquet.rows.get(split, ()) for split in counts)
+        if own_rows or len(columns & each.parquet.columns) >= _ENOUGH_COLUMNS:
+            found.add(each.name)
     return found.pop() if len(found) == 1 else None
 
 
 def set_at(root: Path, name: str) -> str:
     """What the questions at a place may be called: `name`, but `parquet` where nothing says whose parquet files they are."""
-    is_pathvqas = name != "pathvqa" or (root / "qas").is_dir() or named_by_parquet(root) == name
-    return name if is_pathvqas or not parquet_files(root) else "parquet"
+    name_at = SETS[name].name_at if name in SETS else None
+    return name_at(root) if name_at else name
+
+
+def _on_the_hub() -> list[DataSet]:
+    return [each for each in SETS.values() if each.parquet]
 
 
 def _titles(root: Path) -> Iterator[str]:
@@ -140,9 +112,9 @@ def _titles(root: Path) -> Iterator[str]:
         with contextlib.suppress(OSError, UnicodeDecodeError):
             text = card.read_text(encoding="utf-8")
             lines += re.findall(r"^(?:pretty_name:|#\s)[^\n]*", text, re.M)
-    for name, pattern in _TITLED.items():
-        if any(re.search(pattern, line, re.I) for line in lines):
-            yield name
+    for each in _on_the_hub():
+        if any(re.search(each.parquet.title, line, re.I) for line in lines):
+            yield each.name
 
 
 def hint(path: Path, name: str) -> str:
@@ -150,10 +122,10 @@ def hint(path: Path, name: str) -> str:
     with contextlib.suppress(OSError):  # a folder that may not be looked into
         found = layout_of(path)
         if found not in (None, name):
-            return f"; {path} looks like {TITLES[found]}: data.name={found}"
+            return f"; {path} looks like {SETS[found].title}: data.name={found}"
         if found is None and path.is_dir():
             folders = sorted(child for child in path.iterdir() if child.is_dir())[:_MOST_FOLDERS]
             for child, inner in ((child, layout_of(child)) for child in folders):
                 if inner is not None:
-                    return f"; {child} looks like {TITLES[inner]}"
+                    return f"; {child} looks like {SETS[inner].title}"
     return ""

@@ -1,6 +1,6 @@
 """Questions about images in parquet files, as the hub keeps them: rows of `image`, `question`, `answer` and what else a set has.
 
-VQA-RAD, SLAKE and PathVQA all lie there under these three columns; which of them it is says `layouts.named_by_parquet`.
+VQA-RAD, SLAKE and PathVQA all lie there under these three columns; which of them it is says `detect.named_by_parquet`.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ from pathlib import Path
 
 from llavamed_jax.datasets import detect
 from llavamed_jax.datasets.parquet import read_parquet
+from llavamed_jax.datasets.registry import SETS, DataSet
 from llavamed_jax.datasets.rows import Row, one_of
-from llavamed_jax.datasets.sample import CLOSED, OPEN, PUBLISHED, VqaSample
+from llavamed_jax.datasets.sample import CLOSED, OPEN, VqaSample
 from llavamed_jax.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -41,8 +42,8 @@ def read_hub(root: str | Path, split: str = "test", images: str | Path | None = 
     root = Path(root)
     found = detect.named_by_parquet(root)
     if name not in ("parquet", found):
-        other = f" looks like {detect.TITLES[found]}: data.name={found}" if found else (
-            f" holds {detect.TITLES['parquet']}, and nothing says that they are {detect.TITLES[name]}: data.name=parquet reads them")
+        other = f" looks like {SETS[found].title}: data.name={found}" if found else (
+            f" holds {SETS['parquet'].title}, and nothing says that they are {SETS[name].title}: data.name=parquet reads them")
         raise UserError(f"{root}{other}")
     files = detect.parquet_files(root, split)
     if not files:
@@ -71,7 +72,17 @@ def _say_what_is_guessed(root: Path, split: str, samples: list[VqaSample], name:
     if is_stated or name is None:
         return
     closed = sum(sample.answer_type == CLOSED for sample in samples)
-    known = {counts[3] for (of, of_split, _), counts in PUBLISHED.items() if (of, of_split) == (name, split) and counts[3] is not None}
+    known = {counts[3] for (of, _), counts in SETS[name].published.items() if of == split and counts[3] is not None}
     if known and closed not in known:
         log.warning("%s, split %s: there is no column answer_type, so the %d questions answered by yes or no are closed; the whole set "
                     "has %s closed ones", root, split, closed, " or ".join(map(str, sorted(known))))
+
+
+DATA_SET = DataSet(
+    name="parquet",
+    label="questions about images in parquet files",
+    sign="image, question, answer",
+    read=lambda selected: read_hub(selected.root, selected.split, selected.images, selected.language or "all"),
+    row="{image, question, answer}",
+    follows=("images", "language"),
+)

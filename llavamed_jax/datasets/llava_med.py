@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from llavamed_jax.datasets.records import normalize
+from llavamed_jax.datasets.registry import DataSet
 from llavamed_jax.datasets.rows import Row, read_split
 from llavamed_jax.datasets.sample import CLOSED, OPEN, VqaSample
 from llavamed_jax.text.conversation import IMAGE_MARKER
@@ -41,3 +42,15 @@ def first_turn(row: Row, index: int) -> tuple[str, str]:
     if [turn["from"] for turn in turns] != ["human", "gpt"]:
         raise row.error(f"has {len(turns)} turns; one question and its answer were expected")
     return turns[0]["value"].replace(IMAGE_MARKER, "").strip(), turns[1]["value"].strip()
+
+
+DATA_SET = DataSet(
+    name="llava_med",
+    label="LLaVA-Med's format",
+    sign="rows with conversations",
+    read=lambda selected: read_llava_med(selected.root, selected.split, selected.images),
+    row="{id, image, answer_type, conversations}",
+    follows=("images",),
+    is_row=lambda keys: not keys.isdisjoint(("conversations", "conversatons")),
+    is_conversations=True,
+)

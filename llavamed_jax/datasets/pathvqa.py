@@ -13,6 +13,7 @@ from pathlib import Path
 from llavamed_jax.datasets import detect
 from llavamed_jax.datasets.hub_rows import by_answer, read_hub
 from llavamed_jax.datasets.pickles import read_plain_pickle
+from llavamed_jax.datasets.registry import DataSet, ParquetSigns
 from llavamed_jax.datasets.rows import Row, named_rows, one_of
 from llavamed_jax.datasets.sample import CLOSED, OPEN, VqaSample, check_images
 from llavamed_jax.errors import UserError
@@ -42,7 +43,7 @@ def read_pathvqa(root: str | Path, split: str = "test", images: str | Path | Non
     if os.path.exists(root) and not root.is_dir():
         raise UserError(f"{root} is a file, a pipe or a device; PathVQA's folder, with qas/ and images/, was expected")
     if form(root) == "parquet":
-        # Nothing may say whose they are: then they are read, and `layouts.set_at` does not call them PathVQA.
+        # Nothing may say whose they are: then they are read, and `detect.set_at` does not call them PathVQA.
         return read_hub(root, split, folder, name="pathvqa" if detect.named_by_parquet(root) else "parquet")
     short = _FOLDERS[split]
     described, plain = root / "qas" / f"{short}_vqa.pkl", root / "qas" / short / f"{short}_qa.pkl"
@@ -92,3 +93,31 @@ def _plain(rows: list[Row], images: Path) -> list[VqaSample]:
 def _image(row: Row, key: str, images: Path) -> Path:
     path = row.image(key, images)
     return path if path.suffix else path.with_name(f"{path.name}.jpg")
+
+
+def _name_at(root: Path) -> str:
+    is_named = (root / "qas").is_dir() or detect.named_by_parquet(root) == "pathvqa"
+    return "pathvqa" if is_named or not detect.parquet_files(root) else "parquet"
+
+
+DATA_SET = DataSet(
+    name="pathvqa",
+    label="PathVQA",
+    sign="qas/, images/, or its parquet files",
+    read=lambda selected: read_pathvqa(selected.root, selected.split, selected.images),
+    follows=("images",),
+    is_at=lambda path: path.is_dir() and (any(path.glob("qas/*_vqa.pkl")) or any(path.glob("qas/*/*_qa.pkl"))),
+    name_at=_name_at,
+    variant=lambda selected: form(Path(selected.root)),
+    published={  # spec 3.1; of the parquet form what its card says: repeated rows are left out
+        ("train", "official"): (19755, 2599, 9949, 9806), ("validation", "official"): (6279, 832, 3144, 3135),
+        ("test", "official"): (6761, 858, 3370, 3391),
+        ("train", "parquet"): (19654, 2599, None, None), ("validation", "parquet"): (6259, 832, None, None),
+        ("test", "parquet"): (6719, 858, None, None),
+    },
+    has_training_rows=True,
+    files=files_of,
+    parquet=ParquetSigns(
+        rows={"train": (19654, 19755), "validation": (6259, 6279), "test": (6719, 6761)}, columns=frozenset(),
+        title=r"path[\W_]*vqa"),
+)

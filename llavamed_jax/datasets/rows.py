@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llavamed_jax.datasets import detect
+from llavamed_jax.datasets.registry import OFFICIAL, SETS
 from llavamed_jax.datasets.sample import _OPEN_OR_CLOSED, VqaSample, check_images
 from llavamed_jax.errors import UserError, short
 from llavamed_jax.utils.files import parse_json, read_bytes
@@ -25,7 +26,7 @@ def read_rows(file: Path, layout: str) -> list[Row]:
     """The rows of a JSON list or of a JSONL file. Raises UserError for a file that is missing, not UTF-8 or no JSON.
 
     Args:
-      layout: the set whose rows they are to be, a key of `layouts.TITLES`.
+      layout: the set whose rows they are to be, a name of `registry.SETS`.
     """
     try:
         text = read_bytes(file, f"the data file {file}").decode("utf-8-sig")
@@ -67,8 +68,9 @@ class Row:
     def __getitem__(self, key: str) -> Any:
         if not isinstance(self.value, Mapping) or key not in self.value:
             other = detect.layout_of_row(self.value)
-            also = f", and it looks like a row of {detect.TITLES[other]}" if other not in (None, self._layout) else ""
-            raise self.error(f"has no {key!r}; {detect.ROWS.get(self._layout, 'the official layout')} was expected{also}")
+            also = f", and it looks like a row of {SETS[other].title}" if other not in (None, self._layout) else ""
+            expected = SETS[self._layout].row if self._layout in SETS else OFFICIAL
+            raise self.error(f"has no {key!r}; {expected} was expected{also}")
         return self.value[key]
 
     def error(self, what: str) -> UserError:

@@ -19,18 +19,6 @@ from llavamed_jax.text.conversation import IMAGE_MARKER
 
 OPEN, CLOSED, CHOICE, CAPTION = "OPEN", "CLOSED", "CHOICE", "CAPTION"
 LETTERS = ascii_uppercase  # of the options of multiple choice
-# Questions, images, open, closed of the whole sets (spec 3.1); of the parquet form what its card says: repeated rows are left out.
-PUBLISHED = {
-    ("vqa_rad", "train", "clean"): (1797, 313, 770, 1027), ("vqa_rad", "train", "paper"): (3064, 314, 1241, 1823),
-    ("vqa_rad", "test", "clean"): (451, 203, 179, 272), ("vqa_rad", "test", "paper"): (451, 203, 179, 272),
-    ("slake", "train", "en"): (4919, 450, 2976, 1943), ("slake", "validation", "en"): (1053, 96, 631, 422),
-    ("slake", "test", "en"): (1061, 96, 645, 416),
-    ("pathvqa", "train", "official"): (19755, 2599, 9949, 9806), ("pathvqa", "validation", "official"): (6279, 832, 3144, 3135),
-    ("pathvqa", "test", "official"): (6761, 858, 3370, 3391),
-    ("pathvqa", "train", "parquet"): (19654, 2599, None, None), ("pathvqa", "validation", "parquet"): (6259, 832, None, None),
-    ("pathvqa", "test", "parquet"): (6719, 858, None, None),
-}
-_COUNTED = {OPEN: "open", CLOSED: "closed", CHOICE: "multiple choice", CAPTION: "to be described"}
 _OPEN_OR_CLOSED = {OPEN: OPEN, CLOSED: CLOSED}
 
 
@@ -66,30 +54,6 @@ def to_llava(sample: VqaSample) -> dict:
     question = sample.question.replace(IMAGE_MARKER, "").strip()
     return {"id": sample.question_id, "image": [str(sample.image)], "answer_type": sample.answer_type, "conversations": [
         {"from": "human", "value": f"{IMAGE_MARKER}\n{question}"}, {"from": "gpt", "value": answer}]}
-
-
-# ---- counts ----------------------------------------------------------------------------------------------------------
-
-
-def describe(samples: Sequence[VqaSample], name: str, split: str, variant: str = "") -> str:
-    """One line with the counts of `samples`, and whether they are the published ones (a cut of a set has fewer).
-
-    `name`, `split` and `variant` (VQA-RAD's protocol, SLAKE's language, PathVQA's form) are the keys of `PUBLISHED`. Files in
-    LLaVA-Med's format say whose counts they have, where they have those of one of its four sets.
-    """
-    kinds = Counter(sample.answer_type for sample in samples)
-    counts = (len(samples), len(set(first_names(sample.image for sample in samples).values())), kinds[OPEN], kinds[CLOSED])
-    shown = [kind for kind in _COUNTED if kinds[kind]] if kinds.keys() - _OPEN_OR_CLOSED else _OPEN_OR_CLOSED
-    parts = ", ".join(f"{kinds[kind]} {_COUNTED[kind]}" for kind in shown)
-    line = f"{name} {split}{f' ({variant})' if variant else ''}: {counts[0]} questions on {counts[1]} images, {parts}"
-    if name == "llava_med":
-        same = dict.fromkeys(other for (other, of, _), wanted in PUBLISHED.items() if of == split and wanted == counts)
-        return line + (f", as published of {' or '.join(same)}" if same else "")
-    published = PUBLISHED.get((name, split, variant))
-    if published is None or all(wanted in (None, count) for wanted, count in zip(published, counts, strict=True)):
-        return line + (", as published" if published else "")
-    parts = ", ".join(f"{count} {kind}" for count, kind in zip(published[2:], ("open", "closed"), strict=True) if count is not None)
-    return f"{line}; published: {published[0]} questions on {published[1]} images" + (parts and f", {parts}")
 
 
 # ---- checks ----------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from llavamed_jax.datasets import detect
 from llavamed_jax.datasets.hub_rows import read_hub
+from llavamed_jax.datasets.registry import DataSet, ParquetSigns
 from llavamed_jax.datasets.rows import Row, one_of, read_rows
 from llavamed_jax.datasets.sample import VqaSample, check_images
 
@@ -17,7 +18,7 @@ def read_slake(root: str | Path, split: str = "test", language: str = "en") -> l
 
     Args:
       root: the folder, or a file in it. The hub's copy calls `validate.json` `validation.json`, and either is read. Or a folder of
-        parquet files that are SLAKE's (`layouts.named_by_parquet`).
+        parquet files that are SLAKE's (`detect.named_by_parquet`).
       split: `train`, `validation` or `test`.
       language: `en` (the paper's), `zh`, or `all`.
     Raises:
@@ -39,3 +40,29 @@ def _sample(row: Row, images: Path) -> VqaSample:
     return VqaSample(
         row.identity("qid"), row.image("img_name", images), row.text("question"), row.text("answer"), row.answer_type(),
         question_type=row.text("content_type"), organ=row.text("location"), modality=row.text("modality"), language=row.text("q_lang"))
+
+
+def _has_images(path: Path) -> bool:
+    """SLAKE's images lie in folders `xmlabN`; an empty folder may be waiting for them."""
+    folder = path / "imgs"
+    return folder.is_dir() and (any(folder.glob("xmlab*")) or not any(folder.iterdir()))
+
+
+DATA_SET = DataSet(
+    name="slake",
+    label="SLAKE",
+    sign="train.json, imgs/",
+    read=lambda selected: read_slake(selected.root, selected.split, selected.language or "en"),
+    follows=("language",),
+    seems_at=_has_images,
+    is_row=lambda keys: "img_name" in keys,
+    variant=lambda selected: selected.language or "en",
+    published={  # spec 3.1
+        ("train", "en"): (4919, 450, 2976, 1943), ("validation", "en"): (1053, 96, 631, 422), ("test", "en"): (1061, 96, 645, 416),
+    },
+    has_training_rows=True,
+    parquet=ParquetSigns(
+        rows={"train": (4919, 9835), "validation": (1053, 2099), "test": (1061, 2094)},  # the English ones, and all
+        columns=frozenset({"img_name", "img_id", "q_lang", "location", "base_type", "content_type", "triple"}),
+        title=r"slake"),
+)

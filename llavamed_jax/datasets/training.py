@@ -1,7 +1,7 @@
 """Training records from whatever a recipe names: LLaVA files, and every data set that is evaluated on, in its own layout.
 
 A training record is a dict `{"id", "image": list of paths, "conversations": [{"from": "human"|"gpt", "value": str}, …]}`
-whatever it was read from; `questions.to_llava` makes one of a question.
+whatever it was read from; `sample.to_llava` makes one of a question.
 """
 
 from __future__ import annotations
@@ -12,14 +12,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from llavamed_jax.datasets import detect, pathvqa
-from llavamed_jax.datasets.captions import read_captions
-from llavamed_jax.datasets.choices import read_choices
-from llavamed_jax.datasets.hub_rows import read_hub
+from llavamed_jax.datasets import detect
+from llavamed_jax.datasets.counts import describe
 from llavamed_jax.datasets.records import FileRecords, MemoryRecords, open_records
-from llavamed_jax.datasets.sample import VqaSample, describe, to_llava
-from llavamed_jax.datasets.slake import read_slake
-from llavamed_jax.datasets.vqa_rad import read_vqa_rad
+from llavamed_jax.datasets.registry import SETS, Selection
+from llavamed_jax.datasets.sample import to_llava
 from llavamed_jax.errors import UsageError, UserError
 
 LARGEST_WEIGHT = 1000  # of a source of training data: an epoch is laid out whole, and what is larger was mistyped
@@ -29,7 +26,7 @@ LARGEST_WEIGHT = 1000  # of a source of training data: an epoch is laid out whol
 class TrainingData:
     """Records of one or several sources; an epoch takes `round(weight * len(source))` of each (see `pipeline.packing`).
 
-    `found` has a line for each source that is a data set with published counts (`questions.describe`).
+    `found` has a line for each source that is a data set with published counts (`counts.describe`).
     """
 
     sources: Sequence[MemoryRecords | FileRecords]
@@ -72,7 +69,7 @@ def read_training(data, images: str | Path | None = None, protocol: str = "clean
     """Training records from whatever `data.train` of a recipe names.
 
     Args:
-      data: a LLaVA JSON or JSONL file; a data set in its own layout (`layouts.TITLES`), a folder or a file; or a list of
+      data: a LLaVA JSON or JSONL file; a data set in its own layout (`registry.SETS`), a folder or a file; or a list of
         `{"path", "images", "weight"}`, where weight 2 shows a source twice an epoch and 0.5 half of it.
       images: the folder of the images, where it is not the layout's own.
       protocol, split: which rows of a data set.
@@ -86,27 +83,19 @@ def read_training(data, images: str | Path | None = None, protocol: str = "clean
     path = Path(data)
     layout = detect.layout_of(path)
     if layout is None and path.is_dir():
-        raise UserError(f"the folder {path} holds neither {', nor '.join(detect.TITLES.values())}{detect.hint(path, '')}")
-    if layout in (None, "llava_med"):
-        source, found = open_records(detect.split_file(path, split, "llava_med") if path.is_dir() else path, images, cache), ()
+        titles = ", nor ".join(each.title for each in SETS.values())
+        raise UserError(f"the folder {path} holds neither {titles}{detect.hint(path, '')}")
+    if layout is None or SETS[layout].is_conversations:
+        file = detect.split_file(path, split, layout) if path.is_dir() else path
+        source, found = open_records(file, images, cache), ()
     else:
-        samples, variant = _read_set(layout, path, split, protocol, images)
-        source, found = MemoryRecords(map(to_llava, samples)), (describe(samples, layout, split, variant),)
+        selected = Selection(path, split, protocol, images)
+        samples = SETS[layout].read(selected)
+        source = MemoryRecords(map(to_llava, samples))
+        found = (describe(samples, layout, split, SETS[layout].variant(selected)),)
     if not len(source):
         raise UserError(f"{path} holds no training records")
     return TrainingData([source], found=found)
-
-
-def _read_set(layout: str, path: Path, split: str, protocol: str, images: str | Path | None) -> tuple[list[VqaSample], str]:
-    """The questions of a data set, and which variant of it they are."""
-    if layout == "vqa_rad":
-        return read_vqa_rad(path, split, protocol), protocol
-    if layout == "slake":
-        return read_slake(path, split), "en"
-    if layout == "pathvqa":
-        return pathvqa.read_pathvqa(path, split, images), pathvqa.form(path)
-    read = {"choices": read_choices, "captions": read_captions, "parquet": read_hub}[layout]
-    return read(path, split, images), ""
 
 
 def _read_mixture(entries, images, protocol, split, cache) -> TrainingData:

@@ -7,14 +7,16 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-from llavamed_jax.datasets.detect import VQA_RAD_FILE, hint, parquet_files
+from llavamed_jax.datasets.detect import hint, parquet_files
 from llavamed_jax.datasets.hub_rows import read_hub
+from llavamed_jax.datasets.registry import DataSet, ParquetSigns
 from llavamed_jax.datasets.rows import Row, one_of, read_rows
 from llavamed_jax.datasets.sample import VqaSample, check_images
 from llavamed_jax.errors import UserError
 
 log = logging.getLogger(__name__)
 
+VQA_RAD_FILE = "VQA_RAD Dataset Public.json"
 _IMAGES = ("images", "VQA_RAD Image Folder")  # the second as on osf.io
 _TYPES = {"PRSE": "PRES", "ATRIB": "ATTRIB"}  # typos in the published file
 
@@ -27,7 +29,7 @@ def read_vqa_rad(root: str | Path, split: str = "test", protocol: str = "clean")
     test questions are then trained on. That leak is logged.
 
     Args:
-      root: the folder, or the file in it; or a folder of parquet files that are VQA-RAD's (`layouts.named_by_parquet`).
+      root: the folder, or the file in it; or a folder of parquet files that are VQA-RAD's (`detect.named_by_parquet`).
       split: `train`, `test` or `all`.
       protocol: `clean` or `paper`; without effect on test rows.
     Raises:
@@ -74,3 +76,27 @@ def _sample(row: Row, images: Path) -> VqaSample:
 
 def _frame(row: Row, sample: VqaSample) -> VqaSample:
     return replace(sample, question_id=f"frame-{sample.question_id}", question=row.text("question_frame"))
+
+
+DATA_SET = DataSet(
+    name="vqa_rad",
+    label="VQA-RAD",
+    sign=VQA_RAD_FILE,
+    read=lambda selected: read_vqa_rad(selected.root, selected.split, selected.protocol),
+    follows=("protocol",),
+    splits=("train", "test"),
+    is_at=lambda path: path.name == VQA_RAD_FILE or (path / VQA_RAD_FILE).is_file(),
+    is_row=lambda keys: "phrase_type" in keys,
+    variant=lambda selected: selected.protocol,
+    published={  # spec 3.1
+        ("train", "clean"): (1797, 313, 770, 1027), ("train", "paper"): (3064, 314, 1241, 1823),
+        ("test", "clean"): (451, 203, 179, 272), ("test", "paper"): (451, 203, 179, 272),
+    },
+    has_training_rows=True,
+    read_whole=lambda root: read_vqa_rad(root, "all", "clean"),  # without the rephrasings of the paper's protocol
+    parquet=ParquetSigns(
+        rows={"train": (1793, 1797, 3064), "test": (451,)},  # without repeated rows, and as published
+        columns=frozenset({"phrase_type", "image_organ", "qid_linked_id", "image_case_url", "question_frame", "question_relation",
+                           "question_rephrase"}),
+        title=r"vqa[\W_]*rad"),
+)

@@ -10,16 +10,12 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from llavamed_jax.datasets import detect, pathvqa
+from llavamed_jax.datasets import counts, detect
 from llavamed_jax.datasets import sample as data_questions
-from llavamed_jax.datasets.captions import INSTRUCTION, read_captions
-from llavamed_jax.datasets.choices import read_choices
-from llavamed_jax.datasets.hub_rows import read_hub
-from llavamed_jax.datasets.llava_med import read_llava_med
 from llavamed_jax.datasets.records import normalize
+from llavamed_jax.datasets.registry import SETS, Selection
 from llavamed_jax.datasets.sample import VqaSample, check_ids
-from llavamed_jax.datasets.slake import LANGUAGES, read_slake
-from llavamed_jax.datasets.vqa_rad import read_vqa_rad
+from llavamed_jax.datasets.slake import LANGUAGES
 from llavamed_jax.errors import UsageError, UserError
 from llavamed_jax.utils.files import read_json, write_text
 
@@ -30,7 +26,6 @@ Reader = Callable[[str, str], list[VqaSample]]  # (root, split) -> its questions
 # Keys of `data` that only some sets have.
 FURTHER = ("language", "images", "question", "train")
 _DESCRIBING = ("question_type", "organ", "modality")  # which LLaVA-Med's own test format has room for
-_PUBLISHED = ("vqa_rad", "slake", "pathvqa")  # whose folders hold their training rows
 
 
 def load_samples(
@@ -39,7 +34,7 @@ def load_samples(
     """The questions to ask, and the training rows that candidates, majority answer and leakage counts come from.
 
     Args:
-      name: `vqa_rad`, `slake`, `pathvqa`, `llava_med`, `choices`, `captions` or `parquet`; `root` holds its official layout, or is a file.
+      name: a name of `datasets.registry.SETS`; `root` holds its official layout, or is a file.
       split: `train`, `validation` or `test`.
       protocol: `clean` or `paper`, VQA-RAD's training rows.
       held_out: a JSON file `{"images": [names]}`. Then the rows of exactly these images are asked, whatever their
@@ -56,7 +51,7 @@ def load_samples(
     samples = read(root, split)
     if detect.set_at(Path(root), name) != name:
         log.warning("%s: nothing says that its parquet files are %s (a dataset card, the set's number of rows); they are read, and called "
-                    "parquet", root, detect.TITLES[name].partition(" ")[0])
+                    "parquet", root, SETS[name].label)
     check_ids(samples, f"{root}, split {split},")
     return tuple(data_questions.one_name_each(samples, _training_rows(name, root, read, more.get("train", ""))))
 
@@ -73,8 +68,8 @@ def describe(cfg: ConfigDict, samples: list[VqaSample]) -> str:
         images = len({sample.image for sample in samples})
         return f"{data.name}: {len(samples)} questions about {images} images held out by {data.held_out}"
     name = set_name(data)
-    variants = {"vqa_rad": cfg.protocol, "slake": data.get("language", "en"), "pathvqa": pathvqa.form(Path(data.root))}
-    return data_questions.describe(samples, name, data.split, variants.get(name, ""))
+    variant = SETS[name].variant(_selection(data.root, data.split, cfg.protocol, further(data)))
+    return counts.describe(samples, name, data.split, variant)
 
 
 def set_name(data: ConfigDict) -> str:
@@ -87,8 +82,8 @@ def source_files(data: ConfigDict) -> list[Path]:
     root = Path(data.root)
     if root.is_file():
         return [root]
-    if data.name == "pathvqa":
-        return pathvqa.files_of(root, data.split)
+    if SETS[data.name].files:
+        return SETS[data.name].files(root, data.split)
     return sorted([*root.glob("*.json"), *root.glob("*.jsonl")]) or detect.parquet_files(root, data.split)
 
 
@@ -129,32 +124,25 @@ def write_llava(cfg: ConfigDict, path: str | Path) -> str:
     return f"{describe(cfg, samples)}: written to {path}"
 
 
+def _selection(root: str, split: str, protocol: str, more: Mapping[str, str]) -> Selection:
+    return Selection(root, split, protocol, more.get("images") or None, more.get("language"), more.get("question"))
+
+
 def _reader(name: str, root: str, split: str, protocol: str, more: Mapping[str, str]) -> Reader:
     """What reads a split of a data set. Raises UsageError for settings that name none."""
-    images, question, language = more.get("images") or None, more.get("question", INSTRUCTION), more.get("language", "en")
-    readers: dict[str, Reader] = {
-        "vqa_rad": lambda root, split: read_vqa_rad(root, split, protocol),
-        "slake": lambda root, split: read_slake(root, split, language),
-        "pathvqa": lambda root, split: pathvqa.read_pathvqa(root, split, images),
-        "llava_med": lambda root, split: read_llava_med(root, split, images),
-        "choices": lambda root, split: read_choices(root, split, images),
-        "captions": lambda root, split: read_captions(root, split, images, question),
-        "parquet": lambda root, split: read_hub(root, split, images, more.get("language", "all")),
-    }
-    if name not in readers:
-        raise UsageError(f"the data set {name!r} is not known; data.name may be {' or '.join(readers)}")
+    if name not in SETS:
+        raise UsageError(f"the data set {name!r} is not known; data.name may be {' or '.join(SETS)}")
     if not root:
         raise UsageError(f"data.root is empty; the folder with {name} was expected: --config.data.root=DIR")
-    splits = ("train", "test") if name == "vqa_rad" else detect.SPLITS
-    if split not in splits:
-        raise UsageError(f"data.split is {split!r}; of {name} it may be {_either(splits)}")
-    if language not in LANGUAGES:
+    if split not in SETS[name].splits:
+        raise UsageError(f"data.split is {split!r}; of {name} it may be {_either(SETS[name].splits)}")
+    if (language := more.get("language", "en")) not in LANGUAGES:
         raise UsageError(f"data.language is {language!r}; {_either(LANGUAGES)} was expected")
-    return readers[name]
+    return lambda root, split: SETS[name].read(_selection(root, split, protocol, more))
 
 
 def _either(words: tuple[str, ...]) -> str:
-    return f"{', '.join(words[:-1])} or {words[-1]}"
+    return f"{', '.join(words[:-1])} or {words[-1]}" if len(words) > 1 else words[0]
 
 
 def _training_rows(name: str, root: str, read: Reader, train: str) -> list[VqaSample]:
@@ -162,7 +150,7 @@ def _training_rows(name: str, root: str, read: Reader, train: str) -> list[VqaSa
     if train:
         return read(train, "train")
     files = [*filter(Path.is_file, detect.split_files(Path(root), "train")), *detect.parquet_files(Path(root), "train")]
-    if name in _PUBLISHED or files:
+    if SETS[name].has_training_rows or files:
         return read(root, "train")
     log.warning("%s has no train.json and data.train names no file: what follows from training rows (answer candidates, their "
                 "majority answer, leakage) is left out", root)
@@ -172,10 +160,10 @@ def _training_rows(name: str, root: str, read: Reader, train: str) -> list[VqaSa
 def _held_out(name: str, root: str, split: str, held_out: str) -> tuple[list[VqaSample], list[VqaSample]]:
     if split != "test":
         raise UsageError(f"data.split is {split!r}; beside data.held_out, which asks rows of both splits, it may be test only")
-    if name != "vqa_rad":
+    if SETS[name].read_whole is None:
         raise UsageError(f"data.held_out holds out images of VQA-RAD; {name} has splits without common images: data.split")
     names = _held_out_images(held_out)
-    rows = read_vqa_rad(root, "all", "clean")  # each row once, without the rephrasings of the paper's protocol
+    rows = SETS[name].read_whole(root)
     asked = [sample for sample in rows if Path(sample.image).name in names]
     unknown = names - {Path(sample.image).name for sample in asked}
     if unknown:

@@ -6,17 +6,12 @@ from collections.abc import Collection, Iterator
 
 from ml_collections import ConfigDict
 
+from llavamed_jax.datasets.registry import SETS
 from llavamed_jax.errors import short
 from llavamed_jax.evaluation.chat import KIND as CHAT
 from llavamed_jax.evaluation.judging.settings import judge_settings
 from llavamed_jax.utils.nested import flatten
 
-# Data set -> the keys of `data` beside those of all that its reader follows (`questions.FURTHER`).
-FOLLOWED = {
-    "vqa_rad": ("train",), "slake": ("language", "train"), "pathvqa": ("images", "train"), "llava_med": ("images", "train"),
-    "choices": ("images", "train"), "captions": ("images", "question", "train"), "parquet": ("images", "language", "train"),
-    CHAT: ("images",),
-}
 # What only an answer that is asked for follows from, and what of it a server is not told.
 _OF_ANSWERS = ("generation.", "organ_question")
 _OF_LOCAL = ("generation.batch_size",)
@@ -38,17 +33,25 @@ def sentences(cfg: ConfigDict, typed: Collection[str], source: str) -> list[str]
     return [f"the config key {key!r} is {short(values[key])} and is not used: {why}" for key, why in found.items()]
 
 
+def _followed(name: str) -> tuple[str, ...] | None:
+    """The keys beside those of all that the reader of a data set obeys; None for a set that is not known."""
+    if name == CHAT:
+        return ("images",)
+    return (*SETS[name].follows, "train") if name in SETS else None
+
+
 def _void(cfg: ConfigDict, values: dict, typed: Collection[str], source: str) -> Iterator[tuple[str, str]]:
     name = cfg.data.name
+    followed = _followed(name)
     for key in ("language", "images", "question", "train"):
-        if f"data.{key}" in values and name in FOLLOWED and key not in FOLLOWED[name] and f"data.{key}" in typed:
+        if f"data.{key}" in values and followed is not None and key not in followed and f"data.{key}" in typed:
             yield f"data.{key}", f"{name} has no such key"
     if cfg.data.get("trained_on_images") and not cfg.data.get("trained_on"):
         yield "data.trained_on_images", "data.trained_on names no data"
     if cfg.protocol == "paper" and not cfg.data.get("trained_on"):
         if cfg.data.get("held_out"):
             yield "protocol", "data.held_out asks each row once, and trains on none of its rephrasings"
-        elif name != "vqa_rad":
+        elif followed is not None and "protocol" not in followed:
             yield "protocol", f"it names VQA-RAD's training rows, and this is {name}"
     if cfg.data.get("held_out") and "data.train" in typed:
         yield "data.train", "beside data.held_out all rows of the other images are training rows"

@@ -9,12 +9,10 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from llavamed_jax.datasets import detect
+from llavamed_jax.datasets.registry import SETS
 from llavamed_jax.errors import short
 from llavamed_jax.training.optimizer import NOT_DECAYED
 from llavamed_jax.training.state import TABLE
-
-# Data sets whose images lie where their own layout says.
-_OWN_IMAGES = ("vqa_rad", "slake")
 
 
 def sentences(cfg: ConfigDict) -> list[str]:
@@ -52,12 +50,12 @@ def _void(cfg: ConfigDict) -> Iterator[tuple[str, object, str]]:
             if not isinstance(entry, str):
                 yield "trainable", tuple(entry), f"another entry trains all of {TABLE}"
     for entry in [] if isinstance(cfg.data.train, str) else cfg.data.train:
-        if hasattr(entry, "keys") and entry.get("images") is not None and _layout(entry.get("path")) in _OWN_IMAGES:
+        if hasattr(entry, "keys") and entry.get("images") is not None and _has_own_images(_layout(entry.get("path"))):
             yield "data.train", dict(entry), "its images lie where the data set's own layout has them"
     sources = list(_sources(cfg))
-    if cfg.protocol == "paper" and not any(layout == "vqa_rad" for layout, _ in sources):
+    if cfg.protocol == "paper" and not any(layout in SETS and "protocol" in SETS[layout].follows for layout, _ in sources):
         yield "protocol", "paper", "no data is in VQA-RAD's own layout"
-    if cfg.data.images is not None and all(layout in _OWN_IMAGES or has_images for layout, has_images in sources):
+    if cfg.data.images is not None and all(_has_own_images(layout) or has_images for layout, has_images in sources):
         yield "data.images", cfg.data.images, "all data have a folder of images of their own"
 
 
@@ -69,6 +67,11 @@ def _sources(cfg: ConfigDict) -> Iterator[tuple[str | None, bool]]:
         path = entry.get("path") if is_mixed else entry
         if isinstance(path, str):
             yield _layout(path), is_mixed and entry.get("images") is not None
+
+
+def _has_own_images(layout: str | None) -> bool:
+    """Whether the images of a data set lie where its own layout says."""
+    return layout in SETS and "images" not in SETS[layout].follows
 
 
 def _layout(path: object) -> str | None:

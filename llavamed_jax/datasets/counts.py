@@ -1,0 +1,38 @@
+"""How many questions were read, beside how many the whole data set has."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from llavamed_jax.datasets.registry import SETS
+from llavamed_jax.datasets.sample import CAPTION, CHOICE, CLOSED, OPEN, VqaSample, first_names
+
+_COUNTED = {OPEN: "open", CLOSED: "closed", CHOICE: "multiple choice", CAPTION: "to be described"}
+
+
+def describe(samples: Sequence[VqaSample], name: str, split: str, variant: str = "") -> str:
+    """One line with the counts of `samples`, and whether they are the published ones (a cut of a set has fewer).
+
+    Files in LLaVA-Med's format say whose counts they have, where they have those of one of its four sets.
+
+    Args:
+      name: a name of `registry.SETS`.
+      split, variant: a key of its `published`; the variant is VQA-RAD's protocol, SLAKE's language or PathVQA's form.
+    """
+    kinds = Counter(sample.answer_type for sample in samples)
+    images = first_names(sample.image for sample in samples)
+    counts = (len(samples), len(set(images.values())), kinds[OPEN], kinds[CLOSED])
+    shown = [kind for kind in _COUNTED if kinds[kind]] if kinds.keys() - {OPEN, CLOSED} else (OPEN, CLOSED)
+    parts = ", ".join(f"{kinds[kind]} {_COUNTED[kind]}" for kind in shown)
+    line = f"{name} {split}{f' ({variant})' if variant else ''}: {counts[0]} questions on {counts[1]} images, {parts}"
+    if name in SETS and SETS[name].is_conversations:
+        same = [other.name for other in SETS.values()
+                if any(of == split and wanted == counts for (of, _), wanted in other.published.items())]
+        return line + (f", as published of {' or '.join(same)}" if same else "")
+    published = SETS[name].published.get((split, variant)) if name in SETS else None
+    if published is None or all(wanted in (None, count) for wanted, count in zip(published, counts, strict=True)):
+        return line + (", as published" if published else "")
+    parts = ", ".join(
+        f"{count} {kind}" for count, kind in zip(published[2:], ("open", "closed"), strict=True) if count is not None)
+    return f"{line}; published: {published[0]} questions on {published[1]} images" + (parts and f", {parts}")
