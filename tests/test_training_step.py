@@ -129,19 +129,30 @@ def test_regex_that_is_wrong_names_itself(params, regex):
 
 # ---- the optimizer
 
-@pytest.mark.parametrize("ratio, steps", [(0.03, 100), (0.0, 10), (0.34, 10), (0.03, 3906)])
+SCHEDULES = [(0.03, 100), (0.0, 10), (0.34, 10), (0.03, 3906), (0.03, 1), (0.0, 1), (1.0, 1), (1.0, 7), (0.5, 2), (0.03, 120_000)]
+
+
+@pytest.mark.parametrize("ratio, steps", SCHEDULES)
 def test_schedule_is_transformers(ratio, steps):
+    """At every update, and at the end of the run, where the value is what the last metrics show."""
     transformers = pytest.importorskip("transformers")
     torch = pytest.importorskip("torch")
-    optimizer = torch.optim.SGD([torch.zeros(1)], lr=2e-3)
-    scheduler = transformers.get_cosine_schedule_with_warmup(optimizer, math.ceil(ratio * steps), steps)
-    rates = []
-    for _ in range(min(steps, 200)):
-        rates.append(scheduler.get_last_lr()[0])
-        optimizer.step()
-        scheduler.step()
-    ours = jax.vmap(optimizers.warmup_cosine(2e-3, ratio, steps))(jnp.arange(len(rates)))
-    np.testing.assert_allclose(ours, rates, rtol=1e-6, atol=2e-9)
+    scheduler = transformers.get_cosine_schedule_with_warmup(
+        torch.optim.SGD([torch.zeros(1)], lr=2e-3), math.ceil(ratio * steps), steps)
+    rates = [2e-3 * scheduler.lr_lambdas[0](step) for step in range(steps + 1)]
+    ours = jax.vmap(optimizers.warmup_cosine(2e-3, ratio, steps))(jnp.arange(steps + 1))
+    np.testing.assert_allclose(ours, rates, rtol=0, atol=2e-7 * 2e-3)
+    assert ours[0] == (0 if ratio else np.float32(2e-3)), "the first update of a run that warms up changes nothing"
+
+
+@pytest.mark.parametrize("ratio, steps", SCHEDULES)
+def test_schedule_is_the_formula_that_runs_before_it_were_trained_with(ratio, steps):
+    """The hand-written schedule of earlier commits, in float32 as it was."""
+    warmup, step = math.ceil(ratio * steps), jnp.arange(steps + 1, dtype=jnp.float32)
+    cosine = 0.5 * (1.0 + jnp.cos(jnp.pi * jnp.clip((step - warmup) / max(1, steps - warmup), 0.0, 1.0)))
+    earlier = 2e-3 * jnp.where(step < warmup, step / max(1, warmup), cosine)
+    ours = jax.jit(jax.vmap(optimizers.warmup_cosine(2e-3, ratio, steps)))(jnp.arange(steps + 1))
+    np.testing.assert_allclose(ours, earlier, rtol=0, atol=2e-7 * 2e-3)
 
 
 def test_updates_are_torch_adamw_with_clipping(params):

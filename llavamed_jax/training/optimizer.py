@@ -23,14 +23,8 @@ def warmup_cosine(peak: float, warmup_ratio: float, total_steps: int) -> optax.S
     Update n (from 0) is done with the value at n, so the first update of a run that warms up changes nothing.
     """
     warmup = math.ceil(warmup_ratio * total_steps)
-
-    def schedule(step):
-        step = jnp.asarray(step, jnp.float32)
-        progress = (step - warmup) / max(1, total_steps - warmup)
-        cosine = 0.5 * (1.0 + jnp.cos(jnp.pi * jnp.clip(progress, 0.0, 1.0)))
-        return peak * jnp.where(step < warmup, step / max(1, warmup), cosine)
-
-    return schedule
+    # optax needs a step after the warm-up, which a run that only warms up does not reach.
+    return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, decay_steps=max(total_steps, warmup + 1))
 
 
 def build(cfg: ConfigDict, total_steps: int, names: Sequence[str],
