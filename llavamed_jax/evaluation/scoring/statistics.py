@@ -1,16 +1,19 @@
 """How certain a score is, and whether two scores differ: bootstrap intervals and a paired test, both over whole images.
 
 Questions about one image are not independent: an image that is misread makes all of its answers wrong. So images are
-drawn, or exchanged between two models, and never single questions. Axis letters here: N items, I images, C columns of
-sums, M metrics, R resamples.
+drawn, or exchanged between two models, and never single questions. scipy draws and exchanges: what it is given are numbers of
+images, and flags of exchanged ones, from which the metrics of a draw follow by one product with the images' sums. Axis letters
+here: N items, I images, C columns of sums, M metrics, R resamples.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import scipy.stats
 
 RESAMPLES = 2000
 EXACT_IMAGES = 16  # up to so many images that differ, every exchange is looked at: 65,536 of them
@@ -113,22 +116,20 @@ def _by_image(parts: np.ndarray, images: Sequence[str]) -> np.ndarray:
 def _resample(scores: Sequence[Score], sums: Sequence[np.ndarray], seed: int) -> list[np.ndarray]:
     """The metrics of each score over `RESAMPLES` draws of I images out of I: [R, M] each. The draws follow from the seed."""
     num_images = len(sums[0]) if sums else 0
-    if not num_images:
+    if num_images < 2:
         return [np.full((0, len(score.names)), np.nan) for score in scores]
-    rng, blocks = np.random.default_rng(seed), [[] for _ in scores]
-    for size in _sizes(RESAMPLES, num_images):
-        draws = rng.multinomial(num_images, np.full(num_images, 1 / num_images), size=size).astype(float)  # [R', I]
-        for block, score, total in zip(blocks, scores, sums, strict=True):
-            block.append(score.percent(draws @ total))
-    return [np.concatenate(block) for block in blocks]
 
+    def metrics(drawn: np.ndarray, axis: int) -> np.ndarray:
+        """Numbers of the drawn images [R, I] -> the metrics of all scores [M, R]."""
+        row = num_images * np.arange(len(drawn))[:, None]
+        counts = np.bincount((row + drawn.astype(int)).ravel(), minlength=drawn.size).reshape(drawn.shape).astype(float)
+        return np.concatenate([score.percent(counts @ total).T for score, total in zip(scores, sums, strict=True)])
 
-def _sizes(count: int, width: int) -> Iterator[int]:
-    """`count` rows of `width` numbers, in parts that fit the memory."""
-    most = max(1, _BLOCK // width)
-    while count > 0:
-        yield min(count, most)
-        count -= most
+    with warnings.catch_warnings():  # of draws without an item; `_edges` leaves them out
+        warnings.simplefilter("ignore", scipy.stats.DegenerateDataWarning)
+        found = scipy.stats.bootstrap((np.arange(num_images),), metrics, n_resamples=RESAMPLES, batch=max(1, _BLOCK // num_images),
+                                      vectorized=True, method="percentile", rng=seed).bootstrap_distribution
+    return np.split(found.T, np.cumsum([len(score.names) for score in scores])[:-1], axis=1)
 
 
 def _images_that_count(score: Score, sums: np.ndarray) -> np.ndarray:
@@ -149,21 +150,18 @@ def _exchange_test(first: np.ndarray, second: np.ndarray, percent: Callable, see
     totals = first.sum(axis=0), second.sum(axis=0)
     observed = np.abs(percent(totals[0]) - percent(totals[1]))
     moved = (second - first)[np.any(first != second, axis=1)]  # [I', C]: what an exchange of one image adds to the first
-    if not len(moved):
+    if len(moved) < 2:  # an exchange of all that differs gives the same difference
         return np.where(np.isnan(observed), np.nan, 1.0)
-    is_exact = len(moved) <= EXACT_IMAGES
-    count, rng = np.zeros(len(observed)), np.random.default_rng(seed)
-    done = 0
-    for size in _sizes(2 ** len(moved) if is_exact else EXCHANGES, len(moved)):
-        if is_exact:
-            exchanged = (np.arange(done, done + size)[:, None] >> np.arange(len(moved))) & 1  # [R', I'], every pattern once
-        else:
-            exchanged = rng.integers(0, 2, size=(size, len(moved)))
-        change = exchanged.astype(float) @ moved
+
+    def is_as_large(exchanged: np.ndarray, kept: np.ndarray, axis: int) -> np.ndarray:
+        """Flags of the exchanged images [R, I'] -> 1 where a metric differs at least as much as observed [R, M]."""
+        change = exchanged @ moved
         differences = np.abs(percent(totals[0] + change) - percent(totals[1] - change))
-        count += np.count_nonzero(differences >= observed - _EQUAL, axis=0)
-        done += size
-    p = count / done if is_exact else (count + 1) / (done + 1)
+        return (differences >= observed - _EQUAL).astype(float)
+
+    p = scipy.stats.permutation_test(
+        (np.zeros(len(moved)), np.ones(len(moved))), is_as_large, permutation_type="samples", alternative="greater", vectorized=True,
+        n_resamples=2**EXACT_IMAGES if len(moved) <= EXACT_IMAGES else EXCHANGES, batch=max(1, _BLOCK // len(moved)), rng=seed).pvalue
     return np.where(np.isnan(observed), np.nan, p)
 
 
