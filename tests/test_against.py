@@ -12,8 +12,8 @@ from llavamed_jax.cli import eval as cli
 from llavamed_jax.datasets.vqa_rad import read_vqa_rad
 from llavamed_jax.evaluation import published
 from llavamed_jax.evaluation.report import tensorboard
-from llavamed_jax.evaluation.scoring import score
-from llavamed_jax.evaluation.scoring.items import PAPER, AnswerSet
+from llavamed_jax.evaluation.scoring import registry, score
+from llavamed_jax.evaluation.scoring.items import AnswerSet
 from llavamed_jax.utils.files import to_jsonl
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -107,7 +107,7 @@ def test_the_papers_table():
     assert rows["biomedclip", "slake", None] == {"recall": 87.11, "closed_accuracy_substring": 86.78}
     assert rows["llava", "pathvqa", None] == {"recall": 7.74, "closed_accuracy_substring": 63.20}
     assert len(rows) == len(published.ROWS) == 13 and rows["from_vicuna", "vqa_rad", "clean"]["recall"] == 32.5791
-    assert {name for values in rows.values() for name in values} <= set(PAPER)
+    assert {name for values in rows.values() for name in values} <= set(registry.names_of("paper"))
 
 
 @pytest.mark.parametrize("change, reason", [

@@ -13,9 +13,14 @@ from llavamed_jax.cli import eval as eval_command
 from llavamed_jax.cli.common import load_config
 from llavamed_jax.config import IGNORE
 from llavamed_jax.datasets import detect, registry
+from llavamed_jax.datasets.sample import CLOSED, OPEN, VqaSample
 from llavamed_jax.datasets.training import read_training
 from llavamed_jax.errors import UsageError, UserError
 from llavamed_jax.evaluation import questions
+from llavamed_jax.evaluation.report import report, tensorboard
+from llavamed_jax.evaluation.scoring import registry as metric_registry
+from llavamed_jax.evaluation.scoring import score
+from llavamed_jax.evaluation.scoring.items import AnswerSet
 from llavamed_jax.processor import Processor
 from llavamed_jax.text import templates
 
@@ -142,3 +147,53 @@ def get_config(arg=""):
     for _ in range(2):
         cfg = load_config(f"{tmp_path}/mine.py:{cards}")
         assert len(questions.load_samples(cfg.data.name, cfg.data.root, cfg.data.split, cfg.protocol)[0]) == 3
+
+
+# ---- a metric --------------------------------------------------------------------------------------------------------
+
+SAMPLES = [
+    VqaSample(1, Path("a.png"), "Where?", "left lung", OPEN),
+    VqaSample(2, Path("b.png"), "What?", "liver", OPEN),
+    VqaSample(3, Path("c.png"), "Is it normal?", "yes", CLOSED),
+]
+
+
+def answers(*texts: str) -> AnswerSet:
+    return AnswerSet(SAMPLES, [{"question_id": i, "text": text} for i, text in enumerate(texts, 1)])
+
+
+@pytest.fixture
+def metric(monkeypatch):
+    found = {}
+    exec(compile(example("A metric"), "form.py", "exec"), found)
+    monkeypatch.setattr(metric_registry, "METRICS", [*metric_registry.METRICS, found["METRICS"]])
+    return found["METRICS"]
+
+
+def test_a_metric_is_a_file_and_a_line(metric):
+    """Two open answers, of which the first is longer than its gold: 50 %; and wherever numbers are shown."""
+    own, other = answers("in the left lung", "liver", "yes"), answers("lung", "liver", "no")
+    found = score.score(own, dataset="mine", split="test")
+    assert (
+        found["form"]["is_brief"] == 50 and found["form"]["is_brief_low"] == 0 and found["form"]["is_brief_high"] == 100
+    )
+    assert score.compare(own, other)["form"]["is_brief"]["difference"] == -50
+    page = report.render(found | {"asked": {}}, own)
+    assert "Brief answers" in page and "at most as many words as the gold answer" in page
+    assert dict(tensorboard.scalars(found))["form/is_brief"] == 50
+
+
+def test_without_it_nothing_of_it_is_there():
+    found = score.score(answers("left", "liver", "yes"), dataset="mine", split="test")
+    assert "form" not in found and set(found) >= {"paper", "strict"} and "captions" not in found
+
+
+def test_a_metric_of_a_kind_that_does_not_occur_is_left_out(metric):
+    closed = AnswerSet(SAMPLES[2:], [{"question_id": 3, "text": "yes"}])
+    assert "form" not in score.score(closed, dataset="mine", split="test")
+
+
+def test_two_metrics_of_one_name_are_refused(metric, monkeypatch):
+    monkeypatch.setattr(metric_registry, "METRICS", [*metric_registry.METRICS, metric])
+    with pytest.raises(ValueError, match="several metrics are called is_brief; each name once was expected"):
+        score.score(answers("left", "liver", "yes"))

@@ -19,7 +19,7 @@ from llavamed_jax.cli import verify_release
 from llavamed_jax.config import PRESETS
 from llavamed_jax.evaluation import metrics
 from llavamed_jax.evaluation.answering import asked
-from llavamed_jax.evaluation.scoring import captions, items, score
+from llavamed_jax.evaluation.scoring import captions, registry, score
 from llavamed_jax.preflight.topologies import KINDS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -194,7 +194,7 @@ def test_names_of_data_sets_presets_and_machines():
 def test_numbers_of_an_evaluation_are_named():
     text = section("metrics.json")
     named = set(re.findall(r"`(\w+)`", text))
-    assert {*items.PAPER, *items.STRICT, items.STRICT_CHOICE, *score.GROUPS, *asked.KEYS} <= named
+    assert {*registry.names_of("paper", "strict"), *score.GROUPS, *asked.KEYS} <= named
     assert {
         captions.BLEU[0],
         captions.BLEU[-1],

@@ -10,13 +10,12 @@ from llavamed_jax.cli import eval as cli
 from llavamed_jax.datasets.vqa_rad import read_vqa_rad
 from llavamed_jax.evaluation import metrics
 from llavamed_jax.evaluation.answering.answerer import Answer
-from llavamed_jax.evaluation.scoring import captions, items, predictions, strict
+from llavamed_jax.evaluation.scoring import captions, predictions, strict
 from llavamed_jax.utils.files import to_jsonl
 from tests.chat_set import ROOT, SAMPLE
 
 SAMPLES = read_vqa_rad(SAMPLE, "test")
 OPEN = sum(sample.answer_type == "OPEN" for sample in SAMPLES)
-CLOSED = len(SAMPLES) - OPEN
 
 
 class Says:
@@ -47,7 +46,7 @@ def counts(monkeypatch):
             if getattr(each, name, None) is real:
                 monkeypatch.setattr(each, name, counted)
 
-    for module, name in ((predictions, "join"), (predictions, "check_asked"), (items, "_open_item"), (items, "_closed_item"),
+    for module, name in ((predictions, "join"), (predictions, "check_asked"), (strict, "is_exactly_right"), (metrics, "is_substring_hit"),
                          (metrics, "bleu"), (metrics, "exact_match"), (strict, "multiset_f1"), (strict, "read_choice"),
                          (captions, "item_values")):
         count(module, name)
@@ -65,7 +64,7 @@ def test_controls_and_comparison_score_each_set_once(counts, tmp_path):
     (tmp_path / "b.jsonl").write_text(to_jsonl([{"question_id": s.question_id, "text": str(s.answer)} for s in SAMPLES]))
     where = [f"--config.data.root={SAMPLE}", "--checkpoint", "runs/x", "--control", "image", "--against", tmp_path / "b.jsonl"]
     assert evaluate(tmp_path / "w", "vqa_rad", *where) == 0
-    assert counts == {"join": 4, "check_asked": 4, "_open_item": 4 * OPEN, "_closed_item": 4 * CLOSED, "bleu": 4 * OPEN,
+    assert counts == {"join": 4, "check_asked": 4, "is_exactly_right": 4 * OPEN, "is_substring_hit": 4 * len(SAMPLES), "bleu": 4 * OPEN,
                       "exact_match": 4 * OPEN, "multiset_f1": 4 * OPEN}  # fmt: skip
     found = json.loads((tmp_path / "w" / "metrics.json").read_text())
     assert found["against"]["strict"]["open_f1"]["other"] == 100 and found["control"]["noise"]["difference"]["open_f1"] == 0
@@ -74,8 +73,8 @@ def test_controls_and_comparison_score_each_set_once(counts, tmp_path):
 def test_a_file_is_joined_once(counts, tmp_path):
     (tmp_path / "b.jsonl").write_text(to_jsonl([{"question_id": s.question_id, "text": "yes"} for s in SAMPLES]))
     assert evaluate(tmp_path / "w", "vqa_rad", f"--config.data.root={SAMPLE}", "--predictions", tmp_path / "b.jsonl") == 0
-    assert counts == {"join": 1, "check_asked": 1, "_open_item": OPEN, "_closed_item": CLOSED, "bleu": OPEN, "exact_match": OPEN,
-                      "multiset_f1": OPEN}  # fmt: skip
+    assert counts == {"join": 1, "check_asked": 1, "is_exactly_right": OPEN, "is_substring_hit": len(SAMPLES),
+                      "bleu": OPEN, "exact_match": OPEN, "multiset_f1": OPEN}  # fmt: skip
 
 
 @pytest.mark.parametrize("name, row, scored", [

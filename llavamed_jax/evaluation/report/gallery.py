@@ -13,7 +13,7 @@ import numpy as np
 from llavamed_jax.datasets.sample import CAPTION, CHOICE, CLOSED, VqaSample, kind
 from llavamed_jax.evaluation.report import page
 from llavamed_jax.evaluation.scoring import controls
-from llavamed_jax.evaluation.scoring.items import STRICT_CHOICE, AnswerSet
+from llavamed_jax.evaluation.scoring.items import AnswerSet
 from llavamed_jax.evaluation.scoring.score import group_keys
 
 IMAGES = 24
@@ -63,7 +63,7 @@ def _verdict(answers: AnswerSet, i: int) -> tuple[str, str]:
     name = kind(answers.samples[i])
     if name == CHOICE and answers.choices[i] is None:
         return "wrong", "unread"
-    metric = {CLOSED: "closed_accuracy", CHOICE: STRICT_CHOICE, CAPTION: "rouge_l"}.get(name, "open_f1")
+    metric = {CLOSED: "closed_accuracy", CHOICE: "choice_accuracy", CAPTION: "rouge_l"}.get(name, "open_f1")
     share, title = answers.value(i, metric), "ROUGE-L" if name == CAPTION else "F1"
     if share == 1:
         return "right", "right"

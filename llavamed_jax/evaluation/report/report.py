@@ -12,8 +12,8 @@ from llavamed_jax.datasets.sample import CAPTION, CHOICE, CLOSED, OPEN
 from llavamed_jax.evaluation.answering.asked import words
 from llavamed_jax.evaluation.report import gallery, page
 from llavamed_jax.evaluation.report.summary import asked
-from llavamed_jax.evaluation.scoring import controls
-from llavamed_jax.evaluation.scoring.items import STRICT, STRICT_CHOICE, AnswerSet
+from llavamed_jax.evaluation.scoring import controls, registry
+from llavamed_jax.evaluation.scoring.items import AnswerSet
 
 _CONTROLS = {"image": "exchanged", "noise": "noise"}
 _SETS = {"vqa_rad": "VQA-RAD", "slake": "SLAKE", "pathvqa": "PathVQA"}
@@ -57,8 +57,6 @@ _PAPER_ORDER = (
     "open_accuracy_substring", "open_accuracy_candidates", "bleu", "bleu_1", "bleu_2", "bleu_3",
 )  # fmt: skip
 _GROUP_TITLES = {"question_type": "Question type", "organ": "Organ", "modality": "Modality"}
-# What a metric is computed on: a row or column without such questions is left out.
-_KIND_OF = {"closed": "n_closed", "open": "n_open", "choice": "n_choice", "rouge": "n_caption"}
 _GROUP_COLUMNS = (  # metric, title of the count before it, title
     ("closed_accuracy", "closed", "accuracy, strict"), ("open_f1", "open", "F1, strict"),
     ("recall", "", "recall, paper"), ("choice_accuracy", "choice", "accuracy, strict"), ("rouge_l", "captions", "ROUGE-L"),
@@ -80,7 +78,7 @@ def render(
       others: kind of control (`image`, `noise`) -> the answers to the same questions, shown beside the real ones.
       details: tables of what was run: title -> name -> value; a value that is no text is shown as JSON.
     """
-    said, has = words(metrics.get("asked") or {}), lambda name: bool(metrics.get(_count_of(name)))
+    said, has = words(metrics.get("asked") or {}), lambda name: bool(metrics.get(registry.count_of(name)))
     name, split, control = metrics["dataset"], metrics["split"], metrics.get("control") or {}
     pairs = ("images exchanged", control), ("noise", control.get("noise"))
     tables = [(title, table) for title, table in pairs if table]
@@ -89,7 +87,7 @@ def render(
     columns = [column for column in _GROUP_COLUMNS if has(column[0])]
     group_head = ["images", *(cell for _, count, title in columns for cell in (count, title) if cell)]
     group_counts = {"images", *(count for _, count, _ in columns)}
-    strict = [name for name in (*STRICT, STRICT_CHOICE) if has(name)]
+    strict = [name for name in registry.names_of("strict") if has(name)]
     return page.render(
         "report.html.j2",
         title=f"Evaluation on {_SETS.get(name, name)}, {_SPLITS.get(split, split)}",
@@ -97,7 +95,10 @@ def render(
         what=asked(metrics) + (f" · asked with {said}" if said else ""),
         details=details or {},
         metrics=metrics,
-        titles=TITLES,
+        titles={name: (name, "") for name in registry.names_of()} | TITLES | registry.titles(),
+        further=registry.further(),
+        further_against=tuple((family, f", {family}", names) for family, names in registry.further().items()
+                              if family in (metrics.get("against") or {})),
         caption_titles=_CAPTION_TITLES,
         strict_names=[name for name in strict if name in metrics["strict"]],
         paper_order=_PAPER_ORDER,
@@ -110,12 +111,7 @@ def render(
         group_columns=columns,
         group_head=group_head,
         group_numeric=[1 + i for i, cell in enumerate(group_head) if cell in group_counts],
-        count_of=_count_of,
+        count_of=registry.count_of,
         kind_titles=_KIND_TITLES,
         pictures=gallery.pictures(metrics, answers, {_CONTROLS[kind]: other for kind, other in (others or {}).items()}),
     )
-
-
-def _count_of(name: str) -> str:
-    """The count of the questions that a metric is computed on. Where it is 0 the metric is left out of the page."""
-    return _KIND_OF.get(name.split("_")[0], "n_open")

@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from llavamed_jax.evaluation.scoring import registry
+
 _FAMILIES = ("strict", "paper", "captions", "overall", "type", "domain")  # the last three of a chat evaluation
 _OTHERS = {"judged": ("open_accuracy", "open_accuracy_low", "open_accuracy_high"), "organ": ("accuracy", "exchanged", "majority")}
 _SUFFIX = ".eval"  # a training run's events may lie in the same folder; ours alone are replaced (`results.write_results`)
@@ -28,7 +30,7 @@ def write(folder: Path, metrics: Mapping, step: int) -> None:
 
 def scalars(metrics: Mapping) -> Iterator[tuple[str, float]]:
     """Name and value of each number: the families with their intervals, baselines, controls, judge, organ, comparison."""
-    kept = [name for name in _FAMILIES if name in metrics]
+    kept = [name for name in (*_FAMILIES, *registry.further()) if name in metrics]
     yield from _numbers({name: metrics[name] for name in (*kept, "baselines") if name in metrics})
     for title, names in _OTHERS.items():
         if metrics.get(title):

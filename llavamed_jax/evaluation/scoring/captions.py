@@ -14,7 +14,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from llavamed_jax.datasets.sample import CAPTION
 from llavamed_jax.evaluation.metrics import bleu_score
+from llavamed_jax.evaluation.scoring.metric import Metric
 
 ORDERS = 4
 BLEU = tuple(f"bleu_{n}" for n in range(1, ORDERS + 1))
@@ -79,3 +81,7 @@ def item_values(prediction: str, reference: str) -> dict[str, float]:
     """The metrics of one text that are averaged, as fractions: `rouge_l` and `SENTENCE_BLEU`."""
     sentence = bleu_percent(np.array(bleu_parts(prediction, reference), dtype=float)) / 100
     return {"rouge_l": rouge_l(prediction, reference)} | dict(zip(SENTENCE_BLEU, map(float, sentence), strict=True))
+
+
+CAPTION_METRICS = Metric("captions", CAPTION, ("rouge_l", *SENTENCE_BLEU),
+                         lambda answered: item_values(answered.text, str(answered.sample.answer)))

@@ -13,32 +13,15 @@ from pathlib import Path
 
 import numpy as np
 
-from llavamed_jax.datasets.sample import CAPTION, CHOICE, CLOSED, OPEN, VqaSample, kind
+from llavamed_jax.datasets.sample import CAPTION, CHOICE, OPEN, VqaSample, kind
 from llavamed_jax.errors import UserError
 from llavamed_jax.evaluation import metrics
-from llavamed_jax.evaluation.scoring import captions, statistics
+from llavamed_jax.evaluation.scoring import captions, registry, statistics
+from llavamed_jax.evaluation.scoring.metric import Answered
 from llavamed_jax.evaluation.scoring.predictions import check_asked, join, read_predictions
 from llavamed_jax.evaluation.scoring.statistics import Score
-from llavamed_jax.evaluation.scoring.strict import (
-    is_exactly_right,
-    is_strictly_right,
-    multiset_f1,
-    normalized,
-    read_choice,
-    right_choice,
-)
+from llavamed_jax.evaluation.scoring.strict import read_choice
 from llavamed_jax.utils.files import read_bytes
-
-PAPER_OPEN = (
-    "exact_match", "f1", "precision", "recall", "bleu", "bleu_1", "bleu_2", "bleu_3",
-    "open_accuracy_candidates", "open_accuracy_substring",
-)  # fmt: skip
-PAPER_CLOSED = ("closed_accuracy_yes_no", "closed_accuracy_substring", "closed_recall")
-PAPER = PAPER_OPEN + PAPER_CLOSED
-STRICT = ("closed_accuracy", "open_exact", "open_f1")
-STRICT_CHOICE = "choice_accuracy"  # stands among the strict ones of a set that has multiple choice
-CAPTION_MEANS = ("rouge_l", *captions.SENTENCE_BLEU)
-_COLUMNS = {name: column for column, name in enumerate((*PAPER, *STRICT, STRICT_CHOICE, *CAPTION_MEANS))}
 
 
 def answer_candidates(training: Iterable[VqaSample]) -> list[str]:
@@ -123,63 +106,39 @@ class AnswerSet:
         """
         candidates = answer_candidates(self.training)
         candidate_list = metrics.CandidateList(candidates) if candidates else None
-        values = np.full((len(self.samples), len(_COLUMNS)), np.nan)
-        for i, row in enumerate(values):
-            for name, value in self._item(i, candidate_list).items():
-                row[_COLUMNS[name]] = value
+        values = np.full((len(self.samples), len(self._columns)), np.nan)
+        for i, (sample, row) in enumerate(zip(self.samples, values, strict=True)):
+            answered = Answered(sample, self.texts[i], candidate_list, self.choices.get(i))
+            name = kind(sample)
+            for metric in (metric for metric in registry.METRICS if metric.kind == name):
+                for key, value in metric.values(answered).items():
+                    row[self._columns[key]] = value
         return values
 
-    def _item(self, i: int, candidates: metrics.CandidateList | None) -> dict[str, float]:
-        sample, text = self.samples[i], self.texts[i]
-        name = kind(sample)
-        if name == CLOSED:
-            return _closed_item(sample, text)
-        if name == OPEN:
-            return _open_item(sample, text, candidates)
-        if name == CHOICE:
-            return {STRICT_CHOICE: self.choices[i] == right_choice(sample)}
-        return captions.item_values(text, str(sample.answer))
+    @functools.cached_property
+    def _columns(self) -> dict[str, int]:
+        """Name of a metric -> its column in `values`."""
+        return {name: column for column, name in enumerate(registry.names_of())}
 
     def value(self, i: int, name: str) -> float:
         """A metric of item `i` as a fraction."""
-        return float(self.values[i, _COLUMNS[name]])
+        return float(self.values[i, self._columns[name]])
 
     @functools.cached_property
     def families(self) -> dict[str, list[Score]]:
-        """The scores of `paper`, `strict` and, where the samples have captions, `captions`."""
+        """The scores by family, in the order of the registry; a kind of question that does not occur has none, except
+        in the families that are always listed."""
         kinds = {kind(sample) for sample in self.samples}
-        names = {"paper": PAPER, "strict": (*STRICT, STRICT_CHOICE) if CHOICE in kinds else STRICT}
-        result = {family: [self._mean(name) for name in members] for family, members in names.items()}
+        result: dict[str, list[Score]] = {}
+        for metric in registry.METRICS:
+            if metric.is_always_listed or metric.kind in kinds:
+                result.setdefault(metric.family, []).extend(self._mean(name) for name in metric.names)
         if CAPTION in kinds:
             nothing = [0] * (2 * captions.ORDERS + 3)
             parts = [captions.bleu_parts(text, str(sample.answer)) if kind(sample) == CAPTION else nothing
                      for sample, text in zip(self.samples, self.texts, strict=True)]
-            bleu = Score(captions.BLEU, np.array(parts, dtype=float), captions.bleu_percent)
-            result["captions"] = [bleu, *(self._mean(name) for name in CAPTION_MEANS)]
+            result["captions"].insert(0, Score(captions.BLEU, np.array(parts, dtype=float), captions.bleu_percent))
         return result
 
     def _mean(self, name: str) -> Score:
-        return statistics.mean(name, self.values[:, _COLUMNS[name]])
-
-
-def _open_item(sample: VqaSample, text: str, candidates: metrics.CandidateList | None) -> dict[str, float]:
-    predicted, gold = normalized(text), normalized(sample.answer)
-    f1, precision, recall = metrics.f1(predicted, gold)
-    item = {"exact_match": metrics.exact_match(predicted, gold), "f1": f1, "precision": precision, "recall": recall}
-    item |= dict(zip(("bleu", "bleu_1", "bleu_2", "bleu_3"), metrics.bleu(gold, predicted), strict=True))
-    if candidates is not None:
-        item["open_accuracy_candidates"] = metrics.candidate_accuracy(predicted, gold, candidates)
-    item["open_accuracy_substring"] = metrics.is_substring_hit(predicted, gold)
-    item["open_exact"] = is_exactly_right(text, str(sample.answer))
-    item["open_f1"] = multiset_f1(text, str(sample.answer))
-    return item
-
-
-def _closed_item(sample: VqaSample, text: str) -> dict[str, float]:
-    predicted, gold = normalized(text), normalized(sample.answer)
-    return {
-        "closed_accuracy_yes_no": metrics.is_yes_no_hit(predicted, gold),
-        "closed_accuracy_substring": metrics.is_substring_hit(predicted, gold),
-        "closed_recall": metrics.f1(predicted, gold)[2],
-        "closed_accuracy": is_strictly_right(text, str(sample.answer)),
-    }
+        return statistics.mean(name, self.values[:, self._columns[name]])

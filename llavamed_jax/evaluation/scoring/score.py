@@ -13,8 +13,8 @@ import numpy as np
 
 from llavamed_jax.datasets.sample import CAPTION, CHOICE, CLOSED, LETTERS, OPEN, VqaSample, kind
 from llavamed_jax.evaluation import metrics
-from llavamed_jax.evaluation.scoring import captions, statistics
-from llavamed_jax.evaluation.scoring.items import STRICT, STRICT_CHOICE, AnswerSet
+from llavamed_jax.evaluation.scoring import captions, registry, statistics
+from llavamed_jax.evaluation.scoring.items import AnswerSet
 from llavamed_jax.evaluation.scoring.leakage import leakage
 from llavamed_jax.evaluation.scoring.statistics import Score
 from llavamed_jax.evaluation.scoring.strict import comparable, is_strictly_right, right_choice
@@ -42,7 +42,7 @@ def counts(samples: Iterable[VqaSample]) -> dict[str, int]:
 
 def _groups(samples: Sequence[VqaSample], scores: Mapping[str, Sequence[Score]], seed: int) -> dict:
     """For each value of each field that varies: strict metrics, the paper's open recall, captions' ROUGE-L."""
-    names = {*STRICT, STRICT_CHOICE, "recall", "rouge_l"}
+    names = {*registry.names_of("strict"), "recall", "rouge_l"}
     shown = [score for family in scores.values() for score in family if names & set(score.names)]
     result = {}
     for group in GROUPS:

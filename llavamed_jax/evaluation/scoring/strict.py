@@ -10,10 +10,11 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
-from llavamed_jax.datasets.sample import LETTERS, VqaSample
+from llavamed_jax.datasets.sample import CHOICE, CLOSED, LETTERS, OPEN, VqaSample
 from llavamed_jax.errors import UserError
 from llavamed_jax.evaluation import metrics
 from llavamed_jax.evaluation.scoring import reader
+from llavamed_jax.evaluation.scoring.metric import Answered, Metric
 
 _LETTER = re.compile(r"([a-z])\)?|\(([a-z])\)|\[([a-z])\]", re.I)
 _LETTER_AND_TEXT = re.compile(r"(?:([a-z])(?:[.,:;)]|\s+-|(?=\s+\())|\(([a-z])\)|\[([a-z])\])\s*(.+)", re.I | re.S)
@@ -89,3 +90,24 @@ def right_choice(sample: VqaSample) -> int:
         raise UserError(f"question {sample.question_id} has the answer {sample.answer!r}, which {len(places)} of its {len(options)}"
                         " options are; one was expected")
     return places[0]
+
+
+def open_values(answered: Answered) -> dict[str, float]:
+    """The metrics of an open answer."""
+    text, gold = answered.text, str(answered.sample.answer)
+    return {"open_exact": is_exactly_right(text, gold), "open_f1": multiset_f1(text, gold)}
+
+
+def closed_values(answered: Answered) -> dict[str, float]:
+    """The metric of a closed answer."""
+    return {"closed_accuracy": is_strictly_right(answered.text, str(answered.sample.answer))}
+
+
+def choice_values(answered: Answered) -> dict[str, float]:
+    """The metric of an answer to multiple choice."""
+    return {"choice_accuracy": answered.choice == right_choice(answered.sample)}
+
+
+CLOSED_METRICS = Metric("strict", CLOSED, ("closed_accuracy",), closed_values, is_always_listed=True)
+OPEN_METRICS = Metric("strict", OPEN, ("open_exact", "open_f1"), open_values, is_always_listed=True)
+CHOICE_METRICS = Metric("strict", CHOICE, ("choice_accuracy",), choice_values)
