@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.measure import append_row, circumstances, median_seconds
-from llavamed_jax.models.attention import BACKENDS, ELSEWHERE, AttentionMask, attention
+from llavamed_jax.models.attention.backend import BACKENDS, ELSEWHERE, AttentionMask, attention
 from llavamed_jax.utils.paths import local
 
 ROOT = Path(__file__).resolve().parent.parent

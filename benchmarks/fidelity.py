@@ -201,13 +201,14 @@ def rotary() -> list[str]:
     import torch
 
     from llavamed_jax.config import DecoderConfig
-    from llavamed_jax.models import decoder, layers
+    from llavamed_jax.models import layers
+    from llavamed_jax.models.decoders import llama
     head_dim, theta, positions = 128, 1e6, 2048
     ours = layers.rope_frequencies(head_dim, theta)
     theirs = (1.0 / (theta ** (torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim))).numpy()
     places = np.flatnonzero(ours != theirs)
     cfg = DecoderConfig(512, 256, 512, 4, 2, 1, head_dim, 1e-5, theta, 32768, architecture="mistral")
-    effect = logits_apart(decoder.Decoder(cfg), positions, ours, theirs) if len(places) else 0.0
+    effect = logits_apart(llama.Decoder(cfg), positions, ours, theirs) if len(places) else 0.0
     exponents = [math.log10(ours[i]) for i in places]
     where = ", ".join(f"number {i} (10^{e:.2f})" for i, e in zip(places, exponents)) or "nowhere"
     return ["", "## Rotary frequencies", "",

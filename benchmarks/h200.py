@@ -273,7 +273,7 @@ def _decode(size: Size, B: int, S: int) -> dict:
     import jax
 
     from benchmarks.measure import median_seconds, peak_memory
-    from llavamed_jax.generation.cache import cache_bytes
+    from llavamed_jax.models.decoders.cache import cache_bytes
 
     length = S - size.decode_tokens - 2
     prompted = _Prompted(size, B, length, size.decode_tokens)

@@ -27,7 +27,7 @@ from ml_collections import ConfigDict
 
 from benchmarks.measure import append_row, circumstances, random_params
 from llavamed_jax.config import IGNORE, IMAGE_TOKEN, preset
-from llavamed_jax.models.decoder import head_kernel
+from llavamed_jax.models.decoders.llama import head_kernel
 from llavamed_jax.models.llava import Llava
 from llavamed_jax.parallel.mesh import make_mesh
 from llavamed_jax.training import losses, optimizer, state

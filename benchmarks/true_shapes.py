@@ -40,10 +40,12 @@ from llavamed_jax.checkpoints.open import open_checkpoint
 from llavamed_jax.config import IMAGE_TOKEN, LlavaConfig
 from llavamed_jax.errors import UserError
 from llavamed_jax.images.load import load_image, preprocess
-from llavamed_jax.models import decoder, projector, vit
-from llavamed_jax.models.attention import AttentionMask
+from llavamed_jax.models import projector
+from llavamed_jax.models.attention.backend import AttentionMask
+from llavamed_jax.models.decoders import llama
 from llavamed_jax.models.layers import LayerNorm, RMSNorm, rope_tables
 from llavamed_jax.models.llava import merge
+from llavamed_jax.models.towers import clip
 from llavamed_jax.utils.paths import local
 
 # "[INST] <image>\nWhat is shown in this image? [/INST]" with Mistral's tokenizer (spec 3.6); LLaMA's vocabulary is as large.
@@ -158,10 +160,10 @@ def tower(checkpoint: Checkpoint, pixels: np.ndarray):
     embeddings.load_state_dict(weights.torch)
     layer_norm = norm.into(torch.nn.LayerNorm(cfg.vision.hidden_size, eps=cfg.vision.layer_norm_eps, device="meta"))
     y = layer_norm(embeddings(torch.from_numpy(pixels).permute(0, 3, 1, 2)))
-    x = vit.Embeddings(cfg.vision, jnp.float32).apply({"params": weights.ours}, pixels)
+    x = clip.Embeddings(cfg.vision, jnp.float32).apply({"params": weights.ours}, pixels)
     x = LayerNorm(cfg.vision.layer_norm_eps).apply({"params": norm.ours}, x)
     yield "tower embeddings", x, y
-    block = jax.jit(lambda params, x: vit.Block(cfg.vision, jnp.float32).apply({"params": params}, x, None, None)[0])
+    block = jax.jit(lambda params, x: clip.Block(cfg.vision, jnp.float32).apply({"params": params}, x, None, None)[0])
     for i in range(cfg.num_vision_layers_used):
         weights = Weights(checkpoint, f"vision_tower/layers_{i}/")
         with torch.device("meta"):
@@ -190,7 +192,7 @@ def language(checkpoint: Checkpoint, x, y):
     positions = jnp.arange(T)[None]
     mask = AttentionMask(positions, positions, window=cfg.sliding_window)
     rope = rope_tables(positions, cfg.head_dim, cfg.rope_theta)
-    block = jax.jit(lambda params, x: decoder.Block(cfg, jnp.float32, "xla").apply({"params": params}, x, (rope, mask), None)[0])
+    block = jax.jit(lambda params, x: llama.Block(cfg, jnp.float32, "xla").apply({"params": params}, x, (rope, mask), None)[0])
     index = torch.arange(T)
     seen = (index <= index[:, None]) & (index > index[:, None] - (cfg.sliding_window or T))
     torch_mask = torch.where(seen, 0.0, torch.finfo(torch.float32).min)[None, None]

@@ -35,7 +35,8 @@ from ml_collections import ConfigDict
 from llavamed_jax.checkpoints.nested import flatten
 from llavamed_jax.cli.common import load_config
 from llavamed_jax.config import IGNORE, IMAGE_TOKEN, LlavaConfig
-from llavamed_jax.models.llava import Llava, stack
+from llavamed_jax.models.llava import Llava
+from llavamed_jax.models.stacking import stack
 from llavamed_jax.parallel.mesh import make_mesh
 from llavamed_jax.training import optimizer as optimizers
 from llavamed_jax.training import state as states

@@ -47,7 +47,7 @@ def module_name(path: Path) -> str:
 
 
 def room(module: str) -> str:
-    """`llavamed_jax.models.vit` -> `models`; the package itself -> the empty string."""
+    """`llavamed_jax.models.towers.clip` -> `models`; the package itself -> the empty string."""
     return (module.split(".") + [""])[1]
 
 

@@ -14,7 +14,7 @@ from flax.traverse_util import flatten_dict
 
 from llavamed_jax.config import IGNORE, IMAGE_TOKEN, DecoderConfig, LlavaConfig, VisionConfig
 from llavamed_jax.errors import UsageError
-from llavamed_jax.models.attention import AttentionMask, attention, backend_of
+from llavamed_jax.models.attention.backend import AttentionMask, attention, backend_of
 from llavamed_jax.models.llava import Llava, abstract_params
 from llavamed_jax.parallel.mesh import make_mesh
 from llavamed_jax.training.step import llava_loss

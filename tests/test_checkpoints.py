@@ -27,6 +27,7 @@ from llavamed_jax.checkpoints.tree.model import write_model  # noqa: E402
 from llavamed_jax.config import PRESETS, DecoderConfig  # noqa: E402
 from llavamed_jax.errors import UserError  # noqa: E402
 from llavamed_jax.models import llava  # noqa: E402
+from llavamed_jax.models.stacking import stack  # noqa: E402
 from tests import hf, released  # noqa: E402
 from tests.released import TINY, TOWER, V15, all_tensors, assert_same_bits, save, shard_tensors, v15_tensors  # noqa: E402
 
@@ -160,7 +161,7 @@ def test_load_params_has_the_form_of_the_model(scan):
     wanted = llava.abstract_params(TINY, scan)
     assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, wanted)
     if scan:
-        jax.tree.map(np.testing.assert_array_equal, params, llava.stack(load_params(checkpoint)))
+        jax.tree.map(np.testing.assert_array_equal, params, stack(load_params(checkpoint)))
     assert {a.dtype for a in jax.tree.leaves(load_params(checkpoint, ml_dtypes.bfloat16, scan))} == {np.dtype(ml_dtypes.bfloat16)}
 
 

@@ -12,13 +12,13 @@ import pytest
 from benchmarks.measure import random_params
 from llavamed_jax.config import DecoderConfig, LlavaConfig, VisionConfig
 from llavamed_jax.errors import UserError
-from llavamed_jax.generation.cache import cache_bytes
 from llavamed_jax.generation.engine import Engine
 from llavamed_jax.generation.image_features import Features
 from llavamed_jax.generation.programs import Made, Programs, Prompts
 from llavamed_jax.generation.requests import Job, Request
 from llavamed_jax.generation.rows import Keys, Rows, batch_size, bucket
 from llavamed_jax.generation.sampling import Sampling
+from llavamed_jax.models.decoders.cache import cache_bytes
 from llavamed_jax.models.llava import Llava
 from llavamed_jax.parallel.mesh import make_mesh
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from test_attention import draw, written_out
 
-from llavamed_jax.models.attention import AttentionMask
-from llavamed_jax.models.flash import flash_attention, seen
+from llavamed_jax.models.attention.backend import AttentionMask
+from llavamed_jax.models.attention.flash import flash_attention, seen
 
 NAN = float("nan")
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from llavamed_jax.generation.cache import cache_bytes, init_cache
 from llavamed_jax.generation.engine import Engine
 from llavamed_jax.generation.requests import Request
+from llavamed_jax.models.decoders.cache import cache_bytes, init_cache
 from llavamed_jax.models.llava import Llava
 from llavamed_jax.parallel.mesh import make_mesh
 

@@ -7,7 +7,7 @@ import pytest
 from jax.extend import core
 
 from llavamed_jax.config import IGNORE, DecoderConfig, LlavaConfig, VisionConfig
-from llavamed_jax.models.decoder import head_kernel
+from llavamed_jax.models.decoders.llama import head_kernel
 from llavamed_jax.models.llava import Llava, abstract_params
 from llavamed_jax.parallel.mesh import make_mesh
 from llavamed_jax.training.losses import (

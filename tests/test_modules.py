@@ -11,11 +11,13 @@ import transformers
 
 from llavamed_jax.config import LlavaConfig, VisionConfig, preset
 from llavamed_jax.errors import UserError
-from llavamed_jax.models import decoder, layers, llava
-from llavamed_jax.models.attention import AttentionMask, attention
-from llavamed_jax.models.decoder import Decoder
+from llavamed_jax.models import layers, llava
+from llavamed_jax.models.attention.backend import AttentionMask, attention
+from llavamed_jax.models.decoders import llama
+from llavamed_jax.models.decoders.llama import Decoder
 from llavamed_jax.models.projector import Projector
-from llavamed_jax.models.vit import VisionTower
+from llavamed_jax.models.stacking import stack
+from llavamed_jax.models.towers.clip import VisionTower
 from llavamed_jax.parallel.mesh import make_mesh
 
 torch = hf.torch
@@ -224,7 +226,7 @@ def unrolled_gradient():
     pixels = hf.images(1)[None]
     loss = lambda net: lambda p: jnp.sin(net.apply({"params": p}, ids, pixels)).sum()
     expected = jax.jit(jax.grad(loss(llava.Llava(cfg))))(params)
-    return cfg, llava.stack(params), loss, llava.stack(jax.tree.map(np.asarray, expected))
+    return cfg, stack(params), loss, stack(jax.tree.map(np.asarray, expected))
 
 
 @pytest.mark.parametrize("remat", ["none", "full", "qkvo", "minimal"])
@@ -236,7 +238,7 @@ def test_scanned_and_rematerialised_gradients_equal_unrolled_ones(unrolled_gradi
 
 def test_stack_puts_layers_in_their_order():
     params = hf.params_of(hf.llava()[0])
-    stacked = llava.stack(params)
+    stacked = stack(params)
     for part in ("vision_tower", "decoder"):
         for i in range(2):
             layer = jax.tree.map(operator.itemgetter(i), stacked[part]["layers"])
@@ -244,7 +246,7 @@ def test_stack_puts_layers_in_their_order():
     cfg = hf.llava()[1]
     shapes = lambda tree: jax.tree.map(lambda x: tuple(x.shape), tree)
     assert shapes(llava.abstract_params(cfg)) == shapes(params)
-    assert shapes(llava.abstract_params(cfg, scan=True)) == shapes(llava.stack(params))
+    assert shapes(llava.abstract_params(cfg, scan=True)) == shapes(stack(params))
 
 
 @pytest.mark.parametrize("mesh", [None, "data=2,fsdp=2,tp=2"])
@@ -252,7 +254,7 @@ def test_the_gradient_of_a_row_that_is_looked_up_often_is_its_count(mesh):
     """In bfloat16 a sum of ones stays at 256; on a mesh each device sums its own rows of the batch for its part of the table."""
     ids = jnp.asarray(np.random.default_rng(0).choice(16, (8, 600), p=np.r_[0.5, 1 / 30 * np.ones(15)]), jnp.int32)
     table = jnp.zeros((16, 4), jnp.float32)
-    work = jax.jit(jax.grad(lambda table: jnp.sum(decoder._lookup(jnp.bfloat16, table, ids).astype(jnp.float32))))
+    work = jax.jit(jax.grad(lambda table: jnp.sum(llama._lookup(jnp.bfloat16, table, ids).astype(jnp.float32))))
     if mesh is None:
         found = work(table)
     else:

@@ -9,8 +9,12 @@ import numpy as np
 import pytest
 
 from llavamed_jax.config import RopeScaling
-from llavamed_jax.models import attention, layers, llava
+from llavamed_jax.models import layers, llava
+from llavamed_jax.models.attention import backend
+from llavamed_jax.models.decoders import llama
 from llavamed_jax.models.llava import Llava
+from llavamed_jax.models.stacking import stack
+from llavamed_jax.models.towers import clip
 
 torch = hf.torch
 
@@ -67,7 +71,7 @@ class Case:
                     slots[row, slot] = next(taken)
         cfg = change_cfg(cfg) if change_cfg else cfg
         model = Llava(cfg, scan=scan)
-        params = llava.stack(params) if scan else params
+        params = stack(params) if scan else params
         got = model.apply({"params": params}, ids, slots, segment_ids=segments)
         assert 0.5 < expected[segments == 1].std() < 2
         return np.abs(np.asarray(got) - expected)[segments == 1].max()
@@ -127,20 +131,20 @@ def vision(**changes):
 
 def interleaved_heads(monkeypatch):
     """Query head n reads key head n mod K instead of n div G."""
-    real = attention.attention
+    real = backend.attention
 
     def wrong(q, k, v, mask=None, backend="xla"):
         B, T, N, H = q.shape
         K = k.shape[1]
         swap = lambda x, a, b: x.reshape(B, T, a, b, H).swapaxes(2, 3).reshape(B, T, N, H)
         return swap(real(swap(q, N // K, K), k, v, mask, backend), K, N // K)
-    for module in (llava.decoder, llava.vit):
+    for module in (llama, clip):
         monkeypatch.setattr(module, "attention", wrong)
 
 
 def last_token_dropped(monkeypatch):
-    real = llava.vit.VisionTower.__call__
-    monkeypatch.setattr(llava.vit.VisionTower, "__call__", lambda self, pixels: jax.numpy.roll(real(self, pixels), 1, axis=1))
+    real = clip.VisionTower.__call__
+    monkeypatch.setattr(clip.VisionTower, "__call__", lambda self, pixels: jax.numpy.roll(real(self, pixels), 1, axis=1))
 
 
 def batch_wide_merge(monkeypatch):
@@ -159,7 +163,7 @@ def interleaved_rope(monkeypatch):
         H = x.shape[-1]
         pairs = x.reshape(*x.shape[:-1], H // 2, 2).swapaxes(-1, -2).reshape(x.shape)
         return layers.apply_rope(pairs, rope)
-    monkeypatch.setattr(llava.decoder, "apply_rope", wrong)
+    monkeypatch.setattr(llama, "apply_rope", wrong)
 
 
 def without_bias(part):

@@ -20,7 +20,7 @@ from llavamed_jax.config import CLIP_MEAN, CLIP_STD, ImageSettings, VisionConfig
 from llavamed_jax.config.hf import llava_from_hf
 from llavamed_jax.errors import UserError
 from llavamed_jax.images.load import load_image
-from llavamed_jax.models import vit
+from llavamed_jax.models.towers.pixels import normalize
 from llavamed_jax.processor import Processor
 
 HF = {"model_type": "llava", "text_config": tiny.MISTRAL, "vision_config": tiny.CLIP, "vision_feature_layer": -2,
@@ -66,7 +66,7 @@ def check_equal(directory, sizes=SIZES):
         found = processor.images([image])[0]
         assert found.shape == wanted.shape == (28, 28, 3), (found.shape, wanted.shape)
         np.testing.assert_array_equal(found, wanted)
-        on_device = jax.jit(vit.normalize, static_argnums=1)(processor.images_uint8([image])[0], config.vision)
+        on_device = jax.jit(normalize, static_argnums=1)(processor.images_uint8([image])[0], config.vision)
         np.testing.assert_allclose(on_device, wanted, rtol=0, atol=1e-6 * max(1, np.abs(wanted).max()))
 
 

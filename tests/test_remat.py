@@ -13,7 +13,7 @@ import pytest
 from jax.extend import core
 
 from llavamed_jax.config import DecoderConfig
-from llavamed_jax.models.decoder import Decoder
+from llavamed_jax.models.decoders.llama import Decoder
 from llavamed_jax.parallel.mesh import make_mesh
 
 # Widths that tell one array from another.

@@ -13,7 +13,8 @@ from ml_collections import ConfigDict
 
 from llavamed_jax.config import IMAGE_TOKEN, DecoderConfig, LlavaConfig, VisionConfig
 from llavamed_jax.errors import UsageError
-from llavamed_jax.models.llava import Llava, abstract_params, stack
+from llavamed_jax.models.llava import Llava, abstract_params
+from llavamed_jax.models.stacking import stack
 from llavamed_jax.parallel.mesh import make_mesh
 from llavamed_jax.training import optimizer as optimizers
 from llavamed_jax.training import state as states

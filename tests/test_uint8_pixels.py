@@ -16,7 +16,7 @@ from llavamed_jax.config import IMAGE_TOKEN, ImageSettings, LlavaConfig
 from llavamed_jax.config.hf import llava_from_hf
 from llavamed_jax.generation.requests import Request
 from llavamed_jax.images import load
-from llavamed_jax.models import vit
+from llavamed_jax.models.towers.pixels import normalize
 from llavamed_jax.processor import Processor
 
 CONFIG = llava_from_hf({"model_type": "llava", "text_config": tiny.MISTRAL, "vision_config": tiny.CLIP,
@@ -52,7 +52,7 @@ def prompt(*texts):
 @pytest.mark.parametrize("mean, std", STATISTICS)
 def test_every_value_on_the_device_equals_the_host(mean, std, measured):
     every = np.repeat(np.arange(256, dtype=np.uint8)[:, None], 3, axis=1)
-    on_device = jax.jit(vit.normalize, static_argnums=1)(every, with_statistics(CONFIG, mean, std).vision)
+    on_device = jax.jit(normalize, static_argnums=1)(every, with_statistics(CONFIG, mean, std).vision)
     assert on_device.dtype == np.float32
     measured(on_device, load.normalize(every, mean, std), 1e-6)
     measured(on_device, (every / 255 - mean) / std, 1e-6)

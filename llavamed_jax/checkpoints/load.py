@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Container
 
 import numpy as np
@@ -10,6 +9,7 @@ import numpy as np
 from llavamed_jax.checkpoints import names
 from llavamed_jax.checkpoints.checkpoint import Checkpoint
 from llavamed_jax.checkpoints.nested import nest
+from llavamed_jax.models.stacking import in_stack
 from llavamed_jax.utils import signals
 
 
@@ -28,24 +28,19 @@ def load_params(checkpoint: Checkpoint, dtype=None, scan: bool = False, only: Co
     checkpoint = checkpoint.cast(dtype).sound()
     shapes = {name: shape for name, shape in names.expected_shapes(checkpoint.config).items() if only is None or name in only}
     flat: dict[str, np.ndarray] = {}
+    layers: dict[str, list[str]] = {}  # stacked name -> names, one a layer
+    for name in shapes if scan else ():
+        if (place := in_stack(name)) is not None:
+            layers.setdefault(place[0], []).append(name)
     for name in signals.checked(shapes):
-        layer = re.fullmatch(r"(.*/)layers_(\d+)(/.*)", name) if scan else None
-        if layer is None:
+        place = in_stack(name) if scan else None
+        if place is None:
             flat[name] = checkpoint.read(name)
             continue
-        stacked = f"{layer[1]}layers{layer[3]}"
+        stacked, layer = place
         if stacked not in flat:  # filled in place: a stack of copies would hold the model twice
-            length = sum(re.sub(r"layers_\d+", "layers", other) == stacked for other in shapes)
-            dtypes = {checkpoint.tensors[f"{layer[1]}layers_{i}{layer[3]}"].dtype for i in range(length)}
-            flat[stacked] = np.empty((length, *shapes[name]), np.result_type(*dtypes))
-        flat[stacked][int(layer[2])] = checkpoint.read(name)
+            dtypes = {checkpoint.tensors[other].dtype for other in layers[stacked]}
+            flat[stacked] = np.empty((len(layers[stacked]), *shapes[name]), np.result_type(*dtypes))
+        flat[stacked][layer] = checkpoint.read(name)
     checkpoint.tally.warn()
     return nest(flat)
-
-
-
-
-
-
-
-

@@ -19,12 +19,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from llavamed_jax.errors import UserError
-from llavamed_jax.generation.cache import init_cache
 from llavamed_jax.generation.engine import Engine
 from llavamed_jax.generation.programs import NO_TOKEN
 from llavamed_jax.generation.requests import NO_NUMBER, Request, name_of
 from llavamed_jax.generation.rows import bucket, power_of_two
 from llavamed_jax.images.load import normalize
+from llavamed_jax.models.decoders.cache import init_cache
 from llavamed_jax.parallel.mesh import batch_sharding
 from llavamed_jax.utils import signals
 

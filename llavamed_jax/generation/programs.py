@@ -18,9 +18,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
 from llavamed_jax.config import LlavaConfig
-from llavamed_jax.generation.cache import init_cache
 from llavamed_jax.generation.sampling import Sampling, next_token
-from llavamed_jax.models.decoder import LayerCache
+from llavamed_jax.models.decoders.cache import LayerCache, init_cache
 from llavamed_jax.models.llava import Llava
 from llavamed_jax.parallel.mesh import batch_sharding, replicated, spec_of
 

@@ -129,37 +129,7 @@ def apply_rope(x, rope):
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
-# What a rematerialised block keeps for its backward pass beside its input, by the names given in the blocks (`checkpoint_name`):
-# nothing; what attention takes and gives; every matrix product.
-REMAT_POLICIES = {
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "qkvo": jax.checkpoint_policies.save_only_these_names("query", "key", "value", "context"),
-    "minimal": jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, jax.checkpoint_policies.save_only_these_names("context")),
-}
 
 
-def layer_stack(block: type[nn.Module], num_layers: int, *args, scan: bool, remat: str):
-    """`num_layers` blocks: one scanned module (parameters with a leading L axis) or a list of them.
-
-    A block's `__call__` is `(x, shared, cache) -> (x, cache)`; `shared` is the same for all layers.
-    """
-    if remat != "none":
-        # Inside a scan the loop already keeps the backward pass from being merged with the forward one.
-        block = nn.remat(block, policy=REMAT_POLICIES[remat], prevent_cse=not scan)
-    if not scan:
-        return [block(*args) for _ in range(num_layers)]
-    scanned = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True},
-                      in_axes=(nn.broadcast, 0), length=num_layers)
-    return scanned(*args)
 
 
-def run_layers(layers, x, shared, caches=None):
-    """Runs what `layer_stack` made; returns x and the caches, a tuple with one entry a layer (None in training)."""
-    if not isinstance(layers, (list, tuple)):
-        return layers(x, shared, None)
-    out = []
-    for i, layer in enumerate(layers):
-        x, cache = layer(x, shared, None if caches is None else caches[i])
-        out.append(cache)
-    return x, None if caches is None else tuple(out)

@@ -11,21 +11,21 @@ Axis letters: B batch, T positions, I images a row, P positions an image, D mode
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
 from llavamed_jax.config import IMAGE_TOKEN, LlavaConfig
 from llavamed_jax.errors import UsageError
-from llavamed_jax.models import decoder, projector, vit
+from llavamed_jax.models import projector
+from llavamed_jax.models.decoders import llama
+from llavamed_jax.models.towers import clip
 from llavamed_jax.parallel.mesh import constrain
 
-PARAM_AXES = vit.PARAM_AXES + projector.PARAM_AXES + decoder.PARAM_AXES
+PARAM_AXES = clip.PARAM_AXES + projector.PARAM_AXES + llama.PARAM_AXES
 
 
 class Llava(nn.Module):
@@ -34,7 +34,7 @@ class Llava(nn.Module):
     Attributes:
       dtype: of the computation; parameters are cast to it where they are used.
       scan: stacked parameters (`layers`, leading axis L) and scanned layers, for training; else `layers_{i}`.
-      remat: `none`, `full`, `qkvo` or `minimal` (models/layers.py).
+      remat: `none`, `full`, `qkvo` or `minimal` (models/stacking.py).
       attention: the decoder's backend for whole rows (`attention.backend_of`); the tower and cached decoding use XLA's.
     """
 
@@ -46,9 +46,9 @@ class Llava(nn.Module):
 
     def setup(self):
         cfg = self.cfg
-        self.vision_tower = vit.VisionTower(cfg.vision, cfg.num_vision_layers_used, self.dtype, self.scan, self.remat)
+        self.vision_tower = clip.VisionTower(cfg.vision, cfg.num_vision_layers_used, self.dtype, self.scan, self.remat)
         self.projector = projector.Projector(cfg, self.dtype)
-        self.decoder = decoder.Decoder(cfg.decoder, self.dtype, self.scan, self.remat, self.attention)
+        self.decoder = llama.Decoder(cfg.decoder, self.dtype, self.scan, self.remat, self.attention)
 
     def __call__(self, input_ids, pixel_values=None, positions=None, segment_ids=None):
         """Logits of whole rows.
@@ -118,18 +118,6 @@ def merge(text, is_image, features):
     return jnp.where(is_image[..., None], gathered, text)
 
 
-def stack(params):
-    """`layers_0 … layers_{L-1}` -> `layers` with a leading axis L, in every part of the tree (arrays or numpy arrays)."""
-    out = {}
-    for key, value in params.items():
-        if not isinstance(value, dict):
-            out[key] = value
-        elif not re.fullmatch(r"layers_\d+", key):
-            out[key] = stack(value)
-    layers = [params[f"layers_{i}"] for i in range(sum(bool(re.fullmatch(r"layers_\d+", k)) for k in params))]
-    if layers:
-        out["layers"] = jax.tree.map(lambda *x: (np if isinstance(x[0], np.ndarray) else jnp).stack(x), *layers)
-    return out
 
 
 def abstract_params(cfg: LlavaConfig, scan: bool = False):

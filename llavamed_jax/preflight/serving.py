@@ -15,11 +15,10 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
 from llavamed_jax.config import LlavaConfig
-from llavamed_jax.generation.cache import cache_bytes
 from llavamed_jax.generation.programs import Programs, Prompts, Slots
 from llavamed_jax.generation.rows import batch_size, bucket
 from llavamed_jax.generation.sampling import Sampling
-from llavamed_jax.models.decoder import LayerCache
+from llavamed_jax.models.decoders.cache import LayerCache, cache_bytes
 from llavamed_jax.models.llava import PARAM_AXES, abstract_params, check_heads
 from llavamed_jax.parallel.mesh import batch_sharding, make_mesh, param_shardings, replicated
 from llavamed_jax.training.program import bytes_a_device

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
 from llavamed_jax.checkpoints.checkpoint import Checkpoint
@@ -21,7 +21,8 @@ from llavamed_jax.checkpoints.load import load_params
 from llavamed_jax.config import LlavaConfig
 from llavamed_jax.errors import UsageError, UserError
 from llavamed_jax.models import llava
-from llavamed_jax.models.attention import backend_of
+from llavamed_jax.models.attention.backend import backend_of
+from llavamed_jax.models.stacking import stack, unstack
 from llavamed_jax.parallel.mesh import auto_sizes, device_memory, make_mesh
 from llavamed_jax.processor import Processor
 from llavamed_jax.training import optimizer as optimizers
@@ -176,26 +177,10 @@ def _training_bytes(cfg: ConfigDict, config: LlavaConfig) -> int:
 
 def to_disk(trainable: Mapping[str, Any]) -> dict[str, Any]:
     """Stacked parameters by name -> one array a layer, under the names of the tree on disk (arrays or abstract ones)."""
-    out: dict[str, Any] = {}
-    for name, value in trainable.items():
-        if "/layers/" not in name:
-            out[name] = value
-            continue
-        for i in range(value.shape[0]):
-            out[name.replace("/layers/", f"/layers_{i}/")] = _layer(value, i)
-    return out
-
-
-def _layer(value: Any, i: int) -> Any:
-    if not isinstance(value, jax.ShapeDtypeStruct):
-        return value[i]
-    sharding = value.sharding
-    if sharding is not None:
-        sharding = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
-    return jax.ShapeDtypeStruct(value.shape[1:], value.dtype, sharding=sharding)
+    return unstack(trainable)
 
 
 def from_disk(tensors: Mapping[str, jax.Array], shardings: Mapping[str, NamedSharding]) -> dict[str, jax.Array]:
     """The reverse of `to_disk`, laid as `shardings` says."""
-    flat = flatten_dict(llava.stack(unflatten_dict(tensors, sep="/")), sep="/")
+    flat = flatten_dict(stack(unflatten_dict(tensors, sep="/")), sep="/")
     return {name: jax.device_put(flat[name], sharding, may_alias=False) for name, sharding in shardings.items()}

@@ -8,7 +8,7 @@ import re
 from ml_collections import ConfigDict
 
 from llavamed_jax.errors import UsageError
-from llavamed_jax.models.layers import REMAT_POLICIES
+from llavamed_jax.models.stacking import REMAT_POLICIES
 from llavamed_jax.training.losses import WEIGHTINGS
 from llavamed_jax.training.state import TABLE
 from llavamed_jax.utils.nested import flatten

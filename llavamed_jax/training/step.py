@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from llavamed_jax.models.decoder import head_kernel
+from llavamed_jax.models.decoders.llama import head_kernel
 from llavamed_jax.models.llava import Llava
 from llavamed_jax.parallel.mesh import batch_sharding, constrain, replicated
 from llavamed_jax.training.losses import chunked_cross_entropy, num_samples, num_supervised

@@ -12,14 +12,14 @@ import functools
 from typing import Any
 
 import flax.linen as nn
-import flax.struct
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from llavamed_jax.config import DecoderConfig
-from llavamed_jax.models.attention import AttentionMask, attention
-from llavamed_jax.models.layers import ACTIVATIONS, Linear, RMSNorm, apply_rope, layer_stack, rope_tables, run_layers
+from llavamed_jax.models.attention.backend import AttentionMask, attention
+from llavamed_jax.models.layers import ACTIVATIONS, Linear, RMSNorm, apply_rope, rope_tables
+from llavamed_jax.models.stacking import layer_stack, run_layers
 from llavamed_jax.parallel.mesh import RULES, constrain, spec_of
 
 PARAM_AXES = [
@@ -38,17 +38,6 @@ PARAM_AXES = [
 ]
 
 
-@flax.struct.dataclass
-class LayerCache:
-    """Keys and values of one layer, [B,K,S,H] each: what was computed for positions 0..S-1 of every row."""
-
-    k: jax.Array
-    v: jax.Array
-
-    def write(self, k, v, start) -> "LayerCache":
-        """Puts k, v [B,K,T,H] at positions start[b]..start[b]+T-1 of each row."""
-        put = jax.vmap(lambda row, new, i: jax.lax.dynamic_update_slice(row, new, (0, i, 0)))
-        return LayerCache(put(self.k, k.astype(self.k.dtype), start), put(self.v, v.astype(self.v.dtype), start))
 
 
 class Attention(nn.Module):

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import flax.struct
 import jax
-import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from llavamed_jax.errors import UsageError
+from llavamed_jax.models.attention.xla import xla_attention
 
 # Platform -> what a recipe's `attention` may say there -> backend. All are the same function; `xla` is what the rest is tested
 # against. On a CPU the others run interpreted, for tests.
@@ -81,26 +81,12 @@ def attention(q, k, v, mask: AttentionMask | None = None, backend: str = "xla"):
       [B,T,N,H] in v's dtype, which rematerialisation knows as `context`.
     """
     if backend == "xla":
-        return checkpoint_name(_xla(q, k, v, mask), "context")
+        return checkpoint_name(xla_attention(q, k, v, mask), "context")
     name, _, interpreted = backend.partition("_")
     if name == "flash":  # Pallas takes a second to import
-        from llavamed_jax.models.flash import flash_attention as kernel
+        from llavamed_jax.models.attention.flash import flash_attention as kernel
     else:
-        from llavamed_jax.models.splash import splash_attention as kernel
+        from llavamed_jax.models.attention.splash import splash_attention as kernel
     return kernel(q, k, v, mask, interpret=bool(interpreted)).astype(v.dtype)
 
 
-def _xla(q, k, v, mask):
-    B, T, N, H = q.shape
-    K = k.shape[1]
-    q = q.reshape(B, T, K, N // K, H)
-    if T > 1:  # on a CPU the products take half the time with heads before positions; for a single query they take more
-        scores = jnp.einsum("BKGTH,BKSH->BKGTS", q.transpose(0, 2, 3, 1, 4), k, preferred_element_type=jnp.float32)
-    else:
-        scores = jnp.einsum("BTKGH,BKSH->BKGTS", q, k, preferred_element_type=jnp.float32)
-    scores *= H**-0.5
-    if mask is not None:
-        scores = jnp.where(mask.dense()[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    context = jnp.einsum("BKGTS,BKSH->BKGTH", weights, v)
-    return context.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)

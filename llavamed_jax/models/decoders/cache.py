@@ -5,17 +5,33 @@ Axis letters: B rows, K key/value heads, S positions, H head width, L layers.
 
 from __future__ import annotations
 
+import flax.struct
+import jax
 import jax.numpy as jnp
 
 from llavamed_jax.config import DecoderConfig
-from llavamed_jax.models.decoder import LayerCache
 from llavamed_jax.parallel.mesh import constrain
+
+
+@flax.struct.dataclass
+class LayerCache:
+    """Keys and values of one layer, [B,K,S,H] each: what was computed for positions 0..S-1 of every row."""
+
+    k: jax.Array
+    v: jax.Array
+
+    def write(self, k, v, start) -> "LayerCache":
+        """Puts k, v [B,K,T,H] at positions start[b]..start[b]+T-1 of each row."""
+        put = jax.vmap(lambda row, new, i: jax.lax.dynamic_update_slice(row, new, (0, i, 0)))
+        return LayerCache(put(self.k, k.astype(self.k.dtype), start), put(self.v, v.astype(self.v.dtype), start))
 
 
 def init_cache(cfg: DecoderConfig, rows: int, length: int, dtype=jnp.float32) -> tuple[LayerCache, ...]:
     """Empty caches of `rows` rows and `length` positions: L times keys and values [B,K,S,H]."""
+
     def empty():
         return constrain(jnp.zeros((rows, cfg.num_kv_heads, length, cfg.head_dim), dtype), "act_batch", "act_heads", None, None)
+
     return tuple(LayerCache(empty(), empty()) for _ in range(cfg.num_layers))
 
 

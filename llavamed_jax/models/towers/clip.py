@@ -15,8 +15,10 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from llavamed_jax.config import VisionConfig
-from llavamed_jax.models.attention import attention
-from llavamed_jax.models.layers import ACTIVATIONS, LayerNorm, Linear, layer_stack, run_layers
+from llavamed_jax.models.attention.backend import attention
+from llavamed_jax.models.layers import ACTIVATIONS, LayerNorm, Linear
+from llavamed_jax.models.stacking import layer_stack, run_layers
+from llavamed_jax.models.towers.pixels import normalize
 from llavamed_jax.parallel.mesh import constrain
 
 PARAM_AXES = [
@@ -34,15 +36,6 @@ PARAM_AXES = [
 ]
 
 
-def normalize(pixels, cfg: VisionConfig):
-    """uint8 [...,3] as the tower takes it, float32: (x * scale - mean) / std. Floating-point pixels are so already.
-
-    On the device, so that a quarter of the bytes goes there; equal to `images.load.normalize` to 1e-6.
-    """
-    if pixels.dtype != jnp.uint8:
-        return pixels
-    mean, std, scale = (jnp.array(x, jnp.float32) for x in cfg.normalization)
-    return (pixels.astype(jnp.float32) * scale - mean) / std
 
 
 class PatchEmbedding(nn.Module):
