@@ -92,3 +92,15 @@ def test_the_map_has_every_room_in_the_order_of_the_imports():
     for names in (rows, drawn):
         assert set(names) == there
         assert [LEVEL[name] for name in names] == sorted(LEVEL[name] for name in names)
+
+
+IN_COMMANDS = re.compile(r"(?<![\w/.`])(?:tests|benchmarks|samples|configs)/[\w/]+\.py")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_script_of_a_command_exists(page):
+    """Also in blocks of code, which readers copy; RECIPE and NAME stand for any name."""
+    names = [
+        name for name in IN_COMMANDS.findall(page.read_text(encoding="utf-8")) if not re.search("RECIPE|NAME", name)
+    ]
+    assert not [name for name in names if not (ROOT / name).is_file()]
