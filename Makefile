@@ -1,4 +1,4 @@
-# A fresh machine needs Python 3.11 or 3.12 and make:   make demo   |   make test   |   make setup ACCEL=cuda12
+# A fresh machine needs Python 3.11 or 3.12 and make:   make demo   |   make test   |   make test-all   |   make setup ACCEL=cuda12
 SHELL := /bin/bash
 ACCEL ?= cpu
 VENV := .venv
