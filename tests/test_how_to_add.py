@@ -4,14 +4,16 @@ import ast
 import importlib.util
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from llavamed_jax.checkpoints.export.chat_template import chat_template
 from llavamed_jax.cli import eval as eval_command
 from llavamed_jax.cli.common import load_config
-from llavamed_jax.config import IGNORE
+from llavamed_jax.config import IGNORE, preset
 from llavamed_jax.datasets import detect, registry
 from llavamed_jax.datasets.sample import CLOSED, OPEN, VqaSample
 from llavamed_jax.datasets.training import read_training
@@ -22,7 +24,8 @@ from llavamed_jax.evaluation.scoring import registry as metric_registry
 from llavamed_jax.evaluation.scoring import score
 from llavamed_jax.evaluation.scoring.items import AnswerSet
 from llavamed_jax.processor import Processor
-from llavamed_jax.text import templates
+from llavamed_jax.text import styles, templates
+from llavamed_jax.text.conversation import render
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
@@ -58,6 +61,75 @@ def test_a_template_that_is_not_registered_is_refused_with_those_that_are(templa
     monkeypatch.delitem(templates.TEMPLATES, template)
     with pytest.raises(templates.UserError, match="'mine:one_word' does not exist; one of v1.5:vicuna_v1"):
         templates.get_template(template)
+
+
+MINE = {  # what no template of ours has: other roles, separators, quotes, braces, examples, words that end a question, blanks
+    "roles and quotes": templates.Template("mine:a", "TWO", 'Say "yes"\\or {no}. \U0001fac1 {{ x }}', ("THE USER's", "ASSISTANT {0}"),
+                                           "\n%}", "<end>"),
+    "one separator for both": templates.Template("mine:b", "TWO", "S", ("Q", "A"), "\n"),
+    "two separators in SINGLE": templates.Template("mine:c", "SINGLE", "S", ("Q", "A"), "###", "</s>"),
+    "stripped SINGLE": templates.Template("mine:d", "SINGLE", " S ", ("Q", "A"), "\n", "</s>", is_stripped=True),
+    "examples": templates.Template("mine:e", "TWO", "S", ("Q", "A"), " ", "</s>", ("Hi!", " Hello. ")),
+    "stripped examples": templates.Template("mine:f", "TWO", "S", ("Q", "A"), " ", "</s>", (" Hi!", "Hello. "), True),
+    "examples in LLAMA_2": templates.Template("mine:g", "LLAMA_2", "S", ("", ""), "<s>", "</s>", ("Hi!", "Hello.")),
+    "examples in LLAMA_2 without a system": templates.Template("mine:h", "LLAMA_2", "", ("", ""), "<s>", "</s>", ("Hi!", "Hello.")),
+    "a bracket between turns": templates.Template("mine:i", "LLAMA_2", "", ("", ""), "[x]", "</s>"),
+    "words after a question": templates.Template("mine:j", "TWO", "S", ("Q", "A"), " ", "</s>", after_question=" Answer in one word."),
+    "captions with a system": templates.Template("mine:k", "PLAIN", "S: ", ("", ""), "\n"),
+    "v1.0's training text": templates.Template("mine:l", "V0", "S", ("Human", "Assistant"), "###"),
+    "a style of one's own": templates.Template("mine:m", "CHATML", "Be brief.", ("user", "assistant"), "<|im_end|>\n"),
+}
+CHATML = styles.Style(
+    "v1", head="<|im_start|>system\n{system}{sep}", question="<|im_start|>{user}\n{text}{sep}",
+    answer="<|im_start|>{assistant}\n{text}{end}", empty_answer="<|im_start|>{assistant}\n", first="<|first|>{text}{sep}")
+PICTURE = {"type": "image", "image": Image.new("RGB", (8, 8))}
+TALKS = [
+    [("user", [{"type": "text", "text": " What is shown? "}, PICTURE])],
+    [("user", "Is it {normal}?"), ("assistant", ' No: "a nodule". '), ("user", "  Where?\n")],
+    [("system", "Answer in 'one' word."), ("user", "Which side?")],
+    [("system", ""), ("user", "Q1"), ("assistant", ""), ("user", "Q2")],
+    [("user", ""), ("assistant", "A"), ("user", "Q")],
+    [("user", "Q"), ("assistant", "A"), ("user", "")],
+]
+
+
+def both_ways(template, messages):
+    """What a Processor writes, and what transformers writes of the exported chat template; or that each refuses."""
+    rendering = pytest.importorskip("transformers.utils.chat_template_utils")
+    plain = [{**m, "content": [{"type": "image"} if part["type"] == "image" else part for part in m["content"]]
+              if isinstance(m["content"], list) else m["content"]} for m in messages]
+    source = chat_template(replace(preset("v15-7b"), template=template.name))
+    processor = Processor.load(TOKENIZER, template=template.name, image_size=96)
+    found = []
+    for write in (lambda: processor.prompt(messages),
+                  lambda: rendering.render_jinja_template([plain], chat_template=source,
+                                                          add_generation_prompt=template.labels != "plain")[0][0]):
+        try:
+            found.append(write())
+        except Exception as error:
+            found.append((error.args[0].split(", ")[0],))
+    return found
+
+
+@pytest.mark.parametrize("name", MINE)
+def test_a_template_is_exported_as_it_is_asked(name, monkeypatch):
+    template = MINE[name]
+    monkeypatch.setitem(styles.STYLES, "CHATML", CHATML)
+    monkeypatch.setitem(templates.TEMPLATES, template.name, template)
+    written = 0
+    for talk in TALKS:
+        ours, theirs = both_ways(template, [{"role": role, "content": content} for role, content in talk])
+        assert ours == theirs, talk
+        written += isinstance(ours, str)
+    assert written == (2 if template.form.is_single else 5 if template.form.needs_first and not template.examples else 6)
+
+
+def test_a_style_of_ones_own_writes_what_it_says(monkeypatch):
+    monkeypatch.setitem(styles.STYLES, "CHATML", CHATML)
+    turns = ["Is it?", "No.", "Sure?", None]
+    assert render(MINE["a style of one's own"], turns, "S") == (
+        "<|im_start|>system\nS<|im_end|>\n<|first|>Is it?<|im_end|>\n<|im_start|>assistant\nNo.<|im_end|>\n<|im_start|>user\nSure?"
+        "<|im_end|>\n<|im_start|>assistant\n")
 
 
 # ---- a data set ------------------------------------------------------------------------------------------------------

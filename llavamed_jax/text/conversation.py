@@ -1,4 +1,4 @@
-"""Prompts of conversations, one renderer a style, and the label masks of training text (spec 3.4 to 3.7).
+"""Prompts of conversations, and the label masks of training text (spec 3.4 to 3.7).
 
 A conversation is a list of turns, texts in alternation beginning with the user's; a last turn of None leaves the assistant's
 place open. `<image>` in a text marks an image. Templates stand in `llavamed_jax.text.templates`.
@@ -13,9 +13,13 @@ import numpy as np
 
 from llavamed_jax.config import IGNORE, IMAGE_TOKEN
 from llavamed_jax.errors import UserError, short
+from llavamed_jax.text.styles import STYLES
 from llavamed_jax.text.templates import Template
 
 IMAGE_MARKER = "<image>"
+# What a template refuses, here and in the chat templates of exported models.
+ONE_MESSAGE = "is for captions: it holds one message"
+FIRST_MESSAGE = "needs a first message of the user that is not empty"
 
 
 def render(template: Template, turns: Sequence[str | None], system: str | None = None) -> str:
@@ -28,59 +32,27 @@ def render(template: Template, turns: Sequence[str | None], system: str | None =
         raise UserError("a prompt of no turns was asked for; at least one was expected")
     if system is not None:
         template = replace(template, system=system)
-    return _RENDERERS[template.style](template, [*template.examples, *turns])
+    return _write(template, [*template.examples, *turns])
 
 
-def _single(template: Template, turns) -> str:
-    text = template.system + template.sep
+def _write(template: Template, turns: Sequence[str | None]) -> str:
+    style, words = template.form, template.words
+    if style.is_single and any(turns[1:]):
+        raise UserError(f"the template {template.name} {ONE_MESSAGE}, {len(turns)} were given")
+    if style.needs_first and not turns[0]:
+        raise UserError(f"the template {template.name} {FIRST_MESSAGE}")
+    text = style.head.format(**words)
     for i, turn in enumerate(turns):
-        role = template.roles[i % 2]
-        text += f"{role}: {turn}{template.sep}" if turn else f"{role}:"
-    return text
-
-
-def _two(template: Template, turns) -> str:
-    after_answer = template.sep2 + " " if template.is_stripped else template.sep2
-    separators = (template.sep, after_answer)
-    text = template.system + template.sep
-    for i, turn in enumerate(turns):
-        role = template.roles[i % 2]
-        if not turn:
-            text += role + ":"
-            continue
-        turn = turn.strip() if template.is_stripped else turn
-        text += role + ": " + turn + separators[i % 2]
+        is_written = turn is not None if style.writes_empty else bool(turn)
+        if i % 2:
+            piece = style.answer if is_written else style.empty_answer
+        elif not is_written:
+            piece = style.empty_question
+        else:
+            piece = style.question if i else style.first_question(bool(template.system))
+        text += piece.format(**words, text=turn.strip() if turn and template.is_stripped else turn)
     return text.strip() if template.is_stripped else text
 
-
-def _llama_2(template: Template, turns) -> str:
-    if not turns[0]:
-        raise UserError(f"the template {template.name} needs a first message of the user that is not empty")
-    text = ""
-    for i, turn in enumerate(turns):
-        if not turn:
-            continue
-        if i == 0 and template.system:
-            turn = f"<<SYS>>\n{template.system}\n<</SYS>>\n\n{turn}"
-        text += f" {turn} {template.sep2}" if i % 2 else f"{template.sep}[INST] {turn} [/INST]"
-    return text.lstrip(template.sep)  # by characters, as the original does
-
-
-def _plain(template: Template, turns) -> str:
-    if any(turns[1:]):
-        raise UserError(f"the template {template.name} is for captions: it holds one message, {len(turns)} were given")
-    return template.system + (turns[0] + template.sep if turns[0] else "")
-
-
-def _v0(template: Template, turns) -> str:
-    """v1.0's training text up to where the answer begins."""
-    speakers = ("human", "gpt")
-    said = [(speakers[i % 2], turn) for i, turn in enumerate(turns) if turn is not None]
-    is_open = len(said) < len(turns)
-    return "".join(_v0_pieces(template, said)) + (f"### {template.roles[len(said) % 2]}:" if is_open else "")
-
-
-_RENDERERS = {"SINGLE": _single, "TWO": _two, "LLAMA_2": _llama_2, "PLAIN": _plain, "V0": _v0}
 
 # ---- training text -------------------------------------------------------------------------------------------------
 
@@ -180,8 +152,9 @@ def _training_text(template: Template, turns: Sequence[tuple[str, str]]) -> str:
 
 def _v0_pieces(template: Template, turns: Sequence[tuple[str, str]]) -> list[str]:
     """The system text and each turn, in the form that v0 trains with: it is not the template's own (quirk Q14)."""
-    roles = dict(zip(("human", "gpt"), template.roles, strict=True))
-    return [template.system + "\n\n", *(f"### {roles.get(speaker.lower(), 'unknown')}: {text}\n" for speaker, text in turns)]
+    style, roles = STYLES["V0"], dict(zip(("human", "gpt"), template.roles, strict=True))
+    said = [style.question.format(user=roles.get(speaker.lower(), "unknown"), text=text) for speaker, text in turns]
+    return [style.head.format(system=template.system), *said]
 
 
 def _questions_of_v0(template: Template, turns, measure: Callable[[str], int]) -> Iterator[slice]:
@@ -198,7 +171,7 @@ def _questions_of_v0(template: Template, turns, measure: Callable[[str], int]) -
 
 def _questions_of_rounds(template: Template, text: str, measure: Callable[[str], int], correction: int) -> Iterator[slice]:
     """The beginning-of-sequence id, each round up to its answer, and last what is after the rounds."""
-    before_answer = f"{template.sep}{template.roles[1]}: " if template.labels == "v1" else "[/INST] "
+    before_answer = template.form.before_answer.format(**template.words)
     cursor = 1
     yield slice(cursor)
     for i, round_text in enumerate(text.split(template.sep2)):

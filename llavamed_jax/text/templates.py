@@ -11,9 +11,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from llavamed_jax.errors import UserError
+from llavamed_jax.text.styles import STYLES, Style
 
 V1 = "v1.0"  # the origin whose text and tokens follow rules of their own (spec 3.5, 3.6)
-_PROCEDURES = {"SINGLE": "v0", "V0": "v0", "TWO": "v1", "LLAMA_2": "llama_2", "PLAIN": "plain"}
 
 
 @dataclass(frozen=True)
@@ -21,10 +21,10 @@ class Template:
     """How turns become one string; fields as in the originals' `Conversation`.
 
     Attributes:
-      style: which renderer of `text.conversation` writes it: SINGLE, V0, TWO, LLAMA_2 or PLAIN.
+      style: a name of `text.styles.STYLES`: SINGLE, V0, TWO, LLAMA_2 or PLAIN.
       sep, sep2: what ends a user's turn and an answer; without `sep2`, `sep` ends both.
       examples: turns that every prompt begins with and no training text has.
-      is_stripped: v1.5's TWO strips messages and result, and adds a blank after `sep2` (quirk Q5).
+      is_stripped: messages and result are stripped, and an answer ends in a blank too, as v1.5's TWO does (quirk Q5).
       procedure: what finds the supervised tokens, where it is not the style's own.
       after_question: what the original's evaluation appends to a question before it asks. `render`, which is the originals'
         `get_prompt`, takes texts as they come.
@@ -42,9 +42,20 @@ class Template:
     after_question: str = ""
 
     @property
+    def form(self) -> Style:
+        """The style's pieces."""
+        return STYLES[self.style]
+
+    @property
+    def words(self) -> dict[str, str]:
+        """What the pieces of a style are filled with, but for a turn's text."""
+        end = (self.sep2 or self.sep) + " " * self.is_stripped
+        return dict(system=self.system, user=self.roles[0], assistant=self.roles[1], sep=self.sep, end=end)
+
+    @property
     def labels(self) -> str:
         """Which of the originals' procedures finds the supervised tokens: v0, v1, llama_2 or plain (spec 3.7)."""
-        return self.procedure or _PROCEDURES[self.style]
+        return self.procedure or self.form.labels
 
     @property
     def is_v1(self) -> bool:
@@ -54,12 +65,12 @@ class Template:
     @property
     def is_for_training_only(self) -> bool:
         """Whether the originals train with it and never ask with it: such a model is asked with its default template."""
-        return self.style in ("PLAIN", "V0")
+        return self.form.is_for_training_only
 
     @property
     def stop(self) -> tuple[str, ...]:
         """Texts that end an answer beside the end-of-sequence id, which these models learnt to write in its place."""
-        return (self.sep,) if self.style in ("SINGLE", "V0") else ()
+        return (self.sep,) if self.form.stops_at_sep else ()
 
 
 def _polite(person: str) -> str:

@@ -1,14 +1,18 @@
 """The conversation templates as Jinja, for the processors of exported models.
 
 None begins with the beginning-of-sequence token: the tokenizer adds it, and llama.cpp and vLLM would add a second. The
-texts are those of `text.conversation`, images placed as `text.messages` places them; a test renders both.
+pieces are those of `text.styles`, from which `text.conversation` makes our own prompts; images are placed as `text.messages`
+places them. A test renders both.
 """
 
 from __future__ import annotations
 
 import json
+import re
+from string import Formatter
 
 from llavamed_jax.config import LlavaConfig
+from llavamed_jax.text.conversation import FIRST_MESSAGE, ONE_MESSAGE
 from llavamed_jax.text.templates import Template, default_template, get_template
 
 # A message's text, its images before it unless it places them itself; then the system's message apart from the turns.
@@ -33,39 +37,20 @@ _HEAD = r"""
   {%- set turns = messages[1:] -%}
 {%- endif -%}
 """
-_LLAMA_2 = r"""
+_TURNS = r"""
+{{- OPENING -}}
 {%- for message in turns -%}
   {%- set text = text_of(message.content) -%}
   {%- if message.role == "assistant" -%}
-    {{- " " ~ text ~ " " ~ AFTER_ANSWER if text else "" -}}
-  {%- elif text -%}
-    {%- if loop.first and system -%}
-      {%- set text = "<<SYS>>\n" ~ system ~ "\n<</SYS>>\n\n" ~ text -%}
-    {%- endif -%}
-    {{- ("" if loop.first else SEPARATOR) ~ "[INST] " ~ text ~ " [/INST]" -}}
-  {%- endif -%}
-{%- endfor -%}
-"""
-# The styles SINGLE and TWO. STRIPPED is LLaVA-Med v1.5's own way (quirk Q5): messages and result are stripped.
-_ROLES = r"""
-{{- system ~ SEPARATOR -}}
-{%- for message in turns -%}
-  {%- set text = text_of(message.content) -%}
-  {%- if message.role == "assistant" -%}
-    {{- ASSISTANT ~ (": " ~ textSTRIPPED ~ AFTER_ANSWER if text else ":") -}}
+    {{- ANSWER -}}
   {%- else -%}
-    {{- USER ~ (": " ~ textSTRIPPED ~ SEPARATOR if text else ":") -}}
+    {{- QUESTION -}}
   {%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}
-  {{- ASSISTANT ~ ":" -}}
+  {{- PLACE -}}
 {%- endif -%}
 """
-_PLAIN = r"""
-{%- set text = text_of(turns[0].content) -%}
-{{- text ~ SEPARATOR if text else "" -}}
-"""
-_BODIES = {"LLAMA_2": _LLAMA_2, "SINGLE": _ROLES, "TWO": _ROLES, "PLAIN": _PLAIN}
 
 
 def template_name(cfg: LlavaConfig) -> str:
@@ -79,14 +64,71 @@ def chat_template(cfg: LlavaConfig) -> str | None:
     if template.is_v1:
         return None
     marker = "<im_start><image><im_end>" if cfg.use_start_end else "<image>"
-    return _HEAD.replace("MARKER", marker).replace("SYSTEM", json.dumps(template.system)).lstrip("\n") + _body(template)
+    return _HEAD.replace("MARKER", marker).replace("SYSTEM", _literal(template.system)).lstrip("\n") + _body(template)
 
 
 def _body(template: Template) -> str:
-    after_answer = (template.sep2 or template.sep) + " " * template.is_stripped
-    words = {"SEPARATOR": template.sep, "AFTER_ANSWER": after_answer, "ASSISTANT": template.roles[1], "USER": template.roles[0]}
-    body = _BODIES[template.style].replace("STRIPPED", " | trim" if template.is_stripped else "")
-    for name, word in words.items():
-        body = body.replace(name, json.dumps(word))
-    body = body.lstrip("\n")
+    """The pieces of the template's style (`text.styles`), each as a Jinja expression."""
+    style, examples = template.form, template.examples
+    opening = [_expression(style.head, template)]
+    for i, text in enumerate(examples):
+        piece = style.answer if i % 2 else style.question
+        if i:
+            opening.append(_expression(piece, template, text))
+        else:
+            opening.append(_first(template, text))
+
+    question = _expression(style.question, template)
+    if not examples and (style.first or style.first_with_system):
+        question = f"({_first(template)} if loop.first else {question})"
+    empty_question = _expression(style.empty_question, template)
+    if style.needs_first and not examples:
+        refusal = _literal(f"the template {template.name} {FIRST_MESSAGE}")
+        empty_question = f"(raise_exception({refusal}) if loop.first else {empty_question})"
+    answer = _expression(style.answer, template)
+    empty_answer = _expression(style.empty_answer, template)
+    if style.is_single:
+        refusal = _literal(f"the template {template.name} {ONE_MESSAGE}")
+        question, answer = (f"({each} if loop.first else raise_exception({refusal}))" for each in (question, answer))
+
+    pieces = {"OPENING": " ~ ".join(opening), "ANSWER": _written(template, answer, empty_answer),
+              "QUESTION": _written(template, question, empty_question), "PLACE": empty_answer}
+    body = re.sub("|".join(pieces), lambda found: pieces[found[0]], _TURNS).lstrip("\n")
+    if template.after_question:
+        text = "text_of(message.content)"
+        after = f' ~ ("" if message.role == "assistant" else {_literal(template.after_question)})'
+        body = body.replace(f"set text = {text} ", f"set text = {text}{after} ")
     return "{%- set prompt -%}" + body + "{%- endset -%}\n{{- prompt | trim -}}\n" if template.is_stripped else body
+
+
+def _written(template: Template, piece: str, empty: str) -> str:
+    """The expression of a turn, or another where it has no text."""
+    return piece if template.form.writes_empty else f"({piece} if text else {empty})"
+
+
+def _first(template: Template, text: str | None = None) -> str:
+    with_system, without = (_expression(template.form.first_question(has), template, text) for has in (True, False))
+    return without if with_system == without else f"({with_system} if system else {without})"
+
+
+def _expression(piece: str, template: Template, text: str | None = None) -> str:
+    """A piece of a style as a Jinja expression in the variables `text` and `system`; `text` may be given instead."""
+    words = {**template.words, "system": None, "text": text}
+    variables = {"system": "system", "text": "text | trim" if template.is_stripped else "text"}
+    if text is not None and template.is_stripped:
+        words["text"] = text.strip()
+    found: list[str] = []
+    constant = ""
+    for literal, name, _, _ in Formatter().parse(piece):
+        constant += literal + ((words[name] or "") if name else "")
+        if name and words[name] is None:
+            found += [_literal(constant), variables[name]] if constant else [variables[name]]
+            constant = ""
+    if constant or not found:
+        found.append(_literal(constant))
+    return " ~ ".join(found)
+
+
+def _literal(text: str) -> str:
+    """A text as Jinja writes it. Other escapes than JSON's short ones would be halves of a surrogate pair there."""
+    return json.dumps(text, ensure_ascii=False)

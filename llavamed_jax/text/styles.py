@@ -1,0 +1,73 @@
+"""The prompt format, written once: the table that prompts, training text and exported chat templates are made from.
+
+A style says in pieces how turns become text. `text.conversation` fills the pieces in; `checkpoints.export.chat_template` writes
+them as Jinja. A template (`text.templates`) is a style with roles, separators and a system text.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Style:
+    """How turns become one string.
+
+    A piece is a format string. `{text}` is the turn's text, `{system}` the system's, `{user}` and `{assistant}` are the names of
+    the roles, `{sep}` ends a question and `{end}` an answer.
+
+    Attributes:
+      labels: which of the originals' procedures finds the supervised tokens (spec 3.7): v0, v1, llama_2 or plain.
+      head: what stands before the turns.
+      question, answer: a turn.
+      empty_question, empty_answer: a turn without text. The second also opens the assistant's place.
+      first, first_with_system: the first question, where it differs; the second where there is a system text.
+      before_answer: what v1 and llama_2 split a round at to find its answer.
+      is_single: whether the prompt holds one message alone.
+      needs_first: whether the first message must have a text.
+      writes_empty: whether a turn whose text is empty is written as any other.
+      is_for_training_only: whether the originals train with it and never ask with it.
+      stops_at_sep: whether `{sep}` ends an answer, so that generation stops there.
+    """
+
+    labels: str
+    head: str
+    question: str
+    answer: str
+    empty_question: str = ""
+    empty_answer: str = ""
+    first: str | None = None
+    first_with_system: str | None = None
+    before_answer: str = ""
+    is_single: bool = False
+    needs_first: bool = False
+    writes_empty: bool = False
+    is_for_training_only: bool = False
+    stops_at_sep: bool = False
+
+    def first_question(self, has_system: bool) -> str:
+        """The piece of the first question."""
+        with_system = self.first_with_system if has_system else None
+        return next(piece for piece in (with_system, self.first, self.question) if piece is not None)
+
+
+_ROLES = dict(
+    head="{system}{sep}", question="{user}: {text}{sep}", answer="{assistant}: {text}{end}",
+    empty_question="{user}:", empty_answer="{assistant}:", before_answer="{sep}{assistant}: ",
+)
+STYLES = {
+    "SINGLE": Style("v0", **_ROLES, stops_at_sep=True),
+    "TWO": Style("v1", **_ROLES),
+    "LLAMA_2": Style(
+        "llama_2", head="", question="{sep}[INST] {text} [/INST]", answer=" {text} {end}",
+        first="[INST] {text} [/INST]", first_with_system="[INST] <<SYS>>\n{system}\n<</SYS>>\n\n{text} [/INST]",
+        before_answer="[/INST] ", needs_first=True,
+    ),
+    "PLAIN": Style("plain", head="{system}", question="{text}{sep}", answer="", is_single=True, is_for_training_only=True),
+    # v1.0's training text is not the text that its own template asks with (quirk Q14).
+    "V0": Style(
+        "v0", head="{system}\n\n", question="### {user}: {text}\n", answer="### {assistant}: {text}\n",
+        empty_question="### {user}:", empty_answer="### {assistant}:", writes_empty=True, is_for_training_only=True,
+        stops_at_sep=True,
+    ),
+}
