@@ -124,6 +124,18 @@ def test_a_template_is_exported_as_it_is_asked(name, monkeypatch):
     assert written == (2 if template.form.is_single else 5 if template.form.needs_first and not template.examples else 6)
 
 
+def test_templates_that_cannot_work_say_so(monkeypatch):
+    with pytest.raises(UserError, match="mine:x has 1 examples; questions and answers in turn"):
+        templates.Template("mine:x", "TWO", "", ("Q", "A"), " ", "</s>", ("Hi!",))
+    with pytest.raises(UserError, match="mine:x has the style 'THREE'; one of SINGLE, TWO, LLAMA_2, PLAIN, V0 was expected"):
+        render(templates.Template("mine:x", "THREE", "", ("Q", "A"), " "), ["Q"])
+    for style in ("TWO", "LLAMA_2"):
+        monkeypatch.setitem(templates.TEMPLATES, "mine:x", templates.Template("mine:x", style, "", ("Q", "A"), " "))
+        processor = Processor.load(TOKENIZER, template="mine:x", image_size=96)
+        with pytest.raises(UserError, match=r"mine:x has no text that ends an answer \(sep2\)"):
+            processor.training_example([{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}])
+
+
 def test_a_style_of_ones_own_writes_what_it_says(monkeypatch):
     monkeypatch.setitem(styles.STYLES, "CHATML", CHATML)
     turns = ["Is it?", "No.", "Sure?", None]
@@ -182,6 +194,7 @@ def test_a_data_set_is_asked_and_scored_under_its_name(cards, tmp_path):
                               "--predictions", str(predictions), "--workdir", str(tmp_path / "w")]) == 0
     metrics = json.loads((tmp_path / "w" / "metrics.json").read_text())
     assert (metrics["dataset"], metrics["split"], metrics["n_open"], metrics["n_closed"]) == ("cards", "test", 1, 2)
+    assert "Evaluation on Cards, test split" in (tmp_path / "w" / "report.html").read_text()
     assert metrics["strict"]["closed_accuracy"] == 50.0 and metrics["strict"]["open_exact"] == 100.0
     assert eval_command.main(["--config", "configs/eval/llava_med.py", "--config.data.name=cards", f"--config.data.root={cards}",
                               "--write_llava", str(tmp_path / "out.json")]) == 0
@@ -203,6 +216,19 @@ def test_what_is_wrong_with_a_data_set_is_said_as_of_any_other(cards):
     del registry.SETS["cards"]
     with pytest.raises(UsageError, match="'cards' is not known; data.name may be vqa_rad or slake"):
         questions.load_samples("cards", str(cards), "test", "clean")
+
+
+@pytest.mark.parametrize("read, sentence", [
+    (lambda selected: 1 / 0, "^the reader of Mine failed on SET: ZeroDivisionError: division by zero$"),
+    (lambda selected: [{"question": "Q"}], "^the reader of Mine returned {'question': 'Q'} for SET; a list of VqaSample was expected$"),
+    (lambda selected: None, "^the reader of Mine failed on SET: TypeError")])
+def test_what_a_reader_of_ones_own_does_wrong_is_one_sentence(read, sentence, cards, monkeypatch):
+    monkeypatch.chdir(cards.parent)
+    Path("SET").mkdir()
+    monkeypatch.setitem(registry.SETS, "mine", registry.DataSet("mine", "Mine", "SET", read, is_at=lambda path: path.name == "SET"))
+    for use in (lambda: read_training("SET"), lambda: questions.load_samples("mine", "SET", "test", "clean")):
+        with pytest.raises(UserError, match=sentence):
+            use()
 
 
 def test_a_recipe_of_ones_own_registers_its_set(cards, tmp_path):

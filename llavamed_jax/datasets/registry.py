@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from llavamed_jax.datasets.sample import VqaSample
-from llavamed_jax.errors import UserError
+from llavamed_jax.errors import UserError, short
 
 SPLITS = ("train", "validation", "test")
 OFFICIAL = "the official layout"
@@ -101,6 +101,25 @@ class DataSet:
     def title(self) -> str:
         """The set in a sentence: `SLAKE (train.json, imgs/)`."""
         return f"{self.label} ({self.sign})"
+
+    def questions(self, selected: Selection) -> list[VqaSample]:
+        """The questions of a selection.
+
+        Raises:
+          UserError: what `read` raises, another exception of it, or a result that is no list of `VqaSample`. An OSError, which
+            names its file, passes.
+        """
+        try:
+            samples = list(self.read(selected))
+        except (UserError, OSError):
+            raise
+        except Exception as error:
+            what = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise UserError(f"the reader of {self.label} failed on {selected.root}: {what}") from error
+        wrong = next((sample for sample in samples if not isinstance(sample, VqaSample)), None)
+        if wrong is not None:
+            raise UserError(f"the reader of {self.label} returned {short(wrong)} for {selected.root}; a list of VqaSample was expected")
+        return samples
 
 
 SETS: dict[str, DataSet] = {}

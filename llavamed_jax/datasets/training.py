@@ -90,7 +90,7 @@ def read_training(data, images: str | Path | None = None, protocol: str = "clean
         source, found = open_records(file, images, cache), ()
     else:
         selected = Selection(path, split, protocol, images)
-        samples = SETS[layout].read(selected)
+        samples = SETS[layout].questions(selected)
         source = MemoryRecords(map(to_llava, samples))
         found = (describe(samples, layout, split, SETS[layout].variant(selected)),)
     if not len(source):

@@ -138,7 +138,7 @@ def _reader(name: str, root: str, split: str, protocol: str, more: Mapping[str, 
         raise UsageError(f"data.split is {split!r}; of {name} it may be {_either(SETS[name].splits)}")
     if (language := more.get("language", "en")) not in LANGUAGES:
         raise UsageError(f"data.language is {language!r}; {_either(LANGUAGES)} was expected")
-    return lambda root, split: SETS[name].read(_selection(root, split, protocol, more))
+    return lambda root, split: SETS[name].questions(_selection(root, split, protocol, more))
 
 
 def _either(words: tuple[str, ...]) -> str:

@@ -122,6 +122,8 @@ def supervise(template: Template, turns: Sequence[tuple[str, str]], encode: Call
     def measure(ids: Sequence[int]) -> int:
         return sum(image_length if i == IMAGE_TOKEN else 1 for i in ids)
 
+    if template.labels in ("v1", "llama_2") and not template.sep2:
+        raise UserError(f"the template {template.name} has no text that ends an answer (sep2), by which the tokens to learn are found")
     text = _training_text(template, turns)
     ids = np.asarray(encode(text))
     lengths = np.where(ids == IMAGE_TOKEN, image_length, 1)

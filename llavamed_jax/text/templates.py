@@ -41,9 +41,15 @@ class Template:
     procedure: str | None = None
     after_question: str = ""
 
+    def __post_init__(self):
+        if len(self.examples) % 2:
+            raise UserError(f"the template {self.name} has {len(self.examples)} examples; questions and answers in turn were expected")
+
     @property
     def form(self) -> Style:
-        """The style's pieces."""
+        """The style's pieces. Raises UserError for a style that does not exist."""
+        if self.style not in STYLES:
+            raise UserError(f"the template {self.name} has the style {self.style!r}; one of {', '.join(STYLES)} was expected")
         return STYLES[self.style]
 
     @property

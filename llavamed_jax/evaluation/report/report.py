@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from llavamed_jax.datasets.registry import SETS
 from llavamed_jax.datasets.sample import CAPTION, CHOICE, CLOSED, OPEN
 from llavamed_jax.evaluation.answering.asked import words
 from llavamed_jax.evaluation.report import gallery, page
@@ -16,7 +17,6 @@ from llavamed_jax.evaluation.scoring import controls, registry
 from llavamed_jax.evaluation.scoring.items import AnswerSet
 
 _CONTROLS = {"image": "exchanged", "noise": "noise"}
-_SETS = {"vqa_rad": "VQA-RAD", "slake": "SLAKE", "pathvqa": "PathVQA"}
 _SPLITS = {
     "held_out": "held-out images", "test": "test split", "validation": "validation split", "train": "training split",
 }  # fmt: skip
@@ -90,7 +90,7 @@ def render(
     strict = [name for name in registry.names_of("strict") if has(name)]
     return page.render(
         "report.html.j2",
-        title=f"Evaluation on {_SETS.get(name, name)}, {_SPLITS.get(split, split)}",
+        title=f"Evaluation on {SETS[name].label if name in SETS else name}, {_SPLITS.get(split, split)}",
         model=str(answers.predictions[0].get("model_id", "")) if answers.predictions else "",
         what=asked(metrics) + (f" · asked with {said}" if said else ""),
         details=details or {},
