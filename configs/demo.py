@@ -31,7 +31,7 @@ STAGES = {
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    args = recipe_arguments(arg, words=tuple(STAGES))
+    args = recipe_arguments(arg, words=tuple(STAGES), has_models=False)
     stage = STAGES[args.word]
 
     c = common.base(args.word, stage["init"], stage["template"], stage["train"])

@@ -15,7 +15,7 @@ from llavamed_jax.recipes import recipe_arguments
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    args = recipe_arguments(arg, epochs=4)
+    args = recipe_arguments(arg, epochs=4, has_models=False)
 
     # 1,797 and 4,919 questions, in their official layouts.
     train = (dict(path="data/vqa_rad"), dict(path="data/slake"))

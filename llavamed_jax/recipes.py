@@ -29,18 +29,20 @@ _CHOICES = {"family": ("v15", "v1", "llava15"), "size": ("7b", "13b"), "small": 
 
 
 def recipe_arguments(text: str, *, epochs: int | None = None, protocol: str | None = None,
-                     words: Sequence[str] = ()) -> RecipeArguments:
+                     words: Sequence[str] = (), has_models: bool = True) -> RecipeArguments:
     """Reads `v15|v1|llava15`, `7b|13b`, `small`, `epochs=N` and `protocol=clean|paper`, separated by commas.
 
     Args:
       text: what stands after the colon of `--config FILE.py:…`.
       epochs, protocol: the recipe's own values; None says that the recipe has no such argument.
       words: words of the recipe's own, of which one may be given (the demo's stages); the first is the default.
+      has_models: whether the recipe trains several models; else it has only `small`, which is its own model.
     Raises:
       UsageError: an unknown or repeated argument, a wrong value, or `v15` with `13b`, which was never released.
     """
     found: dict[str, Any] = {}
-    kinds = {word: kind for kind, choices in _CHOICES.items() for word in choices} | {word: "word" for word in words}
+    choices = _CHOICES if has_models else {"small": ("small",)}
+    kinds = {word: kind for kind, group in choices.items() for word in group} | {word: "word" for word in words}
     for item in filter(None, text.split(",")):
         name, is_assignment, value = item.partition("=")
         if is_assignment and name == "epochs" and epochs is not None:

@@ -55,6 +55,14 @@ def modules_of(path):
     return {node.module for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)}
 
 
+@pytest.mark.parametrize("name", ["demo", "small"])
+@pytest.mark.parametrize("argument", ["v1", "v15", "llava15", "7b", "13b", "v1,13b"])
+def test_a_recipe_of_one_model_refuses_the_name_of_another(name, argument):
+    """It trained its own model all the same, and said nothing."""
+    with pytest.raises(UsageError, match=f"the recipe argument '{argument.partition(',')[0]}' does not exist; one of small"):
+        load(name, argument)
+
+
 @pytest.mark.parametrize("name", [*STAGES, *TASKS, "demo", "small"])
 def test_recipes_are_short_and_import_nothing_of_each_other(name):
     path = CONFIGS / f"{name}.py"
