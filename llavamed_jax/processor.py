@@ -152,8 +152,12 @@ class Processor:
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
-        """The ids that end an answer: those of the config, and the tokenizer's own `eos_token`, at which vLLM ends too."""
-        ids, own = self.config.decoder.eos_ids, self._tokenizer.eos_id if self._tokenizer is not None else None
+        """The ids that end an answer: those of the config, and the tokenizer's own `eos_token`, at which vLLM ends too.
+        A bare tokenizer has its own alone."""
+        own = self._tokenizer.eos_id if self._tokenizer is not None else None
+        if self.config is None:
+            return () if own is None else (own,)
+        ids = self.config.decoder.eos_ids
         return ids if own is None or own in ids or own >= self.config.decoder.vocab_size else (*ids, own)
 
     @property

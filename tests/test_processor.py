@@ -292,6 +292,15 @@ def test_bare_tokenizer_says_what_it_does_not_know(mistral_tokenizer, tmp_path):
         Processor(preset("small"), image_size=100)
 
 
+def test_a_bare_tokenizer_has_every_public_attribute():
+    """`eos_ids` asked a config that is not there."""
+    processor = Processor.load(DOCUMENTATION.parent.parent / "samples" / "vqa_rad" / "tokenizer.model")
+    for name in dir(processor):
+        if not name.startswith("_") and name != "template":  # none was named, which is said
+            getattr(processor, name)
+    assert processor.eos_ids == (processor.tokenizer.eos_id,) == (2,)
+
+
 def test_the_example_of_the_documentation(mistral_tokenizer, tmp_path, monkeypatch):
     code = DOCUMENTATION.read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
     shutil.copyfile(mistral_tokenizer, tmp_path / "tokenizer.model")
