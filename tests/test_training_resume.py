@@ -22,7 +22,7 @@ from llavamed_jax.training.trainer import fit
 from tests import training_runs as runs
 from tests.training_runs import ROOT, FakeStep
 
-# What INTERFACE.md lets a run change that goes on, and what only watches it.
+# What docs/interface.md lets a run change that goes on, and what only watches it.
 MAY_DIFFER = {"epochs", "total_steps", "log_every", "checkpoint.every_steps", "checkpoint.every_minutes", "checkpoint.keep",
               "checkpoint.keep_best", "data.workers", "mesh.data", "mesh.fsdp", "mesh.tp", "mesh.slices", "mesh.auto",
               "samples_every", "data.samples", "nan_limit"}

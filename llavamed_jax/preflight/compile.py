@@ -164,7 +164,7 @@ def check_model(job: Mapping[str, Any]) -> None:
 
 
 def run(job: Mapping[str, Any]) -> dict[str, Any]:
-    """Compiles a job's program for devices that are not here; returns a row of preflight's JSON (INTERFACE.md)."""
+    """Compiles a job's program for devices that are not here; returns a row of preflight's JSON (docs/interface.md)."""
     topology = Topology.parse(job["topology"], job["slices"])
     if "checkpoint" in job:  # each process of an evaluation has a model of its own on its devices
         devices = topology.host().devices()

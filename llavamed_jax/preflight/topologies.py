@@ -1,4 +1,4 @@
-"""Machines that are not here, by the names of INTERFACE.md: `KIND-COUNT`, such as `h100-8` or `v5e-64`.
+"""Machines that are not here, by the names of docs/interface.md: `KIND-COUNT`, such as `h100-8` or `v5e-64`.
 
 XLA compiles for a description of a machine. A TPU's comes with libtpu, by the shape of its slice; a GPU's is written here, for
 XLA's GPU compiler asks a real device for it. Sources: vendors' data sheets, and what the CUDA driver reports of such a device.

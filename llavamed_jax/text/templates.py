@@ -139,7 +139,7 @@ def get_template(name: str) -> Template:
 
 
 def default_template(source: str, architecture: str, is_evaluation: bool = False) -> str:
-    """The name for a checkpoint that names none (INTERFACE.md).
+    """The name for a checkpoint that names none (docs/interface.md).
 
     Args:
       source, architecture: `LlavaConfig.source` and the decoder's; a bare tokenizer counts as the released model's.

@@ -54,7 +54,7 @@ _TURNS = r"""
 
 
 def template_name(cfg: LlavaConfig) -> str:
-    """The template that a checkpoint is asked with: its config's own, else by what it came from (INTERFACE.md)."""
+    """The template that a checkpoint is asked with: its config's own, else by what it came from (docs/interface.md)."""
     return get_template(cfg.template or default_template(cfg.source, cfg.decoder.architecture)).name
 
 
