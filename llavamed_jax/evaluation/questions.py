@@ -82,8 +82,9 @@ def source_files(data: ConfigDict) -> list[Path]:
     root = Path(data.root)
     if root.is_file():
         return [root]
-    if SETS[data.name].files:
-        return SETS[data.name].files(root, data.split)
+    files = SETS[data.name].files if data.name in SETS else None  # chat questions are no set of the registry
+    if files:
+        return files(root, data.split)
     return sorted([*root.glob("*.json"), *root.glob("*.jsonl")]) or detect.parquet_files(root, data.split)
 
 
