@@ -55,7 +55,7 @@ class Engine:
             check_heads(cfg, mesh)
         self.programs = programs or Programs(cfg, dtype, mesh, steps)
         self.steps = self.programs.steps
-        self.eos = cfg.decoder.eos_ids
+        self.eos, self._max_positions = cfg.decoder.eos_ids, cfg.decoder.max_positions
         self._share = share
         self._waiting: collections.deque[Job] = collections.deque()
         self._turn = threading.RLock()
@@ -83,7 +83,7 @@ class Engine:
     @property
     def max_prompt(self) -> int:
         """The longest prompt, in positions with images expanded, that leaves room for a token."""
-        return min(self.cfg.max_length or self.cfg.decoder.max_positions, self.cfg.decoder.max_positions - 1)
+        return min(self.cfg.max_length or self._max_positions, self._max_positions - 1)
 
     def generate(self, requests: Sequence[Request]) -> list[list[int]]:
         """The new token ids of each request, the end-of-sequence id included. Raises as `stream` does."""
@@ -228,7 +228,7 @@ class Engine:
 
     def limit(self, request: Request) -> int:
         """The most new tokens that a request can have."""
-        return min(request.max_new_tokens, self.cfg.decoder.max_positions - len(request.ids))
+        return min(request.max_new_tokens, self._max_positions - len(request.ids))
 
     def _prefill(self, placed: list[Placed]) -> None:
         B, T = batch_size(len(placed), placed[0].length, self.shards), bucket(placed[0].length)
