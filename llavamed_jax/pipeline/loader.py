@@ -221,7 +221,7 @@ def batches(data: TrainingData, processor: Processor, plan: Plan, max_length: in
     """Batches of training rows.
 
     Args:
-      data: from `datasets.read_training`.
+      data: from `datasets.training.read_training`.
       plan: of rows; its layout says how many an update has over all processes.
       max_length: tokens a sample; longer ones are cut and counted. What the plan's lengths were measured with.
       num_workers: processes that make batches; 0 makes them in a thread of this one. The batches are the same.

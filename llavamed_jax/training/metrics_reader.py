@@ -58,7 +58,7 @@ class Update:
 
     Attributes:
       metrics: device scalars, as `make_train_step` returns them.
-      counts: of the batch (`metrics.batch_counts`); `troubles`: what it had to do without, by the names of `Progress`; `skipped`:
+      counts: of the batch (`throughput.batch_counts`); `troubles`: what it had to do without, by the names of `Progress`; `skipped`:
         which samples these were (`Loader.skipped`). Of several processes each has those of its rows.
       position: where the data stood before the batch (`Loader.state`), by which its samples can be named.
       at: when it was dispatched.
@@ -82,7 +82,7 @@ class MetricsReader:
     Args:
       progress: is counted up.
       log: gets a line every `log_every` updates and for the last one.
-      config, trained, num_devices: for MFU (`metrics.training_flops`).
+      config, trained, num_devices: for MFU (`throughput.training_flops`).
       nan_limit: so many updates in a row that are not finite, or have a gradient of exactly 0, end the run; and so many from its
         beginning that do not move the parameters.
       name_samples: position in the data -> ids of the samples of the batch there.

@@ -83,7 +83,7 @@ class Program:
         return states.only_rows(loss_fn, self.rows) if self.rows else loss_fn
 
     def void(self, cfg: ConfigDict) -> list[str]:
-        """What of the recipe's `optimizer` is not used, and why (`void.of_optimizer`)."""
+        """What of the recipe's `optimizer` is not used, and why (`void_keys.of_optimizer`)."""
         return void_keys.of_optimizer(cfg, list(self.shardings.trainable), [states.TABLE] if self.rows else [])
 
     def abstract_state(self) -> TrainState:
