@@ -13,7 +13,7 @@ from llavamed_jax.errors import UsageError, UserError
 from llavamed_jax.parallel.mesh import make_mesh
 from llavamed_jax.training import program, trainer
 from llavamed_jax.training import recipe as recipes
-from llavamed_jax.training.metrics_reader import Progress
+from llavamed_jax.training.progress import Progress
 from llavamed_jax.training.trainer import fit
 from tests import training_runs as runs
 from tests.training_runs import FakeStep

@@ -12,9 +12,9 @@ from llavamed_jax.checkpoints.tree.model import open_tree, write_model
 from llavamed_jax.cli.common import load_config
 from llavamed_jax.config import DecoderConfig, LlavaConfig, VisionConfig
 from llavamed_jax.parallel.mesh import make_mesh, put
-from llavamed_jax.training import trainer
-from llavamed_jax.training.metrics_reader import Progress
+from llavamed_jax.training import resume
 from llavamed_jax.training.program import Program, to_disk
+from llavamed_jax.training.progress import Progress
 
 CFG = LlavaConfig(VisionConfig(16, 32, 2, 2, 16, 8), DecoderConfig(64, 32, 48, 3, 4, 2, 8, 1e-5, 1e4, 128, architecture="mistral"))
 META = {"data": {"position": 7}, "progress": vars(Progress(updates_skipped=1)), "seed": 0}
@@ -48,7 +48,7 @@ def saved(tmp_path_factory):
 def test_eight_devices_state_is_the_same_on_others(saved, spec, number):
     workdir, checkpoint, wanted = saved
     program = program_on(spec, number, checkpoint)
-    found, progress = trainer._restore(workdir, 5, open_base(workdir), program, META)
+    found, progress = resume.restore(workdir, 5, open_base(workdir), program, META)
     assert (int(found.step), int(found.skipped), progress.updates_skipped) == (5, 1, 1)
     for part in ("trainable", "frozen", "opt_state"):
         ours, theirs = getattr(found, part), getattr(wanted, part)

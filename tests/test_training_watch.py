@@ -16,8 +16,9 @@ from llavamed_jax.processor import Processor
 from llavamed_jax.text.tokenizer import Tokenizer
 from llavamed_jax.training import metrics_reader, program, trainer, validation
 from llavamed_jax.training.callbacks import Callbacks, Snapshot
-from llavamed_jax.training.metrics_reader import MetricsReader, Progress, Update, read
+from llavamed_jax.training.metrics_reader import MetricsReader, Update, read
 from llavamed_jax.training.program import Program
+from llavamed_jax.training.progress import Progress
 from llavamed_jax.training.start import open_start
 from llavamed_jax.training.step_agreement import StepAgreement
 from llavamed_jax.training.trainer import fit
@@ -101,7 +102,7 @@ def test_throughput_and_mfu_are_of_the_time_between_updates(monkeypatch, tmp_pat
     monkeypatch.setattr(metrics_reader.throughput, "training_flops", lambda cfg, trained, tokens, attended, images: 1e6 * tokens)
     log = SimpleNamespace(advance=lambda *_: None, skipped=lambda *_: None, write=lambda step, line: lines.append(line | {"step": step}))
     reader = MetricsReader(Progress(), log, tmp_path, config=None, trained={}, num_devices=2, log_every=log_every, total_steps=99,
-                             nan_limit=9, name_samples=None, together=StepAgreement(bool, 0, [0]))
+                             nan_limit=9, name_samples=None, agreed=StepAgreement(bool, 0, [0]))
     counts = dict(samples=1, tokens=100, positions=200, attended=1, images=0, image_slots=0)
 
     def dispatch(step, at):
@@ -152,7 +153,7 @@ def waits(tree) -> set[tuple[str, str]]:
 def test_values_of_the_device_are_read_in_one_place():
     """In the files of the loop, nothing but `metrics_reader.read` waits for a device."""
     found = {}
-    for name in ("trainer", "metrics_reader", "validation", "profiler", "step", "losses", "log", "throughput"):
+    for name in ("trainer", "metrics_reader", "validation", "profiler", "saver", "progress", "step", "losses", "log", "throughput"):
         found[name] = waits(ast.parse((ROOT / "llavamed_jax" / "training" / f"{name}.py").read_text()))
     assert found.pop("metrics_reader") == {("read", "float"), ("read", "device_get")}
     assert not any(found.values()), found

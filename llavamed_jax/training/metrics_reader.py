@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,40 +17,18 @@ from llavamed_jax.config import LlavaConfig
 from llavamed_jax.errors import UserError
 from llavamed_jax.training import throughput
 from llavamed_jax.training.log import MetricsWriter
+from llavamed_jax.training.progress import UNMOVED, ZERO_GRADIENT, Progress
 from llavamed_jax.training.step_agreement import StepAgreement
 from llavamed_jax.training.workdir import write_text
 
 # Updates that are under way at a time. One runs and one waits for it, so the device is never idle, and the host is never
 # further ahead: what it allocates stays bounded, and a signal is obeyed after two updates.
 IN_FLIGHT = 2
-# Why a run that learns nothing does not: how its sentence ends.
-ZERO_GRADIENT = ": no parameter that trainable names has a part in the loss of the samples; a projector or a tower has none in samples " \
-                "without an image"
-UNMOVED = "; optimizer.learning_rate, eps and clip_norm decide how far an update goes"
 
 
 def read(values: Any) -> Any:
     """Waits for device scalars, a pytree, and gives them as Python's floats."""
     return jax.tree.map(float, jax.device_get(values))
-
-
-@dataclass
-class Progress:
-    """What a run has counted, which its checkpoints carry."""
-
-    samples: int = 0
-    tokens: int = 0  # supervised
-    samples_skipped: int = 0  # damaged records, and samples whose image could not be read
-    images_skipped: int = 0  # that no marker stands for, or that a cut took away
-    samples_truncated: int = 0  # longer than max_length
-    samples_unsupervised: int = 0  # that teach nothing, because the original's label arithmetic did not add up
-    updates_skipped: int = 0  # whose loss or gradient was not finite
-    skipped_in_a_row: int = 0  # of them, since the last update that was
-    zero_gradients: int = 0  # updates whose gradient was exactly 0
-    zero_gradients_in_a_row: int = 0  # of them, since the last one that was not
-    updates_moved: int = 0  # that moved the parameters
-    updates_unmoved: int = 0  # that did not, though their learning rate was not 0
-    best: dict | None = None  # {"step", "validation_loss"}
 
 
 @dataclass(frozen=True)
@@ -86,18 +65,18 @@ class MetricsReader:
       nan_limit: so many updates in a row that are not finite, or have a gradient of exactly 0, end the run; and so many from its
         beginning that do not move the parameters.
       name_samples: position in the data -> ids of the samples of the batch there.
-      together: adds up what several processes count.
+      agreed: adds up what several processes count.
     """
 
     def __init__(self, progress: Progress, log: MetricsWriter, workdir: Path, *, config: LlavaConfig, trained: Mapping[str, int],
                  num_devices: int, log_every: int, total_steps: int, nan_limit: int, name_samples: Callable[[Mapping], list],
-                 together: StepAgreement):
+                 agreed: StepAgreement):
         self._progress, self._log, self._workdir = progress, log, workdir
         self._config, self._trained = config, trained
         peak = throughput.peak_flops(jax.devices()[0].device_kind)
         self._peak = None if peak is None else peak * num_devices
         self._log_every, self._total_steps = log_every, total_steps
-        self._nan_limit, self._name_samples, self._together = nan_limit, name_samples, together
+        self._nan_limit, self._name_samples, self._agreed = nan_limit, name_samples, agreed
         self._queue: collections.deque[Update] = collections.deque()
         self._not_finite: list[Update] = []  # the newest, in a row
         self._is_first = True
@@ -120,6 +99,13 @@ class MetricsReader:
         while self._queue:
             self._read_oldest()
 
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Waits for all updates; the time that is spent inside does not count as training."""
+        self.drain()
+        yield
+        self.restart_clock()
+
     def _read_oldest(self) -> None:
         update = self._queue.popleft()
         values = read(update.metrics)
@@ -139,7 +125,7 @@ class MetricsReader:
 
     def _of_all(self, update: Update) -> Update:
         """The update with what all processes counted of it, in the first."""
-        sums, skipped = self._together.add_up({**update.counts, **update.troubles}, update.skipped)
+        sums, skipped = self._agreed.add_up({**update.counts, **update.troubles}, update.skipped)
         self._log.skipped(update.step, skipped)
         return replace(update, counts={name: sums[name] for name in update.counts}, troubles={name: sums[name] for name in update.troubles})
 

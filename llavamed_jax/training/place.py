@@ -86,7 +86,7 @@ class Place:
         """Tells what stands in the directory from now on.
 
         Args:
-          record: of the run (`trainer._begin`), as its steps carry it.
+          record: of the run (`resume.begin`), as its steps carry it.
           saved: the step that it goes on from.
         """
         self._record, self.saved = record, saved

@@ -99,6 +99,17 @@ class Program:
         state = self.abstract_state()
         return bytes_a_device((state.trainable, state.frozen, state.opt_state))
 
+    def describe(self) -> str:
+        """How much of the model is trained, small numbers to the last parameter, and the mesh, with how many devices it leaves."""
+        sizes = {name: math.prod(x.shape) for name, x in self._abstract.items()}
+        trained = sum(sizes[name] for name in self.shardings.trainable)
+        if self.rows:
+            trained -= sizes[states.TABLE] - len(self.rows) * self.model.cfg.decoder.hidden_size
+        trained, everything = (f"{n / 1e6:,.2f} M" if n >= 1e6 else f"{n:,}" for n in (trained, sum(sizes.values())))
+        devices = jax.device_count()
+        part = f" on the first {self.mesh.size} of {devices} devices" if self.mesh.size < devices else ""
+        return f"{trained} of {everything} parameters trained, mesh {dict(self.mesh.shape)}{part}"
+
     def trained_names(self) -> list[str]:
         """Names on disk, one a layer, of what is trained."""
         return list(to_disk({name: self._abstract[name] for name in self.shardings.trainable}))

@@ -9,31 +9,27 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import jax
-import numpy as np
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from llavamed_jax.checkpoints.checkpoint import Checkpoint
-from llavamed_jax.checkpoints.nested import flatten
 from llavamed_jax.checkpoints.tree import base, store
-from llavamed_jax.checkpoints.tree.model import write_model
-from llavamed_jax.errors import UsageError, UserError, some
-from llavamed_jax.models.llava import abstract_params
+from llavamed_jax.errors import UsageError, UserError
 from llavamed_jax.parallel import agreement, distributed
-from llavamed_jax.parallel.mesh import local_rows, put, replicated
+from llavamed_jax.parallel.mesh import local_rows
 from llavamed_jax.pipeline.loader import Loader
 from llavamed_jax.pipeline.workers import WorkerError
-from llavamed_jax.training import alike, arithmetic, recipe, void_keys
+from llavamed_jax.training import alike, arithmetic, recipe, resume, void_keys
 from llavamed_jax.training import place as places
 from llavamed_jax.training import workdir as workdirs
 from llavamed_jax.training.callbacks import NONE, Callbacks, Snapshot
 from llavamed_jax.training.log import MetricsWriter, SilentLog, troubles
-from llavamed_jax.training.metrics_reader import UNMOVED, ZERO_GRADIENT, MetricsReader, Progress, Update
+from llavamed_jax.training.metrics_reader import MetricsReader, Update
 from llavamed_jax.training.profiler import Profiler
-from llavamed_jax.training.program import Program, from_disk, open_mesh, to_disk, within_memory
+from llavamed_jax.training.program import Program, open_mesh, within_memory
+from llavamed_jax.training.progress import Progress, check_something_was_trained
 from llavamed_jax.training.rows import Data, row_multiple
+from llavamed_jax.training.saver import Saver
 from llavamed_jax.training.start import open_start, with_own_tokenizer
-from llavamed_jax.training.state import TABLE, TrainState
+from llavamed_jax.training.state import TrainState
 from llavamed_jax.training.step import make_eval_step, make_train_step, place
 from llavamed_jax.training.step_agreement import StepAgreement
 from llavamed_jax.training.throughput import batch_counts
@@ -46,40 +42,37 @@ _LOOP = signals.Phase("error: ended at once by a second {name}; what had been sa
                       note="what is under way is finished and saved; a second one ends the run at once")
 
 
-
-
 def fit(cfg: ConfigDict, workdir: str | Path, callbacks: Callbacks = NONE) -> bool:
-    """Trains a recipe in a directory, from the newest intact step that lies there, or from `init`.
+    """Trains a recipe in a workdir, from the newest intact step that lies there, or from `init`.
 
     Args:
-      cfg: the recipe (`recipe.KEYS`).
+      cfg: the recipe (`recipe.SCHEMA`).
       workdir: gets `recipe.json`, `model/`, `base/`, `checkpoints/`, `metrics.jsonl`, `skipped.jsonl`, `tensorboard/`.
+      callbacks: evaluate the model while it is trained.
     Returns:
-      True when the run is finished (which it may have been before); False when a signal stopped it, or a stdout that cannot be
-      written to (`signals.failure`), after everything was saved.
+      True when the run is finished (which it may have been before); False when a signal stopped it, or a stdout that
+      cannot be written to (`signals.failure`), after everything was saved.
     Raises:
-      UsageError: a recipe that cannot be, or that differs from the one the directory was started with.
-      UserError: data, weights or a directory that cannot be used; updates that are not finite, again and again. Of several processes
-        in all, one of which has other data, weights, code or packages (`agreement`); UsageError: another recipe or flag.
+      UsageError: an invalid recipe, or one that differs from the recipe that the workdir was started with.
+      UserError: data, weights or a workdir that cannot be used; updates that are not finite, again and again. Of several
+        processes in all, one of which has other data, weights, code or packages (`agreement`); UsageError: another recipe
+        or flag.
     """
     workdir = Path(workdir)
     agreement.check_same(lambda: alike.start(cfg, workdir, {"profile": callbacks.profile}))
     recipe.check(cfg)
     with signals.listening(_OPENING), places.locked(workdir) as place:
         distributed.when_stopped(lambda: signals.ask("another process"))
-        record, step = distributed.from_first(lambda: _found(workdir, cfg))
+        record, step = distributed.from_first(lambda: resume.find(workdir, cfg))
         total_steps = cfg.total_steps or record.get("settled", {}).get("total_steps")
         if step is not None and total_steps is not None and step >= total_steps:
-            if not distributed.process_index():
-                base.check_base(workdir)
-            beyond = "" if step == total_steps else f", and has been trained to {step}"
-            print(f"{workdir} is finished: {total_steps} updates were asked for{beyond}", flush=True)
+            _say_it_is_finished(workdir, step, total_steps)
             return True
         place.sign()
         cfg = workdirs.as_started(cfg, record["recipe"]) if step is not None else cfg
         try:
-            with Run.open(cfg, place, total_steps, step, record) as run, store.StepWriter(workdir, place.note) as writer, \
-                    within_memory(cfg, run.program):
+            with Run.open(cfg, place, total_steps, step, record) as run, \
+                    store.StepWriter(workdir, place.note) as writer, within_memory(cfg, run.program):
                 distributed.when_stopped(None)  # from here on all stop at the same update
                 signals.enter(_LOOP)
                 return run.loop(StepAgreement(signals.is_asked, cfg.checkpoint.every_minutes, run.rows), writer, callbacks)
@@ -89,41 +82,26 @@ def fit(cfg: ConfigDict, workdir: str | Path, callbacks: Callbacks = NONE) -> bo
             print(_NOTHING_DONE, file=sys.stderr, flush=True)
             return False
         except (UserError, OSError) as error:
-            is_file = isinstance(error, OSError)
-            what = f"{error.filename or workdir} cannot be read or written: {error.strerror or error}" if is_file else error
-            if distributed.process_index():  # the first one says it
-                raise UserError(str(what)) from error
-            place.check()  # where the directory is gone, that is the reason
-            step, _ = store.newest_intact_step(workdir)
-            saved = "no step had been saved" if step is None else f"step {step} is saved"
-            raise UserError(f"{what}; {saved}") from error
+            raise _with_what_is_saved(error, place) from error
 
 
-def _found(workdir: Path, cfg: ConfigDict) -> tuple[dict, int | None]:
-    """What the run in a directory had recorded with its newest step, and this step; {} and None to begin."""
-    step = _newest_step(workdir)
-    if step is None:  # a directory without a step belongs to no recipe yet: one that failed before its first step may be corrected
-        workdirs.begin_anew(workdir, cfg)
-        return {}, None
-    meta = store.read_meta(workdir, step)
-    if (saved_as := meta.get("step")) != step:
-        what = "does not say which step it is, as those of earlier versions" if saved_as is None else f"was saved as step {saved_as}"
-        raise UserError(f"{workdir}/checkpoints/{step} {what}; a step under its own number was expected")
-    record = meta["run"]
-    record["settled"] = workdirs.settled(workdir, cfg, step, record)
-    base.check_fingerprints(workdir, record["model"])
-    return record, step
+def _say_it_is_finished(workdir: Path, step: int, total_steps: int) -> None:
+    if not distributed.process_index():
+        base.check_base(workdir)
+    beyond = "" if step == total_steps else f", and has been trained to {step}"
+    print(f"{workdir} is finished: {total_steps} updates were asked for{beyond}", flush=True)
 
 
-def _newest_step(workdir: Path) -> int | None:
-    """The step to go on from, None to begin; what is damaged is named, and what was once whole is never begun anew."""
-    step, damaged = store.newest_intact_step(workdir)
-    if step is None and (len(damaged) > 1 or store.has_sealed(workdir)):
-        raise UserError(f"{workdir} has steps and none is intact, so there is nothing to go on from: {some(damaged, separator='; ')}; "
-                        "delete its checkpoints/ to begin anew, or name another workdir")
-    for sentence in damaged:
-        print(f"{sentence}; {'the run begins anew' if step is None else 'it is passed over'}", flush=True)
-    return step
+def _with_what_is_saved(error: UserError | OSError, place: places.Place) -> UserError:
+    """The error with the step that is saved, which the first process adds."""
+    workdir, what = place.workdir, str(error)
+    if isinstance(error, OSError):
+        what = f"{error.filename or workdir} cannot be read or written: {error.strerror or error}"
+    if distributed.process_index():
+        return UserError(what)
+    place.check()  # where the workdir is gone, that is the reason
+    step, _ = store.newest_intact_step(workdir)
+    return UserError(f"{what}; {'no step had been saved' if step is None else f'step {step} is saved'}")
 
 
 @dataclass
@@ -141,16 +119,16 @@ class Run:
     log: MetricsWriter
     record: Mapping  # which run this is and what it stands on, for its steps; in the first process, which writes them
     progress: Progress = field(default_factory=Progress)
-    saved: int = 0  # the newest step that was given to the writer, or the one that the run goes on from
-    is_unsaved: bool = False  # whether the last save came to nothing; a second one in a row ends the run
 
     @classmethod
     def open(cls, cfg: ConfigDict, place: places.Place, total_steps: int | None, step: int | None, earlier: Mapping) -> Run:
-        """Reads weights and data, settles what the recipe leaves open, and puts the state on the devices.
+        """Opens weights and data, settles what the recipe leaves open, and puts the state on the devices.
 
-        A run that goes on needs no `init`: what is not trained, tokenizer and config are those of its own directory.
+        A run that resumes needs no `init`: what is not trained, tokenizer and config are those of its own workdir.
+
         Args:
-          earlier: what step `step` recorded; {} where there is none.
+          step: the one that the run resumes from; None to begin.
+          earlier: what this step recorded; {} to begin.
         """
         workdir = place.workdir
         checkpoint = open_start(cfg) if step is None else base.open_base(workdir)
@@ -167,20 +145,21 @@ class Run:
             meta = store.read_meta(workdir, step)
             batches.restore(meta["data"])
             data.refuse_other_validation(earlier["validation"])
-        record = {} if distributed.process_index() else _begin(workdir, cfg, checkpoint, program, data, total_steps, earlier)
+        record = {}
+        if not distributed.process_index():
+            record = resume.begin(workdir, cfg, checkpoint, program, data, total_steps, earlier)
         place.belongs_to(record, step)
-        print(f"{cfg.init if step is None else workdir}: {checkpoint.tower}; {len(data.train)} samples, {total_steps} updates of "
-              f"{cfg.batch_size}, {_size(program)}, mesh {dict(mesh.shape)}{_part(mesh)}", *data.describe(),
-              *(f"warning: {line}" for line in [*void_keys.sentences(cfg), *program.void(cfg)]), sep="\n", flush=True)
+        source = f"{cfg.init if step is None else workdir}: {checkpoint.tower}"
+        _describe(source, cfg, data, program, total_steps)
         with within_memory(cfg, program):
             if step is None:
                 state, progress = program.initial_state(checkpoint), Progress()
             else:
-                state, progress = _restore(workdir, step, checkpoint, program, meta)
+                state, progress = resume.restore(workdir, step, checkpoint, program, meta)
                 told = arithmetic.warnings(earlier["computed"], arithmetic.used(program))
                 print(f"going on from step {step}", *told, sep="\n", flush=True)
         log = SilentLog() if distributed.process_index() else MetricsWriter(workdir, step or 0, total_steps, cfg.name, place.check)
-        return cls(cfg, place, data, program, state, step or 0, total_steps, batches, log, record, progress, saved=step or 0)
+        return cls(cfg, place, data, program, state, step or 0, total_steps, batches, log, record, progress)
 
     def __enter__(self) -> Run:
         return self
@@ -195,56 +174,57 @@ class Run:
         layout = self.data.plan.layout
         return local_rows(self.program.mesh, layout.rows + layout.padding_rows)
 
-    def loop(self, together: StepAgreement, writer: store.StepWriter, callbacks: Callbacks) -> bool:
+    def loop(self, agreed: StepAgreement, writer: store.StepWriter, callbacks: Callbacks) -> bool:
         """Updates until the last one, or until it is asked to stop. Returns whether the run is finished."""
-        program = self.program
-        loss_fn = program.loss()
-        train_step = make_train_step(loss_fn, program.optimizer, program.schedule, program.mesh, program.shardings,
-                                     self.cfg.micro_batches, program.weighting)
-        eval_step = make_eval_step(loss_fn, program.mesh)
-        reader = self._reader(together)
-        self.batches.on_wait = together.on_wait
-        together.saved()
+        train_step, eval_step = self._compiled()
+        reader = self._reader(agreed)
+        saver = Saver(writer, self.place, self.cfg.checkpoint, self.progress, self.log.say, self.step)
+        self.batches.on_wait = agreed.on_wait
+        agreed.saved()
         with Profiler(callbacks.profile, self.place.workdir, self.log) as profiler:
             try:
-                while self.step < self.total_steps and not together.is_stopping:
+                while self.step < self.total_steps and not agreed.is_stopping:
                     profiler.before(self.step + 1, reader.drain)
                     self._update(train_step, reader)
                     profiler.after(self.step, reader.drain)
                     if callbacks.sampler is not None and self.cfg.samples_every and self._is_due(self.cfg.samples_every):
-                        reader.drain()
-                        self.log.samples(self.step, callbacks.sampler(self._snapshot()))
-                        reader.restart_clock()
+                        with reader.paused():
+                            self.log.samples(self.step, callbacks.sampler(self._snapshot()))
                     is_due = self._is_due(self.cfg.checkpoint.every_steps)
-                    if is_due or together.is_save_due:
-                        reader.drain()
-                        self._check_something_was_trained()
-                        if is_due and (found := self._judge(eval_step, callbacks, together)):
-                            self.log.write(self.step, found)
-                        self._save(writer)
-                        reader.restart_clock()
-                        together.saved()
+                    if is_due or agreed.is_save_due:
+                        with reader.paused():
+                            self._check_something_was_trained()
+                            if is_due:
+                                self._validate(eval_step, callbacks, agreed)
+                            saver.save(self.state, self._meta())
+                        agreed.saved()
             except signals.Stopped as stopped:  # what was waited for is done without
                 self.log.say(str(stopped))
             except WorkerError:
-                if jax.process_count() == 1 and self.step != self.saved:
+                if jax.process_count() == 1 and self.step != saver.saved:
                     reader.drain()
-                    self._save(writer)
-                    writer.wait()
+                    saver.save(self.state, self._meta())
+                    saver.wait()
                 raise
-        if self.step != self.saved:
+        if self.step != saver.saved:
             reader.drain()
-            self._save(writer)
-        if not self._is_saved(writer):  # the state is still here
-            self._write(writer)
-            if not self._is_saved(writer):
-                raise UserError(f"step {self.step} was removed from {self.place.workdir} as often as it was saved")
-        if held := self._prune(writer):
-            self.log.say(f"somebody reads the steps {some(list(map(str, held)))}, so they are kept: delete them later")
-        is_finished = self.step >= self.total_steps
-        end = "finished" if is_finished else "stopped and saved" if self.step else "stopped before the first update was done,"
-        self.log.say(" · ".join([f"{end} at step {self.step} of {self.total_steps}: {self.place.workdir}", *troubles(vars(self.progress))]))
-        return is_finished
+            saver.save(self.state, self._meta())
+        saver.finish(self.state, self._meta())
+        return self._end()
+
+    def _compiled(self):
+        """The functions of an update and of a validation batch, which are compiled when they are first called."""
+        program, loss_fn = self.program, self.program.loss()
+        train_step = make_train_step(loss_fn, program.optimizer, program.schedule, program.mesh, program.shardings,
+                                     self.cfg.micro_batches, program.weighting)
+        return train_step, make_eval_step(loss_fn, program.mesh)
+
+    def _reader(self, agreed: StepAgreement) -> MetricsReader:
+        return MetricsReader(
+            self.progress, self.log, self.place.workdir, config=self.program.model.cfg,
+            trained={name: math.prod(x.shape) for name, x in self.state.trainable.items()},
+            num_devices=self.program.mesh.size, log_every=self.cfg.log_every, total_steps=self.total_steps,
+            nan_limit=self.cfg.nan_limit, name_samples=self.batches.ids, agreed=agreed)
 
     def _update(self, train_step, reader: MetricsReader) -> None:
         """Dispatches an update, when the one before the last is done."""
@@ -259,48 +239,8 @@ class Run:
         window = self.program.model.cfg.decoder.sliding_window
         reader.add(Update(self.step, metrics, batch_counts(batch, window), missed, position, skipped=skipped))
 
-    def _judge(self, eval_step, callbacks: Callbacks, together: StepAgreement) -> dict[str, float]:
-        """What validation data and evaluators say, and how many validation samples they had to do without."""
-        found = judge(self._snapshot(), self.state, eval_step, callbacks.evaluators, self.progress)
-        unread = together.listed(self.data.unread)
-        if unread:
-            self.log.say(f"warning: {len(unread)} validation samples are skipped; the first: {unread[0]['reason']}")
-        return {**found, "validation_samples_skipped": len(unread)} if unread else found
-
-    def _reader(self, together: StepAgreement) -> MetricsReader:
-        return MetricsReader(
-            self.progress, self.log, self.place.workdir, config=self.program.model.cfg,
-            trained={name: math.prod(x.shape) for name, x in self.state.trainable.items()}, num_devices=self.program.mesh.size,
-            log_every=self.cfg.log_every, total_steps=self.total_steps, nan_limit=self.cfg.nan_limit, name_samples=self.batches.ids,
-            together=together)
-
-    def _snapshot(self) -> Snapshot:
-        return Snapshot(self.step, self.state.params, self.program, self.data)
-
-    def _is_due(self, every: int) -> bool:
-        """Every so many updates, and after the last one."""
-        return self.step == self.total_steps or every > 0 and self.step % every == 0
-
-    def _check_something_was_trained(self) -> None:
-        """A run that has learnt from nothing has not finished; its last step is not saved."""
-        if self.step < self.total_steps:
-            return
-        if not self.progress.tokens:
-            raise UserError(f"not one of the {self.progress.samples} samples that were seen has a supervised token, so nothing was trained")
-        if 2 * self.progress.updates_skipped >= self.total_steps:
-            raise UserError(f"{self.progress.updates_skipped} of {self.total_steps} updates were skipped because loss, gradient or update "
-                            "was not finite, so the run is not finished")
-        if self.progress.zero_gradients and self.progress.zero_gradients + self.progress.updates_skipped >= self.total_steps:
-            raise UserError(f"{self.progress.zero_gradients} of {self.total_steps} updates had a gradient of exactly 0, so nothing was "
-                            f"trained{ZERO_GRADIENT}")
-        if self.progress.updates_unmoved and not self.progress.updates_moved:
-            raise UserError(f"not one of {self.progress.updates_unmoved} updates moved the parameters, so nothing was trained{UNMOVED}")
-        if not self.progress.updates_unmoved and not self.progress.updates_moved:
-            self.log.say("warning: the learning rate was 0 in every update, for all of them are warm-up (optimizer.warmup_ratio): nothing "
-                         "was trained")
-
     def _next_batch(self) -> tuple[Mapping, dict[str, int], list[Mapping]]:
-        """A batch, how many of its samples were skipped, cut or teach nothing, which is counted and never silent, and those skipped."""
+        """A batch, how many of its samples were skipped, were cut or teach nothing, and which were skipped."""
         before = self._trouble_counts()
         batch = next(self.batches)
         after = self._trouble_counts()
@@ -313,87 +253,42 @@ class Run:
         return dict(samples_skipped=len(loader.skipped), images_skipped=loader.surplus, samples_truncated=loader.truncated,
                     samples_unsupervised=loader.unsupervised)
 
-    def _save(self, writer: store.StepWriter) -> None:
-        """Saves this step, once the one before is known to be saved and the workdir to be the run's own."""
-        self._is_saved(writer)
-        self._write(writer)
+    def _validate(self, eval_step, callbacks: Callbacks, agreed: StepAgreement) -> None:
+        """Writes the validation loss and what the evaluators say; warns of validation samples that are skipped."""
+        found = judge(self._snapshot(), self.state, eval_step, callbacks.evaluators, self.progress)
+        unread = agreed.listed(self.data.unread)
+        if unread:
+            self.log.say(f"warning: {len(unread)} validation samples are skipped; the first: {unread[0]['reason']}")
+            found = {**found, "validation_samples_skipped": len(unread)}
+        if found:
+            self.log.write(self.step, found)
 
-    def _write(self, writer: store.StepWriter) -> None:
-        meta = {"step": self.step, "data": self.batches.state(), "progress": vars(self.progress), "run": self.record}
-        writer.save(self.step, to_disk(self.state.trainable), self.state.opt_state, meta)
-        self.saved = self.step
-        self._prune(writer)
+    def _snapshot(self) -> Snapshot:
+        return Snapshot(self.step, self.state.params, self.program, self.data)
 
-    def _is_saved(self, writer: store.StepWriter) -> bool:
-        """Waits for the last save, and says whether it lies where it was saved; a warning tells that it does not.
+    def _meta(self) -> dict:
+        """What a step records."""
+        return {"step": self.step, "data": self.batches.state(), "progress": vars(self.progress), "run": self.record}
 
-        Raises:
-          Lost: the workdir is no longer the run's own.
-        """
-        removed = ""
-        try:
-            writer.wait()
-        except store.Unsaved as error:
-            if jax.process_count() > 1 or self.is_unsaved:
-                raise
-            removed = str(error)
-        self.is_unsaved = bool(removed)
+    def _is_due(self, every: int) -> bool:
+        """Every so many updates, and after the last one."""
+        return self.step == self.total_steps or every > 0 and self.step % every == 0
 
-        def look() -> str:
-            self.place.check()
-            if not self.saved or removed or writer.is_there(self.saved):
-                return removed
-            return f"{self.place.workdir}/checkpoints/{self.saved} was removed after it was saved, and is lost"
+    def _check_something_was_trained(self) -> None:
+        if self.step >= self.total_steps:
+            check_something_was_trained(self.progress, self.total_steps, self.log.say)
 
-        if sentence := distributed.from_first(look):
-            others = store.steps(self.place.workdir)
-            self.log.say(f"warning: {sentence}; the steps that are left: {some(list(map(str, others))) or 'none'}")
-        return not sentence
-
-    def _prune(self, writer: store.StepWriter) -> list[int]:
-        """Deletes old steps, and returns those that are held by readers. One that is still being written does not count among those
-        that are kept."""
-        keep = self.cfg.checkpoint
-        best = [self.progress.best["step"]] if keep.keep_best and self.progress.best else []
-        return writer.keep(keep.keep, also=best, newest=self.step)
+    def _end(self) -> bool:
+        """Says how the run has ended, and returns whether it is finished."""
+        is_finished = self.step >= self.total_steps
+        end = "finished" if is_finished else "stopped and saved" if self.step else "stopped before the first update was done,"
+        line = f"{end} at step {self.step} of {self.total_steps}: {self.place.workdir}"
+        self.log.say(" · ".join([line, *troubles(vars(self.progress))]))
+        return is_finished
 
 
-def _begin(workdir: Path, cfg: ConfigDict, checkpoint: Checkpoint, program: Program, data: Data, total_steps: int,
-           earlier: Mapping) -> dict:
-    """Writes the recipe and, of a run that has no step, what no step will have; returns what its steps record of both."""
-    if not earlier:
-        workdirs.discard_start(workdir)
-    record = workdirs.write_recipe(workdir, cfg, {"total_steps": total_steps, **data.resolved()}, earlier)
-    if not earlier:
-        write_model(workdir, checkpoint, without=program.trained_names(), progress=signals.checked)
-    return {**record, "model": base.fingerprints(workdir), "validation": data.judged_by(), "computed": arithmetic.used(program)}
-
-
-def _restore(workdir: Path, step: int, own: Checkpoint, program: Program, meta: Mapping) -> tuple[TrainState, Progress]:
-    """The state of a saved step over the run's own base."""
-    like = program.abstract_state()
-    trained, opt_state, _ = store.restore_step(workdir, step, to_disk(like.trainable), like.opt_state)
-    frozen = program.frozen(own)
-    if distributed.process_index() == 0:
-        for name in own.unused:  # no update needs them, but what is made of this run will
-            own.read(name)
-    progress = Progress(**{"updates_moved": 1, **meta["progress"]})  # earlier versions did not count them
-    everywhere = replicated(program.mesh)
-    return TrainState(
-        step=put(np.int32(step), everywhere), skipped=put(np.int32(progress.updates_skipped), everywhere),
-        trainable=from_disk(trained, program.shardings.trainable), frozen=frozen, opt_state=opt_state), progress
-
-
-def _part(mesh: Mesh) -> str:
-    """Of a mesh that leaves devices idle, how many it takes."""
-    return f" on the first {mesh.size} of {jax.device_count()} devices" if mesh.size < jax.device_count() else ""
-
-
-def _size(program: Program) -> str:
-    """How much of the model is trained, in words; small numbers to the last parameter."""
-    sizes = {name: math.prod(x.shape) for name, x in flatten(abstract_params(program.model.cfg, scan=True)).items()}
-    trained = sum(sizes[name] for name in program.shardings.trainable)
-    if program.rows:
-        trained -= sizes[TABLE] - len(program.rows) * program.model.cfg.decoder.hidden_size
-    trained, everything = (f"{n / 1e6:,.2f} M" if n >= 1e6 else f"{n:,}" for n in (trained, sum(sizes.values())))
-    return f"{trained} of {everything} parameters trained"
+def _describe(source: str, cfg: ConfigDict, data: Data, program: Program, total_steps: int) -> None:
+    """Prints what is trained, on what data and devices, and warns of keys that are not used."""
+    print(f"{source}; {len(data.train)} samples, {total_steps} updates of {cfg.batch_size}, {program.describe()}",
+          *data.describe(), *(f"warning: {line}" for line in [*void_keys.sentences(cfg), *program.void(cfg)]),
+          sep="\n", flush=True)

@@ -11,7 +11,8 @@ import jax
 
 from llavamed_jax.errors import UserError
 from llavamed_jax.training.callbacks import Evaluator, Snapshot
-from llavamed_jax.training.metrics_reader import IN_FLIGHT, Progress, read
+from llavamed_jax.training.metrics_reader import IN_FLIGHT, read
+from llavamed_jax.training.progress import Progress
 from llavamed_jax.training.state import TrainState
 from llavamed_jax.training.step import place
 from llavamed_jax.training.step_agreement import PATIENCE_S

@@ -1,0 +1,87 @@
+"""Begins a run in its workdir, or finds the step that it resumes from and restores it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from llavamed_jax.checkpoints.checkpoint import Checkpoint
+from llavamed_jax.checkpoints.tree import base, store
+from llavamed_jax.checkpoints.tree.model import write_model
+from llavamed_jax.errors import UserError, some
+from llavamed_jax.parallel import distributed
+from llavamed_jax.parallel.mesh import put, replicated
+from llavamed_jax.training import arithmetic
+from llavamed_jax.training import workdir as workdirs
+from llavamed_jax.training.program import Program, from_disk, to_disk
+from llavamed_jax.training.progress import Progress
+from llavamed_jax.training.rows import Data
+from llavamed_jax.training.state import TrainState
+from llavamed_jax.utils import signals
+
+
+def find(workdir: Path, cfg: ConfigDict) -> tuple[dict, int | None]:
+    """Returns what the run in a workdir recorded with its newest intact step, and this step; {} and None to begin."""
+    step = _newest_step(workdir)
+    if step is None:  # a workdir without a step belongs to no recipe yet: one that failed before its first step may be corrected
+        workdirs.begin_anew(workdir, cfg)
+        return {}, None
+    meta = store.read_meta(workdir, step)
+    if (saved_as := meta.get("step")) != step:
+        what = "does not say which step it is, as those of earlier versions" if saved_as is None else f"was saved as step {saved_as}"
+        raise UserError(f"{workdir}/checkpoints/{step} {what}; a step under its own number was expected")
+    record = meta["run"]
+    record["settled"] = workdirs.settled(workdir, cfg, step, record)
+    base.check_fingerprints(workdir, record["model"])
+    return record, step
+
+
+def _newest_step(workdir: Path) -> int | None:
+    """The step to resume from, None to begin. Damaged steps are named; a run that had an intact step is never begun anew."""
+    step, damaged = store.newest_intact_step(workdir)
+    if step is None and (len(damaged) > 1 or store.has_sealed(workdir)):
+        raise UserError(f"{workdir} has steps and none is intact, so there is nothing to go on from: "
+                        f"{some(damaged, separator='; ')}; delete its checkpoints/ to begin anew, or name another workdir")
+    for sentence in damaged:
+        print(f"{sentence}; {'the run begins anew' if step is None else 'it is passed over'}", flush=True)
+    return step
+
+
+def begin(workdir: Path, cfg: ConfigDict, checkpoint: Checkpoint, program: Program, data: Data, total_steps: int,
+          earlier: Mapping) -> dict:
+    """Writes the recipe and, in a run without a step, the parameters that are not trained. To be called by the first process.
+
+    Args:
+      earlier: what the step that the run resumes from recorded; {} where there is none.
+    Returns:
+      What every step records of the run: its recipe, base, validation data and arithmetic.
+    """
+    if not earlier:
+        workdirs.discard_start(workdir)
+    record = workdirs.write_recipe(workdir, cfg, {"total_steps": total_steps, **data.resolved()}, earlier)
+    if not earlier:
+        write_model(workdir, checkpoint, without=program.trained_names(), progress=signals.checked)
+    return {**record, "model": base.fingerprints(workdir), "validation": data.judged_by(), "computed": arithmetic.used(program)}
+
+
+def restore(workdir: Path, step: int, own: Checkpoint, program: Program, meta: Mapping) -> tuple[TrainState, Progress]:
+    """Returns the state of a saved step over the run's own base, and what the run had counted.
+
+    Args:
+      own: the run's base (`base.open_base`).
+      meta: what the step recorded (`store.read_meta`).
+    """
+    like = program.abstract_state()
+    trained, opt_state, _ = store.restore_step(workdir, step, to_disk(like.trainable), like.opt_state)
+    frozen = program.frozen(own)
+    if distributed.process_index() == 0:
+        for name in own.unused:  # no update needs them, but what is made of this run will
+            own.read(name)
+    progress = Progress(**{"updates_moved": 1, **meta["progress"]})  # earlier versions did not count them
+    everywhere = replicated(program.mesh)
+    return TrainState(
+        step=put(np.int32(step), everywhere), skipped=put(np.int32(progress.updates_skipped), everywhere),
+        trainable=from_disk(trained, program.shardings.trainable), frozen=frozen, opt_state=opt_state), progress

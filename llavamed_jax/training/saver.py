@@ -1,0 +1,99 @@
+"""Saves the steps of a run in its workdir, checks that they stay there, and deletes old ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from llavamed_jax.checkpoints.tree import store
+from llavamed_jax.errors import UserError, some
+from llavamed_jax.parallel import distributed
+from llavamed_jax.training.place import Place
+from llavamed_jax.training.program import to_disk
+from llavamed_jax.training.progress import Progress
+from llavamed_jax.training.state import TrainState
+
+
+class Saver:
+    """Saves steps in the background, one at a time. To be called by all processes.
+
+    Args:
+      writer: of the workdir.
+      place: the run's lock on the workdir.
+      keep: `checkpoint` of the recipe.
+      progress: names the best step.
+      say: gets warnings.
+      step: the one that the run goes on from; 0 to begin.
+
+    Attributes:
+      saved: the newest step that was given to the writer.
+    """
+
+    def __init__(self, writer: store.StepWriter, place: Place, keep: ConfigDict, progress: Progress, say: Callable[[str], None],
+                 step: int):
+        self._writer, self._place, self._keep, self._progress, self._say = writer, place, keep, progress, say
+        self.saved = step
+        self._is_unsaved = False  # whether the last save came to nothing; a second one in a row ends the run
+
+    def save(self, state: TrainState, meta: Mapping[str, Any]) -> None:
+        """Saves a step, once the one before is known to be saved and the workdir to be the run's own.
+
+        Args:
+          state: is copied before this returns.
+          meta: what the step records; `step` is its number.
+        """
+        self._is_saved()
+        self._write(state, meta)
+
+    def finish(self, state: TrainState, meta: Mapping[str, Any]) -> None:
+        """Waits until the newest step is saved, saves it again where it was removed meanwhile, and deletes old steps."""
+        if not self._is_saved():  # the state is still here
+            self._write(state, meta)
+            if not self._is_saved():
+                raise UserError(f"step {self.saved} was removed from {self._place.workdir} as often as it was saved")
+        if held := self._delete_old():
+            self._say(f"somebody reads the steps {some(list(map(str, held)))}, so they are kept: delete them later")
+
+    def wait(self) -> None:
+        """Waits for the save that is under way."""
+        self._writer.wait()
+
+    def _write(self, state: TrainState, meta: Mapping[str, Any]) -> None:
+        self._writer.save(meta["step"], to_disk(state.trainable), state.opt_state, meta)
+        self.saved = meta["step"]
+        self._delete_old()
+
+    def _is_saved(self) -> bool:
+        """Waits for the last save and returns whether it lies where it was saved; warns if it does not.
+
+        Raises:
+          Lost: the workdir is no longer the run's own.
+        """
+        removed = ""
+        try:
+            self._writer.wait()
+        except store.Unsaved as error:
+            if jax.process_count() > 1 or self._is_unsaved:
+                raise
+            removed = str(error)
+        self._is_unsaved = bool(removed)
+        workdir = self._place.workdir
+
+        def look() -> str:
+            self._place.check()
+            if not self.saved or removed or self._writer.is_there(self.saved):
+                return removed
+            return f"{workdir}/checkpoints/{self.saved} was removed after it was saved, and is lost"
+
+        if sentence := distributed.from_first(look):
+            others = store.steps(workdir)
+            self._say(f"warning: {sentence}; the steps that are left: {some(list(map(str, others))) or 'none'}")
+        return not sentence
+
+    def _delete_old(self) -> list[int]:
+        """Deletes old steps and returns those that readers hold. A step that is still being written is kept beside the others."""
+        best = [self._progress.best["step"]] if self._keep.keep_best and self._progress.best else []
+        return self._writer.keep(self._keep.keep, also=best, newest=self.saved)
