@@ -94,7 +94,7 @@ def another(value):
 
 
 def test_each_key_of_the_recipe_is_compared(cfg, tmp_path, several):
-    for key in recipe.KEYS:
+    for key in recipe.SCHEMA:
         other = cfg.copy_and_resolve_references()
         value = flatten(cfg)[key]
         wrong = another(value)

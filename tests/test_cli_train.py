@@ -1,7 +1,9 @@
 """What `train.py` says to a wrong command line, and how it ends: the exit statuses of the interface."""
 
+import inspect
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from configs.common import base
 from llavamed_jax.checkpoints.random import random_checkpoint
 from llavamed_jax.checkpoints.tree.model import write_model
 from llavamed_jax.checkpoints.tree.store import newest_intact_step
@@ -17,9 +20,11 @@ from llavamed_jax.cli import common
 from llavamed_jax.cli.train import main
 from llavamed_jax.config import DecoderConfig, LlavaConfig, VisionConfig
 from llavamed_jax.errors import UsageError
+from llavamed_jax.models.stacking import REMAT_POLICIES
 from llavamed_jax.recipes import recipe_arguments
 from llavamed_jax.text.tokenizer import Tokenizer
 from llavamed_jax.training import place, recipe
+from llavamed_jax.utils.nested import flatten
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLE = ROOT / "samples" / "vqa_rad"
@@ -124,10 +129,45 @@ def test_a_directory_and_a_config_that_exits_are_refused(capsys, tmp_path):
 
 
 def test_none_leaves_open_what_may_be_open():
-    assert set(common.OPEN_KEYS) == {key for key, kinds in recipe.KEYS.items() if None in kinds}
     cfg = common.load_config(str(CONFIGS / "demo.py"), ["template=none", "tokenizer=None", "remat=none"])
     assert cfg.template is None and cfg.tokenizer is None and cfg.remat == "none"
     recipe.check(cfg)
+
+
+@pytest.mark.parametrize("width", [40, 80, 200])
+def test_help_config_lists_every_key_in_the_order_of_the_recipes(capsys, monkeypatch, width):
+    monkeypatch.setenv("COLUMNS", str(width))
+    with pytest.raises(SystemExit) as ended:
+        main(["--help-config"])  # without --config, which is required elsewhere
+    assert not ended.value.code
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= width
+    source, at = inspect.getsource(base), 0
+    for name in (line.partition(":")[0] for line in lines if not line.startswith(" ")):
+        at += re.search(rf"\b{name.rpartition('.')[2]}\s*=", source[at:]).end()
+    text = " ".join(line.strip() for line in lines)
+    for wanted in ("remat: none or full or qkvo or minimal; default full what a layer keeps", "init: text; required the checkpoint",
+                   "optimizer.b1: number, 0 or more and less than 1; required", "data.skip_limit: number, 0 to 1; default 0.5",
+                   "data.row_length: integer, 0 or more, at most 131,072; default 0", "protocol: clean or paper; default none",
+                   "epochs: integer, more than 0, at most 10,000; default none", "name: text, at most 200 characters; required",
+                   "data.packing: true or false; default true", "data.train: text or list; required"):
+        assert wanted in text, wanted
+
+
+def test_the_schema_says_the_defaults_of_the_common_recipe_and_the_choices_of_the_code():
+    found = flatten(base("x", "y", "z", "w"))
+    arguments = {"name", "init", "template", "data.train"}  # of `base`
+    for name, key in recipe.SCHEMA.items():
+        if name not in arguments:
+            wanted = None if key.default is recipe.REQUIRED else key.default
+            assert found[name] == wanted and type(found[name]) in (*key.types, type(None)), name
+        assert key.meaning and (key.is_open or key.default is not None), name
+    assert recipe.SCHEMA["remat"].choices == ("none", *REMAT_POLICIES)
+
+
+def test_the_schema_needs_no_jax():
+    code = "import sys; from llavamed_jax.training import recipe; sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
 def test_a_missing_flag_is_named(capsys):

@@ -21,6 +21,7 @@ from llavamed_jax.evaluation import metrics
 from llavamed_jax.evaluation.answering import asked
 from llavamed_jax.evaluation.scoring import captions, registry, score
 from llavamed_jax.preflight.topologies import KINDS
+from llavamed_jax.training import recipe as recipe_schema
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = (ROOT / "docs" / "interface.md").read_text(encoding="utf-8")
@@ -49,7 +50,7 @@ def first_column(title: str) -> list[str]:
 
 
 def flags_on_page(title: str) -> set[str]:
-    return {re.match(r"--[\w.]+", name)[0] for name in first_column(title)}
+    return {re.match(r"--[\w.-]+", name)[0] for name in first_column(title)}
 
 
 class Parsing(Exception):
@@ -148,6 +149,19 @@ EVALUATIONS = [
 def test_keys_are_those_of_every_recipe(recipe):
     keys = first_column("Keys of a training recipe")
     assert set(keys) == keys_of(recipe) and len(keys) == len(set(keys))
+
+
+def plain(cell: str) -> str:
+    """A cell's text without code marks, and without links in brackets to other pages."""
+    return re.sub(r" \(\[[^\]]*\]\([^)]*\)\)", "", cell.strip()).replace("`", "")
+
+
+def test_the_table_of_training_keys_is_the_schema():
+    """Row by row, in the order of the recipes: key, type and range, default, meaning."""
+    rows = [line.split("|")[1:-1] for line in section("Keys of a training recipe").splitlines() if line.startswith("| `")]
+    assert [tuple(map(plain, row)) for row in rows] == [
+        (name, key.values(), key.otherwise(), key.meaning) for name, key in recipe_schema.SCHEMA.items()
+    ]
 
 
 @pytest.mark.parametrize("argument", ["v15", "v1", "llava15,13b", "small"])

@@ -168,7 +168,8 @@ def test_stage_1_moves_the_projector_and_the_rows_of_two_tokens(tiny, measured):
     """B.8: the projector and the rows of <im_start> and <im_end> get the original's gradient, and nothing else gets any: of
     the second sample, which is text, the original let it leak into the rows of its tokens too (quirk Q12)."""
     from configs.pretrain import get_config
-    from llavamed_jax.training.state import TABLE, merge, only_rows, partition, tokens_of
+    from llavamed_jax.training.recipe import TABLE
+    from llavamed_jax.training.state import merge, only_rows, partition, tokens_of
     model, reference = tiny["v1"]
     recipe = get_config("v1").trainable
     assert tokens_of(recipe) == ["<im_start>", "<im_end>"]

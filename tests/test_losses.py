@@ -13,13 +13,13 @@ from llavamed_jax.parallel.mesh import make_mesh
 from llavamed_jax.training.losses import (
     LARGEST_CHUNK,
     SMALLEST_CHUNK,
-    WEIGHTINGS,
     _chunk,
     chunked_cross_entropy,
     cross_entropy,
     num_samples,
     num_supervised,
 )
+from llavamed_jax.training.recipe import WEIGHTINGS
 from llavamed_jax.training.step import llava_loss
 
 B, T, D, V = 8, 40, 16, 48

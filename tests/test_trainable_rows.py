@@ -15,7 +15,8 @@ from llavamed_jax.cli.common import load_config
 from llavamed_jax.config import DecoderConfig, LlavaConfig, VisionConfig
 from llavamed_jax.errors import UsageError
 from llavamed_jax.training import optimizer, recipe
-from llavamed_jax.training.state import TABLE, partition, tokens_of
+from llavamed_jax.training.recipe import TABLE
+from llavamed_jax.training.state import partition, tokens_of
 from llavamed_jax.training.trainer import fit
 
 ROOT = Path(__file__).resolve().parent.parent

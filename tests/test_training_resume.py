@@ -179,7 +179,7 @@ def other(value):
     return [*value, "another"] if isinstance(value, (list, tuple)) else f"another {value or ''}"
 
 
-@pytest.mark.parametrize("key", sorted(recipes.KEYS))
+@pytest.mark.parametrize("key", sorted(recipes.SCHEMA))
 def test_every_key_is_refused_by_its_name_or_may_differ(recipe, written, key):
     cfg = recipe()
     *parents, leaf = key.split(".")
@@ -202,7 +202,7 @@ def test_the_number_of_updates_is_settled_for_the_epochs_that_it_followed_from(r
 
 
 def test_what_may_differ_are_keys():
-    assert MAY_DIFFER <= set(recipes.KEYS)
+    assert MAY_DIFFER <= set(recipes.SCHEMA)
 
 
 # ---- the lock

@@ -28,9 +28,6 @@ from llavamed_jax.utils import paths, signals, streams, terminal
 if TYPE_CHECKING:  # not before a command listens to signals
     from ml_collections import ConfigDict
 
-# Keys whose value may be left open, so that `none` is no name (`training.recipe.KEYS`, which would bring jax).
-OPEN_KEYS = ("vision_tower", "tokenizer", "template", "data.images", "data.validation", "protocol", "data.samples",
-             "epochs", "total_steps")
 EXIT_SAVED = 75  # stopped by a signal with everything saved: run again to go on (EX_TEMPFAIL of sysexits.h)
 
 
@@ -278,6 +275,8 @@ def leaf_keys(config: ConfigDict, prefix: str = "") -> Iterator[str]:
 
 def _apply(config: ConfigDict, override: str) -> None:
     from ml_collections import ConfigDict
+
+    from llavamed_jax.training import recipe
     key, _, text = override.partition("=")
     *parents, leaf = key.split(".")
     node: Any = config
@@ -290,7 +289,7 @@ def _apply(config: ConfigDict, override: str) -> None:
         raise UsageError(f"the config key {key!r} does not exist; {hint}")
     if isinstance(node[leaf], ConfigDict):
         raise UsageError(f"the config key {key!r} is a group; one of {', '.join(f'{key}.{k}' for k in node[leaf])} was expected")
-    if key in OPEN_KEYS and text.lower() == "none":
+    if text.lower() == "none" and key in recipe.SCHEMA and recipe.SCHEMA[key].is_open:
         with config.ignore_type():
             node[leaf] = None
     elif key == "data.train":  # the one key of two types: a file, or a list of weighted files

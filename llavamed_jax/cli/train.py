@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import shutil
 import sys
 from collections.abc import Sequence
 
@@ -28,6 +30,7 @@ def train(argv: list[str]) -> int:
     parser.add_argument("--profile", type=_span, metavar="START:STOP", help="trace these updates into DIR/tensorboard")
     common.add_preflight_flags(parser)
     processes.add_flags(parser)
+    parser.add_argument("--help-config", action=_HelpConfig, nargs=0, help="list every config key: type, range, meaning; exit")
     args, overrides = parser.parse_with_overrides(argv)
     common.check_preflight_flags(args)
     if args.preflight is not None:
@@ -56,6 +59,15 @@ def train(argv: list[str]) -> int:
     if signals.failure():
         raise UserError(f"{signals.failure()}; what was trained is saved in {args.workdir}: run again to go on")
     return common.EXIT_SAVED
+
+
+class _HelpConfig(argparse.Action):
+    """Prints the keys of a recipe, as wide as the terminal, and exits."""
+
+    def __call__(self, parser, *_):
+        from llavamed_jax.training import recipe
+        print(recipe.help_text(shutil.get_terminal_size().columns))
+        parser.exit()
 
 
 def _configured(spec: str, overrides: Sequence[str]):

@@ -20,9 +20,9 @@ from llavamed_jax.errors import UsageError, cut, short
 from llavamed_jax.parallel.mesh import batch_sharding
 from llavamed_jax.pipeline.packing import Update, rows_an_update
 from llavamed_jax.training.program import Program, bytes_a_device, open_mesh
+from llavamed_jax.training.recipe import TABLE
 from llavamed_jax.training.rows import check_positions, check_rows, row_multiple
 from llavamed_jax.training.start import PRESET
-from llavamed_jax.training.state import TABLE
 from llavamed_jax.training.step import make_train_step
 from llavamed_jax.training.throughput import training_flops
 

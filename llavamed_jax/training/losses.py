@@ -18,9 +18,6 @@ from llavamed_jax.parallel.mesh import RULES, constrain, spec_of
 CHUNK_SHARE, SMALLEST_CHUNK, LARGEST_CHUNK = 8, 128, 2048
 
 
-WEIGHTINGS = ("token", "sample")
-
-
 def cross_entropy(logits: jax.Array, labels: jax.Array, segment_ids: jax.Array,
                   weighting: str = "token") -> tuple[jax.Array, jax.Array]:
     """Cross-entropy of each supervised token given everything before it in its segment.

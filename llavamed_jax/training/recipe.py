@@ -1,60 +1,176 @@
-"""What a training recipe may say: every key, checked before anything is read or written."""
+"""The schema of a training recipe: every key with its type, range and meaning, checked before anything is read or written.
+
+Nothing here imports jax: the command line asks for keys before it may.
+"""
 
 from __future__ import annotations
 
 import math
 import re
+import textwrap
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
 
 from ml_collections import ConfigDict
 
 from llavamed_jax.errors import UsageError
-from llavamed_jax.models.stacking import REMAT_POLICIES
-from llavamed_jax.training.losses import WEIGHTINGS
-from llavamed_jax.training.state import TABLE
 from llavamed_jax.utils.nested import flatten
 
-# Dotted key -> the types of its value; `None` where the value may be left open.
-KEYS: dict[str, tuple] = {
-    "name": (str,), "init": (str,), "vision_tower": (str, None), "tokenizer": (str, None), "template": (str, None),
-    "data.train": (str, list, tuple), "data.images": (str, None), "data.validation": (str, None), "protocol": (str, None),
-    "data.samples": (str, None),
-    "data.packing": (bool,), "data.row_length": (int,), "data.mean_length": (int,), "data.workers": (int,),
-    "data.skip_limit": (float,),
-    "batch_size": (int,), "micro_batches": (int,), "epochs": (int, None), "total_steps": (int, None), "max_length": (int,),
-    "loss_weighting": (str,), "trainable": (list, tuple),
-    "optimizer.learning_rate": (float,), "optimizer.warmup_ratio": (float,), "optimizer.weight_decay": (float,),
-    "optimizer.clip_norm": (float,), "optimizer.b1": (float,), "optimizer.b2": (float,), "optimizer.eps": (float,),
-    "optimizer.mu_dtype": (str,), "optimizer.overrides": (list, tuple),
-    "mesh.data": (int,), "mesh.fsdp": (int,), "mesh.tp": (int,), "mesh.slices": (int,), "mesh.auto": (bool,),
-    "remat": (str,), "attention": (str,),
-    "checkpoint.every_steps": (int,), "checkpoint.every_minutes": (float, int), "checkpoint.keep": (int,),
-    "checkpoint.keep_best": (bool,), "log_every": (int,), "samples_every": (int,), "nan_limit": (int,), "seed": (int,),
-}
-
-# Values that a key may have, where they are few.
-CHOICES: dict[str, tuple] = {
-    "remat": ("none", *REMAT_POLICIES), "attention": ("auto", "xla", "splash", "flash"), "optimizer.mu_dtype": ("float32", "bfloat16"),
-    "protocol": ("clean", "paper", None), "loss_weighting": WEIGHTINGS,
-}
-POSITIVE = ("batch_size", "micro_batches", "epochs", "total_steps", "max_length", "log_every", "nan_limit", "checkpoint.keep",
-            "data.mean_length", "optimizer.learning_rate", "optimizer.eps", "mesh.slices")
-NOT_NEGATIVE = ("data.row_length", "data.workers", "optimizer.warmup_ratio", "optimizer.weight_decay",
-                "optimizer.clip_norm", "checkpoint.every_steps", "checkpoint.every_minutes", "samples_every", "seed")
+TABLE = "decoder/embed_tokens/embedding"  # [V,D], of which single rows may be trained
+WEIGHTINGS = ("token", "sample")  # of the loss
 SMALLEST = 2.0**-126  # float32's smallest number of full precision: devices take less for 0
-# Adam moves each parameter by about the learning rate: beyond this nothing is left of a model after one update. The others are
-# a process each, a plan each, an array each, or counters of 32 bits: what is larger was mistyped, and would fill the memory.
+# Adam moves each parameter by about the learning rate: beyond this nothing is left of a model after one update.
 LARGEST_RATE = 10.0
-LARGEST = {"optimizer.learning_rate": LARGEST_RATE, "data.workers": 1024, "data.row_length": 2**17, "batch_size": 2**20,
-           "epochs": 10_000, "total_steps": 10**9}
-LONGEST_NAME = 200
-SHARES = {"optimizer.b1": "0 or more and less than 1", "optimizer.b2": "0 or more and less than 1", "optimizer.warmup_ratio": "0 to 1",
-          "data.skip_limit": "0 to 1"}
+LIST = (list, tuple)
+REQUIRED = object()  # each recipe states the value itself
+_WORDS = {str: "text", int: "integer", float: "number", bool: "true or false", list: "list", tuple: "list"}
+
+
+@dataclass(frozen=True)
+class Key:
+    """What a recipe may say under a key.
+
+    Attributes:
+      types: of the value. A bool is no integer.
+      meaning: in a few words, for a user.
+      default: what `configs/common.py` sets, where the recipe states nothing else; REQUIRED where it sets nothing.
+      is_open: whether the value may be none.
+      choices: all values, where they are few.
+      more_than, least, less_than, most: the range of a number; None where there is no such bound.
+      longest: characters of a text.
+    """
+
+    types: tuple[type, ...]
+    meaning: str
+    default: Any = REQUIRED
+    is_open: bool = False
+    choices: tuple[str, ...] = ()
+    more_than: float | None = None
+    least: float | None = None
+    less_than: float | None = None
+    most: float | None = None
+    longest: int | None = None
+
+    @property
+    def share(self) -> str | None:
+        """The range of a share, from 0 to 1, in words; None for other keys."""
+        if self.least != 0 or 1 not in (self.most, self.less_than):
+            return None
+        return "0 to 1" if self.most == 1 else "0 or more and less than 1"
+
+    def values(self) -> str:
+        """Type and range in words, such as `integer, more than 0, at most 10,000`."""
+        said = [" or ".join(self.choices) or " or ".join(dict.fromkeys(_WORDS[kind] for kind in self.types))]
+        said += [f"at most {self.longest} characters"] if self.longest is not None else []
+        if self.share:
+            said.append(self.share)
+        else:
+            said += [f"more than {self.more_than}"] if self.more_than is not None else []
+            said += [f"{self.least} or more"] if self.least is not None else []
+            said += [f"at most {self.most:,}"] if self.most is not None else []
+        return ", ".join(said)
+
+    def otherwise(self) -> str:
+        """What holds where a recipe states nothing: `required`, `open`, or the default."""
+        if self.default is REQUIRED:
+            return "required"
+        if self.default is None:
+            return "none"
+        return str(self.default).lower() if isinstance(self.default, bool) else str(self.default)
+
+
+def _text(meaning: str, default: Any = REQUIRED, **rest) -> Key:
+    return Key((str,), meaning, default, **rest)
+
+
+def _open(meaning: str, *types: type, **rest) -> Key:
+    return Key(types or (str,), meaning, None, is_open=True, **rest)
+
+
+def _integer(meaning: str, default: Any = REQUIRED, **rest) -> Key:
+    return Key((int,), meaning, default, **rest)
+
+
+def _number(meaning: str, default: Any = REQUIRED, **rest) -> Key:
+    return Key((float,), meaning, default, **rest)
+
+
+def _flag(meaning: str, default: bool) -> Key:
+    return Key((bool,), meaning, default)
+
+
+# In the order of the recipes. Most of the largest values are a process each, a plan each, an array each, or counters of 32 bits:
+# what is larger was mistyped, and would fill the memory.
+SCHEMA: Mapping[str, Key] = MappingProxyType({
+    "name": _text("the run's name in its log", longest=200),  # it stands in every line
+    "init": _text("the checkpoint PATH that the run starts from"),
+    "vision_tower": _open("a CLIP tower in place of that of init"),
+    "tokenizer": _open("a tokenizer in place of that of init"),
+    "template": _open("the prompt template; none: that of init"),
+    "protocol": _open("VQA-RAD's training rows", choices=("clean", "paper")),
+    "data.train": Key((str, *LIST), "a LLaVA file, a data set in its own layout, or a list of {path, images, weight}"),
+    "data.images": _open("the directory of the images; none where the data names its own"),
+    "data.validation": _open("data whose loss and closed accuracy are computed at every step that is saved by count"),
+    "data.samples": _open("data whose questions are asked every samples_every updates; none: data.validation, else data.train"),
+    "data.packing": _flag("whether several samples share a row", True),
+    "data.row_length": _integer("tokens a packed row; 0 picks 8,192, 4,096 or 2,048", 0, least=0, most=2**17),
+    "data.mean_length": _integer("tokens a sample, images included: what preflight assumes, because it reads no data; a run "
+                                 "measures it", more_than=0),
+    "data.workers": _integer("processes that read and tokenize; 0 reads in the training process", 8, least=0, most=1024),
+    "data.skip_limit": _number("the share of samples, and of images, that may be unusable before the run stops", 0.5,
+                               least=0, most=1),
+    "batch_size": _integer("samples an update", more_than=0, most=2**20),
+    "micro_batches": _integer("into how many parts an update is cut", more_than=0),
+    "epochs": _open("the length of the run; none where total_steps is given", int, more_than=0, most=10_000),
+    "total_steps": _open("the length of the run in updates; none where epochs is given", int, more_than=0, most=10**9),
+    "max_length": _integer("tokens a sample; longer ones are cut and counted", more_than=0),
+    "loss_weighting": _text("whether every supervised token weighs alike, or every sample", "token", choices=WEIGHTINGS),
+    "trainable": Key(LIST, "regular expressions over parameter names; or a pair of the embedding's name and tokens, whose rows "
+                           "are trained"),
+    "optimizer.learning_rate": _number("the peak", more_than=0, most=LARGEST_RATE),
+    "optimizer.warmup_ratio": _number("the share of updates that warm up", least=0, most=1),
+    "optimizer.weight_decay": _number("AdamW's", least=0),
+    "optimizer.clip_norm": _number("the largest norm of a gradient; 0 clips nothing", least=0),
+    "optimizer.b1": _number("AdamW's", least=0, less_than=1),
+    "optimizer.b2": _number("AdamW's", least=0, less_than=1),
+    "optimizer.eps": _number("AdamW's", more_than=0),
+    "optimizer.mu_dtype": _text("the dtype of AdamW's first moment", "float32", choices=("float32", "bfloat16")),
+    "optimizer.overrides": Key(LIST, "pairs of a regular expression and a learning rate; the first that matches counts", ()),
+    "mesh.data": _integer("devices that hold different rows and whole parameters; -1 on one axis takes the devices that are "
+                          "left", 1),
+    "mesh.fsdp": _integer("devices that hold different rows and shards of the parameters", -1),
+    "mesh.tp": _integer("devices that share heads, feed-forward and vocabulary", 1),
+    "mesh.slices": _integer("TPU slices", 1, more_than=0),
+    "mesh.auto": _flag("picks data and fsdp from devices and memory", False),
+    "remat": _text("what a layer keeps for its backward pass", "full", choices=("none", "full", "qkvo", "minimal")),
+    "attention": _text("the attention kernel; auto picks it by device", "auto", choices=("auto", "xla", "splash", "flash")),
+    "checkpoint.every_steps": _integer("saves every so many updates; 0 saves by time and at the end only", 500, least=0),
+    "checkpoint.every_minutes": Key((float, int), "saves after so many minutes; 0 saves by count only", 30.0, least=0),
+    "checkpoint.keep": _integer("how many steps are kept", 2, more_than=0),
+    "checkpoint.keep_best": _flag("keeps the step with the lowest validation loss too", False),
+    "log_every": _integer("updates a line of metrics.jsonl", 10, more_than=0),
+    "samples_every": _integer("updates between answers to look at; 0 asks nothing", 200, least=0),
+    "nan_limit": _integer("so many updates in a row that are not finite, or learn nothing, end the run", 10, more_than=0),
+    "seed": _integer("of data order, initialisation and sampling", least=0),
+})
+
+
+def help_text(width: int) -> str:
+    """Every key with type, range, default and meaning, in the order of the recipes, in lines of at most `width` characters."""
+    lines = []
+    for name, key in SCHEMA.items():
+        otherwise = key.otherwise() if key.default is REQUIRED else f"default {key.otherwise()}"
+        lines += textwrap.wrap(f"{name}: {key.values()}; {otherwise}", width, subsequent_indent="  ")
+        lines += textwrap.wrap(key.meaning, width, initial_indent="    ", subsequent_indent="    ")
+    return "\n".join(lines)
 
 
 def check(cfg: ConfigDict) -> None:
     """Raises UsageError for a key that is missing or unknown, and for a value that no run could start with."""
     values = flatten(cfg)
-    missing, unknown = sorted(set(KEYS) - set(values)), sorted(set(values) - set(KEYS))
+    missing, unknown = sorted(set(SCHEMA) - set(values)), sorted(set(values) - set(SCHEMA))
     if missing or unknown:
         raise UsageError("; ".join(f"the recipe {verb} {', '.join(keys)}" for verb, keys in
                                    (("lacks the config keys", missing), ("has the unknown config keys", unknown)) if keys))
@@ -75,39 +191,55 @@ def check(cfg: ConfigDict) -> None:
         raise UsageError("the config key 'checkpoint.keep_best' is true, but data.validation names no data to judge by")
 
 
-def _check_value(key: str, value) -> None:
-    kinds = KEYS[key]
-    is_open = value is None and None in kinds
-    if not is_open and type(value) not in kinds:  # `type`, for a bool is an int to isinstance
-        names = " or ".join({None: "none"}.get(k) or k.__name__ for k in kinds)
-        raise UsageError(f"the config key {key!r} is {value!r}; {names} was expected")
-    if key in CHOICES and value not in CHOICES[key]:
-        raise UsageError(f"the config key {key!r} is {value!r}; {' or '.join(map(str, CHOICES[key]))} was expected")
-    if isinstance(value, float) and not math.isfinite(value):
-        raise UsageError(f"the config key {key!r} is {value!r}; a finite number was expected")
-    if key in SHARES and not (0 <= value < 1 or value == 1 and SHARES[key] == "0 to 1"):
-        raise UsageError(f"the config key {key!r} is {value!r}; {SHARES[key]} was expected")
-    if not is_open and key in LARGEST and value > LARGEST[key]:
-        raise UsageError(f"the config key {key!r} is {value!r}; at most {LARGEST[key]} was expected")
-    if key == "name" and len(value) > LONGEST_NAME:
-        raise UsageError(f"the config key 'name' has {len(value):,} characters; it stands in every line of the log: at most {LONGEST_NAME} "
-                         "were expected")
-    if value == "" and key != "name":
-        raise UsageError(f"the config key {key!r} is empty; text{' or none' if None in kinds else ''} was expected")
-    if not is_open and key in POSITIVE and 0 < value < SMALLEST:
-        raise UsageError(f"the config key {key!r} is {value!r}, which is 0 in float32; at least {SMALLEST:.2g} was expected")
-    if not is_open and key in POSITIVE and value <= 0:
-        raise UsageError(f"the config key {key!r} is {value!r}; more than 0 was expected")
-    if not is_open and key in NOT_NEGATIVE and value < 0:
-        raise UsageError(f"the config key {key!r} is {value!r}; 0 or more was expected")
-    if key == "trainable":
+def _check_value(name: str, value: Any) -> None:
+    key = SCHEMA[name]
+
+    def refuse(expected: str, what: str | None = None):
+        raise UsageError(f"the config key {name!r} {what or f'is {value!r}'}; {expected} was expected")
+
+    if value is None and key.is_open:
+        return
+    if type(value) not in key.types:  # `type`, for a bool is an int to isinstance
+        refuse(" or ".join([kind.__name__ for kind in key.types] + ["none"] * key.is_open))
+    if key.choices and value not in key.choices:
+        refuse(" or ".join([*key.choices, *["None"] * key.is_open]))
+    if isinstance(value, str):
+        _check_text(name, key, value)
+    if type(value) in (int, float):
+        _check_number(key, value, refuse)
+    if name == "trainable":
         if not value:
             raise UsageError("the config key 'trainable' is empty; regular expressions over parameter names were expected")
         for entry in value:
-            _check_rows(entry) if isinstance(entry, (list, tuple)) else _check_regex(key, entry)
-    if key == "optimizer.overrides":
+            _check_rows(entry) if isinstance(entry, LIST) else _check_regex(name, entry)
+    if name == "optimizer.overrides":
         for entry in value:
-            _check_override(key, entry)
+            _check_override(name, entry)
+
+
+def _check_text(name: str, key: Key, value: str) -> None:
+    if key.longest is not None and len(value) > key.longest:
+        raise UsageError(f"the config key {name!r} has {len(value):,} characters; it stands in every line of the log: at most "
+                         f"{key.longest} were expected")
+    if not value and key.longest is None:
+        raise UsageError(f"the config key {name!r} is empty; text{' or none' if key.is_open else ''} was expected")
+
+
+def _check_number(key: Key, value: float, refuse) -> None:
+    if isinstance(value, float) and not math.isfinite(value):
+        refuse("a finite number")
+    is_below = key.least is not None and value < key.least
+    is_above = key.most is not None and value > key.most or key.less_than is not None and value >= key.less_than
+    if key.share and (is_below or is_above):
+        refuse(key.share)
+    if is_above:
+        refuse(f"at most {key.most}")
+    if key.more_than is not None and 0 < value < SMALLEST:
+        refuse(f"at least {SMALLEST:.2g}", f"is {value!r}, which is 0 in float32")
+    if key.more_than is not None and value <= key.more_than:
+        refuse(f"more than {key.more_than}")
+    if is_below:
+        refuse(f"{key.least} or more")
 
 
 def _check_rows(entry) -> None:

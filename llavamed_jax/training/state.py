@@ -23,10 +23,10 @@ from llavamed_jax.errors import UsageError
 from llavamed_jax.models import llava
 from llavamed_jax.parallel.mesh import param_shardings, put, replicated
 from llavamed_jax.training import optimizer as optimizers
+from llavamed_jax.training.recipe import TABLE
 
 FlatParams = dict[str, jax.Array]
 Trainable = Sequence[str | tuple[str, Sequence[str]]]  # a recipe's `trainable`
-TABLE = "decoder/embed_tokens/embedding"  # [V,D], of which single rows may be trained
 
 
 @flax.struct.dataclass

@@ -12,7 +12,7 @@ from llavamed_jax.datasets import detect
 from llavamed_jax.datasets.registry import SETS
 from llavamed_jax.errors import short
 from llavamed_jax.training.optimizer import NOT_DECAYED
-from llavamed_jax.training.state import TABLE
+from llavamed_jax.training.recipe import TABLE
 
 
 def sentences(cfg: ConfigDict) -> list[str]:
