@@ -149,11 +149,12 @@ def _settled(cfg: ConfigDict, checkpoint: Checkpoint) -> tuple[states.Trainable,
 
 @contextlib.contextmanager
 def within_memory(cfg: ConfigDict, program: Program) -> Iterator[None]:
-    """What goes wrong within for want of memory is told in a sentence: what takes it, and which keys take less."""
+    """Re-raises errors for want of memory inside the block as UserError that says which keys take less of it."""
     try:
         yield
     except MemoryError as error:
-        raise UserError(f"this machine's memory is not enough: {error}; fewer data.workers or a smaller batch_size take less") from error
+        raise UserError(f"this machine's memory is not enough: {error}; fewer data.workers or a smaller batch_size take "
+                        "less") from error
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

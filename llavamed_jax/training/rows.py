@@ -1,4 +1,4 @@
-"""From a recipe's data to the rows of a run: records measured, packed, and shared out over the mesh (decision 5 of the design)."""
+"""The rows of a run: the recipe's records are measured, packed into rows, and shared out over the mesh."""
 
 from __future__ import annotations
 
@@ -217,7 +217,7 @@ class _Rows:
                 check_rows(cfg, self.multiple)
             return self._padded(packing.Layout(cfg.max_length, found.max_images, cfg.batch_size, False))
         if not found.usable:
-            return packing.Layout(cfg.max_length, 0, self.multiple, True)  # of nothing, which the plan refuses
+            return packing.Layout(cfg.max_length, 0, self.multiple, True)  # empty; the plan raises
         update = self.update(found, settled.get("row_length", cfg.data.row_length))
         slots = settled["image_slots"] if "image_slots" in settled else self._slots(stream, found, update.row_length)
         return self._padded(packing.Layout(update.row_length, slots, settled.get("rows", update.rows), True))

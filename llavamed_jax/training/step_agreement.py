@@ -1,8 +1,8 @@
-"""What the processes of a run agree on while it trains: what an update saw, when they save by the clock, and when they stop.
+"""After each update the processes of a run agree on its counts, on whether to save by the clock, and on whether to stop.
 
-Each process knows its own rows and hears signals of its own, but all must make the same calls in the same order. So with each
-update that is read, everyone tells the first what it saw and whether it was asked to stop, and the first says what all do.
-A run of one process asks nobody.
+Each process knows its own rows and hears signals of its own, but all must make the same calls in the same order. So after each
+update that is read, every process sends its counts and whether it was asked to stop to process 0, which decides for all.
+A run of one process asks nobody. (`parallel.agreement` compares, once, what the processes were started with.)
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ PATIENCE_S = 10.0  # for a batch, once the run was asked to stop
 
 
 class StepAgreement:
-    """A process among those of a run.
+    """What this process knows of the decisions of all.
 
     Args:
       is_asked: whether this one was asked to stop.
@@ -34,7 +34,7 @@ class StepAgreement:
 
     @property
     def is_stopping(self) -> bool:
-        """Whether no further update is begun."""
+        """Whether the run stops before another update."""
         return self._is_asked() if self._is_alone else self._agreed["stop"]
 
     @property
@@ -43,11 +43,11 @@ class StepAgreement:
         return self._is_late() if self._is_alone else self._agreed["save"]
 
     def on_wait(self, seconds: float) -> None:
-        """To be called while a batch is waited for.
+        """The loader calls it while it waits for a batch.
 
         Raises:
-          Stopped: this process was asked to stop, and is alone. TimeoutError: it is not, so that the others wait for it, and the batch
-            does not come.
+          Stopped: a run of one process was asked to stop.
+          TimeoutError: one of several processes was asked to stop, and the batch does not come; the others wait for it.
         """
         if self._is_asked() and self._is_alone:
             raise signals.Stopped("stopped while a batch was waited for")
@@ -60,9 +60,15 @@ class StepAgreement:
         self._agreed["save"] = False
 
     def add_up(self, counts: Mapping[str, int], skipped: Sequence[Mapping]) -> tuple[dict[str, int], list[Mapping]]:
-        """In the first process: what all have counted of an update, and what the others skipped. In all: they agree what to do next.
+        """Gathers the counts of an update on process 0 and broadcasts its decision: go on, save, or stop.
 
-        To be called for each update in turn.
+        All processes call it for each update in turn.
+
+        Args:
+          counts: of this process's rows.
+          skipped: the samples of its rows that were skipped.
+        Returns:
+          On process 0 the sums of all processes and what the others skipped; elsewhere `counts` and an empty list.
         """
         if self._is_alone:
             return dict(counts), []
@@ -75,18 +81,18 @@ class StepAgreement:
                 [entry for each in others for entry in each["skipped"]])
 
     def listed(self, entries: Sequence[Mapping]) -> list[Mapping]:
-        """In the first process: the entries of all, of equal rows once; elsewhere nothing. To be called by all."""
+        """Gathers lists on process 0: returns the entries of all, of equal rows once, and elsewhere an empty list."""
         if self._is_alone:
             return list(entries)
         everyone = self._everyones(entries=list(entries))
         return [*entries, *(entry for each in self._others(everyone) for entry in each["entries"])] if everyone else []
 
     def _everyones(self, **said) -> list[dict]:
-        """In the first process what each says, with its rows; elsewhere nothing."""
+        """On process 0, what each process sends, with its rows; elsewhere an empty list."""
         return [json.loads(each) for each in distributed.gather(json.dumps(dict(rows=self._rows, **said)).encode())]
 
     def _others(self, everyone: Sequence[Mapping]) -> list[Mapping]:
-        """All but the first, of those with the same rows the lowest."""
+        """What the other processes sent; of processes that have the same rows, the lowest alone."""
         shares = {tuple(each["rows"]): each for each in reversed(everyone)}
         del shares[tuple(self._rows)]
         return list(shares.values())[::-1]

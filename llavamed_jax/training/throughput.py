@@ -1,4 +1,4 @@
-"""How much work an update is, what share of the devices' peak it reached (MFU), and what a batch holds.
+"""The FLOPs of an update, the peak FLOP/s of devices (for MFU), and what a batch holds.
 
 One convention: FLOPs are those that the mathematics asks for (no recomputation, no padding), attention is causal and within
 a sample, the vision tower is included, and what is frozen costs no gradient of its weight.

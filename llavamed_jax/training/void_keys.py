@@ -16,7 +16,7 @@ from llavamed_jax.training.recipe import TABLE
 
 
 def sentences(cfg: ConfigDict) -> list[str]:
-    """What of a recipe is not used, and why: `the config key KEY is VALUE and is not used: …`."""
+    """Returns a sentence for each key that is not used: `the config key KEY is VALUE and is not used: …`."""
     return [_sentence(*each) for each in _void(cfg)]
 
 
