@@ -19,8 +19,8 @@ class Snapshot:
 
     Attributes:
       step: updates done.
-      params: nested, layers stacked; what is trained in float32, the rest in the dtype of the computation. They are given to
-        the next update: whoever needs them for longer copies them.
+      params: nested, layers stacked; what is trained in float32, the rest in the dtype of the computation. The
+        next update reuses their buffers: whoever needs them for longer copies them.
       program: model and mesh; `data`: processor and records.
     """
 

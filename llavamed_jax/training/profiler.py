@@ -11,7 +11,11 @@ from llavamed_jax.training.log import MetricsWriter
 
 
 class Profiler:
-    """Traces the updates `first` to `last` into the run's TensorBoard directory. As a context it ends a trace that is open."""
+    """Traces updates into the run's TensorBoard directory. As a context it ends a trace that is open.
+
+    Args:
+      span: the first and the last update; None for no trace.
+    """
 
     def __init__(self, span: tuple[int, int] | None, workdir: Path, log: MetricsWriter):
         self._first, self._last = span or (0, 0)
@@ -22,7 +26,7 @@ class Profiler:
         return self
 
     def before(self, step: int, drain: Callable[[], None]) -> None:
-        """To be called before an update is dispatched; `drain` waits for those under way, which are not to be in the trace."""
+        """Begins the trace before its first update. `drain` waits for the updates before it, which stay out of it."""
         if self._first <= step <= self._last and not self._is_on:
             drain()
             if jax.process_index() == 0:
@@ -30,7 +34,7 @@ class Profiler:
             self._is_on = True
 
     def after(self, step: int, drain: Callable[[], None]) -> None:
-        """To be called when an update was dispatched."""
+        """Ends the trace after its last update was dispatched."""
         if self._is_on and step >= self._last:
             drain()
             self._end()

@@ -1,4 +1,4 @@
-"""The schema of a training recipe: every key with its type, range and meaning, checked before anything is read or written.
+"""The schema of a training recipe: type, range and meaning of every key. It is checked before anything is read.
 
 Nothing here imports jax: the command line asks for keys before it may.
 """
@@ -101,8 +101,8 @@ def _flag(meaning: str, default: bool) -> Key:
     return Key((bool,), meaning, default)
 
 
-# In the order of the recipes. Most of the largest values are a process each, a plan each, an array each, or counters of 32 bits:
-# what is larger was mistyped, and would fill the memory.
+# In the order of the recipes. A larger number than the largest was mistyped and would fill the memory: with a process
+# each, a plan each, an array each, or by a counter of 32 bits.
 SCHEMA: Mapping[str, Key] = MappingProxyType({
     "name": _text("the run's name in its log", longest=200),  # it stands in every line
     "init": _text("the checkpoint PATH that the run starts from"),
@@ -113,12 +113,14 @@ SCHEMA: Mapping[str, Key] = MappingProxyType({
     "data.train": Key((str, *LIST), "a LLaVA file, a data set in its own layout, or a list of {path, images, weight}"),
     "data.images": _open("the directory of the images; none where the data names its own"),
     "data.validation": _open("data whose loss and closed accuracy are computed at every step that is saved by count"),
-    "data.samples": _open("data whose questions are asked every samples_every updates; none: data.validation, else data.train"),
+    "data.samples": _open("data whose questions are asked every samples_every updates; none: data.validation, else "
+                          "data.train"),
     "data.packing": _flag("whether several samples share a row", True),
     "data.row_length": _integer("tokens a packed row; 0 picks 8,192, 4,096 or 2,048", 0, least=0, most=2**17),
-    "data.mean_length": _integer("tokens a sample, images included: what preflight assumes, because it reads no data; a run "
-                                 "measures it", more_than=0),
-    "data.workers": _integer("processes that read and tokenize; 0 reads in the training process", 8, least=0, most=1024),
+    "data.mean_length": _integer("tokens a sample, images included: what preflight assumes, because it reads no data; "
+                                 "a run measures it", more_than=0),
+    "data.workers": _integer("processes that read and tokenize; 0 reads in the training process", 8,
+                             least=0, most=1024),
     "data.skip_limit": _number("the share of samples, and of images, that may be unusable before the run stops", 0.5,
                                least=0, most=1),
     "batch_size": _integer("samples an update", more_than=0, most=2**20),
@@ -126,9 +128,10 @@ SCHEMA: Mapping[str, Key] = MappingProxyType({
     "epochs": _open("the length of the run; none where total_steps is given", int, more_than=0, most=10_000),
     "total_steps": _open("the length of the run in updates; none where epochs is given", int, more_than=0, most=10**9),
     "max_length": _integer("tokens a sample; longer ones are cut and counted", more_than=0),
-    "loss_weighting": _text("whether every supervised token weighs alike, or every sample", "token", choices=WEIGHTINGS),
-    "trainable": Key(LIST, "regular expressions over parameter names; or a pair of the embedding's name and tokens, whose rows "
-                           "are trained"),
+    "loss_weighting": _text("whether every supervised token weighs alike, or every sample", "token",
+                            choices=WEIGHTINGS),
+    "trainable": Key(LIST, "regular expressions over parameter names; or a pair of the embedding's name and tokens, whose "
+                           "rows are trained"),
     "optimizer.learning_rate": _number("the peak", more_than=0, most=LARGEST_RATE),
     "optimizer.warmup_ratio": _number("the share of updates that warm up", least=0, most=1),
     "optimizer.weight_decay": _number("AdamW's", least=0),
@@ -137,28 +140,32 @@ SCHEMA: Mapping[str, Key] = MappingProxyType({
     "optimizer.b2": _number("AdamW's", least=0, less_than=1),
     "optimizer.eps": _number("AdamW's", more_than=0),
     "optimizer.mu_dtype": _text("the dtype of AdamW's first moment", "float32", choices=("float32", "bfloat16")),
-    "optimizer.overrides": Key(LIST, "pairs of a regular expression and a learning rate; the first that matches counts", ()),
-    "mesh.data": _integer("devices that hold different rows and whole parameters; -1 on one axis takes the devices that are "
-                          "left", 1),
+    "optimizer.overrides": Key(LIST, "pairs of a regular expression and a learning rate; the first that matches counts",
+                               ()),
+    "mesh.data": _integer("devices that hold different rows and whole parameters; -1 on one axis takes the devices that "
+                          "are left", 1),
     "mesh.fsdp": _integer("devices that hold different rows and shards of the parameters", -1),
     "mesh.tp": _integer("devices that share heads, feed-forward and vocabulary", 1),
     "mesh.slices": _integer("TPU slices", 1, more_than=0),
     "mesh.auto": _flag("picks data and fsdp from devices and memory", False),
     "remat": _text("what a layer keeps for its backward pass", "full", choices=("none", "full", "qkvo", "minimal")),
-    "attention": _text("the attention kernel; auto picks it by device", "auto", choices=("auto", "xla", "splash", "flash")),
-    "checkpoint.every_steps": _integer("saves every so many updates; 0 saves by time and at the end only", 500, least=0),
+    "attention": _text("the attention kernel; auto picks it by device", "auto",
+                       choices=("auto", "xla", "splash", "flash")),
+    "checkpoint.every_steps": _integer("saves every so many updates; 0 saves by time and at the end only", 500,
+                                       least=0),
     "checkpoint.every_minutes": Key((float, int), "saves after so many minutes; 0 saves by count only", 30.0, least=0),
     "checkpoint.keep": _integer("how many steps are kept", 2, more_than=0),
     "checkpoint.keep_best": _flag("keeps the step with the lowest validation loss too", False),
     "log_every": _integer("updates a line of metrics.jsonl", 10, more_than=0),
     "samples_every": _integer("updates between answers to look at; 0 asks nothing", 200, least=0),
-    "nan_limit": _integer("so many updates in a row that are not finite, or learn nothing, end the run", 10, more_than=0),
+    "nan_limit": _integer("so many updates in a row that are not finite, or learn nothing, end the run", 10,
+                          more_than=0),
     "seed": _integer("of data order, initialisation and sampling", least=0),
 })
 
 
 def help_text(width: int) -> str:
-    """Every key with type, range, default and meaning, in the order of the recipes, in lines of at most `width` characters."""
+    """Lists every key with type, range, default and meaning, in lines of at most `width` characters."""
     lines = []
     for name, key in SCHEMA.items():
         otherwise = key.otherwise() if key.default is REQUIRED else f"default {key.otherwise()}"
@@ -172,21 +179,22 @@ def check(cfg: ConfigDict) -> None:
     values = flatten(cfg)
     missing, unknown = sorted(set(SCHEMA) - set(values)), sorted(set(values) - set(SCHEMA))
     if missing or unknown:
-        raise UsageError("; ".join(f"the recipe {verb} {', '.join(keys)}" for verb, keys in
-                                   (("lacks the config keys", missing), ("has the unknown config keys", unknown)) if keys))
+        found = (("lacks the config keys", missing), ("has the unknown config keys", unknown))
+        raise UsageError("; ".join(f"the recipe {verb} {', '.join(keys)}" for verb, keys in found if keys))
     for key, value in values.items():
         _check_value(key, value)
     if cfg.epochs is None and cfg.total_steps is None:
         raise UsageError("the config keys 'epochs' and 'total_steps' are both open; one of them was expected")
     if cfg.batch_size % cfg.micro_batches:
-        raise UsageError(f"the config key 'batch_size' is {cfg.batch_size}; a multiple of micro_batches ({cfg.micro_batches}) was expected")
+        raise UsageError(f"the config key 'batch_size' is {cfg.batch_size}; "
+                         f"a multiple of micro_batches ({cfg.micro_batches}) was expected")
     for axis, free in (("data", (1, -1)), ("fsdp", (1, -1)), ("tp", (1,))):
         if cfg.mesh.auto and cfg.mesh[axis] not in free:
-            raise UsageError(f"the config key 'mesh.{axis}' is {cfg.mesh[axis]} beside mesh.auto, which picks data and fsdp and leaves "
-                             f"tp at 1; {' or '.join(map(str, free))} was expected")
+            raise UsageError(f"the config key 'mesh.{axis}' is {cfg.mesh[axis]} beside mesh.auto, which picks data and fsdp "
+                             f"and leaves tp at 1; {' or '.join(map(str, free))} was expected")
     if cfg.vision_tower is not None and cfg.init.startswith("preset:"):
-        raise UsageError(f"the config key 'vision_tower' is {cfg.vision_tower!r} beside init {cfg.init!r}, whose tower is random; none, or "
-                         "a checkpoint as init, was expected")
+        raise UsageError(f"the config key 'vision_tower' is {cfg.vision_tower!r} beside init {cfg.init!r}, whose tower is "
+                         "random; none, or a checkpoint as init, was expected")
     if cfg.checkpoint.keep_best and not cfg.data.validation:
         raise UsageError("the config key 'checkpoint.keep_best' is true, but data.validation names no data to judge by")
 
@@ -209,7 +217,8 @@ def _check_value(name: str, value: Any) -> None:
         _check_number(key, value, refuse)
     if name == "trainable":
         if not value:
-            raise UsageError("the config key 'trainable' is empty; regular expressions over parameter names were expected")
+            raise UsageError("the config key 'trainable' is empty; regular expressions over parameter names "
+                             "were expected")
         for entry in value:
             _check_rows(entry) if isinstance(entry, LIST) else _check_regex(name, entry)
     if name == "optimizer.overrides":
@@ -219,8 +228,8 @@ def _check_value(name: str, value: Any) -> None:
 
 def _check_text(name: str, key: Key, value: str) -> None:
     if key.longest is not None and len(value) > key.longest:
-        raise UsageError(f"the config key {name!r} has {len(value):,} characters; it stands in every line of the log: at most "
-                         f"{key.longest} were expected")
+        raise UsageError(f"the config key {name!r} has {len(value):,} characters; it stands in every line of the log: "
+                         f"at most {key.longest} were expected")
     if not value and key.longest is None:
         raise UsageError(f"the config key {name!r} is empty; text{' or none' if key.is_open else ''} was expected")
 
@@ -245,21 +254,25 @@ def _check_number(key: Key, value: float, refuse) -> None:
 def _check_rows(entry) -> None:
     is_pair = len(entry) == 2 and entry[0] == TABLE and isinstance(entry[1], (list, tuple))
     if not is_pair or not entry[1] or not all(isinstance(token, str) for token in entry[1]):
-        raise UsageError(f"the config key 'trainable' has {entry!r}; a regular expression, or a pair of {TABLE!r} and tokens, was expected")
+        raise UsageError(f"the config key 'trainable' has {entry!r}; "
+                         f"a regular expression, or a pair of {TABLE!r} and tokens, was expected")
 
 
 def _check_override(key: str, entry) -> None:
     if not isinstance(entry, (list, tuple)) or len(entry) != 2:
-        raise UsageError(f"the config key {key!r} has {entry!r}; pairs of a regular expression and a learning rate were expected")
+        raise UsageError(f"the config key {key!r} has {entry!r}; "
+                         "pairs of a regular expression and a learning rate were expected")
     regex, rate = entry
     _check_regex(key, regex)
     if type(rate) not in (int, float) or not 0 <= rate <= LARGEST_RATE:  # NaN is in no range
-        raise UsageError(f"the config key {key!r} gives {regex!r} the learning rate {rate!r}; 0 to {LARGEST_RATE:g} was expected")
+        raise UsageError(f"the config key {key!r} gives {regex!r} the learning rate {rate!r}; "
+                         f"0 to {LARGEST_RATE:g} was expected")
 
 
 def _check_regex(key: str, regex) -> None:
     if not isinstance(regex, str):
-        raise UsageError(f"the config key {key!r} has {regex!r}; a regular expression over parameter names was expected")
+        raise UsageError(f"the config key {key!r} has {regex!r}; "
+                         "a regular expression over parameter names was expected")
     try:
         re.compile(regex)
     except (re.error, RecursionError, OverflowError) as error:

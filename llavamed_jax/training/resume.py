@@ -26,12 +26,14 @@ from llavamed_jax.utils import signals
 def find(workdir: Path, cfg: ConfigDict) -> tuple[dict, int | None]:
     """Returns what the run in a workdir recorded with its newest intact step, and this step; {} and None to begin."""
     step = _newest_step(workdir)
-    if step is None:  # a workdir without a step belongs to no recipe yet: one that failed before its first step may be corrected
+    if step is None:  # no recipe owns it yet: one that failed before its first step may be corrected
         workdirs.begin_anew(workdir, cfg)
         return {}, None
     meta = store.read_meta(workdir, step)
     if (saved_as := meta.get("step")) != step:
-        what = "does not say which step it is, as those of earlier versions" if saved_as is None else f"was saved as step {saved_as}"
+        what = f"was saved as step {saved_as}"
+        if saved_as is None:
+            what = "does not say which step it is, as those of earlier versions"
         raise UserError(f"{workdir}/checkpoints/{step} {what}; a step under its own number was expected")
     record = meta["run"]
     record["settled"] = workdirs.settled(workdir, cfg, step, record)
@@ -40,11 +42,12 @@ def find(workdir: Path, cfg: ConfigDict) -> tuple[dict, int | None]:
 
 
 def _newest_step(workdir: Path) -> int | None:
-    """The step to resume from, None to begin. Damaged steps are named; a run that had an intact step is never begun anew."""
+    """The step to resume from, None to begin. Damaged steps are named; a run that has had one never begins anew."""
     step, damaged = store.newest_intact_step(workdir)
     if step is None and (len(damaged) > 1 or store.has_sealed(workdir)):
         raise UserError(f"{workdir} has steps and none is intact, so there is nothing to go on from: "
-                        f"{some(damaged, separator='; ')}; delete its checkpoints/ to begin anew, or name another workdir")
+                        f"{some(damaged, separator='; ')}; "
+                        "delete its checkpoints/ to begin anew, or name another workdir")
     for sentence in damaged:
         print(f"{sentence}; {'the run begins anew' if step is None else 'it is passed over'}", flush=True)
     return step
@@ -52,7 +55,7 @@ def _newest_step(workdir: Path) -> int | None:
 
 def begin(workdir: Path, cfg: ConfigDict, checkpoint: Checkpoint, program: Program, data: Data, total_steps: int,
           earlier: Mapping) -> dict:
-    """Writes the recipe and, in a run without a step, the parameters that are not trained. To be called by the first process.
+    """Writes the recipe and, in a run without a step, the parameters that are not trained. The first process calls it.
 
     Args:
       earlier: what the step that the run resumes from recorded; {} where there is none.
@@ -64,7 +67,8 @@ def begin(workdir: Path, cfg: ConfigDict, checkpoint: Checkpoint, program: Progr
     record = workdirs.write_recipe(workdir, cfg, {"total_steps": total_steps, **data.resolved()}, earlier)
     if not earlier:
         write_model(workdir, checkpoint, without=program.trained_names(), progress=signals.checked)
-    return {**record, "model": base.fingerprints(workdir), "validation": data.judged_by(), "computed": arithmetic.used(program)}
+    return {**record, "model": base.fingerprints(workdir), "validation": data.judged_by(),
+            "computed": arithmetic.used(program)}
 
 
 def restore(workdir: Path, step: int, own: Checkpoint, program: Program, meta: Mapping) -> tuple[TrainState, Progress]:

@@ -32,8 +32,8 @@ class Saver:
       saved: the newest step that was given to the writer.
     """
 
-    def __init__(self, writer: store.StepWriter, place: Place, keep: ConfigDict, progress: Progress, say: Callable[[str], None],
-                 step: int):
+    def __init__(self, writer: store.StepWriter, place: Place, keep: ConfigDict, progress: Progress,
+                 say: Callable[[str], None], step: int):
         self._writer, self._place, self._keep, self._progress, self._say = writer, place, keep, progress, say
         self.saved = step
         self._is_unsaved = False  # whether the last save came to nothing; a second one in a row ends the run
@@ -49,7 +49,7 @@ class Saver:
         self._write(state, meta)
 
     def finish(self, state: TrainState, meta: Mapping[str, Any]) -> None:
-        """Waits until the newest step is saved, saves it again where it was removed meanwhile, and deletes old steps."""
+        """Waits for the newest step, saves it again if somebody has removed it, and deletes old steps."""
         if not self._is_saved():  # the state is still here
             self._write(state, meta)
             if not self._is_saved():
@@ -94,6 +94,6 @@ class Saver:
         return not sentence
 
     def _delete_old(self) -> list[int]:
-        """Deletes old steps and returns those that readers hold. A step that is still being written is kept beside the others."""
+        """Deletes old steps and returns those that readers hold. A step that is being written is kept too."""
         best = [self._progress.best["step"]] if self._keep.keep_best and self._progress.best else []
         return self._writer.keep(self._keep.keep, also=best, newest=self.saved)

@@ -1,7 +1,7 @@
-"""After each update the processes of a run agree on its counts, on whether to save by the clock, and on whether to stop.
+"""After each update the processes of a run agree on its counts, and on whether to save by the clock or to stop.
 
-Each process knows its own rows and hears signals of its own, but all must make the same calls in the same order. So after each
-update that is read, every process sends its counts and whether it was asked to stop to process 0, which decides for all.
+Each process knows its own rows and hears signals of its own, but all must make the same calls in the same order. So
+after each update that is read, every process tells process 0 its counts and whether it was asked to stop; process 0 decides.
 A run of one process asks nobody. (`parallel.agreement` compares, once, what the processes were started with.)
 """
 
@@ -73,7 +73,8 @@ class StepAgreement:
         if self._is_alone:
             return dict(counts), []
         everyone = self._everyones(counts=dict(counts), skipped=list(skipped), stop=self._is_asked())
-        self._agreed = distributed.from_first(lambda: dict(stop=any(each["stop"] for each in everyone), save=self._is_late()))
+        self._agreed = distributed.from_first(
+            lambda: dict(stop=any(each["stop"] for each in everyone), save=self._is_late()))
         if not everyone:
             return dict(counts), []
         others = self._others(everyone)

@@ -54,9 +54,9 @@ def fit(cfg: ConfigDict, workdir: str | Path, callbacks: Callbacks = NONE) -> bo
       cannot be written to (`signals.failure`), after everything was saved.
     Raises:
       UsageError: an invalid recipe, or one that differs from the recipe that the workdir was started with.
-      UserError: data, weights or a workdir that cannot be used; updates that are not finite, again and again. Of several
-        processes in all, one of which has other data, weights, code or packages (`agreement`); UsageError: another recipe
-        or flag.
+      UserError: data, weights or a workdir that cannot be used; updates that are not finite, again and again. In
+        all of several processes, one of which has other data, weights, code or packages (`agreement`); UsageError
+        there: another recipe or flag.
     """
     workdir = Path(workdir)
     agreement.check_same(lambda: alike.start(cfg, workdir, {"profile": callbacks.profile}))
@@ -75,7 +75,8 @@ def fit(cfg: ConfigDict, workdir: str | Path, callbacks: Callbacks = NONE) -> bo
                     store.StepWriter(workdir, place.note) as writer, within_memory(cfg, run.program):
                 distributed.when_stopped(None)  # from here on all stop at the same update
                 signals.enter(_LOOP)
-                return run.loop(StepAgreement(signals.is_asked, cfg.checkpoint.every_minutes, run.rows), writer, callbacks)
+                agreed = StepAgreement(signals.is_asked, cfg.checkpoint.every_minutes, run.rows)
+                return run.loop(agreed, writer, callbacks)
         except (UsageError, places.Lost, agreement.StartedOtherwise):
             raise
         except signals.Stopped:
@@ -121,7 +122,8 @@ class Run:
     progress: Progress = field(default_factory=Progress)
 
     @classmethod
-    def open(cls, cfg: ConfigDict, place: places.Place, total_steps: int | None, step: int | None, earlier: Mapping) -> Run:
+    def open(cls, cfg: ConfigDict, place: places.Place, total_steps: int | None, step: int | None,
+             earlier: Mapping) -> Run:
         """Opens weights and data, settles what the recipe leaves open, and puts the state on the devices.
 
         A run that resumes needs no `init`: what is not trained, tokenizer and config are those of its own workdir.
@@ -158,7 +160,8 @@ class Run:
                 state, progress = resume.restore(workdir, step, checkpoint, program, meta)
                 told = arithmetic.warnings(earlier["computed"], arithmetic.used(program))
                 print(f"going on from step {step}", *told, sep="\n", flush=True)
-        log = SilentLog() if distributed.process_index() else MetricsWriter(workdir, step or 0, total_steps, cfg.name, place.check)
+        is_first = not distributed.process_index()
+        log = MetricsWriter(workdir, step or 0, total_steps, cfg.name, place.check) if is_first else SilentLog()
         return cls(cfg, place, data, program, state, step or 0, total_steps, batches, log, record, progress)
 
     def __enter__(self) -> Run:
@@ -180,6 +183,7 @@ class Run:
         reader = self._reader(agreed)
         saver = Saver(writer, self.place, self.cfg.checkpoint, self.progress, self.log.say, self.step)
         self.batches.on_wait = agreed.on_wait
+        has_samples = callbacks.sampler is not None and self.cfg.samples_every > 0
         agreed.saved()
         with Profiler(callbacks.profile, self.place.workdir, self.log) as profiler:
             try:
@@ -187,7 +191,7 @@ class Run:
                     profiler.before(self.step + 1, reader.drain)
                     self._update(train_step, reader)
                     profiler.after(self.step, reader.drain)
-                    if callbacks.sampler is not None and self.cfg.samples_every and self._is_due(self.cfg.samples_every):
+                    if has_samples and self._is_due(self.cfg.samples_every):
                         with reader.paused():
                             self.log.samples(self.step, callbacks.sampler(self._snapshot()))
                     is_due = self._is_due(self.cfg.checkpoint.every_steps)
@@ -250,8 +254,8 @@ class Run:
 
     def _trouble_counts(self) -> dict[str, int]:
         loader = self.batches
-        return dict(samples_skipped=len(loader.skipped), images_skipped=loader.surplus, samples_truncated=loader.truncated,
-                    samples_unsupervised=loader.unsupervised)
+        return dict(samples_skipped=len(loader.skipped), images_skipped=loader.surplus,
+                    samples_truncated=loader.truncated, samples_unsupervised=loader.unsupervised)
 
     def _validate(self, eval_step, callbacks: Callbacks, agreed: StepAgreement) -> None:
         """Writes the validation loss and what the evaluators say; warns of validation samples that are skipped."""
@@ -281,7 +285,8 @@ class Run:
     def _end(self) -> bool:
         """Says how the run has ended, and returns whether it is finished."""
         is_finished = self.step >= self.total_steps
-        end = "finished" if is_finished else "stopped and saved" if self.step else "stopped before the first update was done,"
+        stopped = "stopped and saved" if self.step else "stopped before the first update was done,"
+        end = "finished" if is_finished else stopped
         line = f"{end} at step {self.step} of {self.total_steps}: {self.place.workdir}"
         self.log.say(" · ".join([line, *troubles(vars(self.progress))]))
         return is_finished

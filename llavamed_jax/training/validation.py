@@ -19,9 +19,11 @@ from llavamed_jax.training.step_agreement import PATIENCE_S
 from llavamed_jax.utils import signals
 
 
-def judge(snapshot: Snapshot, state: TrainState, eval_step, evaluators: Sequence[Evaluator], progress: Progress) -> dict[str, float]:
-    """The validation loss, weighted as the training loss is, and what the evaluators say; notes in `progress` which step is
-    the best.
+def judge(snapshot: Snapshot, state: TrainState, eval_step, evaluators: Sequence[Evaluator],
+          progress: Progress) -> dict[str, float]:
+    """Returns the validation loss, weighted as the training loss is, and the numbers of the evaluators, by name.
+
+    It notes in `progress` which step has the lowest loss.
 
     Raises:
       Stopped: the run was asked to stop, and validation data do not come.
@@ -53,6 +55,7 @@ def _validation_loss(snapshot: Snapshot, state: TrainState, eval_step) -> float:
 def _on_wait(seconds: float) -> None:
     """What comes is used, also after a signal: a run that goes on does not validate this step again."""
     if signals.is_asked() and seconds > PATIENCE_S:
-        raise signals.Stopped("stopped while validation data were waited for") if jax.process_count() == 1 else TimeoutError
+        is_alone = jax.process_count() == 1
+        raise signals.Stopped("stopped while validation data were waited for") if is_alone else TimeoutError
 
 
