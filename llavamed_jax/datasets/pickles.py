@@ -1,8 +1,8 @@
 """Pickles of plain data, and of nothing else: what is read is data, and no file can make this program run something.
 
-A pickle is a program for a small machine. Python's own machine (`pickle._Unpickler`, whose twin in C has no table) runs here with
-the instructions that make lists, dicts, tuples, text and numbers; those that look up a name, call or build an object do not
-exist. Keys of dicts are text or numbers: the hash of a tuple that is nested a million times ends the process.
+A pickle is a program for a small machine. Python's own machine (`private.PythonUnpickler`) runs here with the instructions
+that make lists, dicts, tuples, text and numbers; those that look up a name, call or build an object do not exist. Keys of
+dicts are text or numbers: the hash of a tuple that is nested a million times ends the process.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 
 from llavamed_jax.errors import UserError
 from llavamed_jax.utils.files import read_bytes
+from llavamed_jax.utils.private import PythonUnpickler
 
 _PLAIN = """
 PROTO FRAME STOP MARK POP POP_MARK MEMOIZE PUT BINPUT LONG_BINPUT GET BINGET LONG_BINGET
@@ -36,8 +37,8 @@ class _Instructions(dict):
         raise _Refused(f"the instruction {known.name}" if known else f"the byte {code}, which is no instruction")
 
 
-class _PlainUnpickler(pickle._Unpickler):
-    dispatch = _Instructions({getattr(pickle, name)[0]: pickle._Unpickler.dispatch[getattr(pickle, name)[0]] for name in _PLAIN})
+class _PlainUnpickler(PythonUnpickler):
+    dispatch = _Instructions({getattr(pickle, name)[0]: PythonUnpickler.dispatch[getattr(pickle, name)[0]] for name in _PLAIN})
 
     def _load_dict(self):
         items = self.pop_mark()
@@ -76,6 +77,8 @@ def read_plain_pickle(file: Path) -> Any:
     wanted = "a pickle of lists, dicts, text and numbers only was expected"
     try:
         return _PlainUnpickler(io.BytesIO(data), encoding="utf-8").load()
+    except UserError:
+        raise
     except _Refused as refused:
         raise UserError(f"{file} holds {refused}; {wanted}") from None
     except EOFError:

@@ -22,6 +22,7 @@ from llavamed_jax.generation.sampling import Sampling, next_token
 from llavamed_jax.models.decoders.cache import LayerCache, init_cache
 from llavamed_jax.models.llava import Llava
 from llavamed_jax.parallel.mesh import batch_sharding, replicated, spec_of
+from llavamed_jax.utils import private
 
 NO_TOKEN = -1  # in a finished row's part of the output
 
@@ -130,7 +131,7 @@ class Programs:
 
     def count(self) -> int:
         """How many programs have been compiled."""
-        return sum(program._cache_size() for program in self._programs.values())
+        return sum(private.compilations(program) for program in self._programs.values())
 
     def prefill(self, params, slots: Slots, features, prompts: Prompts, width: int) -> tuple[Slots, Made]:
         """Runs prompts and draws the first token of each. `width`: cache positions that the longest of them needs.

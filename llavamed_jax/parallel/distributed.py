@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from llavamed_jax.errors import UserError
-from llavamed_jax.utils import signals, terminal
+from llavamed_jax.utils import private, signals, terminal
 
 # A process that is silent for so long is given up, and the runtime ends all others.
 HEARTBEAT_S = 40
@@ -148,7 +148,6 @@ def initialize(coordinator: str | None = None, count: int | None = None, index: 
     """
     global _group
     import jax  # not above: whoever runs alone needs no jax to call the rest
-    from jax._src import distributed as runtime  # nothing public gives its client
 
     jax.config.update("jax_enable_preemption_service", False)  # its handler of SIGTERM would take the place of the program's own
     try:
@@ -158,8 +157,7 @@ def initialize(coordinator: str | None = None, count: int | None = None, index: 
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(f"the other processes of this run were not found: {reason}; --coordinator, --num_processes and --process_id "
                         "name them, and --num_processes 1 runs alone") from error
-    state = runtime.global_state
-    _group = Group(state.client, state.process_id, state.num_processes)
+    _group = Group(*private.coordination_client())
     _group.watch()
 
 

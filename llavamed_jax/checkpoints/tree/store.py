@@ -14,12 +14,11 @@ lost a bit, is found and named.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import logging
 import os
 import shutil
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,6 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from orbax.checkpoint._src import asyncio_utils  # nothing public reaches its event loop
 
 from llavamed_jax.checkpoints.nested import flatten, nest
 from llavamed_jax.checkpoints.tensor import Tensor
@@ -38,10 +36,10 @@ from llavamed_jax.checkpoints.tree.holding import Hold, reading
 from llavamed_jax.checkpoints.tree.step_manifest import damage as _damage
 from llavamed_jax.checkpoints.tree.step_manifest import write as _write_manifest
 from llavamed_jax.errors import UserError
+from llavamed_jax.utils import private
 from llavamed_jax.utils.files import is_at, read_json
 
 SEALED = ".sealed"  # stands in checkpoints/ once a step was whole
-_LEFT_S = 60.0  # that the writes of a save that has failed may take to end
 TRIES = 5  # to open the newest step of a run that deletes the older ones meanwhile
 _REMOVED = "{} was removed while it was written, so this step is not saved"
 
@@ -50,34 +48,7 @@ class Unsaved(UserError):
     """A step is not saved, and the disk has refused nothing: somebody removed what was written, and another save may succeed."""
 
 
-
-
-
-
-
-
-
-
-
-
-def _run_to_the_end(coro: Coroutine) -> Any:
-    """In place of Orbax's function of its event loop, which closes the loop at the first failure. Then the writes that are still
-    under way find it closed, and TensorStore prints a traceback for each; here they come to their end first."""
-    loop = asyncio.new_event_loop()
-    try:
-        asyncio.set_event_loop(loop)
-        return loop.run_until_complete(coro)
-    except Exception:
-        if left := asyncio.all_tasks(loop):
-            for task in loop.run_until_complete(asyncio.wait(left, timeout=_LEFT_S))[0]:
-                task.cancelled() or task.exception()  # looked at, or asyncio complains; the first one is raised here
-        raise
-    finally:
-        asyncio.set_event_loop(None)
-        loop.close()
-
-
-asyncio_utils._run_sync_via_new_loop = _run_to_the_end
+private.let_orbax_finish_writes()
 
 
 class StepWriter:
