@@ -1,6 +1,7 @@
 """Steps that are read while their run deletes old ones: what is held stays; where nothing can be held, one sentence says what to do."""
 
 import errno
+import fcntl
 import threading
 
 import jax.numpy as jnp
@@ -47,7 +48,7 @@ def save(workdir):
 def no_locks(monkeypatch):
     def flock(*_):
         raise OSError(errno.ENOLCK, "No locks available")
-    monkeypatch.setattr(holding.fcntl, "flock", flock)
+    monkeypatch.setattr(fcntl, "flock", flock)
 
 
 def assert_is(checkpoint, step):
@@ -146,7 +147,7 @@ def test_a_step_that_is_being_deleted_is_not_opened(workdir, save):
     save(2, keep=2)
     directory = workdir / "checkpoints" / "1"
     with open(directory / "manifest.json", "r+") as file:
-        holding.fcntl.flock(file, holding.fcntl.LOCK_EX)
+        fcntl.flock(file, fcntl.LOCK_EX)
         assert holding.hold(directory) is None
     assert holding.hold(directory) is not None
 

@@ -7,13 +7,12 @@ import math
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
-from tqdm import tqdm
 
 from llavamed_jax.checkpoints.assemble.build import build, with_projector
 from llavamed_jax.checkpoints.assemble.delta import apply_delta, make_delta
@@ -28,7 +27,7 @@ from llavamed_jax.errors import UsageError, UserError, cut, exists, warn
 from llavamed_jax.text.chat_template import read_template
 from llavamed_jax.text.templates import get_template
 from llavamed_jax.text.tokenizer import TOKENIZERS, Tokenizer
-from llavamed_jax.utils import signals, terminal
+from llavamed_jax.utils import progress, signals, terminal
 from llavamed_jax.utils.directories import new_directory
 from llavamed_jax.utils.files import read_json
 
@@ -109,10 +108,6 @@ def _said_of(flag: str, check: Callable[[Any], object], value: Any) -> None:
         raise UsageError(f"{flag}: {error}") from error
 
 
-def _bar(names: Iterable[str]) -> Iterable[str]:
-    return tqdm(names, unit="tensor", disable=None)  # None: silent where stderr is no terminal
-
-
 def _report(tensors: Mapping[str, Tensor], out: str) -> None:
     print(f"wrote {len(tensors)} tensors, {_bytes(total_bytes(tensors))}, to {out}")
 
@@ -128,7 +123,7 @@ def _import(args: argparse.Namespace) -> None:
     from llavamed_jax.checkpoints.tree.model import write_model  # Orbax: not needed by the other commands
     checkpoint = _open(args.checkpoint, args, _DTYPES.get(args.dtype))
     with new_directory(args.out, total_bytes(checkpoint.tensors), checkpoint.sources) as out:
-        write_model(out, checkpoint, progress=_bar)
+        write_model(out, checkpoint, progress=progress.over)
     _report(checkpoint.tensors, args.out)
 
 
@@ -141,7 +136,7 @@ def _export_flags(parser: argparse.ArgumentParser) -> None:
 def _export(args: argparse.Namespace) -> None:
     """Write a checkpoint in a PyTorch layout."""
     checkpoint = _open(args.checkpoint, args, _DTYPES.get(args.dtype))
-    export(checkpoint, args.out, args.layout, _bar)
+    export(checkpoint, args.out, args.layout, progress.over)
     _report(checkpoint.tensors, args.out)
 
 
@@ -169,7 +164,7 @@ def _build(args: argparse.Namespace) -> None:
         _check_text(checkpoint)
         print(*said, sep="\n")
         with new_directory(args.out, total_bytes(checkpoint.tensors), map(Path, (args.decoder, args.vision))) as out:
-            write_model(out, checkpoint, progress=_bar)
+            write_model(out, checkpoint, progress=progress.over)
     _report(checkpoint.tensors, args.out)
 
 
@@ -185,7 +180,7 @@ def _make_delta_flags(parser: argparse.ArgumentParser) -> None:
 
 def _make_delta(args: argparse.Namespace) -> None:
     """Write a model as its difference from the base that it was trained from, in float16."""
-    _report(make_delta(args.base, args.target, args.out, _bar), args.out)
+    _report(make_delta(args.base, args.target, args.out, progress.over), args.out)
 
 
 def _apply_delta_flags(parser: argparse.ArgumentParser) -> None:
@@ -194,7 +189,7 @@ def _apply_delta_flags(parser: argparse.ArgumentParser) -> None:
 
 def _apply_delta(args: argparse.Namespace) -> None:
     """Add a delta to its base, in float16: how LLaVA-Med v1.0 becomes a model."""
-    _report(apply_delta(args.base, args.delta, args.out, _bar), args.out)
+    _report(apply_delta(args.base, args.delta, args.out, progress.over), args.out)
 
 
 def _inspect_flags(parser: argparse.ArgumentParser) -> None:
@@ -249,7 +244,7 @@ def _verify(args: argparse.Namespace) -> int:
     if not 0 <= args.tolerance < math.inf:
         raise UsageError(f"--tolerance is {args.tolerance}; a number of at least 0 was expected")
     checkpoints = [_open(path, args) for path in (args.a, args.b)]
-    rows = compare(*checkpoints, args.tolerance, args.tensors_only, _DTYPES[args.dtype], _bar)
+    rows = compare(*checkpoints, args.tolerance, args.tensors_only, _DTYPES[args.dtype], progress.over)
     print(f"\n{table(rows)}\n")
     differing = [row.what for row in rows if not row.is_equal]
     print(f"not equal: {'; '.join(differing)}" if differing else f"equal, to {args.tolerance:g} of the largest magnitude")

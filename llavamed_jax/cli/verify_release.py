@@ -6,11 +6,13 @@ import datetime
 import os
 import platform
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from llavamed_jax.cli.common import Parser, command, load_config
 from llavamed_jax.errors import UsageError
+from llavamed_jax.utils import progress
+from llavamed_jax.utils.files import write_text
 
 RELEASE = "microsoft/llava-med-v1.5-mistral-7b"
 
@@ -48,7 +50,7 @@ def _program(argv: list[str]) -> None:
         raise UsageError(f"the step {unknown[0]!r} does not exist; one of {', '.join(verification.STEPS)} was expected")
     if "vqa_rad" in steps and not cfg.data.root:
         raise UsageError("the step vqa_rad needs --vqa_rad DIR (VQA_RAD=DIR for make), the data set in its official layout")
-    release = verification.Release(args.model, Path(args.images), Path(args.workdir), cfg, args.stock_tower, args.dtype, _bar)
+    release = verification.Release(args.model, Path(args.images), Path(args.workdir), cfg, args.stock_tower, args.dtype, progress.bar)
     if "fetch" in steps:
         verification.check_disk(release)
     done: dict[str, list[str]] = {}
@@ -74,14 +76,7 @@ def _facts() -> dict[str, object]:
 
 def _write(file: Path, text: str) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(file)
-
-
-def _bar(names: Sequence[str]) -> Iterable[str]:
-    from tqdm import tqdm
-    return tqdm(names, disable=None)
+    write_text(file, text)
 
 
 if __name__ == "__main__":

@@ -7,18 +7,18 @@ exactly where they have one image, in whichever split they stand.
 
 from __future__ import annotations
 
-import hashlib
 import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from tqdm import tqdm
 
 from llavamed_jax.datasets.records import save_whole
 from llavamed_jax.errors import UserError
+from llavamed_jax.utils import progress
 from llavamed_jax.utils.files import open_file
+from llavamed_jax.utils.hashes import sha256
 
 _ROWS = 64  # that are held at a time, with their images
 _LARGE = 2000  # rows from which on a bar is shown
@@ -38,7 +38,7 @@ def read_parquet(files: Sequence[Path], columns: Sequence[str], images: Path,
     parquet = _pyarrow()
     opened = [_open(parquet, file, {*columns, "image"}) for file in files]
     total, keep = sum(file.metadata.num_rows for file in opened), _Images(images)
-    with tqdm(total=total, desc="reading parquet", unit="row", disable=None if total >= _LARGE else True) as bar:
+    with progress.bar(total=total, is_long=total >= _LARGE, desc="reading parquet", unit="row") as bar:
         for name, file in zip(files, opened, strict=True):
             index, more = 0, [column for column in optional if column in file.schema_arrow.names]
             for batch in _batches(file, name, [*columns, *more, "image"]):
@@ -111,7 +111,7 @@ class _Images:
         return self._last[1]
 
     def _written(self, data: bytes) -> Path:
-        path = self._folder / f"{hashlib.sha256(data).hexdigest()[:32]}{_suffix(data)}"
+        path = self._folder / f"{sha256(data)[:32]}{_suffix(data)}"
         try:
             if not path.is_file() or path.stat().st_size != len(data):
                 save_whole(path, lambda file: file.write(data))

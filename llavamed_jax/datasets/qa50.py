@@ -7,14 +7,14 @@ in_text_mention, domain, type, fig_label`.
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from llavamed_jax.datasets.sample import OPEN, VqaSample
 from llavamed_jax.errors import UserError, short
-from llavamed_jax.utils.files import parse_json, read_bytes
+from llavamed_jax.utils.files import parse_jsonl, read_bytes
+from llavamed_jax.utils.hashes import sha256
 
 FILE = "llava_med_eval_qa50_qa.jsonl"
 PUBLISHED_SHA256 = "48c6b680a962dbf8caf63e3ded2bef7770dccf9c2602f32e5f05f4b907266f25"
@@ -87,8 +87,8 @@ def read_chat_questions(root: str | Path, images: str | Path = "") -> ChatSet:
     except UnicodeDecodeError:
         raise UserError(f"{file} is not UTF-8 text; JSON lines with chat questions were expected") from None
     folder = Path(images) if images is not None and str(images) else file.parent / "images"
-    lines = [(f"{file}, line {number}", line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
-    questions = [_question(parse_json(line, where), where, folder) for where, line in lines]
+    lines = parse_jsonl(text, lambda number: f"{file}, line {number}")
+    questions = [_question(record, where, folder) for where, record in lines]
     if not questions:
         raise UserError(f"{file} holds no question")
     seen: dict[str, str] = {}
@@ -96,7 +96,7 @@ def read_chat_questions(root: str | Path, images: str | Path = "") -> ChatSet:
         earlier = seen.setdefault(str(question.question_id), where)
         if earlier != where:
             raise UserError(f"{where} has the question_id {question.question_id!r}, as {earlier.rpartition(', ')[2]} has")
-    return ChatSet(file, questions, hashlib.sha256(data).hexdigest())
+    return ChatSet(file, questions, sha256(data))
 
 
 def _question(record: Any, where: str, images: Path) -> ChatQuestion:

@@ -15,7 +15,6 @@ import json
 import math
 import os
 import re
-import uuid
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -27,7 +26,8 @@ import numpy as np
 from llavamed_jax.errors import UserError, short
 from llavamed_jax.text.conversation import IMAGE_MARKER
 from llavamed_jax.utils import worker_notes
-from llavamed_jax.utils.files import open_file, parse_json
+from llavamed_jax.utils.files import open_file, parse_json, write_whole
+from llavamed_jax.utils.hashes import sha256
 
 _WINDOW = 4 * 2**20  # bytes of a JSON list that are looked at together
 _LONGEST = 2**28  # bytes of one record, beyond which the file is taken to be broken
@@ -53,7 +53,7 @@ class MemoryRecords:
         return json.loads(self._text[self._ends[i - 1] if i else 0:self._ends[i]])
 
     def fingerprint(self) -> str:
-        return hashlib.sha256(self._text + self._ends.tobytes()).hexdigest()
+        return sha256(self._text + self._ends.tobytes())
 
 
 class FileRecords:
@@ -137,10 +137,7 @@ def load_arrays(path: Path, *names: str) -> dict[str, np.ndarray] | None:
 def save_whole(path: Path, write: Callable[[BinaryIO], None]) -> None:
     """Writes a file whole or not at all, also where several processes write the same one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}")  # on a disk that machines share, process ids repeat
-    with open(temporary, "wb") as file:
-        write(file)
-    temporary.replace(path)
+    write_whole(path, write)
 
 
 def find_records(file: BinaryIO, name: str) -> np.ndarray:

@@ -11,7 +11,7 @@ from llavamed_jax.datasets import detect
 from llavamed_jax.datasets.registry import OFFICIAL, SETS
 from llavamed_jax.datasets.sample import _OPEN_OR_CLOSED, VqaSample, check_images
 from llavamed_jax.errors import UserError, short
-from llavamed_jax.utils.files import parse_json, read_bytes
+from llavamed_jax.utils.files import parse_json, parse_jsonl, read_bytes
 
 _LARGEST = 2**63  # a pickle can hold a number of a million digits, which Python refuses to write down
 
@@ -36,8 +36,7 @@ def read_rows(file: Path, layout: str) -> list[Row]:
         raise UserError(f"{file} is not UTF-8 text; a JSON list or JSON lines were expected") from error
     if text.lstrip().startswith("["):
         return named_rows(parse_json(text, str(file)), file, layout)
-    lines = enumerate(text.split("\n"), 1)  # a text may hold other line separators
-    return named_rows([parse_json(line, f"line {number} of {file}") for number, line in lines if line.strip()], file, layout)
+    return named_rows([row for _, row in parse_jsonl(text, lambda number: f"line {number} of {file}")], file, layout)
 
 
 def read_split(root: str | Path, split: str, layout: str, images: str | Path | None,

@@ -7,7 +7,6 @@ whatever it was read from; `sample.to_llava` makes one of a question.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from llavamed_jax.datasets.records import FileRecords, MemoryRecords, open_recor
 from llavamed_jax.datasets.registry import SETS, Selection
 from llavamed_jax.datasets.sample import to_llava
 from llavamed_jax.errors import UsageError, UserError
+from llavamed_jax.utils.hashes import sha256
 
 LARGEST_WEIGHT = 1000  # of a source of training data: an epoch is laid out whole, and what is larger was mistyped
 
@@ -55,7 +55,7 @@ class TrainingData:
 
     def fingerprint(self) -> str:
         """Names the records: their text, not the images' pixels."""
-        return hashlib.sha256(repr([source.fingerprint() for source in self.sources]).encode()).hexdigest()[:24]
+        return sha256(repr([source.fingerprint() for source in self.sources]).encode())[:24]
 
     def readable(self) -> Iterator[dict]:
         """The records in order, without the damaged ones."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +17,7 @@ from llavamed_jax.datasets.sample import VqaSample, check_ids
 from llavamed_jax.datasets.slake import LANGUAGES
 from llavamed_jax.errors import UsageError, UserError
 from llavamed_jax.utils.files import read_json, write_text
+from llavamed_jax.utils.hashes import sha256
 
 log = logging.getLogger(__name__)
 
@@ -97,7 +97,7 @@ def questions_hash(samples: Sequence[VqaSample]) -> str:
     length = next((n for n in range(1, 9) if 2 * len({parts[-n:] for parts in paths.values()}) > len(paths)), 9)
     names = {image: "/".join(parts[-length:]) for image, parts in paths.items()}
     rows = [[str(s.question_id), names[str(s.image)], s.question, str(s.answer), s.answer_type, list(s.options)] for s in samples]
-    return hashlib.sha256(json.dumps(rows, ensure_ascii=True).encode()).hexdigest()
+    return sha256(json.dumps(rows, ensure_ascii=True).encode())
 
 
 def write_llava(cfg: ConfigDict, path: str | Path) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
@@ -20,6 +19,7 @@ from llavamed_jax.evaluation.judging.judge import Verdict
 from llavamed_jax.evaluation.report import tensorboard
 from llavamed_jax.evaluation.scoring.predictions import read_predictions
 from llavamed_jax.parallel import distributed
+from llavamed_jax.utils import locks
 from llavamed_jax.utils.files import is_at, read_json, utf8
 
 # Files that only some evaluations leave. Beside the metrics of another evaluation they would be wrong.
@@ -94,13 +94,7 @@ def _open(workdir: Path) -> int:
 
 def _lock(descriptor: int) -> bool:
     """Whether a directory is ours now; True too on a file system that knows no locks."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        pass
-    return True
+    return locks.lock(descriptor) is not False
 
 
 @dataclass(frozen=True)

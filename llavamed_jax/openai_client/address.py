@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from dataclasses import dataclass, field
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 from llavamed_jax.errors import UsageError, short
 from llavamed_jax.openai_client.secrets import SHORTEST
+from llavamed_jax.utils.hashes import sha256
 
 _LONGEST = 2000  # characters
 _KEY_NAME = re.compile("key|token|secret|sig|pass|auth|cred|code", re.IGNORECASE)
@@ -36,7 +36,7 @@ class Address:
         """SHA-256 of the part of the query on which answers may depend: all parameters but those named like a key, which may
         change; empty where there are none."""
         items = "&".join(item for item in self.query.split("&") if not _KEY_NAME.search(item.partition("=")[0]))
-        return hashlib.sha256(items.encode()).hexdigest() if items else ""
+        return sha256(items.encode()) if items else ""
 
     @property
     def is_azure(self) -> bool:

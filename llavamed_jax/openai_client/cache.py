@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import sys
@@ -11,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llavamed_jax.errors import UserError
-from llavamed_jax.utils.files import read_bytes
+from llavamed_jax.utils.files import read_bytes, recover_jsonl
+from llavamed_jax.utils.hashes import sha256
 
 if TYPE_CHECKING:  # it brings the client
     from llavamed_jax.openai_client.replies import Reply
@@ -34,12 +34,11 @@ class JudgeCache:
         except FileNotFoundError:
             data = b""
         self._is_whole = not data or data.endswith(b"\n")
-        lines = [line for line in data.split(b"\n") if line.strip()]
-        damaged = 0
+        lines, damaged = recover_jsonl(data.decode("utf-8", "replace")), 0
         for line in lines:
             try:
-                self._lines.update([_kept(json.loads(line))])
-            except (ValueError, RecursionError):
+                self._lines.update([_kept(line)])
+            except ValueError:
                 damaged += 1
         if damaged:
             print(f"warning: {path}: {damaged} of {len(lines)} lines are no whole replies and are passed over", file=sys.stderr)
@@ -85,4 +84,4 @@ def _kept(line: object) -> tuple[str, dict]:
 def request_key(model: str, messages: Sequence[Mapping], settings: Mapping) -> str:
     """SHA-256 of what a reply follows from. A judge is known by its name: the address is not part of it."""
     content = json.dumps([model, list(messages), dict(settings)], sort_keys=True)
-    return hashlib.sha256(content.encode()).hexdigest()
+    return sha256(content.encode())

@@ -6,14 +6,12 @@ image is opened. Of large data the result is kept in a folder, under a name made
 
 from __future__ import annotations
 
-import hashlib
 import json
 import pickle
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from llavamed_jax.datasets.records import load_arrays, save_whole
 from llavamed_jax.datasets.training import TrainingData
@@ -21,6 +19,8 @@ from llavamed_jax.errors import UsageError, UserError
 from llavamed_jax.pipeline import examples, workers
 from llavamed_jax.processor import Processor
 from llavamed_jax.utils import signals
+from llavamed_jax.utils.hashes import sha256
+from llavamed_jax.utils.progress import bar
 
 BLOCK = 512  # records that are measured together
 FORMAT = 4  # of what is kept; to be raised when samples become longer or shorter
@@ -101,7 +101,7 @@ def measure(data: TrainingData, processor: Processor, max_length: int, num_worke
     blocks = workers.in_order(make, count, num_workers) if is_large and num_workers else map(make, signals.checked(range(count)))
     parts = []
     try:
-        for part in tqdm(blocks, "measuring samples", count, unit_scale=BLOCK, disable=None if is_large else True):
+        for part in bar(blocks, is_long=is_large, desc="measuring samples", total=count, unit_scale=BLOCK):
             _refuse_beyond(rows, part["highest"], processor)
             parts.append(part)
     finally:
@@ -186,7 +186,7 @@ def _key(data: TrainingData, processor: Processor, max_length: int) -> str:
     config = processor.config
     parts = [FORMAT, max_length, processor.template_name, processor.tokens_per_image, processor.max_length,
              config and config.use_start_end, [source.fingerprint() for source in data.sources]]
-    return hashlib.sha256(json.dumps(parts).encode() + pickle.dumps(processor.tokenizer)).hexdigest()[:24]
+    return sha256(json.dumps(parts).encode() + pickle.dumps(processor.tokenizer))[:24]
 
 
 def _save(path: Path, lengths: Lengths) -> None:

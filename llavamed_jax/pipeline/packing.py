@@ -9,7 +9,6 @@ Rows that are not packed are the same thing with one sample each.
 from __future__ import annotations
 
 import functools
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from llavamed_jax.datasets.records import load_arrays, save_whole
 from llavamed_jax.datasets.training import TrainingData
 from llavamed_jax.errors import UsageError, UserError
 from llavamed_jax.pipeline.lengths import LARGE, Lengths
+from llavamed_jax.utils.hashes import sha256
 
 ROW_LENGTHS = (8192, 4096, 2048)
 # Rows that grain fills at a time. With 64 instead, rows of 2,048 hold a fiftieth less, with more nothing changes.
@@ -154,7 +154,7 @@ class Plan:
         """Names the plan: what it follows from, in short."""
         layout = (self.layout.row_length, self.layout.image_slots, self.layout.is_packed, BINS)
         arrays = self.lengths.tokens.tobytes() + self.lengths.images.tobytes()
-        return hashlib.sha256(repr((self.stream, layout)).encode() + arrays).hexdigest()[:24]
+        return sha256(repr((self.stream, layout)).encode() + arrays)[:24]
 
     def rows(self, epoch: int) -> Rows:
         if epoch not in self._known:

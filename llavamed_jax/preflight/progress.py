@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 
-from tqdm import tqdm
+from llavamed_jax.utils.progress import bar, on_terminal
 
 
 class Progress:
@@ -19,9 +19,9 @@ class Progress:
         self._total, self._done, self._now = total, 0, []
         self._lock = threading.Lock()
         self._bar = None
-        if sys.stderr is not None and sys.stderr.isatty():
+        if on_terminal():
             form = "preflight: {n_fmt} of {total_fmt} [{elapsed}]{postfix}"
-            self._bar = tqdm(total=total, bar_format=form, file=sys.stderr, leave=False, dynamic_ncols=True)
+            self._bar = bar(total=total, bar_format=form, leave=False, dynamic_ncols=True)
 
     def begin(self, what: str) -> None:
         """A compilation: a topology, and what is changed for it."""

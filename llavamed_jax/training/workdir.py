@@ -13,6 +13,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from llavamed_jax.errors import UsageError, UserError, exists
+from llavamed_jax.utils.files import write_whole
 from llavamed_jax.utils.nested import flatten
 
 _LENGTH = ("epochs", "total_steps")
@@ -140,9 +141,7 @@ def _plain(cfg: ConfigDict) -> dict:
 
 def write_text(path: Path, text: str) -> None:
     """Replaces a file's content whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.rename(path)
+    write_whole(path, lambda file: file.write(text.encode()))
 
 
 def cut_back(path: Path, step: int) -> None:

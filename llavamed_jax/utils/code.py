@@ -7,6 +7,8 @@ import hashlib
 import importlib.metadata
 from pathlib import Path
 
+from llavamed_jax.utils.hashes import sha256
+
 _SUFFIXES = (".py", ".txt", ".j2", ".css")  # what the judge is told and the pages of reports lie beside the code
 
 
@@ -15,7 +17,7 @@ def code_sha256() -> str:
     """A sha256 of this package's files: their names and contents, wherever they are installed."""
     root, digest = Path(__file__).resolve().parents[1], hashlib.sha256()
     for file in sorted(path for path in root.rglob("*") if path.suffix in _SUFFIXES):
-        digest.update(f"{file.relative_to(root).as_posix()} {hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
+        digest.update(f"{file.relative_to(root).as_posix()} {sha256(file.read_bytes())}\n".encode())
     return digest.hexdigest()
 
 

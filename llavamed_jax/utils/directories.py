@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
 import secrets
 import shutil
@@ -12,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from llavamed_jax.errors import UserError
-from llavamed_jax.utils import signals
+from llavamed_jax.utils import locks, signals
 
 
 @contextlib.contextmanager
@@ -73,9 +72,7 @@ def _lock(directory: Path) -> int | None:
     """A descriptor that holds a directory until it is closed, by the kernel at the latest; None where another has it, or on
     a file system without locks."""
     descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    if not locks.lock(descriptor):
         os.close(descriptor)
         return None
     return descriptor

@@ -6,10 +6,12 @@ Reading refuses a pipe, a device, a socket or a directory at once instead of wai
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import stat
-from collections.abc import Mapping, Sequence
+import uuid
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -102,6 +104,29 @@ def parse_json(text: str, name: str) -> Any:
         raise UserError(f"{name} is nested too deeply to be read as JSON") from None
 
 
+def parse_jsonl(text: str, name: Callable[[int], str]) -> list[tuple[str, Any]]:
+    """Each line's name and its JSON value; blank lines are left out, and other line separators are part of a value.
+
+    Args:
+      name: what an error calls the line of a number, counted from 1.
+    Raises:
+      UserError: a line that is not JSON.
+    """
+    lines = [(name(number), line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
+    return [(where, parse_json(line, where)) for where, line in lines]
+
+
+def recover_jsonl(text: str) -> list[Any]:
+    """The values of lines of JSON, with None for each line that is not JSON, such as the last one of a process that was killed."""
+    def value(line: str) -> Any:
+        try:
+            return json.loads(line)
+        except (ValueError, RecursionError):
+            return None
+
+    return [value(line) for line in text.split("\n") if line.strip()]
+
+
 def write_json(file: Path, value: dict) -> None:
     file.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
@@ -111,15 +136,31 @@ def write_text(path: Path, text: str) -> None:
 
     A lone surrogate, which UTF-8 has no bytes for, is written as JSON escapes it.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with signals.undone_by(temporary.unlink):
-            temporary.write_bytes(utf8(text))
-            os.replace(temporary, path)
+        write_whole(path, lambda file: file.write(utf8(text)))
     except OSError as error:
-        with contextlib.suppress(OSError):  # where it could not even be begun
-            temporary.unlink()
         raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Writes a file under a temporary name beside it and renames it, so that several processes may write the same file.
+
+    Args:
+      write: writes the content into the open file. If it raises, the temporary file is removed and `path` stays as it was.
+    Raises:
+      OSError: the disk refuses the file.
+    """
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")  # process ids repeat on a disk that machines share
+    remove = functools.partial(temporary.unlink, missing_ok=True)
+    with signals.undone_by(remove):
+        try:
+            with open(temporary, "wb") as file:
+                write(file)
+            os.replace(temporary, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                remove()
+            raise
 
 
 def utf8(text: str) -> bytes:

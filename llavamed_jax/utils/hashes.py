@@ -12,13 +12,12 @@ import hashlib
 import json
 import os
 import time
-import uuid
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from llavamed_jax.errors import UserError
-from llavamed_jax.utils.files import open_file
+from llavamed_jax.utils.files import open_file, write_whole
 
 LARGE = 2**26  # bytes from which on a hash is remembered
 _RECENT_S = 5.0
@@ -41,9 +40,14 @@ def sha256_of_files(files: Mapping[str, Path]) -> dict[str, str]:
     return {name: digest for name, (digest, _) in found.items()}
 
 
+def sha256(content: bytes | str) -> str:
+    """sha256 of bytes, or of a text's UTF-8, in hexadecimal."""
+    return hashlib.sha256(content.encode() if isinstance(content, str) else content).hexdigest()
+
+
 def sha256_of_list(hashes: Mapping[str, str]) -> str:
     """One sha256 for several files: of the lines `NAME SHA256`, by name."""
-    return hashlib.sha256("".join(f"{name} {digest}\n" for name, digest in sorted(hashes.items())).encode()).hexdigest()
+    return sha256("".join(f"{name} {digest}\n" for name, digest in sorted(hashes.items())))
 
 
 def _sha256(file: Path, known: Mapping[str, str]) -> tuple[str, str | None]:
@@ -85,14 +89,12 @@ def _remember(hashes: Mapping[str, str]) -> None:
     file, kept = _file(), dict(list(hashes.items())[-_MOST:])
     with contextlib.suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_name(f".{file.name}.{uuid.uuid4().hex[:12]}")
-        temporary.write_text(json.dumps(kept), encoding="utf-8")
-        temporary.replace(file)
+        write_whole(file, lambda opened: opened.write(json.dumps(kept).encode()))
 
 
 def short_hash(*values: object) -> str:
     """A name of 16 letters for values in JSON's types, equal for equal ones."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    return sha256(json.dumps(values, sort_keys=True, default=str))[:16]
 
 
 def sha256_of_each(files: Sequence[Path]) -> dict[Path, str | None]:

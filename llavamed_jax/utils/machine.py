@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import platform
+
+from llavamed_jax.utils.hashes import sha256
 
 _CPUINFO = "/proc/cpuinfo"
 
@@ -33,4 +34,4 @@ def cpu_model() -> str:
             found.setdefault(name.strip(), value.strip())
     name = found.get("model name") or found.get("CPU part") or platform.processor() or platform.machine()
     instructions = " ".join(sorted((found.get("flags") or found.get("Features") or "").split()))
-    return f"{name}, instructions {hashlib.sha256(instructions.encode()).hexdigest()[:6]}" if instructions else name
+    return f"{name}, instructions {sha256(instructions.encode())[:6]}" if instructions else name

@@ -7,7 +7,6 @@ model is checked without being read twice. A run's steps carry the sha256 of thi
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from llavamed_jax.checkpoints.torch.files import read_safetensors
 from llavamed_jax.checkpoints.torch.write import Progress, write_safetensors
 from llavamed_jax.errors import UserError
 from llavamed_jax.utils.files import read_json, write_json
-from llavamed_jax.utils.hashes import sha256_of
+from llavamed_jax.utils.hashes import sha256, sha256_of
 
 MANIFEST = "manifest.json"
 
@@ -97,4 +96,4 @@ def _held(directory: Path, name: str, tensor: Tensor, sha256: str | None) -> Ten
 
 
 def _sha256(array: np.ndarray) -> str:
-    return hashlib.sha256(array.reshape(-1).view(np.uint8)).hexdigest()
+    return sha256(array.reshape(-1).view(np.uint8))

@@ -7,7 +7,6 @@ them: there a step may go while it is read, and `reading` says so in a sentence.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import re
 import shutil
@@ -19,6 +18,7 @@ import jax
 
 from llavamed_jax.checkpoints.tree.base import MANIFEST
 from llavamed_jax.errors import UserError, cut
+from llavamed_jax.utils import locks
 
 
 class StepGone(UserError):
@@ -38,13 +38,9 @@ def hold(directory: Path) -> Hold | None:
         descriptor = os.open(directory / MANIFEST, os.O_RDONLY | os.O_NONBLOCK)
     except OSError:
         return None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
+    if locks.lock(descriptor, is_shared=True) is False:
         os.close(descriptor)
         return None
-    except OSError:
-        pass
     return Hold(descriptor)
 
 
@@ -53,13 +49,9 @@ def delete(directory: Path) -> bool:
     intact."""
     with contextlib.suppress(FileNotFoundError):  # somebody else was faster
         descriptor = os.open(directory / MANIFEST, os.O_RDWR)  # NFS gives an exclusive lock to nobody who only reads
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if locks.lock(descriptor) is False:
             os.close(descriptor)
             return False
-        except OSError:
-            pass
         try:
             (directory / MANIFEST).unlink()
         finally:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import itertools
 import json
 import os
@@ -15,7 +14,8 @@ from pathlib import Path
 from llavamed_jax.errors import UserError
 from llavamed_jax.evaluation.answering.answerer import Answer
 from llavamed_jax.utils.changes import changes
-from llavamed_jax.utils.files import read_bytes, write_text
+from llavamed_jax.utils.files import read_bytes, recover_jsonl, write_text
+from llavamed_jax.utils.hashes import sha256
 
 
 class Partial:
@@ -43,7 +43,7 @@ class Partial:
         self._final, self._process, self._count, self._check = path, process, count, check
         self.path = path.with_name(f"{path.name}.{process}.partial" if process else f"{path.name}.partial")
         follows = json.loads(json.dumps(dict(key), default=str))
-        digest = hashlib.sha256(json.dumps(follows, sort_keys=True).encode()).hexdigest()
+        digest = sha256(json.dumps(follows, sort_keys=True).encode())
         self._head = {"answers of": digest, "follow from": follows, "machine": json.loads(json.dumps(dict(machine or {}), default=str))}
         found = _read(self.path)
         other = [] if self._is_ours(found) else found
@@ -175,11 +175,4 @@ def _read(path: Path) -> list[object]:
         text = read_bytes(path).decode("utf-8", errors="replace")
     except FileNotFoundError:
         return []
-    return [_value(line) for line in text.split("\n") if line.strip()]
-
-
-def _value(line: str) -> object:
-    try:
-        return json.loads(line)
-    except (ValueError, RecursionError):
-        return None
+    return recover_jsonl(text)

@@ -7,7 +7,6 @@ the project's own, `judge_prompt.txt`; another is given by its path. Such a file
 
 from __future__ import annotations
 
-import hashlib
 import math
 import re
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from pathlib import Path
 from llavamed_jax.datasets.qa50 import ChatQuestion
 from llavamed_jax.errors import UsageError, UserError, some
 from llavamed_jax.utils.files import read_bytes
+from llavamed_jax.utils.hashes import sha256
 
 CHAT_PROMPT = Path(__file__).with_name("judge_prompt.txt")
 OPEN_PROMPT = Path(__file__).with_name("judge_open_prompt.txt")
@@ -38,7 +38,7 @@ class JudgePrompt:
     @property
     def wording(self) -> str:
         """SHA-256 of system message and instruction, with all white space as one blank."""
-        return hashlib.sha256(" ".join(f"{self.system} {self.instruction}".split()).encode()).hexdigest()
+        return sha256(" ".join(f"{self.system} {self.instruction}".split()).encode())
 
     def messages(self, user: str, is_reminded: bool = False) -> list[dict]:
         """The messages to a judge; a reminder stands behind all else."""

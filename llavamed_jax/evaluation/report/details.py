@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import hashlib
 import platform
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -16,6 +15,7 @@ from llavamed_jax.evaluation.scoring.items import AnswerSet
 from llavamed_jax.openai_client.address import shown
 from llavamed_jax.utils.code import code_sha256, version
 from llavamed_jax.utils.files import to_jsonl, utf8
+from llavamed_jax.utils.hashes import sha256
 from llavamed_jax.utils.nested import flatten
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def tables(cfg: ConfigDict, judge: Judge | None, answers: AnswerSet, found: Outc
     """
     said = found.metrics.get("asked", {})
     hashes = {"predictions": hash_of(answers), "questions": questions.questions_hash(answers.samples)}
-    hashes |= {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in questions.source_files(cfg.data)}
+    hashes |= {str(path): sha256(path.read_bytes()) for path in questions.source_files(cfg.data)}
     date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     return {
         "Run": {**run, **found.facts, "date": date, "seed": str(cfg.seed)},
@@ -48,7 +48,7 @@ def tables(cfg: ConfigDict, judge: Judge | None, answers: AnswerSet, found: Outc
 
 def hash_of(answers: AnswerSet) -> str:
     """SHA-256 of the predictions as they are written."""
-    return hashlib.sha256(utf8(to_jsonl(answers.predictions))).hexdigest()
+    return sha256(utf8(to_jsonl(answers.predictions)))
 
 
 def _configuration(cfg: ConfigDict, judge: Judge | None) -> dict[str, object]:

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from llavamed_jax.evaluation.scoring.predictions import check_asked, join, read_
 from llavamed_jax.evaluation.scoring.statistics import Score
 from llavamed_jax.evaluation.scoring.strict import read_choice
 from llavamed_jax.utils.files import read_bytes
+from llavamed_jax.utils.hashes import sha256
 
 
 def answer_candidates(training: Iterable[VqaSample]) -> list[str]:
@@ -73,7 +73,7 @@ class AnswerSet:
         except UserError as error:
             raise type(error)(f"{what}{error}") from error
         answers.file = Path(path)
-        answers.sha256 = hashlib.sha256(read_bytes(path, f"the file of predictions {path}")).hexdigest()
+        answers.sha256 = sha256(read_bytes(path, f"the file of predictions {path}"))
         return answers
 
     def warn_of_not_stated(self) -> None:

@@ -22,6 +22,7 @@ from llavamed_jax.errors import UserError
 from llavamed_jax.evaluation.scoring.strict import normalized
 from llavamed_jax.images.load import load_image
 from llavamed_jax.utils.files import open_file
+from llavamed_jax.utils.hashes import sha256
 from llavamed_jax.utils.progress import progress
 
 _THREADS = 8  # reading and decoding release Python's lock
@@ -184,4 +185,4 @@ def _pixels(image: str) -> str | None:
         picture = load_image(image)
     except UserError:
         return None
-    return hashlib.sha256(repr(picture.size).encode() + picture.tobytes()).hexdigest()
+    return sha256(repr(picture.size).encode() + picture.tobytes())

@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from llavamed_jax.datasets.sample import CHOICE, VqaSample
 from llavamed_jax.errors import UserError, at, cut, short, some
 from llavamed_jax.text.conversation import IMAGE_MARKER
-from llavamed_jax.utils.files import parse_json, read_bytes
+from llavamed_jax.utils.files import parse_jsonl, read_bytes
 
 _OF_CONTENT = re.compile(r"[0-9a-f]{32}")  # the name of an image that came out of a parquet file
 
@@ -31,13 +31,10 @@ def read_predictions(path: str | Path) -> list[dict]:
     except UnicodeDecodeError as error:
         raise UserError(f"the predictions {path} are no UTF-8 text, at byte {error.start}; lines of JSON were expected") from None
     predictions = []
-    for number, line in enumerate(text.split("\n"), start=1):  # an answer may hold other line separators
-        if not line.strip():
-            continue
-        prediction = parse_json(line, f"{path}, line {number}")
+    for where, prediction in parse_jsonl(text, lambda number: f"{path}, line {number}"):
         is_prediction = isinstance(prediction, dict) and "question_id" in prediction
         if not is_prediction or not isinstance(prediction.get("text"), str):
-            raise UserError(f'{path}, line {number}: an object with "question_id" and the text "text" was expected')
+            raise UserError(f'{where}: an object with "question_id" and the text "text" was expected')
         predictions.append(prediction)
     return predictions
 
