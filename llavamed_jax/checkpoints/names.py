@@ -1,18 +1,16 @@
-"""One table of tensor names, read in both directions: this project's canonical names <-> the PyTorch layouts.
+"""Tensor names, read in both directions: this project's canonical names <-> the PyTorch layouts.
 
 Canonical names are the paths of the parameter tree with unstacked layers (`decoder/layers_0/mlp/up_proj/kernel`); on disk
 the own tree has one array for each. The layouts are
 
   llava         LLaVA's own, of LLaVA-Med v1.0 and v1.5 and LLaVA-1.5 (spec 2.1, 2.3)
   transformers  `LlavaForConditionalGeneration`, every generation of its key names (spec 2.5)
-  clip          a vision tower in a directory of its own (`CLIPVisionModel`, or `CLIPModel` with its text half)
+  tower         a vision tower in a directory of its own (`CLIPVisionModel`, or `CLIPModel` with its text half)
   decoder       a language model in a directory of its own (`LlamaForCausalLM`, `MistralForCausalLM`)
 
 Torch keeps a linear layer as [out, in] and a convolution as [out, in, height, width]; here `kernel`s are [in, out] and
-[height, width, in, out]. Every other tensor is the same array.
-
-Letters of the table: D width of its part, F feed-forward width, V vocabulary, N query heads x
-head width, K key/value heads x head width, C colours, p patch edge, T patches + 1, # layer.
+[height, width, in, out]. Every other tensor is the same array. The tables of tower and decoder stand with their configs
+(`config/towers`, `config/decoders`).
 """
 
 from __future__ import annotations
@@ -22,71 +20,25 @@ from typing import NamedTuple
 
 import numpy as np
 
-from llavamed_jax.config import LlavaConfig, projector_depth
-
-_VISION_TOWER = """
-embeddings/class_embedding                embeddings.class_embedding                 D
-embeddings/patch_embedding/kernel         embeddings.patch_embedding.weight          p p C D
-embeddings/position_embedding/embedding   embeddings.position_embedding.weight       T D
-pre_layrnorm/scale                        pre_layrnorm.weight                        D
-pre_layrnorm/bias                         pre_layrnorm.bias                          D
-layers_#/layer_norm1/scale                encoder.layers.#.layer_norm1.weight        D
-layers_#/layer_norm1/bias                 encoder.layers.#.layer_norm1.bias          D
-layers_#/self_attn/q_proj/kernel          encoder.layers.#.self_attn.q_proj.weight   D D
-layers_#/self_attn/q_proj/bias            encoder.layers.#.self_attn.q_proj.bias     D
-layers_#/self_attn/k_proj/kernel          encoder.layers.#.self_attn.k_proj.weight   D D
-layers_#/self_attn/k_proj/bias            encoder.layers.#.self_attn.k_proj.bias     D
-layers_#/self_attn/v_proj/kernel          encoder.layers.#.self_attn.v_proj.weight   D D
-layers_#/self_attn/v_proj/bias            encoder.layers.#.self_attn.v_proj.bias     D
-layers_#/self_attn/out_proj/kernel        encoder.layers.#.self_attn.out_proj.weight D D
-layers_#/self_attn/out_proj/bias          encoder.layers.#.self_attn.out_proj.bias   D
-layers_#/layer_norm2/scale                encoder.layers.#.layer_norm2.weight        D
-layers_#/layer_norm2/bias                 encoder.layers.#.layer_norm2.bias          D
-layers_#/mlp/fc1/kernel                   encoder.layers.#.mlp.fc1.weight            D F
-layers_#/mlp/fc1/bias                     encoder.layers.#.mlp.fc1.bias              F
-layers_#/mlp/fc2/kernel                   encoder.layers.#.mlp.fc2.weight            F D
-layers_#/mlp/fc2/bias                     encoder.layers.#.mlp.fc2.bias              D
-post_layernorm/scale                      post_layernorm.weight                      D
-post_layernorm/bias                       post_layernorm.bias                        D
-"""
-_DECODER = """
-embed_tokens/embedding                    embed_tokens.weight                        V D
-layers_#/input_layernorm/scale            layers.#.input_layernorm.weight            D
-layers_#/self_attn/q_proj/kernel          layers.#.self_attn.q_proj.weight           D N
-layers_#/self_attn/k_proj/kernel          layers.#.self_attn.k_proj.weight           D K
-layers_#/self_attn/v_proj/kernel          layers.#.self_attn.v_proj.weight           D K
-layers_#/self_attn/o_proj/kernel          layers.#.self_attn.o_proj.weight           N D
-layers_#/self_attn/q_proj/bias            layers.#.self_attn.q_proj.bias             N
-layers_#/self_attn/k_proj/bias            layers.#.self_attn.k_proj.bias             K
-layers_#/self_attn/v_proj/bias            layers.#.self_attn.v_proj.bias             K
-layers_#/self_attn/o_proj/bias            layers.#.self_attn.o_proj.bias             D
-layers_#/post_attention_layernorm/scale   layers.#.post_attention_layernorm.weight   D
-layers_#/mlp/gate_proj/kernel             layers.#.mlp.gate_proj.weight              D F
-layers_#/mlp/up_proj/kernel               layers.#.mlp.up_proj.weight                D F
-layers_#/mlp/down_proj/kernel             layers.#.mlp.down_proj.weight              F D
-layers_#/mlp/gate_proj/bias               layers.#.mlp.gate_proj.bias                F
-layers_#/mlp/up_proj/bias                 layers.#.mlp.up_proj.bias                  F
-layers_#/mlp/down_proj/bias               layers.#.mlp.down_proj.bias                D
-norm/scale                                norm.weight                                D
-"""
+from llavamed_jax.config import DecoderConfig, LlavaConfig, VisionConfig, projector_depth
 
 # What stands before the torch name of a part. The first spelling is written; all are read. transformers wrote
 # `language_model.model.` until 4.51, `model.language_model.` in memory since, and 5.x knows no `vision_model.`: neither in its own
-# layout nor in what LLaVA's code saves with it.
+# layout nor in what LLaVA's code saves with it. A tower's own prefixes (`VisionConfig.torch_prefixes`) follow these.
 _PREFIXES = {
     "llava": {
-        "vision_tower": ("model.vision_tower.vision_tower.vision_model.", "model.vision_tower.vision_tower."),
+        "vision_tower": ("model.vision_tower.vision_tower.",),
         "projector": ("model.mm_projector.",),
         "decoder": ("model.",),
         "lm_head": ("lm_head.",),
     },
     "transformers": {
-        "vision_tower": ("vision_tower.vision_model.", "vision_tower.", "model.vision_tower.vision_model.", "model.vision_tower."),
+        "vision_tower": ("vision_tower.", "model.vision_tower."),
         "projector": ("multi_modal_projector.", "model.multi_modal_projector."),
         "decoder": ("language_model.model.", "model.language_model.", "model.language_model.model."),
         "lm_head": ("language_model.lm_head.", "lm_head.", "model.language_model.lm_head."),
     },
-    "clip": {"vision_tower": ("vision_model.", "")},
+    "tower": {"vision_tower": ("",)},
     "decoder": {"decoder": ("model.", ""), "lm_head": ("lm_head.",)},
 }
 
@@ -105,36 +57,34 @@ class Spec(NamedTuple):
 def specs(cfg: LlavaConfig) -> dict[str, Spec]:
     """Every tensor of a complete checkpoint by canonical name, the unused ones of the tower included."""
     v, d = cfg.vision, cfg.decoder
-    vision_sizes = dict(D=v.hidden_size, F=v.intermediate_size, C=v.num_channels, p=v.patch_size, T=v.num_patches + 1)
-    decoder_sizes = dict(D=d.hidden_size, F=d.intermediate_size, V=d.vocab_size, N=d.num_heads * d.head_dim,
-                         K=d.num_kv_heads * d.head_dim)
-    out = dict(_rows(_VISION_TOWER, "vision_tower", v.num_layers, vision_sizes))
+    out = dict(_specs("vision_tower", v))
     for n in range(projector_depth(cfg.projector_type)):
         fan_in = v.hidden_size if n == 0 else d.hidden_size
         out[f"projector/linear_{n}/kernel"] = Spec((fan_in, d.hidden_size), "projector", f"{n}.weight")
         if cfg.projector_bias:
             out[f"projector/linear_{n}/bias"] = Spec((d.hidden_size,), "projector", f"{n}.bias")
-    without = tuple(module for module, has_bias in (("/self_attn/", d.attention_bias), ("/mlp/", d.mlp_bias)) if not has_bias)
-    out.update((name, spec) for name, spec in _rows(_DECODER, "decoder", d.num_layers, decoder_sizes)
-               if not (name.endswith("/bias") and any(module in name for module in without)))
+    out.update(_specs("decoder", d))
     if not d.tie_word_embeddings:
         out["decoder/lm_head/kernel"] = Spec((d.hidden_size, d.vocab_size), "lm_head", "weight")
     return out
 
 
-def _rows(table: str, part: str, num_layers: int, sizes: dict[str, int]):
-    for line in table.strip().splitlines():
-        name, torch, *letters = line.split()
-        spec = Spec(tuple(sizes[letter] for letter in letters), part, torch)
-        for layer in range(num_layers) if "#" in name else [0]:
-            yield f"{part}/{name}".replace("#", str(layer)), spec._replace(torch=torch.replace("#", str(layer)))
+def _specs(part: str, config: VisionConfig | DecoderConfig):
+    sizes = config.sizes
+    for row in config.tensors():
+        spec = Spec(tuple(sizes[letter] for letter in row.letters), part, row.torch)
+        for layer in range(config.num_layers) if "#" in row.name else [0]:
+            yield f"{part}/{row.name}".replace("#", str(layer)), spec._replace(torch=row.torch.replace("#", str(layer)))
 
 
 def unused_names(cfg: LlavaConfig) -> list[str]:
     """Tensors of the tower beyond the feature layer: they travel with a checkpoint and are never computed with."""
+    after = tuple(f"vision_tower/{start}" for start in cfg.vision.unused)
+
     def is_unused(name):
         layer = re.match(r"vision_tower/layers_(\d+)/", name)
-        return name.startswith("vision_tower/post_layernorm/") or (layer and int(layer[1]) >= cfg.num_vision_layers_used)
+        return name.startswith(after) or (layer and int(layer[1]) >= cfg.num_vision_layers_used)
+
     return [name for name in specs(cfg) if is_unused(name)]
 
 
@@ -145,8 +95,10 @@ def expected_shapes(cfg: LlavaConfig) -> dict[str, tuple[int, ...]]:
 
 
 def torch_names(cfg: LlavaConfig, layout: str) -> dict[str, tuple[str, ...]]:
-    """Canonical name -> its spellings in a layout, the one to write first. `clip` and `decoder` have their part's alone."""
-    prefixes = _PREFIXES[layout]
+    """Canonical name -> its spellings in a layout, the one to write first. `tower` and `decoder` have their part's alone."""
+    prefixes = dict(_PREFIXES[layout])
+    if "vision_tower" in prefixes:
+        prefixes["vision_tower"] = tuple(before + own for before in prefixes["vision_tower"] for own in cfg.vision.torch_prefixes)
     names = {}
     for name, spec in specs(cfg).items():
         if spec.part in prefixes:

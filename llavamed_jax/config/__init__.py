@@ -1,24 +1,12 @@
 """Shapes and constants of a model, read from and written to checkpoints' `config.json`."""
 
-from llavamed_jax.config.checks import as_object, channels, token_ids
+from llavamed_jax.config.checks import ACTIVATIONS, as_object, channels, token_ids
+from llavamed_jax.config.decoders.llama import DecoderConfig
 from llavamed_jax.config.images import MAX_EDGE, RESAMPLE, ImageSettings
-from llavamed_jax.config.model import (
-    ACTIVATIONS,
-    CLIP_MEAN,
-    CLIP_STD,
-    IGNORE,
-    IMAGE_TOKEN,
-    KNOWN_TOWERS,
-    MOST_BEAMS,
-    OURS,
-    PAD_TOKEN,
-    DecoderConfig,
-    LlavaConfig,
-    VisionConfig,
-    projector_depth,
-)
+from llavamed_jax.config.model import IGNORE, IMAGE_TOKEN, MOST_BEAMS, OURS, PAD_TOKEN, LlavaConfig, projector_depth
 from llavamed_jax.config.presets import PRESETS, preset
 from llavamed_jax.config.rope import RopeScaling
+from llavamed_jax.config.towers.clip import CLIP_MEAN, CLIP_STD, KNOWN_TOWERS, VisionConfig
 
 __all__ = [
     "ACTIVATIONS", "CLIP_MEAN", "CLIP_STD", "IGNORE", "IMAGE_TOKEN", "KNOWN_TOWERS", "MAX_EDGE", "MOST_BEAMS", "OURS",

@@ -9,6 +9,9 @@ from typing import Any
 
 from llavamed_jax.errors import UserError, short
 
+# Names of transformers' activations that `models.layers` has; some are one function under several names.
+ACTIVATIONS = ("silu", "swish", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "quick_gelu", "relu")
+
 
 def as_object(value: Any, key: str) -> dict:
     """The JSON object that stands under `key` of a config.json. Raises UserError for anything else."""
@@ -63,7 +66,7 @@ def check_fields(config: Any, part: str) -> None:
 def _is_of_kind(value: Any, kind: str) -> bool:
     if kind in _LISTS:
         return isinstance(value, tuple) and all(is_plain(item, _LISTS[kind][0]) for item in value)
-    return is_plain(value, _KINDS[kind][0]) if kind in _KINDS else type(value).__name__ == kind
+    return is_plain(value, _KINDS[kind][0]) if kind in _KINDS else any(base.__name__ == kind for base in type(value).__mro__)
 
 
 def is_plain(value: Any, types: tuple[type, ...]) -> bool:
@@ -83,3 +86,9 @@ def check_counts(config: Mapping[str, Any], keys: list[str]) -> None:
     for key in keys:
         if not is_plain(config[key], (int,)) or config[key] < 1:
             raise UserError(f"config.json has {key} {short(config[key])}; a whole number of at least 1 was expected")
+
+
+def check_activation(what: str, name: str) -> None:
+    """Raises UserError for an activation that `models.layers.ACTIVATIONS` has not."""
+    if name not in ACTIVATIONS:
+        raise UserError(f"{what} is {short(name)}; one of {', '.join(ACTIVATIONS)} was expected")

@@ -10,7 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from llavamed_jax.config.checks import as_object, token_ids
-from llavamed_jax.config.model import KNOWN_TOWERS, OURS, DecoderConfig, LlavaConfig, VisionConfig, projector_depth
+from llavamed_jax.config.decoders import DECODERS, decoder_from_hf
+from llavamed_jax.config.decoders.llama import DecoderConfig
+from llavamed_jax.config.model import OURS, LlavaConfig, projector_depth
+from llavamed_jax.config.towers import tower_from_hf
+from llavamed_jax.config.towers.clip import KNOWN_TOWERS, VisionConfig
 from llavamed_jax.errors import UserError, short
 
 # Keys of a source's config.json that LlavaConfig models; all others travel in `extra`.
@@ -37,7 +41,6 @@ _ORIGINAL_DEFAULTS = {
 _V0_DEFAULTS = {"use_mm_proj": True, "mm_vision_tower": "openai/clip-vit-large-patch14", "mm_hidden_size": 1024}
 # Of `image_aspect_ratio`: an image becomes several inputs of the tower (`process_images` of LLaVA-NeXT, `anyres_max_9` among them).
 _TILES = re.compile("anyres|highres|crop_split")
-_DECODERS = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
 # An original's file always states these; transformers' own class has defaults, which its published configs lean on.
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "rms_norm_eps")
 
@@ -87,7 +90,8 @@ def is_transformers(config: Mapping[str, Any]) -> bool:
 
 def is_original(config: Mapping[str, Any]) -> bool:
     """Whether it is of an original's layout. `llama` is a v0 checkpoint's, or a plain decoder's: the tensors tell."""
-    return config.get("model_type") in ("llava_mistral", "llava_llama", "llava", "llama") and not is_transformers(config)
+    kinds = ("llava", "llama", *(f"llava_{name}" for name in DECODERS))
+    return config.get("model_type") in kinds and not is_transformers(config)
 
 
 def not_obeyed(config: Mapping[str, Any]) -> list[str]:
@@ -129,9 +133,9 @@ def plain_decoder(config: Mapping[str, Any]) -> DecoderConfig:
       UserError: another architecture, keys that are missing, or settings that this model does not have.
     """
     kind = config.get("model_type")
-    architecture = "mistral" if kind in ("mistral", "llava_mistral") else "llama" if kind in ("llama", "llava", "llava_llama") else None
-    if architecture is None:
-        raise UserError(f"config.json has model_type {short(kind)}; llama or mistral was expected")
+    architecture = "llama" if kind == "llava" else kind.removeprefix("llava_") if isinstance(kind, str) else None
+    if architecture not in DECODERS:
+        raise UserError(f"config.json has model_type {short(kind)}; {' or '.join(DECODERS)} was expected")
     required = (*_REQUIRED, "num_key_value_heads") if architecture == "mistral" else _REQUIRED
     lacking = [key for key in required if config.get(key) is None]
     if lacking not in ([], ["rms_norm_eps"]):  # of which the first LLaVAs leaned on transformers' default
@@ -139,7 +143,7 @@ def plain_decoder(config: Mapping[str, Any]) -> DecoderConfig:
     config = mended_ids(architecture, config)
     if isinstance(config.get("pad_token_id"), int) and config["pad_token_id"] < 0:
         config["pad_token_id"] = None
-    return DecoderConfig.from_hf(config, architecture)
+    return decoder_from_hf(config, architecture)
 
 
 def mended_ids(architecture: str, config: Mapping[str, Any]) -> dict:
@@ -152,9 +156,9 @@ def mended_ids(architecture: str, config: Mapping[str, Any]) -> dict:
 def joined(decoder: DecoderConfig, vision: VisionConfig, projector_type: str, tower: str, uses_image_tokens: bool) -> LlavaConfig:
     """A plain decoder and a CLIP tower as the original's scripts join them: LLaVA-Med v1.5 of Mistral, of LLaMA v1.0 with its
     image tokens and LLaVA-1.5 without. `tower` is what an export calls the tower."""
-    source = "llava_mistral" if decoder.architecture == "mistral" else "llava" if uses_image_tokens else "llava_llama"
-    architecture = "LlavaMistralForCausalLM" if source == "llava_mistral" else "LlavaLlamaForCausalLM"
-    extra = {**_ORIGINAL_DEFAULTS, "architectures": [architecture], "mm_vision_tower": tower, "mm_use_im_patch_token": uses_image_tokens}
+    source = "llava" if decoder.architecture == "llama" and uses_image_tokens else f"llava_{decoder.architecture}"
+    extra = {**_ORIGINAL_DEFAULTS, "architectures": [f"Llava{decoder.hf_class}"], "mm_vision_tower": tower,
+             "mm_use_im_patch_token": uses_image_tokens}
     return LlavaConfig(vision, decoder, projector_type, image_aspect_ratio="square" if source == "llava" else "pad",
                        use_start_end=uses_image_tokens, source=source, extra=json.dumps(extra, sort_keys=True))
 
@@ -175,7 +179,7 @@ def from_original(config: Mapping[str, Any], vision: VisionConfig | None) -> Lla
         shape = ours.get("vision_config") or KNOWN_TOWERS.get(tower)
         if shape is None:
             raise UserError(f"the shape of the vision tower {short(tower)} is not known; its directory was expected as vision_tower=PATH")
-        vision = VisionConfig.from_hf(as_object(shape, "vision_config"))
+        vision = tower_from_hf(as_object(shape, "vision_config"))
     ratio = config.get("image_aspect_ratio")
     if not isinstance(ratio, str | None) or _TILES.match(ratio or ""):
         later = " (LLaVA-1.6 and later)" * isinstance(ratio, str)
@@ -207,7 +211,7 @@ def to_original(cfg: LlavaConfig) -> dict:
         raise UserError(f"the original's projector has GELU and this model's {cfg.projector_act}: --layout transformers holds it")
     is_theirs = cfg.source != "transformers"  # only then do the keys that travel belong to this layout
     kind = cfg.source if is_theirs else f"llava_{cfg.decoder.architecture}"
-    architectures = ["LlavaMistralForCausalLM" if kind == "llava_mistral" else "LlavaLlamaForCausalLM"]
+    architectures = [f"Llava{cfg.decoder.hf_class}"]
     travelled = (json.loads(cfg.extra) if is_theirs else {}) or {
         **_ORIGINAL_DEFAULTS, "architectures": architectures, "mm_vision_tower": _stock_tower(cfg.vision)}
     if kind == "llava":
@@ -241,9 +245,13 @@ def from_transformers(config: Mapping[str, Any]) -> LlavaConfig:
     vision = config.get("vision_config")
     if vision is None:  # transformers' default; where there is a vision_config, its own keys have CLIPVisionConfig's defaults
         vision = KNOWN_TOWERS["openai/clip-vit-large-patch14-336"]
+    vision = tower_from_hf(as_object(vision, "vision_config"))
+    if select == "patch" and not vision.class_tokens:
+        raise UserError(f"vision_feature_select_strategy is {short(strategy)}, which leaves out the tower's first position, and a "
+                        f"{vision.model_type} has no class token; full was expected")
     ours = as_object(config.get(OURS, {}), OURS)
     cfg = LlavaConfig(
-        vision=VisionConfig.from_hf(as_object(vision, "vision_config")), decoder=DecoderConfig.from_hf(text),
+        vision=vision, decoder=decoder_from_hf(text),
         projector_type="mlp2x_gelu", projector_act=config.get("projector_hidden_act") or "gelu",
         projector_bias=config.get("multimodal_projector_bias", True), feature_layer=layer,
         feature_select=select, image_aspect_ratio=ours.get("image_aspect_ratio", "square"),
@@ -274,10 +282,10 @@ def to_transformers(cfg: LlavaConfig, ids: tuple[int, int] | None = None) -> dic
         **(json.loads(cfg.extra) if is_theirs else {}),
         "model_type": "llava",
         "text_config": {**cfg.decoder.to_hf(), "vocab_size": cfg.rows_in_transformers(ids),
-                        "architectures": [_DECODERS[cfg.decoder.architecture]]},  # by which vLLM finds the decoder's code
+                        "architectures": [cfg.decoder.hf_class]},  # by which vLLM finds the decoder's code
         "vision_config": cfg.vision.to_hf(), "projector_hidden_act": cfg.projector_act, "multimodal_projector_bias": cfg.projector_bias,
         "vision_feature_layer": cfg.feature_layer,
-        "vision_feature_select_strategy": {"patch": "default", "cls_patch": "full"}[cfg.feature_select],
+        "vision_feature_select_strategy": "default" if cfg.feature_select == "patch" and cfg.vision.class_tokens else "full",
         "image_token_index": image_token, "image_token_id": image_token, "image_seq_length": cfg.tokens_per_image,
         "tie_word_embeddings": cfg.decoder.tie_word_embeddings,
         OURS: dict(image_aspect_ratio=cfg.image_aspect_ratio, max_length=cfg.max_length, use_start_end=cfg.use_start_end,

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 
-from llavamed_jax.config.model import KNOWN_TOWERS, DecoderConfig, LlavaConfig, VisionConfig
+from llavamed_jax.config.decoders.llama import DecoderConfig
+from llavamed_jax.config.model import LlavaConfig
+from llavamed_jax.config.towers.clip import KNOWN_TOWERS, VisionConfig
 from llavamed_jax.errors import UserError
 
 

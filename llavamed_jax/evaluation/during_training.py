@@ -17,7 +17,7 @@ from llavamed_jax.datasets import training
 from llavamed_jax.errors import UserError
 from llavamed_jax.evaluation import metrics
 from llavamed_jax.evaluation.scoring.strict import is_strictly_right
-from llavamed_jax.models.llava import PARAM_AXES
+from llavamed_jax.models.llava import param_axes
 from llavamed_jax.parallel import distributed
 from llavamed_jax.parallel.mesh import local_view, param_shardings
 from llavamed_jax.processor import Processor
@@ -136,13 +136,13 @@ def _unrolled(snapshot: Snapshot) -> tuple[Mapping, Mesh]:
     program = snapshot.program
     cast = lambda params: nest({name: x.astype(program.model.dtype) for name, x in to_disk(flatten(params)).items()})
     shapes = jax.eval_shape(cast, snapshot.params)
-    params = jax.jit(cast, out_shardings=param_shardings(shapes, PARAM_AXES, program.mesh))(snapshot.params)
+    params = jax.jit(cast, out_shardings=param_shardings(shapes, param_axes(), program.mesh))(snapshot.params)
     if distributed.process_count() == 1:
         return params, program.mesh
     everywhere, here = local_view(program.mesh)
-    copies = jax.device_put(params, param_shardings(shapes, PARAM_AXES, everywhere))
+    copies = jax.device_put(params, param_shardings(shapes, param_axes(), everywhere))
     local = lambda x, sharding: jax.make_array_from_single_device_arrays(x.shape, sharding, [part.data for part in x.addressable_shards])
-    return jax.tree.map(local, copies, param_shardings(shapes, PARAM_AXES, here)), here
+    return jax.tree.map(local, copies, param_shardings(shapes, param_axes(), here)), here
 
 
 class ClosedAccuracy:

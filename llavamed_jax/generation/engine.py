@@ -23,7 +23,7 @@ from llavamed_jax.generation.programs import NO_TOKEN, Made, Programs, Prompts
 from llavamed_jax.generation.requests import NO_NUMBER, Job, Request, check, name_of
 from llavamed_jax.generation.rows import Placed, Rows, batch_size, bucket, power_of_two
 from llavamed_jax.generation.sampling import Sampling
-from llavamed_jax.models.llava import PARAM_AXES, check_heads
+from llavamed_jax.models.llava import check_heads, param_axes
 from llavamed_jax.parallel.mesh import param_shardings
 from llavamed_jax.utils import signals
 
@@ -49,7 +49,7 @@ class Engine:
     def __init__(self, cfg: LlavaConfig, params, dtype=np.float32, mesh: Mesh | None = None, batch_size: int = 16, steps: int = 16,
                  share: bool = True, programs: Programs | None = None):
         self.cfg, self.dtype, self.mesh, self.batch_size = cfg, dtype, mesh, batch_size
-        self._params = params if mesh is None else jax.device_put(params, param_shardings(params, PARAM_AXES, mesh))
+        self._params = params if mesh is None else jax.device_put(params, param_shardings(params, param_axes(), mesh))
         self.shards = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
         if mesh is not None:
             check_heads(cfg, mesh)

@@ -19,13 +19,26 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from llavamed_jax.config import IMAGE_TOKEN, LlavaConfig
+from llavamed_jax.config.decoders import DECODERS
+from llavamed_jax.config.tensors import rows
+from llavamed_jax.config.towers import TOWERS
 from llavamed_jax.errors import UsageError
 from llavamed_jax.models import projector
-from llavamed_jax.models.decoders import llama
-from llavamed_jax.models.towers import clip
+from llavamed_jax.models.decoders import decoder_module
+from llavamed_jax.models.towers import tower_module
 from llavamed_jax.parallel.mesh import constrain
 
-PARAM_AXES = clip.PARAM_AXES + projector.PARAM_AXES + llama.PARAM_AXES
+
+def param_axes() -> list[tuple[str, tuple[str | None, ...]]]:
+    """A pattern of names and the logical axes of each parameter of every kind of tower and decoder, for `parallel.mesh.param_shardings`.
+
+    Two kinds that say one axis of one name have one line; a name on which they differ has two, which `param_shardings` refuses.
+    """
+    rules = [*projector.PARAM_AXES, ("decoder/lm_head/kernel", ("embed", "vocab"))]
+    for part, kinds in (("vision_tower", TOWERS), ("decoder", DECODERS)):
+        for kind in kinds.values():
+            rules += [(f"{part}/{row.name.replace('layers_#', 'layers(_[0-9]+)?')}", row.axes) for row in rows(kind.table)]
+    return list(dict.fromkeys(rules))
 
 
 class Llava(nn.Module):
@@ -46,9 +59,9 @@ class Llava(nn.Module):
 
     def setup(self):
         cfg = self.cfg
-        self.vision_tower = clip.VisionTower(cfg.vision, cfg.num_vision_layers_used, self.dtype, self.scan, self.remat)
+        self.vision_tower = tower_module(cfg.vision)(cfg.vision, cfg.num_vision_layers_used, self.dtype, self.scan, self.remat)
         self.projector = projector.Projector(cfg, self.dtype)
-        self.decoder = llama.Decoder(cfg.decoder, self.dtype, self.scan, self.remat, self.attention)
+        self.decoder = decoder_module(cfg.decoder)(cfg.decoder, self.dtype, self.scan, self.remat, self.attention)
 
     def __call__(self, input_ids, pixel_values=None, positions=None, segment_ids=None):
         """Logits of whole rows.
@@ -75,7 +88,7 @@ class Llava(nn.Module):
         """float32 or uint8 [B,I,height,width,3] -> projected features [B,I,P,D]."""
         B, I = pixel_values.shape[:2]
         x = self.vision_tower(constrain(pixel_values.reshape(B * I, *pixel_values.shape[2:]), "act_batch", None, None, None))
-        x = x[:, 1:] if self.cfg.feature_select == "patch" else x
+        x = x[:, self.cfg.vision.class_tokens:] if self.cfg.feature_select == "patch" else x
         x = self.projector(x)
         return x.reshape(B, I, *x.shape[1:])
 

@@ -1,7 +1,7 @@
 """Sharding as data: a mesh of three axes, one table from logical to mesh axes, and nothing else that knows about it.
 
-Each model file lists the logical axes of its parameters (`PARAM_AXES`); `param_shardings` looks every leaf up, and a
-leaf that no rule or two rules match, or that does not divide, is an error that names it.
+The tables of a model's parts say the logical axes of its parameters (`models.llava.param_axes`); `param_shardings` looks every
+leaf up, and a leaf that no rule or two rules match, or that does not divide, is an error that names it.
 """
 
 from __future__ import annotations

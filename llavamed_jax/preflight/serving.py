@@ -19,7 +19,7 @@ from llavamed_jax.generation.programs import Programs, Prompts, Slots
 from llavamed_jax.generation.rows import batch_size, bucket
 from llavamed_jax.generation.sampling import Sampling
 from llavamed_jax.models.decoders.cache import LayerCache, cache_bytes
-from llavamed_jax.models.llava import PARAM_AXES, abstract_params, check_heads
+from llavamed_jax.models.llava import abstract_params, check_heads, param_axes
 from llavamed_jax.parallel.mesh import batch_sharding, make_mesh, param_shardings, replicated
 from llavamed_jax.training.program import bytes_a_device
 
@@ -70,7 +70,7 @@ class Serving:
         """The weights, as shapes with their places."""
         abstract = abstract_params(self.config)
         return jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, self.dtype, sharding=where), abstract,
-                            param_shardings(abstract, PARAM_AXES, self.mesh))
+                            param_shardings(abstract, param_axes(), self.mesh))
 
     def programs(self) -> Iterator[tuple[str, Any, int]]:
         """(name, lowering, bytes of a device that lie beside its arguments) of each program."""

@@ -109,7 +109,7 @@ def only_rows(loss_fn: Callable, rows: Sequence[int]) -> Callable:
 def state_shardings(params: Mapping[str, Any], trainable: Trainable, optimizer: optax.GradientTransformation,
                     mesh: Mesh) -> TrainState:
     """Where each leaf of the state lies: parameters by the models' tables, moments like their parameters."""
-    shardings = flatten_dict(param_shardings(params, llava.PARAM_AXES, mesh), sep="/")
+    shardings = flatten_dict(param_shardings(params, llava.param_axes(), mesh), sep="/")
     trained, frozen = partition(params, trainable)
     everywhere = replicated(mesh)
     trained_shardings = {name: shardings[name] for name in trained}

@@ -20,6 +20,7 @@ from llavamed_jax.checkpoints.torch.files import read_file, read_weights, refuse
 from llavamed_jax.checkpoints.torch.layout import canonical, from_torch
 from llavamed_jax.checkpoints.torch.tower import tower_config, tower_tensors
 from llavamed_jax.config import LlavaConfig, projector_depth
+from llavamed_jax.config.decoders import DECODERS
 from llavamed_jax.config.hf import joined, plain_decoder
 from llavamed_jax.errors import UsageError, UserError, at, cut, exists, short, some
 from llavamed_jax.utils.files import read_json
@@ -84,8 +85,8 @@ def _decoder_config(directory: Path) -> dict:
     if not (directory / "config.json").is_file():
         raise at(directory, f"the decoder {directory} holds no config.json; a directory of LLaMA, Vicuna or Mistral was expected")
     raw = read_json(directory / "config.json")
-    if raw.get("model_type") not in ("llama", "mistral"):
-        raise UserError(f"the decoder {directory} has model_type {short(raw.get('model_type'))}; llama or mistral was expected")
+    if raw.get("model_type") not in [*DECODERS]:
+        raise UserError(f"the decoder {directory} has model_type {short(raw.get('model_type'))}; {' or '.join(DECODERS)} was expected")
     return raw
 
 

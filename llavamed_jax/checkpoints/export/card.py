@@ -108,7 +108,8 @@ def model_card(checkpoint: Checkpoint, layout: str, ids: tuple[int, int] | None 
     cfg = checkpoint.config
     return _CARD.format(
         library="library_name: transformers\n" if layout == "transformers" else "", facts=_table(_facts(checkpoint)),
-        use=_use(cfg, layout, ids), training=_training(checkpoint), decoder_licence=_DECODER_LICENCES[cfg.decoder.architecture])
+        use=_use(cfg, layout, ids), training=_training(checkpoint),
+        decoder_licence=_DECODER_LICENCES.get(cfg.decoder.architecture, "the licence of the model that it was made from"))
 
 
 def _facts(checkpoint: Checkpoint) -> dict[str, object]:

@@ -48,7 +48,7 @@ def export(checkpoint: Checkpoint, out: str | Path, layout: str = "transformers"
         _write_text_files(checkpoint, temporary, layout, ids)  # first: what is wrong with a tokenizer shows before the long work
         checkpoint = checkpoint.sound()
         if layout == "llava" and cfg.source == "llava":
-            tower = {name: spellings[0] for name, spellings in names.torch_names(cfg, "clip").items()}
+            tower = {name: spellings[0] for name, spellings in names.torch_names(cfg, "tower").items()}
             spelled = {name: key for name, key in spelled.items() if name not in tower}
             directory = temporary / Path(config["mm_vision_tower"]).name
             directory.mkdir()

@@ -1,4 +1,4 @@
-"""A vision tower in a directory of its own: `CLIPVisionModel`, or a whole `CLIPModel` whose text half is not looked at."""
+"""A vision tower in a directory of its own: of CLIP a `CLIPVisionModel`, or a `CLIPModel` whose text half is not looked at."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from llavamed_jax.checkpoints.tensor import Tensor
 from llavamed_jax.checkpoints.torch.files import read_weights, refuse_adapter
 from llavamed_jax.checkpoints.torch.layout import canonical
 from llavamed_jax.config import LlavaConfig, VisionConfig
+from llavamed_jax.config.towers import TOWERS, tower_from_hf
 from llavamed_jax.errors import UserError, at, exists, short
 from llavamed_jax.utils.files import read_json
 
@@ -38,15 +39,15 @@ def fetch_tower(directory: Path, name: str | None, weights: bool = True) -> Path
 
 
 def tower_config(directory: Path) -> VisionConfig:
-    """A CLIP directory's tower, and what its preprocessor does."""
+    """The tower of a directory, and what its preprocessor does."""
     refuse_adapter(directory)
     if not (directory / "config.json").is_file():
         raise at(directory, f"the vision tower {directory} holds no config.json; a CLIP model's directory was expected")
     raw = read_json(directory / "config.json")
-    if raw.get("model_type", "clip") not in ("clip", "clip_vision_model"):  # others have a vision_config too
-        raise UserError(f"the vision tower {directory} has model_type {short(raw['model_type'])}; clip or clip_vision_model was expected")
+    if (kind := raw.get("model_type", "clip")) not in [*TOWERS]:  # others have a vision_config too
+        raise UserError(f"the vision tower {directory} has model_type {short(kind)}; {' or '.join(TOWERS)} was expected")
     try:
-        vision = VisionConfig.from_hf(raw)
+        vision = tower_from_hf(raw)
     except UserError as error:
         raise UserError(f"{directory}: {error}") from None
     found = preprocessor_file.read(directory, vision.image_size)
@@ -61,5 +62,5 @@ def check_width(directory: Path, vision: VisionConfig, expected: int | None) -> 
 
 def tower_tensors(config: LlavaConfig, directory: Path) -> dict[str, Tensor]:
     """The tower's tensors by canonical name; their shapes are `config.vision`'s."""
-    is_text = re.compile(r"text_model\..*|(text|visual)_projection\.weight|logit_scale").fullmatch
-    return canonical(directory, read_weights(directory), config, "clip", ignore=lambda key: bool(is_buffer(key) or is_text(key)))
+    is_of_others = re.compile(config.vision.elsewhere).fullmatch
+    return canonical(directory, read_weights(directory), config, "tower", ignore=lambda key: bool(is_buffer(key) or is_of_others(key)))

@@ -22,23 +22,6 @@ from llavamed_jax.models.layers import ACTIVATIONS, Linear, RMSNorm, apply_rope,
 from llavamed_jax.models.stacking import layer_stack, run_layers
 from llavamed_jax.parallel.mesh import RULES, constrain, spec_of
 
-PARAM_AXES = [
-    (r"decoder/embed_tokens/embedding", ("vocab", "embed")),
-    (r"decoder/.*/self_attn/q_proj/kernel", ("embed", "heads")),
-    (r"decoder/.*/self_attn/(k|v)_proj/kernel", ("embed", "kv_heads")),
-    (r"decoder/.*/self_attn/o_proj/kernel", ("heads", "embed")),
-    (r"decoder/.*/self_attn/q_proj/bias", ("heads",)),
-    (r"decoder/.*/self_attn/(k|v)_proj/bias", ("kv_heads",)),
-    (r"decoder/.*/mlp/(gate|up)_proj/bias", ("mlp",)),
-    (r"decoder/.*/(o_proj|down_proj)/bias", (None,)),
-    (r"decoder/.*/mlp/(gate|up)_proj/kernel", ("embed", "mlp")),
-    (r"decoder/.*/mlp/down_proj/kernel", ("mlp", "embed")),
-    (r"decoder/(.*/)?(norm|input_layernorm|post_attention_layernorm)/scale", (None,)),
-    (r"decoder/lm_head/kernel", ("embed", "vocab")),
-]
-
-
-
 
 class Attention(nn.Module):
     cfg: DecoderConfig
@@ -49,11 +32,12 @@ class Attention(nn.Module):
     def __call__(self, x, rope, mask, cache):  # [B,T,D] -> [B,T,D], cache
         cfg, (B, T, _) = self.cfg, x.shape
 
-        def project(name, heads, axis="kv_heads"):
-            y = Linear(heads * cfg.head_dim, ("embed", axis), cfg.attention_bias, self.dtype, name=f"{name[0]}_proj")(x)
+        def project(name, heads):
+            axes = cfg.axes(f"self_attn/{name[0]}_proj")
+            y = Linear(heads * cfg.head_dim, axes, cfg.attention_bias, self.dtype, name=f"{name[0]}_proj")(x)
             return checkpoint_name(y, name).reshape(B, T, heads, cfg.head_dim)
 
-        q = apply_rope(project("query", cfg.num_heads, "heads"), rope)
+        q = apply_rope(project("query", cfg.num_heads), rope)
         k = apply_rope(project("key", cfg.num_kv_heads), rope).swapaxes(1, 2)  # [B,K,T,H]
         v = project("value", cfg.num_kv_heads).swapaxes(1, 2)
         if cache is not None:
@@ -61,7 +45,8 @@ class Attention(nn.Module):
             k, v = cache.k, cache.v
         q = constrain(q, "act_batch", None, "act_heads", None)
         context = attention(q, k, v, mask, self.backend if cache is None else "xla").reshape(B, T, -1)
-        return Linear(cfg.hidden_size, ("heads", "embed"), cfg.attention_bias, self.dtype, name="o_proj")(context), cache
+        axes = cfg.axes("self_attn/o_proj")
+        return Linear(cfg.hidden_size, axes, cfg.attention_bias, self.dtype, name="o_proj")(context), cache
 
 
 class Mlp(nn.Module):
@@ -73,10 +58,10 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x):  # [B,T,D] -> [B,T,D]
         cfg = self.cfg
-        gate = Linear(cfg.intermediate_size, ("embed", "mlp"), cfg.mlp_bias, self.dtype, name="gate_proj")(x)
-        up = Linear(cfg.intermediate_size, ("embed", "mlp"), cfg.mlp_bias, self.dtype, name="up_proj")(x)
+        gate = Linear(cfg.intermediate_size, cfg.axes("mlp/gate_proj"), cfg.mlp_bias, self.dtype, name="gate_proj")(x)
+        up = Linear(cfg.intermediate_size, cfg.axes("mlp/up_proj"), cfg.mlp_bias, self.dtype, name="up_proj")(x)
         product = ACTIVATIONS[cfg.hidden_act](gate) * up
-        return Linear(cfg.hidden_size, ("mlp", "embed"), cfg.mlp_bias, self.dtype, name="down_proj")(product)
+        return Linear(cfg.hidden_size, cfg.axes("mlp/down_proj"), cfg.mlp_bias, self.dtype, name="down_proj")(product)
 
 
 class Block(nn.Module):
@@ -96,16 +81,20 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
+    """Embeddings, layers, norm and head. A decoder with other layers says so in `block`."""
+
     cfg: DecoderConfig
     dtype: Any = jnp.float32
     scan: bool = False
     remat: str = "none"
     attention: str = "xla"
 
+    block = Block
+
     def setup(self):
         cfg = self.cfg
         self.embed_tokens = nn.Embed(cfg.vocab_size, cfg.hidden_size, embedding_init=nn.initializers.normal(0.02))
-        self.layers = layer_stack(Block, cfg.num_layers, cfg, self.dtype, self.attention, scan=self.scan, remat=self.remat)
+        self.layers = layer_stack(self.block, cfg.num_layers, cfg, self.dtype, self.attention, scan=self.scan, remat=self.remat)
         self.norm = RMSNorm(cfg.rms_norm_eps, self.dtype)
         if not cfg.tie_word_embeddings:
             self.lm_head = Linear(cfg.vocab_size, ("embed", "vocab"), False, self.dtype, out_dtype=jnp.float32)

@@ -21,22 +21,6 @@ from llavamed_jax.models.stacking import layer_stack, run_layers
 from llavamed_jax.models.towers.pixels import normalize
 from llavamed_jax.parallel.mesh import constrain
 
-PARAM_AXES = [
-    (r"vision_tower/embeddings/class_embedding", (None,)),
-    (r"vision_tower/embeddings/patch_embedding/kernel", (None, None, None, "embed")),
-    (r"vision_tower/embeddings/position_embedding/embedding", (None, "embed")),
-    (r"vision_tower/(.*/)?(pre_layrnorm|layer_norm\d)/(scale|bias)", (None,)),
-    (r"vision_tower/.*/self_attn/(q|k|v)_proj/kernel", ("embed", "heads")),
-    (r"vision_tower/.*/self_attn/(q|k|v)_proj/bias", ("heads",)),
-    (r"vision_tower/.*/self_attn/out_proj/kernel", ("heads", "embed")),
-    (r"vision_tower/.*/mlp/fc1/kernel", ("embed", "mlp")),
-    (r"vision_tower/.*/mlp/fc1/bias", ("mlp",)),
-    (r"vision_tower/.*/mlp/fc2/kernel", ("mlp", "embed")),
-    (r"vision_tower/.*/(out_proj|fc2)/bias", (None,)),
-]
-
-
-
 
 class PatchEmbedding(nn.Module):
     """A convolution whose stride is its size, as the matrix product that it is."""
@@ -77,7 +61,7 @@ class Embeddings(nn.Module):
         cls = self.param("class_embedding", nn.initializers.normal(0.02), (cfg.hidden_size,)).astype(self.dtype)
         patches = PatchEmbedding(cfg, self.dtype, name="patch_embedding")(pixels)
         x = jnp.concatenate([jnp.broadcast_to(cls, (patches.shape[0], 1, cfg.hidden_size)), patches], axis=1)
-        positions = PositionEmbedding(cfg.num_patches + 1, cfg.hidden_size, name="position_embedding")()
+        positions = PositionEmbedding(cfg.num_positions, cfg.hidden_size, name="position_embedding")()
         return x + positions.astype(self.dtype)
 
 
@@ -90,12 +74,12 @@ class Attention(nn.Module):
         heads = (*x.shape[:2], self.cfg.num_heads, self.cfg.head_dim)
 
         def project(name):
-            y = Linear(self.cfg.hidden_size, ("embed", "heads"), dtype=self.dtype, name=f"{name[0]}_proj")(x)
+            y = Linear(self.cfg.hidden_size, self.cfg.axes(f"self_attn/{name[0]}_proj"), dtype=self.dtype, name=f"{name[0]}_proj")(x)
             return checkpoint_name(y, name).reshape(heads)
 
         q, k, v = map(project, ("query", "key", "value"))
         context = attention(q, k.swapaxes(1, 2), v.swapaxes(1, 2)).reshape(x.shape)
-        return Linear(self.cfg.hidden_size, ("heads", "embed"), dtype=self.dtype, name="out_proj")(context)
+        return Linear(self.cfg.hidden_size, self.cfg.axes("self_attn/out_proj"), dtype=self.dtype, name="out_proj")(context)
 
 
 class Mlp(nn.Module):
@@ -104,8 +88,9 @@ class Mlp(nn.Module):
 
     @nn.compact
     def __call__(self, x):  # [B,T,D] -> [B,T,D]
-        x = Linear(self.cfg.intermediate_size, ("embed", "mlp"), dtype=self.dtype, name="fc1")(x)
-        return Linear(self.cfg.hidden_size, ("mlp", "embed"), dtype=self.dtype, name="fc2")(ACTIVATIONS[self.cfg.hidden_act](x))
+        x = Linear(self.cfg.intermediate_size, self.cfg.axes("mlp/fc1"), dtype=self.dtype, name="fc1")(x)
+        x = ACTIVATIONS[self.cfg.hidden_act](x)
+        return Linear(self.cfg.hidden_size, self.cfg.axes("mlp/fc2"), dtype=self.dtype, name="fc2")(x)
 
 
 class Block(nn.Module):

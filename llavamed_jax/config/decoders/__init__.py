@@ -1,0 +1,47 @@
+"""The kinds of decoder. A new kind is a file here, a line of `DECODERS`, and its module in `models/decoders`.
+
+Nothing here needs jax: a processor reads configs beside torch or none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from llavamed_jax.config.checks import as_object
+from llavamed_jax.config.decoders.llama import DecoderConfig
+from llavamed_jax.config.rope import RopeScaling
+from llavamed_jax.errors import UserError, short
+
+# By `model_type` of a config.json.
+DECODERS: dict[str, type[DecoderConfig]] = {
+    "llama": DecoderConfig,
+    "mistral": DecoderConfig,
+}
+
+
+def _kind(name: Any) -> type[DecoderConfig]:
+    if not isinstance(name, str) or name not in DECODERS:
+        raise UserError(f"the decoder's model_type is {short(name)}; {' or '.join(DECODERS)} was expected")
+    return DECODERS[name]
+
+
+def decoder_from_hf(config: Mapping[str, Any], architecture: str | None = None) -> DecoderConfig:
+    """A decoder's config from its `config.json`. `architecture` goes before the `model_type` that stands there.
+
+    Raises:
+      UserError: a kind that does not exist here, or what the kind refuses.
+    """
+    return _kind(architecture or config.get("model_type", "llama")).from_hf(config, architecture)
+
+
+def decoder_from_dict(fields: Mapping[str, Any]) -> DecoderConfig:
+    """A decoder's config from this project's own file, which names the kind by `architecture`."""
+    fields = dict(fields)
+    if fields.get("rope_scaling") is not None:
+        fields["rope_scaling"] = RopeScaling(**as_object(fields["rope_scaling"], "rope_scaling"))
+    if isinstance(fields.get("more_eos_ids"), list):  # JSON has no tuples
+        fields["more_eos_ids"] = tuple(fields["more_eos_ids"])
+    kind = fields.get("architecture", DecoderConfig.architecture)
+    # A value that is no text is refused by the class, which says of which field.
+    return (_kind(kind) if isinstance(kind, str) else DecoderConfig)(**fields)

@@ -1,0 +1,188 @@
+"""The LLaMA family, LLaMA, Vicuna and Mistral: config and tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from llavamed_jax.config.checks import check_activation, check_counts, check_fields, number, token_ids
+from llavamed_jax.config.rope import RopeScaling, read_rope
+from llavamed_jax.config.tensors import Row, kernel_axes, rows
+from llavamed_jax.errors import UserError, short
+
+# What transformers' LlamaConfig and MistralConfig fill in when a key of `text_config` is absent (published
+# llava-hf configs lean on this).
+_TEXT_DEFAULTS = {
+    "llama": dict(vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
+                  num_attention_heads=32, rms_norm_eps=1e-6, rope_theta=1e4, max_position_embeddings=2048),
+    "mistral": dict(vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
+                    num_attention_heads=32, num_key_value_heads=8, rms_norm_eps=1e-6, rope_theta=1e4,
+                    max_position_embeddings=131072, sliding_window=4096),
+}
+TABLE = """
+embed_tokens/embedding                    embed_tokens.weight                        V D
+layers_#/input_layernorm/scale            layers.#.input_layernorm.weight            D
+layers_#/self_attn/q_proj/kernel          layers.#.self_attn.q_proj.weight           D N
+layers_#/self_attn/k_proj/kernel          layers.#.self_attn.k_proj.weight           D K
+layers_#/self_attn/v_proj/kernel          layers.#.self_attn.v_proj.weight           D K
+layers_#/self_attn/o_proj/kernel          layers.#.self_attn.o_proj.weight           N D
+layers_#/self_attn/q_proj/bias            layers.#.self_attn.q_proj.bias             N
+layers_#/self_attn/k_proj/bias            layers.#.self_attn.k_proj.bias             K
+layers_#/self_attn/v_proj/bias            layers.#.self_attn.v_proj.bias             K
+layers_#/self_attn/o_proj/bias            layers.#.self_attn.o_proj.bias             D
+layers_#/post_attention_layernorm/scale   layers.#.post_attention_layernorm.weight   D
+layers_#/mlp/gate_proj/kernel             layers.#.mlp.gate_proj.weight              D F
+layers_#/mlp/up_proj/kernel               layers.#.mlp.up_proj.weight                D F
+layers_#/mlp/down_proj/kernel             layers.#.mlp.down_proj.weight              F D
+layers_#/mlp/gate_proj/bias               layers.#.mlp.gate_proj.bias                F
+layers_#/mlp/up_proj/bias                 layers.#.mlp.up_proj.bias                  F
+layers_#/mlp/down_proj/bias               layers.#.mlp.down_proj.bias                D
+norm/scale                                norm.weight                                D
+"""
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """A LLaMA-family decoder: LLaMA, Vicuna or Mistral.
+
+    Attributes:
+      architecture: its `model_type`.
+      table: its tensors (`config/tensors.py`) but for the head; a subclass of another kind says it anew.
+      defaults: architecture -> what transformers fills in for keys that are absent; likewise.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope_theta: float
+    max_position_embeddings: int
+    sliding_window: int | None = None
+    tie_word_embeddings: bool = False
+    architecture: str = "llama"
+    bos_token_id: int | None = 1
+    eos_token_id: int | None = 2
+    pad_token_id: int | None = None
+    more_eos_ids: tuple[int, ...] = ()  # a config may name several ids that end a sequence
+    rope_scaling: RopeScaling | None = None
+    attention_bias: bool = False  # of query, key, value and output (LLaMA alone)
+    mlp_bias: bool = False
+    hidden_act: str = "silu"
+
+    table = TABLE
+    defaults = _TEXT_DEFAULTS
+
+    def __post_init__(self):
+        check_fields(self, "decoder ")
+        if self.num_heads % self.num_kv_heads:
+            raise UserError(f"{self.num_heads} query heads are not a multiple of {self.num_kv_heads} key/value heads")
+        if self.head_dim % 2:
+            raise UserError(f"head_dim {self.head_dim} is odd; rotary embedding needs an even width")
+        check_activation("the decoder's hidden_act", self.hidden_act)
+
+    @property
+    def hf_class(self) -> str:
+        """The class of transformers, by which other projects find the decoder's code."""
+        return {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}[self.architecture]
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The size of each letter of the table."""
+        return dict(D=self.hidden_size, F=self.intermediate_size, V=self.vocab_size, N=self.num_heads * self.head_dim,
+                    K=self.num_kv_heads * self.head_dim, H=self.head_dim)
+
+    def axes(self, module: str) -> tuple[str | None, ...]:
+        """The logical axes of the kernel of a layer's module, by its name inside the layer."""
+        return kernel_axes(self.table, module)
+
+    def tensors(self) -> tuple[Row, ...]:
+        """The lines of the table that this decoder has."""
+        without = tuple(module for module, has_bias in (("/self_attn/", self.attention_bias), ("/mlp/", self.mlp_bias)) if not has_bias)
+        return tuple(row for row in rows(self.table) if not (row.name.endswith("/bias") and any(m in row.name for m in without)))
+
+    @property
+    def max_positions(self) -> int:
+        """Positions that a text may have: a linear scaling stretches those that the config counts."""
+        stretched = self.rope_scaling is not None and self.rope_scaling.rope_type == "linear"
+        return int(self.max_position_embeddings * (self.rope_scaling.factor if stretched else 1))
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any], architecture: str | None = None) -> "DecoderConfig":
+        """From a `LlamaConfig` or `MistralConfig` dict; both spellings of the RoPE settings are read.
+
+        Raises:
+          UserError: another architecture, or a scaling of RoPE or an activation that this model does not have.
+        """
+        arch = architecture or config.get("model_type", "llama")
+        if not isinstance(arch, str) or arch not in cls.defaults:
+            raise UserError(f"the decoder's model_type is {short(arch)}; llama or mistral was expected")
+        defaults = cls.defaults[arch]
+        # null is a value of its own for a window and for key/value heads; elsewhere it stands for the default.
+        c = {**defaults, **{k: v for k, v in config.items()
+                            if v is not None or k not in defaults or k in ("sliding_window", "num_key_value_heads")}}
+        check_counts(c, ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                          "max_position_embeddings", *(["num_key_value_heads"] if c.get("num_key_value_heads") else [])])
+        theta, scaling = read_rope(config, defaults["rope_theta"], c["max_position_embeddings"])
+        biases = {key: c.get(key) or False for key in ("attention_bias", "mlp_bias")} if arch == "llama" else {}
+        heads = c["num_attention_heads"]
+        return cls(
+            vocab_size=c["vocab_size"], hidden_size=c["hidden_size"], intermediate_size=c["intermediate_size"],
+            num_layers=c["num_hidden_layers"], num_heads=heads, num_kv_heads=c.get("num_key_value_heads") or heads,
+            head_dim=c.get("head_dim") or c["hidden_size"] // heads, rms_norm_eps=number(c["rms_norm_eps"], "rms_norm_eps"),
+            rope_theta=theta, rope_scaling=scaling, hidden_act=c.get("hidden_act") or "silu", **biases,
+            max_position_embeddings=c["max_position_embeddings"],
+            sliding_window=c.get("sliding_window") if arch == "mistral" else None,
+            tie_word_embeddings=bool(c.get("tie_word_embeddings", False)), architecture=arch,
+            bos_token_id=c.get("bos_token_id", 1), pad_token_id=c.get("pad_token_id"),
+            **cls.ends_with(token_ids(c.get("eos_token_id", 2), "eos_token_id")))
+
+    def to_hf(self) -> dict:
+        """Every field explicit, and both spellings of the RoPE settings, so that any transformers reads the same model."""
+        scaling = self.rope_scaling.to_hf() if self.rope_scaling else {}
+        out = dict(model_type=self.architecture, vocab_size=self.vocab_size, hidden_size=self.hidden_size,
+                   intermediate_size=self.intermediate_size, num_hidden_layers=self.num_layers,
+                   num_attention_heads=self.num_heads, num_key_value_heads=self.num_kv_heads, head_dim=self.head_dim,
+                   hidden_act=self.hidden_act, rms_norm_eps=self.rms_norm_eps, rope_theta=self.rope_theta,
+                   rope_parameters={"rope_type": "default", **scaling, "rope_theta": self.rope_theta},
+                   max_position_embeddings=self.max_position_embeddings, tie_word_embeddings=self.tie_word_embeddings,
+                   attention_bias=self.attention_bias, mlp_bias=self.mlp_bias, bos_token_id=self.bos_token_id,
+                   eos_token_id=self.eos_value, pad_token_id=self.pad_token_id)
+        if self.architecture == "mistral":
+            out["sliding_window"] = self.sliding_window
+        if scaling.get("rope_type") == "linear":  # as versions before 4.43 want it: these two keys and no other
+            out["rope_scaling"] = {"type": "linear", "factor": scaling["factor"]}
+        elif scaling:
+            out["rope_scaling"] = scaling
+        return out
+
+    @staticmethod
+    def ends_with(ids: tuple[int, ...]) -> dict[str, Any]:
+        """The fields of a decoder whose sequences end with any of these ids."""
+        return dict(eos_token_id=ids[0] if ids else None, more_eos_ids=ids[1:])
+
+    @property
+    def eos_value(self) -> int | list[int] | None:
+        """`eos_token_id` as transformers' files have it."""
+        return list(self.eos_ids) if self.more_eos_ids else self.eos_token_id
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """All ids that end a sequence; none for a decoder that never ends one."""
+        return (() if self.eos_token_id is None else (self.eos_token_id,)) + self.more_eos_ids
+
+    @property
+    def matmul_parameters(self) -> int:
+        """Weights that a token is multiplied with: layers and head; the embedding lookup is no matmul."""
+        d, f, h = self.hidden_size, self.intermediate_size, self.head_dim
+        attention = 2 * d * self.num_heads * h + 2 * d * self.num_kv_heads * h
+        return self.num_layers * (attention + 3 * d * f) + d * self.vocab_size
+
+    def forward_flops_per_token(self, length: int) -> float:
+        """FLOPs of one token's forward pass in a row of `length` tokens: 2 N + causal attention (half the square)."""
+        span = min(length, self.sliding_window or length)
+        return 2 * self.matmul_parameters + 2 * self.num_layers * self.num_heads * self.head_dim * span

@@ -1,0 +1,39 @@
+"""A part's table of tensors, from which follow its torch names, its shapes and its logical axes.
+
+A line of a table has this project's name, the torch name, and a letter for each dimension; `#` stands for the number of a layer. A letter
+has a size, which the part's config gives, and a logical axis (`parallel.mesh.RULES`): D width of the part, F feed-forward width, V
+vocabulary, N query heads x head width, K key/value heads x head width; and without an axis H head width, C colours, p patch edge,
+T positions of an image.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+_AXES = {"D": "embed", "F": "mlp", "V": "vocab", "N": "heads", "K": "kv_heads"}
+
+
+class Row(NamedTuple):
+    """A line of a table."""
+
+    name: str
+    torch: str
+    letters: tuple[str, ...]
+
+    @property
+    def axes(self) -> tuple[str | None, ...]:
+        """The logical axis of each dimension. A vector of the part's width stays whole on every device."""
+        return (None,) if self.letters == ("D",) else tuple(map(_AXES.get, self.letters))
+
+
+@functools.cache
+def rows(table: str) -> tuple[Row, ...]:
+    """The lines of a table."""
+    return tuple(Row(name, torch, tuple(letters)) for name, torch, *letters in map(str.split, table.strip().splitlines()))
+
+
+def kernel_axes(table: str, module: str) -> tuple[str | None, ...]:
+    """The logical axes of the kernel of a layer's module, by the module's name inside the layer (`mlp/up_proj`)."""
+    name = f"layers_#/{module}/kernel"
+    return next(row.axes for row in rows(table) if row.name == name)

@@ -1,0 +1,42 @@
+"""The kinds of vision tower. A new kind is a file here, a line of `TOWERS`, and its module in `models/towers`.
+
+Nothing here needs jax: a processor reads configs beside torch or none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from llavamed_jax.config.checks import as_object
+from llavamed_jax.config.towers.clip import VisionConfig
+from llavamed_jax.errors import UserError, short
+
+# By `model_type` of a config.json.
+TOWERS: dict[str, type[VisionConfig]] = {
+    "clip": VisionConfig,
+    "clip_vision_model": VisionConfig,
+}
+
+
+def tower_from_hf(config: Mapping[str, Any]) -> VisionConfig:
+    """A tower's config from its `config.json`, or from a whole model's that holds one under `vision_config`.
+
+    Raises:
+      UserError: a kind that does not exist here, or what the kind refuses.
+    """
+    inner = as_object(config.get("vision_config", config), "vision_config")
+    kind = inner.get("model_type", VisionConfig.model_type)
+    if not isinstance(kind, str) or kind not in TOWERS:
+        known = dict.fromkeys(tower.model_type for tower in TOWERS.values())
+        raise UserError(f"the vision tower's model_type is {short(kind)}; {' or '.join(known)} was expected")
+    return TOWERS[kind].from_hf(config)
+
+
+def tower_from_dict(fields: Mapping[str, Any]) -> VisionConfig:
+    """A tower's config from this project's own file, which names a kind that is not CLIP by its `model_type`."""
+    fields = dict(fields)
+    kind = fields.pop("model_type", VisionConfig.model_type)
+    if not isinstance(kind, str) or kind not in TOWERS:
+        raise UserError(f"the vision config has model_type {short(kind)}; one of {', '.join(TOWERS)} was expected")
+    return TOWERS[kind](**fields)

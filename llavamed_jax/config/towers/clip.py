@@ -1,0 +1,156 @@
+"""CLIP's vision transformer: its config, its tensors, and the towers of OpenAI by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from llavamed_jax.config.checks import as_object, channels, check_activation, check_counts, check_fields
+from llavamed_jax.config.images import ImageSettings
+from llavamed_jax.config.tensors import Row, kernel_axes, rows
+from llavamed_jax.errors import UserError, short
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of red, green and blue between 0 and 1 (spec 3.3)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+# transformers' CLIPVisionConfig; the LLaVA towers by name are stock CLIP-L/14 (spec 1.1).
+_VISION_DEFAULTS = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
+                        image_size=224, patch_size=32, layer_norm_eps=1e-5, hidden_act="quick_gelu", num_channels=3)
+_CLIP_LARGE = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, patch_size=14)
+KNOWN_TOWERS = {
+    "openai/clip-vit-large-patch14": {**_CLIP_LARGE, "image_size": 224},
+    "openai/clip-vit-large-patch14-336": {**_CLIP_LARGE, "image_size": 336},
+}
+TABLE = """
+embeddings/class_embedding                embeddings.class_embedding                 D
+embeddings/patch_embedding/kernel         embeddings.patch_embedding.weight          p p C D
+embeddings/position_embedding/embedding   embeddings.position_embedding.weight       T D
+pre_layrnorm/scale                        pre_layrnorm.weight                        D
+pre_layrnorm/bias                         pre_layrnorm.bias                          D
+layers_#/layer_norm1/scale                encoder.layers.#.layer_norm1.weight        D
+layers_#/layer_norm1/bias                 encoder.layers.#.layer_norm1.bias          D
+layers_#/self_attn/q_proj/kernel          encoder.layers.#.self_attn.q_proj.weight   D N
+layers_#/self_attn/q_proj/bias            encoder.layers.#.self_attn.q_proj.bias     N
+layers_#/self_attn/k_proj/kernel          encoder.layers.#.self_attn.k_proj.weight   D N
+layers_#/self_attn/k_proj/bias            encoder.layers.#.self_attn.k_proj.bias     N
+layers_#/self_attn/v_proj/kernel          encoder.layers.#.self_attn.v_proj.weight   D N
+layers_#/self_attn/v_proj/bias            encoder.layers.#.self_attn.v_proj.bias     N
+layers_#/self_attn/out_proj/kernel        encoder.layers.#.self_attn.out_proj.weight N D
+layers_#/self_attn/out_proj/bias          encoder.layers.#.self_attn.out_proj.bias   D
+layers_#/layer_norm2/scale                encoder.layers.#.layer_norm2.weight        D
+layers_#/layer_norm2/bias                 encoder.layers.#.layer_norm2.bias          D
+layers_#/mlp/fc1/kernel                   encoder.layers.#.mlp.fc1.weight            D F
+layers_#/mlp/fc1/bias                     encoder.layers.#.mlp.fc1.bias              F
+layers_#/mlp/fc2/kernel                   encoder.layers.#.mlp.fc2.weight            F D
+layers_#/mlp/fc2/bias                     encoder.layers.#.mlp.fc2.bias              D
+post_layernorm/scale                      post_layernorm.weight                      D
+post_layernorm/bias                       post_layernorm.bias                        D
+"""
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """A CLIP ViT. Field names follow this project; `from_hf` maps them from a `CLIPVisionConfig`.
+
+    `image_mean`, `image_std` and `images` are what its preprocessor does (`config/images.py`). The class attributes are what a subclass
+    of another kind says anew.
+
+    Attributes:
+      model_type: of `to_hf`, and in this project's own files for a kind that is not CLIP.
+      table: its tensors (`config/tensors.py`), those that the model does not compute with included.
+      class_tokens: positions before the patches, which `feature_select` `patch` leaves out.
+      torch_prefixes: what stands before the torch names in a directory of its own; the first is written.
+      unused: where the names of tensors begin that come after the layers; they are never computed with.
+      elsewhere: pattern of torch names in its directory that belong to no tower.
+    """
+
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    image_size: int
+    patch_size: int
+    layer_norm_eps: float = 1e-5
+    hidden_act: str = "quick_gelu"
+    num_channels: int = 3
+    image_mean: tuple[float, ...] = CLIP_MEAN
+    image_std: tuple[float, ...] = CLIP_STD
+    images: ImageSettings = ImageSettings()
+
+    model_type = "clip_vision_model"
+    table = TABLE
+    class_tokens = 1
+    torch_prefixes = ("vision_model.", "")
+    unused = ("post_layernorm/",)
+    elsewhere = r"text_model\..*|(text|visual)_projection\.weight|logit_scale"
+
+    def __post_init__(self):
+        for name in ("image_mean", "image_std"):
+            object.__setattr__(self, name, channels("the vision config", name, getattr(self, name)))
+        object.__setattr__(self, "images", ImageSettings.of(self.images))
+        check_fields(self, "vision ")
+        check_activation("vision hidden_act", self.hidden_act)
+        if self.hidden_size % self.num_heads:
+            raise UserError(f"vision hidden_size {self.hidden_size} is not divisible by its {self.num_heads} heads")
+        if self.patch_size > self.image_size:
+            raise UserError(f"vision patch_size {self.patch_size} is larger than its image_size {self.image_size}")
+
+    @property
+    def num_patches(self) -> int:
+        return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def num_positions(self) -> int:
+        """Positions that the tower computes for an image: its class token and the patches."""
+        return self.num_patches + self.class_tokens
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The size of each letter of the table."""
+        return dict(D=self.hidden_size, N=self.hidden_size, F=self.intermediate_size, C=self.num_channels, p=self.patch_size,
+                    T=self.num_positions)
+
+    def axes(self, module: str) -> tuple[str | None, ...]:
+        """The logical axes of the kernel of a layer's module, by its name inside the layer."""
+        return kernel_axes(self.table, module)
+
+    def tensors(self) -> tuple[Row, ...]:
+        """The lines of the table that this tower has."""
+        return rows(self.table)
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    @property
+    def normalization(self) -> tuple[tuple[float, ...], tuple[float, ...], float]:
+        """Mean, standard deviation and scale: pixels are (x * scale - mean) / std of values x from 0 to 255."""
+        mean, std = (self.image_mean, self.image_std) if self.images.is_normalized else ((0.0,) * 3, (1.0,) * 3)
+        return mean, std, self.images.scale
+
+    @property
+    def pad_color(self) -> tuple[int, ...]:
+        """Red, green and blue that images are padded to a square with, as the originals and transformers take it from the mean,
+        whether that is applied or not. Raises UserError for a mean that is no colour."""
+        color = tuple(int(255 * mean) for mean in self.image_mean)
+        if not all(0 <= value <= 255 for value in color):
+            raise UserError(f"the image_mean {list(self.image_mean)} is no colour to pad images with; numbers from 0 to 1 were expected")
+        return color
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any]) -> "VisionConfig":
+        """From a `CLIPVisionConfig` dict, or a whole `CLIPConfig` that holds one under `vision_config`."""
+        config = as_object(config.get("vision_config", config), "vision_config")
+        model_type = config.get("model_type", "clip_vision_model")
+        if model_type not in ("clip_vision_model", "clip"):
+            raise UserError(f"the vision tower's model_type is {short(model_type)}; clip_vision_model was expected")
+        c = {**_VISION_DEFAULTS, **{k: v for k, v in config.items() if v is not None}}
+        check_counts(c, [key for key in _VISION_DEFAULTS if key not in ("layer_norm_eps", "hidden_act")])
+        return cls(c["hidden_size"], c["intermediate_size"], c["num_hidden_layers"], c["num_attention_heads"],
+                   c["image_size"], c["patch_size"], c["layer_norm_eps"], c["hidden_act"], c["num_channels"])
+
+    def to_hf(self) -> dict:
+        return dict(model_type="clip_vision_model", hidden_size=self.hidden_size, intermediate_size=self.intermediate_size,
+                    num_hidden_layers=self.num_layers, num_attention_heads=self.num_heads, image_size=self.image_size,
+                    patch_size=self.patch_size, layer_norm_eps=self.layer_norm_eps, hidden_act=self.hidden_act,
+                    num_channels=self.num_channels, projection_dim=768)
