@@ -263,15 +263,15 @@ def _check_count(raw: Mapping[str, Any], file: Path, config: LlavaConfig) -> Non
     which transformers fails. Processors of before 4.48 have no `num_additional_image_tokens` and count 1."""
     given = {key: value for key, value in raw.items() if value is not None}
     patch, strategy = given.get("patch_size", config.vision.patch_size), given.get("vision_feature_select_strategy")
-    own = {"patch": "default", "cls_patch": "full"}[config.feature_select]
+    own, class_tokens = config.select_strategy, config.vision.class_tokens
     if patch != config.vision.patch_size:
         raise UserError(f"{file} has patch_size {short(patch)}; config.json has {config.vision.patch_size}")
     if strategy not in (None, own):
         raise UserError(f"{file} has vision_feature_select_strategy {short(strategy)}; config.json has {own}")
     additional = given.get("num_additional_image_tokens")
-    if additional is not None and strategy is not None and additional != 1:
-        raise UserError(f"{file} has num_additional_image_tokens {short(additional)}; 1 was expected, the class token of "
-                        f"the vision tower, with which an image is {config.tokens_per_image} tokens")
+    if additional is not None and strategy is not None and additional != class_tokens:
+        raise UserError(f"{file} has num_additional_image_tokens {short(additional)}; {class_tokens} was expected, the class "
+                        f"tokens of the vision tower, with which an image is {config.tokens_per_image} tokens")
 
 
 def warn_of_image_token(directory: Path, taken: str) -> None:

@@ -48,7 +48,9 @@ _MOST_OF_ALL = 2**31 - 1
 def check_fields(config: Any, part: str) -> None:
     """Raises UserError for a field of a config that is not of its annotated type, or has a value that no model has."""
     for field in dataclasses.fields(config):
-        value, (kind, _, optional) = getattr(config, field.name), field.type.partition(" | ")
+        # A text in files that postpone the evaluation of annotations.
+        annotation = field.type.__name__ if isinstance(field.type, type) else str(field.type)
+        value, (kind, _, optional) = getattr(config, field.name), annotation.partition(" | ")
         if optional and value is None:
             continue
         if not _is_of_kind(value, kind):

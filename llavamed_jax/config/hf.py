@@ -285,7 +285,7 @@ def to_transformers(cfg: LlavaConfig, ids: tuple[int, int] | None = None) -> dic
                         "architectures": [cfg.decoder.hf_class]},  # by which vLLM finds the decoder's code
         "vision_config": cfg.vision.to_hf(), "projector_hidden_act": cfg.projector_act, "multimodal_projector_bias": cfg.projector_bias,
         "vision_feature_layer": cfg.feature_layer,
-        "vision_feature_select_strategy": "default" if cfg.feature_select == "patch" and cfg.vision.class_tokens else "full",
+        "vision_feature_select_strategy": cfg.select_strategy,
         "image_token_index": image_token, "image_token_id": image_token, "image_seq_length": cfg.tokens_per_image,
         "tie_word_embeddings": cfg.decoder.tie_word_embeddings,
         OURS: dict(image_aspect_ratio=cfg.image_aspect_ratio, max_length=cfg.max_length, use_start_end=cfg.use_start_end,

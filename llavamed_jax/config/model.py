@@ -73,6 +73,11 @@ class LlavaConfig:
         return self.vision.num_patches + self.vision.class_tokens * (self.feature_select == "cls_patch")
 
     @property
+    def select_strategy(self) -> str:
+        """`vision_feature_select_strategy` of transformers, whose `default` leaves out the first position of any tower."""
+        return "default" if self.feature_select == "patch" and self.vision.class_tokens else "full"
+
+    @property
     def transformers_vocab_size(self) -> int:
         """Rows of the embedding table in transformers' layout, where the first two behind it are <image> and <pad>."""
         return self.rows_in_transformers((self.decoder.vocab_size, self.decoder.vocab_size + 1))

@@ -30,7 +30,8 @@ class Row(NamedTuple):
 @functools.cache
 def rows(table: str) -> tuple[Row, ...]:
     """The lines of a table."""
-    return tuple(Row(name, torch, tuple(letters)) for name, torch, *letters in map(str.split, table.strip().splitlines()))
+    lines = [line.split() for line in table.splitlines() if line.strip()]
+    return tuple(Row(name, torch, tuple(letters)) for name, torch, *letters in lines)
 
 
 def kernel_axes(table: str, module: str) -> tuple[str | None, ...]:

@@ -58,6 +58,7 @@ class VisionConfig:
     Attributes:
       model_type: of `to_hf`, and in this project's own files for a kind that is not CLIP.
       table: its tensors (`config/tensors.py`), those that the model does not compute with included.
+      defaults: what transformers fills in for keys that are absent.
       class_tokens: positions before the patches, which `feature_select` `patch` leaves out.
       torch_prefixes: what stands before the torch names in a directory of its own; the first is written.
       unused: where the names of tensors begin that come after the layers; they are never computed with.
@@ -79,6 +80,7 @@ class VisionConfig:
 
     model_type = "clip_vision_model"
     table = TABLE
+    defaults = _VISION_DEFAULTS
     class_tokens = 1
     torch_prefixes = ("vision_model.", "")
     unused = ("post_layernorm/",)
@@ -141,16 +143,16 @@ class VisionConfig:
     def from_hf(cls, config: Mapping[str, Any]) -> "VisionConfig":
         """From a `CLIPVisionConfig` dict, or a whole `CLIPConfig` that holds one under `vision_config`."""
         config = as_object(config.get("vision_config", config), "vision_config")
-        model_type = config.get("model_type", "clip_vision_model")
-        if model_type not in ("clip_vision_model", "clip"):
-            raise UserError(f"the vision tower's model_type is {short(model_type)}; clip_vision_model was expected")
-        c = {**_VISION_DEFAULTS, **{k: v for k, v in config.items() if v is not None}}
-        check_counts(c, [key for key in _VISION_DEFAULTS if key not in ("layer_norm_eps", "hidden_act")])
+        model_type = config.get("model_type", cls.model_type)
+        if model_type not in (cls.model_type, "clip"):
+            raise UserError(f"the vision tower's model_type is {short(model_type)}; {cls.model_type} was expected")
+        c = {**cls.defaults, **{k: v for k, v in config.items() if v is not None}}
+        check_counts(c, [key for key in cls.defaults if key not in ("layer_norm_eps", "hidden_act")])
         return cls(c["hidden_size"], c["intermediate_size"], c["num_hidden_layers"], c["num_attention_heads"],
                    c["image_size"], c["patch_size"], c["layer_norm_eps"], c["hidden_act"], c["num_channels"])
 
     def to_hf(self) -> dict:
-        return dict(model_type="clip_vision_model", hidden_size=self.hidden_size, intermediate_size=self.intermediate_size,
+        return dict(model_type=self.model_type, hidden_size=self.hidden_size, intermediate_size=self.intermediate_size,
                     num_hidden_layers=self.num_layers, num_attention_heads=self.num_heads, image_size=self.image_size,
                     patch_size=self.patch_size, layer_norm_eps=self.layer_norm_eps, hidden_act=self.hidden_act,
                     num_channels=self.num_channels, projection_dim=768)

@@ -65,16 +65,20 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
+    """A layer. One with another attention says so in `attention`."""
+
     cfg: DecoderConfig
     dtype: Any
     backend: str
+
+    attention = Attention
 
     @nn.compact
     def __call__(self, x, shared, cache):  # [B,T,D], (rope, mask), cache -> [B,T,D], cache
         rope, mask = shared
         eps = self.cfg.rms_norm_eps
         h = RMSNorm(eps, self.dtype, name="input_layernorm")(x)
-        h, cache = Attention(self.cfg, self.dtype, self.backend, name="self_attn")(h, rope, mask, cache)
+        h, cache = self.attention(self.cfg, self.dtype, self.backend, name="self_attn")(h, rope, mask, cache)
         x = x + h
         x = x + Mlp(self.cfg, self.dtype, name="mlp")(RMSNorm(eps, self.dtype, name="post_attention_layernorm")(x))
         return constrain(x, "act_batch", None, None), cache
