@@ -25,7 +25,8 @@ def write_processor(cfg: LlavaConfig, files: Mapping[str, Path], out: Path) -> N
         write_tokenizer(files, out)
     write_json(out / preprocessor_file.FILE, preprocessor_file.written(cfg, is_transformers=True))
     write_json(out / preprocessor_file.PROCESSOR, dict(
-        processor_class="LlavaProcessor", image_token=IMAGE, num_additional_image_tokens=cfg.vision.class_tokens, patch_size=cfg.vision.patch_size,
+        processor_class="LlavaProcessor", image_token=IMAGE, num_additional_image_tokens=cfg.vision.class_tokens,
+        patch_size=cfg.vision.patch_size,
         vision_feature_select_strategy=cfg.select_strategy))
     template = chat_template(cfg)
     if template is not None:  # as a file of its own, and as versions before 4.50 look for it
