@@ -8,6 +8,9 @@
 Requests run in a thread with an event loop of its own. So many are under way at a time, and so many more are prepared, since
 images are large. What may pass (429, 5xx, time-outs, dropped connections, replies that are none) is asked again after a wait
 that doubles; what cannot pass fails at once, and what no other request could survive ends them all.
+
+The client is openai's asynchronous one, because its synchronous one (openai 3.57.0) cannot keep two promises: its timeout starts
+anew with each line of a reply's headers, and closing it from another thread does not end a request that waits for a reply.
 """
 
 from __future__ import annotations
