@@ -243,3 +243,8 @@ def test_what_is_not_registered_is_refused_with_what_is(monkeypatch):
 
 def test_every_kind_has_a_module():
     assert set(TOWERS.values()) <= set(towers.MODULES) and set(DECODERS.values()) <= set(decoders.MODULES)
+
+
+def test_a_module_that_the_table_does_not_have_is_named():
+    with pytest.raises(ValueError, match="the table of tensors has no line layers_#/mlp/fc3/kernel"):
+        PlainConfig(32, 48, 3, 4, 28, 14).axes("mlp/fc3")

@@ -37,4 +37,7 @@ def rows(table: str) -> tuple[Row, ...]:
 def kernel_axes(table: str, module: str) -> tuple[str | None, ...]:
     """The logical axes of the kernel of a layer's module, by the module's name inside the layer (`mlp/up_proj`)."""
     name = f"layers_#/{module}/kernel"
-    return next(row.axes for row in rows(table) if row.name == name)
+    for row in rows(table):
+        if row.name == name:
+            return row.axes
+    raise ValueError(f"the table of tensors has no line {name}, whose axes a module asks for")
