@@ -1,6 +1,7 @@
-"""LLaVA-Med in JAX: load a checkpoint and ask it about an image. Subpackages are imported by name.
+"""LLaVA-Med in JAX: loads a checkpoint and answers questions about images.
 
-The names below are imported when they are first used, so that `llavamed_jax.config` alone does not bring JAX.
+`load`, `LlavaMed`, `Completion` and `Processor` are imported when they are first used, so that importing
+`llavamed_jax.config` alone does not import JAX. Subpackages are imported by name.
 """
 
 from __future__ import annotations
@@ -22,5 +23,5 @@ def __getattr__(name: str):
 
 
 def __dir__() -> list[str]:
-    """What is meant to be used, imported yet or not, in place of the modules that happen to be."""
+    """Returns the public names, imported yet or not, and leaves out the submodules that happen to be imported."""
     return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})

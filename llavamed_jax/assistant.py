@@ -1,4 +1,7 @@
-"""A model that can be asked: weights, processor and generation engine behind a few calls."""
+"""A model that answers questions: weights, processor and generation engine behind a few calls.
+
+Axis letters: B rows, T positions, I images, P positions of an image, V vocabulary, H and W height and width.
+"""
 
 from __future__ import annotations
 
@@ -42,8 +45,8 @@ class Completion:
     """An answer.
 
     Attributes:
-      text: without special tokens, stripped, up to a stop string.
-      token_ids: all that was generated, the end-of-sequence id included.
+      text: the answer without special tokens, stripped, up to a stop string.
+      token_ids: all generated ids, including the end-of-sequence id.
       finish_reason: `stop` (end of sequence or a stop string) or `length`.
     """
 
@@ -53,20 +56,28 @@ class Completion:
 
 
 def load(path: str | Path, dtype=None, quantize=None, mesh: Mesh | str | None = None, adapter=None,
-         vision_tower: str | Path | None = None, tokenizer: str | Path | None = None, template: str | None = None) -> "LlavaMed":
-    """Loads a checkpoint of any kind that `checkpoints.open.open_checkpoint` reads.
+         vision_tower: str | Path | None = None, tokenizer: str | Path | None = None,
+         template: str | None = None) -> "LlavaMed":
+    """Loads a checkpoint of any layout that `checkpoints.open.open_checkpoint` reads.
 
     Args:
-      path: a directory in a PyTorch layout, this project's own tree (a run's workdir), `owner/name[@revision]` of a hub, or
-        `preset:NAME` (random weights).
+      path: a directory in a PyTorch layout, this project's own tree (a run's workdir), `owner/name[@revision]` of a
+        hub, or `preset:NAME` (random weights).
       dtype: of weights and computation; None is bfloat16 on GPU and TPU, float32 on a CPU. `"float32"` also sets JAX's
         matmul precision to `highest`, which GPUs and TPUs otherwise lower.
-      mesh: a Mesh with the axes data, fsdp and tp, or text such as `"data=1,tp=2"` over the
-        devices of this process; None: one device.
-      vision_tower: a CLIP directory that is taken instead of the checkpoint's own tower (quirk Q1 of the original).
-      tokenizer, template: instead of the checkpoint's own.
+      quantize: not supported yet; must be None.
+      mesh: a Mesh with the axes data, fsdp and tp, or text such as `"data=1,tp=2"` over the devices of this process;
+        None is one device.
+      adapter: not supported yet; must be None.
+      vision_tower: a CLIP directory that replaces the checkpoint's own tower (quirk Q1 of the original).
+      tokenizer: a tokenizer's file or directory that replaces the checkpoint's own.
+      template: the name of a prompt template that replaces the checkpoint's own.
+
+    Returns:
+      The model with its processor.
+
     Raises:
-      UserError: one sentence that says what is wrong with the checkpoint or an argument.
+      UserError: the checkpoint or an argument is wrong; one sentence says what.
     """
     if quantize is not None or adapter is not None:
         raise UserError("quantize and adapter are not supported yet; None was expected")
@@ -75,14 +86,14 @@ def load(path: str | Path, dtype=None, quantize=None, mesh: Mesh | str | None = 
         warn(f"{path}: {sentence}")
     processor = Processor.from_checkpoint(checkpoint, tokenizer=tokenizer, template=template)
     if processor.eos_ids != checkpoint.config.decoder.eos_ids:
-        warn(f"{path}: the tokenizer's eos_token {short(processor.tokenizer.eos_token)} ({processor.eos_ids[-1]}) ends an answer too; "
-             f"the configs name {list(checkpoint.config.decoder.eos_ids)}")
+        warn(f"{path}: the tokenizer's eos_token {short(processor.tokenizer.eos_token)} ({processor.eos_ids[-1]}) ends "
+             f"an answer too; the configs name {list(checkpoint.config.decoder.eos_ids)}")
     mesh = make_mesh(mesh, jax.local_devices()) if isinstance(mesh, str) else mesh
     if dtype is not None and _numpy_dtype(dtype) == np.float32:
         jax.config.update("jax_default_matmul_precision", "highest")
     dtype = _numpy_dtype(dtype)
-    model = LlavaMed(checkpoint.config, load_params(checkpoint, dtype), processor, dtype, mesh, Path(path).name, checkpoint.tower,
-                     origin(path, checkpoint, tokenizer))
+    model = LlavaMed(checkpoint.config, load_params(checkpoint, dtype), processor, dtype, mesh, Path(path).name,
+                     checkpoint.tower, origin(path, checkpoint, tokenizer))
     log.info("%s", model)
     return model
 
@@ -98,36 +109,39 @@ def _numpy_dtype(dtype):
 
 
 class LlavaMed:
-    """A model with its processor. Made by `load`; the constructor takes what is already in memory.
+    """A model with its processor. `load` makes one from a checkpoint; the constructor takes what is already in memory.
 
     Args:
-      config: the shapes.
-      params: the unrolled parameter tree, in the dtype that it is computed in.
+      config: the model's shapes.
+      params: the unrolled parameter tree, in the dtype of the computation.
       processor: text and images; may lack a tokenizer.
       dtype: of the computation.
-      mesh: None is one device.
+      mesh: a Mesh with the axes data, fsdp and tp; None is one device.
       name: what predictions call this model.
-      tower: which vision tower this is, in words.
-      origin: the files that it was loaded from.
+      tower: a description of the vision tower.
+      origin: the files that the model was loaded from.
     """
 
     def __init__(self, config: LlavaConfig, params, processor: Processor, dtype=jnp.float32, mesh: Mesh | None = None,
                  name: str = "llavamed", tower: str = "", origin: Origin | None = None):
-        self.config, self.processor, self.dtype, self.mesh, self.name, self.tower = config, processor, dtype, mesh, name, tower
+        self.config, self.processor, self.dtype, self.mesh, self.name, self.tower = (
+            config, processor, dtype, mesh, name, tower)
         self.origin = origin
         decoder = dataclasses.replace(config.decoder, **config.decoder.ends_with(processor.eos_ids))
-        self.engine = Engine(config.replace(decoder=decoder), jax.device_put(params) if mesh is None else params, dtype, mesh)
+        self.engine = Engine(config.replace(decoder=decoder), jax.device_put(params) if mesh is None else params, dtype,
+                             mesh)
         self._beams = BeamSearch(self.engine)
         self._forward = jax.jit(Llava(config, dtype).apply)
 
     def describe(self) -> dict[str, object]:
-        """What this model is, in words and numbers that JSON can hold: which parts were taken where several could have been.
+        """Describes the model in JSON values, and says which part was taken where several could have been.
 
         Returns:
-          `checkpoint` (the PATH; None for a model that was made in memory), `step` (of a run), `template`, `tower`, `tokenizer`,
-          `dtype`, `mesh` (axis -> devices, None for one device), `quantize` and `adapter` (None).
+          `checkpoint` (the PATH; None for a model that was made in memory), `step` (of a run), `template`, `tower`,
+          `tokenizer`, `dtype`, `mesh` (axis -> devices, None for one device), `quantize` and `adapter` (None).
         """
-        p, mesh = self.processor, None if self.mesh is None else {name: int(size) for name, size in self.mesh.shape.items()}
+        p, mesh = (self.processor,
+                   None if self.mesh is None else {name: int(size) for name, size in self.mesh.shape.items()})
         return {
             "checkpoint": self.origin.path if self.origin else None, "step": self.origin.step if self.origin else None,
             "template": p.template_words, "tower": self.tower or None, "tokenizer": p.tokenizer_words,
@@ -139,16 +153,19 @@ class LlavaMed:
         return f"{self.name}: {', '.join(f'{name} {value}' for name, value in said.items())}"
 
     def logits(self, input_ids, pixel_values=None) -> np.ndarray:
-        """Logits of whole rows.
+        """Computes the logits of whole rows.
 
         Args:
           input_ids: int32 [B,T]. The P positions of an image each hold IMAGE_TOKEN; -1 pads a short row on the right.
-          pixel_values: [I,H,W,3] in order of appearance over the rows, float32 as `processor.images` gives them or uint8 as
-            `processor.images_uint8` does, or None.
+          pixel_values: [I,H,W,3] in order of appearance over the rows, float32 as `processor.images` returns it or
+            uint8 as `processor.images_uint8` does, or None.
+
         Returns:
-          float32 [B,T,V]; unspecified where a row is padded.
+          float32 [B,T,V]; unspecified at padded positions.
+
         Raises:
-          UserError: (a ValueError) images and image positions that do not fit, with both numbers, or ids outside the vocabulary.
+          UserError: (a ValueError) images and image positions do not fit, with both numbers, or an id is outside the
+            vocabulary.
         """
         ids = whole_numbers(input_ids, "input_ids")
         if ids.ndim != 2 or not ids.size:
@@ -160,7 +177,8 @@ class LlavaMed:
         held = ids != PAD_TOKEN
         apart = np.flatnonzero((np.diff(held, axis=1) & held[:, 1:]).sum(1) + held[:, 0] > 1)
         if len(apart):
-            raise UserError(f"row {apart[0]} of input_ids has {PAD_TOKEN} between its tokens; it pads a row on the right")
+            raise UserError(f"row {apart[0]} of input_ids has {PAD_TOKEN} between its tokens; it pads a row on the "
+                            "right")
         slots, ids = self._slots(ids, pixel_values), ids.astype(np.int32)
         segments = (ids != PAD_TOKEN).astype(np.int32)
         if self.mesh is None:
@@ -173,19 +191,20 @@ class LlavaMed:
             return np.asarray(self._forward({"params": self.engine.params}, ids, slots, segment_ids=segments))[:rows]
 
     def _slots(self, ids, pixel_values):
-        """Images [I,H,W,3] to the rows that hold their positions: [B,slots,H,W,3], or None without images."""
+        """Assigns images [I,H,W,3] to the rows that hold their positions: [B,slots,H,W,3], or None without images."""
         P = self.config.tokens_per_image
         positions = (ids == IMAGE_TOKEN).sum(axis=1)
         images = np.zeros((0,)) if pixel_values is None else np.atleast_1d(np.asarray(pixel_values))
         if (positions % P).any() or positions.sum() != P * len(images):
-            raise UserError(f"the rows have {positions.tolist()} image positions for {len(images)} images; {P} positions an "
-                            "image were expected")
+            raise UserError(f"the rows have {positions.tolist()} image positions for {len(images)} images; {P} "
+                            "positions an image were expected")
         for image in images:
             check_image(self.config, image, "pixel_values")
         if not len(images):
             return None
         counts = positions // P
-        slots = np.zeros((len(ids), counts.max(), *images.shape[1:]), np.uint8 if images.dtype == np.uint8 else np.float32)
+        slots = np.zeros((len(ids), counts.max(), *images.shape[1:]),
+                         np.uint8 if images.dtype == np.uint8 else np.float32)
         taken = iter(images)
         for row, count in enumerate(counts):
             for slot in range(count):
@@ -195,14 +214,23 @@ class LlavaMed:
     def generate_tokens(self, rows: Sequence[Sequence[int]], images: Sequence[Sequence[np.ndarray]] | None = None,
                         max_new_tokens: int = 256, temperature: float = 0.0, top_p: float = 1.0, top_k: int = 0,
                         num_beams: int = 1, seed: int = 0) -> list[list[int]]:
-        """New token ids of each row, the end-of-sequence id included.
+        """Generates token ids for rows of token ids.
 
         Args:
           rows: token ids; an image is one IMAGE_TOKEN or a run of P.
-          images: the images of each row, float32 or uint8 [H,W,3] as of `logits`.
-          temperature, top_p, top_k, num_beams, seed: as of `generate`.
+          images: the images of each row, float32 or uint8 [H,W,3] as in `logits`.
+          max_new_tokens: as in `generate`.
+          temperature: as in `generate`.
+          top_p: as in `generate`.
+          top_k: as in `generate`.
+          num_beams: as in `generate`.
+          seed: as in `generate`.
+
+        Returns:
+          The new token ids of each row, including the end-of-sequence id.
+
         Raises:
-          UserError: (a ValueError) images that do not fit their markers, a row that is too long, or settings out of range.
+          UserError: (a ValueError) images do not fit their markers, a row is too long, or a setting is out of range.
         """
         images = [[] for _ in rows] if images is None else images
         if len(images) != len(rows):
@@ -212,28 +240,40 @@ class LlavaMed:
         return self._beams.generate(requests, num_beams) if num_beams > 1 else self.engine.generate(requests)
 
     def _expand(self, row: Sequence[int], num_images: int, name: str) -> list[int]:
-        """A row with P positions an image. Raises UserError, which counts the tokens as they were given."""
+        """Expands each image of a row to P positions.
+
+        Raises UserError, which counts the tokens as the caller gave them.
+        """
         P, ids = self.config.tokens_per_image, whole_numbers(row, name).tolist()
         expanded = expand_images(ids, P)
         if expanded.count(IMAGE_TOKEN) != P * num_images:
-            raise UserError(f"{name} has {ids.count(IMAGE_TOKEN)} image tokens and {num_images} images; one token, or {P} "
-                            "in a run, an image were expected")
+            raise UserError(f"{name} has {ids.count(IMAGE_TOKEN)} image tokens and {num_images} images; one token, or "
+                            f"{P} in a run, an image were expected")
         return expanded
 
     def generate(self, conversations: Sequence[Sequence[dict]], max_new_tokens: int = 256, temperature: float = 0.0,
-                 top_p: float = 1.0, top_k: int = 0, num_beams: int = 1, seed: int = 0, stop: Sequence[str] = ()) -> list[Completion]:
+                 top_p: float = 1.0, top_k: int = 0, num_beams: int = 1, seed: int = 0,
+                 stop: Sequence[str] = ()) -> list[Completion]:
         """Answers conversations, each a list of OpenAI chat messages.
 
         Args:
-          max_new_tokens: at most so many a conversation.
-          temperature: 0 is greedy; above, tokens are drawn from what temperature, then top_k (0: all), then top_p leave.
-          num_beams: above 1, beam search as transformers' with its default settings; it draws nothing.
-          seed: a conversation draws the same with the same seed, whatever is asked beside it; equal ones of one call differ.
-          stop: texts that end an answer and do not belong to it; an empty one is ignored. Beams are cut when all is found.
+          conversations: lists of messages; every conversation ends with a question of the user.
+          max_new_tokens: the most new tokens of a conversation.
+          temperature: 0 is greedy; above 0, tokens are drawn after the filters temperature, top_k and top_p, in this
+            order.
+          top_p: the probability mass to keep, above 0 and at most 1; 1 keeps all tokens.
+          top_k: the number of most likely tokens to keep; 0 keeps all.
+          num_beams: above 1, beam search as in transformers with its default settings; beam search draws nothing.
+          seed: a conversation draws the same tokens with the same seed, whatever other conversations are in the call;
+            equal conversations of one call draw different tokens.
+          stop: texts that end an answer and are not part of it; an empty one is ignored. Beam search cuts its answers
+            at them when the search is over.
+
         Returns:
           One Completion a conversation, in order.
+
         Raises:
-          UserError: (a ValueError) messages that cannot be read, images that do not fit, a prompt that is too long, or settings
+          UserError: (a ValueError) messages cannot be read, images do not fit, a prompt is too long, or a setting is
             out of range.
         """
         prompts, images = zip(*map(self._encode, conversations)) if conversations else ((), ())
@@ -247,7 +287,10 @@ class LlavaMed:
 
     def stream(self, messages: Sequence[dict], max_new_tokens: int = 256, temperature: float = 0.0, top_p: float = 1.0,
                top_k: int = 0, seed: int = 0, stop: Sequence[str] = ()) -> Iterator[str]:
-        """Yields the answer to one conversation in pieces, whole characters only. Arguments and errors as of `generate`."""
+        """Yields the answer to one conversation in pieces of whole characters.
+
+        Arguments and errors are those of `generate`.
+        """
         ids, images = self._encode(messages)
         requests = self._requests([ids], [images], max_new_tokens, temperature, top_p, top_k, 1, seed)
         stream = self._text_stream(stop)
@@ -261,25 +304,35 @@ class LlavaMed:
     def answer_each(self, prompts: Iterable[tuple[Sequence[int], Sequence[np.ndarray], int]], max_new_tokens: int = 256,
                     temperature: float = 0.0, top_p: float = 1.0, top_k: int = 0, seed: int = 0,
                     stop: Sequence[str] = ()) -> Iterator[tuple[int, Completion | UserError]]:
-        """Answers any number of prompts: yields (index of a prompt, its answer), whichever is finished first.
+        """Answers any number of prompts; yields (index of a prompt, its answer) in the order in which answers finish.
 
-        A prompt that cannot be run, or on which the model fails, has its error yielded; the others go on. What is not
-        answered when this iterator is closed is given up.
+        If a prompt cannot be run, or the model fails on it, its error is yielded and the other prompts continue.
+        Prompts that are unanswered when this iterator is closed are cancelled.
 
         Args:
-          prompts: ids with each image as P times IMAGE_TOKEN, images as of `logits`, and how many equal prompts came before,
-            by which these draw apart. A prompt is taken when a row is about to be free for it; those about one image should
-            follow each other.
-          max_new_tokens, temperature, top_p, top_k, seed, stop: as of `generate`.
+          prompts: for each prompt its ids with each image as P times IMAGE_TOKEN, its images as in `logits`, and the
+            number of equal prompts before it, which makes equal prompts draw different tokens. A prompt is taken when a
+            row is about to be free for it; prompts about one image should follow each other.
+          max_new_tokens: as in `generate`.
+          temperature: as in `generate`.
+          top_p: as in `generate`.
+          top_k: as in `generate`.
+          seed: as in `generate`.
+          stop: as in `generate`.
+
+        Returns:
+          An iterator over pairs of an index and a Completion or a UserError.
+
         Raises:
-          UserError: (a ValueError) settings out of range.
+          UserError: (a ValueError) a setting is out of range.
         """
         _check_settings(max_new_tokens, temperature, top_p, top_k, 1, seed)
         return self._answer_each(prompts, (max_new_tokens, temperature, top_k, top_p), seed, stop)
 
     def _answer_each(self, prompts, settings, seed, stop):
         refused: deque[tuple[int, UserError]] = deque()
-        streams: dict[int, tuple[int, TextStream]] = {}  # by the engine's count of requests, which the refused are not among
+        # By the engine's count of requests, which does not count the refused ones.
+        streams: dict[int, tuple[int, TextStream]] = {}
 
         def requests():
             taken = 0
@@ -290,7 +343,7 @@ class LlavaMed:
                 except UserError as error:
                     refused.append((index, error))
                     continue
-                if request.temperature:  # it takes as long as a look at the image
+                if request.temperature:  # only then, since hashing the image takes time
                     request.seed = row_seed(seed, ids, images, nth)
                 streams[taken] = index, self._text_stream(stop)
                 taken += 1
@@ -299,7 +352,7 @@ class LlavaMed:
         for job in self.engine.feed(requests()):
             while refused:
                 yield refused.popleft()
-            if job.index not in streams:  # was stopped by its text, and leaves its row now
+            if job.index not in streams:  # a stop string ended this answer earlier; its row is freed now
                 continue
             index, text = streams[job.index]
             text.push(job.take())
@@ -313,7 +366,7 @@ class LlavaMed:
         images = read_messages(messages).images
         ids = self.processor.expand(self.processor.encode(self.processor.prompt(messages)))
         markers = ids.count(IMAGE_TOKEN) // self.config.tokens_per_image
-        if markers != len(images):  # a marker that was typed, where no image is
+        if markers != len(images):  # the text itself contains a marker
             raise UserError(f"the messages have {len(images)} images for {markers} {IMAGE_MARKER} markers")
         return ids, list(self.processor.images_uint8(images))
 
@@ -333,23 +386,33 @@ class LlavaMed:
 
 
 def _check_settings(max_new_tokens, temperature, top_p, top_k, num_beams, seed) -> None:
-    """Raises UserError for settings that mean nothing, nan among them."""
+    """Raises UserError for settings that are out of range or NaN."""
     for name, value in (("temperature", temperature), ("top_p", top_p)):
         if not isinstance(value, numbers.Real):
             raise UserError(f"{name} is {short(value)}; a number was expected")
     if not 0 <= temperature < math.inf or not 0 < top_p <= 1:
-        raise UserError(f"temperature {temperature}, top_p {top_p}: a temperature of at least 0 and 0 < top_p <= 1 were expected")
-    for name, value, least in (("max_new_tokens", max_new_tokens, 1), ("top_k", top_k, 0), ("num_beams", num_beams, 1), ("seed", seed, 0)):
+        raise UserError(f"temperature {temperature}, top_p {top_p}: a temperature of at least 0 and 0 < top_p <= 1 "
+                        "were expected")
+    for name, value, least in (("max_new_tokens", max_new_tokens, 1), ("top_k", top_k, 0), ("num_beams", num_beams, 1),
+                               ("seed", seed, 0)):
         if not isinstance(value, numbers.Integral) or value < least:
             raise UserError(f"{name} is {short(value)}; a whole number of at least {least} was expected")
     if num_beams > MOST_BEAMS:
         raise UserError(f"num_beams is {short(num_beams)}; at most {MOST_BEAMS} was expected")
     if num_beams > 1 and temperature > 0:
-        raise UserError(f"num_beams {num_beams} was given with temperature {temperature}; beam search does not sample, and "
-                        "temperature 0 or num_beams 1 was expected")
+        raise UserError(f"num_beams {num_beams} was given with temperature {temperature}; beam search does not sample, "
+                        "and temperature 0 or num_beams 1 was expected")
 
 
 def completion(stream: TextStream, eos: Collection[int]) -> Completion:
-    """What a finished text stream amounts to; `eos` are the ids that end a sequence."""
+    """Builds the answer of a finished text stream.
+
+    Args:
+      stream: the finished stream.
+      eos: the ids that end a sequence.
+
+    Returns:
+      The answer, with the reason why it ended.
+    """
     ended = stream.is_stopped or any(i in eos for i in stream.token_ids[-1:])
     return Completion(stream.text, stream.token_ids, "stop" if ended else "length")

@@ -1,4 +1,4 @@
-"""The errors that a person is meant to read: one sentence that says what, where and what was expected."""
+"""The errors that users read: one sentence that says what is wrong, where, and what was expected."""
 
 from __future__ import annotations
 
@@ -10,9 +10,15 @@ LONGEST = 2000  # characters of a sentence
 
 
 class UserError(ValueError):
-    """Something outside the program is wrong (a file, a checkpoint, data). Command lines print it and exit 1.
+    """Something outside the program is wrong: a file, a checkpoint or data.
 
-    A sentence that quotes a long value is cut in its middle: what is wrong stands before the value, what was expected behind it.
+    Command lines print the error and exit with 1.
+
+    A sentence that quotes a long value is cut in its middle, so that the cause before the value and the expectation
+    after it remain.
+
+    Args:
+      sentence: what is wrong, where, and what was expected.
     """
 
     def __init__(self, sentence: object = ""):
@@ -20,11 +26,14 @@ class UserError(ValueError):
 
 
 class UsageError(UserError):
-    """The command line, the config file, a config key or its value is wrong. Command lines print it and exit 2."""
+    """The command line, the config file, a config key or its value is wrong.
+
+    Command lines print the error and exit with 2.
+    """
 
 
 def warn(sentence: str) -> None:
-    """Says on stderr what is not as whoever runs this may think, and goes on."""
+    """Prints a warning to stderr; the program continues."""
     print(f"warning: {sentence}", file=sys.stderr, flush=True)
 
 
@@ -32,19 +41,19 @@ _said: set[str] = set()
 
 
 def warn_once(sentence: str) -> None:
-    """`warn`, where this process has not said the same before: a checkpoint's files are read more than once."""
+    """Prints a warning if this process has not printed it before: a checkpoint's files are read more than once."""
     if sentence not in _said:
         _said.add(sentence)
         warn(sentence)
 
 
 def at(path: str | Path, sentence: str) -> UserError:
-    """The error about what lies at a path that somebody named: where nothing lies there, the name is wrong (`UsageError`)."""
+    """Returns the error about a path that the user gave: `UsageError` if the path does not exist, else `UserError`."""
     return (UserError if exists(path) else UsageError)(sentence)
 
 
 def exists(path: str | Path) -> bool:
-    """Whether something lies at a path; False for a name that no file can have, and for one that may not be looked at."""
+    """Returns whether a path exists; False for an invalid name and for a path that may not be read."""
     try:
         return Path(path).exists()
     except (OSError, ValueError):
@@ -52,17 +61,17 @@ def exists(path: str | Path) -> bool:
 
 
 def short(value: object, most: int = 80) -> str:
-    """A value for a sentence, cut where it is long."""
+    """Returns the `repr` of a value for a sentence, cut to `most` characters."""
     return cut(repr(value), most)
 
 
 def cut(text: str, most: int = 80) -> str:
-    """A text for a sentence, cut where it is long."""
+    """Returns a text for a sentence, cut to `most` characters."""
     return text if len(text) <= most else text[:most] + "…"
 
 
 def without_middle(text: str, most: int = LONGEST) -> str:
-    """A text of at most about `most` characters: of a longer one the beginning, the end, and how much is left out between them."""
+    """Shortens a text to about `most` characters: its beginning, the number of characters left out, and its end."""
     if len(text) <= most:
         return text
     head, tail = text[:most * 3 // 5], text[-(most * 2 // 5):]
@@ -70,5 +79,5 @@ def without_middle(text: str, most: int = LONGEST) -> str:
 
 
 def some(items: Sequence[str], most: int = 8, separator: str = ", ") -> str:
-    """A list for a sentence, cut with the count of what is left out."""
+    """Joins a list for a sentence: the first `most` items and the number of the others."""
     return separator.join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")

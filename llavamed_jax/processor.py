@@ -1,12 +1,12 @@
-"""Messages, conversations and images to what the model takes, and ids back to text. Needs no weights and no JAX.
+r"""Converts messages, conversations and images to the model's arrays, and ids to text. Needs no weights and no JAX.
 
     text    <s> [INST] <image> \n what is shown ? [/INST]
     encode   1  733 …  -200   13  …                         an image is one IMAGE_TOKEN
     expand   1  733 …  -200 × P   13  …                     and P consecutive positions for the model
 
-LLaVA-Med v1.0 has P `<im_patch>` between `<im_start>` and `<im_end>` where others have an image (spec 3.5, 3.6). With its
-templates `<image>` in a text stands for all of them, `encode` writes the ids of start and end about the IMAGE_TOKEN, and the
-image keeps its place in a turn: behind the question, where upstream puts it before.
+LLaVA-Med v1.0 represents an image by P `<im_patch>` between `<im_start>` and `<im_end>` (spec 3.5, 3.6). With its
+templates, `<image>` in a text stands for all of these, `encode` writes the start and end ids around the IMAGE_TOKEN,
+and the image stays at its place in a turn: behind the question, where upstream moves it to the front.
 
 B, H, W and I are rows, height, width and images; P is the number of positions of an image.
 """
@@ -34,25 +34,37 @@ from llavamed_jax.text.templates import Template, default_template, get_template
 from llavamed_jax.text.tokenizer import Tokenizer, find_tokenizer
 from llavamed_jax.utils.files import read_json
 
-_PATCH = 14  # of every tower that LLaVA was released with; used where there is no config to ask
+_PATCH = 14  # patch size of every tower that LLaVA was released with; used if there is no config
 # v1.0's image tokens. Its training with `--version v0` adds [PAD] before them to a tokenizer that has none (spec 1.8).
 _PAD, _IM_PATCH, _IM_START, _IM_END = "[PAD]", "<im_patch>", "<im_start>", "<im_end>"
 
 
 class Processor:
-    """Text and images to arrays, for one model.
+    """Converts text and images to arrays for one model.
+
+    Args:
+      config: the model's config, or None for a bare tokenizer.
+      tokenizer: the tokenizer; methods that need one raise without it.
+      template: a template's name. None takes the config's own template, else `chat_template`, else the default of the
+        config's `source`.
+      image_size: edge of the tower's input in pixels; only for a bare tokenizer.
+      image_mode: `pad` or `square`; None takes the config's.
+      chat_template: the checkpoint's own Jinja chat template.
 
     Attributes:
       config: LlavaConfig, or None for a bare tokenizer.
-      image_size, image_mode: edge of the tower's input and `pad` or `square`; size None where it is not known.
-      tokens_per_image: P, None where it is not known.
-      max_length: tokens a row that the model was trained with, images included, or None.
+      image_size: edge of the tower's input in pixels; None if unknown.
+      image_mode: `pad` or `square`.
+      tokens_per_image: P; None if unknown.
+      max_length: tokens of a row in the model's training, images included, or None.
+      template_name: the name of the template that writes prompts; None if `chat_template` writes them.
+      chat_template: the checkpoint's own chat template; None if `template_name` is set.
     """
 
     def __init__(self, config: LlavaConfig | None, tokenizer: Tokenizer | None = None, template: str | None = None,
                  image_size: int | None = None, image_mode: str | None = None, *,
                  chat_template: ChatTemplate | None = None):
-        """`template` None means the config's own, else `chat_template`, else by the config's `source`."""
+        """Raises UserError if the template's name, the image size or the image mode is invalid."""
         if image_mode not in (None, *pixels.MODES):
             raise UserError(f"the image mode is {image_mode!r}; {' or '.join(pixels.MODES)} was expected")
         if config is not None and image_size not in (None, config.vision.image_size):
@@ -62,11 +74,12 @@ class Processor:
         self.config = config
         self.image_size = config.vision.image_size if config else image_size
         self.image_mode = image_mode or (config.image_aspect_ratio if config else "pad")
-        self.tokens_per_image = config.tokens_per_image if config else (image_size // _PATCH) ** 2 if image_size else None
+        self.tokens_per_image = (config.tokens_per_image if config
+                                 else (image_size // _PATCH) ** 2 if image_size else None)
         self.max_length = config.max_length if config else None
         self._tokenizer = tokenizer
         if template is not None:
-            get_template(template)  # a name that was typed fails here, a derived one when text is asked for
+            get_template(template)  # a name that the user gave fails here, a derived one when text is needed
         self.template_name = template or (config.template if config else None)
         self.chat_template = None if self.template_name else chat_template
         self._is_default = self.template_name is None and self.chat_template is None
@@ -76,16 +89,21 @@ class Processor:
     @classmethod
     def load(cls, path: str | Path, template: str | None = None, image_size: int | None = None,
              image_mode: str | None = None, tokenizer: str | Path | None = None) -> "Processor":
-        """From a checkpoint's directory of any kind (weights may be absent), or from a `tokenizer.model` alone.
+        """Loads a processor from a checkpoint's directory of any kind, with or without weights, or from a tokenizer.
 
         Args:
-          path: a directory with `config.json` (as released, or transformers'), this project's tree, one step of it or its
-            `model/`, `owner/name[@revision]` of a hub, `preset:NAME`, or a tokenizer's file or directory.
+          path: a directory with `config.json` (as released, or transformers'), this project's tree, one step of it or
+            its `model/`, `owner/name[@revision]` of a hub, `preset:NAME`, or a tokenizer's file or directory.
           template: `ORIGIN:NAME` or a bare name; None follows the checkpoint.
-          image_size, image_mode: for a bare tokenizer, which knows neither; `image_mode` also overrides a checkpoint's.
+          image_size: edge of the tower's input in pixels; for a bare tokenizer, which does not know it.
+          image_mode: `pad` or `square`; None follows the checkpoint.
           tokenizer: another tokenizer's file or directory.
+
+        Returns:
+          The processor.
+
         Raises:
-          UserError: nothing there, a file that cannot be read, or an unknown template or mode.
+          UserError: the path does not exist, a file cannot be read, or a template or mode is unknown.
         """
         if not str(path).startswith("preset:"):
             path = hub.local(path, weights=False)
@@ -94,7 +112,7 @@ class Processor:
             if not Path(path).exists():
                 raise UserError(f"{path} does not exist; a checkpoint's directory or a tokenizer was expected")
             return cls(None, Tokenizer.load(tokenizer or path), template, image_size, image_mode)
-        # A tree's `model/` alone is enough here; as a checkpoint's PATH it is none.
+        # A tree's `model/` alone is enough here, although it is not a valid PATH of a checkpoint.
         is_inside = directory is not None and read_json(directory / "config.json").get("model_type") == "llavamed_jax"
         config = model_config.tree_config(directory.parent) if is_inside else model_config.read_config(path)
         return cls._from_files(config, directory, tokenizer, template, image_size, image_mode)
@@ -102,49 +120,66 @@ class Processor:
     @classmethod
     def from_checkpoint(cls, checkpoint: Checkpoint, tokenizer: str | Path | None = None, template: str | None = None,
                         image_mode: str | None = None) -> "Processor":
-        """The processor of an open checkpoint, whose tower may be another than its files name."""
+        """Makes the processor of an open checkpoint, in which the tower may differ from the one that its files name.
+
+        Args:
+          checkpoint: the open checkpoint.
+          tokenizer: another tokenizer's file or directory.
+          template: `ORIGIN:NAME` or a bare name; None follows the checkpoint.
+          image_mode: `pad` or `square`; None follows the checkpoint.
+
+        Returns:
+          The processor.
+
+        Raises:
+          UserError: as in `load`.
+        """
         files = checkpoint.files
         directory = next(iter(files.values())).parent if files else None
         return cls._from_files(checkpoint.config, directory, tokenizer, template, None, image_mode)
 
     @classmethod
     def _from_files(cls, config, directory, tokenizer, template, image_size, image_mode) -> "Processor":
-        """`directory` holds tokenizer and preprocessor files, or in its folder `OURS` those from before an export."""
+        """Makes a processor from the files in `directory`, or in its folder `OURS`, where an export keeps them."""
         if directory is not None and (directory / OURS).is_dir():
             directory = directory / OURS
         source = tokenizer or (directory if directory is not None and find_tokenizer(directory) else None)
         of_transformers = config.source == "transformers"
         tok = Tokenizer.load(source, of_transformers) if source is not None else None
-        # The originals' directories may hold the language model's own chat template, which knows no images.
+        # The originals' directories may hold the language model's own chat template, which has no place for images.
         found = find_chat_template(directory) if directory is not None and of_transformers else None
         image = _image_token(config, tok)
         if image is not None and directory is not None:
             warn_of_image_token(directory, image)
-        chat_template = ChatTemplate(found[0], str(found[1]), tok.special_tokens, image or IMAGE_MARKER) if found and tok else None
+        chat_template = (ChatTemplate(found[0], str(found[1]), tok.special_tokens, image or IMAGE_MARKER)
+                         if found and tok else None)
         return cls(config, tok, template, image_size, image_mode, chat_template=chat_template)
 
     # ---- text ----
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """Raises UserError where the checkpoint has no tokenizer files."""
+        """The tokenizer. Raises UserError if the checkpoint has no tokenizer files."""
         if self._tokenizer is None:
             raise UserError("this checkpoint has no tokenizer files; give one with tokenizer=PATH (--tokenizer PATH)")
         return self._tokenizer
 
     @property
     def template_words(self) -> str | None:
-        """Which template writes the prompts: its name, or the file of the checkpoint's own chat template."""
+        """The name of the template that writes prompts, or the file of the checkpoint's own chat template."""
         return self.template_name or (f"the chat template {self.chat_template.file}" if self.chat_template else None)
 
     @property
     def tokenizer_words(self) -> str | None:
-        """The file that ids are read from; None where there is no tokenizer."""
+        """The file of the tokenizer; None if there is no tokenizer."""
         return None if self._tokenizer is None else str(self._tokenizer.file)
 
     @functools.cached_property
     def template(self) -> Template:
-        """The named template. Raises UserError where the checkpoint has only a Jinja chat template, or an unknown name."""
+        """The named template.
+
+        Raises UserError if the checkpoint has only a Jinja chat template, or if the name is unknown.
+        """
         if self.template_name is None:
             raise UserError("this checkpoint brings a chat template of its own, which says nothing of labels; name a "
                             "template, for example v1.5:mistral_instruct or up:vicuna_v1")
@@ -152,8 +187,7 @@ class Processor:
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
-        """The ids that end an answer: those of the config, and the tokenizer's own `eos_token`, at which vLLM ends too.
-        A bare tokenizer has its own alone."""
+        """The ids that end an answer: the config's, and the tokenizer's `eos_token`, at which vLLM stops too."""
         own = self._tokenizer.eos_id if self._tokenizer is not None else None
         if self.config is None:
             return () if own is None else (own,)
@@ -162,11 +196,17 @@ class Processor:
 
     @property
     def stop(self) -> tuple[str, ...]:
-        """Texts that end an answer beside the end-of-sequence id: v1.0's and v0's models write "###" in its place."""
+        """Texts that end an answer besides the end-of-sequence id.
+
+        The models of v1.0 and v0 write "###" in its place.
+        """
         return self.template.stop if self.template_name else ()
 
     def for_evaluation(self) -> "Processor":
-        """This processor as test questions are asked: v1.0's evaluation has another template than its chat, where none is named."""
+        """Returns the processor for test questions.
+
+        Unless a template is named, v1.0's evaluation uses another one than its chat.
+        """
         name = _default_template(self.config, is_evaluation=True) if self._is_default else self.template_name
         if name == self.template_name:
             return self
@@ -178,32 +218,48 @@ class Processor:
 
     @property
     def _has_start_end(self) -> bool:
-        """Whether an image stands between start and end tokens; of a bare tokenizer, where v1.0's recipe says so."""
+        """Whether an image stands between start and end tokens; for a bare tokenizer, whether v1.0's recipe does so."""
         return self.config.use_start_end if self.config is not None else self._is_v1
 
     def id_of(self, token: str) -> int | None:
-        """The id of a special or added token as this model's text is encoded, None where there is no such token."""
+        """Returns the id of a special or added token in this model's texts; None if there is no such token."""
         return (self._v1_tokenizer if self._is_v1 else self.tokenizer).id_of(token)
 
     @property
     def image_marker(self) -> str:
-        """What stands for an image in prompts: `<image>`, in v1.5's and upstream's text between start and end tokens where the
-        model has them. In v1.0's text `<image>` itself means that."""
+        """The text of an image in prompts: `<image>`, between start and end tokens if the model has them.
+
+        With v1.0's templates `<image>` alone already includes the start and end tokens.
+        """
         return f"{_IM_START}{IMAGE_MARKER}{_IM_END}" if self._has_start_end and not self._is_v1 else IMAGE_MARKER
 
     def prompt(self, messages: Sequence[dict]) -> str:
-        """The text of OpenAI chat messages up to where the answer begins, `<image>` for each image.
+        """Writes the prompt of OpenAI chat messages up to where the answer begins, with `<image>` for each image.
+
+        Args:
+          messages: objects with `role` and `content`.
+
+        Returns:
+          The prompt.
 
         Raises:
-          UserError: messages out of order, or a count of images that does not fit the markers, with both numbers.
+          UserError: messages are out of order, or the number of images does not fit the markers; the error has both
+            numbers.
         """
         return self._rendered(read_messages(messages, self.image_marker, is_image_last=self._is_v1))
 
     def question(self, text: str, images: Sequence = ()) -> str:
-        """The prompt of one question about images: equal to `prompt` of a user's message with these images before this text.
+        """Writes the prompt of one question, as `prompt` does for one message with these images before this text.
+
+        Args:
+          text: the question.
+          images: the images; only their number matters.
+
+        Returns:
+          The prompt.
 
         Raises:
-          UserError: a count of images that does not fit the markers in the text.
+          UserError: the number of images does not fit the markers in the text.
         """
         return self._rendered(question(text, images, self.image_marker, is_image_last=self._is_v1))
 
@@ -213,21 +269,28 @@ class Processor:
         return render(self.template, self._asked(chat), chat.system)
 
     def _asked(self, chat: Chat) -> list[str | None]:
-        """The turns as the template's prompts have them: questions with what the original appends, and the answer's place."""
+        """Returns the turns for the template: questions with its suffix, and an open turn for the answer."""
         turns = [turn if i % 2 else turn + self.template.after_question for i, turn in enumerate(chat.turns)]
         return turns if self.template.labels == "plain" else [*turns, None]
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a prompt, an image one IMAGE_TOKEN.
+        """Encodes a prompt; an image is one IMAGE_TOKEN.
 
-        In the originals' manner each text between images is encoded on its own (spec 3.6). Where the checkpoint is in
+        As in the originals, each text between images is encoded on its own (spec 3.6). If the checkpoint has
         transformers' layout and its tokenizer has a token for images, the text is encoded as a whole, as transformers'
-        processors do. With v1.0's templates the ids of start and end tokens stand about an image, the white space beside it is
-        dropped, and each `<im_patch>` that the text writes out is an IMAGE_TOKEN too. Where a checkpoint's own chat template
-        has written the beginning-of-sequence token, no second one is put before it.
+        processors do. With v1.0's templates the ids of the start and end tokens stand around an image, white space
+        beside the image is dropped, and each `<im_patch>` in the text is an IMAGE_TOKEN too. If a checkpoint's own chat
+        template has written the beginning-of-sequence token, no second one is added.
+
+        Args:
+          text: a prompt of `prompt` or `question`.
+
+        Returns:
+          Token ids.
 
         Raises:
-          UserError: what is no text, or half a surrogate pair in it.
+          UserError: the value is not a text, the text contains a lone surrogate, or the tokenizer lacks the start and
+            end tokens.
         """
         if not isinstance(text, str):
             raise UserError(f"the text to encode is {short(text)}; a str was expected")
@@ -237,49 +300,62 @@ class Processor:
             text = text.replace(f"{_IM_START}{IMAGE_MARKER}{_IM_END}", IMAGE_MARKER).replace(IMAGE_MARKER, image)
             patch = tokenizer.id_of(_IM_PATCH)
             return [IMAGE_TOKEN if i == patch else i for i in tokenizer.encode(text)]
-        absent = [token for token in (_IM_START, _IM_END) if self._has_start_end and token in text and self.id_of(token) is None]
+        absent = [token for token in (_IM_START, _IM_END) if self._has_start_end and token in text
+                  and self.id_of(token) is None]
         if absent:
             raise UserError(f"the model's images stand between {_IM_START} and {_IM_END}, and its tokenizer has no "
                             f"{' and no '.join(absent)}; `python -m convert build --add_image_tokens` adds both")
-        begun = self.chat_template is not None and self.tokenizer.bos_token and text.startswith(self.tokenizer.bos_token)
+        begun = (self.chat_template is not None and self.tokenizer.bos_token
+                 and text.startswith(self.tokenizer.bos_token))
         if image := _image_token(self.config, self.tokenizer):
-            ids, image_id = self.tokenizer.encode(text.replace(IMAGE_MARKER, image), bos=not begun), self.tokenizer.id_of(image)
+            ids, image_id = (self.tokenizer.encode(text.replace(IMAGE_MARKER, image), bos=not begun),
+                             self.tokenizer.id_of(image))
             return [IMAGE_TOKEN if i == image_id else i for i in ids]
-        first, *rest = (self.tokenizer.encode(part, bos=i == 0 and not begun) for i, part in enumerate(text.split(IMAGE_MARKER)))
+        first, *rest = (self.tokenizer.encode(part, bos=i == 0 and not begun)
+                        for i, part in enumerate(text.split(IMAGE_MARKER)))
         return functools.reduce(lambda ids, part: ids + [IMAGE_TOKEN] + part, rest, first)
 
     @functools.cached_property
     def _v1_tokenizer(self) -> Tokenizer:
-        """The tokenizer with v1.0's image tokens, where it lacks them with the ids that its training would have given them.
+        """The tokenizer with v1.0's image tokens; missing ones get the ids that v1.0's training would have given them.
 
         Raises:
-          UserError: the model's table over the vocabulary has no rows for start and end tokens.
+          UserError: the model's embedding table has no rows for the start and end tokens.
         """
         size, rows = self.tokenizer.vocab_size, self.config.decoder.vocab_size if self.config is not None else None
         has_pad = self.template.style == "V0" if rows is None else rows - size > 3
-        tokenizer = self.tokenizer.as_v1([_PAD] * has_pad + [_IM_PATCH, *([_IM_START, _IM_END] if self._has_start_end else [])])
-        if self._has_start_end and rows is not None and max(tokenizer.id_of(_IM_START), tokenizer.id_of(_IM_END)) >= rows:
-            raise UserError(f"the tokenizer has no {_IM_START} and {_IM_END}, and no rows are left for them in a vocabulary of "
-                            f"{rows}; `python -m convert build --add_image_tokens` adds both")
+        tokenizer = self.tokenizer.as_v1(
+            [_PAD] * has_pad + [_IM_PATCH, *([_IM_START, _IM_END] if self._has_start_end else [])])
+        if (self._has_start_end and rows is not None
+                and max(tokenizer.id_of(_IM_START), tokenizer.id_of(_IM_END)) >= rows):
+            raise UserError(f"the tokenizer has no {_IM_START} and {_IM_END}, and no rows are left for them in a "
+                            f"vocabulary of {rows}; `python -m convert build --add_image_tokens` adds both")
         return tokenizer
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of ids, without special tokens and images."""
+        """Decodes ids to text, without special tokens and images."""
         return (self._v1_tokenizer if self._is_v1 else self.tokenizer).decode(ids)
 
     def training_example(self, conversations: Sequence[dict], num_images: int | None = None,
                          max_length: int | None = None) -> tuple[list[int], list[int]]:
-        """Ids and labels of a LLaVA conversation; labels are not shifted and IGNORE where nothing is learnt.
+        """Encodes a LLaVA conversation for training.
 
-        With templates of v1.5 and up the image goes to the front of its turn, and several markers in a turn count as one, as
-        in upstream's preprocessing, the only one published for them; where `num_images` says that a conversation's markers
-        all have their image, they all stay. With v1.0's every marker stays where it is. An image is one IMAGE_TOKEN.
+        With templates of v1.5 and later the image moves to the front of its turn, and several markers of a turn count
+        as one, as in upstream's preprocessing, the only one published for these templates. If `num_images` equals the
+        number of markers, every marker is kept. With v1.0's templates every marker stays at its place. An image is one
+        IMAGE_TOKEN.
 
         Args:
-          max_length: the length that the sample will be cut to; None is the model's own. The originals do not check their
-            counts of ids in samples that are longer.
+          conversations: the turns, objects with `from` and `value`.
+          num_images: the number of images of the sample; None does not check it.
+          max_length: the length that the sample will be cut to; None is the model's own. The originals do not check
+            their token counts in longer samples.
+
+        Returns:
+          Ids and labels. Labels are not shifted, and IGNORE where no loss is computed.
+
         Raises:
-          UserError: speakers that do not alternate, or a count of images that does not fit the markers.
+          UserError: speakers do not alternate, or the number of images does not fit the markers.
         """
         turns = training_turns(self.template, conversations)
         marked = [text.count(IMAGE_MARKER) for _, text in turns]
@@ -288,14 +364,15 @@ class Processor:
             turns = [(speaker, image_first(text, self.image_marker, count if each else 1))
                      for (speaker, text), count in zip(turns, marked)]
         ids, labels = supervise(self.template, turns, self.encode, pad_id=self.tokenizer.pad_id,
-                                is_legacy=self.tokenizer.is_legacy or self._is_v1, max_length=max_length or self.max_length,
+                                is_legacy=self.tokenizer.is_legacy or self._is_v1,
+                                max_length=max_length or self.max_length,
                                 image_length=self.tokens_per_image or 1 if self._is_v1 else 1)
         if num_images is not None and ids.count(IMAGE_TOKEN) != num_images:
             raise UserError(f"the conversation has {num_images} images for {sum(marked)} {IMAGE_MARKER} markers")
         return ids, labels
 
     def expand(self, ids: Sequence[int], labels: Sequence[int] | None = None):
-        """`expand_images` with this model's P."""
+        """Applies `expand_images` with this model's P."""
         if self.tokens_per_image is None:
             raise UserError("a bare tokenizer does not know how many positions an image takes; give image_size")
         return expand_images(ids, self.tokens_per_image, labels)
@@ -303,31 +380,41 @@ class Processor:
     # ---- images ----
 
     def images(self, sources: Sequence, mode: str | None = None, frame: int | None = None) -> np.ndarray:
-        """Pixels for the tower, float32 [I,H,W,3].
+        """Reads images and preprocesses them for the tower.
 
         Args:
-          sources: a list of whatever `images.load.load_image` takes.
+          sources: a list of anything that `images.load.load_image` takes.
           mode: `pad` or `square`; None is the model's own.
-          frame: which frame of sources that have several, counted from 1; None is the first, or what a path's `#frame=N` says.
+          frame: the frame of sources that have several, counted from 1; None is the first, or the one of a path's
+            `#frame=N`.
+
+        Returns:
+          float32 [I,H,W,3], normalised.
+
         Raises:
-          UserError: one image that is no list, an image that cannot be read, or another mode.
+          UserError: the images are not a list, an image cannot be read, or the mode is unknown.
         """
         arrays = self.images_uint8(sources, mode, frame)
         return pixels.normalize(arrays, *self.config.vision.normalization) if self.config else pixels.normalize(arrays)
 
     def images_uint8(self, sources: Sequence, mode: str | None = None, frame: int | None = None) -> np.ndarray:
-        """The same before normalisation, uint8 [I,H,W,3], which the model does itself where it is given uint8."""
+        """Reads images as `images` does, without normalisation: uint8 [I,H,W,3].
+
+        The model normalises uint8 images itself.
+        """
         if self.image_size is None:
             raise UserError("a bare tokenizer does not know the size of images; give image_size")
         is_array = isinstance(sources, np.ndarray)
-        if not isinstance(sources, Iterable) or isinstance(sources, (str, bytes, bytearray)) or is_array and sources.ndim != 4:
-            raise UserError(f"images were given as a {type(sources).__name__}; a list of images was expected, for one image too")
+        if (not isinstance(sources, Iterable) or isinstance(sources, (str, bytes, bytearray))
+                or is_array and sources.ndim != 4):
+            raise UserError(f"images were given as a {type(sources).__name__}; a list of images was expected, for one "
+                            "image too")
         size, mode = self.image_size, self.image_mode if mode is None else mode
         arrays = [self._preprocess(pixels.load_image(source, frame), mode) for source in sources]
         return np.stack(arrays) if arrays else np.zeros((0, size, size, 3), np.uint8)
 
     def _preprocess(self, image: Image.Image, mode: str) -> np.ndarray:
-        """One image [H,W,3] as the checkpoint's image processor leaves it before normalisation."""
+        """Preprocesses one image [H,W,3] as the checkpoint's image processor does, without normalisation."""
         if self.config is None:
             return pixels.preprocess_uint8(image, self.image_size, mode)
         vision = self.config.vision
@@ -336,14 +423,21 @@ class Processor:
 
 
 def expand_images(ids: Sequence[int], patches: int, labels: Sequence[int] | None = None):
-    """Each image to `patches` consecutive IMAGE_TOKENs, their labels IGNORE.
+    """Expands each image to `patches` consecutive IMAGE_TOKENs with the label IGNORE.
 
-    A run of IMAGE_TOKEN whose length is a multiple of `patches` (> 1) is left as it is; a shorter run is that many images.
+    A run of IMAGE_TOKEN with a length that is a multiple of `patches` (> 1) is unchanged; a shorter run counts as that
+    many images.
+
+    Args:
+      ids: token ids.
+      patches: P, the number of positions of an image.
+      labels: one label an id, or None.
 
     Returns:
-      ids, or (ids, labels) where labels were given.
+      The ids, or (ids, labels) if labels were given.
+
     Raises:
-      UserError: a longer run of another length, with its place; labels of another length.
+      UserError: a run has another length (the error has its position), or ids and labels differ in length.
     """
     if labels is not None and len(labels) != len(ids):
         raise UserError(f"{len(labels)} labels were given for {len(ids)} ids")
@@ -359,7 +453,8 @@ def expand_images(ids: Sequence[int], patches: int, labels: Sequence[int] | None
             start += 1
             continue
         if run > patches and run % patches:
-            raise UserError(f"position {start} begins a run of {run} image tokens; 1 or {patches} an image was expected")
+            raise UserError(f"position {start} begins a run of {run} image tokens; 1 or {patches} an image was "
+                            "expected")
         length = run if run % patches == 0 else run * patches
         out += [IMAGE_TOKEN] * length
         out_labels += [IGNORE] * length
@@ -368,13 +463,14 @@ def expand_images(ids: Sequence[int], patches: int, labels: Sequence[int] | None
 
 
 def _model_directory(path: Path) -> Path | None:
-    """Where `config.json` and tokenizer files lie for a checkpoint PATH, None for something else."""
-    candidates = [path / "model", path, path.parent.parent / "model"] if path.parent.name == "checkpoints" else [path / "model", path]
+    """Returns the directory with the config and tokenizer files of a checkpoint PATH; None without such files."""
+    candidates = ([path / "model", path, path.parent.parent / "model"] if path.parent.name == "checkpoints"
+                  else [path / "model", path])
     return next((c for c in candidates if (c / "config.json").is_file()), None)
 
 
 def _image_token(config: LlavaConfig | None, tokenizer: Tokenizer | None) -> str | None:
-    """The token that stands for an image in transformers' texts; None in the originals', where no token does."""
+    """Returns the token of an image in transformers' texts; None for the originals', which have no such token."""
     if tokenizer is None or config is not None and config.source != "transformers":
         return None
     named = tokenizer.token_of(config.image_token_id) if config is not None else None
@@ -384,7 +480,7 @@ def _image_token(config: LlavaConfig | None, tokenizer: Tokenizer | None) -> str
 
 
 def _default_template(config: LlavaConfig | None, is_evaluation: bool = False) -> str:
-    """By the model type that the checkpoint came with; for a bare tokenizer the released model's."""
+    """Returns the template of the model type that the checkpoint names; for a bare tokenizer the released model's."""
     if config is None:
         return "v1.5:mistral_instruct"
     return default_template(config.source, config.decoder.architecture, is_evaluation)

@@ -1,4 +1,7 @@
-"""What stands after the colon of `--config FILE.py:…`, read for a recipe: `v15|v1|llava15`, `7b|13b`, `small`, `epochs=N`, …"""
+"""Reads the arguments of a recipe, which stand after the colon of `--config FILE.py:…`.
+
+The arguments are `v15|v1|llava15`, `7b|13b`, `small`, `epochs=N`, `protocol=clean|paper` and the recipe's own words.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,16 @@ from llavamed_jax.errors import UsageError
 
 @dataclass(frozen=True)
 class RecipeArguments:
-    """What a recipe was asked for after the colon. `preset` names the model's shape (`config.PRESETS`)."""
+    """The arguments of a recipe.
+
+    Attributes:
+      family: `v15`, `v1` or `llava15`.
+      size: `7b` or `13b`.
+      small: whether the small model is trained in place of the one that `family` and `size` name.
+      epochs: number of epochs; None if the recipe has no such argument.
+      protocol: `clean` or `paper`; None if the recipe has no such argument.
+      word: one of the recipe's own words; None if the recipe has no such words.
+    """
 
     family: str = "v15"
     size: str = "7b"
@@ -22,6 +34,7 @@ class RecipeArguments:
 
     @property
     def preset(self) -> str:
+        """The name of the model's shape in `config.PRESETS`."""
         return "small" if self.small else f"{self.family}-{self.size}"
 
 
@@ -30,15 +43,21 @@ _CHOICES = {"family": ("v15", "v1", "llava15"), "size": ("7b", "13b"), "small": 
 
 def recipe_arguments(text: str, *, epochs: int | None = None, protocol: str | None = None,
                      words: Sequence[str] = (), has_models: bool = True) -> RecipeArguments:
-    """Reads `v15|v1|llava15`, `7b|13b`, `small`, `epochs=N` and `protocol=clean|paper`, separated by commas.
+    """Reads the comma-separated arguments of a recipe.
 
     Args:
-      text: what stands after the colon of `--config FILE.py:…`.
-      epochs, protocol: the recipe's own values; None says that the recipe has no such argument.
-      words: words of the recipe's own, of which one may be given (the demo's stages); the first is the default.
-      has_models: whether the recipe trains several models; else it has only `small`, which is its own model.
+      text: the text after the colon of `--config FILE.py:…`.
+      epochs: the recipe's default number of epochs; None if the recipe has no such argument.
+      protocol: the recipe's default protocol; None if the recipe has no such argument.
+      words: the recipe's own words (the demo's stages), of which one may be given; the first is the default.
+      has_models: whether the recipe trains several models; otherwise its only model is `small`.
+
+    Returns:
+      The arguments, with the defaults for those that are absent.
+
     Raises:
-      UsageError: an unknown or repeated argument, a wrong value, or `v15` with `13b`, which was never released.
+      UsageError: an argument is unknown or repeated, a value is wrong, or `v15` is combined with `13b`, which was never
+        released.
     """
     found: dict[str, Any] = {}
     choices = _CHOICES if has_models else {"small": ("small",)}
@@ -51,12 +70,14 @@ def recipe_arguments(text: str, *, epochs: int | None = None, protocol: str | No
             kind, value = "epochs", int(value)
         elif is_assignment and name == "protocol" and protocol is not None:
             if value not in ("clean", "paper"):
-                raise UsageError(f"the recipe argument {item!r} is wrong; protocol=clean or protocol=paper was expected")
+                raise UsageError(f"the recipe argument {item!r} is wrong; protocol=clean or protocol=paper was "
+                                 "expected")
             kind = "protocol"
         elif item in kinds:
             kind, value = kinds[item], item
         else:
-            known = [*kinds, *(["epochs=N"] if epochs is not None else []), *(["protocol=clean|paper"] if protocol else [])]
+            known = [*kinds, *(["epochs=N"] if epochs is not None else []),
+                     *(["protocol=clean|paper"] if protocol else [])]
             raise UsageError(f"the recipe argument {item!r} does not exist; one of {', '.join(known)} was expected")
         if kind in found:
             raise UsageError(f"the recipe argument {item!r} contradicts or repeats {found[kind]!r}")
