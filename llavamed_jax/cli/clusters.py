@@ -42,8 +42,8 @@ def detected(environment: Mapping[str, str] = os.environ) -> Place | None:
     if "KUBERNETES_SERVICE_HOST" in environment and "JOB_COMPLETION_INDEX" in environment:
         if importlib.util.find_spec("kubernetes") is not None:
             return Place()
-        print("this is a pod of an indexed job and runs alone: pip install kubernetes, or --coordinator, --num_processes and --process_id, "
-              "would join it with the others", file=sys.stderr)
+        print("this is a pod of an indexed job and runs alone: pip install kubernetes, or --coordinator, "
+              "--num_processes and --process_id, would join it with the others", file=sys.stderr)
     return None
 
 
@@ -79,7 +79,8 @@ def _metadata(key: str) -> str:
     import urllib.request  # takes a while, and few are asked
 
     host = os.environ.get("GCE_METADATA_IP", "metadata.google.internal")
-    request = urllib.request.Request(f"http://{host}/computeMetadata/v1/instance/attributes/{key}", headers={"Metadata-Flavor": "Google"})
+    request = urllib.request.Request(f"http://{host}/computeMetadata/v1/instance/attributes/{key}",
+                                     headers={"Metadata-Flavor": "Google"})
     try:
         with urllib.request.urlopen(request, timeout=2) as answer:
             return answer.read().decode()

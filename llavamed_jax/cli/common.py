@@ -31,8 +31,8 @@ if TYPE_CHECKING:  # not before a command listens to signals
 EXIT_SAVED = 75  # stopped by a signal with everything saved: run again to go on (EX_TEMPFAIL of sysexits.h)
 
 
-def command(load: Callable[[], Callable[[list[str]], int | None]], argv: Sequence[str] | None = None, has: str = "the run had begun",
-            is_forked: bool = False) -> int:
+def command(load: Callable[[], Callable[[list[str]], int | None]], argv: Sequence[str] | None = None,
+            has: str = "the run had begun", is_forked: bool = False) -> int:
     """Runs a command: listens to signals, then imports its program, then runs it (`run`).
 
     A process that was started for it (`argv` is None) gets standard streams that can be used and ends here, without the
@@ -121,7 +121,8 @@ class _Once(argparse.Action):
     def __call__(self, parser, namespace, values, option_string=None):
         given = parser.given.setdefault(self.dest, values)
         if repr(given) != repr(values):  # NaN does not equal NaN
-            parser.error(f"{option_string} is given twice, with {short(given)} and with {short(values)}; one value was expected")
+            parser.error(f"{option_string} is given twice, with {short(given)} and with {short(values)}; one value was "
+                         "expected")
         setattr(namespace, self.dest, values)
 
 
@@ -149,7 +150,8 @@ class Parser(argparse.ArgumentParser):
         found, rest = super().parse_known_args(args, namespace)
         for action in self._actions:
             if action.metavar not in _NO_PATHS:
-                paths.check((*action.option_strings, action.metavar or action.dest)[0], getattr(found, action.dest, None))
+                paths.check((*action.option_strings, action.metavar or action.dest)[0],
+                            getattr(found, action.dest, None))
         return found, rest
 
     def parse_with_overrides(self, argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -183,7 +185,8 @@ def load_config(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
     given: dict[str, str] = {}
     for key, _, value in (override.partition("=") for override in overrides):
         if given.setdefault(key, value) != value:
-            raise UsageError(f"--config.{key} is given twice, with {short(given[key])} and with {short(value)}; one value was expected")
+            raise UsageError(f"--config.{key} is given twice, with {short(given[key])} and with {short(value)}; one "
+                             "value was expected")
     name, _, argument = spec.partition(":")
     path = Path(name)
     if path.is_dir():
@@ -200,12 +203,14 @@ def load_config(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
     except UserError:
         raise
     except (Exception, SystemExit) as error:
-        line = next((f.lineno for f in reversed(traceback.extract_tb(error.__traceback__)) if f.filename == str(path)), None)
+        line = next((f.lineno for f in reversed(traceback.extract_tb(error.__traceback__)) if f.filename == str(path)),
+                    None)
         where = f" at line {line}" if line else ""
         raise UsageError(f"the config file {name} raised {type(error).__name__}{where}: {error}") from error
     from ml_collections import ConfigDict
     if not isinstance(config, ConfigDict):
-        raise UsageError(f"get_config of {name} returned {type(config).__name__}; an ml_collections.ConfigDict was expected")
+        raise UsageError(f"get_config of {name} returned {type(config).__name__}; an ml_collections.ConfigDict was "
+                         "expected")
     config.lock()
     for override in overrides:
         _apply(config, override)
@@ -249,7 +254,8 @@ def _configs_importable(path: Path) -> Iterator[None]:
 
 def _texts(value: Any) -> str:
     """All texts in a value of a config, one after another."""
-    return value if isinstance(value, str) else "\n".join(map(_texts, value)) if isinstance(value, (list, tuple)) else ""
+    return value if isinstance(value,
+                               str) else "\n".join(map(_texts, value)) if isinstance(value, (list, tuple)) else ""
 
 
 def _neighbours(path: Path) -> str:
@@ -288,7 +294,8 @@ def _apply(config: ConfigDict, override: str) -> None:
         hint = f"did you mean {' or '.join(near)}?" if near else f"the keys are {', '.join(known)}"
         raise UsageError(f"the config key {key!r} does not exist; {hint}")
     if isinstance(node[leaf], ConfigDict):
-        raise UsageError(f"the config key {key!r} is a group; one of {', '.join(f'{key}.{k}' for k in node[leaf])} was expected")
+        raise UsageError(f"the config key {key!r} is a group; one of {', '.join(f'{key}.{k}' for k in node[leaf])} was "
+                         "expected")
     if text.lower() == "none" and key in recipe.SCHEMA and recipe.SCHEMA[key].is_open:
         with config.ignore_type():
             node[leaf] = None
@@ -329,7 +336,8 @@ def add_model_flags(parser: argparse.ArgumentParser, is_listed: bool = True) -> 
     group.add_argument("--tokenizer", metavar="PATH", help=said("a tokenizer, not the checkpoint's own"))
     group.add_argument("--template", metavar="NAME", help=said("such as v1.5:mistral_instruct"))
     dtypes = ("float32", "bfloat16", "float16")
-    group.add_argument("--dtype", metavar="TYPE", choices=dtypes, help=said("float32 (CPU), bfloat16 (else) or float16"))
+    group.add_argument("--dtype", metavar="TYPE", choices=dtypes,
+                       help=said("float32 (CPU), bfloat16 (else) or float16"))
     group.add_argument("--mesh", metavar="SIZES", help=said("such as data=2,tp=4; default: one device"))
 
 
@@ -341,7 +349,8 @@ def add_preflight_flags(parser: argparse.ArgumentParser) -> None:
 
 def check_preflight_flags(args: argparse.Namespace) -> None:
     if args.preflight is None and args.preflight_json is not None:
-        raise UsageError("--preflight_json is where the result of --preflight goes; --preflight NAMES was expected beside it")
+        raise UsageError("--preflight_json is where the result of --preflight goes; --preflight NAMES was expected "
+                         "beside it")
 
 
 def preflight(args: argparse.Namespace, config: ConfigDict, slices: int = 1, **job) -> int:
@@ -362,7 +371,8 @@ def check_model_flags(args: argparse.Namespace) -> None:
     """Refuses a template or a preset that does not exist, before anything is loaded or written."""
     from llavamed_jax.config import preset
     from llavamed_jax.text.templates import get_template
-    checks = [("--checkpoint", preset, args.checkpoint.removeprefix("preset:"))] if args.checkpoint.startswith("preset:") else []
+    checks = [("--checkpoint", preset,
+               args.checkpoint.removeprefix("preset:"))] if args.checkpoint.startswith("preset:") else []
     checks += [("--template", get_template, args.template)] if args.template is not None else []
     for flag, check, value in checks:
         try:

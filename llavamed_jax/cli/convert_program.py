@@ -71,13 +71,16 @@ def _open(path: str, args: argparse.Namespace, dtype: type | None = None) -> Che
     if args.tokenizer is not None:
         source = Path(args.tokenizer)
         if not exists(source):
-            raise UsageError(f"--tokenizer {cut(str(source))} holds no tokenizer.model and no tokenizer.json, for it does not exist")
+            raise UsageError(f"--tokenizer {cut(str(source))} holds no tokenizer.model and no tokenizer.json, for it "
+                             "does not exist")
         files = {"tokenizer.model": source} if source.is_file() and source.suffix == ".model" else text_files(source)
         if not any(name.startswith("tokenizer") for name in files):
             raise UsageError(f"--tokenizer {source} holds no tokenizer.model and no tokenizer.json")
         _said_of("--tokenizer", Tokenizer.load, source)  # one that cannot be read is said before anything is written
         kept = {name: file for name, file in checkpoint.files.items() if not name.startswith(_OF_TEXT)}
-        checkpoint = checkpoint.replace(files={**kept, **{name: file for name, file in files.items() if name.startswith(_OF_TEXT)}})
+        checkpoint = checkpoint.replace(files={**kept,
+                                               **{name: file for name, file in files.items()
+                                                  if name.startswith(_OF_TEXT)}})
     _check_text(checkpoint)
     print(terminal.sentence(f"{path}: {checkpoint.layout} layout, vision tower: {checkpoint.tower}"))
     if getattr(args, "projector", None) is not None:
@@ -95,9 +98,11 @@ def _check_text(checkpoint: Checkpoint) -> None:
         elif name.endswith(".jinja"):
             read_template(file)
     rows = checkpoint.config.decoder.vocab_size
-    pieces = max((Tokenizer.load(checkpoint.files[name]).vocab_size for name in TOKENIZERS if name in checkpoint.files), default=0)
+    pieces = max((Tokenizer.load(checkpoint.files[name]).vocab_size for name in TOKENIZERS if name in checkpoint.files),
+                 default=0)
     if pieces > rows:
-        print(f"warning: the tokenizer has {pieces} pieces and the embedding table {rows} rows: ids from {rows} on have none",
+        print(f"warning: the tokenizer has {pieces} pieces and the embedding table {rows} rows: ids from {rows} on "
+              "have none",
               file=sys.stderr)
 
 
@@ -141,11 +146,14 @@ def _export(args: argparse.Namespace) -> None:
 
 
 def _build_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--decoder", required=True, metavar="PATH", help="a directory of LLaMA, Vicuna or Mistral, or owner/name of a hub")
-    parser.add_argument("--vision", required=True, metavar="PATH", help="a directory of a CLIP model, or owner/name of a hub")
+    parser.add_argument("--decoder", required=True, metavar="PATH",
+                        help="a directory of LLaMA, Vicuna or Mistral, or owner/name of a hub")
+    parser.add_argument("--vision", required=True, metavar="PATH",
+                        help="a directory of a CLIP model, or owner/name of a hub")
     parser.add_argument("--projector", required=True, metavar="TYPE|FILE",
                         help="linear or mlpNx_gelu, freshly drawn, or an mm_projector.bin")
-    parser.add_argument("--add_image_tokens", action="store_true", help="add <im_patch>, <im_start> and <im_end>, as LLaVA-Med v1.0 has")
+    parser.add_argument("--add_image_tokens", action="store_true",
+                        help="add <im_patch>, <im_start> and <im_end>, as LLaVA-Med v1.0 has")
     parser.add_argument("--add_pad_token", action="store_true", help="and [PAD] before them, as its --version v0 does")
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn; default 0")
     parser.add_argument("--out", required=True, metavar="DIR", help="a new directory for the tree")
@@ -158,9 +166,10 @@ def _build(args: argparse.Namespace) -> None:
         raise UsageError(f"--seed is {args.seed}; a whole number of at least 0 was expected")
     if args.add_pad_token and not args.add_image_tokens:
         raise UsageError("--add_pad_token puts [PAD] before the image tokens; --add_image_tokens was expected beside it")
-    with tempfile.TemporaryDirectory() as scratch, signals.undone_by(lambda: shutil.rmtree(scratch, ignore_errors=True)):
-        checkpoint, said = build(args.decoder, args.vision, args.projector, Path(scratch), args.add_image_tokens, args.seed,
-                                 args.add_pad_token)
+    with tempfile.TemporaryDirectory() as scratch, signals.undone_by(lambda: shutil.rmtree(scratch,
+                                                                                           ignore_errors=True)):
+        checkpoint, said = build(args.decoder, args.vision, args.projector, Path(scratch), args.add_image_tokens,
+                                 args.seed, args.add_pad_token)
         _check_text(checkpoint)
         print(*said, sep="\n")
         with new_directory(args.out, total_bytes(checkpoint.tensors), map(Path, (args.decoder, args.vision))) as out:
@@ -169,7 +178,8 @@ def _build(args: argparse.Namespace) -> None:
 
 
 def _delta_flags(parser: argparse.ArgumentParser, other: str, other_help: str) -> None:
-    parser.add_argument("--base", required=True, metavar="PATH", help="the plain decoder: a directory, or owner/name of a hub")
+    parser.add_argument("--base", required=True, metavar="PATH",
+                        help="the plain decoder: a directory, or owner/name of a hub")
     parser.add_argument(other, required=True, metavar="PATH", help=other_help)
     parser.add_argument("--out", required=True, metavar="DIR", help="a new directory, in the original's layout")
 
@@ -207,12 +217,15 @@ def _inspect(args: argparse.Namespace) -> None:
     step = f", step {checkpoint.step}" if checkpoint.step is not None else ""
     rows = [
         ("layout", f"{checkpoint.layout}{step}"),
-        ("vision tower", f"{v.num_layers} layers, width {v.hidden_size}, {v.num_heads} heads, {v.image_size} px, patch {v.patch_size}"),
+        ("vision tower", f"{v.num_layers} layers, width {v.hidden_size}, {v.num_heads} heads, {v.image_size} px, patch "
+                         f"{v.patch_size}"),
         ("", f"feature layer {cfg.feature_layer}, {cfg.feature_select}: {cfg.tokens_per_image} tokens an image"),
         ("images", f"{cfg.image_aspect_ratio}, {v.images.words(v.image_size)}"),
         ("projector", f"{cfg.projector_type}, {v.hidden_size} -> {d.hidden_size}"),
-        ("decoder", f"{d.architecture}, {d.num_layers} layers, width {d.hidden_size}, {d.num_heads} heads, {d.num_kv_heads} of keys"),
-        ("", f"vocabulary {d.vocab_size}, feed-forward {d.intermediate_size}, theta {d.rope_theta:g}, eps {d.rms_norm_eps:g}{window}"),
+        ("decoder", f"{d.architecture}, {d.num_layers} layers, width {d.hidden_size}, {d.num_heads} heads, "
+                    f"{d.num_kv_heads} of keys"),
+        ("", f"vocabulary {d.vocab_size}, feed-forward {d.intermediate_size}, theta {d.rope_theta:g}, eps "
+             f"{d.rms_norm_eps:g}{window}"),
         ("tokenizer", tokenizer),
         ("template", cfg.template or "by model type"),
     ]
@@ -232,8 +245,10 @@ def _verify_flags(parser: argparse.ArgumentParser) -> None:
     for name in "ab":
         parser.add_argument(name, **_PATH | {"metavar": name.upper()})
     parser.add_argument("--tolerance", type=float, default=1e-4, metavar="X",
-                        help="how far values may be apart, as a part of the largest magnitude of their tensor or of the logits")
-    parser.add_argument("--tensors_only", action="store_true", help="no logits and no greedy tokens: the models are not loaded")
+                        help="how far values may be apart, as a part of the largest magnitude of their tensor or of "
+                             "the logits")
+    parser.add_argument("--tensors_only", action="store_true",
+                        help="no logits and no greedy tokens: the models are not loaded")
     parser.add_argument("--dtype", choices=_DTYPES, default="float32", help="that logits are computed in")
     _part_flags(parser, "a CLIP tower that is taken for both", "template of both: v1.5:mistral_instruct ...")
 
@@ -247,7 +262,8 @@ def _verify(args: argparse.Namespace) -> int:
     rows = compare(*checkpoints, args.tolerance, args.tensors_only, _DTYPES[args.dtype], progress.over)
     print(f"\n{table(rows)}\n")
     differing = [row.what for row in rows if not row.is_equal]
-    print(f"not equal: {'; '.join(differing)}" if differing else f"equal, to {args.tolerance:g} of the largest magnitude")
+    print(f"not equal: {'; '.join(differing)}" if differing
+          else f"equal, to {args.tolerance:g} of the largest magnitude")
     return 1 if differing else 0
 
 

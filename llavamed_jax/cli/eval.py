@@ -19,9 +19,10 @@ Started again, it goes on where it was stopped. For research only, never for cli
 
 def _parser() -> common.Parser:
     usage = "eval.py --config FILE --workdir DIR --checkpoint PATH|--predictions FILE|--endpoint URL"
-    parser = common.Parser(prog="eval.py", usage=usage, description="Asks a model a data set's questions, scores, reports.",
-                           epilog=_EXAMPLES)
-    parser.add_argument("--config", required=True, metavar="FILE", help="what is asked: configs/eval/NAME.py[:ARGUMENTS]")
+    parser = common.Parser(prog="eval.py", usage=usage,
+                           description="Asks a model a data set's questions, scores, reports.", epilog=_EXAMPLES)
+    parser.add_argument("--config", required=True, metavar="FILE",
+                        help="what is asked: configs/eval/NAME.py[:ARGUMENTS]")
     parser.add_argument("--workdir", metavar="DIR", help="where predictions, metrics and report go")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--checkpoint", metavar="PATH", help="a checkpoint in any layout, or a run's workdir")
@@ -93,7 +94,8 @@ def program(argv: Sequence[str]) -> int:
             remove()
     if metrics is None:
         if signals.failure():
-            raise UserError(f"{signals.failure()}; {evaluation.n_kept} answers are kept in {args.workdir}: run again to go on")
+            raise UserError(f"{signals.failure()}; {evaluation.n_kept} answers are kept in {args.workdir}: run again "
+                            "to go on")
         print(_stopped(evaluation, args), file=sys.stderr)
         return common.EXIT_SAVED
     print(evaluation.scorer.summary(metrics))
@@ -123,8 +125,8 @@ def _preflight(args: argparse.Namespace, cfg) -> int:
         raise UsageError(f"--config is {args.config!r}, which has no 'generation'; a file of configs/eval was expected")
     check_generation(cfg)
     if cfg.generation.num_beams > 1:
-        raise UsageError(f"generation.num_beams is {cfg.generation.num_beams}; --preflight compiles the engine's programs and not those of "
-                         "beam search: 1 was expected")
+        raise UsageError(f"generation.num_beams is {cfg.generation.num_beams}; --preflight compiles the engine's "
+                         "programs and not those of beam search: 1 was expected")
     return common.preflight(args, cfg, checkpoint=args.checkpoint, vision_tower=args.vision_tower, mesh=args.mesh,
                             dtype=args.dtype)
 
@@ -133,19 +135,23 @@ def _check_flags(args: argparse.Namespace) -> None:
     """Refuses flags that are of another source than the one that is given."""
     common.check_preflight_flags(args)
     if args.checkpoint == "":
-        raise UsageError("--checkpoint is empty; a checkpoint's directory, owner/name of a hub or preset:NAME was expected")
+        raise UsageError("--checkpoint is empty; a checkpoint's directory, owner/name of a hub or preset:NAME was "
+                         "expected")
     if args.preflight is not None and args.checkpoint is None:
         raise UsageError("--preflight compiles a model's programs; it stands beside --checkpoint only")
     if args.preflight is None and (args.workdir is None) != (args.write_llava is not None):
-        raise UsageError("--workdir is missing; a directory for predictions, metrics and report was expected" if args.workdir is None
+        raise UsageError("--workdir is missing; a directory for predictions, metrics and report was expected"
+                         if args.workdir is None
                          else "--write_llava writes one file and needs no --workdir")
     if args.write_llava is not None and (args.against is not None or args.dry_run):
-        raise UsageError(f"--{'dry_run' if args.dry_run else 'against'} is of an evaluation; it cannot stand beside --write_llava")
+        raise UsageError(f"--{'dry_run' if args.dry_run else 'against'} is of an evaluation; it cannot stand beside "
+                         "--write_llava")
     given = [name for name in _MODEL_FLAGS if getattr(args, name)]
     given += [name for name in _PROCESS_FLAGS if getattr(args, name) is not None]
     for source in ("predictions", "write_llava"):
         if getattr(args, source) is not None and (args.control or given):
-            raise UsageError(f"--{(['control'] if args.control else given)[0]} needs a model; it cannot stand beside --{source}")
+            raise UsageError(f"--{(['control'] if args.control else given)[0]} needs a model; it cannot stand beside "
+                             f"--{source}")
     if args.endpoint is not None and given:
         raise UsageError(f"--{given[0]} is of a model that is loaded here; it cannot stand beside --endpoint")
     if args.endpoint is not None and not args.model:
@@ -185,7 +191,8 @@ def _measure(evaluation, args: argparse.Namespace, endpoint) -> dict | None:
         if args.predictions is not None:
             return run.score_file(evaluation, args.predictions)
         answerer = endpoint or _local(args)
-        source = {"endpoint": endpoint.service.url, "model": endpoint.name} if endpoint else {"checkpoint": args.checkpoint}
+        source = {"endpoint": endpoint.service.url,
+                  "model": endpoint.name} if endpoint else {"checkpoint": args.checkpoint}
         flags = {name: getattr(args, name) for name in _MODEL_FLAGS}
         flags |= {"query": endpoint.service.address.identity} if endpoint else {}
         return run.evaluate(evaluation, answerer, source, [args.control] if args.control else [], flags)

@@ -147,8 +147,8 @@ def explained(words: str, name: str, place: Place) -> str:
     if "RegisterTask" in words and "DEADLINE_EXCEEDED" in words:
         where = f" at {place.coordinator}" if place.coordinator else ""
         whole = f" of {place.count}" if place.count else ""
-        return (f"{name}{whole} waited for the others{where}, and they did not all come; each has to be started, with the same "
-                "--coordinator and a --process_id of its own")
+        return (f"{name}{whole} waited for the others{where}, and they did not all come; each has to be started, with "
+                "the same --coordinator and a --process_id of its own")
     if "ALREADY_EXISTS" in words or "different incarnation" in words:
         return f"two processes were started with one --process_id{again}"
     if "UNAVAILABLE" in words:

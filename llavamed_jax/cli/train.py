@@ -25,12 +25,14 @@ exit status: 0 done; 1 failed; 2 wrong flag, config key or value; 75 stopped by 
 def train(argv: list[str]) -> int:
     from llavamed_jax.cli import compilation_cache, processes
     parser = common.Parser(prog="train.py", description="Trains a recipe.", epilog=_USAGE)
-    parser.add_argument("--config", required=True, metavar="FILE.py[:ARGUMENTS]", help="the recipe; --config.KEY=VALUE changes one key")
+    parser.add_argument("--config", required=True, metavar="FILE.py[:ARGUMENTS]",
+                        help="the recipe; --config.KEY=VALUE changes one key")
     parser.add_argument("--workdir", metavar="DIR", help="where the run lies; made if it does not exist")
     parser.add_argument("--profile", type=_span, metavar="START:STOP", help="trace these updates into DIR/tensorboard")
     common.add_preflight_flags(parser)
     processes.add_flags(parser)
-    parser.add_argument("--help-config", action=_HelpConfig, nargs=0, help="list every config key: type, range, meaning; exit")
+    parser.add_argument("--help-config", action=_HelpConfig, nargs=0,
+                        help="list every config key: type, range, meaning; exit")
     args, overrides = parser.parse_with_overrides(argv)
     common.check_preflight_flags(args)
     if args.preflight is not None:
@@ -82,13 +84,14 @@ def _configured(spec: str, overrides: Sequence[str]):
     for argument in spec.partition(":")[2].split(","):
         name, _, value = argument.partition("=")
         if name in ("epochs", "protocol") and typed.get(name, value) != value:
-            print(f"{name} is {typed[name]}, as --config.{name} says: {argument} behind the recipe is not used", flush=True)
+            print(f"{name} is {typed[name]}, as --config.{name} says: {argument} behind the recipe is not used",
+                  flush=True)
     lengths = ("epochs", "total_steps")
     if any(key not in config or config[key] is None for key in lengths):
         return config
     if all(key in typed for key in lengths):
-        raise UsageError(f"the config keys 'epochs' ({config.epochs}) and 'total_steps' ({config.total_steps}) are both given, "
-                         "and each says how long the run is; one of them was expected")
+        raise UsageError(f"the config keys 'epochs' ({config.epochs}) and 'total_steps' ({config.total_steps}) are "
+                         "both given, and each says how long the run is; one of them was expected")
     for key, other in (lengths, lengths[::-1]):
         if key in typed:
             print(f"{key} is {config[key]}: {other}, which is {config[other]} in the recipe, is left open", flush=True)

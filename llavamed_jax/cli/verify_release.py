@@ -24,13 +24,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _program(argv: list[str]) -> None:
     parser = Parser(prog="make verify-release", description=__doc__)
-    parser.add_argument("--model", default=RELEASE, metavar="PATH", help=f"owner/name[@revision] or a directory; default {RELEASE}")
-    parser.add_argument("--steps", default="", metavar="A,B", help="some of fetch,tensors,tower,answers,vqa_rad; default all")
-    parser.add_argument("--vqa_rad", default="", metavar="DIR", help="VQA-RAD in its official layout, for the step vqa_rad")
-    parser.add_argument("--images", default="samples/vqa_rad/images", metavar="DIR", help="where the images of the fixed questions are")
-    parser.add_argument("--stock_tower", metavar="PATH", help="the CLIP tower to compare with; default the one that the config names")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on an accelerator, float32 on a CPU")
-    parser.add_argument("--workdir", default="runs/verify-release", metavar="DIR", help="predictions, metrics and report of VQA-RAD")
+    parser.add_argument("--model", default=RELEASE, metavar="PATH",
+                        help=f"owner/name[@revision] or a directory; default {RELEASE}")
+    parser.add_argument("--steps", default="", metavar="A,B",
+                        help="some of fetch,tensors,tower,answers,vqa_rad; default all")
+    parser.add_argument("--vqa_rad", default="", metavar="DIR",
+                        help="VQA-RAD in its official layout, for the step vqa_rad")
+    parser.add_argument("--images", default="samples/vqa_rad/images", metavar="DIR",
+                        help="where the images of the fixed questions are")
+    parser.add_argument("--stock_tower", metavar="PATH",
+                        help="the CLIP tower to compare with; default the one that the config names")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"),
+                        help="default: bfloat16 on an accelerator, float32 on a CPU")
+    parser.add_argument("--workdir", default="runs/verify-release", metavar="DIR",
+                        help="predictions, metrics and report of VQA-RAD")
     parser.add_argument("--out", default="docs/verification.md", metavar="FILE", help="what is written at the end")
     parser.add_argument("--config", default="configs/eval/vqa_rad.py", metavar="FILE.py", help="how VQA-RAD is asked")
     args, overrides = parser.parse_with_overrides(argv)
@@ -43,14 +50,17 @@ def _program(argv: list[str]) -> None:
     if not steps:
         steps = list(verification.STEPS)
         if not cfg.data.root:
-            print("warning: the step vqa_rad is left out; it needs --vqa_rad DIR (VQA_RAD=DIR for make)", file=sys.stderr)
+            print("warning: the step vqa_rad is left out; it needs --vqa_rad DIR (VQA_RAD=DIR for make)",
+                  file=sys.stderr)
             steps.remove("vqa_rad")
     unknown = [step for step in steps if step not in verification.STEPS]
     if unknown:
         raise UsageError(f"the step {unknown[0]!r} does not exist; one of {', '.join(verification.STEPS)} was expected")
     if "vqa_rad" in steps and not cfg.data.root:
-        raise UsageError("the step vqa_rad needs --vqa_rad DIR (VQA_RAD=DIR for make), the data set in its official layout")
-    release = verification.Release(args.model, Path(args.images), Path(args.workdir), cfg, args.stock_tower, args.dtype, progress.bar)
+        raise UsageError("the step vqa_rad needs --vqa_rad DIR (VQA_RAD=DIR for make), the data set in its official "
+                         "layout")
+    release = verification.Release(args.model, Path(args.images), Path(args.workdir), cfg, args.stock_tower, args.dtype,
+                                   progress.bar)
     if "fetch" in steps:
         verification.check_disk(release)
     done: dict[str, list[str]] = {}
@@ -71,7 +81,8 @@ def _facts() -> dict[str, object]:
     return {"date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "hub": os.environ.get("HF_ENDPOINT", "https://huggingface.co"),
             "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-            "versions": ", ".join([f"Python {platform.python_version()}", *(f"{p} {version(p)}" for p in ("jax", "flax", "transformers"))])}
+            "versions": ", ".join([f"Python {platform.python_version()}",
+                                   *(f"{p} {version(p)}" for p in ("jax", "flax", "transformers"))])}
 
 
 def _write(file: Path, text: str) -> None:

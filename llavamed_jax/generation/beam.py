@@ -76,8 +76,8 @@ def start(lengths, limit, num_beams: int, room: int) -> Beams:
     B = lengths.shape[0]
     scores = jnp.full((B, num_beams), _NEVER, jnp.float32)
     tokens = jnp.full((B, num_beams, room), NO_TOKEN, jnp.int32)
-    return Beams(Hypotheses(tokens, scores.at[:, 0].set(0)), Hypotheses(tokens, scores), jnp.zeros((B, num_beams), bool),
-                 jnp.zeros_like(lengths), jnp.zeros(B, bool), lengths, limit)
+    return Beams(Hypotheses(tokens, scores.at[:, 0].set(0)), Hypotheses(tokens, scores),
+                 jnp.zeros((B, num_beams), bool), jnp.zeros_like(lengths), jnp.zeros(B, bool), lengths, limit)
 
 
 def advance(beams: Beams, logits, eos: tuple[int, ...]) -> tuple[Beams, jax.Array]:
@@ -173,7 +173,8 @@ class BeamSearch:
                 signals.check()
                 beams, caches = self._decode(params, beams, caches)
         best = jax.device_get(jax.tree.map(lambda x: x[: len(rows), 0], beams.finished))  # NaN is above all numbers
-        return [[int(t) for t in tokens if t != NO_TOKEN and np.isfinite(score)] for tokens, score in zip(best.tokens, best.scores)]
+        return [[int(t) for t in tokens if t != NO_TOKEN and np.isfinite(score)]
+                for tokens, score in zip(best.tokens, best.scores)]
 
     def _batch(self, rows: list[Request]) -> tuple[dict, int]:
         """Arrays of a batch, prompts padded to a bucket and rows to a power of two that the mesh divides; and the cache's length."""

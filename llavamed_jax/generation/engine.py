@@ -46,8 +46,8 @@ class Engine:
       programs: another engine's of the same shapes, dtype and mesh, which are compiled already; theirs is `steps` then.
     """
 
-    def __init__(self, cfg: LlavaConfig, params, dtype=np.float32, mesh: Mesh | None = None, batch_size: int = 16, steps: int = 16,
-                 share: bool = True, programs: Programs | None = None):
+    def __init__(self, cfg: LlavaConfig, params, dtype=np.float32, mesh: Mesh | None = None, batch_size: int = 16,
+                 steps: int = 16, share: bool = True, programs: Programs | None = None):
         self.cfg, self.dtype, self.mesh, self.batch_size = cfg, dtype, mesh, batch_size
         self._params = params if mesh is None else jax.device_put(params, param_shardings(params, param_axes(), mesh))
         self.shards = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
@@ -177,7 +177,8 @@ class Engine:
         if running:
             longest = max(self._length_of(job, self._ahead) for job in running.values())
             if longest > self._length:  # by a quarter at least, since other lengths are other programs
-                self._resize(len(self._rows), min(max(longest, self._length * 5 // 4), max(map(self._longest, running.values()))))
+                self._resize(len(self._rows),
+                             min(max(longest, self._length * 5 // 4), max(map(self._longest, running.values()))))
             # With others waiting, the loop is left when a quarter of the rows has become free.
             leave_at = len(running) - max(1, len(running) // 4) if self._waiting else 0
             self._slots, made = self.programs.decode(self.params, self._slots, np.int32(leave_at))
@@ -201,9 +202,11 @@ class Engine:
         running = len(self._rows.running)
         rows = min(self.batch_size, power_of_two(running + len(self._waiting)))
         rows = -(-rows // self.shards) * self.shards
-        if rows > len(self._rows) or not running and (len(self._rows) >= 4 * rows or len(self._rows) > self.batch_size >= rows):
+        if rows > len(self._rows) or not running and (len(self._rows) >= 4 * rows
+                                                      or len(self._rows) > self.batch_size >= rows):
             self._resize(rows, self._length)
-        length = _round_up(max(self._length_of(job, self._ahead) for job in [*self._rows.running.values(), *self._waiting]))
+        length = _round_up(max(self._length_of(job, self._ahead)
+                               for job in [*self._rows.running.values(), *self._waiting]))
         if length > self._length or 2 * length <= self._length:
             self._resize(len(self._rows), length)
 
@@ -257,10 +260,13 @@ class Engine:
             images, features = np.zeros((B, power_of_two(max(map(len, keys)))), np.int32), self._features.array
             for b, row in enumerate(keys):
                 images[b, : len(row)] = [places[key] for key in row]
-        settings = [(r.temperature, r.top_k, r.top_p, r.seed) for r in (job.request for job in jobs)] + [(0, 0, 1, 0)] * (B - len(jobs))
+        settings = [(r.temperature, r.top_k, r.top_p, r.seed)
+                    for r in (job.request for job in jobs)] + [(0, 0, 1, 0)] * (B - len(jobs))
         return Prompts(
-            ids, images, start=column((each.start for each in placed), 0), length=column((each.length for each in placed), 1),
-            source=column((each.source for each in placed), 0), target=column((each.target for each in placed), len(self._rows)),
+            ids, images, start=column((each.start for each in placed), 0),
+            length=column((each.length for each in placed), 1),
+            source=column((each.source for each in placed), 0),
+            target=column((each.target for each in placed), len(self._rows)),
             limit=column((self.limit(job.request) for job in jobs), 1), sampling=Sampling.of(*zip(*settings))), features
 
     def _read(self, made: Made, jobs: list[tuple[int, int, Job]]) -> None:

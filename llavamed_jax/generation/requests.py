@@ -90,7 +90,8 @@ class Job:
 
 def _image_key(image: np.ndarray) -> int:
     """A number, at most `_FIRST_IMAGE_KEY`, that stands for an image's pixels."""
-    digest = hashlib.blake2b(np.ascontiguousarray(image).tobytes(), digest_size=7, key=image.dtype.name.encode()).digest()
+    digest = hashlib.blake2b(np.ascontiguousarray(image).tobytes(), digest_size=7,
+                             key=image.dtype.name.encode()).digest()
     return _FIRST_IMAGE_KEY - int.from_bytes(digest)
 
 
@@ -101,8 +102,8 @@ def check(request: Request, cfg: LlavaConfig, max_prompt: int, name: str) -> Non
         raise UserError(f"{name} has ids of the shape {ids.shape}; one row was expected")
     positions = int((ids == IMAGE_TOKEN).sum())
     if positions != P * len(request.images):
-        raise UserError(f"{name} has {positions} image positions and {len(request.images)} images; {P} positions an image "
-                        "were expected")
+        raise UserError(f"{name} has {positions} image positions and {len(request.images)} images; {P} positions an "
+                        "image were expected")
     if not ids.size:
         raise UserError(f"{name} is empty; at least one token was expected")
     if len(ids) > max_prompt:
@@ -111,7 +112,8 @@ def check(request: Request, cfg: LlavaConfig, max_prompt: int, name: str) -> Non
         raise UserError(f"{name} asks for {request.max_new_tokens} new tokens; at least 1 was expected")
     wrong = ids[(ids >= vocabulary) | ((ids < 0) & (ids != IMAGE_TOKEN))]
     if wrong.size:  # a lookup outside the table would give some row, and an answer to something else
-        raise UserError(f"{name} holds the id {wrong[0]}; ids from 0 to {vocabulary - 1}, or {IMAGE_TOKEN}, were expected")
+        raise UserError(f"{name} holds the id {wrong[0]}; ids from 0 to {vocabulary - 1}, or {IMAGE_TOKEN}, were "
+                        "expected")
     for image in request.images:
         check_image(cfg, image, name)
 

@@ -37,7 +37,8 @@ class Sampling:
     seeds: jax.Array
 
     @classmethod
-    def of(cls, temperature: Sequence[float], top_k: Sequence[int], top_p: Sequence[float], seeds: Sequence[int]) -> "Sampling":
+    def of(cls, temperature: Sequence[float], top_k: Sequence[int], top_p: Sequence[float],
+           seeds: Sequence[int]) -> "Sampling":
         """Arrays of B rows' settings; seeds below 2**32."""
         return cls(
             temperature=np.array([max(t, _COLDEST) if t > 0 else 0.0 for t in temperature], np.float32),

@@ -127,7 +127,8 @@ def _read_header(file: BinaryIO, name: str) -> Dataset:
     if not header.file_meta.get("TransferSyntaxUID"):
         is_implicit, is_little_endian = header.original_encoding
         header.file_meta.TransferSyntaxUID = (
-            uid.ImplicitVRLittleEndian if is_implicit else uid.ExplicitVRLittleEndian if is_little_endian else uid.ExplicitVRBigEndian)
+            uid.ImplicitVRLittleEndian if is_implicit else uid.ExplicitVRLittleEndian if is_little_endian
+            else uid.ExplicitVRBigEndian)
     return header
 
 
@@ -265,7 +266,8 @@ def _check_length(source: BinaryIO | Dataset, described: dict, name: str) -> Non
         return
     pixels = described["rows"] * described["columns"] * described["number_of_frames"]
     if _length_of_pixels(source, described["transfer_syntax_uid"]) >= 3 * pixels:
-        raise UserError(f"{name} has YBR_FULL_422 and three bytes a pixel, which RGB and YBR_FULL have; two were expected")
+        raise UserError(f"{name} has YBR_FULL_422 and three bytes a pixel, which RGB and YBR_FULL have; two were "
+                        "expected")
 
 
 def _length_of_pixels(source: BinaryIO | Dataset, syntax: UID) -> int:

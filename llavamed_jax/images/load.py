@@ -92,8 +92,8 @@ def preprocess_uint8(image: Image.Image, size: int, mode: str = "pad", settings:
     short, long = sorted(image.size)
     keeps_shape = settings.resize is None or len(settings.resize) == 1
     if short < 1 or keeps_shape and long > MAX_ASPECT * short:
-        raise UserError(f"the image is {image.width} x {image.height} pixels; an aspect ratio of at most {MAX_ASPECT} was "
-                        "expected")
+        raise UserError(f"the image is {image.width} x {image.height} pixels; an aspect ratio of at most {MAX_ASPECT} "
+                        "was expected")
     if mode == "pad" and long * long > MAX_PIXELS:
         raise UserError(f"the image is {image.width} x {image.height} pixels; to be padded to a square, at most "
                         f"{int(MAX_PIXELS**0.5)} on a side were expected")

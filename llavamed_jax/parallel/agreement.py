@@ -18,12 +18,14 @@ from llavamed_jax.utils.code import code_sha256, version
 
 # What computes, reads text, images and weights, or writes checkpoints; of accelerators their plugins, as far as they are packages.
 PACKAGES = (
-    "jax", "jaxlib", "jax-cuda12-plugin", "jax-cuda12-pjrt", "jax-cuda13-plugin", "jax-cuda13-pjrt", "libtpu", "flax", "optax", "chex",
-    "orbax-checkpoint", "tensorstore", "grain", "ml_collections", "ml_dtypes", "numpy", "scipy", "transformers", "tokenizers",
-    "sentencepiece", "safetensors", "jinja2", "pillow", "pydicom", "pyarrow",
+    "jax", "jaxlib", "jax-cuda12-plugin", "jax-cuda12-pjrt", "jax-cuda13-plugin", "jax-cuda13-pjrt", "libtpu", "flax",
+    "optax", "chex",
+    "orbax-checkpoint", "tensorstore", "grain", "ml_collections", "ml_dtypes", "numpy", "scipy", "transformers",
+    "tokenizers", "sentencepiece", "safetensors", "jinja2", "pillow", "pydicom", "pyarrow",
 )  # fmt: skip
 # Settings of jax, which its environment variables and the command line's own code make, that change the program.
-_SETTINGS = ("jax_platforms", "jax_enable_x64", "jax_default_matmul_precision", "jax_default_prng_impl", "jax_threefry_partitionable",
+_SETTINGS = ("jax_platforms", "jax_enable_x64", "jax_default_matmul_precision", "jax_default_prng_impl",
+             "jax_threefry_partitionable",
              "jax_numpy_dtype_promotion", "jax_numpy_rank_promotion", "jax_disable_jit", "jax_debug_nans")
 _ENVIRONMENT = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
 _OF_A_HOST = ("dump", "cache")  # in the names of flags of XLA that say where a host writes, and change no program
@@ -67,7 +69,8 @@ def _difference(everyone: Sequence[Mapping[str, object]]) -> dict | None:
     found = changes(first, everyone[k], ("in process 0", f"in process {k}"))
     names = [name for name in {**first, **everyone[k]} if first.get(name) != everyone[k].get(name)]
     return {"is_typed": any(name.startswith(_TYPED) for name in names),
-            "sentence": f"{who} started with something else than process 0: {found}; the same in all processes was expected"}
+            "sentence": f"{who} started with something else than process 0: {found}; the same in all processes was "
+                        "expected"}
 
 
 def installation() -> dict[str, object]:

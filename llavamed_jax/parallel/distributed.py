@@ -97,7 +97,8 @@ class Group:
         """Ends this process when another one has failed: what it waits for will not come."""
         while not self._is_left.wait(_POLL_S):
             try:
-                told = {key.rsplit("/", 1)[-1]: json.loads(value) for key, value in self._client.key_value_dir_get("told/")}
+                told = {key.rsplit("/", 1)[-1]: json.loads(value)
+                        for key, value in self._client.key_value_dir_get("told/")}
             except RuntimeError:
                 return  # process 0 is gone, and the runtime ends this one
             failure, stop = told.get("failure"), told.get("stop")
@@ -151,12 +152,13 @@ def initialize(coordinator: str | None = None, count: int | None = None, index: 
 
     jax.config.update("jax_enable_preemption_service", False)  # its handler of SIGTERM would take the place of the program's own
     try:
-        jax.distributed.initialize(coordinator, count, index, local_device_ids=local_devices, heartbeat_timeout_seconds=HEARTBEAT_S,
+        jax.distributed.initialize(coordinator, count, index, local_device_ids=local_devices,
+                                   heartbeat_timeout_seconds=HEARTBEAT_S,
                                    cluster_detection_method="deactivate" if coordinator else None)
     except Exception as error:  # of jax, of a cluster's own library, of a socket
         reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise UserError(f"the other processes of this run were not found: {reason}; --coordinator, --num_processes and --process_id "
-                        "name them, and --num_processes 1 runs alone") from error
+        raise UserError(f"the other processes of this run were not found: {reason}; --coordinator, --num_processes and "
+                        "--process_id name them, and --num_processes 1 runs alone") from error
     _group = Group(*private.coordination_client())
     _group.watch()
 

@@ -32,7 +32,8 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
 FIRST_STAGED, STAGE = 32, 4
 
 
-def make_mesh(spec: str | Mapping[str, int] | None = None, devices: Sequence[jax.Device] | None = None, slices: int = 1) -> Mesh:
+def make_mesh(spec: str | Mapping[str, int] | None = None, devices: Sequence[jax.Device] | None = None,
+              slices: int = 1) -> Mesh:
     """A mesh with the axes data, fsdp and tp. Neighbours on tp and fsdp are close to each other, those on data may be far.
 
     Args:
@@ -55,23 +56,26 @@ def make_mesh(spec: str | Mapping[str, int] | None = None, devices: Sequence[jax
         spec = dict(pairs)
     sizes = {"data": -1} if spec is None else {k: int(v) for k, v in spec.items()}
     if set(sizes) - set(AXES):
-        raise UsageError(f"the mesh has the unknown axes {sorted(set(sizes) - set(AXES))}; {', '.join(AXES)} were expected")
+        raise UsageError(f"the mesh has the unknown axes {sorted(set(sizes) - set(AXES))}; {', '.join(AXES)} were "
+                         "expected")
     shape = [sizes.get(axis, 1) for axis in AXES]
     known = math.prod(n for n in shape if n != -1)
     is_open = -1 in shape
-    if shape.count(-1) > 1 or min(shape) < -1 or 0 in shape or (len(devices) % known if is_open else known > len(devices)):
+    if shape.count(-1) > 1 or min(shape) < -1 or 0 in shape or (len(devices) % known if is_open
+                                                                else known > len(devices)):
         wanted = "of which the others multiply to a divisor" if is_open else "that multiply to at most that number"
-        raise UsageError(f"the mesh {dict(zip(AXES, shape))} does not fit {len(devices)} devices; sizes {wanted} were expected "
-                         "(one may be -1)")
+        raise UsageError(f"the mesh {dict(zip(AXES, shape))} does not fit {len(devices)} devices; sizes {wanted} were "
+                         "expected (one may be -1)")
     shape = [len(devices) // known if n == -1 else n for n in shape]
     is_part = math.prod(shape) < len(devices)
     if is_part and jax.process_count() > 1 and len({device.process_index for device in devices}) > 1:
-        raise UsageError(f"the mesh {dict(zip(AXES, shape))} takes {math.prod(shape)} of the {len(devices)} devices of several "
-                         "processes; sizes that multiply to all of them were expected (one may be -1)")
+        raise UsageError(f"the mesh {dict(zip(AXES, shape))} takes {math.prod(shape)} of the {len(devices)} devices of "
+                         "several processes; sizes that multiply to all of them were expected (one may be -1)")
     devices = devices[:math.prod(shape)]
     there = len({getattr(device, "slice_index", None) for device in devices}) if devices[0].platform == "tpu" else 1
     if there != slices:
-        raise UsageError(f"the config key 'mesh.slices' is {slices}, and the devices make {there} slices; that number was expected")
+        raise UsageError(f"the config key 'mesh.slices' is {slices}, and the devices make {there} slices; that number "
+                         "was expected")
     # Not `jax.make_mesh`: it refuses GPUs of several hosts, which are slices to jax, and grids of TPUs that an axis must cut.
     if is_part:
         array = np.array(devices, dtype=object).reshape(shape)  # the next line would look for a whole grid of TPUs
@@ -79,7 +83,8 @@ def make_mesh(spec: str | Mapping[str, int] | None = None, devices: Sequence[jax
         array = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     else:
         if shape[0] % slices:
-            raise UsageError(f"the config key 'mesh.data' is {shape[0]}; a multiple of mesh.slices ({slices}) was expected")
+            raise UsageError(f"the config key 'mesh.data' is {shape[0]}; a multiple of mesh.slices ({slices}) was "
+                             "expected")
         inside = (shape[0] // slices, *shape[1:])
         array = mesh_utils.create_hybrid_device_mesh(inside, (slices, 1, 1), devices, allow_split_physical_axes=True)
     return Mesh(array, AXES, axis_types=(AxisType.Auto,) * 3)
@@ -145,7 +150,8 @@ def constrain_weight(x, *logical: str | None):
     if mesh.empty or mesh.abstract_device is None or "TPU" not in mesh.abstract_device.device_kind or fsdp < FIRST_STAGED or fsdp % STAGE:
         return x
     sizes = tuple(mesh.shape[axis] for axis in ("data", "tp"))
-    finer = AbstractMesh((sizes[0], fsdp // STAGE, STAGE, sizes[1]), ("data", "fsdp", "last", "tp"), axis_types=(AxisType.Auto,) * 4)
+    finer = AbstractMesh((sizes[0], fsdp // STAGE, STAGE, sizes[1]), ("data", "fsdp", "last", "tp"),
+                         axis_types=(AxisType.Auto,) * 4)
     return jax.lax.with_sharding_constraint(x, NamedSharding(finer, spec_of(logical)))
 
 
@@ -167,7 +173,8 @@ def param_shardings(params: Any, rules: Sequence[tuple[str, tuple]], mesh: Mesh)
         spec = spec_of(axes, name)
         for size, axis in zip(leaf.shape, spec):
             if axis is not None and size % mesh.shape[axis]:
-                raise UsageError(f"{name}: a dimension of {size} is not divisible by the mesh axis {axis} of {mesh.shape[axis]}")
+                raise UsageError(f"{name}: a dimension of {size} is not divisible by the mesh axis {axis} of "
+                                 f"{mesh.shape[axis]}")
         return NamedSharding(mesh, spec)
 
     return jax.tree_util.tree_map_with_path(sharding, params)
@@ -188,7 +195,8 @@ def local_rows(mesh: Mesh, rows: int) -> list[int]:
     """
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     if rows < 1 or rows % shards:
-        raise UsageError(f"a batch of {rows} rows cannot lie over data x fsdp = {shards} of the mesh; a multiple was expected")
+        raise UsageError(f"a batch of {rows} rows cannot lie over data x fsdp = {shards} of the mesh; a multiple was "
+                         "expected")
     parts = batch_sharding(mesh).addressable_devices_indices_map((rows,)).values()
     return sorted({row for (part,) in parts for row in range(*part.indices(rows))})
 
@@ -206,7 +214,8 @@ def local_view(mesh: Mesh) -> tuple[Mesh, Mesh]:
     tp = math.gcd(mesh.shape["tp"], here)
     fsdp = math.gcd(mesh.shape["fsdp"], here // tp)
     make = lambda devices: Mesh(np.array(devices).reshape(-1, fsdp, tp), AXES, axis_types=(AxisType.Auto,) * 3)
-    return make([device for _, devices in sorted(by_process.items()) for device in devices]), make(by_process[jax.process_index()])
+    return make([device for _, devices in sorted(by_process.items())
+                 for device in devices]), make(by_process[jax.process_index()])
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -98,7 +98,8 @@ def measure(data: TrainingData, processor: Processor, max_length: int, num_worke
         return known
     count = -(-data.num_records // BLOCK)
     make = _Measure(data, processor, max_length)
-    blocks = workers.in_order(make, count, num_workers) if is_large and num_workers else map(make, signals.checked(range(count)))
+    blocks = workers.in_order(make, count,
+                              num_workers) if is_large and num_workers else map(make, signals.checked(range(count)))
     parts = []
     try:
         for part in bar(blocks, is_long=is_large, desc="measuring samples", total=count, unit_scale=BLOCK):
@@ -108,14 +109,16 @@ def measure(data: TrainingData, processor: Processor, max_length: int, num_worke
         if is_large and num_workers:
             blocks.close()
     lengths = Lengths(
-        *(np.concatenate([part[name] for part in parts]) if parts else np.zeros(0, int) for name in ("tokens", "images")),
+        *(np.concatenate([part[name] for part in parts]) if parts else np.zeros(0, int)
+          for name in ("tokens", "images")),
         [entry for part in parts for entry in part["damaged"]],
         *(int(sum(part[name] for part in parts)) for name in ("truncated", "surplus", "unsupervised")),
         np.concatenate([part["lost"] for part in parts]) if parts else None,
         *(next((part[name] for part in parts if part[name]), "") for name in ("first_lost", "first_unsupervised")),
         max((part["highest"] for part in parts), key=lambda found: found[0], default=(0, None)))
     if lengths.surplus and not lengths.max_images and processor.tokens_per_image >= max_length:
-        raise UsageError(f"the config key 'max_length' is {max_length}; an image alone takes {processor.tokens_per_image} positions")
+        raise UsageError(f"the config key 'max_length' is {max_length}; an image alone takes "
+                         f"{processor.tokens_per_image} positions")
     if kept is not None:
         _save(kept, lengths)
     return lengths
@@ -151,7 +154,8 @@ class _Measure:
             found["unsupervised"] += not example.is_supervised
             if not example.is_supervised and not found["first_unsupervised"]:
                 found["first_unsupervised"] = _why_unsupervised(record, example, self.processor, self.max_length)
-            found["highest"] = max(found["highest"], (max(example.ids, default=0), record["id"]), key=lambda pair: pair[0])
+            found["highest"] = max(found["highest"], (max(example.ids, default=0), record["id"]),
+                                   key=lambda pair: pair[0])
         return found
 
 
@@ -159,9 +163,10 @@ def _refuse_beyond(rows: int | None, highest: tuple[int, object], processor: Pro
     """Raises UserError where a token has no row in the model's table over the vocabulary: its embedding would be NaN."""
     token, record = highest
     if rows is not None and token >= rows:
-        raise UserError(f"record {record!r} has the token {token}, and the model's table over the vocabulary has {rows} rows: the "
-                        f"tokenizer, of {processor.tokenizer.vocab_size} tokens, is another model's, or tokens were added to it without "
-                        "rows; the model's own tokenizer was expected, or a model with rows for all (`python -m convert build`)")
+        raise UserError(f"record {record!r} has the token {token}, and the model's table over the vocabulary has "
+                        f"{rows} rows: the tokenizer, of {processor.tokenizer.vocab_size} tokens, is another model's, "
+                        "or tokens were added to it without rows; the model's own tokenizer was expected, or a model "
+                        "with rows for all (`python -m convert build`)")
 
 
 def _why_lost(record: dict, example: examples.Example, max_length: int) -> str:
@@ -177,8 +182,8 @@ def _why_unsupervised(record: dict, example: examples.Example, processor: Proces
         return f"record {record['id']!r} has no answer, or an empty one"
     if example.is_truncated:
         return f"record {record['id']!r} is cut at {max_length} tokens, before an answer or within one"
-    return (f"in record {record['id']!r} the answers are not where the template {processor.template_name} counts them: a "
-            "special token stands in its text, or the tokenizer is not one that the template was made for")
+    return (f"in record {record['id']!r} the answers are not where the template {processor.template_name} counts them: "
+            "a special token stands in its text, or the tokenizer is not one that the template was made for")
 
 
 def _key(data: TrainingData, processor: Processor, max_length: int) -> str:

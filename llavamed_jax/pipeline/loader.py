@@ -59,9 +59,9 @@ class BatchMaker:
         example = examples.tokenize(record, self.processor, self.max_length)
         measured = int(self.plan.lengths.tokens[number]), int(self.plan.lengths.images[number])
         if (len(example.ids), len(example.images)) != measured:
-            raise UserError(f"record {record['id']!r} has {len(example.ids)} tokens and {len(example.images)} images, and had "
-                            f"{measured[0]} and {measured[1]} when the data was measured: it has changed since, or the run's "
-                            "folder cache/ is out of date")
+            raise UserError(f"record {record['id']!r} has {len(example.ids)} tokens and {len(example.images)} images, "
+                            f"and had {measured[0]} and {measured[1]} when the data was measured: it has changed "
+                            "since, or the run's folder cache/ is out of date")
         report["seen"] += 1
         pixels, broken = examples.read_images(example, self.processor)
         if broken:
@@ -141,15 +141,17 @@ class Loader:
         judged = min(samples, max(self._seen, _EARLY))
         if len(self._broken) > self._skip_limit * judged:
             self.close()
-            raise UserError(f"{len(self._broken)} of the first {min(samples, self._seen)} samples have an image that cannot be read, more "
-                            f"than the {self._skip_limit:.0%} that may be skipped; the last: {self.skipped[-1]['reason']}")
+            raise UserError(f"{len(self._broken)} of the first {min(samples, self._seen)} samples have an image that "
+                            f"cannot be read, more than the {self._skip_limit:.0%} that may be skipped; the last: "
+                            f"{self.skipped[-1]['reason']}")
         weights, is_bad = self._make.plan.stream.weights(), self._is_known.copy()
         is_bad[list(self._broken)] = True
         if weights[is_bad].sum() > self._skip_limit * samples:
             self.close()
-            raise UserError(f"{weights[is_bad].sum():.0f} of the {samples} samples cannot be used or lose an image, {len(self._broken)} of "
-                            f"them because it cannot be read: more than the {self._skip_limit:.0%} that may be skipped (data.skip_limit); "
-                            f"the last: {self.skipped[-1]['reason']}")
+            raise UserError(f"{weights[is_bad].sum():.0f} of the {samples} samples cannot be used or lose an image, "
+                            f"{len(self._broken)} of them because it cannot be read: more than the "
+                            f"{self._skip_limit:.0%} that may be skipped (data.skip_limit); the last: "
+                            f"{self.skipped[-1]['reason']}")
 
     def _refuse_barren(self, batch: dict[str, np.ndarray]) -> None:
         if len(batch["labels"]) < self._make.plan.layout.rows:
@@ -159,15 +161,16 @@ class Loader:
         if self._make.last_epoch is None and self._barren and self._barren >= len(self._make.plan.rows(self._place[0])):
             self.close()
             why = self._make.plan.lengths.first_unsupervised or "their images cannot be read"
-            raise UserError(f"none of the {len(self._make.plan.stream)} samples of an epoch has a supervised token: {why}")
+            raise UserError(f"none of the {len(self._make.plan.stream)} samples of an epoch has a supervised token: "
+                            f"{why}")
 
     def state(self) -> dict:
         """Where the stream stands after the batches that were handed out; JSON, and good for any number of workers."""
         epoch, row = self._place
         plan = self._make.plan
         return {"epoch": epoch, "row": row, "samples": len(plan.stream), "seed": plan.stream.seed,
-                "row_length": plan.layout.row_length, "image_slots": plan.layout.image_slots, "rows_an_update": plan.layout.rows,
-                "rows": plan.fingerprint(), "records": self._records}
+                "row_length": plan.layout.row_length, "image_slots": plan.layout.image_slots,
+                "rows_an_update": plan.layout.rows, "rows": plan.fingerprint(), "records": self._records}
 
     def ids(self, state: dict) -> list:
         """Ids of the samples in this process's part of the batch that follows `state`."""
@@ -180,8 +183,8 @@ class Loader:
             if key not in ("epoch", "row") and state.get(key) != here:
                 change = {"rows": "samples have other lengths", "records": "samples have other text or images"}.get(
                     key, f"{key} was {state.get(key)} and is {here} now")
-                raise UserError(f"the position in the data was saved with other data: its {change}; what the run was started with was "
-                                "expected")
+                raise UserError(f"the position in the data was saved with other data: its {change}; what the run was "
+                                "started with was expected")
         self.close()
         self._place = state["epoch"], state["row"]
         self._make = replace(self._make, start=self._place)
@@ -211,7 +214,8 @@ def _fitting(num_workers: int, size: int) -> int:
     if found < num_workers:
         who = f"{found} of {num_workers} data.workers are started" if found else "batches are made in a thread, without data.workers,"
         warn(f"{who} because {workers.SHARED} has {workers.free_bytes() / 1e6:.0f} MB free and a worker needs "
-             f"{workers.HELD * size / 1e6:.0f} MB for batches of {size / 1e6:.1f} MB; docker run --shm-size=8g gives more")
+             f"{workers.HELD * size / 1e6:.0f} MB for batches of {size / 1e6:.1f} MB; docker run --shm-size=8g gives "
+             "more")
     return found
 
 

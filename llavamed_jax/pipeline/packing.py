@@ -99,7 +99,8 @@ class Rows:
         return self.records[self.ends[row - 1] if row else 0:self.ends[row]]
 
 
-def pack(tokens: np.ndarray, images: np.ndarray, row_length: int, image_slots: int, seed: int | None = None) -> list[list[int]]:
+def pack(tokens: np.ndarray, images: np.ndarray, row_length: int, image_slots: int,
+         seed: int | None = None) -> list[list[int]]:
     """Rows of samples by grain's best-fit packer: for each row, which of the samples stand in it, in order.
 
     grain is given empty arrays of the samples' sizes, which it places as it would place the tokens and images themselves.
@@ -201,7 +202,8 @@ class Plan:
         if not self.layout.is_packed:
             return Rows(order, np.arange(1, len(order) + 1, dtype=np.int32))
         seed = _seed(self.stream.seed, epoch, 2**31) if self.stream.is_shuffled else None
-        rows = pack(self.lengths.tokens[order], self.lengths.images[order], self.layout.row_length, self.layout.image_slots, seed)
+        rows = pack(self.lengths.tokens[order], self.lengths.images[order], self.layout.row_length,
+                    self.layout.image_slots, seed)
         return Rows(order[np.concatenate(rows)], np.cumsum([len(row) for row in rows], dtype=np.int32))
 
 
@@ -235,9 +237,10 @@ def rows_an_update(batch_size: int, mean_length: float, multiple: int, row_lengt
       UsageError: a row length that the longest sample does not fit.
     """
     if row_length and row_length < longest:
-        raise UsageError(f"the config key 'data.row_length' is {row_length}; the longest sample has {longest} tokens, so at least that "
-                         "was expected")
-    choices = [row_length] if row_length else [length for length in ROW_LENGTHS if length >= longest] or [-(-longest // 128) * 128]
+        raise UsageError(f"the config key 'data.row_length' is {row_length}; the longest sample has {longest} tokens, "
+                         "so at least that was expected")
+    choices = [row_length] if row_length else [length for length in ROW_LENGTHS
+                                               if length >= longest] or [-(-longest // 128) * 128]
     for length in choices:
         rows = max(1, int(batch_size * mean_length / length / multiple + 0.5)) * multiple
         samples = rows * length / mean_length
@@ -263,5 +266,6 @@ def choose_image_slots(stream: Stream, lengths: Lengths, row_length: int, image_
     tokens, images = lengths.tokens[order], lengths.images[order]
     full = row_length * images.sum() / tokens.sum()  # images of a row without padding
     choices = sorted({max(least, round(full * share)) for share in (0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.35, 1.5)})
-    work = {slots: len(pack(tokens, images, row_length, slots)) * (row_length + slots * image_cost) for slots in choices}
+    work = {slots: len(pack(tokens, images, row_length, slots)) * (row_length + slots * image_cost)
+            for slots in choices}
     return min(work, key=work.get)

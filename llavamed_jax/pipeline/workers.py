@@ -53,7 +53,8 @@ class InOrder(Iterator):
         self._wanted: queue.SimpleQueue = queue.SimpleQueue()
         self._made: queue.SimpleQueue = queue.SimpleQueue()
         dataset = _dataset(make, count, workers, self._shared.path)
-        self._thread = threading.Thread(target=_run, args=(dataset, self._wanted, self._made), name="loader", daemon=True)
+        self._thread = threading.Thread(target=_run, args=(dataset, self._wanted, self._made), name="loader",
+                                        daemon=True)
         self._thread.start()
         # Ends the workers with this object or, before modules are torn down (grain's destructors need them), with the program.
         self._end = weakref.finalize(self, _end, self._thread, self._wanted, self._shared)
@@ -220,6 +221,6 @@ def _how(code: int) -> str:
     if code == -signal.SIGKILL:
         return f"was ended by {name}, which the system sends where memory runs out; fewer data.workers and a smaller batch_size take less"
     if code == -signal.SIGBUS:
-        return (f"was ended by {name}, which the system sends where {SHARED} is full ({(free_bytes() or 0) / 1e6:.0f} MB are free now): "
-                "fewer data.workers take less of it, and docker run --shm-size=8g gives more")
+        return (f"was ended by {name}, which the system sends where {SHARED} is full ({(free_bytes() or 0) / 1e6:.0f} "
+                "MB are free now): fewer data.workers take less of it, and docker run --shm-size=8g gives more")
     return f"was ended by {name}"

@@ -40,7 +40,8 @@ class ChatTemplate:
           UserError: the template is invalid, fails, refuses the messages, loops, needs too much memory, or writes another
             number of images than the messages have.
         """
-        system = [] if chat.system is None else [_message("system", chat.system, [{"type": "text", "text": chat.system}])]
+        system = [] if chat.system is None else [_message("system", chat.system,
+                                                          [{"type": "text", "text": chat.system}])]
         messages = system + [
             _message(("user", "assistant")[i % 2], turn.replace(IMAGE_MARKER, self.marker), parts)
             for i, (turn, parts) in enumerate(zip(chat.turns, chat.parts, strict=True))]
@@ -62,8 +63,10 @@ def find_chat_template(directory: Path) -> tuple[str, Path] | None:
     Raises:
       UserError: a file that cannot be read, a template that is not a text or is empty, or names without `default`.
     """
-    found = [pair for pair in (_in_json(directory / "processor_config.json"), _in_json(directory / "chat_template.json"),
-                               _in_jinja_files(directory), _in_json(directory / "tokenizer_config.json")) if pair is not None]
+    found = [pair for pair in (_in_json(directory / "processor_config.json"),
+                               _in_json(directory / "chat_template.json"),
+                               _in_jinja_files(directory), _in_json(directory / "tokenizer_config.json"))
+             if pair is not None]
     if not found:
         return None
     source, file = found[0]

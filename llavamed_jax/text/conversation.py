@@ -85,7 +85,8 @@ def training_turns(template: Template, conversation: Sequence[dict]) -> list[tup
         turns = turns[start:]
         for i, (speaker, _) in enumerate(turns):
             if speaker != ("human", "gpt")[i % 2]:
-                raise UserError(f"turn {start + i} of the conversation is from {speaker}; human and gpt in alternation were expected")
+                raise UserError(f"turn {start + i} of the conversation is from {speaker}; human and gpt in alternation "
+                                "were expected")
     if not turns:
         raise UserError("the conversation is empty; at least one question and its answer were expected")
     if template.labels == "plain" and (len(turns) != 2 or IMAGE_MARKER not in turns[0][1]):
@@ -100,12 +101,14 @@ def _read_turns(conversation: Sequence[dict]) -> list[tuple[str, str]]:
     for i, turn in enumerate(conversation):
         speaker, value = (turn.get("from"), turn.get("value")) if isinstance(turn, Mapping) else (None, None)
         if not isinstance(speaker, str) or not isinstance(value, (str, int, float)):
-            raise UserError(f"turn {i} of the conversation is {short(turn)}; {{from: human or gpt, value: text}} was expected")
+            raise UserError(f"turn {i} of the conversation is {short(turn)}; {{from: human or gpt, value: text}} was "
+                            "expected")
     return [(turn["from"], str(turn["value"])) for turn in conversation]
 
 
-def supervise(template: Template, turns: Sequence[tuple[str, str]], encode: Callable[[str], list[int]], *, pad_id: int | None,
-              is_legacy: bool = True, max_length: int | None = None, image_length: int = 1) -> tuple[list[int], list[int]]:
+def supervise(template: Template, turns: Sequence[tuple[str, str]], encode: Callable[[str], list[int]], *,
+              pad_id: int | None, is_legacy: bool = True, max_length: int | None = None,
+              image_length: int = 1) -> tuple[list[int], list[int]]:
     """Ids and labels (not shifted) of a conversation, with the originals' own arithmetic (spec 3.7).
 
     The originals find answers by encoding parts of the text alone and counting ids, so labels are exactly those that the
@@ -123,7 +126,8 @@ def supervise(template: Template, turns: Sequence[tuple[str, str]], encode: Call
         return sum(image_length if i == IMAGE_TOKEN else 1 for i in ids)
 
     if template.labels in ("v1", "llama_2") and not template.sep2:
-        raise UserError(f"the template {template.name} has no text that ends an answer (sep2), by which the tokens to learn are found")
+        raise UserError(f"the template {template.name} has no text that ends an answer (sep2), by which the tokens to "
+                        "learn are found")
     text = _training_text(template, turns)
     ids = np.asarray(encode(text))
     lengths = np.where(ids == IMAGE_TOKEN, image_length, 1)
@@ -171,7 +175,8 @@ def _questions_of_v0(template: Template, turns, measure: Callable[[str], int]) -
         cursor += length
 
 
-def _questions_of_rounds(template: Template, text: str, measure: Callable[[str], int], correction: int) -> Iterator[slice]:
+def _questions_of_rounds(template: Template, text: str, measure: Callable[[str], int],
+                         correction: int) -> Iterator[slice]:
     """The beginning-of-sequence id, each round up to its answer, and last what is after the rounds."""
     before_answer = template.form.before_answer.format(**template.words)
     cursor = 1

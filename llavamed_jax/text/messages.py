@@ -38,7 +38,8 @@ def read_messages(messages: Sequence[dict], marker: str = IMAGE_MARKER, is_image
       UserError: roles out of order, an unknown role or part, or a count of images that does not fit the markers.
     """
     system, turns, images, parts = None, [], [], []
-    if not isinstance(messages, Sequence) or isinstance(messages, str) or not all(isinstance(m, dict) for m in messages):
+    if not isinstance(messages, Sequence) or isinstance(messages,
+                                                        str) or not all(isinstance(m, dict) for m in messages):
         raise UserError("messages must be a list of objects with role and content")
     for i, message in enumerate(messages):
         role, content = message.get("role"), message.get("content")
@@ -51,7 +52,8 @@ def read_messages(messages: Sequence[dict], marker: str = IMAGE_MARKER, is_image
         if role not in ("user", "assistant"):
             raise UserError(f"message {i} has the role {short(role)}; system, user or assistant was expected")
         if role != ("user", "assistant")[len(turns) % 2]:
-            raise UserError(f"message {i} is the {role}'s; user and assistant in alternation, the user first, were expected")
+            raise UserError(f"message {i} is the {role}'s; user and assistant in alternation, the user first, were "
+                            "expected")
         parts.append(_split_at_markers(text) if IMAGE_MARKER in text else given)
         turns.append(_with_images(text, len(found), marker, is_image_last, f"message {i}"))
         images += found
@@ -71,7 +73,8 @@ def question(text: str, images: Sequence = (), marker: str = IMAGE_MARKER, is_im
     """
     turn = _with_images(text, len(images), marker, is_image_last, "the question")
     has_markers = IMAGE_MARKER in text
-    parts = _split_at_markers(text) if has_markers else [*({"type": "image"} for _ in images), {"type": "text", "text": text}]
+    parts = _split_at_markers(text) if has_markers else [*({"type": "image"} for _ in images),
+                                                         {"type": "text", "text": text}]
     return Chat(None, [turn], list(images), [parts])
 
 
@@ -104,7 +107,8 @@ def _read_content(content, index: int) -> tuple[str, list, list[dict]]:
         elif kind == "image_url" and isinstance(url := _url(part.get("image_url")), str):
             images.append(url)
         else:
-            raise UserError(f"message {index} has a part of type {short(kind)}; text, image or image_url with its content was expected")
+            raise UserError(f"message {index} has a part of type {short(kind)}; text, image or image_url with its "
+                            "content was expected")
         parts.append({"type": "image"})
     return "\n".join(texts), images, parts
 

@@ -93,7 +93,8 @@ def read_special_tokens(files: Mapping[str, Path]) -> SpecialTokens:
             raise _wrong(files["tokenizer_config.json"], key, config[key], "true or false")
     decoder = config.get("added_tokens_decoder")
     roles, others = {}, {}
-    for name, content in (("tokenizer_config.json", config), ("special_tokens_map.json", own_map if decoder is None else {})):
+    for name, content in (("tokenizer_config.json", config),
+                          ("special_tokens_map.json", own_map if decoder is None else {})):
         # Of strings in tokenizer_config.json, LLaMA's class makes objects of the first three roles and the padding's.
         made = (*ROLES[:3], "pad_token") if name == "tokenizer_config.json" else ()
         roles |= {role: token._replace(is_bare=token.is_bare and role not in made)
@@ -102,7 +103,8 @@ def read_special_tokens(files: Mapping[str, Path]) -> SpecialTokens:
     tokens = {token.text: token for token in _from_added_tokens(files.get("added_tokens.json"), added)}
     tokens |= {token.text: token for token in _from_decoder(files.get("tokenizer_config.json"), decoder)}
     # An object in a list says how its token is cut out; a string and a role leave that to the list of added tokens.
-    tokens |= {text: token._replace(id=tokens[text].id) for text, token in others.items() if text in tokens and not token.is_bare}
+    tokens |= {text: token._replace(id=tokens[text].id) for text, token in others.items() if text in tokens
+               and not token.is_bare}
     special = {*others, *(token.text for token in roles.values())}
     tokens = [token._replace(is_special=token.is_special or token.text in special) for token in tokens.values()]
     _check_ids(tokens, files)
@@ -171,9 +173,10 @@ def _check_ids(tokens: list[Token], files: Mapping[str, Path]) -> None:
         other = texts.setdefault(token.id, token.text)
         if other != token.text:
             file = next(files[name] for name in ("added_tokens.json", "tokenizer_config.json") if name in files)
-            raise UserError(f"{_ADDED} of the tokenizer in {file.parent}: the id {token.id} stands for {short(other)} and for "
-                            f"{short(token.text)}; one token an id was expected")
+            raise UserError(f"{_ADDED} of the tokenizer in {file.parent}: the id {token.id} stands for {short(other)} "
+                            f"and for {short(token.text)}; one token an id was expected")
 
 
 def _wrong(file: Path, key: str, value: Any, expected: str, what: str = "the special tokens") -> UserError:
-    return UserError(f"{what} of the tokenizer in {file.parent}: {file.name} has {short(value)} for {short(key)}; {expected} was expected")
+    return UserError(f"{what} of the tokenizer in {file.parent}: {file.name} has {short(value)} for {short(key)}; "
+                     f"{expected} was expected")

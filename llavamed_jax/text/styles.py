@@ -63,7 +63,8 @@ STYLES = {
         first="[INST] {text} [/INST]", first_with_system="[INST] <<SYS>>\n{system}\n<</SYS>>\n\n{text} [/INST]",
         before_answer="[/INST] ", needs_first=True,
     ),
-    "PLAIN": Style("plain", head="{system}", question="{text}{sep}", answer="", is_single=True, is_for_training_only=True),
+    "PLAIN": Style("plain", head="{system}", question="{text}{sep}", answer="", is_single=True,
+                   is_for_training_only=True),
     # v1.0's training text is not the text that its own template asks with (quirk Q14).
     "V0": Style(
         "v0", head="{system}\n\n", question="### {user}: {text}\n", answer="### {assistant}: {text}\n",

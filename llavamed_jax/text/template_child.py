@@ -77,15 +77,18 @@ def render(machinery, source: str, messages: list[dict], tokens: dict[str, str],
     asked = [part["text"].strip() for part in messages[-1]["parts"] if part["type"] == "text"]
     errors, drafts = [], []
     for takes_parts in _ways(machinery, source):
-        given = [{"role": m["role"], "content": m["parts"] if m["role"] in takes_parts else m["text"]} for m in messages]
+        given = [{"role": m["role"], "content": m["parts"] if m["role"] in takes_parts else m["text"]}
+                 for m in messages]
         try:
-            rendered = machinery.render_jinja_template([given], chat_template=source, add_generation_prompt=True, **tokens)
+            rendered = machinery.render_jinja_template([given], chat_template=source, add_generation_prompt=True,
+                                                       **tokens)
             text = rendered[0][0]
         except Exception as error:  # a template can raise anything
             errors.append(error)
             continue
         if len(text) > _LONGEST:
-            return {"verb": "cannot be rendered", "error": f"it writes {len(text)} characters; at most {_LONGEST} were expected"}
+            return {"verb": "cannot be rendered",
+                    "error": f"it writes {len(text)} characters; at most {_LONGEST} were expected"}
         if text.count(marker) != images:
             errors.append(_Images(f"it writes {text.count(marker)} {marker} for {images} images"))
         elif all(piece in text for piece in asked) and "{'type': '" not in text:  # Python's words for a list where a text was meant
@@ -141,7 +144,8 @@ def _loops_over_content(machinery, source: str) -> bool:
             return node.attr == "content"
         if isinstance(node, nodes.Getitem):
             return isinstance(node.arg, nodes.Const) and node.arg.value == "content"
-        if isinstance(node, nodes.Call) and isinstance(node.node, nodes.Getattr) and node.node.attr == "get" and node.args:
+        if isinstance(node, nodes.Call) and isinstance(node.node,
+                                                       nodes.Getattr) and node.node.attr == "get" and node.args:
             return isinstance(node.args[0], nodes.Const) and node.args[0].value == "content"
         return False
 

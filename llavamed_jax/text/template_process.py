@@ -67,7 +67,8 @@ class _Process:
         with theirs:
             # -P: the script's folder holds modules whose names are those of libraries.
             self._popen = subprocess.Popen(
-                [sys.executable, "-P", "-X", "utf8", str(_CHILD), str(theirs.fileno()), str(CPU_SECONDS)], pass_fds=[theirs.fileno()],
+                [sys.executable, "-P", "-X", "utf8", str(_CHILD), str(theirs.fileno()), str(CPU_SECONDS)],
+                pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
                 start_new_session=True)  # a Ctrl-C at the terminal is not for it
         started = self._receive()

@@ -43,13 +43,15 @@ class Template:
 
     def __post_init__(self):
         if len(self.examples) % 2:
-            raise UserError(f"the template {self.name} has {len(self.examples)} examples; questions and answers in turn were expected")
+            raise UserError(f"the template {self.name} has {len(self.examples)} examples; questions and answers in "
+                            "turn were expected")
 
     @property
     def form(self) -> Style:
         """The style's pieces. Raises UserError for a style that does not exist."""
         if self.style not in STYLES:
-            raise UserError(f"the template {self.name} has the style {self.style!r}; one of {', '.join(STYLES)} was expected")
+            raise UserError(f"the template {self.name} has the style {self.style!r}; one of {', '.join(STYLES)} was "
+                            "expected")
         return STYLES[self.style]
 
     @property
@@ -86,8 +88,8 @@ def _polite(person: str) -> str:
 
 def _med(*sentences: str) -> str:
     """The system texts of v1.0: no blank stands between their sentences, and the models were trained so."""
-    return ("You are LLaVA-Med, a large language and vision assistant trained by a group of researchers at Microsoft, based on the "
-            "general domain LLaVA architecture.") + "".join(sentences)
+    return ("You are LLaVA-Med, a large language and vision assistant trained by a group of researchers at Microsoft, "
+            "based on the general domain LLaVA architecture.") + "".join(sentences)
 
 
 _SEES = "You are able to understand the visual content that the user provides, and assist the user with a variety of medical and "
@@ -98,8 +100,8 @@ _S_MED_A = _med("You are designed to assist human with a variety of medical and 
                 "Follow the instructions carefully.")
 _S_MED_B = _med(_SEES + "clinical" + _WITH, _EXPLAIN)
 _S_MED_C = _med(_SEES + "clinical research" + _WITH, _EXPLAIN)
-_S_LLAMA_2 = ("You are a helpful language and vision assistant. You are able to understand the visual content that the user provides, "
-              "and assist the user with a variety of tasks using natural language.")
+_S_LLAMA_2 = ("You are a helpful language and vision assistant. You are able to understand the visual content that the "
+              "user provides, and assist the user with a variety of tasks using natural language.")
 _HUMAN, _USER, _NONE = ("Human", "Assistant"), ("USER", "ASSISTANT"), ("", "")
 _RESPONSE = "\n\n### Response:"
 _GREETING = "Hi there!  How can I help you today?\n"
@@ -116,7 +118,8 @@ _ROWS = [  # names, style, system, roles, sep, sep2, what else
         ("plain", "PLAIN", "", _NONE, "\n"))),
     ("v1.0:v0", "V0", _S_H, _HUMAN, "###"),
     ("v1.0:simple", "SINGLE", _S_H, _HUMAN, "###", None, ("Hi!", _GREETING)),
-    ("v1.0:simple_legacy", "SINGLE", _S_MED_A, _HUMAN, "###", None, ("Hi!" + _RESPONSE, _GREETING), False, None, _RESPONSE),
+    ("v1.0:simple_legacy", "SINGLE", _S_MED_A, _HUMAN, "###", None, ("Hi!" + _RESPONSE, _GREETING), False, None,
+     _RESPONSE),
     ("v1.0:multimodal", "SINGLE", _S_MED_B, _HUMAN, "###", None, ("Hi!", _GREETING)),
     ("v1.0:vicuna_v1_1", "TWO", _S_U, _USER, " ", "</s>"),
     ("v1.0:llava_v1", "TWO", _S_MED_C, _USER, " ", "</s>"),

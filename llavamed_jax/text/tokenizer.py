@@ -52,7 +52,8 @@ class Tokenizer:
         self._alone = {token.text for token in self._named}  # before these, not legacy, no lone prefix stays
         added = {token.text: token for token in (*getattr(backend, "added", ()), *said.added)}
         self._cut = self._with_ids({**{token.text: token for token in self._named}, **added})
-        self.bos_id, self.eos_id, self.unk_id = (self._cut[roles[role].text].id if role in roles else None for role in _CORE)
+        self.bos_id, self.eos_id, self.unk_id = (self._cut[roles[role].text].id if role in roles else None
+                                                 for role in _CORE)
         self.pad_id = self.unk_id if self.unk_id is not None else self.eos_id
         self._text_of = {token.id: token.text for token in self._cut.values()}
         self._special_ids = {token.id for token in self._cut.values() if token.is_special}
@@ -122,7 +123,8 @@ class Tokenizer:
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            raise UserError(f"the text has half a surrogate pair at character {error.start}; whole characters were expected") from None
+            raise UserError(f"the text has half a surrogate pair at character {error.start}; whole characters were "
+                            "expected") from None
         if self._follows_file:
             return self._backend.encode_whole(text, bos)
         ids = [self.bos_id] if bos and self.has_bos else []
@@ -240,7 +242,8 @@ class Tokenizer:
     @classmethod
     def _of_file(cls, file: Path, said: SpecialTokens, of_transformers: bool) -> "Tokenizer":
         if file.suffix == ".json":
-            return cls(Tokenizers(file, (*said.added, *said.roles.values(), *said.others)), said, of_transformers=of_transformers)
+            return cls(Tokenizers(file, (*said.added, *said.roles.values(), *said.others)), said,
+                       of_transformers=of_transformers)
         return cls(SentencePiece(file), said)
 
 

@@ -81,7 +81,8 @@ class Tokenizers:
             self.size = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
             self.added = tuple(Token(token.content, i, token.special) for i, token in
                                self._tokenizer.get_added_tokens_decoder().items())
-        self.bos, self.eos, self.unk = (text if self.id_of(text) is not None else None for text in ("<s>", "</s>", "<unk>"))
+        self.bos, self.eos, self.unk = (text if self.id_of(text) is not None else None
+                                        for text in ("<s>", "</s>", "<unk>"))
         with _silent():  # here a damaged file shows
             self.encode_whole("", True)
             self._fresh = len(self.encode(_SEPARATOR, True))
@@ -95,7 +96,8 @@ class Tokenizers:
         (self._tokenizer.add_special_tokens if token.is_special else self._tokenizer.add_tokens)([added])
         i = self._tokenizer.token_to_id(token.text)
         if token.id is not None and i != token.id:
-            raise UserError(f"{self.file} lacks the token {short(token.text)}, whose id is {token.id}; the next free id is {i}")
+            raise UserError(f"{self.file} lacks the token {short(token.text)}, whose id is {token.id}; the next free "
+                            f"id is {i}")
 
     def id_of(self, piece: str) -> int | None:
         return self._tokenizer.token_to_id(piece)

@@ -53,8 +53,9 @@ def _of_files(tokenizer: Tokenizer, other: Tokenizer | UserError | None) -> Iter
         for probe in (each.format(special) for each in _PROBES):
             found, others = tokenizer.encode(probe), other.encode(probe)
             if found != others:
-                yield (f"{name} gives {short(probe)} the ids {found}; {reason}. {other.file.name} gives {others}: transformers 4's slow "
-                       "classes read tokenizer.model, its fast ones and transformers 5 tokenizer.json")
+                yield (f"{name} gives {short(probe)} the ids {found}; {reason}. {other.file.name} gives {others}: "
+                       "transformers 4's slow classes read tokenizer.model, its fast ones and transformers 5 "
+                       "tokenizer.json")
                 return
 
 
@@ -66,12 +67,12 @@ def _of_settings(tokenizer: Tokenizer) -> Iterator[str]:
     if tokenizer.file.suffix == ".json":
         around = tokenizer.encode("")
         if around not in ([], [tokenizer.bos_id]):
-            yield (f"tokenizer.json puts the ids {around} around a text, which is followed, as transformers does; the other files' "
-                   f"bos_token is {tokenizer.bos_id}, and a prompt ends where the answer begins")
+            yield (f"tokenizer.json puts the ids {around} around a text, which is followed, as transformers does; the "
+                   f"other files' bos_token is {tokenizer.bos_id}, and a prompt ends where the answer begins")
         asked = settings.get("add_bos_token")
         if asked is not None and asked != tokenizer.has_bos:
-            yield (f"tokenizer_config.json has add_bos_token {asked} and tokenizer.json says otherwise, which is followed, as "
-                   "transformers 5 does; transformers 4's LlamaTokenizerFast follows the first")
+            yield (f"tokenizer_config.json has add_bos_token {asked} and tokenizer.json says otherwise, which is "
+                   "followed, as transformers 5 does; transformers 4's LlamaTokenizerFast follows the first")
     elif settings.get("add_eos_token"):
         yield "tokenizer_config.json has add_eos_token True, which is not applied: a prompt ends where the answer begins"
     elif settings.get("add_prefix_space") is False:
