@@ -1,12 +1,15 @@
-"""Beam search, token for token that of transformers 5's `generate(num_beams=k)` with its default settings.
+"""Beam search, token for token equal to transformers 5's `generate(num_beams=k)` with its default settings.
 
 A prompt has k running hypotheses, ranked by the sum of their tokens' log probabilities, and room for k finished ones,
-ranked by that sum over their number of tokens. A step looks at the best continuations of all running ones, twice k or
-more, so that k remain when others end: one that ends is finished if it is among the k best continuations, and those that
-do not end run on. A prompt is done when it has k finished ones and even the best running one, over the length that it has
-now, is no better than the worst of them; or at the limit of tokens, where everything ends. Each prompt stops by itself:
-what it gives does not depend on the prompts beside it.
-Axis letters: B prompts, k beams, N new tokens, V vocabulary; and of caches K key/value heads, S positions, H head width.
+ranked by that sum divided by their number of tokens. A step looks at the best continuations of all running hypotheses,
+at least 2 k, so that k remain if others end. A continuation that ends is finished if it is among the k best
+continuations; the best continuations that do not end run on. A prompt is done when it has k finished hypotheses and the
+best running one, divided by its present length, is no better than the worst of them, or at the limit of tokens, where
+everything ends. Each prompt stops by itself: its result does not depend on the other prompts.
+
+Axis letters: B prompts, k beams, N new tokens, V vocabulary; in caches K key/value heads, S positions, H head width.
+
+Source: transformers `generation/utils.py`, `_beam_search`.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ from llavamed_jax.models.decoders.cache import init_cache
 from llavamed_jax.parallel.mesh import batch_sharding
 from llavamed_jax.utils import signals
 
-# The score of what does not exist or must not be chosen; transformers' own, since it takes part in comparisons.
+# The score of a hypothesis that does not exist or must not be chosen. It is transformers' value, since it is compared.
 _NEVER = -1e9
 
 
@@ -37,7 +40,7 @@ class Hypotheses:
     """Up to k token sequences a prompt, the best first.
 
     Attributes:
-      tokens: int32 [B,k,N], NO_TOKEN behind the last.
+      tokens: int32 [B,k,N], padded with NO_TOKEN on the right.
       scores: float32 [B,k].
     """
 
@@ -45,21 +48,22 @@ class Hypotheses:
     scores: jax.Array
 
     def take(self, index) -> "Hypotheses":
-        """Those at int32 [B,n], in this order."""
+        """Returns the hypotheses at int32 [B,n], in this order."""
         return Hypotheses(_take(self.tokens, index), _take(self.scores, index))
 
 
 @flax.struct.dataclass
 class Beams:
-    """The search of B prompts.
+    """The state of the search for B prompts.
 
     Attributes:
       running: scored by the sum of log probabilities.
-      finished: scored by that sum over the number of tokens.
+      finished: scored by the sum of log probabilities divided by the number of tokens.
       is_finished: bool [B,k], which places of `finished` are taken.
       count: int32 [B], tokens of each running hypothesis.
-      is_done: bool [B]; the rest of a prompt's state stays as it is from then on.
-      length, limit: int32 [B], positions of the prompt and the most new tokens.
+      is_done: bool [B]; the rest of a prompt's state does not change after it is set.
+      length: int32 [B], positions of the prompt.
+      limit: int32 [B], the most new tokens.
     """
 
     running: Hypotheses
@@ -72,7 +76,17 @@ class Beams:
 
 
 def start(lengths, limit, num_beams: int, room: int) -> Beams:
-    """Before the first token: one running hypothesis a prompt, for k equal ones would stay equal."""
+    """Returns the state before the first token: one running hypothesis a prompt, since k equal ones would stay equal.
+
+    Args:
+      lengths: int32 [B], positions of each prompt.
+      limit: int32 [B], the most new tokens of each prompt.
+      num_beams: k.
+      room: N, tokens that a hypothesis can hold.
+
+    Returns:
+      The state of B prompts.
+    """
     B = lengths.shape[0]
     scores = jnp.full((B, num_beams), _NEVER, jnp.float32)
     tokens = jnp.full((B, num_beams, room), NO_TOKEN, jnp.int32)
@@ -81,13 +95,15 @@ def start(lengths, limit, num_beams: int, room: int) -> Beams:
 
 
 def advance(beams: Beams, logits, eos: tuple[int, ...]) -> tuple[Beams, jax.Array]:
-    """One token more for every running hypothesis.
+    """Extends every running hypothesis by one token.
 
     Args:
-      logits: float32 [B,k,V], of the running hypotheses in their order.
+      beams: the state.
+      logits: float32 [B,k,V] of the running hypotheses, in their order.
       eos: ids that end a sequence.
+
     Returns:
-      The new state, and int32 [B,k]: which old hypothesis each new running one continues.
+      The new state, and int32 [B,k]: the old hypothesis that each new running one continues.
     """
     k = beams.running.scores.shape[1]
     count = beams.count[:, None] + 1  # of the continuations
@@ -112,7 +128,7 @@ def advance(beams: Beams, logits, eos: tuple[int, ...]) -> tuple[Beams, jax.Arra
 
 
 def _continuations(beams: Beams, logits, n: int) -> tuple[Hypotheses, jax.Array, jax.Array]:
-    """The n best of all k V continuations of each prompt, with the place of the hypothesis and the token of each."""
+    """Returns the n best of each prompt's k V continuations, the place of each one's parent, and each new token."""
     V = logits.shape[-1]
     scores = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1) + beams.running.scores[..., None]
     scores, index = jax.lax.top_k(scores.reshape(scores.shape[0], -1), n)
@@ -123,18 +139,24 @@ def _continuations(beams: Beams, logits, n: int) -> tuple[Hypotheses, jax.Array,
 
 
 def _take(x, index):
-    """[B,m,...], int32 [B,n] -> [B,n,...]."""
+    """Gathers along the second axis: [B,m,...], int32 [B,n] -> [B,n,...]."""
     return jax.vmap(lambda row, i: row[i])(x, index)
 
 
 def _as_rank(rows, like):
-    """[B] -> [B,1,...] of the rank of `like`."""
+    """Reshapes [B] to [B,1,...] of the rank of `like`."""
     return rows.reshape(rows.shape + (1,) * (like.ndim - 1))
 
 
 class BeamSearch:
-    """Beam search with an engine's model: a prompt is run once, its cache is copied to k beams, which are reordered at
-    each step. `engine.batch_size` counts beams here, so that a search takes no more memory than other generation."""
+    """Beam search with an engine's model.
+
+    A prompt is run once; its cache is copied to k beams, which are reordered at each step. `engine.batch_size` counts
+    beams here, so that a search takes no more memory than other generation.
+
+    Args:
+      engine: the engine that has the parameters and the programs.
+    """
 
     def __init__(self, engine: Engine):
         self.engine, self.programs = engine, engine.programs
@@ -145,10 +167,17 @@ class BeamSearch:
         self._decode = jax.jit(self._decode_steps, donate_argnames=("beams", "caches"), **shardings)
 
     def generate(self, requests: Sequence[Request], num_beams: int) -> list[list[int]]:
-        """The token ids of each request's best hypothesis, the end-of-sequence id included; sampling settings are not used.
+        """Searches for the best answer to each request; sampling settings are ignored.
+
+        Args:
+          requests: the prompts.
+          num_beams: k.
+
+        Returns:
+          The token ids of each request's best hypothesis, including the end-of-sequence id.
 
         Raises:
-          UserError: (a ValueError) as of `Engine.stream`.
+          UserError: (a ValueError) as in `Engine.stream`.
         """
         for i, request in enumerate(requests):
             self.engine.check(request, name_of(i, len(requests)))
@@ -163,7 +192,7 @@ class BeamSearch:
         return [out[i] for i in range(len(requests))]
 
     def _run_batch(self, rows: list[Request], num_beams: int) -> list[list[int]]:
-        """The tokens of each; none where the model failed."""
+        """Returns the tokens of each request; an empty list for a request on which the model failed."""
         params = self.engine.params
         batch, cache_length = self._batch(rows)
         room = bucket(max(self.engine.limit(row) for row in rows))
@@ -177,7 +206,10 @@ class BeamSearch:
                 for tokens, score in zip(best.tokens, best.scores)]
 
     def _batch(self, rows: list[Request]) -> tuple[dict, int]:
-        """Arrays of a batch, prompts padded to a bucket and rows to a power of two that the mesh divides; and the cache's length."""
+        """Makes the arrays of a batch, and returns the cache's length too.
+
+        Prompts are padded to a bucket, and rows to a power of two that the mesh divides.
+        """
         engine = self.engine
         B = -(-power_of_two(len(rows)) // engine.shards) * engine.shards
         T, I = bucket(max(len(r.ids) for r in rows)), max(len(r.images) for r in rows)
@@ -188,7 +220,7 @@ class BeamSearch:
             ids[b, : len(row.ids)] = row.ids
             for slot, image in enumerate(map(np.asarray, row.images)):
                 pixels[b, slot] = normalize(image, *v.normalization) if image.dtype == np.uint8 else image
-        fill = [1] * (B - len(rows))  # rows that nobody asked for: one token long, done at once
+        fill = [1] * (B - len(rows))  # padding rows: one token long, done at once
         batch = dict(ids=ids, pixels=pixels, lengths=np.array([len(r.ids) for r in rows] + fill, np.int32),
                      limit=np.array(limits + fill, np.int32))
         cache_length = max(T, bucket(max(len(r.ids) + limit for r, limit in zip(rows, limits))))
@@ -201,10 +233,13 @@ class BeamSearch:
         return beams, jax.tree.map(lambda c: jnp.repeat(c, num_beams, axis=0), caches)
 
     def _run_prompts(self, params, ids, pixels, lengths, cache_length: int):
-        """Prompts int32 [B,T], real up to `lengths` [B] -> the logits behind them [B,V], caches of `cache_length` positions."""
+        """Runs prompts int32 [B,T] of `lengths` [B].
+
+        Returns the logits [B,V] of their last tokens, and caches of `cache_length` positions.
+        """
         (B, T), run = ids.shape, self.programs.apply
         x = run(params, ids, None if pixels is None else run(params, pixels, method="encode_images"), method="embed")
-        # A prompt looks at itself alone: it fills a cache of its own length, and room for the answer is added after.
+        # Prompts attend only to themselves: prefill needs a cache of T positions; room for the answer is added later.
         caches = init_cache(self.engine.cfg.decoder, B, T, self.engine.dtype)
         x, caches = run(params, x, jnp.broadcast_to(jnp.arange(T), (B, T)), caches, method="step")
         caches = jax.tree.map(lambda c: jnp.pad(c, ((0, 0), (0, 0), (0, cache_length - T), (0, 0))), caches)
@@ -212,7 +247,10 @@ class BeamSearch:
         return run(params, last, method="logits"), caches
 
     def _decode_steps(self, params, beams: Beams, caches):
-        """Up to the engine's number of steps on the device; stops when all prompts are done. Caches: [B k,K,S,H]."""
+        """Runs up to the engine's number of steps on the device; stops when all prompts are done.
+
+        Caches: [B k,K,S,H].
+        """
         B, k = beams.running.scores.shape
         run = self.programs.apply
 

@@ -1,9 +1,11 @@
-"""The generation engine: requests go in, tokens come out.
+"""The generation engine: takes requests and returns tokens.
 
-A fixed number of rows is decoded together, up to `steps` tokens on the device between two looks of the host. A row whose
-request is finished is taken by the next one that waits (continuous batching); what two prompts have in common from their
-beginning, an image above all, is computed once and copied. What a request gives does not depend on row, batch, order or
-sharing. Axis letters: R rows, B prompts of one prefill, T prompt positions, I images a prompt.
+A fixed number of rows is decoded together, up to `steps` tokens on the device before the host reads them. When a
+request finishes, the next waiting one takes its row (continuous batching). A prefix that two prompts share, above all
+an image, is computed once and copied. The answer to a request does not depend on its row, its batch, the order of
+requests or sharing.
+
+Axis letters: R rows, B prompts of one prefill, T prompt positions, I images a prompt.
 """
 
 from __future__ import annotations
@@ -27,23 +29,27 @@ from llavamed_jax.models.llava import check_heads, param_axes
 from llavamed_jax.parallel.mesh import param_shardings
 from llavamed_jax.utils import signals
 
-_LENGTHS = 128  # rows have, and a prefill looks at, a multiple of so many positions; of twice as many above eight times that
-_ROOM = 64  # tokens that a row has room for at first: few answers are as long as they may become, and attention pays for all of it
+# The length of rows and of a prefill's cache is a multiple of this; above eight times this, a multiple of twice this.
+_LENGTHS = 128
+# New tokens that a row has room for at first: most answers are shorter than their limit, and attention reads all of it.
+_ROOM = 64
 
 
 class Engine:
-    """Generates for one model. Calls may be nested (a stream while another is open) and come from several threads, which share
-    the rows and take turns at a round.
+    """Generates for one model.
+
+    Calls may be nested (a stream while another is open) and may come from several threads; they share the rows and take
+    turns.
 
     Args:
       cfg: the model's shapes.
       params: its unrolled parameter tree.
       dtype: of computation and cache.
-      mesh: rows go over data and fsdp, heads over tp; None: one device.
-      batch_size: rows that are decoded together, at most.
-      steps: tokens decoded on the device between two looks of the host.
-      share: whether prompts that begin alike share what they have in common.
-      programs: another engine's of the same shapes, dtype and mesh, which are compiled already; theirs is `steps` then.
+      mesh: rows are sharded over data and fsdp, heads over tp; None is one device.
+      batch_size: the most rows that are decoded together.
+      steps: tokens decoded on the device before the host reads them.
+      share: whether prompts with a common prefix share its keys and values.
+      programs: the compiled programs of another engine with the same shapes, dtype and mesh; their `steps` is used.
     """
 
     def __init__(self, cfg: LlavaConfig, params, dtype=np.float32, mesh: Mesh | None = None, batch_size: int = 16,
@@ -62,7 +68,7 @@ class Engine:
         self._begin()
 
     def _begin(self) -> None:
-        """Without a row, and nothing remembered."""
+        """Resets the engine: no rows, no cached features and no unread output."""
         self._features = Features(self.cfg, self.programs, self.shards)
         self._slots, self._rows = self.programs.empty_slots(), Rows(self._share, self.shards)
         self._length = 0  # positions of a row
@@ -70,12 +76,16 @@ class Engine:
 
     @property
     def params(self):
+        """The unrolled parameter tree.
+
+        Setting it to other weights of the same shapes frees everything computed with the old ones; requests in progress
+        end with an error.
+        """
         return self._params
 
     @params.setter
     def params(self, params) -> None:
-        """Other weights of the same shapes. What was computed with the old ones is let go, and its memory; requests that are
-        under way end with an error."""
+        """Replaces the weights and ends the requests in progress with an error."""
         with self._turn:
             self._params = params
             self._give_up("other weights")
@@ -86,18 +96,24 @@ class Engine:
         return min(self.cfg.max_length or self._max_positions, self._max_positions - 1)
 
     def generate(self, requests: Sequence[Request]) -> list[list[int]]:
-        """The new token ids of each request, the end-of-sequence id included. Raises as `stream` does."""
+        """Returns the new token ids of each request, including the end-of-sequence id. Raises as `stream` does."""
         out: list[list[int]] = [[] for _ in requests]
         for index, tokens in self.stream(requests):
             out[index] += tokens
         return out
 
     def stream(self, requests: Sequence[Request]) -> Iterator[tuple[int, list[int]]]:
-        """Yields (index of the request, its next tokens) as they are made.
+        """Yields (index of the request, its next tokens) as they are generated.
+
+        Args:
+          requests: the prompts with their settings.
+
+        Yields:
+          The index of a request, and its next tokens.
 
         Raises:
-          UserError: (a ValueError) a request whose images do not fit its markers, or that is too long: nothing has run
-            then. Or, after all others have come to their end, one on which the model failed.
+          UserError: (a ValueError) before anything runs, if the images of a request do not fit its markers or it is too
+            long; after all other requests have finished, if the model failed on one.
         """
         for i, request in enumerate(requests):
             self.check(request, name_of(i, len(requests)))
@@ -112,10 +128,16 @@ class Engine:
             raise error
 
     def feed(self, requests: Iterable[Request]) -> Iterator[Job]:
-        """Yields each job whenever it has new tokens, or is finished, which the last time it always is.
+        """Yields a job each time it has new tokens, and a last time when it is finished.
 
-        Requests are taken from the iterable when they are about to be needed, and must have been checked. Those about one
-        image should follow each other. When this iterator is closed, its requests are cancelled.
+        Requests are taken from the iterable when they are about to be needed, and must have been checked. Requests
+        about one image should follow each other. When this iterator is closed, its requests are cancelled.
+
+        Args:
+          requests: checked requests.
+
+        Yields:
+          A job with new tokens, or a finished one.
         """
         requests, mine, index = iter(requests), [], 0
         try:
@@ -128,7 +150,7 @@ class Engine:
                         break
                     mine.append(self.add(request, index))
                     index += 1
-                if requests is None and not mine:  # another call's requests may be all that fit in the queue for now
+                if requests is None and not mine:  # until then, other calls' requests may fill the queue
                     return
                 self.advance()
                 changed = [job for job in mine if job.has_news]
@@ -139,31 +161,31 @@ class Engine:
                 job.request.cancelled = True
 
     def add(self, request: Request, index: int = 0) -> Job:
-        """Takes a checked request; `advance` works on it."""
+        """Queues a checked request; `advance` works on it."""
         job = Job(request, index)
         with self._turn:
             self._waiting.append(job)
         return job
 
     def check(self, request: Request, name: str) -> None:
-        """Raises UserError, a sentence that begins with `name`, for a request that cannot be run."""
+        """Raises UserError, with a sentence that begins with `name`, if a request cannot be run."""
         check(request, self.cfg, self.max_prompt, name)
 
     def advance(self) -> None:
-        """One round: cancelled requests leave, waiting ones enter, all rows make tokens, and what was made is read.
+        """Runs one round: cancelled requests leave, waiting ones enter, all rows generate, and the host reads tokens.
 
-        While nobody waits for a row, the host reads a round late, so that the device never waits for the host.
+        If no request waits for a row, the host reads one round late, so that the device never waits for the host.
         """
         with self._turn:
             try:
                 self._advance()
             except BaseException as error:
-                # Ctrl-C may come between a program's start, which takes the rows away, and its end: they are lost either way.
+                # Ctrl-C may come after a program has taken the donated rows and before it returns: the rows are lost.
                 self._give_up(type(error).__name__)
                 raise
 
     def _give_up(self, why: str) -> None:
-        """All that is under way ends; what comes after finds an engine without rows."""
+        """Ends all requests with an error and resets the engine."""
         for job in [*self._rows.running.values(), *self._waiting]:
             job.is_finished = True
             job.error = UserError(f"the engine was stopped by {why}")
@@ -176,10 +198,10 @@ class Engine:
         running = self._rows.running
         if running:
             longest = max(self._length_of(job, self._ahead) for job in running.values())
-            if longest > self._length:  # by a quarter at least, since other lengths are other programs
+            if longest > self._length:  # grow by at least a quarter, since each length compiles its own programs
                 self._resize(len(self._rows),
                              min(max(longest, self._length * 5 // 4), max(map(self._longest, running.values()))))
-            # With others waiting, the loop is left when a quarter of the rows has become free.
+            # If requests wait, the loop ends when a quarter of the rows has become free.
             leave_at = len(running) - max(1, len(running) // 4) if self._waiting else 0
             self._slots, made = self.programs.decode(self.params, self._slots, np.int32(leave_at))
             self._unread.append((made, [(r, r, job) for r, job in running.items()]))
@@ -198,12 +220,12 @@ class Engine:
             self._prefill(placed)
 
     def _make_room(self) -> None:
-        """As many rows as there is demand for, and long enough for those that are there and those that wait."""
+        """Resizes the rows to the number and the length that running and waiting requests need."""
         running = len(self._rows.running)
         rows = min(self.batch_size, power_of_two(running + len(self._waiting)))
         rows = -(-rows // self.shards) * self.shards
-        if rows > len(self._rows) or not running and (len(self._rows) >= 4 * rows
-                                                      or len(self._rows) > self.batch_size >= rows):
+        if rows > len(self._rows) or not running and (
+                len(self._rows) >= 4 * rows or len(self._rows) > self.batch_size >= rows):
             self._resize(rows, self._length)
         length = _round_up(max(self._length_of(job, self._ahead)
                                for job in [*self._rows.running.values(), *self._waiting]))
@@ -212,11 +234,11 @@ class Engine:
 
     @property
     def _ahead(self) -> int:
-        """Tokens that a row may have at the end of the next loop and that the host has not read."""
+        """The tokens that a row may have at the end of the next loop beyond those that the host has read."""
         return self.steps + sum(made.tokens.shape[1] for made, _ in self._unread)
 
     def _length_of(self, job: Job, ahead: int) -> int:
-        """Positions that a job needs for now."""
+        """Returns the positions that a job needs at present."""
         return min(len(job.key) + max(_ROOM, len(job.tokens) + ahead), self._longest(job))
 
     def _longest(self, job: Job) -> int:
@@ -230,7 +252,7 @@ class Engine:
             self._length = length
 
     def limit(self, request: Request) -> int:
-        """The most new tokens that a request can have."""
+        """Returns the most new tokens that a request can have."""
         return min(request.max_new_tokens, self._max_positions - len(request.ids))
 
     def _prefill(self, placed: list[Placed]) -> None:
@@ -242,7 +264,7 @@ class Engine:
         self._unread.append((made, [(b, each.target, each.job) for b, each in enumerate(placed)]))
 
     def _prompts(self, placed: list[Placed], B: int, T: int) -> tuple[Prompts, jax.Array | None]:
-        """The arrays of a prefill, and the features of its images."""
+        """Returns the arrays of a prefill, and the features of its images."""
         def column(values, fill):
             return np.array([*values, *[fill] * (B - len(placed))], np.int32)
 
@@ -250,7 +272,7 @@ class Engine:
         ids = np.zeros((B, T), np.int32)
         for b, each in enumerate(placed):
             ids[b, : each.length] = each.job.request.ids[each.start :]
-        shown = [slice(each.job.images_before(each.start), None) for each in placed]  # those that are left to run
+        shown = [slice(each.job.images_before(each.start), None) for each in placed]  # images behind the shared prefix
         keys = [job.image_keys[part] for job, part in zip(jobs, shown)]
         images = features = None
         if any(keys):
@@ -270,17 +292,17 @@ class Engine:
             limit=column((self.limit(job.request) for job in jobs), 1), sampling=Sampling.of(*zip(*settings))), features
 
     def _read(self, made: Made, jobs: list[tuple[int, int, Job]]) -> None:
-        """Gives what a program made to its jobs: (place in the program's output, row, job)."""
+        """Gives a program's output to its jobs: (place in the output, row, job)."""
         made = jax.device_get(made)
         failed = np.zeros(len(self._rows), bool)
         for place, r, job in jobs:
-            if self._rows.rows[r].job is not job:  # it has left the row since
+            if self._rows.rows[r].job is not job:  # the job has left the row since
                 continue
             failed[r] = made.is_failed[place]
             if not failed[r]:
                 job.tokens += [int(token) for token in made.tokens[place] if token != NO_TOKEN]
             elif not job.tokens and self._rows.rows[r].start:
-                # The row that it began from may have been the one to fail, unread: NaN goes backwards, too, as a masked value.
+                # The row that it was copied from may have failed before the host read so: a NaN spreads even if masked.
                 job.is_alone = True
                 self._waiting.appendleft(job)
                 self._rows.finish(r)
@@ -300,7 +322,7 @@ class Engine:
             self._waiting.remove(job)
             job.is_finished = True
         if any(job.request.cancelled for job in self._rows.running.values()):
-            while self._unread:  # one of them may have failed: a row is given to the next one without a NaN in it
+            while self._unread:  # a cancelled request may have failed: its row is scrubbed of NaN before the next use
                 self._read(*self._unread.popleft())
         left = [r for r, job in self._rows.running.items() if job.request.cancelled]
         if left:
@@ -312,5 +334,5 @@ class Engine:
 
 
 def _round_up(length: int) -> int:
-    step = _LENGTHS if length <= 8 * _LENGTHS else 2 * _LENGTHS  # each length is a program: a long chat compiles half as many
+    step = _LENGTHS if length <= 8 * _LENGTHS else 2 * _LENGTHS  # coarser steps halve a long chat's compilations
     return -(-length // step) * step

@@ -1,4 +1,4 @@
-"""What the tower made of the images that were seen last, so that an image is encoded once.
+"""A device cache of projected image features, so that an image is encoded once.
 
 Axis letters: F places, P positions an image, D model width.
 """
@@ -14,27 +14,42 @@ import numpy as np
 from llavamed_jax.config import LlavaConfig
 from llavamed_jax.generation.programs import Programs
 
-_BATCH = 8  # images that the tower takes at once
+_BATCH = 8  # images that the tower encodes at once
 
 
 class Features:
-    """Projected features [F,P,D] of images on the device, the least recently used of which make room.
+    """Projected features [F,P,D] of images on the device; the least recently used ones are evicted.
 
     Args:
-      places: F at first; a prefill with more images makes it more.
-      shards: over which a batch of images must divide.
+      cfg: the model's shapes.
+      programs: the compiled programs.
+      shards: the batch of images must be a multiple of this.
+      places: F at first; a prefill with more images raises F.
+
+    Attributes:
+      array: the features [F,P,D]; None before the first image.
     """
 
     def __init__(self, cfg: LlavaConfig, programs: Programs, shards: int, places: int = 32):
         self._cfg, self._programs, self._batch, self._places = cfg, programs, -(-_BATCH // shards) * shards, places
         self._shards = shards
-        self._place_of: collections.OrderedDict[int, int] = collections.OrderedDict()  # image key -> place, oldest use first
+        # Image key -> place, the least recently used first.
+        self._place_of: collections.OrderedDict[int, int] = collections.OrderedDict()
         self.array = None
 
     def places(self, params, keys: Sequence[int], images: Sequence[np.ndarray],
                soon: Iterable[tuple[int, np.ndarray]] = ()) -> dict[int, int]:
-        """The place of each image, by its key; those that have none yet are encoded. A batch that is not full takes images along
-        that are wanted soon, as (key, image)."""
+        """Returns the place of each image, and encodes the images that have no place yet.
+
+        Args:
+          params: the unrolled parameter tree.
+          keys: the key of each image.
+          images: the images, uint8 or normalised float32 [height,width,3].
+          soon: (key, image) of images that will be needed soon; they fill up a batch that is not full.
+
+        Returns:
+          Image key -> place.
+        """
         wanted = dict(zip(keys, images))
         if len(wanted) > self._places or self.array is None:
             self._places = max(self._places, 1 << (len(wanted) - 1).bit_length())

@@ -1,10 +1,12 @@
 """The programs that the engine runs on the device, over a fixed number of rows.
 
-A row of the cache belongs to one request at a time. Prefill starts from a copy of any row's beginning: what two prompts
-have in common is computed once. A query sees only keys at its own or earlier positions, so what stands behind them in a
-row, of padding or of an earlier request, is never seen, and is overwritten as the row grows.
+A row of the cache belongs to one request at a time. Prefill starts from a copy of any row's prefix: a prefix that two
+prompts share is computed once. A query attends only to keys at its own and earlier positions, so stale positions behind
+it, of padding or of an earlier request, are never attended to, and are overwritten as the row grows.
+
 Axis letters: R rows, B prompts of one prefill, T prompt positions, S cache positions, I images a prompt, P positions an
-image, D model width, F places for image features, N tokens a decode loop.
+image, D model width, F places for image features, N tokens a decode loop, K key/value heads, H head width, V
+vocabulary.
 """
 
 from __future__ import annotations
@@ -24,19 +26,20 @@ from llavamed_jax.models.llava import Llava
 from llavamed_jax.parallel.mesh import batch_sharding, replicated, spec_of
 from llavamed_jax.utils import private
 
-NO_TOKEN = -1  # in a finished row's part of the output
+NO_TOKEN = -1  # fills the output of a finished row
 
 
 @flax.struct.dataclass
 class Slots:
-    """R rows, each a request's or free.
+    """R rows; each belongs to a request or is free.
 
     Attributes:
-      token: int32 [R], the last token, which has been handed out and not yet fed.
-      position: int32 [R], where it will stand.
-      count, limit: int32 [R], tokens handed out so far, and at most.
+      token: int32 [R], the last token, which has been returned but not yet fed to the model.
+      position: int32 [R], the position of `token`.
+      count: int32 [R], tokens returned so far.
+      limit: int32 [R], the most tokens to return.
       is_done: bool [R]; a free row is done.
-      sampling: of R rows.
+      sampling: settings of R rows.
       caches: a LayerCache [R,K,S,H] for each layer.
     """
 
@@ -51,15 +54,17 @@ class Slots:
 
 @flax.struct.dataclass
 class Prompts:
-    """B prompts, or what is left of them behind a shared beginning.
+    """B prompts, or the parts of them behind a shared prefix.
 
     Attributes:
       ids: int32 [B,T], padded on the right.
       images: int32 [B,I], places of their features; None without images.
-      start: int32 [B], positions that are taken over from the row `source`.
-      length: int32 [B], how many of `ids` are real.
-      source, target: int32 [B], rows; a target of R is nobody's.
-      limit: int32 [B]. sampling: of B rows.
+      start: int32 [B], positions that are copied from the row `source`.
+      length: int32 [B], the number of `ids` without padding.
+      source: int32 [B], the row to copy a prefix from.
+      target: int32 [B], the row of the prompt; R for a padding prompt, which has no row.
+      limit: int32 [B], the most new tokens.
+      sampling: settings of B rows.
     """
 
     ids: Any
@@ -74,7 +79,13 @@ class Prompts:
 
 @flax.struct.dataclass
 class Made:
-    """What the host reads: tokens int32 [R,N] (NO_TOKEN where a row was done), is_done and is_failed bool [R]."""
+    """The output that the host reads.
+
+    Attributes:
+      tokens: int32 [R,N], NO_TOKEN where a row was done; [B,1] after a prefill.
+      is_done: bool [R], whether the row's request has finished.
+      is_failed: bool [R], whether the logits held a NaN or an infinity.
+    """
 
     tokens: jax.Array
     is_done: jax.Array
@@ -82,10 +93,13 @@ class Made:
 
 
 class Programs:
-    """Compiled once a shape; `count()` says how many there are.
+    """The engine's programs, each compiled once a shape; `count()` returns how many compilations there were.
 
     Args:
-      steps: N, tokens that a decode loop makes at most before the host looks.
+      cfg: the model's shapes.
+      dtype: of computation and cache.
+      mesh: a Mesh with the axes data, fsdp and tp; None is one device.
+      steps: N, the most tokens of a decode loop before the host reads them.
     """
 
     def __init__(self, cfg: LlavaConfig, dtype, mesh: Mesh | None, steps: int):
@@ -98,7 +112,7 @@ class Programs:
         rows = slots = everywhere = None
         if mesh is not None:
             rows, everywhere = batch_sharding(mesh), replicated(mesh)
-            # Said aloud, so that what one program returns is what the next one was compiled for.
+            # Explicit, so that each program returns the shardings that the next one was compiled for.
             slots = Slots(rows, rows, rows, rows, rows, Sampling(rows, rows, rows, rows), self.cache_shardings())
         self._programs = dict(
             encode=compiled(self._encode, everywhere, donate_argnums=1),
@@ -111,7 +125,7 @@ class Programs:
             scrub=compiled(self._scrub, slots, donate_argnums=0))
 
     def __getattr__(self, name: str):
-        """`encode`, `decode`, …: the programs, called with the mesh in context."""
+        """Returns a program (`encode`, `decode`, …) that is called with the mesh in context."""
         if name.startswith("_") or name not in self._programs:
             raise AttributeError(name)
 
@@ -121,63 +135,77 @@ class Programs:
         return call
 
     def lower(self, name: str, *args, **kwargs):
-        """A program's lowering for arguments that may be shapes; it is compiled for where these lie."""
+        """Lowers a program for arguments that may be shapes; the shapes' shardings decide where it will run."""
         with self.on_mesh():
             return self._programs[name].lower(*args, **kwargs)
 
     def on_mesh(self):
-        """The context in which programs are called; never across a `yield`, where the caller's code would run in it."""
+        """Returns the context for calls of programs.
+
+        Never hold it across a `yield`: the caller's code would run in it.
+        """
         return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
     def count(self) -> int:
-        """How many programs have been compiled."""
+        """Returns how many programs have been compiled."""
         return sum(private.compilations(program) for program in self._programs.values())
 
     def prefill(self, params, slots: Slots, features, prompts: Prompts, width: int) -> tuple[Slots, Made]:
-        """Runs prompts and draws the first token of each. `width`: cache positions that the longest of them needs.
+        """Runs prompts and samples the first token of each.
 
-        The model runs on a copy of so many rows and positions, so that its program is the same whatever rows there are;
-        the programs that take from the rows and put back are compiled in no time.
+        The model runs on a copy of `width` positions of B rows, so that its program does not depend on R; the programs
+        that copy from the rows and back compile quickly.
+
+        Args:
+          params: the unrolled parameter tree.
+          slots: the rows; donated.
+          features: image features [F,P,D], or None without images.
+          prompts: the prompts.
+          width: cache positions that the longest prompt needs.
+
+        Returns:
+          The rows with the prompts, and the first tokens.
         """
         caches = self.take(slots, prompts.source, prompts.start, width=width)
         caches, made = self.fill(params, caches, features, prompts)
         return self.put(slots, prompts.replace(ids=None, images=None), made, caches), made
 
     def cache_shardings(self) -> tuple[LayerCache, ...]:
+        """Returns the shardings of the caches: rows over data and fsdp, heads over tp."""
         cache = NamedSharding(self.mesh, spec_of(("act_batch", "act_heads", None, None)))
         return tuple(LayerCache(cache, cache) for _ in range(self.cfg.decoder.num_layers))
 
     def empty_features(self, places: int) -> jax.Array:
-        """[F,P,D] of nothing."""
+        """Returns zeros [F,P,D] for `places` image features."""
         return jnp.zeros((places, self.cfg.tokens_per_image, self.cfg.decoder.hidden_size), self.dtype)
 
     def empty_slots(self) -> Slots:
-        """No rows of no positions, to be resized."""
+        """Returns zero rows of zero positions, to be resized."""
         zeros = jnp.zeros(0, jnp.int32)
         caches = init_cache(self.cfg.decoder, 0, 0, self.dtype)
         return Slots(zeros, zeros, zeros, zeros, jnp.ones(0, bool), Sampling.of([], [], [], []), caches)
 
     def ends(self, token):
-        """int32 [...] -> bool [...]: whether a token ends its sequence."""
+        """Returns whether tokens end their sequences: int32 [...] -> bool [...]."""
         return jnp.isin(token, jnp.array(self.cfg.decoder.eos_ids, jnp.int32))
 
     def apply(self, params, *args, method: str):
-        """A method of the model."""
+        """Calls a method of the model."""
         return self.model.apply({"params": params}, *args, method=method)
 
     def _encode(self, params, features, pixels, places):
-        """Images [n,height,width,3] through tower and projector to their places, int32 [n] (F: nowhere)."""
+        """Encodes images [n,height,width,3] with tower and projector into places, int32 [n]; place F is dropped."""
         new = self.apply(params, pixels[:, None], method="encode_images")[:, 0]
         return features.at[places].set(new.astype(features.dtype), mode="drop")
 
     def _take(self, slots: Slots, source, start, *, width: int) -> tuple[LayerCache, ...]:
-        """The first `start` of `width` positions of rows, int32 [B] each; nothing behind them."""
-        # What else the row holds is an earlier request's, which may fail: a weight of 0 does not hide a NaN.
+        """Copies the first `start` of `width` positions of rows, int32 [B] each; the other positions are zero."""
+        # The rest of the row is an earlier request's and may hold a NaN, which an attention weight of 0 does not mask.
         is_shared = (jnp.arange(width) < start[:, None])[:, None, :, None]
         return jax.tree.map(lambda c: jnp.where(is_shared, c[source, :, :width], 0), slots.caches)
 
     def _fill(self, params, caches, features, prompts: Prompts) -> tuple[tuple[LayerCache, ...], Made]:
-        """Runs prompts behind what their caches hold, and draws the first token of each."""
+        """Runs prompts behind the prefixes in their caches, and samples the first token of each."""
         p = prompts
         x = self.apply(params, p.ids, None if p.images is None else features[p.images], method="embed")
         positions = p.start[:, None] + jnp.arange(p.ids.shape[1])
@@ -188,7 +216,7 @@ class Programs:
         return caches, Made(token[:, None], is_failed | self.ends(token) | (p.limit <= 1), is_failed)
 
     def _put(self, slots: Slots, prompts: Prompts, made: Made, caches) -> Slots:
-        """Gives prompts that were run their rows."""
+        """Writes prompts that were run into their rows."""
         p, width = prompts, caches[0].k.shape[2]
 
         def put(old, new):
@@ -200,12 +228,15 @@ class Programs:
             jax.tree.map(lambda old, new: old.at[p.target, :, :width].set(new, mode="drop"), slots.caches, caches))
 
     def _next(self, params, x, sampling, count):
-        """[B,D] of the last positions -> the next tokens, and where the logits are no numbers."""
+        """Samples the next tokens from hidden states [B,D]; returns them and where the logits are not finite."""
         logits = self.apply(params, x, method="logits")
         return next_token(logits, sampling, count), ~jnp.isfinite(logits).all(axis=-1)
 
     def _decode(self, params, slots: Slots, leave_at) -> tuple[Slots, Made]:
-        """Up to N tokens for each row; stops when only `leave_at` rows are not done, so that others may enter."""
+        """Generates up to N tokens for each row.
+
+        Stops when only `leave_at` rows are not done, so that other requests may enter.
+        """
         def is_going_on(carry):
             step, _, slots = carry
             return (step < self.steps) & ((~slots.is_done).sum() > leave_at)
@@ -213,7 +244,7 @@ class Programs:
         def decode_one(carry):
             step, made, slots = carry
             x = self.apply(params, slots.token[:, None], None, method="embed")
-            # A finished row is fed too, at its last position: rows have one program.
+            # A finished row is fed too, at its last position, since one program runs all rows.
             x, caches = self.apply(params, x, slots.position[:, None], slots.caches, method="step")
             token, is_failed = self._next(params, x[:, 0], slots.sampling, slots.count)
             running, is_failed = ~slots.is_done, is_failed & ~slots.is_done
@@ -230,7 +261,7 @@ class Programs:
         return slots, made.replace(is_done=slots.is_done)
 
     def _resize(self, slots: Slots, *, rows: int, length: int) -> Slots:
-        """The first `rows` rows of `length` positions; new ones are free and empty."""
+        """Returns the first `rows` rows of `length` positions; new rows are free and empty."""
         def fit(x, axis, size, value=0):
             x = jax.lax.slice_in_dim(x, 0, min(size, x.shape[axis]), axis=axis)
             return jnp.pad(x, [(0, size - n if i == axis else 0) for i, n in enumerate(x.shape)], constant_values=value)
@@ -240,9 +271,12 @@ class Programs:
                      jax.tree.map(lambda c: fit(fit(c, 0, rows), 2, length), slots.caches))
 
     def _release(self, is_done, rows):
-        """bool [R], and rows that are done now, too: of nothing that has a length, so that lengths need no other program."""
+        """Marks `rows` as done: bool [R] each.
+
+        Takes no array with a length, so that one compilation serves all lengths.
+        """
         return is_done | rows
 
     def _scrub(self, slots: Slots, rows) -> Slots:
-        """Empties rows bool [R], which hold a NaN."""
+        """Sets rows, bool [R], that hold a NaN to zero."""
         return slots.replace(caches=jax.tree.map(lambda c: jnp.where(rows[:, None, None, None], 0, c), slots.caches))

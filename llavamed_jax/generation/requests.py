@@ -1,4 +1,4 @@
-"""What is asked of the engine, and what comes of it. Axis letters: P positions an image."""
+"""Requests of the engine, and the jobs that run them. Axis letter: P positions an image."""
 
 from __future__ import annotations
 
@@ -23,8 +23,12 @@ class Request:
     Attributes:
       ids: token ids; an image is P positions of IMAGE_TOKEN.
       images: float32 (normalised) or uint8 [height,width,3] each, in order of appearance.
-      seed: with the same seed and settings a request always draws the same tokens.
-      cancelled: set it while the engine runs, and no more tokens are made for this request.
+      max_new_tokens: the most new tokens.
+      temperature: 0 is greedy.
+      top_k: the number of most likely tokens to keep; 0 keeps all.
+      top_p: the probability mass to keep; 1 keeps all.
+      seed: a request with the same seed and settings always draws the same tokens.
+      cancelled: if set while the engine runs, no more tokens are generated for this request.
     """
 
     ids: Sequence[int]
@@ -38,17 +42,23 @@ class Request:
 
 
 class Job:
-    """A request on its way through the engine.
+    """A request in the engine.
+
+    Args:
+      request: the request.
+      index: its place among the requests of one call.
 
     Attributes:
+      request: the request.
       index: its place among the requests of one call.
-      key: int64 [length of the prompt]: token ids, and at an image's positions a number that stands for its pixels. Two
-        prompts have the same keys and values up to where their keys differ.
+      images: the request's images as arrays.
+      key: int64 [length of the prompt]: token ids, and at an image's positions a number that identifies its pixels. Two
+        prompts have equal keys and values in the cache up to the first position where their `key` differs.
       image_keys: that number for each image.
-      tokens: what was generated so far, the end-of-sequence id included.
-      is_finished: nothing more will come.
-      error: why nothing more will come, where the model failed on this request; the others went on.
-      is_alone: it takes nothing over from another.
+      tokens: the tokens generated so far, including the end-of-sequence id.
+      is_finished: whether no more tokens will come.
+      error: the error, if the model failed on this request; other requests continue.
+      is_alone: whether it must not share a prefix with another request.
     """
 
     def __init__(self, request: Request, index: int = 0):
@@ -68,35 +78,35 @@ class Job:
 
     @property
     def has_news(self) -> bool:
-        """There are tokens that were not taken, or this is the end."""
+        """Whether there are tokens that were not taken, or the job is finished."""
         return self.is_finished or len(self.tokens) > self._taken
 
     def images_before(self, position: int) -> int:
-        """How many images begin before a position."""
+        """Returns how many images begin before a position."""
         return -(-int((self.key[:position] <= _FIRST_IMAGE_KEY).sum()) // self._per_image) if self.image_keys else 0
 
     def boundary(self, position: int) -> int:
-        """The last place at or before a position that is not inside an image."""
+        """Returns the last position at or before `position` that is not inside an image."""
         is_image = self.key <= _FIRST_IMAGE_KEY
         inside = int(is_image[:position].sum()) % self._per_image if self.image_keys and is_image[position] else 0
         return position - inside
 
     def take(self) -> list[int]:
-        """The tokens that have come since the last call."""
+        """Returns the tokens that have come since the last call."""
         new = self.tokens[self._taken :]
         self._taken += len(new)
         return new
 
 
 def _image_key(image: np.ndarray) -> int:
-    """A number, at most `_FIRST_IMAGE_KEY`, that stands for an image's pixels."""
+    """Returns a number, at most `_FIRST_IMAGE_KEY`, that identifies an image's pixels."""
     digest = hashlib.blake2b(np.ascontiguousarray(image).tobytes(), digest_size=7,
                              key=image.dtype.name.encode()).digest()
     return _FIRST_IMAGE_KEY - int.from_bytes(digest)
 
 
 def check(request: Request, cfg: LlavaConfig, max_prompt: int, name: str) -> None:
-    """Raises UserError, a sentence that begins with `name`, for a request that cannot be run."""
+    """Raises UserError, with a sentence that begins with `name`, if a request cannot be run."""
     P, ids, vocabulary = cfg.tokens_per_image, whole_numbers(request.ids, name), cfg.decoder.vocab_size
     if ids.ndim != 1:
         raise UserError(f"{name} has ids of the shape {ids.shape}; one row was expected")
@@ -111,7 +121,7 @@ def check(request: Request, cfg: LlavaConfig, max_prompt: int, name: str) -> Non
     if request.max_new_tokens < 1:
         raise UserError(f"{name} asks for {request.max_new_tokens} new tokens; at least 1 was expected")
     wrong = ids[(ids >= vocabulary) | ((ids < 0) & (ids != IMAGE_TOKEN))]
-    if wrong.size:  # a lookup outside the table would give some row, and an answer to something else
+    if wrong.size:  # a lookup outside the table would return an arbitrary row without an error
         raise UserError(f"{name} holds the id {wrong[0]}; ids from 0 to {vocabulary - 1}, or {IMAGE_TOKEN}, were "
                         "expected")
     for image in request.images:
@@ -119,7 +129,18 @@ def check(request: Request, cfg: LlavaConfig, max_prompt: int, name: str) -> Non
 
 
 def whole_numbers(ids, name: str) -> np.ndarray:
-    """Token ids as an array, of whatever shape. Raises UserError, a sentence that begins with `name`, where they are none."""
+    """Returns token ids as an array of any shape.
+
+    Args:
+      ids: the ids, a sequence or an array.
+      name: the beginning of an error's sentence.
+
+    Returns:
+      An array of integers.
+
+    Raises:
+      UserError: the ids are not whole numbers.
+    """
     try:
         array = np.asarray(ids)
     except ValueError:  # rows of several lengths
@@ -130,7 +151,7 @@ def whole_numbers(ids, name: str) -> np.ndarray:
 
 
 def name_of(index: int, count: int) -> str:
-    """What a sentence calls a request of several, or the only one."""
+    """Returns the name of a request in error messages."""
     return f"request {index}" if count > 1 else "the prompt"
 
 
@@ -140,5 +161,6 @@ def check_image(cfg: LlavaConfig, image: np.ndarray, name: str) -> None:
     if np.shape(image) != expected:
         raise UserError(f"{name} has an image of shape {np.shape(image)}; {expected} was expected")
     kind = np.asarray(image).dtype
-    if kind != np.uint8 and not jnp.issubdtype(kind, jnp.floating):  # whole numbers would be taken for normalised pixels
+    # Other integers would be read as normalised pixels.
+    if kind != np.uint8 and not jnp.issubdtype(kind, jnp.floating):
         raise UserError(f"{name} has an image of {kind}; uint8, or float32 as normalised, was expected")

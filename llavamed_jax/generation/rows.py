@@ -1,4 +1,4 @@
-"""Which request gets which row, and from whose beginning it starts: the host's bookkeeping, without a device."""
+"""Decides which request gets which row, and which row's prefix it starts from. Runs on the host, without a device."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ import numpy as np
 
 from llavamed_jax.generation.requests import Job
 
-_NO_KEY = np.int64(-1)  # what no position has
-_LONG = 256  # positions of a prompt with which computing, and not reading the weights, takes the time
+_NO_KEY = np.int64(-1)  # no position has this key
+_LONG = 256  # positions from which a prompt's prefill is bound by computation and not by reading the weights
 
 
 @dataclass
 class Row:
-    """What the host knows of a row.
+    """The host's record of a row.
 
     Attributes:
-      job: the one that has it, or None.
-      key: of the positions whose keys and values it holds (`Job.key`), for requests that begin alike.
-      used: when it was last given out or taken from.
-      start: how many positions its job took over.
+      job: the job that has the row, or None.
+      key: the keys (`Job.key`) of the positions whose keys and values the row holds, for requests with a common prefix.
+      used: when the row was last given to a job or copied from.
+      start: how many positions its job copied from another row.
     """
 
     job: Job | None = None
@@ -33,7 +33,14 @@ class Row:
 
 @dataclass
 class Placed:
-    """A job with its row, and the row whose first `start` positions it takes over."""
+    """A job with its row, and the row whose first `start` positions it copies.
+
+    Attributes:
+      job: the job.
+      source: the row to copy from.
+      start: how many positions to copy.
+      target: the job's row.
+    """
 
     job: Job
     source: int
@@ -42,7 +49,7 @@ class Placed:
 
     @property
     def length(self) -> int:
-        """Positions that are left to run."""
+        """The positions that are left to run."""
         return len(self.job.key) - self.start
 
 
@@ -50,8 +57,8 @@ class Rows:
     """R rows.
 
     Args:
-      share: whether requests take over what another row's request has in common with them.
-      shards: over which the prompts of one prefill must divide.
+      share: whether requests copy the prefix that they share with another row's request.
+      shards: the number of prompts of one prefill must be a multiple of this.
     """
 
     def __init__(self, share: bool, shards: int = 1):
@@ -63,33 +70,44 @@ class Rows:
 
     @property
     def running(self) -> dict[int, Job]:
+        """The jobs that have a row, by row."""
         return {r: row.job for r, row in enumerate(self.rows) if row.job is not None}
 
     def resize(self, number: int, length: int) -> None:
-        """The first `number` rows, of `length` positions; new ones are free.
+        """Keeps the first `number` rows, of `length` positions; new rows are free.
 
-        The last position is kept for nobody: a free row is fed its last token, which stands there if its own place is cut off.
+        The last position of a row is never shared: a free row is fed its last token there if the row was cut below that
+        token's own position.
         """
         self.rows = self.rows[:number] + [Row() for _ in range(number - len(self.rows))]
         for row in self.rows:
             row.key = row.key[: length - 1]
 
     def finish(self, r: int) -> None:
-        """A row is free again. What it holds stays, for whoever begins alike: all tokens that were fed, not the last one."""
+        """Frees a row.
+
+        It keeps its keys for requests with the same prefix: those of all tokens that were fed, which the last was not.
+        """
         row = self.rows[r]
         row.key = np.concatenate([row.job.key, np.asarray(row.job.tokens[:-1], np.int64)])
         row.job = None
 
     def forget(self, rows: Iterable[int]) -> None:
-        """What these rows hold is good for nobody."""
+        """Marks the contents of these rows as unusable."""
         for r in rows:
             self.rows[r].key = self.rows[r].key[:0]
 
     def choose(self, waiting: Iterable[Job]) -> list[Placed]:
-        """The requests that one prefill takes, all of one bucket, each with a row.
+        """Returns the requests of one prefill, all of one bucket, each with a row.
 
-        One that has more in common with another of these than with any row waits for that to be run, and a row is kept
-        for it.
+        If a request shares a longer prefix with another waiting request than with any row, it waits for that request; a
+        row is reserved for it.
+
+        Args:
+          waiting: the waiting jobs, in order.
+
+        Returns:
+          The placed jobs; empty if there is no free row.
         """
         free = [r for r, row in enumerate(self.rows) if row.job is None]
         if not free:
@@ -113,12 +131,15 @@ class Rows:
         return chosen
 
     def _place(self, job: Job, held: Keys) -> Placed:
-        """Starts a job from the row that has most in common with it, if that makes it shorter to run."""
+        """Starts a job from the row with the longest common prefix, if that puts it into a smaller bucket."""
         alone, (row, shared) = Placed(job, 0, 0), self._best(job, held)
         return Placed(job, row, shared) if self._is_worth(job, shared, alone) else alone
 
     def _best(self, job: Job, keys: Keys) -> tuple[int, int]:
-        """Which key a job can take most over from, and how many positions. The last one it runs itself, for its logits."""
+        """Returns the key with the longest usable prefix, and its length.
+
+        A job runs its last position itself, for its logits.
+        """
         if not self._share or job.is_alone or not len(keys):
             return 0, 0
         prefixes = keys.common_prefixes(job.key)
@@ -130,7 +151,10 @@ class Rows:
         return bucket(len(job.key) - shared) < bucket(than.length)
 
     def _give_rows(self, chosen: list[Placed], free: list[int], held: Keys, waiting: list[Job]) -> None:
-        """Rows that no waiting request begins like are given first, then those that were not used for longest."""
+        """Assigns free rows, the least recently used first.
+
+        Rows with a long prefix of a waiting request are assigned last.
+        """
         self._clock += 1
         is_wanted = np.zeros(len(self.rows), bool)
         if self._share and len(chosen) < len(free):
@@ -147,7 +171,11 @@ class Rows:
 
 
 class Keys:
-    """Several prompts' keys, to be compared with one at once: a row of Python comparisons took longer than a decode step."""
+    """The keys of several prompts in one array, compared at once. A Python loop took longer than a decode step.
+
+    Args:
+      keys: int64 [length] of each prompt.
+    """
 
     def __init__(self, keys: Sequence[np.ndarray]):
         self._number = len(keys)
@@ -157,7 +185,7 @@ class Keys:
 
     @classmethod
     def empty(cls, room: int, length: int) -> Keys:
-        """None yet, with room for as many of at most this length."""
+        """Returns an empty collection with room for `room` keys of at most `length` positions."""
         keys = cls([])
         keys._table = np.full((room, 1 + length), _NO_KEY)
         return keys
@@ -166,31 +194,44 @@ class Keys:
         return self._number
 
     def add(self, key: np.ndarray) -> None:
-        """One more."""
+        """Appends a key."""
         self._table[self._number, : len(key)] = key
         self._number += 1
 
     def common_prefixes(self, key: np.ndarray) -> np.ndarray:
-        """int [n]: how many positions each has in common with `key` from the beginning."""
+        """Returns int [n]: how many leading positions each key has in common with `key`."""
         table = self._table[: self._number, : len(key)]
         differs = table != key[: table.shape[1]]
         return np.where(differs.any(axis=1), differs.argmax(axis=1), table.shape[1])
 
 
 def bucket(length: int) -> int:
-    """Lengths that are compiled: 32 and 64 (a question behind a shared image), multiples of 64 up to 512, of 128 up to 1,024
-    (an image of 576 and its question), then of 256."""
+    """Rounds a length up to one that is compiled.
+
+    These are 32 and 64 (a question behind a shared image), multiples of 64 up to 512, of 128 up to 1,024 (an image of
+    576 positions and its question), and of 256 above.
+    """
     step = 32 if length <= 64 else 64 if length <= 512 else 128 if length <= 1024 else 256
     return -(-length // step) * step
 
 
 def batch_size(number: int, length: int = 1, shards: int = 1) -> int:
-    """How many of `number` prompts of a length are run together: a power of four, so that few sizes are compiled; two or three
-    are filled up to four, unless each is long enough to keep a device busy by itself. A multiple of `shards`."""
+    """Returns how many of `number` prompts are run together: a power of four, so that few sizes are compiled.
+
+    Two or three prompts are padded to four, unless each is long enough to keep a device busy by itself.
+
+    Args:
+      number: how many prompts wait.
+      length: positions of the prompts.
+      shards: the result is a multiple of this.
+
+    Returns:
+      The number of prompts.
+    """
     size = 4 if number in (2, 3) and length < _LONG else 4 ** ((number.bit_length() - 1) // 2)
     return -(-size // shards) * shards
 
 
 def power_of_two(n: int) -> int:
-    """The next one, at least 1."""
+    """Rounds n up to a power of two, at least 1."""
     return 1 << max(0, n - 1).bit_length()

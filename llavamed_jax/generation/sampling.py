@@ -1,7 +1,7 @@
-"""From logits to the next token, each row with its own settings.
+"""Samples the next token from logits, each row with its own settings.
 
-The filters are those of transformers' `generate`, in its order: temperature, top-k, top-p. A row's randomness is its own
-(its seed and its count of tokens), so it does not depend on what else is in the batch. Axis letters: B rows, V vocabulary.
+The filters are those of transformers' `generate`, in its order: temperature, top-k, top-p. A row's randomness depends
+only on its seed and its count of tokens, not on the other rows of the batch. Axis letters: B rows, V vocabulary.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# Below this, logits over temperature would leave float32; the draw is the argmax long before.
+# Below this, logits divided by the temperature would overflow float32; the draw equals the argmax long before.
 _COLDEST = 1e-30
 _ALL = 2**31 - 1  # more tokens than any vocabulary has
 
@@ -27,7 +27,7 @@ class Sampling:
     Attributes:
       temperature: float32 [B]; 0 is greedy.
       top_k: int32 [B]; 0 keeps all.
-      tail: float32 [B], the probability that top-p gives away, 1 - p; 0 keeps all.
+      tail: float32 [B], the probability mass 1 - p that top-p drops; 0 keeps all.
       seeds: uint32 [B].
     """
 
@@ -39,7 +39,17 @@ class Sampling:
     @classmethod
     def of(cls, temperature: Sequence[float], top_k: Sequence[int], top_p: Sequence[float],
            seeds: Sequence[int]) -> "Sampling":
-        """Arrays of B rows' settings; seeds below 2**32."""
+        """Makes the arrays of B rows' settings.
+
+        Args:
+          temperature: at least 0 each; 0 is greedy.
+          top_k: at least 0 each; 0 keeps all.
+          top_p: above 0 and at most 1 each; 1 keeps all.
+          seeds: below 2**32 each.
+
+        Returns:
+          The settings.
+        """
         return cls(
             temperature=np.array([max(t, _COLDEST) if t > 0 else 0.0 for t in temperature], np.float32),
             top_k=np.array([min(k, _ALL) for k in top_k], np.int32),
@@ -49,7 +59,16 @@ class Sampling:
 
 
 def row_seeds(seed: int, rows: Sequence[Sequence[int]], images: Sequence[Sequence[np.ndarray]]) -> list[int]:
-    """One seed for each prompt of a call: `row_seed`, with equal prompts counted."""
+    """Returns one seed for each prompt of a call: `row_seed`, with equal prompts counted.
+
+    Args:
+      seed: the call's seed.
+      rows: token ids of each prompt.
+      images: images of each prompt.
+
+    Returns:
+      32-bit seeds.
+    """
     seen, seeds = Counter(), []
     for ids, pixels in zip(rows, images, strict=True):
         prompt = _digest(ids, pixels)
@@ -59,10 +78,19 @@ def row_seeds(seed: int, rows: Sequence[Sequence[int]], images: Sequence[Sequenc
 
 
 def row_seed(seed: int, ids: Sequence[int], images: Sequence[np.ndarray], nth: int = 0) -> int:
-    """A prompt's 32-bit seed, drawn from the call's seed and the prompt itself.
+    """Derives a prompt's 32-bit seed from the call's seed and the prompt itself.
 
-    So a prompt draws the same whatever stands beside it and however a data set is cut into batches, and different prompts
-    draw independently; equal ones do so by `nth`, how many of them came before.
+    A prompt draws the same tokens whatever else is in its batch and however a data set is cut into batches. Different
+    prompts draw independently, and so do equal prompts with different `nth`.
+
+    Args:
+      seed: the call's seed.
+      ids: token ids.
+      images: the prompt's images.
+      nth: how many equal prompts came before.
+
+    Returns:
+      The seed.
     """
     return _seed(seed, _digest(ids, images), nth)
 
@@ -72,7 +100,7 @@ def _seed(seed: int, prompt: int, nth: int) -> int:
 
 
 def _digest(ids: Sequence[int], images: Sequence[np.ndarray]) -> int:
-    """A number that stands for a prompt."""
+    """Returns a number that identifies a prompt."""
     digest = hashlib.blake2b(np.asarray(ids, np.int64).tobytes(), digest_size=16)
     for image in images:
         digest.update(np.ascontiguousarray(image).tobytes())
@@ -80,9 +108,18 @@ def _digest(ids: Sequence[int], images: Sequence[np.ndarray]) -> int:
 
 
 def next_token(logits, settings: Sampling, step):
-    """float32 [B,V], settings, int32 [B] tokens so far -> int32 [B]."""
+    """Samples the next token of each row.
+
+    Args:
+      logits: float32 [B,V].
+      settings: settings of the B rows.
+      step: int32 [B], tokens of each row so far.
+
+    Returns:
+      int32 [B].
+    """
     greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    # Sorting the vocabulary is the expensive part: a batch that is greedy throughout skips it at run time.
+    # Sorting the vocabulary is expensive: a batch in which all rows are greedy skips it at run time.
     return jax.lax.cond(jnp.any(settings.temperature > 0), lambda: jnp.where(
         settings.temperature > 0, _draw(logits, settings, step), greedy), lambda: greedy)
 
@@ -90,21 +127,25 @@ def next_token(logits, settings: Sampling, step):
 def _draw(logits, settings, step):
     order, warped = warp(logits, settings)
     keys = jax.vmap(lambda seed, n: jax.random.fold_in(jax.random.key(seed), n))(settings.seeds, step)
-    # The noise is an id's and not a rank's: of two logits that only rounding tells apart, another batch puts the other first.
+    # The noise belongs to the id, not to the rank: rounding in another batch can swap the ranks of two close logits.
     noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[-1:]))(keys)
     rank = jnp.argmax(warped + jnp.take_along_axis(noise, order, axis=-1), axis=-1)
     return jnp.take_along_axis(order, rank[:, None], axis=-1)[:, 0].astype(jnp.int32)
 
 
 def warp(logits, settings: Sampling):
-    """Temperature, top-k and top-p, as transformers' warpers of these names.
+    """Applies temperature, top-k and top-p as transformers' warpers of these names do.
 
-    Top-k keeps all that equal the k-th. Top-p drops the worst tokens whose probabilities (after top-k) together stay
-    within 1 - p, and never the best one; of equals at that edge the lower ids go first.
+    Top-k keeps all logits equal to the k-th. Top-p drops the least likely tokens whose probabilities (after top-k) sum
+    to at most 1 - p, and never the best token; of equal logits at that edge the lower ids are dropped first.
+
+    Args:
+      logits: float32 [B,V].
+      settings: settings of the B rows.
 
     Returns:
-      int32 [B,V] the ids from the worst to the best, and float32 [B,V] their logits over the temperature, -inf where
-      filtered out. Greedy rows: as with temperature 1.
+      int32 [B,V], the ids from the worst to the best, and float32 [B,V], their logits divided by the temperature, -inf
+      where filtered out. Greedy rows are warped with temperature 1.
     """
     temperature = jnp.where(settings.temperature > 0, settings.temperature, 1.0)[:, None]
     order = jnp.argsort(logits, axis=-1)

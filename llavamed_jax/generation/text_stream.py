@@ -1,24 +1,24 @@
-"""From a growing list of token ids to a growing text: whole characters only, and nothing of a stop string."""
+"""Decodes a growing list of token ids to a growing text: whole characters only, and no part of a stop string."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
-_INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # what the bytes of half a character decode to
+_INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # an incomplete character decodes to it
 
 
 class TextStream:
-    """The text of one answer while it is made.
+    """The text of one answer while it is generated.
 
     Args:
       decode: ids -> text without special tokens.
-      stop: texts that end the answer and do not belong to it, in however many tokens they come. An empty one is ignored:
-        it would stop every answer at once (quirk Q2 of the original).
-      stop_ids: tokens that do the same and show in no text, such as `</s>` for a model that knows another end.
+      stop: texts that end the answer and are not part of it, in any number of tokens. An empty one is ignored: it would
+        stop every answer at once (quirk Q2 of the original).
+      stop_ids: tokens that end the answer and decode to no text, such as `</s>` for a model with another end token.
 
     Attributes:
       token_ids: all ids so far, up to the one that completed a stop.
-      is_stopped: a stop was found; what comes after it is not taken.
+      is_stopped: whether a stop was found; later ids are ignored.
     """
 
     def __init__(self, decode: Callable[[Sequence[int]], str], stop: Iterable[str] = (), stop_ids: Iterable[int] = ()):
@@ -29,28 +29,28 @@ class TextStream:
 
     @property
     def text(self) -> str:
-        """All of the text so far, stripped, up to a stop string."""
+        """The text so far, stripped, up to a stop string."""
         text = self._decode(self.token_ids)
         ends = [at for at in (text.find(s) for s in self._stop) if at >= 0]
         return (text[: min(ends)] if ends else text).strip()
 
     def push(self, ids: Sequence[int]) -> str:
-        """Takes new ids; returns the text that has become certain by them."""
+        """Takes new ids; returns the new text that later ids cannot change."""
         if self.is_stopped:
             return ""
         before = len(self.token_ids)
         self.token_ids += ids
         if self._has_stop(self.token_ids):
-            # Ids come several at a time: what was made behind the stop is no part of the answer.
+            # Ids come several at a time: those behind the stop are not part of the answer.
             end = next(n for n in range(before + 1, len(self.token_ids) + 1) if self._has_stop(self.token_ids[:n]))
             del self.token_ids[end:]
             self.is_stopped = True
         text = self.text
-        # White space at the end may turn out to stand before a stop string, and would then be stripped.
+        # White space at the end may precede a stop string, and would then be stripped.
         return self._give(text if self.is_stopped else text[: self._certain(text)].rstrip())
 
     def finish(self) -> str:
-        """What was held back at the end of the answer."""
+        """Returns the rest of the text at the end of the answer."""
         return self._give(self.text)
 
     def _has_stop(self, ids: Sequence[int]) -> bool:
@@ -59,7 +59,10 @@ class TextStream:
         return bool(self._stop) and any(s in self._decode(ids) for s in self._stop)
 
     def _certain(self, text: str) -> int:
-        """Length of the part that later ids cannot change or take back: a stop string may have begun."""
+        """Returns the length of the text that later ids cannot change.
+
+        The rest may be an incomplete character or the beginning of a stop string.
+        """
         end = len(text)
         while end and text[end - 1] == _INCOMPLETE:
             end -= 1
