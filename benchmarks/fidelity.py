@@ -117,7 +117,7 @@ class Result:
 
 def run(selectors: Iterable[str]) -> list[Result]:
     """Runs tests, slow ones included, and reads what they recorded."""
-    words = [f"tests/{module}.py" + (f"::{function}" if function else "") for module, _, function in (s.partition("::") for s in selectors)]
+    words = [place_of(selector) for selector in selectors]
     with tempfile.TemporaryDirectory() as directory:
         file = Path(directory) / "results.xml"
         subprocess.run([sys.executable, "-m", "pytest", "-q", "-n", "2", "-p", "no:cacheprovider", f"--junitxml={file}", *words], cwd=ROOT)
@@ -159,7 +159,14 @@ def document(results: list[Result]) -> str:
 
 
 def held_by(test: str | None) -> str:
-    return f"`tests/{test.replace('::', '.py::')}`" if test else "–"
+    return f"`{place_of(test)}`" if test else "–"
+
+
+def place_of(selector: str) -> str:
+    """`test_x::test_y` -> `tests/ROOM/test_x.py::test_y`, as pytest takes it. Raises ValueError for a file that is not there."""
+    module, colons, function = selector.partition("::")
+    file, = (ROOT / "tests").rglob(f"{module}.py")
+    return f"{file.relative_to(ROOT).as_posix()}{colons}{function}"
 
 
 def group_row(number: str, title: str, results: list[Result], note: str) -> str:

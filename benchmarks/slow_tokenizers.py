@@ -1,4 +1,4 @@
-"""Writes tests/slow_tokenizers.json: the ids that transformers' slow LlamaTokenizer gives, which the tests hold ours to.
+"""Writes tests/support/slow_tokenizers.json: the ids that transformers' slow LlamaTokenizer gives, which the tests hold ours to.
 
     OTHER/python benchmarks/slow_tokenizers.py      # in environments with transformers 4.28.1 and 4.36.2, in turn
 
@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-MODEL, FILE = ROOT / "samples" / "vqa_rad" / "tokenizer.model", ROOT / "tests" / "slow_tokenizers.json"
+MODEL, FILE = ROOT / "samples" / "vqa_rad" / "tokenizer.model", ROOT / "tests" / "support" / "slow_tokenizers.json"
 _IMAGES = {"<im_patch>": 1024, "<im_start>": 1025, "<im_end>": 1026}
 
 

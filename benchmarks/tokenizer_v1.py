@@ -3,7 +3,7 @@
     python benchmarks/tokenizer_v1.py texts DIR VQA_RAD                # questions and answers as v1.0's training text
     OTHER/python benchmarks/tokenizer_v1.py theirs DIR tokenizer.model # in an environment with transformers 4.28.1: folders, ids
     python benchmarks/tokenizer_v1.py check DIR                        # a line a folder: how many samples have the same ids
-    python benchmarks/tokenizer_v1.py record DIR                       # tests/tokenizer_v1.json, which a test goes by
+    python benchmarks/tokenizer_v1.py record DIR                       # tests/support/tokenizer_v1.json, which a test goes by
 
 VQA_RAD is the folder of the public file, tokenizer.model LLaMA's. `theirs` does to the tokenizer what v1.0's train.py does
 (spec 1.8, 3.7): `--version v0` with and without "llama" in the model's path, and `--version v1`. It writes the ids of the
@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-FILE = ROOT / "tests" / "tokenizer_v1.json"
+FILE = ROOT / "tests" / "support" / "tokenizer_v1.json"
 SAMPLES = 600
 PAD, PATCH, START, END = "[PAD]", "<im_patch>", "<im_start>", "<im_end>"
 IMAGE = START + PATCH * 2 + END  # two for 256, which changes no other id

@@ -42,7 +42,7 @@ from llavamed_jax.training import optimizer as optimizers
 from llavamed_jax.training import state as states
 from llavamed_jax.training.program import to_disk
 from llavamed_jax.training.step import llava_loss, make_train_step, place
-from tests import hf
+from tests.support import hf
 
 UPDATES, BATCHES, ROWS, LENGTH, HIGH_RATE = 50, 8, 4, 30, 1e-3
 LOSS_TOLERANCE, CHANGE_TOLERANCE = 2e-6, 0.01

@@ -4,7 +4,6 @@ import json
 import shutil
 from pathlib import Path
 
-import hf
 import jax
 import numpy as np
 import pytest
@@ -16,6 +15,7 @@ from llavamed_jax import chat
 from llavamed_jax.assistant import completion
 from llavamed_jax.errors import UserError
 from llavamed_jax.generation.text_stream import TextStream
+from tests.support import hf
 
 torch = hf.torch
 

@@ -7,7 +7,7 @@
 | `orbax.checkpoint._src.asyncio_utils._run_sync_via_new_loop` | orbax-checkpoint 0.12.8 | a save that the disk refuses prints tracebacks |
 | `pickle._Unpickler` | Python 3.11 | PathVQA's pickles are refused with one sentence; its parquet files are read |
 
-`tests/test_private_names.py` takes each name away, and finds private names elsewhere in the package.
+`tests/utils/test_private_names.py` takes each name away, and finds private names elsewhere in the package.
 """
 
 from __future__ import annotations

@@ -1,0 +1,137 @@
+"""Models by name, from a hub on loopback: only what is needed is fetched, the licence is said, and no hub is one sentence."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.numpy import save_file
+
+from llavamed_jax.checkpoints.export.directory import export
+from llavamed_jax.checkpoints.torch import write
+from tests.support import tiny
+from tests.support.local_hub import LocalHub
+
+ROOT = Path(__file__).resolve().parents[2]
+WEIGHTS = (".safetensors", ".bin", ".msgpack", ".h5")
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    """`me/llava`, as transformers and others leave a repository; `me/v1`, which names its tower; `me/clip`, the tower."""
+    root = tmp_path_factory.mktemp("hub")
+    from llavamed_jax.checkpoints.random import random_checkpoint
+    from tests.checkpoints.test_convert import CFG
+    limit, write.SHARD_BYTES = write.SHARD_BYTES, 150_000
+    try:
+        export(random_checkpoint(CFG), root / "llava", "llava")
+    finally:
+        write.SHARD_BYTES = limit
+    (root / "llava" / "README.md").write_text("---\nlicense: apache-2.0\n---\nA model.\n")
+    for other in ("pytorch_model.bin", "flax_model.msgpack", "consolidated.safetensors", "training.log"):
+        (root / "llava" / other).write_bytes(b"not fetched")
+    tensors = tiny.drawn(tiny.decoder_shapes(tiny.LLAMA) | tiny.projector_shapes())
+    tiny.save(root / "v1", {**tiny.V1, "mm_vision_tower": "me/clip"}, tensors)
+    tiny.save_clip(root / "clip")
+    (root / "clip" / "README.md").write_text("No header.\n")
+    with LocalHub({f"me/{name}": root / name for name in ("llava", "v1", "clip")}) as hub:
+        yield hub
+
+
+@pytest.fixture
+def convert(hub, tmp_path):
+    """`python -m convert` against the hub, with a cache of its own."""
+    def run(*argv, **environment):
+        del hub.requests[:]
+        env = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0",
+               "HF_HUB_DISABLE_PROGRESS_BARS": "1", **environment}
+        return subprocess.run([sys.executable, "-m", "convert", *map(str, argv)], cwd=ROOT, env=env, capture_output=True, text=True)
+    return run
+
+
+def fetched(hub):
+    return {request.rsplit("/", 1)[1] for request in hub.requests if request.startswith("GET ") and "/resolve/" in request}
+
+
+def test_a_name_is_fetched_once_and_found_without_a_network(hub, convert, tmp_path):
+    done = convert("inspect", "me/llava@v1")
+    assert done.returncode == 0, done.stderr
+    assert "llava layout, vision tower: the tensors in the checkpoint" in done.stdout
+    assert "licence apache-2.0" in done.stderr and done.stderr.count("licence") == 1
+    weights = {name for name in fetched(hub) if name.endswith(WEIGHTS)}
+    shards = {name for name in weights if name.startswith("model-0000")}
+    assert weights == shards and len(shards) > 1  # neither the pickle nor other formats beside them
+    assert "training.log" not in fetched(hub)
+
+    again = convert("inspect", "me/llava@v1")
+    assert (again.returncode, again.stdout) == (0, done.stdout) and not fetched(hub)
+    offline = convert("inspect", "me/llava@v1", HF_HUB_OFFLINE="1")
+    assert (offline.returncode, offline.stdout) == (0, done.stdout) and not hub.requests
+    assert "licence apache-2.0" in offline.stderr
+
+
+def test_a_tower_that_the_config_names_is_fetched(hub, convert, tmp_path):
+    done = convert("inspect", "me/v1")
+    assert done.returncode == 0, done.stderr
+    assert "which mm_vision_tower names" in done.stdout and "3 layers, width 32" in done.stdout
+    assert "licence not stated by its model card" in done.stderr
+    asked = convert("inspect", "me/v1", "--vision_tower", "me/clip@main")
+    assert asked.returncode == 0 and "as asked for" in asked.stdout
+
+
+def test_a_processor_needs_no_weights(hub, tmp_path):
+    del hub.requests[:]
+    code = "from llavamed_jax.processor import Processor; print(Processor.load('me/llava').template_name)"
+    env = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "v1.5:mistral_instruct\n"), done.stderr
+    assert "config.json" in fetched(hub) and not {name for name in fetched(hub) if name.endswith(WEIGHTS)}
+
+
+@pytest.mark.parametrize(("name", "environment", "sentence"), [
+    ("me/nothing", {}, "me/nothing is no directory; as a model's name it is not known on http://127.0.0.1"),
+    ("me/llava@v9", {}, "me/llava@v9 is no directory; as a model's name it has no revision 'v9' on"),
+    ("me/llava", {"HF_HUB_OFFLINE": "1"}, "it is not in the cache of hub models, and HF_HUB_OFFLINE is set"),
+    ("me/llava", {"HF_ENDPOINT": "http://127.0.0.1:9"}, "it is not in the cache of hub models, and http://127.0.0.1:9 cannot be reached"),
+])
+def test_what_a_hub_does_not_give_is_one_sentence(name, environment, sentence, convert):
+    done = convert("inspect", name, **environment)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert sentence in done.stderr
+
+
+def test_a_tower_that_no_hub_gives_is_asked_for(convert, tmp_path):
+    tensors = tiny.drawn(tiny.decoder_shapes(tiny.LLAMA) | tiny.projector_shapes())
+    tiny.save(tmp_path / "v1", {**tiny.V1, "mm_vision_tower": "me/nothing"}, tensors)
+    done = convert("inspect", tmp_path / "v1")
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert "names the vision tower 'me/nothing', which lies neither inside nor beside it (me/nothing is no directory" in done.stderr
+    assert "vision_tower=PATH (--vision_tower PATH) was expected" in done.stderr
+
+
+def test_a_repository_without_weights(hub, convert, tmp_path):
+    tiny.save(tmp_path / "empty", {**tiny.V1, "mm_vision_tower": "openai/clip-vit-large-patch14"})
+    save_file(tiny.drawn({"x": (2, 2)}), tmp_path / "empty" / "pytorch_model.bin.gz")  # no name that weights have
+    with LocalHub({"me/empty": tmp_path / "empty"}) as other:
+        done = convert("inspect", "me/empty", HF_ENDPOINT=other.url)
+    assert done.returncode == 1 and done.stderr.splitlines()[-1].endswith(
+        "holds no weights; .safetensors or pytorch_model*.bin files were expected")
+    assert "No files matched" not in done.stderr
+
+
+def test_a_fetch_that_breaks_off_is_one_sentence_and_goes_on_from_there(hub, convert, tmp_path):
+    """The client tries a few times itself before it gives up."""
+    with LocalHub({"me/clip": tmp_path / "clip", "me/v1": tmp_path / "v1"}, break_off=1000) as other:
+        tensors = tiny.drawn(tiny.decoder_shapes(tiny.LLAMA) | tiny.projector_shapes())
+        tiny.save(tmp_path / "v1", {**tiny.V1, "mm_vision_tower": "me/clip"}, tensors)
+        tiny.save_clip(tmp_path / "clip")
+        done = convert("import", "--checkpoint", "me/v1", "--out", tmp_path / "out", HF_ENDPOINT=other.url)
+        error = done.stderr.splitlines()[-1]
+        assert (done.returncode, done.stdout) == (1, "") and not (tmp_path / "out").exists()
+        assert error.startswith(f"error: me/v1 is no directory; as a model's name it could not be fetched from {other.url} ("), done.stderr
+        assert "Traceback" not in done.stderr
+        other.break_off = None
+        again = convert("import", "--checkpoint", "me/v1", "--out", tmp_path / "out", HF_ENDPOINT=other.url)
+    assert again.returncode == 0 and (tmp_path / "out" / "model").is_dir(), again.stderr

@@ -1,0 +1,163 @@
+"""Buckets and the web are refused: every flag that names a path, of every command, and every config key, in one sentence."""
+
+import argparse
+import os
+from pathlib import Path
+
+import pytest
+
+import llavamed_jax as lm
+from llavamed_jax import chat
+from llavamed_jax.cli import common, train, verify_release
+from llavamed_jax.cli import convert as convert_cli
+from llavamed_jax.cli import eval as eval_cli
+from llavamed_jax.errors import UsageError
+from llavamed_jax.utils import paths
+from llavamed_jax.utils.nested import flatten
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.py") if path.stem != "common")
+CONFIG = str(ROOT / "configs" / "demo.py")
+COMMANDS = {"train": train.main, "eval": eval_cli.main, "convert": convert_cli.main, "chat": chat.main,
+            "verify-release": verify_release.main}
+# Flags of the commands that name something else than a path.
+OTHERS = {"--help", "--template", "--dtype", "--mesh", "--preflight", "--profile", "--coordinator", "--num_processes", "--process_id",
+          "--endpoint", "--model", "--concurrency", "--timeout", "--control", "--dry_run", "--layout", "--add_image_tokens",
+          "--add_pad_token", "--seed", "--tolerance", "--tensors_only", "--system", "--temperature", "--max_new_tokens", "--steps"}
+ADDRESSES = ["gs://bucket/x", "s3://bucket/x", "S3://b/x.json", "https://example.org/x", "file:///x", "hf://me/x", "az+x.1://b"]
+
+
+@pytest.fixture
+def parsers(monkeypatch):
+    """Every parser that the commands make, by command, and of `convert` by command of it."""
+    found = {}
+
+    def stop(self, argv=None, *_):
+        found[self.prog] = self
+        raise UsageError("stopped")
+
+    monkeypatch.setattr(common.Parser, "parse_known_args", stop)
+    for main in COMMANDS.values():
+        main([])
+    for parser in list(found.values()):
+        for action in parser._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                found.update({each.prog: each for each in action.choices.values()})
+    monkeypatch.undo()
+    return found
+
+
+def flags_of_paths(parser):
+    for action in parser._actions:
+        flag = action.option_strings[-1] if action.option_strings else action.dest
+        if flag not in OTHERS and not isinstance(action, argparse._SubParsersAction):
+            yield flag, action
+
+
+def test_every_flag_of_every_command_refuses_addresses(parsers, capsys):
+    capsys.readouterr()
+    tried = set()
+    for prog, parser in parsers.items():
+        for flag, action in flags_of_paths(parser):
+            assert action.type is None, f"{prog} {flag}: a Path would forget what was typed"
+            groups = [g._group_actions for g in parser._mutually_exclusive_groups if g.required and action not in g._group_actions]
+            others = [other for other in parser._actions if other.required and other is not action] + [group[0] for group in groups]
+            required = [word for other in others for word in (*other.option_strings, (other.choices or ["x"])[0])]
+            for value in ADDRESSES[:2]:
+                words = [*required, flag, value] if action.option_strings else [value, "x"]
+                with pytest.raises(UsageError, match="an address; buckets and the web are neither read nor written yet") as caught:
+                    parser.parse_known_args(words)
+                assert f" is '{value}', an" in str(caught.value) and (str(caught.value).startswith(flag) or not action.option_strings)
+            tried.add(flag)
+    assert {"--config", "--workdir", "--checkpoint", "--vision_tower", "--tokenizer", "--out", "--predictions", "--against",
+            "--write_llava", "--preflight_json", "--image",
+            "--projector", "--decoder", "--vision", "--base", "--target", "--delta", "path", "a", "b",
+            "--images", "--vqa_rad", "--stock_tower"} <= tried
+    assert len(parsers) >= 12
+
+
+@pytest.mark.parametrize("address", ADDRESSES)
+@pytest.mark.parametrize("command, words", [
+    ("train", ["--config", "configs/demo.py:vqa", "--workdir"]),
+    ("train", ["--config", "configs/finetune.py", "--preflight", "cpu-1", "--preflight_json"]),
+    ("eval", ["--config", "configs/eval/vqa_rad.py:demo", "--checkpoint", "preset:small", "--workdir"]),
+    ("eval", ["--config", "configs/eval/vqa_rad.py:demo", "--write_llava"]),
+    ("convert", ["import", "--checkpoint", "preset:small", "--out"]), ("convert", ["inspect"]), ("convert", ["verify", "preset:small"]),
+    ("chat", ["--checkpoint", "preset:small", "--image"])])
+def test_commands_exit_with_2_and_write_nothing(command, words, address, tmp_path, monkeypatch, capsys):
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    monkeypatch.chdir(tmp_path)
+    assert COMMANDS[command]([*words, address]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and printed.err.count("\n") == 1 and f"is {address!r}, an address" in printed.err
+    assert os.listdir(tmp_path) == ["configs"]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_every_key_of_a_path_refuses_addresses(config):
+    """Of every config: whatever text it holds or may hold, but for names of servers, and what is asked."""
+    keys = [key for key, value in flatten(common.load_config(str(config))).items() if value is None or isinstance(value, str)]
+    assert len(keys) > 3
+    for key in keys:
+        if key in ("epochs", "total_steps"):  # numbers, which may be open
+            continue
+        override = [f"{key}=gs://bucket/x"]
+        if key.split(".")[-1] in ("endpoint", "model", "question"):
+            common.load_config(str(config), override)
+        else:
+            with pytest.raises(UsageError, match=rf"the config key '{key}' is 'gs://bucket/x', an address"):
+                common.load_config(str(config), override)
+
+
+def test_keys_that_hold_lists_and_configs_that_hold_addresses(tmp_path):
+    for value in ('[{"path": "a.json"}, {"path": "gs://b/a.json"}]', '[{"path": "a.json", "images": "s3://b/images"}]'):
+        with pytest.raises(UsageError, match="the config key 'data.train' is '(gs|s3)://b/"):
+            common.load_config("configs/demo.py:vqa", [f"data.train={value}"])
+    (tmp_path / "c.py").write_text("from ml_collections import ConfigDict\ndef get_config(arg=''):\n"
+                                   "    return ConfigDict(dict(init='gs://b/x', data=dict(workers=1)))\n", encoding="utf-8")
+    with pytest.raises(UsageError, match="the config key 'init' is 'gs://b/x'"):
+        common.load_config(str(tmp_path / "c.py"))
+
+
+def test_what_is_no_address(tmp_path, monkeypatch):
+    for path in ("gs:/x", "gs:x", "a/b://c", "C:\\x", "preset:small", "me/model@v1", "", "../gs://x", "://x", "1://x"):
+        assert not paths.is_address(path), path
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "gs:").mkdir()
+    parser = common.Parser()
+    parser.add_argument("--workdir", metavar="DIR")
+    parser.add_argument("--endpoint", metavar="URL")
+    parser.add_argument("--system", metavar="TEXT")
+    assert parser.parse_args(["--workdir", "gs:/x", "--endpoint", "http://h/v1", "--system", "see https://h"]).workdir == "gs:/x"
+
+
+def test_python_refuses_them_too(tmp_path):
+    for call in (lambda: lm.load("gs://b/x"), lambda: lm.load("preset:small", vision_tower="gs://b/x"),
+                 lambda: lm.load("preset:small", tokenizer="gs://b/x"), lambda: lm.Processor.load("gs://b/x")):
+        with pytest.raises(UsageError, match="is 'gs://b/x', an address"):
+            call()
+
+
+def test_scripts_refuse_them_too():
+    assert paths.local("x/y") == Path("x/y")
+    with pytest.raises(argparse.ArgumentTypeError, match="'gs://b/x' is an address; a path on this machine was expected"):
+        paths.local("gs://b/x")
+    for script in [*(ROOT / "samples").glob("*.py"), *(ROOT / "benchmarks").glob("*.py")]:
+        assert "type=Path" not in script.read_text(encoding="utf-8"), script
+
+
+@pytest.mark.parametrize("encoding, path, hint", [
+    ("utf-8", "a\udcff", ""), ("ascii", "\udcc3\udcbc", r" \(the locale's encoding is ascii: set PYTHONUTF8=1\)"),
+    ("iso8859-1", "\xc3\xbc", r" \(the locale's encoding is iso8859-1: set PYTHONUTF8=1\)")])
+def test_paths_that_are_not_utf8(encoding, path, hint, monkeypatch):
+    monkeypatch.setattr(os, "fsencode", lambda text: text.encode(encoding, "surrogateescape"))
+    monkeypatch.setattr(paths.sys, "getfilesystemencoding", lambda: encoding)
+    for value in (path, Path(path), [dict(path="plain", images=path)]):
+        with pytest.raises(UsageError, match=f"--workdir is .*; a name in UTF-8 was expected{hint}$"):
+            paths.check("--workdir", value)
+    for call in (lambda: lm.load(path), lambda: lm.load("preset:small", tokenizer=path), lambda: lm.Processor.load(path),
+                 lambda: common.load_config(CONFIG, [f"init={path}"])):
+        with pytest.raises(UsageError, match=f"a name in UTF-8 was expected{hint}"):
+            call()
+    for value in ("plain", None, 3, ["plain", 1.5, None], {}):
+        paths.check("--workdir", value)

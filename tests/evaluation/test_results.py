@@ -1,0 +1,308 @@
+"""The files of an evaluation: whole and of one evaluation, whatever was there before, whatever the disk says and whoever else begins."""
+
+import errno
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from llavamed_jax.cli import eval as cli
+from llavamed_jax.datasets.counts import describe
+from llavamed_jax.datasets.vqa_rad import read_vqa_rad
+from llavamed_jax.errors import UserError
+from llavamed_jax.evaluation import questions, results
+from llavamed_jax.evaluation.answering.answerer import Answer
+from llavamed_jax.evaluation.report import tensorboard
+from llavamed_jax.utils.files import to_jsonl
+from tests.evaluation.test_joined_predictions import predictions
+
+ROOT = Path(__file__).resolve().parents[2]
+SAMPLE = ROOT / "samples" / "vqa_rad"
+SAMPLES = read_vqa_rad(SAMPLE, "test")
+
+
+class Says:
+    """A model that always says one thing; `seen` counts how often it was asked."""
+
+    def __init__(self, text):
+        self.text, self.seen, self.model = text, 0, None
+
+    name = "says"
+
+    def answers(self, questions, asked, generation, failed):
+        for i in asked:
+            self.seen += 1
+            yield i, Answer(self.text, "stop")
+
+    def facts(self):
+        return {}
+
+    def describe(self):
+        return {"template": self.text}
+
+    def depends_on(self):
+        return {"what it says": self.text}
+
+
+def evaluate(monkeypatch, workdir, text="yes", *more):
+    model = Says(text)
+    monkeypatch.setattr(cli, "_local", lambda args: model)
+    config = str(ROOT / "configs" / "eval" / "vqa_rad.py")
+    status = cli.main(["--config", config, f"--config.data.root={SAMPLE}", "--workdir", str(workdir), "--checkpoint",
+                       str(SAMPLE), *more])
+    return status, model
+
+
+def score(workdir, file, *more):
+    config = str(ROOT / "configs" / "eval" / "vqa_rad.py")
+    return cli.main(["--config", config, f"--config.data.root={SAMPLE}", "--workdir", str(workdir), "--predictions",
+                     str(file), *more])
+
+
+def contents(workdir):
+    return {path.relative_to(workdir).as_posix(): path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
+
+
+# ---- together or not at all ----
+
+
+@pytest.mark.parametrize("victim", ["predictions.jsonl", "report.html", "metrics.json", "events"])
+def test_a_disk_that_is_full_leaves_the_results_as_they_were(victim, tmp_path, monkeypatch, capsys):
+    assert evaluate(monkeypatch, tmp_path)[0] == 0
+    before = contents(tmp_path)
+
+    def full(descriptor):
+        if os.readlink(f"/proc/self/fd/{descriptor}").endswith(victim):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(results.os, "fsync", full)
+        if victim == "events":
+            patched.setattr(tensorboard, "write", lambda *_: full(os.open("/dev/null", os.O_RDONLY)) or (_ for _ in ()).throw(
+                OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))))
+        assert evaluate(monkeypatch, tmp_path, "no")[0] == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert f"the results in {tmp_path} cannot be written: No space left on device; what stood there before is as it was" in error
+    assert f"{len(SAMPLES)} answers are kept in {tmp_path}" in error
+    kept = contents(tmp_path)
+    assert kept.pop("predictions.jsonl.partial") and kept == before
+    status, model = evaluate(monkeypatch, tmp_path, "no")
+    assert status == 0 and model.seen == 0, "nothing is asked twice"
+    assert {line["text"] for line in map(json.loads, open(tmp_path / "predictions.jsonl"))} == {"no"}
+    after = contents(tmp_path)
+    assert after.keys() - {name for name in after if "events" in name} == before.keys() - {name for name in before if "events" in name}
+    assert all(b"no" in after[name] and after[name] != before[name] for name in ("metrics.json", "report.html",
+                                                                                 "predictions.jsonl"))
+
+
+def test_what_a_killed_process_left_is_removed_and_a_runs_events_stay(tmp_path, monkeypatch):
+    (tmp_path / ".results.abc").mkdir()
+    (tmp_path / ".results.abc" / "metrics.json").write_text("half")
+    (tmp_path / "tensorboard").mkdir()
+    run = tmp_path / "tensorboard" / "events.out.tfevents.1.host"
+    run.write_bytes(b"of a training run")
+    for text in ("yes", "no"):
+        assert evaluate(monkeypatch, tmp_path, text)[0] == 0
+    assert sorted(path.suffix for path in (tmp_path / "tensorboard").iterdir()) == [".eval",
+                                                                                    ".host"] and run.read_bytes() == b"of a training run"
+    assert not list(tmp_path.glob(".results*"))
+
+
+def test_results_of_another_evaluation_do_not_stay_beside_the_new_ones(tmp_path, monkeypatch, capsys):
+    assert evaluate(monkeypatch, tmp_path, "yes", "--control", "image")[0] == 0
+    (tmp_path / "judge_cache.jsonl").write_text("paid for")
+    assert evaluate(monkeypatch, tmp_path, "yes")[0] == 0
+    assert (tmp_path / "predictions_control_noise.jsonl").exists(), "of the same model, questions and settings"
+    capsys.readouterr()
+    assert evaluate(monkeypatch, tmp_path, "no")[0] == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["judge_cache.jsonl", "metrics.json",
+                                                                "predictions.jsonl", "report.html", "tensorboard"]
+    assert f"{tmp_path / 'predictions_control_noise.jsonl'}: removed, it is of another evaluation" in capsys.readouterr().err
+
+
+def test_scores_of_a_file_are_not_laid_beside_the_answers_of_another_model(tmp_path, monkeypatch, capsys):
+    (tmp_path / "p.jsonl").write_text(to_jsonl(predictions(SAMPLES)))
+    assert evaluate(monkeypatch, tmp_path / "w", "no")[0] == 0
+    before = contents(tmp_path / "w")
+    assert score(tmp_path / "w", tmp_path / "p.jsonl") == 2
+    assert "w holds other answers, predictions.jsonl of another evaluation" in capsys.readouterr().err
+    assert contents(tmp_path / "w") == before
+    assert score(tmp_path / "w", tmp_path / "w" / "predictions.jsonl") == 0, "scored again in its place"
+    assert evaluate(monkeypatch, tmp_path / "v", "yes")[0] == 0
+    assert score(tmp_path / "v", tmp_path / "p.jsonl") == 0, "the same answers"
+    assert score(tmp_path / "u", tmp_path / "p.jsonl") == 0 == score(tmp_path / "u",
+                                                                     tmp_path / "w" / "predictions.jsonl"), "no answers there"
+
+
+def test_scores_of_a_file_are_not_laid_beside_a_stopped_evaluation(tmp_path, capsys):
+    (tmp_path / "p.jsonl").write_text(to_jsonl(predictions(SAMPLES)))
+    (tmp_path / "w").mkdir()
+    line = {"question": 0, "text": "x", "finish_reason": "stop", "tokens_cut": 0}
+    (tmp_path / "w" / "predictions.jsonl.partial").write_text('{"answers of": "x"}\n' + json.dumps(line) + "\n")
+    assert score(tmp_path / "w", tmp_path / "p.jsonl") == 2
+    assert "w holds answers of an evaluation that was stopped" in capsys.readouterr().err
+
+
+def test_the_record_of_a_file_is_the_file(tmp_path):
+    (tmp_path / "p.jsonl").write_text(to_jsonl(predictions(SAMPLES)))
+    assert score(tmp_path / "w", tmp_path / "p.jsonl") == 0
+    said = json.loads((tmp_path / "w" / "metrics.json").read_text())["asked"]
+    assert said["predictions"] == str(tmp_path / "p.jsonl") and said["template"] is None and said["generation"] is None
+
+
+# ---- two at once ----
+
+
+def test_a_directory_that_another_holds_is_not_removed(tmp_path):
+    work = tmp_path / "w"
+    work.mkdir()
+    with results.locked(work):
+        with pytest.raises(UserError, match="in use by another evaluation"):
+            with results.locked(work):
+                pass
+        results.remove_empty(work)
+        assert work.is_dir(), "the winner's, still empty"
+    (work / "file").write_text("")
+    results.remove_empty(work)
+    assert work.is_dir()
+    (work / "file").unlink()
+    results.remove_empty(work)
+    assert not work.exists()
+    results.remove_empty(work)
+
+
+def test_a_directory_that_was_removed_between_opening_and_locking_is_made_again(tmp_path, monkeypatch):
+    work, real = tmp_path / "w", results._open
+    opened = []
+
+    def gone(path):
+        descriptor = real(path)
+        if not opened:
+            os.rmdir(path)  # as another evaluation that came to nothing does
+        opened.append(descriptor)
+        return descriptor
+
+    monkeypatch.setattr(results, "_open", gone)
+    with results.locked(work):
+        assert len(opened) == 2 and work.is_dir()
+
+
+def test_many_at_once_on_a_new_directory(tmp_path):
+    """Of many that begin and end at random one holds it at a time, and none finds its directory gone."""
+    work, inside, most, failed = tmp_path / "w", [], [], []
+
+    def begin(n):
+        for _ in range(30):
+            work.mkdir(exist_ok=True)
+            try:
+                with results.locked(work):
+                    inside.append(n)
+                    most.append(len(inside))
+                    (work / "file").write_text("")
+                    time.sleep(0.0005 * (n % 3))
+                    (work / "file").unlink()
+                    inside.remove(n)
+            except UserError as error:
+                if "in use" not in str(error):
+                    failed.append(error)
+            except OSError as error:
+                failed.append(error)
+            finally:
+                results.remove_empty(work)
+
+    threads = [threading.Thread(target=begin, args=(n,)) for n in range(6)]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    assert not failed and max(most) == 1 and not work.exists()
+
+
+def test_two_evaluations_of_one_new_workdir(tmp_path):
+    """One is answered, the other refused, and what the first wrote is there."""
+    config = f"{ROOT / 'configs' / 'eval' / 'vqa_rad.py'}:demo"
+    argv = [sys.executable, "-m", "tests.support.fake_eval", "0.2", "--", "--config", config, "--checkpoint", str(SAMPLE),
+            "--workdir", str(tmp_path / "w")]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    both = [subprocess.Popen(argv, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                             text=True) for _ in range(2)]
+    said = [process.communicate(timeout=300) for process in both]
+    assert sorted(process.returncode for process in both) == [0, 1], said
+    loser = next(err for process, (_, err) in zip(both, said, strict=True) if process.returncode)
+    assert "w is in use by another evaluation; wait for its end, or name another" in loser
+    assert (tmp_path / "w" / "metrics.json").exists() and not list((tmp_path / "w").glob("*.partial"))
+
+
+# ---- found before anything is asked ----
+
+
+def own_set(root, count=1, same_id=False, **fields):
+    root.mkdir()
+    rows = []
+    for n in range(2):
+        Image.new("RGB", (8, 8), (9 * n, 0, 0)).save(root / f"{n}.png")
+        rows.append({"id": 7 if same_id else n, "image": f"{n % count}.png", "answer_type": "CLOSED", **fields,
+                     "conversations": [
+            {"from": "human", "value": "Is it?"}, {"from": "gpt", "value": "yes"}]})
+    (root / "test.json").write_text(json.dumps(rows))
+    return root
+
+
+@pytest.mark.parametrize("make, more, sentence", [
+    (dict(count=1), ["--control", "image"], "images can be exchanged among at least two; the questions have 1"),
+    (dict(count=2), ["--config.organ_question=true"],
+     "the organ question needs at least two images of HEAD, CHEST, ABD; 2 images of None were given"),
+    (dict(count=1, organ="HEAD"), ["--config.organ_question=true"],
+     "the organ question needs at least two images of HEAD, CHEST, ABD; 1 images"),
+    (dict(same_id=True), [], "1 ids that several questions have (7)"),
+])  # fmt: skip
+@pytest.mark.parametrize("is_dry", [False, True])
+def test_what_cannot_be_is_found_before_a_model_is_loaded(make, more, sentence, is_dry, tmp_path, monkeypatch, capsys):
+    root = own_set(tmp_path / "set", **make)
+    monkeypatch.setattr(cli, "_local", None)
+    argv = ["--config", str(ROOT / "configs" / "eval" / "llava_med.py"), f"--config.data.root={root}", "--checkpoint",
+            "preset:small", *more]
+    assert cli.main([*argv, "--workdir", str(tmp_path / "w"), *(["--dry_run"] if is_dry else [])]) == 1
+    error = capsys.readouterr().err
+    assert sentence in error and error.count("error: ") == 1 and not (tmp_path / "w").exists()
+
+
+def test_no_room_for_noise_is_found_before_a_model_is_loaded(tmp_path, monkeypatch, capsys):
+    from llavamed_jax.evaluation.scoring import controls
+
+    root = own_set(tmp_path / "set", count=2)
+    monkeypatch.setattr(cli, "_local", None)
+    monkeypatch.setattr(controls.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10})())
+    argv = ["--config", str(ROOT / "configs" / "eval" / "llava_med.py"), f"--config.data.root={root}", "--checkpoint",
+            "preset:small", "--control", "image"]
+    assert cli.main([*argv, "--workdir", str(tmp_path / "w")]) == 1
+    assert "2 pictures of noise take 1 MB, and" in capsys.readouterr().err
+
+
+# ---- one image, several names ----
+
+
+def test_an_image_is_one_by_whatever_path(tmp_path, capsys):
+    root = own_set(tmp_path / "set", count=2)
+    (root / "x").mkdir()
+    (root / "link.png").symlink_to("0.png")
+    (root / "y").symlink_to(root)
+    rows = json.loads((root / "test.json").read_text())
+    names = ["0.png", "x/../0.png", "./0.png", "link.png", "y/0.png", str(root / "0.png"), "0.png#frame=1", "1.png"]
+    (root / "test.json").write_text(json.dumps([{**rows[0], "id": n, "image": name} for n, name in enumerate(names)]))
+    (root / "train.json").write_text(json.dumps([{**rows[0], "image": "x/../1.png"}]))
+    samples, training = questions.load_samples("llava_med", str(root), "test", "clean")
+    assert [sample.image.name for sample in samples] == ["0.png"] * 6 + ["0.png#frame=1", "1.png"]
+    assert training[0].image == samples[-1].image, "in the training rows too, so that overlap is found"
+    assert "8 questions on 3 images" in describe(samples, "llava_med", "test")
+    (tmp_path / "p.jsonl").write_text(to_jsonl(predictions(samples)))
+    argv = ["--config", str(ROOT / "configs" / "eval" / "llava_med.py"), f"--config.data.root={root}", "--workdir",
+            str(tmp_path / "w")]
+    assert cli.main([*argv, "--predictions", str(tmp_path / "p.jsonl")]) == 0
+    metrics = json.loads((tmp_path / "w" / "metrics.json").read_text())
+    assert metrics["n_images"] == 3 == metrics["leakage"]["images"] and metrics["leakage"]["images_in_training"] == 1
+    assert "8 questions on 3 images" in capsys.readouterr().out

@@ -1,0 +1,96 @@
+"""Flash attention's kernels, interpreted: what they see, what they read, how exactly they sum.
+
+B batch, T positions, N query heads, K key/value heads, H head width.
+"""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llavamed_jax.models.attention.backend import AttentionMask
+from llavamed_jax.models.attention.flash import flash_attention, seen
+from tests.models.test_attention import draw, written_out
+
+NAN = float("nan")
+
+
+def flash(q, k, v, segments=None, window=None):
+    at = jnp.broadcast_to(jnp.arange(q.shape[1]), q.shape[:2])
+    return flash_attention(q, k, v, AttentionMask(at, at, segments, segments, window), interpret=True)
+
+
+def test_the_first_key_and_the_last_query():
+    segments = jnp.asarray([[1, 1, 1, 2, 2, 2, 2, 0, -1]])
+    first, last = seen(segments, None)
+    assert first.tolist() == [[0, 0, 0, 3, 3, 3, 3, 7, 8]] and last.tolist() == [[2, 2, 2, 6, 6, 6, 6, 7, 8]]
+    first, last = seen(segments, 2)
+    assert first.tolist() == [[0, 0, 1, 3, 3, 4, 5, 7, 8]] and last.tolist() == [[1, 2, 2, 4, 5, 6, 6, 7, 8]]
+    assert seen(segments, 1)[0].tolist() == seen(segments, 1)[1].tolist() == [list(range(9))]
+
+
+@pytest.mark.parametrize("T", [1, 17, 128])
+def test_rows_of_any_length(T):
+    """Also those that fill their tiles, and those of a few positions."""
+    q, k, v = draw(T)
+    wanted = written_out(q, k, v, None, None, None)
+    np.testing.assert_allclose(jax.jit(flash)(q, k, v), wanted, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("T, padded", [(1, 16), (16, 16), (40, 64), (130, 256)])
+def test_tiles_are_of_a_size_that_matrix_units_take(T, padded):
+    program = jax.make_jaxpr(lambda q, k, v: flash(q, k, v))(*draw(T))
+    shapes = re.findall(r"f32\[2,(\d+),4,8\] \w+:f32\[2,4,(\d+)\] = pallas_call", str(program))
+    assert shapes == [(str(padded), str(padded))]
+
+
+def blocks(T, *borders):
+    return jnp.asarray(np.searchsorted(borders, np.arange(T), side="right")[None].repeat(2, 0) + 1)
+
+
+@pytest.mark.parametrize("segments, window, near, far", [
+    (blocks(256, 128), None, slice(128, 256), slice(0, 128)),  # samples that fill tiles
+    (None, None, slice(0, 128), slice(128, 256)),  # a query and what comes later
+    (None, 65, slice(128, 256), slice(0, 64)),  # what the window leaves behind: 128 sees 64 and on
+])
+def test_tiles_that_nobody_sees_are_not_read(segments, window, near, far):
+    """What is far is no number there: one that was read would spoil what its weight of nought leaves out."""
+    q, k, v = draw(256)
+    weigh = draw(256, seed=1)[0]
+
+    @jax.jit
+    def run(k, v, weigh):
+        out, pull = jax.vjp(lambda q, k, v: flash(q, k, v, segments, window), q, k, v)
+        return out, *pull(weigh)
+
+    out, by_q, by_k, by_v = run(k, v, weigh)
+    bad_out, bad_by_q, *_ = run(k.at[:, :, far].set(NAN), v.at[:, :, far].set(NAN), weigh)
+    assert np.array_equal(bad_out[:, near], out[:, near]) and np.array_equal(bad_by_q[:, near], by_q[:, near])
+    *_, bad_by_k, bad_by_v = run(k, v, weigh.at[:, near].set(NAN))
+    assert np.array_equal(bad_by_k[:, :, far], by_k[:, :, far]) and np.array_equal(bad_by_v[:, :, far], by_v[:, :, far])
+
+
+def test_scores_that_are_not_seen_may_be_as_large_as_they_like():
+    """Of a later key, and of another sample's: the largest score is taken of what is seen, else all weights are nought."""
+    q, k, v = draw(64)
+    segments = blocks(64, 20)
+    k = k.at[:, :, 10].multiply(1e4).at[:, :, 50].multiply(1e4)
+    found = jax.jit(flash)(q, k, v, segments)
+    np.testing.assert_allclose(found, written_out(q, k, v, None, np.asarray(segments), None), rtol=0, atol=1e-5)
+
+
+def test_bfloat16_is_summed_in_float32():
+    """Outputs and gradients are off by less than the rounding of a number, over 256 keys; sums in bfloat16 by more."""
+    q, k, v = (x.astype(jnp.bfloat16) for x in draw(256))
+    weigh = draw(256, seed=1)[0].astype(jnp.bfloat16)
+    whole = [x.astype(jnp.float32) for x in (q, k, v)]
+
+    def both(q, k, v):
+        out, pull = jax.vjp(flash, q, k, v)
+        return out, *pull(weigh.astype(out.dtype))
+
+    for found, wanted in zip(jax.jit(both)(q, k, v), jax.jit(both)(*whole), strict=True):
+        off = np.asarray(found, np.float32) - np.asarray(wanted)
+        assert np.sqrt(np.mean(off**2)) <= 2**-8 * np.sqrt(np.mean(np.square(wanted)))

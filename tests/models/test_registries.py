@@ -1,0 +1,250 @@
+"""A tower without a class token (SigLIP's) and a decoder with q/k norms (Qwen3's), added from this file alone.
+
+Both run through what the package has: opening torch's files, forward pass, loss, sharding, export and generation.
+"""
+
+import dataclasses
+import json
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+import llavamed_jax as lm
+from llavamed_jax.checkpoints.assemble.build import build
+from llavamed_jax.checkpoints.export.directory import export
+from llavamed_jax.checkpoints.load import load_params
+from llavamed_jax.checkpoints.open import open_checkpoint
+from llavamed_jax.checkpoints.tree.model import write_model
+from llavamed_jax.config import IMAGE_TOKEN, DecoderConfig, LlavaConfig, VisionConfig
+from llavamed_jax.config.decoders import DECODERS
+from llavamed_jax.config.decoders.llama import TABLE as LLAMA_TABLE
+from llavamed_jax.config.hf import llava_from_hf
+from llavamed_jax.config.towers import TOWERS
+from llavamed_jax.config.towers.clip import TABLE as CLIP_TABLE
+from llavamed_jax.errors import UserError
+from llavamed_jax.models import decoders, llava, towers
+from llavamed_jax.models.attention.backend import attention
+from llavamed_jax.models.decoders import llama
+from llavamed_jax.models.layers import Linear, RMSNorm, apply_rope
+from llavamed_jax.models.stacking import layer_stack, run_layers
+from llavamed_jax.models.towers import clip
+from llavamed_jax.models.towers.pixels import normalize
+from llavamed_jax.parallel.mesh import make_mesh, param_shardings
+from llavamed_jax.training.losses import cross_entropy
+from tests.support import tiny
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+
+# --- a decoder ------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class NormsConfig(DecoderConfig):
+    """Qwen3's: queries and keys are normalised, each head by itself, before they are rotated."""
+
+    architecture: str = "toy_norms"
+    table = LLAMA_TABLE + """
+layers_#/self_attn/q_norm/scale   layers.#.self_attn.q_norm.weight   H
+layers_#/self_attn/k_norm/scale   layers.#.self_attn.k_norm.weight   H
+"""
+    defaults = {"toy_norms": {**DecoderConfig.defaults["llama"], "rope_theta": 1e6}}
+    hf_class = "ToyNormsForCausalLM"
+
+
+class NormsAttention(nn.Module):
+    cfg: NormsConfig
+    dtype: object
+    backend: str
+
+    @nn.compact
+    def __call__(self, x, rope, mask, cache):
+        cfg, (B, T, _) = self.cfg, x.shape
+
+        def project(name, heads):
+            kernel = Linear(heads * cfg.head_dim, cfg.axes(f"self_attn/{name}_proj"), False, self.dtype, name=f"{name}_proj")
+            return kernel(x).reshape(B, T, heads, cfg.head_dim)
+
+        q = RMSNorm(cfg.rms_norm_eps, self.dtype, name="q_norm")(project("q", cfg.num_heads))
+        k = RMSNorm(cfg.rms_norm_eps, self.dtype, name="k_norm")(project("k", cfg.num_kv_heads))
+        q, k, v = apply_rope(q, rope), apply_rope(k, rope).swapaxes(1, 2), project("v", cfg.num_kv_heads).swapaxes(1, 2)
+        if cache is not None:
+            cache = cache.write(k, v, mask.q_positions[:, 0])
+            k, v = cache.k, cache.v
+        context = attention(q, k, v, mask, self.backend if cache is None else "xla").reshape(B, T, -1)
+        return Linear(cfg.hidden_size, cfg.axes("self_attn/o_proj"), False, self.dtype, name="o_proj")(context), cache
+
+
+class NormsBlock(llama.Block):
+    attention = NormsAttention
+
+
+class NormsDecoder(llama.Decoder):
+    block = NormsBlock
+
+
+# --- a tower --------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class PlainConfig(VisionConfig):
+    """SigLIP's: no class token, no norm before the layers, a bias of the patches."""
+
+    model_type = "toy_tower"
+    class_tokens = 0
+    table = "\n".join(
+        line for line in CLIP_TABLE.splitlines() if not line.startswith(("pre_layrnorm", "embeddings/class"))
+    ) + "\nembeddings/patch_bias embeddings.patch_embedding.bias D\n"
+
+
+class PlainEmbeddings(nn.Module):
+    cfg: PlainConfig
+    dtype: object
+
+    @nn.compact
+    def __call__(self, pixels):
+        cfg = self.cfg
+        patches = clip.PatchEmbedding(cfg, self.dtype, name="patch_embedding")(pixels)
+        bias = self.param("patch_bias", nn.initializers.zeros, (cfg.hidden_size,))
+        positions = clip.PositionEmbedding(cfg.num_positions, cfg.hidden_size, name="position_embedding")()
+        return patches + (bias + positions).astype(self.dtype)
+
+
+class PlainTower(nn.Module):
+    cfg: PlainConfig
+    num_layers: int
+    dtype: object = jnp.float32
+    scan: bool = False
+    remat: str = "none"
+
+    def setup(self):
+        self.embeddings = PlainEmbeddings(self.cfg, self.dtype)
+        self.layers = layer_stack(clip.Block, self.num_layers, self.cfg, self.dtype, scan=self.scan, remat=self.remat)
+
+    def __call__(self, pixels):
+        return run_layers(self.layers, self.embeddings(normalize(pixels, self.cfg)), None)[0]
+
+
+# --- both -----------------------------------------------------------------------------------------------------------
+
+TEXT = dict(vocab_size=70, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+            head_dim=16, rms_norm_eps=1e-6, max_position_embeddings=256, tie_word_embeddings=False, bos_token_id=1, eos_token_id=2)
+VISION = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, image_size=28, patch_size=14,
+              layer_norm_eps=1e-6, hidden_act="gelu_pytorch_tanh", num_channels=3)
+
+
+@pytest.fixture(autouse=True)
+def registered(monkeypatch):
+    monkeypatch.setitem(DECODERS, "toy_norms", NormsConfig)
+    monkeypatch.setitem(TOWERS, "toy_tower", PlainConfig)
+    monkeypatch.setitem(decoders.MODULES, NormsConfig, NormsDecoder)
+    monkeypatch.setitem(towers.MODULES, PlainConfig, PlainTower)
+
+
+@pytest.fixture(scope="module")
+def theirs():
+    """transformers' models of the same kinds, with norms that are not 1 and biases that are not 0."""
+    torch.manual_seed(0)
+    decoder = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**TEXT, rope_parameters={"rope_type": "default", "rope_theta": 1e6}))
+    tower = transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**VISION, vision_use_head=False))
+    with torch.no_grad():
+        for model in (decoder, tower):
+            for name, x in model.named_parameters():
+                x.copy_(torch.randn(x.shape) * 0.15 + ("norm" in name and name.endswith("weight")))
+    return decoder.eval(), tower.eval()
+
+
+@pytest.fixture
+def built(theirs, tmp_path):
+    decoder, tower = ({k: v.numpy() for k, v in model.state_dict().items()} for model in theirs)
+    tiny.save(tmp_path / "decoder", {"model_type": "toy_norms", **TEXT}, decoder)
+    tiny.save(tmp_path / "tower", {"model_type": "toy_tower", **VISION}, tower)
+    return build(tmp_path / "decoder", tmp_path / "tower", "mlp2x_gelu", tmp_path / "scratch")[0]
+
+
+IDS = np.array([[1, *[IMAGE_TOKEN] * 4, 5, 9, 33, 7]], np.int32)
+PIXELS = np.random.default_rng(0).standard_normal((1, 1, 28, 28, 3)).astype(np.float32)
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_both_compute_what_transformers_computes(built, theirs, scan):
+    cfg, params = built.config, load_params(built, scan=scan)
+    assert (type(cfg.vision), type(cfg.decoder), cfg.tokens_per_image) == (PlainConfig, NormsConfig, 4)
+    model = llava.Llava(cfg, scan=scan)
+    decoder, tower = theirs
+    with torch.no_grad():
+        logits = decoder(torch.tensor(IDS[:, 5:]).long()).logits.numpy()
+        states = tower(torch.tensor(PIXELS[0]).permute(0, 3, 1, 2), output_hidden_states=True).hidden_states
+    np.testing.assert_allclose(model.apply({"params": params}, IDS[:, 5:]), logits, atol=2e-5)
+    got = model.apply({"params": params}, PIXELS[0], method=lambda model, x: model.vision_tower(x))
+    np.testing.assert_allclose(got, states[cfg.feature_layer].numpy(), atol=2e-5)
+
+
+def test_loss_gradients_and_shardings(built):
+    cfg, params = built.config, load_params(built, scan=True)
+    model = llava.Llava(cfg, scan=True, remat="minimal")
+
+    def loss(params):
+        total, count = cross_entropy(model.apply({"params": params}, IDS, PIXELS), jnp.where(IDS < 0, -100, IDS), jnp.ones_like(IDS))
+        return total / count
+
+    value, gradients = jax.jit(jax.value_and_grad(loss))(params)
+    assert np.isfinite(value) and all(np.abs(g).max() > 0 for g in jax.tree.leaves(gradients))
+    where = param_shardings(llava.abstract_params(cfg, scan=True), llava.param_axes(), make_mesh("data=2,fsdp=2,tp=2"))
+    assert where["decoder"]["layers"]["self_attn"]["q_norm"]["scale"].spec == P(None, None)
+    assert where["vision_tower"]["layers"]["self_attn"]["q_proj"]["kernel"].spec == P(None, "fsdp", "tp")
+
+
+@pytest.mark.parametrize("layout", ["transformers", "llava", "tree"])
+def test_out_and_in_again(built, theirs, tmp_path, layout):
+    if layout == "tree":
+        write_model(tmp_path / "out", built)
+    else:
+        export(built, tmp_path / "out", layout)
+    again = open_checkpoint(tmp_path / "out")
+    assert (again.config.vision, again.config.decoder.table) == (built.config.vision, NormsConfig.table)
+    assert LlavaConfig.from_dict(json.loads(json.dumps(again.config.to_dict()))) == again.config
+    vocabulary = built.config.decoder.vocab_size
+    for name in built.tensors:
+        np.testing.assert_array_equal(again.read(name)[..., :vocabulary] if "lm_head" in name else again.read(name)[:vocabulary],
+                                      built.read(name), err_msg=name)
+
+
+def test_generation_with_the_cache(built, tmp_path):
+    export(built, tmp_path / "out", "llava")
+    model = lm.load(tmp_path / "out")
+    row, wanted = IDS[0].tolist(), []
+    for _ in range(3):
+        wanted.append(int(np.argmax(model.logits(np.array([row + wanted], np.int32), PIXELS[0])[0, -1])))
+        if wanted[-1] == 2:
+            break
+    assert model.generate_tokens([row], [list(PIXELS[0])], max_new_tokens=3) == [wanted]
+
+
+def test_what_is_not_registered_is_refused_with_what_is(monkeypatch):
+    text, vision = {"model_type": "toy_norms", **TEXT}, {"model_type": "toy_tower", **VISION}
+    raw = {"model_type": "llava", "text_config": text, "vision_config": vision, "vision_feature_select_strategy": "full"}
+    assert llava_from_hf(raw).tokens_per_image == 4
+    with pytest.raises(UserError, match="leaves out the tower's first position, and a toy_tower has no class token; full was expected"):
+        llava_from_hf({**raw, "vision_feature_select_strategy": "default"})
+    monkeypatch.delitem(TOWERS, "toy_tower")
+    with pytest.raises(UserError, match="the vision tower's model_type is 'toy_tower'; clip_vision_model was expected"):
+        llava_from_hf(raw)
+    monkeypatch.setitem(TOWERS, "toy_tower", PlainConfig)
+    monkeypatch.delitem(DECODERS, "toy_norms")
+    with pytest.raises(UserError, match="the decoder's model_type is 'toy_norms'; llama or mistral was expected"):
+        llava_from_hf(raw)
+
+
+def test_every_kind_has_a_module():
+    assert set(TOWERS.values()) <= set(towers.MODULES) and set(DECODERS.values()) <= set(decoders.MODULES)
+
+
+def test_a_module_that_the_table_does_not_have_is_named():
+    with pytest.raises(ValueError, match="the table of tensors has no line layers_#/mlp/fc3/kernel"):
+        PlainConfig(32, 48, 3, 4, 28, 14).axes("mlp/fc3")

@@ -1,0 +1,263 @@
+"""Each module by itself against torch, float32, and the rules that only show in bfloat16 or at long range."""
+
+import operator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import transformers
+
+from llavamed_jax.config import LlavaConfig, VisionConfig, preset
+from llavamed_jax.errors import UserError
+from llavamed_jax.models import layers, llava
+from llavamed_jax.models.attention.backend import AttentionMask, attention
+from llavamed_jax.models.decoders import llama
+from llavamed_jax.models.decoders.llama import Decoder
+from llavamed_jax.models.projector import Projector
+from llavamed_jax.models.stacking import stack
+from llavamed_jax.models.towers.clip import VisionTower
+from llavamed_jax.parallel.mesh import make_mesh
+from tests.support import hf
+
+torch = hf.torch
+
+TOLERANCE = 2e-5
+rng = np.random.default_rng(0)
+
+
+def largest(a, b):
+    return np.abs(np.asarray(a) - np.asarray(b)).max()
+
+
+@pytest.mark.parametrize("num_layers", [0, 1, 2, 3])
+@pytest.mark.parametrize("act", ["quick_gelu", "gelu"])
+def test_every_hidden_state_of_the_tower(num_layers, act, measured):
+    config = transformers.CLIPVisionConfig(**{**hf.VISION, "hidden_act": act})
+    model = transformers.CLIPVisionModel(config).eval()
+    hf.randomise(model, seed=num_layers)
+    pixels = hf.images(2)
+    with torch.no_grad():
+        states = model(torch.tensor(pixels).permute(0, 3, 1, 2), output_hidden_states=True).hidden_states
+    params = {}
+    for name, value in model.state_dict().items():
+        hf_name = hf.our_name(name)
+        if hf_name is not None:
+            params[hf_name] = value.numpy()
+    tower = VisionTower(VisionConfig.from_hf(config.to_dict()), num_layers)
+    tree = jax.eval_shape(tower.init, jax.random.key(0), pixels)["params"]
+    def take(path, leaf):
+        value = params["/".join(p.key for p in path)]
+        value = value.transpose(2, 3, 1, 0) if value.ndim == 4 else value.T if path[-1].key == "kernel" else value
+        assert value.shape == leaf.shape
+        return value
+    tree = jax.tree_util.tree_map_with_path(take, tree)
+    got = tower.apply({"params": tree}, pixels)
+    measured(got, states[num_layers].numpy(), TOLERANCE)
+
+
+def torch_projector(kind, inner, outer, bias):
+    """The original's builder (spec 1.4), written for this test."""
+    if kind == "identity":
+        return torch.nn.Identity()
+    if kind == "linear":
+        return torch.nn.Linear(inner, outer, bias=bias)
+    modules = [torch.nn.Linear(inner, outer, bias=bias)]
+    for _ in range(1, int(kind[3])):
+        modules += [torch.nn.GELU(), torch.nn.Linear(outer, outer, bias=bias)]
+    return torch.nn.Sequential(*modules)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("kind", ["linear", "mlp1x_gelu", "mlp2x_gelu", "mlp3x_gelu", "identity"])
+def test_projector(kind, bias, measured):
+    module = torch_projector(kind, 48, 64, bias)
+    for p in module.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    x = rng.standard_normal((2, 5, 48)).astype(np.float32)
+    cfg = LlavaConfig(preset("small").vision, preset("small").decoder, projector_type=kind, projector_bias=bias)
+    cfg = cfg.replace(decoder=hf.llava()[1].decoder)
+    params = {}
+    for name, value in module.state_dict().items():
+        index = int(name.split(".")[0]) // 2 if "." in name else 0
+        leaf = {"weight": "kernel", "bias": "bias"}[name.split(".")[-1]]
+        params.setdefault(f"linear_{index}", {})[leaf] = value.numpy().T
+    with torch.no_grad():
+        expected = module(torch.tensor(x)).numpy()
+    measured(Projector(cfg).apply({"params": params}, x), expected, TOLERANCE)
+
+
+@pytest.mark.parametrize("kind", ["mlp", "mlp0x_gelu", "mlp2x", "resampler", "mlpxx_gelu"])
+def test_an_unknown_projector_is_refused(kind):
+    with pytest.raises(UserError, match="linear, mlpNx_gelu or identity was expected"):
+        preset("small").replace(projector_type=kind)
+
+
+def test_decoder_with_left_padding(measured):
+    """Positions count over the padded length, as the original's do (quirk Q7); padding is a segment of its own."""
+    model, cfg = hf.llava(text=dict(rope_theta=1e6))
+    ids = np.array([[0, 0, 0, 1, 7, 9, 11], [1, 5, 6, 7, 8, 9, 10]])
+    mask = (ids != 0).astype(np.int64)
+    with torch.no_grad():
+        expected = model.model.language_model(input_ids=torch.tensor(ids), attention_mask=torch.tensor(mask),
+                                              position_ids=torch.arange(7)[None].expand(2, 7)).last_hidden_state.numpy()
+    params = {"params": hf.params_of(model)["decoder"]}
+    x = Decoder(cfg.decoder).apply(params, ids, method="embed")
+    got, _ = Decoder(cfg.decoder).apply(params, x, jnp.broadcast_to(jnp.arange(7), (2, 7)), jnp.asarray(mask))
+    measured(np.asarray(got)[mask == 1], expected[mask == 1], TOLERANCE)
+
+
+def test_segments_of_a_row_do_not_see_each_other():
+    """Two samples in one row give what each gives alone, whatever lies in front of it."""
+    model, cfg = hf.llava(seed=2)
+    params = {"params": hf.params_of(model)}
+    apply = jax.jit(llava.Llava(cfg).apply)
+    a, b = rng.integers(3, 90, (1, 7)), rng.integers(3, 90, (1, 9))
+    row = np.concatenate([a, b], axis=1)
+    positions = np.concatenate([np.arange(7), np.arange(9)])[None]
+    segments = np.repeat([1, 2], [7, 9])[None]
+    together = apply(params, row, None, positions, segments)
+    assert largest(together[:, :7], apply(params, a)) <= TOLERANCE
+    assert largest(together[:, 7:], apply(params, b)) <= TOLERANCE
+
+
+def test_one_row_of_images_does_not_depend_on_another_row():
+    """A batch with a text-only row and rows of different image counts equals its rows alone."""
+    model, cfg = hf.llava(seed=4)
+    params = {"params": hf.params_of(model)}
+    image = [-200] * 16
+    rows = [[1, 5, 6] + [0] * 33, [1] + image + [7, 8] + [0] * 17, [1] + image + [9] + image + [4, 5]]
+    pixels = np.zeros((3, 2, 28, 28, 3), np.float32)
+    pixels[1, 0], pixels[2, 0], pixels[2, 1] = hf.images(3)
+    pixels[0] = 1e3  # an empty slot may hold anything
+    apply = jax.jit(llava.Llava(cfg).apply)
+    together = apply(params, np.array(rows), pixels)
+    for row, n in ((0, 0), (1, 1), (2, 2)):
+        alone = apply(params, np.array([rows[row]]), pixels[row : row + 1, :n] if n else None)
+        assert largest(together[row], alone[0]) <= TOLERANCE
+
+
+def test_grouped_heads_equal_repeated_keys():
+    q, k, v = (rng.standard_normal(s).astype(np.float32) for s in ((2, 6, 8, 16), (2, 2, 6, 16), (2, 2, 6, 16)))
+    positions = jnp.broadcast_to(jnp.arange(6), (2, 6))
+    mask = AttentionMask(positions, positions)
+    grouped = attention(q, k, v, mask)
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        torch.tensor(q).transpose(1, 2), torch.tensor(k).repeat_interleave(4, 1), torch.tensor(v).repeat_interleave(4, 1), is_causal=True)
+    assert largest(grouped, expected.transpose(1, 2).numpy()) <= TOLERANCE
+
+
+def test_mask_is_causal_windowed_and_segmented():
+    positions, segments = jnp.array([[0, 1, 2, 0, 1]]), jnp.array([[1, 1, 1, 2, 2]])
+    mask = AttentionMask(positions, positions, segments, segments, window=2)
+    assert np.asarray(mask.dense())[0].astype(int).tolist() == [
+        [1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0, 1, 1, 0, 0], [0, 0, 0, 1, 0], [0, 0, 0, 1, 1]]
+
+
+@pytest.mark.parametrize("theta", [1e4, 5e5, 1e6])
+@pytest.mark.parametrize("head_dim", [8, 16, 32, 64, 128])
+def test_rope_frequencies_against_torch(head_dim, theta):
+    """Bit for bit, but where torch's own float32 power is not the nearest number: there one last bit, in two at most."""
+    expected = (1.0 / (theta ** (torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim))).numpy()
+    got = layers.rope_frequencies(head_dim, theta)
+    apart = np.abs(got.view(np.int32) - expected.view(np.int32))
+    assert got.dtype == np.float32 and apart.max() <= 1 and (apart > 0).sum() <= 2
+
+
+def test_rope_tables_at_long_range():
+    positions = np.array([[0, 1, 1500, 4095, 32767]])
+    cos, sin = layers.rope_tables(jnp.asarray(positions), 16, 1e6)
+    angles = positions[..., None].astype(np.float32) * layers.rope_frequencies(16, 1e6)
+    assert largest(cos, np.cos(angles.astype(np.float64))) <= 1e-6
+    assert largest(sin, np.sin(angles.astype(np.float64))) <= 1e-6
+
+
+@pytest.mark.parametrize("norm", [layers.RMSNorm, layers.LayerNorm])
+def test_norms_in_bfloat16_are_the_float32_norm_rounded(norm):
+    x = jnp.asarray(rng.standard_normal((4, 512)) * 3 + 2, jnp.bfloat16)
+    width = 512
+    params = {"scale": jnp.ones(width)} if norm is layers.RMSNorm else {"scale": jnp.ones(width), "bias": jnp.zeros(width)}
+    exact = norm(1e-5).apply({"params": params}, x.astype(jnp.float32))
+    got = norm(1e-5, jnp.bfloat16).apply({"params": params}, x)
+    assert got.dtype == jnp.bfloat16
+    ulp = 2.0 ** (np.floor(np.log2(np.abs(np.asarray(exact)) + 1e-30)) - 7)
+    assert (np.abs(np.asarray(got, np.float32) - np.asarray(exact)) <= ulp).all()
+
+
+def test_layer_norm_far_from_zero():
+    """A mean of 300 at a deviation of 1: the variance as E[x^2] - E[x]^2 would lose most of its digits."""
+    x = (300 + rng.standard_normal((4, 256))).astype(np.float32)
+    expected = torch.nn.functional.layer_norm(torch.tensor(x).double(), (256,), eps=1e-5).numpy()
+    params = {"params": {"scale": jnp.ones(256), "bias": jnp.zeros(256)}}
+    assert largest(layers.LayerNorm(1e-5).apply(params, x), expected) <= 1e-4
+
+
+def test_scores_and_rope_are_float32_in_bfloat16():
+    """Only inputs and outputs are rounded: float32 on the same rounded inputs gives the same."""
+    q, k, v = (jnp.asarray(rng.standard_normal(s) * 3, jnp.bfloat16) for s in ((1, 64, 4, 32), (1, 4, 64, 32), (1, 4, 64, 32)))
+    wide = [x.astype(jnp.float32) for x in (q, k, v)]
+    weights = jax.nn.softmax(jnp.einsum("BTNH,BNSH->BNTS", *wide[:2]) * 32**-0.5, axis=-1)
+    expected = jnp.einsum("BNTS,BNSH->BTNH", weights.astype(jnp.bfloat16).astype(jnp.float32), wide[2])
+    # One rounding of the output; scores of about 50 rounded to bfloat16 would be off by a tenth and more.
+    assert (np.abs(np.asarray(attention(q, k, v), np.float32) - expected) <= 2.0**-7 * np.abs(expected) + 1e-3).all()
+    tables = layers.rope_tables(jnp.arange(64)[None] + 2000, 32, 1e4)
+    rotated = layers.apply_rope(q, tables)
+    assert tables[0].dtype == jnp.float32 and rotated.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(rotated, layers.apply_rope(wide[0], tables).astype(jnp.bfloat16))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_head_keeps_float32_logits(tied):
+    model, cfg = hf.llava(text=dict(tie_word_embeddings=tied))
+    decoder = hf.params_of(model)["decoder"]
+    hidden = jnp.asarray(rng.standard_normal((1, 5, 64)), jnp.bfloat16)
+    got = Decoder(cfg.decoder, jnp.bfloat16).apply({"params": decoder}, hidden, method="logits")
+    kernel = decoder["embed_tokens"]["embedding"].T if tied else decoder["lm_head"]["kernel"]
+    expected = hidden.astype(jnp.float32) @ jnp.asarray(kernel, jnp.bfloat16).astype(jnp.float32)
+    assert got.dtype == jnp.float32 and largest(got, expected) <= 1e-5 * np.abs(expected).max()
+
+
+@pytest.fixture(scope="module")
+def unrolled_gradient():
+    """Loss over one row with an image, and its gradient through unrolled layers, stacked for the comparison."""
+    model, cfg = hf.llava(seed=9)
+    params = hf.params_of(model)
+    ids = np.array([[1] + [-200] * 16 + rng.integers(3, 90, 6).tolist()])
+    pixels = hf.images(1)[None]
+    loss = lambda net: lambda p: jnp.sin(net.apply({"params": p}, ids, pixels)).sum()
+    expected = jax.jit(jax.grad(loss(llava.Llava(cfg))))(params)
+    return cfg, stack(params), loss, stack(jax.tree.map(np.asarray, expected))
+
+
+@pytest.mark.parametrize("remat", ["none", "full", "qkvo", "minimal"])
+def test_scanned_and_rematerialised_gradients_equal_unrolled_ones(unrolled_gradient, remat):
+    cfg, params, loss, expected = unrolled_gradient
+    got = jax.jit(jax.grad(loss(llava.Llava(cfg, scan=True, remat=remat))))(params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5 * max(1, np.abs(b).max())), got, expected)
+
+
+def test_stack_puts_layers_in_their_order():
+    params = hf.params_of(hf.llava()[0])
+    stacked = stack(params)
+    for part in ("vision_tower", "decoder"):
+        for i in range(2):
+            layer = jax.tree.map(operator.itemgetter(i), stacked[part]["layers"])
+            jax.tree.map(np.testing.assert_array_equal, layer, params[part][f"layers_{i}"])
+    cfg = hf.llava()[1]
+    shapes = lambda tree: jax.tree.map(lambda x: tuple(x.shape), tree)
+    assert shapes(llava.abstract_params(cfg)) == shapes(params)
+    assert shapes(llava.abstract_params(cfg, scan=True)) == shapes(stack(params))
+
+
+@pytest.mark.parametrize("mesh", [None, "data=2,fsdp=2,tp=2"])
+def test_the_gradient_of_a_row_that_is_looked_up_often_is_its_count(mesh):
+    """In bfloat16 a sum of ones stays at 256; on a mesh each device sums its own rows of the batch for its part of the table."""
+    ids = jnp.asarray(np.random.default_rng(0).choice(16, (8, 600), p=np.r_[0.5, 1 / 30 * np.ones(15)]), jnp.int32)
+    table = jnp.zeros((16, 4), jnp.float32)
+    work = jax.jit(jax.grad(lambda table: jnp.sum(llama._lookup(jnp.bfloat16, table, ids).astype(jnp.float32))))
+    if mesh is None:
+        found = work(table)
+    else:
+        with jax.set_mesh(make_mesh(mesh)):
+            found = work(table)
+    assert found.dtype == jnp.float32 and np.array_equal(found, np.bincount(ids.ravel(), minlength=16)[:, None].repeat(4, 1))

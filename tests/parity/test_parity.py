@@ -1,0 +1,252 @@
+"""Our forward pass against transformers' on CPU, float32, and a table of mutants that the same comparison rejects."""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from llavamed_jax.config import RopeScaling
+from llavamed_jax.models import layers, llava
+from llavamed_jax.models.attention import backend
+from llavamed_jax.models.decoders import llama
+from llavamed_jax.models.llava import Llava
+from llavamed_jax.models.stacking import stack
+from llavamed_jax.models.towers import clip
+from tests.support import hf
+
+torch = hf.torch
+
+TOLERANCE = 2e-5
+P = 16  # patches of an image of hf.VISION
+IMG = [-200] * P
+rng = np.random.default_rng(0)
+
+
+def text(n):
+    return rng.integers(3, 90, n).tolist()
+
+
+LINEAR = {"rope_type": "linear", "factor": 2.5}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 512}
+
+
+@dataclasses.dataclass
+class Case:
+    """A model and a batch. `rows` hold ids with P image positions an image; short rows are padded on the right."""
+
+    rows: list
+    num_images: list
+    model: dict = dataclasses.field(default_factory=dict)
+    image_scale: float = 1.0
+
+    @functools.cached_property
+    def torch_side(self):
+        model, cfg = hf.llava(**self.model)
+        ids, segments = self.batch
+        pixels = hf.images(sum(self.num_images), scale=self.image_scale) if sum(self.num_images) else None
+        with torch.no_grad():  # the head is scaled so that the logits' standard deviation is 1
+            reference = hf.torch_logits(model, np.maximum(ids, -200), pixels, segments)
+            head = model.get_output_embeddings().weight
+            head *= float(1 / reference[segments == 1].std())
+        return hf.torch_logits(model, ids, pixels, segments), hf.params_of(model), cfg, pixels
+
+    @property
+    def batch(self):
+        T = max(map(len, self.rows))
+        ids = np.array([r + [0] * (T - len(r)) for r in self.rows], np.int32)
+        return ids, np.array([[1] * len(r) + [0] * (T - len(r)) for r in self.rows], np.int32)
+
+    def difference(self, change_cfg=None, scan=False):
+        """Largest absolute difference of logits at real positions."""
+        expected, params, cfg, pixels = self.torch_side
+        ids, segments = self.batch
+        slots = None
+        if pixels is not None:
+            slots = np.zeros((len(self.rows), max(self.num_images), *pixels.shape[1:]), np.float32)
+            taken = iter(pixels)
+            for row, n in enumerate(self.num_images):
+                for slot in range(n):
+                    slots[row, slot] = next(taken)
+        cfg = change_cfg(cfg) if change_cfg else cfg
+        model = Llava(cfg, scan=scan)
+        params = stack(params) if scan else params
+        got = model.apply({"params": params}, ids, slots, segment_ids=segments)
+        assert 0.5 < expected[segments == 1].std() < 2
+        return np.abs(np.asarray(got) - expected)[segments == 1].max()
+
+
+CASES = {
+    "text only": Case([text(12), text(12)], [0, 0]),
+    "one image": Case([[1] + IMG + text(9)], [1]),
+    "several images in a row": Case([[1] + IMG + text(3) + IMG + IMG + text(4)], [3]),
+    "padded and text-only rows": Case(
+        [[1] + text(5), text(2) + IMG + text(20), [1] + text(8), IMG + text(3) + IMG + text(4)], [0, 1, 0, 2]),
+    "llama, equal heads": Case([[1] + IMG + text(9)], [1], dict(architecture="llama", text=dict(num_key_value_heads=4, rms_norm_eps=1e-6))),
+    "theta 1e6 at 1,200 positions": Case([[1] + IMG + text(1183)], [1], dict(text=dict(rope_theta=1e6, num_hidden_layers=1))),
+    "small activations": Case([[1] + text(11)], [0], dict(activation_scale=2e-3)),
+    "llama, small activations": Case(
+        [[1] + text(11)], [0], dict(architecture="llama", text=dict(rms_norm_eps=1e-6), activation_scale=2e-3)),
+    "small images": Case([[1] + IMG + text(6)], [1], dict(vision=dict(layer_norm_eps=1e-4), seed=3), image_scale=1e-2),
+    "window shorter than the sequence": Case([[1] + IMG + text(30), [1] + text(46)], [1, 0], dict(text=dict(sliding_window=7))),
+    "tied head": Case([[1] + IMG + text(9)], [1], dict(text=dict(tie_word_embeddings=True))),
+    "class token kept, last layer": Case(
+        [[1] + [-200] * (P + 1) + text(9)], [1], dict(vision_feature_layer=-1, vision_feature_select_strategy="full")),
+    "projector without bias": Case([[1] + IMG + text(9)], [1], dict(multimodal_projector_bias=False)),
+    "exact GELU in the tower": Case([[1] + IMG + text(9)], [1], dict(vision=dict(hidden_act="gelu"))),
+    "biased attention": Case([[1] + IMG + text(9)], [1], dict(architecture="llama", text=dict(attention_bias=True))),
+    "biased attention and MLP": Case(
+        [[1] + IMG + text(9), [1] + text(6)], [1, 0], dict(architecture="llama", text=dict(attention_bias=True, mlp_bias=True))),
+    "linear scaling at 1,200 positions": Case(
+        [[1] + IMG + text(1183)], [1], dict(architecture="llama", text=dict(rope_scaling=LINEAR, num_hidden_layers=1))),
+    "llama3 scaling at 1,200 positions": Case(
+        [[1] + IMG + text(1183)], [1], dict(architecture="llama", text=dict(rope_scaling=LLAMA3, rope_theta=5e5, num_hidden_layers=1))),
+    "mistral, linear scaling, window": Case([[1] + IMG + text(30)], [1], dict(text=dict(rope_scaling=LINEAR, sliding_window=7))),
+    "tanh GELU in decoder, projector and tower": Case(
+        [[1] + IMG + text(9)], [1], dict(text=dict(hidden_act="gelu_pytorch_tanh"), vision=dict(hidden_act="gelu_new"),
+                                         projector_hidden_act="gelu_fast")),
+    "a list of one feature layer": Case([[1] + IMG + text(9)], [1], dict(vision_feature_layer=[-3])),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_logits_equal_transformers(name, measured):
+    measured(CASES[name].difference(), 0.0, TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ["padded and text-only rows", "window shorter than the sequence", "biased attention and MLP",
+                                  "llama3 scaling at 1,200 positions"])
+def test_scanned_layers_equal_transformers(name, measured):
+    measured(CASES[name].difference(scan=True), 0.0, TOLERANCE)
+
+
+def decoder(**changes):
+    return lambda cfg: cfg.replace(decoder=dataclasses.replace(cfg.decoder, **changes))
+
+
+def vision(**changes):
+    return lambda cfg: cfg.replace(vision=dataclasses.replace(cfg.vision, **changes))
+
+
+def interleaved_heads(monkeypatch):
+    """Query head n reads key head n mod K instead of n div G."""
+    real = backend.attention
+
+    def wrong(q, k, v, mask=None, backend="xla"):
+        B, T, N, H = q.shape
+        K = k.shape[1]
+        swap = lambda x, a, b: x.reshape(B, T, a, b, H).swapaxes(2, 3).reshape(B, T, N, H)
+        return swap(real(swap(q, N // K, K), k, v, mask, backend), K, N // K)
+    for module in (llama, clip):
+        monkeypatch.setattr(module, "attention", wrong)
+
+
+def last_token_dropped(monkeypatch):
+    real = clip.VisionTower.__call__
+    monkeypatch.setattr(clip.VisionTower, "__call__", lambda self, pixels: jax.numpy.roll(real(self, pixels), 1, axis=1))
+
+
+def batch_wide_merge(monkeypatch):
+    """Features counted over the whole batch, as several neighbours do."""
+    real = llava.merge
+
+    def wrong(text, is_image, features):
+        B, T, D = text.shape
+        flat = features.reshape(1, 1, -1, features.shape[-1])
+        return real(text.reshape(1, B * T, D), is_image.reshape(1, -1), flat).reshape(B, T, D)
+    monkeypatch.setattr(llava, "merge", wrong)
+
+
+def interleaved_rope(monkeypatch):
+    def wrong(x, rope):
+        H = x.shape[-1]
+        pairs = x.reshape(*x.shape[:-1], H // 2, 2).swapaxes(-1, -2).reshape(x.shape)
+        return layers.apply_rope(pairs, rope)
+    monkeypatch.setattr(llama, "apply_rope", wrong)
+
+
+def without_bias(part):
+    """One projection of the decoder computed without its bias, which stays among the parameters."""
+    def change(monkeypatch):
+        real = layers.Linear.__call__
+
+        def wrong(self, x):
+            y = real(self, x)
+            return y - self.get_variable("params", "bias") if self.name == part and "decoder" in self.path else y
+        monkeypatch.setattr(layers.Linear, "__call__", wrong)
+    return change
+
+
+def scaling(keys, **changes):
+    return RopeScaling(**{**keys, **changes})
+
+
+# (mutant, case, change of the config or None, change of the code or None)
+MUTANTS = [
+    ("decoder eps 1e-5 -> 1e-6", "small activations", decoder(rms_norm_eps=1e-6), None),
+    ("decoder eps 1e-6 -> 1e-5", "llama, small activations", decoder(rms_norm_eps=1e-5), None),
+    ("tower eps 1e-4 -> 1e-5", "small images", vision(layer_norm_eps=1e-5), None),
+    ("theta 1e6 -> 1e4", "theta 1e6 at 1,200 positions", decoder(rope_theta=1e4), None),
+    ("theta 1e6 -> 999,000", "theta 1e6 at 1,200 positions", decoder(rope_theta=999e3), None),
+    ("window 7 -> none", "window shorter than the sequence", decoder(sliding_window=None), None),
+    ("window 7 -> 8", "window shorter than the sequence", decoder(sliding_window=8), None),
+    ("projector GELU exact -> tanh", "one image",
+     lambda cfg: cfg.replace(projector_act="gelu_pytorch_tanh"), None),
+    ("tower quick-GELU -> GELU", "one image", vision(hidden_act="gelu"), None),
+    ("feature layer -2 -> -3", "one image", lambda cfg: cfg.replace(feature_layer=-3), None),
+    ("class token in place of the last patch", "one image", None, last_token_dropped),
+    ("query heads grouped the other way", "one image", None, interleaved_heads),
+    ("rotary pairs interleaved", "one image", None, interleaved_rope),
+    ("features counted over the batch", "padded and text-only rows", None, batch_wide_merge),
+    *((f"a bias left out: {part}", "biased attention and MLP", None, without_bias(part)) for part in (
+        "q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")),
+    ("linear factor 2.5 -> none", "linear scaling at 1,200 positions", decoder(rope_scaling=None), None),
+    ("linear factor 2.5 -> 2.501", "linear scaling at 1,200 positions", decoder(rope_scaling=scaling(LINEAR, factor=2.501)), None),
+    ("llama3 -> none", "llama3 scaling at 1,200 positions", decoder(rope_scaling=None), None),
+    ("llama3 factor 8 -> 8.01", "llama3 scaling at 1,200 positions", decoder(rope_scaling=scaling(LLAMA3, factor=8.01)), None),
+    ("llama3 low factor 1 -> 1.01", "llama3 scaling at 1,200 positions", decoder(rope_scaling=scaling(LLAMA3, low_freq_factor=1.01)), None),
+    ("llama3 high factor 4 -> 4.01", "llama3 scaling at 1,200 positions",
+     decoder(rope_scaling=scaling(LLAMA3, high_freq_factor=4.01)), None),
+    ("llama3 length 512 -> 513", "llama3 scaling at 1,200 positions",
+     decoder(rope_scaling=scaling(LLAMA3, original_max_position_embeddings=513)), None),
+    ("decoder tanh GELU -> SiLU", "tanh GELU in decoder, projector and tower", decoder(hidden_act="silu"), None),
+    ("decoder tanh GELU -> exact", "tanh GELU in decoder, projector and tower", decoder(hidden_act="gelu"), None),
+    ("projector tanh GELU -> exact", "tanh GELU in decoder, projector and tower", lambda cfg: cfg.replace(projector_act="gelu"), None),
+    ("tower tanh GELU -> exact", "tanh GELU in decoder, projector and tower", vision(hidden_act="gelu"), None),
+    ("feature layer [-3] -> -4", "a list of one feature layer", lambda cfg: cfg.replace(feature_layer=-4), None),
+]
+
+
+@pytest.mark.parametrize("name,case,change_cfg,change_code", MUTANTS, ids=[m[0] for m in MUTANTS])
+def test_mutants_fail_by_twice_the_tolerance(name, case, change_cfg, change_code, monkeypatch):
+    if change_code:
+        change_code(monkeypatch)
+    assert CASES[case].difference(change_cfg) >= 2 * TOLERANCE
+
+
+def test_untied_head_in_place_of_a_tied_one_fails():
+    case = CASES["tied head"]
+    expected, params, cfg, pixels = case.torch_side
+    other = np.random.default_rng(1).standard_normal((64, 96)).astype(np.float32)
+    untied = {**params, "decoder": {**params["decoder"], "lm_head": {"kernel": other}}}
+    ids, _ = case.batch
+    got = Llava(decoder(tie_word_embeddings=False)(cfg)).apply({"params": untied}, ids, pixels[None])
+    assert np.abs(np.asarray(got) - expected).max() >= 2 * TOLERANCE
+
+
+def main():
+    """Prints both tables: `python tests/parity/test_parity.py`."""
+    print(f"{'case':42} largest difference (tolerance {TOLERANCE:.0e})")
+    for name, case in CASES.items():
+        print(f"{name:42} {case.difference():.1e}")
+    print(f"\n{'mutant':42} {'case':34} largest difference (must be {2 * TOLERANCE:.0e} or more)")
+    for name, case, change_cfg, change_code in MUTANTS:
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            if change_code:
+                change_code(monkeypatch)
+            print(f"{name:42} {case:34} {CASES[case].difference(change_cfg):.1e}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,190 @@
+"""Images that records name and nothing is trained on: counted, printed, and beyond the limit a reason to stop."""
+
+import json
+import shutil
+
+import jax
+import pytest
+
+from llavamed_jax.errors import UserError
+from llavamed_jax.evaluation import during_training
+from llavamed_jax.parallel.mesh import make_mesh
+from llavamed_jax.training import program, trainer
+from llavamed_jax.training.rows import Data
+from llavamed_jax.training.start import open_start
+from llavamed_jax.training.trainer import fit
+from tests.support import training_runs as runs
+from tests.support.training_runs import SAMPLE, FakeStep
+
+IMAGE = next(iter(sorted((SAMPLE / "images").iterdir()))).name
+PACKINGS = pytest.mark.parametrize("packing", [{"data.packing": False}, {"data.packing": True, "data.row_length": 64}],
+                                   ids=["unpacked", "packed"])
+
+
+def record(question="<image>\nis it?", answer="yes", **fields):
+    return {"id": question, **fields, "conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]}
+
+
+def twice(first, second, image):
+    """A record of two questions, the first with an answer longer than a sample may be."""
+    return {**record(first, "yes " * 60, image=image),
+            "conversations": [*record(first, "yes " * 60)["conversations"], *record(second)["conversations"]]}
+
+
+GOOD, TEXT = record(image=IMAGE), record("is it text?")
+# Kind -> a record that loses images, and what is said of it.
+LOST = {
+    "no marker": (record("is it?", image=IMAGE), "record 'is it?' names 1 image and has a marker for none of them"),
+    "no marker for a list": (record("is it?", image=[IMAGE]), "names 1 image and has a marker for none"),
+    "fewer markers": (record("<image> is it?", image=[IMAGE] * 3), "names 3 images and has a marker for 1 of them"),
+    "a marker in a first answer that is dropped": (
+        {**GOOD, "conversations": [{"from": "gpt", "value": "<image>"}, *record("is it?")["conversations"]]}, "a marker for none"),
+    "another key": (record("is it?", images=[IMAGE]), "names 1 image and has a marker for none"),
+    "beyond the cut": (twice("is it", "<image> is it?", IMAGE), "is cut at 40 tokens, which takes 1 image away"),
+    "one of two beyond the cut": (twice("<image> is it", "<image> is it?", [IMAGE, IMAGE]), "is cut at 40 tokens, which takes 1 image"),
+}
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    return runs.write_start(tmp_path_factory.mktemp("start") / "start")
+
+
+@pytest.fixture
+def recipe(start, tmp_path):
+    """`recipe(records, **keys)`: with these training records."""
+    def recipe(records, **changes):
+        (tmp_path / "train.json").write_text(json.dumps(records))
+        return runs.shrunk(start, tmp_path, **changes)
+    return recipe
+
+
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch):
+    monkeypatch.setattr(program, "make_mesh", lambda spec, *_: make_mesh(spec, jax.devices()[:1]))
+
+
+def opened(cfg):
+    return Data.open(cfg, open_start(cfg))
+
+
+@PACKINGS
+@pytest.mark.parametrize("kind", LOST)
+def test_beyond_the_limit_the_run_does_not_start(recipe, packing, kind, tmp_path):
+    lossy, reason = LOST[kind]
+    with pytest.raises(UserError, match=r"5 of the 8 samples of .*train.json lose images, .*more than the 50% .*data.skip_limit") as error:
+        fit(recipe([GOOD, TEXT, GOOD, *[lossy] * 5], **packing), tmp_path / "run")
+    assert reason in str(error.value) and not (tmp_path / "run" / "recipe.json").exists()
+
+
+@PACKINGS
+@pytest.mark.parametrize("kind", LOST)
+def test_within_the_limit_they_are_counted_and_printed(recipe, packing, kind, tmp_path, monkeypatch, capsys):
+    lossy, reason = LOST[kind]
+    monkeypatch.setattr(trainer, "make_train_step", FakeStep())
+    assert fit(recipe([*[GOOD] * 9, lossy, TEXT], **packing, epochs=1, total_steps="none", batch_size=1), tmp_path / "run")
+    lost = {"fewer markers": 2}.get(kind, 1)
+    said = capsys.readouterr().out
+    assert f"warning: {lost} images are left out" in said and reason in said and f"{lost} images left out" in said.splitlines()[-1]
+    assert runs.log_lines(tmp_path / "run")[-1]["images_skipped"] == lost
+
+
+def test_among_text_the_share_of_the_images_counts(recipe):
+    """Two in ten samples are few; all images are not."""
+    lossy = LOST["no marker"][0]
+    with pytest.raises(UserError, match="2 of the 2 images of .* are left out, for no <image> marker stands for them"):
+        opened(recipe([*[TEXT] * 8, lossy, lossy]))
+    opened(recipe([*[TEXT] * 6, GOOD, GOOD, lossy, lossy]))
+    with pytest.raises(UserError, match="4 of the 6 images of"):
+        opened(recipe([*[TEXT] * 6, GOOD, GOOD, *[lossy] * 4]))
+    opened(recipe([*[TEXT] * 8, lossy, lossy], **{"data.skip_limit": 1.0}))
+
+
+def test_a_marker_without_an_image_is_no_sample(recipe):
+    bare = record("<image> is it?")
+    with pytest.raises(UserError, match="6 of the 11 samples of .* cannot be used.*0 images for 1 <image> markers"):
+        opened(recipe([*[GOOD] * 5, *[bare] * 6]))
+    with pytest.raises(UserError, match="3 of the 11 samples of .* lose images and 3 cannot be used, .*marker for none"):
+        opened(recipe([*[GOOD] * 5, *[bare] * 3, *[LOST["no marker"][0]] * 3]))
+    lines = opened(recipe([*[GOOD] * 9, bare, LOST["no marker"][0]])).describe()
+    assert any("1 records cannot be used" in line for line in lines) and any("1 images are left out" in line for line in lines)
+
+
+def test_a_source_counts_by_its_weight(recipe, tmp_path):
+    """One lossy record in eleven, and nine samples in nineteen."""
+    (tmp_path / "lossy.json").write_text(json.dumps([LOST["no marker"][0]]))
+    def mixed(weight, **changes):
+        cfg = recipe([GOOD] * 10, **changes)
+        with cfg.ignore_type():
+            cfg.data.train = [{"path": str(tmp_path / "train.json")}, {"path": str(tmp_path / "lossy.json"), "weight": weight}]
+        return opened(cfg)
+    mixed(9)
+    with pytest.raises(UserError, match="11 of the 21 samples of .* lose images"):
+        mixed(11)
+    with pytest.raises(UserError, match="9 of the 19 samples of .* lose images, .*more than the 40%"):
+        mixed(9, **{"data.skip_limit": 0.4})
+
+
+@pytest.mark.parametrize("key", ["data.validation", "data.samples"])
+@pytest.mark.parametrize("kind", LOST)
+def test_validation_and_sample_data_are_held_to_the_limit(recipe, tmp_path, key, kind):
+    lossy, reason = LOST[kind]
+    def data(records):
+        (tmp_path / "other.json").write_text(json.dumps(records))
+        return opened(recipe([GOOD] * 4, samples_every=2, **{key: tmp_path / "other.json"}))
+    with pytest.raises(UserError, match="2 of the 3 samples of .*other.json lose images") as error:
+        data([GOOD, lossy, lossy])
+    assert reason in str(error.value)
+    which = key.removeprefix("data.").removesuffix("s")
+    assert any(line.startswith("warning: ") and f"{which} images are left out" in line for line in data([GOOD] * 5 + [lossy]).describe())
+
+
+def test_broken_images_add_to_those_that_are_lost(recipe, tmp_path):
+    """Three of ten lose an image and three cannot be read: neither is too much, both are."""
+    shutil.copytree(SAMPLE / "images", tmp_path / "images")
+    (tmp_path / "images" / "broken.png").write_bytes(b"none")
+    records = [*[GOOD] * 4, *[LOST["no marker"][0]] * 3, *[record(image="broken.png")] * 3]
+    for limit, is_enough in ((0.5, False), (0.6, True)):
+        keys = {"data.images": tmp_path / "images", "data.skip_limit": limit}
+        batches = opened(recipe(records, batch_size=10, **keys)).training_batches()
+        if is_enough:
+            assert next(batches)["segment_ids"].max(axis=1).sum() == 7
+            continue
+        with pytest.raises(UserError, match="6 of the 10 samples cannot be used or lose an image, 3 of them because it cannot be read"):
+            next(batches)
+
+
+def test_validation_images_that_cannot_be_read_are_counted_and_printed(recipe, tmp_path, monkeypatch, capsys):
+    shutil.copytree(SAMPLE / "images", tmp_path / "images")
+    (tmp_path / "images" / "broken.png").write_bytes(b"none")
+    (tmp_path / "validation.json").write_text(json.dumps([*[GOOD] * 4, record(image="broken.png")]))
+    monkeypatch.setattr(trainer, "make_train_step", FakeStep())
+    keys = {"data.images": tmp_path / "images", "data.validation": tmp_path / "validation.json", "checkpoint.every_steps": 2}
+    assert fit(recipe([GOOD] * 4, total_steps=4, **keys), tmp_path / "run")
+    judged = [line for line in runs.log_lines(tmp_path / "run") if "validation_loss" in line]
+    assert [line["validation_samples_skipped"] for line in judged] == [1, 1]
+    said = capsys.readouterr().out
+    assert "warning: 1 validation samples are skipped; the first: " in said and "broken.png" in said
+
+
+# ---- questions that are asked on the way
+
+def test_a_question_has_the_images_of_its_own_turn():
+    def asked(*texts, images):
+        turns = [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
+        return during_training.first_turn({"id": 1, "image": images, "conversations": turns}).images
+    assert asked("<image> is it?", "yes", "and <image>?", "no", images=["a", "b"]) == ["a"]
+    assert asked("<image><image> alike?", "yes", images=["a", "b"]) == ["a", "b"]
+    assert asked("<image><image> alike?", "yes", "and <image>?", "no", images=["a", "b"]) == ["a"]  # several in a turn are one
+    assert asked("is it?", "yes", "and <image>?", "no", images=["a"]) == []
+
+
+def test_a_question_that_lost_its_image_is_not_asked(capsys):
+    questions = [during_training.first_turn({"id": i, "image": [], "surplus": 1, "conversations": record("is it?")["conversations"]})
+                 for i in range(7)]
+    model = during_training.TrainedModel()
+    assert [model._row(type("Model", (), {"processor": None}), question) for question in questions] == [None] * 7
+    model._say(list(model._refused.items()))
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "question 0 is not asked: its record names more images, by 1, than it has <image> markers"
+    assert len(said) == during_training.SHOWN + 1 and said[-1] == "3 more questions are not asked, for such reasons"

@@ -1,0 +1,259 @@
+"""Worker processes that die or give nothing: they are named, what was read last is said, and the run saves without them; and shared
+memory that is too small for them."""
+
+import contextlib
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from llavamed_jax.checkpoints.tree.store import newest_intact_step
+from llavamed_jax.pipeline import workers
+from llavamed_jax.utils import signals, worker_notes
+from tests.support import training_runs as runs
+from tests.support.training_runs import ROOT
+
+pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="asks Linux's /proc")
+
+
+class Make:
+    """Number -> a result, of which some never come: the worker says what it reads and waits."""
+
+    def __init__(self, hanging=(), size=10):
+        self.hanging, self.size = hanging, size
+
+    def __call__(self, number):
+        worker_notes.reading(f"images/{number}.png")
+        time.sleep(60 if number in self.hanging else 0)
+        return {"number": number, "array": np.full(self.size, number, np.int32)}
+
+
+def hurry(monkeypatch, give_up=1.2):
+    """From now on, when processes have started."""
+    monkeypatch.setattr(workers, "WARN_S", 0.5)
+    monkeypatch.setattr(workers, "GIVE_UP_S", give_up)
+
+
+def started(*arguments):
+    """As a context: closed at its end, within seconds."""
+    @contextlib.contextmanager
+    def closing():
+        with contextlib.closing(workers.in_order(*arguments)) as found:
+            yield found
+            begun = time.monotonic()
+        assert time.monotonic() - begun < 2 * workers._CLOSE_S
+    return closing()
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_worker_that_was_killed_is_named(count):
+    with started(Make(), 10**6, count) as found:
+        assert next(found)["number"] == 0
+        worker = count - 1
+        pid = found._shared.note(worker)[0]
+        os.kill(pid, signal.SIGKILL)
+        with pytest.raises(workers.WorkerError) as caught:
+            for _ in range(20):
+                next(found)
+    assert str(caught.value) == (f"loader worker {worker} of {count} (process {pid}) was ended by SIGKILL, which the system sends "
+                                 "where memory runs out; fewer data.workers and a smaller batch_size take less")
+
+
+class Dying(Make):
+    def __call__(self, number):
+        if number == 1:
+            os.kill(os.getpid(), signal.SIGSEGV)
+        return super().__call__(number)
+
+
+def test_a_worker_that_dies_before_its_first_result_is_named():
+    with started(Dying(), 10, 2) as found:
+        assert next(found)["number"] == 0
+        with pytest.raises(workers.WorkerError, match=r"^loader worker 1 of 2 \(process \d+\) was ended by SIGSEGV$"):
+            next(found)
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_who_gives_nothing_is_named_with_what_it_reads_and_given_up(monkeypatch, capsys, count):
+    with started(Make(hanging=[2]), 9, count) as found:
+        assert [next(found)["number"] for _ in range(2)] == [0, 1]
+        hurry(monkeypatch)
+        with pytest.raises(workers.WorkerError) as caught:
+            next(found)
+    who = rf"loader worker {2 % count} of {count} \(process \d+\)" if count else "the loader"
+    said = f"{who} has given nothing for 1 s and reads images/2.png"
+    assert re.fullmatch(f"{said}, and is given up", str(caught.value))
+    assert re.fullmatch(f"(warning: {said}; it is waited for 1 s more\n)+", capsys.readouterr().err.replace("0 s", "1 s"))
+
+
+def test_a_worker_that_was_stopped_is_waited_for_and_may_go_on(monkeypatch, capsys):
+    with started(Make(), 10**6, 1) as found:
+        next(found)
+        hurry(monkeypatch, give_up=60)
+        pid = found._shared.note(0)[0]
+        os.kill(pid, signal.SIGSTOP)
+        found.on_wait = lambda waited: waited > 1 and os.kill(pid, signal.SIGCONT)
+        assert [next(found)["number"] for _ in range(20)] == list(range(1, 21))
+    assert f"loader worker 0 of 1 (process {pid}) has given nothing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_a_stop_does_not_wait_for_what_does_not_come(count):
+    with started(Make(hanging=[0]), 9, count) as found:
+        def stop(waited):
+            if waited > 0.5:
+                raise signals.Stopped("stopped")
+
+        found.on_wait = stop
+        begun = time.monotonic()
+        with pytest.raises(signals.Stopped):
+            next(found)
+        assert time.monotonic() - begun < 5
+
+
+def test_a_process_among_others_cannot_do_without_and_says_so():
+    with started(Make(hanging=[0]), 9, 0) as found:
+        def give_up(_):
+            raise TimeoutError
+
+        found.on_wait = give_up
+        with pytest.raises(workers.WorkerError, match="^the loader has given nothing for 0 s( and reads images/0.png)?, and is given up$"):
+            next(found)
+
+
+# ---- shared memory
+
+
+def test_workers_fit_the_room_that_is_there(tmp_path, monkeypatch):
+    class Found:
+        f_bavail, f_frsize = 64, 2**20
+
+    monkeypatch.setattr(workers.os, "statvfs", lambda folder: Found)
+    million = 2**20
+    assert [workers.fitting(8, size * million) for size in (1, 2, 4, 7, 13, 43)] == [8, 7, 3, 2, 0, 0]
+    assert workers.fitting(0, million) == 0
+    monkeypatch.undo()
+    assert workers.fitting(8, million, str(tmp_path / "absent")) == 8, "a system without it"
+
+
+IN_A_CONTAINER = """
+    import contextlib, sys
+    from llavamed_jax.pipeline import lengths, loader
+    from llavamed_jax.datasets.training import TrainingData
+    from llavamed_jax.pipeline.packing import Layout, Plan, Stream
+    from llavamed_jax.processor import Processor
+    from llavamed_jax.datasets.records import MemoryRecords
+    from llavamed_jax.text.tokenizer import Tokenizer
+    from llavamed_jax.pipeline.workers import WorkerError
+
+    def main(rows, asked, is_filled):
+        records = [{"id": i, "image": [IMAGE], "conversations": [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "A"}]}
+                   for i in range(200)]
+        data = TrainingData([MemoryRecords(records)])
+        processor = Processor(None, Tokenizer.load(TOKENIZER), "v1.5:mistral_instruct", image_size=336)
+        plan = Plan(Stream.of(data, 0), lengths.measure(data, processor, 640), Layout(640, 1, rows, False))
+        batches = loader.batches(data, processor, plan, 640, num_workers=asked)
+        try:
+            for _ in range(40 if is_filled else 3):
+                assert next(batches)["pixel_values"].shape == (rows, 1, 336, 336, 3)
+                if is_filled:  # by another program
+                    with contextlib.suppress(OSError), open("/dev/shm/other", "ab", buffering=0) as file:
+                        while file.write(b"x" * 2**12):
+                            pass
+        except WorkerError as error:
+            print("error:", error)
+        batches.close()
+        print("done")
+
+    if __name__ == "__main__":
+        main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3:] == ["filled"])
+"""
+
+
+def in_a_container(tmp_path, mistral_tokenizer, *arguments):
+    """(stdout, stderr) of the program with 64 MB of shared memory, Docker's default."""
+    enter = ["unshare", "-m", "bash", "-c", 'mount -t tmpfs -o size=64m tmpfs /dev/shm && exec "$@"', "-"]
+    if shutil.which("unshare") is None or subprocess.run([*enter, "true"], capture_output=True).returncode:
+        pytest.skip("another /dev/shm cannot be mounted here: that takes Linux and root")
+    image = tmp_path / "image.png"
+    Image.new("RGB", (8, 8)).save(image)  # small, as it is read some hundred times
+    script = tmp_path / "program.py"
+    code = textwrap.dedent(IN_A_CONTAINER).replace("IMAGE", repr(str(image))).replace("TOKENIZER", repr(str(mistral_tokenizer)))
+    script.write_text(code)
+    done = subprocess.run([*enter, sys.executable, str(script), *arguments], env={**os.environ, "PYTHONPATH": str(ROOT)},
+                          capture_output=True, text=True, timeout=600)
+    return done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("rows, said", [
+    ("128", "warning: batches are made in a thread, without data.workers, because /dev/shm has 67 MB free and a worker needs 179 MB for "
+            "batches of 44.7 MB; docker run --shm-size=8g gives more\n"),
+    ("16", "warning: 2 of 8 data.workers are started because /dev/shm has 67 MB free and a worker needs 22 MB for batches of 5.6 MB; "
+           "docker run --shm-size=8g gives more\n"),
+])
+def test_in_a_small_container_fewer_workers_start_and_it_goes_on(tmp_path, mistral_tokenizer, rows, said):
+    assert in_a_container(tmp_path, mistral_tokenizer, rows, "8") == ("done\n", said)
+
+
+def test_shared_memory_that_another_program_fills_is_named(tmp_path, mistral_tokenizer):
+    out, err = in_a_container(tmp_path, mistral_tokenizer, "16", "2", "filled")
+    assert out.splitlines()[-1] == "done" and out.startswith("error: loader worker ") and not err
+    assert re.search(r"was ended by SIGBUS, which the system sends where /dev/shm is full \(\d+ MB are free now\): fewer data.workers take "
+                     "less of it, and docker run --shm-size=8g gives more", out)
+
+
+# ---- a run
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("workers")
+    keys = {"init": runs.write_start(folder / "start"), "total_steps": 100000, "batch_size": 4, "max_length": 40, "log_every": 1,
+            "data.workers": 2, "checkpoint.every_steps": 1000}
+    return [sys.executable, "train.py", "--config", "configs/demo.py:vqa", *(f"--config.{key}={value}" for key, value in keys.items())]
+
+
+def begin(command, workdir, least=3):
+    """A run behind its first updates, and the processes of its workers."""
+    process = subprocess.Popen([*command, "--workdir", str(workdir)], cwd=ROOT, env={**os.environ, "XLA_FLAGS": ""},
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    log, deadline = workdir / "metrics.jsonl", time.monotonic() + 300
+    while not (log.exists() and log.read_text().count("\n") >= least) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+    children = Path(f"/proc/{process.pid}/task").glob("*/children")
+    pids = [int(pid) for file in children for pid in file.read_text().split()]
+    return process, [pid for pid in pids if b"resource_tracker" not in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
+@pytest.mark.slow
+def test_a_run_whose_workers_hang_is_saved_by_the_first_signal_and_one_whose_worker_dies_by_itself(command, tmp_path):
+    workdir = tmp_path / "run"
+    process, pids = begin(command, workdir)
+    assert len(pids) == 2
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    time.sleep(1)
+    begun = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    step, damaged = newest_intact_step(workdir)
+    assert process.returncode == 75 and time.monotonic() - begun < 30 and step and not damaged, out + err
+    assert "stopped while a batch was waited for" in out and f"stopped and saved at step {step} of" in out and "Traceback" not in err
+
+    process, pids = begin(command, workdir, step + 3)
+    os.kill(pids[1], signal.SIGKILL)
+    out, err = process.communicate(timeout=60)
+    saved, damaged = newest_intact_step(workdir)
+    assert process.returncode == 1 and saved > step and not damaged
+    (line,) = err.splitlines()
+    assert line.startswith("error: loader worker ") and f"(process {pids[1]}) was ended by SIGKILL" in line
+    assert line.endswith(f"; step {saved} is saved") and runs.log_lines(workdir)[-1]["step"] == saved

@@ -1,0 +1,177 @@
+"""A run's data: packed rows and what is logged of them, what recipe.json keeps of them, and what cannot be used."""
+
+import json
+import os
+import re
+
+import jax
+import numpy as np
+import pytest
+
+from llavamed_jax.config import IMAGE_TOKEN
+from llavamed_jax.errors import UsageError, UserError
+from llavamed_jax.parallel.mesh import make_mesh
+from llavamed_jax.training import program, trainer
+from llavamed_jax.training.rows import Data, row_multiple
+from llavamed_jax.training.start import open_start
+from llavamed_jax.training.trainer import fit
+from tests.support import training_runs
+from tests.support.training_runs import FakeStep, log_lines
+
+PACKED = {"data.packing": True, "data.row_length": 96, "batch_size": 6, "max_length": 40}
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("start")
+    start, data = training_runs.write_start(folder / "start"), training_runs.write_data(folder)
+    return lambda **changes: training_runs.shrunk(start, data, **{**PACKED, **changes})
+
+
+@pytest.fixture
+def run(monkeypatch):
+    """`run(cfg, workdir, devices=1)` -> the batches that its updates got, with a step that computes nothing."""
+    def run(cfg, workdir, mesh="data=1", finishes=True):
+        step = FakeStep()
+        devices = jax.devices()[:int(mesh[-1])]
+        monkeypatch.setattr(program, "make_mesh", lambda spec, *_: make_mesh(mesh, devices))
+        monkeypatch.setattr(trainer, "make_train_step", step)
+        assert fit(cfg, workdir) is finishes
+        return [{name: np.asarray(array) for name, array in batch.items()} for batch in step.batches]
+    return run
+
+
+def resolved(workdir):
+    return json.loads((workdir / "recipe.json").read_text())["resolved"]
+
+
+def test_fractions_of_padding_are_those_of_the_batches(recipe, run, tmp_path, capsys):
+    batches = run(recipe(total_steps=5), tmp_path / "run")
+    lines, samples = log_lines(tmp_path / "run"), 0
+    assert len(lines) == len(batches) == 5
+    for line, batch in zip(lines, batches, strict=True):
+        assert batch["input_ids"].shape == (2, 96)
+        assert line["padding_fraction"] == pytest.approx((batch["segment_ids"] == 0).mean())
+        slots, images = batch["pixel_values"].shape[:2], (batch["input_ids"] == IMAGE_TOKEN).sum() / 4
+        assert line["image_padding_fraction"] == pytest.approx(1 - images / (slots[0] * slots[1]))
+        samples += sum(len(set(row[row > 0])) for row in batch["segment_ids"])
+        assert line["samples"] == samples
+    found = resolved(tmp_path / "run")
+    assert (found["row_length"], found["rows"], found["samples"], found["total_steps"]) == (96, 2, 12, 5)
+    assert found["image_slots"] == batches[0]["pixel_values"].shape[1] >= 2
+    said = capsys.readouterr().out
+    assert f"12 samples of {found['mean_length']} tokens in the mean" in said
+    assert re.search(rf"packed rows an epoch, each of 96 tokens and {found['image_slots']} images; 2 an update", said)
+
+
+def test_the_number_of_updates_comes_from_the_rows(recipe, run, tmp_path):
+    cfg = recipe(epochs=3, total_steps="none")
+    batches = run(cfg, tmp_path / "run")
+    data = Data.open(cfg, open_start(cfg))
+    rows = [len(data.plan.rows(epoch)) for epoch in range(3)]
+    assert len(batches) == resolved(tmp_path / "run")["total_steps"] == sum(count // 2 for count in rows) < 3 * 12 // 2
+
+
+def test_rows_are_kept_on_another_mesh_which_only_adds_empty_ones(recipe, run, tmp_path):
+    whole = run(recipe(total_steps=6), tmp_path / "whole")
+    first = run(recipe(total_steps=3), tmp_path / "run")
+    before = resolved(tmp_path / "run")
+    later = run(recipe(total_steps=6), tmp_path / "run", mesh="data=4")
+    assert {**resolved(tmp_path / "run"), "total_steps": 3} == before
+    assert len(first) == len(later) == 3 and later[0]["input_ids"].shape == (4, 96)
+    for alone, padded in zip(whole[3:], later, strict=True):
+        assert all(np.array_equal(alone[name], padded[name][:2]) for name in alone)
+        assert not padded["segment_ids"][2:].any()
+    strip = lambda line: {k: line[k] for k in ("step", "samples", "tokens")}
+    assert list(map(strip, log_lines(tmp_path / "run"))) == list(map(strip, log_lines(tmp_path / "whole")))
+
+
+def test_unpacked_rows_need_a_batch_that_divides_and_get_empty_rows_later(recipe, run, tmp_path):
+    apart = {"data.packing": False, "batch_size": 6}
+    with pytest.raises(UsageError, match="'batch_size' is 6; a multiple of 4 was expected"):
+        run(recipe(**apart), tmp_path / "run", mesh="data=4")
+    whole = run(recipe(**apart, total_steps=4), tmp_path / "whole")
+    run(recipe(**apart, total_steps=2), tmp_path / "run")
+    later = run(recipe(**apart, total_steps=4), tmp_path / "run", mesh="data=4")
+    assert later[0]["input_ids"].shape == (8, 40)
+    assert all(np.array_equal(a["input_ids"], b["input_ids"][:6]) for a, b in zip(whole[2:], later, strict=True))
+
+
+def test_validation_rows_are_packed_too_and_hold_every_sample_once(recipe):
+    cfg = recipe()
+    cfg.data.validation = cfg.data.train
+    data = Data.open(cfg, open_start(cfg))
+    batches = list(data.validation_batches())
+    assert sum(int(batch["segment_ids"].max(axis=1).sum()) for batch in batches) == 12
+    assert all(batch["input_ids"].shape == (2, 96) for batch in batches)
+    assert data.validation_plan.rows(0).records.tolist() == Data.open(cfg, open_start(cfg)).validation_plan.rows(0).records.tolist()
+
+
+def test_validation_takes_the_rows_of_a_micro_batch_at_a_time(recipe):
+    cfg = recipe(batch_size=24, micro_batches=4)
+    cfg.data.validation = cfg.data.train
+    data = Data.open(cfg, open_start(cfg), multiple=8)  # two devices
+    assert data.plan.layout.rows == 8 and data.validation_plan.layout.rows == 2
+    batches = list(data.validation_batches())
+    assert {batch["input_ids"].shape for batch in batches} == {(2, 96)}
+    assert sum(int(batch["segment_ids"].max(axis=1).sum()) for batch in batches) == 12
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_a_batch_that_no_memory_holds_is_refused(recipe, packing, monkeypatch):
+    cfg = recipe(batch_size=10, **{"data.packing": packing})
+    data = Data.open(cfg, open_start(cfg), multiple=10)
+    needed = sum(array.nbytes for name, array in next(data.training_batches()).items() if name != "num_images")
+    monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": needed, "SC_PHYS_PAGES": 1}.get)
+    Data.open(cfg, open_start(cfg), multiple=10)
+    monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": needed - 1, "SC_PHYS_PAGES": 1}.get)
+    with pytest.raises(UsageError, match="'batch_size' is 10: 10 rows of .* GB an update; less than this machine's memory"):
+        Data.open(cfg, open_start(cfg), multiple=10)
+
+
+def test_a_sample_is_no_longer_than_the_decoder_knows_positions(recipe):
+    Data.open(recipe(max_length=128, **{"data.row_length": 0}), open_start(recipe()))
+    with pytest.raises(UsageError, match="'max_length' is 129; the decoder knows 128 positions"):
+        Data.open(recipe(max_length=129), open_start(recipe()))
+
+
+def test_sample_questions_that_cannot_be_read_are_known_at_the_start(recipe):
+    cfg = recipe(samples_every=100, **{"data.samples": "absent.json"})
+    with pytest.raises(UserError, match="absent.json does not exist"):
+        Data.open(cfg, open_start(cfg))
+    cfg.samples_every = 0
+    Data.open(cfg, open_start(cfg))
+
+
+def test_rows_divide_by_devices_and_micro_batches(recipe):
+    assert row_multiple(recipe(batch_size=9, micro_batches=3), make_mesh("data=2,fsdp=2,tp=2")) == 2 * 2 * 3
+
+
+def test_a_warning_names_the_batch_size_that_would_fit(recipe):
+    data = Data.open(recipe(batch_size=1), open_start(recipe()), multiple=8)
+    warning, = (line for line in data.describe() if "batch_size" in line and line.startswith("warning"))
+    fitting = int(re.search(r"batch_size (\d+) would fit", warning)[1])
+    again = Data.open(recipe(batch_size=fitting), open_start(recipe()), multiple=8)
+    assert again.plan.layout.rows == data.plan.layout.rows == 8
+    assert not any("would fit" in line for line in again.describe())
+
+
+def test_a_row_length_shorter_than_a_sample_is_a_wrong_value(recipe):
+    with pytest.raises(UsageError, match="'data.row_length' is 16; the longest sample has"):
+        Data.open(recipe(**{"data.row_length": 16}), open_start(recipe()))
+
+
+def test_damaged_records_are_listed_once_and_too_many_stop_the_run(recipe, run, tmp_path, capsys):
+    records = json.loads(open(recipe().data.train).read())
+    damaged = [{"id": "x"}, 5, {**records[0], "image": "absent.png"}]
+    (tmp_path / "train.json").write_text(json.dumps(records + damaged))
+    cfg = {"data.train": tmp_path / "train.json", "epochs": 2, "total_steps": "none"}
+    run(recipe(**cfg), tmp_path / "run")
+    listed = [json.loads(line) for line in (tmp_path / "run" / "skipped.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in listed[:2]] == [1, 1] and "record 12 of" in listed[0]["reason"]
+    assert sum("absent.png" in str(entry["image"]) for entry in listed[2:]) == len(listed) - 2 >= 1
+    last = log_lines(tmp_path / "run")[-1]
+    assert last["samples_skipped"] == len(listed) and last["images_skipped"] == 0
+    assert "warning: 2 records cannot be used and are listed in skipped.jsonl; the first: record 12 of" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"2 of the 15 samples of .*train.json cannot be used, more than the 10% .*data.skip_limit"):
+        run(recipe(**cfg, **{"data.skip_limit": 0.1}), tmp_path / "other")
