@@ -1,7 +1,8 @@
-"""A checkpoint's own Jinja chat template: where it is found, and prompts by it.
+"""A checkpoint's own Jinja chat template: finds it and writes prompts with it.
 
-transformers renders it, in a process of its own (`template_process`). A template that was written for a language model
-takes a message's content as a text, one for an image processor as a list of parts; the renderer finds out which.
+transformers renders the template in a separate process (`template_process`). A template written for a language model
+takes a message's content as a text, one written for an image processor takes a list of parts; the renderer detects
+which.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ from llavamed_jax.utils.files import read_json
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """A template that writes prompts. It knows no label masks.
+    """A template that writes prompts; it cannot make label masks.
 
     Attributes:
       source: the Jinja text.
-      file: where it was read.
+      file: the file that it was read from.
       tokens: `bos_token`, `eos_token` and the others, which the template may write.
       marker: the text of the token that stands for an image.
     """
@@ -34,11 +35,17 @@ class ChatTemplate:
     marker: str = IMAGE_MARKER
 
     def render(self, chat: Chat) -> str:
-        """The prompt up to where the answer begins.
+        """Writes the prompt up to where the answer begins.
+
+        Args:
+          chat: the messages.
+
+        Returns:
+          The prompt.
 
         Raises:
-          UserError: the template is invalid, fails, refuses the messages, loops, needs too much memory, or writes another
-            number of images than the messages have.
+          UserError: the template is invalid, fails, refuses the messages, loops, needs too much memory, or writes
+            another number of images than the messages have.
         """
         system = [] if chat.system is None else [_message("system", chat.system,
                                                           [{"type": "text", "text": chat.system}])]
@@ -54,14 +61,20 @@ def _message(role: str, text: str, parts: list[dict]) -> dict:
 
 
 def find_chat_template(directory: Path) -> tuple[str, Path] | None:
-    """The Jinja source in `directory` and its file; None where there is no template.
+    """Finds the Jinja template in a directory.
 
-    The order is that of transformers 5.24's processors, the tokenizer's own file last. Of several named templates the one
-    called `default` is taken, as transformers takes it. Where an older transformers takes another file of these, which
-    says something else, a line on stderr names both.
+    The order is that of transformers 5.24's processors, with the tokenizer's own file last. Of several named templates
+    `default` is taken, as in transformers. If an older transformers would take another of these files with other
+    contents, a line on stderr names both files.
+
+    Args:
+      directory: the checkpoint's directory.
+
+    Returns:
+      The Jinja source and its file; None if there is no template.
 
     Raises:
-      UserError: a file that cannot be read, a template that is not a text or is empty, or names without `default`.
+      UserError: a file cannot be read, a template is not a text or is empty, or the names do not include `default`.
     """
     found = [pair for pair in (_in_json(directory / "processor_config.json"),
                                _in_json(directory / "chat_template.json"),
@@ -72,7 +85,7 @@ def find_chat_template(directory: Path) -> tuple[str, Path] | None:
     source, file = found[0]
     if not source.strip():
         raise UserError(f"{file} has an empty chat template; a Jinja text was expected")
-    # A tokenizer's template beside a processor's is the language model's, which every version leaves aside.
+    # A tokenizer's template beside a processor's is the language model's; every version ignores it.
     other = next((other for text, other in found[1:] if text != source and other.name != "tokenizer_config.json"), None)
     if other is not None:
         warn_once(f"{file} and {other} hold different chat templates; {file.name} is taken, as transformers 5.24 does")
@@ -110,7 +123,7 @@ def _default(named: Mapping, where: Path):
 
 
 def read_template(file: Path) -> str:
-    """The text of a `.jinja` file. Raises UserError where it cannot be read."""
+    """Reads the text of a `.jinja` file. Raises UserError if the file cannot be read."""
     try:
         return file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

@@ -1,7 +1,7 @@
 """Prompts of conversations, and the label masks of training text (spec 3.4 to 3.7).
 
-A conversation is a list of turns, texts in alternation beginning with the user's; a last turn of None leaves the assistant's
-place open. `<image>` in a text marks an image. Templates stand in `llavamed_jax.text.templates`.
+A conversation is a list of turns, texts that alternate and begin with the user's; a last turn of None leaves the
+assistant's place open. `<image>` in a text marks an image. The templates are in `llavamed_jax.text.templates`.
 """
 
 from __future__ import annotations
@@ -17,16 +17,24 @@ from llavamed_jax.text.styles import STYLES
 from llavamed_jax.text.templates import Template
 
 IMAGE_MARKER = "<image>"
-# What a template refuses, here and in the chat templates of exported models.
+# The reasons for which a template refuses messages, here and in the chat templates of exported models.
 ONE_MESSAGE = "is for captions: it holds one message"
 FIRST_MESSAGE = "needs a first message of the user that is not empty"
 
 
 def render(template: Template, turns: Sequence[str | None], system: str | None = None) -> str:
-    """The prompt of `turns`; `system` replaces the template's own.
+    """Writes the prompt of a conversation.
+
+    Args:
+      template: the template.
+      turns: the texts; None leaves the assistant's place open.
+      system: replaces the template's own system text.
+
+    Returns:
+      The prompt.
 
     Raises:
-      UserError: no turns, or a template that cannot hold them.
+      UserError: there are no turns, or the template cannot hold them.
     """
     if not turns:
         raise UserError("a prompt of no turns was asked for; at least one was expected")
@@ -58,9 +66,15 @@ def _write(template: Template, turns: Sequence[str | None]) -> str:
 
 
 def image_first(text: str, marker: str = IMAGE_MARKER, count: int = 1) -> str:
-    """Upstream's `preprocess_multimodal`: the image's marker before the text, several in one turn collapsed to `count`.
+    """Moves the image's marker before the text, as upstream's `preprocess_multimodal` does.
 
-    `marker` is what stands for one image; with start and end tokens it is wrapped in them. Text without a marker stays.
+    Args:
+      text: the text of a turn; without a marker it is returned unchanged.
+      marker: the text of one image; if the model has start and end tokens, it includes them.
+      count: the number of markers to write; upstream writes one.
+
+    Returns:
+      The text with its markers in front.
     """
     if IMAGE_MARKER not in text:
         return text
@@ -69,12 +83,20 @@ def image_first(text: str, marker: str = IMAGE_MARKER, count: int = 1) -> str:
 
 
 def training_turns(template: Template, conversation: Sequence[dict]) -> list[tuple[str, str]]:
-    """(speaker, text) of the turns of a LLaVA conversation, human and gpt in alternation; a leading answer is dropped.
+    """Checks a LLaVA conversation and returns its turns; a leading answer is dropped.
 
-    Only the v0 procedure takes speakers as they come, others than human and gpt too, as the original does.
+    Only the v0 procedure accepts any speakers in any order, as the original does.
+
+    Args:
+      template: the template to train with.
+      conversation: objects with `from` (human or gpt) and `value`.
+
+    Returns:
+      (speaker, text) of each turn.
 
     Raises:
-      UserError: what is no list of {from, value}, another speaker, two in a row, or nothing left.
+      UserError: the value is not a list of {from, value}, a speaker is unknown, speakers do not alternate, or no turn
+        is left.
     """
     turns = _read_turns(conversation)
     if template.labels != "v0":
@@ -95,7 +117,7 @@ def training_turns(template: Template, conversation: Sequence[dict]) -> list[tup
 
 
 def _read_turns(conversation: Sequence[dict]) -> list[tuple[str, str]]:
-    """(speaker, text); numbers, which the released files hold, become text."""
+    """Returns (speaker, text) of each turn; numbers, which the released files contain, become text."""
     if not isinstance(conversation, Sequence) or isinstance(conversation, str):
         raise UserError(f"the conversation is {short(conversation)}; a list of {{from, value}} was expected")
     for i, turn in enumerate(conversation):
@@ -109,18 +131,29 @@ def _read_turns(conversation: Sequence[dict]) -> list[tuple[str, str]]:
 def supervise(template: Template, turns: Sequence[tuple[str, str]], encode: Callable[[str], list[int]], *,
               pad_id: int | None, is_legacy: bool = True, max_length: int | None = None,
               image_length: int = 1) -> tuple[list[int], list[int]]:
-    """Ids and labels (not shifted) of a conversation, with the originals' own arithmetic (spec 3.7).
+    """Computes ids and labels (not shifted) of a conversation with the originals' own arithmetic (spec 3.7).
 
-    The originals find answers by encoding parts of the text alone and counting ids, so labels are exactly those that the
-    released models were trained with, defects included: where v1's and llama_2's counts do not add up, nothing of the sample
-    is supervised, which callers count; where v0's do not, spans move (quirk Q11).
+    The originals find answers by encoding parts of the text separately and counting ids, so the labels are exactly
+    those that the released models were trained with, including defects. If the counts of v1 or llama_2 do not add up,
+    no token of the sample is supervised, and callers count such samples; if those of v0 do not add up, the spans are
+    shifted (quirk Q11).
 
     Args:
+      template: the template to train with.
       turns: (speaker, text).
-      encode: text to ids, beginning-of-sequence first, an image one IMAGE_TOKEN.
-      pad_id: what the original pads with; it is unk, so a real unk makes the counts differ.
+      encode: text to ids, beginning-of-sequence first, an image as one IMAGE_TOKEN.
+      pad_id: the id that the original pads with; it is unk, so an unk in the text makes the counts differ.
+      is_legacy: whether the tokenizer splits text behind a special token as at a beginning; if not, v1 corrects its
+        counts.
       max_length: samples of this length or longer are not checked for a mismatch.
-      image_length: how many ids an image is when the original counts: P in v1.0, whose images are P patch tokens, else 1.
+      image_length: the number of ids of an image in the original's counts: P in v1.0, with P patch tokens an image,
+        else 1.
+
+    Returns:
+      Ids and labels; labels are IGNORE where no loss is computed.
+
+    Raises:
+      UserError: the template has no text that ends an answer.
     """
     def measure(ids: Sequence[int]) -> int:
         return sum(image_length if i == IMAGE_TOKEN else 1 for i in ids)
@@ -131,13 +164,13 @@ def supervise(template: Template, turns: Sequence[tuple[str, str]], encode: Call
     text = _training_text(template, turns)
     ids = np.asarray(encode(text))
     lengths = np.where(ids == IMAGE_TOKEN, image_length, 1)
-    is_masked = np.zeros(lengths.sum(), bool)  # by the original's positions
+    is_masked = np.zeros(lengths.sum(), bool)  # indexed by the original's positions
     if template.labels == "plain":
         spans = [slice(len(encode(IMAGE_MARKER)))]
     elif template.labels == "v0":
         spans = _questions_of_v0(template, turns, lambda part: measure(encode(part)))
     else:
-        # Not in llama_2: upstream never gave that procedure the correction for tokenizers that are not legacy.
+        # Not in llama_2: upstream's procedure for it has no correction for tokenizers that are not legacy.
         correction = 1 if template.labels == "v1" and not is_legacy else 0
         *spans, tail = _questions_of_rounds(template, text, lambda part: measure(encode(part)), correction)
         is_mismatch = tail.start != lengths[ids != pad_id].sum()
@@ -157,14 +190,17 @@ def _training_text(template: Template, turns: Sequence[tuple[str, str]]) -> str:
 
 
 def _v0_pieces(template: Template, turns: Sequence[tuple[str, str]]) -> list[str]:
-    """The system text and each turn, in the form that v0 trains with: it is not the template's own (quirk Q14)."""
+    """Returns the system text and each turn as v0 trains with them; the template's own form differs (quirk Q14)."""
     style, roles = STYLES["V0"], dict(zip(("human", "gpt"), template.roles, strict=True))
     said = [style.question.format(user=roles.get(speaker.lower(), "unknown"), text=text) for speaker, text in turns]
     return [style.head.format(system=template.system), *said]
 
 
 def _questions_of_v0(template: Template, turns, measure: Callable[[str], int]) -> Iterator[slice]:
-    """System text and questions. The "###" before a question stays: it is what ends the answer before."""
+    """Yields the spans of the system text and the questions.
+
+    The "###" before a question is supervised: it ends the answer.
+    """
     header, *pieces = _v0_pieces(template, turns)
     cursor = measure(header)
     yield slice(cursor)
@@ -177,7 +213,7 @@ def _questions_of_v0(template: Template, turns, measure: Callable[[str], int]) -
 
 def _questions_of_rounds(template: Template, text: str, measure: Callable[[str], int],
                          correction: int) -> Iterator[slice]:
-    """The beginning-of-sequence id, each round up to its answer, and last what is after the rounds."""
+    """Yields the spans of the beginning-of-sequence id, each round up to its answer, and the text after the rounds."""
     before_answer = template.form.before_answer.format(**template.words)
     cursor = 1
     yield slice(cursor)

@@ -1,4 +1,4 @@
-"""OpenAI chat messages, or one question, to turns and images."""
+"""Converts OpenAI chat messages, or one question, to turns and images."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from llavamed_jax.text.conversation import IMAGE_MARKER
 
 @dataclass(frozen=True)
 class Chat:
-    """Messages taken apart.
+    """Messages split into turns and images.
 
     Attributes:
       system: the system's text or None.
-      turns: texts in alternation from the user's, an image as its marker: what the built-in templates take.
+      turns: alternating texts, the user's first, with each image as its marker; for the built-in templates.
       images: in order.
-      parts: of each turn, `{"type": "text", "text": …}` and `{"type": "image"}` in the order that the message gave them:
-        what a checkpoint's own chat template takes.
+      parts: for each turn, `{"type": "text", "text": …}` and `{"type": "image"}` in the message's order; for a
+        checkpoint's own chat template.
     """
 
     system: str | None
@@ -28,18 +28,26 @@ class Chat:
 
 
 def read_messages(messages: Sequence[dict], marker: str = IMAGE_MARKER, is_image_last: bool = False) -> Chat:
-    """Takes OpenAI chat messages apart.
+    """Splits OpenAI chat messages into turns and images.
 
-    In `turns` a message's images go before its text, each as `marker` and a new line, as LLaVA was trained, or behind it, as
-    LLaVA-Med v1.0 was; a text that places as many `<image>` itself is left alone. Messages that carry no images at all may
-    hold markers for images given elsewhere.
+    In `turns` a message's images stand before its text, each as `marker` and a new line, as LLaVA was trained, or
+    behind the text, as LLaVA-Med v1.0 was trained. A text that contains as many `<image>` as the message has images is
+    unchanged. If no message carries an image, the texts may contain markers of images that are given elsewhere.
+
+    Args:
+      messages: objects with `role` and `content`.
+      marker: the text of one image.
+      is_image_last: whether images stand behind the text.
+
+    Returns:
+      The turns and images.
 
     Raises:
-      UserError: roles out of order, an unknown role or part, or a count of images that does not fit the markers.
+      UserError: roles are out of order, a role or part is unknown, or the number of images does not fit the markers.
     """
     system, turns, images, parts = None, [], [], []
-    if not isinstance(messages, Sequence) or isinstance(messages,
-                                                        str) or not all(isinstance(m, dict) for m in messages):
+    if (not isinstance(messages, Sequence) or isinstance(messages, str)
+            or not all(isinstance(m, dict) for m in messages)):
         raise UserError("messages must be a list of objects with role and content")
     for i, message in enumerate(messages):
         role, content = message.get("role"), message.get("content")
@@ -66,20 +74,29 @@ def read_messages(messages: Sequence[dict], marker: str = IMAGE_MARKER, is_image
 
 
 def question(text: str, images: Sequence = (), marker: str = IMAGE_MARKER, is_image_last: bool = False) -> Chat:
-    """One question about images, equal to `read_messages` of a user's message with these images before this text.
+    """Makes the turn of one question, equal to `read_messages` of one message with these images before this text.
+
+    Args:
+      text: the question.
+      images: the images.
+      marker: the text of one image.
+      is_image_last: whether images stand behind the text.
+
+    Returns:
+      One turn with its images.
 
     Raises:
-      UserError: a count of images that does not fit the markers in the text.
+      UserError: the number of images does not fit the markers in the text.
     """
     turn = _with_images(text, len(images), marker, is_image_last, "the question")
     has_markers = IMAGE_MARKER in text
-    parts = _split_at_markers(text) if has_markers else [*({"type": "image"} for _ in images),
-                                                         {"type": "text", "text": text}]
+    parts = (_split_at_markers(text) if has_markers
+             else [*({"type": "image"} for _ in images), {"type": "text", "text": text}])
     return Chat(None, [turn], list(images), [parts])
 
 
 def _with_images(text: str, num_images: int, marker: str, is_image_last: bool, where: str) -> str:
-    """A turn with its images' markers, before or behind the text, unless the text places as many markers itself."""
+    """Adds the images' markers before or behind a text, unless the text contains as many markers itself."""
     markers = text.count(IMAGE_MARKER)
     if num_images and markers not in (0, num_images):
         raise UserError(f"{where} has {num_images} images for {markers} {IMAGE_MARKER} markers")
@@ -90,7 +107,7 @@ def _with_images(text: str, num_images: int, marker: str, is_image_last: bool, w
 
 
 def _read_content(content, index: int) -> tuple[str, list, list[dict]]:
-    """The text of a message, its images, and both in order."""
+    """Returns the text of a message, its images, and both as parts in order."""
     if isinstance(content, str):
         return content, [], [{"type": "text", "text": content}]
     if not isinstance(content, (list, tuple)):
@@ -114,12 +131,12 @@ def _read_content(content, index: int) -> tuple[str, list, list[dict]]:
 
 
 def _url(image_url):
-    """OpenAI's `{"url": …}`; older clients send the URL itself."""
+    """Returns the URL of OpenAI's `{"url": …}`; older clients send the URL itself."""
     return image_url.get("url") if isinstance(image_url, dict) else image_url
 
 
 def _split_at_markers(text: str) -> list[dict]:
-    """A text that places its images itself, as parts. The new line between a marker and the text belongs to the marker."""
+    """Splits a text with markers into parts. A new line between a marker and the text belongs to the marker."""
     first, *rest = text.split(IMAGE_MARKER)
     parts = [{"type": "text", "text": first.removesuffix("\n")}] if first else []
     for i, piece in enumerate(rest):

@@ -1,8 +1,9 @@
-"""What a checkpoint's tokenizer files say of special and added tokens, as transformers reads them.
+"""Reads special and added tokens from a checkpoint's tokenizer files, as transformers reads them.
 
-A token may stand in several files. `tokenizer_config.json` gives tokens their roles; where it has no `added_tokens_decoder`
-(no transformers before 4.34 wrote one), `special_tokens_map.json` goes before it, in transformers 4.28, 4.36 and 5.24
-alike. Added tokens come from `added_tokens_decoder` and `added_tokens.json`, and those of `tokenizer.json` from that file.
+A token may occur in several files. `tokenizer_config.json` gives tokens their roles; if it has no
+`added_tokens_decoder` (which transformers before 4.34 did not write), `special_tokens_map.json` takes precedence, in
+transformers 4.28, 4.36 and 5.24 alike. Added tokens come from `added_tokens_decoder` and `added_tokens.json`; those of
+`tokenizer.json` come from that file.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ from llavamed_jax.errors import UserError, short
 from llavamed_jax.utils.files import read_json
 
 FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-# In the order in which transformers gives ids to those that the vocabulary lacks.
+# In the order in which transformers assigns ids to those that are missing in the vocabulary.
 ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _LISTS = ("additional_special_tokens", "extra_special_tokens")  # the second is transformers 5's name
 _FLAGS = {"special": "is_special", "lstrip": "strips_left", "rstrip": "strips_right", "single_word": "is_single_word",
           "normalized": "is_normalized"}
-_LARGEST_ID = 2**20 - 1  # four times the largest vocabulary that is known; a table follows from it
+_LARGEST_ID = 2**20 - 1  # four times the largest known vocabulary; the embedding table grows with it
 _ADDED = "the added tokens"
 
 
@@ -29,12 +30,15 @@ class Token(NamedTuple):
     """A token that is cut out of a text before the rest is split into pieces.
 
     Attributes:
-      id: None where a file names the token and the vocabulary knows its id.
-      is_special: left out of decoded text.
-      strips_left, strips_right: whether white space before and behind it is dropped.
-      is_single_word: cut out only where blanks or the text's ends are on both sides.
-      is_normalized: looked for after normalization.
-      is_bare: a file names it by a string that transformers 4.28 leaves one. Beside such it drops white space.
+      text: the token as it is written in texts.
+      id: None if the file does not give one; the vocabulary then has it.
+      is_special: whether decoded text leaves the token out.
+      strips_left: whether white space before the token is dropped.
+      strips_right: whether white space behind the token is dropped.
+      is_single_word: whether the token is cut out only between blanks or the ends of the text.
+      is_normalized: whether the token is searched for after normalization.
+      is_bare: whether a file names the token by a string that transformers 4.28 does not convert to an object; it drops
+        white space beside such tokens.
     """
 
     text: str
@@ -49,10 +53,10 @@ class Token(NamedTuple):
 
 @dataclass(frozen=True)
 class SpecialTokens:
-    """What the files say, checked.
+    """The checked contents of the files.
 
     Attributes:
-      roles: of those of `ROLES` that a file names, the token. null and "" name no token.
+      roles: the token of each role in `ROLES` that a file names; null and "" name no token.
       others: special tokens without a role.
       added: tokens with ids of their own, by id.
       settings: the whole of `tokenizer_config.json`.
@@ -65,13 +69,18 @@ class SpecialTokens:
 
     @property
     def is_legacy(self) -> bool:
-        """Whether each text between special tokens is split as a beginning. Missing and null mean so, as in transformers 4."""
+        """Whether each text between special tokens is split as at a beginning.
+
+        True if missing or null, as in transformers 4.
+        """
         return self.settings.get("legacy") is not False
 
     @property
     def has_bos(self) -> bool:
-        """Whether a text begins with the beginning-of-sequence token where `tokenizer.model` is read. Missing means so and null
-        does not, as in transformers 4."""
+        """Whether a text begins with the beginning-of-sequence token when `tokenizer.model` is read.
+
+        True if the setting is missing, False if it is null, as in transformers 4.
+        """
         return self.settings.get("add_bos_token", True) is True
 
     @property
@@ -82,10 +91,16 @@ class SpecialTokens:
 
 
 def read_special_tokens(files: Mapping[str, Path]) -> SpecialTokens:
-    """From a checkpoint's files by their names; each of `FILES` may be missing.
+    """Reads a checkpoint's files.
+
+    Args:
+      files: paths by the names in `FILES`; each may be missing.
+
+    Returns:
+      The tokens and settings.
 
     Raises:
-      UserError: a file that is not a JSON object, a value of another type than transformers writes, or an id twice.
+      UserError: a file is not a JSON object, a value has another type than transformers writes, or an id occurs twice.
     """
     config, own_map, added = (read_json(files[name]) if name in files else {} for name in FILES)
     for key in ("legacy", "add_bos_token", "add_eos_token"):
@@ -95,16 +110,16 @@ def read_special_tokens(files: Mapping[str, Path]) -> SpecialTokens:
     roles, others = {}, {}
     for name, content in (("tokenizer_config.json", config),
                           ("special_tokens_map.json", own_map if decoder is None else {})):
-        # Of strings in tokenizer_config.json, LLaMA's class makes objects of the first three roles and the padding's.
+        # LLaMA's class converts strings of tokenizer_config.json to objects for the first three roles and the padding.
         made = (*ROLES[:3], "pad_token") if name == "tokenizer_config.json" else ()
         roles |= {role: token._replace(is_bare=token.is_bare and role not in made)
-                  for role, token in _roles(files.get(name), content)}  # the later file's goes before the earlier one's
+                  for role, token in _roles(files.get(name), content)}  # the later file takes precedence
         others |= {token.text: token for token in _lists(files.get(name), content)}
     tokens = {token.text: token for token in _from_added_tokens(files.get("added_tokens.json"), added)}
     tokens |= {token.text: token for token in _from_decoder(files.get("tokenizer_config.json"), decoder)}
-    # An object in a list says how its token is cut out; a string and a role leave that to the list of added tokens.
-    tokens |= {text: token._replace(id=tokens[text].id) for text, token in others.items() if text in tokens
-               and not token.is_bare}
+    # An object in a list has flags of its own; for a string or a role, those of the list of added tokens apply.
+    tokens |= {text: token._replace(id=tokens[text].id) for text, token in others.items()
+               if text in tokens and not token.is_bare}
     special = {*others, *(token.text for token in roles.values())}
     tokens = [token._replace(is_special=token.is_special or token.text in special) for token in tokens.values()]
     _check_ids(tokens, files)
@@ -121,7 +136,7 @@ def _roles(file: Path | None, content: Mapping[str, Any]) -> Iterator[tuple[str,
 def _lists(file: Path | None, content: Mapping[str, Any]) -> Iterator[Token]:
     for key in _LISTS:
         value = content.get(key)
-        if isinstance(value, dict):  # transformers 5 may give each a name
+        if isinstance(value, dict):  # transformers 5 may name each token
             value = list(value.values())
         if not isinstance(value, list | None):
             raise _wrong(file, key, value, "a list of tokens")
@@ -132,7 +147,7 @@ def _lists(file: Path | None, content: Mapping[str, Any]) -> Iterator[Token]:
 
 
 def _token(file: Path | None, key: str, value: Any) -> Token | None:
-    """A token that transformers writes as a text or as an object; None for null and an empty text."""
+    """Reads a token that transformers writes as a text or as an object; returns None for null and an empty text."""
     if value is None or value == "":
         return None
     content = value if isinstance(value, dict) else {"content": value}

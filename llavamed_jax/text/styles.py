@@ -1,7 +1,8 @@
-"""The prompt format, written once: the table that prompts, training text and exported chat templates are made from.
+"""The prompt format, written once: prompts, training text and exported chat templates are made from this table.
 
-A style says in pieces how turns become text. `text.conversation` fills the pieces in; `checkpoints.export.chat_template` writes
-them as Jinja. A template (`text.templates`) is a style with roles, separators and a system text.
+A style describes in pieces how turns become text. `text.conversation` fills the pieces in;
+`checkpoints.export.chat_template` writes them as Jinja. A template (`text.templates`) is a style with roles, separators
+and a system text.
 """
 
 from __future__ import annotations
@@ -11,22 +12,25 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Style:
-    """How turns become one string.
+    """Describes how turns become one string.
 
-    A piece is a format string. `{text}` is the turn's text, `{system}` the system's, `{user}` and `{assistant}` are the names of
-    the roles, `{sep}` ends a question and `{end}` an answer.
+    A piece is a format string. `{text}` is the turn's text, `{system}` the system text, `{user}` and `{assistant}` the
+    names of the roles; `{sep}` ends a question and `{end}` an answer.
 
     Attributes:
-      labels: which of the originals' procedures finds the supervised tokens (spec 3.7): v0, v1, llama_2 or plain.
-      head: what stands before the turns.
-      question, answer: a turn.
-      empty_question, empty_answer: a turn without text. The second also opens the assistant's place.
-      first, first_with_system: the first question, where it differs; the second where there is a system text.
-      before_answer: what v1 and llama_2 split a round at to find its answer.
-      is_single: whether the prompt holds one message alone.
+      labels: the original procedure that finds the supervised tokens (spec 3.7): v0, v1, llama_2 or plain.
+      head: the text before the turns.
+      question: a turn of the user.
+      answer: a turn of the assistant.
+      empty_question: a turn of the user without text.
+      empty_answer: a turn of the assistant without text; it also opens the place of the answer to generate.
+      first: the first question, if it differs from `question`.
+      first_with_system: the first question, if there is a system text and the piece differs.
+      before_answer: the text at which v1 and llama_2 split a round to find its answer.
+      is_single: whether the prompt holds only one message.
       needs_first: whether the first message must have a text.
-      writes_empty: whether a turn whose text is empty is written as any other.
-      is_for_training_only: whether the originals train with it and never ask with it.
+      writes_empty: whether a turn with an empty text is written as any other.
+      is_for_training_only: whether the originals train with the style and never generate with it.
       stops_at_sep: whether `{sep}` ends an answer, so that generation stops there.
     """
 
@@ -46,7 +50,7 @@ class Style:
     stops_at_sep: bool = False
 
     def first_question(self, has_system: bool) -> str:
-        """The piece of the first question."""
+        """Returns the piece of the first question."""
         with_system = self.first_with_system if has_system else None
         return next(piece for piece in (with_system, self.first, self.question) if piece is not None)
 
@@ -65,7 +69,7 @@ STYLES = {
     ),
     "PLAIN": Style("plain", head="{system}", question="{text}{sep}", answer="", is_single=True,
                    is_for_training_only=True),
-    # v1.0's training text is not the text that its own template asks with (quirk Q14).
+    # v1.0's training text differs from the prompts of its own template (quirk Q14).
     "V0": Style(
         "v0", head="{system}\n\n", question="### {user}: {text}\n", answer="### {assistant}: {text}\n",
         empty_question="### {user}:", empty_answer="### {assistant}:", writes_empty=True, is_for_training_only=True,

@@ -1,9 +1,9 @@
-"""The process that renders chat templates: `template_process` runs this file as a script, and nothing imports it.
+"""The process that renders chat templates. `template_process` runs this file as a script; no module imports it.
 
-transformers' `render_jinja_template` renders: sandboxed, with generation tags, loop controls, `tojson`, `strftime_now` and
-`raise_exception`. Tried with transformers 5.0.0, 5.8.0, 5.16.0 and 5.24.0. Its private `_compile_jinja_template` gives the
-syntax tree by which vLLM tells templates that take a message's content as a text from those that take a list of parts; in a
-version without it, the ways are tried in turn.
+transformers' `render_jinja_template` renders: sandboxed, with generation tags, loop controls, `tojson`, `strftime_now`
+and `raise_exception`. Tried with transformers 5.0.0, 5.8.0, 5.16.0 and 5.24.0. Its private `_compile_jinja_template`
+gives the syntax tree by which vLLM distinguishes templates that take a message's content as a text from those that take
+a list of parts; in a version without it, the ways are tried in turn.
 """
 
 from __future__ import annotations
@@ -17,14 +17,19 @@ import sys
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
 
-_MEMORY = 1 << 30  # bytes that a template may take beyond what the imports did
+_MEMORY = 1 << 30  # bytes that a template may take beyond the memory of the imports
 _LONGEST = 1 << 24  # characters of a prompt
-# Who gets parts, by the role of a message; everybody else gets a text.
+# The roles whose messages are given as parts; messages of other roles are given as texts.
 _PARTS, _TEXT, _USERS_PARTS = ("system", "user", "assistant"), (), ("user",)
 
 
 def main(descriptor: str, seconds: str) -> None:
-    """Answers requests until the process that started this one is gone."""
+    """Answers requests until the parent process has exited.
+
+    Args:
+      descriptor: the file descriptor of the connection to the parent.
+      seconds: processor time that one request may take.
+    """
     parent, connection = os.getppid(), Connection(int(descriptor))
     os.environ["TRANSFORMERS_VERBOSITY"] = "error"
     try:
@@ -51,7 +56,7 @@ def _send(connection: Connection, reply: dict) -> None:
 
 
 def _limit(what: int, value: int) -> None:
-    """Sets a soft limit, where the system has it."""
+    """Sets a soft limit, if the system supports it."""
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(what, (value, resource.getrlimit(what)[1]))
 
@@ -62,16 +67,17 @@ def _virtual_memory() -> int:
 
 
 def render(machinery, source: str, messages: list[dict], tokens: dict[str, str], marker: str) -> dict:
-    """One prompt.
+    """Renders one prompt.
 
     Args:
       machinery: the module `transformers.utils.chat_template_utils`.
       source: the template.
-      messages: role, `text` and `parts` of each, of which the template is given one as `content`.
-      tokens: `bos_token` and the like.
-      marker: what stands for an image in texts, and what the template must write for each.
+      messages: `role`, `text` and `parts` of each; the template gets `text` or `parts` as `content`.
+      tokens: `bos_token` and the others.
+      marker: the text of an image, which the template must write once for each image.
+
     Returns:
-      {"text": …}, or {"verb": …, "error": …}: what the template does that is wrong.
+      {"text": …}, or {"verb": …, "error": …}, which say what is wrong with the template.
     """
     images = sum(m["text"].count(marker) for m in messages)
     asked = [part["text"].strip() for part in messages[-1]["parts"] if part["type"] == "text"]
@@ -91,21 +97,22 @@ def render(machinery, source: str, messages: list[dict], tokens: dict[str, str],
                     "error": f"it writes {len(text)} characters; at most {_LONGEST} were expected"}
         if text.count(marker) != images:
             errors.append(_Images(f"it writes {text.count(marker)} {marker} for {images} images"))
-        elif all(piece in text for piece in asked) and "{'type': '" not in text:  # Python's words for a list where a text was meant
+        # "{'type': '" is the repr of a list of parts, which a template that takes texts writes.
+        elif all(piece in text for piece in asked) and "{'type': '" not in text:
             return {"text": text}
         else:
             drafts.append(text)
-    if drafts:  # it changes what is said, in upper case say
+    if drafts:  # the template changes the text, for example to upper case
         return {"text": drafts[0]}
     return _said(errors)
 
 
 class _Images(Exception):
-    """A template that leaves images out, or writes them twice."""
+    """A template leaves images out, or writes them twice."""
 
 
 def _said(errors: list[Exception]) -> dict:
-    """The reply to errors, one a way: the template's own words rather than those of a failure."""
+    """Returns the reply to one error for each way: the template's own refusal if there is one, else the first error."""
     from jinja2.exceptions import TemplateError
     refusal = next((error for error in errors if type(error) is TemplateError), None)
     if refusal is not None:
@@ -118,7 +125,7 @@ def _said(errors: list[Exception]) -> dict:
 
 
 def _ways(machinery, source: str) -> Iterator[tuple[str, ...]]:
-    """The roles whose content is given as parts: as the template seems to take it first, then the others."""
+    """Yields the roles whose content is given as parts: what the template seems to expect first, then the others."""
     likely = _PARTS if _loops_over_content(machinery, source) else _TEXT
     yield likely
     yield from (way for way in (_PARTS, _USERS_PARTS, _TEXT) if way != likely)
@@ -126,12 +133,15 @@ def _ways(machinery, source: str) -> Iterator[tuple[str, ...]]:
 
 @functools.cache
 def _loops_over_content(machinery, source: str) -> bool:
-    """Whether a template's syntax tree takes a message's content for a list, after vLLM's `_detect_content_format`. One that asks
-    whether something is a text takes both, by a macro perhaps, and transformers' processors give lists."""
+    """Returns whether a template uses a message's content as a list, after vLLM's `_detect_content_format`.
+
+    The syntax tree decides. A template that tests whether a value is a string takes both, perhaps in a macro; it is
+    given lists, as by transformers' processors.
+    """
     from jinja2 import nodes
     try:
         tree = machinery._compile_jinja_template(source).environment.parse(source)
-    except Exception:  # invalid, which rendering says better; or a version without this function
+    except Exception:  # an invalid template, which rendering reports better, or a version without this function
         return True
     names = {"content"}
 
@@ -144,8 +154,8 @@ def _loops_over_content(machinery, source: str) -> bool:
             return node.attr == "content"
         if isinstance(node, nodes.Getitem):
             return isinstance(node.arg, nodes.Const) and node.arg.value == "content"
-        if isinstance(node, nodes.Call) and isinstance(node.node,
-                                                       nodes.Getattr) and node.node.attr == "get" and node.args:
+        if (isinstance(node, nodes.Call) and isinstance(node.node, nodes.Getattr) and node.node.attr == "get"
+                and node.args):
             return isinstance(node.args[0], nodes.Const) and node.args[0].value == "content"
         return False
 

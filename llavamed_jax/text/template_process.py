@@ -1,8 +1,8 @@
-"""Renders chat templates in a process of its own, with bounds on time, memory and output.
+"""Renders chat templates in a separate process, with limits on time, memory and output.
 
-A template is somebody else's program: it may loop for ever, ask for any amount of memory or compute 9**9**9, and some of
-that cannot be interrupted from inside Python. The process starts with the first template, which takes about a second, and
-then takes a fraction of a millisecond a prompt. It ends with the process that started it, whichever way that ends.
+A template is foreign code: it may loop forever, request any amount of memory or compute 9**9**9, and some of that
+cannot be interrupted from inside Python. The process starts with the first template, which takes about a second; a
+prompt then takes a fraction of a millisecond. The process exits when its parent exits for any reason.
 """
 
 from __future__ import annotations
@@ -21,28 +21,32 @@ from pathlib import Path
 from llavamed_jax.errors import UserError, cut
 from llavamed_jax.utils import streams
 
-CPU_SECONDS = 3  # a prompt; processor time, so that a busy machine refuses nothing
-_WALL_SECONDS = 120  # for what takes no processor time, and for the start
+CPU_SECONDS = 3  # for one prompt; processor time, so that a busy machine refuses no template
+_WALL_SECONDS = 120  # for waits without processor time, and for the start
 _CHILD = Path(__file__).with_name("template_child.py")
-_LONGEST = 300  # characters of a template's or a library's words in an error
+_LONGEST = 300  # characters of a template's or a library's message in an error
 
 
 def render(request: dict, name: str) -> str:
-    """The text of one prompt.
+    """Renders one prompt.
 
     Args:
-      request: what `template_child.render` takes.
-      name: what an error calls the template.
+      request: the arguments of `template_child.render`.
+      name: the template's name in errors.
+
+    Returns:
+      The prompt.
+
     Raises:
-      UserError: whatever goes wrong.
+      UserError: the template cannot be rendered for any reason.
     """
     key = (request["source"], name)
     with _lock:
-        if key in _hopeless:  # it would take as long again with every prompt
+        if key in _hopeless:  # every further prompt would take as long again
             raise UserError(_hopeless[key])
         try:
             reply = _running().ask(request)
-        except BaseException:  # a signal, say: what comes next would be the answer to this
+        except BaseException:  # for example a signal: the next reply would belong to this request
             _stop()
             raise
         if "died" in reply:
@@ -55,7 +59,7 @@ def render(request: dict, name: str) -> str:
 
 
 def _one_line(text: str) -> str:
-    """Printable words of a template's or a library's, as the end of a sentence."""
+    """Makes one line of printable characters from a message, for the end of a sentence."""
     words = " ".join("".join(c if c.isprintable() else " " for c in text).split())
     return cut(words, _LONGEST).rstrip(".")
 
@@ -70,7 +74,7 @@ class _Process:
                 [sys.executable, "-P", "-X", "utf8", str(_CHILD), str(theirs.fileno()), str(CPU_SECONDS)],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                start_new_session=True)  # a Ctrl-C at the terminal is not for it
+                start_new_session=True)  # Ctrl-C at the terminal does not reach it
         started = self._receive()
         if "error" in started:
             raise UserError("chat templates are rendered by transformers and jinja2, which cannot be imported: "
@@ -108,8 +112,9 @@ class _Process:
 
 
 _lock = threading.Lock()
-_process: tuple[int, _Process] | None = None  # beside the id of the process that started it, with which a fork shares nothing
-_hopeless: dict[tuple[str, str], str] = {}  # templates that ended their process, and the sentence about each
+# With the id of the process that started it: a fork does not use it.
+_process: tuple[int, _Process] | None = None
+_hopeless: dict[tuple[str, str], str] = {}  # templates that ended their process, with the error of each
 
 
 def _running() -> _Process:

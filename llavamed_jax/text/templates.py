@@ -1,9 +1,9 @@
-"""Prompt templates as data (spec 3.4): the one table that prompts, training text and exported chat templates follow.
+"""Prompt templates as data (spec 3.4): prompts, training text and exported chat templates are made from this table.
 
-A template is a row of `TEMPLATES`, named `ORIGIN:NAME`: `v1.0` for the code of LLaVA-Med v1.0, `v1.5` for v1.5's, `up` for
-upstream LLaVA's. The same name may stand for other text in another origin. Left out are templates whose text is a long
-example or a safety prompt of another project's (v1.0's inference template `v1`, `default`, `llama_2`) and those that no
-LLaVA-Med uses (`mpt`, the `mmtag` and `direct` ones).
+A template is a row of `TEMPLATES`, named `ORIGIN:NAME`: `v1.0` for the code of LLaVA-Med v1.0, `v1.5` for v1.5's, `up`
+for upstream LLaVA's. The same name may stand for different texts in different origins. Templates with a long example or
+another project's safety prompt (v1.0's inference template `v1`, `default`, `llama_2`) and those that no LLaVA-Med uses
+(`mpt`, the `mmtag` and `direct` ones) are left out.
 """
 
 from __future__ import annotations
@@ -18,16 +18,21 @@ V1 = "v1.0"  # the origin whose text and tokens follow rules of their own (spec 
 
 @dataclass(frozen=True)
 class Template:
-    """How turns become one string; fields as in the originals' `Conversation`.
+    """Describes how turns become one string; fields as in the originals' `Conversation`.
 
     Attributes:
+      name: `ORIGIN:NAME`.
       style: a name of `text.styles.STYLES`: SINGLE, V0, TWO, LLAMA_2 or PLAIN.
-      sep, sep2: what ends a user's turn and an answer; without `sep2`, `sep` ends both.
-      examples: turns that every prompt begins with and no training text has.
-      is_stripped: messages and result are stripped, and an answer ends in a blank too, as v1.5's TWO does (quirk Q5).
-      procedure: what finds the supervised tokens, where it is not the style's own.
-      after_question: what the original's evaluation appends to a question before it asks. `render`, which is the originals'
-        `get_prompt`, takes texts as they come.
+      system: the default system text.
+      roles: the names of user and assistant.
+      sep: the text that ends a user's turn; without `sep2` also an answer.
+      sep2: the text that ends an answer.
+      examples: turns that every prompt begins with; training text does not have them.
+      is_stripped: whether messages and result are stripped, and an answer ends in a blank too, as in v1.5's TWO (quirk
+        Q5).
+      procedure: the procedure that finds the supervised tokens, if it is not the style's own.
+      after_question: the text that the original's evaluation appends to a question. `render`, the originals'
+        `get_prompt`, does not append it.
     """
 
     name: str
@@ -48,7 +53,7 @@ class Template:
 
     @property
     def form(self) -> Style:
-        """The style's pieces. Raises UserError for a style that does not exist."""
+        """The style's pieces. Raises UserError if the style does not exist."""
         if self.style not in STYLES:
             raise UserError(f"the template {self.name} has the style {self.style!r}; one of {', '.join(STYLES)} was "
                             "expected")
@@ -56,13 +61,13 @@ class Template:
 
     @property
     def words(self) -> dict[str, str]:
-        """What the pieces of a style are filled with, but for a turn's text."""
+        """The values for the pieces of a style, except a turn's text."""
         end = (self.sep2 or self.sep) + " " * self.is_stripped
         return dict(system=self.system, user=self.roles[0], assistant=self.roles[1], sep=self.sep, end=end)
 
     @property
     def labels(self) -> str:
-        """Which of the originals' procedures finds the supervised tokens: v0, v1, llama_2 or plain (spec 3.7)."""
+        """The original procedure that finds the supervised tokens: v0, v1, llama_2 or plain (spec 3.7)."""
         return self.procedure or self.form.labels
 
     @property
@@ -72,12 +77,15 @@ class Template:
 
     @property
     def is_for_training_only(self) -> bool:
-        """Whether the originals train with it and never ask with it: such a model is asked with its default template."""
+        """Whether the originals train with this template and never generate with it.
+
+        Such a model generates with its default template.
+        """
         return self.form.is_for_training_only
 
     @property
     def stop(self) -> tuple[str, ...]:
-        """Texts that end an answer beside the end-of-sequence id, which these models learnt to write in its place."""
+        """Texts that end an answer besides the end-of-sequence id: these models learnt to write `sep` in its place."""
         return (self.sep,) if self.form.stops_at_sep else ()
 
 
@@ -87,12 +95,13 @@ def _polite(person: str) -> str:
 
 
 def _med(*sentences: str) -> str:
-    """The system texts of v1.0: no blank stands between their sentences, and the models were trained so."""
+    """Returns a system text of v1.0: there is no blank between its sentences, and the models were trained so."""
     return ("You are LLaVA-Med, a large language and vision assistant trained by a group of researchers at Microsoft, "
             "based on the general domain LLaVA architecture.") + "".join(sentences)
 
 
-_SEES = "You are able to understand the visual content that the user provides, and assist the user with a variety of medical and "
+_SEES = ("You are able to understand the visual content that the user provides, and assist the user with a variety of "
+         "medical and ")
 _WITH = " tasks using natural language."
 _EXPLAIN = "Follow the instructions carefully and explain your answers in detail."
 _S_H, _S_U = _polite("human"), _polite("user")
@@ -106,7 +115,7 @@ _HUMAN, _USER, _NONE = ("Human", "Assistant"), ("USER", "ASSISTANT"), ("", "")
 _RESPONSE = "\n\n### Response:"
 _GREETING = "Hi there!  How can I help you today?\n"
 
-_ROWS = [  # names, style, system, roles, sep, sep2, what else
+_ROWS = [  # name, style, system, roles, sep, sep2, and the fields behind them
     ("v1.5:vicuna_v1", "TWO", _S_U, _USER, " ", "</s>", (), True),
     ("up:vicuna_v1", "TWO", _S_U, _USER, " ", "</s>"),
     ("v1.5:llava_v1", "TWO", _S_H, _USER, " ", "</s>", (), True),
@@ -123,17 +132,27 @@ _ROWS = [  # names, style, system, roles, sep, sep2, what else
     ("v1.0:multimodal", "SINGLE", _S_MED_B, _HUMAN, "###", None, ("Hi!", _GREETING)),
     ("v1.0:vicuna_v1_1", "TWO", _S_U, _USER, " ", "</s>"),
     ("v1.0:llava_v1", "TWO", _S_MED_C, _USER, " ", "</s>"),
-    # Its version is none that v1.0's training knows, so what it would train with is the v0 procedure.
+    # v1.0's training does not know this template's version, so it would train with the v0 procedure.
     ("v1.0:bair_v1", "TWO", "BEGINNING OF CONVERSATION:", ("USER", "GPT"), " ", "</s>", (), False, "v0"),
 ]
 TEMPLATES = {row[0]: Template(*row) for row in _ROWS}
-# Names of the originals' for a template that has another here. v1.0 trains `--version v1` with vicuna_v1_1.
+# The originals' names for templates with another name here. v1.0 trains `--version v1` with vicuna_v1_1.
 _ALIASES = {"v1.0:v1": "v1.0:vicuna_v1_1", **{f"{origin}:{alias}": f"{origin}:{name}" for origin in ("v1.5", "up")
                                               for alias, name in (("v1", "vicuna_v1"), ("v0_plain", "plain"))}}
 
 
 def get_template(name: str) -> Template:
-    """The template `ORIGIN:NAME`; a bare name means v1.5's, else upstream's. Raises UserError with the names there are."""
+    """Returns a template by its name.
+
+    Args:
+      name: `ORIGIN:NAME`; a bare name is v1.5's, or upstream's if v1.5 has no such template.
+
+    Returns:
+      The template.
+
+    Raises:
+      UserError: the name does not exist; the error lists the names that do.
+    """
     for full in () if not isinstance(name, str) else (name,) if ":" in name else (f"v1.5:{name}", f"up:{name}"):
         full = _ALIASES.get(full, full)
         if full in TEMPLATES:
@@ -142,11 +161,15 @@ def get_template(name: str) -> Template:
 
 
 def default_template(source: str, architecture: str, is_evaluation: bool = False) -> str:
-    """The name for a checkpoint that names none (docs/interface.md).
+    """Returns the template's name for a checkpoint that does not name one (docs/interface.md).
 
     Args:
-      source, architecture: `LlavaConfig.source` and the decoder's; a bare tokenizer counts as the released model's.
-      is_evaluation: v1.0 asks its test questions with another template than a person's.
+      source: `LlavaConfig.source`; a bare tokenizer counts as the released model's.
+      architecture: the decoder's architecture.
+      is_evaluation: whether test questions are asked, for which v1.0 has another template than for chat.
+
+    Returns:
+      `ORIGIN:NAME`.
     """
     if source == "llava":
         return "v1.0:simple" if is_evaluation else "v1.0:multimodal"

@@ -1,15 +1,16 @@
-"""Text to ids and back, as the transformers did it that a checkpoint was trained with.
+"""Converts text to ids and back, as the version of transformers did that a checkpoint was trained with.
 
-With `tokenizer.model`, ids come from SentencePiece itself, as the slow `LlamaTokenizer` of the originals' transformers gave
-them: what transformers 5 builds from the same file splits differently around special tokens. What the slow class added to
-SentencePiece is little and stands here: special tokens are cut out of the text first, and each piece of text in between
-gets its own dummy prefix `▁` (`legacy`, the default) or, with `"legacy": false` in `tokenizer_config.json` (Vicuna 1.5),
-only the first one does. The class of LLaVA-Med v1.0's days knew the first way only, and took away the white space beside
-added tokens (`Tokenizer.as_v1`).
+With `tokenizer.model`, ids come from SentencePiece itself, as from the slow `LlamaTokenizer` of the originals'
+transformers: the tokenizer that transformers 5 builds from the same file splits text differently around special tokens.
+The slow class adds little to SentencePiece: special tokens are cut out of the text first, and each piece of text in
+between gets its own dummy prefix `▁` (`legacy`, the default); with `"legacy": false` in `tokenizer_config.json` (Vicuna
+1.5) only the first piece does. The class of LLaVA-Med v1.0's transformers had only the first way, and dropped the white
+space beside added tokens (`Tokenizer.as_v1`).
 
-With `tokenizer.json`, whole texts go through the tokenizers library, which does what the file says. Whether a text begins
-with the beginning-of-sequence token is one thing that versions read differently: transformers 4's `LlamaTokenizerFast`, with
-which the originals ran, goes by `add_bos_token` and puts it there without, transformers 5 by the file (`of_transformers`).
+With `tokenizer.json`, whole texts go through the tokenizers library, which follows the file. Versions differ in whether
+a text begins with the beginning-of-sequence token: transformers 4's `LlamaTokenizerFast`, with which the originals ran,
+follows `add_bos_token` and adds the token if the setting is missing; transformers 5 follows the file
+(`of_transformers`).
 """
 
 from __future__ import annotations
@@ -25,18 +26,26 @@ from llavamed_jax.text.tokenizer_backends import SentencePiece, Tokenizers
 from llavamed_jax.text.tokenizer_generations import say_differences
 from llavamed_jax.utils import paths
 
-TOKENIZERS = ("tokenizer.model", "tokenizer.json")  # what `find_tokenizer` looks for, in this order
+TOKENIZERS = ("tokenizer.model", "tokenizer.json")  # `find_tokenizer` looks for these, in this order
 _CORE = ("bos_token", "eos_token", "unk_token")
 _NOTHING = SpecialTokens({}, (), (), {})
 
 
 class Tokenizer:
-    """Ids of text. Make one with `load`.
+    """Converts text to ids and back. `load` makes one from files.
+
+    Args:
+      backend: the library that splits text into pieces.
+      said: the contents of the files beside the backend's file.
+      is_v1: whether text is split as in transformers 4.28.
+      of_transformers: whether the checkpoint has transformers' own layout; `tokenizer.json` is then followed as it is.
 
     Attributes:
       vocab_size: number of ids that stand for text, added tokens included; a model's table may be longer (padded).
-      bos_id, eos_id, unk_id: special ids, None where there is none.
-      special_tokens: the texts of `bos_token`, `eos_token` and whichever other roles the files give, as chat templates know them.
+      bos_id: id of the beginning-of-sequence token; None if there is no such token.
+      eos_id: id of the end-of-sequence token; None if there is no such token.
+      unk_id: id of the unknown token; None if there is no such token.
+      special_tokens: the texts of `bos_token`, `eos_token` and the other roles that the files give, for chat templates.
       pad_id: the id that the original pads with and compares against: `unk` (spec 3.7), or `eos` without one.
       has_bos: whether sequences begin with `bos_id`.
       is_legacy: whether text after a special token is split as at a beginning.
@@ -44,12 +53,12 @@ class Tokenizer:
 
     def __init__(self, backend: SentencePiece | Tokenizers, said: SpecialTokens = _NOTHING, is_v1: bool = False,
                  of_transformers: bool = False):
-        """`said` is what the files beside the backend's say. `is_v1`: in the manner of transformers 4.28."""
+        """Raises UserError if a file of the backend is damaged."""
         self._backend, self._said, self._is_v1 = backend, said, is_v1
         own = {"bos_token": backend.bos, "eos_token": backend.eos, "unk_token": backend.unk}
         roles = {**{role: Token(text, is_special=True) for role, text in own.items() if text is not None}, **said.roles}
         self._named = (*roles.values(), *said.others)
-        self._alone = {token.text for token in self._named}  # before these, not legacy, no lone prefix stays
+        self._alone = {token.text for token in self._named}  # without legacy, no lone prefix stays before these
         added = {token.text: token for token in (*getattr(backend, "added", ()), *said.added)}
         self._cut = self._with_ids({**{token.text: token for token in self._named}, **added})
         self.bos_id, self.eos_id, self.unk_id = (self._cut[roles[role].text].id if role in roles else None
@@ -71,7 +80,7 @@ class Tokenizer:
             self.has_bos = self.bos_id is not None and backend.encode_whole("", True)[:1] == [self.bos_id]
 
     def _with_ids(self, tokens: Mapping[str, Token]) -> dict[str, Token]:
-        """Each token with its id: the one of its file, else of the vocabulary, else the next free one."""
+        """Gives each token its id: the one of its file, else of the vocabulary, else the next free one."""
         out, free = {}, max([self._backend.size - 1, *(t.id for t in tokens.values() if t.id is not None)]) + 1
         for text, token in tokens.items():
             i = self._backend.id_of(text) if token.id is None else token.id
@@ -82,11 +91,11 @@ class Tokenizer:
 
     @property
     def _is_whole(self) -> bool:
-        """Whether the library cuts special tokens out itself, so that texts reach it whole."""
+        """Whether the library cuts special tokens out itself, so that it gets whole texts."""
         return isinstance(self._backend, Tokenizers) and not self._is_v1
 
     def _begins_anew(self) -> bool:
-        """Whether `tokenizer.json` splits text behind a special token as it does at a beginning."""
+        """Returns whether `tokenizer.json` splits text behind a special token as at a beginning."""
         special = next((t for t in (self.special_tokens.get("eos_token"), *self._cut) if t is not None), None)
         if special is None:
             return True
@@ -99,7 +108,7 @@ class Tokenizer:
 
     @property
     def settings(self) -> Mapping[str, Any]:
-        """The whole of `tokenizer_config.json`, empty where there is none."""
+        """The whole of `tokenizer_config.json`; empty if there is no such file."""
         return self._said.settings
 
     @property
@@ -113,12 +122,18 @@ class Tokenizer:
         return self.special_tokens.get("eos_token", "")
 
     def encode(self, text: str, bos: bool = True) -> list[int]:
-        """Ids of `text`; special tokens written out in it (`</s>`) become their ids.
+        """Encodes a text; special tokens written out in it (`</s>`) become their ids.
 
         Args:
-          bos: False leaves out what the files put before a whole sequence (and, in `tokenizer.json`, behind it).
+          text: the text.
+          bos: False leaves out the ids that the files put before a whole sequence (and, in `tokenizer.json`, behind
+            it).
+
+        Returns:
+          Token ids.
+
         Raises:
-          UserError: half a surrogate pair, which no UTF-8 can say, or a damaged file.
+          UserError: the text has a lone surrogate, which UTF-8 cannot encode, or the tokenizer's file is damaged.
         """
         try:
             text.encode()
@@ -139,7 +154,7 @@ class Tokenizer:
         return ids
 
     def _split(self, text: str) -> list[str]:
-        """The text cut at special tokens, the longest at each place, as the slow classes' `tokenize` does it."""
+        """Cuts a text at special tokens, the longest at each place, as the slow classes' `tokenize` does."""
         parts = [part for part in re.split(self._splitter, text) if part]
         for i, part in enumerate(parts):
             token = self._cut.get(part)
@@ -159,32 +174,47 @@ class Tokenizer:
         return [part for part in parts if part]
 
     def _strips(self, token: Token) -> tuple[bool, bool]:
-        """Whether white space before and behind a token is dropped. transformers 4.28 drops it beside every token that no file
-        names by an object."""
+        """Returns whether white space before and behind a token is dropped.
+
+        transformers 4.28 drops it beside every token that no file names by an object.
+        """
         if not self._is_v1:
             return token.strips_left, token.strips_right
         named = next((each for each in self._named if each.text == token.text and not each.is_bare), None)
         return (named.strips_left, named.strips_right) if named is not None else (True, True)
 
     def id_of(self, token: str) -> int | None:
-        """The id of a special or added token, None where there is no such token."""
+        """Returns the id of a special or added token; None if there is no such token."""
         return self._cut[token].id if token in self._cut else None
 
     def token_of(self, i: int | None) -> str | None:
-        """The special or added token with an id, None where there is none."""
+        """Returns the special or added token with an id; None if there is no such token."""
         return self._text_of.get(i)
 
     def as_v1(self, tokens: Sequence[str]) -> "Tokenizer":
-        """As the slow class of LLaVA-Med v1.0's transformers; those of `tokens` that are missing are added at the end."""
+        """Returns the tokenizer as the slow class of LLaVA-Med v1.0's transformers reads it.
+
+        Args:
+          tokens: tokens to add at the end of the vocabulary unless the tokenizer has them.
+
+        Returns:
+          A tokenizer with the same backend.
+        """
         missing = [token for token in tokens if token not in self._cut]
         added = [Token(token, self.vocab_size + i, is_special=True) for i, token in enumerate(missing)]
         said = SpecialTokens(self._said.roles, self._said.others, (*self._said.added, *added), self._said.settings)
         return Tokenizer(self._backend, said, is_v1=True)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of `ids` without special tokens. Ids that stand for no text (the padding of a table) give none.
+        """Decodes ids to text without special tokens. Ids that stand for no text (the padding of a table) are skipped.
 
-        Decoding a growing list gives growing text, except that an unfinished UTF-8 sequence shows as U+FFFD.
+        The text of a growing list of ids grows, except that an incomplete UTF-8 sequence is decoded as U+FFFD.
+
+        Args:
+          ids: token ids.
+
+        Returns:
+          The text.
         """
         kept = [i for i in map(int, ids) if i not in self._special_ids]
         if self._is_whole:
@@ -200,13 +230,18 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | Path, of_transformers: bool = False) -> "Tokenizer":
-        """Reads `path`: a directory with `tokenizer.model` or `tokenizer.json`, or one of these files itself.
+        """Reads a tokenizer.
 
         Args:
-          of_transformers: the checkpoint is in transformers' own layout, whose processors read `tokenizer.json` where there
-            are both, and follow it; the originals' code reads `tokenizer.model`.
+          path: a directory with `tokenizer.model` or `tokenizer.json`, or one of these files.
+          of_transformers: whether the checkpoint has transformers' own layout. Its processors prefer `tokenizer.json`
+            and follow it; the originals' code reads `tokenizer.model`.
+
+        Returns:
+          The tokenizer.
+
         Raises:
-          UserError: no tokenizer there, or a file that cannot be read.
+          UserError: there is no tokenizer, or a file cannot be read.
         """
         paths.check("the tokenizer", path)
         path = Path(path)
@@ -214,16 +249,16 @@ class Tokenizer:
             path.stat()
         except FileNotFoundError:
             raise UsageError(f"the tokenizer file {cut(str(path))} does not exist") from None
-        except (OSError, ValueError) as error:  # a name that no file can have, or one that may not be looked at
+        except (OSError, ValueError) as error:  # an invalid name, or no permission
             reason = getattr(error, "strerror", None) or error
             raise UsageError(f"the tokenizer file {cut(str(path))!r} cannot be opened: {reason}") from None
-        if not path.is_dir() and path.name not in TOKENIZERS:  # under another name, its neighbours are not its own
+        if not path.is_dir() and path.name not in TOKENIZERS:  # files beside one of another name may not belong to it
             if not path.is_file():
                 raise UserError(f"the tokenizer file {path} does not exist")
             return cls._of_file(path, _NOTHING, of_transformers)
         directory = path if path.is_dir() else path.parent
         said = read_special_tokens({name: directory / name for name in FILES if (directory / name).is_file()})
-        # Classes other than LLaMA's are fast ones, which read tokenizer.json.
+        # Classes other than LLaMA's are fast classes, which read tokenizer.json.
         file = find_tokenizer(path, of_transformers or not said.is_llama) if path.is_dir() else path
         if file is None:
             raise UserError(f"{path} holds no tokenizer: tokenizer.model or tokenizer.json was expected")
@@ -248,6 +283,14 @@ class Tokenizer:
 
 
 def find_tokenizer(directory: Path, of_transformers: bool = False) -> Path | None:
-    """The file in `directory` that ids are read from; `of_transformers` as of `Tokenizer.load`."""
+    """Returns the tokenizer's file in a directory; None if there is no such file.
+
+    Args:
+      directory: the checkpoint's directory.
+      of_transformers: as in `Tokenizer.load`.
+
+    Returns:
+      The path of `tokenizer.model` or `tokenizer.json`.
+    """
     names = reversed(TOKENIZERS) if of_transformers else TOKENIZERS
     return next((directory / name for name in names if (directory / name).is_file()), None)

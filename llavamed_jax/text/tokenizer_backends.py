@@ -1,4 +1,4 @@
-"""The two libraries that split text into pieces: SentencePiece with `tokenizer.model`, tokenizers with `tokenizer.json`."""
+"""The libraries that split text into pieces: SentencePiece for `tokenizer.model`, tokenizers for `tokenizer.json`."""
 
 from __future__ import annotations
 
@@ -10,16 +10,23 @@ from pathlib import Path
 from llavamed_jax.errors import UserError, cut, short
 from llavamed_jax.text.special_tokens import Token
 
-# One character of its own outside every vocabulary piece: SentencePiece spells it as a byte and starts afresh after it.
+# A character in no piece of any vocabulary: SentencePiece encodes it as a byte, and the next text begins a new piece.
 _SEPARATOR = "\n"
 
 
 class SentencePiece:
-    """`tokenizer.model`. Special tokens that a text writes out are ordinary text here: whoever calls cuts them out first.
+    """SentencePiece with a `tokenizer.model`.
+
+    Special tokens that are written out in a text are ordinary text here: callers cut them out first.
+
+    Args:
+      file: the path of the model.
 
     Attributes:
       size: number of pieces.
-      bos, eos, unk: the texts of these pieces; None where the model has none.
+      bos: the text of the beginning-of-sequence piece; None if the model has no such piece.
+      eos: the text of the end-of-sequence piece; None if the model has no such piece.
+      unk: the text of the unknown piece; None if the model has no such piece.
     """
 
     def __init__(self, file: Path):
@@ -33,17 +40,26 @@ class SentencePiece:
             self._ids = {self._model.id_to_piece(i): i for i in reversed(range(self.size))}
         except UnicodeDecodeError as error:
             raise UserError(f"{file} is damaged: one of its pieces is not UTF-8 ({error.reason})") from None
-        except Exception as error:  # RuntimeError and OSError of a file that cannot be read; on damaged ones others too
+        except Exception as error:  # RuntimeError or OSError on a file that cannot be read, others on a damaged one
             raise UserError(f"{file} is not a SentencePiece model") from error
         ids = (self._model.bos_id(), self._model.eos_id(), self._model.unk_id())
         self.bos, self.eos, self.unk = (self._model.id_to_piece(i) if 0 <= i < self.size else None for i in ids)
         self._fresh = len(self._encode(_SEPARATOR))
 
     def id_of(self, piece: str) -> int | None:
+        """Returns the id of a piece; None if there is no such piece."""
         return self._ids.get(piece)
 
     def encode(self, text: str, has_prefix: bool) -> list[int]:
-        """Ids of a text, which stands at a beginning where `has_prefix`, and in the middle of another text elsewhere."""
+        """Encodes a text.
+
+        Args:
+          text: the text.
+          has_prefix: whether the text stands at a beginning and gets the dummy prefix, and not behind another text.
+
+        Returns:
+          Token ids.
+        """
         return self._encode(text) if has_prefix else self._encode(_SEPARATOR + text)[self._fresh:]
 
     def _encode(self, text: str) -> list[int]:
@@ -51,19 +67,30 @@ class SentencePiece:
             return self._model.encode(text)
 
     def decode(self, ids: Sequence[int]) -> str:
+        """Decodes ids to text."""
         with _naming(self.file):
             return self._model.decode(list(ids))
 
 
 class Tokenizers:
-    """`tokenizer.json`. The library cuts special tokens out itself and puts begin and end where the file says so.
+    """The tokenizers library with a `tokenizer.json`.
 
-    Attributes as of `SentencePiece`, and
+    The library cuts special tokens out itself and adds begin and end of sequence as the file says.
+
+    Args:
+      file: the path of the file.
+      more: tokens of other files, which are added if `tokenizer.json` lacks them.
+
+    Attributes:
+      size: number of ids.
       added: the tokens that the file, or another file of the checkpoint, adds to the vocabulary.
+      bos: `<s>` if the vocabulary has it, else None.
+      eos: `</s>` if the vocabulary has it, else None.
+      unk: `<unk>` if the vocabulary has it, else None.
     """
 
     def __init__(self, file: Path, more: Sequence[Token] = ()):
-        """`more` are tokens of other files, which are added where `tokenizer.json` lacks them.
+        """Reads the file and adds the missing tokens.
 
         Raises:
           UserError: the file cannot be read, or a token would get another id than its file says.
@@ -83,7 +110,7 @@ class Tokenizers:
                                self._tokenizer.get_added_tokens_decoder().items())
         self.bos, self.eos, self.unk = (text if self.id_of(text) is not None else None
                                         for text in ("<s>", "</s>", "<unk>"))
-        with _silent():  # here a damaged file shows
+        with _silent():  # a damaged file fails here
             self.encode_whole("", True)
             self._fresh = len(self.encode(_SEPARATOR, True))
 
@@ -100,28 +127,31 @@ class Tokenizers:
                             f"id is {i}")
 
     def id_of(self, piece: str) -> int | None:
+        """Returns the id of a token; None if there is no such token."""
         return self._tokenizer.token_to_id(piece)
 
     def encode_whole(self, text: str, is_sequence: bool) -> list[int]:
-        """Ids of a whole text; `is_sequence`: with begin and end of sequence, as the file says."""
+        """Encodes a whole text; `is_sequence` adds begin and end of sequence as the file says."""
         with _naming(self.file):
             return self._tokenizer.encode(text, add_special_tokens=is_sequence).ids
 
     def encode(self, text: str, has_prefix: bool) -> list[int]:
+        """Encodes a text, at a beginning if `has_prefix`, else behind another text."""
         ids = self.encode_whole(text if has_prefix else _SEPARATOR + text, False)
         return ids if has_prefix else ids[self._fresh:]
 
     def decode(self, ids: Sequence[int]) -> str:
+        """Decodes ids to text, special tokens included."""
         with _naming(self.file):
             return self._tokenizer.decode(list(ids), skip_special_tokens=False)
 
 
 @contextlib.contextmanager
 def _silent() -> Iterator[None]:
-    """Leaves out what C++ and Rust write to stderr themselves: of a damaged file a backtrace, where an exception follows."""
+    """Hides what C++ and Rust code writes to stderr: a backtrace on a damaged file, for which an exception follows."""
     try:
         kept = os.dup(2)
-    except OSError:  # closed
+    except OSError:  # stderr is closed
         yield
         return
     try:
@@ -135,8 +165,10 @@ def _silent() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _naming(file: Path, what: str = "cannot be used") -> Iterator[None]:
-    """Turns what the libraries raise into one sentence. tokenizers raises bare Exception, and where its Rust code panics, a
-    class of its own that is not an Exception."""
+    """Converts the libraries' exceptions to UserError with one sentence.
+
+    tokenizers raises bare Exception; a panic of its Rust code raises a class that is not an Exception.
+    """
     try:
         yield
     except UserError:

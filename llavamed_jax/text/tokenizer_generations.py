@@ -1,4 +1,4 @@
-"""Where generations of transformers read one tokenizer directory differently, or a setting is not applied here: said once."""
+"""Warns once if versions of transformers read a tokenizer directory differently, or if a setting is not applied."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any, Protocol
 
 from llavamed_jax.errors import UserError, short, warn_once
 
-# Where conversions of one SentencePiece model have been seen to differ: behind special tokens, in runs of blanks, at white
-# space in front, in spelt-out bytes. {} is a special token.
+# Texts on which conversions of one SentencePiece model are known to differ: text behind special tokens, runs of blanks,
+# leading white space, characters spelt as bytes. {} is a special token.
 _PROBES = ("a{}b", "a{} b", "a{}\nb", " a", "a  b   c", "\na", "é胸 🫁", "Is there a pleural effusion?")
-# Keys of tokenizer_config.json, the values that ask for nothing, and what others ask for.
+# Keys of tokenizer_config.json, the values that change nothing, and the effect of not applying another value.
 _NOT_APPLIED = {
     "clean_up_tokenization_spaces": ((False, None), "answers keep their blanks before punctuation"),
     "split_special_tokens": ((False, None), "special tokens that a text writes out become their ids"),
@@ -20,7 +20,7 @@ _NOT_APPLIED = {
 
 
 class Tokenizer(Protocol):
-    """What is compared here of a `text.tokenizer.Tokenizer`."""
+    """The part of a `text.tokenizer.Tokenizer` that is compared here."""
 
     file: Path
     settings: Mapping[str, Any]
@@ -28,15 +28,18 @@ class Tokenizer(Protocol):
     bos_id: int | None
     has_bos: bool
 
-    def encode(self, text: str, bos: bool = True) -> list[int]: ...
+    def encode(self, text: str, bos: bool = True) -> list[int]:
+        """Encodes a text, as `text.tokenizer.Tokenizer.encode` does."""
+        ...
 
 
 def say_differences(directory: Path, tokenizer: Tokenizer, other: Tokenizer | UserError | None) -> None:
     """Prints a warning for each difference.
 
     Args:
-      tokenizer: the one that is used.
-      other: the one of the other file, or what is wrong with it; None where there is one file.
+      directory: the tokenizer's directory.
+      tokenizer: the tokenizer that is used.
+      other: the tokenizer of the other file, or the error that it raised; None if there is only one file.
     """
     for sentence in (*_of_files(tokenizer, other), *_of_settings(tokenizer)):
         warn_once(f"{directory}: {sentence}")
@@ -74,6 +77,7 @@ def _of_settings(tokenizer: Tokenizer) -> Iterator[str]:
             yield (f"tokenizer_config.json has add_bos_token {asked} and tokenizer.json says otherwise, which is "
                    "followed, as transformers 5 does; transformers 4's LlamaTokenizerFast follows the first")
     elif settings.get("add_eos_token"):
-        yield "tokenizer_config.json has add_eos_token True, which is not applied: a prompt ends where the answer begins"
+        yield ("tokenizer_config.json has add_eos_token True, which is not applied: a prompt ends where the answer "
+               "begins")
     elif settings.get("add_prefix_space") is False:
         yield "tokenizer_config.json has add_prefix_space False, which is not applied, as in transformers before 4.38"
