@@ -1,10 +1,10 @@
-"""Pages of image files whose samples have more than eight bits, are signed, or are white at 0.
+"""Reads pages of image files whose samples have more than eight bits, are signed, or are white at 0.
 
-Pillow shows colour and grey with alpha of 16 bits by their upper eight, so that 12 bits in a file of 16 are black; it
-inverts TIFF whose 0 is white up to eight bits only, and does not read most of the others; and of compressed TIFF it
-swaps the bytes of some. Here a page is read as Pillow describes it in `Image.tile` (PIL/TiffImagePlugin.py, OPEN_INFO),
-with another raw mode where that one is wrong. Source: TIFF 6.0 (PhotometricInterpretation, SampleFormat), PNG 12.4. H
-and W are height and width.
+Pillow shows colour and grey with alpha of 16 bits by their upper eight bits, so that 12 bits in a 16-bit file are
+black; it inverts TIFF in which 0 is white up to eight bits only, and does not read most of the others; and it swaps the
+bytes of some compressed TIFF. Here a page is read as Pillow describes it in `Image.tile` (PIL/TiffImagePlugin.py,
+OPEN_INFO), with another raw mode if Pillow's is wrong. Source: TIFF 6.0 (PhotometricInterpretation, SampleFormat), PNG
+12.4. H and W are height and width.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from llavamed_jax.errors import UserError
 _BITS, _PHOTOMETRIC, _PLANAR, _FORMAT = 258, 262, 284, 339  # tags of TIFF
 _PNG = b"\x89PNG\r\n\x1a\n"
 _PIXELS_OF_PNG = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND", b"acTL", b"fcTL", b"fdAT")  # the last three: animations
-_PLAIN = "RGB, of 65535"  # what `_raw_mode` calls PPM of 16 bits
+_PLAIN = "RGB, of 65535"  # the name that `_raw_mode` gives 16-bit PPM
 
 
 @dataclass
@@ -33,9 +33,10 @@ class Page:
     """One page of a file, not loaded yet.
 
     Attributes:
-      content: gives the file's bytes.
-      frame: counted from 1.
-      is_negative: 0 is white, although Pillow does not show it so.
+      image: the Pillow image, at this page.
+      content: returns the file's bytes.
+      frame: the page's number, counted from 1.
+      is_negative: whether 0 is white and Pillow does not show it so.
     """
 
     image: Image.Image
@@ -44,8 +45,19 @@ class Page:
     is_negative: bool
 
     def to_rgb(self, name: str) -> Image.Image:
-        """The page as 8-bit RGB. Samples of more bits lose as many of their lowest as the page's highest value has
-        beyond eight, alpha is dropped. Raises UserError for values that have no place between black and white."""
+        """Converts the page to 8-bit RGB; alpha is dropped.
+
+        Samples of more than eight bits lose as many of their lowest bits as the page's highest value has beyond eight.
+
+        Args:
+          name: the image's name in errors.
+
+        Returns:
+          An image of mode RGB.
+
+        Raises:
+          UserError: values are negative or floating-point, or a decoder is not installed.
+        """
         if self.image.format == "JPEG2000" and getattr(self.image, "tile", None):
             values = _jpeg_2000(self.content(), self.image.size, name)
             if values is not None:
@@ -63,13 +75,13 @@ class Page:
         return ImageOps.invert(shown) if self.is_negative else shown
 
     def _wide_colors(self, shown: Image.Image, raw_modes: list[str | None]) -> np.ndarray | None:
-        """Colours [H,W,3] or grey [H,W] of 16 bits, where those that are shown use less than all of them."""
+        """Returns 16-bit colours [H,W,3] or grey [H,W] if the image as shown stays below 128; otherwise None."""
         low = [_other_bytes(mode) for mode in raw_modes]
         is_plain = self.image.format == "PPM" and raw_modes == [_PLAIN]
         if not (is_plain or low and all(low)) or np.asarray(shown).max() >= 128:
             return None
         content = self.content()
-        if is_plain:  # read once more as grey of three times the width, which has 16 bits
+        if is_plain:  # read again as 16-bit grey of three times the width
             magic, start = {b"P6": b"P5", b"P3": b"P2"}[content[:2]], self._offset
             header = b"%s %d %d 65535\n" % (magic, 3 * shown.width, shown.height)
             grey = np.asarray(Image.open(io.BytesIO(header + content[start:])))
@@ -79,8 +91,8 @@ class Page:
         again.tile = [_with_raw_mode(tile, mode) for tile, mode in zip(again.tile, low)]
         again.load()
         lower = np.asarray(again).astype(np.uint16)
-        return lower[..., 0] << 8 | lower[..., 1] if is_grey else np.asarray(shown).astype(np.uint16) << 8 | lower[...,
-                                                                                                                   :3]
+        return (lower[..., 0] << 8 | lower[..., 1] if is_grey
+                else np.asarray(shown).astype(np.uint16) << 8 | lower[..., :3])
 
     def __post_init__(self):
         tiles = getattr(self.image, "tile", None)
@@ -88,7 +100,19 @@ class Page:
 
 
 def open_page(file: BinaryIO, frame: int = 1) -> Page:
-    """The page `frame`, counted from 1, of what Pillow reads or would read if 0 were black in it."""
+    """Opens a page that Pillow reads, or would read if 0 were black in it.
+
+    Args:
+      file: the whole file.
+      frame: the page's number, counted from 1.
+
+    Returns:
+      The page.
+
+    Raises:
+      UnidentifiedImageError: Pillow cannot read the file; its decoders may also raise other errors.
+      EOFError: there is no such page.
+    """
     def content() -> bytes:
         file.seek(0)
         return file.read()
@@ -100,7 +124,7 @@ def open_page(file: BinaryIO, frame: int = 1) -> Page:
     try:
         image = seek(Image.open(file), frame)
         return Page(image, content, frame, is_white_zero(image))
-    except (UnidentifiedImageError, SyntaxError):  # the latter of a page that is not the first
+    except (UnidentifiedImageError, SyntaxError):  # SyntaxError on a page that is not the first
         patched = bytearray(content())
         negative = _negative_pages(bytes(patched))
         if not negative:
@@ -111,8 +135,16 @@ def open_page(file: BinaryIO, frame: int = 1) -> Page:
 
 
 def bare_png(content: bytes) -> bytes:
-    """A PNG file without the chunks that say nothing of its pixels: texts, colour profiles, EXIF. Pillow refuses a
-    file for one of them that is large (a mebibyte of text or profile) or damaged."""
+    """Removes the chunks of a PNG file that do not describe its pixels: texts, colour profiles, EXIF.
+
+    Pillow refuses a file if one of these chunks is damaged or large (a mebibyte of text or profile).
+
+    Args:
+      content: the file.
+
+    Returns:
+      The file without these chunks.
+    """
     kept, place = [content[:8]], 8
     while place + 12 <= len(content):
         end = place + 12 + int.from_bytes(content[place:place + 4], "big")  # length, name, data, checksum
@@ -125,7 +157,7 @@ def bare_png(content: bytes) -> bytes:
 
 
 def of_pillow(image: Image.Image) -> Page:
-    """The page that an image of Pillow's shows. One that is not loaded yet is read as from its file."""
+    """Returns the page that a Pillow image shows. An image that is not loaded yet is read as from its file."""
     data = b""
     is_asked = image.format == "JPEG2000" or any(_other_bytes(mode) or mode == _PLAIN for mode in _raw_modes(image))
     if isinstance(image, ImageFile.ImageFile) and image.tile and is_asked:
@@ -137,28 +169,40 @@ def of_pillow(image: Image.Image) -> Page:
 
 
 def seek(image: Image.Image, frame: int) -> Image.Image:
+    """Moves an image to a frame, counted from 1, and returns the image."""
     image.seek(frame - 1)
     return image
 
 
 def is_white_zero(image: Image.Image) -> bool:
-    """Whether 0 is white in values that Pillow does not invert."""
+    """Returns whether 0 is white in values that Pillow does not invert."""
     tags = getattr(image, "tag_v2", {}) if image.format == "TIFF" else {}
     return image.format == "TIFF" and image.mode.startswith("I") and tags.get(_PHOTOMETRIC, 0) == 0
 
 
 def as_pillow_converts(image: Image.Image, name: str) -> Image.Image:
-    """To RGB as the originals do it, for modes of eight bits."""
+    """Converts an image of an eight-bit mode to RGB as the originals do. Raises UserError for floating-point pixels."""
     if image.mode == "F":
         raise UserError(f"{name} has floating-point pixels; whole numbers were expected")
-    if image.mode in ("La", "RGBa"):  # Pillow takes the multiplication with alpha back in this step alone
+    if image.mode in ("La", "RGBa"):  # only this conversion divides by alpha again
         image = image.convert({"La": "LA", "RGBa": "RGBA"}[image.mode])
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def from_integers(values: np.ndarray, name: str, is_negative: bool = False) -> Image.Image:
-    """Whole numbers of any width, [H,W] or [H,W,3], scaled by a power of two so that the highest fits eight bits;
-    inverted where 0 is white."""
+    """Scales whole numbers by a power of two so that the highest fits eight bits; inverts them if 0 is white.
+
+    Args:
+      values: integers of any width, [H,W] or [H,W,3].
+      name: the image's name in errors.
+      is_negative: whether 0 is white.
+
+    Returns:
+      An image of mode RGB.
+
+    Raises:
+      UserError: a value is negative.
+    """
     if values.min(initial=0) < 0:
         raise UserError(f"{name} has grey values below 0; 0 and more were expected")
     excess = max(0, int(values.max(initial=0)).bit_length() - 8)
@@ -167,7 +211,7 @@ def from_integers(values: np.ndarray, name: str, is_negative: bool = False) -> I
 
 
 def _grey(image: Image.Image) -> np.ndarray | None:
-    """The values [H,W] of a grey image of more than eight bits or with a sign, None of others."""
+    """Returns the values [H,W] of a grey image with more than eight bits or a sign; None for other images."""
     tags = getattr(image, "tag_v2", {}) if image.format == "TIFF" else {}
     is_signed = tuple(tags.get(_FORMAT, (1,)))[:1] == (2,)
     if image.mode == "L" and is_signed:
@@ -181,10 +225,10 @@ def _grey(image: Image.Image) -> np.ndarray | None:
 
 
 def _jpeg_2000(content: bytes, size: tuple[int, int], name: str) -> np.ndarray | None:
-    """Colours [H,W,3] or grey [H,W], as of 16 bits, of JPEG 2000 with several components of more than eight; None of
-    others.
+    """Decodes JPEG 2000 with several components of more than eight bits; returns None for other images.
 
-    Pillow rounds these up, and the brightest to 256, which is 0: white is black there.
+    The result is colours [H,W,3] or grey [H,W], scaled to 16 bits. Pillow rounds such components up, and the brightest
+    to 256, which is 0: white would be black.
     """
     place = content.find(b"\xff\x4f\xff\x51")  # SOC and SIZ
     if place < 0 or len(content) < place + 46:
@@ -212,9 +256,11 @@ def _jpeg_2000(content: bytes, size: tuple[int, int], name: str) -> np.ndarray |
 
 
 def _raw_modes(image: Image.Image) -> list[str | None]:
-    """Of each tile that is not loaded yet, where it can be changed: not of libtiff's planes, which are unpacked one by
-    one, nor of an animation's later frames, which are laid over others, nor of formats whose decoders have their
-    own."""
+    """Returns the raw mode of each tile that is not loaded yet; None or an empty list if the mode must not be changed.
+
+    It must not be changed for libtiff's planes, which are unpacked one by one, for an animation's later frames, which
+    are drawn over earlier ones, and for formats that have decoders of their own.
+    """
     if image.format not in ("TIFF", "PNG", "PPM") or image.format == "PNG" and image.tell():
         return []
     is_split = image.format == "TIFF" and image.tag_v2.get(_PLANAR) == 2
@@ -235,7 +281,7 @@ def _with_raw_mode(tile, mode: str):
 
 
 def _other_bytes(mode: str | None) -> str | None:
-    """The raw mode that unpacks the lower bytes of samples of 16 bits where `mode` unpacks the upper ones."""
+    """Returns the raw mode that unpacks the lower bytes of 16-bit samples if `mode` unpacks the upper bytes."""
     if mode == "LA;16B":
         return "RGBA"  # upper and lower byte of grey, then of alpha
     found = re.fullmatch(r"(RGB[AX]?|[RGBA]);16([LBN])", mode or "")
@@ -246,20 +292,22 @@ def _other_bytes(mode: str | None) -> str | None:
 
 
 def _mend_raw_modes(image: Image.Image) -> bool:
-    """Corrects the raw modes of TIFF that Pillow has wrong: libtiff gives words in the machine's own byte order, and
-    planes of 16 bits are no planes of 8. Returns whether the image is to be inverted, for which one raw mode is
-    lacking."""
+    """Corrects the raw modes of TIFF that are wrong in Pillow; returns whether the image must be inverted.
+
+    libtiff returns words in the machine's byte order, and planes of 16 bits are not planes of 8 bits. An image must be
+    inverted if Pillow lacks the raw mode to do so.
+    """
     if image.format != "TIFF" or not getattr(image, "tile", None):
         return False
     is_negative = any(_raw_mode(tile) == "L;IR" for tile in image.tile)
     is_split, order = image.tag_v2.get(_PLANAR) == 2, "L" if image.tag_v2.prefix == b"II" else "B"
-    image.tile = [tile for tile in image.tile if _raw_mode(tile) != ";"]  # which it has for a plane beyond RGB
+    image.tile = [tile for tile in image.tile if _raw_mode(tile) != ";"]  # Pillow's mode for a plane beyond RGB
     for i, tile in enumerate(image.tile):
         mode = _raw_mode(tile)
         if tile.codec_name == "libtiff" and mode in ("I;16S", "I;16BS", "I;32S", "I;32BS"):
             image.tile[i] = _with_raw_mode(tile, f"{mode[:4]}NS")
-        elif tile.codec_name == "raw" and is_split and mode in tuple("RGBA") and max(image.tag_v2.get(_BITS,
-                                                                                                      (8,))) == 16:
+        elif (tile.codec_name == "raw" and is_split and mode in tuple("RGBA")
+                and max(image.tag_v2.get(_BITS, (8,))) == 16):
             image.tile[i] = _with_raw_mode(tile, f"{mode};16{order}")
         elif mode == "L;IR":
             image.tile[i] = _with_raw_mode(tile, "L;R")
@@ -274,8 +322,11 @@ def _order(data: bytes | bytearray) -> str:
 
 
 def _negative_pages(data: bytes) -> dict[int, int]:
-    """Of the pages, from 0, of a TIFF file whose 0 is white, and that Pillow reads only where 0 is black: where the
-    value of that tag stands."""
+    """Finds the pages of a TIFF file in which 0 is white and that Pillow reads only if 0 is black.
+
+    Returns:
+      Page, counted from 0 -> the offset of that tag's value in the file.
+    """
     if data[:4] not in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
         return {}
     try:
@@ -286,8 +337,10 @@ def _negative_pages(data: bytes) -> dict[int, int]:
 
 
 def _directories(data: bytes) -> Iterator[dict[int, tuple[int, int]]]:
-    """Each directory's tags of one short number: tag -> (value, where it stands). TIFF and BigTIFF, whose numbers of entries
-    and offsets are longer."""
+    """Yields each directory's tags of one short number: tag -> (value, offset of the value).
+
+    TIFF and BigTIFF are read; BigTIFF has longer numbers of entries and longer offsets.
+    """
     order, seen, is_big = _order(data), set(), b"+" in data[2:4]
     number, offset, entry, at = ("Q", "Q", 20, 8) if is_big else ("H", "I", 12, 4)
 

@@ -1,7 +1,8 @@
-"""DICOM files to 8-bit images: the stored values of a frame, which `dicom_display` shows as a viewer does.
+"""Reads DICOM files as 8-bit images.
 
-Files are read by pydicom, which with its decoders is the extra `[medical]`. Only the frame that is asked for is
-decoded. Source: DICOM PS3.3, C.7.6.3 (pixels). H and W are rows and columns.
+A frame's stored values are decoded here and shown by `dicom_display` as a viewer does. Files are read by pydicom, which
+is in the extra `[medical]` with its decoders. Only the requested frame is decoded. Source: DICOM PS3.3, C.7.6.3
+(pixels). H and W are rows and columns.
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ if TYPE_CHECKING:
     from pydicom.uid import UID
 
 SUFFIXES = (".dcm", ".dicom", ".dic")
-MAX_PIXELS = 178_956_970  # of a frame: where Pillow speaks of a decompression bomb
+MAX_PIXELS = 178_956_970  # of a frame: Pillow's limit for decompression bombs
 _MAX_DEFLATED = 2**20  # bytes of a file that is deflated as a whole; a thousandfold in memory at worst
-# Through memory: numpy asks a file for its position, which a pipe has only where PYTHONUNBUFFERED is set. What
-# libraries print goes to stderr.
+# The array goes through memory: numpy asks a file for its position, which a pipe has only with PYTHONUNBUFFERED. The
+# output of libraries goes to stderr.
 _APART = """
 import io, json, os, sys
 out = os.fdopen(os.dup(1), "wb")
@@ -41,9 +42,9 @@ numpy.save(array, pixel_array(io.BytesIO(sys.stdin.buffer.read()), **json.loads(
 out.write(array.getbuffer())
 out.close()
 """
-_MOST_SECONDS = 300  # that a frame may take to decode there
+_MOST_SECONDS = 300  # limit for decoding a frame in that process
 _INSTALL = "pip install 'llavamed-jax[medical]'"
-# What is read of a header; the rest, however large, is passed over.
+# The elements that are read from a header; all others are skipped.
 _PALETTES = [f"{color}PaletteColorLookupTable" for color in ("Red", "Green", "Blue")]
 _KEYWORDS = [
     "SOPClassUID", "Rows", "Columns", "SamplesPerPixel", "PhotometricInterpretation", "PlanarConfiguration",
@@ -54,28 +55,40 @@ _KEYWORDS = [
     "ExtendedOffsetTableLengths", *(f"{name}Descriptor" for name in _PALETTES), *(f"{name}Data" for name in _PALETTES),
     *(f"Segmented{name}Data" for name in _PALETTES)]
 _READ_AGAIN = {0x00280008, 0x7FE00001}  # Number of Frames, Extended Offset Table: pydicom reads them when it decodes
-# What Python, numpy and struct say of a header that they were not made for: nothing that a reader of DICOM could use.
+# Errors of Python, numpy and struct on damaged headers. Their messages do not help a user of DICOM.
 _PYTHONS = (TypeError, LookupError, ArithmeticError, AssertionError, UnicodeError, struct.error)
 _PYTHONS_WORDS = re.compile(r"^'\w+' object |invalid literal|could not convert|NoneType|buffer")
 
 
 def is_dicom(head: bytes, suffix: str) -> bool:
-    """By content (`DICM` behind a preamble of 128 bytes) or by suffix, since old files have no preamble."""
+    """Returns whether a file is DICOM.
+
+    Args:
+      head: the first 132 bytes or more; DICOM has `DICM` behind a preamble of 128 bytes.
+      suffix: the file's suffix, which decides for old files without a preamble.
+
+    Returns:
+      Whether the content or the suffix is DICOM's.
+    """
     return head[128:132] == b"DICM" or suffix.lower() in SUFFIXES
 
 
 def read_dicom(file: BinaryIO, name: str, frame: int = 1) -> Image.Image:
-    """One frame as an image of mode L or RGB.
+    """Reads one frame as an image of mode L or RGB.
 
-    Of several windows the first is taken. Without one, unsigned values of at most eight bits are shown as they are,
-    others spread from the frame's lowest to its highest, padding aside.
+    Of several windows the first is taken. Without a window, unsigned values of at most eight bits are shown unchanged;
+    other values are stretched from the frame's lowest to its highest value, padding excluded.
 
     Args:
       file: the whole DICOM file.
-      name: what errors call it.
-      frame: counted from 1, as DICOM does.
+      name: the image's name in errors.
+      frame: counted from 1, as in DICOM.
+
+    Returns:
+      The image.
+
     Raises:
-      UserError: pydicom or a decoder is not installed, no image is inside, no such frame, or the file is damaged.
+      UserError: pydicom or a decoder is not installed, the file has no image or no such frame, or the file is damaged.
     """
     try:
         import pydicom  # noqa: F401
@@ -94,7 +107,7 @@ def read_dicom(file: BinaryIO, name: str, frame: int = 1) -> Image.Image:
 
 
 def _in_dicoms_words(error: Exception) -> str:
-    """What pydicom says of a file, which names elements; of Python's and numpy's own errors what they mean here."""
+    """Returns pydicom's message, which names elements; explains the errors of Python and numpy."""
     said = one_line(error)
     if "cannot reshape" in said:
         return "its pixel data are less than expected by its rows, columns and samples"
@@ -106,17 +119,17 @@ def _in_dicoms_words(error: Exception) -> str:
 
 
 def one_line(error: Exception) -> str:
-    """What a library says of an error, as part of a sentence."""
+    """Returns a library's error message as part of a sentence."""
     return _printable(" ".join(str(error).split()).rstrip(".")) or type(error).__name__
 
 
 def _printable(text: str) -> str:
-    """A text of a file for a sentence: what no terminal should be sent is escaped."""
+    """Escapes the characters of a file's text that must not be sent to a terminal."""
     return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
 
 
 def _read_header(file: BinaryIO, name: str) -> Dataset:
-    """What `_KEYWORDS` names, and in `file_meta` the transfer syntax, which old files leave out."""
+    """Reads the elements of `_KEYWORDS` and the transfer syntax, in `file_meta`; old files do not state the syntax."""
     from pydicom import dcmread, uid
 
     start, size = file.read(4096), file.seek(0, 2)
@@ -133,10 +146,10 @@ def _read_header(file: BinaryIO, name: str) -> Dataset:
 
 
 def _check(header: Dataset, name: str, frame: int) -> int:
-    """How many frames there are.
+    """Checks a header before anything is decoded, and returns the number of frames.
 
     Raises:
-      UserError: before anything is decoded, for what cannot be an image of reasonable size.
+      UserError: the file cannot be an image of reasonable size.
     """
     rows, columns = (whole_number(header, keyword, name) for keyword in ("Rows", "Columns"))
     if rows is None or columns is None:
@@ -156,10 +169,15 @@ def _check(header: Dataset, name: str, frame: int) -> int:
 
 
 def _decode(file: BinaryIO, header: Dataset, name: str, index: int, count: int, is_whole: bool) -> np.ndarray:
-    """The stored values of a frame, [H,W] or [H,W,3]; YBR is RGB already.
+    """Decodes the stored values of a frame, [H,W] or [H,W,3]; YBR is converted to RGB.
 
     Args:
-      is_whole: the file has to be read as a whole, to take empty elements out of it that pydicom would stumble over.
+      file: the whole DICOM file.
+      header: its header.
+      name: the image's name in errors.
+      index: of the frame, from 0.
+      count: the number of frames.
+      is_whole: whether the whole file must be read, to remove empty elements that pydicom fails on.
     """
     from pydicom import dcmread, uid
     from pydicom.pixels import get_decoder, pixel_array
@@ -187,7 +205,7 @@ def _decode(file: BinaryIO, header: Dataset, name: str, index: int, count: int, 
         _check_length(source, described, name)
         values = pixel_array(source, index=index, **described)
         return values >> shift if shift else values
-    described["planar_configuration"] = 0  # streams say themselves how planes lie, and pydicom's plugins know it
+    described["planar_configuration"] = 0  # compressed streams state it themselves, and pydicom's plugins read it
     errors = []
     for plugin in [p for p in decoder.available_plugins if p != "gdcm"]:
         try:
@@ -200,8 +218,11 @@ def _decode(file: BinaryIO, header: Dataset, name: str, index: int, count: int, 
 
 
 def _described(header: Dataset, name: str, count: int) -> dict[str, object]:
-    """The elements that say how pixels are stored, as options of `pixel_array`, which would read them once more: of
-    several values the first, and for those that are absent or empty what viewers take."""
+    """Returns the elements that describe how pixels are stored, as options of `pixel_array`.
+
+    `pixel_array` would otherwise read them again. Of several values the first is taken; absent and empty elements get
+    the values that viewers use.
+    """
     number = lambda keyword: whole_number(header, keyword, name)
     interpretation, allocated = text(header, "PhotometricInterpretation", name), number("BitsAllocated")
     found = dict(
@@ -215,8 +236,10 @@ def _described(header: Dataset, name: str, count: int) -> dict[str, object]:
 
 
 def _lowest_bit(header: Dataset, described: dict, name: str) -> int:
-    """Where stored values begin in a word, which is above its lowest bit where the highest is not BitsStored - 1.
-    `described` is changed to the bits up to the highest: what pydicom takes for BitsStored begins at the lowest."""
+    """Returns the lowest bit of stored values in a word; it is above 0 if the highest bit is not BitsStored - 1.
+
+    `bits_stored` in `described` is changed to the number of bits up to the highest: pydicom counts it from bit 0.
+    """
     high, stored, allocated = (whole_number(header, "HighBit", name), described["bits_stored"],
                                described["bits_allocated"])
     if None in (high, stored, allocated) or not stored <= high < allocated:
@@ -226,18 +249,20 @@ def _lowest_bit(header: Dataset, described: dict, name: str) -> int:
 
 
 def _check_stream(file: BinaryIO, name: str, index: int, count: int) -> int | None:
-    """Bits a sample of the compressed frame as its stream says, which goes before the header; None for RLE.
+    """Returns the bits a sample of a compressed frame as its stream states them; None for RLE.
+
+    The stream's statement overrules the header.
 
     Raises:
-      UserError: a JPEG 2000 stream claims more pixels than a frame may have: OpenJPEG goes by its claim. Decoders of
-        the other kinds go by the header, or look themselves.
+      UserError: a JPEG 2000 stream claims more pixels than a frame may have, since OpenJPEG trusts the claim. Decoders
+        of the other formats follow the header or check the claim.
     """
     from pydicom.encaps import get_frame
 
     _seek_pixels(file)
     file.seek(12, 1)  # tag, VR and length
     frame = get_frame(file, index, number_of_frames=count)
-    # SOC, and of SIZ width, height and the precision of the first component
+    # SOC, and width, height and the first component's precision in SIZ
     size = re.search(rb"\xff\x4f\xff\x51.{4}(.{4})(.{4}).{26}(.)", frame[:4096], re.DOTALL)
     file.seek(0)
     if size is None:
@@ -249,7 +274,7 @@ def _check_stream(file: BinaryIO, name: str, index: int, count: int) -> int | No
 
 
 def _precision_of_jpeg(stream: bytes) -> int | None:
-    """Bits a sample of JPEG and JPEG-LS, from the header of their frame; None of other streams."""
+    """Returns the bits a sample of JPEG and JPEG-LS, from their frame header; None for other streams."""
     place = 2
     while stream[:2] == b"\xff\xd8" and place + 4 < len(stream) and stream[place] == 0xFF:
         marker = stream[place + 1]
@@ -260,8 +285,10 @@ def _precision_of_jpeg(stream: bytes) -> int | None:
 
 
 def _check_length(source: BinaryIO | Dataset, described: dict, name: str) -> None:
-    """Raises UserError for YBR_FULL_422 whose colours are not halved: files that were decompressed and kept the
-    interpretation. They may hold RGB or YBR_FULL."""
+    """Raises UserError for YBR_FULL_422 with colours that are not halved.
+
+    Such files were decompressed and kept the interpretation; they may hold RGB or YBR_FULL.
+    """
     if described["photometric_interpretation"] != "YBR_FULL_422" or described["bits_allocated"] != 8:
         return
     pixels = described["rows"] * described["columns"] * described["number_of_frames"]
@@ -271,7 +298,7 @@ def _check_length(source: BinaryIO | Dataset, described: dict, name: str) -> Non
 
 
 def _length_of_pixels(source: BinaryIO | Dataset, syntax: UID) -> int:
-    """Bytes of uncompressed pixel data."""
+    """Returns the bytes of uncompressed pixel data."""
     if not hasattr(source, "read"):
         return len(source.PixelData)
     _seek_pixels(source)
@@ -282,7 +309,7 @@ def _length_of_pixels(source: BinaryIO | Dataset, syntax: UID) -> int:
 
 
 def _seek_pixels(file: BinaryIO) -> None:
-    """To the tag of the pixel data."""
+    """Moves the file to the tag of the pixel data."""
     from pydicom import dcmread
 
     file.seek(0)
@@ -290,10 +317,12 @@ def _seek_pixels(file: BinaryIO) -> None:
 
 
 def _decode_apart(file: BinaryIO, **arguments) -> np.ndarray:
-    """`pixel_array` in a process of its own: on some damaged files GDCM, the one decoder of lossless JPEG here, ends
-    the process that it runs in."""
+    """Runs `pixel_array` in a separate process.
+
+    GDCM, the only decoder of lossless JPEG here, crashes its process on some damaged files.
+    """
     file.seek(0)
-    # -P: the folder that the user works in may hold a numpy.py. utf8: a path to this environment that the locale cannot spell.
+    # -P: the working directory may contain a numpy.py. utf8: the locale may not encode the path of this environment.
     command = [sys.executable, "-P", "-X", "utf8", "-c", _APART, json.dumps(arguments)]
     try:
         done = subprocess.run(command, input=file.read(), capture_output=True, timeout=_MOST_SECONDS)

@@ -1,4 +1,4 @@
-"""A DICOM frame as a viewer shows it.
+"""Shows a DICOM frame as a viewer does.
 
     grey    stored -> modality LUT or rescale -> VOI LUT or window -> 0 … 255 -> inverted for MONOCHROME1
     colour  RGB, YBR and palettes -> RGB, the upper eight bits
@@ -29,13 +29,19 @@ PALETTE = "PALETTE COLOR"
 
 
 def render(stored: np.ndarray, header: Dataset, index: int, name: str) -> Image.Image:
-    """The stored values of a frame, [H,W] or [H,W,3] with YBR converted, as an image of mode L or RGB.
+    """Converts the stored values of a frame to an image of mode L or RGB.
 
     Args:
+      stored: [H,W], or [H,W,3] with YBR converted to RGB.
+      header: the file's header.
       index: of the frame, from 0.
-      name: what errors call the image.
+      name: the image's name in errors.
+
+    Returns:
+      The image.
+
     Raises:
-      UserError: values or elements that cannot be shown.
+      UserError: values or elements cannot be shown.
     """
     interpretation = text(header, "PhotometricInterpretation", name)
     if interpretation in GREY:
@@ -52,13 +58,16 @@ def render(stored: np.ndarray, header: Dataset, index: int, name: str) -> Image.
 
 
 def _color_bits(values: np.ndarray, stated: int) -> int:
-    """Bits of a colour: as many as are stated. Where that is no more than how the samples lie, as many as the highest value needs, which
-    is the rule of other files of 16 bits (`depth.py`): 12 bits in 16 are not black."""
+    """Returns the bits of a colour, at least as many as the highest value needs.
+
+    These are the stated bits, or eight if the stated bits only repeat the width of the samples, as for other 16-bit
+    files (`depth.py`): 12 bits in 16 are not black.
+    """
     return max(stated if stated < 8 * values.dtype.itemsize else 8, int(values.max(initial=0)).bit_length())
 
 
 def _grey(stored: np.ndarray, header: Dataset, index: int, name: str) -> np.ndarray:
-    """Stored values [H,W] as MONOCHROME2 shows them, uint8 [H,W]."""
+    """Converts stored values [H,W] as MONOCHROME2 shows them to uint8 [H,W]."""
     if stored.ndim != 2:
         raise UserError(f"{name} is grey and has {stored.shape[-1]} samples a pixel; one was expected")
     padding = _is_padding(stored, header, name)
@@ -82,7 +91,7 @@ def _grey(stored: np.ndarray, header: Dataset, index: int, name: str) -> np.ndar
 
 
 def _modality(stored: np.ndarray, header: Dataset, index: int, name: str) -> np.ndarray:
-    """Stored values to the modality's own (Hounsfield units, for example), float64 of the same shape."""
+    """Converts stored values to the modality's own (for example Hounsfield units), float64 of the same shape."""
     table = _table(items(header, "ModalityLUTSequence"), name, is_signed=stored.dtype.kind == "i")
     if table is not None and stored.dtype.kind != "f":
         return table.look_up(stored).astype(np.float64)
@@ -92,8 +101,11 @@ def _modality(stored: np.ndarray, header: Dataset, index: int, name: str) -> np.
 
 
 def _rescale(header: Dataset, index: int, name: str) -> tuple[float, float]:
-    """Slope and intercept. Of the two, one that is absent leaves values as they are; a slope of 0, which would leave
-    nothing to see, makes viewers ignore both."""
+    """Returns slope and intercept.
+
+    If only one of the two is absent, it leaves values unchanged. With a slope of 0, which would make all values equal,
+    viewers ignore both.
+    """
     for ds in (*_group_items(header, index, "PixelValueTransformationSequence"), header):
         slope, intercept = first_number(ds, "RescaleSlope", name), first_number(ds, "RescaleIntercept", name)
         for keyword, value in (("RescaleSlope", slope), ("RescaleIntercept", intercept)):
@@ -107,25 +119,31 @@ def _rescale(header: Dataset, index: int, name: str) -> tuple[float, float]:
 
 
 def _group_items(header: Dataset, index: int, keyword: str) -> list[Dataset]:
-    """The items of a functional group of an enhanced file: a frame's own before those of all frames."""
+    """Returns the items of a functional group of an enhanced file: a frame's own before those of all frames."""
     own = items(header, "PerFrameFunctionalGroupsSequence")[index:index + 1]
     return [item for group in (*own, *items(header, "SharedFunctionalGroupsSequence")[:1])
             for item in items(group, keyword)]
 
 
-# ---- values of interest
+# ---- values of interest (VOI)
 
 
 @dataclass(frozen=True)
 class _Window:
-    """Centre, width above 0 and the function between the window's ends."""
+    """A window of values.
+
+    Attributes:
+      center: the middle of the window.
+      width: above 0.
+      function: LINEAR, LINEAR_EXACT or SIGMOID, between the window's ends.
+    """
 
     center: float
     width: float
     function: str
 
     def apply(self, x: np.ndarray) -> np.ndarray:
-        """Values [H,W] to 0 (black) … 1 (white)."""
+        """Maps values [H,W] to 0 (black) … 1 (white)."""
         if self.function == "SIGMOID":
             return 1 / (1 + np.exp(np.clip(-4 * (x - self.center) / self.width, -700, 700)))
         center, width = (self.center - 0.5, self.width - 1) if self.function == "LINEAR" else (self.center, self.width)
@@ -134,7 +152,14 @@ class _Window:
 
 @dataclass(frozen=True)
 class _Table:
-    """A lookup table: `entries[0]` is for `first` and all values below it, the last entry for all values above."""
+    """A lookup table.
+
+    Attributes:
+      first: the value of `entries[0]`, which also holds for all values below; the last entry holds for all values
+        above.
+      entries: [N], whole numbers.
+      bits: bits of an entry.
+    """
 
     first: int
     entries: np.ndarray
@@ -149,7 +174,7 @@ class _Table:
 
 
 def _voi(header: Dataset, index: int, name: str, is_signed: bool) -> _Window | _Table | None:
-    """The table or window of the frame, of all frames or of the file, in this order; None where there is none."""
+    """Returns the table or window of the frame, of all frames or of the file, in this order; None without one."""
     for ds in (*_group_items(header, index, "FrameVOILUTSequence"), header):
         found = _table(items(ds, "VOILUTSequence"), name, is_signed) or _window(ds, name)
         if found is not None:
@@ -158,8 +183,11 @@ def _voi(header: Dataset, index: int, name: str, is_signed: bool) -> _Window | _
 
 
 def _window(ds: Dataset, name: str) -> _Window | None:
-    """The first centre and width. A width that is no number above 0 makes no window; one between 0 and 1, which LINEAR
-    does not have (parametric maps of small values), is LINEAR_EXACT's."""
+    """Returns the first usable centre and width; None without one.
+
+    A width that is not a number above 0 makes no window. A width between 0 and 1, which LINEAR does not allow
+    (parametric maps of small values), is read as LINEAR_EXACT.
+    """
     centers, widths = (numbers(ds, keyword, name) for keyword in ("WindowCenter", "WindowWidth"))
     for center, width in zip(centers, widths):
         if center is not None and width is not None and math.isfinite(center) and 0 < width < math.inf:
@@ -171,7 +199,7 @@ def _window(ds: Dataset, name: str) -> _Window | None:
 
 
 def _table(sequence: list[Dataset], name: str, is_signed: bool) -> _Table | None:
-    """The first item that has a descriptor and data. `is_signed`: whether values below 0 are looked up."""
+    """Returns the first item that has a descriptor and data. `is_signed` says whether values below 0 are looked up."""
     for item in sequence:
         descriptor = _words(item, "LUTDescriptor", name)
         data = item.get("LUTData") if descriptor else None
@@ -187,7 +215,7 @@ def _table(sequence: list[Dataset], name: str, is_signed: bool) -> _Table | None
 
 
 def _entries(item: Dataset, data: object, count: int, name: str, keyword: str = "LUTData") -> np.ndarray:
-    """The entries of a table: words, or bytes of which two lie in a word."""
+    """Returns the entries of a table: words, or bytes packed two to a word."""
     if isinstance(data, bytes):
         is_little = item.original_encoding[1] is not False
         entries = np.frombuffer(data[: len(data) // 2 * 2], "<u2" if is_little else ">u2")
@@ -202,7 +230,7 @@ def _entries(item: Dataset, data: object, count: int, name: str, keyword: str = 
 
 
 def _words(ds: Dataset, keyword: str, name: str) -> list[int]:
-    """Whole numbers of an element whose representation (US, SS, OW) may not be known."""
+    """Returns the whole numbers of an element whose representation (US, SS, OW) may be unknown."""
     found = values(ds, keyword, name)
     if len(found) == 1 and isinstance(found[0], bytes):
         return np.frombuffer(found[0][: len(found[0]) // 2 * 2], "<u2").tolist()
@@ -216,7 +244,7 @@ def _words(ds: Dataset, keyword: str, name: str) -> list[int]:
 
 
 def _is_padding(stored: np.ndarray, header: Dataset, name: str) -> np.ndarray:
-    """Where a frame [H,W] holds the value that stands for no pixel; nowhere if it holds nothing else."""
+    """Returns where a frame [H,W] has the padding value; nowhere if all of its values are padding."""
     prefix = {"float32": "Float", "float64": "DoubleFloat"}.get(stored.dtype.name, "")
     first, last = (first_number(header, f"{prefix}PixelPadding{end}", name) for end in ("Value", "RangeLimit"))
     if first is None:
@@ -225,15 +253,15 @@ def _is_padding(stored: np.ndarray, header: Dataset, name: str) -> np.ndarray:
         padding = np.isnan(stored)
     else:
         ends = [first, first if last is None or math.isnan(last) else last]
-        if stored.dtype.kind != "f" and all(map(math.isfinite,
-                                                ends)):  # written as US for values that are signed, and the reverse
+        # Padding of signed values may be written as US, and the reverse.
+        if stored.dtype.kind != "f" and all(map(math.isfinite, ends)):
             ends = np.array([int(end) for end in ends]).astype(stored.dtype).tolist()
         padding = (stored >= min(ends)) & (stored <= max(ends))
     return padding & ~padding.all()
 
 
 def _apply_palette(stored: np.ndarray, header: Dataset, name: str) -> tuple[np.ndarray, int]:
-    """Indices [H,W] to colours [H,W,3], and the bits of a colour in the whole table."""
+    """Maps indices [H,W] to colours [H,W,3], and returns the bits of a colour in the whole table."""
     keyword = "RedPaletteColorLookupTableDescriptor"
     descriptor = _words(header, keyword, name)
     if len(descriptor) != 3:
@@ -246,7 +274,7 @@ def _apply_palette(stored: np.ndarray, header: Dataset, name: str) -> tuple[np.n
 
 
 def _palette(header: Dataset, count: int, first: int, name: str) -> np.ndarray:
-    """The colours of a palette, unsigned [N,3]."""
+    """Returns the colours of a palette, unsigned [N,3]."""
     from pydicom.pixels import apply_color_lut
 
     keywords = [f"{color}PaletteColorLookupTableData" for color in ("Red", "Green", "Blue")]

@@ -1,7 +1,7 @@
-"""Elements of a DICOM header as plain values: an element that is present and empty is as one that is absent.
+"""Reads elements of a DICOM header as plain values; an element that is present and empty counts as absent.
 
-Scanners and anonymisers write elements of every kind without a value, with the padding of a text alone, or with several
-values where the standard has one. What cannot be read is one sentence that names the element by tag and name. Source:
+Scanners and anonymisers write elements of every kind without a value, with only the padding of a text, or with several
+values where the standard has one. An element that cannot be read raises one sentence with its tag and name. Source:
 DICOM PS3.5, 6.2.
 """
 
@@ -14,11 +14,11 @@ from llavamed_jax.errors import UserError, short
 if TYPE_CHECKING:
     from pydicom import Dataset
 
-_TEXT = ("CS", "DS", "IS", "LO", "SH", "UI")  # of these VRs a value may be padded, and hold nothing but padding
+_TEXT = ("CS", "DS", "IS", "LO", "SH", "UI")  # VRs with padded values, which may be padding only
 
 
 def called(keyword: str) -> str:
-    """`WindowWidth` -> `(0028,1051) Window Width`."""
+    """Returns the tag and name of an element: `WindowWidth` -> `(0028,1051) Window Width`."""
     from pydicom.datadict import dictionary_description, tag_for_keyword
 
     tag = tag_for_keyword(keyword)
@@ -26,8 +26,14 @@ def called(keyword: str) -> str:
 
 
 def remove_empty(ds: Dataset) -> set[int]:
-    """Takes the elements without a value out of a data set and of the items of its sequences; returns the tags of the
-    former."""
+    """Removes the elements without a value from a data set and from the items of its sequences.
+
+    Args:
+      ds: the data set, which is changed.
+
+    Returns:
+      The tags that were removed from the data set itself.
+    """
     from pydicom.datadict import dictionary_has_tag, dictionary_VR
 
     removed = set()
@@ -45,7 +51,7 @@ def remove_empty(ds: Dataset) -> set[int]:
 def _is_empty(ds: Dataset, tag: int, is_text: bool) -> bool:
     try:
         value = ds.get_item(tag).value
-    except Exception:  # pydicom converts what has no value, and for that may look at another element that has none
+    except Exception:  # pydicom converts empty values too, and may look at another empty element for that
         return True
     if is_text and isinstance(value, (str, bytes)):
         value = value.strip(" \0\\" if isinstance(value, str) else b" \0\\")
@@ -53,31 +59,37 @@ def _is_empty(ds: Dataset, tag: int, is_text: bool) -> bool:
 
 
 def items(ds: Dataset, keyword: str) -> list[Dataset]:
-    """The items of a sequence, none where there is no such sequence."""
+    """Returns the items of a sequence; an empty list if there is no such sequence."""
     return list(ds.get(keyword) or [])
 
 
 def values(ds: Dataset, keyword: str, name: str) -> list[Any]:
-    """All values of an element, with None for one of several that is empty; an empty list where there is no element.
+    """Returns all values of an element, None for each empty one; an empty list if the element is absent.
 
     Args:
-      name: what an error calls the image.
+      ds: the data set.
+      keyword: the element's keyword.
+      name: the image's name in errors.
+
+    Returns:
+      The values.
+
     Raises:
       UserError: the element cannot be read.
     """
     try:
         found = ds.get(keyword)
-    except Exception as error:  # pydicom converts a value when it is asked for
+    except Exception as error:  # pydicom converts a value on access
         raw = ds.get_item(keyword)
         raise wrong(name, keyword, getattr(raw, "value", None), "a value of the element's type") from error
-    several = [found] if found is None or isinstance(found, (str, bytes)) or not hasattr(found,
-                                                                                         "__iter__") else list(found)
+    several = ([found] if found is None or isinstance(found, (str, bytes)) or not hasattr(found, "__iter__")
+               else list(found))
     several = [None if isinstance(value, (str, bytes)) and not value.strip() else value for value in several]
     return [] if all(value is None for value in several) else several
 
 
 def numbers(ds: Dataset, keyword: str, name: str) -> list[float | None]:
-    """`values` as numbers, which may be infinite or NaN."""
+    """Returns `values` as numbers, which may be infinite or NaN."""
     found = values(ds, keyword, name)
     try:
         return [None if value is None else float(value) for value in found]
@@ -86,12 +98,12 @@ def numbers(ds: Dataset, keyword: str, name: str) -> list[float | None]:
 
 
 def first_number(ds: Dataset, keyword: str, name: str) -> float | None:
-    """The first value that an element has, None where it has none."""
+    """Returns the first value of an element as a number; None if it has no value."""
     return next((value for value in numbers(ds, keyword, name) if value is not None), None)
 
 
 def whole_number(ds: Dataset, keyword: str, name: str) -> int | None:
-    """The same of an element that counts something."""
+    """Returns the first value of an element as a whole number; None if it has no value."""
     value = first_number(ds, keyword, name)
     if value is not None and value != value // 1:  # NaN and infinity too
         raise wrong(name, keyword, value, "a whole number")
@@ -99,18 +111,18 @@ def whole_number(ds: Dataset, keyword: str, name: str) -> int | None:
 
 
 def bits_stored(ds: Dataset, name: str) -> int | None:
-    """Bits Stored; where that is absent or 0, Bits Allocated, as viewers take it. None without either."""
+    """Returns Bits Stored; if that is absent or 0, Bits Allocated, as viewers do. None without either."""
     return whole_number(ds, "BitsStored", name) or whole_number(ds, "BitsAllocated", name)
 
 
 def text(ds: Dataset, keyword: str, name: str) -> str | None:
-    """The first value of an element as a text without padding, in capitals, None where it has none."""
+    """Returns the first value of an element as a text without padding, in capitals; None if it has no value."""
     value = next((value for value in values(ds, keyword, name) if value is not None), None)
     value = value.decode("latin-1") if isinstance(value, bytes) else value
     return None if value is None else str(value).strip(" \0").upper()
 
 
 def wrong(name: str, keyword: str, value: Any, expected: str) -> UserError:
-    """The sentence about an element that cannot be used."""
+    """Returns the error about an element that cannot be used."""
     value = value.decode("latin-1").strip(" \0") if isinstance(value, bytes) else value
     return UserError(f"{name} has {called(keyword)} {short(value)}; {expected} was expected")

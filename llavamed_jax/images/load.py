@@ -1,10 +1,11 @@
-"""Images: from a path, bytes, a data URL, Pillow or an array to the pixels that a CLIP tower takes (spec 3.3).
+"""Loads images and preprocesses them for a CLIP tower (spec 3.3).
 
-Order and rounding are those of transformers' `CLIPImageProcessorPil` and `LlavaImageProcessorPil`: to RGB, padded to a
-square or not, resized on uint8, the centre cut out, then scale, mean and standard deviation in float32; the checkpoint
-says how (`config/images.py`). To RGB is the originals' `Image.open(path).convert("RGB")`: transparency is dropped, not
-laid over a colour, and an orientation in EXIF is not followed (that of a TIFF is, by Pillow). Where the original shows
-white, black or a negative instead of the image, `images/depth.py` does not. H and W are height and width.
+Images are paths, bytes, data URLs, Pillow images or arrays. Order and rounding are those of transformers'
+`CLIPImageProcessorPil` and `LlavaImageProcessorPil`: to RGB, padded to a square or not, resized on uint8, the centre
+cut out, then scale, mean and standard deviation in float32, with the checkpoint's settings (`config/images.py`). The
+conversion to RGB is the originals' `Image.open(path).convert("RGB")`: transparency is dropped, not blended with a
+colour, and an orientation in EXIF is ignored (Pillow applies that of a TIFF). If the original shows white, black or a
+negative instead of the image, `images/depth.py` corrects it. H and W are height and width.
 """
 
 from __future__ import annotations
@@ -34,20 +35,25 @@ from llavamed_jax.utils.paths import is_address
 PAD_COLOR = (122, 116, 104)  # int(255 * mean): the originals pad with it
 MODES = ("pad", "square")
 _CLIPS = ImageSettings()
-MAX_ASPECT = 200  # beyond it, resizing the short edge to the tower's size makes gigabytes of a few kilobytes
+MAX_ASPECT = 200  # above it, resizing the short edge to the tower's size turns a few kilobytes into gigabytes
 
 
 def load_image(source, frame: int | None = None) -> Image.Image:
-    """An RGB image.
+    """Loads an image as RGB.
 
     Args:
       source: a path, encoded bytes, a `data:` URL, a Pillow image, or a uint8 array [H,W], [H,W,1], [H,W,3] or [H,W,4].
-        Files are what Pillow reads, or DICOM by content or by suffix (extra `[medical]`, `images/dicom.py`). A path may
-        end in `#frame=N`. Grey values of more than eight bits lose as many of their lowest as the image's highest value
-        has beyond eight, so that 12 bits in a 16-bit file are not black.
-      frame: of files that hold several (DICOM, GIF, TIFF), counted from 1; None is the first, or what the path says.
+        Files are in a format of Pillow's, or DICOM by content or by suffix (extra `[medical]`, `images/dicom.py`). A
+        path may end in `#frame=N`. Grey values of more than eight bits lose as many of their lowest bits as the image's
+        highest value has beyond eight, so that 12 bits in a 16-bit file are not black.
+      frame: the frame of files that have several (DICOM, GIF, TIFF), counted from 1; None is the first, or the path's.
+
+    Returns:
+      An image of mode RGB.
+
     Raises:
-      UserError: nothing there, not an image, a damaged one, no such frame, or an array of another kind.
+      UserError: the file does not exist, is not an image or is damaged, has no such frame, or an array has another
+        shape or dtype.
     """
     if frame is not None and (not isinstance(frame, int) or frame < 1):
         raise UserError(f"the frame is {frame!r}; a whole number from 1 on was expected")
@@ -70,21 +76,43 @@ def load_image(source, frame: int | None = None) -> Image.Image:
 
 
 def preprocess(image: Image.Image, size: int, mode: str = "pad", mean=CLIP_MEAN, std=CLIP_STD) -> np.ndarray:
-    """Pixels for a tower as CLIP's processor makes them: float32 [size,size,3]. See `preprocess_uint8` for `mode`."""
+    """Preprocesses an image as CLIP's processor does.
+
+    Args:
+      image: the image.
+      size: edge of the result in pixels.
+      mode: as in `preprocess_uint8`.
+      mean: of the three colours, in units of the scaled values.
+      std: standard deviation of the three colours, in the same units.
+
+    Returns:
+      float32 [size,size,3].
+
+    Raises:
+      UserError: as in `preprocess_uint8`.
+    """
     return normalize(preprocess_uint8(image, size, mode), mean, std)
 
 
 def preprocess_uint8(image: Image.Image, size: int, mode: str = "pad", settings: ImageSettings = _CLIPS,
                      color: tuple[int, ...] | None = PAD_COLOR) -> np.ndarray:
-    """The same before normalisation, uint8 [size,size,3]: a quarter of the bytes on the way to a device.
+    """Preprocesses an image without normalisation: uint8 has a quarter of the bytes to send to a device.
 
     Args:
-      mode: `pad` first pads to a square, the image at half the difference rounded down (v1.5 drew that pixel at random,
-        quirk Q3); `square` does not, so that with CLIP's settings what lies outside the centre is lost.
+      image: the image.
+      size: edge of the result in pixels.
+      mode: `pad` first pads to a square, with the image at half the difference rounded down (v1.5 drew that pixel at
+        random, quirk Q3); `square` does not pad, so that with CLIP's settings the image outside its central square is
+        lost.
       settings: how images are resized and cut.
-      color: that is padded with.
+      color: the colour of the padding.
+
+    Returns:
+      uint8 [size,size,3].
+
     Raises:
-      UserError: another mode, an image too large or too long, or settings that make it no square of this size.
+      UserError: the mode is unknown, the image is too large or too long, or the settings do not make a square of this
+        size.
     """
     if mode not in MODES:
         raise UserError(f"the image mode is {mode!r}; {' or '.join(MODES)} was expected")
@@ -121,7 +149,17 @@ def _resize(image: Image.Image, size: int, settings: ImageSettings) -> Image.Ima
 
 
 def normalize(pixels: np.ndarray, mean=CLIP_MEAN, std=CLIP_STD, scale: float = 1 / 255) -> np.ndarray:
-    """uint8 [...,3] to float32 [...,3]: (x * scale - mean) / std."""
+    """Normalises pixels: (x * scale - mean) / std in float32.
+
+    Args:
+      pixels: uint8 [...,3].
+      mean: of the three colours, in units of the scaled values.
+      std: standard deviation of the three colours, in the same units.
+      scale: the factor for pixels.
+
+    Returns:
+      float32 [...,3].
+    """
     table = _normalize_table(tuple(mean), tuple(std), scale)
     return table[pixels, np.arange(3)]
 
@@ -133,6 +171,7 @@ def _normalize_table(mean, std, scale) -> np.ndarray:  # [256,3]
 
 
 def pad_to_square(image: Image.Image, color=PAD_COLOR) -> Image.Image:
+    """Pads an RGB image to a square of its longer edge, with the image in the middle."""
     side = max(image.size)
     if image.size == (side, side):
         return image
@@ -143,7 +182,8 @@ def pad_to_square(image: Image.Image, color=PAD_COLOR) -> Image.Image:
 
 def _open(path: str) -> BinaryIO:
     try:
-        file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # a pipe would wait for a writer
+        # O_NONBLOCK: opening a pipe would otherwise wait for a writer.
+        file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
         if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             return file
         file.close()
@@ -152,13 +192,13 @@ def _open(path: str) -> BinaryIO:
         raise UserError(f"the image {path or repr(path)} does not exist{_beside(path)}") from None
     except IsADirectoryError:
         raise UserError(f"the image {path} is a directory") from None
-    except (OSError, ValueError) as error:  # no permission, a name too long or with a null character
+    except (OSError, ValueError) as error:  # no permission, or a name that is too long or has a null character
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise UserError(f"the image {path[:200]} cannot be opened: {reason}") from error
 
 
 def _beside(path: str) -> str:
-    """Which file is there instead, where names differ as they do between operating systems."""
+    """Returns a hint if the file exists under a name that differs only in ways in which operating systems differ."""
     stem, suffix = os.path.splitext(path)
     forms = {f"in Unicode's form {form}": unicodedata.normalize(form, path) for form in ("NFC", "NFD")}
     cases = {f"with the suffix {other}": stem + other for other in (suffix.lower(), suffix.upper())}
@@ -169,9 +209,9 @@ def _beside(path: str) -> str:
 
 
 def split_frame(path: str) -> tuple[str, int | None]:
-    """`scan.dcm#frame=3` -> (`scan.dcm`, 3), unless a file has that very name."""
+    """Splits a frame number off a path: `scan.dcm#frame=3` -> (`scan.dcm`, 3), unless a file has that very name."""
     match = re.fullmatch(r"(.*)#frame=(\d{1,9})", path, re.DOTALL)
-    if match is None or os.path.exists(path):  # pathlib's raises for a name that is too long
+    if match is None or os.path.exists(path):  # Path.exists raises if the name is too long
         return path, None
     if not int(match[2]):
         raise UserError(f"the image {path} names frame 0; a whole number from 1 on was expected")
@@ -187,19 +227,19 @@ def _read(file: BinaryIO, name: str, frame: int, suffix: str = "") -> Image.Imag
         return read_dicom(file, name, frame).convert("RGB")
     with _refusing(name, frame):
         page = open_page(file, frame)
-        if page.image.format == "EPS":  # which Pillow would hand to Ghostscript, to be run
+        if page.image.format == "EPS":  # Pillow would run it with Ghostscript
             raise UserError(f"{name} is PostScript, a program; an image was expected")
         return page.to_rgb(name)
 
 
 def _from_pillow(image: Image.Image) -> Image.Image:
     with _refusing("the image"):
-        return of_pillow(image).to_rgb("the image")  # it may be open only so far
+        return of_pillow(image).to_rgb("the image")  # a lazily opened image is read only here
 
 
 @contextlib.contextmanager
 def _refusing(name: str, frame: int = 1) -> Iterator[None]:
-    """Pillow's errors as UserError."""
+    """Converts Pillow's errors to UserError."""
     try:
         yield
     except UserError:
@@ -217,7 +257,8 @@ def _refusing(name: str, frame: int = 1) -> Iterator[None]:
 def _from_array(array: np.ndarray) -> Image.Image:
     is_image = array.ndim == 2 or (array.ndim == 3 and array.shape[-1] in (1, 3, 4))
     if array.dtype != np.uint8 or not is_image or 0 in array.shape:
-        raise UserError(f"an image is a {array.dtype} array of shape {array.shape}; uint8 [H,W,3] or [H,W] was expected")
+        raise UserError(f"an image is a {array.dtype} array of shape {array.shape}; uint8 [H,W,3] or [H,W] was "
+                        "expected")
     return Image.fromarray(array[..., 0] if array.shape[-1] == 1 and array.ndim == 3 else array).convert("RGB")
 
 
