@@ -1,1 +1,1 @@
-"""Evaluation: questions, answers, scores and report. `run.py` composes them."""
+"""Evaluates a model: asks questions, scores the answers and writes a report. `run.py` puts the parts together."""

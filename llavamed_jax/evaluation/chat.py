@@ -1,7 +1,8 @@
-"""Chat evaluation by a judge (spec 7.7): answers to questions about figures, each scored beside GPT-4's own answer.
+"""Chat evaluation by a judge (spec 7.7): answers to questions about figures are scored beside GPT-4's answers.
 
-The judge reads caption, what the article says of the figure, the question and both answers, and gives each a score from 1 to
-10. The relative score is the mean of the ratios, 100 * mean(answer's / reference's). Axis letters here: N questions.
+The judge reads the caption, the sentences of the article that mention the figure, the question and both answers, and
+gives each answer a score from 1 to 10. The relative score is 100 * mean(score of the answer / score of the reference).
+Axis letters: N questions.
 """
 
 from __future__ import annotations
@@ -39,16 +40,16 @@ _SCORES = ("pred_relative_score", "gpt4_score", "pred_score")
 
 
 class ChatScorer:
-    """The questions of a chat config, and what a judge says of answers to them.
+    """Reads the questions of a chat config, and scores answers to them by a judge.
 
-    Beside the files of every evaluation there is `reviews.jsonl`: a line for each question, with both answers, their
+    Beside the files of every evaluation it writes `reviews.jsonl`: one line for each question, with both answers, their
     scores and the judge's text. Arguments and errors are those of `VqaScorer`; there are no training rows.
     """
 
     def __init__(self, cfg: ConfigDict, workdir: Path, against: str | Path | None = None):
         if against is not None:
-            raise UsageError("--against compares answers by the metrics of VQA sets and captions; a judge's scores stand in "
-                             "metrics.json")
+            raise UsageError("--against compares answers by the metrics of VQA sets and captions; a judge's scores "
+                             "stand in metrics.json")
         if not cfg.data.root:
             raise UsageError("data.root is empty; the file of chat questions or its folder was expected: "
                              "--config.data.root=PATH")
@@ -64,7 +65,7 @@ class ChatScorer:
         self.training: list[VqaSample] = []
 
     def describe(self) -> str:
-        """One line that says what is asked, and whether it is the published set."""
+        """Returns one line that says what is asked, and whether it is the published set."""
         kinds = Counter(question.kind for question in self.questions)
         counts = ", ".join(f"{kinds[kind]} {kind}" for kind in TYPES)
         is_published = "as published" if self.chat_set.is_published else "not the published file"
@@ -72,18 +73,29 @@ class ChatScorer:
         return f"{KIND}: {len(self.questions)} questions on {n_images} images, {counts}, {is_published}"
 
     def plan(self, texts: Sequence[str] | None, has_control: bool) -> str:
-        """What judging will take. Answers that do not exist yet are taken to be as long as the references."""
+        """Returns one line that says what judging will cost.
+
+        Args:
+          texts: the answers, one for each question; None if they do not exist yet. Then the estimate assumes that they
+            are as long as the references.
+          has_control: whether the answers of the controls are judged too.
+        """
         source = "answers as long as the references" if texts is None else "the answers that exist"
         prompts = self._prompts([question.reference for question in self.questions] if texts is None else texts)
         controls = "; the controls' answers, exchanged images and noise, take up to as much again, each"
-        return f"judge {self.judge.service.where}, {source}: {self.judge.estimate(prompts)}{controls if has_control else ''}"
+        return (f"judge {self.judge.service.where}, {source}: {self.judge.estimate(prompts)}"
+                f"{controls if has_control else ''}")
 
     def score(self, answers: AnswerSet, others: Mapping[str, AnswerSet], extra: Mapping) -> Outcome:
-        """The judge's numbers of all answers.
+        """Has all answers judged and returns the scores.
 
         Args:
-          others: kind of control -> its answers.
-          extra: further objects of `metrics.json`.
+          answers: the answers about the questions' own figures.
+          others: kind of control -> the answers of that control.
+          extra: further objects for `metrics.json`.
+
+        Returns:
+          The metrics, the report and the further files.
         """
         verdicts, reviews = self._judged(answers, "answers")
         metrics, files = self._metrics(verdicts) | extra, {"reviews.jsonl": to_jsonl(reviews)}
@@ -99,7 +111,8 @@ class ChatScorer:
             metrics, lambda tables: chat_report.render(metrics, self.questions, reviews, other_reviews, tables, model),
             files, "answers", verdicts, {"judge": self.judge.service.where},
             {str(self.chat_set.file): self.chat_set.sha256, "judge's wording": prompt.wording},
-            {"Judge's prompt": {"system": prompt.system, "instruction": prompt.instruction, "reminder": prompt.reminder}},
+            {"Judge's prompt": {"system": prompt.system, "instruction": prompt.instruction,
+                                "reminder": prompt.reminder}},
         )  # fmt: skip
 
     def _prompts(self, texts: Sequence[str]) -> list[str]:
@@ -108,7 +121,7 @@ class ChatScorer:
                 for question, text in zip(self.questions, texts, strict=True)]
 
     def _judged(self, answers: AnswerSet, title: str) -> tuple[list[Verdict], list[dict]]:
-        """The verdicts, and the lines of a file of reviews."""
+        """Returns the verdicts, and the lines for a file of reviews."""
         prompts = self._prompts(answers.texts)
         print(f"judge {self.judge.service.where}, {title}: {self.judge.estimate(prompts)}", file=sys.stderr, flush=True)
         verdicts = self.judge.verdicts(prompts, title)
@@ -116,32 +129,37 @@ class ChatScorer:
         return verdicts, [review(*each) for each in zip(self.questions, answers.texts, verdicts, strict=True)]
 
     def _metrics(self, verdicts: Sequence[Verdict]) -> dict:
-        """The object of `metrics.json`, without controls."""
+        """Returns the object of `metrics.json`, without the controls."""
         unscored = [question.question_id for question, verdict in zip(self.questions, verdicts, strict=True)
                     if verdict.value is None]
         reading = self._reading
-        read_otherwise = sum(v.first_text is not None and read_original_scores(v.first_text) is not None for v in verdicts)
+        read_otherwise = sum(v.first_text is not None and read_original_scores(v.first_text) is not None
+                             for v in verdicts)
         return {
             "dataset": KIND, "split": self.cfg.data.split,
-            "unit": f"percent; scores are points{' from 1 to 10' if reading == 'strict' else ', as the judge gave them'}",
+            "unit": "percent; scores are "
+                    f"points{' from 1 to 10' if reading == 'strict' else ', as the judge gave them'}",
             "n_questions": len(self.questions), "n_images": len({question.image for question in self.questions}),
-            "n_unscored": len(unscored), "unscored": unscored, "seed": self.cfg.seed, "questions_sha256": self.chat_set.sha256,
-            "judge": self.judge.summary(verdicts) | {"reading": reading}, **chat_scores(self.questions, verdicts, self.cfg.seed),
+            "n_unscored": len(unscored), "unscored": unscored, "seed": self.cfg.seed,
+            "questions_sha256": self.chat_set.sha256,
+            "judge": self.judge.summary(verdicts) | {"reading": reading},
+            **chat_scores(self.questions, verdicts, self.cfg.seed),
             "differs_from_the_paper": chat_published.differences(
                 self.chat_set, self.judge, self.cfg.judge.image_marker, len(unscored), read_otherwise),
         }  # fmt: skip
 
     @staticmethod
     def summary(metrics: Mapping) -> str:
-        """The result as plain text."""
+        """Returns the result as a plain text table."""
         return summary(metrics)
 
 
 def review(question: ChatQuestion, text: str, verdict: Verdict) -> dict:
-    """A line of `reviews.jsonl`; scores are None where the question is unscored."""
+    """Returns one line of `reviews.jsonl`; the scores are None if the question is unscored."""
     gpt4_score, pred_score = verdict.value or (None, None)
     line = {
-        "question_id": question.question_id, "image": question.image.name, "type": question.kind, "domain": question.domain,
+        "question_id": question.question_id, "image": question.image.name, "type": question.kind,
+        "domain": question.domain,
         "question": question.question, "gpt4_answer": question.reference, "text": text, "gpt4_score": gpt4_score,
         "pred_score": pred_score, "gpt_eval": verdict.text, "finish_reason": verdict.finish_reason,
     }  # fmt: skip
@@ -150,11 +168,18 @@ def review(question: ChatQuestion, text: str, verdict: Verdict) -> dict:
 
 
 def chat_scores(questions: Sequence[ChatQuestion], verdicts: Sequence[Verdict], seed: int) -> dict:
-    """The numbers of `metrics.json`: `overall`, and by `type` and `domain` a table for each that occurs.
+    """Computes the numbers of `metrics.json`.
 
-    Each table has `pred_relative_score` (mean of the ratios, percent), `gpt4_score` and `pred_score` (mean points), all with
-    95 % intervals by bootstrap over images (`_low`, `_high`), `ratio_of_means` (percent: what LLaVA's own summary prints),
-    `data_size` (questions scored) and `n_unscored`.
+    Args:
+      questions: the N questions.
+      verdicts: the judge's verdict on each question.
+      seed: seed of the bootstrap.
+
+    Returns:
+      `overall`, and under `type` and `domain` one table for each that occurs. Each table has `pred_relative_score`
+      (mean of the ratios, percent), `gpt4_score` and `pred_score` (mean points), all with 95 % intervals by bootstrap
+      over images (`_low`, `_high`), `ratio_of_means` (percent; LLaVA's own summary prints it), `data_size` (number of
+      scored questions) and `n_unscored`.
     """
     scores = np.array([verdict.value or (np.nan, np.nan) for verdict in verdicts], np.float64).reshape(-1, 2)  # [N, 2]
     images = [str(question.image) for question in questions]
@@ -178,21 +203,25 @@ def chat_scores(questions: Sequence[ChatQuestion], verdicts: Sequence[Verdict], 
 
 
 def summary(metrics: Mapping) -> str:
-    """The result as a plain text table, for a terminal or a log."""
+    """Returns the result as a plain text table, for a terminal or a log."""
     judge, control = metrics["judge"]["model"], metrics.get("control")
     others = [dict(chat_report.tables(table)) for table in ((control, control["noise"]) if control else ())]
     name, split, n, n_images = (metrics[key] for key in ("dataset", "split", "n_questions", "n_images"))
     lines = [f"{name} {split}: {n} questions about {n_images} images, judged by {judge}"]
     head = f"{'relative score, percent':<24}{'value':>7}   {'95 % interval':<16}{'ratio of means':>14}"
-    lines.append(f"{head}{'answers':>9}{'references':>12}{'n':>6}" + (f"{'exchanged':>11}{'noise':>7}" if control else ""))
+    lines.append(f"{head}{'answers':>9}{'references':>12}{'n':>6}"
+                 + (f"{'exchanged':>11}{'noise':>7}" if control else ""))
     for title, table in chat_report.tables(metrics):
         value, low, high = (table[f"pred_relative_score{end}"] for end in ("", "_low", "_high"))
         interval = "" if low is None else f"[{low:.1f}, {high:.1f}]"
-        cells = [_plain(table["ratio_of_means"], 14), _plain(table["pred_score"], 9, 2), _plain(table["gpt4_score"], 12, 2)]
+        cells = [_plain(table["ratio_of_means"], 14), _plain(table["pred_score"], 9, 2),
+                 _plain(table["gpt4_score"], 12, 2)]
         line = f"{title:<24}{_plain(value, 7)}   {interval:<16}{''.join(cells)}{table['data_size']:>6}"
-        lines.append(line + "".join(_plain(found[title]["pred_relative_score"], width) for found, width in zip(others, (11, 7))))
+        lines.append(line + "".join(_plain(found[title]["pred_relative_score"], width)
+                                    for found, width in zip(others, (11, 7))))
     if metrics["n_unscored"]:
-        lines.append(f"unscored and in no mean, {metrics['n_unscored']} of {n} questions: {', '.join(map(str, metrics['unscored']))}")
+        lines.append(f"unscored and in no mean, {metrics['n_unscored']} of {n} questions: "
+                     f"{', '.join(map(str, metrics['unscored']))}")
     if metrics["differs_from_the_paper"]:
         lines.append(f"not beside the paper's numbers: {'; '.join(metrics['differs_from_the_paper'])}")
     if said := asked_words(metrics.get("asked") or {}):

@@ -1,7 +1,7 @@
-"""What LLaVA-Med's paper printed of this evaluation, and whether a run may stand beside it.
+"""The chat results that LLaVA-Med's paper printed, and a check whether a run is comparable with them.
 
-Relative scores in percent, from the paper's table of chat results (`images/llava_med_chat.png` of its repository); the judge
-was GPT-4 of 14 March 2023, asked by v1.0's code at temperature 0.
+The numbers are relative scores in percent, from the paper's table of chat results (`images/llava_med_chat.png` of its
+repository). The judge was GPT-4 of 14 March 2023, asked by v1.0's code at temperature 0.
 """
 
 from __future__ import annotations
@@ -21,11 +21,20 @@ ROWS = {
 }
 
 
-def differences(questions: ChatSet, judge: Judge, has_marker: bool, n_unscored: int, n_read_otherwise: int = 0) -> list[str]:
-    """In what a run differs from the paper's, a few words each; with none its numbers may stand beside the paper's.
+def differences(questions: ChatSet, judge: Judge, has_marker: bool, n_unscored: int,
+                n_read_otherwise: int = 0) -> list[str]:
+    """Lists the differences between a run and the paper's; without any, the numbers are comparable.
 
     Args:
-      n_read_otherwise: replies that were asked for again and whose scores the original takes.
+      questions: the questions of the run.
+      judge: the judge of the run.
+      has_marker: whether "<image>" stays in the judge's question.
+      n_unscored: number of questions without a score.
+      n_read_otherwise: number of replies that were rejected and asked for again, although the original would have read
+        scores from them.
+
+    Returns:
+      One phrase for each difference.
     """
     found = []
     if not questions.is_published:

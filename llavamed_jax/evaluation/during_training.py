@@ -1,4 +1,4 @@
-"""What is generated while a model is trained: closed accuracy on the validation questions, and answers to look at."""
+"""Generation during training: closed accuracy on the validation questions, and sample answers for the log."""
 
 from __future__ import annotations
 
@@ -27,13 +27,22 @@ from llavamed_jax.training.log import Sample
 from llavamed_jax.training.program import to_disk
 from llavamed_jax.utils import terminal
 
-SHOWN = 4  # questions that are asked again and again
+SHOWN = 4  # sample questions; the same ones are asked every time
 MAX_NEW_TOKENS = {"sample": 64, "closed": 16}
 
 
 @dataclass(frozen=True)
 class Question:
-    """The first turn of a record, with the images that its markers stand for; `lost`: how many the record names beyond."""
+    """The first turn of a training record.
+
+    Attributes:
+      name: the id of the record.
+      images: the paths of the images that the markers of the turn stand for.
+      text: the question, without image markers.
+      wanted: the answer in the record.
+      is_closed: whether the question is closed.
+      lost: how many images the record names beyond its number of markers.
+    """
 
     name: str
     images: Sequence[str]
@@ -44,17 +53,19 @@ class Question:
 
 
 def first_turn(record: Mapping) -> Question | None:
-    """The question of a training record; None where it has no answer."""
+    """Returns the question of a training record; None if the record has no answer."""
     turns = record["conversations"][record["conversations"][0]["from"] == "gpt":]
     if len(turns) < 2:
         return None
     wanted = turns[1]["value"]
-    kind = record.get("answer_type")  # of a VQA set; elsewhere an answer of yes or no makes a question closed
-    is_closed = str(kind).strip().upper() == "CLOSED" if kind else metrics.normalize_word(wanted.lower()) in ("yes", "no")
+    kind = record.get("answer_type")  # VQA sets state it; in other sets a question answered by yes or no is closed
+    is_closed = (str(kind).strip().upper() == "CLOSED" if kind
+                 else metrics.normalize_word(wanted.lower()) in ("yes", "no"))
     markers = [turn["value"].count(IMAGE_MARKER) for turn in turns]
-    count = markers[0] if sum(markers) == len(record["image"]) else bool(markers[0])  # else several in a turn are one image
-    return Question(str(record["id"]), record["image"][:count], turns[0]["value"].replace(IMAGE_MARKER, "").strip(), wanted, is_closed,
-                    record.get("surplus", 0))
+    # If the numbers of markers and images differ, all markers of a turn stand for one image.
+    count = markers[0] if sum(markers) == len(record["image"]) else bool(markers[0])
+    return Question(str(record["id"]), record["image"][:count], turns[0]["value"].replace(IMAGE_MARKER, "").strip(),
+                    wanted, is_closed, record.get("surplus", 0))
 
 
 def _questions(records: Iterable[Mapping]) -> Iterator[Question]:
@@ -62,15 +73,27 @@ def _questions(records: Iterable[Mapping]) -> Iterator[Question]:
 
 
 class TrainedModel:
-    """A run's model as one that can be asked. Its programs are compiled once; its weights are those of a snapshot."""
+    """Answers questions with the model of a training run.
+
+    The programs are compiled once; each call of `ask` uses the weights of its snapshot.
+    """
 
     def __init__(self):
         self._model: LlavaMed | None = None
-        self._captioner: Processor | None = None  # of a template without roles
-        self._refused: dict[str, str] = {}  # question -> why it is not asked
+        self._captioner: Processor | None = None  # set for a template without roles
+        self._refused: dict[str, str] = {}  # question -> the reason why it is not asked
 
     def ask(self, snapshot: Snapshot, questions: Sequence[Question], max_new_tokens: int) -> list[str | None]:
-        """Greedy answers; None to a question that cannot be asked, which is said once."""
+        """Returns greedy answers.
+
+        Args:
+          snapshot: the weights, and the run's data and program.
+          questions: the questions.
+          max_new_tokens: the longest answer, in tokens.
+
+        Returns:
+          One answer for each question; None if the question cannot be asked. The reason is printed once.
+        """
         with self._loaded(snapshot) as model:
             known = len(self._refused)
             rows = [self._row(model, question) for question in questions]
@@ -79,11 +102,12 @@ class TrainedModel:
 
     def _answers(self, model: LlavaMed, rows: Sequence[tuple | None], max_new_tokens: int) -> list[str | None]:
         asked = [row for row in rows if row is not None]
-        answers = iter(model.generate_tokens([ids for ids, _ in asked], [pixels for _, pixels in asked], max_new_tokens))
+        answers = iter(model.generate_tokens([ids for ids, _ in asked], [pixels for _, pixels in asked],
+                                             max_new_tokens))
         return [None if row is None else self._text(model, next(answers)) for row in rows]
 
     def _row(self, model: LlavaMed, question: Question) -> tuple[list[int], list[np.ndarray]] | None:
-        """Ids and pixels. A caption's prompt is the image alone, as the template without roles was trained."""
+        """Returns token ids and pixels. A caption's prompt is the image alone, as in training without roles."""
         processor = model.processor
         try:
             if question.lost:
@@ -93,7 +117,8 @@ class TrainedModel:
             else:
                 ids = processor.expand(processor.encode(processor.question(question.text, question.images)))
             if len(ids) > model.engine.max_prompt:
-                raise UserError(f"its prompt is {len(ids)} tokens long; at most {model.engine.max_prompt} were expected")
+                raise UserError(f"its prompt is {len(ids)} tokens long; "
+                                f"at most {model.engine.max_prompt} were expected")
             return ids, list(processor.images_uint8(question.images)) if question.images else []
         except UserError as error:
             self._refused.setdefault(question.name, str(error))
@@ -112,12 +137,12 @@ class TrainedModel:
 
     @contextlib.contextmanager
     def _loaded(self, snapshot: Snapshot) -> Iterator[LlavaMed]:
-        """The model with a snapshot's weights, which are let go afterwards: training needs the memory."""
+        """Yields the model with a snapshot's weights; frees them afterwards, because training needs the memory."""
         program = snapshot.program
         params, mesh = _unrolled(snapshot)
         if self._model is None:
             processor = snapshot.data.processor
-            if processor.template.is_for_training_only:  # asked as the model is asked later; captions are no answers, though
+            if processor.template.is_for_training_only:  # ask with the template of inference; captions are an exception
                 self._captioner = processor if processor.template.labels == "plain" else None
                 processor = Processor(processor.config, processor.tokenizer)
             self._model = LlavaMed(program.model.cfg, params, processor, program.model.dtype, mesh)
@@ -129,9 +154,10 @@ class TrainedModel:
 
 
 def _unrolled(snapshot: Snapshot) -> tuple[Mapping, Mesh]:
-    """A snapshot's parameters one array a layer, in the dtype of the computation, laid as the engine lays them; and its mesh.
+    """Returns a snapshot's parameters as the engine takes them, and the mesh that they lie on.
 
-    The engine generates on the devices of one process. Of several processes each gets a whole copy over its own.
+    The layers are unstacked (one array a layer), and the dtype is that of the computation. The engine generates on the
+    devices of one process, so with several processes each of them gets a complete copy on its own devices.
     """
     program = snapshot.program
     cast = lambda params: nest({name: x.astype(program.model.dtype) for name, x in to_disk(flatten(params)).items()})
@@ -141,17 +167,19 @@ def _unrolled(snapshot: Snapshot) -> tuple[Mapping, Mesh]:
         return params, program.mesh
     everywhere, here = local_view(program.mesh)
     copies = jax.device_put(params, param_shardings(shapes, param_axes(), everywhere))
-    local = lambda x, sharding: jax.make_array_from_single_device_arrays(x.shape, sharding, [part.data for part in x.addressable_shards])
+    local = lambda x, sharding: jax.make_array_from_single_device_arrays(x.shape, sharding,
+                                                                         [part.data for part in x.addressable_shards])
     return jax.tree.map(local, copies, param_shardings(shapes, param_axes(), here)), here
 
 
 class ClosedAccuracy:
-    """An evaluator: the share of the validation data's closed questions that is answered right (`strict.is_strictly_right`)."""
+    """An evaluator: the share of closed validation questions that is answered right (`strict.is_strictly_right`)."""
 
     def __init__(self, model: TrainedModel):
         self._model = model
 
     def __call__(self, snapshot: Snapshot) -> dict[str, float]:
+        """Returns accuracy (a fraction) and number of questions; nothing if there are no closed questions."""
         if snapshot.data.validation is None:
             return {}
         closed = [q for q in _questions(snapshot.data.validation.readable()) if q.is_closed]
@@ -161,15 +189,17 @@ class ClosedAccuracy:
 
 
 class Samples:
-    """A sampler: the answers to a few fixed questions, the first of `data.samples`, else of validation or training data."""
+    """A sampler: answers the first few questions with an image of `data.samples`, or of validation or training data."""
 
     def __init__(self, model: TrainedModel):
         self._model = model
         self._has_said = False
 
     def __call__(self, snapshot: Snapshot) -> list[Sample]:
+        """Returns the same questions at every call, with the answers of the snapshot."""
         cfg, data = snapshot.data.cfg, snapshot.data
-        fixed = training.read_training(cfg.data.samples, cfg.data.images) if cfg.data.samples else data.validation or data.train
+        fixed = (training.read_training(cfg.data.samples, cfg.data.images) if cfg.data.samples
+                 else data.validation or data.train)
         with_image = (q for q in _questions(fixed.readable()) if q.images)
         questions = list(itertools.islice(with_image, SHOWN))
         if not questions and not self._has_said:

@@ -1,9 +1,9 @@
-"""Text metrics of the original LLaVA-Med evaluation, quirks included, as fractions.
+"""Text metrics of the original LLaVA-Med evaluation, including its quirks. All values are fractions.
 
 The published LLaVA-Med numbers were computed with these functions (`llava/eval/run_eval*.py` of release v1.0.0), so a
-comparison with the paper needs exactly them. Several are not what their names say: "exact match" is a partial-credit
-precision, recall counts the candidate's repetitions, normalisation removes at most 32 full stops. They are kept
-because a corrected metric would be another metric; `scoring/strict.py` has strict ones beside them.
+comparison with the paper needs exactly these. Several differ from what their names say: "exact match" is a precision
+with partial credit, recall counts repetitions in the candidate, and normalisation removes at most 32 full stops. The
+quirks are kept because a corrected metric would be a different metric; `scoring/strict.py` has the strict metrics.
 """
 
 import os
@@ -14,10 +14,11 @@ from collections import Counter
 from collections.abc import Sequence
 from types import ModuleType
 
-_PUNCTUATION = (";", "/", "[", "]", '"', "{", "}", "(", ")", "=", "+", "\\", "_", "-", ">", "<", "@", "`", ",", "?", "!")
+_PUNCTUATION = (";", "/", "[", "]", '"', "{", "}", "(", ")", "=", "+", "\\", "_", "-", ">", "<", "@", "`", ",", "?",
+                "!")
 _DIGIT_COMMA_DIGIT = re.compile(r"\d,\d")
 _PERIOD = re.compile(r"\.(?!\d)")
-# The original hands `re.UNICODE` (the integer 32) to `re.sub` where `count` stands.
+# The original passes `re.UNICODE` (the integer 32) to `re.sub` as `count`.
 _MOST_PERIODS_REMOVED = 32
 
 _NUMBERS = {
@@ -61,9 +62,9 @@ CONTRACTIONS = {
 def normalize_word(text: str) -> str:
     """Normalises an answer as the VQA evaluation does: punctuation, case, numbers, articles, contractions.
 
-    A punctuation mark becomes a blank, unless it stands next to a blank somewhere in the text or the text holds a
-    digit-comma-digit anywhere: then it vanishes. Both tests look at the text as given, so one "1,000" makes every mark
-    vanish. Full stops before a digit stay; of the others 32 go and the rest stay.
+    A punctuation mark is replaced by a blank. It is deleted instead if the same mark stands next to a blank somewhere
+    in the text, or if the text contains digit-comma-digit anywhere. Both tests look at the text before any replacement,
+    so a single "1,000" deletes every mark. Full stops before a digit stay; the first 32 others are deleted.
     """
     has_digit_comma = _DIGIT_COMMA_DIGIT.search(text) is not None
     cleaned = text
@@ -80,10 +81,10 @@ def _counts(text: str) -> Counter[str]:
 
 
 def exact_match(candidate: str, reference: str) -> float:
-    """The original's "exact match": distinct reference words found in the candidate / words of the candidate.
+    """Returns the original's "exact match": distinct reference words found in the candidate / words of the candidate.
 
-    Not string equality: "yes it is" against "yes" gives 1/3. It is never above the precision of `f1`, and 0 for an
-    empty candidate.
+    This is not string equality: "yes it is" against "yes" gives 1/3. The value never exceeds the precision of `f1`, and
+    is 0 for an empty candidate.
     """
     candidate_counts = _counts(candidate)
     total = candidate_counts.total()
@@ -91,10 +92,11 @@ def exact_match(candidate: str, reference: str) -> float:
 
 
 def f1(candidate: str, reference: str) -> tuple[float, float, float]:
-    """Token F1, precision and recall as the original counts them; recall is the paper's "open" number.
+    """Returns token F1, precision and recall as the original counts them; recall is the paper's "open" number.
 
-    True positives are the *candidate's* counts of shared words, for recall too: repeating a right word raises recall,
-    and how often the reference has it does not matter. All three are 0 when no word is shared.
+    True positives are the *candidate's* counts of shared words, for recall too. So repeating a right word raises
+    recall, and the number of times that the reference contains the word does not matter. All three are 0 if no word is
+    shared.
     """
     candidate_counts, reference_counts = _counts(candidate), _counts(reference)
     shared = candidate_counts.keys() & reference_counts.keys()
@@ -108,7 +110,14 @@ def f1(candidate: str, reference: str) -> tuple[float, float, float]:
 
 
 class CandidateList:
-    """Answer candidates, normalised and split once, for `candidate_accuracy` over many predictions."""
+    """Answer candidates, normalised and split once, for `candidate_accuracy` over many predictions.
+
+    Args:
+      candidates: the possible answers.
+
+    Raises:
+      ValueError: `candidates` is empty.
+    """
 
     def __init__(self, candidates: Sequence[str | int]):
         if not candidates:
@@ -117,9 +126,9 @@ class CandidateList:
         self._words = [frozenset(text.lower().split()) for text in self._texts]
 
     def nearest(self, prediction: str) -> str:
-        """The first candidate, normalised, with the largest share of its distinct words in `prediction`."""
+        """Returns the first candidate, normalised, with the largest share of its distinct words in `prediction`."""
         words = _counts(prediction).keys()
-        # `max` keeps the first of equals, so that a prediction that shares no word gets candidate 0, as in the original.
+        # `max` returns the first maximum, so a prediction that shares no word gets candidate 0, as in the original.
         best = max(range(len(self._texts)), key=lambda i: self._share(self._words[i], words))
         return self._texts[best]
 
@@ -129,9 +138,10 @@ class CandidateList:
 
 
 def candidate_accuracy(prediction: str, reference: str, candidates: Sequence[str | int] | CandidateList) -> int:
-    """1 if the candidate nearest to the prediction is the reference (both normalised), else 0.
+    """Returns 1 if the candidate nearest to the prediction is the reference (both normalised), else 0.
 
-    Raises ValueError for an empty list of candidates.
+    Raises:
+      ValueError: the list of candidates is empty.
     """
     if not isinstance(candidates, CandidateList):
         candidates = CandidateList(candidates)
@@ -142,22 +152,24 @@ _BLEU_WEIGHTS = [(0.25, 0.25, 0.25, 0.25), (1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1,
 
 
 def bleu(reference: str, candidate: str) -> tuple[float, float, float, float]:
-    """BLEU-4 and the precisions of 1-, 2- and 3-grams with brevity penalty, by nltk's `sentence_bleu` unsmoothed.
+    """Returns BLEU-4 and the 1-, 2- and 3-gram precisions with brevity penalty, by nltk's unsmoothed `sentence_bleu`.
 
-    Lower-cases and splits, but does not normalise: the original's callers did that. Without smoothing an n-gram order
-    that never matches counts as the smallest normal float, hence values such as 1.8e-231.
+    Lower-cases and splits the texts, but does not normalise them, because the original's callers do that. Without
+    smoothing, an n-gram order without a match counts as the smallest normal float; hence values such as 1.8e-231.
     """
     sentence_bleu = bleu_score().sentence_bleu
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # nltk warns at every n-gram order without a match, which here is the rule
+        warnings.simplefilter("ignore")  # nltk warns at every n-gram order without a match, which is common here
         scores = sentence_bleu([reference.lower().split()], candidate.lower().split(), weights=_BLEU_WEIGHTS)
     return tuple(float(score) for score in scores)
 
 
 def bleu_score() -> ModuleType:
-    """nltk's `translate.bleu_score`. The package takes a second to import, and the other metrics do without it.
+    """Imports and returns nltk's module `translate.bleu_score`.
 
-    On import it looks for a directory to download to, and fails for a user who has no home (a container's, say).
+    The import takes a second and the other metrics do not need it, so it is not at the top of this file. On import nltk
+    looks for a download directory and fails for a user without a home directory, for example in a container; so HOME is
+    set during the import.
     """
     if "nltk" not in sys.modules and not os.path.isabs(os.path.expanduser("~")):
         earlier = {name: os.environ[name] for name in ("HOME",) if name in os.environ}  # relative, or empty
@@ -173,11 +185,14 @@ def bleu_score() -> ModuleType:
 
 
 def is_substring_hit(prediction: str, reference: str) -> bool:
-    """`run_eval_batch`'s accuracy: the normalised reference is a substring of the normalised prediction."""
+    """Returns whether the normalised reference is a substring of the normalised prediction (`run_eval_batch`)."""
     return normalize_word(reference) in normalize_word(prediction)
 
 
 def is_yes_no_hit(prediction: str, reference: str) -> bool:
-    """`run_eval`'s closed accuracy: as above, and "yes" or "no" is a substring too ("normal" holds a "no")."""
+    """Returns whether reference, and "yes" or "no", are substrings of the prediction (`run_eval`'s closed accuracy).
+
+    All texts are normalised. The "no" in "normal" counts too.
+    """
     normalized = normalize_word(prediction)
     return ("yes" in normalized or "no" in normalized) and normalize_word(reference) in normalized

@@ -1,9 +1,10 @@
-"""The numbers that LLaVA-Med's authors published, and when they may stand beside ours.
+"""The numbers that LLaVA-Med's authors published, and a check whether ours are comparable with them.
 
-The paper's table of fine-tuned models (`images/llava_med_vqa.png` of release v1.0.0) and the raw output beside it
-(`llava/notebook/run_eval_metrics.ipynb`). Both come from `run_eval_batch.py`: "open" is the token recall of open questions,
-"closed" says that the gold is a substring of the answer, whatever its row is called. Its VQA-RAD numbers are of `data_RAD`,
-our protocol `paper`, whose training rows hold most of the open test answers; one notebook row is of the clean rows.
+The sources are the paper's table of fine-tuned models (`images/llava_med_vqa.png` of release v1.0.0) and the raw output
+in `llava/notebook/run_eval_metrics.ipynb`. Both come from `run_eval_batch.py`: "open" is the token recall of open
+questions, "closed" is the share of answers that contain the gold as a substring. The VQA-RAD numbers were measured on
+`data_RAD` (our protocol `paper`), whose training rows contain most of the open test answers; one row of the notebook
+was measured on the clean rows.
 """
 
 from __future__ import annotations
@@ -23,8 +24,11 @@ class Row:
     """A published model on the test split of a data set.
 
     Attributes:
-      name: what `published` of an eval config calls it; `model` as printed, with the epochs it was fine-tuned.
-      protocol: the training rows, None where a set has one kind; `source`: where it is printed.
+      name: the value of the config key `published` that selects this model.
+      model: the printed name of the model, with the number of epochs of fine-tuning.
+      dataset: the name of the data set.
+      protocol: the training rows, `clean` or `paper`; None if the data set has only one kind.
+      source: where the numbers are printed.
       values: metric -> percent.
     """
 
@@ -37,7 +41,7 @@ class Row:
 
 
 _TABLE = "paper, table of fine-tuned models"
-_MODELS = {  # the epochs by the notebook, whose numbers these are
+_MODELS = {  # epochs as stated in the notebook, which prints these numbers
     "llava": ("LLaVA, 3 epochs", (50.00, 65.07), (78.18, 63.22), (7.74, 63.20)),
     "from_llava": ("LLaVA-Med (From LLaVA), 15 epochs", (61.52, 84.19), (83.08, 85.34), (37.95, 91.21)),
     "from_vicuna": ("LLaVA-Med (From Vicuna), about 9 epochs", (64.39, 81.98), (84.71, 83.17), (38.87, 91.65)),
@@ -48,20 +52,25 @@ ROWS = tuple(
     for name, (model, *pairs) in _MODELS.items()
     for dataset, pair in zip(TEST, pairs, strict=True)
 ) + (
-    Row("from_vicuna", "LLaVA-Med (From Vicuna), 9 epochs on vqa_rad's 1,797 rows", "vqa_rad", "clean", "authors' notebook",
-        {"recall": 32.5791, "closed_accuracy_substring": 63.9706, "exact_match": 20.9612, "f1": 24.7495, "precision": 21.1164,
-         "open_accuracy_substring": 24.0223}),
+    Row("from_vicuna", "LLaVA-Med (From Vicuna), 9 epochs on vqa_rad's 1,797 rows", "vqa_rad", "clean",
+        "authors' notebook",
+        {"recall": 32.5791, "closed_accuracy_substring": 63.9706, "exact_match": 20.9612, "f1": 24.7495,
+         "precision": 21.1164, "open_accuracy_substring": 24.0223}),
 )  # fmt: skip
 NAMES = tuple(dict.fromkeys(row.name for row in ROWS))
 
 
 def beside(dataset: str, split: str, protocol: str, n_open: int, n_closed: int, name: str) -> dict:
-    """The published numbers of the model that the config names, or the reason why none stand beside ours.
+    """Returns the published numbers of the model that the config names, or the reason why there are none.
 
     Args:
-      dataset, split, protocol: what was asked, and the training rows.
-      n_open, n_closed: how much of it: a cut of a set is another test.
-      name: the published model that the evaluated one is (`published` of the config), or "".
+      dataset: the name of the data set.
+      split: the split that was asked.
+      protocol: the training rows, `clean` or `paper`.
+      n_open: number of open questions that were asked. A part of a set is not comparable with the whole.
+      n_closed: number of closed questions that were asked.
+      name: which published model was evaluated (`published` of the config), or "".
+
     Returns:
       `row`, `model`, `protocol`, `source` and `values` (metric -> percent), or `reason`, a sentence.
     """
@@ -76,14 +85,16 @@ def beside(dataset: str, split: str, protocol: str, n_open: int, n_closed: int, 
     same = [row for row in rows if row.protocol in (None, protocol)]
     if not name:
         models = "; ".join(f"{row.name}: {row.model}" for row in same)
-        return _nothing("the config does not say that this model is one of the published ones, and other models' numbers do not belong"
-                        f" beside it (key published: {models})")
+        return _nothing("the config does not say that this model is one of the published ones, and other models' "
+                        f"numbers do not belong beside it (key published: {models})")
     found = [row for row in same if row.name == name]
     if not found:
         trained = ", ".join(dict.fromkeys(str(row.protocol) for row in rows if row.name == name))
-        return _nothing(f"the published {name} was trained on other rows of {dataset} (protocol {trained}) than this protocol, {protocol}")
+        return _nothing(f"the published {name} was trained on other rows of {dataset} (protocol {trained}) than this "
+                        f"protocol, {protocol}")
     row = found[0]
-    return {"row": row.name, "model": row.model, "protocol": row.protocol, "source": row.source, "values": dict(row.values)}
+    return {"row": row.name, "model": row.model, "protocol": row.protocol, "source": row.source,
+            "values": dict(row.values)}
 
 
 def _nothing(reason: str) -> dict:

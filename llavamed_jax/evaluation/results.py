@@ -1,4 +1,4 @@
-"""Files of results: whole under their final name, or absent."""
+"""Writes the result files of an evaluation, each completely or not at all, and locks the workdir meanwhile."""
 
 from __future__ import annotations
 
@@ -22,17 +22,22 @@ from llavamed_jax.parallel import distributed
 from llavamed_jax.utils import locks
 from llavamed_jax.utils.files import is_at, read_json, utf8
 
-# Files that only some evaluations leave. Beside the metrics of another evaluation they would be wrong.
+# Files that only some evaluations write. They would be wrong beside the metrics of another evaluation.
 _OF_RESULTS = ("predictions_control_*.jsonl", "judged.jsonl", "reviews.jsonl", "reviews_control_*.jsonl")
 _TEMPORARY = ".results."
 
 
 class Lost(UserError):
-    """The directory of an evaluation is no longer at its place."""
+    """The directory of an evaluation was removed, moved or replaced."""
 
 
 class Place:
-    """The directory that an evaluation writes to, which others may remove, move or replace meanwhile."""
+    """The directory that an evaluation writes to. Other processes may remove, move or replace it meanwhile.
+
+    Args:
+      workdir: the path of the directory; it is created if it does not exist.
+      descriptor: an open descriptor of the directory. None opens one, which is closed with this object.
+    """
 
     def __init__(self, workdir: Path, descriptor: int | None = None):
         self._workdir, self._descriptor = workdir, descriptor
@@ -41,20 +46,28 @@ class Place:
             weakref.finalize(self, os.close, self._descriptor)
 
     def check(self) -> None:
-        """Raises Lost where another directory, or none, is at the path by now."""
+        """Raises Lost if the directory is no longer at its path."""
         if not is_at(self._descriptor, self._workdir):
-            raise Lost(f"the workdir {self._workdir} was removed, moved or replaced while the evaluation ran, and the answers that were "
-                       "kept there are gone with it; no results are written")
+            raise Lost(f"the workdir {self._workdir} was removed, moved or replaced while the evaluation ran, and the "
+                       "answers that were kept there are gone with it; no results are written")
 
 
 @contextlib.contextmanager
 def locked(workdir: Path) -> Iterator[Place]:
-    """Holds a directory for one evaluation; the kernel lets go of it however the process ends, and nothing is left in it.
+    """Locks a directory for one evaluation.
 
-    Two at once would write their answers into one file, and the next start take those of the one for the other's. Of several
-    processes of one evaluation the first holds it.
+    Two evaluations at once would write their answers into one file, and a resumed one would read the answers of the
+    other. The kernel releases the lock however the process ends, and there is no lock file. If an evaluation has
+    several processes, the first holds the lock. On a file system without locks there is no lock.
+
+    Args:
+      workdir: the directory; it is created if it does not exist.
+
+    Yields:
+      The locked directory.
+
     Raises:
-      UserError: another evaluation holds it. A file system that knows no locks is used without.
+      UserError: another evaluation holds the lock, or the directory cannot be opened.
     """
     if distributed.process_index():
         yield Place(workdir)
@@ -63,10 +76,11 @@ def locked(workdir: Path) -> Iterator[Place]:
     try:
         while True:
             if not _lock(descriptor):
-                raise UserError(f"the workdir {workdir} is in use by another evaluation; wait for its end, or name another")
+                raise UserError(f"the workdir {workdir} is in use by another evaluation; wait for its end, or name "
+                                "another")
             if is_at(descriptor, workdir):
                 break
-            os.close(descriptor)  # another evaluation that came to nothing has removed the directory meanwhile
+            os.close(descriptor)  # another evaluation, which wrote nothing, has removed the directory meanwhile
             descriptor = _open(workdir)
         yield Place(workdir, descriptor)
     finally:
@@ -74,7 +88,7 @@ def locked(workdir: Path) -> Iterator[Place]:
 
 
 def remove_empty(workdir: Path) -> None:
-    """Removes a directory that nothing was written to, unless an evaluation holds it, whose it then is."""
+    """Removes the directory if it is empty and no evaluation holds its lock."""
     with contextlib.suppress(OSError):
         descriptor = os.open(workdir, os.O_RDONLY)
         try:
@@ -93,20 +107,23 @@ def _open(workdir: Path) -> int:
 
 
 def _lock(descriptor: int) -> bool:
-    """Whether a directory is ours now; True too on a file system that knows no locks."""
+    """Takes the lock of a directory; returns whether it worked. Returns True on a file system without locks."""
     return locks.lock(descriptor) is not False
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a scorer made of the answers of an evaluation.
+    """The result of scoring the answers of an evaluation.
 
     Attributes:
       metrics: the object of `metrics.json`.
-      render: tables of what was run (title -> name -> value) -> the page `report.html`.
-      files: further files of the results, name -> text.
-      judged, verdicts: what a judge read, in the plural, and what it said of each.
-      facts, hashes: further rows of the tables of what was run; `tables`: further ones.
+      render: makes the page `report.html` from the tables of run details (title -> name -> value).
+      files: further result files, name -> text.
+      judged: a plural noun for what the judge read, for messages, such as "open answers".
+      verdicts: the judge's verdict on each of them.
+      facts: further rows for the table "Run".
+      hashes: further rows for the table of hashes.
+      tables: further tables of run details.
     """
 
     metrics: dict
@@ -120,7 +137,11 @@ class Outcome:
 
 
 def check_writable(workdir: Path) -> None:
-    """Creates the directory and a file in it, which is gone again; UserError where that cannot be done."""
+    """Creates the directory, and writes and deletes a file in it.
+
+    Raises:
+      UserError: the directory cannot be created or written to.
+    """
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=workdir):
@@ -132,18 +153,23 @@ def check_writable(workdir: Path) -> None:
 
 
 def check_unused(workdir: Path, path: Path, predictions: Sequence[Mapping]) -> None:
-    """Refuses to lay the metrics of a file of predictions beside the answers of another evaluation.
+    """Checks that the metrics of a file of predictions will not be written beside answers of another evaluation.
+
+    Args:
+      workdir: the directory that the metrics will be written to.
+      path: the file of predictions.
+      predictions: its lines.
 
     Raises:
-      UsageError: the workdir holds other answers.
+      UsageError: the workdir contains other answers.
     """
     own = workdir / "predictions.jsonl"
     if any(map(num_answers, workdir.glob("predictions*.partial"))):
-        raise UsageError(f"the workdir {workdir} holds answers of an evaluation that was stopped; the metrics of {path} do not "
-                         "belong beside them, and another --workdir was expected")
+        raise UsageError(f"the workdir {workdir} holds answers of an evaluation that was stopped; the metrics of "
+                         f"{path} do not belong beside them, and another --workdir was expected")
     if own.exists() and not own.samefile(path) and _texts(read_predictions(own)) != _texts(predictions):
-        raise UsageError(f"the workdir {workdir} holds other answers, {own.name} of another evaluation; the metrics of {path} do "
-                         "not belong beside them, and another --workdir was expected")
+        raise UsageError(f"the workdir {workdir} holds other answers, {own.name} of another evaluation; the metrics of "
+                         f"{path} do not belong beside them, and another --workdir was expected")
 
 
 def _texts(predictions: Sequence[Mapping]) -> dict[str, str]:
@@ -152,16 +178,18 @@ def _texts(predictions: Sequence[Mapping]) -> dict[str, str]:
 
 def write_results(workdir: Path, files: Mapping[str, str], metrics: Mapping, run: Mapping[str, str],
                   check: Callable[[], None] = lambda: None) -> None:
-    """Writes all files of an evaluation at once, and removes files that an evaluation of something else left there.
+    """Writes all result files of an evaluation together, and removes files that a different evaluation left there.
 
     Args:
-      workdir: where they go; its lock is held.
+      workdir: the directory to write to; the caller holds its lock.
       files: name -> text, without `metrics.json`.
-      run: who answered; a checkpoint's path says the step of TensorBoard's scalars.
-      check: raises where the workdir is no longer at its place.
+      metrics: the object of `metrics.json`.
+      run: who answered. The path of a checkpoint determines the step of TensorBoard's scalars.
+      check: raises if the workdir is no longer at its path.
+
     Raises:
-      UserError: the disk refuses a file; then nothing has changed but what a single rename could not undo. A file that
-        is not there when all were written.
+      UserError: a file cannot be written; then the earlier results are unchanged, unless the error came while the new
+        files were being renamed. Or a file disappeared after it was written.
     """
     files = {**files, "metrics.json": json.dumps(metrics, indent=2, ensure_ascii=False) + "\n"}
     step = tensorboard.step_of(run.get("checkpoint", ""))
@@ -173,7 +201,7 @@ def write_results(workdir: Path, files: Mapping[str, str], metrics: Mapping, run
 
 
 def _stale(workdir: Path, files: Mapping[str, str], metrics: Mapping) -> list[Path]:
-    """Files that an earlier evaluation of something else left and this one does not write."""
+    """Returns the files that a different, earlier evaluation left and that this one does not write."""
     try:
         earlier = read_json(workdir / "metrics.json")
     except UserError:
@@ -185,22 +213,25 @@ def _stale(workdir: Path, files: Mapping[str, str], metrics: Mapping) -> list[Pa
 
 
 def _identity(metrics: Mapping) -> tuple:
-    """What an evaluation's answers depend on, as far as `metrics.json` says it."""
+    """Returns what the answers of an evaluation depend on, as far as `metrics.json` states it."""
     said = metrics.get("asked")
     return (said, metrics.get("questions_sha256")) if isinstance(said, dict) else ()
 
 
 def _write(workdir: Path, files: Mapping[str, str], more: Callable[[Path], None], check: Callable[[], None],
            last: str = "metrics.json") -> None:
-    """Writes files under temporary names and renames them afterwards: a full disk leaves earlier results as they were.
+    """Writes files under temporary names and renames them afterwards, so a full disk leaves earlier results unchanged.
 
     Args:
-      more: writes further files into the folder that it is given, in folders of their own; such a file takes the place
-        of those of an equal ending (`*.eval`).
+      workdir: the directory to write to.
+      files: name -> text.
+      more: writes further files into subfolders of the folder that it is given. Such a file replaces all files with the
+        same suffix (`*.eval`) in its subfolder.
+      check: raises if the workdir is no longer at its path.
       last: the file that is renamed after all others.
     """
     check()
-    for leftover in workdir.glob(f"{_TEMPORARY}*"):  # of a process that was killed
+    for leftover in workdir.glob(f"{_TEMPORARY}*"):  # left by a killed process
         shutil.rmtree(leftover, ignore_errors=True)
     try:
         with tempfile.TemporaryDirectory(prefix=_TEMPORARY, dir=workdir) as name:
@@ -209,7 +240,7 @@ def _write(workdir: Path, files: Mapping[str, str], more: Callable[[Path], None]
                 with open(folder / file, "wb") as opened:
                     opened.write(utf8(text))
                     opened.flush()
-                    os.fsync(opened.fileno())  # some file systems say only then that they are full
+                    os.fsync(opened.fileno())  # some file systems report a full disk only here
             more(folder)
             written = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file()]
             for file in sorted(written, key=lambda file: file.name == last):
@@ -224,5 +255,5 @@ def _write(workdir: Path, files: Mapping[str, str], more: Callable[[Path], None]
             raise UserError(f"{workdir / gone[0]} was removed as soon as it was written")
     except OSError as error:
         check()
-        raise UserError(f"the results in {workdir} cannot be written: {error.strerror or error}; what stood there before "
-                        "is as it was") from error
+        raise UserError(f"the results in {workdir} cannot be written: {error.strerror or error}; what stood there "
+                        "before is as it was") from error

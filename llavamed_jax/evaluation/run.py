@@ -1,5 +1,6 @@
-"""One evaluation from start to end: questions -> answers -> scores -> report.
+"""Runs one evaluation from start to end: questions -> answers -> scores -> report.
 
+Example:
     evaluation = open_evaluation(cfg, workdir)    # bad settings raise here, before a model is loaded
     check(evaluation, ["image"])
     metrics = evaluate(evaluation, answerer, {"checkpoint": path}, ["image"])
@@ -33,20 +34,20 @@ from llavamed_jax.evaluation.vqa import VqaScorer
 from llavamed_jax.parallel import agreement, distributed
 from llavamed_jax.utils.files import to_jsonl
 
-OWN = ""  # the answers about the questions' own images, beside those of the controls
+OWN = ""  # key of the answers about the questions' own images; the other keys are the controls
 
 
 @dataclass
 class Evaluation:
-    """What is evaluated.
+    """An evaluation that is ready to run.
 
     Attributes:
       cfg: an eval config (`configs/eval/*.py`).
-      workdir: where all files go; it exists.
+      workdir: the directory for all files; it exists.
       generation: how answers are generated.
-      scorer: the questions, and how answers to them are scored.
+      scorer: holds the questions and scores answers to them.
       partials: files of answers that are kept until the evaluation is finished.
-      place: the workdir that is held (`results.locked`), None where it is not.
+      place: the locked workdir (`results.locked`); None if it is not locked.
     """
 
     cfg: ConfigDict
@@ -63,17 +64,17 @@ class Evaluation:
 
     @property
     def n_kept(self) -> int:
-        """How many answers are on the disk, to be taken over when the same evaluation is run again."""
+        """Number of answers on the disk that a repeated run of the same evaluation will reuse."""
         judge = self.scorer.judge
         return sum(map(len, self.partials)) + (judge.n_kept if judge is not None else 0)
 
     @property
     def has_written(self) -> bool:
-        """Whether answers were written into the workdir. Without any, a process that fails removes the workdir."""
+        """Whether answers were written into the workdir. If not, a process that fails removes the workdir."""
         return any(partial.is_begun for partial in self.partials)
 
     def check_place(self) -> None:
-        """Raises UserError where the workdir that the evaluation holds is no longer at its place."""
+        """Raises UserError if the locked workdir was removed, moved or replaced."""
         if self.place is not None:
             self.place.check()
 
@@ -82,24 +83,34 @@ def open_evaluation(cfg: ConfigDict, workdir: str | Path, against: str | Path | 
     """Checks the settings, reads the questions and creates the workdir.
 
     Args:
-      cfg: an eval config; `data.name` picks the scorer.
-      workdir: where `predictions.jsonl`, `metrics.json`, `report.html` and `tensorboard/` go.
-      against: another model's predictions of the same questions, to be compared with.
+      cfg: an eval config; `data.name` selects the scorer.
+      workdir: the directory for `predictions.jsonl`, `metrics.json`, `report.html` and `tensorboard/`.
+      against: a file with another model's predictions for the same questions, to compare with.
+
     Raises:
-      UsageError: a setting that is wrong. UserError: data that cannot be read or hold no question; predictions to
-        compare with that do not fit; a workdir that cannot be written to.
+      UsageError: a setting is invalid.
+      UserError: the data cannot be read or hold no question, the predictions of `against` do not fit the questions, or
+        the workdir cannot be written to.
     """
     if not str(workdir):
         raise UsageError("the workdir is empty; a directory was expected: --workdir DIR")
     check_settings(cfg)
     scorer = (ChatScorer if cfg.data.name == CHAT else VqaScorer)(cfg, Path(workdir), against)
-    check_writable(Path(workdir))  # now, and not when hours of answers are to be written
+    check_writable(Path(workdir))  # now, rather than after hours of answers
     return Evaluation(cfg, Path(workdir), Generation(**cfg.generation.to_dict(), seed=cfg.seed), scorer)
 
 
 def check(evaluation: Evaluation, controls_asked: Collection[str] = ()) -> None:
-    """Raises UserError for what would be found only after everything was asked: ids that several questions have, an
-    image that is missing, a control that these questions cannot have."""
+    """Finds errors early that would otherwise show only after all questions were asked.
+
+    Args:
+      evaluation: the evaluation.
+      controls_asked: the controls that will be asked.
+
+    Raises:
+      UserError: several questions have the same id, an image is missing, or a control is not possible with these
+        questions.
+    """
     cfg, samples = evaluation.cfg, evaluation.samples
     check_ids(samples, str(cfg.data.root))
     check_images(sample.image for sample in samples)
@@ -114,10 +125,11 @@ def check(evaluation: Evaluation, controls_asked: Collection[str] = ()) -> None:
 
 
 def plan(evaluation: Evaluation, predictions: str | Path | None = None, has_control: bool = False) -> str:
-    """What a run would do, without doing it: what is asked, and what a judge would take.
+    """Returns one line that says what a run would ask, and what judging would cost.
 
     Args:
-      predictions: a file of answers that exist; else the gold answers stand for those of the model.
+      evaluation: the evaluation.
+      predictions: a file of existing answers. None estimates with the gold answers instead.
       has_control: whether everything is asked twice more, with other images.
     """
     is_read = predictions is not None and evaluation.scorer.judge is not None
@@ -127,15 +139,18 @@ def plan(evaluation: Evaluation, predictions: str | Path | None = None, has_cont
 
 def evaluate(evaluation: Evaluation, answerer: Answerer, source: Mapping[str, str],
              controls_asked: Collection[str] = (), flags: Mapping[str, object] | None = None) -> dict:
-    """Asks every question, and again for each control; scores; writes the files.
+    """Asks every question, and asks again for each control; scores the answers and writes all files.
 
-    Each answer is kept in a `.partial` file until all is done, and taken over by a run of the same `source`,
-    configuration, questions and `flags`.
+    Each answer is kept in a `.partial` file until the evaluation is finished. A run with the same `source`,
+    configuration, questions and `flags` reuses these answers.
 
     Args:
+      evaluation: the evaluation, from `open_evaluation`.
+      answerer: answers the questions.
       source: who answers, for the report: `checkpoint`, a path; or `endpoint` and `model`.
-      controls_asked: `image` asks again with the images exchanged, and once more with pictures of noise.
-      flags: what else the answers depend on, such as what `load` was given.
+      controls_asked: `image` asks again with exchanged images, and once more with pictures of noise.
+      flags: everything else that the answers depend on, such as the arguments of `load`.
+
     Returns:
       The object of `metrics.json`.
     """
@@ -152,7 +167,15 @@ def evaluate(evaluation: Evaluation, answerer: Answerer, source: Mapping[str, st
 
 
 def score_file(evaluation: Evaluation, path: str | Path) -> dict:
-    """Scores predictions that exist; no model is loaded. Returns the object of `metrics.json`."""
+    """Scores a file of predictions without loading a model.
+
+    Args:
+      evaluation: the evaluation, from `open_evaluation`.
+      path: the file of predictions.
+
+    Returns:
+      The object of `metrics.json`.
+    """
     answers = AnswerSet.read(evaluation.samples, path, evaluation.scorer.training)
     check_unused(evaluation.workdir, Path(path), answers.predictions)
     answers.warn_of_not_stated()
@@ -162,7 +185,11 @@ def score_file(evaluation: Evaluation, path: str | Path) -> dict:
 
 def _ask(evaluation: Evaluation, answerer: Answerer, key: Mapping,
          controls_asked: Collection[str]) -> tuple[dict[str, list[dict]], dict]:
-    """The predictions of the own images (`OWN`) and of each control, and what `metrics.json` says of the asking."""
+    """Asks all questions.
+
+    Returns:
+      The predictions about the own images (`OWN`) and those of each control, and further objects for `metrics.json`.
+    """
     cfg, samples, generation = evaluation.cfg, evaluation.samples, evaluation.generation
     machine = getattr(answerer, "machine", dict)()
     index, count = distributed.process_index(), distributed.process_count()
@@ -182,7 +209,7 @@ def _ask(evaluation: Evaluation, answerer: Answerer, key: Mapping,
             with pictures as shown:
                 lines[name] = predict(answerer, samples, generation, shown, title, kept, name)
     if cfg.get("organ_question"):
-        # All shifts of this control follow from one answer an image, so it is greedy, whatever the config says.
+        # All shifts of this control are computed from one answer an image, so decoding is greedy, whatever the config.
         greedy = Generation(max_new_tokens=generation.max_new_tokens, batch_size=generation.batch_size)
         kept = partial("organ.jsonl")
         said = lambda pairs: [answer.text for answer in ask(answerer, pairs, greedy, "organ question", kept)]
@@ -198,9 +225,10 @@ def _finish(evaluation: Evaluation, answers: Mapping[str, AnswerSet], extra: Map
     """Scores the answers, and writes scores, predictions and report.
 
     Args:
+      evaluation: the evaluation.
       answers: `OWN` -> the answers about the own images; kind of control -> the answers of that control.
-      extra: further objects of `metrics.json`.
-      run: what was run, for the report.
+      extra: further objects for `metrics.json`.
+      run: who answered, for the report.
     """
     own, others = answers[OWN], {name: each for name, each in answers.items() if name != OWN}
     found = evaluation.scorer.score(own, others, extra)

@@ -1,4 +1,4 @@
-"""Checks of an eval config that need neither data nor a model."""
+"""Checks an eval config without reading data or a model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from llavamed_jax.utils.nested import flatten
 
 
 def check_settings(cfg: ConfigDict) -> None:
-    """Raises UsageError for a value that no evaluation could start with, whatever it asks."""
+    """Raises UsageError for a value that is invalid for every kind of evaluation."""
     if cfg.protocol not in ("clean", "paper"):
         raise UsageError(f"protocol is {cfg.protocol!r}; clean or paper was expected")
     for key, value in flatten(cfg.to_dict()).items():
@@ -24,7 +24,7 @@ def check_settings(cfg: ConfigDict) -> None:
 
 
 def check_generation(cfg: ConfigDict) -> None:
-    """Raises UsageError for values under `generation` that no evaluation could start with."""
+    """Raises UsageError for invalid values under `generation`."""
     for key, value in cfg.generation.items():
         if value is None:
             raise UsageError(f"generation.{key} is none; a number was expected")
@@ -33,7 +33,7 @@ def check_generation(cfg: ConfigDict) -> None:
             raise UsageError(f"generation.{key} is {short(cfg.generation[key])}; at least 1 was expected")
         if cfg.generation[key] > most:
             raise UsageError(f"generation.{key} is {short(cfg.generation[key])}; at most {most} was expected")
-    if not 0 <= cfg.generation.temperature < math.inf:  # nan too
+    if not 0 <= cfg.generation.temperature < math.inf:  # a NaN raises too
         raise UsageError(f"generation.temperature is {cfg.generation.temperature}; a number of at least 0 was expected")
     if cfg.generation.num_beams > 1 and cfg.generation.temperature > 0:
         raise UsageError(f"generation.num_beams is {cfg.generation.num_beams} with a generation.temperature of "

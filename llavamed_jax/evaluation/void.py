@@ -1,4 +1,4 @@
-"""Keys of an eval config that another key, or what is asked, makes void: an evaluation says each of them before it starts."""
+"""Finds the keys of an eval config that have no effect, so that an evaluation can warn before it starts."""
 
 from __future__ import annotations
 
@@ -12,29 +12,30 @@ from llavamed_jax.evaluation.chat import KIND as CHAT
 from llavamed_jax.evaluation.judging.settings import judge_settings
 from llavamed_jax.utils.nested import flatten
 
-# What only an answer that is asked for follows from, and what of it a server is not told.
+# Keys that matter only if a model is asked, and those of them that a server is not told.
 _OF_ANSWERS = ("generation.", "organ_question")
 _OF_LOCAL = ("generation.batch_size",)
 
 
 def sentences(cfg: ConfigDict, typed: Collection[str], source: str) -> list[str]:
-    """What of a config is not used, and why: `the config key KEY is VALUE and is not used: …`.
+    """Returns one sentence for each key that is not used: `the config key KEY is VALUE and is not used: …`.
 
     Args:
-      typed: the dotted keys that the command line gives. A recipe's own value that is not used is no news, except where it
-        asks for something: a data set's own key, a protocol, training data's images, a judge's settings.
-      source: `preflight`, `checkpoint`, `endpoint`, `predictions` or `write_llava`, whichever is given.
+      cfg: an eval config.
+      typed: the dotted keys that the command line sets. An unused value that the recipe itself sets is reported only if
+        it asks for something: a data set's own key, a protocol, the images of training data, a judge's settings.
+      source: the flag that is given: `preflight`, `checkpoint`, `endpoint`, `predictions` or `write_llava`.
     """
     values, found = flatten(cfg.to_dict()), {}
     if not {"data.name", "protocol"} <= values.keys():
-        return []  # no eval config, which whoever reads it refuses
+        return []  # not an eval config; the code that reads it raises
     for key, why in _void(cfg, values, typed, source):
         found.setdefault(key, why)
     return [f"the config key {key!r} is {short(values[key])} and is not used: {why}" for key, why in found.items()]
 
 
 def _followed(name: str) -> tuple[str, ...] | None:
-    """The keys beside those of all that the reader of a data set obeys; None for a set that is not known."""
+    """Returns the keys that the reader of this data set obeys beside the common ones; None for an unknown set."""
     if name == CHAT:
         return ("images",)
     return (*SETS[name].follows, "train") if name in SETS else None

@@ -1,4 +1,4 @@
-"""Questions with gold answers: those of a data set, and the numbers, comparisons and judgement of answers to them."""
+"""Scores answers to the questions of a VQA or caption set: metrics, comparisons and the verdicts of a judge."""
 
 from __future__ import annotations
 
@@ -19,18 +19,21 @@ from llavamed_jax.utils.files import to_jsonl
 
 
 class VqaScorer:
-    """Open, closed, multiple-choice and captioning questions of one set.
+    """Reads the open, closed, multiple-choice and captioning questions of one set, and scores answers to them.
 
     Args:
       cfg: an eval config.
-      workdir: where a judge keeps its replies.
-      against: another model's predictions of the same questions.
+      workdir: the folder where a judge keeps its replies.
+      against: a file with another model's predictions for the same questions.
+
     Attributes:
-      samples, training: the questions, and the training rows beside them.
-      judge: reads the open answers; None where the config names no judge.
+      samples: the questions.
+      training: the training rows of the same data set.
+      judge: reads the open answers; None if the config names no judge.
+
     Raises:
-      UsageError: a setting that is wrong. UserError: data that cannot be read or hold no question; predictions that do
-        not fit.
+      UsageError: a setting is invalid.
+      UserError: the data cannot be read or hold no question, or the predictions do not fit the questions.
     """
 
     summary = staticmethod(summary.summary)
@@ -51,14 +54,15 @@ class VqaScorer:
             raise UsageError(f"published is {cfg.published!r}; one of {names} was expected, or nothing")
 
     def describe(self) -> str:
-        """One line that says what is asked, and whether it is the whole of the published set."""
+        """Returns one line that says what is asked, and whether it is the complete published set."""
         return questions.describe(self._cfg, self.samples)
 
     def plan(self, texts: Sequence[str] | None, has_control: bool) -> str:
-        """What a run would do: what is asked, and what a judge would take.
+        """Returns one line that says what a run would ask, and what judging would cost.
 
         Args:
-          texts: answers that exist; None where a model is to give them.
+          texts: the answers, in the order of `samples`; None if a model has yet to give them.
+          has_control: whether the controls are asked too.
         """
         if self.judge is None:
             times = ", each three times: with its image, with another one, with noise" if has_control else ""
@@ -67,11 +71,15 @@ class VqaScorer:
         return open_answers.plan(self.judge, self.samples, texts)
 
     def score(self, answers: AnswerSet, others: Mapping[str, AnswerSet], extra: Mapping) -> Outcome:
-        """The numbers of all answers.
+        """Scores all answers.
 
         Args:
-          others: kind of control -> its answers.
-          extra: further objects of `metrics.json`.
+          answers: the answers about the questions' own images.
+          others: kind of control -> the answers of that control.
+          extra: further objects for `metrics.json`.
+
+        Returns:
+          The metrics, the report and the further files. If there is a judge, it is asked here.
         """
         cfg = self._cfg
         split, name = "held_out" if cfg.data.held_out else cfg.data.split, questions.set_name(cfg.data)
@@ -98,7 +106,7 @@ class VqaScorer:
 
 
 def _training_data(cfg: ConfigDict) -> training.TrainingData | None:
-    """What the model was trained on, where the config names it."""
+    """Returns the data that the model was trained on; None if the config does not name them."""
     if not cfg.data.get("trained_on"):
         return None
     source = cfg.data.trained_on if isinstance(cfg.data.trained_on, str) else list(cfg.data.trained_on)

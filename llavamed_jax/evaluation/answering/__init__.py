@@ -1,1 +1,1 @@
-"""Asking: a model that is loaded here or a server answers questions, and each answer is kept."""
+"""Asks questions to a loaded model or to a server, and keeps each answer."""

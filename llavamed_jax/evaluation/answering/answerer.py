@@ -1,4 +1,4 @@
-"""What an evaluation asks for and gets, and who may answer."""
+"""The interface between an evaluation and whatever answers its questions."""
 
 from __future__ import annotations
 
@@ -11,7 +11,15 @@ from llavamed_jax.errors import UserError
 
 @dataclass(frozen=True)
 class Generation:
-    """How answers are generated. The defaults are greedy decoding with the original's limit of 1,024 new tokens."""
+    """How answers are generated. The defaults are greedy decoding with the original's limit of 1,024 new tokens.
+
+    Attributes:
+      max_new_tokens: longest answer, in tokens.
+      temperature: sampling temperature; 0 decodes greedily.
+      num_beams: width of the beam search; 1 uses none.
+      batch_size: questions at a time, for a loaded model.
+      seed: seed of the sampling.
+    """
 
     max_new_tokens: int = 1024
     temperature: float = 0.0
@@ -22,7 +30,13 @@ class Generation:
 
 @dataclass(frozen=True)
 class Answer:
-    """`text` as generated; `finish_reason` is `stop`, `length`, or what a server says; `tokens_cut` were lost of a prompt too long."""
+    """An answer.
+
+    Attributes:
+      text: the generated text.
+      finish_reason: `stop`, `length`, or what a server states.
+      tokens_cut: number of tokens that were cut from the prompt because it was too long.
+    """
 
     text: str
     finish_reason: str
@@ -30,32 +44,40 @@ class Answer:
 
 
 class Answerer(Protocol):
-    """Whoever answers questions: a model that is loaded here (`local.py`), or one behind an address (`endpoint.py`).
+    """Answers questions: a loaded model (`local.py`), or a model behind an API (`endpoint.py`).
 
     Attributes:
-      name: what predictions call it.
+      name: the name of the model in predictions.
     """
 
     name: str
 
     def answers(self, questions: Sequence[tuple[str, str]], asked: Sequence[int], generation: Generation,
                 failed: dict[int, UserError]) -> Iterator[tuple[int, Answer]]:
-        """The answers to some of the (question, image path) pairs, by their place, each as it comes.
+        """Answers some of the questions, and yields each answer as soon as it is there.
 
         Args:
-          asked: places of `questions`, those of one image next to each other. The others count where equal questions must
-            draw apart.
-          failed: where the errors of questions that could not be answered go, by their place.
+          questions: all (question, image path) pairs.
+          asked: indices of the questions to answer; those about one image are adjacent. The other questions matter for
+            sampling: equal questions use different seeds, by their number of earlier occurrences.
+          generation: how answers are generated.
+          failed: receives the errors of questions that cannot be answered, by index.
+
+        Yields:
+          Pairs of index and answer.
         """
 
     def facts(self) -> dict[str, str]:
-        """What the report says of how the answers came about."""
+        """Returns facts about the run for the report, such as the device."""
 
     def describe(self) -> dict[str, object]:
-        """Who answers, for `asked` of `metrics.json`: the keys of `asked.KEYS` that are known, in JSON's types."""
+        """Describes the model for `asked` of `metrics.json`: the keys of `asked.KEYS` that are known, in JSON types."""
 
     def depends_on(self) -> dict[str, object]:
-        """What of who answers the answers follow from: its name in a sentence -> a value in JSON's types, such as a file's hash."""
+        """Returns everything about the model that answers depend on.
+
+        Keys are names that fit into a sentence; values are of JSON types, for example the hash of a file.
+        """
 
     def machine(self) -> dict[str, object]:
-        """What the last digits, and so a rare answer, may follow from: the kind and number of devices, and the like."""
+        """Returns what the last digits of a computation, and so a rare answer, may depend on, such as the devices."""

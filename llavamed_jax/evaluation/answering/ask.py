@@ -1,4 +1,4 @@
-"""Questions about images -> answers -> the lines of `predictions.jsonl`, whoever answers.
+"""Asks questions about images and makes the lines of `predictions.jsonl` from the answers.
 
 A prediction has the keys of the original's answer files: `question_id`, `prompt`, `text`, `answer_id`, `model_id`,
 `metadata`.
@@ -24,11 +24,11 @@ from llavamed_jax.text.conversation import IMAGE_MARKER
 from llavamed_jax.utils import signals
 from llavamed_jax.utils.progress import progress
 
-if TYPE_CHECKING:  # it imports this file
+if TYPE_CHECKING:  # for an annotation only
     from llavamed_jax.evaluation.answering.resume import Partial
 
 
-_MOST_REASONS = 8  # for which answers end, each in a line: a server may name one for each answer
+_MOST_REASONS = 8  # finish reasons that are printed, one a line: a server may state another one for each answer
 
 
 def ask(
@@ -38,15 +38,26 @@ def ask(
     title: str = "questions",
     partial: Partial | None = None,
 ) -> list[Answer]:
-    """Asks about images: (question, image path) pairs -> answers in the same order.
+    """Asks questions about images, and returns the answers in the same order.
 
-    Pairs of one image are asked next to each other. Prompts that were cut and answers that are not finished
-    are counted, and a warning says how many. Each answer goes into `partial` as it comes; what stands there
-    is not asked again. Of several processes each asks its share, and the first gets all answers. What a question draws follows
-    from itself, so an interrupted run gives the answers of an uninterrupted one.
+    Questions about one image are asked one after another. A warning says how many prompts were cut and how many answers
+    are not finished. If there are several processes, each asks its share, and the first process gets all answers. The
+    random numbers for a question depend on the question alone, so an interrupted and resumed run gives the same answers
+    as an uninterrupted one.
+
+    Args:
+      answerer: answers the questions.
+      questions: (question, image path) pairs.
+      generation: how answers are generated.
+      title: a plural noun for the questions, for the progress bar and for errors.
+      partial: keeps each answer as soon as it is there. Questions whose answers it already holds are not asked.
+
+    Returns:
+      One answer for each question.
 
     Raises:
-      UserError: after all others were answered, questions that could not be: how many, and why the first.
+      UserError: some questions could not be answered. It is raised after all others were answered; it says how many
+        failed, and gives the first error.
     """
     answers: dict[int, Answer] = {} if partial is None else dict(partial.answers)
     image_order = {image: position for position, image in reversed(list(enumerate(image for _, image in questions)))}
@@ -65,14 +76,14 @@ def ask(
     answers, failed = sharing.collected(len(questions), mine, answers, failed)
     if failed:
         question, image = questions[min(failed)]
-        raise UserError(f"{len(failed)} of {len(questions)} {title} could not be answered; the first, {question!r} about "
-                        f"{Path(image).name}: {failed[min(failed)]}")
+        raise UserError(f"{len(failed)} of {len(questions)} {title} could not be answered; the first, {question!r} "
+                        f"about {Path(image).name}: {failed[min(failed)]}")
     _warn([answers[i] for i in range(len(questions))])
     return [answers[i] for i in range(len(questions))]
 
 
 def _warn(answers: Sequence[Answer]) -> None:
-    """Says how many prompts were cut and how many answers are not finished."""
+    """Prints how many prompts were cut, and how many answers ended otherwise than by `stop`."""
     cut = [answer.tokens_cut for answer in answers if answer.tokens_cut]
     if cut:
         print(
@@ -82,13 +93,15 @@ def _warn(answers: Sequence[Answer]) -> None:
         )
     unfinished = sum(answer.finish_reason == "length" for answer in answers)
     if unfinished:
-        print(f"warning: {unfinished} of {len(answers)} answers reached max_new_tokens and are not finished", file=sys.stderr)
+        print(f"warning: {unfinished} of {len(answers)} answers reached max_new_tokens and are not finished",
+              file=sys.stderr)
     others = Counter(answer.finish_reason for answer in answers if answer.finish_reason not in ("stop", "length"))
     for reason, count in others.most_common(_MOST_REASONS):
         print(f"warning: {count} of {len(answers)} answers ended for the reason {reason!r}", file=sys.stderr)
     if len(others) > _MOST_REASONS:
         rest = others.total() - sum(count for _, count in others.most_common(_MOST_REASONS))
-        print(f"warning: {rest} of {len(answers)} answers ended for {len(others) - _MOST_REASONS} other reasons", file=sys.stderr)
+        print(f"warning: {rest} of {len(answers)} answers ended for {len(others) - _MOST_REASONS} other reasons",
+              file=sys.stderr)
 
 
 def predict(
@@ -100,13 +113,19 @@ def predict(
     partial: Partial | None = None,
     control: str | None = None,
 ) -> list[dict]:
-    """Predictions in the order of `samples`; `partial` as in `ask`.
+    """Asks the questions of `samples`, and returns one prediction for each, in the same order.
 
-    `metadata` says what was shown: `image`, the end of its path that no other image has, and `control`, null for the own image.
+    `metadata` states what was shown: `image`, the shortest end of its path that no other image has, and `control`,
+    which is null if the question's own image was shown.
 
     Args:
-      shown: the image that each question is asked about, where it is not the sample's own (control runs).
-      control: the name of the control.
+      answerer: answers the questions.
+      samples: the questions.
+      generation: how answers are generated.
+      shown: the path of the image that each question is asked about, in a control; None shows the samples' own images.
+      title: a plural noun for the questions, as in `ask`.
+      partial: keeps the answers, as in `ask`.
+      control: the name of the control; None for the own images.
     """
     shown = shown or [str(sample.image) for sample in samples]
     prompts = [sample.question.replace(IMAGE_MARKER, "").strip() for sample in samples]
@@ -130,7 +149,10 @@ _SHORT_ALPHABET = "23456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz"
 
 
 def answer_id(*parts: object) -> str:
-    """A 22-character id in shortuuid's form; of the content, where the original's is random, so that runs can be compared."""
+    """Returns a 22-character id in the form of shortuuid.
+
+    The original's ids are random; this one is a hash of `parts`, so that equal answers of two runs have equal ids.
+    """
     number = uuid.uuid5(uuid.NAMESPACE_OID, json.dumps([str(part) for part in parts])).int
     digits = []
     for _ in range(22):

@@ -1,8 +1,9 @@
-"""What the answers of an evaluation follow from: the record of it in `metrics.json`, and the key of a stopped one.
+"""Records what the answers of an evaluation depend on, for `metrics.json` and for resuming.
 
-Everything counts that may change an answer: each file of the checkpoint, its tower and its tokenizer, the template, every key of
-the config and every flag, each question and the content of its image, the code and the packages that compute. Where any of it has
-changed, answers that are kept are another evaluation's.
+The key of an evaluation includes everything that may change an answer: each file of the checkpoint, its tower and its
+tokenizer, the template, every key of the config and every flag, each question and the content of its image, the code
+and the packages that compute. If any of these has changed, kept answers belong to another evaluation and are not
+reused.
 """
 
 from __future__ import annotations
@@ -21,17 +22,17 @@ from llavamed_jax.utils.code import code_sha256, version
 from llavamed_jax.utils.hashes import sha256_of_each, short_hash
 from llavamed_jax.utils.nested import flatten
 
-# The keys that `asked` of `metrics.json` always has; None for what is not known of who answered.
-KEYS = ("checkpoint", "checkpoint_sha256", "step", "template", "tower", "tokenizer", "dtype", "mesh", "quantize", "adapter",
-        "endpoint", "model", "generation")  # fmt: skip
-# Keys of a config that change no answer: what is computed from the answers, and paths to what counts by its content.
+# The keys that `asked` of `metrics.json` always has; unknown values are None.
+KEYS = ("checkpoint", "checkpoint_sha256", "step", "template", "tower", "tokenizer", "dtype", "mesh", "quantize",
+        "adapter", "endpoint", "model", "generation")  # fmt: skip
+# Config keys that change no answer: settings of the scoring, and paths of files whose contents are compared instead.
 _BESIDE = ("judge", "published", "data.train", "data.trained_on", "data.trained_on_images", "data.root", "data.images")
-_PACKAGES = ("numpy", "pillow", "pydicom")  # read the images, whoever answers
+_PACKAGES = ("numpy", "pillow", "pydicom")  # packages that read the images, for a loaded model and for a server
 
 
 def record(answerer: Answerer, generation: Generation) -> dict:
-    """What `metrics.json` holds under `asked`: `KEYS`, and what else is known of who answered."""
-    described = getattr(answerer, "describe", dict)()  # a stand-in for a model need not say
+    """Returns the object `asked` of `metrics.json`: all of `KEYS`, and whatever else the answerer states."""
+    described = getattr(answerer, "describe", dict)()  # optional: a stand-in for a model may lack it
     return dict.fromkeys(KEYS) | described | {"generation": vars(generation)}
 
 
@@ -39,7 +40,7 @@ _WORDS = ("template", "tower", "tokenizer", "dtype", "mesh", "quantize", "adapte
 
 
 def words(said: Mapping[str, object]) -> str:
-    """A record in one line, for whoever reads a result: which template, tower, tokenizer and numbers it is of."""
+    """Formats a record as one line for readers of a result: template, tower, tokenizer, precision, generation."""
     parts = [f"{name} {said[name]}" for name in _WORDS if said.get(name) is not None]
     generation = said.get("generation")
     if isinstance(generation, Mapping):
@@ -49,13 +50,20 @@ def words(said: Mapping[str, object]) -> str:
 
 def key(answerer: Answerer, cfg: ConfigDict, samples: Sequence[VqaSample], source: Mapping[str, str],
         flags: Mapping[str, object]) -> dict[str, object]:
-    """What the answers depend on: its name, as a sentence calls it -> a value in JSON's types.
+    """Returns everything that the answers depend on.
 
-    A checkpoint that says what it was read from counts by its content (`Answerer.depends_on`), wherever it lies.
+    A checkpoint is identified by the content of its files (`Answerer.depends_on`) and not by its path, if the answerer
+    knows its files.
 
     Args:
-      source: who answers, as the command line has it: `checkpoint`, or `endpoint` and `model`.
-      flags: the model's flags.
+      answerer: answers the questions.
+      cfg: the eval config.
+      samples: the questions.
+      source: who answers, as on the command line: `checkpoint`, or `endpoint` and `model`.
+      flags: the flags of the model.
+
+    Returns:
+      A name that fits into a sentence -> a value of a JSON type.
     """
     is_by_content = getattr(getattr(answerer, "model", None), "origin", None) is not None
     given = {f"--{name}": value for name, value in {**({} if is_by_content else source), **flags}.items()}
@@ -75,7 +83,10 @@ def key(answerer: Answerer, cfg: ConfigDict, samples: Sequence[VqaSample], sourc
 
 
 def _images(samples: Sequence[VqaSample]) -> dict[str, str]:
-    """Name -> the file's content and which question it belongs to: an image may be another's under its own name."""
+    """Returns, for each image, a hash of the file's content and of the ids of its questions.
+
+    The ids count because two images may have been exchanged under their names.
+    """
     names = image_names(str(sample.image) for sample in samples)
     files = {image: Path(image if Path(image).exists() else split_frame(image)[0]) for image in names}
     hashes = sha256_of_each(list(dict.fromkeys(files.values())))
@@ -86,5 +97,5 @@ def _images(samples: Sequence[VqaSample]) -> dict[str, str]:
 
 
 def versions(packages: Sequence[str]) -> dict[str, str | None]:
-    """The version of each package, None where it is not there."""
+    """Returns the version of each package; None if it is not installed."""
     return {f"the package {name}": version(name) for name in packages}

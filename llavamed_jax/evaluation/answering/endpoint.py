@@ -1,4 +1,4 @@
-"""A model behind an address of OpenAI's protocol answers an evaluation's questions: any server, any model."""
+"""Answers an evaluation's questions through OpenAI's protocol, with any server and any model."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from llavamed_jax.evaluation.answering.answerer import Answer, Generation
 from llavamed_jax.images.load import load_image
 from llavamed_jax.openai_client.client import Service
 
-# Files that are sent as they are: what every server reads, and whose pixels it can only read as `load_image` does. Grey values
-# of 16 bits, transparency, CMYK and an orientation in EXIF are read here one way and there another.
+# Files that are sent unchanged: formats that every server reads, in forms that every server decodes as `load_image`
+# does. Servers differ in how they read 16-bit grey values, transparency, CMYK and an orientation in EXIF.
 _SENT_AS_THEY_ARE = {"JPEG": "image/jpeg", "PNG": "image/png", "WEBP": "image/webp"}
 _PLAIN_MODES = ("L", "RGB")
 _EXIF_ORIENTATION = 0x0112
 
 
 class Endpoint:
-    """A served model as one that answers an evaluation's questions (`answerer.Answerer`).
+    """Answers an evaluation's questions with a served model; implements `answerer.Answerer`.
 
-    A question is one user message: the image as a data URL, then the text. System prompt and template are the server's. What is
-    too long for the model the server refuses; no prompt is cut.
+    A question is one user message: the image as a data URL, then the text. The server adds its system prompt and its
+    template. No prompt is cut: the server rejects one that is too long.
 
     Args:
-      service: the server, and the model's name there, which is what predictions call it.
+      service: the server and the model's name there; predictions use this name.
     """
 
     def __init__(self, service: Service):
@@ -40,16 +40,17 @@ class Endpoint:
 
     @staticmethod
     def check(generation: Generation) -> None:
-        """UsageError where settings ask for what the protocol has no word for."""
+        """Raises UsageError for settings that the protocol cannot express."""
         if generation.num_beams > 1:
-            raise UsageError(f"generation.num_beams is {generation.num_beams}; OpenAI's protocol has no beam search: 1 was expected "
-                             "beside --endpoint")
+            raise UsageError(f"generation.num_beams is {generation.num_beams}; OpenAI's protocol has no beam search: 1 "
+                             "was expected beside --endpoint")
 
     def answers(self, questions: Sequence[tuple[str, str]], asked: Sequence[int], generation: Generation,
                 failed: dict[int, UserError]) -> Iterator[tuple[int, Answer]]:
-        """As `Answerer.answers` says. With a temperature above 0 a seed is sent, of its own for each of several equal questions.
+        """Implements `Answerer.answers`.
 
-        Raises ServiceError where the server can be asked nothing at all.
+        With a temperature above 0, each request states a seed; equal questions get different seeds. Raises ServiceError
+        if the server does not answer any request.
         """
         self.check(generation)
         seen, seeds = Counter(), {}
@@ -57,7 +58,8 @@ class Endpoint:
             seeds[i] = (generation.seed + seen[question]) % 2**31
             seen[question] += 1
         replies = self.service.each(_requests(questions, asked, failed), max_tokens=generation.max_new_tokens,
-                                    temperature=generation.temperature, seed=seeds.get if generation.temperature > 0 else None)
+                                    temperature=generation.temperature,
+                                    seed=seeds.get if generation.temperature > 0 else None)
         with contextlib.closing(replies):
             for i, reply in replies:
                 if isinstance(reply, UserError):
@@ -66,29 +68,32 @@ class Endpoint:
                     yield i, Answer(reply.text.strip(), reply.finish_reason)
 
     def facts(self) -> dict[str, str]:
-        """What the report says of this start's requests."""
+        """Returns the counts of requests and tokens since this start, for the report."""
         service = self.service
         again = ", ".join(f"{kind}: {count}" for kind, count in service.again.most_common())
-        facts = {"requests": str(service.requests), "requests sent again": f"{service.again.total()}{f' ({again})' if again else ''}",
+        facts = {"requests": str(service.requests),
+                 "requests sent again": f"{service.again.total()}{f' ({again})' if again else ''}",
                  "prompt tokens": str(service.prompt_tokens), "completion tokens": str(service.completion_tokens)}
         return facts | ({"settings not taken": ", ".join(service.not_taken)} if service.not_taken else {})
 
     def describe(self) -> dict[str, object]:
-        """As `Answerer.describe` says. Template, tower and the like are the server's, and not known here."""
+        """Implements `Answerer.describe`. Template, tower and so on belong to the server and are unknown here."""
         return {"endpoint": self.service.url, "model": self.name}
 
     def depends_on(self) -> dict[str, object]:
-        """As `Answerer.depends_on` says. What a server has under a name may change without a sign."""
-        return {"--endpoint": self.service.url, "--model": self.name, "the query of --endpoint": self.service.address.identity}
+        """Implements `Answerer.depends_on`. A server may change the model behind a name; that cannot be detected."""
+        return {"--endpoint": self.service.url, "--model": self.name,
+                "the query of --endpoint": self.service.address.identity}
 
     def machine(self) -> dict[str, object]:
-        """As `Answerer.machine` says: the server's is not known."""
+        """Implements `Answerer.machine`; the machine of the server is unknown."""
         return {}
 
 
-def _requests(questions: Sequence[tuple[str, str]], asked: Sequence[int], failed: dict[int, UserError]) -> Iterator[tuple[int, list[dict]]]:
-    """(place, chat messages) of each question whose image can be read."""
-    url_of = functools.lru_cache(maxsize=1)(data_url)  # questions about one image follow each other
+def _requests(questions: Sequence[tuple[str, str]], asked: Sequence[int],
+              failed: dict[int, UserError]) -> Iterator[tuple[int, list[dict]]]:
+    """Yields (index, chat messages) for each question whose image can be read."""
+    url_of = functools.lru_cache(maxsize=1)(data_url)  # questions about one image are adjacent
     for i in asked:
         question, image = questions[i]
         try:
@@ -100,9 +105,12 @@ def _requests(questions: Sequence[tuple[str, str]], asked: Sequence[int], failed
 
 
 def data_url(path: str) -> str:
-    """An image file as a data URL: its own bytes where every server reads them alike, else a PNG of `load_image`'s pixels.
+    """Returns an image file as a data URL.
 
-    Raises UserError for what `load_image` refuses: a server is not sent a damaged file.
+    The file's own bytes are sent if every server decodes them alike, otherwise a PNG of `load_image`'s pixels.
+
+    Raises:
+      UserError: `load_image` cannot read the file; so a damaged file is never sent.
     """
     image = load_image(path)
     kind, data = _own_bytes(path) or ("image/png", _png(image))
@@ -110,18 +118,19 @@ def data_url(path: str) -> str:
 
 
 def _own_bytes(path: str) -> tuple[str, bytes] | None:
-    """Media type and bytes of a file that can be sent as it is."""
+    """Returns media type and bytes of a file that can be sent unchanged; None for any other file."""
     try:
         data = Path(path).read_bytes()
         with Image.open(io.BytesIO(data), formats=list(_SENT_AS_THEY_ARE)) as image:
-            is_plain = (image.mode in _PLAIN_MODES and "transparency" not in image.info and getattr(image, "n_frames", 1) == 1
+            is_plain = (image.mode in _PLAIN_MODES and "transparency" not in image.info
+                        and getattr(image, "n_frames", 1) == 1
                         and image.getexif().get(_EXIF_ORIENTATION, 1) == 1)
             return (_SENT_AS_THEY_ARE[image.format], data) if is_plain and image.format in _SENT_AS_THEY_ARE else None
-    except OSError:  # another format, or one frame of a file
+    except OSError:  # another format, or a path that names one frame of a file
         return None
 
 
 def _png(image: Image.Image) -> bytes:
     file = io.BytesIO()
-    Image.fromarray(np.asarray(image)).save(file, "PNG")  # pixels alone: what else the file said has been heeded
+    Image.fromarray(np.asarray(image)).save(file, "PNG")  # pixels without metadata: `load_image` has applied it
     return file.getvalue()

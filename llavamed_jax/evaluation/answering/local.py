@@ -1,4 +1,4 @@
-"""A model that is loaded here answers: prompts are made and images are read while others are answered."""
+"""Answers questions with a loaded model; reads the next images while earlier questions are answered."""
 
 from __future__ import annotations
 
@@ -20,22 +20,24 @@ from llavamed_jax.evaluation.answering.asked import versions
 from llavamed_jax.generation.text_stream import TextStream
 from llavamed_jax.utils import machine
 
-if TYPE_CHECKING:  # scoring predictions that exist must not import jax
+if TYPE_CHECKING:  # scoring a file of predictions must not import jax
     from llavamed_jax.assistant import LlavaMed
 
-_PACKAGES = ("jax", "jaxlib", "flax", "ml_dtypes", "sentencepiece", "tokenizers", "transformers")  # compute, and read text
-_READERS = 2  # threads that read images; a file is decoded and resized without Python's lock
+# Packages that compute or tokenize, so that answers may depend on their versions.
+_PACKAGES = ("jax", "jaxlib", "flax", "ml_dtypes", "sentencepiece", "tokenizers", "transformers")
+_READERS = 2  # threads that read images; decoding and resizing release Python's lock
 _AHEAD = 8  # images that are read before they are needed
 
 
 class LocalModel:
-    """A loaded model as one that answers an evaluation's questions (`answerer.Answerer`).
+    """Answers an evaluation's questions with a loaded model; implements `answerer.Answerer`.
 
-    A prompt that with its image is longer than the model takes (the checkpoint's `tokenizer_model_max_length`) is cut from
-    the right, as the original does, which loses the end of the instruction; it is counted in its answer.
+    If a prompt with its image is longer than the model takes (the checkpoint's `tokenizer_model_max_length`), its end
+    is cut, as in the original, so the end of the instruction is lost. The answer states how many tokens were cut.
 
     Args:
-      name: what predictions call it.
+      model: the loaded model.
+      name: the name of the model in predictions.
     """
 
     def __init__(self, model: LlavaMed, name: str):
@@ -45,19 +47,18 @@ class LocalModel:
 
     def answers(self, questions: Sequence[tuple[str, str]], asked: Sequence[int], generation: Generation,
                 failed: dict[int, UserError]) -> Iterator[tuple[int, Answer]]:
-        """As `Answerer.answers` says."""
+        """Implements `Answerer.answers`."""
         self.model.engine.batch_size = generation.batch_size
         asking = _Asking(self.model, questions, failed)
         return asking.beams(asked, generation) if generation.num_beams > 1 else asking.each(asked, generation)
 
     def facts(self) -> dict[str, str]:
-        """The device that the model ran on; nothing is imported for it, a model that ran has imported jax."""
+        """Returns the devices that the model ran on. Does not import jax: without jax, no model has run."""
         jax = sys.modules.get("jax")
         return {"device": "not known" if jax is None else f"{jax.device_count()} x {jax.devices()[0].device_kind}"}
 
-
     def describe(self) -> dict[str, object]:
-        """As `Answerer.describe` says; `checkpoint_sha256` is of the list of the checkpoint's files (`identity.Origin`)."""
+        """Implements `Answerer.describe`; `checkpoint_sha256` hashes the list of the checkpoint's files."""
         described, origin = getattr(self.model, "describe", dict)(), getattr(self.model, "origin", None)
         if origin is None:
             return described
@@ -65,20 +66,22 @@ class LocalModel:
         return described | {"checkpoint_sha256": origin.sha256(hashes) if origin.files else None, "files": hashes}
 
     def depends_on(self) -> dict[str, object]:
-        """As `Answerer.depends_on` says: every file of model, tower and tokenizer, and what was made of them."""
+        """Implements `Answerer.depends_on`: every file of model, tower and tokenizer, and the settings of loading."""
         said, origin = getattr(self.model, "describe", dict)(), getattr(self.model, "origin", None)
         files = {} if origin is None else {f"the file {name}": digest for name, digest in self._hashes(origin).items()}
-        made = {f"the {name}": said[name] for name in ("template", "dtype", "mesh", "quantize", "adapter", "step") if name in said}
+        made = {f"the {name}": said[name] for name in ("template", "dtype", "mesh", "quantize", "adapter", "step")
+                if name in said}
         config = {} if origin is None else {"the model's config": origin.config}
         return {"the model's name": self.name, **made, **config, **files, **versions(_PACKAGES)}
 
     def machine(self) -> dict[str, object]:
-        """As `Answerer.machine` says."""
+        """Implements `Answerer.machine`."""
         jax = sys.modules.get("jax")
         if jax is None:
             return {}
         return {"device": jax.devices()[0].device_kind, "devices of a process": jax.local_device_count(),
-                "CPU cores": machine.cpu_cores(), "CPU": machine.cpu_model(), "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
+                "CPU cores": machine.cpu_cores(), "CPU": machine.cpu_model(),
+                "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
                 "matmul precision": jax.config.jax_default_matmul_precision}
 
     def _hashes(self, origin) -> dict[str, str]:
@@ -88,18 +91,18 @@ class LocalModel:
 
 
 class _Asking:
-    """Questions on their way through a model, in bounded memory."""
+    """Passes questions through a model, in bounded memory."""
 
     def __init__(self, model: LlavaMed, questions: Sequence[tuple[str, str]], failed: dict[int, UserError]):
         self._model, self._questions, self._failed = model, questions, failed
         seen: Counter = Counter()
-        self._nth = []  # how many equal questions came before, those that are answered already among them
+        self._nth = []  # number of equal questions before this one, including those that are answered already
         for question in questions:
             self._nth.append(seen[question])
             seen[question] += 1
 
     def each(self, asked: Sequence[int], generation: Generation) -> Iterator[tuple[int, Answer]]:
-        """The answers to the questions at these places, each as it comes."""
+        """Answers the questions at these indices; yields each answer as soon as it is there."""
         given: list[tuple[int, int]] = []
 
         def prompts():
@@ -107,7 +110,8 @@ class _Asking:
                 given.append((i, lost))
                 yield ids, [image], self._nth[i]
 
-        settings = dict(max_new_tokens=generation.max_new_tokens, temperature=generation.temperature, seed=generation.seed)
+        settings = dict(max_new_tokens=generation.max_new_tokens, temperature=generation.temperature,
+                        seed=generation.seed)
         with contextlib.closing(self._model.answer_each(prompts(), **settings)) as found:
             for index, answer in found:
                 i, lost = given[index]
@@ -117,8 +121,8 @@ class _Asking:
                     yield i, Answer(answer.text, answer.finish_reason, lost)
 
     def beams(self, asked: Sequence[int], generation: Generation) -> Iterator[tuple[int, Answer]]:
-        """The same by beam search, which answers a batch at a time."""
-        from llavamed_jax.assistant import completion  # brings jax, as whoever made the model has
+        """Answers the questions at these indices by beam search, a batch at a time."""
+        from llavamed_jax.assistant import completion  # imports jax, which the loaded model has imported already
 
         model, prompts = self._model, self._prompts(asked)
         while batch := list(itertools.islice(prompts, generation.batch_size)):
@@ -134,15 +138,16 @@ class _Asking:
 
     def _search(self, rows, images, generation: Generation) -> list[list[int] | UserError]:
         try:
-            return self._model.generate_tokens(rows, [[image] for image in images], max_new_tokens=generation.max_new_tokens,
+            return self._model.generate_tokens(rows, [[image] for image in images],
+                                               max_new_tokens=generation.max_new_tokens,
                                                num_beams=generation.num_beams, seed=generation.seed)
-        except UserError as error:  # of one of them: each is asked by itself
+        except UserError as error:  # one question of the batch is invalid, so each is asked by itself
             if len(rows) == 1:
                 return [error]
             return [self._search([row], [image], generation)[0] for row, image in zip(rows, images)]
 
     def _prompts(self, asked: Sequence[int]) -> Iterator[tuple[int, list[int], np.ndarray, int]]:
-        """(place, ids, image, tokens cut) of each question whose image can be read."""
+        """Yields (index, ids, image, number of cut tokens) for each question whose image can be read."""
         processor, limit = self._model.processor, self._model.engine.max_prompt
         for i, image in zip(asked, read_ahead(processor, [self._questions[i][1] for i in asked])):
             if isinstance(image, UserError):
@@ -154,7 +159,15 @@ class _Asking:
 
 
 def read_ahead(processor, paths: Sequence[str]) -> Iterator[np.ndarray | UserError]:
-    """The pixels of each path, uint8 [H,W,3], or why there are none. A path that follows itself is read once."""
+    """Reads images in threads, ahead of their use. A path that is repeated without a gap is read once.
+
+    Args:
+      processor: turns files into pixels.
+      paths: the paths of the images.
+
+    Yields:
+      For each path the pixels, uint8 [H,W,3], or the error.
+    """
     def read(path):
         try:
             return processor.images_uint8([path])[0]
@@ -176,7 +189,7 @@ def read_ahead(processor, paths: Sequence[str]) -> Iterator[np.ndarray | UserErr
 
 
 def model_name(path: str) -> str:
-    """The last part of a checkpoint's path; with the parent's before it where the last part alone says nothing."""
+    """Returns the last part of a checkpoint's path, preceded by the run's name if the last part is a step."""
     resolved = Path(path.partition("@")[0])
     if resolved.name.startswith("checkpoint-"):
         return f"{resolved.parent.name}_{resolved.name}"

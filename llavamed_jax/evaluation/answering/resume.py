@@ -1,4 +1,4 @@
-"""Answers on their way into `predictions.jsonl`: kept one by one, so that a run which was stopped goes on."""
+"""Keeps answers one by one while an evaluation runs, so that an interrupted evaluation can resume."""
 
 from __future__ import annotations
 
@@ -19,23 +19,27 @@ from llavamed_jax.utils.hashes import sha256
 
 
 class Partial:
-    """A file of answers. Its first line is the key of what was asked: the answers of another key stay, and are not taken over.
+    """A file of answers. Its first line is the key of the evaluation; answers under another key are never reused.
 
-    Each of several processes has a file of its own, and takes over what it finds in the others: they may be of an earlier start
-    of more of them, or of fewer. A file of another evaluation is set aside when the first answer comes
-    (`predictions.jsonl.of-KEY.partial`), and taken over by a start of that evaluation.
+    Each process has its own file. It also reads the files of the others, because the interrupted run may have had
+    another number of processes. If the file belongs to another evaluation, it is renamed to
+    `predictions.jsonl.of-KEY.partial` when the first answer arrives; a run of that other evaluation reuses it.
 
     Args:
-      path: what the answers are on their way into, for example `predictions.jsonl`; its folder exists. The file is beside it.
-      key: whatever the answers depend on (`asked.key`): its name -> a value in JSON's types.
-      process, count: which of several this is, and how many there are.
-      check: raises where the folder is no longer the one that it was.
-      machine: what else the last digits may follow from; where it has changed, that is said.
+      path: the final file, for example `predictions.jsonl`; its folder exists. The partial file lies beside it.
+      key: everything that the answers depend on (`asked.key`): name -> a value of a JSON type.
+      process: index of this process.
+      machine: what else the last digits may depend on. A change of it is printed.
+      count: number of processes.
+      check: raises if the folder was removed, moved or replaced.
+
     Attributes:
-      answers: those that are kept, an earlier start's among them, by the question's place.
+      path: the partial file.
+      answers: all kept answers, including those of earlier starts, by index of the question.
       is_begun: whether this start has written the file.
+
     Raises:
-      UserError: a file that cannot be read or written.
+      UserError: a file cannot be read or written.
     """
 
     def __init__(self, path: Path, key: Mapping, process: int = 0, machine: Mapping | None = None, count: int = 1,
@@ -44,7 +48,8 @@ class Partial:
         self.path = path.with_name(f"{path.name}.{process}.partial" if process else f"{path.name}.partial")
         follows = json.loads(json.dumps(dict(key), default=str))
         digest = sha256(json.dumps(follows, sort_keys=True).encode())
-        self._head = {"answers of": digest, "follow from": follows, "machine": json.loads(json.dumps(dict(machine or {}), default=str))}
+        self._head = {"answers of": digest, "follow from": follows,
+                      "machine": json.loads(json.dumps(dict(machine or {}), default=str))}
         found = _read(self.path)
         other = [] if self._is_ours(found) else found
         own = found if self._is_ours(found) else []
@@ -55,16 +60,18 @@ class Partial:
             print(f"{self.path}: {len(self.answers)} answers of an earlier start are taken over", file=sys.stderr)
             self._say_machine([own, *map(_read, self._of_others())])
         if damaged:
-            print(f"warning: {self.path}: {damaged} of {len(own) - 1} lines are no whole answers and are passed over", file=sys.stderr)
+            print(f"warning: {self.path}: {damaged} of {len(own) - 1} lines are no whole answers and are passed over",
+                  file=sys.stderr)
         if other:
-            print(f"warning: {self.path}: its {len(_answers(other[1:])[0])} answers are of another evaluation ({self._changes(other[0])}); "
-                  f"they are set aside as {_aside(self.path, other[0]).name}, and all questions are asked anew", file=sys.stderr)
+            print(f"warning: {self.path}: its {len(_answers(other[1:])[0])} answers are of another evaluation "
+                  f"({self._changes(other[0])}); they are set aside as {_aside(self.path, other[0]).name}, and all "
+                  "questions are asked anew", file=sys.stderr)
 
     def _is_ours(self, lines: Sequence[object]) -> bool:
         return bool(lines) and isinstance(lines[0], dict) and lines[0].get("answers of") == self._head["answers of"]
 
     def _changes(self, head: object) -> str:
-        """What the other evaluation followed from and this one does not."""
+        """Describes the differences between the other evaluation's key and this one's."""
         earlier = head.get("follow from") if isinstance(head, dict) else None
         if not isinstance(earlier, dict):
             return "it does not say what they follow from"
@@ -75,16 +82,23 @@ class Partial:
         other = next((each for each in machines if isinstance(each, dict) and each != self._head["machine"]), None)
         if other is not None:
             print(f"warning: {self.path}: the answers that are taken over came from another machine "
-                  f"({changes(other, self._head['machine'])}); last digits, and so a rare answer, may differ", file=sys.stderr)
+                  f"({changes(other, self._head['machine'])}); last digits, and so a rare answer, may differ",
+                  file=sys.stderr)
 
     def __len__(self) -> int:
-        """Answers on the disk, those of other processes among them."""
+        """Number of answers on the disk, including those of other processes."""
         self._find_again()
         return len(self._found_by_others() | self.answers)
 
     def add(self, question: int, answer: Answer) -> None:
-        """Keeps the answer to the question at a place, on the disk too. The first one begins the file: until then the workdir is as
-        it was."""
+        """Keeps an answer, in memory and on the disk.
+
+        The first answer creates the file; until then the workdir is unchanged.
+
+        Args:
+          question: index of the question.
+          answer: the answer to it.
+        """
         self._check()
         self._find_again()
         self._begin()
@@ -96,29 +110,36 @@ class Partial:
         self.answers[question] = self._kept[question] = answer
 
     def remove(self) -> None:
-        """Deletes the file, and those of others: the answers stand under their final name. What is set aside stays."""
+        """Deletes the partial files of all processes once the final file exists. Files of other evaluations stay."""
         for file in (self.path, *self._of_others()):
             if self._number(file) is not None or file == self.path or self._is_ours(_read(file)):
                 file.unlink(missing_ok=True)
 
     def _find_again(self) -> None:
-        """Writes the file anew that was removed since it was begun: its answers are still here."""
+        """Writes the file again, from memory, if it was removed while this run was writing it."""
         if self.is_begun and not self.path.exists():
             self.is_begun = False
             self._begin()
-            print(f"warning: {self.path} was removed while the evaluation ran; it is written anew, with the {len(self._kept)} answers "
-                  "that it held", file=sys.stderr)
+            print(f"warning: {self.path} was removed while the evaluation ran; it is written anew, with the "
+                  f"{len(self._kept)} answers that it held", file=sys.stderr)
 
     def _begin(self) -> None:
-        """Writes the key and what was taken over. Also where the file fits: its last line may be half a line of a killed process."""
+        """Writes the key and the reused answers.
+
+        A file of this evaluation is rewritten too, because a killed process may have left half a line at its end.
+        """
         if not self.is_begun:
             self._set_aside()
             write_text(self.path, json.dumps(self._head) + "\n" + "".join(_line(*item) for item in self._kept.items()))
             self.is_begun = True
 
     def _set_aside(self) -> None:
-        """Renames the file of another evaluation; the first process also those of processes that are no longer there."""
-        gone = [file for file in self._of_others() if (number := self._number(file)) is not None and number >= self._count]
+        """Renames this process's file if it is of another evaluation.
+
+        The first process also renames the files of processes that this run does not have.
+        """
+        gone = [file for file in self._of_others() if (number := self._number(file)) is not None
+                and number >= self._count]
         for file in [self.path, *([] if self._process else gone)]:
             lines = _read(file)
             if lines and not self._is_ours(lines):
@@ -132,22 +153,23 @@ class Partial:
         return {i: answer for lines in files if self._is_ours(lines) for i, answer in _answers(lines[1:])[0].items()}
 
     def _number(self, file: Path) -> int | None:
-        """Which process a file is of; None for one that is set aside."""
+        """Returns the index of the process that a file belongs to; None for the file of another evaluation."""
         match = re.fullmatch(re.escape(self._final.name) + r"(?:\.(\d+))?\.partial", file.name)
         return None if match is None else int(match[1] or 0)
 
     def _of_others(self) -> list[Path]:
         pattern = re.compile(re.escape(self._final.name) + r"(\.\d+)?(\.of-\w+(-\d+)?)?\.partial")
-        return sorted(file for file in self._final.parent.iterdir() if pattern.fullmatch(file.name) and file != self.path)
+        return sorted(file for file in self._final.parent.iterdir() if pattern.fullmatch(file.name)
+                      and file != self.path)
 
 
 def num_answers(path: Path) -> int:
-    """How many whole answers a file of kept answers has, whatever it is of."""
+    """Returns the number of complete answers in a partial file of any evaluation."""
     return len(_answers(_read(path)[1:])[0])
 
 
 def _aside(file: Path, head: object) -> Path:
-    """Where the file of another evaluation goes: a name that is free."""
+    """Returns an unused name for the file of another evaluation."""
     digest = str(head.get("answers of"))[:8] if isinstance(head, dict) else ""
     name = digest if re.fullmatch("[0-9a-f]{8}", digest) else "unknown"
     stem = file.name.removesuffix(".partial")
@@ -163,14 +185,16 @@ _FIELDS = {"question": int, "text": str, "finish_reason": str, "tokens_cut": int
 
 
 def _answers(lines: Sequence[object]) -> tuple[dict[int, Answer], int]:
-    """The answers of lines, by the question's place, and how many lines hold none: half a line, or JSON of another shape."""
-    whole = [line for line in lines if isinstance(line, dict) and {name: type(value) for name, value in line.items()} == _FIELDS
+    """Returns the answers by index of the question, and the number of invalid lines, such as half a line."""
+    whole = [line for line in lines if isinstance(line, dict)
+             and {name: type(value) for name, value in line.items()} == _FIELDS
              and line["question"] >= 0]
-    return {line["question"]: Answer(line["text"], line["finish_reason"], line["tokens_cut"]) for line in whole}, len(lines) - len(whole)
+    return ({line["question"]: Answer(line["text"], line["finish_reason"], line["tokens_cut"]) for line in whole},
+            len(lines) - len(whole))
 
 
 def _read(path: Path) -> list[object]:
-    """The values of a file's lines, None for one that is no JSON; no lines where there is no file."""
+    """Reads the JSON value of each line, None for an invalid line; returns no lines if the file does not exist."""
     try:
         text = read_bytes(path).decode("utf-8", errors="replace")
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Questions shared out among several processes, and their answers brought together in the first."""
+"""Distributes questions over processes, and gathers the answers in the first process."""
 
 from __future__ import annotations
 
@@ -11,23 +11,26 @@ from llavamed_jax.errors import UserError
 from llavamed_jax.evaluation.answering.answerer import Answer
 from llavamed_jax.parallel import distributed
 
-ELSEWHERE = Answer("", "stop")  # what a process that is not the first has in place of an answer
+ELSEWHERE = Answer("", "stop")  # placeholder for an answer in all processes but the first
 
 
 def share(images: Sequence[str], index: int | None = None, count: int | None = None) -> list[int]:
-    """The places of the questions that a process asks, ascending; those about one image are asked by one process.
+    """Returns the indices of the questions that a process asks, ascending.
 
-    Images with many questions are given out first, each to whom has the fewest questions so far: a function of `images` alone,
-    so that all processes agree, and one that is started again has the same share.
+    All questions about one image go to one process. Images are assigned in descending order of their number of
+    questions, each to the process that has the fewest questions so far. The result depends on `images` alone, so all
+    processes agree and a restarted process gets the same share.
 
     Args:
-      images: of each question.
-      index, count: default: this process, of all.
+      images: the image of each question.
+      index: index of the process; None means this process.
+      count: number of processes; None means all of this run.
     """
     index = distributed.process_index() if index is None else index
     count = distributed.process_count() if count is None else count
     load, owner = [0] * count, {}
-    for image, questions in Counter(images).most_common():  # equal ones in the order of their first question
+    # `most_common` keeps images with equal counts in the order of their first question.
+    for image, questions in Counter(images).most_common():
         owner[image] = load.index(min(load))
         load[owner[image]] += questions
     return [i for i, image in enumerate(images) if owner[image] == index]
@@ -35,12 +38,19 @@ def share(images: Sequence[str], index: int | None = None, count: int | None = N
 
 def collected(total: int, mine: Sequence[int], answers: Mapping[int, Answer], failed: Mapping[int, UserError],
               ) -> tuple[dict[int, Answer], dict[int, UserError]]:
-    """Answers and failures of all processes, by the question's place; in others than the first `ELSEWHERE` throughout.
+    """Gathers answers and errors of all processes in the first process.
 
     Args:
-      total: number of questions; mine: the places of this process's.
+      total: number of questions.
+      mine: indices of this process's questions.
+      answers: this process's answers, by index of the question.
+      failed: this process's errors, by index of the question.
+
+    Returns:
+      All answers and all errors, by index of the question; in the other processes, `ELSEWHERE` for every question.
+
     Raises:
-      UserError: questions that no process was asked, for each has shared out others.
+      UserError: the shares do not add up to all questions, because the processes read different data or configs.
     """
     if distributed.process_count() == 1:
         return dict(answers), dict(failed)
@@ -52,12 +62,12 @@ def collected(total: int, mine: Sequence[int], answers: Mapping[int, Answer], fa
     all_answers = {int(i): Answer(**answer) for part, _ in parts for i, answer in part.items()}
     all_failed = {int(i): UserError(sentence) for _, part in parts for i, sentence in part.items()}
     if wrong := set(range(total)) ^ (all_answers.keys() | all_failed.keys()):
-        raise UserError(f"{len(wrong)} of {total} questions were asked by no process, or are no questions here: the same config and "
-                        "data were expected in all processes")
+        raise UserError(f"{len(wrong)} of {total} questions were asked by no process, or are no questions here: the "
+                        "same config and data were expected in all processes")
     return all_answers, all_failed
 
 
 def titled(title: str) -> str:
-    """What progress says of a share."""
+    """Returns the title of a progress bar; it names the process if there are several."""
     count = distributed.process_count()
     return title if count == 1 else f"{title}, process {distributed.process_index()} of {count}"

@@ -1,1 +1,1 @@
-"""Judging: a language model behind an address reads answers."""
+"""Judges answers with a language model behind an API."""

@@ -1,11 +1,11 @@
-"""A judge: a language model behind an address that reads answers and gives verdicts.
+"""A judge: a language model behind an API that reads answers and gives verdicts.
 
     judge = Judge(cfg.judge, read_prompt(cfg.judge.prompt, CHAT_PROMPT), read_scores, workdir)
     print(judge.estimate(texts))
     verdicts = judge.verdicts(texts)
 
-Every reply is kept in a file by the hash of what was asked (`judge_cache.py`). A reply that cannot be read is asked for once
-more, with a reminder; then its question stays unscored, and says so.
+Every reply is kept in a file under the hash of its request (`openai_client/cache.py`). If a reply cannot be read, the
+judge is asked once more, with a reminder. If the second reply cannot be read either, the question stays unscored.
 """
 
 from __future__ import annotations
@@ -31,20 +31,22 @@ if TYPE_CHECKING:
     from llavamed_jax.openai_client.replies import Reply
 
 CACHE = "judge_cache.jsonl"
-_BYTES_A_TOKEN = 4  # of English text, about; only for the estimate
+_BYTES_A_TOKEN = 4  # approximate value for English text; only for the estimate
 _TOKENS_A_MESSAGE = 4  # role and separators
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a judge said of one text.
+    """The verdict of a judge on one text.
 
     Attributes:
-      value: what was read from its reply; None where the question stays unscored.
-      text: the reply, stripped; `first_text` the one before, where it was asked again.
-      finish_reason: `stop`, `length`, …; why a reply may end before its verdict.
-      error: why there is no reply at all.
-      prompt_tokens, completion_tokens: of all its replies, as the server counted them.
+      value: what was read from the reply; None if the question stays unscored.
+      text: the last reply, stripped.
+      first_text: the first reply, if the judge was asked twice; else None.
+      finish_reason: `stop`, `length`, …; shows whether the reply ended before its verdict.
+      error: the reason why there is no reply; None if there is one.
+      prompt_tokens: tokens of all prompts for this text, as the server counted them.
+      completion_tokens: tokens of all replies for this text, as the server counted them.
     """
 
     value: Any = None
@@ -57,12 +59,21 @@ class Verdict:
 
     @property
     def is_asked_again(self) -> bool:
+        """Whether the judge was asked twice because its first reply could not be read."""
         return self.first_text is not None
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What judging will take: requests, tokens of their prompts, tokens of the replies at most, US dollars at most or None."""
+    """An estimate of what judging will cost.
+
+    Attributes:
+      requests: number of requests to send.
+      kept: number of replies that are on the disk already.
+      prompt_tokens: approximate number of tokens of the prompts.
+      answer_tokens: upper bound of the number of tokens of the replies.
+      dollars: upper bound of the cost in US dollars; None if no price is given.
+    """
 
     requests: int
     kept: int
@@ -73,38 +84,43 @@ class Estimate:
     def __str__(self) -> str:
         if not self.requests:
             return f"nothing to ask; {self.kept} replies are kept"
-        cost = f"at most {self.dollars:.2f} US dollars" if self.dollars is not None else "no price is given (judge.price_prompt, _answer)"
-        return (f"{self.requests} requests and {self.kept} replies that are kept; about {self.prompt_tokens:,} tokens of prompts (one for "
-                f"{_BYTES_A_TOKEN} bytes) and at most {self.answer_tokens:,} of replies, without those that are asked for again: {cost}")
+        cost = (f"at most {self.dollars:.2f} US dollars" if self.dollars is not None
+                else "no price is given (judge.price_prompt, _answer)")
+        return (f"{self.requests} requests and {self.kept} replies that are kept; about {self.prompt_tokens:,} tokens "
+                f"of prompts (one for {_BYTES_A_TOKEN} bytes) and at most {self.answer_tokens:,} of replies, without "
+                f"those that are asked for again: {cost}")
 
 
 class Judge:
-    """A judge's address, what it is told, how it is read, and the replies that it gave.
+    """Asks a judge for verdicts, and keeps its replies.
 
     Args:
-      cfg: the group `judge` of an eval config (`judge_settings.py`).
-      prompt: its system message and instruction.
-      read: a reply's verdict, or None where it cannot be read.
-      workdir: where its replies are kept, unless `cfg.cache` names a file.
+      cfg: the group `judge` of an eval config (`judging/settings.py`).
+      prompt: the system message and the instruction.
+      read: reads the verdict of a reply; returns None if it cannot be read.
+      workdir: the folder where replies are kept, unless `cfg.cache` names a file.
+
     Attributes:
-      n_kept: replies that are on the disk, of those that were asked for.
+      n_kept: how many of the requested replies are on the disk.
+
     Raises:
-      UsageError: a setting that is wrong.
+      UsageError: a setting is invalid.
     """
 
     def __init__(self, cfg: ConfigDict, prompt: JudgePrompt, read: Callable[[str], Any], workdir: Path):
-        from llavamed_jax.openai_client.client import Service  # it brings the client, which takes a second
+        from llavamed_jax.openai_client.client import Service  # imports openai, which takes a second
 
         _check(cfg)
         self.cfg, self.prompt, self._read = cfg, prompt, read
         self.settings = {"max_tokens": cfg.max_tokens, "temperature": cfg.temperature}
-        self.service = Service(cfg.endpoint, cfg.model, api_key=os.environ.get("JUDGE_API_KEY") or None, concurrency=cfg.concurrency,
+        self.service = Service(cfg.endpoint, cfg.model, api_key=os.environ.get("JUDGE_API_KEY") or None,
+                               concurrency=cfg.concurrency,
                                timeout=cfg.timeout, retries=cfg.retries, azure_version=cfg.azure_version or None)
         self.cache = JudgeCache(Path(cfg.cache) if cfg.cache else workdir / CACHE)
         self.n_kept = 0
 
     def estimate(self, texts: Sequence[str]) -> Estimate:
-        """What it takes to judge these texts, without those whose replies are kept; asks nothing."""
+        """Estimates what it costs to judge these texts, without sending a request. Kept replies cost nothing."""
         to_send, kept = {}, set()
         for text in texts:
             messages = self.prompt.messages(text)
@@ -120,26 +136,36 @@ class Judge:
                 to_send[self._key(messages)] = messages
         prompt_tokens = sum(map(_tokens, to_send.values()))
         answer_tokens = len(to_send) * self.cfg.max_tokens
-        return Estimate(len(to_send), len(kept), prompt_tokens, answer_tokens, self._dollars(prompt_tokens, answer_tokens))
+        return Estimate(len(to_send), len(kept), prompt_tokens, answer_tokens,
+                        self._dollars(prompt_tokens, answer_tokens))
 
     def verdicts(self, texts: Sequence[str], title: str = "judged") -> list[Verdict]:
-        """What the judge says of each text, in order. Equal texts are asked about once.
+        """Asks the judge about each text. Equal texts are sent once.
+
+        Args:
+          texts: what the judge reads.
+          title: what the progress bar says.
+
+        Returns:
+          One verdict for each text, in order.
 
         Raises:
-          UserError: the judge cannot be asked at all. What it said before is kept.
+          UserError: the judge cannot be reached at all. Earlier replies are kept.
         """
         first = self._replies([self.prompt.messages(text) for text in texts], title)
-        unread = [i for i, reply in enumerate(first) if not isinstance(reply, UserError) and self._read(reply.text) is None]
+        unread = [i for i, reply in enumerate(first) if not isinstance(reply, UserError)
+                  and self._read(reply.text) is None]
         reminded = [self.prompt.messages(texts[i], is_reminded=True) for i in unread]
         again = dict(zip(unread, self._replies(reminded, f"{title}, asked again"), strict=True)) if unread else {}
         return [self._verdict(reply, again.get(i)) for i, reply in enumerate(first)]
 
     def summary(self, verdicts: Sequence[Verdict]) -> dict:
-        """What judged, for `metrics.json`: nothing in it depends on how often a run was stopped."""
+        """Describes the judge and its cost for `metrics.json`. An interrupted and resumed run gives the same values."""
         prompt_tokens = sum(verdict.prompt_tokens for verdict in verdicts)
         completion_tokens = sum(verdict.completion_tokens for verdict in verdicts)
         return {
-            "model": self.service.name, "endpoint": self.service.url, "temperature": self.cfg.temperature, "wording": self.prompt.wording,
+            "model": self.service.name, "endpoint": self.service.url, "temperature": self.cfg.temperature,
+            "wording": self.prompt.wording,
             "n_asked_again": sum(verdict.is_asked_again for verdict in verdicts), "prompt_tokens": prompt_tokens,
             "completion_tokens": completion_tokens, "dollars": self._dollars(prompt_tokens, completion_tokens),
         }  # fmt: skip
@@ -152,7 +178,7 @@ class Judge:
         return (prompt_tokens * prices[0] + answer_tokens * prices[1]) / 1e6 if any(prices) else None
 
     def _replies(self, requests: Sequence[list[dict]], title: str) -> list[Reply | UserError]:
-        """The reply to each request, kept or new, or why there is none."""
+        """Returns the reply to each request, kept or new, or the error."""
         keys = [self._key(messages) for messages in requests]
         wanted = dict(zip(keys, requests, strict=True))
         left = [key for key in wanted if key not in self.cache]
@@ -183,41 +209,52 @@ class Judge:
             return Verdict(error=error)
         last = replies[-1]
         return Verdict(
-            self._read(last.text), last.text.strip(), first.text.strip() if again is not None else None, last.finish_reason, error,
+            self._read(last.text), last.text.strip(), first.text.strip() if again is not None else None,
+            last.finish_reason, error,
             sum(reply.prompt_tokens for reply in replies), sum(reply.completion_tokens for reply in replies),
         )
 
 
 def report_unscored(verdicts: Sequence[Verdict], names: Sequence[object], what: str) -> None:
-    """Says on stderr how many questions were asked again, and which stay unscored."""
+    """Prints on stderr how many questions the judge was asked about twice, and which ones stay unscored.
+
+    Args:
+      verdicts: the verdicts.
+      names: the ids of the questions, in the same order.
+      what: a plural noun for what was judged.
+    """
     again = sum(verdict.is_asked_again for verdict in verdicts)
-    unscored = [terminal.sentence(str(name)) for name, verdict in zip(names, verdicts, strict=True) if verdict.value is None]
+    unscored = [terminal.sentence(str(name)) for name, verdict in zip(names, verdicts, strict=True)
+                if verdict.value is None]
     if again:
-        print(f"{again} of {len(verdicts)} {what} were judged in a form that cannot be read, and were asked about again", file=sys.stderr)
+        print(f"{again} of {len(verdicts)} {what} were judged in a form that cannot be read, and were asked about "
+              "again", file=sys.stderr)
     if unscored:
         print(f"warning: unscored, {len(unscored)} of {len(verdicts)} {what}: {', '.join(unscored)}", file=sys.stderr)
 
 
 def check_answered(verdicts: Sequence[Verdict], what: str) -> None:
-    """Raises UserError where requests failed, which a later start may mend: how many, and why the first."""
+    """Raises UserError if requests failed: says how many, and gives the first error. A repeated run may succeed."""
     errors = [verdict.error for verdict in verdicts if verdict.error is not None]
     if errors:
-        raise UserError(f"{len(errors)} of {len(verdicts)} {what} were not judged and are reported as unscored: {errors[0]}; run again to "
-                        "ask about these alone")
+        raise UserError(f"{len(errors)} of {len(verdicts)} {what} were not judged and are reported as unscored: "
+                        f"{errors[0]}; run again to ask about these alone")
 
 
 def _check(cfg: ConfigDict) -> None:
     if not cfg.model:
-        raise UsageError("judge.model is empty; the name of the model that judges was expected: --config.judge.model=NAME")
+        raise UsageError("judge.model is empty; the name of the model that judges was expected: "
+                         "--config.judge.model=NAME")
     if not cfg.endpoint:
         raise UsageError("judge.endpoint is empty; the address of the judge was expected: --config.judge.endpoint=URL")
     if cfg.max_tokens < 1:
         raise UsageError(f"judge.max_tokens is {cfg.max_tokens}; at least 1 was expected")
     for key in ("temperature", "price_prompt", "price_answer"):
-        if not 0 <= cfg[key] < math.inf:  # nan too
+        if not 0 <= cfg[key] < math.inf:  # a NaN raises too
             raise UsageError(f"judge.{key} is {cfg[key]}; a number of at least 0 was expected")
 
 
 def _tokens(messages: Sequence[dict]) -> int:
-    """About how many tokens a request has."""
-    return sum(math.ceil(len(m["content"].encode("utf-8", "replace")) / _BYTES_A_TOKEN) + _TOKENS_A_MESSAGE for m in messages)
+    """Estimates the number of tokens of a request."""
+    return sum(math.ceil(len(m["content"].encode("utf-8", "replace")) / _BYTES_A_TOKEN) + _TOKENS_A_MESSAGE
+               for m in messages)

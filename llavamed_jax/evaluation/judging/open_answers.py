@@ -1,6 +1,7 @@
-"""Open VQA answers judged right or wrong by a language model, as recent medical leaderboards do; apart from the string metrics.
+"""Has open VQA answers judged right or wrong by a language model, as recent medical leaderboards do.
 
-The judge reads question, gold answer and answer, no image. Axis letters here: N open questions.
+The judge reads the question, the gold answer and the answer, but no image. The verdicts do not change the string
+metrics. Axis letters: N open questions.
 """
 
 from __future__ import annotations
@@ -21,29 +22,37 @@ from llavamed_jax.evaluation.scoring.items import AnswerSet
 
 
 def open_judge(cfg: ConfigDict, workdir: Path) -> Judge | None:
-    """The judge that a config names; None where it names none. Raises what `Judge` raises."""
+    """Returns the judge that a config names, or None if it names none. Raises what `Judge` raises."""
     group = cfg.get("judge")
-    return Judge(group, read_prompt(group.prompt, OPEN_PROMPT), read_right, workdir) if group is not None and group.model else None
+    return (Judge(group, read_prompt(group.prompt, OPEN_PROMPT), read_right, workdir)
+            if group is not None and group.model else None)
 
 
 @dataclass(frozen=True)
 class Judged:
-    """What a judge said: the object `judged` of `metrics.json`, the lines of `judged.jsonl`, and its verdicts."""
+    """The verdicts on open answers.
+
+    Attributes:
+      metrics: the object `judged` of `metrics.json`.
+      lines: the lines of `judged.jsonl`.
+      verdicts: the verdicts of the judge.
+    """
 
     metrics: dict
     lines: list[dict]
     verdicts: list[Verdict]
 
 
-def open_texts(judge: Judge, samples: Sequence[VqaSample], texts: Sequence[str]) -> tuple[list[VqaSample], list[str], list[str]]:
-    """The open questions among some, their answers, and what the judge reads of each."""
+def open_texts(judge: Judge, samples: Sequence[VqaSample],
+               texts: Sequence[str]) -> tuple[list[VqaSample], list[str], list[str]]:
+    """Returns the open questions among `samples`, the answers to them, and the judge's prompt for each."""
     pairs = [(sample, text) for sample, text in zip(samples, texts, strict=True) if kind(sample) == OPEN]
     prompts = [open_prompt(judge.prompt, sample.question, str(sample.answer), text) for sample, text in pairs]
     return [sample for sample, _ in pairs], [text for _, text in pairs], prompts
 
 
 def plan(judge: Judge, samples: Sequence[VqaSample], texts: Sequence[str]) -> str:
-    """What judging these answers will take."""
+    """Returns one line that says what judging these answers will cost."""
     prompts = open_texts(judge, samples, texts)[2]
     return f"judge {judge.service.where}, {len(prompts)} open answers: {judge.estimate(prompts)}"
 
@@ -51,11 +60,17 @@ def plan(judge: Judge, samples: Sequence[VqaSample], texts: Sequence[str]) -> st
 def judge_open(judge: Judge, answers: AnswerSet, seed: int) -> Judged:
     """Has the open answers judged.
 
+    Args:
+      judge: the judge.
+      answers: the questions and the answers to them.
+      seed: seed of the bootstrap.
+
     Returns:
-      `metrics`: `open_accuracy` in percent of the answers that were judged, with `_low` and `_high` (95 %, bootstrap over images),
-      `n_open`, `n_unscored`, `unscored` (their ids), `judge`.
+      The verdicts. Their `metrics` has `open_accuracy`, in percent of the judged answers, with `_low` and `_high` (95 %
+      interval, bootstrap over images), `n_open`, `n_unscored`, `unscored` (ids of questions) and `judge`.
+
     Raises:
-      UserError: a judge that cannot be asked at all.
+      UserError: the judge cannot be reached at all.
     """
     print(plan(judge, answers.samples, answers.texts), file=sys.stderr, flush=True)
     asked, texts, prompts = open_texts(judge, answers.samples, answers.texts)
@@ -64,8 +79,10 @@ def judge_open(judge: Judge, answers: AnswerSet, seed: int) -> Judged:
     report_unscored(verdicts, ids, "open answers")
     values = np.array([np.nan if verdict.value is None else verdict.value for verdict in verdicts], np.float64)  # [N]
     unscored = [name for name, verdict in zip(ids, verdicts, strict=True) if verdict.value is None]
-    table = statistics.intervals([statistics.mean("open_accuracy", values)], [str(sample.image) for sample in asked], seed)
-    metrics = table | {"n_open": len(asked), "n_unscored": len(unscored), "unscored": unscored, "judge": judge.summary(verdicts)}
+    table = statistics.intervals([statistics.mean("open_accuracy", values)], [str(sample.image) for sample in asked],
+                                 seed)
+    metrics = table | {"n_open": len(asked), "n_unscored": len(unscored), "unscored": unscored,
+                       "judge": judge.summary(verdicts)}
     lines = [
         {"question_id": sample.question_id, "question": sample.question, "answer": str(sample.answer), "text": text,
          "is_right": verdict.value, "judge_text": verdict.text, "finish_reason": verdict.finish_reason}

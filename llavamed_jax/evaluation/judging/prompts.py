@@ -1,8 +1,8 @@
-"""What a judge is told, and what is read from its reply.
+"""Writes a judge's prompts and reads its replies.
 
-The frame around question and answers is the original's (spec 7.7). The judge's instruction and system message are a file of
-the project's own, `judge_prompt.txt`; another is given by its path. Such a file has the sections `[[system]]`,
-`[[instruction]]` and, if the project's is not to be used, `[[reminder]]`, each under a line with its name.
+The frame around question and answers is the original's (spec 7.7). The judge's system message and instruction are in
+`judge_prompt.txt`, which was written for this project. Users can give the path of another file. Such a file has the
+sections `[[system]]` and `[[instruction]]`, and optionally `[[reminder]]`, each under a line with its name.
 """
 
 from __future__ import annotations
@@ -28,7 +28,14 @@ _HEADING = re.compile(r"^\[\[(.*)\]\][ \t\r]*$", re.MULTILINE)
 
 @dataclass(frozen=True)
 class JudgePrompt:
-    """A judge's system message, its instruction, and what is added when a reply could not be read."""
+    """The texts of a judge's prompt.
+
+    Attributes:
+      file: the file that they come from.
+      system: the system message.
+      instruction: the instruction, which ends the user message.
+      reminder: the text that is added after a reply that could not be read.
+    """
 
     file: Path
     system: str
@@ -37,28 +44,34 @@ class JudgePrompt:
 
     @property
     def wording(self) -> str:
-        """SHA-256 of system message and instruction, with all white space as one blank."""
+        """SHA-256 of system message and instruction; each run of white space counts as one blank."""
         return sha256(" ".join(f"{self.system} {self.instruction}".split()).encode())
 
     def messages(self, user: str, is_reminded: bool = False) -> list[dict]:
-        """The messages to a judge; a reminder stands behind all else."""
+        """Returns the messages of a request; the reminder, if asked for, comes last."""
         content = f"{user}{self.reminder}\n" if is_reminded else user
         return [{"role": "system", "content": self.system}, {"role": "user", "content": content}]
 
 
 def read_prompt(path: str, default: Path) -> JudgePrompt:
-    """The prompt in a file; of the project's own file where the path is empty.
+    """Reads a judge's prompt from a file.
+
+    Args:
+      path: the file; "" reads the default.
+      default: the file of this project. Its reminder is used if `path` has none.
 
     Raises:
-      UsageError: a file that is not there. UserError: one without its sections, or that is no UTF-8 text.
+      UsageError: the file cannot be read.
+      UserError: the file lacks a section, has an unknown one, or is not UTF-8 text.
     """
     own = _sections(default)
     found = _sections(Path(path)) if path else own
     missing = [name for name in ("system", "instruction") if not found.get(name)]
     if missing:
-        raise UserError(f"the judge's prompt {path} has no text under [[{missing[0]}]]; sections [[system]] and [[instruction]], "
-                        "and [[reminder]] if wanted, were expected")
-    return JudgePrompt(Path(path) if path else default, found["system"], found["instruction"], found.get("reminder") or own["reminder"])
+        raise UserError(f"the judge's prompt {path} has no text under [[{missing[0]}]]; sections [[system]] and "
+                        "[[instruction]], and [[reminder]] if wanted, were expected")
+    return JudgePrompt(Path(path) if path else default, found["system"], found["instruction"],
+                       found.get("reminder") or own["reminder"])
 
 
 def _sections(file: Path) -> dict[str, str]:
@@ -72,22 +85,29 @@ def _sections(file: Path) -> dict[str, str]:
     names = parts[::2]
     strange = [f"[[{name}]]" for name in names if name not in _SECTIONS or names.count(name) > 1]
     if before.strip() or strange:
-        what = f"the section {some(strange)}, which is unknown or stands there twice" if strange else "text before its first section"
-        raise UserError(f"the judge's prompt {file} has {what}; {', '.join(f'[[{name}]]' for name in _SECTIONS)} were expected, each once")
+        what = (f"the section {some(strange)}, which is unknown or stands there twice" if strange
+                else "text before its first section")
+        raise UserError(f"the judge's prompt {file} has {what}; {', '.join(f'[[{name}]]' for name in _SECTIONS)} were "
+                        "expected, each once")
     return dict(zip(names, (part.strip("\r\n") for part in parts[1::2]), strict=True))
 
 
 def chat_prompt(prompt: JudgePrompt, question: ChatQuestion, answer: str, has_marker: bool = False) -> str:
-    """What a judge of two answers reads; the reference is Assistant 1's.
+    """Returns the prompt for judging two answers; Assistant 1 gives the reference.
 
-    The mentions stand there as Python writes a list or None, as in the original (quirk Q29).
+    The mentions are written as Python prints a list or None, as in the original (quirk Q29).
 
     Args:
-      has_marker: leaves "<image>" at the question's end, as v1.5's code does; v1.0's, which the paper used, takes it away.
+      prompt: the judge's texts.
+      question: the question, its figure and the reference answer.
+      answer: the answer to judge.
+      has_marker: keeps "<image>" at the end of the question, as v1.5's code does. v1.0's code, which the paper used,
+        removes it.
     """
     text = question.text if has_marker else question.question
     return (
-        f"[Context]\nFigure Caption:\n{question.label}: {question.caption}\n\nFigure Context:\n\t- {question.mentions}\n\n"
+        f"[Context]\nFigure Caption:\n{question.label}: {question.caption}\n\nFigure Context:\n\t- "
+        f"{question.mentions}\n\n"
         f"[Question]\n{text}\n\n"
         f"[Assistant 1]\n{question.reference}\n\n[End of Assistant 1]\n\n"
         f"[Assistant 2]\n{answer}\n\n[End of Assistant 2]\n\n"
@@ -96,7 +116,7 @@ def chat_prompt(prompt: JudgePrompt, question: ChatQuestion, answer: str, has_ma
 
 
 def open_prompt(prompt: JudgePrompt, question: str, gold: str, answer: str) -> str:
-    """What a judge of one answer against a gold answer reads."""
+    """Returns the prompt for judging one answer against a gold answer."""
     return (
         f"[Question]\n{question}\n\n[Gold Answer]\n{gold}\n\n[Answer]\n{answer}\n\n[End of Answer]\n\n"
         f"[System]\n{prompt.instruction}\n\n"
@@ -107,15 +127,20 @@ _SCORES = re.compile(r"([0-9]+(?:\.[0-9]+)?)(?: *, *| +)([0-9]+(?:\.[0-9]+)?)")
 
 
 def read_scores(reply: str) -> tuple[float, float] | None:
-    """The two scores of a reply: its first line is two numbers from 1 to 10, parted by blanks or a comma; else None."""
+    """Reads the two scores of a reply; None unless its first line is two numbers from 1 to 10.
+
+    The numbers are separated by blanks or a comma.
+    """
     found = _SCORES.fullmatch(_first_line(reply))
     scores = tuple(map(float, found.groups())) if found else (0.0, 0.0)
     return scores if all(1 <= score <= 10 for score in scores) else None
 
 
 def read_original_scores(reply: str) -> tuple[float, float] | None:
-    """The two scores of a reply as the original reads them (spec 7.7): its first line, split at single blanks, is two numbers, of
-    whatever size. None for what the original ends on: another form, a reference's 0, by which it divides, and what is not finite.
+    """Reads the two scores of a reply as the original does (spec 7.7).
+
+    The first line, split at single blanks, has to be two numbers of any size. Returns None where the original fails:
+    for any other form, for a reference score of 0, by which the original divides, and for a number that is not finite.
     """
     try:
         first, second = map(float, reply.partition("\n")[0].split(" "))
@@ -129,7 +154,7 @@ READINGS = {"strict": read_scores, "original": read_original_scores}
 
 
 def read_right(reply: str) -> bool | None:
-    """Whether a reply's first line is "right" (or "correct"); False for "wrong" (or "incorrect"); None for all else."""
+    """Reads the first line of a reply: True for "right" or "correct", False for "wrong" or "incorrect", else None."""
     word = _first_line(reply).lower().removesuffix(".")
     return {"right": True, "correct": True, "wrong": False, "incorrect": False}.get(word)
 

@@ -1,1 +1,1 @@
-"""Reporting: the page, the summary in a terminal, and TensorBoard's scalars."""
+"""Reports results as an HTML page, a summary for the terminal, and scalars for TensorBoard."""

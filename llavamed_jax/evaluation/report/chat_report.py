@@ -1,6 +1,6 @@
-"""`report.html` of a chat evaluation: scores by type and domain, then each figure with questions, answers and reviews.
+"""Renders `report.html` of a chat evaluation: scores by type and domain, then each figure with its questions.
 
-Numbers come from the object of `chat.ChatScorer`; nothing is computed here. The page is `chat.html.j2`.
+All numbers come from the metrics of `chat.ChatScorer`; this file computes none. The template is `chat.html.j2`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _TITLES = {
     "chest_xray": "Chest X-ray", "mri": "MRI", "histology": "Histology", "gross": "Gross pathology", "ct_scan": "CT",
 }  # fmt: skip
 _CONTROLS = {"image": "image exchanged", "noise": "noise"}
-_GOOD, _HALF = 90.0, 50.0  # percent of the reference's score, for the colour of a tag alone
+_GOOD, _HALF = 90.0, 50.0  # percent of the reference's score; only for the colour of a tag
 
 
 def render(
@@ -29,14 +29,15 @@ def render(
     details: Mapping[str, Mapping] | None = None,
     model: str = "",
 ) -> str:
-    """The report as one HTML text.
+    """Renders the report as one HTML text.
 
     Args:
       metrics: the object of `metrics.json`.
-      questions, reviews: in one order; `reviews` are the lines of `reviews.jsonl`.
-      others: reviews of the answers that were given to controls, by their kind.
-      details: tables of what was run: title -> name -> value; a value that is no text is shown as JSON.
-      model: what predictions call the model under test.
+      questions: the questions.
+      reviews: the lines of `reviews.jsonl`, in the order of `questions`.
+      others: kind of control -> reviews of the answers of that control.
+      details: tables of run details: title -> name -> value. A value other than a string is shown as JSON.
+      model: the name of the evaluated model in the predictions.
     """
     said, control, rows = words(metrics.get("asked") or {}), metrics.get("control") or {}, tables(metrics)
     controls = {"Images exchanged": control, "Noise": control.get("noise")}
@@ -66,14 +67,14 @@ def render(
 
 
 def tables(metrics: Mapping) -> list[tuple[str, Mapping]]:
-    """(name, table) of all, each type and each domain, in the paper's order."""
+    """Returns pairs (name, table) for all questions, each type and each domain, in the order of the paper."""
     groups = {**metrics["type"], **metrics["domain"]}
     return [("overall", metrics["overall"]), *((name, groups[name]) for name in (*TYPES, *DOMAINS) if name in groups)]
 
 
 def _figures(questions: Sequence[ChatQuestion], reviews: Sequence[Mapping],
              others: Mapping[str, Sequence[Mapping]]) -> list[dict]:
-    """Each figure with the turns about it, in the order of the questions."""
+    """Returns each figure with its questions and answers, in the order of the questions."""
     figures: dict[Path, dict] = {}
     for i, (question, review) in enumerate(zip(questions, reviews, strict=True)):
         if question.image not in figures:
@@ -90,7 +91,7 @@ def _figures(questions: Sequence[ChatQuestion], reviews: Sequence[Mapping],
 
 
 def _tag(review: Mapping) -> tuple[str, str]:
-    """A CSS class and a word: the ratio of the scores in percent, or that there is none."""
+    """Returns a CSS class and a label: the ratio of the scores in percent, or "unscored"."""
     if review["pred_score"] is None:
         return "wrong", "unscored"
     ratio = 100 * review["pred_score"] / review["gpt4_score"]

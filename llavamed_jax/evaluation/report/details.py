@@ -1,4 +1,4 @@
-"""What was run, for the end of `report.html`: who answered, configuration, versions of the code, hashes of the data."""
+"""Makes the tables of run details at the end of `report.html`: the model, configuration, versions and hashes."""
 
 from __future__ import annotations
 
@@ -26,10 +26,17 @@ _PACKAGES = ("llavamed_jax", "jax", "flax", "transformers", "numpy", "pillow", "
 
 def tables(cfg: ConfigDict, judge: Judge | None, answers: AnswerSet, found: Outcome,
            run: Mapping[str, str]) -> dict[str, dict]:
-    """Title of a table -> name -> value.
+    """Makes the tables of run details.
 
     Args:
-      run: who answered, and what that says of the run.
+      cfg: the eval config.
+      judge: the judge, if there is one.
+      answers: the questions and their answers.
+      found: the result of scoring them.
+      run: who answered, and what the answerer states about the run.
+
+    Returns:
+      Title of a table -> name -> value.
     """
     said = found.metrics.get("asked", {})
     hashes = {"predictions": hash_of(answers), "questions": questions.questions_hash(answers.samples)}
@@ -47,12 +54,12 @@ def tables(cfg: ConfigDict, judge: Judge | None, answers: AnswerSet, found: Outc
 
 
 def hash_of(answers: AnswerSet) -> str:
-    """SHA-256 of the predictions as they are written."""
+    """Returns the SHA-256 of the predictions as they are written to the file."""
     return sha256(utf8(to_jsonl(answers.predictions)))
 
 
 def _configuration(cfg: ConfigDict, judge: Judge | None) -> dict[str, object]:
-    """The configuration by dotted keys; of the judge's address what may be shown."""
+    """Returns the configuration by dotted keys, with the secret parts of the judge's address left out."""
     config = flatten(cfg.to_dict())
     if "judge.endpoint" in config:
         config["judge.endpoint"] = shown(str(config["judge.endpoint"])) if judge is None else judge.service.url

@@ -1,6 +1,6 @@
-"""The pictures of `report.html`: some images with all that was asked about them, and as many right as wrong answers.
+"""Selects the pictures of `report.html`: some images with their questions, and examples of right and wrong answers.
 
-Both are drawn by the run's seed, not picked: neither the best nor the worst. The page is `gallery.html.j2`.
+Both selections are random, drawn with the seed of the run. The template is `gallery.html.j2`.
 """
 
 from __future__ import annotations
@@ -17,19 +17,23 @@ from llavamed_jax.evaluation.scoring.items import AnswerSet
 from llavamed_jax.evaluation.scoring.score import group_keys
 
 IMAGES = 24
-QUESTIONS = 6  # of one image
-EXAMPLES = 6  # of each verdict
+QUESTIONS = 6  # per image
+EXAMPLES = 6  # per verdict
 _VERDICTS = {"right": "Right", "partly": "Partly right", "wrong": "Wrong"}
 
 
 def pictures(metrics: Mapping, answers: AnswerSet, others: Mapping[str, AnswerSet]) -> dict[str, object]:
-    """What `gallery.html.j2` shows.
+    """Returns the values for the template `gallery.html.j2`.
 
     Args:
-      others: title of a control -> its answers.
+      metrics: the object of `metrics.json`.
+      answers: the questions and their answers.
+      others: title of a control -> the answers of that control.
+
     Returns:
-      `examples`: (title, figures, how many there are) of each verdict, at most `EXAMPLES` figures drawn by the seed.
-      `images`: `IMAGES` figures, each with the first `QUESTIONS` questions about it. And the counts that the notes state.
+      `examples`: for each verdict its title, at most `EXAMPLES` figures drawn with the seed, and the number of answers
+      with this verdict. `images`: at most `IMAGES` figures, each with the first `QUESTIONS` questions about it. And the
+      counts that the notes on the page state.
     """
     by_image: dict[str, list[int]] = {}
     by_verdict: dict[str, list[int]] = {name: [] for name in _VERDICTS}

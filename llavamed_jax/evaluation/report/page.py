@@ -1,4 +1,4 @@
-"""Pages from templates: the environment, which escapes every value, and how numbers and pictures are shown."""
+"""Renders HTML pages from jinja2 templates, and formats numbers and pictures for them."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ import jinja2
 from llavamed_jax.errors import UserError
 from llavamed_jax.images.load import load_image
 
-THUMBNAIL = 256  # pixels of the longer side
-LONGEST_TEXT = 600  # characters of a question, an answer or a gold text that are shown
+THUMBNAIL = 256  # longer side, in pixels
+LONGEST_TEXT = 600  # characters of a question, an answer or a gold text; the page cuts longer ones
 
 
 def render(template: str, **values) -> str:
-    """A page of a template of this folder. Every value is escaped; a value that is missing is an error."""
+    """Renders a template of this folder. Every value is escaped; a missing value raises an error."""
     return environment().get_template(template).render(**values)
 
 
 @functools.cache
 def environment() -> jinja2.Environment:
-    """The templates of this folder, with the functions that they call."""
+    """Returns the jinja2 environment of this folder, with the functions that the templates call."""
     made = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True,
                               undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     made.globals |= {"number": number, "points": points, "probability": probability, "longest_text": LONGEST_TEXT}
@@ -33,7 +33,7 @@ def environment() -> jinja2.Environment:
 
 
 def number(value: float | None) -> str:
-    """A percentage with one decimal; a dash where there is none; `<0.05` where rounding would hide that it is not 0."""
+    """Formats a percentage with one decimal; a dash for None, and `<0.05` for a positive number that rounds to 0.0."""
     if value is None:
         return "–"
     # Adding 0.0 turns a rounded -0.0 into 0.0.
@@ -41,17 +41,17 @@ def number(value: float | None) -> str:
 
 
 def points(value: float | None) -> str:
-    """A judge's points with two decimals; a dash where there are none."""
+    """Formats a judge's points with two decimals; a dash for None."""
     return "–" if value is None else f"{value:.2f}"
 
 
 def probability(value: float | None) -> str:
-    """A p with three decimals, `<0.001` where they would all be 0."""
+    """Formats a p-value with three decimals; a dash for None, and `<0.001` for smaller values."""
     return "–" if value is None else "<0.001" if value < 0.001 else f"{value:.3f}"
 
 
 def thumbnail(path: str | Path) -> str | None:
-    """A small JPEG as a data URL; None for a file that is not there or is no picture."""
+    """Returns a small JPEG of an image file as a data URL; None if the file is missing or is not an image."""
     try:
         small = load_image(str(path))
     except UserError:

@@ -1,7 +1,7 @@
-"""`report.html`: one file that opens offline, with tables, intervals, and pictures beside questions and answers.
+"""Renders `report.html`: one file that opens offline, with tables, intervals, pictures, questions and answers.
 
-Numbers come from the object of `score.score` and what `vqa.py` adds to it; nothing is computed here. The page is
-`report.html.j2`.
+All numbers come from the metrics of `score.score` and the additions of `vqa.py`; this file computes none. The template
+is `report.html.j2`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ _SPLITS = {
 }  # fmt: skip
 TITLES = {
     "closed_accuracy": (
-        "Closed accuracy", "the answer is the gold, or begins with the right one of yes and no and does not say the other"),
+        "Closed accuracy", "the answer is the gold, or begins with the right one of yes and no and does not say the "
+                           "other"),
     "open_exact": ("Open, exact", "the normalised answer equals the gold, whatever form it is written in"),
     "open_f1": ("Open, F1", "overlap of the words of answer and gold, counted as multisets"),
     "choice_accuracy": ("Multiple choice", "letter or text of the right option, and nothing else"),
@@ -57,9 +58,10 @@ _PAPER_ORDER = (
     "open_accuracy_substring", "open_accuracy_candidates", "bleu", "bleu_1", "bleu_2", "bleu_3",
 )  # fmt: skip
 _GROUP_TITLES = {"question_type": "Question type", "organ": "Organ", "modality": "Modality"}
-_GROUP_COLUMNS = (  # metric, title of the count before it, title
+_GROUP_COLUMNS = (  # metric, title of the column of counts before it, title of the metric
     ("closed_accuracy", "closed", "accuracy, strict"), ("open_f1", "open", "F1, strict"),
-    ("recall", "", "recall, paper"), ("choice_accuracy", "choice", "accuracy, strict"), ("rouge_l", "captions", "ROUGE-L"),
+    ("recall", "", "recall, paper"), ("choice_accuracy", "choice", "accuracy, strict"),
+    ("rouge_l", "captions", "ROUGE-L"),
 )  # fmt: skip
 _KIND_TITLES = {CLOSED: "Closed", OPEN: "Open", CHOICE: "Multiple-choice", CAPTION: "Captioning"}
 
@@ -70,13 +72,13 @@ def render(
     others: Mapping[str, AnswerSet] | None = None,
     details: Mapping[str, Mapping] | None = None,
 ) -> str:
-    """The report as one HTML text.
+    """Renders the report as one HTML text.
 
     Args:
       metrics: the object of `metrics.json`.
       answers: the questions and their answers.
       others: kind of control (`image`, `noise`) -> the answers to the same questions, shown beside the real ones.
-      details: tables of what was run: title -> name -> value; a value that is no text is shown as JSON.
+      details: tables of run details: title -> name -> value. A value other than a string is shown as JSON.
     """
     said, has = words(metrics.get("asked") or {}), lambda name: bool(metrics.get(registry.count_of(name)))
     name, split, control = metrics["dataset"], metrics["split"], metrics.get("control") or {}

@@ -1,4 +1,4 @@
-"""The result of an evaluation as plain text, for a terminal or a log."""
+"""Formats the result of an evaluation as plain text, for a terminal or a log."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from llavamed_jax.evaluation.answering.asked import words as asked_words
 from llavamed_jax.evaluation.scoring import controls
 
-# Family, metric, title, and the count without which the row is left out.
+# Family, metric, title, and the count; a row with a count of 0 is left out.
 _ROWS = (
     ("strict", "closed_accuracy", "closed accuracy, strict", "n_closed"),
     ("strict", "open_exact", "open exact, strict", "n_open"),
@@ -22,13 +22,13 @@ _KINDS = {"n_closed": "closed", "n_open": "open", "n_choice": "multiple-choice",
 
 
 def asked(metrics: Mapping) -> str:
-    """How many questions of which kind about how many images."""
+    """Returns a phrase with the number of questions of each kind and the number of images."""
     parts = [f"{metrics[key]} {name}" for key, name in _KINDS.items() if metrics.get(key)]
     return f"{' and '.join(parts) or 'no'} questions about {metrics['n_images']} images"
 
 
 def summary(metrics: Mapping) -> str:
-    """The result as a plain text table: what matters of `metrics.json`."""
+    """Returns the main numbers of `metrics.json` as a plain text table."""
     control, rows = metrics.get("control"), [row for row in _ROWS if metrics.get(row[3])]
     lines = [f"{metrics['dataset']} {metrics['split']}: {asked(metrics)}"]
     head = f"{'percent':<41}{'value':>7}  {'95 % interval':<15}" + (f"{'exchanged':>9}{'noise':>7}" if control else "")
@@ -40,7 +40,8 @@ def summary(metrics: Mapping) -> str:
         if name == "closed_accuracy":
             always = f'  always "{metrics["baselines"]["majority_closed_answer"]}"'
             lines.append(f"{always:<41}{_plain(metrics['baselines']['majority_closed']):>7}")
-    more = *_judged(metrics.get("judged")), *_against(metrics.get("against"), rows), *_notes(metrics), *_asked_with(metrics)
+    more = (*_judged(metrics.get("judged")), *_against(metrics.get("against"), rows), *_notes(metrics),
+            *_asked_with(metrics))
     return "\n".join([*lines, *more])
 
 
@@ -52,9 +53,11 @@ def _asked_with(metrics: Mapping) -> Iterator[str]:
 def _judged(judged: Mapping | None) -> Iterator[str]:
     if not judged:
         return
-    yield f"{'open accuracy, judged':<41}{_plain(judged['open_accuracy']):>7}  {_interval(judged, 'open_accuracy')}".rstrip()
+    yield (f"{'open accuracy, judged':<41}{_plain(judged['open_accuracy']):>7}"
+           f"  {_interval(judged, 'open_accuracy')}").rstrip()
     if judged["n_unscored"]:
-        yield f"  unscored and not counted, {judged['n_unscored']} of {judged['n_open']}: {', '.join(map(str, judged['unscored']))}"
+        yield (f"  unscored and not counted, {judged['n_unscored']} of {judged['n_open']}: "
+               f"{', '.join(map(str, judged['unscored']))}")
 
 
 def _against(against: Mapping | None, rows) -> Iterator[str]:
@@ -75,24 +78,27 @@ def _notes(metrics: Mapping) -> Iterator[str]:
         yield controls.reading(control["difference"], "another image")
         yield controls.reading(control["noise"]["difference"], "noise")
     if metrics.get("n_choice_unread"):
-        yield f"{metrics['n_choice_unread']} of {metrics['n_choice']} multiple-choice answers name no option or several, and count as wrong"
+        yield (f"{metrics['n_choice_unread']} of {metrics['n_choice']} multiple-choice answers name no option or "
+               "several, and count as wrong")
     if organ:
-        yield (f"organ named on {organ['n']} images: {organ['accuracy']:.1f} with the image ({organ['hits']} of {organ['n']}),"
-               f" {organ['exchanged']:.1f} with images exchanged (mean of {organ['n'] - 1} shifts), majority {organ['majority']:.1f}")
+        yield (f"organ named on {organ['n']} images: {organ['accuracy']:.1f} with the image ({organ['hits']} of "
+               f"{organ['n']}), {organ['exchanged']:.1f} with images exchanged (mean of {organ['n'] - 1} shifts), "
+               f"majority {organ['majority']:.1f}")
     if leakage and leakage["images_in_training"]:
-        yield (f"of the images {leakage['images_in_training']} of {leakage['images']} also occur in training rows, and"
-               f" {leakage['open_answers_on_same_image_in_training']} of {leakage['open_questions']} open answers stand there"
-               " for the same image")
+        yield (f"of the images {leakage['images_in_training']} of {leakage['images']} also occur in training rows, and "
+               f"{leakage['open_answers_on_same_image_in_training']} of {leakage['open_questions']} open answers stand "
+               "there for the same image")
     trained = metrics.get("trained_on")
     if trained:
         found = trained["images_same_file"] + trained["images_same_pixels"]
         seen = sum(row["image_and_answer_in_training"] for row in trained["by_kind"].values())
-        yield (f"of the images {found} of {trained['images']} occur in {trained['data']}, and of the questions {seen} of"
-               f" {sum(row['questions'] for row in trained['by_kind'].values())} with their answer")
+        yield (f"of the images {found} of {trained['images']} occur in {trained['data']}, and of the questions {seen} "
+               f"of {sum(row['questions'] for row in trained['by_kind'].values())} with their answer")
         unread = [(trained["records_not_readable"], trained["records"], "records"),
                   (trained["training_images_not_readable"], trained["training_images"], "images")]
         if any(count for count, _, _ in unread):
-            yield f"warning: of {trained['data']} {' and '.join(f'{n} of {total} {what}' for n, total, what in unread if n)} cannot be read"
+            yield (f"warning: of {trained['data']} "
+                   f"{' and '.join(f'{n} of {total} {what}' for n, total, what in unread if n)} cannot be read")
 
 
 def _interval(table: Mapping, name: str) -> str:

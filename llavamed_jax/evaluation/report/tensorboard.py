@@ -1,4 +1,4 @@
-"""The scalars of an evaluation for TensorBoard, so that evaluations of a run's steps stand in one curve."""
+"""Writes the scalars of an evaluation for TensorBoard; evaluations of several steps of a run form one curve."""
 
 from __future__ import annotations
 
@@ -8,19 +8,23 @@ from pathlib import Path
 
 from llavamed_jax.evaluation.scoring import registry
 
-_FAMILIES = ("strict", "paper", "captions", "overall", "type", "domain")  # the last three of a chat evaluation
-_OTHERS = {"judged": ("open_accuracy", "open_accuracy_low", "open_accuracy_high"), "organ": ("accuracy", "exchanged", "majority")}
-_SUFFIX = ".eval"  # a training run's events may lie in the same folder; ours alone are replaced (`results.write_results`)
+# The last three are the families of a chat evaluation.
+_FAMILIES = ("strict", "paper", "captions", "overall", "type", "domain")
+_OTHERS = {"judged": ("open_accuracy", "open_accuracy_low", "open_accuracy_high"),
+           "organ": ("accuracy", "exchanged", "majority")}
+# A training run's events may lie in the same folder; only files with this suffix are replaced
+# (`results.write_results`).
+_SUFFIX = ".eval"
 
 
 def step_of(checkpoint: str) -> int:
-    """The step that a checkpoint's path names (`RUN/checkpoints/STEP`, `checkpoint-STEP`); 0 where it names none."""
+    """Returns the step in a checkpoint's path (`RUN/checkpoints/STEP`, `checkpoint-STEP`); 0 if there is none."""
     match = re.search(r"(?:^|/)(?:checkpoints/|checkpoint-)(\d+)/?$", checkpoint)
     return int(match[1]) if match else 0
 
 
 def write(folder: Path, metrics: Mapping, step: int) -> None:
-    """Writes the metrics' numbers into `FOLDER/tensorboard`, as one file that ends in `.eval`."""
+    """Writes the numbers of the metrics to `FOLDER/tensorboard`, into one file with the suffix `.eval`."""
     from tensorboardX import SummaryWriter
 
     with SummaryWriter(str(folder / "tensorboard"), filename_suffix=_SUFFIX) as writer:
@@ -29,7 +33,7 @@ def write(folder: Path, metrics: Mapping, step: int) -> None:
 
 
 def scalars(metrics: Mapping) -> Iterator[tuple[str, float]]:
-    """Name and value of each number: the families with their intervals, baselines, controls, judge, organ, comparison."""
+    """Yields name and value of each scalar: families, intervals, baselines, judge, organ, controls, `against`."""
     kept = [name for name in (*_FAMILIES, *registry.further()) if name in metrics]
     yield from _numbers({name: metrics[name] for name in (*kept, "baselines") if name in metrics})
     for title, names in _OTHERS.items():
@@ -38,7 +42,8 @@ def scalars(metrics: Mapping) -> Iterator[tuple[str, float]]:
     control = metrics.get("control")
     if control:
         for title, table in {"exchanged": control, "noise": control.get("noise", {})}.items():
-            yield from _numbers({f"control_{title}": {name: table[name] for name in (*kept, "difference") if name in table}})
+            yield from _numbers({f"control_{title}": {name: table[name] for name in (*kept, "difference")
+                                                      if name in table}})
     if metrics.get("against"):
         yield from _numbers({"against": {family: metrics["against"][family] for family in kept}})
 

@@ -1,1 +1,1 @@
-"""Scoring: from predictions to numbers, their intervals, comparisons and controls."""
+"""Scores predictions: metrics with intervals, comparisons of models, and controls."""

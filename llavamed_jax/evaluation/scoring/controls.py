@@ -1,9 +1,9 @@
-"""Controls: does an answer depend on the image at all?
+"""Controls: test whether answers depend on the image at all.
 
-A model that answers from the question alone scores well on medical VQA. `exchanged_images` gives every question the
-image of another, and `noise_images` a picture of noise, so that what remains is what the text alone gives: with another
-image the model may still see what such images have in common, with noise not even that. `organ_accuracy` asks one fixed
-question about every image, so that only the image can tell the answers apart.
+A model that answers from the question alone scores well on medical VQA. `exchanged_images` shows every question the
+image of another question, and `noise_images` shows a picture of noise. The scores that remain come from the text alone;
+with another image, the model may still use what the images of a data set have in common. `organ_accuracy` asks one
+fixed question about every image, so that the answers can only differ because of the images.
 """
 
 import contextlib
@@ -25,23 +25,29 @@ ORGAN_QUESTION = "Which organ system is shown in this image?"
 
 ORGAN_ANSWERS = {"HEAD": "Head.", "CHEST": "Chest.", "ABD": "Abdomen."}
 
-# The words by which an answer names an organ; those of VQA-RAD's own answers to "what organ system is pictured?".
+# Words that name an organ, from VQA-RAD's answers to "what organ system is pictured?".
 ORGAN_WORDS = {
     "HEAD": frozenset("head brain skull cranium cranial intracranial cerebral cns neurological neuro".split()),
     "CHEST": frozenset(
         "chest thorax thoracic lung lungs heart cardiac cardiovascular cardiopulmonary pulmonary respiratory".split()
     ),
     "ABD": frozenset(
-        "abd abdomen abdominal gi gastrointestinal liver kidney kidneys spleen pancreas bowel stomach colon pelvis".split()
+        "abd abdomen abdominal gi gastrointestinal liver kidney kidneys spleen pancreas bowel stomach colon "
+        "pelvis".split()
     ),
 }
 _ORGAN_OF_WORD = {word: organ for organ, words in ORGAN_WORDS.items() for word in words}
 
 
 def derangement(images: Sequence[str], seed: int) -> dict[str, str]:
-    """Another image for each distinct image: one random cycle through all of them, fixed by the seed.
+    """Maps each distinct image to another one, along one random cycle through all of them.
 
-    Raises UserError for fewer than two distinct images.
+    Args:
+      images: paths of images, with repetitions.
+      seed: determines the cycle.
+
+    Raises:
+      UserError: there are fewer than two distinct images.
     """
     distinct = list(dict.fromkeys(images))
     if len(distinct) < 2:
@@ -51,7 +57,10 @@ def derangement(images: Sequence[str], seed: int) -> dict[str, str]:
 
 
 def exchanged_images(samples: Sequence[VqaSample], seed: int) -> list[str]:
-    """For each sample the path of the image that it is shown in the control run. All questions of an image move together."""
+    """Returns the path of the image that each sample is shown in the control.
+
+    All questions about an image are shown the same other image.
+    """
     other = derangement([str(sample.image) for sample in samples], seed)
     return [other[str(sample.image)] for sample in samples]
 
@@ -62,17 +71,24 @@ NOISE_SIZE = 336
 
 @contextlib.contextmanager
 def noise_images(samples: Sequence[VqaSample], folder: Path, seed: int) -> Iterator[list[str]]:
-    """For each sample the path of a picture of noise, one for each distinct image, as long as the context is open.
+    """Writes one picture of noise for each distinct image, and deletes them at the end of the context.
 
-    Picture i, of the i-th image in order of appearance, has independent uniform RGB values drawn from (seed, i).
+    The picture for the i-th distinct image, in order of appearance, has independent uniform RGB values drawn from
+    (seed, i).
 
     Args:
-      folder: where the PNG files are written; it must not hold anything else, and is gone afterwards.
+      samples: the questions.
+      folder: the folder for the PNG files. Its earlier contents are deleted, and it is deleted at the end.
+      seed: seed of the noise.
+
+    Yields:
+      For each sample, the path of its picture of noise.
+
     Raises:
-      UserError: too little room on the disk, or a folder that cannot be written to.
+      UserError: the disk has too little room, or the folder cannot be written to.
     """
     order = {image: place for place, image in enumerate(dict.fromkeys(str(sample.image) for sample in samples))}
-    shutil.rmtree(folder, ignore_errors=True)  # of a start that was killed
+    shutil.rmtree(folder, ignore_errors=True)  # left by a killed process
     with contextlib.ExitStack() as stack:
         remove = lambda: shutil.rmtree(folder, ignore_errors=True)
         stack.callback(remove)
@@ -83,11 +99,12 @@ def noise_images(samples: Sequence[VqaSample], folder: Path, seed: int) -> Itera
 
 
 def check_room(count: int, folder: Path) -> None:
-    """Raises UserError where the disk of a folder has no room for so many pictures of noise."""
+    """Raises UserError if the disk of a folder has no room for `count` pictures of noise."""
     there = next(place for place in (folder, *folder.parents) if place.exists())
     needed, free = count * NOISE_SIZE**2 * 3, shutil.disk_usage(there).free  # noise cannot be compressed
     if free < needed:
-        raise UserError(f"{count} pictures of noise take {needed / 1e6:.0f} MB, and {folder} has {free / 1e6:.0f} MB left")
+        raise UserError(f"{count} pictures of noise take {needed / 1e6:.0f} MB, and {folder} has {free / 1e6:.0f} MB "
+                        "left")
 
 
 def _write_noise(paths: Sequence[str], folder: Path, seed: int) -> None:
@@ -101,18 +118,19 @@ def _write_noise(paths: Sequence[str], folder: Path, seed: int) -> None:
         raise UserError(f"the pictures of noise cannot be written to {folder}: {error.strerror or error}") from error
 
 
-_READ = {"closed_accuracy": "closed accuracy", "open_f1": "open F1", "choice_accuracy": "accuracy of choices", "rouge_l": "ROUGE-L"}
-_LEVEL = 0.05  # of the test that a sentence goes by
+_READ = {"closed_accuracy": "closed accuracy", "open_f1": "open F1", "choice_accuracy": "accuracy of choices",
+         "rouge_l": "ROUGE-L"}
+_LEVEL = 0.05  # significance level of the test behind a sentence
 
 
 def reading(difference: Mapping, instead: str) -> str:
-    """What a difference between the answers with and without the own image says, in a sentence.
+    """Puts the difference between the answers about the own images and those of a control into a sentence.
 
     A number with a sign is own image minus control, as in every table.
 
     Args:
-      difference: of `scoring.difference`.
-      instead: what was shown, such as "noise".
+      difference: the result of `score.difference`.
+      instead: what the control showed, such as "noise".
     """
     names = [name for name in _READ if difference.get(name) is not None]
     seen = [name for name in names if difference[f"{name}_p"] < _LEVEL and difference[name] > 0]
@@ -125,14 +143,16 @@ def reading(difference: Mapping, instead: str) -> str:
         parts.append(f"it gains {_points(difference, worse, '.1f')}: the own image misleads it, or something is wrong")
     if blind:
         verb = "differences of {} are" if len(blind) > 1 else "a difference of {} is"
-        parts.append(f"{verb.format(_points(difference, blind, '+.1f'))} within chance: nothing here says that the image is looked at")
+        parts.append(f"{verb.format(_points(difference, blind, '+.1f'))} within chance: nothing here says that the "
+                     "image is looked at")
     return f"Shown {instead}, {'; '.join(parts)}." if parts else ""
 
 
 def _points(difference: Mapping, names: Sequence[str], form: str) -> str:
-    """The differences, with their sign where the form has one; a loss and a gain are said by the verb."""
+    """Formats differences, with a sign only if `form` has one; else the verb of the sentence says loss or gain."""
     shown = {name: difference[name] if "+" in form else abs(difference[name]) for name in names}
-    return " and ".join(f"{round(shown[name], 1) + 0.0:{form}} points of {_READ[name]} (p {_p(difference[f'{name}_p'])})"
+    return " and ".join(f"{round(shown[name], 1) + 0.0:{form}} points of {_READ[name]} (p "
+                        f"{_p(difference[f'{name}_p'])})"
                         for name in names)
 
 
@@ -141,13 +161,13 @@ def _p(value: float) -> str:
 
 
 def named_organ(answer: str) -> str | None:
-    """HEAD, CHEST or ABD by the first word of the answer that is in `ORGAN_WORDS`; None if none is."""
+    """Returns HEAD, CHEST or ABD, by the first word of the answer that is in `ORGAN_WORDS`; None if there is none."""
     words = re.findall(r"[a-z]+", answer.lower())
     return next((_ORGAN_OF_WORD[word] for word in words if word in _ORGAN_OF_WORD), None)
 
 
 def check_organs(samples: Sequence[VqaSample]) -> None:
-    """Raises UserError for fewer than two images, or an image whose organ is not one of `ORGAN_ANSWERS`."""
+    """Raises UserError if there are fewer than two images or an image has an organ that is not in `ORGAN_ANSWERS`."""
     organs = {str(sample.image): str(sample.organ) for sample in samples}
     strange = {organ for organ in organs.values() if organ not in ORGAN_ANSWERS}
     if strange or len(organs) < 2:
@@ -158,20 +178,23 @@ def check_organs(samples: Sequence[VqaSample]) -> None:
 
 
 def organ_accuracy(ask: Callable[[Sequence[tuple[str, str]]], Sequence[str]], samples: Sequence[VqaSample]) -> dict:
-    """How often the answer to `ORGAN_QUESTION` names the organ that the data set states for the image, in percent.
+    """Measures how often the answer to `ORGAN_QUESTION` names the organ that the data set states, in percent.
 
-    The images are put on a ring; in shift s every image's place is taken by the one s places further. Since the
-    question is the same text everywhere and decoding is greedy, the answer depends on the image shown only, so all n-1
-    shifts follow from n generations.
+    The n images form a ring; in shift s, every image is replaced by the one s places further. The question is always
+    the same text and decoding is greedy, so an answer depends only on the image that is shown. Hence the results of all
+    n-1 shifts follow from n generations.
 
     Args:
       ask: answers (question, image path) pairs, greedily.
-      samples: of which each distinct image counts once, with its field `organ`.
+      samples: the questions. Each distinct image counts once, with its field `organ`.
+
     Returns:
-      `n`, `hits`, `accuracy` (with the image), `exchanged` (mean over all shifts) and `shifts` (each one), `majority`
-      (always the most frequent organ), and `answers` (image, organ, answer, named organ).
+      `question`, `n`, `hits`, `accuracy` (with the own image), `exchanged` (mean over all shifts), `shifts` (the
+      accuracy of each shift), `majority` (accuracy of always naming the most frequent organ), and `answers` (image,
+      organ, answer, named organ).
+
     Raises:
-      UserError: fewer than two images, or an image whose organ is not one of `ORGAN_ANSWERS`.
+      UserError: there are fewer than two images, or an image has an organ that is not in `ORGAN_ANSWERS`.
     """
     check_organs(samples)
     organs = {str(sample.image): str(sample.organ) for sample in samples}

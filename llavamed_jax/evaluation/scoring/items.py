@@ -1,6 +1,6 @@
 """A set of predictions, joined to its questions once and scored once.
 
-`AnswerSet` is what scores, comparisons, controls, the judge and the report take. Axis letters here: N items, M metrics.
+Scores, comparisons, controls, the judge and the report all take an `AnswerSet`. Axis letters: N items, M metrics.
 """
 
 from __future__ import annotations
@@ -25,28 +25,32 @@ from llavamed_jax.utils.hashes import sha256
 
 
 def answer_candidates(training: Iterable[VqaSample]) -> list[str]:
-    """Open answers of the training rows, unique, in order of first appearance.
+    """Returns the distinct open answers of the training rows, in order of first appearance.
 
-    The original's candidate file was never released; on VQA-RAD's own training rows this gives 430 entries.
+    The original's file of candidates was never released. VQA-RAD's own training rows give 430 candidates.
     """
     return list(dict.fromkeys(str(sample.answer) for sample in training if kind(sample) == OPEN))
 
 
 class AnswerSet:
-    """The answers of one model to all questions: about their own images, or about those of a control.
+    """The answers of one model to all questions, about their own images or about the images of a control.
 
-    Joining happens on construction. Items are scored when the first score is asked for, and never again.
+    The constructor joins predictions and questions. Items are scored once, when the first score is read.
 
     Args:
       samples: the N questions with gold answers.
-      predictions: objects with `question_id` and `text`, in any order, one for each sample.
-      training: rows that answer candidates, the majority answer and the leakage counts come from.
-      is_control_allowed: whether lines may say that they are of a control.
+      predictions: objects with `question_id` and `text`, one for each sample, in any order.
+      training: training rows, from which the answer candidates, the majority answer and the leakage counts are
+        computed.
+      is_control_allowed: whether predictions may state that they belong to a control.
+
     Attributes:
       texts: the predicted text of each sample.
-      file, sha256: where `read` found the predictions, and the hash of that file.
+      file: the file that `read` read; None for predictions from memory.
+      sha256: the hash of that file.
+
     Raises:
-      UserError: ids that do not fit, answers to another prompt or about another image, answers of a control.
+      UserError: ids do not fit, or predictions answer another prompt, are about another image, or belong to a control.
     """
 
     def __init__(self, samples: Sequence[VqaSample], predictions: Iterable[Mapping], training: Sequence[VqaSample] = (),
@@ -60,12 +64,16 @@ class AnswerSet:
     @classmethod
     def read(cls, samples: Sequence[VqaSample], path: str | Path, training: Sequence[VqaSample] = (),
              what: str = "") -> AnswerSet:
-        """Reads a file of predictions, which are answers to these questions about their own images.
+        """Reads a file of predictions; they have to be about the questions' own images.
 
         Args:
-          what: begins an error about the predictions, such as the flag that names the file.
+          samples: the questions.
+          path: the file of predictions.
+          training: the training rows.
+          what: prefix of an error about the predictions, such as the flag that names the file.
+
         Raises:
-          UserError: a file that cannot be read; predictions that do not fit the questions.
+          UserError: the file cannot be read, or the predictions do not fit the questions.
         """
         predictions = read_predictions(path)
         try:
@@ -77,14 +85,14 @@ class AnswerSet:
         return answers
 
     def warn_of_not_stated(self) -> None:
-        """Counts the lines that do not state what they are answers to: only their ids are known to fit."""
+        """Prints how many predictions do not state their prompt or image, so that only their ids are known to fit."""
         parts = [f"{count} of {len(self.samples)} lines {title}" for title, count in self._not_stated.items() if count]
         if parts:
             print(f"warning: {self.file}: {'; '.join(parts)}", file=sys.stderr)
 
     @property
     def model(self) -> str:
-        """What the predictions call their model: each name once; empty where no line has one."""
+        """The names of the model in the predictions, each once, joined by commas; "" if no line has one."""
         return ", ".join(dict.fromkeys(str(each["model_id"]) for each in self.predictions if each.get("model_id")))
 
     @functools.cached_property
@@ -94,15 +102,15 @@ class AnswerSet:
 
     @functools.cached_property
     def choices(self) -> dict[int, int | None]:
-        """Place of a multiple-choice question -> place of the option that its answer names, None where it names none."""
+        """Index of each multiple-choice question -> index of the option that the answer names; None if unread."""
         pairs = enumerate(zip(self.samples, self.texts, strict=True))
         return {i: read_choice(text, sample.options) for i, (sample, text) in pairs if kind(sample) == CHOICE}
 
     @functools.cached_property
     def values(self) -> np.ndarray:
-        """Each metric that is a mean over items, of every item: fractions, float64 [N, M], NaN where it does not apply.
+        """The metrics of every item that are averaged: fractions, float64 [N, M]; NaN if a metric does not apply.
 
-        `open_accuracy_candidates` is NaN where the training rows have no open answer.
+        `open_accuracy_candidates` is NaN if the training rows have no open answer.
         """
         candidates = answer_candidates(self.training)
         candidate_list = metrics.CandidateList(candidates) if candidates else None
@@ -121,13 +129,15 @@ class AnswerSet:
         return {name: column for column, name in enumerate(registry.names_of())}
 
     def value(self, i: int, name: str) -> float:
-        """A metric of item `i` as a fraction."""
+        """Returns a metric of item `i`, as a fraction."""
         return float(self.values[i, self._columns[name]])
 
     @functools.cached_property
     def families(self) -> dict[str, list[Score]]:
-        """The scores by family, in the order of the registry; a kind of question that does not occur has none, except
-        in the families that are always listed."""
+        """The scores by family, in the order of the registry.
+
+        Metrics of a kind of question that does not occur are left out, unless they are always listed.
+        """
         kinds = {kind(sample) for sample in self.samples}
         result: dict[str, list[Score]] = {}
         for metric in registry.METRICS:

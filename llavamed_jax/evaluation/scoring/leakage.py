@@ -1,8 +1,9 @@
-"""What training rows give away of the questions: by the data sets' own file names, and by what the pictures show.
+"""Counts questions whose images or answers occur in training data.
 
-`leakage` compares the questions with the rows that a data set calls its training rows. `trained_on` compares them with
-what a model was really trained on (`data.trained_on` of an eval config), where the same picture may lie under another name: it
-compares files by their bytes, and pictures by their pixels, so that a copy which was saved again without loss is found.
+`leakage` compares the questions with the training rows of the same data set, by the names of the image files.
+`trained_on` compares them with the data that a model was really trained on (`data.trained_on` of an eval config). The
+same picture may have another name there, so files are compared by their bytes and pictures by their pixels; a copy that
+was saved again without loss is found.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ _THREADS = 8  # reading and decoding release Python's lock
 
 
 def leakage(samples: Sequence[VqaSample], training: Sequence[VqaSample]) -> dict:
-    """How much of the questions the training rows give away; counts, with the totals they are out of."""
+    """Counts the images, questions and open answers that also occur in the training rows; returns totals too."""
     images = {str(sample.image) for sample in training}
     asked = {(str(s.image), normalized(s.question)) for s in training}
     answered = {(str(s.image), normalized(s.answer)) for s in training}
@@ -42,25 +43,31 @@ def leakage(samples: Sequence[VqaSample], training: Sequence[VqaSample]) -> dict
         "questions": len(samples),
         "questions_in_training": sum((str(s.image), normalized(s.question)) in asked for s in samples),
         "open_questions": len(open_samples),
-        "open_answers_on_same_image_in_training": sum((str(s.image), normalized(s.answer)) in answered for s in open_samples),
+        "open_answers_on_same_image_in_training": sum((str(s.image), normalized(s.answer)) in answered
+                                                      for s in open_samples),
     }
 
 
 def trained_on(samples: Sequence[VqaSample], data: TrainingData) -> dict:
-    """Which questions' image, or image and answer, occur in the records a model was trained on; counts.
+    """Counts the questions whose image, or image and answer, occur in the records that a model was trained on.
 
-    An answer counts where a record about the same picture has it, normalised, as the whole of a turn: a conversation that
-    only mentions it is not found, so the count is a lower bound.
+    An answer counts if a record about the same picture has a turn that equals it after normalisation. A conversation
+    that only mentions the answer does not count, so the count is a lower bound.
+
+    Args:
+      samples: the questions.
+      data: the training data.
 
     Returns:
-      `records`, `records_not_readable`, `training_images`, `training_images_not_readable` (missing, or no picture);
-      `images`, of which `images_same_file` occur byte by byte and `images_same_pixels` only by their pixels; `by_kind`:
-      kind of question -> `questions`, `image_in_training`, `image_and_answer_in_training`.
+      `records`, `records_not_readable`, `training_images`, `training_images_not_readable` (files that are missing or
+      not images); `images`, of which `images_same_file` occur with equal bytes and `images_same_pixels` only with equal
+      pixels; `by_kind`: kind of question -> `questions`, `image_in_training`, `image_and_answer_in_training`.
     """
     answers, num_records, num_damaged = _answers_by_image(data)
     tested = dict.fromkeys(str(sample.image) for sample in samples)
     matches = _Matches(list(tested), list(answers))
-    found = {image: set().union(*(answers[other] for other in matches.of(image))) for image in tested if matches.of(image)}
+    found = {image: set().union(*(answers[other] for other in matches.of(image))) for image in tested
+             if matches.of(image)}
     table = defaultdict(Counter)
     for sample in samples:
         row, image = table[kind(sample)], str(sample.image)
@@ -80,7 +87,7 @@ def trained_on(samples: Sequence[VqaSample], data: TrainingData) -> dict:
 
 
 def _answers_by_image(data: TrainingData) -> tuple[dict[str, set[str]], int, int]:
-    """The answers given about each image, normalised; how many records there are, and how many cannot be read."""
+    """Returns the normalised answers about each image, the number of records, and the number of unreadable ones."""
     answers, readable = defaultdict(set), 0
     for record in data.readable():
         readable += 1
@@ -91,14 +98,15 @@ def _answers_by_image(data: TrainingData) -> tuple[dict[str, set[str]], int, int
 
 
 class _Matches:
-    """Which training images show what a tested image shows.
+    """Finds the training images that equal a tested image.
 
-    Nothing is read for nothing: files are hashed where their sizes are those of a tested one, and decoded where width and
-    height are those of a tested one with other bytes; each at most once.
+    Files are hashed only if their sizes match, and decoded only if width and height match and the bytes differ; each
+    file at most once.
 
     Attributes:
-      same_file, same_pixels: tested image -> the training images.
-      num_unreadable: training images that are missing or no picture.
+      same_file: tested image -> the training images with equal bytes.
+      same_pixels: tested image -> the training images with equal pixels and other bytes.
+      num_unreadable: number of training images that are missing or not images.
     """
 
     def __init__(self, tested: Sequence[str], training: Sequence[str]):
@@ -109,25 +117,27 @@ class _Matches:
         same_size = _alike(tested, training, sizes)
         digests = dict(zip(same_size, _map(_digest, same_size, "image files compared"), strict=True))
         self.same_file = _equal(tested, training, digests)
-        # A training image is decoded for the tested images of its shape, unless all of them are the very same file.
-        files = {shapes[image]: {digests.get(other) for other in tested if shapes[other] == shapes[image]} for image in tested}
+        # A training image is not decoded if all tested images of its shape have the same bytes.
+        files = {shapes[image]: {digests.get(other) for other in tested if shapes[other] == shapes[image]}
+                 for image in tested}
         unsettled = [image for image in training if files.get(shapes[image], set()) - {digests.get(image, image)}]
         same_shape = _alike(tested, unsettled, shapes)
-        self.same_pixels = _equal(tested, unsettled, dict(zip(same_shape, _map(_pixels, same_shape, "pictures compared"), strict=True)))
+        self.same_pixels = _equal(tested, unsettled,
+                                  dict(zip(same_shape, _map(_pixels, same_shape, "pictures compared"), strict=True)))
 
     def of(self, image: str) -> list[str]:
-        """The training images that show what `image` shows."""
+        """Returns the training images that equal `image`."""
         return self.same_file.get(image, []) + self.same_pixels.get(image, [])
 
 
 def _alike(tested: Sequence[str], training: Sequence[str], of: Mapping[str, object]) -> list[str]:
-    """The images of both sides of which something is equal to what is known of an image of the other side."""
+    """Returns the images of both sides that have the same property `of` as an image of the other side."""
     common = {of[image] for image in tested} & {of[image] for image in training} - {None}
     return [image for image in dict.fromkeys([*tested, *training]) if of[image] in common]
 
 
 def _equal(tested: Sequence[str], training: Sequence[str], digests: Mapping[str, str | None]) -> dict[str, list[str]]:
-    """Tested image -> the training images of the same digest, where there are any."""
+    """Returns, for each tested image that has any, the training images with the same digest."""
     by_digest = defaultdict(list)
     for image in training:
         if digests.get(image) is not None:
@@ -152,7 +162,7 @@ def _file(image: str) -> str:
 
 
 def _size(image: str) -> tuple[int, str] | None:
-    """Bytes of a file, and the frame where one of several is named; None for a file that is not there."""
+    """Returns the size of a file in bytes, and the frame if the path names one; None if the file is missing."""
     try:
         return Path(_file(image)).stat().st_size, image[len(_file(image)):]
     except (OSError, ValueError):
@@ -163,16 +173,19 @@ def _digest(image: str) -> str | None:
     try:
         with open_file(_file(image)) as file:
             return hashlib.file_digest(file, "sha256").hexdigest() + image[len(_file(image)):]
-    except (OSError, ValueError):  # UserError is one
+    except (OSError, ValueError):  # UserError is a ValueError
         return None
 
 
 def _shape(image: str) -> tuple[int, int] | None:
-    """Width and height; from a file's first bytes where Pillow knows it, else (DICOM) by decoding; None for no picture."""
+    """Returns width and height; None if the file is not an image.
+
+    Pillow reads them from the first bytes of a file. Formats that Pillow does not know, such as DICOM, are decoded.
+    """
     try:
         with open_file(_file(image)) as file, Image.open(file) as picture:
             return picture.size
-    except (FileNotFoundError, UserError):  # nothing there, or a pipe or a device
+    except (FileNotFoundError, UserError):  # the file is missing, or is a pipe or a device
         return None
     except (OSError, ValueError, Image.DecompressionBombError):
         with contextlib.suppress(UserError):

@@ -1,4 +1,4 @@
-"""What a metric of one answer is. `registry.py` lists all of them; docs/architecture.md shows how to add one."""
+"""The interface of metrics. `registry.py` lists all metrics; docs/architecture.md shows how to add one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Answered:
       sample: the question with its gold answer.
       text: the predicted answer.
       candidates: open answers of the training rows; None if there are none.
-      choice: for multiple choice, the place of the option that the answer names; None if it names no option or several.
+      choice: for multiple choice, the index of the option that the answer names; None if it names no option or several.
     """
 
     sample: VqaSample
@@ -31,12 +31,12 @@ class Metric:
     """Metrics that are computed from one answer and averaged over the questions of one kind.
 
     Attributes:
-      family: the object of `metrics.json` that they stand in: `paper`, `strict`, `captions`, or a family of its own.
+      family: the object of `metrics.json` that contains them: `paper`, `strict`, `captions`, or a new family.
       kind: the kind of question that they apply to: OPEN, CLOSED, CHOICE or CAPTION.
-      names: what `metrics.json` calls them; no two metrics share a name.
+      names: the names in `metrics.json`; no two metrics share a name.
       values: the values of one answer by name, as fractions. A name that is left out does not apply to the answer.
       is_always_listed: whether `metrics.json` lists them, as null, for a data set without such questions.
-      titles: name -> title and explanation, for the report of a family of its own.
+      titles: name -> title and explanation, for the report; needed for a new family.
     """
 
     family: str

@@ -1,4 +1,4 @@
-"""The original's metrics of one answer, quirks included, so that published numbers can be compared (`metrics.py`)."""
+"""The original's metrics of one answer, including their quirks, for comparison with published numbers."""
 
 from llavamed_jax.datasets.sample import CLOSED, OPEN
 from llavamed_jax.evaluation import metrics
@@ -7,7 +7,7 @@ from llavamed_jax.evaluation.scoring.strict import normalized
 
 
 def open_values(answered: Answered) -> dict[str, float]:
-    """The metrics of an open answer; without candidates there is no `open_accuracy_candidates`."""
+    """Returns the metrics of an open answer; without candidates there is no `open_accuracy_candidates`."""
     predicted, gold = normalized(answered.text), normalized(answered.sample.answer)
     f1, precision, recall = metrics.f1(predicted, gold)
     item = {"exact_match": metrics.exact_match(predicted, gold), "f1": f1, "precision": precision, "recall": recall}
@@ -18,7 +18,7 @@ def open_values(answered: Answered) -> dict[str, float]:
 
 
 def closed_values(answered: Answered) -> dict[str, float]:
-    """The metrics of a closed answer."""
+    """Returns the metrics of a closed answer."""
     predicted, gold = normalized(answered.text), normalized(answered.sample.answer)
     return {
         "closed_accuracy_yes_no": metrics.is_yes_no_hit(predicted, gold),

@@ -1,7 +1,8 @@
-"""Predictions in a file: read, and held to the questions that they are to be answers to.
+"""Reads a file of predictions, and checks that the predictions are answers to the given questions.
 
-Ids alone say little: two data sets number their questions from 1, and the answers of a control have the ids of the others. What a
-line says beside its id (`prompt`, `metadata.image`, `metadata.control`) has to be what is asked.
+Ids alone are not enough: two data sets may both number their questions from 1, and the answers of a control have the
+ids of the ordinary answers. So the other fields of a prediction (`prompt`, `metadata.image`, `metadata.control`) have
+to agree with the question, if they are present.
 """
 
 from __future__ import annotations
@@ -16,20 +17,22 @@ from llavamed_jax.errors import UserError, at, cut, short, some
 from llavamed_jax.text.conversation import IMAGE_MARKER
 from llavamed_jax.utils.files import parse_jsonl, read_bytes
 
-_OF_CONTENT = re.compile(r"[0-9a-f]{32}")  # the name of an image that came out of a parquet file
+_OF_CONTENT = re.compile(r"[0-9a-f]{32}")  # the name of an image that was read from a parquet file
 
 
 def read_predictions(path: str | Path) -> list[dict]:
-    """Reads `predictions.jsonl`: one object a line with at least `question_id` and the text `text`.
+    """Reads `predictions.jsonl`: one object a line, with at least `question_id` and the string `text`.
 
-    Raises UserError that names the line which is no such object, or the file that cannot be read.
+    Raises:
+      UserError: the file cannot be read, or a line is not such an object. The error names the line.
     """
     try:
         text = read_bytes(path, f"the file of predictions {path}").decode("utf-8-sig")
     except OSError as error:
         raise at(path, f"the predictions {path} cannot be read: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
-        raise UserError(f"the predictions {path} are no UTF-8 text, at byte {error.start}; lines of JSON were expected") from None
+        raise UserError(f"the predictions {path} are no UTF-8 text, at byte {error.start}; "
+                        "lines of JSON were expected") from None
     predictions = []
     for where, prediction in parse_jsonl(text, lambda number: f"{path}, line {number}"):
         is_prediction = isinstance(prediction, dict) and "question_id" in prediction
@@ -40,10 +43,15 @@ def read_predictions(path: str | Path) -> list[dict]:
 
 
 def join(samples: Sequence[VqaSample], predictions: Iterable[Mapping]) -> list[str]:
-    """The predicted text of each sample, by question id (10 and "10" are the same).
+    """Returns the predicted text of each sample, joined by question id (10 and "10" are the same id).
 
-    Raises UserError with every kind of misfit at once: questions without a prediction, predictions for a question that
-    is not asked, ids that occur twice on either side.
+    Args:
+      samples: the questions.
+      predictions: the predictions, in any order.
+
+    Raises:
+      UserError: questions without a prediction, predictions for questions that are not asked, or ids that occur twice
+        on either side. One error lists all of them.
     """
     predictions = list(predictions)
     texts = {str(prediction["question_id"]): prediction["text"] for prediction in predictions}
@@ -56,25 +64,33 @@ def join(samples: Sequence[VqaSample], predictions: Iterable[Mapping]) -> list[s
         "asked more than once": [name for name, count in asked.items() if count > 1],
     }
     if any(problems.values()):
-        found = "; ".join(f"{len(ids)} {what} ({some([cut(name) for name in ids])})" for what, ids in problems.items() if ids)
+        found = "; ".join(f"{len(ids)} {what} ({some([cut(name) for name in ids])})" for what, ids in problems.items()
+                          if ids)
         raise UserError(f"the predictions do not fit the {len(samples)} questions: {found}")
     return [texts[str(sample.question_id)] for sample in samples]
 
 
-def check_asked(samples: Sequence[VqaSample], predictions: Iterable[Mapping], is_control_allowed: bool = False) -> dict[str, int]:
-    """Holds joined predictions to the prompts and images of their questions.
+def check_asked(samples: Sequence[VqaSample], predictions: Iterable[Mapping],
+                is_control_allowed: bool = False) -> dict[str, int]:
+    """Checks that joined predictions have the prompts and images of their questions.
 
     Args:
-      is_control_allowed: lines may say that they are of a control, and are about another image then.
+      samples: the questions.
+      predictions: one prediction for each question.
+      is_control_allowed: whether predictions may state that they belong to a control; then they may have other images.
+
     Returns:
-      What lines leave open -> how many do.
+      A phrase for what predictions do not state -> the number of such predictions.
+
     Raises:
-      UserError: another prompt, another image, or answers of a control; how many, and the first of each.
+      UserError: predictions have another prompt or image, or belong to a control. The error states how many, with an
+        example of each kind.
     """
     by_id = {str(prediction["question_id"]): prediction for prediction in predictions}
     names = image_names(str(sample.image) for sample in samples)
     wrong: dict[str, list[str]] = {"answer another prompt": [], "are about another image": [], "are of a control": []}
-    counts = {"state no prompt and are joined by question_id": 0, "state no image": 0, "have a prompt with more than the question": 0}
+    counts = {"state no prompt and are joined by question_id": 0, "state no image": 0,
+              "have a prompt with more than the question": 0}
     for sample in samples:
         line, where = by_id[str(sample.question_id)], f"question {cut(str(sample.question_id))}: "
         prompt, image, control = line.get("prompt"), _stated_image(line), _metadata(line).get("control")
@@ -83,13 +99,14 @@ def check_asked(samples: Sequence[VqaSample], predictions: Iterable[Mapping], is
         if isinstance(prompt, str) and (said := _plain(prompt)) != (asked := _plain(sample.question)):
             is_longer = _has_whole(said, asked)
             counts["have a prompt with more than the question"] += is_longer
-            # A multiple-choice question is written with its options here, and may be elsewhere without.
+            # Our multiple-choice prompts list the options; those of other programs may lack them.
             if not is_longer and not (sample.answer_type == CHOICE and said and asked.startswith(said)):
                 wrong["answer another prompt"].append(f"{where}{short(prompt)} where {short(sample.question)} is asked")
         if control is not None:
             wrong["are of a control"] += [] if is_control_allowed else [f"{where}{short(control)}"]
         elif image is not None and not _is_image(image, names[str(sample.image)]):
-            wrong["are about another image"].append(f"{where}{short(image)} where {short(names[str(sample.image)])} is shown")
+            wrong["are about another image"].append(f"{where}{short(image)} where {short(names[str(sample.image)])} is "
+                                                    "shown")
     if any(wrong.values()):
         found = "; ".join(f"{len(each)} {what} ({each[0]})" for what, each in wrong.items() if each)
         raise UserError(f"the predictions are no answers to the {len(samples)} questions: {found}")
@@ -97,12 +114,13 @@ def check_asked(samples: Sequence[VqaSample], predictions: Iterable[Mapping], is
 
 
 def image_names(images: Iterable[str]) -> dict[str, str]:
-    """Each path -> the shortest end of it that no other path has: its name, or with folders (`xmlab1/source.jpg`)."""
+    """Returns, for each path, its shortest end that no other path has, such as `x.jpg` or `xmlab1/source.jpg`."""
     paths = {image: PurePosixPath(image).parts for image in dict.fromkeys(images)}
     ends, left, length = {}, list(paths), 1
     while left:
         counts = Counter(paths[image][-length:] for image in left)
-        ends |= {image: paths[image][-length:] for image in left if counts[paths[image][-length:]] == 1 or length >= len(paths[image])}
+        ends |= {image: paths[image][-length:] for image in left if counts[paths[image][-length:]] == 1
+                 or length >= len(paths[image])}
         left, length = [image for image in left if image not in ends], length + 1
     return {image: str(PurePosixPath(*ends[image])) for image in paths}
 
@@ -113,7 +131,7 @@ def _metadata(prediction: Mapping) -> Mapping:
 
 
 def _stated_image(prediction: Mapping) -> str | None:
-    """The name of the image that a line says it is about; None where it says none."""
+    """Returns the name of the image that a prediction states; None if it states none."""
     for value in (_metadata(prediction).get("image"), prediction.get("image")):
         if isinstance(value, str) and value and not value.startswith("data:"):
             return value
@@ -121,9 +139,10 @@ def _stated_image(prediction: Mapping) -> str | None:
 
 
 def _is_image(stated: str, name: str) -> bool:
-    """Whether what a line says is the image: as many parts of both paths as either has are the same.
+    """Returns whether a stated path may be the image `name`: the shorter path is the end of the longer one.
 
-    Of an image that came out of a parquet file the name is ours, and says nothing beside another one.
+    An image from a parquet file has a name that we made from its content. It is comparable only with such names, so
+    any other stated name is accepted.
     """
     parts, wanted = PurePosixPath(stated.replace("\\", "/")).parts, PurePosixPath(name).parts
     if _OF_CONTENT.match(wanted[-1]) and not _OF_CONTENT.match(parts[-1] if parts else ""):
@@ -133,11 +152,11 @@ def _is_image(stated: str, name: str) -> bool:
 
 
 def _plain(text: str) -> str:
-    """A prompt without the image's marker, case, runs of blanks and empty lines."""
+    """Removes the image marker, case, runs of blanks and empty lines from a prompt."""
     lines = (" ".join(line.split()) for line in text.replace(IMAGE_MARKER, "\n").splitlines())
     return "\n".join(filter(None, lines)).casefold()
 
 
 def _has_whole(prompt: str, question: str) -> bool:
-    """Whether a prompt has a question as sentences of its own: "is it?" is no part of "what is it?"."""
+    """Returns whether a prompt contains a question as complete sentences: "what is it?" does not contain "is it?"."""
     return question != "" and re.search(rf"(?:\A|\n|[.!?:>\])][ ]?){re.escape(question)}(?=\s|\Z)", prompt) is not None

@@ -1,8 +1,9 @@
-"""What an answer says, however it is written: the one reader of closed, open and multiple-choice answers.
+"""Reads closed, open and multiple-choice answers, in whatever form they are written.
 
-People and served models write a right answer as "**Yes**", "“Yes”", "Yes…", "Answer: Yes", "Yes—clearly.", "是。". `clean` takes
-off what is only form, `readings` also a lead, and `without_remark` a remark behind the answer. What remains is compared as the
-VQA evaluation does (`metrics.normalize_word`). Nothing here guesses: what is no known form stays in the text.
+People and served models write a right answer as "**Yes**", "“Yes”", "Yes…", "Answer: Yes", "Yes—clearly.", "是。".
+`clean` removes formatting, `readings` also removes a lead such as "Answer:", and `without_remark` removes a remark
+after the answer. The rest is compared as in the VQA evaluation (`metrics.normalize_word`). Nothing is guessed: any text
+in an unknown form stays unchanged.
 """
 
 from __future__ import annotations
@@ -14,19 +15,21 @@ from collections.abc import Iterator
 from llavamed_jax.evaluation import metrics
 
 _SPAN = 400  # characters between two marks of emphasis: keeps the search linear in the length of an answer
-_NESTED = 8  # brackets and marks, one around the other
+_NESTED = 8  # nested brackets and marks that are removed
 _QUOTES = "\"“”„‟″〝〞〟«»‹›「」『』《》〈〉"
 _SAME = str.maketrans(
     {code: chr(code - 0xFEE0) for code in range(0xFF01, 0xFF5F)}  # full-width letters, digits and punctuation
-    | dict.fromkeys(map(ord, "\u200b\u200c\u200d\u2060\ufeff\u00ad"))  # have no width
-    | dict.fromkeys(map(ord, "‐‑‒–—―−⸺⸻─"), "-") | dict.fromkeys(map(ord, "‘’‚‛′`´"),
-                                                                 "'") | dict.fromkeys(map(ord, "…⋯"), "...")
+    | dict.fromkeys(map(ord, "\u200b\u200c\u200d\u2060\ufeff\u00ad"))  # characters without width are deleted
+    | dict.fromkeys(map(ord, "‐‑‒–—―−⸺⸻─"), "-") | dict.fromkeys(map(ord, "‘’‚‛′`´"), "'")
+    | dict.fromkeys(map(ord, "…⋯"), "...")
     | {ord("。"): ".", ord("｡"): ".", ord("、"): ",", ord("､"): ",", ord("【"): "[", ord("】"): "]", ord("〔"): "(",
        ord("〕"): ")"}
 )
-_EMPHASIS = re.compile(rf"(?<![A-Za-z0-9*_~])(\*{{1,3}}|_{{1,3}})(?=\S)([^\n]{{1,{_SPAN}}}?)(?<=\S)\1(?![A-Za-z0-9*_~])")
-# What a writer has taken back (struck through), and what a model thinks before it answers.
-_NOT_SAID = re.compile(rf"~~(?=\S)[^\n~]{{1,{_SPAN}}}(?<=\S)~~|<(del|strike)>[^<]{{0,{_SPAN}}}</\1>|\A\s*<think>.*?</think>", re.I | re.S)
+_EMPHASIS = re.compile(rf"(?<![A-Za-z0-9*_~])(\*{{1,3}}|_{{1,3}})(?=\S)([^\n]{{1,{_SPAN}}}?)"
+                       rf"(?<=\S)\1(?![A-Za-z0-9*_~])")
+# Text that is struck through, and the thoughts of a model before its answer.
+_NOT_SAID = re.compile(rf"~~(?=\S)[^\n~]{{1,{_SPAN}}}(?<=\S)~~|<(del|strike)>[^<]{{0,{_SPAN}}}</\1>"
+                       rf"|\A\s*<think>.*?</think>", re.I | re.S)
 _TAG = re.compile(r"</?(?:answer|b|i|u|p|em|strong|code|mark|span|final_answer)\s*/?>|<br\s*/?>", re.I)
 _LATEX = re.compile(rf"\\(?:boxed|fbox|text(?:bf|it|rm)?|mathrm|mathbf)\{{([^{{}}]{{0,{_SPAN}}})\}}")
 _QUOTE_MARKS = re.compile(rf"[{_QUOTES}]|(?<![A-Za-z0-9])'|'(?![A-Za-z0-9])")
@@ -37,49 +40,57 @@ _AFTER = " \n,;:!?.-"
 _PAIRS = {"(": ")", "[": "]", "{": "}", "$": "$"}
 
 _LEAD = re.compile(
-    r"(?:(?:so|thus|therefore|hence|well|overall),?\s+)?(?:(?:the|my|our|your)\s+)?(?:(?:final|correct|right|best|short)\s+)?"
-    r"(?:answer|ans|option|choice|response)(?:\s+(?:to|for)\s+(?:the|this|your)\s+question)?(?:\s+(?:is|would be|should be))?"
+    r"(?:(?:so|thus|therefore|hence|well|overall),?\s+)?(?:(?:the|my|our|your)\s+)?"
+    r"(?:(?:final|correct|right|best|short)\s+)?(?:answer|ans|option|choice|response)"
+    r"(?:\s+(?:to|for)\s+(?:the|this|your)\s+question)?(?:\s+(?:is|would be|should be))?"
     r"(?:\s*[:=]\s*|\s+-\s+|\.{2,}\s*|\s+)(?:(?:option|choice)\s+)?", re.I)  # fmt: skip
-_LEAD_ZH = re.compile(r"(?:所以|因此|综上)?,?(?:最终|正确|我)?的?(?:答案|回答|答|选项|选择|选)(?:应该?|就)?(?:是|为)?\s*[:,\-]?\s*")
+_LEAD_ZH = re.compile(r"(?:所以|因此|综上)?,?(?:最终|正确|我)?的?(?:答案|回答|答|选项|选择|选)"
+                      r"(?:应该?|就)?(?:是|为)?\s*[:,\-]?\s*")
 _LEAD_QA = re.compile(r"(?:a|assistant|model)\s*:\s*", re.I)
 
 _BREAK = re.compile(r"\s*(?:[,;:!?\n(]|\.(?!\d)|-)[\s,;:!?.\-(]*")
-_PICTURE = r"(?:images?|pictures?|scans?|figures?|films?|photos?|slices?|views?|radiographs?|x-?rays?|cts?|mris?|case|study|question)"
+_PICTURE = (r"(?:images?|pictures?|scans?|figures?|films?|photos?|slices?|views?|radiographs?|x-?rays?|cts?|mris?|case|"
+            r"study|question)")
 _REMARK = re.compile(
-    rf"(?:there|it|it's|this|that|these|those|as(?!\s+well)|because|since|which|clearly|definitely|certainly|obviously|evidently|"
-    rf"indeed|i\s+(?:see|think|believe)|(?:we|you|one)\s+(?:can\s+)?see|see\b|seen|shown|visible|explanation|reason|rationale|note|"
-    rf"(?:in|on|from|by|according\s+to|based\s+on|judging\s+(?:by|from)|given|due\s+to)\s+(?:the|this|these|what)\s+{_PICTURE}|"
+    rf"(?:there|it|it's|this|that|these|those|as(?!\s+well)|because|since|which|clearly|definitely|certainly|"
+    rf"obviously|evidently|indeed|i\s+(?:see|think|believe)|(?:we|you|one)\s+(?:can\s+)?see|see\b|seen|shown|visible|"
+    rf"explanation|reason|rationale|note|(?:in|on|from|by|according\s+to|based\s+on|judging\s+(?:by|from)|given|"
+    rf"due\s+to)\s+(?:the|this|these|what)\s+{_PICTURE}|"
     rf"(?:the|this)\s+{_PICTURE}|with\s+(?:high|full|great)?\s*(?:confidence|certainty))\b"
     r"|(?:有|因|由于|这|那|图|影像|可以|可见|很|非常|显|明显|从|该|此|确|当然|其|见|如|根据|说明|理由|解释)",
     re.I)  # fmt: skip
 _VERB = r"(?:is|are|was|were|has|have|shows?|appears?|seems?|looks?|indicates?|suggests?|can)"
 _SENTENCE = re.compile(r"(?!(?:and|or|but|not|no|nor|also|rather|instead|yes)\b)(?=(?:\S+\s+){2})"
-                       rf"[^,;:.!?\n(]*\b{_VERB}\b", re.I)  # three words or more
+                       rf"[^,;:.!?\n(]*\b{_VERB}\b", re.I)  # at least three words
 _SAYS_ELSE = re.compile(r"\b(?:also|but|rather|instead|actually|or|not|wrong|incorrect)\b|[不但或而]", re.I)
 
-# "no" before a word of its own ("no mass") is no answer; at an end, or before a clause, it is one.
+# "no" is not an answer if it belongs to the next word ("no mass"); at the end or before a clause it is an answer.
 _CLAUSE = r"(?:there|it|this|that|the|i|we|you|they|he|she|not|and|or|but|is|sorry|wait)"
 _ANSWERS = {"yes": re.compile(r"\byes\b", re.I), "no": re.compile(rf"\bno\b(?![^\S\n]+(?!{_CLAUSE}\b)[a-z])", re.I)}
 _YES_NO = re.compile(r"\W*(yes|no)\b(?!'\w)", re.I)
-# "Yes, not …" says both; "no, not …" says no, unless it is "no, not no".
-_TAKEN_BACK = {word: re.compile(rf"\s+(?:is|isn't|was|wasn't|would|cannot|can't)\b|\W*(?:and/or|or|{but})\b(?!\s+only)", re.I)
+# "Yes, not …" says both; "no, not …" says no, except "no, not no".
+_TAKEN_BACK = {word: re.compile(rf"\s+(?:is|isn't|was|wasn't|would|cannot|can't)\b|\W*(?:and/or|or|{but})\b(?!\s+only)",
+                                re.I)
                for word, but in (("yes", "not"), ("no", r"not\W+no"))}
 
 
 def clean(text: object) -> str:
-    """A text without what is struck through or thought before the answer, and without what is only form: emphasis, quotation
-    marks, other alphabets' punctuation, marks before and behind it."""
+    """Removes formatting from a text, and text that is struck through or marked as a thought.
+
+    Formatting is emphasis, quotation marks, tags, pictograms, and marks before and after the text. Punctuation of other
+    scripts is replaced by ASCII punctuation.
+    """
     text = unicodedata.normalize("NFC", str(text)).translate(_SAME)
     text = _TAG.sub(" ", _NOT_SAID.sub(" ", text))
     text = _PICTOGRAM.sub(" ", text) if _PICTOGRAM.sub("", text).strip() else text
-    for pattern, group in ((_LATEX, 1), (_EMPHASIS, 2), (_LATEX, 1), (_EMPHASIS, 2)):  # one inside the other
+    for pattern, group in ((_LATEX, 1), (_EMPHASIS, 2), (_LATEX, 1), (_EMPHASIS, 2)):  # twice: they may be nested
         text = pattern.sub(lambda match, group=group: match[group], text)
     lines = (" ".join(line.split()) for line in _QUOTE_MARKS.sub("", text).splitlines())
     return _unwrapped("\n".join(filter(None, lines)))
 
 
 def _unwrapped(text: str) -> str:
-    """A text without marks and brackets around it; one that is nothing else stays."""
+    """Removes marks and brackets around a text, unless nothing would remain."""
     for _ in range(_NESTED):
         inner = _BULLET.sub("", text, count=1) if _BULLET.match(text) else text
         inner = _BEFORE.sub("", inner, count=1) if _BEFORE.match(inner) else inner
@@ -92,7 +103,7 @@ def _unwrapped(text: str) -> str:
 
 
 def _is_bracketed(text: str) -> bool:
-    """Whether the first character opens a pair that the last one closes."""
+    """Returns whether the first character opens a bracket that the last character closes."""
     opening, closing = text[:1], _PAIRS.get(text[:1])
     if len(text) < 2 or text[-1] != closing:
         return False
@@ -107,19 +118,21 @@ def _is_bracketed(text: str) -> bool:
 
 
 def comparable(text: str) -> str:
-    """A clean text as it is compared: lower-cased and normalised as in the VQA evaluation.
+    """Returns the form of a clean text that is compared: lower-cased and normalised as in the VQA evaluation.
 
-    What normalises to nothing ("A", "the", "+") is compared by its words, else as it stands: it equals itself only.
+    If nothing remains after normalisation ("A", "the", "+"), the result is the words of the text, or else the text
+    itself. So such a text equals only itself.
     """
     lowered = text.lower()
     return metrics.normalize_word(lowered) or " ".join(re.findall(r"\w+", lowered)) or lowered.strip()
 
 
 def readings(text: object, has_letters: bool = False) -> list[str]:
-    """The clean text, and what is left of it behind each lead ("Answer:", "The answer is", "答案是").
+    """Returns the clean text, and the rest of it after each lead ("Answer:", "The answer is", "答案是").
 
     Args:
-      has_letters: the answer may be a letter, so that "A: left lung" is no lead.
+      text: an answer.
+      has_letters: whether the answer may be a letter. Then "A:" in "A: left lung" is not a lead.
     """
     found = [clean(text)]
     patterns = (_LEAD, _LEAD_ZH) if has_letters else (_LEAD, _LEAD_ZH, _LEAD_QA)
@@ -132,9 +145,9 @@ def readings(text: object, has_letters: bool = False) -> list[str]:
 
 
 def says(text: object, answer: object) -> bool:
-    """Whether a text is an answer, in whatever form, and at most a remark behind it.
+    """Returns whether a text gives an answer, in any form, followed by at most a remark.
 
-    An empty text says nothing, and nothing is right for an empty answer.
+    An empty text gives no answer, and no text gives an empty answer.
     """
     wanted = comparable(clean(answer))
     if not wanted:
@@ -145,10 +158,11 @@ def says(text: object, answer: object) -> bool:
 
 
 def without_remark(text: str, longest: int) -> Iterator[str]:
-    """What stands before each break of a clean text behind which there is a remark: a clause about the answer, not more of it.
+    """Yields the part of a clean text before each break that is followed by a remark, such as "as the image shows".
 
     Args:
-      longest: characters that the answer may have at most.
+      text: a clean text.
+      longest: longest answer, in characters.
     """
     for match in _BREAK.finditer(text, 0, longest):
         rest = text[match.end():match.end() + 4 * _SPAN].strip()
@@ -159,7 +173,7 @@ def without_remark(text: str, longest: int) -> Iterator[str]:
 
 
 def yes_or_no(text: object) -> str | None:
-    """`yes` or `no` where a text begins with it and does not say the other one too; None where it may be read as neither or both."""
+    """Returns `yes` or `no` if a text begins with it and does not say the other one too; else None."""
     text = readings(text)[-1]
     first = _YES_NO.match(text)
     if first is None:

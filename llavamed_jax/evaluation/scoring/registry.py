@@ -1,4 +1,4 @@
-"""Every metric that is averaged over questions. A new metric is a file with a `Metric`, and a line here."""
+"""Lists every metric that is averaged over questions. To add one, write a file with a `Metric` and add a line here."""
 
 from llavamed_jax.evaluation.scoring import captions, paper, strict
 from llavamed_jax.evaluation.scoring.metric import Metric
@@ -15,7 +15,7 @@ _OWN_TABLES = ("paper", "strict", "captions")  # families with a table of their 
 
 
 def names_of(*families: str) -> tuple[str, ...]:
-    """The names of the metrics of some families, of all families without an argument.
+    """Returns the names of the metrics of some families; without an argument, of all families.
 
     Raises:
       ValueError: two metrics have the same name.
@@ -28,16 +28,16 @@ def names_of(*families: str) -> tuple[str, ...]:
 
 
 def count_of(name: str) -> str:
-    """The key of `metrics.json` that counts the questions which a metric is computed on, such as `n_open`."""
+    """Returns the key of `metrics.json` that counts the questions of a metric, such as `n_open`."""
     return next(f"n_{metric.kind.lower()}" for metric in METRICS if name in metric.names)
 
 
 def further() -> dict[str, tuple[str, ...]]:
-    """The families that have no table of their own in the report, and their metrics."""
+    """Returns the families without a table of their own in the report, and the names of their metrics."""
     families = dict.fromkeys(metric.family for metric in METRICS if metric.family not in _OWN_TABLES)
     return {family: names_of(family) for family in families}
 
 
 def titles() -> dict[str, tuple[str, str]]:
-    """Title and explanation of each metric that states them."""
+    """Returns title and explanation of each metric that states them."""
     return {name: title for metric in METRICS for name, title in metric.titles.items()}

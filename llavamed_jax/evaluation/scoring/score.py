@@ -1,8 +1,8 @@
-"""From scored answers to the numbers of `metrics.json`, all in percent.
+"""Computes the numbers of `metrics.json`, in percent, from scored answers.
 
-Families stand side by side. `paper` is what the original computes (`metrics.py`), so that published numbers can be
-compared. `strict` is what the names promise (`strict.py`): an answer is right or it is not. `captions` (`captions.py`) is
-there where the set has texts to generate.
+There are families of metrics. `paper` is what the original computes (`metrics.py`), for comparison with published
+numbers. `strict` (`strict.py`) does what its names say: an answer is either right or wrong. `captions` (`captions.py`)
+is there if the set has captioning questions.
 """
 
 import dataclasses
@@ -23,9 +23,9 @@ GROUPS = ("question_type", "organ", "modality")
 
 
 def group_keys(sample: VqaSample, group: str) -> list[str]:
-    """The values of a field that a report is broken down by; "not stated" where the data set has none.
+    """Returns the values of a field by which a report is broken down; "not stated" if the data set has none.
 
-    VQA-RAD joins the types of a question that has several by commas: such a question counts in each.
+    VQA-RAD gives some questions several types, joined by commas; such a question counts in each group.
     """
     value = getattr(sample, group, None)
     names = [name.strip() for name in str(value or "").split(",")]
@@ -33,7 +33,7 @@ def group_keys(sample: VqaSample, group: str) -> list[str]:
 
 
 def counts(samples: Iterable[VqaSample]) -> dict[str, int]:
-    """`n_open`, `n_closed`, `n_choice`, `n_caption` and `n_images`."""
+    """Returns `n_open`, `n_closed`, `n_choice`, `n_caption` and `n_images`."""
     samples = list(samples)
     found = Counter(map(kind, samples))
     sizes = {f"n_{name.lower()}": found[name] for name in (OPEN, CLOSED, CHOICE, CAPTION)}
@@ -41,7 +41,7 @@ def counts(samples: Iterable[VqaSample]) -> dict[str, int]:
 
 
 def _groups(samples: Sequence[VqaSample], scores: Mapping[str, Sequence[Score]], seed: int) -> dict:
-    """For each value of each field that varies: strict metrics, the paper's open recall, captions' ROUGE-L."""
+    """Returns, for each value of each field that varies, strict metrics, the paper's open recall and ROUGE-L."""
     names = {*registry.names_of("strict"), "recall", "rouge_l"}
     shown = [score for family in scores.values() for score in family if names & set(score.names)]
     result = {}
@@ -60,11 +60,12 @@ def _groups(samples: Sequence[VqaSample], scores: Mapping[str, Sequence[Score]],
 
 
 def _baselines(samples: Sequence[VqaSample], training: Sequence[VqaSample]) -> dict:
-    """What answers that look at nothing get, in percent; None where there is no question of their kind.
+    """Returns the accuracies of constant answers, in percent; None if there is no question of their kind.
 
-    `majority_closed`: the most frequent closed answer of the training rows (of the questions themselves where there
-    are no training rows), judged strictly. `constant_yes_no`: the text "yes no", judged as the original's `run_eval`.
-    Where there is multiple choice, `majority_choice`: always the letter that is most often right, and `chance_choice`.
+    `majority_closed` always gives the most frequent closed answer of the training rows (of the questions themselves if
+    there are no training rows), scored strictly. `constant_yes_no` always gives the text "yes no", scored as in the
+    original's `run_eval`. With multiple-choice questions, `majority_choice` always gives the letter that is most often
+    right, and `chance_choice` is the expected accuracy of random choices.
     """
     gold = [str(sample.answer) for sample in samples if kind(sample) == CLOSED]
     result = {"majority_closed": None, "majority_closed_answer": None, "constant_yes_no": None}
@@ -90,17 +91,21 @@ def _baselines(samples: Sequence[VqaSample], training: Sequence[VqaSample]) -> d
 
 
 def score(answers: AnswerSet, *, dataset: str = "", split: str = "", seed: int = 0) -> dict:
-    """The numbers of a set of answers; the object that `metrics.json` holds.
+    """Scores a set of answers.
 
     Args:
-      dataset, split: names that are written down.
-      seed: of the bootstrap.
+      answers: the questions and their answers.
+      dataset: the name of the data set, for the result.
+      split: the name of the split, for the result.
+      seed: seed of the bootstrap.
+
     Returns:
-      `dataset split unit n_open n_closed n_choice n_caption n_images seed paper strict baselines groups leakage`; with
-      multiple choice `n_choice_unread`, with captions `captions`. Numbers are percent, None where no item or no
-      candidate exists.
+      The object of `metrics.json`: `dataset split unit n_open n_closed n_choice n_caption n_images seed paper strict
+      baselines groups leakage`; with multiple choice `n_choice_unread`, with captions `captions`. Scores are in
+      percent, and None if there is no item or no candidate.
+
     Raises:
-      UserError: an unknown answer type, options that do not hold the answer.
+      UserError: an answer type is unknown, or the options of a question do not contain its answer.
     """
     samples, training = answers.samples, answers.training
     families, sizes = tables(answers, seed), counts(samples)
@@ -115,7 +120,7 @@ def score(answers: AnswerSet, *, dataset: str = "", split: str = "", seed: int =
 
 
 def tables(answers: AnswerSet, seed: int) -> dict[str, dict]:
-    """The families of `score` alone: what a control run is scored by."""
+    """Returns only the families of `score`; a control is scored with it."""
     found = {family: statistics.intervals(scores, answers.images, seed) for family, scores in answers.families.items()}
     if "captions" in found:
         found["captions"]["not_computed"] = list(captions.NOT_COMPUTED)
@@ -123,13 +128,22 @@ def tables(answers: AnswerSet, seed: int) -> dict[str, dict]:
 
 
 def compare(first: AnswerSet, second: AnswerSet, seed: int = 0) -> dict[str, dict]:
-    """`first` minus `second` on the same questions: family -> metric -> `statistics.compare`'s numbers."""
+    """Compares two sets of answers to the same questions: family -> metric -> the numbers of `statistics.compare`.
+
+    Args:
+      first: the answers of one model.
+      second: the answers of another; differences are `first` minus `second`.
+      seed: seed of the bootstrap and the test.
+    """
     return {family: statistics.compare(scores, second.families[family], first.images, seed)
             for family, scores in first.families.items()}
 
 
 def difference(first: AnswerSet, second: AnswerSet, seed: int = 0) -> dict:
-    """The same for the strict metrics and captions' ROUGE-L, flat: `NAME`, `NAME_low`, `NAME_high` and `NAME_p`."""
+    """Compares two sets of answers, as `compare`, by the strict metrics and ROUGE-L.
+
+    The result is flat: `NAME` (the difference), `NAME_low`, `NAME_high` and `NAME_p`.
+    """
     pairs = [each["strict"] + [score for score in each.get("captions", []) if score.names == ("rouge_l",)]
              for each in (first.families, second.families)]
     flat = {}
@@ -139,8 +153,12 @@ def difference(first: AnswerSet, second: AnswerSet, seed: int = 0) -> dict:
 
 
 def against(answers: AnswerSet, other: AnswerSet, seed: int) -> dict:
-    """What `metrics.json` holds under `against`: `file`, `model_id` (None where the file states none), `sha256`, and
-    each family's metrics with `value`, `other`, `difference`, `low`, `high` and `p`."""
+    """Compares answers with another model's predictions, and returns the object `against` of `metrics.json`.
+
+    Returns:
+      `file`, `model_id` (None if the file states none), `sha256`, and for each metric of each family `value`, `other`,
+      `difference`, `low`, `high` and `p`.
+    """
     other.warn_of_not_stated()
     file = {"file": str(other.file), "model_id": other.model or None, "sha256": other.sha256}
     return file | compare(answers, other, seed)

@@ -1,9 +1,9 @@
-"""How certain a score is, and whether two scores differ: bootstrap intervals and a paired test, both over whole images.
+"""Bootstrap intervals of scores, and a paired test of the difference of two scores, both over whole images.
 
-Questions about one image are not independent: an image that is misread makes all of its answers wrong. So images are
-drawn, or exchanged between two models, and never single questions. scipy draws and exchanges: what it is given are numbers of
-images, and flags of exchanged ones, from which the metrics of a draw follow by one product with the images' sums. Axis letters
-here: N items, I images, C columns of sums, M metrics, R resamples.
+Questions about one image are not independent: if a model misreads an image, all of its answers may be wrong. So images
+are drawn, or exchanged between two models, and never single questions. scipy draws indices of images, or flags of
+exchanged images; the metrics of a draw are computed from one product with the sums of the images. Axis letters: N
+items, I images, C columns of sums, M metrics, R resamples.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ import numpy as np
 import scipy.stats
 
 RESAMPLES = 2000
-EXACT_IMAGES = 16  # up to so many images that differ, every exchange is looked at: 65,536 of them
-EXCHANGES = 9999  # drawn where there are more images
-_BLOCK = 2**22  # numbers held at once: with many images, resamples are made in parts
-_EQUAL = 1e-9  # percent: two differences closer than this are the same one, rounded apart
+EXACT_IMAGES = 16  # if at most this many images differ, all exchanges are tested, up to 65,536
+EXCHANGES = 9999  # number of random exchanges if more images differ
+_BLOCK = 2**22  # numbers in memory at a time; with many images, resamples are computed in parts
+_EQUAL = 1e-9  # percent; two differences closer than this are equal but for rounding
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,9 @@ class Score:
     """M metrics that follow from sums over items.
 
     Attributes:
-      names: of the metrics.
-      parts: what each item adds to the sums, float64 [N, C].
-      percent: sums [..., C] -> the metrics in percent [..., M], NaN where no item counts.
+      names: the names of the M metrics.
+      parts: the contribution of each item to the sums, float64 [N, C].
+      percent: computes the metrics in percent [..., M] from sums [..., C]; NaN if no item counts.
     """
 
     names: tuple[str, ...]
@@ -38,7 +38,12 @@ class Score:
 
 
 def mean(name: str, values: np.ndarray) -> Score:
-    """A metric that is a mean over items: fractions, float64 [N], NaN where it does not apply to an item."""
+    """Makes a `Score` of one metric that is a mean over items.
+
+    Args:
+      name: the name of the metric.
+      values: fractions, float64 [N]; NaN for items that the metric does not apply to.
+    """
     applies = ~np.isnan(values)
     return Score((name,), np.stack([np.where(applies, values, 0), applies], axis=-1), _mean_percent)
 
@@ -49,16 +54,18 @@ def _mean_percent(sums: np.ndarray) -> np.ndarray:
 
 
 def intervals(scores: Sequence[Score], images: Sequence[str], seed: int) -> dict[str, float | None]:
-    """Metrics in percent and their 95 % intervals: percentiles of a bootstrap over images (Efron's, clustered).
+    """Computes metrics in percent and their 95 % intervals, which are percentiles of a bootstrap over images.
 
-    A metric of no item is None, and so is an interval from fewer than two images.
+    The bootstrap is Efron's, clustered by image.
 
     Args:
-      scores: of the same N items.
+      scores: scores of the same N items.
       images: the image of each item.
-      seed: of the resampling; the same images are drawn for every metric.
+      seed: seed of the resampling. The same images are drawn for every metric.
+
     Returns:
-      `NAME`, `NAME_low` and `NAME_high` for each name.
+      `NAME`, `NAME_low` and `NAME_high` for each name. The value is None if no item counts, and the interval is None
+      if fewer than two images count.
     """
     sums = [_by_image(score.parts, images) for score in scores]
     result = {}
@@ -71,18 +78,24 @@ def intervals(scores: Sequence[Score], images: Sequence[str], seed: int) -> dict
 
 
 def compare(first: Sequence[Score], second: Sequence[Score], images: Sequence[str], seed: int) -> dict[str, dict]:
-    """Two models on the same questions: the difference of each metric, its 95 % interval, and a two-sided p.
+    """Compares two models on the same questions: the difference of each metric, its 95 % interval, and a two-sided p.
 
-    The interval is a bootstrap over images of the difference, paired: both models are drawn with the same images. p is of
-    the exchange test over images (Fisher's randomisation test; for means, the sign-flip test of the images' differences):
-    were the two models the same, it would not matter which of them gave the answers about an image. p is the share of
-    exchanges that make the difference at least as large; of all of them up to `EXACT_IMAGES` images that differ, else of
-    `EXCHANGES` drawn ones, the observed one counted among them (Phipson and Smyth 2010). For one question an image and
-    answers that are right or wrong this is McNemar's exact test.
+    The interval is a paired bootstrap of the difference over images: each draw uses the same images for both models. p
+    comes from the exchange test over images (Fisher's randomisation test; for means, the sign-flip test of the images'
+    differences). Its null hypothesis is that the models are equal, so the answers about an image can be exchanged
+    between them. p is the share of exchanges with a difference at least as large as observed. If at most `EXACT_IMAGES`
+    images differ, all exchanges are tested; otherwise `EXCHANGES` random ones and the observed one (Phipson and Smyth
+    2010). For one question an image and answers that are right or wrong, this is McNemar's exact test.
+
+    Args:
+      first: the scores of one model.
+      second: the same scores of the other model.
+      images: the image of each item.
+      seed: seed of the bootstrap and the test.
 
     Returns:
-      name -> `value` (first), `other` (second), `difference`, `low`, `high`, `p`; None where there are no items, for the
-      interval where there are fewer than two images.
+      name -> `value` (first), `other` (second), `difference`, `low`, `high`, `p`. All are None if there are no items,
+      and the interval is None if there are fewer than two images.
     """
     sums = [_by_image(score.parts, images) for score in first]
     others = [_by_image(score.parts, images) for score in second]
@@ -106,7 +119,7 @@ def compare(first: Sequence[Score], second: Sequence[Score], images: Sequence[st
 
 
 def _by_image(parts: np.ndarray, images: Sequence[str]) -> np.ndarray:
-    """Sums of the items of each image: [N, C] -> [I, C]."""
+    """Sums the items of each image: [N, C] -> [I, C]."""
     distinct, place = np.unique(np.asarray(images, dtype=str), return_inverse=True)
     sums = np.zeros((len(distinct), parts.shape[1]))
     np.add.at(sums, place, parts)
@@ -114,26 +127,27 @@ def _by_image(parts: np.ndarray, images: Sequence[str]) -> np.ndarray:
 
 
 def _resample(scores: Sequence[Score], sums: Sequence[np.ndarray], seed: int) -> list[np.ndarray]:
-    """The metrics of each score over `RESAMPLES` draws of I images out of I: [R, M] each. The draws follow from the seed."""
+    """Returns the metrics of each score, [R, M], for `RESAMPLES` draws of I images out of I. The seed fixes them."""
     num_images = len(sums[0]) if sums else 0
     if num_images < 2:
         return [np.full((0, len(score.names)), np.nan) for score in scores]
 
     def metrics(drawn: np.ndarray, axis: int) -> np.ndarray:
-        """Numbers of the drawn images [R, I] -> the metrics of all scores [M, R]."""
+        """Computes the metrics of all scores, [M, R], from the indices of the drawn images, [R, I]."""
         row = num_images * np.arange(len(drawn))[:, None]
         counts = np.bincount((row + drawn.astype(int)).ravel(), minlength=drawn.size).reshape(drawn.shape).astype(float)
         return np.concatenate([score.percent(counts @ total).T for score, total in zip(scores, sums, strict=True)])
 
-    with warnings.catch_warnings():  # of draws without an item; `_edges` leaves them out
+    with warnings.catch_warnings():  # scipy warns of draws without an item; `_edges` leaves them out
         warnings.simplefilter("ignore", scipy.stats.DegenerateDataWarning)
-        found = scipy.stats.bootstrap((np.arange(num_images),), metrics, n_resamples=RESAMPLES, batch=max(1, _BLOCK // num_images),
+        found = scipy.stats.bootstrap((np.arange(num_images),), metrics, n_resamples=RESAMPLES,
+                                      batch=max(1, _BLOCK // num_images),
                                       vectorized=True, method="percentile", rng=seed).bootstrap_distribution
     return np.split(found.T, np.cumsum([len(score.names) for score in scores])[:-1], axis=1)
 
 
 def _images_that_count(score: Score, sums: np.ndarray) -> np.ndarray:
-    """On how many images each metric has items: [M]."""
+    """Returns the number of images that have items for each metric, [M]."""
     return np.count_nonzero(~np.isnan(score.percent(sums)), axis=0)
 
 
@@ -146,22 +160,25 @@ def _edges(drawn: np.ndarray, num_images: int) -> tuple[float | None, float | No
 
 
 def _exchange_test(first: np.ndarray, second: np.ndarray, percent: Callable, seed: int) -> np.ndarray:
-    """The p of each metric, [M]; NaN where it has no items. `first`, `second`: sums of each image, [I, C]."""
+    """Returns the p of each metric, [M]; NaN if it has no items. Takes the sums of each image, [I, C]."""
     totals = first.sum(axis=0), second.sum(axis=0)
     observed = np.abs(percent(totals[0]) - percent(totals[1]))
-    moved = (second - first)[np.any(first != second, axis=1)]  # [I', C]: what an exchange of one image adds to the first
-    if len(moved) < 2:  # an exchange of all that differs gives the same difference
+    # [I', C]: the change of the first model's sums if one image is exchanged, for the I' images that differ.
+    moved = (second - first)[np.any(first != second, axis=1)]
+    if len(moved) < 2:  # exchanging the only image that differs gives the same absolute difference
         return np.where(np.isnan(observed), np.nan, 1.0)
 
     def is_as_large(exchanged: np.ndarray, kept: np.ndarray, axis: int) -> np.ndarray:
-        """Flags of the exchanged images [R, I'] -> 1 where a metric differs at least as much as observed [R, M]."""
+        """Returns 1 for each metric that differs at least as much as observed, [R, M]; takes exchange flags [R, I']."""
         change = exchanged @ moved
         differences = np.abs(percent(totals[0] + change) - percent(totals[1] - change))
         return (differences >= observed - _EQUAL).astype(float)
 
     p = scipy.stats.permutation_test(
-        (np.zeros(len(moved)), np.ones(len(moved))), is_as_large, permutation_type="samples", alternative="greater", vectorized=True,
-        n_resamples=2**EXACT_IMAGES if len(moved) <= EXACT_IMAGES else EXCHANGES, batch=max(1, _BLOCK // len(moved)), rng=seed).pvalue
+        (np.zeros(len(moved)), np.ones(len(moved))), is_as_large, permutation_type="samples", alternative="greater",
+        vectorized=True,
+        n_resamples=2**EXACT_IMAGES if len(moved) <= EXACT_IMAGES else EXCHANGES, batch=max(1, _BLOCK // len(moved)),
+        rng=seed).pvalue
     return np.where(np.isnan(observed), np.nan, p)
 
 

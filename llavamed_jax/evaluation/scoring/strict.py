@@ -1,9 +1,9 @@
-"""Whether an answer is right, as the words promise: of a closed, an open or a multiple-choice question.
+"""Strict metrics: whether the answer to a closed, an open or a multiple-choice question is right.
 
-What an answer says is read by `reader.py`, the same for all three and for every model. A multiple-choice answer is the letter
-("B", "b.", "(B)", "B: left lung", "B - left lung", "B (left lung)") or the text of an option, and nothing behind it. Whatever is
-longer or may be read in two ways is unread: it counts as wrong, and is counted. Guessing what a longer answer may have meant is
-what makes two evaluations of the same answers disagree.
+`reader.py` reads all answers, of all kinds and all models, in the same way. A multiple-choice answer is a letter ("B",
+"b.", "(B)", "B: left lung", "B - left lung", "B (left lung)") or the text of an option, and nothing more. A longer or
+ambiguous answer is unread: it counts as wrong, and the number of unread answers is reported. Longer answers are not
+interpreted, because guesses would make two evaluations of the same answers disagree.
 """
 
 import re
@@ -21,51 +21,52 @@ _LETTER_AND_TEXT = re.compile(r"(?:([a-z])(?:[.,:;)]|\s+-|(?=\s+\())|\(([a-z])\)
 
 
 def normalized(text: object) -> str:
-    """The original's evaluators lower and normalise both sides before the metric functions normalise them again."""
+    """Normalises a text as the original's evaluators do, before the metric functions normalise it again."""
     return metrics.normalize_word(str(text).lower())
 
 
 def comparable(text: object) -> str:
-    """A text in the form that strict metrics compare."""
+    """Returns the form of a text that strict metrics compare."""
     return reader.comparable(reader.clean(text))
 
 
 def is_strictly_right(prediction: str, answer: str) -> bool:
-    """Whether a closed answer is the gold, or begins with the right one of yes and no and does not say the other.
+    """Returns whether a closed answer is right: it is the gold, or begins with the right yes or no and not the other.
 
-    Neither an empty prediction nor any prediction for an empty gold is right.
+    An empty prediction is wrong, and so is any prediction for an empty gold.
     """
     gold = comparable(answer)
     return reader.yes_or_no(prediction) == gold if gold in ("yes", "no") else reader.says(prediction, answer)
 
 
 def is_exactly_right(prediction: str, answer: str) -> bool:
-    """Whether an open answer is the gold, whatever form it is written in."""
+    """Returns whether an open answer is the gold, in any form."""
     return reader.says(prediction, answer)
 
 
 def multiset_f1(prediction: str, answer: str) -> float:
-    """F1 of the two multisets of normalised words; 1 where the prediction says the answer, 0 where either has no word."""
+    """Returns the F1 of the multisets of normalised words; 1 if the prediction says the answer, 0 if one is empty."""
     if reader.says(prediction, answer):
         return 1.0
-    predicted, gold = (Counter(reader.comparable(text).split()) for text in (reader.readings(prediction)[-1], reader.clean(answer)))
+    predicted, gold = (Counter(reader.comparable(text).split())
+                       for text in (reader.readings(prediction)[-1], reader.clean(answer)))
     return 2 * (predicted & gold).total() / max(1, predicted.total() + gold.total())
 
 
 def read_choice(text: str, options: Sequence[str]) -> int | None:
-    """The place of the option that an answer names; None where it names none, or may be read as two."""
+    """Returns the index of the option that an answer names; None if it names none or is ambiguous."""
     found = set().union(*(_named_by(each, options) for each in reader.readings(text, has_letters=True)))
     return found.pop() if len(found) == 1 else None
 
 
 def _named_by(text: str, options: Sequence[str]) -> set[int]:
-    """Every option that the whole of a clean text may stand for."""
+    """Returns the indices of all options that a complete clean text may stand for."""
     found = {place for place, option in enumerate(options) if _is_same(text, option)}
     if letter := _LETTER.fullmatch(text):
         found |= _named(letter.groups(), options)
     if both := _LETTER_AND_TEXT.fullmatch(text):
         of_text = {place for place, option in enumerate(options) if _is_same(both[4], option)}
-        # Letter and text of different options are two readings; a letter before any other text is none.
+        # A letter and the text of another option are two readings; a letter before any other text is no reading.
         found |= of_text | _named(both.groups()[:3], options) if of_text else set()
     return found
 
@@ -80,31 +81,36 @@ def _is_same(text: str, option: str) -> bool:
 
 
 def right_choice(sample: VqaSample) -> int:
-    """The place of the right option. Raises UserError where the options are fewer than two or hold the answer not exactly once."""
+    """Returns the index of the right option.
+
+    Raises:
+      UserError: the question has fewer than two options or too many for letters, or not exactly one of them is the
+        answer.
+    """
     options = sample.options
     if not 2 <= len(options) <= len(LETTERS):
         raise UserError(f"question {sample.question_id} has {len(options)} options; 2 to {len(LETTERS)} were expected")
     places = [place for place, option in enumerate(options) if option == sample.answer]
     places = places or [place for place, option in enumerate(options) if _is_same(sample.answer, option)]
     if len(places) != 1:
-        raise UserError(f"question {sample.question_id} has the answer {sample.answer!r}, which {len(places)} of its {len(options)}"
-                        " options are; one was expected")
+        raise UserError(f"question {sample.question_id} has the answer {sample.answer!r}, which {len(places)} of its "
+                        f"{len(options)} options are; one was expected")
     return places[0]
 
 
 def open_values(answered: Answered) -> dict[str, float]:
-    """The metrics of an open answer."""
+    """Returns the metrics of an open answer."""
     text, gold = answered.text, str(answered.sample.answer)
     return {"open_exact": is_exactly_right(text, gold), "open_f1": multiset_f1(text, gold)}
 
 
 def closed_values(answered: Answered) -> dict[str, float]:
-    """The metric of a closed answer."""
+    """Returns the metric of a closed answer."""
     return {"closed_accuracy": is_strictly_right(answered.text, str(answered.sample.answer))}
 
 
 def choice_values(answered: Answered) -> dict[str, float]:
-    """The metric of an answer to multiple choice."""
+    """Returns the metric of an answer to a multiple-choice question."""
     return {"choice_accuracy": answered.choice == right_choice(answered.sample)}
 
 
