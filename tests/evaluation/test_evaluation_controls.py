@@ -11,6 +11,7 @@ from PIL import Image
 
 from llavamed_jax.datasets import training
 from llavamed_jax.datasets.sample import VqaSample
+from llavamed_jax.datasets.vqa_rad import read_vqa_rad
 from llavamed_jax.errors import UserError
 from llavamed_jax.evaluation.scoring import controls, leakage
 
@@ -203,7 +204,7 @@ def test_one_copied_file_needs_no_decoding(pictures, monkeypatch):
 def test_the_papers_training_rows_hold_the_answers(shared):
     """By content as by name: 202 of VQA-RAD's 203 test images, and in the paper's rows most open answers too."""
     root = shared / "data" / "vqa_rad"
-    samples = [each for each in training.read_vqa_rad(root, "test") if each.answer_type == "OPEN"]
-    by_name = leakage.leakage(samples, training.read_vqa_rad(root, "train", "paper"))
+    samples = [each for each in read_vqa_rad(root, "test") if each.answer_type == "OPEN"]
+    by_name = leakage.leakage(samples, read_vqa_rad(root, "train", "paper"))
     found = leakage.trained_on(samples, training.read_training(root, protocol="paper"))
     assert found["by_kind"]["OPEN"]["image_and_answer_in_training"] == by_name["open_answers_on_same_image_in_training"] == 105
