@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
-import numbers
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -24,17 +22,18 @@ from llavamed_jax.checkpoints.generation_file import not_applied
 from llavamed_jax.checkpoints.identity import Origin, origin
 from llavamed_jax.checkpoints.load import load_params
 from llavamed_jax.checkpoints.open import open_checkpoint
-from llavamed_jax.config import IMAGE_TOKEN, MOST_BEAMS, PAD_TOKEN, LlavaConfig
+from llavamed_jax.config import IMAGE_TOKEN, PAD_TOKEN, LlavaConfig
 from llavamed_jax.errors import UserError, short, warn
 from llavamed_jax.generation.beam import BeamSearch
 from llavamed_jax.generation.engine import Engine
-from llavamed_jax.generation.requests import Request, check_image, name_of, whole_numbers
+from llavamed_jax.generation.requests import Request, check_image, check_settings, name_of, whole_numbers
 from llavamed_jax.generation.sampling import row_seed, row_seeds
 from llavamed_jax.generation.text_stream import TextStream
 from llavamed_jax.models.llava import Llava
 from llavamed_jax.parallel.mesh import batch_sharding, make_mesh
-from llavamed_jax.processor import Processor, expand_images
+from llavamed_jax.processor import Processor
 from llavamed_jax.text.conversation import IMAGE_MARKER
+from llavamed_jax.text.image_positions import expand_images
 from llavamed_jax.text.messages import read_messages
 
 log = logging.getLogger(__name__)
@@ -326,7 +325,7 @@ class LlavaMed:
         Raises:
           UserError: (a ValueError) a setting is out of range.
         """
-        _check_settings(max_new_tokens, temperature, top_p, top_k, 1, seed)
+        check_settings(max_new_tokens, temperature, top_p, top_k, 1, seed)
         return self._answer_each(prompts, (max_new_tokens, temperature, top_k, top_p), seed, stop)
 
     def _answer_each(self, prompts, settings, seed, stop):
@@ -371,7 +370,7 @@ class LlavaMed:
         return ids, list(self.processor.images_uint8(images))
 
     def _requests(self, prompts, images, max_new_tokens, temperature, top_p, top_k, num_beams, seed):
-        _check_settings(max_new_tokens, temperature, top_p, top_k, num_beams, seed)
+        check_settings(max_new_tokens, temperature, top_p, top_k, num_beams, seed)
         seeds = row_seeds(seed, prompts, images) if temperature else [0] * len(prompts)
         return [Request(list(ids), list(pixels), max_new_tokens, temperature, top_k, top_p, s)
                 for ids, pixels, s in zip(prompts, images, seeds)]
@@ -383,25 +382,6 @@ class LlavaMed:
         p, stop = self.processor, [*stop, *self.processor.stop]
         single = [ids[0] for ids in (p.tokenizer.encode(text, bos=False) for text in stop) if len(ids) == 1]
         return TextStream(p.decode, stop, stop_ids=[i for i in single if not p.decode([i])])
-
-
-def _check_settings(max_new_tokens, temperature, top_p, top_k, num_beams, seed) -> None:
-    """Raises UserError for settings that are out of range or NaN."""
-    for name, value in (("temperature", temperature), ("top_p", top_p)):
-        if not isinstance(value, numbers.Real):
-            raise UserError(f"{name} is {short(value)}; a number was expected")
-    if not 0 <= temperature < math.inf or not 0 < top_p <= 1:
-        raise UserError(f"temperature {temperature}, top_p {top_p}: a temperature of at least 0 and 0 < top_p <= 1 "
-                        "were expected")
-    for name, value, least in (("max_new_tokens", max_new_tokens, 1), ("top_k", top_k, 0), ("num_beams", num_beams, 1),
-                               ("seed", seed, 0)):
-        if not isinstance(value, numbers.Integral) or value < least:
-            raise UserError(f"{name} is {short(value)}; a whole number of at least {least} was expected")
-    if num_beams > MOST_BEAMS:
-        raise UserError(f"num_beams is {short(num_beams)}; at most {MOST_BEAMS} was expected")
-    if num_beams > 1 and temperature > 0:
-        raise UserError(f"num_beams {num_beams} was given with temperature {temperature}; beam search does not sample, "
-                        "and temperature 0 or num_beams 1 was expected")
 
 
 def completion(stream: TextStream, eos: Collection[int]) -> Completion:

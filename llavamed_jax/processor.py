@@ -24,19 +24,19 @@ from PIL import Image
 from llavamed_jax.checkpoints import hub, model_config
 from llavamed_jax.checkpoints.checkpoint import Checkpoint
 from llavamed_jax.checkpoints.preprocessor_file import warn_of_image_token
-from llavamed_jax.config import IGNORE, IMAGE_TOKEN, OURS, LlavaConfig
+from llavamed_jax.config import IMAGE_TOKEN, OURS, LlavaConfig
 from llavamed_jax.errors import UserError, short
 from llavamed_jax.images import load as pixels
+from llavamed_jax.text import image_positions
 from llavamed_jax.text.chat_template import ChatTemplate, find_chat_template
 from llavamed_jax.text.conversation import IMAGE_MARKER, image_first, render, supervise, training_turns
+from llavamed_jax.text.image_positions import END, START, expand_images, image_token
 from llavamed_jax.text.messages import Chat, question, read_messages
-from llavamed_jax.text.templates import Template, default_template, get_template
+from llavamed_jax.text.templates import Template, get_template, template_of
 from llavamed_jax.text.tokenizer import Tokenizer, find_tokenizer
 from llavamed_jax.utils.files import read_json
 
 _PATCH = 14  # patch size of every tower that LLaVA was released with; used if there is no config
-# v1.0's image tokens. Its training with `--version v0` adds [PAD] before them to a tokenizer that has none (spec 1.8).
-_PAD, _IM_PATCH, _IM_START, _IM_END = "[PAD]", "<im_patch>", "<im_start>", "<im_end>"
 
 
 class Processor:
@@ -84,7 +84,7 @@ class Processor:
         self.chat_template = None if self.template_name else chat_template
         self._is_default = self.template_name is None and self.chat_template is None
         if self._is_default:
-            self.template_name = _default_template(config)
+            self.template_name = template_of(config)
 
     @classmethod
     def load(cls, path: str | Path, template: str | None = None, image_size: int | None = None,
@@ -107,7 +107,7 @@ class Processor:
         """
         if not str(path).startswith("preset:"):
             path = hub.local(path, weights=False)
-        directory = _model_directory(Path(path))
+        directory = model_config.model_directory(Path(path))
         if directory is None and not str(path).startswith("preset:"):
             if not Path(path).exists():
                 raise UserError(f"{path} does not exist; a checkpoint's directory or a tokenizer was expected")
@@ -148,14 +148,12 @@ class Processor:
         tok = Tokenizer.load(source, of_transformers) if source is not None else None
         # The originals' directories may hold the language model's own chat template, which has no place for images.
         found = find_chat_template(directory) if directory is not None and of_transformers else None
-        image = _image_token(config, tok)
+        image = image_token(config, tok)
         if image is not None and directory is not None:
             warn_of_image_token(directory, image)
         chat_template = (ChatTemplate(found[0], str(found[1]), tok.special_tokens, image or IMAGE_MARKER)
                          if found and tok else None)
         return cls(config, tok, template, image_size, image_mode, chat_template=chat_template)
-
-    # ---- text ----
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -207,7 +205,7 @@ class Processor:
 
         Unless a template is named, v1.0's evaluation uses another one than its chat.
         """
-        name = _default_template(self.config, is_evaluation=True) if self._is_default else self.template_name
+        name = template_of(self.config, is_evaluation=True) if self._is_default else self.template_name
         if name == self.template_name:
             return self
         return Processor(self.config, self._tokenizer, name, self.image_size, self.image_mode)
@@ -231,7 +229,7 @@ class Processor:
 
         With v1.0's templates `<image>` alone already includes the start and end tokens.
         """
-        return f"{_IM_START}{IMAGE_MARKER}{_IM_END}" if self._has_start_end and not self._is_v1 else IMAGE_MARKER
+        return f"{START}{IMAGE_MARKER}{END}" if self._has_start_end and not self._is_v1 else IMAGE_MARKER
 
     def prompt(self, messages: Sequence[dict]) -> str:
         """Writes the prompt of OpenAI chat messages up to where the answer begins, with `<image>` for each image.
@@ -295,42 +293,21 @@ class Processor:
         if not isinstance(text, str):
             raise UserError(f"the text to encode is {short(text)}; a str was expected")
         if self._is_v1:
-            tokenizer = self._v1_tokenizer
-            image = f"{_IM_START}{_IM_PATCH}{_IM_END}" if self._has_start_end else _IM_PATCH
-            text = text.replace(f"{_IM_START}{IMAGE_MARKER}{_IM_END}", IMAGE_MARKER).replace(IMAGE_MARKER, image)
-            patch = tokenizer.id_of(_IM_PATCH)
-            return [IMAGE_TOKEN if i == patch else i for i in tokenizer.encode(text)]
-        absent = [token for token in (_IM_START, _IM_END) if self._has_start_end and token in text
+            return image_positions.encode_v1(text, self._v1_tokenizer, self._has_start_end)
+        absent = [token for token in (START, END) if self._has_start_end and token in text
                   and self.id_of(token) is None]
         if absent:
-            raise UserError(f"the model's images stand between {_IM_START} and {_IM_END}, and its tokenizer has no "
+            raise UserError(f"the model's images stand between {START} and {END}, and its tokenizer has no "
                             f"{' and no '.join(absent)}; `python -m convert build --add_image_tokens` adds both")
         begun = (self.chat_template is not None and self.tokenizer.bos_token
                  and text.startswith(self.tokenizer.bos_token))
-        if image := _image_token(self.config, self.tokenizer):
-            ids, image_id = (self.tokenizer.encode(text.replace(IMAGE_MARKER, image), bos=not begun),
-                             self.tokenizer.id_of(image))
-            return [IMAGE_TOKEN if i == image_id else i for i in ids]
-        first, *rest = (self.tokenizer.encode(part, bos=i == 0 and not begun)
-                        for i, part in enumerate(text.split(IMAGE_MARKER)))
-        return functools.reduce(lambda ids, part: ids + [IMAGE_TOKEN] + part, rest, first)
+        return image_positions.encode(text, self.tokenizer, image_token(self.config, self.tokenizer), bos=not begun)
 
     @functools.cached_property
     def _v1_tokenizer(self) -> Tokenizer:
-        """The tokenizer with v1.0's image tokens; missing ones get the ids that v1.0's training would have given them.
-
-        Raises:
-          UserError: the model's embedding table has no rows for the start and end tokens.
-        """
-        size, rows = self.tokenizer.vocab_size, self.config.decoder.vocab_size if self.config is not None else None
-        has_pad = self.template.style == "V0" if rows is None else rows - size > 3
-        tokenizer = self.tokenizer.as_v1(
-            [_PAD] * has_pad + [_IM_PATCH, *([_IM_START, _IM_END] if self._has_start_end else [])])
-        if (self._has_start_end and rows is not None
-                and max(tokenizer.id_of(_IM_START), tokenizer.id_of(_IM_END)) >= rows):
-            raise UserError(f"the tokenizer has no {_IM_START} and {_IM_END}, and no rows are left for them in a "
-                            f"vocabulary of {rows}; `python -m convert build --add_image_tokens` adds both")
-        return tokenizer
+        """The tokenizer with v1.0's image tokens (`image_positions.v1_tokenizer`)."""
+        rows = self.config.decoder.vocab_size if self.config is not None else None
+        return image_positions.v1_tokenizer(self.tokenizer, rows, self.template.style == "V0", self._has_start_end)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Decodes ids to text, without special tokens and images."""
@@ -377,8 +354,6 @@ class Processor:
             raise UserError("a bare tokenizer does not know how many positions an image takes; give image_size")
         return expand_images(ids, self.tokens_per_image, labels)
 
-    # ---- images ----
-
     def images(self, sources: Sequence, mode: str | None = None, frame: int | None = None) -> np.ndarray:
         """Reads images and preprocesses them for the tower.
 
@@ -420,67 +395,3 @@ class Processor:
         vision = self.config.vision
         color = vision.pad_color if mode == "pad" else None
         return pixels.preprocess_uint8(image, vision.image_size, mode, vision.images, color)
-
-
-def expand_images(ids: Sequence[int], patches: int, labels: Sequence[int] | None = None):
-    """Expands each image to `patches` consecutive IMAGE_TOKENs with the label IGNORE.
-
-    A run of IMAGE_TOKEN with a length that is a multiple of `patches` (> 1) is unchanged; a shorter run counts as that
-    many images.
-
-    Args:
-      ids: token ids.
-      patches: P, the number of positions of an image.
-      labels: one label an id, or None.
-
-    Returns:
-      The ids, or (ids, labels) if labels were given.
-
-    Raises:
-      UserError: a run has another length (the error has its position), or ids and labels differ in length.
-    """
-    if labels is not None and len(labels) != len(ids):
-        raise UserError(f"{len(labels)} labels were given for {len(ids)} ids")
-    out, out_labels, start = [], [], 0
-    while start < len(ids):
-        end = start
-        while end < len(ids) and ids[end] == IMAGE_TOKEN:
-            end += 1
-        run = end - start
-        if run == 0:
-            out.append(ids[start])
-            out_labels.append(labels[start] if labels is not None else IGNORE)
-            start += 1
-            continue
-        if run > patches and run % patches:
-            raise UserError(f"position {start} begins a run of {run} image tokens; 1 or {patches} an image was "
-                            "expected")
-        length = run if run % patches == 0 else run * patches
-        out += [IMAGE_TOKEN] * length
-        out_labels += [IGNORE] * length
-        start = end
-    return out if labels is None else (out, out_labels)
-
-
-def _model_directory(path: Path) -> Path | None:
-    """Returns the directory with the config and tokenizer files of a checkpoint PATH; None without such files."""
-    candidates = ([path / "model", path, path.parent.parent / "model"] if path.parent.name == "checkpoints"
-                  else [path / "model", path])
-    return next((c for c in candidates if (c / "config.json").is_file()), None)
-
-
-def _image_token(config: LlavaConfig | None, tokenizer: Tokenizer | None) -> str | None:
-    """Returns the token of an image in transformers' texts; None for the originals', which have no such token."""
-    if tokenizer is None or config is not None and config.source != "transformers":
-        return None
-    named = tokenizer.token_of(config.image_token_id) if config is not None else None
-    if named is not None and named not in tokenizer.special_tokens.values():
-        return named
-    return IMAGE_MARKER if tokenizer.id_of(IMAGE_MARKER) is not None else None
-
-
-def _default_template(config: LlavaConfig | None, is_evaluation: bool = False) -> str:
-    """Returns the template of the model type that the checkpoint names; for a bare tokenizer the released model's."""
-    if config is None:
-        return "v1.5:mistral_instruct"
-    return default_template(config.source, config.decoder.architecture, is_evaluation)

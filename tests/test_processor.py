@@ -13,7 +13,8 @@ from PIL import Image
 from llavamed_jax.config import IGNORE, IMAGE_TOKEN, preset
 from llavamed_jax.config.hf import llava_to_hf
 from llavamed_jax.errors import UserError
-from llavamed_jax.processor import Processor, expand_images
+from llavamed_jax.processor import Processor
+from llavamed_jax.text.image_positions import expand_images
 from llavamed_jax.text.templates import TEMPLATES, get_template
 from llavamed_jax.text.tokenizer import Tokenizer
 

@@ -151,3 +151,8 @@ def replace_tower(config: LlavaConfig, directory: Path) -> LlavaConfig:
     return config
 
 
+def model_directory(path: Path) -> Path | None:
+    """Returns the directory with the config and tokenizer files of a checkpoint PATH; None without such files."""
+    candidates = ([path / "model", path, path.parent.parent / "model"] if path.parent.name == "checkpoints"
+                  else [path / "model", path])
+    return next((c for c in candidates if (c / "config.json").is_file()), None)

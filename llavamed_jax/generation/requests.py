@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
+import numbers
 from collections.abc import Sequence
 
 import jax.numpy as jnp
 import numpy as np
 
-from llavamed_jax.config import IMAGE_TOKEN, LlavaConfig
+from llavamed_jax.config import IMAGE_TOKEN, MOST_BEAMS, LlavaConfig
 from llavamed_jax.errors import UserError, short
 
 NO_NUMBER = "the model computed something that is no number"
@@ -164,3 +166,22 @@ def check_image(cfg: LlavaConfig, image: np.ndarray, name: str) -> None:
     # Other integers would be read as normalised pixels.
     if kind != np.uint8 and not jnp.issubdtype(kind, jnp.floating):
         raise UserError(f"{name} has an image of {kind}; uint8, or float32 as normalised, was expected")
+
+
+def check_settings(max_new_tokens, temperature, top_p, top_k, num_beams, seed) -> None:
+    """Raises UserError for settings that are out of range or NaN."""
+    for name, value in (("temperature", temperature), ("top_p", top_p)):
+        if not isinstance(value, numbers.Real):
+            raise UserError(f"{name} is {short(value)}; a number was expected")
+    if not 0 <= temperature < math.inf or not 0 < top_p <= 1:
+        raise UserError(f"temperature {temperature}, top_p {top_p}: a temperature of at least 0 and 0 < top_p <= 1 "
+                        "were expected")
+    for name, value, least in (("max_new_tokens", max_new_tokens, 1), ("top_k", top_k, 0), ("num_beams", num_beams, 1),
+                               ("seed", seed, 0)):
+        if not isinstance(value, numbers.Integral) or value < least:
+            raise UserError(f"{name} is {short(value)}; a whole number of at least {least} was expected")
+    if num_beams > MOST_BEAMS:
+        raise UserError(f"num_beams is {short(num_beams)}; at most {MOST_BEAMS} was expected")
+    if num_beams > 1 and temperature > 0:
+        raise UserError(f"num_beams {num_beams} was given with temperature {temperature}; beam search does not sample, "
+                        "and temperature 0 or num_beams 1 was expected")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from llavamed_jax.config import LlavaConfig
 from llavamed_jax.errors import UserError
 from llavamed_jax.text.styles import STYLES, Style
 
@@ -174,3 +175,10 @@ def default_template(source: str, architecture: str, is_evaluation: bool = False
     if source == "llava":
         return "v1.0:simple" if is_evaluation else "v1.0:multimodal"
     return "v1.5:mistral_instruct" if architecture == "mistral" else "up:vicuna_v1"
+
+
+def template_of(config: LlavaConfig | None, is_evaluation: bool = False) -> str:
+    """Returns the template of the model type that the checkpoint names; for a bare tokenizer the released model's."""
+    if config is None:
+        return "v1.5:mistral_instruct"
+    return default_template(config.source, config.decoder.architecture, is_evaluation)

@@ -17,7 +17,8 @@ from llavamed_jax.checkpoints.load import load_params
 from llavamed_jax.checkpoints.soundness import is_finite, what_is_not_finite
 from llavamed_jax.config import IMAGE_TOKEN, PAD_TOKEN, LlavaConfig
 from llavamed_jax.errors import some
-from llavamed_jax.processor import Processor, expand_images
+from llavamed_jax.processor import Processor
+from llavamed_jax.text.image_positions import expand_images
 from llavamed_jax.text.tokenizer import TOKENIZERS
 
 VOCABULARY = {"decoder/embed_tokens/embedding": 0, "decoder/lm_head/kernel": 1}  # the axis that counts tokens

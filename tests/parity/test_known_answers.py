@@ -15,7 +15,7 @@ import pytest
 from llavamed_jax.assistant import load
 from llavamed_jax.config import IMAGE_TOKEN, PAD_TOKEN
 from llavamed_jax.models import layers, llava
-from llavamed_jax.processor import expand_images
+from llavamed_jax.text.image_positions import expand_images
 from llavamed_jax.training.losses import cross_entropy
 from tests.support import hf, originals
 

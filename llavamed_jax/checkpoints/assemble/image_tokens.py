@@ -13,10 +13,10 @@ import numpy as np
 from llavamed_jax.checkpoints.checkpoint import Checkpoint
 from llavamed_jax.checkpoints.tensor import Tensor
 from llavamed_jax.errors import UserError
+from llavamed_jax.text.image_positions import END, PAD, PATCH, START
 from llavamed_jax.text.special_tokens import read_special_tokens
 from llavamed_jax.utils.files import read_json, write_json
 
-PAD, PATCH, START, END = "[PAD]", "<im_patch>", "<im_start>", "<im_end>"
 _AT_ONCE = ((PAD,), (PATCH,), (START, END))  # rows that are added together, in this order
 # Canonical name -> the axis of the vocabulary.
 TABLES = {"decoder/embed_tokens/embedding": 0, "decoder/lm_head/kernel": 1}
