@@ -1,7 +1,8 @@
-"""Whether the processes of a job were started alike: each says what it has, process 0 compares, and all hear what is not the same.
+"""Checks that the processes of a job were started alike.
 
-XLA takes for granted that all processes compile one program and call it in one order. Where one has another learning rate, another
-file or another version of a package, they wait for each other, or compute something that nobody asked for.
+Process 0 compares their settings, and all processes raise an error about the differences. XLA assumes that all
+processes compile one program and call it in one order. If one has another learning rate, another file or another
+version of a package, the processes deadlock or compute a wrong result.
 """
 
 from __future__ import annotations
@@ -16,34 +17,37 @@ from llavamed_jax.parallel import distributed
 from llavamed_jax.utils.changes import changes
 from llavamed_jax.utils.code import code_sha256, version
 
-# What computes, reads text, images and weights, or writes checkpoints; of accelerators their plugins, as far as they are packages.
+# Packages that compute, that read text, images or weights, or that write checkpoints; also plugins of accelerators.
 PACKAGES = (
     "jax", "jaxlib", "jax-cuda12-plugin", "jax-cuda12-pjrt", "jax-cuda13-plugin", "jax-cuda13-pjrt", "libtpu", "flax",
-    "optax", "chex",
-    "orbax-checkpoint", "tensorstore", "grain", "ml_collections", "ml_dtypes", "numpy", "scipy", "transformers",
-    "tokenizers", "sentencepiece", "safetensors", "jinja2", "pillow", "pydicom", "pyarrow",
+    "optax", "chex", "orbax-checkpoint", "tensorstore", "grain", "ml_collections", "ml_dtypes", "numpy", "scipy",
+    "transformers", "tokenizers", "sentencepiece", "safetensors", "jinja2", "pillow", "pydicom", "pyarrow",
 )  # fmt: skip
-# Settings of jax, which its environment variables and the command line's own code make, that change the program.
+# Settings of jax that change the program; environment variables and the command line set them.
 _SETTINGS = ("jax_platforms", "jax_enable_x64", "jax_default_matmul_precision", "jax_default_prng_impl",
-             "jax_threefry_partitionable",
-             "jax_numpy_dtype_promotion", "jax_numpy_rank_promotion", "jax_disable_jit", "jax_debug_nans")
+             "jax_threefry_partitionable", "jax_numpy_dtype_promotion", "jax_numpy_rank_promotion", "jax_disable_jit",
+             "jax_debug_nans")
 _ENVIRONMENT = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
-_OF_A_HOST = ("dump", "cache")  # in the names of flags of XLA that say where a host writes, and change no program
-_TYPED = ("--", "the config key ")  # what a user types, for which the exit status is 2
+_OF_A_HOST = ("dump", "cache")  # parts of the names of XLA flags that set a host's paths and do not change a program
+_TYPED = ("--", "the config key ")  # settings of the command line, for which the exit status is 2
 
 
 class StartedOtherwise(UserError):
-    """A process has other files, code or packages than process 0; raised in all processes, with one sentence."""
+    """A process has other files, code or packages than process 0. All processes raise it with the same sentence."""
 
 
 def check_same(make: Callable[[], Mapping[str, object]]) -> None:
-    """Compares what the processes have, and ends them together; to be called by all. One process alone does not call `make`.
+    """Compares the settings of all processes and raises in all of them if they differ.
+
+    All processes must call it. A single process does not call `make`.
 
     Args:
-      make: what has to be the same in all: its name, a flag `--NAME` or `the config key NAME` where it is typed -> a value in JSON's
-        types.
+      make: returns the settings that must be equal: a name (a flag `--NAME` or `the config key NAME` for what users
+        type) -> a value of JSON's types.
+
     Raises:
-      UsageError: in all processes, where a flag or a config key is not the same; StartedOtherwise: where something else is not.
+      UsageError: a flag or a config key differs; raised in all processes.
+      StartedOtherwise: something else differs; raised in all processes.
     """
     if distributed.process_count() == 1:
         return
@@ -55,11 +59,11 @@ def check_same(make: Callable[[], Mapping[str, object]]) -> None:
 
 
 def _read(values: bytes) -> dict[str, object]:
-    return json.loads(values, parse_constant=str)  # NaN equals NaN then
+    return json.loads(values, parse_constant=str)  # as strings, NaN equals NaN
 
 
 def _difference(everyone: Sequence[Mapping[str, object]]) -> dict | None:
-    """What is not the same in all processes, in a sentence, and whether it was typed; None where all is."""
+    """Describes what differs between the processes, and whether users type it; returns None if nothing differs."""
     first, *others = everyone
     unlike = [k for k, values in enumerate(others, 1) if values != first]
     if not unlike:
@@ -74,8 +78,11 @@ def _difference(everyone: Sequence[Mapping[str, object]]) -> dict | None:
 
 
 def installation() -> dict[str, object]:
-    """What this process computes with: versions of Python and packages, this package's code, settings of jax and XLA."""
-    import jax  # not above: whoever runs alone needs no jax to call the rest
+    """Returns what this process computes with.
+
+    These are versions of Python and packages, this package's code, and settings of jax and XLA.
+    """
+    import jax  # not at the top: a single process can call the rest without jax
     return {
         "the version of Python": platform.python_version(),
         **{f"the version of {name}": version(name) for name in PACKAGES},
@@ -86,7 +93,7 @@ def installation() -> dict[str, object]:
 
 
 def compiler_flags() -> dict[str, str]:
-    """The environment variables with flags of XLA, without those that say where a host writes."""
+    """Returns the environment variables with flags of XLA, without the flags that set a host's paths."""
     return {f"the environment variable {name}": _flags(os.environ.get(name, "")) for name in _ENVIRONMENT}
 
 
@@ -95,6 +102,6 @@ def _plain(value: object) -> object:
 
 
 def _flags(text: str) -> str:
-    """The flags that change a program, in one order; of one that is given twice the order counts."""
+    """Returns the flags that change a program, sorted by name; the order of repeated flags is kept, since it counts."""
     return " ".join(sorted((word for word in text.split() if not any(part in word for part in _OF_A_HOST)),
                            key=lambda word: word.partition("=")[0]))

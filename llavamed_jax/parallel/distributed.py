@@ -1,8 +1,8 @@
-"""Several processes of one run: they find each other, hand each other small things, and stop and fail together.
+"""Several processes of one run: they find each other, exchange small messages, and stop and fail together.
 
-What the devices exchange is XLA's business and not here. What is handed over here goes through the key-value store of jax's
-coordination service, which process 0 runs: it needs no device, works on every platform, and does not mind that one process
-comes hours after another. A run of one process may call everything here; nothing waits then.
+XLA exchanges the data of devices; that is not done here. Messages go through the key-value store of jax's coordination
+service, which process 0 runs: it needs no device, works on every platform, and tolerates processes that arrive hours
+apart. A run of one process may call every function here; none of them waits then.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from typing import Any
 from llavamed_jax.errors import UserError
 from llavamed_jax.utils import private, signals, terminal
 
-# A process that is silent for so long is given up, and the runtime ends all others.
+# Timeout of a process's heartbeat in seconds; the runtime then ends all others.
 HEARTBEAT_S = 40
-_CHUNK = 2**20 - 64  # bytes of a message, with room for a few more: gRPC refuses large ones
+_CHUNK = 2**20 - 64  # bytes of a message, with room for a header: gRPC refuses large messages
 _POLL_S = 1.0
-_FAREWELL_S = 5.0  # that a process which fails waits until the others have heard why
+_FAREWELL_S = 5.0  # a failed process waits so long for the others to read the reason
 
 
 class Group:
@@ -31,20 +31,28 @@ class Group:
 
     Args:
       client: jax's client of the coordination service; its methods raise RuntimeError.
-      index, count: of this process, and of all.
+      index: of this process.
+      count: of all processes.
     """
 
     def __init__(self, client: Any, index: int, count: int):
         self._client, self.index, self.count = client, index, count
-        self._called = 0  # handovers so far, which all processes make in one order
-        self._given: list[str] = []  # of process 0: what it gave that others may not have taken
+        self._called = 0  # calls of gather and broadcast so far; all processes make them in one order
+        self._given: list[str] = []  # on process 0: broadcasts that others may not have read yet
         self._when_stopped: Callable[[], None] | None = None
-        self.ends_alike = False  # whether each process knows by itself why all end
+        self.ends_alike = False  # whether all processes have the same failure
         self._is_left = threading.Event()
         self._watcher = threading.Thread(target=self._watch, name="other-processes", daemon=True)
 
     def gather(self, value: bytes) -> list[bytes]:
-        """Process 0 gets everyone's, in order; the others get nothing and do not wait."""
+        """Collects a value of each process on process 0.
+
+        Args:
+          value: this process's value.
+
+        Returns:
+          On process 0 all values, in order; on the others an empty list, without waiting.
+        """
         self._called += 1
         call = f"handed/{self._called}"
         if self.index:
@@ -52,13 +60,13 @@ class Group:
             return []
         found = [value, *(self._take(f"{call}/{k}") for k in range(1, self.count))]
         self._client.key_value_delete(f"{call}/")
-        for earlier in self._given:  # whoever has made this call has taken what was given before it
+        for earlier in self._given:  # all processes have made this call, so they have read the earlier broadcasts
             self._client.key_value_delete(f"{earlier}/")
         self._given.clear()
         return found
 
     def broadcast(self, value: bytes | None) -> bytes:
-        """Everyone gets what process 0 gives."""
+        """Returns process 0's value on every process; the others pass None and wait."""
         self._called += 1
         call = f"handed/{self._called}"
         if self.index:
@@ -68,33 +76,36 @@ class Group:
         return value
 
     def tell(self, what: str, **details: Any) -> None:
-        """Lets the others know of a `stop` or a `failure`; the first word counts."""
-        with contextlib.suppress(RuntimeError):  # it is there already, or process 0 is gone, of which the runtime tells them
+        """Tells the others of a `stop` or a `failure`; only the first call of all processes counts."""
+        # Another process was first, or process 0 is gone, which the runtime reports.
+        with contextlib.suppress(RuntimeError):
             self._client.key_value_set(f"told/{what}", json.dumps({"process": self.index, **details}))
 
     def farewell(self) -> None:
-        """Before a process that has failed ends: gives the others time to hear it from the store, which ends with process 0."""
+        """Gives the others time to read a failure before this process exits: the store ends with process 0."""
         with contextlib.suppress(RuntimeError):
             self._client.key_value_set(f"heard/{self.index}", "")
             until = time.monotonic() + _FAREWELL_S
-            while not self.index and len(self._client.key_value_dir_get("heard/")) < self.count and time.monotonic() < until:
+            while (not self.index and len(self._client.key_value_dir_get("heard/")) < self.count
+                   and time.monotonic() < until):
                 time.sleep(0.1)
 
     def watch(self) -> None:
+        """Starts the thread that watches the other processes."""
         self._watcher.start()
 
     def leave(self) -> None:
-        """Ends the watching, without which the store cannot be left."""
+        """Ends the watching thread; the store can only be left afterwards."""
         self._is_left.set()
         if self._watcher.is_alive():
             self._watcher.join()
 
     def when_stopped(self, act: Callable[[], None] | None) -> None:
-        """What is done, in another thread and once, when another process tells that it stops."""
+        """Sets the function that is called, once and in another thread, when another process says that it stops."""
         self._when_stopped = act
 
     def _watch(self) -> None:
-        """Ends this process when another one has failed: what it waits for will not come."""
+        """Watches for failures and stops of other processes; exits this process if another one has failed."""
         while not self._is_left.wait(_POLL_S):
             try:
                 told = {key.rsplit("/", 1)[-1]: json.loads(value)
@@ -112,19 +123,19 @@ class Group:
                 act()
 
     def _put(self, key: str, value: bytes) -> None:
-        """In chunks, the first of which, put last, says how many follow it."""
+        """Writes a value in chunks; the first chunk is written last and has the number of the others."""
         first, *others = [value[at:at + _CHUNK] for at in range(0, len(value), _CHUNK)] or [b""]
         for number, chunk in enumerate(others):
             self._client.key_value_set_bytes(f"{key}/{number}", chunk)
         self._client.key_value_set_bytes(f"{key}/first", b"%d\n" % len(others) + first)
 
     def _take(self, key: str) -> bytes:
-        """Waits for what another process puts."""
+        """Waits for a value that another process writes."""
         others, _, value = self._wait(f"{key}/first").partition(b"\n")
         return value + b"".join(self._wait(f"{key}/{number}") for number in range(int(others)))
 
     def _wait(self, key: str) -> bytes:
-        while True:  # in short waits, between which a signal may end the command
+        while True:  # in short waits, so that a signal can end the command
             signals.check()
             try:
                 return self._client.blocking_key_value_get_bytes(key, int(1000 * _POLL_S))
@@ -138,24 +149,26 @@ _group: Group | None = None
 
 def initialize(coordinator: str | None = None, count: int | None = None, index: int | None = None,
                local_devices: Sequence[int] | None = None) -> None:
-    """Joins the other processes; to be called once, before anything is computed.
+    """Joins the other processes. Call it once, before any computation.
 
     Args:
-      coordinator, count, index: HOST:PORT of process 0, number of processes, number of this one; None where jax finds them
-        by itself, on SLURM, Kubernetes and Cloud TPU.
-      local_devices: of this host's GPUs, those of this process; empty: all.
+      coordinator: HOST:PORT of process 0; None on SLURM, Kubernetes and Cloud TPU, where jax finds it by itself.
+      count: the number of processes; None as for `coordinator`.
+      index: the number of this process; None as for `coordinator`.
+      local_devices: this process's GPUs among those of its host; empty for all.
+
     Raises:
-      UserError: jax finds no others. A process that cannot reach them is aborted by the runtime, from C++.
+      UserError: jax finds no other processes. If it finds but cannot reach them, the C++ runtime aborts the process.
     """
     global _group
-    import jax  # not above: whoever runs alone needs no jax to call the rest
+    import jax  # not at the top: a single process can call the rest without jax
 
-    jax.config.update("jax_enable_preemption_service", False)  # its handler of SIGTERM would take the place of the program's own
+    jax.config.update("jax_enable_preemption_service", False)  # it would replace the program's handler of SIGTERM
     try:
         jax.distributed.initialize(coordinator, count, index, local_device_ids=local_devices,
                                    heartbeat_timeout_seconds=HEARTBEAT_S,
                                    cluster_detection_method="deactivate" if coordinator else None)
-    except Exception as error:  # of jax, of a cluster's own library, of a socket
+    except Exception as error:  # from jax, a cluster's library or a socket
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(f"the other processes of this run were not found: {reason}; --coordinator, --num_processes and "
                         "--process_id name them, and --num_processes 1 runs alone") from error
@@ -164,7 +177,7 @@ def initialize(coordinator: str | None = None, count: int | None = None, index: 
 
 
 def leave() -> None:
-    """Waits until all processes have come to their end, and parts from them."""
+    """Waits until all processes have finished, and disconnects."""
     global _group
     if _group is not None:
         import jax
@@ -174,13 +187,13 @@ def leave() -> None:
 
 
 def end_alike() -> None:
-    """All processes have come to the same failure and end with its sentence: none tells the others of it (`fail`)."""
+    """Records that all processes have the same failure and raise its sentence; `fail` then tells the others nothing."""
     if _group is not None:
         _group.ends_alike = True
 
 
 def fail(status: int, sentence: str) -> None:
-    """Tells the others why this process ends, and with which exit status they shall."""
+    """Tells the others why this process ends, and the exit status for all."""
     if _group is not None:
         if not _group.ends_alike:
             _group.tell("failure", status=status, sentence=sentence)
@@ -195,27 +208,29 @@ def stop() -> None:
 
 
 def when_stopped(act: Callable[[], None] | None) -> None:
-    """What is done, in another thread and once, when another process was asked to stop."""
+    """Sets the function that is called, once and in another thread, when another process was asked to stop."""
     if _group is not None:
         _group.when_stopped(act)
 
 
 def process_index() -> int:
+    """Returns the number of this process; 0 in a run of one."""
     return 0 if _group is None else _group.index
 
 
 def process_count() -> int:
+    """Returns the number of processes of the run."""
     return 1 if _group is None else _group.count
 
 
 def gather(value: bytes) -> list[bytes]:
-    """Process 0 gets everyone's, in order, as soon as all are there; the others get nothing and do not wait."""
+    """Returns all values, in order, on process 0, which waits for them; returns an empty list at once on the others."""
     return [value] if _group is None else _group.gather(value)
 
 
 @contextlib.contextmanager
 def after_first() -> Iterator[None]:
-    """What is done within is done by process 0 first, and by the others when it is through."""
+    """Runs the block on process 0 first; the others wait, then run it."""
     if _group is not None and _group.index:
         _group.broadcast(None)
     yield
@@ -224,7 +239,7 @@ def after_first() -> Iterator[None]:
 
 
 def from_first(make: Callable[[], Any]) -> Any:
-    """What process 0 makes, which is in JSON's types, for everyone; the others wait for it."""
+    """Calls `make` on process 0 and returns its result, of JSON's types, on every process; the others wait for it."""
     if _group is None:
         return make()
     if _group.index:

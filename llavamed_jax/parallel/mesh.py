@@ -1,7 +1,10 @@
-"""Sharding as data: a mesh of three axes, one table from logical to mesh axes, and nothing else that knows about it.
+"""Sharding as data: a mesh of three axes, and one table from logical to mesh axes.
 
-The tables of a model's parts say the logical axes of its parameters (`models.llava.param_axes`); `param_shardings` looks every
-leaf up, and a leaf that no rule or two rules match, or that does not divide, is an error that names it.
+No other module knows about sharding.
+
+The tables of a model's parts give the logical axes of its parameters (`models.llava.param_axes`); `param_shardings`
+looks up every leaf, and raises an error that names the leaf if no rule or two rules match it, or if a dimension is not
+divisible.
 """
 
 from __future__ import annotations
@@ -22,28 +25,34 @@ from llavamed_jax.errors import UsageError, UserError
 
 AXES = ("data", "fsdp", "tp")
 
-# Names of parameter axes and of activation axes are disjoint on purpose: one array must not meet `fsdp` twice.
+# Names of parameter axes and of activation axes are disjoint, so that no array uses `fsdp` twice.
 RULES: dict[str, str | tuple[str, ...] | None] = {
     "layers": None, "embed": "fsdp", "heads": "tp", "kv_heads": "tp", "mlp": "tp", "vocab": "tp",
     "act_batch": ("data", "fsdp"), "act_heads": "tp",
 }
 
-# From so many TPUs on fsdp on, gradients are summed in two stages, the last of them over so many devices.
+# From FIRST_STAGED TPUs on fsdp on, gradients are summed in two stages, the last of them over STAGE devices.
 FIRST_STAGED, STAGE = 32, 4
 
 
 def make_mesh(spec: str | Mapping[str, int] | None = None, devices: Sequence[jax.Device] | None = None,
               slices: int = 1) -> Mesh:
-    """A mesh with the axes data, fsdp and tp. Neighbours on tp and fsdp are close to each other, those on data may be far.
+    """Makes a mesh with the axes data, fsdp and tp.
+
+    Neighbours on tp and fsdp are close; those on data may be far apart.
 
     Args:
-      spec: sizes as `"data=2,tp=4"` or a mapping; an axis that is absent is 1; -1 on one axis takes what is left. Sizes of
-        fewer devices than there are take the first ones. None puts all devices on data.
+      spec: sizes as `"data=2,tp=4"` or a mapping; an absent axis has size 1; -1 on one axis takes the remaining
+        devices. Sizes of fewer devices than there are take the first ones. None puts all devices on data.
       devices: default: all of them.
-      slices: of TPUs, joined by a network that only data crosses.
+      slices: number of TPU slices, which are joined by a network that only data crosses.
+
+    Returns:
+      The mesh.
+
     Raises:
-      UsageError: an unknown or repeated axis, two -1, sizes of more devices than there are or that leave a process without
-        one; slices that are not there or over which data does not divide.
+      UsageError: an axis is unknown or repeated, two axes are -1, the sizes need more devices than there are or leave a
+        process without one, the devices do not form that many slices, or slices do not divide data.
     """
     devices = list(jax.devices() if devices is None else devices)
     if isinstance(spec, str):
@@ -61,8 +70,8 @@ def make_mesh(spec: str | Mapping[str, int] | None = None, devices: Sequence[jax
     shape = [sizes.get(axis, 1) for axis in AXES]
     known = math.prod(n for n in shape if n != -1)
     is_open = -1 in shape
-    if shape.count(-1) > 1 or min(shape) < -1 or 0 in shape or (len(devices) % known if is_open
-                                                                else known > len(devices)):
+    if (shape.count(-1) > 1 or min(shape) < -1 or 0 in shape
+            or (len(devices) % known if is_open else known > len(devices))):
         wanted = "of which the others multiply to a divisor" if is_open else "that multiply to at most that number"
         raise UsageError(f"the mesh {dict(zip(AXES, shape))} does not fit {len(devices)} devices; sizes {wanted} were "
                          "expected (one may be -1)")
@@ -76,9 +85,9 @@ def make_mesh(spec: str | Mapping[str, int] | None = None, devices: Sequence[jax
     if there != slices:
         raise UsageError(f"the config key 'mesh.slices' is {slices}, and the devices make {there} slices; that number "
                          "was expected")
-    # Not `jax.make_mesh`: it refuses GPUs of several hosts, which are slices to jax, and grids of TPUs that an axis must cut.
+    # Not `jax.make_mesh`: it refuses GPUs of several hosts, which jax calls slices, and TPU grids that an axis splits.
     if is_part:
-        array = np.array(devices, dtype=object).reshape(shape)  # the next line would look for a whole grid of TPUs
+        array = np.array(devices, dtype=object).reshape(shape)  # create_device_mesh needs a whole grid of TPUs
     elif slices == 1:
         array = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     else:
@@ -91,15 +100,20 @@ def make_mesh(spec: str | Mapping[str, int] | None = None, devices: Sequence[jax
 
 
 def auto_sizes(devices: Sequence[jax.Device], needed: int, memory: int, slices: int = 1) -> dict[str, int]:
-    """Sizes for `make_mesh`: fsdp over the smallest group of neighbours that holds the state, data over these groups.
+    """Returns sizes for `make_mesh`: fsdp over the smallest group of devices that holds the state, data over the groups.
 
-    Groups are a device, the GPUs of a host, a slice of TPUs, all devices. The state may take half of a device's memory, so that
-    an update has the other half. Communication over fsdp is 3/2 of that over data (two gathers and a scatter beside a sum), and
-    grows with the group.
+    Groups are one device, the GPUs of a host, a slice of TPUs, and all devices. The state may take half of a device's
+    memory; the other half is for the update. Communication over fsdp is 3/2 of that over data (two gathers and a
+    scatter, against one sum), and grows with the group.
 
     Args:
+      devices: the devices of the mesh.
       needed: bytes of parameters, gradients and optimizer.
       memory: bytes of one device.
+      slices: number of TPU slices.
+
+    Returns:
+      Axis -> size, of data and fsdp.
     """
     number = len(devices)
     groups = [1, _host_size(devices) if devices[0].platform != "tpu" else 1, number // slices]
@@ -108,14 +122,17 @@ def auto_sizes(devices: Sequence[jax.Device], needed: int, memory: int, slices: 
 
 
 def _host_size(devices: Sequence[jax.Device]) -> int:
-    """Devices of the first one's host; jax calls what NVLink joins a slice, of which a host's processes may have a part each."""
+    """Returns how many devices are on the first one's host.
+
+    jax calls the GPUs that NVLink joins a slice; the processes of a host may each have a part of it.
+    """
     slices = [getattr(device, "slice_index", None) for device in devices]
     hosts = slices if len(set(slices)) > 1 else [device.process_index for device in devices]
     return hosts.count(hosts[0])
 
 
 def device_memory(devices: Sequence[jax.Device]) -> int:
-    """Bytes that programs may use on each of these devices; a CPU's share of this machine's memory."""
+    """Returns the bytes that programs may use on each device; for a CPU its share of this machine's memory."""
     local = [device for device in devices if device.process_index == jax.process_index()]
     stats = local[0].memory_stats()
     if stats and "bytes_limit" in stats:
@@ -124,7 +141,7 @@ def device_memory(devices: Sequence[jax.Device]) -> int:
 
 
 def spec_of(logical: Sequence[str | None], name: str = "an array") -> P:
-    """Logical axes -> PartitionSpec. Raises UserError where one mesh axis would be used twice."""
+    """Converts logical axes to a PartitionSpec. Raises UserError if one mesh axis would be used twice."""
     axes = [None if axis is None else RULES[axis] for axis in logical]
     used = [a for axis in axes if axis for a in ((axis,) if isinstance(axis, str) else axis)]
     if len(set(used)) != len(used):
@@ -133,21 +150,29 @@ def spec_of(logical: Sequence[str | None], name: str = "an array") -> P:
 
 
 def constrain(x, *logical: str | None):
-    """`x`, told to be sharded so; without a mesh in context (`jax.set_mesh`) it is `x`."""
+    """Constrains `x` to the sharding of these logical axes; returns `x` itself if no mesh is set (`jax.set_mesh`)."""
     mesh = jax.sharding.get_abstract_mesh()
     return x if mesh.empty else jax.lax.with_sharding_constraint(x, spec_of(logical))
 
 
 def constrain_weight(x, *logical: str | None):
-    """`x`, a weight or its gradient, told to be laid as its parameter; so the sum of its gradient over devices gives each its part.
+    """Constrains a weight or its gradient to its parameter's sharding, so that the gradient is reduce-scattered.
 
-    XLA for TPUs knows how to sum into parts along one ring of a slice, and over more devices than that sums everything
-    everywhere, twice the traffic. There the gradient is first summed into the parts of larger groups, and these are cut.
+    XLA for TPUs can reduce-scatter along one ring of a slice; over more devices it all-reduces, which is twice the
+    traffic. There the gradient is first reduce-scattered into the parts of larger groups, which are then cut.
+
+    Args:
+      x: the weight or gradient.
+      *logical: the parameter's logical axes.
+
+    Returns:
+      `x` with the constraint.
     """
     mesh = jax.sharding.get_abstract_mesh()
     x = constrain(x, *logical)
     fsdp = mesh.shape.get("fsdp", 1)
-    if mesh.empty or mesh.abstract_device is None or "TPU" not in mesh.abstract_device.device_kind or fsdp < FIRST_STAGED or fsdp % STAGE:
+    if (mesh.empty or mesh.abstract_device is None or "TPU" not in mesh.abstract_device.device_kind
+            or fsdp < FIRST_STAGED or fsdp % STAGE):
         return x
     sizes = tuple(mesh.shape[axis] for axis in ("data", "tp"))
     finer = AbstractMesh((sizes[0], fsdp // STAGE, STAGE, sizes[1]), ("data", "fsdp", "last", "tp"),
@@ -156,11 +181,21 @@ def constrain_weight(x, *logical: str | None):
 
 
 def param_shardings(params: Any, rules: Sequence[tuple[str, tuple]], mesh: Mesh) -> Any:
-    """The NamedSharding of each leaf of a parameter tree (arrays or ShapeDtypeStructs; nested or flat names).
+    """Returns the NamedSharding of each leaf of a parameter tree.
 
-    Stacked leaves (`…/layers/…`) have one leading axis more than their rule, which stays whole.
+    Stacked leaves (`…/layers/…`) have one more leading axis than their rule; this axis is not sharded.
+
+    Args:
+      params: arrays or ShapeDtypeStructs, nested or with flat names.
+      rules: pairs of a regular expression for a leaf's whole name and its logical axes.
+      mesh: the mesh.
+
+    Returns:
+      A tree of the same structure.
+
     Raises:
-      UserError: naming the leaf that matches no rule or several. UsageError: one with a dimension that its mesh axis does not divide.
+      UserError: no rule or several rules match a leaf, or a rule does not fit its shape; the error names the leaf.
+      UsageError: a mesh axis does not divide a dimension of a leaf.
     """
     def sharding(path, leaf):
         name = "/".join(str(getattr(p, "key", getattr(p, "name", p))) for p in path)
@@ -181,17 +216,24 @@ def param_shardings(params: Any, rules: Sequence[tuple[str, tuple]], mesh: Mesh)
 
 
 def put(x: np.ndarray, sharding: NamedSharding) -> jax.Array:
-    """An array of the host laid over devices, in memory of its own. Of several processes, which all have it, each lays its part."""
+    """Copies an array of the host to devices. Of several processes, which all have the array, each copies its part."""
     if sharding.is_fully_addressable:
         return jax.device_put(x, sharding, may_alias=False)
     return jax.make_array_from_callback(x.shape, sharding, lambda index: np.array(x[index]))
 
 
 def local_rows(mesh: Mesh, rows: int) -> list[int]:
-    """Which of the rows of a batch, ascending, lie on the devices of this process (`batch_sharding`).
+    """Returns the rows of a batch, ascending, that are on this process's devices (`batch_sharding`).
+
+    Args:
+      mesh: the mesh.
+      rows: B, the number of rows.
+
+    Returns:
+      Row numbers.
 
     Raises:
-      UsageError: the devices cannot share them evenly.
+      UsageError: data x fsdp does not divide the rows.
     """
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     if rows < 1 or rows % shards:
@@ -202,10 +244,21 @@ def local_rows(mesh: Mesh, rows: int) -> list[int]:
 
 
 def local_view(mesh: Mesh) -> tuple[Mesh, Mesh]:
-    """For a mesh over several processes: one of all its devices, of which each process has a whole column of `data`, and one of
-    this process's devices alone, with the same fsdp and tp: what lies over the first without `data` is whole in the second.
+    """Returns two meshes with equal fsdp and tp for a mesh over several processes.
 
-    Both fsdp and tp divide the mesh's own, so that what divides by these divides by them.
+    The first has all devices, with consecutive indices of `data` on each process. The second has only this process's
+    devices. An array that is sharded over fsdp and tp of the first, and not over `data`, is complete on every process,
+    and equals the same array on the second. fsdp and tp divide those of `mesh`, so that dimensions that are divisible
+    by those of `mesh` are divisible by these.
+
+    Example: with 2 processes of 4 devices and `mesh` of fsdp=8, the first has data=2, fsdp=4, and the second data=1,
+    fsdp=4.
+
+    Args:
+      mesh: a mesh over several processes.
+
+    Returns:
+      The mesh of all devices, and the mesh of this process's devices.
     """
     by_process: dict[int, list[jax.Device]] = {}
     for device in mesh.devices.flat:
@@ -214,14 +267,15 @@ def local_view(mesh: Mesh) -> tuple[Mesh, Mesh]:
     tp = math.gcd(mesh.shape["tp"], here)
     fsdp = math.gcd(mesh.shape["fsdp"], here // tp)
     make = lambda devices: Mesh(np.array(devices).reshape(-1, fsdp, tp), AXES, axis_types=(AxisType.Auto,) * 3)
-    return make([device for _, devices in sorted(by_process.items())
-                 for device in devices]), make(by_process[jax.process_index()])
+    return (make([device for _, devices in sorted(by_process.items()) for device in devices]),
+            make(by_process[jax.process_index()]))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows over data and fsdp; all other dimensions whole."""
+    """Returns the sharding of a batch: rows over data and fsdp, all other dimensions unsharded."""
     return NamedSharding(mesh, P(("data", "fsdp")))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
+    """Returns the sharding of an array that every device holds whole."""
     return NamedSharding(mesh, P())

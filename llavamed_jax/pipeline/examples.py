@@ -1,4 +1,4 @@
-"""Training records to rows of fixed length: pure functions of their arguments, run in the loader's worker processes.
+"""Converts training records to rows of fixed length: pure functions, which run in the loader's worker processes.
 
     tokens     [BOS] <image>  what  …  answer [EOS]
     row        [BOS] i1 … iP  what  …  answer [EOS] [BOS] i1 …  0 …  0    input_ids, IMAGE_TOKEN at i1 … iP
@@ -6,8 +6,8 @@
     positions    0   1  …                             0   1  …  0 …
     segment_ids  1   1  …                        1    2   2  …  0 …  0    samples from 1 on, 0 is padding
 
-B rows of T positions; I image slots a row, H and W pixels, uint8: a quarter of the bytes of what the model makes of them on
-the device. No JAX here: a worker process never touches a device.
+B rows of T positions; I image slots a row, H and W pixels, uint8: a quarter of the bytes of the float32 pixels that the
+model makes of them on the device. This module does not use JAX: a worker process never touches a device.
 """
 
 from __future__ import annotations
@@ -25,10 +25,14 @@ from llavamed_jax.utils import worker_notes
 
 @dataclass(frozen=True)
 class Example:
-    """A tokenised record, images expanded and cut to length; its images are not read yet.
+    """A tokenised record, with images expanded and cut to length; its images are not read yet.
 
     Attributes:
-      num_surplus: images that the record names and nothing stands for, or that the cut took away.
+      ids: token ids.
+      labels: one label an id, not shifted; IGNORE where no loss is computed.
+      images: the sources of its images, in order.
+      is_truncated: whether the record was cut.
+      num_surplus: images of the record without a marker, or lost by the cut.
     """
 
     ids: list[int]
@@ -39,14 +43,25 @@ class Example:
 
     @property
     def is_supervised(self) -> bool:
+        """Whether any label is not IGNORE."""
         return any(label != IGNORE for label in self.labels)
 
 
 def tokenize(record: dict, processor: Processor, max_length: int) -> Example:
-    """The first `max_length` positions of a record, never part of an image (the original may cut inside one).
+    """Tokenises a record and keeps its first `max_length` positions.
+
+    An image is never cut (the original may cut inside one).
+
+    Args:
+      record: an object with `id`, `conversations` and `image`, a list of sources.
+      processor: the model's processor.
+      max_length: the most positions of a sample.
+
+    Returns:
+      The example.
 
     Raises:
-      UserError: a conversation that the template cannot hold; it names the record.
+      UserError: the template cannot hold the conversation; the error names the record.
     """
     try:
         ids, labels = processor.training_example(record["conversations"], len(record["image"]), max_length)
@@ -60,7 +75,7 @@ def tokenize(record: dict, processor: Processor, max_length: int) -> Example:
 
 
 def cut(ids: Sequence[int], max_length: int, tokens_per_image: int | None) -> int:
-    """How many positions of expanded `ids` stay: `max_length`, or fewer where that falls inside an image."""
+    """Returns how many positions of expanded `ids` to keep: `max_length`, or fewer if that is inside an image."""
     if len(ids) <= max_length:
         return len(ids)
     if ids[max_length] != IMAGE_TOKEN or not max_length:
@@ -70,7 +85,18 @@ def cut(ids: Sequence[int], max_length: int, tokens_per_image: int | None) -> in
 
 
 def empty_batch(rows: int, length: int, num_images: int, image_size: int | None) -> dict[str, np.ndarray]:
-    """A batch of padding in row form: int32 [B,T] and, where the run has images, uint8 [B,I,H,W,3] and int32 [B]."""
+    """Makes a batch of padding in row form.
+
+    Args:
+      rows: B.
+      length: T.
+      num_images: I; 0 for a run without images.
+      image_size: H and W in pixels.
+
+    Returns:
+      `input_ids`, `labels`, `positions` and `segment_ids`, int32 [B,T]; with images also `pixel_values`, uint8
+      [B,I,H,W,3], and `num_images`, int32 [B].
+    """
     batch = dict(
         input_ids=np.zeros((rows, length), np.int32), labels=np.full((rows, length), IGNORE, np.int32),
         positions=np.zeros((rows, length), np.int32), segment_ids=np.zeros((rows, length), np.int32))
@@ -96,7 +122,15 @@ def fill_row(batch: dict[str, np.ndarray], row: int, samples: Sequence[tuple[Exa
 
 
 def read_images(example: Example, processor: Processor) -> tuple[np.ndarray, dict | None]:
-    """Pixels of an example's images, uint8 [i,H,W,3], or which image is broken and why."""
+    """Reads the images of an example.
+
+    Args:
+      example: the example.
+      processor: the model's processor.
+
+    Returns:
+      uint8 [i,H,W,3] and None, or an empty array and {"image", "reason"} of the first image that cannot be read.
+    """
     arrays = []
     for source in example.images:
         worker_notes.reading(source)

@@ -1,7 +1,8 @@
-"""How long each sample is and how many images it has: one pass over the text of all records, before anything is trained.
+"""Measures the length and the number of images of each sample, in one pass over the text of all records.
 
-Packing, the number of updates and the mean length follow from it, and records that cannot be used are known at its end. No
-image is opened. Of large data the result is kept in a folder, under a name made from everything that it depends on.
+Packing, the number of updates and the mean length are derived from the result, and the pass finds the records that
+cannot be used. No image is opened. The result of large data is cached in a folder, under a name made from everything
+that it depends on.
 """
 
 from __future__ import annotations
@@ -23,26 +24,26 @@ from llavamed_jax.utils.hashes import sha256
 from llavamed_jax.utils.progress import bar
 
 BLOCK = 512  # records that are measured together
-FORMAT = 4  # of what is kept; to be raised when samples become longer or shorter
+FORMAT = 4  # of the cached file; raise it if samples become longer or shorter
 _ARRAYS = ("tokens", "images", "lost")
-LARGE = 5000  # records from which on it is worth to start processes, and to keep what was found
+LARGE = 5000  # from so many records on, worker processes and the cache pay off
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """What the pass found; N is the number of records of all sources, one source after another.
+    """The result of the pass. N is the number of records of all sources, one source after another.
 
     Attributes:
-      tokens: int32 [N], positions of each sample, images expanded, after cutting; 0 for one that cannot be used.
+      tokens: int32 [N], positions of each sample, images expanded, after cutting; 0 for a sample that cannot be used.
       images: int16 [N], images of each sample.
       damaged: the records that cannot be used, as {"id", "reason"}.
-      truncated: samples that are cut at the maximal length.
-      surplus: images that no marker stands for, or that the cut takes away.
-      unsupervised: samples of which nothing is learnt (see `conversation.supervise`).
-      lost: int16 [N], how many of the surplus images each sample has; None where there are none.
-      first_lost: which sample loses an image first, and why.
-      first_unsupervised: which sample teaches nothing first, and why.
-      highest: the highest token id of all, and the id of the record that has it.
+      truncated: number of samples that are cut at the maximal length.
+      surplus: number of images without a marker, or lost by a cut.
+      unsupervised: number of samples without a supervised token (see `conversation.supervise`).
+      lost: int16 [N], the number of surplus images of each sample; None if unknown, which counts as no surplus.
+      first_lost: a sentence about the first sample that loses an image.
+      first_unsupervised: a sentence about the first sample without a supervised token.
+      highest: the highest token id, and the id of the record that has it.
     """
 
     tokens: np.ndarray
@@ -58,38 +59,48 @@ class Lengths:
 
     @property
     def is_lossy(self) -> np.ndarray:
-        """bool [N], whether a sample loses an image."""
+        """Whether each sample loses an image, bool [N]."""
         return np.zeros(len(self.tokens), bool) if self.lost is None else self.lost > 0
 
     @property
     def usable(self) -> int:
+        """The number of samples that can be used."""
         return int(np.count_nonzero(self.tokens))
 
     @property
     def mean(self) -> float:
-        """Tokens a usable sample, images included; 0 where there is none."""
+        """Mean number of tokens of a usable sample, images included; 0 without usable samples."""
         return float(self.tokens.sum() / max(self.usable, 1))
 
     @property
     def longest(self) -> int:
+        """Tokens of the longest sample."""
         return int(self.tokens.max(initial=0))
 
     @property
     def max_images(self) -> int:
+        """The most images of a sample."""
         return int(self.images.max(initial=0))
 
 
 def measure(data: TrainingData, processor: Processor, max_length: int, num_workers: int = 0, cache: Path | None = None,
             rows: int | None = None) -> Lengths:
-    """The lengths of all records.
+    """Measures all records.
 
     Args:
-      max_length: tokens a sample; longer ones are cut, never inside an image.
-      num_workers: processes that measure, where the data is large.
-      cache: a folder that keeps what was found in large data.
-      rows: of the model's table over the vocabulary; None where no model will read the tokens.
+      data: the records.
+      processor: the model's processor.
+      max_length: tokens of a sample; longer samples are cut, never inside an image.
+      num_workers: processes that measure large data.
+      cache: a folder for the results of large data; None caches nothing.
+      rows: rows of the model's embedding table; None if no model will read the tokens.
+
+    Returns:
+      The lengths.
+
     Raises:
-      UsageError: a maximal length that holds no image, of data with images. UserError: a token for which the model has no row.
+      UsageError: the maximal length cannot hold an image, and the data has images.
+      UserError: a token has no row in the model's embedding table.
     """
     is_large = data.num_records >= LARGE
     kept = cache / f"lengths-{_key(data, processor, max_length)}.npz" if is_large and cache is not None else None
@@ -98,8 +109,8 @@ def measure(data: TrainingData, processor: Processor, max_length: int, num_worke
         return known
     count = -(-data.num_records // BLOCK)
     make = _Measure(data, processor, max_length)
-    blocks = workers.in_order(make, count,
-                              num_workers) if is_large and num_workers else map(make, signals.checked(range(count)))
+    blocks = (workers.in_order(make, count, num_workers) if is_large and num_workers
+              else map(make, signals.checked(range(count))))
     parts = []
     try:
         for part in bar(blocks, is_long=is_large, desc="measuring samples", total=count, unit_scale=BLOCK):
@@ -126,7 +137,7 @@ def measure(data: TrainingData, processor: Processor, max_length: int, num_worke
 
 @dataclass(frozen=True)
 class _Measure:
-    """Number of a block to what it holds; what the worker processes run."""
+    """Measures a block of records by its number. Worker processes call it."""
 
     data: TrainingData
     processor: Processor
@@ -160,7 +171,7 @@ class _Measure:
 
 
 def _refuse_beyond(rows: int | None, highest: tuple[int, object], processor: Processor) -> None:
-    """Raises UserError where a token has no row in the model's table over the vocabulary: its embedding would be NaN."""
+    """Raises UserError if a token has no row in the model's embedding table: its embedding would be NaN."""
     token, record = highest
     if rows is not None and token >= rows:
         raise UserError(f"record {record!r} has the token {token}, and the model's table over the vocabulary has "
@@ -173,7 +184,8 @@ def _why_lost(record: dict, example: examples.Example, max_length: int) -> str:
     unmarked, marked = record.get("surplus", 0), len(record["image"])
     images = lambda count: f"{count} image" + ("s" if count > 1 else "")
     if unmarked:
-        return f"record {record['id']!r} names {images(unmarked + marked)} and has a marker for {marked or 'none'} of them"
+        return (f"record {record['id']!r} names {images(unmarked + marked)} and has a marker for {marked or 'none'} of "
+                "them")
     return f"record {record['id']!r} is cut at {max_length} tokens, which takes {images(example.num_surplus)} away"
 
 
@@ -187,7 +199,10 @@ def _why_unsupervised(record: dict, example: examples.Example, processor: Proces
 
 
 def _key(data: TrainingData, processor: Processor, max_length: int) -> str:
-    """A name for everything that lengths depend on. Another version of Python may name it anew, which costs one pass."""
+    """Returns a name for everything that lengths depend on.
+
+    The name may change with the version of Python, which costs one more pass.
+    """
     config = processor.config
     parts = [FORMAT, max_length, processor.template_name, processor.tokens_per_image, processor.max_length,
              config and config.use_start_end, [source.fingerprint() for source in data.sources]]

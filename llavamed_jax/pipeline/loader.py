@@ -1,8 +1,8 @@
-"""Batches for training, made ahead in worker processes from a plan of rows that depends on nothing but its arguments.
+"""Batches for training, made ahead in worker processes from a deterministic plan of rows.
 
-Batch g holds the rows gR to gR + R of the plan (see `pipeline.packing`), which runs on over the end of an epoch; of several
-processes each builds those that lie on its devices. A batch is made whole in one worker, so what it holds cannot depend on how
-many workers there are, and where the stream stands is two counts, which any later run can go on from.
+Batch g holds the rows gR to gR + R of the plan (see `pipeline.packing`), which continues across the end of an epoch.
+With several processes, each builds the rows on its own devices. One worker makes a whole batch, so batches do not
+depend on the number of workers, and the position in the stream is two counts, from which any later run can continue.
 """
 
 from __future__ import annotations
@@ -21,22 +21,33 @@ from llavamed_jax.processor import Processor
 
 _ENDLESS = 2**40
 SKIP_LIMIT = 0.5
-_EARLY = 1000  # samples on which a share of broken images is judged at the least, in data that has them
+_EARLY = 1000  # the share of broken images is judged on at least so many samples, if the data has them
 
 
 @dataclass(frozen=True)
 class BatchMaker:
-    """Batch number to (batch, report); what the worker processes run."""
+    """Makes (batch, report) of a batch number. Worker processes call it.
+
+    Attributes:
+      data: the records.
+      processor: the model's processor.
+      plan: the plan of rows.
+      max_length: the most tokens of a sample.
+      start: epoch and row of batch 0.
+      last_epoch: the last epoch; None for an endless stream.
+      part: the rows of an update that this process builds, ascending.
+    """
 
     data: TrainingData
     processor: Processor
     plan: Plan
     max_length: int
-    start: tuple[int, int]  # epoch and row of batch 0
+    start: tuple[int, int]
     last_epoch: int | None
-    part: tuple[int, ...]  # of an update's rows, this process's, ascending
+    part: tuple[int, ...]
 
     def __call__(self, number: int) -> tuple[dict[str, np.ndarray], dict]:
+        """Makes a batch, and a report of its samples."""
         layout = self.plan.layout
         batch = examples.empty_batch(len(self.part), layout.row_length, layout.image_slots, self.processor.image_size)
         report = {"skipped": [], "records": [], "seen": 0, "truncated": 0, "surplus": 0, "unsupervised": 0}
@@ -47,14 +58,14 @@ class BatchMaker:
         return batch, report
 
     def rows(self, place: tuple[int, int]) -> Iterator[tuple[int, int, np.ndarray]]:
-        """Number, epoch and records of the rows that this process has of the update that begins at a place."""
+        """Yields number, epoch and records of this process's rows in the update that begins at (epoch, row) `place`."""
         here = {row: number for number, row in enumerate(self.part)}
         for row, (epoch, records) in enumerate(self.plan.take(*place, self.plan.layout.rows, self.last_epoch)):
             if row in here:
                 yield here[row], epoch, records
 
     def _sample(self, number: int, epoch: int, report: dict) -> tuple[examples.Example, np.ndarray] | None:
-        """A sample and its pixels; None where an image is broken, which is reported."""
+        """Returns a sample and its pixels; None if an image is broken, which is reported."""
         record = self.data.record(number)
         example = examples.tokenize(record, self.processor, self.max_length)
         measured = int(self.plan.lengths.tokens[number]), int(self.plan.lengths.images[number])
@@ -75,14 +86,22 @@ class BatchMaker:
 
 
 class Loader:
-    """An iterator over batches in row form (see `pipeline.examples`). Make one with `batches`.
+    """An iterator over batches in row form (see `pipeline.examples`). `batches` makes one.
+
+    Args:
+      make: makes batches by their number.
+      num_workers: processes that make batches; 0 uses a thread.
+      on_skip: called with each skipped sample.
+      skip_limit: the share of samples that may be skipped.
 
     Attributes:
-      skipped: samples that could not be used, as {"id", "epoch", "image", "reason"}: first the damaged records, once (epoch
-        and image None), then each whose image cannot be read as it is met. The other samples of a row move up.
+      skipped: samples that could not be used, as {"id", "epoch", "image", "reason"}: the damaged records first, once
+        (epoch and image None), then each sample with an image that cannot be read, when it occurs. The other samples of
+        a row move up.
       on_wait: called with the seconds for which a batch has been waited for (`workers.InOrder`).
-      truncated, surplus, unsupervised: samples so far that were cut, images that were left out, samples that teach nothing
-        (see `conversation.supervise`).
+      truncated: samples so far that were cut.
+      surplus: images so far that were left out.
+      unsupervised: samples so far without a supervised token (see `conversation.supervise`).
     """
 
     def __init__(self, make: BatchMaker, num_workers: int, on_skip: Callable[[dict], None] | None, skip_limit: float):
@@ -90,11 +109,11 @@ class Loader:
         self._place = make.start
         self._records = make.data.fingerprint()
         self.on_wait: Callable[[float], object] = lambda waited: None
-        self._running: list[workers.InOrder] = []  # the one iterator, once started
+        self._running: list[workers.InOrder] = []  # at most one iterator
         self.skipped: list[dict] = []
-        self._broken: set[int] = set()  # records of which an image was broken: ids may be equal
+        self._broken: set[int] = set()  # numbers of records with a broken image; ids may not be unique
         found = make.plan.lengths
-        self._is_known = (found.tokens == 0) | found.is_lossy  # bool [records]: those that are damaged, or lose an image
+        self._is_known = (found.tokens == 0) | found.is_lossy  # bool [records]: damaged, or losing an image
         self._seen = 0
         self._barren = 0  # rows since the last one with a supervised token
         self.truncated = self.surplus = self.unsupervised = 0
@@ -103,15 +122,17 @@ class Loader:
         return self
 
     def __next__(self) -> dict[str, np.ndarray]:
-        """The next batch.
+        """Returns the next batch.
 
         Raises:
-          UserError: too many samples had to be skipped, or a whole epoch of an endless stream had no supervised token; a worker died or
-            gives nothing (`workers.WorkerError`). Stopped: of `on_wait`.
+          UserError: too many samples had to be skipped, or a whole epoch of an endless stream had no supervised token;
+            or a worker died or does not respond (`workers.WorkerError`).
+          Stopped: `on_wait` raised it.
         """
         if not self._running:
             self._running.append(self._start())
-        if self._place == (0, 0) and 0 in self._make.part:  # a run that goes on has listed them before; one of several processes does
+        # A resumed run has listed them before; of several processes the one with row 0 lists them.
+        if self._place == (0, 0) and 0 in self._make.part:
             self._skip([{**entry, "epoch": None, "image": None} for entry in self._make.plan.lengths.damaged])
         self._running[0].on_wait = self.on_wait
         batch, report = next(self._running[0])
@@ -124,7 +145,7 @@ class Loader:
         self._broken.update(map(int, report["records"]))
         self._refuse_too_many()
         self._refuse_barren(batch)
-        # Out of the worker's shared memory, which would otherwise live as long as the last array made from it.
+        # Copies out of the worker's shared memory, which would otherwise live as long as the last array made from it.
         return {name: np.array(array) for name, array in batch.items()} if self._workers else batch
 
     def _skip(self, entries: list[dict]) -> None:
@@ -134,7 +155,7 @@ class Loader:
                 self._on_skip(entry)
 
     def _refuse_too_many(self) -> None:
-        """Of samples whose image is broken, alone and with those that were known to be damaged or to lose an image."""
+        """Raises UserError if too many samples have a broken image, alone or together with other unusable samples."""
         if not self._broken:
             return
         samples = len(self._make.plan.stream)
@@ -155,7 +176,7 @@ class Loader:
 
     def _refuse_barren(self, batch: dict[str, np.ndarray]) -> None:
         if len(batch["labels"]) < self._make.plan.layout.rows:
-            return  # what other processes have of it is not known
+            return  # the other processes' parts of the batch are unknown here
         is_barren = not (batch["labels"] != IGNORE).any()
         self._barren = self._barren + self._make.plan.layout.rows if is_barren else 0
         if self._make.last_epoch is None and self._barren and self._barren >= len(self._make.plan.rows(self._place[0])):
@@ -165,7 +186,7 @@ class Loader:
                             f"{why}")
 
     def state(self) -> dict:
-        """Where the stream stands after the batches that were handed out; JSON, and good for any number of workers."""
+        """Returns the position of the stream behind the returned batches, for any number of workers; JSON values."""
         epoch, row = self._place
         plan = self._make.plan
         return {"epoch": epoch, "row": row, "samples": len(plan.stream), "seed": plan.stream.seed,
@@ -173,12 +194,15 @@ class Loader:
                 "rows_an_update": plan.layout.rows, "rows": plan.fingerprint(), "records": self._records}
 
     def ids(self, state: dict) -> list:
-        """Ids of the samples in this process's part of the batch that follows `state`."""
+        """Returns the ids of the samples in this process's part of the batch that follows `state`."""
         rows = self._make.rows((state["epoch"], state["row"]))
         return [self._make.data.record(int(record))["id"] for _, _, records in rows for record in records]
 
     def restore(self, state: dict) -> None:
-        """Goes on from `state`. Raises UserError when it belongs to other data, another seed, or rows of another shape."""
+        """Resumes from `state`.
+
+        Raises UserError if it belongs to other data, another seed, or rows of another shape.
+        """
         for key, here in self.state().items():
             if key not in ("epoch", "row") and state.get(key) != here:
                 change = {"rows": "samples have other lengths", "records": "samples have other text or images"}.get(
@@ -190,7 +214,7 @@ class Loader:
         self._make = replace(self._make, start=self._place)
 
     def close(self) -> None:
-        """Ends the worker processes. They also end with this object, with the program, and when the program dies."""
+        """Ends the worker processes. They also end with this object, with the program, and if the program crashes."""
         while self._running:
             self._running.pop().close()
 
@@ -204,15 +228,16 @@ class Loader:
 
 
 def row_bytes(layout: Layout, image_size: int | None) -> int:
-    """Bytes of a row of a batch (`transforms.empty_batch`)."""
+    """Returns the bytes of a row of a batch (`examples.empty_batch`)."""
     return 4 * 4 * layout.row_length + 3 * (image_size or 0) ** 2 * layout.image_slots
 
 
 def _fitting(num_workers: int, size: int) -> int:
-    """As many workers as have room for their batches in shared memory; fewer are said."""
+    """Returns how many workers have room for their batches in shared memory; warns if not all of them have."""
     found = workers.fitting(num_workers, size)
     if found < num_workers:
-        who = f"{found} of {num_workers} data.workers are started" if found else "batches are made in a thread, without data.workers,"
+        who = (f"{found} of {num_workers} data.workers are started" if found
+               else "batches are made in a thread, without data.workers,")
         warn(f"{who} because {workers.SHARED} has {workers.free_bytes() / 1e6:.0f} MB free and a worker needs "
              f"{workers.HELD * size / 1e6:.0f} MB for batches of {size / 1e6:.1f} MB; docker run --shm-size=8g gives "
              "more")
@@ -222,17 +247,22 @@ def _fitting(num_workers: int, size: int) -> int:
 def batches(data: TrainingData, processor: Processor, plan: Plan, max_length: int, *, num_workers: int = 0,
             epochs: int | None = None, part: Sequence[int] | None = None,
             on_skip: Callable[[dict], None] | None = None, skip_limit: float = SKIP_LIMIT) -> Loader:
-    """Batches of training rows.
+    """Makes batches of training rows.
 
     Args:
       data: from `datasets.training.read_training`.
-      plan: of rows; its layout says how many an update has over all processes.
-      max_length: tokens a sample; longer ones are cut and counted. What the plan's lengths were measured with.
-      num_workers: processes that make batches; 0 makes them in a thread of this one. The batches are the same.
-      epochs: None goes on for ever; otherwise the last batch is filled up with rows of padding.
-      part: which of an update's rows, padding included, are made here, ascending; None: all.
-      on_skip: called with each skipped sample as it is met.
-      skip_limit: the share of samples that may have to be skipped for their images.
+      processor: the model's processor.
+      plan: of rows; its layout has the number of rows of an update over all processes.
+      max_length: tokens of a sample; longer samples are cut and counted. Equal to the `max_length` of the plan's
+        lengths.
+      num_workers: processes that make batches; 0 makes the same batches in a thread of this process.
+      epochs: None continues forever; otherwise the last batch is filled up with rows of padding.
+      part: the rows of an update, padding included, that are made here, ascending; None makes all.
+      on_skip: called with each skipped sample when it occurs.
+      skip_limit: the share of samples that may be skipped for their images.
+
+    Returns:
+      The loader.
     """
     part = range(plan.layout.rows + plan.layout.padding_rows) if part is None else part
     num_workers = _fitting(num_workers, len(part) * row_bytes(plan.layout, processor.image_size))

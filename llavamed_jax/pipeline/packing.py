@@ -1,9 +1,9 @@
-"""Which samples each row holds: the order of samples, rows packed by grain, and how many rows make an update.
+"""Plans which samples each row holds: the order of samples, rows packed by grain, and the number of rows of an update.
 
-The order is an endless sequence of epochs, each shuffled by (seed, epoch). The usable samples of an epoch are packed in this
-order, by their lengths alone, into rows of `row_length` positions and `image_slots` images; an epoch ends its last rows. So
-row r of epoch e is a function of (data, seed, e): any process can say what it holds, and where a run stands is two counts.
-Rows that are not packed are the same thing with one sample each.
+The order is an endless sequence of epochs, each shuffled by (seed, epoch). The usable samples of an epoch are packed in
+this order, by their lengths only, into rows of `row_length` positions and `image_slots` images; no row crosses the end
+of an epoch. So row r of epoch e is a function of (data, seed, e): any process can compute it, and the position of a run
+is two counts. Without packing, each row holds one sample.
 """
 
 from __future__ import annotations
@@ -24,39 +24,46 @@ from llavamed_jax.pipeline.lengths import LARGE, Lengths
 from llavamed_jax.utils.hashes import sha256
 
 ROW_LENGTHS = (8192, 4096, 2048)
-# Rows that grain fills at a time. With 64 instead, rows of 2,048 hold a fiftieth less, with more nothing changes.
+# Rows that grain fills at a time. With 64, rows of 2,048 positions hold 2 % less; more than 256 changes nothing.
 BINS = 256
 _TRIAL = 2048  # samples on which numbers of image slots are compared
-_TOLERANCE = 0.1  # of batch_size, that the samples an update really has may be off
+_TOLERANCE = 0.1  # how far the samples of an update may be from batch_size, relative to it
 
 
 @dataclass(frozen=True)
 class Stream:
     """The order of samples.
 
-    A source of weight 1.5 gives one and a half times its length an epoch: it is walked through again and again, newly
-    shuffled each time, so that every sample of it has been seen before one is seen twice.
+    A source of weight 1.5 gives one and a half times its length an epoch: it is traversed again and again, reshuffled
+    each time, so that every sample of it is seen before one is seen twice.
+
+    Attributes:
+      lengths: records of each source.
+      sizes: samples of each source an epoch.
+      seed: of the shuffling.
+      is_shuffled: whether samples are shuffled.
     """
 
-    lengths: tuple[int, ...]  # records of each source
-    sizes: tuple[int, ...]  # samples of each source an epoch
+    lengths: tuple[int, ...]
+    sizes: tuple[int, ...]
     seed: int
     is_shuffled: bool
 
     @classmethod
     def of(cls, data: TrainingData, seed: int, is_shuffled: bool = True) -> Stream:
+        """Makes the stream of a data set."""
         return cls(tuple(map(len, data.sources)), data.sizes, seed, is_shuffled)
 
     def __len__(self) -> int:
-        """Samples an epoch."""
+        """Returns the samples an epoch."""
         return sum(self.sizes)
 
     def weights(self) -> np.ndarray:
-        """Samples an epoch that each record stands for, float64 [records], numbered through all sources."""
+        """Returns the samples an epoch of each record, float64 [records], numbered through all sources."""
         return np.repeat(np.divide(self.sizes, self.lengths), self.lengths)
 
     def order(self, epoch: int) -> np.ndarray:
-        """The records of an epoch in order, int32 [samples], numbered through all sources."""
+        """Returns the records of an epoch in order, int32 [samples], numbered through all sources."""
         return np.fromiter((self._record(epoch, slot) for slot in range(len(self))), np.int32, len(self))
 
     def _record(self, epoch: int, slot: int) -> int:
@@ -73,7 +80,7 @@ class Stream:
 
 
 def _shuffle(index: int, length: int, *key: int) -> int:
-    """The place of `index` in a permutation of `length` that `key` names."""
+    """Returns the place of `index` in the permutation of `length` elements that `key` selects."""
     return index_shuffle(index, max_index=length - 1, seed=_seed(*key), rounds=4)
 
 
@@ -87,7 +94,12 @@ def _seed(*key: int) -> int:
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of an epoch: `records` int32 [samples], row by row, and where each row of them ends, int32 [rows]."""
+    """The rows of an epoch.
+
+    Attributes:
+      records: int32 [samples], row by row.
+      ends: int32 [rows], the end of each row in `records`.
+    """
 
     records: np.ndarray
     ends: np.ndarray
@@ -101,13 +113,19 @@ class Rows:
 
 def pack(tokens: np.ndarray, images: np.ndarray, row_length: int, image_slots: int,
          seed: int | None = None) -> list[list[int]]:
-    """Rows of samples by grain's best-fit packer: for each row, which of the samples stand in it, in order.
+    """Packs samples into rows with grain's best-fit packer.
 
-    grain is given empty arrays of the samples' sizes, which it places as it would place the tokens and images themselves.
+    grain gets empty arrays of the samples' sizes and places them as it would place the tokens and images themselves.
 
     Args:
-      tokens, images: int [samples], each at most `row_length` and `image_slots`.
-      seed: rows are shuffled by it, for the last of those filled together are the emptiest; None leaves them in order.
+      tokens: int [samples], at most `row_length` each.
+      images: int [samples], at most `image_slots` each.
+      row_length: positions of a row.
+      image_slots: images of a row.
+      seed: shuffles the rows, since the packer leaves the emptiest rows last; None does not shuffle them.
+
+    Returns:
+      For each row the indices of its samples, in order.
     """
     positions, slots = np.zeros(row_length, np.bool_), np.zeros(image_slots, np.bool_)
     element = lambda i: dict(tokens=positions[:tokens[i]], images=slots[:images[i]], sample=i)
@@ -127,9 +145,11 @@ class Layout:
     """The shape of a run's rows.
 
     Attributes:
-      row_length: positions T of a row; image_slots: images I that a row has room for.
-      rows: of an update, over all processes; `padding_rows` empty ones follow them, where a mesh asks for more.
+      row_length: T, positions of a row.
+      image_slots: I, images that a row has room for.
+      rows: rows of an update, over all processes.
       is_packed: whether rows hold several samples.
+      padding_rows: empty rows behind the rows of an update, if the mesh needs them.
     """
 
     row_length: int
@@ -140,10 +160,17 @@ class Layout:
 
 
 class Plan:
-    """What each row of a run holds. Rows of an epoch are planned when they are first asked for, or read from `cache`."""
+    """The contents of each row of a run. The rows of an epoch are planned on first use, or read from `cache`.
+
+    Args:
+      stream: the order of samples.
+      lengths: the lengths of all records.
+      layout: the shape of the rows.
+      cache: a folder for the rows of large data; None caches nothing.
+    """
 
     def __init__(self, stream: Stream, lengths: Lengths, layout: Layout, cache: Path | None = None):
-        """Raises UserError where no sample can be used, for then there is no row."""
+        """Raises UserError if no sample can be used."""
         if not lengths.usable:
             reason = f"; the first: {lengths.damaged[0]['reason']}" if lengths.damaged else ""
             raise UserError(f"none of the {len(lengths.tokens)} samples can be used{reason}")
@@ -152,24 +179,28 @@ class Plan:
         self._known: dict[int, Rows] = {}
 
     def fingerprint(self) -> str:
-        """Names the plan: what it follows from, in short."""
+        """Returns a hash of everything that the plan depends on."""
         layout = (self.layout.row_length, self.layout.image_slots, self.layout.is_packed, BINS)
         arrays = self.lengths.tokens.tobytes() + self.lengths.images.tobytes()
         return sha256(repr((self.stream, layout)).encode() + arrays)[:24]
 
     def rows(self, epoch: int) -> Rows:
+        """Returns the rows of an epoch."""
         if epoch not in self._known:
-            if sum(len(rows.records) for rows in self._known.values()) > 2**22:  # a small run's epochs are all kept
+            if sum(len(rows.records) for rows in self._known.values()) > 2**22:  # all epochs of a small run stay
                 self._known.clear()
             self._known[epoch] = self._kept(epoch)
         return self._known[epoch]
 
     def num_updates(self, epochs: int) -> int:
-        """Updates of so many epochs: the whole ones of each, at least one, as HF's Trainer counts them (spec 4.1)."""
+        """Returns the number of updates of `epochs` epochs.
+
+        These are the whole updates of each epoch, at least one, as HF's Trainer counts them (spec 4.1).
+        """
         return sum(max(1, len(self.rows(epoch)) // self.layout.rows) for epoch in range(epochs))
 
     def walk(self, epoch: int, row: int, count: int, last_epoch: int | None = None) -> tuple[int, int]:
-        """The place `count` rows after (epoch, row), at most the end of `last_epoch`."""
+        """Returns the place `count` rows after (epoch, row), at most the end of `last_epoch`."""
         row += count
         while row and (last_epoch is None or epoch <= last_epoch) and row >= len(self.rows(epoch)):
             row -= len(self.rows(epoch))
@@ -177,7 +208,7 @@ class Plan:
         return (epoch, row) if last_epoch is None or epoch <= last_epoch else (last_epoch + 1, 0)
 
     def take(self, epoch: int, row: int, count: int, last_epoch: int | None = None) -> Iterator[tuple[int, np.ndarray]]:
-        """Epoch and records of `count` rows from (epoch, row) on; fewer where `last_epoch` ends."""
+        """Yields epoch and records of `count` rows from (epoch, row) on; fewer if `last_epoch` ends before."""
         for _ in range(count):
             while (last_epoch is None or epoch <= last_epoch) and row >= len(self.rows(epoch)):
                 epoch, row = epoch + 1, row - len(self.rows(epoch))
@@ -212,11 +243,13 @@ class Plan:
 
 @dataclass(frozen=True)
 class Update:
-    """How many rows make an update of about `batch_size` samples.
+    """The rows of an update of about `batch_size` samples.
 
     Attributes:
-      samples: that rows without padding would hold.
-      fitting: the batch size that the rows would be right for, where `batch_size` is more than a tenth off; else None.
+      row_length: positions of a row.
+      rows: number of rows.
+      samples: the samples that the rows would hold without padding.
+      fitting: a batch size that fits the rows, if `batch_size` differs from `samples` by more than a tenth; else None.
     """
 
     row_length: int
@@ -226,21 +259,30 @@ class Update:
 
 
 def rows_an_update(batch_size: int, mean_length: float, multiple: int, row_length: int = 0, longest: int = 0) -> Update:
-    """Rows an update: the multiple nearest to what `batch_size` samples of the mean length fill, at least one.
+    """Returns the rows of an update.
+
+    Their number is the multiple of `multiple`, at least one, nearest to what `batch_size` samples of the mean length
+    fill.
 
     Args:
+      batch_size: samples of an update.
+      mean_length: mean number of tokens of a sample.
       multiple: data x fsdp x micro_batches, which share the rows evenly.
-      row_length: positions a row; 0 picks the longest of `ROW_LENGTHS` whose rows hold `batch_size` samples to a tenth,
-        and the shortest where none does.
+      row_length: positions of a row; 0 selects the longest of `ROW_LENGTHS` with which an update has `batch_size`
+        samples to a tenth, or the shortest if there is no such length.
       longest: tokens of the longest sample, which must fit a row.
+
+    Returns:
+      The rows.
+
     Raises:
-      UsageError: a row length that the longest sample does not fit.
+      UsageError: the longest sample does not fit the row length.
     """
     if row_length and row_length < longest:
         raise UsageError(f"the config key 'data.row_length' is {row_length}; the longest sample has {longest} tokens, "
                          "so at least that was expected")
-    choices = [row_length] if row_length else [length for length in ROW_LENGTHS
-                                               if length >= longest] or [-(-longest // 128) * 128]
+    choices = ([row_length] if row_length
+               else [length for length in ROW_LENGTHS if length >= longest] or [-(-longest // 128) * 128])
     for length in choices:
         rows = max(1, int(batch_size * mean_length / length / multiple + 0.5)) * multiple
         samples = rows * length / mean_length
@@ -250,13 +292,19 @@ def rows_an_update(batch_size: int, mean_length: float, multiple: int, row_lengt
 
 
 def choose_image_slots(stream: Stream, lengths: Lengths, row_length: int, image_cost: float) -> int:
-    """Images a row has room for: the number with the least work, tried on the first samples of the run.
+    """Returns the number of image slots of a row that needs the least work, tried on the first samples of the run.
 
-    The tower encodes every slot, also an empty one, and a row may be full of images before it is full of tokens. So the work
-    of a number of slots is rows x (row_length + slots x image_cost), where the rows are those that grain needs.
+    The tower encodes every slot, even an empty one, and a row may run out of slots before it is full of tokens. The
+    work of a number of slots is rows x (row_length + slots x image_cost), with the number of rows that grain needs.
 
     Args:
+      stream: the order of samples.
+      lengths: the lengths of all records.
+      row_length: positions of a row.
       image_cost: the tower's work for one image, in tokens of the decoder.
+
+    Returns:
+      I; 0 for data without images.
     """
     least = lengths.max_images
     if not least:

@@ -1,4 +1,7 @@
-"""Work by number in grain's worker processes, which end when the program does. One that dies or gives nothing is named."""
+"""Computes results by number, in order, in grain's worker processes, which end when the program does.
+
+An error names the worker that died or does not respond.
+"""
 
 from __future__ import annotations
 
@@ -21,29 +24,31 @@ from absl import flags
 from llavamed_jax.errors import UserError, cut, warn
 from llavamed_jax.utils import signals, terminal, worker_notes
 
-WARN_S = 60.0  # without a result until the worker is named, and again after twice as long
-GIVE_UP_S = 1800.0  # until the work is given up
-HELD = 4  # results a worker, in its queue and in the threads that hand them on (grain 0.2.18), and one that is used
+WARN_S = 60.0  # without a result until a warning names the worker; doubles with each warning
+GIVE_UP_S = 1800.0  # timeout of a result
+HELD = 4  # results of a worker in memory: in its queue, in grain 0.2.18's threads, and the one in use
 SHARED = "/dev/shm"
 _POLL_S = 0.2
-_DEAD_S = 3.0  # in which what a worker had finished before it died still comes
-_CLOSE_S = 5.0  # for workers to end by themselves
+_DEAD_S = 3.0  # the results that a worker finished before it died arrive within this time
+_CLOSE_S = 5.0  # workers may take so long to exit by themselves
 _PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
 class WorkerError(UserError):
-    """A worker died, or has given nothing for `GIVE_UP_S`."""
+    """A worker died, or has not responded for `GIVE_UP_S`."""
 
 
 class InOrder(Iterator):
-    """make(0), …, make(count - 1), made ahead in worker processes, or in a thread of this one. Close it to end them.
+    """An iterator over make(0), …, make(count - 1), made ahead in worker processes or in a thread. `close` ends them.
 
     Args:
-      make: is pickled to the workers.
-      workers: processes; 0 makes them in a thread.
+      make: makes a result of its number; it is pickled to the workers.
+      count: the number of results.
+      workers: processes; 0 uses a thread.
+
     Attributes:
-      on_wait: called with the seconds for which a result has been waited for. It may raise: `signals.Stopped`, or TimeoutError, of
-        which a WorkerError that names the worker is made. The iterator is of no further use then.
+      on_wait: called with the seconds for which a result has been waited for. It may raise `signals.Stopped`, or
+        TimeoutError, which is converted to a WorkerError that names the worker. The iterator cannot be used afterwards.
     """
 
     def __init__(self, make: Callable[[int], dict], count: int, workers: int):
@@ -56,14 +61,16 @@ class InOrder(Iterator):
         self._thread = threading.Thread(target=_run, args=(dataset, self._wanted, self._made), name="loader",
                                         daemon=True)
         self._thread.start()
-        # Ends the workers with this object or, before modules are torn down (grain's destructors need them), with the program.
+        # Ends the workers with this object or, at exit, before modules are torn down: grain's destructors need them.
         self._end = weakref.finalize(self, _end, self._thread, self._wanted, self._shared)
 
     def __next__(self) -> Any:
-        """The next result.
+        """Returns the next result.
 
         Raises:
-          WorkerError: a worker died or gives nothing. Stopped. What `make` raised.
+          WorkerError: a worker died or does not respond.
+          Stopped: `on_wait` raised it.
+          Exception: `make` raised it.
         """
         self._wanted.put(True)
         begun, warn_after = time.monotonic(), WARN_S
@@ -90,7 +97,7 @@ class InOrder(Iterator):
         return result
 
     def close(self) -> None:
-        """Ends the workers: by themselves, or by SIGKILL where they are stuck or take long."""
+        """Ends the workers: they exit by themselves, or get SIGKILL if they are stuck or take long."""
         self._end()
 
     def _obey(self, waited: float) -> None:
@@ -111,30 +118,39 @@ class InOrder(Iterator):
             raise WorkerError(f"loader worker {worker} of {self._shared.count} (process {pid}) {_how(code)}")
 
     def _waited_for(self, seconds: float) -> str:
-        """Who gives nothing, for how long, and what it reads. Workers take turns."""
+        """Returns a sentence: which worker does not respond, for how long, and the file that it reads.
+
+        Workers take turns.
+        """
         worker = self._taken % self._shared.count if self._shared.count else None
         pid, text = (None, worker_notes.here()) if worker is None else self._shared.note(worker)
-        who = "the loader" if worker is None else f"loader worker {worker} of {self._shared.count}" + (f" (process {pid})" if pid else "")
+        who = ("the loader" if worker is None
+               else f"loader worker {worker} of {self._shared.count}" + (f" (process {pid})" if pid else ""))
         return f"{who} has given nothing for {seconds:.0f} s" + (f" and reads {cut(text, 300)}" if text else "")
 
 
 def in_order(make: Callable[[int], dict], count: int, workers: int) -> InOrder:
-    """An iterator over make(0), …, make(count - 1), made ahead; close it to end the processes (`InOrder`)."""
+    """Returns an iterator over make(0), …, make(count - 1), made ahead; its `close` ends the processes (`InOrder`)."""
     return InOrder(make, count, workers)
 
 
 def fitting(workers: int, size: int, folder: str = SHARED) -> int:
-    """How many of some workers may start, so that what they hold at a time has room in shared memory.
+    """Returns how many of `workers` processes may start so that their results fit into shared memory.
 
     Args:
+      workers: the requested number of processes.
       size: bytes of a result.
+      folder: the file system of shared memory.
+
+    Returns:
+      The number of processes.
     """
     free = free_bytes(folder)
     return workers if free is None else max(0, min(workers, (free // max(size, 1) - 1) // HELD))
 
 
 def free_bytes(folder: str = SHARED) -> int | None:
-    """Room in shared memory; None where that is no folder."""
+    """Returns the free bytes of shared memory; None if there is no such folder."""
     try:
         found = os.statvfs(folder)
     except OSError:
@@ -143,7 +159,7 @@ def free_bytes(folder: str = SHARED) -> int | None:
 
 
 def _dataset(make: Callable, count: int, workers: int, path: str) -> grain.IterDataset:
-    # One thread each: tokenising holds the interpreter's lock, and a second batch in the making costs its memory.
+    # One thread a worker: tokenising holds the interpreter's lock, and a second batch in progress costs memory.
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1 if workers else 2)
     dataset = grain.MapDataset.range(count).map(make).to_iter_dataset(options)
     if workers:
@@ -155,10 +171,10 @@ def _dataset(make: Callable, count: int, workers: int, path: str) -> grain.IterD
 
 
 def _run(dataset: grain.IterDataset, wanted: queue.SimpleQueue, made: queue.SimpleQueue) -> None:
-    """The thread in which grain works: a wait of its own cannot be interrupted.
+    """Runs grain in a thread, since its waits cannot be interrupted.
 
-    Signals are blocked in it, and so in the threads and processes that it starts: a Ctrl-C and a scheduler's SIGTERM reach the whole
-    process group, and the command still wants batches until it has saved.
+    Signals are blocked in the thread, and so in the threads and processes that it starts: Ctrl-C and a scheduler's
+    SIGTERM reach the whole process group, and the command still needs batches until it has saved.
     """
     signals.block_here()
     _start_tracker()
@@ -168,14 +184,14 @@ def _run(dataset: grain.IterDataset, wanted: queue.SimpleQueue, made: queue.Simp
         try:
             iterator = iter(dataset) if iterator is None else iterator
             made.put((next(iterator), None))
-        except BaseException as error:  # whoever waits gets it, StopIteration too
+        except BaseException as error:  # the waiting thread gets it, StopIteration too
             made.put((None, error))
     if iterator is not None:
         iterator.close()
 
 
 def _start_tracker() -> None:
-    """Starts Python's resource tracker, which removes the shared memory of processes that were killed, and does so in silence."""
+    """Starts Python's resource tracker, which removes the shared memory of killed processes, without its warnings."""
     sys.warnoptions.append("ignore:resource_tracker:UserWarning")
     try:
         resource_tracker.ensure_running()
@@ -187,7 +203,7 @@ def _end(thread: threading.Thread, wanted: queue.SimpleQueue, shared: worker_not
     wanted.put(False)
     if not shared.is_stuck:
         thread.join(_CLOSE_S)
-    if thread.is_alive() and shared.count:  # without processes it waits for a disk, and is left to it
+    if thread.is_alive() and shared.count:  # without processes the thread waits for a disk and cannot be ended
         shared.kill()
         thread.join(_CLOSE_S)
     if not thread.is_alive():
@@ -195,18 +211,19 @@ def _end(thread: threading.Thread, wanted: queue.SimpleQueue, shared: worker_not
 
 
 def _begin(path: str, worker: int, num_workers: int) -> None:
-    """Run first in each worker process: what it prints is cleaned, and it ends when its parent does.
+    """Initialises a worker process: its output is cleaned, and it exits when its parent does.
 
-    When the parent is gone, however it went, grain's own worker would wait for ever. Shared memory that was on its way is
-    then removed by Python's resource tracker, a process of its own that ends after the last of them. A worker that is stopped (SIGSTOP)
-    can look for nobody: on Linux the kernel ends it.
+    grain's own worker would wait forever after its parent is gone. Python's resource tracker, a separate process that
+    exits after the last worker, then removes shared memory that was in transit. A stopped worker (SIGSTOP) cannot check
+    its parent: on Linux the kernel ends it.
     """
     def watch(parent):
         parent.join()
         os._exit(1)
 
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # with the thread that started it: the loader, which ends the last
+        # The kernel acts when the thread that started the worker ends: the loader's, which ends last.
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     terminal.install()
     worker_notes.begin(path, worker)
     if (parent := parent_process()) is not None:
@@ -214,12 +231,13 @@ def _begin(path: str, worker: int, num_workers: int) -> None:
 
 
 def _how(code: int) -> str:
-    """How a worker ended, by its exit code, and what helps."""
+    """Describes how a worker ended, by its exit code, with a remedy."""
     if code > 0:
         return f"ended with exit status {code}"
     name = signal.Signals(-code).name
     if code == -signal.SIGKILL:
-        return f"was ended by {name}, which the system sends where memory runs out; fewer data.workers and a smaller batch_size take less"
+        return (f"was ended by {name}, which the system sends where memory runs out; fewer data.workers and a smaller "
+                "batch_size take less")
     if code == -signal.SIGBUS:
         return (f"was ended by {name}, which the system sends where {SHARED} is full ({(free_bytes() or 0) / 1e6:.0f} "
                 "MB are free now): fewer data.workers take less of it, and docker run --shm-size=8g gives more")
