@@ -1,4 +1,4 @@
-"""The readers of data sets. A data set is one file and one line here; `registry.DataSet` says what it tells of itself."""
+"""Reads data sets. A data set is one file, which makes a `registry.DataSet`, and one line here, which registers it."""
 
 from llavamed_jax.datasets import captions, choices, hub_rows, llava_med, pathvqa, slake, vqa_rad
 from llavamed_jax.datasets.registry import register

@@ -1,7 +1,7 @@
-"""Captions and reports: an image and the text that a model is to come near to.
+"""Reads images with reference captions or reports.
 
-JSON or JSON lines of `{id, image, caption}`, where the text may also be called `report` or `reference`; or a LLaVA file, whose
-answers are the texts.
+The file is JSON or JSON lines of `{id, image, caption}`; the text may also be called `report` or `reference`. Or it is
+a LLaVA file whose answers are the reference texts.
 """
 
 from __future__ import annotations
@@ -14,22 +14,25 @@ from llavamed_jax.datasets.registry import DataSet, Selection
 from llavamed_jax.datasets.rows import Row, read_split
 from llavamed_jax.datasets.sample import CAPTION, VqaSample
 
-REFERENCES = ("reference", "report", "caption")  # what a row may call its text
+REFERENCES = ("reference", "report", "caption")  # possible keys of the text
 INSTRUCTION = "Describe what this image shows."
 
 
-def read_captions(root: str | Path, split: str = "test", images: str | Path | None = None, question: str = INSTRUCTION) -> list[VqaSample]:
-    """One sample an image; `answer` is its reference text.
+def read_captions(root: str | Path, split: str = "test", images: str | Path | None = None,
+                  question: str = INSTRUCTION) -> list[VqaSample]:
+    """Reads one sample for each image; `answer` is the reference text.
 
     Args:
       root: the file, or a folder with `train.json`, `validation.json`, `test.json` (or `.jsonl`).
-      split: which of them, where `root` is a folder.
-      images: the folder of the images; the file's own where it is not given.
-      question: what is asked about every image. Empty asks what a LLaVA file asks of its own.
+      split: the split to read, if `root` is a folder.
+      images: the folder of the images; None means the folder of the file.
+      question: the question about every image; "" uses the questions of a LLaVA file.
+
     Raises:
-      UserError: a file or an image that is missing, a row that lacks a field, no question, an unknown split.
+      UserError: a file or an image is missing, a row lacks a field, there is no question, or the split is unknown.
     """
-    return read_split(root, split, "captions", images, lambda row, folder, index: _sample(row, folder, index, question.strip()))
+    return read_split(root, split, "captions", images,
+                      lambda row, folder, index: _sample(row, folder, index, question.strip()))
 
 
 def _sample(row: Row, images: Path, index: int, question: str) -> VqaSample:
@@ -51,7 +54,7 @@ def _read(selected: Selection) -> list[VqaSample]:
 
 
 def _is_row(keys: Set[str]) -> bool:
-    """A text beside a question and its answer is no caption to be written."""
+    """Returns whether a row has a reference text. In a row with question and answer, such a text is only context."""
     return not keys.isdisjoint(REFERENCES) and keys.isdisjoint(("question", "answer"))
 
 

@@ -1,6 +1,7 @@
-"""Multiple choice about images: JSON or JSON lines of `{id, image, question, options, answer}`.
+"""Reads multiple-choice questions about images: JSON or JSON lines of `{id, image, question, options, answer}`.
 
-`docs/data.md` says how public sets (PMC-VQA, OmniMedVQA, MedXpertQA, MMMU) are written so. The prompt of all of them is made here.
+`docs/data.md` says how to convert public sets (PMC-VQA, OmniMedVQA, MedXpertQA, MMMU) to this form. All of them use the
+prompt of this file.
 """
 
 from __future__ import annotations
@@ -16,30 +17,35 @@ INSTRUCTION = "Answer with the letter of the right option."
 
 
 def prompt(question: str, options: Sequence[str]) -> str:
-    """What is asked: the question, then an option a line as "A. …", then the instruction to answer with the letter."""
+    """Returns the prompt: the question, then one option a line as "A. …", then the instruction."""
     lines = [f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False)]
     return "\n".join([question, *lines, INSTRUCTION])
 
 
 def read_choices(root: str | Path, split: str = "test", images: str | Path | None = None) -> list[VqaSample]:
-    """Questions with options. `VqaSample.question` is the whole prompt, `answer` the text of the right option.
+    """Reads multiple-choice questions. `VqaSample.question` is the prompt, `answer` the text of the right option.
 
-    `options` is a list of texts, or an object of letter and text, from A on. `answer` is a letter or the text of an option; what
-    is both, of two different options, is refused. `question_type`, `organ` and `modality` may be there.
+    In the file, `options` is a list of texts, or an object that maps letters, from A on, to texts. `answer` is a letter
+    or the text of an option; an answer that is the letter of one option and the text of another raises an error. A row
+    may have `question_type`, `organ` and `modality`.
 
     Args:
       root: the file, or a folder with `train.json`, `validation.json`, `test.json` (or `.jsonl`).
-      split: which of them, where `root` is a folder.
-      images: the folder of the images; the file's own where it is not given.
+      split: the split to read, if `root` is a folder.
+      images: the folder of the images; None means the folder of the file.
+
     Raises:
-      UserError: a file or an image that is missing, a row that lacks a field or whose answer is no option, an unknown split.
+      UserError: a file or an image is missing, a row lacks a field, an answer is not an option, or the split is
+        unknown.
     """
     return read_split(root, split, "choices", images, _sample)
 
 
 def _sample(row: Row, images: Path, index: int) -> VqaSample:
-    identity, image, question, options = row.identity("id", "question_id"), row.image("image", images), row.words("question"), _options(row)
-    return VqaSample(identity, image, prompt(question, options), _answer(row, options), CHOICE, **row.fields(), options=options)
+    identity, image, question, options = (
+        row.identity("id", "question_id"), row.image("image", images), row.words("question"), _options(row))
+    return VqaSample(identity, image, prompt(question, options), _answer(row, options), CHOICE, **row.fields(),
+                     options=options)
 
 
 def _options(row: Row) -> tuple[str, ...]:
@@ -48,15 +54,17 @@ def _options(row: Row) -> tuple[str, ...]:
     if isinstance(options, dict):
         letters = sorted(map(str, options))
         if letters != list(LETTERS[:len(letters)]):
-            raise row.error(f"has the options {', '.join(letters)[:80]}; letters from A on, none left out, were expected")
+            raise row.error(f"has the options {', '.join(letters)[:80]}; letters from A on, none left out, were "
+                            "expected")
         options = [options[letter] for letter in letters]
     if not isinstance(options, list) or not 2 <= len(options) <= len(LETTERS):
-        raise row.error(f"has {len(options)} options; {wanted}" if isinstance(options, list) else f"has no list of options; {wanted}")
+        raise row.error(f"has {len(options)} options; {wanted}" if isinstance(options, list)
+                        else f"has no list of options; {wanted}")
     return tuple(Row({"option": option}, row.name, "choices").words("option") for option in options)
 
 
 def _answer(row: Row, options: Sequence[str]) -> str:
-    """The text of the right option."""
+    """Returns the text of the right option."""
     answer = row.words("answer")
     letter = LETTERS.find(answer.upper()) if len(answer) == 1 else -1
     by_letter = options[letter] if 0 <= letter < len(options) else None
@@ -66,7 +74,8 @@ def _answer(row: Row, options: Sequence[str]) -> str:
                         "options that are single letters in another order cannot be told apart")
     right = by_letter or by_text
     if right is None:
-        raise row.error(f"has the answer {answer[:80]!r}; a letter up to {LETTERS[len(options) - 1]} or an option's text was expected")
+        raise row.error(f"has the answer {answer[:80]!r}; a letter up to {LETTERS[len(options) - 1]} or an option's "
+                        "text was expected")
     if options.count(right) > 1:
         raise row.error(f"has its right option {right[:80]!r} {options.count(right)} times; once was expected")
     return right

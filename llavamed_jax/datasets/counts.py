@@ -1,4 +1,4 @@
-"""How many questions were read, beside how many the whole data set has."""
+"""Compares the number of questions that were read with the published numbers of a data set."""
 
 from __future__ import annotations
 
@@ -12,13 +12,15 @@ _COUNTED = {OPEN: "open", CLOSED: "closed", CHOICE: "multiple choice", CAPTION: 
 
 
 def describe(samples: Sequence[VqaSample], name: str, split: str, variant: str = "") -> str:
-    """One line with the counts of `samples`, and whether they are the published ones (a cut of a set has fewer).
+    """Returns one line with the counts of `samples`, and whether they equal the published ones.
 
-    Files in LLaVA-Med's format say whose counts they have, where they have those of one of its four sets.
+    For a file in LLaVA-Med's format, the line names the data set with the same counts, if there is one.
 
     Args:
-      name: a name of `registry.SETS`.
-      split, variant: a key of its `published`; the variant is VQA-RAD's protocol, SLAKE's language or PathVQA's form.
+      samples: the questions.
+      name: a name in `registry.SETS`.
+      split: the split.
+      variant: VQA-RAD's protocol, SLAKE's language or PathVQA's form; `(split, variant)` is a key of `published`.
     """
     kinds = Counter(sample.answer_type for sample in samples)
     images = first_names(sample.image for sample in samples)

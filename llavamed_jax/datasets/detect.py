@@ -1,7 +1,7 @@
-"""Which data set lies at a place, by what lies there and by the keys of its first row.
+"""Recognises the data set in a folder or file, by its files and by the keys of its first row.
 
-It picks the reader of training data, and says in an error what a wrong folder looks like. What several sets have in common names
-none of them: parquet files of images, questions and answers are `parquet`, until something says whose they are.
+This selects the reader of training data, and lets errors say what a wrong folder looks like. Parquet files of images,
+questions and answers are called `parquet`, unless a sign shows which set they belong to.
 """
 
 from __future__ import annotations
@@ -19,39 +19,55 @@ from llavamed_jax.datasets.registry import SETS, SPLITS, DataSet
 from llavamed_jax.errors import UserError
 
 _NAMES = {"train": ("train",), "validation": ("validation", "validate", "val"), "test": ("test",)}
-_MOST_FOLDERS = 50  # that are looked into where the one that was named holds nothing
+_MOST_FOLDERS = 50  # subfolders that are searched if the named folder contains no data set
 
 
 def split_files(root: Path, split: str) -> Iterable[Path]:
-    """What the file of a split may be called, JSON or JSON lines; validation has three names in the field."""
+    """Returns the possible files of a split, JSON or JSON lines; three names for the validation split are in use."""
     return (root / f"{name}.{suffix}" for name in _NAMES[split] for suffix in ("json", "jsonl"))
 
 
 def split_file(root: Path, split: str, name: str) -> Path:
-    """The file of a split: `root` itself where it is a file. Raises UserError that says what `root` looks like instead."""
+    """Returns the file of a split; `root` itself if it is a file.
+
+    Args:
+      root: the folder or file.
+      split: the split.
+      name: the expected data set, for the error.
+
+    Raises:
+      UserError: there is no such file. The error says what `root` looks like instead.
+    """
     if os.path.exists(root) and not root.is_dir():
         return root
     file = next(filter(Path.is_file, split_files(root, split)), None)
     if file is None:
-        raise UserError(f"the data file {root / f'{split}.json'} does not exist{hint(root, name) or _other_splits(root)}")
+        raise UserError(f"the data file {root / f'{split}.json'} does not exist"
+                        f"{hint(root, name) or _other_splits(root)}")
     return file
 
 
 def _other_splits(root: Path) -> str:
-    """The end of an error about a split that a set does not have: those that it has."""
+    """Returns the end of an error about a missing split: it lists the splits that exist."""
     found = [split for split in SPLITS if any(map(Path.is_file, split_files(root, split)))]
     return f"; {root} has {' and '.join(found)}: data.split" if found else ""
 
 
 def parquet_files(root: Path, split: str = "") -> list[Path]:
-    """Parquet files in a folder or in its `data/`, as the hub names them: `test-00000-of-00003.parquet`."""
+    """Returns the parquet files in a folder and its `data/`, with the hub's names: `test-00000-of-00003.parquet`.
+
+    Args:
+      root: the folder.
+      split: the split; "" returns the files of all splits.
+    """
     names = _NAMES[split] if split else [name for names in _NAMES.values() for name in names]
-    return sorted({file for folder in (root, root / "data") for name in names for pattern in (f"{name}.parquet", f"{name}-*.parquet")
+    return sorted({file for folder in (root, root / "data") for name in names
+                   for pattern in (f"{name}.parquet", f"{name}-*.parquet")
                    for file in folder.glob(pattern)})
 
 
 def layout_of(path: Path) -> str | None:
-    """The name of the data set at a place, as `data.name` has it; None where there is none that is known."""
+    """Returns the name of the data set in a folder or file, as for `data.name`; None if no known set is there."""
     certain = next((each.name for each in SETS.values() if each.is_at(path)), None)
     if certain is not None:
         return certain
@@ -65,7 +81,10 @@ def layout_of(path: Path) -> str | None:
 
 
 def layout_of_row(row: Any) -> str | None:
-    """The same by the keys of a row. A row with conversations is a LLaVA record, whatever else it has."""
+    """Returns the name of the data set that a row with these keys belongs to; None for an unknown row.
+
+    A row with conversations is a LLaVA record, whatever other keys it has.
+    """
     keys = row.keys() if isinstance(row, dict) else frozenset()
     in_order = sorted(SETS.values(), key=lambda each: not each.is_conversations)
     return next((each.name for each in in_order if each.is_row(keys)), None)
@@ -75,10 +94,11 @@ _ENOUGH_COLUMNS = 2
 
 
 def named_by_parquet(root: Path) -> str | None:
-    """The set whose parquet files lie in a folder; None where nothing says it, or two things say two.
+    """Returns the data set of the parquet files in a folder; None if there is no sign, or signs of two sets.
 
-    A sign is the title of a dataset card beside the files, the folder's name in the hub's cache, as many rows in each of its splits
-    as the set has, or two columns that no other set has. Columns image, question and answer are none.
+    Signs are the title of a dataset card beside the files, the name of the folder in the hub's cache, numbers of rows
+    that all splits of the set may have, and two columns that only this set has. The columns image, question and answer
+    are not signs.
     """
     found = set(_titles(root))
     counts: dict[str, int] = {}
@@ -96,7 +116,7 @@ def named_by_parquet(root: Path) -> str | None:
 
 
 def set_at(root: Path, name: str) -> str:
-    """What the questions at a place may be called: `name`, but `parquet` where nothing says whose parquet files they are."""
+    """Returns the name for the questions at `root`: `name`, or `parquet` for parquet files without a sign of that set."""
     name_at = SETS[name].name_at if name in SETS else None
     return name_at(root) if name_at else name
 
@@ -106,7 +126,10 @@ def _on_the_hub() -> list[DataSet]:
 
 
 def _titles(root: Path) -> Iterator[str]:
-    """The sets that a dataset card (`README.md`: its `pretty_name` and headings) or the folder of the hub's cache names."""
+    """Yields the sets that a dataset card or the folder of the hub's cache names.
+
+    Of the card, `README.md`, only `pretty_name` and the headings count.
+    """
     lines = [part for part in root.absolute().parts if part.startswith("datasets--")]
     for card in (root / "README.md", root.parent / "README.md" if root.name == "data" else root / "README.md"):
         with contextlib.suppress(OSError, UnicodeDecodeError):
@@ -118,8 +141,11 @@ def _titles(root: Path) -> Iterator[str]:
 
 
 def hint(path: Path, name: str) -> str:
-    """The end of an error about a place that does not hold the set `name`: which other set it looks like, or where one lies."""
-    with contextlib.suppress(OSError):  # a folder that may not be looked into
+    """Returns the end of an error about a path that does not contain the set `name`.
+
+    It says which other set the path looks like, or which of its subfolders looks like a set; "" if there is none.
+    """
+    with contextlib.suppress(OSError):  # a folder without read permission
         found = layout_of(path)
         if found not in (None, name):
             return f"; {path} looks like {SETS[found].title}: data.name={found}"

@@ -1,6 +1,6 @@
-"""Questions about images in parquet files, as the hub keeps them: rows of `image`, `question`, `answer` and what else a set has.
+"""Reads questions about images from the hub's parquet files: columns `image`, `question`, `answer` and optional ones.
 
-VQA-RAD, SLAKE and PathVQA all lie there under these three columns; which of them it is says `detect.named_by_parquet`.
+VQA-RAD, SLAKE and PathVQA all have these three columns on the hub; `detect.named_by_parquet` tells them apart.
 """
 
 from __future__ import annotations
@@ -18,36 +18,44 @@ from llavamed_jax.errors import UserError
 log = logging.getLogger(__name__)
 
 _TYPES = {OPEN: OPEN, CLOSED: CLOSED, "YES/NO": CLOSED, "OTHER": OPEN, "NUMBER": OPEN}
-# What a column may be called that a report is broken down by.
-_NAMED = {"question_type": ("question_type", "content_type"), "organ": ("organ", "location", "image_organ"), "modality": ("modality",)}
+# Fields by which a report is broken down, and the columns that they may come from.
+_NAMED = {"question_type": ("question_type", "content_type"), "organ": ("organ", "location", "image_organ"),
+          "modality": ("modality",)}
 _LANGUAGE = ("q_lang", "language")
 _OPTIONAL = ("answer_type", *(column for columns in _NAMED.values() for column in columns), *_LANGUAGE)
 
 
 def read_hub(root: str | Path, split: str = "test", images: str | Path | None = None, language: str = "all",
              name: str = "parquet") -> list[VqaSample]:
-    """The questions of a split's parquet files, in `data/` or in the folder itself.
+    """Reads the questions of a split's parquet files, in `data/` or in the folder itself.
 
-    An id is the split and the row's number. `answer_type` is read where it is a column; else a question is closed if its answer is
-    yes or no, and a warning says so where the set is known to have other closed answers.
+    An id is the split and the number of the row. If there is no column `answer_type`, a question is closed if its
+    answer is yes or no; a warning is logged if the set is known to have other closed answers.
 
     Args:
-      images: the folder that the images are written to; `root/images` where it is not given.
-      language: rows of it alone (column `q_lang` or `language`); of files without such a column all rows.
-      name: the set that the rows are to be of, `parquet` for any.
+      root: the folder.
+      split: `train`, `validation` or `test`.
+      images: the folder that the images are written to; None means `root/images`.
+      language: keeps only rows of this language (column `q_lang` or `language`), or `all`. Files without such a column
+        are taken to be English.
+      name: the set that the rows have to belong to; `parquet` accepts any.
+
     Raises:
-      UserError: files that are missing or no parquet, rows that lack a field, files of which nothing says that they are of `name`.
+      UserError: files are missing or are not parquet, rows lack a field, or nothing shows that the files belong to
+        `name`.
     """
     one_of("the split", split, detect.SPLITS)
     root = Path(root)
     found = detect.named_by_parquet(root)
     if name not in ("parquet", found):
         other = f" looks like {SETS[found].title}: data.name={found}" if found else (
-            f" holds {SETS['parquet'].title}, and nothing says that they are {SETS[name].title}: data.name=parquet reads them")
+            f" holds {SETS['parquet'].title}, and nothing says that they are {SETS[name].title}: data.name=parquet "
+            "reads them")
         raise UserError(f"{root}{other}")
     files = detect.parquet_files(root, split)
     if not files:
-        raise UserError(f"{root} holds no parquet file of the split {split}; {root / 'data' / f'{split}-*.parquet'} was expected")
+        raise UserError(f"{root} holds no parquet file of the split {split}; {root / 'data' / f'{split}-*.parquet'} "
+                        "was expected")
     rows = read_parquet(files, ("question", "answer"), Path(images) if images else root / "images", _OPTIONAL)
     samples = [_sample(Row(value, f"row {index} of the split {split} of {root}", "parquet"), f"{split}-{index}")
                for index, value in enumerate(rows)]
@@ -57,14 +65,15 @@ def read_hub(root: str | Path, split: str = "test", images: str | Path | None = 
 
 def _sample(row: Row, identity: str) -> VqaSample:
     answer = row.text("answer")
-    fields = {key: next((row.optional(column) for column in columns if column in row), None) for key, columns in _NAMED.items()}
+    fields = {key: next((row.optional(column) for column in columns if column in row), None)
+              for key, columns in _NAMED.items()}
     kind = row.answer_type(_TYPES) if "answer_type" in row else by_answer(answer)
     language = next((row.words(column) for column in _LANGUAGE if column in row), "en")
     return VqaSample(identity, row["image"], row.text("question"), answer, kind, **fields, language=language)
 
 
 def by_answer(answer: str) -> str:
-    """The kind of a question that does not state it: closed where it is answered by yes or no."""
+    """Returns the kind of a question without a stated kind: CLOSED if the answer is yes or no, else OPEN."""
     return CLOSED if answer.lower() in ("yes", "no") else OPEN
 
 
@@ -74,8 +83,9 @@ def _say_what_is_guessed(root: Path, split: str, samples: list[VqaSample], name:
     closed = sum(sample.answer_type == CLOSED for sample in samples)
     known = {counts[3] for (of, _), counts in SETS[name].published.items() if of == split and counts[3] is not None}
     if known and closed not in known:
-        log.warning("%s, split %s: there is no column answer_type, so the %d questions answered by yes or no are closed; the whole set "
-                    "has %s closed ones", root, split, closed, " or ".join(map(str, sorted(known))))
+        log.warning("%s, split %s: there is no column answer_type, so the %d questions answered by yes or no are "
+                    "closed; the whole set has %s closed ones", root, split, closed,
+                    " or ".join(map(str, sorted(known))))
 
 
 DATA_SET = DataSet(

@@ -1,7 +1,8 @@
-"""LLaVA-Med's own test files: a list of `{id, image, answer_type, question_type?, conversations}`, one question and its answer a record.
+"""Reads LLaVA-Med's own test files, with one question and its answer in each record.
 
-`train.json`, `test.json`, `test_w_options.json` (whose questions name the options in their text) and `test_zh.json` of its four data sets
-are of this kind. `conversations` may be spelled `conversatons`, as in its released files.
+A file is a list of `{id, image, answer_type, question_type?, conversations}`. `train.json`, `test.json`,
+`test_w_options.json` (whose questions name the options in their text) and `test_zh.json` of its four data sets have
+this form. `conversations` may be spelled `conversatons`, as in the released files.
 """
 
 from __future__ import annotations
@@ -14,18 +15,21 @@ from llavamed_jax.datasets.rows import Row, read_split
 from llavamed_jax.datasets.sample import CLOSED, OPEN, VqaSample
 from llavamed_jax.text.conversation import IMAGE_MARKER
 
-_TYPES = {OPEN: OPEN, CLOSED: CLOSED, "YES/NO": CLOSED, "OTHER": OPEN, "NUMBER": OPEN}  # the last three in files of PathVQA
+# The last three occur in files of PathVQA.
+_TYPES = {OPEN: OPEN, CLOSED: CLOSED, "YES/NO": CLOSED, "OTHER": OPEN, "NUMBER": OPEN}
 
 
 def read_llava_med(root: str | Path, split: str = "test", images: str | Path | None = None) -> list[VqaSample]:
-    """The questions of a file in LLaVA-Med's format.
+    """Reads the questions of a file in LLaVA-Med's format.
 
     Args:
       root: the file, or a folder with `train.json`, `validation.json`, `test.json` (or `.jsonl`).
-      split: which of them, where `root` is a folder.
-      images: the folder of the images; the file's own where it is not given.
+      split: the split to read, if `root` is a folder.
+      images: the folder of the images; None means the folder of the file.
+
     Raises:
-      UserError: a file or an image that is missing, a record that lacks a field or has more than one question, an unknown split.
+      UserError: a file or an image is missing, a record lacks a field or has several questions, or the split is
+        unknown.
     """
     return read_split(root, split, "llava_med", images, _sample)
 
@@ -37,7 +41,15 @@ def _sample(row: Row, images: Path, index: int) -> VqaSample:
 
 
 def first_turn(row: Row, index: int) -> tuple[str, str]:
-    """Question and answer of a LLaVA record of one turn each; the question without the image's marker."""
+    """Returns question and answer of a LLaVA record with one question; removes the image marker.
+
+    Args:
+      row: the record.
+      index: its place in the file.
+
+    Raises:
+      UserError: the record is malformed or has more than one question.
+    """
     turns = normalize(row.value, Path(), row.name, index)["conversations"]
     if [turn["from"] for turn in turns] != ["human", "gpt"]:
         raise row.error(f"has {len(turns)} turns; one question and its answer were expected")

@@ -1,8 +1,8 @@
-"""Parquet files whose rows carry their images, as the hub keeps data sets: the images become files once, named by content.
+"""Reads parquet files whose rows contain their images, as on the hub, and writes the images to files.
 
-Everything after the readers (control runs, clustering by image, leakage counts, reports, training) knows an image by its path.
-The bytes of an image that many rows repeat are written once, under the hash of the bytes, so that two rows have one path
-exactly where they have one image, in whichever split they stand.
+All code after the readers (controls, clustering by image, leakage counts, reports, training) identifies an image by its
+path. So an image is written once, even if many rows repeat it, to a file that is named after the hash of its bytes. Two
+rows have the same path if and only if they have the same image, in all splits.
 """
 
 from __future__ import annotations
@@ -20,20 +20,26 @@ from llavamed_jax.utils import progress
 from llavamed_jax.utils.files import open_file
 from llavamed_jax.utils.hashes import sha256
 
-_ROWS = 64  # that are held at a time, with their images
-_LARGE = 2000  # rows from which on a bar is shown
+_ROWS = 64  # rows that are in memory at a time, with their images
+_LARGE = 2000  # rows; from this number on, a progress bar is shown
 
 
 def read_parquet(files: Sequence[Path], columns: Sequence[str], images: Path,
                  optional: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
-    """The rows of some files, one file after another: `columns` as they are, and `image` as a path.
+    """Reads the rows of files, one file after another.
 
     Args:
-      columns: other than `image`, whose values are encoded bytes, or `{"bytes", "path"}` as the hub has them.
-      optional: columns that a file may have; a row has them where its file does.
-      images: the folder that the images are written to, where they do not lie there already.
+      files: the files. The values of their column `image` are encoded bytes or, as on the hub, `{"bytes", "path"}`.
+      columns: required columns other than `image`.
+      images: the folder that the images are written to, unless they are there already.
+      optional: columns that a file may have; rows have them only if their file does.
+
+    Yields:
+      A dict with the values of the columns, and under `image` the path of the image.
+
     Raises:
-      UserError: pyarrow is missing, a file that is no parquet, lacks a column or holds no image, a folder that cannot be written.
+      UserError: pyarrow is not installed; a file is not parquet, lacks a column or contains no image; or the folder
+        cannot be written to.
     """
     parquet = _pyarrow()
     opened = [_open(parquet, file, {*columns, "image"}) for file in files]
@@ -49,10 +55,10 @@ def read_parquet(files: Sequence[Path], columns: Sequence[str], images: Path,
 
 
 def footer(file: Path) -> tuple[list[str], int]:
-    """Names of the columns of a file and its number of rows; none where it cannot be read, or pyarrow is not there."""
+    """Returns the columns and the number of rows of a file; nothing and 0 if it or pyarrow cannot be loaded."""
     try:
         opened = _open(_pyarrow(), file, set())
-    except UserError:  # whoever reads the rows says why
+    except UserError:  # reading the rows gives the error
         return [], 0
     return opened.schema_arrow.names, opened.metadata.num_rows
 
@@ -61,19 +67,21 @@ def _pyarrow():
     try:
         import pyarrow.parquet
     except ImportError:
-        raise UserError("parquet files are read with pyarrow, which is not installed: pip install 'llavamed-jax[parquet]'") from None
+        raise UserError("parquet files are read with pyarrow, which is not installed: pip install "
+                        "'llavamed-jax[parquet]'") from None
     return pyarrow.parquet
 
 
 def _open(parquet, file: Path, columns: set[str]):
-    open_file(file).close()  # pyarrow would wait for a pipe
+    open_file(file).close()  # raises for a pipe, which pyarrow would wait for
     try:
         opened = parquet.ParquetFile(file)
-    except Exception as error:  # ArrowInvalid, OSError and others, by what is wrong
+    except Exception as error:  # ArrowInvalid, OSError and others
         raise UserError(f"{file} is no parquet file that can be read: {_first_line(error)}") from None
     missing = sorted(columns - set(opened.schema_arrow.names))
     if missing:
-        raise UserError(f"{file} has no column {' and '.join(missing)}; its columns are {', '.join(opened.schema_arrow.names)}")
+        raise UserError(f"{file} has no column {' and '.join(missing)}; its columns are "
+                        f"{', '.join(opened.schema_arrow.names)}")
     return opened
 
 
@@ -83,7 +91,7 @@ def _batches(file, name: Path, columns: Sequence[str]) -> Iterator[list[dict]]:
         try:
             batch = next(batches, None)
             rows = None if batch is None else batch.to_pylist()
-        except Exception as error:  # of the library's many, where pages are damaged
+        except Exception as error:  # pyarrow raises many kinds for damaged pages
             raise UserError(f"{name} is damaged: {_first_line(error)}") from None
         if rows is None:
             return
@@ -102,11 +110,11 @@ class _Images:
         self._last: tuple[bytes, Path] = (b"", folder)
 
     def __call__(self, value: Any, name: str) -> Path:
-        """The path of an image, which is written if no such file is there."""
+        """Returns the path of an image; writes the file if it does not exist."""
         data = value.get("bytes") if isinstance(value, dict) else value
         if not isinstance(data, bytes) or not data:
             raise UserError(f"{name} has no image; encoded bytes were expected")
-        if data != self._last[0]:  # questions about one image stand together
+        if data != self._last[0]:  # questions about one image are adjacent
             self._last = (data, self._written(data))
         return self._last[1]
 
@@ -122,9 +130,9 @@ class _Images:
 
 
 def _suffix(data: bytes) -> str:
-    """`.jpg` and the like; none where Pillow does not know what it is, which is said when the image is asked for."""
+    """Returns a suffix such as `.jpg`; "" for data that Pillow does not know, which raise when the image is loaded."""
     try:
         with Image.open(io.BytesIO(data)) as image:
             return {"JPEG": ".jpg"}.get(image.format, f".{image.format.lower()}")
-    except Exception:  # Pillow's readers raise many kinds; the file is kept as it is
+    except Exception:  # Pillow's readers raise many kinds; the file is written unchanged
         return ""

@@ -1,7 +1,8 @@
-"""PathVQA (He et al. 2020): the release's folder of pickles and images, or the hub's parquet files.
+"""Reads PathVQA (He et al. 2020): the released folder of pickles and images, or the hub's parquet files.
 
-The release (`pvqa/`) keeps `images/{train,val,test}/train_0422.jpg`; `qas/train/train_qa.pkl`, rows of `image`, `question` and `answer`;
-and `qas/train_vqa.pkl`, the same questions with `question_id`, `question_type` and `answer_type`, which LLaVA-Med made its files of.
+The release (`pvqa/`) contains `images/{train,val,test}/train_0422.jpg`; `qas/train/train_qa.pkl`, rows of `image`,
+`question` and `answer`; and `qas/train_vqa.pkl`, the same questions with `question_id`, `question_type` and
+`answer_type`. LLaVA-Med's files were made from the latter.
 """
 
 from __future__ import annotations
@@ -23,19 +24,20 @@ _TYPES = {"YES/NO": CLOSED, "OTHER": OPEN, "NUMBER": OPEN}
 
 
 def read_pathvqa(root: str | Path, split: str = "test", images: str | Path | None = None) -> list[VqaSample]:
-    """The questions of PathVQA.
+    """Reads the questions of PathVQA.
 
-    `SPLIT_vqa.pkl` is read where it is there, else `SPLIT/SPLIT_qa.pkl`. That one knows no ids and no answer types: a question is
-    closed there if its answer is yes or no, and is named by its image and how many of that image came before. Parquet files are read
-    as `hub_rows.read_hub` reads any.
+    `SPLIT_vqa.pkl` is read if it exists, otherwise `SPLIT/SPLIT_qa.pkl`. The latter has no ids and no answer types:
+    there, a question is closed if its answer is yes or no, and its id is the name of the image and the number of
+    earlier questions about it. Parquet files are read by `hub_rows.read_hub`.
 
     Args:
-      root: the folder with `qas/` and `images/`, or with parquet files, in `data/` or in itself.
+      root: the folder with `qas/` and `images/`, or with parquet files in `data/` or in the folder itself.
       split: `train`, `validation` or `test`.
-      images: the folder of the images; `root/images` where it is not given. Those of parquet files are written there.
+      images: the folder of the images; None means `root/images`. The images of parquet files are written there.
+
     Raises:
-      UserError: a file or an image that is missing, a pickle that holds more than plain data, a file that is no parquet, a row
-        that lacks a field, an unknown split.
+      UserError: a file or an image is missing, a pickle contains more than plain data, a file is not parquet, a row
+        lacks a field, or the split is unknown.
     """
     one_of("PathVQA's split", split, detect.SPLITS)
     root = Path(root)
@@ -43,7 +45,7 @@ def read_pathvqa(root: str | Path, split: str = "test", images: str | Path | Non
     if os.path.exists(root) and not root.is_dir():
         raise UserError(f"{root} is a file, a pipe or a device; PathVQA's folder, with qas/ and images/, was expected")
     if form(root) == "parquet":
-        # Nothing may say whose they are: then they are read, and `detect.set_at` does not call them PathVQA.
+        # Files without a sign of any set are read too, but `detect.set_at` does not call them PathVQA.
         return read_hub(root, split, folder, name="pathvqa" if detect.named_by_parquet(root) else "parquet")
     short = _FOLDERS[split]
     described, plain = root / "qas" / f"{short}_vqa.pkl", root / "qas" / short / f"{short}_qa.pkl"
@@ -60,15 +62,16 @@ def read_pathvqa(root: str | Path, split: str = "test", images: str | Path | Non
 
 
 def form(root: Path) -> str:
-    """`parquet` or `official`."""
+    """Returns the form of the files: `parquet` or `official`."""
     return "parquet" if not (root / "qas").is_dir() and detect.parquet_files(root) else "official"
 
 
 def files_of(root: Path, split: str) -> list[Path]:
-    """The files that a split's questions are in."""
+    """Returns the files that contain a split's questions."""
     short = _FOLDERS[split]
     found = [root / "qas" / f"{short}_vqa.pkl", root / "qas" / short / f"{short}_qa.pkl"]
-    return detect.parquet_files(root, split) if form(root) == "parquet" else [file for file in found if file.is_file()][:1]
+    return (detect.parquet_files(root, split) if form(root) == "parquet"
+            else [file for file in found if file.is_file()][:1])
 
 
 def _described(row: Row, images: Path) -> VqaSample:
@@ -76,8 +79,8 @@ def _described(row: Row, images: Path) -> VqaSample:
     if not isinstance(label, dict) or not label:
         raise row.error("has no answer as label; {answer: score} was expected")
     answer = Row({"label": next(iter(label))}, row.name, "pathvqa").text("label")  # as in LLaVA-Med's files
-    return VqaSample(row.identity("question_id"), _image(row, "img_id", images), row.text("sent"), answer, row.answer_type(_TYPES),
-                     question_type=row.optional("question_type"))
+    return VqaSample(row.identity("question_id"), _image(row, "img_id", images), row.text("sent"), answer,
+                     row.answer_type(_TYPES), question_type=row.optional("question_type"))
 
 
 def _plain(rows: list[Row], images: Path) -> list[VqaSample]:
@@ -85,7 +88,8 @@ def _plain(rows: list[Row], images: Path) -> list[VqaSample]:
     samples = []
     for row in rows:
         name, answer = row.words("image"), row.text("answer")
-        samples.append(VqaSample(f"{name}-{seen[name]}", _image(row, "image", images), row.text("question"), answer, by_answer(answer)))
+        samples.append(VqaSample(f"{name}-{seen[name]}", _image(row, "image", images), row.text("question"), answer,
+                                 by_answer(answer)))
         seen[name] += 1
     return samples
 
@@ -109,7 +113,7 @@ DATA_SET = DataSet(
     is_at=lambda path: path.is_dir() and (any(path.glob("qas/*_vqa.pkl")) or any(path.glob("qas/*/*_qa.pkl"))),
     name_at=_name_at,
     variant=lambda selected: form(Path(selected.root)),
-    published={  # spec 3.1; of the parquet form what its card says: repeated rows are left out
+    published={  # spec 3.1; numbers of the parquet form are from its card: it leaves out repeated rows
         ("train", "official"): (19755, 2599, 9949, 9806), ("validation", "official"): (6279, 832, 3144, 3135),
         ("test", "official"): (6761, 858, 3370, 3391),
         ("train", "parquet"): (19654, 2599, None, None), ("validation", "parquet"): (6259, 832, None, None),

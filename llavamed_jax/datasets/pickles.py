@@ -1,8 +1,9 @@
-"""Pickles of plain data, and of nothing else: what is read is data, and no file can make this program run something.
+"""Reads pickles of plain data. A file cannot make this program run code.
 
-A pickle is a program for a small machine. Python's own machine (`private.PythonUnpickler`) runs here with the instructions
-that make lists, dicts, tuples, text and numbers; those that look up a name, call or build an object do not exist. Keys of
-dicts are text or numbers: the hash of a tuple that is nested a million times ends the process.
+A pickle is a program for a small virtual machine. Python's own machine (`private.PythonUnpickler`) runs here with only
+the instructions that make lists, dicts, tuples, text and numbers; instructions that look up a name, call a function or
+build an object are missing. Keys of dicts have to be text or numbers, because hashing a tuple that is nested a million
+times crashes the process.
 """
 
 from __future__ import annotations
@@ -26,11 +27,11 @@ EMPTY_LIST LIST APPEND APPENDS EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_DICT
 
 
 class _Refused(Exception):
-    """An instruction, or a use of one, that plain data does not need."""
+    """The pickle contains an instruction, or a use of one, that plain data does not need."""
 
 
 class _Instructions(dict):
-    """What each instruction does, by its byte."""
+    """Maps the byte of an instruction to the function that runs it."""
 
     def __missing__(self, code: int):
         known = pickletools.code2op.get(chr(code))
@@ -38,7 +39,8 @@ class _Instructions(dict):
 
 
 class _PlainUnpickler(PythonUnpickler):
-    dispatch = _Instructions({getattr(pickle, name)[0]: PythonUnpickler.dispatch[getattr(pickle, name)[0]] for name in _PLAIN})
+    dispatch = _Instructions({getattr(pickle, name)[0]: PythonUnpickler.dispatch[getattr(pickle, name)[0]]
+                              for name in _PLAIN})
 
     def _load_dict(self):
         items = self.pop_mark()
@@ -66,9 +68,10 @@ class _PlainUnpickler(PythonUnpickler):
 
 
 def read_plain_pickle(file: Path) -> Any:
-    """What a pickle of lists, dicts, tuples, text and numbers holds; text of Python 2 is taken to be UTF-8.
+    """Reads a pickle of lists, dicts, tuples, text and numbers; text of Python 2 is decoded as UTF-8.
 
-    Raises UserError for a file that is missing, damaged, cut off, no pickle, or one that holds anything else.
+    Raises:
+      UserError: the file is missing, damaged, truncated, not a pickle, or contains anything else.
     """
     try:
         data = read_bytes(file, f"the data file {file}")
@@ -83,5 +86,5 @@ def read_plain_pickle(file: Path) -> Any:
         raise UserError(f"{file} holds {refused}; {wanted}") from None
     except EOFError:
         raise UserError(f"{file} is empty or ends too early; {wanted}") from None
-    except Exception as error:  # a damaged pickle may raise anything, says the library, also where its instructions are plain
+    except Exception as error:  # a damaged pickle may raise any exception, even with plain instructions only
         raise UserError(f"{file} is no pickle, or a damaged one ({type(error).__name__}); {wanted}") from None

@@ -1,7 +1,8 @@
-"""LLaVA-Med's chat questions (spec 3.1, 7.7): about figures of articles, with GPT-4's answer, the caption and what the text says.
+"""Reads LLaVA-Med's chat questions about figures of articles (spec 3.1, 7.7).
 
-The published file, `llava_med_eval_qa50_qa.jsonl`, has 193 questions about 50 figures: 143 of a conversation, 50 that ask for
-a detailed description. A line is an object with `question_id, image, pair_id, text, gpt4_answer, fig_caption,
+Each question comes with GPT-4's answer, the caption, and the sentences of the article that mention the figure. The
+published file, `llava_med_eval_qa50_qa.jsonl`, has 193 questions about 50 figures: 143 are turns of a conversation, 50
+ask for a detailed description. A line is an object with `question_id, image, pair_id, text, gpt4_answer, fig_caption,
 in_text_mention, domain, type, fig_label`.
 """
 
@@ -30,10 +31,15 @@ class ChatQuestion:
     """One question about a figure.
 
     Attributes:
-      text: as published, with "\\n<image>" at its end; `question` is the text without it.
-      reference: GPT-4's answer, which saw the caption and the mentions but no figure.
-      mentions: sentences of the article that mention the figure, as published; None where there are none.
-      kind: one of `TYPES`; `domain`: one of `DOMAINS`.
+      question_id: the id.
+      image: the path of the figure.
+      text: the published question, with an image marker on its last line.
+      reference: GPT-4's answer; GPT-4 saw the caption and the mentions but not the figure.
+      label: the label of the figure in the article.
+      caption: the caption of the figure.
+      mentions: the published sentences of the article that mention the figure; None if there are none.
+      kind: one of `TYPES`.
+      domain: one of `DOMAINS`.
     """
 
     question_id: int | str
@@ -48,17 +54,24 @@ class ChatQuestion:
 
     @property
     def question(self) -> str:
+        """The question without the image marker."""
         return self.text.removesuffix(_MARKER)
 
     def sample(self) -> VqaSample:
-        """The same as whoever answers is asked it: an open question whose gold is the reference."""
+        """Returns the question as a sample: an open question with the reference as its gold answer."""
         return VqaSample(self.question_id, self.image, self.question, self.reference, OPEN, question_type=self.kind,
                          modality=self.domain)
 
 
 @dataclass(frozen=True)
 class ChatSet:
-    """The questions of a file, and the SHA-256 of its bytes."""
+    """The questions of a file.
+
+    Attributes:
+      file: the file.
+      questions: the questions.
+      sha256: the hash of the file.
+    """
 
     file: Path
     questions: list[ChatQuestion]
@@ -66,6 +79,7 @@ class ChatSet:
 
     @property
     def is_published(self) -> bool:
+        """Whether the file is the published one."""
         return self.sha256 == PUBLISHED_SHA256
 
 
@@ -73,10 +87,12 @@ def read_chat_questions(root: str | Path, images: str | Path = "") -> ChatSet:
     """Reads the questions.
 
     Args:
-      root: the file, or the folder with it under its published name.
-      images: the folder of the figures; by default `images/` beside the file. They need not be there: a judge sees none.
+      root: the file, or the folder that contains it under its published name.
+      images: the folder of the figures; "" means `images/` beside the file. The figures need not exist, because a judge
+        does not see them.
+
     Raises:
-      UserError: a file that is missing, no UTF-8 or without questions; a line that is no such object; an id that occurs twice.
+      UserError: the file is missing, is not UTF-8 or has no questions; a line is malformed; or an id occurs twice.
     """
     file = Path(root) / FILE if Path(root).is_dir() else Path(root)
     try:
@@ -95,12 +111,13 @@ def read_chat_questions(root: str | Path, images: str | Path = "") -> ChatSet:
     for (where, _), question in zip(lines, questions, strict=True):
         earlier = seen.setdefault(str(question.question_id), where)
         if earlier != where:
-            raise UserError(f"{where} has the question_id {question.question_id!r}, as {earlier.rpartition(', ')[2]} has")
+            raise UserError(f"{where} has the question_id {question.question_id!r}, as {earlier.rpartition(', ')[2]} "
+                            "has")
     return ChatSet(file, questions, sha256(data))
 
 
 def _question(record: Any, where: str, images: Path) -> ChatQuestion:
-    """A record's question. Raises UserError, which says what was expected of which field."""
+    """Returns the question of a record. Raises UserError, which names the invalid field and what was expected."""
     if not isinstance(record, dict):
         raise UserError(f"{where} holds a JSON {type(record).__name__}; an object with a chat question was expected")
 

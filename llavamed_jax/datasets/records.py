@@ -1,11 +1,11 @@
-"""Training records wherever they lie, without holding them: each is read when it is asked for, in the process that asks.
+"""Reads training records one by one, without keeping the file in memory.
 
-A LLaVA file (JSON list or JSON lines) of half a million records is gone through once for where each begins and ends. What
-travels to a worker process is these offsets, 16 bytes a record; it opens the file itself. Records that are made in memory
-(from a VQA set's own layout) are kept as one block of JSON text.
+A LLaVA file (JSON list or JSON lines) is scanned once for the offsets of its records. A worker process receives only
+these offsets, 16 bytes a record, and opens the file itself. Records that are made in memory, from the layout of a VQA
+set, are kept as one block of JSON text.
 
-A record is a dict `{"id", "image": list of paths, "conversations": [{"from": "human"|"gpt", "value": str}, …]}`, with
-`"surplus"`, how many images it names beyond its markers, where there are any, and `"answer_type"`, where the file has it.
+A record is a dict `{"id", "image": list of paths, "conversations": [{"from": "human"|"gpt", "value": str}, …]}`. It has
+`"surplus"`, the number of images beyond its markers, if there are any, and `"answer_type"` if the file has it.
 """
 
 from __future__ import annotations
@@ -29,15 +29,19 @@ from llavamed_jax.utils import worker_notes
 from llavamed_jax.utils.files import open_file, parse_json, write_whole
 from llavamed_jax.utils.hashes import sha256
 
-_WINDOW = 4 * 2**20  # bytes of a JSON list that are looked at together
-_LONGEST = 2**28  # bytes of one record, beyond which the file is taken to be broken
+_WINDOW = 4 * 2**20  # bytes of a JSON list that are parsed at a time
+_LONGEST = 2**28  # bytes; a file with a longer record is assumed to be damaged
 _BLANK = re.compile(r"[ \t\r\n]*")
 _AFTER = re.compile(r"[ \t\r\n]*([,\]])")
 _BOM = b"\xef\xbb\xbf"
 
 
 class MemoryRecords:
-    """Records that were made here, as one block of text: it reaches a worker without pickling half a million objects."""
+    """Records in memory, as one block of text, so that a worker receives them without pickling many objects.
+
+    Args:
+      records: the records.
+    """
 
     def __init__(self, records: Iterable[dict]):
         lines = [json.dumps(record).encode() for record in records]
@@ -53,14 +57,21 @@ class MemoryRecords:
         return json.loads(self._text[self._ends[i - 1] if i else 0:self._ends[i]])
 
     def fingerprint(self) -> str:
+        """Returns a hash of the records."""
         return sha256(self._text + self._ends.tobytes())
 
 
 class FileRecords:
-    """The records of a LLaVA file. Make one with `open_records`."""
+    """The records of a LLaVA file, read on access. Use `open_records` to make one.
+
+    Args:
+      path: the file.
+      images: the folder of the images.
+      offsets: int64 [N,2], the first byte of each record and the byte after its last.
+      sha256: the hash of the file.
+    """
 
     def __init__(self, path: Path, images: Path, offsets: np.ndarray, sha256: str):
-        """`offsets` int64 [N,2] are the first byte of each record and the one after its last."""
         self.path, self.images, self._offsets, self._sha256 = path, images, offsets, sha256
         self._file: BinaryIO | None = None
 
@@ -68,7 +79,7 @@ class FileRecords:
         return len(self._offsets)
 
     def __getitem__(self, i: int) -> dict:
-        """Record `i`. Raises UserError, which names it, where it is none."""
+        """Reads record `i`. Raises UserError, which names the record, if it is damaged."""
         if not 0 <= i < len(self):
             raise IndexError(i)
         begin, end = map(int, self._offsets[i])
@@ -85,20 +96,23 @@ class FileRecords:
         return normalize(parse_json(text, name), self.images, name, i)
 
     def __getstate__(self) -> dict:
-        return {**vars(self), "_file": None}  # each process opens its own
+        return {**vars(self), "_file": None}  # each process opens the file itself
 
     def fingerprint(self) -> str:
+        """Returns the hash of the file."""
         return self._sha256
 
 
 def open_records(path: str | Path, images: str | Path | None = None, cache: Path | None = None) -> FileRecords:
-    """The records of a LLaVA file, JSON (a list) or JSONL, told apart by content; damaged ones are found when they are read.
+    """Opens a LLaVA file, JSON (a list) or JSONL; the content decides which. Damaged records raise when they are read.
 
     Args:
-      images: the folder of its images; None is the file's own.
-      cache: a folder that keeps where the records of a large file lie, beside the hash of its bytes.
+      path: the file.
+      images: the folder of the images; None means the folder of the file.
+      cache: a folder where the offsets of a large file are kept under the file's hash; None keeps none.
+
     Raises:
-      UserError: a file or a folder that is missing, a file that cannot be read, a list that is no JSON.
+      UserError: the file or the folder of images is missing, the file cannot be read, or a list is not valid JSON.
     """
     file = Path(path)
     folder = Path(images) if images is not None else file.parent
@@ -115,8 +129,8 @@ def open_records(path: str | Path, images: str | Path | None = None, cache: Path
 
 
 def _offsets(opened: BinaryIO, file: Path, sha256: str, cache: Path | None) -> np.ndarray:
-    """int64 [N,2], from `cache` where they were written down before."""
-    if cache is None or file.stat().st_size < _WINDOW:  # found as fast as they would be read
+    """Returns the offsets, int64 [N,2], from `cache` if they are there."""
+    if cache is None or file.stat().st_size < _WINDOW:  # scanning is as fast as reading the cache
         return find_records(opened, str(file))
     kept = cache / f"offsets-{sha256[:24]}.npz"
     if (found := load_arrays(kept, "offsets")) is None:
@@ -126,7 +140,7 @@ def _offsets(opened: BinaryIO, file: Path, sha256: str, cache: Path | None) -> n
 
 
 def load_arrays(path: Path, *names: str) -> dict[str, np.ndarray] | None:
-    """What `np.savez` has kept in a file; None where there is none, or none that can be read: it is made again then."""
+    """Reads arrays that `np.savez` wrote. Returns None if the file is missing or damaged; the caller makes it again."""
     try:
         with np.load(path) as found:
             return {name: found[name] for name in names}
@@ -135,22 +149,29 @@ def load_arrays(path: Path, *names: str) -> dict[str, np.ndarray] | None:
 
 
 def save_whole(path: Path, write: Callable[[BinaryIO], None]) -> None:
-    """Writes a file whole or not at all, also where several processes write the same one."""
+    """Writes a file completely or not at all, even if several processes write it at the same time."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, write)
 
 
 def find_records(file: BinaryIO, name: str) -> np.ndarray:
-    """First byte and the byte after the last of each record, int64 [N,2].
+    """Finds the first byte and the byte after the last of each record, int64 [N,2].
 
-    A list is parsed by the `json` library through a window, as Latin-1: what JSON is made of is ASCII, so one character is
-    one byte, and only the text inside strings comes out wrong, which nobody looks at. Lines are not parsed.
+    The `json` library parses a list in windows, decoded as Latin-1. The syntax of JSON is ASCII, so one character is
+    one byte, and only text inside strings is decoded wrongly, which is not used here. Lines are not parsed.
+
+    Args:
+      file: the opened file.
+      name: what an error calls the file.
+
+    Raises:
+      UserError: a list is not valid JSON.
     """
     return np.fromiter((byte for pair in _places(file, name) for byte in pair), np.int64).reshape(-1, 2)
 
 
 def first_record(path: Path) -> Any:
-    """What the first record of a file says, as it stands there; None where there is none: whoever reads the file says why."""
+    """Returns the first record of a file, unchanged; None if it cannot be read. Reading the file gives the error."""
     try:
         with open_file(path) as file:
             begin, end = next(_places(file, str(path)))
@@ -164,7 +185,7 @@ def _places(file: BinaryIO, name: str) -> Iterator[tuple[int, int]]:
     file.seek(0)
     start = len(_BOM) if file.read(len(_BOM)) == _BOM else 0
     file.seek(start)
-    head = file.read(4096)  # in which there is more than white space
+    head = file.read(4096)  # assumed to contain more than white space
     first = head.lstrip()
     if first.startswith(b"["):
         return _list_items(file, start + len(head) - len(first) + 1, name)
@@ -180,8 +201,8 @@ def _lines(file: BinaryIO, begin: int) -> Iterator[tuple[int, int]]:
 
 
 def _list_items(file: BinaryIO, begin: int, name: str) -> Iterator[tuple[int, int]]:
-    """Where the items of a list lie whose "[" is right before `begin`."""
-    # Numbers are not looked at: one of too many digits for Python is the trouble of its record, not of the file.
+    """Yields begin and end of each item of the list that opens just before the byte `begin`."""
+    # Numbers are not parsed here, so one with too many digits for Python is an error of its record, not of the file.
     decode, count, window = json.JSONDecoder(parse_int=str, parse_float=str).raw_decode, 0, _WINDOW
 
     def items(text: str) -> Iterator[tuple[int, int, int, str]]:
@@ -193,7 +214,7 @@ def _list_items(file: BinaryIO, begin: int, name: str) -> Iterator[tuple[int, in
             except ValueError:
                 return
             follows = _AFTER.match(text, end)
-            if follows is None:  # the window ends here, perhaps within a number
+            if follows is None:  # the window ends here, perhaps inside a number
                 return
             yield at, end, follows.end(), follows[1]
             at = follows.end()
@@ -221,17 +242,21 @@ def _list_items(file: BinaryIO, begin: int, name: str) -> Iterator[tuple[int, in
 
 
 def normalize(row: Any, images: Path, name: str, index: int) -> dict:
-    """A record from what stood in a file.
+    """Checks a record that was read from a file, and returns it in the form that is described at the top of this file.
 
-    `conversations` may be spelled `conversatons` (quirk Q13), values may be numbers, `image` a name, a list or absent.
-    Images beyond the markers are surplus and left out: a record that names an image and marks none is text, as in the
-    originals, which say nothing of it. Images under the key `images`, which the originals do not read, are surplus too.
+    `conversations` may be spelled `conversatons` (quirk Q13), values may be numbers, and `image` may be a name, a list
+    or absent. Images beyond the markers are surplus and left out. So a record that names an image and has no marker is
+    text, as in the originals, which do not report it. Images under the key `images`, which the originals do not read,
+    are surplus too.
 
     Args:
+      row: the parsed JSON value.
+      images: the folder of the images.
       name: what an error calls the record.
-      index: its id where it has none.
+      index: the id of the record if it has none.
+
     Raises:
-      UserError: something else than that, or fewer images than markers.
+      UserError: the record has another form, or fewer images than markers.
     """
     def fail(what):
         return UserError(f"{name} {what}")
@@ -243,7 +268,8 @@ def normalize(row: Any, images: Path, name: str, index: int) -> dict:
         raise fail("has no conversations; a list of {from, value} was expected")
     for i, turn in enumerate(turns):
         value = turn.get("value") if isinstance(turn, dict) else None
-        is_text = isinstance(value, (str, int)) or isinstance(value, float) and math.isfinite(value)  # NaN: an empty cell of a table
+        # NaN is the empty cell of a table.
+        is_text = isinstance(value, (str, int)) or isinstance(value, float) and math.isfinite(value)
         if not is_text or turn.get("from") not in ("human", "gpt"):
             raise fail(f"has {short(turn)} as turn {i}; {{from: human or gpt, value: text}} was expected")
     speakers = [turn["from"] for turn in turns]
@@ -257,17 +283,18 @@ def normalize(row: Any, images: Path, name: str, index: int) -> dict:
     conversations = [{"from": turn["from"], "value": str(turn["value"])} for turn in turns]
     try:
         "".join([*names, *(turn["value"] for turn in conversations)]).encode()
-    except UnicodeEncodeError:  # JSON can say it, and no file and no tokenizer knows what it is
+    except UnicodeEncodeError:  # JSON can express it; files and tokenizers cannot
         raise fail("has half a surrogate pair in its text") from None
     markers = [turn["value"].count(IMAGE_MARKER) for turn in conversations[first:]]
-    # Upstream reads several markers in one turn as one image; a record that lists them all means each.
+    # The original reads several markers in one turn as one image, unless the record lists an image for each marker.
     if len(names) < sum(markers) and len(names) != sum(map(bool, markers)):
         raise fail(f"has {len(names)} images for {sum(markers)} {IMAGE_MARKER} markers")
     used = min(len(names), sum(markers))
     name = row.get("id")
-    name = index if name is None else name if isinstance(name, (str, int)) else str(name)  # what a line of JSON can say
+    name = index if name is None else name if isinstance(name, (str, int)) else str(name)  # JSON allows other types
     record = {"id": name, "image": [str(images / image) for image in names[:used]], "conversations": conversations}
     record |= {"answer_type": str(row["answer_type"])} if "answer_type" in row else {}
     others = row.get("images") if "image" not in row else None
-    surplus = len(names) - used + (len(others) if isinstance(others, list) else isinstance(others, str) and others != "")
+    surplus = len(names) - used + (len(others) if isinstance(others, list)
+                                   else isinstance(others, str) and others != "")
     return {**record, "surplus": surplus} if surplus else record

@@ -1,8 +1,8 @@
-"""The data sets by name, for training and for evaluation: how each is read, recognised and counted.
+"""The registry of data sets, for training and evaluation: how each set is read, recognised and counted.
 
-A data set is one file, which makes a `DataSet`, and one line in `llavamed_jax/datasets/__init__.py`, which registers it. Python runs
-that file before any other of the package, so the registry is filled wherever it is looked into. This file imports no reader:
-readers look into it, because an error says which other set a folder looks like.
+A data set is one file, which makes a `DataSet`, and one line in `llavamed_jax/datasets/__init__.py`, which registers
+it. Python runs that file before any other file of the package, so the registry is always complete. This file imports no
+reader, because the readers import it: their errors say which other set a folder looks like.
 """
 
 from __future__ import annotations
@@ -20,14 +20,15 @@ OFFICIAL = "the official layout"
 
 @dataclass(frozen=True)
 class Selection:
-    """Which questions of a set are read.
+    """Selects which questions of a set are read.
 
     Attributes:
       root: the folder or file that the user names.
       split: one of the set's splits.
-      protocol: `clean` or `paper`, VQA-RAD's training rows.
-      images: the folder of the images, None where the layout says it.
-      language, question: the config keys `data.language` and `data.question`; None leaves the set's own default.
+      protocol: `clean` or `paper`, which selects VQA-RAD's training rows.
+      images: the folder of the images; None uses the folder of the layout.
+      language: the config key `data.language`; None uses the set's default.
+      question: the config key `data.question`; None uses the set's default.
     """
 
     root: str | Path
@@ -40,12 +41,12 @@ class Selection:
 
 @dataclass(frozen=True)
 class ParquetSigns:
-    """What tells a set's parquet files on the hub from those of another set.
+    """Signs by which a set's parquet files on the hub are recognised.
 
     Attributes:
-      rows: split -> the numbers of rows that it may have there.
-      columns: columns that this set has and no other has.
-      title: a regular expression for its title in a dataset card or in the name of the hub's cache.
+      rows: split -> possible numbers of rows.
+      columns: columns that only this set has.
+      title: a regular expression for the set's title in a dataset card or in a folder name of the hub's cache.
     """
 
     rows: Mapping[str, tuple[int, ...]]
@@ -55,27 +56,30 @@ class ParquetSigns:
 
 @dataclass(frozen=True)
 class DataSet:
-    """A data set. The first four fields are all that a new one needs.
+    """A data set. A new one needs only the first four fields.
 
     Attributes:
-      name: what `data.name` of an evaluation calls it.
-      label, sign: its name in sentences, and what it is recognised by, for people: `SLAKE`, `train.json, imgs/`.
-      read: reads a selection. Raises UserError for whatever is wrong with the files.
-      row: what a row of its files holds, for errors.
-      follows: which of `protocol`, `images`, `language` and `question` its reader obeys. A set that does not follow `images` has
-        them where its layout says.
-      splits: the splits that it has.
-      is_at: whether a path, a folder or a file, is this set for certain.
-      seems_at: whether a folder that nothing else is certain about may be this set.
-      is_row: whether a row with these keys is of this set.
-      name_at: what the questions in a folder are called, where that is not always `name`.
-      variant: the name of a selection's variant in `published`.
-      published: (split, variant) -> questions, images, open, closed of the whole set; None where no source says.
+      name: the value of `data.name` in an eval config.
+      label: the name in sentences, such as `SLAKE`.
+      sign: what people recognise the set by, such as `train.json, imgs/`.
+      read: reads a selection. Raises UserError if the files are invalid.
+      row: the form of a row, for errors.
+      follows: which of `protocol`, `images`, `language` and `question` the reader obeys. A set that does not follow
+        `images` has them in a fixed place of its layout.
+      splits: the splits of the set.
+      is_at: returns whether a path, a folder or a file, certainly is this set.
+      seems_at: returns whether a folder may be this set. It is asked only if no set is certain.
+      is_row: returns whether a row with these keys belongs to this set.
+      name_at: returns the name for the questions in a folder; None always uses `name`.
+      variant: returns the name of a selection's variant in `published`.
+      published: (split, variant) -> number of questions, images, open and closed questions of the whole set; a number
+        that no source states is None.
       has_training_rows: whether the set comes with training rows, so that their absence is an error.
-      read_whole: reads all rows of all splits once, for `data.held_out`; None where splits have no image in common.
-      files: the files that a split's questions are in, for their hashes; None: the folder's JSON files, else parquet files.
-      is_conversations: whether training reads its rows as LLaVA records, of any number of turns, rather than as questions.
-      parquet: what its parquet files on the hub are recognised by.
+      read_whole: reads all rows of all splits once, for `data.held_out`; None if no two splits share images.
+      files: returns the files with a split's questions, to be hashed; None means the JSON files of the folder, or else
+        its parquet files.
+      is_conversations: whether training reads the rows as LLaVA records with any number of turns, and not as questions.
+      parquet: the signs of the parquet files on the hub.
     """
 
     name: str
@@ -99,15 +103,15 @@ class DataSet:
 
     @property
     def title(self) -> str:
-        """The set in a sentence: `SLAKE (train.json, imgs/)`."""
+        """The name and the sign of the set, for sentences: `SLAKE (train.json, imgs/)`."""
         return f"{self.label} ({self.sign})"
 
     def questions(self, selected: Selection) -> list[VqaSample]:
-        """The questions of a selection.
+        """Reads the questions of a selection.
 
         Raises:
-          UserError: what `read` raises, another exception of it, or a result that is no list of `VqaSample`. An OSError, which
-            names its file, passes.
+          UserError: `read` raises any exception, or does not return a list of `VqaSample`. An OSError is not converted,
+            because it names its file.
         """
         try:
             samples = list(self.read(selected))
@@ -118,7 +122,8 @@ class DataSet:
             raise UserError(f"the reader of {self.label} failed on {selected.root}: {what}") from error
         wrong = next((sample for sample in samples if not isinstance(sample, VqaSample)), None)
         if wrong is not None:
-            raise UserError(f"the reader of {self.label} returned {short(wrong)} for {selected.root}; a list of VqaSample was expected")
+            raise UserError(f"the reader of {self.label} returned {short(wrong)} for {selected.root}; a list of "
+                            "VqaSample was expected")
         return samples
 
 
@@ -127,15 +132,16 @@ SETS: dict[str, DataSet] = {}
 
 
 def register(data_set: DataSet) -> DataSet:
-    """Adds a set, which `data.train` and `data.name` can name from then on; returns it.
+    """Adds a data set to the registry and returns it; afterwards `data.train` and `data.name` may name it.
 
-    A set of the user's own may be registered again, as when a notebook's cell or a recipe is run twice.
+    A user's set may be registered again, which happens if a notebook cell or a recipe runs twice.
 
     Raises:
-      UserError: the name is one of this project's sets.
+      UserError: a set of this project has the same name.
     """
     taken = SETS.get(data_set.name)
     if taken is not None and taken.read.__module__.startswith("llavamed_jax."):
-        raise UserError(f"the name {data_set.name!r} is that of {taken.label}; another name of the data set was expected")
+        raise UserError(f"the name {data_set.name!r} is that of {taken.label}; another name of the data set was "
+                        "expected")
     SETS[data_set.name] = data_set
     return data_set

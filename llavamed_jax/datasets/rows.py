@@ -1,4 +1,4 @@
-"""Rows of a data file: each value is read by its key, and what is wrong with one is said with the row's place."""
+"""Reads the rows of a data file. Errors name the place of the row and the key."""
 
 from __future__ import annotations
 
@@ -13,20 +13,24 @@ from llavamed_jax.datasets.sample import _OPEN_OR_CLOSED, VqaSample, check_image
 from llavamed_jax.errors import UserError, short
 from llavamed_jax.utils.files import parse_json, parse_jsonl, read_bytes
 
-_LARGEST = 2**63  # a pickle can hold a number of a million digits, which Python refuses to write down
+_LARGEST = 2**63  # a pickle can hold a number with a million digits, which Python refuses to print
 
 
 def one_of(what: str, value, choices: Iterable) -> None:
-    """Raises UserError where `value` is none of `choices`."""
+    """Raises UserError if `value` is not in `choices`; the error calls the value `what`."""
     if value not in choices:
         raise UserError(f"{what} is {value!r}; one of {', '.join(map(str, choices))} was expected")
 
 
 def read_rows(file: Path, layout: str) -> list[Row]:
-    """The rows of a JSON list or of a JSONL file. Raises UserError for a file that is missing, not UTF-8 or no JSON.
+    """Reads the rows of a JSON list or of a JSONL file.
 
     Args:
-      layout: the set whose rows they are to be, a name of `registry.SETS`.
+      file: the file.
+      layout: the data set that the rows should belong to, a name in `registry.SETS`.
+
+    Raises:
+      UserError: the file is missing, or is not UTF-8 or not JSON.
     """
     try:
         text = read_bytes(file, f"the data file {file}").decode("utf-8-sig")
@@ -41,7 +45,18 @@ def read_rows(file: Path, layout: str) -> list[Row]:
 
 def read_split(root: str | Path, split: str, layout: str, images: str | Path | None,
                sample: Callable[[Row, Path, int], VqaSample]) -> list[VqaSample]:
-    """The samples of a file of one's own, or of the split's file in a folder; what `sample` makes of row, folder of images, place."""
+    """Reads the samples of a user's file, or of the file of a split in a folder.
+
+    Args:
+      root: the file or the folder.
+      split: the split.
+      layout: the name of the form, in `registry.SETS`.
+      images: the folder of the images; None means the folder of the file.
+      sample: makes a sample from a row, the folder of the images and the index of the row.
+
+    Raises:
+      UserError: a file or an image is missing, a row is malformed, or the split is unknown.
+    """
     one_of("the split", split, detect.SPLITS)
     file = detect.split_file(Path(root), split, layout)
     folder = Path(images) if images else file.parent
@@ -51,12 +66,18 @@ def read_split(root: str | Path, split: str, layout: str, images: str | Path | N
 
 
 def named_rows(values: Iterable[Any], file: Path, layout: str) -> list[Row]:
-    """Rows that know their place."""
+    """Wraps values as rows that know their place in the file."""
     return [Row(value, f"row {index} of {file}", layout) for index, value in enumerate(values)]
 
 
 class Row:
-    """A row of a data file: its values, or a UserError that says what is wrong with which."""
+    """A row of a data file. Its methods return checked values, or raise UserError, which names the row and the key.
+
+    Args:
+      value: the parsed row.
+      name: what an error calls the row.
+      layout: the data set that the row should belong to, a name in `registry.SETS`.
+    """
 
     def __init__(self, value: Any, name: str, layout: str):
         self.value, self.name, self._layout = value, name, layout
@@ -73,10 +94,11 @@ class Row:
         return self.value[key]
 
     def error(self, what: str) -> UserError:
+        """Returns an error about this row; `what` follows the name of the row."""
         return UserError(f"{self.name} {what}")
 
     def text(self, key: str) -> str:
-        """Text without blanks around it. Some published answers are numbers."""
+        """Returns a text without surrounding blanks, or a number as text: some published answers are numbers."""
         value = self[key]
         is_number = type(value) is int and abs(value) < _LARGEST or isinstance(value, float) and math.isfinite(value)
         if not isinstance(value, str) and not is_number:
@@ -84,32 +106,32 @@ class Row:
         try:
             value = str(value).strip()
             value.encode()
-        except UnicodeEncodeError:  # JSON and pickles can say it, and no file and no tokenizer knows what it is
+        except UnicodeEncodeError:  # JSON and pickles can express it; files and tokenizers cannot
             raise self.error(f"has half a surrogate pair in its {key}") from None
         return value
 
     def words(self, key: str) -> str:
-        """Text that says something."""
+        """Returns a text; raises UserError if it is empty."""
         if not (value := self.text(key)):
             raise self.error(f"has an empty {key}; text was expected")
         return value
 
     def optional(self, key: str) -> str | None:
-        """Text, or None where the row has none."""
+        """Returns a text, or None if the row has none."""
         return (self.text(key) or None) if key in self else None
 
     def fields(self) -> dict[str, str | None]:
-        """What a row of one's own may say beside its question; reports are broken down by it."""
+        """Returns the optional fields of a user's row, by which reports are broken down."""
         return {key: self.optional(key) for key in ("question_type", "organ", "modality")}
 
     def identity(self, *keys: str) -> int | str:
-        """The id under the first of `keys` that the row has."""
+        """Returns the id under the first of `keys` that the row has."""
         key = next((key for key in keys if key in self), keys[0])
         value = self[key]
         return value if type(value) is int and abs(value) < _LARGEST else self.words(key)
 
     def image(self, key: str, folder: Path) -> Path:
-        """The path of the one image that the question is about."""
+        """Returns the path of the image; raises UserError if the row has several images."""
         value = self[key]
         if isinstance(value, list) and len(value) == 1:
             value = value[0]
@@ -120,10 +142,10 @@ class Row:
         return folder / value
 
     def answer_type(self, names: Mapping[str, str] = _OPEN_OR_CLOSED) -> str:
-        """OPEN or CLOSED. Two rows of VQA-RAD have a trailing blank.
+        """Returns OPEN or CLOSED. Blanks are removed, because two rows of VQA-RAD have a trailing blank.
 
         Args:
-          names: what a file may call them, in capitals.
+          names: the values that a file may have, in capitals -> OPEN or CLOSED.
         """
         value = self["answer_type"]
         kind = names.get(value.strip().upper()) if isinstance(value, str) else None
@@ -133,7 +155,7 @@ class Row:
 
 
 def _shown(value: Any) -> str:
-    """A value for a sentence. A container is not written out: a pickle's may be nested deeper than Python can."""
+    """Formats a value for an error. A container is not printed, because a pickle's may be nested too deeply."""
     if isinstance(value, int) and abs(value) >= _LARGEST:
         return "a number of many digits"
     return f"a {type(value).__name__}" if isinstance(value, (list, dict, tuple)) else short(value)

@@ -1,7 +1,7 @@
-"""A question about an image, whatever set it comes from; and what the readers of those sets share.
+"""A question about an image, from any data set, and checks that the readers of data sets share.
 
-Each set has a reader of its own (`vqa_rad`, `slake`, `pathvqa`, `llava_med`, `choices`, `captions`), which gives a list of
-`VqaSample`. `to_llava` makes a training record of one. What is wrong with a row is said with its place.
+Each set has its own reader (`vqa_rad`, `slake`, `pathvqa`, `llava_med`, `choices`, `captions`), which returns a list of
+`VqaSample`. `to_llava` makes a training record from a sample.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from llavamed_jax.images.load import split_frame
 from llavamed_jax.text.conversation import IMAGE_MARKER
 
 OPEN, CLOSED, CHOICE, CAPTION = "OPEN", "CLOSED", "CHOICE", "CAPTION"
-LETTERS = ascii_uppercase  # of the options of multiple choice
+LETTERS = ascii_uppercase  # letters of multiple-choice options
 _OPEN_OR_CLOSED = {OPEN: OPEN, CLOSED: CLOSED}
 
 
@@ -27,12 +27,19 @@ class VqaSample:
     """One question about one image.
 
     Attributes:
-      question_id: the set's own; `frame-ID` for the rephrasing of question ID.
-      question: what is asked, whole: of multiple choice with its options and how to answer (`choices.prompt`).
-      answer: text as published (integers as text); of multiple choice the text of the right option, of a caption the reference.
+      question_id: the id in the data set; `frame-ID` for the rephrasing of question ID.
+      image: the path of the image.
+      question: the complete question. A multiple-choice question includes its options and how to answer
+        (`choices.prompt`).
+      answer: the published text (integers as text). For multiple choice the text of the right option; for a caption
+        the reference.
       answer_type: OPEN, CLOSED, CHOICE or CAPTION.
-      question_type, organ, modality, language, phrase_type: as published with typos mended, None where a set has none.
-      options: of multiple choice, the texts of A, B, C, …
+      question_type: as published, with typos corrected; None if the set has none.
+      organ: as published; None if the set has none.
+      modality: as published; None if the set has none.
+      language: the language of the question.
+      phrase_type: VQA-RAD's field; None in other sets.
+      options: for multiple choice, the texts of the options A, B, C, …
     """
 
     question_id: int | str
@@ -49,19 +56,26 @@ class VqaSample:
 
 
 def to_llava(sample: VqaSample) -> dict:
-    """The training record of a question, image first. The answer to multiple choice is the letter, as its question asks."""
+    """Returns a question as a training record, with the image first.
+
+    The answer to a multiple-choice question is the letter, as the question asks.
+    """
     answer = LETTERS[sample.options.index(sample.answer)] if sample.answer_type == CHOICE else sample.answer
     question = sample.question.replace(IMAGE_MARKER, "").strip()
-    return {"id": sample.question_id, "image": [str(sample.image)], "answer_type": sample.answer_type, "conversations": [
-        {"from": "human", "value": f"{IMAGE_MARKER}\n{question}"}, {"from": "gpt", "value": answer}]}
+    return {"id": sample.question_id, "image": [str(sample.image)], "answer_type": sample.answer_type,
+            "conversations": [{"from": "human", "value": f"{IMAGE_MARKER}\n{question}"},
+                              {"from": "gpt", "value": answer}]}
 
 
 # ---- checks ----------------------------------------------------------------------------------------------------------
 
 
 def check_images(images: Iterable[Path]) -> None:
-    """Raises UserError that names the first image that does not exist and says how many there are. `#frame=N` is no part of
-    a file's name."""
+    """Checks that image files exist. A path may end with `#frame=N`, which is not part of the file's name.
+
+    Raises:
+      UserError: an image does not exist. The error names the first one and says how many are missing.
+    """
     images = dict.fromkeys(map(Path, images))
     missing = [image for image in images if not image.is_file() and not Path(split_frame(str(image))[0]).is_file()]
     if missing:
@@ -70,9 +84,9 @@ def check_images(images: Iterable[Path]) -> None:
 
 
 def first_names(images: Iterable[str | Path]) -> dict[str, Path]:
-    """Each path -> the first of the paths that is the same file: `x/../0.png`, a link and `0.png` are one image.
+    """Maps each path to the first of the paths that is the same file: `x/../0.png`, a link and `0.png` are one image.
 
-    A frame (`#frame=N`) is an image of its own.
+    Each frame (`#frame=N`) is a separate image.
     """
     found, first = {}, {}
     for image in dict.fromkeys(map(str, images)):
@@ -82,27 +96,37 @@ def first_names(images: Iterable[str | Path]) -> dict[str, Path]:
 
 
 def one_name_each(*groups: Sequence[VqaSample]) -> list[list[VqaSample]]:
-    """The same samples, each image under one path in all of them: what follows knows an image by its path."""
+    """Returns the same samples with one path for each image, because all later code compares images by their paths."""
     names = first_names(sample.image for samples in groups for sample in samples)
-    return [[sample if names[str(sample.image)] == sample.image else replace(sample, image=names[str(sample.image)]) for sample in samples]
+    return [[sample if names[str(sample.image)] == sample.image else replace(sample, image=names[str(sample.image)])
+             for sample in samples]
             for samples in groups]
 
 
 def check_ids(samples: Iterable[VqaSample], name: str) -> None:
-    """Raises UserError that lists ids which several questions have: predictions are joined by them (10 and "10" are one)."""
+    """Checks that ids are unique, because predictions are joined by them (10 and "10" are the same id).
+
+    Args:
+      samples: the questions.
+      name: what an error calls the questions.
+
+    Raises:
+      UserError: several questions have the same id. The error lists such ids.
+    """
     counts = Counter(str(sample.question_id) for sample in samples)
     doubled = [name for name, count in counts.items() if count > 1]
     if doubled:
-        raise UserError(f"{name} has {len(doubled)} ids that several questions have ({some(doubled)}); each its own was expected")
+        raise UserError(f"{name} has {len(doubled)} ids that several questions have ({some(doubled)}); each its own "
+                        "was expected")
 
 
 KINDS = (CLOSED, OPEN, CHOICE, CAPTION)
 
 
 def kind(sample: VqaSample) -> str:
-    """One of `KINDS`. Raises UserError for an answer type that is none of them."""
+    """Returns the kind of a question, one of `KINDS`. Raises UserError for any other answer type."""
     name = sample.answer_type.strip().upper()
     if name not in KINDS:
-        raise UserError(f"question {sample.question_id} has the answer type {sample.answer_type!r}; CLOSED, OPEN, CHOICE or CAPTION"
-                        " was expected")
+        raise UserError(f"question {sample.question_id} has the answer type {sample.answer_type!r}; CLOSED, OPEN, "
+                        "CHOICE or CAPTION was expected")
     return name

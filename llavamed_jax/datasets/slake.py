@@ -1,4 +1,4 @@
-"""SLAKE (Liu et al. 2021) in its official layout: `train.json`, `validate.json`, `test.json`, `imgs/`."""
+"""Reads SLAKE (Liu et al. 2021) in its official layout: `train.json`, `validate.json`, `test.json`, `imgs/`."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ LANGUAGES = ("en", "zh", "all")
 
 
 def read_slake(root: str | Path, split: str = "test", language: str = "en") -> list[VqaSample]:
-    """The questions of SLAKE.
+    """Reads the questions of SLAKE.
 
     Args:
-      root: the folder, or a file in it. The hub's copy calls `validate.json` `validation.json`, and either is read. Or a folder of
-        parquet files that are SLAKE's (`detect.named_by_parquet`).
+      root: the folder, or a file in it, or a folder of SLAKE's parquet files (`detect.named_by_parquet`). The file of
+        the validation split may be called `validate.json` or, as on the hub, `validation.json`.
       split: `train`, `validation` or `test`.
-      language: `en` (the paper's), `zh`, or `all`.
+      language: `en` (as in the paper), `zh`, or `all`.
+
     Raises:
-      UserError: a file or an image that is missing, a row that lacks a field, an unknown split or language.
+      UserError: a file or an image is missing, a row lacks a field, or the split or the language is unknown.
     """
     one_of("SLAKE's split", split, detect.SPLITS)
     one_of("SLAKE's language", language, LANGUAGES)
@@ -39,11 +40,12 @@ def read_slake(root: str | Path, split: str = "test", language: str = "en") -> l
 def _sample(row: Row, images: Path) -> VqaSample:
     return VqaSample(
         row.identity("qid"), row.image("img_name", images), row.text("question"), row.text("answer"), row.answer_type(),
-        question_type=row.text("content_type"), organ=row.text("location"), modality=row.text("modality"), language=row.text("q_lang"))
+        question_type=row.text("content_type"), organ=row.text("location"), modality=row.text("modality"),
+        language=row.text("q_lang"))
 
 
 def _has_images(path: Path) -> bool:
-    """SLAKE's images lie in folders `xmlabN`; an empty folder may be waiting for them."""
+    """Returns whether `imgs/` has folders `xmlabN`, as SLAKE has, or is empty because images are not there yet."""
     folder = path / "imgs"
     return folder.is_dir() and (any(folder.glob("xmlab*")) or not any(folder.iterdir()))
 
@@ -58,11 +60,12 @@ DATA_SET = DataSet(
     is_row=lambda keys: "img_name" in keys,
     variant=lambda selected: selected.language or "en",
     published={  # spec 3.1
-        ("train", "en"): (4919, 450, 2976, 1943), ("validation", "en"): (1053, 96, 631, 422), ("test", "en"): (1061, 96, 645, 416),
+        ("train", "en"): (4919, 450, 2976, 1943), ("validation", "en"): (1053, 96, 631, 422),
+        ("test", "en"): (1061, 96, 645, 416),
     },
     has_training_rows=True,
     parquet=ParquetSigns(
-        rows={"train": (4919, 9835), "validation": (1053, 2099), "test": (1061, 2094)},  # the English ones, and all
+        rows={"train": (4919, 9835), "validation": (1053, 2099), "test": (1061, 2094)},  # English; all languages
         columns=frozenset({"img_name", "img_id", "q_lang", "location", "base_type", "content_type", "triple"}),
         title=r"slake"),
 )

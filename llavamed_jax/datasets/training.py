@@ -1,7 +1,7 @@
-"""Training records from whatever a recipe names: LLaVA files, and every data set that is evaluated on, in its own layout.
+"""Reads the training data of a recipe: LLaVA files, and every data set for evaluation, in its own layout.
 
-A training record is a dict `{"id", "image": list of paths, "conversations": [{"from": "human"|"gpt", "value": str}, …]}`
-whatever it was read from; `sample.to_llava` makes one of a question.
+Every training record is a dict `{"id", "image": list of paths, "conversations": [{"from": "human"|"gpt", "value": str},
+…]}`; `sample.to_llava` makes one from a question.
 """
 
 from __future__ import annotations
@@ -19,14 +19,17 @@ from llavamed_jax.datasets.sample import to_llava
 from llavamed_jax.errors import UsageError, UserError
 from llavamed_jax.utils.hashes import sha256
 
-LARGEST_WEIGHT = 1000  # of a source of training data: an epoch is laid out whole, and what is larger was mistyped
+LARGEST_WEIGHT = 1000  # of a source; the plan of an epoch is in memory, and a larger weight is probably a typing error
 
 
 @dataclass(frozen=True)
 class TrainingData:
-    """Records of one or several sources; an epoch takes `round(weight * len(source))` of each (see `pipeline.packing`).
+    """Records of one or several sources. An epoch takes `round(weight * len(source))` of each (see `pipeline.packing`).
 
-    `found` has a line for each source that is a data set with published counts (`counts.describe`).
+    Attributes:
+      sources: the records of each source.
+      weights: how often an epoch uses the records of each source.
+      found: one line for each source that is a data set with published counts (`counts.describe`).
     """
 
     sources: Sequence[MemoryRecords | FileRecords]
@@ -35,7 +38,7 @@ class TrainingData:
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """Samples that each source gives an epoch."""
+        """Number of samples that an epoch takes from each source."""
         return tuple(round(weight * len(source)) for source, weight in zip(self.sources, self.weights, strict=True))
 
     def __len__(self) -> int:
@@ -43,10 +46,11 @@ class TrainingData:
 
     @property
     def num_records(self) -> int:
+        """Number of records of all sources, without weights."""
         return sum(map(len, self.sources))
 
     def record(self, number: int) -> dict:
-        """A record by its number through all sources. Raises UserError, which names it, where it is damaged."""
+        """Reads a record; `number` counts through all sources. Raises UserError, which names a damaged record."""
         for source in self.sources:
             if number < len(source):
                 return source[number]
@@ -54,11 +58,11 @@ class TrainingData:
         raise IndexError(number)
 
     def fingerprint(self) -> str:
-        """Names the records: their text, not the images' pixels."""
+        """Returns a hash of the records' text; the pixels of the images do not count."""
         return sha256(repr([source.fingerprint() for source in self.sources]).encode())[:24]
 
     def readable(self) -> Iterator[dict]:
-        """The records in order, without the damaged ones."""
+        """Yields the records in order, without the damaged ones."""
         for number in range(self.num_records):
             with contextlib.suppress(UserError):
                 yield self.record(number)
@@ -66,17 +70,19 @@ class TrainingData:
 
 def read_training(data, images: str | Path | None = None, protocol: str = "clean", split: str = "train",
                   cache: Path | None = None) -> TrainingData:
-    """Training records from whatever `data.train` of a recipe names.
+    """Reads the training data that `data.train` of a recipe names.
 
     Args:
-      data: a LLaVA JSON or JSONL file; a data set in its own layout (`registry.SETS`), a folder or a file; or a list of
-        `{"path", "images", "weight"}`, where weight 2 shows a source twice an epoch and 0.5 half of it.
-      images: the folder of the images, where it is not the layout's own.
-      protocol, split: which rows of a data set.
+      data: a LLaVA JSON or JSONL file; a data set in its own layout (`registry.SETS`), as a folder or a file; or a list
+        of `{"path", "images", "weight"}`. A weight of 2 uses a source twice in an epoch, 0.5 uses half of it.
+      images: the folder of the images; None means the folder of the layout.
+      protocol: which rows of VQA-RAD, `clean` or `paper`.
+      split: which rows of a data set.
       cache: see `records.open_records`.
+
     Raises:
-      UserError: a file that is missing or no JSON, a row of a data set that is malformed, no records. Records of a LLaVA file
-        are read when they are asked for, and the malformed ones are found by `lengths.measure`.
+      UserError: a file is missing or is not JSON, a row of a data set is malformed, or there are no records. Records of
+        a LLaVA file are read later; `lengths.measure` finds malformed ones.
     """
     if isinstance(data, (list, tuple)):
         return _read_mixture(data, images, protocol, split, cache)
@@ -101,21 +107,24 @@ def read_training(data, images: str | Path | None = None, protocol: str = "clean
 def _read_mixture(entries, images, protocol, split, cache) -> TrainingData:
     sources, weights, found = [], [], []
     for entry in entries:
-        if not hasattr(entry, "keys"):  # a ConfigDict is no Mapping
+        if not hasattr(entry, "keys"):  # a ConfigDict is not a Mapping
             raise UsageError(f"an entry of the training data is {entry!r}; {{path, images, weight}} was expected")
         entry = dict(entry)
         unknown = set(entry) - {"path", "images", "weight"}
         if "path" not in entry or unknown:
-            raise UsageError(f"an entry of the training data is {entry}; the keys path, images and weight were expected")
+            raise UsageError(f"an entry of the training data is {entry}; "
+                             "the keys path, images and weight were expected")
         for key in ("path", "images"):
             if not (isinstance(entry.get(key, ""), (str, Path)) or key == "images" and entry[key] is None):
                 raise UsageError(f"an entry of the training data has the {key} {entry[key]!r}; text was expected")
         weight = entry.get("weight", 1.0)
         if type(weight) not in (int, float) or not 0 < weight <= LARGEST_WEIGHT:
-            raise UsageError(f"the weight of {entry['path']} is {weight!r}; more than 0 and at most {LARGEST_WEIGHT} was expected")
+            raise UsageError(f"the weight of {entry['path']} is {weight!r}; more than 0 and at most {LARGEST_WEIGHT} "
+                             "was expected")
         part = read_training(entry["path"], entry.get("images", images), protocol, split, cache)
         if not round(weight * len(part)):
-            raise UserError(f"the weight {weight} of {entry['path']} leaves none of its {len(part)} records in an epoch")
+            raise UserError(f"the weight {weight} of {entry['path']} leaves none of its {len(part)} records "
+                            "in an epoch")
         sources += part.sources
         found += part.found
         weights.append(float(weight))

@@ -1,4 +1,4 @@
-"""VQA-RAD (Lau et al. 2018): its public file and its images, or a cut of it in the same layout."""
+"""Reads VQA-RAD (Lau et al. 2018): the public file and its images, or a part of it in the same layout."""
 
 from __future__ import annotations
 
@@ -17,23 +17,24 @@ from llavamed_jax.errors import UserError
 log = logging.getLogger(__name__)
 
 VQA_RAD_FILE = "VQA_RAD Dataset Public.json"
-_IMAGES = ("images", "VQA_RAD Image Folder")  # the second as on osf.io
+_IMAGES = ("images", "VQA_RAD Image Folder")  # the second is the name on osf.io
 _TYPES = {"PRSE": "PRES", "ATRIB": "ATTRIB"}  # typos in the published file
 
 
 def read_vqa_rad(root: str | Path, split: str = "test", protocol: str = "clean") -> list[VqaSample]:
-    """The questions of VQA-RAD.
+    """Reads the questions of VQA-RAD.
 
-    Test rows are those whose `phrase_type` begins with `test_`. The `paper` protocol adds the rephrasing (`question_frame`)
-    of every row to the training rows, test rows included, as the repackaging did that the paper trained on: answers of
-    test questions are then trained on. That leak is logged.
+    Test rows are those with a `phrase_type` that begins with `test_`. The protocol `paper` adds the rephrasing
+    (`question_frame`) of every row, including test rows, to the training rows, as in the repackaged data that the paper
+    trained on. So the training rows contain answers of test questions; a warning about this leak is logged.
 
     Args:
-      root: the folder, or the file in it; or a folder of parquet files that are VQA-RAD's (`detect.named_by_parquet`).
+      root: the folder, or the file in it; or a folder of VQA-RAD's parquet files (`detect.named_by_parquet`).
       split: `train`, `test` or `all`.
-      protocol: `clean` or `paper`; without effect on test rows.
+      protocol: `clean` or `paper`; it does not affect test rows.
+
     Raises:
-      UserError: a file or an image that is missing, a row that lacks a field, an unknown split or protocol.
+      UserError: a file or an image is missing, a row lacks a field, or the split or the protocol is unknown.
     """
     one_of("VQA-RAD's split", split, ("train", "test", "all"))
     one_of("VQA-RAD's protocol", protocol, ("clean", "paper"))
@@ -62,7 +63,8 @@ def read_vqa_rad(root: str | Path, split: str = "test", protocol: str = "clean")
 def _from_parquet(root: Path, split: str, protocol: str) -> list[VqaSample]:
     if protocol == "paper" and split != "test":
         raise UserError(f"{root} holds parquet files, which have no rephrasings; protocol=paper needs {VQA_RAD_FILE}")
-    return [sample for each in (("train", "test") if split == "all" else (split,)) for sample in read_hub(root, each, name="vqa_rad")]
+    return [sample for each in (("train", "test") if split == "all" else (split,))
+            for sample in read_hub(root, each, name="vqa_rad")]
 
 
 def _sample(row: Row, images: Path) -> VqaSample:
@@ -70,8 +72,9 @@ def _sample(row: Row, images: Path) -> VqaSample:
     kinds = [_TYPES.get(kind.strip().upper(), kind.strip().upper()) for kind in row.text("question_type").split(",")]
     qid = row.text("qid")
     return VqaSample(
-        int(qid) if qid.isdecimal() else qid, row.image("image_name", images), row.text("question"), row.text("answer"), answer_type,
-        question_type=", ".join(sorted(kinds)), organ=row.text("image_organ"), phrase_type=row.text("phrase_type"))
+        int(qid) if qid.isdecimal() else qid, row.image("image_name", images), row.text("question"),
+        row.text("answer"), answer_type, question_type=", ".join(sorted(kinds)), organ=row.text("image_organ"),
+        phrase_type=row.text("phrase_type"))
 
 
 def _frame(row: Row, sample: VqaSample) -> VqaSample:
@@ -93,10 +96,10 @@ DATA_SET = DataSet(
         ("test", "clean"): (451, 203, 179, 272), ("test", "paper"): (451, 203, 179, 272),
     },
     has_training_rows=True,
-    read_whole=lambda root: read_vqa_rad(root, "all", "clean"),  # without the rephrasings of the paper's protocol
+    read_whole=lambda root: read_vqa_rad(root, "all", "clean"),  # without rephrasings
     parquet=ParquetSigns(
-        rows={"train": (1793, 1797, 3064), "test": (451,)},  # without repeated rows, and as published
-        columns=frozenset({"phrase_type", "image_organ", "qid_linked_id", "image_case_url", "question_frame", "question_relation",
-                           "question_rephrase"}),
+        rows={"train": (1793, 1797, 3064), "test": (451,)},  # without repeated rows, clean, and paper
+        columns=frozenset({"phrase_type", "image_organ", "qid_linked_id", "image_case_url", "question_frame",
+                           "question_relation", "question_rephrase"}),
         title=r"vqa[\W_]*rad"),
 )
