@@ -1,5 +1,7 @@
-"""Where a process stands among others on a cluster, read from its environment. jax's own way to find them may wait for them: it is
-asked only where there are others."""
+"""Finds a process's place among others on a cluster from its environment.
+
+jax's own detection may wait for the other processes, so it is used only if there are other processes.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +16,13 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Place:
-    """Where a process stands among the others; what is None is found by jax.
+    """A process's place among the others; jax finds the values that are None.
 
     Attributes:
-      coordinator, count, index: HOST:PORT of process 0, number of processes, number of this one.
-      local_devices: of this host's GPUs those of this process, empty for all.
+      coordinator: HOST:PORT of process 0.
+      count: the number of processes.
+      index: the number of this process.
+      local_devices: this process's GPUs among those of its host; empty for all.
     """
 
     coordinator: str | None = None
@@ -28,12 +32,13 @@ class Place:
 
 
 def detected(environment: Mapping[str, str] = os.environ) -> Place | None:
-    """The place on a cluster that starts more than one process; None elsewhere, so that nobody waits for processes that never come.
+    """Returns the place on a cluster that starts several processes; None elsewhere, so that no process waits in vain.
 
-    SLURM: a step of several tasks. Cloud TPU: several hosts, by GKE's variables or the metadata of the machine. GKE with GPUs: a pod
-    of an indexed job, whose size the package `kubernetes` asks for.
+    On SLURM: a step of several tasks. On Cloud TPU: several hosts, by GKE's variables or the machine's metadata. On GKE
+    with GPUs: a pod of an indexed job; the package `kubernetes` finds its size.
     """
-    slurm = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")  # what jax asks for
+    # The variables that jax reads.
+    slurm = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
     tasks = environment.get("SLURM_STEP_NUM_TASKS", environment.get("SLURM_NTASKS", ""))
     if all(name in environment for name in slurm) and tasks.isdigit() and int(tasks) > 1:
         return Place(local_devices=_slurm_devices(environment))
@@ -48,9 +53,9 @@ def detected(environment: Mapping[str, str] = os.environ) -> Place | None:
 
 
 def _slurm_devices(environment: Mapping[str, str]) -> Sequence[int] | None:
-    """The GPUs of a task, where jax would take the one that has the task's number on its host: of a lone task the first of eight.
+    """Returns the GPUs of a task: an equal part of those that it sees; all if it is alone on its host or sees one.
 
-    Each task takes an equal part of the GPUs that it sees; all of them where it is alone, or sees one that SLURM has given it.
+    jax would take the GPU with the task's number on its host: the first of eight for a lone task.
     """
     tasks = re.match(r"\d+", environment.get("SLURM_STEP_TASKS_PER_NODE", environment.get("SLURM_TASKS_PER_NODE", "")))
     visible = [name for name in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
@@ -66,17 +71,19 @@ def _slurm_devices(environment: Mapping[str, str]) -> Sequence[int] | None:
 def _is_tpu_host(environment: Mapping[str, str]) -> bool:
     platforms = environment.get("JAX_PLATFORMS", "tpu")
     return "tpu" in platforms and importlib.util.find_spec("libtpu") is not None and any(
-        path.read_text(encoding="ascii").strip() == "0x1ae0" for path in Path("/sys/bus/pci/devices").glob("*/vendor"))  # Google's
+        path.read_text(encoding="ascii").strip() == "0x1ae0"  # Google's
+        for path in Path("/sys/bus/pci/devices").glob("*/vendor"))
 
 
 def _tpu_hosts(environment: Mapping[str, str]) -> int:
-    names = environment.get("TPU_PROCESS_ADDRESSES") or environment.get("TPU_WORKER_HOSTNAMES") or _metadata("worker-network-endpoints")
+    names = (environment.get("TPU_PROCESS_ADDRESSES") or environment.get("TPU_WORKER_HOSTNAMES")
+             or _metadata("worker-network-endpoints"))
     return len([name for name in names.split(",") if name]) * int(environment.get("MEGASCALE_NUM_SLICES") or 1)
 
 
 def _metadata(key: str) -> str:
-    """An attribute of a virtual machine at Google; empty where there is none."""
-    import urllib.request  # takes a while, and few are asked
+    """Returns an attribute of a Google virtual machine; an empty text if there is no such attribute."""
+    import urllib.request  # slow to import, and needed on few machines
 
     host = os.environ.get("GCE_METADATA_IP", "metadata.google.internal")
     request = urllib.request.Request(f"http://{host}/computeMetadata/v1/instance/attributes/{key}",

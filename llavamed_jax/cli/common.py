@@ -1,6 +1,7 @@
-"""What every command line shares: flags, config files, messages and exit statuses.
+"""The parts that all command lines share: flags, config files, messages and exit statuses.
 
-Nothing here imports jax: `run` must set the memory fraction before the first import of it, and `--help` answers at once.
+Nothing here imports jax: `run` must set the memory fraction before the first import of jax, and `--help` answers at
+once.
 """
 
 from __future__ import annotations
@@ -22,26 +23,29 @@ from typing import TYPE_CHECKING, Any
 
 from llavamed_jax.cli import processes
 from llavamed_jax.errors import UsageError, UserError, cut, short
-from llavamed_jax.recipes import recipe_arguments  # noqa: F401  (recipes of users' own may import it from here)
+from llavamed_jax.recipes import recipe_arguments  # noqa: F401  (users' recipes may import it from here)
 from llavamed_jax.utils import paths, signals, streams, terminal
 
 if TYPE_CHECKING:  # not before a command listens to signals
     from ml_collections import ConfigDict
 
-EXIT_SAVED = 75  # stopped by a signal with everything saved: run again to go on (EX_TEMPFAIL of sysexits.h)
+EXIT_SAVED = 75  # stopped by a signal with everything saved: run again to resume (EX_TEMPFAIL of sysexits.h)
 
 
 def command(load: Callable[[], Callable[[list[str]], int | None]], argv: Sequence[str] | None = None,
             has: str = "the run had begun", is_forked: bool = False) -> int:
-    """Runs a command: listens to signals, then imports its program, then runs it (`run`).
+    """Runs a command: listens to signals, imports its program, and runs it (`run`).
 
-    A process that was started for it (`argv` is None) gets standard streams that can be used and ends here, without the
-    interpreter's own end, in which native threads that are still at work would crash (XLA's compile threads under jax 0.10.2).
+    A process that was started for the command (`argv` is None) gets usable standard streams and exits here, without the
+    interpreter's own shutdown, in which running native threads would crash (XLA's compile threads with jax 0.10.2).
 
     Args:
       load: imports the program, which may take a while.
-      has: what a signal that ends the command at once came before.
-      is_forked: the program joins other processes (`processes.join`), which starts the thread that waits for signals.
+      argv: the arguments, without the program's name; None for those of the process.
+      has: the end of the message "interrupted before …", for a signal that ends the command at once.
+      is_forked: whether the program joins other processes (`processes.join`), which starts the thread that waits for
+        signals.
+
     Returns:
       The exit status.
     """
@@ -58,13 +62,14 @@ def command(load: Callable[[], Callable[[list[str]], int | None]], argv: Sequenc
 
 
 def run(program: Callable[[list[str]], int | None], argv: Sequence[str] | None = None) -> int:
-    """Runs a program and turns its errors into one line on stderr and the exit status of the interface; cleans what it prints.
+    """Runs a program, and converts its errors to one line on stderr and an exit status; cleans its output.
 
     Args:
-      program: takes the words of the command line; returns the exit status, None for 0.
-      argv: the words, without the program's name; None for `sys.argv[1:]`.
+      program: takes the arguments of the command line; returns the exit status, None for 0.
+      argv: the arguments, without the program's name; None for `sys.argv[1:]`.
+
     Returns:
-      0 done, 1 failed (`UserError`), 2 wrong command line, config or value (`UsageError`), or what `program` returned.
+      0 done, 1 failed (`UserError`), 2 wrong command line, config or value (`UsageError`), or the value of `program`.
     """
     streams.keep_open()
     with terminal.cleaned():
@@ -72,7 +77,7 @@ def run(program: Callable[[list[str]], int | None], argv: Sequence[str] | None =
 
 
 def _run(program: Callable[[list[str]], int | None], argv: list[str]) -> int:
-    # JAX's own 75 % reads as running out of memory; JAX refuses to be given both names of the setting.
+    # JAX's default of 75 % looks like running out of memory. JAX raises if both names of the setting are given.
     if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:
         os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", "0.95")
     said = None
@@ -85,7 +90,7 @@ def _run(program: Callable[[list[str]], int | None], argv: list[str]) -> int:
     except KeyboardInterrupt as error:
         status, said = 1, str(error) or "interrupted"
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python complains once more when it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # otherwise Python reports the error again at exit
         status, said = 1, "the output was closed before all of it was written"
     except Exception as error:
         status, said = 1, _of_the_system(error)
@@ -102,8 +107,8 @@ def _run(program: Callable[[list[str]], int | None], argv: list[str]) -> int:
 
 
 def _of_the_system(error: Exception) -> str | None:
-    """A sentence of what the system says of a file that nobody expected to be in the way; None for an error of another kind."""
-    if isinstance(error, FileNotFoundError) and "temporary directory" in str(error):  # what `tempfile` raises, whoever asked it
+    """Returns a sentence about an operating system error on a file; None for other errors."""
+    if isinstance(error, FileNotFoundError) and "temporary directory" in str(error):  # from `tempfile`, in any library
         return f"a temporary directory is needed ({error.strerror}); set TMPDIR to one that can be written"
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return f"{cut(str(error.filename), 300)}: {error.strerror}"
@@ -116,7 +121,7 @@ _NO_PATH_KEYS = ("endpoint", "model", "question")  # last parts of such config k
 
 
 class _Once(argparse.Action):
-    """Keeps a flag's value, as argparse does, and refuses another one: argparse would take the last and say nothing."""
+    """Stores a flag's value, and refuses a second, different one: argparse would silently take the last."""
 
     def __call__(self, parser, namespace, values, option_string=None):
         given = parser.given.setdefault(self.dest, values)
@@ -127,10 +132,10 @@ class _Once(argparse.Action):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose complaint is one sentence, and whose flags are typed in full and with one value.
+    """An ArgumentParser that reports one sentence, and accepts no abbreviated flags and no flag with two values.
 
     Attributes:
-      given: of a command line, the values by flag.
+      given: the values of a command line, by flag.
     """
 
     def __init__(self, **kwargs):
@@ -140,9 +145,14 @@ class Parser(argparse.ArgumentParser):
             self.register("action", name, _Once)
 
     def error(self, message: str):
+        """Raises UsageError with the message."""
         raise UsageError(f"{message}; `{self.prog} --help` lists the flags")
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):
+        """Parses the flags it knows, as argparse does.
+
+        Raises UsageError for NUL characters, and for paths that are addresses or not UTF-8.
+        """
         strange = next((word for word in args or () if "\0" in word), None)
         if strange is not None:
             self.error(f"the argument {short(strange)} holds a NUL character")
@@ -155,7 +165,7 @@ class Parser(argparse.ArgumentParser):
         return found, rest
 
     def parse_with_overrides(self, argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-        """Parses `argv`; returns the flags and the overrides `KEY=VALUE` of `--config.KEY=VALUE`."""
+        """Parses `argv`; returns the flags, and the overrides `KEY=VALUE` of `--config.KEY=VALUE`."""
         args, rest = self.parse_known_args(argv)
         overrides, words = [], iter(rest)
         for word in words:
@@ -175,12 +185,15 @@ def load_config(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
     """Loads `FILE.py[:ARGUMENTS]`, a Python file with `get_config(arg="") -> ConfigDict`, and applies overrides.
 
     Args:
-      spec: the file, and after a colon the text that its `get_config` is called with.
-      overrides: `KEY=VALUE` with dots for levels. The value is read as the type that the key has.
+      spec: the file, and after a colon the text that is passed to its `get_config`.
+      overrides: `KEY=VALUE` with dots for levels. The value is read with the type of the key.
+
     Returns:
       The config, locked.
+
     Raises:
-      UsageError: no such file, a file that raises or lacks `get_config`, an unknown key, a value of another type, two values of a key.
+      UsageError: the file does not exist, raises or lacks `get_config`, a key is unknown or has two values, or a value
+        has another type.
     """
     given: dict[str, str] = {}
     for key, _, value in (override.partition("=") for override in overrides):
@@ -192,7 +205,8 @@ def load_config(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
     if path.is_dir():
         raise UsageError(f"the config file {name} is a directory; one file was expected{_neighbours(path / '*.py')}")
     if not path.is_file():
-        what = "is a pipe or a device; one file was expected" if os.path.exists(path) else f"does not exist{_neighbours(path)}"
+        what = ("is a pipe or a device; one file was expected" if os.path.exists(path)
+                else f"does not exist{_neighbours(path)}")
         raise UsageError(f"the config file {name} {what}")
     try:
         with _configs_importable(path):
@@ -225,10 +239,11 @@ def load_config(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
 
 @contextlib.contextmanager
 def _configs_importable(path: Path) -> Iterator[None]:
-    """Lets the recipe at `path` import `configs.common`, wherever the command was started and whatever is installed.
+    """Lets the recipe at `path` import `configs.common` from any working directory and with any installation.
 
-    `configs` is then the folder of that name that holds the recipe, then this project's, then those on Python's path. Modules that
-    were imported as `configs` before, of another checkout, are put aside: two recipes may have two `configs/common.py`.
+    Inside the block `configs` is the folder of that name that holds the recipe, then this project's, then those on
+    Python's path. Modules that were imported before as `configs`, from another checkout, are set aside: two recipes may
+    have two `configs/common.py`.
     """
     def imported() -> dict[str, Any]:
         return {name: module for name, module in sys.modules.items() if name.partition(".")[0] == "configs"}
@@ -253,13 +268,13 @@ def _configs_importable(path: Path) -> Iterator[None]:
 
 
 def _texts(value: Any) -> str:
-    """All texts in a value of a config, one after another."""
-    return value if isinstance(value,
-                               str) else "\n".join(map(_texts, value)) if isinstance(value, (list, tuple)) else ""
+    """Joins all texts in a value of a config."""
+    return (value if isinstance(value, str)
+            else "\n".join(map(_texts, value)) if isinstance(value, (list, tuple)) else "")
 
 
 def _neighbours(path: Path) -> str:
-    """A hint: the config files that lie where a missing one was looked for."""
+    """Returns a hint: the config files in the folder of a missing one."""
     found = []
     for file in sorted(path.parent.glob("*.py")) if path.parent.is_dir() else []:
         with contextlib.suppress(OSError):
@@ -269,7 +284,7 @@ def _neighbours(path: Path) -> str:
 
 
 def leaf_keys(config: ConfigDict, prefix: str = "") -> Iterator[str]:
-    """Dotted names of every value in a config."""
+    """Yields the dotted names of all values in a config."""
     from ml_collections import ConfigDict
     for key in config:
         value = config[key]
@@ -299,7 +314,7 @@ def _apply(config: ConfigDict, override: str) -> None:
     if text.lower() == "none" and key in recipe.SCHEMA and recipe.SCHEMA[key].is_open:
         with config.ignore_type():
             node[leaf] = None
-    elif key == "data.train":  # the one key of two types: a file, or a list of weighted files
+    elif key == "data.train":  # the only key with two types: a file, or a list of weighted files
         with config.ignore_type():
             node[leaf] = _parse(key, text, None, tuple) if text.startswith("[") else text
     else:
@@ -307,29 +322,35 @@ def _apply(config: ConfigDict, override: str) -> None:
 
 
 def _parse(key: str, text: str, current: Any, kind: type) -> Any:
-    """Reads `text` as `kind`, the type that a config key has."""
+    """Reads `text` as `kind`, the type of a config key."""
     try:
         if kind is bool:
             return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
         if text.lower() == "none" and (current is None or kind in (int, float)):
-            return None  # leaves a number open; whoever needs it complains
+            return None  # the number is unset; the code that needs it raises
         if kind in (int, float, str):
             return kind(text)
         value = ast.literal_eval(text)
         if isinstance(value, (list, tuple)) and kind in (list, tuple):
             return kind(value)
-    except (ValueError, SyntaxError, KeyError, RecursionError, MemoryError):  # the last two of thousands of brackets
+    except (ValueError, SyntaxError, KeyError, RecursionError, MemoryError):  # the last two for thousands of brackets
         pass
     wanted = {bool: "true or false", int: "an integer", float: "a number", tuple: "a list such as [\"a\", \"b\"]",
               list: "a list such as [\"a\", \"b\"]"}
     raise UsageError(f"the config key {key!r} is {text!r}; {wanted.get(kind, kind.__name__)} was expected")
 
 
-MODEL_FLAGS = "model: --vision_tower PATH --tokenizer PATH --template NAME --dtype TYPE --mesh SIZES"  # in one line, for an epilog
+# One line for an epilog.
+MODEL_FLAGS = "model: --vision_tower PATH --tokenizer PATH --template NAME --dtype TYPE --mesh SIZES"
 
 
 def add_model_flags(parser: argparse.ArgumentParser, is_listed: bool = True) -> None:
-    """The words of `llavamed_jax.load` as flags, beside a `--checkpoint` of the parser's own; `--help` may leave them to its epilog."""
+    """Adds the arguments of `llavamed_jax.load` as flags, except `--checkpoint`, which each parser adds itself.
+
+    Args:
+      parser: the parser.
+      is_listed: whether `--help` lists them; otherwise the parser's epilog does (`MODEL_FLAGS`).
+    """
     group = parser.add_argument_group("model") if is_listed else parser
     said = (lambda text: text) if is_listed else (lambda _: argparse.SUPPRESS)
     group.add_argument("--vision_tower", metavar="PATH", help=said("a CLIP tower, not the checkpoint's own"))
@@ -342,22 +363,33 @@ def add_model_flags(parser: argparse.ArgumentParser, is_listed: bool = True) -> 
 
 
 def add_preflight_flags(parser: argparse.ArgumentParser) -> None:
-    """`--preflight` and where its result goes."""
+    """Adds `--preflight`, and the flag for the file of its result."""
     parser.add_argument("--preflight", metavar="NAMES", help="compile for h100-8,v5e-64,…; --preflight_json FILE")
     parser.add_argument("--preflight_json", metavar="FILE", help=argparse.SUPPRESS)
 
 
 def check_preflight_flags(args: argparse.Namespace) -> None:
+    """Raises UsageError if `--preflight_json` is given without `--preflight`."""
     if args.preflight is None and args.preflight_json is not None:
         raise UsageError("--preflight_json is where the result of --preflight goes; --preflight NAMES was expected "
                          "beside it")
 
 
 def preflight(args: argparse.Namespace, config: ConfigDict, slices: int = 1, **job) -> int:
-    """Compiles for the machines of `--preflight`; returns the exit status."""
+    """Compiles for the machines of `--preflight`.
+
+    Args:
+      args: the parsed flags.
+      config: the recipe or evaluation.
+      slices: number of TPU slices.
+      **job: further fields of each compile job.
+
+    Returns:
+      The exit status.
+    """
     from llavamed_jax.preflight import report
     machines = report.topologies(args.preflight, slices)
-    from llavamed_jax.preflight import compile  # brings jax
+    from llavamed_jax.preflight import compile  # imports jax
     job["config"] = json.loads(config.to_json())
     jobs = [dict(topology=machine.name, slices=machine.slices, **job) for machine in machines]
     compile.check_model(jobs[0])
@@ -368,11 +400,11 @@ def preflight(args: argparse.Namespace, config: ConfigDict, slices: int = 1, **j
 
 
 def check_model_flags(args: argparse.Namespace) -> None:
-    """Refuses a template or a preset that does not exist, before anything is loaded or written."""
+    """Raises UsageError if a template or a preset does not exist, before anything is loaded or written."""
     from llavamed_jax.config import preset
     from llavamed_jax.text.templates import get_template
-    checks = [("--checkpoint", preset,
-               args.checkpoint.removeprefix("preset:"))] if args.checkpoint.startswith("preset:") else []
+    checks = ([("--checkpoint", preset, args.checkpoint.removeprefix("preset:"))]
+              if args.checkpoint.startswith("preset:") else [])
     checks += [("--template", get_template, args.template)] if args.template is not None else []
     for flag, check, value in checks:
         try:
@@ -382,12 +414,13 @@ def check_model_flags(args: argparse.Namespace) -> None:
 
 
 def load_assistant(args: argparse.Namespace):
-    """The LlavaMed that the flags `--checkpoint` and those of `add_model_flags` name; says which vision tower it has."""
+    """Loads the LlavaMed of `--checkpoint` and the flags of `add_model_flags`; prints its vision tower to stderr."""
     check_model_flags(args)
-    from llavamed_jax.assistant import load  # brings jax
+    from llavamed_jax.assistant import load  # imports jax
     from llavamed_jax.cli import compilation_cache
     compilation_cache.enable()
     model = load(args.checkpoint, dtype=args.dtype, mesh=args.mesh, vision_tower=args.vision_tower,
                  tokenizer=args.tokenizer, template=args.template)
-    print(terminal.sentence(f"{args.checkpoint}: vision tower: {model.tower}"), file=sys.stderr)  # stdout is for answers and results
+    # stdout is for answers and results.
+    print(terminal.sentence(f"{args.checkpoint}: vision tower: {model.tower}"), file=sys.stderr)
     return model

@@ -1,4 +1,4 @@
-"""Compiled programs are kept on the disk, so that a command line that is started again need not compile them again."""
+"""Keeps compiled programs on disk, so that a command that is started again does not compile them again."""
 
 from __future__ import annotations
 
@@ -8,20 +8,22 @@ import sys
 import tempfile
 from pathlib import Path
 
-SWITCH, DIRECTORY = "JAX_ENABLE_COMPILATION_CACHE", "JAX_COMPILATION_CACHE_DIR"  # of jax's own, from the environment
-LEAST_SECONDS = 0.1  # of compiling, for a program to be kept; jax's second would leave out half of what a small model runs
+SWITCH, DIRECTORY = "JAX_ENABLE_COMPILATION_CACHE", "JAX_COMPILATION_CACHE_DIR"  # jax's environment variables
+# Programs that compile faster are not kept. jax's default of 1 s would skip half of a small model's programs.
+LEAST_SECONDS = 0.1
 MOST_BYTES = 4_000_000_000
 
 
 def enable() -> None:
-    """Has jax keep what it compiles in the user's cache directory; to be called before the first program is compiled.
+    """Makes jax keep compiled programs in the user's cache directory. Call it before the first program is compiled.
 
-    jax finds an entry by the program, jaxlib, XLA's flags, the kind and number of devices and, on a CPU, its instruction set: what
-    another version or machine left there is not taken. `JAX_COMPILATION_CACHE_DIR` names another directory, and
-    `JAX_ENABLE_COMPILATION_CACHE=0` turns it off. Several processes keep theirs only in a directory that was named: in one
-    that they do not share, one process would find a program for which the others still want to tune kernels with it.
+    jax finds an entry by the program, jaxlib, XLA's flags, the kind and number of devices and, on a CPU, its
+    instruction set: entries of another version or machine are not used. `JAX_COMPILATION_CACHE_DIR` names another
+    directory, and `JAX_ENABLE_COMPILATION_CACHE=0` disables the cache. Several processes use only a directory that was
+    named: in a directory that they do not share, one process could find a program for which the others still want to
+    tune kernels with it.
     """
-    import jax  # whoever calls this is about to
+    import jax  # callers need it next anyway
 
     config = jax.config
     if not config.jax_enable_compilation_cache:
@@ -32,7 +34,7 @@ def enable() -> None:
         return
     try:
         directory = default_directory()
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)  # what lies there is run: nobody else may write to it
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)  # private, since its programs are executed
         with tempfile.TemporaryFile(dir=directory):
             pass
         prune(directory, MOST_BYTES)
@@ -45,7 +47,13 @@ def enable() -> None:
 
 
 def default_directory() -> Path:
-    """`llavamed_jax/programs` of the user's cache directory: $XDG_CACHE_HOME, where it is an absolute path, else ~/.cache."""
+    """Returns `llavamed_jax/programs` in the user's cache directory.
+
+    The cache directory is $XDG_CACHE_HOME if that is an absolute path, else ~/.cache.
+
+    Raises:
+      OSError: the user has no home directory.
+    """
     named, home = os.environ.get("XDG_CACHE_HOME", ""), os.path.expanduser("~")
     if not os.path.isabs(named) and not os.path.isabs(home):
         raise OSError("this user has no home directory")
@@ -53,7 +61,7 @@ def default_directory() -> Path:
 
 
 def prune(directory: Path, most: int) -> None:
-    """Deletes the entries that were not used for the longest time, until at most `most` bytes are left."""
+    """Deletes the least recently used entries until at most `most` bytes are left."""
     found = []
     for path in directory.glob("*-cache"):
         with contextlib.suppress(FileNotFoundError):  # another process may be here at the same time

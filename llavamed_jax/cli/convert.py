@@ -1,4 +1,4 @@
-"""The entry point of `python -m convert`, which listens to signals before it imports what converts."""
+"""The entry point of `python -m convert`, which listens to signals before it imports the converters."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from llavamed_jax.cli import common
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The exit status of `python -m convert ARGV`."""
+    """Runs `python -m convert ARGV` and returns its exit status."""
     return common.command(_program, argv, has="anything was written")
 
 

@@ -63,7 +63,7 @@ _PATH = dict(metavar="PATH", help="directory or run, owner/name of a hub, preset
 
 
 def _open(path: str, args: argparse.Namespace, dtype: type | None = None) -> Checkpoint:
-    """The checkpoint of a PATH with the parts that the flags name in place of its own. Says what it is."""
+    """Opens the checkpoint of a PATH, replaces the parts that the flags name, and prints what it is."""
     checkpoint = open_checkpoint(path, args.vision_tower).cast(dtype)
     if args.template is not None:
         _said_of("--template", get_template, args.template)
@@ -76,11 +76,10 @@ def _open(path: str, args: argparse.Namespace, dtype: type | None = None) -> Che
         files = {"tokenizer.model": source} if source.is_file() and source.suffix == ".model" else text_files(source)
         if not any(name.startswith("tokenizer") for name in files):
             raise UsageError(f"--tokenizer {source} holds no tokenizer.model and no tokenizer.json")
-        _said_of("--tokenizer", Tokenizer.load, source)  # one that cannot be read is said before anything is written
+        _said_of("--tokenizer", Tokenizer.load, source)  # raises before anything is written
         kept = {name: file for name, file in checkpoint.files.items() if not name.startswith(_OF_TEXT)}
-        checkpoint = checkpoint.replace(files={**kept,
-                                               **{name: file for name, file in files.items()
-                                                  if name.startswith(_OF_TEXT)}})
+        checkpoint = checkpoint.replace(files={**kept, **{name: file for name, file in files.items()
+                                                          if name.startswith(_OF_TEXT)}})
     _check_text(checkpoint)
     print(terminal.sentence(f"{path}: {checkpoint.layout} layout, vision tower: {checkpoint.tower}"))
     if getattr(args, "projector", None) is not None:
@@ -90,8 +89,11 @@ def _open(path: str, args: argparse.Namespace, dtype: type | None = None) -> Che
 
 
 def _check_text(checkpoint: Checkpoint) -> None:
-    """Raises UserError of settings or a tokenizer that cannot be read: they travel as they are, and whoever loads the result
-    would be the first to know. Says where ids have no row: some published tokenizers have a token too many."""
+    """Raises UserError if settings or a tokenizer cannot be read; warns if ids have no row in the embedding table.
+
+    These files are copied unchanged, so that otherwise only loading the result would fail. Some published tokenizers
+    have one token too many.
+    """
     for name, file in checkpoint.files.items():
         if name.endswith(".json"):
             read_json(file)
@@ -102,8 +104,7 @@ def _check_text(checkpoint: Checkpoint) -> None:
                  default=0)
     if pieces > rows:
         print(f"warning: the tokenizer has {pieces} pieces and the embedding table {rows} rows: ids from {rows} on "
-              "have none",
-              file=sys.stderr)
+              "have none", file=sys.stderr)
 
 
 def _said_of(flag: str, check: Callable[[Any], object], value: Any) -> None:
@@ -125,7 +126,7 @@ def _import_flags(parser: argparse.ArgumentParser) -> None:
 
 def _import(args: argparse.Namespace) -> None:
     """Turn a checkpoint into a tree of this project."""
-    from llavamed_jax.checkpoints.tree.model import write_model  # Orbax: not needed by the other commands
+    from llavamed_jax.checkpoints.tree.model import write_model  # imports Orbax, which other commands do not need
     checkpoint = _open(args.checkpoint, args, _DTYPES.get(args.dtype))
     with new_directory(args.out, total_bytes(checkpoint.tensors), checkpoint.sources) as out:
         write_model(out, checkpoint, progress=progress.over)
@@ -165,9 +166,10 @@ def _build(args: argparse.Namespace) -> None:
     if args.seed < 0:
         raise UsageError(f"--seed is {args.seed}; a whole number of at least 0 was expected")
     if args.add_pad_token and not args.add_image_tokens:
-        raise UsageError("--add_pad_token puts [PAD] before the image tokens; --add_image_tokens was expected beside it")
-    with tempfile.TemporaryDirectory() as scratch, signals.undone_by(lambda: shutil.rmtree(scratch,
-                                                                                           ignore_errors=True)):
+        raise UsageError("--add_pad_token puts [PAD] before the image tokens; --add_image_tokens was expected beside "
+                         "it")
+    with (tempfile.TemporaryDirectory() as scratch,
+          signals.undone_by(lambda: shutil.rmtree(scratch, ignore_errors=True))):
         checkpoint, said = build(args.decoder, args.vision, args.projector, Path(scratch), args.add_image_tokens,
                                  args.seed, args.add_pad_token)
         _check_text(checkpoint)
@@ -255,7 +257,7 @@ def _verify_flags(parser: argparse.ArgumentParser) -> None:
 
 def _verify(args: argparse.Namespace) -> int:
     """Say whether two checkpoints are the same model; exit status 1 if they are not."""
-    from llavamed_jax.verification.compare import compare, table  # brings jax
+    from llavamed_jax.verification.compare import compare, table  # imports jax
     if not 0 <= args.tolerance < math.inf:
         raise UsageError(f"--tolerance is {args.tolerance}; a number of at least 0 was expected")
     checkpoints = [_open(path, args) for path in (args.a, args.b)]

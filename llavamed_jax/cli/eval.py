@@ -1,4 +1,7 @@
-"""`python eval.py` and `llavamed-eval`: asks a model the questions of a data set, scores the answers, writes a report."""
+"""`python eval.py` and `llavamed-eval`: asks a model the questions of a data set, scores the answers, writes a report.
+
+Exit statuses are those of `cli.common.run`, and `EXIT_SAVED`.
+"""
 
 import argparse
 import os
@@ -40,7 +43,7 @@ def _parser() -> common.Parser:
     return parser
 
 
-# Of a model that is loaded here, and of one that is asked at an address.
+# Flags of a model that is loaded in this process; `_SERVER_FLAGS` are those of a model behind an endpoint.
 _MODEL_FLAGS = ("vision_tower", "tokenizer", "template", "dtype", "mesh")
 _PROCESS_FLAGS = ("coordinator", "num_processes", "process_id")
 _GRACE_S = 10  # from a first signal to the end of the process
@@ -51,7 +54,8 @@ def program(argv: Sequence[str]) -> int:
     """Runs one evaluation; returns the exit status."""
     args, overrides = _parser().parse_with_overrides(argv)
     _check_flags(args)
-    if args.preflight is None and args.write_llava is None:  # first, so that the others hear of a config that one alone cannot read
+    # Processes join first, so that all hear of a config that only one of them cannot read.
+    if args.preflight is None and args.write_llava is None:
         processes.join(processes.asked(args) if args.checkpoint is not None else None)
     cfg = common.load_config(args.config, overrides)
     if args.write_llava is not None:
@@ -68,9 +72,9 @@ def program(argv: Sequence[str]) -> int:
         return status
     endpoint = None if args.endpoint is None else _endpoint(args)
     is_new = not os.path.exists(args.workdir)
-    from llavamed_jax.evaluation import results, run  # after the flags are known to be right: it takes a second
+    from llavamed_jax.evaluation import results, run  # after the flags are checked: the import takes a second
 
-    remove = (lambda: results.remove_empty(Path(args.workdir))) if is_new else lambda: None  # only where nothing has been written
+    remove = (lambda: results.remove_empty(Path(args.workdir))) if is_new else lambda: None  # only an empty workdir
     with signals.undone_by(remove):
         evaluation = run.open_evaluation(cfg, args.workdir, args.against)
         print(evaluation.scorer.describe(), flush=True)
@@ -86,9 +90,9 @@ def program(argv: Sequence[str]) -> int:
             with results.locked(evaluation.workdir) as evaluation.place:
                 metrics = _measure(evaluation, args, endpoint)
                 if metrics is None and evaluation.has_written:
-                    evaluation.check_place()  # before it is said that answers are kept there
+                    evaluation.check_place()  # before the message that answers are kept there
         except results.Lost:
-            remove = lambda: None  # what is there now is somebody else's
+            remove = lambda: None  # the workdir now belongs to another process
             raise
         finally:
             remove()
@@ -108,7 +112,7 @@ def _stopped(evaluation, args: argparse.Namespace) -> str:
 
 
 def _say_void(args: argparse.Namespace, cfg, overrides: Sequence[str]) -> None:
-    """Says which keys are not used, so that nobody takes them for obeyed."""
+    """Warns of config keys that are not used."""
     from llavamed_jax.evaluation import void
 
     sources = ("preflight", "checkpoint", "endpoint", "predictions", "write_llava")
@@ -132,7 +136,7 @@ def _preflight(args: argparse.Namespace, cfg) -> int:
 
 
 def _check_flags(args: argparse.Namespace) -> None:
-    """Refuses flags that are of another source than the one that is given."""
+    """Raises UsageError for flags that do not belong to the given source of answers."""
     common.check_preflight_flags(args)
     if args.checkpoint == "":
         raise UsageError("--checkpoint is empty; a checkpoint's directory, owner/name of a hub or preset:NAME was "
@@ -141,8 +145,7 @@ def _check_flags(args: argparse.Namespace) -> None:
         raise UsageError("--preflight compiles a model's programs; it stands beside --checkpoint only")
     if args.preflight is None and (args.workdir is None) != (args.write_llava is not None):
         raise UsageError("--workdir is missing; a directory for predictions, metrics and report was expected"
-                         if args.workdir is None
-                         else "--write_llava writes one file and needs no --workdir")
+                         if args.workdir is None else "--write_llava writes one file and needs no --workdir")
     if args.write_llava is not None and (args.against is not None or args.dry_run):
         raise UsageError(f"--{'dry_run' if args.dry_run else 'against'} is of an evaluation; it cannot stand beside "
                          "--write_llava")
@@ -158,11 +161,12 @@ def _check_flags(args: argparse.Namespace) -> None:
         raise UsageError("--endpoint needs --model NAME, the name that the server knows the model by")
     of_server = [name for name in _SERVER_FLAGS if getattr(args, name) is not None]
     if args.endpoint is None and of_server:
-        raise UsageError(f"--{of_server[0]} is of a model that is asked at an address; it stands beside --endpoint only")
+        raise UsageError(f"--{of_server[0]} is of a model that is asked at an address; it stands beside --endpoint "
+                         "only")
 
 
 def _endpoint(args: argparse.Namespace):
-    from llavamed_jax.evaluation.answering.endpoint import Endpoint  # brings the client, and nothing of jax
+    from llavamed_jax.evaluation.answering.endpoint import Endpoint  # imports the client, but not jax
     from llavamed_jax.openai_client.client import Service
 
     settings = {name: getattr(args, name) for name in ("concurrency", "timeout") if getattr(args, name) is not None}
@@ -176,10 +180,10 @@ def _local(args: argparse.Namespace):
 
 
 def _measure(evaluation, args: argparse.Namespace, endpoint) -> dict | None:
-    """The metrics; None where a signal stopped it. What was answered before is kept, by a judge too.
+    """Returns the metrics; None if a signal stopped the evaluation. Earlier answers are kept, a judge's too.
 
-    Every answer is on the disk as soon as it is there, so where the evaluation does not come to its end in time, in a native call or
-    a request, the process is ended as it is.
+    Every answer is written to disk at once. If the evaluation does not stop in time, in a native call or a request, the
+    process is ended without further saving.
     """
     from llavamed_jax.evaluation import results, run
     from llavamed_jax.parallel import distributed
@@ -191,8 +195,8 @@ def _measure(evaluation, args: argparse.Namespace, endpoint) -> dict | None:
         if args.predictions is not None:
             return run.score_file(evaluation, args.predictions)
         answerer = endpoint or _local(args)
-        source = {"endpoint": endpoint.service.url,
-                  "model": endpoint.name} if endpoint else {"checkpoint": args.checkpoint}
+        source = ({"endpoint": endpoint.service.url, "model": endpoint.name} if endpoint
+                  else {"checkpoint": args.checkpoint})
         flags = {name: getattr(args, name) for name in _MODEL_FLAGS}
         flags |= {"query": endpoint.service.address.identity} if endpoint else {}
         return run.evaluate(evaluation, answerer, source, [args.control] if args.control else [], flags)
@@ -202,7 +206,7 @@ def _measure(evaluation, args: argparse.Namespace, endpoint) -> dict | None:
         raise
     except (UserError, OSError) as error:
         if evaluation.has_written or isinstance(error, OSError):
-            evaluation.check_place()  # where the workdir is gone, that is the reason
+            evaluation.check_place()  # raises if the workdir is gone, which is then the reason
         if isinstance(error, OSError):
             raise
         kept = evaluation.n_kept
@@ -212,7 +216,7 @@ def _measure(evaluation, args: argparse.Namespace, endpoint) -> dict | None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The entry point of `eval.py` and `llavamed-eval`."""
+    """Runs `eval.py` or `llavamed-eval` and returns its exit status."""
     return common.command(lambda: program, argv, is_forked=True)
 
 

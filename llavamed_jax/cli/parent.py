@@ -1,8 +1,8 @@
-"""The parent of one of several processes, which does nothing but wait for it, and says in a sentence what ended it.
+"""The parent of one of several processes, which waits for it and reports in one sentence what ended it.
 
-jax's runtime aborts a process from C++ when another one is lost, with a stack trace and no chance for Python. So each process of
-several is the child of one that passes signals on, holds the runtime's last words back, and makes a sentence and an exit status
-of them. It imports no jax, whose threads a fork would lose.
+jax's runtime aborts a process from C++ when another one is lost, with a stack trace and no chance for Python code. So
+each of several processes is the child of one that passes signals on, captures the runtime's stderr, and converts it to
+one sentence and an exit status. The parent does not import jax: jax's threads would not survive a fork.
 """
 
 from __future__ import annotations
@@ -18,18 +18,20 @@ import threading
 from llavamed_jax.cli.clusters import Place
 from llavamed_jax.utils import signals, terminal
 
-# What jax's coordination service writes, which ends in the words that it aborts with.
-_RUNTIME = re.compile(rb"[WEF]\d{4} [\d:.]+ +\d+ (coordination_service\w*|preemption_sync_manager|client)\.(cc|h):\d+\] ")
+# Lines of jax's coordination service; the last of them contains `_ABORTING`.
+_RUNTIME = re.compile(
+    rb"[WEF]\d{4} [\d:.]+ +\d+ (coordination_service\w*|preemption_sync_manager|client)\.(cc|h):\d+\] ")
 _ABORTING = b"Terminating process because the JAX distributed service detected fatal errors"
 
 
 def stay_behind(place: Place) -> None:
-    """Forks. Returns in the child; the parent waits for it and ends as it does."""
+    """Forks. Returns in the child; the parent waits for the child and exits with its status."""
     if threading.active_count() > 1 or "jax" in sys.modules:
-        return  # called from a program that has begun already, which a fork would not survive whole
+        return  # called from a running program, whose threads would not survive a fork
     sys.stdout.flush()
     sys.stderr.flush()
-    words, alive = None if os.isatty(2) else os.pipe(), os.pipe()  # on a terminal the child keeps its bar, and the runtime its noise
+    # On a terminal stderr is not captured: the child keeps its progress bar, and the runtime's lines are shown.
+    words, alive = None if os.isatty(2) else os.pipe(), os.pipe()
     child = os.fork()
     if child:
         os.close(alive[0])
@@ -43,14 +45,14 @@ def stay_behind(place: Place) -> None:
 
 
 def _end_with_parent(alive: int) -> None:
-    os.read(alive, 1)  # returns when the parent's end is closed, however that came
+    os.read(alive, 1)  # returns when the parent's end is closed, for any reason
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _wait(child: int, words: tuple[int, int] | None, place: Place) -> int:
-    """The exit status of the child, when it has ended."""
+    """Waits for the child to exit, and returns its exit status."""
     def pass_on(number):
-        with contextlib.suppress(ProcessLookupError):  # it has just ended
+        with contextlib.suppress(ProcessLookupError):  # the child has just exited
             os.kill(child, number)
 
     signals.pass_on(pass_on, others=(signal.SIGUSR1, signal.SIGUSR2))
@@ -61,7 +63,7 @@ def _wait(child: int, words: tuple[int, int] | None, place: Place) -> int:
         relay.start()
     _, status = os.waitpid(child, 0)
     if relay is not None:
-        relay.join(2.0)  # a worker process that is still there may hold the other end
+        relay.join(2.0)  # a worker process that is still running may hold the other end
     code = os.waitstatus_to_exitcode(status)
     if code >= 0:
         if relay is not None:
@@ -81,10 +83,15 @@ def _wait(child: int, words: tuple[int, int] | None, place: Place) -> int:
 
 
 class Relay(threading.Thread):
-    """Passes on what a process writes to stderr, but for the runtime's words about other processes.
+    """Passes on what a process writes to stderr, except the runtime's lines about other processes.
+
+    Args:
+      source: the file descriptor to read from.
+      target: the file descriptor to write to.
+      patience_s: seconds after which held lines are written, if the process continues in spite of them.
 
     Attributes:
-      held: these, and what came after them; let go after `patience_s`, when the process goes on in spite of them.
+      held: the runtime's lines, and everything after them.
     """
 
     def __init__(self, source: int, target: int = 2, patience_s: float = 10.0):
@@ -94,13 +101,14 @@ class Relay(threading.Thread):
         self.held = b""
 
     def run(self) -> None:
+        """Reads until the source is closed."""
         line, decoder = b"", codecs.getincrementaldecoder("utf-8")("surrogateescape")
         while chunk := os.read(self._source, 2**16):
-            chunk = decoder.decode(chunk).encode("utf-8", "surrogateescape")  # half a character waits for its other half
+            chunk = decoder.decode(chunk).encode("utf-8", "surrogateescape")  # the decoder keeps incomplete characters
             *lines, line = (line + chunk).split(b"\n")
             for each in lines:
                 self._pass(each + b"\n")
-            if line and not _may_be_runtime(line):  # a line that is being written is seen as it comes
+            if line and not _may_be_runtime(line):  # an incomplete line is shown at once
                 self._pass(line)
                 line = b""
         self._pass(line)
@@ -117,7 +125,7 @@ class Relay(threading.Thread):
             self.held += text
 
     def let_go(self) -> None:
-        """Writes what was held back."""
+        """Writes the held lines."""
         with self._lock:
             _write(self._target, self.held)
             self.held = b""
@@ -134,11 +142,15 @@ def _write(target: int, text: bytes) -> None:
 
 
 def explained(words: str, name: str, place: Place) -> str:
-    """What the runtime aborted a process for, in a sentence.
+    """Explains in a sentence why the runtime aborted a process.
 
     Args:
-      words: the runtime's.
-      name: of the process that was aborted.
+      words: the runtime's lines.
+      name: the aborted process.
+      place: its place among the others.
+
+    Returns:
+      The sentence.
     """
     again = "; what it had saved is kept, and all processes started again go on from there"
     if lost := re.search(r"unhealthy \(stopped sending heartbeats\):\s*([\d,\s]+)", words):

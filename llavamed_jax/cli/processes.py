@@ -1,4 +1,4 @@
-"""One of several processes of a command line: the flags that say so, how it joins the others, and how it parts from them.
+"""One of several processes of a command line: its flags, how it joins the others, and how it leaves them.
 
 Nothing here imports jax before the process has been forked (`parent.py`).
 """
@@ -22,17 +22,24 @@ _joined = False
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """`--coordinator HOST:PORT --num_processes N --process_id I`, in one line of `--help`."""
+    """Adds `--coordinator HOST:PORT --num_processes N --process_id I`, in one line of `--help`."""
     parser.add_argument("--coordinator", metavar="ADDR", help="HOST:PORT, and --num_processes N --process_id I")
-    parser.add_argument("--num_processes", type=int, help=argparse.SUPPRESS)  # 1 runs alone wherever it is
+    parser.add_argument("--num_processes", type=int, help=argparse.SUPPRESS)  # 1 runs alone on any cluster
     parser.add_argument("--process_id", type=int, help=argparse.SUPPRESS)
 
 
 def asked(args: argparse.Namespace, environment: Mapping[str, str] = os.environ) -> Place | None:
-    """The place that the flags or the cluster name; None for a run of one process.
+    """Returns the place that the flags or the cluster give; None for a run of one process.
+
+    Args:
+      args: the parsed flags.
+      environment: the environment variables.
+
+    Returns:
+      The place, or None.
 
     Raises:
-      UsageError: flags that are not all there, or out of range.
+      UsageError: a flag is missing or out of range.
     """
     given = {f"--{name}": getattr(args, name) for name in ("coordinator", "num_processes", "process_id")}
     if given["--num_processes"] == 1 and not given["--process_id"]:
@@ -52,9 +59,12 @@ def asked(args: argparse.Namespace, environment: Mapping[str, str] = os.environ)
 
 
 def join(place: Place | None) -> None:
-    """Makes this process one of several; to be called before jax is imported. All but process 0 are silent from here on.
+    """Joins the other processes. Call it before jax is imported. All processes except process 0 are silent afterwards.
 
-    The caller goes on in a child; the parent ends with it.
+    The caller continues in a child process; its parent exits with it.
+
+    Args:
+      place: the process's place; None for a run of one process.
     """
     global _joined
     if place is None:
@@ -68,20 +78,22 @@ def join(place: Place | None) -> None:
     sys.stdout.flush()
     sys.stdout = terminal.Screen(streams.opened(os.dup(1), sys.stdout, closefd=True))
     nowhere = open(os.devnull, "w", encoding="utf-8")
-    os.dup2(nowhere.fileno(), 1)  # where the CPU's collectives tell of each connection, in pieces
+    os.dup2(nowhere.fileno(), 1)  # the CPU's collectives write about each connection to it, in pieces
     if distributed.process_index():
         sys.stdout = sys.stderr = nowhere
 
 
 def is_joined() -> bool:
+    """Returns whether this process has joined others and has not left them."""
     return _joined
 
 
 def part(status: int, sentence: str | None) -> None:
-    """The end of a process: the others hear of it. Of a failure they do so at once, and this process does not come back.
+    """Leaves the other processes. After a failure the others are told at once, and the call does not return.
 
     Args:
-      status: exit status; sentence: what went wrong, where it is a failure.
+      status: the exit status.
+      sentence: the error, if this is a failure; None otherwise.
     """
     global _joined
     if not _joined:
@@ -96,19 +108,19 @@ def part(status: int, sentence: str | None) -> None:
     distributed.fail(status, sentence)
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
-    os._exit(status)  # else jax would wait for the others to come to their end, too
+    os._exit(status)  # otherwise jax would wait for the other processes to finish
 
 
 def complain(sentence: str) -> None:
-    """Prints an error, of a silent process too."""
+    """Prints an error, even from a silent process."""
     print(f"error: {terminal.sentence(sentence)}", file=_stderr(), flush=True)
 
 
 def trace(error: Exception) -> None:
-    """Prints the traceback of an error that nobody expected.
+    """Prints the traceback of an unexpected error.
 
-    That a connection is broken says that another process is gone: of that the runtime, or the other one, says more in a while, and
-    ends this one.
+    A broken connection means that another process is gone: the runtime or that process reports the reason later and
+    ends this one, so the traceback waits for that.
     """
     from llavamed_jax.parallel import distributed
     if re.search("(?i)gloo|nccl|connection|socket|unavailable|aborted|cancelled", str(error)):
@@ -117,5 +129,5 @@ def trace(error: Exception) -> None:
 
 
 def _stderr() -> terminal.Screen:
-    """Where errors go, those of a silent process too."""
+    """Returns the stream for errors, which a silent process has too."""
     return terminal.Screen(sys.__stderr__) if _joined else sys.stderr

@@ -1,4 +1,4 @@
-"""Trains a recipe. Flags and exit statuses only; the work is `training.trainer.fit`."""
+"""Trains a recipe. Flags and exit statuses only; `training.trainer.fit` does the work."""
 
 from __future__ import annotations
 
@@ -23,6 +23,17 @@ exit status: 0 done; 1 failed; 2 wrong flag, config key or value; 75 stopped by 
 
 
 def train(argv: list[str]) -> int:
+    """Runs `train.py`.
+
+    Args:
+      argv: the arguments, without the program's name.
+
+    Returns:
+      The exit status.
+
+    Raises:
+      UserError: an argument or config key is wrong, or the run failed.
+    """
     from llavamed_jax.cli import compilation_cache, processes
     parser = common.Parser(prog="train.py", description="Trains a recipe.", epilog=_USAGE)
     parser.add_argument("--config", required=True, metavar="FILE.py[:ARGUMENTS]",
@@ -48,9 +59,9 @@ def train(argv: list[str]) -> int:
         parser.error("the following arguments are required: --workdir")
     if not args.workdir:
         parser.error("--workdir is empty; a directory was expected")
-    processes.join(processes.asked(args))  # first, so that the others hear of a config that only one of several cannot read
+    processes.join(processes.asked(args))  # first, so that all hear of a config that only one of them cannot read
     config = _configured(args.config, overrides)
-    from llavamed_jax.evaluation import during_training  # imports jax, which a wrong command line need not wait for
+    from llavamed_jax.evaluation import during_training  # imports jax; a wrong command line fails before that
     from llavamed_jax.training.callbacks import Callbacks
     from llavamed_jax.training.trainer import fit
     compilation_cache.enable()
@@ -64,7 +75,7 @@ def train(argv: list[str]) -> int:
 
 
 class _HelpConfig(argparse.Action):
-    """Prints the keys of a recipe, as wide as the terminal, and exits."""
+    """Prints the keys of a recipe in the width of the terminal, and exits."""
 
     def __call__(self, parser, *_):
         from llavamed_jax.training import recipe
@@ -73,9 +84,10 @@ class _HelpConfig(argparse.Action):
 
 
 def _configured(spec: str, overrides: Sequence[str]):
-    """The recipe with its overrides. Of `epochs` and `total_steps` the one that is typed counts, and the recipe's other is left open.
+    """Returns the recipe with its overrides.
 
-    Raises UsageError where both are typed, and what `common.load_config` raises.
+    If one of `epochs` and `total_steps` is typed, it counts, and the recipe's value of the other is unset. Raises
+    UsageError if both are typed, and the errors of `common.load_config`.
     """
     from llavamed_jax.cli import common
     from llavamed_jax.errors import UsageError
@@ -101,7 +113,7 @@ def _configured(spec: str, overrides: Sequence[str]):
 
 
 def _span(text: str) -> tuple[int, int]:
-    """Reads START:STOP; argparse makes its complaint of a ValueError's."""
+    """Reads START:STOP; argparse reports the ValueError."""
     first, last = map(int, text.split(":"))
     if not 1 <= first <= last:
         raise ValueError
@@ -109,4 +121,5 @@ def _span(text: str) -> tuple[int, int]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Runs `train.py` and returns its exit status."""
     return common.command(lambda: train, argv, is_forked=True)

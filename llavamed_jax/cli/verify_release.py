@@ -18,7 +18,7 @@ RELEASE = "microsoft/llava-med-v1.5-mistral-7b"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The exit status."""
+    """Runs `make verify-release` and returns its exit status."""
     return command(lambda: _program, argv)
 
 
@@ -45,7 +45,7 @@ def _program(argv: list[str]) -> None:
         raise UsageError(f"--vqa_rad is {args.vqa_rad!r}, which does not exist; the folder of VQA-RAD was expected")
     cfg = load_config(args.config, [*([f"data.root={args.vqa_rad}"] if args.vqa_rad else []), *overrides])
 
-    from llavamed_jax.verification import release as verification  # brings jax
+    from llavamed_jax.verification import release as verification  # imports jax
     steps = [word for word in args.steps.split(",") if word]
     if not steps:
         steps = list(verification.STEPS)
@@ -69,7 +69,7 @@ def _program(argv: list[str]) -> None:
         print(f"\n{title}", flush=True)
         done[step] = action(release)
         print("\n".join(done[step]), flush=True)
-        # After every step: what was found stays, whatever the next one does.
+        # Written after every step, so that the results stay if a later step fails.
         _write(Path(args.out), verification.document(release, done, _facts()))
     print(f"\nwritten to {args.out}")
 

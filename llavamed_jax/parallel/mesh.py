@@ -100,7 +100,7 @@ def make_mesh(spec: str | Mapping[str, int] | None = None, devices: Sequence[jax
 
 
 def auto_sizes(devices: Sequence[jax.Device], needed: int, memory: int, slices: int = 1) -> dict[str, int]:
-    """Returns sizes for `make_mesh`: fsdp over the smallest group of devices that holds the state, data over the groups.
+    """Returns sizes for `make_mesh`: fsdp over the smallest group of devices that holds the state, data over groups.
 
     Groups are one device, the GPUs of a host, a slice of TPUs, and all devices. The state may take half of a device's
     memory; the other half is for the update. Communication over fsdp is 3/2 of that over data (two gathers and a
