@@ -1,7 +1,6 @@
 """The parts that all command lines share: flags, config files, messages and exit statuses.
 
-Nothing here imports jax: `run` must set the memory fraction before the first import of jax, and `--help` answers at
-once.
+Nothing here imports jax: `run` must set the memory fraction before the first import, and `--help` answers at once.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ EXIT_SAVED = 75  # stopped by a signal with everything saved: run again to resum
 
 def command(load: Callable[[], Callable[[list[str]], int | None]], argv: Sequence[str] | None = None,
             has: str = "the run had begun", is_forked: bool = False) -> int:
-    """Runs a command: listens to signals, imports its program, and runs it (`run`).
+    """Runs a command and returns its exit status: listens to signals, then imports its program, then runs it (`run`).
 
     A process that was started for the command (`argv` is None) gets usable standard streams and exits here, without the
     interpreter's own shutdown, in which running native threads would crash (XLA's compile threads with jax 0.10.2).
@@ -43,11 +42,8 @@ def command(load: Callable[[], Callable[[list[str]], int | None]], argv: Sequenc
       load: imports the program, which may take a while.
       argv: the arguments, without the program's name; None for those of the process.
       has: the end of the message "interrupted before …", for a signal that ends the command at once.
-      is_forked: whether the program joins other processes (`processes.join`), which starts the thread that waits for
+      is_forked: whether the program joins other processes; `processes.join` then starts the thread that waits for
         signals.
-
-    Returns:
-      The exit status.
     """
     with signals.listening(signals.Phase(f"error: interrupted before {has}", grace=0), is_command=True):
         if argv is None:
@@ -64,9 +60,7 @@ def command(load: Callable[[], Callable[[list[str]], int | None]], argv: Sequenc
 def run(program: Callable[[list[str]], int | None], argv: Sequence[str] | None = None) -> int:
     """Runs a program, and converts its errors to one line on stderr and an exit status; cleans its output.
 
-    Args:
-      program: takes the arguments of the command line; returns the exit status, None for 0.
-      argv: the arguments, without the program's name; None for `sys.argv[1:]`.
+    `program` takes the arguments, `argv` or those of the process, and returns an exit status or None for 0.
 
     Returns:
       0 done, 1 failed (`UserError`), 2 wrong command line, config or value (`UsageError`), or the value of `program`.
@@ -149,10 +143,7 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(f"{message}; `{self.prog} --help` lists the flags")
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):
-        """Parses the flags it knows, as argparse does.
-
-        Raises UsageError for NUL characters, and for paths that are addresses or not UTF-8.
-        """
+        """Parses known flags; raises UsageError for NUL characters, and for paths that are addresses or not UTF-8."""
         strange = next((word for word in args or () if "\0" in word), None)
         if strange is not None:
             self.error(f"the argument {short(strange)} holds a NUL character")
@@ -182,14 +173,11 @@ class Parser(argparse.ArgumentParser):
 
 
 def load_config(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
-    """Loads `FILE.py[:ARGUMENTS]`, a Python file with `get_config(arg="") -> ConfigDict`, and applies overrides.
+    """Loads `FILE.py[:ARGUMENTS]`, a Python file with `get_config(arg="") -> ConfigDict`; applies overrides, locks it.
 
     Args:
       spec: the file, and after a colon the text that is passed to its `get_config`.
       overrides: `KEY=VALUE` with dots for levels. The value is read with the type of the key.
-
-    Returns:
-      The config, locked.
 
     Raises:
       UsageError: the file does not exist, raises or lacks `get_config`, a key is unknown or has two values, or a value
@@ -340,17 +328,11 @@ def _parse(key: str, text: str, current: Any, kind: type) -> Any:
     raise UsageError(f"the config key {key!r} is {text!r}; {wanted.get(kind, kind.__name__)} was expected")
 
 
-# One line for an epilog.
-MODEL_FLAGS = "model: --vision_tower PATH --tokenizer PATH --template NAME --dtype TYPE --mesh SIZES"
+MODEL_FLAGS = "model: --vision_tower PATH --tokenizer PATH --template NAME --dtype TYPE --mesh SIZES"  # for epilogs
 
 
 def add_model_flags(parser: argparse.ArgumentParser, is_listed: bool = True) -> None:
-    """Adds the arguments of `llavamed_jax.load` as flags, except `--checkpoint`, which each parser adds itself.
-
-    Args:
-      parser: the parser.
-      is_listed: whether `--help` lists them; otherwise the parser's epilog does (`MODEL_FLAGS`).
-    """
+    """Adds the arguments of `llavamed_jax.load` as flags; if not `is_listed`, the epilog lists them (`MODEL_FLAGS`)."""
     group = parser.add_argument_group("model") if is_listed else parser
     said = (lambda text: text) if is_listed else (lambda _: argparse.SUPPRESS)
     group.add_argument("--vision_tower", metavar="PATH", help=said("a CLIP tower, not the checkpoint's own"))
@@ -376,17 +358,7 @@ def check_preflight_flags(args: argparse.Namespace) -> None:
 
 
 def preflight(args: argparse.Namespace, config: ConfigDict, slices: int = 1, **job) -> int:
-    """Compiles for the machines of `--preflight`.
-
-    Args:
-      args: the parsed flags.
-      config: the recipe or evaluation.
-      slices: number of TPU slices.
-      **job: further fields of each compile job.
-
-    Returns:
-      The exit status.
-    """
+    """Compiles `config` for the machines of `--preflight`, each with the fields of `job`; returns the exit status."""
     from llavamed_jax.preflight import report
     machines = report.topologies(args.preflight, slices)
     from llavamed_jax.preflight import compile  # imports jax
@@ -421,6 +393,5 @@ def load_assistant(args: argparse.Namespace):
     compilation_cache.enable()
     model = load(args.checkpoint, dtype=args.dtype, mesh=args.mesh, vision_tower=args.vision_tower,
                  tokenizer=args.tokenizer, template=args.template)
-    # stdout is for answers and results.
-    print(terminal.sentence(f"{args.checkpoint}: vision tower: {model.tower}"), file=sys.stderr)
+    print(terminal.sentence(f"{args.checkpoint}: vision tower: {model.tower}"), file=sys.stderr)  # stdout has answers
     return model

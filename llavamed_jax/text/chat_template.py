@@ -47,8 +47,8 @@ class ChatTemplate:
           UserError: the template is invalid, fails, refuses the messages, loops, needs too much memory, or writes
             another number of images than the messages have.
         """
-        system = [] if chat.system is None else [_message("system", chat.system,
-                                                          [{"type": "text", "text": chat.system}])]
+        system = ([] if chat.system is None
+                  else [_message("system", chat.system, [{"type": "text", "text": chat.system}])])
         messages = system + [
             _message(("user", "assistant")[i % 2], turn.replace(IMAGE_MARKER, self.marker), parts)
             for i, (turn, parts) in enumerate(zip(chat.turns, chat.parts, strict=True))]
