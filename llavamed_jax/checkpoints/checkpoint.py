@@ -55,7 +55,8 @@ class Checkpoint:
     @property
     def sources(self) -> list[Path]:
         """Directories inside of which nothing may be written: somebody else's files, where a new one could change what is read.
-        A tree is a workdir, where exports may lie."""
+        A tree is a workdir, where exports may lie.
+        """
         return [self.directory] if self.directory is not None and self.layout in ("llava", "transformers") else []
 
     def replace(self, **changes) -> "Checkpoint":
@@ -82,6 +83,7 @@ class Checkpoint:
         """The same checkpoint with every tensor looked at when it is read: for whoever computes with it or writes it.
 
         Whoever has read what it wanted calls `tally.warn`.
+
         Raises:
           UserError: a delta. When a tensor is read: NaN or infinite values.
         """

@@ -89,7 +89,8 @@ def copy_files(cfg: LlavaConfig, files: Mapping[str, Path], out: Path) -> None:
 
 def not_applied(cfg: LlavaConfig, files: Mapping[str, Path]) -> str | None:
     """The settings that this project does not apply, as a sentence; None where there are none. `config.json` may hold them too:
-    transformers took them from there before it had the file."""
+    transformers took them from there before it had the file.
+    """
     settings = read_json(files[FILE]) if FILE in files else {
         key: value for key, value in json.loads(cfg.extra).items() if key in _NOT_APPLIED}
     odd = [f"{key} {short(value)}" for key, value in sorted(settings.items())

@@ -26,6 +26,7 @@ def local(path: str | Path, weights: bool = True) -> Path:
 
     Args:
       weights: False fetches configs, tokenizer and processor files alone.
+
     Raises:
       UserError: a name that is no directory here and that the hub does not give, with the reason.
     """

@@ -20,8 +20,10 @@ def load_params(checkpoint: Checkpoint, dtype=None, scan: bool = False, only: Co
       dtype: of every array; None keeps each tensor's own.
       scan: stacked layers (`layers`, leading axis L) as training has them; else `layers_{i}`.
       only: names of what is read, one a layer; None: all.
+
     Returns:
       Nested dicts of numpy arrays (bfloat16 through ml_dtypes), in the form of `models.llava`.
+
     Raises:
       UserError: a delta in a model's place, or values that are not finite, in the file or in `dtype`.
     """

@@ -76,7 +76,8 @@ def kind_of(path: str | Path, weights: bool = True) -> tuple[str, str]:
 
 def text_files(directory: Path) -> dict[str, Path]:
     """The files that travel with a checkpoint; of an export of ours those from before it added tokens, but for
-    `generation_config.json`: its user may have changed the one that transformers goes by."""
+    `generation_config.json`: its user may have changed the one that transformers goes by.
+    """
     source = directory / OURS
     source = source if source.is_dir() else directory
     found = {name: source / name for name in TEXT_FILES if (source / name).is_file()}

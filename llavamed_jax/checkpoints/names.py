@@ -114,7 +114,8 @@ def head_names(layout: str) -> list[str]:
 
 def _projector_suffix(cfg: LlavaConfig, layout: str, torch: str) -> str:
     """`n.weight` as LLaVA's `nn.Sequential` counts it (GELUs have the odd places; `linear` is no Sequential), or as
-    transformers does."""
+    transformers does.
+    """
     n, leaf = torch.split(".")
     if layout == "transformers":
         return f"linear_{int(n) + 1}.{leaf}"

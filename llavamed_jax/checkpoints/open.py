@@ -33,6 +33,7 @@ def open_checkpoint(path: str | Path, vision_tower: str | Path | None = None, se
       vision_tower: a CLIP tower, as a directory or by name, that is taken instead of the checkpoint's own. A directory with a
         `config.json` and no weights says which shape the tower's tensors in the checkpoint have.
       seed: of the random weights of a preset.
+
     Raises:
       UserError: no checkpoint, another architecture, or tensors that are missing, unexpected or misshapen.
     """

@@ -73,6 +73,7 @@ def read(directory: Path, size: int, warn: Callable[[str], None] = warn_once) ->
     Args:
       size: edge of the tower's input.
       warn: is told what is not applied.
+
     Raises:
       UserError: another image processor, or a setting that this project does not have.
     """
@@ -108,6 +109,7 @@ def with_image_settings(config: LlavaConfig, directory: Path, is_transformers: b
       is_transformers: `do_pad` decides whether images are padded, and `processor_config.json` has to count their tokens
         as the model does.
       tower: a directory whose own settings, where it has any, go before the others; `config.vision` has them.
+
     Raises:
       UserError: as of `read`; the settings give some image another size than the tower's; files that contradict each
         other.
@@ -260,7 +262,8 @@ def _factor(given: Mapping[str, Any], where: str) -> float:
 
 def _check_count(raw: Mapping[str, Any], file: Path, config: LlavaConfig) -> None:
     """Raises UserError where `LlavaProcessor` would count another number of tokens an image than the model has, with
-    which transformers fails. Processors of before 4.48 have no `num_additional_image_tokens` and count 1."""
+    which transformers fails. Processors of before 4.48 have no `num_additional_image_tokens` and count 1.
+    """
     given = {key: value for key, value in raw.items() if value is not None}
     patch, strategy = given.get("patch_size", config.vision.patch_size), given.get("vision_feature_select_strategy")
     own, class_tokens = config.select_strategy, config.vision.class_tokens
@@ -287,7 +290,8 @@ def warn_of_image_token(directory: Path, taken: str) -> None:
 
 def written(config: LlavaConfig, is_transformers: bool) -> dict:
     """The `preprocessor_config.json` that makes an image processor of transformers do what is done here. Only LLaVA's
-    own knows the padding to a square, which in the originals' layouts is their code's."""
+    own knows the padding to a square, which in the originals' layouts is their code's.
+    """
     vision, images, size = config.vision, config.vision.images, config.vision.image_size
     edges = (size,) if images.resize in (None, ()) else images.resize
     does_pad = is_transformers and config.image_aspect_ratio == "pad"

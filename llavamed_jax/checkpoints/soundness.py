@@ -73,6 +73,7 @@ class Tally:
         """The array in another type of number, each value the nearest one.
 
         Rounding is what a cast is for and is not counted. A value too small for the type becomes 0, which is counted.
+
         Raises:
           UserError: a value is beyond the type's largest.
         """

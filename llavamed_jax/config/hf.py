@@ -52,6 +52,7 @@ def llava_from_hf(config: Mapping[str, Any], vision: VisionConfig | None = None)
       config: `model_type` `llava_mistral`, `llava_llama`, `llava` with or `llama` without `mm_*` keys (v0), or
         transformers' own `llava`.
       vision: the tower's shape; the originals keep it in the tower's own directory, transformers' layout inside.
+
     Raises:
       UserError: another architecture, or an original layout whose tower is neither given nor known by name.
     """
@@ -68,6 +69,7 @@ def llava_to_hf(cfg: LlavaConfig, layout: str, ids: tuple[int, int] | None = Non
     Args:
       layout: `transformers` or `llava` (the original's own).
       ids: of `<image>` and `<pad>` in transformers' layout, for a model that has none; None: the first two behind its table.
+
     Raises:
       UserError: another layout.
     """
@@ -148,14 +150,16 @@ def plain_decoder(config: Mapping[str, Any]) -> DecoderConfig:
 
 def mended_ids(architecture: str, config: Mapping[str, Any]) -> dict:
     """A config's keys, or a generation_config's, with the ids of LLaMA's tokenizer where the first conversions of LLaMA wrote
-    other ones, with which no answer would end."""
+    other ones, with which no answer would end.
+    """
     is_wrong = architecture == "llama" and (config.get("bos_token_id"), config.get("eos_token_id")) == (0, 1)
     return {**config, **({"bos_token_id": 1, "eos_token_id": 2} if is_wrong else {})}
 
 
 def joined(decoder: DecoderConfig, vision: VisionConfig, projector_type: str, tower: str, uses_image_tokens: bool) -> LlavaConfig:
     """A plain decoder and a CLIP tower as the original's scripts join them: LLaVA-Med v1.5 of Mistral, of LLaMA v1.0 with its
-    image tokens and LLaVA-1.5 without. `tower` is what an export calls the tower."""
+    image tokens and LLaVA-1.5 without. `tower` is what an export calls the tower.
+    """
     source = "llava" if decoder.architecture == "llama" and uses_image_tokens else f"llava_{decoder.architecture}"
     extra = {**_ORIGINAL_DEFAULTS, "architectures": [f"Llava{decoder.hf_class}"], "mm_vision_tower": tower,
              "mm_use_im_patch_token": uses_image_tokens}

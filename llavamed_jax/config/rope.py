@@ -1,5 +1,6 @@
 """How a decoder's rotary frequencies are scaled for longer texts than it was trained with: `rope_scaling` of transformers up to 4.57,
-`rope_parameters` since 5.0."""
+`rope_parameters` since 5.0.
+"""
 
 from __future__ import annotations
 
@@ -45,6 +46,7 @@ def read_rope(config: Mapping[str, Any], theta: Any, positions: int) -> tuple[fl
     Args:
       theta: the base where the config says none.
       positions: its `max_position_embeddings`.
+
     Raises:
       UserError: a type of scaling that this model does not have, by its name, or a key that is missing or is no number.
     """

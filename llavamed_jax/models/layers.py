@@ -104,7 +104,8 @@ def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None = 
 
 def _scaled(frequencies: np.ndarray, scaling: RopeScaling) -> np.ndarray:
     """Scaled frequencies float32 [H/2], operation by operation as torch computes them (transformers' modeling_rope_utils). A number
-    over a tensor is there the number times the reciprocal."""
+    over a tensor is there the number times the reciprocal.
+    """
     f32 = np.float32
     if scaling.rope_type == "linear":
         return frequencies / f32(scaling.factor)

@@ -72,6 +72,7 @@ class Llava(nn.Module):
             preprocessor gives them, or uint8, which is normalised here.
           positions: int32 [B,T], restarting with each segment; None counts from 0.
           segment_ids: int32 [B,T]; 0 is padding; None: each row is one sample without padding.
+
         Returns:
           float32 [B,T,V].
         """
@@ -121,6 +122,7 @@ def merge(text, is_image, features):
       text: [B,T,D].
       is_image: bool [B,T].
       features: [B,I,P,D]; a row uses as many as it has image positions, in order.
+
     Returns:
       [B,T,D].
     """

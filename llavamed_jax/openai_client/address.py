@@ -34,7 +34,8 @@ class Address:
     @property
     def identity(self) -> str:
         """SHA-256 of the part of the query on which answers may depend: all parameters but those named like a key, which may
-        change; empty where there are none."""
+        change; empty where there are none.
+        """
         items = "&".join(item for item in self.query.split("&") if not _KEY_NAME.search(item.partition("=")[0]))
         return sha256(items.encode()) if items else ""
 
@@ -51,6 +52,7 @@ def read_address(url: str, azure_version: str | None = None) -> Address:
       url: `http(s)://HOST[:PORT][/v1][?NAME=VALUE]`; without a path `/v1` is added. Azure's: `https://NAME.openai.azure.com`, or the
         address of a deployment, with `?api-version=VERSION`.
       azure_version: Azure's `api-version`, where the address does not hold it.
+
     Raises:
       UsageError: the address is not valid. The sentence does not repeat what may be a password.
     """

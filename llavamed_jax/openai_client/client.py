@@ -73,11 +73,13 @@ class Service:
       azure_version: Azure's `api-version`, where the address does not hold it.
       backoff: seconds before the second attempt, half of it by chance; doubled each time, up to 64 times. A server's `Retry-After`
         is kept to instead.
+
     Attributes:
       address: the address, taken apart; `url` is what may be shown of it, and `name` of the model's name.
       requests, prompt_tokens, completion_tokens: attempts that were sent, and tokens as the server counted them.
       again: why something was asked again -> how often.
       not_taken: settings that the server refused and that are no longer sent.
+
     Raises:
       UsageError: an address, a key or a number that cannot be used.
     """
@@ -115,8 +117,10 @@ class Service:
           requests: a number, which comes back with the reply, and OpenAI chat messages. It is read in the caller's thread, and
             twice `concurrency` are held at a time.
           seed: of what is drawn; a function gives each request, by its number, its own.
+
         Yields:
           The number, and the reply or why this request has none.
+
         Raises:
           ServiceError: nothing at all can be asked: no connection, a key or a model that is refused, or so many failures in a
             row; after the replies that came before.

@@ -107,6 +107,7 @@ def status_error(error: openai.APIStatusError, where: str, is_start: bool, secre
     Args:
       where: the server and the model, the subject of the sentence.
       is_start: nothing has been answered yet.
+
     Returns:
       PassingError, ServiceError (nothing more can be asked) or UserError (of this request).
     """

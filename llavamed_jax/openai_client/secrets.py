@@ -42,7 +42,8 @@ class Secrets:
 
     def clean_message(self, text: str) -> str:
         """An error message without the keys. Short keys and the first eight characters or more of a key are removed too, because
-        a library may have cut the message already."""
+        a library may have cut the message already.
+        """
         for key in self._keys:
             text = key.replaced(text, is_begin_enough=True)
         return text if self._words is None else self._words.sub(MARK, text)

@@ -31,6 +31,7 @@ def cross_entropy(logits: jax.Array, labels: jax.Array, segment_ids: jax.Array,
       segment_ids: int [B,T], 0 is padding; the positions of one sample in a row have one id, from 1 on.
       weighting: `token`: every supervised token weighs alike. `sample`: every sample does, so a token weighs one over
         the number of supervised tokens of its sample.
+
     Returns:
       (sum, count), float32 scalars: means are taken where all counts are known. With `token` the sum of the losses and
       the number of supervised tokens; with `sample` the sum of the samples' mean losses and the number of samples that
@@ -56,6 +57,7 @@ def chunked_cross_entropy(hidden: jax.Array, kernel: jax.Array, labels: jax.Arra
       kernel: [D,V], any float type; its gradient is summed in float32.
       labels, segment_ids, weighting: as of `cross_entropy`.
       chunk: C; None picks it.
+
     Returns:
       As `cross_entropy`. It can be differentiated once, by reverse mode, in `hidden` and `kernel`.
     """

@@ -38,8 +38,10 @@ def build(cfg: ConfigDict, total_steps: int, names: Sequence[str],
       names: names of the trainable parameters.
       undecayed: those that weight decay leaves alone beside biases and scales of norms: a table of which some rows are
         trained, since decay knows no rows and would shrink the others.
+
     Returns:
       The optax transformation, and the schedule of the learning rate without overrides.
+
     Raises:
       UsageError: an override that matches no trainable parameter, or none that those before it leave.
     """

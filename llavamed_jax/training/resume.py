@@ -59,6 +59,7 @@ def begin(workdir: Path, cfg: ConfigDict, checkpoint: Checkpoint, program: Progr
 
     Args:
       earlier: what the step that the run resumes from recorded; {} where there is none.
+
     Returns:
       What every step records of the run: its recipe, base, validation data and arithmetic.
     """

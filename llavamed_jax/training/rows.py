@@ -59,6 +59,7 @@ class Data:
           multiple: what the rows of an update must divide by (`row_multiple`).
           workdir: its folder `cache/` keeps what was found in large data.
           settled: `resolved` of an earlier part of the run, whose rows stay as they were.
+
         Raises:
           UsageError: a batch size or a row length that cannot be; UserError: data that cannot be used.
         """
@@ -158,7 +159,8 @@ class Data:
 
     def validation_batches(self, mesh: Mesh | None = None, on_wait: Callable[[float], object] | None = None) -> loader.Loader:
         """The validation records once; the last batch is filled up with empty rows. `unread` gets what is skipped on the way; `on_wait`
-        is the loader's."""
+        is the loader's.
+        """
         self.unread.clear()
         found = self._batches(self.validation, self.validation_plan, 0, 1, mesh,
                               lambda entry: entry["image"] and self.unread.append(entry))

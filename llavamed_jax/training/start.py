@@ -69,7 +69,8 @@ def with_own_tokenizer(cfg: ConfigDict) -> ConfigDict:
 
 def _tokenizer_files(path: Path) -> dict[str, Path]:
     """The files of `Tokenizer.load(path)` by the names under which a directory's are found, and no other: a model's preprocessor is
-    its own."""
+    its own.
+    """
     if path.is_file() and path.name not in TOKENIZERS:  # its neighbours are not its own
         return {"tokenizer.json" if path.suffix == ".json" else "tokenizer.model": path}
     directory = path if path.is_dir() else path.parent

@@ -64,8 +64,10 @@ def partition(params: Mapping[str, Any], trainable: Trainable) -> tuple[dict[str
       params: nested or flat; layers stacked.
       trainable: regexes; a parameter is trained if one of them matches its whole name. A pair of `TABLE` and tokens stands
         for the table, of which only the rows of those tokens are trained (`only_rows`).
+
     Returns:
       (trainable, frozen), flat dicts by name.
+
     Raises:
       UsageError: a regex that is none, or that matches nothing, so that a typo cannot silently freeze a module.
     """

@@ -52,6 +52,7 @@ def make_train_step(loss_fn: LossFn, optimizer: optax.GradientTransformation, sc
       micro_batches: M; the rows of a batch are worked through in M parts, and the update is that of the whole batch.
       weighting: of the loss. With `sample` the gradient is divided by all samples of the batch: one without a supervised
         token counts with a gradient of 0, as it does in HF's Trainer.
+
     Returns:
       (state, batch) -> (state, metrics). The old state's buffers are reused: it must not be touched again. Metrics are
       float32 scalars: `loss` (the mean of tokens, or of the means of samples), `tokens` (supervised), `grad_norm` (before clipping),

@@ -67,6 +67,7 @@ class StepAgreement:
         Args:
           counts: of this process's rows.
           skipped: the samples of its rows that were skipped.
+
         Returns:
           On process 0 the sums of all processes and what the others skipped; elsewhere `counts` and an empty list.
         """

@@ -49,9 +49,11 @@ def fit(cfg: ConfigDict, workdir: str | Path, callbacks: Callbacks = NONE) -> bo
       cfg: the recipe (`recipe.SCHEMA`).
       workdir: gets `recipe.json`, `model/`, `base/`, `checkpoints/`, `metrics.jsonl`, `skipped.jsonl`, `tensorboard/`.
       callbacks: evaluate the model while it is trained.
+
     Returns:
       True when the run is finished (which it may have been before); False when a signal stopped it, or a stdout that
       cannot be written to (`signals.failure`), after everything was saved.
+
     Raises:
       UsageError: an invalid recipe, or one that differs from the recipe that the workdir was started with.
       UserError: data, weights or a workdir that cannot be used; updates that are not finite, again and again. In

@@ -29,8 +29,10 @@ def settled(workdir: Path, cfg: ConfigDict, step: int, record: Mapping[str, Any]
 
     The step's own record counts, for a step is held to its hashes; `recipe.json`, which anyone may edit, has to agree with it.
     A number of updates that followed from `epochs` is settled only for the same `epochs`.
+
     Args:
       record: of the step (`write_recipe`).
+
     Raises:
       UsageError: `cfg` differs in a key that may not from the recipe of this directory or of the step.
       UserError: a step of another run, or a `recipe.json` that has been changed.
@@ -118,6 +120,7 @@ def write_recipe(workdir: Path, cfg: ConfigDict, resolved: dict, earlier: Mappin
 
     Args:
       earlier: of a run that goes on, what its step recorded: its name, and its recipe, which may lack newer keys.
+
     Returns:
       The same, which every step carries.
     """

@@ -24,6 +24,7 @@ def new_directory(out: str | Path, size: int = 0, apart_from: Iterable[Path | No
     Args:
       size: bytes that will be written; the disk must have them free.
       apart_from: directories that are read, inside of which nothing may appear.
+
     Raises:
       UserError: `out` is a file or a directory that holds something, lies in what is read, cannot be written, or does not fit
         the disk.
@@ -70,7 +71,8 @@ _PARTIAL = ".partial"
 
 def _lock(directory: Path) -> int | None:
     """A descriptor that holds a directory until it is closed, by the kernel at the latest; None where another has it, or on
-    a file system without locks."""
+    a file system without locks.
+    """
     descriptor = os.open(directory, os.O_RDONLY)
     if not locks.lock(descriptor):
         os.close(descriptor)

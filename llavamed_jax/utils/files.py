@@ -28,6 +28,7 @@ def open_file(path: str | Path, name: str = "") -> BinaryIO:
 
     Args:
       name: what a sentence calls it; the path, where it is empty.
+
     Raises:
       FileNotFoundError: nothing is there. UserError: a directory, a pipe, a device or a socket; a file that cannot be opened; a
         name that no file can have.
@@ -64,6 +65,7 @@ def read_bytes(path: str | Path, name: str = "", most: int = MOST) -> bytes:
     Args:
       name: what a sentence calls it; the path, where it is empty.
       most: bytes that it may have.
+
     Raises:
       FileNotFoundError, UserError: as `open_file`; a file that is larger, or that cannot be read.
     """
@@ -109,6 +111,7 @@ def parse_jsonl(text: str, name: Callable[[int], str]) -> list[tuple[str, Any]]:
 
     Args:
       name: what an error calls the line of a number, counted from 1.
+
     Raises:
       UserError: a line that is not JSON.
     """
@@ -147,6 +150,7 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
     Args:
       write: writes the content into the open file. If it raises, the temporary file is removed and `path` stays as it was.
+
     Raises:
       OSError: the disk refuses the file.
     """

@@ -10,6 +10,7 @@ def lock(descriptor: int, is_shared: bool = False) -> bool | None:
 
     Args:
       is_shared: others may hold a shared lock at the same time.
+
     Returns:
       True if this process holds the lock now, False if another one does, None on a file system without locks.
     """

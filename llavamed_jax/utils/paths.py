@@ -23,6 +23,7 @@ def check(name: str, value: Any) -> None:
 
     A name is not, where its bytes are of another encoding, and where Python takes them for another by the locale. Libraries in
     C++ (SentencePiece, TensorStore) would not find it, or would write to another place.
+
     Args:
       name: what the error calls it: `--workdir`, or `the config key 'init'`.
       value: numbers and None are no paths.

@@ -35,7 +35,8 @@ def on_terminal() -> bool:
 
 def progress(total: int, kept: int, title: str) -> tuple[Callable[[int], None], Callable[[], None]]:
     """A bar on a terminal; in a pipe a line for each tenth. Both on stderr, so that stdout holds results only; `kept`
-    questions were answered before, which the rate does not count."""
+    questions were answered before, which the rate does not count.
+    """
     if on_terminal():
         shown = bar(total=total, initial=kept, desc=title, unit="question")
         return shown.update, shown.close

@@ -199,7 +199,8 @@ def pass_on(act: Callable[[int], None], others: tuple[int, ...] = ()) -> None:
 @contextlib.contextmanager
 def interrupting() -> Iterator[None]:
     """SIGINT raises KeyboardInterrupt within, as often as it comes, and asks the command to stop besides: a library may swallow the
-    exception, and then `check` raises. For a person who stops one answer and goes on; `forget` begins the next one."""
+    exception, and then `check` raises. For a person who stops one answer and goes on; `forget` begins the next one.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -1,5 +1,6 @@
 """The three standard streams, which a process may have been started without (`<&-`, some schedulers and services), and whose reader
-may be gone before it ends."""
+may be gone before it ends.
+"""
 
 from __future__ import annotations
 

@@ -42,8 +42,10 @@ def build(decoder: str | Path, vision: str | Path, projector: str, scratch: Path
       image_tokens: adds LLaVA-Med v1.0's tokens (`image_tokens.add_image_tokens`).
       seed: of everything that is drawn.
       has_pad: adds `[PAD]` before the image tokens.
+
     Returns:
       The checkpoint, and sentences that say what was done.
+
     Raises:
       UserError: one of the parts is missing or does not fit.
     """

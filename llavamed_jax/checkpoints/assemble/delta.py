@@ -38,8 +38,10 @@ def make_delta(base: str | Path, target: str | Path, out: str | Path, progress: 
       base: the plain decoder's directory, or its name on a hub.
       target: a model in the original's layout, likewise.
       out: a directory that does not exist or is empty. It appears when it is complete.
+
     Returns:
       What was written.
+
     Raises:
       UserError: the two do not belong together, which is found before anything is written.
     """
@@ -121,7 +123,8 @@ def _check_config(other: Path, config: Mapping[str, object], theirs: Mapping[str
 
 def _warn_of_base(base: Path, what: str, other: Path, config: Mapping[str, object]) -> None:
     """Says where a base of the right shapes computes otherwise than its delta's config: LLaMA 2 is not LLaMA, and what comes
-    of it answers nonsense."""
+    of it answers nonsense.
+    """
     raw = read_json(base / "config.json")
     differ = [key for key in _OF_THE_BASE if key in raw and key in config and raw[key] != config[key]]
     if differ:

@@ -35,8 +35,10 @@ def add_image_tokens(checkpoint: Checkpoint, scratch: Path, deviation: float = 0
       scratch: a directory, for the tokenizer files that are changed.
       deviation: standard deviation of the drawn row (`initializer_range` of the decoder's config).
       has_pad: adds `[PAD]` before them, as the original does with `--version v0` to a tokenizer that cannot pad.
+
     Returns:
       The checkpoint, and the tokens that it did not have before.
+
     Raises:
       UserError: there is no tokenizer, or it has not one piece a row of the embedding table.
     """

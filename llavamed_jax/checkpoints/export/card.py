@@ -104,7 +104,8 @@ _SETTINGS_IGNORED = (" Nor does it read `preprocessor_config.json` here, whose s
 
 def model_card(checkpoint: Checkpoint, layout: str, ids: tuple[int, int] | None = None) -> str:
     """The README.md of an export, in Markdown with the front matter of model hubs. `ids`: of `<image>` and `<pad>`, which an
-    export in transformers' layout adds."""
+    export in transformers' layout adds.
+    """
     cfg = checkpoint.config
     return _CARD.format(
         library="library_name: transformers\n" if layout == "transformers" else "", facts=_table(_facts(checkpoint)),

@@ -32,6 +32,7 @@ def export(checkpoint: Checkpoint, out: str | Path, layout: str = "transformers"
       out: a directory that does not exist or is empty. It appears when it is complete.
       layout: `transformers` (`LlavaForConditionalGeneration` loads it) or `llava` (the original's own). Where the config
         says LLaVA-Med v1.0, whose checkpoints hold no tower, `llava` puts the tower into a directory inside `out`.
+
     Raises:
       UserError: `out` holds something, the layout cannot hold this model, its tokenizer does not fit, the disk is full, or the
         weights are no model's (`Checkpoint.sound`).
@@ -91,7 +92,8 @@ def _padded_vocabulary(checkpoint: Checkpoint, rows: int) -> dict[str, Tensor]:
 
 def _write_text_files(checkpoint: Checkpoint, out: Path, layout: str, ids: tuple[int, int] | None) -> None:
     """The model card, and tokenizer and preprocessor files as they came; where `<image>` and `<pad>` get `ids`, those that
-    transformers' `AutoProcessor` reads."""
+    transformers' `AutoProcessor` reads.
+    """
     cfg, files = checkpoint.config, checkpoint.files
     (out / "README.md").write_text(model_card(checkpoint, layout, ids), encoding="utf-8")
     kept = out

@@ -18,6 +18,7 @@ def write_processor(cfg: LlavaConfig, files: Mapping[str, Path], out: Path) -> N
 
     Args:
       files: the checkpoint's own tokenizer and preprocessor files.
+
     Raises:
       UserError: a file cannot be read.
     """

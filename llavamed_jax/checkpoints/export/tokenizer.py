@@ -51,6 +51,7 @@ def ids_in_transformers(rows: int, files: Mapping[str, Path]) -> tuple[int, int]
     Args:
       rows: of the embedding table.
       files: of the tokenizer; without one, the ids are those behind the table.
+
     Raises:
       UserError: the tokenizer cannot be read, or is of another model than the table.
     """
@@ -81,6 +82,7 @@ def write_tokenizer(files: Mapping[str, Path], out: Path) -> None:
 
     Of a checkpoint that has `tokenizer.json` alone, that file is kept, and text after every special token gets the prefix
     of a beginning: the same ids but after `</s>` where the checkpoint says `"legacy": false`.
+
     Raises:
       UserError: the tokenizer cannot be read.
     """

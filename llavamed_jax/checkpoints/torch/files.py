@@ -51,7 +51,8 @@ def read_weights(directory: Path) -> dict[str, Tensor]:
 
 def refuse_adapter(directory: Path) -> None:
     """Raises UserError for a directory of LoRA's: as PEFT writes it, and as LLaVA's training does with `non_lora_trainables.bin` and the
-    model's config beside."""
+    model's config beside.
+    """
     of_adapter = sorted(file.name for pattern in ("adapter_config.json", "adapter_model*", "non_lora_trainables.bin")
                         for file in directory.glob(pattern))
     is_whole = any(file.name not in of_adapter for pattern in ("*.safetensors*", f"{_BIN}*") for file in directory.glob(pattern))

@@ -23,8 +23,10 @@ def match(where: Path, found: Mapping[str, Tensor], spellings: Mapping[str, Iter
       spellings: canonical name -> the names it may have there.
       shapes: canonical name -> shape there.
       ignore: says of a name in the file that it needs no match.
+
     Returns:
       Canonical name -> the tensor as it is in the file.
+
     Raises:
       UserError: lists what is missing, unexpected or misshapen, with shapes.
     """
@@ -49,6 +51,7 @@ def canonical(where: Path, found: Mapping[str, Tensor], config: LlavaConfig, lay
       layout: whose names they have (`names.torch_names`).
       without: parts (`vision_tower/`) that are not looked for.
       rows: of the vocabulary there, where it has more than ours (config.rows_in_transformers); the rest is left out.
+
     Raises:
       UserError: as of `match`; a head of its own where the config says that it is the embedding.
     """

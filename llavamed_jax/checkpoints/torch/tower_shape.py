@@ -40,6 +40,7 @@ def shape_of_tensors(directory: Path, name: str, found: Mapping[str, Tensor]) ->
       directory: the checkpoint's, for errors.
       name: what its config calls the tower.
       found: the tensors of its files, the tower's among them.
+
     Raises:
       UserError: tensors that are no CLIP tower's, or a width of which CLIP has no tower.
     """

@@ -77,6 +77,7 @@ def _write_shard(file: Path, tensors: Mapping[str, Tensor], arrays: Iterable[np.
     """One safetensors file: the header's length (8 bytes), the header as JSON, and the tensors one after another.
 
     The library's own `serialize_file` wants every tensor of a file in memory at once.
+
     Args:
       tensors: widest type first, so that each begins at a multiple of its size, as the header's padding to 8 does.
     """

@@ -35,6 +35,7 @@ def read_base(root: Path) -> dict[str, Tensor]:
     """The tensors of a tree's base by canonical name, each held to its sha256 when it is read.
 
     A base without a manifest is read as it is: whether it may lack one says whoever asks (`fingerprints`).
+
     Raises:
       UserError: a base that is missing, cut, or without a tensor that its manifest names. When a tensor is read: another sha256.
     """

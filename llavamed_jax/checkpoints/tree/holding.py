@@ -46,7 +46,8 @@ def hold(directory: Path) -> Hold | None:
 
 def delete(directory: Path) -> bool:
     """Deletes a sealed step; False where somebody holds it, so that it stays. Its manifest goes first: a half-deleted step never looks
-    intact."""
+    intact.
+    """
     with contextlib.suppress(FileNotFoundError):  # somebody else was faster
         descriptor = os.open(directory / MANIFEST, os.O_RDWR)  # NFS gives an exclusive lock to nobody who only reads
         if locks.lock(descriptor) is False:

@@ -40,6 +40,7 @@ def write_model(out: str | Path, checkpoint: Checkpoint, config: LlavaConfig | N
     Args:
       config, files: in place of the checkpoint's own.
       without: canonical names that the base leaves out, because every step has them.
+
     Raises:
       UserError: `out` has a model already; weights that are no model's (`Checkpoint.sound`).
     """
@@ -60,6 +61,7 @@ def open_tree(path: str | Path) -> Checkpoint:
     """Opens a workdir or `convert import`'s directory (base and the newest intact step), or one `DIR/checkpoints/STEP`.
 
     The step is held while its tensors are to be read (`holding`): a run that goes on deletes it later.
+
     Raises:
       UserError: tensors that are missing, unexpected or misshapen; a step that was asked for by name and is not intact.
     """

@@ -88,6 +88,7 @@ class StepWriter:
           trained: canonical name -> array, layers unstacked.
           optimizer_state: any pytree of arrays.
           meta: what JSON can hold: position in the data, random state.
+
         Raises:
           UserError: this save, or the one before it, does not fit the disk or could not be written; Unsaved where the disk is not to blame.
         """
@@ -137,6 +138,7 @@ class StepWriter:
         Args:
           newest: the last step that this run has saved. Later ones, which a run leaves that went back behind damaged steps,
             neither count nor go.
+
         Returns:
           Those that would have been deleted and are held by somebody who reads them.
         """
@@ -158,7 +160,8 @@ class StepWriter:
 @contextlib.contextmanager
 def _writing(directory: Path) -> Iterator[None]:
     """What goes wrong within is one sentence. TensorStore's own is of thousands of letters, and Orbax finds many names for a file that
-    is not there."""
+    is not there.
+    """
     try:
         yield
     except (UserError, MemoryError, jax.errors.JaxRuntimeError):
@@ -180,7 +183,8 @@ def _open_written(directory: Path) -> int:
 
 def _check_written(directory: Path, wanted: set[str]) -> None:
     """Raises Unsaved where parts of what was just written are no longer there: TensorStore makes the directories anew that somebody
-    removes under it, and they would look whole with what came after that."""
+    removes under it, and they would look whole with what came after that.
+    """
     try:
         handler = ocp.PyTreeCheckpointHandler()
         found = flatten(handler.metadata(directory / "params").tree)
@@ -255,8 +259,10 @@ def restore_step(workdir: str | Path, step: int, trained_like: Mapping[str, Any]
     Args:
       trained_like: canonical name -> `jax.ShapeDtypeStruct` with the sharding that the array shall have, or such an array.
       optimizer_like: the optimizer's state, likewise.
+
     Returns:
       The trained tensors, the optimizer's state and `meta`, as `StepWriter.save` was given them.
+
     Raises:
       UserError: the step has other tensors, or other shapes.
     """

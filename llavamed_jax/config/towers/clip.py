@@ -133,7 +133,8 @@ class VisionConfig:
     @property
     def pad_color(self) -> tuple[int, ...]:
         """Red, green and blue that images are padded to a square with, as the originals and transformers take it from the mean,
-        whether that is applied or not. Raises UserError for a mean that is no colour."""
+        whether that is applied or not. Raises UserError for a mean that is no colour.
+        """
         color = tuple(int(255 * mean) for mean in self.image_mean)
         if not all(0 <= value <= 255 for value in color):
             raise UserError(f"the image_mean {list(self.image_mean)} is no colour to pad images with; numbers from 0 to 1 were expected")

@@ -77,6 +77,7 @@ def attention(q, k, v, mask: AttentionMask | None = None, backend: str = "xla"):
       mask: None lets every query see every key (the vision tower; XLA only).
       backend: as `backend_of` returns it. `splash` and `flash` are for whole rows: queries and keys are the same positions,
         consecutive in a segment. `xla` goes by the mask alone.
+
     Returns:
       [B,T,N,H] in v's dtype, which rematerialisation knows as `context`.
     """

@@ -38,6 +38,7 @@ def flash_attention(q, k, v, mask, interpret: bool = False):
       k, v: [B,K,T,H]
       mask: `attention.AttentionMask` of queries and keys that are the same positions.
       interpret: runs the kernels' programs on a platform that is no GPU.
+
     Returns:
       [B,T,N,H]. Under rematerialisation the name `context` keeps it, with what the backward kernels need of the forward one.
     """

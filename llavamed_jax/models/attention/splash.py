@@ -28,6 +28,7 @@ def splash_attention(q, k, v, mask, interpret: bool = False):
       k, v: [B,K,T,H]
       mask: `attention.AttentionMask` of queries and keys that are the same positions.
       interpret: runs the kernel's program on a platform that is no TPU.
+
     Returns:
       [B,T,N,H]. Under rematerialisation the name `context` keeps it, with what the backward kernels need of the forward one.
     """

@@ -115,6 +115,7 @@ class Decoder(nn.Module):
           positions: int32 [B,T]; with caches, consecutive in a row: they say where keys and values are written.
           segments: int32 [B,T]; rows of several samples, 0 is padding. None: each row is one sample.
           caches: a tuple of LayerCache, one a layer (unscanned layers only), or None.
+
         Returns:
           [B,T,D] and the new caches.
         """
