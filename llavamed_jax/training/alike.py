@@ -1,8 +1,8 @@
-"""What has to be the same in all processes of a training job, and is compared before its first update (`agreement.check_same`).
+"""Collects the values that must be equal in all processes of a training job (`agreement.check_same` compares them).
 
-Three times, as early as each is known: what the command line says, before anything is opened; the weights and text files, when they
-are open; records, images and rows, when they are measured. A path is one of the recipe's values and so the same text everywhere; what
-lies there is compared beside it.
+They are compared three times before the first update, each as early as it is known: the command line, before anything
+is opened; the weights and text files, once they are open; records, images and rows, once they are measured. A path is a
+value of the recipe and therefore the same text everywhere; the content at the path is compared separately.
 """
 
 from __future__ import annotations
@@ -29,39 +29,55 @@ from llavamed_jax.utils import signals
 from llavamed_jax.utils.hashes import sha256_of_each
 from llavamed_jax.utils.nested import flatten
 
-IMAGES = 64  # of each set of records, those whose content is compared: half a million would be read for hours
-_PATIENCE_S = 10.0  # until a directory that another host has made is seen over NFS
+# How many records of each set have their images compared: hashing half a million images would take hours.
+IMAGES = 64
+_PATIENCE_S = 10.0  # seconds until a directory that another host has made is visible over NFS
 
 
 def start(cfg: ConfigDict, workdir: Path, flags: Mapping[str, object]) -> dict[str, object]:
-    """What is known before anything is opened: recipe, flags, code and packages.
+    """Returns the values that are known before anything is opened: recipe, flags, code and packages.
 
     Args:
-      flags: others than `--workdir`, by name.
+      cfg: the recipe.
+      workdir: the run's directory.
+      flags: the command line's flags other than `--workdir`, by name.
+
+    Returns:
+      Value by its description.
     """
     return {"--workdir": os.path.abspath(workdir), **{f"--{name}": value for name, value in flags.items()},
             **{f"the config key {key!r}": value for key, value in flatten(cfg).items()}, **agreement.installation()}
 
 
 def model(cfg: ConfigDict, workdir: Path, checkpoint: Checkpoint, step: int | None) -> dict[str, object]:
-    """sha256 of what the model is made of: tensors by their manifest where they have one, else their files; tokenizer, config, tower.
+    """Returns the sha256 of the model's parts: tensors, tokenizer, config and tower.
+
+    Tensors are identified by their manifest if they have one, else by their files.
 
     Args:
-      step: the one that the run goes on from, of which the directory has the rest; None to begin from `init`.
+      cfg: the recipe.
+      workdir: the run's directory.
+      checkpoint: the checkpoint that the run starts from, or the run's own base.
+      step: the saved step that the run resumes from; None to begin from `init`.
+
+    Returns:
+      sha256 by the part's description.
     """
     if step is None:
         origin = identity.origin(cfg.init, checkpoint, cfg.tokenizer)
         return {"the workdir": _seen(workdir), "the config of the model": _sha256(origin.config),
                 **{f"the model's file {name}": _sha256(digest) for name, digest in origin.hashes().items()}}
     manifest = workdir / "checkpoints" / str(step) / store.MANIFEST
-    files = {**base.fingerprints(workdir), manifest.relative_to(workdir).as_posix(): sha256_of_each([manifest])[manifest]}
+    files = {**base.fingerprints(workdir),
+             manifest.relative_to(workdir).as_posix(): sha256_of_each([manifest])[manifest]}
     return {f"the workdir's file {name}": _sha256(digest) for name, digest in files.items()}
 
 
 def data(found: Data, total_steps: int) -> dict[str, object]:
-    """Counts and sha256 of the records, of the rows that were made of them, and of some of the images."""
+    """Returns counts and sha256 of the records, of the rows made from them, and of some of the images."""
     values: dict[str, object] = {}
-    for key, records, plan in (("data.train", found.train, found.plan), ("data.validation", found.validation, found.validation_plan),
+    for key, records, plan in (("data.train", found.train, found.plan),
+                               ("data.validation", found.validation, found.validation_plan),
                                ("data.samples", found.shown, None)):
         if records is not None:
             values |= _records(key, records)
@@ -80,10 +96,10 @@ def _records(key: str, records: TrainingData) -> dict[str, object]:
 
 
 def _some_images(records: TrainingData) -> list[Path]:
-    """The images of `IMAGES` records, evenly spread."""
+    """Returns the images of `IMAGES` records, evenly spaced over the set."""
     found: dict[Path, None] = {}
     for number in np.unique(np.linspace(0, records.num_records - 1, min(IMAGES, records.num_records)).astype(int)):
-        with contextlib.suppress(UserError):  # a damaged record, which is counted where it is measured
+        with contextlib.suppress(UserError):  # measuring counts damaged records
             for image in records.record(int(number))["image"]:
                 found[Path(image) if os.path.exists(image) else Path(split_frame(image)[0])] = None
     return list(found)
@@ -91,7 +107,8 @@ def _some_images(records: TrainingData) -> list[Path]:
 
 def _rows(plan: Plan) -> str:
     layout = plan.layout
-    return f"{layout.rows} an update, of {layout.row_length} tokens and {layout.image_slots} images, {_sha256(plan.fingerprint())}"
+    return (f"{layout.rows} an update, of {layout.row_length} tokens and {layout.image_slots} images, "
+            f"{_sha256(plan.fingerprint())}")
 
 
 def _sha256(digest: str | None) -> str:
@@ -99,7 +116,7 @@ def _sha256(digest: str | None) -> str:
 
 
 def _seen(workdir: Path) -> str:
-    """Whether this process sees the directory that the first one has made: one of a host's own disk is another one elsewhere."""
+    """Says whether this process sees the directory that process 0 made; it does not if each host has its own disk."""
     until = time.monotonic() + _PATIENCE_S
     while not workdir.is_dir():
         if time.monotonic() > until:

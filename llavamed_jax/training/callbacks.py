@@ -1,6 +1,6 @@
-"""The calls from outside that a run makes while it trains.
+"""Callbacks that a run calls while it trains.
 
-They generate and score; the trainer knows them as callables alone.
+They generate and score; the trainer sees them only as callables.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ from llavamed_jax.training.rows import Data
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A run as evaluators see it, with no update under way.
+    """A run's state as evaluators see it, between two updates.
 
     Attributes:
       step: updates done.
-      params: nested, layers stacked; what is trained in float32, the rest in the dtype of the computation. The
-        next update reuses their buffers: whoever needs them for longer copies them.
-      program: model and mesh; `data`: processor and records.
+      params: nested parameters with stacked layers; trained ones in float32, the others in the dtype of the
+        computation. The next update reuses their buffers: copy them to keep them longer.
+      program: model and mesh.
+      data: processor and records.
     """
 
     step: int
@@ -30,20 +31,20 @@ class Snapshot:
     data: Data
 
 
-# Named numbers, which are written beside the validation loss.
+# Returns named numbers, which are logged beside the validation loss.
 Evaluator = Callable[[Snapshot], Mapping[str, float]]
-# Answers to look at.
+# Returns answers for the log and TensorBoard.
 Sampler = Callable[[Snapshot], Sequence[Sample]]
 
 
 @dataclass(frozen=True)
 class Callbacks:
-    """What looks at a run from outside.
+    """The callbacks of a run.
 
     Attributes:
-      evaluators: are called whenever the validation loss is computed.
-      sampler: is called every `samples_every` updates.
-      profile: first and last update of a trace.
+      evaluators: called whenever the validation loss is computed.
+      sampler: called every `samples_every` updates.
+      profile: first and last update of a profiler trace; None for no trace.
     """
 
     evaluators: Sequence[Evaluator] = ()

@@ -1,4 +1,4 @@
-"""What a run says while it trains: `metrics.jsonl`, TensorBoard, a bar on a terminal or lines in a pipe."""
+"""Logs a run: `metrics.jsonl`, TensorBoard, and a progress bar on a terminal or lines in a pipe."""
 
 from __future__ import annotations
 
@@ -24,11 +24,14 @@ from llavamed_jax.utils.files import is_at
 
 @dataclass(frozen=True)
 class Sample:
-    """A question that the model was asked while it was trained.
+    """A question that the model answered during training.
 
     Attributes:
+      name: the sample's name in the log.
       images: uint8 [height,width,3] each, as the model sees them.
-      wanted: the answer of the data.
+      question: the question's text.
+      answer: the model's answer.
+      wanted: the answer in the data.
     """
 
     name: str
@@ -39,38 +42,45 @@ class Sample:
 
 
 class Board:
-    """A file for TensorBoard, which hides there what earlier files hold of steps after `step`.
+    """A TensorBoard event file that hides the values of earlier files after `step`.
 
-    It is written here and now: tensorboardX's SummaryWriter has a thread for it, and without a word waits for that thread for
-    ever once a full disk has ended it.
+    It writes on the calling thread. tensorboardX's SummaryWriter writes on a thread of its own, and waits forever for
+    that thread once a full disk has ended it.
+
+    Args:
+      folder: the TensorBoard directory.
+      step: updates done so far.
     """
 
     def __init__(self, folder: Path, step: int):
         folder.mkdir(exist_ok=True)
         others = set(folder.iterdir())
         self._events, self._flushed_at = EventsWriter(str(folder / "events")), time.monotonic()
-        self.path = next(iter(set(folder.iterdir()) - others), None)  # None: it took the place of one of the same second
+        # None: the event file replaced one that was begun within the same second.
+        self.path = next(iter(set(folder.iterdir()) - others), None)
         self._events.write_event(Event(step=step + 1, session_log=SessionLog(status=SessionLog.START)))
 
     def add(self, step: int, content: Summary) -> None:
+        """Writes a summary of a step."""
         self._events.write_event(Event(wall_time=time.time(), step=step, summary=content))
-        if time.monotonic() - self._flushed_at > 10:  # which waits for the disk
+        if time.monotonic() - self._flushed_at > 10:  # seldom, since a flush waits for the disk
             self._events.flush()
             self._flushed_at = time.monotonic()
 
     def close(self) -> None:
+        """Closes the event file."""
         self._events.close()
 
 
 class MetricsWriter:
-    """Writes the metrics of a run that begins at `step`; what an interrupted run logged after that is taken back.
+    """Writes the metrics of a run that begins at `step`; removes what an interrupted run logged after that step.
 
     Args:
-      workdir: gets `metrics.jsonl`, `tensorboard/`, and `skipped.jsonl` where there is something to put in it.
+      workdir: gets `metrics.jsonl`, `tensorboard/`, and `skipped.jsonl` if samples are skipped.
       step: updates done so far.
-      total_steps: of the whole run.
-      name: in front of the progress.
-      check: is called where a log was removed, and raises where the whole workdir was.
+      total_steps: updates of the whole run.
+      name: the run's name, at the start of each progress line.
+      check: called if a log file was removed; raises if the whole workdir was.
     """
 
     def __init__(self, workdir: Path, step: int, total_steps: int, name: str, check: Callable[[], None] = lambda: None):
@@ -81,17 +91,17 @@ class MetricsWriter:
         self._board = Board(workdir / "tensorboard", step)
         self._total = total_steps
         self._name = name
-        # A bar overwrites itself; where nobody watches, that would be one endless line.
+        # A bar overwrites itself; outside a terminal it would be one endless line.
         self._bar = tqdm(total=total_steps, initial=step, desc=name, unit="step") if sys.stderr.isatty() else None
 
     def advance(self, step: int, loss: float) -> None:
-        """Moves the bar on."""
+        """Advances the progress bar."""
         if self._bar is not None:
             self._bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
             self._bar.update(step - self._bar.n)
 
     def write(self, step: int, metrics: Mapping[str, float | int | None]) -> None:
-        """One line of `metrics.jsonl`, the same in TensorBoard, and where there is no bar a line for whoever reads along."""
+        """Writes a line of `metrics.jsonl` and the same to TensorBoard; without a bar, also prints a line."""
         self._find_again(step)
         finite = {key: value if value is None or math.isfinite(value) else None for key, value in metrics.items()}
         self._file.write(json.dumps({"step": step, **finite}, allow_nan=False) + "\n")  # JSON has no NaN: null
@@ -103,12 +113,13 @@ class MetricsWriter:
             self.say(f"{self._name} {step}/{self._total} · " + " · ".join(_shown(metrics)))
 
     def _find_again(self, step: int) -> None:
-        """Begins the logs anew that were removed: what is written to a file without a name nobody will read.
+        """Reopens log files that were removed, since writes to an unlinked file are lost.
 
         Raises:
           UserError: the workdir is gone (`check`).
         """
-        is_there, is_shown = is_at(self._file.fileno(), self._path), self._board.path is None or self._board.path.exists()
+        is_there, is_shown = is_at(self._file.fileno(), self._path), (
+            self._board.path is None or self._board.path.exists())
         if is_there and is_shown:
             return
         self._check()
@@ -117,46 +128,49 @@ class MetricsWriter:
             self._file.close()
             self._file = open(self._path, "a", encoding="utf-8")
         if not is_shown:
-            self.say(f"warning: {self._board.path} was removed; another file begins, without what it showed before step {step}")
+            self.say(f"warning: {self._board.path} was removed; another file begins, without what it showed before "
+                     f"step {step}")
             with contextlib.suppress(OSError):
                 self._board.close()
             self._board = Board(self._path.parent / "tensorboard", step - 1)
 
     def samples(self, step: int, samples: Iterable[Sample]) -> None:
-        """A line for each answer; text and picture in TensorBoard."""
+        """Prints a line for each answer, and writes text and images to TensorBoard."""
         for i, sample in enumerate(samples):
             self.say(f"{self._name} {step}/{self._total} · {_one_line(sample.name)} · {_one_line(sample.question)} -> "
                      f"{_one_line(sample.answer)} (wanted: {_one_line(sample.wanted)})")
             text = f"**Question** {sample.question}\n\n**Answer** {sample.answer}\n\n**Wanted** {sample.wanted}"
-            text = text.encode("utf-8", "backslashreplace").decode()  # JSON can hold half a surrogate pair
+            text = text.encode("utf-8", "backslashreplace").decode()  # JSON can hold an unpaired surrogate
             self._board.add(step, summary.text(f"samples/{i}", text))
             for j, image in enumerate(sample.images):
                 self._board.add(step, summary.image(f"samples/{i}/image_{j}", image, dataformats="HWC"))
 
     def skipped(self, step: int, entries: Iterable[Mapping]) -> None:
-        """A line of `skipped.jsonl` for each sample that an update had to do without."""
+        """Appends a line to `skipped.jsonl` for each sample that an update skipped."""
         for entry in entries:
             with open(self._skipped, "a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, **entry}) + "\n")
 
     def say(self, text: str) -> None:
-        """A line on stdout that leaves the bar whole."""
+        """Prints a line on stdout above the bar."""
         if self._bar is None:
             print(text, flush=True)
         else:
             self._bar.write(text)
 
     def close(self) -> None:
+        """Closes the files and the bar."""
         with self._file, contextlib.closing(self._board):
             if self._bar is not None:
                 self._bar.close()
 
 
 def troubles(metrics: Mapping[str, float | int | None]) -> list[str]:
-    """What a run had to do without, in words; nothing where there was nothing."""
+    """Returns the counts of skipped or cut samples, images and updates in words; an empty list if all are 0."""
     words = dict(updates_skipped="updates skipped (not finite)", samples_skipped="samples skipped (see skipped.jsonl)",
                  images_skipped="images left out",
-                 samples_truncated="samples cut at max_length", samples_unsupervised="samples without a supervised token",
+                 samples_truncated="samples cut at max_length",
+                 samples_unsupervised="samples without a supervised token",
                  validation_samples_skipped="validation samples skipped (their image cannot be read)")
     return [f"{metrics[key]} {text}" for key, text in words.items() if metrics.get(key)]
 
@@ -166,7 +180,8 @@ def _shown(metrics: Mapping[str, float | int | None]) -> Iterable[str]:
                    grad_norm="gradient {:.3f}", tokens_per_second="{:,.0f} tokens/s", mfu="MFU {:.1%}")
     shown = [form.format(metrics[key]) for key, form in formats.items() if metrics.get(key) is not None]
     known = {*formats, "samples", "tokens", "padding_fraction", "image_padding_fraction"}
-    evaluated = [f"{key} {value:.4g}" for key, value in metrics.items() if key not in known and isinstance(value, float)]
+    evaluated = [f"{key} {value:.4g}" for key, value in metrics.items()
+                 if key not in known and isinstance(value, float)]
     return [*shown, *evaluated, *troubles(metrics)]
 
 
@@ -176,22 +191,22 @@ def _one_line(text: str, most: int = 160) -> str:
 
 
 class SilentLog:
-    """In place of `log.MetricsWriter` in all processes but the first."""
+    """Replaces `MetricsWriter` in all processes but the first; writes nothing."""
 
     def advance(self, step: int, loss: float) -> None:
-        pass
+        """Does nothing."""
 
     def write(self, step: int, metrics: Mapping[str, float | int | None]) -> None:
-        pass
+        """Does nothing."""
 
     def samples(self, step: int, samples: Iterable) -> None:
-        pass
+        """Does nothing."""
 
     def skipped(self, step: int, entries: Iterable[Mapping]) -> None:
-        pass
+        """Does nothing."""
 
     def say(self, text: str) -> None:
-        pass
+        """Does nothing."""
 
     def close(self) -> None:
-        pass
+        """Does nothing."""

@@ -1,4 +1,4 @@
-"""The loss of next-token prediction, with and without the logits of a whole batch in memory.
+"""Computes the loss of next-token prediction, with or without the logits of a whole batch in memory.
 
 Axis letters: B rows, T positions, D model width, V vocabulary, N = B*T positions of one device, C positions a chunk.
 """
@@ -13,29 +13,29 @@ import jax.numpy as jnp
 from llavamed_jax.config import IGNORE
 from llavamed_jax.parallel.mesh import RULES, constrain, spec_of
 
-# An eighth of the positions at a time, so that those without supervision can be left out in good measure, within
-# bounds: less makes thin matrix products, more makes float32 logits of more than 262 MB at 32,000 pieces.
+# A chunk is an eighth of the positions, so that most unsupervised positions are skipped, within bounds: smaller chunks
+# make thin matrix products, larger ones make float32 logits of more than 262 MB at a vocabulary of 32,000.
 CHUNK_SHARE, SMALLEST_CHUNK, LARGEST_CHUNK = 8, 128, 2048
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array, segment_ids: jax.Array,
                   weighting: str = "token") -> tuple[jax.Array, jax.Array]:
-    """Cross-entropy of each supervised token given everything before it in its segment.
+    """Returns the summed cross-entropy of the supervised tokens, each given the tokens before it in its segment.
 
-    The label of position t is the token *at* t, as PyTorch's models take it; the shift happens here. A token that
-    opens a segment is predicted by nothing, so a row of several samples has the loss of those samples alone.
+    The label of position t is the token *at* t, as PyTorch's models take it; the shift happens here. No position
+    predicts the first token of a segment, so the loss of a row of several samples is that of those samples alone.
 
     Args:
       logits: [B,T,V], any float type; reduced in float32.
       labels: int [B,T], `IGNORE` where a token is not supervised.
       segment_ids: int [B,T], 0 is padding; the positions of one sample in a row have one id, from 1 on.
-      weighting: `token`: every supervised token weighs alike. `sample`: every sample does, so a token weighs one over
-        the number of supervised tokens of its sample.
+      weighting: `token` weighs every supervised token alike. `sample` weighs every sample alike: a token weighs one
+        over the number of supervised tokens of its sample.
 
     Returns:
-      (sum, count), float32 scalars: means are taken where all counts are known. With `token` the sum of the losses and
-      the number of supervised tokens; with `sample` the sum of the samples' mean losses and the number of samples that
-      have a supervised token.
+      (sum, count), float32 scalars; the caller divides once all counts are known. With `token` the sum of the losses
+      and the number of supervised tokens; with `sample` the sum of the samples' mean losses and the number of samples
+      that have a supervised token.
     """
     targets = _targets(labels, segment_ids)
     weights, count = _weights(targets, segment_ids, weighting)
@@ -45,21 +45,23 @@ def cross_entropy(logits: jax.Array, labels: jax.Array, segment_ids: jax.Array,
 
 def chunked_cross_entropy(hidden: jax.Array, kernel: jax.Array, labels: jax.Array, segment_ids: jax.Array,
                           chunk: int | None = None, weighting: str = "token") -> tuple[jax.Array, jax.Array]:
-    """`cross_entropy(hidden @ kernel, ...)`, of which only C positions' logits exist at a time.
+    """Computes `cross_entropy(hidden @ kernel, ...)`, with the logits of only C positions in memory at a time.
 
-    Positions that teach nothing (images, questions, padding) are never multiplied with the head. The gradient is
-    computed along with the loss, while a chunk's logits are there, so the backward pass computes none of them again;
-    of what is frozen none is computed. On a mesh each device works through its own rows and its part of the
-    vocabulary, and the head's gradient crosses the network once, not once a chunk.
+    Unsupervised positions (images, questions, padding) are never multiplied with the head. The gradient is computed
+    together with the loss, from the same logits, so the backward pass recomputes none; frozen inputs get no gradient.
+    On a mesh each device computes its own rows and its part of the vocabulary, and the head's gradient crosses the
+    network once, not once a chunk.
 
     Args:
-      hidden: [B,T,D], what the head reads, in the dtype of the computation.
+      hidden: [B,T,D], the head's input, in the dtype of the computation.
       kernel: [D,V], any float type; its gradient is summed in float32.
-      labels, segment_ids, weighting: as of `cross_entropy`.
+      labels: as in `cross_entropy`.
+      segment_ids: as in `cross_entropy`.
       chunk: C; None picks it.
+      weighting: as in `cross_entropy`.
 
     Returns:
-      As `cross_entropy`. It can be differentiated once, by reverse mode, in `hidden` and `kernel`.
+      As `cross_entropy`. The result can be differentiated once, by reverse mode, in `hidden` and `kernel`.
     """
     targets = _targets(labels, segment_ids)
     weights, count = _weights(targets, segment_ids, weighting)
@@ -67,18 +69,18 @@ def chunked_cross_entropy(hidden: jax.Array, kernel: jax.Array, labels: jax.Arra
 
 
 def num_supervised(labels: jax.Array, segment_ids: jax.Array) -> jax.Array:
-    """Number of tokens of int [B,T] rows that the loss is taken of, a float32 scalar."""
+    """Returns the number of supervised tokens in int [B,T] rows, a float32 scalar."""
     return _count(_targets(labels, segment_ids))
 
 
 def num_samples(segment_ids: jax.Array) -> jax.Array:
-    """Number of samples in int [B,T] rows, those without a supervised token too, a float32 scalar."""
+    """Returns the number of samples in int [B,T] rows, supervised or not, a float32 scalar."""
     return jnp.sum(jnp.max(segment_ids, axis=1), dtype=jnp.float32)
 
 
 def _targets(labels, segment_ids):
-    """int [B,T]: the token that a position is to predict, or IGNORE."""
-    # Labels move instead of logits: a slice of [B,T,V] would be a second copy of the largest array of the step.
+    """Returns the token that each position predicts, or IGNORE, as int [B,T]."""
+    # The labels are shifted, not the logits: a slice of [B,T,V] would copy the largest array of the step.
     targets = jnp.pad(labels[:, 1:], ((0, 0), (0, 1)), constant_values=IGNORE)
     next_segments = jnp.pad(segment_ids[:, 1:], ((0, 0), (0, 1)))
     return jnp.where((next_segments == segment_ids) & (segment_ids != 0), targets, IGNORE)
@@ -89,7 +91,7 @@ def _count(targets):
 
 
 def _weights(targets, segment_ids, weighting: str):
-    """(float32 [B,T] that the losses are multiplied with, None for 1 each; the count that belongs to their sum)."""
+    """Returns (float32 [B,T] weights of the losses, None for 1 each; the count by which to divide their sum)."""
     if weighting == "token":
         return None, _count(targets)
     is_supervised = targets != IGNORE
@@ -101,16 +103,18 @@ def _weights(targets, segment_ids, weighting: str):
 
 
 def _losses(logits, targets, weights=None, axis: str | None = None):
-    """float32 [...,V], int [...] -> losses [...], and their gradient by the logits [...,V], both times `weights` [...].
+    """Returns the losses [...] and their gradient by the logits [...,V], both times `weights` [...].
 
-    `axis` is the mesh axis over which the vocabulary is spread, for a caller that sees its own part of it only.
+    The logits are float32 [...,V], the targets int [...].
+
+    `axis` is the mesh axis that shards the vocabulary, if the caller holds only its own shard; else None.
     """
     if axis is None:
         first, peak, total = 0, lambda x: x, lambda x: x
     else:
         first = jax.lax.axis_index(axis) * logits.shape[-1]
         peak, total = functools.partial(jax.lax.pmax, axis_name=axis), functools.partial(jax.lax.psum, axis_name=axis)
-    # A comparison, not a gather: it fuses into the reductions, its gradient is no scatter, and V may be sharded.
+    # A comparison, not a gather: it fuses into the reductions, its gradient needs no scatter, and V may be sharded.
     is_target = first + jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1) == targets[..., None]
     highest = peak(jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True)))
     powers = jnp.exp(logits - highest)
@@ -142,24 +146,26 @@ _loss_sum.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 def _loss_and_gradients(hidden, kernel, targets, weights, chunk, wanted):
-    """The sum of the losses, and its gradients by hidden and kernel (None where not wanted), each in its own dtype."""
-    # Cast and gathered once; in the loop it would be once a chunk.
+    """Returns the sum of the losses, and its gradients by hidden and kernel, in their dtypes; None where not wanted."""
+    # Cast and gather once, outside the loop over chunks.
     whole = constrain(kernel.astype(hidden.dtype), None, "vocab")
     work = functools.partial(_on_one_device, chunk=chunk, wanted=wanted)
     if jax.sharding.get_abstract_mesh().empty:
         total, by_hidden, by_kernel = work(hidden, whole, targets, weights)
     else:
         rows, positions = spec_of(("act_batch", None, None)), spec_of(("act_batch", None))
-        # The gradient is written by hand, so nothing here is differentiated and the check of replication has no use.
+        # The gradient is hand-written, so shard_map differentiates nothing and its replication check is not needed.
         total, by_hidden, by_kernel = jax.shard_map(
             functools.partial(_on_a_mesh, work), in_specs=(rows, spec_of((None, "vocab")), positions, positions),
-            out_specs=(spec_of(()), rows, spec_of(("embed", "vocab"))), check_vma=False)(hidden, whole, targets, weights)
+            out_specs=(spec_of(()), rows, spec_of(("embed", "vocab"))),
+            check_vma=False)(hidden, whole, targets, weights)
     return total, by_hidden, None if by_kernel is None else by_kernel.astype(kernel.dtype)
 
 
 def _on_a_mesh(work, hidden, kernel, targets, weights):
-    """`work` on this device's rows and part of the vocabulary; sums over the other rows, the kernel's laid as the kernel."""
-    total, by_hidden, by_kernel = work(hidden, kernel, targets, weights, row_axes=RULES["act_batch"], vocab_axis=RULES["vocab"])
+    """Runs `work` on this device's rows and vocabulary shard, and reduce-scatters the kernel's gradient."""
+    total, by_hidden, by_kernel = work(hidden, kernel, targets, weights, row_axes=RULES["act_batch"],
+                                       vocab_axis=RULES["vocab"])
     if by_kernel is not None:
         by_kernel = jax.lax.psum(by_kernel, tuple(axis for axis in RULES["act_batch"] if axis != RULES["embed"]))
         by_kernel = jax.lax.psum_scatter(by_kernel, RULES["embed"], scatter_dimension=0, tiled=True)
@@ -167,14 +173,17 @@ def _on_a_mesh(work, hidden, kernel, targets, weights):
 
 
 def _on_one_device(hidden, kernel, targets, weights, *, chunk, wanted, row_axes=None, vocab_axis=None):
-    """[B,T,D], [D,V], [B,T], [B,T] -> sum of losses, gradients [B,T,D] and float32 [D,V], of one device's part of B and V."""
+    """Returns the sum of losses and gradients [B,T,D] and float32 [D,V] of one device's part of B and V.
+
+    The inputs are [B,T,D], [D,V], [B,T], [B,T].
+    """
     x, y = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
     N, C = y.size, chunk or _chunk(y.size)
     is_supervised = y != IGNORE
     slots = -(-N // C) * C
-    order = jnp.flatnonzero(is_supervised, size=slots, fill_value=N)  # supervised positions first; N is none
+    order = jnp.flatnonzero(is_supervised, size=slots, fill_value=N)  # supervised positions first; N fills unused slots
     trips = (jnp.sum(is_supervised, dtype=jnp.int32) + C - 1) // C
-    if row_axes is not None:  # devices wait for each other anyhow, and loops that talk must go round alike
+    if row_axes is not None:  # loops with collectives must run equally often on all devices
         trips = jax.lax.pmax(trips, row_axes)
 
     def work(i, carry):
@@ -195,7 +204,7 @@ def _on_one_device(hidden, kernel, targets, weights, *, chunk, wanted, row_axes=
     start = (jnp.float32(0), jnp.zeros((slots, x.shape[1]), x.dtype) if wanted[0] else None,
              jnp.zeros(kernel.shape, jnp.float32) if wanted[1] else None)
     total, by_x, by_kernel = jax.lax.fori_loop(0, trips, work, start)
-    if by_x is not None:  # back to where they came from
+    if by_x is not None:  # scatter the gradients back to their positions
         rank = jnp.where(is_supervised, jnp.cumsum(is_supervised) - 1, slots)
         by_x = by_x.at[rank].get(mode="fill", fill_value=0).reshape(hidden.shape)
     return total, by_x, by_kernel

@@ -21,13 +21,13 @@ from llavamed_jax.training.progress import UNMOVED, ZERO_GRADIENT, Progress
 from llavamed_jax.training.step_agreement import StepAgreement
 from llavamed_jax.training.workdir import write_text
 
-# Updates that are under way at a time. One runs and one waits for it, so the device is never idle, and the host is never
-# further ahead: what it allocates stays bounded, and a signal is obeyed after two updates.
+# Updates in flight. One runs and one is queued, so the device is never idle, and the host never gets further ahead: the
+# memory it allocates stays bounded, and a signal takes effect after two updates.
 IN_FLIGHT = 2
 
 
 def read(values: Any) -> Any:
-    """Waits for device scalars, a pytree, and gives them as Python's floats."""
+    """Waits for a pytree of device scalars and returns it as Python floats."""
     return jax.tree.map(float, jax.device_get(values))
 
 
@@ -35,12 +35,16 @@ def read(values: Any) -> Any:
 class Update:
     """An update that was dispatched.
 
+    With several processes, each has the counts, troubles and skipped samples of its own rows.
+
     Attributes:
+      step: the update's number.
       metrics: device scalars, as `make_train_step` returns them.
-      counts: of the batch (`throughput.batch_counts`); `troubles`: what it had to do without, by the names of `Progress`; `skipped`:
-        which samples these were (`Loader.skipped`). Of several processes each has those of its rows.
-      position: where the data stood before the batch (`Loader.state`), by which its samples can be named.
-      at: when it was dispatched.
+      counts: the batch's counts (`throughput.batch_counts`).
+      troubles: counts of skipped or cut samples and images, by the names of `Progress`.
+      position: where the data stood before the batch (`Loader.state`), from which its samples can be named.
+      at: when the update was dispatched (`time.monotonic`).
+      skipped: the skipped samples (`Loader.skipped`).
     """
 
     step: int
@@ -55,21 +59,27 @@ class Update:
 class MetricsReader:
     """Takes updates as they are dispatched, and reads and writes their metrics two updates late.
 
-    Throughput is taken between the times at which updates were done. The clock starts after the first update, which compiles,
-    and again after every pause.
+    Throughput is measured between the times at which updates were done. The clock starts after the first update, which
+    compiles, and again after every pause.
 
     Args:
-      progress: is counted up.
+      progress: its counters are increased.
       log: gets a line every `log_every` updates and for the last one.
-      config, trained, num_devices: for MFU (`throughput.training_flops`).
-      nan_limit: so many updates in a row that are not finite, or have a gradient of exactly 0, end the run; and so many from its
-        beginning that do not move the parameters.
+      workdir: gets `not_finite.json` if updates are not finite.
+      config: the model's shapes, for MFU (`throughput.training_flops`).
+      trained: the size of each trained parameter by name, for MFU.
+      num_devices: devices of the mesh, for MFU.
+      log_every: updates between lines of the log.
+      total_steps: updates of the whole run.
+      nan_limit: the run ends after this many consecutive updates that are not finite or have a gradient of exactly 0,
+        or if none of this many first updates moves the parameters.
       name_samples: position in the data -> ids of the samples of the batch there.
-      agreed: adds up what several processes count.
+      agreed: adds up the counts of several processes.
     """
 
-    def __init__(self, progress: Progress, log: MetricsWriter, workdir: Path, *, config: LlavaConfig, trained: Mapping[str, int],
-                 num_devices: int, log_every: int, total_steps: int, nan_limit: int, name_samples: Callable[[Mapping], list],
+    def __init__(self, progress: Progress, log: MetricsWriter, workdir: Path, *, config: LlavaConfig,
+                 trained: Mapping[str, int], num_devices: int, log_every: int, total_steps: int, nan_limit: int,
+                 name_samples: Callable[[Mapping], list],
                  agreed: StepAgreement):
         self._progress, self._log, self._workdir = progress, log, workdir
         self._config, self._trained = config, trained
@@ -78,30 +88,32 @@ class MetricsReader:
         self._log_every, self._total_steps = log_every, total_steps
         self._nan_limit, self._name_samples, self._agreed = nan_limit, name_samples, agreed
         self._queue: collections.deque[Update] = collections.deque()
-        self._not_finite: list[Update] = []  # the newest, in a row
+        self._not_finite: list[Update] = []  # the newest updates, while they are consecutive
         self._is_first = True
         self.restart_clock()
 
     def restart_clock(self, at: float | None = None) -> None:
+        """Restarts the measurement of throughput, at the time `at` (`time.monotonic`), None for now."""
         self._since = self._done_at = time.monotonic() if at is None else at
         self._tokens, self._flops = 0, 0.0
 
     def make_room(self) -> None:
-        """Returns when one more update may be dispatched: waits for the one before the last."""
+        """Waits until one more update may be dispatched, which is when fewer than `IN_FLIGHT` are unread."""
         while len(self._queue) >= IN_FLIGHT:
             self._read_oldest()
 
     def add(self, update: Update) -> None:
+        """Queues an update that was dispatched."""
         self._queue.append(update)
 
     def drain(self) -> None:
-        """Waits for all updates, so that a checkpoint carries what they counted."""
+        """Waits for all updates, so that a checkpoint includes their counts."""
         while self._queue:
             self._read_oldest()
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Waits for all updates; the time that is spent inside does not count as training."""
+        """Waits for all updates; the time spent inside the block does not count as training."""
         self.drain()
         yield
         self.restart_clock()
@@ -124,15 +136,16 @@ class MetricsReader:
         self._check_something_is_learnt(update, values)
 
     def _of_all(self, update: Update) -> Update:
-        """The update with what all processes counted of it, in the first."""
+        """Returns the update; in process 0, with the counts of all processes."""
         sums, skipped = self._agreed.add_up({**update.counts, **update.troubles}, update.skipped)
         self._log.skipped(update.step, skipped)
-        return replace(update, counts={name: sums[name] for name in update.counts}, troubles={name: sums[name] for name in update.troubles})
+        return replace(update, counts={name: sums[name] for name in update.counts},
+                       troubles={name: sums[name] for name in update.troubles})
 
     def _when_done(self, update: Update) -> float:
-        """When an update that was just read was done, of which only an upper bound is seen.
+        """Estimates when an update that was just read was done; only an upper bound is observed.
 
-        Others that are done by now too share the time since the one before evenly; none was done before it was dispatched.
+        Updates that are done by now share the time since the last one evenly; none was done before it was dispatched.
         """
         done = 1 + sum(all(value.is_ready() for value in other.metrics.values()) for other in self._queue)
         return max(update.at, self._done_at + (time.monotonic() - self._done_at) / done)
@@ -152,10 +165,11 @@ class MetricsReader:
             self._not_finite.clear()
             self._count_still(values)
         self._tokens += counts["tokens"]
-        self._flops += throughput.training_flops(self._config, self._trained, counts["tokens"], counts["attended"], counts["images"])
+        self._flops += throughput.training_flops(self._config, self._trained, counts["tokens"], counts["attended"],
+                                                 counts["images"])
 
     def _count_still(self, values: Mapping[str, float]) -> None:
-        """Counts whether an update had a gradient and moved anything. Without a supervised token it had neither to have."""
+        """Counts whether an update had a gradient and moved the parameters, unless it had no supervised token."""
         progress = self._progress
         if not values["tokens"]:
             return
@@ -170,28 +184,33 @@ class MetricsReader:
     def _line(self, update: Update, values: Mapping[str, float], seconds: float) -> dict:
         progress, counts = self._progress, update.counts
         return dict(
-            loss=values["loss"], learning_rate=values["learning_rate"], grad_norm=values["grad_norm"], samples=progress.samples,
+            loss=values["loss"], learning_rate=values["learning_rate"], grad_norm=values["grad_norm"],
+            samples=progress.samples,
             tokens=progress.tokens, tokens_per_second=self._tokens / seconds,
             padding_fraction=1 - counts["tokens"] / counts["positions"],
             image_padding_fraction=1 - counts["images"] / counts["image_slots"] if counts["image_slots"] else 0.0,
-            mfu=None if self._peak is None else self._flops / seconds / self._peak, memory_peak_bytes=throughput.peak_memory(),
-            **{name: count for name, count in vars(progress).items() if name.endswith(("skipped", "truncated", "unsupervised"))})
+            mfu=None if self._peak is None else self._flops / seconds / self._peak,
+            memory_peak_bytes=throughput.peak_memory(),
+            **{name: count for name, count in vars(progress).items()
+               if name.endswith(("skipped", "truncated", "unsupervised"))})
 
     def _end_as_not_finite(self) -> None:
-        """Ends the run; a file says which samples it could make nothing of."""
+        """Ends the run, and writes the ids of the samples whose updates were not finite to a file."""
         process = f".{jax.process_index()}" if jax.process_count() > 1 else ""
         path = self._workdir / f"not_finite{process}.json"
-        write_text(path, json.dumps([{"step": u.step, "ids": self._name_samples(u.position)} for u in self._not_finite], indent=1) + "\n")
-        raise UserError(f"{self._progress.skipped_in_a_row} updates in a row, up to step {self._not_finite[-1].step}, were not finite in "
-                        f"loss, gradient or update (nan_limit is {self._nan_limit}); the ids of their samples are in {path}")
+        write_text(path, json.dumps([{"step": u.step, "ids": self._name_samples(u.position)}
+                                     for u in self._not_finite], indent=1) + "\n")
+        raise UserError(f"{self._progress.skipped_in_a_row} updates in a row, up to step {self._not_finite[-1].step}, "
+                        f"were not finite in loss, gradient or update (nan_limit is {self._nan_limit}); the ids of "
+                        f"their samples are in {path}")
 
     def _check_something_is_learnt(self, update: Update, values: Mapping[str, float]) -> None:
-        """Ends a run that learns nothing."""
+        """Raises UserError if `nan_limit` updates had a gradient of 0 or did not move the parameters."""
         progress, limit = self._progress, self._nan_limit
         if progress.zero_gradients_in_a_row >= limit:
-            raise UserError(f"{progress.zero_gradients_in_a_row} updates in a row, up to step {update.step}, had a gradient of exactly 0 "
-                            f"(nan_limit is {limit}){ZERO_GRADIENT}")
+            raise UserError(f"{progress.zero_gradients_in_a_row} updates in a row, up to step {update.step}, had a "
+                            f"gradient of exactly 0 (nan_limit is {limit}){ZERO_GRADIENT}")
         if not progress.updates_moved and progress.updates_unmoved >= limit:
-            raise UserError(f"not one of the first {progress.updates_unmoved} updates, up to step {update.step}, moved the parameters "
-                            f"(nan_limit is {limit}): the last had a gradient of {values['grad_norm']:.3g} and a learning rate of "
-                            f"{values['learning_rate']:.3g}{UNMOVED}")
+            raise UserError(f"not one of the first {progress.updates_unmoved} updates, up to step {update.step}, moved "
+                            f"the parameters (nan_limit is {limit}): the last had a gradient of "
+                            f"{values['grad_norm']:.3g} and a learning rate of {values['learning_rate']:.3g}{UNMOVED}")

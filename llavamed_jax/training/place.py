@@ -1,4 +1,4 @@
-"""Where a run writes: the directory that it has locked, which others may remove, move or replace while it trains."""
+"""Holds a run's locked directory, and notices if somebody removes, moves or replaces it while the run trains."""
 
 from __future__ import annotations
 
@@ -17,12 +17,18 @@ from llavamed_jax.utils.files import is_at
 
 
 class Lost(UserError):
-    """The directory of a run is no longer there, or no longer the run's."""
+    """The directory of a run was removed, or no longer belongs to the run."""
 
 
 @contextlib.contextmanager
 def locked(workdir: Path) -> Iterator[Place]:
-    """Holds the directory for one run; the kernel lets go of it however the process ends. Of several processes the first does.
+    """Locks the directory for one run in process 0; the kernel releases the lock however the process ends.
+
+    Args:
+      workdir: the run's directory; made if it does not exist.
+
+    Yields:
+      The run's place.
 
     Raises:
       UserError: another run holds it.
@@ -43,10 +49,13 @@ def locked(workdir: Path) -> Iterator[Place]:
 
 
 class Place:
-    """A run's directory, and what the run knows it by.
+    """A run's directory, and the values by which the run recognises it.
+
+    Args:
+      workdir: the directory's path.
 
     Attributes:
-      workdir: its path.
+      workdir: the directory's path.
       saved: the newest step that the run has saved there; None before the first.
     """
 
@@ -56,7 +65,7 @@ class Place:
         self._record: Mapping[str, Any] = {}
 
     def lock(self) -> None:
-        """Takes the lock, or raises UserError where another run has it."""
+        """Takes the lock, or raises UserError if another run has it."""
         try:
             file = open(self.workdir / ".lock", "a+", encoding="utf-8")
         except OSError as error:
@@ -72,52 +81,58 @@ class Place:
         self._file = file
 
     def release(self) -> None:
+        """Releases the lock."""
         if self._file is not None:
             self._file.close()
 
     def sign(self) -> None:
-        """Signs the lock, for the message that others get: a run that has nothing to do leaves no trace."""
+        """Writes the process id into the lock file, for the message of other runs; a finished run writes nothing."""
         if self._file is not None:
             self._file.truncate(0)
             self._file.write(str(os.getpid()))
             self._file.flush()
 
     def belongs_to(self, record: Mapping[str, Any], saved: int | None) -> None:
-        """Tells what stands in the directory from now on.
+        """Records which run the directory belongs to from now on.
 
         Args:
-          record: of the run (`resume.begin`), as its steps carry it.
-          saved: the step that it goes on from.
+          record: the run's record (`resume.begin`), as its steps carry it.
+          saved: the step that the run resumes from; None to begin.
         """
         self._record, self.saved = record, saved
 
     def note(self, step: int) -> None:
-        """A step has been saved."""
+        """Notes that a step has been saved."""
         self.saved = step
 
     def check(self) -> None:
-        """Makes sure, in the first process, that the directory is still the run's own. `.lock` and `recipe.json` are made anew where
-        they alone were removed.
+        """Checks, in process 0, that the directory is still the run's own.
+
+        If only `.lock` or `recipe.json` was removed, it is written again.
 
         Raises:
-          Lost: it was removed, moved or replaced, or another model lies there.
+          Lost: the directory was removed, moved or replaced, or holds another model.
         """
         if self._file is None or not self._record:
             return
         if not self.workdir.is_dir():
-            raise Lost(f"the workdir {self.workdir} is gone, and with it what its run had saved ({self._saved_until()}): it was removed or "
-                       "moved while the run was at work; the workdir back at its place, or another one to begin anew, was expected")
+            raise Lost(f"the workdir {self.workdir} is gone, and with it what its run had saved "
+                       f"({self._saved_until()}): it was removed or moved while the run was at work; the workdir back "
+                       "at its place, or another one to begin anew, was expected")
         is_own_lock = is_at(self._file.fileno(), self.workdir / ".lock")
         try:
             run = workdirs.read_record(self.workdir).get("run")
         except UserError as error:
             if not is_own_lock:
-                raise Lost(f"the workdir {self.workdir} is another directory now: the run's own was removed or moved while the run was at "
-                           f"work, and with it what it had saved ({self._saved_until()}); nothing more is saved ({error})") from None
+                raise Lost(f"the workdir {self.workdir} is another directory now: the run's own was removed or moved "
+                           f"while the run was at work, and with it what it had saved ({self._saved_until()}); nothing "
+                           f"more is saved ({error})"
+                           ) from None
             run = None
         if run not in (None, self._record["run"]):
-            raise Lost(f"the workdir {self.workdir} is another run's now: this run's own was removed or moved while the run was at work, "
-                       f"and with it what it had saved ({self._saved_until()}); nothing more is saved")
+            raise Lost(f"the workdir {self.workdir} is another run's now: this run's own was removed or moved while "
+                       f"the run was at work, and with it what it had saved ({self._saved_until()}); nothing more is "
+                       "saved")
         try:
             base.check_fingerprints(self.workdir, self._record["model"])
             if not is_own_lock:
@@ -127,7 +142,8 @@ class Place:
             raise Lost(f"{error}; nothing more is saved ({self._saved_until()})") from None
         if run is None:
             workdirs.write_record(self.workdir, self._record)
-            print(f"warning: {self.workdir / 'recipe.json'} was removed or damaged while the run was at work; it is written anew",
+            print(f"warning: {self.workdir / 'recipe.json'} was removed or damaged while the run was at work; "
+                  "it is written anew",
                   flush=True)
 
     def _saved_until(self) -> str:

@@ -11,10 +11,12 @@ from llavamed_jax.training.log import MetricsWriter
 
 
 class Profiler:
-    """Traces updates into the run's TensorBoard directory. As a context it ends a trace that is open.
+    """Traces updates into the run's TensorBoard directory. As a context manager it ends an open trace.
 
     Args:
       span: the first and the last update; None for no trace.
+      workdir: the run's directory.
+      log: gets a line when the trace ends.
     """
 
     def __init__(self, span: tuple[int, int] | None, workdir: Path, log: MetricsWriter):
@@ -26,7 +28,7 @@ class Profiler:
         return self
 
     def before(self, step: int, drain: Callable[[], None]) -> None:
-        """Begins the trace before its first update. `drain` waits for the updates before it, which stay out of it."""
+        """Begins the trace before its first update. `drain` waits for earlier updates, which are not traced."""
         if self._first <= step <= self._last and not self._is_on:
             drain()
             if jax.process_index() == 0:
@@ -34,7 +36,7 @@ class Profiler:
             self._is_on = True
 
     def after(self, step: int, drain: Callable[[], None]) -> None:
-        """Ends the trace after its last update was dispatched."""
+        """Ends the trace after its last update was dispatched. `drain` waits for that update."""
         if self._is_on and step >= self._last:
             drain()
             self._end()

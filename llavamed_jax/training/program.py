@@ -1,4 +1,4 @@
-"""What a run compiles: its model, its optimizer, the mesh, and where each part of the state lies on it."""
+"""Builds the program of a run: its model, optimizer and mesh, and the sharding of each part of the state."""
 
 from __future__ import annotations
 
@@ -34,7 +34,18 @@ from llavamed_jax.training.step import LossFn, llava_loss
 
 @dataclass(frozen=True)
 class Program:
-    """What is compiled: model, optimizer, and where each part of the state lies."""
+    """A run's model, optimizer, mesh and shardings.
+
+    Attributes:
+      model: the model, with scanned layers.
+      mesh: the mesh of devices.
+      optimizer: the optax transformation of the trained parameters.
+      schedule: the learning rate by update.
+      shardings: the sharding of each leaf of the state.
+      trainable: the recipe's `trainable`, without tokens that the model lacks.
+      rows: the trained rows of `states.TABLE`; empty if the whole table is trained, or no row.
+      weighting: the recipe's `loss_weighting`.
+    """
 
     model: llava.Llava
     mesh: Mesh
@@ -42,21 +53,26 @@ class Program:
     schedule: optax.Schedule
     shardings: TrainState
     trainable: states.Trainable
-    rows: tuple[int, ...]  # the only ones of `states.TABLE` that are trained; none where it is trained whole or not at all
-    weighting: str = "token"  # of the loss
+    rows: tuple[int, ...]
+    weighting: str = "token"
 
     @classmethod
     def build(cls, cfg: ConfigDict, checkpoint: Checkpoint, mesh: Mesh, total_steps: int) -> "Program":
+        """Builds the program of a recipe for a checkpoint on a mesh."""
         return cls.of(cfg, checkpoint.config, mesh, total_steps, *_settled(cfg, checkpoint))
 
     @classmethod
     def of(cls, cfg: ConfigDict, config: LlavaConfig, mesh: Mesh, total_steps: int, trainable: states.Trainable,
            rows: tuple[int, ...] = ()) -> "Program":
-        """The program of a model's shapes alone, on devices that need not be here.
+        """Builds the program from a model's shapes alone; the mesh's devices need not exist on this machine.
 
         Args:
-          trainable: the recipe's, without tokens that the model does not have.
-          rows: of those tokens.
+          cfg: the recipe.
+          config: the model's shapes.
+          mesh: the mesh of devices.
+          total_steps: updates of the run.
+          trainable: the recipe's `trainable`, without tokens that the model lacks.
+          rows: the embedding rows of the tokens in `trainable`.
         """
         llava.check_heads(config, mesh)
         platform = mesh.devices.flat[0].platform
@@ -70,37 +86,40 @@ class Program:
         return cls(model, mesh, optimizer, schedule, shardings, trainable, rows, cfg.loss_weighting)
 
     def initial_state(self, checkpoint: Checkpoint) -> TrainState:
-        return states.create(load_params(checkpoint, scan=True), self.trainable, self.optimizer, self.mesh, self.model.dtype)
+        """Returns the state before the first update, with the checkpoint's parameters."""
+        return states.create(load_params(checkpoint, scan=True), self.trainable, self.optimizer, self.mesh,
+                             self.model.dtype)
 
     def frozen(self, checkpoint: Checkpoint) -> states.FlatParams:
-        """What is not trained, of a checkpoint that need hold nothing else, laid as a state has it."""
+        """Returns the frozen parameters, sharded as in a state; the checkpoint may lack all others."""
         names = set(to_disk({name: self._abstract[name] for name in self.shardings.frozen}))
         return states.place(load_params(checkpoint, scan=True, only=names), self.shardings.frozen, self.model.dtype)
 
     def loss(self) -> LossFn:
-        """What is minimised, with a gradient in the rows that are trained."""
+        """Returns the loss to minimise, whose gradient covers only the trained rows of the embedding."""
         loss_fn = llava_loss(self.model, self.weighting)
         return states.only_rows(loss_fn, self.rows) if self.rows else loss_fn
 
     def void(self, cfg: ConfigDict) -> list[str]:
-        """What of the recipe's `optimizer` is not used, and why (`void_keys.of_optimizer`)."""
+        """Returns a sentence for each key of the recipe's `optimizer` that is not used (`void_keys.of_optimizer`)."""
         return void_keys.of_optimizer(cfg, list(self.shardings.trainable), [states.TABLE] if self.rows else [])
 
     def abstract_state(self) -> TrainState:
-        """The state as shapes, each with its place on the devices."""
+        """Returns the state as shapes with shardings."""
         trained, frozen = states.partition(self._abstract, self.trainable)
         frozen = {name: jax.ShapeDtypeStruct(x.shape, self.model.dtype) for name, x in frozen.items()}
         number = jax.ShapeDtypeStruct((), jnp.int32)
         state = TrainState(number, number, trained, frozen, jax.eval_shape(self.optimizer.init, trained))
-        return jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), state, self.shardings)
+        return jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), state,
+                            self.shardings)
 
     def state_bytes(self) -> int:
-        """Bytes of parameters and optimizer on each device."""
+        """Returns the bytes of parameters and optimizer on each device."""
         state = self.abstract_state()
         return bytes_a_device((state.trainable, state.frozen, state.opt_state))
 
     def describe(self) -> str:
-        """How much of the model is trained, small numbers to the last parameter, and the mesh, with how many devices it leaves."""
+        """Says how many parameters are trained (below a million, exactly), the mesh, and how many devices it uses."""
         sizes = {name: math.prod(x.shape) for name, x in self._abstract.items()}
         trained = sum(sizes[name] for name in self.shardings.trainable)
         if self.rows:
@@ -111,7 +130,7 @@ class Program:
         return f"{trained} of {everything} parameters trained, mesh {dict(self.mesh.shape)}{part}"
 
     def trained_names(self) -> list[str]:
-        """Names on disk, one a layer, of what is trained."""
+        """Returns the names of the trained parameters on disk, one a layer."""
         return list(to_disk({name: self._abstract[name] for name in self.shardings.trainable}))
 
     @functools.cached_property
@@ -120,15 +139,15 @@ class Program:
 
 
 def bytes_a_device(arrays: Any) -> int:
-    """Bytes that a tree of shapes with shardings takes on each device."""
+    """Returns the bytes that a tree of shapes with shardings takes on each device."""
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(arrays))
 
 
 def _settled(cfg: ConfigDict, checkpoint: Checkpoint) -> tuple[states.Trainable, tuple[int, ...]]:
-    """The recipe's `trainable` for this model, and the rows of the tokens that it names.
+    """Returns the recipe's `trainable` for this model, and the embedding rows of the tokens in it.
 
-    A model without start and end tokens about its images has no such rows: then their part of `trainable` is dropped, and a
-    line says so.
+    A model without start and end tokens about its images has no such rows; that part of `trainable` is then dropped
+    with a printed line.
     """
     tokens = states.tokens_of(cfg.trainable)
     if not tokens:
@@ -137,10 +156,12 @@ def _settled(cfg: ConfigDict, checkpoint: Checkpoint) -> tuple[states.Trainable,
     rows = {token: processor.id_of(token) for token in tokens}
     absent = [token for token, row in rows.items() if row is None or row >= checkpoint.config.decoder.vocab_size]
     if absent and checkpoint.config.use_start_end:
-        raise UsageError(f"the config key 'trainable' names the tokens {', '.join(absent)}, which the model's tokenizer lacks")
+        raise UsageError(f"the config key 'trainable' names the tokens {', '.join(absent)}, which the model's "
+                         "tokenizer lacks")
     rest = tuple(entry for entry in cfg.trainable if isinstance(entry, str))
     if absent and not rest:
-        raise UsageError(f"the config key 'trainable' names the tokens {', '.join(absent)} alone, of which this model has none")
+        raise UsageError(f"the config key 'trainable' names the tokens {', '.join(absent)} alone, of which this model "
+                         "has none")
     if absent:
         print(f"trainable: this model has no {', '.join(absent)}, so no row of the embedding is trained", flush=True)
         return rest, ()
@@ -149,50 +170,55 @@ def _settled(cfg: ConfigDict, checkpoint: Checkpoint) -> tuple[states.Trainable,
 
 @contextlib.contextmanager
 def within_memory(cfg: ConfigDict, program: Program) -> Iterator[None]:
-    """Re-raises errors for want of memory inside the block as UserError that says which keys take less of it."""
+    """Re-raises out-of-memory errors inside the block as UserError that says which keys reduce memory."""
     try:
         yield
     except MemoryError as error:
-        raise UserError(f"this machine's memory is not enough: {error}; fewer data.workers or a smaller batch_size take "
-                        "less") from error
+        raise UserError(f"this machine's memory is not enough: {error}; fewer data.workers or a smaller batch_size "
+                        "take less") from error
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         text = str(error).splitlines()[0].removeprefix("RESOURCE_EXHAUSTED: ")
         gigabytes = program.state_bytes() / 1e9
-        raise UserError(f"a device's memory is not enough: {text}; parameters and optimizer take {gigabytes:.2f} GB of it, the rest is"
-                        f" an update's, of which remat 'full' (it is {cfg.remat!r}), more micro_batches (now "
-                        f"{cfg.micro_batches}) and a shorter data.row_length take less, and a larger mesh.fsdp of both") from error
+        raise UserError(f"a device's memory is not enough: {text}; parameters and optimizer take {gigabytes:.2f} GB of "
+                        f"it, the rest is an update's, of which remat 'full' (it is {cfg.remat!r}), more micro_batches "
+                        f"(now {cfg.micro_batches}) and a shorter data.row_length take less, and a larger mesh.fsdp of "
+                        "both"
+                        ) from error
 
 
-def open_mesh(cfg: ConfigDict, config: LlavaConfig, devices: Sequence[jax.Device] | None = None, memory: int | None = None) -> Mesh:
-    """The recipe's mesh; with `mesh.auto` the one that fits these devices.
+def open_mesh(cfg: ConfigDict, config: LlavaConfig, devices: Sequence[jax.Device] | None = None,
+              memory: int | None = None) -> Mesh:
+    """Returns the recipe's mesh; with `mesh.auto`, the one that fits the devices.
 
     Args:
+      cfg: the recipe.
       config: the model's shapes.
-      devices: None for all that are here.
+      devices: the devices to use; None for all of this job.
       memory: bytes of one device that programs may use; None asks the device.
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = {axis: cfg.mesh[axis] for axis in ("data", "fsdp", "tp")}
     if cfg.mesh.auto:
-        sizes = auto_sizes(devices, _training_bytes(cfg, config), device_memory(devices) if memory is None else memory, cfg.mesh.slices)
+        sizes = auto_sizes(devices, _training_bytes(cfg, config), device_memory(devices) if memory is None else memory,
+                           cfg.mesh.slices)
     return make_mesh(sizes, devices, cfg.mesh.slices)
 
 
 def _training_bytes(cfg: ConfigDict, config: LlavaConfig) -> int:
-    """Bytes of parameters, gradients and optimizer, wherever they lie."""
+    """Returns the bytes of parameters, gradients and optimizer, summed over all devices."""
     trained, frozen = ({n: math.prod(x.shape) for n, x in part.items()}
                        for part in states.partition(llava.abstract_params(config, scan=True), cfg.trainable))
     return sum(trained.values()) * (12 + jnp.dtype(cfg.optimizer.mu_dtype).itemsize) + 2 * sum(frozen.values())
 
 
 def to_disk(trainable: Mapping[str, Any]) -> dict[str, Any]:
-    """Stacked parameters by name -> one array a layer, under the names of the tree on disk (arrays or abstract ones)."""
+    """Unstacks parameters by name into one array a layer, under the names of the tree on disk (arrays or shapes)."""
     return unstack(trainable)
 
 
 def from_disk(tensors: Mapping[str, jax.Array], shardings: Mapping[str, NamedSharding]) -> dict[str, jax.Array]:
-    """The reverse of `to_disk`, laid as `shardings` says."""
+    """Reverses `to_disk`, and places the arrays by `shardings`."""
     flat = flatten_dict(stack(unflatten_dict(tensors, sep="/")), sep="/")
     return {name: jax.device_put(flat[name], sharding, may_alias=False) for name, sharding in shardings.items()}

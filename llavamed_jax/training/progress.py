@@ -1,4 +1,4 @@
-"""What a run has counted so far, and whether it has learnt anything."""
+"""Counts the progress of a run, and checks whether it has learnt anything."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from llavamed_jax.errors import UserError
 
-# Why a run that learns nothing does not: how its sentence ends.
+# The end of the error messages for a run that learns nothing: the likely reason.
 ZERO_GRADIENT = (": no parameter that trainable names has a part in the loss of the samples; a projector or a tower "
                  "has none in samples without an image")
 UNMOVED = "; optimizer.learning_rate, eps and clip_norm decide how far an update goes"
@@ -15,30 +15,46 @@ UNMOVED = "; optimizer.learning_rate, eps and clip_norm decide how far an update
 
 @dataclass
 class Progress:
-    """What a run has counted, which its checkpoints carry."""
+    """The counts of a run so far, which its checkpoints carry.
+
+    Attributes:
+      samples: samples seen.
+      tokens: supervised tokens seen.
+      samples_skipped: damaged records, and samples with an image that could not be read.
+      images_skipped: images without a marker, or removed when the sample was cut.
+      samples_truncated: samples longer than max_length.
+      samples_unsupervised: samples without a supervised token, because the original's label arithmetic does not add up.
+      updates_skipped: updates with a loss or gradient that was not finite.
+      skipped_in_a_row: consecutive skipped updates up to now.
+      zero_gradients: updates with a gradient of exactly 0.
+      zero_gradients_in_a_row: consecutive updates with a gradient of exactly 0 up to now.
+      updates_moved: updates that moved the parameters.
+      updates_unmoved: updates that did not move the parameters, though their learning rate was not 0.
+      best: {"step", "validation_loss"} of the best saved step; None before the first validation.
+    """
 
     samples: int = 0
-    tokens: int = 0  # supervised
-    samples_skipped: int = 0  # damaged records, and samples whose image could not be read
-    images_skipped: int = 0  # that no marker stands for, or that a cut took away
-    samples_truncated: int = 0  # longer than max_length
-    samples_unsupervised: int = 0  # that teach nothing, because the original's label arithmetic did not add up
-    updates_skipped: int = 0  # whose loss or gradient was not finite
-    skipped_in_a_row: int = 0  # of them, since the last update that was
-    zero_gradients: int = 0  # updates whose gradient was exactly 0
-    zero_gradients_in_a_row: int = 0  # of them, since the last one that was not
-    updates_moved: int = 0  # that moved the parameters
-    updates_unmoved: int = 0  # that did not, though their learning rate was not 0
-    best: dict | None = None  # {"step", "validation_loss"}
+    tokens: int = 0
+    samples_skipped: int = 0
+    images_skipped: int = 0
+    samples_truncated: int = 0
+    samples_unsupervised: int = 0
+    updates_skipped: int = 0
+    skipped_in_a_row: int = 0
+    zero_gradients: int = 0
+    zero_gradients_in_a_row: int = 0
+    updates_moved: int = 0
+    updates_unmoved: int = 0
+    best: dict | None = None
 
 
 def check_something_was_trained(progress: Progress, total_steps: int, say: Callable[[str], None]) -> None:
-    """Raises UserError at the end of a run that has learnt nothing. It is not finished and its last step is not saved.
+    """Raises UserError if a whole run has learnt nothing; the run is then not finished and its last step is not saved.
 
     Args:
-      progress: of the whole run.
-      total_steps: its updates.
-      say: gets a warning where every update was warm-up at a learning rate of 0.
+      progress: the counts of the whole run.
+      total_steps: updates of the run.
+      say: gets a warning if the learning rate was 0 in every update.
     """
     skipped, zero = progress.updates_skipped, progress.zero_gradients
     if not progress.tokens:

@@ -1,6 +1,7 @@
-"""The schema of a training recipe: type, range and meaning of every key. It is checked before anything is read.
+"""The schema of a training recipe: type, range and meaning of every key.
 
-Nothing here imports jax: the command line asks for keys before it may.
+A recipe is checked before any file is read. This module does not import jax: the command line reads the schema before
+jax may be imported.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ from ml_collections import ConfigDict
 from llavamed_jax.errors import UsageError
 from llavamed_jax.utils.nested import flatten
 
-TABLE = "decoder/embed_tokens/embedding"  # [V,D], of which single rows may be trained
+TABLE = "decoder/embed_tokens/embedding"  # [V,D]; a recipe may train single rows of it
 WEIGHTINGS = ("token", "sample")  # of the loss
-SMALLEST = 2.0**-126  # float32's smallest number of full precision: devices take less for 0
-# Adam moves each parameter by about the learning rate: beyond this nothing is left of a model after one update.
+SMALLEST = 2.0**-126  # float32's smallest normal number: devices flush smaller ones to 0
+# Adam moves each parameter by about the learning rate: a larger rate destroys a model in one update.
 LARGEST_RATE = 10.0
 LIST = (list, tuple)
 REQUIRED = object()  # each recipe states the value itself
@@ -30,16 +31,19 @@ _WORDS = {str: "text", int: "integer", float: "number", bool: "true or false", l
 
 @dataclass(frozen=True)
 class Key:
-    """What a recipe may say under a key.
+    """The type, range and meaning of the values that a recipe may set under a key.
 
     Attributes:
-      types: of the value. A bool is no integer.
-      meaning: in a few words, for a user.
-      default: what `configs/common.py` sets, where the recipe states nothing else; REQUIRED where it sets nothing.
-      is_open: whether the value may be none.
-      choices: all values, where they are few.
-      more_than, least, less_than, most: the range of a number; None where there is no such bound.
-      longest: characters of a text.
+      types: types of the value; a bool does not count as an integer.
+      meaning: what the key does, in a few words for a user.
+      default: the value that `configs/common.py` sets; REQUIRED if each recipe must set its own.
+      is_open: whether the value may be None.
+      choices: all values, if there are few.
+      more_than: exclusive lower bound of a number; None for no such bound.
+      least: inclusive lower bound of a number; None for no such bound.
+      less_than: exclusive upper bound of a number; None for no such bound.
+      most: inclusive upper bound of a number; None for no such bound.
+      longest: the most characters of a text; None for no limit.
     """
 
     types: tuple[type, ...]
@@ -55,13 +59,13 @@ class Key:
 
     @property
     def share(self) -> str | None:
-        """The range of a share, from 0 to 1, in words; None for other keys."""
+        """The range of a share between 0 and 1, in words; None for other keys."""
         if self.least != 0 or 1 not in (self.most, self.less_than):
             return None
         return "0 to 1" if self.most == 1 else "0 or more and less than 1"
 
     def values(self) -> str:
-        """Type and range in words, such as `integer, more than 0, at most 10,000`."""
+        """Returns type and range in words, such as `integer, more than 0, at most 10,000`."""
         said = [" or ".join(self.choices) or " or ".join(dict.fromkeys(_WORDS[kind] for kind in self.types))]
         said += [f"at most {self.longest} characters"] if self.longest is not None else []
         if self.share:
@@ -73,7 +77,7 @@ class Key:
         return ", ".join(said)
 
     def otherwise(self) -> str:
-        """What holds where a recipe states nothing: `required`, `open`, or the default."""
+        """Returns the value that holds if a recipe does not set the key: `required`, `none`, or the default."""
         if self.default is REQUIRED:
             return "required"
         if self.default is None:
@@ -101,8 +105,8 @@ def _flag(meaning: str, default: bool) -> Key:
     return Key((bool,), meaning, default)
 
 
-# In the order of the recipes. A larger number than the largest was mistyped and would fill the memory: with a process
-# each, a plan each, an array each, or by a counter of 32 bits.
+# In the order of the recipes. A number above its upper bound would be a typing error and would exhaust the memory with
+# processes, plans or arrays, or overflow a 32-bit counter.
 SCHEMA: Mapping[str, Key] = MappingProxyType({
     "name": _text("the run's name in its log", longest=200),  # it stands in every line
     "init": _text("the checkpoint PATH that the run starts from"),
@@ -130,8 +134,8 @@ SCHEMA: Mapping[str, Key] = MappingProxyType({
     "max_length": _integer("tokens a sample; longer ones are cut and counted", more_than=0),
     "loss_weighting": _text("whether every supervised token weighs alike, or every sample", "token",
                             choices=WEIGHTINGS),
-    "trainable": Key(LIST, "regular expressions over parameter names; or a pair of the embedding's name and tokens, whose "
-                           "rows are trained"),
+    "trainable": Key(LIST, "regular expressions over parameter names; or a pair of the embedding's name and tokens, "
+                           "whose rows are trained"),
     "optimizer.learning_rate": _number("the peak", more_than=0, most=LARGEST_RATE),
     "optimizer.warmup_ratio": _number("the share of updates that warm up", least=0, most=1),
     "optimizer.weight_decay": _number("AdamW's", least=0),
@@ -142,8 +146,8 @@ SCHEMA: Mapping[str, Key] = MappingProxyType({
     "optimizer.mu_dtype": _text("the dtype of AdamW's first moment", "float32", choices=("float32", "bfloat16")),
     "optimizer.overrides": Key(LIST, "pairs of a regular expression and a learning rate; the first that matches counts",
                                ()),
-    "mesh.data": _integer("devices that hold different rows and whole parameters; -1 on one axis takes the devices that "
-                          "are left", 1),
+    "mesh.data": _integer("devices that hold different rows and whole parameters; -1 on one axis takes the devices "
+                          "that are left", 1),
     "mesh.fsdp": _integer("devices that hold different rows and shards of the parameters", -1),
     "mesh.tp": _integer("devices that share heads, feed-forward and vocabulary", 1),
     "mesh.slices": _integer("TPU slices", 1, more_than=0),
@@ -175,7 +179,7 @@ def help_text(width: int) -> str:
 
 
 def check(cfg: ConfigDict) -> None:
-    """Raises UsageError for a key that is missing or unknown, and for a value that no run could start with."""
+    """Raises UsageError for a missing or unknown key, and for a value with which no run could start."""
     values = flatten(cfg)
     missing, unknown = sorted(set(SCHEMA) - set(values)), sorted(set(values) - set(SCHEMA))
     if missing or unknown:
@@ -190,11 +194,11 @@ def check(cfg: ConfigDict) -> None:
                          f"a multiple of micro_batches ({cfg.micro_batches}) was expected")
     for axis, free in (("data", (1, -1)), ("fsdp", (1, -1)), ("tp", (1,))):
         if cfg.mesh.auto and cfg.mesh[axis] not in free:
-            raise UsageError(f"the config key 'mesh.{axis}' is {cfg.mesh[axis]} beside mesh.auto, which picks data and fsdp "
-                             f"and leaves tp at 1; {' or '.join(map(str, free))} was expected")
+            raise UsageError(f"the config key 'mesh.{axis}' is {cfg.mesh[axis]} beside mesh.auto, which picks data and "
+                             f"fsdp and leaves tp at 1; {' or '.join(map(str, free))} was expected")
     if cfg.vision_tower is not None and cfg.init.startswith("preset:"):
-        raise UsageError(f"the config key 'vision_tower' is {cfg.vision_tower!r} beside init {cfg.init!r}, whose tower is "
-                         "random; none, or a checkpoint as init, was expected")
+        raise UsageError(f"the config key 'vision_tower' is {cfg.vision_tower!r} beside init {cfg.init!r}, whose tower "
+                         "is random; none, or a checkpoint as init, was expected")
     if cfg.checkpoint.keep_best and not cfg.data.validation:
         raise UsageError("the config key 'checkpoint.keep_best' is true, but data.validation names no data to judge by")
 
@@ -207,7 +211,7 @@ def _check_value(name: str, value: Any) -> None:
 
     if value is None and key.is_open:
         return
-    if type(value) not in key.types:  # `type`, for a bool is an int to isinstance
+    if type(value) not in key.types:  # not isinstance: a bool is an instance of int
         refuse(" or ".join([kind.__name__ for kind in key.types] + ["none"] * key.is_open))
     if key.choices and value not in key.choices:
         refuse(" or ".join([*key.choices, *["None"] * key.is_open]))

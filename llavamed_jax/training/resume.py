@@ -24,9 +24,17 @@ from llavamed_jax.utils import signals
 
 
 def find(workdir: Path, cfg: ConfigDict) -> tuple[dict, int | None]:
-    """Returns what the run in a workdir recorded with its newest intact step, and this step; {} and None to begin."""
+    """Finds the step that a run in a workdir resumes from.
+
+    Returns:
+      The record of the newest intact step, and its number; ({}, None) to begin.
+
+    Raises:
+      UsageError: the recipe differs from the run's in a key that may not change.
+      UserError: the workdir's steps are damaged, or belong to another run.
+    """
     step = _newest_step(workdir)
-    if step is None:  # no recipe owns it yet: one that failed before its first step may be corrected
+    if step is None:  # no recipe owns the workdir yet: the recipe may be corrected before the first step
         workdirs.begin_anew(workdir, cfg)
         return {}, None
     meta = store.read_meta(workdir, step)
@@ -42,7 +50,7 @@ def find(workdir: Path, cfg: ConfigDict) -> tuple[dict, int | None]:
 
 
 def _newest_step(workdir: Path) -> int | None:
-    """The step to resume from, None to begin. Damaged steps are named; a run that has had one never begins anew."""
+    """Returns the step to resume from, None to begin; prints damaged steps. A run with steps never begins anew."""
     step, damaged = store.newest_intact_step(workdir)
     if step is None and (len(damaged) > 1 or store.has_sealed(workdir)):
         raise UserError(f"{workdir} has steps and none is intact, so there is nothing to go on from: "
@@ -55,13 +63,19 @@ def _newest_step(workdir: Path) -> int | None:
 
 def begin(workdir: Path, cfg: ConfigDict, checkpoint: Checkpoint, program: Program, data: Data, total_steps: int,
           earlier: Mapping) -> dict:
-    """Writes the recipe and, in a run without a step, the parameters that are not trained. The first process calls it.
+    """Writes the recipe and, in a run without a step, the frozen parameters. Only process 0 calls it.
 
     Args:
-      earlier: what the step that the run resumes from recorded; {} where there is none.
+      workdir: the run's directory.
+      cfg: the recipe.
+      checkpoint: the checkpoint that the run starts from, or the run's own base.
+      program: the run's program.
+      data: the run's data.
+      total_steps: updates of the run.
+      earlier: the record of the step that the run resumes from; {} to begin.
 
     Returns:
-      What every step records of the run: its recipe, base, validation data and arithmetic.
+      The record that every step carries: the run's recipe, base, validation data and arithmetic.
     """
     if not earlier:
         workdirs.discard_start(workdir)
@@ -73,19 +87,25 @@ def begin(workdir: Path, cfg: ConfigDict, checkpoint: Checkpoint, program: Progr
 
 
 def restore(workdir: Path, step: int, own: Checkpoint, program: Program, meta: Mapping) -> tuple[TrainState, Progress]:
-    """Returns the state of a saved step over the run's own base, and what the run had counted.
+    """Restores a saved step over the run's own base.
 
     Args:
+      workdir: the run's directory.
+      step: number of the saved step.
       own: the run's base (`base.open_base`).
+      program: the run's program.
       meta: what the step recorded (`store.read_meta`).
+
+    Returns:
+      The state, and the run's counts so far.
     """
     like = program.abstract_state()
     trained, opt_state, _ = store.restore_step(workdir, step, to_disk(like.trainable), like.opt_state)
     frozen = program.frozen(own)
     if distributed.process_index() == 0:
-        for name in own.unused:  # no update needs them, but what is made of this run will
+        for name in own.unused:  # checks tensors that no update needs, but that an export of this run will
             own.read(name)
-    progress = Progress(**{"updates_moved": 1, **meta["progress"]})  # earlier versions did not count them
+    progress = Progress(**{"updates_moved": 1, **meta["progress"]})  # earlier versions did not count moved updates
     everywhere = replicated(program.mesh)
     return TrainState(
         step=put(np.int32(step), everywhere), skipped=put(np.int32(progress.updates_skipped), everywhere),

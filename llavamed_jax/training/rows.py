@@ -1,4 +1,4 @@
-"""The rows of a run: the recipe's records are measured, packed into rows, and shared out over the mesh."""
+"""Makes the rows of a run: measures the recipe's records, packs them into rows, and shards the rows over the mesh."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from llavamed_jax.training.state import partition
 
 
 def row_multiple(cfg: ConfigDict, mesh: Mesh) -> int:
-    """What the rows of an update must divide by: they lie over data and fsdp, and are cut into micro-batches."""
+    """Returns the number that divides the rows of an update: data x fsdp of the mesh x micro-batches."""
     return mesh.shape["data"] * mesh.shape["fsdp"] * cfg.micro_batches
 
 
 def check_rows(cfg: ConfigDict, multiple: int) -> None:
-    """Raises UsageError where rows of a sample each cannot be shared evenly; of packed ones as many are made as can be."""
+    """Raises UsageError if unpacked rows, one a sample, cannot be sharded evenly; packed rows adapt their number."""
     if cfg.batch_size % multiple:
         raise UsageError(f"the config key 'batch_size' is {cfg.batch_size}; a multiple of {multiple} was expected "
                          f"(data x fsdp of the mesh x micro_batches {cfg.micro_batches})")
@@ -38,7 +38,19 @@ def check_rows(cfg: ConfigDict, multiple: int) -> None:
 
 @dataclass(frozen=True)
 class Data:
-    """Training and validation records, measured, and the rows that are made of them."""
+    """Training and validation records, measured, and the rows that are made from them.
+
+    Attributes:
+      cfg: the recipe.
+      processor: turns records into model inputs.
+      train: the training records.
+      plan: the rows of the training records.
+      validation: the validation records; None for no validation.
+      validation_plan: the rows of the validation records.
+      samples: the lengths of `shown`.
+      shown: the records of `data.samples`, which the model is asked about during training.
+      unread: this process's validation samples with an image that could not be read.
+    """
 
     cfg: ConfigDict
     processor: Processor
@@ -46,9 +58,9 @@ class Data:
     plan: packing.Plan
     validation: training.TrainingData | None
     validation_plan: packing.Plan | None
-    samples: Lengths | None = None  # of `shown`
-    shown: training.TrainingData | None = None  # `data.samples`, which are asked and not trained on
-    unread: list[dict] = field(default_factory=list)  # of this process's validation samples, those whose image could not be read
+    samples: Lengths | None = None
+    shown: training.TrainingData | None = None
+    unread: list[dict] = field(default_factory=list)
 
     @classmethod
     def open(cls, cfg: ConfigDict, checkpoint: Checkpoint, multiple: int = 1, workdir: Path | None = None,
@@ -56,12 +68,15 @@ class Data:
         """Reads and measures the data, and settles the shape of its rows.
 
         Args:
-          multiple: what the rows of an update must divide by (`row_multiple`).
-          workdir: its folder `cache/` keeps what was found in large data.
-          settled: `resolved` of an earlier part of the run, whose rows stay as they were.
+          cfg: the recipe.
+          checkpoint: the model, its tokenizer and its config.
+          multiple: the rows of an update are a multiple of this (`row_multiple`).
+          workdir: its directory `cache/` keeps measurements of large data; None to keep none.
+          settled: `resolved` of an earlier part of the run, so that its rows stay the same.
 
         Raises:
-          UsageError: a batch size or a row length that cannot be; UserError: data that cannot be used.
+          UsageError: an invalid batch size or row length.
+          UserError: the data cannot be used.
         """
         cache = workdir / "cache" if workdir is not None else None
         processor = Processor.from_checkpoint(checkpoint, tokenizer=cfg.tokenizer, template=cfg.template)
@@ -78,7 +93,7 @@ class Data:
 
         check_positions(cfg, checkpoint.config)
         samples = shown = None
-        if cfg.data.samples and cfg.samples_every:  # read again when it is their turn; that they can be is known now
+        if cfg.data.samples and cfg.samples_every:  # the sampler reads them again; errors are found now
             shown = training.read_training(cfg.data.samples, cfg.data.images)
             samples = measure(shown, cfg.data.samples)
         rows = _Rows(cfg, checkpoint.config, multiple, settled or {})
@@ -90,34 +105,35 @@ class Data:
         validation, measured = read(cfg.data.validation, "validation")
         stream = packing.Stream.of(validation, cfg.seed, is_shuffled=False)
         layout = rows.layout_like(plan.layout, stream, measured)
-        return cls(cfg, processor, train, plan, validation, packing.Plan(stream, measured, layout, cache), samples, shown)
+        return cls(cfg, processor, train, plan, validation, packing.Plan(stream, measured, layout, cache), samples,
+                   shown)
 
     def total_steps(self) -> int:
-        """Updates of the run: `total_steps`, or those that the rows of `epochs` make."""
+        """Returns the updates of the run: `total_steps`, or those that `epochs` over the rows make."""
         return self.cfg.total_steps if self.cfg.total_steps is not None else self.plan.num_updates(self.cfg.epochs)
 
     def judged_by(self) -> str | None:
-        """Names the validation records."""
+        """Returns a fingerprint of the validation records; None without validation."""
         return None if self.validation is None else self.validation.fingerprint()
 
     def refuse_other_validation(self, earlier: str | None) -> None:
-        """Raises UserError where the validation records are not those that `judged_by` named: their losses would not compare."""
+        """Raises UserError if `judged_by` differs from the earlier run's: the validation losses would not compare."""
         if self.judged_by() != earlier:
-            raise UserError(f"the samples of {self.cfg.data.validation} (data.validation) have other text or images than when the run was "
-                            "saved; the same were expected")
+            raise UserError(f"the samples of {self.cfg.data.validation} (data.validation) have other text or images "
+                            "than when the run was saved; the same were expected")
 
     def resolved(self) -> dict[str, Any]:
-        """What `recipe.json` keeps of it, so that a run that goes on has the same rows."""
+        """Returns the settled values that `recipe.json` keeps, so that a resumed run has the same rows."""
         layout, found = self.plan.layout, self.plan.lengths
         return dict(samples=len(self.train), mean_length=round(found.mean, 1), row_length=layout.row_length,
                     image_slots=layout.image_slots, rows=layout.rows)
 
     def describe(self) -> list[str]:
-        """Lines that say what was found, what has to be done without, and what the rows are."""
+        """Returns lines about the data, warnings about unused records, and the shape of the rows."""
         found = self.plan.lengths
         sets = [*self.train.found, *(self.validation.found if self.validation is not None else ())]
-        lines = [*sets, f"{found.usable} samples of {found.mean:.1f} tokens in the mean, images included, the longest {found.longest} "
-                        f"(data.mean_length, {self.cfg.data.mean_length}, is for preflight alone)"]
+        lines = [*sets, f"{found.usable} samples of {found.mean:.1f} tokens in the mean, images included, the longest "
+                        f"{found.longest} (data.mean_length, {self.cfg.data.mean_length}, is for preflight alone)"]
         lines += self._troubles("", found)
         if self.validation_plan is not None:
             lines += self._troubles("validation ", self.validation_plan.lengths)
@@ -126,11 +142,11 @@ class Data:
         return [*lines, *self._describe_packing()] if self.plan.layout.is_packed else lines
 
     def _troubles(self, which: str, found: Lengths) -> list[str]:
-        """Warnings of what the records of training, validation or sample data have that is not used."""
+        """Returns warnings about records, images and tokens that are not used, of the data that `which` names."""
         lines = []
         if found.damaged:
-            lines.append(f"{len(found.damaged)} {which}records cannot be used and are listed in skipped.jsonl; the first: "
-                         f"{found.damaged[0]['reason']}" if not which else
+            lines.append(f"{len(found.damaged)} {which}records cannot be used and are listed in skipped.jsonl; the "
+                         f"first: {found.damaged[0]['reason']}" if not which else
                          f"{len(found.damaged)} {which}records cannot be used; the first: {found.damaged[0]['reason']}")
         if found.truncated:
             lines.append(f"{found.truncated} {which}samples are longer than {self.cfg.max_length} tokens and are cut")
@@ -138,28 +154,36 @@ class Data:
             lines.append(f"{found.unsupervised} {which}samples have no supervised token; the first: "
                          f"{found.first_unsupervised}")
         if found.surplus:
-            lines.append(f"{found.surplus} {which}images are left out, for no marker stands for them or a cut takes them away; the first: "
-                         f"{found.first_lost}")
+            lines.append(f"{found.surplus} {which}images are left out, for no marker stands for them or a cut takes "
+                         f"them away; the first: {found.first_lost}")
         return [f"warning: {line}" for line in lines]
 
     def _describe_packing(self) -> list[str]:
         layout, rows, batch_size = self.plan.layout, self.plan.rows(0), self.cfg.batch_size
         here = layout.rows * len(rows.records) / len(rows)
-        lines = [f"{len(rows)} packed rows an epoch, each of {layout.row_length} tokens and {layout.image_slots} images; {layout.rows} an "
-                 f"update hold about {here:.0f} samples (batch_size is {batch_size})"]
+        lines = [f"{len(rows)} packed rows an epoch, each of {layout.row_length} tokens and {layout.image_slots} "
+                 f"images; {layout.rows} an update hold about {here:.0f} samples (batch_size is {batch_size})"]
         meant = packing.rows_an_update(batch_size, self.plan.lengths.mean, layout.rows, layout.row_length)
         if meant.fitting is not None:
-            lines.append(f"warning: rows of {layout.row_length} tokens on this mesh do not make updates of about {batch_size} samples; "
-                         f"batch_size {meant.fitting} would fit them, and fewer micro_batches or a smaller mesh may fit {batch_size}")
+            lines.append(f"warning: rows of {layout.row_length} tokens on this mesh do not make updates of about "
+                         f"{batch_size} samples; batch_size {meant.fitting} would fit them, and fewer micro_batches or "
+                         f"a smaller mesh may fit {batch_size}")
         return lines
 
     def training_batches(self, mesh: Mesh | None = None) -> loader.Loader:
-        """The endless stream of training batches; on a mesh of several processes this one's rows of them."""
+        """Returns the endless stream of training batches; on a mesh of several processes, this process's rows."""
         return self._batches(self.train, self.plan, self.cfg.data.workers, None, mesh)
 
-    def validation_batches(self, mesh: Mesh | None = None, on_wait: Callable[[float], object] | None = None) -> loader.Loader:
-        """The validation records once; the last batch is filled up with empty rows. `unread` gets what is skipped on the way; `on_wait`
-        is the loader's.
+    def validation_batches(self, mesh: Mesh | None = None,
+                           on_wait: Callable[[float], object] | None = None) -> loader.Loader:
+        """Returns the validation records once; the last batch is filled up with empty rows.
+
+        Args:
+          mesh: the mesh of which this process gets its rows; None for all rows.
+          on_wait: the loader's callback while a batch is awaited.
+
+        Returns:
+          The loader; it appends skipped samples to `unread`.
         """
         self.unread.clear()
         found = self._batches(self.validation, self.validation_plan, 0, 1, mesh,
@@ -169,23 +193,24 @@ class Data:
 
     def _batches(self, data, plan, num_workers, epochs, mesh, on_skip=None) -> loader.Loader:
         part = None if mesh is None else local_rows(mesh, plan.layout.rows + plan.layout.padding_rows)
-        return loader.batches(data, self.processor, plan, self.cfg.max_length, num_workers=num_workers, epochs=epochs, part=part,
+        return loader.batches(data, self.processor, plan, self.cfg.max_length, num_workers=num_workers, epochs=epochs,
+                              part=part,
                               on_skip=on_skip, skip_limit=self.cfg.data.skip_limit)
 
 
 def _check_skip_limit(cfg: ConfigDict, path, stream: packing.Stream, found: Lengths) -> None:
-    """Raises UserError where more than `data.skip_limit` of the samples cannot be used or lose an image, or of the images.
+    """Raises UserError if more than `data.skip_limit` of the samples, or of the images, cannot be used.
 
-    Samples are those of an epoch: a source of weight 2 counts twice.
+    Samples that lose an image count as unusable. Samples are those of an epoch: a source of weight 2 counts twice.
     """
     limit, weights, samples = cfg.data.skip_limit, stream.weights(), len(stream)
     count = lambda values: float((weights * values).sum())
     damaged, lossy = count(found.tokens == 0), count(found.is_lossy)
     if damaged > limit * samples:
-        raise UserError(f"{damaged:.0f} of the {samples} samples of {path} cannot be used, more than the {limit:.0%} that may be "
-                        f"skipped (data.skip_limit); the first: {found.damaged[0]['reason']}")
-    why = f"for no <image> marker stands for them or the cut at max_length takes them away: more than the {limit:.0%} that may be " \
-          f"skipped (data.skip_limit); the first: {found.first_lost}"
+        raise UserError(f"{damaged:.0f} of the {samples} samples of {path} cannot be used, more than the {limit:.0%} "
+                        f"that may be skipped (data.skip_limit); the first: {found.damaged[0]['reason']}")
+    why = f"for no <image> marker stands for them or the cut at max_length takes them away: more than the " \
+          f"{limit:.0%} that may be skipped (data.skip_limit); the first: {found.first_lost}"
     if damaged + lossy > limit * samples:
         rest = f" and {damaged:.0f} cannot be used" if damaged else ""
         raise UserError(f"{lossy:.0f} of the {samples} samples of {path} lose images{rest}, {why}")
@@ -196,15 +221,16 @@ def _check_skip_limit(cfg: ConfigDict, path, stream: packing.Stream, found: Leng
 
 
 def check_positions(cfg: ConfigDict, config: LlavaConfig) -> None:
-    """Raises UsageError where samples may be longer than the decoder's positions."""
+    """Raises UsageError if samples may be longer than the decoder's positions."""
     most = config.decoder.max_positions
     if cfg.max_length > most:
-        raise UsageError(f"the config key 'max_length' is {cfg.max_length}; the decoder knows {most} positions: at most that was expected")
+        raise UsageError(f"the config key 'max_length' is {cfg.max_length}; the decoder knows {most} positions: at "
+                         "most that was expected")
 
 
 @dataclass(frozen=True)
 class _Rows:
-    """Settles the shape of rows, by what the data's lengths are and the mesh asks for."""
+    """Settles the shape of rows from the data's lengths and the mesh."""
 
     cfg: ConfigDict
     config: LlavaConfig
@@ -212,7 +238,7 @@ class _Rows:
     settled: Mapping[str, Any]
 
     def layout(self, stream: packing.Stream, found: Lengths) -> packing.Layout:
-        """Of training rows. Those of a run that goes on are kept; another mesh only adds empty ones."""
+        """Returns the layout of training rows. A resumed run keeps its rows; another mesh only adds empty ones."""
         cfg, settled = self.cfg, self.settled
         if not cfg.data.packing:
             if not settled:
@@ -225,7 +251,7 @@ class _Rows:
         return self._padded(packing.Layout(update.row_length, slots, settled.get("rows", update.rows), True))
 
     def layout_like(self, layout: packing.Layout, stream: packing.Stream, found: Lengths) -> packing.Layout:
-        """Of validation rows: those of a micro-batch, with room for their own images, and for a longer sample."""
+        """Returns the layout of validation rows: as many as a micro-batch, with room for their images and lengths."""
         row_length = layout.row_length if found.longest <= layout.row_length else -(-found.longest // 128) * 128
         slots = self._slots(stream, found, row_length) if layout.is_packed and found.usable else found.max_images
         rows = max(1, (layout.rows + layout.padding_rows) // self.cfg.micro_batches)
@@ -240,19 +266,19 @@ class _Rows:
         needed = rows * loader.row_bytes(layout, size)
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         if needed > memory:
-            raise UsageError(f"the config key 'batch_size' is {self.cfg.batch_size}: {rows:.0f} rows of {layout.row_length} tokens and "
-                             f"{layout.image_slots} images are {needed / 1e9:,.0f} GB an update; less than this machine's memory of "
-                             f"{memory / 1e9:,.0f} GB was expected")
+            raise UsageError(f"the config key 'batch_size' is {self.cfg.batch_size}: {rows:.0f} rows of "
+                             f"{layout.row_length} tokens and {layout.image_slots} images are {needed / 1e9:,.0f} GB "
+                             f"an update; less than this machine's memory of {memory / 1e9:,.0f} GB was expected")
         return layout
 
     def _slots(self, stream: packing.Stream, found: Lengths, row_length: int) -> int:
         return packing.choose_image_slots(stream, found, row_length, self._image_cost(found.mean))
 
     def _image_cost(self, mean_length: float) -> float:
-        """The tower's work for an image, in tokens of the decoder.
+        """Returns the tower's work for an image, in tokens of the decoder.
 
-        A part that is trained works backwards twice as much as forwards, the frozen decoder half of that, for the projector
-        lies below it, and the frozen tower not at all.
+        The backward pass of a trained part costs twice its forward pass. A frozen decoder costs half of that, since
+        gradients pass through it to the projector; a frozen tower has no backward pass.
         """
         regexes = [entry for entry in self.cfg.trainable if isinstance(entry, str)]
         trained = partition(llava.abstract_params(self.config, scan=True), regexes)[0] if regexes else ()

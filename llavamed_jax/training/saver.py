@@ -18,15 +18,15 @@ from llavamed_jax.training.state import TrainState
 
 
 class Saver:
-    """Saves steps in the background, one at a time. To be called by all processes.
+    """Saves steps in the background, one at a time. All processes call it.
 
     Args:
-      writer: of the workdir.
+      writer: writes the steps.
       place: the run's lock on the workdir.
       keep: `checkpoint` of the recipe.
       progress: names the best step.
       say: gets warnings.
-      step: the one that the run goes on from; 0 to begin.
+      step: the step that the run resumes from; 0 to begin.
 
     Attributes:
       saved: the newest step that was given to the writer.
@@ -36,13 +36,13 @@ class Saver:
                  say: Callable[[str], None], step: int):
         self._writer, self._place, self._keep, self._progress, self._say = writer, place, keep, progress, say
         self.saved = step
-        self._is_unsaved = False  # whether the last save came to nothing; a second one in a row ends the run
+        self._is_unsaved = False  # whether the last save was removed; two in a row end the run
 
     def save(self, state: TrainState, meta: Mapping[str, Any]) -> None:
-        """Saves a step, once the one before is known to be saved and the workdir to be the run's own.
+        """Saves a step, after checking that the step before is saved and that the workdir is the run's own.
 
         Args:
-          state: is copied before this returns.
+          state: copied before this returns.
           meta: what the step records; `step` is its number.
         """
         self._is_saved()
@@ -50,7 +50,7 @@ class Saver:
 
     def finish(self, state: TrainState, meta: Mapping[str, Any]) -> None:
         """Waits for the newest step, saves it again if somebody has removed it, and deletes old steps."""
-        if not self._is_saved():  # the state is still here
+        if not self._is_saved():  # the state is still in memory
             self._write(state, meta)
             if not self._is_saved():
                 raise UserError(f"step {self.saved} was removed from {self._place.workdir} as often as it was saved")
@@ -58,7 +58,7 @@ class Saver:
             self._say(f"somebody reads the steps {some(list(map(str, held)))}, so they are kept: delete them later")
 
     def wait(self) -> None:
-        """Waits for the save that is under way."""
+        """Waits for the save in progress."""
         self._writer.wait()
 
     def _write(self, state: TrainState, meta: Mapping[str, Any]) -> None:
@@ -67,7 +67,7 @@ class Saver:
         self._delete_old()
 
     def _is_saved(self) -> bool:
-        """Waits for the last save and returns whether it lies where it was saved; warns if it does not.
+        """Waits for the last save and returns whether it is still in its place; warns if it is not.
 
         Raises:
           Lost: the workdir is no longer the run's own.
@@ -94,6 +94,6 @@ class Saver:
         return not sentence
 
     def _delete_old(self) -> list[int]:
-        """Deletes old steps and returns those that readers hold. A step that is being written is kept too."""
+        """Deletes old steps and returns those that readers hold. A step that is being written is kept."""
         best = [self._progress.best["step"]] if self._keep.keep_best and self._progress.best else []
         return self._writer.keep(self._keep.keep, also=best, newest=self.saved)

@@ -24,10 +24,16 @@ _OF_TOKENIZERS = ("tokenizer", "added_", "special_")
 
 
 def open_start(cfg: ConfigDict) -> Checkpoint:
-    """The checkpoint that `init` names, with the recipe's tokenizer and template in place of its own.
+    """Opens the checkpoint that `init` names, and replaces its tokenizer and template by the recipe's.
 
-    A preset takes its vocabulary from the tokenizer. The template goes into the config that the run writes, so that the
-    model is asked as it was trained; `plain` and v1.0's `v0` are ways to train and not to ask.
+    A preset takes its vocabulary from the tokenizer. The run writes the template into its config, so that the model is
+    asked as it was trained, except for `plain` and v1.0's `v0`, which serve for training only.
+
+    Args:
+      cfg: the recipe.
+
+    Raises:
+      UsageError: `init`, `vision_tower`, `tokenizer` or `template` is invalid.
     """
     if cfg.tokenizer is not None:
         with _naming(cfg, "tokenizer"):
@@ -41,8 +47,9 @@ def open_start(cfg: ConfigDict) -> Checkpoint:
                              "'tokenizer' was expected to name a tokenizer.model or a directory with one")
         with _naming(cfg, "init"):
             config = preset(cfg.init.removeprefix(PRESET))
-        config = config.replace(decoder=replace(config.decoder, vocab_size=tokenizer.vocab_size, bos_token_id=tokenizer.bos_id,
-                                                eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.pad_id))
+        config = config.replace(decoder=replace(
+            config.decoder, vocab_size=tokenizer.vocab_size, bos_token_id=tokenizer.bos_id,
+            eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.pad_id))
         checkpoint = random_checkpoint(config, cfg.seed)
     else:
         for key in ("init", "vision_tower"):
@@ -61,17 +68,18 @@ def open_start(cfg: ConfigDict) -> Checkpoint:
 
 
 def with_own_tokenizer(cfg: ConfigDict) -> ConfigDict:
-    """The recipe for a run's own directory, whose `model/` has the tokenizer that the recipe names."""
+    """Returns the recipe for a run's own directory, where `model/` already has the recipe's tokenizer."""
     own = cfg.copy_and_resolve_references()
     own.tokenizer = None
     return own
 
 
 def _tokenizer_files(path: Path) -> dict[str, Path]:
-    """The files of `Tokenizer.load(path)` by the names under which a directory's are found, and no other: a model's preprocessor is
-    its own.
+    """Returns the files of `Tokenizer.load(path)` by their names in a directory.
+
+    Only tokenizer files are returned: the model keeps its own preprocessor.
     """
-    if path.is_file() and path.name not in TOKENIZERS:  # its neighbours are not its own
+    if path.is_file() and path.name not in TOKENIZERS:  # a file with a name of its own has no companion files
         return {"tokenizer.json" if path.suffix == ".json" else "tokenizer.model": path}
     directory = path if path.is_dir() else path.parent
     others = () if path.is_dir() else set(TOKENIZERS) - {path.name}
@@ -84,6 +92,6 @@ def _naming(cfg: ConfigDict, key: str) -> Iterator[None]:
     """Re-raises errors inside the block as UsageError that names the config key."""
     try:
         yield
-    except (UserError, OSError) as error:  # a name may be too long for any file
+    except (UserError, OSError) as error:  # an OSError if the name is too long for a file
         what = error.strerror if isinstance(error, OSError) else error
         raise UsageError(f"the config key {key!r} is {cfg[key]!r}: {what}") from error

@@ -1,7 +1,9 @@
-"""What a training step carries from one update to the next.
+"""The state that a training step carries from one update to the next.
 
 Parameters are a flat dict by name (`decoder/layers/mlp/up_proj/kernel`; the layers of a stack are one array), split in
-two: what the recipe trains, and the rest. Gradient, optimizer, clipping and checkpoint see the first part only.
+two: those that the recipe trains, and the others. Gradient, optimizer, clipping and checkpoint see only the first part.
+
+Axis letters: V vocabulary, D model width.
 """
 
 from __future__ import annotations
@@ -31,14 +33,16 @@ Trainable = Sequence[str | tuple[str, Sequence[str]]]  # a recipe's `trainable`
 
 @flax.struct.dataclass
 class TrainState:
-    """A pytree. Nothing is random within a step; what is random about data follows from the seed and the data position.
+    """The state of training, a pytree.
+
+    A step uses no random numbers; the order of the data follows from the seed and the data position.
 
     Attributes:
       step: int32 [], batches seen.
-      skipped: int32 [], batches among them whose gradient was not finite and moved nothing.
+      skipped: int32 [], batches among them with a gradient that was not finite, which moved nothing.
       trainable: float32 parameters by name.
       frozen: all other parameters by name, in the dtype of the computation.
-      opt_state: of the optimizer, for `trainable`.
+      opt_state: the optimizer's state for `trainable`.
     """
 
     step: jax.Array
@@ -54,6 +58,7 @@ class TrainState:
 
 
 def merge(trainable: Mapping[str, Any], frozen: Mapping[str, Any]) -> dict:
+    """Merges trainable and frozen parameters by name into the nested tree that the model takes."""
     return unflatten_dict({**trainable, **frozen}, sep="/")
 
 
@@ -62,14 +67,14 @@ def partition(params: Mapping[str, Any], trainable: Trainable) -> tuple[dict[str
 
     Args:
       params: nested or flat; layers stacked.
-      trainable: regexes; a parameter is trained if one of them matches its whole name. A pair of `TABLE` and tokens stands
-        for the table, of which only the rows of those tokens are trained (`only_rows`).
+      trainable: regexes; a parameter is trained if one of them matches its whole name. A pair of `TABLE` and tokens
+        stands for the table, and only the rows of those tokens are trained (`only_rows`).
 
     Returns:
       (trainable, frozen), flat dicts by name.
 
     Raises:
-      UsageError: a regex that is none, or that matches nothing, so that a typo cannot silently freeze a module.
+      UsageError: a regex is invalid, or matches no parameter, so that a typo cannot silently freeze a module.
     """
     flat = flatten_dict(params, sep="/")
     chosen: set[str] = set()
@@ -78,7 +83,8 @@ def partition(params: Mapping[str, Any], trainable: Trainable) -> tuple[dict[str
         try:
             matches = {name for name in flat if re.fullmatch(regex, name)}
         except re.error as error:
-            raise UsageError(f"the config key 'trainable' has {regex!r}, which is no regular expression: {error}") from None
+            raise UsageError(f"the config key 'trainable' has {regex!r}, which is no regular expression: "
+                             f"{error}") from None
         if not matches:
             parts = sorted({f"{name.split('/')[0]}/.*" for name in flat})
             raise UsageError(f"the config key 'trainable' has {regex!r}, which matches no parameter; "
@@ -88,16 +94,20 @@ def partition(params: Mapping[str, Any], trainable: Trainable) -> tuple[dict[str
 
 
 def tokens_of(trainable: Trainable) -> list[str]:
-    """The tokens of which a recipe trains the rows of `TABLE` alone; none where it trains the whole table, or no row."""
+    """Returns the tokens of `TABLE` with trained rows; [] if the recipe trains the whole table, or no row."""
     is_whole = any(isinstance(entry, str) and re.fullmatch(entry, TABLE) for entry in trainable)
     return [] if is_whole else [token for entry in trainable if not isinstance(entry, str) for token in entry[1]]
 
 
 def only_rows(loss_fn: Callable, rows: Sequence[int]) -> Callable:
-    """The same loss (of nested parameters and a batch), whose gradient in `TABLE` is that of `rows` and zero elsewhere.
+    """Returns the same loss with a gradient in `TABLE` that is zero outside `rows`.
 
-    In the loss and not in the optimizer, so that the gradient's norm, clipping and moments know of no other row either. With
-    a gradient of zero Adam moves nothing: the other rows keep their bits.
+    The mask is in the loss and not in the optimizer, so that the gradient's norm, clipping and moments exclude the
+    other rows too. With a gradient of zero Adam moves nothing: the other rows keep their bits.
+
+    Args:
+      loss_fn: the loss of nested parameters and a batch.
+      rows: the trained rows of the table [V,D].
     """
     def loss(params, batch):
         flat = flatten_dict(params, sep="/")
@@ -110,7 +120,14 @@ def only_rows(loss_fn: Callable, rows: Sequence[int]) -> Callable:
 
 def state_shardings(params: Mapping[str, Any], trainable: Trainable, optimizer: optax.GradientTransformation,
                     mesh: Mesh) -> TrainState:
-    """Where each leaf of the state lies: parameters by the models' tables, moments like their parameters."""
+    """Returns the sharding of each leaf of the state; a moment has the sharding of its parameter.
+
+    Args:
+      params: the parameter tree, arrays or shapes, with stacked layers.
+      trainable: the recipe's `trainable`.
+      optimizer: the optimizer of the trainable parameters.
+      mesh: the mesh of devices.
+    """
     shardings = flatten_dict(param_shardings(params, llava.param_axes(), mesh), sep="/")
     trained, frozen = partition(params, trainable)
     everywhere = replicated(mesh)
@@ -121,9 +138,15 @@ def state_shardings(params: Mapping[str, Any], trainable: Trainable, optimizer: 
 
 
 def place(params: Mapping[str, Any], where: Mapping[str, NamedSharding], dtype: Any) -> FlatParams:
-    """Those parameters of a nested or flat tree that `where` names, laid as it says, in memory of their own: a state is donated.
+    """Places the parameters that `where` names on the devices, in buffers of their own, since a state is donated.
 
-    Raises UserError for a value that `dtype` cannot hold; values that become 0 there are a warning.
+    Args:
+      params: a nested or flat tree.
+      where: the sharding of each parameter by name.
+      dtype: the dtype of the placed arrays.
+
+    Raises:
+      UserError: `dtype` cannot hold a value; values that become 0 are only a warning.
     """
     flat = flatten_dict(params, sep="/")
     tally = Tally()
@@ -140,14 +163,14 @@ def place(params: Mapping[str, Any], where: Mapping[str, NamedSharding], dtype: 
 
 def create(params: Mapping[str, Any], trainable: Trainable, optimizer: optax.GradientTransformation, mesh: Mesh,
            dtype: Any) -> TrainState:
-    """The state before the first update.
+    """Returns the state before the first update.
 
     Args:
       params: nested tree with stacked layers; numpy or jax arrays of any float type.
-      trainable: the recipe's.
-      optimizer: of the trainable parameters (`optimizer.build`).
-      mesh: over which everything is laid.
-      dtype: of the computation, in which frozen parameters are kept. What is trained is float32.
+      trainable: the recipe's `trainable`.
+      optimizer: the optimizer of the trainable parameters (`optimizer.build`).
+      mesh: the mesh over which the state is sharded.
+      dtype: dtype of the computation and of frozen parameters; trained parameters are float32.
     """
     shardings = state_shardings(params, trainable, optimizer, mesh)
     placed = place(params, shardings.trainable, jnp.float32)

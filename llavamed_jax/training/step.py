@@ -1,4 +1,7 @@
-"""One update, compiled once. B rows, T positions, I images a row, M micro-batches."""
+"""Compiles one update of training.
+
+Axis letters: B rows, T positions, I images a row, M micro-batches.
+"""
 
 from __future__ import annotations
 
@@ -20,21 +23,27 @@ Batch = Mapping[str, jax.Array]
 LossFn = Callable[[dict, Batch], tuple[jax.Array, jax.Array]]
 
 MODEL_INPUTS = ("input_ids", "labels", "positions", "segment_ids", "pixel_values")
-# An update this much smaller than the parameters, by their norms, moves nothing: float32 holds seven digits. What is left of it is
-# in parameters that were exactly 0.
+# If the norm of an update is this much smaller than the parameters' norm, the update moves nothing, since float32 holds
+# seven digits: only parameters that were exactly 0 change.
 STILL = 1e-12
-# Weights are gathered whole before they are used. XLA for a v6e would pass them round the devices part by part within each
-# product, in the backward pass again: 2.2 times the bytes (docs/preflight.md).
+# Weights are gathered whole before they are used. By default XLA for a v6e passes shards round the devices within each
+# product, and again in the backward pass: 2.2 times the bytes (docs/preflight.md).
 _TPU_OPTIONS = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
 
 
 def llava_loss(model: Llava, weighting: str = "token") -> LossFn:
-    """(parameters, rows) -> (sum of losses, count) of a model, by the recipe's `loss_weighting` (`losses.cross_entropy`)."""
+    """Returns the loss of a model: (parameters, rows) -> (sum of losses, count).
+
+    Args:
+      model: the model.
+      weighting: the recipe's `loss_weighting` (`losses.cross_entropy`).
+    """
 
     def loss(params: dict, batch: Batch):
         hidden = model.apply({"params": params}, batch["input_ids"], batch.get("pixel_values"), batch["positions"],
                              batch["segment_ids"], method="hidden")
-        return chunked_cross_entropy(hidden, head_kernel(params), batch["labels"], batch["segment_ids"], weighting=weighting)
+        return chunked_cross_entropy(hidden, head_kernel(params), batch["labels"], batch["segment_ids"],
+                                     weighting=weighting)
 
     return loss
 
@@ -42,21 +51,22 @@ def llava_loss(model: Llava, weighting: str = "token") -> LossFn:
 def make_train_step(loss_fn: LossFn, optimizer: optax.GradientTransformation, schedule: optax.Schedule, mesh: Mesh,
                     shardings: TrainState, micro_batches: int = 1,
                     weighting: str = "token") -> Callable[[TrainState, Batch], tuple[TrainState, dict]]:
-    """The compiled update.
+    """Returns the compiled update.
 
     Args:
       loss_fn: as `llava_loss` returns it.
-      optimizer, schedule: as `optimizer.build` returns them.
-      mesh: that the model's constraints refer to.
-      shardings: of the state (`state.state_shardings`), which the new state keeps.
-      micro_batches: M; the rows of a batch are worked through in M parts, and the update is that of the whole batch.
-      weighting: of the loss. With `sample` the gradient is divided by all samples of the batch: one without a supervised
-        token counts with a gradient of 0, as it does in HF's Trainer.
+      optimizer: as `optimizer.build` returns it.
+      schedule: as `optimizer.build` returns it.
+      mesh: the mesh that the model's sharding constraints refer to.
+      shardings: shardings of the state (`state.state_shardings`); the new state keeps them.
+      micro_batches: M; the batch is computed in M parts, and the update is that of the whole batch.
+      weighting: weighting of the loss. With `sample` the gradient is divided by all samples of the batch: a sample
+        without a supervised token counts with a gradient of 0, as in HF's Trainer.
 
     Returns:
-      (state, batch) -> (state, metrics). The old state's buffers are reused: it must not be touched again. Metrics are
-      float32 scalars: `loss` (the mean of tokens, or of the means of samples), `tokens` (supervised), `grad_norm` (before clipping),
-      `learning_rate`, `moved` (0 where the update was less than `STILL` of the parameters), `skipped` (1 where loss, gradient
+      (state, batch) -> (state, metrics). The old state is donated: do not use it again. Metrics are float32 scalars:
+      `loss` (the mean of tokens, or of the means of samples), `tokens` (supervised), `grad_norm` (before clipping),
+      `learning_rate`, `moved` (0 if the update was less than `STILL` of the parameters), `skipped` (1 if loss, gradient
       or the new parameters were not finite; then parameters and optimizer stay as they were).
     """
 
@@ -72,7 +82,8 @@ def make_train_step(loss_fn: LossFn, optimizer: optax.GradientTransformation, sc
         grad_norm = optax.tree.norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
         moved = optax.apply_updates(state.trainable, updates)
-        # The update too: a finite gradient may overflow in the optimizer, and then nothing would ever be finite again.
+        # The update is checked too: a finite gradient may overflow in the optimizer, which would ruin all later
+        # updates.
         is_finite = jax.tree.reduce(lambda so_far, x: so_far & jnp.isfinite(x).all(), moved,
                                     jnp.isfinite(total) & jnp.isfinite(grad_norm))
 
@@ -97,28 +108,29 @@ def make_train_step(loss_fn: LossFn, optimizer: optax.GradientTransformation, sc
 
 
 def make_eval_step(loss_fn: LossFn, mesh: Mesh) -> Callable[[TrainState, Batch], tuple[jax.Array, jax.Array]]:
-    """The compiled validation: (state, batch) -> (sum of losses, count), as the loss has them."""
+    """Returns the compiled validation step: (state, batch) -> (sum of losses, count), as the loss returns them."""
     return _within(mesh, jax.jit(lambda state, batch: loss_fn(state.params, batch), out_shardings=replicated(mesh)))
 
 
 def place(batch: Mapping[str, Any], mesh: Mesh) -> Batch:
-    """The model's part of this process's rows of a batch, numpy arrays, laid over the devices."""
+    """Places the model's inputs on the devices: this process's rows of a batch, numpy arrays [B,...]."""
     rows = batch_sharding(mesh)
-    with jax.transfer_guard_host_to_device("allow"):  # of several processes' rows it counts as one that nobody asked for
-        return {name: jax.make_array_from_process_local_data(rows, batch[name]) for name in MODEL_INPUTS if name in batch}
+    with jax.transfer_guard_host_to_device("allow"):  # with several processes JAX counts this as an implicit transfer
+        return {name: jax.make_array_from_process_local_data(rows, batch[name])
+                for name in MODEL_INPUTS if name in batch}
 
 
 def _accumulate(loss, trainable, batch: Batch, micro_batches: int):
-    """(sum of losses, count, gradient of the sum) over all micro-batches.
+    """Returns (sum of losses, count, gradient of the sum) over all micro-batches.
 
-    Sums, not means: micro-batches differ in supervised tokens, and the mean of their means is another loss.
+    It adds sums, not means: micro-batches differ in supervised tokens, and the mean of their means is another loss.
     """
     value_and_grad = jax.value_and_grad(loss, has_aux=True)
     if micro_batches == 1:
         (total, count), grads = value_and_grad(trainable, batch)
         return total, count, grads
 
-    def split(x):  # [B,...] -> [M,B/M,...]; strided, so that every device keeps the rows that it holds
+    def split(x):  # [B,...] -> [M,B/M,...]; strided, so that every device keeps its rows
         x = x.reshape(x.shape[0] // micro_batches, micro_batches, *x.shape[1:]).swapaxes(0, 1)
         return constrain(x, None, "act_batch", *[None] * (x.ndim - 2))
 
@@ -131,7 +143,7 @@ def _accumulate(loss, trainable, batch: Batch, micro_batches: int):
 
 
 def _within(mesh: Mesh, compiled):
-    """Calls a compiled function with the mesh in context, which the model's constraints look for when it is traced."""
+    """Returns a compiled function that runs with the mesh in context, where the model's constraints look for it."""
 
     def call(*args):
         with jax.set_mesh(mesh):

@@ -1,8 +1,9 @@
-"""After each update the processes of a run agree on its counts, and on whether to save by the clock or to stop.
+"""Lets the processes of a run agree, after each update, on its counts and on whether to save by the clock or to stop.
 
-Each process knows its own rows and hears signals of its own, but all must make the same calls in the same order. So
-after each update that is read, every process tells process 0 its counts and whether it was asked to stop; process 0 decides.
-A run of one process asks nobody. (`parallel.agreement` compares, once, what the processes were started with.)
+Each process knows its own rows and receives its own signals, but all must make the same calls in the same order. So
+after each update that is read, every process sends process 0 its counts and whether it was asked to stop; process 0
+decides. A run of one process communicates with nobody. (`parallel.agreement` compares the processes' inputs once, at
+the start.)
 """
 
 from __future__ import annotations
@@ -14,16 +15,16 @@ from collections.abc import Callable, Mapping, Sequence
 from llavamed_jax.parallel import distributed
 from llavamed_jax.utils import signals
 
-PATIENCE_S = 10.0  # for a batch, once the run was asked to stop
+PATIENCE_S = 10.0  # seconds to wait for a batch after the run was asked to stop
 
 
 class StepAgreement:
-    """What this process knows of the decisions of all.
+    """The decisions that all processes share, and this process's part in them.
 
     Args:
-      is_asked: whether this one was asked to stop.
-      every_minutes: by the clock of the first process, a save is due; 0: never.
-      rows: of a batch, those of this process. Of processes that have the same rows one is counted.
+      is_asked: whether this process was asked to stop.
+      every_minutes: minutes between saves by the clock of process 0; 0 for no such saves.
+      rows: this process's rows of a batch. Processes with the same rows are counted once.
     """
 
     def __init__(self, is_asked: Callable[[], bool], every_minutes: float, rows: Sequence[int]):
@@ -39,11 +40,14 @@ class StepAgreement:
 
     @property
     def is_save_due(self) -> bool:
-        """Whether `every_minutes` are over."""
+        """Whether `every_minutes` have passed since the last save."""
         return self._is_late() if self._is_alone else self._agreed["save"]
 
     def on_wait(self, seconds: float) -> None:
-        """The loader calls it while it waits for a batch.
+        """Runs in the loader while it waits for a batch.
+
+        Args:
+          seconds: how long the loader has waited.
 
         Raises:
           Stopped: a run of one process was asked to stop.
@@ -55,7 +59,7 @@ class StepAgreement:
             raise TimeoutError
 
     def saved(self) -> None:
-        """A step was saved just now."""
+        """Notes that a step was saved just now."""
         self._saved_at = time.monotonic()
         self._agreed["save"] = False
 
@@ -65,11 +69,11 @@ class StepAgreement:
         All processes call it for each update in turn.
 
         Args:
-          counts: of this process's rows.
-          skipped: the samples of its rows that were skipped.
+          counts: the counts of this process's rows.
+          skipped: the skipped samples of this process's rows.
 
         Returns:
-          On process 0 the sums of all processes and what the others skipped; elsewhere `counts` and an empty list.
+          On process 0, the sums of all processes and the samples that the others skipped; elsewhere `counts` and [].
         """
         if self._is_alone:
             return dict(counts), []
@@ -83,18 +87,18 @@ class StepAgreement:
                 [entry for each in others for entry in each["skipped"]])
 
     def listed(self, entries: Sequence[Mapping]) -> list[Mapping]:
-        """Gathers lists on process 0: returns the entries of all, of equal rows once, and elsewhere an empty list."""
+        """Returns on process 0 the entries of all processes, of equal rows once; elsewhere an empty list."""
         if self._is_alone:
             return list(entries)
         everyone = self._everyones(entries=list(entries))
         return [*entries, *(entry for each in self._others(everyone) for entry in each["entries"])] if everyone else []
 
     def _everyones(self, **said) -> list[dict]:
-        """On process 0, what each process sends, with its rows; elsewhere an empty list."""
+        """Returns on process 0 what each process sends, with its rows; elsewhere an empty list."""
         return [json.loads(each) for each in distributed.gather(json.dumps(dict(rows=self._rows, **said)).encode())]
 
     def _others(self, everyone: Sequence[Mapping]) -> list[Mapping]:
-        """What the other processes sent; of processes that have the same rows, the lowest alone."""
+        """Returns what the other processes sent; of processes with the same rows, only the lowest one's."""
         shares = {tuple(each["rows"]): each for each in reversed(everyone)}
         del shares[tuple(self._rows)]
         return list(shares.values())[::-1]

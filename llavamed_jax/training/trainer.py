@@ -1,4 +1,4 @@
-"""The training loop, of which there is one: every stage is a recipe that runs through `fit`."""
+"""The training loop: every stage is a recipe that runs through `fit`."""
 
 from __future__ import annotations
 
@@ -43,22 +43,22 @@ _LOOP = signals.Phase("error: ended at once by a second {name}; what had been sa
 
 
 def fit(cfg: ConfigDict, workdir: str | Path, callbacks: Callbacks = NONE) -> bool:
-    """Trains a recipe in a workdir, from the newest intact step that lies there, or from `init`.
+    """Trains a recipe in a workdir, from its newest intact step, or from `init`.
 
     Args:
       cfg: the recipe (`recipe.SCHEMA`).
       workdir: gets `recipe.json`, `model/`, `base/`, `checkpoints/`, `metrics.jsonl`, `skipped.jsonl`, `tensorboard/`.
-      callbacks: evaluate the model while it is trained.
+      callbacks: evaluate the model during training.
 
     Returns:
-      True when the run is finished (which it may have been before); False when a signal stopped it, or a stdout that
-      cannot be written to (`signals.failure`), after everything was saved.
+      True if the run is finished (now or in an earlier call); False if it stopped early and saved everything, because
+      of a signal or a stdout that cannot be written to (`signals.failure`).
 
     Raises:
-      UsageError: an invalid recipe, or one that differs from the recipe that the workdir was started with.
-      UserError: data, weights or a workdir that cannot be used; updates that are not finite, again and again. In
-        all of several processes, one of which has other data, weights, code or packages (`agreement`); UsageError
-        there: another recipe or flag.
+      UsageError: an invalid recipe, or one that differs from the recipe that the workdir was started with; with several
+        processes, a recipe or flag that differs between them.
+      UserError: data, weights or a workdir that cannot be used; too many updates in a row that are not finite; with
+        several processes, data, weights, code or packages that differ between them (raised in all, `agreement`).
     """
     workdir = Path(workdir)
     agreement.check_same(lambda: alike.start(cfg, workdir, {"profile": callbacks.profile}))
@@ -75,7 +75,7 @@ def fit(cfg: ConfigDict, workdir: str | Path, callbacks: Callbacks = NONE) -> bo
         try:
             with Run.open(cfg, place, total_steps, step, record) as run, \
                     store.StepWriter(workdir, place.note) as writer, within_memory(cfg, run.program):
-                distributed.when_stopped(None)  # from here on all stop at the same update
+                distributed.when_stopped(None)  # from here on all processes stop at the same update
                 signals.enter(_LOOP)
                 agreed = StepAgreement(signals.is_asked, cfg.checkpoint.every_minutes, run.rows)
                 return run.loop(agreed, writer, callbacks)
@@ -96,20 +96,34 @@ def _say_it_is_finished(workdir: Path, step: int, total_steps: int) -> None:
 
 
 def _with_what_is_saved(error: UserError | OSError, place: places.Place) -> UserError:
-    """The error with the step that is saved, which the first process adds."""
+    """Returns the error as UserError; process 0 adds the step that is saved."""
     workdir, what = place.workdir, str(error)
     if isinstance(error, OSError):
         what = f"{error.filename or workdir} cannot be read or written: {error.strerror or error}"
     if distributed.process_index():
         return UserError(what)
-    place.check()  # where the workdir is gone, that is the reason
+    place.check()  # if the workdir is gone, that is the reason
     step, _ = store.newest_intact_step(workdir)
     return UserError(f"{what}; {'no step had been saved' if step is None else f'step {step} is saved'}")
 
 
 @dataclass
 class Run:
-    """An opened run: everything that the loop works with. As a context it closes its files and worker processes."""
+    """An opened run: everything that the loop works with. As a context manager it closes files and worker processes.
+
+    Attributes:
+      cfg: the recipe.
+      place: the locked workdir.
+      data: records and rows.
+      program: model, optimizer, mesh and shardings.
+      state: the state after `step` updates.
+      step: updates done.
+      total_steps: updates of the whole run.
+      batches: the training batches.
+      log: the run's log.
+      record: which run this is and its base, for its steps; only in process 0, which writes them.
+      progress: the run's counts.
+    """
 
     cfg: ConfigDict
     place: places.Place
@@ -120,7 +134,7 @@ class Run:
     total_steps: int
     batches: Loader
     log: MetricsWriter
-    record: Mapping  # which run this is and what it stands on, for its steps; in the first process, which writes them
+    record: Mapping
     progress: Progress = field(default_factory=Progress)
 
     @classmethod
@@ -128,23 +142,26 @@ class Run:
              earlier: Mapping) -> Run:
         """Opens weights and data, settles what the recipe leaves open, and puts the state on the devices.
 
-        A run that resumes needs no `init`: what is not trained, tokenizer and config are those of its own workdir.
+        A resumed run does not read `init`: frozen parameters, tokenizer and config are those of its own workdir.
 
         Args:
-          step: the one that the run resumes from; None to begin.
-          earlier: what this step recorded; {} to begin.
+          cfg: the recipe.
+          place: the locked workdir.
+          total_steps: updates of the run; None if they follow from the data.
+          step: the step that the run resumes from; None to begin.
+          earlier: the record of this step; {} to begin.
         """
         workdir = place.workdir
         checkpoint = open_start(cfg) if step is None else base.open_base(workdir)
         start = cfg if step is None else with_own_tokenizer(cfg)
         agreement.check_same(lambda: alike.model(cfg, workdir, checkpoint, step))
         mesh = open_mesh(cfg, checkpoint.config)
-        with distributed.after_first():  # who finds what the first has kept of large data
+        with distributed.after_first():  # the other processes read what process 0 has cached of large data
             data = Data.open(start, checkpoint, row_multiple(cfg, mesh), workdir, earlier.get("settled"))
         total_steps = total_steps or data.total_steps()
         agreement.check_same(lambda: alike.data(data, total_steps))
         program = Program.build(start, checkpoint, mesh, total_steps)
-        batches = data.training_batches(mesh)  # with what it refuses, before anything is written
+        batches = data.training_batches(mesh)  # may raise, so it comes before anything is written
         if step is not None:
             meta = store.read_meta(workdir, step)
             batches.restore(meta["data"])
@@ -175,12 +192,12 @@ class Run:
 
     @property
     def rows(self) -> list[int]:
-        """Of an update's rows, those that lie on this process's devices."""
+        """The rows of an update that lie on this process's devices."""
         layout = self.data.plan.layout
         return local_rows(self.program.mesh, layout.rows + layout.padding_rows)
 
     def loop(self, agreed: StepAgreement, writer: store.StepWriter, callbacks: Callbacks) -> bool:
-        """Updates until the last one, or until it is asked to stop. Returns whether the run is finished."""
+        """Trains until the last update, or until asked to stop. Returns whether the run is finished."""
         train_step, eval_step = self._compiled()
         reader = self._reader(agreed)
         saver = Saver(writer, self.place, self.cfg.checkpoint, self.progress, self.log.say, self.step)
@@ -204,7 +221,7 @@ class Run:
                                 self._validate(eval_step, callbacks, agreed)
                             saver.save(self.state, self._meta())
                         agreed.saved()
-            except signals.Stopped as stopped:  # what was waited for is done without
+            except signals.Stopped as stopped:  # the awaited batch is dropped
                 self.log.say(str(stopped))
             except WorkerError:
                 if jax.process_count() == 1 and self.step != saver.saved:
@@ -219,7 +236,7 @@ class Run:
         return self._end()
 
     def _compiled(self):
-        """The functions of an update and of a validation batch, which are compiled when they are first called."""
+        """Returns the functions of an update and of a validation batch, which compile on their first call."""
         program, loss_fn = self.program, self.program.loss()
         train_step = make_train_step(loss_fn, program.optimizer, program.schedule, program.mesh, program.shardings,
                                      self.cfg.micro_batches, program.weighting)
@@ -233,10 +250,10 @@ class Run:
             nan_limit=self.cfg.nan_limit, name_samples=self.batches.ids, agreed=agreed)
 
     def _update(self, train_step, reader: MetricsReader) -> None:
-        """Dispatches an update, when the one before the last is done."""
+        """Dispatches an update, once the one before the last is done."""
         position = self.batches.state()
         batch, missed, skipped = self._next_batch()
-        # Whatever would move between host and device without being asked would also wait for the device.
+        # An implicit transfer between host and device would also block on the device.
         with jax.transfer_guard("disallow"):
             placed = place(batch, self.program.mesh)
             reader.make_room()
@@ -246,7 +263,7 @@ class Run:
         reader.add(Update(self.step, metrics, batch_counts(batch, window), missed, position, skipped=skipped))
 
     def _next_batch(self) -> tuple[Mapping, dict[str, int], list[Mapping]]:
-        """A batch, how many of its samples were skipped, were cut or teach nothing, and which were skipped."""
+        """Returns a batch, its counts of skipped, cut and unsupervised samples, and the skipped samples."""
         before = self._trouble_counts()
         batch = next(self.batches)
         after = self._trouble_counts()
@@ -260,7 +277,7 @@ class Run:
                     samples_truncated=loader.truncated, samples_unsupervised=loader.unsupervised)
 
     def _validate(self, eval_step, callbacks: Callbacks, agreed: StepAgreement) -> None:
-        """Writes the validation loss and what the evaluators say; warns of validation samples that are skipped."""
+        """Logs the validation loss and the evaluators' numbers; warns of skipped validation samples."""
         found = judge(self._snapshot(), self.state, eval_step, callbacks.evaluators, self.progress)
         unread = agreed.listed(self.data.unread)
         if unread:
@@ -273,11 +290,11 @@ class Run:
         return Snapshot(self.step, self.state.params, self.program, self.data)
 
     def _meta(self) -> dict:
-        """What a step records."""
+        """Returns the record of a step."""
         return {"step": self.step, "data": self.batches.state(), "progress": vars(self.progress), "run": self.record}
 
     def _is_due(self, every: int) -> bool:
-        """Every so many updates, and after the last one."""
+        """Returns whether an action is due: every `every` updates, and after the last one."""
         return self.step == self.total_steps or every > 0 and self.step % every == 0
 
     def _check_something_was_trained(self) -> None:
@@ -285,7 +302,7 @@ class Run:
             check_something_was_trained(self.progress, self.total_steps, self.log.say)
 
     def _end(self) -> bool:
-        """Says how the run has ended, and returns whether it is finished."""
+        """Logs how the run ended, and returns whether it is finished."""
         is_finished = self.step >= self.total_steps
         stopped = "stopped and saved" if self.step else "stopped before the first update was done,"
         end = "finished" if is_finished else stopped

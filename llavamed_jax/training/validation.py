@@ -1,4 +1,4 @@
-"""Judges a run at the steps that are saved by count: validation loss, and what evaluators say."""
+"""Validates a run at the steps that are saved by count: computes the validation loss, and calls the evaluators."""
 
 from __future__ import annotations
 
@@ -21,18 +21,25 @@ from llavamed_jax.utils import signals
 
 def judge(snapshot: Snapshot, state: TrainState, eval_step, evaluators: Sequence[Evaluator],
           progress: Progress) -> dict[str, float]:
-    """Returns the validation loss, weighted as the training loss is, and the numbers of the evaluators, by name.
+    """Returns the validation loss, weighted as the training loss, and the evaluators' numbers, by name.
 
     It notes in `progress` which step has the lowest loss.
 
+    Args:
+      snapshot: the run as evaluators see it.
+      state: the run's state.
+      eval_step: as `make_eval_step` returns it.
+      evaluators: called with the snapshot.
+      progress: the run's counts.
+
     Raises:
-      Stopped: the run was asked to stop, and validation data do not come.
+      Stopped: the run was asked to stop while it waited for validation data.
     """
     found = {}
     if snapshot.data.validation is not None:
         found["validation_loss"] = loss = _validation_loss(snapshot, state, eval_step)
         best = progress.best["validation_loss"] if progress.best else math.inf
-        if loss < best:  # NaN never is
+        if loss < best:  # never true for NaN
             progress.best = {"step": snapshot.step, "validation_loss": loss}
     for evaluate in evaluators:
         found.update(evaluate(snapshot))
@@ -43,7 +50,7 @@ def _validation_loss(snapshot: Snapshot, state: TrainState, eval_step) -> float:
     parts, under_way = [], collections.deque()
     with contextlib.closing(snapshot.data.validation_batches(snapshot.program.mesh, _on_wait)) as batches:
         for batch in batches:
-            while len(under_way) >= IN_FLIGHT:  # else the devices would fill with batches that wait for their turn
+            while len(under_way) >= IN_FLIGHT:  # otherwise the devices would fill with queued batches
                 parts.append(read(under_way.popleft()))
             under_way.append(eval_step(state, place(batch, snapshot.program.mesh)))
     total, count = map(math.fsum, zip(*parts, *map(read, under_way), strict=True))
@@ -53,7 +60,7 @@ def _validation_loss(snapshot: Snapshot, state: TrainState, eval_step) -> float:
 
 
 def _on_wait(seconds: float) -> None:
-    """What comes is used, also after a signal: a run that goes on does not validate this step again."""
+    """Stops the wait for a batch after a signal; a batch in time is used, since a resumed run skips this validation."""
     if signals.is_asked() and seconds > PATIENCE_S:
         is_alone = jax.process_count() == 1
         raise signals.Stopped("stopped while validation data were waited for") if is_alone else TimeoutError

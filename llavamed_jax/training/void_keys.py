@@ -1,4 +1,4 @@
-"""Config keys that another key makes void: a run says each of them before it starts."""
+"""Finds config keys that another key makes void; a run warns of each before it starts."""
 
 from __future__ import annotations
 
@@ -21,11 +21,18 @@ def sentences(cfg: ConfigDict) -> list[str]:
 
 
 def of_optimizer(cfg: ConfigDict, names: Sequence[str], undecayed: Sequence[str] = ()) -> list[str]:
-    """The same of `cfg.optimizer`, which depends on the names of what is trained (and of what decay leaves alone beside the usual)."""
+    """Returns a sentence for each key of `cfg.optimizer` that is not used.
+
+    Args:
+      cfg: the recipe.
+      names: names of the trained parameters.
+      undecayed: trained parameters without weight decay, beside biases and scales of norms.
+    """
     found: list[tuple[str, object, str]] = []
     regexes = [regex for regex, _ in cfg.optimizer.overrides]
     if regexes and all(any(re.fullmatch(regex, name) for regex in regexes) for name in names):
-        found.append(("optimizer.learning_rate", cfg.optimizer.learning_rate, "optimizer.overrides match all that is trained"))
+        found.append(("optimizer.learning_rate", cfg.optimizer.learning_rate,
+                      "optimizer.overrides match all that is trained"))
     if cfg.optimizer.weight_decay and all(NOT_DECAYED.fullmatch(name) or name in undecayed for name in names):
         found.append(("optimizer.weight_decay", cfg.optimizer.weight_decay,
                       "trainable names biases, scales of norms and single rows alone, which do not decay"))
@@ -53,14 +60,15 @@ def _void(cfg: ConfigDict) -> Iterator[tuple[str, object, str]]:
         if hasattr(entry, "keys") and entry.get("images") is not None and _has_own_images(_layout(entry.get("path"))):
             yield "data.train", dict(entry), "its images lie where the data set's own layout has them"
     sources = list(_sources(cfg))
-    if cfg.protocol == "paper" and not any(layout in SETS and "protocol" in SETS[layout].follows for layout, _ in sources):
+    if cfg.protocol == "paper" and not any(layout in SETS and "protocol" in SETS[layout].follows
+                                           for layout, _ in sources):
         yield "protocol", "paper", "no data is in VQA-RAD's own layout"
     if cfg.data.images is not None and all(_has_own_images(layout) or has_images for layout, has_images in sources):
         yield "data.images", cfg.data.images, "all data have a folder of images of their own"
 
 
 def _sources(cfg: ConfigDict) -> Iterator[tuple[str | None, bool]]:
-    """(layout, whether it names its own images) of everything that the recipe reads."""
+    """Yields (layout, whether the recipe names its images) of every source that the recipe reads."""
     train = [cfg.data.train] if isinstance(cfg.data.train, str) else list(cfg.data.train)
     for entry in [*train, cfg.data.validation, cfg.data.samples if cfg.samples_every else None]:
         is_mixed = hasattr(entry, "keys")
@@ -70,7 +78,7 @@ def _sources(cfg: ConfigDict) -> Iterator[tuple[str | None, bool]]:
 
 
 def _has_own_images(layout: str | None) -> bool:
-    """Whether the images of a data set lie where its own layout says."""
+    """Returns whether the images of a data set lie where its own layout says."""
     return layout in SETS and "images" not in SETS[layout].follows
 
 

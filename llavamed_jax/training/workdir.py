@@ -1,4 +1,4 @@
-"""A run's directory: which recipe it belongs to, and its log cut back to where a run goes on. Who may write to it: `place.py`."""
+"""Reads and writes a run's directory: the recipe it belongs to, and its logs. `place.py` locks the directory."""
 
 from __future__ import annotations
 
@@ -17,25 +17,29 @@ from llavamed_jax.utils.files import write_whole
 from llavamed_jax.utils.nested import flatten
 
 _LENGTH = ("epochs", "total_steps")
-# What a run that goes on may change: how long, where and how often, but not what is computed.
-MAY_DIFFER = (*_LENGTH, "log_every", "samples_every", "data.samples", "nan_limit", "checkpoint.", "data.workers", "mesh.")
-# Keys that recipes once did not have, and what runs did then. Such a run goes on like that, whatever the recipe says now.
+# Keys that a resumed run may change: how long it trains, where and how often it logs, but not what it computes.
+MAY_DIFFER = (*_LENGTH, "log_every", "samples_every", "data.samples", "nan_limit", "checkpoint.", "data.workers",
+              "mesh.")
+# Keys that older recipes lack, and the value that older runs used. Such a run keeps this value on resuming.
 LATER = {"loss_weighting": "token"}
-_RENAMED = {"data.protocol": "protocol"}  # keys that recipes had under other names
+_RENAMED = {"data.protocol": "protocol"}  # older name -> present name
 
 
 def settled(workdir: Path, cfg: ConfigDict, step: int, record: Mapping[str, Any]) -> dict:
-    """What the run had settled when it saved a step (`resolved` of `recipe.json`), for a run that goes on from there.
+    """Returns the values that the run had settled when it saved a step (`resolved` of `recipe.json`).
 
-    The step's own record counts, for a step is held to its hashes; `recipe.json`, which anyone may edit, has to agree with it.
-    A number of updates that followed from `epochs` is settled only for the same `epochs`.
+    The step's own record is authoritative, since a step is checked by its hashes; `recipe.json`, which anyone may edit,
+    has to agree with it. A number of updates that followed from `epochs` holds only for the same `epochs`.
 
     Args:
-      record: of the step (`write_recipe`).
+      workdir: the run's directory.
+      cfg: the recipe.
+      step: number of the saved step.
+      record: the step's record (`write_recipe`).
 
     Raises:
-      UsageError: `cfg` differs in a key that may not from the recipe of this directory or of the step.
-      UserError: a step of another run, or a `recipe.json` that has been changed.
+      UsageError: `cfg` differs from the recipe of this directory or of the step in a key that may not change.
+      UserError: the step belongs to another run, or `recipe.json` was changed.
     """
     resolved = read_recipe(workdir, cfg)
     where, file = workdir / "checkpoints" / str(step), workdir / "recipe.json"
@@ -45,16 +49,17 @@ def settled(workdir: Path, cfg: ConfigDict, step: int, record: Mapping[str, Any]
     is_same_length = {key: record["recipe"][key] for key in _LENGTH} == {key: _plain(cfg)[key] for key in _LENGTH}
     for key, value in record["resolved"].items():
         if resolved.get(key) != value and (key != "total_steps" or is_same_length and key in resolved):
-            raise UserError(f"{file} says that {key} is {resolved.get(key)!r}, but the run saved {where} with {value!r}: it has been "
-                            "changed since")
+            raise UserError(f"{file} says that {key} is {resolved.get(key)!r}, but the run saved {where} with "
+                            f"{value!r}: it has been changed since")
     return {key: value for key, value in record["resolved"].items() if key != "total_steps" or is_same_length}
 
 
 def read_recipe(workdir: Path, cfg: ConfigDict) -> dict:
-    """`resolved` of `recipe.json`, without a number of updates that belongs to other `epochs`.
+    """Returns `resolved` of `recipe.json`, without a number of updates that belongs to other `epochs`.
 
     Raises:
-      UsageError: `cfg` differs from the recipe of this directory in a key that may not; UserError: there is none.
+      UsageError: `cfg` differs from the recipe of this directory in a key that may not change.
+      UserError: the directory has no recipe.
     """
     found, now = read_record(workdir), _plain(cfg)
     _refuse_changes(cfg, found["recipe"], f"the run in {workdir} was started")
@@ -71,58 +76,68 @@ def _refuse_changes(cfg: ConfigDict, earlier: Mapping[str, Any], when: str) -> N
 
 
 def as_started(cfg: ConfigDict, earlier: Mapping[str, Any]) -> ConfigDict:
-    """The recipe for a run that was started with the keys of `earlier`: what it did where a key is newer is kept, and said."""
+    """Returns the recipe for a run that was started with the keys of `earlier`.
+
+    For a key that `earlier` lacks, the run keeps its old behaviour and prints a warning.
+    """
     own = cfg.copy_and_resolve_references()
     for key, value in LATER.items():
         if key not in earlier and own[key] != value:
-            print(f"warning: this run was started before the config key {key!r} was there: it goes on with {value!r}, not with "
-                  f"{own[key]!r}", flush=True)
+            print(f"warning: this run was started before the config key {key!r} was there: it goes on with {value!r}, "
+                  f"not with {own[key]!r}", flush=True)
             own[key] = value
     return own
 
 
 def read_record(workdir: Path) -> dict:
-    """`recipe.json`: name of the run, recipe, and what was settled. Raises UserError where it is missing or damaged."""
+    """Reads `recipe.json`: the run's name, recipe, and settled values. Raises UserError if it is missing or damaged."""
     path = workdir / "recipe.json"
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         found = None
     if not isinstance(found, dict) or not all(isinstance(found.get(key), dict) for key in ("recipe", "resolved")):
-        raise UserError(f"{path} is {'damaged' if path.exists() else 'missing'}; the recipe of an earlier run was expected")
+        raise UserError(f"{path} is {'damaged' if path.exists() else 'missing'}; the recipe of an earlier run was "
+                        "expected")
     return found
 
 
 def begin_anew(workdir: Path, cfg: ConfigDict) -> None:
-    """Makes sure that a run without a step may begin in a directory.
+    """Checks that a run without a step may begin in a directory.
 
     Raises:
-      UserError: a model lies there that no run wrote, which its steps would be laid over; UsageError: `init` is this model.
+      UserError: the directory holds a model that no run wrote and that the run's steps would overwrite.
+      UsageError: `init` is the directory's own model.
     """
     start = None if cfg.init.startswith("preset:") else Path(cfg.init)
     if start is not None and exists(start) and start.is_dir():
-        inside = start.resolve().relative_to(workdir.resolve()).parts if start.resolve().is_relative_to(workdir.resolve()) else None
+        inside = (start.resolve().relative_to(workdir.resolve()).parts
+                  if start.resolve().is_relative_to(workdir.resolve()) else None)
         if inside is not None and inside[:1] in ((), ("checkpoints",), ("base",), ("model",)):
-            raise UsageError(f"the config key 'init' is {cfg.init!r}, which is the workdir's own model; a run that starts from it needs "
-                             "another workdir")
+            raise UsageError(f"the config key 'init' is {cfg.init!r}, which is the workdir's own model; a run that "
+                             "starts from it needs another workdir")
     for part in ("model", "base"):
         if (workdir / part).exists() and not (workdir / "recipe.json").exists():
-            raise UserError(f"{workdir} holds a {part}/ and no recipe.json, so no run wrote it; a new directory was expected as workdir")
+            raise UserError(f"{workdir} holds a {part}/ and no recipe.json, so no run wrote it; a new directory was "
+                            "expected as workdir")
 
 
 def discard_start(workdir: Path) -> None:
-    """Removes the model of a run that ended without a step: `init`, from which the next one starts, may have been another then."""
-    shutil.rmtree(workdir / "model", ignore_errors=True)  # the base goes with it: `write_model`
+    """Removes the model of a run that ended without a step; the next run may start from another `init`."""
+    shutil.rmtree(workdir / "model", ignore_errors=True)  # `write_model` also replaces the base
 
 
 def write_recipe(workdir: Path, cfg: ConfigDict, resolved: dict, earlier: Mapping[str, Any] | None = None) -> dict:
-    """Writes `recipe.json`: a name of the run, the recipe by dotted key, and what the run settled from it and its data.
+    """Writes `recipe.json`: the run's name, the recipe by dotted key, and the values settled from recipe and data.
 
     Args:
-      earlier: of a run that goes on, what its step recorded: its name, and its recipe, which may lack newer keys.
+      workdir: the run's directory.
+      cfg: the recipe.
+      resolved: the settled values.
+      earlier: the record of the step that the run resumes from: its name, and its recipe, which may lack newer keys.
 
     Returns:
-      The same, which every step carries.
+      The record, which every step carries.
     """
     earlier = earlier or {}
     newer = LATER.keys() - earlier["recipe"].keys() if earlier else set()
@@ -133,27 +148,28 @@ def write_recipe(workdir: Path, cfg: ConfigDict, resolved: dict, earlier: Mappin
 
 
 def write_record(workdir: Path, record: Mapping[str, Any]) -> None:
-    """Writes `recipe.json`."""
-    write_text(workdir / "recipe.json", json.dumps({key: record[key] for key in ("run", "recipe", "resolved")}, indent=1) + "\n")
+    """Writes a record to `recipe.json`."""
+    write_text(workdir / "recipe.json",
+               json.dumps({key: record[key] for key in ("run", "recipe", "resolved")}, indent=1) + "\n")
 
 
 def _plain(cfg: ConfigDict) -> dict:
-    """Values by dotted key, as JSON gives them back."""
+    """Returns the recipe's values by dotted key, as JSON gives them back."""
     return json.loads(json.dumps(flatten(cfg), default=lambda value: value.to_dict()))
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replaces a file's content whole or not at all."""
+    """Replaces a file's content atomically."""
     write_whole(path, lambda file: file.write(text.encode()))
 
 
 def cut_back(path: Path, step: int) -> None:
-    """Leaves of a JSON-lines log the lines of steps up to `step`, so that a run that goes on repeats none."""
+    """Removes from a JSON-lines log the lines of steps after `step`, so that a resumed run repeats none."""
     if not path.exists():
         return
     kept = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        with contextlib.suppress(ValueError, TypeError, KeyError):  # the last line of a killed run may be torn, or a disk's error
+        with contextlib.suppress(ValueError, TypeError, KeyError):  # a killed run may leave a partial last line
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
     write_text(path, "".join(kept))
