@@ -1,4 +1,4 @@
-"""The small pieces that tower, projector and decoder share.
+"""The layers that tower, projector and decoder share.
 
 Axis letters: B batch, T positions, H head width, D model width, L layers.
 """
@@ -18,10 +18,14 @@ from llavamed_jax.parallel.mesh import constrain_weight
 
 
 class Linear(nn.Module):
-    """`x @ kernel + bias`, computed in `dtype`; `out_dtype` keeps a wider result (the head's float32 logits).
+    """A dense layer, `x @ kernel + bias`.
 
     Attributes:
-      axes: logical axes of the kernel, as the model's table of parameters has them.
+      features: width of the output.
+      axes: logical axes of the kernel, as in the model's table of parameters.
+      use_bias: whether the layer has a bias.
+      dtype: dtype of the operands.
+      out_dtype: dtype of the product; None for `dtype`. The head sets float32 for its logits.
     """
 
     features: int
@@ -32,9 +36,10 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x):  # [..., D] -> [..., features]
+        """Maps [..., D] to [..., features]."""
         kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features))
         kernel = constrain_weight(kernel.astype(self.dtype), *self.axes)
-        # Not `jnp.matmul`: it is jitted, and quantisers that intercept `dot_general` do not see the product in its cached trace.
+        # Not `jnp.matmul`: it is jitted, and quantisers that intercept `dot_general` would miss its cached trace.
         y = jax.lax.dot_general(x.astype(self.dtype), kernel, (((x.ndim - 1,), (0,)), ((), ())),
                                 preferred_element_type=self.out_dtype)
         if self.use_bias:
@@ -43,13 +48,14 @@ class Linear(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """LLaMA's norm: `x / rms(x)`, the mean square in float32 whatever `dtype` is, then the scale."""
+    """LLaMA's norm: `x / rms(x)`, with the mean square in float32 for every `dtype`, then the scale in `dtype`."""
 
     epsilon: float
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x):  # [..., D] -> [..., D]
+        """Normalises [..., D] over its last axis."""
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
         x = x.astype(jnp.float32)
         x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.epsilon)
@@ -57,13 +63,14 @@ class RMSNorm(nn.Module):
 
 
 class LayerNorm(nn.Module):
-    """CLIP's norm, mean and variance in float32 (two passes: E[x²] - E[x]² loses digits on small activations)."""
+    """CLIP's norm; mean and variance in float32, in two passes: E[x²] - E[x]² loses digits on small activations."""
 
     epsilon: float
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x):  # [..., D] -> [..., D]
+        """Normalises [..., D] over its last axis."""
         norm = nn.LayerNorm(epsilon=self.epsilon, dtype=jnp.float32, use_fast_variance=False, parent=None)
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
         bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
@@ -71,31 +78,37 @@ class LayerNorm(nn.Module):
 
 
 def quick_gelu(x):
-    """OpenAI CLIP's activation, `x * sigmoid(1.702 x)`."""
+    """Computes OpenAI CLIP's activation, `x * sigmoid(1.702 x)`."""
     return x * jax.nn.sigmoid(1.702 * x)
 
 
 def gelu(x):
-    """The exact (erf) GELU of the projector."""
+    """Computes the exact (erf) GELU of the projector."""
     return jax.nn.gelu(x, approximate=False)
 
 
 def tanh_gelu(x):
-    """GELU by its tanh approximation."""
+    """Computes GELU by its tanh approximation."""
     return jax.nn.gelu(x, approximate=True)
 
 
-# By transformers' names (`config.ACTIVATIONS`).
+# By the names of transformers (`config.ACTIVATIONS`).
 ACTIVATIONS = {"silu": nn.silu, "swish": nn.silu, "gelu": gelu, "gelu_new": tanh_gelu, "gelu_fast": tanh_gelu,
                "gelu_pytorch_tanh": tanh_gelu, "quick_gelu": quick_gelu, "relu": nn.relu}
 
 
 def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None = None) -> np.ndarray:
-    """Inverse frequencies float32 [H/2], each power the float32 nearest to the exact one.
+    """Returns the inverse frequencies, float32 [H/2], each power rounded correctly to float32.
 
-    Bit for bit what torch computes with the C library's power. Its vectorised power is one last bit off in a few places, other
-    ones with AVX2 than with AVX-512 (docs/fidelity.md). Computed on the host and not under jit, whose power is off by more: one
-    last bit of the highest frequencies is 8e-5 in a cosine at position 1,500.
+    The values equal torch's, computed with the C library's power, bit for bit. Torch's vectorised power differs in the
+    last bit of a few values, and with AVX2 in others than with AVX-512 (docs/fidelity.md). They are computed on the
+    host and not under jit, since XLA's power differs by more: one last bit of the highest frequencies changes a cosine
+    at position 1,500 by 8e-5.
+
+    Args:
+      head_dim: H.
+      theta: base of the frequencies.
+      scaling: the checkpoint's rope scaling; None for none.
     """
     exponent = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
     frequencies = np.float32(1.0) / np.power(np.float64(theta), exponent.astype(np.float64)).astype(np.float32)
@@ -103,14 +116,15 @@ def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None = 
 
 
 def _scaled(frequencies: np.ndarray, scaling: RopeScaling) -> np.ndarray:
-    """Scaled frequencies float32 [H/2], operation by operation as torch computes them (transformers' modeling_rope_utils). A number
-    over a tensor is there the number times the reciprocal.
+    """Returns scaled frequencies float32 [H/2], with the operations of torch in their order.
+
+    Torch computes a number over a tensor as the number times the reciprocal. Source: transformers' modeling_rope_utils.
     """
     f32 = np.float32
     if scaling.rope_type == "linear":
         return frequencies / f32(scaling.factor)
     low, high, before = scaling.low_freq_factor, scaling.high_freq_factor, scaling.original_max_position_embeddings
-    lengths = f32(2 * math.pi) * (f32(1) / frequencies)  # of a wave, in positions
+    lengths = f32(2 * math.pi) * (f32(1) / frequencies)  # wavelengths, in positions
     slow = np.where(lengths > f32(before / low), frequencies / f32(scaling.factor), frequencies)
     share = (f32(before) * (f32(1) / lengths) - f32(low)) / f32(high - low)
     between = (f32(1) - share) * slow / f32(scaling.factor) + share * slow
@@ -118,19 +132,13 @@ def _scaled(frequencies: np.ndarray, scaling: RopeScaling) -> np.ndarray:
 
 
 def rope_tables(positions, head_dim: int, theta: float, scaling: RopeScaling | None = None):
-    """Cosine and sine, float32 [B,T,H/2] each, of `positions` int32 [B,T]."""
+    """Returns cosine and sine, float32 [B,T,H/2] each, of `positions` int32 [B,T]."""
     angles = positions.astype(jnp.float32)[..., None] * rope_frequencies(head_dim, theta, scaling)
     return jnp.cos(angles), jnp.sin(angles)
 
 
 def apply_rope(x, rope):
-    """Rotates x [B,T,N,H] by tables [B,T,H/2]: the two halves of H are the pairs (HF's convention, not interleaved)."""
+    """Rotates x [B,T,N,H] by tables [B,T,H/2]; the halves of H form the pairs (HF's convention, not interleaved)."""
     cos, sin = (t[:, :, None, :] for t in rope)
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
-
-
-
-
-
-

@@ -1,12 +1,14 @@
 """LLaVA: images become runs of positions in the decoder's sequence.
 
     ids       [BOS] describe  -200 -200 ... -200  briefly      an image is P positions that hold IMAGE_TOKEN
-    merged    [BOS] describe   i1   i2  ...  iP   briefly      where its P projected features are put
+    merged    [BOS] describe   i1   i2  ...  iP   briefly      its P projected features replace them
 
 Features are gathered row by row: a row's n-th image position takes the n-th feature of that row's own images. No row
 depends on another, so a batch shards over devices as it is and a text-only row consumes no image.
-Source: spec 1.5-1.6 (with the originals' mixed-batch bug left out).
+
 Axis letters: B batch, T positions, I images a row, P positions an image, D model width, V vocabulary.
+
+Source: spec 1.5-1.6 (without the originals' mixed-batch bug).
 """
 
 from __future__ import annotations
@@ -30,14 +32,16 @@ from llavamed_jax.parallel.mesh import constrain
 
 
 def param_axes() -> list[tuple[str, tuple[str | None, ...]]]:
-    """A pattern of names and the logical axes of each parameter of every kind of tower and decoder, for `parallel.mesh.param_shardings`.
+    """Returns (name pattern, logical axes) for the parameters of every kind of tower and decoder.
 
-    Two kinds that say one axis of one name have one line; a name on which they differ has two, which `param_shardings` refuses.
+    Kinds that agree on a name's axes share one entry; if they differ on a name, it has two, which
+    `parallel.mesh.param_shardings` refuses.
     """
     rules = [*projector.PARAM_AXES, ("decoder/lm_head/kernel", ("embed", "vocab"))]
     for part, kinds in (("vision_tower", TOWERS), ("decoder", DECODERS)):
         for kind in kinds.values():
-            rules += [(f"{part}/{row.name.replace('layers_#', 'layers(_[0-9]+)?')}", row.axes) for row in rows(kind.table)]
+            rules += [(f"{part}/{row.name.replace('layers_#', 'layers(_[0-9]+)?')}", row.axes)
+                      for row in rows(kind.table)]
     return list(dict.fromkeys(rules))
 
 
@@ -45,7 +49,8 @@ class Llava(nn.Module):
     """Tower, projector and decoder.
 
     Attributes:
-      dtype: of the computation; parameters are cast to it where they are used.
+      cfg: the model's shapes.
+      dtype: dtype of the computation; parameters are cast to it at use.
       scan: stacked parameters (`layers`, leading axis L) and scanned layers, for training; else `layers_{i}`.
       remat: `none`, `full`, `qkvo` or `minimal` (models/stacking.py).
       attention: the decoder's backend for whole rows (`attention.backend_of`); the tower and cached decoding use XLA's.
@@ -58,20 +63,22 @@ class Llava(nn.Module):
     attention: str = "xla"
 
     def setup(self):
+        """Creates the submodules."""
         cfg = self.cfg
-        self.vision_tower = tower_module(cfg.vision)(cfg.vision, cfg.num_vision_layers_used, self.dtype, self.scan, self.remat)
+        self.vision_tower = tower_module(cfg.vision)(cfg.vision, cfg.num_vision_layers_used, self.dtype, self.scan,
+                                                     self.remat)
         self.projector = projector.Projector(cfg, self.dtype)
         self.decoder = decoder_module(cfg.decoder)(cfg.decoder, self.dtype, self.scan, self.remat, self.attention)
 
     def __call__(self, input_ids, pixel_values=None, positions=None, segment_ids=None):
-        """Logits of whole rows.
+        """Computes the logits of whole rows.
 
         Args:
           input_ids: int32 [B,T].
-          pixel_values: [B,I,height,width,3], a row's images in order of appearance (empty slots: anything): float32 as CLIP's
-            preprocessor gives them, or uint8, which is normalised here.
+          pixel_values: [B,I,height,width,3], a row's images in order of appearance; unused slots may hold any values.
+            float32 as CLIP's preprocessor returns them, or uint8, which is normalised on the device.
           positions: int32 [B,T], restarting with each segment; None counts from 0.
-          segment_ids: int32 [B,T]; 0 is padding; None: each row is one sample without padding.
+          segment_ids: int32 [B,T]; 0 is padding; None if each row is one sample without padding.
 
         Returns:
           float32 [B,T,V].
@@ -79,36 +86,37 @@ class Llava(nn.Module):
         return self.logits(self.hidden(input_ids, pixel_values, positions, segment_ids))
 
     def hidden(self, input_ids, pixel_values=None, positions=None, segment_ids=None):
-        """As `__call__`, up to the decoder's last norm: [B,T,D]."""
+        """Computes as `__call__`, up to the decoder's last norm: [B,T,D]."""
         features = None if pixel_values is None else self.encode_images(pixel_values)
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(input_ids.shape[1]), input_ids.shape)
         return self.decoder(self.embed(input_ids, features), positions, segment_ids)[0]
 
     def encode_images(self, pixel_values):
-        """float32 or uint8 [B,I,height,width,3] -> projected features [B,I,P,D]."""
+        """Maps float32 or uint8 pixels [B,I,height,width,3] to projected features [B,I,P,D]."""
         B, I = pixel_values.shape[:2]
-        x = self.vision_tower(constrain(pixel_values.reshape(B * I, *pixel_values.shape[2:]), "act_batch", None, None, None))
+        x = self.vision_tower(constrain(pixel_values.reshape(B * I, *pixel_values.shape[2:]), "act_batch", None, None,
+                                        None))
         x = x[:, self.cfg.vision.class_tokens:] if self.cfg.feature_select == "patch" else x
         x = self.projector(x)
         return x.reshape(B, I, *x.shape[1:])
 
     def embed(self, input_ids, features=None):
-        """int32 [B,T], [B,I,P,D] or None -> [B,T,D]."""
+        """Embeds int32 ids [B,T] as [B,T,D], with image features [B,I,P,D] (or None) at the image positions."""
         text = self.decoder.embed(input_ids)
         return text if features is None else merge(text, input_ids == IMAGE_TOKEN, features)
 
     def step(self, x, positions, caches):
-        """Embeddings [B,T,D] at `positions` through the cached decoder -> [B,T,D], caches."""
+        """Runs embeddings [B,T,D] at `positions` through the cached decoder; returns [B,T,D] and the caches."""
         return self.decoder(x, positions, None, caches)
 
     def logits(self, hidden):
-        """[..., D] -> float32 [..., V]."""
+        """Maps hidden states [..., D] to float32 logits [..., V]."""
         return self.decoder.logits(hidden)
 
 
 def check_heads(cfg: LlavaConfig, mesh: Mesh) -> None:
-    """Raises UsageError where tensor parallelism would cut through a head, which XLA answers by replicating."""
+    """Raises UsageError if tensor parallelism would split a head, for which XLA would replicate the computation."""
     tp, v, d = mesh.shape["tp"], cfg.vision, cfg.decoder
     for heads, of in ((v.num_heads, "tower's"), (d.num_heads, "decoder's"), (d.num_kv_heads, "decoder's key/value")):
         if heads % tp:
@@ -119,7 +127,7 @@ def merge(text, is_image, features):
     """Puts a row's image features at its image positions.
 
     Args:
-      text: [B,T,D].
+      text: embeddings [B,T,D].
       is_image: bool [B,T].
       features: [B,I,P,D]; a row uses as many as it has image positions, in order.
 
@@ -133,10 +141,8 @@ def merge(text, is_image, features):
     return jnp.where(is_image[..., None], gathered, text)
 
 
-
-
 def abstract_params(cfg: LlavaConfig, scan: bool = False):
-    """The parameter tree as ShapeDtypeStructs (float32), without computing anything."""
+    """Returns the parameter tree as ShapeDtypeStructs (float32), without computing any value."""
     v = cfg.vision
     ids = jnp.zeros((1, cfg.tokens_per_image), jnp.int32)
     pixels = jnp.zeros((1, 1, v.image_size, v.image_size, v.num_channels))

@@ -1,4 +1,4 @@
-"""The projector: vision features to the decoder's width. Source: spec 1.4 (`linear`, `mlpNx_gelu`, `identity`)."""
+"""The projector from vision features to the decoder's width. Source: spec 1.4 (`linear`, `mlpNx_gelu`, `identity`)."""
 
 from __future__ import annotations
 
@@ -17,13 +17,23 @@ PARAM_AXES = [
 
 
 class Projector(nn.Module):
+    """A stack of dense layers with activations between them.
+
+    Attributes:
+      cfg: the model's shapes.
+      dtype: dtype of the computation.
+    """
+
     cfg: LlavaConfig
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, features):  # [..., D of the tower] -> [..., D of the decoder]
+        """Maps features [..., width of the tower] to [..., width of the decoder]."""
         cfg = self.cfg
         for n in range(projector_depth(cfg.projector_type)):
-            features = ACTIVATIONS[cfg.projector_act](features) if n else features  # the originals have GELU alone
-            features = Linear(cfg.decoder.hidden_size, ("embed", None), cfg.projector_bias, self.dtype, name=f"linear_{n}")(features)
+            # The originals use GELU alone.
+            features = ACTIVATIONS[cfg.projector_act](features) if n else features
+            features = Linear(cfg.decoder.hidden_size, ("embed", None), cfg.projector_bias, self.dtype,
+                              name=f"linear_{n}")(features)
         return features

@@ -1,7 +1,7 @@
-"""Layers one by one, or stacked into one scanned layer; and rematerialisation.
+"""Runs layers one by one or stacked into one scanned layer, with or without rematerialisation.
 
-A model has `num_layers` equal blocks. Training scans one block over parameters with a leading L axis, under the name `layers`. Decoding
-and the files on disk have `layers_0 … layers_{L-1}`. Everything that converts between the two, and nothing else, is here.
+A model has `num_layers` equal blocks. Training scans one block over parameters with a leading L axis, under the name
+`layers`. Decoding and the files on disk have `layers_0 … layers_{L-1}`. All conversions between the two are here.
 """
 
 from __future__ import annotations
@@ -16,23 +16,31 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-# What a rematerialised block keeps for its backward pass beside its input, by the names given in the blocks (`checkpoint_name`):
-# nothing; what attention takes and gives; every matrix product.
+# The values that a rematerialised block saves for its backward pass beside its input, by `checkpoint_name`. `full`
+# saves no value, `qkvo` the inputs and the output of attention, `minimal` every matrix product.
 REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "qkvo": jax.checkpoint_policies.save_only_these_names("query", "key", "value", "context"),
     "minimal": jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, jax.checkpoint_policies.save_only_these_names("context")),
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names("context")),
 }
 
 
 def layer_stack(block: type[nn.Module], num_layers: int, *args, scan: bool, remat: str):
-    """`num_layers` blocks: one scanned module (parameters with a leading L axis) or a list of them.
+    """Returns `num_layers` blocks: one scanned module (parameters with a leading L axis) or a list of modules.
 
     A block's `__call__` is `(x, shared, cache) -> (x, cache)`; `shared` is the same for all layers.
+
+    Args:
+      block: the class of a block.
+      num_layers: L.
+      *args: the arguments of each block's constructor.
+      scan: whether the layers are scanned.
+      remat: `none`, or a key of `REMAT_POLICIES`.
     """
     if remat != "none":
-        # Inside a scan the loop already keeps the backward pass from being merged with the forward one.
+        # Inside a scan the loop already prevents XLA from merging the backward pass with the forward pass.
         block = nn.remat(block, policy=REMAT_POLICIES[remat], prevent_cse=not scan)
     if not scan:
         return [block(*args) for _ in range(num_layers)]
@@ -42,7 +50,7 @@ def layer_stack(block: type[nn.Module], num_layers: int, *args, scan: bool, rema
 
 
 def run_layers(layers, x, shared, caches=None):
-    """Runs what `layer_stack` made; returns x and the caches, a tuple with one entry a layer (None in training)."""
+    """Runs the layers of `layer_stack`; returns x and a tuple of caches, one a layer (None in training)."""
     if not isinstance(layers, (list, tuple)):
         return layers(x, shared, None)
     out = []
@@ -53,7 +61,7 @@ def run_layers(layers, x, shared, caches=None):
 
 
 def stack(params):
-    """`layers_0 … layers_{L-1}` -> `layers` with a leading axis L, in every part of the tree (arrays or numpy arrays)."""
+    """Stacks `layers_0 … layers_{L-1}` into `layers` with a leading axis L, in the whole tree (jax or numpy arrays)."""
     out = {}
     for key, value in params.items():
         if not isinstance(value, dict):
@@ -67,7 +75,7 @@ def stack(params):
 
 
 def unstack(params: Mapping[str, Any]) -> dict[str, Any]:
-    """The reverse of `stack` on names with slashes: arrays, or ShapeDtypeStructs with their shardings."""
+    """Reverses `stack` on names with slashes: arrays, or ShapeDtypeStructs with their shardings."""
     out: dict[str, Any] = {}
     for name, value in params.items():
         if "/layers/" not in name:
@@ -88,6 +96,6 @@ def _layer(value: Any, i: int) -> Any:
 
 
 def in_stack(name: str) -> tuple[str, int] | None:
-    """`decoder/layers_3/mlp/up_proj/kernel` -> `decoder/layers/mlp/up_proj/kernel` and 3; None for what is not in a layer."""
+    """Maps `decoder/layers_3/mlp/up_proj/kernel` to (`decoder/layers/mlp/up_proj/kernel`, 3); None outside a layer."""
     found = re.fullmatch(r"(.*/layers)_(\d+)(/.*)", name)
     return None if found is None else (found[1] + found[3], int(found[2]))

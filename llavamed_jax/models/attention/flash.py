@@ -1,8 +1,9 @@
-"""Flash attention for NVIDIA GPUs: Pallas kernels that go through the keys that a query sees, and no others.
+"""Flash attention for NVIDIA GPUs: Pallas kernels that read only the keys that a query attends to.
 
-Whom a query sees is two numbers, the first key and itself; a causal mask within segments and window is just that. So no mask
-lies in memory, and blocks of other segments are not read. Algorithm: FlashAttention-2 (arXiv 2307.08691), with the sum over a
-group's query heads inside the kernel of the keys' gradients.
+Each query attends to the keys [first, own position], which expresses a causal mask within segments and a window. So no
+mask is stored, and blocks of other segments are not read. Algorithm: FlashAttention-2 (arXiv 2307.08691); the kernel
+for the keys' gradients also sums over the query heads of a group.
+
 Axis letters: B batch, T positions, N query heads, K key/value heads, G = N/K, H head width.
 """
 
@@ -19,41 +20,44 @@ from jax.experimental.pallas import triton
 
 from llavamed_jax.parallel.mesh import spec_of
 
-# Rows and columns of a tile. A program holds one tile of what it makes and walks over narrower ones; on an Ada GPU all of it
-# must fit 99 KB of shared memory with heads of 128.
+# Rows and columns of a tile. A program holds one tile of its output and walks over narrower tiles of the other operand;
+# on an Ada GPU all of them must fit in 99 KB of shared memory with heads of 128.
 FORWARD, BACKWARD, WALK = 128, 64, 32
-SMALLEST = 16  # that the matrix units take
-_NEVER = -1e30  # a score of a key that is not seen; finite, for a difference of two is taken
+SMALLEST = 16  # the smallest tile of the matrix units
+_NEVER = -1e30  # score of a masked key; finite, since differences of scores are computed
 _LOG2_E = math.log2(math.e)
 
 
 def flash_attention(q, k, v, mask, interpret: bool = False):
-    """Causal attention within segments and window; scores and softmax in float32.
+    """Computes causal attention within segments and window; scores and softmax in float32.
 
-    Within a row the kernels go by the order of positions, not by their numbers: in a segment they must be consecutive, and a
-    segment lies in one piece. On a mesh each device has its own rows and heads.
+    The kernels use the order of the positions in a row, not their numbers: within a segment positions must be
+    consecutive, and a segment must be contiguous. On a mesh each device computes its own rows and heads.
 
     Args:
       q: [B,T,N,H]; H a power of two of at least 16 on a GPU.
-      k, v: [B,K,T,H]
-      mask: `attention.AttentionMask` of queries and keys that are the same positions.
-      interpret: runs the kernels' programs on a platform that is no GPU.
+      k: [B,K,T,H].
+      v: [B,K,T,H].
+      mask: `attention.AttentionMask` with the same positions for queries and keys.
+      interpret: interprets the kernels, on platforms other than GPUs.
 
     Returns:
-      [B,T,N,H]. Under rematerialisation the name `context` keeps it, with what the backward kernels need of the forward one.
+      [B,T,N,H]. The checkpoint name `context` saves it under rematerialisation, with the residuals of the backward
+      pass.
     """
     T = q.shape[1]
     extra = -T % min(FORWARD, max(SMALLEST, 1 << (T - 1).bit_length()))
     segments = jnp.zeros(q.shape[:2], jnp.int32) if mask.q_segments is None else mask.q_segments
-    # What is padded comes last, as a segment that nobody else is in.
+    # Padding comes last, as a segment of its own.
     segments = jnp.pad(segments, ((0, 0), (0, extra)), constant_values=-1)
     q = jnp.pad(q, ((0, 0), (0, extra), (0, 0), (0, 0)))
     k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, extra), (0, 0))) for x in (k, v))
     work = functools.partial(_on_one_device, window=mask.window, interpret=interpret)
     if not jax.sharding.get_abstract_mesh().empty:
         queries, keys = spec_of(("act_batch", None, "act_heads", None)), spec_of(("act_batch", "act_heads", None, None))
-        # Rows and heads have nothing to do with each other, so no device needs to know of another.
-        work = jax.shard_map(work, in_specs=(queries, keys, keys, spec_of(("act_batch", None))), out_specs=queries, check_vma=False)
+        # Rows and heads are independent, so the devices need no communication.
+        work = jax.shard_map(work, in_specs=(queries, keys, keys, spec_of(("act_batch", None))), out_specs=queries,
+                             check_vma=False)
     return work(q, k, v, segments)[:, :T]
 
 
@@ -63,7 +67,15 @@ def _on_one_device(q, k, v, segments, *, window, interpret):
 
 
 def seen(segments, window: int | None):
-    """int32 [B,T] -> the first key that each query sees, and the last query that sees each key, int32 [B,T] both."""
+    """Returns the first key that each query attends to, and the last query that attends to each key.
+
+    Args:
+      segments: int32 [B,T].
+      window: width of the sliding window; None for no window.
+
+    Returns:
+      (first, last), int32 [B,T] both.
+    """
     B, T = segments.shape
     at = jnp.arange(T, dtype=jnp.int32)
     begins = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)), constant_values=True)
@@ -87,7 +99,7 @@ def _with_residuals(interpret, q, k, v, first, last):
 
 def _gradients(interpret, kept, by_out):
     q, k, v, first, last, out, log_sum = kept
-    # The softmax's own part of the gradient, the same for all keys of a query.
+    # The softmax's own part of the gradient, equal for all keys of a query.
     delta = jnp.einsum("BTNH,BTNH->BNT", out, by_out, preferred_element_type=jnp.float32)
     by_q = _backward_queries(interpret, q, k, v, first, by_out, log_sum, delta)
     by_k, by_v = _backward_keys(interpret, q, k, v, first, last, by_out, log_sum, delta)
@@ -98,7 +110,7 @@ _attention.defvjp(_with_residuals, _gradients)
 
 
 def _forward(interpret, q, k, v, first):
-    """[B,T,N,H], and the softmax's normalizer as a power of two, float32 [B,N,T]."""
+    """Returns the output [B,T,N,H], and the base-2 logarithm of the softmax's normalizer, float32 [B,N,T]."""
     B, T, N, H = q.shape
     G, block, walk = N // k.shape[1], *_tiles(T, FORWARD, BACKWARD)
 
@@ -133,7 +145,7 @@ def _forward(interpret, q, k, v, first):
 
 
 def _backward_queries(interpret, q, k, v, first, by_out, log_sum, delta):
-    """The gradient by q, [B,T,N,H]: a program a tile of queries walks over the keys that they see."""
+    """Returns the gradient by q, [B,T,N,H]. The program of a tile of queries walks over the keys they attend to."""
     B, T, N, H = q.shape
     G, block, walk = N // k.shape[1], *_tiles(T, BACKWARD, WALK)
 
@@ -150,7 +162,8 @@ def _backward_queries(interpret, q, k, v, first, by_out, log_sum, delta):
             by_scores = weights * (_dot(by_out, v_ref[here, :].T) - delta[:, None])
             return by_q + _dot(by_scores.astype(k.dtype), k)
 
-        by_q = jax.lax.fori_loop(jnp.min(begin) // walk, ((i + 1) * block + walk - 1) // walk, step, jnp.zeros((block, H), jnp.float32))
+        by_q = jax.lax.fori_loop(jnp.min(begin) // walk, ((i + 1) * block + walk - 1) // walk, step,
+                                 jnp.zeros((block, H), jnp.float32))
         by_q_ref[...] = (by_q * H**-0.5).astype(by_q_ref.dtype)
 
     queries = pl.BlockSpec((None, block, None, H), lambda i, b, n: (b, i, n, 0))
@@ -164,7 +177,10 @@ def _backward_queries(interpret, q, k, v, first, by_out, log_sum, delta):
 
 
 def _backward_keys(interpret, q, k, v, first, last, by_out, log_sum, delta):
-    """The gradients by k and v, [B,K,T,H]: a program a tile of keys walks over the queries of all heads that see them."""
+    """Returns the gradients by k and v, [B,K,T,H].
+
+    The program of a tile of keys walks over the queries of all heads of its group that attend to them.
+    """
     B, T, N, H = q.shape
     K, (block, walk) = k.shape[1], _tiles(T, BACKWARD, WALK)
     G = N // K
@@ -198,17 +214,18 @@ def _backward_keys(interpret, q, k, v, first, last, by_out, log_sum, delta):
         kernel, grid=(T // block, B, K), interpret=interpret, name="flash_backward_keys",
         in_specs=[queries, keys, keys, pl.BlockSpec((None, T), lambda j, b, n: (b, 0)),
                   pl.BlockSpec((None, block), lambda j, b, n: (b, j)), queries, numbers, numbers],
-        out_specs=[keys, keys], out_shape=[jax.ShapeDtypeStruct(k.shape, k.dtype), jax.ShapeDtypeStruct(v.shape, v.dtype)],
+        out_specs=[keys, keys],
+        out_shape=[jax.ShapeDtypeStruct(k.shape, k.dtype), jax.ShapeDtypeStruct(v.shape, v.dtype)],
         compiler_params=triton.CompilerParams(num_warps=4, num_stages=2))(q, k, v, first, last, by_out, log_sum, delta)
 
 
 def _tiles(T: int, block: int, walk: int) -> tuple[int, int]:
-    """Both at most the padded T."""
+    """Returns the tile sizes, each at most the padded T."""
     return min(block, T), min(walk, T)
 
 
 def _scores(q, k, rows, columns, begin):
-    """Scores of a tile as powers of two, float32 [rows,columns], and which of them are seen."""
+    """Returns a tile's scores times log2(e), float32 [rows,columns], and where a query attends to a key, bool."""
     scores = _dot(q, k.T) * (q.shape[-1] ** -0.5 * _LOG2_E)
     return scores, (columns[None, :] >= begin[:, None]) & (columns[None, :] <= rows[:, None])
 

@@ -14,46 +14,50 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 
 from llavamed_jax.parallel.mesh import spec_of
 
-LANES, BLOCK = 128, 512  # a block is a multiple of the first; T is padded to blocks of at most the second
+LANES, BLOCK = 128, 512  # a block is a multiple of LANES and at most BLOCK; T is padded to whole blocks
 
 
 def splash_attention(q, k, v, mask, interpret: bool = False):
-    """Causal attention within segments and window; scores and softmax in float32.
+    """Computes causal attention within segments and window; scores and softmax in float32.
 
-    Within a row the kernel goes by the order of positions, not by their numbers: in a segment they must be consecutive.
-    On a mesh each device has its own rows and heads.
+    The kernel uses the order of the positions in a row, not their numbers: within a segment they must be consecutive.
+    On a mesh each device computes its own rows and heads.
 
     Args:
-      q: [B,T,N,H]
-      k, v: [B,K,T,H]
-      mask: `attention.AttentionMask` of queries and keys that are the same positions.
-      interpret: runs the kernel's program on a platform that is no TPU.
+      q: [B,T,N,H].
+      k: [B,K,T,H].
+      v: [B,K,T,H].
+      mask: `attention.AttentionMask` with the same positions for queries and keys.
+      interpret: interprets the kernel, on platforms other than TPUs.
 
     Returns:
-      [B,T,N,H]. Under rematerialisation the name `context` keeps it, with what the backward kernels need of the forward one.
+      [B,T,N,H]. The checkpoint name `context` saves it under rematerialisation, with the residuals of the backward
+      pass.
     """
     T, H = q.shape[1], q.shape[-1]
     block = min(BLOCK, -(-T // LANES) * LANES)
     extra = -T % block
     q = (q.astype(jnp.float32) * H**-0.5).astype(q.dtype).swapaxes(1, 2)  # the kernel does not scale
     q, k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, extra), (0, 0))) for x in (q, k, v))
-    # What is padded comes last, so that nothing sees it, segments or not.
+    # Padding comes last, so the causal mask hides it, with or without segments.
     segments = None if mask.q_segments is None else jnp.pad(mask.q_segments, ((0, 0), (0, extra)))
     work = functools.partial(_on_one_device, window=mask.window, block=block, interpret=interpret)
     if not jax.sharding.get_abstract_mesh().empty:
         heads = spec_of(("act_batch", "act_heads", None, None))
         rows = None if segments is None else spec_of(("act_batch", None))
-        # Rows and heads have nothing to do with each other, so no device needs to know of another.
+        # Rows and heads are independent, so the devices need no communication.
         work = jax.shard_map(work, in_specs=(heads, heads, heads, rows), out_specs=heads, check_vma=False)
     return work(q, k, v, segments)[:, :, :T].swapaxes(1, 2)
 
 
 def _on_one_device(q, k, v, segments, *, window, block, interpret):
-    """[B,N,T,H], [B,K,T,H] twice, [B,T] or None -> [B,N,T,H]; a query head shares the keys of its group."""
+    """Maps q [B,N,T,H], k and v [B,K,T,H], segments [B,T] or None to [B,N,T,H]; a group's query heads share its keys."""
     N, T = q.shape[1:3]
     causal = masks.CausalMask((T, T)) if window is None else masks.LocalMask((T, T), (window - 1, 0), 0)
-    sizes = kernels.BlockSizes(block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, block_q_dq=block, block_kv_dq=block)
-    kernel = kernels.make_splash_mha(masks.MultiHeadMask([causal] * N), block_sizes=sizes, head_shards=1, q_seq_shards=1,
+    sizes = kernels.BlockSizes(block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, block_q_dq=block,
+                               block_kv_dq=block)
+    kernel = kernels.make_splash_mha(masks.MultiHeadMask([causal] * N), block_sizes=sizes, head_shards=1,
+                                     q_seq_shards=1,
                                      residual_checkpoint_name="context", interpret=interpret)
     if segments is None:
         return jax.vmap(kernel)(q, k, v)

@@ -1,4 +1,4 @@
-"""Attention by XLA's own products: the backend that the others are tested against.
+"""Attention by XLA's matrix products: the backend that the others are tested against.
 
 Axis letters: B batch, T query positions, S key positions, N query heads, K key/value heads, G = N/K, H head width.
 """
@@ -10,11 +10,21 @@ import jax.numpy as jnp
 
 
 def xla_attention(q, k, v, mask):
-    """[B,T,N,H], [B,K,S,H] twice, an `AttentionMask` or None -> [B,T,N,H]; scores and softmax in float32."""
+    """Computes softmax attention with grouped queries; scores and softmax in float32.
+
+    Args:
+      q: [B,T,N,H].
+      k: [B,K,S,H].
+      v: [B,K,S,H].
+      mask: an `AttentionMask`; None lets every query attend to every key.
+
+    Returns:
+      [B,T,N,H] in v's dtype.
+    """
     B, T, N, H = q.shape
     K = k.shape[1]
     q = q.reshape(B, T, K, N // K, H)
-    if T > 1:  # on a CPU the products take half the time with heads before positions; for a single query they take more
+    if T > 1:  # on a CPU the products take half the time with heads before positions; for a single query, more time
         scores = jnp.einsum("BKGTH,BKSH->BKGTS", q.transpose(0, 2, 3, 1, 4), k, preferred_element_type=jnp.float32)
     else:
         scores = jnp.einsum("BTKGH,BKSH->BKGTS", q, k, preferred_element_type=jnp.float32)

@@ -1,4 +1,4 @@
-"""The module of each kind of decoder."""
+"""Registers the module of each kind of decoder."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import flax.linen as nn
 from llavamed_jax.config import DecoderConfig
 from llavamed_jax.models.decoders import llama
 
-# Config class -> module, which is built of (cfg, dtype, scan, remat, attention) and has the methods of `llama.Decoder`: `embed`,
-# `__call__` and `logits`, with caches as `cache.init_cache` makes them.
+# Config class -> module. A module is constructed with (cfg, dtype, scan, remat, attention) and has the methods of
+# `llama.Decoder`: `embed`, `__call__` and `logits`, with caches as `cache.init_cache` makes them.
 MODULES: dict[type[DecoderConfig], type[nn.Module]] = {
     DecoderConfig: llama.Decoder,
 }
 
 
 def decoder_module(cfg: DecoderConfig) -> type[nn.Module]:
-    """The module for a config: its class's own, else that of the nearest class it is derived from."""
+    """Returns the module for a config: that of its class, else that of the nearest base class."""
     return next(MODULES[kind] for kind in type(cfg).__mro__ if kind in MODULES)

@@ -1,9 +1,12 @@
 """The LLaMA-family decoder: LLaMA, Vicuna, Mistral.
 
 Training scans rematerialised layers; decoding runs them one by one, because a scanned stack copies the whole
-key/value cache every step. Source: transformers' LlamaModel and MistralModel, spec 1.7.
-Axis letters: B batch, T query positions, S key positions, N query heads, K key/value heads, H head width, D model width,
-V vocabulary.
+key/value cache every step.
+
+Axis letters: B batch, T query positions, S key positions, N query heads, K key/value heads, H head width, D model
+width, V vocabulary.
+
+Source: transformers' LlamaModel and MistralModel, spec 1.7.
 """
 
 from __future__ import annotations
@@ -24,12 +27,28 @@ from llavamed_jax.parallel.mesh import RULES, constrain, spec_of
 
 
 class Attention(nn.Module):
+    """Self-attention with rotary positions, grouped queries and an optional cache.
+
+    Attributes:
+      cfg: the decoder's shapes.
+      dtype: dtype of the computation.
+      backend: attention backend for whole rows; with a cache XLA's is used.
+    """
+
     cfg: DecoderConfig
     dtype: Any
     backend: str
 
     @nn.compact
     def __call__(self, x, rope, mask, cache):  # [B,T,D] -> [B,T,D], cache
+        """Returns the attention's output and the updated cache.
+
+        Args:
+          x: [B,T,D].
+          rope: tables of `rope_tables`.
+          mask: the `AttentionMask`.
+          cache: the layer's `LayerCache`, or None.
+        """
         cfg, (B, T, _) = self.cfg, x.shape
 
         def project(name, heads):
@@ -50,13 +69,14 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """SwiGLU: `down(act(gate(x)) * up(x))`, the activation SiLU in every published model."""
+    """SwiGLU: `down(act(gate(x)) * up(x))`; the activation is SiLU in every published model."""
 
     cfg: DecoderConfig
     dtype: Any
 
     @nn.compact
     def __call__(self, x):  # [B,T,D] -> [B,T,D]
+        """Maps [B,T,D] to [B,T,D]."""
         cfg = self.cfg
         gate = Linear(cfg.intermediate_size, cfg.axes("mlp/gate_proj"), cfg.mlp_bias, self.dtype, name="gate_proj")(x)
         up = Linear(cfg.intermediate_size, cfg.axes("mlp/up_proj"), cfg.mlp_bias, self.dtype, name="up_proj")(x)
@@ -65,7 +85,7 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """A layer. One with another attention says so in `attention`."""
+    """A decoder layer. A subclass with another attention sets `attention`."""
 
     cfg: DecoderConfig
     dtype: Any
@@ -75,6 +95,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x, shared, cache):  # [B,T,D], (rope, mask), cache -> [B,T,D], cache
+        """Maps [B,T,D], (rope, mask) and a cache to [B,T,D] and the updated cache."""
         rope, mask = shared
         eps = self.cfg.rms_norm_eps
         h = RMSNorm(eps, self.dtype, name="input_layernorm")(x)
@@ -85,7 +106,15 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Embeddings, layers, norm and head. A decoder with other layers says so in `block`."""
+    """Embeddings, layers, norm and head. A subclass with other layers sets `block`.
+
+    Attributes:
+      cfg: the decoder's shapes.
+      dtype: dtype of the computation.
+      scan: whether layers are stacked and scanned, for training.
+      remat: `none`, `full`, `qkvo` or `minimal` (models/stacking.py).
+      attention: attention backend for whole rows.
+    """
 
     cfg: DecoderConfig
     dtype: Any = jnp.float32
@@ -96,37 +125,40 @@ class Decoder(nn.Module):
     block = Block
 
     def setup(self):
+        """Creates the submodules."""
         cfg = self.cfg
         self.embed_tokens = nn.Embed(cfg.vocab_size, cfg.hidden_size, embedding_init=nn.initializers.normal(0.02))
-        self.layers = layer_stack(self.block, cfg.num_layers, cfg, self.dtype, self.attention, scan=self.scan, remat=self.remat)
+        self.layers = layer_stack(self.block, cfg.num_layers, cfg, self.dtype, self.attention, scan=self.scan,
+                                  remat=self.remat)
         self.norm = RMSNorm(cfg.rms_norm_eps, self.dtype)
         if not cfg.tie_word_embeddings:
             self.lm_head = Linear(cfg.vocab_size, ("embed", "vocab"), False, self.dtype, out_dtype=jnp.float32)
 
     def embed(self, ids):
-        """int32 [B,T] -> [B,T,D]; ids outside the vocabulary (image and padding markers) give some row, not an error."""
+        """Embeds int32 ids [B,T] as [B,T,D]; ids outside the vocabulary (image and padding markers) give any row."""
         return _lookup(self.dtype, self.embed_tokens.embedding, jnp.clip(ids, 0))
 
     def __call__(self, x, positions, segments=None, caches=None):
         """Runs the layers and the final norm.
 
         Args:
-          x: [B,T,D], as `embed` returns it (with image features in place).
-          positions: int32 [B,T]; with caches, consecutive in a row: they say where keys and values are written.
-          segments: int32 [B,T]; rows of several samples, 0 is padding. None: each row is one sample.
+          x: [B,T,D], as `embed` returns it (with image features merged in).
+          positions: int32 [B,T]; with caches, consecutive in a row: keys and values are written at them.
+          segments: int32 [B,T], the sample of each position, 0 for padding; None if each row is one sample.
           caches: a tuple of LayerCache, one a layer (unscanned layers only), or None.
 
         Returns:
           [B,T,D] and the new caches.
         """
-        keys = positions if caches is None else jnp.broadcast_to(jnp.arange(caches[0].k.shape[2]), (x.shape[0], caches[0].k.shape[2]))
+        keys = positions if caches is None else jnp.broadcast_to(
+            jnp.arange(caches[0].k.shape[2]), (x.shape[0], caches[0].k.shape[2]))
         mask = AttentionMask(positions, keys, segments, segments, window=self.cfg.sliding_window)
         rope = rope_tables(positions, self.cfg.head_dim, self.cfg.rope_theta, self.cfg.rope_scaling)
         x, caches = run_layers(self.layers, constrain(x, "act_batch", None, None), (rope, mask), caches)
         return self.norm(x), caches
 
     def logits(self, x):
-        """[..., D] -> float32 [..., V]."""
+        """Maps hidden states [..., D] to float32 logits [..., V]."""
         if self.cfg.tie_word_embeddings:
             table = self.embed_tokens.embedding.astype(self.dtype)
             return jnp.einsum("...D,VD->...V", x, table, preferred_element_type=jnp.float32)
@@ -135,9 +167,12 @@ class Decoder(nn.Module):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _lookup(dtype, table, ids):
-    """[V,D], int [B,T] -> [B,T,D] in `dtype`. The gradient of a row that is looked up often is summed in the table's precision."""
-    # Gathering the table's width first is FSDP's ordinary weight gather, in the narrower type; a lookup in the sharded table
-    # would make XLA replicate it.
+    """Looks up rows of a table [V,D] by int ids [B,T] -> [B,T,D] in `dtype`.
+
+    The gradient of a row that is looked up often is summed in the table's precision.
+    """
+    # Gathering the table first is FSDP's ordinary weight gather, in the narrower dtype; for a lookup in the sharded
+    # table XLA would replicate it in the wider one.
     return jnp.take(constrain(table.astype(dtype), "vocab", None), ids, axis=0)
 
 
@@ -152,18 +187,20 @@ def _lookup_backward(_, kept, by_rows):
     if mesh.empty:
         return _sum_rows(ids, by_rows, V, dtype), None
 
-    def on_one_device(ids, by_rows):  # its own rows of the batch and its part of the vocabulary; XLA would move the rows about
+    # Sums this device's rows of the batch into its part of the vocabulary; XLA's own plan would move the rows.
+    def on_one_device(ids, by_rows):
         part = V // mesh.shape[RULES["vocab"]]
         by_table = _sum_rows(ids - jax.lax.axis_index(RULES["vocab"]) * part, by_rows, part, dtype)
         by_table = jax.lax.psum(by_table, tuple(axis for axis in RULES["act_batch"] if axis != RULES["embed"]))
         return jax.lax.psum_scatter(by_table, RULES["embed"], scatter_dimension=1, tiled=True)
 
     rows = spec_of(("act_batch", None)), spec_of(("act_batch", None, None))
-    return jax.shard_map(on_one_device, in_specs=rows, out_specs=spec_of(("vocab", "embed")), check_vma=False)(ids, by_rows), None
+    return jax.shard_map(on_one_device, in_specs=rows, out_specs=spec_of(("vocab", "embed")),
+                         check_vma=False)(ids, by_rows), None
 
 
 def _sum_rows(ids, by_rows, rows: int, dtype):
-    """int [B,T], [B,T,D] -> the sum of the rows of each id, [rows,D]; ids outside are left out."""
+    """Sums the rows [B,T,D] of each id, int [B,T], to [rows,D]; ids outside 0..rows-1 are left out."""
     ids = jnp.where((ids >= 0) & (ids < rows), ids, rows)
     return jnp.zeros((rows, by_rows.shape[-1]), dtype).at[ids].add(by_rows.astype(dtype), mode="drop")
 
@@ -172,6 +209,6 @@ _lookup.defvjp(_lookup_forward, _lookup_backward)
 
 
 def head_kernel(params):
-    """The head [D,V] of a model's parameters: its own, or the embeddings where these are tied to it."""
+    """Returns the head [D,V] of a model's parameters: the embeddings transposed if the head is tied to them."""
     decoder = params["decoder"]
     return decoder["lm_head"]["kernel"] if "lm_head" in decoder else decoder["embed_tokens"]["embedding"].T

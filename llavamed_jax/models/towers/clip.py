@@ -1,8 +1,11 @@
 """The CLIP vision transformer: pixels to the hidden state that LLaVA reads.
 
-Only the blocks that the selected hidden state needs exist here; CLIP-L's last block and `post_layernorm` do not
-(they travel with a checkpoint, see `checkpoints/`). Source: transformers' CLIPVisionModel, spec 1.2.
+The module has only the blocks that the selected hidden state needs; CLIP-L's last block and `post_layernorm` are absent
+(a checkpoint carries their tensors along, see `checkpoints/`).
+
 Axis letters: B images, P patches, T = P + 1 with the class token, N heads, H head width, D model width.
+
+Source: transformers' CLIPVisionModel, spec 1.2.
 """
 
 from __future__ import annotations
@@ -23,17 +26,18 @@ from llavamed_jax.parallel.mesh import constrain
 
 
 class PatchEmbedding(nn.Module):
-    """A convolution whose stride is its size, as the matrix product that it is."""
+    """The patch convolution, whose stride equals its size, computed as a matrix product."""
 
     cfg: VisionConfig
     dtype: Any
 
     @nn.compact
     def __call__(self, pixels):  # [B,height,width,C] -> [B,P,D]
+        """Maps pixels [B,height,width,C] to patches [B,P,D]."""
         p, C, D = self.cfg.patch_size, self.cfg.num_channels, self.cfg.hidden_size
         kernel = self.param("kernel", nn.initializers.normal(0.02), (p, p, C, D))
         side = self.cfg.image_size // p
-        # Pixels beyond the last whole patch fall away, as in a convolution without padding.
+        # Pixels beyond the last whole patch are dropped, as in a convolution without padding.
         x = pixels[:, : side * p, : side * p].reshape(-1, side, p, side, p, C).astype(self.dtype)
         # BhpwqC,pqCD->BhwD; `dot_general` for the reason that `Linear` states.
         x = jax.lax.dot_general(x, kernel.astype(self.dtype), (((2, 4, 5), (0, 1, 2)), ((), ())))
@@ -41,22 +45,26 @@ class PatchEmbedding(nn.Module):
 
 
 class PositionEmbedding(nn.Module):
-    """A learned vector a position, float32 [T,D]."""
+    """The learned position embeddings, float32 [T,D]."""
 
     length: int
     width: int
 
     @nn.compact
     def __call__(self):
+        """Returns the embeddings [T,D]."""
         return self.param("embedding", nn.initializers.normal(0.02), (self.length, self.width))
 
 
 class Embeddings(nn.Module):
+    """Patch, class and position embeddings."""
+
     cfg: VisionConfig
     dtype: Any
 
     @nn.compact
     def __call__(self, pixels):  # [B,height,width,C] -> [B,T,D], the class token first
+        """Maps pixels [B,height,width,C] to [B,T,D], the class token first."""
         cfg = self.cfg
         cls = self.param("class_embedding", nn.initializers.normal(0.02), (cfg.hidden_size,)).astype(self.dtype)
         patches = PatchEmbedding(cfg, self.dtype, name="patch_embedding")(pixels)
@@ -66,39 +74,50 @@ class Embeddings(nn.Module):
 
 
 class Attention(nn.Module):
+    """Self-attention without a mask."""
+
     cfg: VisionConfig
     dtype: Any
 
     @nn.compact
     def __call__(self, x):  # [B,T,D] -> [B,T,D]
+        """Maps [B,T,D] to [B,T,D]."""
         heads = (*x.shape[:2], self.cfg.num_heads, self.cfg.head_dim)
 
         def project(name):
-            y = Linear(self.cfg.hidden_size, self.cfg.axes(f"self_attn/{name[0]}_proj"), dtype=self.dtype, name=f"{name[0]}_proj")(x)
+            y = Linear(self.cfg.hidden_size, self.cfg.axes(f"self_attn/{name[0]}_proj"), dtype=self.dtype,
+                       name=f"{name[0]}_proj")(x)
             return checkpoint_name(y, name).reshape(heads)
 
         q, k, v = map(project, ("query", "key", "value"))
         context = attention(q, k.swapaxes(1, 2), v.swapaxes(1, 2)).reshape(x.shape)
-        return Linear(self.cfg.hidden_size, self.cfg.axes("self_attn/out_proj"), dtype=self.dtype, name="out_proj")(context)
+        return Linear(self.cfg.hidden_size, self.cfg.axes("self_attn/out_proj"), dtype=self.dtype,
+                      name="out_proj")(context)
 
 
 class Mlp(nn.Module):
+    """Two dense layers with an activation between them."""
+
     cfg: VisionConfig
     dtype: Any
 
     @nn.compact
     def __call__(self, x):  # [B,T,D] -> [B,T,D]
+        """Maps [B,T,D] to [B,T,D]."""
         x = Linear(self.cfg.intermediate_size, self.cfg.axes("mlp/fc1"), dtype=self.dtype, name="fc1")(x)
         x = ACTIVATIONS[self.cfg.hidden_act](x)
         return Linear(self.cfg.hidden_size, self.cfg.axes("mlp/fc2"), dtype=self.dtype, name="fc2")(x)
 
 
 class Block(nn.Module):
+    """A pre-norm transformer layer."""
+
     cfg: VisionConfig
     dtype: Any
 
     @nn.compact
     def __call__(self, x, shared, cache):  # [B,T,D] -> [B,T,D]
+        """Maps [B,T,D] to [B,T,D]; `shared` is not used, and `cache` is returned unchanged."""
         eps = self.cfg.layer_norm_eps
         x = x + Attention(self.cfg, self.dtype, name="self_attn")(LayerNorm(eps, self.dtype, name="layer_norm1")(x))
         x = x + Mlp(self.cfg, self.dtype, name="mlp")(LayerNorm(eps, self.dtype, name="layer_norm2")(x))
@@ -106,7 +125,7 @@ class Block(nn.Module):
 
 
 class VisionTower(nn.Module):
-    """The first `num_layers` blocks of the tower `cfg` describes."""
+    """The first `num_layers` blocks of the tower that `cfg` describes."""
 
     cfg: VisionConfig
     num_layers: int
@@ -115,12 +134,17 @@ class VisionTower(nn.Module):
     remat: str = "none"
 
     def setup(self):
+        """Creates the submodules."""
         self.embeddings = Embeddings(self.cfg, self.dtype)
         self.pre_layrnorm = LayerNorm(self.cfg.layer_norm_eps, self.dtype)  # sic: the checkpoint's spelling
         self.layers = layer_stack(Block, self.num_layers, self.cfg, self.dtype,
                                   scan=self.scan and self.num_layers > 0, remat=self.remat)
 
     def __call__(self, pixels):
-        """float32 (normalised) or uint8 [B,height,width,C] -> hidden state [B,P+1,D] after the last block; the class token is at 0."""
+        """Returns the hidden state [B,P+1,D] after the last block; the class token is at 0.
+
+        Args:
+          pixels: float32 (normalised) or uint8 [B,height,width,C].
+        """
         x = self.pre_layrnorm(self.embeddings(normalize(pixels, self.cfg)))
         return run_layers(self.layers, x, None)[0]

@@ -1,4 +1,4 @@
-"""Pixels as a tower takes them, normalised on the device."""
+"""Normalises pixels on the device."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from llavamed_jax.config import VisionConfig
 
 
 def normalize(pixels, cfg: VisionConfig):
-    """uint8 [...,3] as the tower takes it, float32: (x * scale - mean) / std. Floating-point pixels are so already.
+    """Normalises uint8 pixels [...,3] to float32: (x * scale - mean) / std. Returns floating-point pixels unchanged.
 
-    On the device, so that a quarter of the bytes goes there; equal to `images.load.normalize` to 1e-6.
+    Normalising on the device quarters the bytes to transfer; the result equals `images.load.normalize` to 1e-6.
     """
     if pixels.dtype != jnp.uint8:
         return pixels
