@@ -201,7 +201,7 @@ class BeamSearch:
             while not np.asarray(beams.is_done).all():
                 signals.check()
                 beams, caches = self._decode(params, beams, caches)
-        best = jax.device_get(jax.tree.map(lambda x: x[: len(rows), 0], beams.finished))  # NaN is above all numbers
+        best = jax.device_get(jax.tree.map(lambda x: x[: len(rows), 0], beams.finished))  # top_k ranks NaN first
         return [[int(t) for t in tokens if t != NO_TOKEN and np.isfinite(score)]
                 for tokens, score in zip(best.tokens, best.scores)]
 

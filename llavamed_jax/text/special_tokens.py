@@ -31,7 +31,7 @@ class Token(NamedTuple):
 
     Attributes:
       text: the token as it is written in texts.
-      id: None if the file does not give one; the vocabulary then has it.
+      id: None if no file gives one; it is then the vocabulary's, or the next free one.
       is_special: whether decoded text leaves the token out.
       strips_left: whether white space before the token is dropped.
       strips_right: whether white space behind the token is dropped.
