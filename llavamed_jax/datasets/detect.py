@@ -116,7 +116,7 @@ def named_by_parquet(root: Path) -> str | None:
 
 
 def set_at(root: Path, name: str) -> str:
-    """Returns the name for the questions at `root`: `name`, or `parquet` for parquet files without a sign of that set."""
+    """Returns the name for the questions at `root`: `name`, or `parquet` for parquet files without a sign of it."""
     name_at = SETS[name].name_at if name in SETS else None
     return name_at(root) if name_at else name
 

@@ -1,1 +1,1 @@
-"""Machines that are not here: the programs that would run there, compiled, and what they would need."""
+"""Compiles the programs of a run for machines that are not here, and reports the memory and traffic they need."""

@@ -1,7 +1,7 @@
-"""What a compiled program sends between devices, read from its text, and the least that its sharding needs.
+"""Reads the collectives of a compiled program from its text, with the bytes that devices exchange.
 
-Bytes are those that one device receives in one run of the program, as a ring moves them: of a gathered or scattered array of S
-bytes over n devices S (n - 1) / n, of a sum over all of them twice that.
+Bytes are those that one device receives in one run of the program, for ring algorithms: S (n - 1) / n for a gather or
+scatter of an array of S bytes over n devices, and twice that for a sum over all of them.
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ from collections.abc import Iterator
 
 # Share of an array's bytes that a device receives, as a function of the number n of devices.
 _SHARES = {
-    "all-gather": lambda n: (n - 1) / n, "reduce-scatter": lambda n: (n - 1) / n, "all-reduce": lambda n: 2 * (n - 1) / n,
-    "all-to-all": lambda n: (n - 1) / n, "ragged-all-to-all": lambda n: (n - 1) / n, "collective-permute": lambda n: 1.0,
+    "all-gather": lambda n: (n - 1) / n, "reduce-scatter": lambda n: (n - 1) / n,
+    "all-reduce": lambda n: 2 * (n - 1) / n,
+    "all-to-all": lambda n: (n - 1) / n, "ragged-all-to-all": lambda n: (n - 1) / n,
+    "collective-permute": lambda n: 1.0,
 }
-_WIDTHS = {"pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4,
-           "s64": 8, "u64": 8, "f64": 8}
+_WIDTHS = {"pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4,
+           "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8}
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.-]+) = (\(.*?\)|\S+) ([\w-]+)\((.*)$")
 _CALLED = re.compile(r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.-]+)")
@@ -26,7 +28,14 @@ _CALLED = re.compile(r"(?:calls|to_apply|body|condition|true_computation|false_c
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One of a program: what it is, bytes a device receives each time, how often it runs, bytes of the whole array."""
+    """A collective of a program.
+
+    Attributes:
+      op: the operation, such as `all-gather`.
+      bytes: bytes that a device receives each time.
+      count: how often it runs in one run of the program.
+      array: bytes of the complete array.
+    """
 
     op: str
     bytes: float
@@ -35,24 +44,28 @@ class Collective:
 
 
 def read(text: str) -> list[Collective]:
-    """The collectives of a compiled program (`compiled.as_text()`), those in loops as often as they run.
+    """Returns the collectives of a compiled program; in a loop, a collective counts once for each iteration.
 
-    A loop that ends when it finds reason to counts as one round; ours of that kind, over the chunks of the head, sends nothing
-    without tensor parallelism. An empty text, of a compiler that gave up, has none.
+    A loop without a known number of iterations counts as one. Our only such loop, over the chunks of the head, has no
+    collectives without tensor parallelism.
+
+    Args:
+      text: the program (`compiled.as_text()`); empty if the compiler gave up.
     """
     computations, entry = _computations(text)
     if not entry:
         return []
-    all_devices = math.prod(int(number) for number in re.findall(r"(?:num_partitions|replica_count)=(\d+)", text.partition("\n\n")[0]))
+    all_devices = math.prod(int(number) for number in re.findall(r"(?:num_partitions|replica_count)=(\d+)",
+                                                                 text.partition("\n\n")[0]))
     found, chains = [], set()
     for name, times in _times(computations, entry).items():
-        # XLA for TPUs writes a reduce-scatter as a fusion of a sum and the slice of it that is kept.
+        # XLA for TPUs writes a reduce-scatter as a fusion of an all-reduce and a slice.
         is_scattered = name.startswith("all-reduce-scatter")
         for _, shape, op, rest in computations[name]:
             kind = op.removesuffix("-start")
             if kind not in _SHARES:
                 continue
-            # It also cuts one gather into a chain of steps, each of which names the whole.
+            # It also splits one gather into a chain of steps; each of them states the shape of the complete array.
             chain = re.search(r'channel_id=(\d+).*chain_id="(\d+)"', rest)
             if chain is not None:
                 if chain.groups() in chains:
@@ -67,16 +80,22 @@ def read(text: str) -> list[Collective]:
 
 
 def totals(found: list[Collective]) -> dict[str, dict[str, int]]:
-    """{op: {count, bytes}}, the largest first."""
+    """Sums collectives by operation: {op: {count, bytes}}, in descending order of bytes."""
     out: dict = collections.defaultdict(lambda: dict(count=0, bytes=0.0))
     for each in found:
         out[each.op]["count"] += each.count
         out[each.op]["bytes"] += each.count * each.bytes
-    return {op: dict(count=t["count"], bytes=round(t["bytes"])) for op, t in sorted(out.items(), key=lambda item: -item[1]["bytes"])}
+    return {op: dict(count=t["count"], bytes=round(t["bytes"]))
+            for op, t in sorted(out.items(), key=lambda item: -item[1]["bytes"])}
 
 
 def _computations(text: str) -> tuple[dict[str, list[tuple[str, str, str, str]]], str]:
-    """Instructions by computation, each (name, shape, op, rest of the line), and the entry's name."""
+    """Parses a program.
+
+    Returns:
+      The instructions of each computation, as (name, shape, op, rest of the line), and the name of the entry
+      computation.
+    """
     computations: dict = {}
     current, entry = [], ""
     for line in text.splitlines():
@@ -89,7 +108,7 @@ def _computations(text: str) -> tuple[dict[str, list[tuple[str, str, str, str]]]
 
 
 def _times(computations, entry: str) -> dict[str, int]:
-    """How often each computation runs, of those that the entry reaches. Callers stand before what they call."""
+    """Returns how often each computation runs that the entry reaches; callers come before what they call."""
     order: list[str] = []
     seen: set[str] = set()
 
@@ -110,7 +129,7 @@ def _times(computations, entry: str) -> dict[str, int]:
 
 
 def _calls(computations, name: str) -> Iterator[tuple[str, int]]:
-    """What a computation calls, and how often in one run of it."""
+    """Yields the computations that a computation calls, and how often each is called in one run of it."""
     for _, _, op, rest in computations[name]:
         rounds = 1
         if op == "while":
@@ -124,16 +143,21 @@ def _calls(computations, name: str) -> Iterator[tuple[str, int]]:
 
 
 def _rounds(condition) -> int:
-    """Rounds of a loop that counts from 0 up to a constant, as XLA for TPUs writes it; 1 of any other."""
-    constants = {name: int(found[0]) for name, _, op, rest in condition if op == "constant" and (found := re.match(r"\d+(?=\))", rest))}
+    """Returns the iterations of a loop that counts from 0 to a constant, as XLA for TPUs writes it; 1 for any other."""
+    constants = {name: int(found[0]) for name, _, op, rest in condition if op == "constant"
+                 and (found := re.match(r"\d+(?=\))", rest))}
     for _, _, op, rest in condition:
         if op == "compare" and "direction=LT" in rest:
-            return next((constants[name] for name in re.findall(r"%?([\w.-]+)", rest.split(")")[0]) if name in constants), 1)
+            return next((constants[name] for name in re.findall(r"%?([\w.-]+)", rest.split(")")[0])
+                         if name in constants), 1)
     return 1
 
 
 def _array(kind: str, shape: str, is_start: bool, n: int) -> float:
-    """Bytes of the whole array: what a gather makes, a scatter takes. The shape of a start is (taken, made, …)."""
+    """Returns the bytes of the complete array: the output of a gather, or the input of a scatter.
+
+    The shape of an asynchronous start is (input, output, …).
+    """
     if is_start and kind != "all-reduce":
         taken, made = _elements(shape)[:2]
         return _bytes(made if kind == "all-gather" else taken)
@@ -141,7 +165,7 @@ def _array(kind: str, shape: str, is_start: bool, n: int) -> float:
 
 
 def _elements(shape: str) -> list[str]:
-    """The outermost elements of a tuple's shape."""
+    """Returns the outermost elements of the shape of a tuple."""
     out, depth = [""], 0
     for letter in shape[1:-1]:
         depth += (letter in "([{") - (letter in ")]}")
@@ -158,10 +182,13 @@ def _bytes(shape: str) -> float:
 
 
 def _group_size(rest: str) -> int:
-    """Devices that take part together, of `{{0,1},{2,3}}`, `[4,2]<=[8]` or `mesh['a'=2,'b'=4], device_ids=… {'b'}`; 0 of `{}`: all."""
+    """Returns the number of devices in a group; 0 for `{}`, which means all devices.
+
+    Groups are written as `{{0,1},{2,3}}`, `[4,2]<=[8]` or `mesh['a'=2,'b'=4], device_ids=… {'b'}`.
+    """
     if named := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", rest):
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", named[1]))
-        # 'a':(2)4 is a part of an axis: 4 after the first 2.
+        # 'a':(2)4 is a part of an axis: size 4, after a part of size 2.
         return math.prod(int(part or sizes[axis]) for axis, part in re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", named[2]))
     if iota := re.search(r"replica_groups=\[\d+,(\d+)\]", rest):
         return int(iota[1])

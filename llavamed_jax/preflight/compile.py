@@ -1,9 +1,10 @@
-"""Compiles a program for a machine that is not here, in a process of its own, and reads what it needs.
+"""Compiles a program for a machine that is not here, in a separate process, and reads the memory it needs.
 
+Example:
     python -m llavamed_jax.preflight.compile < job.json > result.json
 
-Of its own, because libtpu, the CUDA plugin and the number of virtual CPU devices are settled once a process, because memory
-that a compiler took is given back, and because what XLA warns of comes on its stderr.
+The process is separate because libtpu, the CUDA plugin and the number of virtual CPU devices are fixed for a process,
+because the compiler's memory is freed at its end, and because XLA's warnings go to its stderr.
 """
 
 from __future__ import annotations
@@ -32,26 +33,27 @@ from llavamed_jax.preflight import collectives, programs
 from llavamed_jax.preflight.serving import Serving
 from llavamed_jax.preflight.topologies import Topology
 
-# Without a GPU there is nobody to try which of Triton's tiles is fastest, and untried defaults do not fit every product; the
-# matrix products are cuBLAS's then, which take no more memory.
+# Without a GPU, XLA cannot autotune Triton's tiles, and the default tiles do not fit every matrix product. So matrix
+# products use cuBLAS here, which takes no more memory.
 _GPU_OPTIONS = {"xla_gpu_enable_triton_gemm": False}
-# What XLA says when it makes whole copies of arrays that are spread over devices, since it knows no better way.
+# XLA's warnings that it replicates a sharded array because it finds no better way.
 _WASTE = re.compile(r"involuntary full rematerialization|involuntarily replicat", re.IGNORECASE)
-# How a TPU's compiler says what a program that does not fit would take, arguments and results included, as late or early it sees it.
+# libtpu's error about a program that does not fit: bytes of the program with its arguments and results. The wording
+# depends on the stage that finds it.
 _USED = re.compile(r"(?:Used |required for HLO temporaries \()([\d.]+)([BKMGT])(?: of |\) exceeds )")
-# What it says of one that fits. It counts the gaps between temporaries once, where `memory_analysis` counts them twice.
+# libtpu's log of a program that fits. It counts the gaps between temporaries once; `memory_analysis` counts them twice.
 _FOUND = re.compile(r"Total hbm usage >= .*?\n\s+reserved\s+([\d.]+)([BKMGT])\s*\n\s+program\s+([\d.]+)([BKMGT])\s*\n"
                     r"\s+arguments\s+([\d.]+)([BKMGT])\s*\n\s*Output size ([\d.]+)([BKMGT]); shares ([\d.]+)([BKMGT])")
-# How C++ begins a sentence after which it ends the process.
+# The beginning of a fatal error of C++, which ends the process.
 _FATAL = re.compile(r"F\d{4} [\d:.]+ +\d+ [\w./]+:\d+\] ")
-# What a user's environment may say for runs, and a compilation must not hear: devices, programs that are kept, of which no compiler
-# warns again, and silence about what it warns of.
+# Variables of the user's environment that a compilation must not see: they choose devices, keep compiled programs (then
+# the compiler does not repeat its warnings), or silence warnings.
 _NOT_TAKEN = ("JAX_NUM_CPU_DEVICES", "JAX_COMPILATION_CACHE_DIR", "TF_CPP_MIN_LOG_LEVEL", "JAX_LOGGING_LEVEL")
 _SIZES = {"B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 class Compiler:
-    """Compiles jobs, each in a process of its own, which ends when this one does, however that comes. Several threads may call it."""
+    """Compiles jobs, each in a separate process that ends when this process ends, even by a signal. Thread-safe."""
 
     def __init__(self):
         self._lock, self._is_stopped = threading.Lock(), False
@@ -61,12 +63,14 @@ class Compiler:
         """Runs a job.
 
         Args:
-          job: as JSON has it: `topology`, `slices`, and `config`, a recipe's values; of an evaluation also `checkpoint`,
-            `vision_tower`, `mesh` and `dtype`.
+          job: values of JSON types: `topology`, `slices`, and `config`, the values of a recipe; for an evaluation also
+            `checkpoint`, `vision_tower`, `mesh` and `dtype`.
+
         Returns:
-          What `run` returns, with `warnings`: what XLA said of arrays that it replicates.
+          The result of `run`, with `warnings`: XLA's warnings about replicated arrays.
+
         Raises:
-          UserError, UsageError: as `run` does; a compiler that ended without a result.
+          UserError, UsageError: `run` raised it, or the compiler ended without a result.
         """
         topology = Topology.parse(job["topology"], job["slices"])
         topology.check_packages()
@@ -79,25 +83,28 @@ class Compiler:
         return {**result, "warnings": sorted({line.strip() for line in words.splitlines() if _WASTE.search(line)})}
 
     def stop(self) -> None:
-        """Ends what is being compiled; nothing begins after it."""
+        """Kills all running compilations; later calls raise UserError."""
         with self._lock:
             self._is_stopped = True
             for process in self._running:
                 _kill(process.pid)
 
     def _run(self, job: str, environment: Mapping[str, str]) -> tuple[int, str, str]:
-        """Exit status, stdout and stderr of a process. It leads a group of its own, so that Ctrl-C on a terminal reaches this one alone."""
+        """Runs a job in a process, and returns its exit status, stdout and stderr.
+
+        The process leads its own process group, so that Ctrl-C on a terminal reaches only the parent.
+        """
         theirs, ours = _pipe()
-        stderr = tempfile.TemporaryFile()  # a file, so that the process can read what its compiler says there
+        stderr = tempfile.TemporaryFile()  # a file, so that the process can read its own compiler's output
         try:
             with self._lock:
                 if self._is_stopped:
                     raise UserError("it was stopped before it began")
-                # -P: the folder that the user works in may hold a jax.py.
+                # -P: the user's current folder may contain a jax.py.
                 process = subprocess.Popen(
-                    [sys.executable, "-P", "-X", "utf8", "-m", "llavamed_jax.preflight.compile", str(theirs)], stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE, stderr=stderr, encoding="utf-8", errors="replace", env=environment, pass_fds=[theirs],
-                    start_new_session=True)
+                    [sys.executable, "-P", "-X", "utf8", "-m", "llavamed_jax.preflight.compile", str(theirs)],
+                    stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, encoding="utf-8", errors="replace",
+                    env=environment, pass_fds=[theirs], start_new_session=True)
                 self._running.add(process)
             try:
                 out, _ = process.communicate(job)
@@ -116,7 +123,10 @@ class Compiler:
 
 
 def _pipe() -> list[int]:
-    """Both ends above 2: a command line that was started without stdin has the lowest numbers free, which a child's own streams take."""
+    """Opens a pipe with descriptors above 2.
+
+    If this process was started without stdin, a new pipe would get the numbers that the child uses for its streams.
+    """
     ends = os.pipe()
     high = [fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 3) for end in ends]
     for end in ends:
@@ -125,37 +135,40 @@ def _pipe() -> list[int]:
 
 
 def _kill(group: int) -> None:
-    with contextlib.suppress(ProcessLookupError):  # it has just ended
+    with contextlib.suppress(ProcessLookupError):  # the process has just ended
         os.killpg(group, signal.SIGKILL)
 
 
 def _environment(topology: Topology) -> dict[str, str]:
-    """The user's, but for what would choose other devices, keep programs, or hide the compiler's warnings."""
+    """Returns the environment of a compilation: the user's, without variables that choose devices or hide warnings."""
     flags = os.environ.get("XLA_FLAGS", "")
     if topology.platform == "cpu":
         flags = re.sub(r"--xla_force_host_platform_device_count=\d+", "", flags)
         flags += f" --xla_force_host_platform_device_count={topology.num_devices}"
     root = str(Path(__file__).resolve().parent.parent.parent)
     kept = {name: value for name, value in os.environ.items() if name not in _NOT_TAKEN}
-    return {**kept, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags.strip(), "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-            "TPU_MIN_LOG_LEVEL": "0", "TPU_STDERR_LOG_LEVEL": "0", "TPU_LOG_DIR": "disabled",  # libtpu says there what a program takes
+    return {**kept, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags.strip(), "TPU_SKIP_MDS_QUERY": "1",
+            "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+            # libtpu logs the memory of a program; these three make it log to stderr.
+            "TPU_MIN_LOG_LEVEL": "0", "TPU_STDERR_LOG_LEVEL": "0", "TPU_LOG_DIR": "disabled",
             "PYTHONPATH": os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])}
 
 
 def _ended(status: int, words: str) -> str:
-    """What is said of a compiler that ended without a result, by its exit status and what it wrote to stderr."""
+    """Returns the error about a compiler that ended without a result, from its exit status and its stderr."""
     if status == -signal.SIGKILL:
         return "the compiler was ended by SIGKILL, which the system sends where memory runs out"
     lines = [line.strip() for line in words.splitlines() if line.strip()]
-    # A stack trace of C++ comes after the sentence that matters, one of Python before it.
-    reason = next((line for line in lines if _FATAL.match(line)), None) or next((line for line in reversed(lines) if "Error" in line), "")
+    # The stack trace of C++ follows the error message; that of Python precedes it.
+    reason = (next((line for line in lines if _FATAL.match(line)), None)
+              or next((line for line in reversed(lines) if "Error" in line), ""))
     reason = cut(_FATAL.sub("", reason or " ".join(lines[-3:])), 400)
     how = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
     return f"the compiler {how}{f': {reason}' if reason else ''}"
 
 
 def check_model(job: Mapping[str, Any]) -> None:
-    """Raises UserError or UsageError where the model's config cannot be read, which no process is needed for."""
+    """Raises UserError or UsageError if the model's config cannot be read. Needs no separate process."""
     config = job["config"]
     if "checkpoint" in job:
         programs.shapes_of(job["checkpoint"], vision_tower=job["vision_tower"])
@@ -166,7 +179,7 @@ def check_model(job: Mapping[str, Any]) -> None:
 def run(job: Mapping[str, Any]) -> dict[str, Any]:
     """Compiles a job's program for devices that are not here; returns a row of preflight's JSON (docs/interface.md)."""
     topology = Topology.parse(job["topology"], job["slices"])
-    if "checkpoint" in job:  # each process of an evaluation has a model of its own on its devices
+    if "checkpoint" in job:  # each process of an evaluation has its own copy of the model on its devices
         devices = topology.host().devices()
         found = serve(job, topology, devices)
     else:
@@ -177,41 +190,46 @@ def run(job: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def train(cfg: ConfigDict, topology: Topology, devices: Sequence) -> dict[str, Any]:
-    """A recipe's update, compiled."""
+    """Compiles the update of a recipe; returns its part of a row of preflight's JSON."""
     config, model = programs.shapes_of(cfg.init, cfg.name, cfg.vision_tower)
     training = programs.Training.of(cfg, config, devices, topology.memory)
     found = compiled(training.lower(), topology)
     held = training.bytes()
     sent = collectives.read(found.text)
     return dict(
-        model=model, mesh=dict(training.program.mesh.shape), attention=training.program.model.attention, rows=training.update.rows,
-        row_length=training.update.row_length, micro_batches=training.micro_batches, fitting_batch_size=training.update.fitting,
-        mean_length=training.mean_length,
+        model=model, mesh=dict(training.program.mesh.shape), attention=training.program.model.attention,
+        rows=training.update.rows, row_length=training.update.row_length, micro_batches=training.micro_batches,
+        fitting_batch_size=training.update.fitting, mean_length=training.mean_length,
         compile_seconds=found.seconds, compile_cpu_seconds=found.cpu_seconds, program_bytes=len(found.text),
         bytes={**held, "activations": max(0, found.peak - sum(held.values())), **found.bytes()},
         collectives=collectives.totals(sent), traffic_bytes=round(sum(each.count * each.bytes for each in sent)),
-        least_traffic_bytes=round(training.least_traffic()), largest_array_bytes=round(max((each.array for each in sent), default=0)),
+        least_traffic_bytes=round(training.least_traffic()),
+        largest_array_bytes=round(max((each.array for each in sent), default=0)),
         model_flops_per_step=training.flops(), tokens_per_step=training.tokens)
 
 
 def serve(job: Mapping[str, Any], topology: Topology, devices: Sequence) -> dict[str, Any]:
-    """The engine's programs, compiled; the peak is that of the largest, with what lies beside its arguments."""
+    """Compiles the programs of the engine; returns their part of a row of preflight's JSON.
+
+    The peak is that of the largest program, including data on the device that are not its arguments.
+    """
     config, model = programs.shapes_of(job["checkpoint"], vision_tower=job["vision_tower"])
     generation = job["config"]["generation"]
-    dtype = job["dtype"] or ("float32" if topology.platform == "cpu" else "bfloat16")  # as `load` picks it
+    dtype = job["dtype"] or ("float32" if topology.platform == "cpu" else "bfloat16")  # as `load` chooses it
     serving = Serving.of(config, devices, job["mesh"], dtype, generation["batch_size"], generation["max_new_tokens"])
     each: dict[str, Any] = {}
     for name, lowered, beside in serving.programs():
         found = compiled(lowered, topology)
         sent = collectives.read(found.text)
-        each[name] = dict(compile_seconds=found.seconds, compile_cpu_seconds=found.cpu_seconds, program_bytes=len(found.text),
+        each[name] = dict(compile_seconds=found.seconds, compile_cpu_seconds=found.cpu_seconds,
+                          program_bytes=len(found.text),
                           bytes={**found.bytes(), "peak": found.peak + beside}, collectives=collectives.totals(sent),
                           traffic_bytes=round(sum(one.count * one.bytes for one in sent)))
     largest = max(each.values(), key=lambda program: program["bytes"]["peak"])
     held = serving.bytes()
     return dict(
-        model=model, mesh=dict(serving.mesh.shape), attention="xla", rows=serving.rows, row_length=serving.length, micro_batches=1,
-        fitting_batch_size=None, programs=each, collectives=each["prefill"]["collectives"],
+        model=model, mesh=dict(serving.mesh.shape), attention="xla", rows=serving.rows, row_length=serving.length,
+        micro_batches=1, fitting_batch_size=None, programs=each, collectives=each["prefill"]["collectives"],
         traffic_bytes=each["prefill"]["traffic_bytes"], least_traffic_bytes=None,
         compile_seconds=sum(one["compile_seconds"] for one in each.values()),
         compile_cpu_seconds=sum(one["compile_cpu_seconds"] for one in each.values()),
@@ -221,12 +239,15 @@ def serve(job: Mapping[str, Any], topology: Topology, devices: Sequence) -> dict
 
 @dataclass(frozen=True)
 class Compiled:
-    """What compiling a program found.
+    """The result of compiling a program.
 
     Attributes:
-      seconds, cpu_seconds: that it took, by the clock and of all cores together.
-      peak: bytes of a device, arguments and results included. arguments, temporaries: parts of it, None where the compiler gave up.
-      text: the program, empty where the compiler gave up.
+      seconds: wall time of the compilation.
+      cpu_seconds: CPU time of the compilation, summed over cores.
+      peak: bytes on a device, including arguments and results.
+      arguments: bytes of the arguments; None if the compiler gave up.
+      temporaries: bytes of temporary arrays; None if the compiler gave up.
+      text: the program; empty if the compiler gave up.
     """
 
     seconds: float
@@ -237,11 +258,17 @@ class Compiled:
     text: str
 
     def bytes(self) -> dict[str, int | None]:
+        """Returns the numbers of bytes by name."""
         return dict(arguments=self.arguments, temporaries=self.temporaries, peak=self.peak)
 
 
 def compiled(lowered, topology: Topology) -> Compiled:
-    """Compiles. A compiler for TPUs gives up on what does not fit, and says how much it would have been."""
+    """Compiles a lowered program. The TPU compiler gives up on a program that does not fit, but states its size.
+
+    Args:
+      lowered: the program.
+      topology: the machine that it was lowered for.
+    """
     start, cpu_start, written = time.monotonic(), time.process_time(), _written()
     try:
         program = lowered.compile(compiler_options=_GPU_OPTIONS if topology.platform == "gpu" else None)
@@ -262,17 +289,18 @@ def compiled(lowered, topology: Topology) -> Compiled:
 
 
 def tpu_peak(log: str) -> int | None:
-    """Bytes of a program, its arguments and its results in what libtpu logs of it; None where the log has no such account."""
+    """Reads the bytes of a program with its arguments and results from libtpu's log; None if they are not stated."""
     found = _FOUND.search(log)
     if found is None:
         return None
     said = found.groups()
-    _, program, arguments, results, shared = (float(number) * _SIZES[unit] for number, unit in zip(said[::2], said[1::2], strict=True))
+    _, program, arguments, results, shared = (float(number) * _SIZES[unit]
+                                              for number, unit in zip(said[::2], said[1::2], strict=True))
     return int(program + arguments + results - shared)
 
 
 def _written() -> int | None:
-    """How much the process has written to its stderr, C++ included; None where that is not the file that `Compiler` makes it."""
+    """Returns the number of bytes on this process's stderr, including those of C++; None if stderr is not a file."""
     sys.stderr.flush()
     try:
         return os.lseek(2, 0, os.SEEK_CUR)
@@ -281,13 +309,13 @@ def _written() -> int | None:
 
 
 def _said_since(begin: int | None) -> str:
-    """What was written to stderr after its first `begin` bytes; empty where it cannot be read."""
+    """Returns the text on stderr after its first `begin` bytes; "" if it cannot be read."""
     end = _written()
     if begin is None or end is None:
         return ""
     try:
         return os.pread(2, end - begin, begin).decode(errors="replace")
-    except OSError:  # a file that is open for writing alone
+    except OSError:  # a file that is open only for writing
         return ""
 
 
@@ -297,10 +325,13 @@ def _end_with_parent(alive: int) -> None:
 
 
 def main() -> None:
-    """The process: a job on stdin, its result as one line of JSON on stdout. It ends with the one whose end of a pipe it was given."""
+    """Runs the process: reads a job from stdin and writes its result as one line of JSON to stdout.
+
+    The optional argument is the descriptor of a pipe. The process exits when the parent closes its end of the pipe.
+    """
     if len(sys.argv) > 1:
         threading.Thread(target=_end_with_parent, args=(int(sys.argv[1]),), daemon=True).start()
-    out, sys.stdout = sys.stdout, sys.stderr  # what libraries print is not the result
+    out, sys.stdout = sys.stdout, sys.stderr  # output of libraries must not mix with the result
     try:
         result = run(json.load(sys.stdin))
     except UserError as error:

@@ -1,4 +1,4 @@
-"""The programs that a run or an evaluation would run, from shapes alone: no data, no weights, no device.
+"""Lowers the training step of a recipe from shapes alone, without data, weights or devices.
 
 Axis letters: B rows, T positions.
 """
@@ -28,12 +28,16 @@ from llavamed_jax.training.throughput import training_flops
 
 
 def shapes_of(path: str, name: str | None = None, vision_tower: str | None = None) -> tuple[LlavaConfig, str]:
-    """A model's shapes, and where they are from, in words.
+    """Returns the shapes of a model, and a phrase that says where they come from.
 
     Args:
-      path: `preset:NAME`, or a checkpoint, whose config is read.
-      name: a recipe's; where its start is not there yet, the preset that ends this name is taken.
-      vision_tower: in place of a checkpoint's own; a preset keeps its own, which the words say.
+      path: `preset:NAME`, or a checkpoint, of which the config is read.
+      name: the name of a recipe, which ends with the name of a preset. That preset is used if the checkpoint does not
+        exist yet.
+      vision_tower: replaces the tower of a checkpoint. A preset keeps its own tower, and the phrase says so.
+
+    Raises:
+      UsageError: `path` is neither a checkpoint nor a preset, and `name` names no preset.
     """
     own = f", with its own tower and not {vision_tower}" if vision_tower else ""
     known = path.removeprefix(PRESET)
@@ -44,18 +48,21 @@ def shapes_of(path: str, name: str | None = None, vision_tower: str | None = Non
     is_absent = not path.startswith(PRESET) and not os.path.exists(path)
     known = name.split()[-1] if name and is_absent else ""
     if known not in PRESETS:
-        raise UsageError(f"the config key 'init' is {short(path)}, which is no directory here; a checkpoint's, or preset:NAME with NAME "
-                         f"one of {', '.join(PRESETS)}, was expected")
+        raise UsageError(f"the config key 'init' is {short(path)}, which is no directory here; a checkpoint's, or "
+                         f"preset:NAME with NAME one of {', '.join(PRESETS)}, was expected")
     return preset(known), f"preset:{known} ({cut(path)} is not here){own}"
 
 
 @dataclass(frozen=True)
 class Training:
-    """An update of a recipe on a mesh, and what it works on.
+    """An update of a recipe on a mesh.
 
     Attributes:
-      update: rows, their length, and the samples that they hold. micro_batches, image_slots: as in a run.
-      mean_length: tokens a sample, as the recipe states it, cut to `max_length`.
+      program: the model, mesh, optimizer and shardings of the run.
+      update: number and length of the rows, and the number of samples in them.
+      micro_batches: number of micro-batches of an update.
+      image_slots: images per row.
+      mean_length: tokens per sample, as stated by the recipe, at most `max_length`.
     """
 
     program: Program
@@ -66,9 +73,15 @@ class Training:
 
     @classmethod
     def of(cls, cfg: ConfigDict, config: LlavaConfig, devices: Sequence[jax.Device], memory: int) -> Training:
-        """Settles what a run would settle, with the recipe's mean length in place of the data's.
+        """Chooses mesh, rows and image slots as a run does, with the recipe's mean length instead of the data's.
 
         Rows have room for as many images as samples of the mean length; a run tries numbers around that on its data.
+
+        Args:
+          cfg: the recipe.
+          config: the shapes of the model.
+          devices: the devices to compile for.
+          memory: bytes of one device.
         """
         check_positions(cfg, config)
         mesh = open_mesh(cfg, config, devices, memory)
@@ -78,11 +91,11 @@ class Training:
             trainable, rows = tuple(cfg.trainable), (config.decoder.vocab_size - 2, config.decoder.vocab_size - 1)
         program = Program.of(cfg, config, mesh, 100, trainable, rows)
         multiple = row_multiple(cfg, mesh)
-        mean_length = min(cfg.data.mean_length, cfg.max_length)  # to which samples are cut
+        mean_length = min(cfg.data.mean_length, cfg.max_length)  # longer samples are cut
         if cfg.data.packing:
             if 0 < cfg.data.row_length < mean_length:
-                raise UsageError(f"the config key 'data.row_length' is {cfg.data.row_length}; data.mean_length, {mean_length} tokens, or "
-                                 "more was expected, for a sample must fit")
+                raise UsageError(f"the config key 'data.row_length' is {cfg.data.row_length}; data.mean_length, "
+                                 f"{mean_length} tokens, or more was expected, for a sample must fit")
             update = rows_an_update(cfg.batch_size, mean_length, multiple, cfg.data.row_length, longest=mean_length)
             slots = -(-update.row_length // mean_length)
         else:
@@ -92,14 +105,14 @@ class Training:
         return cls(program, update, cfg.micro_batches, slots, mean_length)
 
     def lower(self):
-        """The update, lowered for the mesh's devices."""
+        """Returns the update, lowered for the devices of the mesh."""
         program = self.program
-        step = make_train_step(program.loss(), program.optimizer, program.schedule, program.mesh, program.shardings, self.micro_batches,
-                               program.weighting)
+        step = make_train_step(program.loss(), program.optimizer, program.schedule, program.mesh, program.shardings,
+                               self.micro_batches, program.weighting)
         return step.lower(program.abstract_state(), self.batch())
 
     def batch(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """The rows of an update as `step.place` lays them."""
+        """Returns the rows of an update as shapes, sharded as `step.place` does."""
         rows, B, T = batch_sharding(self.program.mesh), self.update.rows, self.update.row_length
         vision = self.program.model.cfg.vision
         batch = {name: jax.ShapeDtypeStruct((B, T), jnp.int32, sharding=rows)
@@ -108,30 +121,32 @@ class Training:
         return {**batch, "pixel_values": jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=rows)}
 
     def bytes(self) -> dict[str, int]:
-        """Of each device: parameters, optimizer, and gradients as the optimizer takes them."""
+        """Returns the bytes on each device of parameters, optimizer, and gradients as the optimizer takes them."""
         state = self.program.abstract_state()
-        return dict(parameters=bytes_a_device((state.trainable, state.frozen)), optimizer=bytes_a_device(state.opt_state),
-                    gradients=bytes_a_device(state.trainable))
+        return dict(parameters=bytes_a_device((state.trainable, state.frozen)),
+                    optimizer=bytes_a_device(state.opt_state), gradients=bytes_a_device(state.trainable))
 
     @property
     def tokens(self) -> int:
-        """Positions an update, of rows that are full."""
+        """Number of positions in the rows of an update."""
         return self.update.rows * self.update.row_length
 
     def flops(self) -> float:
-        """FLOPs of an update whose rows are full of samples of the mean length, an image each."""
+        """Returns the FLOPs of an update with full rows of samples of the mean length, with one image each."""
         length = self.mean_length
         samples = self.tokens / length
         trained = {name: math.prod(x.shape) for name, x in self.program.abstract_state().trainable.items()}
-        return training_flops(self.program.model.cfg, trained, self.tokens, samples * length * (length + 1) / 2, samples)
+        return training_flops(self.program.model.cfg, trained, self.tokens, samples * length * (length + 1) / 2,
+                              samples)
 
     def least_traffic(self) -> float:
-        """Bytes that each device must receive for an update.
+        """Returns a lower bound of the bytes that each device receives for an update.
 
-        A weight that is spread over fsdp is gathered for the forward pass and again for the backward one, where there is one,
-        and its gradient is summed into parts; over data the part is summed; with tp the activations are, after each of a
-        layer's two halves. All in the dtype of the computation, once a micro-batch. The table and the head are gathered once:
-        the one has no backward pass that reads it, the loss has its gradient along.
+        A weight that is sharded over `fsdp` is gathered for the forward pass, and again for the backward pass if there
+        is one; its gradient is reduce-scattered over `fsdp`, and the shard is all-reduced over `data`. With `tp`, the
+        activations are all-reduced after attention and after the feed-forward network of each layer. All of this
+        happens in the dtype of the computation, once per micro-batch. The embedding table and the head are gathered
+        only once: no backward pass reads the table, and the loss computes the gradient of the head in its forward pass.
         """
         program, mesh, total = self.program, self.program.mesh, 0.0
         state, width = program.abstract_state(), jnp.dtype(program.model.dtype).itemsize
@@ -148,6 +163,7 @@ class Training:
                 total += shard * 2 * (fsdp - 1) / fsdp
             total += is_trained * shard * 2 * (data - 1) / data
         decoder, tokens = program.model.cfg.decoder, self.tokens / self.micro_batches / (data * fsdp)
-        sums = 2 * decoder.num_layers * (2 + (program.model.remat != "none"))  # forward, backward, and forward again
+        # Two a layer, in the forward pass, the backward pass, and the rematerialised forward pass.
+        sums = 2 * decoder.num_layers * (2 + (program.model.remat != "none"))
         total += sums * tokens * decoder.hidden_size * width * 2 * (tp - 1) / tp
         return self.micro_batches * total

@@ -1,4 +1,4 @@
-"""What is being compiled just now: a bar with a clock on a terminal, a line for each beginning and end in a pipe, both on stderr."""
+"""Shows on stderr what is being compiled: a bar with a clock on a terminal, else a line for each begin and end."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from llavamed_jax.utils.progress import bar, on_terminal
 
 
 class Progress:
-    """Of compilations, several of which may run side by side.
+    """The progress of compilations, several of which may run at the same time.
 
     Args:
-      total: topologies.
+      total: number of topologies.
     """
 
     def __init__(self, total: int):
@@ -24,7 +24,11 @@ class Progress:
             self._bar = bar(total=total, bar_format=form, leave=False, dynamic_ncols=True)
 
     def begin(self, what: str) -> None:
-        """A compilation: a topology, and what is changed for it."""
+        """Shows that a compilation begins.
+
+        Args:
+          what: the topology, and the changed config keys.
+        """
         with self._lock:
             self._now.append(what)
         if self._bar is None:
@@ -32,27 +36,29 @@ class Progress:
         self.tick()
 
     def end(self, what: str) -> None:
+        """Removes a compilation from the display."""
         with self._lock:
             self._now.remove(what)
 
     def settled(self, what: str) -> None:
-        """A topology, with its verdict."""
+        """Shows that a topology is finished; `what` is its name and its verdict."""
         self._done += 1
         self._say(f"{what} ({self._done} of {self._total})")
         if self._bar is not None:
             self._bar.update()
 
     def note(self, text: str) -> None:
-        """A line that stays."""
+        """Prints a line that stays above the bar."""
         self._say(text)
 
     def tick(self) -> None:
-        """Moves the clock."""
+        """Updates the clock."""
         if self._bar is not None:
             with self._lock:
                 self._bar.set_postfix_str("compiling " + ", ".join(self._now) if self._now else "")
 
     def close(self) -> None:
+        """Removes the bar."""
         if self._bar is not None:
             self._bar.close()
 

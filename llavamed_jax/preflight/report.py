@@ -1,4 +1,4 @@
-"""`--preflight`: a verdict a topology, as tables, as JSON, and as an exit status."""
+"""Reports the results of `--preflight`: a verdict for each topology, as tables, as JSON, and as an exit status."""
 
 from __future__ import annotations
 
@@ -18,21 +18,25 @@ from llavamed_jax.utils.files import write_text
 from llavamed_jax.utils.nested import flatten
 
 _GIB = 2**30
-_NEEDED = 6 * _GIB  # of this machine's memory, for a compilation at full size
+_NEEDED = 6 * _GIB  # memory of this machine for one compilation of a full-size model
 
 
 def check(jobs: Sequence[Mapping[str, Any]], compiled: Callable, json_file: str | None = None,
           stop: Callable[[], None] = lambda: None) -> int:
-    """Compiles jobs, prints what was found, and writes it.
+    """Compiles jobs, prints the results, and writes them to a file.
 
     Args:
-      jobs: as `compile.Compiler` takes them, one a topology.
-      compiled: a `compile.Compiler`. stop: its `stop`.
-      json_file: where the list of rows goes, once all jobs are through; until then it grows in a file beside it, `.part` at the end.
+      jobs: jobs for `compile.Compiler`, one for each topology.
+      compiled: a `compile.Compiler`.
+      json_file: the file for the list of rows, written when all jobs are finished; until then the rows are in a file
+        with the suffix `.part` beside it. None writes no file.
+      stop: the method `stop` of the compiler.
+
     Returns:
-      0, or 1 where nothing fits, or where XLA replicates arrays that should be spread.
+      The exit status: 0, or 1 if the program fits on no topology or if XLA replicates arrays that should be sharded.
+
     Raises:
-      UserError, UsageError: a job failed, or a signal came; what was found is printed before.
+      UserError, UsageError: a job failed, or a signal arrived. The results so far are printed before.
     """
     out = None if json_file is None else Results(json_file)
     rows, failed, is_interrupted = {}, {}, False
@@ -48,7 +52,7 @@ def check(jobs: Sequence[Mapping[str, Any]], compiled: Callable, json_file: str 
                     continue
                 rows[futures[future]] = row = future.result()
                 progress.settled(f"{name}: {verdict(row)}")
-                if out is not None:  # after each, for they take minutes
+                if out is not None:  # after each job, because a job takes minutes
                     out.keep([rows[i] for i in sorted(rows)])
             is_interrupted = len(rows) + len(failed) < len(jobs)
         finally:
@@ -56,7 +60,8 @@ def check(jobs: Sequence[Mapping[str, Any]], compiled: Callable, json_file: str 
             pool.shutdown(cancel_futures=True)
             progress.close()
     found = [rows[i] for i in sorted(rows)]
-    said = _reasons(jobs, failed) + ([f"interrupted when {len(rows)} of {len(jobs)} topologies were through"] if is_interrupted else [])
+    said = _reasons(jobs, failed) + ([f"interrupted when {len(rows)} of {len(jobs)} topologies were through"]
+                                     if is_interrupted else [])
     if out is not None:
         said += out.finish(is_whole=not said)
     if found:
@@ -76,7 +81,7 @@ def _as_they_end(futures: Mapping[Future, int], progress: Progress):
 
 
 def _reasons(jobs, failed: Mapping[int, UserError]) -> list[str]:
-    """Why topologies failed, those of one reason together."""
+    """Returns the reasons of failures, with all topologies that failed for the same reason in one sentence."""
     reasons: dict[str, list[str]] = {}
     for i in sorted(failed):
         reasons.setdefault(str(failed[i]), []).append(jobs[i]["topology"])
@@ -84,11 +89,17 @@ def _reasons(jobs, failed: Mapping[int, UserError]) -> list[str]:
 
 
 class Results:
-    """The file of `--preflight_json`, looked at before minutes of compiling. Rows lie in one beside it, `.part` at the end, until all are
-    there: what an earlier preflight found is not lost to one that fails.
+    """The file of `--preflight_json`. It is checked before compilation, which takes minutes.
+
+    Rows are written to a file with the suffix `.part` beside it until all are there, so a preflight that fails does not
+    destroy the results of an earlier one.
+
+    Args:
+      name: the name of the file.
 
     Raises:
-      UsageError: no name for a file. UserError: one that cannot be written.
+      UsageError: the name is not that of a file.
+      UserError: the file cannot be written.
     """
 
     def __init__(self, name: str):
@@ -98,7 +109,8 @@ class Results:
         if not name:
             raise UsageError("--preflight_json is empty; a file's name was expected")
         if not os.path.isdir(self.path.parent):
-            raise UsageError(f"--preflight_json is {short(name)}, whose folder does not exist; a file in one that does was expected")
+            raise UsageError(f"--preflight_json is {short(name)}, whose folder does not exist; a file in one that does "
+                             "was expected")
         if os.path.exists(self.path) and not os.path.isfile(self.path):
             raise UsageError(f"--preflight_json is {short(name)}, which is no file; a file's name was expected")
         if os.path.exists(self.path) and not os.access(self.path, os.W_OK):
@@ -106,7 +118,7 @@ class Results:
         self._write([])
 
     def keep(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Writes what is there so far. What goes wrong is said in the end: the rows are shown, too."""
+        """Writes the rows so far. An error is kept and reported by `finish`, because the rows are printed too."""
         try:
             self._write(rows)
             self._is_empty = False
@@ -114,7 +126,14 @@ class Results:
             self._trouble = str(error)
 
     def finish(self, is_whole: bool) -> list[str]:
-        """Gives the rows their name, if they are whole; returns what there is to say."""
+        """Renames the `.part` file if the rows are complete.
+
+        Args:
+          is_whole: whether all jobs gave a row.
+
+        Returns:
+          Sentences about errors and about rows that are left in the `.part` file.
+        """
         if is_whole and not self._trouble:
             os.replace(self.part, self.path)
             return []
@@ -128,7 +147,16 @@ class Results:
 
 
 def topologies(names: str, slices: int = 1) -> list[Topology]:
-    """Reads `h100-8,v5e-64`; one that is named twice counts once. Raises UsageError."""
+    """Parses a list of topologies such as `h100-8,v5e-64`; repeated names count once.
+
+    Args:
+      names: the list, separated by commas.
+      slices: the number of slices of each TPU topology.
+
+    Raises:
+      UsageError: a topology is unknown, or the list is empty.
+      UserError: the packages for compiling for a topology are not installed.
+    """
     found = [Topology.parse(name, slices) for name in dict.fromkeys(name.strip() for name in names.split(",")) if name]
     if not found:
         raise UsageError("--preflight names no topology; a list such as h100-8,v5e-64 was expected")
@@ -138,11 +166,12 @@ def topologies(names: str, slices: int = 1) -> list[Topology]:
 
 
 def verdict(row: Mapping[str, Any]) -> str:
+    """Returns the verdict on a topology in one or two words."""
     return "replicates" if row["warnings"] else "fits" if row["fits"] else "too small"
 
 
 def tables(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The rows as text, in two tables that fit 80 columns: memory in GiB of one device, and what was compiled."""
+    """Formats the rows as two tables of at most 80 columns: memory in GiB per device, and the compiled program."""
     gib = lambda n: number(n / _GIB)
     held = {"parameters": "parameters", **({"cache": "cache"} if "cache" in rows[0]["bytes"] else {
         "optimizer": "optimizer", "gradients": "gradients"}), "activations": "activations"}
@@ -152,42 +181,47 @@ def tables(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         memory.append((row["topology"], verdict(row), gib(row["bytes"]["peak"]), gib(row["memory_bytes"]),
                        *(gib(row["bytes"][name]) for name in held)))
         program.append((
-            row["topology"], f"{row['rows']}x{row['row_length']}" + (f"/{row['micro_batches']}" if row["micro_batches"] > 1 else ""),
+            row["topology"], f"{row['rows']}x{row['row_length']}"
+            + (f"/{row['micro_batches']}" if row["micro_batches"] > 1 else ""),
             ",".join(f"{axis}={n}" for axis, n in row["mesh"].items() if n > 1) or "1", row["attention"],
             number(row["model_flops_per_step"] / row["tokens_per_step"] / 1e9), number(row["traffic_bytes"] / 1e9),
-            "" if row["least_traffic_bytes"] is None else number(row["least_traffic_bytes"] / 1e9), f"{row['compile_seconds']:.0f}"))
+            "" if row["least_traffic_bytes"] is None else number(row["least_traffic_bytes"] / 1e9),
+            f"{row['compile_seconds']:.0f}"))
     return [_aligned(memory, 2), "", _aligned(program, 1), ""]
 
 
 def number(n: float) -> str:
-    """With one digit after the point, or what a small one needs to be none of zero."""
+    """Formats a number with one decimal, or with one significant digit if it would be rounded to 0.0."""
     return f"{n:.1f}" if n >= 0.05 or n == 0 else f"{n:.1g}" if n >= 0.0005 else "<0.001"
 
 
 def _aligned(lines: Sequence[Sequence[str]], words: int) -> str:
-    """Columns, the first `words` of them to the left."""
+    """Aligns columns; the first `words` of them to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*lines)]
-    aligned = [[cell.ljust(width) + " " if i < words else cell.rjust(width) for i, (cell, width) in enumerate(zip(line, widths))]
+    aligned = [[cell.ljust(width) + " " if i < words else cell.rjust(width)
+                for i, (cell, width) in enumerate(zip(line, widths))]
                for line in lines]
     return "\n".join(" ".join(line).rstrip() for line in aligned)
 
 
 def remarks(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What the tables have no room for: ways out, rows that do not fit the batch, warnings."""
+    """Returns the lines below the tables: units, models, alternatives, other batch sizes, and warnings of XLA."""
     is_serving = "cache" in rows[0]["bytes"]
     lines = ["memory: GiB of a device; compile: seconds; rows: " + (
         "of the cache x their length" if is_serving else "of an update x their length / micro-batches")]
     lines += ["traffic: GB that a device receives in a prefill" if is_serving else
               "traffic: GB that a device receives in an update, and the least that it must"]
     lines += sorted({f"model: {row['model']}" for row in rows})
-    lines += sorted({f"tokens a sample: {row['mean_length']}, data.mean_length of the recipe" for row in rows if row.get("mean_length")})
+    lines += sorted({f"tokens a sample: {row['mean_length']}, data.mean_length of the recipe" for row in rows
+                     if row.get("mean_length")})
     for row in rows:
         if row.get("fitting_batch_size") is not None:
-            lines.append(f"{row['topology']}: its devices make an update of {row['fitting_batch_size']} samples; batch_size "
-                         f"{row['fitting_batch_size']} would say so")
+            lines.append(f"{row['topology']}: its devices make an update of {row['fitting_batch_size']} samples; "
+                         f"batch_size {row['fitting_batch_size']} would say so")
         if not row["fits"]:
             lines.append(_way_out(row))
-        lines += [f"{row['topology']}: XLA replicates an array that is spread over devices: {text[:300]}" for text in row["warnings"]]
+        lines += [f"{row['topology']}: XLA replicates an array that is spread over devices: {text[:300]}"
+                  for text in row["warnings"]]
     return lines
 
 
@@ -195,7 +229,8 @@ def _way_out(row: Mapping[str, Any]) -> str:
     ways = " or ".join(_words(way, row) for way in row["would_fit"])
     if ways:
         return f"{row['topology']} is too small; it would fit {ways}"
-    larger = f", and up to {2**search.LARGER} times as many devices" if Topology.parse(row["topology"]).larger() is not None else ""
+    larger = (f", and up to {2**search.LARGER} times as many devices"
+              if Topology.parse(row["topology"]).larger() is not None else "")
     return f"{row['topology']} is too small, and so is what was tried: other values of keys{larger}"
 
 
@@ -217,7 +252,7 @@ def _judge(job: Mapping[str, Any], compiled: Callable, progress: Progress) -> di
 
 
 def _name(asked: Mapping[str, Any], job: Mapping[str, Any]) -> str:
-    """A job in words: its topology, and how it differs from the one that was asked for."""
+    """Describes a job: its topology, and its differences from the job that the user asked for."""
     before, now = flatten(job["config"]), flatten(asked["config"])
     changes = [f"{key}={value}" for key, value in now.items() if before[key] != value]
     changes += [f"--mesh {asked['mesh']}"] if asked.get("mesh") != job.get("mesh") else []
@@ -233,6 +268,6 @@ def _words(way: Mapping[str, Any], row: Mapping[str, Any]) -> str:
 
 
 def _at_once(jobs: int) -> int:
-    """Compilations side by side: two cores each, and memory for all."""
+    """Returns the number of compilations at a time: each needs two cores and `_NEEDED` bytes of memory."""
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return max(1, min(jobs, (os.cpu_count() or 1) // 2, free // _NEEDED))

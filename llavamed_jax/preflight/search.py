@@ -1,4 +1,4 @@
-"""What would fit where a recipe does not: other values of its keys on the same machine, or more devices of the kind."""
+"""Finds alternatives for a recipe that does not fit: other config values on the same machine, or a larger machine."""
 
 from __future__ import annotations
 
@@ -10,20 +10,24 @@ from llavamed_jax.preflight.topologies import Topology
 from llavamed_jax.utils.nested import changed
 
 Job, Row = Mapping[str, Any], dict[str, Any]
-Try = Callable[[Job], Row | None]  # what compiling found, None of what does not fit
+Try = Callable[[Job], Row | None]  # compiles a job; returns None if it does not fit
 
-SHORTEST_ROW = 2048  # that the recipes' samples fit
-LARGER = 3  # how often the number of devices is doubled
+SHORTEST_ROW = 2048  # tokens; no sample of the recipes is longer
+LARGER = 3  # how many times the number of devices is doubled
 
 
 def what_fits(job: Job, row: Row, compiled: Callable[[Job], Row]) -> list[dict[str, Any]]:
-    """At most two ways out, each compiled: by keys on the same machine, and by a larger machine as the recipe is.
+    """Finds at most two alternatives: other config values on the same machine, and a larger machine.
+
+    Each alternative is compiled, so it is known to fit.
 
     Args:
-      job, row: what did not fit, and what it was found to need.
-      compiled: compiles a job. What it refuses, such as heads that a mesh would cut, is no way out.
+      job: the job that did not fit.
+      row: the result of compiling it.
+      compiled: compiles a job. A job that it refuses, for example because a mesh would split heads, is no alternative.
+
     Returns:
-      `topology`, `changes` {key: value}, `peak` and `memory_bytes` of each.
+      `topology`, `changes` {key: value}, `peak` and `memory_bytes` (bytes per device) of each alternative.
     """
     def fitting(job: Job) -> Row | None:
         try:
@@ -38,7 +42,7 @@ def what_fits(job: Job, row: Row, compiled: Callable[[Job], Row]) -> list[dict[s
         smaller, topology = topology, topology.larger()
         if topology is None or "checkpoint" in job and topology.host_devices == smaller.host_devices:
             break
-        # What is spread over the devices halves with each doubling; what is not never fits.
+        # Sharded bytes halve with each doubling, so skip a machine that is too small even if all bytes are sharded.
         if _least(row, {}) / 2**doubled > row["memory_bytes"]:
             continue
         larger = {**job, "topology": topology.name}
@@ -63,7 +67,7 @@ def _training_way(job: Job, row: Row, fitting: Try) -> list[dict[str, Any]]:
 
 
 def _serving_way(job: Job, row: Row, fitting: Try) -> list[dict[str, Any]]:
-    """Fewer rows, where the weights fit; else the model over several devices of a host."""
+    """Tries fewer rows if the weights fit, then tensor parallelism over several devices of a host."""
     held = row["bytes"]
     rows = job["config"]["generation"]["batch_size"]
     while rows > 1 and held["parameters"] < row["memory_bytes"]:
@@ -76,8 +80,10 @@ def _serving_way(job: Job, row: Row, fitting: Try) -> list[dict[str, Any]]:
 
 
 def _over_a_host(job: Job, row: Row, fitting: Try) -> list[dict[str, Any]]:
-    """The least tensor parallelism that does it: each process of an evaluation has a model of its own on its devices, so that more hosts
-    are no help."""
+    """Finds the smallest tensor parallelism that fits on one host.
+
+    More hosts do not help, because each process of an evaluation has its own copy of the model on its devices.
+    """
     there, held = Topology.parse(job["topology"], job["slices"]).host_devices, row["bytes"]
     for tp in (2**i for i in range(1, there.bit_length())):
         if there % tp == 0 and (held["parameters"] + held["cache"]) / tp <= row["memory_bytes"]:
@@ -88,19 +94,24 @@ def _over_a_host(job: Job, row: Row, fitting: Try) -> list[dict[str, Any]]:
 
 
 def _wider(mesh: Mapping[str, Any], number: int) -> dict[str, Any]:
-    """What lays a recipe's mesh over so many devices: nothing, where it takes what is there."""
+    """Returns the change that extends the mesh to `number` devices; empty if the mesh takes all devices anyway."""
     if mesh["auto"] or -1 in (mesh["data"], mesh["fsdp"], mesh["tp"]):
         return {}
     return {"mesh.fsdp": number // (mesh["data"] * mesh["tp"])}
 
 
 def training_changes(config: Mapping[str, Any], row: Row) -> Iterator[dict[str, Any]]:
-    """Values of keys that take less memory, the mildest first: what costs speed alone before what changes numbers."""
+    """Yields config changes that save memory: first those that only cost speed, then those that change numbers.
+
+    Args:
+      config: the values of the recipe.
+      row: the result of compiling it.
+    """
     mesh = row["mesh"]
     if mesh["fsdp"] == 1 < mesh["data"] and not config["mesh"]["auto"]:
         yield {"mesh.data": config["mesh"]["slices"], "mesh.fsdp": -1}
     micro_batches = config["micro_batches"]
-    most = row["rows"] // (mesh["data"] * mesh["fsdp"])  # a row of a device at a time
+    most = row["rows"] // (mesh["data"] * mesh["fsdp"])  # one row per device at a time
     while most > 1 and config["batch_size"] % most:
         most -= 1
     smaller: dict[str, Any] = {"micro_batches": most} if most > micro_batches else {}
@@ -109,7 +120,8 @@ def training_changes(config: Mapping[str, Any], row: Row) -> Iterator[dict[str, 
         smaller["remat"] = "full"
     if smaller:
         yield smaller
-    shorter = {"data.row_length": SHORTEST_ROW} if config["data"]["packing"] and row["row_length"] > SHORTEST_ROW else {}
+    shorter = ({"data.row_length": SHORTEST_ROW}
+               if config["data"]["packing"] and row["row_length"] > SHORTEST_ROW else {})
     if shorter:
         yield {**smaller, **shorter}
     if config["optimizer"]["mu_dtype"] != "bfloat16":
@@ -119,15 +131,21 @@ def training_changes(config: Mapping[str, Any], row: Row) -> Iterator[dict[str, 
 
 
 def _least(row: Row, changes: Mapping[str, Any]) -> float:
-    """Bytes without which no update runs, whatever it keeps for the backward pass."""
+    """Returns the bytes of parameters and optimizer on a device, a lower bound of the memory of an update."""
     held, mesh = row["bytes"], row["mesh"]
     saved = held["optimizer"] / 4 if changes.get("optimizer.mu_dtype") == "bfloat16" else 0
     return (held["parameters"] + held["optimizer"] - saved) / (mesh["data"] // changes.get("mesh.data", mesh["data"]))
 
 
 def _fewer(job: Job, row: Row, changes: dict[str, Any], tried: Row, fitting: Try) -> tuple[dict[str, Any], Row]:
-    """Fewer micro-batches that fit too, where the two that were compiled say that there may be; what a row's share of the peak is
-    falls as their number rises. Returns changes and what they need."""
+    """Tries a smaller number of micro-batches, between the recipe's and the one that fits.
+
+    The memory of activations is inversely proportional to the number of micro-batches. So the two compiled programs
+    predict the smallest number that fits; it is compiled to make sure.
+
+    Returns:
+      The changes, and the result of compiling with them.
+    """
     first, last = job["config"]["micro_batches"], changes.get("micro_batches", 0)
     if last <= 2 * first or set(changes) != {"micro_batches"}:
         return changes, tried

@@ -1,7 +1,7 @@
-"""The engine's programs for a checkpoint's shapes: encoding images, running prompts, making tokens.
+"""Lowers the programs of the generation engine for the shapes of a checkpoint: encode, prefill and decode.
 
-Axis letters: R rows of the cache, B prompts of a prefill, T positions of a prompt, S cache positions, P positions an image,
-F places for image features, D model width.
+Axis letters: R rows of the cache, B prompts of a prefill, T positions of a prompt, S cache positions, P positions per
+image, F images with features in memory, D model width.
 """
 
 from __future__ import annotations
@@ -23,17 +23,21 @@ from llavamed_jax.models.llava import abstract_params, check_heads, param_axes
 from llavamed_jax.parallel.mesh import batch_sharding, make_mesh, param_shardings, replicated
 from llavamed_jax.training.program import bytes_a_device
 
-TEXT = 64  # tokens of a prompt beside its image: a question and what a template puts around it
-IMAGES, PLACES, STEPS, LENGTHS = 8, 32, 16, 128  # the engine's: images the tower takes at once, F, tokens a loop, steps of S
+TEXT = 64  # tokens of a prompt without its image: a question and the text of the template
+# Values of the engine: images per run of the tower, F, tokens per decode loop, and the unit of S.
+IMAGES, PLACES, STEPS, LENGTHS = 8, 32, 16, 128
 
 
 @dataclass(frozen=True)
 class Serving:
-    """What an engine compiles for prompts of one image each.
+    """The programs that an engine compiles for prompts with one image each.
 
     Attributes:
-      mesh: over which the model lies.
-      rows: R. new_tokens: the most that an answer may have; S has room for all of them, as the engine has in the end.
+      config: the shapes of the model.
+      mesh: the mesh that the model is sharded over.
+      dtype: dtype of the weights and the cache.
+      rows: R.
+      new_tokens: longest answer, in tokens. S has room for it; the engine's cache grows up to this length.
     """
 
     config: LlavaConfig
@@ -43,8 +47,18 @@ class Serving:
     new_tokens: int
 
     @classmethod
-    def of(cls, config: LlavaConfig, devices: Sequence[jax.Device], mesh: str | None, dtype: str, rows: int, new_tokens: int) -> Serving:
-        """`mesh` as `--mesh` has it, over one process's devices; None is the first device, as in an evaluation."""
+    def of(cls, config: LlavaConfig, devices: Sequence[jax.Device], mesh: str | None, dtype: str, rows: int,
+           new_tokens: int) -> Serving:
+        """Chooses the mesh and rounds the number of rows, as an evaluation does.
+
+        Args:
+          config: the shapes of the model.
+          devices: the devices of one process.
+          mesh: the value of `--mesh`; None uses the first device only.
+          dtype: dtype of the weights and the cache.
+          rows: number of rows of the cache; rounded up to a multiple of the shards of the batch.
+          new_tokens: longest answer, in tokens.
+        """
         laid = make_mesh(mesh, devices) if mesh else make_mesh(None, devices[:1])
         check_heads(config, laid)
         shards = laid.shape["data"] * laid.shape["fsdp"]
@@ -52,49 +66,53 @@ class Serving:
 
     @property
     def prompt(self) -> int:
-        """T."""
+        """T: positions of a prompt."""
         return bucket(self.config.tokens_per_image + TEXT)
 
     @property
     def length(self) -> int:
-        """S."""
+        """S: positions of the cache."""
         most = self.config.decoder.max_positions
         return -(-min(self.prompt + self.new_tokens, most) // LENGTHS) * LENGTHS
 
     @property
     def batch(self) -> int:
-        """B."""
+        """B: prompts of a prefill."""
         return batch_size(self.rows, shards=self.mesh.shape["data"] * self.mesh.shape["fsdp"])
 
     def params(self):
-        """The weights, as shapes with their places."""
+        """Returns the weights as shapes with shardings."""
         abstract = abstract_params(self.config)
         return jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, self.dtype, sharding=where), abstract,
                             param_shardings(abstract, param_axes(), self.mesh))
 
     def programs(self) -> Iterator[tuple[str, Any, int]]:
-        """(name, lowering, bytes of a device that lie beside its arguments) of each program."""
+        """Yields name, lowering, and further bytes on a device beside the arguments, for each program."""
         programs = Programs(self.config, self.dtype, self.mesh, STEPS)
         params, vision = self.params(), self.config.vision
-        features = self._array((PLACES, self.config.tokens_per_image, self.config.decoder.hidden_size), self.dtype, replicated(self.mesh))
+        features = self._array((PLACES, self.config.tokens_per_image, self.config.decoder.hidden_size), self.dtype,
+                               replicated(self.mesh))
         cache = self._cache_bytes(self.rows, self.length)
         images = -(-IMAGES // (shards := self.mesh.shape["data"] * self.mesh.shape["fsdp"])) * shards
         pixels = self._array((images, vision.image_size, vision.image_size, vision.num_channels), jnp.uint8)
         yield "encode", programs.lower("encode", params, features, pixels, self._array((images,), jnp.int32)), cache
         width = -(-self.prompt // LENGTHS) * LENGTHS
-        yield "prefill", programs.lower("fill", params, self._caches(programs, self.batch, width), features, self._prompts()), cache
+        yield "prefill", programs.lower("fill", params, self._caches(programs, self.batch, width), features,
+                                        self._prompts()), cache
         number = jax.ShapeDtypeStruct((), jnp.int32)
         yield "decode", programs.lower("decode", params, self._slots(programs), number), bytes_a_device(features)
 
     def bytes(self) -> dict[str, int]:
-        """Of each device: parameters and the cache of all rows."""
-        return dict(parameters=bytes_a_device(self.params()), optimizer=0, gradients=0, cache=self._cache_bytes(self.rows, self.length))
+        """Returns the bytes on each device of the parameters and of the cache of all rows."""
+        return dict(parameters=bytes_a_device(self.params()), optimizer=0, gradients=0,
+                    cache=self._cache_bytes(self.rows, self.length))
 
     def flops(self) -> float:
-        """FLOPs of a prefill: B images and prompts, of which the last position alone goes through the head."""
+        """Returns the FLOPs of a prefill of B images and prompts; only the last position goes through the head."""
         decoder, T = self.config.decoder, self.prompt
         head = 2 * decoder.hidden_size * decoder.vocab_size
-        return self.batch * (T * (decoder.forward_flops_per_token(T) - head) + head + self.config.vision_flops_per_image())
+        return self.batch * (T * (decoder.forward_flops_per_token(T) - head) + head
+                             + self.config.vision_flops_per_image())
 
     def _cache_bytes(self, rows: int, length: int) -> int:
         return cache_bytes(self.config.decoder, rows, length, self.dtype) // self.mesh.size
@@ -109,13 +127,13 @@ class Serving:
                             is_leaf=lambda x: isinstance(x, NamedSharding))
 
     def _sampling(self, rows: int) -> Sampling:
-        return Sampling(self._array((rows,), jnp.float32), self._array((rows,), jnp.int32), self._array((rows,), jnp.float32),
-                        self._array((rows,), jnp.uint32))
+        return Sampling(self._array((rows,), jnp.float32), self._array((rows,), jnp.int32),
+                        self._array((rows,), jnp.float32), self._array((rows,), jnp.uint32))
 
     def _prompts(self) -> Prompts:
         number = self._array((self.batch,), jnp.int32)
-        return Prompts(self._array((self.batch, self.prompt), jnp.int32), self._array((self.batch, 1), jnp.int32), number, number, number,
-                       number, number, self._sampling(self.batch))
+        return Prompts(self._array((self.batch, self.prompt), jnp.int32), self._array((self.batch, 1), jnp.int32),
+                       number, number, number, number, number, self._sampling(self.batch))
 
     def _slots(self, programs: Programs) -> Slots:
         number = self._array((self.rows,), jnp.int32)
