@@ -1,6 +1,7 @@
-"""Whether two checkpoints are the same model: settings, tensors, tokenizer, logits and greedy tokens.
+"""Compares two checkpoints: settings, tensors, tokenizer, logits and greedy tokens.
 
-Tensors are read one by one from both sides; for logits one model is in memory at a time. T positions, V vocabulary.
+Tensors are read one by one from both checkpoints; for logits, one model is in memory at a time. Axis letters: T
+positions, V vocabulary.
 """
 
 from __future__ import annotations
@@ -21,9 +22,10 @@ from llavamed_jax.processor import Processor
 from llavamed_jax.text.image_positions import expand_images
 from llavamed_jax.text.tokenizer import TOKENIZERS
 
-VOCABULARY = {"decoder/embed_tokens/embedding": 0, "decoder/lm_head/kernel": 1}  # the axis that counts tokens
+VOCABULARY = {"decoder/embed_tokens/embedding": 0, "decoder/lm_head/kernel": 1}  # the axis of the vocabulary
 NEW_TOKENS = 16
-TEXTS = ("What is shown in this image?", "Is there a pleural effusion?\nAnswer: no, 3.5 cm.", "naïve – “quoted”, 心臓, x²\n\n  two blanks")
+TEXTS = ("What is shown in this image?", "Is there a pleural effusion?\nAnswer: no, 3.5 cm.",
+         "naïve – “quoted”, 心臓, x²\n\n  two blanks")
 
 Progress = Callable[[Sequence[str]], Iterable[str]]
 
@@ -33,8 +35,12 @@ class Row:
     """One line of the table.
 
     Attributes:
-      difference: largest absolute difference over the largest magnitude of that quantity; None where things are equal or not.
-      divergence: of logits, the largest KL divergence of a position, in nats.
+      what: the compared quantity.
+      found: the result in words.
+      is_equal: whether the quantity counts as equal.
+      difference: largest absolute difference, divided by the largest magnitude of the quantity; None for quantities
+        that can only be equal or not.
+      divergence: for logits, the largest KL divergence of a position, in nats.
     """
 
     what: str
@@ -49,15 +55,20 @@ def compare(a: Checkpoint, b: Checkpoint, tolerance: float = 1e-4, tensors_only:
     """Compares two checkpoints.
 
     Args:
-      tolerance: how far a tensor's or the logits' values may be apart, as a part of their largest magnitude.
-      tensors_only: computes nothing: no logits and no greedy tokens.
-      dtype: that logits are computed in.
+      a: the first checkpoint.
+      b: the second checkpoint.
+      tolerance: largest difference of the values of a tensor or of the logits, relative to their largest magnitude.
+      tensors_only: leaves out logits and greedy tokens, so that no model is run.
+      dtype: dtype in which logits are computed.
+      progress: wraps the names of the tensors to show progress.
+
     Returns:
-      The rows of the table. Where settings or shapes differ, or weights are not finite, there is nothing to compute and logits are
-      left out.
+      The rows of the table. Logits and greedy tokens are left out if settings or shapes differ or weights are not
+      finite.
     """
     rows = [_settings(a.config, b.config), *_tensors(a, b, tolerance, progress), _tokenizers(a, b)]
-    if tensors_only or not rows[0].is_equal or any(row.difference in (None, np.inf) and not row.is_equal for row in rows[1:-1]):
+    if tensors_only or not rows[0].is_equal or any(row.difference in (None, np.inf) and not row.is_equal
+                                                   for row in rows[1:-1]):
         return rows
     return rows + _outputs(a, b, tolerance, dtype)
 
@@ -71,24 +82,29 @@ def _settings(a: LlavaConfig, b: LlavaConfig) -> Row:
 
 
 def _computed(cfg: LlavaConfig) -> dict:
-    """The settings that logits and greedy tokens follow from."""
+    """Returns the settings that logits and greedy tokens depend on."""
     names = ("projector_type", "projector_bias", "feature_layer", "feature_select")
-    out = {f"vision.{key}": value for key, value in asdict(cfg.vision).items()} | {name: getattr(cfg, name) for name in names}
+    out = ({f"vision.{key}": value for key, value in asdict(cfg.vision).items()}
+           | {name: getattr(cfg, name) for name in names})
     out |= {f"decoder.{key}": value for key, value in asdict(cfg.decoder).items()}
-    out["feature_layer"] = cfg.num_vision_layers_used  # -2 and 23 of 24 are one layer
-    for key in ("architecture", "max_position_embeddings", "bos_token_id", "pad_token_id"):  # names and limits, not arithmetic
+    out["feature_layer"] = cfg.num_vision_layers_used  # -2 and 23 of 24 are the same layer
+    # Names and limits do not change the arithmetic.
+    for key in ("architecture", "max_position_embeddings", "bos_token_id", "pad_token_id"):
         out.pop(f"decoder.{key}")
     return out
 
 
 def _has_added_rows(longer: LlavaConfig, shorter: LlavaConfig) -> bool:
-    """Whether one is transformers' conversion of the other: `<image>` and padding rows behind the vocabulary (spec 2.5)."""
+    """Returns whether `longer` is transformers' conversion of `shorter` (spec 2.5).
+
+    The conversion adds `<image>` and padding rows at the end of the vocabulary.
+    """
     rows = shorter.decoder.vocab_size
     return shorter.image_token_id is None and (longer.image_token_id or -1) >= rows and longer.decoder.vocab_size > rows
 
 
 def _tensors(a: Checkpoint, b: Checkpoint, tolerance: float, progress: Progress) -> list[Row]:
-    """A row for each part of the model; names and shapes that do not fit are in it."""
+    """Compares the tensors; returns a row for each part of the model, with names and shapes that do not match."""
     parts: dict[str, list[str]] = {}
     unused = set(a.unused) | set(b.unused)
     for name in [*a.tensors, *(name for name in b.tensors if name not in a.tensors)]:
@@ -115,19 +131,23 @@ def _tensors(a: Checkpoint, b: Checkpoint, tolerance: float, progress: Progress)
             rows.append(Row(f"tensors: {part}", some(problems, 4, "; "), False))
         else:
             rows.append(Row(f"tensors: {part}", found, worst <= tolerance, worst))
-    for _ in on_their_way:  # lets the progress see its end
+    for _ in on_their_way:  # lets the progress bar finish
         pass
     return rows
 
 
 def _not_finite(*arrays: np.ndarray) -> str:
-    """What of the first and the second array is no number, for the table."""
-    found = [f"{what_is_not_finite(array)} of the {word}" for array, word in zip(arrays, ("first", "second")) if not is_finite(array)]
+    """Describes the values of the two arrays that are not finite, for the table."""
+    found = [f"{what_is_not_finite(array)} of the {word}" for array, word in zip(arrays, ("first", "second"))
+             if not is_finite(array)]
     return f" ({', '.join(found)})" if found else ""
 
 
 def _common_shapes(name: str, a: Checkpoint, b: Checkpoint) -> tuple[slice, ...] | None:
-    """What both have of a tensor: all of it, or of a vocabulary the shorter one's tokens; None where they do not fit."""
+    """Returns the slices of a tensor that both checkpoints have; None if the shapes do not match.
+
+    This is the complete tensor, or the tokens of the shorter vocabulary.
+    """
     ours, theirs = a.tensors[name].shape, b.tensors[name].shape
     if ours == theirs:
         return tuple(slice(None) for _ in ours)
@@ -140,9 +160,11 @@ def _common_shapes(name: str, a: Checkpoint, b: Checkpoint) -> tuple[slice, ...]
 
 
 def compare_arrays(a: np.ndarray, b: np.ndarray) -> tuple[bool, float]:
-    """Whether two arrays are the same bits of the same type, and their largest difference over their largest magnitude.
+    """Compares two arrays of the same shape.
 
-    The difference is infinite where a value is: nothing equals a number that is none, though its bits do.
+    Returns:
+      Whether dtypes and bits are identical, and the largest absolute difference divided by the largest magnitude. The
+      difference is infinite if any value is NaN or infinite, even if the bits are identical.
     """
     is_identical = a.dtype == b.dtype and np.array_equal(
         np.ascontiguousarray(a).view(np.uint8), np.ascontiguousarray(b).view(np.uint8))
@@ -158,14 +180,15 @@ def compare_arrays(a: np.ndarray, b: np.ndarray) -> tuple[bool, float]:
 
 
 def _tokenizers(a: Checkpoint, b: Checkpoint) -> Row:
-    """Whether both give the same ids for a few texts; a checkpoint without a tokenizer is compared without one."""
+    """Compares the ids of a few texts. If a checkpoint has no tokenizer, the row says so and counts as equal."""
     sources = [next((c.files[name] for name in TOKENIZERS if name in c.files), None) for c in (a, b)]
     absent = [word for word, source in zip(("first", "second"), sources) if source is None]
     if absent:
         return Row("tokenizer", "neither has one" if len(absent) == 2 else f"the {absent[0]} has none", True)
-    processors = [Processor.from_checkpoint(checkpoint, tokenizer=source) for checkpoint, source in zip((a, b), sources)]
+    processors = [Processor.from_checkpoint(checkpoint, tokenizer=source)
+                  for checkpoint, source in zip((a, b), sources)]
     texts, name = list(TEXTS), a.config.template
-    if name is not None and name == b.config.template:  # others may write one prompt under two names
+    if name is not None and name == b.config.template:  # other pairs may have two names for one template
         texts += [processors[0].prompt([{"role": "user", "content": text}]) for text in TEXTS[:2]]
     for text in texts:
         ours, theirs = (processor.encode(text) for processor in processors)
@@ -175,7 +198,15 @@ def _tokenizers(a: Checkpoint, b: Checkpoint) -> Row:
 
 
 def prompts(cfg: LlavaConfig, vocab_size: int) -> dict[str, tuple[list[int], list[np.ndarray]]]:
-    """Ids and images of the questions that both models are given; random ids, so that no tokenizer is needed."""
+    """Returns the prompts for both models, with random ids so that no tokenizer is needed.
+
+    Args:
+      cfg: the config of the first model.
+      vocab_size: size of the vocabulary that both models have.
+
+    Returns:
+      Name of a prompt -> its ids and its images, float32 [H,W,C].
+    """
     rng = np.random.default_rng(0)
 
     def words(n):
@@ -189,7 +220,7 @@ def prompts(cfg: LlavaConfig, vocab_size: int) -> dict[str, tuple[list[int], lis
 
 
 def _outputs(a: Checkpoint, b: Checkpoint, tolerance: float, dtype) -> list[Row]:
-    """Logits and greedy tokens on each prompt."""
+    """Compares logits and greedy tokens of both models on each prompt."""
     vocab_size = min(c.config.decoder.vocab_size for c in (a, b))
     asked = prompts(a.config, vocab_size)
     (logits, tokens), (other_logits, other_tokens) = (_run(checkpoint, asked, dtype) for checkpoint in (a, b))
@@ -197,7 +228,7 @@ def _outputs(a: Checkpoint, b: Checkpoint, tolerance: float, dtype) -> list[Row]
     for name in asked:
         ours, theirs = logits[name][:, :vocab_size], other_logits[name][:, :vocab_size]
         broken = [word for word, values in (("first", ours), ("second", theirs)) if not np.isfinite(values).all()]
-        if broken:  # nothing equals a number that is none, though its bits do
+        if broken:  # NaN is not equal to anything, even if the bits are identical
             rows.append(Row(f"logits: {name}", f"not finite in the {' and the '.join(broken)}", False))
             continue
         _, difference = compare_arrays(ours, theirs)
@@ -212,30 +243,32 @@ def _outputs(a: Checkpoint, b: Checkpoint, tolerance: float, dtype) -> list[Row]
 
 
 def _run(checkpoint: Checkpoint, asked: dict, dtype) -> tuple[dict[str, np.ndarray], dict[str, list[int]]]:
-    """Logits [T,V] and greedy tokens of each prompt; the model is gone again afterwards."""
+    """Returns logits [T,V] and greedy tokens of each prompt, and frees the model."""
     model = LlavaMed(checkpoint.config, load_params(checkpoint, dtype), Processor.from_checkpoint(checkpoint), dtype)
     ids, images = zip(*asked.values())
     rows = [expand_images(row, checkpoint.config.tokens_per_image) for row in ids]
     longest = max(map(len, rows))
-    padded = model.logits([row + [PAD_TOKEN] * (longest - len(row)) for row in rows], [image for each in images for image in each])
+    padded = model.logits([row + [PAD_TOKEN] * (longest - len(row)) for row in rows],
+                          [image for each in images for image in each])
     logits = {name: values[: len(row)] for name, row, values in zip(asked, rows, padded)}
     tokens = dict(zip(asked, model.generate_tokens(ids, images, max_new_tokens=NEW_TOKENS)))
     del model
-    gc.collect()  # the engine and its compiled programs know each other: without this both models would be in memory
+    gc.collect()  # engine and compiled programs form a reference cycle; without this, both models would be in memory
     return logits, tokens
 
 
 def kl_divergence(a: np.ndarray, b: np.ndarray) -> float:
-    """The largest KL(a || b) of a position of logits [T,V], in nats; NaN where a logit is."""
+    """Returns the largest KL(a || b) over the positions of logits [T,V], in nats; NaN if a logit is NaN."""
     p, q = (x.astype(np.float64) - np.logaddexp.reduce(x.astype(np.float64), axis=-1, keepdims=True) for x in (a, b))
-    return float(np.maximum(0.0, (np.exp(p) * (p - q)).sum(-1).max()))  # rounding leaves -1e-17 where it is 0
+    return float(np.maximum(0.0, (np.exp(p) * (p - q)).sum(-1).max()))  # rounding may give -1e-17 for 0
 
 
 def table(rows: Sequence[Row]) -> str:
-    """The comparison as plain text."""
+    """Formats the comparison as a plain text table."""
     number = lambda value: "" if value is None else f"{value:.2g}"
     lines = [("", "difference", "KL", "", "found")]
-    lines += [(row.what, number(row.difference), number(row.divergence), "equal" if row.is_equal else "DIFFERS", row.found) for row in rows]
-    columns = [column for column in zip(*lines) if any(column[1:])]  # without tokens or logits some are empty
+    lines += [(row.what, number(row.difference), number(row.divergence), "equal" if row.is_equal else "DIFFERS",
+               row.found) for row in rows]
+    columns = [column for column in zip(*lines) if any(column[1:])]  # without logits, some columns are empty
     padded = [[cell.ljust(max(map(len, column))) for cell in column] for column in columns]
     return "\n".join("  ".join(line).rstrip() for line in zip(*padded))

@@ -1,7 +1,7 @@
-"""A released checkpoint, from its hub to its answers: fetched, hashed, counted, compared with stock CLIP, asked and scored.
+"""Verifies a released checkpoint: fetches and hashes it, compares its tower with stock CLIP, and scores its answers.
 
-Each step returns the lines of its section of `docs/verification.md`; a check that fails raises. Numbers that others printed
-stand below ours as orientation: their prompts and scorers differ.
+Each step returns the lines of its section of `docs/verification.md`; a check that fails raises. Numbers of other
+projects are printed below ours for orientation only, because their prompts and scorers differ.
 """
 
 from __future__ import annotations
@@ -37,12 +37,14 @@ from llavamed_jax.utils.hashes import sha256_of
 from llavamed_jax.verification.compare import Row, compare_arrays, table
 
 STOCK_TOWER = "openai/clip-vit-large-patch14-336"
-# Image of samples/vqa_rad, question, what its annotators answered.
+# Image in samples/vqa_rad, question, answer of the annotators.
 QUESTIONS = (("synpic17738.jpg", "Where is the abnormal mass located with respect to the lungs?", "Right upper lobe"),
-             ("synpic60254.jpg", "What type of imaging modality is used to acquire the above image?", "MRI - T2 weighted"),
-             ("synpic57317.jpg", "What is the condition in which the ventricles are enlarged as seen in this image?", "Hydrocephalus"),
+             ("synpic60254.jpg", "What type of imaging modality is used to acquire the above image?",
+              "MRI - T2 weighted"),
+             ("synpic57317.jpg", "What is the condition in which the ventricles are enlarged as seen in this image?",
+              "Hydrocephalus"),
              ("synpic24967.jpg", "Are gallstones identifiable?", "Yes"))
-# VQA-RAD, LLaVA-Med v1.5 without fine-tuning.
+# Published scores on VQA-RAD of LLaVA-Med v1.5 without fine-tuning: source, percent, how it was measured.
 OTHERS = (("MedEvalKit (Lingshu's table)", 53.7, "all questions; open answers judged by GPT-4.1"),
           ("HuatuoGPT-Vision's README", 51.4, "all questions; its own prompts and scorer"),
           ("Hulu-Med's README", 46.6, "all questions; its own prompts and scorer"))
@@ -52,14 +54,16 @@ Progress = Callable[[Sequence[str]], Iterable[str]]
 
 @dataclass
 class Release:
-    """What is verified and with what.
+    """A checkpoint to verify, and the files that are needed for it.
 
     Attributes:
-      model: `owner/name[@revision]`, or a directory, of which nothing is fetched.
-      images: the folder of `QUESTIONS`' images.
-      workdir: where predictions, metrics and report of VQA-RAD go.
+      model: `owner/name[@revision]`, or a directory; a directory is not fetched.
+      images: the folder with the images of `QUESTIONS`.
+      workdir: the folder for predictions, metrics and report of VQA-RAD.
       evaluation: the eval config (`configs/eval/vqa_rad.py`) with its data root.
-      stock_tower: PATH of the CLIP tower that quirk Q1 is about; None for the one that the config names.
+      stock_tower: path of the stock CLIP tower (quirk Q1); None uses the one that the checkpoint's config names.
+      dtype: dtype of the computation; None uses the default of `load`.
+      progress: wraps a list of names to show progress.
     """
 
     model: str
@@ -72,29 +76,36 @@ class Release:
 
     @functools.cached_property
     def directory(self) -> Path:
-        """Where the checkpoint lies; fetched if need be."""
+        """The folder of the checkpoint, which is fetched if necessary."""
         return hub.local(self.model)
 
     @functools.cached_property
     def checkpoint(self) -> Checkpoint:
+        """The checkpoint, with the tower that it ships."""
         return open_checkpoint(self.directory)
 
     @functools.cached_property
     def stock_name(self) -> str:
+        """Name or path of the stock tower."""
         return str(self.stock_tower or read_json(self.directory / "config.json").get("mm_vision_tower") or STOCK_TOWER)
 
     @functools.cached_property
     def stock(self) -> Checkpoint:
-        """The checkpoint with the stock tower in place of the shipped one."""
+        """The checkpoint with the stock tower instead of the shipped one."""
         return open_checkpoint(self.directory, self.stock_name)
 
     @functools.cached_property
     def assistant(self) -> LlavaMed:
+        """The loaded model."""
         return load(self.directory, dtype=self.dtype)
 
 
 def fetch(release: Release) -> list[str]:
-    """Fetches the checkpoint and holds every file to the hash that the hub states."""
+    """Fetches the checkpoint and compares every file with the hash that the hub states.
+
+    Raises:
+      UserError: a file has another size or hash.
+    """
     if not hub.is_hub_name(release.model) or Path(release.model).exists():
         files = sorted(p for p in release.directory.rglob("*") if p.is_file())
         return [f"`{release.model}` is a directory: nothing was fetched, there is no stated hash to compare with.", "",
@@ -106,20 +117,26 @@ def fetch(release: Release) -> list[str]:
         path, (size, algorithm, digest) = present[name], stated[name]
         found = sha256_of(path) if algorithm == "sha256" else _git_blob(path)
         if path.stat().st_size != size or found != digest:
-            raise UserError(f"{name} of {release.model} has the {algorithm} {found} and {path.stat().st_size} bytes; the hub states "
-                            f"{digest} and {size}")
+            raise UserError(f"{name} of {release.model} has the {algorithm} {found} and {path.stat().st_size} bytes; "
+                            f"the hub states {digest} and {size}")
         rows.append((name, size, digest, f"{algorithm} as stated"))
-    return [f"`{release.model}`, commit `{release.directory.name}`: {len(rows)} of the repository's {len(stated)} files, "
-            f"{sum(row[1] for row in rows):,} bytes, each with the hash that the hub states.", "", *_file_table(rows)]
+    return [f"`{release.model}`, commit `{release.directory.name}`: {len(rows)} of the repository's {len(stated)} "
+            f"files, {sum(row[1] for row in rows):,} bytes, each with the hash that the hub states.", "",
+            *_file_table(rows)]
 
 
 def _stated(model: str) -> dict[str, tuple[int, str, str]]:
-    """name -> (bytes, `sha256` of a large file or `git blob` of a small one, digest), as the hub says; before anything is fetched."""
+    """Asks the hub for sizes and hashes of all files, without fetching them.
+
+    Returns:
+      Name -> (bytes, `sha256` for a large file or `git blob` for a small one, digest).
+    """
     import huggingface_hub
     name, _, revision = model.partition("@")
     with hub.asking(model):
         info = huggingface_hub.HfApi().model_info(name, revision=revision or None, files_metadata=True)
-    return {s.rfilename: (s.size, "sha256", s.lfs.sha256) if s.lfs else (s.size, "git blob", s.blob_id) for s in info.siblings}
+    return {s.rfilename: (s.size, "sha256", s.lfs.sha256) if s.lfs else (s.size, "git blob", s.blob_id)
+            for s in info.siblings}
 
 
 def _file_table(rows: Sequence[tuple]) -> list[str]:
@@ -133,7 +150,11 @@ def _git_blob(path: Path) -> str:
 
 
 def tensors(release: Release) -> list[str]:
-    """Counts tensors and parameters, looks at every value, and compares the shipped tower's tensors with the stock one's."""
+    """Counts tensors and parameters, checks that all values are finite, and compares the tower with the stock tower.
+
+    Raises:
+      UserError: a value is not finite.
+    """
     checkpoint = release.checkpoint
     counted: dict[str, list[int]] = {}
     on_their_way = iter(release.progress(list(checkpoint.tensors)))
@@ -152,8 +173,8 @@ def tensors(release: Release) -> list[str]:
     dtypes = ", ".join(sorted({t.dtype.name for t in checkpoint.tensors.values()}))
     lines = [f"Every tensor that the config asks for is there, and no other; all values are finite; {dtypes}. "
              f"Vision tower: {checkpoint.tower}.", "", "| part | tensors | parameters |", "|---|---:|---:|",
-             *(f"| {part} | {n} | {size:,} |" for part, (n, size) in counted.items()), f"| all | {total[0]} | {total[1]:,} |", "",
-             _settings(checkpoint), "",
+             *(f"| {part} | {n} | {size:,} |" for part, (n, size) in counted.items()),
+             f"| all | {total[0]} | {total[1]:,} |", "", _settings(checkpoint), "",
              "**The shipped tower beside the stock one** (quirk Q1: the original's loader drops the shipped one).", ""]
     try:
         return lines + _tower_tensors(release)
@@ -162,14 +183,16 @@ def tensors(release: Release) -> list[str]:
 
 
 def _settings(checkpoint: Checkpoint) -> str:
-    """What of the config is not what the specification expects of v1.5."""
+    """Returns a sentence about the settings that differ from those of v1.5 in the specification."""
     expected, cfg = PRESETS["v15-7b"], checkpoint.config
     pairs = [(f"{part}.{key}", getattr(getattr(cfg, part), key), value)
              for part in ("vision", "decoder") for key, value in vars(getattr(expected, part)).items()]
     pairs += [(key, getattr(cfg, key), getattr(expected, key))
-              for key in ("projector_type", "feature_layer", "feature_select", "image_aspect_ratio", "max_length", "use_start_end")]
+              for key in ("projector_type", "feature_layer", "feature_select", "image_aspect_ratio", "max_length",
+                          "use_start_end")]
     differing = [f"{key} {found} for {value}" for key, found, value in pairs if found != value]
-    return "Settings: " + (f"not as expected of v1.5: {', '.join(differing)}." if differing else "all as expected of LLaVA-Med v1.5.")
+    return "Settings: " + (f"not as expected of v1.5: {', '.join(differing)}." if differing
+                           else "all as expected of LLaVA-Med v1.5.")
 
 
 def _tower_tensors(release: Release) -> list[str]:
@@ -179,18 +202,19 @@ def _tower_tensors(release: Release) -> list[str]:
     unused, groups = set(shipped.unused), {}
     for name in (n for n in shipped.tensors if n.startswith("vision_tower/")):
         layer = re.match(r"vision_tower/layers_(\d+)/", name)
-        group = "beyond the feature layer" if name in unused else f"layer {int(layer[1]) + 1}" if layer else "embeddings"
+        group = ("beyond the feature layer" if name in unused
+                 else f"layer {int(layer[1]) + 1}" if layer else "embeddings")
         same, difference = compare_arrays(shipped.read(name), stock.read(name))
         entry = groups.setdefault(group, [0, 0, 0.0])
         groups[group] = [entry[0] + 1, entry[1] + same, max(entry[2], difference)]
     tensors_, identical = (sum(entry[i] for entry in groups.values()) for i in (0, 1))
     rows = [Row(group, f"{same} of {n} bit for bit", same == n, worst) for group, (n, same, worst) in groups.items()]
-    return [f"{identical} of {tensors_} tensors are the same bits as {release.stock_name}'s. Differences are over the largest "
-            "magnitude of the tensor.", "", "```", table(rows), "```"]
+    return [f"{identical} of {tensors_} tensors are the same bits as {release.stock_name}'s. Differences are over the "
+            "largest magnitude of the tensor.", "", "```", table(rows), "```"]
 
 
 def tower(release: Release) -> list[str]:
-    """What both towers make of one image, after the projector."""
+    """Compares the projected features of one image from the shipped and the stock tower."""
     image = release.images / QUESTIONS[0][0]
     features = []
     for checkpoint in (release.checkpoint, release.stock):
@@ -202,14 +226,16 @@ def tower(release: Release) -> list[str]:
     _, difference = compare_arrays(*features)
     a, b = (f / np.linalg.norm(f, axis=-1, keepdims=True) for f in features)
     cosine = (a * b).sum(-1)
-    return [f"Projected features of {image.name} through the shipped and the stock tower, float32: largest difference {difference:.3g} "
-            f"of the largest magnitude; cosine a position between {cosine.min():.6f} and {cosine.max():.6f}, mean {cosine.mean():.6f}. "
-            "`load(PATH)` uses the shipped tower, `vision_tower=PATH` another."]
+    return [f"Projected features of {image.name} through the shipped and the stock tower, float32: largest difference "
+            f"{difference:.3g} of the largest magnitude; cosine a position between {cosine.min():.6f} and "
+            f"{cosine.max():.6f}, mean {cosine.mean():.6f}. `load(PATH)` uses the shipped tower, `vision_tower=PATH` "
+            "another."]
 
 
 def answers(release: Release) -> list[str]:
-    """Four fixed questions, greedy."""
-    asked = [[{"role": "user", "content": [{"type": "image", "image": str(release.images / image)}, {"type": "text", "text": question}]}]
+    """Answers the four fixed questions greedily."""
+    asked = [[{"role": "user", "content": [{"type": "image", "image": str(release.images / image)},
+                                           {"type": "text", "text": question}]}]
              for image, question, _ in QUESTIONS]
     new = release.evaluation.generation.max_new_tokens
     completions = release.assistant.generate(asked, max_new_tokens=new)
@@ -220,15 +246,18 @@ def answers(release: Release) -> list[str]:
 
 
 def vqa_rad(release: Release) -> list[str]:
-    """The 451 test questions of VQA-RAD by the path of `eval.py`, zero-shot."""
+    """Evaluates the model zero-shot on the 451 test questions of VQA-RAD, with the code of `eval.py`."""
     evaluation = run.open_evaluation(release.evaluation, release.workdir)
     what = evaluation.scorer.describe()
     print(what, flush=True)
-    metrics = run.evaluate(evaluation, LocalModel(release.assistant, model_name(release.model)), {"checkpoint": release.model})
+    metrics = run.evaluate(evaluation, LocalModel(release.assistant, model_name(release.model)),
+                           {"checkpoint": release.model})
     others = [f"| {source} | {value} | {how} |" for source, value, how in OTHERS]
     return [f"{what}.", "", "```", summary(metrics), "```", "",
-            "What others printed for this checkpoint, as orientation and not as a check: other prompts and other scorers.", "",
-            "| source | VQA-RAD | of |", "|---|---:|---|", *others, "", f"Predictions, metrics and report: `{release.workdir}`."]
+            "What others printed for this checkpoint, as orientation and not as a check: other prompts and other "
+            "scorers.", "",
+            "| source | VQA-RAD | of |", "|---|---:|---|", *others, "",
+            f"Predictions, metrics and report: `{release.workdir}`."]
 
 
 STEPS: dict[str, tuple[str, Callable[[Release], list[str]]]] = {
@@ -237,7 +266,7 @@ STEPS: dict[str, tuple[str, Callable[[Release], list[str]]]] = {
 
 
 def check_disk(release: Release) -> None:
-    """Raises UserError before a fetch that the disk cannot hold."""
+    """Raises UserError if the disk has too little room for the files that are still to be fetched."""
     if not hub.is_hub_name(release.model) or Path(release.model).exists():
         return
     from huggingface_hub import constants
@@ -245,14 +274,22 @@ def check_disk(release: Release) -> None:
     suffix = ".safetensors" if any(name.endswith(".safetensors") for name in stated) else ".bin"
     cache = Path(constants.HF_HUB_CACHE)
     present = cache / f"models--{release.model.partition('@')[0].replace('/', '--')}" / "blobs"
-    missing = sum(size for name, (size, _, digest) in stated.items() if name.endswith(suffix) and not (present / digest).exists())
+    missing = sum(size for name, (size, _, digest) in stated.items() if name.endswith(suffix)
+                  and not (present / digest).exists())
     free = shutil.disk_usage(next(p for p in (cache, *cache.parents) if p.exists())).free
     if missing > free:
-        raise UserError(f"{cache} has {free / 1e9:.1f} GB free; {missing / 1e9:.1f} GB were expected for {release.model}")
+        raise UserError(f"{cache} has {free / 1e9:.1f} GB free; {missing / 1e9:.1f} GB were expected for "
+                        f"{release.model}")
 
 
 def document(release: Release, done: dict[str, list[str]], facts: dict[str, object]) -> str:
-    """`docs/verification.md` of the steps that were done."""
+    """Returns the text of `docs/verification.md` for the steps that were done.
+
+    Args:
+      release: the checkpoint.
+      done: name of a step -> the lines of its section.
+      facts: facts about the run, such as versions.
+    """
     left = [step for step in STEPS if step not in done]
     lines = [f"# Verification of {release.model}", "",
              "Written by `make verify-release`. For research use only, never for clinical decisions.", "",
