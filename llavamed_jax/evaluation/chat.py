@@ -35,7 +35,7 @@ from llavamed_jax.evaluation.scoring import statistics
 from llavamed_jax.evaluation.scoring.items import AnswerSet
 from llavamed_jax.utils.files import to_jsonl
 
-KIND = "chat"  # `data.name` of such a config
+KIND = "chat"  # `data.name` of a chat config
 _SCORES = ("pred_relative_score", "gpt4_score", "pred_score")
 
 
@@ -137,8 +137,8 @@ class ChatScorer:
                              for v in verdicts)
         return {
             "dataset": KIND, "split": self.cfg.data.split,
-            "unit": "percent; scores are "
-                    f"points{' from 1 to 10' if reading == 'strict' else ', as the judge gave them'}",
+            "unit": "percent; scores are points"
+                    f"{' from 1 to 10' if reading == 'strict' else ', as the judge gave them'}",
             "n_questions": len(self.questions), "n_images": len({question.image for question in self.questions}),
             "n_unscored": len(unscored), "unscored": unscored, "seed": self.cfg.seed,
             "questions_sha256": self.chat_set.sha256,

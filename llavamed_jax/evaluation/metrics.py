@@ -14,8 +14,8 @@ from collections import Counter
 from collections.abc import Sequence
 from types import ModuleType
 
-_PUNCTUATION = (";", "/", "[", "]", '"', "{", "}", "(", ")", "=", "+", "\\", "_", "-", ">", "<", "@", "`", ",", "?",
-                "!")
+_PUNCTUATION = (
+    ";", "/", "[", "]", '"', "{", "}", "(", ")", "=", "+", "\\", "_", "-", ">", "<", "@", "`", ",", "?", "!")
 _DIGIT_COMMA_DIGIT = re.compile(r"\d,\d")
 _PERIOD = re.compile(r"\.(?!\d)")
 # The original passes `re.UNICODE` (the integer 32) to `re.sub` as `count`.
@@ -172,7 +172,7 @@ def bleu_score() -> ModuleType:
     set during the import.
     """
     if "nltk" not in sys.modules and not os.path.isabs(os.path.expanduser("~")):
-        earlier = {name: os.environ[name] for name in ("HOME",) if name in os.environ}  # relative, or empty
+        earlier = {name: os.environ[name] for name in ("HOME",) if name in os.environ}  # the variable may be unset, empty or relative
         os.environ["HOME"] = os.sep
         try:
             import nltk  # noqa: F401

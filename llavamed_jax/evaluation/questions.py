@@ -190,8 +190,8 @@ def _held_out(name: str, root: str, split: str, held_out: str) -> tuple[list[Vqa
     unknown = names - {Path(sample.image).name for sample in asked}
     if unknown:
         raise UserError(f"{held_out} holds out images of which {root} has no row: {', '.join(sorted(unknown))}")
-    return tuple(data_questions.one_name_each(asked,
-                                              [sample for sample in rows if Path(sample.image).name not in names]))
+    return tuple(data_questions.one_name_each(
+        asked, [sample for sample in rows if Path(sample.image).name not in names]))
 
 
 def _held_out_images(path: str) -> set[str]:

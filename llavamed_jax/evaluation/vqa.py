@@ -111,7 +111,7 @@ def _training_data(cfg: ConfigDict) -> training.TrainingData | None:
         return None
     source = cfg.data.trained_on if isinstance(cfg.data.trained_on, str) else list(cfg.data.trained_on)
     found = training.read_training(source, cfg.data.get("trained_on_images") or None, cfg.protocol)
-    if next(found.readable(), None) is None:  # "none of the images occurs" would be no finding
+    if next(found.readable(), None) is None:  # without records, a leakage count of 0 would be wrong
         try:
             found.record(0)
         except UserError as error:

@@ -114,8 +114,8 @@ class Judge:
         self.cfg, self.prompt, self._read = cfg, prompt, read
         self.settings = {"max_tokens": cfg.max_tokens, "temperature": cfg.temperature}
         self.service = Service(cfg.endpoint, cfg.model, api_key=os.environ.get("JUDGE_API_KEY") or None,
-                               concurrency=cfg.concurrency,
-                               timeout=cfg.timeout, retries=cfg.retries, azure_version=cfg.azure_version or None)
+                               concurrency=cfg.concurrency, timeout=cfg.timeout, retries=cfg.retries,
+                               azure_version=cfg.azure_version or None)
         self.cache = JudgeCache(Path(cfg.cache) if cfg.cache else workdir / CACHE)
         self.n_kept = 0
 

@@ -64,8 +64,8 @@ def join(samples: Sequence[VqaSample], predictions: Iterable[Mapping]) -> list[s
         "asked more than once": [name for name, count in asked.items() if count > 1],
     }
     if any(problems.values()):
-        found = "; ".join(f"{len(ids)} {what} ({some([cut(name) for name in ids])})" for what, ids in problems.items()
-                          if ids)
+        found = "; ".join(f"{len(ids)} {what} ({some([cut(name) for name in ids])})"
+                          for what, ids in problems.items() if ids)
         raise UserError(f"the predictions do not fit the {len(samples)} questions: {found}")
     return [texts[str(sample.question_id)] for sample in samples]
 

@@ -141,8 +141,8 @@ def _resample(scores: Sequence[Score], sums: Sequence[np.ndarray], seed: int) ->
     with warnings.catch_warnings():  # scipy warns of draws without an item; `_edges` leaves them out
         warnings.simplefilter("ignore", scipy.stats.DegenerateDataWarning)
         found = scipy.stats.bootstrap((np.arange(num_images),), metrics, n_resamples=RESAMPLES,
-                                      batch=max(1, _BLOCK // num_images),
-                                      vectorized=True, method="percentile", rng=seed).bootstrap_distribution
+                                      batch=max(1, _BLOCK // num_images), vectorized=True, method="percentile",
+                                      rng=seed).bootstrap_distribution
     return np.split(found.T, np.cumsum([len(score.names) for score in scores])[:-1], axis=1)
 
 
@@ -176,9 +176,8 @@ def _exchange_test(first: np.ndarray, second: np.ndarray, percent: Callable, see
 
     p = scipy.stats.permutation_test(
         (np.zeros(len(moved)), np.ones(len(moved))), is_as_large, permutation_type="samples", alternative="greater",
-        vectorized=True,
-        n_resamples=2**EXACT_IMAGES if len(moved) <= EXACT_IMAGES else EXCHANGES, batch=max(1, _BLOCK // len(moved)),
-        rng=seed).pvalue
+        vectorized=True, n_resamples=2**EXACT_IMAGES if len(moved) <= EXACT_IMAGES else EXCHANGES,
+        batch=max(1, _BLOCK // len(moved)), rng=seed).pvalue
     return np.where(np.isnan(observed), np.nan, p)
 
 
