@@ -1,0 +1,1 @@
+"""Image files, DICOM included, to the pixels that a vision tower takes."""

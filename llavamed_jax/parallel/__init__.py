@@ -1,0 +1,1 @@
+"""Meshes and sharding of arrays over devices, and the processes of one run."""

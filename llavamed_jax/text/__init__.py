@@ -1,0 +1,1 @@
+"""Prompts, conversations, chat templates and tokenizers: everything between messages and token ids."""
