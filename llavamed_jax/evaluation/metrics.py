@@ -172,7 +172,8 @@ def bleu_score() -> ModuleType:
     set during the import.
     """
     if "nltk" not in sys.modules and not os.path.isabs(os.path.expanduser("~")):
-        earlier = {name: os.environ[name] for name in ("HOME",) if name in os.environ}  # the variable may be unset, empty or relative
+        # HOME may be unset, empty or relative.
+        earlier = {name: os.environ[name] for name in ("HOME",) if name in os.environ}
         os.environ["HOME"] = os.sep
         try:
             import nltk  # noqa: F401
