@@ -1,4 +1,4 @@
-"""A checkpoint: its config, its tensors under canonical names, and the files that travel with it."""
+"""A checkpoint: its config, its tensors under canonical names, and its tokenizer and preprocessor files."""
 
 from __future__ import annotations
 
@@ -18,18 +18,20 @@ from llavamed_jax.errors import UserError
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Config, tensors under canonical names, and the files that travel with them.
+    """Config, tensors under canonical names, and the files that belong to them.
 
     Attributes:
-      layout: `llava`, `transformers`, `tree` (this project's own), `preset` (random weights) or `built` (`build.build`).
-      directory: None for the last two.
-      tensors: every tensor, the unused ones of the tower included.
+      config: the model's config.
+      layout: `llava`, `transformers`, `tree` (this project's own), `preset` (random weights) or `built`
+        (`build.build`).
+      directory: the checkpoint's directory; None for `preset` and `built`.
+      tensors: every tensor, including those of the tower that the model does not use.
       files: tokenizer and preprocessor files by name.
-      tower: which vision tower this is, in words, for the log.
-      step: of a tree, the training step whose tensors are laid over the base.
-      tower_directory: where the tower's config or tensors were read, if that is not the checkpoint's own directory.
-      is_delta: whether buffers say that these tensors are the difference of two models; the norms may say so too.
-      tally: of what a cast of the tensors loses.
+      tower: describes the vision tower in words, for the log.
+      step: the training step of a tree, whose tensors replace the base's; None for the base alone and other layouts.
+      tower_directory: the directory of the tower's config or tensors, if it is not the checkpoint's own.
+      is_delta: whether buffers show that these tensors are the difference of two models; norms may show it too.
+      tally: counts the losses when tensors are cast.
     """
 
     config: LlavaConfig
@@ -44,26 +46,28 @@ class Checkpoint:
     tally: Tally = field(default_factory=Tally, compare=False, repr=False)
 
     def read(self, name: str) -> np.ndarray:
-        """The tensor of a canonical name, in this project's orientation and in its own dtype."""
+        """Reads the tensor of a canonical name, in this project's orientation and in its own dtype."""
         return self.tensors[name].load()
 
     @property
     def unused(self) -> list[str]:
-        """Tensors that the model does not compute with (`names.unused_names`)."""
+        """The tensors that the model does not compute with (`names.unused_names`)."""
         return names.unused_names(self.config)
 
     @property
     def sources(self) -> list[Path]:
-        """Directories inside of which nothing may be written: somebody else's files, where a new one could change what is read.
-        A tree is a workdir, where exports may lie.
+        """The directories of somebody else's files, in which nothing may be written, since a new file may change them.
+
+        A tree is a workdir, where exports may be written.
         """
         return [self.directory] if self.directory is not None and self.layout in ("llava", "transformers") else []
 
     def replace(self, **changes) -> "Checkpoint":
+        """Returns a copy with other values of some attributes."""
         return dataclasses.replace(self, **changes)
 
     def cast(self, dtype) -> "Checkpoint":
-        """The same checkpoint with every tensor read as `dtype`; None keeps each tensor's own."""
+        """Returns the checkpoint with every tensor read as `dtype`; None keeps each tensor's own dtype."""
         if dtype is None:
             return self
         dtype = np.dtype(dtype)
@@ -72,20 +76,20 @@ class Checkpoint:
             for name, t in self.tensors.items()})
 
     def doubt(self) -> str | None:
-        """What is wrong with these tensors as a model, in a sentence, as far as a few small ones show; None for nothing."""
+        """Says why these tensors are not a model's, as far as a few small ones show; None if they may be."""
         if not self.is_delta and not norms_are_small(self.tensors):
             return None
         what = "buffers of zeros" if self.is_delta else "norms of about 0"
-        return (f"{self.directory} is no model but a delta: it has {what}, as the difference of two models has; `convert apply-delta "
-                "--base LLAMA --delta THIS --out DIR` makes a model of it")
+        return (f"{self.directory} is no model but a delta: it has {what}, as the difference of two models has; "
+                "`convert apply-delta --base LLAMA --delta THIS --out DIR` makes a model of it")
 
     def sound(self) -> "Checkpoint":
-        """The same checkpoint with every tensor looked at when it is read: for whoever computes with it or writes it.
+        """Returns the checkpoint with every tensor checked when it is read, for computing with it or writing it.
 
-        Whoever has read what it wanted calls `tally.warn`.
+        The caller calls `tally.warn` after reading.
 
         Raises:
-          UserError: a delta. When a tensor is read: NaN or infinite values.
+          UserError: the checkpoint is a delta; when a tensor is read, it has NaN or infinite values.
         """
         if doubt := self.doubt():
             raise UserError(doubt)

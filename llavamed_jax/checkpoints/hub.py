@@ -1,6 +1,9 @@
-"""Models by name: `owner/name[@revision]`, fetched and cached by huggingface_hub (HF_ENDPOINT, HF_HOME, HF_HUB_OFFLINE).
+"""Fetches models by name, `owner/name[@revision]`, through huggingface_hub and its cache.
 
-Only what is needed is fetched: configs, tokenizer and processor files and the model card, then the weights in one format.
+huggingface_hub reads HF_ENDPOINT, HF_HOME and HF_HUB_OFFLINE.
+
+Only the needed files are fetched: configs, tokenizer and processor files and the model card, then the weights in one
+format.
 """
 
 from __future__ import annotations
@@ -22,13 +25,14 @@ _TEXT = ["*.json", "*.jinja", "*.model", "README.md", "LICENSE*", "llavamed_jax/
 
 
 def local(path: str | Path, weights: bool = True) -> Path:
-    """A directory as it is; a model's name on a hub as the directory that it was fetched into.
+    """Returns the directory of a checkpoint; fetches it if `path` is a model's name on a hub.
 
     Args:
-      weights: False fetches configs, tokenizer and processor files alone.
+      path: a directory, or `owner/name[@revision]`.
+      weights: False fetches only configs, tokenizer and processor files.
 
     Raises:
-      UserError: a name that is no directory here and that the hub does not give, with the reason.
+      UserError: the name is not a directory here, and the hub does not give it; the reason is named.
     """
     check("the path", path)
     if not exists(path) and is_hub_name(path):
@@ -36,13 +40,14 @@ def local(path: str | Path, weights: bool = True) -> Path:
     try:
         Path(path).stat()
     except FileNotFoundError:
-        pass  # whoever opens it says what was expected
+        pass  # the caller says what was expected when it opens the path
     except (OSError, ValueError) as error:
         raise UsageError(f"{cut(str(path))!r} cannot be opened: {getattr(error, 'strerror', None) or error}") from None
     return Path(path)
 
 
 def is_hub_name(path: str | Path) -> bool:
+    """Returns whether a path has the form of a model's name on a hub, `owner/name[@revision]`."""
     return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?", str(path)) is not None
 
 
@@ -50,29 +55,31 @@ def is_hub_name(path: str | Path) -> bool:
 def _fetch(path: str, weights: bool) -> Path:
     name, _, revision = path.partition("@")
     directory = _snapshot(path, name, revision or None, _TEXT)
-    if weights and not (directory / "adapter_config.json").is_file():  # which is refused without its weights, too
-        # By the commit, so that the weights are those of the config that was just read.
+    # The weights of an adapter are not fetched, since it is refused.
+    if weights and not (directory / "adapter_config.json").is_file():
+        # By commit, so that the weights belong to the config that was just read.
         directory = _fetch_weights(path, name, directory)
     _print_licence(path, directory)
     return directory
 
 
 def _fetch_weights(path: str, name: str, directory: Path) -> Path:
-    """safetensors before pickles, and of files that an index lists those alone, as `torch_files.read_weights` takes them."""
+    """Fetches safetensors, else pickles; only the files of an index if there is one, as `read_weights` reads them."""
     for pattern in ("*.safetensors", "pytorch_model*.bin"):
         index = next(iter(sorted(directory.glob(f"{pattern}.index.json"))), None)
-        directory = _snapshot(path, name, directory.name, [pattern] if index is None else sorted(set(weight_map(index).values())))
+        directory = _snapshot(path, name, directory.name,
+                              [pattern] if index is None else sorted(set(weight_map(index).values())))
         if any(directory.glob(pattern)):
             break
     return directory
 
 
 def _snapshot(path: str, name: str, revision: str | None, patterns: list[str]) -> Path:
-    import huggingface_hub  # takes half a second to import, and most paths are directories
+    import huggingface_hub  # imported here, since it takes half a second and most paths are directories
     log = logging.getLogger("huggingface_hub")
     level = log.level
     try:
-        log.setLevel(logging.ERROR)  # it warns of patterns that match nothing, of which one of two formats always is
+        log.setLevel(logging.ERROR)  # it warns of patterns without a match, which is normal for one of two formats
         with asking(path):
             return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=patterns))
     finally:
@@ -81,40 +88,44 @@ def _snapshot(path: str, name: str, revision: str | None, patterns: list[str]) -
 
 @contextlib.contextmanager
 def asking(path: str) -> Iterator[None]:
-    """Turns what huggingface_hub raises when it is asked for a model into one sentence about `path`. Raises UserError."""
+    """Re-raises errors of huggingface_hub inside the block as UserError with one sentence about `path`."""
     from huggingface_hub import constants, errors
     unknown, where = f"{path} is no directory; as a model's name", constants.ENDPOINT
-    if constants.HF_HUB_CACHE.startswith("~"):  # it would be a folder of that name where the user works
-        raise UserError(f"{unknown} it needs a directory to be kept in, and this user has no home directory; set HF_HOME to one")
+    if constants.HF_HUB_CACHE.startswith("~"):  # without a home, `~` would be a directory name where the user works
+        raise UserError(f"{unknown} it needs a directory to be kept in, and this user has no home directory; set "
+                        "HF_HOME to one")
     unreached = f"{unknown} it is not in the cache of hub models, and %s; give a checkpoint's directory"
     try:
         yield
     except errors.RevisionNotFoundError:
         raise UserError(f"{unknown} it has no revision {path.partition('@')[2]!r} on {where}") from None
     except errors.GatedRepoError:
-        raise UserError(f"{unknown} it is gated on {where}: accept its terms there and log in with `hf auth login`") from None
+        raise UserError(f"{unknown} it is gated on {where}: accept its terms there and log in with `hf auth "
+                        "login`") from None
     except errors.RepositoryNotFoundError:
         raise UserError(f"{unknown} it is not known on {where}, or is private") from None
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
-        raise UserError(unreached % ("HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{where} cannot be reached")) from None
-    except (errors.HTTPError, OSError) as error:  # HTTPError: of the client that huggingface_hub has, whichever it is
+        raise UserError(unreached % (
+            "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{where} cannot be reached")) from None
+    except (errors.HTTPError, OSError) as error:  # HTTPError is that of huggingface_hub's HTTP client
         if type(error).__name__ in ("ConnectError", "ConnectTimeout"):
             raise UserError(unreached % f"{where} cannot be reached") from None
         if getattr(error, "filename", None):
-            raise UserError(f"{unknown} it would be kept in {constants.HF_HUB_CACHE}, which cannot be used ({error.filename}: "
-                            f"{error.strerror}); set HF_HOME to another directory") from None
+            raise UserError(f"{unknown} it would be kept in {constants.HF_HUB_CACHE}, which cannot be used "
+                            f"({error.filename}: {error.strerror}); set HF_HOME to another directory") from None
         status = getattr(getattr(error, "response", None), "status_code", None)
         reason = f"status {status}" if status else getattr(error, "strerror", None) or type(error).__name__
-        raise UserError(f"{unknown} it could not be fetched from {where} ({reason}); what came is kept for the next try") from None
+        raise UserError(f"{unknown} it could not be fetched from {where} ({reason}); what came is kept for the next "
+                        "try") from None
 
 
 @functools.cache
 def _print_licence(path: str, directory: Path) -> None:
-    """What the model card says, on stderr: whoever uses the weights is bound by it."""
+    """Prints the licence that the model card states on stderr, since it binds the user of the weights."""
     from huggingface_hub import ModelCard
     try:
         licence = ModelCard.load(directory / "README.md").data.to_dict().get("license")
-    except (OSError, ValueError):  # no card, or one whose header is broken
+    except (OSError, ValueError):  # no card, or a card with an invalid header
         licence = None
     licence = ", ".join(licence) if isinstance(licence, list) else licence
     commit = directory.name[:12]

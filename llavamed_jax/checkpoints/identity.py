@@ -1,4 +1,4 @@
-"""The files that a loaded model follows from, for whoever has to know whether it is still the same model."""
+"""Lists the files that a loaded model depends on, to tell whether it is still the same model."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ _MANIFEST = "manifest.json"
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a model came from.
+    """The files that a model was loaded from.
 
     Attributes:
       path: the PATH that it was loaded from.
-      step: of a run, the training step.
-      config: a name for the config that all its files came to.
-      files: of the checkpoint, by their names in it. Tensors of this project's own tree count by their manifests, which have a sha256
-        of each and to which they are held when they are read; those of PyTorch's layouts by their files.
-      beside: of a vision tower or a tokenizer that lies elsewhere.
-      known: name -> sha256 of files that need not be there any more: a run that goes on deletes its older steps.
+      step: the training step of a run; None for other checkpoints.
+      config: a hash of the config that all its files result in.
+      files: the checkpoint's files, by their names in it. Tensors of this project's own tree count by their manifests,
+        which have a sha256 of each tensor that is checked at reading; those of PyTorch's layouts by their files.
+      beside: files of a vision tower or a tokenizer in another directory.
+      known: name -> sha256 of files that may be gone later: a running job deletes its older steps.
     """
 
     path: str
@@ -39,28 +39,30 @@ class Origin:
     known: Mapping[str, str] = field(default_factory=dict)
 
     def hashes(self) -> dict[str, str]:
-        """Name -> sha256 of every file, those that lie elsewhere among them. Raises UserError for one that is gone by now."""
+        """Returns name -> sha256 of every file, those in other directories included; UserError if a file is gone."""
         found = {name: file for name, file in {**self.files, **self.beside}.items() if name not in self.known}
         return sha256_of_files(found) | self.known
 
     def sha256(self, hashes: Mapping[str, str]) -> str:
-        """One sha256 of the checkpoint, of the list of its own files."""
+        """Returns one sha256 of the checkpoint, over the list of its own files."""
         return sha256_of_list({name: hashes[name] for name in self.files})
 
 
 def origin(path: str | Path, checkpoint: Checkpoint, tokenizer: str | Path | None = None) -> Origin:
-    """Where an open checkpoint came from.
+    """Returns the files that an open checkpoint came from.
 
     Args:
-      path: as it was asked for.
-      tokenizer: the file or directory that its tokenizer was read from in place of its own.
+      path: the PATH as the user gave it.
+      checkpoint: the open checkpoint.
+      tokenizer: the file or directory of a tokenizer that replaces the checkpoint's own; None if none does.
     """
     root, files = checkpoint.directory, {}
     if checkpoint.layout == "tree":
         files = _tree_files(root, checkpoint.step)
     elif root is not None:
         files = {name: root / name for name in ("config.json",)} | _named(root, text_files(root).values())
-        files |= _named(root, [*(root / OURS).rglob("*"), *(root / "additional_chat_templates").glob("*"), *weight_files(root)])
+        files |= _named(root, [*(root / OURS).rglob("*"), *(root / "additional_chat_templates").glob("*"),
+                               *weight_files(root)])
     beside = {}
     if checkpoint.tower_directory is not None:
         tower = checkpoint.tower_directory
@@ -70,8 +72,10 @@ def origin(path: str | Path, checkpoint: Checkpoint, tokenizer: str | Path | Non
         source = Path(tokenizer)
         found = text_files(source) if source.is_dir() else {source.name: source, **text_files(source.parent)}
         beside |= {f"tokenizer: {name}": file for name, file in found.items() if file.is_file()}
-    known = sha256_of_files({name: file for name, file in files.items() if checkpoint.layout == "tree" and name.startswith("checkpoints/")})
-    return Origin(str(path), checkpoint.step, short_hash(json.loads(json.dumps(checkpoint.config.to_dict(), default=str))), files, beside,
+    known = sha256_of_files({name: file for name, file in files.items()
+                             if checkpoint.layout == "tree" and name.startswith("checkpoints/")})
+    return Origin(str(path), checkpoint.step,
+                  short_hash(json.loads(json.dumps(checkpoint.config.to_dict(), default=str))), files, beside,
                   known)
 
 

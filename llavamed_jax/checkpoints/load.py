@@ -14,21 +14,23 @@ from llavamed_jax.utils import signals
 
 
 def load_params(checkpoint: Checkpoint, dtype=None, scan: bool = False, only: Container[str] | None = None) -> dict:
-    """The parameters of a checkpoint that the model computes with.
+    """Reads the parameters of a checkpoint that the model computes with.
 
     Args:
-      dtype: of every array; None keeps each tensor's own.
-      scan: stacked layers (`layers`, leading axis L) as training has them; else `layers_{i}`.
-      only: names of what is read, one a layer; None: all.
+      checkpoint: the checkpoint.
+      dtype: dtype of every array; None keeps each tensor's own.
+      scan: stacked layers (`layers`, leading axis L), as in training; else `layers_{i}`.
+      only: names of the tensors to read, one a layer; None reads all.
 
     Returns:
-      Nested dicts of numpy arrays (bfloat16 through ml_dtypes), in the form of `models.llava`.
+      Nested dicts of numpy arrays (bfloat16 through ml_dtypes), in the structure of `models.llava`.
 
     Raises:
-      UserError: a delta in a model's place, or values that are not finite, in the file or in `dtype`.
+      UserError: the checkpoint is a delta, or has values that are not finite, in the file or in `dtype`.
     """
     checkpoint = checkpoint.cast(dtype).sound()
-    shapes = {name: shape for name, shape in names.expected_shapes(checkpoint.config).items() if only is None or name in only}
+    shapes = {name: shape for name, shape in names.expected_shapes(checkpoint.config).items()
+              if only is None or name in only}
     flat: dict[str, np.ndarray] = {}
     layers: dict[str, list[str]] = {}  # stacked name -> names, one a layer
     for name in shapes if scan else ():
@@ -40,7 +42,7 @@ def load_params(checkpoint: Checkpoint, dtype=None, scan: bool = False, only: Co
             flat[name] = checkpoint.read(name)
             continue
         stacked, layer = place
-        if stacked not in flat:  # filled in place: a stack of copies would hold the model twice
+        if stacked not in flat:  # filled in place: stacking copies would hold the model in memory twice
             dtypes = {checkpoint.tensors[other].dtype for other in layers[stacked]}
             flat[stacked] = np.empty((len(layers[stacked]), *shapes[name]), np.result_type(*dtypes))
         flat[stacked][layer] = checkpoint.read(name)

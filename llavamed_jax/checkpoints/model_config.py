@@ -19,20 +19,25 @@ from llavamed_jax.config.hf import is_transformers, llava_from_hf, tower_name
 from llavamed_jax.errors import UserError, at
 from llavamed_jax.utils.files import read_json
 
-TEXT_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+TEXT_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+              "added_tokens.json",
               "preprocessor_config.json", "processor_config.json", "chat_template.jinja", "chat_template.json",
               GENERATION)
 
 
 
 
-
-
 def read_config(path: str | Path, vision_tower: str | Path | None = None) -> LlavaConfig:
-    """The config of a checkpoint of any kind; no weight file need be there, and none is looked at but where the shape of the
-    tower stands in its tensors alone.
+    """Reads the config of a checkpoint of any kind.
 
-    Args and errors as of `open_checkpoint`.
+    Weight files need not exist. Their headers are read only if nothing else gives the tower's shape.
+
+    Args:
+      path: as for `open_checkpoint`.
+      vision_tower: as for `open_checkpoint`.
+
+    Raises:
+      UserError: as `open_checkpoint`, except for errors of the tensors.
     """
     path, kind = kind_of(path, weights=False)
     vision_tower = None if vision_tower is None else hub.local(vision_tower, weights=False)
@@ -43,12 +48,12 @@ def read_config(path: str | Path, vision_tower: str | Path | None = None) -> Lla
 
 
 def tree_root(path: Path) -> Path:
-    """The tree that a PATH means: itself, or of `DIR/checkpoints/STEP` DIR."""
+    """Returns the tree that a PATH belongs to: DIR for `DIR/checkpoints/STEP`, else the path itself."""
     return path.parents[1] if path.parent.name == "checkpoints" else path
 
 
 def tree_config(path: Path) -> LlavaConfig:
-    """The config of this project's own tree or of one of its steps."""
+    """Returns the config of this project's own tree or of one of its steps."""
     file = tree_root(path) / "model" / "config.json"
     try:
         config = LlavaConfig.from_dict(read_json(file))
@@ -59,13 +64,13 @@ def tree_config(path: Path) -> LlavaConfig:
 
 
 def kind_of(path: str | Path, weights: bool = True) -> tuple[str, str]:
-    """A PATH as text, and whether it is a `preset`, a `tree` or a directory in a `torch` layout. Names are fetched."""
+    """Returns a PATH as text, and its kind: `preset`, `tree` or `torch` (a PyTorch layout); fetches names of a hub."""
     if str(path).startswith("preset:"):
         return str(path), "preset"
-    # A step of a tree need not be there: whoever opens it says what is wrong with it.
+    # A step of a tree need not exist here: opening it raises its own error.
     try:
         directory = Path(path) if (tree_root(Path(path)) / "model").is_dir() else hub.local(path, weights)
-    except OSError as error:  # a name that no file can have
+    except OSError as error:  # the path is not a valid file name
         raise at(path, f"{str(path)[:80]!r} cannot be opened: {error.strerror}") from None
     if (tree_root(directory) / "model" / "config.json").is_file():
         return str(directory), "tree"
@@ -75,24 +80,32 @@ def kind_of(path: str | Path, weights: bool = True) -> tuple[str, str]:
 
 
 def text_files(directory: Path) -> dict[str, Path]:
-    """The files that travel with a checkpoint; of an export of ours those from before it added tokens, but for
-    `generation_config.json`: its user may have changed the one that transformers goes by.
+    """Returns the tokenizer, preprocessor and template files of a checkpoint, by name.
+
+    For an export by this project, these are the files from before the export added tokens, except
+    `generation_config.json`: the user may have changed the one that transformers reads.
     """
     source = directory / OURS
     source = source if source.is_dir() else directory
     found = {name: source / name for name in TEXT_FILES if (source / name).is_file()}
-    named = source / "additional_chat_templates" / "default.jinja"  # transformers keeps several templates so
+    named = source / "additional_chat_templates" / "default.jinja"  # where transformers stores several templates
     if named.is_file():
         found.setdefault("chat_template.jinja", named)
-    return found | ({GENERATION: directory / GENERATION} if GENERATION in found and (directory / GENERATION).is_file() else {})
+    return found | ({GENERATION: directory / GENERATION}
+                    if GENERATION in found and (directory / GENERATION).is_file() else {})
 
 
 def torch_config(directory: Path, vision_tower: Path | None,
                   weights: Callable[[], Mapping[str, Tensor]]) -> tuple[LlavaConfig, dict, str]:
-    """The config of a PyTorch layout, `config.json` as it stands there, and what of the tower is assumed, in words.
+    """Reads the config of a PyTorch layout.
 
     Args:
-      weights: reads the headers of the weight files; asked where the tower's shape stands nowhere else.
+      directory: the checkpoint's directory.
+      vision_tower: the directory of the tower that replaces the checkpoint's own; None for its own.
+      weights: reads the headers of the weight files; called only if nothing else gives the tower's shape.
+
+    Returns:
+      The config, the content of `config.json`, and in words what is assumed about the tower ("" for nothing).
     """
     refuse_adapter(directory)
     if not (directory / "config.json").is_file():
@@ -110,18 +123,22 @@ def torch_config(directory: Path, vision_tower: Path | None,
     except UserError as error:
         raise UserError(f"{directory}: {error}") from None
     if vision is not None:
-        check_width(vision_tower or directory, vision, config.vision.hidden_size if is_transformers(raw) else raw.get("mm_hidden_size"))
+        check_width(vision_tower or directory, vision,
+                    config.vision.hidden_size if is_transformers(raw) else raw.get("mm_hidden_size"))
     config = config.replace(vision=vision or config.vision, decoder=with_stop_ids(config.decoder, directory))
     return with_image_settings(config, directory, is_transformers(raw), asked), raw, assumed
 
 
 def _tower_of_elsewhere(directory: Path, name: str,
                         weights: Callable[[], Mapping[str, Tensor]]) -> tuple[Path | None, VisionConfig | None, str]:
-    """What is to be found of a tower that lies neither inside nor beside a checkpoint: its directory as a hub gives it, else its
-    config from the tensors in the checkpoint and what of that is assumed, else from the name alone.
+    """Finds a tower that lies neither inside nor beside the checkpoint: on a hub, in the tensors, or by its name.
+
+    Returns:
+      The tower's directory as fetched from a hub; else its config, from the tensors or from the name alone, and in
+      words what is assumed about it.
 
     Raises:
-      UserError: nothing says what shape the tower has.
+      UserError: nothing gives the tower's shape.
     """
     try:
         return fetch_tower(directory, name, weights=False), None, ""
@@ -129,7 +146,7 @@ def _tower_of_elsewhere(directory: Path, name: str,
         refusal = error
     try:
         found = weights()
-    except UserError:  # whoever reads them says it
+    except UserError:  # reading the weights later raises it
         found = {}
     if any(map(is_tower, found)):
         return None, *shape_of_tensors(directory, name, found)
@@ -140,8 +157,8 @@ def _tower_of_elsewhere(directory: Path, name: str,
 
 
 
-
 def replace_tower(config: LlavaConfig, directory: Path) -> LlavaConfig:
+    """Returns the config with the tower of a directory; its image settings too, if the directory has any."""
     vision = tower_config(directory)
     check_width(directory, vision, config.vision.hidden_size)
     if not has_settings(directory):

@@ -1,14 +1,14 @@
-"""Tensor names, read in both directions: this project's canonical names <-> the PyTorch layouts.
+"""Maps tensor names in both directions: this project's canonical names <-> the PyTorch layouts.
 
-Canonical names are the paths of the parameter tree with unstacked layers (`decoder/layers_0/mlp/up_proj/kernel`); on disk
-the own tree has one array for each. The layouts are
+Canonical names are the paths of the parameter tree with unstacked layers (`decoder/layers_0/mlp/up_proj/kernel`); on
+disk the own tree has one array for each. The layouts are
 
   llava         LLaVA's own, of LLaVA-Med v1.0 and v1.5 and LLaVA-1.5 (spec 2.1, 2.3)
   transformers  `LlavaForConditionalGeneration`, every generation of its key names (spec 2.5)
-  tower         a vision tower in a directory of its own (`CLIPVisionModel`, or `CLIPModel` with its text half)
-  decoder       a language model in a directory of its own (`LlamaForCausalLM`, `MistralForCausalLM`)
+  tower         a vision tower in its own directory (`CLIPVisionModel`, or `CLIPModel` with its text half)
+  decoder       a language model in its own directory (`LlamaForCausalLM`, `MistralForCausalLM`)
 
-Torch keeps a linear layer as [out, in] and a convolution as [out, in, height, width]; here `kernel`s are [in, out] and
+Torch stores a linear layer as [out, in] and a convolution as [out, in, height, width]; here `kernel`s are [in, out] and
 [height, width, in, out]. Every other tensor is the same array. The tables of tower and decoder stand with their configs
 (`config/towers`, `config/decoders`).
 """
@@ -22,9 +22,10 @@ import numpy as np
 
 from llavamed_jax.config import DecoderConfig, LlavaConfig, VisionConfig, projector_depth
 
-# What stands before the torch name of a part. The first spelling is written; all are read. transformers wrote
-# `language_model.model.` until 4.51, `model.language_model.` in memory since, and 5.x knows no `vision_model.`: neither in its own
-# layout nor in what LLaVA's code saves with it. A tower's own prefixes (`VisionConfig.torch_prefixes`) follow these.
+# Prefixes of the torch names of each part. The first spelling is written; all are read. transformers wrote
+# `language_model.model.` until 4.51 and uses `model.language_model.` in memory since; 5.x has no `vision_model.`,
+# neither in its own layout nor in files that LLaVA's code saves with it. A tower's own prefixes
+# (`VisionConfig.torch_prefixes`) follow these.
 _PREFIXES = {
     "llava": {
         "vision_tower": ("model.vision_tower.vision_tower.",),
@@ -42,20 +43,27 @@ _PREFIXES = {
     "decoder": {"decoder": ("model.", ""), "lm_head": ("lm_head.",)},
 }
 
-# Buffers that old versions of transformers saved and every version computes anew. In a v1.0 delta they are zeros (spec Q33).
+# Buffers that old versions of transformers saved and every version recomputes. In a v1.0 delta they are zeros (spec
+# Q33).
 _BUFFERS = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|embeddings\.position_ids)")
 
 
 class Spec(NamedTuple):
-    """What the table says of a canonical tensor."""
+    """Shape and torch name of a canonical tensor.
 
-    shape: tuple[int, ...]  # in this project's orientation
-    part: str  # vision_tower, projector, decoder or lm_head
-    torch: str  # the torch name below the part's prefix; of a projector's layer, its number
+    Attributes:
+      shape: the shape in this project's orientation.
+      part: vision_tower, projector, decoder or lm_head.
+      torch: the torch name without the part's prefix; for a projector's layer, `N.weight` or `N.bias` with its number.
+    """
+
+    shape: tuple[int, ...]
+    part: str
+    torch: str
 
 
 def specs(cfg: LlavaConfig) -> dict[str, Spec]:
-    """Every tensor of a complete checkpoint by canonical name, the unused ones of the tower included."""
+    """Returns every tensor of a complete checkpoint by canonical name, including the tower's unused ones."""
     v, d = cfg.vision, cfg.decoder
     out = dict(_specs("vision_tower", v))
     for n in range(projector_depth(cfg.projector_type)):
@@ -78,7 +86,7 @@ def _specs(part: str, config: VisionConfig | DecoderConfig):
 
 
 def unused_names(cfg: LlavaConfig) -> list[str]:
-    """Tensors of the tower beyond the feature layer: they travel with a checkpoint and are never computed with."""
+    """Returns the tower's tensors beyond the feature layer: checkpoints keep them, but no model computes with them."""
     after = tuple(f"vision_tower/{start}" for start in cfg.vision.unused)
 
     def is_unused(name):
@@ -89,16 +97,17 @@ def unused_names(cfg: LlavaConfig) -> list[str]:
 
 
 def expected_shapes(cfg: LlavaConfig) -> dict[str, tuple[int, ...]]:
-    """Canonical name -> shape of every tensor that the model computes with, from the config alone."""
+    """Returns canonical name -> shape of every tensor that the model computes with, from the config alone."""
     unused = set(unused_names(cfg))
     return {name: spec.shape for name, spec in specs(cfg).items() if name not in unused}
 
 
 def torch_names(cfg: LlavaConfig, layout: str) -> dict[str, tuple[str, ...]]:
-    """Canonical name -> its spellings in a layout, the one to write first. `tower` and `decoder` have their part's alone."""
+    """Maps canonical name -> its spellings in a layout, the one to write first; `tower` and `decoder` are one part."""
     prefixes = dict(_PREFIXES[layout])
     if "vision_tower" in prefixes:
-        prefixes["vision_tower"] = tuple(before + own for before in prefixes["vision_tower"] for own in cfg.vision.torch_prefixes)
+        prefixes["vision_tower"] = tuple(before + own for before in prefixes["vision_tower"]
+                                         for own in cfg.vision.torch_prefixes)
     names = {}
     for name, spec in specs(cfg).items():
         if spec.part in prefixes:
@@ -108,13 +117,14 @@ def torch_names(cfg: LlavaConfig, layout: str) -> dict[str, tuple[str, ...]]:
 
 
 def head_names(layout: str) -> list[str]:
-    """The spellings of the head in a layout, whether or not a model has one of its own."""
+    """Returns the spellings of the head in a layout, whether or not a model has its own head."""
     return [f"{prefix}weight" for prefix in _PREFIXES[layout].get("lm_head", ())]
 
 
 def _projector_suffix(cfg: LlavaConfig, layout: str, torch: str) -> str:
-    """`n.weight` as LLaVA's `nn.Sequential` counts it (GELUs have the odd places; `linear` is no Sequential), or as
-    transformers does.
+    """Returns a projector layer's torch name below its prefix, from its number `n.weight`.
+
+    LLaVA's `nn.Sequential` counts the GELUs in the odd places, and `linear` is not a Sequential.
     """
     n, leaf = torch.split(".")
     if layout == "transformers":
@@ -123,22 +133,22 @@ def _projector_suffix(cfg: LlavaConfig, layout: str, torch: str) -> str:
 
 
 def is_buffer(torch_name: str) -> bool:
-    """Whether a tensor of a PyTorch file is a buffer that is no weight."""
+    """Returns whether a tensor of a PyTorch file is a buffer and not a weight."""
     return _BUFFERS.fullmatch(torch_name) is not None
 
 
 def torch_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape that torch gives to a canonical tensor."""
+    """Returns the shape of a canonical tensor in torch's orientation."""
     return tuple(shape[axis] for axis in _torch_axes(name, len(shape)))
 
 
 def to_torch(name: str, array: np.ndarray) -> np.ndarray:
-    """A canonical tensor in torch's orientation."""
+    """Returns a canonical tensor in torch's orientation."""
     return _permuted(array, _torch_axes(name, array.ndim))
 
 
 def from_torch(name: str, array: np.ndarray) -> np.ndarray:
-    """The reverse of `to_torch`."""
+    """Reverses `to_torch`."""
     return _permuted(array, tuple(np.argsort(_torch_axes(name, array.ndim))))
 
 
@@ -151,8 +161,8 @@ def _torch_axes(name: str, ndim: int) -> tuple[int, ...]:
 def _permuted(array: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
     if axes != (1, 0):
         return array.transpose(axes)
-    # Row blocks: numpy's own copy of a large transpose misses the cache at every element and takes ten times as long. As bits:
-    # numpy copies its own types without the interpreter lock and bfloat16, which is not one, element by element.
+    # In blocks of rows: numpy's own copy of a large transpose misses the cache at every element and takes ten times as
+    # long. As integers: numpy copies its own types without the interpreter lock, but bfloat16 element by element.
     bits = array.view(f"u{array.itemsize}")
     out = np.empty(bits.shape[::-1], bits.dtype)
     for row in range(0, len(bits), 16):

@@ -1,4 +1,4 @@
-"""Parameter names with slashes, and trees of nested dicts."""
+"""Converts between parameter names with slashes and nested dicts."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 
 def nest(flat: Mapping[str, object]) -> dict:
-    """`{"a/b": x}` -> `{"a": {"b": x}}`."""
+    """Nests a flat dict: `{"a/b": x}` -> `{"a": {"b": x}}`."""
     tree: dict = {}
     for name, value in flat.items():
         *parents, leaf = name.split("/")
@@ -18,7 +18,7 @@ def nest(flat: Mapping[str, object]) -> dict:
 
 
 def flatten(tree: Mapping[str, object], prefix: str = "") -> dict:
-    """The reverse of `nest`."""
+    """Reverses `nest`."""
     flat = {}
     for key, value in tree.items():
         flat.update(flatten(value, f"{prefix}{key}/") if isinstance(value, Mapping) else {prefix + key: value})

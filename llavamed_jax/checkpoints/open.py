@@ -1,8 +1,8 @@
 """Opens a checkpoint of any kind.
 
-It looks at the config and at the headers of the weight files alone; the files are memory-mapped and a tensor is read by
-`Checkpoint.read`. It is strict: what the config calls for and what the files hold must be the same tensors, of the same shapes,
-or one error names those that differ.
+Opening reads the config and the headers of the weight files; the files are memory-mapped, and `Checkpoint.read` reads a
+tensor. Opening is strict: the config and the files must have the same tensors, of the same shapes, or one error names
+those that differ.
 """
 
 from __future__ import annotations
@@ -28,21 +28,22 @@ def open_checkpoint(path: str | Path, vision_tower: str | Path | None = None, se
     """Opens a checkpoint of any kind.
 
     Args:
-      path: a directory in a PyTorch layout, this project's own tree or one step of it, `owner/name[@revision]` of a hub, or
-        `preset:NAME` for random weights.
-      vision_tower: a CLIP tower, as a directory or by name, that is taken instead of the checkpoint's own. A directory with a
-        `config.json` and no weights says which shape the tower's tensors in the checkpoint have.
-      seed: of the random weights of a preset.
+      path: a directory in a PyTorch layout, this project's own tree or one step of it, `owner/name[@revision]` of a
+        hub, or `preset:NAME` for random weights.
+      vision_tower: a CLIP tower, as a directory or by name, that replaces the checkpoint's own. A directory with a
+        `config.json` and no weights gives the shape of the tower's tensors in the checkpoint.
+      seed: seed of a preset's random weights.
 
     Raises:
-      UserError: no checkpoint, another architecture, or tensors that are missing, unexpected or misshapen.
+      UserError: there is no checkpoint, or it has another architecture, or tensors are missing, unexpected or
+        misshapen.
     """
     path, kind = kind_of(path)
     vision_tower = None if vision_tower is None else hub.local(vision_tower)
     if kind == "preset":
         checkpoint = random_checkpoint(read_config(path), seed)
     elif kind == "tree":
-        from llavamed_jax.checkpoints.tree.model import open_tree  # Orbax takes seconds to import
+        from llavamed_jax.checkpoints.tree.model import open_tree  # imported here, since Orbax takes seconds to import
 
         checkpoint = open_tree(path)
     else:
@@ -57,9 +58,10 @@ def _open_torch(directory: Path, vision_tower: Path | None) -> Checkpoint:
     found = weights()
     for sentence in not_obeyed(raw):
         warn(f"{directory}: {sentence}")
-    if layout == "llava" and projector_depth(config.projector_type) and not any("mm_projector." in key for key in found):
-        raise UserError(f"{directory} holds no projector (model.mm_projector), so it is a plain decoder: `convert build "
-                        "--decoder PATH --vision CLIP` joins it with a tower")
+    if (layout == "llava" and projector_depth(config.projector_type)
+            and not any("mm_projector." in key for key in found)):
+        raise UserError(f"{directory} holds no projector (model.mm_projector), so it is a plain decoder: `convert "
+                        "build --decoder PATH --vision CLIP` joins it with a tower")
     tower_directory = vision_tower
     has_tower = layout == "transformers" or any(map(is_tower, found))
     if vision_tower is not None and has_tower and not has_weights(vision_tower):
@@ -77,15 +79,18 @@ def _open_torch(directory: Path, vision_tower: Path | None) -> Checkpoint:
         tensors = canonical(directory, found, config, layout, rows=rows)
     else:
         without = {key: tensor for key, tensor in found.items() if not is_tower(key)}
-        tensors = canonical(directory, without, config, layout, ("vision_tower/",), rows) | tower_tensors(config, tower_directory)
+        tensors = canonical(directory, without, config, layout, ("vision_tower/",), rows) | tower_tensors(
+            config, tower_directory)
     frequencies = [tensor for key, tensor in found.items() if key.endswith("rotary_emb.inv_freq")]
     is_delta = any(is_zero(tensor.load()) for tensor in frequencies)  # a delta's are a difference, so zeros (spec Q33)
     beside = vision_tower or tower_directory or (find_tower(directory, tower_name(raw)) if layout == "llava" else None)
-    return Checkpoint(config, layout, directory, tensors, text_files(directory), tower, tower_directory=beside, is_delta=is_delta)
+    return Checkpoint(config, layout, directory, tensors, text_files(directory), tower, tower_directory=beside,
+                      is_delta=is_delta)
 
 
 def _with_tower(checkpoint: Checkpoint, directory: Path) -> Checkpoint:
     config = replace_tower(checkpoint.config, directory)
     kept = {name: t for name, t in checkpoint.tensors.items() if not name.startswith("vision_tower/")}
-    return checkpoint.replace(config=config, tensors=kept | tower_tensors(config, directory), tower=f"{directory}, as asked for",
+    return checkpoint.replace(config=config, tensors=kept | tower_tensors(config, directory),
+                              tower=f"{directory}, as asked for",
                               tower_directory=directory)

@@ -1,9 +1,10 @@
-"""`preprocessor_config.json` and `processor_config.json`: how images are made into pixels, key by key.
+"""Reads and writes `preprocessor_config.json` and `processor_config.json`, which say how images become pixels.
 
-Absent keys have the defaults of transformers' classes, and a switch that is null is off, as transformers has it; an
-`image_processor` inside `processor_config.json` goes before the other file. In transformers' layout `do_pad` of a
-`LlavaImageProcessor` says whether images are padded to a square; in the originals' layouts `image_aspect_ratio` of
+Absent keys have the defaults of transformers' classes, and a switch that is null is off, as in transformers; an
+`image_processor` inside `processor_config.json` takes precedence over the other file. In transformers' layout `do_pad`
+of a `LlavaImageProcessor` says whether images are padded to a square; in the originals' layouts `image_aspect_ratio` of
 `config.json` does. Each key is obeyed, refused or warned of: docs/checkpoint_keys.md has the table.
+
 Source: transformers 5.24, `image_processing_backends.py` (PilBackend), `models/{clip,llava}/image_processing_pil_*.py`.
 """
 
@@ -32,8 +33,8 @@ FILE, PROCESSOR, VIDEO = "preprocessor_config.json", "processor_config.json", "v
 _CLASSES = ("CLIPImageProcessor", "LlavaImageProcessor")
 _EITHER = " or ".join(_CLASSES)
 _SIZE = 224  # the classes' default of `size` and of `crop_size`
-# What changes no pixel: who reads the file, and how results are handed over. Images are always converted to RGB here;
-# where `do_convert_rgb` is false transformers takes no others.
+# Keys that change no pixel: which class reads the file, and how results are returned. Images are always converted to
+# RGB here; if `do_convert_rgb` is false, transformers accepts no other images.
 _WITHOUT_EFFECT = {
     "image_processor_type", "feature_extractor_type", "processor_class", "_processor_class", "auto_map",
     "do_convert_rgb", "data_format", "input_data_format", "device", "return_tensors", "disable_grouping",
@@ -45,10 +46,13 @@ _READ = {
 
 @dataclasses.dataclass(frozen=True)
 class Preprocessor:
-    """What a directory's files say.
+    """The image settings of a directory's files.
 
     Attributes:
-      where: the file, for sentences.
+      where: the file, for messages.
+      settings: resizing, cropping and scaling.
+      image_mean: mean of each channel.
+      image_std: standard deviation of each channel.
       is_padded: whether transformers' processor pads images to a square.
     """
 
@@ -60,19 +64,21 @@ class Preprocessor:
 
     @property
     def content(self) -> tuple:
-        """What decides over pixels."""
+        """The settings that decide the pixels."""
         return self.settings, self.image_mean, self.image_std, self.is_padded
 
     def applied_to(self, vision: VisionConfig) -> VisionConfig:
+        """Returns a tower's config with these image settings."""
         return dataclasses.replace(vision, image_mean=self.image_mean, image_std=self.image_std, images=self.settings)
 
 
 def read(directory: Path, size: int, warn: Callable[[str], None] = warn_once) -> Preprocessor | None:
-    """The settings of the files in a directory, None where it has none.
+    """Reads the image settings of a directory's files; returns None if it has no such files.
 
     Args:
-      size: edge of the tower's input.
-      warn: is told what is not applied.
+      directory: the directory.
+      size: edge of the tower's input in pixels.
+      warn: called with a sentence for settings that are not applied.
 
     Raises:
       UserError: another image processor, or a setting that this project does not have.
@@ -85,11 +91,12 @@ def read(directory: Path, size: int, warn: Callable[[str], None] = warn_once) ->
 
 
 def has_settings(directory: Path) -> bool:
+    """Returns whether a directory has files with image settings."""
     return bool(_raw(directory, warn_once))
 
 
 def _raw(directory: Path, warn: Callable[[str], None]) -> list[tuple[str, Mapping[str, Any]]]:
-    """The files that hold image settings, with what they hold; the one that counts first."""
+    """Returns the files that hold image settings, with their content; the one that takes precedence first."""
     processor, file = directory / PROCESSOR, directory / FILE
     content = read_json(processor) if processor.is_file() else {}
     if content.get("video_processor") is not None or (directory / VIDEO).is_file():
@@ -103,16 +110,18 @@ def _raw(directory: Path, warn: Callable[[str], None]) -> list[tuple[str, Mappin
 
 def with_image_settings(config: LlavaConfig, directory: Path, is_transformers: bool,
                         tower: Path | None = None) -> LlavaConfig:
-    """A config with the image settings of a directory's files, where it has them.
+    """Returns a config with the image settings of a directory's files, if it has any.
 
     Args:
-      is_transformers: `do_pad` decides whether images are padded, and `processor_config.json` has to count their tokens
+      config: the model's config.
+      directory: the checkpoint's directory.
+      is_transformers: whether `do_pad` decides about padding, and `processor_config.json` must count an image's tokens
         as the model does.
-      tower: a directory whose own settings, where it has any, go before the others; `config.vision` has them.
+      tower: a directory with settings that take precedence and are in `config.vision` already; None for no such
+        directory.
 
     Raises:
-      UserError: as of `read`; the settings give some image another size than the tower's; files that contradict each
-        other.
+      UserError: as `read`; the settings give some image another size than the tower's; files contradict each other.
     """
     raw = _raw(directory, warn_once)
     file, given = raw[0] if raw else (str(directory), {})
@@ -124,8 +133,8 @@ def with_image_settings(config: LlavaConfig, directory: Path, is_transformers: b
         if is_transformers:
             config = config.replace(image_aspect_ratio=ratio)
         elif ratio != own:
-            warn_once(f"{file} has do_pad {str(given['do_pad']).lower()}; image_aspect_ratio {own} of config.json is taken, "
-                      "as the original's code does")
+            warn_once(f"{file} has do_pad {str(given['do_pad']).lower()}; image_aspect_ratio {own} of config.json is "
+                      "taken, as the original's code does")
     if is_transformers and (directory / PROCESSOR).is_file():
         _check_count(read_json(directory / PROCESSOR), directory / PROCESSOR, config)
     check(config, str(tower) if is_towers else file)
@@ -133,7 +142,7 @@ def with_image_settings(config: LlavaConfig, directory: Path, is_transformers: b
 
 
 def check(config: LlavaConfig, where: str) -> None:
-    """Raises UserError where not every image becomes the tower's input."""
+    """Raises UserError if some image would not get the size of the tower's input."""
     vision, is_padded = config.vision, config.image_aspect_ratio == "pad"
     if not vision.images.fills(vision.image_size, is_padded):
         edge = vision.image_size
@@ -166,7 +175,7 @@ def _parse(given: Mapping[str, Any], where: str, size: int, warn: Callable[[str]
     if does["do_center_crop"]:
         _check_crop(given, where, size)
     if given.get("do_pad") and not is_padded and given.get("pad_size") is not None:
-        _check_edges(given, "pad_size", where, size)  # to which CLIP's processor pads at the end
+        _check_edges(given, "pad_size", where, size)  # CLIP's processor pads to this size at the end
     odd = sorted(key for key, value in given.items() if value is not None and key not in _READ | _WITHOUT_EFFECT)
     if odd:
         warn(f"{where} has {some(odd)}, which transformers' {kind} does not read, and which is not read here")
@@ -180,16 +189,17 @@ def _parse(given: Mapping[str, Any], where: str, size: int, warn: Callable[[str]
 
 
 def _pads(given: Mapping[str, Any], where: str) -> bool:
-    """Whether images are padded to a square, which LLaVA's own processor alone does."""
+    """Returns whether images are padded to a square, which only LLaVA's own processor does."""
     return _switch(given, "do_pad", where, False) and _kind(given, where) == "LlavaImageProcessor"
 
 
 def _kind(given: Mapping[str, Any], where: str) -> str:
-    """The class that transformers takes: by its name, by the name of before 4.25, else that of its llava models."""
+    """Returns the class that transformers uses: by its name, by its name before 4.25, else that of llava models."""
     key = next((key for key in ("image_processor_type", "feature_extractor_type") if given.get(key) is not None), None)
     if key is None:
         if isinstance(given.get("auto_map"), dict) and given["auto_map"]:
-            raise UserError(f"{where} names code of its own (auto_map) and no image_processor_type; {_EITHER} was expected")
+            raise UserError(f"{where} names code of its own (auto_map) and no image_processor_type; {_EITHER} was "
+                            "expected")
         return "LlavaImageProcessor"
     kind = str(given[key]).replace("FeatureExtractor", "ImageProcessor").removesuffix("Fast").removesuffix("Pil")
     if kind not in _CLASSES:
@@ -214,11 +224,12 @@ def _resize(given: Mapping[str, Any], where: str, size: int) -> tuple[int, ...] 
 
 def _check_crop(given: Mapping[str, Any], where: str, size: int) -> None:
     if "crop_size" not in given and "size" not in given:
-        return  # as `_resize` says
+        return  # the defaults, as in `_resize`
     if "crop_size" in given:
         _check_edges(given, "crop_size", where, size)
     elif size != _SIZE:
-        raise UserError(f"{where} has no crop_size, which means {_SIZE}; {size} x {size}, the vision tower's, was expected")
+        raise UserError(f"{where} has no crop_size, which means {_SIZE}; {size} x {size}, the vision tower's, was "
+                        "expected")
 
 
 def _check_edges(given: Mapping[str, Any], key: str, where: str, size: int) -> None:
@@ -227,7 +238,7 @@ def _check_edges(given: Mapping[str, Any], key: str, where: str, size: int) -> N
 
 
 def _edges(value: Any, where: str, key: str, is_square: bool) -> tuple[int, ...]:
-    """(n,) for a shortest edge, (h, w) for both; `is_square`: a number alone means both."""
+    """Returns (n,) for a shortest edge, (h, w) for both; with `is_square` a single number means both."""
     if isinstance(value, Mapping) and value.keys() == {"height", "width"}:
         edges = (value["height"], value["width"])
     elif isinstance(value, Mapping) and value.keys() == {"shortest_edge"} and key == "size":
@@ -257,12 +268,13 @@ def _factor(given: Mapping[str, Any], where: str) -> float:
     return float(value)
 
 
-# ---- how many tokens an image is
+# ---- the number of tokens an image takes
 
 
 def _check_count(raw: Mapping[str, Any], file: Path, config: LlavaConfig) -> None:
-    """Raises UserError where `LlavaProcessor` would count another number of tokens an image than the model has, with
-    which transformers fails. Processors of before 4.48 have no `num_additional_image_tokens` and count 1.
+    """Raises UserError if `LlavaProcessor` counts another number of tokens an image than the model has.
+
+    transformers fails on such a checkpoint. Processors before 4.48 have no `num_additional_image_tokens` and count 1.
     """
     given = {key: value for key, value in raw.items() if value is not None}
     patch, strategy = given.get("patch_size", config.vision.patch_size), given.get("vision_feature_select_strategy")
@@ -273,24 +285,29 @@ def _check_count(raw: Mapping[str, Any], file: Path, config: LlavaConfig) -> Non
         raise UserError(f"{file} has vision_feature_select_strategy {short(strategy)}; config.json has {own}")
     additional = given.get("num_additional_image_tokens")
     if additional is not None and strategy is not None and additional != class_tokens:
-        raise UserError(f"{file} has num_additional_image_tokens {short(additional)}; {class_tokens} was expected, the class "
-                        f"tokens of the vision tower, with which an image is {config.tokens_per_image} tokens")
+        raise UserError(f"{file} has num_additional_image_tokens {short(additional)}; {class_tokens} was expected, the "
+                        f"class tokens of the vision tower, with which an image is {config.tokens_per_image} tokens")
 
 
 def warn_of_image_token(directory: Path, taken: str) -> None:
-    """Says where `processor_config.json` has another token for images than the one that is taken."""
+    """Warns if `processor_config.json` has another image token than the one that is used."""
     stated = read_json(directory / PROCESSOR).get("image_token") if (directory / PROCESSOR).is_file() else None
     if stated not in (None, taken):
-        warn_once(f"{directory / PROCESSOR} has image_token {short(stated)}; {taken} of the tokenizer and config.json is "
-                  "taken")
+        warn_once(f"{directory / PROCESSOR} has image_token {short(stated)}; {taken} of the tokenizer and config.json "
+                  "is taken")
 
 
 # ---- to a file
 
 
 def written(config: LlavaConfig, is_transformers: bool) -> dict:
-    """The `preprocessor_config.json` that makes an image processor of transformers do what is done here. Only LLaVA's
-    own knows the padding to a square, which in the originals' layouts is their code's.
+    """Returns the `preprocessor_config.json` with which an image processor of transformers gives the same pixels.
+
+    Only LLaVA's own processor pads to a square; in the originals' layouts their code does.
+
+    Args:
+      config: the model's config.
+      is_transformers: whether the file is for transformers' layout.
     """
     vision, images, size = config.vision, config.vision.images, config.vision.image_size
     edges = (size,) if images.resize in (None, ()) else images.resize
@@ -305,15 +322,19 @@ def written(config: LlavaConfig, is_transformers: bool) -> dict:
 
 
 def make_equal(config: LlavaConfig, directory: Path, is_transformers: bool, is_needed: bool = True) -> None:
-    """Sees to it that the files in a directory that is being written say what the config says: they may have come with
-    another tower than the config's, or say nothing where the settings are not CLIP's.
+    """Rewrites the files of a directory that is being written if they disagree with the config.
+
+    They may belong to another tower than the config's, or be absent though the settings are not CLIP's.
 
     Args:
-      is_needed: False where a config of this project holds the settings if there are no files.
+      config: the model's config.
+      directory: the directory.
+      is_transformers: whether it is in transformers' layout.
+      is_needed: False if a config of this project holds the settings, so that absent files stay absent.
     """
     try:
         found, is_other = read(directory, config.vision.image_size, warn=lambda sentence: None), False
-    except UserError:  # of another tower's size
+    except UserError:  # the settings are for another tower's size
         found, is_other = None, True
     if found is None and not is_other and not is_needed:
         return

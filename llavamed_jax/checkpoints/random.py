@@ -1,4 +1,4 @@
-"""Random weights in the place of a checkpoint, for training from scratch."""
+"""Makes random weights that serve as a checkpoint, for training from scratch."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from llavamed_jax.config import LlavaConfig
 
 
 def random_checkpoint(cfg: LlavaConfig, seed: int = 0) -> Checkpoint:
-    """Random float32 weights for training from scratch, each tensor drawn when it is read and from its own stream.
+    """Returns random float32 weights for training from scratch; each tensor is drawn at reading, from its own stream.
 
-    Norm scales are 1 and biases 0. Kernels and tables are normal with standard deviation fan_in^-1/2, so that activations keep
-    their size through any width (0.016 at LLaMA's 4,096, close to its 0.02; CLIP's own width^-1/2 for positions and class).
-    The kernels that write into the residual stream are scaled by (2 x layers)^-1/2, as GPT-2 and CLIP do, so that the stream
-    does not grow with depth.
+    Norm scales are 1 and biases 0. Kernels and tables are normal with standard deviation fan_in^-1/2, so that
+    activations keep their size at any width (0.016 at LLaMA's 4,096, close to its 0.02; CLIP's own width^-1/2 for
+    positions and class). The kernels that write into the residual stream are scaled by (2 x layers)^-1/2, as in GPT-2
+    and CLIP, so that the stream does not grow with depth.
     """
     def tensor(name, shape):
         return Tensor(shape, np.dtype(np.float32), lambda: _draw(cfg, name, shape, seed))

@@ -1,4 +1,4 @@
-"""A tensor of a file that is read when it is asked for."""
+"""A tensor that is read from its file on demand."""
 
 from __future__ import annotations
 
@@ -10,7 +10,13 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor that is not in memory yet."""
+    """A tensor that is not in memory yet.
+
+    Attributes:
+      shape: the tensor's shape.
+      dtype: the dtype that `load` returns.
+      load: reads the tensor.
+    """
 
     shape: tuple[int, ...]
     dtype: np.dtype

@@ -1,4 +1,4 @@
-"""How stage 1 starts: a plain decoder and a plain CLIP tower, joined by a projector that is fresh or comes from a file."""
+"""Builds a model for stage 1: joins a plain decoder and a CLIP tower by a projector, fresh or from a file."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ from llavamed_jax.config.hf import joined, plain_decoder
 from llavamed_jax.errors import UsageError, UserError, at, cut, exists, short, some
 from llavamed_jax.utils.files import read_json
 
-# What an original's config.json beside an mm_projector.bin says of how its features were taken.
+# Keys of an original's config.json beside an mm_projector.bin, and the config fields that they set.
 _SETTINGS = {"mm_vision_select_layer": "feature_layer", "mm_vision_select_feature": "feature_select",
              "mm_use_im_start_end": "use_start_end"}
 
 
 def build(decoder: str | Path, vision: str | Path, projector: str, scratch: Path, image_tokens: bool = False,
           seed: int = 0, has_pad: bool = False) -> tuple[Checkpoint, list[str]]:
-    """Joins a model.
+    """Joins a decoder, a vision tower and a projector.
 
     Args:
       decoder: a directory with LLaMA, Vicuna or Mistral as transformers writes them, or its name on a hub.
-      vision: the same of a `CLIPModel` or `CLIPVisionModel`.
+      vision: a directory with a `CLIPModel` or `CLIPVisionModel`, or its name on a hub.
       projector: a type (`linear`, `mlp2x_gelu`, …), initialised as torch's `nn.Linear` is, or an `mm_projector.bin`.
-      scratch: a directory for tokenizer files that change; it must outlive the checkpoint.
+      scratch: a directory for changed tokenizer files; it must outlive the checkpoint.
       image_tokens: adds LLaVA-Med v1.0's tokens (`image_tokens.add_image_tokens`).
-      seed: of everything that is drawn.
+      seed: seed of all random weights.
       has_pad: adds `[PAD]` before the image tokens.
 
     Returns:
@@ -72,7 +72,8 @@ def build(decoder: str | Path, vision: str | Path, projector: str, scratch: Path
     if image_tokens:
         deviation = raw.get("initializer_range", 0.02)
         if not isinstance(deviation, (int, float)) or not 0 <= deviation < 1:
-            raise UserError(f"{decoder}: config.json has initializer_range {short(deviation)}; a number from 0 to 1 was expected")
+            raise UserError(f"{decoder}: config.json has initializer_range {short(deviation)}; a number from 0 to 1 "
+                            "was expected")
         checkpoint, new = add_image_tokens(checkpoint, scratch, deviation, seed, has_pad)
         said.append(f"image tokens: added {', '.join(new)}" if new else "image tokens: there already")
     if is_file:
@@ -85,22 +86,25 @@ def build(decoder: str | Path, vision: str | Path, projector: str, scratch: Path
 def _decoder_config(directory: Path) -> dict:
     refuse_adapter(directory)
     if not (directory / "config.json").is_file():
-        raise at(directory, f"the decoder {directory} holds no config.json; a directory of LLaMA, Vicuna or Mistral was expected")
+        raise at(directory, f"the decoder {directory} holds no config.json; a directory of LLaMA, Vicuna or Mistral "
+                            "was expected")
     raw = read_json(directory / "config.json")
     if raw.get("model_type") not in [*DECODERS]:
-        raise UserError(f"the decoder {directory} has model_type {short(raw.get('model_type'))}; {' or '.join(DECODERS)} was expected")
+        raise UserError(f"the decoder {directory} has model_type {short(raw.get('model_type'))}; "
+                        f"{' or '.join(DECODERS)} was expected")
     return raw
 
 
 def _files(decoder: Path, vision: Path) -> dict[str, Path]:
-    """The decoder's tokenizer and the tower's preprocessor. The decoder's chat template, if any, knows no images."""
-    files = {name: file for name, file in text_files(decoder).items() if name.startswith(("tokenizer", "special_", "added_", "generation"))}
+    """Returns the decoder's tokenizer files and the tower's preprocessor; not the decoder's text-only chat template."""
+    files = {name: file for name, file in text_files(decoder).items()
+             if name.startswith(("tokenizer", "special_", "added_", "generation"))}
     preprocessor = vision / "preprocessor_config.json"
     return files | ({preprocessor.name: preprocessor} if preprocessor.is_file() else {})
 
 
 def _fresh_projector(config: LlavaConfig, seed: int) -> dict[str, Tensor]:
-    """`nn.Linear`'s own initialisation: kernel and bias uniform within fan_in^-1/2. Each tensor has a stream of its own."""
+    """Returns kernels and biases as `nn.Linear` draws them, uniform within fan_in^-1/2, each from its own stream."""
     specs = names.specs(config)
 
     def load(name: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -113,14 +117,21 @@ def _fresh_projector(config: LlavaConfig, seed: int) -> dict[str, Tensor]:
 
 
 def with_projector(checkpoint: Checkpoint, file: Path) -> tuple[Checkpoint, str]:
-    """A checkpoint whose projector is that of an `mm_projector.bin` (spec 2.2), and a sentence that says what was taken.
+    """Replaces a checkpoint's projector by that of an `mm_projector.bin` (spec 2.2).
 
-    How features are taken (layer, selection) is as the `config.json` beside the file says, where there is one. Of its
-    `embed_tokens`, a whole table or two rows, the rows of `<im_start>` and `<im_end>` are taken, which are the table's last
-    two; a model without them takes none, as in the original.
+    A `config.json` beside the file decides how features are taken (layer, selection). From the file's `embed_tokens`, a
+    whole table or two rows, the last two rows are taken, which are those of `<im_start>` and `<im_end>`; a model
+    without these tokens takes none, as in the original.
+
+    Args:
+      checkpoint: the checkpoint.
+      file: an `mm_projector.bin`.
+
+    Returns:
+      The checkpoint with the new projector, and a sentence that says what was taken.
 
     Raises:
-      UserError: no such file, tensors of another kind, or shapes that do not fit.
+      UserError: the file does not exist, or has other tensors or shapes than expected.
     """
     if not exists(file):
         raise UsageError(f"the projector {cut(str(file))} does not exist; an mm_projector.bin was expected")
@@ -151,7 +162,7 @@ def with_projector(checkpoint: Checkpoint, file: Path) -> tuple[Checkpoint, str]
 
 
 def _with_settings(config: LlavaConfig, file: Path, layers: Mapping[tuple[str | None, str], Tensor]) -> LlavaConfig:
-    """The projector's type from the names in its file, and how features are taken from the config beside it."""
+    """Sets the projector's type from the names in its file, and the use of features from the config beside the file."""
     indices = {index for index, _ in layers}
     if not layers:
         raise UserError(f"{file} holds no tensors of mm_projector")
@@ -171,13 +182,15 @@ def _fitting(file: Path, name: str, tensor: Tensor | None, shape: tuple[int, ...
     wanted = names.torch_shape(name, shape)
     if tensor is None or tensor.shape != wanted:
         found = "is missing" if tensor is None else f"is {list(tensor.shape)}"
-        raise UserError(f"{file} does not fit this model: {name} {found}, where {list(wanted)} (in torch's order) was expected")
+        raise UserError(f"{file} does not fit this model: {name} {found}, where {list(wanted)} (in torch's order) was "
+                        "expected")
     return from_torch(name, tensor, shape)
 
 
 def _with_last_rows(file: Path, table: Tensor, rows: Tensor) -> Tensor:
     if rows.shape not in (table.shape, (2, table.shape[1])):
-        raise UserError(f"{file} has embed_tokens of {list(rows.shape)}; {list(table.shape)} or {[2, table.shape[1]]} was expected")
+        raise UserError(f"{file} has embed_tokens of {list(rows.shape)}; {list(table.shape)} or {[2, table.shape[1]]} "
+                        "was expected")
     def load() -> np.ndarray:
         out = np.array(table.load())
         out[-2:] = Tally().cast(f"embed_tokens of {file}", rows.load()[-2:], out.dtype)

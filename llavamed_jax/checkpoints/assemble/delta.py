@@ -1,8 +1,7 @@
-"""Deltas: how LLaVA-Med v1.0 was released, as a target less the LLaMA that it was trained from (spec 2.1).
+"""Makes and applies deltas: LLaVA-Med v1.0 was released as a target minus the LLaMA it was trained from (spec 2.1).
 
-All arithmetic is the original's, in float16. Where the target has more rows in its vocabulary than the base, and for the
-projector, which the base lacks, the delta holds the target itself. Both directions write the original's layout, tensor by
-tensor.
+All arithmetic is the original's, in float16. For vocabulary rows and the projector, which the base lacks, the delta
+holds the target's own values. Both directions write the original's layout, tensor by tensor.
 """
 
 from __future__ import annotations
@@ -26,30 +25,45 @@ from llavamed_jax.utils.files import read_json, write_json
 
 _TABLE = "model.embed_tokens.weight"
 _VOCABULARY = (_TABLE, "lm_head.weight")
-# Facts of a config that training leaves as they are; LLaMA 2 differs from LLaMA in the first two.
-_OF_THE_BASE = ("rms_norm_eps", "max_position_embeddings", "hidden_act", "num_attention_heads", "rope_theta", "rope_scaling")
-_VERBATIM = ("model.mm_projector.", "model.vision_tower.")  # what a plain decoder has nothing to subtract from
+# Config keys that training does not change; LLaMA 2 differs from LLaMA in the first two.
+_OF_THE_BASE = ("rms_norm_eps", "max_position_embeddings", "hidden_act", "num_attention_heads", "rope_theta",
+                "rope_scaling")
+_VERBATIM = ("model.mm_projector.", "model.vision_tower.")  # tensors that a plain decoder lacks
 
 
 def make_delta(base: str | Path, target: str | Path, out: str | Path, progress: Progress = iter) -> dict[str, Tensor]:
-    """Writes `target` less `base`.
+    """Writes `target` minus `base`.
 
     Args:
       base: the plain decoder's directory, or its name on a hub.
-      target: a model in the original's layout, likewise.
+      target: the directory of a model in the original's layout, or its name on a hub.
       out: a directory that does not exist or is empty. It appears when it is complete.
+      progress: wraps the names of the tensors.
 
     Returns:
-      What was written.
+      The tensors that were written, by name.
 
     Raises:
-      UserError: the two do not belong together, which is found before anything is written.
+      UserError: the two do not belong together; raised before anything is written.
     """
     return _write(base, target, out, np.subtract, "the target", progress)
 
 
 def apply_delta(base: str | Path, delta: str | Path, out: str | Path, progress: Progress = iter) -> dict[str, Tensor]:
-    """Writes `base` plus `delta`, with the delta's config and tokenizer. Args, result and errors as of `make_delta`."""
+    """Writes `base` plus `delta`, with the delta's config and tokenizer.
+
+    Args:
+      base: the plain decoder's directory, or its name on a hub.
+      delta: the delta's directory in the original's layout, or its name on a hub.
+      out: a directory that does not exist or is empty. It appears when it is complete.
+      progress: wraps the names of the tensors.
+
+    Returns:
+      The tensors that were written, by name.
+
+    Raises:
+      UserError: the two do not belong together; raised before anything is written.
+    """
     return _write(base, delta, out, np.add, "the delta", progress)
 
 
@@ -58,8 +72,10 @@ def _write(base, other, out, operation: np.ufunc, what: str, progress: Progress)
     for directory in (base, other):
         refuse_adapter(directory)
         if not (directory / "config.json").is_file():
-            hint = " (`convert export --layout llava` writes one)" if (directory / "model" / "config.json").is_file() else ""
-            raise at(directory, f"{directory} is no directory with a config.json; a model in the original's layout was expected{hint}")
+            hint = (" (`convert export --layout llava` writes one)"
+                    if (directory / "model" / "config.json").is_file() else "")
+            raise at(directory, f"{directory} is no directory with a config.json; a model in the original's layout was "
+                                f"expected{hint}")
     config = read_json(other / "config.json")
     ours, theirs = (_weights(directory) for directory in (base, other))
     _check(base, ours, what, other, theirs)
@@ -79,28 +95,32 @@ def _write(base, other, out, operation: np.ufunc, what: str, progress: Progress)
 
 
 def _weights(directory: Path) -> dict[str, Tensor]:
-    """Without the buffers, which every version of transformers computes anew and of which a delta holds zeros."""
+    """Reads the tensors without buffers, which every version of transformers recomputes and a delta holds as zeros."""
     return {name: tensor for name, tensor in read_weights(directory).items() if not names.is_buffer(name)}
 
 
 def _check(base: Path, ours: Mapping[str, Tensor], what: str, other: Path, theirs: Mapping[str, Tensor]) -> None:
-    """Raises UserError where the base is not the one that the other was made from, as far as shapes can tell."""
+    """Raises UserError if the shapes show that the other model was made from another base."""
     for directory, tensors in ((base, ours), (other, theirs)):
         if _TABLE not in tensors or len(tensors[_TABLE].shape) != 2:
-            raise UserError(f"{directory} holds no {_TABLE}; a decoder of the LLaMA family under the original's names was expected")
+            raise UserError(f"{directory} holds no {_TABLE}; a decoder of the LLaMA family under the original's names "
+                            "was expected")
     if _has_projector(ours):
-        raise UserError(f"{base} is no base: it has a projector, so it is a whole LLaVA; the plain decoder was expected")
+        raise UserError(f"{base} is no base: it has a projector, so it is a whole LLaVA; the plain decoder was "
+                        "expected")
     if not _has_projector(theirs):
-        raise UserError(f"{what} {other} holds no projector (model.mm_projector), so it is a plain decoder; a LLaVA was expected")
+        raise UserError(f"{what} {other} holds no projector (model.mm_projector), so it is a plain decoder; a LLaVA "
+                        "was expected")
     for size, mine, wanted in (("hidden size", ours[_TABLE].shape[1], theirs[_TABLE].shape[1]),
                                ("number of layers", _layers(ours), _layers(theirs))):
         if mine != wanted:
             raise UserError(f"{base} is another base: its {size} is {mine} where {what} {other} has {wanted}")
     if ours[_TABLE].shape[0] > theirs[_TABLE].shape[0]:
-        raise UserError(f"{base} is another base: its vocabulary has {ours[_TABLE].shape[0]} rows where {what} {other} has "
-                        f"{theirs[_TABLE].shape[0]}, which can only be more")
+        raise UserError(f"{base} is another base: its vocabulary has {ours[_TABLE].shape[0]} rows where {what} {other} "
+                        f"has {theirs[_TABLE].shape[0]}, which can only be more")
     problems = [f"{name} is missing in {what}" for name in ours if name not in theirs]
-    problems += [f"{name} is missing in the base" for name in theirs if name not in ours and not name.startswith(_VERBATIM)]
+    problems += [f"{name} is missing in the base" for name in theirs
+                 if name not in ours and not name.startswith(_VERBATIM)]
     for name in ours.keys() & theirs.keys():
         kept = slice(1, None) if name in _VOCABULARY else slice(None)
         if ours[name].shape[kept] != theirs[name].shape[kept] or ours[name].shape[0] > theirs[name].shape[0]:
@@ -114,7 +134,7 @@ def _has_projector(tensors: Mapping[str, Tensor]) -> bool:
 
 
 def _check_config(other: Path, config: Mapping[str, object], theirs: Mapping[str, Tensor]) -> None:
-    """Raises UserError where what is written would not open, because the config is of another model than the tensors."""
+    """Raises UserError if the config belongs to another model than the tensors, so that the output would not open."""
     rows, width = theirs[_TABLE].shape
     for key, found in (("vocab_size", rows), ("hidden_size", width), ("num_hidden_layers", _layers(theirs))):
         if config.get(key) != found:
@@ -122,8 +142,9 @@ def _check_config(other: Path, config: Mapping[str, object], theirs: Mapping[str
 
 
 def _warn_of_base(base: Path, what: str, other: Path, config: Mapping[str, object]) -> None:
-    """Says where a base of the right shapes computes otherwise than its delta's config: LLaMA 2 is not LLaMA, and what comes
-    of it answers nonsense.
+    """Warns if a base of the right shapes has other settings than its delta's config.
+
+    LLaMA 2 in the place of LLaMA gives a model that answers nonsense.
     """
     raw = read_json(base / "config.json")
     differ = [key for key in _OF_THE_BASE if key in raw and key in config and raw[key] != config[key]]
@@ -133,11 +154,12 @@ def _warn_of_base(base: Path, what: str, other: Path, config: Mapping[str, objec
 
 
 def _layers(tensors: Mapping[str, Tensor]) -> int:
-    return 1 + max((int(found[1]) for found in map(re.compile(r"model\.layers\.(\d+)\.").match, tensors) if found), default=-1)
+    return 1 + max((int(found[1]) for found in map(re.compile(r"model\.layers\.(\d+)\.").match, tensors) if found),
+                   default=-1)
 
 
 def _combined(name: str, base: Tensor | None, other: Tensor, operation: np.ufunc, tally: Tally) -> Tensor:
-    """`other` with `operation` applied to the rows that `base` has; everything else stays as it is."""
+    """Returns `other` with `operation` applied to the rows that `base` has; other rows and tensors are unchanged."""
     half = np.dtype(np.float16)
 
     def load() -> np.ndarray:
@@ -145,12 +167,13 @@ def _combined(name: str, base: Tensor | None, other: Tensor, operation: np.ufunc
             out = np.array(tally.cast(name, other.load(), half))
             if base is not None:
                 rows = out[:base.shape[0]]
-                with np.errstate(over="ignore", invalid="ignore"):  # said below, in one sentence
+                with np.errstate(over="ignore", invalid="ignore"):  # reported below, in one sentence
                     operation(rows, tally.cast(name, base.load(), half), out=rows)
             is_whole = is_finite(out)
-        except UserError:  # of a cast
+        except UserError:  # raised by a cast
             is_whole = False
         if not is_whole:
-            raise UserError(f"{name} is not finite in float16, in which deltas are made: values beyond 65504 or damaged weights")
+            raise UserError(f"{name} is not finite in float16, in which deltas are made: values beyond 65504 or "
+                            "damaged weights")
         return out
     return Tensor(other.shape, np.dtype(np.float16), load)

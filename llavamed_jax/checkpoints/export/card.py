@@ -1,4 +1,4 @@
-"""The model card of an export: what it is, how it was trained, what it is for and what it is not for."""
+"""Writes the model card of an export: what the model is, how it was trained, and its intended use."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from llavamed_jax.config import CLIP_MEAN, CLIP_STD, ImageSettings, LlavaConfig
 from llavamed_jax.config.hf import llava_to_hf
 from llavamed_jax.utils.files import read_json
 
-_MAX_RUNS = 20  # of a chain of recipes, each begun from the one before
+_MAX_RUNS = 20  # in a chain of recipes, each started from the one before
 
 _CARD = """\
 ---
@@ -40,18 +40,22 @@ Exported by llavamed-jax, independent work that is not affiliated with Microsoft
 
 ## Intended use
 
-Research on biomedical vision-language models: reproducing and comparing results, and studying what such models get wrong.
-Questions and answers are in English; images are single two-dimensional pictures such as radiographs, slices and micrographs.
+Research on biomedical vision-language models: reproducing and comparing results, and studying what such models get \
+wrong.
+Questions and answers are in English; images are single two-dimensional pictures such as radiographs, slices and \
+micrographs.
 
 ## Out-of-scope use
 
-Any clinical use. It must not inform diagnosis, triage, treatment or advice to patients, and it is no medical device and was
+Any clinical use. It must not inform diagnosis, triage, treatment or advice to patients, and it is no medical device \
+and was
 evaluated by no regulator. Other languages, volumes, video and images that are not biomedical are out of scope too.
 
 ## Limitations
 
 - It states wrong findings fluently, and answers questions that the image cannot answer. Check every answer.
-- It may answer from the question alone. Compare with exchanged images (`eval.py --control image`) before believing a score.
+- It may answer from the question alone. Compare with exchanged images (`eval.py --control image`) before believing a \
+score.
 - It carries the biases of its data: figures of publications, few institutions, common findings.
 - Image detail below the resolution of the vision tower is lost before the model sees it.
 - Nothing was done to keep it from offensive or harmful text.
@@ -69,56 +73,70 @@ Each part keeps its own, and all of them hold for the whole.
 | further training data | that of the data named above |
 """
 _DECODER_LICENCES = {"mistral": "Apache-2.0, if it was made from Mistral-7B-Instruct",
-                     "llama": "the LLaMA licence (LLaMA 1 and Vicuna v0) or the Llama 2 Community License (Vicuna v1.5), by its origin"}
+                     "llama": "the LLaMA licence (LLaMA 1 and Vicuna v0) or the Llama 2 Community License (Vicuna "
+                              "v1.5), by its origin"}
 _IN_TRANSFORMERS = """\
 ```python
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 processor = AutoProcessor.from_pretrained(PATH, backend="pil")
 model = LlavaForConditionalGeneration.from_pretrained(PATH)
-messages = [{{"role": "user", "content": [{{"type": "image"}}, {{"type": "text", "text": "What is shown in this image?"}}]}}]
+messages = [{{"role": "user", "content": [{{"type": "image"}}, \
+{{"type": "text", "text": "What is shown in this image?"}}]}}]
 prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
-tokens = model.generate(**processor(text=prompt, images=[image], return_tensors="pt"), max_new_tokens=64, do_sample=False)
+tokens = model.generate(**processor(text=prompt, images=[image], return_tensors="pt"), \
+max_new_tokens=64, do_sample=False)
 ```
 
 - `backend="pil"` gives the pixels that the model was trained with; torchvision resizes a little differently.
 {notes}"""
 _PAD = """\
-- Images are padded to a square in the mean colour, by `do_pad` of `LlavaImageProcessor`, which transformers has since 4.49.
+- Images are padded to a square in the mean colour, by `do_pad` of `LlavaImageProcessor`, which transformers has \
+since 4.49.
   Software that reads `preprocessor_config.json` and does not know that class must be given square images."""
 _NO_CHAT_TEMPLATE = "- The template {name} has no form in Jinja here: write the prompt as text."
 _ADDED_ROWS = """\
-- `<image>` is token {image}, `<pad>` {pad}. Rows {first} to {last} of both tables over the vocabulary are additions of this layout:
+- `<image>` is token {image}, `<pad>` {pad}. Rows {first} to {last} of both tables over the vocabulary are additions \
+of this layout:
   means of the other rows. An import by llavamed-jax takes them away again."""
 _UNUSED_ROWS = """\
-- `<image>` is token {image}, `<pad>` {pad}: of the {rows} rows of the tables over the vocabulary, these had no token before."""
+- `<image>` is token {image}, `<pad>` {pad}: of the {rows} rows of the tables over the vocabulary, these had no token \
+before."""
 _IN_LLAVA = """\
-The tensors have the names of LLaVA's own code ({model_type}). That code takes the vision tower that `mm_vision_tower` in
+The tensors have the names of LLaVA's own code ({model_type}). That code takes the vision tower that \
+`mm_vision_tower` in
 `config.json` names, {tower}"""
 _TOWER_INSIDE = "here the directory `{name}`: give its path there."
-_TOWER_IGNORED = ("and not the tower's tensors in this checkpoint. Where they differ from the named tower's, so do its answers; "
-                  "llavamed-jax reads the tensors here.")
-_SETTINGS_IGNORED = (" Nor does it read `preprocessor_config.json` here, whose settings are not CLIP's own: it takes those of the "
-                     "tower that it fetches.")
+_TOWER_IGNORED = ("and not the tower's tensors in this checkpoint. Where they differ from the named tower's, so do its "
+                  "answers; llavamed-jax reads the tensors here.")
+_SETTINGS_IGNORED = (" Nor does it read `preprocessor_config.json` here, whose settings are not CLIP's own: it takes "
+                     "those of the tower that it fetches.")
 
 
 def model_card(checkpoint: Checkpoint, layout: str, ids: tuple[int, int] | None = None) -> str:
-    """The README.md of an export, in Markdown with the front matter of model hubs. `ids`: of `<image>` and `<pad>`, which an
-    export in transformers' layout adds.
+    """Returns the README.md of an export, in Markdown with the front matter of model hubs.
+
+    Args:
+      checkpoint: the exported checkpoint.
+      layout: `transformers` or `llava`.
+      ids: the ids of `<image>` and `<pad>`, which an export in transformers' layout adds; None if it adds none.
     """
     cfg = checkpoint.config
     return _CARD.format(
         library="library_name: transformers\n" if layout == "transformers" else "", facts=_table(_facts(checkpoint)),
         use=_use(cfg, layout, ids), training=_training(checkpoint),
-        decoder_licence=_DECODER_LICENCES.get(cfg.decoder.architecture, "the licence of the model that it was made from"))
+        decoder_licence=_DECODER_LICENCES.get(cfg.decoder.architecture, "the licence of the model that it was made "
+                                                                        "from"))
 
 
 def _facts(checkpoint: Checkpoint) -> dict[str, object]:
     cfg, v, d = checkpoint.config, checkpoint.config.vision, checkpoint.config.decoder
     step = {} if checkpoint.step is None else {"training step": checkpoint.step}
     return {
-        "vision tower": f"CLIP ViT, {v.num_layers} layers, width {v.hidden_size}, {v.image_size} px, patch {v.patch_size}; "
-                        f"layer {cfg.feature_layer}, {cfg.tokens_per_image} tokens an image, images in mode `{cfg.image_aspect_ratio}`",
+        "vision "
+        "tower": f"CLIP ViT, {v.num_layers} layers, width {v.hidden_size}, {v.image_size} px, patch {v.patch_size}; "
+                        f"layer {cfg.feature_layer}, {cfg.tokens_per_image} tokens an image, images in mode "
+                        f"`{cfg.image_aspect_ratio}`",
         "projector": f"`{cfg.projector_type}`",
         "decoder": f"{d.architecture}, {d.num_layers} layers, width {d.hidden_size}, {d.num_heads} heads "
                    f"({d.num_kv_heads} of keys and values), vocabulary {d.vocab_size}",
@@ -131,7 +149,8 @@ def _use(cfg: LlavaConfig, layout: str, ids: tuple[int, int] | None) -> str:
     if layout == "llava":
         inside = _TOWER_INSIDE.format(name=Path(llava_to_hf(cfg, layout)["mm_vision_tower"]).name)
         kind = cfg.source if cfg.source != "transformers" else f"llava_{cfg.decoder.architecture}"
-        is_plain = cfg.vision.images == ImageSettings() and (cfg.vision.image_mean, cfg.vision.image_std) == (CLIP_MEAN, CLIP_STD)
+        is_plain = cfg.vision.images == ImageSettings() and (
+            cfg.vision.image_mean, cfg.vision.image_std) == (CLIP_MEAN, CLIP_STD)
         ignored = _TOWER_IGNORED + ("" if is_plain else _SETTINGS_IGNORED)
         return _IN_LLAVA.format(model_type=f"`model_type` `{kind}`", tower=inside if cfg.source == "llava" else ignored)
     notes = [_PAD] if cfg.image_aspect_ratio == "pad" else []
@@ -146,26 +165,31 @@ def _use(cfg: LlavaConfig, layout: str, ids: tuple[int, int] | None) -> str:
 
 
 def _training(checkpoint: Checkpoint) -> str:
-    """The recipes that led here, the last run first: each as a table of its keys."""
+    """Returns the recipes that led to the checkpoint, the last run first, each as a table of its keys."""
     if checkpoint.layout == "preset":
         return "None: these are random weights."
     directory, runs, seen = checkpoint.directory, [], set()
-    while directory is not None and (directory / "recipe.json").is_file() and directory.resolve() not in seen and len(runs) < _MAX_RUNS:
+    while (directory is not None and (directory / "recipe.json").is_file() and directory.resolve() not in seen
+           and len(runs) < _MAX_RUNS):
         seen.add(directory.resolve())
         found = read_json(directory / "recipe.json")
         recipe = found.get("recipe", found)
         values = {**recipe, **{f"settled: {key}": value for key, value in found.get("resolved", {}).items()}}
-        runs.append(f"### Run `{recipe.get('name', directory.name)}`\n\nBegun from `{_shown(recipe.get('init'))}`.\n\n" + _table(
-            {f"`{key}`": f"`{json.dumps(_shown(value))}`" for key, value in sorted(values.items()) if key not in ("init", "name")}, True))
+        runs.append(
+            f"### Run `{recipe.get('name', directory.name)}`\n\nBegun from "
+            f"`{_shown(recipe.get('init'))}`.\n\n" + _table(
+                {f"`{key}`": f"`{json.dumps(_shown(value))}`" for key, value in sorted(values.items())
+                 if key not in ("init", "name")}, True))
         directory = Path(str(recipe.get("init")))
         directory = directory.parents[1] if directory.parent.name == "checkpoints" else directory
     if not runs:
-        return "None travels with these weights: they were converted from another checkpoint, whose own card says how it was trained."
+        return ("None travels with these weights: they were converted from another checkpoint, whose own card says how "
+                "it was trained.")
     return "The runs that led here by llavamed-jax, the last one first.\n\n" + "\n\n".join(runs)
 
 
 def _shown(value):
-    """A recipe's value without the directories of the machine that it was written on."""
+    """Returns a recipe's value without the directories of the machine where it was written."""
     if isinstance(value, list):
         return [_shown(item) for item in value]
     if isinstance(value, dict):
@@ -175,4 +199,5 @@ def _shown(value):
 
 def _table(rows: dict[str, object], has_head: bool = False) -> str:
     head = ["| key | value |", "|---|---|"] if has_head else []
-    return "\n".join([*head, *("| {} | {} |".format(key, str(value).replace("|", "\\|")) for key, value in rows.items())])
+    return "\n".join([*head, *("| {} | {} |".format(key, str(value).replace("|", "\\|"))
+                               for key, value in rows.items())])

@@ -1,8 +1,8 @@
-"""The conversation templates as Jinja, for the processors of exported models.
+"""Writes the conversation templates as Jinja, for the processors of exported models.
 
-None begins with the beginning-of-sequence token: the tokenizer adds it, and llama.cpp and vLLM would add a second. The
-pieces are those of `text.styles`, from which `text.conversation` makes our own prompts; images are placed as `text.messages`
-places them. A test renders both.
+No template begins with the beginning-of-sequence token: the tokenizer adds it, and llama.cpp and vLLM would add a
+second. The pieces are those of `text.styles`, from which `text.conversation` makes this project's prompts; images are
+placed as `text.messages` places them. A test compares both renderings.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from llavamed_jax.config import LlavaConfig
 from llavamed_jax.text.conversation import FIRST_MESSAGE, ONE_MESSAGE
 from llavamed_jax.text.templates import Template, default_template, get_template
 
-# A message's text, its images before it unless it places them itself; then the system's message apart from the turns.
+# A message's text, after its images unless the text places them itself; then the system message, apart from the turns.
 _HEAD = r"""
 {%- macro text_of(content) -%}
   {%- if content is string -%}
@@ -54,12 +54,12 @@ _TURNS = r"""
 
 
 def template_name(cfg: LlavaConfig) -> str:
-    """The template that a checkpoint is asked with: its config's own, else by what it came from (docs/interface.md)."""
+    """Returns the name of a checkpoint's template: its config's own, else by its origin (docs/interface.md)."""
     return get_template(cfg.template or default_template(cfg.source, cfg.decoder.architecture)).name
 
 
 def chat_template(cfg: LlavaConfig) -> str | None:
-    """The Jinja source of a model's template, or None for v1.0's: image and text of these reach no model of transformers."""
+    """Returns the Jinja source of a model's template; None for v1.0's, which no transformers model can use."""
     template = get_template(template_name(cfg))
     if template.is_v1:
         return None
@@ -68,7 +68,7 @@ def chat_template(cfg: LlavaConfig) -> str | None:
 
 
 def _body(template: Template) -> str:
-    """The pieces of the template's style (`text.styles`), each as a Jinja expression."""
+    """Returns the turns' Jinja source, from the pieces of the template's style (`text.styles`)."""
     style, examples = template.form, template.examples
     opening = [_expression(style.head, template)]
     for i, text in enumerate(examples):
@@ -102,7 +102,7 @@ def _body(template: Template) -> str:
 
 
 def _written(template: Template, piece: str, empty: str) -> str:
-    """The expression of a turn, or another where it has no text."""
+    """Returns the expression of a turn; if the style writes no empty turns, another one for a turn without text."""
     return piece if template.form.writes_empty else f"({piece} if text else {empty})"
 
 
@@ -112,7 +112,7 @@ def _first(template: Template, text: str | None = None) -> str:
 
 
 def _expression(piece: str, template: Template, text: str | None = None) -> str:
-    """A piece of a style as a Jinja expression in the variables `text` and `system`; `text` may be given instead."""
+    """Returns a piece of a style as a Jinja expression in `text` and `system`; a given `text` becomes a constant."""
     words = {**template.words, "system": None, "text": text}
     variables = {"system": "system", "text": "text | trim" if template.is_stripped else "text"}
     if text is not None and template.is_stripped:
@@ -130,5 +130,5 @@ def _expression(piece: str, template: Template, text: str | None = None) -> str:
 
 
 def _literal(text: str) -> str:
-    """A text as Jinja writes it. Other escapes than JSON's short ones would be halves of a surrogate pair there."""
+    """Returns a text as a Jinja literal, without numeric escapes, which in Jinja would be halves of surrogate pairs."""
     return json.dumps(text, ensure_ascii=False)

@@ -1,4 +1,4 @@
-"""Exports in the PyTorch layouts: tensor by tensor into safetensors shards, under a temporary name until all is there."""
+"""Exports in the PyTorch layouts: writes safetensors shards tensor by tensor, under a temporary name until complete."""
 
 from __future__ import annotations
 
@@ -24,18 +24,19 @@ from llavamed_jax.utils.files import write_json
 VOCABULARY = ("decoder/embed_tokens/embedding", "decoder/lm_head/kernel")
 
 
-
 def export(checkpoint: Checkpoint, out: str | Path, layout: str = "transformers", progress: Progress = iter) -> None:
     """Writes a checkpoint as a directory in a PyTorch layout, with a model card.
 
     Args:
+      checkpoint: the checkpoint.
       out: a directory that does not exist or is empty. It appears when it is complete.
-      layout: `transformers` (`LlavaForConditionalGeneration` loads it) or `llava` (the original's own). Where the config
-        says LLaVA-Med v1.0, whose checkpoints hold no tower, `llava` puts the tower into a directory inside `out`.
+      layout: `transformers` (`LlavaForConditionalGeneration` loads it) or `llava` (the original's own). For LLaVA-Med
+        v1.0, whose checkpoints have no tower, `llava` puts the tower into a directory inside `out`.
+      progress: wraps the names of the tensors.
 
     Raises:
-      UserError: `out` holds something, the layout cannot hold this model, its tokenizer does not fit, the disk is full, or the
-        weights are no model's (`Checkpoint.sound`).
+      UserError: `out` is not empty, the layout cannot hold this model, its tokenizer does not fit, the disk is full, or
+        the weights are not a model's (`Checkpoint.sound`).
     """
     cfg = checkpoint.config
     config, ids = llava_to_hf(cfg, layout), None
@@ -46,7 +47,8 @@ def export(checkpoint: Checkpoint, out: str | Path, layout: str = "transformers"
         padded = _padded_vocabulary(checkpoint, cfg.rows_in_transformers(ids))
         checkpoint = checkpoint.replace(tensors={**checkpoint.tensors, **padded})
     with new_directory(out, total_bytes(checkpoint.tensors), checkpoint.sources) as temporary:
-        _write_text_files(checkpoint, temporary, layout, ids)  # first: what is wrong with a tokenizer shows before the long work
+        # First, so that tokenizer errors show before the long work.
+        _write_text_files(checkpoint, temporary, layout, ids)
         checkpoint = checkpoint.sound()
         if layout == "llava" and cfg.source == "llava":
             tower = {name: spellings[0] for name, spellings in names.torch_names(cfg, "tower").items()}
@@ -55,26 +57,23 @@ def export(checkpoint: Checkpoint, out: str | Path, layout: str = "transformers"
             directory.mkdir()
             write_safetensors(directory, _in_torch(checkpoint, tower), progress, {"format": "pt"})
             write_json(directory / "config.json", {"architectures": ["CLIPVisionModel"], **cfg.vision.to_hf()})
-            write_json(directory / preprocessor_file.FILE, preprocessor_file.written(cfg, is_transformers=False))  # which v1.0 reads here
+            # v1.0's code reads the preprocessor from the tower's directory.
+            write_json(directory / preprocessor_file.FILE, preprocessor_file.written(cfg, is_transformers=False))
         write_safetensors(temporary, _in_torch(checkpoint, spelled), progress, {"format": "pt"})
         config["dtype"] = config["torch_dtype"] = checkpoint.tensors[VOCABULARY[0]].dtype.name
         write_json(temporary / "config.json", config)
     checkpoint.tally.warn()
 
 
-
-
-
-
 def _in_torch(checkpoint: Checkpoint, spelled: Mapping[str, str]) -> dict[str, Tensor]:
-    """Tensors under torch names, in torch's orientation."""
+    """Returns tensors under torch names, in torch's orientation."""
     def convert(name, tensor):
         return Tensor(names.torch_shape(name, tensor.shape), tensor.dtype, lambda: names.to_torch(name, tensor.load()))
     return {key: convert(name, checkpoint.tensors[name]) for name, key in spelled.items()}
 
 
 def _padded_vocabulary(checkpoint: Checkpoint, rows: int) -> dict[str, Tensor]:
-    """The tables over the vocabulary with the rows that transformers' layout has beyond ours, each the mean of the others."""
+    """Returns the tables over the vocabulary with transformers' extra rows, each the mean of the others."""
     added = rows - checkpoint.config.decoder.vocab_size
 
     def convert(tensor, axis):
@@ -91,8 +90,9 @@ def _padded_vocabulary(checkpoint: Checkpoint, rows: int) -> dict[str, Tensor]:
 
 
 def _write_text_files(checkpoint: Checkpoint, out: Path, layout: str, ids: tuple[int, int] | None) -> None:
-    """The model card, and tokenizer and preprocessor files as they came; where `<image>` and `<pad>` get `ids`, those that
-    transformers' `AutoProcessor` reads.
+    """Writes the model card, and copies tokenizer and preprocessor files.
+
+    If `<image>` and `<pad>` get `ids`, the files are those that transformers' `AutoProcessor` reads.
     """
     cfg, files = checkpoint.config, checkpoint.files
     (out / "README.md").write_text(model_card(checkpoint, layout, ids), encoding="utf-8")
@@ -101,16 +101,10 @@ def _write_text_files(checkpoint: Checkpoint, out: Path, layout: str, ids: tuple
         write_json(out / GENERATION, settings_for(cfg, files.get(GENERATION), ids[1] if ids else None))
         if ids:
             write_processor(cfg, files, out)
-            kept = out / OURS  # from where an import takes them, so that nothing of this layout stays
+            kept = out / OURS  # an import takes the original files from here, without this layout's additions
             kept.mkdir()
     copy_files(cfg, files, kept)
     if kept == out:
         preprocessor_file.make_equal(cfg, out, layout == "transformers")
     else:
         preprocessor_file.make_equal(cfg, kept, cfg.source == "transformers", is_needed=False)
-
-
-
-
-
-

@@ -1,4 +1,4 @@
-"""The files that transformers' `AutoProcessor` reads beside an exported model: preprocessor, processor, chat template."""
+"""Writes the files that transformers' `AutoProcessor` reads: preprocessor, processor, tokenizer and chat template."""
 
 from __future__ import annotations
 
@@ -13,11 +13,15 @@ from llavamed_jax.utils.files import write_json
 
 
 def write_processor(cfg: LlavaConfig, files: Mapping[str, Path], out: Path) -> None:
-    """Writes a `LlavaProcessor` whose ids and pixels are this project's, where `<image>` and `<pad>` have the ids of
-    `tokenizer_files.ids_in_transformers`. Of text, nothing is written where `files` hold no tokenizer.
+    """Writes a `LlavaProcessor` that gives this project's ids and pixels.
+
+    `<image>` and `<pad>` have the ids of `tokenizer.ids_in_transformers`. Without a tokenizer in `files`, no tokenizer
+    files are written.
 
     Args:
+      cfg: the model's config.
       files: the checkpoint's own tokenizer and preprocessor files.
+      out: the directory of the export.
 
     Raises:
       UserError: a file cannot be read.
@@ -30,6 +34,6 @@ def write_processor(cfg: LlavaConfig, files: Mapping[str, Path], out: Path) -> N
         patch_size=cfg.vision.patch_size,
         vision_feature_select_strategy=cfg.select_strategy))
     template = chat_template(cfg)
-    if template is not None:  # as a file of its own, and as versions before 4.50 look for it
+    if template is not None:  # written twice: transformers before 4.50 reads the JSON file
         (out / "chat_template.jinja").write_text(template, encoding="utf-8")
         write_json(out / "chat_template.json", {"chat_template": template})

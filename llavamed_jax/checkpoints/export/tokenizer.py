@@ -1,8 +1,9 @@
-"""Tokenizer files for exported models, with which transformers' tokenizers give the original's ids.
+"""Writes tokenizer files for exported models, with which transformers' tokenizers give the original's ids.
 
-The converters of transformers do not: 5.x orders the merges by piece where SentencePiece goes by score, so that two blanks
-in a row split differently, and with either `legacy` text beside `<image>` has another prefix than the original, which
-encodes each chunk between images on its own (spec 3.6). So `tokenizer.json` is written here, from the SentencePiece model.
+The converters of transformers do not: 5.x orders the merges by piece where SentencePiece orders them by score, so that
+two spaces in a row split differently, and with either value of `legacy` text beside `<image>` has another prefix than
+in the original, which encodes each chunk between images by itself (spec 3.6). So this module writes `tokenizer.json`
+from the SentencePiece model.
 """
 
 from __future__ import annotations
@@ -23,15 +24,16 @@ IMAGE, PAD = "<image>", "<pad>"
 _CORE = ("bos_token", "eos_token", "unk_token")
 
 
-# How far a table may be from one row a piece: it may be padded, for example to a multiple of 128 on each of 8 devices, and some
-# published tokenizers have tokens that nobody gave a row. Further off, the tokenizer is another model's.
+# How far the rows of a table may differ from the pieces: a table may be padded, for example to a multiple of 128 on
+# each of 8 devices, and some published tokenizers have tokens without rows. Beyond that the tokenizer is another
+# model's.
 _SPARE, _LACKING = 1024, 16
 
 
 class _Source(NamedTuple):
-    json: dict  # as tokenizer.json
+    json: dict  # content of tokenizer.json
     added: list[Token]
-    names: dict[str, str]  # of bos_token, eos_token and unk_token, where there are such
+    names: dict[str, str]  # the texts of bos_token, eos_token and unk_token, if they exist
 
     @property
     def pieces(self) -> int:
@@ -39,28 +41,28 @@ class _Source(NamedTuple):
 
     @property
     def ids(self) -> tuple[int, int]:
-        """Of `<image>` and `<pad>`: their own, or the next ones, which alone the `tokenizers` library gives to new tokens."""
+        """The ids of `<image>` and `<pad>`: their own, or the next free ones, as `tokenizers` numbers new tokens."""
         own = {token.text: token.id for token in self.added}
         free = itertools.count(self.pieces)
         return tuple(own[text] if text in own else next(free) for text in (IMAGE, PAD))
 
 
 def ids_in_transformers(rows: int, files: Mapping[str, Path]) -> tuple[int, int]:
-    """The ids of `<image>` and `<pad>` in transformers' layout.
+    """Returns the ids of `<image>` and `<pad>` in transformers' layout.
 
     Args:
-      rows: of the embedding table.
-      files: of the tokenizer; without one, the ids are those behind the table.
+      rows: rows of the embedding table.
+      files: tokenizer files by name; without a tokenizer the ids are the first two after the table.
 
     Raises:
-      UserError: the tokenizer cannot be read, or is of another model than the table.
+      UserError: the tokenizer cannot be read, or belongs to another model than the table.
     """
     if not {"tokenizer.model", "tokenizer.json"} & files.keys():
         return rows, rows + 1
     source = _source(files)
     if not -_LACKING <= rows - source.pieces <= _SPARE:
-        raise UserError(f"the tokenizer has {source.pieces} pieces; {rows} were expected, one a row of the embedding table, or at most "
-                        f"{_SPARE} fewer or {_LACKING} more")
+        raise UserError(f"the tokenizer has {source.pieces} pieces; {rows} were expected, one a row of the embedding "
+                        f"table, or at most {_SPARE} fewer or {_LACKING} more")
     return source.ids
 
 
@@ -68,51 +70,63 @@ def _source(files: Mapping[str, Path]) -> _Source:
     file, said = files.get("tokenizer.model") or files["tokenizer.json"], read_special_tokens(files)
     try:
         source = (_from_json if file.suffix == ".json" else _from_sentencepiece)(file, said)
-        source.ids  # noqa: B018  of a damaged vocabulary
+        source.ids  # noqa: B018  raises for a damaged vocabulary
     except UserError:
         raise
-    except Exception as error:  # RuntimeError of SentencePiece; of damaged files anything
+    except Exception as error:  # SentencePiece raises RuntimeError; a damaged file may raise anything
         raise UserError(f"the tokenizer {file} cannot be read ({type(error).__name__})") from None
     return source
 
 
 def write_tokenizer(files: Mapping[str, Path], out: Path) -> None:
-    """Writes `tokenizer.json`, `tokenizer_config.json` and, where it exists, `tokenizer.model`; `<image>` and `<pad>` have the ids of
-    `ids_in_transformers`.
+    """Writes `tokenizer.json`, `tokenizer_config.json` and, if it exists, `tokenizer.model`.
 
-    Of a checkpoint that has `tokenizer.json` alone, that file is kept, and text after every special token gets the prefix
-    of a beginning: the same ids but after `</s>` where the checkpoint says `"legacy": false`.
+    `<image>` and `<pad>` have the ids of `ids_in_transformers`. If a checkpoint has only `tokenizer.json`, that file is
+    kept, and text after every special token gets the prefix of a beginning: the ids are the same except after `</s>` if
+    the checkpoint has `"legacy": false`.
+
+    Args:
+      files: the checkpoint's tokenizer files by name.
+      out: the directory of the export.
 
     Raises:
       UserError: the tokenizer cannot be read.
     """
     source, said = _source(files), read_special_tokens(files)
-    is_normalized, ids = any(token.is_normalized for token in source.added), dict(zip((IMAGE, PAD), source.ids, strict=True))
-    more = [Token(text, i, is_special=True, is_normalized=is_normalized) for text, i in ids.items() if i >= source.pieces]
-    entries = {token.id: dict(content=token.text, special=token.is_special, normalized=token.is_normalized, lstrip=token.strips_left,
-                              rstrip=token.strips_right, single_word=token.is_single_word) for token in (*source.added, *more)}
+    is_normalized, ids = any(token.is_normalized for token in source.added), dict(
+        zip((IMAGE, PAD), source.ids, strict=True))
+    more = [Token(text, i, is_special=True, is_normalized=is_normalized)
+            for text, i in ids.items() if i >= source.pieces]
+    entries = {token.id: dict(content=token.text, special=token.is_special, normalized=token.is_normalized,
+                              lstrip=token.strips_left,
+                              rstrip=token.strips_right, single_word=token.is_single_word)
+               for token in (*source.added, *more)}
     tokenizer = {**source.json, "added_tokens": [{"id": i, **entry} for i, entry in entries.items()]}
     (out / "tokenizer.json").write_text(json.dumps(tokenizer, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     write_json(out / "tokenizer_config.json", dict(
-        # `legacy`, so that slow classes, too, give text after <image> the prefix that the original gives it.
-        **source.names, tokenizer_class="LlamaTokenizer", legacy=True, add_bos_token=said.has_bos, add_eos_token=False, pad_token=PAD,
-        clean_up_tokenization_spaces=False, padding_side="left", model_max_length=said.settings.get("model_max_length", 2048),
+        # `legacy` makes slow classes, too, give text after <image> the original's prefix.
+        **source.names, tokenizer_class="LlamaTokenizer", legacy=True, add_bos_token=said.has_bos, add_eos_token=False,
+        pad_token=PAD,
+        clean_up_tokenization_spaces=False, padding_side="left",
+        model_max_length=said.settings.get("model_max_length", 2048),
         processor_class="LlavaProcessor", added_tokens_decoder={str(i): entry for i, entry in entries.items()}))
-    if "tokenizer.model" in files:  # what llama.cpp and slow tokenizers read
+    if "tokenizer.model" in files:  # llama.cpp and slow tokenizers read it
         shutil.copyfile(files["tokenizer.model"], out / "tokenizer.model")
 
 
 def _from_sentencepiece(file: Path, said: SpecialTokens) -> _Source:
-    """A `tokenizer.json` that splits as the SentencePiece model does."""
+    """Returns a `tokenizer.json` that splits as the SentencePiece model does."""
     import sentencepiece
 
     model = sentencepiece.SentencePieceProcessor(model_file=str(file))
     pieces = [model.id_to_piece(i) for i in range(model.vocab_size())]
     ids = {piece: i for i, piece in enumerate(pieces)} | {token.text: token.id for token in said.added}
     own = zip(_CORE, (model.bos_id(), model.eos_id(), model.unk_id()), strict=True)
-    roles = {role: Token(pieces[i]) for role, i in own if i >= 0} | {role: token for role, token in said.roles.items() if token.text in ids}
+    roles = {role: Token(pieces[i]) for role, i in own if i >= 0} | {
+        role: token for role, token in said.roles.items() if token.text in ids}
     in_use = {token.text: token for token in (*roles.values(), *said.others) if token.text in ids}
-    named = {text: token._replace(id=ids[text], is_special=True) for text, token in in_use.items()} | {t.text: t for t in said.added}
+    named = {text: token._replace(id=ids[text], is_special=True) for text, token in in_use.items()} | {
+        t.text: t for t in said.added}
     added = sorted((token._replace(is_normalized=False) for token in named.values()), key=lambda token: token.id)
     prefix = [{"type": "Prepend", "prepend": "▁"}, {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]
     if not said.is_legacy:
@@ -124,18 +138,20 @@ def _from_sentencepiece(file: Path, said: SpecialTokens) -> _Source:
     return _Source({
         "version": "1.0", "truncation": None, "padding": None,
         "normalizer": {"type": "Sequence", "normalizers": prefix}, "pre_tokenizer": None,
-        "post_processor": _begins_with(names["bos_token"], ids[names["bos_token"]]) if said.has_bos and "bos_token" in names else None,
+        "post_processor": (_begins_with(names["bos_token"], ids[names["bos_token"]])
+                           if said.has_bos and "bos_token" in names else None),
         "decoder": {"type": "Sequence", "decoders": [
             {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"},
             {"type": "Strip", "content": " ", "start": 1, "stop": 0}]},
-        "model": {"type": "BPE", "dropout": None, "unk_token": names.get("unk_token"), "continuing_subword_prefix": None,
+        "model": {"type": "BPE", "dropout": None, "unk_token": names.get("unk_token"),
+                  "continuing_subword_prefix": None,
                   "end_of_word_suffix": None, "fuse_unk": True, "byte_fallback": True,
                   "vocab": {piece: i for i, piece in enumerate(pieces)}, "merges": _merges(scores)},
     }, added, names)
 
 
 def _begins_with(bos: str, bos_id: int) -> dict:
-    """The post-processor that puts the beginning-of-sequence token before a text."""
+    """Returns the post-processor that puts the beginning-of-sequence token before a text."""
     first, second = ([{"SpecialToken": {"id": bos, "type_id": n}}, {"Sequence": {"id": letter, "type_id": n}}]
                      for n, letter in enumerate("AB"))
     return {"type": "TemplateProcessing", "single": first, "pair": first + second,
@@ -143,7 +159,7 @@ def _begins_with(bos: str, bos_id: int) -> dict:
 
 
 def _merges(scores: Mapping[str, float]) -> list[str]:
-    """All ways to join two pieces into a third, in the order in which SentencePiece joins: best score of the result first."""
+    """Returns all ways to join two pieces into a third, in SentencePiece's order: best score of the result first."""
     rank = {piece: i for i, piece in enumerate(scores)}
     pairs = [(-score, rank[piece], rank[piece[:cut]], f"{piece[:cut]} {piece[cut:]}") for piece, score in scores.items()
              for cut in range(1, len(piece)) if piece[:cut] in scores and piece[cut:] in scores]
@@ -151,11 +167,11 @@ def _merges(scores: Mapping[str, float]) -> list[str]:
 
 
 def _only_where_the_original_begins(roles: list[str], others: list[str]) -> list[dict]:
-    """Normalizers for `"legacy": false`: the prefix at the beginning and after `<image>`, but not after other special tokens, and
-    not before those with a role; before `others` it stands alone.
+    """Returns normalizers for `"legacy": false`, which put the prefix only where the original does.
 
-    They see the whole text, special tokens included, because those are looked for after normalization; and they see each token
-    by itself, since what is looked for is the normalized token.
+    The prefix comes at the beginning and after `<image>`, but not after other special tokens, and not before tokens
+    with a role; before `others` it stands alone. The normalizers see the whole text with special tokens, since those
+    are searched after normalization; they also see each token by itself, since the search is for the normalized token.
     """
     before = "|".join(map(re.escape, [IMAGE, PAD, *roles]))
     alone = "".join(rf"|{re.escape(text)}\z" for text in others)
@@ -164,7 +180,7 @@ def _only_where_the_original_begins(roles: list[str], others: list[str]) -> list
 
 
 def _from_json(file: Path, said: SpecialTokens) -> _Source:
-    """The checkpoint's own `tokenizer.json`, each text between special tokens prefixed as a beginning."""
+    """Returns the checkpoint's own `tokenizer.json`, with the prefix of a beginning after every special token."""
     tokenizer = read_json(file)
     added = [Token(t["content"], t["id"], t["special"], t["lstrip"], t["rstrip"], t["single_word"], t["normalized"])
              for t in tokenizer["added_tokens"]]
@@ -173,7 +189,8 @@ def _from_json(file: Path, said: SpecialTokens) -> _Source:
              for role, default in zip(_CORE, ("<s>", "</s>", "<unk>"), strict=True)}
     names = {role: text for role, text in names.items() if text in ids}
     if "bos_token" in names and said.is_llama:
-        tokenizer["post_processor"] = _begins_with(names["bos_token"], ids[names["bos_token"]]) if said.has_bos else None
+        tokenizer["post_processor"] = (_begins_with(names["bos_token"], ids[names["bos_token"]])
+                                       if said.has_bos else None)
     if (tokenizer.get("pre_tokenizer") or {}).get("type") == "Metaspace":
         tokenizer["pre_tokenizer"] |= {"prepend_scheme": "always"}
     return _Source(tokenizer, added, names)

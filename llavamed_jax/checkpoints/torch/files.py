@@ -1,8 +1,8 @@
-"""The weight files that PyTorch writes, as tensors that are read one by one when they are asked for.
+"""Reads the weight files that PyTorch writes, as tensors that are read one by one on demand.
 
-`.safetensors` files are checked by their own library and read by position: copying out of its memory map costs ten times the
-processor time on pages that are not in memory yet. `.bin` files are pickles, which can carry programs: they are opened by
-`torch.load(weights_only=True)`, which builds tensors and refuses all else, and memory-mapped.
+`.safetensors` files are checked by their own library and read by position: copying out of the library's memory map
+takes ten times the processor time on pages that are not in memory yet. `.bin` files are pickles, which can execute
+code: they are opened by `torch.load(weights_only=True)`, which builds tensors and refuses all else, and memory-mapped.
 """
 
 from __future__ import annotations
@@ -30,18 +30,17 @@ from llavamed_jax.utils.files import open_file, read_json
 DTYPES = {"F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16),
           "BF16": np.dtype(ml_dtypes.bfloat16)}
 _TORCH_DTYPES = {"torch.float64": "F64", "torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16"}
-# What transformers names its weights; a run's directory has other .bin files beside them (training_args.bin, optimizer.bin).
+# transformers' names for weight files; a run's directory has other .bin files too (training_args.bin, optimizer.bin).
 _BIN = "pytorch_model*.bin"
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
-
-
 def read_weights(directory: Path) -> dict[str, Tensor]:
-    """Every tensor of a directory's weight files by its name there: of `.safetensors`, else of `pytorch_model*.bin`.
+    """Reads every tensor of a directory's weight files by its name there: `.safetensors`, else `pytorch_model*.bin`.
 
     Raises:
-      UserError: no weights or an adapter's, a file that is missing, damaged or holds more than tensors, or an index that is wrong.
+      UserError: there are no weights or only an adapter's; a file is missing, damaged or holds more than tensors; an
+        index is wrong.
     """
     refuse_adapter(directory)
     if any(directory.glob("*.safetensors*")) or not any(directory.glob(f"{_BIN}*")):
@@ -50,19 +49,22 @@ def read_weights(directory: Path) -> dict[str, Tensor]:
 
 
 def refuse_adapter(directory: Path) -> None:
-    """Raises UserError for a directory of LoRA's: as PEFT writes it, and as LLaVA's training does with `non_lora_trainables.bin` and the
-    model's config beside.
+    """Raises UserError for a directory with a LoRA adapter.
+
+    PEFT writes an adapter alone; LLaVA's training writes `non_lora_trainables.bin` and the model's config beside it.
     """
     of_adapter = sorted(file.name for pattern in ("adapter_config.json", "adapter_model*", "non_lora_trainables.bin")
                         for file in directory.glob(pattern))
-    is_whole = any(file.name not in of_adapter for pattern in ("*.safetensors*", f"{_BIN}*") for file in directory.glob(pattern))
+    is_whole = any(file.name not in of_adapter
+                   for pattern in ("*.safetensors*", f"{_BIN}*") for file in directory.glob(pattern))
     if of_adapter and (not is_whole or any(name.startswith("adapter_model") for name in of_adapter)):
-        raise UserError(f"{directory} holds an adapter ({of_adapter[0]}); a whole model's weights were expected: adapters come with a "
-                        "later version, and until then PEFT's merge_and_unload makes a model of an adapter and its base")
+        raise UserError(f"{directory} holds an adapter ({of_adapter[0]}); a whole model's weights were expected: "
+                        "adapters come with a later version, and until then PEFT's merge_and_unload makes a model of "
+                        "an adapter and its base")
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """The files that `read_weights` reads tensors from, and their index; none where it would read none."""
+    """Returns the files from which `read_weights` reads tensors, and their index; [] if there are none."""
     is_safe = any(directory.glob("*.safetensors*")) or not any(directory.glob(f"{_BIN}*"))
     pattern = "*.safetensors" if is_safe else _BIN
     index = next(iter(sorted(directory.glob(f"{pattern}.index.json"))), None)
@@ -72,27 +74,28 @@ def weight_files(directory: Path) -> list[Path]:
 
 
 def has_weights(directory: Path) -> bool:
-    """Whether a directory has files that `read_weights` looks at, whole or not."""
+    """Returns whether a directory has files that `read_weights` would read, complete or not."""
     return any(any(directory.glob(pattern)) for pattern in ("*.safetensors*", f"{_BIN}*"))
 
 
 def read_safetensors(directory: Path) -> dict[str, Tensor]:
-    """`read_weights` of `.safetensors` files alone."""
+    """Reads the `.safetensors` files as `read_weights` does, and no other files."""
     return _read_shards(directory, "*.safetensors", _read_safetensors_file)
 
 
 def read_file(file: Path) -> dict[str, Tensor]:
-    """The tensors of one `.safetensors` or `.bin` file."""
+    """Reads the tensors of one `.safetensors` or `.bin` file."""
     return _read_safetensors_file(file) if file.suffix == ".safetensors" else read_bin(file)
 
 
 def weight_map(index: Path) -> dict[str, str]:
-    """Tensor name -> file, of a `*.index.json`."""
+    """Reads tensor name -> file from a `*.index.json`."""
     found = read_json(index).get("weight_map")
     if not isinstance(found, dict) or not found or not all(isinstance(shard, str) for shard in found.values()):
         raise UserError(f"{index} has no weight_map that names a file for each tensor")
     for shard in sorted(set(found.values())):
-        # A checkpoint is somebody else's: its index must not lead to other files of this machine, or a fetch to other patterns.
+        # A checkpoint is untrusted: its index must not point to other files of this machine, or a fetch to other
+        # patterns.
         if not re.fullmatch(r"(?!\.{1,2}$)[\w.()+@ -]{1,255}", shard):
             raise UserError(f"{index} names the file {shard[:80]!r}; the name of a file beside it was expected")
     return found
@@ -109,12 +112,13 @@ def _read_shards(directory: Path, pattern: str, read: Callable[[Path], dict[str,
     for shard in shards:
         found = read(directory / shard)
         odd = next((name for name in found if not name.isprintable()), None)
-        if odd is not None:  # it would be printed, and a terminal obeys control characters
-            raise UserError(f"{directory / shard} holds a tensor named {odd[:80]!r}; names without control characters were expected")
+        if odd is not None:  # the name would be printed, and a terminal executes control characters
+            raise UserError(f"{directory / shard} holds a tensor named {odd[:80]!r}; names without control characters "
+                            "were expected")
         absent = [name for name, owner in owners.items() if owner == shard and name not in found]
         if absent:
             raise UserError(f"{index} says that {shard} holds {some(absent)}, which it does not")
-        # What the index does not name is kept, so that whoever matches the tensors sees it.
+        # Tensors that the index does not name are kept, so that matching the tensors reports them.
         found = {name: t for name, t in found.items() if owners.get(name, shard) == shard}
         twice = [name for name in found if name in tensors]
         if twice:
@@ -131,7 +135,7 @@ def _no_weights(directory: Path) -> str:
 
 
 def _check_presence(directory: Path, shards: list[str]) -> None:
-    """Names the first shard that is not there: one that is asked for, or that another's `…-00001-of-00003…` promises."""
+    """Raises UserError for the first missing shard: one of `shards`, or one that a `…-00001-of-00003…` implies."""
     families = set()
     for shard in shards:
         if not (directory / shard).is_file():
@@ -146,7 +150,7 @@ def _check_presence(directory: Path, shards: list[str]) -> None:
 
 
 def _check_content(file: Path) -> None:
-    """Raises UserError where the file is missing, or is the pointer that a clone without git-lfs leaves in its place."""
+    """Raises UserError if the file is missing, or is the pointer that a clone without git-lfs leaves in its place."""
     try:
         with open_file(file) as stream:
             is_pointer = stream.read(len(_LFS_POINTER)) == _LFS_POINTER
@@ -155,14 +159,15 @@ def _check_content(file: Path) -> None:
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error.strerror}") from None
     if is_pointer:
-        raise UserError(f"{file} is a pointer of git-lfs, not the file itself: `git lfs pull` in its repository fetches it")
+        raise UserError(f"{file} is a pointer of git-lfs, not the file itself: `git lfs pull` in its repository "
+                        "fetches it")
 
 
 def _read_safetensors_file(file: Path) -> dict[str, Tensor]:
     _check_content(file)
     try:
         handle = safe_open(file, framework="np")
-        source = open(file, "rb")  # for as long as one of its tensors can be asked for
+        source = open(file, "rb")  # stays open while any of its tensors may be read
         header_bytes = int.from_bytes(source.read(8), "little")
         offsets = {name: entry["data_offsets"][0] for name, entry in json.loads(source.read(header_bytes)).items()
                    if name != "__metadata__"}
@@ -180,7 +185,7 @@ def _read_safetensors_file(file: Path) -> dict[str, Tensor]:
 
 
 def _read_at(file: BinaryIO, offset: int, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """An array from a place in a file; the file's own position is left alone, so that threads do not disturb each other."""
+    """Reads an array at an offset of a file without moving the file's position, so several threads may read."""
     array = np.empty(shape, dtype)
     missing = memoryview(array.reshape(-1).view(np.uint8))
     while missing:
@@ -195,30 +200,33 @@ def _read_at(file: BinaryIO, offset: int, shape: tuple[int, ...], dtype: np.dtyp
 
 
 def read_bin(file: Path) -> dict[str, Tensor]:
-    """The tensors of a file that `torch.save` wrote of a state dict.
+    """Reads the tensors of a state dict that `torch.save` wrote.
 
     Raises:
       UserError: torch is not installed; the pickle would run code; the file is damaged, or holds something else.
     """
     try:
-        import torch  # an extra: most checkpoints are safetensors
+        import torch  # an extra, since most checkpoints are safetensors
     except ImportError:
-        raise UserError(f"{file} can be read with torch only, which is not installed: pip install 'llavamed-jax[torch]'") from None
+        raise UserError(f"{file} can be read with torch only, which is not installed: pip install "
+                        "'llavamed-jax[torch]'") from None
     _check_content(file)
     try:
-        with warnings.catch_warnings(action="ignore"):  # of an odd pickle, which is refused or read all the same
-            # Files from before torch 1.6 are no archives and cannot be mapped.
+        with warnings.catch_warnings(action="ignore"):  # about odd pickles, which are refused or read in any case
+            # Files from before torch 1.6 are not zip archives and cannot be memory-mapped.
             state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except UnpicklingError as error:
         unsafe = re.search(r"(?:GLOBAL|class) (\w+\.[\w.]*\w)", str(error))
         if unsafe:
-            raise UserError(f"{file} was refused: its pickle calls {unsafe[1]}, where tensors alone were expected") from None
+            raise UserError(f"{file} was refused: its pickle calls {unsafe[1]}, where tensors alone were "
+                            "expected") from None
         raise UserError(f"{file} is no whole file of torch.save") from None
     except MemoryError:
         raise
-    except Exception:  # of a damaged archive torch raises anything: RuntimeError, EOFError, KeyError, AttributeError, …
+    except Exception:  # for a damaged archive torch may raise RuntimeError, EOFError, KeyError, AttributeError, …
         raise UserError(f"{file} is no whole file of torch.save") from None
-    if not isinstance(state, Mapping) or not all(isinstance(k, str) and isinstance(t, torch.Tensor) for k, t in state.items()):
+    if not isinstance(state, Mapping) or not all(
+            isinstance(k, str) and isinstance(t, torch.Tensor) for k, t in state.items()):
         raise UserError(f"{file} holds something else than tensors by name; a state dict was expected")
     tensors = {}
     for name, tensor in state.items():
@@ -232,7 +240,7 @@ def read_bin(file: Path) -> dict[str, Tensor]:
 
 
 def _what_is_odd(tensor) -> str | None:
-    """Why a tensor of torch cannot be a weight here, in words; None where it can."""
+    """Says why a torch tensor cannot be a weight here; None if it can."""
     import torch
     if tensor.layout is not torch.strided:
         return "is a sparse tensor; a dense one was expected"
@@ -248,7 +256,7 @@ def _what_is_odd(tensor) -> str | None:
 
 def _to_numpy(tensor, dtype: np.dtype) -> np.ndarray:
     import torch
-    tensor = tensor.detach().resolve_neg().contiguous()  # a bit of a view may say that its values are those of the file negated
-    if dtype == DTYPES["BF16"]:  # which numpy knows through ml_dtypes and torch does not hand over
+    tensor = tensor.detach().resolve_neg().contiguous()  # a view may have a bit that negates the file's values
+    if dtype == DTYPES["BF16"]:  # numpy has bfloat16 only through ml_dtypes, and torch does not convert it
         return tensor.view(torch.int16).numpy().view(dtype)
     return tensor.numpy()

@@ -1,4 +1,4 @@
-"""From the tensors of files, under the names of a layout, to canonical ones: strict, and in one error."""
+"""Matches the tensors of files, under the names of a layout, with canonical names; one error lists all differences."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ def match(where: Path, found: Mapping[str, Tensor], spellings: Mapping[str, Iter
     """Finds every canonical name among the tensors of a file.
 
     Args:
-      where: what the error names.
+      where: the directory or file, for the error.
       found: tensors by their names in the file.
-      spellings: canonical name -> the names it may have there.
-      shapes: canonical name -> shape there.
-      ignore: says of a name in the file that it needs no match.
+      spellings: canonical name -> the names it may have in the file.
+      shapes: canonical name -> shape in the file.
+      ignore: returns whether a name in the file needs no match.
 
     Returns:
       Canonical name -> the tensor as it is in the file.
 
     Raises:
-      UserError: lists what is missing, unexpected or misshapen, with shapes.
+      UserError: lists missing, unexpected and misshapen tensors, with shapes.
     """
     taken = {name: next((s for s in spelled if s in found), None) for name, spelled in spellings.items()}
     missing = [f"{next(iter(spellings[n]))} {list(shapes[n])}" for n, key in taken.items() if key is None]
@@ -37,7 +37,8 @@ def match(where: Path, found: Mapping[str, Tensor], spellings: Mapping[str, Iter
     misshapen = [f"{key} is {list(found[key].shape)} where {list(shapes[n])} was expected"
                  for n, key in taken.items() if key is not None and found[key].shape != tuple(shapes[n])]
     problems = [f"{len(items)} tensor{'s' * (len(items) > 1)} {word}: {some(items)}"
-                for word, items in (("missing", missing), ("unexpected", unexpected), ("misshapen", misshapen)) if items]
+                for word, items in (("missing", missing), ("unexpected", unexpected), ("misshapen", misshapen))
+                if items]
     if problems:
         raise UserError(f"{where} does not fit its config.json; {'; '.join(problems)}")
     return {name: found[key] for name, key in taken.items()}
@@ -45,15 +46,20 @@ def match(where: Path, found: Mapping[str, Tensor], spellings: Mapping[str, Iter
 
 def canonical(where: Path, found: Mapping[str, Tensor], config: LlavaConfig, layout: str, without: tuple[str, ...] = (),
               rows: int | None = None, ignore: Callable[[str], bool] = names.is_buffer) -> dict[str, Tensor]:
-    """Tensors of a PyTorch layout in this project's orientation.
+    """Returns the tensors of a PyTorch layout under canonical names and in this project's orientation.
 
     Args:
-      layout: whose names they have (`names.torch_names`).
-      without: parts (`vision_tower/`) that are not looked for.
-      rows: of the vocabulary there, where it has more than ours (config.rows_in_transformers); the rest is left out.
+      where: the directory, for errors.
+      found: tensors by their names in the files.
+      config: the model's config.
+      layout: the layout of the names (`names.torch_names`).
+      without: prefixes of parts (`vision_tower/`) to leave out.
+      rows: rows of the vocabulary in the files, if they have more than the config (config.rows_in_transformers); the
+        additional rows are left out.
+      ignore: returns whether a name in the files needs no match.
 
     Raises:
-      UserError: as of `match`; a head of its own where the config says that it is the embedding.
+      UserError: as `match`; the files have a head, though the config says that it is the embedding.
     """
     specs = names.specs(config)
     spellings = {n: spelled for n, spelled in names.torch_names(config, layout).items() if not n.startswith(without)}
@@ -68,17 +74,18 @@ def canonical(where: Path, found: Mapping[str, Tensor], config: LlavaConfig, lay
 
 
 def from_torch(name: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """A tensor of torch's orientation in ours. Only a vocabulary may be longer than `shape`, and is cut to it."""
+    """Returns a tensor of torch's orientation in this project's; a vocabulary longer than `shape` is cut."""
     rows = names.torch_shape(name, shape)[0]
     return Tensor(shape, tensor.dtype, lambda: names.from_torch(name, tensor.load()[:rows]))
 
 
 def _without_tied_head(where: Path, found: Mapping[str, Tensor], spellings: Mapping[str, Iterable[str]],
                        layout: str) -> Mapping[str, Tensor]:
-    """`.bin` files hold a tied head twice. Which of two different ones is meant cannot be known."""
+    """Drops the second copy of a tied head, which `.bin` files have; UserError if it differs from the embedding."""
     table = next((found[s] for s in spellings.get("decoder/embed_tokens/embedding", ()) if s in found), None)
     heads = [s for s in names.head_names(layout) if s in found]
     for head in heads:
         if table is None or found[head].shape != table.shape or not np.array_equal(found[head].load(), table.load()):
-            raise UserError(f"{where} has tie_word_embeddings set in its config.json, and {head} differs from the embedding table")
+            raise UserError(f"{where} has tie_word_embeddings set in its config.json, and {head} differs from the "
+                            "embedding table")
     return {key: tensor for key, tensor in found.items() if key not in heads}

@@ -1,4 +1,4 @@
-"""A vision tower in a directory of its own: of CLIP a `CLIPVisionModel`, or a `CLIPModel` whose text half is not looked at."""
+"""Reads a vision tower from its own directory: of CLIP a `CLIPVisionModel`, or a `CLIPModel` without its text half."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from llavamed_jax.utils.files import read_json
 
 
 def find_tower(directory: Path, name: str | None) -> Path | None:
-    """The directory that `mm_vision_tower` names: an absolute path, or its last component inside or beside the checkpoint."""
+    """Finds the directory that `mm_vision_tower` names: an absolute path, or its last part in or beside `directory`."""
     if not name:
         return None
     last = Path(name).name
@@ -27,25 +27,26 @@ def find_tower(directory: Path, name: str | None) -> Path | None:
 
 
 def fetch_tower(directory: Path, name: str | None, weights: bool = True) -> Path:
-    """`mm_vision_tower` as a model's name on a hub. Raises UserError, which asks for an argument, if there is none."""
+    """Fetches `mm_vision_tower` as a model's name on a hub; if that fails, UserError asks for `vision_tower=PATH`."""
     reason = ""
     if name and hub.is_hub_name(name):
         try:
             return hub.local(name, weights)
         except UserError as error:
             reason = f" ({error})"
-    raise UserError(f"{directory} names the vision tower {short(name)}, which lies neither inside nor beside it{reason}; "
-                    "vision_tower=PATH (--vision_tower PATH) was expected")
+    raise UserError(f"{directory} names the vision tower {short(name)}, which lies neither inside nor beside "
+                    f"it{reason}; vision_tower=PATH (--vision_tower PATH) was expected")
 
 
 def tower_config(directory: Path) -> VisionConfig:
-    """The tower of a directory, and what its preprocessor does."""
+    """Reads the config of a directory's tower, with the settings of its preprocessor."""
     refuse_adapter(directory)
     if not (directory / "config.json").is_file():
         raise at(directory, f"the vision tower {directory} holds no config.json; a CLIP model's directory was expected")
     raw = read_json(directory / "config.json")
-    if (kind := raw.get("model_type", "clip")) not in [*TOWERS]:  # others have a vision_config too
-        raise UserError(f"the vision tower {directory} has model_type {short(kind)}; {' or '.join(TOWERS)} was expected")
+    if (kind := raw.get("model_type", "clip")) not in [*TOWERS]:  # checked, since other models have a vision_config too
+        raise UserError(f"the vision tower {directory} has model_type {short(kind)}; {' or '.join(TOWERS)} was "
+                        "expected")
     try:
         vision = tower_from_hf(raw)
     except UserError as error:
@@ -55,12 +56,14 @@ def tower_config(directory: Path) -> VisionConfig:
 
 
 def check_width(directory: Path, vision: VisionConfig, expected: int | None) -> None:
-    """Raises UserError where the projector was made for a tower of another width."""
+    """Raises UserError if the projector was made for a tower of another width."""
     if expected not in (None, vision.hidden_size):
-        raise UserError(f"the vision tower {directory} has width {vision.hidden_size}; the projector expects {short(expected)}")
+        raise UserError(f"the vision tower {directory} has width {vision.hidden_size}; the projector expects "
+                        f"{short(expected)}")
 
 
 def tower_tensors(config: LlavaConfig, directory: Path) -> dict[str, Tensor]:
-    """The tower's tensors by canonical name; their shapes are `config.vision`'s."""
+    """Reads the tower's tensors by canonical name; their shapes must be those of `config.vision`."""
     is_of_others = re.compile(config.vision.elsewhere).fullmatch
-    return canonical(directory, read_weights(directory), config, "tower", ignore=lambda key: bool(is_buffer(key) or is_of_others(key)))
+    return canonical(directory, read_weights(directory), config, "tower",
+                     ignore=lambda key: bool(is_buffer(key) or is_of_others(key)))

@@ -1,8 +1,9 @@
-"""The shape of a vision tower whose tensors lie in a checkpoint and whose config does not, because `mm_vision_tower` names a directory
-of the machine that the model was trained on.
+"""Infers the shape of a vision tower from its tensors in a checkpoint that lacks the tower's config.
 
-Width, depth, patch, positions and feed-forward width are in the tensors. Heads, activation and eps are not: OpenAI's CLIP has heads of
-64, quick_gelu and 1e-5 at each of its widths. Others of other widths have other heads (CLIP-H: 80), so there a config is asked for.
+That happens if `mm_vision_tower` names a directory of the machine on which the model was trained. Width, depth, patch,
+positions and feed-forward width follow from the tensors. Heads, activation and eps do not: OpenAI's CLIP has heads of
+64, quick_gelu and 1e-5 at each of its widths. Towers of other widths have other heads (CLIP-H: 80), so they need a
+config.
 """
 
 from __future__ import annotations
@@ -22,44 +23,52 @@ _POSITIONS = "embeddings.position_embedding.weight"
 
 
 def is_tower(key: str) -> bool:
-    """Whether a tensor of an original's or transformers' layout is the tower's, by its name."""
+    """Returns whether a tensor of an original's or transformers' layout belongs to the tower, by its name."""
     return key.startswith(("vision_tower.", "model.vision_tower."))
 
 
 def known_shape(name: str) -> VisionConfig | None:
-    """The stock tower that a directory of another machine is called by."""
+    """Returns the config of the stock tower that a directory's name stands for; None for an unknown name."""
     known = {Path(known).name: shape for known, shape in KNOWN_TOWERS.items()}
     shape = known.get(Path(name).name)
     return None if shape is None else VisionConfig.from_hf(shape)
 
 
 def shape_of_tensors(directory: Path, name: str, found: Mapping[str, Tensor]) -> tuple[VisionConfig, str]:
-    """The tower's config, and in words what of it is assumed.
+    """Infers the tower's config from its tensors.
 
     Args:
-      directory: the checkpoint's, for errors.
-      name: what its config calls the tower.
-      found: the tensors of its files, the tower's among them.
+      directory: the checkpoint's directory, for errors.
+      name: the tower's name in the checkpoint's config.
+      found: the tensors of the checkpoint's files, including the tower's.
+
+    Returns:
+      The config, and in words what is assumed.
 
     Raises:
-      UserError: tensors that are no CLIP tower's, or a width of which CLIP has no tower.
+      UserError: the tensors are not a CLIP tower's, or CLIP has no tower of their width.
     """
     start = next((key.removesuffix(_POSITIONS) for key in found if is_tower(key) and key.endswith(_POSITIONS)), None)
     kernels = {key: tensor.shape for key, tensor in found.items() if start is not None and key.startswith(start)}
     positions = kernels.get(f"{start}{_POSITIONS}", ())
     patch = kernels.get(f"{start}embeddings.patch_embedding.weight", ())
     feed_forward = kernels.get(f"{start}encoder.layers.0.mlp.fc1.weight", ())
-    layers = {int(at[1]) for at in map(re.compile(re.escape(start or "") + r"encoder\.layers\.(\d+)\.").match, kernels) if at}
+    layers = {int(at[1]) for at in map(re.compile(re.escape(start or "") + r"encoder\.layers\.(\d+)\.").match, kernels)
+              if at}
     edge = math.isqrt(max(positions[0] - 1, 0)) if len(positions) == 2 else 0
-    is_clip = len(patch) == 4 and patch[2] == patch[3] and len(feed_forward) == 2 and edge and edge**2 + 1 == positions[0]
+    is_clip = (len(patch) == 4 and patch[2] == patch[3] and len(feed_forward) == 2 and edge
+               and edge**2 + 1 == positions[0])
     if not is_clip:
-        raise UserError(f"{directory} names the vision tower {short(name)}, which is not here, and its tensors are not those of a "
-                        "CLIP ViT; vision_tower=PATH (--vision_tower PATH) was expected")
+        raise UserError(f"{directory} names the vision tower {short(name)}, which is not here, and its tensors are not "
+                        "those of a CLIP ViT; vision_tower=PATH (--vision_tower PATH) was expected")
     width = patch[0]
     if width not in CLIP_WIDTHS:
-        raise UserError(f"{directory} names the vision tower {short(name)}, which is not here; its tensors have width {width}, at which "
-                        "CLIP has no tower, so its heads are not known; a directory with the tower's config.json was expected, without "
-                        "weights where those of the checkpoint shall be taken: vision_tower=PATH (--vision_tower PATH)")
-    vision = VisionConfig(width, feed_forward[0], len(layers), width // _HEAD_WIDTH, edge * patch[2], patch[2], num_channels=patch[1])
-    return vision, (f"which give its shape; {vision.num_heads} heads, {vision.hidden_act} and eps {vision.layer_norm_eps:g} are "
-                    f"assumed, as in CLIP, because mm_vision_tower {short(name)} is not here")
+        raise UserError(f"{directory} names the vision tower {short(name)}, which is not here; its tensors have width "
+                        f"{width}, at which CLIP has no tower, so its heads are not known; a directory with the "
+                        "tower's config.json was expected, without weights where those of the checkpoint shall be "
+                        "taken: vision_tower=PATH (--vision_tower PATH)")
+    vision = VisionConfig(width, feed_forward[0], len(layers), width // _HEAD_WIDTH, edge * patch[2], patch[2],
+                          num_channels=patch[1])
+    return vision, (f"which give its shape; {vision.num_heads} heads, {vision.hidden_act} and eps "
+                    f"{vision.layer_norm_eps:g} are assumed, as in CLIP, because mm_vision_tower {short(name)} is not "
+                    "here")

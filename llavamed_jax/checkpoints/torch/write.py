@@ -20,11 +20,11 @@ SHARD_BYTES = 5 * 10**9  # as transformers cut checkpoints of this size
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
-Progress = Callable[[Iterable[str]], Iterable[str]]  # wraps the names on their way, to show where the work stands
+Progress = Callable[[Iterable[str]], Iterable[str]]  # wraps the names that are worked through, to show the progress
 
 
 def total_bytes(tensors: Mapping[str, Tensor]) -> int:
-    """What the tensors take on disk."""
+    """Returns the bytes of the tensors on disk."""
     return sum(map(_bytes, tensors.values()))
 
 
@@ -36,7 +36,13 @@ def write_safetensors(directory: Path, tensors: Mapping[str, Tensor], progress: 
                       metadata: dict[str, str] | None = None) -> None:
     """Writes `model.safetensors`, or shards of at most `SHARD_BYTES` (one tensor may be larger) with an index.
 
-    In memory are the tensor that is being written and the next one.
+    At most two tensors are in memory: the one that is being written and the next one.
+
+    Args:
+      directory: an existing directory.
+      tensors: tensors by name.
+      progress: wraps the names of the tensors.
+      metadata: metadata in the header of each file.
     """
     shards, sizes = [[]], [0]
     for name, tensor in tensors.items():
@@ -46,26 +52,28 @@ def write_safetensors(directory: Path, tensors: Mapping[str, Tensor], progress: 
             sizes.append(0)
         shards[-1].append(name)
         sizes[-1] += size
-    shards = [{name: tensors[name] for name in sorted(shard, key=lambda name: -tensors[name].dtype.itemsize)} for shard in shards]
+    shards = [{name: tensors[name] for name in sorted(shard, key=lambda name: -tensors[name].dtype.itemsize)}
+              for shard in shards]
     files = ["model.safetensors"] if len(shards) == 1 else [
         f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
     arrays = _read_ahead(tensor for shard in shards for tensor in shard.values())
     on_their_way = iter(progress([name for shard in shards for name in shard]))
     for file, shard in zip(files, shards):
         _write_shard(directory / file, shard, (array for _, array in zip(on_their_way, arrays)), metadata)
-    for _ in on_their_way:  # lets the progress see its end
+    for _ in on_their_way:  # exhausts the iterator, so that the progress ends
         pass
     if len(shards) > 1:
         weight_map = {name: file for file, shard in zip(files, shards) for name in shard}
-        write_json(directory / "model.safetensors.index.json", {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map})
+        write_json(directory / "model.safetensors.index.json",
+                   {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map})
 
 
 def _read_ahead(tensors: Iterable[Tensor]) -> Iterator[np.ndarray]:
-    """The arrays in order; while one is written, a thread reads and turns the next."""
+    """Yields the arrays in order; while one is written, a thread reads and transposes the next."""
     with ThreadPoolExecutor(1) as thread:
         ahead = None
         for tensor in tensors:
-            # The file's bytes are those of a whole array: a view would be written as it lies in memory.
+            # C order, since the raw bytes are written: a view's memory has another order.
             ready, ahead = ahead, thread.submit(lambda tensor: np.asarray(tensor.load(), order="C"), tensor)
             if ready is not None:
                 yield ready.result()
@@ -73,13 +81,17 @@ def _read_ahead(tensors: Iterable[Tensor]) -> Iterator[np.ndarray]:
             yield ahead.result()
 
 
-def _write_shard(file: Path, tensors: Mapping[str, Tensor], arrays: Iterable[np.ndarray], metadata: dict[str, str] | None) -> None:
-    """One safetensors file: the header's length (8 bytes), the header as JSON, and the tensors one after another.
+def _write_shard(file: Path, tensors: Mapping[str, Tensor], arrays: Iterable[np.ndarray],
+                 metadata: dict[str, str] | None) -> None:
+    """Writes one safetensors file: the header's length (8 bytes), the header as JSON, and the tensors in order.
 
-    The library's own `serialize_file` wants every tensor of a file in memory at once.
+    The library's own `serialize_file` needs every tensor of a file in memory at once.
 
     Args:
-      tensors: widest type first, so that each begins at a multiple of its size, as the header's padding to 8 does.
+      file: the file to write.
+      tensors: tensors by name, the widest dtype first, so that each begins at a multiple of its item size.
+      arrays: the tensors' arrays in the same order.
+      metadata: metadata in the header.
     """
     header, end = {"__metadata__": metadata} if metadata else {}, 0
     for name, tensor in tensors.items():
@@ -91,5 +103,6 @@ def _write_shard(file: Path, tensors: Mapping[str, Tensor], arrays: Iterable[np.
         out.write(len(text).to_bytes(8, "little") + text)
         for (name, tensor), array in zip(tensors.items(), arrays):
             if (array.shape, array.dtype) != (tensor.shape, tensor.dtype):
-                raise ValueError(f"{name} was read as {array.dtype} {array.shape}; {tensor.dtype} {tensor.shape} was expected")
+                raise ValueError(f"{name} was read as {array.dtype} {array.shape}; {tensor.dtype} {tensor.shape} was "
+                                 "expected")
             out.write(array.reshape(-1).view(np.uint8))

@@ -1,8 +1,8 @@
-"""The part of this project's own tree that is written once: `base/`, the tensors that no step has, and `model/`.
+"""Reads and writes the part of this project's own tree that is written once: `base/` with the frozen tensors, `model/`.
 
-`base/manifest.json` has a sha256 of each tensor, written last, to which a tensor is held when it is read: so the base of a 7B
-model is checked without being read twice. A run's steps carry the sha256 of this manifest and of the files of `model/`
-(`fingerprints`), so that a step is never laid over another base.
+`base/manifest.json` has a sha256 of each tensor and is written last; each tensor is checked against it when it is read,
+so the base of a 7B model is checked without being read twice. A run's steps carry the sha256 of this manifest and of
+the files of `model/` (`fingerprints`), so that a step is never combined with another base.
 """
 
 from __future__ import annotations
@@ -25,19 +25,20 @@ MANIFEST = "manifest.json"
 
 
 def write_base(directory: Path, tensors: Mapping[str, Tensor], progress: Progress = iter) -> None:
-    """Writes tensors and, when all are there, their manifest into an empty directory."""
+    """Writes tensors, and then their manifest, into an empty directory."""
     hashes: dict[str, str] = {}
     write_safetensors(directory, {name: _noting(name, tensor, hashes) for name, tensor in tensors.items()}, progress)
     write_json(directory / MANIFEST, hashes)
 
 
 def read_base(root: Path) -> dict[str, Tensor]:
-    """The tensors of a tree's base by canonical name, each held to its sha256 when it is read.
+    """Reads the tensors of a tree's base by canonical name; each is checked by its sha256 when it is read.
 
-    A base without a manifest is read as it is: whether it may lack one says whoever asks (`fingerprints`).
+    A base without a manifest is read unchecked; whether it may lack one is up to the caller (`fingerprints`).
 
     Raises:
-      UserError: a base that is missing, cut, or without a tensor that its manifest names. When a tensor is read: another sha256.
+      UserError: the base is missing or cut, or lacks a tensor of its manifest; when a tensor is read, its sha256
+        differs.
     """
     directory = root / "base"
     tensors = read_safetensors(directory)
@@ -51,34 +52,36 @@ def read_base(root: Path) -> dict[str, Tensor]:
 
 
 def open_base(root: Path) -> Checkpoint:
-    """A run's directory without its steps: config, files and the tensors that they do not have."""
-    return Checkpoint(tree_config(root), "tree", root, read_base(root), text_files(root / "model"), "the tensors in its base/")
+    """Opens a run's directory without its steps: config, files and the frozen tensors."""
+    return Checkpoint(tree_config(root), "tree", root, read_base(root), text_files(root / "model"),
+                      "the tensors in its base/")
 
 
 def fingerprints(root: Path) -> dict[str, str]:
-    """sha256 by name of what a step stands on: the manifest of the base, through which its tensors, and the files of `model/`."""
+    """Returns the sha256 by name of the files that a step depends on: the base's manifest and the files of `model/`."""
     files = [root / "base" / MANIFEST, root / "model" / "config.json", *text_files(root / "model").values()]
     return {file.relative_to(root).as_posix(): sha256_of(file) for file in files if file.is_file()}
 
 
 def check_fingerprints(root: Path, wanted: Mapping[str, str], part: str = "") -> None:
-    """Raises UserError where a file of `fingerprints`, or of a part of them (`base/`), is gone, new or changed."""
+    """Raises UserError if a file of `fingerprints`, or of a part of them (`base/`), is gone, new or changed."""
     found = fingerprints(root)
     for name in sorted({*wanted, *found}):
         if name.startswith(part) and found.get(name) != wanted.get(name):
             what = "is gone" if name not in found else "is new" if name not in wanted else "has changed"
-            raise UserError(f"{root / name} {what} since the run in {root} was started, and its steps are no whole model with another one; "
-                            "the directory as the run left it, or another one to begin anew, was expected")
+            raise UserError(f"{root / name} {what} since the run in {root} was started, and its steps are no whole "
+                            "model with another one; the directory as the run left it, or another one to begin anew, "
+                            "was expected")
 
 
 def check_base(root: Path) -> None:
-    """Reads the base through, and raises UserError for the first tensor that is damaged."""
+    """Reads the whole base, and raises UserError for the first damaged tensor."""
     for tensor in read_base(root).values():
         tensor.load()
 
 
 def _noting(name: str, tensor: Tensor, hashes: dict[str, str]) -> Tensor:
-    """The tensor, which notes its sha256 when it is read."""
+    """Returns the tensor, which records its sha256 when it is read."""
     def load():
         array = np.asarray(tensor.load(), order="C")  # the bytes that are written
         hashes[name] = _sha256(array)
@@ -87,7 +90,7 @@ def _noting(name: str, tensor: Tensor, hashes: dict[str, str]) -> Tensor:
 
 
 def _held(directory: Path, name: str, tensor: Tensor, sha256: str | None) -> Tensor:
-    """The tensor, which is refused when it is read and has another sha256."""
+    """Returns the tensor, which raises UserError when it is read and has another sha256."""
     def load():
         array = tensor.load()
         if _sha256(array) != sha256:

@@ -1,7 +1,7 @@
-"""Steps that are read while their run goes on: a reader holds the step, and the run deletes it at a later save.
+"""Holds steps while they are read: a running job deletes a held step only at a later save.
 
-The lock is shared, on the step's manifest; the kernel releases it however a reader ends. A file system without locks is used without
-them: there a step may go while it is read, and `reading` says so in a sentence.
+The lock is a shared one on the step's manifest; the kernel releases it however a reader ends. On a file system without
+locks no lock is taken: a step may then be deleted while it is read, and `reading` reports that in one sentence.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ class StepGone(UserError):
 
 
 class Hold:
-    """A step that its run does not delete, for as long as this object lives."""
+    """A lock on a step, which its run does not delete as long as this object lives."""
 
     def __init__(self, descriptor: int):
         self.release = weakref.finalize(self, os.close, descriptor)
 
 
 def hold(directory: Path) -> Hold | None:
-    """Holds a step; None where it has no manifest, or is being deleted. Whoever reads it looks at its files afterwards."""
+    """Holds a step; returns None if it has no manifest or is being deleted. Check the step's files afterwards."""
     try:
         descriptor = os.open(directory / MANIFEST, os.O_RDONLY | os.O_NONBLOCK)
     except OSError:
@@ -45,52 +45,55 @@ def hold(directory: Path) -> Hold | None:
 
 
 def delete(directory: Path) -> bool:
-    """Deletes a sealed step; False where somebody holds it, so that it stays. Its manifest goes first: a half-deleted step never looks
-    intact.
+    """Deletes a sealed step; returns False if a reader holds it, so that it stays.
+
+    The manifest is deleted first, so that a half-deleted step never looks intact.
     """
-    with contextlib.suppress(FileNotFoundError):  # somebody else was faster
-        descriptor = os.open(directory / MANIFEST, os.O_RDWR)  # NFS gives an exclusive lock to nobody who only reads
+    with contextlib.suppress(FileNotFoundError):  # another process deleted it first
+        descriptor = os.open(directory / MANIFEST, os.O_RDWR)  # for an exclusive lock NFS needs write access
         if locks.lock(descriptor) is False:
             os.close(descriptor)
             return False
         try:
             (directory / MANIFEST).unlink()
         finally:
-            os.close(descriptor)  # before the rest: NFS keeps a file that is open under another name, in the directory
+            os.close(descriptor)  # before rmtree: NFS keeps an open file under another name in the directory
         shutil.rmtree(directory)
     return True
 
 
 @contextlib.contextmanager
 def reading(directory: Path) -> Iterator[None]:
-    """What Orbax and TensorStore raise within, while they read a step, is one sentence.
+    """Re-raises errors of Orbax and TensorStore inside the block, while a step is read, as one sentence.
 
     Raises:
-      StepGone: the step is no longer there. UserError: it cannot be read.
+      StepGone: the step was deleted.
+      UserError: the step cannot be read.
     """
     try:
         yield
-    except (UserError, MemoryError, jax.errors.JaxRuntimeError):  # the last: a device without room
+    except (UserError, MemoryError, jax.errors.JaxRuntimeError):  # JaxRuntimeError: a device is out of memory
         raise
     except Exception as error:
         if not (directory / MANIFEST).is_file():
-            raise StepGone(f"{directory} was deleted while it was read, as a run that goes on deletes its older steps (checkpoint.keep); "
-                           "read again to take the newest step") from None
+            raise StepGone(f"{directory} was deleted while it was read, as a run that goes on deletes its older steps "
+                           "(checkpoint.keep); read again to take the newest step") from None
         raise UserError(f"{directory} cannot be read: {reason(error)}") from None
 
 
 def is_absence(error: Exception) -> bool:
-    """Whether an exception says that a file or a directory is not there."""
-    return isinstance(error, FileNotFoundError) or str(error).startswith("NOT_FOUND: ") or "os_error_code='2'" in str(error)
+    """Returns whether an exception says that a file or a directory does not exist."""
+    return (isinstance(error, FileNotFoundError) or str(error).startswith("NOT_FOUND: ")
+            or "os_error_code='2'" in str(error))
 
 
 def is_refusal(error: Exception) -> bool:
-    """Whether an exception says that the disk refused something: that it is full, failing, or not to be written to."""
+    """Returns whether an exception says that the disk is full, failing or write-protected."""
     return isinstance(error, OSError) or "os_error_code=" in str(error)
 
 
 def reason(error: Exception) -> str:
-    """What an exception of Orbax or TensorStore says, without the thousands of letters about where in its source."""
+    """Returns the reason of an exception of Orbax or TensorStore, without the long text on source locations."""
     if code := re.search(r"os_error_code='(\d+)'", str(error)):
         return os.strerror(int(code[1]))
     if isinstance(error, OSError):

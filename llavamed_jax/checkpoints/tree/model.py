@@ -1,4 +1,4 @@
-"""Writes and opens this project's own tree: the base that a run began with, and the trained tensors of a step laid over it."""
+"""Writes and opens this project's own tree: the base that a run began with, and a step's trained tensors over it."""
 
 from __future__ import annotations
 
@@ -33,20 +33,25 @@ from llavamed_jax.utils.directories import new_directory
 from llavamed_jax.utils.files import write_json
 
 
-def write_model(out: str | Path, checkpoint: Checkpoint, config: LlavaConfig | None = None, files: Mapping[str, Path] | None = None,
+def write_model(out: str | Path, checkpoint: Checkpoint, config: LlavaConfig | None = None,
+                files: Mapping[str, Path] | None = None,
                 without: Iterable[str] = (), progress: Progress = iter) -> None:
-    """Writes `out/base` and then `out/model`, which marks the base as whole; each appears when it is complete.
+    """Writes `out/base` and then `out/model`, which marks the base as complete; each appears when it is complete.
 
     Args:
-      config, files: in place of the checkpoint's own.
+      out: the directory of the tree.
+      checkpoint: the checkpoint.
+      config: replaces the checkpoint's own config; None keeps it.
+      files: replaces the checkpoint's own files; None keeps them.
       without: canonical names that the base leaves out, because every step has them.
+      progress: wraps the names of the tensors.
 
     Raises:
-      UserError: `out` has a model already; weights that are no model's (`Checkpoint.sound`).
+      UserError: `out` has a model already; the weights are not a model's (`Checkpoint.sound`).
     """
     out, without, checkpoint, config = Path(out), set(without), checkpoint.sound(), config or checkpoint.config
     if (out / "base").exists() and not (out / "model").exists():
-        shutil.rmtree(out / "base")  # of a run that was stopped while it wrote its base
+        shutil.rmtree(out / "base")  # left by a run that was stopped while it wrote its base
     tensors = {name: tensor for name, tensor in checkpoint.tensors.items() if name not in without}
     with new_directory(out / "base", total_bytes(tensors)) as base:
         write_base(base, tensors, progress)
@@ -58,12 +63,12 @@ def write_model(out: str | Path, checkpoint: Checkpoint, config: LlavaConfig | N
 
 
 def open_tree(path: str | Path) -> Checkpoint:
-    """Opens a workdir or `convert import`'s directory (base and the newest intact step), or one `DIR/checkpoints/STEP`.
+    """Opens a workdir or `convert import`'s directory (base and newest intact step), or one `DIR/checkpoints/STEP`.
 
-    The step is held while its tensors are to be read (`holding`): a run that goes on deletes it later.
+    The step is held as long as its tensors may be read (`holding`), since a running job deletes old steps.
 
     Raises:
-      UserError: tensors that are missing, unexpected or misshapen; a step that was asked for by name and is not intact.
+      UserError: tensors are missing, unexpected or misshapen; the given step is not intact.
     """
     path = Path(path)
     for _ in range(TRIES - 1):
@@ -79,7 +84,8 @@ def _open_tree(path: Path) -> Checkpoint:
     else:
         step, damaged = int(path.name) if path.name.isdigit() and path.is_dir() else None, []
         held = holding.hold(path)
-        damage = f"{path} does not exist; DIR/checkpoints/STEP was expected" if step is None else _damage(path, "params")
+        damage = (f"{path} does not exist; DIR/checkpoints/STEP was expected"
+                  if step is None else _damage(path, "params"))
         if damage:
             raise at(path, damage)
     found = read_base(root)
@@ -97,13 +103,13 @@ def _open_tree(path: Path) -> Checkpoint:
 
 
 def _refuse_other_base(root: Path, step: int) -> None:
-    """Raises UserError where the base is not the one that a run's step was trained over. Steps of no run do not say."""
+    """Raises UserError if a run's step was trained over another base; steps that belong to no run do not record it."""
     if _damage(root / "checkpoints" / str(step), "state") is None and (record := read_meta(root, step).get("run")):
         check_fingerprints(root, record["model"], "base/")
 
 
 def _step_tensors(directory: Path, held: Hold | None) -> dict[str, Tensor]:
-    """The trained tensors of a step, each read by itself when it is asked for. The step is held as long as one of them is there."""
+    """Returns the trained tensors of a step, each read on demand; the step is held as long as one of them exists."""
     params = (directory / "params").absolute()
     handler = ocp.PyTreeCheckpointHandler()
     with reading(directory):
@@ -116,4 +122,5 @@ def _step_tensors(directory: Path, held: Hold | None) -> dict[str, Tensor]:
             return flatten(handler.restore(params, args=ocp.args.PyTreeRestore(
                 item=item, restore_args=arguments, partial_restore=True)))[name]
 
-    return {name: Tensor(tuple(m.shape), np.dtype(m.dtype), lambda name=name: read(name)) for name, m in metadata.items()}
+    return {name: Tensor(tuple(m.shape), np.dtype(m.dtype), lambda name=name: read(name))
+            for name, m in metadata.items()}

@@ -1,4 +1,4 @@
-"""The manifest of a training step: sha256 of each of its files, written last."""
+"""The manifest of a training step: the sha256 of each of its files, written last."""
 
 from __future__ import annotations
 
@@ -11,18 +11,23 @@ from llavamed_jax.errors import UserError
 from llavamed_jax.utils.files import read_json, write_json
 from llavamed_jax.utils.hashes import sha256_of
 
-INTERRUPTED = "its saving was interrupted"  # or goes on, where its run does
+INTERRUPTED = "its saving was interrupted"  # or is in progress, if the run is still running
 
 
 def write(directory: Path) -> None:
-    """Hashes every file of a step and writes its manifest, whole or not at all."""
+    """Hashes every file of a step and writes its manifest atomically."""
     temporary = directory / f".{MANIFEST}"
     write_json(temporary, _hashes(directory, _files(directory)))
     temporary.replace(directory / MANIFEST)
 
 
 def damage(directory: Path, part: str = "") -> str | None:
-    """What is wrong with a step, in a sentence; None when it is intact."""
+    """Says in a sentence why a step is damaged; None if it is intact.
+
+    Args:
+      directory: the step's directory.
+      part: checks only this part of the step (`params`); "" checks everything.
+    """
     if not (directory / MANIFEST).is_file():
         return f"{directory} has no {MANIFEST}: {INTERRUPTED}"
     try:
@@ -45,9 +50,10 @@ def damage(directory: Path, part: str = "") -> str | None:
 
 
 def _files(directory: Path) -> list[str]:
-    return sorted(p.relative_to(directory).as_posix() for p in directory.rglob("*") if p.is_file() and p.name != MANIFEST)
+    return sorted(p.relative_to(directory).as_posix() for p in directory.rglob("*")
+                  if p.is_file() and p.name != MANIFEST)
 
 
 def _hashes(directory: Path, names: list[str]) -> dict[str, str]:
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:  # hashing lets go of the interpreter lock
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:  # hashing releases the interpreter lock
         return dict(zip(names, threads.map(lambda file: sha256_of(directory / file), names)))

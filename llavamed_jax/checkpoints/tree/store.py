@@ -1,15 +1,15 @@
-"""This project's own tree, which a run's workdir is.
+"""Stores the steps of a run in this project's own tree, which is the run's workdir.
 
-    model/                config.json of ours, tokenizer and preprocessor files
-    base/                 the tensors that are not trained, one array a tensor in its own dtype, as safetensors (`base.py`)
-    checkpoints/STEP/     what a training step left, through Orbax:
+    model/                config.json of this project, tokenizer and preprocessor files
+    base/                 the frozen tensors, each in its own dtype, as safetensors (`base.py`)
+    checkpoints/STEP/     a training step, written by Orbax:
       params/             the trained tensors under canonical names, layers unstacked
       optimizer/          the optimizer's state
       state/              position in the data, random state, … as JSON
       manifest.json       sha256 of every file of the step, written last
 
-A step counts when its manifest is there and every file has the hash that stands in it; a save that was killed, or a disk that
-lost a bit, is found and named.
+A step is valid if its manifest exists and every file has the hash in it; an interrupted save, or a bit that the disk
+lost, is found and named.
 """
 
 from __future__ import annotations
@@ -39,38 +39,40 @@ from llavamed_jax.errors import UserError
 from llavamed_jax.utils import private
 from llavamed_jax.utils.files import is_at, read_json
 
-SEALED = ".sealed"  # stands in checkpoints/ once a step was whole
-TRIES = 5  # to open the newest step of a run that deletes the older ones meanwhile
+SEALED = ".sealed"  # exists in checkpoints/ once a step was complete
+TRIES = 5  # to open the newest step of a run that deletes older ones in the meantime
 _REMOVED = "{} was removed while it was written, so this step is not saved"
 
 
 class Unsaved(UserError):
-    """A step is not saved, and the disk has refused nothing: somebody removed what was written, and another save may succeed."""
+    """A step was not saved though the disk refused nothing: its files were removed, and another save may succeed."""
 
 
 private.let_orbax_finish_writes()
 
 
 class StepWriter:
-    """Saves steps under `workdir/checkpoints` while training goes on; one save is under way at a time.
+    """Saves steps under `workdir/checkpoints` while training continues; one save is in progress at a time.
 
-    As a context it waits for the last save on leaving.
+    As a context manager it waits for the last save on leaving.
 
     Args:
-      on_saved: is called with the number of each step that is on disk, in a thread of the first process.
+      workdir: the run's directory.
+      on_saved: called with the number of each step that is on disk, in a thread of process 0.
     """
 
     def __init__(self, workdir: str | Path, on_saved: Callable[[int], None] = lambda step: None):
         logging.getLogger("absl").addFilter(_is_not_orbaxs)
         self._root, self._on_saved = Path(workdir).absolute() / "checkpoints", on_saved
-        # Directories made in the background gain nothing here, and after a refused save their threads wait for minutes.
+        # Creating directories in the background gains nothing here, and after a failed save its threads wait for
+        # minutes.
         options = ocp.AsyncOptions(create_directories_asynchronously=False)
         self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(), async_options=options)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="seal-step")
         self._sealing: Future | None = None
         if jax.process_index() == 0:
             self._root.mkdir(parents=True, exist_ok=True)
-            for leftover in self._root.glob("*.orbax-checkpoint-tmp*"):  # of a save that was killed; as large as a step
+            for leftover in self._root.glob("*.orbax-checkpoint-tmp*"):  # from a killed save; as large as a step
                 shutil.rmtree(leftover)
 
     def __enter__(self) -> "StepWriter":
@@ -80,17 +82,19 @@ class StepWriter:
         self.close()
 
     def save(self, step: int, trained: Mapping[str, jax.Array], optimizer_state: Any, meta: dict) -> None:
-        """Saves a step; a damaged one of the same number is replaced, and `checkpoints/` is made anew where it was removed.
+        """Saves a step; replaces a damaged one of the same number, and makes `checkpoints/` again if it was removed.
 
         Returns once the arrays are copied to the host, so that they may be donated; files and manifest follow.
 
         Args:
+          step: the step's number.
           trained: canonical name -> array, layers unstacked.
           optimizer_state: any pytree of arrays.
-          meta: what JSON can hold: position in the data, random state.
+          meta: values that JSON can hold: position in the data, random state.
 
         Raises:
-          UserError: this save, or the one before it, does not fit the disk or could not be written; Unsaved where the disk is not to blame.
+          UserError: this save, or the one before it, does not fit on the disk or could not be written.
+          Unsaved: files were removed while they were written; the disk is not the reason.
         """
         self.wait()
         directory, tree = self._root / str(step), nest(trained)
@@ -102,7 +106,8 @@ class StepWriter:
             if free < size:
                 raise UserError(f"{directory} needs {_amount(size)}; its disk has {_amount(free)} free")
             self._checkpointer.save(directory, force=True, args=ocp.args.Composite(
-                params=ocp.args.PyTreeSave(tree), optimizer=ocp.args.PyTreeSave(optimizer_state), state=ocp.args.JsonSave(meta)))
+                params=ocp.args.PyTreeSave(tree), optimizer=ocp.args.PyTreeSave(optimizer_state),
+                state=ocp.args.JsonSave(meta)))
             written = _open_written(directory)
         self._sealing = self._thread.submit(self._seal, written, directory, set(trained))
 
@@ -119,13 +124,13 @@ class StepWriter:
                 self._on_saved(int(directory.name))
 
     def wait(self) -> None:
-        """Returns when the last save is on disk with its manifest; raises UserError where it could not be written."""
+        """Waits until the last save is on disk with its manifest; raises UserError if it could not be written."""
         if self._sealing is not None:
             sealing, self._sealing = self._sealing, None
             sealing.result()
 
     def is_there(self, step: int) -> bool:
-        """Whether the files of a step that was saved are at their place; what they hold is not looked at."""
+        """Returns whether the files of a saved step are in their place; their content is not checked."""
         directory = self._root / str(step)
         try:
             return all((directory / file).is_file() for file in read_json(directory / MANIFEST))
@@ -133,14 +138,16 @@ class StepWriter:
             return False
 
     def keep(self, n: int, also: Iterable[int] = (), newest: int | None = None) -> list[int]:
-        """Deletes all steps but the newest `n` that are sealed and those in `also`. The one being saved is left alone.
+        """Deletes all sealed steps but the newest `n` and those in `also`; the step that is being saved stays.
 
         Args:
-          newest: the last step that this run has saved. Later ones, which a run leaves that went back behind damaged steps,
-            neither count nor go.
+          n: number of the newest steps to keep.
+          also: numbers of other steps to keep.
+          newest: the last step that this run has saved. Later steps, which exist after a run went back behind damaged
+            ones, are neither counted nor deleted.
 
         Returns:
-          Those that would have been deleted and are held by somebody who reads them.
+          The steps that stay only because readers hold them.
         """
         ours = (step for step in steps(self._root.parent) if newest is None or step <= newest)
         sealed = sorted(step for step in ours if (self._root / str(step) / MANIFEST).is_file())
@@ -150,6 +157,7 @@ class StepWriter:
         return [step for step in sealed if step not in kept and not holding.delete(self._root / str(step))]
 
     def close(self) -> None:
+        """Waits for the last save and ends the threads."""
         try:
             self.wait()
         finally:
@@ -159,8 +167,9 @@ class StepWriter:
 
 @contextlib.contextmanager
 def _writing(directory: Path) -> Iterator[None]:
-    """What goes wrong within is one sentence. TensorStore's own is of thousands of letters, and Orbax finds many names for a file that
-    is not there.
+    """Re-raises errors inside the block as one sentence.
+
+    TensorStore's own messages have thousands of characters, and Orbax raises many exceptions for a missing file.
     """
     try:
         yield
@@ -174,7 +183,7 @@ def _writing(directory: Path) -> Iterator[None]:
 
 
 def _open_written(directory: Path) -> int:
-    """The directory that a save writes to, which gets the step's name when all is written."""
+    """Opens the directory that a save writes to, which gets the step's name when everything is written."""
     for path in [*directory.parent.glob(f"{directory.name}.*"), directory]:
         with contextlib.suppress(FileNotFoundError):
             return os.open(path, os.O_RDONLY)
@@ -182,8 +191,10 @@ def _open_written(directory: Path) -> int:
 
 
 def _check_written(directory: Path, wanted: set[str]) -> None:
-    """Raises Unsaved where parts of what was just written are no longer there: TensorStore makes the directories anew that somebody
-    removes under it, and they would look whole with what came after that.
+    """Raises Unsaved if parts of a step that was just written are missing.
+
+    TensorStore recreates directories that are removed while it writes, and with the files written afterwards the step
+    would look complete.
     """
     try:
         handler = ocp.PyTreeCheckpointHandler()
@@ -197,7 +208,7 @@ def _check_written(directory: Path, wanted: set[str]) -> None:
 
 
 def _is_not_orbaxs(record: logging.LogRecord) -> bool:
-    """Orbax logs the traceback of a failure in each of its threads; it is raised once, and told once."""
+    """Hides Orbax's log lines: each of its threads logs the traceback of a failure, which is raised once anyway."""
     return "orbax" not in Path(record.pathname).parts
 
 
@@ -206,7 +217,7 @@ def _amount(size: int) -> str:
 
 
 def steps(workdir: str | Path) -> list[int]:
-    """The numbers of the steps that lie in a workdir, intact or not, ascending."""
+    """Returns the numbers of the steps in a workdir, intact or not, ascending."""
     try:
         names = os.listdir(Path(workdir) / "checkpoints")
     except (FileNotFoundError, NotADirectoryError):
@@ -215,23 +226,24 @@ def steps(workdir: str | Path) -> list[int]:
 
 
 def has_sealed(workdir: str | Path) -> bool:
-    """Whether any step was ever whole. A lone one without a manifest may be a first save that was killed."""
+    """Returns whether any step was ever complete; a single step without a manifest may be a killed first save."""
     root = Path(workdir) / "checkpoints"
     return (root / SEALED).exists() or any((root / str(step) / MANIFEST).exists() for step in steps(workdir))
 
 
 def newest_intact_step(workdir: str | Path, part: str = "") -> tuple[int | None, list[str]]:
-    """The newest step whose files are those of its manifest, and a sentence about each newer one that is damaged.
+    """Returns the newest step with the files of its manifest, and a sentence about each newer, damaged one.
 
     Args:
-      part: only this part of the steps is read and checked (`params`); "" for everything.
+      workdir: the run's directory.
+      part: reads and checks only this part of the steps (`params`); "" for everything.
     """
     step, _, damaged = hold_newest(Path(workdir), part)
     return step, damaged
 
 
 def hold_newest(root: Path, part: str) -> tuple[int | None, Hold | None, list[str]]:
-    """`newest_intact_step`, which is held before it is looked at. A step that is deleted meanwhile is no damaged one."""
+    """Returns `newest_intact_step` with a hold, taken before the check; a step deleted meanwhile is not damaged."""
     for _ in range(TRIES):
         listed, damaged = steps(root), {}
         for step in reversed(listed):
@@ -247,21 +259,24 @@ def hold_newest(root: Path, part: str) -> tuple[int | None, Hold | None, list[st
 
 
 def read_meta(workdir: str | Path, step: int) -> dict:
-    """The `meta` of a step, as `StepWriter.save` was given it."""
+    """Returns the `meta` of a step, as it was given to `StepWriter.save`."""
     directory = Path(workdir).absolute() / "checkpoints" / str(step)
     with reading(directory):
         return ocp.JsonCheckpointHandler().restore(directory / "state", ocp.args.JsonRestore())
 
 
-def restore_step(workdir: str | Path, step: int, trained_like: Mapping[str, Any], optimizer_like: Any) -> tuple[dict, Any, dict]:
-    """Reads a step back.
+def restore_step(workdir: str | Path, step: int, trained_like: Mapping[str, Any],
+                 optimizer_like: Any) -> tuple[dict, Any, dict]:
+    """Restores a step.
 
     Args:
-      trained_like: canonical name -> `jax.ShapeDtypeStruct` with the sharding that the array shall have, or such an array.
-      optimizer_like: the optimizer's state, likewise.
+      workdir: the run's directory.
+      step: the step's number.
+      trained_like: canonical name -> array, or `jax.ShapeDtypeStruct` with the sharding of the array to restore.
+      optimizer_like: the optimizer's state as such arrays.
 
     Returns:
-      The trained tensors, the optimizer's state and `meta`, as `StepWriter.save` was given them.
+      The trained tensors, the optimizer's state and `meta`, as they were given to `StepWriter.save`.
 
     Raises:
       UserError: the step has other tensors, or other shapes.
@@ -270,7 +285,8 @@ def restore_step(workdir: str | Path, step: int, trained_like: Mapping[str, Any]
     with reading(directory):
         metadata = flatten(ocp.PyTreeCheckpointHandler().metadata(directory / "params").tree)
     found = {name: Tensor(tuple(m.shape), m.dtype, None) for name, m in metadata.items()}
-    match(directory, found, {name: (name,) for name in trained_like}, {name: x.shape for name, x in trained_like.items()})
+    match(directory, found, {name: (name,) for name in trained_like},
+          {name: x.shape for name, x in trained_like.items()})
     _check_optimizer(directory, optimizer_like)
     trees = {"params": nest(trained_like), "optimizer": optimizer_like}
     arguments = {key: ocp.args.PyTreeRestore(item=tree, restore_args=ocp.checkpoint_utils.construct_restore_args(tree))
@@ -281,11 +297,13 @@ def restore_step(workdir: str | Path, step: int, trained_like: Mapping[str, Any]
 
 
 def _check_optimizer(directory: Path, like: Any) -> None:
-    """Raises UserError where the saved optimizer is not of the shapes, types and names of `like`."""
+    """Raises UserError if the saved optimizer has other names, shapes or dtypes than `like`."""
     with reading(directory):
         saved = ocp.PyTreeCheckpointHandler().metadata(directory / "optimizer").tree
-    found, wanted = ({jax.tree_util.keystr(path, simple=True, separator="/"): f"{np.dtype(x.dtype).name} {list(x.shape)}"
-                      for path, x in jax.tree_util.tree_leaves_with_path(tree)} for tree in (saved, like))
+    found, wanted = ({
+        jax.tree_util.keystr(path, simple=True, separator="/"): f"{np.dtype(x.dtype).name} {list(x.shape)}"
+        for path, x in jax.tree_util.tree_leaves_with_path(tree)} for tree in (saved, like))
     for name in sorted(found.keys() | wanted.keys()):
         if found.get(name) != wanted.get(name):
-            raise UserError(f"{directory}/optimizer has {name} as {found.get(name, 'nothing')}; {wanted.get(name, 'nothing')} was expected")
+            raise UserError(f"{directory}/optimizer has {name} as {found.get(name, 'nothing')}; "
+                            f"{wanted.get(name, 'nothing')} was expected")

@@ -51,7 +51,7 @@ def splash_attention(q, k, v, mask, interpret: bool = False):
 
 
 def _on_one_device(q, k, v, segments, *, window, block, interpret):
-    """Maps q [B,N,T,H], k and v [B,K,T,H], segments [B,T] or None to [B,N,T,H]; a group's query heads share its keys."""
+    """Maps q [B,N,T,H], k and v [B,K,T,H], segments [B,T] (or None) to [B,N,T,H]; query heads share their group."""
     N, T = q.shape[1:3]
     causal = masks.CausalMask((T, T)) if window is None else masks.LocalMask((T, T), (window - 1, 0), 0)
     sizes = kernels.BlockSizes(block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, block_q_dq=block,
