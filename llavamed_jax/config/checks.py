@@ -1,4 +1,4 @@
-"""What a value of a config.json must be: JSON can hold anything."""
+"""Checks the values of a config.json, since JSON can hold anything."""
 
 from __future__ import annotations
 
@@ -14,53 +14,60 @@ ACTIVATIONS = ("silu", "swish", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_t
 
 
 def as_object(value: Any, key: str) -> dict:
-    """The JSON object that stands under `key` of a config.json. Raises UserError for anything else."""
+    """Returns the JSON object under `key` of a config.json. Raises UserError for another value."""
     if not isinstance(value, Mapping):
         raise UserError(f"config.json has {key} {short(value)}; an object was expected")
     return dict(value)
 
 
 def channels(where: str, key: str, value: Any) -> tuple[float, ...]:
-    """`image_mean` or `image_std` of a preprocessor as a tuple, which unlike JSON's list has a hash."""
+    """Returns a preprocessor's `image_mean` or `image_std` as a tuple, which is hashable, unlike JSON's list."""
     value = list(value) if isinstance(value, tuple) else value
     is_number = [is_plain(x, (int, float)) for x in value] if isinstance(value, list) else []
     if len(is_number) != 3 or not all(is_number) or (key == "image_std" and min(value) <= 0):
-        raise UserError(f"{where} has {key} {short(value)}; a list of three numbers{' above 0' * (key == 'image_std')} was expected")
+        raise UserError(f"{where} has {key} {short(value)}; a list of three numbers{' above 0' * (key == 'image_std')} "
+                        "was expected")
     return tuple(map(float, value))
 
 
 def number(value: Any, key: str) -> float:
+    """Returns a number of a config.json as float. Raises UserError for another value."""
     if not is_plain(value, (int, float)):
         raise UserError(f"config.json has {key} {short(value)}; a number was expected")
-    return float(value) if abs(value) < 1e300 else math.inf  # of a whole number that no float holds, which is refused below
+    return float(value) if abs(value) < 1e300 else math.inf  # no float holds the integer; infinity is refused later
 
 
-# By annotation; a whole number will do for a number, and true and false for neither.
+# By annotation; an integer is accepted as a number, but true and false are not.
 _KINDS = {"int": ((int,), "a whole number"), "float": ((int, float), "a number"), "bool": ((bool,), "true or false"),
           "str": ((str,), "a text")}
-_LISTS = {"tuple[int, ...]": ((int,), "a list of whole numbers"), "tuple[float, ...]": ((int, float), "a list of numbers")}
-# Whole numbers that are no counts, and the counts of which a wrong one would name tensors without end.
+_LISTS = {"tuple[int, ...]": ((int,), "a list of whole numbers"),
+          "tuple[float, ...]": ((int, float), "a list of numbers")}
+# Integers that are not counts, and counts that have a lower limit, since they multiply the number of tensors.
 _SIGNED = {"feature_layer", "image_token_id", "bos_token_id", "eos_token_id", "pad_token_id"}
 _MOST = {"num_layers": 1000}
 _MOST_OF_ALL = 2**31 - 1
 
 
 def check_fields(config: Any, part: str) -> None:
-    """Raises UserError for a field of a config that is not of its annotated type, or has a value that no model has."""
+    """Raises UserError if a config's field does not have its annotated type, or has a value that no model has."""
     for field in dataclasses.fields(config):
-        # A text in files that postpone the evaluation of annotations.
+        # The annotation is a string in files with `from __future__ import annotations`.
         annotation = field.type.__name__ if isinstance(field.type, type) else str(field.type)
         value, (kind, _, optional) = getattr(config, field.name), annotation.partition(" | ")
         if optional and value is None:
             continue
         if not _is_of_kind(value, kind):
             words = _KINDS[kind][1] if kind in _KINDS else _LISTS[kind][1] if kind in _LISTS else f"a {kind}"
-            raise UserError(f"the {part}config has {field.name} {short(value)}; {words}{' or null' if optional else ''} was expected")
-        if kind == "int" and field.name not in _SIGNED and not 1 <= value <= (limit := _MOST.get(field.name, _MOST_OF_ALL)):
+            raise UserError(f"the {part}config has {field.name} {short(value)}; "
+                            f"{words}{' or null' if optional else ''} was expected")
+        if kind == "int" and field.name not in _SIGNED and not (
+                1 <= value <= (limit := _MOST.get(field.name, _MOST_OF_ALL))):
             bounds = "of at least 1" if value < 1 and field.name not in _MOST else f"from 1 to {limit}"
             raise UserError(f"the {part}config has {field.name} {short(value)}; a whole number {bounds} was expected")
-        if kind == "int" and abs(value) > _MOST_OF_ALL or kind == "tuple[int, ...]" and any(abs(item) > _MOST_OF_ALL for item in value):
-            raise UserError(f"the {part}config has {field.name} {short(value)}; whole numbers of at most {_MOST_OF_ALL} were expected")
+        if kind == "int" and abs(value) > _MOST_OF_ALL or kind == "tuple[int, ...]" and any(
+                abs(item) > _MOST_OF_ALL for item in value):
+            raise UserError(f"the {part}config has {field.name} {short(value)}; whole numbers of at most "
+                            f"{_MOST_OF_ALL} were expected")
         if kind == "float" and not 0 < value < math.inf:
             raise UserError(f"the {part}config has {field.name} {short(value)}; a finite number above 0 was expected")
 
@@ -68,16 +75,17 @@ def check_fields(config: Any, part: str) -> None:
 def _is_of_kind(value: Any, kind: str) -> bool:
     if kind in _LISTS:
         return isinstance(value, tuple) and all(is_plain(item, _LISTS[kind][0]) for item in value)
-    return is_plain(value, _KINDS[kind][0]) if kind in _KINDS else any(base.__name__ == kind for base in type(value).__mro__)
+    return is_plain(value, _KINDS[kind][0]) if kind in _KINDS else any(
+        base.__name__ == kind for base in type(value).__mro__)
 
 
 def is_plain(value: Any, types: tuple[type, ...]) -> bool:
-    """Whether a value of JSON is of one of the types, where true and false are no numbers."""
+    """Returns whether a JSON value has one of the types; true and false do not count as numbers."""
     return isinstance(value, types) and not (isinstance(value, bool) and bool not in types)
 
 
 def token_ids(value: Any, key: str, file: str = "config.json") -> tuple[int, ...]:
-    """The ids of a value that is one id, a list of ids, or null."""
+    """Returns the ids of a value that is one id, a list of ids, or null."""
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if value == [] or not all(is_plain(i, (int,)) for i in ids):
         raise UserError(f"{file} has {key} {short(value)}; an id, a list of ids or null was expected")
@@ -85,12 +93,13 @@ def token_ids(value: Any, key: str, file: str = "config.json") -> tuple[int, ...
 
 
 def check_counts(config: Mapping[str, Any], keys: list[str]) -> None:
+    """Raises UserError if a value under one of the keys is not an integer of at least 1."""
     for key in keys:
         if not is_plain(config[key], (int,)) or config[key] < 1:
             raise UserError(f"config.json has {key} {short(config[key])}; a whole number of at least 1 was expected")
 
 
 def check_activation(what: str, name: str) -> None:
-    """Raises UserError for an activation that `models.layers.ACTIVATIONS` has not."""
+    """Raises UserError for an activation that `models.layers.ACTIVATIONS` lacks."""
     if name not in ACTIVATIONS:
         raise UserError(f"{what} is {short(name)}; one of {', '.join(ACTIVATIONS)} was expected")

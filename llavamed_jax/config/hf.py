@@ -1,4 +1,7 @@
-"""LlavaConfig from and to the `config.json` of each PyTorch layout. What a layout has no place for stands under one key."""
+"""Converts LlavaConfig from and to the `config.json` of each PyTorch layout.
+
+Settings that a layout has no key for are stored under one key of this project's own (`OURS`).
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ from llavamed_jax.config.towers import tower_from_hf
 from llavamed_jax.config.towers.clip import KNOWN_TOWERS, VisionConfig
 from llavamed_jax.errors import UserError, short
 
-# Keys of a source's config.json that LlavaConfig models; all others travel in `extra`.
+# Keys of a source's config.json that LlavaConfig models; all others are kept in `extra`.
 _ORIGINAL_KEYS = {
     "model_type", "mm_projector_type", "mm_vision_select_layer", "mm_vision_select_feature", "image_aspect_ratio",
     "tokenizer_model_max_length", "mm_use_im_start_end", "vocab_size", "hidden_size", "intermediate_size",
@@ -31,44 +34,50 @@ _TRANSFORMERS_KEYS = {
     "vision_feature_layer", "vision_feature_select_strategy", "image_token_index", "image_token_id", "image_seq_length",
     "tie_word_embeddings", "eos_token_id", "dtype", "torch_dtype", OURS,
 }
-# What the original's loader reads beside the model's shape, for models that did not come from its layout.
+# Keys beside the model's shape that the original's loader reads, for models from other layouts.
 _ORIGINAL_DEFAULTS = {
     "use_mm_proj": True, "use_cache": True,
     "mm_use_im_patch_token": False, "mm_patch_merge_type": "flat", "tokenizer_padding_side": "right",
 }
-# What LLaVA-Med v1.0's evaluation writes into a v0 config, which says nothing of vision (spec 2.1). It leaves the feature
-# layer out, which therefore falls back to the code's -1.
+# LLaVA-Med v1.0's evaluation writes these into a v0 config, which has no vision keys (spec 2.1). It does not write the
+# feature layer, which therefore has the code's default of -1.
 _V0_DEFAULTS = {"use_mm_proj": True, "mm_vision_tower": "openai/clip-vit-large-patch14", "mm_hidden_size": 1024}
-# Of `image_aspect_ratio`: an image becomes several inputs of the tower (`process_images` of LLaVA-NeXT, `anyres_max_9` among them).
+# Values of `image_aspect_ratio` that split an image into several inputs of the tower (LLaVA-NeXT's `process_images`,
+# `anyres_max_9` among them).
 _TILES = re.compile("anyres|highres|crop_split")
-# An original's file always states these; transformers' own class has defaults, which its published configs lean on.
-_REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "rms_norm_eps")
+# An original's file always states these keys; for transformers' own class, published configs rely on its defaults.
+_REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+             "rms_norm_eps")
 
 
 def llava_from_hf(config: Mapping[str, Any], vision: VisionConfig | None = None) -> LlavaConfig:
     """Reads the `config.json` of a released checkpoint.
 
     Args:
-      config: `model_type` `llava_mistral`, `llava_llama`, `llava` with or `llama` without `mm_*` keys (v0), or
+      config: has `model_type` `llava_mistral`, `llava_llama`, `llava` with or `llama` without `mm_*` keys (v0), or is
         transformers' own `llava`.
-      vision: the tower's shape; the originals keep it in the tower's own directory, transformers' layout inside.
+      vision: the tower's shape, which the originals store in the tower's own directory; None for transformers' layout,
+        which has it inside.
 
     Raises:
-      UserError: another architecture, or an original layout whose tower is neither given nor known by name.
+      UserError: another architecture, or an original layout with a tower that is neither given nor known by name.
     """
     if is_transformers(config):
         return from_transformers(config)
     if is_original(config):
         return from_original(config, vision)
-    raise UserError(f"config.json has model_type {short(config.get('model_type'))}; llava_mistral, llava_llama or llava was expected")
+    raise UserError(f"config.json has model_type {short(config.get('model_type'))}; llava_mistral, llava_llama or "
+                    "llava was expected")
 
 
 def llava_to_hf(cfg: LlavaConfig, layout: str, ids: tuple[int, int] | None = None) -> dict[str, Any]:
     """Makes the `config.json` of an export.
 
     Args:
+      cfg: the model's config.
       layout: `transformers` or `llava` (the original's own).
-      ids: of `<image>` and `<pad>` in transformers' layout, for a model that has none; None: the first two behind its table.
+      ids: ids of `<image>` and `<pad>` in transformers' layout, for a model without these tokens; None uses the first
+        two ids after its table.
 
     Raises:
       UserError: another layout.
@@ -85,19 +94,19 @@ def _extra(config: Mapping[str, Any], modelled: set[str]) -> str:
 
 
 def is_transformers(config: Mapping[str, Any]) -> bool:
-    """Whether a `config.json` is of transformers' own `llava`, which shares its `model_type` with the first originals."""
+    """Returns whether a `config.json` is transformers' own `llava`, whose `model_type` the first originals share."""
     return config.get("model_type") == "llava" and any(
         key in config for key in ("text_config", "vision_config", "image_token_index", "image_token_id"))
 
 
 def is_original(config: Mapping[str, Any]) -> bool:
-    """Whether it is of an original's layout. `llama` is a v0 checkpoint's, or a plain decoder's: the tensors tell."""
+    """Returns whether a config has an original's layout; with `llama` only the tensors tell v0 from a plain decoder."""
     kinds = ("llava", "llama", *(f"llava_{name}" for name in DECODERS))
     return config.get("model_type") in kinds and not is_transformers(config)
 
 
 def not_obeyed(config: Mapping[str, Any]) -> list[str]:
-    """Settings of a source's `config.json` that its own code goes by and this project does not, as sentences."""
+    """Returns sentences about settings of a `config.json` that its own code applies and this project does not."""
     parts = [(key, config[key]) for key in ("text_config", "vision_config") if isinstance(config.get(key), Mapping)]
     out = []
     for where, part in [("", config), *((f"{key}.", part) for key, part in parts)]:
@@ -105,12 +114,13 @@ def not_obeyed(config: Mapping[str, Any]) -> list[str]:
             if part.get(key):
                 out.append(f"config.json has {where}{key} {short(part[key])}, which training does not apply here")
         if part.get("quantization_config"):
-            out.append(f"config.json has {where}quantization_config, which is not applied: the weights are taken as they are in the files")
+            out.append(f"config.json has {where}quantization_config, which is not applied: the weights are taken as "
+                       "they are in the files")
     return out
 
 
 def tower_name(config: Mapping[str, Any]) -> str | None:
-    """What an original's `config.json` calls its vision tower: a model's name or a directory."""
+    """Returns the vision tower's name in an original's `config.json`: a model's name or a directory."""
     name = config.get("mm_vision_tower") or config.get("vision_tower") or (
         _V0_DEFAULTS["mm_vision_tower"] if config.get("model_type") in ("llava", "llama") else None)
     if not isinstance(name, str | None):
@@ -119,20 +129,20 @@ def tower_name(config: Mapping[str, Any]) -> str | None:
 
 
 def _writable_tower(name: str | None) -> str:
-    """What a v1.0 export calls its tower, which it puts into a directory of the last part of this name."""
+    """Returns the tower's name in a v1.0 export, which puts the tower into a directory of the name's last part."""
     return name if name and re.fullmatch(r"(?!\.{1,2}$)[\w.()+@ -]{1,200}", Path(name).name) else "vision_tower"
 
 
 def _stock_tower(vision: VisionConfig) -> str:
-    """What a tower that came without a name is called: the stock one of its shape, which alone the original's code can fetch."""
+    """Names a tower that came without a name after the stock tower of its shape, which the original's code can fetch."""
     return next((name for name, shape in KNOWN_TOWERS.items() if VisionConfig.from_hf(shape) == vision), "vision_tower")
 
 
 def plain_decoder(config: Mapping[str, Any]) -> DecoderConfig:
-    """From the `config.json` of LLaMA, Vicuna or Mistral, or the keys of one in an original's.
+    """Reads a decoder's config from the `config.json` of LLaMA, Vicuna or Mistral, or from its keys in an original's.
 
     Raises:
-      UserError: another architecture, keys that are missing, or settings that this model does not have.
+      UserError: another architecture, missing keys, or settings that this model does not have.
     """
     kind = config.get("model_type")
     architecture = "llama" if kind == "llava" else kind.removeprefix("llava_") if isinstance(kind, str) else None
@@ -140,7 +150,7 @@ def plain_decoder(config: Mapping[str, Any]) -> DecoderConfig:
         raise UserError(f"config.json has model_type {short(kind)}; {' or '.join(DECODERS)} was expected")
     required = (*_REQUIRED, "num_key_value_heads") if architecture == "mistral" else _REQUIRED
     lacking = [key for key in required if config.get(key) is None]
-    if lacking not in ([], ["rms_norm_eps"]):  # of which the first LLaVAs leaned on transformers' default
+    if lacking not in ([], ["rms_norm_eps"]):  # for eps the first LLaVAs relied on transformers' default
         raise UserError(f"config.json lacks {', '.join(lacking)}")
     config = mended_ids(architecture, config)
     if isinstance(config.get("pad_token_id"), int) and config["pad_token_id"] < 0:
@@ -149,16 +159,26 @@ def plain_decoder(config: Mapping[str, Any]) -> DecoderConfig:
 
 
 def mended_ids(architecture: str, config: Mapping[str, Any]) -> dict:
-    """A config's keys, or a generation_config's, with the ids of LLaMA's tokenizer where the first conversions of LLaMA wrote
-    other ones, with which no answer would end.
+    """Returns the keys of a config or generation_config, with the ids of LLaMA's tokenizer corrected.
+
+    The first conversions of LLaMA wrote other ids, with which no answer would end.
     """
     is_wrong = architecture == "llama" and (config.get("bos_token_id"), config.get("eos_token_id")) == (0, 1)
     return {**config, **({"bos_token_id": 1, "eos_token_id": 2} if is_wrong else {})}
 
 
-def joined(decoder: DecoderConfig, vision: VisionConfig, projector_type: str, tower: str, uses_image_tokens: bool) -> LlavaConfig:
-    """A plain decoder and a CLIP tower as the original's scripts join them: LLaVA-Med v1.5 of Mistral, of LLaMA v1.0 with its
-    image tokens and LLaVA-1.5 without. `tower` is what an export calls the tower.
+def joined(decoder: DecoderConfig, vision: VisionConfig, projector_type: str, tower: str,
+           uses_image_tokens: bool) -> LlavaConfig:
+    """Joins the configs of a plain decoder and a CLIP tower as the original's scripts do.
+
+    Mistral gives LLaVA-Med v1.5; LLaMA gives v1.0 with image tokens, and LLaVA-1.5 without.
+
+    Args:
+      decoder: the decoder's config.
+      vision: the tower's config.
+      projector_type: `linear`, `mlpNx_gelu` or `identity`.
+      tower: the tower's name in an export.
+      uses_image_tokens: whether images stand between `<im_start>` and `<im_end>`.
     """
     source = "llava" if decoder.architecture == "llama" and uses_image_tokens else f"llava_{decoder.architecture}"
     extra = {**_ORIGINAL_DEFAULTS, "architectures": [f"Llava{decoder.hf_class}"], "mm_vision_tower": tower,
@@ -168,7 +188,7 @@ def joined(decoder: DecoderConfig, vision: VisionConfig, projector_type: str, to
 
 
 def from_original(config: Mapping[str, Any], vision: VisionConfig | None) -> LlavaConfig:
-    """From the originals' own layout: LLaVA-Med v1.5, v1.0, v0 or LLaVA-1.5 (spec 2.1, 2.3)."""
+    """Reads the originals' own layout: LLaVA-Med v1.5, v1.0, v0 or LLaVA-1.5 (spec 2.1, 2.3)."""
     kind, ours = config["model_type"], as_object(config.get(OURS, {}), OURS)
     if tower_name(config) is None:
         raise UserError("config.json lacks mm_vision_tower")
@@ -178,11 +198,12 @@ def from_original(config: Mapping[str, Any], vision: VisionConfig | None) -> Lla
     if kind == "llama":
         kind = "llava"
     if kind == "llava" and projector != "linear" and not config.get("mm_use_im_start_end"):
-        kind = "llava_llama"  # LLaVA-1.5 from before transformers took the name `llava`
+        kind = "llava_llama"  # LLaVA-1.5 from before transformers used the name `llava`
     if vision is None:
         shape = ours.get("vision_config") or KNOWN_TOWERS.get(tower)
         if shape is None:
-            raise UserError(f"the shape of the vision tower {short(tower)} is not known; its directory was expected as vision_tower=PATH")
+            raise UserError(f"the shape of the vision tower {short(tower)} is not known; its directory was expected as "
+                            "vision_tower=PATH")
         vision = tower_from_hf(as_object(shape, "vision_config"))
     ratio = config.get("image_aspect_ratio")
     if not isinstance(ratio, str | None) or _TILES.match(ratio or ""):
@@ -191,29 +212,32 @@ def from_original(config: Mapping[str, Any], vision: VisionConfig | None) -> Lla
     if config.get("s2"):
         raise UserError(f"s2 is {short(config['s2'])} (a tower at several scales); one scale was expected")
     if config.get("mm_resampler_type") not in (None, "identity"):
-        raise UserError(f"mm_resampler_type is {short(config['mm_resampler_type'])}; a projector without a resampler was expected")
+        raise UserError(f"mm_resampler_type is {short(config['mm_resampler_type'])}; a projector without a resampler "
+                        "was expected")
     return LlavaConfig(
         vision=vision, decoder=plain_decoder(config), projector_type=projector,
         feature_layer=config.get("mm_vision_select_layer", -1),  # the original's code default
         feature_select=config.get("mm_vision_select_feature", "patch"),
         image_aspect_ratio="pad" if config.get("image_aspect_ratio") == "pad" else "square",
-        max_length=_max_length(config.get("tokenizer_model_max_length")), use_start_end=bool(config.get("mm_use_im_start_end", False)),
+        max_length=_max_length(config.get("tokenizer_model_max_length")),
+        use_start_end=bool(config.get("mm_use_im_start_end", False)),
         template=ours.get("template"), source=kind, image_token_id=ours.get("image_token_id"),
         extra=_extra(config, _ORIGINAL_KEYS))
 
 
 def _max_length(value):
-    """The longest prompt in tokens, or None: transformers writes 1e30, as a float or a whole number, for no limit."""
+    """Returns the longest prompt in tokens; None for no limit, which transformers writes as 1e30, a float or integer."""
     return None if isinstance(value, int | float) and value >= 1e18 else value
 
 
 def to_original(cfg: LlavaConfig) -> dict:
-    """The `config.json` that the original's loader reads. Raises UserError for a projector that it would complete at random."""
+    """Returns the `config.json` for the original's loader. UserError if it would fill the projector at random."""
     if not cfg.projector_bias and cfg.projector_type != "identity":
         raise UserError("the original's projector has biases and this model's has none: --layout transformers holds it")
     if cfg.projector_act != "gelu" and projector_depth(cfg.projector_type) > 1:
-        raise UserError(f"the original's projector has GELU and this model's {cfg.projector_act}: --layout transformers holds it")
-    is_theirs = cfg.source != "transformers"  # only then do the keys that travel belong to this layout
+        raise UserError(f"the original's projector has GELU and this model's {cfg.projector_act}: --layout "
+                        "transformers holds it")
+    is_theirs = cfg.source != "transformers"  # only then do the extra keys belong to this layout
     kind = cfg.source if is_theirs else f"llava_{cfg.decoder.architecture}"
     architectures = [f"Llava{cfg.decoder.hf_class}"]
     travelled = (json.loads(cfg.extra) if is_theirs else {}) or {
@@ -231,39 +255,42 @@ def to_original(cfg: LlavaConfig) -> dict:
 
 
 def from_transformers(config: Mapping[str, Any]) -> LlavaConfig:
-    """From transformers' `llava`, of any of its generations (spec 2.5)."""
+    """Reads transformers' `llava`, of any of its generations (spec 2.5)."""
     layer = config.get("vision_feature_layer", -2)
     layer = layer[0] if isinstance(layer, list) and len(layer) == 1 else layer
     if isinstance(layer, list):
-        raise UserError(f"vision_feature_layer is {short(layer)}, whose features are concatenated; one layer was expected")
+        raise UserError(f"vision_feature_layer is {short(layer)}, whose features are concatenated; one layer was "
+                        "expected")
     strategy = config.get("vision_feature_select_strategy", "default")
     select = {"default": "patch", "full": "cls_patch"}.get(str(strategy))
     if select is None:
         raise UserError(f"vision_feature_select_strategy is {short(strategy)}; default or full was expected")
     text = config.get("text_config")
     text = as_object({"model_type": "llama"} if text is None else text, "text_config")  # transformers' default
-    if config.get("eos_token_id") is not None:  # generate takes the outer one first
+    if config.get("eos_token_id") is not None:  # generate reads the outer one first
         text["eos_token_id"] = config["eos_token_id"]
-    # transformers 5 ties where either of the two says so; the older ones, which asked the text model, wrote both alike.
+    # transformers 5 ties if either config says so; older versions, which read the text config, wrote the same in both.
     text["tie_word_embeddings"] = bool(text.get("tie_word_embeddings") or config.get("tie_word_embeddings"))
     vision = config.get("vision_config")
-    if vision is None:  # transformers' default; where there is a vision_config, its own keys have CLIPVisionConfig's defaults
+    if vision is None:  # transformers' default; absent keys of a vision_config have CLIPVisionConfig's defaults
         vision = KNOWN_TOWERS["openai/clip-vit-large-patch14-336"]
     vision = tower_from_hf(as_object(vision, "vision_config"))
     if select == "patch" and not vision.class_tokens:
-        raise UserError(f"vision_feature_select_strategy is {short(strategy)}, which leaves out the tower's first position, and a "
-                        f"{vision.model_type} has no class token; full was expected")
+        raise UserError(f"vision_feature_select_strategy is {short(strategy)}, which leaves out the tower's first "
+                        f"position, and a {vision.model_type} has no class token; full was expected")
     ours = as_object(config.get(OURS, {}), OURS)
     cfg = LlavaConfig(
         vision=vision, decoder=decoder_from_hf(text),
         projector_type="mlp2x_gelu", projector_act=config.get("projector_hidden_act") or "gelu",
         projector_bias=config.get("multimodal_projector_bias", True), feature_layer=layer,
         feature_select=select, image_aspect_ratio=ours.get("image_aspect_ratio", "square"),
-        max_length=ours.get("max_length"), use_start_end=ours.get("use_start_end", False), template=ours.get("template"),
+        max_length=ours.get("max_length"), use_start_end=ours.get("use_start_end", False),
+        template=ours.get("template"),
         source=ours.get("source", "transformers"),
         image_token_id=config.get("image_token_index", config.get("image_token_id", 32000)),
-        extra=json.dumps(as_object(ours["extra"], "extra"), sort_keys=True) if "extra" in ours else _extra(config, _TRANSFORMERS_KEYS))
-    # Rows that our export added for its <image> and <pad> go again; a table that was resized since is taken as it is.
+        extra=(json.dumps(as_object(ours["extra"], "extra"), sort_keys=True) if "extra" in ours
+               else _extra(config, _TRANSFORMERS_KEYS)))
+    # Removes the rows that this project's export added for <image> and <pad>, unless the table was resized since.
     rows = ours.get("vocab_size", cfg.decoder.vocab_size)
     bare = cfg.replace(image_token_id=None, decoder=dataclasses.replace(cfg.decoder, vocab_size=rows))
     ids = token_ids(ours.get("added_ids", [rows, rows + 1]), f"{OURS}.added_ids")
@@ -272,10 +299,10 @@ def from_transformers(config: Mapping[str, Any]) -> LlavaConfig:
 
 
 def to_transformers(cfg: LlavaConfig, ids: tuple[int, int] | None = None) -> dict:
-    """The `config.json` of a LlavaForConditionalGeneration (`llava_to_hf`). Raises UserError for a projector that it cannot hold."""
+    """Returns the `config.json` of a LlavaForConditionalGeneration (`llava_to_hf`); UserError for other projectors."""
     if cfg.projector_type != "mlp2x_gelu":
-        raise UserError(f"transformers' llava layout holds two-layer projectors only; this model's is {short(cfg.projector_type)}: "
-                        "--layout llava holds it")
+        raise UserError("transformers' llava layout holds two-layer projectors only; this model's is "
+                        f"{short(cfg.projector_type)}: --layout llava holds it")
     vocabulary, has_image = cfg.decoder.vocab_size, cfg.image_token_id is not None
     ids = ids or (vocabulary, vocabulary + 1)
     image_token, pad_token = (cfg.image_token_id, cfg.decoder.pad_token_id) if has_image else ids
@@ -286,13 +313,16 @@ def to_transformers(cfg: LlavaConfig, ids: tuple[int, int] | None = None) -> dic
         **(json.loads(cfg.extra) if is_theirs else {}),
         "model_type": "llava",
         "text_config": {**cfg.decoder.to_hf(), "vocab_size": cfg.rows_in_transformers(ids),
-                        "architectures": [cfg.decoder.hf_class]},  # by which vLLM finds the decoder's code
-        "vision_config": cfg.vision.to_hf(), "projector_hidden_act": cfg.projector_act, "multimodal_projector_bias": cfg.projector_bias,
+                        "architectures": [cfg.decoder.hf_class]},  # vLLM finds the decoder's code by it
+        "vision_config": cfg.vision.to_hf(), "projector_hidden_act": cfg.projector_act,
+        "multimodal_projector_bias": cfg.projector_bias,
         "vision_feature_layer": cfg.feature_layer,
         "vision_feature_select_strategy": cfg.select_strategy,
         "image_token_index": image_token, "image_token_id": image_token, "image_seq_length": cfg.tokens_per_image,
         "tie_word_embeddings": cfg.decoder.tie_word_embeddings,
-        OURS: dict(image_aspect_ratio=cfg.image_aspect_ratio, max_length=cfg.max_length, use_start_end=cfg.use_start_end,
-                    template=cfg.template, source=cfg.source, vocab_size=vocabulary, added_ids=None if has_image else list(ids),
+        OURS: dict(image_aspect_ratio=cfg.image_aspect_ratio, max_length=cfg.max_length,
+                   use_start_end=cfg.use_start_end,
+                   template=cfg.template, source=cfg.source, vocab_size=vocabulary,
+                   added_ids=None if has_image else list(ids),
                     extra=json.loads(cfg.extra)),
     }

@@ -1,7 +1,7 @@
-"""Shapes and constants of a model, as frozen (hashable) dataclasses, read from and written to checkpoints' `config.json`.
+"""The config of a whole model, as a frozen (hashable) dataclass that is read from and written to `config.json`.
 
-Nothing here has a default that a checkpoint could contradict: what `config.json` says is what is used, and the few
-defaults that a published config may lean on stand in the files of `towers/` and `decoders/` with their source.
+No field has a default that a checkpoint could contradict: the values of `config.json` are used, and the few defaults
+that published configs rely on stand in the files of `towers/` and `decoders/` with their source.
 """
 
 from __future__ import annotations
@@ -22,18 +22,31 @@ from llavamed_jax.errors import UserError, short
 
 IMAGE_TOKEN = -200  # stands for an image in token ids (LLaVA's IMAGE_TOKEN_INDEX)
 IGNORE = -100  # a label that is not supervised
-MOST_BEAMS = 128  # of a beam search, which keeps a cache for each
+MOST_BEAMS = 128  # limit of a beam search, which keeps a cache for each beam
 PAD_TOKEN = -1  # pads short rows of `logits` on the right
-# The key of an exported config.json under which stands what the layout itself has no place for.
+# The key of an exported config.json for settings that the layout itself has no key for.
 OURS = "llavamed_jax"
 
 @dataclass(frozen=True)
 class LlavaConfig:
     """A vision tower, a projector and a decoder, and how the three are joined.
 
-    `feature_layer` indexes CLIP's hidden states (0 is the embedding after `pre_layrnorm`, k the output of block k,
-    negative from the end; spec 1.2). `extra` is the JSON text of the keys of the source `config.json` that this
-    class does not model: they travel, so that an export gives back what an import read.
+    Attributes:
+      vision: the tower's config.
+      decoder: the decoder's config.
+      projector_type: `linear`, `mlpNx_gelu` or `identity`.
+      projector_bias: whether the projector has biases.
+      feature_layer: index of the tower's hidden state that the projector reads (0 is the embedding after
+        `pre_layrnorm`, k the output of block k, negative from the end; spec 1.2).
+      feature_select: `patch` leaves out the class token, `cls_patch` keeps it.
+      image_aspect_ratio: `pad` pads images to a square, `square` does not.
+      max_length: the longest prompt in tokens; None for no limit.
+      use_start_end: whether images stand between `<im_start>` and `<im_end>`.
+      template: name of the prompt template; None for that of `source`.
+      source: the `model_type` of the original that the model follows, or `transformers`.
+      image_token_id: the id of `<image>` in transformers' layout; None if the model has none.
+      extra: JSON text of the keys of the source `config.json` that this class does not model; an export writes them.
+      projector_act: the projector's activation, by its name in transformers.
     """
 
     vision: VisionConfig
@@ -54,64 +67,70 @@ class LlavaConfig:
     def __post_init__(self):
         check_fields(self, "")
         if self.feature_select not in ("patch", "cls_patch"):
-            raise UserError(f"the vision feature selection is {short(self.feature_select)}; patch or cls_patch was expected")
+            raise UserError(f"the vision feature selection is {short(self.feature_select)}; patch or cls_patch was "
+                            "expected")
         if self.image_aspect_ratio not in ("pad", "square"):
-            raise UserError(f"the config has image_aspect_ratio {short(self.image_aspect_ratio)}; pad or square was expected")
+            raise UserError(f"the config has image_aspect_ratio {short(self.image_aspect_ratio)}; pad or square was "
+                            "expected")
         if not -self.vision.num_layers - 1 <= self.feature_layer <= self.vision.num_layers:
-            raise UserError(f"feature layer {self.feature_layer} does not exist in a tower of {self.vision.num_layers} layers")
+            raise UserError(f"feature layer {self.feature_layer} does not exist in a tower of {self.vision.num_layers} "
+                            "layers")
         projector_depth(self.projector_type)
         check_activation("projector_hidden_act", self.projector_act)
 
     @property
     def num_vision_layers_used(self) -> int:
-        """Blocks that the selected hidden state needs: 23 of CLIP-L's 24 for layer -2."""
+        """The number of blocks that the selected hidden state needs: 23 of CLIP-L's 24 for layer -2."""
         layer = self.feature_layer
         return layer if layer >= 0 else self.vision.num_layers + 1 + layer
 
     @property
     def tokens_per_image(self) -> int:
+        """The number of positions that an image takes in the decoder."""
         return self.vision.num_patches + self.vision.class_tokens * (self.feature_select == "cls_patch")
 
     @property
     def select_strategy(self) -> str:
-        """`vision_feature_select_strategy` of transformers, whose `default` leaves out the first position of any tower."""
+        """The `vision_feature_select_strategy` of transformers; `default` leaves out any tower's first position."""
         return "default" if self.feature_select == "patch" and self.vision.class_tokens else "full"
 
     @property
     def transformers_vocab_size(self) -> int:
-        """Rows of the embedding table in transformers' layout, where the first two behind it are <image> and <pad>."""
+        """The rows of the embedding table in transformers' layout, if <image> and <pad> are the first ids after it."""
         return self.rows_in_transformers((self.decoder.vocab_size, self.decoder.vocab_size + 1))
 
     def rows_in_transformers(self, ids: tuple[int, int]) -> int:
-        """Rows of the embedding table in transformers' layout.
+        """Returns the rows of the embedding table in transformers' layout.
 
-        A table that has an <image> of its own, or unused rows for <image> and <pad>, stays as it is. Else it is filled up to a
-        multiple of 64, as the published conversions are (spec 2.5).
+        A table that has an <image> of its own, or unused rows for <image> and <pad>, stays as it is. Other tables are
+        filled up to a multiple of 64, as in the published conversions (spec 2.5).
 
         Args:
-          ids: of <image> and <pad>.
+          ids: the ids of <image> and <pad>.
         """
         rows, needed = self.decoder.vocab_size, 1 + max(ids)
         return rows if self.image_token_id is not None or needed <= rows else -(-needed // 64) * 64
 
     def vision_flops_per_image(self) -> float:
-        """FLOPs of one image's forward pass through the blocks that are used, attention over the full square."""
+        """Returns the FLOPs of one image's forward pass through the blocks in use; attention is over the full square."""
         v, n = self.vision, self.vision.num_positions
         block = 4 * v.hidden_size**2 + 2 * v.hidden_size * v.intermediate_size
         return self.num_vision_layers_used * (2 * n * block + 4 * n * n * v.hidden_size)
 
     def replace(self, **changes) -> "LlavaConfig":
+        """Returns a copy with other values of some fields."""
         return dataclasses.replace(self, **changes)
 
     def to_dict(self) -> dict:
-        """The content of this project's own `model/config.json`."""
+        """Returns the content of this project's own `model/config.json`."""
         out = {"model_type": "llavamed_jax", **dataclasses.asdict(self), "extra": json.loads(self.extra)}
-        if self.vision.model_type != VisionConfig.model_type:  # files from before there were other kinds name none
+        if self.vision.model_type != VisionConfig.model_type:  # older files, with CLIP only, do not name the kind
             out["vision"]["model_type"] = self.vision.model_type
         return out
 
     @classmethod
     def from_dict(cls, d: Mapping[str, Any]) -> "LlavaConfig":
+        """Reads the content of this project's own `model/config.json`. Raises UserError for unknown keys."""
         d = {k: v for k, v in d.items() if k != "model_type"}
         d |= {part: as_object(d.get(part), part) for part in ("vision", "decoder")}
         known = {f.name for f in dataclasses.fields(cls)}
@@ -122,7 +141,7 @@ class LlavaConfig:
 
 
 def projector_depth(projector_type: str) -> int:
-    """Number of linear layers of `linear` (1), `mlpNx_gelu` (N) or `identity` (0); spec 1.4."""
+    """Returns the number of linear layers of `linear` (1), `mlpNx_gelu` (N) or `identity` (0); spec 1.4."""
     if projector_type == "identity":
         return 0
     if projector_type == "linear":

@@ -1,6 +1,6 @@
 """The kinds of decoder. A new kind is a file here, a line of `DECODERS`, and its module in `models/decoders`.
 
-Nothing here needs jax: a processor reads configs beside torch or none.
+This package does not import jax: a processor reads configs beside torch or without either.
 """
 
 from __future__ import annotations
@@ -27,21 +27,25 @@ def _kind(name: Any) -> type[DecoderConfig]:
 
 
 def decoder_from_hf(config: Mapping[str, Any], architecture: str | None = None) -> DecoderConfig:
-    """A decoder's config from its `config.json`. `architecture` goes before the `model_type` that stands there.
+    """Reads a decoder's config from its `config.json`.
+
+    Args:
+      config: the content of `config.json`.
+      architecture: replaces the `model_type` in it; None keeps it.
 
     Raises:
-      UserError: a kind that does not exist here, or what the kind refuses.
+      UserError: an unknown kind of decoder, or settings that the kind does not have.
     """
     return _kind(architecture or config.get("model_type", "llama")).from_hf(config, architecture)
 
 
 def decoder_from_dict(fields: Mapping[str, Any]) -> DecoderConfig:
-    """A decoder's config from this project's own file, which names the kind by `architecture`."""
+    """Reads a decoder's config from this project's own file, where `architecture` names the kind."""
     fields = dict(fields)
     if fields.get("rope_scaling") is not None:
         fields["rope_scaling"] = RopeScaling(**as_object(fields["rope_scaling"], "rope_scaling"))
     if isinstance(fields.get("more_eos_ids"), list):  # JSON has no tuples
         fields["more_eos_ids"] = tuple(fields["more_eos_ids"])
     kind = fields.get("architecture", DecoderConfig.architecture)
-    # A value that is no text is refused by the class, which says of which field.
+    # The class refuses a value that is not text, with the field's name.
     return (_kind(kind) if isinstance(kind, str) else DecoderConfig)(**fields)

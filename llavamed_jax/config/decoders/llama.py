@@ -1,4 +1,4 @@
-"""The LLaMA family, LLaMA, Vicuna and Mistral: config and tensors."""
+"""The LLaMA family (LLaMA, Vicuna and Mistral): config and tensors."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from llavamed_jax.config.rope import RopeScaling, read_rope
 from llavamed_jax.config.tensors import Row, kernel_axes, rows
 from llavamed_jax.errors import UserError, short
 
-# What transformers' LlamaConfig and MistralConfig fill in when a key of `text_config` is absent (published
-# llava-hf configs lean on this).
+# The defaults of transformers' LlamaConfig and MistralConfig for absent keys of `text_config`; published llava-hf
+# configs rely on them.
 _TEXT_DEFAULTS = {
     "llama": dict(vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
                   num_attention_heads=32, rms_norm_eps=1e-6, rope_theta=1e4, max_position_embeddings=2048),
@@ -46,10 +46,32 @@ norm/scale                                norm.weight                           
 class DecoderConfig:
     """A LLaMA-family decoder: LLaMA, Vicuna or Mistral.
 
+    A subclass for another kind of decoder sets its own `table` and `defaults`.
+
     Attributes:
-      architecture: its `model_type`.
-      table: its tensors (`config/tensors.py`) but for the head; a subclass of another kind says it anew.
-      defaults: architecture -> what transformers fills in for keys that are absent; likewise.
+      vocab_size: V, rows of the embedding table.
+      hidden_size: D.
+      intermediate_size: F.
+      num_layers: L.
+      num_heads: N, query heads.
+      num_kv_heads: K, key/value heads.
+      head_dim: H.
+      rms_norm_eps: eps of the norms.
+      rope_theta: base of the rotary frequencies.
+      max_position_embeddings: positions that the model was trained with.
+      sliding_window: width of the attention window in tokens (Mistral only); None for no window.
+      tie_word_embeddings: whether the head is the embedding table.
+      architecture: `model_type` of transformers, `llama` or `mistral`.
+      bos_token_id: id that begins a sequence; None for none.
+      eos_token_id: first id that ends a sequence; None for none.
+      pad_token_id: id of padding; None for none.
+      more_eos_ids: further ids that end a sequence.
+      rope_scaling: scaling of the rotary frequencies; None for none.
+      attention_bias: whether query, key, value and output have biases (LLaMA only).
+      mlp_bias: whether the feed-forward layers have biases (LLaMA only).
+      hidden_act: the activation, by its name in transformers.
+      table: the tensors (`config/tensors.py`) without the head.
+      defaults: architecture -> transformers' values for absent keys.
     """
 
     vocab_size: int
@@ -68,9 +90,9 @@ class DecoderConfig:
     bos_token_id: int | None = 1
     eos_token_id: int | None = 2
     pad_token_id: int | None = None
-    more_eos_ids: tuple[int, ...] = ()  # a config may name several ids that end a sequence
+    more_eos_ids: tuple[int, ...] = ()
     rope_scaling: RopeScaling | None = None
-    attention_bias: bool = False  # of query, key, value and output (LLaMA alone)
+    attention_bias: bool = False
     mlp_bias: bool = False
     hidden_act: str = "silu"
 
@@ -97,43 +119,51 @@ class DecoderConfig:
                     K=self.num_kv_heads * self.head_dim, H=self.head_dim)
 
     def axes(self, module: str) -> tuple[str | None, ...]:
-        """The logical axes of the kernel of a layer's module, by its name inside the layer."""
+        """Returns the logical axes of the kernel of a layer's module, by its name inside the layer."""
         return kernel_axes(self.table, module)
 
     def tensors(self) -> tuple[Row, ...]:
-        """The lines of the table that this decoder has."""
-        without = tuple(module for module, has_bias in (("/self_attn/", self.attention_bias), ("/mlp/", self.mlp_bias)) if not has_bias)
-        return tuple(row for row in rows(self.table) if not (row.name.endswith("/bias") and any(m in row.name for m in without)))
+        """Returns the lines of the table that this decoder has."""
+        without = tuple(module for module, has_bias in (("/self_attn/", self.attention_bias), ("/mlp/", self.mlp_bias))
+                        if not has_bias)
+        return tuple(row for row in rows(self.table)
+                     if not (row.name.endswith("/bias") and any(m in row.name for m in without)))
 
     @property
     def max_positions(self) -> int:
-        """Positions that a text may have: a linear scaling stretches those that the config counts."""
+        """The most positions of a text; a linear scaling multiplies the config's `max_position_embeddings`."""
         stretched = self.rope_scaling is not None and self.rope_scaling.rope_type == "linear"
         return int(self.max_position_embeddings * (self.rope_scaling.factor if stretched else 1))
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any], architecture: str | None = None) -> "DecoderConfig":
-        """From a `LlamaConfig` or `MistralConfig` dict; both spellings of the RoPE settings are read.
+        """Reads a `LlamaConfig` or `MistralConfig` dict, with either spelling of the RoPE settings.
+
+        Args:
+          config: the dict.
+          architecture: replaces its `model_type`; None keeps it.
 
         Raises:
-          UserError: another architecture, or a scaling of RoPE or an activation that this model does not have.
+          UserError: another architecture, or a RoPE scaling or activation that this model does not have.
         """
         arch = architecture or config.get("model_type", "llama")
         if not isinstance(arch, str) or arch not in cls.defaults:
             raise UserError(f"the decoder's model_type is {short(arch)}; llama or mistral was expected")
         defaults = cls.defaults[arch]
-        # null is a value of its own for a window and for key/value heads; elsewhere it stands for the default.
+        # For a window and for key/value heads null is a value; for other keys it stands for the default.
         c = {**defaults, **{k: v for k, v in config.items()
                             if v is not None or k not in defaults or k in ("sliding_window", "num_key_value_heads")}}
         check_counts(c, ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-                          "max_position_embeddings", *(["num_key_value_heads"] if c.get("num_key_value_heads") else [])])
+                         "max_position_embeddings",
+                         *(["num_key_value_heads"] if c.get("num_key_value_heads") else [])])
         theta, scaling = read_rope(config, defaults["rope_theta"], c["max_position_embeddings"])
         biases = {key: c.get(key) or False for key in ("attention_bias", "mlp_bias")} if arch == "llama" else {}
         heads = c["num_attention_heads"]
         return cls(
             vocab_size=c["vocab_size"], hidden_size=c["hidden_size"], intermediate_size=c["intermediate_size"],
             num_layers=c["num_hidden_layers"], num_heads=heads, num_kv_heads=c.get("num_key_value_heads") or heads,
-            head_dim=c.get("head_dim") or c["hidden_size"] // heads, rms_norm_eps=number(c["rms_norm_eps"], "rms_norm_eps"),
+            head_dim=c.get("head_dim") or c["hidden_size"] // heads,
+            rms_norm_eps=number(c["rms_norm_eps"], "rms_norm_eps"),
             rope_theta=theta, rope_scaling=scaling, hidden_act=c.get("hidden_act") or "silu", **biases,
             max_position_embeddings=c["max_position_embeddings"],
             sliding_window=c.get("sliding_window") if arch == "mistral" else None,
@@ -142,7 +172,10 @@ class DecoderConfig:
             **cls.ends_with(token_ids(c.get("eos_token_id", 2), "eos_token_id")))
 
     def to_hf(self) -> dict:
-        """Every field explicit, and both spellings of the RoPE settings, so that any transformers reads the same model."""
+        """Returns the `config.json` dict, with every field and both spellings of the RoPE settings.
+
+        Every version of transformers reads the same model from it.
+        """
         scaling = self.rope_scaling.to_hf() if self.rope_scaling else {}
         out = dict(model_type=self.architecture, vocab_size=self.vocab_size, hidden_size=self.hidden_size,
                    intermediate_size=self.intermediate_size, num_hidden_layers=self.num_layers,
@@ -154,7 +187,7 @@ class DecoderConfig:
                    eos_token_id=self.eos_value, pad_token_id=self.pad_token_id)
         if self.architecture == "mistral":
             out["sliding_window"] = self.sliding_window
-        if scaling.get("rope_type") == "linear":  # as versions before 4.43 want it: these two keys and no other
+        if scaling.get("rope_type") == "linear":  # versions before 4.43 accept exactly these two keys
             out["rope_scaling"] = {"type": "linear", "factor": scaling["factor"]}
         elif scaling:
             out["rope_scaling"] = scaling
@@ -162,27 +195,27 @@ class DecoderConfig:
 
     @staticmethod
     def ends_with(ids: tuple[int, ...]) -> dict[str, Any]:
-        """The fields of a decoder whose sequences end with any of these ids."""
+        """Returns the fields of a decoder whose sequences end with any of these ids."""
         return dict(eos_token_id=ids[0] if ids else None, more_eos_ids=ids[1:])
 
     @property
     def eos_value(self) -> int | list[int] | None:
-        """`eos_token_id` as transformers' files have it."""
+        """The value of `eos_token_id` in transformers' files."""
         return list(self.eos_ids) if self.more_eos_ids else self.eos_token_id
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
-        """All ids that end a sequence; none for a decoder that never ends one."""
+        """All ids that end a sequence; () for a decoder that never ends one."""
         return (() if self.eos_token_id is None else (self.eos_token_id,)) + self.more_eos_ids
 
     @property
     def matmul_parameters(self) -> int:
-        """Weights that a token is multiplied with: layers and head; the embedding lookup is no matmul."""
+        """The number of weights that a token is multiplied with: layers and head, without the embedding lookup."""
         d, f, h = self.hidden_size, self.intermediate_size, self.head_dim
         attention = 2 * d * self.num_heads * h + 2 * d * self.num_kv_heads * h
         return self.num_layers * (attention + 3 * d * f) + d * self.vocab_size
 
     def forward_flops_per_token(self, length: int) -> float:
-        """FLOPs of one token's forward pass in a row of `length` tokens: 2 N + causal attention (half the square)."""
+        """Returns the FLOPs of one token's forward pass in a row of `length` tokens: 2 N + causal attention (half)."""
         span = min(length, self.sliding_window or length)
         return 2 * self.matmul_parameters + 2 * self.num_layers * self.num_heads * self.head_dim * span

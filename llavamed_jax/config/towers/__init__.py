@@ -1,6 +1,6 @@
 """The kinds of vision tower. A new kind is a file here, a line of `TOWERS`, and its module in `models/towers`.
 
-Nothing here needs jax: a processor reads configs beside torch or none.
+This package does not import jax: a processor reads configs beside torch or without either.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ TOWERS: dict[str, type[VisionConfig]] = {
 
 
 def tower_from_hf(config: Mapping[str, Any]) -> VisionConfig:
-    """A tower's config from its `config.json`, or from a whole model's that holds one under `vision_config`.
+    """Reads a tower's config from its `config.json`, or from that of a whole model with a `vision_config`.
 
     Raises:
-      UserError: a kind that does not exist here, or what the kind refuses.
+      UserError: an unknown kind of tower, or settings that the kind does not have.
     """
     inner = as_object(config.get("vision_config", config), "vision_config")
     kind = inner.get("model_type", VisionConfig.model_type)
@@ -34,7 +34,7 @@ def tower_from_hf(config: Mapping[str, Any]) -> VisionConfig:
 
 
 def tower_from_dict(fields: Mapping[str, Any]) -> VisionConfig:
-    """A tower's config from this project's own file, which names a kind that is not CLIP by its `model_type`."""
+    """Reads a tower's config from this project's own file, where `model_type` names a kind other than CLIP."""
     fields = dict(fields)
     kind = fields.pop("model_type", VisionConfig.model_type)
     if not isinstance(kind, str) or kind not in TOWERS:

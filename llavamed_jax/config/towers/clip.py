@@ -13,10 +13,11 @@ from llavamed_jax.errors import UserError, short
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of red, green and blue between 0 and 1 (spec 3.3)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-# transformers' CLIPVisionConfig; the LLaVA towers by name are stock CLIP-L/14 (spec 1.1).
+# The defaults of transformers' CLIPVisionConfig; the named LLaVA towers are stock CLIP-L/14 (spec 1.1).
 _VISION_DEFAULTS = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
                         image_size=224, patch_size=32, layer_norm_eps=1e-5, hidden_act="quick_gelu", num_channels=3)
-_CLIP_LARGE = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, patch_size=14)
+_CLIP_LARGE = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16,
+                   patch_size=14)
 KNOWN_TOWERS = {
     "openai/clip-vit-large-patch14": {**_CLIP_LARGE, "image_size": 224},
     "openai/clip-vit-large-patch14-336": {**_CLIP_LARGE, "image_size": 336},
@@ -52,17 +53,28 @@ post_layernorm/bias                       post_layernorm.bias                   
 class VisionConfig:
     """A CLIP ViT. Field names follow this project; `from_hf` maps them from a `CLIPVisionConfig`.
 
-    `image_mean`, `image_std` and `images` are what its preprocessor does (`config/images.py`). The class attributes are what a subclass
-    of another kind says anew.
+    A subclass for another kind of tower sets its own class attributes, from `model_type` on.
 
     Attributes:
-      model_type: of `to_hf`, and in this project's own files for a kind that is not CLIP.
-      table: its tensors (`config/tensors.py`), those that the model does not compute with included.
-      defaults: what transformers fills in for keys that are absent.
+      hidden_size: D.
+      intermediate_size: F.
+      num_layers: L, all blocks of the tower.
+      num_heads: attention heads.
+      image_size: edge of the input in pixels.
+      patch_size: edge of a patch in pixels.
+      layer_norm_eps: eps of the norms.
+      hidden_act: the activation, by its name in transformers.
+      num_channels: colours of a pixel.
+      image_mean: the preprocessor's mean of each colour.
+      image_std: the preprocessor's standard deviation of each colour.
+      images: the preprocessor's other steps (`config/images.py`).
+      model_type: `model_type` of `to_hf`, and in this project's own files for a kind other than CLIP.
+      table: the tensors (`config/tensors.py`), including those that the model does not use.
+      defaults: transformers' values for absent keys.
       class_tokens: positions before the patches, which `feature_select` `patch` leaves out.
-      torch_prefixes: what stands before the torch names in a directory of its own; the first is written.
-      unused: where the names of tensors begin that come after the layers; they are never computed with.
-      elsewhere: pattern of torch names in its directory that belong to no tower.
+      torch_prefixes: prefixes of the torch names in the tower's own directory; the first is written.
+      unused: prefixes of the names of tensors after the layers, which the model does not use.
+      elsewhere: pattern of torch names in the tower's directory that do not belong to the tower.
     """
 
     hidden_size: int
@@ -99,29 +111,32 @@ class VisionConfig:
 
     @property
     def num_patches(self) -> int:
+        """The number of patches of an image."""
         return (self.image_size // self.patch_size) ** 2
 
     @property
     def num_positions(self) -> int:
-        """Positions that the tower computes for an image: its class token and the patches."""
+        """The number of positions that the tower computes for an image: its class token and the patches."""
         return self.num_patches + self.class_tokens
 
     @property
     def sizes(self) -> dict[str, int]:
         """The size of each letter of the table."""
-        return dict(D=self.hidden_size, N=self.hidden_size, F=self.intermediate_size, C=self.num_channels, p=self.patch_size,
+        return dict(D=self.hidden_size, N=self.hidden_size, F=self.intermediate_size, C=self.num_channels,
+                    p=self.patch_size,
                     T=self.num_positions)
 
     def axes(self, module: str) -> tuple[str | None, ...]:
-        """The logical axes of the kernel of a layer's module, by its name inside the layer."""
+        """Returns the logical axes of the kernel of a layer's module, by its name inside the layer."""
         return kernel_axes(self.table, module)
 
     def tensors(self) -> tuple[Row, ...]:
-        """The lines of the table that this tower has."""
+        """Returns the lines of the table that this tower has."""
         return rows(self.table)
 
     @property
     def head_dim(self) -> int:
+        """The head width H."""
         return self.hidden_size // self.num_heads
 
     @property
@@ -132,17 +147,20 @@ class VisionConfig:
 
     @property
     def pad_color(self) -> tuple[int, ...]:
-        """Red, green and blue that images are padded to a square with, as the originals and transformers take it from the mean,
-        whether that is applied or not. Raises UserError for a mean that is no colour.
+        """The red, green and blue with which images are padded to a square.
+
+        As in the originals and in transformers it follows from the mean, even if the mean is not applied. Raises
+        UserError for a mean that is not a colour.
         """
         color = tuple(int(255 * mean) for mean in self.image_mean)
         if not all(0 <= value <= 255 for value in color):
-            raise UserError(f"the image_mean {list(self.image_mean)} is no colour to pad images with; numbers from 0 to 1 were expected")
+            raise UserError(f"the image_mean {list(self.image_mean)} is no colour to pad images with; numbers from 0 "
+                            "to 1 were expected")
         return color
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> "VisionConfig":
-        """From a `CLIPVisionConfig` dict, or a whole `CLIPConfig` that holds one under `vision_config`."""
+        """Reads a `CLIPVisionConfig` dict, or a whole `CLIPConfig` with one under `vision_config`."""
         config = as_object(config.get("vision_config", config), "vision_config")
         model_type = config.get("model_type", cls.model_type)
         if model_type not in (cls.model_type, "clip"):
@@ -153,6 +171,7 @@ class VisionConfig:
                    c["image_size"], c["patch_size"], c["layer_norm_eps"], c["hidden_act"], c["num_channels"])
 
     def to_hf(self) -> dict:
+        """Returns the `config.json` dict of a `CLIPVisionModel`."""
         return dict(model_type=self.model_type, hidden_size=self.hidden_size, intermediate_size=self.intermediate_size,
                     num_hidden_layers=self.num_layers, num_attention_heads=self.num_heads, image_size=self.image_size,
                     patch_size=self.patch_size, layer_norm_eps=self.layer_norm_eps, hidden_act=self.hidden_act,
