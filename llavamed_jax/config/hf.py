@@ -134,7 +134,7 @@ def _writable_tower(name: str | None) -> str:
 
 
 def _stock_tower(vision: VisionConfig) -> str:
-    """Names a tower that came without a name after the stock tower of its shape, which the original's code can fetch."""
+    """Names a tower that came without a name after the stock tower of its shape, which the original can fetch."""
     return next((name for name, shape in KNOWN_TOWERS.items() if VisionConfig.from_hf(shape) == vision), "vision_tower")
 
 
@@ -226,7 +226,7 @@ def from_original(config: Mapping[str, Any], vision: VisionConfig | None) -> Lla
 
 
 def _max_length(value):
-    """Returns the longest prompt in tokens; None for no limit, which transformers writes as 1e30, a float or integer."""
+    """Returns the longest prompt in tokens; None for no limit, which transformers writes as 1e30 (float or int)."""
     return None if isinstance(value, int | float) and value >= 1e18 else value
 
 

@@ -112,7 +112,7 @@ class LlavaConfig:
         return rows if self.image_token_id is not None or needed <= rows else -(-needed // 64) * 64
 
     def vision_flops_per_image(self) -> float:
-        """Returns the FLOPs of one image's forward pass through the blocks in use; attention is over the full square."""
+        """Returns the FLOPs of one image's forward pass through the used blocks; attention is over the full square."""
         v, n = self.vision, self.vision.num_positions
         block = 4 * v.hidden_size**2 + 2 * v.hidden_size * v.intermediate_size
         return self.num_vision_layers_used * (2 * n * block + 4 * n * n * v.hidden_size)

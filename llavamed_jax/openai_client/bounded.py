@@ -1,4 +1,4 @@
-"""The HTTP client below openai's: it bounds the size of a reply, packed and unpacked, and follows redirects within one origin."""
+"""The HTTP client below openai's: it limits the size of a reply, packed and unpacked, and the targets of redirects."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ import openai
 from llavamed_jax.openai_client.address import shown
 
 MOST_REDIRECTS = 5
-LARGEST_ERROR = 2**18  # bytes of an error's body that are read; the message stands at the start
+LARGEST_ERROR = 2**18  # bytes of an error's body that are read; the message is at its start
 _REDIRECTS = (301, 302, 307, 308)
-# Headers that are true of what came, and not of the bytes that are kept; these are read as UTF-8, whatever charset is named.
+# Headers that describe the bytes that were sent, and not the unpacked ones; those are read as UTF-8 whatever the
+# charset.
 _OF_THE_BODY = ("content-encoding", "content-length", "content-type", "transfer-encoding")
 
 
 class RedirectError(openai.OpenAIError):
-    """A redirect that is not followed: to another origin, to an invalid address, or one too many."""
+    """A redirect is not followed: it leads to another origin or to an invalid address, or is one too many."""
 
 
 class TooLargeError(openai.OpenAIError):
@@ -31,15 +32,16 @@ class UnreadableError(openai.OpenAIError):
 
 
 class BoundedClient(openai.DefaultAsyncHttpxClient):
-    """Sends requests to one origin, and reads replies up to a limit.
+    """Sends requests to one origin, and reads replies up to a size limit.
 
-    A redirect within the origin (scheme, host and port) is followed with the same method and body. Any other redirect raises
-    RedirectError, because it would send images and questions to an address that the user has not named. Replies are unpacked here
-    and piece by piece, because a megabyte of gzip may hold a gigabyte.
+    A redirect within the origin (scheme, host and port) is followed with the same method and body. Any other redirect
+    raises RedirectError, because it would send images and questions to an address that the user has not named. Replies
+    are unpacked here piece by piece, because a megabyte of gzip may hold a gigabyte.
 
     Args:
-      query: what is added to every request's address.
+      query: the query that is added to every request's address.
       largest: the most bytes that a reply may have, packed or unpacked.
+      **options: options of httpx's client.
     """
 
     def __init__(self, query: str, largest: int, **options: Any):
@@ -47,6 +49,7 @@ class BoundedClient(openai.DefaultAsyncHttpxClient):
         self._query, self._largest = query.encode(), largest
 
     async def send(self, request, **options):
+        """Sends a request with the query, follows redirects within the origin, and returns the bounded response."""
         if self._query:
             before = [request.url.query] if request.url.query else []
             request.url = request.url.copy_with(query=b"&".join([*before, self._query]))
@@ -68,13 +71,13 @@ class BoundedClient(openai.DefaultAsyncHttpxClient):
         except Exception:  # httpx's InvalidURL, idna's errors, UnicodeError
             raise RedirectError(f"it redirects to {shown(location)!r}, which is no address") from None
         if _origin(url) != _origin(request.url) or url.userinfo:
-            raise RedirectError(f"{shown(str(request.url))} redirects to {shown(str(url))}, another origin, which is sent nothing; name "
-                                "that address if your data may go there")
+            raise RedirectError(f"{shown(str(request.url))} redirects to {shown(str(url))}, another origin, which is "
+                                "sent nothing; name that address if your data may go there")
         return self.build_request(request.method, url, headers=request.headers, content=request.content,
                                   extensions=request.extensions)
 
     async def _read(self, request, response):
-        """The response with its body, read and unpacked; of an error only the first `LARGEST_ERROR` bytes."""
+        """Returns the response with its unpacked body; for an error only the first `LARGEST_ERROR` bytes."""
         is_error = response.status_code >= 400
         limit = LARGEST_ERROR if is_error else self._largest
         body = bytearray()
@@ -85,7 +88,7 @@ class BoundedClient(openai.DefaultAsyncHttpxClient):
                     if len(body) > limit:
                         raise TooLargeError(f"its reply is larger than {limit:,} bytes")
         except (TooLargeError, UnreadableError):
-            if not is_error:  # else the status says enough
+            if not is_error:  # for an error the status is enough
                 raise
         headers = [(name, value) for name, value in response.headers.multi_items() if name.lower() not in _OF_THE_BODY]
         return type(response)(response.status_code, headers=headers, content=bytes(body[:limit]), request=request)
@@ -96,7 +99,7 @@ def _origin(url) -> tuple[str, str, int]:
 
 
 async def _unpacked(response, limit: int) -> AsyncIterator[bytes]:
-    """A body's bytes, in pieces of which none unpacks to more than `limit` and one byte."""
+    """Yields a body's bytes, in pieces of which none unpacks to more than `limit` + 1 bytes."""
     encoding = response.headers.get("content-encoding", "").strip().lower()
     if encoding not in ("", "identity", "gzip", "x-gzip"):
         raise UnreadableError(f"its reply is packed with {encoding!r}; gzip was expected")

@@ -1,4 +1,4 @@
-"""Replies that were paid for: one line each, kept as they come, so that a run that was stopped goes on without paying twice."""
+"""Stores paid replies as they come, one line each, so that a resumed run does not pay for them again."""
 
 from __future__ import annotations
 
@@ -13,18 +13,23 @@ from llavamed_jax.errors import UserError
 from llavamed_jax.utils.files import read_bytes, recover_jsonl
 from llavamed_jax.utils.hashes import sha256
 
-if TYPE_CHECKING:  # it brings the client
+if TYPE_CHECKING:  # at run time it would import the client
     from llavamed_jax.openai_client.replies import Reply
 
 
 class JudgeCache:
-    """A file of replies, `{"key", "text", "finish_reason", "prompt_tokens", "completion_tokens"}` a line, which only grows.
+    """A file of replies that only grows.
 
-    A line that is not whole, such as the last one of a process that was killed, counts for nothing: its question is asked
-    again. Several runs may share a file.
+    A line is an object with `key`, `text`, `finish_reason`, `prompt_tokens` and `completion_tokens`.
+
+    An incomplete line, such as the last one of a killed process, is skipped: its question is asked again. Several runs
+    may share a file.
+
+    Args:
+      path: the file; made by the first `add` if it does not exist.
 
     Raises:
-      UserError: a file that cannot be read or written.
+      UserError: the file cannot be read or written.
     """
 
     def __init__(self, path: Path):
@@ -41,25 +46,27 @@ class JudgeCache:
             except ValueError:
                 damaged += 1
         if damaged:
-            print(f"warning: {path}: {damaged} of {len(lines)} lines are no whole replies and are passed over", file=sys.stderr)
+            print(f"warning: {path}: {damaged} of {len(lines)} lines are no whole replies and are passed "
+                  "over", file=sys.stderr)
 
     def __contains__(self, key: str) -> bool:
         return key in self._lines
 
     def get(self, key: str) -> Reply | None:
-        """The reply that is kept under a key."""
+        """Returns the reply under a key; None if there is none."""
         from llavamed_jax.openai_client.replies import Reply
 
         return Reply(**self._lines[key]) if key in self._lines else None
 
     def add(self, key: str, reply: Reply) -> None:
-        """Keeps a reply, on the disk too."""
+        """Stores a reply under a key, in memory and in the file."""
         fields = {name: getattr(reply, name) for name in _FIELDS}
         line = json.dumps({"key": key} | fields) + "\n"  # ASCII: a lone surrogate is escaped
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             if self._lines and not self.path.exists():
-                print(f"warning: {self.path} was removed; it is written anew, with the {len(self._lines)} replies that it held",
+                print(f"warning: {self.path} was removed; it is written anew, with the {len(self._lines)} replies that "
+                      "it held",
                       file=sys.stderr)
                 line = "".join(json.dumps({"key": each} | kept) + "\n" for each, kept in self._lines.items()) + line
             descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
@@ -75,13 +82,14 @@ _FIELDS = {"text": str, "finish_reason": str, "prompt_tokens": int, "completion_
 
 
 def _kept(line: object) -> tuple[str, dict]:
-    """Key and fields of a line. Raises ValueError where it is no reply."""
-    if not isinstance(line, dict) or any(type(line.get(name)) is not kind for name, kind in {"key": str, **_FIELDS}.items()):
+    """Returns key and fields of a line. Raises ValueError for a line that is not a reply."""
+    if not isinstance(line, dict) or any(
+            type(line.get(name)) is not kind for name, kind in {"key": str, **_FIELDS}.items()):
         raise ValueError
     return line["key"], {name: line[name] for name in _FIELDS}
 
 
 def request_key(model: str, messages: Sequence[Mapping], settings: Mapping) -> str:
-    """SHA-256 of what a reply follows from. A judge is known by its name: the address is not part of it."""
+    """Returns the SHA-256 of a request. A judge is identified by its name: the address is not part of the key."""
     content = json.dumps([model, list(messages), dict(settings)], sort_keys=True)
     return sha256(content.encode())

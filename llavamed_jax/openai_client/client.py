@@ -1,16 +1,18 @@
-"""A server of OpenAI's protocol, asked many things at once by callers that are not asynchronous.
+"""Asks a server of OpenAI's protocol many requests at once, for callers that are not asynchronous.
 
     service = Service("http://127.0.0.1:8000/v1", "llava-med")
     with contextlib.closing(service.each(enumerate(conversations), max_tokens=64, temperature=0.0)) as found:
         for number, reply in found:
             …
 
-Requests run in a thread with an event loop of its own. So many are under way at a time, and so many more are prepared, since
-images are large. What may pass (429, 5xx, time-outs, dropped connections, replies that are none) is asked again after a wait
-that doubles; what cannot pass fails at once, and what no other request could survive ends them all.
+Requests run in a thread with its own event loop. `concurrency` requests are in flight, and as many more are prepared,
+since images are large. After a failure that may be temporary (429, 5xx, timeouts, dropped connections, invalid replies)
+the request is sent again after a wait that doubles; another failure ends the request at once, and one that no request
+could survive ends all of them.
 
-The client is openai's asynchronous one, because its synchronous one (openai 3.57.0) cannot keep two promises: its timeout starts
-anew with each line of a reply's headers, and closing it from another thread does not end a request that waits for a reply.
+The client is openai's asynchronous one, because its synchronous one (openai 3.57.0) fails in two ways: its timeout
+starts again with each line of a reply's headers, and closing it from another thread does not end a request that waits
+for a reply.
 """
 
 from __future__ import annotations
@@ -48,13 +50,13 @@ from llavamed_jax.utils import signals, terminal
 
 __all__ = ["Reply", "Service", "ServiceError"]
 
-_LONGEST_BACKOFF = 64  # times the first wait
-_LONGEST_RETRY_AFTER = 600.0  # seconds; a server that asks for more is told later
+_LONGEST_BACKOFF = 64  # multiple of the first wait
+_LONGEST_RETRY_AFTER = 600.0  # seconds; if a server asks for more, the request fails
 _CONNECT_TIMEOUT = 20.0  # seconds
 _LONGEST_MESSAGE = 500  # characters
-_IN_A_ROW = 16  # requests that fail with no reply between them: then the server is at fault, not the requests
-_NO_KEY = "none"  # local servers need none, but the client does
-# Of a reply: what an answer of so many tokens can take, written in JSON's escapes, and thoughts and counts beside it.
+_IN_A_ROW = 16  # consecutive failed requests after which the server is at fault, not the requests
+_NO_KEY = "none"  # for local servers, which need no key, while the client does
+# Limits of a reply in bytes: an answer of so many tokens in JSON's escapes, with reasoning and token counts.
 _BYTES_A_REPLY, _BYTES_A_TOKEN, _LARGEST_REPLY = 2**20, 256, 2**26
 
 
@@ -62,40 +64,48 @@ class Service:
     """A model behind an address.
 
     Args:
-      url: `http(s)://HOST[:PORT]/v1[?NAME=VALUE]`; without a path `/v1` is added, and the query goes with every request. Azure's:
-        `https://NAME.openai.azure.com?api-version=VERSION`, or the address of a deployment as Azure's portal shows it.
-      model: the model's name there; Azure's deployment.
-      api_key: else `OPENAI_API_KEY` (Azure's: `AZURE_OPENAI_API_KEY` before it), else none is needed. Neither it nor a value of the
-        query is ever shown, and none of them comes back in a reply or an error.
-      concurrency: requests under way at a time.
-      timeout: seconds until an attempt counts as failed.
+      url: `http(s)://HOST[:PORT]/v1[?NAME=VALUE]`; without a path `/v1` is added, and the query is sent with every
+        request. For Azure `https://NAME.openai.azure.com?api-version=VERSION`, or a deployment's address as Azure's
+        portal shows it.
+      model: the model's name on the server; Azure's deployment.
+      api_key: the key; None takes `OPENAI_API_KEY` (for Azure `AZURE_OPENAI_API_KEY` first), or no key. Neither the key
+        nor a value of the query is ever shown, and both are removed from replies and errors.
+      concurrency: requests in flight at a time.
+      timeout: seconds after which an attempt fails.
       retries: attempts after the first, for each request.
-      azure_version: Azure's `api-version`, where the address does not hold it.
-      backoff: seconds before the second attempt, half of it by chance; doubled each time, up to 64 times. A server's `Retry-After`
-        is kept to instead.
+      azure_version: Azure's `api-version`, if the address does not hold it.
+      backoff: seconds before the second attempt, half of them random; doubled each time, up to 64 times. A server's
+        `Retry-After` takes precedence.
 
     Attributes:
-      address: the address, taken apart; `url` is what may be shown of it, and `name` of the model's name.
-      requests, prompt_tokens, completion_tokens: attempts that were sent, and tokens as the server counted them.
-      again: why something was asked again -> how often.
+      address: the parsed address.
+      url: the address for display.
+      name: the model's name for display.
+      requests: attempts that were sent.
+      prompt_tokens: tokens of the prompts, as the server counted them.
+      completion_tokens: tokens of the replies, as the server counted them.
+      again: reason of a retry -> number of retries.
       not_taken: settings that the server refused and that are no longer sent.
 
     Raises:
-      UsageError: an address, a key or a number that cannot be used.
+      UsageError: an invalid address, key or number.
     """
 
-    def __init__(self, url: str, model: str, *, api_key: str | None = None, concurrency: int = 8, timeout: float = 120.0,
+    def __init__(self, url: str, model: str, *, api_key: str | None = None, concurrency: int = 8,
+                 timeout: float = 120.0,
                  retries: int = 8, azure_version: str | None = None, backoff: float = 0.5):
         if not model:
             raise UsageError("the model's name is empty; the name that the server knows it by was expected")
         for name, value, is_right, wanted in (
             ("concurrency", concurrency, concurrency >= 1, "at least 1"),
             ("timeout", timeout, 0 < timeout < math.inf, "more than 0 seconds"),
-            ("retries", retries, retries >= 0, "at least 0"), ("backoff", backoff, 0 <= backoff < math.inf, "at least 0 seconds"),
+            ("retries", retries, retries >= 0, "at least 0"),
+            ("backoff", backoff, 0 <= backoff < math.inf, "at least 0 seconds"),
         ):  # fmt: skip
             if not is_right:
                 raise UsageError(f"{name} is {value}; {wanted} was expected")
-        self.model, self.concurrency, self.timeout, self.retries, self.backoff = model, concurrency, timeout, retries, backoff
+        self.model, self.concurrency, self.timeout, self.retries, self.backoff = (
+            model, concurrency, timeout, retries, backoff)
         self.address = read_address(url, azure_version)
         self._key = _key(api_key, self.address.is_azure)
         sent = [] if self._key == _NO_KEY else [self._key, os.environ.get("AZURE_OPENAI_AD_TOKEN", "").strip()]
@@ -106,24 +116,27 @@ class Service:
         self.again: Counter[str] = Counter()
         self.not_taken: list[str] = []
         self._limit_name = "max_tokens"
-        self._is_open = False  # the first request goes alone: what ends them all then ends no other that is under way
+        # The first request goes alone, so that a failure that ends all requests interrupts no other one.
+        self._is_open = False
         self._replies = self._failed_in_a_row = 0
 
     def each(self, requests: Iterable[tuple[int, list[dict]]], *, max_tokens: int, temperature: float,
              seed: int | Callable[[int], int] | None = None) -> Iterator[tuple[int, Reply | UserError]]:
-        """The replies, each as it comes; closing the iterator cancels what is under way.
+        """Yields the replies, each as it comes; closing the iterator cancels the requests in flight.
 
         Args:
-          requests: a number, which comes back with the reply, and OpenAI chat messages. It is read in the caller's thread, and
-            twice `concurrency` are held at a time.
-          seed: of what is drawn; a function gives each request, by its number, its own.
+          requests: pairs of a number, which comes back with the reply, and OpenAI chat messages. They are read in the
+            caller's thread, and twice `concurrency` are held at a time.
+          max_tokens: the most tokens of a reply.
+          temperature: temperature of sampling; 0 is greedy.
+          seed: seed of sampling; a function returns the seed of each request from its number.
 
         Yields:
-          The number, and the reply or why this request has none.
+          The number, and the reply or the error of this request.
 
         Raises:
-          ServiceError: nothing at all can be asked: no connection, a key or a model that is refused, or so many failures in a
-            row; after the replies that came before.
+          ServiceError: after the replies that came before: the server cannot be asked at all (no connection, a refused
+            key or model), or too many requests in a row failed.
         """
         requests = iter(requests)
         under_way, is_more = 0, True
@@ -135,14 +148,17 @@ class Service:
                     is_more = messages is not None
                     if is_more:
                         drawn = seed(number) if callable(seed) else seed
-                        settings = {"max_tokens": max_tokens, "temperature": temperature} | ({} if drawn is None else {"seed": drawn})
-                        thread.submit(number, lambda client, gate, m=messages, s=settings: self._ask(client, gate, m, s))
+                        settings = {"max_tokens": max_tokens, "temperature": temperature} | (
+                            {} if drawn is None else {"seed": drawn})
+                        thread.submit(number, lambda client, gate, m=messages, s=settings: self._ask(
+                            client, gate, m, s))
                         under_way += 1
                 if not under_way:
                     return
                 number, reply = thread.next()
                 under_way -= 1
-                if isinstance(reply, BaseException) and (isinstance(reply, ServiceError) or not isinstance(reply, UserError)):
+                if isinstance(reply, BaseException) and (
+                        isinstance(reply, ServiceError) or not isinstance(reply, UserError)):
                     raise reply
                 yield number, reply
         finally:
@@ -150,25 +166,26 @@ class Service:
 
     @property
     def where(self) -> str:
-        """The server and the model, for a sentence."""
+        """The server and the model, for messages."""
         return f"{self.url} (model {short(self.name)})"
 
     def _client(self, max_tokens: int) -> tuple[openai.AsyncOpenAI, asyncio.Semaphore]:
-        """A client, whose connections belong to one event loop, and what lets so many requests through: one, until it has been tried."""
+        """Returns a client for one event loop, and the semaphore of requests in flight: 1 until a request is done."""
         options = self.address.options
         kind = openai.AsyncAzureOpenAI if "azure_endpoint" in options else openai.AsyncOpenAI
         timeout = openai.Timeout(self.timeout, connect=min(self.timeout, _CONNECT_TIMEOUT))
         largest = min(_BYTES_A_REPLY + _BYTES_A_TOKEN * max_tokens, _LARGEST_REPLY)
         try:
             http = BoundedClient(self.address.query, largest, timeout=timeout)
-            # What is asked again is counted here, and not by the client.
+            # Retries are counted here, and not by the client.
             client = kind(**options, api_key=self._key, timeout=timeout, max_retries=0, http_client=http)
-        except Exception as error:  # an address, a proxy or a certificate of the environment that the client does not take
+        except Exception as error:  # the client refuses an address, or a proxy or certificate of the environment
             raise UserError(f"{self.where} cannot be asked: {self._clean(error)}") from None
         return client, asyncio.Semaphore(self.concurrency if self._is_open else 1)
 
-    async def _ask(self, client: openai.AsyncOpenAI, gate: asyncio.Semaphore, messages: list[dict], settings: dict) -> Reply | UserError:
-        """The reply to one request, after as many attempts as it takes, or why there is none."""
+    async def _ask(self, client: openai.AsyncOpenAI, gate: asyncio.Semaphore, messages: list[dict],
+                   settings: dict) -> Reply | UserError:
+        """Returns the reply to one request, after as many attempts as needed, or its error."""
         for attempt in itertools.count():
             try:
                 reply = await self._attempt(client, messages, settings)
@@ -180,7 +197,8 @@ class Service:
             except PassingError as error:
                 self._open(gate)
                 if attempt == self.retries:
-                    return self._failed(UserError(f"{self.where} was asked {attempt + 1} times; at last {self._clean(error)}"))
+                    return self._failed(UserError(f"{self.where} was asked {attempt + 1} times; at last "
+                                                  f"{self._clean(error)}"))
                 self._count_again(error)
                 wait = error.retry_after
                 if wait is None:
@@ -196,18 +214,19 @@ class Service:
                 return reply
 
     async def _attempt(self, client: openai.AsyncOpenAI, messages: list[dict], settings: dict) -> Reply:
-        """Sends a request; again without a setting that the server does not take."""
+        """Sends a request; sends it again without a setting that the server refuses."""
         while True:
             sent = {self._limit_name if name == "max_tokens" else name: value
                     for name, value in settings.items() if name not in self.not_taken}
             self.requests += 1
             try:
-                async with asyncio.timeout(self.timeout):  # of the whole; the client's is from one piece to the next
-                    response = await client.chat.completions.with_raw_response.create(model=self.model, messages=messages, **sent)
+                async with asyncio.timeout(self.timeout):  # for the whole reply; the client's is from piece to piece
+                    response = await client.chat.completions.with_raw_response.create(
+                        model=self.model, messages=messages, **sent)
                 return read_reply(response.content, self.secrets)
             except RedirectError as error:
                 raise ServiceError(f"{self.where} cannot be asked: {self._clean(error)}") from None
-            except TooLargeError as error:  # it would be as large again
+            except TooLargeError as error:  # another attempt would be as large
                 raise UserError(f"{self.where}: {self._clean(error)}") from None
             except UnreadableError as error:
                 raise PassingError("unreadable", self._clean(error)) from None
@@ -227,8 +246,9 @@ class Service:
                 raise PassingError("connection lost", f"the connection failed: {reason}") from None
             except PassingError:
                 raise
-            except Exception as error:  # of other people's code: what no request can carry, what no reply can be read as
-                raise UserError(f"{self.where} cannot be asked this: {type(error).__name__}: {self._clean(error)}") from None
+            except Exception as error:  # the client may raise anything for an odd request or reply
+                raise UserError(f"{self.where} cannot be asked this: {type(error).__name__}: "
+                                f"{self._clean(error)}") from None
 
     def _open(self, gate: asyncio.Semaphore) -> None:
         for _ in range(0 if self._is_open else self.concurrency - 1):
@@ -236,7 +256,7 @@ class Service:
         self._is_open = True
 
     def _leave_out(self, name: str) -> None:
-        """From now on a setting is not sent, or goes by its newer name. Others under way may have said so already."""
+        """Stops sending a setting, or sends it under its newer name; concurrent requests may have found it already."""
         if name == "max_tokens":
             self._limit_name = "max_completion_tokens"
         elif name not in self.not_taken:
@@ -250,21 +270,24 @@ class Service:
         return ServiceError(f"{self._failed_in_a_row} requests in a row have failed; the last: {error}")
 
     def _count_again(self, error: PassingError) -> None:
-        """The first of a kind is said at once: who waits sees why."""
+        """Counts a retry, and prints the first of its kind at once, so that a waiting user sees the reason."""
         if error.kind not in self.again:
             print(f"{self.where}: {self._clean(error)}; such requests are sent again", file=sys.stderr, flush=True)
         self.again[error.kind] += 1
 
     def _clean(self, error: Exception) -> str:
-        """Its sentence, without the key that a server or a library may have repeated."""
+        """Returns the error's sentence, without a key that a server or a library may have repeated."""
         return cut(" ".join(self.secrets.clean_message(str(error)).split()), _LONGEST_MESSAGE)
 
 
 class _Requests:
-    """A thread with an event loop, in which requests are under way.
+    """A thread with an event loop, in which the requests run.
+
+    Args:
+      make_client: returns the client and the semaphore.
 
     Attributes:
-      done: (number, what a request returned or raised), in the order in which they end.
+      done: (number, result or exception of a request), in the order in which they end.
     """
 
     def __init__(self, make_client: Callable):
@@ -275,34 +298,36 @@ class _Requests:
         self._thread.start()
 
     def submit(self, number: int, ask: Callable) -> None:
+        """Starts a request; `ask` is called with the client and the semaphore."""
         async def run():
-            async with self._gate:  # also while it waits to ask again: a server that is overloaded is asked less
+            async with self._gate:  # held during a retry's wait too, so that an overloaded server gets fewer requests
                 try:
                     result = await ask(self._client, self._gate)
-                except Exception as error:  # whoever waits for it would wait for ever
+                except Exception as error:  # otherwise the caller would wait forever
                     result = error
                 self.done.put((number, result))
                 if isinstance(result, ServiceError):
-                    await asyncio.Future()  # until it is cancelled: nobody passes behind what ends them all
+                    await asyncio.Future()  # until cancelled: no request may follow an error that ends all
 
         asyncio.run_coroutine_threadsafe(run(), self._loop)
 
     def next(self) -> tuple[int, object]:
-        """What ended next; waits for it, unless a signal ends the command."""
+        """Returns the next finished request; waits for it, unless a signal ends the command."""
         while True:
             signals.check()
             with contextlib.suppress(queue.Empty):
                 return self.done.get(timeout=0.2)
 
     def close(self) -> None:
-        """Cancels what is under way and ends the thread."""
+        """Cancels the requests in flight and ends the thread."""
         async def end():
             cancelled = set()
             while others := asyncio.all_tasks() - {asyncio.current_task()}:
-                # Not before they have begun: a coroutine inside them would never be awaited, of which Python warns.
+                # Only after they have begun: otherwise a coroutine inside them is never awaited, and Python warns.
                 for task in others - cancelled:
-                    coroutine = task.get_coro()  # or what closes a generator of the client's
-                    if not inspect.iscoroutine(coroutine) or inspect.getcoroutinestate(coroutine) != inspect.CORO_CREATED:
+                    coroutine = task.get_coro()  # may also be one that closes a generator of the client
+                    if (not inspect.iscoroutine(coroutine)
+                            or inspect.getcoroutinestate(coroutine) != inspect.CORO_CREATED):
                         task.cancel()
                         cancelled.add(task)
                 await asyncio.sleep(0.001)
@@ -318,5 +343,6 @@ def _key(given: str | None, is_azure: bool) -> str:
     names = (["AZURE_OPENAI_API_KEY"] if is_azure else []) + ["OPENAI_API_KEY"]
     key = given or next((os.environ[name] for name in names if os.environ.get(name)), _NO_KEY)
     if not key.strip().isascii() or not key.strip().isprintable() or " " in key.strip():
-        raise UsageError(f"the key in {' or '.join(names)} is none: letters, digits and signs without spaces were expected")
+        raise UsageError(f"the key in {' or '.join(names)} is none: letters, digits and signs without spaces were "
+                         "expected")
     return key.strip() or _NO_KEY

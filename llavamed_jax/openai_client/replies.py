@@ -1,4 +1,4 @@
-"""What a server of OpenAI's protocol says: replies that are whole, failures that may pass, and failures that stay."""
+"""Classifies the replies of a server of OpenAI's protocol: complete replies, temporary and permanent failures."""
 
 from __future__ import annotations
 
@@ -16,21 +16,28 @@ import openai
 from llavamed_jax.errors import UserError
 from llavamed_jax.openai_client.secrets import Secrets
 
-_LONGEST_MESSAGE = 300  # characters of what a server says
-_LONGEST_FINISH = 60  # of the word for why an answer ended
-_MOST_TOKENS = 10**7  # that a server may count for one reply
+_LONGEST_MESSAGE = 300  # characters of a server's message
+_LONGEST_FINISH = 60  # characters of a finish_reason
+_MOST_TOKENS = 10**7  # the most tokens that a server may count for one reply
 _NOTHING_SECRET = Secrets(())
 _MAY_PASS = (408, 409, 425, 429)  # and all from 500 on
-_NEVER_PASS = ("insufficient_quota", "billing_hard_limit_reached")  # codes of a 429 that waiting does not mend
-_WITHHELD = ("content_filter", "content_policy_violation")  # codes of a 400: the service answers, with nothing
-_REASONING = ("reasoning_content", "reasoning")  # where vLLM puts it, before and since its version 0.11
-_ENDS_ALL = (401, 402, 404)  # whatever is asked: a wrong key, nothing paid, no such model
-_ENDS_ALL_AT_START = (403, 405)  # later they may be about one request
+_NEVER_PASS = ("insufficient_quota", "billing_hard_limit_reached")  # codes of a 429 that does not pass
+_WITHHELD = ("content_filter", "content_policy_violation")  # codes of a 400 that stands for an empty answer
+_REASONING = ("reasoning_content", "reasoning")  # vLLM's keys, before and since its version 0.11
+_ENDS_ALL = (401, 402, 404)  # for any request: an invalid key, no credit, an unknown model
+_ENDS_ALL_AT_START = (403, 405)  # after the first reply they may concern one request
 
 
 @dataclass(frozen=True)
 class Reply:
-    """`text` as the server gave it; its `finish_reason`; tokens as the server counted them, 0 where it says none."""
+    """A server's reply.
+
+    Attributes:
+      text: the text as the server gave it, without secrets.
+      finish_reason: why the answer ended.
+      prompt_tokens: tokens of the prompt as the server counted them; 0 if it does not say.
+      completion_tokens: tokens of the reply as the server counted them; 0 if it does not say.
+    """
 
     text: str
     finish_reason: str
@@ -39,16 +46,16 @@ class Reply:
 
 
 class ServiceError(UserError):
-    """Why nothing at all can be asked of a server: it is not there, refuses the key, or does not know the model."""
+    """A server cannot be asked at all: it is not there, refuses the key, or does not know the model."""
 
 
 class PassingError(Exception):
-    """A failure that may have passed when the same is asked again.
+    """A failure that may have passed when the same request is sent again.
 
     Args:
-      kind: a few words that failures are counted by.
+      kind: a few words by which failures are counted.
       reason: the end of a sentence.
-      retry_after: seconds that the server asks to wait.
+      retry_after: seconds that the server asks to wait; None if it does not ask.
     """
 
     def __init__(self, kind: str, reason: str = "", retry_after: float | None = None):
@@ -57,18 +64,22 @@ class PassingError(Exception):
 
 
 def read_reply(body: bytes, secrets: Secrets = _NOTHING_SECRET) -> Reply:
-    """The first choice of a chat completion, without what is secret.
+    """Returns the first choice of a chat completion, without secrets.
 
-    Its text is the message's content, as a text or as a list of parts; else its refusal. It may be empty where the server
-    says so: a model can end at once. Content that is absent is an empty answer only where the limit of tokens, a filter
-    or a text of reasoning explains it; the last is `reasoning_only` as its `finish_reason`.
+    Its text is the message's content, as a text or as a list of parts, else its refusal. The text may be empty if the
+    server says so: a model can end at once. Absent content is an empty answer only if the token limit, a filter or
+    reasoning explains it; with reasoning the `finish_reason` is `reasoning_only`.
+
+    Args:
+      body: the body of the response.
+      secrets: texts to remove.
 
     Raises:
-      PassingError: a reply that is not JSON, without a choice, or without a text.
+      PassingError: the reply is not JSON, or has no choice or no text.
     """
     try:
         data = json.loads(body)
-    except (ValueError, RecursionError):  # the latter of thousands of brackets
+    except (ValueError, RecursionError):  # RecursionError for thousands of brackets
         told = _cut(body.decode("utf-8", "replace"), secrets) or "it is empty"
         raise PassingError("no JSON", f"its reply is not JSON: {told}") from None
     choices = data.get("choices") if isinstance(data, dict) else None
@@ -101,15 +112,18 @@ def _text(message: Mapping) -> str | None:
     return refusal if isinstance(refusal, str) and refusal else content if isinstance(content, str) else None
 
 
-def status_error(error: openai.APIStatusError, where: str, is_start: bool, secrets: Secrets = _NOTHING_SECRET) -> Exception:
-    """An HTTP status as what it means for the request, or for all of them.
+def status_error(error: openai.APIStatusError, where: str, is_start: bool,
+                 secrets: Secrets = _NOTHING_SECRET) -> Exception:
+    """Returns the exception that an HTTP status means, for one request or for all of them.
 
     Args:
+      error: the client's exception.
       where: the server and the model, the subject of the sentence.
-      is_start: nothing has been answered yet.
+      is_start: whether no request has been answered yet.
+      secrets: texts to remove.
 
     Returns:
-      PassingError, ServiceError (nothing more can be asked) or UserError (of this request).
+      PassingError, ServiceError (no request can be answered) or UserError (for this request).
     """
     status, told = error.status_code, server_message(error.body, secrets)
     name = f"{status} {HTTPStatus(status).phrase}" if status in set(HTTPStatus) else str(status)
@@ -123,17 +137,17 @@ def status_error(error: openai.APIStatusError, where: str, is_start: bool, secre
 
 
 def withheld(error: openai.APIStatusError) -> Reply | None:
-    """The empty answer that a filter before the model gives by refusing the request; None where the status means something else."""
+    """Returns the empty answer of a filter that refuses the request before the model sees it; None for other errors."""
     return Reply("", "content_filter") if error.status_code == 400 and error.code in _WITHHELD else None
 
 
 def connection_error(error: BaseException, secrets: Secrets = _NOTHING_SECRET) -> tuple[str, bool]:
-    """Why a connection failed, and whether there never was one: nobody listens, no such name, a wrong certificate."""
+    """Says why a connection failed, and whether it never existed: no listener, unknown host or invalid certificate."""
     chain, is_absent = [error], False
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
         chain.append(cause)
     for each in reversed(chain):
-        is_absent |= type(each).__name__ in ("ConnectError", "ConnectTimeout")  # httpx2's
+        is_absent |= type(each).__name__ in ("ConnectError", "ConnectTimeout")  # of httpx2
     number = next((each.errno for each in reversed(chain) if isinstance(each, ConnectionError) and each.errno), None)
     if number is not None:
         return os.strerror(number), is_absent
@@ -142,11 +156,11 @@ def connection_error(error: BaseException, secrets: Secrets = _NOTHING_SECRET) -
 
 
 def refused_setting(error: openai.APIStatusError, sent: Collection[str]) -> str | None:
-    """The setting of a request that the server does not take (`max_tokens`, `temperature`, `seed`); None where that is not why."""
+    """Returns the setting that the server refuses (`max_tokens`, `temperature`, `seed`); None for another error."""
     if error.status_code not in (400, 422):
         return None
     told = _dumped(error.body).lower()
-    if "max_tokens" in sent and "max_completion_tokens" in told:  # else it may only be too high
+    if "max_tokens" in sent and "max_completion_tokens" in told:  # otherwise the value may only be too high
         return "max_tokens"
     others = [name for name in sent if name != "max_tokens"]
     if error.param:
@@ -156,7 +170,7 @@ def refused_setting(error: openai.APIStatusError, sent: Collection[str]) -> str 
 
 
 def server_message(body: object, secrets: Secrets = _NOTHING_SECRET) -> str:
-    """What the body of an error says, in one line; empty where it says nothing readable (a web page of a proxy)."""
+    """Returns the message of an error's body in one line; empty if it has no readable one (a proxy's web page)."""
     if isinstance(body, Mapping):
         inner = body.get("error", body)
         if isinstance(inner, Mapping):
@@ -168,18 +182,18 @@ def server_message(body: object, secrets: Secrets = _NOTHING_SECRET) -> str:
 def _dumped(value: object) -> str:
     try:
         return json.dumps(value, default=str)
-    except RecursionError:  # it was read from fewer levels of calls
+    except RecursionError:  # writing needs more levels of calls than reading did
         return "a value that is nested too deeply"
 
 
 def _cut(text: str, secrets: Secrets, most: int = _LONGEST_MESSAGE) -> str:
-    """A text in one line, without what is secret, and then cut: a key that a cut goes through would not be found."""
+    """Returns a text in one line, with secrets removed before it is cut: a cut key would not be recognised."""
     line = " ".join(secrets.clean_message(text).split()).rstrip(".")
     return line if len(line) <= most else line[:most] + "…"
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds that the server asks to wait: `retry-after-ms`, or `retry-after` as seconds or as a date."""
+    """Returns the seconds that the server asks to wait: `retry-after-ms`, or `retry-after` as seconds or as a date."""
     for name, scale in (("retry-after-ms", 1000.0), ("retry-after", 1.0)):
         try:
             seconds = float(headers.get(name, "")) / scale

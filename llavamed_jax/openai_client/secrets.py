@@ -1,7 +1,8 @@
-"""Removes API keys from what a server says, so that a key reaches no terminal and no file.
+"""Removes API keys from a server's texts, so that a key reaches no terminal and no file.
 
-A text is cleaned before it is cut, because part of a key in front of a cut would no longer be recognised. A key is recognised as
-servers and libraries write it: as it is, in percent or backslash escapes, as HTML entities, in hexadecimal and in base64.
+A text is cleaned before it is cut, because a key that a cut shortens is no longer recognised. A key is recognised as
+servers and libraries write it: literally, in percent or backslash escapes, as HTML entities, in hexadecimal and in
+base64.
 """
 
 from __future__ import annotations
@@ -14,18 +15,18 @@ from collections.abc import Iterable
 from urllib.parse import unquote, urlsplit
 
 MARK = "[key]"
-SHORTEST = 8  # characters; what is shorter is a placeholder ("none", "EMPTY"), and may be a word of any answer
-_SHORTEST_WORD = 4  # and of any sentence
-_LEAST_OF_A_KEY = 16  # characters from a key's start: a limit of tokens may have ended the answer within the key
+SHORTEST = 8  # characters; a shorter key is a placeholder ("none", "EMPTY"), and may be a word of any answer
+_SHORTEST_WORD = 4  # characters; an even shorter key may be a word of any message
+_LEAST_OF_A_KEY = 16  # characters of a key's start that are removed too: a token limit may have cut the key
 _ENTITIES = {"&": "amp", "<": "lt", ">": "gt", '"': "quot", "'": "(?:apos|#39)"}
 
 
 class Secrets:
-    """Texts that are taken out of what a server says.
+    """Texts that are removed from a server's texts.
 
     Args:
-      values: the keys. Those with fewer than `SHORTEST` characters are taken out of messages, as whole words, and left in answers;
-        those with fewer than four are left everywhere.
+      values: the keys. Keys with fewer than `SHORTEST` characters are removed from messages, as whole words, but not
+        from answers; keys with fewer than four are never removed.
     """
 
     def __init__(self, values: Iterable[str]):
@@ -35,14 +36,16 @@ class Secrets:
         self._words = re.compile(rf"(?<![^\W_])(?:{short})(?![^\W_])") if short else None
 
     def clean(self, text: str) -> str:
-        """An answer without the keys, each replaced by `MARK`, and without the first sixteen characters or more of one."""
+        """Returns an answer with each key, or the first sixteen or more characters of one, replaced by `MARK`."""
         for key in self._keys:
             text = key.replaced(text, is_begin_enough=False)
         return text
 
     def clean_message(self, text: str) -> str:
-        """An error message without the keys. Short keys and the first eight characters or more of a key are removed too, because
-        a library may have cut the message already.
+        """Returns an error message without the keys.
+
+        Short keys and the first eight or more characters of a key are removed too, because a library may have cut the
+        message already.
         """
         for key in self._keys:
             text = key.replaced(text, is_begin_enough=True)
@@ -60,6 +63,7 @@ class _Key:
         self._whole = re.compile("|".join([*plain, *map(re.escape, _base64(value))]))
 
     def replaced(self, text: str, is_begin_enough: bool) -> str:
+        """Returns a text with the key replaced by `MARK`; `is_begin_enough` replaces its first characters too."""
         text, parts, kept, at = self._whole.sub(MARK, text), [], 0, 0
         while (found := self._begin.search(text, at)) is not None:
             end, count = self._extended(text, found.end())
@@ -71,7 +75,7 @@ class _Key:
         return "".join([*parts, text[kept:]])
 
     def _extended(self, text: str, at: int) -> tuple[int, int]:
-        """Where a key ends whose first characters end at `at`, and how many of its characters were found."""
+        """Returns where a key ends whose first characters end at `at`, and how many of its characters were found."""
         for count, letter in enumerate(self._rest, SHORTEST):
             found = letter.match(text, at)
             if found is None:
@@ -81,9 +85,10 @@ class _Key:
 
 
 def _letter(char: str) -> str:
-    """A pattern of one character in each of its forms. Repetitions are bounded, so that matching takes linear time."""
+    """Returns a pattern of one character in each of its forms; bounded repetitions keep matching linear in time."""
     code = ord(char)
-    forms = [rf"%(?:25){{0,3}}{code:02x}", rf"\\{{1,8}}(?:u00|x){code:02x}", rf"&(?:amp;){{0,3}}#(?:0{{0,6}}{code}|x0{{0,6}}{code:x});"]
+    forms = [rf"%(?:25){{0,3}}{code:02x}", rf"\\{{1,8}}(?:u00|x){code:02x}",
+             rf"&(?:amp;){{0,3}}#(?:0{{0,6}}{code}|x0{{0,6}}{code:x});"]
     if char in _ENTITIES:
         forms.append(f"&(?:amp;){{0,3}}{_ENTITIES[char]};")
     forms.append(rf"\\{{0,8}}{re.escape(char)}" if char in "\"'\\/" else re.escape(char))
@@ -96,7 +101,7 @@ def _compiled(char: str) -> re.Pattern:
 
 
 def _base64(value: str) -> list[str]:
-    """How a key looks inside base64, which depends on the number of bytes before it modulo 3."""
+    """Returns a key's forms inside base64, which depend on the number of bytes before it modulo 3."""
     cores, data = [], value.encode()
     for before in range(3):
         for encode in (base64.b64encode, base64.urlsafe_b64encode):
@@ -107,7 +112,7 @@ def _base64(value: str) -> list[str]:
 
 
 def proxy_secrets() -> list[str]:
-    """The passwords of the proxies that the environment names; a client may repeat one in an error message."""
+    """Returns the passwords of the environment's proxies, which a client may repeat in an error message."""
     found = []
     for name in ("http_proxy", "https_proxy", "all_proxy"):
         for value in filter(None, (os.environ.get(name), os.environ.get(name.upper()))):
