@@ -1,1 +1,1 @@
-"""What every room may use: the standard library and nothing above it."""
+"""Helpers for every room; they import the standard library, `errors` and small libraries, and no other room."""

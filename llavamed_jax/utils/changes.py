@@ -1,4 +1,4 @@
-"""What is not the same in two records, in words."""
+"""Describes the differences of two records in words."""
 
 from __future__ import annotations
 
@@ -11,10 +11,14 @@ _MOST = 40  # characters of a value in a sentence
 
 
 def changes(earlier: Mapping[str, object], now: Mapping[str, object], when: tuple[str, str] = ("then", "now")) -> str:
-    """What is not the same in two records, in words: a few by name, with their values where these are short, and the count of the rest.
+    """Describes the differences of two records: a few by name, with their values if these are short.
+
+    The sentence ends with the number of the other differences.
 
     Args:
-      when: what the two are called.
+      earlier: the earlier record.
+      now: the present record.
+      when: words for the times of the two records.
     """
     names = [name for name in {**now, **earlier} if earlier.get(name) != now.get(name)]
     return some([_change(name, earlier, now, when) for name in names], 6)
@@ -31,7 +35,7 @@ def _change(name: str, earlier: Mapping[str, object], now: Mapping[str, object],
 
 
 def _apart(before: str, after: str) -> tuple[str, str]:
-    """Two texts, cut where they are long, so that what is not the same in them is seen."""
+    """Cuts two long texts so that their first difference is visible."""
     same = len(os.path.commonprefix([before, after]))
     start = same - _MOST // 2 if same > _MOST * 3 // 4 else 0
     texts = [("…" if start else "") + text[start:] for text in (before, after)]

@@ -1,4 +1,4 @@
-"""Directories that appear when they are complete."""
+"""Makes directories that appear when they are complete."""
 
 from __future__ import annotations
 
@@ -16,22 +16,23 @@ from llavamed_jax.utils import locks, signals
 
 @contextlib.contextmanager
 def new_directory(out: str | Path, size: int = 0, apart_from: Iterable[Path | None] = ()) -> Iterator[Path]:
-    """A temporary directory beside `out` that becomes `out` at the end, and is gone if something fails before.
+    """Yields a temporary directory beside `out` that becomes `out` at the end; it is deleted if the block fails.
 
-    It is locked while it is written, so that what a killed process left (`.NAME.*.partial`) is known as such and removed by
-    the next one that writes `out`.
+    It is locked while it is written, so that the next process that writes `out` can tell the leftovers of a killed
+    process (`.NAME.*.partial`) and delete them.
 
     Args:
+      out: a directory that does not exist or is empty.
       size: bytes that will be written; the disk must have them free.
-      apart_from: directories that are read, inside of which nothing may appear.
+      apart_from: directories that are read and must not contain `out`.
 
     Raises:
-      UserError: `out` is a file or a directory that holds something, lies in what is read, cannot be written, or does not fit
-        the disk.
+      UserError: `out` is a file or a directory with content, lies in a directory that is read, cannot be written, or
+        does not fit on the disk.
     """
     out = Path(out)
     try:
-        target = out.resolve()  # a link keeps leading to where it leads
+        target = out.resolve()  # a symbolic link keeps its target
         if target.exists() and not (target.is_dir() and not any(target.iterdir())):
             raise UserError(f"{out} exists and is not empty; a new directory was expected")
         for source in apart_from:
@@ -43,10 +44,10 @@ def new_directory(out: str | Path, size: int = 0, apart_from: Iterable[Path | No
         if free < size:
             raise UserError(f"{out} needs {size / 1e9:.2f} GB; its disk has {free / 1e9:.2f} GB free")
         temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}{_PARTIAL}")
-        temporary.mkdir()  # not `mkdtemp`, whose directories are private whatever the umask says
+        temporary.mkdir()  # not `mkdtemp`, whose directories are private whatever the umask
     except OSError as error:
         raise UserError(f"{out} cannot be written: {error.strerror or error}") from None
-    except (ValueError, RuntimeError) as error:  # a name that no file can have; a link that leads to itself
+    except (ValueError, RuntimeError) as error:  # an invalid file name; a link to itself
         raise error if isinstance(error, UserError) else UserError(f"{str(out)!r} cannot be written: {error}") from None
     with contextlib.ExitStack() as stack, signals.undone_by(lambda: _remove(temporary)):
         lock = _lock(temporary)
@@ -59,19 +60,21 @@ def new_directory(out: str | Path, size: int = 0, apart_from: Iterable[Path | No
             _remove(temporary)
             if isinstance(error, OSError) and error.errno in _DISK:
                 raise UserError(f"{out} cannot be written: {error.strerror}") from None
-            if type(error) is UserError and str(temporary) in str(error):  # of a directory inside: by the name that was asked for
+            # An error about a directory inside names the temporary path; the user knows `out`.
+            if type(error) is UserError and str(temporary) in str(error):
                 raise UserError(str(error).replace(str(temporary), str(out))) from None
             raise
 
 
-# What a disk says while it is written: full, over a quota, a file too large for it, read-only by now, failing.
+# Errors of a disk during a write: full, over a quota, file too large, read-only by now, failing.
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 _PARTIAL = ".partial"
 
 
 def _lock(directory: Path) -> int | None:
-    """A descriptor that holds a directory until it is closed, by the kernel at the latest; None where another has it, or on
-    a file system without locks.
+    """Locks a directory and returns a descriptor that holds the lock until it is closed, or until the process ends.
+
+    Returns None if another process holds the lock, or on a file system without locks.
     """
     descriptor = os.open(directory, os.O_RDONLY)
     if not locks.lock(descriptor):

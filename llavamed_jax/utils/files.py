@@ -1,4 +1,4 @@
-"""Reads files that a user named, and writes files that are whole or absent.
+"""Reads files that a user named, and writes files atomically.
 
 Reading refuses a pipe, a device, a socket or a directory at once instead of waiting for it.
 """
@@ -27,11 +27,12 @@ def open_file(path: str | Path, name: str = "") -> BinaryIO:
     """Opens a regular file for reading bytes. It never waits for a writer at the other end of a pipe.
 
     Args:
-      name: what a sentence calls it; the path, where it is empty.
+      path: the file.
+      name: the file's name in errors; the path if empty.
 
     Raises:
-      FileNotFoundError: nothing is there. UserError: a directory, a pipe, a device or a socket; a file that cannot be opened; a
-        name that no file can have.
+      FileNotFoundError: there is no such file.
+      UserError: a directory, a pipe, a device or a socket; a file that cannot be opened; an invalid file name.
     """
     name = name or str(path)
     try:
@@ -42,7 +43,7 @@ def open_file(path: str | Path, name: str = "") -> BinaryIO:
         raise UserError(f"{name} is a directory; a file was expected") from None
     except OSError as error:
         raise at(path, f"{name} cannot be read: {error.strerror or error}") from None
-    except ValueError:  # NUL, or half a surrogate pair
+    except ValueError:  # a NUL character, or half a surrogate pair
         raise at(path, f"{short(name)} is no name that a file can have") from None
     kind = _KINDS.get(stat.S_IFMT(os.fstat(file.fileno()).st_mode))
     if kind is not None:
@@ -52,7 +53,7 @@ def open_file(path: str | Path, name: str = "") -> BinaryIO:
 
 
 def is_at(descriptor: int, path: str | Path) -> bool:
-    """Whether an open file or directory is still the one at a path."""
+    """Returns whether an open file or directory is still the one at a path."""
     try:
         return os.path.samestat(os.fstat(descriptor), os.stat(path))
     except (FileNotFoundError, NotADirectoryError):
@@ -60,14 +61,16 @@ def is_at(descriptor: int, path: str | Path) -> bool:
 
 
 def read_bytes(path: str | Path, name: str = "", most: int = MOST) -> bytes:
-    """The content of a regular file.
+    """Reads the content of a regular file.
 
     Args:
-      name: what a sentence calls it; the path, where it is empty.
-      most: bytes that it may have.
+      path: the file.
+      name: the file's name in errors; the path if empty.
+      most: the most bytes that it may have.
 
     Raises:
-      FileNotFoundError, UserError: as `open_file`; a file that is larger, or that cannot be read.
+      FileNotFoundError: there is no such file.
+      UserError: as `open_file`; the file is larger than `most`, or cannot be read.
     """
     with open_file(path, name) as file:
         try:
@@ -78,12 +81,13 @@ def read_bytes(path: str | Path, name: str = "", most: int = MOST) -> bytes:
         except MemoryError:
             raise UserError(f"{name or path} has {size / 1e9:.2f} GB, for which there is no memory") from None
     if max(size, len(data)) > most:
-        raise UserError(f"{name or path} has {max(size, len(data)) / 1e9:.2f} GB; at most {most / 1e9:.2f} GB were expected")
+        raise UserError(f"{name or path} has {max(size, len(data)) / 1e9:.2f} GB; at most {most / 1e9:.2f} GB were "
+                        "expected")
     return data
 
 
 def read_json(path: Path) -> dict:
-    """The object in a JSON file. Raises UserError when it is missing or is none."""
+    """Reads the object in a JSON file. Raises UserError if the file is missing, or holds something else."""
     try:
         text = read_bytes(path).decode("utf-8")
     except OSError as error:
@@ -97,7 +101,7 @@ def read_json(path: Path) -> dict:
 
 
 def parse_json(text: str, name: str) -> Any:
-    """The value of a JSON text; `name` is what an error calls it. Raises UserError."""
+    """Parses a JSON text. Raises UserError, in which `name` stands for the text, if it is invalid."""
     try:
         return json.loads(text)
     except ValueError as error:
@@ -107,20 +111,21 @@ def parse_json(text: str, name: str) -> Any:
 
 
 def parse_jsonl(text: str, name: Callable[[int], str]) -> list[tuple[str, Any]]:
-    """Each line's name and its JSON value; blank lines are left out, and other line separators are part of a value.
+    """Returns each line's name and JSON value; skips blank lines. Only line feeds separate lines.
 
     Args:
-      name: what an error calls the line of a number, counted from 1.
+      text: the lines.
+      name: returns a line's name in errors from its number, counted from 1.
 
     Raises:
-      UserError: a line that is not JSON.
+      UserError: a line is not JSON.
     """
     lines = [(name(number), line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
     return [(where, parse_json(line, where)) for where, line in lines]
 
 
 def recover_jsonl(text: str) -> list[Any]:
-    """The values of lines of JSON, with None for each line that is not JSON, such as the last one of a process that was killed."""
+    """Returns the values of JSON lines, with None for each invalid line, such as the last one of a killed process."""
     def value(line: str) -> Any:
         try:
             return json.loads(line)
@@ -131,13 +136,14 @@ def recover_jsonl(text: str) -> list[Any]:
 
 
 def write_json(file: Path, value: dict) -> None:
+    """Writes an object as indented JSON with sorted keys."""
     file.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file under a temporary name and renames it: under the final name it is whole or absent.
+    """Writes a file under a temporary name and renames it, so that it is never seen incomplete.
 
-    A lone surrogate, which UTF-8 has no bytes for, is written as JSON escapes it.
+    A lone surrogate, which UTF-8 has no bytes for, is written as a JSON escape.
     """
     try:
         write_whole(path, lambda file: file.write(utf8(text)))
@@ -149,12 +155,14 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Writes a file under a temporary name beside it and renames it, so that several processes may write the same file.
 
     Args:
-      write: writes the content into the open file. If it raises, the temporary file is removed and `path` stays as it was.
+      path: the file.
+      write: writes the content into the open file. If it raises, the temporary file is removed and `path` is unchanged.
 
     Raises:
       OSError: the disk refuses the file.
     """
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")  # process ids repeat on a disk that machines share
+    # Random, not the process id, which may repeat on a disk that several machines share.
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
     remove = functools.partial(temporary.unlink, missing_ok=True)
     with signals.undone_by(remove):
         try:
@@ -168,10 +176,10 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
 
 def utf8(text: str) -> bytes:
-    """The bytes that `write_text` writes."""
+    """Returns the bytes that `write_text` writes."""
     return text.encode("utf-8", errors="backslashreplace")
 
 
 def to_jsonl(objects: Sequence[Mapping]) -> str:
-    """Objects as lines of JSON."""
+    """Returns objects as lines of JSON."""
     return "".join(json.dumps(each, ensure_ascii=False) + "\n" for each in objects)

@@ -1,8 +1,9 @@
-"""sha256 of files. Those of large files are remembered, since a 7B model's weights take half a minute or more to hash.
+"""Computes sha256 of files, and caches those of large files: a 7B model's weights take half a minute or more to hash.
 
-A remembered hash counts for a file of the same device, inode, size, time of change (`mtime`) and of inode change (`ctime`), all
-to the nanosecond. The kernel sets `ctime` whenever content, name or owner change, and no program can set it back; what is relied
-on is the kernel and the clock. A file that was changed within the last seconds is hashed and not remembered.
+A cached hash is valid for a file of the same device, inode, size, time of change (`mtime`) and of inode change
+(`ctime`), all to the nanosecond. The kernel sets `ctime` whenever content, name or owner change, and no program can set
+it back; the cache relies on the kernel and its clock. The hash of a file that changed within the last seconds is not
+cached.
 """
 
 from __future__ import annotations
@@ -19,20 +20,20 @@ from pathlib import Path
 from llavamed_jax.errors import UserError
 from llavamed_jax.utils.files import open_file, write_whole
 
-LARGE = 2**26  # bytes from which on a hash is remembered
+LARGE = 2**26  # bytes from which on a hash is cached
 _RECENT_S = 5.0
-_MOST = 4096  # files that are remembered
+_MOST = 4096  # hashes in the cache
 _THREADS = 8
 
 
 def sha256_of_files(files: Mapping[str, Path]) -> dict[str, str]:
-    """Name -> sha256 of each file, several at a time.
+    """Returns name -> sha256 of each file; hashes several at a time.
 
     Raises:
-      UserError: a file that is gone or cannot be read.
+      UserError: a file is gone or cannot be read.
     """
     known = _remembered()
-    with ThreadPoolExecutor(_THREADS) as threads:  # hashing lets go of the interpreter lock
+    with ThreadPoolExecutor(_THREADS) as threads:  # hashing releases the interpreter lock
         found = dict(zip(files, threads.map(lambda file: _sha256(file, known), files.values()), strict=True))
     new = {mark: digest for digest, mark in found.values() if mark is not None and mark not in known}
     if new:
@@ -41,17 +42,17 @@ def sha256_of_files(files: Mapping[str, Path]) -> dict[str, str]:
 
 
 def sha256(content: bytes | str) -> str:
-    """sha256 of bytes, or of a text's UTF-8, in hexadecimal."""
+    """Returns the sha256 of bytes, or of a text's UTF-8, in hexadecimal."""
     return hashlib.sha256(content.encode() if isinstance(content, str) else content).hexdigest()
 
 
 def sha256_of_list(hashes: Mapping[str, str]) -> str:
-    """One sha256 for several files: of the lines `NAME SHA256`, by name."""
+    """Returns one sha256 for several files: that of the lines `NAME SHA256`, sorted by name."""
     return sha256("".join(f"{name} {digest}\n" for name, digest in sorted(hashes.items())))
 
 
 def _sha256(file: Path, known: Mapping[str, str]) -> tuple[str, str | None]:
-    """The hash, and under what it may be remembered."""
+    """Returns a file's hash, and the key under which it may be cached, or None."""
     try:
         with open_file(file) as opened:
             before = _mark(opened.fileno())
@@ -64,7 +65,7 @@ def _sha256(file: Path, known: Mapping[str, str]) -> tuple[str, str | None]:
 
 
 def _mark(descriptor: int) -> str | None:
-    """What a large file that was not changed just now is known by."""
+    """Returns the key of a large file in the cache; None for a small file, and for one that changed just now."""
     s = os.fstat(descriptor)
     if s.st_size < LARGE or max(s.st_mtime, s.st_ctime) > time.time() - _RECENT_S:
         return None
@@ -85,7 +86,7 @@ def _remembered() -> dict[str, str]:
 
 
 def _remember(hashes: Mapping[str, str]) -> None:
-    """Writes what is remembered, whole or not at all; a home that cannot be written to is used without."""
+    """Writes the cache atomically; if the home directory cannot be written to, there is no cache."""
     file, kept = _file(), dict(list(hashes.items())[-_MOST:])
     with contextlib.suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -93,12 +94,12 @@ def _remember(hashes: Mapping[str, str]) -> None:
 
 
 def short_hash(*values: object) -> str:
-    """A name of 16 letters for values in JSON's types, equal for equal ones."""
+    """Returns a name of 16 characters for values of JSON's types, equal for equal values."""
     return sha256(json.dumps(values, sort_keys=True, default=str))[:16]
 
 
 def sha256_of_each(files: Sequence[Path]) -> dict[Path, str | None]:
-    """File -> sha256; None for one that cannot be read, which is no error here."""
+    """Returns file -> sha256; None for a file that cannot be read, which is not an error here."""
     def read(file: Path) -> str | None:
         try:
             with open_file(file) as opened:
@@ -111,5 +112,6 @@ def sha256_of_each(files: Sequence[Path]) -> dict[Path, str | None]:
 
 
 def sha256_of(file: Path) -> str:
+    """Returns the sha256 of a file. Raises UserError or FileNotFoundError as `open_file` does."""
     with open_file(file) as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()

@@ -1,4 +1,4 @@
-"""Locks on open files and directories, which the kernel releases however a process ends."""
+"""Locks open files and directories; the kernel releases the locks however a process ends."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import fcntl
 
 
 def lock(descriptor: int, is_shared: bool = False) -> bool | None:
-    """Locks what a descriptor has open, without waiting, until it is closed.
+    """Locks the file or directory of a descriptor, without waiting, until the descriptor is closed.
 
     Args:
-      is_shared: others may hold a shared lock at the same time.
+      descriptor: an open file or directory.
+      is_shared: whether others may hold a shared lock at the same time.
 
     Returns:
       True if this process holds the lock now, False if another one does, None on a file system without locks.

@@ -1,4 +1,4 @@
-"""The processor that this process runs on: what XLA's programs for CPUs, and so their last bits, depend on."""
+"""Describes the processor that this process runs on; the rounding of XLA's programs for CPUs depends on it."""
 
 from __future__ import annotations
 
@@ -12,21 +12,25 @@ _CPUINFO = "/proc/cpuinfo"
 
 
 def cpu_cores() -> int:
-    """The cores among which XLA cuts the work of a program for CPUs, and with it the sums that it adds up.
+    """Returns the number of cores among which XLA divides a program for CPUs, and with it the order of sums.
 
-    XLA takes `PJRT_NPROC` or `NPROC` of the environment, and else the cores that the scheduler lets this process have (`taskset`,
-    SLURM's and Docker's cpusets), which may be fewer than the machine has (`xla/pjrt/utils.cc`, `DefaultThreadPoolSize`).
+    XLA takes `PJRT_NPROC` or `NPROC` of the environment, and else the cores that the scheduler allows this process
+    (`taskset`, SLURM's and Docker's cpusets), which may be fewer than the machine has (`xla/pjrt/utils.cc`,
+    `DefaultThreadPoolSize`).
     """
     for name in ("PJRT_NPROC", "NPROC"):
         with contextlib.suppress(KeyError, ValueError):
             return max(0, int(os.environ[name]))
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1  # a system without affinity
+    return os.cpu_count() or 1  # a system without processor affinity
 
 
 def cpu_model() -> str:
-    """The processor's name, and a short name for its instructions, of which a hypervisor may hide some: LLVM compiles for these."""
+    """Returns the processor's name and a hash of its instruction sets, for which LLVM compiles.
+
+    The hash is needed because a hypervisor may hide some instruction sets of a processor.
+    """
     found: dict[str, str] = {}
     with contextlib.suppress(OSError), open(_CPUINFO, encoding="utf-8", errors="replace") as file:
         for line in file:

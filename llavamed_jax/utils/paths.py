@@ -1,4 +1,7 @@
-"""Paths that somebody types: of this machine, and in UTF-8. Addresses (`gs://`, `s3://`, `https://` …) are refused here alone."""
+"""Checks paths that a user types: they must be of this machine and in UTF-8.
+
+Only this module refuses addresses (`gs://`, `s3://`, `https://` …).
+"""
 
 from __future__ import annotations
 
@@ -14,23 +17,23 @@ from llavamed_jax.errors import UsageError, short
 
 
 def is_address(path: object) -> bool:
-    """Whether a path is an address of the form SCHEME://…, which `pathlib` would make a folder `SCHEME:` of."""
+    """Returns whether a path is an address, SCHEME://…, from which `pathlib` would make a folder `SCHEME:`."""
     return isinstance(path, str) and re.match(r"\s*[A-Za-z][\w.+-]*://", path) is not None
 
 
 def check(name: str, value: Any) -> None:
-    """Raises UsageError where a path, or one inside lists and mappings, is an address, or a name that is not UTF-8.
+    """Raises UsageError if a path, or one inside lists and mappings, is an address, or not valid UTF-8.
 
-    A name is not, where its bytes are of another encoding, and where Python takes them for another by the locale. Libraries in
-    C++ (SentencePiece, TensorStore) would not find it, or would write to another place.
+    A name is not valid UTF-8 if its bytes are in another encoding, or if the locale makes Python encode it otherwise.
+    Libraries in C++ (SentencePiece, TensorStore) would not find the file, or would write to another place.
 
     Args:
-      name: what the error calls it: `--workdir`, or `the config key 'init'`.
-      value: numbers and None are no paths.
+      name: the value's name in errors: `--workdir`, or `the config key 'init'`.
+      value: the value; numbers and None are not paths.
     """
     if is_address(value):
-        raise UsageError(f"{name} is {short(value)}, an address; buckets and the web are neither read nor written yet, and a path "
-                         "on this machine was expected")
+        raise UsageError(f"{name} is {short(value)}, an address; buckets and the web are neither read nor written yet, "
+                         "and a path on this machine was expected")
     if isinstance(value, (str, Path)) and not _is_utf8(str(value)):
         encoding = sys.getfilesystemencoding()
         hint = "" if encoding == "utf-8" else f" (the locale's encoding is {encoding}: set PYTHONUTF8=1)"
@@ -42,12 +45,12 @@ def check(name: str, value: Any) -> None:
 def _is_utf8(path: str) -> bool:
     try:
         return os.fsencode(path) == path.encode()
-    except UnicodeEncodeError:  # bytes that are no characters, or characters that the locale's encoding lacks
+    except UnicodeEncodeError:  # bytes that are not characters, or characters that the locale's encoding lacks
         return False
 
 
 def local(text: str) -> Path:
-    """The `type` of a path in a script's `argparse`."""
+    """Returns a path; serves as the `type` of a path in a script's `argparse`, and refuses addresses."""
     if is_address(text):
         raise argparse.ArgumentTypeError(f"{text!r} is an address; a path on this machine was expected")
     return Path(text)

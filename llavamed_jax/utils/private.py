@@ -1,10 +1,10 @@
-"""Every private name of jax, Orbax and Python's pickle that this package uses, and what happens in a version without it.
+"""Lists every private name of jax, Orbax and Python's pickle that this package uses.
 
-| name | tried with | without it |
+| name | tried with | in a version without it |
 |---|---|---|
-| `jax._src.distributed.global_state` | jax 0.10.2 | a run of several processes ends with one sentence; one process runs |
-| `_cache_size` of jitted functions | jax 0.10.2 | compiled programs cannot be counted; only tests and benchmarks count them |
-| `orbax.checkpoint._src.asyncio_utils._run_sync_via_new_loop` | orbax-checkpoint 0.12.8 | a save that the disk refuses prints tracebacks |
+| `jax._src.distributed.global_state` | jax 0.10.2 | several processes end with one sentence; one process runs |
+| `_cache_size` of jitted functions | jax 0.10.2 | compilations cannot be counted, as tests and benchmarks do |
+| `orbax.checkpoint._src.asyncio_utils._run_sync_via_new_loop` | orbax-checkpoint 0.12.8 | tracebacks at failed saves |
 | `pickle._Unpickler` | Python 3.11 | PathVQA's pickles are refused with one sentence; its parquet files are read |
 
 `tests/utils/test_private_names.py` takes each name away, and finds private names elsewhere in the package.
@@ -26,32 +26,32 @@ _LEFT_S = 60.0  # seconds that the writes of a failed save may take to end
 
 
 def coordination_client() -> tuple[Any, int, int]:
-    """The client of jax's coordination service, this process's number, and the number of processes.
+    """Returns the client of jax's coordination service, this process's number, and the number of processes.
 
-    No public function of jax returns the client. To be called after `jax.distributed.initialize`.
+    No public function of jax returns the client. Call this after `jax.distributed.initialize`.
 
     Raises:
-      UserError: this version of jax keeps the client elsewhere.
+      UserError: this version of jax stores the client elsewhere.
     """
     try:
         from jax._src import distributed
         state = distributed.global_state
         return state.client, state.process_id, state.num_processes
     except (ImportError, AttributeError):
-        raise UserError(f"jax {version('jax')} has no jax._src.distributed.global_state, which several processes need; jax 0.10 was "
-                        "expected, or --num_processes 1") from None
+        raise UserError(f"jax {version('jax')} has no jax._src.distributed.global_state, which several processes need; "
+                        "jax 0.10 was expected, or --num_processes 1") from None
 
 
 def compilations(jitted: Callable) -> int:
-    """How many programs jax has compiled for a jitted function."""
+    """Returns the number of programs that jax has compiled for a jitted function."""
     return jitted._cache_size()
 
 
 def let_orbax_finish_writes() -> None:
     """Makes Orbax wait for a failed save's other writes.
 
-    Orbax closes its event loop at the first failure. TensorStore then prints a traceback for each write that is still running.
-    No public option of Orbax changes this.
+    Orbax closes its event loop at the first failure. TensorStore then prints a traceback for each write that is still
+    running. No public option of Orbax changes this.
     """
     with contextlib.suppress(ImportError):
         from orbax.checkpoint._src import asyncio_utils
@@ -67,7 +67,7 @@ def _run_to_the_end(coroutine: Coroutine) -> Any:
     except Exception:
         if left := asyncio.all_tasks(loop):
             for task in loop.run_until_complete(asyncio.wait(left, timeout=_LEFT_S))[0]:
-                task.cancelled() or task.exception()  # looked at, or asyncio complains; the first one is raised here
+                task.cancelled() or task.exception()  # read, or asyncio logs it; the first error is raised below
         raise
     finally:
         asyncio.set_event_loop(None)
@@ -75,14 +75,16 @@ def _run_to_the_end(coroutine: Coroutine) -> Any:
 
 
 class _NoUnpickler:
-    """Stands for `pickle._Unpickler` in a Python without it."""
+    """Replaces `pickle._Unpickler` in a Python without it."""
 
     dispatch: defaultdict = defaultdict(lambda: None)
 
     def __init__(self, *args: Any, **options: Any):
-        raise UserError("this Python has no pickle._Unpickler, without which no pickle is read; Python 3.11 or 3.12 was expected")
+        raise UserError("this Python has no pickle._Unpickler, without which no pickle is read; Python 3.11 or 3.12 "
+                        "was expected")
 
 
-# Python's own unpickler in Python. `pickle.Unpickler`, its public twin in C, cannot be held to instructions: it ends the process
-# by a segmentation fault where a nested tuple is a key, and takes memory as large as a number in the file says.
+# Python's own unpickler, written in Python. Its public twin in C, `pickle.Unpickler`, cannot be restricted to
+# instructions: it crashes with a segmentation fault if a nested tuple is a key, and allocates as much memory as a
+# number in the file says.
 PythonUnpickler = getattr(pickle, "_Unpickler", _NoUnpickler)

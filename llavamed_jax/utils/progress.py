@@ -1,4 +1,4 @@
-"""How far long work is: a bar on a terminal, plain lines in a pipe."""
+"""Shows the progress of long work: a bar on a terminal, plain lines in a pipe."""
 
 from __future__ import annotations
 
@@ -13,29 +13,36 @@ T = TypeVar("T")
 
 
 def bar(items: Iterable[T] | None = None, *, is_long: bool = True, **options) -> tqdm:
-    """tqdm's bar on stderr, on a terminal alone; in a pipe nothing is printed.
+    """Returns tqdm's bar on stderr; outside a terminal it prints nothing.
 
     Args:
-      items: what it counts; without them call its `update`.
+      items: the items to count; None to call `update` of the bar instead.
       is_long: whether the work takes long enough for a bar.
-      options: tqdm's.
+      **options: tqdm's options.
     """
     return tqdm(items, disable=None if is_long else True, **options)
 
 
 def over(names: Iterable[T]) -> Iterable[T]:
-    """The names of tensors or files, counted by a bar on a terminal."""
+    """Returns the names of tensors or files, counted by a bar on a terminal."""
     return bar(names, unit="tensor")
 
 
 def on_terminal() -> bool:
-    """Whether stderr is a terminal, so that a bar may move there."""
+    """Returns whether stderr is a terminal, where a bar can move."""
     return sys.stderr is not None and sys.stderr.isatty()
 
 
 def progress(total: int, kept: int, title: str) -> tuple[Callable[[int], None], Callable[[], None]]:
-    """A bar on a terminal; in a pipe a line for each tenth. Both on stderr, so that stdout holds results only; `kept`
-    questions were answered before, which the rate does not count.
+    """Shows the progress of questions on stderr: a bar on a terminal, a line for each tenth in a pipe.
+
+    Args:
+      total: number of questions.
+      kept: questions that were answered in an earlier run; the rate leaves them out.
+      title: the title of the bar or of each line.
+
+    Returns:
+      A function that adds a number of answered questions, and one that ends the bar.
     """
     if on_terminal():
         shown = bar(total=total, initial=kept, desc=title, unit="question")

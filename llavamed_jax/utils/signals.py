@@ -1,11 +1,11 @@
-"""What SIGTERM, SIGINT (Ctrl-C) and SIGHUP (a lost terminal) do to a command.
+"""Handles SIGTERM, SIGINT (Ctrl-C) and SIGHUP (a lost terminal) in a command.
 
-A handler raises no exception: one that comes up inside a callback of a library is swallowed there, and one that comes up inside
-a compilation leaves its threads running, which crash when the process exits. The first signal sets a flag that the command's
-loops read; in a phase that has nothing to save it ends the process. A second signal always ends the process. A thread waits for
-signals, so that both hold while the main thread is inside a native call.
+No handler raises an exception: an exception inside a library's callback is swallowed there, and one inside a
+compilation leaves its threads running, which crash when the process exits. The first signal sets a flag that the
+command's loops read; in a phase with nothing to save it ends the process. A second signal always ends the process. A
+thread waits for signals, so that both work while the main thread is inside a native call.
 
-Imports nothing slow: a command listens before its slow imports.
+This module imports nothing slow: a command listens before its slow imports.
 """
 
 from __future__ import annotations
@@ -24,26 +24,26 @@ from llavamed_jax.utils import terminal
 
 NUMBERS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 _TWICE_S = 0.2  # `timeout` sends a signal to the process and to its group
-_TWICE_IN_A_JOB_S = 1.0  # a launcher, a process's parent and a terminal that closes may each send the same one
+_TWICE_IN_A_JOB_S = 1.0  # a launcher, a process's parent and a closing terminal may each send the same signal
 _POLL_S = 0.1
 _LAST_WORDS_S = 20.0
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal, or another process of the job, asked the command to stop; raised by `check` where it may."""
+    """A signal, or another process of the job, asked the command to stop; raised by `check`."""
 
 
 @dataclass(frozen=True)
 class Phase:
-    """What signals do from now on.
+    """The effect of signals from now on.
 
     Attributes:
-      sentence: printed to stderr where a signal ends the process, or a function that makes it; empty: nothing is printed.
-      status: exit status then.
-      grace: seconds after the first signal until the process is ended; 0: at once; None: the command ends in its own time.
+      sentence: printed to stderr if a signal ends the process, or a function that returns it; empty to print nothing.
+      status: the exit status in that case.
+      grace: seconds from the first signal until the process is ended; 0 ends it at once; None never ends it.
       note: printed to stderr at the first signal.
       raises: whether `check` raises.
-      last: called before the process is ended, for so many seconds at most.
+      last: called before the process is ended; it may take 20 seconds at most.
     """
 
     sentence: str | Callable[[], str]
@@ -55,12 +55,12 @@ class Phase:
 
 
 def over(status: int) -> Phase:
-    """The phase of a command whose exit status is settled: a first signal changes nothing, a second one does not wait."""
+    """Returns the phase of a command with a settled exit status: a first signal has no effect, a second one ends it."""
     return Phase("", status)
 
 
 class _State:
-    """Of this process, which has one set of signal handlers."""
+    """The state of this process, which has one set of signal handlers."""
 
     def __init__(self):
         self.lock = threading.RLock()
@@ -68,6 +68,7 @@ class _State:
         self.begin(over(0))
 
     def begin(self, phase: Phase) -> None:
+        """Resets the state and begins a phase."""
         self.phase, self.why, self.failure, self.asked_at, self.heard_at = phase, "", "", 0.0, 0.0
         self.undo: list[Callable[[], object]] = []
         self.is_listening, self.pipe = False, None
@@ -78,12 +79,13 @@ _state = _State()
 
 @contextlib.contextmanager
 def listening(phase: Phase, is_command: bool = False) -> Iterator[None]:
-    """Hears signals within; inside another one it only begins a phase. Outside of the main thread nothing is heard.
+    """Handles signals inside the block; inside another such block, and outside the main thread, it only begins a phase.
 
-    A signal that is ignored from the start stays ignored where it is SIGHUP (`nohup`).
+    SIGHUP stays ignored if it was ignored from the start (`nohup`).
 
     Args:
-      is_command: the process is a command's and may be ended. Otherwise a second signal raises KeyboardInterrupt.
+      phase: the phase that begins.
+      is_command: the process belongs to a command and may be ended. Otherwise a second signal raises KeyboardInterrupt.
     """
     if _state.is_listening or threading.current_thread() is not threading.main_thread():
         enter(phase)
@@ -105,21 +107,22 @@ def listening(phase: Phase, is_command: bool = False) -> Iterator[None]:
 
 
 def _heard(earlier: dict) -> list[int]:
-    is_kept = lambda number, handler: handler is None or handler is signal.SIG_IGN and number == getattr(signal, "SIGHUP", None)
+    is_kept = lambda number, handler: handler is None or handler is signal.SIG_IGN and number == getattr(
+        signal, "SIGHUP", None)
     return [number for number, handler in earlier.items() if not is_kept(number, handler)]
 
 
 def enter(phase: Phase) -> None:
-    """Begins a phase. That a stop was asked for stays."""
+    """Begins a phase. An earlier request to stop stays in force."""
     with _state.lock:
         _state.phase = phase
 
 
 def watch(is_job: bool = False) -> None:
-    """Starts the thread that waits for signals; to be called after the last fork. Does nothing where nobody listens.
+    """Starts the thread that waits for signals, after the last fork. Does nothing outside of a command's `listening`.
 
     Args:
-      is_job: the process is one of several, which may be sent a signal twice.
+      is_job: the process is one of several, which may receive a signal twice.
     """
     if not _state.is_listening or not _state.is_command or _state.pipe is not None:
         return
@@ -133,36 +136,41 @@ def watch(is_job: bool = False) -> None:
 
 
 def is_asked() -> bool:
-    """Whether the command was asked to stop."""
+    """Returns whether the command was asked to stop."""
     return bool(_state.why)
 
 
 def failure() -> str:
-    """The sentence of what asked the command to stop, where that was a failure and no signal."""
+    """Returns the sentence of the failure that asked the command to stop; "" after a signal, or without a request."""
     return _state.failure
 
 
 def check() -> None:
-    """Raises `Stopped` where the command was asked to stop and its phase allows it."""
+    """Raises `Stopped` if the command was asked to stop and its phase allows it."""
     if _state.why and _state.phase.raises:
         raise Stopped(_state.failure or f"stopped by {_state.why}")
 
 
 def checked(items):
-    """The items of an iterable, with a `check` before each."""
+    """Yields the items of an iterable, with a `check` before each."""
     for item in items:
         check()
         yield item
 
 
 def forget() -> None:
-    """Takes back that a stop was asked for."""
+    """Cancels a request to stop."""
     with _state.lock:
         _state.why, _state.failure, _state.asked_at, _state.heard_at = "", "", 0.0, 0.0
 
 
 def ask(reason: str, is_failure: bool = False) -> None:
-    """Asks the command to stop as a first signal does, for a reason that is no signal."""
+    """Asks the command to stop as a first signal does, for another reason than a signal.
+
+    Args:
+      reason: the reason in words.
+      is_failure: whether the reason is a failure (`failure`).
+    """
     with _state.lock:
         if not _state.why:
             _state.why, _state.failure, _state.asked_at = reason, reason if is_failure else "", time.monotonic()
@@ -170,13 +178,13 @@ def ask(reason: str, is_failure: bool = False) -> None:
 
 
 def can_be_asked() -> bool:
-    """Whether `ask` leads anywhere: a command listens, in a phase that reads the flag."""
+    """Returns whether `ask` has an effect: a command listens, in a phase that reads the flag."""
     return _state.is_listening and _state.phase.grace != 0
 
 
 @contextlib.contextmanager
 def undone_by(act: Callable[[], object]) -> Iterator[None]:
-    """What is begun within is taken back by `act` where a signal ends the process; else whoever began it sees to it."""
+    """Calls `act` if a signal ends the process inside the block; otherwise the block cleans up by itself."""
     _state.undo.append(act)
     try:
         yield
@@ -186,20 +194,22 @@ def undone_by(act: Callable[[], object]) -> Iterator[None]:
 
 
 def block_here() -> None:
-    """Blocks the signals in this thread and in all threads and processes that it starts: they end with the main one, not before."""
+    """Blocks the signals in this thread and in its later threads and processes, which end with the main thread."""
     signal.pthread_sigmask(signal.SIG_BLOCK, NUMBERS)
 
 
 def pass_on(act: Callable[[int], None], others: tuple[int, ...] = ()) -> None:
-    """In the parent of a command's process: hands each signal, and `others`, to `act`."""
+    """Passes each signal, and `others`, to `act`; for the parent of a command's process."""
     for number in (*_heard({number: signal.getsignal(number) for number in NUMBERS}), *others):
         signal.signal(number, lambda number, _: act(number))
 
 
 @contextlib.contextmanager
 def interrupting() -> Iterator[None]:
-    """SIGINT raises KeyboardInterrupt within, as often as it comes, and asks the command to stop besides: a library may swallow the
-    exception, and then `check` raises. For a person who stops one answer and goes on; `forget` begins the next one.
+    """Makes SIGINT raise KeyboardInterrupt inside the block, each time it comes, and ask the command to stop.
+
+    If a library swallows the exception, `check` raises. This serves a user who stops one answer and continues; `forget`
+    begins the next answer.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -252,12 +262,12 @@ def _stop_watching() -> None:
 
 
 def _read() -> None:
-    """Hears what has come; in the main thread, or in the one that waits for signals, whichever is first."""
+    """Handles the signals that came; runs in the main thread or in the thread that waits for signals."""
     with _state.lock, contextlib.suppress(BlockingIOError):
         for number in os.read(_state.pipe[0], 64) if _state.pipe is not None else b"":
             if number and not (_state.is_typing and number == signal.SIGINT):
                 _hear(number)
-                _wake()  # the thread, which may have slept through it and counts the grace
+                _wake()  # the waiting thread, which may not have seen the signal and measures the grace
 
 
 def _hear(number: int) -> None:
@@ -281,7 +291,7 @@ def _end_late() -> None:
 
 
 def _end(name: str) -> None:
-    """Ends the process: takes back what was begun, says so, and leaves the interpreter and all native threads as they are."""
+    """Ends the process: runs the undo functions, prints the sentence, and exits without the interpreter's shutdown."""
     if not _state.is_command:
         raise KeyboardInterrupt
     phase = _state.phase
@@ -292,7 +302,7 @@ def _end(name: str) -> None:
     if callable(sentence):
         try:
             sentence = sentence()
-        except Exception:  # of a file that is being written, say
+        except Exception:  # for example about a file that is being written
             sentence = f"stopped by {name}"
     _say(sentence.replace("{name}", name))
     if phase.last is not None:
@@ -303,14 +313,14 @@ def _end(name: str) -> None:
 
 
 def _say(text: str) -> None:
-    """Not by `print`, in the middle of which a signal may have come. A terminal may be gone."""
+    """Writes to stderr without `print`, which the signal may have interrupted; ignores a lost terminal."""
     if text:
         with contextlib.suppress(OSError):
             os.write(2, f"{terminal.sentence(text)}\n".encode(errors="backslashreplace"))
 
 
 def leave(status: int) -> None:
-    """Ends a command that is done, without the interpreter's own end: native threads may be at work, and others may wait for a disk."""
+    """Ends a finished command without the interpreter's shutdown: native threads may run, or wait for a disk."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError, AttributeError):
             stream.flush()

@@ -1,5 +1,6 @@
-"""The three standard streams, which a process may have been started without (`<&-`, some schedulers and services), and whose reader
-may be gone before it ends.
+"""Keeps the three standard streams usable.
+
+A process may have been started without them (`<&-`, some schedulers and services), and their readers may end before it.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ _STREAMS = (("stdin", "r"), ("stdout", "w"), ("stderr", "w"))
 
 
 def keep_open() -> None:
-    """Opens the null device for each of stdin, stdout and stderr that is closed; to be called before other files are opened.
+    """Opens the null device for each of stdin, stdout and stderr that is closed; call it before other files are opened.
 
-    The next file that is opened would get the number of a closed stream. A child process, or a library that prints, would then
-    read from that file or write into it.
+    Otherwise the next file would get the number of a closed stream, and a child process, or a library that prints,
+    would read from that file or write into it.
     """
     for number, (name, mode) in enumerate(_STREAMS):
         try:
@@ -37,9 +38,9 @@ def keep_open() -> None:
 def outlast() -> None:
     """Replaces stdout and stderr by streams that outlast their readers.
 
-    Where stderr cannot be written to any more, the command goes on without; likewise where stdout was a terminal, whose loss SIGHUP
-    tells of. Where stdout cannot, a reader that has ended or a full disk, a command that saves its work is asked to stop
-    (`signals.ask`), and another one raises BrokenPipeError or UserError.
+    If stderr cannot be written to any more, the command continues without it; likewise if stdout was a terminal, whose
+    loss SIGHUP reports. If stdout fails because its reader has ended or the disk is full, a command that saves its work
+    is asked to stop (`signals.ask`), and another command raises BrokenPipeError or UserError.
     """
     for number, name in ((1, "stdout"), (2, "stderr")):
         stream = opened(number, getattr(sys, name))
@@ -48,15 +49,22 @@ def outlast() -> None:
 
 
 def opened(number: int, like: TextIO, closefd: bool = False) -> io.TextIOWrapper:
-    """Such a stream over a file descriptor, with the encoding of another stream."""
+    """Returns such a stream over a file descriptor, with the encoding of another stream.
+
+    Args:
+      number: the file descriptor; 2 stands for stderr.
+      like: the stream whose encoding and buffering are copied.
+      closefd: whether closing the stream closes the descriptor.
+    """
     raw = (_Errors if number == 2 else _Output)(number, "w", closefd=closefd)
     is_unbuffered = getattr(like, "write_through", False)  # python -u
-    return io.TextIOWrapper(raw if is_unbuffered else io.BufferedWriter(raw), like.encoding, like.errors, write_through=is_unbuffered,
+    return io.TextIOWrapper(raw if is_unbuffered else io.BufferedWriter(raw), like.encoding, like.errors,
+                            write_through=is_unbuffered,
                             line_buffering=like.line_buffering)
 
 
 class _Errors(io.FileIO):
-    """stderr."""
+    """A raw stderr that ignores failed writes."""
 
     def write(self, data) -> int | None:
         try:
@@ -68,7 +76,7 @@ class _Errors(io.FileIO):
 
 
 class _Output(io.FileIO):
-    """stdout, or a copy of it."""
+    """A raw stdout, or a copy of it, that asks the command to stop after a failed write."""
 
     def write(self, data) -> int | None:
         try:
