@@ -1,0 +1,1 @@
+"""Reads and writes checkpoints of every layout, under one table of tensor names."""

@@ -1,0 +1,1 @@
+"""The model in flax.linen: vision towers, projector, decoders and attention, and LLaVA, which joins them."""

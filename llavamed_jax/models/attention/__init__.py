@@ -1,0 +1,1 @@
+"""Attention with several backends: XLA, flash attention for GPUs, and splash attention for TPUs."""
