@@ -97,7 +97,13 @@ def settings_for(cfg: LlavaConfig, file: Path | None, pad: int | None = None) ->
 
 
 def copy_files(cfg: LlavaConfig, files: Mapping[str, Path], out: Path) -> None:
-    """Copies a model's files; `generation_config.json` gets the stop ids of the config."""
+    """Copies a model's files; `generation_config.json` gets the stop ids of the config.
+
+    Args:
+      cfg: the model's config.
+      files: the files by name.
+      out: the directory to copy into.
+    """
     for name, file in files.items():
         if name == FILE:
             write_json(out / name, settings_for(cfg, file))

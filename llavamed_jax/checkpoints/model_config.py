@@ -25,8 +25,6 @@ TEXT_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "spe
               GENERATION)
 
 
-
-
 def read_config(path: str | Path, vision_tower: str | Path | None = None) -> LlavaConfig:
     """Reads the config of a checkpoint of any kind.
 
@@ -53,7 +51,7 @@ def tree_root(path: Path) -> Path:
 
 
 def tree_config(path: Path) -> LlavaConfig:
-    """Returns the config of this project's own tree or of one of its steps."""
+    """Reads the config of this project's own tree or of one of its steps. Raises UserError for an invalid one."""
     file = tree_root(path) / "model" / "config.json"
     try:
         config = LlavaConfig.from_dict(read_json(file))
@@ -64,7 +62,19 @@ def tree_config(path: Path) -> LlavaConfig:
 
 
 def kind_of(path: str | Path, weights: bool = True) -> tuple[str, str]:
-    """Returns a PATH as text, and its kind: `preset`, `tree` or `torch` (a PyTorch layout); fetches names of a hub."""
+    """Returns a PATH as text, and its kind; fetches a model that the PATH names on a hub.
+
+    Args:
+      path: as for `open_checkpoint`.
+      weights: False fetches no weights.
+
+    Returns:
+      The path of the directory, or the preset's name with its prefix, and `preset`, `tree` or `torch` (a PyTorch
+      layout).
+
+    Raises:
+      UserError: there is no such directory.
+    """
     if str(path).startswith("preset:"):
         return str(path), "preset"
     # A step of a tree need not exist here: opening it raises its own error.
@@ -106,6 +116,9 @@ def torch_config(directory: Path, vision_tower: Path | None,
 
     Returns:
       The config, the content of `config.json`, and in words what is assumed about the tower ("" for nothing).
+
+    Raises:
+      UserError: the directory holds no config, or one of another architecture.
     """
     refuse_adapter(directory)
     if not (directory / "config.json").is_file():
@@ -154,7 +167,6 @@ def _tower_of_elsewhere(directory: Path, name: str,
     if vision is None:
         raise refusal
     return None, vision, ""
-
 
 
 def replace_tower(config: LlavaConfig, directory: Path) -> LlavaConfig:

@@ -107,7 +107,16 @@ class Tally:
         return out
 
     def look(self, name: str, array: np.ndarray, where: str = "") -> np.ndarray:
-        """Returns the array unchanged; UserError for NaN or infinity. Notes kernels and tables of zeros."""
+        """Checks an array and returns it unchanged; notes kernels and tables of zeros.
+
+        Args:
+          name: the tensor's name.
+          array: the array.
+          where: the beginning of an error's sentence.
+
+        Raises:
+          UserError: the array has NaN or infinite values.
+        """
         if not is_finite(array):
             raise UserError(f"{where}{name} holds {what_is_not_finite(array)}; weights that are numbers were expected")
         if name.endswith(("/kernel", "/embedding")) and array.size and not array.flat[0] and is_zero(array):

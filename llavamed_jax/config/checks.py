@@ -21,7 +21,16 @@ def as_object(value: Any, key: str) -> dict:
 
 
 def channels(where: str, key: str, value: Any) -> tuple[float, ...]:
-    """Returns a preprocessor's `image_mean` or `image_std` as a tuple, which is hashable, unlike JSON's list."""
+    """Returns a preprocessor's `image_mean` or `image_std` as a tuple, which is hashable, unlike JSON's list.
+
+    Args:
+      where: the file, for errors.
+      key: `image_mean` or `image_std`.
+      value: the value in the file.
+
+    Raises:
+      UserError: the value is not a list of three numbers.
+    """
     value = list(value) if isinstance(value, tuple) else value
     is_number = [is_plain(x, (int, float)) for x in value] if isinstance(value, list) else []
     if len(is_number) != 3 or not all(is_number) or (key == "image_std" and min(value) <= 0):
@@ -85,7 +94,16 @@ def is_plain(value: Any, types: tuple[type, ...]) -> bool:
 
 
 def token_ids(value: Any, key: str, file: str = "config.json") -> tuple[int, ...]:
-    """Returns the ids of a value that is one id, a list of ids, or null."""
+    """Returns the ids of a value that is one id, a list of ids, or null.
+
+    Args:
+      value: the value in the file.
+      key: its key, for errors.
+      file: the file, for errors.
+
+    Raises:
+      UserError: the value is something else.
+    """
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if value == [] or not all(is_plain(i, (int,)) for i in ids):
         raise UserError(f"{file} has {key} {short(value)}; an id, a list of ids or null was expected")

@@ -34,7 +34,7 @@ _TRANSFORMERS_KEYS = {
     "vision_feature_layer", "vision_feature_select_strategy", "image_token_index", "image_token_id", "image_seq_length",
     "tie_word_embeddings", "eos_token_id", "dtype", "torch_dtype", OURS,
 }
-# Keys beside the model's shape that the original's loader reads, for models from other layouts.
+# Keys besides the model's shape that the original's loader reads, for models from other layouts.
 _ORIGINAL_DEFAULTS = {
     "use_mm_proj": True, "use_cache": True,
     "mm_use_im_patch_token": False, "mm_patch_merge_type": "flat", "tokenizer_padding_side": "right",
@@ -120,7 +120,7 @@ def not_obeyed(config: Mapping[str, Any]) -> list[str]:
 
 
 def tower_name(config: Mapping[str, Any]) -> str | None:
-    """Returns the vision tower's name in an original's `config.json`: a model's name or a directory."""
+    """Returns the vision tower that an original's `config.json` names; UserError if the name is not text."""
     name = config.get("mm_vision_tower") or config.get("vision_tower") or (
         _V0_DEFAULTS["mm_vision_tower"] if config.get("model_type") in ("llava", "llama") else None)
     if not isinstance(name, str | None):
@@ -188,7 +188,15 @@ def joined(decoder: DecoderConfig, vision: VisionConfig, projector_type: str, to
 
 
 def from_original(config: Mapping[str, Any], vision: VisionConfig | None) -> LlavaConfig:
-    """Reads the originals' own layout: LLaVA-Med v1.5, v1.0, v0 or LLaVA-1.5 (spec 2.1, 2.3)."""
+    """Reads the originals' own layout: LLaVA-Med v1.5, v1.0, v0 or LLaVA-1.5 (spec 2.1, 2.3).
+
+    Args:
+      config: the content of `config.json`.
+      vision: the tower's config; None takes it from the config or from the tower's name.
+
+    Raises:
+      UserError: settings that this model does not have, or a tower of unknown shape.
+    """
     kind, ours = config["model_type"], as_object(config.get(OURS, {}), OURS)
     if tower_name(config) is None:
         raise UserError("config.json lacks mm_vision_tower")
@@ -255,7 +263,11 @@ def to_original(cfg: LlavaConfig) -> dict:
 
 
 def from_transformers(config: Mapping[str, Any]) -> LlavaConfig:
-    """Reads transformers' `llava`, of any of its generations (spec 2.5)."""
+    """Reads transformers' `llava`, of any of its generations (spec 2.5).
+
+    Raises:
+      UserError: settings that this model does not have.
+    """
     layer = config.get("vision_feature_layer", -2)
     layer = layer[0] if isinstance(layer, list) and len(layer) == 1 else layer
     if isinstance(layer, list):

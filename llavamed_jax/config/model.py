@@ -141,7 +141,11 @@ class LlavaConfig:
 
 
 def projector_depth(projector_type: str) -> int:
-    """Returns the number of linear layers of `linear` (1), `mlpNx_gelu` (N) or `identity` (0); spec 1.4."""
+    """Returns the number of linear layers of `linear` (1), `mlpNx_gelu` (N) or `identity` (0); spec 1.4.
+
+    Raises:
+      UserError: another type of projector.
+    """
     if projector_type == "identity":
         return 0
     if projector_type == "linear":

@@ -12,7 +12,7 @@ from typing import Any
 from llavamed_jax.config.checks import as_object, check_fields, number
 from llavamed_jax.errors import UserError, short
 
-# The keys that each type needs beside its name. Other types are not supported: `dynamic` and `longrope` change with a
+# The keys that each type needs besides its name. Other types are not supported: `dynamic` and `longrope` change with a
 # text's length, and `yarn` scales the tables too; no known LLaVA uses one of them.
 _KEYS = {"linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor")}
 

@@ -41,7 +41,11 @@ def rows(table: str) -> tuple[Row, ...]:
 
 
 def kernel_axes(table: str, module: str) -> tuple[str | None, ...]:
-    """Returns the logical axes of the kernel of a layer's module, by its name inside the layer (`mlp/up_proj`)."""
+    """Returns the logical axes of the kernel of a layer's module, by its name inside the layer (`mlp/up_proj`).
+
+    Raises:
+      ValueError: the table lacks the kernel.
+    """
     name = f"layers_#/{module}/kernel"
     for row in rows(table):
         if row.name == name:

@@ -48,7 +48,12 @@ class Linear(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """LLaMA's norm: `x / rms(x)`, with the mean square in float32 for every `dtype`, then the scale in `dtype`."""
+    """LLaMA's norm: `x / rms(x)`, with the mean square in float32 for every `dtype`, then the scale in `dtype`.
+
+    Attributes:
+      epsilon: added to the mean square before the root.
+      dtype: dtype of the result.
+    """
 
     epsilon: float
     dtype: Any = jnp.float32
@@ -63,7 +68,12 @@ class RMSNorm(nn.Module):
 
 
 class LayerNorm(nn.Module):
-    """CLIP's norm; mean and variance in float32, in two passes: E[x²] - E[x]² loses digits on small activations."""
+    """CLIP's norm; mean and variance in float32, in two passes: E[x²] - E[x]² loses digits on small activations.
+
+    Attributes:
+      epsilon: added to the variance before the root.
+      dtype: dtype of the result.
+    """
 
     epsilon: float
     dtype: Any = jnp.float32
@@ -132,7 +142,14 @@ def _scaled(frequencies: np.ndarray, scaling: RopeScaling) -> np.ndarray:
 
 
 def rope_tables(positions, head_dim: int, theta: float, scaling: RopeScaling | None = None):
-    """Returns cosine and sine, float32 [B,T,H/2] each, of `positions` int32 [B,T]."""
+    """Returns cosine and sine, float32 [B,T,H/2] each, of `positions` int32 [B,T].
+
+    Args:
+      positions: int32 [B,T].
+      head_dim: H.
+      theta: base of the frequencies.
+      scaling: the checkpoint's rope scaling; None for none.
+    """
     angles = positions.astype(jnp.float32)[..., None] * rope_frequencies(head_dim, theta, scaling)
     return jnp.cos(angles), jnp.sin(angles)
 

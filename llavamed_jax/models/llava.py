@@ -86,7 +86,14 @@ class Llava(nn.Module):
         return self.logits(self.hidden(input_ids, pixel_values, positions, segment_ids))
 
     def hidden(self, input_ids, pixel_values=None, positions=None, segment_ids=None):
-        """Computes as `__call__`, up to the decoder's last norm: [B,T,D]."""
+        """Computes as `__call__`, up to the decoder's last norm: [B,T,D].
+
+        Args:
+          input_ids: as in `__call__`.
+          pixel_values: as in `__call__`.
+          positions: as in `__call__`.
+          segment_ids: as in `__call__`.
+        """
         features = None if pixel_values is None else self.encode_images(pixel_values)
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(input_ids.shape[1]), input_ids.shape)
@@ -107,7 +114,13 @@ class Llava(nn.Module):
         return text if features is None else merge(text, input_ids == IMAGE_TOKEN, features)
 
     def step(self, x, positions, caches):
-        """Runs embeddings [B,T,D] at `positions` through the cached decoder; returns [B,T,D] and the caches."""
+        """Runs embeddings [B,T,D] at `positions` through the cached decoder; returns [B,T,D] and the caches.
+
+        Args:
+          x: embeddings [B,T,D].
+          positions: int32 [B,T], consecutive in a row; keys and values are written at them.
+          caches: a tuple of LayerCache, one a layer.
+        """
         return self.decoder(x, positions, None, caches)
 
     def logits(self, hidden):

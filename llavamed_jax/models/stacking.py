@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-# The values that a rematerialised block saves for its backward pass beside its input, by `checkpoint_name`. `full`
+# The values that a rematerialised block saves for its backward pass besides its input, by `checkpoint_name`. `full`
 # saves no value, `qkvo` the inputs and the output of attention, `minimal` every matrix product.
 REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -50,7 +50,14 @@ def layer_stack(block: type[nn.Module], num_layers: int, *args, scan: bool, rema
 
 
 def run_layers(layers, x, shared, caches=None):
-    """Runs the layers of `layer_stack`; returns x and a tuple of caches, one a layer (None in training)."""
+    """Runs the layers of `layer_stack`; returns x and a tuple of caches, one a layer (None in training).
+
+    Args:
+      layers: as `layer_stack` returns them.
+      x: the input of the first layer.
+      shared: the second argument of every layer.
+      caches: one cache a layer (unscanned layers only), or None.
+    """
     if not isinstance(layers, (list, tuple)):
         return layers(x, shared, None)
     out = []

@@ -49,7 +49,17 @@ class BoundedClient(openai.DefaultAsyncHttpxClient):
         self._query, self._largest = query.encode(), largest
 
     async def send(self, request, **options):
-        """Sends a request with the query, follows redirects within the origin, and returns the bounded response."""
+        """Sends a request with the query, follows redirects within the origin, and returns the bounded response.
+
+        Args:
+          request: the request.
+          **options: options of httpx's `send`.
+
+        Raises:
+          RedirectError: a redirect leads elsewhere, or there are too many.
+          TooLargeError: the reply is larger than the limit.
+          UnreadableError: the reply cannot be unpacked.
+        """
         if self._query:
             before = [request.url.query] if request.url.query else []
             request.url = request.url.copy_with(query=b"&".join([*before, self._query]))

@@ -59,7 +59,7 @@ class JudgeCache:
         return Reply(**self._lines[key]) if key in self._lines else None
 
     def add(self, key: str, reply: Reply) -> None:
-        """Stores a reply under a key, in memory and in the file."""
+        """Stores a reply under a key, in memory and in the file. Raises UserError if the file cannot be written."""
         fields = {name: getattr(reply, name) for name in _FIELDS}
         line = json.dumps({"key": key} | fields) + "\n"  # ASCII: a lone surrogate is escaped
         try:
@@ -90,6 +90,12 @@ def _kept(line: object) -> tuple[str, dict]:
 
 
 def request_key(model: str, messages: Sequence[Mapping], settings: Mapping) -> str:
-    """Returns the SHA-256 of a request. A judge is identified by its name: the address is not part of the key."""
+    """Returns the SHA-256 of a request. A judge is identified by its name: the address is not part of the key.
+
+    Args:
+      model: the judge's name.
+      messages: OpenAI chat messages.
+      settings: the request's other settings.
+    """
     content = json.dumps([model, list(messages), dict(settings)], sort_keys=True)
     return sha256(content.encode())

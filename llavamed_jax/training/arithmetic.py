@@ -15,7 +15,7 @@ from llavamed_jax.utils import machine
 
 
 def used(program: Program) -> dict[str, str]:
-    """Returns the settings, beside the recipe, that an update's rounding depends on; on CPUs, the host's cores too."""
+    """Returns the settings outside the recipe that an update's rounding depends on; on CPUs, the host's cores too."""
     device = program.mesh.devices.flat[0]
     host = {"CPU cores": str(machine.cpu_cores()), "CPU": machine.cpu_model()} if device.platform == "cpu" else {}
     return {"dtype": np.dtype(program.model.dtype).name, "attention": program.model.attention, "jax": jax.__version__,

@@ -31,7 +31,7 @@ class Snapshot:
     data: Data
 
 
-# Returns named numbers, which are logged beside the validation loss.
+# Returns named numbers, which are logged with the validation loss.
 Evaluator = Callable[[Snapshot], Mapping[str, float]]
 # Returns answers for the log and TensorBoard.
 Sampler = Callable[[Snapshot], Sequence[Sample]]

@@ -46,7 +46,7 @@ def build(cfg: ConfigDict, total_steps: int, names: Sequence[str],
         as upstream's `mm_projector_lr`; the first regex that matches a whole name applies.
       total_steps: number of updates of the run, warm-up included.
       names: names of the trainable parameters.
-      undecayed: names without weight decay, beside biases and scales of norms: a table of which only some rows are
+      undecayed: names without weight decay, besides biases and scales of norms: a table of which only some rows are
         trained, since weight decay would shrink its other rows.
 
     Returns:

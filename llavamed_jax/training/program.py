@@ -58,7 +58,17 @@ class Program:
 
     @classmethod
     def build(cls, cfg: ConfigDict, checkpoint: Checkpoint, mesh: Mesh, total_steps: int) -> "Program":
-        """Builds the program of a recipe for a checkpoint on a mesh."""
+        """Builds the program of a recipe for a checkpoint on a mesh.
+
+        Args:
+          cfg: the recipe.
+          checkpoint: the checkpoint that the run starts from, or the run's own base.
+          mesh: the mesh of devices.
+          total_steps: updates of the run.
+
+        Raises:
+          UsageError: `trainable` or `optimizer.overrides` match no parameter, or name tokens that the model lacks.
+        """
         return cls.of(cfg, checkpoint.config, mesh, total_steps, *_settled(cfg, checkpoint))
 
     @classmethod

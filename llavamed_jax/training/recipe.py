@@ -108,7 +108,7 @@ def _flag(meaning: str, default: bool) -> Key:
 # In the order of the recipes. A number above its upper bound would be a typing error and would exhaust the memory with
 # processes, plans or arrays, or overflow a 32-bit counter.
 SCHEMA: Mapping[str, Key] = MappingProxyType({
-    "name": _text("the run's name in its log", longest=200),  # it stands in every line
+    "name": _text("the run's name in its log", longest=200),  # every line of the log has it
     "init": _text("the checkpoint PATH that the run starts from"),
     "vision_tower": _open("a CLIP tower in place of that of init"),
     "tokenizer": _open("a tokenizer in place of that of init"),

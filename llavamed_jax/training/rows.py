@@ -251,7 +251,13 @@ class _Rows:
         return self._padded(packing.Layout(update.row_length, slots, settled.get("rows", update.rows), True))
 
     def layout_like(self, layout: packing.Layout, stream: packing.Stream, found: Lengths) -> packing.Layout:
-        """Returns the layout of validation rows: as many as a micro-batch, with room for their images and lengths."""
+        """Returns the layout of validation rows: as many as a micro-batch, with room for their images and lengths.
+
+        Args:
+          layout: the layout of the training rows.
+          stream: the order of the validation records.
+          found: the lengths of the validation records.
+        """
         row_length = layout.row_length if found.longest <= layout.row_length else -(-found.longest // 128) * 128
         slots = self._slots(stream, found, row_length) if layout.is_packed and found.usable else found.max_images
         rows = max(1, (layout.rows + layout.padding_rows) // self.cfg.micro_batches)

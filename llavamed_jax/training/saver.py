@@ -49,7 +49,15 @@ class Saver:
         self._write(state, meta)
 
     def finish(self, state: TrainState, meta: Mapping[str, Any]) -> None:
-        """Waits for the newest step, saves it again if somebody has removed it, and deletes old steps."""
+        """Waits for the newest step, saves it again if somebody has removed it, and deletes old steps.
+
+        Args:
+          state: the run's state.
+          meta: what the step records; `step` is its number.
+
+        Raises:
+          UserError: the step was removed twice.
+        """
         if not self._is_saved():  # the state is still in memory
             self._write(state, meta)
             if not self._is_saved():
@@ -70,7 +78,7 @@ class Saver:
         """Waits for the last save and returns whether it is still in its place; warns if it is not.
 
         Raises:
-          Lost: the workdir is no longer the run's own.
+          Lost: the workdir no longer belongs to the run.
         """
         removed = ""
         try:

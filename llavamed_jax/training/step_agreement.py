@@ -105,5 +105,3 @@ class StepAgreement:
 
     def _is_late(self) -> bool:
         return 0 < self._seconds < time.monotonic() - self._saved_at
-
-

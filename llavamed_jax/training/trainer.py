@@ -197,7 +197,16 @@ class Run:
         return local_rows(self.program.mesh, layout.rows + layout.padding_rows)
 
     def loop(self, agreed: StepAgreement, writer: store.StepWriter, callbacks: Callbacks) -> bool:
-        """Trains until the last update, or until asked to stop. Returns whether the run is finished."""
+        """Trains until the last update, or until asked to stop.
+
+        Args:
+          agreed: the decisions that all processes share.
+          writer: writes steps into the workdir.
+          callbacks: evaluate the model during training.
+
+        Returns:
+          Whether the run is finished.
+        """
         train_step, eval_step = self._compiled()
         reader = self._reader(agreed)
         saver = Saver(writer, self.place, self.cfg.checkpoint, self.progress, self.log.say, self.step)

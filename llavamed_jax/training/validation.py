@@ -64,5 +64,3 @@ def _on_wait(seconds: float) -> None:
     if signals.is_asked() and seconds > PATIENCE_S:
         is_alone = jax.process_count() == 1
         raise signals.Stopped("stopped while validation data were waited for") if is_alone else TimeoutError
-
-

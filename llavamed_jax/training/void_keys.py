@@ -26,7 +26,7 @@ def of_optimizer(cfg: ConfigDict, names: Sequence[str], undecayed: Sequence[str]
     Args:
       cfg: the recipe.
       names: names of the trained parameters.
-      undecayed: trained parameters without weight decay, beside biases and scales of norms.
+      undecayed: trained parameters without weight decay, besides biases and scales of norms.
     """
     found: list[tuple[str, object, str]] = []
     regexes = [regex for regex, _ in cfg.optimizer.overrides]

@@ -143,7 +143,8 @@ def write_json(file: Path, value: dict) -> None:
 def write_text(path: Path, text: str) -> None:
     """Writes a file under a temporary name and renames it, so that it is never seen incomplete.
 
-    A lone surrogate, which UTF-8 has no bytes for, is written as a JSON escape.
+    A lone surrogate, which UTF-8 has no bytes for, is written as a JSON escape. Raises UserError if the file cannot be
+    written.
     """
     try:
         write_whole(path, lambda file: file.write(utf8(text)))

@@ -89,7 +89,7 @@ def read_file(file: Path) -> dict[str, Tensor]:
 
 
 def weight_map(index: Path) -> dict[str, str]:
-    """Reads tensor name -> file from a `*.index.json`."""
+    """Reads tensor name -> file from a `*.index.json`. Raises UserError for an invalid index."""
     found = read_json(index).get("weight_map")
     if not isinstance(found, dict) or not found or not all(isinstance(shard, str) for shard in found.values()):
         raise UserError(f"{index} has no weight_map that names a file for each tensor")

@@ -27,7 +27,16 @@ def find_tower(directory: Path, name: str | None) -> Path | None:
 
 
 def fetch_tower(directory: Path, name: str | None, weights: bool = True) -> Path:
-    """Fetches `mm_vision_tower` as a model's name on a hub; if that fails, UserError asks for `vision_tower=PATH`."""
+    """Fetches the tower that `mm_vision_tower` names on a hub.
+
+    Args:
+      directory: the checkpoint's directory, for errors.
+      name: the value of `mm_vision_tower`.
+      weights: False fetches only configs and processor files.
+
+    Raises:
+      UserError: the hub has no such model; the sentence asks for `vision_tower=PATH`.
+    """
     reason = ""
     if name and hub.is_hub_name(name):
         try:
@@ -39,7 +48,11 @@ def fetch_tower(directory: Path, name: str | None, weights: bool = True) -> Path
 
 
 def tower_config(directory: Path) -> VisionConfig:
-    """Reads the config of a directory's tower, with the settings of its preprocessor."""
+    """Reads the config of a directory's tower, with the settings of its preprocessor.
+
+    Raises:
+      UserError: the directory has no config, or no vision tower of a known kind.
+    """
     refuse_adapter(directory)
     if not (directory / "config.json").is_file():
         raise at(directory, f"the vision tower {directory} holds no config.json; a CLIP model's directory was expected")

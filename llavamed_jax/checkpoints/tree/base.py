@@ -25,7 +25,13 @@ MANIFEST = "manifest.json"
 
 
 def write_base(directory: Path, tensors: Mapping[str, Tensor], progress: Progress = iter) -> None:
-    """Writes tensors, and then their manifest, into an empty directory."""
+    """Writes tensors, and then their manifest, into an empty directory.
+
+    Args:
+      directory: an empty directory.
+      tensors: the tensors by canonical name.
+      progress: wraps the names of the tensors.
+    """
     hashes: dict[str, str] = {}
     write_safetensors(directory, {name: _noting(name, tensor, hashes) for name, tensor in tensors.items()}, progress)
     write_json(directory / MANIFEST, hashes)
@@ -64,7 +70,13 @@ def fingerprints(root: Path) -> dict[str, str]:
 
 
 def check_fingerprints(root: Path, wanted: Mapping[str, str], part: str = "") -> None:
-    """Raises UserError if a file of `fingerprints`, or of a part of them (`base/`), is gone, new or changed."""
+    """Raises UserError if a file of `fingerprints` is gone, new or changed.
+
+    Args:
+      root: the run's directory.
+      wanted: the fingerprints that the run recorded.
+      part: checks only names that begin with this (`base/`); "" checks all.
+    """
     found = fingerprints(root)
     for name in sorted({*wanted, *found}):
         if name.startswith(part) and found.get(name) != wanted.get(name):

@@ -26,7 +26,11 @@ class StepGone(UserError):
 
 
 class Hold:
-    """A lock on a step, which its run does not delete as long as this object lives."""
+    """A lock on a step, which its run does not delete as long as this object lives.
+
+    Args:
+      descriptor: the open and locked manifest of the step.
+    """
 
     def __init__(self, descriptor: int):
         self.release = weakref.finalize(self, os.close, descriptor)

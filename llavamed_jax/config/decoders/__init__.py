@@ -1,6 +1,6 @@
 """The kinds of decoder. A new kind is a file here, a line of `DECODERS`, and its module in `models/decoders`.
 
-This package does not import jax: a processor reads configs beside torch or without either.
+This package does not import jax: a processor reads configs in programs without jax.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The kinds of vision tower. A new kind is a file here, a line of `TOWERS`, and its module in `models/towers`.
 
-This package does not import jax: a processor reads configs beside torch or without either.
+This package does not import jax: a processor reads configs in programs without jax.
 """
 
 from __future__ import annotations
@@ -34,7 +34,11 @@ def tower_from_hf(config: Mapping[str, Any]) -> VisionConfig:
 
 
 def tower_from_dict(fields: Mapping[str, Any]) -> VisionConfig:
-    """Reads a tower's config from this project's own file, where `model_type` names a kind other than CLIP."""
+    """Reads a tower's config from this project's own file, where `model_type` names a kind other than CLIP.
+
+    Raises:
+      UserError: an unknown kind of tower.
+    """
     fields = dict(fields)
     kind = fields.pop("model_type", VisionConfig.model_type)
     if not isinstance(kind, str) or kind not in TOWERS:

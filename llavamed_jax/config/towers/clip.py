@@ -160,7 +160,11 @@ class VisionConfig:
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> "VisionConfig":
-        """Reads a `CLIPVisionConfig` dict, or a whole `CLIPConfig` with one under `vision_config`."""
+        """Reads a `CLIPVisionConfig` dict, or a whole `CLIPConfig` with one under `vision_config`.
+
+        Raises:
+          UserError: another kind of tower, or an invalid value.
+        """
         config = as_object(config.get("vision_config", config), "vision_config")
         model_type = config.get("model_type", cls.model_type)
         if model_type not in (cls.model_type, "clip"):

@@ -96,5 +96,3 @@ def attention(q, k, v, mask: AttentionMask | None = None, backend: str = "xla"):
     else:
         from llavamed_jax.models.attention.splash import splash_attention as kernel
     return kernel(q, k, v, mask, interpret=bool(interpreted)).astype(v.dtype)
-
-

@@ -38,7 +38,14 @@ class LayerCache:
 
 
 def init_cache(cfg: DecoderConfig, rows: int, length: int, dtype=jnp.float32) -> tuple[LayerCache, ...]:
-    """Returns empty caches of `rows` rows and `length` positions: L times keys and values [B,K,S,H]."""
+    """Returns empty caches of `rows` rows and `length` positions: L times keys and values [B,K,S,H].
+
+    Args:
+      cfg: the decoder's shapes.
+      rows: B.
+      length: S.
+      dtype: dtype of keys and values.
+    """
 
     def empty():
         return constrain(jnp.zeros((rows, cfg.num_kv_heads, length, cfg.head_dim), dtype), "act_batch", "act_heads",
@@ -48,5 +55,12 @@ def init_cache(cfg: DecoderConfig, rows: int, length: int, dtype=jnp.float32) ->
 
 
 def cache_bytes(cfg: DecoderConfig, rows: int, length: int, dtype=jnp.float32) -> int:
-    """Returns the bytes of the caches that `init_cache` makes: 2 L B K S H times the width of `dtype`."""
+    """Returns the bytes of the caches that `init_cache` makes: 2 L B K S H times the width of `dtype`.
+
+    Args:
+      cfg: the decoder's shapes.
+      rows: B.
+      length: S.
+      dtype: dtype of keys and values.
+    """
     return 2 * cfg.num_layers * rows * cfg.num_kv_heads * length * cfg.head_dim * jnp.dtype(dtype).itemsize

@@ -69,7 +69,12 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """SwiGLU: `down(act(gate(x)) * up(x))`; the activation is SiLU in every published model."""
+    """SwiGLU: `down(act(gate(x)) * up(x))`; the activation is SiLU in every published model.
+
+    Attributes:
+      cfg: the decoder's shapes.
+      dtype: dtype of the computation.
+    """
 
     cfg: DecoderConfig
     dtype: Any
@@ -85,7 +90,14 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """A decoder layer. A subclass with another attention sets `attention`."""
+    """A decoder layer. A subclass with another attention sets `attention`.
+
+    Attributes:
+      cfg: the decoder's shapes.
+      dtype: dtype of the computation.
+      backend: attention backend for whole rows.
+      attention: class of the self-attention.
+    """
 
     cfg: DecoderConfig
     dtype: Any
@@ -114,6 +126,7 @@ class Decoder(nn.Module):
       scan: whether layers are stacked and scanned, for training.
       remat: `none`, `full`, `qkvo` or `minimal` (models/stacking.py).
       attention: attention backend for whole rows.
+      block: class of a layer.
     """
 
     cfg: DecoderConfig

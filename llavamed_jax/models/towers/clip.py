@@ -26,7 +26,12 @@ from llavamed_jax.parallel.mesh import constrain
 
 
 class PatchEmbedding(nn.Module):
-    """The patch convolution, whose stride equals its size, computed as a matrix product."""
+    """The patch convolution; its stride equals its size, so it is computed as a matrix product.
+
+    Attributes:
+      cfg: the tower's shapes.
+      dtype: dtype of the computation.
+    """
 
     cfg: VisionConfig
     dtype: Any
@@ -45,7 +50,12 @@ class PatchEmbedding(nn.Module):
 
 
 class PositionEmbedding(nn.Module):
-    """The learned position embeddings, float32 [T,D]."""
+    """The learned position embeddings, float32 [T,D].
+
+    Attributes:
+      length: T.
+      width: D.
+    """
 
     length: int
     width: int
@@ -57,7 +67,12 @@ class PositionEmbedding(nn.Module):
 
 
 class Embeddings(nn.Module):
-    """Patch, class and position embeddings."""
+    """Patch, class and position embeddings.
+
+    Attributes:
+      cfg: the tower's shapes.
+      dtype: dtype of the computation.
+    """
 
     cfg: VisionConfig
     dtype: Any
@@ -74,7 +89,12 @@ class Embeddings(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention without a mask."""
+    """Self-attention without a mask.
+
+    Attributes:
+      cfg: the tower's shapes.
+      dtype: dtype of the computation.
+    """
 
     cfg: VisionConfig
     dtype: Any
@@ -96,7 +116,12 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two dense layers with an activation between them."""
+    """Two dense layers with an activation between them.
+
+    Attributes:
+      cfg: the tower's shapes.
+      dtype: dtype of the computation.
+    """
 
     cfg: VisionConfig
     dtype: Any
@@ -110,7 +135,12 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """A pre-norm transformer layer."""
+    """A pre-norm transformer layer.
+
+    Attributes:
+      cfg: the tower's shapes.
+      dtype: dtype of the computation.
+    """
 
     cfg: VisionConfig
     dtype: Any
@@ -125,7 +155,15 @@ class Block(nn.Module):
 
 
 class VisionTower(nn.Module):
-    """The first `num_layers` blocks of the tower that `cfg` describes."""
+    """The first `num_layers` blocks of the tower that `cfg` describes.
+
+    Attributes:
+      cfg: the tower's shapes.
+      num_layers: number of blocks; the following blocks are left out.
+      dtype: dtype of the computation.
+      scan: whether layers are stacked and scanned, for training.
+      remat: `none`, `full`, `qkvo` or `minimal` (models/stacking.py).
+    """
 
     cfg: VisionConfig
     num_layers: int
