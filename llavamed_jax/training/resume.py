@@ -103,7 +103,7 @@ def restore(workdir: Path, step: int, own: Checkpoint, program: Program, meta: M
     trained, opt_state, _ = store.restore_step(workdir, step, to_disk(like.trainable), like.opt_state)
     frozen = program.frozen(own)
     if distributed.process_index() == 0:
-        for name in own.unused:  # checks tensors that no update needs, but that an export of this run will
+        for name in own.unused:  # checks tensors that no update needs, but an export of this run does
             own.read(name)
     progress = Progress(**{"updates_moved": 1, **meta["progress"]})  # earlier versions did not count moved updates
     everywhere = replicated(program.mesh)
