@@ -25,7 +25,17 @@ from llavamed_jax.evaluation.report import chat_report
 from llavamed_jax.utils.files import to_jsonl, write_text
 from tests.evaluation.test_against import scalars
 from tests.evaluation.test_report import Page
-from tests.support.chat_set import CONFIG, ROOT, SAMPLE, chat_answers, chat_records, is_unread, judge, scores, write_chat_set
+from tests.support.chat_set import (
+    CONFIG,
+    ROOT,
+    SAMPLE,
+    chat_answers,
+    chat_records,
+    is_unread,
+    judge,
+    scores,
+    write_chat_set,
+)
 from tests.support.openai_server import OpenAiServer
 
 # For what need not be shown on 193: both types, all domains; one question is unscored (144), two are asked about again (24, 84).
