@@ -2,10 +2,10 @@
 
 | name | tried with | in a version without it |
 |---|---|---|
-| `jax._src.distributed.global_state` | jax 0.10.2 | several processes end with one sentence; one process runs |
-| `_cache_size` of jitted functions | jax 0.10.2 | compilations cannot be counted, as tests and benchmarks do |
+| `jax._src.distributed.global_state` | jax 0.10.2, jax 0.11.2 | several processes end with a sentence; one runs |
+| `_cache_size` of jitted functions | jax 0.10.2, jax 0.11.2 | tests and benchmarks count no compilations |
 | `orbax.checkpoint._src.asyncio_utils._run_sync_via_new_loop` | orbax-checkpoint 0.12.8 | tracebacks at failed saves |
-| `pickle._Unpickler` | Python 3.11 | PathVQA's pickles are refused with one sentence; its parquet files are read |
+| `pickle._Unpickler` | Python 3.11, Python 3.12 | PathVQA's pickles are refused; its parquet files are read |
 
 `tests/utils/test_private_names.py` takes each name away, and finds private names elsewhere in the package.
 """

@@ -87,7 +87,7 @@ def slowly(names):
     for name in names:
         time.sleep(0.02)
         yield name
-convert_program._bar = slowly
+convert_program.progress.over = slowly
 write.SHARD_BYTES = 40_000
 sys.exit(convert.main(sys.argv[1:]))
 """

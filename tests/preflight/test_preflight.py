@@ -31,7 +31,9 @@ SMALL = ["data.packing=true", "data.row_length=128", "data.mean_length=40", "bat
 
 def training(config=CFG, *changes):
     machine = Topology.parse("cpu-8")
-    cfg = common.load_config(f"{FINETUNE}:small", [*SMALL, *changes])
+    changed = {change.partition("=")[0] for change in changes}  # no key may have two values
+    kept = [each for each in SMALL if each.partition("=")[0] not in changed]
+    cfg = common.load_config(f"{FINETUNE}:small", [*kept, *changes])
     return programs.Training.of(cfg, config, machine.devices(), machine.memory)
 
 

@@ -104,7 +104,7 @@ def test_an_interrupt_shows_what_was_found_and_stops_the_rest(capsys, monkeypatc
 
 def test_an_output_that_is_closed_is_one_sentence_and_the_file_is_written(tmp_path):
     """As of `| head -1`."""
-    code = ("import sys, test_preflight_command as here; from llavamed_jax.cli import common; from llavamed_jax.preflight import report; "
+    code = ("import sys; from tests.preflight import test_preflight_command as here; from llavamed_jax.cli import common; from llavamed_jax.preflight import report; "
             f"sys.exit(common.run(lambda _: report.check(here.jobs('cpu-1'), here.some_fail({{}}), '{tmp_path}/found.json')))")
     reader, writer = os.pipe()
     os.close(reader)
@@ -148,7 +148,7 @@ def test_a_compiler_that_is_stopped_leaves_no_process(tmp_path, monkeypatch):
 
 def test_a_command_line_without_stdin_compiles(tmp_path):
     """The child's end of the pipe takes no number of its own streams."""
-    code = ("import json, sys, test_preflight_command as here; from pathlib import Path; from _pytest.monkeypatch import MonkeyPatch\n"
+    code = ("import json, sys; from tests.preflight import test_preflight_command as here; from pathlib import Path; from _pytest.monkeypatch import MonkeyPatch\n"
             f"here.stand_in(Path('{tmp_path}'), MonkeyPatch(), 'test \"$6\" -gt 2 || exit 9; cat; echo')\n"
             "print(here.compile.Compiler()(here.jobs('cpu-1')[0])['topology'])")
     done = subprocess.run(["sh", "-c", 'exec "$0" "$@" <&-', sys.executable, "-c", code], cwd=ROOT / "tests", capture_output=True,
