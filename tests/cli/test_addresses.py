@@ -50,7 +50,7 @@ def parsers(monkeypatch):
 def flags_of_paths(parser):
     for action in parser._actions:
         flag = action.option_strings[-1] if action.option_strings else action.dest
-        if flag not in OTHERS and not isinstance(action, argparse._SubParsersAction):
+        if flag not in OTHERS and action.nargs != 0 and not isinstance(action, argparse._SubParsersAction):
             yield flag, action
 
 
@@ -61,7 +61,7 @@ def test_every_flag_of_every_command_refuses_addresses(parsers, capsys):
         for flag, action in flags_of_paths(parser):
             assert action.type is None, f"{prog} {flag}: a Path would forget what was typed"
             groups = [g._group_actions for g in parser._mutually_exclusive_groups if g.required and action not in g._group_actions]
-            others = [other for other in parser._actions if other.required and other is not action] + [next(a for a in group if a.nargs != 0) for group in groups]
+            others = [other for other in parser._actions if other.required and other is not action] + [group[0] for group in groups]
             required = [word for other in others for word in (*other.option_strings, (other.choices or ["x"])[0])]
             for value in ADDRESSES[:2]:
                 words = [*required, flag, value] if action.option_strings else [value, "x"]
