@@ -1,9 +1,11 @@
 """The worked examples of docs/architecture.md do what the page says: each is read from the page and registered."""
 
 import ast
+import functools
 import importlib.util
 import json
 import re
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,9 +34,10 @@ PAGE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
 TOKENIZER = ROOT / "samples" / "vqa_rad" / "tokenizer.model"
 
 
-def example(title: str) -> str:
-    """The first block of code under a heading of the page."""
-    return re.search(rf"^### {re.escape(title)}\n.*?^```python\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)[1]
+def example(title: str, number: int = 0) -> str:
+    """A block of Python under a heading of the page."""
+    section = re.search(rf"^### {re.escape(title)}\n(.*?)(?=^##|\Z)", PAGE, re.MULTILINE | re.DOTALL)[1]
+    return re.findall(r"^```python\n(.*?)^```", section, re.MULTILINE | re.DOTALL)[number]
 
 
 @pytest.fixture
@@ -146,8 +149,13 @@ def test_a_style_of_ones_own_writes_what_it_says(monkeypatch):
 
 # ---- a data set ------------------------------------------------------------------------------------------------------
 
-LINES = [("train", "a.png", "Where is it?", "left"), ("train", "b.png", "Is it?", "yes"), ("test", "c.png", "Which organ?", "lung"),
-         ("test", "c.png", "Is it normal?", "no"), ("test", "d.png", "Is it large?", "yes")]
+CARDS = [
+    {"split": "train", "image": "a.png", "questions": [{"id": 1, "question": "Where is it?", "answer": "left"}]},
+    {"split": "train", "image": "b.png", "questions": [{"id": 2, "question": "Is it?", "answer": "yes"}]},
+    {"split": "test", "image": "c.png", "questions": [{"id": 3, "question": "Which organ?", "answer": "lung"},
+                                                      {"id": 4, "question": "Is it normal?", "answer": "no"}]},
+    {"split": "test", "image": "d.png", "questions": [{"id": 5, "question": "Is it large?", "answer": "yes"}]},
+]
 
 
 @pytest.fixture
@@ -161,7 +169,7 @@ def cards(tmp_path):
     assert registry.register(module.DATA_SET) is registry.register(module.DATA_SET)  # a notebook's cell may run twice
     root = tmp_path / "set"
     root.mkdir()
-    (root / "cards.tsv").write_text("".join("\t".join(line) + "\n" for line in LINES), encoding="utf-8")
+    (root / "cards.json").write_text(json.dumps(CARDS), encoding="utf-8")
     for index, name in enumerate("abcd"):
         Image.new("RGB", (8, 8), (index, 0, 0)).save(root / f"{name}.png")
     yield root
@@ -175,7 +183,7 @@ def test_a_data_set_is_trained_on_under_its_own_layout(cards):
         assert [turn["value"] for turn in list(training.readable())[0]["conversations"]] == ["<image>\nWhere is it?", "left"]
         assert training.num_records == 2 and len(training) == (2 if isinstance(data, str) else 4)
         assert list(training.found) == ["cards train: 2 questions on 2 images, 1 open, 1 closed"]
-    with pytest.raises(UserError, match=r"the folder .* holds neither .*, nor Cards \(cards.tsv\)"):
+    with pytest.raises(UserError, match=r"the folder .* holds neither .*, nor Cards \(cards.json\)"):
         read_training(cards.parent / "reader")
 
 
@@ -185,7 +193,7 @@ def test_a_data_set_is_asked_and_scored_under_its_name(cards, tmp_path):
     samples, training = questions.load_samples("cards", cfg.data.root, "test", "clean", **questions.further(cfg.data))
     assert [sample.answer for sample in samples] == ["lung", "no", "yes"] and len(training) == 2
     assert questions.describe(cfg, samples) == "cards test: 3 questions on 2 images, 1 open, 2 closed"
-    assert questions.source_files(cfg.data) == [cards / "cards.tsv"]
+    assert questions.source_files(cfg.data) == [cards / "cards.json"]
     predictions = tmp_path / "p.jsonl"
     rows = [dict(question_id=s.question_id, prompt=s.question, text=t, answer_id=str(n), model_id="m", metadata={})
             for n, (s, t) in enumerate(zip(samples, ("lung", "no", "no"), strict=True))]
@@ -202,7 +210,7 @@ def test_a_data_set_is_asked_and_scored_under_its_name(cards, tmp_path):
 
 
 def test_what_is_wrong_with_a_data_set_is_said_as_of_any_other(cards):
-    with pytest.raises(UserError, match=r"looks like Cards \(cards.tsv\): data.name=cards"):
+    with pytest.raises(UserError, match=r"looks like Cards \(cards.json\): data.name=cards"):
         questions.load_samples("slake", str(cards), "test", "clean")
     with pytest.raises(UsageError, match="data.split is 'validation'; of cards it may be train or test"):
         questions.load_samples("cards", str(cards), "validation", "clean")
@@ -231,20 +239,63 @@ def test_what_a_reader_of_ones_own_does_wrong_is_one_sentence(read, sentence, ca
             use()
 
 
-def test_a_recipe_of_ones_own_registers_its_set(cards, tmp_path):
+def test_a_recipe_of_ones_own_registers_its_set(cards, tmp_path, monkeypatch):
+    """By the page's second example, which stands beside the reader, in a folder that is not on `sys.path`."""
     del registry.SETS["cards"]
-    (tmp_path / "mine.py").write_text((tmp_path / "reader" / "cards.py").read_text() + """
-from configs.eval import common
-from llavamed_jax.datasets.registry import register
-
-
-def get_config(arg=""):
-    register(DATA_SET)
-    return common.base("cards", root=arg)
-""")
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delitem(sys.modules, "cards", raising=False)
+    (tmp_path / "reader" / "mine.py").write_text(example("A data set", 1), encoding="utf-8")
     for _ in range(2):
-        cfg = load_config(f"{tmp_path}/mine.py:{cards}")
+        cfg = load_config(f"{tmp_path}/reader/mine.py", [f"data.root={cards}"])
         assert len(questions.load_samples(cfg.data.name, cfg.data.root, cfg.data.split, cfg.protocol)[0]) == 3
+        assert cfg.judge.model == ""
+    monkeypatch.delitem(sys.modules, "cards")
+
+
+@pytest.mark.parametrize("change, sentence", [
+    (lambda card: card | {"split": "dev"}, "the split of row 2 of .*cards.json is 'dev'; one of train, test was expected"),
+    (lambda card: {"split": "test", "image": "c.png"}, "row 2 of .*cards.json has no 'questions'; {split, image, questions} was"),
+    (lambda card: card | {"questions": "Q"}, "row 2 of .*cards.json has the questions 'Q'; a list was expected"),
+    (lambda card: card | {"questions": {"id": 3}}, "row 2 of .*cards.json has the questions a dict; a list was expected"),
+    (lambda card: card | {"questions": [{"id": 3, "question": "Q", "answer": "A"}, 5]},
+     r"questions\[1\] of row 2 of .*cards.json has no 'answer'"),
+    (lambda card: card | {"questions": [{"id": 3, "question": " ", "answer": "A"}]},
+     r"questions\[0\] of row 2 of .*cards.json has an empty question"),
+    (lambda card: 7, "row 2 of .*cards.json has no 'split'")])
+def test_a_malformed_row_of_the_example_is_named(change, sentence, cards):
+    rows = [change(card) if index == 2 else card for index, card in enumerate(CARDS)]
+    (cards / "cards.json").write_text(json.dumps(rows), encoding="utf-8")
+    with pytest.raises(UserError, match=sentence):
+        questions.load_samples("cards", str(cards), "test", "clean")
+
+
+def test_the_example_refuses_a_split_that_it_does_not_have(cards):
+    with pytest.raises(UserError, match="the split is 'validation'; one of train, test was expected"):
+        registry.SETS["cards"].questions(registry.Selection(cards, "validation"))
+
+
+@pytest.mark.parametrize("name", ["slake", "parquet", "captions"])
+@pytest.mark.parametrize("read", [lambda selected: [], functools.partial(list, ())], ids=["function", "partial"])
+def test_a_set_of_the_package_keeps_its_name(name, read, monkeypatch):
+    """Whatever kind of callable reads it."""
+    own = replace(registry.SETS[name], read=functools.partial(registry.SETS[name].read))
+    monkeypatch.setitem(registry.SETS, name, own)
+    assert registry.register(own) is own
+    with pytest.raises(UserError, match=f"the name '{name}' is that of {own.label}; another name of the data set was"):
+        registry.register(registry.DataSet(name, "Mine", "x", read))
+    assert registry.SETS[name] is own
+
+
+def test_the_first_registered_set_wins(cards):
+    """Also after it was registered again."""
+    second = registry.register(replace(registry.SETS["cards"], name="cards_2"))
+    try:
+        registry.register(replace(registry.SETS["cards"], label="Cards again"))
+        assert detect.layout_of(cards) == "cards"
+        del registry.SETS["cards"]
+        assert detect.layout_of(cards) == "cards_2"
+    finally:
+        registry.SETS.pop(second.name)
 
 
 # ---- a metric --------------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Reads data sets. A data set is one file, which makes a `registry.DataSet`, and one line here, which registers it."""
 
 from llavamed_jax.datasets import captions, choices, hub_rows, llava_med, pathvqa, slake, vqa_rad
-from llavamed_jax.datasets.registry import register
+from llavamed_jax.datasets.registry import keep_names, register
 
 register(vqa_rad.DATA_SET)
 register(slake.DATA_SET)
@@ -10,3 +10,4 @@ register(llava_med.DATA_SET)
 register(choices.DATA_SET)
 register(captions.DATA_SET)
 register(hub_rows.DATA_SET)
+keep_names()  # of the sets above: a user's set cannot take their place

@@ -56,7 +56,10 @@ class ParquetSigns:
 
 @dataclass(frozen=True)
 class DataSet:
-    """A data set. A new one needs only the first four fields.
+    """A data set.
+
+    `data.name` of an evaluation needs only the first four fields. `data.train` names no set, so it recognises one by
+    `is_at`, `is_row`, `seems_at` or `parquet`.
 
     Attributes:
       name: the value of `data.name` in an eval config.
@@ -128,7 +131,9 @@ class DataSet:
 
 
 SETS: dict[str, DataSet] = {}
-"""Every registered set. Rows and places that could be of several sets are those of the first."""
+"""Every registered set, by name. If several sets match a path or a row, the first registered one wins."""
+
+_BUILT_IN: set[str] = set()  # the names of the package's own sets
 
 
 def register(data_set: DataSet) -> DataSet:
@@ -137,11 +142,16 @@ def register(data_set: DataSet) -> DataSet:
     A user's set may be registered again, which happens if a notebook cell or a recipe runs twice.
 
     Raises:
-      UserError: a set of this project has the same name.
+      UserError: a set of this package has the same name.
     """
     taken = SETS.get(data_set.name)
-    if taken is not None and taken.read.__module__.startswith("llavamed_jax."):
+    if taken is not None and taken is not data_set and data_set.name in _BUILT_IN:
         raise UserError(f"the name {data_set.name!r} is that of {taken.label}; another name of the data set was "
                         "expected")
     SETS[data_set.name] = data_set
     return data_set
+
+
+def keep_names() -> None:
+    """Reserves the names of all sets that are registered so far; the package calls it after its own sets."""
+    _BUILT_IN.update(SETS)

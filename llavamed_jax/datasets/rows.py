@@ -120,6 +120,13 @@ class Row:
         """Returns a text, or None if the row has none."""
         return (self.text(key) or None) if key in self else None
 
+    def rows(self, key: str) -> list[Row]:
+        """Returns the rows of a list inside this row; raises UserError if the value is not a list."""
+        value = self[key]
+        if not isinstance(value, list):
+            raise self.error(f"has the {key} {_shown(value)}; a list was expected")
+        return [Row(each, f"{key}[{index}] of {self.name}", self._layout) for index, each in enumerate(value)]
+
     def fields(self) -> dict[str, str | None]:
         """Returns the optional fields of a user's row, by which reports are broken down."""
         return {key: self.optional(key) for key in ("question_type", "organ", "modality")}

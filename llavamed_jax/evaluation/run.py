@@ -129,11 +129,15 @@ def plan(evaluation: Evaluation, predictions: str | Path | None = None, has_cont
 
     Args:
       evaluation: the evaluation.
-      predictions: a file of existing answers. None estimates with the gold answers instead.
+      predictions: a file of existing answers, which is checked as `score_file` checks it. None estimates with the gold
+        answers instead.
       has_control: whether everything is asked twice more, with other images.
+
+    Raises:
+      UserError: the predictions cannot be read, or do not fit the questions.
+      UsageError: the workdir contains other answers than the predictions.
     """
-    is_read = predictions is not None and evaluation.scorer.judge is not None
-    texts = AnswerSet.read(evaluation.samples, predictions).texts if is_read else None
+    texts = None if predictions is None else _read(evaluation, predictions).texts
     return evaluation.scorer.plan(texts, has_control)
 
 
@@ -176,11 +180,17 @@ def score_file(evaluation: Evaluation, path: str | Path) -> dict:
     Returns:
       The object of `metrics.json`.
     """
+    answers = _read(evaluation, path)
+    said = dict.fromkeys(asked.KEYS) | {"predictions": str(path), "predictions_sha256": details.hash_of(answers)}
+    return _finish(evaluation, {OWN: answers}, {"asked": said}, {"predictions": str(path)})
+
+
+def _read(evaluation: Evaluation, path: str | Path) -> AnswerSet:
+    """Reads a file of predictions and checks that it fits the questions and the workdir; warns of what it omits."""
     answers = AnswerSet.read(evaluation.samples, path, evaluation.scorer.training)
     check_unused(evaluation.workdir, Path(path), answers.predictions)
     answers.warn_of_not_stated()
-    said = dict.fromkeys(asked.KEYS) | {"predictions": str(path), "predictions_sha256": details.hash_of(answers)}
-    return _finish(evaluation, {OWN: answers}, {"asked": said}, {"predictions": str(path)})
+    return answers
 
 
 def _ask(evaluation: Evaluation, answerer: Answerer, key: Mapping,

@@ -82,6 +82,41 @@ def test_a_line_that_answers_something_else_is_refused(change, which, tmp_path, 
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.parametrize("judge", [[], ["--config.judge.model=tiny"]], ids=["no judge", "judge"])
+def test_a_dry_run_checks_predictions_as_a_run_does(judge, tmp_path, capsys):
+    """Ids, prompts, images, controls, files that are none, and other answers in the workdir; nothing is written."""
+    own = predictions(SAMPLES)
+    bad = {name: [alter(own[0]), *own[1:]] for name, (alter, _) in CHANGES.items()}
+    bad |= {"another id": [own[0] | {"question_id": "not there"}, *own[1:]], "a missing line": own[1:], "no line": [],
+            "an id twice": [*own, own[0]]}
+    capsys.readouterr()
+    for lines in list(bad.values())[-4 if judge else 0:]:
+        (tmp_path / "bad.jsonl").write_text(to_jsonl(lines))
+        command = ["--predictions", tmp_path / "bad.jsonl", *judge]
+        assert evaluate(tmp_path / "w", *command, "--dry_run") == 1
+        dry = capsys.readouterr().err
+        assert dry.startswith("error: ") and dry.count("\n") == 1 and not (tmp_path / "w").exists()
+        assert evaluate(tmp_path / "w", *command) == 1
+        assert capsys.readouterr().err == dry
+    assert evaluate(tmp_path / "w", "--predictions", tmp_path / "none.jsonl", *judge, "--dry_run") == 2
+    assert "none.jsonl" in capsys.readouterr().err
+    (tmp_path / "good.jsonl").write_text(to_jsonl(own))
+    assert evaluate(tmp_path / "w", "--predictions", tmp_path / "good.jsonl", *judge, "--dry_run") == 0
+    out, err = capsys.readouterr()
+    assert ("open answers" if judge else f"{len(SAMPLES)} questions; nothing is judged") in out and not err
+    assert not (tmp_path / "w").exists()
+    (tmp_path / "w").mkdir()
+    (tmp_path / "w" / "predictions.jsonl").write_text(to_jsonl([own[0] | {"text": "other"}, *own[1:]]))
+    assert evaluate(tmp_path / "w", "--predictions", tmp_path / "good.jsonl", *judge, "--dry_run") == 2
+    assert "holds other answers" in capsys.readouterr().err
+
+
+def test_a_dry_run_warns_of_lines_that_state_only_ids(tmp_path, capsys):
+    (tmp_path / "ids.jsonl").write_text(to_jsonl([line(sample.question_id) for sample in SAMPLES]))
+    assert evaluate(tmp_path / "w", "--predictions", tmp_path / "ids.jsonl", "--dry_run") == 0
+    assert f"{len(SAMPLES)} of {len(SAMPLES)} lines" in capsys.readouterr().err and not (tmp_path / "w").exists()
+
+
 @pytest.mark.parametrize("which", ["--predictions", "--against", "--dry_run"])
 @pytest.mark.parametrize("control", ["image", None])
 def test_answers_about_exchanged_images_are_no_answers(control, which, tmp_path, capsys):
