@@ -1,4 +1,4 @@
-"""What a small model learns from VQA-RAD and SLAKE on a CPU in under an hour: no pretrained part, one stage, all of it trained.
+"""What a small model learns from VQA-RAD and SLAKE on a CPU in 20 minutes: no pretrained part, one stage, all of it trained.
 
     python train.py --config configs/small.py --workdir runs/small
     python eval.py --config configs/eval/slake.py --config.data.root=data/slake --config.data.split=validation \\
@@ -20,7 +20,7 @@ def get_config(arg: str = "") -> ConfigDict:
     # 1,797 and 4,919 questions, in their official layouts.
     train = (dict(path="data/vqa_rad"), dict(path="data/slake"))
     c = common.base("small", "preset:small", "v1.5:mistral_instruct", train)
-    c.tokenizer = f"{common.SAMPLE}/tokenizer.model"  # of 1,025 pieces; what they lack is spelled in bytes
+    c.tokenizer = f"{common.SAMPLE}/tokenizer.model"  # of 1,024 pieces; what they lack is spelled in bytes
     c.protocol = "clean"
     c.data.row_length = 256
     c.data.mean_length = 80
