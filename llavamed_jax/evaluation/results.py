@@ -25,6 +25,7 @@ from llavamed_jax.utils.files import is_at, read_json, utf8
 # Files that only some evaluations write. They would be wrong beside the metrics of another evaluation.
 _OF_RESULTS = ("predictions_control_*.jsonl", "judged.jsonl", "reviews.jsonl", "reviews_control_*.jsonl")
 _TEMPORARY = ".results."
+_TRIES = 20  # to open a directory that other evaluations remove meanwhile
 
 
 class Lost(UserError):
@@ -99,11 +100,18 @@ def remove_empty(workdir: Path) -> None:
 
 
 def _open(workdir: Path) -> int:
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        return os.open(workdir, os.O_RDONLY)
-    except OSError as error:
-        raise UserError(f"the workdir {workdir} cannot be opened: {error.strerror or error}") from error
+    """Opens the directory, which is created if it does not exist."""
+    tries = _TRIES
+    while True:
+        tries -= 1
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+            return os.open(workdir, os.O_RDONLY)
+        except OSError as error:
+            # Another evaluation that wrote nothing may remove the directory between the two calls, or within the first.
+            is_gone = isinstance(error, (FileExistsError, FileNotFoundError)) and not workdir.is_file()
+            if not (is_gone and tries):
+                raise UserError(f"the workdir {workdir} cannot be opened: {error.strerror or error}") from error
 
 
 def _lock(descriptor: int) -> bool:

@@ -9,6 +9,7 @@ import ctypes
 import functools
 import os
 import queue
+import re
 import signal
 import sys
 import threading
@@ -91,6 +92,10 @@ class InOrder(Iterator):
         self._shared.look()
         if isinstance(error, RuntimeError) and "Worker process was terminated" in str(error):  # grain's sentence
             self._refuse_dead()
+            # The process ended before it was seen here. Workers take turns, so grain waited for this one.
+            if code := re.search(r"exit code (-?[1-9]\d*)", str(error)):
+                self._shared.is_stuck = True
+                raise WorkerError(self._dead(self._taken % self._shared.count, int(code[1]))) from None
         if error is not None:
             raise error
         self._taken += 1
@@ -113,9 +118,15 @@ class InOrder(Iterator):
             raise
 
     def _refuse_dead(self) -> None:
-        for worker, pid, code in self._shared.ended():
+        for worker, _, code in self._shared.ended():
             self._shared.is_stuck = True
-            raise WorkerError(f"loader worker {worker} of {self._shared.count} (process {pid}) {_how(code)}")
+            raise WorkerError(self._dead(worker, code))
+
+    def _dead(self, worker: int, code: int) -> str:
+        """Returns a sentence: which worker ended, and how."""
+        pid = self._shared.note(worker)[0]
+        process = f" (process {pid})" if pid else ""
+        return f"loader worker {worker} of {self._shared.count}{process} {_how(code)}"
 
     def _waited_for(self, seconds: float) -> str:
         """Returns a sentence: which worker does not respond, for how long, and the file that it reads.

@@ -222,6 +222,23 @@ def test_many_at_once_on_a_new_directory(tmp_path):
     assert not failed and max(most) == 1 and not work.exists()
 
 
+def test_a_directory_that_is_removed_while_it_is_made_is_made_again(tmp_path, monkeypatch):
+    """`mkdir(exist_ok=True)` finds a directory, looks whether it is one, and it is gone: then it says "File exists"."""
+    work, made, left = tmp_path / "w", Path.mkdir, iter([FileExistsError(17, "File exists"), FileNotFoundError(2, "No such file")])
+
+    def mkdir(path, **options):
+        if error := next(left, None):
+            raise error
+        made(path, **options)
+
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+    with results.locked(work):
+        assert work.is_dir()
+    monkeypatch.setattr(Path, "mkdir", lambda *_, **__: (_ for _ in ()).throw(FileExistsError(17, "File exists")))
+    with pytest.raises(UserError, match="cannot be opened: File exists"), results.locked(tmp_path / "v"):
+        pass
+
+
 def test_two_evaluations_of_one_new_workdir(tmp_path):
     """One is answered, the other refused, and what the first wrote is there."""
     config = f"{ROOT / 'configs' / 'eval' / 'vqa_rad.py'}:demo"

@@ -91,6 +91,14 @@ def test_a_worker_that_dies_before_its_first_result_is_named():
             next(found)
 
 
+def test_a_worker_that_only_grain_saw_end_is_named_by_its_turn(monkeypatch):
+    monkeypatch.setattr(workers.worker_notes.Shared, "ended", lambda self: iter(()))  # it was gone before anybody looked
+    with started(Dying(), 10, 2) as found:
+        with pytest.raises(workers.WorkerError, match=r"^loader worker 1 of 2 \(process \d+\) was ended by SIGSEGV$"):
+            assert next(found)["number"] == 0
+            next(found)
+
+
 @pytest.mark.parametrize("count", [0, 1, 3])
 def test_who_gives_nothing_is_named_with_what_it_reads_and_given_up(monkeypatch, capsys, count):
     with started(Make(hanging=[2]), 9, count) as found:
