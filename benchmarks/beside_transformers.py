@@ -91,8 +91,8 @@ def train_step(B: int, T: int, repeats: int) -> dict:
                             eps=1e-8, mu_dtype=None, overrides=()))
     names, _ = state.partition(pair.stacked, TRAINABLE)
     update, schedule = optimizer.build(adamw, 10**9, list(names))
-    shardings = state.state_shardings(pair.stacked, TRAINABLE, update, mesh)
-    train_state = state.create(pair.stacked, TRAINABLE, update, mesh, np.float32)
+    shardings = state.state_shardings(pair.cfg, pair.stacked, TRAINABLE, update, mesh)
+    train_state = state.create(pair.cfg, pair.stacked, TRAINABLE, update, mesh, np.float32)
     step = make_train_step(llava_loss(Llava(pair.cfg, scan=True)), update, schedule, mesh, shardings)
     rows, losses = place(batch, mesh), ([], [])
 

@@ -138,8 +138,8 @@ def _train(size: Size, trainable: list[str]) -> dict:
     adamw = ConfigDict(dict(learning_rate=2e-5, warmup_ratio=0.03, weight_decay=0.0, clip_norm=1.0, b1=0.9, b2=0.999, eps=1e-8,
                             mu_dtype=None, overrides=()))
     update, schedule = optimizer.build(adamw, 100, list(names))
-    shardings = state.state_shardings(params, trainable, update, mesh)
-    train_state = state.create(params, trainable, update, mesh, dtype)
+    shardings = state.state_shardings(cfg, params, trainable, update, mesh)
+    train_state = state.create(cfg, params, trainable, update, mesh, dtype)
     del params
     loss = llava_loss(llava.Llava(cfg, dtype, scan=True, remat="full"))
     step = make_train_step(loss, update, schedule, mesh, shardings)
@@ -160,7 +160,7 @@ def _train(size: Size, trainable: list[str]) -> dict:
                 tokens_per_second=B * T / seconds, mfu=flops / seconds / peak if peak else None,
                 trained_parameters=sum(trained.values()), first_loss=float(losses[0]), last_loss=float(losses[-1]), **measured,
                 **_preflight(lambda mesh: make_train_step(loss, update, schedule, mesh, state.state_shardings(
-                    llava.abstract_params(cfg, scan=True), trainable, update, mesh)), abstract, rows))
+                    cfg, llava.abstract_params(cfg, scan=True), trainable, update, mesh)), abstract, rows))
 
 
 def _preflight(step_on, abstract, batch) -> dict:

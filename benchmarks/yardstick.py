@@ -175,9 +175,9 @@ def train_here(before: dict[str, np.ndarray], cfg: LlavaConfig, recipe: ConfigDi
     mesh = make_mesh(mesh, jax.devices()[:math.prod(int(size[-1]) for size in mesh.split(","))])
     params = stack(states.merge(before, {}))
     optimizer, schedule = optimizers.build(recipe, UPDATES, list(states.partition(params, trainable)[0]))
-    state = states.create(params, trainable, optimizer, mesh, jnp.float32)
+    state = states.create(cfg, params, trainable, optimizer, mesh, jnp.float32)
     step = make_train_step(llava_loss(Llava(cfg, scan=True), weighting), optimizer, schedule, mesh,
-                           states.state_shardings(params, trainable, optimizer, mesh), micro_batches, weighting)
+                           states.state_shardings(cfg, params, trainable, optimizer, mesh), micro_batches, weighting)
     placed, losses = [place(rows, mesh) for rows in batches], []
     for update in range(UPDATES):
         state, metrics = step(state, placed[update % len(batches)])

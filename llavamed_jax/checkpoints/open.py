@@ -1,8 +1,9 @@
 """Opens a checkpoint of any kind.
 
-Opening reads the config and the headers of the weight files; the files are memory-mapped, and `Checkpoint.read` reads a
-tensor. Opening is strict: the config and the files must have the same tensors, of the same shapes, or one error names
-those that differ.
+Opening reads the config, the headers of the weight files, and the values of a few tensors that tell what the files
+hold (rotary frequencies, and a head that is tied to the embeddings). `Checkpoint.read` reads any other tensor: from
+`.safetensors` files by position, from `.bin` files through a memory map (`torch/files.py`). Opening is strict: the
+config and the files must have the same tensors, of the same shapes, or one error names those that differ.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from llavamed_jax.checkpoints.torch.layout import canonical
 from llavamed_jax.checkpoints.torch.tower import fetch_tower, find_tower, tower_tensors
 from llavamed_jax.checkpoints.torch.tower_shape import is_tower
 from llavamed_jax.config import projector_depth
-from llavamed_jax.config.hf import is_transformers, not_obeyed, tower_name
+from llavamed_jax.config.hf import BUILD, is_transformers, not_obeyed, tower_name
 from llavamed_jax.errors import UserError, warn
 
 
@@ -60,8 +61,7 @@ def _open_torch(directory: Path, vision_tower: Path | None) -> Checkpoint:
         warn(f"{directory}: {sentence}")
     if (layout == "llava" and projector_depth(config.projector_type)
             and not any("mm_projector." in key for key in found)):
-        raise UserError(f"{directory} holds no projector (model.mm_projector), so it is a plain decoder: `convert "
-                        "build --decoder PATH --vision CLIP` joins it with a tower")
+        raise UserError(f"{directory} holds no projector (model.mm_projector), so it is a plain decoder: {BUILD}")
     tower_directory = vision_tower
     has_tower = layout == "transformers" or any(map(is_tower, found))
     if vision_tower is not None and has_tower and not has_weights(vision_tower):

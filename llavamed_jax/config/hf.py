@@ -45,6 +45,8 @@ _V0_DEFAULTS = {"use_mm_proj": True, "mm_vision_tower": "openai/clip-vit-large-p
 # Values of `image_aspect_ratio` that split an image into several inputs of the tower (LLaVA-NeXT's `process_images`,
 # `anyres_max_9` among them).
 _TILES = re.compile("anyres|highres|crop_split")
+# What joins a plain decoder with a tower, for errors.
+BUILD = "`convert build --decoder PATH --vision CLIP` joins it with a tower"
 # An original's file always states these keys; for transformers' own class, published configs rely on its defaults.
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
              "rms_norm_eps")
@@ -66,8 +68,10 @@ def llava_from_hf(config: Mapping[str, Any], vision: VisionConfig | None = None)
         return from_transformers(config)
     if is_original(config):
         return from_original(config, vision)
-    raise UserError(f"config.json has model_type {short(config.get('model_type'))}; llava_mistral, llava_llama or "
-                    "llava was expected")
+    kind = config.get("model_type")
+    if isinstance(kind, str) and kind in DECODERS:
+        raise UserError(f"config.json has model_type {short(kind)}, so it is a plain decoder: {BUILD}")
+    raise UserError(f"config.json has model_type {short(kind)}; llava_mistral, llava_llama or llava was expected")
 
 
 def llava_to_hf(cfg: LlavaConfig, layout: str, ids: tuple[int, int] | None = None) -> dict[str, Any]:

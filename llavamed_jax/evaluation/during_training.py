@@ -160,16 +160,17 @@ def _unrolled(snapshot: Snapshot) -> tuple[Mapping, Mesh]:
     devices of one process, so with several processes each of them gets a complete copy on its own devices.
     """
     program = snapshot.program
+    rules = param_axes(program.model.cfg)
     cast = lambda params: nest({name: x.astype(program.model.dtype) for name, x in to_disk(flatten(params)).items()})
     shapes = jax.eval_shape(cast, snapshot.params)
-    params = jax.jit(cast, out_shardings=param_shardings(shapes, param_axes(), program.mesh))(snapshot.params)
+    params = jax.jit(cast, out_shardings=param_shardings(shapes, rules, program.mesh))(snapshot.params)
     if distributed.process_count() == 1:
         return params, program.mesh
     everywhere, here = local_view(program.mesh)
-    copies = jax.device_put(params, param_shardings(shapes, param_axes(), everywhere))
+    copies = jax.device_put(params, param_shardings(shapes, rules, everywhere))
     local = lambda x, sharding: jax.make_array_from_single_device_arrays(x.shape, sharding,
                                                                          [part.data for part in x.addressable_shards])
-    return jax.tree.map(local, copies, param_shardings(shapes, param_axes(), here)), here
+    return jax.tree.map(local, copies, param_shardings(shapes, rules, here)), here
 
 
 class ClosedAccuracy:

@@ -55,7 +55,8 @@ class Engine:
     def __init__(self, cfg: LlavaConfig, params, dtype=np.float32, mesh: Mesh | None = None, batch_size: int = 16,
                  steps: int = 16, share: bool = True, programs: Programs | None = None):
         self.cfg, self.dtype, self.mesh, self.batch_size = cfg, dtype, mesh, batch_size
-        self._params = params if mesh is None else jax.device_put(params, param_shardings(params, param_axes(), mesh))
+        self._params = params if mesh is None else jax.device_put(
+            params, param_shardings(params, param_axes(cfg), mesh))
         self.shards = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
         if mesh is not None:
             check_heads(cfg, mesh)

@@ -21,9 +21,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from llavamed_jax.config import IMAGE_TOKEN, LlavaConfig
-from llavamed_jax.config.decoders import DECODERS
 from llavamed_jax.config.tensors import rows
-from llavamed_jax.config.towers import TOWERS
 from llavamed_jax.errors import UsageError
 from llavamed_jax.models import projector
 from llavamed_jax.models.decoders import decoder_module
@@ -31,18 +29,12 @@ from llavamed_jax.models.towers import tower_module
 from llavamed_jax.parallel.mesh import constrain
 
 
-def param_axes() -> list[tuple[str, tuple[str | None, ...]]]:
-    """Returns (name pattern, logical axes) for the parameters of every kind of tower and decoder.
-
-    Kinds that agree on a name's axes share one entry; if they differ on a name, it has two, which
-    `parallel.mesh.param_shardings` refuses.
-    """
+def param_axes(cfg: LlavaConfig) -> list[tuple[str, tuple[str | None, ...]]]:
+    """Returns (name pattern, logical axes) for a model's parameters, of which `parallel.mesh` makes shardings."""
     rules = [*projector.PARAM_AXES, ("decoder/lm_head/kernel", ("embed", "vocab"))]
-    for part, kinds in (("vision_tower", TOWERS), ("decoder", DECODERS)):
-        for kind in kinds.values():
-            rules += [(f"{part}/{row.name.replace('layers_#', 'layers(_[0-9]+)?')}", row.axes)
-                      for row in rows(kind.table)]
-    return list(dict.fromkeys(rules))
+    for part, table in (("vision_tower", cfg.vision.table), ("decoder", cfg.decoder.table)):
+        rules += [(f"{part}/{row.name.replace('layers_#', 'layers(_[0-9]+)?')}", row.axes) for row in rows(table)]
+    return rules
 
 
 class Llava(nn.Module):

@@ -57,8 +57,13 @@ def run_layers(layers, x, shared, caches=None):
       x: the input of the first layer.
       shared: the second argument of every layer.
       caches: one cache a layer (unscanned layers only), or None.
+
+    Raises:
+      ValueError: caches for scanned layers.
     """
     if not isinstance(layers, (list, tuple)):
+        if caches is not None:
+            raise ValueError("caches were given to scanned layers, which have none; layers of scan=False were expected")
         return layers(x, shared, None)
     out = []
     for i, layer in enumerate(layers):

@@ -1,6 +1,7 @@
 """Sharding as data: a mesh of three axes, and one table from logical to mesh axes.
 
-No other module knows about sharding.
+Other modules name logical axes and take shardings from here. Outside this file, mesh axes are named where rows, heads
+or devices are counted, and `jax.shard_map` divides the attention kernels, the loss and the embedding's gradient.
 
 The tables of a model's parts give the logical axes of its parameters (`models.llava.param_axes`); `param_shardings`
 looks up every leaf, and raises an error that names the leaf if no rule or two rules match it, or if a dimension is not

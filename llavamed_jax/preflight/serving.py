@@ -84,7 +84,7 @@ class Serving:
         """Returns the weights as shapes with shardings."""
         abstract = abstract_params(self.config)
         return jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, self.dtype, sharding=where), abstract,
-                            param_shardings(abstract, param_axes(), self.mesh))
+                            param_shardings(abstract, param_axes(self.config), self.mesh))
 
     def programs(self) -> Iterator[tuple[str, Any, int]]:
         """Yields name, lowering, and further bytes on a device beside the arguments, for each program."""

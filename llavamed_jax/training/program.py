@@ -89,7 +89,7 @@ class Program:
         abstract = llava.abstract_params(config, scan=True)
         names = list(states.partition(abstract, trainable)[0])
         optimizer, schedule = optimizers.build(cfg.optimizer, total_steps, names, [states.TABLE] if rows else [])
-        shardings = states.state_shardings(abstract, trainable, optimizer, mesh)
+        shardings = states.state_shardings(config, abstract, trainable, optimizer, mesh)
         dtype = jnp.float32 if platform == "cpu" else jnp.bfloat16
         backend = backend_of(cfg.attention, platform, config.decoder.head_dim)
         model = llava.Llava(config, dtype, scan=True, remat=cfg.remat, attention=backend)
@@ -97,8 +97,8 @@ class Program:
 
     def initial_state(self, checkpoint: Checkpoint) -> TrainState:
         """Returns the state before the first update, with the checkpoint's parameters."""
-        return states.create(load_params(checkpoint, scan=True), self.trainable, self.optimizer, self.mesh,
-                             self.model.dtype)
+        return states.create(self.model.cfg, load_params(checkpoint, scan=True), self.trainable, self.optimizer,
+                             self.mesh, self.model.dtype)
 
     def frozen(self, checkpoint: Checkpoint) -> states.FlatParams:
         """Returns the frozen parameters, sharded as in a state; the checkpoint may lack all others."""

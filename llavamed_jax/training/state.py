@@ -21,6 +21,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding
 
 from llavamed_jax.checkpoints.soundness import Tally
+from llavamed_jax.config import LlavaConfig
 from llavamed_jax.errors import UsageError
 from llavamed_jax.models import llava
 from llavamed_jax.parallel.mesh import param_shardings, put, replicated
@@ -118,17 +119,18 @@ def only_rows(loss_fn: Callable, rows: Sequence[int]) -> Callable:
     return loss
 
 
-def state_shardings(params: Mapping[str, Any], trainable: Trainable, optimizer: optax.GradientTransformation,
-                    mesh: Mesh) -> TrainState:
+def state_shardings(cfg: LlavaConfig, params: Mapping[str, Any], trainable: Trainable,
+                    optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """Returns the sharding of each leaf of the state; a moment has the sharding of its parameter.
 
     Args:
+      cfg: the model's config.
       params: the parameter tree, arrays or shapes, with stacked layers.
       trainable: the recipe's `trainable`.
       optimizer: the optimizer of the trainable parameters.
       mesh: the mesh of devices.
     """
-    shardings = flatten_dict(param_shardings(params, llava.param_axes(), mesh), sep="/")
+    shardings = flatten_dict(param_shardings(params, llava.param_axes(cfg), mesh), sep="/")
     trained, frozen = partition(params, trainable)
     everywhere = replicated(mesh)
     trained_shardings = {name: shardings[name] for name in trained}
@@ -161,18 +163,19 @@ def place(params: Mapping[str, Any], where: Mapping[str, NamedSharding], dtype: 
     return placed
 
 
-def create(params: Mapping[str, Any], trainable: Trainable, optimizer: optax.GradientTransformation, mesh: Mesh,
-           dtype: Any) -> TrainState:
+def create(cfg: LlavaConfig, params: Mapping[str, Any], trainable: Trainable, optimizer: optax.GradientTransformation,
+           mesh: Mesh, dtype: Any) -> TrainState:
     """Returns the state before the first update.
 
     Args:
+      cfg: the model's config.
       params: nested tree with stacked layers; numpy or jax arrays of any float type.
       trainable: the recipe's `trainable`.
       optimizer: the optimizer of the trainable parameters (`optimizer.build`).
       mesh: the mesh over which the state is sharded.
       dtype: dtype of the computation and of frozen parameters; trained parameters are float32.
     """
-    shardings = state_shardings(params, trainable, optimizer, mesh)
+    shardings = state_shardings(cfg, params, trainable, optimizer, mesh)
     placed = place(params, shardings.trainable, jnp.float32)
     return TrainState(
         step=put(np.int32(0), shardings.step), skipped=put(np.int32(0), shardings.skipped),

@@ -213,7 +213,7 @@ def test_several_feature_layers_are_named(tmp_path):
 def test_every_leaf_has_one_rule_and_its_place_in_the_file(variant, scan):
     cfg = config(VARIANTS[variant])
     abstract = llava.abstract_params(cfg, scan)
-    param_shardings(abstract, llava.param_axes(), make_mesh("data=2,fsdp=2,tp=2"))  # raises for a leaf of no rule or of two
+    param_shardings(abstract, llava.param_axes(cfg), make_mesh("data=2,fsdp=2,tp=2"))  # raises for a leaf of no rule or of two
     params = load_params(lively(cfg), scan=scan)
     assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, abstract)
 

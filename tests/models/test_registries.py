@@ -17,9 +17,10 @@ import llavamed_jax as lm
 from llavamed_jax.checkpoints.assemble.build import build
 from llavamed_jax.checkpoints.export.directory import export
 from llavamed_jax.checkpoints.load import load_params
+from llavamed_jax.checkpoints.model_config import read_config
 from llavamed_jax.checkpoints.open import open_checkpoint
 from llavamed_jax.checkpoints.tree.model import write_model
-from llavamed_jax.config import IMAGE_TOKEN, DecoderConfig, LlavaConfig, VisionConfig
+from llavamed_jax.config import IMAGE_TOKEN, DecoderConfig, LlavaConfig, VisionConfig, preset
 from llavamed_jax.config.decoders import DECODERS
 from llavamed_jax.config.decoders.llama import TABLE as LLAMA_TABLE
 from llavamed_jax.config.hf import llava_from_hf
@@ -27,9 +28,9 @@ from llavamed_jax.config.towers import TOWERS
 from llavamed_jax.config.towers.clip import TABLE as CLIP_TABLE
 from llavamed_jax.errors import UserError
 from llavamed_jax.models import decoders, llava, towers
-from llavamed_jax.models.attention.backend import attention
 from llavamed_jax.models.decoders import llama
-from llavamed_jax.models.layers import Linear, RMSNorm, apply_rope
+from llavamed_jax.models.decoders.cache import init_cache
+from llavamed_jax.models.layers import RMSNorm
 from llavamed_jax.models.stacking import layer_stack, run_layers
 from llavamed_jax.models.towers import clip
 from llavamed_jax.models.towers.pixels import normalize
@@ -57,27 +58,10 @@ layers_#/self_attn/k_norm/scale   layers.#.self_attn.k_norm.weight   H
     hf_class = "ToyNormsForCausalLM"
 
 
-class NormsAttention(nn.Module):
-    cfg: NormsConfig
-    dtype: object
-    backend: str
-
-    @nn.compact
-    def __call__(self, x, rope, mask, cache):
-        cfg, (B, T, _) = self.cfg, x.shape
-
-        def project(name, heads):
-            kernel = Linear(heads * cfg.head_dim, cfg.axes(f"self_attn/{name}_proj"), False, self.dtype, name=f"{name}_proj")
-            return kernel(x).reshape(B, T, heads, cfg.head_dim)
-
-        q = RMSNorm(cfg.rms_norm_eps, self.dtype, name="q_norm")(project("q", cfg.num_heads))
-        k = RMSNorm(cfg.rms_norm_eps, self.dtype, name="k_norm")(project("k", cfg.num_kv_heads))
-        q, k, v = apply_rope(q, rope), apply_rope(k, rope).swapaxes(1, 2), project("v", cfg.num_kv_heads).swapaxes(1, 2)
-        if cache is not None:
-            cache = cache.write(k, v, mask.q_positions[:, 0])
-            k, v = cache.k, cache.v
-        context = attention(q, k, v, mask, self.backend if cache is None else "xla").reshape(B, T, -1)
-        return Linear(cfg.hidden_size, cfg.axes("self_attn/o_proj"), False, self.dtype, name="o_proj")(context), cache
+class NormsAttention(llama.Attention):
+    def query_key(self, q, k):
+        norm = lambda name: RMSNorm(self.cfg.rms_norm_eps, self.dtype, name=name)
+        return norm("q_norm")(q), norm("k_norm")(k)
 
 
 class NormsBlock(llama.Block):
@@ -185,6 +169,15 @@ def test_both_compute_what_transformers_computes(built, theirs, scan):
     np.testing.assert_allclose(got, states[cfg.feature_layer].numpy(), atol=2e-5)
 
 
+def test_scanned_layers_refuse_caches(built):
+    caches = init_cache(built.config.decoder, 1, 16)
+    args = np.ones((1, 3, 32), np.float32), np.arange(3)[None], caches
+    step = lambda scan: llava.Llava(built.config, scan=scan).apply({"params": load_params(built, scan=scan)}, *args, method="step")
+    assert len(step(False)[1]) == len(caches)
+    with pytest.raises(ValueError, match="caches were given to scanned layers, which have none"):
+        step(True)
+
+
 def test_loss_gradients_and_shardings(built):
     cfg, params = built.config, load_params(built, scan=True)
     model = llava.Llava(cfg, scan=True, remat="minimal")
@@ -195,7 +188,7 @@ def test_loss_gradients_and_shardings(built):
 
     value, gradients = jax.jit(jax.value_and_grad(loss))(params)
     assert np.isfinite(value) and all(np.abs(g).max() > 0 for g in jax.tree.leaves(gradients))
-    where = param_shardings(llava.abstract_params(cfg, scan=True), llava.param_axes(), make_mesh("data=2,fsdp=2,tp=2"))
+    where = param_shardings(llava.abstract_params(cfg, scan=True), llava.param_axes(cfg), make_mesh("data=2,fsdp=2,tp=2"))
     assert where["decoder"]["layers"]["self_attn"]["q_norm"]["scale"].spec == P(None, None)
     assert where["vision_tower"]["layers"]["self_attn"]["q_proj"]["kernel"].spec == P(None, "fsdp", "tp")
 
@@ -239,6 +232,33 @@ def test_what_is_not_registered_is_refused_with_what_is(monkeypatch):
     monkeypatch.delitem(DECODERS, "toy_norms")
     with pytest.raises(UserError, match="the decoder's model_type is 'toy_norms'; llama or mistral was expected"):
         llava_from_hf(raw)
+
+
+@pytest.mark.parametrize("kind", ["toy_norms", "mistral"])
+@pytest.mark.parametrize("tower", [None, "tower"])
+def test_a_plain_decoder_of_any_kind_is_told_how_to_become_a_model(kind, tower, tmp_path):
+    tiny.save(tmp_path / "plain", {"model_type": kind, **TEXT}, {"model.norm.weight": np.ones(32, np.float32)})
+    tiny.save(tmp_path / "tower", {"model_type": "toy_tower", **VISION})
+    for opened in (open_checkpoint, read_config):
+        with pytest.raises(UserError, match=f"plain: config.json has model_type '{kind}', so it is a plain decoder: `convert build --decoder"):
+            opened(tmp_path / "plain", tower and tmp_path / tower)
+
+
+@pytest.mark.parametrize("part, kinds, kind, row", [
+    ("decoder", DECODERS, NormsConfig, "layers_#/mlp/up_proj/kernel"), ("vision_tower", TOWERS, PlainConfig, "layers_#/mlp/fc1/kernel")])
+def test_a_kind_of_other_axes_leaves_the_others_as_they_are(part, kinds, kind, row, monkeypatch):
+    cfg, mesh = preset("small"), make_mesh("fsdp=2,tp=2", jax.devices()[:4])
+    shardings = lambda: param_shardings(llava.abstract_params(cfg), llava.param_axes(cfg), mesh)
+    before = shardings()
+    lines = [line[:-3] + "F D" if line.startswith(row) else line for line in map(str.rstrip, kind.table.splitlines())]
+    odd = type("Odd", (kind,), {"table": "\n".join(lines)})
+    monkeypatch.setitem(kinds, "odd", odd)
+    assert shardings() == before
+    old = cfg.decoder if part == "decoder" else cfg.vision
+    new = odd(**{field.name: getattr(old, field.name) for field in dataclasses.fields(old)})
+    changed = set(llava.param_axes(cfg.replace(**{"decoder" if part == "decoder" else "vision": new})))
+    pattern = f"{part}/{row.replace('layers_#', 'layers(_[0-9]+)?')}"
+    assert (pattern, ("mlp", "embed")) in changed and (pattern, ("embed", "mlp")) not in changed
 
 
 def test_every_kind_has_a_module():

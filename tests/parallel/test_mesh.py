@@ -58,9 +58,9 @@ def test_every_leaf_of_every_preset_has_exactly_one_rule(name, scan):
     params = llava.abstract_params(preset(name), scan)
     if preset(name).decoder.vocab_size % 2:  # v1.0's 32,003 rows do not divide
         with pytest.raises(UserError, match="embed_tokens/embedding: a dimension of 32003 is not divisible by the mesh axis tp of 2"):
-            param_shardings(params, llava.param_axes(), mesh)
+            param_shardings(params, llava.param_axes(preset(name)), mesh)
         mesh = make_mesh("data=4,fsdp=2")
-    shardings = param_shardings(params, llava.param_axes(), mesh)
+    shardings = param_shardings(params, llava.param_axes(preset(name)), mesh)
     spec = shardings["decoder"]["layers" if scan else "layers_0"]["mlp"]["down_proj"]["kernel"].spec
     assert spec == (P(None, "tp", "fsdp") if scan else P("tp", "fsdp"))
 
@@ -90,7 +90,7 @@ def test_no_mesh_cuts_through_a_head(name, tp, of):
 
 
 def test_parameter_and_activation_axes_are_disjoint():
-    used = {axis for _, axes in llava.param_axes() for axis in axes if axis}
+    used = {axis for name in PRESETS for _, axes in llava.param_axes(preset(name)) for axis in axes if axis}
     assert used <= set(RULES) and not any(axis.startswith("act_") for axis in used)
 
 
@@ -111,7 +111,7 @@ from llavamed_jax.parallel.mesh import batch_sharding, make_mesh, param_sharding
 cfg, mesh = preset("small"), make_mesh("data=2,fsdp=2,tp=2")
 params = abstract_params(cfg, scan=True)
 give = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
-params = jax.tree.map(give, params, param_shardings(params, param_axes(), mesh))
+params = jax.tree.map(give, params, param_shardings(params, param_axes(cfg), mesh))
 ids = jax.ShapeDtypeStruct((8, 64), jnp.int32, sharding=batch_sharding(mesh))
 pixels = jax.ShapeDtypeStruct((8, 1, 96, 96, 3), jnp.float32, sharding=batch_sharding(mesh))
 model = Llava(cfg, scan=True, remat="full")

@@ -29,6 +29,8 @@ from llavamed_jax.parallel.mesh import RULES, constrain, spec_of
 class Attention(nn.Module):
     """Self-attention with rotary positions, grouped queries and an optional cache.
 
+    A subclass that changes queries and keys before they are rotated, as with norms, overrides `query_key`.
+
     Attributes:
       cfg: the decoder's shapes.
       dtype: dtype of the computation.
@@ -56,8 +58,8 @@ class Attention(nn.Module):
             y = Linear(heads * cfg.head_dim, axes, cfg.attention_bias, self.dtype, name=f"{name[0]}_proj")(x)
             return checkpoint_name(y, name).reshape(B, T, heads, cfg.head_dim)
 
-        q = apply_rope(project("query", cfg.num_heads), rope)
-        k = apply_rope(project("key", cfg.num_kv_heads), rope).swapaxes(1, 2)  # [B,K,T,H]
+        q, k = self.query_key(project("query", cfg.num_heads), project("key", cfg.num_kv_heads))
+        q, k = apply_rope(q, rope), apply_rope(k, rope).swapaxes(1, 2)  # k is [B,K,T,H]
         v = project("value", cfg.num_kv_heads).swapaxes(1, 2)
         if cache is not None:
             cache = cache.write(k, v, mask.q_positions[:, 0])
@@ -66,6 +68,13 @@ class Attention(nn.Module):
         context = attention(q, k, v, mask, self.backend if cache is None else "xla").reshape(B, T, -1)
         axes = cfg.axes("self_attn/o_proj")
         return Linear(cfg.hidden_size, axes, cfg.attention_bias, self.dtype, name="o_proj")(context), cache
+
+    def query_key(self, q, k):
+        """Returns the queries [B,T,N,H] and keys [B,T,K,H] that are rotated; here those that are given.
+
+        An override may create submodules, with a `name`.
+        """
+        return q, k
 
 
 class Mlp(nn.Module):
@@ -148,7 +157,10 @@ class Decoder(nn.Module):
             self.lm_head = Linear(cfg.vocab_size, ("embed", "vocab"), False, self.dtype, out_dtype=jnp.float32)
 
     def embed(self, ids):
-        """Embeds int32 ids [B,T] as [B,T,D]; ids outside the vocabulary (image and padding markers) give any row."""
+        """Embeds int32 ids [B,T] as [B,T,D].
+
+        Negative ids (image and padding markers) give row 0; ids of V or more give NaN.
+        """
         return _lookup(self.dtype, self.embed_tokens.embedding, jnp.clip(ids, 0))
 
     def __call__(self, x, positions, segments=None, caches=None):
@@ -182,7 +194,8 @@ class Decoder(nn.Module):
 def _lookup(dtype, table, ids):
     """Looks up rows of a table [V,D] by int ids [B,T] -> [B,T,D] in `dtype`.
 
-    The gradient of a row that is looked up often is summed in the table's precision.
+    The gradient of a row that is looked up often is summed in the table's precision. Only reverse-mode differentiation
+    is defined (`jax.custom_vjp`): `jax.jvp` raises an error.
     """
     # Gathering the table first is FSDP's ordinary weight gather, in the narrower dtype; for a lookup in the sharded
     # table XLA would replicate it in the wider one.
@@ -190,6 +203,7 @@ def _lookup(dtype, table, ids):
 
 
 def _lookup_forward(dtype, table, ids):
+    # The backward pass needs the table's length and dtype, not its values: an empty array has both.
     return _lookup(dtype, table, ids), (jnp.zeros((0, table.shape[0]), table.dtype), ids)
 
 
