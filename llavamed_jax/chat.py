@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from llavamed_jax.cli import common
-from llavamed_jax.errors import UsageError, UserError, short
+from llavamed_jax.errors import UsageError, UserError, count_of, short
 from llavamed_jax.images.load import split_frame
 from llavamed_jax.utils import signals
 
@@ -122,7 +122,7 @@ class Chat:
             print("a new conversation")
         elif command == "/image" and rest.strip():
             self.add_image(rest.strip())
-            print(f"{len(self.images)} image{'s' * (len(self.images) > 1)} for the next message")
+            print(f"{count_of(len(self.images), 'image')} for the next message")
         elif command.startswith("/"):
             print(HELP)
         else:

@@ -81,3 +81,14 @@ def without_middle(text: str, most: int = LONGEST) -> str:
 def some(items: Sequence[str], most: int = 8, separator: str = ", ") -> str:
     """Joins a list for a sentence: the first `most` items and the number of the others."""
     return separator.join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")
+
+
+def count_of(number: int, one: str, many: str = "") -> str:
+    """Returns a number with its noun: `1 image`, `2 images`.
+
+    Args:
+      number: the number.
+      one: the words after the number 1.
+      many: the words after every other number; "" appends an s to `one`.
+    """
+    return f"{number} {one if number == 1 else many or one + 's'}"

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from llavamed_jax.datasets.registry import SETS
 from llavamed_jax.datasets.sample import CAPTION, CHOICE, CLOSED, OPEN, VqaSample, first_names
+from llavamed_jax.errors import count_of
 
 _COUNTED = {OPEN: "open", CLOSED: "closed", CHOICE: "multiple choice", CAPTION: "to be described"}
 
@@ -27,7 +28,8 @@ def describe(samples: Sequence[VqaSample], name: str, split: str, variant: str =
     counts = (len(samples), len(set(images.values())), kinds[OPEN], kinds[CLOSED])
     shown = [kind for kind in _COUNTED if kinds[kind]] if kinds.keys() - {OPEN, CLOSED} else (OPEN, CLOSED)
     parts = ", ".join(f"{kinds[kind]} {_COUNTED[kind]}" for kind in shown)
-    line = f"{name} {split}{f' ({variant})' if variant else ''}: {counts[0]} questions on {counts[1]} images, {parts}"
+    asked = f"{count_of(counts[0], 'question')} on {count_of(counts[1], 'image')}"
+    line = f"{name} {split}{f' ({variant})' if variant else ''}: {asked}, {parts}"
     if name in SETS and SETS[name].is_conversations:
         same = [other.name for other in SETS.values()
                 if any(of == split and wanted == counts for (of, _), wanted in other.published.items())]

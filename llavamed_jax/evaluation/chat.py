@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from llavamed_jax.datasets.qa50 import DOMAINS, TYPES, ChatQuestion, read_chat_questions
 from llavamed_jax.datasets.sample import VqaSample, first_names
-from llavamed_jax.errors import UsageError
+from llavamed_jax.errors import UsageError, count_of
 from llavamed_jax.evaluation import chat_published
 from llavamed_jax.evaluation.answering.asked import words as asked_words
 from llavamed_jax.evaluation.judging.judge import Judge, Verdict, report_unscored
@@ -70,7 +70,8 @@ class ChatScorer:
         counts = ", ".join(f"{kinds[kind]} {kind}" for kind in TYPES)
         is_published = "as published" if self.chat_set.is_published else "not the published file"
         n_images = len({question.image for question in self.questions})
-        return f"{KIND}: {len(self.questions)} questions on {n_images} images, {counts}, {is_published}"
+        return (f"{KIND}: {count_of(len(self.questions), 'question')} on {count_of(n_images, 'image')}, {counts}, "
+                f"{is_published}")
 
     def plan(self, texts: Sequence[str] | None, has_control: bool) -> str:
         """Returns one line that says what judging will cost.

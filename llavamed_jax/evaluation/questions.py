@@ -15,7 +15,7 @@ from llavamed_jax.datasets.records import normalize
 from llavamed_jax.datasets.registry import SETS, Selection
 from llavamed_jax.datasets.sample import VqaSample, check_ids
 from llavamed_jax.datasets.slake import LANGUAGES
-from llavamed_jax.errors import UsageError, UserError
+from llavamed_jax.errors import UsageError, UserError, count_of
 from llavamed_jax.utils.files import read_json, write_text
 from llavamed_jax.utils.hashes import sha256
 
@@ -70,7 +70,8 @@ def describe(cfg: ConfigDict, samples: list[VqaSample]) -> str:
     data = cfg.data
     if data.held_out:
         images = len({sample.image for sample in samples})
-        return f"{data.name}: {len(samples)} questions about {images} images held out by {data.held_out}"
+        return (f"{data.name}: {count_of(len(samples), 'question')} about {count_of(images, 'image')} held out by "
+                f"{data.held_out}")
     name = set_name(data)
     variant = SETS[name].variant(_selection(data.root, data.split, cfg.protocol, further(data)))
     return counts.describe(samples, name, data.split, variant)

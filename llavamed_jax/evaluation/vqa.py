@@ -8,7 +8,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from llavamed_jax.datasets import training
-from llavamed_jax.errors import UsageError, UserError
+from llavamed_jax.errors import UsageError, UserError, count_of
 from llavamed_jax.evaluation import published, questions
 from llavamed_jax.evaluation.judging import open_answers
 from llavamed_jax.evaluation.report import report, summary
@@ -66,7 +66,7 @@ class VqaScorer:
         """
         if self.judge is None:
             times = ", each three times: with its image, with another one, with noise" if has_control else ""
-            return f"{len(self.samples)} questions{times}; nothing is judged"
+            return f"{count_of(len(self.samples), 'question')}{times}; nothing is judged"
         texts = [str(sample.answer) for sample in self.samples] if texts is None else texts
         return open_answers.plan(self.judge, self.samples, texts)
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from llavamed_jax.datasets.records import load_arrays, save_whole
 from llavamed_jax.datasets.training import TrainingData
-from llavamed_jax.errors import UsageError, UserError
+from llavamed_jax.errors import UsageError, UserError, count_of
 from llavamed_jax.pipeline import examples, workers
 from llavamed_jax.processor import Processor
 from llavamed_jax.utils import signals
@@ -182,7 +182,7 @@ def _refuse_beyond(rows: int | None, highest: tuple[int, object], processor: Pro
 
 def _why_lost(record: dict, example: examples.Example, max_length: int) -> str:
     unmarked, marked = record.get("surplus", 0), len(record["image"])
-    images = lambda count: f"{count} image" + ("s" if count > 1 else "")
+    images = lambda count: count_of(count, "image")
     if unmarked:
         return (f"record {record['id']!r} names {images(unmarked + marked)} and has a marker for {marked or 'none'} of "
                 "them")

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from llavamed_jax.checkpoints.checkpoint import Checkpoint
 from llavamed_jax.config import LlavaConfig
 from llavamed_jax.datasets import training
-from llavamed_jax.errors import UsageError, UserError
+from llavamed_jax.errors import UsageError, UserError, count_of
 from llavamed_jax.models import llava
 from llavamed_jax.parallel.mesh import local_rows
 from llavamed_jax.pipeline import lengths, loader, packing
@@ -161,8 +161,9 @@ class Data:
     def _describe_packing(self) -> list[str]:
         layout, rows, batch_size = self.plan.layout, self.plan.rows(0), self.cfg.batch_size
         here = layout.rows * len(rows.records) / len(rows)
-        lines = [f"{len(rows)} packed rows an epoch, each of {layout.row_length} tokens and {layout.image_slots} "
-                 f"images; {layout.rows} an update hold about {here:.0f} samples (batch_size is {batch_size})"]
+        lines = [f"{count_of(len(rows), 'packed row')} an epoch, each of {layout.row_length} tokens and "
+                 f"{count_of(layout.image_slots, 'image')}; {count_of(layout.rows, 'row')} an update, about "
+                 f"{count_of(round(here), 'sample')} (batch_size is {batch_size})"]
         meant = packing.rows_an_update(batch_size, self.plan.lengths.mean, layout.rows, layout.row_length)
         if meant.fitting is not None:
             lines.append(f"warning: rows of {layout.row_length} tokens on this mesh do not make updates of about "

@@ -12,7 +12,7 @@ import jax
 from ml_collections import ConfigDict
 
 from llavamed_jax.checkpoints.tree import base, store
-from llavamed_jax.errors import UsageError, UserError
+from llavamed_jax.errors import UsageError, UserError, count_of
 from llavamed_jax.parallel import agreement, distributed
 from llavamed_jax.parallel.mesh import local_rows
 from llavamed_jax.pipeline.loader import Loader
@@ -92,7 +92,7 @@ def _say_it_is_finished(workdir: Path, step: int, total_steps: int) -> None:
     if not distributed.process_index():
         base.check_base(workdir)
     beyond = "" if step == total_steps else f", and has been trained to {step}"
-    print(f"{workdir} is finished: {total_steps} updates were asked for{beyond}", flush=True)
+    print(f"{workdir} is finished: {count_of(total_steps, 'update was', 'updates were')} asked for{beyond}", flush=True)
 
 
 def _with_what_is_saved(error: UserError | OSError, place: places.Place) -> UserError:
@@ -290,7 +290,8 @@ class Run:
         found = judge(self._snapshot(), self.state, eval_step, callbacks.evaluators, self.progress)
         unread = agreed.listed(self.data.unread)
         if unread:
-            self.log.say(f"warning: {len(unread)} validation samples are skipped; the first: {unread[0]['reason']}")
+            skipped = count_of(len(unread), "validation sample is", "validation samples are")
+            self.log.say(f"warning: {skipped} skipped; the first: {unread[0]['reason']}")
             found = {**found, "validation_samples_skipped": len(unread)}
         if found:
             self.log.write(self.step, found)
@@ -322,6 +323,7 @@ class Run:
 
 def _describe(source: str, cfg: ConfigDict, data: Data, program: Program, total_steps: int) -> None:
     """Prints what is trained, on what data and devices, and warns of keys that are not used."""
-    print(f"{source}; {len(data.train)} samples, {total_steps} updates of {cfg.batch_size}, {program.describe()}",
+    print(f"{source}; {count_of(len(data.train), 'sample')}, {count_of(total_steps, 'update')} of {cfg.batch_size}, "
+          f"{program.describe()}",
           *data.describe(), *(f"warning: {line}" for line in [*void_keys.sentences(cfg), *program.void(cfg)]),
           sep="\n", flush=True)

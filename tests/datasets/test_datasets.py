@@ -72,7 +72,7 @@ def test_published_counts_of_vqa_rad(shared, split, protocol, counts):
 
 def test_a_cut_is_described_beside_the_whole(rad):
     assert describe(read_vqa_rad(rad, "test"), "vqa_rad", "test", "clean") == (
-        "vqa_rad test (clean): 2 questions on 1 images, 0 open, 2 closed; published: 451 questions on 203 images, 179 open, 272 closed")
+        "vqa_rad test (clean): 2 questions on 1 image, 0 open, 2 closed; published: 451 questions on 203 images, 179 open, 272 closed")
 
 
 def test_missing_images_are_counted(rad):

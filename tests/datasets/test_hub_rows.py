@@ -72,7 +72,7 @@ def test_three_columns_are_no_set(hub):
         assert "PathVQA" not in str(raised.value) and "pathvqa" not in str(raised.value)
     assert [s.answer_type for s in questions.load_samples("parquet", str(root), "test", "clean")[0]] == ["CLOSED",
                                                                                                          "OPEN"]
-    assert len(read_training(root)) == 1 and read_training(root).found[0].startswith("parquet train: 1 questions")
+    assert len(read_training(root)) == 1 and read_training(root).found[0].startswith("parquet train: 1 question ")
 
 
 CARDS = {"pathvqa": "---\npretty_name: PathVQA\n---\n# Dataset Card for PathVQA\n",
@@ -171,7 +171,7 @@ def test_an_evaluation_is_called_what_it_is(hub, tmp_path, capsys):
         metrics = json.loads((tmp_path / config / "metrics.json").read_text())
         assert (metrics["dataset"], metrics["n_closed"], metrics["n_open"]) == ("parquet", 2, 1)
         assert "the paper has no numbers of parquet" in metrics["published"]["reason"]
-        assert capsys.readouterr().out.startswith("parquet test: 3 questions on 1 images, 1 open, 2 closed\n")
+        assert capsys.readouterr().out.startswith("parquet test: 3 questions on 1 image, 1 open, 2 closed\n")
 
 
 # ---- every set under every other's name ----
@@ -261,5 +261,5 @@ def test_the_config_reads_it(hub):
     samples, training = questions.load_samples(cfg.data.name, cfg.data.root, cfg.data.split, cfg.protocol,
                                                **questions.further(cfg.data))
     assert len(samples) == 1 and training == []
-    assert questions.describe(cfg, samples) == "parquet test: 1 questions on 1 images, 0 open, 1 closed"
+    assert questions.describe(cfg, samples) == "parquet test: 1 question on 1 image, 0 open, 1 closed"
     assert questions.source_files(cfg.data) == [root / "data" / "test-00000-of-00001.parquet"]

@@ -123,7 +123,7 @@ def test_choices_of_json_lines_and_other_splits(folder):
     write(folder / "val.json", [choice(3)])
     assert [s.question_id for s in read_choices(folder)] == [1, "q2"]
     assert [s.question_id for s in read_choices(folder, "validation")] == [3]
-    assert describe(read_choices(folder), "choices", "test") == "choices test: 2 questions on 1 images, 2 multiple choice"
+    assert describe(read_choices(folder), "choices", "test") == "choices test: 2 questions on 1 image, 2 multiple choice"
 
 
 @pytest.mark.parametrize("changes, sentence", [
@@ -221,7 +221,7 @@ def test_what_a_place_looks_like(folder, tmp_path):
 def test_data_train_takes_each_of_them(folder):
     write(folder / "train.json", [choice(1), choice(2)])
     assert [r["conversations"][1]["value"] for r in read_training(folder).readable()] == ["B", "B"]
-    assert read_training(folder).found == ("choices train: 2 questions on 1 images, 2 multiple choice",)
+    assert read_training(folder).found == ("choices train: 2 questions on 1 image, 2 multiple choice",)
     write(folder / "train.json", [{"id": 1, "image": "a.jpg", "report": "x"}])
     assert [r["conversations"][1]["value"] for r in read_training(folder / "train.json", folder / "images").readable()] == ["x"]
     write(folder / "train.json", [record(1), record(2)])

@@ -71,7 +71,7 @@ def test_plain_questions_are_named_by_image_and_number(release):
 def test_training_takes_the_release_and_says_what_it_found(release):
     data = read_training(release)
     assert [record["image"] for record in data.readable()] == [[str(release / "images" / "train" / "train_0422.jpg")]]
-    assert data.found == ("pathvqa train (official): 1 questions on 1 images, 0 open, 1 closed; published: 19755 questions on 2599 "
+    assert data.found == ("pathvqa train (official): 1 question on 1 image, 0 open, 1 closed; published: 19755 questions on 2599 "
                           "images, 9949 open, 9806 closed",)
     assert len(read_training(release, split="validation")) == 1
 

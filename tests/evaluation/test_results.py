@@ -288,6 +288,16 @@ def test_what_cannot_be_is_found_before_a_model_is_loaded(make, more, sentence, 
     assert sentence in error and error.count("error: ") == 1 and not (tmp_path / "w").exists()
 
 
+def test_one_question_on_one_image_is_said_as_one(tmp_path, capsys):
+    root = own_set(tmp_path / "set")
+    (root / "test.json").write_text(json.dumps(json.loads((root / "test.json").read_text())[:1]))
+    argv = ["--config", str(ROOT / "configs" / "eval" / "llava_med.py"), f"--config.data.root={root}", "--checkpoint",
+            "preset:small", "--workdir", str(tmp_path / "w"), "--dry_run"]
+    assert cli.main(argv) == 0
+    out = capsys.readouterr().out
+    assert "llava_med test: 1 question on 1 image, 0 open, 1 closed\n" in out and "\n1 question; nothing is judged\n" in out
+
+
 def test_no_room_for_noise_is_found_before_a_model_is_loaded(tmp_path, monkeypatch, capsys):
     from llavamed_jax.evaluation.scoring import controls
 

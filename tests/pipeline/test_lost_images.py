@@ -164,7 +164,7 @@ def test_validation_images_that_cannot_be_read_are_counted_and_printed(recipe, t
     judged = [line for line in runs.log_lines(tmp_path / "run") if "validation_loss" in line]
     assert [line["validation_samples_skipped"] for line in judged] == [1, 1]
     said = capsys.readouterr().out
-    assert "warning: 1 validation samples are skipped; the first: " in said and "broken.png" in said
+    assert "warning: 1 validation sample is skipped; the first: " in said and "broken.png" in said
 
 
 # ---- questions that are asked on the way

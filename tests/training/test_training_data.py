@@ -61,7 +61,7 @@ def test_fractions_of_padding_are_those_of_the_batches(recipe, run, tmp_path, ca
     assert found["image_slots"] == batches[0]["pixel_values"].shape[1] >= 2
     said = capsys.readouterr().out
     assert f"12 samples of {found['mean_length']} tokens in the mean" in said
-    assert re.search(rf"packed rows an epoch, each of 96 tokens and {found['image_slots']} images; 2 an update", said)
+    assert re.search(rf"packed rows an epoch, each of 96 tokens and {found['image_slots']} images; 2 rows an update", said)
 
 
 def test_the_number_of_updates_comes_from_the_rows(recipe, run, tmp_path):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from llavamed_jax.errors import UserError
+from llavamed_jax.errors import UserError, count_of
 from llavamed_jax.utils import files, locks, progress
 from llavamed_jax.utils.hashes import sha256
 
@@ -122,3 +122,10 @@ def test_a_pipe_sees_no_bar():
     code = "from llavamed_jax.utils import progress\nfor _ in progress.over(['a'] * 3): pass"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stderr == done.stdout == ""
+
+
+@pytest.mark.parametrize("number, words, sentence", [
+    (0, ("image",), "0 images"), (1, ("image",), "1 image"), (2, ("image",), "2 images"), (11, ("image",), "11 images"),
+    (1, ("reply is", "replies are"), "1 reply is"), (0, ("reply is", "replies are"), "0 replies are")])
+def test_a_count_has_the_noun_of_its_number(number, words, sentence):
+    assert count_of(number, *words) == sentence

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from ml_collections import ConfigDict
 
-from llavamed_jax.errors import UsageError, UserError
+from llavamed_jax.errors import UsageError, UserError, count_of
 from llavamed_jax.evaluation.judging.prompts import JudgePrompt
 from llavamed_jax.openai_client.cache import JudgeCache, request_key
 from llavamed_jax.utils import terminal
@@ -83,12 +83,13 @@ class Estimate:
 
     def __str__(self) -> str:
         if not self.requests:
-            return f"nothing to ask; {self.kept} replies are kept"
+            return f"nothing to ask; {count_of(self.kept, 'reply is', 'replies are')} kept"
         cost = (f"at most {self.dollars:.2f} US dollars" if self.dollars is not None
                 else "no price is given (judge.price_prompt, _answer)")
-        return (f"{self.requests} requests and {self.kept} replies that are kept; about {self.prompt_tokens:,} tokens "
-                f"of prompts (one for {_BYTES_A_TOKEN} bytes) and at most {self.answer_tokens:,} of replies, without "
-                f"those that are asked for again: {cost}")
+        kept = count_of(self.kept, "reply that is kept", "replies that are kept")
+        return (f"{count_of(self.requests, 'request')} and {kept}; about {self.prompt_tokens:,} tokens of prompts (one "
+                f"for {_BYTES_A_TOKEN} bytes) and at most {self.answer_tokens:,} of replies, without those that are "
+                f"asked for again: {cost}")
 
 
 class Judge:

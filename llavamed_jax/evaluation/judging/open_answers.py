@@ -15,6 +15,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from llavamed_jax.datasets.sample import OPEN, VqaSample, kind
+from llavamed_jax.errors import count_of
 from llavamed_jax.evaluation.judging.judge import Judge, Verdict, report_unscored
 from llavamed_jax.evaluation.judging.prompts import OPEN_PROMPT, open_prompt, read_prompt, read_right
 from llavamed_jax.evaluation.scoring import statistics
@@ -54,7 +55,7 @@ def open_texts(judge: Judge, samples: Sequence[VqaSample],
 def plan(judge: Judge, samples: Sequence[VqaSample], texts: Sequence[str]) -> str:
     """Returns one line that says what judging these answers will cost."""
     prompts = open_texts(judge, samples, texts)[2]
-    return f"judge {judge.service.where}, {len(prompts)} open answers: {judge.estimate(prompts)}"
+    return f"judge {judge.service.where}, {count_of(len(prompts), 'open answer')}: {judge.estimate(prompts)}"
 
 
 def judge_open(judge: Judge, answers: AnswerSet, seed: int) -> Judged:
