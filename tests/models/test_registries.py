@@ -145,8 +145,12 @@ def theirs():
 
 @pytest.fixture
 def built(theirs, tmp_path):
-    decoder, tower = ({k: v.numpy() for k, v in model.state_dict().items()} for model in theirs)
-    tiny.save(tmp_path / "decoder", {"model_type": "toy_norms", **TEXT}, decoder)
+    return joined(*theirs, TEXT, tmp_path)
+
+
+def joined(decoder, tower, text, tmp_path):
+    decoder, tower = ({k: v.numpy() for k, v in model.state_dict().items()} for model in (decoder, tower))
+    tiny.save(tmp_path / "decoder", {"model_type": "toy_norms", **text}, decoder)
     tiny.save(tmp_path / "tower", {"model_type": "toy_tower", **VISION}, tower)
     return build(tmp_path / "decoder", tmp_path / "tower", "mlp2x_gelu", tmp_path / "scratch")[0]
 
@@ -167,6 +171,62 @@ def test_both_compute_what_transformers_computes(built, theirs, scan):
     np.testing.assert_allclose(model.apply({"params": params}, IDS[:, 5:]), logits, atol=2e-5)
     got = model.apply({"params": params}, PIXELS[0], method=lambda model, x: model.vision_tower(x))
     np.testing.assert_allclose(got, states[cfg.feature_layer].numpy(), atol=2e-5)
+
+
+# The keys of a Qwen3 that limit its window, and the window that its layers have.
+WINDOWS = [({"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 0}, 3), ({"sliding_window": 3, "use_sliding_window": False}, None),
+           ({"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 2}, None),
+           ({"use_sliding_window": True, "sliding_window": 3, "layer_types": ["sliding_attention"] * 2}, 3),
+           ({"use_sliding_window": True, "sliding_window": 3, "layer_types": ["full_attention"] * 2}, None)]
+
+
+@pytest.mark.parametrize("keys, window", WINDOWS)
+def test_biases_and_windows_of_a_new_kind_are_read(keys, window, theirs, tmp_path):
+    text = {**TEXT, **keys, "attention_bias": True}
+    torch.manual_seed(1)
+    decoder = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**text, rope_parameters={"rope_type": "default", "rope_theta": 1e6}))
+    with torch.no_grad():
+        for name, x in decoder.named_parameters():
+            x.copy_(torch.randn(x.shape) * 0.15 + ("norm" in name))
+        logits = decoder.eval()(torch.tensor(IDS[:, [0, *[5] * 4, 6, 7, 8]]).long()).logits.numpy()
+    checkpoint = joined(decoder, theirs[1], text, tmp_path)
+    cfg = checkpoint.config
+    assert (cfg.decoder.attention_bias, cfg.decoder.mlp_bias, cfg.decoder.sliding_window) == (True, False, window)
+    got = llava.Llava(cfg).apply({"params": load_params(checkpoint)}, IDS[:, [0, *[5] * 4, 6, 7, 8]])
+    np.testing.assert_allclose(got, logits, atol=2e-5)
+    again = NormsConfig.from_hf(json.loads(json.dumps(cfg.decoder.to_hf())))
+    assert again == cfg.decoder
+    written = transformers.Qwen3Config(**cfg.decoder.to_hf())
+    assert (written.attention_bias, written.sliding_window, set(written.layer_types)) == (
+        True, window, {"full_attention" if window is None else "sliding_attention"})
+
+
+@pytest.mark.parametrize("keys, sentence", [
+    ({"sliding_window": 3, "max_window_layers": 1}, "max_window_layers is 1; 0 .all 2 layers have the window. or 2 .none has it. was expected"),
+    ({"sliding_window": 3, "max_window_layers": "x"}, "max_window_layers is 'x'; 0 "),
+    ({"sliding_window": 3, "use_sliding_window": "no"}, "use_sliding_window is 'no'; true or false was expected"),
+    ({"sliding_window": 0}, "sliding_window 0; a whole number of at least 1 was expected"),
+    ({"sliding_window": 3, "layer_types": ["full_attention", "sliding_attention"]}, "one window for all layers, or full_attention"),
+    ({"layer_types": ["sliding_attention"] * 2}, "its window None; one window for all layers"),
+    ({"layer_types": ["linear_attention"] * 2}, "layer_types is .'linear_attention', .*one window for all layers"),
+    ({"layer_types": "full_attention"}, "layer_types is 'full_attention' and"),
+    ({"attention_bias": "yes"}, "attention_bias 'yes'; true or false was expected"),
+    ({"mlp_bias": True}, "the decoder's mlp_bias is true; false was expected, since the layers of toy_norms have no such biases here")])
+def test_what_a_new_kind_does_not_do_is_refused(keys, sentence, monkeypatch):
+    bare = "\n".join(line for line in NormsConfig.table.splitlines() if not ("/mlp/" in line and "/bias" in line))
+    monkeypatch.setattr(NormsConfig, "table", bare)
+    assert NormsConfig.from_hf({"model_type": "toy_norms", **TEXT, "sliding_window": 4}).sliding_window == 4
+    with pytest.raises(UserError, match=sentence):
+        NormsConfig.from_hf({"model_type": "toy_norms", **TEXT, **keys})
+
+
+def test_llama_and_mistral_read_what_their_own_code_reads():
+    keys = {"attention_bias": True, "mlp_bias": True, "sliding_window": 4, "use_sliding_window": False, "max_window_layers": 1,
+            "layer_types": ["full_attention", "sliding_attention"]}
+    read = lambda kind: DecoderConfig.from_hf({"model_type": kind, **TEXT, **keys})
+    fields = lambda d: (d.attention_bias, d.mlp_bias, d.sliding_window)
+    assert (fields(read("llama")), fields(read("mistral"))) == ((True, True, None), (False, False, 4))
+    assert "sliding_window" not in read("llama").to_hf() and "max_window_layers" not in read("mistral").to_hf()
 
 
 def test_scanned_layers_refuse_caches(built):

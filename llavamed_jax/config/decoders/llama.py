@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from llavamed_jax.config.checks import check_activation, check_counts, check_fields, number, token_ids
+from llavamed_jax.config.checks import check_activation, check_counts, check_fields, is_plain, number, token_ids
 from llavamed_jax.config.rope import RopeScaling, read_rope
 from llavamed_jax.config.tensors import Row, kernel_axes, rows
 from llavamed_jax.errors import UserError, short
@@ -20,6 +20,9 @@ _TEXT_DEFAULTS = {
                     num_attention_heads=32, num_key_value_heads=8, rms_norm_eps=1e-6, rope_theta=1e4,
                     max_position_embeddings=131072, sliding_window=4096),
 }
+_WINDOW_KEYS = ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types")
+# The keys that LlamaConfig and MistralConfig do not obey, and `from_hf` therefore does not read.
+_UNREAD = {"llama": _WINDOW_KEYS, "mistral": ("attention_bias", "mlp_bias", *_WINDOW_KEYS[1:])}
 TABLE = """
 embed_tokens/embedding                    embed_tokens.weight                        V D
 layers_#/input_layernorm/scale            layers.#.input_layernorm.weight            D
@@ -40,13 +43,15 @@ layers_#/mlp/up_proj/bias                 layers.#.mlp.up_proj.bias             
 layers_#/mlp/down_proj/bias               layers.#.mlp.down_proj.bias                D
 norm/scale                                norm.weight                                D
 """
+# Field -> the part of a name in the table that its biases have.
+_BIASED = {"attention_bias": "/self_attn/", "mlp_bias": "/mlp/"}
 
 
 @dataclass(frozen=True)
 class DecoderConfig:
     """A LLaMA-family decoder: LLaMA, Vicuna or Mistral.
 
-    A subclass for another kind of decoder sets its own `table` and `defaults`.
+    A subclass for another kind of decoder sets its own `architecture`, `table`, `defaults` and `hf_class`.
 
     Attributes:
       vocab_size: V, rows of the embedding table.
@@ -59,19 +64,20 @@ class DecoderConfig:
       rms_norm_eps: eps of the norms.
       rope_theta: base of the rotary frequencies.
       max_position_embeddings: positions that the model was trained with.
-      sliding_window: width of the attention window in tokens (Mistral only); None for no window.
+      sliding_window: width of the attention window in tokens (not LLaMA's); None for no window.
       tie_word_embeddings: whether the head is the embedding table.
-      architecture: `model_type` of transformers, `llama` or `mistral`.
+      architecture: `model_type` of transformers.
       bos_token_id: id that begins a sequence; None for none.
       eos_token_id: first id that ends a sequence; None for none.
       pad_token_id: id of padding; None for none.
       more_eos_ids: further ids that end a sequence.
       rope_scaling: scaling of the rotary frequencies; None for none.
-      attention_bias: whether query, key, value and output have biases (LLaMA only).
-      mlp_bias: whether the feed-forward layers have biases (LLaMA only).
+      attention_bias: whether query, key, value and output have biases (not Mistral's).
+      mlp_bias: whether the feed-forward layers have biases (not Mistral's).
       hidden_act: the activation, by its name in transformers.
       table: the tensors (`config/tensors.py`) without the head.
       defaults: architecture -> transformers' values for absent keys.
+      unread: architecture -> keys of biases and window that its own code does not obey; others are read, or refused.
     """
 
     vocab_size: int
@@ -98,6 +104,7 @@ class DecoderConfig:
 
     table = TABLE
     defaults = _TEXT_DEFAULTS
+    unread = _UNREAD
 
     def __post_init__(self):
         check_fields(self, "decoder ")
@@ -106,6 +113,10 @@ class DecoderConfig:
         if self.head_dim % 2:
             raise UserError(f"head_dim {self.head_dim} is odd; rotary embedding needs an even width")
         check_activation("the decoder's hidden_act", self.hidden_act)
+        for key, module in _BIASED.items():
+            if getattr(self, key) and not any(_is_bias(row.name, module) for row in rows(self.table)):
+                raise UserError(f"the decoder's {key} is true; false was expected, since the layers of "
+                                f"{self.architecture} have no such biases here")
 
     @property
     def hf_class(self) -> str:
@@ -124,10 +135,8 @@ class DecoderConfig:
 
     def tensors(self) -> tuple[Row, ...]:
         """Returns the lines of the table that this decoder has."""
-        without = tuple(module for module, has_bias in (("/self_attn/", self.attention_bias), ("/mlp/", self.mlp_bias))
-                        if not has_bias)
-        return tuple(row for row in rows(self.table)
-                     if not (row.name.endswith("/bias") and any(m in row.name for m in without)))
+        without = [module for key, module in _BIASED.items() if not getattr(self, key)]
+        return tuple(row for row in rows(self.table) if not any(_is_bias(row.name, module) for module in without))
 
     @property
     def max_positions(self) -> int:
@@ -137,36 +146,38 @@ class DecoderConfig:
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any], architecture: str | None = None) -> "DecoderConfig":
-        """Reads a `LlamaConfig` or `MistralConfig` dict, with either spelling of the RoPE settings.
+        """Reads a decoder's config as transformers writes it, with either spelling of the RoPE settings.
 
         Args:
           config: the dict.
           architecture: replaces its `model_type`; None keeps it.
 
         Raises:
-          UserError: another architecture, or a RoPE scaling or activation that this model does not have.
+          UserError: another architecture, or a RoPE scaling, activation, bias or window that this model does not have.
         """
         arch = architecture or config.get("model_type", "llama")
         if not isinstance(arch, str) or arch not in cls.defaults:
-            raise UserError(f"the decoder's model_type is {short(arch)}; llama or mistral was expected")
+            raise UserError(f"the decoder's model_type is {short(arch)}; {' or '.join(cls.defaults)} was expected")
         defaults = cls.defaults[arch]
         # For a window and for key/value heads null is a value; for other keys it stands for the default.
         c = {**defaults, **{k: v for k, v in config.items()
                             if v is not None or k not in defaults or k in ("sliding_window", "num_key_value_heads")}}
+        for key in cls.unread.get(arch, ()):
+            c.pop(key, None)
         check_counts(c, ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
                          "max_position_embeddings",
                          *(["num_key_value_heads"] if c.get("num_key_value_heads") else [])])
         theta, scaling = read_rope(config, defaults["rope_theta"], c["max_position_embeddings"])
-        biases = {key: c.get(key) or False for key in ("attention_bias", "mlp_bias")} if arch == "llama" else {}
         heads = c["num_attention_heads"]
         return cls(
             vocab_size=c["vocab_size"], hidden_size=c["hidden_size"], intermediate_size=c["intermediate_size"],
             num_layers=c["num_hidden_layers"], num_heads=heads, num_kv_heads=c.get("num_key_value_heads") or heads,
             head_dim=c.get("head_dim") or c["hidden_size"] // heads,
             rms_norm_eps=number(c["rms_norm_eps"], "rms_norm_eps"),
-            rope_theta=theta, rope_scaling=scaling, hidden_act=c.get("hidden_act") or "silu", **biases,
+            rope_theta=theta, rope_scaling=scaling, hidden_act=c.get("hidden_act") or "silu",
+            **{key: c.get(key) or False for key in _BIASED},
             max_position_embeddings=c["max_position_embeddings"],
-            sliding_window=c.get("sliding_window") if arch == "mistral" else None,
+            sliding_window=_window(c),
             tie_word_embeddings=bool(c.get("tie_word_embeddings", False)), architecture=arch,
             bos_token_id=c.get("bos_token_id", 1), pad_token_id=c.get("pad_token_id"),
             **cls.ends_with(token_ids(c.get("eos_token_id", 2), "eos_token_id")))
@@ -185,8 +196,10 @@ class DecoderConfig:
                    max_position_embeddings=self.max_position_embeddings, tie_word_embeddings=self.tie_word_embeddings,
                    attention_bias=self.attention_bias, mlp_bias=self.mlp_bias, bos_token_id=self.bos_token_id,
                    eos_token_id=self.eos_value, pad_token_id=self.pad_token_id)
-        if self.architecture == "mistral":
-            out["sliding_window"] = self.sliding_window
+        window = dict(sliding_window=self.sliding_window, use_sliding_window=self.sliding_window is not None,
+                      max_window_layers=0)
+        unread = self.unread.get(self.architecture, ())
+        out |= {key: value for key, value in window.items() if key not in unread}
         if scaling.get("rope_type") == "linear":  # versions before 4.43 accept exactly these two keys
             out["rope_scaling"] = {"type": "linear", "factor": scaling["factor"]}
         elif scaling:
@@ -219,3 +232,36 @@ class DecoderConfig:
         """Returns the FLOPs of one token's forward pass in a row of `length` tokens: 2 N + causal attention (half)."""
         span = min(length, self.sliding_window or length)
         return 2 * self.matmul_parameters + 2 * self.num_layers * self.num_heads * self.head_dim * span
+
+
+def _is_bias(name: str, module: str) -> bool:
+    """Returns whether a name of the table is a bias in this part of a layer, such as `/mlp/`."""
+    return name.endswith("/bias") and module in name
+
+
+def _window(config: Mapping[str, Any]) -> int | None:
+    """Returns the window of a `config.json`, which its keys may limit to some layers; None for no window.
+
+    Raises:
+      UserError: only some of the layers have the window, or some have another kind of attention.
+    """
+    window, layers = config.get("sliding_window"), config["num_hidden_layers"]
+    is_used, first = config.get("use_sliding_window", True), config.get("max_window_layers", 0)
+    if not isinstance(is_used, bool | None):
+        raise UserError(f"the decoder's use_sliding_window is {short(is_used)}; true or false was expected")
+    window, kinds = window if is_used else None, config.get("layer_types")
+    if kinds is not None:
+        named = set(kinds) if isinstance(kinds, list) and all(isinstance(kind, str) for kind in kinds) else {None}
+        if named == {"full_attention"}:
+            return None
+        if named == {"sliding_attention"} and window is not None:
+            return window
+        raise UserError(f"the decoder's layer_types is {short(kinds)} and its window {short(window)}; one window for "
+                        "all layers, or full_attention for all, was expected")
+    if window is None:
+        return None
+    first = 0 if first is None else first
+    if not is_plain(first, (int,)) or 0 < first < layers:
+        raise UserError(f"the decoder's max_window_layers is {short(first)}; 0 (all {layers} layers have the window) "
+                        f"or {layers} (none has it) was expected")
+    return window if first <= 0 else None
