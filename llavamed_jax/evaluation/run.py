@@ -201,7 +201,7 @@ def _ask(evaluation: Evaluation, answerer: Answerer, key: Mapping,
       The predictions about the own images (`OWN`) and those of each control, and further objects for `metrics.json`.
     """
     cfg, samples, generation = evaluation.cfg, evaluation.samples, evaluation.generation
-    machine = getattr(answerer, "machine", dict)()
+    machine = answerer.machine()
     index, count = distributed.process_index(), distributed.process_count()
 
     def partial(name: str) -> Partial:

@@ -25,6 +25,7 @@ from llavamed_jax.evaluation.report import chat_report
 from llavamed_jax.utils.files import to_jsonl, write_text
 from tests.evaluation.test_against import scalars
 from tests.evaluation.test_report import Page
+from tests.support.answerers import StandIn
 from tests.support.chat_set import (
     CONFIG,
     ROOT,
@@ -221,7 +222,7 @@ def test_a_dry_run_asks_nothing(folder, monkeypatch, capsys):
 
 
 @dataclass
-class Answerer:
+class Answerer(StandIn):
     """Answers by number; on an image that is not the question's own, as another number."""
 
     name: str = "tested"
@@ -233,9 +234,6 @@ class Answerer:
             self.asked += 1
             question, image = questions[i]
             yield i, Answer(f"answer {numbers.get((question, Path(image).name), 193)}", "stop")
-
-    def facts(self):
-        return {}
 
 
 def test_a_model_is_asked_and_judged_and_so_is_the_control(few):

@@ -18,6 +18,7 @@ from llavamed_jax.evaluation.scoring.controls import exchanged_images
 from llavamed_jax.evaluation.scoring.items import AnswerSet
 from llavamed_jax.evaluation.scoring.predictions import check_asked, image_names
 from llavamed_jax.utils.files import to_jsonl
+from tests.support.answerers import StandIn
 
 ROOT = Path(__file__).resolve().parents[2]
 SAMPLE = ROOT / "samples" / "vqa_rad"
@@ -32,7 +33,7 @@ def line(number, **fields):
     return {"question_id": number, "text": "yes", **fields}
 
 
-class Yes:
+class Yes(StandIn):
     """Answers yes to everything."""
 
     name = "yes"

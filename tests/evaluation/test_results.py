@@ -21,13 +21,14 @@ from llavamed_jax.evaluation.answering.answerer import Answer
 from llavamed_jax.evaluation.report import tensorboard
 from llavamed_jax.utils.files import to_jsonl
 from tests.evaluation.test_joined_predictions import predictions
+from tests.support.answerers import StandIn
 
 ROOT = Path(__file__).resolve().parents[2]
 SAMPLE = ROOT / "samples" / "vqa_rad"
 SAMPLES = read_vqa_rad(SAMPLE, "test")
 
 
-class Says:
+class Says(StandIn):
     """A model that always says one thing; `seen` counts how often it was asked."""
 
     def __init__(self, text):
@@ -39,9 +40,6 @@ class Says:
         for i in asked:
             self.seen += 1
             yield i, Answer(self.text, "stop")
-
-    def facts(self):
-        return {}
 
     def describe(self):
         return {"template": self.text}

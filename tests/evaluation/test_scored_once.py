@@ -12,22 +12,20 @@ from llavamed_jax.evaluation import metrics
 from llavamed_jax.evaluation.answering.answerer import Answer
 from llavamed_jax.evaluation.scoring import captions, predictions, strict
 from llavamed_jax.utils.files import to_jsonl
+from tests.support.answerers import StandIn
 from tests.support.chat_set import ROOT, SAMPLE
 
 SAMPLES = read_vqa_rad(SAMPLE, "test")
 OPEN = sum(sample.answer_type == "OPEN" for sample in SAMPLES)
 
 
-class Says:
+class Says(StandIn):
     """Answers with the question's last word, and so sometimes right, sometimes wrong."""
 
     name, model = "says", None
 
     def answers(self, questions, asked, generation, failed):
         yield from ((i, Answer("yes" if i % 2 else questions[i][0].split()[-1], "stop")) for i in asked)
-
-    def facts(self):
-        return {}
 
 
 @pytest.fixture

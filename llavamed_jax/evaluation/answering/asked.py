@@ -32,8 +32,7 @@ _PACKAGES = ("numpy", "pillow", "pydicom")  # packages that read the images, for
 
 def record(answerer: Answerer, generation: Generation) -> dict:
     """Returns the object `asked` of `metrics.json`: all of `KEYS`, and whatever else the answerer states."""
-    described = getattr(answerer, "describe", dict)()  # optional: a stand-in for a model may lack it
-    return dict.fromkeys(KEYS) | described | {"generation": vars(generation)}
+    return dict.fromkeys(KEYS) | answerer.describe() | {"generation": vars(generation)}
 
 
 _WORDS = ("template", "tower", "tokenizer", "dtype", "mesh", "quantize", "adapter", "endpoint", "predictions")
@@ -72,7 +71,7 @@ def key(answerer: Answerer, cfg: ConfigDict, samples: Sequence[VqaSample], sourc
               if not any(name == key or name.startswith(f"{key}.") for key in _BESIDE)}
     return {
         **{name: value for name, value in given.items() if value is not None},
-        **getattr(answerer, "depends_on", dict)(),
+        **answerer.depends_on(),
         **{f"the config key {name!r}": value for name, value in config.items()},
         "the order of the questions": short_hash([str(sample.question_id) for sample in samples]),
         **{f"question {cut(str(sample.question_id))}": short_hash(sample.question) for sample in samples},
