@@ -1,5 +1,6 @@
 """The files of an evaluation: whole and of one evaluation, whatever was there before, whatever the disk says and whoever else begins."""
 
+import contextlib
 import errno
 import json
 import os
@@ -197,7 +198,8 @@ def test_many_at_once_on_a_new_directory(tmp_path):
 
     def begin(n):
         for _ in range(30):
-            work.mkdir(exist_ok=True)
+            with contextlib.suppress(FileExistsError):  # of `exist_ok` too, where another thread removes it at this moment
+                work.mkdir(exist_ok=True)
             try:
                 with results.locked(work):
                     inside.append(n)
