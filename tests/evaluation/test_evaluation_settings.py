@@ -30,6 +30,7 @@ from llavamed_jax.evaluation.scoring.predictions import read_predictions
 from llavamed_jax.processor import Processor
 from llavamed_jax.text.tokenizer import Tokenizer
 from llavamed_jax.utils.files import to_jsonl
+from tests.support.answerers import StandIn
 from tests.support.words import instead
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -149,7 +150,7 @@ def test_what_is_only_computed_of_the_answers_asks_nothing_anew(tmp_path):
     """Answers of a start that was stopped are taken over by one with other comparisons, and not by one with another seed."""
     def key(name, **changes):
         job = evaluation(tmp_path / name, **changes)
-        return asked.key(None, job.cfg, job.samples, {"checkpoint": "runs/x"}, {})
+        return asked.key(StandIn(), job.cfg, job.samples, {"checkpoint": "runs/x"}, {})
 
     assert key("a") == key("b", **{"published": "from_llava", "data.trained_on": SAMPLE, "data.trained_on_images": "x"}) != key("c", seed=1)
 
