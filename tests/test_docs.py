@@ -77,7 +77,7 @@ def test_every_file_that_a_page_names_exists(page):
 
 def test_the_map_has_every_room_in_the_order_of_the_imports():
     text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
-    there = {path.stem for path in PACKAGE.iterdir() if path.is_dir() or path.suffix == ".py"} - {
+    there = {path.stem for path in PACKAGE.iterdir() if (path / "__init__.py").is_file() or path.suffix == ".py"} - {
         "__init__",
         "__pycache__",
     }
