@@ -34,7 +34,7 @@ from llavamed_jax.generation.requests import Request
 from llavamed_jax.models.llava import Llava
 from llavamed_jax.parallel.mesh import make_mesh
 from llavamed_jax.training import optimizer, state
-from llavamed_jax.training.step import llava_loss, make_train_step, place
+from llavamed_jax.training.step import llava_loss, make_train_step, put_batch
 from llavamed_jax.utils.paths import local
 
 TRAINABLE = ["projector/.*", "decoder/.*"]  # stage 2
@@ -94,7 +94,7 @@ def train_step(B: int, T: int, repeats: int) -> dict:
     shardings = state.state_shardings(pair.cfg, pair.stacked, TRAINABLE, update, mesh)
     train_state = state.create(pair.cfg, pair.stacked, TRAINABLE, update, mesh, np.float32)
     step = make_train_step(llava_loss(Llava(pair.cfg, scan=True)), update, schedule, mesh, shardings)
-    rows, losses = place(batch, mesh), ([], [])
+    rows, losses = put_batch(batch, mesh), ([], [])
 
     def ours():
         nonlocal train_state

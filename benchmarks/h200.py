@@ -122,7 +122,7 @@ def _train(size: Size, trainable: list[str]) -> dict:
     from llavamed_jax.models import llava
     from llavamed_jax.parallel.mesh import make_mesh
     from llavamed_jax.training import optimizer, state, throughput
-    from llavamed_jax.training.step import llava_loss, make_train_step, place
+    from llavamed_jax.training.step import llava_loss, make_train_step, put_batch
 
     cfg, mesh, dtype = preset(size.preset), make_mesh("data=1", jax.devices()[:1]), jnp.dtype(size.dtype)
     B, T, I, P = size.train_rows, size.train_length, size.train_images, cfg.tokens_per_image
@@ -143,7 +143,7 @@ def _train(size: Size, trainable: list[str]) -> dict:
     del params
     loss = llava_loss(llava.Llava(cfg, dtype, scan=True, remat="full"))
     step = make_train_step(loss, update, schedule, mesh, shardings)
-    rows, losses = place(batch, mesh), []
+    rows, losses = put_batch(batch, mesh), []
 
     def run():
         nonlocal train_state

@@ -31,7 +31,7 @@ from llavamed_jax.models.decoders.llama import head_kernel
 from llavamed_jax.models.llava import Llava
 from llavamed_jax.parallel.mesh import make_mesh
 from llavamed_jax.training import losses, optimizer, state
-from llavamed_jax.training.step import make_train_step, place
+from llavamed_jax.training.step import make_train_step, put_batch
 from llavamed_jax.utils.paths import local
 
 ADAMW = ConfigDict(dict(learning_rate=2e-5, warmup_ratio=0.0, weight_decay=0.0, clip_norm=1.0, b1=0.9, b2=0.999, eps=1e-8,
@@ -76,7 +76,7 @@ class Program:
         self.state = state.create(cfg, params, trainable, update, self.mesh, jnp.float32)
         shardings = state.state_shardings(cfg, params, trainable, update, self.mesh)
         self.step = make_train_step(loss, update, schedule, self.mesh, shardings)
-        memory = self.step.lower(self.state, place(batch, self.mesh)).compile().memory_analysis()
+        memory = self.step.lower(self.state, put_batch(batch, self.mesh)).compile().memory_analysis()
         self.temporaries = memory.temp_size_in_bytes
 
     def __call__(self, rows) -> tuple[float, float]:
@@ -98,7 +98,7 @@ def batch_of(cfg, B: int, T: int, supervised: float) -> dict:
 def measure(cfg, params, stage: str, B: int, T: int, supervised: float, repeats: int) -> dict:
     batch = batch_of(cfg, B, T, supervised)
     programs = {name: Program(cfg, params, STAGES[stage], way, batch) for name, way in WAYS.items()}
-    rows = place(batch, make_mesh("data=1", jax.devices()[:1]))
+    rows = put_batch(batch, make_mesh("data=1", jax.devices()[:1]))
     runs = {name: [] for name in programs}
     for _ in range(repeats + 1):  # in turns, so that a busy machine disturbs all alike; the first is a warm-up
         for name, program in programs.items():

@@ -41,7 +41,7 @@ from llavamed_jax.parallel.mesh import make_mesh
 from llavamed_jax.training import optimizer as optimizers
 from llavamed_jax.training import state as states
 from llavamed_jax.training.program import to_disk
-from llavamed_jax.training.step import llava_loss, make_train_step, place
+from llavamed_jax.training.step import llava_loss, make_train_step, put_batch
 from tests.support import hf
 
 UPDATES, BATCHES, ROWS, LENGTH, HIGH_RATE = 50, 8, 4, 30, 1e-3
@@ -178,7 +178,7 @@ def train_here(before: dict[str, np.ndarray], cfg: LlavaConfig, recipe: ConfigDi
     state = states.create(cfg, params, trainable, optimizer, mesh, jnp.float32)
     step = make_train_step(llava_loss(Llava(cfg, scan=True), weighting), optimizer, schedule, mesh,
                            states.state_shardings(cfg, params, trainable, optimizer, mesh), micro_batches, weighting)
-    placed, losses = [place(rows, mesh) for rows in batches], []
+    placed, losses = [put_batch(rows, mesh) for rows in batches], []
     for update in range(UPDATES):
         state, metrics = step(state, placed[update % len(batches)])
         losses.append(metrics["loss"])

@@ -1,7 +1,7 @@
 """Sharding as data: a mesh of three axes, and one table from logical to mesh axes.
 
 Other modules name logical axes and take shardings from here. Outside this file, mesh axes are named where rows, heads
-or devices are counted, and `jax.shard_map` divides the attention kernels, the loss and the embedding's gradient.
+or devices are counted, and `jax.shard_map` divides the loss and the embedding's gradient, which add up over devices.
 
 The tables of a model's parts give the logical axes of its parameters (`models.llava.param_axes`); `param_shardings`
 looks up every leaf, and raises an error that names the leaf if no rule or two rules match it, or if a dimension is not
@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -179,6 +179,26 @@ def constrain_weight(x, *logical: str | None):
     finer = AbstractMesh((sizes[0], fsdp // STAGE, STAGE, sizes[1]), ("data", "fsdp", "last", "tp"),
                          axis_types=(AxisType.Auto,) * 4)
     return jax.lax.with_sharding_constraint(x, NamedSharding(finer, spec_of(logical)))
+
+
+def on_each_device(work: Callable, in_axes: Sequence[Sequence[str | None] | None],
+                   out_axes: Sequence[str | None]) -> Callable:
+    """Divides work over the devices of the current mesh; without a mesh the work stays as it is.
+
+    The parts must be independent: the devices do not communicate.
+
+    Args:
+      work: maps arrays to one array.
+      in_axes: logical axes of each argument; None for an argument that is None.
+      out_axes: logical axes of the result.
+
+    Returns:
+      The work, of which each device does its own part.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return work
+    in_specs = tuple(None if axes is None else spec_of(axes) for axes in in_axes)
+    return jax.shard_map(work, in_specs=in_specs, out_specs=spec_of(out_axes), check_vma=False)
 
 
 def param_shardings(params: Any, rules: Sequence[tuple[str, tuple]], mesh: Mesh) -> Any:

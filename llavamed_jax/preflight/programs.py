@@ -112,7 +112,7 @@ class Training:
         return step.lower(program.abstract_state(), self.batch())
 
     def batch(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """Returns the rows of an update as shapes, sharded as `step.place` does."""
+        """Returns the rows of an update as shapes, sharded as `step.put_batch` does."""
         rows, B, T = batch_sharding(self.program.mesh), self.update.rows, self.update.row_length
         vision = self.program.model.cfg.vision
         batch = {name: jax.ShapeDtypeStruct((B, T), jnp.int32, sharding=rows)

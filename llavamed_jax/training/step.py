@@ -112,7 +112,7 @@ def make_eval_step(loss_fn: LossFn, mesh: Mesh) -> Callable[[TrainState, Batch],
     return _within(mesh, jax.jit(lambda state, batch: loss_fn(state.params, batch), out_shardings=replicated(mesh)))
 
 
-def place(batch: Mapping[str, Any], mesh: Mesh) -> Batch:
+def put_batch(batch: Mapping[str, Any], mesh: Mesh) -> Batch:
     """Places the model's inputs on the devices: this process's rows of a batch, numpy arrays [B,...]."""
     rows = batch_sharding(mesh)
     with jax.transfer_guard_host_to_device("allow"):  # with several processes JAX counts this as an implicit transfer

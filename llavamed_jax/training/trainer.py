@@ -30,7 +30,7 @@ from llavamed_jax.training.rows import Data, row_multiple
 from llavamed_jax.training.saver import Saver
 from llavamed_jax.training.start import open_start, with_own_tokenizer
 from llavamed_jax.training.state import TrainState
-from llavamed_jax.training.step import make_eval_step, make_train_step, place
+from llavamed_jax.training.step import make_eval_step, make_train_step, put_batch
 from llavamed_jax.training.step_agreement import StepAgreement
 from llavamed_jax.training.throughput import batch_counts
 from llavamed_jax.training.validation import judge
@@ -264,7 +264,7 @@ class Run:
         batch, missed, skipped = self._next_batch()
         # An implicit transfer between host and device would also block on the device.
         with jax.transfer_guard("disallow"):
-            placed = place(batch, self.program.mesh)
+            placed = put_batch(batch, self.program.mesh)
             reader.make_room()
             self.state, metrics = train_step(self.state, placed)
         self.step += 1

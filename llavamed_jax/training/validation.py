@@ -14,7 +14,7 @@ from llavamed_jax.training.callbacks import Evaluator, Snapshot
 from llavamed_jax.training.metrics_reader import IN_FLIGHT, read
 from llavamed_jax.training.progress import Progress
 from llavamed_jax.training.state import TrainState
-from llavamed_jax.training.step import place
+from llavamed_jax.training.step import put_batch
 from llavamed_jax.training.step_agreement import PATIENCE_S
 from llavamed_jax.utils import signals
 
@@ -52,7 +52,7 @@ def _validation_loss(snapshot: Snapshot, state: TrainState, eval_step) -> float:
         for batch in batches:
             while len(under_way) >= IN_FLIGHT:  # otherwise the devices would fill with queued batches
                 parts.append(read(under_way.popleft()))
-            under_way.append(eval_step(state, place(batch, snapshot.program.mesh)))
+            under_way.append(eval_step(state, put_batch(batch, snapshot.program.mesh)))
     total, count = map(math.fsum, zip(*parts, *map(read, under_way), strict=True))
     if not count:
         raise UserError(f"no sample of the validation data {snapshot.data.cfg.data.validation} has a supervised token")

@@ -266,7 +266,7 @@ def test_a_random_model_with_a_linear_projector_equals_torch(tmp_path, measured)
             return 1 + 0.3 * values
         return values if "embed" in name else 0.2 * values if len(shape) == 1 else values * np.float32(shape[1] ** -0.5)
     tensors = {name: draw(name, shape).astype(np.float32) for name, shape in shapes.items()}
-    tower = originals.filled(originals.tower_shapes(originals.V1_TOWER, "vision_model."), 0.05)
+    tower = originals.filled(originals.clip_shapes(originals.V1_TOWER, "vision_model."), 0.05)
     originals.write(tmp_path / "tiny-tower", originals.V1_TOWER, tower)
     model = load(originals.write(tmp_path / "v1", config, tensors), dtype="float32")
     reference = originals.Reference(config, originals.V1_TOWER, tensors | tower)

@@ -15,6 +15,8 @@ from safetensors.numpy import save_file
 
 torch = pytest.importorskip("torch", reason="torch's CPU build is not installed")
 
+from tests.support.tiny import clip_shapes  # noqa: E402
+
 IMAGE = -200
 TOWER = dict(model_type="clip_vision_model", hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
              image_size=28, patch_size=14, hidden_act="quick_gelu", layer_norm_eps=1e-5)
@@ -41,19 +43,6 @@ def filled(shapes, scale):
         wave = scale * np.sin(0.7 * (np.arange(math.prod(shapes[name])) + 1) + 1.3 * (k + 1)).reshape(shapes[name])
         tensors[name] = (wave + ("norm" in name and name.endswith("weight"))).astype(np.float32)
     return tensors
-
-
-def tower_shapes(config, prefix):
-    D, F, p = config["hidden_size"], config["intermediate_size"], config["patch_size"]
-    shapes = {"embeddings.class_embedding": (D,), "embeddings.patch_embedding.weight": (D, 3, p, p),
-              "embeddings.position_embedding.weight": ((config["image_size"] // p) ** 2 + 1, D)}
-    shapes |= {f"{norm}.{leaf}": (D,) for norm in ("pre_layrnorm", "post_layernorm") for leaf in ("weight", "bias")}
-    for j in range(config["num_hidden_layers"]):
-        layer = f"encoder.layers.{j}."
-        modules = {**{f"self_attn.{p}_proj": (D, D) for p in ("q", "k", "v", "out")}, "mlp.fc1": (F, D), "mlp.fc2": (D, F)}
-        shapes |= {f"{layer}{m}.weight": s for m, s in modules.items()} | {f"{layer}{m}.bias": s[:1] for m, s in modules.items()}
-        shapes |= {f"{layer}layer_norm{n}.{leaf}": (D,) for n in (1, 2) for leaf in ("weight", "bias")}
-    return {prefix + name: shape for name, shape in shapes.items()}
 
 
 def text_shapes(config):
@@ -85,7 +74,7 @@ def write(directory, config, tensors):
 def save_v15(directory, scale=0.15, **changes):
     """LLaVA-Med v1.5's layout: one file with the tower in it, the tower's own directory beside it for its shape."""
     config = V15 | changes
-    shapes = text_shapes(config) | projector_shapes(config) | tower_shapes(TOWER, "model.vision_tower.vision_tower.vision_model.")
+    shapes = text_shapes(config) | projector_shapes(config) | clip_shapes(TOWER, "model.vision_tower.vision_tower.vision_model.")
     tensors = filled(shapes, scale)
     write(directory / "tiny-tower", TOWER, {})
     return write(directory / "v15", config, tensors), Reference(config, TOWER, tensors)
@@ -93,7 +82,7 @@ def save_v15(directory, scale=0.15, **changes):
 
 def save_v1(directory):
     """LLaVA-Med v1.0's layout: the tower is in a directory of its own and nowhere else."""
-    tower = filled(tower_shapes(V1_TOWER, "vision_model."), 0.05)
+    tower = filled(clip_shapes(V1_TOWER, "vision_model."), 0.05)
     tensors = filled(text_shapes(V1) | projector_shapes(V1), 0.15)
     assert len(tensors) == 23
     write(directory / "tiny-tower", V1_TOWER, tower)

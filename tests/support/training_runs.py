@@ -8,24 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llavamed_jax.checkpoints.random import random_checkpoint
-from llavamed_jax.checkpoints.tree.model import write_model
+from benchmarks import runs
 from llavamed_jax.cli.common import load_config
-from llavamed_jax.config import DecoderConfig, LlavaConfig, VisionConfig
-from llavamed_jax.text.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 SAMPLE = ROOT / "samples" / "vqa_rad"
 
-
-def write_start(out: Path) -> Path:
-    """A tiny checkpoint in this project's own tree, with the sample's tokenizer."""
-    vocabulary = Tokenizer.load(SAMPLE / "tokenizer.model").vocab_size
-    cfg = LlavaConfig(VisionConfig(16, 32, 2, 2, 16, 8),
-                      DecoderConfig(vocabulary, 16, 24, 1, 2, 1, 8, 1e-5, 1e4, 128, architecture="mistral"),
-                      max_length=64, template="v1.5:mistral_instruct")
-    write_model(out, random_checkpoint(cfg), files={"tokenizer.model": SAMPLE / "tokenizer.model"})
-    return out
+write_start = runs.write_start  # a tiny checkpoint with the sample's tokenizer
 
 
 def write_data(folder: Path) -> Path:

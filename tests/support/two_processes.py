@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 
 from llavamed_jax.parallel import distributed
 from llavamed_jax.parallel.mesh import AXES, batch_sharding, local_rows, local_view, make_mesh, put
-from llavamed_jax.training.step import place
+from llavamed_jax.training.step import put_batch
 
 INDEX = int(sys.argv[2])
 distributed.initialize(f"127.0.0.1:{sys.argv[1]}", 2, INDEX)
@@ -26,7 +26,7 @@ mixed = Mesh(order.reshape(2, 4, 1), AXES, axis_types=(AxisType.Auto,) * 3)
 mine = local_rows(mixed, 16)
 assert mine == [row for shard in range(8) if shard % 2 == INDEX for row in (2 * shard, 2 * shard + 1)]
 whole = np.arange(32, dtype=np.int32).reshape(16, 2)
-placed = place({"input_ids": whole[mine]}, mixed)["input_ids"]
+placed = put_batch({"input_ids": whole[mine]}, mixed)["input_ids"]
 assert placed.shape == (16, 2) and placed.sharding == batch_sharding(mixed)
 assert all((shard.data == whole[shard.index]).all() for shard in placed.addressable_shards)
 

@@ -10,9 +10,8 @@ import pytest
 from llavamed_jax.checkpoints.open import open_checkpoint
 from llavamed_jax.checkpoints.tree.store import steps
 from llavamed_jax.errors import UsageError, UserError
-from llavamed_jax.parallel.mesh import make_mesh
-from llavamed_jax.training import program, trainer
 from llavamed_jax.training import recipe as recipes
+from llavamed_jax.training import trainer
 from llavamed_jax.training.progress import Progress
 from llavamed_jax.training.trainer import fit
 from tests.support import training_runs as runs
@@ -22,20 +21,14 @@ PROJECTOR = '["projector/.*"]'
 
 
 @pytest.fixture(scope="module")
-def start(tmp_path_factory):
-    return runs.write_start(tmp_path_factory.mktemp("start") / "start")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(data):
     """train.json, and text.json with the same questions, of which no image is left."""
-    folder = runs.write_data(tmp_path_factory.mktemp("data"))
-    records = json.loads((folder / "train.json").read_text())
+    records = json.loads((data / "train.json").read_text())
     for record in records:
         del record["image"]
         record["conversations"][0]["value"] = record["conversations"][0]["value"].replace("<image>", "").strip()
-    (folder / "text.json").write_text(json.dumps(records))
-    return folder
+    (data / "text.json").write_text(json.dumps(records))
+    return data
 
 
 @pytest.fixture
@@ -43,9 +36,7 @@ def recipe(start, folder):
     return lambda **changes: runs.shrunk(start, folder, **changes)
 
 
-@pytest.fixture(autouse=True)
-def one_device(monkeypatch):
-    monkeypatch.setattr(program, "make_mesh", lambda spec, *_: make_mesh(spec, jax.devices()[:1]))
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 def tensors(path):

@@ -18,7 +18,7 @@ from llavamed_jax.checkpoints.tree.store import newest_intact_step, read_meta, s
 from llavamed_jax.errors import UsageError, UserError
 from llavamed_jax.parallel.mesh import make_mesh
 from llavamed_jax.text.tokenizer import Tokenizer
-from llavamed_jax.training import arithmetic, program, trainer
+from llavamed_jax.training import arithmetic, trainer
 from llavamed_jax.training import workdir as workdirs
 from llavamed_jax.training.callbacks import Callbacks
 from llavamed_jax.training.program import Program
@@ -27,24 +27,7 @@ from llavamed_jax.training.trainer import fit
 from tests.support import training_runs as runs
 from tests.support.training_runs import SAMPLE, FakeStep
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_device():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(program, "make_mesh", lambda spec, *_: make_mesh(spec, jax.devices()[:1]))
-        yield
-
-
-@pytest.fixture
-def without_compiling(monkeypatch):
-    monkeypatch.setattr(trainer, "make_train_step", FakeStep())
-
-
-@pytest.fixture(scope="module")
-def recipe(tmp_path_factory):
-    start = runs.write_start(tmp_path_factory.mktemp("start") / "start")
-    data = runs.write_data(tmp_path_factory.mktemp("data"))
-    return lambda **changes: runs.shrunk(start, data, **changes)
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 @pytest.fixture(scope="module")

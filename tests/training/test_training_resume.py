@@ -6,20 +6,17 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
-import jax
 import jax.numpy as jnp
 import optax
 import pytest
 
 from llavamed_jax.checkpoints.tree import store
 from llavamed_jax.errors import UsageError, UserError
-from llavamed_jax.parallel.mesh import make_mesh
 from llavamed_jax.training import place as places
-from llavamed_jax.training import program, step_agreement, trainer
 from llavamed_jax.training import recipe as recipes
+from llavamed_jax.training import step_agreement, trainer
 from llavamed_jax.training import workdir as workdirs
 from llavamed_jax.training.trainer import fit
-from tests.support import training_runs as runs
 from tests.support.training_runs import ROOT, FakeStep
 
 # What docs/interface.md lets a run change that goes on, and what only watches it.
@@ -28,17 +25,7 @@ MAY_DIFFER = {"epochs", "total_steps", "log_every", "checkpoint.every_steps", "c
               "samples_every", "data.samples", "nan_limit"}
 
 
-@pytest.fixture(scope="module")
-def recipe(tmp_path_factory):
-    start = runs.write_start(tmp_path_factory.mktemp("start") / "start")
-    data = runs.write_data(tmp_path_factory.mktemp("data"))
-    return lambda **changes: runs.shrunk(start, data, **changes)
-
-
-@pytest.fixture(autouse=True)
-def without_compiling(monkeypatch):
-    monkeypatch.setattr(program, "make_mesh", lambda spec, *_: make_mesh(spec, jax.devices()[:1]))
-    monkeypatch.setattr(trainer, "make_train_step", FakeStep())
+pytestmark = pytest.mark.usefixtures("one_device", "without_compiling")
 
 
 # ---- damage

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -24,33 +23,10 @@ from llavamed_jax.training.program import Program, from_disk, to_disk
 from llavamed_jax.training.rows import Data
 from llavamed_jax.training.start import open_start
 from llavamed_jax.training.trainer import fit
-from tests.support import training_runs as runs
 from tests.support.training_runs import SAMPLE
 from tests.support.training_runs import log_lines as lines
 
-
-@pytest.fixture(scope="module")
-def start(tmp_path_factory) -> Path:
-    return runs.write_start(tmp_path_factory.mktemp("start") / "start")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return runs.write_data(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(scope="module")
-def recipe(start, data):
-    """The demo's recipe, shrunk: `recipe(**{"key": value})`."""
-    return lambda **changes: runs.shrunk(start, data, **changes)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_device():
-    """Compiling for eight devices takes most of the time; that sharded is single is tested with the step."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(program, "make_mesh", lambda spec, *_: make_mesh(spec, jax.devices()[:1]))
-        yield
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 def tensors(path):

@@ -20,7 +20,7 @@ from llavamed_jax.training import optimizer as optimizers
 from llavamed_jax.training import state as states
 from llavamed_jax.training.losses import IGNORE, cross_entropy
 from llavamed_jax.training.program import to_disk
-from llavamed_jax.training.step import llava_loss, make_eval_step, make_train_step, place
+from llavamed_jax.training.step import llava_loss, make_eval_step, make_train_step, put_batch
 
 CFG = LlavaConfig(VisionConfig(16, 32, 3, 2, 16, 8),
                   DecoderConfig(64, 32, 48, 2, 4, 2, 8, 1e-5, 1e4, 128, architecture="mistral"), max_length=24)
@@ -85,7 +85,7 @@ def train(built, batches):
     state, step, mesh = built
     losses = []
     for batch in batches:
-        state, metrics = step(state, place(batch, mesh))
+        state, metrics = step(state, put_batch(batch, mesh))
         losses.append(float(metrics["loss"]))
     return state, np.array(losses)
 
@@ -315,7 +315,7 @@ def test_by_sample_each_sample_weighs_alike(params, by_hand, mesh, micro_batches
     assert len(set((batches[0]["labels"] != IGNORE).sum(1))) > 4, "samples must differ in supervised tokens"
     state, step, mesh = build(params, mesh, micro_batches=micro_batches, weighting="sample")
     for batch, loss, norm in zip(batches, losses, norms, strict=True):
-        state, metrics = step(state, place(packed(batch) if is_packed else batch, mesh))
+        state, metrics = step(state, put_batch(packed(batch) if is_packed else batch, mesh))
         assert float(metrics["grad_norm"]) == pytest.approx(norm, rel=1e-5)
         assert float(metrics["tokens"]) == (batch["labels"][:, 1:] != IGNORE).sum()
         assert float(metrics["loss"]) == pytest.approx(loss, rel=1e-6)
@@ -328,8 +328,8 @@ def test_validation_by_sample_is_the_mean_of_the_samples_means(params):
     batch, evaluate = make_batch(0), make_eval_step(llava_loss(Llava(CFG, scan=True), "sample"), mesh)
     alone = make_eval_step(llava_loss(Llava(CFG, scan=True)), mesh)
     batch["labels"][5] = IGNORE
-    parts = [alone(state, place({n: x[i:i + 1] for n, x in batch.items()}, mesh)) for i in range(8)]
-    total, count = evaluate(state, place(batch, mesh))
+    parts = [alone(state, put_batch({n: x[i:i + 1] for n, x in batch.items()}, mesh)) for i in range(8)]
+    total, count = evaluate(state, put_batch(batch, mesh))
     assert float(count) == 7 and float(parts[5][1]) == 0
     np.testing.assert_allclose(float(total), sum(float(t / c) for t, c in parts if c), rtol=1e-6)
 
@@ -348,11 +348,11 @@ def test_gradient_that_is_not_finite_moves_nothing(params):
     bad = make_batch(0)
     bad["pixel_values"][0, 0, 0, 0, 0] = np.nan
     before = {n: np.array(x) for n, x in state.trainable.items()}
-    state, metrics = step(state, place(bad, mesh))
+    state, metrics = step(state, put_batch(bad, mesh))
     assert float(metrics["skipped"]) == 1 and int(state.skipped) == 1 and int(state.step) == 1
     assert all(np.array_equal(before[n], np.asarray(x)) for n, x in state.trainable.items())
     assert int(state.opt_state[1].count) == 0
-    state, metrics = step(state, place(make_batch(0), mesh))
+    state, metrics = step(state, put_batch(make_batch(0), mesh))
     assert float(metrics["skipped"]) == 0 and float(metrics["learning_rate"]) == pytest.approx(1e-3)
     assert any(not np.array_equal(before[n], np.asarray(x)) for n, x in state.trainable.items())
 
@@ -361,7 +361,7 @@ def test_the_old_states_memory_is_used_for_the_new_one(params):
     """All of it, what is frozen too: else parameters and moments would be held twice."""
     state, step, mesh = build(params)
     old = jax.tree.leaves(state)
-    step(state, place(make_batch(0), mesh))
+    step(state, put_batch(make_batch(0), mesh))
     assert all(x.is_deleted() for x in old)
 
 
@@ -386,7 +386,7 @@ def test_gradient_is_taken_of_the_trainable_part_alone(params):
     flops = []
     for trainable in (("projector/.*",), TRAINABLE):
         state, step, mesh = build(params, trainable=trainable)
-        flops.append(step.lower(state, place(make_batch(), mesh)).cost_analysis()["flops"])
+        flops.append(step.lower(state, put_batch(make_batch(), mesh)).cost_analysis()["flops"])
     assert flops[0] < 0.8 * flops[1]
 
 
@@ -394,8 +394,8 @@ def test_validation_weighs_by_tokens(params):
     state, _, mesh = build(params)
     evaluate = make_eval_step(llava_loss(Llava(CFG, scan=True)), mesh)
     halves = [{n: x[s] for n, x in make_batch().items()} for s in (slice(0, 4), slice(4, 8))]
-    parts = [evaluate(state, place(half, mesh)) for half in halves]
-    total, count = evaluate(state, place(make_batch(), mesh))
+    parts = [evaluate(state, put_batch(half, mesh)) for half in halves]
+    total, count = evaluate(state, put_batch(make_batch(), mesh))
     assert float(parts[0][1]) != float(parts[1][1])
     np.testing.assert_allclose(sum(float(p[0]) for p in parts), float(total), rtol=1e-6)
     assert sum(float(p[1]) for p in parts) == float(count)
@@ -412,7 +412,7 @@ def test_bfloat16_is_close_and_keeps_what_is_trained_in_float32(params, single):
     optimizer, _, mesh = program()
     state = states.create(CFG, stack(params), TRAINABLE, optimizer, mesh, jnp.bfloat16)
     evaluate = make_eval_step(llava_loss(Llava(CFG, jnp.bfloat16, scan=True)), mesh)
-    total, count = evaluate(state, place(make_batch(0), mesh))
+    total, count = evaluate(state, put_batch(make_batch(0), mesh))
     assert float(total / count) == pytest.approx(single[1][0], rel=1e-2)
     assert {x.dtype for x in state.frozen.values()} == {jnp.dtype("bfloat16")}
     numbers = lambda tree: sum(x.size for x in jax.tree.leaves(tree) if x.ndim)

@@ -4,31 +4,16 @@ import os
 import signal
 import time
 
-import jax
 import pytest
 
 from llavamed_jax.checkpoints.tree.store import newest_intact_step
 from llavamed_jax.errors import UserError
-from llavamed_jax.parallel.mesh import make_mesh
 from llavamed_jax.pipeline import loader, workers
-from llavamed_jax.training import program, trainer, validation
+from llavamed_jax.training import validation
 from llavamed_jax.training.trainer import fit
 from tests.support import training_runs as runs
-from tests.support.training_runs import FakeStep
 
-
-@pytest.fixture(scope="module")
-def recipe(tmp_path_factory):
-    start = runs.write_start(tmp_path_factory.mktemp("start") / "start")
-    data = runs.write_data(tmp_path_factory.mktemp("data"))
-    return lambda **changes: runs.shrunk(start, data, **changes)
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    """One device, and a step that computes nothing."""
-    monkeypatch.setattr(program, "make_mesh", lambda spec, *_: make_mesh(spec, jax.devices()[:1]))
-    monkeypatch.setattr(trainer, "make_train_step", FakeStep())
+pytestmark = pytest.mark.usefixtures("one_device", "without_compiling")
 
 
 @pytest.fixture

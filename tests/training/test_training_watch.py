@@ -14,7 +14,7 @@ from llavamed_jax.evaluation import during_training
 from llavamed_jax.parallel.mesh import make_mesh
 from llavamed_jax.processor import Processor
 from llavamed_jax.text.tokenizer import Tokenizer
-from llavamed_jax.training import metrics_reader, program, trainer, validation
+from llavamed_jax.training import metrics_reader, trainer, validation
 from llavamed_jax.training.callbacks import Callbacks, Snapshot
 from llavamed_jax.training.metrics_reader import MetricsReader, Update, read
 from llavamed_jax.training.program import Program
@@ -25,17 +25,7 @@ from llavamed_jax.training.trainer import fit
 from tests.support import training_runs as runs
 from tests.support.training_runs import ROOT, SAMPLE, FakeStep, SlowStep
 
-
-@pytest.fixture(scope="module")
-def recipe(tmp_path_factory):
-    start = runs.write_start(tmp_path_factory.mktemp("start") / "start")
-    data = runs.write_data(tmp_path_factory.mktemp("data"))
-    return lambda **changes: runs.shrunk(start, data, **changes)
-
-
-@pytest.fixture(autouse=True)
-def one_device(monkeypatch):
-    monkeypatch.setattr(program, "make_mesh", lambda spec, *_: make_mesh(spec, jax.devices()[:1]))
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 @pytest.fixture

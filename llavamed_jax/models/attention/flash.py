@@ -18,7 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from llavamed_jax.parallel.mesh import spec_of
+from llavamed_jax.parallel.mesh import on_each_device
 
 # Rows and columns of a tile. A program holds one tile of its output and walks over narrower tiles of the other operand;
 # on an Ada GPU all of them must fit in 99 KB of shared memory with heads of 128.
@@ -53,11 +53,8 @@ def flash_attention(q, k, v, mask, interpret: bool = False):
     q = jnp.pad(q, ((0, 0), (0, extra), (0, 0), (0, 0)))
     k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, extra), (0, 0))) for x in (k, v))
     work = functools.partial(_on_one_device, window=mask.window, interpret=interpret)
-    if not jax.sharding.get_abstract_mesh().empty:
-        queries, keys = spec_of(("act_batch", None, "act_heads", None)), spec_of(("act_batch", "act_heads", None, None))
-        # Rows and heads are independent, so the devices need no communication.
-        work = jax.shard_map(work, in_specs=(queries, keys, keys, spec_of(("act_batch", None))), out_specs=queries,
-                             check_vma=False)
+    queries, keys = ("act_batch", None, "act_heads", None), ("act_batch", "act_heads", None, None)
+    work = on_each_device(work, (queries, keys, keys, ("act_batch", None)), queries)
     return work(q, k, v, segments)[:, :T]
 
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
-from llavamed_jax.parallel.mesh import spec_of
+from llavamed_jax.parallel.mesh import on_each_device
 
 LANES, BLOCK = 128, 512  # a block is a multiple of LANES and at most BLOCK; T is padded to whole blocks
 
@@ -42,11 +42,8 @@ def splash_attention(q, k, v, mask, interpret: bool = False):
     # Padding comes last, so the causal mask hides it, with or without segments.
     segments = None if mask.q_segments is None else jnp.pad(mask.q_segments, ((0, 0), (0, extra)))
     work = functools.partial(_on_one_device, window=mask.window, block=block, interpret=interpret)
-    if not jax.sharding.get_abstract_mesh().empty:
-        heads = spec_of(("act_batch", "act_heads", None, None))
-        rows = None if segments is None else spec_of(("act_batch", None))
-        # Rows and heads are independent, so the devices need no communication.
-        work = jax.shard_map(work, in_specs=(heads, heads, heads, rows), out_specs=heads, check_vma=False)
+    heads, rows = ("act_batch", "act_heads", None, None), None if segments is None else ("act_batch", None)
+    work = on_each_device(work, (heads, heads, heads, rows), heads)
     return work(q, k, v, segments)[:, :, :T].swapaxes(1, 2)
 
 

@@ -1,0 +1,38 @@
+"""What the tests of training share: a tiny start, little data, the demo's recipe on both, and runs that compile little or nothing."""
+
+import jax
+import pytest
+
+from llavamed_jax.parallel.mesh import make_mesh
+from llavamed_jax.training import program, trainer
+from tests.support import training_runs as runs
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    return runs.write_start(tmp_path_factory.mktemp("start") / "start")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return runs.write_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def recipe(start, data):
+    """The demo's recipe, shrunk: `recipe(**{"key": value})`."""
+    return lambda **changes: runs.shrunk(start, data, **changes)
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    """Compiling for eight devices takes most of the time; that sharded is single is tested with the step."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(program, "make_mesh", lambda spec, *_: make_mesh(spec, jax.devices()[:1]))
+        yield
+
+
+@pytest.fixture
+def without_compiling(monkeypatch):
+    """A step that computes nothing."""
+    monkeypatch.setattr(trainer, "make_train_step", runs.FakeStep())
