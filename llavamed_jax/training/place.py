@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ from llavamed_jax.checkpoints.tree import base
 from llavamed_jax.errors import UserError
 from llavamed_jax.parallel import distributed
 from llavamed_jax.training import workdir as workdirs
+from llavamed_jax.utils import locks
 from llavamed_jax.utils.files import is_at
 
 
@@ -70,13 +70,11 @@ class Place:
             file = open(self.workdir / ".lock", "a+", encoding="utf-8")
         except OSError as error:
             raise UserError(f"the workdir {self.workdir} cannot be written: {error.strerror}") from None
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        if not locks.lock(file.fileno()):
             with file:
                 file.seek(0)
                 holder = file.read().strip() or "unknown"
-            raise UserError(f"the workdir {self.workdir} is in use by another run (process {holder})") from None
+            raise UserError(f"the workdir {self.workdir} is in use by another run (process {holder})")
         self.release()
         self._file = file
 

@@ -294,7 +294,7 @@ def test_a_command_whose_workdir_is_gone_exits_1(recipe, tmp_path):
              "--config.batch_size=4", "--config.max_length=40", "--config.log_every=100000", "--config.checkpoint.every_steps=0"]
     run = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                            env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""})
-    while not (work / "tensorboard").exists():
+    while not all((work / name).exists() for name in ("tensorboard", "checkpoints", "metrics.jsonl")):
         assert run.poll() is None
     shutil.rmtree(work)
     run.terminate()
