@@ -85,8 +85,10 @@ def load(path: str | Path, dtype=None, quantize=None, mesh: Mesh | str | None = 
         warn(f"{path}: {sentence}")
     processor = Processor.from_checkpoint(checkpoint, tokenizer=tokenizer, template=template)
     if processor.eos_ids != checkpoint.config.decoder.eos_ids:
-        warn(f"{path}: the tokenizer's eos_token {short(processor.tokenizer.eos_token)} ({processor.eos_ids[-1]}) ends "
-             f"an answer too; the configs name {list(checkpoint.config.decoder.eos_ids)}")
+        named = checkpoint.config.decoder.eos_ids
+        more = [f"{short(processor.tokenizer.token_of(i))} ({i})" for i in processor.eos_ids if i not in named]
+        warn(f"{path}: {' and '.join(more)}, which tokenizer or template name, end an answer too; the configs name "
+             f"{list(named)}")
     mesh = make_mesh(mesh, jax.local_devices()) if isinstance(mesh, str) else mesh
     if dtype is not None and _numpy_dtype(dtype) == np.float32:
         jax.config.update("jax_default_matmul_precision", "highest")

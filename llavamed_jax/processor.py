@@ -185,12 +185,12 @@ class Processor:
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
-        """The ids that end an answer: the config's, and the tokenizer's `eos_token`, at which vLLM stops too."""
-        own = self._tokenizer.eos_id if self._tokenizer is not None else None
-        if self.config is None:
-            return () if own is None else (own,)
-        ids = self.config.decoder.eos_ids
-        return ids if own is None or own in ids or own >= self.config.decoder.vocab_size else (*ids, own)
+        """The ids that end an answer: the config's, the tokenizer's `eos_token` and the template's end token."""
+        ids = self.config.decoder.eos_ids if self.config is not None else ()
+        end = self.template.end_token if self.template_name else None
+        own = [] if self._tokenizer is None else [self._tokenizer.eos_id, self._tokenizer.id_of(end) if end else None]
+        rows = self.config.decoder.vocab_size if self.config is not None else None
+        return (*ids, *dict.fromkeys(i for i in own if i is not None and i not in ids and (rows is None or i < rows)))
 
     @property
     def stop(self) -> tuple[str, ...]:
@@ -288,12 +288,14 @@ class Processor:
 
         Raises:
           UserError: the value is not a text, the text contains a lone surrogate, or the tokenizer lacks the start and
-            end tokens.
+            end tokens or a special token of the template.
         """
         if not isinstance(text, str):
             raise UserError(f"the text to encode is {short(text)}; a str was expected")
         if self._is_v1:
             return image_positions.encode_v1(text, self._v1_tokenizer, self._has_start_end)
+        if self.template_name:
+            self.template.check_tokens(self.id_of, self.tokenizer_words)
         absent = [token for token in (START, END) if self._has_start_end and token in text
                   and self.id_of(token) is None]
         if absent:

@@ -373,7 +373,7 @@ def test_answers_end_at_the_tokenizers_own_eos_token(beams, saved, tmp_path, cap
     (path / "tokenizer_config.json").write_text(json.dumps({"eos_token": piece}))
     capsys.readouterr()
     model = lm.load(path, dtype="float32")
-    assert f"the tokenizer's eos_token {piece!r} ({end}) ends an answer too; the configs name [2]" in capsys.readouterr().err
+    assert f"{piece!r} ({end}), which tokenizer or template name, end an answer too; the configs name [2]" in capsys.readouterr().err
     assert model.processor.eos_ids == (2, end) == model.engine.eos and model.config.decoder.eos_ids == (2,)
     if beams == 1:
         assert model.generate_tokens([row], max_new_tokens=12) == [free[:free.index(end) + 1]]

@@ -130,7 +130,7 @@ def test_a_template_is_exported_as_it_is_asked(name, monkeypatch):
 def test_templates_that_cannot_work_say_so(monkeypatch):
     with pytest.raises(UserError, match="mine:x has 1 examples; questions and answers in turn"):
         templates.Template("mine:x", "TWO", "", ("Q", "A"), " ", "</s>", ("Hi!",))
-    with pytest.raises(UserError, match="mine:x has the style 'THREE'; one of SINGLE, TWO, LLAMA_2, PLAIN, V0 was expected"):
+    with pytest.raises(UserError, match="mine:x has the style 'THREE'; one of SINGLE, TWO, LLAMA_2, PLAIN, V0, CHATML, .* was expected"):
         render(templates.Template("mine:x", "THREE", "", ("Q", "A"), " "), ["Q"])
     for style in ("TWO", "LLAMA_2"):
         monkeypatch.setitem(templates.TEMPLATES, "mine:x", templates.Template("mine:x", style, "", ("Q", "A"), " "))

@@ -6,6 +6,7 @@ assistant's place open. `<image>` in a text marks an image. The templates are in
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
@@ -44,22 +45,43 @@ def render(template: Template, turns: Sequence[str | None], system: str | None =
 
 
 def _write(template: Template, turns: Sequence[str | None]) -> str:
+    text = "".join(_pieces(template, turns))
+    return text.strip() if template.is_stripped else text
+
+
+def _pieces(template: Template, turns: Sequence[str | None]) -> list[str]:
+    """Returns the head of a prompt and the text of each turn."""
     style, words = template.form, template.words
     if style.is_single and any(turns[1:]):
         raise UserError(f"the template {template.name} {ONE_MESSAGE}, {len(turns)} were given")
     if style.needs_first and not turns[0]:
         raise UserError(f"the template {template.name} {FIRST_MESSAGE}")
-    text = style.head.format(**words)
+    if style.is_trimmed:
+        words["system"] = words["system"].strip()
+    out = ["" if template.system is None else style.head.format(**words)]
     for i, turn in enumerate(turns):
         is_written = turn is not None if style.writes_empty else bool(turn)
+        is_last = i == len(turns) - 1
         if i % 2:
-            piece = style.answer if is_written else style.empty_answer
+            piece = style.answer_at(is_last) if is_written else style.empty_answer
         elif not is_written:
             piece = style.empty_question
         else:
             piece = style.question if i else style.first_question(bool(template.system))
-        text += piece.format(**words, text=turn.strip() if turn and template.is_stripped else turn)
-    return text.strip() if template.is_stripped else text
+        thought = ""
+        if turn and i % 2 and style.thought_end is not None:
+            thought, turn = _split_thought(turn, style.thought_end, is_last)
+        is_trimmed = turn and (template.is_stripped or style.is_trimmed)
+        out.append(piece.format(**words, thought=thought, text=turn.strip() if is_trimmed else turn))
+    return out
+
+
+def _split_thought(answer: str, end: str, is_last: bool) -> tuple[str, str]:
+    """Returns the reasoning and the text of an answer, as Qwen3's template finds them."""
+    if end not in answer:
+        return "", answer.lstrip("\n") if is_last else answer
+    thought = answer.split(end)[0].rstrip("\n").split(end.replace("/", ""))[-1]
+    return thought.strip("\n"), answer.split(end)[-1].lstrip("\n")
 
 
 # ---- training text -------------------------------------------------------------------------------------------------
@@ -109,6 +131,10 @@ def training_turns(template: Template, conversation: Sequence[dict]) -> list[tup
             if speaker != ("human", "gpt")[i % 2]:
                 raise UserError(f"turn {start + i} of the conversation is from {speaker}; human and gpt in alternation "
                                 "were expected")
+    end = template.form.thought_end
+    if end is not None and any(speaker == "gpt" and end in text for speaker, text in turns):
+        raise UserError(f"an answer of the conversation has {end}, and the template {template.name} writes an empty "
+                        "think block before an answer; answers without reasoning were expected")
     if not turns:
         raise UserError("the conversation is empty; at least one question and its answer were expected")
     if template.labels == "plain" and (len(turns) != 2 or IMAGE_MARKER not in turns[0][1]):
@@ -131,12 +157,15 @@ def _read_turns(conversation: Sequence[dict]) -> list[tuple[str, str]]:
 def supervise(template: Template, turns: Sequence[tuple[str, str]], encode: Callable[[str], list[int]], *,
               pad_id: int | None, is_legacy: bool = True, max_length: int | None = None,
               image_length: int = 1) -> tuple[list[int], list[int]]:
-    """Computes ids and labels (not shifted) of a conversation with the originals' own arithmetic (spec 3.7).
+    """Computes ids and labels (not shifted) of a conversation.
 
-    The originals find answers by encoding parts of the text separately and counting ids, so the labels are exactly
-    those that the released models were trained with, including defects. If the counts of v1 or llama_2 do not add up,
-    no token of the sample is supervised, and callers count such samples; if those of v0 do not add up, the spans are
-    shifted (quirk Q11).
+    With a language model's own template (`exact`) the text of each answer and the token that ends the answer are
+    supervised. A token that begins before an answer and ends in it is the answer's.
+
+    Other templates follow the originals' own arithmetic (spec 3.7). The originals find answers by encoding parts of the
+    text separately and counting ids, so the labels are exactly those that the released models were trained with,
+    including defects. If the counts of v1 or llama_2 do not add up, no token of the sample is supervised, and callers
+    count such samples; if those of v0 do not add up, the spans are shifted (quirk Q11).
 
     Args:
       template: the template to train with.
@@ -165,7 +194,9 @@ def supervise(template: Template, turns: Sequence[tuple[str, str]], encode: Call
     ids = np.asarray(encode(text))
     lengths = np.where(ids == IMAGE_TOKEN, image_length, 1)
     is_masked = np.zeros(lengths.sum(), bool)  # indexed by the original's positions
-    if template.labels == "plain":
+    if template.labels == "exact":
+        spans = _outside_of_answers(template, turns, encode, ids)
+    elif template.labels == "plain":
         spans = [slice(len(encode(IMAGE_MARKER)))]
     elif template.labels == "v0":
         spans = _questions_of_v0(template, turns, lambda part: measure(encode(part)))
@@ -187,6 +218,25 @@ def _training_text(template: Template, turns: Sequence[tuple[str, str]]) -> str:
     if template.labels == "v0":
         return "".join(_v0_pieces(template, turns)) + "### "
     return render(template, [text for _, text in turns])
+
+
+def _outside_of_answers(template: Template, turns, encode: Callable[[str], list[int]],
+                        ids: np.ndarray) -> Iterator[slice]:
+    """Yields the spans between answers. An answer ends with a special token, at which every tokenizer cuts a text."""
+    head, *pieces = _pieces(template, [text for _, text in turns])
+    cursor, before = 0, head
+    for i, piece in enumerate(pieces):
+        if i % 2:
+            form = template.form.answer_at(i == len(pieces) - 1)
+            header, closing = (part.format(**template.words, thought="") for part in re.split("{text}{end}", form))
+            opened, closed = encode(before + header), encode(before + piece.removesuffix(closing))
+            if closed != ids[:len(closed)].tolist():
+                yield slice(None)
+                return
+            yield slice(cursor, next((n for n, i in enumerate(opened) if i != ids[n]), len(opened)))
+            cursor = len(closed)
+        before += piece
+    yield slice(cursor, None)
 
 
 def _v0_pieces(template: Template, turns: Sequence[tuple[str, str]]) -> list[str]:

@@ -1,13 +1,16 @@
 """Prompt templates as data (spec 3.4): prompts, training text and exported chat templates are made from this table.
 
 A template is a row of `TEMPLATES`, named `ORIGIN:NAME`: `v1.0` for the code of LLaVA-Med v1.0, `v1.5` for v1.5's, `up`
-for upstream LLaVA's. The same name may stand for different texts in different origins. Templates with a long example or
-another project's safety prompt (v1.0's inference template `v1`, `default`, `llama_2`) and those that no LLaVA-Med uses
-(`mpt`, the `mmtag` and `direct` ones) are left out.
+for upstream LLaVA's, and `hf` for the chat templates that language models are released with on the Hugging Face hub:
+SmolLM2-Instruct (`chatml`), Llama 3 Instruct, Llama 3.1 and 3.2 Instruct, Qwen2.5-Instruct (`qwen`) and Qwen3. The same
+name may stand for different texts in different origins. Templates with a long example or another project's safety
+prompt (v1.0's inference template `v1`, `default`, `llama_2`) and those that no LLaVA-Med uses (`mpt`, the `mmtag` and
+`direct` ones) are left out.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from llavamed_jax.config import LlavaConfig
@@ -23,8 +26,8 @@ class Template:
 
     Attributes:
       name: `ORIGIN:NAME`.
-      style: a name of `text.styles.STYLES`: SINGLE, V0, TWO, LLAMA_2 or PLAIN.
-      system: the default system text.
+      style: a name of `text.styles.STYLES`, such as SINGLE, TWO, LLAMA_2, PLAIN or CHATML.
+      system: the default system text; None writes no system turn.
       roles: the names of user and assistant.
       sep: the text that ends a user's turn; without `sep2` also an answer.
       sep2: the text that ends an answer.
@@ -38,7 +41,7 @@ class Template:
 
     name: str
     style: str
-    system: str
+    system: str | None
     roles: tuple[str, str]
     sep: str
     sep2: str | None = None
@@ -64,11 +67,11 @@ class Template:
     def words(self) -> dict[str, str]:
         """The values for the pieces of a style, except a turn's text."""
         end = (self.sep2 or self.sep) + " " * self.is_stripped
-        return dict(system=self.system, user=self.roles[0], assistant=self.roles[1], sep=self.sep, end=end)
+        return dict(system=self.system or "", user=self.roles[0], assistant=self.roles[1], sep=self.sep, end=end)
 
     @property
     def labels(self) -> str:
-        """The original procedure that finds the supervised tokens: v0, v1, llama_2 or plain (spec 3.7)."""
+        """The procedure that finds the supervised tokens: v0, v1, llama_2 or plain (spec 3.7), or exact."""
         return self.procedure or self.form.labels
 
     @property
@@ -88,6 +91,25 @@ class Template:
     def stop(self) -> tuple[str, ...]:
         """Texts that end an answer besides the end-of-sequence id: these models learnt to write `sep` in its place."""
         return (self.sep,) if self.form.stops_at_sep else ()
+
+    @property
+    def end_token(self) -> str | None:
+        """The special token that ends an answer; None where that is the tokenizer's end-of-sequence token."""
+        return self.words["end"] if self.words["end"] in self.form.tokens else None
+
+    def check_tokens(self, id_of: Callable[[str], int | None], tokenizer: str | None) -> None:
+        """Raises UserError if a tokenizer lacks a special token that the template writes.
+
+        Args:
+          id_of: the tokenizer's id of a token, None for none.
+          tokenizer: the tokenizer's file, for the error.
+        """
+        tokens = self.form.tokens
+        lacking = [token for token in tokens if id_of(token) is None]
+        if lacking:
+            raise UserError(f"the template {self.name} is written with {', '.join(tokens)}, and the tokenizer "
+                            f"{tokenizer} has no {', no '.join(lacking)}; the tokenizer that the language model was "
+                            "trained with, or another template, was expected")
 
 
 def _polite(person: str) -> str:
@@ -112,7 +134,9 @@ _S_MED_B = _med(_SEES + "clinical" + _WITH, _EXPLAIN)
 _S_MED_C = _med(_SEES + "clinical research" + _WITH, _EXPLAIN)
 _S_LLAMA_2 = ("You are a helpful language and vision assistant. You are able to understand the visual content that the "
               "user provides, and assist the user with a variety of tasks using natural language.")
-_HUMAN, _USER, _NONE = ("Human", "Assistant"), ("USER", "ASSISTANT"), ("", "")
+_S_SMOL = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
+_S_QWEN = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
+_HUMAN, _USER, _NONE, _CHAT = ("Human", "Assistant"), ("USER", "ASSISTANT"), ("", ""), ("user", "assistant")
 _RESPONSE = "\n\n### Response:"
 _GREETING = "Hi there!  How can I help you today?\n"
 
@@ -135,6 +159,11 @@ _ROWS = [  # name, style, system, roles, sep, sep2, and the fields behind them
     ("v1.0:llava_v1", "TWO", _S_MED_C, _USER, " ", "</s>"),
     # v1.0's training does not know this template's version, so it would train with the v0 procedure.
     ("v1.0:bair_v1", "TWO", "BEGINNING OF CONVERSATION:", ("USER", "GPT"), " ", "</s>", (), False, "v0"),
+    ("hf:chatml", "CHATML", _S_SMOL, _CHAT, "<|im_end|>"),
+    ("hf:qwen", "CHATML", _S_QWEN, _CHAT, "<|im_end|>"),
+    ("hf:qwen3", "CHATML_NO_THINK", None, _CHAT, "<|im_end|>"),
+    ("hf:llama3", "LLAMA_3", None, _CHAT, "<|eot_id|>"),
+    ("hf:llama3.1", "LLAMA_3_1", "", _CHAT, "<|eot_id|>"),
 ]
 TEMPLATES = {row[0]: Template(*row) for row in _ROWS}
 # The originals' names for templates with another name here. v1.0 trains `--version v1` with vicuna_v1_1.
@@ -146,7 +175,7 @@ def get_template(name: str) -> Template:
     """Returns a template by its name.
 
     Args:
-      name: `ORIGIN:NAME`; a bare name is v1.5's, or upstream's if v1.5 has no such template.
+      name: `ORIGIN:NAME`; a bare name is v1.5's, else upstream's, else that of a language model (`hf`).
 
     Returns:
       The template.
@@ -154,7 +183,8 @@ def get_template(name: str) -> Template:
     Raises:
       UserError: the name does not exist; the error lists the names that do.
     """
-    for full in () if not isinstance(name, str) else (name,) if ":" in name else (f"v1.5:{name}", f"up:{name}"):
+    for full in () if not isinstance(name, str) else (name,) if ":" in name else tuple(
+            f"{origin}:{name}" for origin in ("v1.5", "up", "hf")):
         full = _ALIASES.get(full, full)
         if full in TEMPLATES:
             return TEMPLATES[full]

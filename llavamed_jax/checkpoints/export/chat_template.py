@@ -1,14 +1,16 @@
 """Writes the conversation templates as Jinja, for the processors of exported models.
 
 No template begins with the beginning-of-sequence token: the tokenizer adds it, and llama.cpp and vLLM would add a
-second. The pieces are those of `text.styles`, from which `text.conversation` makes this project's prompts; images are
-placed as `text.messages` places them. A test compares both renderings.
+second. Qwen3's has no `enable_thinking`: an empty think block always stands before the answer to generate. The pieces
+are those of `text.styles`, from which `text.conversation` makes this project's prompts; images are placed as
+`text.messages` places them. A test compares both renderings.
 """
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from string import Formatter
 
 from llavamed_jax.config import LlavaConfig
@@ -64,13 +66,15 @@ def chat_template(cfg: LlavaConfig) -> str | None:
     if template.is_v1:
         return None
     marker = "<im_start><image><im_end>" if cfg.use_start_end else "<image>"
-    return _HEAD.replace("MARKER", marker).replace("SYSTEM", _literal(template.system)).lstrip("\n") + _body(template)
+    system = "none" if template.system is None else _literal(template.system)
+    return _HEAD.replace("MARKER", marker).replace("SYSTEM", system).lstrip("\n") + _body(template)
 
 
 def _body(template: Template) -> str:
     """Returns the turns' Jinja source, from the pieces of the template's style (`text.styles`)."""
     style, examples = template.form, template.examples
-    opening = [_expression(style.head, template)]
+    head = _expression(style.head, template)
+    opening = [f'({head} if system is not none else "")' if template.system is None else head]
     for i, text in enumerate(examples):
         piece = style.answer if i % 2 else style.question
         if i:
@@ -85,7 +89,9 @@ def _body(template: Template) -> str:
     if style.needs_first and not examples:
         refusal = _literal(f"the template {template.name} {FIRST_MESSAGE}")
         empty_question = f"(raise_exception({refusal}) if loop.first else {empty_question})"
-    answer = _expression(style.answer, template)
+    answer = _answer(template, is_last=False)
+    if style.last_answer is not None:
+        answer = f"({_answer(template, is_last=True)} if loop.last else {answer})"
     empty_answer = _expression(style.empty_answer, template)
     if style.is_single:
         refusal = _literal(f"the template {template.name} {ONE_MESSAGE}")
@@ -111,11 +117,29 @@ def _first(template: Template, text: str | None = None) -> str:
     return without if with_system == without else f"({with_system} if system else {without})"
 
 
-def _expression(piece: str, template: Template, text: str | None = None) -> str:
-    """Returns a piece of a style as a Jinja expression in `text` and `system`; a given `text` becomes a constant."""
-    words = {**template.words, "system": None, "text": text}
-    variables = {"system": "system", "text": "text | trim" if template.is_stripped else "text"}
-    if text is not None and template.is_stripped:
+def _answer(template: Template, is_last: bool) -> str:
+    """Returns the expression of an answer; where the style has reasoning, as `conversation` splits an answer."""
+    style, more = template.form, {}
+    if style.thought_end is not None:
+        end, begin = _literal(style.thought_end), _literal(style.thought_end.replace("/", ""))
+        said = f'(text.split({end}) | last).lstrip("\\n")'
+        thought = f'(text.split({end}) | first).rstrip("\\n").split({begin})[-1].strip("\\n")'
+        more = {"text": said if is_last else f"({said} if {end} in text else text)",
+                "thought": f'({thought} if {end} in text else "")'}
+    return _expression(style.answer_at(is_last), template, variables=more)
+
+
+def _expression(piece: str, template: Template, text: str | None = None,
+                variables: Mapping[str, str] | None = None) -> str:
+    """Returns a piece of a style as a Jinja expression in `text` and `system`.
+
+    A given `text` becomes a constant; `variables` has other expressions for a turn's text and reasoning.
+    """
+    words = {**template.words, "system": None, "text": text, "thought": None}
+    is_trimmed = template.is_stripped or template.form.is_trimmed
+    variables = {"system": "system | trim" if template.form.is_trimmed else "system",
+                 "text": "text | trim" if is_trimmed else "text", **(variables or {})}
+    if text is not None and is_trimmed:
         words["text"] = text.strip()
     found: list[str] = []
     constant = ""
