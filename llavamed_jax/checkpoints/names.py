@@ -71,10 +71,20 @@ def specs(cfg: LlavaConfig) -> dict[str, Spec]:
         out[f"projector/linear_{n}/kernel"] = Spec((fan_in, d.hidden_size), "projector", f"{n}.weight")
         if cfg.projector_bias:
             out[f"projector/linear_{n}/bias"] = Spec((d.hidden_size,), "projector", f"{n}.bias")
-    out.update(_specs("decoder", d))
-    if not d.tie_word_embeddings:
-        out["decoder/lm_head/kernel"] = Spec((d.hidden_size, d.vocab_size), "lm_head", "weight")
+    return out | decoder_specs(d)
+
+
+def decoder_specs(decoder: DecoderConfig) -> dict[str, Spec]:
+    """Returns every tensor of a decoder by canonical name, its head included."""
+    out = dict(_specs("decoder", decoder))
+    if not decoder.tie_word_embeddings:
+        out["decoder/lm_head/kernel"] = Spec((decoder.hidden_size, decoder.vocab_size), "lm_head", "weight")
     return out
+
+
+def decoder_torch_name(spec: Spec) -> str:
+    """Returns the name of a decoder's tensor in a language model's own directory."""
+    return _PREFIXES["decoder"][spec.part][0] + spec.torch
 
 
 def _specs(part: str, config: VisionConfig | DecoderConfig):

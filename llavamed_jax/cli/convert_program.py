@@ -18,6 +18,7 @@ from llavamed_jax.checkpoints.assemble.build import build, with_projector
 from llavamed_jax.checkpoints.assemble.delta import apply_delta, make_delta
 from llavamed_jax.checkpoints.checkpoint import Checkpoint
 from llavamed_jax.checkpoints.export.directory import export
+from llavamed_jax.checkpoints.gguf.directory import import_decoder
 from llavamed_jax.checkpoints.model_config import text_files
 from llavamed_jax.checkpoints.open import open_checkpoint
 from llavamed_jax.checkpoints.tensor import Tensor
@@ -148,7 +149,7 @@ def _export(args: argparse.Namespace) -> None:
 
 def _build_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--decoder", required=True, metavar="PATH",
-                        help="a directory of LLaMA, Vicuna or Mistral, or owner/name of a hub")
+                        help="a directory of LLaMA, Vicuna or Mistral, owner/name of a hub, or a GGUF file")
     parser.add_argument("--vision", required=True, metavar="PATH",
                         help="a directory of a CLIP model, or owner/name of a hub")
     parser.add_argument("--projector", required=True, metavar="TYPE|FILE",
@@ -177,6 +178,20 @@ def _build(args: argparse.Namespace) -> None:
         with new_directory(args.out, total_bytes(checkpoint.tensors), map(Path, (args.decoder, args.vision))) as out:
             write_model(out, checkpoint, progress=progress.over)
     _report(checkpoint.tensors, args.out)
+
+
+def _import_decoder_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", metavar="FILE", help="a language model as a GGUF file, llama.cpp's format")
+    parser.add_argument("--dtype", choices=_DTYPES, default="float32", metavar="TYPE",
+                        help="float32 (the default, exact), float16 or bfloat16")
+    parser.add_argument("--out", required=True, metavar="DIR", help="a new directory, in transformers' layout")
+
+
+def _import_decoder(args: argparse.Namespace) -> None:
+    """Write a GGUF file as a language model's directory of transformers."""
+    tensors, said = import_decoder(args.file, args.out, _DTYPES[args.dtype], progress.over)
+    print(*map(terminal.sentence, said), sep="\n")
+    _report(tensors, args.out)
 
 
 def _delta_flags(parser: argparse.ArgumentParser, other: str, other_help: str) -> None:
@@ -277,6 +292,7 @@ COMMANDS = {
     "import": (_import_flags, _import),
     "export": (_export_flags, _export),
     "build": (_build_flags, _build),
+    "import-decoder": (_import_decoder_flags, _import_decoder),
     "make-delta": (_make_delta_flags, _make_delta),
     "apply-delta": (_apply_delta_flags, _apply_delta),
     "inspect": (_inspect_flags, _inspect),

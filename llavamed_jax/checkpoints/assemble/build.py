@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +13,8 @@ from llavamed_jax.checkpoints import hub, names
 from llavamed_jax.checkpoints.assemble.image_tokens import TABLES, add_image_tokens
 from llavamed_jax.checkpoints.checkpoint import Checkpoint
 from llavamed_jax.checkpoints.generation_file import with_stop_ids
+from llavamed_jax.checkpoints.gguf.directory import read_decoder
+from llavamed_jax.checkpoints.gguf.file import is_gguf
 from llavamed_jax.checkpoints.model_config import text_files
 from llavamed_jax.checkpoints.soundness import Tally
 from llavamed_jax.checkpoints.tensor import Tensor
@@ -35,10 +37,10 @@ def build(decoder: str | Path, vision: str | Path, projector: str, scratch: Path
     """Joins a decoder, a vision tower and a projector.
 
     Args:
-      decoder: a directory with LLaMA, Vicuna or Mistral as transformers writes them, or its name on a hub.
+      decoder: a directory with LLaMA, Vicuna or Mistral as transformers writes them, its name on a hub, or a GGUF file.
       vision: a directory with a `CLIPModel` or `CLIPVisionModel`, or its name on a hub.
       projector: a type (`linear`, `mlp2x_gelu`, …), initialised as torch's `nn.Linear` is, or an `mm_projector.bin`.
-      scratch: a directory for changed tokenizer files; it must outlive the checkpoint.
+      scratch: a directory for changed tokenizer files and a GGUF file's; it must outlive the checkpoint.
       image_tokens: adds LLaVA-Med v1.0's tokens (`image_tokens.add_image_tokens`).
       seed: seed of all random weights.
       has_pad: adds `[PAD]` before the image tokens.
@@ -49,8 +51,9 @@ def build(decoder: str | Path, vision: str | Path, projector: str, scratch: Path
     Raises:
       UserError: one of the parts is missing or does not fit.
     """
-    decoder, vision, file = hub.local(decoder), hub.local(vision), Path(projector)
-    raw = _decoder_config(decoder)
+    vision, file = hub.local(vision), Path(projector)
+    directory, weights, said = _opened(decoder, scratch)
+    raw = _decoder_config(directory)
     is_file = exists(file) and file.is_file()
     if not is_file:
         if file.suffix:
@@ -61,14 +64,14 @@ def build(decoder: str | Path, vision: str | Path, projector: str, scratch: Path
             raise UsageError(str(error)) from None
     tower = tower_config(vision)
     try:
-        config = joined(with_stop_ids(plain_decoder(raw), decoder), tower, "linear" if is_file else projector,
+        config = joined(with_stop_ids(plain_decoder(raw), directory), tower, "linear" if is_file else projector,
                         Path(vision).name, image_tokens)
     except UserError as error:
         raise UserError(f"{decoder}: {error}") from None
-    tensors = canonical(decoder, read_weights(decoder), config, "decoder") | tower_tensors(config, vision)
+    tensors = canonical(Path(decoder), weights(), config, "decoder") | tower_tensors(config, vision)
     tensors |= _fresh_projector(config, seed)
-    checkpoint = Checkpoint(config, "built", None, tensors, _files(decoder, vision), f"{vision}, as asked for")
-    said = [f"decoder: {decoder}", f"vision tower: {vision}"]
+    checkpoint = Checkpoint(config, "built", None, tensors, _files(directory, vision), f"{vision}, as asked for")
+    said = [*said, f"decoder: {decoder}", f"vision tower: {vision}"]
     if image_tokens:
         deviation = raw.get("initializer_range", 0.02)
         if not isinstance(deviation, (int, float)) or not 0 <= deviation < 1:
@@ -83,11 +86,26 @@ def build(decoder: str | Path, vision: str | Path, projector: str, scratch: Path
     return checkpoint, [*said, sentence]
 
 
+def _opened(decoder: str | Path, scratch: Path) -> tuple[Path, Callable[[], Mapping[str, Tensor]], list[str]]:
+    """Returns a decoder's directory, what reads its weights, and sentences about it.
+
+    The directory of a GGUF file is made in `scratch` and lacks the weights.
+    """
+    if not is_gguf(decoder):
+        directory = hub.local(decoder)
+        return directory, lambda: read_weights(directory), []
+    found, directory = read_decoder(decoder), scratch / "decoder"
+    directory.mkdir()
+    found.write_text(directory)
+    return directory, lambda: found.tensors, found.sentences()
+
+
 def _decoder_config(directory: Path) -> dict:
     refuse_adapter(directory)
     if not (directory / "config.json").is_file():
+        inside = next((file for file in sorted(directory.glob("*.gguf")) if directory.is_dir()), None)
         raise at(directory, f"the decoder {directory} holds no config.json; a directory of LLaMA, Vicuna or Mistral "
-                            "was expected")
+                            f"was expected{f', or the file {inside}' if inside else ''}")
     raw = read_json(directory / "config.json")
     if raw.get("model_type") not in [*DECODERS]:
         raise UserError(f"the decoder {directory} has model_type {short(raw.get('model_type'))}; "

@@ -149,7 +149,7 @@ def _check_presence(directory: Path, shards: list[str]) -> None:
                 raise UserError(f"the shard {directory / f'{start}{i:0{digits}d}{end}'} is missing")
 
 
-def _check_content(file: Path) -> None:
+def check_content(file: Path) -> None:
     """Raises UserError if the file is missing, or is the pointer that a clone without git-lfs leaves in its place."""
     try:
         with open_file(file) as stream:
@@ -164,7 +164,7 @@ def _check_content(file: Path) -> None:
 
 
 def _read_safetensors_file(file: Path) -> dict[str, Tensor]:
-    _check_content(file)
+    check_content(file)
     try:
         handle = safe_open(file, framework="np")
         source = open(file, "rb")  # stays open while any of its tensors may be read
@@ -210,7 +210,7 @@ def read_bin(file: Path) -> dict[str, Tensor]:
     except ImportError:
         raise UserError(f"{file} can be read with torch only, which is not installed: pip install "
                         "'llavamed-jax[torch]'") from None
-    _check_content(file)
+    check_content(file)
     try:
         with warnings.catch_warnings(action="ignore"):  # about odd pickles, which are refused or read in any case
             # Files from before torch 1.6 are not zip archives and cannot be memory-mapped.

@@ -14,7 +14,8 @@ from llavamed_jax.errors import UserError, some
 
 
 def match(where: Path, found: Mapping[str, Tensor], spellings: Mapping[str, Iterable[str]],
-          shapes: Mapping[str, tuple[int, ...]], ignore: Callable[[str], bool] = names.is_buffer) -> dict[str, Tensor]:
+          shapes: Mapping[str, tuple[int, ...]], ignore: Callable[[str], bool] = names.is_buffer,
+          config: str = "config.json") -> dict[str, Tensor]:
     """Finds every canonical name among the tensors of a file.
 
     Args:
@@ -23,6 +24,7 @@ def match(where: Path, found: Mapping[str, Tensor], spellings: Mapping[str, Iter
       spellings: canonical name -> the names it may have in the file.
       shapes: canonical name -> shape in the file.
       ignore: returns whether a name in the file needs no match.
+      config: what gives the shapes, for the error.
 
     Returns:
       Canonical name -> the tensor as it is in the file.
@@ -40,7 +42,7 @@ def match(where: Path, found: Mapping[str, Tensor], spellings: Mapping[str, Iter
                 for word, items in (("missing", missing), ("unexpected", unexpected), ("misshapen", misshapen))
                 if items]
     if problems:
-        raise UserError(f"{where} does not fit its config.json; {'; '.join(problems)}")
+        raise UserError(f"{where} does not fit its {config}; {'; '.join(problems)}")
     return {name: found[key] for name, key in taken.items()}
 
 
