@@ -96,7 +96,7 @@ def _opened(decoder: str | Path, scratch: Path) -> tuple[Path, Callable[[], Mapp
         return directory, lambda: read_weights(directory), []
     found, directory = read_decoder(decoder), scratch / "decoder"
     directory.mkdir()
-    found.write_text(directory)
+    found.write_files(directory)
     return directory, lambda: found.tensors, found.sentences()
 
 

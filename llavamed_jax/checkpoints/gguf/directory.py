@@ -33,7 +33,7 @@ class GgufDecoder(NamedTuple):
     config: DecoderConfig
     tensors: dict[str, Tensor]
 
-    def write_text(self, directory: Path, dtype: str = "float32") -> None:
+    def write_files(self, directory: Path, dtype: str = "float32") -> None:
         """Writes everything but the weights: `config.json`, `generation_config.json` and the tokenizer files.
 
         Args:
@@ -98,7 +98,7 @@ def import_decoder(path: str | Path, out: str | Path, dtype: np.dtype | type | N
 
     tensors = {name: checked(name, tensor) for name, tensor in decoder.tensors.items()}
     with new_directory(out, total_bytes(tensors)) as temporary:
-        decoder.write_text(temporary, dtype.name)
+        decoder.write_files(temporary, dtype.name)
         write_safetensors(temporary, tensors, progress, {"format": "pt"})
     tally.warn()
     return tensors, decoder.sentences()
