@@ -183,7 +183,7 @@ def test_a_data_set_is_trained_on_under_its_own_layout(cards):
         assert [turn["value"] for turn in list(training.readable())[0]["conversations"]] == ["<image>\nWhere is it?", "left"]
         assert training.num_records == 2 and len(training) == (2 if isinstance(data, str) else 4)
         assert list(training.found) == ["cards train: 2 questions on 2 images, 1 open, 1 closed"]
-    with pytest.raises(UserError, match=r"the folder .* holds neither .*, nor Cards \(cards.json\)"):
+    with pytest.raises(UserError, match=r"the folder .* holds none of the known data sets: .*, Cards \(cards.json\)"):
         read_training(cards.parent / "reader")
 
 
@@ -281,7 +281,7 @@ def test_a_set_of_the_package_keeps_its_name(name, read, monkeypatch):
     own = replace(registry.SETS[name], read=functools.partial(registry.SETS[name].read))
     monkeypatch.setitem(registry.SETS, name, own)
     assert registry.register(own) is own
-    with pytest.raises(UserError, match=f"the name '{name}' is that of {own.label}; another name of the data set was"):
+    with pytest.raises(UserError, match=f"the name '{name}' already belongs to {own.label}; another name was expected for the data set"):
         registry.register(registry.DataSet(name, "Mine", "x", read))
     assert registry.SETS[name] is own
 

@@ -69,10 +69,10 @@ def test_markers_in_a_text_keep_their_place(mistral):
     ([{"role": "user", "content": [*ASK[0]["content"], {"type": "text", "text": "<image> <image>"}]}],
      "1 images for 2 <image> markers"),
     ([{"role": "user", "content": "<image> Q"}, {"role": "assistant", "content": "A"}, *ASK], "1 images for 2 <image> markers"),
-    ([{"role": "assistant", "content": "A"}], "message 0 is the assistant's"),
-    ([*ASK, {"role": "assistant", "content": "A"}], "the last message must be the user's"),
-    ([{"role": "tool", "content": "A"}], "has the role 'tool'"), ([*ASK, {"role": "system", "content": "S"}], "is the system's"),
-    ([{"role": "user", "content": [{"type": "audio"}]}], "a part of type 'audio'"), ([], "must be the user's"),
+    ([{"role": "assistant", "content": "A"}], "message 0 has the role assistant; user and"),
+    ([*ASK, {"role": "assistant", "content": "A"}], "a user message to answer was expected last"),
+    ([{"role": "tool", "content": "A"}], "has the role 'tool'"), ([*ASK, {"role": "system", "content": "S"}], "has the role system; it must be the first"),
+    ([{"role": "user", "content": [{"type": "audio"}]}], "a part of type 'audio'"), ([], "a user message to answer was expected last"),
     ([{"role": "user", "content": None}], "the content None"), ("hello", "a list of objects"),
     ([{"role": "system", "content": "<image>"}, *ASK], "1 images for 2 <image> markers"),
     ([{"role": "user", "content": [{"type": "image", "image": None}]}], "a part of type 'image'; text, image or image_url with its"),
@@ -105,7 +105,7 @@ def test_expand():
     assert expand_images(expanded, 3) == expanded
     assert expand_images([IMAGE_TOKEN, IMAGE_TOKEN], 3) == [IMAGE_TOKEN] * 6
     assert expand_images([1, IMAGE_TOKEN, 5], 2, [IGNORE, IGNORE, 5]) == ([1, IMAGE_TOKEN, IMAGE_TOKEN, 5], [IGNORE] * 3 + [5])
-    with pytest.raises(ValueError, match="position 1 begins a run of 4 image tokens; 1 or 3 an image"):
+    with pytest.raises(ValueError, match="position 1 begins a run of 4 image tokens; 1 or 3 per image"):
         expand_images([1, *[IMAGE_TOKEN] * 4], 3)
     with pytest.raises(ValueError, match="2 labels were given for 1 ids"):
         expand_images([1], 3, [1, 2])
@@ -189,7 +189,7 @@ def test_v1s_image_tokens_come_from_the_checkpoints_files(llama_tokenizer, tmp_p
 def test_a_vocabulary_without_rows_for_v1s_image_tokens_is_said(llama_tokenizer):
     cfg = preset("v1-7b")
     cfg = cfg.replace(decoder=dataclasses.replace(cfg.decoder, vocab_size=32000))
-    with pytest.raises(UserError, match="no rows are left for them in a vocabulary of 32000; `python -m convert build --add_image_tokens`"):
+    with pytest.raises(UserError, match="the embedding table of 32000 rows has no free rows for them; `python -m convert build --add_image_tokens`"):
         Processor(cfg, Tokenizer.load(llama_tokenizer)).encode("x")
 
 

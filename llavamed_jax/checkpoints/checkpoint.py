@@ -80,8 +80,8 @@ class Checkpoint:
         if not self.is_delta and not norms_are_small(self.tensors):
             return None
         what = "buffers of zeros" if self.is_delta else "norms of about 0"
-        return (f"{self.directory} is no model but a delta: it has {what}, as the difference of two models has; "
-                "`convert apply-delta --base LLAMA --delta THIS --out DIR` makes a model of it")
+        return (f"{self.directory} is not a model but a delta: it has {what}, as the difference of two models does; "
+                "`convert apply-delta --base LLAMA --delta THIS --out DIR` turns it into a model")
 
     def sound(self) -> "Checkpoint":
         """Returns the checkpoint with every tensor checked when it is read, for computing with it or writing it.

@@ -122,4 +122,4 @@ def not_applied(cfg: LlavaConfig, files: Mapping[str, Path]) -> str | None:
            if value not in (None, [], {}) and key not in _OF_A_CALL | _WITHOUT_EFFECT
            and value not in _NOT_APPLIED.get(key, ())]
     where = FILE if FILE in files else "config.json"
-    return f"{where} has {some(odd)}, which transformers' generate goes by and this project does not" if odd else None
+    return f"{where} has {some(odd)}, which transformers' generate applies and this project does not" if odd else None

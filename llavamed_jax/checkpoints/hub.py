@@ -90,20 +90,20 @@ def _snapshot(path: str, name: str, revision: str | None, patterns: list[str]) -
 def asking(path: str) -> Iterator[None]:
     """Re-raises errors of huggingface_hub inside the block as UserError with one sentence about `path`."""
     from huggingface_hub import constants, errors
-    unknown, where = f"{path} is no directory; as a model's name", constants.ENDPOINT
+    unknown, where = f"{path} is not a directory here, and the hub model of this name", constants.ENDPOINT
     if constants.HF_HUB_CACHE.startswith("~"):  # without a home, `~` would be a directory name where the user works
-        raise UserError(f"{unknown} it needs a directory to be kept in, and this user has no home directory; set "
-                        "HF_HOME to one")
-    unreached = f"{unknown} it is not in the cache of hub models, and %s; give a checkpoint's directory"
+        raise UserError(f"{unknown} cannot be cached, because this user has no home directory; set HF_HOME to a "
+                        "directory")
+    unreached = f"{unknown} is not in the cache of hub models (%s); give a checkpoint's directory"
     try:
         yield
     except errors.RevisionNotFoundError:
-        raise UserError(f"{unknown} it has no revision {path.partition('@')[2]!r} on {where}") from None
+        raise UserError(f"{unknown} has no revision {path.partition('@')[2]!r} on {where}") from None
     except errors.GatedRepoError:
-        raise UserError(f"{unknown} it is gated on {where}: accept its terms there and log in with `hf auth "
+        raise UserError(f"{unknown} is gated on {where}: accept its terms there and log in with `hf auth "
                         "login`") from None
     except errors.RepositoryNotFoundError:
-        raise UserError(f"{unknown} it is not known on {where}, or is private") from None
+        raise UserError(f"{unknown} does not exist on {where} or is private") from None
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
         raise UserError(unreached % (
             "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{where} cannot be reached")) from None
@@ -111,12 +111,12 @@ def asking(path: str) -> Iterator[None]:
         if type(error).__name__ in ("ConnectError", "ConnectTimeout"):
             raise UserError(unreached % f"{where} cannot be reached") from None
         if getattr(error, "filename", None):
-            raise UserError(f"{unknown} it would be kept in {constants.HF_HUB_CACHE}, which cannot be used "
+            raise UserError(f"{unknown} cannot be cached in {constants.HF_HUB_CACHE} "
                             f"({error.filename}: {error.strerror}); set HF_HOME to another directory") from None
         status = getattr(getattr(error, "response", None), "status_code", None)
         reason = f"status {status}" if status else getattr(error, "strerror", None) or type(error).__name__
-        raise UserError(f"{unknown} it could not be fetched from {where} ({reason}); what came is kept for the next "
-                        "try") from None
+        raise UserError(f"{unknown} could not be fetched from {where} ({reason}); the files fetched so far are kept "
+                        "for the next try") from None
 
 
 @functools.cache

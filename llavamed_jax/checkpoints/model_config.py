@@ -56,7 +56,7 @@ def tree_config(path: Path) -> LlavaConfig:
     try:
         config = LlavaConfig.from_dict(read_json(file))
     except (KeyError, TypeError) as error:
-        raise UserError(f"{file} is no config of this project: {error}") from None
+        raise UserError(f"{file} is not a config of this project: {error}") from None
     config = config.replace(decoder=with_stop_ids(config.decoder, file.parent))
     return with_image_settings(config, file.parent, config.source == "transformers")
 
@@ -86,7 +86,8 @@ def kind_of(path: str | Path, weights: bool = True) -> tuple[str, str]:
         return str(directory), "tree"
     if directory.is_dir():
         return str(directory), "torch"
-    raise at(path, f"{path} is no directory; a checkpoint's directory, owner/name of a hub or preset:NAME was expected")
+    raise at(path, f"{path} is not a directory; a checkpoint's directory, owner/name of a hub or preset:NAME was "
+                   "expected")
 
 
 def text_files(directory: Path) -> dict[str, Path]:

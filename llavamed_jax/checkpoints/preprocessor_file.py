@@ -85,8 +85,8 @@ def read(directory: Path, size: int, warn: Callable[[str], None] = warn_once) ->
     """
     found = [_parse(raw, where, size, warn) for where, raw in _raw(directory, warn)]
     if len(found) == 2 and found[0].content != found[1].content:
-        warn(f"{directory}: {PROCESSOR} and {FILE} hold different image settings; {PROCESSOR}'s are taken, as "
-             "transformers 5 does")
+        warn(f"{directory}: {PROCESSOR} and {FILE} hold different image settings; {PROCESSOR}'s are used, as in "
+             "transformers 5")
     return found[0] if found else None
 
 
@@ -134,7 +134,7 @@ def with_image_settings(config: LlavaConfig, directory: Path, is_transformers: b
             config = config.replace(image_aspect_ratio=ratio)
         elif ratio != own:
             warn_once(f"{file} has do_pad {str(given['do_pad']).lower()}; image_aspect_ratio {own} of config.json is "
-                      "taken, as the original's code does")
+                      "used, as in the original's code")
     if is_transformers and (directory / PROCESSOR).is_file():
         _check_count(read_json(directory / PROCESSOR), directory / PROCESSOR, config)
     check(config, str(tower) if is_towers else file)
@@ -146,8 +146,8 @@ def check(config: LlavaConfig, where: str) -> None:
     vision, is_padded = config.vision, config.image_aspect_ratio == "pad"
     if not vision.images.fills(vision.image_size, is_padded):
         edge = vision.image_size
-        raise UserError(f"{where}: do_center_crop is false and size makes {_words(vision.images.resize)} of an image; "
-                        f"{edge} x {edge} pixels of every image were expected by the vision tower")
+        raise UserError(f"{where}: do_center_crop is false, so an image {_words(vision.images.resize)}; the vision "
+                        f"tower expects {edge} x {edge} pixels")
     if is_padded:
         try:
             _ = vision.pad_color
@@ -157,8 +157,8 @@ def check(config: LlavaConfig, where: str) -> None:
 
 def _words(resize: tuple[int, ...] | None) -> str:
     if resize is None or len(resize) == 1:
-        return "its shape"
-    return f"{resize[1]} x {resize[0]} pixels" if resize else "its size"
+        return "keeps its aspect ratio"
+    return f"is resized to {resize[1]} x {resize[0]} pixels" if resize else "keeps its size"
 
 
 # ---- from a file
@@ -167,7 +167,7 @@ def _words(resize: tuple[int, ...] | None) -> str:
 def _parse(given: Mapping[str, Any], where: str, size: int, warn: Callable[[str], None]) -> Preprocessor:
     kind = _kind(given, where)
     if given.get("use_square_size"):
-        raise UserError(f"{where} has use_square_size, which generations of transformers read differently; size was "
+        raise UserError(f"{where} has use_square_size, which versions of transformers read differently; size was "
                         "expected")
     does = {key: _switch(given, key, where, True)
             for key in ("do_resize", "do_center_crop", "do_rescale", "do_normalize")}
@@ -178,7 +178,7 @@ def _parse(given: Mapping[str, Any], where: str, size: int, warn: Callable[[str]
         _check_edges(given, "pad_size", where, size)  # CLIP's processor pads to this size at the end
     odd = sorted(key for key, value in given.items() if value is not None and key not in _READ | _WITHOUT_EFFECT)
     if odd:
-        warn(f"{where} has {some(odd)}, which transformers' {kind} does not read, and which is not read here")
+        warn(f"{where} has {some(odd)}, which neither transformers' {kind} nor this project reads")
     mean = channels(where, "image_mean", given.get("image_mean", CLIP_MEAN))
     std = channels(where, "image_std", given.get("image_std", CLIP_STD))
     settings = ImageSettings(
@@ -198,8 +198,7 @@ def _kind(given: Mapping[str, Any], where: str) -> str:
     key = next((key for key in ("image_processor_type", "feature_extractor_type") if given.get(key) is not None), None)
     if key is None:
         if isinstance(given.get("auto_map"), dict) and given["auto_map"]:
-            raise UserError(f"{where} names code of its own (auto_map) and no image_processor_type; {_EITHER} was "
-                            "expected")
+            raise UserError(f"{where} names custom code (auto_map) but no image_processor_type; {_EITHER} was expected")
         return "LlavaImageProcessor"
     kind = str(given[key]).replace("FeatureExtractor", "ImageProcessor").removesuffix("Fast").removesuffix("Pil")
     if kind not in _CLASSES:
@@ -228,13 +227,12 @@ def _check_crop(given: Mapping[str, Any], where: str, size: int) -> None:
     if "crop_size" in given:
         _check_edges(given, "crop_size", where, size)
     elif size != _SIZE:
-        raise UserError(f"{where} has no crop_size, which means {_SIZE}; {size} x {size}, the vision tower's, was "
-                        "expected")
+        raise UserError(f"{where} has no crop_size, so it is {_SIZE}; the vision tower's {size} x {size} was expected")
 
 
 def _check_edges(given: Mapping[str, Any], key: str, where: str, size: int) -> None:
     if _edges(given[key], where, key, is_square=True) != (size, size):
-        raise UserError(f"{where} has {key} {short(given[key])}; {size} x {size}, the vision tower's, was expected")
+        raise UserError(f"{where} has {key} {short(given[key])}; the vision tower's {size} x {size} was expected")
 
 
 def _edges(value: Any, where: str, key: str, is_square: bool) -> tuple[int, ...]:
@@ -286,7 +284,7 @@ def _check_count(raw: Mapping[str, Any], file: Path, config: LlavaConfig) -> Non
     additional = given.get("num_additional_image_tokens")
     if additional is not None and strategy is not None and additional != class_tokens:
         raise UserError(f"{file} has num_additional_image_tokens {short(additional)}; {class_tokens} was expected, the "
-                        f"class tokens of the vision tower, with which an image is {config.tokens_per_image} tokens")
+                        f"number of class tokens of the vision tower (an image takes {config.tokens_per_image} tokens)")
 
 
 def warn_of_image_token(directory: Path, taken: str) -> None:
@@ -294,7 +292,7 @@ def warn_of_image_token(directory: Path, taken: str) -> None:
     stated = read_json(directory / PROCESSOR).get("image_token") if (directory / PROCESSOR).is_file() else None
     if stated not in (None, taken):
         warn_once(f"{directory / PROCESSOR} has image_token {short(stated)}; {taken} of the tokenizer and config.json "
-                  "is taken")
+                  "is used")
 
 
 # ---- to a file

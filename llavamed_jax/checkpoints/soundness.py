@@ -100,8 +100,8 @@ class Tally:
         if beyond:
             import ml_dtypes
             raise UserError(f"{name} has {beyond} of {out.size} values beyond {float(ml_dtypes.finfo(dtype).max):.5g}, "
-                            f"the largest of {dtype.name}; {array.dtype.name} holds "
-                            f"them{', bfloat16 too' * (dtype == np.float16)}")
+                            f"the largest {dtype.name}; {array.dtype.name} can hold them"
+                            f"{', and so can bfloat16' * (dtype == np.float16)}")
         if lost:
             self.vanished.setdefault(dtype.name, {})[name] = lost
         return out
@@ -118,7 +118,7 @@ class Tally:
           UserError: the array has NaN or infinite values.
         """
         if not is_finite(array):
-            raise UserError(f"{where}{name} holds {what_is_not_finite(array)}; weights that are numbers were expected")
+            raise UserError(f"{where}{name} holds {what_is_not_finite(array)}; finite weights were expected")
         if name.endswith(("/kernel", "/embedding")) and array.size and not array.flat[0] and is_zero(array):
             self.zeros[name] = None
         return array
@@ -129,7 +129,7 @@ class Tally:
             warn(f"{sum(tensors.values())} values are too small for {dtype} and became 0, in {len(tensors)} tensors: "
                  f"{some(list(tensors), 3)}")
         if self.zeros:
-            warn(f"{len(self.zeros)} kernels hold zeros alone, as weights that were never filled do: "
+            warn(f"{len(self.zeros)} kernels hold only zeros, like weights that were never filled: "
                  f"{some(list(self.zeros), 3)}")
         self.vanished, self.zeros = {}, {}
 

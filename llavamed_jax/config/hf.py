@@ -116,7 +116,8 @@ def not_obeyed(config: Mapping[str, Any]) -> list[str]:
     for where, part in [("", config), *((f"{key}.", part) for key, part in parts)]:
         for key in ("attention_dropout", "dropout"):
             if part.get(key):
-                out.append(f"config.json has {where}{key} {short(part[key])}, which training does not apply here")
+                out.append(f"config.json has {where}{key} {short(part[key])}; this project trains without "
+                           "dropout")
         if part.get("quantization_config"):
             out.append(f"config.json has {where}quantization_config, which is not applied: the weights are taken as "
                        "they are in the files")
@@ -214,7 +215,7 @@ def from_original(config: Mapping[str, Any], vision: VisionConfig | None) -> Lla
     if vision is None:
         shape = ours.get("vision_config") or KNOWN_TOWERS.get(tower)
         if shape is None:
-            raise UserError(f"the shape of the vision tower {short(tower)} is not known; its directory was expected as "
+            raise UserError(f"the shape of the vision tower {short(tower)} is unknown; its directory was expected as "
                             "vision_tower=PATH")
         vision = tower_from_hf(as_object(shape, "vision_config"))
     ratio = config.get("image_aspect_ratio")
@@ -245,10 +246,11 @@ def _max_length(value):
 def to_original(cfg: LlavaConfig) -> dict:
     """Returns the `config.json` for the original's loader. UserError if it would fill the projector at random."""
     if not cfg.projector_bias and cfg.projector_type != "identity":
-        raise UserError("the original's projector has biases and this model's has none: --layout transformers holds it")
+        raise UserError("this model's projector has no biases, but the original's code needs them; use --layout "
+                        "transformers")
     if cfg.projector_act != "gelu" and projector_depth(cfg.projector_type) > 1:
-        raise UserError(f"the original's projector has GELU and this model's {cfg.projector_act}: --layout "
-                        "transformers holds it")
+        raise UserError(f"this model's projector has the activation {cfg.projector_act}, but the original's code "
+                        "applies GELU; use --layout transformers")
     is_theirs = cfg.source != "transformers"  # only then do the extra keys belong to this layout
     kind = cfg.source if is_theirs else f"llava_{cfg.decoder.architecture}"
     architectures = [f"Llava{cfg.decoder.hf_class}"]
@@ -275,8 +277,8 @@ def from_transformers(config: Mapping[str, Any]) -> LlavaConfig:
     layer = config.get("vision_feature_layer", -2)
     layer = layer[0] if isinstance(layer, list) and len(layer) == 1 else layer
     if isinstance(layer, list):
-        raise UserError(f"vision_feature_layer is {short(layer)}, whose features are concatenated; one layer was "
-                        "expected")
+        raise UserError(f"vision_feature_layer is {short(layer)}, which concatenates the features of several layers; "
+                        "one layer was expected")
     strategy = config.get("vision_feature_select_strategy", "default")
     select = {"default": "patch", "full": "cls_patch"}.get(str(strategy))
     if select is None:
@@ -292,8 +294,8 @@ def from_transformers(config: Mapping[str, Any]) -> LlavaConfig:
         vision = KNOWN_TOWERS["openai/clip-vit-large-patch14-336"]
     vision = tower_from_hf(as_object(vision, "vision_config"))
     if select == "patch" and not vision.class_tokens:
-        raise UserError(f"vision_feature_select_strategy is {short(strategy)}, which leaves out the tower's first "
-                        f"position, and a {vision.model_type} has no class token; full was expected")
+        raise UserError(f"vision_feature_select_strategy is {short(strategy)}, which drops the class token, but the "
+                        f"tower {vision.model_type} has no class token; full was expected")
     ours = as_object(config.get(OURS, {}), OURS)
     cfg = LlavaConfig(
         vision=vision, decoder=decoder_from_hf(text),
@@ -317,8 +319,8 @@ def from_transformers(config: Mapping[str, Any]) -> LlavaConfig:
 def to_transformers(cfg: LlavaConfig, ids: tuple[int, int] | None = None) -> dict:
     """Returns the `config.json` of a LlavaForConditionalGeneration (`llava_to_hf`); UserError for other projectors."""
     if cfg.projector_type != "mlp2x_gelu":
-        raise UserError("transformers' llava layout holds two-layer projectors only; this model's is "
-                        f"{short(cfg.projector_type)}: --layout llava holds it")
+        raise UserError(f"this model's projector is {short(cfg.projector_type)}, but transformers' llava layout can "
+                        "hold only a two-layer projector; use --layout llava")
     vocabulary, has_image = cfg.decoder.vocab_size, cfg.image_token_id is not None
     ids = ids or (vocabulary, vocabulary + 1)
     image_token, pad_token = (cfg.image_token_id, cfg.decoder.pad_token_id) if has_image else ids

@@ -66,7 +66,7 @@ def read_rope(config: Mapping[str, Any], theta: Any, positions: int) -> tuple[fl
         theta = theta if value is None else value
     partial = rope.get("partial_rotary_factor", config.get("partial_rotary_factor"))
     if partial not in (None, 1, 1.0):
-        raise UserError(f"the decoder's partial_rotary_factor is {short(partial)}; rotation of whole heads (1) was "
+        raise UserError(f"the decoder's partial_rotary_factor is {short(partial)}; 1 (rotation of whole heads) was "
                         "expected")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default" and not any(isinstance(value, Mapping) for value in rope.values()):

@@ -50,4 +50,4 @@ def kernel_axes(table: str, module: str) -> tuple[str | None, ...]:
     for row in rows(table):
         if row.name == name:
             return row.axes
-    raise ValueError(f"the table of tensors has no line {name}, whose axes a module asks for")
+    raise ValueError(f"a module asks for the axes of {name}, which has no line in the table of tensors")

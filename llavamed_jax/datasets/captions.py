@@ -42,7 +42,7 @@ def _sample(row: Row, images: Path, index: int, question: str) -> VqaSample:
     else:
         asked, reference = "", row.words(next((key for key in REFERENCES if key in row), "caption"))
     if not (question or asked):
-        raise row.error("has no question of its own; data.question, what is asked about every image, was expected")
+        raise row.error("has no question; set data.question to ask every image the same question")
     if not reference:
         raise row.error("has an empty answer; the text of the caption was expected")
     return VqaSample(identity, image, question or asked, reference, CAPTION, **row.fields())

@@ -54,7 +54,7 @@ def _options(row: Row) -> tuple[str, ...]:
     if isinstance(options, dict):
         letters = sorted(map(str, options))
         if letters != list(LETTERS[:len(letters)]):
-            raise row.error(f"has the options {', '.join(letters)[:80]}; letters from A on, none left out, were "
+            raise row.error(f"has the options {', '.join(letters)[:80]}; letters from A on without gaps were "
                             "expected")
         options = [options[letter] for letter in letters]
     if not isinstance(options, list) or not 2 <= len(options) <= len(LETTERS):
@@ -70,14 +70,14 @@ def _answer(row: Row, options: Sequence[str]) -> str:
     by_letter = options[letter] if 0 <= letter < len(options) else None
     by_text = answer if answer in options else None
     if by_letter and by_text and by_letter != by_text:
-        raise row.error(f"has the answer {answer!r}, which is the letter of one option and the text of another; "
-                        "options that are single letters in another order cannot be told apart")
+        raise row.error(f"has the answer {answer!r}, which is ambiguous: it is the letter of one option and the text "
+                        "of another")
     right = by_letter or by_text
     if right is None:
         raise row.error(f"has the answer {answer[:80]!r}; a letter up to {LETTERS[len(options) - 1]} or an option's "
                         "text was expected")
     if options.count(right) > 1:
-        raise row.error(f"has its right option {right[:80]!r} {options.count(right)} times; once was expected")
+        raise row.error(f"lists its right option {right[:80]!r} {options.count(right)} times; once was expected")
     return right
 
 

@@ -49,7 +49,7 @@ def read_hub(root: str | Path, split: str = "test", images: str | Path | None = 
     found = detect.named_by_parquet(root)
     if name not in ("parquet", found):
         other = f" looks like {SETS[found].title}: data.name={found}" if found else (
-            f" holds {SETS['parquet'].title}, and nothing says that they are {SETS[name].title}: data.name=parquet "
+            f" holds {SETS['parquet'].title}, which cannot be recognized as {SETS[name].title}; data.name=parquet "
             "reads them")
         raise UserError(f"{root}{other}")
     files = detect.parquet_files(root, split)
@@ -83,8 +83,8 @@ def _say_what_is_guessed(root: Path, split: str, samples: list[VqaSample], name:
     closed = sum(sample.answer_type == CLOSED for sample in samples)
     known = {counts[3] for (of, _), counts in SETS[name].published.items() if of == split and counts[3] is not None}
     if known and closed not in known:
-        log.warning("%s, split %s: there is no column answer_type, so the %d questions answered by yes or no are "
-                    "closed; the whole set has %s closed ones", root, split, closed,
+        log.warning("%s, split %s: the column answer_type is missing, so only the %d questions with the answer yes or "
+                    "no count as closed; the published set has %s closed questions", root, split, closed,
                     " or ".join(map(str, sorted(known))))
 
 

@@ -67,7 +67,7 @@ def _pyarrow():
     try:
         import pyarrow.parquet
     except ImportError:
-        raise UserError("parquet files are read with pyarrow, which is not installed: pip install "
+        raise UserError("pyarrow, which reads parquet files, is not installed: pip install "
                         "'llavamed-jax[parquet]'") from None
     return pyarrow.parquet
 
@@ -77,7 +77,7 @@ def _open(parquet, file: Path, columns: set[str]):
     try:
         opened = parquet.ParquetFile(file)
     except Exception as error:  # ArrowInvalid, OSError and others
-        raise UserError(f"{file} is no parquet file that can be read: {_first_line(error)}") from None
+        raise UserError(f"{file} cannot be read as a parquet file: {_first_line(error)}") from None
     missing = sorted(columns - set(opened.schema_arrow.names))
     if missing:
         raise UserError(f"{file} has no column {' and '.join(missing)}; its columns are "
@@ -124,8 +124,8 @@ class _Images:
             if not path.is_file() or path.stat().st_size != len(data):
                 save_whole(path, lambda file: file.write(data))
         except OSError as error:
-            raise UserError(f"the images of parquet files cannot be written to {self._folder} ({error.strerror}); "
-                            "data.images names another folder") from None
+            raise UserError(f"the images of parquet files cannot be written to {self._folder} ({error.strerror}); set "
+                            "data.images to another folder") from None
         return path
 
 

@@ -77,7 +77,7 @@ def files_of(root: Path, split: str) -> list[Path]:
 def _described(row: Row, images: Path) -> VqaSample:
     label = row["label"]
     if not isinstance(label, dict) or not label:
-        raise row.error("has no answer as label; {answer: score} was expected")
+        raise row.error("has no answer in its label; {answer: score} was expected")
     answer = Row({"label": next(iter(label))}, row.name, "pathvqa").text("label")  # as in LLaVA-Med's files
     return VqaSample(row.identity("question_id"), _image(row, "img_id", images), row.text("sent"), answer,
                      row.answer_type(_TYPES), question_type=row.optional("question_type"))

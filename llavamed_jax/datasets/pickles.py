@@ -35,7 +35,8 @@ class _Instructions(dict):
 
     def __missing__(self, code: int):
         known = pickletools.code2op.get(chr(code))
-        raise _Refused(f"the instruction {known.name}" if known else f"the byte {code}, which is no instruction")
+        raise _Refused(f"the instruction {known.name}" if known
+                       else f"the byte {code}, which is not a pickle instruction")
 
 
 class _PlainUnpickler(PythonUnpickler):
@@ -57,7 +58,7 @@ class _PlainUnpickler(PythonUnpickler):
     @staticmethod
     def _filled(target: Any, items: list) -> dict:
         if type(target) is not dict or len(items) % 2:
-            raise _Refused("an item that is set of something else than a dict")
+            raise _Refused("an instruction that sets an item of something other than a dict")
         for key, value in zip(items[::2], items[1::2], strict=True):
             if not isinstance(key, (str, int, float, type(None))):
                 raise _Refused(f"a {type(key).__name__} as the key of a dict")
@@ -87,4 +88,4 @@ def read_plain_pickle(file: Path) -> Any:
     except EOFError:
         raise UserError(f"{file} is empty or ends too early; {wanted}") from None
     except Exception as error:  # a damaged pickle may raise any exception, even with plain instructions only
-        raise UserError(f"{file} is no pickle, or a damaged one ({type(error).__name__}); {wanted}") from None
+        raise UserError(f"{file} is not a pickle or is damaged ({type(error).__name__}); {wanted}") from None

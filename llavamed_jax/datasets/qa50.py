@@ -106,13 +106,13 @@ def read_chat_questions(root: str | Path, images: str | Path = "") -> ChatSet:
     lines = parse_jsonl(text, lambda number: f"{file}, line {number}")
     questions = [_question(record, where, folder) for where, record in lines]
     if not questions:
-        raise UserError(f"{file} holds no question")
+        raise UserError(f"{file} holds no questions")
     seen: dict[str, str] = {}
     for (where, _), question in zip(lines, questions, strict=True):
         earlier = seen.setdefault(str(question.question_id), where)
         if earlier != where:
-            raise UserError(f"{where} has the question_id {question.question_id!r}, as {earlier.rpartition(', ')[2]} "
-                            "has")
+            raise UserError(f"{where} repeats the question_id {question.question_id!r} of "
+                            f"{earlier.rpartition(', ')[2]}")
     return ChatSet(file, questions, sha256(data))
 
 
@@ -132,7 +132,7 @@ def _question(record: Any, where: str, images: Path) -> ChatQuestion:
         return isinstance(value, str) and bool(value.strip())
 
     get("pair_id", is_text, "text")
-    domain = get("domain", _is_domain, f"an object of true and false with {', '.join(DOMAINS)}, one of them true,")
+    domain = get("domain", _is_domain, f"an object of {', '.join(DOMAINS)}, true or false, one of them true,")
     return ChatQuestion(
         question_id=get("question_id", lambda v: type(v) is int or is_text(v), "a number or text"),
         image=images / get("image", is_text, "the name of a file"),

@@ -231,12 +231,13 @@ def _list_items(file: BinaryIO, begin: int, name: str) -> Iterator[tuple[int, in
                 count += 1
                 if follows == "]":
                     if (text[used:] + file.read(_WINDOW).decode("latin-1")).strip():
-                        raise UserError(f"{name} is no JSON: more follows the list of {count} records")
+                        raise UserError(f"{name} is not valid JSON: text follows the list of {count} records")
                     return
         except RecursionError:
             raise UserError(f"record {count} of {name} is nested too deeply to be read as JSON") from None
         if not used and (len(text) < window or window > _LONGEST):
-            raise UserError(f"{name} is no JSON: record {count}, from byte {begin} on, has no end or no comma after it")
+            raise UserError(f"{name} is not valid JSON: record {count}, which begins at byte {begin}, does not end or "
+                            "is not followed by a comma")
         window = _WINDOW if used else 8 * window
         begin += used
 
@@ -262,7 +263,7 @@ def normalize(row: Any, images: Path, name: str, index: int) -> dict:
         return UserError(f"{name} {what}")
 
     if not isinstance(row, dict):
-        raise fail("is no object; {id, image, conversations} was expected")
+        raise fail("is not an object; {id, image, conversations} was expected")
     turns = row.get("conversations", row.get("conversatons"))
     if not isinstance(turns, list) or not turns:
         raise fail("has no conversations; a list of {from, value} was expected")

@@ -146,8 +146,8 @@ def register(data_set: DataSet) -> DataSet:
     """
     taken = SETS.get(data_set.name)
     if taken is not None and taken is not data_set and data_set.name in _BUILT_IN:
-        raise UserError(f"the name {data_set.name!r} is that of {taken.label}; another name of the data set was "
-                        "expected")
+        raise UserError(f"the name {data_set.name!r} already belongs to {taken.label}; another name was expected for "
+                        "the data set")
     SETS[data_set.name] = data_set
     return data_set
 

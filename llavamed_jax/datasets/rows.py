@@ -88,7 +88,7 @@ class Row:
     def __getitem__(self, key: str) -> Any:
         if not isinstance(self.value, Mapping) or key not in self.value:
             other = detect.layout_of_row(self.value)
-            also = f", and it looks like a row of {SETS[other].title}" if other not in (None, self._layout) else ""
+            also = f"; the row looks like one of {SETS[other].title}" if other not in (None, self._layout) else ""
             expected = SETS[self._layout].row if self._layout in SETS else OFFICIAL
             raise self.error(f"has no {key!r}; {expected} was expected{also}")
         return self.value[key]
@@ -164,5 +164,5 @@ class Row:
 def _shown(value: Any) -> str:
     """Formats a value for an error. A container is not printed, because a pickle's may be nested too deeply."""
     if isinstance(value, int) and abs(value) >= _LARGEST:
-        return "a number of many digits"
+        return "a number with too many digits"
     return f"a {type(value).__name__}" if isinstance(value, (list, dict, tuple)) else short(value)

@@ -79,8 +79,8 @@ def check_images(images: Iterable[Path]) -> None:
     images = dict.fromkeys(map(Path, images))
     missing = [image for image in images if not image.is_file() and not Path(split_frame(str(image))[0]).is_file()]
     if missing:
-        more = f", nor do {len(missing) - 1} of the other {len(images) - 1}" if len(missing) > 1 else ""
-        raise UserError(f"the image {missing[0]} {'is no file' if exists(missing[0]) else 'does not exist'}{more}")
+        more = f"; {len(missing)} of {len(images)} images are missing" if len(missing) > 1 else ""
+        raise UserError(f"the image {missing[0]} {'is not a file' if exists(missing[0]) else 'does not exist'}{more}")
 
 
 def first_names(images: Iterable[str | Path]) -> dict[str, Path]:
@@ -116,8 +116,8 @@ def check_ids(samples: Iterable[VqaSample], name: str) -> None:
     counts = Counter(str(sample.question_id) for sample in samples)
     doubled = [name for name, count in counts.items() if count > 1]
     if doubled:
-        raise UserError(f"{name} has {len(doubled)} ids that several questions have ({some(doubled)}); each its own "
-                        "was expected")
+        raise UserError(f"{name} has {len(doubled)} ids that more than one question has ({some(doubled)}); a different "
+                        "id for each question was expected")
 
 
 KINDS = (CLOSED, OPEN, CHOICE, CAPTION)

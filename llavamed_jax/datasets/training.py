@@ -89,8 +89,8 @@ def read_training(data, images: str | Path | None = None, protocol: str = "clean
     path = Path(data)
     layout = detect.layout_of(path)
     if layout is None and path.is_dir():
-        titles = ", nor ".join(each.title for each in SETS.values())
-        raise UserError(f"the folder {path} holds neither {titles}{detect.hint(path, '')}")
+        titles = ", ".join(each.title for each in SETS.values())
+        raise UserError(f"the folder {path} holds none of the known data sets: {titles}{detect.hint(path, '')}")
     if layout is None or SETS[layout].is_conversations:
         file = detect.split_file(path, split, layout) if path.is_dir() else path
         source, found = open_records(file, images, cache), ()
@@ -123,8 +123,8 @@ def _read_mixture(entries, images, protocol, split, cache) -> TrainingData:
                              "was expected")
         part = read_training(entry["path"], entry.get("images", images), protocol, split, cache)
         if not round(weight * len(part)):
-            raise UserError(f"the weight {weight} of {entry['path']} leaves none of its {len(part)} records "
-                            "in an epoch")
+            raise UserError(f"the weight {weight} of {entry['path']} is too small: an epoch would use none of its "
+                            f"{len(part)} records")
         sources += part.sources
         found += part.found
         weights.append(float(weight))

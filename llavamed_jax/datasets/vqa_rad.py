@@ -53,8 +53,8 @@ def read_vqa_rad(root: str | Path, split: str = "test", protocol: str = "clean")
     if protocol == "paper" and split != "test":
         frames = [_frame(row, s) for row, s in pairs if row.value.get("question_frame") not in (None, "NULL")]
         leaked = sum(s.phrase_type.startswith("test_") for s in frames)
-        log.warning("VQA-RAD, protocol paper: %d rephrasings added to the training rows, %d of them of test questions: "
-                    "test answers leak into training, as in the paper", len(frames), leaked)
+        log.warning("VQA-RAD, protocol paper: %d rephrasings were added to the training rows, and %d of them rephrase "
+                    "test questions: test answers leak into training, as in the paper", len(frames), leaked)
         samples += frames
     check_images(s.image for s in samples)
     return samples
@@ -62,7 +62,7 @@ def read_vqa_rad(root: str | Path, split: str = "test", protocol: str = "clean")
 
 def _from_parquet(root: Path, split: str, protocol: str) -> list[VqaSample]:
     if protocol == "paper" and split != "test":
-        raise UserError(f"{root} holds parquet files, which have no rephrasings; protocol=paper needs {VQA_RAD_FILE}")
+        raise UserError(f"{root} holds parquet files, which lack the rephrasings; protocol=paper needs {VQA_RAD_FILE}")
     return [sample for each in (("train", "test") if split == "all" else (split,))
             for sample in read_hub(root, each, name="vqa_rad")]
 

@@ -240,12 +240,12 @@ def _jpeg_2000(content: bytes, size: tuple[int, int], name: str) -> np.ndarray |
     try:
         import openjpeg
     except ImportError:
-        raise UserError(f"{name} is JPEG 2000 of {max(bits)} bits a colour, which needs pylibjpeg-openjpeg: "
+        raise UserError(f"{name} is JPEG 2000 of {max(bits)} bits per colour, which needs pylibjpeg-openjpeg: "
                         "pip install 'llavamed-jax[medical]'") from None
     kind = openjpeg.get_parameters(content)["colourspace"]
     if (right - left, bottom - top) != size or len({*bits}) > 1 or kind not in ("unspecified", "sRGB", "monochrome"):
-        raise UserError(f"{name} is JPEG 2000 of {max(bits)} bits a colour and the colour space {kind}; RGB of equal "
-                        "depths was expected")
+        raise UserError(f"{name} is JPEG 2000 of {max(bits)} bits per colour in the colour space {kind}; RGB with the "
+                        "same number of bits in each colour was expected")
     values = openjpeg.decode(content).astype(np.int64)
     is_signed = content[place + 42] & 128
     values = (values + is_signed * 2 ** (bits[0] - 1) // 128) << max(0, 16 - bits[0])

@@ -103,18 +103,18 @@ def read_dicom(file: BinaryIO, name: str, frame: int = 1) -> Image.Image:
     except UserError:
         raise
     except Exception as error:  # on damaged files pydicom and its decoders raise nearly anything
-        raise UserError(f"{name} is no DICOM image that can be read: {_in_dicoms_words(error)}") from error
+        raise UserError(f"{name} cannot be read as a DICOM image: {_in_dicoms_words(error)}") from error
 
 
 def _in_dicoms_words(error: Exception) -> str:
     """Returns pydicom's message, which names elements; explains the errors of Python and numpy."""
     said = one_line(error)
     if "cannot reshape" in said:
-        return "its pixel data are less than expected by its rows, columns and samples"
+        return "its pixel data are shorter than its rows, columns and samples say"
     if "could not broadcast" in said:
-        return "its compressed pixel data make another image than expected by its rows, columns and samples"
+        return "its compressed pixel data decode to another size than its rows, columns and samples say"
     if isinstance(error, _PYTHONS) or isinstance(error, (AttributeError, ValueError)) and _PYTHONS_WORDS.search(said):
-        return "its header or its pixel data are damaged, or not as the standard has them"
+        return "its header or its pixel data are damaged or do not follow the DICOM standard"
     return said
 
 
@@ -134,7 +134,7 @@ def _read_header(file: BinaryIO, name: str) -> Dataset:
 
     start, size = file.read(4096), file.seek(0, 2)
     if uid.DeflatedExplicitVRLittleEndian.encode() in start and size > _MAX_DEFLATED:
-        raise UserError(f"{name} is deflated as a whole and has {size} bytes; at most {_MAX_DEFLATED} were expected")
+        raise UserError(f"{name} is a deflated file of {size} bytes; at most {_MAX_DEFLATED} were expected")
     file.seek(0)
     header = dcmread(file, stop_before_pixels=True, force=True, specific_tags=_KEYWORDS)
     if not header.file_meta.get("TransferSyntaxUID"):
@@ -153,7 +153,7 @@ def _check(header: Dataset, name: str, frame: int) -> int:
     """
     rows, columns = (whole_number(header, keyword, name) for keyword in ("Rows", "Columns"))
     if rows is None or columns is None:
-        kind = f"; it is of the class {header.SOPClassUID.name}" if "SOPClassUID" in header else ""
+        kind = f"; its SOP class is {header.SOPClassUID.name}" if "SOPClassUID" in header else ""
         raise UserError(f"{name} holds no DICOM image{kind}")
     if not 0 < rows * columns <= MAX_PIXELS:
         raise UserError(f"{name} has {columns} x {rows} pixels a frame; 1 to {MAX_PIXELS} were expected")
@@ -269,7 +269,8 @@ def _check_stream(file: BinaryIO, name: str, index: int, count: int) -> int | No
         return _precision_of_jpeg(frame)
     width, height = (int.from_bytes(x, "big") for x in size.groups()[:2])
     if width * height > MAX_PIXELS:
-        raise UserError(f"{name} has a stream of {width} x {height} pixels; at most {MAX_PIXELS} were expected")
+        raise UserError(f"{name} has a compressed stream of {width} x {height} pixels; at most {MAX_PIXELS} were "
+                        "expected")
     return (size[3][0] & 127) + 1
 
 
@@ -293,7 +294,7 @@ def _check_length(source: BinaryIO | Dataset, described: dict, name: str) -> Non
         return
     pixels = described["rows"] * described["columns"] * described["number_of_frames"]
     if _length_of_pixels(source, described["transfer_syntax_uid"]) >= 3 * pixels:
-        raise UserError(f"{name} has YBR_FULL_422 and three bytes a pixel, which RGB and YBR_FULL have; two were "
+        raise UserError(f"{name} has YBR_FULL_422 with three bytes per pixel, as in RGB or YBR_FULL; two bytes were "
                         "expected")
 
 
@@ -330,5 +331,5 @@ def _decode_apart(file: BinaryIO, **arguments) -> np.ndarray:
         raise ValueError(f"its decoder takes more than {_MOST_SECONDS} s") from None
     if done.returncode:
         lines = done.stderr.decode(errors="replace").strip().splitlines()
-        raise ValueError(lines[-1] if done.returncode > 0 and lines else "its decoder broke down")
+        raise ValueError(lines[-1] if done.returncode > 0 and lines else "its decoder crashed")
     return np.load(io.BytesIO(done.stdout))

@@ -53,7 +53,7 @@ def render(stored: np.ndarray, header: Dataset, index: int, name: str) -> Image.
         bits = _color_bits(stored, bits_stored(header, name))
     if stored.ndim != 3 or stored.dtype.kind != "u":
         raise UserError(f"{name} has {interpretation} with signed values or another number of samples; three unsigned "
-                        "samples a pixel were expected")
+                        "samples per pixel were expected")
     return Image.fromarray((stored[..., :3] >> max(0, bits - 8)).astype(np.uint8))
 
 
@@ -69,11 +69,11 @@ def _color_bits(values: np.ndarray, stated: int) -> int:
 def _grey(stored: np.ndarray, header: Dataset, index: int, name: str) -> np.ndarray:
     """Converts stored values [H,W] as MONOCHROME2 shows them to uint8 [H,W]."""
     if stored.ndim != 2:
-        raise UserError(f"{name} is grey and has {stored.shape[-1]} samples a pixel; one was expected")
+        raise UserError(f"{name} is grey but has {stored.shape[-1]} samples per pixel; one was expected")
     padding = _is_padding(stored, header, name)
     result = _modality(stored, header, index, name)
     if not np.isfinite(result[~padding]).all():
-        raise UserError(f"{name} has values that are not finite; finite ones were expected")
+        raise UserError(f"{name} has pixel values that are NaN or infinite; finite values were expected")
     result = np.where(np.isfinite(result), result, -np.inf)  # padding that is NaN is shown black
     bits = bits_stored(header, name)
     voi = _voi(header, index, name, is_signed=stored.dtype.kind == "i" or bool((result < 0).any()))

@@ -56,7 +56,7 @@ def load_image(source, frame: int | None = None) -> Image.Image:
         shape or dtype.
     """
     if frame is not None and (not isinstance(frame, int) or frame < 1):
-        raise UserError(f"the frame is {frame!r}; a whole number from 1 on was expected")
+        raise UserError(f"the frame is {frame!r}; a whole number of at least 1 was expected")
     if isinstance(source, (Image.Image, np.ndarray)):
         if frame not in (None, 1):
             raise UserError(f"the image is a {type(source).__name__}, which has one frame; there is no frame {frame}")
@@ -66,7 +66,7 @@ def load_image(source, frame: int | None = None) -> Image.Image:
     if isinstance(source, str) and source[:5].lower() == "data:":
         return _read(io.BytesIO(_data_url(source)), "the image in the data URL", frame or 1)
     if is_address(source):
-        raise UserError(f"the image {source[:200]} is an address; a path, a data URL or an image was expected")
+        raise UserError(f"the image {source[:200]} is a web address; a path, a data URL or an image was expected")
     if not isinstance(source, (str, Path)):
         raise UserError(f"the image is of type {type(source).__name__}; a path, a Pillow image, a uint8 array or bytes "
                         "was expected")
@@ -123,8 +123,8 @@ def preprocess_uint8(image: Image.Image, size: int, mode: str = "pad", settings:
         raise UserError(f"the image is {image.width} x {image.height} pixels; an aspect ratio of at most {MAX_ASPECT} "
                         "was expected")
     if mode == "pad" and long * long > MAX_PIXELS:
-        raise UserError(f"the image is {image.width} x {image.height} pixels; to be padded to a square, at most "
-                        f"{int(MAX_PIXELS**0.5)} on a side were expected")
+        raise UserError(f"the image is {image.width} x {image.height} pixels; at most {int(MAX_PIXELS**0.5)} on a side "
+                        "were expected, because it is padded to a square")
     if mode == "pad":
         image = pad_to_square(image, color)
     image = _resize(image, size, settings)
@@ -132,7 +132,7 @@ def preprocess_uint8(image: Image.Image, size: int, mode: str = "pad", settings:
         left, top = (image.width - size) // 2, (image.height - size) // 2
         image = image.crop((left, top, left + size, top + size))  # black beyond the image
     if image.size != (size, size):
-        raise UserError(f"the checkpoint's image settings make {image.width} x {image.height} pixels of an image; "
+        raise UserError(f"the checkpoint's image settings resize an image to {image.width} x {image.height} pixels; "
                         f"{size} x {size} were expected")
     return np.asarray(image)
 
@@ -143,8 +143,8 @@ def _resize(image: Image.Image, size: int, settings: ImageSettings) -> Image.Ima
         return image
     height, width = edges if len(edges) == 2 else (int(edges[0] * edge / min(image.size)) for edge in image.size[::-1])
     if width * height > MAX_PIXELS:
-        raise UserError(f"the checkpoint's image settings make {width} x {height} pixels of an image; at most "
-                        f"{MAX_PIXELS} were expected")
+        raise UserError(f"the checkpoint's image settings resize an image to {width} x {height} pixels; at most "
+                        f"{MAX_PIXELS} pixels were expected")
     return image.resize((width, height), Image.Resampling[settings.resample.upper()])
 
 
@@ -202,9 +202,9 @@ def _beside(path: str) -> str:
     stem, suffix = os.path.splitext(path)
     forms = {f"in Unicode's form {form}": unicodedata.normalize(form, path) for form in ("NFC", "NFD")}
     cases = {f"with the suffix {other}": stem + other for other in (suffix.lower(), suffix.upper())}
-    for how, other in {**forms, **cases, "with / for \\": path.replace("\\", "/")}.items():
+    for how, other in {**forms, **cases, "with / instead of \\": path.replace("\\", "/")}.items():
         if other != path and os.path.exists(other):
-            return f"; it does {how}"
+            return f"; it exists {how}"
     return ""
 
 
@@ -214,7 +214,7 @@ def split_frame(path: str) -> tuple[str, int | None]:
     if match is None or os.path.exists(path):  # Path.exists raises if the name is too long
         return path, None
     if not int(match[2]):
-        raise UserError(f"the image {path} names frame 0; a whole number from 1 on was expected")
+        raise UserError(f"the image {path} names frame 0; a whole number of at least 1 was expected")
     return match[1], int(match[2])
 
 
@@ -228,7 +228,7 @@ def _read(file: BinaryIO, name: str, frame: int, suffix: str = "") -> Image.Imag
     with _refusing(name, frame):
         page = open_page(file, frame)
         if page.image.format == "EPS":  # Pillow would run it with Ghostscript
-            raise UserError(f"{name} is PostScript, a program; an image was expected")
+            raise UserError(f"{name} is PostScript, which is not supported; an image was expected")
         return page.to_rgb(name)
 
 
@@ -257,7 +257,7 @@ def _refusing(name: str, frame: int = 1) -> Iterator[None]:
 def _from_array(array: np.ndarray) -> Image.Image:
     is_image = array.ndim == 2 or (array.ndim == 3 and array.shape[-1] in (1, 3, 4))
     if array.dtype != np.uint8 or not is_image or 0 in array.shape:
-        raise UserError(f"an image is a {array.dtype} array of shape {array.shape}; uint8 [H,W,3] or [H,W] was "
+        raise UserError(f"the image is a {array.dtype} array of shape {array.shape}; uint8 [H,W,3] or [H,W] was "
                         "expected")
     return Image.fromarray(array[..., 0] if array.shape[-1] == 1 and array.ndim == 3 else array).convert("RGB")
 
@@ -265,8 +265,8 @@ def _from_array(array: np.ndarray) -> Image.Image:
 def _data_url(url: str) -> bytes:
     header, comma, body = url.partition(",")
     if not comma or not header.endswith(";base64"):
-        raise UserError("an image's data URL does not begin with data:image/TYPE;base64, as was expected")
+        raise UserError("the data URL of an image begins wrongly; data:image/TYPE;base64, was expected")
     try:
         return base64.b64decode(body, validate=True)
     except (binascii.Error, ValueError) as error:
-        raise UserError(f"an image's data URL holds no base64: {error}") from error
+        raise UserError(f"the data URL of an image holds invalid base64: {error}") from error

@@ -128,8 +128,8 @@ def measure(data: TrainingData, processor: Processor, max_length: int, num_worke
         *(next((part[name] for part in parts if part[name]), "") for name in ("first_lost", "first_unsupervised")),
         max((part["highest"] for part in parts), key=lambda found: found[0], default=(0, None)))
     if lengths.surplus and not lengths.max_images and processor.tokens_per_image >= max_length:
-        raise UsageError(f"the config key 'max_length' is {max_length}; an image alone takes "
-                         f"{processor.tokens_per_image} positions")
+        raise UsageError(f"the config key 'max_length' is {max_length}, but one image takes "
+                         f"{processor.tokens_per_image} tokens; a larger number was expected")
     if kept is not None:
         _save(kept, lengths)
     return lengths
@@ -174,28 +174,27 @@ def _refuse_beyond(rows: int | None, highest: tuple[int, object], processor: Pro
     """Raises UserError if a token has no row in the model's embedding table: its embedding would be NaN."""
     token, record = highest
     if rows is not None and token >= rows:
-        raise UserError(f"record {record!r} has the token {token}, and the model's table over the vocabulary has "
-                        f"{rows} rows: the tokenizer, of {processor.tokenizer.vocab_size} tokens, is another model's, "
-                        "or tokens were added to it without rows; the model's own tokenizer was expected, or a model "
-                        "with rows for all (`python -m convert build`)")
+        raise UserError(f"record {record!r} has the token {token}, but the model's embedding table has {rows} rows; "
+                        f"the tokenizer of {processor.tokenizer.vocab_size} tokens does not belong to the model, or "
+                        "tokens were added without rows (`python -m convert build` adds rows)")
 
 
 def _why_lost(record: dict, example: examples.Example, max_length: int) -> str:
     unmarked, marked = record.get("surplus", 0), len(record["image"])
     images = lambda count: count_of(count, "image")
     if unmarked:
-        return (f"record {record['id']!r} names {images(unmarked + marked)} and has a marker for {marked or 'none'} of "
-                "them")
-    return f"record {record['id']!r} is cut at {max_length} tokens, which takes {images(example.num_surplus)} away"
+        return (f"record {record['id']!r} names {images(unmarked + marked)} but has "
+                f"{count_of(marked, '<image> marker')}")
+    return f"record {record['id']!r} is cut at {max_length} tokens, which removes {images(example.num_surplus)}"
 
 
 def _why_unsupervised(record: dict, example: examples.Example, processor: Processor, max_length: int) -> str:
     if not any(turn["from"] != "human" and str(turn["value"]) for turn in record["conversations"]):
-        return f"record {record['id']!r} has no answer, or an empty one"
+        return f"record {record['id']!r} has no answer or an empty answer"
     if example.is_truncated:
-        return f"record {record['id']!r} is cut at {max_length} tokens, before an answer or within one"
-    return (f"in record {record['id']!r} the answers are not where the template {processor.template_name} counts them: "
-            "a special token stands in its text, or the tokenizer is not one that the template was made for")
+        return f"record {record['id']!r} is cut at {max_length} tokens, before or within its answer"
+    return (f"the template {processor.template_name} does not find the answers of record {record['id']!r}: the text "
+            "contains a special token, or the tokenizer does not fit the template")
 
 
 def _key(data: TrainingData, processor: Processor, max_length: int) -> str:

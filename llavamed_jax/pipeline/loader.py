@@ -71,8 +71,8 @@ class BatchMaker:
         measured = int(self.plan.lengths.tokens[number]), int(self.plan.lengths.images[number])
         if (len(example.ids), len(example.images)) != measured:
             raise UserError(f"record {record['id']!r} has {len(example.ids)} tokens and {len(example.images)} images, "
-                            f"and had {measured[0]} and {measured[1]} when the data was measured: it has changed "
-                            "since, or the run's folder cache/ is out of date")
+                            f"but had {measured[0]} and {measured[1]} when the data was measured: the record has "
+                            "changed, or the run's folder cache/ is out of date")
         report["seen"] += 1
         pixels, broken = examples.read_images(example, self.processor)
         if broken:
@@ -162,17 +162,16 @@ class Loader:
         judged = min(samples, max(self._seen, _EARLY))
         if len(self._broken) > self._skip_limit * judged:
             self.close()
-            raise UserError(f"{len(self._broken)} of the first {min(samples, self._seen)} samples have an image that "
-                            f"cannot be read, more than the {self._skip_limit:.0%} that may be skipped; the last: "
+            raise UserError(f"{len(self._broken)} of the first {min(samples, self._seen)} samples have an unreadable "
+                            f"image, more than the allowed {self._skip_limit:.0%} (data.skip_limit); the last: "
                             f"{self.skipped[-1]['reason']}")
         weights, is_bad = self._make.plan.stream.weights(), self._is_known.copy()
         is_bad[list(self._broken)] = True
         if weights[is_bad].sum() > self._skip_limit * samples:
             self.close()
-            raise UserError(f"{weights[is_bad].sum():.0f} of the {samples} samples cannot be used or lose an image, "
-                            f"{len(self._broken)} of them because it cannot be read: more than the "
-                            f"{self._skip_limit:.0%} that may be skipped (data.skip_limit); the last: "
-                            f"{self.skipped[-1]['reason']}")
+            raise UserError(f"{weights[is_bad].sum():.0f} of the {samples} samples cannot be used or lose an image "
+                            f"({len(self._broken)} have an unreadable image), more than the allowed "
+                            f"{self._skip_limit:.0%} (data.skip_limit); the last: {self.skipped[-1]['reason']}")
 
     def _refuse_barren(self, batch: dict[str, np.ndarray]) -> None:
         if len(batch["labels"]) < self._make.plan.layout.rows:
@@ -205,10 +204,10 @@ class Loader:
         """
         for key, here in self.state().items():
             if key not in ("epoch", "row") and state.get(key) != here:
-                change = {"rows": "samples have other lengths", "records": "samples have other text or images"}.get(
+                change = {"rows": "the lengths of the samples differ",
+                          "records": "the text or the images of the samples differ"}.get(
                     key, f"{key} was {state.get(key)} and is {here} now")
-                raise UserError(f"the position in the data was saved with other data: its {change}; what the run was "
-                                "started with was expected")
+                raise UserError(f"the run was started with other data: {change}; the same data was expected")
         self.close()
         self._place = state["epoch"], state["row"]
         self._make = replace(self._make, start=self._place)
@@ -236,9 +235,9 @@ def _fitting(num_workers: int, size: int) -> int:
     """Returns how many workers have room for their batches in shared memory; warns if not all of them have."""
     found = workers.fitting(num_workers, size)
     if found < num_workers:
-        who = (f"{found} of {num_workers} data.workers are started" if found
-               else "batches are made in a thread, without data.workers,")
-        warn(f"{who} because {workers.SHARED} has {workers.free_bytes() / 1e6:.0f} MB free and a worker needs "
+        who = (f"only {found} of {num_workers} data.workers are started" if found
+               else "no data.workers are started (a thread makes the batches)")
+        warn(f"{who}, because {workers.SHARED} has {workers.free_bytes() / 1e6:.0f} MB free and a worker needs "
              f"{workers.HELD * size / 1e6:.0f} MB for batches of {size / 1e6:.1f} MB; docker run --shm-size=8g gives "
              "more")
     return found

@@ -279,8 +279,8 @@ def rows_an_update(batch_size: int, mean_length: float, multiple: int, row_lengt
       UsageError: the longest sample does not fit the row length.
     """
     if row_length and row_length < longest:
-        raise UsageError(f"the config key 'data.row_length' is {row_length}; the longest sample has {longest} tokens, "
-                         "so at least that was expected")
+        raise UsageError(f"the config key 'data.row_length' is {row_length}, but the longest sample has {longest} "
+                         f"tokens; at least {longest}, or 0, was expected")
     choices = ([row_length] if row_length
                else [length for length in ROW_LENGTHS if length >= longest] or [-(-longest // 128) * 128])
     for length in choices:

@@ -87,7 +87,7 @@ class InOrder(Iterator):
             if waited > _DEAD_S:
                 self._refuse_dead()
             if waited > warn_after:
-                warn(f"{self._waited_for(waited)}; it is waited for {GIVE_UP_S - waited:.0f} s more")
+                warn(f"{self._waited_for(waited)}; waiting up to {GIVE_UP_S - waited:.0f} s more")
                 warn_after *= 2
         self._shared.look()
         if isinstance(error, RuntimeError) and "Worker process was terminated" in str(error):  # grain's sentence
@@ -112,7 +112,7 @@ class InOrder(Iterator):
                 raise TimeoutError
         except TimeoutError:
             self._shared.is_stuck = True
-            raise WorkerError(f"{self._waited_for(waited)}, and is given up") from None
+            raise WorkerError(f"timeout: {self._waited_for(waited)}") from None
         except BaseException:
             self._shared.is_stuck = True
             raise
@@ -137,7 +137,8 @@ class InOrder(Iterator):
         pid, text = (None, worker_notes.here()) if worker is None else self._shared.note(worker)
         who = ("the loader" if worker is None
                else f"loader worker {worker} of {self._shared.count}" + (f" (process {pid})" if pid else ""))
-        return f"{who} has given nothing for {seconds:.0f} s" + (f" and reads {cut(text, 300)}" if text else "")
+        reading = f", reading {cut(text, 300)}," if text else ""
+        return f"{who}{reading} has returned nothing for {seconds:.0f} s"
 
 
 def in_order(make: Callable[[int], dict], count: int, workers: int) -> InOrder:
@@ -247,9 +248,9 @@ def _how(code: int) -> str:
         return f"ended with exit status {code}"
     name = signal.Signals(-code).name
     if code == -signal.SIGKILL:
-        return (f"was ended by {name}, which the system sends where memory runs out; fewer data.workers and a smaller "
-                "batch_size take less")
+        return (f"was killed by {name}, which the system sends when memory runs out; fewer data.workers or a smaller "
+                "batch_size need less memory")
     if code == -signal.SIGBUS:
-        return (f"was ended by {name}, which the system sends where {SHARED} is full ({(free_bytes() or 0) / 1e6:.0f} "
-                "MB are free now): fewer data.workers take less of it, and docker run --shm-size=8g gives more")
-    return f"was ended by {name}"
+        return (f"was killed by {name}, which the system sends when {SHARED} is full ({(free_bytes() or 0) / 1e6:.0f} "
+                "MB are free now); fewer data.workers need less of it, and docker run --shm-size=8g gives more")
+    return f"was killed by {name}"

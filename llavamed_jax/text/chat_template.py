@@ -88,7 +88,7 @@ def find_chat_template(directory: Path) -> tuple[str, Path] | None:
     # A tokenizer's template beside a processor's is the language model's; every version ignores it.
     other = next((other for text, other in found[1:] if text != source and other.name != "tokenizer_config.json"), None)
     if other is not None:
-        warn_once(f"{file} and {other} hold different chat templates; {file.name} is taken, as transformers 5.24 does")
+        warn_once(f"{file} and {other} hold different chat templates; {file.name} is used, as in transformers 5.24")
     return source, file
 
 

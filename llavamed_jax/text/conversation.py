@@ -38,7 +38,7 @@ def render(template: Template, turns: Sequence[str | None], system: str | None =
       UserError: there are no turns, or the template cannot hold them.
     """
     if not turns:
-        raise UserError("a prompt of no turns was asked for; at least one was expected")
+        raise UserError("the conversation has no turns; at least one was expected")
     if system is not None:
         template = replace(template, system=system)
     return _write(template, [*template.examples, *turns])
@@ -129,8 +129,8 @@ def training_turns(template: Template, conversation: Sequence[dict]) -> list[tup
         turns = turns[start:]
         for i, (speaker, _) in enumerate(turns):
             if speaker != ("human", "gpt")[i % 2]:
-                raise UserError(f"turn {start + i} of the conversation is from {speaker}; human and gpt in alternation "
-                                "were expected")
+                raise UserError(f"turn {start + i} of the conversation is from {speaker}; human and gpt were expected "
+                                "to alternate")
     end = template.form.thought_end
     if end is not None and any(speaker == "gpt" and end in text for speaker, text in turns):
         raise UserError(f"an answer of the conversation has {end}, and the template {template.name} writes an empty "
@@ -138,7 +138,7 @@ def training_turns(template: Template, conversation: Sequence[dict]) -> list[tup
     if not turns:
         raise UserError("the conversation is empty; at least one question and its answer were expected")
     if template.labels == "plain" and (len(turns) != 2 or IMAGE_MARKER not in turns[0][1]):
-        raise UserError(f"the template {template.name} needs a conversation of <image> and its caption, one turn each")
+        raise UserError(f"the template {template.name} needs a conversation of two turns: <image>, then its caption")
     return turns
 
 
@@ -188,8 +188,8 @@ def supervise(template: Template, turns: Sequence[tuple[str, str]], encode: Call
         return sum(image_length if i == IMAGE_TOKEN else 1 for i in ids)
 
     if template.labels in ("v1", "llama_2") and not template.sep2:
-        raise UserError(f"the template {template.name} has no text that ends an answer (sep2), by which the tokens to "
-                        "learn are found")
+        raise UserError(f"the template {template.name} has no end-of-answer text (sep2), which is needed to find the "
+                        "supervised tokens")
     text = _training_text(template, turns)
     ids = np.asarray(encode(text))
     lengths = np.where(ids == IMAGE_TOKEN, image_length, 1)

@@ -73,8 +73,8 @@ def v1_tokenizer(tokenizer: Tokenizer, rows: int | None, is_v0: bool, has_start_
     has_pad = is_v0 if rows is None else rows - tokenizer.vocab_size > 3
     tokenizer = tokenizer.as_v1([PAD] * has_pad + [PATCH, *([START, END] if has_start_end else [])])
     if has_start_end and rows is not None and max(tokenizer.id_of(START), tokenizer.id_of(END)) >= rows:
-        raise UserError(f"the tokenizer has no {START} and {END}, and no rows are left for them in a "
-                        f"vocabulary of {rows}; `python -m convert build --add_image_tokens` adds both")
+        raise UserError(f"the tokenizer lacks {START} and {END}, and the embedding table of {rows} rows has no free "
+                        "rows for them; `python -m convert build --add_image_tokens` adds tokens and rows")
     return tokenizer
 
 
@@ -109,7 +109,7 @@ def expand_images(ids: Sequence[int], patches: int, labels: Sequence[int] | None
             start += 1
             continue
         if run > patches and run % patches:
-            raise UserError(f"position {start} begins a run of {run} image tokens; 1 or {patches} an image was "
+            raise UserError(f"position {start} begins a run of {run} image tokens; 1 or {patches} per image were "
                             "expected")
         length = run if run % patches == 0 else run * patches
         out += [IMAGE_TOKEN] * length

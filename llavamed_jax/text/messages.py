@@ -54,19 +54,19 @@ def read_messages(messages: Sequence[dict], marker: str = IMAGE_MARKER, is_image
         text, found, given = _read_content(content, i)
         if role in ("system", "developer"):
             if i > 0 or found:
-                raise UserError(f"message {i} is the system's; one of text alone was expected, and first")
+                raise UserError(f"message {i} has the role {role}; it must be the first message and contain only text")
             system = text
             continue
         if role not in ("user", "assistant"):
             raise UserError(f"message {i} has the role {short(role)}; system, user or assistant was expected")
         if role != ("user", "assistant")[len(turns) % 2]:
-            raise UserError(f"message {i} is the {role}'s; user and assistant in alternation, the user first, were "
-                            "expected")
+            raise UserError(f"message {i} has the role {role}; user and assistant were expected to alternate, "
+                            "beginning with user")
         parts.append(_split_at_markers(text) if IMAGE_MARKER in text else given)
         turns.append(_with_images(text, len(found), marker, is_image_last, f"message {i}"))
         images += found
     if len(turns) % 2 == 0:
-        raise UserError("the last message must be the user's, so that there is something to answer")
+        raise UserError("the last message has the role assistant; a user message to answer was expected last")
     markers = sum(text.count(IMAGE_MARKER) for text in (system or "", *turns))
     if images and markers != len(images):
         raise UserError(f"the messages have {len(images)} images for {markers} {IMAGE_MARKER} markers")

@@ -189,7 +189,7 @@ def _check_ids(tokens: list[Token], files: Mapping[str, Path]) -> None:
         if other != token.text:
             file = next(files[name] for name in ("added_tokens.json", "tokenizer_config.json") if name in files)
             raise UserError(f"{_ADDED} of the tokenizer in {file.parent}: the id {token.id} stands for {short(other)} "
-                            f"and for {short(token.text)}; one token an id was expected")
+                            f"and for {short(token.text)}; one token per id was expected")
 
 
 def _wrong(file: Path, key: str, value: Any, expected: str, what: str = "the special tokens") -> UserError:

@@ -77,10 +77,10 @@ class _Process:
                 start_new_session=True)  # Ctrl-C at the terminal does not reach it
         started = self._receive()
         if "error" in started:
-            raise UserError("chat templates are rendered by transformers and jinja2, which cannot be imported: "
+            raise UserError("transformers and jinja2, which render chat templates, cannot be imported: "
                             f"{_one_line(started['error'])}")
         if "died" in started:
-            raise UserError(f"the process that renders chat templates does not start: {started['died']}")
+            raise UserError(f"the process that renders chat templates did not start: {started['died']}")
 
     def ask(self, request: dict) -> dict:
         try:
@@ -102,7 +102,7 @@ class _Process:
         if code == -signal.SIGXCPU:
             return f"it takes more than {CPU_SECONDS} s of processor time"
         if code == -signal.SIGKILL:
-            return "its process was killed, as the system does where memory is short"
+            return "its process was killed, probably because the system ran out of memory"
         return f"its process ended with status {code}"
 
     def stop(self) -> None:

@@ -13,8 +13,8 @@ from llavamed_jax.errors import UserError, short, warn_once
 _PROBES = ("a{}b", "a{} b", "a{}\nb", " a", "a  b   c", "\na", "é胸 🫁", "Is there a pleural effusion?")
 # Keys of tokenizer_config.json, the values that change nothing, and the effect of not applying another value.
 _NOT_APPLIED = {
-    "clean_up_tokenization_spaces": ((False, None), "answers keep their blanks before punctuation"),
-    "split_special_tokens": ((False, None), "special tokens that a text writes out become their ids"),
+    "clean_up_tokenization_spaces": ((False, None), "decoded answers keep spaces before punctuation"),
+    "split_special_tokens": ((False, None), "a special token that is spelt out in a text becomes its id"),
     "sp_model_kwargs": (({}, None), "SentencePiece runs with its own settings"),
 }
 
@@ -47,18 +47,18 @@ def say_differences(directory: Path, tokenizer: Tokenizer, other: Tokenizer | Us
 
 def _of_files(tokenizer: Tokenizer, other: Tokenizer | UserError | None) -> Iterator[str]:
     name, reason = tokenizer.file.name, {
-        "tokenizer.json": "this one is taken, as transformers' processors and fast classes do",
-        "tokenizer.model": "this one is taken, as the originals' code does"}.get(tokenizer.file.name)
+        "tokenizer.json": "as transformers' processors and fast classes do",
+        "tokenizer.model": "as the originals' code does"}.get(tokenizer.file.name)
     if isinstance(other, UserError):
-        yield f"{name} is read; beside it, {other}"
+        yield f"{name} is used; the other tokenizer file cannot be used: {other}"
     elif other is not None:
         special = tokenizer.eos_token or "\n"
         for probe in (each.format(special) for each in _PROBES):
             found, others = tokenizer.encode(probe), other.encode(probe)
             if found != others:
-                yield (f"{name} gives {short(probe)} the ids {found}; {reason}. {other.file.name} gives {others}: "
-                       "transformers 4's slow classes read tokenizer.model, its fast ones and transformers 5 "
-                       "tokenizer.json")
+                yield (f"{name} is used, {reason}. It encodes {short(probe)} as {found}, but {other.file.name} encodes "
+                       f"it as {others}. The slow classes of transformers 4 read tokenizer.model; its fast classes and "
+                       "transformers 5 read tokenizer.json")
                 return
 
 
@@ -70,14 +70,16 @@ def _of_settings(tokenizer: Tokenizer) -> Iterator[str]:
     if tokenizer.file.suffix == ".json":
         around = tokenizer.encode("")
         if around not in ([], [tokenizer.bos_id]):
-            yield (f"tokenizer.json puts the ids {around} around a text, which is followed, as transformers does; the "
-                   f"other files' bos_token is {tokenizer.bos_id}, and a prompt ends where the answer begins")
+            yield (f"tokenizer.json adds the ids {around} to every text, although the bos_token of the other files is "
+                   f"{tokenizer.bos_id}; tokenizer.json is followed, as in transformers, so check that prompts do not "
+                   "end with an end-of-sequence token")
         asked = settings.get("add_bos_token")
         if asked is not None and asked != tokenizer.has_bos:
-            yield (f"tokenizer_config.json has add_bos_token {asked} and tokenizer.json says otherwise, which is "
-                   "followed, as transformers 5 does; transformers 4's LlamaTokenizerFast follows the first")
+            yield (f"tokenizer_config.json has add_bos_token {asked}, but tokenizer.json does the opposite; "
+                   "tokenizer.json is followed, as in transformers 5 (LlamaTokenizerFast of transformers 4 follows "
+                   "tokenizer_config.json)")
     elif settings.get("add_eos_token"):
-        yield ("tokenizer_config.json has add_eos_token True, which is not applied: a prompt ends where the answer "
-               "begins")
+        yield ("tokenizer_config.json has add_eos_token True, which is not applied, because a prompt must not end "
+               "with an end-of-sequence token")
     elif settings.get("add_prefix_space") is False:
         yield "tokenizer_config.json has add_prefix_space False, which is not applied, as in transformers before 4.38"

@@ -37,7 +37,7 @@ def new_directory(out: str | Path, size: int = 0, apart_from: Iterable[Path | No
             raise UserError(f"{out} exists and is not empty; a new directory was expected")
         for source in apart_from:
             if source is not None and target.is_relative_to(source.resolve()):
-                raise UserError(f"{out} lies inside {source}, which is read; a directory outside of it was expected")
+                raise UserError(f"{out} lies inside {source}, which is an input; a directory outside it was expected")
         target.parent.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(target)
         free = shutil.disk_usage(target.parent).free

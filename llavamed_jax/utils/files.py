@@ -44,7 +44,7 @@ def open_file(path: str | Path, name: str = "") -> BinaryIO:
     except OSError as error:
         raise at(path, f"{name} cannot be read: {error.strerror or error}") from None
     except ValueError:  # a NUL character, or half a surrogate pair
-        raise at(path, f"{short(name)} is no name that a file can have") from None
+        raise at(path, f"{short(name)} is not a valid file name") from None
     kind = _KINDS.get(stat.S_IFMT(os.fstat(file.fileno()).st_mode))
     if kind is not None:
         file.close()
@@ -79,7 +79,7 @@ def read_bytes(path: str | Path, name: str = "", most: int = MOST) -> bytes:
         except OSError as error:
             raise UserError(f"{name or path} cannot be read: {error.strerror or error}") from None
         except MemoryError:
-            raise UserError(f"{name or path} has {size / 1e9:.2f} GB, for which there is no memory") from None
+            raise UserError(f"{name or path} has {size / 1e9:.2f} GB, more than the free memory") from None
     if max(size, len(data)) > most:
         raise UserError(f"{name or path} has {max(size, len(data)) / 1e9:.2f} GB; at most {most / 1e9:.2f} GB were "
                         "expected")
@@ -93,7 +93,7 @@ def read_json(path: Path) -> dict:
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is no JSON: {error}") from None
+        raise UserError(f"{path} is not valid JSON: {error}") from None
     value = parse_json(text, str(path))
     if not isinstance(value, dict):
         raise UserError(f"{path} holds a JSON {type(value).__name__}; an object was expected")
@@ -105,7 +105,7 @@ def parse_json(text: str, name: str) -> Any:
     try:
         return json.loads(text)
     except ValueError as error:
-        raise UserError(f"{name} is no JSON: {error}") from None
+        raise UserError(f"{name} is not valid JSON: {error}") from None
     except RecursionError:
         raise UserError(f"{name} is nested too deeply to be read as JSON") from None
 

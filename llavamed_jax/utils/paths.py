@@ -32,8 +32,8 @@ def check(name: str, value: Any) -> None:
       value: the value; numbers and None are not paths.
     """
     if is_address(value):
-        raise UsageError(f"{name} is {short(value)}, an address; buckets and the web are neither read nor written yet, "
-                         "and a path on this machine was expected")
+        raise UsageError(f"{name} is the address {short(value)}; a path on this machine was expected (buckets and web "
+                         "addresses are not supported yet)")
     if isinstance(value, (str, Path)) and not _is_utf8(str(value)):
         encoding = sys.getfilesystemencoding()
         hint = "" if encoding == "utf-8" else f" (the locale's encoding is {encoding}: set PYTHONUTF8=1)"

@@ -80,7 +80,7 @@ class _NoUnpickler:
     dispatch: defaultdict = defaultdict(lambda: None)
 
     def __init__(self, *args: Any, **options: Any):
-        raise UserError("this Python has no pickle._Unpickler, without which no pickle is read; Python 3.11 or 3.12 "
+        raise UserError("this Python has no pickle._Unpickler, which is needed to read pickles; Python 3.11 or 3.12 "
                         "was expected")
 
 

@@ -76,9 +76,9 @@ def truncate(file):
 
 
 BAD_INPUT = {
-    "no directory": (shutil.rmtree, "is no directory"),
+    "no directory": (shutil.rmtree, "is not a directory"),
     "no config": (lambda d: (d / "config.json").unlink(), "holds no config.json"),
-    "config is no JSON": (lambda d: (d / "config.json").write_text("{"), "config.json is no JSON"),
+    "config is not valid JSON": (lambda d: (d / "config.json").write_text("{"), "config.json is not valid JSON"),
     "config is a list": (lambda d: (d / "config.json").write_text("[]"), "holds a JSON list; an object"),
     "other architecture": (lambda d: (d / "config.json").write_text('{"model_type": "bert"}'), "model_type 'bert'; llava_mistral"),
     "no weights": (lambda d: (d / "model.safetensors").unlink(), "no weights; .safetensors or pytorch_model"),
@@ -136,7 +136,7 @@ def test_an_export_does_not_overwrite_and_a_linear_projector_does_not_fit_transf
         export(checkpoint, v15, "llava")
     (tmp_path / "empty").mkdir()
     export(checkpoint, tmp_path / "empty", "llava")
-    with pytest.raises(UserError, match="two-layer projectors only.*--layout llava"):
+    with pytest.raises(UserError, match="only a two-layer projector; use --layout llava"):
         export(random_checkpoint(TINY.replace(projector_type="linear")), tmp_path / "linear", "transformers")
     assert not (tmp_path / "linear").exists()
 
@@ -347,7 +347,7 @@ def test_a_disk_that_fails_while_it_is_written(number, v15, tmp_path, monkeypatc
 
 TEXT = {
     "a tokenizer of other bytes": ("tokenizer.model", b"garbage", "tokenizer.model is not a SentencePiece model"),
-    "settings that are no JSON": ("generation_config.json", b"{", "generation_config.json is no JSON"),
+    "settings that are no JSON": ("generation_config.json", b"{", "generation_config.json is not valid JSON"),
     "another tokenizer beside it": ("tokenizer.json", b"{}", "tokenizer.json is not a tokenizer.json: "),
     "a chat template of other bytes": ("chat_template.jinja", b"\xff", "chat_template.jinja is not UTF-8"),
     "settings that are a list": ("tokenizer_config.json", b"[]", "tokenizer_config.json holds a JSON list; an object was expected"),
@@ -379,6 +379,6 @@ def test_settings_that_are_not_obeyed_are_said(v15, tmp_path, capsys):
     status = main(["import", "--checkpoint", str(v15), "--out", str(tmp_path / "out")])
     said = capsys.readouterr().err.splitlines()
     assert status == 0 and said == [
-        f"warning: {v15}: config.json has attention_dropout 0.1, which training does not apply here",
+        f"warning: {v15}: config.json has attention_dropout 0.1; this project trains without dropout",
         f"warning: {v15}: config.json has quantization_config, which is not applied: the weights are taken as they are in the files"]
     assert json.loads((tmp_path / "out" / "model" / "config.json").read_text())["extra"]["attention_dropout"] == 0.1

@@ -243,7 +243,7 @@ def test_a_projector_over_a_whole_checkpoint(parts, capsys):
     tensors = save_projector(file, "mlp2x_gelu", table=np.ones((1024, 48), np.float16))
     flags = ["import", "--checkpoint", str(parts / "built"), "--projector", str(file), "--out", str(parts / "again")]
     assert main(flags) == 0
-    assert "embed_tokens are not taken, since this model has no <im_start>" in capsys.readouterr().out
+    assert "embed_tokens are not used, because this model has no <im_start>" in capsys.readouterr().out
     before, again = open_checkpoint(parts / "built"), open_checkpoint(parts / "again")
     np.testing.assert_array_equal(again.read("projector/linear_0/kernel"), tensors["model.mm_projector.0.weight"].T)
     np.testing.assert_array_equal(again.read("decoder/embed_tokens/embedding"), before.read("decoder/embed_tokens/embedding"))
@@ -266,7 +266,7 @@ def test_projectors_that_do_not_fit(parts):
     file = parts / "stage1" / "mm_projector.bin"
     checkpoint, _ = build(parts / "mistral", parts / "clip-tiny", "linear", parts, image_tokens=True)
     save_projector(file, "linear", **{"model.vision_resampler.query": np.ones(3, np.float16)})
-    with pytest.raises(UserError, match="holds model.vision_resampler.query; tensors of mm_projector and embed_tokens alone"):
+    with pytest.raises(UserError, match="holds model.vision_resampler.query; only tensors of mm_projector and embed_tokens"):
         with_projector(checkpoint, file)
     save_projector(file, "linear", table=np.ones((1024, 48), np.float16))
     with pytest.raises(UserError, match=r"embed_tokens of \[1024, 48\]; \[1027, 48\] or \[2, 48\] was expected"):

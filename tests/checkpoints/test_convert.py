@@ -76,7 +76,7 @@ def test_inspect_counts(original, capsys):
     (["import", "--checkpoint", "IN", "--out", "OUT", "--tokenizer", "nowhere"], 2, "--tokenizer nowhere holds no tokenizer.model"),
     (["import", "--checkpoint", "IN", "--out", "OUT", "--tokenizer", "EMPTY"], 2, "--tokenizer: EMPTY is not a SentencePiece model"),
     (["import", "--checkpoint", "IN", "--out", "OUT", "--template", "foo"], 2, "--template: the template 'foo' does not exist; one of"),
-    (["import", "--checkpoint", "nowhere", "--out", "OUT"], 2, "nowhere is no directory"),
+    (["import", "--checkpoint", "nowhere", "--out", "OUT"], 2, "nowhere is not a directory"),
     (["import", "--checkpoint", "IN", "--out", "IN"], 1, "exists and is not empty"),
     (["inspect", "IN", "--vision_tower", "nowhere"], 2, "nowhere holds no config.json"),
     (["inspect", "preset:huge"], 1, "one of small, v15-7b"),
@@ -114,4 +114,4 @@ def test_the_door_at_the_top():
     assert done.returncode == 0 and all(word in done.stdout for word in ("import", "export", "inspect"))
     done = subprocess.run([*command, "inspect", "nowhere"], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "error: nowhere is no directory; a checkpoint's directory, owner/name of a hub or preset:NAME was expected\n"
+    assert done.stderr == "error: nowhere is not a directory; a checkpoint's directory, owner/name of a hub or preset:NAME was expected\n"

@@ -113,9 +113,9 @@ def test_a_base_in_bin_shards(tmp_path):
 
 
 WRONG = {
-    "hidden size": ({"hidden_size": 96}, "its hidden size is 96 where the delta .* has 48"),
-    "layers": ({"num_hidden_layers": 3}, "its number of layers is 3 where the delta .* has 2"),
-    "vocabulary": ({"vocab_size": 74}, "its vocabulary has 74 rows where the delta .* has 73"),
+    "hidden size": ({"hidden_size": 96}, "its hidden size is 96; 48 was expected"),
+    "layers": ({"num_hidden_layers": 3}, "its number of layers is 3; 2 was expected"),
+    "vocabulary": ({"vocab_size": 74}, "its vocabulary has 74 rows; at most 73 were expected"),
     "feed-forward": ({"intermediate_size": 80}, r"mlp.down_proj.weight is \[48, 80\] in the base and \[48, 96\] in the delta"),
     "tied": ({"tie_word_embeddings": True}, "lm_head.weight is missing in the base"),
 }
@@ -128,7 +128,7 @@ def test_a_wrong_base_is_named_before_anything_is_written(case, tmp_path, capsys
     tiny.save(tmp_path / "base", base, tiny.drawn(tiny.decoder_shapes(base)))
     delta = target_tensors(tiny.drawn(tiny.decoder_shapes(tiny.LLAMA)), 3)
     tiny.save(tmp_path / "delta", {**tiny.V1, "vocab_size": 73}, delta)
-    with pytest.raises(UserError, match=f"base is another base.*{sentence}"):
+    with pytest.raises(UserError, match=f"base is not the base of the delta .*: .*{sentence}"):
         apply_delta(tmp_path / "base", tmp_path / "delta", tmp_path / "out")
     command = ["apply-delta", "--base", str(tmp_path / "base"), "--delta", str(tmp_path / "delta"), "--out", str(tmp_path / "out")]
     assert main(command) == 1
@@ -142,7 +142,7 @@ def test_a_base_of_the_same_shapes_that_computes_otherwise_is_warned_of(directio
     """LLaMA 2 under v1.0's delta (LLaVA-Med's issue 44): nothing but its config tells it from LLaMA."""
     assert main(["make-delta", "--base", str(tmp_path / "base"), "--target", str(tmp_path / "target"),
                  "--out", str(tmp_path / "delta")]) == 0
-    assert "another base" not in capsys.readouterr().err
+    assert "not be the base" not in capsys.readouterr().err
     config = json.loads((tmp_path / "base" / "config.json").read_text())
     eps, positions = config["rms_norm_eps"], config["max_position_embeddings"]
     config |= {"rms_norm_eps": 10 * eps, "max_position_embeddings": 2 * positions}
@@ -151,8 +151,8 @@ def test_a_base_of_the_same_shapes_that_computes_otherwise_is_warned_of(directio
     other = "delta" if kind == "apply" else "target"
     assert main([direction, "--base", str(tmp_path / "base"), f"--{other}", str(tmp_path / other), "--out", str(tmp_path / "out")]) == 0
     said = capsys.readouterr().err
-    assert (f"may be another base than that of {tmp_path / other}, whose shapes it has: rms_norm_eps is {10 * eps} there and {eps} in "
-            f"the {other}; max_position_embeddings is {2 * positions} there and {positions} in the {other}") in said
+    assert (f"may not be the base of {tmp_path / other}, although the shapes agree: rms_norm_eps is {10 * eps} in the base and {eps} in "
+            f"the {other}; max_position_embeddings is {2 * positions} in the base and {positions} in the {other}") in said
 
 
 def test_a_target_with_tensors_of_its_own_is_no_target(tmp_path):
@@ -162,7 +162,7 @@ def test_a_target_with_tensors_of_its_own_is_no_target(tmp_path):
     tiny.save(tmp_path / "target", tiny.V1, target | {"model.resampler.weight": np.ones((2, 2), np.float16)})
     with pytest.raises(UserError, match="model.resampler.weight is missing in the base"):
         make_delta(tmp_path / "base", tmp_path / "target", tmp_path / "out")
-    with pytest.raises(UserError, match="nowhere is no directory"):
+    with pytest.raises(UserError, match="nowhere is not a directory"):
         make_delta(tmp_path / "nowhere", tmp_path / "target", tmp_path / "out")
     tiny.save(tmp_path / "tower", tiny.CLIP, tiny.drawn(tiny.clip_shapes()))
     with pytest.raises(UserError, match="holds no model.embed_tokens.weight"):
@@ -181,7 +181,7 @@ def changed(tensors, **changes):
 
 CONFUSED = {
     "a base that is the result": (lambda b, d: (tiny.V1 | {"vocab_size": 73}, d, tiny.V1 | {"vocab_size": 73}, d),
-                                  "base is no base: it has a projector, so it is a whole LLaVA; the plain decoder was expected"),
+                                  "base has a projector, so it is a whole LLaVA model; the plain decoder was expected"),
     "a delta that is the base": (lambda b, d: (tiny.LLAMA, b, tiny.LLAMA, b),
                                  "the delta .*delta holds no projector .model.mm_projector., so it is a plain decoder"),
     "a config of another vocabulary": (lambda b, d: (tiny.LLAMA, b, tiny.V1 | {"vocab_size": 74}, d),
@@ -214,7 +214,7 @@ def test_a_tree_is_no_target_and_the_sentence_says_what_makes_one(tmp_path, caps
     tiny.save(tmp_path / "base", tiny.LLAMA, tiny.drawn(tiny.decoder_shapes(tiny.LLAMA)))
     tiny.save(tmp_path / "target" / "model", {"model_type": "llavamed_jax"})
     assert run("make-delta", tmp_path, "target") == 1
-    assert "target is no directory with a config.json; a model in the original's layout was expected (`convert export --layout llava` " \
+    assert "target is not a directory with a config.json; a model in the original's layout was expected (`convert export --layout llava` " \
            "writes one)" in capsys.readouterr().err
 
 

@@ -147,7 +147,7 @@ def test_templates_that_are_ours_alone_are_said(tmp_path):
     cfg = config("llava", template="v1.0:simple")
     export(random_checkpoint(cfg), tmp_path / "hf")
     assert not (tmp_path / "hf" / "chat_template.jinja").exists()
-    assert "`v1.0:simple` has no form in Jinja" in (tmp_path / "hf" / "README.md").read_text()
+    assert "no Jinja chat template for `v1.0:simple`" in (tmp_path / "hf" / "README.md").read_text()
 
 
 @pytest.mark.parametrize(("source", "template", "mode"), [
@@ -260,7 +260,7 @@ def test_every_export_has_a_card(layout, tmp_path):
     assert ("LlavaForConditionalGeneration" in card, "`mm_vision_tower`" in card) == (layout == "transformers", layout == "llava")
     assert ("`do_pad`" in card) == (layout == "transformers")
     export(open_checkpoint(tmp_path / "out"), tmp_path / "again", layout)
-    assert "None travels with these weights" in (tmp_path / "again" / "README.md").read_text()
+    assert "No training record comes with these weights" in (tmp_path / "again" / "README.md").read_text()
 
 
 def test_the_card_tells_the_runs_that_led_here(tmp_path):
@@ -270,7 +270,7 @@ def test_the_card_tells_the_runs_that_led_here(tmp_path):
         (tmp_path / name / "recipe.json").write_text(json.dumps({"recipe": recipe, "resolved": {"samples": 12}}))
     export(open_checkpoint(tmp_path / "vqa"), tmp_path / "hf")
     card = (tmp_path / "hf" / "README.md").read_text()
-    first, second = card.index("### Run `vqa`\n\nBegun from `pretrain`."), card.index("### Run `pretrain`\n\nBegun from `v15`.")
+    first, second = card.index("### Run `vqa`\n\nStarted from `pretrain`."), card.index("### Run `pretrain`\n\nStarted from `v15`.")
     assert first < second
     for row in ("| `epochs` | `3` |", '| `trainable` | `["projector/.*\\|decoder/.*"]` |', '| `data.train` | `"train.json"` |',
                 "| `settled: samples` | `12` |"):
@@ -282,8 +282,8 @@ def test_the_card_tells_the_runs_that_led_here(tmp_path):
 
 
 @pytest.mark.parametrize(("change", "sentence"), [
-    ({"projector_type": "linear"}, "two-layer projectors only.*'linear'"),
-    ({"projector_type": "mlp3x_gelu"}, "two-layer projectors only.*'mlp3x_gelu'"),
+    ({"projector_type": "linear"}, "projector is 'linear', .*only a two-layer projector"),
+    ({"projector_type": "mlp3x_gelu"}, "projector is 'mlp3x_gelu', .*only a two-layer projector"),
     ({"decoder": {"vocab_size": 1000}}, "the tokenizer has 1024 pieces; 1000 were expected")])
 def test_what_a_layout_cannot_hold_is_refused_before_a_tensor_is_read(change, sentence, tmp_path):
     checkpoint = with_tokenizer(random_checkpoint(config(**change)), tmp_path / "files")

@@ -90,10 +90,10 @@ def test_a_processor_needs_no_weights(hub, tmp_path):
 
 
 @pytest.mark.parametrize(("name", "environment", "sentence"), [
-    ("me/nothing", {}, "me/nothing is no directory; as a model's name it is not known on http://127.0.0.1"),
-    ("me/llava@v9", {}, "me/llava@v9 is no directory; as a model's name it has no revision 'v9' on"),
-    ("me/llava", {"HF_HUB_OFFLINE": "1"}, "it is not in the cache of hub models, and HF_HUB_OFFLINE is set"),
-    ("me/llava", {"HF_ENDPOINT": "http://127.0.0.1:9"}, "it is not in the cache of hub models, and http://127.0.0.1:9 cannot be reached"),
+    ("me/nothing", {}, "me/nothing is not a directory here, and the hub model of this name does not exist on http://127.0.0.1"),
+    ("me/llava@v9", {}, "me/llava@v9 is not a directory here, and the hub model of this name has no revision 'v9' on"),
+    ("me/llava", {"HF_HUB_OFFLINE": "1"}, "is not in the cache of hub models (HF_HUB_OFFLINE is set)"),
+    ("me/llava", {"HF_ENDPOINT": "http://127.0.0.1:9"}, "is not in the cache of hub models (http://127.0.0.1:9 cannot be reached)"),
 ])
 def test_what_a_hub_does_not_give_is_one_sentence(name, environment, sentence, convert):
     done = convert("inspect", name, **environment)
@@ -107,7 +107,7 @@ def test_a_tower_that_no_hub_gives_is_asked_for(convert, tmp_path):
     tiny.save(tmp_path / "v1", {**tiny.V1, "mm_vision_tower": "me/nothing"}, tensors)
     done = convert("inspect", tmp_path / "v1")
     assert done.returncode == 1 and done.stderr.count("\n") == 1
-    assert "names the vision tower 'me/nothing', which lies neither inside nor beside it (me/nothing is no directory" in done.stderr
+    assert "names the vision tower 'me/nothing', which lies neither inside nor beside it (me/nothing is not a directory" in done.stderr
     assert "vision_tower=PATH (--vision_tower PATH) was expected" in done.stderr
 
 
@@ -130,7 +130,7 @@ def test_a_fetch_that_breaks_off_is_one_sentence_and_goes_on_from_there(hub, con
         done = convert("import", "--checkpoint", "me/v1", "--out", tmp_path / "out", HF_ENDPOINT=other.url)
         error = done.stderr.splitlines()[-1]
         assert (done.returncode, done.stdout) == (1, "") and not (tmp_path / "out").exists()
-        assert error.startswith(f"error: me/v1 is no directory; as a model's name it could not be fetched from {other.url} ("), done.stderr
+        assert error.startswith(f"error: me/v1 is not a directory here, and the hub model of this name could not be fetched from {other.url} ("), done.stderr
         assert "Traceback" not in done.stderr
         other.break_off = None
         again = convert("import", "--checkpoint", "me/v1", "--out", tmp_path / "out", HF_ENDPOINT=other.url)

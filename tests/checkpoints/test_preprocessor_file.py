@@ -178,7 +178,7 @@ def test_most_settings_at_random_are_obeyed(tmp_path):
     (dict(image_processor_type=5), "has image_processor_type 5"),
     (dict(image_processor_type=None, feature_extractor_type="ViTFeatureExtractor"),
      "has feature_extractor_type 'ViTFeatureExtractor'"),
-    (dict(image_processor_type=None, auto_map={"AutoImageProcessor": "x.Y"}), "names code of its own"),
+    (dict(image_processor_type=None, auto_map={"AutoImageProcessor": "x.Y"}), "names custom code"),
     (dict(size={"shortest_edge": 28, "longest_edge": 40}),
      "has size {'shortest_edge': 28, 'longest_edge': 40}; shortest_edge, height and width"),
     (dict(size={"longest_edge": 28}), "has size {'longest_edge': 28}"), (dict(size={}), "has size {}"),
@@ -189,14 +189,14 @@ def test_most_settings_at_random_are_obeyed(tmp_path):
     (dict(size=28.0), "has size 28.0"),
     (dict(size={"shortest_edge": True}), "has size"), (dict(size=10**9), "from 1 to 13377, was expected"),
     (dict(size=-28), "has size -28"),
-    (dict(crop_size=24), "has crop_size 24; 28 x 28, the vision tower's, was expected"),
+    (dict(crop_size=24), "has crop_size 24; the vision tower's 28 x 28 was expected"),
     (dict(crop_size=[28, 14]), r"has crop_size \[28, 14\]"),
     (dict(crop_size={"shortest_edge": 28}), "has crop_size {'shortest_edge': 28}; height and width or a number"),
     (dict(crop_size=None), "has crop_size None; height and width or a number"),
-    (dict(crop_size=ABSENT), "has no crop_size, which means 224; 28 x 28, the vision tower's"),
-    (dict(do_center_crop=False), "do_center_crop is false and size makes its shape of an image; 28 x 28 pixels of every image"),
-    (dict(do_center_crop=False, size=[30, 40]), "size makes 40 x 30 pixels of an image"),
-    (dict(do_center_crop=False, do_resize=False), "size makes its size of an image"),
+    (dict(crop_size=ABSENT), "has no crop_size, so it is 224; the vision tower's 28 x 28"),
+    (dict(do_center_crop=False), "do_center_crop is false, so an image keeps its aspect ratio; the vision tower expects 28 x 28 pixels"),
+    (dict(do_center_crop=False, size=[30, 40]), "an image is resized to 40 x 30 pixels"),
+    (dict(do_center_crop=False, do_resize=False), "an image keeps its size"),
     (dict(resample=6), "has resample 6; one of 0 \\(nearest\\)"),
     (dict(resample="bicubic"), "has resample 'bicubic'"), (dict(resample=True), "has resample True"),
     (dict(resample=2.0), "has resample 2.0"),
@@ -244,7 +244,7 @@ def test_keys_that_transformers_does_not_read_are_said(tmp_path, capsys):
 def test_of_two_files_the_one_inside_the_processor_counts(tmp_path, capsys):
     inside = dict(processor_class="LlavaProcessor", image_processor={**PLAIN, "resample": 2})
     check_equal(checkpoint(tmp_path / "a", PLAIN, inside))
-    assert "hold different image settings; processor_config.json's are taken, as transformers 5 does" in capsys.readouterr().err
+    assert "hold different image settings; processor_config.json's are used, as in transformers 5" in capsys.readouterr().err
     check_equal(checkpoint(tmp_path / "b", {**PLAIN, "size": 28}, {"image_processor": PLAIN}))
     assert capsys.readouterr().err == "", "the same in other words"
     check_equal(checkpoint(tmp_path / "c", {**PLAIN, "resample": 2},
@@ -389,7 +389,7 @@ def test_settings_come_back_from_imports_and_exports(settings, place, tmp_path):
             np.testing.assert_array_equal(theirs(tmp_path / f"{layout} again", picture(*size)), pixels)
     for size, pixels in wanted.items():
         np.testing.assert_array_equal(theirs(tmp_path / "transformers", picture(*size)), pixels)
-    assert "Nor does it read `preprocessor_config.json` here" in (tmp_path / "llava" / "README.md").read_text()
+    assert "It does not read `preprocessor_config.json` here either" in (tmp_path / "llava" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("settings", SETTINGS[:3], ids=range(3))
@@ -469,7 +469,7 @@ def test_trees_from_before_these_settings_load(tmp_path):
 
 
 @pytest.mark.parametrize("images, sentence", [
-    (5, "is no config of this project"), ({"nonsense": 1}, "is no config of this project"),
+    (5, "is not a config of this project"), ({"nonsense": 1}, "is not a config of this project"),
     ({"resample": "sinc"}, "one of nearest, lanczos"),
     ({"resize": [1, 2, 3]}, "at most two edges"), ({"resize": [0]}, "at most two edges from 1 to 13377"),
     ({"scale": 0}, "a finite number above 0"),

@@ -175,7 +175,7 @@ def test_a_run_does_not_start_from_weights_that_are_no_numbers(tmp_path):
 def test_values_that_float16_cannot_hold_are_not_written(command, tmp_path, capsys):
     directory = changed(v15(tmp_path), KERNEL, put(7e4))
     assert convert(command, directory, tmp_path / "out", "--dtype", "float16") == 1
-    assert ("layers_1/mlp/up_proj/kernel has 1 of 4608 values beyond 65504, the largest of float16; float32 holds them, bfloat16 too"
+    assert ("layers_1/mlp/up_proj/kernel has 1 of 4608 values beyond 65504, the largest float16; float32 can hold them, and so can bfloat16"
             in capsys.readouterr().err)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["tiny-tower", "v15"]
     assert convert(command, directory, tmp_path / "out", "--dtype", "bfloat16") == 0
@@ -224,7 +224,7 @@ def test_values_that_become_zero_are_counted(command, tmp_path, capsys):
 def test_kernels_and_tables_of_zeros_are_said_and_biases_are_not(name, ours, tmp_path, capsys):
     directory = changed(v15(tmp_path), name, np.zeros_like)
     changed(directory, "model.mm_projector.0.bias", np.zeros_like)
-    said = f"warning: 1 kernels hold zeros alone, as weights that were never filled do: {ours}\n"
+    said = f"warning: 1 kernels hold only zeros, like weights that were never filled: {ours}\n"
     for command in COMMANDS:
         assert convert(command, directory, tmp_path / command) == 0
         assert capsys.readouterr().err == said
@@ -270,10 +270,10 @@ def without_norms(directory):
 @pytest.mark.parametrize("change", [lambda d: None, without_buffers, without_norms], ids=["whole", "norms alone", "buffers alone"])
 def test_a_delta_is_not_taken_for_a_model(change, delta, tmp_path, capsys):
     change(delta)
-    sentence = f"{delta} is no model but a delta: .*`convert apply-delta --base LLAMA --delta THIS --out DIR` makes a model of it"
+    sentence = f"{delta} is not a model but a delta: .*`convert apply-delta --base LLAMA --delta THIS --out DIR` turns it into a model"
     for command in ("import", "export llava"):
         assert convert(command, delta, tmp_path / "out") == 1
-        assert "is no model but a delta" in capsys.readouterr().err and not (tmp_path / "out").exists()
+        assert "is not a model but a delta" in capsys.readouterr().err and not (tmp_path / "out").exists()
     with pytest.raises(UserError, match=sentence):
         lm.load(delta)
     with pytest.raises(UserError, match=sentence):
@@ -281,7 +281,7 @@ def test_a_delta_is_not_taken_for_a_model(change, delta, tmp_path, capsys):
     with pytest.raises(UserError, match=sentence):
         export(open_checkpoint(delta), tmp_path / "out", "llava")
     assert main(["inspect", str(delta)]) == 0  # which is for looking at what it is
-    assert f"warning: {delta} is no model but a delta" in capsys.readouterr().err
+    assert f"warning: {delta} is not a model but a delta" in capsys.readouterr().err
     assert main(["verify", str(delta), str(delta), "--tensors_only"]) == 0
 
 
@@ -296,7 +296,7 @@ def test_the_delta_of_a_model_whose_decoder_was_not_trained(tmp_path):
     tensors = tiny.v1_tensors()
     base = {n: t[:70] if t.shape[0] == 73 else t for n, t in tensors.items() if "mm_projector" not in n}
     make_delta(tiny.save(tmp_path / "base", tiny.LLAMA, base), target, tmp_path / "delta")
-    with pytest.raises(UserError, match="delta has norms of about 0|is no model but a delta: it has norms of about 0"):
+    with pytest.raises(UserError, match="delta has norms of about 0|is not a model but a delta: it has norms of about 0"):
         lm.load(tmp_path / "delta")
 
 

@@ -259,14 +259,14 @@ def test_settings_that_are_not_applied_are_said(tmp_path, capsys):
     lm.load(directory)
     said = capsys.readouterr().err
     assert said.count("warning: ") == 1
-    assert "has new_of_tomorrow 3, repetition_penalty 1.05, suppress_tokens [5], which transformers' generate goes by" in said
+    assert "has new_of_tomorrow 3, repetition_penalty 1.05, suppress_tokens [5], which transformers' generate applies" in said
     write(directory, "generation_config.json", {"eos_token_id": 2, "temperature": 0.6})
     lm.load(directory)
     assert "warning" not in capsys.readouterr().err
     (directory / "generation_config.json").unlink()  # transformers took them from config.json before it had the file
     write(directory, "config.json", {**read(directory, "config.json"), "repetition_penalty": 1.05, "num_beam_groups": 1, "top_p": 0.5})
     lm.load(directory)
-    assert "config.json has repetition_penalty 1.05, which transformers' generate goes by" in capsys.readouterr().err
+    assert "config.json has repetition_penalty 1.05, which transformers' generate applies" in capsys.readouterr().err
 
 
 def test_settings_that_change_nothing_are_all_known():

@@ -244,8 +244,8 @@ def test_opening_warns_of_a_damaged_step_and_refuses_it_by_name(workdir, trained
 
 
 @pytest.mark.parametrize(("spoil", "sentence"), [
-    (lambda step: (step / "manifest.json").unlink(), "has no manifest.json: its saving was interrupted"),
-    (lambda step: (step / "manifest.json").write_text("{"), "manifest.json is no JSON"),
+    (lambda step: (step / "manifest.json").unlink(), "has no manifest.json: the save was interrupted"),
+    (lambda step: (step / "manifest.json").write_text("{"), "manifest.json is not valid JSON"),
     (lambda step: largest(step / "params").unlink(), "lacks params/.*, which its manifest.json names"),
 ])
 def test_what_else_may_be_wrong_with_a_step(spoil, sentence, workdir, trained):
@@ -294,7 +294,7 @@ def test_a_killed_save_never_looks_intact(moment, tmp_path):
         assert (step, damaged) == (2, [])
     else:
         assert step == 1
-        assert all("its saving was interrupted" in sentence for sentence in damaged)
+        assert all("the save was interrupted" in sentence for sentence in damaged)
     with store.StepWriter(tmp_path) as writer:  # what the kill left is no hindrance
         assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) in ([".sealed", "1"], [".sealed", "1", "2"])
         writer.save(2, {"decoder/norm/scale": jnp.ones(8)}, {"mu": jnp.ones(8)}, {})
@@ -375,9 +375,9 @@ def test_a_step_that_does_not_exist(workdir, trained):
 
 
 @pytest.mark.parametrize("part, shape, dtype, sentence", [
-    ("nu", (3, 3), jnp.float32, r"optimizer has 1/0/nu/.* as float32 .*; float32 \[3, 3\] was expected"),
-    ("mu", None, jnp.float32, r"optimizer has 1/0/mu/.* as bfloat16 .*; float32 .* was expected"),
-    ("count", (), jnp.float32, r"optimizer has 1/0/count as int32 \[\]; float32 \[\] was expected"),
+    ("nu", (3, 3), jnp.float32, r"optimizer: 1/0/nu/.* is float32 .*; float32 \[3, 3\] was expected"),
+    ("mu", None, jnp.float32, r"optimizer: 1/0/mu/.* is bfloat16 .*; float32 .* was expected"),
+    ("count", (), jnp.float32, r"optimizer: 1/0/count is int32 \[\]; float32 \[\] was expected"),
 ])
 def test_restoring_another_optimizer_is_an_error_that_names_the_leaf(part, shape, dtype, sentence, workdir, trained):
     def other(path, x):
@@ -388,7 +388,7 @@ def test_restoring_another_optimizer_is_an_error_that_names_the_leaf(part, shape
     state = like(optimizer().init(trained))
     with pytest.raises(UserError, match=sentence):
         store.restore_step(workdir, 1, like(trained), jax.tree_util.tree_map_with_path(other, state))
-    with pytest.raises(UserError, match="optimizer has 1/0/count as int32 .*; nothing was expected"):
+    with pytest.raises(UserError, match="optimizer: 1/0/count is int32 .*; no such array was expected"):
         store.restore_step(workdir, 1, like(trained), state[:1])
 
 

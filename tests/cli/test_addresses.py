@@ -65,9 +65,9 @@ def test_every_flag_of_every_command_refuses_addresses(parsers, capsys):
             required = [word for other in others for word in (*other.option_strings, (other.choices or ["x"])[0])]
             for value in ADDRESSES[:2]:
                 words = [*required, flag, value] if action.option_strings else [value, "x"]
-                with pytest.raises(UsageError, match="an address; buckets and the web are neither read nor written yet") as caught:
+                with pytest.raises(UsageError, match="buckets and web addresses are not supported yet") as caught:
                     parser.parse_known_args(words)
-                assert f" is '{value}', an" in str(caught.value) and (str(caught.value).startswith(flag) or not action.option_strings)
+                assert f" is the address '{value}'; a path" in str(caught.value) and (str(caught.value).startswith(flag) or not action.option_strings)
             tried.add(flag)
     assert {"--config", "--workdir", "--checkpoint", "--vision_tower", "--tokenizer", "--out", "--predictions", "--against",
             "--write_llava", "--preflight_json", "--image",
@@ -89,7 +89,7 @@ def test_commands_exit_with_2_and_write_nothing(command, words, address, tmp_pat
     monkeypatch.chdir(tmp_path)
     assert COMMANDS[command]([*words, address]) == 2
     printed = capsys.readouterr()
-    assert printed.out == "" and printed.err.count("\n") == 1 and f"is {address!r}, an address" in printed.err
+    assert printed.out == "" and printed.err.count("\n") == 1 and f"is the address {address!r}" in printed.err
     assert os.listdir(tmp_path) == ["configs"]
 
 
@@ -105,7 +105,7 @@ def test_every_key_of_a_path_refuses_addresses(config):
         if key.split(".")[-1] in ("endpoint", "model", "question"):
             common.load_config(str(config), override)
         else:
-            with pytest.raises(UsageError, match=rf"the config key '{key}' is 'gs://bucket/x', an address"):
+            with pytest.raises(UsageError, match=rf"the config key '{key}' is the address 'gs://bucket/x'"):
                 common.load_config(str(config), override)
 
 
@@ -134,7 +134,7 @@ def test_what_is_no_address(tmp_path, monkeypatch):
 def test_python_refuses_them_too(tmp_path):
     for call in (lambda: lm.load("gs://b/x"), lambda: lm.load("preset:small", vision_tower="gs://b/x"),
                  lambda: lm.load("preset:small", tokenizer="gs://b/x"), lambda: lm.Processor.load("gs://b/x")):
-        with pytest.raises(UsageError, match="is 'gs://b/x', an address"):
+        with pytest.raises(UsageError, match="is the address 'gs://b/x'"):
             call()
 
 

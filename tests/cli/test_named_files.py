@@ -64,7 +64,7 @@ def test_sizes_and_names(tmp_path):
     for name in ("a\0b", "a\ud800"):
         with pytest.raises((UserError, FileNotFoundError)):
             files.read_bytes(name)
-    with pytest.raises(UserError, match=r"^'a\\x00b' is no name that a file can have$"):
+    with pytest.raises(UserError, match=r"^'a\\x00b' is not a valid file name$"):
         files.open_file("a\0b")
     with pytest.raises(UserError, match="cannot be read: File name too long"):
         files.open_file("a" * 5000)

@@ -147,8 +147,8 @@ def test_no_temporary_directory_is_one_sentence(monkeypatch, capsys):
 def test_a_cache_that_cannot_be_written_is_named(home):
     with pytest.raises(UserError) as caught, asking("me/model"):
         os.makedirs(f"{home}/hub")
-    assert "me/model is no directory; as a model's name it would be kept in " in str(caught.value)
-    assert f"which cannot be used ({home}" in str(caught.value) and str(caught.value).endswith("set HF_HOME to another directory")
+    assert "me/model is not a directory here, and the hub model of this name cannot be cached in " in str(caught.value)
+    assert f" ({home}" in str(caught.value) and str(caught.value).endswith("set HF_HOME to another directory")
 
 
 # A container may run as a user that its /etc/passwd does not know.

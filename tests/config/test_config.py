@@ -76,7 +76,7 @@ def test_our_own_config_survives_writing(name):
     ("preprocessor_config.json", {"image_mean": [0, 0, 0], "image_std": [1, 0, 1]}, "image_std"),
     ("processor_config.json", {"image_processor": {"image_mean": None, "image_std": None}}, "image_mean None"),
     ("tokenizer_config.json", [], "tokenizer_config.json holds a JSON list"),
-    ("chat_template.json", "{", "chat_template.json is no JSON"), ("chat_template.json", [], "holds a JSON list"),
+    ("chat_template.json", "{", "chat_template.json is not valid JSON"), ("chat_template.json", [], "holds a JSON list"),
     ("processor_config.json", {"chat_template": 5}, "the chat_template 5; a text was expected")])
 def test_files_beside_the_config(tmp_path, file, content, sentence):
     directory = tiny.save(tmp_path, HF)

@@ -160,14 +160,14 @@ def test_data_that_changed_after_it_was_measured_stops_the_run(processor, tmp_pa
     data = read_training(file)
     plan = Plan(Stream.of(data, 0), lengths.measure(data, processor, 64), Layout(64, 0, 2, False))
     file.write_text(json.dumps([{"conversations": turns("w  t?")}] * 4))
-    with pytest.raises(UserError, match="tokens and 0 images, and had .* when the data was measured"):
+    with pytest.raises(UserError, match="tokens and 0 images, but had .* when the data was measured"):
         next(loader.batches(data, processor, plan, 64))
 
 
 def test_a_length_that_holds_no_image_is_refused(processor, damaged):
     folder, _ = damaged
     rows = records.MemoryRecords([{"id": 1, "image": [str(folder / "images" / "good.png")], "conversations": turns("<image>")}])
-    with pytest.raises(UsageError, match="'max_length' is 30; an image alone takes 36 positions"):
+    with pytest.raises(UsageError, match="'max_length' is 30, but one image takes 36 tokens"):
         lengths.measure(TrainingData([rows]), processor, 30)
 
 

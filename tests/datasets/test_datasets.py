@@ -57,7 +57,7 @@ def test_paper_protocol_adds_every_rephrasing_and_says_so(rad, caplog):
         samples = read_vqa_rad(rad, "train", "paper")
     assert [s.question_id for s in samples] == [0, 1, 3, "frame-2", "frame-3"]
     assert (samples[3].question, samples[3].answer) == ("Is Q2 so?", "Yes")
-    assert "2 rephrasings added to the training rows, 1 of them of test questions" in caplog.text
+    assert "2 rephrasings were added to the training rows, and 1 of them rephrase test questions" in caplog.text
     assert len(read_vqa_rad(rad, "test", "paper")) == 2
 
 
@@ -78,12 +78,12 @@ def test_a_cut_is_described_beside_the_whole(rad):
 def test_missing_images_are_counted(rad):
     rows = [row(0), row(1, image_name="b.jpg"), row(2, image_name="c.jpg")]
     write(rad / VQA_RAD_FILE, rows)
-    with pytest.raises(UserError, match="b.jpg does not exist, nor do 1 of the other 2"):
+    with pytest.raises(UserError, match="b.jpg does not exist; 2 of 3 images are missing"):
         read_vqa_rad(rad, "train")
 
 
 @pytest.mark.parametrize("change, sentence", [
-    (lambda d: (d / VQA_RAD_FILE).unlink(), "does not exist"), (lambda d: write(d / VQA_RAD_FILE, "[{"), "is no JSON"),
+    (lambda d: (d / VQA_RAD_FILE).unlink(), "does not exist"), (lambda d: write(d / VQA_RAD_FILE, "[{"), "is not valid JSON"),
     (lambda d: write(d / VQA_RAD_FILE, [{"qid": 1}]), "row 0 of .* has no 'answer_type'"),
     (lambda d: write(d / VQA_RAD_FILE, [row(0, answer_type="MAYBE")]), "answer_type 'MAYBE'; OPEN or CLOSED"),
     (lambda d: write(d / VQA_RAD_FILE, [row(0, image_name=None)]), "row 0 of .* has the image_name None; text"),
@@ -147,7 +147,7 @@ def test_mixture_and_its_weights(rad, tmp_path):
                               ([1], "1; {path"), ([str(file)], "{path"), ([{"path": 1}], "the path 1; text"),
                               ([{"path": file, "weight": math.nan}], "at most 1000"),
                               ([{"path": file, "weight": 0}], "more than 0 and at most 1000 was expected"),
-                              ([{"path": file, "weight": 0.1}], "leaves none of its 4 records")):
+                              ([{"path": file, "weight": 0.1}], "is too small: an epoch would use none of its 4 records")):
         with pytest.raises(UserError, match=sentence):
             read_training(entries)
 
@@ -163,7 +163,7 @@ def test_a_source_of_a_mixture_may_have_images_of_its_own(tmp_path):
 def test_missing_places(tmp_path):
     with pytest.raises(UserError, match="x.json does not exist"):
         read_training(tmp_path / "x.json")
-    with pytest.raises(UserError, match="holds neither VQA-RAD"):
+    with pytest.raises(UserError, match="holds none of the known data sets: VQA-RAD"):
         read_training(tmp_path)
     file = write(tmp_path / "x.json", [record("Hi", "Ho")])
     with pytest.raises(UserError, match="the folder of images .*nowhere does not exist"):

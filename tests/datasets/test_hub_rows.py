@@ -136,8 +136,8 @@ def test_vqa_rads_272_closed_questions(shared, hub, caplog):
     with caplog.at_level(logging.WARNING):
         found = read_vqa_rad(hub("plain", test=[of(s) for s in samples]), "test")
     assert sum(s.answer_type == "CLOSED" for s in found) == 251
-    assert "the 251 questions answered by yes or no are closed; the whole set has 272 closed ones" in caplog.text
-    with pytest.raises(UserError, match="no rephrasings; protocol=paper needs VQA_RAD"):
+    assert "only the 251 questions with the answer yes or no count as closed; the published set has 272 closed questions" in caplog.text
+    with pytest.raises(UserError, match="lack the rephrasings; protocol=paper needs VQA_RAD"):
         read_vqa_rad(root, "train", "paper")
 
 

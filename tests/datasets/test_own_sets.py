@@ -89,7 +89,7 @@ def test_files_with_the_counts_of_a_published_set_say_so(shared, tmp_path):
     (record(1, image=["images/a.jpg"] * 2), "has 2 images; one was expected"), (record(1, image=None), "the image None"),
     (record(1, image="c.jpg"), "c.jpg does not exist"), (record(1, gpt=None), "as turn 1"),
     ({**record(1), "conversations": record(1, "Is it?")["conversations"] * 2}, "has 4 turns; one question and its answer"),
-    ({"qid": 1, "img_name": "x", "answer_type": "OPEN"}, "has no 'id'; .* it looks like a row of SLAKE")])
+    ({"qid": 1, "img_name": "x", "answer_type": "OPEN"}, "has no 'id'; .* the row looks like one of SLAKE")])
 def test_bad_llava_med(folder, row, sentence):
     write(folder / "test.json", [row])
     with pytest.raises(UserError, match=sentence) as raised:
@@ -169,7 +169,7 @@ def test_bad_captions(folder, row, sentence):
 
 def test_an_image_asked_about_without_a_question(folder):
     write(folder / "test.json", [{"id": 1, "image": "images/a.jpg", "caption": "x"}])
-    with pytest.raises(UserError, match="has no question of its own; data.question"):
+    with pytest.raises(UserError, match="has no question; set data.question"):
         read_captions(folder, question=" ")
 
 
@@ -182,7 +182,7 @@ def test_frames_of_a_file_are_images_of_their_own(folder):
 
 
 @pytest.mark.parametrize("content, sentence", [
-    (b"\xff\xfe[1]", "is not UTF-8 text"), (b"[{]", "is no JSON"), (b'{"id": 1}\n{"id"', "line 2 of .* is no JSON"),
+    (b"\xff\xfe[1]", "is not UTF-8 text"), (b"[{]", "is not valid JSON"), (b'{"id": 1}\n{"id"', "line 2 of .* is not valid JSON"),
     (b"[" * 10**5 + b"]" * 10**5, "is nested too deeply"), (b'[{"id": "\\ud800"}]', "half a surrogate pair in its id")])
 @pytest.mark.parametrize("read", [read_llava_med, read_choices, read_captions])
 def test_files_that_cannot_be_read(folder, read, content, sentence):

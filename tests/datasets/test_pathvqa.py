@@ -106,7 +106,7 @@ HOSTILE = {
     "bytes": (lambda: pickle.dumps([b"x"]), "holds the instruction SHORT_BINBYTES"),
     "a persistent id": (lambda: b"P1\n.", "holds the instruction PERSID"),
     "an extension": (lambda: b"\x82\x01.", "holds the instruction EXT1"),
-    "an unknown byte": (lambda: b"\x01.", "holds the byte 1, which is no instruction"),
+    "an unknown byte": (lambda: b"\x01.", "holds the byte 1, which is not a pickle instruction"),
     "a nested key": (lambda: b"})" + b"\x85" * DEEP + b"K\x01s.", "holds a tuple as the key of a dict"),
     "nested keys": (lambda: b"}()" + b"\x85" * DEEP + b"K\x01u.", "holds a tuple as the key of a dict"),
     "a deep list": (lambda: b"]" * DEEP + b"a" * (DEEP - 1) + b".", "row 0 of .* has no 'image'"),
@@ -140,7 +140,7 @@ def test_hostile_and_damaged_pickles_are_one_sentence(release, name, tmp_path, m
 
 
 @pytest.mark.parametrize("change, sentence", [
-    ({"label": {}}, "row 0 of .*test_vqa.pkl has no answer as label"), ({"label": [1]}, "has no answer as label"),
+    ({"label": {}}, "row 0 of .*test_vqa.pkl has no answer in its label"), ({"label": [1]}, "has no answer in its label"),
     ({"answer_type": "maybe"}, "has the answer_type 'maybe'; YES/NO or OTHER or NUMBER"), ({"answer_type": 3}, "the answer_type 3"),
     ({"question_id": None}, "has the question_id None; text"), ({"img_id": 5}, "has the img_id 5; text"),
     ({"img_id": "a\0b"}, "has the img_id 'a.x00b'; text"), ({"img_id": "test_9999"}, "the image .*test_9999.jpg does not exist")])

@@ -44,7 +44,7 @@ def test_images_that_no_marker_stands_for_are_surplus(tmp_path, question, images
 
 
 DAMAGED = [
-    (3, "is no object"), ({"id": 1}, "has no conversations"), ({"conversations": []}, "has no conversations"),
+    (3, "is not an object"), ({"id": 1}, "has no conversations"), ({"conversations": []}, "has no conversations"),
     ({"conversations": "x"}, "has no conversations"), ({"conversations": ["x"]}, "'x' as turn 0"),
     ({"conversations": [{"from": "robot", "value": "x"}]}, "'robot'.* as turn 0; {from: human or gpt"),
     ({"conversations": [{"from": "human"}]}, "as turn 0"), ({"conversations": [{"from": "human", "value": None}]}, "as turn 0"),
@@ -72,15 +72,15 @@ def test_damaged_lines_are_named_when_they_are_read(tmp_path):
     lines = [json.dumps(record("a", "b")).encode(), b"nonsense", b'{"id": "\xff"}', b"[" * 100_000, json.dumps(record("c", "d")).encode()]
     found = open_records(write(tmp_path / "x.jsonl", b"\n".join(lines)))
     assert len(found) == 5 and found[4]["conversations"][0]["value"] == "c"
-    for i, sentence in ((1, "is no JSON"), (2, "is not UTF-8 text"), (3, "is nested too deeply")):
+    for i, sentence in ((1, "is not valid JSON"), (2, "is not UTF-8 text"), (3, "is nested too deeply")):
         with pytest.raises(UserError, match=f"record {i} of .* {sentence}"):
             found[i]
 
 
 @pytest.mark.parametrize("content, sentence", [
-    ("[{", "record 0, from byte 1 on, has no end"), ('[{"a": 1} {"b": 2}]', "record 0, from byte 1 on"),
-    ('[{"a": 1},]', "record 1, from byte 10"),
-    ('[{"a": 1}', "record 0, from byte 1"), ('[{"a": 1}] 5', "more follows the list of 1 records"), ("[" * 100_000, "nested too deeply")])
+    ("[{", "record 0, which begins at byte 1, does not end"), ('[{"a": 1} {"b": 2}]', "record 0, which begins at byte 1,"),
+    ('[{"a": 1},]', "record 1, which begins at byte 10,"),
+    ('[{"a": 1}', "record 0, which begins at byte 1,"), ('[{"a": 1}] 5', "text follows the list of 1 records"), ("[" * 100_000, "nested too deeply")])
 def test_a_list_that_is_no_json_is_refused(tmp_path, content, sentence):
     with pytest.raises(UserError, match=f"x.json.*{sentence}"):
         open_records(write(tmp_path / "x.json", content))
@@ -130,7 +130,7 @@ def test_a_number_of_too_many_digits_is_the_trouble_of_its_record_alone(tmp_path
     rows = [json.dumps(record("a", "b")), '{"id": ' + "9" * 5000 + "}", json.dumps(record("c", 2**70))]
     found = open_records(write(tmp_path / "x.json", f"[{', '.join(rows)}]"))
     assert len(found) == 3 and found[2]["conversations"][1]["value"] == str(2**70)
-    with pytest.raises(UserError, match="^record 1 of .* is no JSON: .*digits"):
+    with pytest.raises(UserError, match="^record 1 of .* is not valid JSON: .*digits"):
         found[1]
 
 

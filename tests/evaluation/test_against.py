@@ -85,8 +85,8 @@ def test_files_that_do_not_fit_are_one_sentence(spoil, message, which, tmp_path,
 @pytest.mark.parametrize("content, message", [
     (b'{"question_id": 1, "text": "caf\xe9"}\n', "are no UTF-8 text, at byte 31"),
     (b"\xff\xfe{\x00", "are no UTF-8 text, at byte 0"),
-    (b"", "without a prediction"), (b"[]", "line 1: an object"), (b"\0\0\0", "line 1 is no JSON"),
-    (b'{"question_id": 1, "text": "x"', "line 1 is no JSON"),
+    (b"", "without a prediction"), (b"[]", "line 1: an object"), (b"\0\0\0", "line 1 is not valid JSON"),
+    (b'{"question_id": 1, "text": "x"', "line 1 is not valid JSON"),
 ])  # fmt: skip
 def test_files_that_are_no_predictions_are_one_sentence(content, message, tmp_path, capsys):
     write(tmp_path / "good.jsonl", lambda s: "yes")

@@ -292,7 +292,7 @@ def test_images_are_looked_for_only_where_a_model_sees_them(few, monkeypatch, ca
         argv = command(few, server, "other", **{"data.images": few})
         argv[2:4] = ["--checkpoint", "preset:small"]
         assert cli.main(argv) == 1
-    assert f"does not exist, nor do {IMAGES - 1} of the other {IMAGES - 1}" in capsys.readouterr().err
+    assert f"does not exist; {IMAGES} of {IMAGES} images are missing" in capsys.readouterr().err
     assert f"{IMAGES} of {IMAGES} image files could not be read" in (few / "out" / "report.html").read_text()
     assert not (few / "other").exists()
 

@@ -157,7 +157,7 @@ def test_ids_that_do_not_fit_are_one_error_that_lists_them():
 @pytest.mark.parametrize(
     "line, message",
     [
-        ("{not json", "line 2 is no JSON"),
+        ("{not json", "line 2 is not valid JSON"),
         ("[1]", 'line 2: an object with "question_id"'),
         ('{"question_id": 2}', "line 2: an object"),
         ('{"question_id": 2, "text": 5}', "line 2: an object"),

@@ -101,7 +101,7 @@ def test_halved_colours_that_are_whole(syntax, frames):
     """Decompressed files that kept YBR_FULL_422 may hold RGB or YBR_FULL: neither is guessed."""
     whole = np.stack([COLORS] * frames) if frames else COLORS
     halved = np.concatenate([whole[..., 0::2, :1], whole[..., 1::2, :1], whole[..., 0::2, 1:]], -1)  # Y Y Cb Cr
-    with pytest.raises(UserError, match="has YBR_FULL_422 and three bytes a pixel, which RGB and YBR_FULL have; two"):
+    with pytest.raises(UserError, match="has YBR_FULL_422 with three bytes per pixel, as in RGB or YBR_FULL; two"):
         rgb(dataset(whole, "YBR_FULL_422", frames=frames, syntax=syntax))
     ybr = np.asarray(Image.fromarray(COLORS, "YCbCr").convert("RGB")).astype(int)
     found = rgb(dataset(whole, "YBR_FULL_422", frames=frames, syntax=syntax, PixelData=halved.tobytes()))
@@ -117,5 +117,5 @@ def test_bits_stored_of_nothing_are_those_allocated(bits):
 
 def test_a_stream_of_another_size_is_one_sentence():
     for elements in (dict(Rows=40), dict(Columns=65), dict(SamplesPerPixel=1, PhotometricInterpretation="MONOCHROME2")):
-        with pytest.raises(UserError, match="its compressed pixel data make another image than expected by its rows, columns"):
+        with pytest.raises(UserError, match="its compressed pixel data decode to another size than its rows, columns"):
             rgb(compressed("jpeg", COLORS, "RGB", **elements))

@@ -222,7 +222,7 @@ def test_frames(name, tmp_path):
 
 @pytest.mark.parametrize("frame", [0, -1, 1.5, "2"])
 def test_a_frame_is_counted_from_one(frame):
-    with pytest.raises(UserError, match="a whole number from 1 on was expected"):
+    with pytest.raises(UserError, match="a whole number of at least 1 was expected"):
         load_image(pattern(), frame)
     with pytest.raises(UserError, match="has one frame; there is no frame 2"):
         load_image(pattern(), 2)
@@ -271,10 +271,10 @@ def test_strange_paths(source, sentence):
 
 
 @pytest.mark.parametrize("there, asked, sentence", [
-    ("scan.jpg", "scan.JPG", "does not exist; it does with the suffix .jpg"), ("scan.PNG", "scan.png", "with the suffix .PNG"),
-    ("a/scan.png", "a\\scan.png", "does not exist; it does with / for \\\\"),
-    ("Ro\u0308ntgen.png", "R\u00f6ntgen.png", "does not exist; it does in Unicode's form NFD"),
-    ("R\u00f6ntgen.png", "Ro\u0308ntgen.png", "does not exist; it does in Unicode's form NFC"),
+    ("scan.jpg", "scan.JPG", "does not exist; it exists with the suffix .jpg"), ("scan.PNG", "scan.png", "with the suffix .PNG"),
+    ("a/scan.png", "a\\scan.png", "does not exist; it exists with / instead of \\\\"),
+    ("Ro\u0308ntgen.png", "R\u00f6ntgen.png", "does not exist; it exists in Unicode's form NFD"),
+    ("R\u00f6ntgen.png", "Ro\u0308ntgen.png", "does not exist; it exists in Unicode's form NFC"),
     ("scan.png", "scan", "does not exist$")])
 def test_a_name_that_another_system_would_find(there, asked, sentence, tmp_path):
     (tmp_path / there).parent.mkdir(exist_ok=True)
@@ -299,9 +299,9 @@ def truncated_jpeg():
     ("nowhere.png", "the image nowhere.png does not exist"), (".", "is a directory"), (b"no image", "not an image"),
     (truncated_jpeg(), "is damaged"), (np.zeros((4, 4, 3), np.float32), "float32 array of shape"),
     (np.zeros((4, 4, 2), np.uint8), "uint8 \\[H,W,3\\]"), (7, "the image is of type int;"),
-    ("data:image/png,xyz", "base64, as was expected"), ("data:image/png;base64,#", "holds no base64"),
-    ("https://example.org/x.png", "is an address"),
-    ("HTTP://x/y.png", "is an address"), ("file:///x.png", "is an address"), ("", "the image '' does not exist"),
+    ("data:image/png,xyz", "base64, was expected"), ("data:image/png;base64,#", "holds invalid base64"),
+    ("https://example.org/x.png", "is a web address"),
+    ("HTTP://x/y.png", "is a web address"), ("file:///x.png", "is a web address"), ("", "the image '' does not exist"),
     (Image.new("F", (4, 4)), "floating-point pixels")])
 def test_bad_sources_are_one_sentence(source, sentence):
     with pytest.raises(UserError, match=sentence) as error:
@@ -325,7 +325,7 @@ def test_bad_modes_and_shapes():
         preprocess(pattern(), 28, "anyres")
     with pytest.raises(UserError, match="aspect ratio of at most 200"):
         preprocess(Image.new("RGB", (1, 3000)), 336, "square")
-    with pytest.raises(UserError, match="20000 x 200 pixels; to be padded to a square, at most 13377 on a side"):
+    with pytest.raises(UserError, match="20000 x 200 pixels; at most 13377 on a side were expected, because it is padded"):
         preprocess(Image.new("RGB", (20000, 200)), 28, "pad")
     assert preprocess(Image.new("RGB", (20000, 200)), 28, "square").shape == (28, 28, 3)
     for mode in ("pad", "square"):

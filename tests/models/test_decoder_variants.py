@@ -158,7 +158,7 @@ def test_a_projector_of_another_activation_fits_one_layout_alone(tmp_path):
     checkpoint = lively(config({}, projector_act="relu"))
     export(checkpoint, tmp_path / "hf", "transformers")
     assert open_checkpoint(tmp_path / "hf").config.projector_act == "relu"
-    with pytest.raises(UserError, match="the original's projector has GELU and this model's relu: --layout transformers holds it"):
+    with pytest.raises(UserError, match="has the activation relu, but the original's code applies GELU; use --layout transformers"):
         export(checkpoint, tmp_path / "original", "llava")
 
 
@@ -201,7 +201,7 @@ def test_one_feature_layer_in_a_list(layer, found):
 
 def test_several_feature_layers_are_named(tmp_path):
     raw = {"model_type": "llava", "text_config": tiny.LLAMA, "vision_config": tiny.CLIP, "vision_feature_layer": [-2, -1]}
-    with pytest.raises(UserError, match=r"vision_feature_layer is \[-2, -1\], whose features are concatenated; one layer was expected"):
+    with pytest.raises(UserError, match=r"vision_feature_layer is \[-2, -1\], which concatenates the features of several layers; one layer was expected"):
         read_config(write(tmp_path, raw))
 
 

@@ -283,7 +283,7 @@ def test_what_is_not_registered_is_refused_with_what_is(monkeypatch):
     text, vision = {"model_type": "toy_norms", **TEXT}, {"model_type": "toy_tower", **VISION}
     raw = {"model_type": "llava", "text_config": text, "vision_config": vision, "vision_feature_select_strategy": "full"}
     assert llava_from_hf(raw).tokens_per_image == 4
-    with pytest.raises(UserError, match="leaves out the tower's first position, and a toy_tower has no class token; full was expected"):
+    with pytest.raises(UserError, match="drops the class token, but the tower toy_tower has no class token; full was expected"):
         llava_from_hf({**raw, "vision_feature_select_strategy": "default"})
     monkeypatch.delitem(TOWERS, "toy_tower")
     with pytest.raises(UserError, match="the vision tower's model_type is 'toy_tower'; clip_vision_model was expected"):
@@ -326,5 +326,5 @@ def test_every_kind_has_a_module():
 
 
 def test_a_module_that_the_table_does_not_have_is_named():
-    with pytest.raises(ValueError, match="the table of tensors has no line layers_#/mlp/fc3/kernel"):
+    with pytest.raises(ValueError, match="the axes of layers_#/mlp/fc3/kernel, which has no line in the table"):
         PlainConfig(32, 48, 3, 4, 28, 14).axes("mlp/fc3")

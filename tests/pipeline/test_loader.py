@@ -134,7 +134,7 @@ def test_a_conversation_that_the_template_cannot_hold_names_its_record(processor
 
 
 @pytest.mark.parametrize("arguments, sentence", [
-    (dict(rows=1, length=P), "an image alone takes 36 positions")])
+    (dict(rows=1, length=P), "one image takes 36 tokens")])
 def test_bad_arguments(processor, data, arguments, sentence):
     with pytest.raises(UserError, match=sentence):
         batches_of(data, processor, **{"length": T, **arguments})
@@ -204,14 +204,14 @@ def test_a_finished_stream_stays_finished(processor, data):
 
 def test_state_of_other_data_is_refused(processor, data):
     batches = batches_of(data, processor, 2, T, seed=1)
-    with pytest.raises(UserError, match="other data: its samples was 11 and is 10 now"):
+    with pytest.raises(UserError, match="other data: samples was 11 and is 10 now"):
         batches.restore({**batches.state(), "samples": 11})
     with pytest.raises(UserError, match="seed was 3 and is 1 now"):
         batches.restore({**batches.state(), "seed": 3})
     with pytest.raises(UserError, match="row_length was 50 and is 96 now"):
         batches.restore({**batches.state(), "row_length": 50})
     longer = made([[record(i, answer="a longer answer") for i in range(10)]])
-    with pytest.raises(UserError, match="other data: its samples have other lengths; what the run was started with"):
+    with pytest.raises(UserError, match="other data: the lengths of the samples differ; the same data"):
         batches.restore(batches_of(longer, processor, 2, T, seed=1).state() | {"image_slots": 2})
 
 
@@ -263,10 +263,10 @@ def test_an_epoch_that_teaches_nothing_stops_the_run(processor, folder):
 
 
 @pytest.mark.parametrize("template, answer, length, why", [
-    (None, None, T, "record 1 has no answer, or an empty one"), (None, "", T, "record 1 has no answer, or an empty one"),
-    (None, "an answer", 9, "record 1 is cut at 9 tokens, before an answer or within one"),
-    (None, "one </s> two", T, "the answers are not where the template v1.5:mistral_instruct counts them: a special token"),
-    ("up:vicuna_v1", "one </s> two", T, "the answers are not where the template up:vicuna_v1 counts them: a special token")])
+    (None, None, T, "record 1 has no answer or an empty answer"), (None, "", T, "record 1 has no answer or an empty answer"),
+    (None, "an answer", 9, "record 1 is cut at 9 tokens, before or within its answer"),
+    (None, "one </s> two", T, "the template v1.5:mistral_instruct does not find the answers of record 1: the text contains a special token"),
+    ("up:vicuna_v1", "one </s> two", T, "the template up:vicuna_v1 does not find the answers of record 1: the text contains a special token")])
 def test_why_nothing_is_learnt_of_a_sample(processor, mistral_tokenizer, template, answer, length, why):
     """LLaVA's "tokenization mismatch" (its issues 375, 779, 1166, 1706), which trains at a loss of 0 there."""
     here = Processor(preset("small"), Tokenizer.load(mistral_tokenizer), template) if template else processor

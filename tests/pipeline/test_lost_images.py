@@ -34,13 +34,13 @@ def twice(first, second, image):
 GOOD, TEXT = record(image=IMAGE), record("is it text?")
 # Kind -> a record that loses images, and what is said of it.
 LOST = {
-    "no marker": (record("is it?", image=IMAGE), "record 'is it?' names 1 image and has a marker for none of them"),
-    "no marker for a list": (record("is it?", image=[IMAGE]), "names 1 image and has a marker for none"),
-    "fewer markers": (record("<image> is it?", image=[IMAGE] * 3), "names 3 images and has a marker for 1 of them"),
+    "no marker": (record("is it?", image=IMAGE), "record 'is it?' names 1 image but has 0 <image> markers"),
+    "no marker for a list": (record("is it?", image=[IMAGE]), "names 1 image but has 0 <image> markers"),
+    "fewer markers": (record("<image> is it?", image=[IMAGE] * 3), "names 3 images but has 1 <image> marker"),
     "a marker in a first answer that is dropped": (
         {**GOOD, "conversations": [{"from": "gpt", "value": "<image>"}, *record("is it?")["conversations"]]}, "a marker for none"),
-    "another key": (record("is it?", images=[IMAGE]), "names 1 image and has a marker for none"),
-    "beyond the cut": (twice("is it", "<image> is it?", IMAGE), "is cut at 40 tokens, which takes 1 image away"),
+    "another key": (record("is it?", images=[IMAGE]), "names 1 image but has 0 <image> markers"),
+    "beyond the cut": (twice("is it", "<image> is it?", IMAGE), "is cut at 40 tokens, which removes 1 image"),
     "one of two beyond the cut": (twice("<image> is it", "<image> is it?", [IMAGE, IMAGE]), "is cut at 40 tokens, which takes 1 image"),
 }
 
@@ -150,7 +150,7 @@ def test_broken_images_add_to_those_that_are_lost(recipe, tmp_path):
         if is_enough:
             assert next(batches)["segment_ids"].max(axis=1).sum() == 7
             continue
-        with pytest.raises(UserError, match="6 of the 10 samples cannot be used or lose an image, 3 of them because it cannot be read"):
+        with pytest.raises(UserError, match="6 of the 10 samples cannot be used or lose an image .3 have an unreadable image."):
             next(batches)
 
 

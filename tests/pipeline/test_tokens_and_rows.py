@@ -46,8 +46,8 @@ def started(tmp_path):
 @pytest.mark.parametrize("packing", [True, False])
 def test_a_tokenizer_larger_than_the_table_is_refused_before_the_first_update(started, tmp_path, packing):
     cfg = started(600, **{"data.packing": packing, "data.row_length": 64 if packing else 0})
-    with pytest.raises(UserError, match=r"record \d+ has the token \d+, and the model's table over the vocabulary has 600 rows: the "
-                                        rf"tokenizer, of {TOKENIZER.vocab_size} tokens, is another model's") as error:
+    with pytest.raises(UserError, match=r"record \d+ has the token \d+, but the model's embedding table has 600 rows; "
+                                        rf"the tokenizer of {TOKENIZER.vocab_size} tokens does not belong to the model") as error:
         fit(cfg, tmp_path / "run")
     assert "no step had been saved" in str(error.value) and not (tmp_path / "run" / "recipe.json").exists()
 

@@ -73,8 +73,8 @@ def test_a_worker_that_was_killed_is_named(count):
         with pytest.raises(workers.WorkerError) as caught:
             for _ in range(20):
                 next(found)
-    assert str(caught.value) == (f"loader worker {worker} of {count} (process {pid}) was ended by SIGKILL, which the system sends "
-                                 "where memory runs out; fewer data.workers and a smaller batch_size take less")
+    assert str(caught.value) == (f"loader worker {worker} of {count} (process {pid}) was killed by SIGKILL, which the system sends "
+                                 "when memory runs out; fewer data.workers or a smaller batch_size need less memory")
 
 
 class Dying(Make):
@@ -86,7 +86,7 @@ class Dying(Make):
 
 def test_a_worker_that_dies_before_its_first_result_is_named():
     with started(Dying(), 10, 2) as found:
-        with pytest.raises(workers.WorkerError, match=r"^loader worker 1 of 2 \(process \d+\) was ended by SIGSEGV$"):
+        with pytest.raises(workers.WorkerError, match=r"^loader worker 1 of 2 \(process \d+\) was killed by SIGSEGV$"):
             assert next(found)["number"] == 0  # on a busy machine worker 1 dies before worker 0 gives anything
             next(found)
 
@@ -94,7 +94,7 @@ def test_a_worker_that_dies_before_its_first_result_is_named():
 def test_a_worker_that_only_grain_saw_end_is_named_by_its_turn(monkeypatch):
     monkeypatch.setattr(workers.worker_notes.Shared, "ended", lambda self: iter(()))  # it was gone before anybody looked
     with started(Dying(), 10, 2) as found:
-        with pytest.raises(workers.WorkerError, match=r"^loader worker 1 of 2 \(process \d+\) was ended by SIGSEGV$"):
+        with pytest.raises(workers.WorkerError, match=r"^loader worker 1 of 2 \(process \d+\) was killed by SIGSEGV$"):
             assert next(found)["number"] == 0
             next(found)
 
@@ -107,9 +107,9 @@ def test_who_gives_nothing_is_named_with_what_it_reads_and_given_up(monkeypatch,
         with pytest.raises(workers.WorkerError) as caught:
             next(found)
     who = rf"loader worker {2 % count} of {count} \(process \d+\)" if count else "the loader"
-    said = f"{who} has given nothing for 1 s and reads images/2.png"
-    assert re.fullmatch(f"{said}, and is given up", str(caught.value))
-    assert re.fullmatch(f"(warning: {said}; it is waited for 1 s more\n)+", capsys.readouterr().err.replace("0 s", "1 s"))
+    said = f"{who}, reading images/2.png, has returned nothing for 1 s"
+    assert re.fullmatch(f"timeout: {said}", str(caught.value))
+    assert re.fullmatch(f"(warning: {said}; waiting up to 1 s more\n)+", capsys.readouterr().err.replace("0 s", "1 s"))
 
 
 def test_a_worker_that_was_stopped_is_waited_for_and_may_go_on(monkeypatch, capsys):
@@ -120,7 +120,8 @@ def test_a_worker_that_was_stopped_is_waited_for_and_may_go_on(monkeypatch, caps
         os.kill(pid, signal.SIGSTOP)
         found.on_wait = lambda waited: waited > 1 and os.kill(pid, signal.SIGCONT)
         assert [next(found)["number"] for _ in range(20)] == list(range(1, 21))
-    assert f"loader worker 0 of 1 (process {pid}) has given nothing" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"loader worker 0 of 1 (process {pid})" in said and "has returned nothing" in said
 
 
 @pytest.mark.parametrize("count", [0, 2])
@@ -143,7 +144,7 @@ def test_a_process_among_others_cannot_do_without_and_says_so():
             raise TimeoutError
 
         found.on_wait = give_up
-        with pytest.raises(workers.WorkerError, match="^the loader has given nothing for 0 s( and reads images/0.png)?, and is given up$"):
+        with pytest.raises(workers.WorkerError, match="^timeout: the loader(, reading images/0.png,)? has returned nothing for 0 s$"):
             next(found)
 
 
@@ -212,9 +213,9 @@ def in_a_container(tmp_path, mistral_tokenizer, *arguments):
 
 
 @pytest.mark.parametrize("rows, said", [
-    ("128", "warning: batches are made in a thread, without data.workers, because /dev/shm has 67 MB free and a worker needs 179 MB for "
+    ("128", "warning: no data.workers are started (a thread makes the batches), because /dev/shm has 67 MB free and a worker needs 179 MB for "
             "batches of 44.7 MB; docker run --shm-size=8g gives more\n"),
-    ("16", "warning: 2 of 8 data.workers are started because /dev/shm has 67 MB free and a worker needs 22 MB for batches of 5.6 MB; "
+    ("16", "warning: only 2 of 8 data.workers are started, because /dev/shm has 67 MB free and a worker needs 22 MB for batches of 5.6 MB; "
            "docker run --shm-size=8g gives more\n"),
 ])
 def test_in_a_small_container_fewer_workers_start_and_it_goes_on(tmp_path, mistral_tokenizer, rows, said):
@@ -224,7 +225,7 @@ def test_in_a_small_container_fewer_workers_start_and_it_goes_on(tmp_path, mistr
 def test_shared_memory_that_another_program_fills_is_named(tmp_path, mistral_tokenizer):
     out, err = in_a_container(tmp_path, mistral_tokenizer, "16", "2", "filled")
     assert out.splitlines()[-1] == "done" and out.startswith("error: loader worker ") and not err
-    assert re.search(r"was ended by SIGBUS, which the system sends where /dev/shm is full \(\d+ MB are free now\): fewer data.workers take "
+    assert re.search(r"was killed by SIGBUS, which the system sends when /dev/shm is full \(\d+ MB are free now\); fewer data.workers need "
                      "less of it, and docker run --shm-size=8g gives more", out)
 
 
@@ -272,5 +273,5 @@ def test_a_run_whose_workers_hang_is_saved_by_the_first_signal_and_one_whose_wor
     saved, damaged = newest_intact_step(workdir)
     assert process.returncode == 1 and saved > step and not damaged
     (line,) = err.splitlines()
-    assert line.startswith("error: loader worker ") and f"(process {pids[1]}) was ended by SIGKILL" in line
+    assert line.startswith("error: loader worker ") and f"(process {pids[1]}) was killed by SIGKILL" in line
     assert line.endswith(f"; step {saved} is saved") and runs.log_lines(workdir)[-1]["step"] == saved

@@ -214,7 +214,7 @@ def test_two_places_that_differ_are_named(first, second, tmp_path, capsys):
     files = {first: {"chat_template": A}, second: B if second.endswith(".jinja") else {"chat_template": B}}
     processor = Processor.load(checkpoint(tmp_path / "m", **files))
     said = capsys.readouterr().err
-    assert f"{first} and " in said and f"{second} hold different chat templates; {first} is taken" in said
+    assert f"{first} and " in said and f"{second} hold different chat templates; {first} is used" in said
     assert processor.prompt([{"role": "user", "content": "Q"}]) == "A Q"
     transformers = pytest.importorskip("transformers")
     template = transformers.ProcessorMixin.get_processor_dict(tmp_path / "m")[0]["chat_template"]
@@ -320,7 +320,7 @@ def test_the_process_is_started_once_and_again_where_it_is_gone():
     first = child()
     assert by_us(B, message) == "B Q" and child() is first
     first.kill()
-    with pytest.raises(UserError, match="its process was killed, as the system does where memory is short"):
+    with pytest.raises(UserError, match="its process was killed, probably because the system ran out of memory"):
         by_us("gone {{ messages[0].content }}", message)
     assert by_us(A, message) == "A Q" and child() is not first
 
@@ -367,7 +367,7 @@ def test_without_transformers_a_sentence(tmp_path, monkeypatch):
     (tmp_path / "transformers" / "__init__.py").write_text("raise ImportError('no such thing')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     template_process._stop()
-    with pytest.raises(UserError, match="transformers and jinja2, which cannot be imported: ImportError: no such thing"):
+    with pytest.raises(UserError, match="transformers and jinja2, which render chat templates, cannot be imported: ImportError: no such thing"):
         by_us(A, [{"role": "user", "content": "Q"}])
     monkeypatch.undo()
     assert by_us(A, [{"role": "user", "content": "Q"}]) == "A Q"

@@ -161,8 +161,8 @@ MISTAKES = {
         ('{"<a>": -1}', "has -1 for '<a>'"), ('{"<a>": 1e3}', "has 1000.0 for '<a>'"), ('{"<a>": true}', "has True for '<a>'"),
         ('{"<a>": 99999999999}', "has 99999999999 for '<a>'"), ('{"<a>": "7"}', "has '7' for '<a>'"),
         ('{"": 1024}', "has 1024 for ''; a token's text and its id"), ("[]", "holds a JSON list"),
-        ('{"<a>": 1024, "<b>": 1024}', "the id 1024 stands for '<a>' and for '<b>'; one token an id was expected"),
-        ("[" * 10**5, "is nested too deeply"), (b"\xff", "is no JSON: 'utf-8' codec")],
+        ('{"<a>": 1024, "<b>": 1024}', "the id 1024 stands for '<a>' and for '<b>'; one token per id was expected"),
+        ("[" * 10**5, "is nested too deeply"), (b"\xff", "is not valid JSON: 'utf-8' codec")],
     "tokenizer_config.json": [
         ('{"bos_token": ["<s>"]}', r"has \['<s>'\] for 'bos_token'; a text, or an object with its content and flags was expected"),
         ('{"eos_token": 2}', "has 2 for 'eos_token'"), ('{"legacy": "no"}', "has 'no' for 'legacy'; true or false"),

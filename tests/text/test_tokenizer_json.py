@@ -117,7 +117,7 @@ def test_other_pre_tokenizers_and_files_without_a_begin(kind, has_bos, pieces, t
     assert (ours.tokenizer.has_bos, ours.encode("x")[0] == ours.tokenizer.bos_id) == (has_bos, has_bos)
     for text in ["USER: <image>\nIs it? ASSISTANT:", *texts(1)]:
         assert ours.encode(text) == wanted(text), text
-    assert ("has add_bos_token True and tokenizer.json says otherwise" in capsys.readouterr().err) == (not has_bos)
+    assert ("has add_bos_token True, but tokenizer.json does the opposite" in capsys.readouterr().err) == (not has_bos)
 
 
 @pytest.mark.parametrize("prefix", PREFIXES)
@@ -176,8 +176,9 @@ def test_two_files_that_differ_are_named_once(pieces, tmp_path, capsys):
     shutil.copyfile(SAMPLE, path / "tokenizer.model")
     processor = Processor.load(path)
     said = capsys.readouterr().err
-    assert said.count("warning:") == 1 and "tokenizer.json gives 'a</s>b' the ids [1, " in said and "tokenizer.model gives [1, " in said
-    assert "this one is taken, as transformers' processors and fast classes do" in said
+    assert said.count("warning:") == 1 and "It encodes 'a</s>b' as [1, " in said
+    assert "tokenizer.model encodes it as [1, " in said
+    assert "tokenizer.json is used, as transformers' processors and fast classes do" in said
     assert processor.tokenizer.file.name == "tokenizer.json"
     Processor.load(path)
     assert capsys.readouterr().err == ""
@@ -187,7 +188,7 @@ def test_two_files_that_differ_are_named_once(pieces, tmp_path, capsys):
             shutil.copyfile(file, tmp_path / "original" / file.name)
     (tmp_path / "original" / "config.json").write_text(json.dumps(llava_to_hf(preset("llava15-7b"), "llava")))
     assert Processor.load(tmp_path / "original").tokenizer.file.name == "tokenizer.model"
-    assert "this one is taken, as the originals' code does" in capsys.readouterr().err
+    assert "tokenizer.model is used, as the originals' code does" in capsys.readouterr().err
 
 
 def test_two_files_that_agree_are_not(pieces, tmp_path, capsys):
@@ -228,7 +229,7 @@ def test_a_file_that_puts_other_tokens_around_a_text_is_followed_and_said(single
     tokenizer = {**sentencepiece_like(pieces), "post_processor": json.loads(processor.__getstate__())}
     path = directory(tmp_path / "m", tokenizer, settings)
     assert Processor.load(path).encode("Is <image> it?") == theirs(path)("Is <image> it?")
-    assert "around a text, which is followed" in capsys.readouterr().err
+    assert "to every text, although the bos_token" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("settings, sentence", [

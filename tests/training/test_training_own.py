@@ -210,14 +210,14 @@ DAMAGES = {
     "unused": (lambda run: flip_tensor(run / "base/model.safetensors", UNUSED), f"base is damaged: {UNUSED} has another sha256"),
     "cut": (lambda run: os.truncate(run / "base/model.safetensors", 5000), "base/model.safetensors is no whole safetensors file"),
     "weights": (lambda run: (run / "base/model.safetensors").unlink(), "base holds no weights"),
-    "base": (lambda run: shutil.rmtree(run / "base"), "base/manifest.json is gone since the run"),
-    "manifest": (lambda run: (run / "base/manifest.json").unlink(), "base/manifest.json is gone since the run"),
+    "base": (lambda run: shutil.rmtree(run / "base"), "base/manifest.json has been removed since the run"),
+    "manifest": (lambda run: (run / "base/manifest.json").unlink(), "base/manifest.json has been removed since the run"),
     "hashes": (lambda run: flip(run / "base/manifest.json", 60), "base/manifest.json has changed since the run"),
-    "model": (lambda run: shutil.rmtree(run / "model"), "is gone since the run"),
+    "model": (lambda run: shutil.rmtree(run / "model"), "has been removed since the run"),
     "config": (lambda run: (run / "model/config.json").write_text((run / "model/config.json").read_text().replace("1e-05", "1e-06")),
                "model/config.json has changed since the run"),
     "tokenizer": (lambda run: flip(run / "model/tokenizer.model", 9000), "model/tokenizer.model has changed since the run"),
-    "settings": (lambda run: (run / "model/tokenizer_config.json").write_text('{"legacy": false}'), "tokenizer_config.json is new since"),
+    "settings": (lambda run: (run / "model/tokenizer_config.json").write_text('{"legacy": false}'), "tokenizer_config.json has been added since"),
 }
 
 
@@ -277,7 +277,7 @@ def test_rows_are_those_of_the_step(recipe, stopped, monkeypatch):
     cfg = packed(recipe)
     checkpoint = open_start(cfg)
     batches = trainer.Data.open(cfg, checkpoint, settled={**meta["run"]["resolved"], "rows": 1}).training_batches()
-    with pytest.raises(UserError, match="other data: its rows_an_update was 2 and is 1 now"):
+    with pytest.raises(UserError, match="other data: rows_an_update was 2 and is 1 now"):
         batches.restore(meta["data"])
 
 

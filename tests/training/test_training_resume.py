@@ -87,7 +87,7 @@ def test_a_first_save_that_was_killed_begins_anew_and_says_so(recipe, tmp_path, 
     for name in ("manifest.json", "../.sealed"):
         (workdir / "checkpoints" / "3" / name).unlink()
     assert fit(recipe(total_steps=3), workdir)
-    assert "has no manifest.json: its saving was interrupted; the run begins anew" in capsys.readouterr().out
+    assert "has no manifest.json: the save was interrupted; the run begins anew" in capsys.readouterr().out
     (workdir / "checkpoints" / "3" / "manifest.json").unlink()
     with pytest.raises(UserError, match="none is intact.*has no manifest.json.*delete its checkpoints/"):
         fit(recipe(total_steps=3), workdir)

@@ -62,7 +62,7 @@ def test_a_signal_saves_without_validation_data_that_do_not_come(recipe, hanging
 
 def test_batches_that_never_come_end_the_run_with_its_step_saved(recipe, hanging, tmp_path, monkeypatch):
     hanging(lambda maker, number: number == 5, lambda: monkeypatch.setattr(workers, "GIVE_UP_S", 1.0))
-    with pytest.raises(UserError, match=r"^the loader has given nothing for \d+ s and reads .*, and is given up; step 5 is saved$"):
+    with pytest.raises(UserError, match=r"^timeout: the loader, reading .*, has returned nothing for \d+ s; step 5 is saved$"):
         fit(recipe(**{"checkpoint.every_steps": 3}), tmp_path / "run")
     assert newest_intact_step(tmp_path / "run") == (5, [])
 

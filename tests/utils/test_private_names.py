@@ -113,7 +113,7 @@ from llavamed_jax.datasets import pathvqa, pickles
 pickles.read_plain_pickle(Path({str(file)!r}))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert "UserError: this Python has no pickle._Unpickler, without which no pickle is read; Python 3.11" in done.stderr
+    assert "UserError: this Python has no pickle._Unpickler, which is needed to read pickles; Python 3.11" in done.stderr
 
 
 @pytest.mark.parametrize("data", ['b"})" + b"\\x85" * 1_000_000 + b"K\\x01s."', r'b"K\x01r\xff\xff\xff\x0f."'])

@@ -127,7 +127,7 @@ def test_divergence_is_that_of_the_distributions():
 
 
 @pytest.mark.parametrize(("argv", "status", "sentence"), [
-    ([], 2, "required: A, B"), (["preset:small", "nowhere"], 2, "nowhere is no directory"),
+    ([], 2, "required: A, B"), (["preset:small", "nowhere"], 2, "nowhere is not a directory"),
     (["preset:small", "preset:small", "--tolerance", "-1"], 2, "--tolerance is -1.0; a number of at least 0"),
     (["preset:small", "preset:small", "--tolerance", "x"], 2, "--tolerance"),
     (["preset:small", "preset:huge"], 1, "one of small")])

@@ -107,8 +107,8 @@ def test_no_network_is_one_sentence(flags, tmp_path):
         url = "http://127.0.0.1:9"
     done = verify(Nowhere, tmp_path, *flags)
     assert (done.returncode, "Traceback" in done.stderr) == (1, False)
-    assert done.stderr == (f"error: {MODEL} is no directory; as a model's name it is not in the cache of hub models, and {Nowhere.url} "
-                           "cannot be reached; give a checkpoint's directory\n")
+    assert done.stderr == (f"error: {MODEL} is not a directory here, and the hub model of this name is not in the cache of hub models "
+                           f"({Nowhere.url} cannot be reached); give a checkpoint's directory\n")
     assert not (tmp_path / "verification.md").exists()
 
 

@@ -78,7 +78,7 @@ def build(decoder: str | Path, vision: str | Path, projector: str, scratch: Path
             raise UserError(f"{decoder}: config.json has initializer_range {short(deviation)}; a number from 0 to 1 "
                             "was expected")
         checkpoint, new = add_image_tokens(checkpoint, scratch, deviation, seed, has_pad)
-        said.append(f"image tokens: added {', '.join(new)}" if new else "image tokens: there already")
+        said.append(f"image tokens: added {', '.join(new)}" if new else "image tokens: already present")
     if is_file:
         checkpoint, sentence = with_projector(checkpoint, file)
     else:
@@ -157,7 +157,7 @@ def with_projector(checkpoint: Checkpoint, file: Path) -> tuple[Checkpoint, str]
     pattern = re.compile(r"(?:.*\.)?(?:mm_projector\.(?:(\d+)\.)?(weight|bias)|(embed_tokens|embed_in)\.weight)")
     unknown = [name for name in found if not pattern.fullmatch(name)]
     if unknown:
-        raise UserError(f"{file} holds {some(unknown)}; tensors of mm_projector and embed_tokens alone were expected")
+        raise UserError(f"{file} holds {some(unknown)}; only tensors of mm_projector and embed_tokens were expected")
     layers = {pattern.fullmatch(name).groups(): tensor for name, tensor in found.items()}
     table = next((tensor for (_, _, embedding), tensor in layers.items() if embedding), None)
     layers = {(index, leaf): tensor for (index, leaf, embedding), tensor in layers.items() if not embedding}
@@ -169,13 +169,13 @@ def with_projector(checkpoint: Checkpoint, file: Path) -> tuple[Checkpoint, str]
             key = (None, leaf) if config.projector_type == "linear" else (str(2 * int(n)), leaf)
             tensors[name] = _fitting(file, name, layers.pop(key, None), spec.shape)
     if layers:
-        raise UserError(f"{file} holds {len(layers)} projector tensors more than a {config.projector_type} has")
+        raise UserError(f"{file} holds {len(layers)} projector tensors too many for {config.projector_type}")
     sentence = f"projector: {config.projector_type} of {file}"
     if table is not None and config.use_start_end:
         tensors[next(iter(TABLES))] = _with_last_rows(file, tensors[next(iter(TABLES))], table)
         sentence += ", with its rows of <im_start> and <im_end>"
     elif table is not None:
-        sentence += "; its embed_tokens are not taken, since this model has no <im_start> and <im_end>"
+        sentence += "; its embed_tokens are not used, because this model has no <im_start> and <im_end>"
     return checkpoint.replace(config=config, tensors=tensors), sentence
 
 
@@ -189,7 +189,7 @@ def _with_settings(config: LlavaConfig, file: Path, layers: Mapping[tuple[str | 
     settings = read_json(beside) if beside.is_file() else {}
     changes = {field: settings[key] for key, field in _SETTINGS.items() if key in settings}
     if changes.pop("use_start_end", config.use_start_end) and not config.use_start_end:
-        raise UserError(f"{beside} has mm_use_im_start_end set, and the model has no <im_start> and <im_end>; "
+        raise UserError(f"{beside} has mm_use_im_start_end set, but the model has no <im_start> and <im_end>; "
                         "`convert build --add_image_tokens` adds them")
     if "image_aspect_ratio" in settings:
         changes["image_aspect_ratio"] = "pad" if settings["image_aspect_ratio"] == "pad" else "square"
@@ -200,7 +200,7 @@ def _fitting(file: Path, name: str, tensor: Tensor | None, shape: tuple[int, ...
     wanted = names.torch_shape(name, shape)
     if tensor is None or tensor.shape != wanted:
         found = "is missing" if tensor is None else f"is {list(tensor.shape)}"
-        raise UserError(f"{file} does not fit this model: {name} {found}, where {list(wanted)} (in torch's order) was "
+        raise UserError(f"{file} does not fit this model: {name} {found}; {list(wanted)} (in torch's order) was "
                         "expected")
     return from_torch(name, tensor, shape)
 

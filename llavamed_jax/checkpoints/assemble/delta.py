@@ -74,8 +74,8 @@ def _write(base, other, out, operation: np.ufunc, what: str, progress: Progress)
         if not (directory / "config.json").is_file():
             hint = (" (`convert export --layout llava` writes one)"
                     if (directory / "model" / "config.json").is_file() else "")
-            raise at(directory, f"{directory} is no directory with a config.json; a model in the original's layout was "
-                                f"expected{hint}")
+            raise at(directory, f"{directory} is not a directory with a config.json; a model in the original's layout "
+                                f"was expected{hint}")
     config = read_json(other / "config.json")
     ours, theirs = (_weights(directory) for directory in (base, other))
     _check(base, ours, what, other, theirs)
@@ -106,18 +106,18 @@ def _check(base: Path, ours: Mapping[str, Tensor], what: str, other: Path, their
             raise UserError(f"{directory} holds no {_TABLE}; a decoder of the LLaMA family under the original's names "
                             "was expected")
     if _has_projector(ours):
-        raise UserError(f"{base} is no base: it has a projector, so it is a whole LLaVA; the plain decoder was "
+        raise UserError(f"the base {base} has a projector, so it is a whole LLaVA model; the plain decoder was "
                         "expected")
     if not _has_projector(theirs):
-        raise UserError(f"{what} {other} holds no projector (model.mm_projector), so it is a plain decoder; a LLaVA "
-                        "was expected")
+        raise UserError(f"{what} {other} has no projector (model.mm_projector), so it is a plain decoder; a LLaVA "
+                        "model was expected")
     for size, mine, wanted in (("hidden size", ours[_TABLE].shape[1], theirs[_TABLE].shape[1]),
                                ("number of layers", _layers(ours), _layers(theirs))):
         if mine != wanted:
-            raise UserError(f"{base} is another base: its {size} is {mine} where {what} {other} has {wanted}")
+            raise UserError(f"{base} is not the base of {what} {other}: its {size} is {mine}; {wanted} was expected")
     if ours[_TABLE].shape[0] > theirs[_TABLE].shape[0]:
-        raise UserError(f"{base} is another base: its vocabulary has {ours[_TABLE].shape[0]} rows where {what} {other} "
-                        f"has {theirs[_TABLE].shape[0]}, which can only be more")
+        raise UserError(f"{base} is not the base of {what} {other}: its vocabulary has {ours[_TABLE].shape[0]} rows; "
+                        f"at most {theirs[_TABLE].shape[0]} were expected")
     problems = [f"{name} is missing in {what}" for name in ours if name not in theirs]
     problems += [f"{name} is missing in the base" for name in theirs
                  if name not in ours and not name.startswith(_VERBATIM)]
@@ -126,7 +126,7 @@ def _check(base: Path, ours: Mapping[str, Tensor], what: str, other: Path, their
         if ours[name].shape[kept] != theirs[name].shape[kept] or ours[name].shape[0] > theirs[name].shape[0]:
             problems.append(f"{name} is {list(ours[name].shape)} in the base and {list(theirs[name].shape)} in {what}")
     if problems:
-        raise UserError(f"{base} is another base than that of {other}: {some(sorted(problems), 4)}")
+        raise UserError(f"{base} is not the base of {what} {other}: {some(sorted(problems), 4)}")
 
 
 def _has_projector(tensors: Mapping[str, Tensor]) -> bool:
@@ -138,7 +138,8 @@ def _check_config(other: Path, config: Mapping[str, object], theirs: Mapping[str
     rows, width = theirs[_TABLE].shape
     for key, found in (("vocab_size", rows), ("hidden_size", width), ("num_hidden_layers", _layers(theirs))):
         if config.get(key) != found:
-            raise UserError(f"{other / 'config.json'} has {key} {config.get(key)!r} where its tensors have {found}")
+            raise UserError(f"{other / 'config.json'} has {key} {config.get(key)!r}, but the tensors beside it have "
+                            f"{found}")
 
 
 def _warn_of_base(base: Path, what: str, other: Path, config: Mapping[str, object]) -> None:
@@ -149,8 +150,8 @@ def _warn_of_base(base: Path, what: str, other: Path, config: Mapping[str, objec
     raw = read_json(base / "config.json")
     differ = [key for key in _OF_THE_BASE if key in raw and key in config and raw[key] != config[key]]
     if differ:
-        said = "; ".join(f"{key} is {short(raw[key])} there and {short(config[key])} in {what}" for key in differ)
-        warn(f"{base} may be another base than that of {other}, whose shapes it has: {said}")
+        said = "; ".join(f"{key} is {short(raw[key])} in the base and {short(config[key])} in {what}" for key in differ)
+        warn(f"{base} may not be the base of {other}, although the shapes agree: {said}")
 
 
 def _layers(tensors: Mapping[str, Tensor]) -> int:
@@ -173,7 +174,7 @@ def _combined(name: str, base: Tensor | None, other: Tensor, operation: np.ufunc
         except UserError:  # raised by a cast
             is_whole = False
         if not is_whole:
-            raise UserError(f"{name} is not finite in float16, in which deltas are made: values beyond 65504 or "
-                            "damaged weights")
+            raise UserError(f"{name} is not finite in float16, the dtype of deltas: a value exceeds 65504, or the "
+                            "weights are damaged")
         return out
     return Tensor(other.shape, np.dtype(np.float16), load)

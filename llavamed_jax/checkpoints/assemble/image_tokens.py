@@ -54,7 +54,7 @@ def add_image_tokens(checkpoint: Checkpoint, scratch: Path, deviation: float = 0
     pieces = max(vocabulary.values()) + 1
     if new and pieces != rows:
         raise UserError(f"the tokenizer has {pieces} pieces and the embedding table {rows} rows; image tokens can be "
-                        "added where both are the same")
+                        "added only if both numbers are equal")
     tensors = {**checkpoint.tensors, **{
         name: _longer(checkpoint.tensors[name], axis, new, deviation, [seed, zlib.crc32(name.encode())])
         for name, axis in TABLES.items() if name in checkpoint.tensors and new}}

@@ -94,11 +94,11 @@ _PAD = """\
 - Images are padded to a square in the mean colour, by `do_pad` of `LlavaImageProcessor`, which transformers has \
 since 4.49.
   Software that reads `preprocessor_config.json` and does not know that class must be given square images."""
-_NO_CHAT_TEMPLATE = "- The template {name} has no form in Jinja here: write the prompt as text."
+_NO_CHAT_TEMPLATE = "- This export has no Jinja chat template for {name}: write the prompt as text."
 _ADDED_ROWS = """\
 - `<image>` is token {image}, `<pad>` {pad}. Rows {first} to {last} of both tables over the vocabulary are additions \
 of this layout:
-  means of the other rows. An import by llavamed-jax takes them away again."""
+  means of the other rows. An import by llavamed-jax removes them again."""
 _UNUSED_ROWS = """\
 - `<image>` is token {image}, `<pad>` {pad}: of the {rows} rows of the tables over the vocabulary, these had no token \
 before."""
@@ -107,10 +107,10 @@ The tensors have the names of LLaVA's own code ({model_type}). That code takes t
 `mm_vision_tower` in
 `config.json` names, {tower}"""
 _TOWER_INSIDE = "here the directory `{name}`: give its path there."
-_TOWER_IGNORED = ("and not the tower's tensors in this checkpoint. Where they differ from the named tower's, so do its "
-                  "answers; llavamed-jax reads the tensors here.")
-_SETTINGS_IGNORED = (" Nor does it read `preprocessor_config.json` here, whose settings are not CLIP's own: it takes "
-                     "those of the tower that it fetches.")
+_TOWER_IGNORED = ("and not the tower's tensors in this checkpoint. If the two towers differ, so do the answers; "
+                  "llavamed-jax reads the tensors here.")
+_SETTINGS_IGNORED = (" It does not read `preprocessor_config.json` here either, whose settings differ from CLIP's: it "
+                     "takes the settings of the tower that it fetches.")
 
 
 def model_card(checkpoint: Checkpoint, layout: str, ids: tuple[int, int] | None = None) -> str:
@@ -176,16 +176,16 @@ def _training(checkpoint: Checkpoint) -> str:
         recipe = found.get("recipe", found)
         values = {**recipe, **{f"settled: {key}": value for key, value in found.get("resolved", {}).items()}}
         runs.append(
-            f"### Run `{recipe.get('name', directory.name)}`\n\nBegun from "
+            f"### Run `{recipe.get('name', directory.name)}`\n\nStarted from "
             f"`{_shown(recipe.get('init'))}`.\n\n" + _table(
                 {f"`{key}`": f"`{json.dumps(_shown(value))}`" for key, value in sorted(values.items())
                  if key not in ("init", "name")}, True))
         directory = Path(str(recipe.get("init")))
         directory = directory.parents[1] if directory.parent.name == "checkpoints" else directory
     if not runs:
-        return ("None travels with these weights: they were converted from another checkpoint, whose own card says how "
-                "it was trained.")
-    return "The runs that led here by llavamed-jax, the last one first.\n\n" + "\n\n".join(runs)
+        return ("No training record comes with these weights: they were converted from another checkpoint, whose own "
+                "card says how it was trained.")
+    return "The runs of llavamed-jax that produced these weights, the latest first.\n\n" + "\n\n".join(runs)
 
 
 def _shown(value):

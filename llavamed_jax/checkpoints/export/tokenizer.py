@@ -61,8 +61,8 @@ def ids_in_transformers(rows: int, files: Mapping[str, Path]) -> tuple[int, int]
         return rows, rows + 1
     source = _source(files)
     if not -_LACKING <= rows - source.pieces <= _SPARE:
-        raise UserError(f"the tokenizer has {source.pieces} pieces; {rows} were expected, one a row of the embedding "
-                        f"table, or at most {_SPARE} fewer or {_LACKING} more")
+        raise UserError(f"the tokenizer has {source.pieces} pieces, but the embedding table has {rows} rows; at most "
+                        f"{_SPARE} fewer or {_LACKING} more pieces than rows were expected")
     return source.ids
 
 

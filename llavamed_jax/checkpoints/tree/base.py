@@ -80,10 +80,10 @@ def check_fingerprints(root: Path, wanted: Mapping[str, str], part: str = "") ->
     found = fingerprints(root)
     for name in sorted({*wanted, *found}):
         if name.startswith(part) and found.get(name) != wanted.get(name):
-            what = "is gone" if name not in found else "is new" if name not in wanted else "has changed"
-            raise UserError(f"{root / name} {what} since the run in {root} was started, and its steps are no whole "
-                            "model with another one; the directory as the run left it, or another one to begin anew, "
-                            "was expected")
+            what = ("has been removed" if name not in found else "has been added" if name not in wanted
+                    else "has changed")
+            raise UserError(f"{root / name} {what} since the run in {root} was started, and the run's steps belong to "
+                            "the original file; undo the change, or name another workdir to start a new run")
 
 
 def check_base(root: Path) -> None:

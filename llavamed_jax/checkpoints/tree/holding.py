@@ -80,8 +80,8 @@ def reading(directory: Path) -> Iterator[None]:
         raise
     except Exception as error:
         if not (directory / MANIFEST).is_file():
-            raise StepGone(f"{directory} was deleted while it was read, as a run that goes on deletes its older steps "
-                           "(checkpoint.keep); read again to take the newest step") from None
+            raise StepGone(f"{directory} was deleted while it was read, because a run that is still training deletes "
+                           "its older steps (checkpoint.keep); read again to get the newest step") from None
         raise UserError(f"{directory} cannot be read: {reason(error)}") from None
 
 

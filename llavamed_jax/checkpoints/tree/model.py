@@ -98,7 +98,7 @@ def _open_tree(path: Path) -> Checkpoint:
     except UserError as error:
         raise UserError("; ".join([*damaged, str(error)])) from None
     for sentence in damaged:
-        warnings.warn(sentence + ", or is under way" * sentence.endswith(INTERRUPTED), stacklevel=3)
+        warnings.warn(sentence + " or is in progress" * sentence.endswith(INTERRUPTED), stacklevel=3)
     return Checkpoint(config, "tree", root, tensors, text_files(root / "model"), "the tensors in the tree", step)
 
 

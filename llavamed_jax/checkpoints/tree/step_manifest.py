@@ -11,7 +11,7 @@ from llavamed_jax.errors import UserError
 from llavamed_jax.utils.files import read_json, write_json
 from llavamed_jax.utils.hashes import sha256_of
 
-INTERRUPTED = "its saving was interrupted"  # or is in progress, if the run is still running
+INTERRUPTED = "the save was interrupted"  # or is in progress, if the run is still running
 
 
 def write(directory: Path) -> None:

@@ -305,5 +305,5 @@ def _check_optimizer(directory: Path, like: Any) -> None:
         for path, x in jax.tree_util.tree_leaves_with_path(tree)} for tree in (saved, like))
     for name in sorted(found.keys() | wanted.keys()):
         if found.get(name) != wanted.get(name):
-            raise UserError(f"{directory}/optimizer has {name} as {found.get(name, 'nothing')}; "
-                            f"{wanted.get(name, 'nothing')} was expected")
+            raise UserError(f"{directory}/optimizer: {name} is {found.get(name, 'missing')}; "
+                            f"{wanted.get(name, 'no such array')} was expected")
