@@ -246,7 +246,7 @@ def test_every_argument_of_load_counts(saved, tmp_path):
     (dict(temperature=float("inf")), "inf"), (dict(top_p=0.0), "top_p 0.0"), (dict(top_p=1.5), "top_p 1.5"),
     (dict(top_p=float("nan")), "nan"), (dict(temperature=None), "temperature is None"), (dict(top_p="1"), "top_p is '1'"),
     (dict(max_new_tokens=1.5), "max_new_tokens is 1.5"), (dict(max_new_tokens=None), "max_new_tokens is None"),
-    (dict(num_beams=2, temperature=0.5), "num_beams 2 was given with temperature 0.5")])
+    (dict(num_beams=2, temperature=0.5), "num_beams is 2 and temperature is 0.5, but")])
 def test_bad_settings_are_one_sentence(assistant, settings, sentence):
     with pytest.raises(UserError, match=sentence + ".* expected"):
         assistant.generate_tokens([[1, 5]], **settings)
@@ -296,7 +296,7 @@ def test_stops_that_are_no_texts_and_pixels_that_are_whole_numbers(assistant):
         with pytest.raises(ValueError, match="stop is .*; texts were expected"):
             assistant.generate([ask("why ?")], stop=stop)
     pixels = assistant.processor.images_uint8([picture()]).astype(int)
-    with pytest.raises(ValueError, match="an image of int64; uint8, or float32 as normalised"):
+    with pytest.raises(ValueError, match="an image of int64; uint8 or normalised float32"):
         assistant.generate_tokens([[1, -200, 5]], [list(pixels)])
 
 

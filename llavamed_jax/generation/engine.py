@@ -89,7 +89,7 @@ class Engine:
         """Replaces the weights and ends the requests in progress with an error."""
         with self._turn:
             self._params = params
-            self._give_up("other weights")
+            self._give_up("a change of its weights")
 
     @property
     def max_prompt(self) -> int:

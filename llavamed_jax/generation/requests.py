@@ -14,7 +14,7 @@ import numpy as np
 from llavamed_jax.config import IMAGE_TOKEN, MOST_BEAMS, LlavaConfig
 from llavamed_jax.errors import UserError, short
 
-NO_NUMBER = "the model computed something that is no number"
+NO_NUMBER = "the model computed NaN or infinite values"
 _FIRST_IMAGE_KEY = -1000  # below all token ids and markers
 
 
@@ -114,7 +114,7 @@ def check(request: Request, cfg: LlavaConfig, max_prompt: int, name: str) -> Non
         raise UserError(f"{name} has ids of the shape {ids.shape}; one row was expected")
     positions = int((ids == IMAGE_TOKEN).sum())
     if positions != P * len(request.images):
-        raise UserError(f"{name} has {positions} image positions and {len(request.images)} images; {P} positions an "
+        raise UserError(f"{name} has {positions} image positions and {len(request.images)} images; {P} positions per "
                         "image were expected")
     if not ids.size:
         raise UserError(f"{name} is empty; at least one token was expected")
@@ -165,7 +165,7 @@ def check_image(cfg: LlavaConfig, image: np.ndarray, name: str) -> None:
     kind = np.asarray(image).dtype
     # Other integers would be read as normalised pixels.
     if kind != np.uint8 and not jnp.issubdtype(kind, jnp.floating):
-        raise UserError(f"{name} has an image of {kind}; uint8, or float32 as normalised, was expected")
+        raise UserError(f"{name} has an image of {kind}; uint8 or normalised float32 was expected")
 
 
 def check_settings(max_new_tokens, temperature, top_p, top_k, num_beams, seed) -> None:
@@ -174,8 +174,8 @@ def check_settings(max_new_tokens, temperature, top_p, top_k, num_beams, seed) -
         if not isinstance(value, numbers.Real):
             raise UserError(f"{name} is {short(value)}; a number was expected")
     if not 0 <= temperature < math.inf or not 0 < top_p <= 1:
-        raise UserError(f"temperature {temperature}, top_p {top_p}: a temperature of at least 0 and 0 < top_p <= 1 "
-                        "were expected")
+        raise UserError(f"temperature is {temperature} and top_p is {top_p}; temperature >= 0 and 0 < top_p <= 1 were "
+                        "expected")
     for name, value, least in (("max_new_tokens", max_new_tokens, 1), ("top_k", top_k, 0), ("num_beams", num_beams, 1),
                                ("seed", seed, 0)):
         if not isinstance(value, numbers.Integral) or value < least:
@@ -183,5 +183,5 @@ def check_settings(max_new_tokens, temperature, top_p, top_k, num_beams, seed) -
     if num_beams > MOST_BEAMS:
         raise UserError(f"num_beams is {short(num_beams)}; at most {MOST_BEAMS} was expected")
     if num_beams > 1 and temperature > 0:
-        raise UserError(f"num_beams {num_beams} was given with temperature {temperature}; beam search does not sample, "
-                        "and temperature 0 or num_beams 1 was expected")
+        raise UserError(f"num_beams is {num_beams} and temperature is {temperature}, but beam search does not sample; "
+                        "temperature 0 or num_beams 1 was expected")

@@ -70,14 +70,14 @@ def read_address(url: str, azure_version: str | None = None) -> Address:
     strange = next((char for char in url if not char.isprintable() or char.isspace()), None)
     reason = ""
     if strange is not None:
-        reason = (f"it holds the character {strange.encode('unicode_escape').decode()}"
-                  if strange != " " else "it holds a blank")
+        reason = (f"it contains the character {strange.encode('unicode_escape').decode()}"
+                  if strange != " " else "it contains a space")
     elif len(url) > _LONGEST:
         reason = f"it has {len(url)} characters"
     elif "@" in url.partition("?")[0]:
-        reason = "it holds a user's name or a password; a key is taken from the environment"
+        reason = "it contains a user name or a password; keys are read from the environment"
     elif "#" in url:
-        reason = "it holds a fragment (#…), which no server sees"
+        reason = "it contains a fragment (#…), which is never sent to a server"
     if reason or not is_address:
         raise UsageError(f"the address {short(shown(url))} is not valid{reason and f': {reason}'}; {_EXPECTED}")
     origin, path = f"{parts.scheme}://{parts.netloc}", parts.path.rstrip("/").removesuffix("/chat/completions")

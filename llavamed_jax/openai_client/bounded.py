@@ -79,10 +79,10 @@ class BoundedClient(openai.DefaultAsyncHttpxClient):
         try:
             url = request.url.join(location)
         except Exception:  # httpx's InvalidURL, idna's errors, UnicodeError
-            raise RedirectError(f"it redirects to {shown(location)!r}, which is no address") from None
+            raise RedirectError(f"it redirects to {shown(location)!r}, which is not a valid address") from None
         if _origin(url) != _origin(request.url) or url.userinfo:
-            raise RedirectError(f"{shown(str(request.url))} redirects to {shown(str(url))}, another origin, which is "
-                                "sent nothing; name that address if your data may go there")
+            raise RedirectError(f"{shown(str(request.url))} redirects to {shown(str(url))}, another origin; nothing "
+                                "was sent there, so give that address if your data may go there")
         return self.build_request(request.method, url, headers=request.headers, content=request.content,
                                   extensions=request.extensions)
 
@@ -112,7 +112,7 @@ async def _unpacked(response, limit: int) -> AsyncIterator[bytes]:
     """Yields a body's bytes, in pieces of which none unpacks to more than `limit` + 1 bytes."""
     encoding = response.headers.get("content-encoding", "").strip().lower()
     if encoding not in ("", "identity", "gzip", "x-gzip"):
-        raise UnreadableError(f"its reply is packed with {encoding!r}; gzip was expected")
+        raise UnreadableError(f"its reply is compressed with {encoding!r}; gzip was expected")
     unpacker, packed = zlib.decompressobj(16 + zlib.MAX_WBITS) if "gzip" in encoding else None, 0
     async with contextlib.aclosing(response.aiter_raw()) as pieces:
         async for piece in pieces:
@@ -122,6 +122,6 @@ async def _unpacked(response, limit: int) -> AsyncIterator[bytes]:
             try:
                 yield piece if unpacker is None else unpacker.decompress(piece, limit + 1)
             except zlib.error as error:
-                raise UnreadableError(f"its reply cannot be unpacked: {error}") from None
+                raise UnreadableError(f"its reply cannot be decompressed: {error}") from None
     if unpacker is not None and not unpacker.eof:
-        raise UnreadableError("its reply cannot be unpacked: it ends too early")
+        raise UnreadableError("its reply cannot be decompressed: it ends too early")

@@ -46,8 +46,8 @@ class JudgeCache:
             except ValueError:
                 damaged += 1
         if damaged:
-            print(f"warning: {path}: {damaged} of {len(lines)} lines are no whole replies and are passed "
-                  "over", file=sys.stderr)
+            print(f"warning: {path}: {damaged} of {len(lines)} lines are not complete replies and are skipped",
+                  file=sys.stderr)
 
     def __contains__(self, key: str) -> bool:
         return key in self._lines
@@ -65,8 +65,7 @@ class JudgeCache:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             if self._lines and not self.path.exists():
-                print(f"warning: {self.path} was removed; it is written anew, with the {len(self._lines)} replies that "
-                      "it held",
+                print(f"warning: {self.path} was removed; it is written again with its {len(self._lines)} replies",
                       file=sys.stderr)
                 line = "".join(json.dumps({"key": each} | kept) + "\n" for each, kept in self._lines.items()) + line
             descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)

@@ -95,7 +95,7 @@ class Service:
                  timeout: float = 120.0,
                  retries: int = 8, azure_version: str | None = None, backoff: float = 0.5):
         if not model:
-            raise UsageError("the model's name is empty; the name that the server knows it by was expected")
+            raise UsageError("the model's name is empty; the name under which the server offers the model was expected")
         for name, value, is_right, wanted in (
             ("concurrency", concurrency, concurrency >= 1, "at least 1"),
             ("timeout", timeout, 0 < timeout < math.inf, "more than 0 seconds"),
@@ -197,7 +197,7 @@ class Service:
             except PassingError as error:
                 self._open(gate)
                 if attempt == self.retries:
-                    return self._failed(UserError(f"{self.where} was asked {attempt + 1} times; at last "
+                    return self._failed(UserError(f"{self.where} was asked {attempt + 1} times without success; last: "
                                                   f"{self._clean(error)}"))
                 self._count_again(error)
                 wait = error.retry_after
@@ -247,7 +247,7 @@ class Service:
             except PassingError:
                 raise
             except Exception as error:  # the client may raise anything for an odd request or reply
-                raise UserError(f"{self.where} cannot be asked this: {type(error).__name__}: "
+                raise UserError(f"{self.where}: this request failed: {type(error).__name__}: "
                                 f"{self._clean(error)}") from None
 
     def _open(self, gate: asyncio.Semaphore) -> None:
@@ -261,7 +261,8 @@ class Service:
             self._limit_name = "max_completion_tokens"
         elif name not in self.not_taken:
             self.not_taken.append(name)
-            print(f"warning: {self.where} does not take {name}; its own value holds", file=sys.stderr, flush=True)
+            print(f"warning: {self.where} does not accept {name}; the server's own value is used", file=sys.stderr,
+                  flush=True)
 
     def _failed(self, error: UserError) -> UserError:
         self._failed_in_a_row += 1
@@ -272,7 +273,7 @@ class Service:
     def _count_again(self, error: PassingError) -> None:
         """Counts a retry, and prints the first of its kind at once, so that a waiting user sees the reason."""
         if error.kind not in self.again:
-            print(f"{self.where}: {self._clean(error)}; such requests are sent again", file=sys.stderr, flush=True)
+            print(f"{self.where}: {self._clean(error)}; such requests are retried", file=sys.stderr, flush=True)
         self.again[error.kind] += 1
 
     def _clean(self, error: Exception) -> str:
@@ -343,6 +344,6 @@ def _key(given: str | None, is_azure: bool) -> str:
     names = (["AZURE_OPENAI_API_KEY"] if is_azure else []) + ["OPENAI_API_KEY"]
     key = given or next((os.environ[name] for name in names if os.environ.get(name)), _NO_KEY)
     if not key.strip().isascii() or not key.strip().isprintable() or " " in key.strip():
-        raise UsageError(f"the key in {' or '.join(names)} is none: letters, digits and signs without spaces were "
-                         "expected")
+        raise UsageError(f"the API key in {' or '.join(names)} is invalid; letters, digits and signs without spaces "
+                         "were expected")
     return key.strip() or _NO_KEY

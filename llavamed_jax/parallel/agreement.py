@@ -73,8 +73,7 @@ def _difference(everyone: Sequence[Mapping[str, object]]) -> dict | None:
     found = changes(first, everyone[k], ("in process 0", f"in process {k}"))
     names = [name for name in {**first, **everyone[k]} if first.get(name) != everyone[k].get(name)]
     return {"is_typed": any(name.startswith(_TYPED) for name in names),
-            "sentence": f"{who} started with something else than process 0: {found}; the same in all processes was "
-                        "expected"}
+            "sentence": f"{who} started differently from process 0: {found}; the same was expected in all processes"}
 
 
 def installation() -> dict[str, object]:

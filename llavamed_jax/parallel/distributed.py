@@ -170,8 +170,8 @@ def initialize(coordinator: str | None = None, count: int | None = None, index: 
                                    cluster_detection_method="deactivate" if coordinator else None)
     except Exception as error:  # from jax, a cluster's library or a socket
         reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise UserError(f"the other processes of this run were not found: {reason}; --coordinator, --num_processes and "
-                        "--process_id name them, and --num_processes 1 runs alone") from error
+        raise UserError(f"the other processes of this run were not found: {reason}; give --coordinator, "
+                        "--num_processes and --process_id, or --num_processes 1 to run alone") from error
     _group = Group(*private.coordination_client())
     _group.watch()
 

@@ -73,19 +73,20 @@ def make_mesh(spec: str | Mapping[str, int] | None = None, devices: Sequence[jax
     is_open = -1 in shape
     if (shape.count(-1) > 1 or min(shape) < -1 or 0 in shape
             or (len(devices) % known if is_open else known > len(devices))):
-        wanted = "of which the others multiply to a divisor" if is_open else "that multiply to at most that number"
-        raise UsageError(f"the mesh {dict(zip(AXES, shape))} does not fit {len(devices)} devices; sizes {wanted} were "
-                         "expected (one may be -1)")
+        wanted = (f"one -1 and other sizes whose product divides {len(devices)}" if is_open
+                  else f"sizes with a product of at most {len(devices)} (one may be -1)")
+        raise UsageError(f"the mesh {dict(zip(AXES, shape))} does not fit {len(devices)} devices; {wanted} were "
+                         "expected")
     shape = [len(devices) // known if n == -1 else n for n in shape]
     is_part = math.prod(shape) < len(devices)
     if is_part and jax.process_count() > 1 and len({device.process_index for device in devices}) > 1:
-        raise UsageError(f"the mesh {dict(zip(AXES, shape))} takes {math.prod(shape)} of the {len(devices)} devices of "
-                         "several processes; sizes that multiply to all of them were expected (one may be -1)")
+        raise UsageError(f"the mesh {dict(zip(AXES, shape))} uses {math.prod(shape)} of the {len(devices)} devices of "
+                         f"several processes; sizes with a product of {len(devices)} were expected (one may be -1)")
     devices = devices[:math.prod(shape)]
     there = len({getattr(device, "slice_index", None) for device in devices}) if devices[0].platform == "tpu" else 1
     if there != slices:
-        raise UsageError(f"the config key 'mesh.slices' is {slices}, and the devices make {there} slices; that number "
-                         "was expected")
+        raise UsageError(f"the config key 'mesh.slices' is {slices}, but the devices form {there} slices; {there} was "
+                         "expected")
     # Not `jax.make_mesh`: it refuses GPUs of several hosts, which jax calls slices, and TPU grids that an axis splits.
     if is_part:
         array = np.array(devices, dtype=object).reshape(shape)  # create_device_mesh needs a whole grid of TPUs
@@ -258,8 +259,8 @@ def local_rows(mesh: Mesh, rows: int) -> list[int]:
     """
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     if rows < 1 or rows % shards:
-        raise UsageError(f"a batch of {rows} rows cannot lie over data x fsdp = {shards} of the mesh; a multiple was "
-                         "expected")
+        raise UsageError(f"a batch of {rows} rows cannot be divided over the {shards} devices of the mesh's data x "
+                         f"fsdp; a multiple of {shards} was expected")
     parts = batch_sharding(mesh).addressable_devices_indices_map((rows,)).values()
     return sorted({row for (part,) in parts for row in range(*part.indices(rows))})
 

@@ -26,7 +26,7 @@ def changes(earlier: Mapping[str, object], now: Mapping[str, object], when: tupl
 
 def _change(name: str, earlier: Mapping[str, object], now: Mapping[str, object], when: tuple[str, str]) -> str:
     if name not in earlier or name not in now:
-        return f"{name} (not there {when[name in earlier]})"
+        return f"{name} (missing {when[name in earlier]})"
     is_hash = all(isinstance(value, str) and len(value) in (16, 64) for value in (earlier[name], now[name]))
     if is_hash:
         return name

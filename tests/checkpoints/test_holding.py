@@ -109,8 +109,8 @@ def test_without_locks_a_step_that_goes_is_one_sentence(workdir, save, no_locks,
     save(1)
     checkpoint = open_checkpoint(workdir)
     assert save(2) == [] and store.steps(workdir) == [2]
-    with pytest.raises(holding.StepGone, match=f"^{workdir}/checkpoints/1 was deleted while it was read, as a run that goes on deletes its "
-                       r"older steps .checkpoint.keep.; read again to take the newest step$") as raised:
+    with pytest.raises(holding.StepGone, match=f"^{workdir}/checkpoints/1 was deleted while it was read, because a run that is still training "
+                       r"deletes its older steps .checkpoint.keep.; read again to get the newest step$") as raised:
         load_params(checkpoint)
     assert raised.value.__cause__ is None and raised.value.__suppress_context__, "no traceback of TensorStore beneath it"
     assert "Traceback" not in "".join(capfd.readouterr())

@@ -367,7 +367,7 @@ def test_a_question_that_cannot_be_answered_fails_alone(tmp_path, with_partial):
     class Failing(FakeModel):
         def answer(self, ids, images, nth):
             answer = super().answer(ids, images, nth)
-            return UserError("the model computed something that is no number") if answer.text.startswith("why") else answer
+            return UserError("the model computed NaN or infinite values") if answer.text.startswith("why") else answer
 
     questions = [("what", "a.jpg"), ("what", "broken.jpg"), ("why", "a.jpg"), ("when", "b.jpg")]
     kept = resume.Partial(tmp_path / "p", {}) if with_partial else None
@@ -387,7 +387,7 @@ def test_beams_of_which_one_cannot_be_answered(capsys):
         def generate_tokens(self, rows, images, **settings):
             found = [self.answer(ids, pixels, 0).text for ids, pixels in zip(rows, images)]
             if any("why" in text for text in found):
-                raise UserError("request 1: the model computed something that is no number")
+                raise UserError("request 1: the model computed NaN or infinite values")
             return [self.processor.encode(text) for text in found]
 
     questions, failed = [("what", "a.jpg"), ("why", "a.jpg"), ("when", "b.jpg")], {}

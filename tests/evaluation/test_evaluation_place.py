@@ -122,4 +122,4 @@ def test_replies_that_were_paid_for_are_written_anew(tmp_path, capsys):
             path.unlink()
         cache.add(key, Reply(key, "stop", 1, 1))
     assert [json.loads(line)["key"] for line in path.read_text().splitlines()] == ["a", "b", "c"]
-    assert f"warning: {path} was removed; it is written anew, with the 2 replies that it held" in capsys.readouterr().err
+    assert f"warning: {path} was removed; it is written again with its 2 replies" in capsys.readouterr().err

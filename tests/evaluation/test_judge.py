@@ -111,7 +111,7 @@ def test_half_a_line_is_passed_over_and_the_file_only_grows(tmp_path, capsys):
     half = whole[:-9]
     path.write_bytes(half)
     cache = JudgeCache(path)
-    assert "1 of 3 lines are no whole replies and are passed over" in capsys.readouterr().err
+    assert "1 of 3 lines are not complete replies and are skipped" in capsys.readouterr().err
     assert cache.get("a") == replies["a"] and "c" not in cache and cache.get("c") is None
     cache.add("c", replies["c"])
     assert path.read_bytes().startswith(half + b"\n") and {key: JudgeCache(path).get(key) for key in "abc"} == replies

@@ -140,7 +140,7 @@ def test_a_process_that_fails_says_why_to_all(tmp_path):
     ([], ["--config.generation.max_new_tokens=7"], "'generation.max_new_tokens' (16 in process 0, 7 in process 1)"),
     ([], ["--config.seed=1"], "the config key 'seed' (0 in process 0, 1 in process 1)"),
     (DEMO[2:], ["--checkpoint", "runs/y"], "--checkpoint ('runs/x' in process 0, 'runs/y' in process 1)"),
-    ([], ["--dtype", "bfloat16"], "--dtype (not there in process 0)"),
+    ([], ["--dtype", "bfloat16"], "--dtype (missing in process 0)"),
     ([], ["--control", "image"], "--control ([] in process 0, ['image'] in process 1)"),
 ])  # fmt: skip
 def test_processes_that_were_started_with_something_else_end_before_anything_is_asked(first, second, named, tmp_path):
@@ -148,8 +148,8 @@ def test_processes_that_were_started_with_something_else_end_before_anything_is_
                   only_second=second)
     found = ends(running)
     for status, _, said in found:
-        assert status == 2 and "process 1 was started with something else than process 0: " in said and named in said
-        assert "the same in all processes was expected" in said and "Traceback" not in said
+        assert status == 2 and "process 1 was started differently from process 0: " in said and named in said
+        assert "the same was expected in all processes" in said and "Traceback" not in said
     assert found[0][2].splitlines()[-1] == found[1][2].splitlines()[-1]
     assert not list(tmp_path.glob("w/*"))
 

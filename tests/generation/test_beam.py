@@ -138,7 +138,7 @@ def test_a_model_that_fails_is_said_and_room_is_made_for_what_can_come(family, m
     seed, _, engine.params = models[0]
     broken = requests(seed)
     broken[4] = dataclasses.replace(broken[4], images=[np.full_like(broken[4].images[0], np.nan)])
-    with pytest.raises(ValueError, match="request 4: the model computed something that is no number"):
+    with pytest.raises(ValueError, match="request 4: the model computed NaN or infinite values"):
         search.generate(broken, k)
 
     def stopped(*_, room, **__):

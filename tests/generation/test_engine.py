@@ -241,7 +241,7 @@ def test_a_request_that_is_no_number_fails_alone_and_leaves_nothing_behind(engin
     broken = Request([1] + IMG + [5, 6, 7], [np.full_like(images(1)[0], np.nan)], 8)
     requests = [*good[:3], broken, *good[3:]]
     got = [[] for _ in requests]
-    with pytest.raises(UserError, match="request 3: the model computed something that is no number"):
+    with pytest.raises(UserError, match="request 3: the model computed NaN or infinite values"):
         for index, tokens in engine.stream(requests):
             got[index] += tokens
     assert got[:3] + got[4:] == expected and got[3] == []
@@ -327,7 +327,7 @@ def test_a_beginning_is_taken_over_before_its_row_is_known_to_have_failed(params
     text, broken = [1] + [5, 6, 7] * 20, np.full_like(images(1)[0], np.nan)
     requests = [Request(text + IMG, [broken], 4), Request(text + [8], [], 6), Request([1] + [9] * 70, [], 6)]
     seen, got = count_positions(engine), [[] for _ in requests]
-    with pytest.raises(UserError, match="request 0: the model computed something that is no number"):
+    with pytest.raises(UserError, match="request 0: the model computed NaN or infinite values"):
         for index, tokens in engine.stream(requests):
             got[index] += tokens
     assert got == [[]] + [alone(params, request) for request in requests[1:]]
@@ -571,7 +571,7 @@ def test_other_weights_end_what_is_under_way(engine):
     stream = engine.stream([Request([1, 5, 6], [], NEW)])
     next(stream)
     engine.params = engine.params
-    with pytest.raises(UserError, match="the engine was stopped by other weights"):
+    with pytest.raises(UserError, match="the engine was stopped by a change of its weights"):
         list(stream)
 
 

@@ -224,7 +224,7 @@ def test_bad_requests_are_one_sentence(tiny):
     _, cfg, params = tiny
     engine, good = Engine(cfg.replace(max_length=64), params), requests()[0]
     bad = [
-        (dataclasses.replace(good, images=[]), "16 image positions and 0 images; 16 positions an image were expected"),
+        (dataclasses.replace(good, images=[]), "16 image positions and 0 images; 16 positions per image were expected"),
         (dataclasses.replace(good, ids=[], images=[]), "empty"),
         (dataclasses.replace(good, ids=[5] * 65, images=[]), "65 positions, images included; at most 64"),
         (dataclasses.replace(good, max_new_tokens=0), "0 new tokens"),

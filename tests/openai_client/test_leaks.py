@@ -294,4 +294,4 @@ def test_what_no_request_can_carry_is_one_sentence():
         requests = enumerate([[{"role": "user", "content": text}] for text in ("a", "half \ud800", "b")])
         replies = dict(found.each(requests, max_tokens=1, temperature=0.0))
     assert replies[0].text == replies[2].text == "x" and type(replies[1]) is UserError
-    assert "cannot be asked this: UnicodeEncodeError" in str(replies[1])
+    assert "this request failed: UnicodeEncodeError" in str(replies[1])

@@ -82,7 +82,7 @@ def test_retry_after_is_kept_to():
         begun = time.monotonic()
         found = ask(Service(server.url, "tiny", retries=1, backoff=0.001), ["a"])
         assert time.monotonic() - begun > 0.4
-        assert "was asked 2 times; at last it answers 429 Too Many Requests: Rate limit reached" in str(found[0])
+        assert "was asked 2 times without success; last: it answers 429 Too Many Requests: Rate limit reached" in str(found[0])
         server.retry_after = 3600
         with pytest.raises(ServiceError, match="asks to wait 3600 s"):
             ask(Service(server.url, "tiny"), ["a"])
@@ -141,7 +141,7 @@ def test_the_key_comes_from_the_environment(monkeypatch):
         server.key = "sk-of-azure"
         assert ask(Service(server.origin, "tiny", azure_version="2024-10-21"), ["ab"])[0].text == "ba"
     monkeypatch.setenv("OPENAI_API_KEY", "two words")
-    with pytest.raises(UsageError, match="the key in OPENAI_API_KEY is none: letters") as caught:
+    with pytest.raises(UsageError, match="the API key in OPENAI_API_KEY is invalid; letters") as caught:
         Service("http://x/v1", "m")
     assert "two words" not in str(caught.value)
 
@@ -161,7 +161,7 @@ def test_a_server_that_goes_away_is_waited_for_and_then_given_up():
         found = service.each(enumerate(map(chat, texts)), **SETTINGS)
         assert next(found)[1].text is not None
         server.fault_rate, server.faults = 1.0, ("dropped",)
-        with pytest.raises(ServiceError, match="16 requests in a row have failed; the last: .* was asked 3 times; at last the connection"):
+        with pytest.raises(ServiceError, match="16 requests in a row have failed; the last: .* was asked 3 times without success; last: the connection"):
             list(found)
         server.fault_rate = 0.0
         assert len(ask(service, texts)) == 100, "a reply begins the count anew"
@@ -207,7 +207,7 @@ def test_settings_reach_the_server_under_the_names_that_it_takes(capfd):
         assert len(ask(service, ["a", "b", "c"], seed=3)) == 3
         assert all(set(each.body) == {"model", "messages", "max_completion_tokens"} for each in server.log) and len(server.log) == 3
         assert service.not_taken == ["temperature", "seed"]
-    assert capfd.readouterr().err.count("does not take") == 2
+    assert capfd.readouterr().err.count("does not accept") == 2
 
 
 @pytest.mark.parametrize(("status", "body", "name"), [

@@ -43,11 +43,11 @@ def test_all_hear_what_is_not_the_same(several):
     assert several({"the code": 1, "x": [1, "a", None, 0.5]}, count=3) is None
     error = several({"the code": 1, "the number of rows": 7}, {"the code": 1, "the number of rows": 8})
     assert type(error) is agreement.StartedOtherwise
-    assert str(error) == ("process 1 was started with something else than process 0: the number of rows (7 in process 0, 8 in process "
-                          "1); the same in all processes was expected")
+    assert str(error) == ("process 1 was started differently from process 0: the number of rows (7 in process 0, 8 in process "
+                          "1); the same was expected in all processes")
     error = several({"--a": 1}, {"--a": 2}, {"--a": 3}, {"--a": 1}, count=4)
     assert type(error) is UsageError
-    assert "process 1 and 1 more of 4 were started with something else than process 0: --a (1 in process 0, 2 in process 1)" in str(error)
+    assert "process 1 and 1 more of 4 were started differently from process 0: --a (1 in process 0, 2 in process 1)" in str(error)
 
 
 def test_values_that_json_changes_equal_themselves(several):
@@ -57,8 +57,8 @@ def test_values_that_json_changes_equal_themselves(several):
 
 
 def test_what_only_one_has_is_named(several):
-    assert "--dtype (not there in process 0)" in str(several({"x": 1}, {"x": 1, "--dtype": "float16"}))
-    assert "--dtype (not there in process 1)" in str(several({"x": 1, "--dtype": "float16"}, {"x": 1}))
+    assert "--dtype (missing in process 0)" in str(several({"x": 1}, {"x": 1, "--dtype": "float16"}))
+    assert "--dtype (missing in process 1)" in str(several({"x": 1, "--dtype": "float16"}, {"x": 1}))
 
 
 def test_of_long_values_that_end_otherwise_the_end_is_shown(several):
@@ -285,8 +285,8 @@ def test_two_processes_of_other_recipes_end_with_one_sentence(tmp_path, key, fir
                   only_first=[f"--config.{key}={first}"], only_second=[f"--config.{key}={second}"], folders=(tmp_path, tmp_path))
     (status, out, said), (there, silent, said_there) = ends(running, 300)
     assert (status, there) == (2, 2) and out == silent == "" and said == said_there
-    assert said == (f"error: process 1 was started with something else than process 0: the config key {key!r} ({first!r} in process 0, "
-                    f"{second!r} in process 1); the same in all processes was expected\n")
+    assert said == (f"error: process 1 was started differently from process 0: the config key {key!r} ({first!r} in process 0, "
+                    f"{second!r} in process 1); the same was expected in all processes\n")
     assert not (tmp_path / "run").exists()
 
 
@@ -302,7 +302,7 @@ def test_two_processes_of_other_data_under_one_name_end_with_one_sentence(tmp_pa
     running = two("train", *command(tmp_path), "--workdir", str(tmp_path / "run"), folders=folders, XLA_FLAGS="")
     (status, _, said), (there, silent, said_there) = ends(running, 300)
     assert (status, there, silent) == (1, 1, "") and said == said_there and len(said.splitlines()) == 1, said + said_there
-    assert "error: process 1 was started with something else than process 0: the records of data.train ('12 records, sha256 " in said
+    assert "error: process 1 was started differently from process 0: the records of data.train ('12 records, sha256 " in said
     assert not list((tmp_path / "run").glob("checkpoints/*"))
 
 

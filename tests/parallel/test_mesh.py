@@ -39,7 +39,7 @@ def test_of_several_processes_none_is_left_without_a_device(monkeypatch):
     far = [SimpleNamespace(process_index=i // 4, platform="cpu", id=i) for i in range(8)]
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     for spec in ("tp=2", "data=2,tp=2", {"data": 1, "fsdp": 1, "tp": 4}):
-        with pytest.raises(UsageError, match="of the 8 devices of several processes; sizes that multiply to all of them were expected"):
+        with pytest.raises(UsageError, match="of the 8 devices of several processes; sizes with a product of 8 were expected"):
             make_mesh(spec, far)
     assert make_mesh("tp=2", jax.devices()).size == 2, "of this process alone"
 
@@ -179,7 +179,7 @@ def test_data_alone_crosses_from_slice_to_slice(spec):
 def test_slices_divide_data():
     with pytest.raises(UsageError, match=re.escape("'mesh.data' is 1; a multiple of mesh.slices (2) was expected")):
         make_mesh("fsdp=-1", tpus(4, 4, 1, slices=2), slices=2)
-    with pytest.raises(UsageError, match="'mesh.slices' is 1, and the devices make 2 slices"):
+    with pytest.raises(UsageError, match="'mesh.slices' is 1, but the devices form 2 slices"):
         make_mesh("fsdp=-1", tpus(4, 4, 1, slices=2))
 
 

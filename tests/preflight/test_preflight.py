@@ -158,7 +158,7 @@ def test_auto_takes_the_smallest_group_that_holds_the_state(needed, memory, size
 
 
 def test_slices_that_are_not_there_are_one_sentence():
-    with pytest.raises(UsageError, match="'mesh.slices' is 2, and the devices make 1 slices"):
+    with pytest.raises(UsageError, match="'mesh.slices' is 2, but the devices form 1 slices"):
         make_mesh("data=-1", slices=2)
 
 
