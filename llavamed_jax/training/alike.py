@@ -107,7 +107,7 @@ def _some_images(records: TrainingData) -> list[Path]:
 
 def _rows(plan: Plan) -> str:
     layout = plan.layout
-    return (f"{layout.rows} an update, of {layout.row_length} tokens and {layout.image_slots} images, "
+    return (f"{layout.rows} per update, of {layout.row_length} tokens and {layout.image_slots} images, "
             f"{_sha256(plan.fingerprint())}")
 
 
@@ -120,7 +120,7 @@ def _seen(workdir: Path) -> str:
     until = time.monotonic() + _PATIENCE_S
     while not workdir.is_dir():
         if time.monotonic() > until:
-            return "is not there"
+            return "does not exist"
         signals.check()
         time.sleep(0.2)
-    return "is there"
+    return "exists"

@@ -33,10 +33,10 @@ def warnings(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
       before: the settings that the saved step recorded.
       now: the present settings (`used`).
     """
-    lines = [f"warning: {what} was {before[what] or 'empty'} and is {now[what] or 'empty'} now: the run goes on with "
-             "other roundings"
+    lines = [f"warning: {what} was {before[what] or 'empty'} and is {now[what] or 'empty'} now: the resumed run rounds "
+             "differently"
              for what in now if what in before and before[what] != now[what]]
     if before.get("device") == now["device"] and (unknown := now.keys() - before.keys()):  # saved by an earlier version
-        lines.append(f"warning: the step does not say with which {some(sorted(unknown))} it was saved: the run may go "
-                     "on with other roundings")
+        lines.append(f"warning: the saved step does not record {some(sorted(unknown))}: the resumed run may round "
+                     "differently")
     return lines

@@ -124,12 +124,13 @@ class MetricsWriter:
             return
         self._check()
         if not is_there:
-            self.say(f"warning: {self._path} was removed; it begins anew, without the lines before step {step}")
+            self.say(f"warning: {self._path} was removed; a new file begins at step {step}, and the earlier lines are "
+                     "lost")
             self._file.close()
             self._file = open(self._path, "a", encoding="utf-8")
         if not is_shown:
-            self.say(f"warning: {self._board.path} was removed; another file begins, without what it showed before "
-                     f"step {step}")
+            self.say(f"warning: {self._board.path} was removed; a new file begins at step {step}, and the earlier "
+                     "values are lost")
             with contextlib.suppress(OSError):
                 self._board.close()
             self._board = Board(self._path.parent / "tensorboard", step - 1)

@@ -201,8 +201,8 @@ class MetricsReader:
         write_text(path, json.dumps([{"step": u.step, "ids": self._name_samples(u.position)}
                                      for u in self._not_finite], indent=1) + "\n")
         raise UserError(f"{self._progress.skipped_in_a_row} updates in a row, up to step {self._not_finite[-1].step}, "
-                        f"were not finite in loss, gradient or update (nan_limit is {self._nan_limit}); the ids of "
-                        f"their samples are in {path}")
+                        f"had a loss, gradient or update that was not finite (nan_limit is {self._nan_limit}); the "
+                        f"ids of their samples are in {path}")
 
     def _check_something_is_learnt(self, update: Update, values: Mapping[str, float]) -> None:
         """Raises UserError if `nan_limit` updates had a gradient of 0 or did not move the parameters."""
@@ -211,6 +211,6 @@ class MetricsReader:
             raise UserError(f"{progress.zero_gradients_in_a_row} updates in a row, up to step {update.step}, had a "
                             f"gradient of exactly 0 (nan_limit is {limit}){ZERO_GRADIENT}")
         if not progress.updates_moved and progress.updates_unmoved >= limit:
-            raise UserError(f"not one of the first {progress.updates_unmoved} updates, up to step {update.step}, moved "
-                            f"the parameters (nan_limit is {limit}): the last had a gradient of "
+            raise UserError(f"none of the first {progress.updates_unmoved} updates, up to step {update.step}, changed "
+                            f"the parameters (nan_limit is {limit}); the last had a gradient norm of "
                             f"{values['grad_norm']:.3g} and a learning rate of {values['learning_rate']:.3g}{UNMOVED}")

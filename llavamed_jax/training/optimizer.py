@@ -97,9 +97,8 @@ def _factors(overrides: Sequence[tuple[str, float]], base: float, names: Sequenc
             raise UsageError(f"the config key 'optimizer.overrides' has {regex!r}, which matches no trainable "
                              "parameter")
         if not any(re.fullmatch(regex, name) for name in left):
-            raise UsageError(f"the config key 'optimizer.overrides' has {regex!r}, all of whose parameters an entry "
-                             "before it matches; the first entry that matches counts, so the narrower one was expected "
-                             "first")
+            raise UsageError(f"the config key 'optimizer.overrides' has {regex!r}, but earlier entries match all its "
+                             "parameters; the first match counts, so the narrower entry was expected first")
         left = [name for name in left if not re.fullmatch(regex, name)]
     rates = {name: next((rate for regex, rate in overrides if re.fullmatch(regex, name)), base) for name in names}
     return {name: rate / base for name, rate in rates.items()}

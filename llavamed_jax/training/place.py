@@ -40,7 +40,7 @@ def locked(workdir: Path) -> Iterator[Place]:
     try:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"the workdir {workdir} cannot be made: {error.strerror}") from None
+        raise UserError(f"the workdir {workdir} cannot be created: {error.strerror}") from None
     place.lock()
     try:
         yield place
@@ -114,23 +114,19 @@ class Place:
         if self._file is None or not self._record:
             return
         if not self.workdir.is_dir():
-            raise Lost(f"the workdir {self.workdir} is gone, and with it what its run had saved "
-                       f"({self._saved_until()}): it was removed or moved while the run was at work; the workdir back "
-                       "at its place, or another one to begin anew, was expected")
+            raise Lost(f"the workdir {self.workdir} was removed or moved during the run, together with the saved steps "
+                       f"({self._saved_until()}); restore it, or name another workdir to start a new run")
         is_own_lock = is_at(self._file.fileno(), self.workdir / ".lock")
         try:
             run = workdirs.read_record(self.workdir).get("run")
         except UserError as error:
             if not is_own_lock:
-                raise Lost(f"the workdir {self.workdir} is another directory now: the run's own was removed or moved "
-                           f"while the run was at work, and with it what it had saved ({self._saved_until()}); nothing "
-                           f"more is saved ({error})"
-                           ) from None
+                raise Lost(f"the workdir {self.workdir} was replaced by another directory during the run, and the "
+                           f"saved steps are gone ({self._saved_until()}); nothing more is saved ({error})") from None
             run = None
         if run not in (None, self._record["run"]):
-            raise Lost(f"the workdir {self.workdir} is another run's now: this run's own was removed or moved while "
-                       f"the run was at work, and with it what it had saved ({self._saved_until()}); nothing more is "
-                       "saved")
+            raise Lost(f"the workdir {self.workdir} was replaced by the workdir of another run, and the saved steps of "
+                       f"this run are gone ({self._saved_until()}); nothing more is saved")
         try:
             base.check_fingerprints(self.workdir, self._record["model"])
             if not is_own_lock:
@@ -140,9 +136,8 @@ class Place:
             raise Lost(f"{error}; nothing more is saved ({self._saved_until()})") from None
         if run is None:
             workdirs.write_record(self.workdir, self._record)
-            print(f"warning: {self.workdir / 'recipe.json'} was removed or damaged while the run was at work; "
-                  "it is written anew",
+            print(f"warning: {self.workdir / 'recipe.json'} was removed or damaged during the run; it is written again",
                   flush=True)
 
     def _saved_until(self) -> str:
-        return "no step yet" if self.saved is None else f"the last was step {self.saved}"
+        return "no step yet" if self.saved is None else f"the last step was {self.saved}"

@@ -45,10 +45,10 @@ class Profiler:
         if self._is_on:
             self._end()
         elif self._last and not self._is_done:
-            self._log.say(f"none of the updates {self._first} to {self._last} was left to do, so nothing was profiled")
+            self._log.say(f"updates {self._first} to {self._last} did not run, so nothing was profiled")
 
     def _end(self) -> None:
         if jax.process_index() == 0:
             jax.profiler.stop_trace()
         self._is_on, self._is_done = False, True
-        self._log.say(f"a trace of the updates {self._first} to {self._last} lies in {self._directory}/plugins/profile")
+        self._log.say(f"the trace of updates {self._first} to {self._last} is in {self._directory}/plugins/profile")

@@ -170,8 +170,8 @@ def _settled(cfg: ConfigDict, checkpoint: Checkpoint) -> tuple[states.Trainable,
                          "tokenizer lacks")
     rest = tuple(entry for entry in cfg.trainable if isinstance(entry, str))
     if absent and not rest:
-        raise UsageError(f"the config key 'trainable' names the tokens {', '.join(absent)} alone, of which this model "
-                         "has none")
+        raise UsageError(f"the config key 'trainable' names only the tokens {', '.join(absent)}, and this model has "
+                         "none of them")
     if absent:
         print(f"trainable: this model has no {', '.join(absent)}, so no row of the embedding is trained", flush=True)
         return rest, ()
@@ -184,18 +184,16 @@ def within_memory(cfg: ConfigDict, program: Program) -> Iterator[None]:
     try:
         yield
     except MemoryError as error:
-        raise UserError(f"this machine's memory is not enough: {error}; fewer data.workers or a smaller batch_size "
-                        "take less") from error
+        raise UserError(f"this machine is out of memory: {error}; fewer data.workers or a smaller batch_size need less "
+                        "memory") from error
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         text = str(error).splitlines()[0].removeprefix("RESOURCE_EXHAUSTED: ")
         gigabytes = program.state_bytes() / 1e9
-        raise UserError(f"a device's memory is not enough: {text}; parameters and optimizer take {gigabytes:.2f} GB of "
-                        f"it, the rest is an update's, of which remat 'full' (it is {cfg.remat!r}), more micro_batches "
-                        f"(now {cfg.micro_batches}) and a shorter data.row_length take less, and a larger mesh.fsdp of "
-                        "both"
-                        ) from error
+        raise UserError(f"a device is out of memory: {text}; parameters and optimizer need {gigabytes:.2f} GB. To need "
+                        f"less for an update, set remat to 'full' (now {cfg.remat!r}), increase micro_batches (now "
+                        f"{cfg.micro_batches}) or shorten data.row_length; a larger mesh.fsdp reduces both") from error
 
 
 def open_mesh(cfg: ConfigDict, config: LlavaConfig, devices: Sequence[jax.Device] | None = None,

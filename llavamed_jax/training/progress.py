@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from llavamed_jax.errors import UserError
 
 # The end of the error messages for a run that learns nothing: the likely reason.
-ZERO_GRADIENT = (": no parameter that trainable names has a part in the loss of the samples; a projector or a tower "
-                 "has none in samples without an image")
-UNMOVED = "; optimizer.learning_rate, eps and clip_norm decide how far an update goes"
+ZERO_GRADIENT = (": the loss does not depend on the parameters that trainable names, for example on a projector or a "
+                 "tower if the samples have no image")
+UNMOVED = "; optimizer.learning_rate, eps and clip_norm determine the size of an update"
 
 
 @dataclass
@@ -58,17 +58,16 @@ def check_something_was_trained(progress: Progress, total_steps: int, say: Calla
     """
     skipped, zero = progress.updates_skipped, progress.zero_gradients
     if not progress.tokens:
-        raise UserError(f"not one of the {progress.samples} samples that were seen has a supervised token, "
-                        "so nothing was trained")
+        raise UserError(f"none of the {progress.samples} samples seen has a supervised token, so nothing was trained")
     if 2 * skipped >= total_steps:
-        raise UserError(f"{skipped} of {total_steps} updates were skipped because loss, gradient or update was not "
-                        "finite, so the run is not finished")
+        raise UserError(f"{skipped} of {total_steps} updates were skipped because their loss, gradient or update was "
+                        "not finite, so the run is not finished")
     if zero and zero + skipped >= total_steps:
         raise UserError(f"{zero} of {total_steps} updates had a gradient of exactly 0, "
                         f"so nothing was trained{ZERO_GRADIENT}")
     if progress.updates_unmoved and not progress.updates_moved:
-        raise UserError(f"not one of {progress.updates_unmoved} updates moved the parameters, "
+        raise UserError(f"none of {progress.updates_unmoved} updates changed the parameters, "
                         f"so nothing was trained{UNMOVED}")
     if not progress.updates_unmoved and not progress.updates_moved:
-        say("warning: the learning rate was 0 in every update, for all of them are warm-up (optimizer.warmup_ratio): "
-            "nothing was trained")
+        say("warning: the learning rate was 0 in every update, because all updates are warm-up "
+            "(optimizer.warmup_ratio); nothing was trained")

@@ -110,61 +110,59 @@ def _flag(meaning: str, default: bool) -> Key:
 SCHEMA: Mapping[str, Key] = MappingProxyType({
     "name": _text("the run's name in its log", longest=200),  # every line of the log has it
     "init": _text("the checkpoint PATH that the run starts from"),
-    "vision_tower": _open("a CLIP tower in place of that of init"),
-    "tokenizer": _open("a tokenizer in place of that of init"),
-    "template": _open("the prompt template; none: that of init"),
+    "vision_tower": _open("a CLIP tower that replaces the one of init"),
+    "tokenizer": _open("a tokenizer that replaces the one of init"),
+    "template": _open("the prompt template; none takes the one of init"),
     "protocol": _open("VQA-RAD's training rows", choices=("clean", "paper")),
     "data.train": Key((str, *LIST), "a LLaVA file, a data set in its own layout, or a list of {path, images, weight}"),
-    "data.images": _open("the directory of the images; none where the data names its own"),
-    "data.validation": _open("data whose loss and closed accuracy are computed at every step that is saved by count"),
-    "data.samples": _open("data whose questions are asked every samples_every updates; none: data.validation, else "
-                          "data.train"),
+    "data.images": _open("the directory of the images; none if the data set has its own"),
+    "data.validation": _open("data for loss and closed accuracy, computed at each save by checkpoint.every_steps"),
+    "data.samples": _open("data for the sample answers of samples_every; none takes data.validation, else data.train"),
     "data.packing": _flag("whether several samples share a row", True),
-    "data.row_length": _integer("tokens a packed row; 0 picks 8,192, 4,096 or 2,048", 0, least=0, most=2**17),
-    "data.mean_length": _integer("tokens a sample, images included: what preflight assumes, because it reads no data; "
-                                 "a run measures it", more_than=0),
+    "data.row_length": _integer("tokens per packed row; 0 picks 8,192, 4,096 or 2,048", 0, least=0, most=2**17),
+    "data.mean_length": _integer("mean tokens per sample, images included; used by preflight, which reads no data; a "
+                                 "run measures its own", more_than=0),
     "data.workers": _integer("processes that read and tokenize; 0 reads in the training process", 8,
                              least=0, most=1024),
     "data.skip_limit": _number("the share of samples, and of images, that may be unusable before the run stops", 0.5,
                                least=0, most=1),
-    "batch_size": _integer("samples an update", more_than=0, most=2**20),
-    "micro_batches": _integer("into how many parts an update is cut", more_than=0),
-    "epochs": _open("the length of the run; none where total_steps is given", int, more_than=0, most=10_000),
-    "total_steps": _open("the length of the run in updates; none where epochs is given", int, more_than=0, most=10**9),
-    "max_length": _integer("tokens a sample; longer ones are cut and counted", more_than=0),
-    "loss_weighting": _text("whether every supervised token weighs alike, or every sample", "token",
+    "batch_size": _integer("samples per update", more_than=0, most=2**20),
+    "micro_batches": _integer("the number of micro-batches per update", more_than=0),
+    "epochs": _open("the length of the run in epochs; none if total_steps is given", int, more_than=0, most=10_000),
+    "total_steps": _open("the length of the run in updates; none if epochs is given", int, more_than=0, most=10**9),
+    "max_length": _integer("the most tokens per sample; longer samples are cut and counted", more_than=0),
+    "loss_weighting": _text("whether each supervised token, or each sample, has the same weight", "token",
                             choices=WEIGHTINGS),
-    "trainable": Key(LIST, "regular expressions over parameter names; or a pair of the embedding's name and tokens, "
-                           "whose rows are trained"),
-    "optimizer.learning_rate": _number("the peak", more_than=0, most=LARGEST_RATE),
-    "optimizer.warmup_ratio": _number("the share of updates that warm up", least=0, most=1),
-    "optimizer.weight_decay": _number("AdamW's", least=0),
-    "optimizer.clip_norm": _number("the largest norm of a gradient; 0 clips nothing", least=0),
-    "optimizer.b1": _number("AdamW's", least=0, less_than=1),
-    "optimizer.b2": _number("AdamW's", least=0, less_than=1),
-    "optimizer.eps": _number("AdamW's", more_than=0),
+    "trainable": Key(LIST, "regular expressions over parameter names; a pair of the embedding's name and a list of "
+                           "tokens trains only their rows"),
+    "optimizer.learning_rate": _number("the peak learning rate", more_than=0, most=LARGEST_RATE),
+    "optimizer.warmup_ratio": _number("the share of updates in the warm-up", least=0, most=1),
+    "optimizer.weight_decay": _number("AdamW's weight decay", least=0),
+    "optimizer.clip_norm": _number("the largest norm of a gradient; 0 turns clipping off", least=0),
+    "optimizer.b1": _number("AdamW's decay rate of the first moment", least=0, less_than=1),
+    "optimizer.b2": _number("AdamW's decay rate of the second moment", least=0, less_than=1),
+    "optimizer.eps": _number("AdamW's epsilon", more_than=0),
     "optimizer.mu_dtype": _text("the dtype of AdamW's first moment", "float32", choices=("float32", "bfloat16")),
-    "optimizer.overrides": Key(LIST, "pairs of a regular expression and a learning rate; the first that matches counts",
+    "optimizer.overrides": Key(LIST, "pairs of a regular expression and a learning rate; the first match counts",
                                ()),
-    "mesh.data": _integer("devices that hold different rows and whole parameters; -1 on one axis takes the devices "
-                          "that are left", 1),
+    "mesh.data": _integer("devices that hold different rows and whole parameters; -1 on one axis takes the remaining "
+                          "devices", 1),
     "mesh.fsdp": _integer("devices that hold different rows and shards of the parameters", -1),
-    "mesh.tp": _integer("devices that share heads, feed-forward and vocabulary", 1),
-    "mesh.slices": _integer("TPU slices", 1, more_than=0),
+    "mesh.tp": _integer("devices over which heads, feed-forward and vocabulary are split", 1),
+    "mesh.slices": _integer("the number of TPU slices", 1, more_than=0),
     "mesh.auto": _flag("picks data and fsdp from devices and memory", False),
     "remat": _text("what a layer keeps for its backward pass", "full", choices=("none", "full", "qkvo", "minimal")),
     "attention": _text("the attention kernel; auto picks it by device", "auto",
                        choices=("auto", "xla", "splash", "flash")),
-    "checkpoint.every_steps": _integer("saves every so many updates; 0 saves by time and at the end only", 500,
-                                       least=0),
-    "checkpoint.every_minutes": Key((float, int), "saves after so many minutes; 0 saves by count only", 30.0, least=0),
-    "checkpoint.keep": _integer("how many steps are kept", 2, more_than=0),
-    "checkpoint.keep_best": _flag("keeps the step with the lowest validation loss too", False),
-    "log_every": _integer("updates a line of metrics.jsonl", 10, more_than=0),
-    "samples_every": _integer("updates between answers to look at; 0 asks nothing", 200, least=0),
-    "nan_limit": _integer("so many updates in a row that are not finite, or learn nothing, end the run", 10,
+    "checkpoint.every_steps": _integer("updates between saves; 0 saves only by time and at the end", 500, least=0),
+    "checkpoint.every_minutes": Key((float, int), "minutes between saves; 0 saves only by count", 30.0, least=0),
+    "checkpoint.keep": _integer("the number of saved steps that are kept", 2, more_than=0),
+    "checkpoint.keep_best": _flag("also keeps the step with the lowest validation loss", False),
+    "log_every": _integer("updates per line of metrics.jsonl", 10, more_than=0),
+    "samples_every": _integer("updates between sample answers; 0 turns them off", 200, least=0),
+    "nan_limit": _integer("the run ends after so many updates in a row that are not finite or learn nothing", 10,
                           more_than=0),
-    "seed": _integer("of data order, initialisation and sampling", least=0),
+    "seed": _integer("the seed of data order, initialisation and sampling", least=0),
 })
 
 
@@ -188,19 +186,20 @@ def check(cfg: ConfigDict) -> None:
     for key, value in values.items():
         _check_value(key, value)
     if cfg.epochs is None and cfg.total_steps is None:
-        raise UsageError("the config keys 'epochs' and 'total_steps' are both open; one of them was expected")
+        raise UsageError("the config keys 'epochs' and 'total_steps' are both none; one of them was expected")
     if cfg.batch_size % cfg.micro_batches:
         raise UsageError(f"the config key 'batch_size' is {cfg.batch_size}; "
                          f"a multiple of micro_batches ({cfg.micro_batches}) was expected")
     for axis, free in (("data", (1, -1)), ("fsdp", (1, -1)), ("tp", (1,))):
         if cfg.mesh.auto and cfg.mesh[axis] not in free:
-            raise UsageError(f"the config key 'mesh.{axis}' is {cfg.mesh[axis]} beside mesh.auto, which picks data and "
-                             f"fsdp and leaves tp at 1; {' or '.join(map(str, free))} was expected")
+            raise UsageError(f"the config key 'mesh.{axis}' is {cfg.mesh[axis]}, but mesh.auto picks data and fsdp and "
+                             f"leaves tp at 1; {' or '.join(map(str, free))} was expected")
     if cfg.vision_tower is not None and cfg.init.startswith("preset:"):
-        raise UsageError(f"the config key 'vision_tower' is {cfg.vision_tower!r} beside init {cfg.init!r}, whose tower "
-                         "is random; none, or a checkpoint as init, was expected")
+        raise UsageError(f"the config key 'vision_tower' is {cfg.vision_tower!r}, but init is {cfg.init!r}, whose "
+                         "tower is random; none was expected, or a checkpoint as init")
     if cfg.checkpoint.keep_best and not cfg.data.validation:
-        raise UsageError("the config key 'checkpoint.keep_best' is true, but data.validation names no data to judge by")
+        raise UsageError("the config key 'checkpoint.keep_best' is true, but data.validation is none; data for the "
+                         "validation loss was expected")
 
 
 def _check_value(name: str, value: Any) -> None:
@@ -232,8 +231,8 @@ def _check_value(name: str, value: Any) -> None:
 
 def _check_text(name: str, key: Key, value: str) -> None:
     if key.longest is not None and len(value) > key.longest:
-        raise UsageError(f"the config key {name!r} has {len(value):,} characters; it stands in every line of the log: "
-                         f"at most {key.longest} were expected")
+        raise UsageError(f"the config key {name!r} has {len(value):,} characters; at most {key.longest} were expected, "
+                         "because every line of the log contains it")
     if not value and key.longest is None:
         raise UsageError(f"the config key {name!r} is empty; text{' or none' if key.is_open else ''} was expected")
 
@@ -280,4 +279,5 @@ def _check_regex(key: str, regex) -> None:
     try:
         re.compile(regex)
     except (re.error, RecursionError, OverflowError) as error:
-        raise UsageError(f"the config key {key!r} has {regex!r}, which is no regular expression: {error}") from None
+        raise UsageError(f"the config key {key!r} has {regex!r}, which is not a valid regular expression: "
+                         f"{error}") from None

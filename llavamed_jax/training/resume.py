@@ -41,7 +41,7 @@ def find(workdir: Path, cfg: ConfigDict) -> tuple[dict, int | None]:
     if (saved_as := meta.get("step")) != step:
         what = f"was saved as step {saved_as}"
         if saved_as is None:
-            what = "does not say which step it is, as those of earlier versions"
+            what = "does not record its number, because an earlier version saved it"
         raise UserError(f"{workdir}/checkpoints/{step} {what}; a step under its own number was expected")
     record = meta["run"]
     record["settled"] = workdirs.settled(workdir, cfg, step, record)
@@ -53,11 +53,11 @@ def _newest_step(workdir: Path) -> int | None:
     """Returns the step to resume from, None to begin; prints damaged steps. A run with steps never begins anew."""
     step, damaged = store.newest_intact_step(workdir)
     if step is None and (len(damaged) > 1 or store.has_sealed(workdir)):
-        raise UserError(f"{workdir} has steps and none is intact, so there is nothing to go on from: "
-                        f"{some(damaged, separator='; ')}; "
-                        "delete its checkpoints/ to begin anew, or name another workdir")
+        raise UserError(f"{workdir} has no intact step to resume from: {some(damaged, separator='; ')}; delete its "
+                        "checkpoints/ to start from the beginning, or name another workdir")
     for sentence in damaged:
-        print(f"{sentence}; {'the run begins anew' if step is None else 'it is passed over'}", flush=True)
+        print(f"{sentence}; {'the run starts from the beginning' if step is None else 'this step is skipped'}",
+              flush=True)
     return step
 
 

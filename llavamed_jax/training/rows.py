@@ -119,8 +119,8 @@ class Data:
     def refuse_other_validation(self, earlier: str | None) -> None:
         """Raises UserError if `judged_by` differs from the earlier run's: the validation losses would not compare."""
         if self.judged_by() != earlier:
-            raise UserError(f"the samples of {self.cfg.data.validation} (data.validation) have other text or images "
-                            "than when the run was saved; the same were expected")
+            raise UserError(f"the text or the images of the samples of {self.cfg.data.validation} (data.validation) "
+                            "have changed since the run was saved; the same data was expected")
 
     def resolved(self) -> dict[str, Any]:
         """Returns the settled values that `recipe.json` keeps, so that a resumed run has the same rows."""
@@ -132,8 +132,8 @@ class Data:
         """Returns lines about the data, warnings about unused records, and the shape of the rows."""
         found = self.plan.lengths
         sets = [*self.train.found, *(self.validation.found if self.validation is not None else ())]
-        lines = [*sets, f"{found.usable} samples of {found.mean:.1f} tokens in the mean, images included, the longest "
-                        f"{found.longest} (data.mean_length, {self.cfg.data.mean_length}, is for preflight alone)"]
+        lines = [*sets, f"{found.usable} samples with a mean of {found.mean:.1f} tokens and at most {found.longest}, "
+                        f"images included (data.mean_length, {self.cfg.data.mean_length}, is used by preflight only)"]
         lines += self._troubles("", found)
         if self.validation_plan is not None:
             lines += self._troubles("validation ", self.validation_plan.lengths)
@@ -154,21 +154,21 @@ class Data:
             lines.append(f"{found.unsupervised} {which}samples have no supervised token; the first: "
                          f"{found.first_unsupervised}")
         if found.surplus:
-            lines.append(f"{found.surplus} {which}images are left out, for no marker stands for them or a cut takes "
-                         f"them away; the first: {found.first_lost}")
+            lines.append(f"{found.surplus} {which}images are left out, because they have no marker or the cut removes "
+                         f"them; the first: {found.first_lost}")
         return [f"warning: {line}" for line in lines]
 
     def _describe_packing(self) -> list[str]:
         layout, rows, batch_size = self.plan.layout, self.plan.rows(0), self.cfg.batch_size
         here = layout.rows * len(rows.records) / len(rows)
-        lines = [f"{count_of(len(rows), 'packed row')} an epoch, each of {layout.row_length} tokens and "
-                 f"{count_of(layout.image_slots, 'image')}; {count_of(layout.rows, 'row')} an update, about "
+        lines = [f"{count_of(len(rows), 'packed row')} per epoch, each of {layout.row_length} tokens and "
+                 f"{count_of(layout.image_slots, 'image')}; {count_of(layout.rows, 'row')} per update, about "
                  f"{count_of(round(here), 'sample')} (batch_size is {batch_size})"]
         meant = packing.rows_an_update(batch_size, self.plan.lengths.mean, layout.rows, layout.row_length)
         if meant.fitting is not None:
-            lines.append(f"warning: rows of {layout.row_length} tokens on this mesh do not make updates of about "
-                         f"{batch_size} samples; batch_size {meant.fitting} would fit them, and fewer micro_batches or "
-                         f"a smaller mesh may fit {batch_size}")
+            lines.append(f"warning: rows of {layout.row_length} tokens on this mesh cannot make updates of about "
+                         f"{batch_size} samples; set batch_size to {meant.fitting}, or use fewer micro_batches or a "
+                         f"smaller mesh")
         return lines
 
     def training_batches(self, mesh: Mesh | None = None) -> loader.Loader:
@@ -208,10 +208,10 @@ def _check_skip_limit(cfg: ConfigDict, path, stream: packing.Stream, found: Leng
     count = lambda values: float((weights * values).sum())
     damaged, lossy = count(found.tokens == 0), count(found.is_lossy)
     if damaged > limit * samples:
-        raise UserError(f"{damaged:.0f} of the {samples} samples of {path} cannot be used, more than the {limit:.0%} "
-                        f"that may be skipped (data.skip_limit); the first: {found.damaged[0]['reason']}")
-    why = f"for no <image> marker stands for them or the cut at max_length takes them away: more than the " \
-          f"{limit:.0%} that may be skipped (data.skip_limit); the first: {found.first_lost}"
+        raise UserError(f"{damaged:.0f} of the {samples} samples of {path} cannot be used, more than the allowed "
+                        f"{limit:.0%} (data.skip_limit); the first: {found.damaged[0]['reason']}")
+    why = f"because they have no <image> marker or the cut at max_length removes them: more than the allowed " \
+          f"{limit:.0%} (data.skip_limit); the first: {found.first_lost}"
     if damaged + lossy > limit * samples:
         rest = f" and {damaged:.0f} cannot be used" if damaged else ""
         raise UserError(f"{lossy:.0f} of the {samples} samples of {path} lose images{rest}, {why}")
@@ -225,8 +225,8 @@ def check_positions(cfg: ConfigDict, config: LlavaConfig) -> None:
     """Raises UsageError if samples may be longer than the decoder's positions."""
     most = config.decoder.max_positions
     if cfg.max_length > most:
-        raise UsageError(f"the config key 'max_length' is {cfg.max_length}; the decoder knows {most} positions: at "
-                         "most that was expected")
+        raise UsageError(f"the config key 'max_length' is {cfg.max_length}; at most {most} was expected, the number of "
+                         "positions of the decoder")
 
 
 @dataclass(frozen=True)
@@ -273,9 +273,9 @@ class _Rows:
         needed = rows * loader.row_bytes(layout, size)
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         if needed > memory:
-            raise UsageError(f"the config key 'batch_size' is {self.cfg.batch_size}: {rows:.0f} rows of "
-                             f"{layout.row_length} tokens and {layout.image_slots} images are {needed / 1e9:,.0f} GB "
-                             f"an update; less than this machine's memory of {memory / 1e9:,.0f} GB was expected")
+            raise UsageError(f"the config key 'batch_size' is {self.cfg.batch_size}: an update of {rows:.0f} rows of "
+                             f"{layout.row_length} tokens and {layout.image_slots} images needs {needed / 1e9:,.0f} "
+                             f"GB; at most this machine's memory of {memory / 1e9:,.0f} GB was expected")
         return layout
 
     def _slots(self, stream: packing.Stream, found: Lengths, row_length: int) -> int:

@@ -61,9 +61,10 @@ class Saver:
         if not self._is_saved():  # the state is still in memory
             self._write(state, meta)
             if not self._is_saved():
-                raise UserError(f"step {self.saved} was removed from {self._place.workdir} as often as it was saved")
+                raise UserError(f"step {self.saved} was saved twice, and both times removed from {self._place.workdir}")
         if held := self._delete_old():
-            self._say(f"somebody reads the steps {some(list(map(str, held)))}, so they are kept: delete them later")
+            self._say(f"other programs are reading the steps {some(list(map(str, held)))}, so these steps are kept; "
+                      "delete them later")
 
     def wait(self) -> None:
         """Waits for the save in progress."""
@@ -94,11 +95,11 @@ class Saver:
             self._place.check()
             if not self.saved or removed or self._writer.is_there(self.saved):
                 return removed
-            return f"{workdir}/checkpoints/{self.saved} was removed after it was saved, and is lost"
+            return f"{workdir}/checkpoints/{self.saved} was removed after it was saved and is lost"
 
         if sentence := distributed.from_first(look):
             others = store.steps(workdir)
-            self._say(f"warning: {sentence}; the steps that are left: {some(list(map(str, others))) or 'none'}")
+            self._say(f"warning: {sentence}; the remaining steps: {some(list(map(str, others))) or 'none'}")
         return not sentence
 
     def _delete_old(self) -> list[int]:

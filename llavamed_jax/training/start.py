@@ -43,8 +43,8 @@ def open_start(cfg: ConfigDict) -> Checkpoint:
             get_template(cfg.template)
     if cfg.init.startswith(PRESET):
         if cfg.tokenizer is None:
-            raise UsageError(f"the config key 'init' is {cfg.init!r}, which has no tokenizer: "
-                             "'tokenizer' was expected to name a tokenizer.model or a directory with one")
+            raise UsageError(f"the config key 'init' is {cfg.init!r}, which has no tokenizer; set 'tokenizer' to a "
+                             "tokenizer.model or a directory with one")
         with _naming(cfg, "init"):
             config = preset(cfg.init.removeprefix(PRESET))
         config = config.replace(decoder=replace(
@@ -56,7 +56,7 @@ def open_start(cfg: ConfigDict) -> Checkpoint:
             if cfg[key] is not None:
                 with _naming(cfg, key):
                     if not hub.local(cfg[key]).is_dir():
-                        raise UserError("no such directory is there; a checkpoint's directory, owner/name of a hub"
+                        raise UserError("the directory does not exist; a checkpoint's directory, owner/name of a hub"
                                         + (" or preset:NAME was expected" if key == "init" else " was expected"))
         checkpoint = open_checkpoint(cfg.init, cfg.vision_tower)
     if cfg.tokenizer is not None:

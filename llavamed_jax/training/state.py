@@ -84,7 +84,7 @@ def partition(params: Mapping[str, Any], trainable: Trainable) -> tuple[dict[str
         try:
             matches = {name for name in flat if re.fullmatch(regex, name)}
         except re.error as error:
-            raise UsageError(f"the config key 'trainable' has {regex!r}, which is no regular expression: "
+            raise UsageError(f"the config key 'trainable' has {regex!r}, which is not a valid regular expression: "
                              f"{error}") from None
         if not matches:
             parts = sorted({f"{name.split('/')[0]}/.*" for name in flat})

@@ -54,7 +54,7 @@ class StepAgreement:
           TimeoutError: one of several processes was asked to stop, and the batch does not come; the others wait for it.
         """
         if self._is_asked() and self._is_alone:
-            raise signals.Stopped("stopped while a batch was waited for")
+            raise signals.Stopped("stopped while waiting for a batch")
         if self._is_asked() and seconds > PATIENCE_S:
             raise TimeoutError
 

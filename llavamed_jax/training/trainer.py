@@ -36,10 +36,10 @@ from llavamed_jax.training.throughput import batch_counts
 from llavamed_jax.training.validation import judge
 from llavamed_jax.utils import signals
 
-_NOTHING_DONE = "stopped before an update was done: run again to go on"
+_NOTHING_DONE = "stopped before the first update: run again to continue"
 _OPENING = signals.Phase(_NOTHING_DONE, status=75, grace=30, raises=True)
-_LOOP = signals.Phase("error: ended at once by a second {name}; what had been saved is kept",
-                      note="what is under way is finished and saved; a second one ends the run at once")
+_LOOP = signals.Phase("error: ended at once by a second {name}; the saved steps are kept",
+                      note="finishing the current update and saving; a second signal ends the run at once")
 
 
 def fit(cfg: ConfigDict, workdir: str | Path, callbacks: Callbacks = NONE) -> bool:
@@ -91,8 +91,8 @@ def fit(cfg: ConfigDict, workdir: str | Path, callbacks: Callbacks = NONE) -> bo
 def _say_it_is_finished(workdir: Path, step: int, total_steps: int) -> None:
     if not distributed.process_index():
         base.check_base(workdir)
-    beyond = "" if step == total_steps else f", and has been trained to {step}"
-    print(f"{workdir} is finished: {count_of(total_steps, 'update was', 'updates were')} asked for{beyond}", flush=True)
+    beyond = "" if step == total_steps else f", although the recipe asks for {total_steps}"
+    print(f"{workdir} is finished: it was trained for {count_of(step, 'update')}{beyond}", flush=True)
 
 
 def _with_what_is_saved(error: UserError | OSError, place: places.Place) -> UserError:
@@ -178,7 +178,7 @@ class Run:
             else:
                 state, progress = resume.restore(workdir, step, checkpoint, program, meta)
                 told = arithmetic.warnings(earlier["computed"], arithmetic.used(program))
-                print(f"going on from step {step}", *told, sep="\n", flush=True)
+                print(f"resuming from step {step}", *told, sep="\n", flush=True)
         is_first = not distributed.process_index()
         log = MetricsWriter(workdir, step or 0, total_steps, cfg.name, place.check) if is_first else SilentLog()
         return cls(cfg, place, data, program, state, step or 0, total_steps, batches, log, record, progress)
@@ -314,7 +314,7 @@ class Run:
     def _end(self) -> bool:
         """Logs how the run ended, and returns whether it is finished."""
         is_finished = self.step >= self.total_steps
-        stopped = "stopped and saved" if self.step else "stopped before the first update was done,"
+        stopped = "stopped and saved" if self.step else "stopped before the first update,"
         end = "finished" if is_finished else stopped
         line = f"{end} at step {self.step} of {self.total_steps}: {self.place.workdir}"
         self.log.say(" · ".join([line, *troubles(vars(self.progress))]))

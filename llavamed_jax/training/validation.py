@@ -63,4 +63,4 @@ def _on_wait(seconds: float) -> None:
     """Stops the wait for a batch after a signal; a batch in time is used, since a resumed run skips this validation."""
     if signals.is_asked() and seconds > PATIENCE_S:
         is_alone = jax.process_count() == 1
-        raise signals.Stopped("stopped while validation data were waited for") if is_alone else TimeoutError
+        raise signals.Stopped("stopped while waiting for validation data") if is_alone else TimeoutError

@@ -32,15 +32,15 @@ def of_optimizer(cfg: ConfigDict, names: Sequence[str], undecayed: Sequence[str]
     regexes = [regex for regex, _ in cfg.optimizer.overrides]
     if regexes and all(any(re.fullmatch(regex, name) for regex in regexes) for name in names):
         found.append(("optimizer.learning_rate", cfg.optimizer.learning_rate,
-                      "optimizer.overrides match all that is trained"))
+                      "optimizer.overrides match all trained parameters"))
     if cfg.optimizer.weight_decay and all(NOT_DECAYED.fullmatch(name) or name in undecayed for name in names):
         found.append(("optimizer.weight_decay", cfg.optimizer.weight_decay,
-                      "trainable names biases, scales of norms and single rows alone, which do not decay"))
+                      "trainable names only biases, scales of norms and single rows, which do not decay"))
     return [_sentence(*each) for each in found]
 
 
 def _sentence(key: str, value: object, why: str) -> str:
-    return f"the config key {key!r} is {short(value)} and is not used: {why}"
+    return f"the config key {key!r} is {short(value)} but has no effect: {why}"
 
 
 def _void(cfg: ConfigDict) -> Iterator[tuple[str, object, str]]:
@@ -51,20 +51,20 @@ def _void(cfg: ConfigDict) -> Iterator[tuple[str, object, str]]:
     if cfg.data.samples and not cfg.samples_every:
         yield "data.samples", cfg.data.samples, "samples_every is 0"
     if cfg.checkpoint.keep_best and not cfg.checkpoint.every_steps:
-        yield "checkpoint.keep_best", True, "checkpoint.every_steps is 0, so only the last step is judged"
+        yield "checkpoint.keep_best", True, "checkpoint.every_steps is 0, so only the last step is validated"
     if any(isinstance(entry, str) and re.fullmatch(entry, TABLE) for entry in cfg.trainable):
         for entry in cfg.trainable:
             if not isinstance(entry, str):
                 yield "trainable", tuple(entry), f"another entry trains all of {TABLE}"
     for entry in [] if isinstance(cfg.data.train, str) else cfg.data.train:
         if hasattr(entry, "keys") and entry.get("images") is not None and _has_own_images(_layout(entry.get("path"))):
-            yield "data.train", dict(entry), "its images lie where the data set's own layout has them"
+            yield "data.train", dict(entry), "the images are in the folder that the data set's own layout names"
     sources = list(_sources(cfg))
     if cfg.protocol == "paper" and not any(layout in SETS and "protocol" in SETS[layout].follows
                                            for layout, _ in sources):
-        yield "protocol", "paper", "no data is in VQA-RAD's own layout"
+        yield "protocol", "paper", "none of the data has VQA-RAD's own layout"
     if cfg.data.images is not None and all(_has_own_images(layout) or has_images for layout, has_images in sources):
-        yield "data.images", cfg.data.images, "all data have a folder of images of their own"
+        yield "data.images", cfg.data.images, "all data sets have their own folder of images"
 
 
 def _sources(cfg: ConfigDict) -> Iterator[tuple[str | None, bool]]:

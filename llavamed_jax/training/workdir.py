@@ -44,13 +44,13 @@ def settled(workdir: Path, cfg: ConfigDict, step: int, record: Mapping[str, Any]
     resolved = read_recipe(workdir, cfg)
     where, file = workdir / "checkpoints" / str(step), workdir / "recipe.json"
     if record.get("run") != read_record(workdir).get("run"):
-        raise UserError(f"{where} is of another run than {file}; a step that the run in {workdir} saved was expected")
+        raise UserError(f"{where} belongs to another run than {file}; a step of the run in {workdir} was expected")
     _refuse_changes(cfg, record["recipe"], f"the run saved {where}")
     is_same_length = {key: record["recipe"][key] for key in _LENGTH} == {key: _plain(cfg)[key] for key in _LENGTH}
     for key, value in record["resolved"].items():
         if resolved.get(key) != value and (key != "total_steps" or is_same_length and key in resolved):
-            raise UserError(f"{file} says that {key} is {resolved.get(key)!r}, but the run saved {where} with "
-                            f"{value!r}: it has been changed since")
+            raise UserError(f"{file} has been changed: {key} is {resolved.get(key)!r}, but the run saved {where} with "
+                            f"{value!r}")
     return {key: value for key, value in record["resolved"].items() if key != "total_steps" or is_same_length}
 
 
@@ -83,8 +83,8 @@ def as_started(cfg: ConfigDict, earlier: Mapping[str, Any]) -> ConfigDict:
     own = cfg.copy_and_resolve_references()
     for key, value in LATER.items():
         if key not in earlier and own[key] != value:
-            print(f"warning: this run was started before the config key {key!r} was there: it goes on with {value!r}, "
-                  f"not with {own[key]!r}", flush=True)
+            print(f"warning: this run was started before the config key {key!r} existed; it continues with {value!r} "
+                  f"instead of {own[key]!r}", flush=True)
             own[key] = value
     return own
 
@@ -118,8 +118,8 @@ def begin_anew(workdir: Path, cfg: ConfigDict) -> None:
                              "starts from it needs another workdir")
     for part in ("model", "base"):
         if (workdir / part).exists() and not (workdir / "recipe.json").exists():
-            raise UserError(f"{workdir} holds a {part}/ and no recipe.json, so no run wrote it; a new directory was "
-                            "expected as workdir")
+            raise UserError(f"the workdir {workdir} has {part}/ but no recipe.json, so it does not belong to a run; a "
+                            "new directory was expected")
 
 
 def discard_start(workdir: Path) -> None:

@@ -80,7 +80,7 @@ def complaint(capsys, *words):
     (["--config.optimizer.overrides=[['a', -1.0]]"], "-1.0"),
     (["--config.optimizer.overrides=[['a', 'b']]"], "'b'"),
     (["--config.optimizer.overrides=['a']"], "pairs"),
-    (["--config.optimizer.overrides=[['(', 1.0]]"], "no regular expression"),
+    (["--config.optimizer.overrides=[['(', 1.0]]"], "not a valid regular expression"),
     (["--config.trainable=[1]"], "regular expression"),
     (["--config.data.packing=3"], "'data.packing'"),
     (["--config.data.skip_limit=1.5"], "0 to 1"),
@@ -278,6 +278,6 @@ def test_interrupted_at_the_keyboard_saves_and_ends_with_75(tmp_path):
     assert process.returncode == 75, out + err
     step, damaged = newest_intact_step(tmp_path / "run")
     assert step and not damaged and f"stopped and saved at step {step}" in out
-    assert "SIGINT: what is under way is finished and saved" in err and "Traceback" not in err
+    assert "SIGINT: finishing the current update and saving" in err and "Traceback" not in err
     assert "\r" not in out + err, "there is no terminal, so there is no progress bar"
     assert json.loads(log.read_text().splitlines()[-1])["step"] == step

@@ -215,7 +215,7 @@ def test_a_directory_of_a_hosts_own_disk_is_refused(cfg, tmp_path, several, monk
     runs.write_start(tmp_path / "start")
     monkeypatch.setattr(alike, "_PATIENCE_S", 0.1)
     error = several(opened(cfg, tmp_path), opened(cfg, tmp_path / "nowhere"))
-    assert "the workdir ('is there' in process 0, 'is not there' in process 1)" in str(error)
+    assert "the workdir ('exists' in process 0, 'does not exist' in process 1)" in str(error)
 
 
 # ---- what is compared when the data has been read

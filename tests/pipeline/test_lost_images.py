@@ -92,7 +92,7 @@ def test_within_the_limit_they_are_counted_and_printed(recipe, packing, kind, tm
 def test_among_text_the_share_of_the_images_counts(recipe):
     """Two in ten samples are few; all images are not."""
     lossy = LOST["no marker"][0]
-    with pytest.raises(UserError, match="2 of the 2 images of .* are left out, for no <image> marker stands for them"):
+    with pytest.raises(UserError, match="2 of the 2 images of .* are left out, because they have no <image> marker"):
         opened(recipe([*[TEXT] * 8, lossy, lossy]))
     opened(recipe([*[TEXT] * 6, GOOD, GOOD, lossy, lossy]))
     with pytest.raises(UserError, match="4 of the 6 images of"):

@@ -263,8 +263,8 @@ def test_the_mean_length_is_printed():
     (["--preflight", "cpu-1", "--preflight_json", "missing/x.json"], 2, "folder does not exist"),
     (["--preflight", "cpu-1", "--preflight_json", "x" * 300], 1, "cannot be written: File name too long"),
     (["--preflight", "cpu-1", "--config.data.mean_length=0"], 2, "'data.mean_length' is 0; more than 0"),
-    (["--preflight", "cpu-1", "--config.mesh.auto=true", "--config.mesh.tp=2"], 2, "'mesh.tp' is 2 beside mesh.auto"),
-    (["--preflight", "cpu-1", "--config.mesh.auto=true", "--config.mesh.fsdp=4"], 2, "'mesh.fsdp' is 4 beside mesh.auto"),
+    (["--preflight", "cpu-1", "--config.mesh.auto=true", "--config.mesh.tp=2"], 2, "'mesh.tp' is 2, but mesh.auto"),
+    (["--preflight", "cpu-1", "--config.mesh.auto=true", "--config.mesh.fsdp=4"], 2, "'mesh.fsdp' is 4, but mesh.auto"),
     (["--preflight", "h100-8", "--config.mesh.slices=2"], 2, "'mesh.slices' is 2")])
 def test_wrong_training_command_lines(capsys, flags, status, sentence):
     assert train(["--config", f"{FINETUNE}:small", *flags]) == status
@@ -299,7 +299,7 @@ def test_a_name_that_is_given_twice_counts_once():
 
 @pytest.mark.parametrize("changes, sentence", [
     (["batch_size=4"], "'batch_size' is 4; a multiple of 8 was expected"), (["micro_batches=2"], "'batch_size' is 8; a multiple of 16"),
-    (["max_length=4097"], "the decoder knows 4096 positions"), (["data.packing=true", "data.row_length=50"], "'data.row_length' is 50"),
+    (["max_length=4097"], "at most 4096 was expected"), (["data.packing=true", "data.row_length=50"], "'data.row_length' is 50"),
     (["mesh.tp=8", "mesh.fsdp=1"], "the tower's 6 heads are not divisible"), (["mesh.data=3"], "does not fit 8 devices")])
 def test_what_a_run_would_refuse_preflight_refuses(changes, sentence):
     machine = Topology.parse("cpu-8")

@@ -71,7 +71,7 @@ def test_a_model_without_the_tokens_trains_its_projector_and_says_so(start, tmp_
 
 
 def test_a_recipe_that_trains_nothing_of_the_model_is_refused(start, tmp_path):
-    with pytest.raises(UsageError, match="'trainable' names the tokens <im_start>, <im_end> alone, of which this model has none"):
+    with pytest.raises(UsageError, match="'trainable' names only the tokens <im_start>, <im_end>, and this model has none of them"):
         train(start(False), tmp_path / "run", trainable=(PAIR,))
 
 

@@ -60,8 +60,8 @@ def test_fractions_of_padding_are_those_of_the_batches(recipe, run, tmp_path, ca
     assert (found["row_length"], found["rows"], found["samples"], found["total_steps"]) == (96, 2, 12, 5)
     assert found["image_slots"] == batches[0]["pixel_values"].shape[1] >= 2
     said = capsys.readouterr().out
-    assert f"12 samples of {found['mean_length']} tokens in the mean" in said
-    assert re.search(rf"packed rows an epoch, each of 96 tokens and {found['image_slots']} images; 2 rows an update", said)
+    assert f"12 samples with a mean of {found['mean_length']} tokens and at most" in said
+    assert re.search(rf"packed rows per epoch, each of 96 tokens and {found['image_slots']} images; 2 rows per update", said)
 
 
 def test_the_number_of_updates_comes_from_the_rows(recipe, run, tmp_path):
@@ -125,13 +125,13 @@ def test_a_batch_that_no_memory_holds_is_refused(recipe, packing, monkeypatch):
     monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": needed, "SC_PHYS_PAGES": 1}.get)
     Data.open(cfg, open_start(cfg), multiple=10)
     monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": needed - 1, "SC_PHYS_PAGES": 1}.get)
-    with pytest.raises(UsageError, match="'batch_size' is 10: 10 rows of .* GB an update; less than this machine's memory"):
+    with pytest.raises(UsageError, match="'batch_size' is 10: an update of 10 rows of .* GB; at most this machine's memory"):
         Data.open(cfg, open_start(cfg), multiple=10)
 
 
 def test_a_sample_is_no_longer_than_the_decoder_knows_positions(recipe):
     Data.open(recipe(max_length=128, **{"data.row_length": 0}), open_start(recipe()))
-    with pytest.raises(UsageError, match="'max_length' is 129; the decoder knows 128 positions"):
+    with pytest.raises(UsageError, match="'max_length' is 129; at most 128 was expected"):
         Data.open(recipe(max_length=129), open_start(recipe()))
 
 

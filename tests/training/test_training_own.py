@@ -92,7 +92,7 @@ def test_a_run_from_before_loss_weighting_goes_on_by_token(recipe, tmp_path, mon
     for total_steps in (4, 6):
         seen, said, written = run(total_steps=total_steps, loss_weighting="sample")
         assert seen == "token" and "loss_weighting" not in written
-        assert "warning: this run was started before the config key 'loss_weighting' was there: it goes on with 'token'" in said
+        assert "warning: this run was started before the config key 'loss_weighting' existed; it continues with 'token'" in said
     seen, said, _ = run(total_steps=8)
     assert seen == "token" and "loss_weighting" not in said
     with pytest.raises(UsageError, match="'seed' is 7"):
@@ -179,7 +179,7 @@ def test_what_is_kept_is_what_was_started_with(recipe, tmp_path):
 def test_a_model_that_no_run_wrote_is_left_alone(recipe, tmp_path, inside):
     run = tmp_path / "run"
     shutil.copytree(recipe().init, run)
-    with pytest.raises(UserError, match="run holds a model/ and no recipe.json, so no run wrote it"):
+    with pytest.raises(UserError, match="run has model/ but no recipe.json, so it does not belong to a run"):
         fit(recipe(), run)
     (run / inside).mkdir(parents=True, exist_ok=True)
     (run / ".lock").unlink()
@@ -266,7 +266,7 @@ def edited(workdir, **resolved):
 def test_what_was_settled_may_not_be_edited(recipe, workdir, without_compiling, key, value):
     (workdir / "checkpoints/6/manifest.json").unlink()  # to go on from step 3
     edited(workdir, **{key: value})
-    with pytest.raises(UserError, match=f"recipe.json says that {key} is {value}, but the run saved .*checkpoints/3 with "):
+    with pytest.raises(UserError, match=f"recipe.json has been changed: {key} is {value}, but the run saved .*checkpoints/3 with "):
         fit(packed(recipe), workdir)
 
 
@@ -308,7 +308,7 @@ def test_epochs_may_be_changed_back_and_forth(recipe, workdir, without_compiling
 def test_a_step_of_another_run_is_refused(recipe, workdir, tmp_path, without_compiling):
     assert fit(packed(recipe, epochs=3), tmp_path / "other")
     shutil.copytree(tmp_path / "other/checkpoints/9", workdir / "checkpoints/9")
-    with pytest.raises(UserError, match="checkpoints/9 is of another run than .*recipe.json"):
+    with pytest.raises(UserError, match="checkpoints/9 belongs to another run than .*recipe.json"):
         fit(packed(recipe, epochs=3), workdir)
 
 
@@ -329,8 +329,8 @@ def test_damaged_steps_ahead_do_not_push_out_intact_ones(recipe, workdir, withou
 
 # ---- data and machine
 
-@pytest.mark.parametrize("key, sentence", [("data.train", "its samples have other text or images"),
-                                           ("data.validation", "data.validation. have other text or images")])
+@pytest.mark.parametrize("key, sentence", [("data.train", "the text or the images of the samples differ"),
+                                           ("data.validation", "data.validation. have changed since")])
 def test_data_of_the_same_lengths_and_other_content_is_refused(recipe, tmp_path, without_compiling, monkeypatch, key, sentence):
     files = {f"data.{name}": runs.write_data(tmp_path) / f"{name}.json" for name in ("train", "validation")}
     monkeypatch.setattr(trainer, "judge", lambda *_: {})  # which would compile
@@ -351,7 +351,7 @@ def test_another_arithmetic_is_told(recipe, workdir, without_compiling, capsys):
     before = jax.config.jax_default_matmul_precision  # which other tests may have set
     with jax.default_matmul_precision("bfloat16"):
         assert fit(packed(recipe, epochs=3), workdir)
-    assert f"warning: matmul precision was {before} and is bfloat16 now: the run goes on with other roundings" in capsys.readouterr().out
+    assert f"warning: matmul precision was {before} and is bfloat16 now: the resumed run rounds differently" in capsys.readouterr().out
 
 
 def test_another_number_of_cores_is_told_when_a_run_goes_on(recipe, tmp_path, without_compiling, capsys, monkeypatch):
@@ -360,7 +360,7 @@ def test_another_number_of_cores_is_told_when_a_run_goes_on(recipe, tmp_path, wi
     monkeypatch.setenv("PJRT_NPROC", "4")
     assert fit(packed(recipe, epochs=2), tmp_path)
     told = [line for line in capsys.readouterr().out.splitlines() if "roundings" in line]
-    assert told == ["warning: CPU cores was 2 and is 4 now: the run goes on with other roundings"]
+    assert told == ["warning: CPU cores was 2 and is 4 now: the resumed run rounds differently"]
 
 
 @pytest.mark.parametrize("what, before, now", [
@@ -393,7 +393,7 @@ def test_each_thing_that_last_bits_depend_on_is_told(monkeypatch, what, before, 
     first, again, other = used(before), used(before), used(now)
     assert arithmetic.warnings(first, again) == []
     (told,) = arithmetic.warnings(json.loads(json.dumps(first)), other)
-    assert re.fullmatch(f"warning: {what} was .+ and is .+ now: the run goes on with other roundings", told)
+    assert re.fullmatch(f"warning: {what} was .+ and is .+ now: the resumed run rounds differently", told)
 
 
 def test_a_hosts_cores_do_not_count_where_an_accelerator_computes():
@@ -433,11 +433,11 @@ def test_a_step_of_an_earlier_version_does_not_say_its_cores():
     now = {"device": "cpu", "jax": "2", "CPU cores": "2", "CPU": "x"}
     assert arithmetic.warnings(now, now) == []
     assert arithmetic.warnings({"device": "cpu", "jax": "2"}, now) == [
-        "warning: the step does not say with which CPU, CPU cores it was saved: the run may go on with other roundings"]
+        "warning: the saved step does not record CPU, CPU cores: the resumed run may round differently"]
     assert arithmetic.warnings({"device": "gpu", "jax": "2"}, now) == [
-        "warning: device was gpu and is cpu now: the run goes on with other roundings"]
+        "warning: device was gpu and is cpu now: the resumed run rounds differently"]
     assert arithmetic.warnings({**now, "CPU cores": "4"}, now) == [
-        "warning: CPU cores was 4 and is 2 now: the run goes on with other roundings"]
+        "warning: CPU cores was 4 and is 2 now: the resumed run rounds differently"]
 
 
 # ---- the tokenizer of a recipe

@@ -67,7 +67,7 @@ def contents(folder):
     return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-GONE = "is gone, and with it what its run had saved .{}.: it was removed or moved while the run was at work; "
+GONE = "was removed or moved during the run, together with the saved steps .{}.; restore it, or name another workdir"
 
 
 def sealed(work, number):
@@ -77,7 +77,7 @@ def sealed(work, number):
 
 @pytest.mark.parametrize("number, log_every, saved", [
     (2, 1, "no step yet"), (2, 100, "no step yet"),  # before the first save; what is logged meets it first, or the save itself
-    (5, 1, "the last was step 3"), (5, 100, "the last was step 3"), (7, 100, "the last was step 6"),
+    (5, 1, "the last step was 3"), (5, 100, "the last step was 3"), (7, 100, "the last step was 6"),
 ])
 def test_a_workdir_that_is_gone_ends_the_run(recipe, at_update, tmp_path, capsys, number, log_every, saved):
     work, how = tmp_path / "run", "moved" if number == 5 else "removed"
@@ -99,7 +99,7 @@ def test_a_workdir_that_goes_while_a_step_is_written(recipe, at_update, tmp_path
     if how == "only its checkpoints":
         assert fit(recipe(), work) and newest_intact_step(work) == (8, [])
     else:
-        with pytest.raises(Lost, match=f"^the workdir {work} is (gone|another directory now)"):
+        with pytest.raises(Lost, match=f"^the workdir {work} was (removed or moved|replaced by another directory) during"):
             fit(recipe(), work)
     said = capfd.readouterr()
     assert "Traceback" not in said.err and "stopped and saved" not in said.out
@@ -110,7 +110,7 @@ def test_a_workdir_that_is_gone_at_the_last_save_of_a_signal(recipe, at_update, 
     """At 3 and 6 the step is saved by count, and then again nothing is left to save."""
     work = tmp_path / "run"
     at_update(number, lambda: shutil.rmtree(work), terminate, after=sealed(work, number))
-    with pytest.raises(Lost, match="is gone, and with it what its run had saved"):
+    with pytest.raises(Lost, match="was removed or moved during the run, together with the saved steps"):
         fit(recipe(log_every=100), work)
     assert "stopped and saved" not in capsys.readouterr().out and not work.exists()
 
@@ -126,7 +126,7 @@ def test_a_workdir_that_goes_after_its_last_save_is_not_called_saved(recipe, tmp
         write = store._write_manifest
         monkeypatch.setattr(store, "_write_manifest", lambda directory: (directory.name == "8" and shutil.rmtree(work), write(directory)))
     last = "8" if moment == "sealed" else "6"
-    with pytest.raises(Lost, match=f"is gone, and with it what its run had saved .the last was step {last}"):
+    with pytest.raises(Lost, match=f"was removed or moved during the run, together with the saved steps .the last step was {last}"):
         fit(recipe(), work)
     assert "finished at" not in capsys.readouterr().out
 
@@ -139,7 +139,7 @@ def test_what_replaces_a_workdir_is_not_written_to(recipe, other, at_update, tmp
         shutil.rmtree(work)
         shutil.copytree(other, work)
     at_update(4, replace, after=sealed(work, 4))
-    with pytest.raises(Lost, match=f"^the workdir {work} is another run's now: .* .the last was step 3.; nothing more is saved$"):
+    with pytest.raises(Lost, match=f"^the workdir {work} was replaced by the workdir of another run, .* .the last step was 3.; nothing more is saved$"):
         fit(recipe(), work)
     assert contents(work) == contents(other) and "saved at" not in capsys.readouterr().out
 
@@ -154,7 +154,7 @@ def test_a_directory_of_nobody_is_not_written_to(recipe, at_update, tmp_path, is
         if not is_empty:
             (work / "notes.txt").write_text("mine")
     at_update(4, replace, after=sealed(work, 4))
-    with pytest.raises(Lost, match=f"^the workdir {work} is another directory now: .*recipe.json is missing"):
+    with pytest.raises(Lost, match=f"^the workdir {work} was replaced by another directory during the run, .*recipe.json is missing"):
         fit(recipe(), work)
     assert [path.name for path in work.iterdir()] == [[], ["notes.txt"]][not is_empty]
 
@@ -165,7 +165,7 @@ def test_another_model_in_the_workdir_ends_the_run(recipe, at_update, tmp_path, 
     work = tmp_path / "run"
     file = work / part
     at_update(4, lambda: file.unlink() if how == "removed" else file.write_bytes(file.read_bytes() + b"\n"), after=sealed(work, 4))
-    with pytest.raises(Lost, match=f"^{file} (is gone|has changed) since .*; nothing more is saved .the last was step 3.$"):
+    with pytest.raises(Lost, match=f"^{file} (has been removed|has changed) since .*; nothing more is saved .the last step was 3.$"):
         fit(recipe(), work)
     assert steps(work) == [3]
 
@@ -207,7 +207,7 @@ def test_a_last_step_that_is_removed_is_saved_again(recipe, tmp_path, monkeypatc
 def test_a_last_step_that_is_removed_again_and_again_is_not_called_saved(recipe, tmp_path, monkeypatch, capsys):
     work, note = tmp_path / "run", places.Place.note
     monkeypatch.setattr(places.Place, "note", lambda self, step: (note(self, step), step == 8 and shutil.rmtree(work / "checkpoints")))
-    with pytest.raises(ValueError, match="^step 8 was removed from .* as often as it was saved; no step had been saved$"):
+    with pytest.raises(ValueError, match="^step 8 was saved twice, and both times removed from .*; no step had been saved$"):
         fit(recipe(), work)
     assert "finished at" not in capsys.readouterr().out
 
@@ -269,8 +269,8 @@ def test_logs_that_are_removed_begin_anew(recipe, at_update, tmp_path, capsys):
     first = json.loads((work / "metrics.jsonl").read_text().splitlines()[0])["step"]
     assert [line["step"] for line in runs.log_lines(work)] == list(range(first, 9)) and first > 2
     said = capsys.readouterr().out
-    assert f"warning: {work}/metrics.jsonl was removed; it begins anew, without the lines before step {first}" in said
-    assert f"was removed; another file begins, without what it showed before step {first}" in said
+    assert f"warning: {work}/metrics.jsonl was removed; a new file begins at step {first}, and the earlier lines are lost" in said
+    assert f"was removed; a new file begins at step {first}, and the earlier values are lost" in said
     (events,) = (work / "tensorboard").iterdir()
     assert events.stat().st_size > 500
 
@@ -281,7 +281,7 @@ def test_steps_that_are_read_at_the_end_are_named(recipe, at_update, tmp_path, c
     at_update(5, lambda: readers.append(open_checkpoint(work)), after=sealed(work, 5))
     assert fit(recipe(**{"checkpoint.keep": 1}), work)
     assert readers[0].step == 3 and steps(work) == [3, 8]
-    assert "somebody reads the steps 3, so they are kept: delete them later\n" in capsys.readouterr().out
+    assert "other programs are reading the steps 3, so these steps are kept; delete them later\n" in capsys.readouterr().out
     assert len([readers[0].read(name) for name in readers[0].tensors]) > 10
 
 
@@ -300,7 +300,7 @@ def test_a_command_whose_workdir_is_gone_exits_1(recipe, tmp_path):
     run.terminate()
     said, wrong = run.communicate(timeout=120)
     assert run.returncode == 1 and "saved at step" not in said and not work.exists()
-    assert wrong.splitlines()[-1].startswith(f"error: the workdir {work} is gone, and with it what its run had saved"), wrong
+    assert wrong.splitlines()[-1].startswith(f"error: the workdir {work} was removed or moved during the run, together with the saved steps"), wrong
 
 
 def test_saves_that_come_to_nothing_twice_in_a_row_end_the_run(recipe, tmp_path, monkeypatch, capsys):

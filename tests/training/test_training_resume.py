@@ -87,9 +87,9 @@ def test_a_first_save_that_was_killed_begins_anew_and_says_so(recipe, tmp_path, 
     for name in ("manifest.json", "../.sealed"):
         (workdir / "checkpoints" / "3" / name).unlink()
     assert fit(recipe(total_steps=3), workdir)
-    assert "has no manifest.json: the save was interrupted; the run begins anew" in capsys.readouterr().out
+    assert "has no manifest.json: the save was interrupted; the run starts from the beginning" in capsys.readouterr().out
     (workdir / "checkpoints" / "3" / "manifest.json").unlink()
-    with pytest.raises(UserError, match="none is intact.*has no manifest.json.*delete its checkpoints/"):
+    with pytest.raises(UserError, match="has no intact step to resume from: .*has no manifest.json.*delete its checkpoints/"):
         fit(recipe(total_steps=3), workdir)
     shutil.rmtree(workdir / "checkpoints")
     assert fit(recipe(total_steps=3), workdir)

@@ -111,7 +111,7 @@ def test_a_damaged_step_is_passed_over(finished, recipe, tmp_path, capsys):
     victim.write_bytes(victim.read_bytes()[:-1] + b"?")
     assert fit(recipe(), workdir)
     said = capsys.readouterr().out
-    assert "damaged" in said and "going on from step 6" in said
+    assert "damaged" in said and "resuming from step 6" in said
     assert all(np.array_equal(a, b) for a, b in zip(tensors(workdir).values(), tensors(finished).values(), strict=True))
 
 
@@ -122,7 +122,7 @@ def test_steps_of_which_none_is_intact_are_named_and_left_alone(finished, recipe
     for manifest in workdir.glob("checkpoints/*/manifest.json"):
         manifest.unlink() if content is None else manifest.write_text(content)
     before = snapshot(workdir)
-    with pytest.raises(UserError, match="none is intact.*checkpoints/8 .*checkpoints/3 "):
+    with pytest.raises(UserError, match="has no intact step to resume from: .*checkpoints/8 .*checkpoints/3 "):
         fit(recipe(), workdir)
     assert snapshot(workdir) == before
 

@@ -186,7 +186,7 @@ def test_stopped_killed_and_gone_on_is_the_same_to_the_bit(command, whole, tmp_p
 
     found = ends(started(command, workdir), PATIENCE_S)
     assert [status for status, *_ in found] == [0, 0], found
-    assert STEPS > int(re.search(r"going on from step (\d+)", found[0][1])[1]) >= 75
+    assert STEPS > int(re.search(r"resuming from step (\d+)", found[0][1])[1]) >= 75
     kept, ours = (runs.log_lines(folder) for folder in (whole[0], workdir))
     strip = lambda lines: [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines]
     assert strip(kept) == strip(ours)

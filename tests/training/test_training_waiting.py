@@ -46,7 +46,7 @@ def test_a_signal_saves_without_the_batch_that_does_not_come(recipe, hanging, tm
     assert time.monotonic() - begun < 30
     assert newest_intact_step(tmp_path / "run") == (2, [])
     said = capsys.readouterr().out
-    assert "\nstopped while a batch was waited for\n" in said and "\nstopped and saved at step 2 of 6" in said
+    assert "\nstopped while waiting for a batch\n" in said and "\nstopped and saved at step 2 of 6" in said
     assert fit(recipe(total_steps=6), tmp_path / "run") is True, "it goes on with the batch that did not come"
     assert [line["step"] for line in runs.log_lines(tmp_path / "run") if "loss" in line] == list(range(1, 7))
 
@@ -57,7 +57,7 @@ def test_a_signal_saves_without_validation_data_that_do_not_come(recipe, hanging
     data = runs.write_data(tmp_path)
     assert fit(recipe(**{"data.validation": data / "validation.json"}), tmp_path / "run") is False
     assert newest_intact_step(tmp_path / "run") == (3, [])
-    assert "stopped while validation data were waited for\nstopped and saved at step 3 of 8" in capsys.readouterr().out
+    assert "stopped while waiting for validation data\nstopped and saved at step 3 of 8" in capsys.readouterr().out
 
 
 def test_batches_that_never_come_end_the_run_with_its_step_saved(recipe, hanging, tmp_path, monkeypatch):
@@ -76,6 +76,6 @@ def test_a_signal_before_the_first_update_saves_nothing_and_says_so(recipe, tmp_
             real = getattr(__import__(module, fromlist=[function]), function)
             patch.setattr(at, lambda *args, real=real, **kwargs: (terminate(), real(*args, **kwargs))[1])
             assert fit(recipe(), tmp_path / name) is False
-        assert "stopped before an update was done: run again to go on" in capsys.readouterr().err
+        assert "stopped before the first update: run again to continue" in capsys.readouterr().err
         assert not [path for path in (tmp_path / name).iterdir() if path.name.endswith(".partial")]
     assert fit(recipe(), tmp_path / "write") is True
