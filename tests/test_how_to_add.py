@@ -212,9 +212,9 @@ def test_a_data_set_is_asked_and_scored_under_its_name(cards, tmp_path):
 def test_what_is_wrong_with_a_data_set_is_said_as_of_any_other(cards):
     with pytest.raises(UserError, match=r"looks like Cards \(cards.json\): data.name=cards"):
         questions.load_samples("slake", str(cards), "test", "clean")
-    with pytest.raises(UsageError, match="data.split is 'validation'; of cards it may be train or test"):
+    with pytest.raises(UsageError, match="data.split is 'validation'; train or test was expected for cards"):
         questions.load_samples("cards", str(cards), "validation", "clean")
-    with pytest.raises(UsageError, match="cards has splits without common images"):
+    with pytest.raises(UsageError, match="the splits of cards have no common images"):
         questions.load_samples("cards", str(cards), "test", "clean", held_out="x.json")
     with pytest.raises(UserError, match="the name 'slake' is that of SLAKE; another name"):
         registry.register(registry.DataSet("slake", "Mine", "x", read=lambda selected: []))
@@ -222,7 +222,7 @@ def test_what_is_wrong_with_a_data_set_is_said_as_of_any_other(cards):
     with pytest.raises(UserError, match="d.png does not exist"):
         questions.load_samples("cards", str(cards), "test", "clean")
     del registry.SETS["cards"]
-    with pytest.raises(UsageError, match="'cards' is not known; data.name may be vqa_rad or slake"):
+    with pytest.raises(UsageError, match="data.name is 'cards'; vqa_rad or slake"):
         questions.load_samples("cards", str(cards), "test", "clean")
 
 

@@ -48,8 +48,8 @@ class ChatScorer:
 
     def __init__(self, cfg: ConfigDict, workdir: Path, against: str | Path | None = None):
         if against is not None:
-            raise UsageError("--against compares answers by the metrics of VQA sets and captions; a judge's scores "
-                             "stand in metrics.json")
+            raise UsageError("--against compares the metrics of VQA sets and captions, not a judge's scores; it cannot "
+                             "be used with chat questions")
         if not cfg.data.root:
             raise UsageError("data.root is empty; the file of chat questions or its folder was expected: "
                              "--config.data.root=PATH")
@@ -81,9 +81,9 @@ class ChatScorer:
             are as long as the references.
           has_control: whether the answers of the controls are judged too.
         """
-        source = "answers as long as the references" if texts is None else "the answers that exist"
+        source = "assuming answers as long as the references" if texts is None else "for the existing answers"
         prompts = self._prompts([question.reference for question in self.questions] if texts is None else texts)
-        controls = "; the controls' answers, exchanged images and noise, take up to as much again, each"
+        controls = "; each of the two controls (images exchanged, noise) costs up to the same again"
         return (f"judge {self.judge.service.where}, {source}: {self.judge.estimate(prompts)}"
                 f"{controls if has_control else ''}")
 
@@ -221,10 +221,10 @@ def summary(metrics: Mapping) -> str:
         lines.append(line + "".join(_plain(found[title]["pred_relative_score"], width)
                                     for found, width in zip(others, (11, 7))))
     if metrics["n_unscored"]:
-        lines.append(f"unscored and in no mean, {metrics['n_unscored']} of {n} questions: "
+        lines.append(f"unscored and left out of all means: {metrics['n_unscored']} of {n} questions: "
                      f"{', '.join(map(str, metrics['unscored']))}")
     if metrics["differs_from_the_paper"]:
-        lines.append(f"not beside the paper's numbers: {'; '.join(metrics['differs_from_the_paper'])}")
+        lines.append(f"not comparable with the paper's numbers: {'; '.join(metrics['differs_from_the_paper'])}")
     if said := asked_words(metrics.get("asked") or {}):
         lines.append(f"asked with {said}")
     return "\n".join(lines)

@@ -40,16 +40,16 @@ def differences(questions: ChatSet, judge: Judge, has_marker: bool, n_unscored: 
     if not questions.is_published:
         found.append(f"the questions are not the published file (SHA-256 {questions.sha256[:8]}…)")
     if judge.cfg.model != JUDGE:
-        found.append(f"the judge is {judge.cfg.model}, the paper's was {JUDGE}")
+        found.append(f"the judge is {judge.cfg.model}, and the paper's was {JUDGE}")
     if judge.prompt.wording != ORIGINAL_WORDING:
-        found.append("the judge's instruction is worded otherwise")
+        found.append("the judge's instruction has another wording")
     if judge.cfg.temperature != 0:
-        found.append(f"the judge's temperature is {judge.cfg.temperature:g}, the paper's was 0")
+        found.append(f"the judge's temperature is {judge.cfg.temperature:g}, and the paper's was 0")
     if has_marker:
-        found.append("“<image>” stands in the judge's question, as in v1.5's code")
+        found.append("the judge's question contains “<image>”, as in v1.5's code")
     if n_read_otherwise:
-        found.append(f"replies whose scores the original takes and that were asked for again: {n_read_otherwise} "
-                     "(judge.reading=original)")
+        found.append(f"{n_read_otherwise} replies were requested again although the original would accept them "
+                     "(judge.reading=original accepts them)")
     if n_unscored:
         found.append(f"unscored questions: {n_unscored}")
     return found

@@ -111,7 +111,7 @@ class TrainedModel:
         processor = model.processor
         try:
             if question.lost:
-                raise UserError(f"its record names more images, by {question.lost}, than it has {IMAGE_MARKER} markers")
+                raise UserError(f"its record names {question.lost} more images than it has {IMAGE_MARKER} markers")
             if self._captioner is not None:
                 ids = processor.expand(self._captioner.encode(self._captioner.image_marker))
             else:
@@ -129,7 +129,7 @@ class TrainedModel:
         for name, why in refused[:SHOWN]:
             print(terminal.sentence(f"question {name} is not asked: {why}"), flush=True)
         if len(refused) > SHOWN:
-            print(f"{len(refused) - SHOWN} more questions are not asked, for such reasons", flush=True)
+            print(f"{len(refused) - SHOWN} more questions are not asked for similar reasons", flush=True)
 
     def _text(self, model: LlavaMed, ids: Sequence[int]) -> str:
         text = model.processor.decode(ids)
@@ -204,7 +204,7 @@ class Samples:
         with_image = (q for q in _questions(fixed.readable()) if q.images)
         questions = list(itertools.islice(with_image, SHOWN))
         if not questions and not self._has_said:
-            print("samples_every has nothing to show: no question of the data has an image and an answer", flush=True)
+            print("samples_every has no effect: no question of the data has both an image and an answer", flush=True)
             self._has_said = True
         answers = self._model.ask(snapshot, questions, MAX_NEW_TOKENS["sample"]) if questions else []
         return [Sample(q.name, data.processor.images_uint8(q.images), q.text, answer, q.wanted)

@@ -76,17 +76,17 @@ def beside(dataset: str, split: str, protocol: str, n_open: int, n_closed: int, 
     """
     rows = [row for row in ROWS if row.dataset == dataset]
     if not rows:
-        return _nothing(f"the paper has no numbers of {dataset}")
+        return _nothing(f"the paper has no numbers for {dataset}")
     if split != "test":
-        return _nothing(f"the paper's numbers are of the test split, and these questions are of {split}")
+        return _nothing(f"the paper's numbers are for the test split, and these questions are from {split}")
     if TEST[dataset] != (n_open, n_closed):
         asked, wanted = f"{n_open} open and {n_closed} closed questions", "{} and {}".format(*TEST[dataset])
-        return _nothing(f"these are {asked}, and the paper's are {wanted}")
+        return _nothing(f"these are {asked}, and the paper's test split has {wanted}")
     same = [row for row in rows if row.protocol in (None, protocol)]
     if not name:
         models = "; ".join(f"{row.name}: {row.model}" for row in same)
-        return _nothing("the config does not say that this model is one of the published ones, and other models' "
-                        f"numbers do not belong beside it (key published: {models})")
+        return _nothing("the config key published does not name the model, and the numbers are shown only for a "
+                        f"published model ({models})")
     found = [row for row in same if row.name == name]
     if not found:
         trained = ", ".join(dict.fromkeys(str(row.protocol) for row in rows if row.name == name))
@@ -98,4 +98,4 @@ def beside(dataset: str, split: str, protocol: str, n_open: int, n_closed: int, 
 
 
 def _nothing(reason: str) -> dict:
-    return {"reason": f"No published number stands here: {reason}."}
+    return {"reason": f"No published numbers are shown: {reason}."}

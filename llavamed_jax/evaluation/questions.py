@@ -54,8 +54,8 @@ def load_samples(
         return _held_out(name, root, split, held_out)
     samples = read(root, split)
     if detect.set_at(Path(root), name) != name:
-        log.warning("%s: nothing says that its parquet files are %s (a dataset card, the set's number of rows); they "
-                    "are read, and called parquet", root, SETS[name].label)
+        log.warning("%s: its parquet files cannot be recognized as %s (by a dataset card or the number of rows); they "
+                    "are read and reported as parquet", root, SETS[name].label)
     check_ids(samples, f"{root}, split {split},")
     return tuple(data_questions.one_name_each(samples, _training_rows(name, root, read, more.get("train", ""))))
 
@@ -152,11 +152,11 @@ def _selection(root: str, split: str, protocol: str, more: Mapping[str, str]) ->
 def _reader(name: str, root: str, split: str, protocol: str, more: Mapping[str, str]) -> Reader:
     """Returns the function that reads a split of a data set. Raises UsageError for invalid settings."""
     if name not in SETS:
-        raise UsageError(f"the data set {name!r} is not known; data.name may be {' or '.join(SETS)}")
+        raise UsageError(f"data.name is {name!r}; {' or '.join(SETS)} was expected")
     if not root:
         raise UsageError(f"data.root is empty; the folder with {name} was expected: --config.data.root=DIR")
     if split not in SETS[name].splits:
-        raise UsageError(f"data.split is {split!r}; of {name} it may be {_either(SETS[name].splits)}")
+        raise UsageError(f"data.split is {split!r}; {_either(SETS[name].splits)} was expected for {name}")
     if (language := more.get("language", "en")) not in LANGUAGES:
         raise UsageError(f"data.language is {language!r}; {_either(LANGUAGES)} was expected")
     return lambda root, split: SETS[name].questions(_selection(root, split, protocol, more))
@@ -173,24 +173,24 @@ def _training_rows(name: str, root: str, read: Reader, train: str) -> list[VqaSa
     files = [*filter(Path.is_file, detect.split_files(Path(root), "train")), *detect.parquet_files(Path(root), "train")]
     if SETS[name].has_training_rows or files:
         return read(root, "train")
-    log.warning("%s has no train.json and data.train names no file: what follows from training rows (answer "
-                "candidates, their majority answer, leakage) is left out", root)
+    log.warning("%s has no train.json and data.train is empty: metrics that need training rows (answer candidates, "
+                "majority answer, leakage) are left out", root)
     return []
 
 
 def _held_out(name: str, root: str, split: str, held_out: str) -> tuple[list[VqaSample], list[VqaSample]]:
     if split != "test":
-        raise UsageError(f"data.split is {split!r}; beside data.held_out, which asks rows of both splits, it may be "
-                         "test only")
+        raise UsageError(f"data.split is {split!r}; test was expected with data.held_out, which asks rows of both "
+                         "splits")
     if SETS[name].read_whole is None:
-        raise UsageError(f"data.held_out holds out images of VQA-RAD; {name} has splits without common images: "
+        raise UsageError(f"data.held_out is for VQA-RAD only; the splits of {name} have no common images, so use "
                          "data.split")
     names = _held_out_images(held_out)
     rows = SETS[name].read_whole(root)
     asked = [sample for sample in rows if Path(sample.image).name in names]
     unknown = names - {Path(sample.image).name for sample in asked}
     if unknown:
-        raise UserError(f"{held_out} holds out images of which {root} has no row: {', '.join(sorted(unknown))}")
+        raise UserError(f"{held_out} names images that no row of {root} has: {', '.join(sorted(unknown))}")
     return tuple(data_questions.one_name_each(
         asked, [sample for sample in rows if Path(sample.image).name not in names]))
 
@@ -198,5 +198,5 @@ def _held_out(name: str, root: str, split: str, held_out: str) -> tuple[list[Vqa
 def _held_out_images(path: str) -> set[str]:
     images = read_json(Path(path)).get("images")
     if not isinstance(images, list) or not images:
-        raise UserError(f'data.held_out: {path} was expected to be {{"images": [at least one name]}}')
+        raise UserError(f'data.held_out: {path} has no list of images; {{"images": [at least one name]}} was expected')
     return {str(image) for image in images}

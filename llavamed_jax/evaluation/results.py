@@ -49,8 +49,8 @@ class Place:
     def check(self) -> None:
         """Raises Lost if the directory is no longer at its path."""
         if not is_at(self._descriptor, self._workdir):
-            raise Lost(f"the workdir {self._workdir} was removed, moved or replaced while the evaluation ran, and the "
-                       "answers that were kept there are gone with it; no results are written")
+            raise Lost(f"the workdir {self._workdir} was removed, moved or replaced during the evaluation, together "
+                       "with the answers saved there; no results are written")
 
 
 @contextlib.contextmanager
@@ -77,8 +77,8 @@ def locked(workdir: Path) -> Iterator[Place]:
     try:
         while True:
             if not _lock(descriptor):
-                raise UserError(f"the workdir {workdir} is in use by another evaluation; wait for its end, or name "
-                                "another")
+                raise UserError(f"the workdir {workdir} is in use by another evaluation; wait until it ends, or name "
+                                "another workdir")
             if is_at(descriptor, workdir):
                 break
             os.close(descriptor)  # another evaluation, which wrote nothing, has removed the directory meanwhile
@@ -173,11 +173,11 @@ def check_unused(workdir: Path, path: Path, predictions: Sequence[Mapping]) -> N
     """
     own = workdir / "predictions.jsonl"
     if any(map(num_answers, workdir.glob("predictions*.partial"))):
-        raise UsageError(f"the workdir {workdir} holds answers of an evaluation that was stopped; the metrics of "
-                         f"{path} do not belong beside them, and another --workdir was expected")
+        raise UsageError(f"the workdir {workdir} holds answers of a stopped evaluation, which the metrics of {path} do "
+                         "not belong to; another --workdir was expected")
     if own.exists() and not own.samefile(path) and _texts(read_predictions(own)) != _texts(predictions):
-        raise UsageError(f"the workdir {workdir} holds other answers, {own.name} of another evaluation; the metrics of "
-                         f"{path} do not belong beside them, and another --workdir was expected")
+        raise UsageError(f"the workdir {workdir} holds {own.name} of another evaluation, which the metrics of {path} "
+                         "do not belong to; another --workdir was expected")
 
 
 def _texts(predictions: Sequence[Mapping]) -> dict[str, str]:
@@ -204,7 +204,7 @@ def write_results(workdir: Path, files: Mapping[str, str], metrics: Mapping, run
     stale = [] if "predictions" in run else _stale(workdir, files, metrics)
     _write(workdir, files, lambda folder: tensorboard.write(folder, metrics, step), check)
     for path in stale:
-        print(f"{path}: removed, it is of another evaluation", file=sys.stderr)
+        print(f"{path}: removed, because it belongs to another evaluation", file=sys.stderr)
         path.unlink(missing_ok=True)
 
 
@@ -260,8 +260,8 @@ def _write(workdir: Path, files: Mapping[str, str], more: Callable[[Path], None]
                     other.unlink(missing_ok=True)
         check()
         if gone := [file for file in written if not (workdir / file).is_file()]:
-            raise UserError(f"{workdir / gone[0]} was removed as soon as it was written")
+            raise UserError(f"{workdir / gone[0]} was removed right after it was written")
     except OSError as error:
         check()
-        raise UserError(f"the results in {workdir} cannot be written: {error.strerror or error}; what stood there "
-                        "before is as it was") from error
+        raise UserError(f"the results in {workdir} cannot be written: {error.strerror or error}; the earlier "
+                        "results are unchanged") from error

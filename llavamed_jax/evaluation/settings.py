@@ -36,7 +36,7 @@ def check_generation(cfg: ConfigDict) -> None:
     if not 0 <= cfg.generation.temperature < math.inf:  # a NaN raises too
         raise UsageError(f"generation.temperature is {cfg.generation.temperature}; a number of at least 0 was expected")
     if cfg.generation.num_beams > 1 and cfg.generation.temperature > 0:
-        raise UsageError(f"generation.num_beams is {cfg.generation.num_beams} with a generation.temperature of "
-                         f"{cfg.generation.temperature}; beam search does not sample, and 0 was expected")
+        raise UsageError(f"generation.num_beams is {cfg.generation.num_beams} and generation.temperature is "
+                         f"{cfg.generation.temperature}, but beam search does not sample; temperature 0 was expected")
 
 

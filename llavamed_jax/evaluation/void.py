@@ -18,7 +18,7 @@ _OF_LOCAL = ("generation.batch_size",)
 
 
 def sentences(cfg: ConfigDict, typed: Collection[str], source: str) -> list[str]:
-    """Returns one sentence for each key that is not used: `the config key KEY is VALUE and is not used: …`.
+    """Returns one sentence for each key that is not used: `the config key KEY is VALUE but has no effect: …`.
 
     Args:
       cfg: an eval config.
@@ -31,7 +31,7 @@ def sentences(cfg: ConfigDict, typed: Collection[str], source: str) -> list[str]
         return []  # not an eval config; the code that reads it raises
     for key, why in _void(cfg, values, typed, source):
         found.setdefault(key, why)
-    return [f"the config key {key!r} is {short(values[key])} and is not used: {why}" for key, why in found.items()]
+    return [f"the config key {key!r} is {short(values[key])} but has no effect: {why}" for key, why in found.items()]
 
 
 def _followed(name: str) -> tuple[str, ...] | None:
@@ -48,32 +48,32 @@ def _void(cfg: ConfigDict, values: dict, typed: Collection[str], source: str) ->
         if f"data.{key}" in values and followed is not None and key not in followed and f"data.{key}" in typed:
             yield f"data.{key}", f"{name} has no such key"
     if cfg.data.get("trained_on_images") and not cfg.data.get("trained_on"):
-        yield "data.trained_on_images", "data.trained_on names no data"
+        yield "data.trained_on_images", "data.trained_on is empty"
     if cfg.protocol == "paper" and not cfg.data.get("trained_on"):
         if cfg.data.get("held_out"):
-            yield "protocol", "data.held_out asks each row once, and trains on none of its rephrasings"
+            yield "protocol", "with data.held_out each row is asked once, and no rephrasings are training rows"
         elif followed is not None and "protocol" not in followed:
-            yield "protocol", f"it names VQA-RAD's training rows, and this is {name}"
+            yield "protocol", f"the key is for VQA-RAD's training rows, and data.name is {name}"
     if cfg.data.get("held_out") and "data.train" in typed:
-        yield "data.train", "beside data.held_out all rows of the other images are training rows"
+        yield "data.train", "with data.held_out all rows of the other images are training rows"
     if name == CHAT and "data.split" in typed:
         yield "data.split", "the chat questions have one split"
     for key in ("judge.image_marker", "judge.reading"):
         if key in typed and name != CHAT:
-            yield key, f"it is of the chat questions, and this is {name}"
+            yield key, f"the key is for chat questions, and data.name is {name}"
     if "judge.model" in values and name != CHAT and not cfg.judge.model:
         usual = flatten(judge_settings().to_dict(), "judge.")
         for key in usual:
             if values[key] != usual[key]:
-                yield key, "judge.model names no judge"
+                yield key, "judge.model is empty"
     for key in typed:
         if source in ("predictions", "write_llava") and key.startswith(_OF_ANSWERS):
-            yield key, f"nothing is asked beside --{source}"
+            yield key, f"no model is asked with --{source}"
         if source == "write_llava" and key.startswith(("judge.", "published", "seed", "data.trained_on", "data.train")):
-            yield key, "nothing is scored beside --write_llava"
+            yield key, "nothing is scored with --write_llava"
         if source == "preflight" and not key.startswith("generation."):
-            yield key, "nothing is asked beside --preflight"
+            yield key, "no model is asked with --preflight"
         if source == "endpoint" and key in _OF_LOCAL:
-            yield key, "requests to a server are not batched; --concurrency says how many are under way"
+            yield key, "requests to a server are not batched; --concurrency sets how many are in flight"
     if source == "predictions" and cfg.get("organ_question"):
-        yield "organ_question", "nothing is asked beside --predictions"
+        yield "organ_question", "no model is asked with --predictions"

@@ -45,13 +45,13 @@ class VqaScorer:
         self.samples, self.training = questions.load_samples(
             data.name, data.root, data.split, cfg.protocol, data.held_out, **questions.further(data))
         if not self.samples:
-            raise UserError(f"{cfg.data.root} holds no question of {cfg.data.name} {cfg.data.split}")
+            raise UserError(f"{cfg.data.root} holds no questions of {cfg.data.name} {cfg.data.split}")
         read = lambda path: AnswerSet.read(self.samples, path, self.training, f"--against {path}: ")
         self._against = None if against is None else read(against)
         self._trained_on = _training_data(cfg)
         if cfg.get("published") not in (None, "", *published.NAMES):
             names = ", ".join(published.NAMES)
-            raise UsageError(f"published is {cfg.published!r}; one of {names} was expected, or nothing")
+            raise UsageError(f"published is {cfg.published!r}; empty or one of {names} was expected")
 
     def describe(self) -> str:
         """Returns one line that says what is asked, and whether it is the complete published set."""
@@ -115,6 +115,6 @@ def _training_data(cfg: ConfigDict) -> training.TrainingData | None:
         try:
             found.record(0)
         except UserError as error:
-            raise UserError(f"data.trained_on names no training data, none of {found.num_records} records can be read: "
-                            f"{error}") from None
+            raise UserError(f"data.trained_on has no usable training data: none of its {found.num_records} records can "
+                            f"be read: {error}") from None
     return found

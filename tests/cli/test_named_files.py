@@ -219,14 +219,14 @@ def test_a_line_of_another_shape_is_passed_over(shape, tmp_path, capsys):
         (tmp_path / f"{name}.partial").write_text("\n".join(lines) + "\n")
         found = Partial(tmp_path / name, {})
         assert found.answers == {i: Answer("yes", "stop") for i in range(3)}
-        assert "3 answers of an earlier start are taken over" in (said := capsys.readouterr().err)
-        assert f"warning: {found.path}: 1 of 4 lines are no whole answers and are passed over" in said
+        assert "3 answers of an earlier start are reused" in (said := capsys.readouterr().err)
+        assert f"warning: {found.path}: 1 of 4 lines are not complete answers and are skipped" in said
         found.add(3, Answer("no", "length", 2))
         assert found.path.read_text().splitlines()[1:4] == GOOD and len(Partial(tmp_path / name, {}).answers) == 4
         found.remove()
     (tmp_path / "d.partial").write_text(shape + "\n" + "\n".join(GOOD) + "\n")
     if shape != HEAD:
-        assert not Partial(tmp_path / "d", {}).answers and "all questions are asked anew" in capsys.readouterr().err
+        assert not Partial(tmp_path / "d", {}).answers and "all questions are asked again" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -242,7 +242,7 @@ def test_kept_answers_are_left_alone_until_there_is_one(tmp_path, capsys):
     other = "\n".join([HEAD, *GOOD]) + "\n"
     (tmp_path / "p.partial").write_text(other)
     anew = Partial(tmp_path / "p", {"another": "model"})
-    assert "all questions are asked anew" in capsys.readouterr().err and (tmp_path / "p.partial").read_text() == other
+    assert "all questions are asked again" in capsys.readouterr().err and (tmp_path / "p.partial").read_text() == other
     anew.add(5, Answer("x", "stop"))
     assert Partial(tmp_path / "p", {"another": "model"}).answers == {5: Answer("x", "stop")}
     anew.remove()

@@ -83,8 +83,8 @@ def test_files_that_do_not_fit_are_one_sentence(spoil, message, which, tmp_path,
 
 
 @pytest.mark.parametrize("content, message", [
-    (b'{"question_id": 1, "text": "caf\xe9"}\n', "are no UTF-8 text, at byte 31"),
-    (b"\xff\xfe{\x00", "are no UTF-8 text, at byte 0"),
+    (b'{"question_id": 1, "text": "caf\xe9"}\n', "are not UTF-8 text .byte 31."),
+    (b"\xff\xfe{\x00", "are not UTF-8 text .byte 0."),
     (b"", "without a prediction"), (b"[]", "line 1: an object"), (b"\0\0\0", "line 1 is not valid JSON"),
     (b'{"question_id": 1, "text": "x"', "line 1 is not valid JSON"),
 ])  # fmt: skip
@@ -116,9 +116,9 @@ def test_the_papers_table():
     ({"dataset": "omnimed"}, "the paper has no numbers of omnimed"),
     ({"split": "held_out"}, "these questions are of held_out"),
     ({"dataset": "slake", "split": "validation"}, "these questions are of validation"),
-    ({"n_open": 60}, "these are 60 open and 272 closed questions, and the paper's are 179 and 272"),
-    ({"n_open": 180, "n_closed": 271}, "these are 180 open and 271 closed questions, and the paper's are 179 and 272"),
-    ({"name": ""}, "the config does not say that this model is one of the published ones"),
+    ({"n_open": 60}, "these are 60 open and 272 closed questions, and the paper's test split has 179 and 272"),
+    ({"n_open": 180, "n_closed": 271}, "these are 180 open and 271 closed questions, and the paper's test split has 179 and 272"),
+    ({"name": ""}, "the config key published does not name the model"),
     ({"protocol": "clean"}, "the published from_llava was trained on other rows of vqa_rad (protocol paper) than this protocol, clean"),
 ])  # fmt: skip
 def test_published_numbers_stand_only_where_they_belong(change, reason):
@@ -136,7 +136,7 @@ def test_a_published_model_is_named_in_the_config(tmp_path, capsys):
     assert "published is 'llava_med'; one of llava, from_llava, from_vicuna, biomedclip was expected" in capsys.readouterr().err
     assert evaluate(tmp_path / "w", tmp_path / "p.jsonl", "--config.published=from_llava") == 0
     page = (tmp_path / "w" / "report.html").read_text()
-    assert "No published number stands here: these are" in page and "84.2" not in page, "the sample is a cut of the set"
+    assert "No published numbers are shown: these are" in page and "84.2" not in page, "the sample is a cut of the set"
 
 
 # --- TensorBoard ---

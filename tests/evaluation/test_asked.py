@@ -279,8 +279,8 @@ def test_what_has_changed_is_named_and_nothing_is_taken_over(name, root, monkeyp
     capsys.readouterr()
     assert start(monkeypatch, "w", *flags) == 0
     said = capsys.readouterr().err
-    assert f"its {n} answers are of another evaluation (not the same: " in said and named in said.partition("they are set aside")[0], said
-    assert "taken over" not in said and "all questions are asked anew" in said
+    assert f"its {n} answers belong to another evaluation (different: " in said and named in said.partition("the file is renamed")[0], said
+    assert "reused" not in said and "all questions are asked again" in said
     assert start(monkeypatch, "fresh", *flags) == 0
     assert texts("w") == texts("fresh") and len(texts("w")) == 12
     (aside,) = (root / "w").glob("predictions.jsonl.of-*.partial")
@@ -306,7 +306,7 @@ def test_where_nothing_has_changed_all_is_taken_over(flags, root, monkeypatch, c
     capsys.readouterr()
     assert start(monkeypatch, "w", *instead([*flags], [*where, *absolute])) == 0
     said = capsys.readouterr().err
-    assert f"{n} answers of an earlier start are taken over" in said and "another" not in said
+    assert f"{n} answers of an earlier start are reused" in said and "another" not in said
     assert start(monkeypatch, "fresh", *flags) == 0 and texts("w") == texts("fresh")
     assert not list((root / "w").glob("*.partial"))
 
@@ -319,7 +319,7 @@ def test_going_back_takes_over_what_was_set_aside(root, monkeypatch, capsys):
     capsys.readouterr()
     assert start(monkeypatch, "w", stops_after=2) == 75
     said = capsys.readouterr().err
-    assert f"{first} answers of an earlier start are taken over" in said and f"its {other} answers are of another evaluation" in said
+    assert f"{first} answers of an earlier start are reused" in said and f"its {other} answers are of another evaluation" in said
     assert f"stopped; {first + num_kept('w')} answers are kept in w: run again to go on" in said
     assert start(monkeypatch, "w") == 0 and start(monkeypatch, "fresh") == 0 and texts("w") == texts("fresh")
     assert len(list((root / "w").glob("*.partial"))) == 1, "of the other seed"
@@ -334,7 +334,7 @@ def test_other_code_asks_anew(what, root, monkeypatch, capsys):
         own, name = asked.version, what.split()[-1]
         monkeypatch.setattr(asked, "version", lambda package: "9" if package == name else own(package))
     assert start(monkeypatch, "w") == 0
-    assert f"another evaluation (not the same: {what}" in capsys.readouterr().err
+    assert f"another evaluation (different: {what}" in capsys.readouterr().err
 
 
 def test_another_machine_is_said(root, monkeypatch, capsys):
@@ -343,7 +343,7 @@ def test_another_machine_is_said(root, monkeypatch, capsys):
     monkeypatch.setenv("NPROC", "3")
     assert start(monkeypatch, "w") == 0
     said = capsys.readouterr().err
-    assert f"{n} answers of an earlier start are taken over" in said
+    assert f"{n} answers of an earlier start are reused" in said
     assert "came from another machine (CPU cores (" in said and "3 now)); last digits, and so a rare answer, may differ" in said
 
 
@@ -435,7 +435,7 @@ def test_a_step_of_a_run_is_part_of_what_it_is(root, monkeypatch, capsys):
     capsys.readouterr()
     assert start(monkeypatch, "w", *TREE) == 0
     said = capsys.readouterr().err
-    assert f"its {kept} answers are of another evaluation (not the same: the step (5 then, 6 now), the file checkpoints/6/man" in said
+    assert f"its {kept} answers belong to another evaluation (different: the step (5 then, 6 now), the file checkpoints/6/man" in said
     assert json.loads((root / "w" / "metrics.json").read_text())["asked"]["step"] == 6
     assert start(monkeypatch, "v", "--checkpoint", "tree/checkpoints/5") == 0
     assert json.loads((root / "v" / "metrics.json").read_text())["asked"]["step"] == 5
@@ -454,11 +454,11 @@ def test_bin_files_count_too(root, monkeypatch, capsys):
     assert start(monkeypatch, "w", stops_after=5) == 75
     torch.save({"x": torch.ones(1)}, "model/training_args.bin")  # no part of the model
     assert start(monkeypatch, "w", stops_after=1) == 75
-    assert "taken over" in capsys.readouterr().err
+    assert "reused" in capsys.readouterr().err
     tensors["model.norm.weight"] += 1
     torch.save(tensors, "model/pytorch_model.bin")
     assert start(monkeypatch, "w") == 0
-    assert "(not the same: the file pytorch_model.bin)" in capsys.readouterr().err
+    assert "(different: the file pytorch_model.bin)" in capsys.readouterr().err
 
 
 def test_the_record_of_a_server(root, monkeypatch):

@@ -159,7 +159,7 @@ def test_the_193_questions_through_faults(folder, capsys):
     sizes = {name: table["data_size"] + table["n_unscored"] for group in ("type", "domain") for name, table in metrics[group].items()}
     assert sizes == {name: count for name, count in COUNTS.items() if name != "overall"}
     out, err = capsys.readouterr()
-    assert "193 questions about 20 images, judged by tiny" in out and "unscored and in no mean, 3 of 193 questions: 4, 74, 144" in out
+    assert "193 questions about 20 images, judged by tiny" in out and "unscored and left out of all means: 3 of 193 questions: 4, 74, 144" in out
     assert "193 requests and 0 replies that are kept; about" in err, "the estimate comes before the first call"
     assert "unscored, 3 of 193 answers: 4, 74, 144" in err
     asked = [each.body["messages"][1]["content"] for each in server.log]
@@ -210,11 +210,11 @@ def test_a_dry_run_asks_nothing(folder, monkeypatch, capsys):
     assert cli.main(argv) == 0
     out, err = capsys.readouterr()
     assert "chat: 193 questions on 20 images, 143 conversation, 50 detailed_description, not the published file" in out
-    assert "answers as long as the references: 193 requests and 0 replies" in out and "US dollars" in out and not err
-    assert "the answers that exist: 193 requests" in with_answers and "controls" not in out
+    assert "assuming answers as long as the references: 193 requests and 0 cached replies" in out and "US dollars" in out and not err
+    assert "for the existing answers: 193 requests" in with_answers and "controls" not in out
     assert cli.main([*argv, "--control", "image"]) == 0
     out = capsys.readouterr().out
-    assert "193 requests" in out and out.endswith("exchanged images and noise, take up to as much again, each\n")
+    assert "193 requests" in out and out.endswith("each of the two controls (images exchanged, noise) costs up to the same again\n")
     assert not (folder / "out").exists()
 
 
@@ -331,7 +331,7 @@ def test_the_papers_numbers_stand_only_beside_what_is_like_them(few, monkeypatch
         own = evaluation(few, server, **{"judge.model": "gpt-4-0314"})
         metrics = run.score_file(own, few / "p.jsonl")
         reasons = metrics["differs_from_the_paper"]
-        told = ("not the published file", "worded otherwise", "unscored questions: 1")
+        told = ("not the published file", "another wording", "unscored questions: 1")
         assert len(reasons) == 3 and all(text in reason for text, reason in zip(told, reasons, strict=True))
         assert "60K-IM" not in (few / "out" / "report.html").read_text()
     monkeypatch.setattr(chat_published, "ORIGINAL_WORDING", own.scorer.judge.prompt.wording)
@@ -396,7 +396,7 @@ def test_the_report_is_one_offline_page(few):
     links = [value for name, value in page.attributes if name in ("src", "href")]
     assert len(links) == IMAGES and all(value.startswith("data:image/jpeg;base64,") for value in links) and "script" not in page.tags
     assert "For research use only: never for clinical decisions." in page.text and "judged by tiny" in page.text
-    assert page.text.count("Because of the caption.") == 18 and "In no mean, 1 of 19 questions" in page.text
+    assert page.text.count("Because of the caption.") == 18 and "Left out of all means: 1 of 19 questions" in page.text
     for text in ("Relative score", "Ratio of means", "Histology", "asked again 3, unscored 1", "would not compare", "GPT-4", "tested"):
         assert text in page.text
     assert "reference: 6" in page.text and "answer: 8" in page.text and "133 %" in page.text

@@ -144,7 +144,7 @@ def test_answers_that_are_not_finished_or_withheld_are_counted(capsys):
     assert [(each.text, each.finish_reason, each.tokens_cut) for each in answers] == [
         ("", "length", 0), ("", "content_filter", 0), ("x", "stop", 0)]
     said = capsys.readouterr().err
-    assert "1 of 3 answers reached max_new_tokens" in said and "1 of 3 answers ended for the reason 'content_filter'" in said
+    assert "1 of 3 answers reached max_new_tokens" in said and "1 of 3 answers ended with finish_reason 'content_filter'" in said
 
 
 # --- the command line ---
@@ -220,7 +220,7 @@ def test_a_killed_evaluation_goes_on_without_asking_again(tmp_path):
         server.delay = 0.0
         second = start(server, tmp_path)
         _, said = second.communicate(timeout=120)
-        assert second.returncode == 0 and f"{len(places)} answers of an earlier start are taken over" in said
+        assert second.returncode == 0 and f"{len(places)} answers of an earlier start are reused" in said
     assert 30 <= len(places) <= 40 + 8, "each answer is on the disk soon after it came"
     samples = read_predictions(tmp_path / "predictions.jsonl")
     answered = [each for each in server.log if each.fault is None and sent(each.body)[0] != "Which organ system is shown in this image?"]

@@ -403,7 +403,7 @@ def test_long_prompts_are_cut_with_a_counted_warning(capsys):
     assert [answer.tokens_cut for answer in answers] == [0, 2, 2]
     assert answers[0].text == "short @ a"
     assert answers[1] == Answer("one two three four @ a", "stop", 2), "the end is lost, as in the original"
-    assert "2 of 3 prompts were longer than the model takes and lost their end (4 tokens in all)" in capsys.readouterr().err
+    assert "2 of 3 prompts were longer than the model accepts and were cut at the end, as in the original (4 tokens in all)" in capsys.readouterr().err
 
 
 def test_predictions_have_the_keys_of_the_original(capsys):

@@ -57,7 +57,7 @@ def test_noise_is_gone_after_a_failure_and_takes_the_place_of_an_earlier_one(tmp
 def test_noise_that_the_disk_has_no_room_for_is_one_sentence(tmp_path, monkeypatch):
     samples = [sample(n, f"{n}.jpg") for n in range(100)]
     monkeypatch.setattr(controls.shutil, "disk_usage", lambda _: namedtuple("Usage", "free")(10**6))
-    with pytest.raises(UserError, match="100 pictures of noise take 34 MB, and .*noise has 1 MB left"):
+    with pytest.raises(UserError, match="100 pictures of noise need 34 MB; the disk of .*noise has 1 MB free"):
         with controls.noise_images(samples, tmp_path / "noise", 0):
             pass
     assert not (tmp_path / "noise").exists()
@@ -77,15 +77,15 @@ def row(name, value, p):
 def test_a_difference_is_read_in_a_sentence():
     text = controls.reading(row("closed_accuracy", 3.25, 0.2) | row("open_f1", 28.61, 0.0001), "another image")
     assert text == (
-        "Shown another image, it loses 28.6 points of open F1 (p < 0.001): these answers depend on the image; a difference of"
-        " +3.2 points of closed accuracy (p = 0.200) is within chance: nothing here says that the image is looked at."
+        "With another image in place of the image: the model loses 28.6 points of open F1 (p < 0.001): these answers depend on the image; a difference of"
+        " +3.2 points of closed accuracy (p = 0.200) is within chance: no evidence that these answers depend on the image."
     )
     assert controls.reading(row("closed_accuracy", -5.0, 0.01), "noise") == (
-        "Shown noise, it gains 5.0 points of closed accuracy (p = 0.010): the own image misleads it, or something is wrong."
+        "With noise in place of the image: the model gains 5.0 points of closed accuracy (p = 0.010): the right image misleads it, or something is wrong."
     )
     assert controls.reading(row("choice_accuracy", -2.0, 0.3) | row("rouge_l", 0.0, 1.0), "noise") == (
-        "Shown noise, differences of -2.0 points of accuracy of choices (p = 0.300) and +0.0 points of ROUGE-L (p = 1.000) are within"
-        " chance: nothing here says that the image is looked at."
+        "With noise in place of the image: differences of -2.0 points of accuracy of choices (p = 0.300) and +0.0 points of ROUGE-L (p = 1.000) are within"
+        " chance: no evidence that these answers depend on the image."
     )
     assert controls.reading({"closed_accuracy": None, "closed_accuracy_p": None, "open_exact": 4.0, "open_exact_p": 0.01}, "noise") == ""
 

@@ -36,7 +36,7 @@ def predictions(tmp_path):
     (["--config.judge.max_tokens=none", "--config.judge.model=x"], 2, "judge.max_tokens is none"),
     (["--config.judge.timeout=nan", "--config.judge.model=x"], 2, "timeout is nan; more than 0 seconds was expected"),
     (["--workdir", "a" * 300], 1, "cannot be written to: File name too long"),
-    (["--config.data.trained_on=IMAGE"], 1, "data.trained_on names no training data, none of "),
+    (["--config.data.trained_on=IMAGE"], 1, "data.trained_on has no usable training data: none of its "),
     (["--config.data.trained_on=PREDICTIONS"], 1, "has no conversations; a list of {from, value} was expected"),
     (["--config.data.root=SLAKE"], 1, "test.json does not exist; SLAKE has train and validation: data.split")])
 def test_a_mistake_is_one_sentence(more, status, sentence, predictions, tmp_path, capsys):
@@ -67,7 +67,7 @@ def test_predictions_may_begin_with_a_mark_of_byte_order(predictions):
     predictions.write_bytes(b"\xef\xbb\xbf" + predictions.read_bytes())
     assert read_predictions(predictions) == plain and len(plain) == len(TESTED)
     predictions.write_bytes("é".encode("latin-1"))
-    with pytest.raises(UserError, match="no UTF-8 text, at byte 0; lines of JSON were expected"):
+    with pytest.raises(UserError, match="not UTF-8 text (byte 0); lines of JSON were expected"):
         read_predictions(predictions)
 
 
@@ -82,7 +82,7 @@ def test_what_a_model_was_trained_on_counts_what_could_not_be_read(predictions, 
     (tmp_path / "train.json").write_text(json.dumps(records))
     argv = [*ARGV, "--workdir", str(tmp_path / "w"), "--predictions", str(predictions)]
     assert cli.main([*argv, f"--config.data.trained_on={tmp_path / 'train.json'}"]) == 0
-    assert f"warning: of {tmp_path / 'train.json'} 1 of 2 records and 1 of 1 images cannot be read" in capsys.readouterr().out
+    assert f"warning: 1 of 2 records and 1 of 1 images of {tmp_path / 'train.json'} cannot be read" in capsys.readouterr().out
 
 
 def test_two_evaluations_do_not_share_a_workdir(predictions, tmp_path, capsys):

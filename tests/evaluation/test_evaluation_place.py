@@ -14,7 +14,7 @@ from llavamed_jax.openai_client.cache import JudgeCache
 from llavamed_jax.openai_client.replies import Reply
 from tests.evaluation.test_results import ROOT, SAMPLE, SAMPLES, Says
 
-GONE = ("was removed, moved or replaced while the evaluation ran, and the answers that were kept there are gone with it; no results are "
+GONE = ("was removed, moved or replaced during the evaluation, together with the answers saved there; no results are "
         "written")
 
 
@@ -91,7 +91,7 @@ def test_results_that_are_not_there_are_not_reported(evaluate, tmp_path, monkeyp
     if moment == "while they are written":
         assert said.err.splitlines()[-1] == f"error: the workdir {work} {GONE}"
     else:
-        sentence = f"{work}/report.html was removed as soon as it was written; {len(SAMPLES)} answers are kept in {work}"
+        sentence = f"{work}/report.html was removed right after it was written; {len(SAMPLES)} answers are kept in {work}"
         assert done and said.err.splitlines()[-1] == f"error: {sentence}"
 
 
@@ -106,7 +106,7 @@ def test_a_file_of_answers_that_is_removed_is_written_anew(evaluate, tmp_path, c
             os.kill(os.getpid(), signal.SIGTERM)
     status, _ = evaluate(work, 5, act)
     said = capsys.readouterr().err
-    assert f"warning: {path} was removed while the evaluation ran; it is written anew, with the 4 answers that it held" in said
+    assert f"warning: {path} was removed during the evaluation; it is written again with its 4 answers" in said
     if is_stopped:
         assert status == 75 and "5 answers are kept" in said
         status, model = evaluate(work, -1, None)

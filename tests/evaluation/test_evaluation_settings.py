@@ -237,7 +237,7 @@ def test_an_evaluation_that_a_signal_stopped_goes_on(tmp_path, monkeypatch, caps
     assert start(Stopping(samples, 7), "other") == 75
     other = Reader(samples)
     assert start(other, "other", "--config.seed=1") == 0 and other.asked >= 2 * n, "of another seed nothing is kept"
-    assert "asked anew" in capsys.readouterr().err
+    assert "asked again" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("more, status, sentence", [
@@ -249,7 +249,7 @@ def test_an_evaluation_that_a_signal_stopped_goes_on(tmp_path, monkeypatch, caps
     (["--config.generation.num_beams=100000"], 2, "generation.num_beams is 100000; at most 128 was expected"),
     (["--config.generation.batch_size=1000000000"], 2, "generation.batch_size is 1000000000; at most 4096 was expected"),
     (["--config.generation.max_new_tokens=1" + 90 * "0"], 2, "0…; at most 131072 was expected"),
-    (["--config.generation.num_beams=3", "--config.generation.temperature=0.2"], 2, "generation.num_beams is 3 with a generation.temp"),
+    (["--config.generation.num_beams=3", "--config.generation.temperature=0.2"], 2, "generation.num_beams is 3 and generation.temp"),
     (["--config.data.split=x"], 2, "data.split is 'x'"),
     (["--template", "foo"], 2, "--template: the template 'foo' does not exist; one of v1.5:"),
     (["--checkpoint", "preset:x"], 2, "--checkpoint: the preset 'x' does not exist; one of small"),

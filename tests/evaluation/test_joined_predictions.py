@@ -62,7 +62,7 @@ CHANGES = {
                  "1 are about another image (question {id}: 'other.jpg'"),
     "an image beside": (lambda each: {key: each[key] for key in ("question_id", "text")} | {"image": "x/other.jpg"},
                         "about another image"),
-    "a control": (lambda each: each | {"metadata": {"control": "noise"}}, "1 are of a control (question {id}: 'noise'"),
+    "a control": (lambda each: each | {"metadata": {"control": "noise"}}, "1 belong to a control (question {id}: 'noise'"),
 }  # fmt: skip
 
 
@@ -77,7 +77,7 @@ def test_a_line_that_answers_something_else_is_refused(change, which, tmp_path, 
     files = ("bad.jsonl", "good.jsonl") if which == "--predictions" else ("good.jsonl", "bad.jsonl")
     assert evaluate(tmp_path / "w", "--predictions", tmp_path / files[0], "--against", tmp_path / files[1]) == 1
     error = capsys.readouterr().err
-    assert f"are no answers to the {len(SAMPLES)} questions" in error and sentence.format(id=own[0]["question_id"]) in error
+    assert f"do not answer the {len(SAMPLES)} questions" in error and sentence.format(id=own[0]["question_id"]) in error
     assert error.startswith("error: ") and error.count("\n") == 1 and not (tmp_path / "w").exists()
     assert evaluate(tmp_path / "w", "--predictions", tmp_path / "good.jsonl", "--against", tmp_path / "good.jsonl") == 0
     assert capsys.readouterr().err == ""
@@ -109,7 +109,7 @@ def test_a_dry_run_checks_predictions_as_a_run_does(judge, tmp_path, capsys):
     (tmp_path / "w").mkdir()
     (tmp_path / "w" / "predictions.jsonl").write_text(to_jsonl([own[0] | {"text": "other"}, *own[1:]]))
     assert evaluate(tmp_path / "w", "--predictions", tmp_path / "good.jsonl", *judge, "--dry_run") == 2
-    assert "holds other answers" in capsys.readouterr().err
+    assert "holds predictions.jsonl of another" in capsys.readouterr().err
 
 
 def test_a_dry_run_warns_of_lines_that_state_only_ids(tmp_path, capsys):
@@ -130,7 +130,7 @@ def test_answers_about_exchanged_images_are_no_answers(control, which, tmp_path,
              "--dry_run": ["--predictions", "own.jsonl", "--against", "exchanged.jsonl",
                            "--dry_run"]}[which]  # fmt: skip
     assert evaluate(tmp_path / "w", *(tmp_path / word if word.endswith(".jsonl") else word for word in flags)) == 1
-    title = "are of a control" if control else "are about another image"
+    title = "belong to a control" if control else "are about another image"
     assert f"{len(SAMPLES)} {title} (question {SAMPLES[0].question_id}: " in capsys.readouterr().err
 
 
@@ -141,7 +141,7 @@ def test_slakes_images_have_one_name_and_are_told_apart(tmp_path):
     assert [each["metadata"]["image"] for each in own] == [f"xmlab{n}/source.jpg" for n in range(3)]
     assert check_asked(samples, own) == dict.fromkeys(check_asked(samples, own), 0)
     with pytest.raises(UserError,
-                       match="3 are about another image .question 0: 'xmlab[12]/source.jpg' where 'xmlab0/source.jpg' is shown"):
+                       match="3 are about another image .question 0: 'xmlab[12]/source.jpg', not 'xmlab0/source.jpg'"):
         check_asked(samples, exchanged)
     for image in ("source.jpg", "imgs/xmlab1/source.jpg", "/elsewhere/imgs/xmlab1/source.jpg",
                   "imgs\\xmlab1\\source.jpg"):
@@ -163,7 +163,7 @@ def test_names_are_as_long_as_they_must_be():
     ("Is it? Options: [yes, no]", 1)])
 def test_a_prompt_may_have_more_than_the_question(prompt, counts):
     """Blanks, case and the image's marker do not count; a frame around the question is counted in a warning."""
-    assert check_asked([question(1)], [line(1, prompt=prompt)])["have a prompt with more than the question"] == counts
+    assert check_asked([question(1)], [line(1, prompt=prompt)])["have a prompt with more text than the question"] == counts
 
 
 def test_multiple_choice_may_be_asked_elsewhere_without_its_options():
@@ -219,7 +219,7 @@ def test_a_data_set_whose_ids_match_is_another(tmp_path, capsys):
             "--workdir"]
     assert cli.main([*argv, str(tmp_path / "a"), f"--config.data.root={tmp_path / 'one'}"]) == 1
     error = capsys.readouterr().err.splitlines()[-1]
-    assert "3 answer another prompt (question 1: 'What is it? 1' where 'Is it? 1' is asked); 3 are about another image" in error
+    assert "3 answer another prompt (question 1: 'What is it? 1', not 'Is it? 1'); 3 are about another image" in error
     assert cli.main([*argv, str(tmp_path / "b"), f"--config.data.root={tmp_path / 'two'}"]) == 0
 
 
@@ -230,5 +230,5 @@ def test_a_score_is_of_answers_to_its_questions():
     assert score.score(AnswerSet(samples, own))["n_closed"] == 3
     assert score.score(AnswerSet(samples, predictions(samples, ["x.jpg"] * 3, "noise")))["n_closed"] == 3
     for change in ({"prompt": "Is it 7?"}, {"metadata": {"image": "x.jpg"}}):
-        with pytest.raises(UserError, match="are no answers to the 3 questions: 1 "):
+        with pytest.raises(UserError, match="do not answer the 3 questions: 1 "):
             score.score(AnswerSet(samples, [own[0] | change, *own[1:]]))

@@ -63,7 +63,7 @@ def test_what_cannot_be_read_is_asked_for_once_more_and_then_stays_unscored(tmp_
     }  # fmt: skip
     report_unscored(found, [11, 12, 13], "answers")
     error = capsys.readouterr().err
-    assert "2 of 3 answers were judged in a form that cannot be read" in error and "warning: unscored, 1 of 3 answers: 13" in error
+    assert "for 2 of 3 answers the judge's reply could not be read" in error and "warning: unscored, 1 of 3 answers: 13" in error
 
 
 def test_equal_texts_are_asked_about_once(tmp_path):
@@ -82,7 +82,7 @@ def test_replies_are_kept_for_a_later_start(tmp_path):
         first = make(tmp_path, server).verdicts(["good", "bad"])
     with OpenAiServer(answer) as other:  # another address: a judge is known by its name
         judge = make(tmp_path, other)
-        assert str(judge.estimate(["good", "bad"])) == "nothing to ask; 3 replies are kept"
+        assert str(judge.estimate(["good", "bad"])) == "no requests; 3 replies are cached"
         assert judge.verdicts(["good", "bad"]) == first and judge.n_kept == 3
         assert not other.log
         make(tmp_path, other, temperature=0.1).verdicts(["good"])
@@ -161,8 +161,8 @@ def test_an_estimate_is_counted_by_hand(tmp_path):
     assert (found.requests, found.kept, found.prompt_tokens, found.answer_tokens) == (2, 0, 2 + 100 + 2 + 50 + 4 * 4, 200)
     assert found.dollars == pytest.approx((170 * 30 + 200 * 60) / 1e6)
     assert str(found) == (
-        "2 requests and 0 replies that are kept; about 170 tokens of prompts (one for 4 bytes) and at most 200 of replies,"
-        " without those that are asked for again: at most 0.02 US dollars"
+        "2 requests and 0 cached replies; about 170 prompt tokens (one per 4 bytes) and at most 200 reply tokens,"
+        " not counting repeated requests: at most 0.02 US dollars"
     )
     assert "no price is given" in str(make(tmp_path).estimate(["x"]))
     assert not list(tmp_path.iterdir()), "nothing is written for an estimate"

@@ -93,7 +93,7 @@ def test_a_wording_is_known_whatever_its_indentation(prompt, tmp_path):
         ("[[system]]\nYou grade.\n", "has no text under [[instruction]]"),
         ("[[system]]\n\n[[instruction]]\nGrade.\n", "has no text under [[system]]"),
         ("Grade.\n[[system]]\nx\n[[instruction]]\ny\n", "has text before its first section"),
-        ("[[system]]\nx\n[[instruction]]\ny\n[[examples]]\nz\n", "has the section [[examples]], which is unknown or stands there twice"),
+        ("[[system]]\nx\n[[instruction]]\ny\n[[examples]]\nz\n", "has the section [[examples]], which is unknown or occurs twice"),
         ("[[system]]\nx\n[[system]]\nx\n[[instruction]]\ny\n", "has the section [[system]]"),
     ],
 )

@@ -225,8 +225,8 @@ def test_the_controls_stand_beside_the_result(samples):
     html = report.render(metrics, AnswerSet(samples, predictions), others)
     page, table = Page(html), Page(parts(html)["Does the image matter?"])
     assert "images exchanged" in table.text and "noise, 336 pixels wide" in table.text
-    assert "Shown another image, it loses 100.0 points of closed accuracy" in table.text
-    assert "Shown noise, it loses 50.0 points of open F1 (p < 0.001)" in table.text
+    assert "With another image in place of the image: the model loses 100.0 points of closed accuracy" in table.text
+    assert "With noise in place of the image: the model loses 50.0 points of open F1 (p < 0.001)" in table.text
     assert "a difference of +0.0 points of closed accuracy (p = 1.000) is within chance" in table.text
     row = "Closed accuracy 100.0 [100.0, 100.0] 0.0 [0.0, 0.0] 100.0 [100.0, 100.0] <0.001 100.0 [100.0, 100.0] 0.0 [0.0, 0.0] 1.000"
     assert row in table.text, "own image, exchanged, difference, p, noise, difference, p"
@@ -263,9 +263,9 @@ def test_a_published_number_is_named_or_its_absence_explained(samples):
     metrics["published"] = {"model": "LLaVA-Med (X), 15 epochs", "source": "the paper", "values": {"recall": 61.52}}
     text = Page(parts(report.render(metrics, AnswerSet(samples, predictions)))["As the paper computes them"]).text
     assert "LLaVA-Med (X), 15 epochs" in text and "61.5" in text
-    metrics["published"] = {"reason": "No published number stands here: <why>."}
+    metrics["published"] = {"reason": "No published numbers are shown: <why>."}
     text = Page(parts(report.render(metrics, AnswerSet(samples, predictions)))["As the paper computes them"]).text
-    assert "No published number stands here: <why>." in text and "61.5" not in text
+    assert "No published numbers are shown: <why>." in text and "61.5" not in text
 
 
 def test_images_that_cannot_be_read_and_classes_without_items(tmp_path):

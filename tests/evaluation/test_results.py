@@ -87,7 +87,7 @@ def test_a_disk_that_is_full_leaves_the_results_as_they_were(victim, tmp_path, m
                 OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))))
         assert evaluate(monkeypatch, tmp_path, "no")[0] == 1
     error = capsys.readouterr().err.splitlines()[-1]
-    assert f"the results in {tmp_path} cannot be written: No space left on device; what stood there before is as it was" in error
+    assert f"the results in {tmp_path} cannot be written: No space left on device; the earlier results are unchanged" in error
     assert f"{len(SAMPLES)} answers are kept in {tmp_path}" in error
     kept = contents(tmp_path)
     assert kept.pop("predictions.jsonl.partial") and kept == before
@@ -130,7 +130,7 @@ def test_scores_of_a_file_are_not_laid_beside_the_answers_of_another_model(tmp_p
     assert evaluate(monkeypatch, tmp_path / "w", "no")[0] == 0
     before = contents(tmp_path / "w")
     assert score(tmp_path / "w", tmp_path / "p.jsonl") == 2
-    assert "w holds other answers, predictions.jsonl of another evaluation" in capsys.readouterr().err
+    assert "w holds predictions.jsonl of another evaluation" in capsys.readouterr().err
     assert contents(tmp_path / "w") == before
     assert score(tmp_path / "w", tmp_path / "w" / "predictions.jsonl") == 0, "scored again in its place"
     assert evaluate(monkeypatch, tmp_path / "v", "yes")[0] == 0
@@ -270,7 +270,7 @@ def own_set(root, count=1, same_id=False, **fields):
 
 
 @pytest.mark.parametrize("make, more, sentence", [
-    (dict(count=1), ["--control", "image"], "images can be exchanged among at least two; the questions have 1"),
+    (dict(count=1), ["--control", "image"], "the questions have 1 image; at least 2 were expected"),
     (dict(count=2), ["--config.organ_question=true"],
      "the organ question needs at least two images of HEAD, CHEST, ABD; 2 images of None were given"),
     (dict(count=1, organ="HEAD"), ["--config.organ_question=true"],
@@ -307,7 +307,7 @@ def test_no_room_for_noise_is_found_before_a_model_is_loaded(tmp_path, monkeypat
     argv = ["--config", str(ROOT / "configs" / "eval" / "llava_med.py"), f"--config.data.root={root}", "--checkpoint",
             "preset:small", "--control", "image"]
     assert cli.main([*argv, "--workdir", str(tmp_path / "w")]) == 1
-    assert "2 pictures of noise take 1 MB, and" in capsys.readouterr().err
+    assert "2 pictures of noise need 1 MB; the disk of" in capsys.readouterr().err
 
 
 # ---- one image, several names ----

@@ -69,7 +69,7 @@ def test_a_partial_file_takes_over_what_others_have(tmp_path, capsys):
     capsys.readouterr()
     again = Partial(final, {"key": 1}, 1)
     assert {i: answer.text for i, answer in again.answers.items()} == {0: "0", 1: "1", 2: "2"}
-    assert capsys.readouterr().err == f"{again.path}: 3 answers of an earlier start are taken over\n"
+    assert capsys.readouterr().err == f"{again.path}: 3 answers of an earlier start are reused\n"
     Partial(final, {"key": 1}, 2).add(5, Answer("later", "stop"))
     assert len(again) == 4, "what is on the disk"
     assert again.path.name == "p.jsonl.1.partial" and len(again.path.read_text().splitlines()) == 2, "each keeps its own"

@@ -186,5 +186,5 @@ def test_a_question_that_lost_its_image_is_not_asked(capsys):
     assert [model._row(type("Model", (), {"processor": None}), question) for question in questions] == [None] * 7
     model._say(list(model._refused.items()))
     said = capsys.readouterr().out.splitlines()
-    assert said[0] == "question 0 is not asked: its record names more images, by 1, than it has <image> markers"
-    assert len(said) == during_training.SHOWN + 1 and said[-1] == "3 more questions are not asked, for such reasons"
+    assert said[0] == "question 0 is not asked: its record names 1 more images than it has <image> markers"
+    assert len(said) == during_training.SHOWN + 1 and said[-1] == "3 more questions are not asked for similar reasons"

@@ -185,7 +185,7 @@ def test_no_eval_recipe_has_a_void_key_of_its_own():
 
 
 EVAL_VOID = [
-    ("slake", ["data.trained_on_images=x"], "checkpoint", "data.trained_on_images", "data.trained_on names no data"),
+    ("slake", ["data.trained_on_images=x"], "checkpoint", "data.trained_on_images", "data.trained_on is empty"),
     ("slake", ["protocol=paper"], "checkpoint", "protocol", "this is slake"),
     ("vqa_rad:demo", ["protocol=paper"], "checkpoint", "protocol", "data.held_out"),
     ("chat", ["protocol=paper"], "checkpoint", "protocol", "this is chat"),
@@ -193,15 +193,15 @@ EVAL_VOID = [
     ("slake", ["data.name=vqa_rad", "data.language=zh"], "checkpoint", "data.language", "vqa_rad has no such key"),
     ("pathvqa", ["data.name=slake", "data.images=x"], "checkpoint", "data.images", "slake has no such key"),
     ("captions", ["data.name=choices", "data.question=Describe"], "checkpoint", "data.question", "choices has no such key"),
-    ("slake", ["judge.temperature=0.5"], "checkpoint", "judge.temperature", "judge.model names no judge"),
-    ("vqa_rad", ["judge.prompt=x"], "predictions", "judge.prompt", "judge.model names no judge"),
-    ("vqa_rad", ["judge.price_prompt=1"], "checkpoint", "judge.price_prompt", "judge.model names no judge"),
-    ("slake", ["generation.temperature=0.5"], "predictions", "generation.temperature", "nothing is asked beside --predictions"),
-    ("vqa_rad:demo", [], "predictions", "organ_question", "nothing is asked beside --predictions"),
-    ("slake", ["generation.max_new_tokens=5"], "write_llava", "generation.max_new_tokens", "beside --write_llava"),
+    ("slake", ["judge.temperature=0.5"], "checkpoint", "judge.temperature", "judge.model is empty"),
+    ("vqa_rad", ["judge.prompt=x"], "predictions", "judge.prompt", "judge.model is empty"),
+    ("vqa_rad", ["judge.price_prompt=1"], "checkpoint", "judge.price_prompt", "judge.model is empty"),
+    ("slake", ["generation.temperature=0.5"], "predictions", "generation.temperature", "no model is asked with --predictions"),
+    ("vqa_rad:demo", [], "predictions", "organ_question", "no model is asked with --predictions"),
+    ("slake", ["generation.max_new_tokens=5"], "write_llava", "generation.max_new_tokens", "no model is asked with --write_llava"),
     ("slake", ["published=from_llava"], "write_llava", "published", "nothing is scored"),
     ("slake", ["generation.batch_size=5"], "endpoint", "generation.batch_size", "--concurrency"),
-    ("slake", ["seed=5"], "preflight", "seed", "nothing is asked beside --preflight"),
+    ("slake", ["seed=5"], "preflight", "seed", "no model is asked with --preflight"),
 ]
 
 
@@ -234,4 +234,4 @@ def test_an_evaluation_says_it_on_stderr(tmp_path, capsys):
              "--workdir", str(tmp_path / "w"), "--dry_run"]
     assert evaluate(words) == 0
     said = capsys.readouterr().err
-    assert "warning: the config key 'protocol' is 'paper' but has no effect: data.held_out asks each row once" in said
+    assert "warning: the config key 'protocol' is 'paper' but has no effect: with data.held_out each row is asked once" in said

@@ -195,7 +195,7 @@ def test_answers_and_server_s_words_of_an_evaluation(hostile_folder, monkeypatch
     with OpenAiServer(answer, delay=0) as server:
         assert eval_cli.main([*argv, "--endpoint", server.url]) == 0
     said = "".join(capsys.readouterr())
-    assert is_clean(said) and r"x\x1b[31m\r\u202ey" in said and "answers ended for the reason" in said
+    assert is_clean(said) and r"x\x1b[31m\r\u202ey" in said and "answers ended with finish_reason" in said
     kept = (hostile_folder / "w" / "predictions.jsonl").read_text()
     assert r"yes a\u001b[2J\u001b]0;pwned\u0007" in kept, "files have what was said"
 
@@ -203,7 +203,7 @@ def test_answers_and_server_s_words_of_an_evaluation(hostile_folder, monkeypatch
 def test_reasons_without_end_are_counted(capsys):
     ask._warn([Answer("x", f"reason {i % 20}") for i in range(100)])
     said = capsys.readouterr().err.splitlines()
-    assert len(said) == 9 and said[-1] == "warning: 60 of 100 answers ended for 12 other reasons"
+    assert len(said) == 9 and said[-1] == "warning: 60 of 100 answers ended with 12 other values of finish_reason"
 
 
 class Printing:

@@ -87,20 +87,21 @@ def _warn(answers: Sequence[Answer]) -> None:
     cut = [answer.tokens_cut for answer in answers if answer.tokens_cut]
     if cut:
         print(
-            f"warning: {len(cut)} of {len(answers)} prompts were longer than the model takes"
-            f" and lost their end ({sum(cut)} tokens in all), as in the original",
+            f"warning: {len(cut)} of {len(answers)} prompts were longer than the model accepts"
+            f" and were cut at the end, as in the original ({sum(cut)} tokens in all)",
             file=sys.stderr,
         )
     unfinished = sum(answer.finish_reason == "length" for answer in answers)
     if unfinished:
-        print(f"warning: {unfinished} of {len(answers)} answers reached max_new_tokens and are not finished",
+        print(f"warning: {unfinished} of {len(answers)} answers reached max_new_tokens and are incomplete",
               file=sys.stderr)
     others = Counter(answer.finish_reason for answer in answers if answer.finish_reason not in ("stop", "length"))
     for reason, count in others.most_common(_MOST_REASONS):
-        print(f"warning: {count} of {len(answers)} answers ended for the reason {reason!r}", file=sys.stderr)
+        print(f"warning: {count} of {len(answers)} answers ended with finish_reason {reason!r}", file=sys.stderr)
     if len(others) > _MOST_REASONS:
         rest = others.total() - sum(count for _, count in others.most_common(_MOST_REASONS))
-        print(f"warning: {rest} of {len(answers)} answers ended for {len(others) - _MOST_REASONS} other reasons",
+        print(f"warning: {rest} of {len(answers)} answers ended with {len(others) - _MOST_REASONS} other values of "
+              "finish_reason",
               file=sys.stderr)
 
 

@@ -42,8 +42,8 @@ class Endpoint:
     def check(generation: Generation) -> None:
         """Raises UsageError for settings that the protocol cannot express."""
         if generation.num_beams > 1:
-            raise UsageError(f"generation.num_beams is {generation.num_beams}; OpenAI's protocol has no beam search: 1 "
-                             "was expected beside --endpoint")
+            raise UsageError(f"generation.num_beams is {generation.num_beams}; 1 was expected with --endpoint, because "
+                             "OpenAI's protocol has no beam search")
 
     def answers(self, questions: Sequence[tuple[str, str]], asked: Sequence[int], generation: Generation,
                 failed: dict[int, UserError]) -> Iterator[tuple[int, Answer]]:

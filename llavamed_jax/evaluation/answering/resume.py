@@ -57,15 +57,15 @@ class Partial:
         self.answers = self._found_by_others() | self._kept
         self.is_begun = False
         if self.answers:
-            print(f"{self.path}: {len(self.answers)} answers of an earlier start are taken over", file=sys.stderr)
+            print(f"{self.path}: {len(self.answers)} answers of an earlier start are reused", file=sys.stderr)
             self._say_machine([own, *map(_read, self._of_others())])
         if damaged:
-            print(f"warning: {self.path}: {damaged} of {len(own) - 1} lines are no whole answers and are passed over",
+            print(f"warning: {self.path}: {damaged} of {len(own) - 1} lines are not complete answers and are skipped",
                   file=sys.stderr)
         if other:
-            print(f"warning: {self.path}: its {len(_answers(other[1:])[0])} answers are of another evaluation "
-                  f"({self._changes(other[0])}); they are set aside as {_aside(self.path, other[0]).name}, and all "
-                  "questions are asked anew", file=sys.stderr)
+            print(f"warning: {self.path}: its {len(_answers(other[1:])[0])} answers belong to another evaluation "
+                  f"({self._changes(other[0])}); the file is renamed to {_aside(self.path, other[0]).name}, and all "
+                  "questions are asked again", file=sys.stderr)
 
     def _is_ours(self, lines: Sequence[object]) -> bool:
         return bool(lines) and isinstance(lines[0], dict) and lines[0].get("answers of") == self._head["answers of"]
@@ -74,15 +74,15 @@ class Partial:
         """Describes the differences between the other evaluation's key and this one's."""
         earlier = head.get("follow from") if isinstance(head, dict) else None
         if not isinstance(earlier, dict):
-            return "it does not say what they follow from"
-        return f"not the same: {changes(earlier, self._head['follow from'])}"
+            return "the file does not record its settings"
+        return f"different: {changes(earlier, self._head['follow from'])}"
 
     def _say_machine(self, files: Sequence[Sequence[object]]) -> None:
         machines = [lines[0].get("machine") for lines in files if self._is_ours(lines) and len(lines) > 1]
         other = next((each for each in machines if isinstance(each, dict) and each != self._head["machine"]), None)
         if other is not None:
-            print(f"warning: {self.path}: the answers that are taken over came from another machine "
-                  f"({changes(other, self._head['machine'])}); last digits, and so a rare answer, may differ",
+            print(f"warning: {self.path}: the reused answers came from another machine "
+                  f"({changes(other, self._head['machine'])}); rounding may differ there, and in rare cases an answer",
                   file=sys.stderr)
 
     def __len__(self) -> int:
@@ -120,8 +120,8 @@ class Partial:
         if self.is_begun and not self.path.exists():
             self.is_begun = False
             self._begin()
-            print(f"warning: {self.path} was removed while the evaluation ran; it is written anew, with the "
-                  f"{len(self._kept)} answers that it held", file=sys.stderr)
+            print(f"warning: {self.path} was removed during the evaluation; it is written again with its "
+                  f"{len(self._kept)} answers", file=sys.stderr)
 
     def _begin(self) -> None:
         """Writes the key and the reused answers.

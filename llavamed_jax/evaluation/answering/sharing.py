@@ -62,8 +62,8 @@ def collected(total: int, mine: Sequence[int], answers: Mapping[int, Answer], fa
     all_answers = {int(i): Answer(**answer) for part, _ in parts for i, answer in part.items()}
     all_failed = {int(i): UserError(sentence) for _, part in parts for i, sentence in part.items()}
     if wrong := set(range(total)) ^ (all_answers.keys() | all_failed.keys()):
-        raise UserError(f"{len(wrong)} of {total} questions were asked by no process, or are no questions here: the "
-                        "same config and data were expected in all processes")
+        raise UserError(f"the processes disagree about {len(wrong)} of {total} questions; the same config and data "
+                        "were expected in all processes")
     return all_answers, all_failed
 
 

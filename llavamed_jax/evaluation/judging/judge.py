@@ -83,13 +83,13 @@ class Estimate:
 
     def __str__(self) -> str:
         if not self.requests:
-            return f"nothing to ask; {count_of(self.kept, 'reply is', 'replies are')} kept"
+            return f"no requests; {count_of(self.kept, 'reply is', 'replies are')} cached"
         cost = (f"at most {self.dollars:.2f} US dollars" if self.dollars is not None
-                else "no price is given (judge.price_prompt, _answer)")
-        kept = count_of(self.kept, "reply that is kept", "replies that are kept")
-        return (f"{count_of(self.requests, 'request')} and {kept}; about {self.prompt_tokens:,} tokens of prompts (one "
-                f"for {_BYTES_A_TOKEN} bytes) and at most {self.answer_tokens:,} of replies, without those that are "
-                f"asked for again: {cost}")
+                else "cost unknown (set judge.price_prompt and judge.price_answer)")
+        kept = count_of(self.kept, "cached reply", "cached replies")
+        return (f"{count_of(self.requests, 'request')} and {kept}; about {self.prompt_tokens:,} prompt tokens (one per "
+                f"{_BYTES_A_TOKEN} bytes) and at most {self.answer_tokens:,} reply tokens, not counting repeated "
+                f"requests: {cost}")
 
 
 class Judge:
@@ -228,7 +228,7 @@ def report_unscored(verdicts: Sequence[Verdict], names: Sequence[object], what: 
     unscored = [terminal.sentence(str(name)) for name, verdict in zip(names, verdicts, strict=True)
                 if verdict.value is None]
     if again:
-        print(f"{again} of {len(verdicts)} {what} were judged in a form that cannot be read, and were asked about "
+        print(f"for {again} of {len(verdicts)} {what} the judge's reply could not be read, and the judge was asked "
               "again", file=sys.stderr)
     if unscored:
         print(f"warning: unscored, {len(unscored)} of {len(verdicts)} {what}: {', '.join(unscored)}", file=sys.stderr)
@@ -239,12 +239,12 @@ def check_answered(verdicts: Sequence[Verdict], what: str) -> None:
     errors = [verdict.error for verdict in verdicts if verdict.error is not None]
     if errors:
         raise UserError(f"{len(errors)} of {len(verdicts)} {what} were not judged and are reported as unscored: "
-                        f"{errors[0]}; run again to ask about these alone")
+                        f"{errors[0]}; run again to judge only these")
 
 
 def _check(cfg: ConfigDict) -> None:
     if not cfg.model:
-        raise UsageError("judge.model is empty; the name of the model that judges was expected: "
+        raise UsageError("judge.model is empty; the name of the judge's model was expected: "
                          "--config.judge.model=NAME")
     if not cfg.endpoint:
         raise UsageError("judge.endpoint is empty; the address of the judge was expected: --config.judge.endpoint=URL")

@@ -68,8 +68,8 @@ def read_prompt(path: str, default: Path) -> JudgePrompt:
     found = _sections(Path(path)) if path else own
     missing = [name for name in ("system", "instruction") if not found.get(name)]
     if missing:
-        raise UserError(f"the judge's prompt {path} has no text under [[{missing[0]}]]; sections [[system]] and "
-                        "[[instruction]], and [[reminder]] if wanted, were expected")
+        raise UserError(f"the judge's prompt {path} has no text under [[{missing[0]}]]; the sections [[system]] and "
+                        "[[instruction]] were expected, and optionally [[reminder]]")
     return JudgePrompt(Path(path) if path else default, found["system"], found["instruction"],
                        found.get("reminder") or own["reminder"])
 
@@ -85,7 +85,7 @@ def _sections(file: Path) -> dict[str, str]:
     names = parts[::2]
     strange = [f"[[{name}]]" for name in names if name not in _SECTIONS or names.count(name) > 1]
     if before.strip() or strange:
-        what = (f"the section {some(strange)}, which is unknown or stands there twice" if strange
+        what = (f"the section {some(strange)}, which is unknown or occurs twice" if strange
                 else "text before its first section")
         raise UserError(f"the judge's prompt {file} has {what}; {', '.join(f'[[{name}]]' for name in _SECTIONS)} were "
                         "expected, each once")

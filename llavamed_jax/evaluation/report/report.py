@@ -22,24 +22,24 @@ _SPLITS = {
 }  # fmt: skip
 TITLES = {
     "closed_accuracy": (
-        "Closed accuracy", "the answer is the gold, or begins with the right one of yes and no and does not say the "
-                           "other"),
+        "Closed accuracy", "the answer equals the gold, or begins with the right one of yes and no and does not "
+                           "contain the other"),
     "open_exact": ("Open, exact", "the normalised answer equals the gold, whatever form it is written in"),
     "open_f1": ("Open, F1", "overlap of the words of answer and gold, counted as multisets"),
-    "choice_accuracy": ("Multiple choice", "letter or text of the right option, and nothing else"),
+    "choice_accuracy": ("Multiple choice", "the answer is only the letter or the text of the right option"),
     "recall": ("Open, recall", "the paper's “open” number: gold words found; repeating a right word raises it"),
     "f1": ("Open, F1", "as the original counts it"),
     "precision": ("Open, precision", "answer words that are in the gold"),
-    "exact_match": ("Open, “exact match”", "distinct gold words found / words of the answer: no equality of strings"),
-    "bleu": ("BLEU", "1- to 4-grams, unsmoothed: near 0 wherever an answer is shorter than four words"),
+    "exact_match": ("Open, “exact match”", "distinct gold words found / words of the answer; not equality of strings"),
+    "bleu": ("BLEU", "1- to 4-grams, unsmoothed: near 0 if an answer is shorter than four words"),
     "bleu_1": ("BLEU-1", "single words, with brevity penalty"),
-    "bleu_2": ("BLEU-2", "pairs of words alone"),
-    "bleu_3": ("BLEU-3", "triples of words alone"),
+    "bleu_2": ("BLEU-2", "only pairs of words"),
+    "bleu_3": ("BLEU-3", "only triples of words"),
     "open_accuracy_candidates": ("Open accuracy, candidates", "the training answer nearest to the answer is the gold"),
     "open_accuracy_substring": ("Open accuracy, substring", "the gold is a substring of the answer"),
-    "closed_accuracy_yes_no": ("Closed accuracy, yes/no", "the gold is a substring, and “yes” or “no” is one too"),
+    "closed_accuracy_yes_no": ("Closed accuracy, yes/no", "the gold is a substring, and so is “yes” or “no”"),
     "closed_accuracy_substring": (
-        "Closed accuracy, substring", "the paper's “closed”: the gold is a substring, “no” of “normal” too"),
+        "Closed accuracy, substring", "the paper's “closed”: the gold is a substring; “normal” contains “no”"),
     "closed_recall": ("Closed recall", "gold words found, as for open questions"),
 }
 _CAPTION_TITLES = {
@@ -48,10 +48,11 @@ _CAPTION_TITLES = {
     "bleu_3": ("BLEU-3", "of the whole set: up to triples"),
     "bleu_4": ("BLEU-4", "of the whole set: up to four words in a row"),
     "rouge_l": ("ROUGE-L", "F1 of the longest common subsequence, mean over texts"),
-    "sentence_bleu_1": ("BLEU-1, mean", "of each text by itself, then averaged"),
-    "sentence_bleu_2": ("BLEU-2, mean", "the same, up to pairs"),
-    "sentence_bleu_3": ("BLEU-3, mean", "the same, up to triples"),
-    "sentence_bleu_4": ("BLEU-4, mean", "the same, up to four; a text without four right words in a row counts 0"),
+    "sentence_bleu_1": ("BLEU-1, mean", "mean over the texts: single words"),
+    "sentence_bleu_2": ("BLEU-2, mean", "mean over the texts: up to pairs"),
+    "sentence_bleu_3": ("BLEU-3, mean", "mean over the texts: up to triples"),
+    "sentence_bleu_4": (
+        "BLEU-4, mean", "mean over the texts: up to four; a text without four right words in a row counts 0"),
 }
 _PAPER_ORDER = (
     "recall", "closed_accuracy_substring", "closed_accuracy_yes_no", "closed_recall", "f1", "precision", "exact_match",

@@ -56,7 +56,7 @@ def _judged(judged: Mapping | None) -> Iterator[str]:
     yield (f"{'open accuracy, judged':<41}{_plain(judged['open_accuracy']):>7}"
            f"  {_interval(judged, 'open_accuracy')}").rstrip()
     if judged["n_unscored"]:
-        yield (f"  unscored and not counted, {judged['n_unscored']} of {judged['n_open']}: "
+        yield (f"  unscored and not counted: {judged['n_unscored']} of {judged['n_open']}: "
                f"{', '.join(map(str, judged['unscored']))}")
 
 
@@ -79,26 +79,26 @@ def _notes(metrics: Mapping) -> Iterator[str]:
         yield controls.reading(control["noise"]["difference"], "noise")
     if metrics.get("n_choice_unread"):
         yield (f"{metrics['n_choice_unread']} of {metrics['n_choice']} multiple-choice answers name no option or "
-               "several, and count as wrong")
+               "several options and count as wrong")
     if organ:
         yield (f"organ named on {organ['n']} images: {organ['accuracy']:.1f} with the image ({organ['hits']} of "
                f"{organ['n']}), {organ['exchanged']:.1f} with images exchanged (mean of {organ['n'] - 1} shifts), "
                f"majority {organ['majority']:.1f}")
     if leakage and leakage["images_in_training"]:
-        yield (f"of the images {leakage['images_in_training']} of {leakage['images']} also occur in training rows, and "
-               f"{leakage['open_answers_on_same_image_in_training']} of {leakage['open_questions']} open answers stand "
-               "there for the same image")
+        yield (f"{leakage['images_in_training']} of {leakage['images']} images also occur in training rows, and "
+               f"{leakage['open_answers_on_same_image_in_training']} of {leakage['open_questions']} open answers occur "
+               "there with the same image")
     trained = metrics.get("trained_on")
     if trained:
         found = trained["images_same_file"] + trained["images_same_pixels"]
         seen = sum(row["image_and_answer_in_training"] for row in trained["by_kind"].values())
-        yield (f"of the images {found} of {trained['images']} occur in {trained['data']}, and of the questions {seen} "
-               f"of {sum(row['questions'] for row in trained['by_kind'].values())} with their answer")
+        yield (f"{found} of {trained['images']} images occur in {trained['data']}, and {seen} of "
+               f"{sum(row['questions'] for row in trained['by_kind'].values())} questions with image and answer")
         unread = [(trained["records_not_readable"], trained["records"], "records"),
                   (trained["training_images_not_readable"], trained["training_images"], "images")]
         if any(count for count, _, _ in unread):
-            yield (f"warning: of {trained['data']} "
-                   f"{' and '.join(f'{n} of {total} {what}' for n, total, what in unread if n)} cannot be read")
+            yield (f"warning: {' and '.join(f'{n} of {total} {what}' for n, total, what in unread if n)} of "
+                   f"{trained['data']} cannot be read")
 
 
 def _interval(table: Mapping, name: str) -> str:

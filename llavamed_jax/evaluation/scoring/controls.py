@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from llavamed_jax.datasets.sample import VqaSample
-from llavamed_jax.errors import UserError
+from llavamed_jax.errors import UserError, count_of
 from llavamed_jax.utils import signals
 
 ORGAN_QUESTION = "Which organ system is shown in this image?"
@@ -51,7 +51,8 @@ def derangement(images: Sequence[str], seed: int) -> dict[str, str]:
     """
     distinct = list(dict.fromkeys(images))
     if len(distinct) < 2:
-        raise UserError(f"images can be exchanged among at least two; the questions have {len(distinct)}")
+        raise UserError(f"the questions have {count_of(len(distinct), 'image')}; at least 2 were expected, so that "
+                        "images can be exchanged")
     order = [distinct[i] for i in np.random.default_rng(seed).permutation(len(distinct))]
     return dict(zip(order, order[1:] + order[:1], strict=True))
 
@@ -103,8 +104,8 @@ def check_room(count: int, folder: Path) -> None:
     there = next(place for place in (folder, *folder.parents) if place.exists())
     needed, free = count * NOISE_SIZE**2 * 3, shutil.disk_usage(there).free  # noise cannot be compressed
     if free < needed:
-        raise UserError(f"{count} pictures of noise take {needed / 1e6:.0f} MB, and {folder} has {free / 1e6:.0f} MB "
-                        "left")
+        raise UserError(f"{count} pictures of noise need {needed / 1e6:.0f} MB; the disk of {folder} has "
+                        f"{free / 1e6:.0f} MB free")
 
 
 def _write_noise(paths: Sequence[str], folder: Path, seed: int) -> None:
@@ -138,14 +139,15 @@ def reading(difference: Mapping, instead: str) -> str:
     blind = [name for name in names if name not in seen + worse]
     parts = []
     if seen:
-        parts.append(f"it loses {_points(difference, seen, '.1f')}: these answers depend on the image")
+        parts.append(f"the model loses {_points(difference, seen, '.1f')}: these answers depend on the image")
     if worse:
-        parts.append(f"it gains {_points(difference, worse, '.1f')}: the own image misleads it, or something is wrong")
+        parts.append(f"the model gains {_points(difference, worse, '.1f')}: the right image misleads it, or something "
+                     "is wrong")
     if blind:
         verb = "differences of {} are" if len(blind) > 1 else "a difference of {} is"
-        parts.append(f"{verb.format(_points(difference, blind, '+.1f'))} within chance: nothing here says that the "
-                     "image is looked at")
-    return f"Shown {instead}, {'; '.join(parts)}." if parts else ""
+        parts.append(f"{verb.format(_points(difference, blind, '+.1f'))} within chance: no evidence that these "
+                     "answers depend on the image")
+    return f"With {instead} in place of the image: {'; '.join(parts)}." if parts else ""
 
 
 def _points(difference: Mapping, names: Sequence[str], form: str) -> str:

@@ -31,13 +31,13 @@ def read_predictions(path: str | Path) -> list[dict]:
     except OSError as error:
         raise at(path, f"the predictions {path} cannot be read: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
-        raise UserError(f"the predictions {path} are no UTF-8 text, at byte {error.start}; "
-                        "lines of JSON were expected") from None
+        raise UserError(f"the predictions {path} are not UTF-8 text (byte {error.start}); lines of JSON were "
+                        "expected") from None
     predictions = []
     for where, prediction in parse_jsonl(text, lambda number: f"{path}, line {number}"):
         is_prediction = isinstance(prediction, dict) and "question_id" in prediction
         if not is_prediction or not isinstance(prediction.get("text"), str):
-            raise UserError(f'{where}: an object with "question_id" and the text "text" was expected')
+            raise UserError(f'{where} is not a prediction; an object with "question_id" and "text" was expected')
         predictions.append(prediction)
     return predictions
 
@@ -88,9 +88,10 @@ def check_asked(samples: Sequence[VqaSample], predictions: Iterable[Mapping],
     """
     by_id = {str(prediction["question_id"]): prediction for prediction in predictions}
     names = image_names(str(sample.image) for sample in samples)
-    wrong: dict[str, list[str]] = {"answer another prompt": [], "are about another image": [], "are of a control": []}
+    wrong: dict[str, list[str]] = {"answer another prompt": [], "are about another image": [],
+                                   "belong to a control": []}
     counts = {"state no prompt and are joined by question_id": 0, "state no image": 0,
-              "have a prompt with more than the question": 0}
+              "have a prompt with more text than the question": 0}
     for sample in samples:
         line, where = by_id[str(sample.question_id)], f"question {cut(str(sample.question_id))}: "
         prompt, image, control = line.get("prompt"), _stated_image(line), _metadata(line).get("control")
@@ -98,18 +99,17 @@ def check_asked(samples: Sequence[VqaSample], predictions: Iterable[Mapping],
         counts["state no image"] += image is None
         if isinstance(prompt, str) and (said := _plain(prompt)) != (asked := _plain(sample.question)):
             is_longer = _has_whole(said, asked)
-            counts["have a prompt with more than the question"] += is_longer
+            counts["have a prompt with more text than the question"] += is_longer
             # Our multiple-choice prompts list the options; those of other programs may lack them.
             if not is_longer and not (sample.answer_type == CHOICE and said and asked.startswith(said)):
-                wrong["answer another prompt"].append(f"{where}{short(prompt)} where {short(sample.question)} is asked")
+                wrong["answer another prompt"].append(f"{where}{short(prompt)}, not {short(sample.question)}")
         if control is not None:
-            wrong["are of a control"] += [] if is_control_allowed else [f"{where}{short(control)}"]
+            wrong["belong to a control"] += [] if is_control_allowed else [f"{where}{short(control)}"]
         elif image is not None and not _is_image(image, names[str(sample.image)]):
-            wrong["are about another image"].append(f"{where}{short(image)} where {short(names[str(sample.image)])} is "
-                                                    "shown")
+            wrong["are about another image"].append(f"{where}{short(image)}, not {short(names[str(sample.image)])}")
     if any(wrong.values()):
         found = "; ".join(f"{len(each)} {what} ({each[0]})" for what, each in wrong.items() if each)
-        raise UserError(f"the predictions are no answers to the {len(samples)} questions: {found}")
+        raise UserError(f"the predictions do not answer the {len(samples)} questions: {found}")
     return counts
 
 
