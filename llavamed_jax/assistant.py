@@ -87,7 +87,7 @@ def load(path: str | Path, dtype=None, quantize=None, mesh: Mesh | str | None = 
     if processor.eos_ids != checkpoint.config.decoder.eos_ids:
         named = checkpoint.config.decoder.eos_ids
         more = [f"{short(processor.tokenizer.token_of(i))} ({i})" for i in processor.eos_ids if i not in named]
-        warn(f"{path}: {' and '.join(more)}, which tokenizer or template name, end an answer too; the configs name "
+        warn(f"{path}: {' and '.join(more)} of the tokenizer or the template also end an answer; the configs name only "
              f"{list(named)}")
     mesh = make_mesh(mesh, jax.local_devices()) if isinstance(mesh, str) else mesh
     if dtype is not None and _numpy_dtype(dtype) == np.float32:
@@ -178,8 +178,8 @@ class LlavaMed:
         held = ids != PAD_TOKEN
         apart = np.flatnonzero((np.diff(held, axis=1) & held[:, 1:]).sum(1) + held[:, 0] > 1)
         if len(apart):
-            raise UserError(f"row {apart[0]} of input_ids has {PAD_TOKEN} between its tokens; it pads a row on the "
-                            "right")
+            raise UserError(f"row {apart[0]} of input_ids has {PAD_TOKEN} between its tokens; padding was expected "
+                            "only on the right")
         slots, ids = self._slots(ids, pixel_values), ids.astype(np.int32)
         segments = (ids != PAD_TOKEN).astype(np.int32)
         if self.mesh is None:
@@ -198,7 +198,7 @@ class LlavaMed:
         images = np.zeros((0,)) if pixel_values is None else np.atleast_1d(np.asarray(pixel_values))
         if (positions % P).any() or positions.sum() != P * len(images):
             raise UserError(f"the rows have {positions.tolist()} image positions for {len(images)} images; {P} "
-                            "positions an image were expected")
+                            "positions per image were expected")
         for image in images:
             check_image(self.config, image, "pixel_values")
         if not len(images):
@@ -235,7 +235,7 @@ class LlavaMed:
         """
         images = [[] for _ in rows] if images is None else images
         if len(images) != len(rows):
-            raise UserError(f"{len(images)} lists of images were given for {len(rows)} rows; one a row was expected")
+            raise UserError(f"{len(images)} lists of images were given for {len(rows)} rows; one per row was expected")
         rows = [self._expand(row, len(own), name_of(i, len(rows))) for i, (row, own) in enumerate(zip(rows, images))]
         requests = self._requests(rows, images, max_new_tokens, temperature, top_p, top_k, num_beams, seed)
         return self._beams.generate(requests, num_beams) if num_beams > 1 else self.engine.generate(requests)
@@ -249,7 +249,7 @@ class LlavaMed:
         expanded = expand_images(ids, P)
         if expanded.count(IMAGE_TOKEN) != P * num_images:
             raise UserError(f"{name} has {ids.count(IMAGE_TOKEN)} image tokens and {num_images} images; one token, or "
-                            f"{P} in a run, an image were expected")
+                            f"{P} in a run, per image were expected")
         return expanded
 
     def generate(self, conversations: Sequence[Sequence[dict]], max_new_tokens: int = 256, temperature: float = 0.0,
@@ -380,7 +380,7 @@ class LlavaMed:
     def _text_stream(self, stop):
         stop = [stop] if isinstance(stop, str) else stop
         if not isinstance(stop, Sequence) or not all(isinstance(text, str) for text in stop):
-            raise UserError(f"stop is {short(stop)}; texts were expected")
+            raise UserError(f"stop is {short(stop)}; a text or a list of texts was expected")
         p, stop = self.processor, [*stop, *self.processor.stop]
         single = [ids[0] for ids in (p.tokenizer.encode(text, bos=False) for text in stop) if len(ids) == 1]
         return TextStream(p.decode, stop, stop_ids=[i for i in single if not p.decode([i])])

@@ -14,8 +14,8 @@ from llavamed_jax.errors import UsageError, UserError, count_of, short
 from llavamed_jax.images.load import split_frame
 from llavamed_jax.utils import signals
 
-HELP = ("/image FILE adds an image to the next message, /clear starts anew; Ctrl-C stops an answer, an empty line or "
-        "Ctrl-D ends the chat")
+HELP = ("/image FILE adds an image to the next message, /clear starts a new conversation; Ctrl-C stops an answer, an "
+        "empty line or Ctrl-D ends the chat")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,7 +39,7 @@ def program(argv: Sequence[str]) -> None:
     common.add_model_flags(parser)
     parser.add_argument("--image", action="append", default=[], metavar="FILE",
                         help="an image for the first message; may be repeated")
-    parser.add_argument("--system", metavar="TEXT", help="what stands before the conversation")
+    parser.add_argument("--system", metavar="TEXT", help="the system text")
     parser.add_argument("--temperature", type=float, default=0.2, metavar="T", help="0 is greedy (default 0.2)")
     parser.add_argument("--max_new_tokens", type=int, default=512, metavar="N")
     parser.add_argument("--seed", type=int, default=0, metavar="N")
@@ -156,7 +156,7 @@ class Chat:
         except KeyboardInterrupt:  # stops the answer, not the program; the text so far stays in the conversation
             pass
         if not answer:
-            print("(an empty answer)" if is_whole else "(stopped; the question is taken back)", end="")
+            print("(an empty answer)" if is_whole else "(stopped; the question was removed)", end="")
         print()
         if answer or is_whole:
             self.messages, self.images = messages + [{"role": "assistant", "content": answer}], []

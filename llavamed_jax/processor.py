@@ -68,7 +68,8 @@ class Processor:
         if image_mode not in (None, *pixels.MODES):
             raise UserError(f"the image mode is {image_mode!r}; {' or '.join(pixels.MODES)} was expected")
         if config is not None and image_size not in (None, config.vision.image_size):
-            raise UserError(f"the image size is {image_size}; this model's tower takes {config.vision.image_size}")
+            raise UserError(f"the image size is {image_size}; {config.vision.image_size}, the size of this model's "
+                            "tower, was expected")
         if image_size is not None and (not isinstance(image_size, numbers.Integral) or image_size < _PATCH):
             raise UserError(f"the image size is {image_size!r}; a whole number of at least {_PATCH} was expected")
         self.config = config
@@ -179,8 +180,8 @@ class Processor:
         Raises UserError if the checkpoint has only a Jinja chat template, or if the name is unknown.
         """
         if self.template_name is None:
-            raise UserError("this checkpoint brings a chat template of its own, which says nothing of labels; name a "
-                            "template, for example v1.5:mistral_instruct or up:vicuna_v1")
+            raise UserError("this checkpoint has its own chat template, which does not define labels for training; "
+                            "name a template, for example v1.5:mistral_instruct or up:vicuna_v1")
         return get_template(self.template_name)
 
     @property
@@ -299,8 +300,8 @@ class Processor:
         absent = [token for token in (START, END) if self._has_start_end and token in text
                   and self.id_of(token) is None]
         if absent:
-            raise UserError(f"the model's images stand between {START} and {END}, and its tokenizer has no "
-                            f"{' and no '.join(absent)}; `python -m convert build --add_image_tokens` adds both")
+            raise UserError(f"the model expects images between {START} and {END}, but its tokenizer lacks "
+                            f"{' and '.join(absent)}; `python -m convert build --add_image_tokens` adds them")
         begun = (self.chat_template is not None and self.tokenizer.bos_token
                  and text.startswith(self.tokenizer.bos_token))
         return image_positions.encode(text, self.tokenizer, image_token(self.config, self.tokenizer), bos=not begun)
@@ -384,8 +385,8 @@ class Processor:
         is_array = isinstance(sources, np.ndarray)
         if (not isinstance(sources, Iterable) or isinstance(sources, (str, bytes, bytearray))
                 or is_array and sources.ndim != 4):
-            raise UserError(f"images were given as a {type(sources).__name__}; a list of images was expected, for one "
-                            "image too")
+            raise UserError(f"images were given as a {type(sources).__name__}; a list of images was expected, even for "
+                            "one image")
         size, mode = self.image_size, self.image_mode if mode is None else mode
         arrays = [self._preprocess(pixels.load_image(source, frame), mode) for source in sources]
         return np.stack(arrays) if arrays else np.zeros((0, size, size, 3), np.uint8)

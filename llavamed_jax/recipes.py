@@ -84,9 +84,9 @@ def recipe_arguments(text: str, *, epochs: int | None = None, protocol: str | No
         found[kind] = value
     if "small" in found and ("family" in found or "size" in found):
         other = found.get("family") or found["size"]
-        raise UsageError(f"the recipe argument 'small' names a model of its own; it cannot stand beside {other!r}")
+        raise UsageError(f"the recipe argument 'small' names a model itself; it cannot be used with {other!r}")
     found["small"] = "small" in found
     result = RecipeArguments(**{"epochs": epochs, "protocol": protocol, "word": words[0] if words else None, **found})
     if (result.family, result.size) == ("v15", "13b"):
-        raise UsageError("the recipe argument '13b' is Vicuna's size, so with v1 or llava15 only; v15 is Mistral 7b")
+        raise UsageError("the recipe argument '13b' can be used only with v1 or llava15 (Vicuna); v15 is Mistral 7b")
     return result

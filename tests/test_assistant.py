@@ -77,7 +77,7 @@ def test_a_mesh_of_fewer_devices_takes_the_first_ones(saved, assistant):
     ([[1] + [-200] * (P - 1)], 1, r"\[15\] image positions"),
     ([[1, VOCAB]], 0, f"holds {VOCAB}; ids below {VOCAB}"),
     ([1, 2], 0, r"shape \(2,\)"),
-    ([[1, 5, -1], [1, -1, 5]], 0, r"row 1 of input_ids has -1 between its tokens; it pads a row on the right"),
+    ([[1, 5, -1], [1, -1, 5]], 0, r"row 1 of input_ids has -1 between its tokens; padding was expected only on the right"),
 ])
 def test_bad_logits_calls_are_one_sentence(assistant, ids, images, sentence):
     with pytest.raises(ValueError, match=sentence):
@@ -293,7 +293,7 @@ def test_the_count_of_images_must_fit_the_markers(assistant):
 
 def test_stops_that_are_no_texts_and_pixels_that_are_whole_numbers(assistant):
     for stop in (None, 5, [None], ["a", 7]):
-        with pytest.raises(ValueError, match="stop is .*; texts were expected"):
+        with pytest.raises(ValueError, match="stop is .*; a text or a list of texts was expected"):
             assistant.generate([ask("why ?")], stop=stop)
     pixels = assistant.processor.images_uint8([picture()]).astype(int)
     with pytest.raises(ValueError, match="an image of int64; uint8 or normalised float32"):
@@ -373,7 +373,7 @@ def test_answers_end_at_the_tokenizers_own_eos_token(beams, saved, tmp_path, cap
     (path / "tokenizer_config.json").write_text(json.dumps({"eos_token": piece}))
     capsys.readouterr()
     model = lm.load(path, dtype="float32")
-    assert f"{piece!r} ({end}), which tokenizer or template name, end an answer too; the configs name [2]" in capsys.readouterr().err
+    assert f"{piece!r} ({end}) of the tokenizer or the template also end an answer; the configs name only [2]" in capsys.readouterr().err
     assert model.processor.eos_ids == (2, end) == model.engine.eos and model.config.decoder.eos_ids == (2,)
     if beams == 1:
         assert model.generate_tokens([row], max_new_tokens=12) == [free[:free.index(end) + 1]]

@@ -165,9 +165,9 @@ def test_a_recipe_that_is_missing_is_named_beside_recipes_alone():
 
 @pytest.mark.parametrize("name", [*STAGES, *TASKS])
 def test_there_is_no_mistral_of_13b(name):
-    with pytest.raises(UsageError, match="'13b' is Vicuna's size"):
+    with pytest.raises(UsageError, match="'13b' can be used only with"):
         load(name, "v15,13b")
-    with pytest.raises(UsageError, match="'13b' is Vicuna's size"):
+    with pytest.raises(UsageError, match="'13b' can be used only with"):
         load(name, "13b")
 
 

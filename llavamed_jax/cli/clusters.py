@@ -47,8 +47,8 @@ def detected(environment: Mapping[str, str] = os.environ) -> Place | None:
     if "KUBERNETES_SERVICE_HOST" in environment and "JOB_COMPLETION_INDEX" in environment:
         if importlib.util.find_spec("kubernetes") is not None:
             return Place()
-        print("this is a pod of an indexed job and runs alone: pip install kubernetes, or --coordinator, "
-              "--num_processes and --process_id, would join it with the others", file=sys.stderr)
+        print("warning: this pod of an indexed job runs alone; to join the other pods, pip install kubernetes or give "
+              "--coordinator, --num_processes and --process_id", file=sys.stderr)
     return None
 
 

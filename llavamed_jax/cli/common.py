@@ -85,7 +85,7 @@ def _run(program: Callable[[list[str]], int | None], argv: list[str]) -> int:
         status, said = 1, str(error) or "interrupted"
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # otherwise Python reports the error again at exit
-        status, said = 1, "the output was closed before all of it was written"
+        status, said = 1, "the output was closed before everything was written"
     except Exception as error:
         status, said = 1, _of_the_system(error)
         if said is None:
@@ -103,11 +103,11 @@ def _run(program: Callable[[list[str]], int | None], argv: list[str]) -> int:
 def _of_the_system(error: Exception) -> str | None:
     """Returns a sentence about an operating system error on a file; None for other errors."""
     if isinstance(error, FileNotFoundError) and "temporary directory" in str(error):  # from `tempfile`, in any library
-        return f"a temporary directory is needed ({error.strerror}); set TMPDIR to one that can be written"
+        return f"a temporary directory is needed ({error.strerror}); set TMPDIR to a writable directory"
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return f"{cut(str(error.filename), 300)}: {error.strerror}"
     is_nul = isinstance(error, ValueError) and "embedded null" in str(error)
-    return "a path holds a NUL character, which no file's name may" if is_nul else None
+    return "a path contains a NUL character, which is not valid in a file name" if is_nul else None
 
 
 _NO_PATHS = ("URL", "TEXT", "NAME")  # metavars of flags that may hold an address
@@ -146,7 +146,7 @@ class Parser(argparse.ArgumentParser):
         """Parses known flags; raises UsageError for NUL characters, and for paths that are addresses or not UTF-8."""
         strange = next((word for word in args or () if "\0" in word), None)
         if strange is not None:
-            self.error(f"the argument {short(strange)} holds a NUL character")
+            self.error(f"the argument {short(strange)} contains a NUL character")
         self.given = {}
         found, rest = super().parse_known_args(args, namespace)
         for action in self._actions:
@@ -221,7 +221,7 @@ def load_config(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
             paths.check(f"the config key {key!r}", config[key])
     strange = next((key for key in leaf_keys(config) if "\0" in _texts(config[key])), None)
     if strange is not None:
-        raise UsageError(f"the config key {strange!r} holds a NUL character, which no path and no text may")
+        raise UsageError(f"the config key {strange!r} contains a NUL character, which is not valid in a path or text")
     return config
 
 
@@ -335,12 +335,12 @@ def add_model_flags(parser: argparse.ArgumentParser, is_listed: bool = True) -> 
     """Adds the arguments of `llavamed_jax.load` as flags; if not `is_listed`, the epilog lists them (`MODEL_FLAGS`)."""
     group = parser.add_argument_group("model") if is_listed else parser
     said = (lambda text: text) if is_listed else (lambda _: argparse.SUPPRESS)
-    group.add_argument("--vision_tower", metavar="PATH", help=said("a CLIP tower, not the checkpoint's own"))
-    group.add_argument("--tokenizer", metavar="PATH", help=said("a tokenizer, not the checkpoint's own"))
+    group.add_argument("--vision_tower", metavar="PATH", help=said("a CLIP tower that replaces the checkpoint's own"))
+    group.add_argument("--tokenizer", metavar="PATH", help=said("a tokenizer that replaces the checkpoint's own"))
     group.add_argument("--template", metavar="NAME", help=said("such as v1.5:mistral_instruct"))
     dtypes = ("float32", "bfloat16", "float16")
     group.add_argument("--dtype", metavar="TYPE", choices=dtypes,
-                       help=said("float32 (CPU), bfloat16 (else) or float16"))
+                       help=said("float32 (default on a CPU), bfloat16 (default elsewhere) or float16"))
     group.add_argument("--mesh", metavar="SIZES", help=said("such as data=2,tp=4; default: one device"))
 
 
@@ -353,8 +353,8 @@ def add_preflight_flags(parser: argparse.ArgumentParser) -> None:
 def check_preflight_flags(args: argparse.Namespace) -> None:
     """Raises UsageError if `--preflight_json` is given without `--preflight`."""
     if args.preflight is None and args.preflight_json is not None:
-        raise UsageError("--preflight_json is where the result of --preflight goes; --preflight NAMES was expected "
-                         "beside it")
+        raise UsageError("--preflight_json names the file for the result of --preflight; --preflight NAMES was "
+                         "expected too")
 
 
 def preflight(args: argparse.Namespace, config: ConfigDict, slices: int = 1, **job) -> int:

@@ -40,8 +40,8 @@ def enable() -> None:
         prune(directory, MOST_BYTES)
     except OSError as error:
         where = f": {error.filename}" if error.filename else ""
-        print(f"warning: compiled programs are not kept: {error.strerror or error}{where} ({DIRECTORY} names another "
-              f"directory, {SWITCH}=0 turns this off)", file=sys.stderr)
+        print(f"warning: compiled programs are not cached: {error.strerror or error}{where} (set {DIRECTORY} to "
+              f"another directory, or {SWITCH}=0 to turn the cache off)", file=sys.stderr)
         return
     config.update("jax_compilation_cache_dir", str(directory))
 

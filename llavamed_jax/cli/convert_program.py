@@ -50,8 +50,10 @@ def program(argv: list[str]) -> int | None:
 
 def _checkpoint_flags(parser: argparse.ArgumentParser, path: str) -> None:
     parser.add_argument(path, required=True, **_PATH) if path.startswith("--") else parser.add_argument(path, **_PATH)
-    _part_flags(parser, "a CLIP tower, not the checkpoint's own", "template of the result: v1.5:mistral_instruct ...")
-    parser.add_argument("--dtype", choices=_DTYPES, metavar="TYPE", help="float32, float16 or bfloat16; else as it is")
+    _part_flags(parser, "a CLIP tower that replaces the checkpoint's own",
+                "template of the result, such as v1.5:mistral_instruct")
+    parser.add_argument("--dtype", choices=_DTYPES, metavar="TYPE",
+                        help="float32, float16 or bfloat16; default: each tensor keeps its own")
 
 
 def _part_flags(parser: argparse.ArgumentParser, tower: str, template: str) -> None:
@@ -60,7 +62,7 @@ def _part_flags(parser: argparse.ArgumentParser, tower: str, template: str) -> N
     parser.add_argument("--template", metavar="NAME", help=template)
 
 
-_PATH = dict(metavar="PATH", help="directory or run, owner/name of a hub, preset:NAME")
+_PATH = dict(metavar="PATH", help="a checkpoint's directory, a run's workdir, owner/name of a hub or preset:NAME")
 
 
 def _open(path: str, args: argparse.Namespace, dtype: type | None = None) -> Checkpoint:
@@ -72,11 +74,11 @@ def _open(path: str, args: argparse.Namespace, dtype: type | None = None) -> Che
     if args.tokenizer is not None:
         source = Path(args.tokenizer)
         if not exists(source):
-            raise UsageError(f"--tokenizer {cut(str(source))} holds no tokenizer.model and no tokenizer.json, for it "
-                             "does not exist")
+            raise UsageError(f"--tokenizer {cut(str(source))} does not exist; a tokenizer.model, a tokenizer.json or a "
+                             "directory with one was expected")
         files = {"tokenizer.model": source} if source.is_file() and source.suffix == ".model" else text_files(source)
         if not any(name.startswith("tokenizer") for name in files):
-            raise UsageError(f"--tokenizer {source} holds no tokenizer.model and no tokenizer.json")
+            raise UsageError(f"--tokenizer {source} holds no tokenizer; tokenizer.model or tokenizer.json was expected")
         _said_of("--tokenizer", Tokenizer.load, source)  # raises before anything is written
         kept = {name: file for name, file in checkpoint.files.items() if not name.startswith(_OF_TEXT)}
         checkpoint = checkpoint.replace(files={**kept, **{name: file for name, file in files.items()
@@ -104,8 +106,8 @@ def _check_text(checkpoint: Checkpoint) -> None:
     pieces = max((Tokenizer.load(checkpoint.files[name]).vocab_size for name in TOKENIZERS if name in checkpoint.files),
                  default=0)
     if pieces > rows:
-        print(f"warning: the tokenizer has {pieces} pieces and the embedding table {rows} rows: ids from {rows} on "
-              "have none", file=sys.stderr)
+        print(f"warning: the tokenizer has {pieces} pieces and the embedding table {rows} rows; ids from {rows} on "
+              "have no row", file=sys.stderr)
 
 
 def _said_of(flag: str, check: Callable[[Any], object], value: Any) -> None:
@@ -121,7 +123,8 @@ def _report(tensors: Mapping[str, Tensor], out: str) -> None:
 
 def _import_flags(parser: argparse.ArgumentParser) -> None:
     _checkpoint_flags(parser, "--checkpoint")
-    parser.add_argument("--projector", metavar="FILE", help="an mm_projector.bin in the projector's place")
+    parser.add_argument("--projector", metavar="FILE",
+                        help="an mm_projector.bin that replaces the checkpoint's projector")
     parser.add_argument("--out", required=True, metavar="DIR", help="a new directory for the result")
 
 
@@ -153,11 +156,12 @@ def _build_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--vision", required=True, metavar="PATH",
                         help="a directory of a CLIP model, or owner/name of a hub")
     parser.add_argument("--projector", required=True, metavar="TYPE|FILE",
-                        help="linear or mlpNx_gelu, freshly drawn, or an mm_projector.bin")
+                        help="linear or mlpNx_gelu with random weights, or an mm_projector.bin")
     parser.add_argument("--add_image_tokens", action="store_true",
-                        help="add <im_patch>, <im_start> and <im_end>, as LLaVA-Med v1.0 has")
-    parser.add_argument("--add_pad_token", action="store_true", help="and [PAD] before them, as its --version v0 does")
-    parser.add_argument("--seed", type=int, default=0, help="of what is drawn; default 0")
+                        help="add <im_patch>, <im_start> and <im_end>, as in LLaVA-Med v1.0")
+    parser.add_argument("--add_pad_token", action="store_true",
+                        help="add [PAD] before them, as v1.0's --version v0 does")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random weights; default 0")
     parser.add_argument("--out", required=True, metavar="DIR", help="a new directory for the tree")
 
 
@@ -167,8 +171,7 @@ def _build(args: argparse.Namespace) -> None:
     if args.seed < 0:
         raise UsageError(f"--seed is {args.seed}; a whole number of at least 0 was expected")
     if args.add_pad_token and not args.add_image_tokens:
-        raise UsageError("--add_pad_token puts [PAD] before the image tokens; --add_image_tokens was expected beside "
-                         "it")
+        raise UsageError("--add_pad_token adds [PAD] before the image tokens; --add_image_tokens was expected too")
     with (tempfile.TemporaryDirectory() as scratch,
           signals.undone_by(lambda: shutil.rmtree(scratch, ignore_errors=True))):
         checkpoint, said = build(args.decoder, args.vision, args.projector, Path(scratch), args.add_image_tokens,
@@ -202,7 +205,7 @@ def _delta_flags(parser: argparse.ArgumentParser, other: str, other_help: str) -
 
 
 def _make_delta_flags(parser: argparse.ArgumentParser) -> None:
-    _delta_flags(parser, "--target", "the model that was trained from it, in the original's layout")
+    _delta_flags(parser, "--target", "the model that was trained from the base, in the original's layout")
 
 
 def _make_delta(args: argparse.Namespace) -> None:
@@ -211,7 +214,7 @@ def _make_delta(args: argparse.Namespace) -> None:
 
 
 def _apply_delta_flags(parser: argparse.ArgumentParser) -> None:
-    _delta_flags(parser, "--delta", "what was released in the model's place")
+    _delta_flags(parser, "--delta", "the delta that was released instead of the model")
 
 
 def _apply_delta(args: argparse.Namespace) -> None:
@@ -236,7 +239,7 @@ def _inspect(args: argparse.Namespace) -> None:
         ("layout", f"{checkpoint.layout}{step}"),
         ("vision tower", f"{v.num_layers} layers, width {v.hidden_size}, {v.num_heads} heads, {v.image_size} px, patch "
                          f"{v.patch_size}"),
-        ("", f"feature layer {cfg.feature_layer}, {cfg.feature_select}: {cfg.tokens_per_image} tokens an image"),
+        ("", f"feature layer {cfg.feature_layer}, {cfg.feature_select}: {cfg.tokens_per_image} tokens per image"),
         ("images", f"{cfg.image_aspect_ratio}, {v.images.words(v.image_size)}"),
         ("projector", f"{cfg.projector_type}, {v.hidden_size} -> {d.hidden_size}"),
         ("decoder", f"{d.architecture}, {d.num_layers} layers, width {d.hidden_size}, {d.num_heads} heads, "
@@ -262,12 +265,12 @@ def _verify_flags(parser: argparse.ArgumentParser) -> None:
     for name in "ab":
         parser.add_argument(name, **_PATH | {"metavar": name.upper()})
     parser.add_argument("--tolerance", type=float, default=1e-4, metavar="X",
-                        help="how far values may be apart, as a part of the largest magnitude of their tensor or of "
-                             "the logits")
+                        help="largest difference of values, relative to the largest magnitude of the tensor or of "
+                             "the logits; default 1e-4")
     parser.add_argument("--tensors_only", action="store_true",
-                        help="no logits and no greedy tokens: the models are not loaded")
-    parser.add_argument("--dtype", choices=_DTYPES, default="float32", help="that logits are computed in")
-    _part_flags(parser, "a CLIP tower that is taken for both", "template of both: v1.5:mistral_instruct ...")
+                        help="compare only tensors, no logits and greedy tokens; no model is loaded")
+    parser.add_argument("--dtype", choices=_DTYPES, default="float32", help="dtype of the computation; default float32")
+    _part_flags(parser, "a CLIP tower for both", "template of both, such as v1.5:mistral_instruct")
 
 
 def _verify(args: argparse.Namespace) -> int:
@@ -280,7 +283,7 @@ def _verify(args: argparse.Namespace) -> int:
     print(f"\n{table(rows)}\n")
     differing = [row.what for row in rows if not row.is_equal]
     print(f"not equal: {'; '.join(differing)}" if differing
-          else f"equal, to {args.tolerance:g} of the largest magnitude")
+          else f"equal within {args.tolerance:g} of the largest magnitude")
     return 1 if differing else 0
 
 

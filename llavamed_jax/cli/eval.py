@@ -17,24 +17,26 @@ _EXAMPLES = f"""\
 {common.MODEL_FLAGS}
 endpoint: --model NAME --concurrency 8 --timeout 120 (seconds)
 example: eval.py --config configs/eval/slake.py --config.data.root=DIR --checkpoint PATH --workdir W
-Started again, it goes on where it was stopped. For research only, never for clinical decisions."""
+The same command resumes a stopped evaluation. For research only, never for clinical decisions."""
 
 
 def _parser() -> common.Parser:
     usage = "eval.py --config FILE --workdir DIR --checkpoint PATH|--predictions FILE|--endpoint URL"
     parser = common.Parser(prog="eval.py", usage=usage,
-                           description="Asks a model a data set's questions, scores, reports.", epilog=_EXAMPLES)
+                           description="Asks a model the questions of a data set, scores the answers, writes a report.",
+                           epilog=_EXAMPLES)
     parser.add_argument("--config", required=True, metavar="FILE",
                         help="what is asked: configs/eval/NAME.py[:ARGUMENTS]")
-    parser.add_argument("--workdir", metavar="DIR", help="where predictions, metrics and report go")
+    parser.add_argument("--workdir", metavar="DIR", help="directory for predictions, metrics and report")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--checkpoint", metavar="PATH", help="a checkpoint in any layout, or a run's workdir")
-    source.add_argument("--endpoint", metavar="URL", help="an OpenAI-compatible server that has --model NAME")
-    source.add_argument("--predictions", metavar="FILE", help="predictions.jsonl that exists; no model is asked")
-    source.add_argument("--write_llava", metavar="FILE", help="write the questions as a training file, and end")
-    parser.add_argument("--control", choices=["image"], help="ask again: images exchanged, and noise")
-    parser.add_argument("--against", metavar="FILE", help="other predictions.jsonl: differences, intervals, p")
-    parser.add_argument("--dry_run", action="store_true", help="say what would be asked and cost, and stop")
+    source.add_argument("--endpoint", metavar="URL", help="an OpenAI-compatible server; needs --model NAME")
+    source.add_argument("--predictions", metavar="FILE", help="an existing predictions.jsonl; no model is asked")
+    source.add_argument("--write_llava", metavar="FILE", help="write the questions as a training file and exit")
+    parser.add_argument("--control", choices=["image"], help="ask again with exchanged images and with noise")
+    parser.add_argument("--against", metavar="FILE",
+                        help="compare with this predictions.jsonl: differences, intervals, p")
+    parser.add_argument("--dry_run", action="store_true", help="print what would be asked and what it costs, and exit")
     for name, kind in _SERVER_FLAGS.items():
         parser.add_argument(f"--{name}", type=kind, metavar="NAME" if kind is str else "N", help=argparse.SUPPRESS)
     common.add_preflight_flags(parser)
@@ -99,7 +101,7 @@ def program(argv: Sequence[str]) -> int:
     if metrics is None:
         if signals.failure():
             raise UserError(f"{signals.failure()}; {evaluation.n_kept} answers are kept in {args.workdir}: run again "
-                            "to go on")
+                            "to continue")
         print(_stopped(evaluation, args), file=sys.stderr)
         return common.EXIT_SAVED
     print(evaluation.scorer.summary(metrics))
@@ -108,7 +110,7 @@ def program(argv: Sequence[str]) -> int:
 
 
 def _stopped(evaluation, args: argparse.Namespace) -> str:
-    return f"stopped; {evaluation.n_kept} answers are kept in {args.workdir}: run again to go on"
+    return f"stopped; {evaluation.n_kept} answers are kept in {args.workdir}: run again to continue"
 
 
 def _say_void(args: argparse.Namespace, cfg, overrides: Sequence[str]) -> None:
@@ -129,8 +131,8 @@ def _preflight(args: argparse.Namespace, cfg) -> int:
         raise UsageError(f"--config is {args.config!r}, which has no 'generation'; a file of configs/eval was expected")
     check_generation(cfg)
     if cfg.generation.num_beams > 1:
-        raise UsageError(f"generation.num_beams is {cfg.generation.num_beams}; --preflight compiles the engine's "
-                         "programs and not those of beam search: 1 was expected")
+        raise UsageError(f"generation.num_beams is {cfg.generation.num_beams}; 1 was expected with --preflight, which "
+                         "does not compile beam search")
     return common.preflight(args, cfg, checkpoint=args.checkpoint, vision_tower=args.vision_tower, mesh=args.mesh,
                             dtype=args.dtype)
 
@@ -142,27 +144,26 @@ def _check_flags(args: argparse.Namespace) -> None:
         raise UsageError("--checkpoint is empty; a checkpoint's directory, owner/name of a hub or preset:NAME was "
                          "expected")
     if args.preflight is not None and args.checkpoint is None:
-        raise UsageError("--preflight compiles a model's programs; it stands beside --checkpoint only")
+        raise UsageError("--preflight compiles the programs of a model; it needs --checkpoint")
     if args.preflight is None and (args.workdir is None) != (args.write_llava is not None):
         raise UsageError("--workdir is missing; a directory for predictions, metrics and report was expected"
                          if args.workdir is None else "--write_llava writes one file and needs no --workdir")
     if args.write_llava is not None and (args.against is not None or args.dry_run):
-        raise UsageError(f"--{'dry_run' if args.dry_run else 'against'} is of an evaluation; it cannot stand beside "
-                         "--write_llava")
+        raise UsageError(f"--{'dry_run' if args.dry_run else 'against'} cannot be used with --write_llava, which "
+                         "evaluates nothing")
     given = [name for name in _MODEL_FLAGS if getattr(args, name)]
     given += [name for name in _PROCESS_FLAGS if getattr(args, name) is not None]
     for source in ("predictions", "write_llava"):
         if getattr(args, source) is not None and (args.control or given):
-            raise UsageError(f"--{(['control'] if args.control else given)[0]} needs a model; it cannot stand beside "
+            raise UsageError(f"--{(['control'] if args.control else given)[0]} needs a model; it cannot be used with "
                              f"--{source}")
     if args.endpoint is not None and given:
-        raise UsageError(f"--{given[0]} is of a model that is loaded here; it cannot stand beside --endpoint")
+        raise UsageError(f"--{given[0]} is for a model that is loaded here; it cannot be used with --endpoint")
     if args.endpoint is not None and not args.model:
-        raise UsageError("--endpoint needs --model NAME, the name that the server knows the model by")
+        raise UsageError("--endpoint needs --model NAME, the name under which the server offers the model")
     of_server = [name for name in _SERVER_FLAGS if getattr(args, name) is not None]
     if args.endpoint is None and of_server:
-        raise UsageError(f"--{of_server[0]} is of a model that is asked at an address; it stands beside --endpoint "
-                         "only")
+        raise UsageError(f"--{of_server[0]} can be used only with --endpoint")
 
 
 def _endpoint(args: argparse.Namespace):

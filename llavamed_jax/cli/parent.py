@@ -76,8 +76,8 @@ def _wait(child: int, words: tuple[int, int] | None, place: Place) -> int:
     else:
         if relay is not None:
             relay.let_go()
-        said = f"{name} was ended by {signal.Signals(-code).name}"
-        said += ", which the system sends where memory runs out" if code == -signal.SIGKILL else ""
+        said = f"{name} was killed by {signal.Signals(-code).name}"
+        said += ", which the system sends when memory runs out" if code == -signal.SIGKILL else ""
     os.write(2, f"error: {terminal.sentence(said)}\n".encode())
     return 1
 
@@ -152,17 +152,17 @@ def explained(words: str, name: str, place: Place) -> str:
     Returns:
       The sentence.
     """
-    again = "; what it had saved is kept, and all processes started again go on from there"
+    again = "; the saved state is kept, and starting all processes again resumes from it"
     if lost := re.search(r"unhealthy \(stopped sending heartbeats\):\s*([\d,\s]+)", words):
         numbers = ", ".join(re.findall(r"\d+", lost[1]))
         return f"process {numbers} has ended or cannot be reached, so {name} ends too{again}"
     if "RegisterTask" in words and "DEADLINE_EXCEEDED" in words:
         where = f" at {place.coordinator}" if place.coordinator else ""
         whole = f" of {place.count}" if place.count else ""
-        return (f"{name}{whole} waited for the others{where}, and they did not all come; each has to be started, with "
-                "the same --coordinator and a --process_id of its own")
+        return (f"timeout: {name}{whole} waited for the other processes{where}, and not all of them joined; start each "
+                "with the same --coordinator and its own --process_id")
     if "ALREADY_EXISTS" in words or "different incarnation" in words:
-        return f"two processes were started with one --process_id{again}"
+        return f"two processes were started with the same --process_id{again}"
     if "UNAVAILABLE" in words:
         return f"process 0 has ended or cannot be reached, so {name} ends too{again}"
     return f"another process has ended or cannot be reached, so {name} ends too{again}"

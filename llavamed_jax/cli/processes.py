@@ -49,12 +49,12 @@ def asked(args: argparse.Namespace, environment: Mapping[str, str] = os.environ)
         return detected(environment)
     if absent:
         raise UsageError(f"{' and '.join(absent)} {'is' if len(absent) == 1 else 'are'} missing; --coordinator, "
-                         "--num_processes and --process_id stand together")
+                         "--num_processes and --process_id are given together")
     if not re.fullmatch(r"(\[[0-9a-fA-F:]+\]|[^:\s]+):\d{1,5}", args.coordinator):
         raise UsageError(f"--coordinator is {args.coordinator!r}; HOST:PORT was expected")
     if args.num_processes < 1 or not 0 <= args.process_id < args.num_processes:
-        raise UsageError(f"--process_id is {args.process_id} of --num_processes {args.num_processes}; a number from 0 "
-                         "up to below that was expected")
+        raise UsageError(f"--process_id is {args.process_id} and --num_processes is {args.num_processes}; a "
+                         "--process_id of at least 0 and below --num_processes was expected")
     return Place(args.coordinator, args.num_processes, args.process_id)
 
 

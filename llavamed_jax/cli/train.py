@@ -17,7 +17,7 @@ examples:
   train.py --config configs/vqa_rad.py:v15,epochs=9 --workdir runs/vqa_rad --config.init=runs/finetune
   train.py --config configs/finetune.py --preflight a100-40g-8,h200-1,v5e-64
 
-Started again with the same workdir, a run goes on from its newest intact step.
+The same command with the same workdir resumes from the newest intact step.
 exit status: 0 done; 1 failed; 2 wrong flag, config key or value; 75 stopped by a signal with everything saved
 """
 
@@ -38,7 +38,7 @@ def train(argv: list[str]) -> int:
     parser = common.Parser(prog="train.py", description="Trains a recipe.", epilog=_USAGE)
     parser.add_argument("--config", required=True, metavar="FILE.py[:ARGUMENTS]",
                         help="the recipe; --config.KEY=VALUE changes one key")
-    parser.add_argument("--workdir", metavar="DIR", help="where the run lies; made if it does not exist")
+    parser.add_argument("--workdir", metavar="DIR", help="the run's directory; created if it does not exist")
     parser.add_argument("--profile", type=_span, metavar="START:STOP", help="trace these updates into DIR/tensorboard")
     common.add_preflight_flags(parser)
     processes.add_flags(parser)
@@ -48,7 +48,7 @@ def train(argv: list[str]) -> int:
     common.check_preflight_flags(args)
     if args.preflight is not None:
         if args.profile is not None:
-            parser.error("--profile traces a run's updates; it cannot stand beside --preflight, which runs none")
+            parser.error("--profile traces updates; it cannot be used with --preflight, which runs none")
         config = _configured(args.config, overrides)
         from llavamed_jax.training import recipe, void_keys
         recipe.check(config)
@@ -70,7 +70,7 @@ def train(argv: list[str]) -> int:
     if fit(config, args.workdir, callbacks):
         return 0
     if signals.failure():
-        raise UserError(f"{signals.failure()}; what was trained is saved in {args.workdir}: run again to go on")
+        raise UserError(f"{signals.failure()}; the trained state is saved in {args.workdir}: run again to continue")
     return common.EXIT_SAVED
 
 
@@ -96,17 +96,17 @@ def _configured(spec: str, overrides: Sequence[str]):
     for argument in spec.partition(":")[2].split(","):
         name, _, value = argument.partition("=")
         if name in ("epochs", "protocol") and typed.get(name, value) != value:
-            print(f"{name} is {typed[name]}, as --config.{name} says: {argument} behind the recipe is not used",
+            print(f"{name} is {typed[name]} because of --config.{name}; the recipe argument {argument} has no effect",
                   flush=True)
     lengths = ("epochs", "total_steps")
     if any(key not in config or config[key] is None for key in lengths):
         return config
     if all(key in typed for key in lengths):
         raise UsageError(f"the config keys 'epochs' ({config.epochs}) and 'total_steps' ({config.total_steps}) are "
-                         "both given, and each says how long the run is; one of them was expected")
+                         "both given, and each sets the length of the run; one of them was expected")
     for key, other in (lengths, lengths[::-1]):
         if key in typed:
-            print(f"{key} is {config[key]}: {other}, which is {config[other]} in the recipe, is left open", flush=True)
+            print(f"{key} is {config[key]}, so {other} ({config[other]} in the recipe) has no effect", flush=True)
             with config.ignore_type():
                 config[other] = None
     return config

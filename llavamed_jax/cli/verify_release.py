@@ -25,21 +25,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _program(argv: list[str]) -> None:
     parser = Parser(prog="make verify-release", description=__doc__)
     parser.add_argument("--model", default=RELEASE, metavar="PATH",
-                        help=f"owner/name[@revision] or a directory; default {RELEASE}")
+                        help=f"owner/name[@revision] or a directory; default: {RELEASE}")
     parser.add_argument("--steps", default="", metavar="A,B",
-                        help="some of fetch,tensors,tower,answers,vqa_rad; default all")
+                        help="steps among fetch,tensors,tower,answers,vqa_rad; default: all")
     parser.add_argument("--vqa_rad", default="", metavar="DIR",
                         help="VQA-RAD in its official layout, for the step vqa_rad")
     parser.add_argument("--images", default="samples/vqa_rad/images", metavar="DIR",
-                        help="where the images of the fixed questions are")
+                        help="directory of the images of the fixed questions")
     parser.add_argument("--stock_tower", metavar="PATH",
-                        help="the CLIP tower to compare with; default the one that the config names")
+                        help="the CLIP tower to compare with; default: the one that the config names")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"),
                         help="default: bfloat16 on an accelerator, float32 on a CPU")
     parser.add_argument("--workdir", default="runs/verify-release", metavar="DIR",
-                        help="predictions, metrics and report of VQA-RAD")
-    parser.add_argument("--out", default="docs/verification.md", metavar="FILE", help="what is written at the end")
-    parser.add_argument("--config", default="configs/eval/vqa_rad.py", metavar="FILE.py", help="how VQA-RAD is asked")
+                        help="directory for predictions, metrics and report of VQA-RAD")
+    parser.add_argument("--out", default="docs/verification.md", metavar="FILE", help="the file with the results")
+    parser.add_argument("--config", default="configs/eval/vqa_rad.py", metavar="FILE.py",
+                        help="the eval recipe for VQA-RAD")
     args, overrides = parser.parse_with_overrides(argv)
     if args.vqa_rad and not Path(args.vqa_rad).exists():
         raise UsageError(f"--vqa_rad is {args.vqa_rad!r}, which does not exist; the folder of VQA-RAD was expected")

@@ -99,7 +99,7 @@ class Compiler:
         try:
             with self._lock:
                 if self._is_stopped:
-                    raise UserError("it was stopped before it began")
+                    raise UserError("the compilation was stopped before it began")
                 # -P: the user's current folder may contain a jax.py.
                 process = subprocess.Popen(
                     [sys.executable, "-P", "-X", "utf8", "-m", "llavamed_jax.preflight.compile", str(theirs)],
@@ -157,13 +157,13 @@ def _environment(topology: Topology) -> dict[str, str]:
 def _ended(status: int, words: str) -> str:
     """Returns the error about a compiler that ended without a result, from its exit status and its stderr."""
     if status == -signal.SIGKILL:
-        return "the compiler was ended by SIGKILL, which the system sends where memory runs out"
+        return "the compiler was killed by SIGKILL, which the system sends when memory runs out"
     lines = [line.strip() for line in words.splitlines() if line.strip()]
     # The stack trace of C++ follows the error message; that of Python precedes it.
     reason = (next((line for line in lines if _FATAL.match(line)), None)
               or next((line for line in reversed(lines) if "Error" in line), ""))
     reason = cut(_FATAL.sub("", reason or " ".join(lines[-3:])), 400)
-    how = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
+    how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
     return f"the compiler {how}{f': {reason}' if reason else ''}"
 
 

@@ -39,7 +39,7 @@ def shapes_of(path: str, name: str | None = None, vision_tower: str | None = Non
     Raises:
       UsageError: `path` is neither a checkpoint nor a preset, and `name` names no preset.
     """
-    own = f", with its own tower and not {vision_tower}" if vision_tower else ""
+    own = f", with its own tower instead of {vision_tower}" if vision_tower else ""
     known = path.removeprefix(PRESET)
     if path.startswith(PRESET) and known in PRESETS:
         return preset(known), path + own
@@ -48,9 +48,9 @@ def shapes_of(path: str, name: str | None = None, vision_tower: str | None = Non
     is_absent = not path.startswith(PRESET) and not os.path.exists(path)
     known = name.split()[-1] if name and is_absent else ""
     if known not in PRESETS:
-        raise UsageError(f"the config key 'init' is {short(path)}, which is no directory here; a checkpoint's, or "
-                         f"preset:NAME with NAME one of {', '.join(PRESETS)}, was expected")
-    return preset(known), f"preset:{known} ({cut(path)} is not here){own}"
+        raise UsageError(f"the config key 'init' is {short(path)}, which is not a directory here; a checkpoint's "
+                         f"directory or preset:NAME was expected, with NAME one of {', '.join(PRESETS)}")
+    return preset(known), f"preset:{known} (because {cut(path)} does not exist here){own}"
 
 
 @dataclass(frozen=True)
@@ -94,8 +94,8 @@ class Training:
         mean_length = min(cfg.data.mean_length, cfg.max_length)  # longer samples are cut
         if cfg.data.packing:
             if 0 < cfg.data.row_length < mean_length:
-                raise UsageError(f"the config key 'data.row_length' is {cfg.data.row_length}; data.mean_length, "
-                                 f"{mean_length} tokens, or more was expected, for a sample must fit")
+                raise UsageError(f"the config key 'data.row_length' is {cfg.data.row_length}; at least "
+                                 f"data.mean_length ({mean_length} tokens) was expected, so that a sample fits")
             update = rows_an_update(cfg.batch_size, mean_length, multiple, cfg.data.row_length, longest=mean_length)
             slots = -(-update.row_length // mean_length)
         else:

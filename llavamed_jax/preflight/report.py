@@ -60,7 +60,7 @@ def check(jobs: Sequence[Mapping[str, Any]], compiled: Callable, json_file: str 
             pool.shutdown(cancel_futures=True)
             progress.close()
     found = [rows[i] for i in sorted(rows)]
-    said = _reasons(jobs, failed) + ([f"interrupted when {len(rows)} of {len(jobs)} topologies were through"]
+    said = _reasons(jobs, failed) + ([f"interrupted after {len(rows)} of {len(jobs)} topologies"]
                                      if is_interrupted else [])
     if out is not None:
         said += out.finish(is_whole=not said)
@@ -109,10 +109,10 @@ class Results:
         if not name:
             raise UsageError("--preflight_json is empty; a file's name was expected")
         if not os.path.isdir(self.path.parent):
-            raise UsageError(f"--preflight_json is {short(name)}, whose folder does not exist; a file in one that does "
-                             "was expected")
+            raise UsageError(f"--preflight_json is {short(name)}, whose folder does not exist; a file in an existing "
+                             "folder was expected")
         if os.path.exists(self.path) and not os.path.isfile(self.path):
-            raise UsageError(f"--preflight_json is {short(name)}, which is no file; a file's name was expected")
+            raise UsageError(f"--preflight_json is {short(name)}, which is not a file; a file's name was expected")
         if os.path.exists(self.path) and not os.access(self.path, os.W_OK):
             raise UserError(f"{self.path} cannot be written: it is read-only")
         self._write([])
@@ -140,7 +140,7 @@ class Results:
         if self._is_empty:
             self.part.unlink(missing_ok=True)
             return [self._trouble] if self._trouble else []
-        return [*([self._trouble] if self._trouble else []), f"what was found is in {self.part}"]
+        return [*([self._trouble] if self._trouble else []), f"the results so far are in {self.part}"]
 
     def _write(self, rows: Sequence[Mapping[str, Any]]) -> None:
         write_text(self.part, json.dumps(list(rows), indent=1) + "\n")
@@ -207,20 +207,20 @@ def _aligned(lines: Sequence[Sequence[str]], words: int) -> str:
 def remarks(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Returns the lines below the tables: units, models, alternatives, other batch sizes, and warnings of XLA."""
     is_serving = "cache" in rows[0]["bytes"]
-    lines = ["memory: GiB of a device; compile: seconds; rows: " + (
+    lines = ["memory: GiB per device; compile: seconds; rows: " + (
         "of the cache x their length" if is_serving else "of an update x their length / micro-batches")]
-    lines += ["traffic: GB that a device receives in a prefill" if is_serving else
-              "traffic: GB that a device receives in an update, and the least that it must"]
+    lines += ["traffic: GB that a device receives per prefill" if is_serving else
+              "traffic: GB that a device receives per update, and the least possible"]
     lines += sorted({f"model: {row['model']}" for row in rows})
-    lines += sorted({f"tokens a sample: {row['mean_length']}, data.mean_length of the recipe" for row in rows
+    lines += sorted({f"tokens per sample: {row['mean_length']} (data.mean_length of the recipe)" for row in rows
                      if row.get("mean_length")})
     for row in rows:
         if row.get("fitting_batch_size") is not None:
-            lines.append(f"{row['topology']}: its devices make an update of {row['fitting_batch_size']} samples; "
-                         f"batch_size {row['fitting_batch_size']} would say so")
+            lines.append(f"{row['topology']}: an update has {row['fitting_batch_size']} samples on these devices; set "
+                         f"batch_size to {row['fitting_batch_size']}")
         if not row["fits"]:
             lines.append(_way_out(row))
-        lines += [f"{row['topology']}: XLA replicates an array that is spread over devices: {text[:300]}"
+        lines += [f"{row['topology']}: XLA replicates an array that should be sharded: {text[:300]}"
                   for text in row["warnings"]]
     return lines
 
@@ -231,7 +231,7 @@ def _way_out(row: Mapping[str, Any]) -> str:
         return f"{row['topology']} is too small; it would fit {ways}"
     larger = (f", and up to {2**search.LARGER} times as many devices"
               if Topology.parse(row["topology"]).larger() is not None else "")
-    return f"{row['topology']} is too small, and so is what was tried: other values of keys{larger}"
+    return f"{row['topology']} is too small, and no alternative that was tried fits: other values of keys{larger}"
 
 
 def _judge(job: Mapping[str, Any], compiled: Callable, progress: Progress) -> dict[str, Any]:

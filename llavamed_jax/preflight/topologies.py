@@ -148,10 +148,11 @@ class Topology:
         if isinstance(what, Tpu):
             topology.grid()
         elif slices != 1:
-            raise UsageError(f"the config key 'mesh.slices' is {slices}; slices are a TPU's: 1 was expected for {text}")
+            raise UsageError(f"the config key 'mesh.slices' is {slices}; 1 was expected for {text}, because only TPUs "
+                             "have slices")
         if isinstance(what, Gpu) and topology.count > GPUS_A_HOST and topology.count % GPUS_A_HOST:
-            raise UsageError(f"the topology {text!r} has {count} GPUs; up to {GPUS_A_HOST}, or a multiple of that, "
-                             "were expected")
+            raise UsageError(f"the topology {text!r} has {count} GPUs; at most {GPUS_A_HOST}, or a multiple of "
+                             f"{GPUS_A_HOST}, were expected")
         return topology
 
     @property
@@ -246,8 +247,8 @@ class Topology:
             return topologies.get_topology_desc(**self._description()).devices
         except Exception as error:  # a plugin or libtpu of another version, or a missing C++ library
             said = cut(f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}", 200)
-            raise UserError(f"what compiles for it cannot be opened by jax {jax.__version__} ({said}); {PIP} installs "
-                            "the versions that fit") from error
+            raise UserError(f"jax {jax.__version__} cannot load the compiler for {self.name} ({said}); {PIP} installs "
+                            "versions that fit") from error
 
     def _description(self) -> dict[str, Any]:
         """Returns the arguments of JAX's `get_topology_desc` for this machine."""

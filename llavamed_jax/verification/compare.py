@@ -77,7 +77,7 @@ def _settings(a: LlavaConfig, b: LlavaConfig) -> Row:
     ours, theirs = _computed(a), _computed(b)
     if _has_added_rows(a, b) or _has_added_rows(b, a):
         ours.pop("decoder.vocab_size"), theirs.pop("decoder.vocab_size")
-    differing = [f"{key} {ours[key]!r} and {theirs[key]!r}" for key in ours if ours[key] != theirs[key]]
+    differing = [f"{key} is {ours[key]!r} and {theirs[key]!r}" for key in ours if ours[key] != theirs[key]]
     return Row("settings", "; ".join(differing) or f"{len(ours)} equal", not differing)
 
 
@@ -115,7 +115,7 @@ def _tensors(a: Checkpoint, b: Checkpoint, tolerance: float, progress: Progress)
         worst, where, identical, problems = 0.0, "", 0, []
         for name, _ in zip(members, on_their_way):
             if name not in a.tensors or name not in b.tensors:
-                problems.append(f"{name} is in {'the second' if name in b.tensors else 'the first'} alone")
+                problems.append(f"{name} is only in {'the second' if name in b.tensors else 'the first'}")
                 continue
             shapes = _common_shapes(name, a, b)
             if shapes is None:
@@ -138,7 +138,7 @@ def _tensors(a: Checkpoint, b: Checkpoint, tolerance: float, progress: Progress)
 
 def _not_finite(*arrays: np.ndarray) -> str:
     """Describes the values of the two arrays that are not finite, for the table."""
-    found = [f"{what_is_not_finite(array)} of the {word}" for array, word in zip(arrays, ("first", "second"))
+    found = [f"{what_is_not_finite(array)} in the {word}" for array, word in zip(arrays, ("first", "second"))
              if not is_finite(array)]
     return f" ({', '.join(found)})" if found else ""
 
@@ -184,7 +184,8 @@ def _tokenizers(a: Checkpoint, b: Checkpoint) -> Row:
     sources = [next((c.files[name] for name in TOKENIZERS if name in c.files), None) for c in (a, b)]
     absent = [word for word, source in zip(("first", "second"), sources) if source is None]
     if absent:
-        return Row("tokenizer", "neither has one" if len(absent) == 2 else f"the {absent[0]} has none", True)
+        found = "neither has a tokenizer" if len(absent) == 2 else f"the {absent[0]} has no tokenizer"
+        return Row("tokenizer", found, True)
     processors = [Processor.from_checkpoint(checkpoint, tokenizer=source)
                   for checkpoint, source in zip((a, b), sources)]
     texts, name = list(TEXTS), a.config.template
@@ -193,7 +194,7 @@ def _tokenizers(a: Checkpoint, b: Checkpoint) -> Row:
     for text in texts:
         ours, theirs = (processor.encode(text) for processor in processors)
         if ours != theirs:
-            return Row("tokenizer", f"{text!r} becomes {ours[:6]}… and {theirs[:6]}…", False)
+            return Row("tokenizer", f"{text!r} is encoded as {ours[:6]}… and {theirs[:6]}…", False)
     return Row("tokenizer", f"the same ids for {len(texts)} texts", True)
 
 
@@ -237,7 +238,7 @@ def _outputs(a: Checkpoint, b: Checkpoint, tolerance: float, dtype) -> list[Row]
     for name in asked:
         ours, theirs = tokens[name], other_tokens[name]
         same = next((i for i, pair in enumerate(zip(ours, theirs)) if pair[0] != pair[1]), min(len(ours), len(theirs)))
-        found = f"{len(ours)} equal" if ours == theirs else f"part after {same} of {len(ours)}"
+        found = f"{len(ours)} equal" if ours == theirs else f"different after {same} of {len(ours)}"
         rows.append(Row(f"greedy tokens: {name}", found, ours == theirs))
     return rows
 

@@ -108,7 +108,8 @@ def fetch(release: Release) -> list[str]:
     """
     if not hub.is_hub_name(release.model) or Path(release.model).exists():
         files = sorted(p for p in release.directory.rglob("*") if p.is_file())
-        return [f"`{release.model}` is a directory: nothing was fetched, there is no stated hash to compare with.", "",
+        return [f"`{release.model}` is a directory: nothing was fetched, and there are no stated hashes to compare "
+                "with.", "",
                 *_file_table([(p.relative_to(release.directory), p.stat().st_size, sha256_of(p), "") for p in files])]
     stated = _stated(release.model)
     rows = []
@@ -117,8 +118,8 @@ def fetch(release: Release) -> list[str]:
         path, (size, algorithm, digest) = present[name], stated[name]
         found = sha256_of(path) if algorithm == "sha256" else _git_blob(path)
         if path.stat().st_size != size or found != digest:
-            raise UserError(f"{name} of {release.model} has the {algorithm} {found} and {path.stat().st_size} bytes; "
-                            f"the hub states {digest} and {size}")
+            raise UserError(f"{name} of {release.model} has {path.stat().st_size} bytes and the {algorithm} {found}; "
+                            f"the hub states {size} bytes and {digest}")
         rows.append((name, size, digest, f"{algorithm} as stated"))
     return [f"`{release.model}`, commit `{release.directory.name}`: {len(rows)} of the repository's {len(stated)} "
             f"files, {sum(row[1] for row in rows):,} bytes, each with the hash that the hub states.", "",
@@ -169,9 +170,9 @@ def tensors(release: Release) -> list[str]:
         pass
     wanted = len(names.specs(checkpoint.config))
     total = [sum(column) for column in zip(*counted.values())]
-    assert total[0] == wanted, "open_checkpoint lets no tensor be missing"
+    assert total[0] == wanted, "open_checkpoint raises if a tensor is missing"
     dtypes = ", ".join(sorted({t.dtype.name for t in checkpoint.tensors.values()}))
-    lines = [f"Every tensor that the config asks for is there, and no other; all values are finite; {dtypes}. "
+    lines = [f"All tensors that the config requires exist, and no others; all values are finite; {dtypes}. "
              f"Vision tower: {checkpoint.tower}.", "", "| part | tensors | parameters |", "|---|---:|---:|",
              *(f"| {part} | {n} | {size:,} |" for part, (n, size) in counted.items()),
              f"| all | {total[0]} | {total[1]:,} |", "", _settings(checkpoint), "",
@@ -190,9 +191,9 @@ def _settings(checkpoint: Checkpoint) -> str:
     pairs += [(key, getattr(cfg, key), getattr(expected, key))
               for key in ("projector_type", "feature_layer", "feature_select", "image_aspect_ratio", "max_length",
                           "use_start_end")]
-    differing = [f"{key} {found} for {value}" for key, found, value in pairs if found != value]
-    return "Settings: " + (f"not as expected of v1.5: {', '.join(differing)}." if differing
-                           else "all as expected of LLaVA-Med v1.5.")
+    differing = [f"{key} is {found} (expected {value})" for key, found, value in pairs if found != value]
+    return "Settings: " + (f"different from LLaVA-Med v1.5: {', '.join(differing)}." if differing
+                           else "all equal to those of LLaVA-Med v1.5.")
 
 
 def _tower_tensors(release: Release) -> list[str]:
@@ -209,8 +210,8 @@ def _tower_tensors(release: Release) -> list[str]:
         groups[group] = [entry[0] + 1, entry[1] + same, max(entry[2], difference)]
     tensors_, identical = (sum(entry[i] for entry in groups.values()) for i in (0, 1))
     rows = [Row(group, f"{same} of {n} bit for bit", same == n, worst) for group, (n, same, worst) in groups.items()]
-    return [f"{identical} of {tensors_} tensors are the same bits as {release.stock_name}'s. Differences are over the "
-            "largest magnitude of the tensor.", "", "```", table(rows), "```"]
+    return [f"{identical} of {tensors_} tensors are bit-identical to {release.stock_name}'s. Differences are relative "
+            "to the largest magnitude of the tensor.", "", "```", table(rows), "```"]
 
 
 def tower(release: Release) -> list[str]:
@@ -227,7 +228,7 @@ def tower(release: Release) -> list[str]:
     a, b = (f / np.linalg.norm(f, axis=-1, keepdims=True) for f in features)
     cosine = (a * b).sum(-1)
     return [f"Projected features of {image.name} through the shipped and the stock tower, float32: largest difference "
-            f"{difference:.3g} of the largest magnitude; cosine a position between {cosine.min():.6f} and "
+            f"{difference:.3g} of the largest magnitude; cosine per position between {cosine.min():.6f} and "
             f"{cosine.max():.6f}, mean {cosine.mean():.6f}. `load(PATH)` uses the shipped tower, `vision_tower=PATH` "
             "another."]
 
@@ -254,8 +255,7 @@ def vqa_rad(release: Release) -> list[str]:
                            {"checkpoint": release.model})
     others = [f"| {source} | {value} | {how} |" for source, value, how in OTHERS]
     return [f"{what}.", "", "```", summary(metrics), "```", "",
-            "What others printed for this checkpoint, as orientation and not as a check: other prompts and other "
-            "scorers.", "",
+            "What others reported for this checkpoint; not a check, because their prompts and scorers differ:", "",
             "| source | VQA-RAD | of |", "|---|---:|---|", *others, "",
             f"Predictions, metrics and report: `{release.workdir}`."]
 
@@ -278,8 +278,7 @@ def check_disk(release: Release) -> None:
                   and not (present / digest).exists())
     free = shutil.disk_usage(next(p for p in (cache, *cache.parents) if p.exists())).free
     if missing > free:
-        raise UserError(f"{cache} has {free / 1e9:.1f} GB free; {missing / 1e9:.1f} GB were expected for "
-                        f"{release.model}")
+        raise UserError(f"{cache} has {free / 1e9:.1f} GB free; {release.model} needs {missing / 1e9:.1f} GB")
 
 
 def document(release: Release, done: dict[str, list[str]], facts: dict[str, object]) -> str:

@@ -310,7 +310,7 @@ def converted(checkpoint, out, capsys):
     (lambda root: (root / "file").write_text("mine") and root / "file", "file exists and is not empty; a new directory was expected"),
     (lambda root: (root / "file").write_text("mine") and root / "file" / "out", "out cannot be written: "),
     (lambda root: root / ("a" * 300), "cannot be written: File name too long"),
-    (lambda root: f"{root}/a\0b", "holds a NUL character"),
+    (lambda root: f"{root}/a\0b", "contains a NUL character"),
     (lambda root: os.symlink("loop", root / "loop") or root / "loop", "cannot be written: "),
 ])
 def test_places_where_nothing_can_be_written(make, sentence, v15, tmp_path, capsys):

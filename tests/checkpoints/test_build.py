@@ -167,7 +167,7 @@ def test_a_pad_token_comes_first_as_with_version_v0(is_tied, parts):
 
 def test_a_pad_token_alone_is_refused(parts, capsys):
     assert command(parts, "built", "mistral", "clip-tiny", "linear", "--add_pad_token") == 2
-    assert "--add_image_tokens was expected beside it" in capsys.readouterr().err
+    assert "--add_image_tokens was expected too" in capsys.readouterr().err
 
 
 def test_image_tokens_that_are_there_stay(parts):

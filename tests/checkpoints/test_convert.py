@@ -62,7 +62,7 @@ def test_inspect_counts(original, capsys):
     assert counts["projector"] == ["4", f"{projector:,}", "bfloat16"]
     assert counts["unused"][0] == "18"  # the last block's 16 and post_layernorm's 2
     text = "\n".join(lines)
-    for fact in ("llava layout", "the tensors in the checkpoint", "3 layers, width 32", "4 tokens an image", "mlp2x_gelu", "mistral",
+    for fact in ("llava layout", "the tensors in the checkpoint", "3 layers, width 32", "4 tokens per image", "mlp2x_gelu", "mistral",
                  "tokenizer     none", "theta 1e+06"):
         assert fact in text
 
@@ -73,7 +73,7 @@ def test_inspect_counts(original, capsys):
     (["export", "--checkpoint", "IN", "--out", "OUT"], 2, "--layout"),
     (["export", "--checkpoint", "IN", "--out", "OUT", "--layout", "onnx"], 2, "'transformers', 'llava'"),
     (["import", "--checkpoint", "IN", "--out", "OUT", "--dtype", "int8"], 2, "'float32', 'float16', 'bfloat16'"),
-    (["import", "--checkpoint", "IN", "--out", "OUT", "--tokenizer", "nowhere"], 2, "--tokenizer nowhere holds no tokenizer.model"),
+    (["import", "--checkpoint", "IN", "--out", "OUT", "--tokenizer", "nowhere"], 2, "--tokenizer nowhere does not exist; a tokenizer.model"),
     (["import", "--checkpoint", "IN", "--out", "OUT", "--tokenizer", "EMPTY"], 2, "--tokenizer: EMPTY is not a SentencePiece model"),
     (["import", "--checkpoint", "IN", "--out", "OUT", "--template", "foo"], 2, "--template: the template 'foo' does not exist; one of"),
     (["import", "--checkpoint", "nowhere", "--out", "OUT"], 2, "nowhere is not a directory"),

@@ -160,7 +160,7 @@ def test_control_c_before_the_first_word_takes_the_question_back(talk, picture):
     """No empty answer stays in the conversation, and the image still waits."""
     model = FakeModel(before={2: KeyboardInterrupt()})
     status, out, _ = talk(model, "What?", f"/image {picture}", "Never mind", "Where?")
-    assert status == 0 and "(stopped; the question is taken back)" in out.splitlines()
+    assert status == 0 and "(stopped; the question was removed)" in out.splitlines()
     assert [m["role"] for m in model.asked[-1]] == ["user", "assistant", "user"]
     assert [content(m) for m in model.asked[-1][::2]] == [["What?"], [picture, "Where?"]]
 
@@ -232,7 +232,7 @@ def test_in_a_terminal_control_c_stops_the_answer_and_not_the_program():
         (b"you: ", b"\x03"), (b"you: ", "é\n".encode()), (b"you: ", b"\x04")], LC_ALL="C.UTF-8")
     assert status == 0, shown
     shown = shown.replace("^C", "").replace("you: \n", "")  # "^C" is written at times of its own, and what it throws away may be twice
-    assert "(stopped; the question is taken back)\nyou: long\ncafé 日本 \nyou: é\ncafé 日本 café 日本 .\n" in shown
+    assert "(stopped; the question was removed)\nyou: long\ncafé 日本 \nyou: é\ncafé 日本 café 日本 .\n" in shown
 
 
 def test_a_terminal_without_unicode_shows_question_marks():

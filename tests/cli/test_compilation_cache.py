@@ -128,7 +128,7 @@ def test_a_directory_that_cannot_be_written_is_a_warning(cache, capsys):
     cache.parent.parent.joinpath("llavamed_jax").write_text("in the way")
     compilation_cache.enable()
     said = capsys.readouterr().err
-    assert said.startswith("warning: compiled programs are not kept: Not a directory: ") and str(cache) in said and said.count("\n") == 1
+    assert said.startswith("warning: compiled programs are not cached: Not a directory: ") and str(cache) in said and said.count("\n") == 1
     assert jax.config.jax_compilation_cache_dir is None
 
 

@@ -175,7 +175,7 @@ def test_what_the_system_says_is_one_sentence_whoever_asked_it(error, capsys):
 def test_nul_in_a_config_file(value, tmp_path):
     (tmp_path / "c.py").write_text("from ml_collections import ConfigDict\n"
                                    f"def get_config(arg=''):\n    return ConfigDict(dict(data=dict(root={value})))\n")
-    with pytest.raises(UserError, match="the config key 'data.root' holds a NUL character"):
+    with pytest.raises(UserError, match="the config key 'data.root' contains a NUL character"):
         common.load_config(str(tmp_path / "c.py"))
 
 

@@ -320,7 +320,7 @@ def test_going_back_takes_over_what_was_set_aside(root, monkeypatch, capsys):
     assert start(monkeypatch, "w", stops_after=2) == 75
     said = capsys.readouterr().err
     assert f"{first} answers of an earlier start are reused" in said and f"its {other} answers are of another evaluation" in said
-    assert f"stopped; {first + num_kept('w')} answers are kept in w: run again to go on" in said
+    assert f"stopped; {first + num_kept('w')} answers are kept in w: run again to continue" in said
     assert start(monkeypatch, "w") == 0 and start(monkeypatch, "fresh") == 0 and texts("w") == texts("fresh")
     assert len(list((root / "w").glob("*.partial"))) == 1, "of the other seed"
 

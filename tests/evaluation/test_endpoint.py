@@ -246,7 +246,7 @@ def test_a_signal_stops_it_with_every_answer_kept(number, tmp_path):
         assert time.monotonic() - begun < 20, "requests that are under way are cancelled"
     places = kept(tmp_path)
     assert run.returncode == 75 and len(places) >= 20
-    assert said.endswith(f"stopped; {len(places)} answers are kept in {tmp_path}: run again to go on\n")
+    assert said.endswith(f"stopped; {len(places)} answers are kept in {tmp_path}: run again to continue\n")
 
 
 @pytest.mark.parametrize(("more", "status", "sentence"), [
@@ -256,11 +256,11 @@ def test_a_signal_stops_it_with_every_answer_kept(number, tmp_path):
     (["--endpoint", "SERVER", "--config.generation.num_beams=3"], 2, "OpenAI's protocol has no beam search"),
     (["--endpoint", "SERVER", "--model", ""], 2, "--endpoint needs --model NAME"),
     (["--endpoint", ""], 2, "the address '' is not valid"),
-    (["--endpoint", "SERVER", "--dtype", "float32"], 2, "--dtype is of a model that is loaded here"),
+    (["--endpoint", "SERVER", "--dtype", "float32"], 2, "--dtype is for a model that is loaded here"),
     (["--endpoint", "SERVER", "--checkpoint", "x"], 2, "not allowed with argument"),
     (["--endpoint", "SERVER", "--concurrency", "0"], 2, "concurrency is 0; at least 1 was expected"),
     (["--endpoint", "SERVER", "--concurrency", "many"], 2, "--concurrency: invalid int value: 'many'"),
-    (["--predictions", "x"], 2, "--model is of a model that is asked at an address; it stands beside --endpoint only")])
+    (["--predictions", "x"], 2, "--model can be used only with --endpoint")])
 def test_mistakes_are_one_sentence(hurried, more, status, sentence, tmp_path, capsys):
     with OpenAiServer(yes_or_no) as server:
         more = [word.replace("SERVER", server.url) for word in more]

@@ -105,7 +105,7 @@ def test_two_processes_answer_as_one_and_one_that_is_killed_ends_both(by_one, tm
     begun = time.monotonic()
     (first, _, said), _ = ends(running)
     assert first == 1 and time.monotonic() - begun < 60
-    assert said.splitlines()[-1] == ("error: process 1 has ended or cannot be reached, so process 0 ends too; what it had saved is kept, "
+    assert said.splitlines()[-1] == ("error: process 1 has ended or cannot be reached, so process 0 ends too; the saved state is kept, "
                                      "and all processes started again go on from there")
     assert "coordination_service" not in said and "stack trace" not in said and "Traceback" not in said
     before = kept(tmp_path)

@@ -94,8 +94,8 @@ def test_a_tokenizer_that_has_one_of_the_two_keeps_it(added, ids, tmp_path):
 @pytest.mark.parametrize("rows", [1007, 1000, 2049, 32000])
 def test_a_table_of_another_model_is_refused(rows, tmp_path):
     files = padded(1024, tmp_path / "files").files
-    with pytest.raises(UserError, match=f"the tokenizer has 1024 pieces; {rows} were expected, one a row of the embedding table, "
-                                        "or at most 1024 fewer or 16 more"):
+    with pytest.raises(UserError, match=f"the tokenizer has 1024 pieces, but the embedding table has {rows} rows; "
+                                        "at most 1024 fewer or 16 more"):
         ids_in_transformers(rows, files)
     assert ids_in_transformers(rows, {}) == (rows, rows + 1)
 

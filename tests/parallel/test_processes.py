@@ -44,9 +44,9 @@ def test_flags_name_a_place():
     (flags("host:1234"), "--num_processes and --process_id are missing"),
     (flags(num_processes=2, process_id=0), "--coordinator is missing"),
     (flags("host", 2, 0), "'host'; HOST:PORT was expected"),
-    (flags("host:1", 2, 2), "--process_id is 2 of --num_processes 2"),
-    (flags("host:1", 0, 0), "--process_id is 0 of --num_processes 0"),
-    (flags("host:1", 1, 1), "--process_id is 1 of --num_processes 1"),
+    (flags("host:1", 2, 2), "--process_id is 2 and --num_processes is 2"),
+    (flags("host:1", 0, 0), "--process_id is 0 and --num_processes is 0"),
+    (flags("host:1", 1, 1), "--process_id is 1 and --num_processes is 1"),
 ])
 def test_flags_that_do_not_fit_are_named(given, message):
     with pytest.raises(UsageError, match=message):
@@ -168,11 +168,11 @@ def test_a_parent_ends_as_its_child_does():
         "print('out'); print('Err', file=sys.stderr); sys.exit(75)": (75, "out\n", "Err\n"),
         "os.write(2, b'half a line'); os._exit(0)": (0, "", "half a line"),
         "os.kill(os.getpid(), signal.SIGKILL)":
-            (1, "", "error: process 1 was ended by SIGKILL, which the system sends where memory runs out\n"),
+            (1, "", "error: process 1 was killed by SIGKILL, which the system sends when memory runs out\n"),
         f"os.write(2, b'before\\n' + {(RUNTIME % LOST).encode()!r}); os.abort()":
-            (1, "", "before\nerror: process 1 has ended or cannot be reached, so process 1 ends too; what it had saved is kept, and all "
+            (1, "", "before\nerror: process 1 has ended or cannot be reached, so process 1 ends too; the saved state is kept, and all "
                     "processes started again go on from there\n"),
-        "os.write(2, b'something else\\n'); os.abort()": (1, "", "something else\nerror: process 1 was ended by SIGABRT\n"),
+        "os.write(2, b'something else\\n'); os.abort()": (1, "", "something else\nerror: process 1 was killed by SIGABRT\n"),
     }
     running = [child(code) for code in ends]
     for process, wanted in zip(running, ends.values(), strict=True):
@@ -197,10 +197,10 @@ def test_a_child_does_not_outlive_its_parent():
 
 
 @pytest.mark.parametrize("words, wanted", [
-    (LOST, "process 1 has ended or cannot be reached, so process 0 ends too; what it had saved"),
+    (LOST, "process 1 has ended or cannot be reached, so process 0 ends too; the saved state"),
     (LOST.replace("\n1\n", "\n1,3\n"), "process 1, 3 has ended or cannot be reached"),
     (NO_COORDINATOR, "process 0 has ended or cannot be reached, so process 0 ends too"),
-    (NOT_ALL_CAME, "process 0 of 2 waited for the others at host:1, and they did not all come; each has to be started"),
+    (NOT_ALL_CAME, "timeout: process 0 of 2 waited for the other processes at host:1, and not all of them joined; start each"),
     (TWICE, "two processes were started with one --process_id"),
     ("INTERNAL: ?", "another process has ended or cannot be reached"),
 ])

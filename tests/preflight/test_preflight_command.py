@@ -49,8 +49,8 @@ def some_fail(errors):
 
 
 @pytest.mark.parametrize("errors, kind, sentence", [
-    ({"h100-2": UserError("the compiler broke")}, UserError, "h100-2: the compiler broke; what was found is in "),
-    ({"h100-2": UsageError("no"), "h100-4": UsageError("no")}, UsageError, "h100-2, h100-4: no; what was found is in "),
+    ({"h100-2": UserError("the compiler broke")}, UserError, "h100-2: the compiler broke; the results so far are in "),
+    ({"h100-2": UsageError("no"), "h100-4": UsageError("no")}, UsageError, "h100-2, h100-4: no; the results so far are in "),
     ({"h100-2": UsageError("no"), "h100-4": UserError("broke")}, UserError, "h100-2: no; h100-4: broke; what")])
 def test_rows_beside_a_failure_are_shown_and_an_older_file_stays(capsys, tmp_path, errors, kind, sentence):
     file = tmp_path / "found.json"
@@ -97,7 +97,7 @@ def test_an_interrupt_shows_what_was_found_and_stops_the_rest(capsys, monkeypatc
         assert stopped.wait(60)
         raise UserError("it was stopped")
 
-    with signals.listening(signals.over(1)), pytest.raises(UserError, match="^interrupted when 1 of 4 topologies were through$"):
+    with signals.listening(signals.over(1)), pytest.raises(UserError, match="^interrupted after 1 of 4 topologies$"):
         report.check(jobs("h100-1", "h100-2", "h100-2", "h100-4"), compiled, stop=stopped.set)
     assert "h100-1    fits" in capsys.readouterr().out and "h100-4" not in asked
 
@@ -111,7 +111,7 @@ def test_an_output_that_is_closed_is_one_sentence_and_the_file_is_written(tmp_pa
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "tests", stdout=writer, stderr=subprocess.PIPE, text=True,
                           env={**os.environ, "PYTHONPATH": str(ROOT)})
     os.close(writer)
-    assert done.returncode == 1 and done.stderr.splitlines()[-1] == "error: the output was closed before all of it was written"
+    assert done.returncode == 1 and done.stderr.splitlines()[-1] == "error: the output was closed before everything was written"
     assert "Traceback" not in done.stderr and json.loads((tmp_path / "found.json").read_text())[0]["topology"] == "cpu-1"
 
 
@@ -139,7 +139,7 @@ def test_a_compiler_that_is_stopped_leaves_no_process(tmp_path, monkeypatch):
         thread.join(0.02)
     compiler.stop()
     thread.join(30)
-    assert said == ["the compiler was ended by SIGKILL, which the system sends where memory runs out"]
+    assert said == ["the compiler was killed by SIGKILL, which the system sends when memory runs out"]
     state = Path(f"/proc/{(tmp_path / 'child').read_text().strip()}/stat")
     assert not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z"
     with pytest.raises(UserError, match="stopped before it began"):
@@ -169,8 +169,8 @@ def test_a_compiler_ends_with_the_process_that_asked_for_it():
 @pytest.mark.parametrize("script, sentence", [
     ("echo 'Traceback' >&2; echo 'ValueError: no such thing' >&2; exit 1", "ended with status 1: ValueError: no such thing"),
     ("echo 'F1128 05:02:11.12345    99 parse.cc:12] Unknown flags in XLA_FLAGS: --foo' >&2; echo '  @ 0x1 Error()' >&2; kill -ABRT $$",
-     "was ended by SIGABRT: Unknown flags in XLA_FLAGS: --foo"),
-    ("kill -SEGV $$", "the compiler was ended by SIGSEGV$"), ("exit 0", "the compiler ended with status 0$"),
+     "was killed by SIGABRT: Unknown flags in XLA_FLAGS: --foo"),
+    ("kill -SEGV $$", "the compiler was killed by SIGSEGV$"), ("exit 0", "the compiler ended with status 0$"),
     ("echo '{\"error\": \"told\", \"is_usage\": true}'", "^told$"),
     ("printf 'ended\\nin pieces' >&2; exit 3", "status 3: ended in pieces")])
 def test_how_a_compiler_ended_is_one_sentence(tmp_path, monkeypatch, script, sentence):
@@ -219,7 +219,7 @@ def test_what_is_tried_is_said(capsys):
 
 @pytest.mark.parametrize("name, tail", [("cpu-2", "keys"), ("v5e-256", "keys"), ("h100-1", "keys, and up to 8 times as many devices")])
 def test_larger_machines_are_named_where_there_are_any(name, tail):
-    assert report.remarks([row(name, 50, would_fit=[])])[-1] == f"{name} is too small, and so is what was tried: other values of {tail}"
+    assert report.remarks([row(name, 50, would_fit=[])])[-1] == f"{name} is too small, and no alternative that was tried fits: other values of {tail}"
 
 
 # ---- tables
@@ -273,7 +273,7 @@ def test_wrong_training_command_lines(capsys, flags, status, sentence):
 
 
 @pytest.mark.parametrize("flags, sentence", [
-    (["--config", VQA_RAD, "--config.generation.num_beams=4"], "not those of beam search"),
+    (["--config", VQA_RAD, "--config.generation.num_beams=4"], "does not compile beam search"),
     (["--config", VQA_RAD, "--config.generation.batch_size=0"], "generation.batch_size is 0"),
     (["--config", VQA_RAD, "--config.generation.max_new_tokens=none"], "generation.max_new_tokens is none"),
     (["--config", f"{FINETUNE}:small"], "has no 'generation'"),
@@ -313,7 +313,7 @@ def test_a_start_that_is_none_is_one_sentence(capsys, init):
     keys = [f"--config.init={init}", "--config.name=mine" if init[0] == "x" else "--config.name=finetune small"]
     assert train(["--config", f"{FINETUNE}:small", "--preflight", "cpu-1", *keys]) == 2
     error = capsys.readouterr().err
-    assert "'init' is" in error and "is no directory here" in error and error.count("\n") == 1 and len(error) < 400
+    assert "'init' is" in error and "is not a directory here" in error and error.count("\n") == 1 and len(error) < 400
 
 
 def test_the_tower_that_is_asked_for_is_the_one_that_is_compiled(monkeypatch):

@@ -211,10 +211,10 @@ def test_remarks_name_ways_out_and_batches_that_do_not_fit():
             dict(topology="h100-2", changes={}, peak=20 * GIB, memory_bytes=40 * GIB)]
     lines = report.remarks([{**row(50, **MORE), "fitting_batch_size": 120, "would_fit": ways}, {**row(50, **MORE), "would_fit": []}])
     assert lines[2] == "model: preset:x"
-    assert lines[3] == "h100-1: its devices make an update of 120 samples; batch_size 120 would say so"
+    assert lines[3] == "h100-1: an update has 120 samples on these devices; set batch_size to 120"
     assert lines[4] == ("h100-1 is too small; it would fit with remat=full and micro_batches=4 (39.0 of 40.0 GiB) or on h100-2 "
                         "(20.0 of 40.0 GiB)")
-    assert lines[5].endswith("and so is what was tried: other values of keys, and up to 8 times as many devices")
+    assert lines[5].endswith("and no alternative that was tried fits: other values of keys, and up to 8 times as many devices")
 
 
 @pytest.mark.parametrize("cores, free_gib, at_once", [(16, 100, 5), (16, 13, 2), (5, 100, 2), (1, 1, 1)])

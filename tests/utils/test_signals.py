@@ -162,7 +162,7 @@ def test_another_thread_hears_nothing_and_breaks_nothing():
 
 def test_a_reader_that_is_gone_asks_what_saves_to_stop_and_fails_what_does_not():
     for phase, wanted in (("''", "error: stdout cannot be written to: Broken pipe; saved"),
-                          ("'', grace=0", "error: the output was closed before all of it was written")):
+                          ("'', grace=0", "error: the output was closed before everything was written")):
         process = start(f"begin({phase})\nfrom llavamed_jax.errors import UserError\nfor _ in range(500):\n    print('step', flush=True)\n"
                         "    if signals.is_asked(): raise UserError(signals.failure() + '; saved')\n    time.sleep(0.01)")
         process.stdout.close()

@@ -54,7 +54,7 @@ def test_fetch_and_tensors(models, tmp_path):
     tensors = load_file(models[MODEL] / "model.safetensors")
     assert f"| all | {len(tensors)} | {sum(t.size for t in tensors.values()):,} |" in text
     assert "| projector | 4 |" in text and "| model.safetensors |" in text and "sha256 as stated" in text and "git blob as stated" in text
-    assert "54 of 55 tensors are the same bits" in text  # one of the layers' 48, 5 around and 2 after them
+    assert "54 of 55 tensors are bit-identical" in text  # one of the layers' 48, 5 around and 2 after them
     assert "layer 2                   0.2" in text and "15 of 16 bit for bit" in text
     assert "decoder.hidden_size 48 for 4096" in text and "decoder.rope_theta" not in text
     assert "not done: tower, answers, vqa_rad" in text and "VQA-RAD, zero-shot" not in text
@@ -123,6 +123,6 @@ def test_whole_with_all_451_questions(models, shared, tmp_path):
     assert text.count("\n  > ") >= 4 and "(Right upper lobe)" in text
     assert "272 closed and 179 open questions" in text
     for number in ("53.7", "51.4", "46.6"):
-        assert number in text.split("as orientation and not as a check")[1]
+        assert number in text.split("not a check, because")[1]
     assert len((tmp_path / "run" / "predictions.jsonl").read_text().splitlines()) == 451
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["n_closed"] == 272
