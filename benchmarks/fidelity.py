@@ -28,7 +28,7 @@ from llavamed_jax.utils.paths import local  # noqa: E402
 
 TRUE_SHAPES = ROOT / "docs" / "fidelity" / "true_shapes.json"
 
-# Number in the specification's conformance list, what it is, the tests (file::function, or a whole file), what to say.
+# Number of the group, what it is, the tests (file::function, or a whole file), what to say.
 GROUPS = [
     ("1", "Metrics on a whole data set", ["test_evaluation::test_a_hand_computed_score", "test_evaluation::test_the_whole_of_vqa_rad"],
      "to 1e-6: scores computed by hand, and gold answers as predictions; the original's prediction files are not part of this project"),
@@ -144,13 +144,13 @@ def document(results: list[Result]) -> str:
              "released shapes.", "",
              f"{datetime.date.today().isoformat()}, commit {commit}, {versions}.", "",
              "## Conformance groups", "",
-             "The numbers are those of the specification's conformance list. Each difference is the one that comes closest to its "
-             "tolerance. *holds* means that ids, texts, bits, errors, or figures to the digits in the note are as expected.", "",
+             "Each difference is the one that comes closest to its tolerance. "
+             "*holds* means that ids, texts, bits, errors, or figures to the digits in the note are as expected.", "",
              "| | group | checks | largest difference | allowed | |", "|---|---|---:|---:|---:|---|"]
     for number, title, selectors, note in GROUPS:
         lines.append(group_row(number, title, [r for r in results if any(map(r.belongs, selectors))], note))
     lines += ["", "## Quirks of the original", "",
-              "The numbers are those of the specification's list. *kept* reproduces the original, *mended* does not.", "",
+              "Code and pages cite a quirk by its number. *kept* reproduces the original, *mended* does not.", "",
               "| | the original | here | switch | held by |", "|---|---|---|---|---|"]
     lines += [f"| {' | '.join(row)} | {held_by(test)} |" for *row, test in QUIRKS]
     lines += ["", "## Other differences", "", "| the original | here | switch | held by |", "|---|---|---|---|"]

@@ -1,6 +1,6 @@
 """The known differences between the original and this project, row by row; benchmarks/fidelity.py prints them.
 
-A row: number in the specification's list of quirks (§8), what the original does, what this project does (*kept* reproduces it,
+A row: the quirk's number, what the original does, what this project does (*kept* reproduces it,
 *mended* does not), the switch between the two where there is one, and the test that holds it (None: the part is to come, or
 there is nothing to test).
 """

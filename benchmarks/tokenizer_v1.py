@@ -5,9 +5,9 @@
     python benchmarks/tokenizer_v1.py check DIR                        # a line a folder: how many samples have the same ids
     python benchmarks/tokenizer_v1.py record DIR                       # tests/support/tokenizer_v1.json, which a test goes by
 
-VQA_RAD is the folder of the public file, tokenizer.model LLaMA's. `theirs` does to the tokenizer what v1.0's train.py does
-(spec 1.8, 3.7): `--version v0` with and without "llama" in the model's path, and `--version v1`. It writes the ids of the
-tokenizer that trained, and of the saved folder loaded again.
+VQA_RAD is the folder of the public file, tokenizer.model LLaMA's. `theirs` does to the tokenizer what v1.0's
+`llava/train/train.py` does: `--version v0` with and without "llama" in the model's path, and `--version v1`. It writes the
+ids of the tokenizer that trained, and of the saved folder loaded again.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ from llavamed_jax.models.llava import merge
 from llavamed_jax.models.towers import clip
 from llavamed_jax.utils.paths import local
 
-# "[INST] <image>\nWhat is shown in this image? [/INST]" with Mistral's tokenizer (spec 3.6); LLaMA's vocabulary is as large.
+# "[INST] <image>\nWhat is shown in this image? [/INST]" with Mistral's tokenizer; LLaMA's vocabulary is as large.
 QUESTION = [1, 733, 16289, 28793, 28705, IMAGE_TOKEN, 28705, 13, 3195, 349, 4894, 297, 456, 3469, 28804, 733, 28748, 16289, 28793]
 IMAGE = ROOT / "samples" / "vqa_rad" / "images" / "synpic17738.jpg"
 LANGUAGE = {"mistral": (modeling_mistral, "Mistral"), "llama": (modeling_llama, "Llama")}
@@ -173,7 +173,7 @@ def tower(checkpoint: Checkpoint, pixels: np.ndarray):
 
 
 def torch_projector(cfg: LlavaConfig, weights: Weights) -> torch.nn.Module:
-    """The original's builder (spec 1.4)."""
+    """The original's projector (`llava/model/multimodal_projector/builder.py` of LLaVA-Med v1.5)."""
     linears = [torch.nn.Linear(cfg.vision.hidden_size if n == 0 else cfg.decoder.hidden_size, cfg.decoder.hidden_size,
                                bias=cfg.projector_bias, device="meta") for n in range(len(weights.ours))]
     modules = [m for n, linear in enumerate(linears) for m in ([torch.nn.GELU()] if n else []) + [linear]]

@@ -1,7 +1,7 @@
 """The three stages trained here and by torch, update for update: `python benchmarks/yardstick.py`.
 
 The same tiny LLaVA from the same weights, on eight fixed batches repeated, 50 updates: the recipe's optimizer here;
-torch's AdamW, clipping and the cosine of HF's Trainer there (spec 4.3). At the learning rate of the stage and at 1e-3, for
+torch's AdamW, clipping and the cosine of HF's Trainer there. At the learning rate of the stage and at 1e-3, for
 at a small one much that is wrong would pass. Each stage starts where torch's stage before ended.
 A row passes if every loss agrees to 2e-6 of it, if each trained tensor's change agrees to 1 % of it (norms over all
 updates), and if what is frozen has kept its bits. Then stage 2 of v1.0, whose `loss_weighting` is `sample`, beside the rule

@@ -4,9 +4,9 @@ r"""Converts messages, conversations and images to the model's arrays, and ids t
     encode   1  733 …  -200   13  …                         an image is one IMAGE_TOKEN
     expand   1  733 …  -200 × P   13  …                     and P consecutive positions for the model
 
-LLaVA-Med v1.0 represents an image by P `<im_patch>` between `<im_start>` and `<im_end>` (spec 3.5, 3.6). With its
-templates, `<image>` in a text stands for all of these, `encode` writes the start and end ids around the IMAGE_TOKEN,
-and the image stays at its place in a turn: behind the question, where upstream moves it to the front.
+LLaVA-Med v1.0 represents an image by P `<im_patch>` between `<im_start>` and `<im_end>` (`llava/train/train.py`). With
+its templates, `<image>` in a text stands for all of these, `encode` writes the start and end ids around the
+IMAGE_TOKEN, and the image stays at its place in a turn: behind the question, where upstream moves it to the front.
 
 B, H, W and I are rows, height, width and images; P is the number of positions of an image.
 """
@@ -275,11 +275,11 @@ class Processor:
     def encode(self, text: str) -> list[int]:
         """Encodes a prompt; an image is one IMAGE_TOKEN.
 
-        As in the originals, each text between images is encoded on its own (spec 3.6). If the checkpoint has
-        transformers' layout and its tokenizer has a token for images, the text is encoded as a whole, as transformers'
-        processors do. With v1.0's templates the ids of the start and end tokens stand around an image, white space
-        beside the image is dropped, and each `<im_patch>` in the text is an IMAGE_TOKEN too. If a checkpoint's own chat
-        template has written the beginning-of-sequence token, no second one is added.
+        As in the originals' `tokenizer_image_token`, each text between images is encoded on its own. If the checkpoint
+        has transformers' layout and its tokenizer has a token for images, the text is encoded as a whole, as
+        transformers' processors do. With v1.0's templates the ids of the start and end tokens stand around an image,
+        white space beside the image is dropped, and each `<im_patch>` in the text is an IMAGE_TOKEN too. If a
+        checkpoint's own chat template has written the beginning-of-sequence token, no second one is added.
 
         Args:
           text: a prompt of `prompt` or `question`.

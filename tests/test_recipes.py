@@ -193,7 +193,7 @@ def test_numbers_of_the_stages():
 @pytest.mark.parametrize("name", [*STAGES, *TASKS])
 @pytest.mark.parametrize("family", ["v1", "v15", "llava15"])
 def test_what_all_of_them_share(name, family):
-    """HF's Trainer (spec 4.3): AdamW, 3 % warm-up, no decay, and 2,048 tokens."""
+    """HF's Trainer and the originals' scripts: AdamW, 3 % warm-up, no decay, and 2,048 tokens."""
     cfg, opt = load(name, family), load(name, family).optimizer
     assert (opt.warmup_ratio, opt.weight_decay, opt.b1, opt.b2, opt.eps) == (0.03, 0.0, 0.9, 0.999, 1e-8)
     assert cfg.max_length == 2048 and cfg.epochs and cfg.total_steps is None

@@ -3,8 +3,8 @@
 Canonical names are the paths of the parameter tree with unstacked layers (`decoder/layers_0/mlp/up_proj/kernel`); on
 disk the own tree has one array for each. The layouts are
 
-  llava         LLaVA's own, of LLaVA-Med v1.0 and v1.5 and LLaVA-1.5 (spec 2.1, 2.3)
-  transformers  `LlavaForConditionalGeneration`, every generation of its key names (spec 2.5)
+  llava         LLaVA's own, of LLaVA-Med v1.0 and v1.5 and LLaVA-1.5
+  transformers  `LlavaForConditionalGeneration`, every generation of its key names
   tower         a vision tower in its own directory (`CLIPVisionModel`, or `CLIPModel` with its text half)
   decoder       a language model in its own directory (`LlamaForCausalLM`, `MistralForCausalLM`)
 
@@ -43,8 +43,8 @@ _PREFIXES = {
     "decoder": {"decoder": ("model.", ""), "lm_head": ("lm_head.",)},
 }
 
-# Buffers that old versions of transformers saved and every version recomputes. In a v1.0 delta they are zeros (spec
-# Q33).
+# Buffers that old versions of transformers saved and every version recomputes. In a v1.0 delta they are zeros
+# (quirk Q33 in docs/fidelity.md).
 _BUFFERS = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|embeddings\.position_ids)")
 
 

@@ -82,7 +82,7 @@ def _open_torch(directory: Path, vision_tower: Path | None) -> Checkpoint:
         tensors = canonical(directory, without, config, layout, ("vision_tower/",), rows) | tower_tensors(
             config, tower_directory)
     frequencies = [tensor for key, tensor in found.items() if key.endswith("rotary_emb.inv_freq")]
-    is_delta = any(is_zero(tensor.load()) for tensor in frequencies)  # a delta's are a difference, so zeros (spec Q33)
+    is_delta = any(is_zero(tensor.load()) for tensor in frequencies)  # a delta's are a difference, so zeros (quirk Q33)
     beside = vision_tower or tower_directory or (find_tower(directory, tower_name(raw)) if layout == "llava" else None)
     return Checkpoint(config, layout, directory, tensors, text_files(directory), tower, tower_directory=beside,
                       is_delta=is_delta)

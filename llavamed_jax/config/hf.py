@@ -39,8 +39,8 @@ _ORIGINAL_DEFAULTS = {
     "use_mm_proj": True, "use_cache": True,
     "mm_use_im_patch_token": False, "mm_patch_merge_type": "flat", "tokenizer_padding_side": "right",
 }
-# LLaVA-Med v1.0's evaluation writes these into a v0 config, which has no vision keys (spec 2.1). It does not write the
-# feature layer, which therefore has the code's default of -1.
+# `llava/eval/model_vqa.py` of LLaVA-Med v1.0 writes these into a v0 config, which has no vision keys. It does not write
+# the feature layer, which therefore has the code's default of -1.
 _V0_DEFAULTS = {"use_mm_proj": True, "mm_vision_tower": "openai/clip-vit-large-patch14", "mm_hidden_size": 1024}
 # Values of `image_aspect_ratio` that split an image into several inputs of the tower (LLaVA-NeXT's `process_images`,
 # `anyres_max_9` among them).
@@ -193,7 +193,7 @@ def joined(decoder: DecoderConfig, vision: VisionConfig, projector_type: str, to
 
 
 def from_original(config: Mapping[str, Any], vision: VisionConfig | None) -> LlavaConfig:
-    """Reads the originals' own layout: LLaVA-Med v1.5, v1.0, v0 or LLaVA-1.5 (spec 2.1, 2.3).
+    """Reads the originals' own layout: LLaVA-Med v1.5, v1.0, v0 or LLaVA-1.5.
 
     Args:
       config: the content of `config.json`.
@@ -269,7 +269,7 @@ def to_original(cfg: LlavaConfig) -> dict:
 
 
 def from_transformers(config: Mapping[str, Any]) -> LlavaConfig:
-    """Reads transformers' `llava`, of any of its generations (spec 2.5).
+    """Reads transformers' `llava` (`LlavaConfig`), of any of its generations.
 
     Raises:
       UserError: settings that this model does not have.

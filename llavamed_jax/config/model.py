@@ -37,7 +37,7 @@ class LlavaConfig:
       projector_type: `linear`, `mlpNx_gelu` or `identity`.
       projector_bias: whether the projector has biases.
       feature_layer: index of the tower's hidden state that the projector reads (0 is the embedding after
-        `pre_layrnorm`, k the output of block k, negative from the end; spec 1.2).
+        `pre_layrnorm`, k the output of block k, negative from the end).
       feature_select: `patch` leaves out the class token, `cls_patch` keeps it.
       image_aspect_ratio: `pad` pads images to a square, `square` does not.
       max_length: the longest prompt in tokens; None for no limit.
@@ -103,7 +103,7 @@ class LlavaConfig:
         """Returns the rows of the embedding table in transformers' layout.
 
         A table that has an <image> of its own, or unused rows for <image> and <pad>, stays as it is. Other tables are
-        filled up to a multiple of 64, as in the published conversions (spec 2.5).
+        filled up to a multiple of 64, as transformers' `convert_llava_weights_to_hf.py` does.
 
         Args:
           ids: the ids of <image> and <pad>.
@@ -141,7 +141,7 @@ class LlavaConfig:
 
 
 def projector_depth(projector_type: str) -> int:
-    """Returns the number of linear layers of `linear` (1), `mlpNx_gelu` (N) or `identity` (0); spec 1.4.
+    """Returns the number of linear layers of `linear` (1), `mlpNx_gelu` (N) or `identity` (0).
 
     Raises:
       UserError: another type of projector.

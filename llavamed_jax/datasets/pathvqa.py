@@ -113,7 +113,9 @@ DATA_SET = DataSet(
     is_at=lambda path: path.is_dir() and (any(path.glob("qas/*_vqa.pkl")) or any(path.glob("qas/*/*_qa.pkl"))),
     name_at=_name_at,
     variant=lambda selected: form(Path(selected.root)),
-    published={  # spec 3.1; numbers of the parquet form are from its card: it leaves out repeated rows
+    # The official form's numbers are from a notebook of LLaVA-Med v1.0; the parquet form's are from its card (it leaves
+    # out repeated rows).
+    published={
         ("train", "official"): (19755, 2599, 9949, 9806), ("validation", "official"): (6279, 832, 3144, 3135),
         ("test", "official"): (6761, 858, 3370, 3391),
         ("train", "parquet"): (19654, 2599, None, None), ("validation", "parquet"): (6259, 832, None, None),

@@ -1,4 +1,4 @@
-"""Reads LLaVA-Med's chat questions about figures of articles (spec 3.1, 7.7).
+"""Reads LLaVA-Med's chat questions about figures of articles.
 
 Each question comes with GPT-4's answer, the caption, and the sentences of the article that mention the figure. The
 published file, `llava_med_eval_qa50_qa.jsonl`, has 193 questions about 50 figures: 143 are turns of a conversation, 50

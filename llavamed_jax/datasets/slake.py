@@ -59,7 +59,7 @@ DATA_SET = DataSet(
     seems_at=_has_images,
     is_row=lambda keys: "img_name" in keys,
     variant=lambda selected: selected.language or "en",
-    published={  # spec 3.1
+    published={  # from a notebook of LLaVA-Med v1.0
         ("train", "en"): (4919, 450, 2976, 1943), ("validation", "en"): (1053, 96, 631, 422),
         ("test", "en"): (1061, 96, 645, 416),
     },

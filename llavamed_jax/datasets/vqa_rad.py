@@ -91,7 +91,7 @@ DATA_SET = DataSet(
     is_at=lambda path: path.name == VQA_RAD_FILE or (path / VQA_RAD_FILE).is_file(),
     is_row=lambda keys: "phrase_type" in keys,
     variant=lambda selected: selected.protocol,
-    published={  # spec 3.1
+    published={  # from a notebook of LLaVA-Med v1.0
         ("train", "clean"): (1797, 313, 770, 1027), ("train", "paper"): (3064, 314, 1241, 1823),
         ("test", "clean"): (451, 203, 179, 272), ("test", "paper"): (451, 203, 179, 272),
     },

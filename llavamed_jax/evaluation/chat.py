@@ -1,7 +1,8 @@
-"""Chat evaluation by a judge (spec 7.7): answers to questions about figures are scored beside GPT-4's answers.
+"""Chat evaluation by a judge: answers to questions about figures are scored beside GPT-4's answers.
 
 The judge reads the caption, the sentences of the article that mention the figure, the question and both answers, and
 gives each answer a score from 1 to 10. The relative score is 100 * mean(score of the answer / score of the reference).
+Source: `llava/eval/eval_multimodal_chat_gpt_score.py` of LLaVA-Med v1.0 and v1.5.
 Axis letters: N questions.
 """
 

@@ -8,7 +8,8 @@ depends on another, so a batch shards over devices as it is and a text-only row 
 
 Axis letters: B batch, T positions, I images a row, P positions an image, D model width, V vocabulary.
 
-Source: spec 1.5-1.6 (without the originals' mixed-batch bug).
+Source: `llava/model/llava.py` of LLaVA-Med v1.0 and `llava/model/llava_arch.py` of v1.5, without v1.0's mixed-batch bug
+(quirk Q8).
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""The projector from vision features to the decoder's width. Source: spec 1.4 (`linear`, `mlpNx_gelu`, `identity`)."""
+"""The projector from vision features to the decoder's width: `linear`, `mlpNx_gelu` or `identity`.
+
+Source: `llava/model/multimodal_projector/builder.py` of LLaVA-Med v1.5 and of LLaVA.
+"""
 
 from __future__ import annotations
 

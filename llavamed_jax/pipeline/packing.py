@@ -195,7 +195,7 @@ class Plan:
     def num_updates(self, epochs: int) -> int:
         """Returns the number of updates of `epochs` epochs.
 
-        These are the whole updates of each epoch, at least one, as HF's Trainer counts them (spec 4.1).
+        These are the whole updates of each epoch, at least one, as transformers' Trainer counts them.
         """
         return sum(max(1, len(self.rows(epoch)) // self.layout.rows) for epoch in range(epochs))
 

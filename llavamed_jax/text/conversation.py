@@ -1,4 +1,6 @@
-"""Prompts of conversations, and the label masks of training text (spec 3.4 to 3.7).
+"""Prompts of conversations, and the label masks of training text.
+
+Source: `llava/conversation.py` of LLaVA-Med v1.0 and v1.5 and of LLaVA, and `llava/train/train.py` of v1.0 and LLaVA.
 
 A conversation is a list of turns, texts that alternate and begin with the user's; a last turn of None leaves the
 assistant's place open. `<image>` in a text marks an image. The templates are in `llavamed_jax.text.templates`.
@@ -162,8 +164,8 @@ def supervise(template: Template, turns: Sequence[tuple[str, str]], encode: Call
     With a language model's own template (`exact`) the text of each answer and the token that ends the answer are
     supervised. A token that begins before an answer and ends in it is the answer's.
 
-    Other templates follow the originals' own arithmetic (spec 3.7). The originals find answers by encoding parts of the
-    text separately and counting ids, so the labels are exactly those that the released models were trained with,
+    Other templates follow the arithmetic of the originals' `train.py`. The originals find answers by encoding parts of
+    the text separately and counting ids, so the labels are exactly those that the released models were trained with,
     including defects. If the counts of v1 or llama_2 do not add up, no token of the sample is supervised, and callers
     count such samples; if those of v0 do not add up, the spans are shifted (quirk Q11).
 

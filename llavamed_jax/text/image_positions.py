@@ -12,7 +12,8 @@ from llavamed_jax.errors import UserError
 from llavamed_jax.text.conversation import IMAGE_MARKER
 from llavamed_jax.text.tokenizer import Tokenizer
 
-# v1.0's image tokens. Its training with `--version v0` adds [PAD] before them to a tokenizer that has none (spec 1.8).
+# v1.0's image tokens. Its training (`llava/train/train.py`) with `--version v0` adds [PAD] before them to a tokenizer
+# that has none.
 PAD, PATCH, START, END = "[PAD]", "<im_patch>", "<im_start>", "<im_end>"
 
 
@@ -23,7 +24,7 @@ def encode(text: str, tokenizer: Tokenizer, image: str | None, bos: bool) -> lis
       text: a prompt with `<image>` markers.
       tokenizer: the model's tokenizer.
       image: the token of an image in transformers' texts, with which the text is encoded as a whole. None encodes each
-        text between images on its own, as the originals do (spec 3.6).
+        text between images on its own, as the originals do (`tokenizer_image_token`).
       bos: whether the beginning-of-sequence id comes first.
 
     Returns:

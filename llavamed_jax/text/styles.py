@@ -18,8 +18,9 @@ class Style:
     names of the roles; `{sep}` ends a question and `{end}` an answer. `{thought}` is an answer's reasoning.
 
     Attributes:
-      labels: the procedure that finds the supervised tokens: v0, v1, llama_2 or plain, which are the originals' (spec
-        3.7), or exact, which supervises the text of each answer and the token `{end}`.
+      labels: the procedure that finds the supervised tokens: v0, v1, llama_2 or plain, which are the originals'
+        (`preprocess_v1` and others in `llava/train/train.py`), or exact, which supervises the text of each answer and
+        the token `{end}`.
       head: the text before the turns; not written where the system text is None.
       question: a turn of the user.
       answer: a turn of the assistant.

@@ -1,11 +1,11 @@
-"""Prompt templates as data (spec 3.4): prompts, training text and exported chat templates are made from this table.
+"""Prompt templates as data: prompts, training text and exported chat templates are made from this table.
 
 A template is a row of `TEMPLATES`, named `ORIGIN:NAME`: `v1.0` for the code of LLaVA-Med v1.0, `v1.5` for v1.5's, `up`
-for upstream LLaVA's, and `hf` for the chat templates that language models are released with on the Hugging Face hub:
-SmolLM2-Instruct (`chatml`), Llama 3 Instruct, Llama 3.1 and 3.2 Instruct, Qwen2.5-Instruct (`qwen`) and Qwen3. The same
-name may stand for different texts in different origins. Templates with a long example or another project's safety
-prompt (v1.0's inference template `v1`, `default`, `llama_2`) and those that no LLaVA-Med uses (`mpt`, the `mmtag` and
-`direct` ones) are left out.
+for upstream LLaVA's (each has them in `llava/conversation.py`), and `hf` for the chat templates that language models
+are released with on the Hugging Face hub: SmolLM2-Instruct (`chatml`), Llama 3 Instruct, Llama 3.1 and 3.2 Instruct,
+Qwen2.5-Instruct (`qwen`) and Qwen3. The same name may stand for different texts in different origins. Templates with a
+long example or another project's safety prompt (v1.0's inference template `v1`, `default`, `llama_2`) and those that no
+LLaVA-Med uses (`mpt`, the `mmtag` and `direct` ones) are left out.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from llavamed_jax.config import LlavaConfig
 from llavamed_jax.errors import UserError
 from llavamed_jax.text.styles import STYLES, Style
 
-V1 = "v1.0"  # the origin whose text and tokens follow rules of their own (spec 3.5, 3.6)
+V1 = "v1.0"  # the origin whose text and tokens follow rules of their own (`image_positions.py`)
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Template:
 
     @property
     def labels(self) -> str:
-        """The procedure that finds the supervised tokens: v0, v1, llama_2 or plain (spec 3.7), or exact."""
+        """The procedure that finds the supervised tokens: v0, v1, llama_2 or plain (`Style.labels`), or exact."""
         return self.procedure or self.form.labels
 
     @property

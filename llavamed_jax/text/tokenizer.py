@@ -46,7 +46,7 @@ class Tokenizer:
       eos_id: id of the end-of-sequence token; None if there is no such token.
       unk_id: id of the unknown token; None if there is no such token.
       special_tokens: the texts of `bos_token`, `eos_token` and the other roles that the files give, for chat templates.
-      pad_id: the id that the original pads with and compares against: `unk` (spec 3.7), or `eos` without one.
+      pad_id: the id that the original pads with and compares against: `unk`, or `eos` without one.
       has_bos: whether sequences begin with `bos_id`.
       is_legacy: whether text after a special token is split as at a beginning.
     """

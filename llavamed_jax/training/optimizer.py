@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from llavamed_jax.errors import UsageError
 
-# Biases and the scales of norms are not decayed (HF's Trainer; spec 4.3).
+# Biases and the scales of norms are not decayed (as in transformers' Trainer).
 NOT_DECAYED = re.compile(r".*/(scale|bias)")
 
 

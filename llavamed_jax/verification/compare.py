@@ -95,9 +95,9 @@ def _computed(cfg: LlavaConfig) -> dict:
 
 
 def _has_added_rows(longer: LlavaConfig, shorter: LlavaConfig) -> bool:
-    """Returns whether `longer` is transformers' conversion of `shorter` (spec 2.5).
+    """Returns whether `longer` is transformers' conversion of `shorter`.
 
-    The conversion adds `<image>` and padding rows at the end of the vocabulary.
+    The conversion (`convert_llava_weights_to_hf.py`) adds `<image>` and padding rows at the end of the vocabulary.
     """
     rows = shorter.decoder.vocab_size
     return shorter.image_token_id is None and (longer.image_token_id or -1) >= rows and longer.decoder.vocab_size > rows

@@ -258,7 +258,7 @@ BAD_CONFIGS = {
     "rope of another kind for each layer": ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "rope_parameters is "),
     "llama3 the wrong way round": ({"rope_scaling": {"rope_type": "llama3", "factor": 8, "low_freq_factor": 4, "high_freq_factor": 1}},
                                    "low_freq_factor 4.0 and high_freq_factor 1.0; the first below the second was expected"),
-    "a part of the head": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5; rotation of whole heads"),
+    "a part of the head": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5; 1 .rotation of whole heads. was"),
     "another activation": ({"hidden_act": "mish"}, "hidden_act is 'mish'; one of silu, swish, gelu"),
     "a bias that is no word": ({"attention_bias": "yes"}, "attention_bias 'yes'; true or false was expected"),
     "another projector": ({"mm_projector_type": "cabstract"}, "the projector type is 'cabstract'"),
@@ -306,7 +306,7 @@ def converted(checkpoint, out, capsys):
 
 
 @pytest.mark.parametrize(("make", "sentence"), [
-    (lambda root: root / "v15" / "tree", "tree lies inside .*v15, which is read; a directory outside of it was expected"),
+    (lambda root: root / "v15" / "tree", "tree lies inside .*v15, which is an input; a directory outside it was expected"),
     (lambda root: (root / "file").write_text("mine") and root / "file", "file exists and is not empty; a new directory was expected"),
     (lambda root: (root / "file").write_text("mine") and root / "file" / "out", "out cannot be written: "),
     (lambda root: root / ("a" * 300), "cannot be written: File name too long"),
@@ -366,7 +366,7 @@ def test_texts_that_cannot_be_read_stop_before_anything_is_written(case, v15, tm
 def test_ids_without_a_row_are_said(v15, tmp_path, capsys):
     shutil.copyfile(Path(__file__).resolve().parents[2] / "samples" / "vqa_rad" / "tokenizer.model", v15 / "tokenizer.model")
     status, error = converted(v15, tmp_path / "out", capsys)
-    assert (status, error) == (0, "warning: the tokenizer has 1024 pieces and the embedding table 70 rows: ids from 70 on have none\n")
+    assert (status, error) == (0, "warning: the tokenizer has 1024 pieces and the embedding table 70 rows; ids from 70 on have no row\n")
     (v15 / "added_tokens.json").write_text('{"<pad>": "last"}')
     status, error = converted(v15, tmp_path / "again", capsys)
     assert status == 1 and "the added tokens of the tokenizer in " in error

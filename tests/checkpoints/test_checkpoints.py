@@ -42,7 +42,7 @@ def v15(tmp_path):
 
 @pytest.mark.parametrize(("preset", "tensors"), [("v15-7b", 291 + 4 + 391), ("v1-7b", 325 - 32 + 391), ("v1-13b", 405 - 40 + 391)])
 def test_the_table_has_the_tensors_of_the_releases(preset, tensors):
-    """Counts of spec 2.1 (less one inv_freq buffer a layer) and 2.3."""
+    """As counted in the released files: v1.0's less one inv_freq buffer a layer, and v1.5's."""
     assert len(names.specs(PRESETS[preset])) == tensors
 
 

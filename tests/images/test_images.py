@@ -1,4 +1,4 @@
-"""Pixels against `CLIPImageProcessorPil` and against the original's (spec A7)."""
+"""Pixels against `CLIPImageProcessorPil` and against the original's."""
 
 import base64
 import io

@@ -1,4 +1,4 @@
-"""Known answers of the original's code on its two tiny models (spec A8, B.7), and ten random models beside transformers.
+"""Known answers of the original's code on its two tiny models, and ten random models beside transformers.
 
 The torch reference of `originals.py` is held to the printed numbers first; then it stands in where none are printed:
 windows, truncation, greedy tokens. Everything here goes through the same door as a user's checkpoint: `load(directory)`.
@@ -124,7 +124,7 @@ def test_the_reference_itself_gives_the_printed_numbers(name, tiny, measured):
 
 @pytest.mark.parametrize("max_length", [4, 8])  # inside the image, and one token short
 def test_rows_are_cut_as_the_original_cuts(max_length, tmp_path, measured):
-    """`tokenizer_model_max_length` counts expanded positions and may cut inside an image (spec 1.6, 6; quirk Q6)."""
+    """`tokenizer_model_max_length` counts expanded positions and may cut inside an image (v1.5's `llava_arch.py`; quirk Q6)."""
     directory, reference = originals.save_v15(tmp_path, tokenizer_model_max_length=max_length)
     model = load(directory, dtype="float32")
     assert model.engine.max_prompt == max_length
@@ -136,7 +136,7 @@ def test_rows_are_cut_as_the_original_cuts(max_length, tmp_path, measured):
 
 @pytest.mark.parametrize("window", [1, 4, 4096])
 def test_sliding_window(window, tmp_path, measured):
-    """Query i sees keys i-w < j <= i (spec 1.7)."""
+    """Query i sees keys i-w < j <= i (transformers' MistralModel)."""
     directory, reference = originals.save_v15(tmp_path, sliding_window=window)
     model = load(directory, dtype="float32")
     row = [1, 5, IMAGE_TOKEN, 7, 9, 11, 20, 21, 22]

@@ -57,7 +57,7 @@ def test_every_hidden_state_of_the_tower(num_layers, act, measured):
 
 
 def torch_projector(kind, inner, outer, bias):
-    """The original's builder (spec 1.4), written for this test."""
+    """The original's `multimodal_projector/builder.py`, written for this test."""
     if kind == "identity":
         return torch.nn.Identity()
     if kind == "linear":

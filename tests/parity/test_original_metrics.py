@@ -54,7 +54,7 @@ def test_every_published_prediction_scores_as_the_reference_says(original_predic
         check(samples, join(samples, predictions))
 
 
-# --- a second reading of the specification (7.1 to 7.4), which shares no code with the first ---
+# --- the original's `evaluate_metrics.py` and `run_eval.py`, written a second time without shared code ---
 
 MARKS = list(";/[]\"{}()=+\\_-><@`,?!")
 DIGITS = dict(zip("none zero one two three four five six seven eight nine ten".split(), "0 0 1 2 3 4 5 6 7 8 9 10".split(), strict=True))

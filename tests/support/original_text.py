@@ -1,7 +1,9 @@
-"""The originals' way from a conversation to text, ids and labels, told again from the specification (3.4 to 3.8).
+"""The originals' way from a conversation to text, ids and labels, written a second time.
+
+Source: `llava/conversation.py` and `llava/train/train.py` of LLaVA-Med v1.0 and of LLaVA.
 
 It works as they do and as the code under test does not: on whole lists of ids with every patch token in them, cut into pieces
-by a scanner, looked up piece by piece. It is judged by the printed known answers first (A4, A5).
+by a scanner, looked up piece by piece. It is judged by the known answers of the original's code first.
 """
 
 import dataclasses

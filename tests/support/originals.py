@@ -1,7 +1,7 @@
-"""The original's two tiny models (spec A8) as directories in the originals' layouts, and a forward pass in torch alone.
+"""The original's two tiny models as directories in the originals' layouts, and a forward pass in torch alone.
 
-The reference joins transformers' CLIP tower and language models as spec 1.2-1.6 says, with splicing written here: no line
-of it is shared with the code under test. It is judged by the printed known answers first.
+The reference joins transformers' CLIP tower and language models as the originals' `llava.py` and `llava_arch.py` do, with
+splicing written here: no line of it is shared with the code under test. It is judged by the printed known answers first.
 """
 
 import dataclasses
@@ -134,7 +134,7 @@ class Reference:
 
     @torch.no_grad()
     def embeddings(self, row, pixels, max_length=None):
-        """A row of ids with one IMAGE an image -> [T,D], expanded, then cut as the original cuts (spec 1.6, 6)."""
+        """A row of ids with one IMAGE an image -> [T,D], expanded, then cut as v1.5's `llava_arch.py` cuts."""
         features = iter(self.features(pixels)) if len(pixels) else iter(())
         pieces = [next(features) if i == IMAGE else self.language.get_input_embeddings().weight[i][None] for i in row]
         return torch.cat(pieces)[:max_length]

@@ -1,4 +1,4 @@
-"""LLaVA-Med v1.5's release at a tiny shape, of numpy alone: config, tensor names and files as published (spec 2.3).
+"""LLaVA-Med v1.5's release at a tiny shape, of numpy alone: config, tensor names and files as published.
 
 The names are written here once more, apart from the table under test.
 """
@@ -14,7 +14,7 @@ from llavamed_jax.config import DecoderConfig, LlavaConfig, VisionConfig
 
 TINY = LlavaConfig(VisionConfig(32, 64, 3, 4, 28, 14),
                    DecoderConfig(70, 48, 96, 2, 4, 2, 12, 1e-5, 1e6, 512, architecture="mistral"), source="llava_mistral")
-# As the release: the keys of LLaVA-Med v1.5's config.json (spec 2.3) at a tiny shape, its leftovers included.
+# As the release: the keys of LLaVA-Med v1.5's config.json at a tiny shape, its leftovers included.
 V15 = dict(
     model_type="llava_mistral", architectures=["LlavaMistralForCausalLM"], hidden_size=48, intermediate_size=96, num_hidden_layers=2,
     num_attention_heads=4, num_key_value_heads=2, vocab_size=70, rms_norm_eps=1e-5, rope_theta=1e6, max_position_embeddings=32768,

@@ -16,7 +16,7 @@ MISTRAL = {**LLAMA, "model_type": "mistral", "architectures": ["MistralForCausal
            "rope_theta": 1e6, "sliding_window": None}
 CLIP = dict(model_type="clip_vision_model", hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
             image_size=28, patch_size=14)
-# LLaVA-Med v1.0's own keys (spec 2.1).
+# LLaVA-Med v1.0's own keys (its `llava/model/llava.py` and `train.py`).
 V1 = {**LLAMA, "model_type": "llava", "architectures": ["LlavaLlamaForCausalLM"], "mm_vision_tower": "openai/tiny-tower",
       "use_mm_proj": True, "mm_hidden_size": 32, "mm_vision_select_layer": -2, "mm_use_im_start_end": True,
       "tune_mm_mlp_adapter": False, "freeze_mm_mlp_adapter": False, "use_cache": False, "pad_token_id": 0}
@@ -50,7 +50,7 @@ def decoder_shapes(config):
 
 
 def buffers(config, value=1.0):
-    """What transformers up to 4.30 saved beside the weights; zeros in a delta (spec Q33)."""
+    """What transformers up to 4.30 saved beside the weights; zeros in a delta (quirk Q33)."""
     width = config["hidden_size"] // config["num_attention_heads"] // 2
     return {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": np.full(width, value, np.float16)
             for i in range(config["num_hidden_layers"])}

@@ -1,4 +1,4 @@
-"""Prompts against fingerprints of the original's (spec A5), ids and label spans against the original's (spec A4)."""
+"""Prompts against fingerprints of the original's, ids and label spans against the original's."""
 
 import hashlib
 

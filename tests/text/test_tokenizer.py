@@ -1,4 +1,4 @@
-"""Ids against those that the original's slow tokenizers gave (spec 3.6 and A4), and the files they are read from."""
+"""Ids against those that the original's slow tokenizers gave, and the files they are read from."""
 
 import json
 import pickle

@@ -135,7 +135,9 @@ def _fresh_projector(config: LlavaConfig, seed: int) -> dict[str, Tensor]:
 
 
 def with_projector(checkpoint: Checkpoint, file: Path) -> tuple[Checkpoint, str]:
-    """Replaces a checkpoint's projector by that of an `mm_projector.bin` (spec 2.2).
+    """Replaces a checkpoint's projector by that of an `mm_projector.bin`.
+
+    The originals' training writes such files (`llava/train/llava_trainer.py` of LLaVA-Med v1.0 and of LLaVA).
 
     A `config.json` beside the file decides how features are taken (layer, selection). From the file's `embed_tokens`, a
     whole table or two rows, the last two rows are taken, which are those of `<im_start>` and `<im_end>`; a model

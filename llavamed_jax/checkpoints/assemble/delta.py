@@ -1,4 +1,6 @@
-"""Makes and applies deltas: LLaVA-Med v1.0 was released as a target minus the LLaMA it was trained from (spec 2.1).
+"""Makes and applies deltas: LLaVA-Med v1.0 was released as a target minus the LLaMA that it was trained from.
+
+Source: `llava/model/make_delta.py` and `llava/model/apply_delta.py` of LLaVA-Med v1.0.
 
 All arithmetic is the original's, in float16. For vocabulary rows and the projector, which the base lacks, the delta
 holds the target's own values. Both directions write the original's layout, tensor by tensor.

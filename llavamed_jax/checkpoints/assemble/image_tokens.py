@@ -1,4 +1,7 @@
-"""Adds LLaVA-Med v1.0's image tokens to a tokenizer and to the tables over its vocabulary (spec 1.8)."""
+"""Adds LLaVA-Med v1.0's image tokens to a tokenizer and to the tables over its vocabulary.
+
+Source: `initialize_vision_tokenizer` in `llava/model/llava.py` of LLaVA-Med v1.0.
+"""
 
 from __future__ import annotations
 

@@ -2,8 +2,8 @@
 
 The converters of transformers do not: 5.x orders the merges by piece where SentencePiece orders them by score, so that
 two spaces in a row split differently, and with either value of `legacy` text beside `<image>` has another prefix than
-in the original, which encodes each chunk between images by itself (spec 3.6). So this module writes `tokenizer.json`
-from the SentencePiece model.
+in the original, which encodes each chunk between images by itself (`tokenizer_image_token`). So this module writes
+`tokenizer.json` from the SentencePiece model.
 """
 
 from __future__ import annotations

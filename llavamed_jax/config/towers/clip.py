@@ -11,9 +11,9 @@ from llavamed_jax.config.images import ImageSettings
 from llavamed_jax.config.tensors import Row, kernel_axes, rows
 from llavamed_jax.errors import UserError, short
 
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of red, green and blue between 0 and 1 (spec 3.3)
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of red, green and blue between 0 and 1 (OpenAI's CLIP)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-# The defaults of transformers' CLIPVisionConfig; the named LLaVA towers are stock CLIP-L/14 (spec 1.1).
+# The defaults of transformers' CLIPVisionConfig; the named LLaVA towers are stock CLIP-L/14.
 _VISION_DEFAULTS = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
                         image_size=224, patch_size=32, layer_norm_eps=1e-5, hidden_act="quick_gelu", num_channels=3)
 _CLIP_LARGE = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16,

@@ -1,8 +1,9 @@
 """Writes a judge's prompts and reads its replies.
 
-The frame around question and answers is the original's (spec 7.7). The judge's system message and instruction are in
-`judge_prompt.txt`, which was written for this project. Users can give the path of another file. Such a file has the
-sections `[[system]]` and `[[instruction]]`, and optionally `[[reminder]]`, each under a line with its name.
+The frame around question and answers is the original's (`eval_multimodal_chat_gpt_score.py`). The judge's system
+message and instruction are in `judge_prompt.txt`, which was written for this project. Users can give the path of
+another file. Such a file has the sections `[[system]]` and `[[instruction]]`, and optionally `[[reminder]]`, each under
+a line with its name.
 """
 
 from __future__ import annotations
@@ -137,7 +138,7 @@ def read_scores(reply: str) -> tuple[float, float] | None:
 
 
 def read_original_scores(reply: str) -> tuple[float, float] | None:
-    """Reads the two scores of a reply as the original does (spec 7.7).
+    """Reads the two scores of a reply as the original does (`llava/eval/eval_multimodal_chat_gpt_score.py`).
 
     The first line, split at single blanks, has to be two numbers of any size. Returns None where the original fails:
     for any other form, for a reference score of 0, by which the original divides, and for a number that is not finite.

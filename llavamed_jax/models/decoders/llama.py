@@ -6,7 +6,7 @@ key/value cache every step.
 Axis letters: B batch, T query positions, S key positions, N query heads, K key/value heads, H head width, D model
 width, V vocabulary.
 
-Source: transformers' LlamaModel and MistralModel, spec 1.7.
+Source: transformers' LlamaModel and MistralModel.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ The module has only the blocks that the selected hidden state needs; CLIP-L's la
 
 Axis letters: B images, P patches, T = P + 1 with the class token, N heads, H head width, D model width.
 
-Source: transformers' CLIPVisionModel, spec 1.2.
+Source: transformers' CLIPVisionModel.
 """
 
 from __future__ import annotations
