@@ -135,7 +135,7 @@ def test_templates_that_cannot_work_say_so(monkeypatch):
     for style in ("TWO", "LLAMA_2"):
         monkeypatch.setitem(templates.TEMPLATES, "mine:x", templates.Template("mine:x", style, "", ("Q", "A"), " "))
         processor = Processor.load(TOKENIZER, template="mine:x", image_size=96)
-        with pytest.raises(UserError, match=r"mine:x has no text that ends an answer \(sep2\)"):
+        with pytest.raises(UserError, match=r"mine:x has no end-of-answer text \(sep2\)"):
             processor.training_example([{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}])
 
 

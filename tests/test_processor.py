@@ -289,7 +289,7 @@ def test_bare_tokenizer_says_what_it_does_not_know(mistral_tokenizer, tmp_path):
         Processor.load(mistral_tokenizer, image_mode="tiles")
     with pytest.raises(UserError, match="does not exist; a checkpoint's directory or a tokenizer was expected"):
         Processor.load(tmp_path / "nothing")
-    with pytest.raises(UserError, match="the image size is 100; this model's tower takes 96"):
+    with pytest.raises(UserError, match="the image size is 100; 96, the size of this model's tower"):
         Processor(preset("small"), image_size=100)
 
 

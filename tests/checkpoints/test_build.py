@@ -280,7 +280,7 @@ def test_projectors_that_do_not_fit(parts):
     (parts / "stage1" / "config.json").write_text('{"mm_use_im_start_end": true}')
     plain, _ = build(parts / "mistral", parts / "clip-tiny", "linear", parts)
     save_projector(file, "linear")
-    with pytest.raises(UserError, match="has mm_use_im_start_end set, and the model has no <im_start>.*--add_image_tokens"):
+    with pytest.raises(UserError, match="has mm_use_im_start_end set, but the model has no <im_start>.*--add_image_tokens"):
         with_projector(plain, file)
 
 

@@ -185,9 +185,9 @@ CONFUSED = {
     "a delta that is the base": (lambda b, d: (tiny.LLAMA, b, tiny.LLAMA, b),
                                  "the delta .*delta holds no projector .model.mm_projector., so it is a plain decoder"),
     "a config of another vocabulary": (lambda b, d: (tiny.LLAMA, b, tiny.V1 | {"vocab_size": 74}, d),
-                                       "config.json has vocab_size 74 where its tensors have 73"),
+                                       "config.json has vocab_size 74, but the tensors beside it have 73"),
     "a config of another depth": (lambda b, d: (tiny.LLAMA, b, tiny.V1 | {"vocab_size": 73, "num_hidden_layers": "two"}, d),
-                                  "config.json has num_hidden_layers 'two' where its tensors have 2"),
+                                  "config.json has num_hidden_layers 'two', but the tensors beside it have 2"),
     "a sum that float16 cannot hold": (
         lambda b, d: (tiny.LLAMA, changed(b, model__norm__weight=6e4), tiny.V1 | {"vocab_size": 73}, changed(d, model__norm__weight=6e4)),
         "model.norm.weight is not finite in float16"),
@@ -223,5 +223,5 @@ def test_the_sum_does_not_go_into_what_it_is_made_of(pair, tmp_path, capsys):
     for inside in ("base", "delta"):
         argv = ["apply-delta", "--base", str(tmp_path / "base"), "--delta", str(tmp_path / "delta")]
         assert main([*argv, "--out", str(tmp_path / inside / "sum")]) == 1
-        assert f"sum lies inside {tmp_path / inside}, which is read; a directory outside of it was expected" in capsys.readouterr().err
+        assert f"sum lies inside {tmp_path / inside}, which is an input; a directory outside it was expected" in capsys.readouterr().err
         assert not (tmp_path / inside / "sum").exists()

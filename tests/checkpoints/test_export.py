@@ -294,7 +294,7 @@ def test_what_a_layout_cannot_hold_is_refused_before_a_tensor_is_read(change, se
 
 
 def test_the_original_layout_has_biases(tmp_path):
-    with pytest.raises(UserError, match="projector has biases.*--layout transformers"):
+    with pytest.raises(UserError, match="projector has no biases.*--layout transformers"):
         export(random_checkpoint(config(projector_bias=False)), tmp_path / "out", "llava")
 
 

@@ -207,7 +207,7 @@ def test_most_settings_at_random_are_obeyed(tmp_path):
     (dict(size=None), "has size None"), (dict(resample=None), "has resample None"),
     (dict(rescale_factor=None), "has rescale_factor None"),
     (dict(size={"height": 28, "width": 28, "shortest_edge": None}), "has size"),
-    (dict(do_center_crop=None), "makes its shape of an image"),
+    (dict(do_center_crop=None), "an image keeps its aspect ratio"),
     (dict(image_mean=[0.5]), r"has image_mean \[0.5\]"), (dict(image_std=[1, 0, 1]), "has image_std"),
     (dict(image_mean=0.5), "has image_mean 0.5"),
     (dict(use_square_size=True), "has use_square_size"), (dict(do_pad=True, pad_size=40), "has pad_size 40; 28 x 28"),
@@ -307,7 +307,7 @@ def test_the_originals_pad_by_their_config(ratio, does, tmp_path, capsys):
     directory = checkpoint(tmp_path / "model", settings, config={**tiny.V1, "image_aspect_ratio": ratio})
     processor = Processor.load(directory)
     assert processor.image_mode == ratio
-    told = "is taken, as the original's code does" in capsys.readouterr().err
+    told = "is used, as in the original's code" in capsys.readouterr().err
     assert told == (does is not None and does != (ratio == "pad"))
     alike = checkpoint(tmp_path / "alike", {**settings, "do_pad": ratio == "pad"})
     for size in SIZES:
@@ -474,7 +474,7 @@ def test_trees_from_before_these_settings_load(tmp_path):
     ({"resize": [1, 2, 3]}, "at most two edges"), ({"resize": [0]}, "at most two edges from 1 to 13377"),
     ({"scale": 0}, "a finite number above 0"),
     ({"is_cropped": 1}, "true or false was expected"),
-    ({"is_cropped": False}, "28 x 28 pixels of every image were expected")])
+    ({"is_cropped": False}, "the vision tower expects 28 x 28 pixels")])
 def test_settings_of_ours_that_make_no_sense(images, sentence, tmp_path):
     config = read_config(checkpoint(tmp_path / "hf", PLAIN)).to_dict()
     config["vision"]["images"] = images
@@ -496,13 +496,13 @@ def test_a_mode_that_is_asked_for_goes_before_the_files(tmp_path):
     np.testing.assert_array_equal(Processor.load(plain, image_mode="pad").images([image])[0], theirs(directory, image))
     uncut = checkpoint(tmp_path / "c", {**padding, "do_center_crop": False})
     np.testing.assert_array_equal(Processor.load(uncut).images([image])[0], theirs(uncut, image))
-    with pytest.raises(UserError, match="make 42 x 28 pixels of an image; 28 x 28 were expected"):
+    with pytest.raises(UserError, match="resize an image to 42 x 28 pixels; 28 x 28 were expected"):
         Processor.load(uncut).images([image], mode="square")
 
 
 def test_settings_that_would_make_images_without_end_are_refused(tmp_path):
     directory = checkpoint(tmp_path, {**PLAIN, "size": {"shortest_edge": 13000}})
-    with pytest.raises(UserError, match="make 39000 x 13000 pixels of an image; at most 178956970 were expected"):
+    with pytest.raises(UserError, match="resize an image to 39000 x 13000 pixels; at most 178956970 pixels were expected"):
         Processor.load(directory).images([Image.new("RGB", (300, 100))])
     squashed = checkpoint(tmp_path, {**PLAIN, "size": [28, 28]})
     assert Processor.load(squashed).images([Image.new("RGB", (1, 3000))]).shape == (1, 28, 28, 3), "no edge grows"

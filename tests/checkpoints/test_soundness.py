@@ -72,7 +72,7 @@ def test_a_cast_gives_the_nearest_values_and_counts_what_it_loses(source, target
 def test_a_value_beyond_a_type_is_refused(source, target, value, largest):
     array = np.ones((300, 300), source)
     array[299, 299] = array[0, 7] = value
-    sentence = f"x has 2 of 90000 values beyond {largest}, the largest of {np.dtype(target).name}; {np.dtype(source).name} holds them"
+    sentence = f"x has 2 of 90000 values beyond {largest}, the largest {np.dtype(target).name}; {np.dtype(source).name} can hold them"
     with pytest.raises(UserError, match=sentence):
         soundness.Tally().cast("x", array, target)
     array[299, 299] = array[0, 7] = np.nan  # is no matter of the cast: `look` says it
@@ -125,7 +125,7 @@ def test_weights_that_are_no_numbers_are_not_written(command, value, name, tmp_p
     error = capsys.readouterr().err
     ours = "decoder/layers_1/mlp/up_proj/kernel" if name == KERNEL else "vision_tower/layers_2/mlp/fc1/bias"
     size, word = 4608 if name == KERNEL else 64, "NaN" if np.isnan(value) else "infinite"
-    assert error.endswith(f"error: {directory}: {ours} holds 1 {word} among {size} values; weights that are numbers were expected\n")
+    assert error.endswith(f"error: {directory}: {ours} holds 1 {word} among {size} values; finite weights were expected\n")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["tiny-tower", "v15"]
 
 
@@ -190,7 +190,7 @@ def test_values_that_float16_cannot_hold_are_not_loaded(tmp_path):
     with pytest.raises(UserError, match="up_proj/kernel has 1 of 4608 values beyond 65504"):
         lm.load(directory, dtype="float16")
     changed(directory, KERNEL, put(3.4e38))  # a float32 that bfloat16 rounds to infinity
-    with pytest.raises(UserError, match=r"beyond 3.3895e\+38, the largest of bfloat16; float32 holds them$"):
+    with pytest.raises(UserError, match=r"beyond 3.3895e\+38, the largest bfloat16; float32 can hold them$"):
         lm.load(directory, dtype="bfloat16")
 
 

@@ -182,7 +182,7 @@ def test_help_ends_with_0(capsys):
 
 
 @pytest.mark.parametrize("key, value, named", [
-    ("tokenizer", "absent.model", "absent.model"), ("init", "nowhere", "no such directory"), ("init", "preset:foo", "small, "),
+    ("tokenizer", "absent.model", "absent.model"), ("init", "nowhere", "the directory does not exist"), ("init", "preset:foo", "small, "),
     ("template", "nonsense", "v1.5:mistral_instruct"), ("tokenizer", "x" * 300, "File name too long"),
 ])
 def test_a_value_that_names_nothing_is_named_with_its_key(capsys, tmp_path, key, value, named):

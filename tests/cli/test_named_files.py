@@ -184,7 +184,7 @@ def test_training_images_that_are_pipes_are_compared_with_nothing(strange, tmp_p
     shutil.copy(image, tmp_path / "same.jpg")
     found = leakage._Matches([image, str(strange["pipe"])], [str(tmp_path / "same.jpg"), *map(str, strange.values())])
     assert found.of(image) == [str(tmp_path / "same.jpg")] and found.of(str(strange["pipe"])) == [] and found.num_unreadable == 5
-    with pytest.raises(UserError, match="the image .*pipe.jsonl is no file"):
+    with pytest.raises(UserError, match="the image .*pipe.jsonl is not a file"):
         check_images([strange["pipe"]])
 
 

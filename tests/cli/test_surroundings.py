@@ -140,7 +140,7 @@ def test_no_temporary_directory_is_one_sentence(monkeypatch, capsys):
 
     assert common.run(program, []) == 1
     assert capsys.readouterr().err == ("error: a temporary directory is needed (No usable temporary directory found in ['/tmp', "
-                                       "'/var/tmp']); set TMPDIR to one that can be written\n")
+                                       "'/var/tmp']); set TMPDIR to a writable directory\n")
 
 
 @pytest.mark.parametrize("home", ["/dev/null/home", "/proc/home"])
@@ -175,7 +175,7 @@ def test_without_a_home_nothing_is_cached_in_a_folder_called_tilde(tmp_path):
     code = UNKNOWN + "from llavamed_jax.cli.convert import main; raise SystemExit(main(['inspect', 'me/model']))"
     done = bare("-c", code, cwd=tmp_path, PYTHONPATH=str(ROOT), HF_HUB_OFFLINE="1")
     assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
-    assert "this user has no home directory; set HF_HOME to one" in done.stderr
+    assert "this user has no home directory; set HF_HOME to a directory" in done.stderr
     assert not list(tmp_path.iterdir())
 
 

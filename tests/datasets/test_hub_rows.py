@@ -170,7 +170,7 @@ def test_an_evaluation_is_called_what_it_is(hub, tmp_path, capsys):
         assert cli.main([*argv, "--predictions", str(tmp_path / "p.jsonl")]) == 0
         metrics = json.loads((tmp_path / config / "metrics.json").read_text())
         assert (metrics["dataset"], metrics["n_closed"], metrics["n_open"]) == ("parquet", 2, 1)
-        assert "the paper has no numbers of parquet" in metrics["published"]["reason"]
+        assert "the paper has no numbers for parquet" in metrics["published"]["reason"]
         assert capsys.readouterr().out.startswith("parquet test: 3 questions on 1 image, 1 open, 2 closed\n")
 
 
@@ -232,7 +232,7 @@ def test_every_set_under_every_name(places):
             sentence = str(raised.value)
             named = [each for each, of in SETS.items() if f"looks like {of.title}" in sentence or f"data.name={each}" in sentence]
             assert named in ([name], []) or named == ["parquet"] == [name], (name, other, sentence)
-            assert named or other == "parquet" or "looks like a row of" in sentence, (name, other, sentence)
+            assert named or other == "parquet" or "looks like one of" in sentence, (name, other, sentence)
 
 
 @pytest.mark.parametrize("keys, name", [

@@ -160,7 +160,7 @@ def test_captions_and_reports(folder):
     ({"id": 1, "image": "images/a.jpg"}, "has no 'caption'; {id, image, caption} or"),
     ({"image": "images/a.jpg", "caption": "x"}, "has no 'id'"), ({"id": 1, "image": "images/a.jpg", "caption": " "}, "empty caption"),
     ({"id": 1, "image": "images/a.jpg", "caption": ["x"]}, "the caption a list; text"),
-    (record(1, gpt=""), "empty answer"), (choice(), "has no 'caption'; .*looks like a row of multiple choice")])
+    (record(1, gpt=""), "empty answer"), (choice(), "has no 'caption'; .*looks like one of multiple choice")])
 def test_bad_captions(folder, row, sentence):
     write(folder / "test.json", [row])
     with pytest.raises(UserError, match=sentence):
@@ -252,13 +252,13 @@ def test_configs_are_short_and_name_their_set():
 
 def test_ids_that_several_questions_have_are_listed(folder):
     write(folder / "test.json", [record(1), record("1"), record(2), record(3), record(3)])
-    with pytest.raises(UserError, match=r"has 2 ids that several questions have \(1, 3\)"):
+    with pytest.raises(UserError, match=r"has 2 ids that more than one question has \(1, 3\)"):
         load(config("llava_med", folder))
 
 
 def test_training_rows_beside_the_questions_or_where_data_train_says(folder, caplog):
     file = write(folder / "test.json", [record(1)])
-    assert load(config("llava_med", folder))[1] == [] and "has no train.json and data.train names no file" in caplog.text
+    assert load(config("llava_med", folder))[1] == [] and "has no train.json and data.train is empty" in caplog.text
     write(folder / "train.json", [record(2), record(3)])
     assert [s.question_id for s in load(config("llava_med", folder))[1]] == [2, 3]
     other = write(folder / "other.json", [record(4)])

@@ -113,13 +113,13 @@ HOSTILE = {
     "a deep question": (lambda: b"](}(Vimage\nVa\nVanswer\nVa\nVquestion\n" + b"]" * DEEP + b"a" * (DEEP - 1) + b"ue.",
                         "row 0 of .* has the question a list; text"),
     "a list of itself": (lambda: b"]q\x00h\x00a.", "row 0 of .* has no 'image'"),
-    "a number of a million digits": (lambda: pickle.dumps([{**PLAIN[0], "answer": 1 << 4_000_000}]), "the answer a number of many digits"),
+    "a number of a million digits": (lambda: pickle.dumps([{**PLAIN[0], "answer": 1 << 4_000_000}]), "the answer a number with too many digits"),
     "a memo of gigabytes": (lambda: b"K\x01r\xff\xff\xff\xff.", "holds a int; a list of rows"),
     "text of exabytes": (lambda: b"\x8d" + b"\xff" * 7 + b"\x0fabc.", "is empty or ends too early"),
     "half a surrogate pair": (lambda: pickle.dumps([{**PLAIN[0], "question": "\ud800"}]), "half a surrogate pair in its question"),
-    "cut off": (lambda: pickle.dumps(PLAIN)[:-9], "is no pickle, or a damaged one|ends too early"),
+    "cut off": (lambda: pickle.dumps(PLAIN)[:-9], "is not a pickle or is damaged|ends too early"),
     "nothing": (lambda: b"", "is empty or ends too early"),
-    "text": (lambda: b"image,question,answer\n", "is no pickle, or a damaged one|holds the"),
+    "text": (lambda: b"image,question,answer\n", "is not a pickle or is damaged|holds the"),
     "a dict": (lambda: pickle.dumps({"a": 1}), "holds a dict; a list of rows was expected"),
     "rows of another kind": (lambda: pickle.dumps([1]), "row 0 of .* has no 'image'"),
     "an answer that is none": (lambda: pickle.dumps([{**PLAIN[0], "answer": None}]), "has the answer None; text"),
@@ -235,7 +235,7 @@ def test_a_parquet_file_that_is_none(hub, damage):
     root = hub(test_00000=[parquet_row("a?", "Yes", encoded("red"))] * 3)
     (file,) = (root / "data").iterdir()
     file.write_bytes(damage(file.read_bytes()))
-    with pytest.raises(UserError, match="is no parquet file that can be read|is damaged|has no image") as raised:
+    with pytest.raises(UserError, match="cannot be read as a parquet file|is damaged|has no image") as raised:
         read_pathvqa(root, "test")
     assert "\n" not in str(raised.value) and str(file) in str(raised.value)
 
@@ -243,7 +243,7 @@ def test_a_parquet_file_that_is_none(hub, damage):
 def test_a_folder_that_cannot_be_written(hub, tmp_path):
     root = hub(test_00000=[parquet_row("a?", "Yes", encoded("red"))])
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot be written to .*file.*data.images names another folder"):
+    with pytest.raises(UserError, match="cannot be written to .*file.*set data.images to another folder"):
         read_pathvqa(root, "test", tmp_path / "file")
 
 

@@ -66,9 +66,9 @@ def test_two_files_are_compared_in_pairs(tmp_path, capsys):
     (lambda lines: [*lines, lines[0]], f"1 predicted more than once ({SAMPLES[0].question_id})"),
     (lambda lines: [*lines, lines[0] | {"question_id": "strange"}], "1 predicted but not asked (strange)"),
     (lambda lines: lines[2:] + [lines[3], {"question_id": 0, "text": ""}], f"2 without a prediction ({SAMPLES[0].question_id}, "),
-    (lambda lines: [lines[0] | {"text": None}, *lines[1:]], 'line 1: an object with "question_id" and the text "text" was expected'),
-    (lambda lines: [lines[0] | {"text": ["yes"]}, *lines[1:]], 'line 1: an object with "question_id" and the text "text" was expected'),
-    (lambda lines: [lines[0], {"text": "no id"}], 'line 2: an object with "question_id" and the text "text" was expected'),
+    (lambda lines: [lines[0] | {"text": None}, *lines[1:]], 'line 1 is not a prediction; an object with "question_id" and "text" was expected'),
+    (lambda lines: [lines[0] | {"text": ["yes"]}, *lines[1:]], 'line 1 is not a prediction; an object with "question_id" and "text" was expected'),
+    (lambda lines: [lines[0], {"text": "no id"}], 'line 2 is not a prediction; an object with "question_id" and "text" was expected'),
 ])  # fmt: skip
 @pytest.mark.parametrize("which", ["--predictions", "--against"])
 def test_files_that_do_not_fit_are_one_sentence(spoil, message, which, tmp_path, capsys):
@@ -113,9 +113,9 @@ def test_the_papers_table():
 @pytest.mark.parametrize("change, reason", [
     ({}, None),
     ({"dataset": "slake", "n_open": 645, "n_closed": 416, "protocol": "clean"}, None),
-    ({"dataset": "omnimed"}, "the paper has no numbers of omnimed"),
-    ({"split": "held_out"}, "these questions are of held_out"),
-    ({"dataset": "slake", "split": "validation"}, "these questions are of validation"),
+    ({"dataset": "omnimed"}, "the paper has no numbers for omnimed"),
+    ({"split": "held_out"}, "these questions are from held_out"),
+    ({"dataset": "slake", "split": "validation"}, "these questions are from validation"),
     ({"n_open": 60}, "these are 60 open and 272 closed questions, and the paper's test split has 179 and 272"),
     ({"n_open": 180, "n_closed": 271}, "these are 180 open and 271 closed questions, and the paper's test split has 179 and 272"),
     ({"name": ""}, "the config key published does not name the model"),

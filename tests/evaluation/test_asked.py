@@ -319,7 +319,7 @@ def test_going_back_takes_over_what_was_set_aside(root, monkeypatch, capsys):
     capsys.readouterr()
     assert start(monkeypatch, "w", stops_after=2) == 75
     said = capsys.readouterr().err
-    assert f"{first} answers of an earlier start are reused" in said and f"its {other} answers are of another evaluation" in said
+    assert f"{first} answers of an earlier start are reused" in said and f"its {other} answers belong to another evaluation" in said
     assert f"stopped; {first + num_kept('w')} answers are kept in w: run again to continue" in said
     assert start(monkeypatch, "w") == 0 and start(monkeypatch, "fresh") == 0 and texts("w") == texts("fresh")
     assert len(list((root / "w").glob("*.partial"))) == 1, "of the other seed"
@@ -344,7 +344,7 @@ def test_another_machine_is_said(root, monkeypatch, capsys):
     assert start(monkeypatch, "w") == 0
     said = capsys.readouterr().err
     assert f"{n} answers of an earlier start are reused" in said
-    assert "came from another machine (CPU cores (" in said and "3 now)); last digits, and so a rare answer, may differ" in said
+    assert "came from another machine (CPU cores (" in said and "3 now)); rounding may differ there, and in rare cases an answer" in said
 
 
 def test_the_record_says_what_was_asked(root, monkeypatch, capsys):

@@ -359,7 +359,7 @@ def test_scores_beyond_the_scale_count_where_the_original_is_asked_for(few, caps
     with OpenAiServer(answer) as server:
         strict = run.score_file(evaluation(few, server), few / "p.jsonl")
         assert strict["judge"]["n_asked_again"] == 3 and strict["judge"]["reading"] == "strict" and strict["n_unscored"] == 0
-        assert any("asked for again: 3 (judge.reading=original)" in reason for reason in strict["differs_from_the_paper"])
+        assert any("3 replies were requested again" in reason for reason in strict["differs_from_the_paper"])
         count = len(server.log)
         original = run.score_file(evaluation(few, server, **{"judge.reading": "original"}), few / "p.jsonl")
         assert len(server.log) == count == len(FEW) + 3, "nothing is asked for it"

@@ -539,7 +539,7 @@ def test_a_missing_image_is_named(tmp_path):
 def test_a_list_of_held_out_images_that_does_not_fit(tmp_path):
     path = tmp_path / "held_out.json"
     path.write_text('{"images": ["nowhere.jpg"]}')
-    with pytest.raises(UserError, match="no row: nowhere.jpg"):
+    with pytest.raises(UserError, match="names images that no row"):
         questions.load_samples("vqa_rad", SAMPLE, "test", "clean", path)
     path.write_text("[]")
     with pytest.raises(UserError, match="holds a JSON list; an object was expected"):
@@ -588,7 +588,7 @@ def test_a_real_model_of_random_weights_answers(tiny_model, tmp_path, monkeypatc
     assert [each["text"] for each in exchanged] != [each["text"] for each in second], "the image must matter"
     metrics = json.loads((tmp_path / "b8" / "metrics.json").read_text())
     assert metrics["organ"]["n"] == 2 and metrics["control"]["kind"] == "image"
-    assert "are not finished" in capsys.readouterr().err
+    assert "are incomplete" in capsys.readouterr().err
 
 
 def test_a_prompt_too_long_for_a_real_model_is_answered_from_its_beginning(tiny_model, capsys):

@@ -59,7 +59,7 @@ def test_a_mistake_is_one_sentence(more, status, sentence, predictions, tmp_path
 @pytest.mark.parametrize("flag", [["--dry_run"], ["--against", "x"]])
 def test_a_training_file_is_not_written_in_a_dry_run(flag, tmp_path, capsys):
     assert cli.main([*ARGV, "--write_llava", str(tmp_path / "x.json"), *flag]) == 2
-    assert f"{flag[0]} is of an evaluation" in capsys.readouterr().err and not list(tmp_path.iterdir())
+    assert f"{flag[0]} cannot be used with --write_llava" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
 def test_predictions_may_begin_with_a_mark_of_byte_order(predictions):
@@ -92,7 +92,7 @@ def test_two_evaluations_do_not_share_a_workdir(predictions, tmp_path, capsys):
     with locked(tmp_path / "w"):
         assert cli.main(argv) == 1
         assert capsys.readouterr().err == (
-            f"error: the workdir {tmp_path / 'w'} is in use by another evaluation; wait for its end, or name another\n")
+            f"error: the workdir {tmp_path / 'w'} is in use by another evaluation; wait until it ends, or name another workdir\n")
         assert not list((tmp_path / "w").iterdir())
     assert cli.main(argv) == 0
 

@@ -157,7 +157,7 @@ def test_what_is_only_computed_of_the_answers_asks_nothing_anew(tmp_path):
 
 def test_settings_of_the_config_reach_the_model(finished):
     job, model, result, _ = finished
-    assert result["split"] == "held_out" and "these questions are of held_out" in result["published"]["reason"]
+    assert result["split"] == "held_out" and "these questions are from held_out" in result["published"]["reason"]
     assert model.settings == [dict(max_new_tokens=11, temperature=0.7, seed=3)] * 3 and model.engine.batch_size == 5
 
 

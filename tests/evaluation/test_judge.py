@@ -164,7 +164,7 @@ def test_an_estimate_is_counted_by_hand(tmp_path):
         "2 requests and 0 cached replies; about 170 prompt tokens (one per 4 bytes) and at most 200 reply tokens,"
         " not counting repeated requests: at most 0.02 US dollars"
     )
-    assert "no price is given" in str(make(tmp_path).estimate(["x"]))
+    assert "cost unknown" in str(make(tmp_path).estimate(["x"]))
     assert not list(tmp_path.iterdir()), "nothing is written for an estimate"
 
 

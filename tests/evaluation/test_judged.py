@@ -81,7 +81,7 @@ def test_open_answers_are_judged_apart_from_the_string_metrics(tmp_path, predict
     assert "Open answers, judged" in page.text and f"of {n - 1} judged answers" in page.text
     assert "Open answers, judged" not in (tmp_path / "without" / "report.html").read_text()
     text = summary.summary(found)
-    assert "open accuracy, judged" in text and f"unscored and not counted, 1 of {n}: {OPEN[0].question_id}" in text
+    assert "open accuracy, judged" in text and f"unscored and not counted: 1 of {n}: {OPEN[0].question_id}" in text
 
 
 def test_a_request_that_fails_is_reported_and_the_report_is_written(tmp_path, predictions):

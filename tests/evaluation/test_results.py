@@ -122,7 +122,7 @@ def test_results_of_another_evaluation_do_not_stay_beside_the_new_ones(tmp_path,
     assert evaluate(monkeypatch, tmp_path, "no")[0] == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["judge_cache.jsonl", "metrics.json",
                                                                 "predictions.jsonl", "report.html", "tensorboard"]
-    assert f"{tmp_path / 'predictions_control_noise.jsonl'}: removed, it is of another evaluation" in capsys.readouterr().err
+    assert f"{tmp_path / 'predictions_control_noise.jsonl'}: removed, because it belongs to another evaluation" in capsys.readouterr().err
 
 
 def test_scores_of_a_file_are_not_laid_beside_the_answers_of_another_model(tmp_path, monkeypatch, capsys):
@@ -145,7 +145,7 @@ def test_scores_of_a_file_are_not_laid_beside_a_stopped_evaluation(tmp_path, cap
     line = {"question": 0, "text": "x", "finish_reason": "stop", "tokens_cut": 0}
     (tmp_path / "w" / "predictions.jsonl.partial").write_text('{"answers of": "x"}\n' + json.dumps(line) + "\n")
     assert score(tmp_path / "w", tmp_path / "p.jsonl") == 2
-    assert "w holds answers of an evaluation that was stopped" in capsys.readouterr().err
+    assert "w holds answers of a stopped evaluation" in capsys.readouterr().err
 
 
 def test_the_record_of_a_file_is_the_file(tmp_path):
@@ -250,7 +250,7 @@ def test_two_evaluations_of_one_new_workdir(tmp_path):
     said = [process.communicate(timeout=300) for process in both]
     assert sorted(process.returncode for process in both) == [0, 1], said
     loser = next(err for process, (_, err) in zip(both, said, strict=True) if process.returncode)
-    assert "w is in use by another evaluation; wait for its end, or name another" in loser
+    assert "w is in use by another evaluation; wait until it ends, or name another workdir" in loser
     assert (tmp_path / "w" / "metrics.json").exists() and not list((tmp_path / "w").glob("*.partial"))
 
 
@@ -275,7 +275,7 @@ def own_set(root, count=1, same_id=False, **fields):
      "the organ question needs at least two images of HEAD, CHEST, ABD; 2 images of None were given"),
     (dict(count=1, organ="HEAD"), ["--config.organ_question=true"],
      "the organ question needs at least two images of HEAD, CHEST, ABD; 1 images"),
-    (dict(same_id=True), [], "1 ids that several questions have (7)"),
+    (dict(same_id=True), [], "1 ids that more than one question has (7)"),
 ])  # fmt: skip
 @pytest.mark.parametrize("is_dry", [False, True])
 def test_what_cannot_be_is_found_before_a_model_is_loaded(make, more, sentence, is_dry, tmp_path, monkeypatch, capsys):

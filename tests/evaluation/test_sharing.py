@@ -51,7 +51,7 @@ def test_answers_come_together_in_the_first(monkeypatch):
         return sharing.collected(5, mine[k], answers[k], {4: UserError("it is broken")} if k else {})
 
     assert collected(1, []) == (dict.fromkeys(range(5), sharing.ELSEWHERE), {})
-    with pytest.raises(UserError, match="3 of 5 questions were asked by no process"):
+    with pytest.raises(UserError, match="the processes disagree about 3 of 5 questions"):
         collected(0,
                   [b"[{}, {}]",
                    b'[{"0": {"text": "", "finish_reason": "stop"}, "2": {"text": "", "finish_reason": "stop"}}, {}]'])
@@ -106,7 +106,7 @@ def test_two_processes_answer_as_one_and_one_that_is_killed_ends_both(by_one, tm
     (first, _, said), _ = ends(running)
     assert first == 1 and time.monotonic() - begun < 60
     assert said.splitlines()[-1] == ("error: process 1 has ended or cannot be reached, so process 0 ends too; the saved state is kept, "
-                                     "and all processes started again go on from there")
+                                     "and starting all processes again resumes from it")
     assert "coordination_service" not in said and "stack trace" not in said and "Traceback" not in said
     before = kept(tmp_path)
     assert set(before) == {"predictions.jsonl.partial", "predictions.jsonl.1.partial"} and min(before.values()) >= 5

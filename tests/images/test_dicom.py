@@ -42,10 +42,10 @@ SHOWN = {
     "rtdose_rle_1frame.dcm": 121.5,
 }
 NOT_SHOWN = {
-    "ExplVR_BigEndNoMeta.dcm": "holds no DICOM image; it is of the class RT Ion Plan Storage",
+    "ExplVR_BigEndNoMeta.dcm": "holds no DICOM image; its SOP class is RT Ion Plan Storage",
     "ExplVR_LitEndNoMeta.dcm": "RT Ion Plan Storage",
     "JPEG-lossy.dcm": "12-bit precision", "JPGExtended.dcm": "12-bit precision",
-    "JPEG2000-embedded-sequence-delimiter.dcm": "dcm has a stream of 3722445056 x 1024 pixels",
+    "JPEG2000-embedded-sequence-delimiter.dcm": "dcm has a compressed stream of 3722445056 x 1024 pixels",
     "MR_truncated.dcm": "pixel data are shorter than its rows",
     "SC_rgb_jpeg.dcm": "unexpected tag", "UN_sequence.dcm": "holds no DICOM image", "badVR.dcm": r"\(0028,0008\) Number of Frames '1A'",
     "meta_missing_tsyntax.dcm": "holds no DICOM image", "nested_priv_SQ.dcm": "holds no DICOM image", "no_meta.dcm": "holds no DICOM image",
@@ -197,7 +197,7 @@ def test_by_content_or_by_suffix(tmp_path):
     (dict(Rows=60000, Columns=60000), "has 60000 x 60000 pixels a frame; 1 to 178956970 were expected"), (dict(Rows=0), "has 4 x 0 pixels"),
     (dict(PhotometricInterpretation="HSV"), "photometric interpretation HSV; one of MONOCHROME1"),
     (dict(Rows=40), "pixel data are shorter than its rows"), (dict(NumberOfFrames=0), None),
-    (dict(BitsAllocated=7), "is no DICOM image that can be read")])
+    (dict(BitsAllocated=7), "cannot be read as a DICOM image")])
 def test_headers_that_make_no_sense(change, sentence):
     ds = dataset(np.full((4, 4), 70, np.uint8), **change)
     if sentence is None:
@@ -229,7 +229,7 @@ def test_a_stream_of_more_pixels_than_its_header_says():
     start = data.find(b"\xff\x4f\xff\x51")
     for place in (8, 12, 24, 28):  # SIZ: the grid and the tile
         data[start + place:start + place + 4] = (50000).to_bytes(4, "big")
-    with pytest.raises(UserError, match="has a stream of 50000 x 50000 pixels; at most 178956970 were expected"):
+    with pytest.raises(UserError, match="has a compressed stream of 50000 x 50000 pixels; at most 178956970 were expected"):
         load_image(bytes(data))
 
 

@@ -142,8 +142,8 @@ def test_narrow_and_wide_windows(function, width, curve):
     (dict(PixelRepresentation=7), r"\(0028,0103\) 'Pixel Representation' value of '7'"),
     (dict(BitsAllocated=7), r"\(0028,0100\) 'Bits Allocated' value of '7'"),
     (dict(SamplesPerPixel=2), r"\(0028,0002\) 'Samples per Pixel' value of '2'"),
-    (dict(SamplesPerPixel=3), "less than expected"), (dict(Rows=0), "has 16 x 0 pixels"),
-    (dict(PixelData=b""), "is no DICOM image that can be read: [^']*$")])
+    (dict(SamplesPerPixel=3), "shorter than its rows"), (dict(Rows=0), "has 16 x 0 pixels"),
+    (dict(PixelData=b""), "cannot be read as a DICOM image: [^']*$")])
 def test_what_cannot_be_shown_is_one_sentence_in_dicoms_words(elements, sentence):
     with pydicom.config.disable_value_validation(), pytest.raises(UserError, match=sentence) as error:
         shown(dataset(RAMP, bits=12, **{**WINDOW, **elements}))

@@ -57,7 +57,7 @@ def test_every_fault_is_asked_again_and_nothing_else(capfd):
         "connection lost": faults["dropped"] + faults["dropped midway"]})
     assert server.most_at_once <= 6 + faults["slow"], "a slow request is still under way there when it has been given up here"
     assert (service.prompt_tokens, service.completion_tokens) == (7 * 100, 2 * 100)
-    assert capfd.readouterr().err.count("such requests are sent again") == 6, "each kind is said once"
+    assert capfd.readouterr().err.count("such requests are retried") == 6, "each kind is said once"
 
 
 def test_requests_are_bounded_and_read_only_so_far_ahead():

@@ -170,8 +170,8 @@ def test_a_parent_ends_as_its_child_does():
         "os.kill(os.getpid(), signal.SIGKILL)":
             (1, "", "error: process 1 was killed by SIGKILL, which the system sends when memory runs out\n"),
         f"os.write(2, b'before\\n' + {(RUNTIME % LOST).encode()!r}); os.abort()":
-            (1, "", "before\nerror: process 1 has ended or cannot be reached, so process 1 ends too; the saved state is kept, and all "
-                    "processes started again go on from there\n"),
+            (1, "", "before\nerror: process 1 has ended or cannot be reached, so process 1 ends too; the saved state is kept, and "
+                    "starting all processes again resumes from it\n"),
         "os.write(2, b'something else\\n'); os.abort()": (1, "", "something else\nerror: process 1 was killed by SIGABRT\n"),
     }
     running = [child(code) for code in ends]
@@ -201,7 +201,7 @@ def test_a_child_does_not_outlive_its_parent():
     (LOST.replace("\n1\n", "\n1,3\n"), "process 1, 3 has ended or cannot be reached"),
     (NO_COORDINATOR, "process 0 has ended or cannot be reached, so process 0 ends too"),
     (NOT_ALL_CAME, "timeout: process 0 of 2 waited for the other processes at host:1, and not all of them joined; start each"),
-    (TWICE, "two processes were started with one --process_id"),
+    (TWICE, "two processes were started with the same --process_id"),
     ("INTERNAL: ?", "another process has ended or cannot be reached"),
 ])
 def test_the_last_words_are_explained(words, wanted):

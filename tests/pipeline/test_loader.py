@@ -245,13 +245,13 @@ def test_a_damaged_record_is_listed_at_the_beginning_of_a_run_and_never_again(pr
 
 def test_too_many_broken_images_stop_the_run(processor, folder):
     records = [record(i, [folder / "broken.png"]) for i in range(6)]
-    with pytest.raises(UserError, match="3 of the first 3 samples have an image that cannot be read, more than the 40% .* not an image"):
+    with pytest.raises(UserError, match="3 of the first 3 samples have an unreadable image, more than the allowed 40% .* not an image"):
         next(batches_of(made([records]), processor, 3, T, skip_limit=0.4))
 
 
 def test_broken_samples_of_one_id_are_counted_each(processor, folder):
     records = [{**record(i, [folder / "broken.png"]), "id": "same"} for i in range(6)]
-    with pytest.raises(UserError, match="3 of the first 3 samples have an image that cannot be read"):
+    with pytest.raises(UserError, match="3 of the first 3 samples have an unreadable image"):
         next(batches_of(made([records]), processor, 3, T, skip_limit=0.4))
 
 

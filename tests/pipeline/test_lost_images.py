@@ -38,10 +38,10 @@ LOST = {
     "no marker for a list": (record("is it?", image=[IMAGE]), "names 1 image but has 0 <image> markers"),
     "fewer markers": (record("<image> is it?", image=[IMAGE] * 3), "names 3 images but has 1 <image> marker"),
     "a marker in a first answer that is dropped": (
-        {**GOOD, "conversations": [{"from": "gpt", "value": "<image>"}, *record("is it?")["conversations"]]}, "a marker for none"),
+        {**GOOD, "conversations": [{"from": "gpt", "value": "<image>"}, *record("is it?")["conversations"]]}, "has 0 <image> markers"),
     "another key": (record("is it?", images=[IMAGE]), "names 1 image but has 0 <image> markers"),
     "beyond the cut": (twice("is it", "<image> is it?", IMAGE), "is cut at 40 tokens, which removes 1 image"),
-    "one of two beyond the cut": (twice("<image> is it", "<image> is it?", [IMAGE, IMAGE]), "is cut at 40 tokens, which takes 1 image"),
+    "one of two beyond the cut": (twice("<image> is it", "<image> is it?", [IMAGE, IMAGE]), "is cut at 40 tokens, which removes 1 image"),
 }
 
 
@@ -104,7 +104,7 @@ def test_a_marker_without_an_image_is_no_sample(recipe):
     bare = record("<image> is it?")
     with pytest.raises(UserError, match="6 of the 11 samples of .* cannot be used.*0 images for 1 <image> markers"):
         opened(recipe([*[GOOD] * 5, *[bare] * 6]))
-    with pytest.raises(UserError, match="3 of the 11 samples of .* lose images and 3 cannot be used, .*marker for none"):
+    with pytest.raises(UserError, match="3 of the 11 samples of .* lose images and 3 cannot be used, .*has 0 <image> markers"):
         opened(recipe([*[GOOD] * 5, *[bare] * 3, *[LOST["no marker"][0]] * 3]))
     lines = opened(recipe([*[GOOD] * 9, bare, LOST["no marker"][0]])).describe()
     assert any("1 records cannot be used" in line for line in lines) and any("1 images are left out" in line for line in lines)

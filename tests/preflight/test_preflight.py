@@ -124,7 +124,7 @@ def test_names_are_the_vendors(name, devices, grid):
 @pytest.mark.parametrize("name, sentence", [
     ("h100", "is unknown; KIND-COUNT .* a100-40g, .* was expected"), ("a100-8", "is unknown"), ("v5e-0", "count '0'"),
     ("v5e-x", "count 'x'"), ("v5e-2", "does not exist; v5e has slices of 1, 4, 8, 16, 32, 64, 128, 256 chips"),
-    ("v5p-6", "TensorCores, two a chip"), ("v6e-512", "does not exist"), ("h100-12", "12 GPUs; up to 8, or a multiple")])
+    ("v5p-6", "TensorCores, two a chip"), ("v6e-512", "does not exist"), ("h100-12", "12 GPUs; at most 8, or a multiple")])
 def test_names_that_are_none_are_one_sentence(name, sentence):
     with pytest.raises(UsageError, match=sentence):
         Topology.parse(name)

@@ -241,7 +241,7 @@ def test_an_evaluations_columns_are_its_own():
     served = row("h100-1", least_traffic_bytes=None)
     served["bytes"].update(cache=3 * GIB, optimizer=0, gradients=0)
     assert report.tables([served])[0].splitlines()[0].split() == [*FIRST, "parameters", "cache", "activations"]
-    assert "in a prefill" in report.remarks([served])[1]
+    assert "per prefill" in report.remarks([served])[1]
 
 
 @pytest.mark.parametrize("number, text", [(0, "0.0"), (43.91, "43.9"), (0.05, "0.1"), (0.049, "0.05"), (0.0031, "0.003"), (1e-5, "<0.001")])
@@ -250,7 +250,7 @@ def test_small_numbers_are_not_shown_as_none(number, text):
 
 
 def test_the_mean_length_is_printed():
-    assert "tokens a sample: 1080, data.mean_length of the recipe" in report.remarks([row("cpu-1")])
+    assert "tokens per sample: 1080 (data.mean_length of the recipe)" in report.remarks([row("cpu-1")])
 
 
 # ---- command lines
@@ -258,8 +258,8 @@ def test_the_mean_length_is_printed():
 @pytest.mark.parametrize("flags, status, sentence", [
     (["--preflight", "cpu-257"], 2, "from 1 to 256"), (["--preflight", "h100-999999"], 2, "from 1 to 8192"),
     (["--preflight", "x" * 5000 + "-1"], 2, "x…"), (["--preflight_json", "x.json"], 2, "--preflight NAMES was expected"),
-    (["--preflight", "cpu-1", "--preflight_json", ""], 2, "empty"), (["--preflight", "cpu-1", "--preflight_json", "/"], 2, "is no file"),
-    (["--preflight", "cpu-1", "--preflight_json", "/dev/null"], 2, "is no file"),
+    (["--preflight", "cpu-1", "--preflight_json", ""], 2, "empty"), (["--preflight", "cpu-1", "--preflight_json", "/"], 2, "is not a file"),
+    (["--preflight", "cpu-1", "--preflight_json", "/dev/null"], 2, "is not a file"),
     (["--preflight", "cpu-1", "--preflight_json", "missing/x.json"], 2, "folder does not exist"),
     (["--preflight", "cpu-1", "--preflight_json", "x" * 300], 1, "cannot be written: File name too long"),
     (["--preflight", "cpu-1", "--config.data.mean_length=0"], 2, "'data.mean_length' is 0; more than 0"),
@@ -321,7 +321,7 @@ def test_the_tower_that_is_asked_for_is_the_one_that_is_compiled(monkeypatch):
     monkeypatch.setattr("llavamed_jax.preflight.programs.open_checkpoint", lambda *names: asked.append(names) or shapes)
     shapes = SimpleNamespace(config="config")
     assert shapes_of(str(ROOT), "finetune small", "clip") == ("config", str(ROOT)) and asked == [(str(ROOT), "clip")]
-    assert shapes_of("preset:small", "x", "clip")[1] == "preset:small, with its own tower and not clip"
+    assert shapes_of("preset:small", "x", "clip")[1] == "preset:small, with its own tower instead of clip"
 
 
 def test_samples_are_no_longer_than_they_are_cut():

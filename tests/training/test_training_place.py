@@ -179,7 +179,7 @@ def test_steps_that_are_removed_are_said_and_saving_goes_on(recipe, at_update, t
     lost = {2: [], 7: [6]}[number]
     said = capsys.readouterr().out
     for step in lost:
-        assert f"warning: {work}/checkpoints/{step} was removed after it was saved, and is lost; the steps that are left: none" in said
+        assert f"warning: {work}/checkpoints/{step} was removed after it was saved and is lost; the remaining steps: none" in said
     assert said.count("was removed") == len(lost)
 
 
@@ -231,7 +231,7 @@ def test_one_step_that_is_removed_is_said(recipe, at_update, tmp_path, capsys):
     work = tmp_path / "run"
     at_update(7, lambda: shutil.rmtree(work / "checkpoints" / "6"), after=sealed(work, 7))
     assert fit(recipe(), work)
-    assert f"{work}/checkpoints/6 was removed after it was saved, and is lost; the steps that are left: 3\n" in capsys.readouterr().out
+    assert f"{work}/checkpoints/6 was removed after it was saved and is lost; the remaining steps: 3\n" in capsys.readouterr().out
     assert steps(work) == [3, 8]
 
 

@@ -56,7 +56,7 @@ def test_a_model_in_two_layouts_is_equal(original, tmp_path, capsys):
     export(open_checkpoint(original), tmp_path / "hf", "transformers")
     assert verify(original, tmp_path / "hf") == 0
     found, last = lines(capsys)
-    assert last == "equal, to 0.0001 of the largest magnitude"
+    assert last == "equal within 0.0001 of the largest magnitude"
     for what in ("settings", "tensors: vision_tower", "tensors: projector", "tensors: decoder", "tensors: beyond the feature layer",
                  "logits: text", "logits: an image", "logits: two images", "greedy tokens: an image"):
         assert "equal" in found[what] and "DIFFERS" not in found[what], what
