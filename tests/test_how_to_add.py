@@ -216,7 +216,7 @@ def test_what_is_wrong_with_a_data_set_is_said_as_of_any_other(cards):
         questions.load_samples("cards", str(cards), "validation", "clean")
     with pytest.raises(UsageError, match="the splits of cards have no common images"):
         questions.load_samples("cards", str(cards), "test", "clean", held_out="x.json")
-    with pytest.raises(UserError, match="the name 'slake' is that of SLAKE; another name"):
+    with pytest.raises(UserError, match="the name 'slake' already belongs to SLAKE; another name"):
         registry.register(registry.DataSet("slake", "Mine", "x", read=lambda selected: []))
     (cards / "d.png").unlink()
     with pytest.raises(UserError, match="d.png does not exist"):

@@ -63,7 +63,7 @@ def run_layers(layers, x, shared, caches=None):
     """
     if not isinstance(layers, (list, tuple)):
         if caches is not None:
-            raise ValueError("caches were given to scanned layers, which have none; layers of scan=False were expected")
+            raise ValueError("scanned layers take no caches; build the model with scan=False to pass caches")
         return layers(x, shared, None)
     out = []
     for i, layer in enumerate(layers):

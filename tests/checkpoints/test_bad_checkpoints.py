@@ -82,7 +82,7 @@ BAD_INPUT = {
     "config is a list": (lambda d: (d / "config.json").write_text("[]"), "holds a JSON list; an object"),
     "other architecture": (lambda d: (d / "config.json").write_text('{"model_type": "bert"}'), "model_type 'bert'; llava_mistral"),
     "no weights": (lambda d: (d / "model.safetensors").unlink(), "no weights; .safetensors or pytorch_model"),
-    "truncated": (lambda d: truncate(d / "model.safetensors"), "model.safetensors is no whole safetensors file"),
+    "truncated": (lambda d: truncate(d / "model.safetensors"), "model.safetensors is not a complete safetensors file"),
     "integer weights": (lambda d: edited(d, **{"model.norm.weight": np.zeros(48, np.int32)}), "model.norm.weight in .* is of type I32"),
 }
 
@@ -108,7 +108,7 @@ def test_a_missing_shard_and_an_index_that_is_wrong(v15, tmp_path, monkeypatch):
     index = json.loads(file.read_text())
     index["weight_map"]["model.ghost"] = shards[0]
     file.write_text(json.dumps(index))
-    with pytest.raises(UserError, match="holds model.ghost, which it does not"):
+    with pytest.raises(UserError, match="names model.ghost in .*, which does not hold such tensors"):
         open_checkpoint(tmp_path / "wrong")
 
 
@@ -205,10 +205,10 @@ BAD_FILES = {
     "a tensor in two files": (twice, "model-extra.safetensors holds model.norm.weight, which another file there holds too"),
     "a shard too few, without an index": (without_index_and_shard, "the shard .*model-00002-of-00002.safetensors is missing"),
     "an index that names a ghost": (lambda d: shard(d, {"model.ghost": "model-00001-of-00002.safetensors"}),
-                                    "model-00001-of-00002.safetensors holds model.ghost, which it does not"),
+                                    "names model.ghost in model-00001-of-00002.safetensors, which does not"),
     "an index that names no file": (lambda d: shard(d, {"model.ghost": 7}), "has no weight_map that names a file for each tensor"),
     "truncated": (lambda d: (d / "model.safetensors").write_bytes((d / "model.safetensors").read_bytes()[:-9]),
-                  "model.safetensors is no whole safetensors file"),
+                  "model.safetensors is not a complete safetensors file"),
     "an index that leads elsewhere": (lambda d: shard(d, {"model.ghost": "../other.safetensors"}),
                                       "names the file '../other.safetensors'; the name of a file beside it was expected"),
     "an index that leads to the root": (lambda d: shard(d, {"model.ghost": "/etc/passwd"}), "names the file '/etc/passwd'"),
@@ -221,8 +221,8 @@ BAD_FILES = {
     "a name that a terminal obeys": (lambda d: edited(d, **{"model.\n\x1b[31mghost": np.zeros(3, np.float16)}),
                                      r"holds a tensor named 'model.\\n\\x1b\[31mghost'; names without control characters"),
     "eight bits": (lambda d: retyped(d, "model.norm.weight", "F8_E4M3"), "model.norm.weight in .* is of type F8_E4M3; one of F64, F32"),
-    "an adapter": (adapter, "holds an adapter .adapter_config.json.; a whole model's weights were expected: adapters come with a later"),
-    "a projector": (projector_alone, "holds a projector alone .mm_projector.bin.*`convert build --decoder BASE"),
+    "an adapter": (adapter, "holds an adapter .adapter_config.json.; a whole model's weights were expected: adapters are not supported yet"),
+    "a projector": (projector_alone, "holds only a projector .mm_projector.bin.*`convert build --decoder BASE"),
 }
 
 

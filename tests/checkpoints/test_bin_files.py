@@ -94,7 +94,7 @@ def test_without_torch_bin_files_name_the_extra(tmp_path, monkeypatch):
     tiny.save(tmp_path / "bin", {**tiny.V1, "mm_vision_tower": "openai/clip-vit-large-patch14"})
     (tmp_path / "bin" / "pytorch_model.bin").write_bytes(b"whatever")
     monkeypatch.setitem(sys.modules, "torch", None)
-    with pytest.raises(UserError, match=r"pytorch_model.bin can be read with torch only.*: pip install 'llavamed-jax\[torch\]'"):
+    with pytest.raises(UserError, match=r"pytorch_model.bin needs torch, which is not installed: pip install 'llavamed-jax\[torch\]'"):
         open_checkpoint(tmp_path / "bin")
 
 
@@ -140,15 +140,15 @@ def numbered(directory, _):
 
 
 BAD_BINS = {
-    "harmful": (harmful, r"00001-of-00002.bin was refused: its pickle calls \w+.system, where tensors alone were expected"),
-    "cut": (cut, "00002-of-00002.bin is no whole file of torch.save"),
-    "empty": (lambda d, i: (d / "pytorch_model-00002-of-00002.bin").write_bytes(b""), "00002.bin is no whole file of torch.save"),
+    "harmful": (harmful, r"00001-of-00002.bin was refused: its pickle calls \w+.system; only tensors were expected"),
+    "cut": (cut, "00002-of-00002.bin is not a complete file of torch.save"),
+    "empty": (lambda d, i: (d / "pytorch_model-00002-of-00002.bin").write_bytes(b""), "00002.bin is not a complete file of torch.save"),
     "missing shard": (lambda d, i: (d / "pytorch_model-00002-of-00002.bin").unlink(), "the shard .*-00002-of-00002.bin is missing"),
-    "index that lies": (lying, "index.json says that pytorch_model-0000.-of-00002.bin holds model.norm.weight, which it does not"),
+    "index that lies": (lying, "index.json names model.norm.weight in pytorch_model-0000.-of-00002.bin, which does not hold"),
     "index of nothing": (lambda d, i: i.pop("weight_map"), "index.json has no weight_map that names a file for each tensor"),
     "sparse": (sparse, "model.norm.weight in .* is a sparse tensor; a dense one was expected"),
-    "numbers for names": (numbered, "holds something else than tensors by name; a state dict was expected"),
-    "other content": (other_content, "holds something else than tensors by name; a state dict was expected"),
+    "numbers for names": (numbered, "holds something other than named tensors; a state dict was expected"),
+    "other content": (other_content, "holds something other than named tensors; a state dict was expected"),
 }
 
 
@@ -172,7 +172,7 @@ ODD = {
     "the imaginary part of a conjugate": (lambda torch, x: torch.complex(x, x).conj().imag, -1.0),
     "a parameter": (lambda torch, x: torch.nn.Parameter(x), 1.0),
     "every second of another": (lambda torch, x: torch.stack([x, 0 * x], 1)[:, 0], 1.0),
-    "no values": (lambda torch, x: torch.empty(48, device="meta"), "lies on the device meta, so its values are not in the file"),
+    "no values": (lambda torch, x: torch.empty(48, device="meta"), "is on the device meta, so its values are not in the file"),
     "quantised": (lambda torch, x: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8), "is of type torch.qint8, and quantised weights"),
     "complex": (lambda torch, x: torch.complex(x, x), "is of type torch.complex64; one of torch.float64, torch.float32"),
     "conjugated": (lambda torch, x: torch.complex(x, x).conj(), "is of type torch.complex64; one of"),

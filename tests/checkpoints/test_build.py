@@ -272,7 +272,7 @@ def test_projectors_that_do_not_fit(parts):
     with pytest.raises(UserError, match=r"embed_tokens of \[1024, 48\]; \[1027, 48\] or \[2, 48\] was expected"):
         with_projector(checkpoint, file)
     save_projector(file, "linear", **{"model.mm_projector.weight": np.ones((48, 64), np.float16)})
-    with pytest.raises(UserError, match=r"projector/linear_0/kernel is \[48, 64\], where \[48, 32\]"):
+    with pytest.raises(UserError, match=r"projector/linear_0/kernel is \[48, 64\]; \[48, 32\]"):
         with_projector(checkpoint, file)
     save_file({"unrelated": np.ones(2, np.float16)}, parts / "x.safetensors")
     with pytest.raises(UserError, match="holds unrelated"):

@@ -183,7 +183,7 @@ CONFUSED = {
     "a base that is the result": (lambda b, d: (tiny.V1 | {"vocab_size": 73}, d, tiny.V1 | {"vocab_size": 73}, d),
                                   "base has a projector, so it is a whole LLaVA model; the plain decoder was expected"),
     "a delta that is the base": (lambda b, d: (tiny.LLAMA, b, tiny.LLAMA, b),
-                                 "the delta .*delta holds no projector .model.mm_projector., so it is a plain decoder"),
+                                 "the delta .*delta has no projector .model.mm_projector., so it is a plain decoder"),
     "a config of another vocabulary": (lambda b, d: (tiny.LLAMA, b, tiny.V1 | {"vocab_size": 74}, d),
                                        "config.json has vocab_size 74, but the tensors beside it have 73"),
     "a config of another depth": (lambda b, d: (tiny.LLAMA, b, tiny.V1 | {"vocab_size": 73, "num_hidden_layers": "two"}, d),

@@ -212,9 +212,9 @@ def test_most_settings_at_random_are_obeyed(tmp_path):
     (dict(image_mean=0.5), "has image_mean 0.5"),
     (dict(use_square_size=True), "has use_square_size"), (dict(do_pad=True, pad_size=40), "has pad_size 40; 28 x 28"),
     (dict(image_processor_type="LlavaImageProcessor", do_pad=True, image_mean=[123.7, 116.3, 103.5]),
-     "is no colour to pad images with"),
+     "cannot be the colour of padding"),
     (dict(image_processor_type="LlavaImageProcessor", do_pad=True, image_mean=[-0.5, 0, 0]),
-     "is no colour to pad images with")])
+     "cannot be the colour of padding")])
 def test_what_cannot_be_obeyed_is_one_sentence(change, sentence, tmp_path):
     settings = {key: value for key, value in {**PLAIN, **change}.items() if value is not ABSENT}
     directory = checkpoint(tmp_path / "a", settings)
@@ -267,7 +267,7 @@ def test_a_file_that_says_nothing_of_sizes_is_at_the_towers(tmp_path):
     (dict(patch_size=14, vision_feature_select_strategy="default", num_additional_image_tokens=0),
      "has num_additional_image_tokens 0; 1 was"),
     (dict(patch_size=14, vision_feature_select_strategy="default", num_additional_image_tokens=2),
-     "an image is 4 tokens")])
+     "an image takes 4 tokens")])
 def test_a_processor_that_counts_other_tokens_than_the_model_is_refused(processor, sentence, tmp_path):
     directory = checkpoint(tmp_path, PLAIN, {"processor_class": "LlavaProcessor", **processor})
     if sentence is None:

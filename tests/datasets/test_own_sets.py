@@ -318,7 +318,7 @@ def test_the_published_sets_are_written_and_read_back(shared, tmp_path):
 @pytest.mark.parametrize("more, status, sentence", [
     (["--workdir", "w"], 2, "writes one file and needs no --workdir"), (["--dtype", "float32"], 2, "--dtype needs a model"),
     (["--predictions", "p"], 2, "not allowed with"), (["--config.data.root=nowhere"], 1, "nowhere/test.json does not exist"),
-    (["--config.data.split=dev"], 2, "data.split is 'dev'; of llava_med it may be train, validation or test"),
+    (["--config.data.split=dev"], 2, "data.split is 'dev'; train, validation or test was expected for llava_med"),
     (["--write_llava", "no/such/folder.json"], 1, "no/such/folder.json cannot be written: No such file")])
 def test_what_cannot_be_written_leaves_nothing(folder, tmp_path, monkeypatch, capsys, more, status, sentence):
     monkeypatch.chdir(tmp_path)

@@ -130,7 +130,7 @@ def test_questions_and_settings_as_they_arrive():
         list(an_answerer(server).answers(questions, [1, 2], Generation(temperature=0.7, seed=5), {}))
         drawn = {(sent(each.body)[0], each.body["temperature"], each.body["seed"]) for each in server.log}
         assert drawn == {("Why?", 0.7, 5), ("What is it?", 0.7, 6)}, "the second of two equal questions draws for itself"
-    with pytest.raises(UsageError, match="generation.num_beams is 3; OpenAI's protocol has no beam search"):
+    with pytest.raises(UsageError, match="generation.num_beams is 3; 1 was expected with --endpoint"):
         next(an_answerer(server).answers(questions, [0], Generation(num_beams=3), {}))
 
 

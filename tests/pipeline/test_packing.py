@@ -276,7 +276,7 @@ def test_128_samples_of_1080_tokens_on_64_devices_fit():
 def test_a_row_length_that_is_given_is_kept_and_holds_the_longest_sample():
     assert rows_an_update(128, 680, 8, row_length=4096).rows == 24
     assert rows_an_update(128, 680, 8, row_length=4096).fitting == 145
-    with pytest.raises(UsageError, match="'data.row_length' is 512; the longest sample has 700 tokens"):
+    with pytest.raises(UsageError, match="'data.row_length' is 512, but the longest sample has 700 tokens"):
         rows_an_update(128, 680, 8, row_length=512, longest=700)
     assert rows_an_update(1, 2500, 64, longest=4000).row_length == 4096
     assert rows_an_update(1, 9000, 64, longest=9001).row_length == 9088

@@ -59,7 +59,7 @@ def test_tokens_that_no_text_uses_are_no_trouble(started):
     processor = Processor(model(TOKENIZER.vocab_size), TOKENIZER)
     data = read_training(cfg.data.train, cfg.data.images)
     assert lengths.measure(data, processor, 40, rows=highest + 1).highest[0] == highest
-    with pytest.raises(UserError, match=f"has the token {highest}, and .* has {highest} rows"):
+    with pytest.raises(UserError, match=f"has the token {highest}, but .* has {highest} rows"):
         lengths.measure(data, processor, 40, rows=highest)
 
 
@@ -69,7 +69,7 @@ def test_validation_and_sample_data_too(started, tmp_path, key):
     records = [{"id": "odd one", "conversations": [{"from": "human", "value": f"what is {added}?"}, {"from": "gpt", "value": "yes"}]}]
     (tmp_path / "odd.json").write_text(json.dumps(records))
     cfg = started(TOKENIZER.vocab_size, [added], samples_every=2, **{key: tmp_path / "odd.json"})
-    with pytest.raises(UserError, match=f"record 'odd one' has the token {TOKENIZER.vocab_size}, and"):
+    with pytest.raises(UserError, match=f"record 'odd one' has the token {TOKENIZER.vocab_size}, but"):
         Data.open(cfg, open_start(cfg))
 
 
@@ -105,7 +105,7 @@ def test_image_tokens_with_rows_are_used(started):
     assert ids[at - 1:at + 2] == [TOKENIZER.vocab_size, -200, TOKENIZER.vocab_size + 1]
     fewer = cfg.replace(decoder=replace(cfg.decoder, vocab_size=cfg.decoder.vocab_size - 1))
     recipe = started(None, ("<im_start>", "<im_end>"), fewer)
-    with pytest.raises(UserError, match=f"has the token {TOKENIZER.vocab_size + 1}, and the .* has {TOKENIZER.vocab_size + 1} rows"):
+    with pytest.raises(UserError, match=f"has the token {TOKENIZER.vocab_size + 1}, but the .* has {TOKENIZER.vocab_size + 1} rows"):
         Data.open(recipe, open_start(recipe))
 
 

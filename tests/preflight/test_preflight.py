@@ -233,7 +233,7 @@ def test_missing_packages_are_one_sentence_with_the_pip_line(capsys, monkeypatch
 
 def test_a_start_that_is_not_here_is_taken_by_the_recipes_name():
     config, where = programs.shapes_of("runs/none", "finetune v1-13b")
-    assert config.decoder.num_layers == 40 and "runs/none is not here" in where
+    assert config.decoder.num_layers == 40 and "because runs/none does not exist here" in where
     with pytest.raises(UsageError, match="'init' is 'runs/none'"):
         programs.shapes_of("runs/none", "my own")
 

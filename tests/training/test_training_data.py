@@ -150,14 +150,14 @@ def test_rows_divide_by_devices_and_micro_batches(recipe):
 def test_a_warning_names_the_batch_size_that_would_fit(recipe):
     data = Data.open(recipe(batch_size=1), open_start(recipe()), multiple=8)
     warning, = (line for line in data.describe() if "batch_size" in line and line.startswith("warning"))
-    fitting = int(re.search(r"batch_size (\d+) would fit", warning)[1])
+    fitting = int(re.search(r"set batch_size to (\d+)", warning)[1])
     again = Data.open(recipe(batch_size=fitting), open_start(recipe()), multiple=8)
     assert again.plan.layout.rows == data.plan.layout.rows == 8
     assert not any("would fit" in line for line in again.describe())
 
 
 def test_a_row_length_shorter_than_a_sample_is_a_wrong_value(recipe):
-    with pytest.raises(UsageError, match="'data.row_length' is 16; the longest sample has"):
+    with pytest.raises(UsageError, match="'data.row_length' is 16, but the longest sample has"):
         Data.open(recipe(**{"data.row_length": 16}), open_start(recipe()))
 
 

@@ -208,7 +208,7 @@ FROZEN, UNUSED = "vision_tower/layers_0/mlp/fc1/kernel", "vision_tower/post_laye
 DAMAGES = {
     "frozen": (lambda run: flip_tensor(run / "base/model.safetensors", FROZEN), f"base is damaged: {FROZEN} has another sha256"),
     "unused": (lambda run: flip_tensor(run / "base/model.safetensors", UNUSED), f"base is damaged: {UNUSED} has another sha256"),
-    "cut": (lambda run: os.truncate(run / "base/model.safetensors", 5000), "base/model.safetensors is no whole safetensors file"),
+    "cut": (lambda run: os.truncate(run / "base/model.safetensors", 5000), "base/model.safetensors is not a complete safetensors file"),
     "weights": (lambda run: (run / "base/model.safetensors").unlink(), "base holds no weights"),
     "base": (lambda run: shutil.rmtree(run / "base"), "base/manifest.json has been removed since the run"),
     "manifest": (lambda run: (run / "base/manifest.json").unlink(), "base/manifest.json has been removed since the run"),

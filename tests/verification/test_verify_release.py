@@ -73,7 +73,7 @@ def test_a_file_that_is_not_what_the_hub_states(models, tmp_path):
         (tmp_path / "verification.md").unlink()
         done = verify(hub, tmp_path, "--steps", "fetch")
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith(f"error: model.safetensors of {MODEL} has the sha256 ")
+    assert done.stderr.splitlines()[-1].startswith(f"error: model.safetensors of {MODEL} has ") and " bytes and the sha256 " in done.stderr
     assert not (tmp_path / "verification.md").exists()
 
 

@@ -54,7 +54,7 @@ class GgufFile:
         with open_file(self.path) as stream:
             start = stream.read(len(_MAGIC))
         if start != _MAGIC:
-            raise UserError(f"{path} is no GGUF file: it begins with {start!r}, where {_MAGIC!r} was expected")
+            raise UserError(f"{path} is not a GGUF file: it begins with {start!r}, where {_MAGIC!r} was expected")
         reader = _opened(self.path)
         self._fields = {name: field for name, field in reader.fields.items() if not name.startswith("GGUF.")}
         self.keys = tuple(self._fields)
@@ -184,7 +184,7 @@ def _opened(path: Path) -> Any:
     except Exception as error:  # ValueError, KeyError, IndexError, UnicodeDecodeError, … of a damaged file
         # numpy writes np.uint32(999) for 999.
         words = cut(re.sub(r"np\.\w+\((\d+)\)", r"\1", " ".join(str(error).split())), 200).rstrip(".")
-        raise UserError(f"{path} is no whole GGUF file: {words or type(error).__name__}") from None
+        raise UserError(f"{path} is not a complete GGUF file: {words or type(error).__name__}") from None
     if found.byte_order != "I":
         raise UserError(f"{path} is a big-endian GGUF file; a little-endian one was expected")
     return found
@@ -206,8 +206,8 @@ def _reader_class() -> Callable[[Path], Any]:
             dtype, count, offset = np.dtype(dtype).newbyteorder(order), int(count), int(offset)
             end, size = offset + dtype.itemsize * count, len(self.data)
             if end > size:
-                raise UserError(f"{self.data.filename} is no whole GGUF file: it has {size:,} bytes, and its header "
-                                f"speaks of {end:,}")
+                raise UserError(f"{self.data.filename} is not a complete GGUF file: it has {size:,} bytes, but its "
+                                f"header describes {end:,}")
             return np.frombuffer(self.data, dtype, count, offset)
 
     return Reader

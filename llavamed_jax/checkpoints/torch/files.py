@@ -59,8 +59,7 @@ def refuse_adapter(directory: Path) -> None:
                    for pattern in ("*.safetensors*", f"{_BIN}*") for file in directory.glob(pattern))
     if of_adapter and (not is_whole or any(name.startswith("adapter_model") for name in of_adapter)):
         raise UserError(f"{directory} holds an adapter ({of_adapter[0]}); a whole model's weights were expected: "
-                        "adapters come with a later version, and until then PEFT's merge_and_unload makes a model of "
-                        "an adapter and its base")
+                        "adapters are not supported yet; PEFT's merge_and_unload merges an adapter into its base")
 
 
 def weight_files(directory: Path) -> list[Path]:
@@ -117,7 +116,7 @@ def _read_shards(directory: Path, pattern: str, read: Callable[[Path], dict[str,
                             "were expected")
         absent = [name for name, owner in owners.items() if owner == shard and name not in found]
         if absent:
-            raise UserError(f"{index} says that {shard} holds {some(absent)}, which it does not")
+            raise UserError(f"{index} names {some(absent)} in {shard}, which does not hold such tensors")
         # Tensors that the index does not name are kept, so that matching the tensors reports them.
         found = {name: t for name, t in found.items() if owners.get(name, shard) == shard}
         twice = [name for name in found if name in tensors]
@@ -129,7 +128,7 @@ def _read_shards(directory: Path, pattern: str, read: Callable[[Path], dict[str,
 
 def _no_weights(directory: Path) -> str:
     if (directory / "mm_projector.bin").is_file():
-        return (f"{directory} holds a projector alone (mm_projector.bin); a whole model was expected: "
+        return (f"{directory} holds only a projector (mm_projector.bin); a whole model was expected: "
                 "`convert build --decoder BASE --vision CLIP --projector FILE` joins it with its base")
     return f"{directory} holds no weights; .safetensors or pytorch_model*.bin files were expected"
 
@@ -172,7 +171,7 @@ def _read_safetensors_file(file: Path) -> dict[str, Tensor]:
         offsets = {name: entry["data_offsets"][0] for name, entry in json.loads(source.read(header_bytes)).items()
                    if name != "__metadata__"}
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{file} is no whole safetensors file: {error}") from None
+        raise UserError(f"{file} is not a complete safetensors file: {error}") from None
     tensors = {}
     for name in handle.keys():
         view = handle.get_slice(name)
@@ -194,7 +193,7 @@ def _read_at(file: BinaryIO, offset: int, shape: tuple[int, ...], dtype: np.dtyp
         except OSError as error:
             raise UserError(f"{file.name} cannot be read: {error.strerror}") from None
         if count == 0:
-            raise UserError(f"{file.name} has become shorter while it was read")
+            raise UserError(f"{file.name} was truncated while it was read")
         missing, offset = missing[count:], offset + count
     return array
 
@@ -208,7 +207,7 @@ def read_bin(file: Path) -> dict[str, Tensor]:
     try:
         import torch  # an extra, since most checkpoints are safetensors
     except ImportError:
-        raise UserError(f"{file} can be read with torch only, which is not installed: pip install "
+        raise UserError(f"{file} needs torch, which is not installed: pip install "
                         "'llavamed-jax[torch]'") from None
     check_content(file)
     try:
@@ -218,16 +217,16 @@ def read_bin(file: Path) -> dict[str, Tensor]:
     except UnpicklingError as error:
         unsafe = re.search(r"(?:GLOBAL|class) (\w+\.[\w.]*\w)", str(error))
         if unsafe:
-            raise UserError(f"{file} was refused: its pickle calls {unsafe[1]}, where tensors alone were "
+            raise UserError(f"{file} was refused: its pickle calls {unsafe[1]}; only tensors were "
                             "expected") from None
-        raise UserError(f"{file} is no whole file of torch.save") from None
+        raise UserError(f"{file} is not a complete file of torch.save") from None
     except MemoryError:
         raise
     except Exception:  # for a damaged archive torch may raise RuntimeError, EOFError, KeyError, AttributeError, …
-        raise UserError(f"{file} is no whole file of torch.save") from None
+        raise UserError(f"{file} is not a complete file of torch.save") from None
     if not isinstance(state, Mapping) or not all(
             isinstance(k, str) and isinstance(t, torch.Tensor) for k, t in state.items()):
-        raise UserError(f"{file} holds something else than tensors by name; a state dict was expected")
+        raise UserError(f"{file} holds something other than named tensors; a state dict was expected")
     tensors = {}
     for name, tensor in state.items():
         if odd := _what_is_odd(tensor):
@@ -250,7 +249,7 @@ def _what_is_odd(tensor) -> str | None:
         quantised = ", and quantised weights cannot be read" if tensor.is_quantized else ""
         return f"is of type {tensor.dtype}{quantised}; one of {', '.join(_TORCH_DTYPES)} was expected"
     if tensor.device.type != "cpu":
-        return f"lies on the device {tensor.device}, so its values are not in the file"
+        return f"is on the device {tensor.device}, so its values are not in the file"
     return None
 
 

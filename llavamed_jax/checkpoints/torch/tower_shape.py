@@ -64,9 +64,9 @@ def shape_of_tensors(directory: Path, name: str, found: Mapping[str, Tensor]) ->
     width = patch[0]
     if width not in CLIP_WIDTHS:
         raise UserError(f"{directory} names the vision tower {short(name)}, which is not here; its tensors have width "
-                        f"{width}, at which CLIP has no tower, so its heads are not known; a directory with the "
-                        "tower's config.json was expected, without weights where those of the checkpoint shall be "
-                        "taken: vision_tower=PATH (--vision_tower PATH)")
+                        f"{width}, which no CLIP tower has, so the number of heads is unknown; give a directory with "
+                        "the tower's config.json as vision_tower=PATH (--vision_tower PATH); if it has no weights, the "
+                        "checkpoint's are used")
     vision = VisionConfig(width, feed_forward[0], len(layers), width // _HEAD_WIDTH, edge * patch[2], patch[2],
                           num_channels=patch[1])
     return vision, (f"which give its shape; {vision.num_heads} heads, {vision.hidden_act} and eps "

@@ -154,7 +154,7 @@ class VisionConfig:
         """
         color = tuple(int(255 * mean) for mean in self.image_mean)
         if not all(0 <= value <= 255 for value in color):
-            raise UserError(f"the image_mean {list(self.image_mean)} is no colour to pad images with; numbers from 0 "
+            raise UserError(f"the image_mean {list(self.image_mean)} cannot be the colour of padding; numbers from 0 "
                             "to 1 were expected")
         return color
 
