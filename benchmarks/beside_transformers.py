@@ -162,8 +162,8 @@ def greedy_decode(B: int, T: int, new_tokens: int, repeats: int) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=local, default="benchmarks/results", metavar="DIR",
-                        help="where beside_transformers.jsonl is appended to")
-    parser.add_argument("--commit", metavar="SHA", help="written into the rows; default: what git says")
+                        help="directory of beside_transformers.jsonl, to which rows are appended")
+    parser.add_argument("--commit", metavar="SHA", help="commit to record in the rows; default: the one of git")
     parser.add_argument("--repeats", type=int, default=5, metavar="N")
     args = parser.parse_args()
     for name, row in (("train_step", lambda: train_step(8, 128, args.repeats)), ("prefill", lambda: prefill(8, 128, args.repeats)),

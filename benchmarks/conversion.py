@@ -44,7 +44,7 @@ ROOM = 3.2  # the original, the tree, and either an export or the copy, over the
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--directory", type=local, required=True, help="where the files are written and removed again")
-    parser.add_argument("--out", type=local, default=ROOT / "benchmarks" / "results", help="where conversion.jsonl is appended to")
+    parser.add_argument("--out", type=local, default=ROOT / "benchmarks" / "results", help="directory of conversion.jsonl, to which rows are appended")
     parser.add_argument("--preset", choices=PRESETS, default="v15-7b")
     args = parser.parse_args()
     args.directory.mkdir(parents=True, exist_ok=True)
@@ -96,7 +96,7 @@ def write_random(cfg: LlavaConfig, out: Path) -> int:
                for i, (name, spelled) in enumerate(names.torch_names(cfg, "llava").items())}
     size, free = total_bytes(tensors), shutil.disk_usage(out.parent).free
     if free < ROOM * size:
-        raise UserError(f"{out.parent} has {free / 1e9:.1f} GB free; {ROOM * size / 1e9:.1f} GB were expected")
+        raise UserError(f"{out.parent} has {free / 1e9:.1f} GB free; the files need {ROOM * size / 1e9:.1f} GB")
     out.mkdir()
     write_safetensors(out, tensors, metadata={"format": "pt"})
     write_json(out / "config.json", {**llava_to_hf(cfg, "llava"), "torch_dtype": "bfloat16"})

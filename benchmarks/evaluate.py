@@ -297,8 +297,8 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=16, metavar="B", help="of every side")
     parser.add_argument("--max_new_tokens", type=int, default=64, metavar="N")
     parser.add_argument("--repeats", type=int, default=3, metavar="N", help="warm passes")
-    parser.add_argument("--out", type=local, default="benchmarks/results", metavar="DIR", help="where evaluate.jsonl is appended to")
-    parser.add_argument("--commit", metavar="SHA", help="written into the rows; default: what git says")
+    parser.add_argument("--out", type=local, default="benchmarks/results", metavar="DIR", help="directory of evaluate.jsonl, to which rows are appended")
+    parser.add_argument("--commit", metavar="SHA", help="commit to record in the rows; default: the one of git")
     args = parser.parse_args()
 
     import torch

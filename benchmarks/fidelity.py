@@ -88,7 +88,7 @@ def main() -> int:
     results = run(selectors)
     failed = [result.name for result in results if result.outcome == "failed"]
     if failed:
-        print(f"error: {len(failed)} checks fail and nothing is written: {', '.join(failed[:5])}", file=sys.stderr)
+        print(f"error: {len(failed)} checks fail, so nothing is written: {', '.join(failed[:5])}", file=sys.stderr)
         return 1
     missing = [s for s in selectors if not any(result.belongs(s) for result in results)]
     if missing:

@@ -355,8 +355,8 @@ def run_all(names: list[str], args) -> int:
 def main() -> int:
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=local, default="benchmarks/results", metavar="DIR", help="where h200.jsonl is appended to")
-    parser.add_argument("--commit", metavar="SHA", help="written into the rows; default: what git says")
+    parser.add_argument("--out", type=local, default="benchmarks/results", metavar="DIR", help="directory of h200.jsonl, to which rows are appended")
+    parser.add_argument("--commit", metavar="SHA", help="commit to record in the rows; default: the one of git")
     parser.add_argument("--cases", metavar="A,B", help=f"default: {','.join(CASES)}")
     parser.add_argument("--small", action="store_true", help="small shapes, on a CPU")
     parser.add_argument("--case", choices=CASES, help=argparse.SUPPRESS)

@@ -75,7 +75,7 @@ def main() -> int:
     parser.add_argument("--command", choices=("train", "eval"), default="train")
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--workers", default=",".join(WAYS), help="what becomes of the workers before a kill, in turn")
+    parser.add_argument("--workers", default=",".join(WAYS), help="what happens to the workers before a kill, in turn")
     args = parser.parse_args()
     ways = args.workers.split(",")
     if set(ways) - set(WAYS):
@@ -111,7 +111,7 @@ def main() -> int:
             wrong += again.leftovers()
             wrong += [found] if (found := compare(workdir)) else []
             good += not wrong
-            print(f"kill {number + 1} at {share * length:.1f} s: {state}; {'; '.join(wrong) or 'the same run, nothing left'}", flush=True)
+            print(f"kill {number + 1} at {share * length:.1f} s: {state}; {'; '.join(wrong) or 'the same run, no process left'}", flush=True)
     print(f"took {(time.monotonic() - begun) / 60:.1f} minutes\n{good}/{args.kills}")
     return 0 if good == args.kills else 1
 

@@ -71,7 +71,7 @@ def main() -> int:
     parser.add_argument("--preset", default="v15-7b")
     parser.add_argument("--samples", type=int, default=256, help="of the throughput, an eighth at a time")
     parser.add_argument("--records", type=int, default=500_000)
-    parser.add_argument("--out", type=local, default=ROOT / "benchmarks" / "results", help="where loader.jsonl is appended to")
+    parser.add_argument("--out", type=local, default=ROOT / "benchmarks" / "results", help="directory of loader.jsonl, to which rows are appended")
     args = parser.parse_args()
     config, tokenizer = preset(args.preset), Tokenizer.load(args.tokenizer)
     processor = Processor(config, tokenizer)

@@ -113,8 +113,8 @@ def measure(cfg, params, stage: str, B: int, T: int, supervised: float, repeats:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=local, default="benchmarks/results", metavar="DIR", help="where loss.jsonl is appended to")
-    parser.add_argument("--commit", metavar="SHA", help="written into the rows; default: what git says")
+    parser.add_argument("--out", type=local, default="benchmarks/results", metavar="DIR", help="directory of loss.jsonl, to which rows are appended")
+    parser.add_argument("--commit", metavar="SHA", help="commit to record in the rows; default: the one of git")
     parser.add_argument("--repeats", type=int, default=5, metavar="N")
     args = parser.parse_args()
     cfg = preset("small")

@@ -73,7 +73,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", default=ROOT / "benchmarks/results/preflight", type=local, metavar="DIR")
     parser.add_argument("--cases", default=",".join(CASES), metavar="A,B", help=f"of {', '.join(CASES)}")
-    parser.add_argument("--topologies", metavar="X,Y", help=f"default {TOPOLOGIES}; nothing to compile none")
+    parser.add_argument("--topologies", metavar="X,Y", help=f"default {TOPOLOGIES}; an empty list compiles nothing")
     args = parser.parse_args()
     found = {}
     for name in args.cases.split(","):

@@ -41,7 +41,7 @@ def main() -> int:
     parser.add_argument("--root", type=local, default=sample, help="VQA-RAD in its official layout")
     parser.add_argument("--tokenizer", type=local, default=sample / "tokenizer.model")
     parser.add_argument("--batches", type=int, default=7)
-    parser.add_argument("--out", type=local, default=ROOT / "benchmarks" / "results", help="where packing.jsonl is appended to")
+    parser.add_argument("--out", type=local, default=ROOT / "benchmarks" / "results", help="directory of packing.jsonl, to which rows are appended")
     args = parser.parse_args()
     config, tokenizer = preset("small"), Tokenizer.load(args.tokenizer)
     config = config.replace(decoder=replace(config.decoder, vocab_size=tokenizer.vocab_size))
