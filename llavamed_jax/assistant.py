@@ -68,7 +68,7 @@ def load(path: str | Path, dtype=None, quantize=None, mesh: Mesh | str | None = 
       mesh: a Mesh with the axes data, fsdp and tp, or text such as `"data=1,tp=2"` over the devices of this process;
         None is one device.
       adapter: not supported yet; must be None.
-      vision_tower: a CLIP directory that replaces the checkpoint's own tower (quirk Q1 of the original).
+      vision_tower: a directory of a tower that replaces the checkpoint's own tower (quirk Q1 of the original).
       tokenizer: a tokenizer's file or directory that replaces the checkpoint's own.
       template: the name of a prompt template that replaces the checkpoint's own.
 

@@ -174,8 +174,8 @@ def replace_tower(config: LlavaConfig, directory: Path) -> LlavaConfig:
     """Returns the config with the tower of a directory; its image settings too, if the directory has any."""
     vision = tower_config(directory)
     check_width(directory, vision, config.vision.hidden_size)
-    if not has_settings(directory):
-        own = config.vision
+    own = config.vision
+    if not has_settings(directory) and type(own) is type(vision):
         vision = dataclasses.replace(vision, image_mean=own.image_mean, image_std=own.image_std, images=own.images)
     config = config.replace(vision=vision)
     check(config, str(directory))

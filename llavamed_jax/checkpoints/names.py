@@ -5,7 +5,7 @@ disk the own tree has one array for each. The layouts are
 
   llava         LLaVA's own, of LLaVA-Med v1.0 and v1.5 and LLaVA-1.5
   transformers  `LlavaForConditionalGeneration`, every generation of its key names
-  tower         a vision tower in its own directory (`CLIPVisionModel`, or `CLIPModel` with its text half)
+  tower         a vision tower in its own directory (`CLIPVisionModel`, `CLIPModel` with its text half, …)
   decoder       a language model in its own directory (`LlamaForCausalLM`, `MistralForCausalLM`)
 
 Torch stores a linear layer as [out, in] and a convolution as [out, in, height, width]; here `kernel`s are [in, out] and
@@ -16,6 +16,7 @@ Torch stores a linear layer as [out, in] and a convolution as [out, in, height, 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -124,6 +125,16 @@ def torch_names(cfg: LlavaConfig, layout: str) -> dict[str, tuple[str, ...]]:
             suffix = _projector_suffix(cfg, layout, spec.torch) if spec.part == "projector" else spec.torch
             names[name] = tuple(prefix + suffix for prefix in prefixes[spec.part])
     return names
+
+
+def dropped(cfg: LlavaConfig, layout: str) -> Callable[[str], bool]:
+    """Returns a function that tells whether a layout's torch name is of a tower's part that LLaVA does not read."""
+    prefixes = _PREFIXES[layout].get("vision_tower", ())
+    if not cfg.vision.dropped or not prefixes:
+        return lambda name: False
+    starts = "|".join(re.escape(before + own) for before in prefixes for own in cfg.vision.torch_prefixes)
+    pattern = re.compile(f"(?:{starts})(?:{cfg.vision.dropped})")
+    return lambda name: pattern.fullmatch(name) is not None
 
 
 def head_names(layout: str) -> list[str]:

@@ -5,7 +5,8 @@ Absent keys have the defaults of transformers' classes, and a switch that is nul
 of a `LlavaImageProcessor` says whether images are padded to a square; in the originals' layouts `image_aspect_ratio` of
 `config.json` does. Each key is obeyed, refused or warned of: docs/checkpoint_keys.md has the table.
 
-Source: transformers 5.24, `image_processing_backends.py` (PilBackend), `models/{clip,llava}/image_processing_pil_*.py`.
+Source: transformers 5.24, `image_processing_backends.py` (PilBackend),
+`models/{clip,llava,siglip}/image_processing_pil_*.py`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from llavamed_jax.config import (
     CLIP_MEAN,
@@ -30,9 +31,27 @@ from llavamed_jax.errors import UserError, short, some, warn_once
 from llavamed_jax.utils.files import read_json, write_json
 
 FILE, PROCESSOR, VIDEO = "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"
-_CLASSES = ("CLIPImageProcessor", "LlavaImageProcessor")
+_CLIP, _LLAVA, _SIGLIP = "CLIPImageProcessor", "LlavaImageProcessor", "SiglipImageProcessor"
+_SIZE = 224  # every class's default of `size`, and of `crop_size` if it crops by default
+
+
+class _Class(NamedTuple):
+    """The defaults of one of transformers' image processors.
+
+    Attributes:
+      mean: of the colours.
+      std: standard deviation of the colours.
+      is_cropped: whether the centre is cut out; then `size` is the shortest edge, else height and width.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    is_cropped: bool
+
+
+_CLASSES = {_CLIP: _Class(CLIP_MEAN, CLIP_STD, True), _LLAVA: _Class(CLIP_MEAN, CLIP_STD, True),
+            _SIGLIP: _Class((0.5,) * 3, (0.5,) * 3, False)}
 _EITHER = " or ".join(_CLASSES)
-_SIZE = 224  # the classes' default of `size` and of `crop_size`
 # Keys that change no pixel: which class reads the file, and how results are returned. Images are always converted to
 # RGB here; if `do_convert_rgb` is false, transformers accepts no other images.
 _WITHOUT_EFFECT = {
@@ -72,18 +91,20 @@ class Preprocessor:
         return dataclasses.replace(vision, image_mean=self.image_mean, image_std=self.image_std, images=self.settings)
 
 
-def read(directory: Path, size: int, warn: Callable[[str], None] = warn_once) -> Preprocessor | None:
+def read(directory: Path, size: int, warn: Callable[[str], None] = warn_once,
+         kind: str = _LLAVA) -> Preprocessor | None:
     """Reads the image settings of a directory's files; returns None if it has no such files.
 
     Args:
       directory: the directory.
       size: edge of the tower's input in pixels.
       warn: called with a sentence for settings that are not applied.
+      kind: transformers' class for files that name none: that of llava models, or of a tower's own directory.
 
     Raises:
       UserError: another image processor, or a setting that this project does not have.
     """
-    found = [_parse(raw, where, size, warn) for where, raw in _raw(directory, warn)]
+    found = [_parse(raw, where, size, warn, kind) for where, raw in _raw(directory, warn)]
     if len(found) == 2 and found[0].content != found[1].content:
         warn(f"{directory}: {PROCESSOR} and {FILE} hold different image settings; {PROCESSOR}'s are used, as in "
              "transformers 5")
@@ -164,25 +185,27 @@ def _words(resize: tuple[int, ...] | None) -> str:
 # ---- from a file
 
 
-def _parse(given: Mapping[str, Any], where: str, size: int, warn: Callable[[str], None]) -> Preprocessor:
-    kind = _kind(given, where)
+def _parse(given: Mapping[str, Any], where: str, size: int, warn: Callable[[str], None],
+           default: str) -> Preprocessor:
+    kind = _kind(given, where, default)
+    defaults = _CLASSES[kind]
     if given.get("use_square_size"):
         raise UserError(f"{where} has use_square_size, which versions of transformers read differently; size was "
                         "expected")
-    does = {key: _switch(given, key, where, True)
+    does = {key: _switch(given, key, where, key != "do_center_crop" or defaults.is_cropped)
             for key in ("do_resize", "do_center_crop", "do_rescale", "do_normalize")}
     is_padded = _pads(given, where)
     if does["do_center_crop"]:
-        _check_crop(given, where, size)
+        _check_crop(given, where, size, defaults)
     if given.get("do_pad") and not is_padded and given.get("pad_size") is not None:
         _check_edges(given, "pad_size", where, size)  # CLIP's processor pads to this size at the end
     odd = sorted(key for key, value in given.items() if value is not None and key not in _READ | _WITHOUT_EFFECT)
     if odd:
         warn(f"{where} has {some(odd)}, which neither transformers' {kind} nor this project reads")
-    mean = channels(where, "image_mean", given.get("image_mean", CLIP_MEAN))
-    std = channels(where, "image_std", given.get("image_std", CLIP_STD))
+    mean = channels(where, "image_mean", given.get("image_mean", defaults.mean))
+    std = channels(where, "image_std", given.get("image_std", defaults.std))
     settings = ImageSettings(
-        _resize(given, where, size) if does["do_resize"] else (), does["do_center_crop"],
+        _resize(given, where, size, defaults) if does["do_resize"] else (), does["do_center_crop"],
         _filter(given, where) if does["do_resize"] else "bicubic", _factor(given, where) if does["do_rescale"] else 1.0,
         does["do_normalize"])
     return Preprocessor(where, settings, mean, std, is_padded)
@@ -190,16 +213,16 @@ def _parse(given: Mapping[str, Any], where: str, size: int, warn: Callable[[str]
 
 def _pads(given: Mapping[str, Any], where: str) -> bool:
     """Returns whether images are padded to a square, which only LLaVA's own processor does."""
-    return _switch(given, "do_pad", where, False) and _kind(given, where) == "LlavaImageProcessor"
+    return _switch(given, "do_pad", where, False) and _kind(given, where) == _LLAVA
 
 
-def _kind(given: Mapping[str, Any], where: str) -> str:
-    """Returns the class that transformers uses: by its name, by its name before 4.25, else that of llava models."""
+def _kind(given: Mapping[str, Any], where: str, default: str = _LLAVA) -> str:
+    """Returns the class that transformers uses: by its name, by its name before 4.25, else `default`."""
     key = next((key for key in ("image_processor_type", "feature_extractor_type") if given.get(key) is not None), None)
     if key is None:
         if isinstance(given.get("auto_map"), dict) and given["auto_map"]:
             raise UserError(f"{where} names custom code (auto_map) but no image_processor_type; {_EITHER} was expected")
-        return "LlavaImageProcessor"
+        return default
     kind = str(given[key]).replace("FeatureExtractor", "ImageProcessor").removesuffix("Fast").removesuffix("Pil")
     if kind not in _CLASSES:
         raise UserError(f"{where} has {key} {short(given[key])}; {_EITHER} was expected")
@@ -213,15 +236,19 @@ def _switch(given: Mapping[str, Any], key: str, where: str, default: bool) -> bo
     return bool(value)
 
 
-def _resize(given: Mapping[str, Any], where: str, size: int) -> tuple[int, ...] | None:
-    if "size" not in given and "crop_size" not in given:
-        return None  # the classes' defaults fit towers of 224 pixels alone
+def _resize(given: Mapping[str, Any], where: str, size: int, defaults: _Class) -> tuple[int, ...] | None:
+    if "size" not in given and "crop_size" not in given:  # the classes' defaults fit towers of 224 pixels alone
+        return None if defaults.is_cropped else (size, size)
     is_square = _switch(given, "default_to_square", where, False)
-    edges = _edges(given["size"], where, "size", is_square) if "size" in given else (_SIZE,)
+    default = (_SIZE,) if defaults.is_cropped else (_SIZE, _SIZE)
+    edges = _edges(given["size"], where, "size", is_square) if "size" in given else default
     return None if edges == (size,) else edges
 
 
-def _check_crop(given: Mapping[str, Any], where: str, size: int) -> None:
+def _check_crop(given: Mapping[str, Any], where: str, size: int, defaults: _Class) -> None:
+    if not defaults.is_cropped and "crop_size" not in given:
+        raise UserError(f"{where} has do_center_crop true and no crop_size; {size} x {size}, the vision tower's, was "
+                        "expected")
     if "crop_size" not in given and "size" not in given:
         return  # the defaults, as in `_resize`
     if "crop_size" in given:
@@ -310,7 +337,7 @@ def written(config: LlavaConfig, is_transformers: bool) -> dict:
     vision, images, size = config.vision, config.vision.images, config.vision.image_size
     edges = (size,) if images.resize in (None, ()) else images.resize
     does_pad = is_transformers and config.image_aspect_ratio == "pad"
-    kind = dict(image_processor_type=_CLASSES[does_pad], **({"do_pad": True} if does_pad else {}))
+    kind = dict(image_processor_type=_LLAVA if does_pad else _CLIP, **({"do_pad": True} if does_pad else {}))
     return dict(
         kind, do_convert_rgb=True, do_resize=images.resize != (), resample=RESAMPLE.index(images.resample),
         size={"shortest_edge": edges[0]} if len(edges) == 1 else {"height": edges[0], "width": edges[1]},
@@ -322,7 +349,7 @@ def written(config: LlavaConfig, is_transformers: bool) -> dict:
 def make_equal(config: LlavaConfig, directory: Path, is_transformers: bool, is_needed: bool = True) -> None:
     """Rewrites the files of a directory that is being written if they disagree with the config.
 
-    They may belong to another tower than the config's, or be absent though the settings are not CLIP's.
+    They may belong to another tower than the config's, or be absent though the settings are not those of its kind.
 
     Args:
       config: the model's config.
@@ -336,8 +363,9 @@ def make_equal(config: LlavaConfig, directory: Path, is_transformers: bool, is_n
         found, is_other = None, True
     if found is None and not is_other and not is_needed:
         return
-    if found is None:  # no files mean CLIP's settings
-        found = Preprocessor("", ImageSettings(), CLIP_MEAN, CLIP_STD, False)
+    if found is None:  # the settings of the tower's kind, or CLIP's in a file that could not be read
+        own = config.vision.plain()
+        found = Preprocessor("", own.images, own.image_mean, own.image_std, False)
     pads_alike = not is_transformers or found.is_padded == (config.image_aspect_ratio == "pad")
     if not is_other and pads_alike and found.applied_to(config.vision) == config.vision:
         return

@@ -335,7 +335,7 @@ def add_model_flags(parser: argparse.ArgumentParser, is_listed: bool = True) -> 
     """Adds the arguments of `llavamed_jax.load` as flags; if not `is_listed`, the epilog lists them (`MODEL_FLAGS`)."""
     group = parser.add_argument_group("model") if is_listed else parser
     said = (lambda text: text) if is_listed else (lambda _: argparse.SUPPRESS)
-    group.add_argument("--vision_tower", metavar="PATH", help=said("a CLIP tower that replaces the checkpoint's own"))
+    group.add_argument("--vision_tower", metavar="PATH", help=said("a vision tower that replaces the checkpoint's own"))
     group.add_argument("--tokenizer", metavar="PATH", help=said("a tokenizer that replaces the checkpoint's own"))
     group.add_argument("--template", metavar="NAME", help=said("such as v1.5:mistral_instruct"))
     dtypes = ("float32", "bfloat16", "float16")

@@ -50,7 +50,7 @@ def program(argv: list[str]) -> int | None:
 
 def _checkpoint_flags(parser: argparse.ArgumentParser, path: str) -> None:
     parser.add_argument(path, required=True, **_PATH) if path.startswith("--") else parser.add_argument(path, **_PATH)
-    _part_flags(parser, "a CLIP tower that replaces the checkpoint's own",
+    _part_flags(parser, "a vision tower that replaces the checkpoint's own",
                 "template of the result, such as v1.5:mistral_instruct")
     parser.add_argument("--dtype", choices=_DTYPES, metavar="TYPE",
                         help="float32, float16 or bfloat16; default: each tensor keeps its own")
@@ -154,7 +154,7 @@ def _build_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--decoder", required=True, metavar="PATH",
                         help="a directory of LLaMA, Vicuna or Mistral, owner/name of a hub, or a GGUF file")
     parser.add_argument("--vision", required=True, metavar="PATH",
-                        help="a directory of a CLIP model, or owner/name of a hub")
+                        help="a directory of a tower (CLIP, SigLIP …), or owner/name of a hub")
     parser.add_argument("--projector", required=True, metavar="TYPE|FILE",
                         help="linear or mlpNx_gelu with random weights, or an mm_projector.bin")
     parser.add_argument("--add_image_tokens", action="store_true",
@@ -166,7 +166,7 @@ def _build_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _build(args: argparse.Namespace) -> None:
-    """Join a plain decoder and a CLIP tower with a projector: how stage 1 starts."""
+    """Join a plain decoder and a vision tower with a projector: how stage 1 starts."""
     from llavamed_jax.checkpoints.tree.model import write_model
     if args.seed < 0:
         raise UsageError(f"--seed is {args.seed}; a whole number of at least 0 was expected")
@@ -270,7 +270,7 @@ def _verify_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tensors_only", action="store_true",
                         help="compare only tensors, no logits and greedy tokens; no model is loaded")
     parser.add_argument("--dtype", choices=_DTYPES, default="float32", help="dtype of the computation; default float32")
-    _part_flags(parser, "a CLIP tower for both", "template of both, such as v1.5:mistral_instruct")
+    _part_flags(parser, "a vision tower for both", "template of both, such as v1.5:mistral_instruct")
 
 
 def _verify(args: argparse.Namespace) -> int:

@@ -16,8 +16,8 @@ from llavamed_jax.config.checks import as_object, token_ids
 from llavamed_jax.config.decoders import DECODERS, decoder_from_hf
 from llavamed_jax.config.decoders.llama import DecoderConfig
 from llavamed_jax.config.model import OURS, LlavaConfig, projector_depth
-from llavamed_jax.config.towers import tower_from_hf
-from llavamed_jax.config.towers.clip import KNOWN_TOWERS, VisionConfig
+from llavamed_jax.config.towers import KNOWN_TOWERS, tower_from_hf
+from llavamed_jax.config.towers.clip import VisionConfig
 from llavamed_jax.errors import UserError, short
 
 # Keys of a source's config.json that LlavaConfig models; all others are kept in `extra`.
@@ -46,7 +46,7 @@ _V0_DEFAULTS = {"use_mm_proj": True, "mm_vision_tower": "openai/clip-vit-large-p
 # `anyres_max_9` among them).
 _TILES = re.compile("anyres|highres|crop_split")
 # What joins a plain decoder with a tower, for errors.
-BUILD = "`convert build --decoder PATH --vision CLIP` joins it with a tower"
+BUILD = "`convert build --decoder PATH --vision TOWER` joins it with a tower"
 # An original's file always states these keys; for transformers' own class, published configs rely on its defaults.
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
              "rms_norm_eps")
@@ -140,7 +140,7 @@ def _writable_tower(name: str | None) -> str:
 
 def _stock_tower(vision: VisionConfig) -> str:
     """Names a tower that came without a name after the stock tower of its shape, which the original can fetch."""
-    return next((name for name, shape in KNOWN_TOWERS.items() if VisionConfig.from_hf(shape) == vision), "vision_tower")
+    return next((name for name, known in KNOWN_TOWERS.items() if known == vision), "vision_tower")
 
 
 def plain_decoder(config: Mapping[str, Any]) -> DecoderConfig:
@@ -174,7 +174,7 @@ def mended_ids(architecture: str, config: Mapping[str, Any]) -> dict:
 
 def joined(decoder: DecoderConfig, vision: VisionConfig, projector_type: str, tower: str,
            uses_image_tokens: bool) -> LlavaConfig:
-    """Joins the configs of a plain decoder and a CLIP tower as the original's scripts do.
+    """Joins the configs of a plain decoder and a tower as the original's scripts do.
 
     Mistral gives LLaVA-Med v1.5; LLaMA gives v1.0 with image tokens, and LLaVA-1.5 without.
 
@@ -217,7 +217,6 @@ def from_original(config: Mapping[str, Any], vision: VisionConfig | None) -> Lla
         if shape is None:
             raise UserError(f"the shape of the vision tower {short(tower)} is unknown; its directory was expected as "
                             "vision_tower=PATH")
-        vision = tower_from_hf(as_object(shape, "vision_config"))
     ratio = config.get("image_aspect_ratio")
     if not isinstance(ratio, str | None) or _TILES.match(ratio or ""):
         later = " (LLaVA-1.6 and later)" * isinstance(ratio, str)
@@ -290,9 +289,9 @@ def from_transformers(config: Mapping[str, Any]) -> LlavaConfig:
     # transformers 5 ties if either config says so; older versions, which read the text config, wrote the same in both.
     text["tie_word_embeddings"] = bool(text.get("tie_word_embeddings") or config.get("tie_word_embeddings"))
     vision = config.get("vision_config")
-    if vision is None:  # transformers' default; absent keys of a vision_config have CLIPVisionConfig's defaults
-        vision = KNOWN_TOWERS["openai/clip-vit-large-patch14-336"]
-    vision = tower_from_hf(as_object(vision, "vision_config"))
+    # Without a vision_config transformers takes this one; absent keys of a vision_config have its kind's defaults.
+    vision = (KNOWN_TOWERS["openai/clip-vit-large-patch14-336"] if vision is None
+              else tower_from_hf(as_object(vision, "vision_config")))
     if select == "patch" and not vision.class_tokens:
         raise UserError(f"vision_feature_select_strategy is {short(strategy)}, which drops the class token, but the "
                         f"tower {vision.model_type} has no class token; full was expected")

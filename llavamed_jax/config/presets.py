@@ -6,7 +6,8 @@ import dataclasses
 
 from llavamed_jax.config.decoders.llama import DecoderConfig
 from llavamed_jax.config.model import LlavaConfig
-from llavamed_jax.config.towers.clip import KNOWN_TOWERS, VisionConfig
+from llavamed_jax.config.towers import KNOWN_TOWERS
+from llavamed_jax.config.towers.clip import VisionConfig
 from llavamed_jax.errors import UserError
 
 
@@ -16,8 +17,8 @@ def _decoder(arch, hidden, ffn, layers, heads, kv, vocab=32000, eps=1e-5, theta=
 
 
 def _presets() -> dict[str, LlavaConfig]:
-    clip224 = VisionConfig.from_hf(KNOWN_TOWERS["openai/clip-vit-large-patch14"])
-    clip336 = VisionConfig.from_hf(KNOWN_TOWERS["openai/clip-vit-large-patch14-336"])
+    clip224 = KNOWN_TOWERS["openai/clip-vit-large-patch14"]
+    clip336 = KNOWN_TOWERS["openai/clip-vit-large-patch14-336"]
     mistral = _decoder("mistral", 4096, 14336, 32, 32, 8, theta=1e6, positions=32768)  # Mistral-7B-Instruct-v0.2
     vicuna7, vicuna13 = (_decoder("llama", d, f, n, h, h)
                          for d, f, n, h in ((4096, 11008, 32, 32), (5120, 13824, 40, 40)))

@@ -1,4 +1,4 @@
-"""Loads images and preprocesses them for a CLIP tower.
+"""Loads images and preprocesses them for a vision tower.
 
 Images are paths, bytes, data URLs, Pillow images or arrays. Order and rounding are those of transformers'
 `CLIPImageProcessorPil` and `LlavaImageProcessorPil`: to RGB, padded to a square or not, resized on uint8, the centre

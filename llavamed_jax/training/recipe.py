@@ -110,7 +110,7 @@ def _flag(meaning: str, default: bool) -> Key:
 SCHEMA: Mapping[str, Key] = MappingProxyType({
     "name": _text("the run's name in its log", longest=200),  # every line of the log has it
     "init": _text("the checkpoint PATH that the run starts from"),
-    "vision_tower": _open("a CLIP tower that replaces the one of init"),
+    "vision_tower": _open("a vision tower that replaces the one of init"),
     "tokenizer": _open("a tokenizer that replaces the one of init"),
     "template": _open("the prompt template; none takes the one of init"),
     "protocol": _open("VQA-RAD's training rows", choices=("clean", "paper")),

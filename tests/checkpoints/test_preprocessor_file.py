@@ -15,12 +15,13 @@ from llavamed_jax.checkpoints.model_config import read_config
 from llavamed_jax.checkpoints.open import open_checkpoint
 from llavamed_jax.checkpoints.random import random_checkpoint
 from llavamed_jax.checkpoints.tree.model import write_model
-from llavamed_jax.config import CLIP_MEAN, CLIP_STD, ImageSettings, VisionConfig
+from llavamed_jax.config import CLIP_MEAN, CLIP_STD, KNOWN_TOWERS, ImageSettings, VisionConfig
 from llavamed_jax.config.hf import llava_from_hf
 from llavamed_jax.errors import UserError
 from llavamed_jax.images.load import load_image
 from llavamed_jax.models.towers.pixels import normalize
 from llavamed_jax.processor import Processor
+from llavamed_jax.utils.files import write_json
 from tests.support import tiny
 
 HF = {"model_type": "llava", "text_config": tiny.MISTRAL, "vision_config": tiny.CLIP, "vision_feature_layer": -2,
@@ -58,8 +59,8 @@ def theirs(directory, image):
 
 
 def check_equal(directory, sizes=SIZES):
-    """Every way in which pixels come about: on the host, and as uint8 that the model normalises."""
-    config, processor = read_config(directory), Processor.load(directory)
+    """Every way in which pixels come about: on the host, and as uint8 that the model normalises. Returns the pixels."""
+    config, processor, out = read_config(directory), Processor.load(directory), {}
     for width, height in sizes:
         image = picture(width, height)
         wanted = theirs(directory, image)
@@ -68,6 +69,8 @@ def check_equal(directory, sizes=SIZES):
         np.testing.assert_array_equal(found, wanted)
         on_device = jax.jit(normalize, static_argnums=1)(processor.images_uint8([image])[0], config.vision)
         np.testing.assert_allclose(on_device, wanted, rtol=0, atol=1e-6 * max(1, np.abs(wanted).max()))
+        out[width, height] = wanted
+    return out
 
 
 @pytest.mark.parametrize("change", [
@@ -114,6 +117,49 @@ def test_each_setting_is_obeyed(kind, change, place, tmp_path):
 def test_classes(kind, does, tmp_path):
     settings = {**PLAIN, "image_processor_type": kind, "do_pad": does}
     check_equal(checkpoint(tmp_path, {key: value for key, value in settings.items() if value is not None}))
+
+
+# What Google's SigLIP (bicubic) and SigLIP 2 (bilinear) state, at this size.
+SIGLIP = dict(image_processor_type="SiglipImageProcessor", do_resize=True, size={"height": 28, "width": 28}, resample=2,
+              do_rescale=True, rescale_factor=1 / 255, do_normalize=True, image_mean=[0.5] * 3, image_std=[0.5] * 3,
+              do_convert_rgb=None, processor_class="SiglipProcessor")
+
+
+@pytest.mark.parametrize("change", [
+    {}, dict(resample=3), dict(resample=ABSENT), dict(image_mean=ABSENT, image_std=ABSENT),
+    dict(do_center_crop=True, crop_size=[28, 28], size={"shortest_edge": 30}), dict(do_center_crop=False),
+    dict(crop_size=[14, 14]), dict(do_center_crop=True, crop_size={"height": 28, "width": 28}), dict(size=28, default_to_square=True),
+    dict(do_pad=True, pad_size={"height": 28, "width": 28}), dict(do_normalize=False), dict(rescale_factor=1 / 127.5),
+    dict(image_processor_type="SiglipImageProcessorFast"), dict(image_processor_type="SiglipImageProcessorPil"),
+    dict(image_processor_type=ABSENT, feature_extractor_type="SiglipFeatureExtractor")], ids=lambda change: ",".join(change))
+def test_siglips_class(change, tmp_path):
+    """In a checkpoint, and in the tower's own directory, where a file that names no class is SigLIP's too."""
+    settings = {key: value for key, value in {**SIGLIP, **change}.items() if value is not ABSENT}
+    named = {**settings, "image_processor_type": "SiglipImageProcessor"}
+    vision = {**tiny.CLIP, "model_type": "siglip_vision_model"}
+    config = {**HF, "vision_config": vision, "vision_feature_select_strategy": "full"}
+    if "feature_extractor_type" not in settings:
+        check_equal(checkpoint(tmp_path / "whole", settings, config=config))
+    wanted = check_equal(checkpoint(tmp_path / "named", named, config=config))
+    tower = checkpoint(tmp_path / "tower", {k: v for k, v in settings.items() if k != "image_processor_type"},
+                       config={"model_type": "siglip", "vision_config": {k: v for k, v in vision.items() if k != "model_type"}})
+    same_pixels(checkpoint(tmp_path / "v1", config=tiny.V1), wanted, tower)
+
+
+def test_towers_without_files_have_the_settings_of_their_kind(tmp_path):
+    """A tower that is known by name, or whose directory has no preprocessor; CLIP's settings do not pass to a SigLIP."""
+    tower = checkpoint(tmp_path / "tower", config={**tiny.CLIP, "model_type": "siglip_vision_model"})
+    clip = checkpoint(tmp_path / "model", config=tiny.V1)
+    tiny.save_clip(tmp_path / "tiny-tower")
+    wanted = {size: theirs(checkpoint(tmp_path / "theirs", {**SIGLIP, "resample": 3}), picture(*size)) for size in SIZES}
+    same_pixels(clip, wanted, tower)
+    (tmp_path / "tree" / "model").mkdir(parents=True)
+    write_json(tmp_path / "tree" / "model" / "config.json", read_config(clip).to_dict())
+    same_pixels(tmp_path / "tree", wanted, tower)
+    for name, resample in (("google/siglip-so400m-patch14-384", "bicubic"), ("google/siglip2-so400m-patch14-384", "bilinear")):
+        vision = KNOWN_TOWERS[name]
+        assert vision.images == ImageSettings((384, 384), is_cropped=False, resample=resample)
+        assert (vision.image_mean, vision.image_std, vision.num_patches) == ((0.5,) * 3, (0.5,) * 3, 729)
 
 
 def test_a_file_of_before_image_processors(tmp_path):
@@ -172,8 +218,12 @@ def test_most_settings_at_random_are_obeyed(tmp_path):
 
 
 @pytest.mark.parametrize("change, sentence", [
-    (dict(image_processor_type="SiglipImageProcessor"),
-     "has image_processor_type 'SiglipImageProcessor'; CLIPImageProcessor or LlavaImageP"),
+    (dict(image_processor_type="DonutImageProcessor"),
+     "has image_processor_type 'DonutImageProcessor'; CLIPImageProcessor or LlavaImageProcessor or SiglipImageProcessor was"),
+    (dict(image_processor_type="SiglipImageProcessor", crop_size=ABSENT),
+     "has do_center_crop true and no crop_size; 28 x 28, the vision tower's, was expected"),
+    (dict(image_processor_type="SiglipImageProcessor", size=28, do_center_crop=ABSENT, crop_size=ABSENT), "makes its shape of an image"),
+    (dict(image_processor_type="SiglipImageProcessor", size=[30, 30], do_center_crop=ABSENT), "makes 30 x 30 pixels of an image"),
     (dict(image_processor_type="LlavaNextImageProcessor"), "has image_processor_type 'LlavaNextImageProcessor'"),
     (dict(image_processor_type=5), "has image_processor_type 5"),
     (dict(image_processor_type=None, feature_extractor_type="ViTFeatureExtractor"),
@@ -360,9 +410,11 @@ SETTINGS = [
     {**PLAIN, "image_processor_type": "LlavaImageProcessor", "do_pad": True, "do_center_crop": False, "resample": 1}]
 
 
-def same_pixels(directory, wanted):
+def same_pixels(directory, wanted, vision_tower=None):
     for size, pixels in wanted.items():
-        np.testing.assert_array_equal(Processor.load(directory).images([picture(*size)])[0], pixels)
+        processor = Processor(read_config(directory, vision_tower)) if vision_tower else Processor.load(directory)
+        found = processor.images([picture(*size)])[0]
+        np.testing.assert_array_equal(found, pixels)
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=range(len(SETTINGS)))

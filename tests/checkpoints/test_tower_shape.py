@@ -37,7 +37,7 @@ NAMES = ["/data/models/tiny-clip", "./checkpoints/clip-tuned", "../clip", "C:\\m
 def small_clip(monkeypatch):
     """A tower that is small, of a width that has its place in CLIP's table here, and known by one name."""
     monkeypatch.setattr(tower_shape, "CLIP_WIDTHS", (128, *tower_shape.CLIP_WIDTHS))
-    monkeypatch.setitem(KNOWN_TOWERS, KNOWN, TOWER)
+    monkeypatch.setitem(KNOWN_TOWERS, KNOWN, VisionConfig.from_hf(TOWER))
 
 
 def tensors(layout, prefix):

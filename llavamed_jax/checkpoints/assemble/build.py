@@ -1,4 +1,4 @@
-"""Builds a model for stage 1: joins a plain decoder and a CLIP tower by a projector, fresh or from a file."""
+"""Builds a model for stage 1: joins a plain decoder and a vision tower by a projector, fresh or from a file."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def build(decoder: str | Path, vision: str | Path, projector: str, scratch: Path
 
     Args:
       decoder: a directory with LLaMA, Vicuna or Mistral as transformers writes them, its name on a hub, or a GGUF file.
-      vision: a directory with a `CLIPModel` or `CLIPVisionModel`, or its name on a hub.
+      vision: a directory with a tower (`config.towers.TOWERS`), or its name on a hub.
       projector: a type (`linear`, `mlp2x_gelu`, …), initialised as torch's `nn.Linear` is, or an `mm_projector.bin`.
       scratch: a directory for changed tokenizer files and a GGUF file's; it must outlive the checkpoint.
       image_tokens: adds LLaVA-Med v1.0's tokens (`image_tokens.add_image_tokens`).

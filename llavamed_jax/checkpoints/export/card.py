@@ -7,7 +7,7 @@ from pathlib import Path
 
 from llavamed_jax.checkpoints.checkpoint import Checkpoint
 from llavamed_jax.checkpoints.export.chat_template import chat_template, template_name
-from llavamed_jax.config import CLIP_MEAN, CLIP_STD, ImageSettings, LlavaConfig
+from llavamed_jax.config import LlavaConfig
 from llavamed_jax.config.hf import llava_to_hf
 from llavamed_jax.utils.files import read_json
 
@@ -67,7 +67,7 @@ Each part keeps its own, and all of them hold for the whole.
 | part | licence |
 |---|---|
 | decoder | {decoder_licence} |
-| vision tower (CLIP ViT) | MIT, if it was made from OpenAI's CLIP |
+| vision tower ({tower}) | {tower_licence} |
 | LLaVA-Med's weights, if this was made from them | that of their release: research use |
 | LLaVA-Med's data, if this was trained on them | CC BY-NC 4.0, and OpenAI's terms for what GPT-4 wrote |
 | further training data | that of the data named above |
@@ -109,8 +109,8 @@ The tensors have the names of LLaVA's own code ({model_type}). That code takes t
 _TOWER_INSIDE = "here the directory `{name}`: give its path there."
 _TOWER_IGNORED = ("and not the tower's tensors in this checkpoint. If the two towers differ, so do the answers; "
                   "llavamed-jax reads the tensors here.")
-_SETTINGS_IGNORED = (" It does not read `preprocessor_config.json` here either, whose settings differ from CLIP's: it "
-                     "takes the settings of the tower that it fetches.")
+_SETTINGS_IGNORED = (" It does not read `preprocessor_config.json` here either, whose settings are not its kind's own: "
+                     "it takes the settings of the tower that it fetches.")
 
 
 def model_card(checkpoint: Checkpoint, layout: str, ids: tuple[int, int] | None = None) -> str:
@@ -124,7 +124,8 @@ def model_card(checkpoint: Checkpoint, layout: str, ids: tuple[int, int] | None 
     cfg = checkpoint.config
     return _CARD.format(
         library="library_name: transformers\n" if layout == "transformers" else "", facts=_table(_facts(checkpoint)),
-        use=_use(cfg, layout, ids), training=_training(checkpoint),
+        use=_use(cfg, layout, ids), training=_training(checkpoint), tower=cfg.vision.label,
+        tower_licence=cfg.vision.licence,
         decoder_licence=_DECODER_LICENCES.get(cfg.decoder.architecture, "the licence of the model that it was made "
                                                                         "from"))
 
@@ -134,7 +135,7 @@ def _facts(checkpoint: Checkpoint) -> dict[str, object]:
     step = {} if checkpoint.step is None else {"training step": checkpoint.step}
     return {
         "vision "
-        "tower": f"CLIP ViT, {v.num_layers} layers, width {v.hidden_size}, {v.image_size} px, patch {v.patch_size}; "
+        "tower": f"{v.label}, {v.num_layers} layers, width {v.hidden_size}, {v.image_size} px, patch {v.patch_size}; "
                         f"layer {cfg.feature_layer}, {cfg.tokens_per_image} tokens an image, images in mode "
                         f"`{cfg.image_aspect_ratio}`",
         "projector": f"`{cfg.projector_type}`",
@@ -149,9 +150,7 @@ def _use(cfg: LlavaConfig, layout: str, ids: tuple[int, int] | None) -> str:
     if layout == "llava":
         inside = _TOWER_INSIDE.format(name=Path(llava_to_hf(cfg, layout)["mm_vision_tower"]).name)
         kind = cfg.source if cfg.source != "transformers" else f"llava_{cfg.decoder.architecture}"
-        is_plain = cfg.vision.images == ImageSettings() and (
-            cfg.vision.image_mean, cfg.vision.image_std) == (CLIP_MEAN, CLIP_STD)
-        ignored = _TOWER_IGNORED + ("" if is_plain else _SETTINGS_IGNORED)
+        ignored = _TOWER_IGNORED + ("" if cfg.vision == cfg.vision.plain() else _SETTINGS_IGNORED)
         return _IN_LLAVA.format(model_type=f"`model_type` `{kind}`", tower=inside if cfg.source == "llava" else ignored)
     notes = [_PAD] if cfg.image_aspect_ratio == "pad" else []
     rows, now = cfg.decoder.vocab_size, cfg.rows_in_transformers(ids) if ids else 0

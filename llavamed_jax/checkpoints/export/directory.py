@@ -56,7 +56,7 @@ def export(checkpoint: Checkpoint, out: str | Path, layout: str = "transformers"
             directory = temporary / Path(config["mm_vision_tower"]).name
             directory.mkdir()
             write_safetensors(directory, _in_torch(checkpoint, tower), progress, {"format": "pt"})
-            write_json(directory / "config.json", {"architectures": ["CLIPVisionModel"], **cfg.vision.to_hf()})
+            write_json(directory / "config.json", {"architectures": [cfg.vision.hf_class], **cfg.vision.to_hf()})
             # v1.0's code reads the preprocessor from the tower's directory.
             write_json(directory / preprocessor_file.FILE, preprocessor_file.written(cfg, is_transformers=False))
         write_safetensors(temporary, _in_torch(checkpoint, spelled), progress, {"format": "pt"})

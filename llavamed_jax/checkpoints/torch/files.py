@@ -129,7 +129,7 @@ def _read_shards(directory: Path, pattern: str, read: Callable[[Path], dict[str,
 def _no_weights(directory: Path) -> str:
     if (directory / "mm_projector.bin").is_file():
         return (f"{directory} holds only a projector (mm_projector.bin); a whole model was expected: "
-                "`convert build --decoder BASE --vision CLIP --projector FILE` joins it with its base")
+                "`convert build --decoder BASE --vision TOWER --projector FILE` joins it with its base")
     return f"{directory} holds no weights; .safetensors or pytorch_model*.bin files were expected"
 
 

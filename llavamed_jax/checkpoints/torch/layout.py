@@ -10,7 +10,7 @@ import numpy as np
 from llavamed_jax.checkpoints import names
 from llavamed_jax.checkpoints.tensor import Tensor
 from llavamed_jax.config import LlavaConfig
-from llavamed_jax.errors import UserError, some
+from llavamed_jax.errors import UserError, count_of, some, warn_once
 
 
 def match(where: Path, found: Mapping[str, Tensor], spellings: Mapping[str, Iterable[str]],
@@ -71,7 +71,11 @@ def canonical(where: Path, found: Mapping[str, Tensor], config: LlavaConfig, lay
             shapes[name] = (rows, *shapes[name][1:])
     if config.decoder.tie_word_embeddings:
         found = _without_tied_head(where, found, spellings, layout)
-    taken = match(where, found, spellings, shapes, ignore)
+    is_dropped = names.dropped(config, layout)
+    if dropped := sorted(filter(is_dropped, found)):
+        warn_once(f"{where}: {count_of(len(dropped), 'tensor')} of the vision tower that LLaVA does not read "
+                  f"{'is' if len(dropped) == 1 else 'are'} left out: {some(dropped)}")
+    taken = match(where, found, spellings, shapes, lambda key: ignore(key) or is_dropped(key))
     return {name: from_torch(name, tensor, specs[name].shape) for name, tensor in taken.items()}
 
 

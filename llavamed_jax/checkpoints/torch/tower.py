@@ -1,4 +1,4 @@
-"""Reads a vision tower from its own directory: of CLIP a `CLIPVisionModel`, or a `CLIPModel` without its text half."""
+"""Reads a vision tower from its own directory: a `CLIPVisionModel`, or a `CLIPModel` without its text half."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from llavamed_jax.checkpoints.tensor import Tensor
 from llavamed_jax.checkpoints.torch.files import read_weights, refuse_adapter
 from llavamed_jax.checkpoints.torch.layout import canonical
 from llavamed_jax.config import LlavaConfig, VisionConfig
-from llavamed_jax.config.towers import TOWERS, tower_from_hf
+from llavamed_jax.config.towers import check_kind, tower_from_hf
 from llavamed_jax.errors import UserError, at, exists, short
 from llavamed_jax.utils.files import read_json
 
@@ -55,16 +55,15 @@ def tower_config(directory: Path) -> VisionConfig:
     """
     refuse_adapter(directory)
     if not (directory / "config.json").is_file():
-        raise at(directory, f"the vision tower {directory} holds no config.json; a CLIP model's directory was expected")
+        raise at(directory, f"the vision tower {directory} holds no config.json; a tower's directory was expected")
     raw = read_json(directory / "config.json")
-    if (kind := raw.get("model_type", "clip")) not in [*TOWERS]:  # checked, since other models have a vision_config too
-        raise UserError(f"the vision tower {directory} has model_type {short(kind)}; {' or '.join(TOWERS)} was "
-                        "expected")
+    # Checked, since other models have a vision_config too.
+    check_kind(raw.get("model_type", "clip"), f"the vision tower {directory} has model_type")
     try:
         vision = tower_from_hf(raw)
     except UserError as error:
         raise UserError(f"{directory}: {error}") from None
-    found = preprocessor_file.read(directory, vision.image_size)
+    found = preprocessor_file.read(directory, vision.image_size, kind=vision.image_processor)
     return vision if found is None else found.applied_to(vision)
 
 

@@ -29,9 +29,7 @@ def is_tower(key: str) -> bool:
 
 def known_shape(name: str) -> VisionConfig | None:
     """Returns the config of the stock tower that a directory's name stands for; None for an unknown name."""
-    known = {Path(known).name: shape for known, shape in KNOWN_TOWERS.items()}
-    shape = known.get(Path(name).name)
-    return None if shape is None else VisionConfig.from_hf(shape)
+    return {Path(known).name: config for known, config in KNOWN_TOWERS.items()}.get(Path(name).name)
 
 
 def shape_of_tensors(directory: Path, name: str, found: Mapping[str, Tensor]) -> tuple[VisionConfig, str]:

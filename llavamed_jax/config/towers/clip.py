@@ -1,7 +1,11 @@
-"""CLIP's vision transformer: its config, its tensors, and the towers of OpenAI by name."""
+"""CLIP's vision transformer: its config, its tensors, and the towers of OpenAI by name.
+
+`VisionConfig` is CLIP's and the base of every other kind of tower.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,10 +22,6 @@ _VISION_DEFAULTS = dict(hidden_size=768, intermediate_size=3072, num_hidden_laye
                         image_size=224, patch_size=32, layer_norm_eps=1e-5, hidden_act="quick_gelu", num_channels=3)
 _CLIP_LARGE = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16,
                    patch_size=14)
-KNOWN_TOWERS = {
-    "openai/clip-vit-large-patch14": {**_CLIP_LARGE, "image_size": 224},
-    "openai/clip-vit-large-patch14-336": {**_CLIP_LARGE, "image_size": 336},
-}
 TABLE = """
 embeddings/class_embedding                embeddings.class_embedding                 D
 embeddings/patch_embedding/kernel         embeddings.patch_embedding.weight          p p C D
@@ -67,14 +67,21 @@ class VisionConfig:
       num_channels: colours of a pixel.
       image_mean: the preprocessor's mean of each colour.
       image_std: the preprocessor's standard deviation of each colour.
-      images: the preprocessor's other steps (`config/images.py`).
+      images: the preprocessor's other steps (`config/images.py`); None for those of the kind (`own_images`).
       model_type: `model_type` of `to_hf`, and in this project's own files for a kind other than CLIP.
+      joint_type: `model_type` of the model of images and texts that has the tower inside, under `vision_config`.
       table: the tensors (`config/tensors.py`), including those that the model does not use.
       defaults: transformers' values for absent keys.
       class_tokens: positions before the patches, which `feature_select` `patch` leaves out.
+      hf_class: transformers' class of the tower, for the config of its own directory.
+      label: the kind's name for readers, as in a model card.
+      licence: under which the kind's weights were released, for a model card.
+      image_processor: transformers' image processor for a tower's directory whose files name none.
       torch_prefixes: prefixes of the torch names in the tower's own directory; the first is written.
       unused: prefixes of the names of tensors after the layers, which the model does not use.
       elsewhere: pattern of torch names in the tower's directory that do not belong to the tower.
+      dropped: pattern of torch names, below the tower's prefix, of parts that no layer of LLaVA reads; they are left
+        out with a warning. "" for none.
     """
 
     hidden_size: int
@@ -88,26 +95,49 @@ class VisionConfig:
     num_channels: int = 3
     image_mean: tuple[float, ...] = CLIP_MEAN
     image_std: tuple[float, ...] = CLIP_STD
-    images: ImageSettings = ImageSettings()
+    images: ImageSettings | None = None
 
     model_type = "clip_vision_model"
+    joint_type = "clip"
     table = TABLE
     defaults = _VISION_DEFAULTS
     class_tokens = 1
+    hf_class = "CLIPVisionModel"
+    label = "CLIP ViT"
+    licence = "MIT, if it was made from OpenAI's CLIP"
+    image_processor = "CLIPImageProcessor"
     torch_prefixes = ("vision_model.", "")
     unused = ("post_layernorm/",)
     elsewhere = r"text_model\..*|(text|visual)_projection\.weight|logit_scale"
+    dropped = ""
 
     def __post_init__(self):
         for name in ("image_mean", "image_std"):
             object.__setattr__(self, name, channels("the vision config", name, getattr(self, name)))
-        object.__setattr__(self, "images", ImageSettings.of(self.images))
+        images = self.own_images(self.image_size) if self.images is None else ImageSettings.of(self.images)
+        object.__setattr__(self, "images", images)
         check_fields(self, "vision ")
         check_activation("vision hidden_act", self.hidden_act)
         if self.hidden_size % self.num_heads:
             raise UserError(f"vision hidden_size {self.hidden_size} is not divisible by its {self.num_heads} heads")
         if self.patch_size > self.image_size:
             raise UserError(f"vision patch_size {self.patch_size} is larger than its image_size {self.image_size}")
+
+    @classmethod
+    def known(cls) -> dict[str, "VisionConfig"]:
+        """Returns the towers of this kind that an original's `mm_vision_tower` may name without giving their config."""
+        return {f"openai/clip-vit-large-patch14{suffix}": cls.from_hf({**_CLIP_LARGE, "image_size": size})
+                for suffix, size in (("", 224), ("-336", 336))}
+
+    @staticmethod
+    def own_images(size: int) -> ImageSettings:
+        """Returns the preprocessor's steps where no file states them, for an input of `size` x `size` pixels."""
+        return ImageSettings()
+
+    def plain(self) -> "VisionConfig":
+        """Returns this tower with the image settings of its kind, which hold where no file states any."""
+        kind = {f.name: f.default for f in dataclasses.fields(self) if f.name in ("image_mean", "image_std", "images")}
+        return dataclasses.replace(self, **kind)
 
     @property
     def num_patches(self) -> int:
@@ -160,14 +190,14 @@ class VisionConfig:
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> "VisionConfig":
-        """Reads a `CLIPVisionConfig` dict, or a whole `CLIPConfig` with one under `vision_config`.
+        """Reads a kind's own dict, as `CLIPVisionConfig`, or that of a joint model with one under `vision_config`.
 
         Raises:
           UserError: another kind of tower, or an invalid value.
         """
         config = as_object(config.get("vision_config", config), "vision_config")
         model_type = config.get("model_type", cls.model_type)
-        if model_type not in (cls.model_type, "clip"):
+        if model_type not in (cls.model_type, cls.joint_type):
             raise UserError(f"the vision tower's model_type is {short(model_type)}; {cls.model_type} was expected")
         c = {**cls.defaults, **{k: v for k, v in config.items() if v is not None}}
         check_counts(c, [key for key in cls.defaults if key not in ("layer_norm_eps", "hidden_act")])

@@ -31,10 +31,12 @@ class PatchEmbedding(nn.Module):
     Attributes:
       cfg: the tower's shapes.
       dtype: dtype of the computation.
+      use_bias: whether the patches have a bias; CLIP's have none.
     """
 
     cfg: VisionConfig
     dtype: Any
+    use_bias: bool = False
 
     @nn.compact
     def __call__(self, pixels):  # [B,height,width,C] -> [B,P,D]
@@ -46,6 +48,8 @@ class PatchEmbedding(nn.Module):
         x = pixels[:, : side * p, : side * p].reshape(-1, side, p, side, p, C).astype(self.dtype)
         # BhpwqC,pqCD->BhwD; `dot_general` for the reason that `Linear` states.
         x = jax.lax.dot_general(x, kernel.astype(self.dtype), (((2, 4, 5), (0, 1, 2)), ((), ())))
+        if self.use_bias:
+            x += self.param("bias", nn.initializers.zeros, (D,)).astype(self.dtype)
         return x.reshape(-1, side * side, D)
 
 
@@ -175,8 +179,12 @@ class VisionTower(nn.Module):
         """Creates the submodules."""
         self.embeddings = Embeddings(self.cfg, self.dtype)
         self.pre_layrnorm = LayerNorm(self.cfg.layer_norm_eps, self.dtype)  # sic: the checkpoint's spelling
-        self.layers = layer_stack(Block, self.num_layers, self.cfg, self.dtype,
-                                  scan=self.scan and self.num_layers > 0, remat=self.remat)
+        self.layers = self.blocks()
+
+    def blocks(self):
+        """Returns the blocks, scanned or one by one (`layer_stack`)."""
+        return layer_stack(Block, self.num_layers, self.cfg, self.dtype,
+                           scan=self.scan and self.num_layers > 0, remat=self.remat)
 
     def __call__(self, pixels):
         """Returns the hidden state [B,P+1,D] after the last block; the class token is at 0.
