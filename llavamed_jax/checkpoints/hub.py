@@ -16,7 +16,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from llavamed_jax.checkpoints.torch.files import weight_map
+from llavamed_jax.checkpoints.torch.files import PATTERNS, weight_map
 from llavamed_jax.errors import UsageError, UserError, cut, exists
 from llavamed_jax.utils import terminal
 from llavamed_jax.utils.paths import check
@@ -65,7 +65,7 @@ def _fetch(path: str, weights: bool) -> Path:
 
 def _fetch_weights(path: str, name: str, directory: Path) -> Path:
     """Fetches safetensors, else pickles; only the files of an index if there is one, as `read_weights` reads them."""
-    for pattern in ("*.safetensors", "pytorch_model*.bin"):
+    for pattern in PATTERNS:
         index = next(iter(sorted(directory.glob(f"{pattern}.index.json"))), None)
         directory = _snapshot(path, name, directory.name,
                               [pattern] if index is None else sorted(set(weight_map(index).values())))

@@ -13,7 +13,7 @@ from llavamed_jax.checkpoints.torch.files import weight_files
 from llavamed_jax.config import OURS
 from llavamed_jax.utils.hashes import sha256_of_files, sha256_of_list, short_hash
 
-_TOWER = ("config.json", "preprocessor_config.json", "processor_config.json")
+_TOWER = ("config.json", "preprocessor_config.json", "processor_config.json", "open_clip_config.json")
 _MANIFEST = "manifest.json"
 
 

@@ -14,8 +14,9 @@ from llavamed_jax.checkpoints.tensor import Tensor
 from llavamed_jax.checkpoints.torch.files import read_weights, refuse_adapter
 from llavamed_jax.checkpoints.torch.tower import check_width, fetch_tower, find_tower, tower_config
 from llavamed_jax.checkpoints.torch.tower_shape import is_tower, known_shape, shape_of_tensors
-from llavamed_jax.config import KNOWN_TOWERS, OURS, LlavaConfig, VisionConfig, as_object, preset
+from llavamed_jax.config import OURS, LlavaConfig, VisionConfig, as_object, preset
 from llavamed_jax.config.hf import is_transformers, llava_from_hf, tower_name
+from llavamed_jax.config.towers import known_name
 from llavamed_jax.errors import UserError, at
 from llavamed_jax.utils.files import read_json
 
@@ -128,7 +129,7 @@ def torch_config(directory: Path, vision_tower: Path | None,
     if vision_tower is None and not is_transformers(raw) and "vision_config" not in as_object(raw.get(OURS, {}), OURS):
         name = tower_name(raw)
         vision_tower = find_tower(directory, name)
-        if vision_tower is None and name is not None and name not in KNOWN_TOWERS:
+        if vision_tower is None and name is not None and known_name(name) is None:
             vision_tower, vision, assumed = _tower_of_elsewhere(directory, name, weights)
     if vision_tower is not None:
         vision = tower_config(vision_tower)

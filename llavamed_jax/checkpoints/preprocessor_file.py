@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from llavamed_jax.checkpoints import open_clip
 from llavamed_jax.config import (
     CLIP_MEAN,
     CLIP_STD,
@@ -31,7 +32,7 @@ from llavamed_jax.errors import UserError, short, some, warn_once
 from llavamed_jax.utils.files import read_json, write_json
 
 FILE, PROCESSOR, VIDEO = "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"
-_CLIP, _LLAVA, _SIGLIP = "CLIPImageProcessor", "LlavaImageProcessor", "SiglipImageProcessor"
+_CLIP, _LLAVA, _SIGLIP, _VIT = "CLIPImageProcessor", "LlavaImageProcessor", "SiglipImageProcessor", "ViTImageProcessor"
 _SIZE = 224  # every class's default of `size`, and of `crop_size` if it crops by default
 
 
@@ -42,15 +43,20 @@ class _Class(NamedTuple):
       mean: of the colours.
       std: standard deviation of the colours.
       is_cropped: whether the centre is cut out; then `size` is the shortest edge, else height and width.
+      resample: the filter of the resizing.
+      is_square: whether a single number for `size` means both edges.
     """
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
     is_cropped: bool
+    resample: str = "bicubic"
+    is_square: bool = False
 
 
 _CLASSES = {_CLIP: _Class(CLIP_MEAN, CLIP_STD, True), _LLAVA: _Class(CLIP_MEAN, CLIP_STD, True),
-            _SIGLIP: _Class((0.5,) * 3, (0.5,) * 3, False)}
+            _SIGLIP: _Class((0.5,) * 3, (0.5,) * 3, False),
+            _VIT: _Class((0.5,) * 3, (0.5,) * 3, False, "bilinear", is_square=True)}
 _EITHER = " or ".join(_CLASSES)
 # Keys that change no pixel: which class reads the file, and how results are returned. Images are always converted to
 # RGB here; if `do_convert_rgb` is false, transformers accepts no other images.
@@ -118,6 +124,8 @@ def has_settings(directory: Path) -> bool:
 
 def _raw(directory: Path, warn: Callable[[str], None]) -> list[tuple[str, Mapping[str, Any]]]:
     """Returns the files that hold image settings, with their content; the one that takes precedence first."""
+    if open_clip.is_open_clip(directory):
+        return [(str(directory / open_clip.FILE), open_clip.preprocessor_json(directory))]
     processor, file = directory / PROCESSOR, directory / FILE
     content = read_json(processor) if processor.is_file() else {}
     if content.get("video_processor") is not None or (directory / VIDEO).is_file():
@@ -206,8 +214,8 @@ def _parse(given: Mapping[str, Any], where: str, size: int, warn: Callable[[str]
     std = channels(where, "image_std", given.get("image_std", defaults.std))
     settings = ImageSettings(
         _resize(given, where, size, defaults) if does["do_resize"] else (), does["do_center_crop"],
-        _filter(given, where) if does["do_resize"] else "bicubic", _factor(given, where) if does["do_rescale"] else 1.0,
-        does["do_normalize"])
+        _filter(given, where, defaults) if does["do_resize"] else "bicubic",
+        _factor(given, where) if does["do_rescale"] else 1.0, does["do_normalize"])
     return Preprocessor(where, settings, mean, std, is_padded)
 
 
@@ -239,7 +247,7 @@ def _switch(given: Mapping[str, Any], key: str, where: str, default: bool) -> bo
 def _resize(given: Mapping[str, Any], where: str, size: int, defaults: _Class) -> tuple[int, ...] | None:
     if "size" not in given and "crop_size" not in given:  # the classes' defaults fit towers of 224 pixels alone
         return None if defaults.is_cropped else (size, size)
-    is_square = _switch(given, "default_to_square", where, False)
+    is_square = _switch(given, "default_to_square", where, defaults.is_square)
     default = (_SIZE,) if defaults.is_cropped else (_SIZE, _SIZE)
     edges = _edges(given["size"], where, "size", is_square) if "size" in given else default
     return None if edges == (size,) else edges
@@ -278,8 +286,8 @@ def _edges(value: Any, where: str, key: str, is_square: bool) -> tuple[int, ...]
     return edges
 
 
-def _filter(given: Mapping[str, Any], where: str) -> str:
-    number = given.get("resample", RESAMPLE.index("bicubic"))
+def _filter(given: Mapping[str, Any], where: str, defaults: _Class) -> str:
+    number = given.get("resample", RESAMPLE.index(defaults.resample))
     if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < len(RESAMPLE):
         names = ", ".join(f"{i} ({name})" for i, name in enumerate(RESAMPLE))
         raise UserError(f"{where} has resample {short(number)}; one of {names} was expected")

@@ -16,8 +16,9 @@ from llavamed_jax.config.checks import as_object, token_ids
 from llavamed_jax.config.decoders import DECODERS, decoder_from_hf
 from llavamed_jax.config.decoders.llama import DecoderConfig
 from llavamed_jax.config.model import OURS, LlavaConfig, projector_depth
-from llavamed_jax.config.towers import KNOWN_TOWERS, tower_from_hf
+from llavamed_jax.config.towers import KNOWN_TOWERS, known_name, tower_from_hf
 from llavamed_jax.config.towers.clip import VisionConfig
+from llavamed_jax.config.towers.vit import is_biomedclip
 from llavamed_jax.errors import UserError, short
 
 # Keys of a source's config.json that LlavaConfig models; all others are kept in `extra`.
@@ -213,8 +214,9 @@ def from_original(config: Mapping[str, Any], vision: VisionConfig | None) -> Lla
     if kind == "llava" and projector != "linear" and not config.get("mm_use_im_start_end"):
         kind = "llava_llama"  # LLaVA-1.5 from before transformers used the name `llava`
     if vision is None:
-        shape = ours.get("vision_config") or KNOWN_TOWERS.get(tower)
-        if shape is None:
+        shape = ours.get("vision_config")
+        vision = tower_from_hf(as_object(shape, "vision_config")) if shape else KNOWN_TOWERS.get(known_name(tower))
+        if vision is None:
             raise UserError(f"the shape of the vision tower {short(tower)} is unknown; its directory was expected as "
                             "vision_tower=PATH")
     ratio = config.get("image_aspect_ratio")
@@ -226,10 +228,16 @@ def from_original(config: Mapping[str, Any], vision: VisionConfig | None) -> Lla
     if config.get("mm_resampler_type") not in (None, "identity"):
         raise UserError(f"mm_resampler_type is {short(config['mm_resampler_type'])}; a projector without a resampler "
                         "was expected")
+    layer, select = config.get("mm_vision_select_layer", -1), config.get("mm_vision_select_feature", "patch")
+    if is_biomedclip(tower):  # v1.0 indexes a list of the last three blocks' outputs, without the class token
+        if layer not in range(-3, 3):
+            raise UserError(f"mm_vision_select_layer is {short(layer)}; -3, -2 or -1 was expected with BiomedCLIP, of "
+                            "which the original computes the last three layers")
+        layer, select = layer - 3 * (layer >= 0), "patch"
     return LlavaConfig(
         vision=vision, decoder=plain_decoder(config), projector_type=projector,
-        feature_layer=config.get("mm_vision_select_layer", -1),  # the original's code default
-        feature_select=config.get("mm_vision_select_feature", "patch"),
+        feature_layer=layer,  # -1 is the original's code default
+        feature_select=select,
         image_aspect_ratio="pad" if config.get("image_aspect_ratio") == "pad" else "square",
         max_length=_max_length(config.get("tokenizer_model_max_length")),
         use_start_end=bool(config.get("mm_use_im_start_end", False)),

@@ -302,7 +302,7 @@ BAD = {
     "other shapes": (lambda p: edit(p, "mistral", hidden_size=64), r"tensors misshapen: model.embed_tokens.weight is \[1024, 48\]"),
     "no tower": (lambda p: (p / "clip-tiny" / "config.json").unlink(), "clip-tiny holds no config.json"),
     "other tower": (lambda p: edit(p, "clip-tiny", model_type="blip", vision_config={"model_type": "blip_vision_model"}),
-                    "clip-tiny has model_type 'blip'; clip_vision_model or siglip_vision_model was expected"),
+                    "clip-tiny has model_type 'blip'; clip_vision_model or siglip_vision_model or vit was"),
     "NaFlex": (lambda p: edit(p, "clip-tiny", model_type="siglip2", vision_config={"model_type": "siglip2_vision_model"}),
                "clip-tiny has model_type 'siglip2', SigLIP 2 with images of any shape .NaFlex.; a SigLIP 2 of one resolution was expected"),
     "no tokenizer": (lambda p: (p / "mistral" / "tokenizer.model").unlink(), "no tokenizer files to add image tokens to"),

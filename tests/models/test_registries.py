@@ -286,7 +286,7 @@ def test_what_is_not_registered_is_refused_with_what_is(monkeypatch):
     with pytest.raises(UserError, match="drops the class token, but the tower toy_tower has no class token; full was expected"):
         llava_from_hf({**raw, "vision_feature_select_strategy": "default"})
     monkeypatch.delitem(TOWERS, "toy_tower")
-    with pytest.raises(UserError, match="the vision tower's model_type is 'toy_tower'; clip_vision_model or siglip_vision_model"):
+    with pytest.raises(UserError, match="the vision tower's model_type is 'toy_tower'; clip_vision_model or siglip_vision_model or vit was"):
         llava_from_hf(raw)
     monkeypatch.setitem(TOWERS, "toy_tower", PlainConfig)
     monkeypatch.delitem(DECODERS, "toy_norms")

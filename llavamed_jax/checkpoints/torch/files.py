@@ -30,8 +30,10 @@ from llavamed_jax.utils.files import open_file, read_json
 DTYPES = {"F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16),
           "BF16": np.dtype(ml_dtypes.bfloat16)}
 _TORCH_DTYPES = {"torch.float64": "F64", "torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16"}
-# transformers' names for weight files; a run's directory has other .bin files too (training_args.bin, optimizer.bin).
-_BIN = "pytorch_model*.bin"
+# Names of weight files in transformers and open_clip; the first pattern of which a directory has files is read. A run's
+# directory has other .bin files too (training_args.bin, optimizer.bin).
+_SAFE = "*.safetensors"
+PATTERNS = (_SAFE, "pytorch_model*.bin", "open_clip_pytorch_model*.bin")
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
@@ -43,9 +45,14 @@ def read_weights(directory: Path) -> dict[str, Tensor]:
         index is wrong.
     """
     refuse_adapter(directory)
-    if any(directory.glob("*.safetensors*")) or not any(directory.glob(f"{_BIN}*")):
+    if (pattern := _pattern(directory)) == _SAFE:
         return read_safetensors(directory)
-    return _read_shards(directory, _BIN, read_bin)
+    return _read_shards(directory, pattern, read_bin)
+
+
+def _pattern(directory: Path) -> str:
+    """Returns the first of `PATTERNS` of which a directory has files or an index, else that of safetensors."""
+    return next((pattern for pattern in PATTERNS if any(directory.glob(f"{pattern}*"))), _SAFE)
 
 
 def refuse_adapter(directory: Path) -> None:
@@ -56,7 +63,7 @@ def refuse_adapter(directory: Path) -> None:
     of_adapter = sorted(file.name for pattern in ("adapter_config.json", "adapter_model*", "non_lora_trainables.bin")
                         for file in directory.glob(pattern))
     is_whole = any(file.name not in of_adapter
-                   for pattern in ("*.safetensors*", f"{_BIN}*") for file in directory.glob(pattern))
+                   for pattern in PATTERNS for file in directory.glob(f"{pattern}*"))
     if of_adapter and (not is_whole or any(name.startswith("adapter_model") for name in of_adapter)):
         raise UserError(f"{directory} holds an adapter ({of_adapter[0]}); a whole model's weights were expected: "
                         "adapters are not supported yet; PEFT's merge_and_unload merges an adapter into its base")
@@ -64,8 +71,7 @@ def refuse_adapter(directory: Path) -> None:
 
 def weight_files(directory: Path) -> list[Path]:
     """Returns the files from which `read_weights` reads tensors, and their index; [] if there are none."""
-    is_safe = any(directory.glob("*.safetensors*")) or not any(directory.glob(f"{_BIN}*"))
-    pattern = "*.safetensors" if is_safe else _BIN
+    pattern = _pattern(directory)
     index = next(iter(sorted(directory.glob(f"{pattern}.index.json"))), None)
     if index is None:
         return sorted(directory.glob(pattern))
@@ -74,12 +80,12 @@ def weight_files(directory: Path) -> list[Path]:
 
 def has_weights(directory: Path) -> bool:
     """Returns whether a directory has files that `read_weights` would read, complete or not."""
-    return any(any(directory.glob(pattern)) for pattern in ("*.safetensors*", f"{_BIN}*"))
+    return any(any(directory.glob(f"{pattern}*")) for pattern in PATTERNS)
 
 
 def read_safetensors(directory: Path) -> dict[str, Tensor]:
     """Reads the `.safetensors` files as `read_weights` does, and no other files."""
-    return _read_shards(directory, "*.safetensors", _read_safetensors_file)
+    return _read_shards(directory, _SAFE, _read_safetensors_file)
 
 
 def read_file(file: Path) -> dict[str, Tensor]:

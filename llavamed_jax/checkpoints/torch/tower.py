@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from llavamed_jax.checkpoints import hub, preprocessor_file
+from llavamed_jax.checkpoints import hub, open_clip, preprocessor_file
 from llavamed_jax.checkpoints.names import is_buffer
 from llavamed_jax.checkpoints.tensor import Tensor
 from llavamed_jax.checkpoints.torch.files import read_weights, refuse_adapter
 from llavamed_jax.checkpoints.torch.layout import canonical
 from llavamed_jax.config import LlavaConfig, VisionConfig
 from llavamed_jax.config.towers import check_kind, tower_from_hf
+from llavamed_jax.config.towers.vit import BIOMEDCLIP, is_biomedclip
 from llavamed_jax.errors import UserError, at, exists, short
 from llavamed_jax.utils.files import read_json
 
@@ -23,7 +24,7 @@ def find_tower(directory: Path, name: str | None) -> Path | None:
     last = Path(name).name
     candidates = [Path(name)] if Path(name).is_absolute() else []
     candidates += [directory / last, directory.resolve().parent / last] if last not in ("", "..") else []
-    return next((c for c in candidates if exists(c / "config.json")), None)
+    return next((c for c in candidates if exists(c / "config.json") or exists(c / open_clip.FILE)), None)
 
 
 def fetch_tower(directory: Path, name: str | None, weights: bool = True) -> Path:
@@ -37,10 +38,10 @@ def fetch_tower(directory: Path, name: str | None, weights: bool = True) -> Path
     Raises:
       UserError: the hub has no such model; the sentence asks for `vision_tower=PATH`.
     """
-    reason = ""
-    if name and hub.is_hub_name(name):
+    reason, hubs = "", BIOMEDCLIP if is_biomedclip(name) else name
+    if hubs and hub.is_hub_name(hubs):
         try:
-            return hub.local(name, weights)
+            return hub.local(hubs, weights)
         except UserError as error:
             reason = f" ({error})"
     raise UserError(f"{directory} names the vision tower {short(name)}, which lies neither inside nor beside "
@@ -54,9 +55,9 @@ def tower_config(directory: Path) -> VisionConfig:
       UserError: the directory has no config, or no vision tower of a known kind.
     """
     refuse_adapter(directory)
-    if not (directory / "config.json").is_file():
+    if not (open_clip.is_open_clip(directory) or (directory / "config.json").is_file()):
         raise at(directory, f"the vision tower {directory} holds no config.json; a tower's directory was expected")
-    raw = read_json(directory / "config.json")
+    raw = open_clip.tower_json(directory) if open_clip.is_open_clip(directory) else read_json(directory / "config.json")
     # Checked, since other models have a vision_config too.
     check_kind(raw.get("model_type", "clip"), f"the vision tower {directory} has model_type")
     try:
@@ -77,5 +78,7 @@ def check_width(directory: Path, vision: VisionConfig, expected: int | None) -> 
 def tower_tensors(config: LlavaConfig, directory: Path) -> dict[str, Tensor]:
     """Reads the tower's tensors by canonical name; their shapes must be those of `config.vision`."""
     is_of_others = re.compile(config.vision.elsewhere).fullmatch
-    return canonical(directory, read_weights(directory), config, "tower",
+    found = read_weights(directory)
+    found = open_clip.tower_tensors(found) if open_clip.is_open_clip(directory) else found
+    return canonical(directory, found, config, "tower",
                      ignore=lambda key: bool(is_buffer(key) or is_of_others(key)))

@@ -11,6 +11,7 @@ from typing import Any
 from llavamed_jax.config.checks import as_object
 from llavamed_jax.config.towers.clip import VisionConfig
 from llavamed_jax.config.towers.siglip import SiglipConfig
+from llavamed_jax.config.towers.vit import BIOMEDCLIP, VitConfig, is_biomedclip
 from llavamed_jax.errors import UserError, short
 
 # By `model_type` of a config.json.
@@ -19,6 +20,7 @@ TOWERS: dict[str, type[VisionConfig]] = {
     "clip_vision_model": VisionConfig,
     "siglip": SiglipConfig,
     "siglip_vision_model": SiglipConfig,
+    "vit": VitConfig,
 }
 # Towers by the name that an original's `mm_vision_tower` gives.
 KNOWN_TOWERS: dict[str, VisionConfig] = {
@@ -27,6 +29,11 @@ KNOWN_TOWERS: dict[str, VisionConfig] = {
 _REFUSED = dict.fromkeys(
     ("siglip2", "siglip2_vision_model"),
     "SigLIP 2 with images of any shape (NaFlex); a SigLIP 2 of one resolution was expected, whose model_type is siglip")
+
+
+def known_name(name: str | None) -> str | None:
+    """Returns the key of `KNOWN_TOWERS` that an original's `mm_vision_tower` means; None for an unknown name."""
+    return BIOMEDCLIP if is_biomedclip(name) else name if name in KNOWN_TOWERS else None
 
 
 def tower_from_hf(config: Mapping[str, Any]) -> VisionConfig:
