@@ -1,7 +1,9 @@
 """What every test file shares: eight virtual CPU devices, modest threads, and the material that only some machines have."""
 
 import os
+import shutil
 import signal
+import tempfile
 from pathlib import Path
 
 # Before jax is imported anywhere: the platform and the number of devices are read once.
@@ -13,7 +15,13 @@ for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ.setdefault(variable, "2")  # torch and BLAS beside XLA: more threads than cores only slow each other
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads and the loader's forks do not mix
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test never asks a hub
-os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "0"  # nor does it write into the home of whoever runs it
+# The tests of a run, and the commands that they start, compile each program once: in a folder of this run, not in the home
+# of whoever runs it. The processes of pytest-xdist inherit it.
+_PROGRAMS = None
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    _PROGRAMS = tempfile.mkdtemp(prefix="llavamed-programs-")
+    os.environ |= {"JAX_ENABLE_COMPILATION_CACHE": "1", "JAX_COMPILATION_CACHE_DIR": _PROGRAMS,
+                   "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.05", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0"}
 
 # The tests' servers are on this machine, whatever proxy leads out of it.
 for variable in ("NO_PROXY", "no_proxy"):
@@ -31,8 +39,15 @@ import pytest  # noqa: E402
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: takes more than about ten seconds on two cores")
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "parity" in item.path.relative_to(ROOT).parts:
+            item.add_marker(pytest.mark.torch)
+
+
+def pytest_unconfigure(config):
+    if _PROGRAMS is not None:
+        shutil.rmtree(_PROGRAMS, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

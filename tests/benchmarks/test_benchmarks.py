@@ -17,6 +17,7 @@ def rows(directory):
     return [json.loads(line) for line in (directory / "h200.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_every_case_runs_at_small_shapes(tmp_path):
     pytest.importorskip("torch", reason="torch's CPU build is not installed")
     done = subprocess.run([sys.executable, "benchmarks/h200.py", "--small", "--out", str(tmp_path), "--commit", "abc"],

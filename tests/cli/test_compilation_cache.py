@@ -22,9 +22,12 @@ KEYS = ("jax_enable_compilation_cache", "jax_compilation_cache_dir", "jax_persis
 def cache(tmp_path, monkeypatch):
     """A user's cache directory, and a jax that has been told nothing about it."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for name in ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"):
+        monkeypatch.delenv(name, raising=False)
     earlier = {key: getattr(jax.config, key) for key in KEYS}
     jax_cache.reset_cache()
     jax.config.update("jax_enable_compilation_cache", True)
+    jax.config.update("jax_compilation_cache_dir", None)
     yield tmp_path / "llavamed_jax" / "programs"
     for key, value in earlier.items():
         jax.config.update(key, value)
