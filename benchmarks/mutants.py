@@ -170,7 +170,7 @@ def notices(mutant: Mutant, copy: Path) -> tuple[str, float]:
         file.write_text(whole.replace(mutant.text, mutant.wrong), encoding="utf-8")
         for tests in mutant.tests:
             run = subprocess.run([sys.executable, "-m", "pytest", "-x", "-q", "-m", "not slow", "-p", "no:cacheprovider",
-                                  f"tests/{tests}"], cwd=copy, capture_output=True, text=True, stdin=subprocess.DEVNULL,
+                                  f"tests/{tests}"], cwd=copy, capture_output=True, text=True, encoding="utf-8", stdin=subprocess.DEVNULL,
                                  env={**os.environ, "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"})
             failed = [line for line in run.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
             if run.returncode == 1 and failed:

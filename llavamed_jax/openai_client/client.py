@@ -287,12 +287,14 @@ class _Requests:
     Args:
       make_client: returns the client and the semaphore.
 
-    Attributes:
-      done: (number, result or exception of a request), in the order in which they end.
+    A request occupies its slot until the caller asks for the next one, that is, until the caller has stored the result.
+    So a command that is killed has at most as many requests to repeat as there are slots.
     """
 
     def __init__(self, make_client: Callable):
-        self.done: queue.SimpleQueue = queue.SimpleQueue()
+        # (number, result or exception, function that frees the slot), in the order in which requests end.
+        self._done: queue.SimpleQueue = queue.SimpleQueue()
+        self._free: Callable[[], None] | None = None
         self._client, self._gate = make_client()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="requests", daemon=True)
@@ -306,18 +308,22 @@ class _Requests:
                     result = await ask(self._client, self._gate)
                 except Exception as error:  # otherwise the caller would wait forever
                     result = error
-                self.done.put((number, result))
-                if isinstance(result, ServiceError):
-                    await asyncio.Future()  # until cancelled: no request may follow an error that ends all
+                is_stored = asyncio.Event()
+                self._done.put((number, result, is_stored.set))
+                await is_stored.wait()  # after an error that ends all, until cancelled: no request may follow
 
         asyncio.run_coroutine_threadsafe(run(), self._loop)
 
     def next(self) -> tuple[int, object]:
-        """Returns the next finished request; waits for it, unless a signal ends the command."""
+        """Returns the next finished request, and frees the last one's slot; waits, unless a signal ends the command."""
+        if self._free is not None:
+            self._loop.call_soon_threadsafe(self._free)
+            self._free = None
         while True:
             signals.check()
             with contextlib.suppress(queue.Empty):
-                return self.done.get(timeout=0.2)
+                number, result, self._free = self._done.get(timeout=0.2)
+                return number, result
 
     def close(self) -> None:
         """Cancels the requests in flight and ends the thread."""

@@ -20,7 +20,7 @@ PACKAGE = Path(files.__file__).resolve().parent.parent
 # What stands in the code -> the files where it does. Training draws its own bar, and signs the file that it locks.
 ONCE = {
     "from tqdm import": {"utils/progress.py", "training/log.py"},
-    ".flock(": {"utils/locks.py", "training/place.py"},
+    ".flock(": {"utils/locks.py"},
     ".hexdigest()": {"utils/hashes.py", "utils/code.py", "datasets/records.py", "evaluation/scoring/leakage.py", "verification/release.py"},
     "os.replace(": {"utils/files.py", "evaluation/results.py", "preflight/report.py"},  # the last two rename what is whole already
 }
