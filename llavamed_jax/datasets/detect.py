@@ -50,7 +50,7 @@ def split_file(root: Path, split: str, name: str) -> Path:
 def _other_splits(root: Path) -> str:
     """Returns the end of an error about a missing split: it lists the splits that exist."""
     found = [split for split in SPLITS if any(map(Path.is_file, split_files(root, split)))]
-    return f"; {root} has {' and '.join(found)}: data.split" if found else ""
+    return f"; {root} has the splits {' and '.join(found)} (data.split)" if found else ""
 
 
 def parquet_files(root: Path, split: str = "") -> list[Path]:

@@ -38,7 +38,7 @@ def predictions(tmp_path):
     (["--workdir", "a" * 300], 1, "cannot be written to: File name too long"),
     (["--config.data.trained_on=IMAGE"], 1, "data.trained_on has no usable training data: none of its "),
     (["--config.data.trained_on=PREDICTIONS"], 1, "has no conversations; a list of {from, value} was expected"),
-    (["--config.data.root=SLAKE"], 1, "test.json does not exist; SLAKE has train and validation: data.split")])
+    (["--config.data.root=SLAKE"], 1, "test.json does not exist; SLAKE has the splits train and validation (data.split)")])
 def test_a_mistake_is_one_sentence(more, status, sentence, predictions, tmp_path, capsys):
     slake = tmp_path / "set"
     slake.mkdir()

@@ -211,7 +211,7 @@ def test_biases_and_windows_of_a_new_kind_are_read(keys, window, theirs, tmp_pat
     ({"layer_types": ["linear_attention"] * 2}, "layer_types is .'linear_attention', .*one window for all layers"),
     ({"layer_types": "full_attention"}, "layer_types is 'full_attention' and"),
     ({"attention_bias": "yes"}, "attention_bias 'yes'; true or false was expected"),
-    ({"mlp_bias": True}, "the decoder's mlp_bias is true; false was expected, since the layers of toy_norms have no such biases here")])
+    ({"mlp_bias": True}, "the decoder's mlp_bias is true; false was expected, because the layers of toy_norms have no such biases here")])
 def test_what_a_new_kind_does_not_do_is_refused(keys, sentence, monkeypatch):
     bare = "\n".join(line for line in NormsConfig.table.splitlines() if not ("/mlp/" in line and "/bias" in line))
     monkeypatch.setattr(NormsConfig, "table", bare)

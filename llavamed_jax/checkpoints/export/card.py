@@ -47,9 +47,8 @@ micrographs.
 
 ## Out-of-scope use
 
-Any clinical use. It must not inform diagnosis, triage, treatment or advice to patients, and it is no medical device \
-and was
-evaluated by no regulator. Other languages, volumes, video and images that are not biomedical are out of scope too.
+Any clinical use. It must not inform diagnosis, triage, treatment or advice to patients. It is not a medical device, and
+no regulator has evaluated it. Other languages, volumes, video and images that are not biomedical are out of scope too.
 
 ## Limitations
 
@@ -58,7 +57,7 @@ evaluated by no regulator. Other languages, volumes, video and images that are n
 score.
 - It carries the biases of its data: figures of publications, few institutions, common findings.
 - Image detail below the resolution of the vision tower is lost before the model sees it.
-- Nothing was done to keep it from offensive or harmful text.
+- It has no safeguards against offensive or harmful text.
 
 ## Licences
 

@@ -115,7 +115,7 @@ class DecoderConfig:
         check_activation("the decoder's hidden_act", self.hidden_act)
         for key, module in _BIASED.items():
             if getattr(self, key) and not any(_is_bias(row.name, module) for row in rows(self.table)):
-                raise UserError(f"the decoder's {key} is true; false was expected, since the layers of "
+                raise UserError(f"the decoder's {key} is true; false was expected, because the layers of "
                                 f"{self.architecture} have no such biases here")
 
     @property
