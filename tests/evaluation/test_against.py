@@ -83,9 +83,9 @@ def test_files_that_do_not_fit_are_one_sentence(spoil, message, which, tmp_path,
 
 
 @pytest.mark.parametrize("content, message", [
-    (b'{"question_id": 1, "text": "caf\xe9"}\n', "are not UTF-8 text .byte 31."),
-    (b"\xff\xfe{\x00", "are not UTF-8 text .byte 0."),
-    (b"", "without a prediction"), (b"[]", "line 1: an object"), (b"\0\0\0", "line 1 is not valid JSON"),
+    (b'{"question_id": 1, "text": "caf\xe9"}\n', "are not UTF-8 text (byte 31)"),
+    (b"\xff\xfe{\x00", "are not UTF-8 text (byte 0)"),
+    (b"", "without a prediction"), (b"[]", "line 1 is not a prediction"), (b"\0\0\0", "line 1 is not valid JSON"),
     (b'{"question_id": 1, "text": "x"', "line 1 is not valid JSON"),
 ])  # fmt: skip
 def test_files_that_are_no_predictions_are_one_sentence(content, message, tmp_path, capsys):

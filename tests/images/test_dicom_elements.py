@@ -385,7 +385,7 @@ def test_values_that_are_not_finite(value, window):
     values = np.linspace(-0.5, 1.5, 256).reshape(16, 16).astype(np.float32)
     wanted = shown(dataset(values, **window))
     values[:2] = value
-    with pytest.raises(UserError, match="has values that are not finite"):
+    with pytest.raises(UserError, match="has pixel values that are NaN or infinite"):
         shown(dataset(values, **window))
     values[2:3, 0] = -0.5  # so that the rest spans the same
     found = shown(dataset(values, FloatPixelPaddingValue=float(value), **window))
