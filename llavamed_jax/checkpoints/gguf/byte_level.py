@@ -54,7 +54,7 @@ def write(file: GgufFile, vocabulary: Vocabulary, directory: Path) -> str:
     """
     name = file.get(PRE, str)
     if name not in _RULES:
-        raise UserError(f"{file.path} has {PRE} {short(name)}; {', '.join(_RULES)} was expected")
+        raise UserError(f"{file.path} has {PRE} {short(name)}; one of {', '.join(_RULES)} was expected")
     if file.get("tokenizer.ggml.add_space_prefix", bool, False):
         raise UserError(f"{file.path} has tokenizer.ggml.add_space_prefix true; false was expected of byte-level BPE")
     merges = [tuple(pair.split(" ")) for pair in file.strings("tokenizer.ggml.merges")]
