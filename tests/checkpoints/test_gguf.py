@@ -11,13 +11,14 @@ import pytest
 gguf = pytest.importorskip("gguf", reason="the gguf library is not installed")
 
 from llavamed_jax.checkpoints.assemble.build import build  # noqa: E402
+from llavamed_jax.checkpoints.gguf.config import architectures  # noqa: E402
 from llavamed_jax.checkpoints.gguf.directory import import_decoder, read_decoder  # noqa: E402
 from llavamed_jax.checkpoints.open import open_checkpoint  # noqa: E402
 from llavamed_jax.checkpoints.torch.files import read_weights  # noqa: E402
 from llavamed_jax.cli.convert import main  # noqa: E402
 from llavamed_jax.errors import UserError  # noqa: E402
 from llavamed_jax.processor import Processor  # noqa: E402
-from tests.support import gguf_files, tiny  # noqa: E402
+from tests.support import byte_level, gguf_files, tiny  # noqa: E402
 
 TYPES = [kind for kind in gguf.GGMLQuantizationType
          if kind in (gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.F16)
@@ -223,7 +224,10 @@ KINDS = {
     "free head width": {"head_dim": 24}, "biases": {"attention_bias": True, "mlp_bias": True},
     "llama3": {"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
                                 "original_max_position_embeddings": 32}},
-    "linear": {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}}
+    "linear": {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+    "qwen2": {"model_type": "qwen2"}, "qwen2, tied": {"model_type": "qwen2", "tie_word_embeddings": True},
+    "qwen3": {"model_type": "qwen3", "head_dim": 24}, "qwen3, tied": {"model_type": "qwen3", "tie_word_embeddings": True}}
+KINDS = {kind: changes for kind, changes in KINDS.items() if changes.get("model_type", "llama") in architectures()}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -238,11 +242,11 @@ def test_logits_are_those_of_transformers(kind, file, tmp_path):
     from tests.support.hf import randomise
     changes = dict(KINDS[kind])
     scaling = changes.pop("rope_scaling", {})
-    cfg = gguf_files.config(head_dim=16, **{key: value for key, value in changes.items() if key != "head_dim"})
-    cfg |= {key: value for key, value in changes.items() if key == "head_dim"}
+    cfg = gguf_files.config(**{"head_dim": 16, **changes})
     keys = {key: value for key, value in cfg.items() if key not in ("model_type", "architectures")}
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
-        **keys, rope_parameters={"rope_type": "default", "rope_theta": 1e4, **scaling}, attn_implementation="eager")).float().eval()
+    config = transformers.AutoConfig.for_model(cfg["model_type"], **keys, attn_implementation="eager",
+                                               rope_parameters={"rope_type": "default", "rope_theta": 1e4, **scaling})
+    model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
     randomise(model, 3, 1 / 8 if cfg["tie_word_embeddings"] else 1)  # logits of about 1, for which the tolerance is meant
     tensors = {name: tensor.numpy() for name, tensor in model.state_dict().items()
                if not (name == "lm_head.weight" and cfg["tie_word_embeddings"])}
@@ -287,6 +291,17 @@ def test_build_equals_build_of_the_imported_directory(file, tmp_path, capsys):
     processor = Processor.load(tmp_path / "built-tiny.gguf")
     assert processor.tokenizer.decode(processor.tokenizer.encode("the lung isn't 12 日")) == "the lung isn't 12 日"
     assert processor.tokenizer.eos_id == 2 and not processor.tokenizer.has_bos
+
+
+def test_the_template_is_that_of_the_files_chat_template(file, tmp_path, capsys):
+    gguf_files.model(file, metadata={"tokenizer.chat_template": byte_level.SMOLLM2})
+    tiny.save_clip(tmp_path / "clip")
+    assert main(["build", "--decoder", str(file), "--vision", str(tmp_path / "clip"), "--projector", "linear",
+                 "--out", str(tmp_path / "built")]) == 0
+    assert "template: hf:chatml, which writes the prompts of the decoder's chat template" in capsys.readouterr().out
+    processor = Processor.load(tmp_path / "built")
+    assert processor.template_name == "hf:chatml"
+    assert processor.prompt([{"role": "user", "content": "Is it?"}]).endswith("<|im_start|>user\nIs it?<|im_end|>\n<|im_start|>assistant\n")
 
 
 def test_image_tokens_are_added_behind_the_files_tokens(file, tmp_path):

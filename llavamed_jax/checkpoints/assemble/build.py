@@ -11,6 +11,7 @@ import numpy as np
 
 from llavamed_jax.checkpoints import hub, names
 from llavamed_jax.checkpoints.assemble.image_tokens import TABLES, add_image_tokens
+from llavamed_jax.checkpoints.assemble.own_template import own_template
 from llavamed_jax.checkpoints.checkpoint import Checkpoint
 from llavamed_jax.checkpoints.generation_file import with_stop_ids
 from llavamed_jax.checkpoints.gguf.directory import read_decoder
@@ -72,6 +73,10 @@ def build(decoder: str | Path, vision: str | Path, projector: str, scratch: Path
     tensors |= _fresh_projector(config, seed)
     checkpoint = Checkpoint(config, "built", None, tensors, _files(directory, vision), f"{vision}, as asked for")
     said = [*said, f"decoder: {decoder}", f"vision tower: {vision}"]
+    template, sentence = own_template(directory)
+    if sentence is not None:
+        checkpoint = checkpoint.replace(config=config.replace(template=template))
+        said.append(sentence)
     if image_tokens:
         deviation = raw.get("initializer_range", 0.02)
         if not isinstance(deviation, (int, float)) or not 0 <= deviation < 1:

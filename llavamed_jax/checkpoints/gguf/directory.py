@@ -97,8 +97,10 @@ def import_decoder(path: str | Path, out: str | Path, dtype: np.dtype | type | N
                       lambda: tally.cast(where + name, tally.look(name, tensor.load(), where), dtype))
 
     tensors = {name: checked(name, tensor) for name, tensor in decoder.tensors.items()}
+    said = decoder.sentences()
     with new_directory(out, total_bytes(tensors)) as temporary:
         decoder.write_files(temporary, dtype.name)
+        del decoder  # the metadata of a large vocabulary take more memory than most tensors
         write_safetensors(temporary, tensors, progress, {"format": "pt"})
     tally.warn()
-    return tensors, decoder.sentences()
+    return tensors, said
