@@ -6,9 +6,10 @@ Axis letters: B rows, T positions, I images, P positions of an image, V vocabula
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from llavamed_jax.config import IMAGE_TOKEN, PAD_TOKEN, LlavaConfig
 from llavamed_jax.errors import UserError, short, warn
 from llavamed_jax.generation.beam import BeamSearch
 from llavamed_jax.generation.engine import Engine
-from llavamed_jax.generation.requests import Request, check_image, check_settings, name_of, whole_numbers
+from llavamed_jax.generation.requests import Request, check, check_image, check_settings, name_of, whole_numbers
 from llavamed_jax.generation.sampling import row_seed, row_seeds
 from llavamed_jax.generation.text_stream import TextStream
 from llavamed_jax.models.llava import Llava
@@ -279,7 +280,8 @@ class LlavaMed:
         """
         prompts, images = zip(*map(self._encode, conversations)) if conversations else ((), ())
         requests = self._requests(prompts, images, max_new_tokens, temperature, top_p, top_k, num_beams, seed)
-        streams = [self._text_stream(stop) for _ in requests]
+        new_stream = self._text_streams(stop)
+        streams = [new_stream() for _ in requests]
         found = enumerate(self._beams.generate(requests, num_beams)) if num_beams > 1 else self.engine.stream(requests)
         for i, ids in found:
             streams[i].push(ids)
@@ -294,7 +296,7 @@ class LlavaMed:
         """
         ids, images = self._encode(messages)
         requests = self._requests([ids], [images], max_new_tokens, temperature, top_p, top_k, 1, seed)
-        stream = self._text_stream(stop)
+        stream = self._text_streams(stop)()
         for _, new in self.engine.stream(requests):
             if piece := stream.push(new):
                 yield piece
@@ -328,25 +330,25 @@ class LlavaMed:
           UserError: (a ValueError) a setting is out of range.
         """
         check_settings(max_new_tokens, temperature, top_p, top_k, 1, seed)
-        return self._answer_each(prompts, (max_new_tokens, temperature, top_k, top_p), seed, stop)
+        return self._answer_each(prompts, (max_new_tokens, temperature, top_k, top_p), seed, self._text_streams(stop))
 
-    def _answer_each(self, prompts, settings, seed, stop):
+    def _answer_each(self, prompts, settings, seed, new_stream):
         refused: deque[tuple[int, UserError]] = deque()
         # By the engine's count of requests, which does not count the refused ones.
         streams: dict[int, tuple[int, TextStream]] = {}
 
         def requests():
-            taken = 0
+            taken, longest = 0, self.engine.max_prompt
             for index, (ids, images, nth) in enumerate(prompts):
                 request = Request(ids, images, *settings)
                 try:
-                    self.engine.check(request, "the prompt")
+                    check(request, self.config, longest, "the prompt")
                 except UserError as error:
                     refused.append((index, error))
                     continue
                 if request.temperature:  # only then, since hashing the image takes time
                     request.seed = row_seed(seed, ids, images, nth)
-                streams[taken] = index, self._text_stream(stop)
+                streams[taken] = index, new_stream()
                 taken += 1
                 yield request
 
@@ -377,13 +379,15 @@ class LlavaMed:
         return [Request(list(ids), list(pixels), max_new_tokens, temperature, top_k, top_p, s)
                 for ids, pixels, s in zip(prompts, images, seeds)]
 
-    def _text_stream(self, stop):
+    def _text_streams(self, stop) -> Callable[[], TextStream]:
+        """Returns a function that begins the text of an answer."""
         stop = [stop] if isinstance(stop, str) else stop
         if not isinstance(stop, Sequence) or not all(isinstance(text, str) for text in stop):
             raise UserError(f"stop is {short(stop)}; a text or a list of texts was expected")
         p, stop = self.processor, [*stop, *self.processor.stop]
         single = [ids[0] for ids in (p.tokenizer.encode(text, bos=False) for text in stop) if len(ids) == 1]
-        return TextStream(p.decode, stop, stop_ids=[i for i in single if not p.decode([i])])
+        decode = p.text_tokenizer.decode
+        return functools.partial(TextStream, decode, stop, stop_ids=[i for i in single if not decode([i])])
 
 
 def completion(stream: TextStream, eos: Collection[int]) -> Completion:

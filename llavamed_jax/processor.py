@@ -211,7 +211,7 @@ class Processor:
             return self
         return Processor(self.config, self._tokenizer, name, self.image_size, self.image_mode)
 
-    @property
+    @functools.cached_property
     def _is_v1(self) -> bool:
         return self.template_name is not None and self.template.is_v1
 
@@ -222,7 +222,7 @@ class Processor:
 
     def id_of(self, token: str) -> int | None:
         """Returns the id of a special or added token in this model's texts; None if there is no such token."""
-        return (self._v1_tokenizer if self._is_v1 else self.tokenizer).id_of(token)
+        return self.text_tokenizer.id_of(token)
 
     @property
     def image_marker(self) -> str:
@@ -294,7 +294,7 @@ class Processor:
         if not isinstance(text, str):
             raise UserError(f"the text to encode is {short(text)}; a str was expected")
         if self._is_v1:
-            return image_positions.encode_v1(text, self._v1_tokenizer, self._has_start_end)
+            return image_positions.encode_v1(text, self.text_tokenizer, self._has_start_end)
         if self.template_name:
             self.template.check_tokens(self.id_of, self.tokenizer_words)
         absent = [token for token in (START, END) if self._has_start_end and token in text
@@ -307,14 +307,16 @@ class Processor:
         return image_positions.encode(text, self.tokenizer, image_token(self.config, self.tokenizer), bos=not begun)
 
     @functools.cached_property
-    def _v1_tokenizer(self) -> Tokenizer:
-        """The tokenizer with v1.0's image tokens (`image_positions.v1_tokenizer`)."""
+    def text_tokenizer(self) -> Tokenizer:
+        """The tokenizer of this model's texts; with v1.0's templates it has v1.0's image tokens."""
+        if not self._is_v1:
+            return self.tokenizer
         rows = self.config.decoder.vocab_size if self.config is not None else None
         return image_positions.v1_tokenizer(self.tokenizer, rows, self.template.style == "V0", self._has_start_end)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Decodes ids to text, without special tokens and images."""
-        return (self._v1_tokenizer if self._is_v1 else self.tokenizer).decode(ids)
+        return self.text_tokenizer.decode(ids)
 
     def training_example(self, conversations: Sequence[dict], num_images: int | None = None,
                          max_length: int | None = None) -> tuple[list[int], list[int]]:

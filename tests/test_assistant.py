@@ -338,10 +338,10 @@ def test_a_stop_token_that_shows_in_no_text_ends_an_answer(saved, assistant):
     """`</s>` as a stop string, written out or as its own id, for a model whose config ends sequences otherwise."""
     text = TextStream(lambda ids: decode([i for i in ids if i != 2]), ["</s>"], stop_ids=[2])
     assert text.push([65, 66, 2, 67]) == "AB" == text.text and text.is_stopped and text.token_ids == [65, 66, 2]
-    stream = assistant._text_stream(("</s>", "###"))
+    stream = assistant._text_streams(("</s>", "###"))()
     stream.push([*assistant.processor.tokenizer.encode("yes", bos=False), 2, 5])
     assert stream.is_stopped and stream.text == "yes"
-    assert assistant._text_stream(("",)).push([2, 5]) != "" and not assistant._text_stream(()).is_stopped
+    assert assistant._text_streams(("",))().push([2, 5]) != "" and not assistant._text_streams(())().is_stopped
 
 
 def test_text_stream_holds_back_half_characters_and_half_stop_strings():

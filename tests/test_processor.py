@@ -211,10 +211,10 @@ def test_answers_end_where_the_template_ends_them(template, stop, mistral_tokeni
     model = object.__new__(LlavaMed)  # the stream of text needs the processor alone
     model.processor = Processor.load(mistral_tokenizer, template)
     assert model.processor.stop == stop
-    stream = model._text_stream("stop here")
+    stream = model._text_streams("stop here")()
     stream.push(model.processor.tokenizer.encode("Yes, it is.\n### Human: And?", bos=False))
     assert stream.is_stopped == bool(stop) and stream.text == ("Yes, it is." if stop else "Yes, it is.\n### Human: And?")
-    stream = model._text_stream(["stop here"])
+    stream = model._text_streams(["stop here"])()
     stream.push(model.processor.tokenizer.encode("Do stop here.", bos=False))
     assert stream.text == "Do"
 

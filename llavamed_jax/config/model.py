@@ -7,6 +7,7 @@ that published configs rely on stand in the files of `towers/` and `decoders/` w
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import re
 from collections.abc import Mapping
@@ -84,7 +85,7 @@ class LlavaConfig:
         layer = self.feature_layer
         return layer if layer >= 0 else self.vision.num_layers + 1 + layer
 
-    @property
+    @functools.cached_property
     def tokens_per_image(self) -> int:
         """The number of positions that an image takes in the decoder."""
         return self.vision.num_patches + self.vision.class_tokens * (self.feature_select == "cls_patch")

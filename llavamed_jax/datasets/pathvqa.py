@@ -57,7 +57,7 @@ def read_pathvqa(root: str | Path, split: str = "test", images: str | Path | Non
         raise UserError(f"{file} holds a {type(values).__name__}; a list of rows was expected")
     rows = named_rows(values, file, "pathvqa")
     samples = [_described(row, folder / short) for row in rows] if file == described else _plain(rows, folder / short)
-    check_images(sample.image for sample in samples)
+    check_images([sample.image for sample in samples])
     return samples
 
 

@@ -61,7 +61,7 @@ def read_split(root: str | Path, split: str, layout: str, images: str | Path | N
     file = detect.split_file(Path(root), split, layout)
     folder = Path(images) if images else file.parent
     samples = [sample(row, folder, index) for index, row in enumerate(read_rows(file, layout))]
-    check_images(sample.image for sample in samples)
+    check_images([sample.image for sample in samples])
     return samples
 
 
@@ -109,6 +109,10 @@ class Row:
         except UnicodeEncodeError:  # JSON and pickles can express it; files and tokenizers cannot
             raise self.error(f"has half a surrogate pair in its {key}") from None
         return value
+
+    def texts(self, *keys: str) -> list[str]:
+        """Returns the texts under several keys."""
+        return [self.text(key) for key in keys]
 
     def words(self, key: str) -> str:
         """Returns a text; raises UserError if it is empty."""

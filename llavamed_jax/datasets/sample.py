@@ -70,7 +70,7 @@ def to_llava(sample: VqaSample) -> dict:
 # ---- checks ----------------------------------------------------------------------------------------------------------
 
 
-def check_images(images: Iterable[Path]) -> None:
+def check_images(images: Sequence[Path]) -> None:
     """Checks that image files exist. A path may end with `#frame=N`, which is not part of the file's name.
 
     Raises:
@@ -123,10 +123,17 @@ def check_ids(samples: Iterable[VqaSample], name: str) -> None:
 KINDS = (CLOSED, OPEN, CHOICE, CAPTION)
 
 
-def kind(sample: VqaSample) -> str:
-    """Returns the kind of a question, one of `KINDS`. Raises UserError for any other answer type."""
-    name = sample.answer_type.strip().upper()
-    if name not in KINDS:
-        raise UserError(f"question {sample.question_id} has the answer type {sample.answer_type!r}; CLOSED, OPEN, "
-                        "CHOICE or CAPTION was expected")
-    return name
+def kinds(samples: Iterable[VqaSample]) -> list[str]:
+    """Returns the kind of each question, one of `KINDS`. Raises UserError for any other answer type."""
+    found = []
+    for sample in samples:
+        found.append(sample.answer_type.strip().upper())
+        if found[-1] not in KINDS:
+            raise UserError(f"question {sample.question_id} has the answer type {sample.answer_type!r}; CLOSED, OPEN, "
+                            "CHOICE or CAPTION was expected")
+    return found
+
+
+def of_kind(samples: Sequence[VqaSample], kind: str) -> list[VqaSample]:
+    """Returns the questions of one kind, one of `KINDS`. Raises UserError for an unknown answer type."""
+    return [sample for sample, found in zip(samples, kinds(samples), strict=True) if found == kind]

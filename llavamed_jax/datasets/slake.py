@@ -33,15 +33,15 @@ def read_slake(root: str | Path, split: str = "test", language: str = "en") -> l
     file = detect.split_file(root, split, "slake")
     samples = [_sample(row, file.parent / "imgs") for row in read_rows(file, "slake")]
     samples = [sample for sample in samples if language in ("all", sample.language)]
-    check_images(sample.image for sample in samples)
+    check_images([sample.image for sample in samples])
     return samples
 
 
 def _sample(row: Row, images: Path) -> VqaSample:
-    return VqaSample(
-        row.identity("qid"), row.image("img_name", images), row.text("question"), row.text("answer"), row.answer_type(),
-        question_type=row.text("content_type"), organ=row.text("location"), modality=row.text("modality"),
-        language=row.text("q_lang"))
+    question, answer, question_type, organ, modality, language = row.texts(
+        "question", "answer", "content_type", "location", "modality", "q_lang")
+    return VqaSample(row.identity("qid"), row.image("img_name", images), question, answer, row.answer_type(),
+                     question_type=question_type, organ=organ, modality=modality, language=language)
 
 
 def _has_images(path: Path) -> bool:

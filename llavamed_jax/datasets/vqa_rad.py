@@ -56,7 +56,7 @@ def read_vqa_rad(root: str | Path, split: str = "test", protocol: str = "clean")
         log.warning("VQA-RAD, protocol paper: %d rephrasings were added to the training rows, and %d of them rephrase "
                     "test questions: test answers leak into training, as in the paper", len(frames), leaked)
         samples += frames
-    check_images(s.image for s in samples)
+    check_images([s.image for s in samples])
     return samples
 
 
@@ -68,13 +68,12 @@ def _from_parquet(root: Path, split: str, protocol: str) -> list[VqaSample]:
 
 
 def _sample(row: Row, images: Path) -> VqaSample:
-    answer_type = row.answer_type()
-    kinds = [_TYPES.get(kind.strip().upper(), kind.strip().upper()) for kind in row.text("question_type").split(",")]
-    qid = row.text("qid")
-    return VqaSample(
-        int(qid) if qid.isdecimal() else qid, row.image("image_name", images), row.text("question"),
-        row.text("answer"), answer_type, question_type=", ".join(sorted(kinds)), organ=row.text("image_organ"),
-        phrase_type=row.text("phrase_type"))
+    answer_type, image = row.answer_type(), row.image("image_name", images)
+    types, qid, question, answer, organ, phrase_type = row.texts(
+        "question_type", "qid", "question", "answer", "image_organ", "phrase_type")
+    kinds = [_TYPES.get(kind.strip().upper(), kind.strip().upper()) for kind in types.split(",")]
+    return VqaSample(int(qid) if qid.isdecimal() else qid, image, question, answer, answer_type,
+                     question_type=", ".join(sorted(kinds)), organ=organ, phrase_type=phrase_type)
 
 
 def _frame(row: Row, sample: VqaSample) -> VqaSample:

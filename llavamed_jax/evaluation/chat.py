@@ -190,7 +190,7 @@ def chat_scores(questions: Sequence[ChatQuestion], verdicts: Sequence[Verdict], 
         mine = scores[rows]
         values = np.stack([mine[:, 1] / mine[:, 0], mine[:, 0], mine[:, 1]], axis=1)
         means = [statistics.mean(name, column) for name, column in zip(_SCORES, values.T, strict=True)]
-        result = statistics.intervals(means, [images[row] for row in rows], seed)
+        result = statistics.intervals(statistics.resample(means, [images[row] for row in rows], seed))
         for name in (f"{score}{end}" for score in _SCORES[1:] for end in ("", "_low", "_high")):  # points, not percent
             result[name] = None if result[name] is None else result[name] / 100
         scored = mine[~np.isnan(mine).any(axis=1)]

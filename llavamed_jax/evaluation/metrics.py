@@ -11,7 +11,7 @@ import re
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from types import ModuleType
 
 _PUNCTUATION = (
@@ -197,3 +197,30 @@ def is_yes_no_hit(prediction: str, reference: str) -> bool:
     """
     normalized = normalize_word(prediction)
     return ("yes" in normalized or "no" in normalized) and normalize_word(reference) in normalized
+
+
+# ---- the original's evaluators, which normalise both texts before each metric normalises them again ----------------
+
+
+def normalized(texts: Iterable[object]) -> list[str]:
+    """Normalises texts as the original's evaluators do."""
+    return [normalize_word(str(text).lower()) for text in texts]
+
+
+def open_values(prediction: str, reference: str, candidates: CandidateList | None) -> dict[str, float]:
+    """Returns the metrics of an open answer; without candidates there is no `open_accuracy_candidates`."""
+    predicted, gold = normalized((prediction, reference))
+    values = {"exact_match": exact_match(predicted, gold)}
+    values |= dict(zip(("f1", "precision", "recall"), f1(predicted, gold), strict=True))
+    values |= dict(zip(("bleu", "bleu_1", "bleu_2", "bleu_3"), bleu(gold, predicted), strict=True))
+    if candidates is not None:
+        values["open_accuracy_candidates"] = candidate_accuracy(predicted, gold, candidates)
+    return values | {"open_accuracy_substring": is_substring_hit(predicted, gold)}
+
+
+def closed_values(prediction: str, reference: str) -> dict[str, float]:
+    """Returns the metrics of a closed answer."""
+    predicted, gold = normalized((prediction, reference))
+    return {"closed_accuracy_yes_no": is_yes_no_hit(predicted, gold),
+            "closed_accuracy_substring": is_substring_hit(predicted, gold),
+            "closed_recall": f1(predicted, gold)[2]}

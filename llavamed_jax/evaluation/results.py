@@ -59,7 +59,7 @@ def locked(workdir: Path) -> Iterator[Place]:
 
     Two evaluations at once would write their answers into one file, and a resumed one would read the answers of the
     other. The kernel releases the lock however the process ends, and there is no lock file. If an evaluation has
-    several processes, the first holds the lock. On a file system without locks there is no lock.
+    several processes, the first holds the lock. On a file system without locks there is a warning and no lock.
 
     Args:
       workdir: the directory; it is created if it does not exist.
@@ -76,7 +76,7 @@ def locked(workdir: Path) -> Iterator[Place]:
     descriptor = _open(workdir)
     try:
         while True:
-            if not _lock(descriptor):
+            if not locks.is_free(descriptor, workdir):
                 raise UserError(f"the workdir {workdir} is in use by another evaluation; wait until it ends, or name "
                                 "another workdir")
             if is_at(descriptor, workdir):
@@ -93,7 +93,7 @@ def remove_empty(workdir: Path) -> None:
     with contextlib.suppress(OSError):
         descriptor = os.open(workdir, os.O_RDONLY)
         try:
-            if _lock(descriptor):
+            if locks.lock(descriptor) is not False:
                 os.rmdir(workdir)
         finally:
             os.close(descriptor)
@@ -112,11 +112,6 @@ def _open(workdir: Path) -> int:
             is_gone = isinstance(error, (FileExistsError, FileNotFoundError)) and not workdir.is_file()
             if not (is_gone and tries):
                 raise UserError(f"the workdir {workdir} cannot be opened: {error.strerror or error}") from error
-
-
-def _lock(descriptor: int) -> bool:
-    """Takes the lock of a directory; returns whether it worked. Returns True on a file system without locks."""
-    return locks.lock(descriptor) is not False
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from llavamed_jax.datasets.sample import CHOICE, VqaSample, check_ids, check_images, kind
+from llavamed_jax.datasets.sample import CHOICE, VqaSample, check_ids, check_images, of_kind
 from llavamed_jax.errors import UsageError
 from llavamed_jax.evaluation.answering import asked
 from llavamed_jax.evaluation.answering.answerer import Answerer, Generation
@@ -48,6 +48,7 @@ class Evaluation:
       scorer: holds the questions and scores answers to them.
       partials: files of answers that are kept until the evaluation is finished.
       place: the locked workdir (`results.locked`); None if it is not locked.
+      checked: the controls that `check` has passed with; None if it has not run.
     """
 
     cfg: ConfigDict
@@ -56,6 +57,7 @@ class Evaluation:
     scorer: VqaScorer | ChatScorer
     partials: list[Partial] = field(default_factory=list)
     place: Place | None = None
+    checked: frozenset[str] | None = None
 
     @property
     def samples(self) -> list[VqaSample]:
@@ -113,15 +115,15 @@ def check(evaluation: Evaluation, controls_asked: Collection[str] = ()) -> None:
     """
     cfg, samples = evaluation.cfg, evaluation.samples
     check_ids(samples, str(cfg.data.root))
-    check_images(sample.image for sample in samples)
+    check_images([sample.image for sample in samples])
     if cfg.get("organ_question"):
         controls.check_organs(samples)
     if controls_asked:
         controls.exchanged_images(samples, cfg.seed)
         controls.check_room(len({str(sample.image) for sample in samples}), evaluation.workdir)
-    for sample in samples:
-        if kind(sample) == CHOICE:
-            right_choice(sample)
+    for sample in of_kind(samples, CHOICE):
+        right_choice(sample)
+    evaluation.checked = frozenset(controls_asked)
 
 
 def plan(evaluation: Evaluation, predictions: str | Path | None = None, has_control: bool = False) -> str:
@@ -158,7 +160,8 @@ def evaluate(evaluation: Evaluation, answerer: Answerer, source: Mapping[str, st
     Returns:
       The object of `metrics.json`.
     """
-    check(evaluation, controls_asked)
+    if evaluation.checked != frozenset(controls_asked):
+        check(evaluation, controls_asked)
     key = asked.key(answerer, evaluation.cfg, evaluation.samples, source, flags or {})
     agreement.check_same(lambda: {**key, "--control": sorted(controls_asked), **agreement.installation()})
     lines, extra = _ask(evaluation, answerer, key, controls_asked)
@@ -205,7 +208,8 @@ def _ask(evaluation: Evaluation, answerer: Answerer, key: Mapping,
     index, count = distributed.process_index(), distributed.process_count()
 
     def partial(name: str) -> Partial:
-        kept = Partial(evaluation.workdir / name, key, index, machine, count, evaluation.check_place)
+        check_place = evaluation.check_place if evaluation.place is None else evaluation.place.check
+        kept = Partial(evaluation.workdir / name, key, index, machine, count, check_place)
         evaluation.partials.append(kept)
         return kept
 

@@ -154,7 +154,7 @@ class Engine:
                 if requests is None and not mine:  # until then, other calls' requests may fill the queue
                     return
                 self.advance()
-                changed = [job for job in mine if job.has_news]
+                changed = [job for job in mine if job.is_finished or len(job.tokens) > job.taken]
                 mine = [job for job in mine if not job.is_finished]
                 yield from changed
         finally:
@@ -222,14 +222,12 @@ class Engine:
 
     def _make_room(self) -> None:
         """Resizes the rows to the number and the length that running and waiting requests need."""
-        running = len(self._rows.running)
-        rows = min(self.batch_size, power_of_two(running + len(self._waiting)))
+        running, held = self._rows.running.values(), len(self._rows)
+        rows = min(self.batch_size, power_of_two(len(running) + len(self._waiting)))
         rows = -(-rows // self.shards) * self.shards
-        if rows > len(self._rows) or not running and (
-                len(self._rows) >= 4 * rows or len(self._rows) > self.batch_size >= rows):
+        if rows > held or not running and (held >= 4 * rows or held > self.batch_size >= rows):
             self._resize(rows, self._length)
-        length = _round_up(max(self._length_of(job, self._ahead)
-                               for job in [*self._rows.running.values(), *self._waiting]))
+        length = _round_up(max(self._length_of(job, self._ahead) for job in [*running, *self._waiting]))
         if length > self._length or 2 * length <= self._length:
             self._resize(len(self._rows), length)
 
@@ -273,12 +271,12 @@ class Engine:
         ids = np.zeros((B, T), np.int32)
         for b, each in enumerate(placed):
             ids[b, : each.length] = each.job.request.ids[each.start :]
-        shown = [slice(each.job.images_before(each.start), None) for each in placed]  # images behind the shared prefix
+        shown = [slice(each.job.images_before[each.start], None) for each in placed]  # images behind the shared prefix
         keys = [job.image_keys[part] for job, part in zip(jobs, shown)]
         images = features = None
         if any(keys):
             pixels = [image for job, part in zip(jobs, shown) for image in job.images[part]]
-            soon = (pair for job in self._waiting for pair in zip(job.image_keys, job.images))
+            soon = [pair for job in self._waiting for pair in zip(job.image_keys, job.images)]
             places = self._features.places(self.params, sum(keys, []), pixels, soon)
             images, features = np.zeros((B, power_of_two(max(map(len, keys)))), np.int32), self._features.array
             for b, row in enumerate(keys):

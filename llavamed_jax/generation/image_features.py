@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import collections
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -38,7 +38,7 @@ class Features:
         self.array = None
 
     def places(self, params, keys: Sequence[int], images: Sequence[np.ndarray],
-               soon: Iterable[tuple[int, np.ndarray]] = ()) -> dict[int, int]:
+               soon: Sequence[tuple[int, np.ndarray]] = ()) -> dict[int, int]:
         """Returns the place of each image, and encodes the images that have no place yet.
 
         Args:

@@ -57,10 +57,13 @@ class Job:
       key: int64 [length of the prompt]: token ids, and at an image's positions a number that identifies its pixels. Two
         prompts have equal keys and values in the cache up to the first position where their `key` differs.
       image_keys: that number for each image.
+      images_before: int64 [length of the prompt]: how many images begin before each position.
+      boundaries: int64 [length of the prompt]: the last position at or before each one that is not inside an image.
       tokens: the tokens generated so far, including the end-of-sequence id.
       is_finished: whether no more tokens will come.
       error: the error, if the model failed on this request; other requests continue.
       is_alone: whether it must not share a prefix with another request.
+      taken: how many of the tokens were taken.
     """
 
     def __init__(self, request: Request, index: int = 0):
@@ -69,34 +72,22 @@ class Job:
         self.image_keys = [_image_key(image) for image in self.images]
         self.key = np.array(request.ids, np.int64)
         is_image = self.key == IMAGE_TOKEN
+        per_image = max(1, int(is_image.sum()) // max(1, len(self.image_keys)))
         if self.image_keys:
-            self._per_image = int(is_image.sum()) // len(self.image_keys)
-            self.key[is_image] = np.repeat(self.image_keys, self._per_image)
+            self.key[is_image] = np.repeat(self.image_keys, per_image)
+        positions_before = np.cumsum(is_image) - is_image
+        self.images_before = -(-positions_before // per_image)
+        self.boundaries = np.arange(len(self.key)) - positions_before % per_image * is_image
         self.tokens: list[int] = []
         self.is_finished = False
         self.error: UserError | None = None
         self.is_alone = False
-        self._taken = 0
-
-    @property
-    def has_news(self) -> bool:
-        """Whether there are tokens that were not taken, or the job is finished."""
-        return self.is_finished or len(self.tokens) > self._taken
-
-    def images_before(self, position: int) -> int:
-        """Returns how many images begin before a position."""
-        return -(-int((self.key[:position] <= _FIRST_IMAGE_KEY).sum()) // self._per_image) if self.image_keys else 0
-
-    def boundary(self, position: int) -> int:
-        """Returns the last position at or before `position` that is not inside an image."""
-        is_image = self.key <= _FIRST_IMAGE_KEY
-        inside = int(is_image[:position].sum()) % self._per_image if self.image_keys and is_image[position] else 0
-        return position - inside
+        self.taken = 0
 
     def take(self) -> list[int]:
         """Returns the tokens that have come since the last call."""
-        new = self.tokens[self._taken :]
-        self._taken += len(new)
+        new = self.tokens[self.taken :]
+        self.taken += len(new)
         return new
 
 

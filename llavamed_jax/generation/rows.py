@@ -40,17 +40,17 @@ class Placed:
       source: the row to copy from.
       start: how many positions to copy.
       target: the job's row.
+      length: the positions that are left to run.
     """
 
     job: Job
     source: int
     start: int
     target: int = -1
+    length: int = field(init=False)
 
-    @property
-    def length(self) -> int:
-        """The positions that are left to run."""
-        return len(self.job.key) - self.start
+    def __post_init__(self):
+        self.length = len(self.job.key) - self.start
 
 
 class Rows:
@@ -144,7 +144,7 @@ class Rows:
             return 0, 0
         prefixes = keys.common_prefixes(job.key)
         best = int(prefixes.argmax())
-        return best, job.boundary(min(int(prefixes[best]), len(job.key) - 1))
+        return best, int(job.boundaries[min(int(prefixes[best]), len(job.key) - 1)])
 
     @staticmethod
     def _is_worth(job: Job, shared: int, than: Placed) -> bool:

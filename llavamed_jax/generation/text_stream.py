@@ -18,6 +18,7 @@ class TextStream:
 
     Attributes:
       token_ids: all ids so far, up to the one that completed a stop.
+      text: the text so far, stripped, up to a stop string.
       is_stopped: whether a stop was found; later ids are ignored.
     """
 
@@ -25,14 +26,7 @@ class TextStream:
         self._decode, self._stop, self._stop_ids = decode, [s for s in stop if s], frozenset(stop_ids)
         self._given = 0
         self.token_ids: list[int] = []
-        self.is_stopped = False
-
-    @property
-    def text(self) -> str:
-        """The text so far, stripped, up to a stop string."""
-        text = self._decode(self.token_ids)
-        ends = [at for at in (text.find(s) for s in self._stop) if at >= 0]
-        return (text[: min(ends)] if ends else text).strip()
+        self.text, self.is_stopped = "", False
 
     def push(self, ids: Sequence[int]) -> str:
         """Takes new ids; returns the new text that later ids cannot change."""
@@ -45,7 +39,9 @@ class TextStream:
             end = next(n for n in range(before + 1, len(self.token_ids) + 1) if self._has_stop(self.token_ids[:n]))
             del self.token_ids[end:]
             self.is_stopped = True
-        text = self.text
+        text = self._decode(self.token_ids)
+        ends = [at for at in (text.find(s) for s in self._stop) if at >= 0]
+        self.text = text = (text[: min(ends)] if ends else text).strip()
         # White space at the end may precede a stop string, and would then be stripped.
         return self._give(text if self.is_stopped else text[: self._certain(text)].rstrip())
 

@@ -31,7 +31,7 @@ def locked(workdir: Path) -> Iterator[Place]:
       The run's place.
 
     Raises:
-      UserError: another run holds it.
+      UserError: another run holds it. A file system without locks gives a warning.
     """
     place = Place(workdir)
     if distributed.process_index():
@@ -70,7 +70,7 @@ class Place:
             file = open(self.workdir / ".lock", "a+", encoding="utf-8")
         except OSError as error:
             raise UserError(f"the workdir {self.workdir} cannot be written: {error.strerror}") from None
-        if not locks.lock(file.fileno()):
+        if not locks.is_free(file.fileno(), self.workdir):
             with file:
                 file.seek(0)
                 holder = file.read().strip() or "unknown"

@@ -28,7 +28,7 @@ from llavamed_jax.evaluation.report.summary import summary
 from llavamed_jax.evaluation.scoring import controls, score
 from llavamed_jax.evaluation.scoring.items import AnswerSet, answer_candidates
 from llavamed_jax.evaluation.scoring.predictions import join, read_predictions
-from llavamed_jax.evaluation.scoring.strict import is_strictly_right, multiset_f1
+from llavamed_jax.evaluation.scoring.strict import is_strictly_right, open_scores
 from llavamed_jax.processor import Processor
 from llavamed_jax.text.tokenizer import Tokenizer
 from llavamed_jax.utils.files import to_jsonl, write_text
@@ -139,7 +139,7 @@ def test_strict_closed_accuracy(text, answer, is_right):
     [("left left left", "left left", 4 / 5), ("left left", "left", 2 / 3), ("The left, one", "1 LEFT.", 1), ("", "a", 0), ("", "left", 0)],
 )
 def test_strict_f1_finds_each_word_as_often_as_both_have_it(text, answer, value):
-    assert multiset_f1(text, answer) == multiset_f1(answer, text) == pytest.approx(value)
+    assert open_scores(text, answer)[1] == open_scores(answer, text)[1] == pytest.approx(value)
 
 
 def test_ids_that_do_not_fit_are_one_error_that_lists_them():

@@ -1,5 +1,7 @@
 """An evaluation's workdir that somebody removes, moves or replaces meanwhile: no sentence names a file or an answer that is not there."""
 
+import errno
+import fcntl
 import json
 import os
 import shutil
@@ -93,6 +95,17 @@ def test_results_that_are_not_there_are_not_reported(evaluate, tmp_path, monkeyp
     else:
         sentence = f"{work}/report.html was removed right after it was written; {len(SAMPLES)} answers are kept in {work}"
         assert done and said.err.splitlines()[-1] == f"error: {sentence}"
+
+
+def test_a_file_system_without_locks_is_said_and_the_evaluation_goes_on(evaluate, tmp_path, monkeypatch, capsys):
+    def flock(descriptor, operation):
+        raise OSError(errno.ENOTSUP, "Operation not supported")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    status, _ = evaluate(tmp_path / "w", -1, None)
+    assert status == 0
+    warning = f"warning: {tmp_path / 'w'} cannot be locked (Operation not supported), so a second run"
+    assert capsys.readouterr().err.count(warning) == 1
 
 
 @pytest.mark.parametrize("is_stopped", [False, True])

@@ -68,7 +68,7 @@ def test_open_answers_are_judged_apart_from_the_string_metrics(tmp_path, predict
     assert result["open_accuracy"] == pytest.approx(100 * n_right / (n - 1))
     right = [np.nan, *(float(i % 2) for i in range(1, n))]
     images = [str(sample.image) for sample in OPEN]
-    wanted = statistics.intervals([statistics.mean("open_accuracy", np.array(right))], images, 0)
+    wanted = statistics.intervals(statistics.resample([statistics.mean("open_accuracy", np.array(right))], images, 0))
     assert len(set(images)) < n and wanted.items() <= result.items(), "images are drawn"
     assert result["judge"]["n_asked_again"] == 2 and result["judge"]["model"] == "tiny"
     lines = [json.loads(line) for line in (tmp_path / "with" / "judged.jsonl").read_text().splitlines()]
@@ -112,7 +112,7 @@ def test_only_open_answers_are_judged(tmp_path):
     samples = read_vqa_rad(SAMPLE, "test")
     asked, texts, prompts = open_answers.open_texts(open_answers.open_judge(cfg, tmp_path), samples, [str(i) for i in range(len(samples))])
     assert asked == OPEN and len(prompts) == len(OPEN) < len(samples)
-    assert texts == [str(i) for i, sample in enumerate(samples) if samples_of_sets.kind(sample) == samples_of_sets.OPEN]
+    assert texts == [str(i) for i, sample in enumerate(samples) if sample.answer_type == samples_of_sets.OPEN]
 
 
 def test_a_config_without_the_group_judges_nothing(tmp_path):

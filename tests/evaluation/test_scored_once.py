@@ -10,13 +10,14 @@ from llavamed_jax.cli import eval as cli
 from llavamed_jax.datasets.vqa_rad import read_vqa_rad
 from llavamed_jax.evaluation import metrics
 from llavamed_jax.evaluation.answering.answerer import Answer
-from llavamed_jax.evaluation.scoring import captions, predictions, strict
+from llavamed_jax.evaluation.scoring import captions, predictions, statistics, strict
 from llavamed_jax.utils.files import to_jsonl
 from tests.support.answerers import StandIn
 from tests.support.chat_set import ROOT, SAMPLE
 
 SAMPLES = read_vqa_rad(SAMPLE, "test")
-OPEN = sum(sample.answer_type == "OPEN" for sample in SAMPLES)
+OPEN, CLOSED = (sum(sample.answer_type == kind for sample in SAMPLES) for kind in ("OPEN", "CLOSED"))
+FAMILIES = 2  # paper and strict
 
 
 class Says(StandIn):
@@ -44,12 +45,17 @@ def counts(monkeypatch):
             if getattr(each, name, None) is real:
                 monkeypatch.setattr(each, name, counted)
 
-    for module, name in ((predictions, "join"), (predictions, "check_asked"), (strict, "is_exactly_right"), (metrics, "is_substring_hit"),
-                         (metrics, "bleu"), (metrics, "exact_match"), (strict, "multiset_f1"), (strict, "read_choice"),
+    for module, name in ((predictions, "join"), (predictions, "check_asked"), (metrics, "open_values"), (metrics, "closed_values"),
+                         (metrics, "bleu"), (strict, "open_scores"), (statistics, "resample"), (strict, "read_choice"),
                          (captions, "item_values")):
         count(module, name)
     monkeypatch.setattr(cli, "_local", lambda args: Says())
     return found
+
+
+def num_groups(workdir):
+    """How many parts of the questions have intervals of their own in `metrics.json`."""
+    return sum(map(len, json.loads((workdir / "metrics.json").read_text())["groups"].values()))
 
 
 def evaluate(workdir, name, *more):
@@ -62,8 +68,8 @@ def test_controls_and_comparison_score_each_set_once(counts, tmp_path):
     (tmp_path / "b.jsonl").write_text(to_jsonl([{"question_id": s.question_id, "text": str(s.answer)} for s in SAMPLES]))
     where = [f"--config.data.root={SAMPLE}", "--checkpoint", "runs/x", "--control", "image", "--against", tmp_path / "b.jsonl"]
     assert evaluate(tmp_path / "w", "vqa_rad", *where) == 0
-    assert counts == {"join": 4, "check_asked": 4, "is_exactly_right": 4 * OPEN, "is_substring_hit": 4 * len(SAMPLES), "bleu": 4 * OPEN,
-                      "exact_match": 4 * OPEN, "multiset_f1": 4 * OPEN}  # fmt: skip
+    assert counts == {"join": 4, "check_asked": 4, "open_values": 4 * OPEN, "closed_values": 4 * CLOSED, "bleu": 4 * OPEN,
+                      "open_scores": 4 * OPEN, "resample": 4 * FAMILIES + num_groups(tmp_path / "w")}  # fmt: skip
     found = json.loads((tmp_path / "w" / "metrics.json").read_text())
     assert found["against"]["strict"]["open_f1"]["other"] == 100 and found["control"]["noise"]["difference"]["open_f1"] == 0
 
@@ -71,8 +77,8 @@ def test_controls_and_comparison_score_each_set_once(counts, tmp_path):
 def test_a_file_is_joined_once(counts, tmp_path):
     (tmp_path / "b.jsonl").write_text(to_jsonl([{"question_id": s.question_id, "text": "yes"} for s in SAMPLES]))
     assert evaluate(tmp_path / "w", "vqa_rad", f"--config.data.root={SAMPLE}", "--predictions", tmp_path / "b.jsonl") == 0
-    assert counts == {"join": 1, "check_asked": 1, "is_exactly_right": OPEN, "is_substring_hit": len(SAMPLES),
-                      "bleu": OPEN, "exact_match": OPEN, "multiset_f1": OPEN}  # fmt: skip
+    assert counts == {"join": 1, "check_asked": 1, "open_values": OPEN, "closed_values": CLOSED,
+                      "bleu": OPEN, "open_scores": OPEN, "resample": FAMILIES + num_groups(tmp_path / "w")}  # fmt: skip
 
 
 @pytest.mark.parametrize("name, row, scored", [
@@ -85,4 +91,5 @@ def test_choices_and_captions_are_read_once(name, row, scored, counts, tmp_path)
     (tmp_path / "test.json").write_text(json.dumps(rows))
     where = [f"--config.data.root={tmp_path}", f"--config.data.images={SAMPLE / 'images'}", "--checkpoint", "x", "--control", "image"]
     assert evaluate(tmp_path / "w", name, *where) == 0
+    assert counts.pop("resample") == 3 * (3 if name == "captions" else 2) + num_groups(tmp_path / "w")
     assert counts == {"join": 3, "check_asked": 3, scored: 9}

@@ -12,11 +12,19 @@ from nltk.translate.bleu_score import corpus_bleu
 from llavamed_jax.datasets.sample import VqaSample
 from llavamed_jax.evaluation.scoring import captions, score, statistics
 from llavamed_jax.evaluation.scoring.items import AnswerSet
-from llavamed_jax.evaluation.scoring.statistics import Score, compare, intervals, mean
+from llavamed_jax.evaluation.scoring.statistics import Score, mean, resample
 
 
 def one_each(count):
     return [f"{i}.jpg" for i in range(count)]
+
+
+def intervals(scores, images, seed):
+    return statistics.intervals(resample(scores, images, seed))
+
+
+def compare(first, second, images, seed):
+    return statistics.compare(resample(first, images, seed), resample(second, images, seed), seed)
 
 
 def fraction(values):

@@ -196,7 +196,7 @@ def test_images_that_differ_in_one_value_share_nothing_behind_them(params, engin
 def test_nothing_is_taken_over_from_the_middle_of_an_image(params, engine):
     ends_with_image = [Request([1, 2, 3] * 15 + IMG, images(1), NEW) for _ in range(2)]
     job = Job(ends_with_image[0])
-    assert [job.boundary(45 + i) for i in (0, 1, P - 1)] == [45] * 3 and job.boundary(44) == 44
+    assert [job.boundaries[45 + i] for i in (0, 1, P - 1)] == [45] * 3 and job.boundaries[44] == 44
     assert engine.generate(ends_with_image) == [alone(params, ends_with_image[0])] * 2
 
 

@@ -1,5 +1,7 @@
 """A workdir that somebody removes, moves or replaces under its run: nothing is called saved that is not, and nobody else's is touched."""
 
+import errno
+import fcntl
 import json
 import os
 import shutil
@@ -260,6 +262,16 @@ def test_a_workdir_that_another_run_has_taken_is_left_to_it(recipe, at_update, t
         fit(recipe(), work)
     opened[0].release()
     assert steps(work) == [3]
+
+
+def test_a_file_system_without_locks_is_said_and_the_run_goes_on(recipe, tmp_path, monkeypatch, capsys):
+    def flock(descriptor, operation):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    assert fit(recipe(), tmp_path / "run")
+    said = capsys.readouterr().err
+    assert said.count(f"warning: {tmp_path / 'run'} cannot be locked (No locks available), so a second run") == 1
 
 
 def test_logs_that_are_removed_begin_anew(recipe, at_update, tmp_path, capsys):

@@ -17,7 +17,7 @@ from llavamed_jax.utils import files, locks, progress
 from llavamed_jax.utils.hashes import sha256
 
 PACKAGE = Path(files.__file__).resolve().parent.parent
-# What stands in the code -> the files where it does. Training draws its own bar, and signs the file that it locks.
+# What stands in the code -> the files where it does. Training draws its own bar.
 ONCE = {
     "from tqdm import": {"utils/progress.py", "training/log.py"},
     ".flock(": {"utils/locks.py"},
@@ -79,6 +79,22 @@ def test_a_lock_is_held_until_the_descriptor_is_closed(tmp_path, monkeypatch):
     monkeypatch.setattr(fcntl, "flock", refuse)
     assert locks.lock(third) is None, "a file system without locks"
     os.close(third)
+
+
+# What Linux says: NFS without its daemon, other network file systems, Lustre without `flock`, NFS of a directory.
+NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF)
+
+
+@pytest.mark.parametrize("code", [errno.EWOULDBLOCK, *NO_LOCKS])
+def test_a_lock_that_another_holds_is_told_from_none(tmp_path, monkeypatch, capsys, code):
+    def flock(descriptor, operation):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    assert [locks.is_free(0, tmp_path) for _ in range(2)] == [code in NO_LOCKS] * 2
+    warned = capsys.readouterr().err.splitlines()
+    assert len(warned) == (code in NO_LOCKS), "said once"
+    assert all(f"warning: {tmp_path} cannot be locked ({os.strerror(code)})" in line for line in warned)
 
 
 def test_lines_of_json_have_their_numbers():

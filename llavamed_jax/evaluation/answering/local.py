@@ -44,12 +44,13 @@ class LocalModel:
         model.processor = model.processor.for_evaluation()
         self.model, self.name = model, name
         self._file_hashes: dict[str, str] | None = None
+        self._prompts: dict[str, np.ndarray] = {}
 
     def answers(self, questions: Sequence[tuple[str, str]], asked: Sequence[int], generation: Generation,
                 failed: dict[int, UserError]) -> Iterator[tuple[int, Answer]]:
         """Implements `Answerer.answers`."""
         self.model.engine.batch_size = generation.batch_size
-        asking = _Asking(self.model, questions, failed)
+        asking = _Asking(self.model, questions, failed, self._prompts)
         return asking.beams(asked, generation) if generation.num_beams > 1 else asking.each(asked, generation)
 
     def facts(self) -> dict[str, str]:
@@ -91,10 +92,18 @@ class LocalModel:
 
 
 class _Asking:
-    """Passes questions through a model, in bounded memory."""
+    """Passes questions through a model, in bounded memory.
 
-    def __init__(self, model: LlavaMed, questions: Sequence[tuple[str, str]], failed: dict[int, UserError]):
-        self._model, self._questions, self._failed = model, questions, failed
+    Args:
+      model: the loaded model.
+      questions: all (question, image path) pairs.
+      failed: receives the errors of questions that cannot be answered, by index.
+      encoded: question -> the ids of its prompt, int32. The controls ask the same questions again.
+    """
+
+    def __init__(self, model: LlavaMed, questions: Sequence[tuple[str, str]], failed: dict[int, UserError],
+                 encoded: dict[str, np.ndarray]):
+        self._model, self._questions, self._failed, self._encoded = model, questions, failed, encoded
         seen: Counter = Counter()
         self._nth = []  # number of equal questions before this one, including those that are answered already
         for question in questions:
@@ -154,8 +163,11 @@ class _Asking:
                 self._failed[i] = image
                 continue
             text, path = self._questions[i]
-            ids = processor.expand(processor.encode(processor.question(text, [path])))
-            yield i, ids[:limit], image, max(0, len(ids) - limit)
+            if text not in self._encoded:
+                ids = processor.expand(processor.encode(processor.question(text, [path])))
+                self._encoded[text] = np.array(ids, np.int32)
+            ids = self._encoded[text]
+            yield i, ids[:limit].tolist(), image, max(0, len(ids) - limit)
 
 
 def read_ahead(processor, paths: Sequence[str]) -> Iterator[np.ndarray | UserError]:

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from ml_collections import ConfigDict
 
-from llavamed_jax.datasets.sample import OPEN, VqaSample, kind
+from llavamed_jax.datasets.sample import OPEN, VqaSample, kinds
 from llavamed_jax.errors import count_of
 from llavamed_jax.evaluation.judging.judge import Judge, Verdict, report_unscored
 from llavamed_jax.evaluation.judging.prompts import OPEN_PROMPT, open_prompt, read_prompt, read_right
@@ -47,7 +47,7 @@ class Judged:
 def open_texts(judge: Judge, samples: Sequence[VqaSample],
                texts: Sequence[str]) -> tuple[list[VqaSample], list[str], list[str]]:
     """Returns the open questions among `samples`, the answers to them, and the judge's prompt for each."""
-    pairs = [(sample, text) for sample, text in zip(samples, texts, strict=True) if kind(sample) == OPEN]
+    pairs = [(sample, text) for sample, text, kind in zip(samples, texts, kinds(samples), strict=True) if kind == OPEN]
     prompts = [open_prompt(judge.prompt, sample.question, str(sample.answer), text) for sample, text in pairs]
     return [sample for sample, _ in pairs], [text for _, text in pairs], prompts
 
@@ -80,8 +80,8 @@ def judge_open(judge: Judge, answers: AnswerSet, seed: int) -> Judged:
     report_unscored(verdicts, ids, "open answers")
     values = np.array([np.nan if verdict.value is None else verdict.value for verdict in verdicts], np.float64)  # [N]
     unscored = [name for name, verdict in zip(ids, verdicts, strict=True) if verdict.value is None]
-    table = statistics.intervals([statistics.mean("open_accuracy", values)], [str(sample.image) for sample in asked],
-                                 seed)
+    images = [str(sample.image) for sample in asked]
+    table = statistics.intervals(statistics.resample([statistics.mean("open_accuracy", values)], images, seed))
     metrics = table | {"n_open": len(asked), "n_unscored": len(unscored), "unscored": unscored,
                        "judge": judge.summary(verdicts)}
     lines = [

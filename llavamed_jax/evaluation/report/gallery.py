@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from llavamed_jax.datasets.sample import CAPTION, CHOICE, CLOSED, VqaSample, kind
+from llavamed_jax.datasets.sample import CAPTION, CHOICE, CLOSED, VqaSample
 from llavamed_jax.evaluation.report import page
 from llavamed_jax.evaluation.scoring import controls
 from llavamed_jax.evaluation.scoring.items import AnswerSet
@@ -64,7 +64,7 @@ def pictures(metrics: Mapping, answers: AnswerSet, others: Mapping[str, AnswerSe
 
 
 def _verdict(answers: AnswerSet, i: int) -> tuple[str, str]:
-    name = kind(answers.samples[i])
+    name = answers.kinds[i]
     if name == CHOICE and answers.choices[i] is None:
         return "wrong", "unread"
     metric = {CLOSED: "closed_accuracy", CHOICE: "choice_accuracy", CAPTION: "rouge_l"}.get(name, "open_f1")

@@ -12,24 +12,24 @@ from pathlib import Path
 
 import numpy as np
 
-from llavamed_jax.datasets.sample import CAPTION, CHOICE, OPEN, VqaSample, kind
+from llavamed_jax.datasets.sample import CAPTION, CHOICE, OPEN, VqaSample, kinds, of_kind
 from llavamed_jax.errors import UserError
 from llavamed_jax.evaluation import metrics
 from llavamed_jax.evaluation.scoring import captions, registry, statistics
 from llavamed_jax.evaluation.scoring.metric import Answered
 from llavamed_jax.evaluation.scoring.predictions import check_asked, join, read_predictions
-from llavamed_jax.evaluation.scoring.statistics import Score
+from llavamed_jax.evaluation.scoring.statistics import Resampled, Score
 from llavamed_jax.evaluation.scoring.strict import read_choice
 from llavamed_jax.utils.files import read_bytes
 from llavamed_jax.utils.hashes import sha256
 
 
-def answer_candidates(training: Iterable[VqaSample]) -> list[str]:
+def answer_candidates(training: Sequence[VqaSample]) -> list[str]:
     """Returns the distinct open answers of the training rows, in order of first appearance.
 
     The original's file of candidates was never released. VQA-RAD's own training rows give 430 candidates.
     """
-    return list(dict.fromkeys(str(sample.answer) for sample in training if kind(sample) == OPEN))
+    return list(dict.fromkeys(str(sample.answer) for sample in of_kind(training, OPEN)))
 
 
 class AnswerSet:
@@ -58,6 +58,7 @@ class AnswerSet:
         self.samples, self.predictions, self.training = samples, list(predictions), training
         self.texts = join(samples, self.predictions)
         self._not_stated = check_asked(samples, self.predictions, is_control_allowed)
+        self._resampled: dict[int, dict[str, list[Resampled]]] = {}
         self.file: Path | None = None
         self.sha256 = ""
 
@@ -101,10 +102,15 @@ class AnswerSet:
         return [str(sample.image) for sample in self.samples]
 
     @functools.cached_property
+    def kinds(self) -> list[str]:
+        """The kind of each question (`sample.KINDS`)."""
+        return kinds(self.samples)
+
+    @functools.cached_property
     def choices(self) -> dict[int, int | None]:
         """Index of each multiple-choice question -> index of the option that the answer names; None if unread."""
-        pairs = enumerate(zip(self.samples, self.texts, strict=True))
-        return {i: read_choice(text, sample.options) for i, (sample, text) in pairs if kind(sample) == CHOICE}
+        return {i: read_choice(self.texts[i], self.samples[i].options)
+                for i, kind in enumerate(self.kinds) if kind == CHOICE}
 
     @functools.cached_property
     def values(self) -> np.ndarray:
@@ -117,8 +123,7 @@ class AnswerSet:
         values = np.full((len(self.samples), len(self._columns)), np.nan)
         for i, (sample, row) in enumerate(zip(self.samples, values, strict=True)):
             answered = Answered(sample, self.texts[i], candidate_list, self.choices.get(i))
-            name = kind(sample)
-            for metric in (metric for metric in registry.METRICS if metric.kind == name):
+            for metric in (metric for metric in registry.METRICS if metric.kind == self.kinds[i]):
                 for key, value in metric.values(answered).items():
                     row[self._columns[key]] = value
         return values
@@ -138,17 +143,23 @@ class AnswerSet:
 
         Metrics of a kind of question that does not occur are left out, unless they are always listed.
         """
-        kinds = {kind(sample) for sample in self.samples}
         result: dict[str, list[Score]] = {}
         for metric in registry.METRICS:
-            if metric.is_always_listed or metric.kind in kinds:
+            if metric.is_always_listed or metric.kind in self.kinds:
                 result.setdefault(metric.family, []).extend(self._mean(name) for name in metric.names)
-        if CAPTION in kinds:
+        if CAPTION in self.kinds:
             nothing = [0] * (2 * captions.ORDERS + 3)
-            parts = [captions.bleu_parts(text, str(sample.answer)) if kind(sample) == CAPTION else nothing
-                     for sample, text in zip(self.samples, self.texts, strict=True)]
+            parts = [captions.bleu_parts(text, str(sample.answer)) if kind == CAPTION else nothing
+                     for sample, text, kind in zip(self.samples, self.texts, self.kinds, strict=True)]
             result["captions"].insert(0, Score(captions.BLEU, np.array(parts, dtype=float), captions.bleu_percent))
         return result
+
+    def resampled(self, seed: int) -> dict[str, list[Resampled]]:
+        """Returns the scores by family with their bootstrap, which is drawn once for each seed."""
+        if seed not in self._resampled:
+            self._resampled[seed] = {family: statistics.resample(scores, self.images, seed)
+                                     for family, scores in self.families.items()}
+        return self._resampled[seed]
 
     def _mean(self, name: str) -> Score:
         return statistics.mean(name, self.values[:, self._columns[name]])

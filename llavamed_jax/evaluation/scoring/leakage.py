@@ -17,10 +17,10 @@ from pathlib import Path
 
 from PIL import Image
 
-from llavamed_jax.datasets.sample import OPEN, VqaSample, kind
+from llavamed_jax.datasets.sample import OPEN, VqaSample, kinds, of_kind
 from llavamed_jax.datasets.training import TrainingData
 from llavamed_jax.errors import UserError
-from llavamed_jax.evaluation.scoring.strict import normalized
+from llavamed_jax.evaluation.metrics import normalized
 from llavamed_jax.images.load import load_image
 from llavamed_jax.utils.files import open_file
 from llavamed_jax.utils.hashes import sha256
@@ -32,20 +32,28 @@ _THREADS = 8  # reading and decoding release Python's lock
 def leakage(samples: Sequence[VqaSample], training: Sequence[VqaSample]) -> dict:
     """Counts the images, questions and open answers that also occur in the training rows; returns totals too."""
     images = {str(sample.image) for sample in training}
-    asked = {(str(s.image), normalized(s.question)) for s in training}
-    answered = {(str(s.image), normalized(s.answer)) for s in training}
-    open_samples = [sample for sample in samples if kind(sample) == OPEN]
+    open_samples = of_kind(samples, OPEN)
+    asked, answered = {*_questions(training)}, {*_answers(training)}
     tested_images = {str(sample.image) for sample in samples}
     return {
         "training_rows": len(training),
         "images": len(tested_images),
         "images_in_training": len(tested_images & images),
         "questions": len(samples),
-        "questions_in_training": sum((str(s.image), normalized(s.question)) in asked for s in samples),
+        "questions_in_training": sum(question in asked for question in _questions(samples)),
         "open_questions": len(open_samples),
-        "open_answers_on_same_image_in_training": sum((str(s.image), normalized(s.answer)) in answered
-                                                      for s in open_samples),
+        "open_answers_on_same_image_in_training": sum(answer in answered for answer in _answers(open_samples)),
     }
+
+
+def _questions(samples: Sequence[VqaSample]) -> list[tuple[str, str]]:
+    """Returns the image and the normalised question of each sample."""
+    return list(zip([str(s.image) for s in samples], normalized([s.question for s in samples]), strict=True))
+
+
+def _answers(samples: Sequence[VqaSample]) -> list[tuple[str, str]]:
+    """Returns the image and the normalised answer of each sample."""
+    return list(zip([str(s.image) for s in samples], normalized([s.answer for s in samples]), strict=True))
 
 
 def trained_on(samples: Sequence[VqaSample], data: TrainingData) -> dict:
@@ -69,11 +77,11 @@ def trained_on(samples: Sequence[VqaSample], data: TrainingData) -> dict:
     found = {image: set().union(*(answers[other] for other in matches.of(image))) for image in tested
              if matches.of(image)}
     table = defaultdict(Counter)
-    for sample in samples:
-        row, image = table[kind(sample)], str(sample.image)
+    for kind, (image, answer) in zip(kinds(samples), _answers(samples), strict=True):
+        row = table[kind]
         row["questions"] += 1
         row["image_in_training"] += image in found
-        row["image_and_answer_in_training"] += image in found and normalized(sample.answer) in found[image]
+        row["image_and_answer_in_training"] += image in found and answer in found[image]
     return {
         "records": num_records,
         "records_not_readable": num_damaged,
@@ -91,9 +99,9 @@ def _answers_by_image(data: TrainingData) -> tuple[dict[str, set[str]], int, int
     answers, readable = defaultdict(set), 0
     for record in data.readable():
         readable += 1
-        turns = {normalized(turn["value"]) for turn in record["conversations"] if turn["from"] == "gpt"}
+        turns = normalized([turn["value"] for turn in record["conversations"] if turn["from"] == "gpt"])
         for image in record["image"]:
-            answers[str(image)] |= turns
+            answers[str(image)].update(turns)
     return dict(answers), data.num_records, data.num_records - readable
 
 

@@ -93,7 +93,7 @@ def check_asked(samples: Sequence[VqaSample], predictions: Iterable[Mapping],
     counts = {"state no prompt and are joined by question_id": 0, "state no image": 0,
               "have a prompt with more text than the question": 0}
     for sample in samples:
-        line, where = by_id[str(sample.question_id)], f"question {cut(str(sample.question_id))}: "
+        line = by_id[str(sample.question_id)]
         prompt, image, control = line.get("prompt"), _stated_image(line), _metadata(line).get("control")
         counts["state no prompt and are joined by question_id"] += not isinstance(prompt, str)
         counts["state no image"] += image is None
@@ -102,15 +102,21 @@ def check_asked(samples: Sequence[VqaSample], predictions: Iterable[Mapping],
             counts["have a prompt with more text than the question"] += is_longer
             # Our multiple-choice prompts list the options; those of other programs may lack them.
             if not is_longer and not (sample.answer_type == CHOICE and said and asked.startswith(said)):
-                wrong["answer another prompt"].append(f"{where}{short(prompt)}, not {short(sample.question)}")
+                wrong["answer another prompt"].append(
+                    f"{_named(sample)}{short(prompt)}, not {short(sample.question)}")
         if control is not None:
-            wrong["belong to a control"] += [] if is_control_allowed else [f"{where}{short(control)}"]
+            wrong["belong to a control"] += [] if is_control_allowed else [f"{_named(sample)}{short(control)}"]
         elif image is not None and not _is_image(image, names[str(sample.image)]):
-            wrong["are about another image"].append(f"{where}{short(image)}, not {short(names[str(sample.image)])}")
+            wrong["are about another image"].append(
+                f"{_named(sample)}{short(image)}, not {short(names[str(sample.image)])}")
     if any(wrong.values()):
         found = "; ".join(f"{len(each)} {what} ({each[0]})" for what, each in wrong.items() if each)
         raise UserError(f"the predictions do not answer the {len(samples)} questions: {found}")
     return counts
+
+
+def _named(sample: VqaSample) -> str:
+    return f"question {cut(str(sample.question_id))}: "
 
 
 def image_names(images: Iterable[str]) -> dict[str, str]:

@@ -8,6 +8,7 @@ in an unknown form stays unchanged.
 
 from __future__ import annotations
 
+import functools
 import re
 import unicodedata
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from collections.abc import Iterator
 from llavamed_jax.evaluation import metrics
 
 _SPAN = 400  # characters between two marks of emphasis: keeps the search linear in the length of an answer
+_MOST_TEXTS = 2**16  # kept forms: gold answers recur in every control, and short answers in many questions
 _NESTED = 8  # nested brackets and marks that are removed
 _QUOTES = "\"“”„‟″〝〞〟«»‹›「」『』《》〈〉"
 _SAME = str.maketrans(
@@ -117,6 +119,7 @@ def _is_bracketed(text: str) -> bool:
     return False
 
 
+@functools.lru_cache(_MOST_TEXTS)
 def comparable(text: str) -> str:
     """Returns the form of a clean text that is compared: lower-cased and normalised as in the VQA evaluation.
 
@@ -125,6 +128,11 @@ def comparable(text: str) -> str:
     """
     lowered = text.lower()
     return metrics.normalize_word(lowered) or " ".join(re.findall(r"\w+", lowered)) or lowered.strip()
+
+
+def plain(answer: object) -> str:
+    """Returns the form of a gold answer or an option that is compared."""
+    return comparable(clean(answer))
 
 
 def readings(text: object, has_letters: bool = False) -> list[str]:
@@ -149,7 +157,7 @@ def says(text: object, answer: object) -> bool:
 
     An empty text gives no answer, and no text gives an empty answer.
     """
-    wanted = comparable(clean(answer))
+    wanted = plain(answer)
     if not wanted:
         return False
     found = readings(text)

@@ -7,17 +7,18 @@ is there if the set has captioning questions.
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from llavamed_jax.datasets.sample import CAPTION, CHOICE, CLOSED, LETTERS, OPEN, VqaSample, kind
+from llavamed_jax.datasets.sample import CAPTION, CHOICE, CLOSED, LETTERS, OPEN, VqaSample, kinds, of_kind
 from llavamed_jax.evaluation import metrics
 from llavamed_jax.evaluation.scoring import captions, registry, statistics
 from llavamed_jax.evaluation.scoring.items import AnswerSet
 from llavamed_jax.evaluation.scoring.leakage import leakage
+from llavamed_jax.evaluation.scoring.reader import plain
 from llavamed_jax.evaluation.scoring.statistics import Score
-from llavamed_jax.evaluation.scoring.strict import comparable, is_strictly_right, right_choice
+from llavamed_jax.evaluation.scoring.strict import is_strictly_right, right_choice
 
 GROUPS = ("question_type", "organ", "modality")
 
@@ -32,10 +33,9 @@ def group_keys(sample: VqaSample, group: str) -> list[str]:
     return [name for name in names if name] or ["not stated"]
 
 
-def counts(samples: Iterable[VqaSample]) -> dict[str, int]:
+def counts(samples: Sequence[VqaSample]) -> dict[str, int]:
     """Returns `n_open`, `n_closed`, `n_choice`, `n_caption` and `n_images`."""
-    samples = list(samples)
-    found = Counter(map(kind, samples))
+    found = Counter(kinds(samples))
     sizes = {f"n_{name.lower()}": found[name] for name in (OPEN, CLOSED, CHOICE, CAPTION)}
     return sizes | {"n_images": len({str(sample.image) for sample in samples})}
 
@@ -55,7 +55,8 @@ def _groups(samples: Sequence[VqaSample], scores: Mapping[str, Sequence[Score]],
             rows = [i for i, several in enumerate(keys) if key in several]
             images = [str(samples[i].image) for i in rows]
             part = [dataclasses.replace(score, parts=score.parts[rows]) for score in shown]
-            result[group][key] = counts(samples[i] for i in rows) | statistics.intervals(part, images, seed)
+            result[group][key] = counts([samples[i] for i in rows]) | statistics.intervals(
+                statistics.resample(part, images, seed))
     return result
 
 
@@ -67,20 +68,20 @@ def _baselines(samples: Sequence[VqaSample], training: Sequence[VqaSample]) -> d
     original's `run_eval`. With multiple-choice questions, `majority_choice` always gives the letter that is most often
     right, and `chance_choice` is the expected accuracy of random choices.
     """
-    gold = [str(sample.answer) for sample in samples if kind(sample) == CLOSED]
+    gold = Counter(str(sample.answer) for sample in of_kind(samples, CLOSED))
     result = {"majority_closed": None, "majority_closed_answer": None, "constant_yes_no": None}
     if gold:
-        source = [str(sample.answer) for sample in training if kind(sample) == CLOSED] or gold
-        majority = Counter(map(comparable, source)).most_common(1)[0][0]
+        majority = _majority(Counter(str(sample.answer) for sample in of_kind(training, CLOSED)) or gold)
+        share = lambda is_right: 100 * sum(n for answer, n in gold.items() if is_right(answer)) / gold.total()
         result = {
-            "majority_closed": 100 * sum(is_strictly_right(majority, answer) for answer in gold) / len(gold),
+            "majority_closed": share(lambda answer: is_strictly_right(majority, answer)),
             "majority_closed_answer": majority,
-            "constant_yes_no": 100 * sum(metrics.is_yes_no_hit("yes no", answer) for answer in gold) / len(gold),
+            "constant_yes_no": share(lambda answer: metrics.is_yes_no_hit("yes no", answer)),
         }
-    choices = [sample for sample in samples if kind(sample) == CHOICE]
+    choices = of_kind(samples, CHOICE)
     if choices:
         places = [right_choice(sample) for sample in choices]
-        source = [right_choice(sample) for sample in training if kind(sample) == CHOICE] or places
+        source = [right_choice(sample) for sample in of_kind(training, CHOICE)] or places
         majority = Counter(source).most_common(1)[0][0]
         result |= {
             "majority_choice": 100 * places.count(majority) / len(places),
@@ -88,6 +89,14 @@ def _baselines(samples: Sequence[VqaSample], training: Sequence[VqaSample]) -> d
             "chance_choice": 100 * float(np.mean([1 / len(sample.options) for sample in choices])),
         }
     return result
+
+
+def _majority(answers: Counter[str]) -> str:
+    """Returns the most frequent answer, as strict metrics compare it; of equally frequent ones, the first."""
+    found = Counter()
+    for answer, count in answers.items():
+        found[plain(answer)] += count
+    return found.most_common(1)[0][0]
 
 
 def score(answers: AnswerSet, *, dataset: str = "", split: str = "", seed: int = 0) -> dict:
@@ -121,7 +130,7 @@ def score(answers: AnswerSet, *, dataset: str = "", split: str = "", seed: int =
 
 def tables(answers: AnswerSet, seed: int) -> dict[str, dict]:
     """Returns only the families of `score`; a control is scored with it."""
-    found = {family: statistics.intervals(scores, answers.images, seed) for family, scores in answers.families.items()}
+    found = {family: statistics.intervals(scores) for family, scores in answers.resampled(seed).items()}
     if "captions" in found:
         found["captions"]["not_computed"] = list(captions.NOT_COMPUTED)
     return found
@@ -135,8 +144,9 @@ def compare(first: AnswerSet, second: AnswerSet, seed: int = 0) -> dict[str, dic
       second: the answers of another; differences are `first` minus `second`.
       seed: seed of the bootstrap and the test.
     """
-    return {family: statistics.compare(scores, second.families[family], first.images, seed)
-            for family, scores in first.families.items()}
+    others = second.resampled(seed)
+    return {family: statistics.compare(scores, others[family], seed)
+            for family, scores in first.resampled(seed).items()}
 
 
 def difference(first: AnswerSet, second: AnswerSet, seed: int = 0) -> dict:
@@ -144,10 +154,10 @@ def difference(first: AnswerSet, second: AnswerSet, seed: int = 0) -> dict:
 
     The result is flat: `NAME` (the difference), `NAME_low`, `NAME_high` and `NAME_p`.
     """
-    pairs = [each["strict"] + [score for score in each.get("captions", []) if score.names == ("rouge_l",)]
-             for each in (first.families, second.families)]
+    pairs = [each["strict"] + [one for one in each.get("captions", []) if one.score.names == ("rouge_l",)]
+             for each in (first.resampled(seed), second.resampled(seed))]
     flat = {}
-    for name, row in statistics.compare(*pairs, first.images, seed).items():
+    for name, row in statistics.compare(*pairs, seed).items():
         flat |= {name: row["difference"], f"{name}_low": row["low"], f"{name}_high": row["high"], f"{name}_p": row["p"]}
     return flat
 

@@ -53,8 +53,33 @@ def _mean_percent(sums: np.ndarray) -> np.ndarray:
     return np.divide(100 * total, count, out=np.full_like(total, np.nan), where=count > 0)
 
 
-def intervals(scores: Sequence[Score], images: Sequence[str], seed: int) -> dict[str, float | None]:
-    """Computes metrics in percent and their 95 % intervals, which are percentiles of a bootstrap over images.
+@dataclass(frozen=True)
+class Resampled:
+    """A score, and its metrics in a bootstrap over images.
+
+    Attributes:
+      score: the score.
+      sums: the sums over the items of each image, float64 [I, C].
+      drawn: the metrics of each draw, in percent, float64 [R, M]; R is 0 if there are fewer than two images.
+    """
+
+    score: Score
+    sums: np.ndarray
+    drawn: np.ndarray
+
+    @property
+    def values(self) -> np.ndarray:
+        """The metrics of all items, in percent, [M]."""
+        return self.score.percent(self.sums.sum(axis=0))
+
+    @property
+    def support(self) -> np.ndarray:
+        """The number of images that have items for each metric, [M]."""
+        return np.count_nonzero(~np.isnan(self.score.percent(self.sums)), axis=0)
+
+
+def resample(scores: Sequence[Score], images: Sequence[str], seed: int) -> list[Resampled]:
+    """Draws I images out of I, `RESAMPLES` times, and computes all metrics of each draw.
 
     The bootstrap is Efron's, clustered by image.
 
@@ -62,22 +87,28 @@ def intervals(scores: Sequence[Score], images: Sequence[str], seed: int) -> dict
       scores: scores of the same N items.
       images: the image of each item.
       seed: seed of the resampling. The same images are drawn for every metric.
+    """
+    sums = [_by_image(score.parts, images) for score in scores]
+    return [Resampled(*each) for each in zip(scores, sums, _draw(scores, sums, seed), strict=True)]
+
+
+def intervals(resampled: Sequence[Resampled]) -> dict[str, float | None]:
+    """Returns metrics in percent and their 95 % intervals, which are percentiles of the draws.
 
     Returns:
       `NAME`, `NAME_low` and `NAME_high` for each name. The value is None if no item counts, and the interval is None
       if fewer than two images count.
     """
-    sums = [_by_image(score.parts, images) for score in scores]
     result = {}
-    for score, total, drawn in zip(scores, sums, _resample(scores, sums, seed), strict=True):
-        values, support = score.percent(total.sum(axis=0)), _images_that_count(score, total)
-        for column, name in enumerate(score.names):
+    for each in resampled:
+        values, support = each.values, each.support
+        for column, name in enumerate(each.score.names):
             result[name] = _number(values[column])
-            result[f"{name}_low"], result[f"{name}_high"] = _edges(drawn[:, column], support[column])
+            result[f"{name}_low"], result[f"{name}_high"] = _edges(each.drawn[:, column], support[column])
     return result
 
 
-def compare(first: Sequence[Score], second: Sequence[Score], images: Sequence[str], seed: int) -> dict[str, dict]:
+def compare(first: Sequence[Resampled], second: Sequence[Resampled], seed: int) -> dict[str, dict]:
     """Compares two models on the same questions: the difference of each metric, its 95 % interval, and a two-sided p.
 
     The interval is a paired bootstrap of the difference over images: each draw uses the same images for both models. p
@@ -89,24 +120,19 @@ def compare(first: Sequence[Score], second: Sequence[Score], images: Sequence[st
 
     Args:
       first: the scores of one model.
-      second: the same scores of the other model.
-      images: the image of each item.
-      seed: seed of the bootstrap and the test.
+      second: the same scores of the other model, resampled with the same images and seed.
+      seed: seed of the test.
 
     Returns:
       name -> `value` (first), `other` (second), `difference`, `low`, `high`, `p`. All are None if there are no items,
       and the interval is None if there are fewer than two images.
     """
-    sums = [_by_image(score.parts, images) for score in first]
-    others = [_by_image(score.parts, images) for score in second]
-    drawn = zip(_resample(first, sums, seed), _resample(second, others, seed), strict=True)
     result = {}
-    for score, total, other, (drawn_first, drawn_second) in zip(first, sums, others, drawn, strict=True):
-        values, other_values = score.percent(total.sum(axis=0)), score.percent(other.sum(axis=0))
-        support = np.minimum(_images_that_count(score, total), _images_that_count(score, other))
-        p = _exchange_test(total, other, score.percent, seed)
-        for column, name in enumerate(score.names):
-            low, high = _edges(drawn_first[:, column] - drawn_second[:, column], support[column])
+    for one, other in zip(first, second, strict=True):
+        values, other_values, support = one.values, other.values, np.minimum(one.support, other.support)
+        p = _exchange_test(one.sums, other.sums, one.score.percent, seed)
+        for column, name in enumerate(one.score.names):
+            low, high = _edges(one.drawn[:, column] - other.drawn[:, column], support[column])
             result[name] = {
                 "value": _number(values[column]),
                 "other": _number(other_values[column]),
@@ -126,7 +152,7 @@ def _by_image(parts: np.ndarray, images: Sequence[str]) -> np.ndarray:
     return sums
 
 
-def _resample(scores: Sequence[Score], sums: Sequence[np.ndarray], seed: int) -> list[np.ndarray]:
+def _draw(scores: Sequence[Score], sums: Sequence[np.ndarray], seed: int) -> list[np.ndarray]:
     """Returns the metrics of each score, [R, M], for `RESAMPLES` draws of I images out of I. The seed fixes them."""
     num_images = len(sums[0]) if sums else 0
     if num_images < 2:
@@ -144,11 +170,6 @@ def _resample(scores: Sequence[Score], sums: Sequence[np.ndarray], seed: int) ->
                                       batch=max(1, _BLOCK // num_images), vectorized=True, method="percentile",
                                       rng=seed).bootstrap_distribution
     return np.split(found.T, np.cumsum([len(score.names) for score in scores])[:-1], axis=1)
-
-
-def _images_that_count(score: Score, sums: np.ndarray) -> np.ndarray:
-    """Returns the number of images that have items for each metric, [M]."""
-    return np.count_nonzero(~np.isnan(score.percent(sums)), axis=0)
 
 
 def _edges(drawn: np.ndarray, num_images: int) -> tuple[float | None, float | None]:

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 
 from llavamed_jax.datasets.sample import CHOICE, CLOSED, LETTERS, OPEN, VqaSample
 from llavamed_jax.errors import UserError
-from llavamed_jax.evaluation import metrics
 from llavamed_jax.evaluation.scoring import reader
 from llavamed_jax.evaluation.scoring.metric import Answered, Metric
 
@@ -20,37 +19,27 @@ _LETTER = re.compile(r"([a-z])\)?|\(([a-z])\)|\[([a-z])\]", re.I)
 _LETTER_AND_TEXT = re.compile(r"(?:([a-z])(?:[.,:;)]|\s+-|(?=\s+\())|\(([a-z])\)|\[([a-z])\])\s*(.+)", re.I | re.S)
 
 
-def normalized(text: object) -> str:
-    """Normalises a text as the original's evaluators do, before the metric functions normalise it again."""
-    return metrics.normalize_word(str(text).lower())
-
-
-def comparable(text: object) -> str:
-    """Returns the form of a text that strict metrics compare."""
-    return reader.comparable(reader.clean(text))
-
-
 def is_strictly_right(prediction: str, answer: str) -> bool:
     """Returns whether a closed answer is right: it is the gold, or begins with the right yes or no and not the other.
 
     An empty prediction is wrong, and so is any prediction for an empty gold.
     """
-    gold = comparable(answer)
+    gold = reader.plain(answer)
     return reader.yes_or_no(prediction) == gold if gold in ("yes", "no") else reader.says(prediction, answer)
 
 
-def is_exactly_right(prediction: str, answer: str) -> bool:
-    """Returns whether an open answer is the gold, in any form."""
-    return reader.says(prediction, answer)
+def open_scores(prediction: str, answer: str) -> tuple[bool, float]:
+    """Scores an open answer.
 
-
-def multiset_f1(prediction: str, answer: str) -> float:
-    """Returns the F1 of the multisets of normalised words; 1 if the prediction says the answer, 0 if one is empty."""
+    Returns:
+      Whether the prediction says the gold, in any form; and the F1 of the multisets of normalised words, which is 1 if
+      the prediction says the gold, and 0 if one of them is empty.
+    """
     if reader.says(prediction, answer):
-        return 1.0
-    predicted, gold = (Counter(reader.comparable(text).split())
-                       for text in (reader.readings(prediction)[-1], reader.clean(answer)))
-    return 2 * (predicted & gold).total() / max(1, predicted.total() + gold.total())
+        return True, 1.0
+    predicted = Counter(reader.comparable(reader.readings(prediction)[-1]).split())
+    gold = Counter(reader.plain(answer).split())
+    return False, 2 * (predicted & gold).total() / max(1, predicted.total() + gold.total())
 
 
 def read_choice(text: str, options: Sequence[str]) -> int | None:
@@ -77,7 +66,7 @@ def _named(letters: Sequence[str | None], options: Sequence[str]) -> set[int]:
 
 
 def _is_same(text: str, option: str) -> bool:
-    return comparable(text) == comparable(option) != ""
+    return reader.plain(text) == reader.plain(option) != ""
 
 
 def right_choice(sample: VqaSample) -> int:
@@ -100,8 +89,7 @@ def right_choice(sample: VqaSample) -> int:
 
 def open_values(answered: Answered) -> dict[str, float]:
     """Returns the metrics of an open answer."""
-    text, gold = answered.text, str(answered.sample.answer)
-    return {"open_exact": is_exactly_right(text, gold), "open_f1": multiset_f1(text, gold)}
+    return dict(zip(("open_exact", "open_f1"), open_scores(answered.text, str(answered.sample.answer)), strict=True))
 
 
 def closed_values(answered: Answered) -> dict[str, float]:
