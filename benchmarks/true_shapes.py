@@ -28,6 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 import transformers
+from flax.traverse_util import unflatten_dict
 from transformers.models.clip import modeling_clip
 from transformers.models.llama import modeling_llama
 from transformers.models.mistral import modeling_mistral
@@ -35,11 +36,10 @@ from transformers.models.mistral import modeling_mistral
 from benchmarks.measure import ROOT, circumstances
 from llavamed_jax.checkpoints import names
 from llavamed_jax.checkpoints.checkpoint import Checkpoint
-from llavamed_jax.checkpoints.nested import nest
 from llavamed_jax.checkpoints.open import open_checkpoint
 from llavamed_jax.config import IMAGE_TOKEN, LlavaConfig
 from llavamed_jax.errors import UserError
-from llavamed_jax.images.load import load_image, preprocess
+from llavamed_jax.images.load import load_image, normalize, preprocess_uint8
 from llavamed_jax.models import projector
 from llavamed_jax.models.attention.backend import AttentionMask
 from llavamed_jax.models.decoders import llama
@@ -65,7 +65,8 @@ def main() -> int:
         if checkpoint.layout == "preset":
             checkpoint = roughened(checkpoint)
         cfg = checkpoint.config
-        pixels = preprocess(load_image(args.image), cfg.vision.image_size, cfg.image_aspect_ratio)[None]
+        image = preprocess_uint8(load_image(args.image), cfg.vision.image_size, cfg.image_aspect_ratio)
+        pixels = normalize(image)[None]
         start, rows = time.perf_counter(), []
         print(f"{'after':<24}{'largest difference':>20}{'largest magnitude':>20}", flush=True)
         for row in compare(checkpoint, [i % cfg.decoder.vocab_size if i != IMAGE_TOKEN else i for i in QUESTION], pixels):
@@ -106,7 +107,7 @@ class Weights:
     def __init__(self, checkpoint: Checkpoint, prefix: str):
         specs = names.specs(checkpoint.config)
         arrays = {name: checkpoint.read(name).astype(np.float32, copy=False) for name in specs if name.startswith(prefix)}
-        self.ours = nest({name.removeprefix(prefix): array for name, array in arrays.items()})
+        self.ours = unflatten_dict({name.removeprefix(prefix): array for name, array in arrays.items()}, sep="/")
         self.torch = {_torch_name(specs[name].torch, name.removeprefix(prefix)):
                       torch.from_numpy(np.ascontiguousarray(names.to_torch(name, array))) for name, array in arrays.items()}
 

@@ -30,17 +30,16 @@ import numpy as np
 import optax
 import torch
 import transformers
+from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
-from llavamed_jax.checkpoints.nested import flatten
 from llavamed_jax.cli.common import load_config
 from llavamed_jax.config import IGNORE, IMAGE_TOKEN, LlavaConfig
 from llavamed_jax.models.llava import Llava
-from llavamed_jax.models.stacking import stack
+from llavamed_jax.models.stacking import stack, unstack
 from llavamed_jax.parallel.mesh import make_mesh
 from llavamed_jax.training import optimizer as optimizers
 from llavamed_jax.training import state as states
-from llavamed_jax.training.program import to_disk
 from llavamed_jax.training.step import llava_loss, make_train_step, put_batch
 from tests.support import hf
 
@@ -100,7 +99,7 @@ def _batch(rng, stage: Stage, cfg: LlavaConfig) -> dict:
 
 def train_torch(model, recipe: ConfigDict, trainable: tuple[str, ...], batches: list[dict], weighting: str = "token") -> Training:
     """What HF's Trainer does with the original's settings. The model is changed."""
-    before = {n: x.copy() for n, x in flatten(hf.params_of(model)).items()}
+    before = {n: x.copy() for n, x in flatten_dict(hf.params_of(model), sep="/").items()}
     names = set(states.partition(before, trainable)[0])
     for name, p in model.named_parameters():
         p.requires_grad_(hf.our_name(name) in names)
@@ -117,7 +116,7 @@ def train_torch(model, recipe: ConfigDict, trainable: tuple[str, ...], batches: 
         torch.nn.utils.clip_grad_norm_([p for _, p in trained], 1.0)
         optimizer.step()
         scheduler.step()
-    return Training(np.array(losses), before, {n: x.copy() for n, x in flatten(hf.params_of(model)).items()})
+    return Training(np.array(losses), before, {n: x.copy() for n, x in flatten_dict(hf.params_of(model), sep="/").items()})
 
 
 def by_sample_batches(cfg: LlavaConfig) -> list[dict]:
@@ -182,7 +181,7 @@ def train_here(before: dict[str, np.ndarray], cfg: LlavaConfig, recipe: ConfigDi
     for update in range(UPDATES):
         state, metrics = step(state, placed[update % len(batches)])
         losses.append(metrics["loss"])
-    after = to_disk({**state.trainable, **state.frozen})
+    after = unstack({**state.trainable, **state.frozen})
     return Training(np.array(jax.device_get(losses)), before, jax.device_get(after))
 
 
@@ -218,7 +217,7 @@ def compare(ours: Training, theirs: Training, trainable: tuple[str, ...]) -> Com
 def yardstick(stages=tuple(STAGES), rates=("stage", HIGH_RATE)) -> Iterator[tuple[str, float, Comparison, Training]]:
     """(stage, learning rate, how far apart, torch's training) for each stage, each from where torch's stage before ended."""
     model, cfg = hf.llava()
-    start = flatten(hf.params_of(model))
+    start = flatten_dict(hf.params_of(model), sep="/")
     for stage in stages:
         start, batches, ended = {n: x.copy() for n, x in start.items()}, batches_of(stage, cfg), None
         for rate in rates:

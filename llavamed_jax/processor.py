@@ -119,15 +119,14 @@ class Processor:
         return cls._from_files(config, directory, tokenizer, template, image_size, image_mode)
 
     @classmethod
-    def from_checkpoint(cls, checkpoint: Checkpoint, tokenizer: str | Path | None = None, template: str | None = None,
-                        image_mode: str | None = None) -> "Processor":
+    def from_checkpoint(cls, checkpoint: Checkpoint, tokenizer: str | Path | None = None,
+                        template: str | None = None) -> "Processor":
         """Makes the processor of an open checkpoint, in which the tower may differ from the one that its files name.
 
         Args:
           checkpoint: the open checkpoint.
           tokenizer: another tokenizer's file or directory.
           template: `ORIGIN:NAME` or a bare name; None follows the checkpoint.
-          image_mode: `pad` or `square`; None follows the checkpoint.
 
         Returns:
           The processor.
@@ -137,10 +136,10 @@ class Processor:
         """
         files = checkpoint.files
         directory = next(iter(files.values())).parent if files else None
-        return cls._from_files(checkpoint.config, directory, tokenizer, template, None, image_mode)
+        return cls._from_files(checkpoint.config, directory, tokenizer, template)
 
     @classmethod
-    def _from_files(cls, config, directory, tokenizer, template, image_size, image_mode) -> "Processor":
+    def _from_files(cls, config, directory, tokenizer, template, image_size=None, image_mode=None) -> "Processor":
         """Makes a processor from the files in `directory`, or in its folder `OURS`, where an export keeps them."""
         if directory is not None and (directory / OURS).is_dir():
             directory = directory / OURS
@@ -304,7 +303,11 @@ class Processor:
                             f"{' and '.join(absent)}; `python -m convert build --add_image_tokens` adds them")
         begun = (self.chat_template is not None and self.tokenizer.bos_token
                  and text.startswith(self.tokenizer.bos_token))
-        return image_positions.encode(text, self.tokenizer, image_token(self.config, self.tokenizer), bos=not begun)
+        return image_positions.encode(text, self.tokenizer, self._image_token, bos=not begun)
+
+    @functools.cached_property
+    def _image_token(self) -> str | None:
+        return image_token(self.config, self._tokenizer)
 
     @functools.cached_property
     def text_tokenizer(self) -> Tokenizer:
@@ -343,7 +346,7 @@ class Processor:
         marked = [text.count(IMAGE_MARKER) for _, text in turns]
         each = num_images is not None and num_images == sum(marked)
         if not self._is_v1:
-            turns = [(speaker, image_first(text, self.image_marker, count if each else 1))
+            turns = [(speaker, image_first(text, self.image_marker, count if each else 1) if count else text)
                      for (speaker, text), count in zip(turns, marked)]
         ids, labels = supervise(self.template, turns, self.encode, pad_id=self.tokenizer.pad_id,
                                 is_legacy=self.tokenizer.is_legacy or self._is_v1,

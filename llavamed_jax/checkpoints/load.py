@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Container
 
 import numpy as np
+from flax.traverse_util import unflatten_dict
 
 from llavamed_jax.checkpoints import names
 from llavamed_jax.checkpoints.checkpoint import Checkpoint
-from llavamed_jax.checkpoints.nested import nest
 from llavamed_jax.models.stacking import in_stack
 from llavamed_jax.utils import signals
 
@@ -31,20 +31,20 @@ def load_params(checkpoint: Checkpoint, dtype=None, scan: bool = False, only: Co
     checkpoint = checkpoint.cast(dtype).sound()
     shapes = {name: shape for name, shape in names.expected_shapes(checkpoint.config).items()
               if only is None or name in only}
-    flat: dict[str, np.ndarray] = {}
+    places = {name: place for name in shapes if scan and (place := in_stack(name)) is not None}
     layers: dict[str, list[str]] = {}  # stacked name -> names, one a layer
-    for name in shapes if scan else ():
-        if (place := in_stack(name)) is not None:
-            layers.setdefault(place[0], []).append(name)
-    for name in signals.checked(shapes):
-        place = in_stack(name) if scan else None
-        if place is None:
+    for name, (stacked, _) in places.items():
+        layers.setdefault(stacked, []).append(name)
+    flat: dict[str, np.ndarray] = {}
+    for name in shapes:
+        signals.check()
+        if name not in places:
             flat[name] = checkpoint.read(name)
             continue
-        stacked, layer = place
+        stacked, layer = places[name]
         if stacked not in flat:  # filled in place: stacking copies would hold the model in memory twice
             dtypes = {checkpoint.tensors[other].dtype for other in layers[stacked]}
             flat[stacked] = np.empty((len(layers[stacked]), *shapes[name]), np.result_type(*dtypes))
         flat[stacked][layer] = checkpoint.read(name)
     checkpoint.tally.warn()
-    return nest(flat)
+    return unflatten_dict(flat, sep="/")

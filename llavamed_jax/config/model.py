@@ -95,11 +95,6 @@ class LlavaConfig:
         """The `vision_feature_select_strategy` of transformers; `default` leaves out any tower's first position."""
         return "default" if self.feature_select == "patch" and self.vision.class_tokens else "full"
 
-    @property
-    def transformers_vocab_size(self) -> int:
-        """The rows of the embedding table in transformers' layout, if <image> and <pad> are the first ids after it."""
-        return self.rows_in_transformers((self.decoder.vocab_size, self.decoder.vocab_size + 1))
-
     def rows_in_transformers(self, ids: tuple[int, int]) -> int:
         """Returns the rows of the embedding table in transformers' layout.
 

@@ -9,22 +9,22 @@ from dataclasses import dataclass
 
 import jax
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
 from llavamed_jax.assistant import LlavaMed
-from llavamed_jax.checkpoints.nested import flatten, nest
 from llavamed_jax.datasets import training
 from llavamed_jax.errors import UserError
 from llavamed_jax.evaluation import metrics
 from llavamed_jax.evaluation.scoring.strict import is_strictly_right
 from llavamed_jax.models.llava import param_axes
+from llavamed_jax.models.stacking import unstack
 from llavamed_jax.parallel import distributed
 from llavamed_jax.parallel.mesh import local_view, param_shardings
 from llavamed_jax.processor import Processor
 from llavamed_jax.text.conversation import IMAGE_MARKER
 from llavamed_jax.training.callbacks import Snapshot
 from llavamed_jax.training.log import Sample
-from llavamed_jax.training.program import to_disk
 from llavamed_jax.utils import terminal
 
 SHOWN = 4  # sample questions; the same ones are asked every time
@@ -161,7 +161,12 @@ def _unrolled(snapshot: Snapshot) -> tuple[Mapping, Mesh]:
     """
     program = snapshot.program
     rules = param_axes(program.model.cfg)
-    cast = lambda params: nest({name: x.astype(program.model.dtype) for name, x in to_disk(flatten(params)).items()})
+    dtype = program.model.dtype
+
+    def cast(params):
+        flat = unstack(flatten_dict(params, sep="/"))
+        return unflatten_dict({name: x.astype(dtype) for name, x in flat.items()}, sep="/")
+
     shapes = jax.eval_shape(cast, snapshot.params)
     params = jax.jit(cast, out_shardings=param_shardings(shapes, rules, program.mesh))(snapshot.params)
     if distributed.process_count() == 1:

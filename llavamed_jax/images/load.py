@@ -75,25 +75,6 @@ def load_image(source, frame: int | None = None) -> Image.Image:
         return _read(file, f"the image {path}", frame or named or 1, Path(path).suffix)
 
 
-def preprocess(image: Image.Image, size: int, mode: str = "pad", mean=CLIP_MEAN, std=CLIP_STD) -> np.ndarray:
-    """Preprocesses an image as CLIP's processor does.
-
-    Args:
-      image: the image.
-      size: edge of the result in pixels.
-      mode: as in `preprocess_uint8`.
-      mean: of the three colours, in units of the scaled values.
-      std: standard deviation of the three colours, in the same units.
-
-    Returns:
-      float32 [size,size,3].
-
-    Raises:
-      UserError: as in `preprocess_uint8`.
-    """
-    return normalize(preprocess_uint8(image, size, mode), mean, std)
-
-
 def preprocess_uint8(image: Image.Image, size: int, mode: str = "pad", settings: ImageSettings = _CLIPS,
                      color: tuple[int, ...] | None = PAD_COLOR) -> np.ndarray:
     """Preprocesses an image without normalisation: uint8 has a quarter of the bytes to send to a device.

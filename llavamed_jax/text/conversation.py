@@ -122,8 +122,8 @@ def training_turns(template: Template, conversation: Sequence[dict]) -> list[tup
       UserError: the value is not a list of {from, value}, a speaker is unknown, speakers do not alternate, or no turn
         is left.
     """
-    turns = _read_turns(conversation)
-    if template.labels != "v0":
+    turns, labels = _read_turns(conversation), template.labels
+    if labels != "v0":
         unknown = sorted({speaker for speaker, _ in turns} - {"human", "gpt"})
         if unknown:
             raise UserError(f"the conversation has a turn from {short(unknown[0])}; human or gpt was expected")
@@ -139,7 +139,7 @@ def training_turns(template: Template, conversation: Sequence[dict]) -> list[tup
                         "think block before an answer; answers without reasoning were expected")
     if not turns:
         raise UserError("the conversation is empty; at least one question and its answer were expected")
-    if template.labels == "plain" and (len(turns) != 2 or IMAGE_MARKER not in turns[0][1]):
+    if labels == "plain" and (len(turns) != 2 or IMAGE_MARKER not in turns[0][1]):
         raise UserError(f"the template {template.name} needs a conversation of two turns: <image>, then its caption")
     return turns
 
@@ -189,22 +189,23 @@ def supervise(template: Template, turns: Sequence[tuple[str, str]], encode: Call
     def measure(ids: Sequence[int]) -> int:
         return sum(image_length if i == IMAGE_TOKEN else 1 for i in ids)
 
-    if template.labels in ("v1", "llama_2") and not template.sep2:
+    procedure = template.labels
+    if procedure in ("v1", "llama_2") and not template.sep2:
         raise UserError(f"the template {template.name} has no end-of-answer text (sep2), which is needed to find the "
                         "supervised tokens")
-    text = _training_text(template, turns)
+    text = _training_text(template, procedure, turns)
     ids = np.asarray(encode(text))
     lengths = np.where(ids == IMAGE_TOKEN, image_length, 1)
     is_masked = np.zeros(lengths.sum(), bool)  # indexed by the original's positions
-    if template.labels == "exact":
+    if procedure == "exact":
         spans = _outside_of_answers(template, turns, encode, ids)
-    elif template.labels == "plain":
+    elif procedure == "plain":
         spans = [slice(len(encode(IMAGE_MARKER)))]
-    elif template.labels == "v0":
+    elif procedure == "v0":
         spans = _questions_of_v0(template, turns, lambda part: measure(encode(part)))
     else:
         # Not in llama_2: upstream's procedure for it has no correction for tokenizers that are not legacy.
-        correction = 1 if template.labels == "v1" and not is_legacy else 0
+        correction = 1 if procedure == "v1" and not is_legacy else 0
         *spans, tail = _questions_of_rounds(template, text, lambda part: measure(encode(part)), correction)
         is_mismatch = tail.start != lengths[ids != pad_id].sum()
         spans.append(slice(None) if is_mismatch and (max_length is None or tail.start < max_length) else tail)
@@ -214,10 +215,10 @@ def supervise(template: Template, turns: Sequence[tuple[str, str]], encode: Call
     return ids.tolist(), labels.tolist()
 
 
-def _training_text(template: Template, turns: Sequence[tuple[str, str]]) -> str:
-    if template.labels == "plain":
+def _training_text(template: Template, procedure: str, turns: Sequence[tuple[str, str]]) -> str:
+    if procedure == "plain":
         return IMAGE_MARKER + turns[1][1] + template.sep
-    if template.labels == "v0":
+    if procedure == "v0":
         return "".join(_v0_pieces(template, turns)) + "### "
     return render(template, [text for _, text in turns])
 

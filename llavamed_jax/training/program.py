@@ -102,7 +102,7 @@ class Program:
 
     def frozen(self, checkpoint: Checkpoint) -> states.FlatParams:
         """Returns the frozen parameters, sharded as in a state; the checkpoint may lack all others."""
-        names = set(to_disk({name: self._abstract[name] for name in self.shardings.frozen}))
+        names = set(unstack({name: self._abstract[name] for name in self.shardings.frozen}))
         return states.place(load_params(checkpoint, scan=True, only=names), self.shardings.frozen, self.model.dtype)
 
     def loss(self) -> LossFn:
@@ -141,7 +141,7 @@ class Program:
 
     def trained_names(self) -> list[str]:
         """Returns the names of the trained parameters on disk, one a layer."""
-        return list(to_disk({name: self._abstract[name] for name in self.shardings.trainable}))
+        return list(unstack({name: self._abstract[name] for name in self.shardings.trainable}))
 
     @functools.cached_property
     def _abstract(self) -> dict[str, jax.ShapeDtypeStruct]:
@@ -221,12 +221,7 @@ def _training_bytes(cfg: ConfigDict, config: LlavaConfig) -> int:
     return sum(trained.values()) * (12 + jnp.dtype(cfg.optimizer.mu_dtype).itemsize) + 2 * sum(frozen.values())
 
 
-def to_disk(trainable: Mapping[str, Any]) -> dict[str, Any]:
-    """Unstacks parameters by name into one array a layer, under the names of the tree on disk (arrays or shapes)."""
-    return unstack(trainable)
-
-
 def from_disk(tensors: Mapping[str, jax.Array], shardings: Mapping[str, NamedSharding]) -> dict[str, jax.Array]:
-    """Reverses `to_disk`, and places the arrays by `shardings`."""
+    """Reverses `stacking.unstack`, and places the arrays by `shardings`."""
     flat = flatten_dict(stack(unflatten_dict(tensors, sep="/")), sep="/")
     return {name: jax.device_put(flat[name], sharding, may_alias=False) for name, sharding in shardings.items()}

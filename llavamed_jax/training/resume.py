@@ -12,11 +12,12 @@ from llavamed_jax.checkpoints.checkpoint import Checkpoint
 from llavamed_jax.checkpoints.tree import base, store
 from llavamed_jax.checkpoints.tree.model import write_model
 from llavamed_jax.errors import UserError, some
+from llavamed_jax.models.stacking import unstack
 from llavamed_jax.parallel import distributed
 from llavamed_jax.parallel.mesh import put, replicated
 from llavamed_jax.training import arithmetic
 from llavamed_jax.training import workdir as workdirs
-from llavamed_jax.training.program import Program, from_disk, to_disk
+from llavamed_jax.training.program import Program, from_disk
 from llavamed_jax.training.progress import Progress
 from llavamed_jax.training.rows import Data
 from llavamed_jax.training.state import TrainState
@@ -100,7 +101,7 @@ def restore(workdir: Path, step: int, own: Checkpoint, program: Program, meta: M
       The state, and the run's counts so far.
     """
     like = program.abstract_state()
-    trained, opt_state, _ = store.restore_step(workdir, step, to_disk(like.trainable), like.opt_state)
+    trained, opt_state, _ = store.restore_step(workdir, step, unstack(like.trainable), like.opt_state)
     frozen = program.frozen(own)
     if distributed.process_index() == 0:
         for name in own.unused:  # checks tensors that no update needs, but an export of this run does

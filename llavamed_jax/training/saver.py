@@ -10,9 +10,9 @@ from ml_collections import ConfigDict
 
 from llavamed_jax.checkpoints.tree import store
 from llavamed_jax.errors import UserError, some
+from llavamed_jax.models.stacking import unstack
 from llavamed_jax.parallel import distributed
 from llavamed_jax.training.place import Place
-from llavamed_jax.training.program import to_disk
 from llavamed_jax.training.progress import Progress
 from llavamed_jax.training.state import TrainState
 
@@ -71,7 +71,7 @@ class Saver:
         self._writer.wait()
 
     def _write(self, state: TrainState, meta: Mapping[str, Any]) -> None:
-        self._writer.save(meta["step"], to_disk(state.trainable), state.opt_state, meta)
+        self._writer.save(meta["step"], unstack(state.trainable), state.opt_state, meta)
         self.saved = meta["step"]
         self._delete_old()
 

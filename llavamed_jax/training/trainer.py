@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
+from llavamed_jax.checkpoints.checkpoint import Checkpoint
 from llavamed_jax.checkpoints.tree import base, store
 from llavamed_jax.errors import UsageError, UserError, count_of
 from llavamed_jax.parallel import agreement, distributed
@@ -151,35 +152,24 @@ class Run:
           step: the step that the run resumes from; None to begin.
           earlier: the record of this step; {} to begin.
         """
-        workdir = place.workdir
-        checkpoint = open_start(cfg) if step is None else base.open_base(workdir)
-        start = cfg if step is None else with_own_tokenizer(cfg)
-        agreement.check_same(lambda: alike.model(cfg, workdir, checkpoint, step))
-        mesh = open_mesh(cfg, checkpoint.config)
-        with distributed.after_first():  # the other processes read what process 0 has cached of large data
-            data = Data.open(start, checkpoint, row_multiple(cfg, mesh), workdir, earlier.get("settled"))
-        total_steps = total_steps or data.total_steps()
-        agreement.check_same(lambda: alike.data(data, total_steps))
-        program = Program.build(start, checkpoint, mesh, total_steps)
-        batches = data.training_batches(mesh)  # may raise, so it comes before anything is written
-        if step is not None:
-            meta = store.read_meta(workdir, step)
+        workdir, is_first = place.workdir, not distributed.process_index()
+        checkpoint, data, program, total_steps = _open_inputs(cfg, workdir, total_steps, step, earlier)
+        batches = data.training_batches(program.mesh)  # may raise, so it comes before anything is written
+        meta = None if step is None else store.read_meta(workdir, step)
+        if meta is not None:
             batches.restore(meta["data"])
             data.refuse_other_validation(earlier["validation"])
-        record = {}
-        if not distributed.process_index():
-            record = resume.begin(workdir, cfg, checkpoint, program, data, total_steps, earlier)
+        record = resume.begin(workdir, cfg, checkpoint, program, data, total_steps, earlier) if is_first else {}
         place.belongs_to(record, step)
         source = f"{cfg.init if step is None else workdir}: {checkpoint.tower}"
         _describe(source, cfg, data, program, total_steps)
         with within_memory(cfg, program):
-            if step is None:
+            if meta is None:
                 state, progress = program.initial_state(checkpoint), Progress()
             else:
                 state, progress = resume.restore(workdir, step, checkpoint, program, meta)
                 told = arithmetic.warnings(earlier["computed"], arithmetic.used(program))
                 print(f"resuming from step {step}", *told, sep="\n", flush=True)
-        is_first = not distributed.process_index()
         log = MetricsWriter(workdir, step or 0, total_steps, cfg.name, place.check) if is_first else SilentLog()
         return cls(cfg, place, data, program, state, step or 0, total_steps, batches, log, record, progress)
 
@@ -319,6 +309,26 @@ class Run:
         line = f"{end} at step {self.step} of {self.total_steps}: {self.place.workdir}"
         self.log.say(" · ".join([line, *troubles(vars(self.progress))]))
         return is_finished
+
+
+def _open_inputs(cfg: ConfigDict, workdir: Path, total_steps: int | None, step: int | None,
+                 earlier: Mapping) -> tuple[Checkpoint, Data, Program, int]:
+    """Opens the weights, the data and the program of a run, and checks that they are the same in all processes.
+
+    Arguments are those of `Run.open`.
+
+    Returns:
+      The weights, the data, the program, and the updates of the run.
+    """
+    checkpoint = open_start(cfg) if step is None else base.open_base(workdir)
+    agreement.check_same(lambda: alike.model(cfg, workdir, checkpoint, step))
+    start = cfg if step is None else with_own_tokenizer(cfg)
+    mesh = open_mesh(cfg, checkpoint.config)
+    with distributed.after_first():  # the other processes read what process 0 has cached of large data
+        data = Data.open(start, checkpoint, row_multiple(cfg, mesh), workdir, earlier.get("settled"))
+    total_steps = total_steps or data.total_steps()
+    agreement.check_same(lambda: alike.data(data, total_steps))
+    return checkpoint, data, Program.build(start, checkpoint, mesh, total_steps), total_steps
 
 
 def _describe(source: str, cfg: ConfigDict, data: Data, program: Program, total_steps: int) -> None:

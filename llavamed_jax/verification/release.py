@@ -17,12 +17,12 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from flax.traverse_util import unflatten_dict
 from ml_collections import ConfigDict
 
 from llavamed_jax.assistant import LlavaMed, load
 from llavamed_jax.checkpoints import hub, names
 from llavamed_jax.checkpoints.checkpoint import Checkpoint
-from llavamed_jax.checkpoints.nested import nest
 from llavamed_jax.checkpoints.open import open_checkpoint
 from llavamed_jax.checkpoints.soundness import is_finite
 from llavamed_jax.config import PRESETS
@@ -221,7 +221,7 @@ def tower(release: Release) -> list[str]:
     for checkpoint in (release.checkpoint, release.stock):
         pixels = Processor.from_checkpoint(checkpoint).images([image])
         wanted = [n for n in names.expected_shapes(checkpoint.config) if n.startswith(("vision_tower/", "projector/"))]
-        params = nest({name: checkpoint.read(name).astype(np.float32) for name in wanted})
+        params = unflatten_dict({name: checkpoint.read(name).astype(np.float32) for name in wanted}, sep="/")
         encode = jax.jit(functools.partial(Llava(checkpoint.config).apply, method="encode_images"))
         features.append(np.asarray(encode({"params": params}, pixels[None]))[0, 0])
     _, difference = compare_arrays(*features)

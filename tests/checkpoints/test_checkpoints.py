@@ -12,6 +12,7 @@ transformers = pytest.importorskip("transformers")
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
+from flax.traverse_util import flatten_dict  # noqa: E402
 from safetensors import safe_open  # noqa: E402
 from safetensors.numpy import load_file  # noqa: E402
 
@@ -19,7 +20,6 @@ from llavamed_jax.checkpoints import names  # noqa: E402
 from llavamed_jax.checkpoints.export.directory import export  # noqa: E402
 from llavamed_jax.checkpoints.load import load_params  # noqa: E402
 from llavamed_jax.checkpoints.model_config import read_config  # noqa: E402
-from llavamed_jax.checkpoints.nested import flatten  # noqa: E402
 from llavamed_jax.checkpoints.open import open_checkpoint  # noqa: E402
 from llavamed_jax.checkpoints.random import random_checkpoint  # noqa: E402
 from llavamed_jax.checkpoints.torch import write  # noqa: E402
@@ -60,7 +60,7 @@ def test_names_are_one_to_one(preset, layout):
 def test_expected_shapes_are_those_of_the_model(change, tied):
     text = {"hidden_size": 32} if change.get("projector_type") == "identity" else {}
     cfg = TINY.replace(decoder=DecoderConfig(**{**vars(TINY.decoder), **text, "tie_word_embeddings": tied}), **change)
-    model = {name: leaf.shape for name, leaf in flatten(llava.abstract_params(cfg)).items()}
+    model = {name: leaf.shape for name, leaf in flatten_dict(llava.abstract_params(cfg), sep="/").items()}
     assert names.expected_shapes(cfg) == model
     assert not set(names.unused_names(cfg)) & model.keys()
 

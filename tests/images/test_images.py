@@ -11,8 +11,12 @@ import pytest
 from PIL import Image, ImageCms, ImageOps
 
 from llavamed_jax.errors import UserError
-from llavamed_jax.images.load import PAD_COLOR, load_image, normalize, pad_to_square, preprocess, preprocess_uint8
+from llavamed_jax.images.load import PAD_COLOR, load_image, normalize, pad_to_square, preprocess_uint8
 from tests.support.damage import changed, sentences
+
+
+def preprocess(*args):
+    return normalize(preprocess_uint8(*args))
 
 
 def pattern(width=300, height=200):

@@ -7,12 +7,12 @@ torch = pytest.importorskip("torch", reason="torch's CPU build is not installed"
 transformers = pytest.importorskip("transformers")
 
 import jax  # noqa: E402
+from flax.traverse_util import flatten_dict  # noqa: E402
 from safetensors.numpy import load_file, save_file  # noqa: E402
 
 from llavamed_jax.checkpoints import names  # noqa: E402
 from llavamed_jax.checkpoints.export.directory import export  # noqa: E402
 from llavamed_jax.checkpoints.load import load_params  # noqa: E402
-from llavamed_jax.checkpoints.nested import flatten  # noqa: E402
 from llavamed_jax.checkpoints.open import open_checkpoint  # noqa: E402
 from llavamed_jax.checkpoints.random import random_checkpoint  # noqa: E402
 from llavamed_jax.config import IMAGE_TOKEN, DecoderConfig  # noqa: E402
@@ -52,7 +52,7 @@ def test_every_generation_of_transformers_names_is_read(prefixes, tmp_path):
     tensors = {rename(n): t.detach().numpy() for n, t in model.state_dict().items()}
     save(tmp_path / "hf", model.config.to_dict(), tensors)
     found = load_params(open_checkpoint(tmp_path / "hf"))
-    found, wanted = flatten(found), flatten(hf.params_of(model))
+    found, wanted = flatten_dict(found, sep="/"), flatten_dict(hf.params_of(model), sep="/")
     assert found.keys() == wanted.keys() - set(names.unused_names(cfg))
     for name, array in found.items():
         np.testing.assert_array_equal(array, wanted[name], name)
@@ -118,7 +118,7 @@ def test_a_stock_checkpoint_keeps_its_rows():
     stock = {"model_type": "llava", "image_token_index": 32000, "pad_token_id": 32001, "vision_config": {},
              "text_config": {"model_type": "llama", "vocab_size": 32064, "rms_norm_eps": 1e-5}}
     cfg = llava_from_hf(stock)
-    assert (cfg.decoder.vocab_size, cfg.transformers_vocab_size, cfg.image_token_id) == (32064, 32064, 32000)
+    assert (cfg.decoder.vocab_size, cfg.rows_in_transformers((32064, 32065)), cfg.image_token_id) == (32064, 32064, 32000)
     assert llava_from_hf(llava_to_hf(cfg, "transformers")) == cfg
 
 

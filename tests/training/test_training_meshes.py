@@ -10,9 +10,10 @@ from llavamed_jax.checkpoints.tree.base import open_base
 from llavamed_jax.checkpoints.tree.model import open_tree, write_model
 from llavamed_jax.cli.common import load_config
 from llavamed_jax.config import DecoderConfig, LlavaConfig, VisionConfig
+from llavamed_jax.models.stacking import unstack
 from llavamed_jax.parallel.mesh import make_mesh, put
 from llavamed_jax.training import resume
-from llavamed_jax.training.program import Program, to_disk
+from llavamed_jax.training.program import Program
 from llavamed_jax.training.progress import Progress
 from tests.support.training_runs import ROOT
 
@@ -40,7 +41,7 @@ def saved(tmp_path_factory):
     assert any(len(x.sharding.device_set) == 8 and not x.is_fully_replicated for x in jax.tree.leaves(state.opt_state))
     write_model(workdir, checkpoint, without=program.trained_names())
     with store.StepWriter(workdir) as writer:
-        writer.save(5, to_disk(state.trainable), state.opt_state, META)
+        writer.save(5, unstack(state.trainable), state.opt_state, META)
     return workdir, checkpoint, state
 
 
@@ -65,5 +66,5 @@ def test_a_tree_on_disk_knows_no_mesh(saved):
     """What eight devices trained is read as any checkpoint is."""
     workdir, _, state = saved
     read = open_tree(workdir)
-    for name, value in to_disk(state.trainable).items():
+    for name, value in unstack(state.trainable).items():
         assert np.array_equal(read.read(name), np.asarray(value)), name

@@ -15,11 +15,12 @@ from llavamed_jax.checkpoints.random import random_checkpoint
 from llavamed_jax.checkpoints.tree.model import write_model
 from llavamed_jax.checkpoints.tree.store import steps
 from llavamed_jax.errors import UsageError, UserError
+from llavamed_jax.models.stacking import unstack
 from llavamed_jax.parallel.mesh import make_mesh
 from llavamed_jax.text.tokenizer import Tokenizer
 from llavamed_jax.training import place, program
 from llavamed_jax.training.callbacks import Callbacks
-from llavamed_jax.training.program import Program, from_disk, to_disk
+from llavamed_jax.training.program import Program, from_disk
 from llavamed_jax.training.rows import Data
 from llavamed_jax.training.start import open_start
 from llavamed_jax.training.trainer import fit
@@ -251,7 +252,7 @@ def test_epochs_are_counted_as_the_original_counts_them(recipe, data):
 
 def test_disk_form_is_one_array_a_layer_and_back():
     flat = {"decoder/layers/mlp/up_proj/kernel": np.arange(24.0).reshape(3, 2, 4), "projector/linear_0/bias": np.ones(2)}
-    disk = to_disk(flat)
+    disk = unstack(flat)
     assert set(disk) == {f"decoder/layers_{i}/mlp/up_proj/kernel" for i in range(3)} | {"projector/linear_0/bias"}
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     back = from_disk(disk, dict.fromkeys(flat, sharding))

@@ -14,12 +14,11 @@ from ml_collections import ConfigDict
 from llavamed_jax.config import IMAGE_TOKEN, DecoderConfig, LlavaConfig, VisionConfig
 from llavamed_jax.errors import UsageError
 from llavamed_jax.models.llava import Llava, abstract_params
-from llavamed_jax.models.stacking import stack
+from llavamed_jax.models.stacking import stack, unstack
 from llavamed_jax.parallel.mesh import make_mesh
 from llavamed_jax.training import optimizer as optimizers
 from llavamed_jax.training import state as states
 from llavamed_jax.training.losses import IGNORE, cross_entropy
-from llavamed_jax.training.program import to_disk
 from llavamed_jax.training.step import llava_loss, make_eval_step, make_train_step, put_batch
 
 CFG = LlavaConfig(VisionConfig(16, 32, 3, 2, 16, 8),
@@ -402,7 +401,7 @@ def test_validation_weighs_by_tokens(params):
 
 
 def test_what_goes_to_disk_is_one_array_a_layer(params):
-    ours, theirs = to_disk(flatten_dict(stack(params), sep="/")), flatten_dict(params, sep="/")
+    ours, theirs = unstack(flatten_dict(stack(params), sep="/")), flatten_dict(params, sep="/")
     assert set(ours) == set(theirs)
     assert all(np.array_equal(ours[name], theirs[name]) for name in theirs)
 

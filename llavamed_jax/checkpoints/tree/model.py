@@ -11,12 +11,12 @@ from pathlib import Path
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from llavamed_jax.checkpoints import names
 from llavamed_jax.checkpoints.checkpoint import Checkpoint
 from llavamed_jax.checkpoints.generation_file import copy_files
 from llavamed_jax.checkpoints.model_config import text_files, tree_config, tree_root
-from llavamed_jax.checkpoints.nested import flatten, nest
 from llavamed_jax.checkpoints.preprocessor_file import make_equal
 from llavamed_jax.checkpoints.tensor import Tensor
 from llavamed_jax.checkpoints.torch.layout import match
@@ -113,14 +113,14 @@ def _step_tensors(directory: Path, held: Hold | None) -> dict[str, Tensor]:
     params = (directory / "params").absolute()
     handler = ocp.PyTreeCheckpointHandler()
     with reading(directory):
-        metadata = flatten(handler.metadata(params).tree)
+        metadata = flatten_dict(handler.metadata(params).tree, sep="/")
 
     def read(name: str, _: Hold | None = held) -> np.ndarray:
-        item = nest({name: 0})
+        item = unflatten_dict({name: 0}, sep="/")
         arguments = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
         with reading(directory):
-            return flatten(handler.restore(params, args=ocp.args.PyTreeRestore(
-                item=item, restore_args=arguments, partial_restore=True)))[name]
+            return flatten_dict(handler.restore(params, args=ocp.args.PyTreeRestore(
+                item=item, restore_args=arguments, partial_restore=True)), sep="/")[name]
 
     return {name: Tensor(tuple(m.shape), np.dtype(m.dtype), lambda name=name: read(name))
             for name, m in metadata.items()}

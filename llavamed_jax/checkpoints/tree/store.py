@@ -26,8 +26,8 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from flax.traverse_util import flatten_dict, unflatten_dict
 
-from llavamed_jax.checkpoints.nested import flatten, nest
 from llavamed_jax.checkpoints.tensor import Tensor
 from llavamed_jax.checkpoints.torch.layout import match
 from llavamed_jax.checkpoints.tree import holding
@@ -97,7 +97,7 @@ class StepWriter:
           Unsaved: files were removed while they were written; the disk is not the reason.
         """
         self.wait()
-        directory, tree = self._root / str(step), nest(trained)
+        directory, tree = self._root / str(step), unflatten_dict(trained, sep="/")
         size = sum(x.nbytes for x in jax.tree.leaves((dict(trained), optimizer_state)))
         with _writing(directory):
             if jax.process_index() == 0:
@@ -198,7 +198,7 @@ def _check_written(directory: Path, wanted: set[str]) -> None:
     """
     try:
         handler = ocp.PyTreeCheckpointHandler()
-        found = flatten(handler.metadata(directory / "params").tree)
+        found = flatten_dict(handler.metadata(directory / "params").tree, sep="/")
         handler.metadata(directory / "optimizer")
         ocp.JsonCheckpointHandler().restore(directory / "state", ocp.args.JsonRestore())
     except Exception as error:
@@ -231,19 +231,19 @@ def has_sealed(workdir: str | Path) -> bool:
     return (root / SEALED).exists() or any((root / str(step) / MANIFEST).exists() for step in steps(workdir))
 
 
-def newest_intact_step(workdir: str | Path, part: str = "") -> tuple[int | None, list[str]]:
-    """Returns the newest step with the files of its manifest, and a sentence about each newer, damaged one.
-
-    Args:
-      workdir: the run's directory.
-      part: reads and checks only this part of the steps (`params`); "" for everything.
-    """
-    step, _, damaged = hold_newest(Path(workdir), part)
+def newest_intact_step(workdir: str | Path) -> tuple[int | None, list[str]]:
+    """Returns the newest step with the files of its manifest, and a sentence about each newer, damaged one."""
+    step, _, damaged = hold_newest(Path(workdir), "")
     return step, damaged
 
 
 def hold_newest(root: Path, part: str) -> tuple[int | None, Hold | None, list[str]]:
-    """Returns `newest_intact_step` with a hold, taken before the check; a step deleted meanwhile is not damaged."""
+    """Returns `newest_intact_step` with a hold, taken before the check; a step deleted meanwhile is not damaged.
+
+    Args:
+      root: the run's directory.
+      part: reads and checks only this part of the steps (`params`); "" for everything.
+    """
     for _ in range(TRIES):
         listed, damaged = steps(root), {}
         for step in reversed(listed):
@@ -283,17 +283,17 @@ def restore_step(workdir: str | Path, step: int, trained_like: Mapping[str, Any]
     """
     directory = Path(workdir).absolute() / "checkpoints" / str(step)
     with reading(directory):
-        metadata = flatten(ocp.PyTreeCheckpointHandler().metadata(directory / "params").tree)
+        metadata = flatten_dict(ocp.PyTreeCheckpointHandler().metadata(directory / "params").tree, sep="/")
     found = {name: Tensor(tuple(m.shape), m.dtype, None) for name, m in metadata.items()}
     match(directory, found, {name: (name,) for name in trained_like},
           {name: x.shape for name, x in trained_like.items()})
     _check_optimizer(directory, optimizer_like)
-    trees = {"params": nest(trained_like), "optimizer": optimizer_like}
+    trees = {"params": unflatten_dict(trained_like, sep="/"), "optimizer": optimizer_like}
     arguments = {key: ocp.args.PyTreeRestore(item=tree, restore_args=ocp.checkpoint_utils.construct_restore_args(tree))
                  for key, tree in trees.items()}
     with reading(directory), ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
         restored = checkpointer.restore(directory, args=ocp.args.Composite(**arguments, state=ocp.args.JsonRestore()))
-    return flatten(restored["params"]), restored["optimizer"], restored["state"]
+    return flatten_dict(restored["params"], sep="/"), restored["optimizer"], restored["state"]
 
 
 def _check_optimizer(directory: Path, like: Any) -> None:
