@@ -30,7 +30,8 @@ from llavamed_jax.parallel.mesh import param_shardings
 from llavamed_jax.utils import signals
 
 # The length of rows and of a prefill's cache is a multiple of this; above eight times this, a multiple of twice this.
-_LENGTHS = 128
+LENGTHS = 128
+STEPS = 16  # tokens that are decoded on the device before the host reads them
 # New tokens that a row has room for at first: most answers are shorter than their limit, and attention reads all of it.
 _ROOM = 64
 
@@ -53,7 +54,7 @@ class Engine:
     """
 
     def __init__(self, cfg: LlavaConfig, params, dtype=np.float32, mesh: Mesh | None = None, batch_size: int = 16,
-                 steps: int = 16, share: bool = True, programs: Programs | None = None):
+                 steps: int = STEPS, share: bool = True, programs: Programs | None = None):
         self.cfg, self.dtype, self.mesh, self.batch_size = cfg, dtype, mesh, batch_size
         self._params = params if mesh is None else jax.device_put(
             params, param_shardings(params, param_axes(cfg), mesh))
@@ -333,5 +334,5 @@ class Engine:
 
 
 def _round_up(length: int) -> int:
-    step = _LENGTHS if length <= 8 * _LENGTHS else 2 * _LENGTHS  # coarser steps halve a long chat's compilations
+    step = LENGTHS if length <= 8 * LENGTHS else 2 * LENGTHS  # coarser steps halve a long chat's compilations
     return -(-length // step) * step

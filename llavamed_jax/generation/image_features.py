@@ -14,7 +14,8 @@ import numpy as np
 from llavamed_jax.config import LlavaConfig
 from llavamed_jax.generation.programs import Programs
 
-_BATCH = 8  # images that the tower encodes at once
+BATCH = 8  # images that the tower encodes at once
+PLACES = 32  # places of the cache at first
 
 
 class Features:
@@ -30,8 +31,8 @@ class Features:
       array: the features [F,P,D]; None before the first image.
     """
 
-    def __init__(self, cfg: LlavaConfig, programs: Programs, shards: int, places: int = 32):
-        self._cfg, self._programs, self._batch, self._places = cfg, programs, -(-_BATCH // shards) * shards, places
+    def __init__(self, cfg: LlavaConfig, programs: Programs, shards: int, places: int = PLACES):
+        self._cfg, self._programs, self._batch, self._places = cfg, programs, -(-BATCH // shards) * shards, places
         self._shards = shards
         # Image key -> place, the least recently used first.
         self._place_of: collections.OrderedDict[int, int] = collections.OrderedDict()

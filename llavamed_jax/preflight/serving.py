@@ -15,6 +15,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
 from llavamed_jax.config import LlavaConfig
+from llavamed_jax.generation.engine import LENGTHS, STEPS
+from llavamed_jax.generation.image_features import BATCH, PLACES
 from llavamed_jax.generation.programs import Programs, Prompts, Slots
 from llavamed_jax.generation.rows import batch_size, bucket
 from llavamed_jax.generation.sampling import Sampling
@@ -24,8 +26,6 @@ from llavamed_jax.parallel.mesh import batch_sharding, make_mesh, param_sharding
 from llavamed_jax.training.program import bytes_a_device
 
 TEXT = 64  # tokens of a prompt without its image: a question and the text of the template
-# Values of the engine: images per run of the tower, F, tokens per decode loop, and the unit of S.
-IMAGES, PLACES, STEPS, LENGTHS = 8, 32, 16, 128
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class Serving:
         features = self._array((PLACES, self.config.tokens_per_image, self.config.decoder.hidden_size), self.dtype,
                                replicated(self.mesh))
         cache = self._cache_bytes(self.rows, self.length)
-        images = -(-IMAGES // (shards := self.mesh.shape["data"] * self.mesh.shape["fsdp"])) * shards
+        images = -(-BATCH // (shards := self.mesh.shape["data"] * self.mesh.shape["fsdp"])) * shards
         pixels = self._array((images, vision.image_size, vision.image_size, vision.num_channels), jnp.uint8)
         yield "encode", programs.lower("encode", params, features, pixels, self._array((images,), jnp.int32)), cache
         width = -(-self.prompt // LENGTHS) * LENGTHS
