@@ -31,7 +31,7 @@ from llavamed_jax.generation.requests import Request, check, check_image, check_
 from llavamed_jax.generation.sampling import row_seed, row_seeds
 from llavamed_jax.generation.text_stream import TextStream
 from llavamed_jax.models.llava import Llava
-from llavamed_jax.parallel.mesh import batch_sharding, make_mesh
+from llavamed_jax.parallel.mesh import batch_sharding, batch_shards, make_mesh
 from llavamed_jax.processor import Processor
 from llavamed_jax.text.conversation import IMAGE_MARKER
 from llavamed_jax.text.image_positions import expand_images
@@ -186,7 +186,7 @@ class LlavaMed:
         if self.mesh is None:
             return np.asarray(self._forward({"params": self.engine.params}, ids, slots, segment_ids=segments))
         batch, rows = (ids, slots, segments), len(ids)
-        shards = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        shards = batch_shards(self.mesh)
         batch = jax.tree.map(lambda x: np.concatenate([x, np.zeros((-rows % shards, *x.shape[1:]), x.dtype)]), batch)
         with jax.set_mesh(self.mesh):
             ids, slots, segments = jax.device_put(batch, batch_sharding(self.mesh))

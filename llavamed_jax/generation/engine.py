@@ -26,7 +26,7 @@ from llavamed_jax.generation.requests import NO_NUMBER, Job, Request, check, nam
 from llavamed_jax.generation.rows import Placed, Rows, batch_size, bucket, power_of_two
 from llavamed_jax.generation.sampling import Sampling
 from llavamed_jax.models.llava import check_heads, param_axes
-from llavamed_jax.parallel.mesh import param_shardings
+from llavamed_jax.parallel.mesh import batch_shards, param_shardings
 from llavamed_jax.utils import signals
 
 # The length of rows and of a prefill's cache is a multiple of this; above eight times this, a multiple of twice this.
@@ -58,7 +58,7 @@ class Engine:
         self.cfg, self.dtype, self.mesh, self.batch_size = cfg, dtype, mesh, batch_size
         self._params = params if mesh is None else jax.device_put(
             params, param_shardings(params, param_axes(cfg), mesh))
-        self.shards = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+        self.shards = batch_shards(mesh)
         if mesh is not None:
             check_heads(cfg, mesh)
         self.programs = programs or Programs(cfg, dtype, mesh, steps)

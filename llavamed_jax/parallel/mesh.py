@@ -257,7 +257,7 @@ def local_rows(mesh: Mesh, rows: int) -> list[int]:
     Raises:
       UsageError: data x fsdp does not divide the rows.
     """
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    shards = batch_shards(mesh)
     if rows < 1 or rows % shards:
         raise UsageError(f"a batch of {rows} rows cannot be divided over the {shards} devices of the mesh's data x "
                          f"fsdp; a multiple of {shards} was expected")
@@ -291,6 +291,11 @@ def local_view(mesh: Mesh) -> tuple[Mesh, Mesh]:
     make = lambda devices: Mesh(np.array(devices).reshape(-1, fsdp, tp), AXES, axis_types=(AxisType.Auto,) * 3)
     return (make([device for _, devices in sorted(by_process.items()) for device in devices]),
             make(by_process[jax.process_index()]))
+
+
+def batch_shards(mesh: Mesh | None) -> int:
+    """Returns the number of shards of a batch, data x fsdp; 1 without a mesh."""
+    return 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

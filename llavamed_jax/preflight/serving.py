@@ -22,7 +22,7 @@ from llavamed_jax.generation.rows import batch_size, bucket
 from llavamed_jax.generation.sampling import Sampling
 from llavamed_jax.models.decoders.cache import LayerCache, cache_bytes
 from llavamed_jax.models.llava import abstract_params, check_heads, param_axes
-from llavamed_jax.parallel.mesh import batch_sharding, make_mesh, param_shardings, replicated
+from llavamed_jax.parallel.mesh import batch_sharding, batch_shards, make_mesh, param_shardings, replicated
 from llavamed_jax.training.program import bytes_a_device
 
 TEXT = 64  # tokens of a prompt without its image: a question and the text of the template
@@ -61,7 +61,7 @@ class Serving:
         """
         laid = make_mesh(mesh, devices) if mesh else make_mesh(None, devices[:1])
         check_heads(config, laid)
-        shards = laid.shape["data"] * laid.shape["fsdp"]
+        shards = batch_shards(laid)
         return cls(config, laid, jnp.dtype(dtype), -(-rows // shards) * shards, new_tokens)
 
     @property
@@ -78,7 +78,7 @@ class Serving:
     @property
     def batch(self) -> int:
         """B: prompts of a prefill."""
-        return batch_size(self.rows, shards=self.mesh.shape["data"] * self.mesh.shape["fsdp"])
+        return batch_size(self.rows, shards=batch_shards(self.mesh))
 
     def params(self):
         """Returns the weights as shapes with shardings."""
@@ -93,7 +93,7 @@ class Serving:
         features = self._array((PLACES, self.config.tokens_per_image, self.config.decoder.hidden_size), self.dtype,
                                replicated(self.mesh))
         cache = self._cache_bytes(self.rows, self.length)
-        images = -(-BATCH // (shards := self.mesh.shape["data"] * self.mesh.shape["fsdp"])) * shards
+        images = -(-BATCH // (shards := batch_shards(self.mesh))) * shards
         pixels = self._array((images, vision.image_size, vision.image_size, vision.num_channels), jnp.uint8)
         yield "encode", programs.lower("encode", params, features, pixels, self._array((images,), jnp.int32)), cache
         width = -(-self.prompt // LENGTHS) * LENGTHS

@@ -17,7 +17,7 @@ from llavamed_jax.config import LlavaConfig
 from llavamed_jax.datasets import training
 from llavamed_jax.errors import UsageError, UserError, count_of
 from llavamed_jax.models import llava
-from llavamed_jax.parallel.mesh import local_rows
+from llavamed_jax.parallel.mesh import batch_shards, local_rows
 from llavamed_jax.pipeline import lengths, loader, packing
 from llavamed_jax.pipeline.lengths import Lengths
 from llavamed_jax.processor import Processor
@@ -26,7 +26,7 @@ from llavamed_jax.training.state import partition
 
 def row_multiple(cfg: ConfigDict, mesh: Mesh) -> int:
     """Returns the number that divides the rows of an update: data x fsdp of the mesh x micro-batches."""
-    return mesh.shape["data"] * mesh.shape["fsdp"] * cfg.micro_batches
+    return batch_shards(mesh) * cfg.micro_batches
 
 
 def check_rows(cfg: ConfigDict, multiple: int) -> None:
