@@ -1,6 +1,6 @@
 """Counts how far one image and one question travel through the package: files entered, and moves between files and rooms.
 
-    python benchmarks/journeys.py [--out FILE.json]
+    python benchmarks/journeys.py [--pairs N] [--out FILE.json]
 
 The first journey is one update of the demo's warm-up, from the recipe to the end of the run. The second is the demo's
 evaluation: 149 questions, each with its image, with another one and with noise. Both commands run in this process, with a hook
@@ -76,6 +76,7 @@ class Journey:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Counts files entered and moves between files on two journeys.")
+    parser.add_argument("--pairs", type=int, default=10, metavar="N", help="print the N pairs of files with the most moves")
     parser.add_argument("--out", metavar="FILE", help="write the counts, with the busiest moves, as JSON")
     args = parser.parse_args()
     import llavamed_jax
@@ -98,8 +99,10 @@ def main() -> None:
             if status:
                 sys.exit(f"{name} ended with status {status}: {said.getvalue()[-2000:]}")
             found[name] = journey.counts()
-            busiest = [{"from": a, "to": b, "moves": n} for (a, b), n in journey.moves.most_common(20)]
+            busiest = [{"from": a, "to": b, "moves": n} for (a, b), n in journey.moves.most_common(max(20, args.pairs))]
             print(f"{name}: " + ", ".join(f"{n:,} {key.replace('_', ' ')}" for key, n in found[name].items()), flush=True)
+            for pair in busiest[: args.pairs]:
+                print(f"{pair['moves']:8,}  {pair['from']} -> {pair['to']}", flush=True)
             found[name] |= {"busiest": busiest, "by_file": dict(sorted(journey.files.items()))}
     if args.out:
         Path(args.out).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
