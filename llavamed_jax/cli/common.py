@@ -210,16 +210,19 @@ def load_config(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
         where = f" at line {line}" if line else ""
         raise UsageError(f"the config file {name} raised {type(error).__name__}{where}: {error}") from error
     from ml_collections import ConfigDict
+
+    from llavamed_jax.utils.nested import flatten
     if not isinstance(config, ConfigDict):
         raise UsageError(f"get_config of {name} returned {type(config).__name__}; an ml_collections.ConfigDict was "
                          "expected")
     config.lock()
     for override in overrides:
         _apply(config, override)
-    for key in leaf_keys(config):
+    values = flatten(config)
+    for key, value in values.items():
         if key.rpartition(".")[2] not in _NO_PATH_KEYS:
-            paths.check(f"the config key {key!r}", config[key])
-    strange = next((key for key in leaf_keys(config) if "\0" in _texts(config[key])), None)
+            paths.check(f"the config key {key!r}", value)
+    strange = next((key for key, value in values.items() if "\0" in _texts(value)), None)
     if strange is not None:
         raise UsageError(f"the config key {strange!r} contains a NUL character, which is not valid in a path or text")
     return config
@@ -271,28 +274,18 @@ def _neighbours(path: Path) -> str:
     return f"; {path.parent} holds {', '.join(found)}" if found else ""
 
 
-def leaf_keys(config: ConfigDict, prefix: str = "") -> Iterator[str]:
-    """Yields the dotted names of all values in a config."""
-    from ml_collections import ConfigDict
-    for key in config:
-        value = config[key]
-        if isinstance(value, ConfigDict) and len(value):
-            yield from leaf_keys(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key
-
-
 def _apply(config: ConfigDict, override: str) -> None:
     from ml_collections import ConfigDict
 
     from llavamed_jax.training import recipe
+    from llavamed_jax.utils.nested import flatten
     key, _, text = override.partition("=")
     *parents, leaf = key.split(".")
     node: Any = config
     for part in parents:
         node = node[part] if isinstance(node, ConfigDict) and part in node else None
     if not isinstance(node, ConfigDict) or leaf not in node:
-        known = list(leaf_keys(config))
+        known = list(flatten(config))
         near = difflib.get_close_matches(key, known, n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(near)}?" if near else f"the keys are {', '.join(known)}"
         raise UsageError(f"the config key {key!r} does not exist; {hint}")
