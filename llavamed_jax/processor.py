@@ -294,16 +294,21 @@ class Processor:
             raise UserError(f"the text to encode is {short(text)}; a str was expected")
         if self._is_v1:
             return image_positions.encode_v1(text, self.text_tokenizer, self._has_start_end)
-        if self.template_name:
-            self.template.check_tokens(self.id_of, self.tokenizer_words)
+        tokenizer = self._encoder
         absent = [token for token in (START, END) if self._has_start_end and token in text
                   and self.id_of(token) is None]
         if absent:
             raise UserError(f"the model expects images between {START} and {END}, but its tokenizer lacks "
                             f"{' and '.join(absent)}; `python -m convert build --add_image_tokens` adds them")
-        begun = (self.chat_template is not None and self.tokenizer.bos_token
-                 and text.startswith(self.tokenizer.bos_token))
-        return image_positions.encode(text, self.tokenizer, self._image_token, bos=not begun)
+        begun = (self.chat_template is not None and tokenizer.bos_token and text.startswith(tokenizer.bos_token))
+        return image_positions.encode(text, tokenizer, self._image_token, bos=not begun)
+
+    @functools.cached_property
+    def _encoder(self) -> Tokenizer:
+        """The tokenizer. Raises UserError if it lacks a special token that the template writes."""
+        if self.template_name:
+            self.template.check_tokens(self.id_of, self.tokenizer_words)
+        return self.tokenizer
 
     @functools.cached_property
     def _image_token(self) -> str | None:
