@@ -9,8 +9,7 @@ import dataclasses
 import functools
 import logging
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -29,7 +28,7 @@ from llavamed_jax.generation.beam import BeamSearch
 from llavamed_jax.generation.engine import Engine
 from llavamed_jax.generation.requests import Request, check, check_image, check_settings, name_of, whole_numbers
 from llavamed_jax.generation.sampling import row_seed, row_seeds
-from llavamed_jax.generation.text_stream import TextStream
+from llavamed_jax.generation.text_stream import Completion, TextStream, completion
 from llavamed_jax.models.llava import Llava
 from llavamed_jax.parallel.mesh import batch_sharding, batch_shards, make_mesh
 from llavamed_jax.processor import Processor
@@ -38,21 +37,6 @@ from llavamed_jax.text.image_positions import expand_images
 from llavamed_jax.text.messages import read_messages
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Completion:
-    """An answer.
-
-    Attributes:
-      text: the answer without special tokens, stripped, up to a stop string.
-      token_ids: all generated ids, including the end-of-sequence id.
-      finish_reason: `stop` (end of sequence or a stop string) or `length`.
-    """
-
-    text: str
-    token_ids: list[int]
-    finish_reason: str
 
 
 def load(path: str | Path, dtype=None, quantize=None, mesh: Mesh | str | None = None, adapter=None,
@@ -388,17 +372,3 @@ class LlavaMed:
         single = [ids[0] for ids in (p.tokenizer.encode(text, bos=False) for text in stop) if len(ids) == 1]
         decode = p.text_tokenizer.decode
         return functools.partial(TextStream, decode, stop, stop_ids=[i for i in single if not decode([i])])
-
-
-def completion(stream: TextStream, eos: Collection[int]) -> Completion:
-    """Builds the answer of a finished text stream.
-
-    Args:
-      stream: the finished stream.
-      eos: the ids that end a sequence.
-
-    Returns:
-      The answer, with the reason why it ended.
-    """
-    ended = stream.is_stopped or any(i in eos for i in stream.token_ids[-1:])
-    return Completion(stream.text, stream.token_ids, "stop" if ended else "length")

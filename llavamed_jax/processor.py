@@ -128,9 +128,6 @@ class Processor:
           tokenizer: another tokenizer's file or directory.
           template: `ORIGIN:NAME` or a bare name; None follows the checkpoint.
 
-        Returns:
-          The processor.
-
         Raises:
           UserError: as in `load`.
         """
@@ -253,9 +250,6 @@ class Processor:
           text: the question.
           images: the images; only their number matters.
 
-        Returns:
-          The prompt.
-
         Raises:
           UserError: the number of images does not fit the markers in the text.
         """
@@ -264,12 +258,10 @@ class Processor:
     def _rendered(self, chat: Chat) -> str:
         if self.chat_template is not None:
             return self.chat_template.render(chat)
-        return render(self.template, self._asked(chat), chat.system)
-
-    def _asked(self, chat: Chat) -> list[str | None]:
-        """Returns the turns for the template: questions with its suffix, and an open turn for the answer."""
-        turns = [turn if i % 2 else turn + self.template.after_question for i, turn in enumerate(chat.turns)]
-        return turns if self.template.labels == "plain" else [*turns, None]
+        template = self.template
+        turns = [turn if i % 2 else turn + template.after_question for i, turn in enumerate(chat.turns)]
+        is_open = template.labels != "plain"  # for the answer
+        return render(template, [*turns, None] if is_open else turns, chat.system)
 
     def encode(self, text: str) -> list[int]:
         """Encodes a prompt; an image is one IMAGE_TOKEN.
@@ -294,25 +286,21 @@ class Processor:
             raise UserError(f"the text to encode is {short(text)}; a str was expected")
         if self._is_v1:
             return image_positions.encode_v1(text, self.text_tokenizer, self._has_start_end)
-        tokenizer = self._encoder
+        tokenizer, image = self._encoder
         absent = [token for token in (START, END) if self._has_start_end and token in text
                   and self.id_of(token) is None]
         if absent:
             raise UserError(f"the model expects images between {START} and {END}, but its tokenizer lacks "
                             f"{' and '.join(absent)}; `python -m convert build --add_image_tokens` adds them")
-        begun = (self.chat_template is not None and tokenizer.bos_token and text.startswith(tokenizer.bos_token))
-        return image_positions.encode(text, tokenizer, self._image_token, bos=not begun)
+        begun = self.chat_template is not None and tokenizer.bos_token and text.startswith(tokenizer.bos_token)
+        return image_positions.encode(text, tokenizer, image, bos=not begun)
 
     @functools.cached_property
-    def _encoder(self) -> Tokenizer:
-        """The tokenizer. Raises UserError if it lacks a special token that the template writes."""
+    def _encoder(self) -> tuple[Tokenizer, str | None]:
+        """The tokenizer and its image token. Raises UserError if it lacks a special token that the template writes."""
         if self.template_name:
             self.template.check_tokens(self.id_of, self.tokenizer_words)
-        return self.tokenizer
-
-    @functools.cached_property
-    def _image_token(self) -> str | None:
-        return image_token(self.config, self._tokenizer)
+        return self.tokenizer, image_token(self.config, self.tokenizer)
 
     @functools.cached_property
     def text_tokenizer(self) -> Tokenizer:

@@ -1,10 +1,29 @@
-"""Decodes a growing list of token ids to a growing text: whole characters only, and no part of a stop string."""
+"""Decodes a growing list of token ids to a growing text: whole characters only, and no part of a stop string.
+
+A finished text becomes a `Completion`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
 
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # an incomplete character decodes to it
+
+
+@dataclass(frozen=True)
+class Completion:
+    """An answer.
+
+    Attributes:
+      text: the answer without special tokens, stripped, up to a stop string.
+      token_ids: all generated ids, including the end-of-sequence id.
+      finish_reason: `stop` (end of sequence or a stop string) or `length`.
+    """
+
+    text: str
+    token_ids: list[int]
+    finish_reason: str
 
 
 class TextStream:
@@ -71,3 +90,17 @@ class TextStream:
         piece = text[self._given :]
         self._given = max(self._given, len(text))
         return piece
+
+
+def completion(stream: TextStream, eos: Collection[int]) -> Completion:
+    """Builds the answer of a finished text stream.
+
+    Args:
+      stream: the finished stream.
+      eos: the ids that end a sequence.
+
+    Returns:
+      The answer, with the reason why it ended.
+    """
+    ended = stream.is_stopped or any(i in eos for i in stream.token_ids[-1:])
+    return Completion(stream.text, stream.token_ids, "stop" if ended else "length")

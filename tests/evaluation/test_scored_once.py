@@ -8,7 +8,7 @@ import pytest
 
 from llavamed_jax.cli import eval as cli
 from llavamed_jax.datasets.vqa_rad import read_vqa_rad
-from llavamed_jax.evaluation import metrics
+from llavamed_jax.evaluation import metrics, run  # noqa: F401  (run: every module that holds a counted function)
 from llavamed_jax.evaluation.answering.answerer import Answer
 from llavamed_jax.evaluation.scoring import captions, predictions, statistics, strict
 from llavamed_jax.utils.files import to_jsonl

@@ -17,7 +17,7 @@ import numpy as np
 from llavamed_jax.errors import UserError
 from llavamed_jax.evaluation.answering.answerer import Answer, Generation
 from llavamed_jax.evaluation.answering.asked import versions
-from llavamed_jax.generation.text_stream import TextStream
+from llavamed_jax.generation.text_stream import TextStream, completion
 from llavamed_jax.utils import machine
 
 if TYPE_CHECKING:  # scoring a file of predictions must not import jax
@@ -131,8 +131,6 @@ class _Asking:
 
     def beams(self, asked: Sequence[int], generation: Generation) -> Iterator[tuple[int, Answer]]:
         """Answers the questions at these indices by beam search, a batch at a time."""
-        from llavamed_jax.assistant import completion  # imports jax, which the loaded model has imported already
-
         model, prompts = self._model, self._prompts(asked)
         while batch := list(itertools.islice(prompts, generation.batch_size)):
             indices, rows, images, lost = zip(*batch)
