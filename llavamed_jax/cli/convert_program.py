@@ -161,6 +161,8 @@ def _build_flags(parser: argparse.ArgumentParser) -> None:
                         help="add <im_patch>, <im_start> and <im_end>, as in LLaVA-Med v1.0")
     parser.add_argument("--add_pad_token", action="store_true",
                         help="add [PAD] before them, as v1.0's --version v0 does")
+    parser.add_argument("--image_size", type=int, metavar="N",
+                        help="edge of the images in pixels, if not the tower's own: its position table is interpolated")
     parser.add_argument("--seed", type=int, default=0, help="seed of the random weights; default 0")
     parser.add_argument("--out", required=True, metavar="DIR", help="a new directory for the tree")
 
@@ -175,7 +177,7 @@ def _build(args: argparse.Namespace) -> None:
     with (tempfile.TemporaryDirectory() as scratch,
           signals.undone_by(lambda: shutil.rmtree(scratch, ignore_errors=True))):
         checkpoint, said = build(args.decoder, args.vision, args.projector, Path(scratch), args.add_image_tokens,
-                                 args.seed, args.add_pad_token)
+                                 args.seed, args.add_pad_token, args.image_size)
         _check_text(checkpoint)
         print(*said, sep="\n")
         with new_directory(args.out, total_bytes(checkpoint.tensors), map(Path, (args.decoder, args.vision))) as out:

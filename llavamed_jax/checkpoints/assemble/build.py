@@ -12,6 +12,7 @@ import numpy as np
 from llavamed_jax.checkpoints import hub, names
 from llavamed_jax.checkpoints.assemble.image_tokens import TABLES, add_image_tokens
 from llavamed_jax.checkpoints.assemble.own_template import own_template
+from llavamed_jax.checkpoints.assemble.positions import with_image_size
 from llavamed_jax.checkpoints.checkpoint import Checkpoint
 from llavamed_jax.checkpoints.generation_file import with_stop_ids
 from llavamed_jax.checkpoints.gguf.directory import read_decoder
@@ -34,7 +35,7 @@ _SETTINGS = {"mm_vision_select_layer": "feature_layer", "mm_vision_select_featur
 
 
 def build(decoder: str | Path, vision: str | Path, projector: str, scratch: Path, image_tokens: bool = False,
-          seed: int = 0, has_pad: bool = False) -> tuple[Checkpoint, list[str]]:
+          seed: int = 0, has_pad: bool = False, image_size: int | None = None) -> tuple[Checkpoint, list[str]]:
     """Joins a decoder, a vision tower and a projector.
 
     Args:
@@ -45,6 +46,8 @@ def build(decoder: str | Path, vision: str | Path, projector: str, scratch: Path
       image_tokens: adds LLaVA-Med v1.0's tokens (`image_tokens.add_image_tokens`).
       seed: seed of all random weights.
       has_pad: adds `[PAD]` before the image tokens.
+      image_size: edge of the tower's input in pixels, to which its position table is interpolated; None for the
+        tower's own.
 
     Returns:
       The checkpoint, and sentences that say what was done.
@@ -52,6 +55,7 @@ def build(decoder: str | Path, vision: str | Path, projector: str, scratch: Path
     Raises:
       UserError: one of the parts is missing or does not fit.
     """
+    name = str(vision) if not exists(vision) and hub.is_hub_name(vision) else Path(vision).name
     vision, file = hub.local(vision), Path(projector)
     directory, weights, said = _opened(decoder, scratch)
     raw = _decoder_config(directory)
@@ -66,17 +70,22 @@ def build(decoder: str | Path, vision: str | Path, projector: str, scratch: Path
     tower = tower_config(vision)
     try:
         config = joined(with_stop_ids(plain_decoder(raw), directory), tower, "linear" if is_file else projector,
-                        Path(vision).name, image_tokens)
+                        name, image_tokens)
     except UserError as error:
         raise UserError(f"{decoder}: {error}") from None
     tensors = canonical(Path(decoder), weights(), config, "decoder") | tower_tensors(config, vision)
     tensors |= _fresh_projector(config, seed)
+    if image_size not in (None, tower.image_size):
+        config, tensors = with_image_size(config, tensors, image_size)
     checkpoint = Checkpoint(config, "built", None, tensors, _files(directory, vision), f"{vision}, as asked for")
     said = [*said, f"decoder: {decoder}", f"vision tower: {vision}"]
     template, sentence = own_template(directory)
     if sentence is not None:
         checkpoint = checkpoint.replace(config=config.replace(template=template))
         said.append(sentence)
+    if config.vision.image_size != tower.image_size:
+        said.append(f"image size: {config.vision.image_size}, for which the position table of {tower.image_size} "
+                    "pixels is interpolated")
     if image_tokens:
         deviation = raw.get("initializer_range", 0.02)
         if not isinstance(deviation, (int, float)) or not 0 <= deviation < 1:

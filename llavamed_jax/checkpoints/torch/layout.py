@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
@@ -71,12 +72,30 @@ def canonical(where: Path, found: Mapping[str, Tensor], config: LlavaConfig, lay
             shapes[name] = (rows, *shapes[name][1:])
     if config.decoder.tie_word_embeddings:
         found = _without_tied_head(where, found, spellings, layout)
+    _check_positions(where, found, spellings, config)
     is_dropped = names.dropped(config, layout)
     if dropped := sorted(filter(is_dropped, found)):
         warn_once(f"{where}: {count_of(len(dropped), 'tensor')} of the vision tower that LLaVA does not read "
                   f"{'is' if len(dropped) == 1 else 'are'} left out: {some(dropped)}")
     taken = match(where, found, spellings, shapes, lambda key: ignore(key) or is_dropped(key))
     return {name: from_torch(name, tensor, specs[name].shape) for name, tensor in taken.items()}
+
+
+def _check_positions(where: Path, found: Mapping[str, Tensor], spellings: Mapping[str, Iterable[str]],
+                     config: LlavaConfig) -> None:
+    """Raises UserError if the tower's position table is that of another image size than the config's."""
+    vision = config.vision
+    table = next((found[s] for name, spelled in spellings.items() if "vision_tower/embeddings/position" in name
+                  for s in spelled if s in found), None)
+    rows = table.shape[-2] if table is not None and len(table.shape) > 1 else vision.num_positions
+    if rows == vision.num_positions:
+        return
+    edge = math.isqrt(max(rows - vision.class_tokens, 0))
+    is_square = edge > 0 and edge**2 + vision.class_tokens == rows
+    fits = f", which is that of {edge * vision.patch_size} pixels" if is_square else ""
+    raise UserError(f"{where} does not fit its config.json: image_size is {vision.image_size}, for which the vision "
+                    f"tower has {vision.num_positions} positions, and its position table has {rows}{fits}; `convert "
+                    "build --image_size N` interpolates the table of a tower whose config fits it")
 
 
 def from_torch(name: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
