@@ -8,6 +8,7 @@ from llavamed_jax.config.decoders.llama import DecoderConfig
 from llavamed_jax.config.model import LlavaConfig
 from llavamed_jax.config.towers import KNOWN_TOWERS
 from llavamed_jax.config.towers.clip import VisionConfig
+from llavamed_jax.config.towers.vit import BIOMEDCLIP
 from llavamed_jax.errors import UserError
 
 
@@ -27,15 +28,20 @@ def _presets() -> dict[str, LlavaConfig]:
         max_length=512, template="v1.5:mistral_instruct")
     v1 = dict(projector_type="linear", image_aspect_ratio="square", use_start_end=True, source="llava")
     llava15 = dict(template="up:vicuna_v1", source="llava_llama")
+    vicuna_v1 = dataclasses.replace(vicuna7, vocab_size=32003, max_position_embeddings=2048)
+    siglip, siglip2 = (f"siglip{generation}-so400m-patch14-384" for generation in ("", "2"))
     return {
         "small": small,
         "v15-7b": LlavaConfig(clip336, mistral, template="v1.5:mistral_instruct"),
-        "v1-7b": LlavaConfig(
-            clip224, dataclasses.replace(vicuna7, vocab_size=32003, max_position_embeddings=2048), **v1),
+        "v1-7b": LlavaConfig(clip224, vicuna_v1, **v1),
         "v1-13b": LlavaConfig(
             clip224, dataclasses.replace(vicuna13, vocab_size=32003, max_position_embeddings=2048), **v1),
         "llava15-7b": LlavaConfig(clip336, vicuna7, **llava15),
         "llava15-13b": LlavaConfig(clip336, vicuna13, **llava15),
+        # Another tower in the model of v1.0 (as in its paper) and of v1.5.
+        "biomedclip": LlavaConfig(KNOWN_TOWERS[BIOMEDCLIP], vicuna_v1, **v1),
+        **{name: LlavaConfig(KNOWN_TOWERS[f"google/{name}"], mistral, template="v1.5:mistral_instruct")
+           for name in (siglip, siglip2)},
     }
 
 
