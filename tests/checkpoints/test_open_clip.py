@@ -213,6 +213,19 @@ def test_a_checkpoint_of_v1_that_names_it(layer, means, model, tmp_path):
     np.testing.assert_allclose(features(checkpoint, checkpoint.config.feature_layer, images), wanted, atol=2e-5)
 
 
+def test_an_export_of_v1_keeps_it_in_a_directory(model, tmp_path):
+    """The original fetches BiomedCLIP by itself; this project reads the directory that it wrote."""
+    first = open_checkpoint(named(tmp_path, in_timm(model), mm_vision_select_layer=-2))
+    export(first, tmp_path / "elsewhere" / "out", "llava")
+    tower = tmp_path / "elsewhere" / "out" / NAME.split("/")[1]
+    assert json.loads((tower / "config.json").read_text())["architectures"] == ["ViTModel"]
+    again = open_checkpoint(tmp_path / "elsewhere" / "out")
+    assert (again.config.vision, again.config.feature_layer) == (first.config.vision, -2)
+    for name in first.tensors:
+        np.testing.assert_array_equal(again.read(name), first.read(name))
+    assert "takes BiomedCLIP from its hub whatever the path" in (tmp_path / "elsewhere" / "out" / "README.md").read_text()
+
+
 @pytest.mark.parametrize("layer", [-4, 3, "x"])
 def test_layers_that_the_original_does_not_have_are_refused(layer, model, tmp_path):
     with pytest.raises(UserError, match=f"mm_vision_select_layer is {layer!r}; -3, -2 or -1 was expected with BiomedCLIP"):

@@ -9,6 +9,7 @@ from llavamed_jax.checkpoints.checkpoint import Checkpoint
 from llavamed_jax.checkpoints.export.chat_template import chat_template, template_name
 from llavamed_jax.config import LlavaConfig
 from llavamed_jax.config.hf import llava_to_hf
+from llavamed_jax.config.towers.vit import is_biomedclip
 from llavamed_jax.utils.files import read_json
 
 _MAX_RUNS = 20  # in a chain of recipes, each started from the one before
@@ -106,6 +107,7 @@ The tensors have the names of LLaVA's own code ({model_type}). That code takes t
 `mm_vision_tower` in
 `config.json` names, {tower}"""
 _TOWER_INSIDE = "here the directory `{name}`: give its path there."
+_TOWER_FETCHED = "and takes BiomedCLIP from its hub whatever the path. llavamed-jax reads the directory `{name}` here."
 _TOWER_IGNORED = ("and not the tower's tensors in this checkpoint. If the two towers differ, so do the answers; "
                   "llavamed-jax reads the tensors here.")
 _SETTINGS_IGNORED = (" It does not read `preprocessor_config.json` here either, whose settings are not its kind's own: "
@@ -147,7 +149,8 @@ def _facts(checkpoint: Checkpoint) -> dict[str, object]:
 
 def _use(cfg: LlavaConfig, layout: str, ids: tuple[int, int] | None) -> str:
     if layout == "llava":
-        inside = _TOWER_INSIDE.format(name=Path(llava_to_hf(cfg, layout)["mm_vision_tower"]).name)
+        name = Path(llava_to_hf(cfg, layout)["mm_vision_tower"]).name
+        inside = (_TOWER_FETCHED if is_biomedclip(name) else _TOWER_INSIDE).format(name=name)
         kind = cfg.source if cfg.source != "transformers" else f"llava_{cfg.decoder.architecture}"
         ignored = _TOWER_IGNORED + ("" if cfg.vision == cfg.vision.plain() else _SETTINGS_IGNORED)
         return _IN_LLAVA.format(model_type=f"`model_type` `{kind}`", tower=inside if cfg.source == "llava" else ignored)
