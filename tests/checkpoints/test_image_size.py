@@ -21,12 +21,13 @@ torch = hf.torch
 @pytest.mark.parametrize("old, new", [(4, 6), (4, 3), (4, 1), (3, 7), (16, 24), (1, 4)])
 @pytest.mark.parametrize("class_tokens", [0, 1])
 def test_the_table_is_torchs(old, new, class_tokens):
+    """Of torch in float64: in float32 its weights alone are off by 1e-6."""
     table = np.random.default_rng(0).standard_normal((old**2 + class_tokens, 5)).astype(np.float32)
-    grid = torch.tensor(table[class_tokens:]).reshape(1, old, old, 5).permute(0, 3, 1, 2)
+    grid = torch.tensor(table[class_tokens:]).reshape(1, old, old, 5).permute(0, 3, 1, 2).double()
     wanted = torch.nn.functional.interpolate(grid, size=(new, new), mode="bicubic", align_corners=False)
     wanted = np.concatenate([table[:class_tokens], wanted.permute(0, 2, 3, 1).reshape(-1, 5).numpy()])
-    np.testing.assert_allclose(interpolated(table, class_tokens, new), wanted, atol=2e-6, rtol=0)
-    np.testing.assert_allclose(interpolated(table[None], class_tokens, new)[0], wanted, atol=2e-6, rtol=0)
+    np.testing.assert_allclose(interpolated(table, class_tokens, new), wanted, atol=3e-7, rtol=0)
+    np.testing.assert_allclose(interpolated(table[None], class_tokens, new)[0], wanted, atol=3e-7, rtol=0)
 
 
 @pytest.mark.parametrize("size", [42, 21])

@@ -60,7 +60,7 @@ def interpolated(table: np.ndarray, class_tokens: int, side: int) -> np.ndarray:
       side: patches along an edge.
 
     Returns:
-      [...,class_tokens + side * side,D], computed in float32 and returned in the table's dtype.
+      [...,class_tokens + side * side,D], computed in float64 and returned in the table's dtype.
 
     Source: torch's `interpolate(mode="bicubic", align_corners=False)`.
     """
@@ -69,26 +69,23 @@ def interpolated(table: np.ndarray, class_tokens: int, side: int) -> np.ndarray:
     if old == side:
         return table
     weights = _weights(old, side)
-    grid = patches.reshape(old, old, -1).astype(np.float32)
+    grid = patches.reshape(old, old, -1).astype(np.float64)
     grid = np.einsum("yh,xw,hwd->yxd", weights, weights, grid, optimize=True)
     return np.concatenate([tokens, grid.reshape(*table.shape[:-2], side * side, -1).astype(table.dtype)], axis=-2)
 
 
 def _weights(old: int, new: int) -> np.ndarray:
-    """Returns the weight of each old point in each new one, float32 [new,old]; beyond the edge the edge is repeated.
-
-    Places are computed in float32, as in torch.
-    """
-    out, half, scale = np.zeros((new, old), np.float32), np.float32(0.5), np.float32(old) / np.float32(new)
+    """Returns the weight of each old point in each new one, float64 [new,old]; beyond the edge the edge is repeated."""
+    out = np.zeros((new, old))
     for i in range(new):
-        place = scale * (np.float32(i) + half) - half
+        place = (i + 0.5) * old / new - 0.5
         first = math.floor(place)
         for j in range(first - 1, first + 3):
-            out[i, min(max(j, 0), old - 1)] += _kernel(abs(place - np.float32(j)))
+            out[i, min(max(j, 0), old - 1)] += _kernel(abs(place - j))
     return out
 
 
-def _kernel(x: np.float32) -> np.float32:
+def _kernel(x: float) -> float:
     """Returns the value of the cubic kernel at a distance from 0 to 2."""
-    a = np.float32(_CUBIC)
+    a = _CUBIC
     return ((a + 2) * x - (a + 3)) * x * x + 1 if x <= 1 else ((a * x - 5 * a) * x + 8 * a) * x - 4 * a
