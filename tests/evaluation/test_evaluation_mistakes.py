@@ -67,7 +67,7 @@ def test_predictions_may_begin_with_a_mark_of_byte_order(predictions):
     predictions.write_bytes(b"\xef\xbb\xbf" + predictions.read_bytes())
     assert read_predictions(predictions) == plain and len(plain) == len(TESTED)
     predictions.write_bytes("é".encode("latin-1"))
-    with pytest.raises(UserError, match="not UTF-8 text (byte 0); lines of JSON were expected"):
+    with pytest.raises(UserError, match="not UTF-8 text .byte 0.; lines of JSON were expected"):
         read_predictions(predictions)
 
 
