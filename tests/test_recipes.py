@@ -18,8 +18,8 @@ from llavamed_jax.recipes import recipe_arguments
 from llavamed_jax.text.conversation import IMAGE_MARKER
 from llavamed_jax.text.templates import TEMPLATES, get_template
 from llavamed_jax.text.tokenizer import Tokenizer
+from llavamed_jax.training import layers, recipe, state
 from llavamed_jax.training import optimizer as optimizers
-from llavamed_jax.training import recipe, state
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 STAGES = ("pretrain", "finetune")
@@ -29,6 +29,7 @@ EXTRA = {"": TASKS + STAGES, "epochs=9": TASKS + STAGES, "epochs=15": TASKS, "pr
 CASES = [(name, ",".join(filter(None, (model, extra))))
          for extra, names in EXTRA.items() for name, model in itertools.product(names, MODELS)]
 CASES += [("demo", stage) for stage in ("", "warmup", "align", "instruct", "vqa")]
+MODERN = ("align", "instruct", "vqa")
 
 
 def load(name, argument=""):
@@ -51,6 +52,26 @@ def test_every_recipe_builds_and_is_checked(name, argument):
     assert {n.split("/")[0] for n in specs(preset(args.preset))} == {"vision_tower", "projector", "decoder"}
 
 
+@pytest.mark.parametrize("stage", MODERN)
+@pytest.mark.parametrize("is_small", [False, True])
+def test_the_modern_curriculum(stage, is_small):
+    cfg = load("modern", f"{stage},small" if is_small else stage)
+    recipe.check(cfg)
+    name = cfg.name.split()[-1]
+    assert (name, load("modern", f"{stage},epochs=2").epochs) == ("small" if is_small else "modern-8b", 2)
+    assert is_small or cfg.init == f"runs/modern/{('start', *MODERN)[MODERN.index(stage)]}"
+    model = preset(name)
+    trained, _ = state.partition(abstract_params(model, scan=True), cfg.trainable)
+    masks = layers.partly_trained(cfg.trainable, layers.depths(trained))
+    used = model.num_vision_layers_used
+    assert {name.split("/")[0] for name in masks} == ({"vision_tower"} if stage == "vqa" else set())
+    assert all(mask.tolist() == [False] * (used - 4) + [True] * 4 for mask in masks.values())
+    optimizers.build(cfg.optimizer, 100, list(trained), (), layers.depths(trained), masks)
+    if not is_small:
+        assert cfg.template == ("up:plain" if stage == "align" else "hf:qwen3") and model.tokens_per_image == 729
+        assert cfg.data.mean_length > 729
+
+
 def modules_of(path):
     return {node.module for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)}
 
@@ -63,7 +84,7 @@ def test_a_recipe_of_one_model_refuses_the_name_of_another(name, argument):
         load(name, argument)
 
 
-@pytest.mark.parametrize("name", [*STAGES, *TASKS, "demo", "small"])
+@pytest.mark.parametrize("name", [*STAGES, *TASKS, "demo", "small", "modern"])
 def test_recipes_are_short_and_import_nothing_of_each_other(name):
     path = CONFIGS / f"{name}.py"
     assert len(path.read_text().splitlines()) <= 80
@@ -71,7 +92,7 @@ def test_recipes_are_short_and_import_nothing_of_each_other(name):
     assert {path.stem for path in CONFIGS.glob("*.py")} >= {*STAGES, *TASKS, "demo"}
 
 
-@pytest.mark.parametrize("name", [*STAGES, *TASKS, "demo", "small"])
+@pytest.mark.parametrize("name", [*STAGES, *TASKS, "demo", "small", "modern"])
 def test_a_recipe_states_every_number_that_has_a_source(name):
     """In its own file: `configs/common.py` has a placeholder for each of them, so that none can be taken over unseen."""
     tree = ast.parse((CONFIGS / f"{name}.py").read_text())
@@ -157,7 +178,7 @@ def test_another_checkouts_plumbing_is_its_own(elsewhere):
 
 
 def test_a_recipe_that_is_missing_is_named_beside_recipes_alone():
-    with pytest.raises(UsageError, match="holds demo.py, finetune.py, pathvqa.py, pretrain.py, slake.py, small.py, vqa_rad.py$"):
+    with pytest.raises(UsageError, match="holds demo.py, finetune.py, modern.py, pathvqa.py, pretrain.py, slake.py, small.py, vqa_rad.py$"):
         load("fintune")
     with pytest.raises(UsageError, match=r"common.py defines no get_config\(arg\); .* holds captions.py, chat.py, choices.py"):
         load("eval/common")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from llavamed_jax.config.checks import as_object, token_ids
-from llavamed_jax.config.decoders import DECODERS, decoder_from_hf
+from llavamed_jax.config.decoders import DECODERS, decoder_from_hf, kind_of_original
 from llavamed_jax.config.decoders.llama import DecoderConfig
 from llavamed_jax.config.model import OURS, LlavaConfig, projector_depth
 from llavamed_jax.config.towers import KNOWN_TOWERS, known_name, tower_from_hf
@@ -26,9 +26,9 @@ _ORIGINAL_KEYS = {
     "model_type", "mm_projector_type", "mm_vision_select_layer", "mm_vision_select_feature", "image_aspect_ratio",
     "tokenizer_model_max_length", "mm_use_im_start_end", "vocab_size", "hidden_size", "intermediate_size",
     "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps", "rope_theta",
-    "rope_parameters", "rope_scaling", "max_position_embeddings", "sliding_window", "tie_word_embeddings",
-    "hidden_act", "attention_bias", "mlp_bias", "bos_token_id", "eos_token_id", "pad_token_id", "mm_hidden_size",
-    "dtype", "torch_dtype", OURS,
+        "rope_parameters", "rope_scaling", "max_position_embeddings", "sliding_window", "use_sliding_window",
+    "max_window_layers", "layer_types", "tie_word_embeddings", "hidden_act", "attention_bias", "mlp_bias",
+    "bos_token_id", "eos_token_id", "pad_token_id", "mm_hidden_size", "dtype", "torch_dtype", OURS,
 }
 _TRANSFORMERS_KEYS = {
     "model_type", "text_config", "vision_config", "projector_hidden_act", "multimodal_projector_bias",
@@ -72,7 +72,8 @@ def llava_from_hf(config: Mapping[str, Any], vision: VisionConfig | None = None)
     kind = config.get("model_type")
     if isinstance(kind, str) and kind in DECODERS:
         raise UserError(f"config.json has model_type {short(kind)}, so it is a plain decoder: {BUILD}")
-    raise UserError(f"config.json has model_type {short(kind)}; llava_mistral, llava_llama or llava was expected")
+    raise UserError(f"config.json has model_type {short(kind)}; llava_mistral, llava_llama, llava_qwen or llava was "
+                    "expected")
 
 
 def llava_to_hf(cfg: LlavaConfig, layout: str, ids: tuple[int, int] | None = None) -> dict[str, Any]:
@@ -106,8 +107,9 @@ def is_transformers(config: Mapping[str, Any]) -> bool:
 
 def is_original(config: Mapping[str, Any]) -> bool:
     """Returns whether a config has an original's layout; with `llama` only the tensors tell v0 from a plain decoder."""
-    kinds = ("llava", "llama", *(f"llava_{name}" for name in DECODERS))
-    return config.get("model_type") in kinds and not is_transformers(config)
+    kind = config.get("model_type")
+    is_of_a_kind = kind_of_original(kind) is not None and kind not in DECODERS
+    return (kind in ("llava", "llama") or is_of_a_kind) and not is_transformers(config)
 
 
 def not_obeyed(config: Mapping[str, Any]) -> list[str]:
@@ -151,9 +153,9 @@ def plain_decoder(config: Mapping[str, Any]) -> DecoderConfig:
       UserError: another architecture, missing keys, or settings that this model does not have.
     """
     kind = config.get("model_type")
-    architecture = "llama" if kind == "llava" else kind.removeprefix("llava_") if isinstance(kind, str) else None
-    if architecture not in DECODERS:
-        raise UserError(f"config.json has model_type {short(kind)}; {' or '.join(DECODERS)} was expected")
+    architecture = "llama" if kind == "llava" else kind_of_original(kind)
+    if architecture is None:
+        raise UserError(f"config.json has model_type {short(kind)}; one of {', '.join(DECODERS)} was expected")
     required = (*_REQUIRED, "num_key_value_heads") if architecture == "mistral" else _REQUIRED
     lacking = [key for key in required if config.get(key) is None]
     if lacking not in ([], ["rms_norm_eps"]):  # for eps the first LLaVAs relied on transformers' default
@@ -186,8 +188,8 @@ def joined(decoder: DecoderConfig, vision: VisionConfig, projector_type: str, to
       tower: the tower's name in an export.
       uses_image_tokens: whether images stand between `<im_start>` and `<im_end>`.
     """
-    source = "llava" if decoder.architecture == "llama" and uses_image_tokens else f"llava_{decoder.architecture}"
-    extra = {**_ORIGINAL_DEFAULTS, "architectures": [f"Llava{decoder.hf_class}"], "mm_vision_tower": tower,
+    source = "llava" if decoder.architecture == "llama" and uses_image_tokens else decoder.original_type
+    extra = {**_ORIGINAL_DEFAULTS, "architectures": [decoder.original_class], "mm_vision_tower": tower,
              "mm_use_im_patch_token": uses_image_tokens}
     return LlavaConfig(vision, decoder, projector_type, image_aspect_ratio="square" if source == "llava" else "pad",
                        use_start_end=uses_image_tokens, source=source, extra=json.dumps(extra, sort_keys=True))
@@ -259,8 +261,8 @@ def to_original(cfg: LlavaConfig) -> dict:
         raise UserError(f"this model's projector has the activation {cfg.projector_act}, but the original's code "
                         "applies GELU; use --layout transformers")
     is_theirs = cfg.source != "transformers"  # only then do the extra keys belong to this layout
-    kind = cfg.source if is_theirs else f"llava_{cfg.decoder.architecture}"
-    architectures = [f"Llava{cfg.decoder.hf_class}"]
+    kind = cfg.source if is_theirs else cfg.decoder.original_type
+    architectures = [cfg.decoder.original_class]
     travelled = (json.loads(cfg.extra) if is_theirs else {}) or {
         **_ORIGINAL_DEFAULTS, "architectures": architectures, "mm_vision_tower": _stock_tower(cfg.vision)}
     if kind == "llava":

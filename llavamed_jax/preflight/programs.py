@@ -135,9 +135,8 @@ class Training:
         """Returns the FLOPs of an update with full rows of samples of the mean length, with one image each."""
         length = self.mean_length
         samples = self.tokens / length
-        trained = {name: math.prod(x.shape) for name, x in self.program.abstract_state().trainable.items()}
-        return training_flops(self.program.model.cfg, trained, self.tokens, samples * length * (length + 1) / 2,
-                              samples)
+        attended = samples * length * (length + 1) / 2
+        return training_flops(self.program.model.cfg, self.program.trained_sizes(), self.tokens, attended, samples)
 
     def least_traffic(self) -> float:
         """Returns a lower bound of the bytes that each device receives for an update.

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from llavamed_jax.config import LlavaConfig
+from llavamed_jax.config import DecoderConfig, LlavaConfig
 from llavamed_jax.errors import UserError
 from llavamed_jax.text.styles import STYLES, Style
 
@@ -159,12 +159,15 @@ _ROWS = [  # name, style, system, roles, sep, sep2, and the fields behind them
     ("v1.0:llava_v1", "TWO", _S_MED_C, _USER, " ", "</s>"),
     # v1.0's training does not know this template's version, so it would train with the v0 procedure.
     ("v1.0:bair_v1", "TWO", "BEGINNING OF CONVERSATION:", ("USER", "GPT"), " ", "</s>", (), False, "v0"),
+    ("up:qwen_1_5", "CHATML", "You are a helpful assistant.", _CHAT, "<|im_end|>"),
     ("hf:chatml", "CHATML", _S_SMOL, _CHAT, "<|im_end|>"),
     ("hf:qwen", "CHATML", _S_QWEN, _CHAT, "<|im_end|>"),
     ("hf:qwen3", "CHATML_NO_THINK", None, _CHAT, "<|im_end|>"),
     ("hf:llama3", "LLAMA_3", None, _CHAT, "<|eot_id|>"),
     ("hf:llama3.1", "LLAMA_3_1", "", _CHAT, "<|eot_id|>"),
 ]
+# The default of a decoder's architecture; another one takes Vicuna's.
+_OF_ARCHITECTURES = {"mistral": "v1.5:mistral_instruct", "qwen2": "hf:qwen", "qwen3": "hf:qwen3"}
 TEMPLATES = {row[0]: Template(*row) for row in _ROWS}
 # The originals' names for templates with another name here. v1.0 trains `--version v1` with vicuna_v1_1.
 _ALIASES = {"v1.0:v1": "v1.0:vicuna_v1_1", **{f"{origin}:{alias}": f"{origin}:{name}" for origin in ("v1.5", "up")
@@ -204,7 +207,26 @@ def default_template(source: str, architecture: str, is_evaluation: bool = False
     """
     if source == "llava":
         return "v1.0:simple" if is_evaluation else "v1.0:multimodal"
-    return "v1.5:mistral_instruct" if architecture == "mistral" else "up:vicuna_v1"
+    if source == "llava_qwen":
+        return "up:qwen_1_5"
+    return _OF_ARCHITECTURES.get(architecture, "up:vicuna_v1")
+
+
+def language_template(decoder: DecoderConfig, has_token: Callable[[str], bool]) -> str | None:
+    """Returns the template that a language model was released with, by its kind and its tokenizer's special tokens.
+
+    Args:
+      decoder: the language model's config.
+      has_token: whether the tokenizer has a token.
+
+    Returns:
+      The template's name, or None for a language model without one of these templates.
+    """
+    is_scaled = decoder.rope_scaling is not None and decoder.rope_scaling.rope_type == "llama3"
+    names = {"llama": ("hf:llama3.1" if is_scaled else "hf:llama3", "hf:chatml"), "qwen3": ("hf:qwen3",),
+             # Qwen2, whose tokenizer has no such token, was released with upstream's system text.
+             "qwen2": ("hf:qwen" if has_token("<tool_call>") else "up:qwen_1_5",)}.get(decoder.architecture, ())
+    return next((name for name in names if all(map(has_token, TEMPLATES[name].form.tokens))), None)
 
 
 def template_of(config: LlavaConfig | None, is_evaluation: bool = False) -> str:

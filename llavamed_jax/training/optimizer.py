@@ -11,10 +11,12 @@ from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from ml_collections import ConfigDict
 
 from llavamed_jax.errors import UsageError
+from llavamed_jax.training import layers
 
 # Biases and the scales of norms are not decayed (as in transformers' Trainer).
 NOT_DECAYED = re.compile(r".*/(scale|bias)")
@@ -37,17 +39,21 @@ def warmup_cosine(peak: float, warmup_ratio: float, total_steps: int) -> optax.S
     return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, decay_steps=max(total_steps, warmup + 1))
 
 
-def build(cfg: ConfigDict, total_steps: int, names: Sequence[str],
-          undecayed: Sequence[str] = ()) -> tuple[optax.GradientTransformation, optax.Schedule]:
+def build(cfg: ConfigDict, total_steps: int, names: Sequence[str], undecayed: Sequence[str] = (),
+          depths: layers.Depths | None = None, partly_trained: Mapping[str, np.ndarray] | None = None,
+          ) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """Returns the optimizer of the trainable parameters, a flat dict by name.
 
     Args:
       cfg: the recipe's `optimizer`. `overrides` is a list of (regex, peak learning rate) for some of the parameters,
-        as upstream's `mm_projector_lr`; the first regex that matches a whole name applies.
+        as upstream's `mm_projector_lr`; the first regex that matches a whole name, or that of a layer, applies.
       total_steps: number of updates of the run, warm-up included.
       names: names of the trainable parameters.
       undecayed: names without weight decay, besides biases and scales of norms: a table of which only some rows are
         trained, since weight decay would shrink its other rows.
+      depths: the number of layers of each parameter (`layers.depths`); None for parameters that are not stacks.
+      partly_trained: which layers are trained, for stacks of which some are not (`layers.partly_trained`). Only those
+        are decayed.
 
     Returns:
       The optax transformation, and the schedule of the learning rate without overrides.
@@ -56,14 +62,19 @@ def build(cfg: ConfigDict, total_steps: int, names: Sequence[str],
       UsageError: an override matches no trainable parameter, or only parameters that earlier overrides match.
     """
     schedule = warmup_cosine(cfg.learning_rate, cfg.warmup_ratio, total_steps)
+    partly_trained, depths = partly_trained or {}, depths or dict.fromkeys(names, 0)
+    decayed = {name for name in names if not NOT_DECAYED.fullmatch(name) and name not in undecayed}
     steps = [
         optax.clip_by_global_norm(cfg.clip_norm) if cfg.clip_norm else optax.identity(),
         _scale_by_adam(cfg.b1, cfg.b2, cfg.eps, cfg.mu_dtype),
         optax.add_decayed_weights(cfg.weight_decay, mask={
-            name: not NOT_DECAYED.fullmatch(name) and name not in undecayed for name in names}),
+            name: name in decayed and name not in partly_trained for name in names}),
     ]
+    if cfg.weight_decay and partly_trained:
+        rates = {name: cfg.weight_decay * trained for name, trained in partly_trained.items() if name in decayed}
+        steps.append(_decay_layers(rates))
     if cfg.overrides:
-        steps.append(_scale_by_name(_factors(cfg.overrides, cfg.learning_rate, names)))
+        steps.append(_scale_by_name(_factors(cfg.overrides, cfg.learning_rate, names, depths, partly_trained)))
     return optax.chain(*steps, optax.scale_by_learning_rate(schedule)), schedule
 
 
@@ -89,23 +100,41 @@ def _one_minus_power(b: float, t):
     return -jnp.expm1(t * math.log(b)) if b else jnp.float32(1)
 
 
-def _factors(overrides: Sequence[tuple[str, float]], base: float, names: Sequence[str]) -> dict[str, float]:
-    """Returns the learning rate of each parameter as a fraction of the base."""
-    left = list(names)
-    for regex, _ in overrides:
-        if not any(re.fullmatch(regex, name) for name in names):
+def _factors(overrides: Sequence[tuple[str, float]], base: float, names: Sequence[str], depths: layers.Depths,
+             partly_trained: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Returns the learning rate of each parameter as a fraction of the base, [L] for a stack and else []."""
+    left = {name: partly_trained.get(name, np.ones(depths[name] or (), bool)) for name in names}
+    rates = {name: np.full(depths[name] or (), base) for name in names}
+    for regex, rate in overrides:
+        found = {name: layers.matched(regex, name, depths[name]) for name in names}
+        if not any((found[name] & partly_trained.get(name, True)).any() for name in names):
             raise UsageError(f"the config key 'optimizer.overrides' has {regex!r}, which matches no trainable "
                              "parameter")
-        if not any(re.fullmatch(regex, name) for name in left):
+        found = {name: found[name] & left[name] for name in names}
+        if not any(each.any() for each in found.values()):
             raise UsageError(f"the config key 'optimizer.overrides' has {regex!r}, but earlier entries match all its "
                              "parameters; the first match counts, so the narrower entry was expected first")
-        left = [name for name in left if not re.fullmatch(regex, name)]
-    rates = {name: next((rate for regex, rate in overrides if re.fullmatch(regex, name)), base) for name in names}
+        rates = {name: np.where(found[name], rate, rates[name]) for name in names}
+        left = {name: left[name] & ~found[name] for name in names}
     return {name: rate / base for name, rate in rates.items()}
 
 
-def _scale_by_name(factors: Mapping[str, float]) -> optax.GradientTransformation:
-    return optax.stateless(lambda updates, params: {name: update * factors[name] for name, update in updates.items()})
+def _scale_by_name(factors: Mapping[str, np.ndarray]) -> optax.GradientTransformation:
+    def scaled(update, factor):
+        if factor.min() == factor.max():
+            return update * float(factor.min())
+        return update * layers.along_layers(factor, update.ndim).astype(update.dtype)
+    return optax.stateless(lambda updates, params: {name: scaled(update, factors[name])
+                                                    for name, update in updates.items()})
+
+
+def _decay_layers(rates: Mapping[str, np.ndarray]) -> optax.GradientTransformation:
+    """Adds the decay of the layers of stacks, at rates [L] by name; 0 leaves a layer as it is."""
+    def decayed(name, update, param):
+        rate = layers.along_layers(rates[name], param.ndim).astype(param.dtype)
+        return jnp.where(rate > 0, update + rate * param, update)
+    return optax.stateless(lambda updates, params: {
+        name: decayed(name, update, params[name]) if name in rates else update for name, update in updates.items()})
 
 
 def state_shardings(optimizer: optax.GradientTransformation, params: Mapping[str, jax.Array],

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding
@@ -25,9 +26,9 @@ from llavamed_jax.models.attention.backend import backend_of
 from llavamed_jax.models.stacking import stack, unstack
 from llavamed_jax.parallel.mesh import auto_sizes, device_memory, make_mesh
 from llavamed_jax.processor import Processor
+from llavamed_jax.training import layers, void_keys
 from llavamed_jax.training import optimizer as optimizers
 from llavamed_jax.training import state as states
-from llavamed_jax.training import void_keys
 from llavamed_jax.training.state import TrainState
 from llavamed_jax.training.step import LossFn, llava_loss
 
@@ -87,8 +88,10 @@ class Program:
         llava.check_heads(config, mesh)
         platform = mesh.devices.flat[0].platform
         abstract = llava.abstract_params(config, scan=True)
-        names = list(states.partition(abstract, trainable)[0])
-        optimizer, schedule = optimizers.build(cfg.optimizer, total_steps, names, [states.TABLE] if rows else [])
+        trained = states.partition(abstract, trainable)[0]
+        sizes, partly = layers.depths(trained), _partly_trained(trainable, trained)
+        optimizer, schedule = optimizers.build(cfg.optimizer, total_steps, list(trained),
+                                               [states.TABLE] if rows else [], sizes, partly)
         shardings = states.state_shardings(config, abstract, trainable, optimizer, mesh)
         dtype = jnp.float32 if platform == "cpu" else jnp.bfloat16
         backend = backend_of(cfg.attention, platform, config.decoder.head_dim)
@@ -106,13 +109,16 @@ class Program:
         return states.place(load_params(checkpoint, scan=True, only=names), self.shardings.frozen, self.model.dtype)
 
     def loss(self) -> LossFn:
-        """Returns the loss to minimise, whose gradient covers only the trained rows of the embedding."""
+        """Returns the loss to minimise, whose gradient covers only the trained rows of the embedding and layers."""
         loss_fn = llava_loss(self.model, self.weighting)
-        return states.only_rows(loss_fn, self.rows) if self.rows else loss_fn
+        loss_fn = states.only_rows(loss_fn, self.rows) if self.rows else loss_fn
+        return layers.only_layers(loss_fn, self.partly_trained) if self.partly_trained else loss_fn
 
     def void(self, cfg: ConfigDict) -> list[str]:
         """Returns a sentence for each key of the recipe's `optimizer` that is not used (`void_keys.of_optimizer`)."""
-        return void_keys.of_optimizer(cfg, list(self.shardings.trainable), [states.TABLE] if self.rows else [])
+        trained = {name: self._abstract[name] for name in self.shardings.trainable}
+        return void_keys.of_optimizer(cfg, list(trained), [states.TABLE] if self.rows else [], layers.depths(trained),
+                                      self.partly_trained)
 
     def abstract_state(self) -> TrainState:
         """Returns the state as shapes with shardings."""
@@ -130,22 +136,38 @@ class Program:
 
     def describe(self) -> str:
         """Says how many parameters are trained (below a million, exactly), the mesh, and how many devices it uses."""
-        sizes = {name: math.prod(x.shape) for name, x in self._abstract.items()}
-        trained = sum(sizes[name] for name in self.shardings.trainable)
-        if self.rows:
-            trained -= sizes[states.TABLE] - len(self.rows) * self.model.cfg.decoder.hidden_size
-        trained, everything = (f"{n / 1e6:,.2f} M" if n >= 1e6 else f"{n:,}" for n in (trained, sum(sizes.values())))
+        counts = sum(self.trained_sizes().values()), sum(math.prod(x.shape) for x in self._abstract.values())
+        trained, everything = (f"{n / 1e6:,.2f} M" if n >= 1e6 else f"{n:,}" for n in counts)
         devices = jax.device_count()
         part = f" on the first {self.mesh.size} of {devices} devices" if self.mesh.size < devices else ""
         return f"{trained} of {everything} parameters trained, mesh {dict(self.mesh.shape)}{part}"
+
+    def trained_sizes(self) -> dict[str, int]:
+        """Returns how many values of each trained parameter are trained: fewer than it has for rows and layers."""
+        sizes = {name: math.prod(self._abstract[name].shape) for name in self.shardings.trainable}
+        if self.rows:
+            sizes[states.TABLE] = len(self.rows) * self.model.cfg.decoder.hidden_size
+        for name, is_trained in self.partly_trained.items():
+            sizes[name] = sizes[name] // len(is_trained) * int(is_trained.sum())
+        return sizes
 
     def trained_names(self) -> list[str]:
         """Returns the names of the trained parameters on disk, one a layer."""
         return list(unstack({name: self._abstract[name] for name in self.shardings.trainable}))
 
     @functools.cached_property
+    def partly_trained(self) -> dict[str, np.ndarray]:
+        """By name, which layers of a stack are trained (`layers.partly_trained`)."""
+        return _partly_trained(self.trainable, {name: self._abstract[name] for name in self.shardings.trainable})
+
+    @functools.cached_property
     def _abstract(self) -> dict[str, jax.ShapeDtypeStruct]:
         return flatten_dict(llava.abstract_params(self.model.cfg, scan=True), sep="/")
+
+
+def _partly_trained(trainable: states.Trainable, trained: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    regexes = [entry for entry in trainable if isinstance(entry, str)]
+    return layers.partly_trained(regexes, layers.depths(trained))
 
 
 def bytes_a_device(arrays: Any) -> int:

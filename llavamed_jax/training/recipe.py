@@ -133,8 +133,9 @@ SCHEMA: Mapping[str, Key] = MappingProxyType({
     "max_length": _integer("the most tokens per sample; longer samples are cut and counted", more_than=0),
     "loss_weighting": _text("whether each supervised token, or each sample, has the same weight", "token",
                             choices=WEIGHTINGS),
-    "trainable": Key(LIST, "regular expressions over parameter names; a pair of the embedding's name and a list of "
-                           "tokens trains only their rows"),
+    "trainable": Key(LIST, "regular expressions over names of parameters, or of single layers "
+                           "(vision_tower/layers_-[1-4]/.*: the last four); a pair of the embedding's name and a "
+                           "list of tokens trains only their rows"),
     "optimizer.learning_rate": _number("the peak learning rate", more_than=0, most=LARGEST_RATE),
     "optimizer.warmup_ratio": _number("the share of updates in the warm-up", least=0, most=1),
     "optimizer.weight_decay": _number("AdamW's weight decay", least=0),
@@ -143,8 +144,8 @@ SCHEMA: Mapping[str, Key] = MappingProxyType({
     "optimizer.b2": _number("AdamW's decay rate of the second moment", least=0, less_than=1),
     "optimizer.eps": _number("AdamW's epsilon", more_than=0),
     "optimizer.mu_dtype": _text("the dtype of AdamW's first moment", "float32", choices=("float32", "bfloat16")),
-    "optimizer.overrides": Key(LIST, "pairs of a regular expression and a learning rate; the first match counts",
-                               ()),
+    "optimizer.overrides": Key(LIST, "pairs of a regular expression, over the names that trainable has, and a "
+                                     "learning rate; the first match counts", ()),
     "mesh.data": _integer("devices that hold different rows and whole parameters; -1 on one axis takes the remaining "
                           "devices", 1),
     "mesh.fsdp": _integer("devices that hold different rows and shards of the parameters", -1),

@@ -25,6 +25,7 @@ from llavamed_jax.config import LlavaConfig
 from llavamed_jax.errors import UsageError
 from llavamed_jax.models import llava
 from llavamed_jax.parallel.mesh import param_shardings, put, replicated
+from llavamed_jax.training import layers
 from llavamed_jax.training import optimizer as optimizers
 from llavamed_jax.training.recipe import TABLE
 
@@ -68,8 +69,9 @@ def partition(params: Mapping[str, Any], trainable: Trainable) -> tuple[dict[str
 
     Args:
       params: nested or flat; layers stacked.
-      trainable: regexes; a parameter is trained if one of them matches its whole name. A pair of `TABLE` and tokens
-        stands for the table, and only the rows of those tokens are trained (`only_rows`).
+      trainable: regexes; a parameter is trained if one of them matches its whole name, or that of one of its layers
+        (`training.layers`). A pair of `TABLE` and tokens stands for the table, and only the rows of those tokens are
+        trained (`only_rows`).
 
     Returns:
       (trainable, frozen), flat dicts by name.
@@ -78,11 +80,11 @@ def partition(params: Mapping[str, Any], trainable: Trainable) -> tuple[dict[str
       UsageError: a regex is invalid, or matches no parameter, so that a typo cannot silently freeze a module.
     """
     flat = flatten_dict(params, sep="/")
-    chosen: set[str] = set()
+    chosen, sizes = set(), layers.depths(flat)
     for entry in trainable:
         regex = entry if isinstance(entry, str) else entry[0]
         try:
-            matches = {name for name in flat if re.fullmatch(regex, name)}
+            matches = {name for name, depth in sizes.items() if layers.matched(regex, name, depth).any()}
         except re.error as error:
             raise UsageError(f"the config key 'trainable' has {regex!r}, which is not a valid regular expression: "
                              f"{error}") from None

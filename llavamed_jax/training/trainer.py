@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -244,7 +243,7 @@ class Run:
     def _reader(self, agreed: StepAgreement) -> MetricsReader:
         return MetricsReader(
             self.progress, self.log, self.place.workdir, config=self.program.model.cfg,
-            trained={name: math.prod(x.shape) for name, x in self.state.trainable.items()},
+            trained=self.program.trained_sizes(),
             num_devices=self.program.mesh.size, log_every=self.cfg.log_every, total_steps=self.total_steps,
             nan_limit=self.cfg.nan_limit, name_samples=self.batches.ids, agreed=agreed)
 

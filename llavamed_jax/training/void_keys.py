@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from llavamed_jax.datasets import detect
 from llavamed_jax.datasets.registry import SETS
 from llavamed_jax.errors import short
+from llavamed_jax.training.layers import Depths, matched
 from llavamed_jax.training.optimizer import NOT_DECAYED
 from llavamed_jax.training.recipe import TABLE
 
@@ -20,17 +22,22 @@ def sentences(cfg: ConfigDict) -> list[str]:
     return [_sentence(*each) for each in _void(cfg)]
 
 
-def of_optimizer(cfg: ConfigDict, names: Sequence[str], undecayed: Sequence[str] = ()) -> list[str]:
+def of_optimizer(cfg: ConfigDict, names: Sequence[str], undecayed: Sequence[str] = (), depths: Depths | None = None,
+                 partly_trained: Mapping[str, np.ndarray] | None = None) -> list[str]:
     """Returns a sentence for each key of `cfg.optimizer` that is not used.
 
     Args:
       cfg: the recipe.
       names: names of the trained parameters.
       undecayed: trained parameters without weight decay, besides biases and scales of norms.
+      depths: the number of layers of each parameter (`layers.depths`); None for parameters that are not stacks.
+      partly_trained: which layers are trained, for stacks of which some are not (`layers.partly_trained`).
     """
     found: list[tuple[str, object, str]] = []
     regexes = [regex for regex, _ in cfg.optimizer.overrides]
-    if regexes and all(any(re.fullmatch(regex, name) for regex in regexes) for name in names):
+    depths, partly_trained = depths or dict.fromkeys(names, 0), partly_trained or {}
+    is_overridden = {name: np.any([matched(regex, name, depths[name]) for regex in regexes], axis=0) for name in names}
+    if regexes and all((is_overridden[name] | ~partly_trained.get(name, np.True_)).all() for name in names):
         found.append(("optimizer.learning_rate", cfg.optimizer.learning_rate,
                       "optimizer.overrides match all trained parameters"))
     if cfg.optimizer.weight_decay and all(NOT_DECAYED.fullmatch(name) or name in undecayed for name in names):

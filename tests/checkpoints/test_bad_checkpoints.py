@@ -249,7 +249,7 @@ BAD_CONFIGS = {
     "no tower": ({"model_type": "llava_llama", "mm_vision_tower": None}, "config.json lacks mm_vision_tower"),
     "a word for a number": ({"num_hidden_layers": "two"}, "num_hidden_layers 'two'; a whole number of at least 1"),
     "a negative number": ({"vocab_size": -73}, "vocab_size -73; a whole number of at least 1"),
-    "another architecture": ({"model_type": "mpt"}, "model_type 'mpt'; llava_mistral, llava_llama or llava was expected"),
+    "another architecture": ({"model_type": "mpt"}, "model_type 'mpt'; llava_mistral, llava_llama, llava_qwen or llava was expected"),
     "rope that changes with a text's length": ({"rope_scaling": {"type": "dynamic", "factor": 2.0}},
                                                "rope_scaling is .'type': 'dynamic'.*plain rotary embedding, linear or llama3 was expected"),
     "scaled rope without a factor": ({"rope_scaling": {"type": "linear"}}, "the decoder's rope_scaling of type linear lacks factor"),

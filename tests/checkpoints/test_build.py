@@ -295,7 +295,7 @@ def edit(parts, part, **changes):
 
 BAD = {
     "no decoder": (lambda p: (p / "mistral" / "config.json").unlink(), "mistral holds no config.json"),
-    "other decoder": (lambda p: edit(p, "mistral", model_type="gpt2"), "mistral has model_type 'gpt2'; llama or mistral"),
+    "other decoder": (lambda p: edit(p, "mistral", model_type="gpt2"), "mistral has model_type 'gpt2'; one of llama, mistral"),
     "a config without its keys": (lambda p: edit(p, "mistral", hidden_size="drop", num_key_value_heads="drop"),
                                   "mistral: config.json lacks hidden_size, num_key_value_heads"),
     "a config with words": (lambda p: edit(p, "mistral", hidden_size="wide"), "hidden_size 'wide'; a whole number"),
@@ -308,7 +308,7 @@ BAD = {
     "no tokenizer": (lambda p: (p / "mistral" / "tokenizer.model").unlink(), "no tokenizer files to add image tokens to"),
     "a tokenizer of another table": (lambda p: (p / "mistral" / "added_tokens.json").write_text('{"<x>": 1024}'),
                                      "the tokenizer has 1025 pieces and the embedding table 1024 rows"),
-    "a broken tokenizer": (lambda p: (p / "mistral" / "tokenizer.model").write_bytes(b"?"), "tokenizer.model.* cannot be read"),
+    "a broken tokenizer": (lambda p: (p / "mistral" / "tokenizer.model").write_bytes(b"?"), "tokenizer.model is not a SentencePiece model"),
 }
 
 

@@ -10,7 +10,7 @@ import pytest
 from llavamed_jax.config import RopeScaling
 from llavamed_jax.models import layers, llava
 from llavamed_jax.models.attention import backend
-from llavamed_jax.models.decoders import llama
+from llavamed_jax.models.decoders import llama, qwen
 from llavamed_jax.models.llava import Llava
 from llavamed_jax.models.stacking import stack
 from llavamed_jax.models.towers import clip
@@ -30,6 +30,12 @@ def text(n):
 
 LINEAR = {"rope_type": "linear", "factor": 2.5}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 512}
+# The released settings where a tiny model can have them.
+SMOLLM2 = dict(hidden_size=72, num_attention_heads=9, num_key_value_heads=3, head_dim=8, rope_theta=1e5, tie_word_embeddings=True,
+               pad_token_id=2)
+QWEN25 = dict(num_key_value_heads=1, rms_norm_eps=1e-6, rope_theta=1e6, bos_token_id=None, eos_token_id=92, pad_token_id=None,
+              sliding_window=131072)
+QWEN3 = {**QWEN25, "num_key_value_heads": 2, "head_dim": 32, "sliding_window": None}
 
 
 @dataclasses.dataclass
@@ -106,6 +112,27 @@ CASES = {
     "tanh GELU in decoder, projector and tower": Case(
         [[1] + IMG + text(9)], [1], dict(text=dict(hidden_act="gelu_pytorch_tanh"), vision=dict(hidden_act="gelu_new"),
                                          projector_hidden_act="gelu_fast")),
+    "SmolLM2: 9 heads over 3, tied": Case([[1] + IMG + text(9), [1] + text(14)], [1, 0], dict(architecture="llama", text=SMOLLM2)),
+    "Llama 3.2: tied, llama3 scaling, free head width": Case(
+        [[1] + IMG + text(400)], [1], dict(architecture="llama", text=dict(
+            tie_word_embeddings=True, rope_scaling=LLAMA3 | {"factor": 32.0}, rope_theta=5e5, head_dim=24, bos_token_id=90, eos_token_id=[91, 92],
+            pad_token_id=None))),
+    "Qwen2.5": Case([[5] + IMG + text(9), text(14)], [1, 0], dict(architecture="qwen2", text=QWEN25)),
+    "Qwen2.5, tied": Case([[5] + IMG + text(9)], [1], dict(architecture="qwen2", text={**QWEN25, "tie_word_embeddings": True})),
+    "Qwen2.5, a window in every layer": Case(
+        [[5] + IMG + text(30)], [1], dict(architecture="qwen2", text={**QWEN25, "use_sliding_window": True, "sliding_window": 7,
+                                                                      "max_window_layers": 0})),
+    "Qwen2.5, a window that is switched off": Case(
+        [[5] + IMG + text(30)], [1], dict(architecture="qwen2", text={**QWEN25, "use_sliding_window": False, "sliding_window": 7})),
+    "Qwen2.5, a window above the layers": Case(
+        [[5] + IMG + text(30)], [1], dict(architecture="qwen2", text={**QWEN25, "use_sliding_window": True, "sliding_window": 7})),
+    "Qwen3, heads wider than the model": Case([[5] + IMG + text(9), text(14)], [1, 0], dict(architecture="qwen3", text=QWEN3)),
+    "Qwen3, small activations": Case([text(12)], [0], dict(architecture="qwen3", text=QWEN3, activation_scale=2e-3)),
+    "Qwen3, small queries and keys": Case([text(12)], [0], dict(architecture="qwen3", text=QWEN3, projection_scale=2e-3)),
+    "Qwen3, tied, biased, narrow heads": Case(
+        [[5] + IMG + text(9)], [1], dict(architecture="qwen3", text={**QWEN3, "tie_word_embeddings": True, "attention_bias": True,
+                                                                     "head_dim": 8})),
+    "Qwen3 at 1,200 positions": Case([[5] + IMG + text(1183)], [1], dict(architecture="qwen3", text={**QWEN3, "num_hidden_layers": 1})),
     "a list of one feature layer": Case([[1] + IMG + text(9)], [1], dict(vision_feature_layer=[-3])),
 }
 
@@ -116,7 +143,8 @@ def test_logits_equal_transformers(name, measured):
 
 
 @pytest.mark.parametrize("name", ["padded and text-only rows", "window shorter than the sequence", "biased attention and MLP",
-                                  "llama3 scaling at 1,200 positions"])
+                                  "llama3 scaling at 1,200 positions", "SmolLM2: 9 heads over 3, tied", "Qwen2.5",
+                                  "Qwen3, heads wider than the model", "Qwen3, tied, biased, narrow heads"])
 def test_scanned_layers_equal_transformers(name, measured):
     measured(CASES[name].difference(scan=True), 0.0, TOLERANCE)
 
@@ -178,6 +206,55 @@ def without_bias(part):
     return change
 
 
+def norm_left_out(name):
+    """The norm of queries or keys computes nothing."""
+    def change(monkeypatch):
+        real = layers.RMSNorm.__call__
+
+        def wrong(self, x):
+            y = real(self, x)
+            return x if self.name == name else y
+        monkeypatch.setattr(layers.RMSNorm, "__call__", wrong)
+    return change
+
+
+def unit(x, eps, axes=-1):
+    return x * jax.lax.rsqrt((x * x).mean(axes, keepdims=True) + eps)
+
+
+def norms_after_the_rotation(monkeypatch):
+    """The scales are applied to rotated queries and keys."""
+    real, scales = llama.apply_rope, []
+
+    def wrong(self, q, k):
+        scales[:] = [self.variables["params"][name]["scale"] for name in ("q_norm", "k_norm")]
+        return unit(q, self.cfg.rms_norm_eps), unit(k, self.cfg.rms_norm_eps)
+    monkeypatch.setattr(qwen.Attention, "query_key", wrong)
+    monkeypatch.setattr(llama, "apply_rope", lambda x, rope: real(x, rope) * scales.pop(0))
+
+
+def norms_over_all_heads(monkeypatch):
+    """The mean of squares runs over the heads too, as in OLMo 2."""
+    def wrong(self, q, k):
+        scale = lambda name: self.variables["params"][name]["scale"]
+        return tuple(unit(x, self.cfg.rms_norm_eps, (-2, -1)) * scale(name) for x, name in ((q, "q_norm"), (k, "k_norm")))
+    monkeypatch.setattr(qwen.Attention, "query_key", wrong)
+
+
+def heads_eps(eps):
+    def change(monkeypatch):
+        scale = lambda self, name: self.variables["params"][name]["scale"]
+        monkeypatch.setattr(qwen.Attention, "query_key", lambda self, q, k: (
+            unit(q, eps) * scale(self, "q_norm"), unit(k, eps) * scale(self, "k_norm")))
+    return change
+
+
+def norms_exchanged(monkeypatch):
+    """Queries get the norm of keys, and keys that of queries."""
+    right = qwen.Attention.query_key
+    monkeypatch.setattr(qwen.Attention, "query_key", lambda self, q, k: right(self, k, q)[::-1])
+
+
 def scaling(keys, **changes):
     return RopeScaling(**{**keys, **changes})
 
@@ -214,6 +291,22 @@ MUTANTS = [
     ("decoder tanh GELU -> exact", "tanh GELU in decoder, projector and tower", decoder(hidden_act="gelu"), None),
     ("projector tanh GELU -> exact", "tanh GELU in decoder, projector and tower", lambda cfg: cfg.replace(projector_act="gelu"), None),
     ("tower tanh GELU -> exact", "tanh GELU in decoder, projector and tower", vision(hidden_act="gelu"), None),
+    *((f"Qwen2.5: a bias left out: {part}", "Qwen2.5", None, without_bias(part)) for part in ("q_proj", "v_proj")),
+    ("Qwen2.5: theta 1e6 -> 1e4", "Qwen2.5", decoder(rope_theta=1e4), None),
+    ("Qwen2.5: window 7 -> none", "Qwen2.5, a window in every layer", decoder(sliding_window=None), None),
+    ("Qwen2.5: no window -> 7", "Qwen2.5, a window that is switched off", decoder(sliding_window=7), None),
+    ("Qwen2.5: no window -> 7 where it begins above the layers", "Qwen2.5, a window above the layers", decoder(sliding_window=7), None),
+    ("Qwen3: no norm of queries", "Qwen3, heads wider than the model", None, norm_left_out("q_norm")),
+    ("Qwen3: no norm of keys", "Qwen3, heads wider than the model", None, norm_left_out("k_norm")),
+    ("Qwen3: norms behind the rotation", "Qwen3, heads wider than the model", None, norms_after_the_rotation),
+    ("Qwen3: norms over all heads", "Qwen3, heads wider than the model", None, norms_over_all_heads),
+    ("Qwen3: norms exchanged", "Qwen3, heads wider than the model", None, norms_exchanged),
+    ("Qwen3: eps 1e-6 -> 1e-5", "Qwen3, small activations", decoder(rms_norm_eps=1e-5), None),
+    ("Qwen3: eps of the heads' norms 1e-6 -> 0", "Qwen3, small queries and keys", None, heads_eps(0.0)),
+    ("Qwen3: a bias left out: o_proj", "Qwen3, tied, biased, narrow heads", None, without_bias("o_proj")),
+    ("Llama 3.2: factor 32 -> 8", "Llama 3.2: tied, llama3 scaling, free head width", decoder(rope_scaling=scaling(LLAMA3)), None),
+    ("SmolLM2: theta 1e5 -> 1e4", "SmolLM2: 9 heads over 3, tied", decoder(rope_theta=1e4), None),
+    ("SmolLM2: query heads grouped the other way", "SmolLM2: 9 heads over 3, tied", None, interleaved_heads),
     ("feature layer [-3] -> -4", "a list of one feature layer", lambda cfg: cfg.replace(feature_layer=-4), None),
 ]
 

@@ -21,15 +21,17 @@ TEXT = dict(vocab_size=96, hidden_size=64, intermediate_size=112, num_hidden_lay
             num_key_value_heads=2, head_dim=16, rms_norm_eps=1e-5, max_position_embeddings=4096, rope_theta=1e4,
             pad_token_id=0, bos_token_id=1, eos_token_id=2, tie_word_embeddings=False)
 IMAGE_ID = 95
+DECODERS = {"mistral": transformers.MistralConfig, "llama": transformers.LlamaConfig, "qwen2": transformers.Qwen2Config,
+            "qwen3": transformers.Qwen3Config}
 
 
-def llava(architecture="mistral", vision=None, text=None, seed=0, activation_scale=1.0, **top):
+def llava(architecture="mistral", vision=None, text=None, seed=0, activation_scale=1.0, projection_scale=1.0, **top):
     """A LlavaForConditionalGeneration (eager attention, float32, eval) and our LlavaConfig of it."""
     text = {**TEXT, **(text or {})}
     theta, scaling = text.pop("rope_theta"), text.pop("rope_scaling", {})
     if architecture == "mistral":
         text.setdefault("sliding_window", None)
-    text_config = {"mistral": transformers.MistralConfig, "llama": transformers.LlamaConfig}[architecture](
+    text_config = DECODERS[architecture](
         **text, rope_parameters={"rope_type": "default", "rope_theta": theta, **scaling})
     config = transformers.LlavaConfig(
         vision_config=transformers.CLIPVisionConfig(**{**VISION, **(vision or {})}), text_config=text_config,
@@ -37,12 +39,12 @@ def llava(architecture="mistral", vision=None, text=None, seed=0, activation_sca
         **{"vision_feature_layer": -2, "vision_feature_select_strategy": "default", **top})
     config._attn_implementation = "eager"
     model = transformers.LlavaForConditionalGeneration(config).float().eval()
-    randomise(model, seed, activation_scale)
+    randomise(model, seed, activation_scale, projection_scale)
     return model, llava_from_hf(config.to_dict())
 
 
 @torch.no_grad()
-def randomise(model, seed, activation_scale=1.0):
+def randomise(model, seed, activation_scale=1.0, projection_scale=1.0):
     generator = torch.Generator().manual_seed(seed)
     for name, p in model.named_parameters():
         draw = torch.randn(p.shape, generator=generator)
@@ -54,6 +56,8 @@ def randomise(model, seed, activation_scale=1.0):
             p.copy_(activation_scale * draw)
         else:
             p.copy_(draw / p[0].numel() ** 0.5)
+        if re.search("language_model.*[qk]_proj", name):
+            p.mul_(projection_scale)
 
 
 def params_of(model):

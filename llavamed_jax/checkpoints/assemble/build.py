@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import zlib
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -27,8 +28,12 @@ from llavamed_jax.config import LlavaConfig, projector_depth
 from llavamed_jax.config.decoders import DECODERS
 from llavamed_jax.config.hf import joined, plain_decoder
 from llavamed_jax.errors import UsageError, UserError, at, cut, exists, short, some
+from llavamed_jax.text.templates import get_template, language_template
+from llavamed_jax.text.tokenizer import Tokenizer, find_tokenizer
 from llavamed_jax.utils.files import read_json
 
+# A tokenizer with more tokens than this beyond the table's rows is another model's; a few may have been added to it.
+_MOST_ADDED = 64
 # Keys of an original's config.json beside an mm_projector.bin, and the config fields that they set.
 _SETTINGS = {"mm_vision_select_layer": "feature_layer", "mm_vision_select_feature": "feature_select",
              "mm_use_im_start_end": "use_start_end"}
@@ -39,7 +44,8 @@ def build(decoder: str | Path, vision: str | Path, projector: str, scratch: Path
     """Joins a decoder, a vision tower and a projector.
 
     Args:
-      decoder: a directory with LLaMA, Vicuna or Mistral as transformers writes them, its name on a hub, or a GGUF file.
+      decoder: a directory with a language model as transformers writes it (`config.decoders.DECODERS`), its name on a
+        hub, or a GGUF file.
       vision: a directory with a tower (`config.towers.TOWERS`), or its name on a hub.
       projector: a type (`linear`, `mlp2x_gelu`, …), initialised as torch's `nn.Linear` is, or an `mm_projector.bin`.
       scratch: a directory for changed tokenizer files and a GGUF file's; it must outlive the checkpoint.
@@ -73,16 +79,13 @@ def build(decoder: str | Path, vision: str | Path, projector: str, scratch: Path
                         name, image_tokens)
     except UserError as error:
         raise UserError(f"{decoder}: {error}") from None
+    config, sentences = _with_language_template(config, decoder, directory)
     tensors = canonical(Path(decoder), weights(), config, "decoder") | tower_tensors(config, vision)
     tensors |= _fresh_projector(config, seed)
     if image_size not in (None, tower.image_size):
         config, tensors = with_image_size(config, tensors, image_size)
     checkpoint = Checkpoint(config, "built", None, tensors, _files(directory, vision), f"{vision}, as asked for")
-    said = [*said, f"decoder: {decoder}", f"vision tower: {vision}"]
-    template, sentence = own_template(directory)
-    if sentence is not None:
-        checkpoint = checkpoint.replace(config=config.replace(template=template))
-        said.append(sentence)
+    said = [*said, f"decoder: {decoder}", f"vision tower: {vision}", *sentences]
     if config.vision.image_size != tower.image_size:
         said.append(f"image size: {config.vision.image_size}, for which the position table of {tower.image_size} "
                     "pixels is interpolated")
@@ -118,13 +121,54 @@ def _decoder_config(directory: Path) -> dict:
     refuse_adapter(directory)
     if not (directory / "config.json").is_file():
         inside = next((file for file in sorted(directory.glob("*.gguf")) if directory.is_dir()), None)
-        raise at(directory, f"the decoder {directory} holds no config.json; a directory of LLaMA, Vicuna or Mistral "
-                            f"was expected{f', or the file {inside}' if inside else ''}")
+        raise at(directory, f"the decoder {directory} holds no config.json; a language model's directory was expected"
+                            f"{f', or the file {inside}' if inside else ''}")
     raw = read_json(directory / "config.json")
     if raw.get("model_type") not in [*DECODERS]:
         raise UserError(f"the decoder {directory} has model_type {short(raw.get('model_type'))}; "
-                        f"{' or '.join(DECODERS)} was expected")
+                        f"one of {', '.join(DECODERS)} was expected")
     return raw
+
+
+def _with_language_template(config: LlavaConfig, decoder: str | Path,
+                            directory: Path) -> tuple[LlavaConfig, list[str]]:
+    """Names the language model's own template, whose end token ends an answer too.
+
+    It is the one that writes the prompts of the model's chat template, else the one whose special tokens it has.
+
+    Args:
+      config: the model's config.
+      decoder: the decoder as the user named it.
+      directory: the directory with its tokenizer files, if it has any.
+
+    Returns:
+      The config, and a sentence if there is such a template.
+
+    Raises:
+      UserError: the tokenizer is not the decoder's.
+    """
+    if find_tokenizer(directory) is None:
+        return config, []
+    name, sentence = own_template(directory)
+    tokenizer, rows = Tokenizer.load(directory), config.decoder.vocab_size
+    beyond = tokenizer.vocab_size - rows
+    lacking = [i for i in config.decoder.eos_ids if not 0 <= i < tokenizer.vocab_size]
+    if beyond > _MOST_ADDED or lacking and tokenizer.vocab_size < rows:
+        what = (f"{tokenizer.vocab_size} tokens for {rows} rows of the embedding table" if beyond > 0 else
+                f"{tokenizer.vocab_size} tokens, and the decoder's end-of-sequence id is {lacking[0]}")
+        raise UserError(f"the decoder {decoder} has the tokenizer of another model ({tokenizer.file}: {what}); the "
+                        "decoder's own tokenizer was expected")
+    if name is None:
+        name = language_template(config.decoder, lambda token: tokenizer.id_of(token) is not None)
+        if name is None:
+            return config, [] if sentence is None else [sentence]
+        other = ", and not by its chat template, which writes other prompts" if sentence else ""
+        sentence = f"template: {name}, by the special tokens of the decoder's tokenizer{other}"
+    end = tokenizer.id_of(get_template(name).end_token)
+    ids = config.decoder.eos_ids
+    ids = ids if end is None or end in ids else (*ids, end)
+    decoder_config = replace(config.decoder, **config.decoder.ends_with(ids))
+    return config.replace(template=name, decoder=decoder_config), [sentence]
 
 
 def _files(decoder: Path, vision: Path) -> dict[str, Path]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from llavamed_jax.config.checks import as_object
 from llavamed_jax.config.decoders.llama import DecoderConfig
+from llavamed_jax.config.decoders.qwen import Qwen2Config, Qwen3Config
 from llavamed_jax.config.rope import RopeScaling
 from llavamed_jax.errors import UserError, short
 
@@ -17,13 +18,23 @@ from llavamed_jax.errors import UserError, short
 DECODERS: dict[str, type[DecoderConfig]] = {
     "llama": DecoderConfig,
     "mistral": DecoderConfig,
+    "qwen2": Qwen2Config,
+    "qwen3": Qwen3Config,
 }
 
 
 def _kind(name: Any) -> type[DecoderConfig]:
     if not isinstance(name, str) or name not in DECODERS:
-        raise UserError(f"the decoder's model_type is {short(name)}; {' or '.join(DECODERS)} was expected")
+        raise UserError(f"the decoder's model_type is {short(name)}; one of {', '.join(DECODERS)} was expected")
     return DECODERS[name]
+
+
+def kind_of_original(model_type: Any) -> str | None:
+    """Returns the decoder's kind in the `model_type` of an original (`llava_qwen`) or a plain decoder, or None."""
+    for kind, config in DECODERS.items():
+        if model_type in (kind, f"llava_{kind}", f"llava_{config.original or kind}"):
+            return kind
+    return None
 
 
 def decoder_from_hf(config: Mapping[str, Any], architecture: str | None = None) -> DecoderConfig:

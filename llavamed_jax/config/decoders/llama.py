@@ -51,7 +51,7 @@ _BIASED = {"attention_bias": "/self_attn/", "mlp_bias": "/mlp/"}
 class DecoderConfig:
     """A LLaMA-family decoder: LLaMA, Vicuna or Mistral.
 
-    A subclass for another kind of decoder sets its own `architecture`, `table`, `defaults` and `hf_class`.
+    A subclass for another kind of decoder sets its own `architecture`, `table`, `defaults`, `unread` and `hf_class`.
 
     Attributes:
       vocab_size: V, rows of the embedding table.
@@ -78,6 +78,8 @@ class DecoderConfig:
       table: the tensors (`config/tensors.py`) without the head.
       defaults: architecture -> transformers' values for absent keys.
       unread: architecture -> keys of biases and window that its own code does not obey; others are read, or refused.
+      original: what upstream LLaVA calls the kind in `model_type` and class, `llava_qwen` and `LlavaQwenForCausalLM`;
+        None if it is the architecture and the class of transformers.
     """
 
     vocab_size: int
@@ -105,6 +107,7 @@ class DecoderConfig:
     table = TABLE
     defaults = _TEXT_DEFAULTS
     unread = _UNREAD
+    original = None
 
     def __post_init__(self):
         check_fields(self, "decoder ")
@@ -124,6 +127,16 @@ class DecoderConfig:
         return {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}[self.architecture]
 
     @property
+    def original_type(self) -> str:
+        """The `model_type` of upstream LLaVA's layout."""
+        return f"llava_{self.original or self.architecture}"
+
+    @property
+    def original_class(self) -> str:
+        """The class of upstream LLaVA's layout."""
+        return f"Llava{self.original.capitalize()}ForCausalLM" if self.original else f"Llava{self.hf_class}"
+
+    @property
     def sizes(self) -> dict[str, int]:
         """The size of each letter of the table."""
         return dict(D=self.hidden_size, F=self.intermediate_size, V=self.vocab_size, N=self.num_heads * self.head_dim,
@@ -132,6 +145,10 @@ class DecoderConfig:
     def axes(self, module: str) -> tuple[str | None, ...]:
         """Returns the logical axes of the kernel of a layer's module, by its name inside the layer."""
         return kernel_axes(self.table, module)
+
+    def has_bias(self, module: str) -> bool:
+        """Returns whether a layer's module has a bias, by its name inside the layer (`self_attn/o_proj`)."""
+        return any(row.name == f"layers_#/{module}/bias" for row in self.tensors())
 
     def tensors(self) -> tuple[Row, ...]:
         """Returns the lines of the table that this decoder has."""
@@ -159,11 +176,10 @@ class DecoderConfig:
         if not isinstance(arch, str) or arch not in cls.defaults:
             raise UserError(f"the decoder's model_type is {short(arch)}; {' or '.join(cls.defaults)} was expected")
         defaults = cls.defaults[arch]
-        # For a window and for key/value heads null is a value; for other keys it stands for the default.
-        c = {**defaults, **{k: v for k, v in config.items()
-                            if v is not None or k not in defaults or k in ("sliding_window", "num_key_value_heads")}}
-        for key in cls.unread.get(arch, ()):
-            c.pop(key, None)
+        # For these keys null is a value; for others it stands for the default.
+        nullable = ("sliding_window", "num_key_value_heads", "bos_token_id", "eos_token_id")
+        c = {**defaults, **{k: v for k, v in config.items() if k not in cls.unread.get(arch, ())
+                            and (v is not None or k not in defaults or k in nullable)}}
         check_counts(c, ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
                          "max_position_embeddings",
                          *(["num_key_value_heads"] if c.get("num_key_value_heads") else [])])
@@ -196,10 +212,10 @@ class DecoderConfig:
                    max_position_embeddings=self.max_position_embeddings, tie_word_embeddings=self.tie_word_embeddings,
                    attention_bias=self.attention_bias, mlp_bias=self.mlp_bias, bos_token_id=self.bos_token_id,
                    eos_token_id=self.eos_value, pad_token_id=self.pad_token_id)
-        window = dict(sliding_window=self.sliding_window, use_sliding_window=self.sliding_window is not None,
-                      max_window_layers=0)
+        out |= dict(sliding_window=self.sliding_window, use_sliding_window=self.sliding_window is not None,
+                    max_window_layers=0)
         unread = self.unread.get(self.architecture, ())
-        out |= {key: value for key, value in window.items() if key not in unread}
+        out = {key: value for key, value in out.items() if key not in unread}
         if scaling.get("rope_type") == "linear":  # versions before 4.43 accept exactly these two keys
             out["rope_scaling"] = {"type": "linear", "factor": scaling["factor"]}
         elif scaling:

@@ -1,4 +1,4 @@
-"""The LLaMA-family decoder: LLaMA, Vicuna, Mistral.
+"""The LLaMA-family decoder: LLaMA, Vicuna, SmolLM2, Mistral and Qwen2.
 
 Training scans rematerialised layers; decoding runs them one by one, because a scanned stack copies the whole
 key/value cache every step.
@@ -54,8 +54,9 @@ class Attention(nn.Module):
         cfg, (B, T, _) = self.cfg, x.shape
 
         def project(name, heads):
-            axes = cfg.axes(f"self_attn/{name[0]}_proj")
-            y = Linear(heads * cfg.head_dim, axes, cfg.attention_bias, self.dtype, name=f"{name[0]}_proj")(x)
+            module = f"{name[0]}_proj"
+            axes, has_bias = cfg.axes(f"self_attn/{module}"), cfg.has_bias(f"self_attn/{module}")
+            y = Linear(heads * cfg.head_dim, axes, has_bias, self.dtype, name=module)(x)
             return checkpoint_name(y, name).reshape(B, T, heads, cfg.head_dim)
 
         q, k = self.query_key(project("query", cfg.num_heads), project("key", cfg.num_kv_heads))
@@ -66,8 +67,8 @@ class Attention(nn.Module):
             k, v = cache.k, cache.v
         q = constrain(q, "act_batch", None, "act_heads", None)
         context = attention(q, k, v, mask, self.backend if cache is None else "xla").reshape(B, T, -1)
-        axes = cfg.axes("self_attn/o_proj")
-        return Linear(cfg.hidden_size, axes, cfg.attention_bias, self.dtype, name="o_proj")(context), cache
+        axes, has_bias = cfg.axes("self_attn/o_proj"), cfg.has_bias("self_attn/o_proj")
+        return Linear(cfg.hidden_size, axes, has_bias, self.dtype, name="o_proj")(context), cache
 
     def query_key(self, q, k):
         """Returns the queries [B,T,N,H] and keys [B,T,K,H] that are rotated; here those that are given.

@@ -1,0 +1,173 @@
+"""Some layers of a stack: trained, at a rate of their own, clipped, decayed, saved and resumed as if the others were not there."""
+
+import json
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from llavamed_jax.checkpoints.open import open_checkpoint
+from llavamed_jax.checkpoints.random import random_checkpoint
+from llavamed_jax.checkpoints.tree.model import write_model
+from llavamed_jax.cli.common import load_config
+from llavamed_jax.config import DecoderConfig, LlavaConfig, VisionConfig
+from llavamed_jax.errors import UsageError
+from llavamed_jax.training import layers, optimizer, void_keys
+from llavamed_jax.training.state import partition
+from llavamed_jax.training.trainer import fit
+
+ROOT = Path(__file__).resolve().parents[2]
+SAMPLE = ROOT / "samples" / "vqa_rad"
+FC1 = "vision_tower/layers/mlp/fc1/kernel"
+LAST_TWO = r"vision_tower/layers_-[12]/.*"
+CFG = LlavaConfig(VisionConfig(16, 32, 5, 2, 16, 8), DecoderConfig(1024, 16, 24, 2, 2, 2, 8, 1e-5, 1e4, 256), "linear", max_length=160,
+                  template="up:vicuna_v1")
+
+
+# ---- names and masks -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("regex, wanted", [
+    ("vision_tower/.*", [1, 1, 1, 1]), (FC1, [1, 1, 1, 1]), (r"vision_tower/layers_3/.*", [0, 0, 0, 1]), (LAST_TWO, [0, 0, 1, 1]),
+    (r"vision_tower/layers_-1/mlp/.*", [0, 0, 0, 1]), (r"vision_tower/layers_-4/.*", [1, 0, 0, 0]), (r"vision_tower/layers_[0-9]/.*", [1] * 4),
+    (r"vision_tower/layers_-5/.*", [0] * 4), (r"vision_tower/layers_4/.*", [0] * 4), (r"layers_3", [0] * 4), (r"decoder/layers_3/.*", [0] * 4)])
+def test_a_layer_has_its_number_from_either_end(regex, wanted):
+    assert layers.matched(regex, FC1, 4).tolist() == list(map(bool, wanted))
+
+
+def test_what_is_no_stack_has_one_name():
+    assert layers.depths({FC1: np.zeros((4, 2, 3)), "projector/linear_0/kernel": np.zeros((2, 3))}) == {FC1: 4, "projector/linear_0/kernel": 0}
+    assert layers.matched("projector/.*", "projector/linear_0/kernel", 0).tolist() is True
+    assert layers.matched("projector/layers_0/.*", "projector/linear_0/kernel", 0).tolist() is False
+
+
+def test_stacks_that_are_trained_in_part():
+    params = {FC1: np.zeros((4, 2)), "vision_tower/layers/mlp/fc1/bias": np.zeros((4, 2)), "projector/linear_0/bias": np.zeros(2)}
+    trained, frozen = partition(params, (LAST_TWO, "projector/.*"))
+    assert set(trained) == set(params) and not frozen
+    masks = layers.partly_trained((LAST_TWO, "projector/.*"), layers.depths(params))
+    assert {name: mask.tolist() for name, mask in masks.items()} == {name: [False, False, True, True] for name in list(params)[:2]}
+    assert layers.partly_trained((LAST_TWO, r"vision_tower/layers_[01]/.*"), layers.depths(params)) == {}
+    assert set(partition(params, (r"vision_tower/layers_-1/.*/bias",))[0]) == {"vision_tower/layers/mlp/fc1/bias"}
+    with pytest.raises(UsageError, match=r"'vision_tower/layers_9/.\*', which matches no parameter"):
+        partition(params, (r"vision_tower/layers_9/.*",))
+
+
+def test_gradient_norm_and_clipping_leave_the_others_out():
+    """The same as a model of only the trained layers: updates, moments and the norm, at two rates and with decay."""
+    rng = np.random.default_rng(0)
+    params = {FC1: rng.standard_normal((4, 2, 3)).astype(np.float32), "projector/linear_0/kernel": np.ones((2, 3), np.float32)}
+    alone = {**params, FC1: params[FC1][2:]}
+    loss = lambda tree, x: 3 * jnp.sum(jnp.sin(x * tree["vision_tower"]["layers"]["mlp"]["fc1"]["kernel"])) + jnp.sum(
+        tree["projector"]["linear_0"]["kernel"] ** 2)
+    nested = lambda flat: {"vision_tower": {"layers": {"mlp": {"fc1": {"kernel": flat[FC1]}}}},
+                           "projector": {"linear_0": {"kernel": flat["projector/linear_0/kernel"]}}}
+    masks = {FC1: np.array([False, False, True, True])}
+    masked = layers.only_layers(loss, masks)
+    grads = jax.grad(lambda flat: masked(nested(flat), 0.7))(params)
+    grads_alone = jax.grad(lambda flat: loss(nested(flat), 0.7))(alone)
+    assert (grads[FC1][:2] == 0).all() and np.array_equal(grads[FC1][2:], grads_alone[FC1])
+    np.testing.assert_allclose(optax.global_norm(grads), optax.global_norm(grads_alone), rtol=1e-6)
+
+    settings = load_config(f"{ROOT}/configs/finetune.py:v1", [
+        "optimizer.weight_decay=0.5", "optimizer.warmup_ratio=0.0", "optimizer.learning_rate=0.01", "optimizer.clip_norm=1.0"]).optimizer
+    settings.overrides = ((r"vision_tower/layers_-1/.*", 1e-3), (r"vision_tower/.*", 4e-3))
+    names = list(params)
+    transform, _ = optimizer.build(settings, 10, names, (), {FC1: 4, names[1]: 0}, masks)
+    other, _ = optimizer.build(settings, 10, names, (), {FC1: 2, names[1]: 0}, {})
+    updates, state = transform.update(grads, transform.init(params), params)
+    updates_alone, _ = other.update(grads_alone, other.init(alone), alone)
+    assert (updates[FC1][:2] == 0).all()
+    np.testing.assert_allclose(updates[FC1][2:], updates_alone[FC1], rtol=1e-6)
+    np.testing.assert_allclose(updates[names[1]], updates_alone[names[1]], rtol=1e-6)
+    assert (optax.tree.get(state, "mu")[FC1][:2] == 0).all() and (optax.tree.get(state, "nu")[FC1][:2] == 0).all()
+    moved = optax.apply_updates(params, updates)[FC1]
+    assert moved[:2].tobytes() == params[FC1][:2].tobytes() and (moved[2:] != params[FC1][2:]).all()
+
+
+def test_overrides_that_reach_only_frozen_layers_are_refused():
+    settings = load_config(f"{ROOT}/configs/finetune.py:v1", []).optimizer
+    masks, names = {FC1: np.array([False, False, True, True])}, [FC1, "projector/linear_0/kernel"]
+    build = lambda: optimizer.build(settings, 10, names, (), {FC1: 4, names[1]: 0}, masks)
+    settings.overrides = ((r"vision_tower/layers_0/.*", 1e-3),)
+    with pytest.raises(UsageError, match=r"overrides' has 'vision_tower/layers_0/.\*', which matches no trainable parameter"):
+        build()
+    settings.overrides = ((r"vision_tower/.*", 1e-3), (LAST_TWO, 1e-4))
+    with pytest.raises(UsageError, match="but earlier entries match all its parameters"):
+        build()
+    settings.overrides = ((LAST_TWO, 1e-4),)
+    build()
+
+
+def test_a_base_rate_that_no_trained_layer_has_is_said():
+    cfg = load_config(f"{ROOT}/configs/finetune.py:v1", [])
+    cfg.optimizer.overrides = ((LAST_TWO, 1e-4),)
+    sizes, masks = {FC1: 4}, {FC1: np.array([False, False, True, True])}
+    assert any("optimizer.learning_rate" in said for said in void_keys.of_optimizer(cfg, [FC1], (), sizes, masks))
+    assert not void_keys.of_optimizer(cfg, [FC1], (), sizes, {})
+
+
+# ---- runs ------------------------------------------------------------------------------------------------------------
+
+
+def train(folder, workdir, start=None, **changes):
+    if start is None:
+        start = folder / "start"
+        write_model(start, random_checkpoint(CFG).replace(files={"tokenizer.model": SAMPLE / "tokenizer.model"}))
+    records = json.loads((SAMPLE / "vqa_train.json").read_text())[:8]
+    (folder / "train.json").write_text(json.dumps(records))
+    keys = {"init": start, "data.train": folder / "train.json", "data.images": SAMPLE / "images", "data.workers": 0, "data.packing": False,
+            "batch_size": 4, "micro_batches": 1, "total_steps": 4, "max_length": 160, "remat": "none", "log_every": 1,
+            "checkpoint.every_steps": 2, "checkpoint.keep": 9, "samples_every": 0, "mesh.data": 2, "mesh.fsdp": 2,
+            "optimizer.warmup_ratio": 0.0, "optimizer.weight_decay": 0.1, "optimizer.learning_rate": 1e-3, **changes}
+    cfg = load_config(f"{ROOT}/configs/finetune.py:llava15", [f"{key}={value}" for key, value in keys.items()])
+    cfg.trainable = ("projector/.*", LAST_TWO)
+    cfg.optimizer.overrides = ((r"vision_tower/.*", 1e-4),)
+    fit(cfg, workdir)
+    return start
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("layers")
+    return folder, train(folder, folder / "run")
+
+
+def changed(before, after):
+    return {name for name in before.tensors if before.read(name).tobytes() != np.asarray(after.read(name), before.read(name).dtype).tobytes()}
+
+
+def test_a_run_moves_the_last_layers_that_are_used_and_no_other(run):
+    """Of five layers the features need four; the last two of those are trained, biases and norms too."""
+    folder, start = run
+    before, after = open_checkpoint(start), open_checkpoint(folder / "run")
+    moved = changed(before, after)
+    wanted = {name for name in before.tensors if re.match(r"projector/|vision_tower/layers_[23]/", name)}
+    assert moved == {name for name in wanted if "k_proj/bias" not in name} | (moved & {n for n in wanted if "k_proj/bias" in n})
+    move = lambda name: np.abs(after.read(name) - before.read(name)).max()
+    # Adam moves a parameter by about its rate in an update: a tenth for the tower.
+    assert move("vision_tower/layers_3/mlp/fc1/kernel") < 0.2 * move("projector/linear_0/kernel")
+
+
+def test_resuming_is_bit_exact(run, tmp_path):
+    folder, start = run
+    train(tmp_path, tmp_path / "run", start, **{"total_steps": 4})
+    import shutil
+    for step in (4, 3):
+        shutil.rmtree(tmp_path / "run" / "checkpoints" / str(step), ignore_errors=True)
+    train(tmp_path, tmp_path / "run", start)
+    one, two = open_checkpoint(folder / "run"), open_checkpoint(tmp_path / "run")
+    for name in one.tensors:
+        assert one.read(name).tobytes() == two.read(name).tobytes(), name
+
+
+def test_the_run_says_how_many_values_are_trained(run, tmp_path, capsys):
+    _, start = run
+    train(tmp_path, tmp_path / "run", start, total_steps=1)
+    before = open_checkpoint(start)
+    count = sum(before.read(name).size for name in before.tensors if re.match(r"projector/|vision_tower/layers_[23]/", name))
+    assert f"{count:,} of " in capsys.readouterr().out
