@@ -333,7 +333,7 @@ def add_model_flags(parser: argparse.ArgumentParser, is_listed: bool = True) -> 
     group.add_argument("--template", metavar="NAME", help=said("such as v1.5:mistral_instruct"))
     dtypes = ("float32", "bfloat16", "float16")
     group.add_argument("--dtype", metavar="TYPE", choices=dtypes,
-                       help=said("float32 (default on a CPU), bfloat16 (default elsewhere) or float16"))
+                       help=said("float32, bfloat16 or float16; default by the device"))
     group.add_argument("--mesh", metavar="SIZES", help=said("such as data=2,tp=4; default: one device"))
 
 

@@ -264,8 +264,8 @@ def _inspect(args: argparse.Namespace) -> None:
 
 
 def _verify_flags(parser: argparse.ArgumentParser) -> None:
-    for name in "ab":
-        parser.add_argument(name, **_PATH | {"metavar": name.upper()})
+    parser.add_argument("a", **_PATH | {"metavar": "A"})
+    parser.add_argument("b", metavar="B", help="the other one")
     parser.add_argument("--tolerance", type=float, default=1e-4, metavar="X",
                         help="largest difference of values, relative to the largest magnitude of the tensor or of "
                              "the logits; default 1e-4")

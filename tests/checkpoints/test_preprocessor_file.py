@@ -219,15 +219,15 @@ def test_most_settings_at_random_are_obeyed(tmp_path):
 
 @pytest.mark.parametrize("change, sentence", [
     (dict(image_processor_type="DonutImageProcessor"),
-     "has image_processor_type 'DonutImageProcessor'; CLIPImageProcessor or LlavaImageProcessor or SiglipImageProcessor was"),
+     "has image_processor_type 'DonutImageProcessor'; CLIPImageProcessor or LlavaImageProcessor or SiglipImageProcessor or ViTImageProcessor was"),
     (dict(image_processor_type="SiglipImageProcessor", crop_size=ABSENT),
      "has do_center_crop true and no crop_size; 28 x 28, the vision tower's, was expected"),
     (dict(image_processor_type="SiglipImageProcessor", size=28, do_center_crop=ABSENT, crop_size=ABSENT), "an image keeps its aspect ratio"),
     (dict(image_processor_type="SiglipImageProcessor", size=[30, 30], do_center_crop=ABSENT), "an image is resized to 30 x 30 pixels"),
     (dict(image_processor_type="LlavaNextImageProcessor"), "has image_processor_type 'LlavaNextImageProcessor'"),
     (dict(image_processor_type=5), "has image_processor_type 5"),
-    (dict(image_processor_type=None, feature_extractor_type="ViTFeatureExtractor"),
-     "has feature_extractor_type 'ViTFeatureExtractor'"),
+    (dict(image_processor_type=None, feature_extractor_type="DeiTFeatureExtractor"),
+     "has feature_extractor_type 'DeiTFeatureExtractor'"),
     (dict(image_processor_type=None, auto_map={"AutoImageProcessor": "x.Y"}), "names custom code"),
     (dict(size={"shortest_edge": 28, "longest_edge": 40}),
      "has size {'shortest_edge': 28, 'longest_edge': 40}; shortest_edge, height and width"),
@@ -285,7 +285,7 @@ def test_keys_that_transformers_does_not_read_are_said(tmp_path, capsys):
     check_equal(checkpoint(tmp_path / "a", {**PLAIN, **harmless}), SIZES[:2])
     assert capsys.readouterr().err == ""
     check_equal(checkpoint(tmp_path / "b", {**PLAIN, "do_flip": True, "gamma": 2}), SIZES[:2])
-    assert capsys.readouterr().err.count("has do_flip, gamma, which transformers' CLIPImageProcessor does not read") == 1
+    assert capsys.readouterr().err.count("has do_flip, gamma, which neither transformers' CLIPImageProcessor nor this project reads") == 1
     (tmp_path / "a" / "video_preprocessor_config.json").write_text("{}")
     Processor.load(tmp_path / "a")
     assert "has settings for videos, which are not read" in capsys.readouterr().err
@@ -380,7 +380,7 @@ def test_the_towers_own_folder_decides_for_the_originals(tmp_path):
         found = Processor.load(directory).images([picture(90, 60)])[0]
         np.testing.assert_array_equal(found, theirs(checkpoint(tmp_path / "hf", settings), picture(90, 60)))
     (directory / "tiny-tower" / "preprocessor_config.json").write_text(json.dumps({**PLAIN, "crop_size": 20}))
-    with pytest.raises(UserError, match="tiny-tower/preprocessor_config.json has crop_size 20; 28 x 28"):
+    with pytest.raises(UserError, match="tiny-tower/preprocessor_config.json has crop_size 20; the vision tower's 28 x 28"):
         Processor.load(directory)
 
 

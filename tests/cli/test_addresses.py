@@ -23,7 +23,7 @@ COMMANDS = {"train": train.main, "eval": eval_cli.main, "convert": convert_cli.m
 # Flags of the commands that name something else than a path.
 OTHERS = {"--help", "--template", "--dtype", "--mesh", "--preflight", "--profile", "--coordinator", "--num_processes", "--process_id",
           "--endpoint", "--model", "--concurrency", "--timeout", "--control", "--dry_run", "--layout", "--add_image_tokens",
-          "--add_pad_token", "--seed", "--tolerance", "--tensors_only", "--system", "--temperature", "--max_new_tokens", "--steps"}
+          "--add_pad_token", "--image_size", "--seed", "--tolerance", "--tensors_only", "--system", "--temperature", "--max_new_tokens", "--steps"}
 ADDRESSES = ["gs://bucket/x", "s3://bucket/x", "S3://b/x.json", "https://example.org/x", "file:///x", "hf://me/x", "az+x.1://b"]
 
 
@@ -64,7 +64,7 @@ def test_every_flag_of_every_command_refuses_addresses(parsers, capsys):
             others = [other for other in parser._actions if other.required and other is not action] + [group[0] for group in groups]
             required = [word for other in others for word in (*other.option_strings, (other.choices or ["x"])[0])]
             for value in ADDRESSES[:2]:
-                words = [*required, flag, value] if action.option_strings else [value, "x"]
+                words = [*required, flag, value] if action.option_strings else [value, *required]
                 with pytest.raises(UsageError, match="buckets and web addresses are not supported yet") as caught:
                     parser.parse_known_args(words)
                 assert f" is the address '{value}'; a path" in str(caught.value) and (str(caught.value).startswith(flag) or not action.option_strings)
@@ -111,11 +111,11 @@ def test_every_key_of_a_path_refuses_addresses(config):
 
 def test_keys_that_hold_lists_and_configs_that_hold_addresses(tmp_path):
     for value in ('[{"path": "a.json"}, {"path": "gs://b/a.json"}]', '[{"path": "a.json", "images": "s3://b/images"}]'):
-        with pytest.raises(UsageError, match="the config key 'data.train' is '(gs|s3)://b/"):
+        with pytest.raises(UsageError, match="the config key 'data.train' is the address '(gs|s3)://b/"):
             common.load_config("configs/demo.py:vqa", [f"data.train={value}"])
     (tmp_path / "c.py").write_text("from ml_collections import ConfigDict\ndef get_config(arg=''):\n"
                                    "    return ConfigDict(dict(init='gs://b/x', data=dict(workers=1)))\n", encoding="utf-8")
-    with pytest.raises(UsageError, match="the config key 'init' is 'gs://b/x'"):
+    with pytest.raises(UsageError, match="the config key 'init' is the address 'gs://b/x'"):
         common.load_config(str(tmp_path / "c.py"))
 
 

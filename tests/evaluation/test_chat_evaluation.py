@@ -160,7 +160,7 @@ def test_the_193_questions_through_faults(folder, capsys):
     assert sizes == {name: count for name, count in COUNTS.items() if name != "overall"}
     out, err = capsys.readouterr()
     assert "193 questions about 20 images, judged by tiny" in out and "unscored and left out of all means: 3 of 193 questions: 4, 74, 144" in out
-    assert "193 requests and 0 replies that are kept; about" in err, "the estimate comes before the first call"
+    assert "193 requests and 0 cached replies; about" in err, "the estimate comes before the first call"
     assert "unscored, 3 of 193 answers: 4, 74, 144" in err
     asked = [each.body["messages"][1]["content"] for each in server.log]
     assert sum("\t- None\n" in text for text in asked if "[Question]" in text) >= 14
@@ -341,7 +341,7 @@ def test_the_papers_numbers_stand_only_beside_what_is_like_them(few, monkeypatch
         assert run.score_file(like, few / "p.jsonl")["differs_from_the_paper"] == []
         page = Page((few / "like" / "report.html").read_text())
         assert "LLaVA-Med, 60K-IM 55.1 36.4 56.2 40.4 52.7 51.8 50.1 50.2" in page.text and "this run 50.0" in page.text
-        for change, reason in (("judge.image_marker=true", "stands in"), ("judge.temperature=0.2", "0.2"), ("judge.model=gpt-4", "gpt-4,")):
+        for change, reason in (("judge.image_marker=true", "contains “<image>”"), ("judge.temperature=0.2", "0.2"), ("judge.model=gpt-4", "gpt-4,")):
             other = evaluation(few, server, "x", **{"judge.model": "gpt-4-0314"} | dict([change.split("=")]))
             found = chat_published.differences(other.scorer.chat_set, other.scorer.judge, other.cfg.judge.image_marker, 0)
             assert len(found) == 1 and reason in found[0]

@@ -158,9 +158,9 @@ def test_ids_that_do_not_fit_are_one_error_that_lists_them():
     "line, message",
     [
         ("{not json", "line 2 is not valid JSON"),
-        ("[1]", 'line 2: an object with "question_id"'),
-        ('{"question_id": 2}', "line 2: an object"),
-        ('{"question_id": 2, "text": 5}', "line 2: an object"),
+        ("[1]", 'line 2 is not a prediction; an object with "question_id"'),
+        ('{"question_id": 2}', "line 2 is not a prediction; an object"),
+        ('{"question_id": 2, "text": 5}', "line 2 is not a prediction; an object"),
     ],
 )
 def test_bad_prediction_lines_are_named(tmp_path, line, message):
@@ -214,7 +214,7 @@ def test_exchanged_images_are_a_derangement_of_whole_images():
     assert all(mapping[str(sample.image)] == image != str(sample.image) for sample, image in zip(samples, shown, strict=True))
     assert sorted(mapping) == sorted(mapping.values())
     assert shown == controls.exchanged_images(samples, seed=5) != controls.exchanged_images(samples, seed=6)
-    with pytest.raises(UserError, match="at least two"):
+    with pytest.raises(UserError, match="at least 2"):
         controls.exchanged_images([question(1, "yes")], seed=0)
 
 

@@ -54,7 +54,7 @@ def evaluate(workdir, *argv):
 # What may be changed in a file of our own answers -> the sentence that says so.
 CHANGES = {
     "a prompt": (lambda each: each | {"prompt": "Is there a fracture?"},
-                 "1 answer another prompt (question {id}: 'Is there a fracture?' where"),
+                 "1 answer another prompt (question {id}: 'Is there a fracture?', not"),
     "a negation": (lambda each: each | {"prompt": each["prompt"].replace("the ", "no ").replace("?", " not?")},
                    "1 answer another prompt"),
     "an empty prompt": (lambda each: each | {"prompt": ""}, "1 answer another prompt (question {id}: ''"),

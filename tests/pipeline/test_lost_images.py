@@ -72,7 +72,7 @@ def opened(cfg):
 @pytest.mark.parametrize("kind", LOST)
 def test_beyond_the_limit_the_run_does_not_start(recipe, packing, kind, tmp_path):
     lossy, reason = LOST[kind]
-    with pytest.raises(UserError, match=r"5 of the 8 samples of .*train.json lose images, .*more than the 50% .*data.skip_limit") as error:
+    with pytest.raises(UserError, match=r"5 of the 8 samples of .*train.json lose images, .*more than the allowed 50% .*data.skip_limit") as error:
         fit(recipe([GOOD, TEXT, GOOD, *[lossy] * 5], **packing), tmp_path / "run")
     assert reason in str(error.value) and not (tmp_path / "run" / "recipe.json").exists()
 
