@@ -242,8 +242,8 @@ def test_every_argument_of_load_counts(saved, tmp_path):
 @pytest.mark.parametrize("settings, sentence", [
     (dict(seed=-1), "seed is -1"), (dict(seed=0.5), "seed is 0.5"), (dict(top_k=-1), "top_k is -1"), (dict(top_k=2.5), "top_k is 2.5"),
     (dict(num_beams=0), "num_beams is 0"), (dict(num_beams=100000), "num_beams is 100000; at most 128 was"),
-    (dict(temperature=-1.0), "temperature -1.0"), (dict(temperature=float("nan")), "nan"),
-    (dict(temperature=float("inf")), "inf"), (dict(top_p=0.0), "top_p 0.0"), (dict(top_p=1.5), "top_p 1.5"),
+    (dict(temperature=-1.0), "temperature is -1.0"), (dict(temperature=float("nan")), "nan"),
+    (dict(temperature=float("inf")), "inf"), (dict(top_p=0.0), "top_p is 0.0"), (dict(top_p=1.5), "top_p is 1.5"),
     (dict(top_p=float("nan")), "nan"), (dict(temperature=None), "temperature is None"), (dict(top_p="1"), "top_p is '1'"),
     (dict(max_new_tokens=1.5), "max_new_tokens is 1.5"), (dict(max_new_tokens=None), "max_new_tokens is None"),
     (dict(num_beams=2, temperature=0.5), "num_beams is 2 and temperature is 0.5, but")])

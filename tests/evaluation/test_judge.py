@@ -69,7 +69,7 @@ def test_what_cannot_be_read_is_asked_for_once_more_and_then_stays_unscored(tmp_
 def test_equal_texts_are_asked_about_once(tmp_path):
     with OpenAiServer(lambda body: "4 4") as server:
         judge = make(tmp_path, server)
-        assert str(judge.estimate(["a", "b", "a"])).startswith("2 requests and 0 replies")
+        assert str(judge.estimate(["a", "b", "a"])).startswith("2 requests and 0 cached replies")
         assert [verdict.value for verdict in judge.verdicts(["a", "b", "a"])] == [(4, 4)] * 3
     assert asked(server) == {"a": 1, "b": 1}
 

@@ -121,7 +121,7 @@ def test_a_source_counts_by_its_weight(recipe, tmp_path):
     mixed(9)
     with pytest.raises(UserError, match="11 of the 21 samples of .* lose images"):
         mixed(11)
-    with pytest.raises(UserError, match="9 of the 19 samples of .* lose images, .*more than the 40%"):
+    with pytest.raises(UserError, match="9 of the 19 samples of .* lose images, .*more than the allowed 40%"):
         mixed(9, **{"data.skip_limit": 0.4})
 
 

@@ -85,8 +85,8 @@ def test_what_was_measured_for_a_larger_table_is_checked_again(started, tmp_path
 
 @pytest.mark.parametrize("template", ["v1.5:mistral_instruct", "up:vicuna_v1", "v1.0:v0"])
 @pytest.mark.parametrize("added, sentence", [
-    ((), "<im_start>"), (("<im_start>", "<im_end>"), "has the token|no rows are left"),
-    (("<im_start>",), "has no <im_end>|no rows are left")])
+    ((), "<im_start>"), (("<im_start>", "<im_end>"), "has the token|has no free rows"),
+    (("<im_start>",), "lacks <im_end>|has no free rows")])
 def test_image_tokens_without_rows_are_refused(started, tmp_path, template, added, sentence):
     """Without the tokens v1.5's text would spell `<im_start>` in letters; beyond the table its embedding would be NaN."""
     cfg = started(None, added, model(TOKENIZER.vocab_size, use_start_end=True, template=template), template=template, max_length=120)

@@ -288,7 +288,7 @@ def test_ways_out_of_an_evaluation(name, parameters, cache, ways):
 
 def test_an_evaluation_has_one_way_in():
     for flags in (["--checkpoint", "preset:small"], ["--predictions", "x.jsonl", "--preflight", "cpu-1"]):
-        with pytest.raises(UsageError, match="--workdir|--preflight compiles a model"):
+        with pytest.raises(UsageError, match="--workdir|--preflight compiles the programs of a model"):
             evaluate(["--config", f"{ROOT}/configs/eval/vqa_rad.py", *flags])
 
 

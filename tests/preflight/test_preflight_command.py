@@ -51,7 +51,7 @@ def some_fail(errors):
 @pytest.mark.parametrize("errors, kind, sentence", [
     ({"h100-2": UserError("the compiler broke")}, UserError, "h100-2: the compiler broke; the results so far are in "),
     ({"h100-2": UsageError("no"), "h100-4": UsageError("no")}, UsageError, "h100-2, h100-4: no; the results so far are in "),
-    ({"h100-2": UsageError("no"), "h100-4": UserError("broke")}, UserError, "h100-2: no; h100-4: broke; what")])
+    ({"h100-2": UsageError("no"), "h100-4": UserError("broke")}, UserError, "h100-2: no; h100-4: broke; the results so far are in")])
 def test_rows_beside_a_failure_are_shown_and_an_older_file_stays(capsys, tmp_path, errors, kind, sentence):
     file = tmp_path / "found.json"
     file.write_text("older")
@@ -289,7 +289,7 @@ def test_a_compiler_that_cannot_be_opened_names_the_versions(monkeypatch):
         raise NotImplementedError("topology not implemented for cuda\nmore")
     monkeypatch.setattr("llavamed_jax.preflight.topologies._is_installed", lambda name: True)
     monkeypatch.setattr("jax.experimental.topologies.get_topology_desc", fail)
-    with pytest.raises(UserError, match=r"jax [\d.]+ \(NotImplementedError: topology not implemented for cuda\); pip install .* that fit$"):
+    with pytest.raises(UserError, match=r"jax [\d.]+ cannot load the compiler for .* \(NotImplementedError: topology not implemented for cuda\); pip install .* that fit$"):
         Topology.parse("h100-8").devices()
 
 

@@ -173,5 +173,5 @@ def test_damaged_records_are_listed_once_and_too_many_stop_the_run(recipe, run, 
     last = log_lines(tmp_path / "run")[-1]
     assert last["samples_skipped"] == len(listed) and last["images_skipped"] == 0
     assert "warning: 2 records cannot be used and are listed in skipped.jsonl; the first: record 12 of" in capsys.readouterr().out
-    with pytest.raises(UserError, match=r"2 of the 15 samples of .*train.json cannot be used, more than the 10% .*data.skip_limit"):
+    with pytest.raises(UserError, match=r"2 of the 15 samples of .*train.json cannot be used, more than the allowed 10% .*data.skip_limit"):
         run(recipe(**cfg, **{"data.skip_limit": 0.1}), tmp_path / "other")

@@ -359,7 +359,7 @@ def test_another_number_of_cores_is_told_when_a_run_goes_on(recipe, tmp_path, wi
     assert fit(packed(recipe, epochs=1), tmp_path)
     monkeypatch.setenv("PJRT_NPROC", "4")
     assert fit(packed(recipe, epochs=2), tmp_path)
-    told = [line for line in capsys.readouterr().out.splitlines() if "roundings" in line]
+    told = [line for line in capsys.readouterr().out.splitlines() if "rounds differently" in line]
     assert told == ["warning: CPU cores was 2 and is 4 now: the resumed run rounds differently"]
 
 

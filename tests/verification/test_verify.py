@@ -90,7 +90,7 @@ def test_rounding_differs_unless_it_is_tolerated(original, tmp_path, capsys):
 def test_what_no_tensor_shows(original, other, capsys):
     assert verify(original, other({"rope_theta": 1e4, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}})) == 1
     found, last = lines(capsys)
-    assert "decoder.rope_theta 1000000.0 and 10000.0" in found["settings"]
+    assert "decoder.rope_theta is 1000000.0 and 10000.0" in found["settings"]
     assert last == "not equal: settings" and not any(what.startswith("logits") for what in found)
 
 
@@ -99,7 +99,7 @@ def test_shapes_and_names_that_do_not_fit(original, tmp_path, capsys):
     export(random_checkpoint(shapes), tmp_path / "other", "llava")
     assert verify(original, tmp_path / "other") == 1
     found, _ = lines(capsys)
-    assert "projector/linear_2/kernel is in the second alone" in found["tensors: projector"]
+    assert "projector/linear_2/kernel is only in the second" in found["tensors: projector"]
     assert "mlp/gate_proj/kernel is [48, 96] and [48, 100]" in found["tensors: decoder"]
 
 
