@@ -56,7 +56,7 @@ def test_fetch_and_tensors(models, tmp_path):
     assert "| projector | 4 |" in text and "| model.safetensors |" in text and "sha256 as stated" in text and "git blob as stated" in text
     assert "54 of 55 tensors are bit-identical" in text  # one of the layers' 48, 5 around and 2 after them
     assert "layer 2                   0.2" in text and "15 of 16 bit for bit" in text
-    assert "decoder.hidden_size 48 for 4096" in text and "decoder.rope_theta" not in text
+    assert "decoder.hidden_size is 48 (expected 4096)" in text and "decoder.rope_theta" not in text
     assert "not done: tower, answers, vqa_rad" in text and "VQA-RAD, zero-shot" not in text
     assert "licence" in done.stderr
 
