@@ -189,7 +189,7 @@ def test_a_tensor_of_zeros_and_one_of_nan(value, dtype, other, tmp_path, capsys)
             assert verify(*pair, *flags) == 1
             found, last = lines(capsys)
             row = found["tensors: projector"]
-            assert "DIFFERS" in row and f"(48 {'NaN' if np.isnan(value) else 'infinite'} among 48 values of the {word}" in row
+            assert "DIFFERS" in row and f"(48 {'NaN' if np.isnan(value) else 'infinite'} among 48 values in the {word}" in row
             assert last == "not equal: tensors: projector" and not any(what.startswith("logits") for what in found)
 
 
