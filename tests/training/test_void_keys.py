@@ -186,9 +186,9 @@ def test_no_eval_recipe_has_a_void_key_of_its_own():
 
 EVAL_VOID = [
     ("slake", ["data.trained_on_images=x"], "checkpoint", "data.trained_on_images", "data.trained_on is empty"),
-    ("slake", ["protocol=paper"], "checkpoint", "protocol", "this is slake"),
+    ("slake", ["protocol=paper"], "checkpoint", "protocol", "data.name is slake"),
     ("vqa_rad:demo", ["protocol=paper"], "checkpoint", "protocol", "data.held_out"),
-    ("chat", ["protocol=paper"], "checkpoint", "protocol", "this is chat"),
+    ("chat", ["protocol=paper"], "checkpoint", "protocol", "data.name is chat"),
     ("chat", ["data.split=train"], "checkpoint", "data.split", "one split"),
     ("slake", ["data.name=vqa_rad", "data.language=zh"], "checkpoint", "data.language", "vqa_rad has no such key"),
     ("pathvqa", ["data.name=slake", "data.images=x"], "checkpoint", "data.images", "slake has no such key"),
