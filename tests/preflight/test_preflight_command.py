@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -123,6 +124,19 @@ def stand_in(tmp_path, monkeypatch, script):
     monkeypatch.setattr(compile.sys, "executable", str(file))
 
 
+def wait_for_end(pid, seconds=30):
+    """Waits until a process that was killed has ended; a zombie, which its new parent may keep, has ended."""
+    state, until = Path(f"/proc/{pid}/stat"), time.monotonic() + seconds
+    while time.monotonic() < until:
+        try:
+            if state.read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[0] == "Z":
+                return
+        except (FileNotFoundError, ProcessLookupError):
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"process {pid} still runs")
+
+
 def test_a_compiler_that_is_stopped_leaves_no_process(tmp_path, monkeypatch):
     """Neither itself nor what it started."""
     stand_in(tmp_path, monkeypatch, f"sleep 300 & echo $! > {tmp_path}/child.new; mv {tmp_path}/child.new {tmp_path}/child; wait")
@@ -140,8 +154,7 @@ def test_a_compiler_that_is_stopped_leaves_no_process(tmp_path, monkeypatch):
     compiler.stop()
     thread.join(30)
     assert said == ["the compiler was killed by SIGKILL, which the system sends when memory runs out"]
-    state = Path(f"/proc/{(tmp_path / 'child').read_text().strip()}/stat")
-    assert not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z"
+    wait_for_end(int((tmp_path / "child").read_text()))
     with pytest.raises(UserError, match="stopped before it began"):
         compiler(jobs("cpu-1")[0])
 

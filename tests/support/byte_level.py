@@ -1,4 +1,4 @@
-"""Small byte-level BPE tokenizers whose files are those of SmolLM2, Llama 3, Qwen2.5 and Qwen3, and the chat templates of these models.
+"""Small byte-level BPE tokenizers whose files are those of SmolLM2, Llama 3, Qwen2, Qwen2.5 and Qwen3, and the chat templates of these models.
 
 Pre-tokenizers, special tokens, post-processors and `tokenizer_config.json` are as released; the merges are learnt here from a few
 lines, so that a vocabulary has hundreds of pieces and not 150,000.
@@ -15,6 +15,7 @@ You are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>
 ' + message['content'] + '<|im_end|>' + '
 '}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant
 ' }}{% endif %}"""
+QWEN2 = SMOLLM2.replace("a helpful AI assistant named SmolLM, trained by Hugging Face", "a helpful assistant.")
 # Without its branches for tools, which no message here has.
 QWEN25 = """\
 {%- if messages[0]['role'] == 'system' %}
@@ -118,6 +119,7 @@ _ROLES = ("bos_token", "eos_token", "pad_token", "unk_token")
 KINDS = {
     "smollm2": (SMOLLM2, ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<repo_name>"], [], True,
                 ("<|im_start|>", "<|im_end|>", "<|im_end|>", "<|endoftext|>"), "GPT2Tokenizer"),
+    "qwen2": (QWEN2, _QWEN, [], False, (None, "<|im_end|>", "<|endoftext|>", None), "Qwen2Tokenizer"),
     "qwen2.5": (QWEN25, _QWEN, ["<tool_call>", "</tool_call>"], False, (None, "<|im_end|>", "<|endoftext|>", None), "Qwen2Tokenizer"),
     "qwen3": (QWEN3, _QWEN, ["<tool_call>", "</tool_call>", "<think>", "</think>"], False,
               (None, "<|im_end|>", "<|endoftext|>", None), "Qwen2Tokenizer"),
@@ -125,7 +127,8 @@ KINDS = {
                False, ("<|begin_of_text|>", "<|eot_id|>", None, None), "PreTrainedTokenizerFast"),
 }
 KINDS["llama3.1"] = (LLAMA31, *KINDS["llama3"][1:])
-TEMPLATES = {"hf:chatml": "smollm2", "hf:qwen": "qwen2.5", "hf:qwen3": "qwen3", "hf:llama3": "llama3", "hf:llama3.1": "llama3.1"}
+TEMPLATES = {"hf:chatml": "smollm2", "hf:qwen": "qwen2.5", "hf:qwen3": "qwen3", "hf:llama3": "llama3", "hf:llama3.1": "llama3.1",
+             "up:qwen_1_5": "qwen2"}
 TEXT = """Is there a pneumothorax in the left lung? No, the left lung is clear. What modality is shown? A chest X-ray, PA view.
 user assistant system think Which organ is enlarged? The heart, by 12 mm. Cutting Knowledge Date: December 2023
 The image shows a CT of the abdomen in the axial plane, with contrast.  What is the size of the lesion? About 2.5 cm x 3.1 cm.

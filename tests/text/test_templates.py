@@ -14,10 +14,10 @@ from llavamed_jax.text.conversation import render
 from llavamed_jax.text.templates import TEMPLATES as EVERY
 from llavamed_jax.text.templates import get_template
 from llavamed_jax.text.tokenizer import Tokenizer
-from tests.support import original_text
+from tests.support import byte_level, original_text
 from tests.text.test_conversation import BACK, FRONT, spans, talk
 
-TEMPLATES = {name: each for name, each in EVERY.items() if not name.startswith("hf:")}  # those of the originals
+TEMPLATES = {name: each for name, each in EVERY.items() if name not in byte_level.TEMPLATES}  # of the originals
 SAMPLE = Path(__file__).resolve().parents[2] / "samples" / "vqa_rad" / "tokenizer.model"
 V1 = [name for name in TEMPLATES if name.startswith("v1.0:")]
 PLAIN = [name for name in TEMPLATES if name.endswith("plain")]

@@ -19,7 +19,6 @@ from llavamed_jax.text.tokenizer import Tokenizer, find_tokenizer
 _PROBES: tuple[tuple[str | None, list[str]], ...] = (
     (None, ["Is it normal?"]), (None, ["Is it normal?", "No.", "Where?"]),
     ("Be brief.", ["Is it normal?", "No.", "Where?"]))
-_ORIGIN = "hf:"  # of language models
 _SETTINGS: dict = {"enable_thinking": False}  # of Qwen3's template: an answer without a chain of thought
 
 
@@ -41,8 +40,8 @@ def own_template(directory: Path) -> tuple[str | None, str | None]:
         theirs = ChatTemplate(found[0], str(found[1]), {**tokenizer.special_tokens, **_SETTINGS})
         start = tokenizer.bos_token if tokenizer.has_bos else ""  # which comes from the tokenizer here
         for name, template in TEMPLATES.items():
-            # A template that writes the same prompts contains the text that ends a turn.
-            if name.startswith(_ORIGIN) and template.sep in found[0] and _writes_the_same(template, theirs, start):
+            # Templates of language models write special tokens; one with the same prompts has the text that ends a turn.
+            if template.form.tokens and template.sep in found[0] and _writes_the_same(template, theirs, start):
                 return name, f"template: {name}, which writes the prompts of the decoder's chat template"
     except UserError as error:  # a chat template that cannot be read or rendered is not taken
         return None, f"template: by model type, since {error}"
