@@ -40,7 +40,7 @@ def own_template(directory: Path) -> tuple[str | None, str | None]:
         theirs = ChatTemplate(found[0], str(found[1]), {**tokenizer.special_tokens, **_SETTINGS})
         start = tokenizer.bos_token if tokenizer.has_bos else ""  # which comes from the tokenizer here
         for name, template in TEMPLATES.items():
-            # Templates of language models write special tokens; one with the same prompts has the text that ends a turn.
+            # Templates of language models write special tokens; one with the same prompts has the text behind a turn.
             if template.form.tokens and template.sep in found[0] and _writes_the_same(template, theirs, start):
                 return name, f"template: {name}, which writes the prompts of the decoder's chat template"
     except UserError as error:  # a chat template that cannot be read or rendered is not taken
