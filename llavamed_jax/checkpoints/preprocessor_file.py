@@ -255,7 +255,7 @@ def _resize(given: Mapping[str, Any], where: str, size: int, defaults: _Class) -
 
 def _check_crop(given: Mapping[str, Any], where: str, size: int, defaults: _Class) -> None:
     if not defaults.is_cropped and "crop_size" not in given:
-        raise UserError(f"{where} has do_center_crop true and no crop_size; {size} x {size}, the vision tower's, was "
+        raise UserError(f"{where} has do_center_crop true and no crop_size; the vision tower's {size} x {size} was "
                         "expected")
     if "crop_size" not in given and "size" not in given:
         return  # the defaults, as in `_resize`

@@ -228,7 +228,7 @@ class Engine:
         rows = -(-rows // self.shards) * self.shards
         if rows > held or not running and (held >= 4 * rows or held > self.batch_size >= rows):
             self._resize(rows, self._length)
-        length = _round_up(max(self._length_of(job, self._ahead) for job in [*running, *self._waiting]))
+        length = cache_length(max(self._length_of(job, self._ahead) for job in [*running, *self._waiting]))
         if length > self._length or 2 * length <= self._length:
             self._resize(len(self._rows), length)
 
@@ -245,7 +245,7 @@ class Engine:
         return len(job.key) + self.limit(job.request)
 
     def _resize(self, rows: int, length: int) -> None:
-        length = _round_up(length)
+        length = cache_length(length)
         if (rows, length) != (len(self._rows), self._length):
             self._slots = self.programs.resize(self._slots, rows=rows, length=length)
             self._rows.resize(rows, length)
@@ -257,7 +257,7 @@ class Engine:
 
     def _prefill(self, placed: list[Placed]) -> None:
         B, T = batch_size(len(placed), placed[0].length, self.shards), bucket(placed[0].length)
-        width = _round_up(max(each.start + T for each in placed))
+        width = cache_length(max(each.start + T for each in placed))
         self._resize(len(self._rows), max(self._length, width))
         prompts, features = self._prompts(placed, B, T)
         self._slots, made = self.programs.prefill(self.params, self._slots, features, prompts, width=width)
@@ -333,6 +333,7 @@ class Engine:
                 self._rows.finish(r)
 
 
-def _round_up(length: int) -> int:
+def cache_length(length: int) -> int:
+    """Rounds a number of cache positions up to one that is compiled."""
     step = LENGTHS if length <= 8 * LENGTHS else 2 * LENGTHS  # coarser steps halve a long chat's compilations
     return -(-length // step) * step

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
 from llavamed_jax.config import LlavaConfig
-from llavamed_jax.generation.engine import LENGTHS, STEPS
+from llavamed_jax.generation.engine import STEPS, cache_length
 from llavamed_jax.generation.image_features import BATCH, PLACES
 from llavamed_jax.generation.programs import Programs, Prompts, Slots
 from llavamed_jax.generation.rows import batch_size, bucket
@@ -73,7 +73,7 @@ class Serving:
     def length(self) -> int:
         """S: positions of the cache."""
         most = self.config.decoder.max_positions
-        return -(-min(self.prompt + self.new_tokens, most) // LENGTHS) * LENGTHS
+        return cache_length(min(self.prompt + self.new_tokens, most))
 
     @property
     def batch(self) -> int:
@@ -96,7 +96,7 @@ class Serving:
         images = -(-BATCH // (shards := batch_shards(self.mesh))) * shards
         pixels = self._array((images, vision.image_size, vision.image_size, vision.num_channels), jnp.uint8)
         yield "encode", programs.lower("encode", params, features, pixels, self._array((images,), jnp.int32)), cache
-        width = -(-self.prompt // LENGTHS) * LENGTHS
+        width = cache_length(self.prompt)
         yield "prefill", programs.lower("fill", params, self._caches(programs, self.batch, width), features,
                                         self._prompts()), cache
         number = jax.ShapeDtypeStruct((), jnp.int32)

@@ -221,7 +221,7 @@ def test_most_settings_at_random_are_obeyed(tmp_path):
     (dict(image_processor_type="DonutImageProcessor"),
      "has image_processor_type 'DonutImageProcessor'; CLIPImageProcessor or LlavaImageProcessor or SiglipImageProcessor or ViTImageProcessor was"),
     (dict(image_processor_type="SiglipImageProcessor", crop_size=ABSENT),
-     "has do_center_crop true and no crop_size; 28 x 28, the vision tower's, was expected"),
+     "has do_center_crop true and no crop_size; the vision tower's 28 x 28 was expected"),
     (dict(image_processor_type="SiglipImageProcessor", size=28, do_center_crop=ABSENT, crop_size=ABSENT), "an image keeps its aspect ratio"),
     (dict(image_processor_type="SiglipImageProcessor", size=[30, 30], do_center_crop=ABSENT), "an image is resized to 30 x 30 pixels"),
     (dict(image_processor_type="LlavaNextImageProcessor"), "has image_processor_type 'LlavaNextImageProcessor'"),

@@ -12,6 +12,7 @@ from llavamed_jax.cli.eval import program as evaluate
 from llavamed_jax.cli.train import main
 from llavamed_jax.config import DecoderConfig, LlavaConfig, VisionConfig
 from llavamed_jax.errors import UsageError, UserError
+from llavamed_jax.generation.engine import cache_length
 from llavamed_jax.models.llava import abstract_params
 from llavamed_jax.parallel.mesh import auto_sizes, make_mesh
 from llavamed_jax.preflight import collectives, programs, report, search
@@ -251,6 +252,13 @@ def test_the_command_compiles_a_run_on_virtual_cpus(capfd, tmp_path):
 
 
 # ---- the engine's programs
+
+@pytest.mark.parametrize("new_tokens, length", [(32, 256), (860, 1024), (900, 1280), (1024, 1280)])
+def test_the_cache_has_the_engines_length(new_tokens, length):
+    config = dataclasses.replace(CFG, decoder=dataclasses.replace(CFG.decoder, max_position_embeddings=4096))
+    serving = Serving.of(config, Topology.parse("cpu-1").devices(), None, "float32", rows=2, new_tokens=new_tokens)
+    assert serving.prompt == 128 and serving.length == length == cache_length(128 + new_tokens)
+
 
 def test_the_engines_programs_are_compiled_from_shapes():
     """Each of the three for two rows on four devices; the decode loop copies no cache."""
