@@ -9,6 +9,7 @@ from ml_collections.config_dict import placeholder
 from llavamed_jax.recipes import RecipeArguments
 
 SAMPLE = "samples/vqa_rad"
+DECODER = r"decoder/layers_\d+/.*_proj"  # every linear layer of the decoder but its head, as LLaVA adapts
 
 
 def base(name: str, init: str, template: str, train: str | tuple) -> ConfigDict:
@@ -52,6 +53,8 @@ def base(name: str, init: str, template: str, train: str | tuple) -> ConfigDict:
         clip_norm=placeholder(float), b1=placeholder(float), b2=placeholder(float), eps=placeholder(float),
         mu_dtype="float32", overrides=()))
 
+    # A rank of 0 trains the kernels themselves. Targets are regular expressions over modules' names.
+    c.lora = ConfigDict(dict(rank=0, alpha=16.0, dropout=0.0, rslora=False, targets=(DECODER,)))
     c.mesh = ConfigDict(dict(data=1, fsdp=-1, tp=1, slices=1, auto=False))
     c.remat = "full"
     c.attention = "auto"

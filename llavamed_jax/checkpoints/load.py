@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Container
 
 import numpy as np
-from flax.traverse_util import unflatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from llavamed_jax.checkpoints import names
 from llavamed_jax.checkpoints.checkpoint import Checkpoint
-from llavamed_jax.models.stacking import in_stack
+from llavamed_jax.config import LlavaConfig
+from llavamed_jax.config.adapter import DROPOUT, FACTOR_A, SCALE
+from llavamed_jax.models.stacking import in_stack, stack
 from llavamed_jax.utils import signals
 
 
@@ -47,4 +49,19 @@ def load_params(checkpoint: Checkpoint, dtype=None, scan: bool = False, only: Co
             flat[stacked] = np.empty((len(layers[stacked]), *shapes[name]), np.result_type(*dtypes))
         flat[stacked][layer] = checkpoint.read(name)
     checkpoint.tally.warn()
+    if checkpoint.config.adapter is not None:
+        flat |= _derived(checkpoint.config, scan, only)
     return unflatten_dict(flat, sep="/")
+
+
+def _derived(config: LlavaConfig, scan: bool, only: Container[str] | None) -> dict[str, np.ndarray]:
+    """Returns scale and dropout of the kernels that have factors: float32 [], or [L] for stacked layers."""
+    adapter, flat = config.adapter, {}
+    modules = [name.removesuffix(FACTOR_A) for name in names.expected_shapes(config) if name.endswith(FACTOR_A)]
+    for module in modules:
+        values = {SCALE: adapter.scale(adapter.rule(module))} | ({DROPOUT: adapter.dropout} if adapter.dropout else {})
+        flat |= {module + leaf: np.array(value, np.float32) for leaf, value in values.items()
+                 if only is None or module + leaf in only}
+    if not scan:
+        return flat
+    return flatten_dict(stack(unflatten_dict(flat, sep="/")), sep="/")

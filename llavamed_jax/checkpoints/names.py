@@ -49,12 +49,15 @@ _PREFIXES = {
 _BUFFERS = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|embeddings\.position_ids)")
 
 
+ADAPTER = "adapter"  # the part of the factors, which no layout of a whole model has
+
+
 class Spec(NamedTuple):
     """Shape and torch name of a canonical tensor.
 
     Attributes:
       shape: the shape in this project's orientation.
-      part: vision_tower, projector, decoder or lm_head.
+      part: vision_tower, projector, decoder, lm_head or adapter.
       torch: the torch name without the part's prefix; for a projector's layer, `N.weight` or `N.bias` with its number.
     """
 
@@ -72,7 +75,11 @@ def specs(cfg: LlavaConfig) -> dict[str, Spec]:
         out[f"projector/linear_{n}/kernel"] = Spec((fan_in, d.hidden_size), "projector", f"{n}.weight")
         if cfg.projector_bias:
             out[f"projector/linear_{n}/bias"] = Spec((d.hidden_size,), "projector", f"{n}.bias")
-    return out | decoder_specs(d)
+    out |= decoder_specs(d)
+    if cfg.adapter is not None:
+        factors = cfg.adapter.factors({name: spec.shape for name, spec in out.items()})
+        out |= {name: Spec(shape, ADAPTER, "") for name, shape in factors.items()}
+    return out
 
 
 def decoder_specs(decoder: DecoderConfig) -> dict[str, Spec]:

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from llavamed_jax.config.adapter import AdapterConfig
 from llavamed_jax.config.checks import as_object, check_activation, check_fields
 from llavamed_jax.config.decoders import decoder_from_dict
 from llavamed_jax.config.decoders.llama import DecoderConfig
@@ -48,6 +49,7 @@ class LlavaConfig:
       image_token_id: the id of `<image>` in transformers' layout; None if the model has none.
       extra: JSON text of the keys of the source `config.json` that this class does not model; an export writes them.
       projector_act: the projector's activation, by its name in transformers.
+      adapter: the low-rank factors beside the kernels; None for a model without an adapter.
     """
 
     vision: VisionConfig
@@ -64,6 +66,7 @@ class LlavaConfig:
     image_token_id: int | None = None
     extra: str = "{}"
     projector_act: str = "gelu"
+    adapter: AdapterConfig | None = None
 
     def __post_init__(self):
         check_fields(self, "")
@@ -122,6 +125,8 @@ class LlavaConfig:
         out = {"model_type": "llavamed_jax", **dataclasses.asdict(self), "extra": json.loads(self.extra)}
         if self.vision.model_type != VisionConfig.model_type:  # older files, with CLIP only, do not name the kind
             out["vision"]["model_type"] = self.vision.model_type
+        if self.adapter is None:  # as older files
+            del out["adapter"]
         return out
 
     @classmethod
@@ -132,6 +137,8 @@ class LlavaConfig:
         known = {f.name for f in dataclasses.fields(cls)}
         if set(d) - known:
             raise UserError(f"config.json has the unknown keys {sorted(set(d) - known)}")
+        if d.get("adapter") is not None:
+            d["adapter"] = AdapterConfig.from_dict(d["adapter"])
         return cls(**{**d, "vision": tower_from_dict(d["vision"]), "decoder": decoder_from_dict(d["decoder"]),
                       "extra": json.dumps(as_object(d.get("extra", {}), "extra"), sort_keys=True)})
 

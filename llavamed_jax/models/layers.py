@@ -14,11 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from llavamed_jax.config import RopeScaling
+from llavamed_jax.models import lora
 from llavamed_jax.parallel.mesh import constrain_weight
 
 
 class Linear(nn.Module):
-    """A dense layer, `x @ kernel + bias`.
+    """A dense layer, `x @ kernel + bias`, and the factors of an adapter if they stand beside the kernel (`lora`).
 
     Attributes:
       features: width of the output.
@@ -42,6 +43,9 @@ class Linear(nn.Module):
         # Not `jnp.matmul`: it is jitted, and quantisers that intercept `dot_general` would miss its cached trace.
         y = jax.lax.dot_general(x.astype(self.dtype), kernel, (((x.ndim - 1,), (0,)), ((), ())),
                                 preferred_element_type=self.out_dtype)
+        adapted = lora.product(self, x, self.axes, self.dtype)
+        if adapted is not None:
+            y += adapted.astype(y.dtype)
         if self.use_bias:
             y += self.param("bias", nn.initializers.zeros, (self.features,)).astype(y.dtype)
         return y

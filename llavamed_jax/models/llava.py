@@ -19,12 +19,13 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
 from llavamed_jax.config import IMAGE_TOKEN, LlavaConfig
 from llavamed_jax.config.tensors import rows
 from llavamed_jax.errors import UsageError
-from llavamed_jax.models import projector
+from llavamed_jax.models import lora, projector
 from llavamed_jax.models.decoders import decoder_module
 from llavamed_jax.models.towers import tower_module
 from llavamed_jax.parallel.mesh import constrain
@@ -35,7 +36,7 @@ def param_axes(cfg: LlavaConfig) -> list[tuple[str, tuple[str | None, ...]]]:
     rules = [*projector.PARAM_AXES, ("decoder/lm_head/kernel", ("embed", "vocab"))]
     for part, table in (("vision_tower", cfg.vision.table), ("decoder", cfg.decoder.table)):
         rules += [(f"{part}/{row.name.replace('layers_#', 'layers(_[0-9]+)?')}", row.axes) for row in rows(table)]
-    return rules
+    return rules + lora.axes_of(rules) if cfg.adapter else rules
 
 
 class Llava(nn.Module):
@@ -148,8 +149,15 @@ def merge(text, is_image, features):
 
 
 def abstract_params(cfg: LlavaConfig, scan: bool = False):
-    """Returns the parameter tree as ShapeDtypeStructs (float32), without computing any value."""
+    """Returns the parameter tree as ShapeDtypeStructs (float32), without computing any value.
+
+    Raises:
+      UserError: the config has an adapter that differs between the layers of a stack.
+    """
     v = cfg.vision
     ids = jnp.zeros((1, cfg.tokens_per_image), jnp.int32)
     pixels = jnp.zeros((1, 1, v.image_size, v.image_size, v.num_channels))
-    return jax.eval_shape(Llava(cfg, scan=scan).init, jax.random.key(0), ids, pixels)["params"]
+    params = jax.eval_shape(Llava(cfg, scan=scan).init, jax.random.key(0), ids, pixels)["params"]
+    if cfg.adapter is None:
+        return params
+    return unflatten_dict(lora.add_shapes(flatten_dict(params, sep="/"), cfg.adapter), sep="/")

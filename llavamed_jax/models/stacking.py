@@ -44,7 +44,7 @@ def layer_stack(block: type[nn.Module], num_layers: int, *args, scan: bool, rema
         block = nn.remat(block, policy=REMAT_POLICIES[remat], prevent_cse=not scan)
     if not scan:
         return [block(*args) for _ in range(num_layers)]
-    scanned = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True},
+    scanned = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True, "dropout": True},
                       in_axes=(nn.broadcast, 0), length=num_layers)
     return scanned(*args)
 

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from llavamed_jax.adapters.lora import adapter_of, config_with
 from llavamed_jax.checkpoints.open import open_checkpoint
 from llavamed_jax.config import PRESETS, LlavaConfig, preset
 from llavamed_jax.errors import UsageError, cut, short
@@ -83,6 +84,8 @@ class Training:
           devices: the devices to compile for.
           memory: bytes of one device.
         """
+        if (adapter := adapter_of(cfg)) is not None:
+            config = config_with(config, adapter)
         check_positions(cfg, config)
         mesh = open_mesh(cfg, config, devices, memory)
         trainable = tuple(entry for entry in cfg.trainable if isinstance(entry, str))
@@ -108,7 +111,7 @@ class Training:
         """Returns the update, lowered for the devices of the mesh."""
         program = self.program
         step = make_train_step(program.loss(), program.optimizer, program.schedule, program.mesh, program.shardings,
-                               self.micro_batches, program.weighting)
+                               self.micro_batches, program.weighting, program.dropout_seed)
         return step.lower(program.abstract_state(), self.batch())
 
     def batch(self) -> dict[str, jax.ShapeDtypeStruct]:

@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 from llavamed_jax.checkpoints.checkpoint import Checkpoint
 from llavamed_jax.checkpoints.load import load_params
 from llavamed_jax.config import LlavaConfig
+from llavamed_jax.config.adapter import FACTOR_A
 from llavamed_jax.errors import UsageError, UserError
 from llavamed_jax.models import llava
 from llavamed_jax.models.attention.backend import backend_of
@@ -46,6 +47,7 @@ class Program:
       trainable: the recipe's `trainable`, without tokens that the model lacks.
       rows: the trained rows of `states.TABLE`; empty if the whole table is trained, or no row.
       weighting: the recipe's `loss_weighting`.
+      dropout_seed: seed of an adapter's dropout; None for a model without dropout.
     """
 
     model: llava.Llava
@@ -56,6 +58,7 @@ class Program:
     trainable: states.Trainable
     rows: tuple[int, ...]
     weighting: str = "token"
+    dropout_seed: int | None = None
 
     @classmethod
     def build(cls, cfg: ConfigDict, checkpoint: Checkpoint, mesh: Mesh, total_steps: int) -> "Program":
@@ -88,6 +91,9 @@ class Program:
         llava.check_heads(config, mesh)
         platform = mesh.devices.flat[0].platform
         abstract = llava.abstract_params(config, scan=True)
+        if "decoder/lm_head" + FACTOR_A in flatten_dict(abstract, sep="/"):
+            raise UserError("the model's adapter has factors of decoder/lm_head, which training cannot compute with: "
+                            "the loss reads the head's kernel; `convert merge-lora` merges the adapter first")
         trained = states.partition(abstract, trainable)[0]
         sizes, partly = layers.depths(trained), _partly_trained(trainable, trained)
         optimizer, schedule = optimizers.build(cfg.optimizer, total_steps, list(trained),
@@ -96,7 +102,8 @@ class Program:
         dtype = jnp.float32 if platform == "cpu" else jnp.bfloat16
         backend = backend_of(cfg.attention, platform, config.decoder.head_dim)
         model = llava.Llava(config, dtype, scan=True, remat=cfg.remat, attention=backend)
-        return cls(model, mesh, optimizer, schedule, shardings, trainable, rows, cfg.loss_weighting)
+        seed = cfg.seed if config.adapter is not None and config.adapter.dropout else None
+        return cls(model, mesh, optimizer, schedule, shardings, trainable, rows, cfg.loss_weighting, seed)
 
     def initial_state(self, checkpoint: Checkpoint) -> TrainState:
         """Returns the state before the first update, with the checkpoint's parameters."""
@@ -123,7 +130,8 @@ class Program:
     def abstract_state(self) -> TrainState:
         """Returns the state as shapes with shardings."""
         trained, frozen = states.partition(self._abstract, self.trainable)
-        frozen = {name: jax.ShapeDtypeStruct(x.shape, self.model.dtype) for name, x in frozen.items()}
+        frozen = {name: jax.ShapeDtypeStruct(x.shape, states.dtype_of(name, self.model.dtype))
+                  for name, x in frozen.items()}
         number = jax.ShapeDtypeStruct((), jnp.int32)
         state = TrainState(number, number, trained, frozen, jax.eval_shape(self.optimizer.init, trained))
         return jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), state,

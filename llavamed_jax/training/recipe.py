@@ -16,6 +16,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from llavamed_jax.config.adapter import MOST_RANK
 from llavamed_jax.errors import UsageError
 from llavamed_jax.utils.nested import flatten
 
@@ -146,6 +147,13 @@ SCHEMA: Mapping[str, Key] = MappingProxyType({
     "optimizer.mu_dtype": _text("the dtype of AdamW's first moment", "float32", choices=("float32", "bfloat16")),
     "optimizer.overrides": Key(LIST, "pairs of a regular expression, over the names that trainable has, and a "
                                      "learning rate; the first match counts", ()),
+    "lora.rank": _integer("the rank of the factors beside the kernels (LoRA); 0 for none", 0, least=0, most=MOST_RANK),
+    "lora.alpha": _number("the numerator of their scale, alpha / rank", 16.0, more_than=0),
+    "lora.dropout": _number("the share of the inputs of the factors that training sets to 0", 0.0, least=0,
+                            less_than=1),
+    "lora.rslora": _flag("scales by alpha / sqrt(rank)", False),
+    "lora.targets": Key(LIST, "regular expressions over the names of modules with factors, one a layer",
+                        (r"decoder/layers_\d+/.*_proj",)),
     "mesh.data": _integer("devices that hold different rows and whole parameters; -1 on one axis takes the remaining "
                           "devices", 1),
     "mesh.fsdp": _integer("devices that hold different rows and shards of the parameters", -1),
@@ -195,6 +203,9 @@ def check(cfg: ConfigDict) -> None:
         if cfg.mesh.auto and cfg.mesh[axis] not in free:
             raise UsageError(f"the config key 'mesh.{axis}' is {cfg.mesh[axis]}, but mesh.auto picks data and fsdp and "
                              f"leaves tp at 1; {' or '.join(map(str, free))} was expected")
+    if cfg.lora.rank and not cfg.lora.targets:
+        raise UsageError("the config key 'lora.targets' is empty; regular expressions over modules' names, such as "
+                         "decoder/layers_\\d+/.*_proj, were expected")
     if cfg.vision_tower is not None and cfg.init.startswith("preset:"):
         raise UsageError(f"the config key 'vision_tower' is {cfg.vision_tower!r}, but init is {cfg.init!r}, whose "
                          "tower is random; none was expected, or a checkpoint as init")
@@ -225,6 +236,9 @@ def _check_value(name: str, value: Any) -> None:
                              "were expected")
         for entry in value:
             _check_rows(entry) if isinstance(entry, LIST) else _check_regex(name, entry)
+    if name == "lora.targets":
+        for regex in value:
+            _check_regex(name, regex)
     if name == "optimizer.overrides":
         for entry in value:
             _check_override(name, entry)

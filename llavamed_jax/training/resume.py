@@ -82,7 +82,8 @@ def begin(workdir: Path, cfg: ConfigDict, checkpoint: Checkpoint, program: Progr
         workdirs.discard_start(workdir)
     record = workdirs.write_recipe(workdir, cfg, {"total_steps": total_steps, **data.resolved()}, earlier)
     if not earlier:
-        write_model(workdir, checkpoint, without=program.trained_names(), progress=signals.checked)
+        write_model(workdir, checkpoint, without=program.trained_names(), progress=signals.checked,
+                    stays=True, vision_tower=cfg.vision_tower)
     return {**record, "model": base.fingerprints(workdir), "validation": data.judged_by(),
             "computed": arithmetic.used(program)}
 

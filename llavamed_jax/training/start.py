@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from llavamed_jax.adapters.lora import adapter_of, attach
 from llavamed_jax.checkpoints import hub
 from llavamed_jax.checkpoints.checkpoint import Checkpoint
 from llavamed_jax.checkpoints.model_config import TEXT_FILES
@@ -24,7 +25,7 @@ _OF_TOKENIZERS = ("tokenizer", "added_", "special_")
 
 
 def open_start(cfg: ConfigDict) -> Checkpoint:
-    """Opens the checkpoint that `init` names, and replaces its tokenizer and template by the recipe's.
+    """Opens the checkpoint that `init` names, with the recipe's tokenizer and template, and fresh factors for `lora`.
 
     A preset takes its vocabulary from the tokenizer. The run writes the template into its config, so that the model is
     asked as it was trained, except for `plain` and v1.0's `v0`, which serve for training only.
@@ -64,7 +65,8 @@ def open_start(cfg: ConfigDict) -> Checkpoint:
         checkpoint = checkpoint.replace(files={**kept, **_tokenizer_files(Path(cfg.tokenizer))})
     if cfg.template is not None and not get_template(cfg.template).is_for_training_only:
         checkpoint = checkpoint.replace(config=checkpoint.config.replace(template=cfg.template))
-    return checkpoint
+    adapter = adapter_of(cfg)
+    return checkpoint if adapter is None else attach(checkpoint, adapter, cfg.seed)
 
 
 def with_own_tokenizer(cfg: ConfigDict) -> ConfigDict:

@@ -22,6 +22,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from llavamed_jax.checkpoints.soundness import Tally
 from llavamed_jax.config import LlavaConfig
+from llavamed_jax.config.adapter import is_derived
 from llavamed_jax.errors import UsageError
 from llavamed_jax.models import llava
 from llavamed_jax.parallel.mesh import param_shardings, put, replicated
@@ -37,7 +38,8 @@ Trainable = Sequence[str | tuple[str, Sequence[str]]]  # a recipe's `trainable`
 class TrainState:
     """The state of training, a pytree.
 
-    A step uses no random numbers; the order of the data follows from the seed and the data position.
+    The random numbers of a step, which only an adapter's dropout uses, follow from the recipe's seed and `step`; the
+    order of the data follows from the seed and the data position.
 
     Attributes:
       step: int32 [], batches seen.
@@ -80,7 +82,7 @@ def partition(params: Mapping[str, Any], trainable: Trainable) -> tuple[dict[str
       UsageError: a regex is invalid, or matches no parameter, so that a typo cannot silently freeze a module.
     """
     flat = flatten_dict(params, sep="/")
-    chosen, sizes = set(), layers.depths(flat)
+    chosen, sizes = set(), layers.depths({name: x for name, x in flat.items() if not is_derived(name)})
     for entry in trainable:
         regex = entry if isinstance(entry, str) else entry[0]
         try:
@@ -157,12 +159,17 @@ def place(params: Mapping[str, Any], where: Mapping[str, NamedSharding], dtype: 
 
     def own(name: str) -> np.ndarray:
         array = np.asarray(flat[name])
-        out = tally.cast(name, array, dtype)
+        out = tally.cast(name, array, dtype_of(name, dtype))
         return out.copy() if out is array else out
 
     placed = {name: put(own(name), sharding) for name, sharding in where.items()}
     tally.warn()
     return placed
+
+
+def dtype_of(name: str, dtype: Any) -> Any:
+    """Returns the dtype of a frozen parameter: `dtype`, but float32 for the scale of an adapter."""
+    return jnp.float32 if is_derived(name) else dtype
 
 
 def create(cfg: LlavaConfig, params: Mapping[str, Any], trainable: Trainable, optimizer: optax.GradientTransformation,

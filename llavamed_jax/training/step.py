@@ -22,6 +22,7 @@ from llavamed_jax.training.state import TrainState, merge
 Batch = Mapping[str, jax.Array]
 LossFn = Callable[[dict, Batch], tuple[jax.Array, jax.Array]]
 
+DROPOUT = "dropout"  # a batch's random key
 MODEL_INPUTS = ("input_ids", "labels", "positions", "segment_ids", "pixel_values")
 # If the norm of an update is this much smaller than the parameters' norm, the update moves nothing, since float32 holds
 # seven digits: only parameters that were exactly 0 change.
@@ -40,8 +41,9 @@ def llava_loss(model: Llava, weighting: str = "token") -> LossFn:
     """
 
     def loss(params: dict, batch: Batch):
+        rngs = {"dropout": batch[DROPOUT]} if DROPOUT in batch else None
         hidden = model.apply({"params": params}, batch["input_ids"], batch.get("pixel_values"), batch["positions"],
-                             batch["segment_ids"], method="hidden")
+                             batch["segment_ids"], rngs=rngs, method="hidden")
         return chunked_cross_entropy(hidden, head_kernel(params), batch["labels"], batch["segment_ids"],
                                      weighting=weighting)
 
@@ -50,7 +52,8 @@ def llava_loss(model: Llava, weighting: str = "token") -> LossFn:
 
 def make_train_step(loss_fn: LossFn, optimizer: optax.GradientTransformation, schedule: optax.Schedule, mesh: Mesh,
                     shardings: TrainState, micro_batches: int = 1,
-                    weighting: str = "token") -> Callable[[TrainState, Batch], tuple[TrainState, dict]]:
+                    weighting: str = "token",
+                    dropout_seed: int | None = None) -> Callable[[TrainState, Batch], tuple[TrainState, dict]]:
     """Returns the compiled update.
 
     Args:
@@ -62,6 +65,7 @@ def make_train_step(loss_fn: LossFn, optimizer: optax.GradientTransformation, sc
       micro_batches: M; the batch is computed in M parts, and the update is that of the whole batch.
       weighting: weighting of the loss. With `sample` the gradient is divided by all samples of the batch: a sample
         without a supervised token counts with a gradient of 0, as in HF's Trainer.
+      dropout_seed: seed of an adapter's dropout, which differs with every update and micro-batch; None for no dropout.
 
     Returns:
       (state, batch) -> (state, metrics). The old state is donated: do not use it again. Metrics are float32 scalars:
@@ -74,7 +78,8 @@ def make_train_step(loss_fn: LossFn, optimizer: optax.GradientTransformation, sc
         def loss(trainable, rows):
             return loss_fn(merge(trainable, state.frozen), rows)
 
-        total, count, grads = _accumulate(loss, state.trainable, batch, micro_batches)
+        key = None if dropout_seed is None else jax.random.fold_in(jax.random.key(dropout_seed), state.step)
+        total, count, grads = _accumulate(loss, state.trainable, batch, micro_batches, key)
         tokens, divisor = count, count
         if weighting == "sample":
             tokens, divisor = num_supervised(batch["labels"], batch["segment_ids"]), num_samples(batch["segment_ids"])
@@ -120,14 +125,15 @@ def put_batch(batch: Mapping[str, Any], mesh: Mesh) -> Batch:
                 for name in MODEL_INPUTS if name in batch}
 
 
-def _accumulate(loss, trainable, batch: Batch, micro_batches: int):
-    """Returns (sum of losses, count, gradient of the sum) over all micro-batches.
+def _accumulate(loss, trainable, batch: Batch, micro_batches: int, key: jax.Array | None):
+    """Returns (sum of losses, count, gradient of the sum) over all micro-batches; each gets a random key of its own.
 
     It adds sums, not means: micro-batches differ in supervised tokens, and the mean of their means is another loss.
     """
     value_and_grad = jax.value_and_grad(loss, has_aux=True)
+    keys = {} if key is None else {DROPOUT: jax.random.split(key, micro_batches)}
     if micro_batches == 1:
-        (total, count), grads = value_and_grad(trainable, batch)
+        (total, count), grads = value_and_grad(trainable, {**batch, **{name: each[0] for name, each in keys.items()}})
         return total, count, grads
 
     def split(x):  # [B,...] -> [M,B/M,...]; strided, so that every device keeps its rows
@@ -139,7 +145,7 @@ def _accumulate(loss, trainable, batch: Batch, micro_batches: int):
         return jax.tree.map(jnp.add, carry, (total, count, grads)), None
 
     zeros = (jnp.float32(0), jnp.float32(0), jax.tree.map(jnp.zeros_like, trainable))
-    return jax.lax.scan(add, zeros, jax.tree.map(split, batch))[0]
+    return jax.lax.scan(add, zeros, {**jax.tree.map(split, dict(batch)), **keys})[0]
 
 
 def _within(mesh: Mesh, compiled):

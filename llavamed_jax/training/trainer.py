@@ -237,7 +237,7 @@ class Run:
         """Returns the functions of an update and of a validation batch, which compile on their first call."""
         program, loss_fn = self.program, self.program.loss()
         train_step = make_train_step(loss_fn, program.optimizer, program.schedule, program.mesh, program.shardings,
-                                     self.cfg.micro_batches, program.weighting)
+                                     self.cfg.micro_batches, program.weighting, program.dropout_seed)
         return train_step, make_eval_step(loss_fn, program.mesh)
 
     def _reader(self, agreed: StepAgreement) -> MetricsReader:

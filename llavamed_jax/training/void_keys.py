@@ -14,7 +14,7 @@ from llavamed_jax.datasets.registry import SETS
 from llavamed_jax.errors import short
 from llavamed_jax.training.layers import Depths, matched
 from llavamed_jax.training.optimizer import NOT_DECAYED
-from llavamed_jax.training.recipe import TABLE
+from llavamed_jax.training.recipe import SCHEMA, TABLE
 
 
 def sentences(cfg: ConfigDict) -> list[str]:
@@ -59,6 +59,10 @@ def _void(cfg: ConfigDict) -> Iterator[tuple[str, object, str]]:
         yield "data.samples", cfg.data.samples, "samples_every is 0"
     if cfg.checkpoint.keep_best and not cfg.checkpoint.every_steps:
         yield "checkpoint.keep_best", True, "checkpoint.every_steps is 0, so only the last step is validated"
+    if not cfg.lora.rank:
+        for key in cfg.lora:
+            if cfg.lora[key] != SCHEMA[f"lora.{key}"].default:
+                yield f"lora.{key}", cfg.lora[key], "lora.rank is 0"
     if any(isinstance(entry, str) and re.fullmatch(entry, TABLE) for entry in cfg.trainable):
         for entry in cfg.trainable:
             if not isinstance(entry, str):

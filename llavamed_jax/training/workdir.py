@@ -21,7 +21,8 @@ _LENGTH = ("epochs", "total_steps")
 MAY_DIFFER = (*_LENGTH, "log_every", "samples_every", "data.samples", "nan_limit", "checkpoint.", "data.workers",
               "mesh.")
 # Keys that older recipes lack, and the value that older runs used. Such a run keeps this value on resuming.
-LATER = {"loss_weighting": "token"}
+LATER = {"loss_weighting": "token", "lora.rank": 0, "lora.alpha": 16.0, "lora.dropout": 0.0, "lora.rslora": False,
+         "lora.targets": (r"decoder/layers_\d+/.*_proj",)}
 _RENAMED = {"data.protocol": "protocol"}  # older name -> present name
 
 
@@ -82,10 +83,12 @@ def as_started(cfg: ConfigDict, earlier: Mapping[str, Any]) -> ConfigDict:
     """
     own = cfg.copy_and_resolve_references()
     for key, value in LATER.items():
-        if key not in earlier and own[key] != value:
+        *groups, leaf = key.split(".")
+        place = own[groups[0]] if groups else own
+        if key not in earlier and place[leaf] != value:
             print(f"warning: this run was started before the config key {key!r} existed; it continues with {value!r} "
-                  f"instead of {own[key]!r}", flush=True)
-            own[key] = value
+                  f"instead of {place[leaf]!r}", flush=True)
+            place[leaf] = value
     return own
 
 

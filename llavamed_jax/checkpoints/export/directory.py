@@ -18,6 +18,7 @@ from llavamed_jax.checkpoints.tensor import Tensor
 from llavamed_jax.checkpoints.torch.write import Progress, total_bytes, write_safetensors
 from llavamed_jax.config import OURS
 from llavamed_jax.config.hf import llava_to_hf
+from llavamed_jax.errors import UserError
 from llavamed_jax.utils.directories import new_directory
 from llavamed_jax.utils.files import write_json
 
@@ -39,6 +40,9 @@ def export(checkpoint: Checkpoint, out: str | Path, layout: str = "transformers"
         the weights are not a model's (`Checkpoint.sound`).
     """
     cfg = checkpoint.config
+    if cfg.adapter is not None:
+        raise UserError(f"{checkpoint.directory} has an adapter, and the layout {layout} has no place for one; "
+                        "`convert merge-lora` merges it into the model, and `convert export-lora` writes it alone")
     config, ids = llava_to_hf(cfg, layout), None
     spelled = {name: spellings[0] for name, spellings in names.torch_names(cfg, layout).items()}
     if layout == "transformers" and cfg.image_token_id is None:

@@ -17,6 +17,7 @@ from llavamed_jax.checkpoints.model_config import text_files, tree_config
 from llavamed_jax.checkpoints.tensor import Tensor
 from llavamed_jax.checkpoints.torch.files import read_safetensors
 from llavamed_jax.checkpoints.torch.write import Progress, write_safetensors
+from llavamed_jax.checkpoints.tree import reference
 from llavamed_jax.errors import UserError
 from llavamed_jax.utils.files import read_json, write_json
 from llavamed_jax.utils.hashes import sha256, sha256_of
@@ -40,12 +41,16 @@ def write_base(directory: Path, tensors: Mapping[str, Tensor], progress: Progres
 def read_base(root: Path) -> dict[str, Tensor]:
     """Reads the tensors of a tree's base by canonical name; each is checked by its sha256 when it is read.
 
+    The base of a run that trains an adapter may lie elsewhere (`reference`).
+
     A base without a manifest is read unchecked; whether it may lack one is up to the caller (`fingerprints`).
 
     Raises:
       UserError: the base is missing or cut, or lacks a tensor of its manifest; when a tensor is read, its sha256
         differs.
     """
+    if (root / reference.FILE).is_file():
+        return reference.read(root, read_base)
     directory = root / "base"
     tensors = read_safetensors(directory)
     if not (directory / MANIFEST).is_file():
@@ -66,7 +71,10 @@ def open_base(root: Path) -> Checkpoint:
 def fingerprints(root: Path) -> dict[str, str]:
     """Returns the sha256 by name of the files that a step depends on: the base's manifest and the files of `model/`."""
     files = [root / "base" / MANIFEST, root / "model" / "config.json", *text_files(root / "model").values()]
-    return {file.relative_to(root).as_posix(): sha256_of(file) for file in files if file.is_file()}
+    found = {file.relative_to(root).as_posix(): sha256_of(file) for file in files if file.is_file()}
+    if (root / reference.FILE).is_file():
+        found[reference.FILE] = sha256(reference.fingerprint(root))
+    return found
 
 
 def check_fingerprints(root: Path, wanted: Mapping[str, str], part: str = "") -> None:
@@ -75,7 +83,7 @@ def check_fingerprints(root: Path, wanted: Mapping[str, str], part: str = "") ->
     Args:
       root: the run's directory.
       wanted: the fingerprints that the run recorded.
-      part: checks only names that begin with this (`base/`); "" checks all.
+      part: checks only names that begin with this (`base`); "" checks all.
     """
     found = fingerprints(root)
     for name in sorted({*wanted, *found}):
@@ -88,8 +96,10 @@ def check_fingerprints(root: Path, wanted: Mapping[str, str], part: str = "") ->
 
 def check_base(root: Path) -> None:
     """Reads the whole base, and raises UserError for the first damaged tensor."""
-    for tensor in read_base(root).values():
-        tensor.load()
+    tensors = read_base(root)
+    if not (root / reference.FILE).is_file():  # whose files were hashed just now
+        for tensor in tensors.values():
+            tensor.load()
 
 
 def _noting(name: str, tensor: Tensor, hashes: dict[str, str]) -> Tensor:

@@ -21,7 +21,7 @@ from llavamed_jax.checkpoints.preprocessor_file import make_equal
 from llavamed_jax.checkpoints.tensor import Tensor
 from llavamed_jax.checkpoints.torch.layout import match
 from llavamed_jax.checkpoints.torch.write import Progress, total_bytes
-from llavamed_jax.checkpoints.tree import holding
+from llavamed_jax.checkpoints.tree import holding, reference
 from llavamed_jax.checkpoints.tree.base import check_fingerprints, read_base, write_base
 from llavamed_jax.checkpoints.tree.holding import Hold, StepGone, reading
 from llavamed_jax.checkpoints.tree.step_manifest import INTERRUPTED
@@ -35,8 +35,11 @@ from llavamed_jax.utils.files import write_json
 
 def write_model(out: str | Path, checkpoint: Checkpoint, config: LlavaConfig | None = None,
                 files: Mapping[str, Path] | None = None,
-                without: Iterable[str] = (), progress: Progress = iter) -> None:
+                without: Iterable[str] = (), progress: Progress = iter, stays: bool = False,
+                vision_tower: str | Path | None = None) -> None:
     """Writes `out/base` and then `out/model`, which marks the base as complete; each appears when it is complete.
+
+    With `stays`, an adapter's base stays where it is (`reference.is_referred`), and `out/base.json` names it.
 
     Args:
       out: the directory of the tree.
@@ -45,6 +48,8 @@ def write_model(out: str | Path, checkpoint: Checkpoint, config: LlavaConfig | N
       files: replaces the checkpoint's own files; None keeps them.
       without: canonical names that the base leaves out, because every step has them.
       progress: wraps the names of the tensors.
+      stays: whether the checkpoint's files stay where they are as long as `out` is used.
+      vision_tower: the tower that replaced the checkpoint's own; None for its own.
 
     Raises:
       UserError: `out` has a model already; the weights are not a model's (`Checkpoint.sound`).
@@ -52,10 +57,14 @@ def write_model(out: str | Path, checkpoint: Checkpoint, config: LlavaConfig | N
     out, without, checkpoint, config = Path(out), set(without), checkpoint.sound(), config or checkpoint.config
     if (out / "base").exists() and not (out / "model").exists():
         shutil.rmtree(out / "base")  # left by a run that was stopped while it wrote its base
-    tensors = {name: tensor for name, tensor in checkpoint.tensors.items() if name not in without}
-    with new_directory(out / "base", total_bytes(tensors)) as base:
-        write_base(base, tensors, progress)
-    checkpoint.tally.warn()
+    if stays and reference.is_referred(checkpoint, without):
+        reference.write(out, checkpoint, vision_tower)
+    else:
+        (out / reference.FILE).unlink(missing_ok=True)
+        tensors = {name: tensor for name, tensor in checkpoint.tensors.items() if name not in without}
+        with new_directory(out / "base", total_bytes(tensors)) as base:
+            write_base(base, tensors, progress)
+        checkpoint.tally.warn()
     with new_directory(out / "model") as model:
         write_json(model / "config.json", config.to_dict())
         copy_files(config, checkpoint.files if files is None else files, model)
@@ -105,7 +114,7 @@ def _open_tree(path: Path) -> Checkpoint:
 def _refuse_other_base(root: Path, step: int) -> None:
     """Raises UserError if a run's step was trained over another base; steps that belong to no run do not record it."""
     if _damage(root / "checkpoints" / str(step), "state") is None and (record := read_meta(root, step).get("run")):
-        check_fingerprints(root, record["model"], "base/")
+        check_fingerprints(root, record["model"], "base")
 
 
 def _step_tensors(directory: Path, held: Hold | None) -> dict[str, Tensor]:

@@ -1,0 +1,1 @@
+"""Adapters: low-rank factors beside kernels, PEFT's files, merging."""
