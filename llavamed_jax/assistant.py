@@ -18,10 +18,10 @@ import ml_dtypes
 import numpy as np
 from jax.sharding import Mesh
 
+from llavamed_jax.adapters.open import open_model
 from llavamed_jax.checkpoints.generation_file import not_applied
 from llavamed_jax.checkpoints.identity import Origin, origin
 from llavamed_jax.checkpoints.load import load_params
-from llavamed_jax.checkpoints.open import open_checkpoint
 from llavamed_jax.config import IMAGE_TOKEN, PAD_TOKEN, LlavaConfig
 from llavamed_jax.errors import UserError, short, warn
 from llavamed_jax.generation.beam import BeamSearch
@@ -52,7 +52,8 @@ def load(path: str | Path, dtype=None, quantize=None, mesh: Mesh | str | None = 
       quantize: not supported yet; must be None.
       mesh: a Mesh with the axes data, fsdp and tp, or text such as `"data=1,tp=2"` over the devices of this process;
         None is one device.
-      adapter: not supported yet; must be None.
+      adapter: the directory of a LoRA adapter in PEFT's or LLaVA's layout, put onto the checkpoint without merging;
+        None for none. A path that is such a directory itself is put onto the base that it names.
       vision_tower: a directory of a tower that replaces the checkpoint's own tower (quirk Q1 of the original).
       tokenizer: a tokenizer's file or directory that replaces the checkpoint's own.
       template: the name of a prompt template that replaces the checkpoint's own.
@@ -63,9 +64,9 @@ def load(path: str | Path, dtype=None, quantize=None, mesh: Mesh | str | None = 
     Raises:
       UserError: the checkpoint or an argument is wrong; one sentence says what.
     """
-    if quantize is not None or adapter is not None:
-        raise UserError("quantize and adapter are not supported yet; None was expected")
-    checkpoint = open_checkpoint(path, vision_tower)
+    if quantize is not None:
+        raise UserError("quantize is not supported yet; None was expected")
+    checkpoint = open_model(path, vision_tower, adapter)
     if sentence := not_applied(checkpoint.config, checkpoint.files):
         warn(f"{path}: {sentence}")
     processor = Processor.from_checkpoint(checkpoint, tokenizer=tokenizer, template=template)
@@ -78,7 +79,8 @@ def load(path: str | Path, dtype=None, quantize=None, mesh: Mesh | str | None = 
     if dtype is not None and _numpy_dtype(dtype) == np.float32:
         jax.config.update("jax_default_matmul_precision", "highest")
     dtype = _numpy_dtype(dtype)
-    model = LlavaMed(checkpoint.config, load_params(checkpoint, dtype), processor, dtype, mesh, Path(path).name,
+    model = LlavaMed(checkpoint.config, load_params(checkpoint, dtype), processor, dtype, mesh,
+                     Path(adapter or path).name,
                      checkpoint.tower, origin(path, checkpoint, tokenizer))
     log.info("%s", model)
     return model
@@ -124,14 +126,16 @@ class LlavaMed:
 
         Returns:
           `checkpoint` (the PATH; None for a model that was made in memory), `step` (of a run), `template`, `tower`,
-          `tokenizer`, `dtype`, `mesh` (axis -> devices, None for one device), `quantize` and `adapter` (None).
+          `tokenizer`, `dtype`, `mesh` (axis -> devices, None for one device), `quantize` (None) and `adapter` (the
+          directory of an adapter that was put onto the checkpoint).
         """
         p, mesh = (self.processor,
                    None if self.mesh is None else {name: int(size) for name, size in self.mesh.shape.items()})
         return {
             "checkpoint": self.origin.path if self.origin else None, "step": self.origin.step if self.origin else None,
             "template": p.template_words, "tower": self.tower or None, "tokenizer": p.tokenizer_words,
-            "dtype": np.dtype(self.dtype).name, "mesh": mesh, "quantize": None, "adapter": None,
+            "dtype": np.dtype(self.dtype).name, "mesh": mesh, "quantize": None,
+            "adapter": self.origin.adapter if self.origin else None,
         }  # fmt: skip
 
     def __repr__(self) -> str:

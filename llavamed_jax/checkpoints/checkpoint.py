@@ -31,6 +31,8 @@ class Checkpoint:
       step: the training step of a tree, whose tensors replace the base's; None for the base alone and other layouts.
       tower_directory: the directory of the tower's config or tensors, if it is not the checkpoint's own.
       is_delta: whether buffers show that these tensors are the difference of two models; norms may show it too.
+      adapter_directory: the directory of an adapter in another layout that was put onto this checkpoint.
+      changed: names of whole tensors that the step of a run, or an adapter's directory, has in place of the base's.
       tally: counts the losses when tensors are cast.
     """
 
@@ -43,6 +45,8 @@ class Checkpoint:
     step: int | None = None
     tower_directory: Path | None = None
     is_delta: bool = False
+    adapter_directory: Path | None = None
+    changed: frozenset[str] = frozenset()
     tally: Tally = field(default_factory=Tally, compare=False, repr=False)
 
     def read(self, name: str) -> np.ndarray:

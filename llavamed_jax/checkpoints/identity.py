@@ -14,6 +14,7 @@ from llavamed_jax.config import OURS
 from llavamed_jax.utils.hashes import sha256_of_files, sha256_of_list, short_hash
 
 _TOWER = ("config.json", "preprocessor_config.json", "processor_config.json", "open_clip_config.json")
+_ADAPTER = ("adapter_config.json", "adapter_model.", "non_lora_trainables.")
 _MANIFEST = "manifest.json"
 
 
@@ -27,7 +28,8 @@ class Origin:
       config: a hash of the config that all its files result in.
       files: the checkpoint's files, by their names in it. Tensors of this project's own tree count by their manifests,
         which have a sha256 of each tensor that is checked at reading; those of PyTorch's layouts by their files.
-      beside: files of a vision tower or a tokenizer in another directory.
+      beside: files of a vision tower, an adapter or a tokenizer in another directory.
+      adapter: the directory of an adapter that was put onto the checkpoint; None for none.
       known: name -> sha256 of files that may be gone later: a running job deletes its older steps.
     """
 
@@ -36,6 +38,7 @@ class Origin:
     config: str = ""
     files: Mapping[str, Path] = field(default_factory=dict)
     beside: Mapping[str, Path] = field(default_factory=dict)
+    adapter: str | None = None
     known: Mapping[str, str] = field(default_factory=dict)
 
     def hashes(self) -> dict[str, str]:
@@ -68,6 +71,10 @@ def origin(path: str | Path, checkpoint: Checkpoint, tokenizer: str | Path | Non
         tower = checkpoint.tower_directory
         found = [*(tower / name for name in _TOWER), *weight_files(tower)]
         beside |= {f"vision tower: {name}": file for name, file in _named(tower, found).items()}
+    if checkpoint.adapter_directory is not None:
+        folder = checkpoint.adapter_directory
+        beside |= {f"adapter: {name}": file for name, file in _named(folder, folder.glob("*")).items()
+                   if name.startswith(_ADAPTER)}
     if tokenizer is not None:
         source = Path(tokenizer)
         found = text_files(source) if source.is_dir() else {source.name: source, **text_files(source.parent)}
@@ -76,7 +83,7 @@ def origin(path: str | Path, checkpoint: Checkpoint, tokenizer: str | Path | Non
                              if checkpoint.layout == "tree" and name.startswith("checkpoints/")})
     return Origin(str(path), checkpoint.step,
                   short_hash(json.loads(json.dumps(checkpoint.config.to_dict(), default=str))), files, beside,
-                  known)
+                  None if checkpoint.adapter_directory is None else str(checkpoint.adapter_directory), known)
 
 
 def _tree_files(root: Path, step: int | None) -> dict[str, Path]:

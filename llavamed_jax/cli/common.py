@@ -321,7 +321,8 @@ def _parse(key: str, text: str, current: Any, kind: type) -> Any:
     raise UsageError(f"the config key {key!r} is {text!r}; {wanted.get(kind, kind.__name__)} was expected")
 
 
-MODEL_FLAGS = "model: --vision_tower PATH --tokenizer PATH --template NAME --dtype TYPE --mesh SIZES"  # for epilogs
+MODEL_FLAGS = ("model: --vision_tower PATH --tokenizer PATH --template NAME --dtype TYPE --mesh SIZES "
+               "--adapter PATH")  # for epilogs
 
 
 def add_model_flags(parser: argparse.ArgumentParser, is_listed: bool = True) -> None:
@@ -335,6 +336,7 @@ def add_model_flags(parser: argparse.ArgumentParser, is_listed: bool = True) -> 
     group.add_argument("--dtype", metavar="TYPE", choices=dtypes,
                        help=said("float32, bfloat16 or float16; default by the device"))
     group.add_argument("--mesh", metavar="SIZES", help=said("such as data=2,tp=4; default: one device"))
+    group.add_argument("--adapter", metavar="PATH", help=said("a LoRA adapter that is put onto the checkpoint"))
 
 
 def add_preflight_flags(parser: argparse.ArgumentParser) -> None:
@@ -385,6 +387,6 @@ def load_assistant(args: argparse.Namespace):
     from llavamed_jax.cli import compilation_cache
     compilation_cache.enable()
     model = load(args.checkpoint, dtype=args.dtype, mesh=args.mesh, vision_tower=args.vision_tower,
-                 tokenizer=args.tokenizer, template=args.template)
+                 tokenizer=args.tokenizer, template=args.template, adapter=args.adapter)
     print(terminal.sentence(f"{args.checkpoint}: vision tower: {model.tower}"), file=sys.stderr)  # stdout has answers
     return model

@@ -14,13 +14,15 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from llavamed_jax.adapters import peft_write
+from llavamed_jax.adapters.lora import merged
+from llavamed_jax.adapters.open import open_model
 from llavamed_jax.checkpoints.assemble.build import build, with_projector
 from llavamed_jax.checkpoints.assemble.delta import apply_delta, make_delta
 from llavamed_jax.checkpoints.checkpoint import Checkpoint
 from llavamed_jax.checkpoints.export.directory import export
 from llavamed_jax.checkpoints.gguf.directory import import_decoder
 from llavamed_jax.checkpoints.model_config import text_files
-from llavamed_jax.checkpoints.open import open_checkpoint
 from llavamed_jax.checkpoints.tensor import Tensor
 from llavamed_jax.checkpoints.torch.write import total_bytes
 from llavamed_jax.cli.common import Parser
@@ -67,7 +69,7 @@ _PATH = dict(metavar="PATH", help="a checkpoint's directory, a run's workdir, ow
 
 def _open(path: str, args: argparse.Namespace, dtype: type | None = None) -> Checkpoint:
     """Opens the checkpoint of a PATH, replaces the parts that the flags name, and prints what it is."""
-    checkpoint = open_checkpoint(path, args.vision_tower).cast(dtype)
+    checkpoint = open_model(path, args.vision_tower, getattr(args, "adapter", None)).cast(dtype)
     if args.template is not None:
         _said_of("--template", get_template, args.template)
         checkpoint = checkpoint.replace(config=checkpoint.config.replace(template=args.template))
@@ -224,6 +226,56 @@ def _apply_delta(args: argparse.Namespace) -> None:
     _report(apply_delta(args.base, args.delta, args.out, progress.over), args.out)
 
 
+def _merge_flags(parser: argparse.ArgumentParser) -> None:
+    _adapter_flags(parser)
+    parser.add_argument("--layout", choices=("tree", "transformers", "llava"), metavar="LAYOUT",
+                        help="tree (this project's own), transformers or llava; default: that of the base")
+    parser.add_argument("--dtype", choices=_DTYPES, metavar="TYPE",
+                        help="float32, float16 or bfloat16; default: each tensor keeps its own")
+    parser.add_argument("--out", required=True, metavar="DIR", help="a new directory for the model")
+
+
+def _adapter_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--base", metavar="PATH",
+                        help="the model that the adapter was trained on, or a run of this project that trains one")
+    parser.add_argument("--adapter", metavar="PATH", help="an adapter in PEFT's or LLaVA's layout; not for a run")
+    _part_flags(parser, "a vision tower that replaces the base's own", "template of the result")
+
+
+def _open_with_adapter(args: argparse.Namespace) -> Checkpoint:
+    if args.base is None and args.adapter is None:
+        raise UsageError("--base and --adapter are both absent; a base with its adapter, or a run, was expected")
+    return _open(args.base or args.adapter, args)
+
+
+def _merge_lora(args: argparse.Namespace) -> None:
+    """Merge a LoRA adapter into its base: a model without an adapter."""
+    from llavamed_jax.checkpoints.tree.model import write_model
+    checkpoint = merged(_open_with_adapter(args)).cast(_DTYPES.get(args.dtype))
+    layout = args.layout or (checkpoint.layout if checkpoint.layout in ("transformers", "llava") else "tree")
+    if layout == "tree":
+        with new_directory(args.out, total_bytes(checkpoint.tensors), checkpoint.sources) as out:
+            write_model(out, checkpoint, progress=progress.over)
+    else:
+        export(checkpoint, args.out, layout, progress.over)
+    _report(checkpoint.tensors, args.out)
+
+
+def _export_lora_flags(parser: argparse.ArgumentParser) -> None:
+    _adapter_flags(parser)
+    parser.add_argument("--layout", default="transformers", choices=("transformers", "llava"), metavar="LAYOUT",
+                        help="names of transformers 5 (the default), or llava (the original's own)")
+    parser.add_argument("--base_name", metavar="NAME", help="base_model_name_or_path of the result; default: the base")
+    parser.add_argument("--out", required=True, metavar="DIR", help="a new directory for the adapter")
+
+
+def _export_lora(args: argparse.Namespace) -> None:
+    """Write a LoRA adapter alone, as PEFT reads it."""
+    checkpoint = _open_with_adapter(args)
+    written = peft_write.write(checkpoint, args.out, args.layout, args.base_name)
+    print(f"wrote {len(written)} tensors to {args.out}")
+
+
 def _inspect_flags(parser: argparse.ArgumentParser) -> None:
     _checkpoint_flags(parser, "path")
 
@@ -300,6 +352,8 @@ COMMANDS = {
     "import-decoder": (_import_decoder_flags, _import_decoder),
     "make-delta": (_make_delta_flags, _make_delta),
     "apply-delta": (_apply_delta_flags, _apply_delta),
+    "merge-lora": (_merge_flags, _merge_lora),
+    "export-lora": (_export_lora_flags, _export_lora),
     "inspect": (_inspect_flags, _inspect),
     "verify": (_verify_flags, _verify),
 }

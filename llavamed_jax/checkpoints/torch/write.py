@@ -8,10 +8,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 
 from llavamed_jax.checkpoints.tensor import Tensor
 from llavamed_jax.checkpoints.torch.files import DTYPES
+from llavamed_jax.errors import UserError
 from llavamed_jax.utils.files import write_json
 
 SHARD_BYTES = 5 * 10**9  # as transformers cut checkpoints of this size
@@ -66,6 +68,34 @@ def write_safetensors(directory: Path, tensors: Mapping[str, Tensor], progress: 
         weight_map = {name: file for file, shard in zip(files, shards) for name in shard}
         write_json(directory / "model.safetensors.index.json",
                    {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map})
+
+
+def write_file(file: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Writes one `.safetensors` file, for tensors that are small together.
+
+    Args:
+      file: the file to write.
+      tensors: tensors by name.
+      metadata: metadata in the header.
+    """
+    ordered = {name: tensors[name] for name in sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)}
+    _write_shard(file, ordered, _read_ahead(ordered.values()), metadata)
+
+
+def write_bin(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Writes a state dict as `torch.save` does. Raises UserError if torch is not installed."""
+    try:
+        import torch
+    except ImportError:
+        raise UserError(f"{file.name} needs torch, which is not installed: pip install 'llavamed-jax[torch]'") from None
+
+    def in_torch(tensor: Tensor):
+        array = np.array(tensor.load(), order="C")
+        if array.dtype == ml_dtypes.bfloat16:  # torch does not read numpy's
+            return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+        return torch.from_numpy(array)
+
+    torch.save({name: in_torch(tensor) for name, tensor in tensors.items()}, file)
 
 
 def _read_ahead(tensors: Iterable[Tensor]) -> Iterator[np.ndarray]:

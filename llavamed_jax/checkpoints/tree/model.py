@@ -28,6 +28,7 @@ from llavamed_jax.checkpoints.tree.step_manifest import INTERRUPTED
 from llavamed_jax.checkpoints.tree.step_manifest import damage as _damage
 from llavamed_jax.checkpoints.tree.store import TRIES, hold_newest, read_meta
 from llavamed_jax.config import LlavaConfig
+from llavamed_jax.config.adapter import without_factors
 from llavamed_jax.errors import UserError, at
 from llavamed_jax.utils.directories import new_directory
 from llavamed_jax.utils.files import write_json
@@ -97,10 +98,11 @@ def _open_tree(path: Path) -> Checkpoint:
                   if step is None else _damage(path, "params"))
         if damage:
             raise at(path, damage)
-    found = read_base(root)
+    found, changed = read_base(root), {}
     if step is not None:
         _refuse_other_base(root, step)
-        found |= _step_tensors(root / "checkpoints" / str(step), held)
+        changed = _step_tensors(root / "checkpoints" / str(step), held)
+        found |= changed
     shapes = {name: spec.shape for name, spec in names.specs(config).items()}
     try:
         tensors = match(root, found, {name: (name,) for name in shapes}, shapes)
@@ -108,7 +110,8 @@ def _open_tree(path: Path) -> Checkpoint:
         raise UserError("; ".join([*damaged, str(error)])) from None
     for sentence in damaged:
         warnings.warn(sentence + " or is in progress" * sentence.endswith(INTERRUPTED), stacklevel=3)
-    return Checkpoint(config, "tree", root, tensors, text_files(root / "model"), "the tensors in the tree", step)
+    return Checkpoint(config, "tree", root, tensors, text_files(root / "model"), "the tensors in the tree", step,
+                      changed=frozenset(without_factors(changed)))
 
 
 def _refuse_other_base(root: Path, step: int) -> None:

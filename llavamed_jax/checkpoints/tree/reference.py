@@ -87,6 +87,11 @@ def read(root: Path, of_tree: Callable[[Path], Mapping[str, Tensor]]) -> dict[st
     return {name: tensor for name, tensor in tensors.items() if not is_factor(name)}
 
 
+def path(root: Path) -> str | None:
+    """Returns the path in `base.json`; None for a directory without one."""
+    return read_json(root / FILE).get("checkpoint") if (root / FILE).is_file() else None
+
+
 def fingerprint(root: Path) -> str:
     """Returns the hashes in `base.json` as one text; the base may have moved."""
     found = read_json(root / FILE).get("sha256")

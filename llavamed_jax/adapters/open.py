@@ -1,0 +1,65 @@
+"""Opens a model with its adapter, from a base and an adapter's directory, or from the adapter's directory alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from llavamed_jax.adapters import peft, peft_config
+from llavamed_jax.checkpoints import hub
+from llavamed_jax.checkpoints.checkpoint import Checkpoint
+from llavamed_jax.checkpoints.model_config import tree_root
+from llavamed_jax.checkpoints.open import open_checkpoint
+from llavamed_jax.errors import UserError
+
+
+def open_model(path: str | Path, vision_tower: str | Path | None = None,
+               adapter: str | Path | None = None) -> Checkpoint:
+    """Opens a checkpoint of any kind, with an adapter if one is named, or if PATH is one.
+
+    Args:
+      path: as for `open_checkpoint`, or the directory of an adapter in PEFT's or LLaVA's layout, whose base is then
+        the one that its `adapter_config.json` names.
+      vision_tower: as for `open_checkpoint`; belongs to the base.
+      adapter: the directory of an adapter, or its name on a hub; None for none, or for the one that PATH is.
+
+    Raises:
+      UserError: as `open_checkpoint` and `peft.apply`; PATH is an adapter whose base is not found.
+    """
+    if adapter is None:
+        if not _is_adapter(path):
+            return open_checkpoint(path, vision_tower)
+        path, adapter = _base(Path(path)), path
+    directory = _adapter(adapter)
+    return peft.apply(open_checkpoint(path, vision_tower), directory)
+
+
+def _is_adapter(path: str | Path) -> bool:
+    return not str(path).startswith("preset:") and Path(path).is_dir() and peft.is_adapter(Path(path))
+
+
+def _adapter(adapter: str | Path) -> Path:
+    local = Path(adapter)
+    if local.is_dir() and (tree_root(local) / "model" / "config.json").is_file():
+        raise UserError(f"{adapter} is a run of this project, which has its base's path itself; the run as the "
+                        "checkpoint and no adapter, or the directory of an adapter as PEFT writes it, was expected")
+    directory = hub.local(adapter)
+    if not directory.is_dir():
+        raise UserError(f"{adapter} is not a directory; the directory of an adapter, as PEFT writes it, was expected")
+    return directory
+
+
+def _base(adapter: Path) -> str:
+    """Returns the PATH of the base that an adapter's config names."""
+    name = peft_config.read(adapter).base
+    if name is None:
+        raise UserError(f"{adapter} holds an adapter, and its {peft_config.FILE} names no base; the base as the "
+                        "checkpoint and this directory as the adapter (--checkpoint BASE --adapter THIS) were expected")
+    for found in (Path(name), adapter.parent / Path(name).name):
+        if found.is_dir() and found.resolve() != adapter.resolve():
+            return str(found)
+    try:
+        return str(hub.local(name))
+    except UserError as error:
+        raise UserError(f"{adapter} holds an adapter of {name}, which is neither a directory here nor beside it, and "
+                        f"could not be fetched: {error}; the base as the checkpoint and this directory as the adapter "
+                        "(--checkpoint BASE --adapter THIS) were expected") from None

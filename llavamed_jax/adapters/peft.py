@@ -1,0 +1,194 @@
+"""Reads an adapter as PEFT and LLaVA's training write it, and puts it onto its base.
+
+A directory has `adapter_config.json` and `adapter_model.safetensors` (or `.bin`), whose tensors are named
+`base_model.model.MODULE.lora_A.weight` [r,in] and `….lora_B.weight` [out,r], with torch's name of the module: that of
+transformers' `LlavaForConditionalGeneration`, version 5 or 4, or of LLaVA's own classes. Whole tensors that were
+trained beside the factors stand there too (`modules_to_save`), and LLaVA writes them to `non_lora_trainables.bin`.
+
+Source: PEFT's `get_peft_model_state_dict`; `llava/train/train.py` and `llava/model/builder.py` of LLaVA.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from llavamed_jax.adapters import peft_config
+from llavamed_jax.adapters.peft_config import PeftConfig
+from llavamed_jax.checkpoints import names
+from llavamed_jax.checkpoints.checkpoint import Checkpoint
+from llavamed_jax.checkpoints.tensor import Tensor
+from llavamed_jax.checkpoints.torch.files import read_file
+from llavamed_jax.checkpoints.torch.layout import from_torch
+from llavamed_jax.config import LlavaConfig
+from llavamed_jax.config.adapter import FACTOR_A, FACTOR_B, KERNEL, AdapterConfig, AdapterRule
+from llavamed_jax.errors import UserError, some
+
+WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+OTHERS = "non_lora_trainables.bin"
+START = "base_model.model."
+# Behind a module's name: the adapter's own name ("default") stands in state dicts that PEFT did not strip.
+_FACTOR = re.compile(r"(.+)\.lora_([AB])(?:\.[\w-]+)?\.weight")
+_SAVED = re.compile(r"(.+?)\.modules_to_save(?:\.[\w-]+)?\.(weight|bias)")
+
+
+class Adapter(NamedTuple):
+    """An adapter in a model's canonical names.
+
+    Attributes:
+      config: the ranks and scales.
+      tensors: factors, and whole tensors that replace the base's.
+    """
+
+    config: AdapterConfig
+    tensors: dict[str, Tensor]
+
+
+def is_adapter(directory: Path) -> bool:
+    """Returns whether a directory holds an adapter."""
+    return (directory / peft_config.FILE).is_file() or any((directory / name).is_file() for name in WEIGHTS)
+
+
+def apply(checkpoint: Checkpoint, directory: Path) -> Checkpoint:
+    """Returns a base with the adapter of a directory: its factors beside the kernels, not merged.
+
+    Raises:
+      UserError: the adapter cannot be read, is not plain LoRA, or belongs to another model; the base has an adapter.
+    """
+    if checkpoint.config.adapter is not None:
+        raise UserError(f"{checkpoint.directory} has an adapter already, so {directory} cannot be added; a model "
+                        "without an adapter was expected")
+    adapter = read(directory, checkpoint.config)
+    config = checkpoint.config.replace(adapter=adapter.config)
+    names.specs(config)
+    changed = frozenset(name for name in adapter.tensors if name in checkpoint.tensors)
+    return checkpoint.replace(config=config, tensors={**checkpoint.tensors, **adapter.tensors}, changed=changed,
+                              adapter_directory=directory)
+
+
+def read(directory: Path, model: LlavaConfig) -> Adapter:
+    """Reads the adapter of a directory for a model.
+
+    Raises:
+      UserError: as `apply`.
+    """
+    settings = peft_config.read(directory)
+    file = next((directory / name for name in WEIGHTS if (directory / name).is_file()), None)
+    if file is None:
+        raise UserError(f"{directory} holds no {' or '.join(WEIGHTS)}; the weights of an adapter were expected")
+    modules = _modules(model)
+    factors: dict[str, dict[str, Tensor]] = {}
+    whole: dict[str, Tensor] = {}
+    for key, tensor in read_file(file).items():
+        name = key.removeprefix(START)
+        if found := _FACTOR.fullmatch(name):
+            factors.setdefault(found[1], {})[found[2]] = tensor
+        else:
+            saved = _SAVED.fullmatch(name)
+            whole[f"{saved[1]}.{saved[2]}" if saved else name.replace(".base_layer.", ".")] = tensor
+    if not factors:
+        raise UserError(f"{file} holds no tensors named …lora_A.weight; the factors of LoRA were expected")
+    tensors = _whole(file, model, whole)
+    if (directory / OTHERS).is_file():
+        tensors |= _whole(directory / OTHERS, model, _stripped(read_file(directory / OTHERS)))
+    unknown = sorted(module for module in factors if module not in modules)
+    if unknown:
+        raise UserError(f"{file} has factors of {some(unknown, 3)}, which this model does not have; an adapter of this "
+                        f"model was expected{_named(settings)}")
+    rules: dict[str, AdapterRule] = {}
+    for module, pair in factors.items():
+        name = modules[module]
+        rank = _check_factors(file, settings, module, pair, names.specs(model)[name + KERNEL].shape)
+        rules[name] = AdapterRule(name, rank, settings.alpha_of(module))
+        tensors[name + FACTOR_A], tensors[name + FACTOR_B] = _turned(pair["A"]), _turned(pair["B"])
+    return Adapter(AdapterConfig(_rules(rules, model), settings.use_rslora, settings.dropout), tensors)
+
+
+def _modules(model: LlavaConfig) -> dict[str, str]:
+    """Returns torch's name of every module with a matrix, in every layout, -> the canonical name of the module."""
+    found = {}
+    for layout in ("transformers", "llava"):
+        for name, spellings in names.torch_names(model, layout).items():
+            if name.endswith(KERNEL) and len(names.specs(model)[name].shape) == 2:
+                found |= {each.removesuffix(".weight"): name.removesuffix(KERNEL) for each in spellings}
+    return found
+
+
+def _check_factors(file: Path, settings: PeftConfig, module: str, pair: Mapping[str, Tensor],
+                   shape: tuple[int, int]) -> int:
+    """Returns the rank of a module's factors; UserError if they do not fit each other, the config or the model."""
+    if len(pair) < 2:
+        raise UserError(f"{file} lacks lora_{'B' if 'A' in pair else 'A'} of {module}; both factors were expected")
+    a, b = pair["A"].shape, pair["B"].shape
+    if len(a) != 2 or len(b) != 2 or a[0] != b[1]:
+        raise UserError(f"{file} has for {module} lora_A {list(a)} and lora_B {list(b)}; [r, in] and [out, r] with the "
+                        "same r were expected")
+    if (a[1], b[0]) != shape:
+        raise UserError(f"{file} has for {module} factors of {a[1]} -> {b[0]}; {shape[0]} -> {shape[1]}, as this model "
+                        f"has, was expected{_named(settings)}")
+    if a[0] != (rank := settings.rank_of(module)):
+        raise UserError(f"{file} has for {module} factors of rank {a[0]}; {rank}, as {settings.file} says, was "
+                        "expected")
+    if not settings.is_target(module):
+        raise UserError(f"{file} has factors of {module}, which target_modules of {settings.file} does not name; "
+                        "factors of its targets alone were expected")
+    return rank
+
+
+def _named(settings: PeftConfig) -> str:
+    return f" (it was trained on {settings.base})" if settings.base else ""
+
+
+def _turned(factor: Tensor) -> Tensor:
+    return Tensor(factor.shape[::-1], factor.dtype, lambda: np.ascontiguousarray(factor.load().T))
+
+
+def _stripped(found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns the tensors of `non_lora_trainables.bin` by the names of the model, as LLaVA's builder strips them."""
+    out = {key.removeprefix("base_model."): tensor for key, tensor in found.items()}
+    if any(key.startswith("model.model.") for key in out):
+        out = {key.removeprefix("model."): tensor for key, tensor in out.items()}
+    return out
+
+
+def _whole(file: Path, model: LlavaConfig, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns whole tensors by canonical name."""
+    specs = names.specs(model)
+    canonical = {each: name for layout in ("transformers", "llava")
+                 for name, spellings in names.torch_names(model, layout).items() for each in spellings}
+    out = {}
+    for key, tensor in found.items():
+        name = canonical.get(key)
+        if name is None:
+            raise UserError(f"{file} holds {key[:120]!r}, which is neither a factor of LoRA nor a tensor of this "
+                            "model; plain LoRA of this model was expected")
+        shape = names.torch_shape(name, specs[name].shape)
+        if tensor.shape != shape:
+            raise UserError(f"{file} has {key} {list(tensor.shape)}; {list(shape)}, as this model has, was expected")
+        out[name] = from_torch(name, tensor, specs[name].shape)
+    return out
+
+
+def _rules(found: Mapping[str, AdapterRule], model: LlavaConfig) -> tuple[AdapterRule, ...]:
+    """Returns few rules that match exactly these modules: one for each rank, alpha and set of layers."""
+    depths = {"vision_tower": model.vision.num_layers, "decoder": model.decoder.num_layers}
+    layers: dict[tuple[str, int, float], set[int]] = {}
+    out = []
+    for name, rule in found.items():
+        if place := re.fullmatch(r"(\w+)/layers_(\d+)/(.+)", name):
+            layers.setdefault((f"{place[1]} {place[3]}", rule.rank, rule.alpha), set()).add(int(place[2]))
+        else:
+            out.append(AdapterRule(re.escape(name), rule.rank, rule.alpha))
+    groups: dict[tuple[str, str, int, float], list[str]] = {}
+    for (place, rank, alpha), numbers in layers.items():
+        part, module = place.split(" ")
+        which = r"\d+" if len(numbers) == depths[part] else f"({'|'.join(map(str, sorted(numbers)))})"
+        groups.setdefault((part, which, rank, alpha), []).append(module)
+    for (part, which, rank, alpha), modules in groups.items():
+        which_modules = modules[0] if len(modules) == 1 else f"({'|'.join(modules)})"
+        out.append(AdapterRule(f"{part}/layers_{which}/{which_modules}", rank, alpha))
+    return tuple(out)

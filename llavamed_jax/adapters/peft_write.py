@@ -1,0 +1,115 @@
+"""Writes the adapter of a checkpoint as PEFT does, with torch's names of transformers 5 or of LLaVA's own classes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llavamed_jax.adapters import peft, peft_config
+from llavamed_jax.checkpoints import names
+from llavamed_jax.checkpoints.checkpoint import Checkpoint
+from llavamed_jax.checkpoints.tensor import Tensor
+from llavamed_jax.checkpoints.torch.write import total_bytes, write_bin, write_file
+from llavamed_jax.checkpoints.tree import reference
+from llavamed_jax.config.adapter import FACTOR_A, FACTOR_B, KERNEL, AdapterConfig
+from llavamed_jax.errors import UserError, some
+from llavamed_jax.utils.directories import new_directory
+from llavamed_jax.utils.files import write_json
+
+# Transformers 5 reads the names that its modules have in memory, which are not those of whole models' files.
+_TRANSFORMERS_5 = {"language_model.model.": "model.language_model.",
+                   "vision_tower.vision_model.": "model.vision_tower.", "vision_tower.": "model.vision_tower.",
+                   "multi_modal_projector.": "model.multi_modal_projector.", "language_model.lm_head.": "lm_head."}
+
+
+def write(checkpoint: Checkpoint, out: str | Path, layout: str = "transformers", base: str | None = None) -> list[str]:
+    """Writes `adapter_config.json` and `adapter_model.safetensors` into a new directory.
+
+    Whole tensors that were trained beside the factors, such as the projector's, are written to the same file
+    (`modules_to_save`), and for LLaVA to `non_lora_trainables.bin`.
+
+    Args:
+      checkpoint: a checkpoint with an adapter: a run, or a base with an adapter put onto it.
+      out: a directory that does not exist or is empty.
+      layout: `transformers` or `llava`.
+      base: `base_model_name_or_path`; None for the directory of the base.
+
+    Returns:
+      The names of the tensors that were written.
+
+    Raises:
+      UserError: the checkpoint has no adapter; the layout has no names for its modules; torch is not installed, which
+        `non_lora_trainables.bin` needs.
+    """
+    adapter = checkpoint.config.adapter
+    if adapter is None:
+        raise UserError(f"{checkpoint.directory} has no adapter; an adapter, or a run that trains one, was expected")
+    spelled = {name: _spelling(spellings[0], layout)
+               for name, spellings in names.torch_names(checkpoint.config, layout).items()}
+    modules = sorted(name.removesuffix(FACTOR_A) for name in checkpoint.tensors if name.endswith(FACTOR_A))
+    homeless = [module for module in modules if module + KERNEL not in spelled]
+    if homeless:
+        raise UserError(f"the layout {layout} has no names for {some(homeless, 3)}; another layout was expected")
+    torch_modules = {module: spelled[module + KERNEL].removesuffix(".weight") for module in modules}
+    factors = {}
+    for module, torch in torch_modules.items():
+        for leaf, letter in ((FACTOR_A, "A"), (FACTOR_B, "B")):
+            factors[f"{peft.START}{torch}.lora_{letter}.weight"] = _turned(checkpoint.tensors[module + leaf])
+    whole = {spelled[name]: _in_torch(name, checkpoint.tensors[name]) for name in sorted(checkpoint.changed)
+             if name in spelled}
+    saved = whole if layout == "transformers" else {}
+    tensors = factors | {peft.START + name: tensor for name, tensor in saved.items()}
+    others = {f"base_model.model.{name}": tensor for name, tensor in whole.items()} if layout == "llava" else {}
+    with new_directory(out, total_bytes(tensors | others), checkpoint.sources) as folder:
+        write_file(folder / peft.WEIGHTS[0], tensors, {"format": "pt"})
+        if others:
+            write_bin(folder / peft.OTHERS, others)
+        write_json(folder / peft_config.FILE, _config(adapter, torch_modules, saved, _base(checkpoint, base)))
+    return [*tensors, *others]
+
+
+def _spelling(name: str, layout: str) -> str:
+    if layout == "transformers":
+        for old, new in _TRANSFORMERS_5.items():
+            if name.startswith(old):
+                return new + name.removeprefix(old)
+    return name
+
+
+def _base(checkpoint: Checkpoint, base: str | None) -> str | None:
+    if base is not None or checkpoint.directory is None:
+        return base
+    return reference.path(checkpoint.directory) or str(checkpoint.directory.absolute())
+
+
+def _config(adapter: AdapterConfig, modules: Mapping[str, str], saved: Mapping[str, Any], base: str | None) -> dict:
+    """Returns the content of `adapter_config.json`; r and alpha are the most frequent, others stand in patterns."""
+    rules = {torch: adapter.rule(module) for module, torch in modules.items()}
+    rank = Counter(rule.rank for rule in rules.values()).most_common(1)[0][0]
+    alpha = Counter(rule.alpha for rule in rules.values()).most_common(1)[0][0]
+    escaped = {torch: torch.replace(".", r"\.") for torch in rules}
+    parts = sorted({name.rsplit(".", 2)[0] for name in saved})  # model.multi_modal_projector.linear_1.weight
+    return {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "inference_mode": True,
+        "r": rank, "lora_alpha": _plain(alpha), "lora_dropout": adapter.dropout, "use_rslora": adapter.use_rslora,
+        "bias": "none", "fan_in_fan_out": False, "init_lora_weights": True, "use_dora": False,
+        "target_modules": list(rules), "modules_to_save": [part.rpartition(".")[2] for part in parts] or None,
+        "rank_pattern": {escaped[torch]: rule.rank for torch, rule in rules.items() if rule.rank != rank},
+        "alpha_pattern": {escaped[torch]: _plain(rule.alpha) for torch, rule in rules.items() if rule.alpha != alpha},
+    }
+
+
+def _plain(alpha: float) -> float | int:
+    return int(alpha) if float(alpha).is_integer() else alpha
+
+
+def _turned(factor: Tensor) -> Tensor:
+    return Tensor(factor.shape[::-1], factor.dtype, lambda: np.ascontiguousarray(factor.load().T))
+
+
+def _in_torch(name: str, tensor: Tensor) -> Tensor:
+    return Tensor(names.torch_shape(name, tensor.shape), tensor.dtype, lambda: names.to_torch(name, tensor.load()))

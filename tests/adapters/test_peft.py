@@ -1,0 +1,297 @@
+"""Adapters as PEFT writes them: read in every naming, equal to PEFT's outputs, written again with the same bits, merged."""
+
+import json
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+peft = pytest.importorskip("peft")
+from safetensors.numpy import load_file, save_file  # noqa: E402
+
+import llavamed_jax as lm  # noqa: E402
+from llavamed_jax.adapters import peft_write  # noqa: E402
+from llavamed_jax.adapters.lora import merged  # noqa: E402
+from llavamed_jax.adapters.open import open_model  # noqa: E402
+from llavamed_jax.checkpoints.load import load_params  # noqa: E402
+from llavamed_jax.cli.convert import main  # noqa: E402
+from llavamed_jax.config.adapter import FACTOR_A, is_factor  # noqa: E402
+from llavamed_jax.errors import UserError  # noqa: E402
+from llavamed_jax.models.llava import Llava  # noqa: E402
+from tests.support import hf  # noqa: E402
+
+pytestmark = pytest.mark.torch
+LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+KINDS = {
+    "names": dict(target_modules=LINEAR, exclude_modules=r".*vision_tower.*"),
+    "tower too": dict(target_modules=["q_proj", "v_proj", "fc1"]),
+    "a regex": dict(target_modules=r"model\.language_model\.layers\.\d+\.self_attn\.(q|v)_proj"),
+    "rslora": dict(target_modules=r".*language_model.*\.(o|down)_proj", use_rslora=True),
+    "patterns": dict(target_modules=r".*language_model.*\.(q|k|up)_proj", rank_pattern={"k_proj": 2, r"layers\.1\.self_attn\.q_proj": 7},
+                     alpha_pattern={"up_proj": 3, r"layers\.0\.self_attn\.q_proj": 1}),
+    "one layer": dict(target_modules=["q_proj", "up_proj"], layers_to_transform=[1], layers_pattern="layers",
+                      exclude_modules=r".*vision_tower.*"),
+    "the projector": dict(target_modules=r".*(multi_modal_projector\.linear_[12]|language_model.*q_proj)"),
+    "the head": dict(target_modules=r".*(lm_head|language_model.*v_proj)"),
+    "modules to save": dict(target_modules=r".*language_model.*\.(q|v)_proj", modules_to_save=["multi_modal_projector"]),
+}
+
+
+class Case:
+    """A base as transformers saves it, PEFT's model over it with random factors, and the adapter's directory."""
+
+    def __init__(self, root, **settings):
+        model, self.config = hf.llava("mistral")
+        self.base, self.adapter = root / "base", root / "adapter"
+        model.save_pretrained(self.base)
+        settings = {"r": 4, "lora_alpha": 6, "lora_dropout": 0.1, **settings}
+        self.model = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **settings)).eval()
+        generator = hf.torch.Generator().manual_seed(3)
+        with hf.torch.no_grad():
+            for name, p in self.model.named_parameters():
+                if "lora_" in name:
+                    p.copy_(hf.torch.randn(p.shape, generator=generator) / p.shape[1] ** 0.5)
+                elif "modules_to_save" in name:
+                    p.add_(0.1 * hf.torch.randn(p.shape, generator=generator))
+        self.model.save_pretrained(self.adapter, save_embedding_layers=False)
+
+    def inputs(self):
+        ids = np.random.default_rng(0).integers(3, 90, (2, 26))
+        ids[0, 2:18] = ids[1, 5:21] = hf.IMAGE_ID
+        return ids, hf.images(2)
+
+    def theirs(self):
+        ids, pixels = self.inputs()
+        with hf.torch.no_grad():
+            return self.model(input_ids=hf.torch.tensor(ids), pixel_values=hf.torch.tensor(pixels).permute(0, 3, 1, 2)).logits.numpy()
+
+    def ours(self, checkpoint, scan=False):
+        ids, pixels = self.inputs()
+        ids = np.where(ids == hf.IMAGE_ID, lm.IMAGE_TOKEN, ids)
+        with jax.default_matmul_precision("highest"):
+            return np.asarray(Llava(checkpoint.config, scan=scan).apply(
+                {"params": load_params(checkpoint, np.float32, scan)}, jnp.array(ids), jnp.array(pixels)[:, None]))
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def case(request, tmp_path_factory):
+    return request.param, Case(tmp_path_factory.mktemp("peft"), **KINDS[request.param])
+
+
+def difference(a, b):
+    return np.abs(a - b).max() / np.abs(b).max()
+
+
+def test_logits_are_pefts(case):
+    name, case = case
+    checkpoint = open_model(case.base, adapter=case.adapter)
+    theirs = case.theirs()
+    assert difference(case.ours(checkpoint), theirs) < 2e-5
+    with case.model.disable_adapter():
+        assert difference(case.theirs(), theirs) > 1e-2, "the adapter does nothing"
+
+
+def test_every_kernel_with_factors_is_pefts(case):
+    name, case = case
+    checkpoint = open_model(case.base, adapter=case.adapter)
+    adapted = [n for n, _ in case.model.named_modules() if n.endswith("lora_A.default")]
+    assert sum(n.endswith(FACTOR_A) for n in checkpoint.tensors) == len(adapted) > 1
+
+
+def test_scanned_layers_give_the_same_or_a_sentence(case):
+    name, case = case
+    checkpoint = open_model(case.base, adapter=case.adapter)
+    if name in ("patterns", "one layer"):
+        from llavamed_jax.models.llava import abstract_params
+        with pytest.raises(UserError, match="differs between layers; training scans the layers"):
+            abstract_params(checkpoint.config, scan=True)
+    else:
+        assert difference(case.ours(checkpoint, scan=True), case.theirs()) < 2e-5
+
+
+def test_merged_equals_unmerged_and_pefts_merge(case, tmp_path):
+    name, case = case
+    checkpoint = open_model(case.base, adapter=case.adapter)
+    assert main(["merge-lora", "--base", str(case.base), "--adapter", str(case.adapter), "--out", str(tmp_path / "out")]) == 0
+    result = open_model(tmp_path / "out")
+    assert result.config.adapter is None and result.layout == "transformers"
+    assert difference(case.ours(result), case.ours(checkpoint)) < 2e-5
+    model = hf.transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path / "out", dtype=hf.torch.float32)
+    loaded = peft.PeftModel.from_pretrained(
+        hf.transformers.LlavaForConditionalGeneration.from_pretrained(case.base, dtype=hf.torch.float32), case.adapter)
+    theirs = dict(loaded.merge_and_unload().named_parameters())
+    for key, p in model.named_parameters():
+        np.testing.assert_allclose(p.detach().numpy(), theirs[key].detach().numpy(), rtol=0, atol=2e-6, err_msg=key)
+
+
+def test_written_again_it_has_the_same_bits(case, tmp_path):
+    """PEFT -> here -> PEFT: tensors, ranks and scales; PEFT loads the result and computes the same."""
+    name, case = case
+    peft_write.write(open_model(case.base, adapter=case.adapter), tmp_path / "out")
+    before, after = (load_file(folder / "adapter_model.safetensors") for folder in (case.adapter, tmp_path / "out"))
+    assert before.keys() == after.keys()
+    for key in before:
+        np.testing.assert_array_equal(before[key], after[key], err_msg=key)
+    loaded = [peft.PeftModel.from_pretrained(hf.transformers.LlavaForConditionalGeneration.from_pretrained(
+        case.base, dtype=hf.torch.float32, attn_implementation="eager"), folder).eval() for folder in (case.adapter, tmp_path / "out")]
+    theirs, ours = (model.state_dict() for model in loaded)
+    assert theirs.keys() == ours.keys()
+    for key, tensor in theirs.items():
+        assert hf.torch.equal(tensor, ours[key]), key
+    scales = [{n: m.scaling["default"] for n, m in model.named_modules() if isinstance(getattr(m, "scaling", None), dict)}
+              for model in loaded]
+    assert scales[0] == scales[1] and scales[0]
+
+
+# ---- the three namings -------------------------------------------------------------------------------------------------
+
+
+def renamed(case, out, change, others=None):
+    """The adapter under other torch names, as another generation writes it; whole tensors go where `others` says."""
+    tensors = {change(key): tensor for key, tensor in load_file(case.adapter / "adapter_model.safetensors").items()}
+    config = json.loads((case.adapter / "adapter_config.json").read_text())
+    out.mkdir()
+    whole = {key: tensor for key, tensor in tensors.items() if "lora_" not in key}
+    if others:
+        hf.torch.save({key: hf.torch.tensor(tensor) for key, tensor in whole.items()}, out / others)
+        tensors = {key: tensor for key, tensor in tensors.items() if key not in whole}
+    save_file(tensors, out / "adapter_model.safetensors")
+    config["target_modules"] = ["q_proj", "v_proj"]
+    (out / "adapter_config.json").write_text(json.dumps(config))
+    return out
+
+
+def of_transformers_4(key):
+    return key.replace("model.model.language_model.", "model.language_model.model.").replace(
+        "model.model.multi_modal", "model.multi_modal")
+
+
+def of_llava(key):
+    key = key.replace("model.model.language_model.", "model.model.")
+    place = {"linear_1": "0", "linear_2": "2"}
+    return re.sub(r"multi_modal_projector\.(linear_\d)", lambda found: f"mm_projector.{place[found[1]]}", key)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    return Case(tmp_path_factory.mktemp("namings"), **KINDS["modules to save"])
+
+
+@pytest.mark.parametrize("change, others", [(of_transformers_4, None), (of_llava, "non_lora_trainables.bin"), (of_llava, None),
+                                            (lambda key: key.replace(".weight", ".default.weight") if "lora_" in key else key, None)],
+                         ids=["transformers 4", "llava", "llava in one file", "with the adapter's name"])
+def test_other_namings_are_the_same_adapter(saved, tmp_path, change, others):
+    directory = renamed(saved, tmp_path / "adapter", change, others)
+    checkpoint, wanted = (open_model(saved.base, adapter=each) for each in (directory, saved.adapter))
+    assert checkpoint.tensors.keys() == wanted.tensors.keys() and checkpoint.changed == wanted.changed
+    assert checkpoint.config.adapter == wanted.config.adapter
+    for name in wanted.tensors:
+        np.testing.assert_array_equal(checkpoint.read(name), wanted.read(name), err_msg=name)
+
+
+def test_llavas_layout_is_read_as_it_was_written(saved, tmp_path):
+    """With a base in LLaVA's layout, and the projector in `non_lora_trainables.bin`."""
+    checkpoint = open_model(saved.base, adapter=saved.adapter)
+    peft_write.write(checkpoint, tmp_path / "out", "llava", base="somebody/llava")
+    keys = load_file(tmp_path / "out" / "adapter_model.safetensors").keys()
+    assert "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight" in keys and len(keys) == 8
+    others = hf.torch.load(tmp_path / "out" / "non_lora_trainables.bin")
+    assert set(others) == {f"base_model.model.model.mm_projector.{n}.{leaf}" for n in (0, 2) for leaf in ("weight", "bias")}
+    again = open_model(saved.base, adapter=tmp_path / "out")
+    for name in checkpoint.tensors:
+        np.testing.assert_array_equal(again.read(name), checkpoint.read(name), err_msg=name)
+
+
+# ---- opening -----------------------------------------------------------------------------------------------------------
+
+
+def test_an_adapters_directory_finds_its_base(saved, tmp_path, monkeypatch):
+    config = json.loads((saved.adapter / "adapter_config.json").read_text())
+    for name, beside in ((str(saved.base), False), ("somebody/base", True), ("somebody/other", True), (None, True)):
+        root = tmp_path / str(name).replace("/", "_")
+        adapter = root / "adapter"
+        adapter.mkdir(parents=True)
+        (adapter / "adapter_model.safetensors").symlink_to(saved.adapter / "adapter_model.safetensors")
+        (adapter / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": name}))
+        if beside:
+            (root / "base").symlink_to(saved.base)
+        if name in ("somebody/other", None):
+            what = "names no base; the base as the checkpoint" if name is None else "an adapter of somebody/other, which is neither"
+            with pytest.raises(UserError, match=what):
+                open_model(adapter)
+        else:
+            assert open_model(adapter).changed == open_model(saved.base, adapter=saved.adapter).changed
+
+
+def test_load_names_its_adapter(saved):
+    model = lm.load(saved.base, adapter=saved.adapter)
+    assert model.describe()["adapter"] == str(saved.adapter)
+    assert any(name.startswith("adapter: adapter_model") for name in model.origin.hashes())
+    ids, pixels = saved.inputs()
+    logits = model.logits(np.where(ids == hf.IMAGE_ID, lm.IMAGE_TOKEN, ids), pixels)
+    assert difference(np.asarray(logits), saved.theirs()) < 2e-5
+
+
+def altered(saved, root, change_config=None, change_tensors=None):
+    root.mkdir()
+    config = json.loads((saved.adapter / "adapter_config.json").read_text())
+    (root / "adapter_config.json").write_text(json.dumps({**config, **(change_config or {})}))
+    tensors = load_file(saved.adapter / "adapter_model.safetensors")
+    save_file(change_tensors(tensors) if change_tensors else tensors, root / "adapter_model.safetensors")
+    return root
+
+
+Q = "base_model.model.model.language_model.layers.0.self_attn.q_proj"
+
+
+@pytest.mark.parametrize("config, tensors, sentence", [
+    ({"use_dora": True}, None, "has use_dora True, which is not supported; plain LoRA was expected"),
+    ({"peft_type": "IA3"}, None, "has peft_type 'IA3'; LORA was expected"),
+    ({"init_lora_weights": "pissa_niter_4"}, None, "with which the adapter fits a changed base only"),
+    ({"layer_replication": [[0, 2]]}, None, "has layer_replication"), ({"lora_bias": True}, None, "has lora_bias True"),
+    ({"r": 8}, None, "factors of rank 4; 8, as .* says, was expected"), ({"r": 0}, None, "has r 0; a whole number from 1"),
+    ({"r": "4"}, None, "has r '4'; a whole number"), ({"lora_alpha": None}, None, "has lora_alpha None; a finite number"),
+    ({"rank_pattern": {"(": 3}}, None, "which is not a regular expression"),
+    ({"rank_pattern": {"(a+)+b": 3}}, None, "a regular expression without nested repetition"),
+    ({"target_modules": "(.*)*x"}, None, "a regular expression without nested repetition"),
+    ({"target_modules": ["k_proj"]}, None, "which target_modules of .* does not name"),
+    ({"target_modules": 5}, None, "has target_modules 5; names, or a regular expression"),
+    ({"lora_dropout": 1}, None, "has lora_dropout 1; 0 or more and less than 1"),
+    ({"base_model_name_or_path": 5}, None, "has base_model_name_or_path 5"),
+    (None, lambda t: {k: v for k, v in t.items() if k != f"{Q}.lora_B.weight"}, "lacks lora_B of model.language_model.layers.0"),
+    (None, lambda t: {**t, f"{Q}.lora_B.weight": np.zeros((64, 5), np.float32)}, r"lora_A \[4, 64\] and lora_B \[64, 5\]"),
+    (None, lambda t: {**t, f"{Q}.lora_A.weight": np.zeros((4, 32), np.float32)}, "factors of 32 -> 64; 64 -> 64, as this model has"),
+    (None, lambda t: {k.replace("q_proj", "c_attn"): v for k, v in t.items()}, "which this model does not have; an adapter of this model"),
+    (None, lambda t: {k.replace("layers.1.", "layers.7."): v for k, v in t.items()}, r"layers\.7\.self_attn\.q_proj"),
+    (None, lambda t: {**t, f"{Q}.lora_magnitude_vector": np.ones(64, np.float32)}, "neither a factor of LoRA nor a tensor"),
+    (None, lambda t: {k: v for k, v in t.items() if "lora_" not in k}, r"holds no tensors named …lora_A\.weight"),
+])
+def test_what_does_not_fit_is_one_sentence(saved, tmp_path, config, tensors, sentence):
+    with pytest.raises(UserError, match=sentence):
+        open_model(saved.base, adapter=altered(saved, tmp_path / "adapter", config, tensors))
+
+
+def test_factors_that_are_not_finite_are_named(saved, tmp_path):
+    adapter = altered(saved, tmp_path / "adapter", None, lambda t: {**t, f"{Q}.lora_A.weight": np.full((4, 64), np.nan, np.float32)})
+    with pytest.raises(UserError, match=r"decoder/layers_0/self_attn/q_proj/kernel_lora_a"):
+        load_params(open_model(saved.base, adapter=adapter))
+
+
+def test_an_adapter_over_an_adapter_is_refused(saved, tmp_path):
+    with pytest.raises(UserError, match="names|adapter"):
+        open_model(saved.adapter, adapter=saved.adapter)
+    one = open_model(saved.base, adapter=saved.adapter)
+    from llavamed_jax.adapters import peft as ours
+    with pytest.raises(UserError, match="has an adapter already"):
+        ours.apply(one, saved.adapter)
+
+
+def test_layouts_have_no_place_for_an_adapter(saved, tmp_path, capsys):
+    from llavamed_jax.checkpoints.export.directory import export
+    checkpoint = open_model(saved.base, adapter=saved.adapter)
+    for layout in ("transformers", "llava"):
+        with pytest.raises(UserError, match="has no place for one; `convert merge-lora` merges it"):
+            export(checkpoint, tmp_path / layout, layout)
+    assert not any(is_factor(name) for name in merged(checkpoint).tensors)
