@@ -178,7 +178,7 @@ def test_another_checkouts_plumbing_is_its_own(elsewhere):
 
 
 def test_a_recipe_that_is_missing_is_named_beside_recipes_alone():
-    with pytest.raises(UsageError, match="holds demo.py, finetune.py, modern.py, pathvqa.py, pretrain.py, slake.py, small.py, smol.py, vqa_rad.py$"):
+    with pytest.raises(UsageError, match="holds demo.py, finetune.py, lora.py, lora_vqa.py, modern.py, pathvqa.py, pretrain.py, slake.py, small.py, smol.py, vqa_rad.py$"):
         load("fintune")
     with pytest.raises(UsageError, match=r"common.py defines no get_config\(arg\); .* holds captions.py, chat.py, choices.py"):
         load("eval/common")
