@@ -9,7 +9,7 @@ from llavamed_jax.checkpoints import hub
 from llavamed_jax.checkpoints.checkpoint import Checkpoint
 from llavamed_jax.checkpoints.model_config import tree_root
 from llavamed_jax.checkpoints.open import open_checkpoint
-from llavamed_jax.errors import UserError
+from llavamed_jax.errors import UserError, exists
 
 
 def open_model(path: str | Path, vision_tower: str | Path | None = None,
@@ -34,7 +34,7 @@ def open_model(path: str | Path, vision_tower: str | Path | None = None,
 
 
 def _is_adapter(path: str | Path) -> bool:
-    return not str(path).startswith("preset:") and Path(path).is_dir() and peft.is_adapter(Path(path))
+    return not str(path).startswith("preset:") and exists(Path(path)) and peft.is_adapter(Path(path))
 
 
 def _adapter(adapter: str | Path) -> Path:

@@ -49,8 +49,8 @@ class Adapter(NamedTuple):
 
 
 def is_adapter(directory: Path) -> bool:
-    """Returns whether a directory holds an adapter."""
-    return (directory / peft_config.FILE).is_file() or any((directory / name).is_file() for name in WEIGHTS)
+    """Returns whether a directory holds an adapter, and no whole model beside it."""
+    return (directory / peft_config.FILE).is_file() and any((directory / name).is_file() for name in WEIGHTS)
 
 
 def apply(checkpoint: Checkpoint, directory: Path) -> Checkpoint:

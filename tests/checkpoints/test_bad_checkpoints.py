@@ -221,7 +221,7 @@ BAD_FILES = {
     "a name that a terminal obeys": (lambda d: edited(d, **{"model.\n\x1b[31mghost": np.zeros(3, np.float16)}),
                                      r"holds a tensor named 'model.\\n\\x1b\[31mghost'; names without control characters"),
     "eight bits": (lambda d: retyped(d, "model.norm.weight", "F8_E4M3"), "model.norm.weight in .* is of type F8_E4M3; one of F64, F32"),
-    "an adapter": (adapter, "holds an adapter .adapter_config.json.; a whole model's weights were expected: adapters are not supported yet"),
+    "an adapter": (adapter, "holds an adapter .adapter_config.json.; a whole model's weights were expected: `convert merge-lora` makes them"),
     "a projector": (projector_alone, "holds only a projector .mm_projector.bin.*`convert build --decoder BASE"),
 }
 

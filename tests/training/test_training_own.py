@@ -74,7 +74,7 @@ class Weighting(FakeStep):
     """Notes with which weighting of the loss it was made."""
 
     def __call__(self, *arguments):
-        self.seen = arguments[-1]
+        self.seen = arguments[6]  # loss_weighting
         return super().__call__()
 
 

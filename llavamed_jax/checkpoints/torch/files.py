@@ -66,7 +66,7 @@ def refuse_adapter(directory: Path) -> None:
                    for pattern in PATTERNS for file in directory.glob(f"{pattern}*"))
     if of_adapter and (not is_whole or any(name.startswith("adapter_model") for name in of_adapter)):
         raise UserError(f"{directory} holds an adapter ({of_adapter[0]}); a whole model's weights were expected: "
-                        "adapters are not supported yet; PEFT's merge_and_unload merges an adapter into its base")
+                        "`convert merge-lora` makes them of an adapter and its base")
 
 
 def weight_files(directory: Path) -> list[Path]:
