@@ -32,6 +32,7 @@ from llavamed_jax.generation.text_stream import Completion, TextStream, completi
 from llavamed_jax.models.llava import Llava
 from llavamed_jax.parallel.mesh import batch_sharding, batch_shards, make_mesh
 from llavamed_jax.processor import Processor
+from llavamed_jax.quantized.rounding import ROUNDINGS
 from llavamed_jax.text.conversation import IMAGE_MARKER
 from llavamed_jax.text.image_positions import expand_images
 from llavamed_jax.text.messages import read_messages
@@ -49,7 +50,9 @@ def load(path: str | Path, dtype=None, quantize=None, mesh: Mesh | str | None = 
         hub, or `preset:NAME` (random weights).
       dtype: of weights and computation; None is bfloat16 on GPU and TPU, float32 on a CPU. `"float32"` also sets JAX's
         matmul precision to `highest`, which GPUs and TPUs otherwise lower.
-      quantize: not supported yet; must be None.
+      quantize: rounds the kernels of the decoder's layers while they are loaded: `"int8"` (a scale for each output),
+        `"int4"` (groups of 128, 64 or 32 inputs) or `"nf4"` (groups of 64). Products stay in `dtype`. None rounds
+        nothing.
       mesh: a Mesh with the axes data, fsdp and tp, or text such as `"data=1,tp=2"` over the devices of this process;
         None is one device.
       adapter: the directory of a LoRA adapter in PEFT's or LLaVA's layout, put onto the checkpoint without merging;
@@ -64,8 +67,8 @@ def load(path: str | Path, dtype=None, quantize=None, mesh: Mesh | str | None = 
     Raises:
       UserError: the checkpoint or an argument is wrong; one sentence says what.
     """
-    if quantize is not None:
-        raise UserError("quantize is not supported yet; None was expected")
+    if quantize is not None and (not isinstance(quantize, str) or quantize not in ROUNDINGS):
+        raise UserError(f"quantize is {short(quantize)}; {', '.join(ROUNDINGS)} or None was expected")
     checkpoint = open_model(path, vision_tower, adapter)
     if sentence := not_applied(checkpoint.config, checkpoint.files):
         warn(f"{path}: {sentence}")
@@ -79,9 +82,9 @@ def load(path: str | Path, dtype=None, quantize=None, mesh: Mesh | str | None = 
     if dtype is not None and _numpy_dtype(dtype) == np.float32:
         jax.config.update("jax_default_matmul_precision", "highest")
     dtype = _numpy_dtype(dtype)
-    model = LlavaMed(checkpoint.config, load_params(checkpoint, dtype), processor, dtype, mesh,
+    model = LlavaMed(checkpoint.config, load_params(checkpoint, dtype, quantize=quantize), processor, dtype, mesh,
                      Path(adapter or path).name,
-                     checkpoint.tower, origin(path, checkpoint, tokenizer))
+                     checkpoint.tower, origin(path, checkpoint, tokenizer), quantize)
     log.info("%s", model)
     return model
 
@@ -108,13 +111,15 @@ class LlavaMed:
       name: what predictions call this model.
       tower: a description of the vision tower.
       origin: the files that the model was loaded from.
+      quantize: how the kernels in `params` were rounded, for the record; None if they were not.
     """
 
     def __init__(self, config: LlavaConfig, params, processor: Processor, dtype=jnp.float32, mesh: Mesh | None = None,
-                 name: str = "llavamed", tower: str = "", origin: Origin | None = None):
+                 name: str = "llavamed", tower: str = "", origin: Origin | None = None,
+                 quantize: str | None = None):
         self.config, self.processor, self.dtype, self.mesh, self.name, self.tower = (
             config, processor, dtype, mesh, name, tower)
-        self.origin = origin
+        self.origin, self.quantize = origin, quantize
         decoder = dataclasses.replace(config.decoder, **config.decoder.ends_with(processor.eos_ids))
         self.engine = Engine(config.replace(decoder=decoder), jax.device_put(params) if mesh is None else params, dtype,
                              mesh)
@@ -126,7 +131,7 @@ class LlavaMed:
 
         Returns:
           `checkpoint` (the PATH; None for a model that was made in memory), `step` (of a run), `template`, `tower`,
-          `tokenizer`, `dtype`, `mesh` (axis -> devices, None for one device), `quantize` (None) and `adapter` (the
+          `tokenizer`, `dtype`, `mesh` (axis -> devices, None for one device), `quantize` and `adapter` (the
           directory of an adapter that was put onto the checkpoint).
         """
         p, mesh = (self.processor,
@@ -134,7 +139,7 @@ class LlavaMed:
         return {
             "checkpoint": self.origin.path if self.origin else None, "step": self.origin.step if self.origin else None,
             "template": p.template_words, "tower": self.tower or None, "tokenizer": p.tokenizer_words,
-            "dtype": np.dtype(self.dtype).name, "mesh": mesh, "quantize": None,
+            "dtype": np.dtype(self.dtype).name, "mesh": mesh, "quantize": self.quantize,
             "adapter": self.origin.adapter if self.origin else None,
         }  # fmt: skip
 

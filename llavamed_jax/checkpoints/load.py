@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Container
 
 import numpy as np
@@ -12,10 +13,14 @@ from llavamed_jax.checkpoints.checkpoint import Checkpoint
 from llavamed_jax.config import LlavaConfig
 from llavamed_jax.config.adapter import DROPOUT, FACTOR_A, SCALE
 from llavamed_jax.models.stacking import in_stack, stack
+from llavamed_jax.quantized.rounding import ROUNDINGS
 from llavamed_jax.utils import signals
 
+_ROUNDED = re.compile(r"decoder/layers_\d+/.+/kernel")
 
-def load_params(checkpoint: Checkpoint, dtype=None, scan: bool = False, only: Container[str] | None = None) -> dict:
+
+def load_params(checkpoint: Checkpoint, dtype=None, scan: bool = False, only: Container[str] | None = None,
+                quantize: str | None = None) -> dict:
     """Reads the parameters of a checkpoint that the model computes with.
 
     Args:
@@ -23,14 +28,21 @@ def load_params(checkpoint: Checkpoint, dtype=None, scan: bool = False, only: Co
       dtype: dtype of every array; None keeps each tensor's own.
       scan: stacked layers (`layers`, leading axis L), as in training; else `layers_{i}`.
       only: names of the tensors to read, one a layer; None reads all.
+      quantize: rounds the kernels of the decoder's layers as they are read (`quantized.rounding.ROUNDINGS`), from each
+        tensor's own dtype; only for layers that are not stacked. None rounds nothing.
 
     Returns:
-      Nested dicts of numpy arrays (bfloat16 through ml_dtypes), in the structure of `models.llava`.
+      Nested dicts of numpy arrays (bfloat16 through ml_dtypes), in the structure of `models.llava`; a rounded kernel is
+      a `quantized.kernels.Kernel`.
 
     Raises:
-      UserError: the checkpoint is a delta, or has values that are not finite, in the file or in `dtype`.
+      ValueError: `quantize` with stacked layers.
+      UserError: no group of inputs divides a kernel's width; the checkpoint is a delta, or has values that are not
+        finite, in the file or in `dtype`.
     """
-    checkpoint = checkpoint.cast(dtype).sound()
+    if quantize is not None and scan:
+        raise ValueError("stacked layers cannot be rounded")
+    exact, checkpoint = checkpoint.sound(), checkpoint.cast(dtype).sound()
     shapes = {name: shape for name, shape in names.expected_shapes(checkpoint.config).items()
               if only is None or name in only}
     places = {name: place for name in shapes if scan and (place := in_stack(name)) is not None}
@@ -40,6 +52,9 @@ def load_params(checkpoint: Checkpoint, dtype=None, scan: bool = False, only: Co
     flat: dict[str, np.ndarray] = {}
     for name in shapes:
         signals.check()
+        if quantize is not None and _ROUNDED.fullmatch(name):
+            flat[name] = ROUNDINGS[quantize](exact.read(name))
+            continue
         if name not in places:
             flat[name] = checkpoint.read(name)
             continue

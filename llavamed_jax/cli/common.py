@@ -322,7 +322,7 @@ def _parse(key: str, text: str, current: Any, kind: type) -> Any:
 
 
 MODEL_FLAGS = ("model: --vision_tower PATH --tokenizer PATH --template NAME --dtype TYPE --mesh SIZES "
-               "--adapter PATH")  # for epilogs
+               "--adapter PATH --quantize TYPE")  # for epilogs
 
 
 def add_model_flags(parser: argparse.ArgumentParser, is_listed: bool = True) -> None:
@@ -337,6 +337,8 @@ def add_model_flags(parser: argparse.ArgumentParser, is_listed: bool = True) -> 
                        help=said("float32, bfloat16 or float16; default by the device"))
     group.add_argument("--mesh", metavar="SIZES", help=said("such as data=2,tp=4; default: one device"))
     group.add_argument("--adapter", metavar="PATH", help=said("a LoRA adapter that is put onto the checkpoint"))
+    group.add_argument("--quantize", metavar="TYPE", choices=("int8", "int4", "nf4"),
+                       help=said("rounds the decoder's kernels: int8, int4 or nf4"))
 
 
 def add_preflight_flags(parser: argparse.ArgumentParser) -> None:
@@ -387,6 +389,7 @@ def load_assistant(args: argparse.Namespace):
     from llavamed_jax.cli import compilation_cache
     compilation_cache.enable()
     model = load(args.checkpoint, dtype=args.dtype, mesh=args.mesh, vision_tower=args.vision_tower,
-                 tokenizer=args.tokenizer, template=args.template, adapter=args.adapter)
+                 tokenizer=args.tokenizer, template=args.template, adapter=args.adapter,
+                 quantize=args.quantize)
     print(terminal.sentence(f"{args.checkpoint}: vision tower: {model.tower}"), file=sys.stderr)  # stdout has answers
     return model

@@ -16,10 +16,13 @@ import numpy as np
 from llavamed_jax.config import RopeScaling
 from llavamed_jax.models import lora
 from llavamed_jax.parallel.mesh import constrain_weight
+from llavamed_jax.quantized import kernels
 
 
 class Linear(nn.Module):
     """A dense layer, `x @ kernel + bias`, and the factors of an adapter if they stand beside the kernel (`lora`).
+
+    The kernel among the parameters may be one of few bits (`quantized.kernels`).
 
     Attributes:
       features: width of the output.
@@ -38,11 +41,14 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x):  # [..., D] -> [..., features]
         """Maps [..., D] to [..., features]."""
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features))
-        kernel = constrain_weight(kernel.astype(self.dtype), *self.axes)
-        # Not `jnp.matmul`: it is jitted, and quantisers that intercept `dot_general` would miss its cached trace.
-        y = jax.lax.dot_general(x.astype(self.dtype), kernel, (((x.ndim - 1,), (0,)), ((), ())),
-                                preferred_element_type=self.out_dtype)
+        if isinstance(given := self.get_variable("params", "kernel"), kernels.Kernel):
+            y = kernels.product(x, given, self.dtype, self.out_dtype)
+        else:
+            kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features))
+            kernel = constrain_weight(kernel.astype(self.dtype), *self.axes)
+            # Not `jnp.matmul`: it is jitted, and quantisers that intercept `dot_general` would miss its cached trace.
+            y = jax.lax.dot_general(x.astype(self.dtype), kernel, (((x.ndim - 1,), (0,)), ((), ())),
+                                    preferred_element_type=self.out_dtype)
         adapted = lora.product(self, x, self.axes, self.dtype)
         if adapted is not None:
             y += adapted.astype(y.dtype)

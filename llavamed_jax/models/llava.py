@@ -29,6 +29,7 @@ from llavamed_jax.models import lora, projector
 from llavamed_jax.models.decoders import decoder_module
 from llavamed_jax.models.towers import tower_module
 from llavamed_jax.parallel.mesh import constrain
+from llavamed_jax.quantized import kernels
 
 
 def param_axes(cfg: LlavaConfig) -> list[tuple[str, tuple[str | None, ...]]]:
@@ -36,6 +37,7 @@ def param_axes(cfg: LlavaConfig) -> list[tuple[str, tuple[str | None, ...]]]:
     rules = [*projector.PARAM_AXES, ("decoder/lm_head/kernel", ("embed", "vocab"))]
     for part, table in (("vision_tower", cfg.vision.table), ("decoder", cfg.decoder.table)):
         rules += [(f"{part}/{row.name.replace('layers_#', 'layers(_[0-9]+)?')}", row.axes) for row in rows(table)]
+    rules += kernels.axes_of([rule for rule in rules if rule[0].startswith("decoder/layers")])
     return rules + lora.axes_of(rules) if cfg.adapter else rules
 
 

@@ -1,0 +1,1 @@
+"""Kernels of few bits: their arrays, rounding, and product."""

@@ -1,0 +1,137 @@
+"""Kernels of 8 and 4 bits: pytrees that stand in place of a kernel among the parameters, and their product.
+
+    Int8Kernel   W = values * scale            a scale for each output
+    Int4Kernel   W = (values - zero) * scale   a scale, and a zero or none, for each group of inputs and each output
+    Nf4Kernel    W = NF4[codes] * absmax       an absmax for each group of inputs and each output
+
+The kernel is widened where it is multiplied, and only there: the arrays that a program is given are those of few bits.
+
+Axis letters: D width of the input, F of the output, G groups of inputs.
+
+Source: nf4 is that of QLoRA (Dettmers et al., 2023) and bitsandbytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# The quantiles of a normal distribution that nf4 stands for, as bitsandbytes has them.
+NF4 = np.array([-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+                -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+                0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023,
+                1.0], np.float32)
+
+
+@flax.struct.dataclass
+class Int8Kernel:
+    """A kernel with a scale for each output.
+
+    Attributes:
+      values: int8 [D,F].
+      scale: float32 [F].
+    """
+
+    values: jax.Array
+    scale: jax.Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[D,F]."""
+        return self.values.shape
+
+    def widened(self, dtype):
+        """Returns the kernel [D,F] in `dtype`."""
+        return (self.values.astype(jnp.float32) * self.scale).astype(dtype)
+
+
+@flax.struct.dataclass
+class Int4Kernel:
+    """A kernel with a scale for each group of inputs and each output.
+
+    Attributes:
+      values: int4 [D,F].
+      scales: float32 [G,F].
+      zeros: int8 [G,F], in the values' units; None for a kernel that is symmetric about 0.
+    """
+
+    values: jax.Array
+    scales: jax.Array
+    zeros: jax.Array | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[D,F]."""
+        return self.values.shape
+
+    def widened(self, dtype):
+        """Returns the kernel [D,F] in `dtype`."""
+        values = _grouped(self.values.astype(jnp.float32), self.scales)
+        values = values if self.zeros is None else values - self.zeros[:, None].astype(jnp.float32)
+        return (values * self.scales[:, None]).reshape(self.shape).astype(dtype)
+
+
+@flax.struct.dataclass
+class Nf4Kernel:
+    """A kernel of nf4 codes.
+
+    Attributes:
+      codes: uint4 [D,F], indices into `NF4`.
+      absmax: float32 [G,F].
+    """
+
+    codes: jax.Array
+    absmax: jax.Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[D,F]."""
+        return self.codes.shape
+
+    def widened(self, dtype):
+        """Returns the kernel [D,F] in `dtype`."""
+        values = jnp.take(jnp.asarray(NF4), self.codes.astype(jnp.int32), axis=0)
+        return (_grouped(values, self.absmax) * self.absmax[:, None]).reshape(self.shape).astype(dtype)
+
+
+Kernel = Int8Kernel | Int4Kernel | Nf4Kernel
+
+
+def axes_of(rules: Sequence[tuple[str, tuple[str | None, ...]]]) -> list[tuple[str, tuple[str | None, ...]]]:
+    """Returns the logical axes of the arrays of a kernel of few bits, for those of the kernels it may stand in for.
+
+    Args:
+      rules: pairs of a name pattern and logical axes; those of matrices under `…/kernel` count.
+    """
+    out = []
+    for pattern, axes in rules:
+        if pattern.endswith("/kernel") and len(axes) == 2:
+            out += [(f"{pattern}/(values|codes)", axes), (f"{pattern}/scale", axes[1:]),
+                    (f"{pattern}/(scales|zeros|absmax)", (None, axes[1]))]
+    return out
+
+
+def product(x, kernel: Kernel, dtype, out_dtype=None):
+    """Returns x [..., D] times a kernel [D,F]: [..., F].
+
+    Args:
+      x: the input.
+      kernel: the kernel of few bits.
+      dtype: dtype of the operands.
+      out_dtype: dtype of the product; None for `dtype`.
+    """
+    x, last = x.astype(dtype), (((x.ndim - 1,), (0,)), ((), ()))
+    if isinstance(kernel, Int8Kernel):  # int8 is exact in bfloat16, and the scale may follow the product
+        y = jax.lax.dot_general(x, kernel.values.astype(dtype), last, preferred_element_type=jnp.float32)
+        return (y * kernel.scale).astype(out_dtype or dtype)
+    return jax.lax.dot_general(x, kernel.widened(dtype), last, preferred_element_type=out_dtype)
+
+
+def _grouped(values, by_group):
+    """Splits [D,F] into [G,D/G,F]."""
+    G, F = by_group.shape
+    return values.reshape(G, -1, F)
