@@ -32,7 +32,7 @@ def product(layer: nn.Module, x, axes: tuple[str | None, str | None], dtype: Any
     """
     a, b, scale, rate = (layer.get_variable("params", name.removeprefix("/"))
                          for name in (FACTOR_A, FACTOR_B, SCALE, DROPOUT))
-    if a is None:
+    if a is None or scale is None:  # qwix gives its own factors the same names, without a scale, and multiplies itself
         return None
     if rate is not None and layer.has_rng("dropout"):
         is_kept = jax.random.uniform(layer.make_rng("dropout"), x.shape) >= rate
