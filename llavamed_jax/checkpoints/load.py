@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Container
 
 import numpy as np
@@ -13,10 +12,8 @@ from llavamed_jax.checkpoints.checkpoint import Checkpoint
 from llavamed_jax.config import LlavaConfig
 from llavamed_jax.config.adapter import DROPOUT, FACTOR_A, SCALE
 from llavamed_jax.models.stacking import in_stack, stack
-from llavamed_jax.quantized.rounding import ROUNDINGS
+from llavamed_jax.quantized.rounding import ROUNDED, ROUNDINGS
 from llavamed_jax.utils import signals
-
-_ROUNDED = re.compile(r"decoder/layers_\d+/.+/kernel")
 
 
 def load_params(checkpoint: Checkpoint, dtype=None, scan: bool = False, only: Container[str] | None = None,
@@ -52,7 +49,7 @@ def load_params(checkpoint: Checkpoint, dtype=None, scan: bool = False, only: Co
     flat: dict[str, np.ndarray] = {}
     for name in shapes:
         signals.check()
-        if quantize is not None and _ROUNDED.fullmatch(name):
+        if quantize is not None and ROUNDED.fullmatch(name):
             flat[name] = ROUNDINGS[quantize](exact.read(name))
             continue
         if name not in places:

@@ -134,7 +134,7 @@ def _preflight(args: argparse.Namespace, cfg) -> int:
         raise UsageError(f"generation.num_beams is {cfg.generation.num_beams}; 1 was expected with --preflight, which "
                          "does not compile beam search")
     return common.preflight(args, cfg, checkpoint=args.checkpoint, vision_tower=args.vision_tower, mesh=args.mesh,
-                            dtype=args.dtype)
+                            dtype=args.dtype, adapter=args.adapter, quantize=args.quantize)
 
 
 def _check_flags(args: argparse.Namespace) -> None:

@@ -213,10 +213,11 @@ def serve(job: Mapping[str, Any], topology: Topology, devices: Sequence) -> dict
 
     The peak is that of the largest program, including data on the device that are not its arguments.
     """
-    config, model = programs.shapes_of(job["checkpoint"], vision_tower=job["vision_tower"])
+    config, model = programs.shapes_of(job["checkpoint"], vision_tower=job["vision_tower"], adapter=job.get("adapter"))
     generation = job["config"]["generation"]
     dtype = job["dtype"] or ("float32" if topology.platform == "cpu" else "bfloat16")  # as `load` chooses it
-    serving = Serving.of(config, devices, job["mesh"], dtype, generation["batch_size"], generation["max_new_tokens"])
+    serving = Serving.of(config, devices, job["mesh"], dtype, generation["batch_size"], generation["max_new_tokens"],
+                         job.get("quantize"))
     each: dict[str, Any] = {}
     for name, lowered, beside in serving.programs():
         found = compiled(lowered, topology)

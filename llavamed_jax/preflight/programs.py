@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from llavamed_jax.adapters.lora import adapter_of, config_with
-from llavamed_jax.checkpoints.open import open_checkpoint
+from llavamed_jax.adapters.open import open_model
 from llavamed_jax.config import PRESETS, LlavaConfig, preset
 from llavamed_jax.errors import UsageError, cut, short
 from llavamed_jax.parallel.mesh import batch_sharding
@@ -28,7 +28,8 @@ from llavamed_jax.training.step import make_train_step
 from llavamed_jax.training.throughput import training_flops
 
 
-def shapes_of(path: str, name: str | None = None, vision_tower: str | None = None) -> tuple[LlavaConfig, str]:
+def shapes_of(path: str, name: str | None = None, vision_tower: str | None = None,
+              adapter: str | None = None) -> tuple[LlavaConfig, str]:
     """Returns the shapes of a model, and a phrase that says where they come from.
 
     Args:
@@ -36,16 +37,19 @@ def shapes_of(path: str, name: str | None = None, vision_tower: str | None = Non
       name: the name of a recipe, which ends with the name of a preset. That preset is used if the checkpoint does not
         exist yet.
       vision_tower: replaces the tower of a checkpoint. A preset keeps its own tower, and the phrase says so.
+      adapter: the directory of an adapter that is put onto the checkpoint; None for none.
 
     Raises:
       UsageError: `path` is neither a checkpoint nor a preset, and `name` names no preset.
     """
+    if adapter is not None:
+        return open_model(path, vision_tower, adapter).config, f"{path} with the adapter {adapter}"
     own = f", with its own tower instead of {vision_tower}" if vision_tower else ""
     known = path.removeprefix(PRESET)
     if path.startswith(PRESET) and known in PRESETS:
         return preset(known), path + own
     if not path.startswith(PRESET) and (name is None or os.path.isdir(path)):
-        return open_checkpoint(path, vision_tower).config, path
+        return open_model(path, vision_tower).config, path
     is_absent = not path.startswith(PRESET) and not os.path.exists(path)
     known = name.split()[-1] if name and is_absent else ""
     if known not in PRESETS:

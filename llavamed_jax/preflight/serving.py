@@ -12,9 +12,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding
 
 from llavamed_jax.config import LlavaConfig
+from llavamed_jax.config.adapter import is_derived
 from llavamed_jax.generation.engine import STEPS, cache_length
 from llavamed_jax.generation.image_features import BATCH, PLACES
 from llavamed_jax.generation.programs import Programs, Prompts, Slots
@@ -23,6 +25,7 @@ from llavamed_jax.generation.sampling import Sampling
 from llavamed_jax.models.decoders.cache import LayerCache, cache_bytes
 from llavamed_jax.models.llava import abstract_params, check_heads, param_axes
 from llavamed_jax.parallel.mesh import batch_sharding, batch_shards, make_mesh, param_shardings, replicated
+from llavamed_jax.quantized.rounding import ROUNDED, shapes
 from llavamed_jax.training.program import bytes_a_device
 
 TEXT = 64  # tokens of a prompt without its image: a question and the text of the template
@@ -38,6 +41,7 @@ class Serving:
       dtype: dtype of the weights and the cache.
       rows: R.
       new_tokens: longest answer, in tokens. S has room for it; the engine's cache grows up to this length.
+      quantize: how the decoder's kernels are rounded (`quantized.rounding.ROUNDINGS`); None if they are not.
     """
 
     config: LlavaConfig
@@ -45,10 +49,11 @@ class Serving:
     dtype: Any
     rows: int
     new_tokens: int
+    quantize: str | None = None
 
     @classmethod
     def of(cls, config: LlavaConfig, devices: Sequence[jax.Device], mesh: str | None, dtype: str, rows: int,
-           new_tokens: int) -> Serving:
+           new_tokens: int, quantize: str | None = None) -> Serving:
         """Chooses the mesh and rounds the number of rows, as an evaluation does.
 
         Args:
@@ -58,11 +63,12 @@ class Serving:
           dtype: dtype of the weights and the cache.
           rows: number of rows of the cache; rounded up to a multiple of the shards of the batch.
           new_tokens: longest answer, in tokens.
+          quantize: how the decoder's kernels are rounded; None if they are not.
         """
         laid = make_mesh(mesh, devices) if mesh else make_mesh(None, devices[:1])
         check_heads(config, laid)
         shards = batch_shards(laid)
-        return cls(config, laid, jnp.dtype(dtype), -(-rows // shards) * shards, new_tokens)
+        return cls(config, laid, jnp.dtype(dtype), -(-rows // shards) * shards, new_tokens, quantize)
 
     @property
     def prompt(self) -> int:
@@ -82,9 +88,14 @@ class Serving:
 
     def params(self):
         """Returns the weights as shapes with shardings."""
-        abstract = abstract_params(self.config)
-        return jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, self.dtype, sharding=where), abstract,
-                            param_shardings(abstract, param_axes(self.config), self.mesh))
+        flat = flatten_dict(abstract_params(self.config), sep="/")
+        flat = {name: jax.ShapeDtypeStruct(x.shape, jnp.float32 if is_derived(name) else self.dtype)
+                for name, x in flat.items()}
+        if self.quantize is not None:
+            flat |= {name: shapes(self.quantize, x.shape) for name, x in flat.items() if ROUNDED.fullmatch(name)}
+        tree = unflatten_dict(flat, sep="/")
+        return jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree,
+                            param_shardings(tree, param_axes(self.config), self.mesh))
 
     def programs(self) -> Iterator[tuple[str, Any, int]]:
         """Yields name, lowering, and further bytes on a device beside the arguments, for each program."""

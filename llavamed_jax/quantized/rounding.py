@@ -5,6 +5,7 @@ Axis letters: D width of the input, F of the output, G groups of inputs, g input
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 
 import ml_dtypes
@@ -13,6 +14,7 @@ import numpy as np
 from llavamed_jax.errors import UserError
 from llavamed_jax.quantized.kernels import NF4, Int4Kernel, Int8Kernel, Kernel, Nf4Kernel
 
+ROUNDED = re.compile(r"decoder/layers_\d+/.+/kernel")  # the parameters that are rounded
 GROUPS = (128, 64, 32)  # the widths of a group, of which int4 takes the first that divides D
 NF4_GROUP = 64  # as in bitsandbytes
 _BOUNDS = (NF4[1:] + NF4[:-1]) / np.float32(2)  # between neighbours of nf4
@@ -62,6 +64,29 @@ def nf4(kernel: np.ndarray, group: int = NF4_GROUP) -> Nf4Kernel:
 
 
 ROUNDINGS: Mapping[str, Callable[[np.ndarray], Kernel]] = {"int8": int8, "int4": int4, "nf4": nf4}
+
+
+def shapes(name: str, shape: tuple[int, int]) -> Kernel:
+    """Returns the arrays of a rounded kernel [D,F] as zeros that take no memory, for their shapes and dtypes.
+
+    Args:
+      name: a key of `ROUNDINGS`.
+      shape: [D,F].
+
+    Raises:
+      UserError: no group divides D.
+    """
+    D, F = shape
+    empty = lambda dtype, *shape: np.broadcast_to(np.zeros((), dtype), shape)
+    if name == "int8":
+        return Int8Kernel(empty(np.int8, D, F), empty(np.float32, F))
+    group = _group_of(D) if name == "int4" else NF4_GROUP
+    if D % group:
+        raise UserError(f"a group of {group} inputs does not divide the width {D} of a kernel; int8 was expected")
+    by_group = empty(np.float32, D // group, F)
+    if name == "int4":
+        return Int4Kernel(empty(ml_dtypes.int4, D, F), by_group, empty(np.int8, D // group, F))
+    return Nf4Kernel(empty(ml_dtypes.uint4, D, F), by_group)
 
 
 def _group_of(width: int) -> int:

@@ -180,7 +180,12 @@ def _partly_trained(trainable: states.Trainable, trained: Mapping[str, Any]) -> 
 
 def bytes_a_device(arrays: Any) -> int:
     """Returns the bytes that a tree of shapes with shardings takes on each device."""
-    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(arrays))
+    return sum(-(-math.prod(x.sharding.shard_shape(x.shape)) * _bits(x.dtype) // 8) for x in jax.tree.leaves(arrays))
+
+
+def _bits(dtype: np.dtype) -> int:
+    """Returns the bits of a value on a device; numpy holds values of 4 bits in bytes."""
+    return 4 if dtype in (jnp.int4, jnp.uint4) else 8 * dtype.itemsize
 
 
 def _settled(cfg: ConfigDict, checkpoint: Checkpoint) -> tuple[states.Trainable, tuple[int, ...]]:

@@ -276,6 +276,23 @@ def test_the_engines_programs_are_compiled_from_shapes():
     assert found["decode"][0].peak < weights + 2 * cache + 2**20
 
 
+@pytest.mark.parametrize("how, bits", [("int8", 8), ("int4", 4), ("nf4", 4)])
+def test_rounded_kernels_are_counted_by_their_bits(how, bits):
+    """And the programs take them as they are."""
+    decoder = dataclasses.replace(CFG.decoder, intermediate_size=128)
+    config, machine = dataclasses.replace(CFG, decoder=decoder), Topology.parse("cpu-1")
+    exact, rounded = (Serving.of(config, machine.devices(), None, "bfloat16", 2, 32, quantize=each) for each in (None, how))
+    layers = 3 * (64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 128)  # weights: q and o, k and v, gate, up and down
+    outputs = 3 * (64 * 2 + 32 * 2 + 128 * 2 + 64)
+    groups = 3 * (64 * 2 + 32 * 2 + 128 * 2 + 64 * (1 if how == "int4" else 2))  # 128 inputs are one group of int4
+    scales = {"int8": 4 * outputs, "int4": 5 * groups, "nf4": 4 * groups}[how]
+    saved = exact.bytes()["parameters"] - rounded.bytes()["parameters"]
+    assert saved == layers * (16 - bits) // 8 - scales
+    element = {"int8": "xi8>", "int4": "xi4>", "nf4": "xui4>"}[how]
+    for name, lowered, _ in rounded.programs():
+        assert (element in lowered.as_text().partition("func.func public @main")[2].partition("{\n")[0]) == (name != "encode"), name
+
+
 @pytest.mark.parametrize("name, parameters, cache, ways", [
     ("h100-2", 20, 60, [{"generation.batch_size": 4}, {"--mesh": "data=-1,tp=2"}]),
     ("h100-2", 60, 4, [{"--mesh": "tp=2"}, {"--mesh": "data=-1,tp=2"}]),
