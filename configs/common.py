@@ -47,6 +47,7 @@ def base(name: str, init: str, template: str, train: str | tuple) -> ConfigDict:
     c.max_length = placeholder(int)  # tokens a sample
     c.loss_weighting = "token"  # or "sample"
     c.trainable = placeholder(tuple)
+    c.quantize = placeholder(str)  # int8, int4 or nf4: rounds the frozen kernels of the decoder (QLoRA)
 
     c.optimizer = ConfigDict(dict(  # AdamW, with a cosine to 0
         learning_rate=placeholder(float), warmup_ratio=placeholder(float), weight_decay=placeholder(float),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Container
 
+import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
@@ -26,19 +28,16 @@ def load_params(checkpoint: Checkpoint, dtype=None, scan: bool = False, only: Co
       scan: stacked layers (`layers`, leading axis L), as in training; else `layers_{i}`.
       only: names of the tensors to read, one a layer; None reads all.
       quantize: rounds the kernels of the decoder's layers as they are read (`quantized.rounding.ROUNDINGS`), from each
-        tensor's own dtype; only for layers that are not stacked. None rounds nothing.
+        tensor's own dtype. None rounds nothing.
 
     Returns:
       Nested dicts of numpy arrays (bfloat16 through ml_dtypes), in the structure of `models.llava`; a rounded kernel is
       a `quantized.kernels.Kernel`.
 
     Raises:
-      ValueError: `quantize` with stacked layers.
       UserError: no group of inputs divides a kernel's width; the checkpoint is a delta, or has values that are not
         finite, in the file or in `dtype`.
     """
-    if quantize is not None and scan:
-        raise ValueError("stacked layers cannot be rounded")
     exact, checkpoint = checkpoint.sound(), checkpoint.cast(dtype).sound()
     shapes = {name: shape for name, shape in names.expected_shapes(checkpoint.config).items()
               if only is None or name in only}
@@ -50,7 +49,15 @@ def load_params(checkpoint: Checkpoint, dtype=None, scan: bool = False, only: Co
     for name in shapes:
         signals.check()
         if quantize is not None and ROUNDED.fullmatch(name):
-            flat[name] = ROUNDINGS[quantize](exact.read(name))
+            kernel = ROUNDINGS[quantize](exact.read(name))
+            if name not in places:
+                flat[name] = kernel
+                continue
+            stacked, layer = places[name]
+            if stacked not in flat:
+                flat[stacked] = jax.tree.map(functools.partial(_empty_stack, len(layers[stacked])), kernel)
+            for whole, part in zip(jax.tree.leaves(flat[stacked]), jax.tree.leaves(kernel), strict=True):
+                whole[layer] = part
             continue
         if name not in places:
             flat[name] = checkpoint.read(name)
@@ -64,6 +71,10 @@ def load_params(checkpoint: Checkpoint, dtype=None, scan: bool = False, only: Co
     if checkpoint.config.adapter is not None:
         flat |= _derived(checkpoint.config, scan, only)
     return unflatten_dict(flat, sep="/")
+
+
+def _empty_stack(depth: int, part: np.ndarray) -> np.ndarray:
+    return np.empty((depth, *part.shape), part.dtype)
 
 
 def _derived(config: LlavaConfig, scan: bool, only: Container[str] | None) -> dict[str, np.ndarray]:

@@ -22,9 +22,11 @@ from llavamed_jax.models.stacking import unstack
 from llavamed_jax.parallel import distributed
 from llavamed_jax.parallel.mesh import local_view, param_shardings
 from llavamed_jax.processor import Processor
+from llavamed_jax.quantized.kernels import Kernel
 from llavamed_jax.text.conversation import IMAGE_MARKER
 from llavamed_jax.training.callbacks import Snapshot
 from llavamed_jax.training.log import Sample
+from llavamed_jax.training.state import dtype_of
 from llavamed_jax.utils import terminal
 
 SHOWN = 4  # sample questions; the same ones are asked every time
@@ -165,7 +167,8 @@ def _unrolled(snapshot: Snapshot) -> tuple[Mapping, Mesh]:
 
     def cast(params):
         flat = unstack(flatten_dict(params, sep="/"))
-        return unflatten_dict({name: x.astype(dtype) for name, x in flat.items()}, sep="/")
+        return unflatten_dict({name: x if isinstance(x, Kernel) else x.astype(dtype_of(name, dtype))
+                               for name, x in flat.items()}, sep="/")
 
     shapes = jax.eval_shape(cast, snapshot.params)
     params = jax.jit(cast, out_shardings=param_shardings(shapes, rules, program.mesh))(snapshot.params)

@@ -6,6 +6,7 @@ A model has `num_layers` equal blocks. Training scans one block over parameters 
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -87,18 +88,18 @@ def stack(params):
 
 
 def unstack(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Reverses `stack` on names with slashes: arrays, or ShapeDtypeStructs with their shardings."""
+    """Reverses `stack` on names with slashes: arrays, or ShapeDtypeStructs with their shardings, or trees of them."""
     out: dict[str, Any] = {}
     for name, value in params.items():
         if "/layers/" not in name:
             out[name] = value
             continue
         for i in range(value.shape[0]):
-            out[name.replace("/layers/", f"/layers_{i}/")] = _layer(value, i)
+            out[name.replace("/layers/", f"/layers_{i}/")] = jax.tree.map(functools.partial(_layer, i), value)
     return out
 
 
-def _layer(value: Any, i: int) -> Any:
+def _layer(i: int, value: Any) -> Any:
     if not isinstance(value, jax.ShapeDtypeStruct):
         return value[i]
     sharding = value.sharding

@@ -157,7 +157,8 @@ class Training:
         program, mesh, total = self.program, self.program.mesh, 0.0
         state, width = program.abstract_state(), jnp.dtype(program.model.dtype).itemsize
         data, fsdp, tp = (mesh.shape[axis] for axis in ("data", "fsdp", "tp"))
-        for name, x in {**state.trainable, **state.frozen}.items():
+        held = {**state.trainable, **state.frozen}
+        for name, x in ((name, leaf) for name, each in held.items() for leaf in jax.tree.leaves(each)):
             is_spread = any(axis == "fsdp" or isinstance(axis, tuple) and "fsdp" in axis for axis in x.sharding.spec)
             shard = math.prod(x.sharding.shard_shape(x.shape)) * width
             is_trained = name in state.trainable

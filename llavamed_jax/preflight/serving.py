@@ -25,7 +25,7 @@ from llavamed_jax.generation.sampling import Sampling
 from llavamed_jax.models.decoders.cache import LayerCache, cache_bytes
 from llavamed_jax.models.llava import abstract_params, check_heads, param_axes
 from llavamed_jax.parallel.mesh import batch_sharding, batch_shards, make_mesh, param_shardings, replicated
-from llavamed_jax.quantized.rounding import ROUNDED, shapes
+from llavamed_jax.quantized.rounding import with_shapes
 from llavamed_jax.training.program import bytes_a_device
 
 TEXT = 64  # tokens of a prompt without its image: a question and the text of the template
@@ -91,9 +91,7 @@ class Serving:
         flat = flatten_dict(abstract_params(self.config), sep="/")
         flat = {name: jax.ShapeDtypeStruct(x.shape, jnp.float32 if is_derived(name) else self.dtype)
                 for name, x in flat.items()}
-        if self.quantize is not None:
-            flat |= {name: shapes(self.quantize, x.shape) for name, x in flat.items() if ROUNDED.fullmatch(name)}
-        tree = unflatten_dict(flat, sep="/")
+        tree = unflatten_dict(with_shapes(flat, self.quantize), sep="/")
         return jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree,
                             param_shardings(tree, param_axes(self.config), self.mesh))
 

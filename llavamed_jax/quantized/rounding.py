@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -14,7 +15,7 @@ import numpy as np
 from llavamed_jax.errors import UserError
 from llavamed_jax.quantized.kernels import NF4, Int4Kernel, Int8Kernel, Kernel, Nf4Kernel
 
-ROUNDED = re.compile(r"decoder/layers_\d+/.+/kernel")  # the parameters that are rounded
+ROUNDED = re.compile(r"decoder/layers(_\d+)?/.+/kernel")  # the parameters that are rounded, stacked or not
 GROUPS = (128, 64, 32)  # the widths of a group, of which int4 takes the first that divides D
 NF4_GROUP = 64  # as in bitsandbytes
 _BOUNDS = (NF4[1:] + NF4[:-1]) / np.float32(2)  # between neighbours of nf4
@@ -66,18 +67,18 @@ def nf4(kernel: np.ndarray, group: int = NF4_GROUP) -> Nf4Kernel:
 ROUNDINGS: Mapping[str, Callable[[np.ndarray], Kernel]] = {"int8": int8, "int4": int4, "nf4": nf4}
 
 
-def shapes(name: str, shape: tuple[int, int]) -> Kernel:
+def shapes(name: str, shape: tuple[int, ...]) -> Kernel:
     """Returns the arrays of a rounded kernel [D,F] as zeros that take no memory, for their shapes and dtypes.
 
     Args:
       name: a key of `ROUNDINGS`.
-      shape: [D,F].
+      shape: [D,F], or [L,D,F] for a stack.
 
     Raises:
       UserError: no group divides D.
     """
-    D, F = shape
-    empty = lambda dtype, *shape: np.broadcast_to(np.zeros((), dtype), shape)
+    *L, D, F = shape
+    empty = lambda dtype, *shape: np.broadcast_to(np.zeros((), dtype), (*L, *shape))
     if name == "int8":
         return Int8Kernel(empty(np.int8, D, F), empty(np.float32, F))
     group = _group_of(D) if name == "int4" else NF4_GROUP
@@ -87,6 +88,12 @@ def shapes(name: str, shape: tuple[int, int]) -> Kernel:
     if name == "int4":
         return Int4Kernel(empty(ml_dtypes.int4, D, F), by_group, empty(np.int8, D // group, F))
     return Nf4Kernel(empty(ml_dtypes.uint4, D, F), by_group)
+
+
+def with_shapes(params: Mapping[str, Any], name: str | None) -> dict[str, Any]:
+    """Returns parameter shapes by name, those of rounded kernels as `shapes` gives them; all as they are for None."""
+    return {key: shapes(name, x.shape) if name is not None and ROUNDED.fullmatch(key) else x
+            for key, x in params.items()}
 
 
 def _group_of(width: int) -> int:

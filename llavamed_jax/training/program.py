@@ -27,6 +27,8 @@ from llavamed_jax.models.attention.backend import backend_of
 from llavamed_jax.models.stacking import stack, unstack
 from llavamed_jax.parallel.mesh import auto_sizes, device_memory, make_mesh
 from llavamed_jax.processor import Processor
+from llavamed_jax.quantized.kernels import Kernel
+from llavamed_jax.quantized.rounding import with_shapes
 from llavamed_jax.training import layers, void_keys
 from llavamed_jax.training import optimizer as optimizers
 from llavamed_jax.training import state as states
@@ -48,6 +50,7 @@ class Program:
       rows: the trained rows of `states.TABLE`; empty if the whole table is trained, or no row.
       weighting: the recipe's `loss_weighting`.
       dropout_seed: seed of an adapter's dropout; None for a model without dropout.
+      quantize: the recipe's `quantize`: how the frozen kernels of the decoder's layers are rounded.
     """
 
     model: llava.Llava
@@ -59,6 +62,7 @@ class Program:
     rows: tuple[int, ...]
     weighting: str = "token"
     dropout_seed: int | None = None
+    quantize: str | None = None
 
     @classmethod
     def build(cls, cfg: ConfigDict, checkpoint: Checkpoint, mesh: Mesh, total_steps: int) -> "Program":
@@ -90,11 +94,15 @@ class Program:
         """
         llava.check_heads(config, mesh)
         platform = mesh.devices.flat[0].platform
-        abstract = llava.abstract_params(config, scan=True)
-        if "decoder/lm_head" + FACTOR_A in flatten_dict(abstract, sep="/"):
+        abstract = with_shapes(flatten_dict(llava.abstract_params(config, scan=True), sep="/"), cfg.quantize)
+        if "decoder/lm_head" + FACTOR_A in abstract:
             raise UserError("the model's adapter has factors of decoder/lm_head, which training cannot compute with: "
                             "the loss reads the head's kernel; `convert merge-lora` merges the adapter first")
         trained = states.partition(abstract, trainable)[0]
+        rounded = next((name for name, x in trained.items() if isinstance(x, Kernel)), None)
+        if rounded is not None:
+            raise UsageError(f"the config key 'quantize' is {cfg.quantize!r}, and 'trainable' names {rounded}, which "
+                             "is rounded and cannot be trained; factors beside it (lora.rank) were expected")
         sizes, partly = layers.depths(trained), _partly_trained(trainable, trained)
         optimizer, schedule = optimizers.build(cfg.optimizer, total_steps, list(trained),
                                                [states.TABLE] if rows else [], sizes, partly)
@@ -103,17 +111,18 @@ class Program:
         backend = backend_of(cfg.attention, platform, config.decoder.head_dim)
         model = llava.Llava(config, dtype, scan=True, remat=cfg.remat, attention=backend)
         seed = cfg.seed if config.adapter is not None and config.adapter.dropout else None
-        return cls(model, mesh, optimizer, schedule, shardings, trainable, rows, cfg.loss_weighting, seed)
+        return cls(model, mesh, optimizer, schedule, shardings, trainable, rows, cfg.loss_weighting, seed, cfg.quantize)
 
     def initial_state(self, checkpoint: Checkpoint) -> TrainState:
         """Returns the state before the first update, with the checkpoint's parameters."""
-        return states.create(self.model.cfg, load_params(checkpoint, scan=True), self.trainable, self.optimizer,
-                             self.mesh, self.model.dtype)
+        params = load_params(checkpoint, scan=True, quantize=self.quantize)
+        return states.create(self.model.cfg, params, self.trainable, self.optimizer, self.mesh, self.model.dtype)
 
     def frozen(self, checkpoint: Checkpoint) -> states.FlatParams:
         """Returns the frozen parameters, sharded as in a state; the checkpoint may lack all others."""
         names = set(unstack({name: self._abstract[name] for name in self.shardings.frozen}))
-        return states.place(load_params(checkpoint, scan=True, only=names), self.shardings.frozen, self.model.dtype)
+        params = load_params(checkpoint, scan=True, only=names, quantize=self.quantize)
+        return states.place(params, self.shardings.frozen, self.model.dtype)
 
     def loss(self) -> LossFn:
         """Returns the loss to minimise, whose gradient covers only the trained rows of the embedding and layers."""
@@ -130,8 +139,7 @@ class Program:
     def abstract_state(self) -> TrainState:
         """Returns the state as shapes with shardings."""
         trained, frozen = states.partition(self._abstract, self.trainable)
-        frozen = {name: jax.ShapeDtypeStruct(x.shape, states.dtype_of(name, self.model.dtype))
-                  for name, x in frozen.items()}
+        frozen = states.shapes_of(frozen, self.model.dtype)
         number = jax.ShapeDtypeStruct((), jnp.int32)
         state = TrainState(number, number, trained, frozen, jax.eval_shape(self.optimizer.init, trained))
         return jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), state,
@@ -170,7 +178,7 @@ class Program:
 
     @functools.cached_property
     def _abstract(self) -> dict[str, jax.ShapeDtypeStruct]:
-        return flatten_dict(llava.abstract_params(self.model.cfg, scan=True), sep="/")
+        return with_shapes(flatten_dict(llava.abstract_params(self.model.cfg, scan=True), sep="/"), self.quantize)
 
 
 def _partly_trained(trainable: states.Trainable, trained: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -251,9 +259,12 @@ def open_mesh(cfg: ConfigDict, config: LlavaConfig, devices: Sequence[jax.Device
 
 def _training_bytes(cfg: ConfigDict, config: LlavaConfig) -> int:
     """Returns the bytes of parameters, gradients and optimizer, summed over all devices."""
-    trained, frozen = ({n: math.prod(x.shape) for n, x in part.items()}
-                       for part in states.partition(llava.abstract_params(config, scan=True), cfg.trainable))
-    return sum(trained.values()) * (12 + jnp.dtype(cfg.optimizer.mu_dtype).itemsize) + 2 * sum(frozen.values())
+    abstract = with_shapes(flatten_dict(llava.abstract_params(config, scan=True), sep="/"), cfg.quantize)
+    trained, frozen = states.partition(abstract, cfg.trainable)
+    values = sum(math.prod(x.shape) for x in trained.values())
+    held = sum(math.prod(x.shape) * _bits(x.dtype) // 8
+               for x in jax.tree.leaves(states.shapes_of(frozen, jnp.bfloat16)))
+    return values * (12 + jnp.dtype(cfg.optimizer.mu_dtype).itemsize) + held
 
 
 def from_disk(tensors: Mapping[str, jax.Array], shardings: Mapping[str, NamedSharding]) -> dict[str, jax.Array]:

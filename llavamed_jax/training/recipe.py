@@ -137,6 +137,8 @@ SCHEMA: Mapping[str, Key] = MappingProxyType({
     "trainable": Key(LIST, "regular expressions over names of parameters, or of single layers "
                            "(vision_tower/layers_-[1-4]/.*: the last four); a pair of the embedding's name and a "
                            "list of tokens trains only their rows"),
+    "quantize": _open("rounds the frozen kernels of the decoder's layers, beside which factors are trained (QLoRA)",
+                      choices=("int8", "int4", "nf4")),
     "optimizer.learning_rate": _number("the peak learning rate", more_than=0, most=LARGEST_RATE),
     "optimizer.warmup_ratio": _number("the share of updates in the warm-up", least=0, most=1),
     "optimizer.weight_decay": _number("AdamW's weight decay", least=0),
@@ -203,6 +205,9 @@ def check(cfg: ConfigDict) -> None:
         if cfg.mesh.auto and cfg.mesh[axis] not in free:
             raise UsageError(f"the config key 'mesh.{axis}' is {cfg.mesh[axis]}, but mesh.auto picks data and fsdp and "
                              f"leaves tp at 1; {' or '.join(map(str, free))} was expected")
+    if cfg.quantize is not None and not cfg.lora.rank:
+        raise UsageError(f"the config key 'quantize' is {cfg.quantize!r} and lora.rank is 0; a rank was expected, "
+                         "since rounded kernels cannot be trained")
     if cfg.lora.rank and not cfg.lora.targets:
         raise UsageError("the config key 'lora.targets' is empty; regular expressions over modules' names, such as "
                          "decoder/layers_\\d+/.*_proj, were expected")

@@ -26,6 +26,7 @@ from llavamed_jax.config.adapter import is_derived
 from llavamed_jax.errors import UsageError
 from llavamed_jax.models import llava
 from llavamed_jax.parallel.mesh import param_shardings, put, replicated
+from llavamed_jax.quantized.kernels import Kernel
 from llavamed_jax.training import layers
 from llavamed_jax.training import optimizer as optimizers
 from llavamed_jax.training.recipe import TABLE
@@ -45,7 +46,7 @@ class TrainState:
       step: int32 [], batches seen.
       skipped: int32 [], batches among them with a gradient that was not finite, which moved nothing.
       trainable: float32 parameters by name.
-      frozen: all other parameters by name, in the dtype of the computation.
+      frozen: all other parameters by name, in the dtype of the computation, or kernels of few bits.
       opt_state: the optimizer's state for `trainable`.
     """
 
@@ -157,14 +158,25 @@ def place(params: Mapping[str, Any], where: Mapping[str, NamedSharding], dtype: 
     flat = flatten_dict(params, sep="/")
     tally = Tally()
 
-    def own(name: str) -> np.ndarray:
+    def own(name: str) -> np.ndarray | Kernel:
+        if isinstance(flat[name], Kernel):
+            return jax.tree.map(np.array, flat[name])
         array = np.asarray(flat[name])
         out = tally.cast(name, array, dtype_of(name, dtype))
         return out.copy() if out is array else out
 
-    placed = {name: put(own(name), sharding) for name, sharding in where.items()}
+    placed = {name: jax.tree.map(put, own(name), sharding) for name, sharding in where.items()}
     tally.warn()
     return placed
+
+
+def shapes_of(frozen: Mapping[str, Any], dtype: Any) -> dict[str, Any]:
+    """Returns frozen parameters by name as shapes in the dtypes that a state has."""
+    def leaf(name, x):
+        if isinstance(x, Kernel):
+            return jax.tree.map(lambda part: jax.ShapeDtypeStruct(part.shape, part.dtype), x)
+        return jax.ShapeDtypeStruct(x.shape, dtype_of(name, dtype))
+    return {name: leaf(name, x) for name, x in frozen.items()}
 
 
 def dtype_of(name: str, dtype: Any) -> Any:

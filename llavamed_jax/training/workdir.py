@@ -21,8 +21,8 @@ _LENGTH = ("epochs", "total_steps")
 MAY_DIFFER = (*_LENGTH, "log_every", "samples_every", "data.samples", "nan_limit", "checkpoint.", "data.workers",
               "mesh.")
 # Keys that older recipes lack, and the value that older runs used. Such a run keeps this value on resuming.
-LATER = {"loss_weighting": "token", "lora.rank": 0, "lora.alpha": 16.0, "lora.dropout": 0.0, "lora.rslora": False,
-         "lora.targets": (r"decoder/layers_\d+/.*_proj",)}
+LATER = {"loss_weighting": "token", "quantize": None, "lora.rank": 0, "lora.alpha": 16.0, "lora.dropout": 0.0,
+         "lora.rslora": False, "lora.targets": (r"decoder/layers_\d+/.*_proj",)}
 _RENAMED = {"data.protocol": "protocol"}  # older name -> present name
 
 

@@ -16,6 +16,7 @@ from llavamed_jax.checkpoints.tree.model import write_model
 from llavamed_jax.config import DecoderConfig, LlavaConfig, VisionConfig
 from llavamed_jax.errors import UserError
 from llavamed_jax.models.llava import Llava
+from llavamed_jax.models.stacking import unstack
 from llavamed_jax.quantized.kernels import Kernel
 from llavamed_jax.quantized.rounding import ROUNDINGS
 from llavamed_jax.text.tokenizer import Tokenizer
@@ -61,8 +62,19 @@ def test_rounding_is_of_the_files_values_and_not_of_the_cast_ones(path):
     np.testing.assert_array_equal(np.asarray(one[name].values).astype(int), np.asarray(two[name].values).astype(int))
     np.testing.assert_array_equal(one[name].scales, two[name].scales)
     assert two["decoder/embed_tokens/embedding"].dtype == jnp.bfloat16
-    with pytest.raises(ValueError, match="stacked layers cannot be rounded"):
-        load_params(checkpoint, quantize="int4", scan=True)
+
+
+@pytest.mark.parametrize("name", ROUNDINGS)
+def test_stacked_layers_are_rounded_one_by_one(path, name):
+    checkpoint = open_checkpoint(path)
+    stacked, single = (flatten_dict(load_params(checkpoint, np.float32, scan, quantize=name), sep="/") for scan in (True, False))
+    for key, kernel in unstack(stacked).items():
+        for ours, theirs in zip(jax.tree.leaves(kernel), jax.tree.leaves(single[key]), strict=True):
+            assert ours.dtype == theirs.dtype and np.array_equal(ours, theirs), key
+    models = [Llava(checkpoint.config, scan=scan) for scan in (True, False)]
+    one, two = (np.asarray(model.apply({"params": unflatten_dict(flat, sep="/")}, IDS))
+                for model, flat in zip(models, (stacked, single), strict=True))
+    np.testing.assert_allclose(one, two, atol=2e-5)
 
 
 @pytest.mark.parametrize("name", ROUNDINGS)
