@@ -32,9 +32,7 @@ def prepare(out: Path, sources: list[Path], seed: int) -> None:
     """Makes the model that the first stage starts from, and the texts of the first two stages."""
     if not (out / "init").is_dir():
         decoder = smollm2.fetch()
-        if not (out / "tower").is_dir():
-            command("-m", "convert", "export", "--layout", "transformers", "--checkpoint", "preset:small", "--out", out / "tower")
-        command("-m", "convert", "build", "--decoder", decoder, "--vision", out / "tower", "--projector", "mlp2x_gelu",
+        command("-m", "convert", "build", "--decoder", decoder, "--vision", "preset:small", "--projector", "mlp2x_gelu",
                 "--seed", seed, "--out", out / "init")
     held_out = json.loads((SAMPLE / "held_out.json").read_text(encoding="utf-8"))["images"]
     found = smol_texts.write(sources or [SAMPLE], out / "texts", () if sources else held_out)

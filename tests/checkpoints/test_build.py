@@ -12,7 +12,9 @@ from safetensors.numpy import save_file
 from llavamed_jax.checkpoints.assemble.build import build, with_projector
 from llavamed_jax.checkpoints.export.directory import export
 from llavamed_jax.checkpoints.open import open_checkpoint
+from llavamed_jax.checkpoints.random import random_checkpoint
 from llavamed_jax.cli.convert import main
+from llavamed_jax.config import preset
 from llavamed_jax.errors import UserError
 from llavamed_jax.processor import Processor
 from tests.support import tiny
@@ -35,7 +37,8 @@ def parts(tmp_path):
 
 
 def command(parts, out="built", decoder="mistral", vision="clip-tiny", projector="mlp2x_gelu", *flags):
-    return main(["build", "--decoder", str(parts / decoder), "--vision", str(parts / vision), "--projector", str(projector),
+    vision = vision if vision.startswith("preset:") else str(parts / vision)
+    return main(["build", "--decoder", str(parts / decoder), "--vision", vision, "--projector", str(projector),
                  "--out", str(parts / out), *flags])
 
 
@@ -347,3 +350,23 @@ def test_stage_1_starts_from_it(parts, monkeypatch):
     assert changed == {name for name in before.tensors if name.startswith("projector/")}
     losses = [json.loads(line)["loss"] for line in (parts / "run" / "metrics.jsonl").read_text().splitlines()]
     assert len(losses) == 2 and all(np.isfinite(losses))
+
+
+def test_a_presets_tower_is_random_and_of_the_seed(parts, capsys):
+    """For a model that learns to see from nothing; another preset's name is refused with the list of them."""
+    assert command(parts, "one", "mistral", "preset:small") == 0
+    found = open_checkpoint(parts / "one")
+    wanted = random_checkpoint(found.config, 0)
+    assert found.config.vision == preset("small").vision
+    for name in found.tensors:
+        is_tower = name.startswith("vision_tower/")
+        assert np.array_equal(found.read(name), wanted.read(name)) == is_tower or not is_tower, name
+    assert command(parts, "two", "mistral", "preset:small", "mlp2x_gelu", "--seed", "1") == 0
+    for layout in ("llava", "transformers"):
+        export(found, parts / layout, layout)
+        assert open_checkpoint(parts / layout).config.vision == found.config.vision
+    name = "vision_tower/layers_0/mlp/fc1/kernel"
+    assert (open_checkpoint(parts / "two").read(name) != found.read(name)).all()
+    capsys.readouterr()
+    assert command(parts, "three", "mistral", "preset:smal") == 1
+    assert "small" in capsys.readouterr().err and not (parts / "three").exists()
