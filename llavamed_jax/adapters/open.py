@@ -28,13 +28,17 @@ def open_model(path: str | Path, vision_tower: str | Path | None = None,
     if adapter is None:
         if not _is_adapter(path):
             return open_checkpoint(path, vision_tower)
-        path, adapter = _base(Path(path)), path
+        path, adapter = _base(hub.local(path)), path
     directory = _adapter(adapter)
     return peft.apply(open_checkpoint(path, vision_tower), directory)
 
 
 def _is_adapter(path: str | Path) -> bool:
-    return not str(path).startswith("preset:") and exists(Path(path)) and peft.is_adapter(Path(path))
+    """Returns whether a PATH is an adapter; fetches one that the PATH names on a hub."""
+    if str(path).startswith("preset:") or (tree_root(Path(path)) / "model").exists():
+        return False
+    directory = hub.local(path)
+    return exists(directory) and peft.is_adapter(directory)
 
 
 def _adapter(adapter: str | Path) -> Path:

@@ -55,10 +55,10 @@ def is_hub_name(path: str | Path) -> bool:
 def _fetch(path: str, weights: bool) -> Path:
     name, _, revision = path.partition("@")
     directory = _snapshot(path, name, revision or None, _TEXT)
-    # The weights of an adapter are not fetched, since it is refused.
-    if weights and not (directory / "adapter_config.json").is_file():
+    if weights:
         # By commit, so that the weights belong to the config that was just read.
-        directory = _fetch_weights(path, name, directory)
+        is_adapter = (directory / "adapter_config.json").is_file()
+        directory = (_fetch_adapter if is_adapter else _fetch_weights)(path, name, directory)
     _print_licence(path, directory)
     return directory
 
@@ -70,6 +70,15 @@ def _fetch_weights(path: str, name: str, directory: Path) -> Path:
         directory = _snapshot(path, name, directory.name,
                               [pattern] if index is None else sorted(set(weight_map(index).values())))
         if any(directory.glob(pattern)):
+            break
+    return directory
+
+
+def _fetch_adapter(path: str, name: str, directory: Path) -> Path:
+    """Fetches the factors of an adapter, and the whole tensors that LLaVA writes beside them."""
+    for file in ("adapter_model.safetensors", "adapter_model.bin"):
+        directory = _snapshot(path, name, directory.name, [file, "non_lora_trainables.bin"])
+        if (directory / file).is_file():
             break
     return directory
 

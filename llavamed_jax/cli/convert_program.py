@@ -26,6 +26,7 @@ from llavamed_jax.checkpoints.model_config import text_files
 from llavamed_jax.checkpoints.tensor import Tensor
 from llavamed_jax.checkpoints.torch.write import total_bytes
 from llavamed_jax.cli.common import Parser
+from llavamed_jax.config.adapter import FACTOR_A
 from llavamed_jax.errors import UsageError, UserError, cut, exists, warn
 from llavamed_jax.text.chat_template import read_template
 from llavamed_jax.text.templates import get_template
@@ -300,6 +301,7 @@ def _inspect(args: argparse.Namespace) -> None:
                     f"{d.num_kv_heads} of keys"),
         ("", f"vocabulary {d.vocab_size}, feed-forward {d.intermediate_size}, theta {d.rope_theta:g}, eps "
              f"{d.rms_norm_eps:g}{window}"),
+        *([("adapter", _adapter_words(checkpoint))] if cfg.adapter is not None else []),
         ("tokenizer", tokenizer),
         ("template", cfg.template or "by model type"),
     ]
@@ -313,6 +315,14 @@ def _inspect(args: argparse.Namespace) -> None:
         tensors = [checkpoint.tensors[name] for name in members]
         dtypes = ", ".join(sorted({t.dtype.name for t in tensors}))
         print(f"{part:<13} {len(tensors):>8} {sum(math.prod(t.shape) for t in tensors):>15,}  {dtypes}")
+
+
+def _adapter_words(checkpoint: Checkpoint) -> str:
+    adapter = checkpoint.config.adapter
+    number = sum(name.endswith(FACTOR_A) for name in checkpoint.tensors)
+    said = [f"{word} {', '.join(f'{value:g}' for value in sorted(values))}" for word, values in (
+        ("rank", {rule.rank for rule in adapter.rules}), ("alpha", {rule.alpha for rule in adapter.rules}))]
+    return f"{number} kernels, {', '.join(said)}{', rsLoRA' * adapter.use_rslora}"
 
 
 def _verify_flags(parser: argparse.ArgumentParser) -> None:

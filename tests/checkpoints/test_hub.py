@@ -1,10 +1,12 @@
 """Models by name, from a hub on loopback: only what is needed is fetched, the licence is said, and no hub is one sentence."""
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
@@ -15,6 +17,18 @@ from tests.support.local_hub import LocalHub
 
 ROOT = Path(__file__).resolve().parents[2]
 WEIGHTS = (".safetensors", ".bin", ".msgpack", ".h5")
+
+
+def save_adapter(directory, cfg, base):
+    """An adapter as PEFT leaves it, of the queries of all layers."""
+    D, N = cfg.decoder.hidden_size, cfg.decoder.num_heads * cfg.decoder.head_dim
+    directory.mkdir()
+    q = "base_model.model.model.layers.{}.self_attn.q_proj.lora_{}.weight".format
+    save_file({q(i, letter): np.ones(shape, np.float32) for i in range(cfg.decoder.num_layers)
+               for letter, shape in (("A", (2, D)), ("B", (N, 2)))}, directory / "adapter_model.safetensors")
+    (directory / "adapter_config.json").write_text(json.dumps(
+        {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"], "base_model_name_or_path": base}))
+    (directory / "optimizer.bin").write_bytes(b"not fetched")
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +49,8 @@ def hub(tmp_path_factory):
     tiny.save(root / "v1", {**tiny.V1, "mm_vision_tower": "me/clip"}, tensors)
     tiny.save_clip(root / "clip")
     (root / "clip" / "README.md").write_text("No header.\n")
-    with LocalHub({f"me/{name}": root / name for name in ("llava", "v1", "clip")}) as hub:
+    save_adapter(root / "lora", CFG, "me/llava")
+    with LocalHub({f"me/{name}": root / name for name in ("llava", "v1", "clip", "lora")}) as hub:
         yield hub
 
 
@@ -78,6 +93,15 @@ def test_a_tower_that_the_config_names_is_fetched(hub, convert, tmp_path):
     assert "licence not stated by its model card" in done.stderr
     asked = convert("inspect", "me/v1", "--vision_tower", "me/clip@main")
     assert asked.returncode == 0 and "as asked for" in asked.stdout
+
+
+def test_an_adapter_is_fetched_with_its_base(hub, convert, tmp_path):
+    done = convert("inspect", "me/lora")
+    assert done.returncode == 0, done.stderr
+    assert "adapter       2 kernels, rank 2, alpha 4" in done.stdout
+    assert "adapter_model.safetensors" in fetched(hub) and "optimizer.bin" not in fetched(hub)
+    merged = convert("merge-lora", "--base", "me/llava", "--adapter", "me/lora", "--out", tmp_path / "out", HF_HUB_OFFLINE="1")
+    assert merged.returncode == 0 and not hub.requests, merged.stderr
 
 
 def test_a_processor_needs_no_weights(hub, tmp_path):
