@@ -35,7 +35,7 @@ def open_model(path: str | Path, vision_tower: str | Path | None = None,
 
 def _is_adapter(path: str | Path) -> bool:
     """Returns whether a PATH is an adapter; fetches one that the PATH names on a hub."""
-    if str(path).startswith("preset:") or (tree_root(Path(path)) / "model").exists():
+    if str(path).startswith("preset:") or exists(tree_root(Path(path)) / "model"):
         return False
     directory = hub.local(path)
     return exists(directory) and peft.is_adapter(directory)
