@@ -64,7 +64,8 @@ class Checkpoint:
 
         A tree is a workdir, where exports may be written.
         """
-        return [self.directory] if self.directory is not None and self.layout in ("llava", "transformers") else []
+        own = [self.directory] if self.directory is not None and self.layout in ("llava", "transformers") else []
+        return own if self.adapter_directory is None else [*own, self.adapter_directory]
 
     def replace(self, **changes) -> "Checkpoint":
         """Returns a copy with other values of some attributes."""

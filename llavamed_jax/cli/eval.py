@@ -46,7 +46,7 @@ def _parser() -> common.Parser:
 
 
 # Flags of a model that is loaded in this process; `_SERVER_FLAGS` are those of a model behind an endpoint.
-_MODEL_FLAGS = ("vision_tower", "tokenizer", "template", "dtype", "mesh")
+_MODEL_FLAGS = ("vision_tower", "tokenizer", "template", "dtype", "mesh", "adapter", "quantize")
 _PROCESS_FLAGS = ("coordinator", "num_processes", "process_id")
 _GRACE_S = 10  # from a first signal to the end of the process
 _SERVER_FLAGS = {"model": str, "concurrency": int, "timeout": float}

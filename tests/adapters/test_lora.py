@@ -361,3 +361,11 @@ def test_keys_without_a_rank_are_said_to_be_void(run):
     said = void_keys.sentences(shrunk(start, folder, **{"lora.alpha": 5, "lora.dropout": 0.1}))
     assert [re.search(r"'(lora\.\w+)'", sentence)[1] for sentence in said] == ["lora.alpha", "lora.dropout"]
     assert not any(map(is_derived, states.partition(abstract_params(config_with(CFG, adapter()), scan=True), [".*"])[0]))
+
+
+def test_flags_of_a_model_need_a_model(tmp_path, capsys):
+    from llavamed_jax.cli.eval import main
+    argv = ["--config", "configs/eval/vqa_rad.py:demo", "--predictions", "x.jsonl", "--workdir", str(tmp_path / "w")]
+    for flag, value in (("--adapter", "x"), ("--quantize", "int8")):
+        assert main([*argv, flag, value]) == 2
+        assert f"{flag} needs a model; it cannot be used with --predictions" in capsys.readouterr().err

@@ -66,7 +66,8 @@ def key(answerer: Answerer, cfg: ConfigDict, samples: Sequence[VqaSample], sourc
     """
     is_by_content = getattr(getattr(answerer, "model", None), "origin", None) is not None
     given = {f"--{name}": value for name, value in {**({} if is_by_content else source), **flags}.items()}
-    given |= {f"--{name}": "given" for name in ("vision_tower", "tokenizer") if is_by_content and flags.get(name)}
+    given |= {f"--{name}": "given" for name in ("vision_tower", "tokenizer", "adapter")
+              if is_by_content and flags.get(name)}
     config = {name: value for name, value in flatten(cfg.to_dict()).items()
               if not any(name == key or name.startswith(f"{key}.") for key in _BESIDE)}
     return {
