@@ -184,6 +184,21 @@ def test_dropouts_rate_and_scale():
     assert (np.asarray(layer.apply({"params": params}, x)) == 2).all()
 
 
+def test_rematerialised_layers_draw_the_same_dropout():
+    """The backward pass of a layer that is computed again has the mask of the forward pass; each layer has its own."""
+    config = config_with(CFG, adapter(DECODER, dropout=0.4))
+    checkpoint = attach(random_checkpoint(CFG, 3), config.adapter, 0)
+    params, batch = load_params(checkpoint, scan=True), {**make_batch(), DROPOUT: jax.random.key(5)}
+    flat = flatten_dict(params, sep="/")
+    flat = {name: np.random.default_rng(1).standard_normal(x.shape, np.float32) / 4 if name.endswith("lora_b") else x for name, x in flat.items()}
+    trained, frozen = states.partition(flat, ("decoder/.*_lora_[ab]",))
+    losses = [llava_loss(Llava(config, scan=True, remat=remat)) for remat in ("none", "full")]
+    grads = [jax.jit(jax.grad(lambda t, loss=loss: loss(states.merge(t, frozen), batch)[0]))(trained) for loss in losses]
+    for name in trained:
+        one, two = (np.asarray(each[name]) for each in grads)
+        np.testing.assert_allclose(one, two, atol=2e-5 * np.abs(one).max(), err_msg=name)
+
+
 def test_every_update_and_micro_batch_has_its_own_dropout():
     checkpoint = adapted(dropout=0.3)
     whole, parts, again = (updated(checkpoint, 3, seed=seed, micro_batches=m)[1] for seed, m in ((1, 1), (1, 2), (1, 1)))
