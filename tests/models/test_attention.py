@@ -173,8 +173,8 @@ def program(backend, window):
     return jax.jit(jax.value_and_grad(llava_loss(Llava(cfg, scan=True, remat="qkvo", attention=backend)), has_aux=True))
 
 
-@pytest.mark.parametrize("backend, window", [("xla", None), ("xla", 6), ("splash_interpreted", 6), ("flash_interpreted", 6),
-                                             pytest.param("splash_interpreted", None, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("backend, window", [("xla", 6), ("splash_interpreted", 6), ("flash_interpreted", 6), *(
+    pytest.param(backend, None, marks=pytest.mark.slow) for backend in ("xla", "splash_interpreted"))])
 def test_packed_is_apart(params, backend, window):
     """Several samples with images in a row teach what they teach alone: the sums of losses, and every parameter's gradient.
 

@@ -244,7 +244,7 @@ def test_accumulated_is_whole_with_uneven_counts(params, single, micro_batches):
     assert_same(state, single[0], 2e-5)
 
 
-@pytest.mark.parametrize("mesh", ["data=2,fsdp=2,tp=2", "fsdp=8"])
+@pytest.mark.parametrize("mesh", ["data=2,fsdp=2,tp=2", pytest.param("fsdp=8", marks=pytest.mark.slow)])
 def test_sharded_is_single(params, single, mesh, capfd):
     state, losses = train(build(params, mesh), [make_batch(s) for s in range(4)])
     assert "rematerialization" not in capfd.readouterr().err, "XLA gathers an array that should stay sharded"
