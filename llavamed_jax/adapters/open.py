@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from llavamed_jax.adapters import peft, peft_config
+from llavamed_jax.adapters import peft, peft_config, plain_base
 from llavamed_jax.checkpoints import hub
 from llavamed_jax.checkpoints.checkpoint import Checkpoint
 from llavamed_jax.checkpoints.model_config import tree_root
 from llavamed_jax.checkpoints.open import open_checkpoint
 from llavamed_jax.errors import UserError, exists
+
+PRESET = "preset:"
 
 
 def open_model(path: str | Path, vision_tower: str | Path | None = None,
@@ -30,12 +32,15 @@ def open_model(path: str | Path, vision_tower: str | Path | None = None,
             return open_checkpoint(path, vision_tower)
         path, adapter = _base(hub.local(path)), path
     directory = _adapter(adapter)
+    base = Path(path) if str(path).startswith(PRESET) else hub.local(path)
+    if plain_base.is_plain(base, directory):
+        return plain_base.open_joined(base, directory, None if vision_tower is None else hub.local(vision_tower))
     return peft.apply(open_checkpoint(path, vision_tower), directory)
 
 
 def _is_adapter(path: str | Path) -> bool:
     """Returns whether a PATH is an adapter; fetches one that the PATH names on a hub."""
-    if str(path).startswith("preset:") or exists(tree_root(Path(path)) / "model"):
+    if str(path).startswith(PRESET) or exists(tree_root(Path(path)) / "model"):
         return False
     directory = hub.local(path)
     return exists(directory) and peft.is_adapter(directory)

@@ -25,7 +25,7 @@ from llavamed_jax.checkpoints.tensor import Tensor
 from llavamed_jax.checkpoints.torch.files import read_file
 from llavamed_jax.checkpoints.torch.layout import from_torch
 from llavamed_jax.config import LlavaConfig
-from llavamed_jax.config.adapter import FACTOR_A, FACTOR_B, KERNEL, AdapterConfig, AdapterRule
+from llavamed_jax.config.adapter import FACTOR_A, FACTOR_B, KERNEL, AdapterConfig, AdapterRule, without_factors
 from llavamed_jax.errors import UserError, some
 
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -65,7 +65,7 @@ def apply(checkpoint: Checkpoint, directory: Path) -> Checkpoint:
     adapter = read(directory, checkpoint.config)
     config = checkpoint.config.replace(adapter=adapter.config)
     names.specs(config)
-    changed = frozenset(name for name in adapter.tensors if name in checkpoint.tensors)
+    changed = frozenset(without_factors(adapter.tensors))
     return checkpoint.replace(config=config, tensors={**checkpoint.tensors, **adapter.tensors}, changed=changed,
                               adapter_directory=directory)
 

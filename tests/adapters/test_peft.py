@@ -204,6 +204,40 @@ def test_llavas_layout_is_read_as_it_was_written(saved, tmp_path):
         np.testing.assert_array_equal(again.read(name), checkpoint.read(name), err_msg=name)
 
 
+@pytest.mark.parametrize("weights", ["adapter_model.safetensors", "adapter_model.bin"])
+def test_llavas_adapter_over_a_plain_language_model(saved, tmp_path, weights):
+    """LLaVA's own directory: the base is the language model, the tower lies beside it, the projector in the adapter's directory."""
+    from llavamed_jax.checkpoints import names
+    from llavamed_jax.checkpoints.export.directory import export
+    whole = open_model(saved.base, adapter=saved.adapter)
+    export(merged(whole), tmp_path / "whole", "llava")
+    adapter, base = tmp_path / "llava-lora", tmp_path / "vicuna"
+    peft_write.write(whole, adapter, "llava", base="somebody/vicuna")
+    raw = json.loads((tmp_path / "whole" / "config.json").read_text())
+    raw.pop("llavamed_jax", None)
+    (adapter / "config.json").write_text(json.dumps({**raw, "mm_vision_tower": "somebody/tower"}))
+    if weights.endswith(".bin"):
+        hf.torch.save({key: hf.torch.tensor(x) for key, x in load_file(adapter / "adapter_model.safetensors").items()}, adapter / weights)
+        (adapter / "adapter_model.safetensors").unlink()
+    base.mkdir()
+    (base / "config.json").write_text(json.dumps({**whole.config.decoder.to_hf(), "architectures": ["MistralForCausalLM"]}))
+    save_file({names.decoder_torch_name(spec): np.ascontiguousarray(names.to_torch(name, whole.read(name)))
+               for name, spec in names.decoder_specs(whole.config.decoder).items()}, base / "model.safetensors")
+    tower = hf.transformers.CLIPVisionModel(hf.transformers.CLIPVisionConfig(**hf.VISION))
+    tower.save_pretrained(tmp_path / "tower")
+    found = open_model(base, adapter=adapter)
+    assert found.tensors.keys() == whole.tensors.keys() and found.config.decoder == whole.config.decoder
+    assert open_model(adapter).changed == found.changed == whole.changed  # it finds the base beside it
+    for name in whole.tensors:
+        if not name.startswith("vision_tower/"):
+            np.testing.assert_array_equal(found.read(name), whole.read(name), err_msg=name)
+    name = "vision_tower/embeddings/class_embedding"
+    np.testing.assert_array_equal(found.read(name), tower.state_dict()[next(k for k in tower.state_dict() if k.endswith("class_embedding"))])
+    (adapter / "non_lora_trainables.bin").unlink()
+    with pytest.raises(UserError, match="lacks projector/linear_0/bias, and its base .*vicuna is a plain language model; the projector in"):
+        open_model(adapter)
+
+
 # ---- opening -----------------------------------------------------------------------------------------------------------
 
 
