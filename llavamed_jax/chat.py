@@ -33,10 +33,11 @@ def program(argv: Sequence[str]) -> None:
       UserError: an argument is wrong, or the model cannot be loaded.
     """
     parser = common.Parser(prog="python -m llavamed_jax.chat",
-                           description="Chat with a checkpoint about images. Research use only.")
+                           description="Chat with a checkpoint about images. Research use only.",
+                           epilog=common.MODEL_FLAGS)
     parser.add_argument("--checkpoint", required=True, metavar="PATH",
                         help="a checkpoint in any layout, or a run's workdir")
-    common.add_model_flags(parser)
+    common.add_model_flags(parser, is_listed=False)
     parser.add_argument("--image", action="append", default=[], metavar="FILE",
                         help="an image for the first message; may be repeated")
     parser.add_argument("--system", metavar="TEXT", help="the system text")

@@ -321,8 +321,8 @@ def _parse(key: str, text: str, current: Any, kind: type) -> Any:
     raise UsageError(f"the config key {key!r} is {text!r}; {wanted.get(kind, kind.__name__)} was expected")
 
 
-MODEL_FLAGS = ("model: --vision_tower PATH --tokenizer PATH --template NAME --dtype TYPE --mesh SIZES "
-               "--adapter PATH --quantize TYPE")  # for epilogs
+MODEL_FLAGS = ("model: --vision_tower PATH --tokenizer PATH --template NAME --dtype TYPE --mesh SIZES\n"
+               "       --adapter PATH --quantize int8|int4|nf4")  # for epilogs
 
 
 def add_model_flags(parser: argparse.ArgumentParser, is_listed: bool = True) -> None:

@@ -49,6 +49,7 @@ class Model:
     def __init__(self, args, stops_after=None):
         checkpoint = open_checkpoint(args.checkpoint, args.vision_tower)
         self.processor = Processor.from_checkpoint(checkpoint, tokenizer=args.tokenizer, template=args.template)
+        self.quantize = None
         self.origin, self.tower, self.name = origin(args.checkpoint, checkpoint, args.tokenizer), checkpoint.tower, "m"
         self.mesh = None if args.mesh is None else make_mesh(args.mesh, jax.local_devices())
         self.dtype, self.engine, self.stops_after = _numpy_dtype(args.dtype), type("Engine", (),

@@ -331,7 +331,7 @@ def test_a_start_that_is_none_is_one_sentence(capsys, init):
 
 def test_the_tower_that_is_asked_for_is_the_one_that_is_compiled(monkeypatch):
     asked = []
-    monkeypatch.setattr("llavamed_jax.preflight.programs.open_checkpoint", lambda *names: asked.append(names) or shapes)
+    monkeypatch.setattr("llavamed_jax.preflight.programs.open_model", lambda *names: asked.append(names) or shapes)
     shapes = SimpleNamespace(config="config")
     assert shapes_of(str(ROOT), "finetune small", "clip") == ("config", str(ROOT)) and asked == [(str(ROOT), "clip")]
     assert shapes_of("preset:small", "x", "clip")[1] == "preset:small, with its own tower instead of clip"
