@@ -197,6 +197,18 @@ def test_every_epoch_holds_every_usable_sample_once_and_no_row_too_much(bins, mo
     assert tuple(plan_of(found, Layout(2048, 4, 8, True), seed=1).rows(0).records) != orders[0]
 
 
+def test_every_epoch_shuffles_its_rows_by_a_seed_of_its_own(monkeypatch):
+    """The order of the rows too, not only that of the samples: rows that are packed alike would else stand in the same places."""
+    seeds, pack = [], packing.pack
+    monkeypatch.setattr(packing, "pack", lambda *given: seeds.append(given[4]) or pack(*given))
+    found, layout = some_lengths(60, longest=100), Layout(256, 4, 8, True)
+    for is_shuffled in (True, False):
+        plan = plan_of(found, layout, seed=3, shuffle=is_shuffled)
+        for epoch in range(3):
+            plan.rows(epoch)
+    assert len(set(seeds[:3])) == 3 and None not in seeds[:3] and seeds[3:] == [None] * 3
+
+
 def test_a_place_is_walked_to_over_epochs():
     plan = plan_of(some_lengths(), Layout(2048, 4, 8, True))
     sizes = [len(plan.rows(epoch)) for epoch in range(4)]
