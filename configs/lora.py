@@ -9,17 +9,19 @@ model of both, `convert export-lora` writes the factors as PEFT reads them.
 from ml_collections import ConfigDict
 
 from configs import finetune
-from llavamed_jax.recipes import recipe_arguments
+from llavamed_jax.recipes import RecipeArguments, recipe_arguments
 
 # LLaVA-1.5's scripts/v1_5/finetune_lora.sh: rank 128, alpha 256 and its default dropout of 0.05, factors at 2e-4, projector
 # at 2e-5 (mm_projector_lr), everything else as in finetune.sh. For v15 and v1 the same numbers are our choice.
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    args = recipe_arguments(arg, epochs=0)  # 0: as published
+    return adapted(finetune.get_config(arg), "lora", recipe_arguments(arg, epochs=0))  # 0: as published
 
-    c = finetune.get_config(arg)
-    c.name = f"lora {args.preset}"
+
+def adapted(c: ConfigDict, name: str, args: RecipeArguments) -> ConfigDict:
+    """The recipe of a whole decoder with factors in its place."""
+    c.name = f"{name} {args.preset}"
     c.lora.update(rank=128, alpha=256.0, dropout=0.05)
     c.trainable = ("decoder/.*_lora_[ab]", "projector/.*")
     c.optimizer.learning_rate = 2e-4

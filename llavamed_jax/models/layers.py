@@ -42,7 +42,7 @@ class Linear(nn.Module):
     def __call__(self, x):  # [..., D] -> [..., features]
         """Maps [..., D] to [..., features]."""
         if isinstance(given := self.get_variable("params", "kernel"), kernels.Kernel):
-            y = kernels.product(x, given, self.dtype, self.out_dtype)
+            y = given.product(x, self.dtype, self.out_dtype)
         else:
             kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features))
             kernel = constrain_weight(kernel.astype(self.dtype), *self.axes)

@@ -27,8 +27,31 @@ NF4 = np.array([-1.0, -0.6961928009986877, -0.5250730514526367, -0.3949174880981
                 1.0], np.float32)
 
 
+class Kernel:
+    """A kernel of few bits; the first of its arrays has the kernel's shape."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[D,F], or [L,D,F] for a stack of L layers."""
+        return jax.tree.leaves(self)[0].shape
+
+    def widened(self, dtype):
+        """Returns the kernel [D,F] in `dtype`."""
+        raise NotImplementedError
+
+    def product(self, x, dtype, out_dtype=None):
+        """Returns x [..., D] times the kernel: [..., F].
+
+        Args:
+          x: the input.
+          dtype: dtype of the operands.
+          out_dtype: dtype of the product; None for `dtype`.
+        """
+        return _dot(x.astype(dtype), self.widened(dtype), out_dtype)
+
+
 @flax.struct.dataclass
-class Int8Kernel:
+class Int8Kernel(Kernel):
     """A kernel with a scale for each output.
 
     Attributes:
@@ -39,18 +62,18 @@ class Int8Kernel:
     values: jax.Array
     scale: jax.Array
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """[D,F]."""
-        return self.values.shape
-
     def widened(self, dtype):
         """Returns the kernel [D,F] in `dtype`."""
         return (self.values.astype(jnp.float32) * self.scale).astype(dtype)
 
+    def product(self, x, dtype, out_dtype=None):
+        """Implements `Kernel.product`: int8 is exact in bfloat16, and the scale may follow the product."""
+        y = _dot(x.astype(dtype), self.values.astype(dtype), jnp.float32)
+        return (y * self.scale).astype(out_dtype or dtype)
+
 
 @flax.struct.dataclass
-class Int4Kernel:
+class Int4Kernel(Kernel):
     """A kernel with a scale for each group of inputs and each output.
 
     Attributes:
@@ -63,11 +86,6 @@ class Int4Kernel:
     scales: jax.Array
     zeros: jax.Array | None = None
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """[D,F]."""
-        return self.values.shape
-
     def widened(self, dtype):
         """Returns the kernel [D,F] in `dtype`."""
         values = _grouped(self.values.astype(jnp.float32), self.scales)
@@ -76,7 +94,7 @@ class Int4Kernel:
 
 
 @flax.struct.dataclass
-class Nf4Kernel:
+class Nf4Kernel(Kernel):
     """A kernel of nf4 codes.
 
     Attributes:
@@ -87,18 +105,10 @@ class Nf4Kernel:
     codes: jax.Array
     absmax: jax.Array
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """[D,F]."""
-        return self.codes.shape
-
     def widened(self, dtype):
         """Returns the kernel [D,F] in `dtype`."""
         values = jnp.take(jnp.asarray(NF4), self.codes.astype(jnp.int32), axis=0)
         return (_grouped(values, self.absmax) * self.absmax[:, None]).reshape(self.shape).astype(dtype)
-
-
-Kernel = Int8Kernel | Int4Kernel | Nf4Kernel
 
 
 def axes_of(rules: Sequence[tuple[str, tuple[str | None, ...]]]) -> list[tuple[str, tuple[str | None, ...]]]:
@@ -115,20 +125,8 @@ def axes_of(rules: Sequence[tuple[str, tuple[str | None, ...]]]) -> list[tuple[s
     return out
 
 
-def product(x, kernel: Kernel, dtype, out_dtype=None):
-    """Returns x [..., D] times a kernel [D,F]: [..., F].
-
-    Args:
-      x: the input.
-      kernel: the kernel of few bits.
-      dtype: dtype of the operands.
-      out_dtype: dtype of the product; None for `dtype`.
-    """
-    x, last = x.astype(dtype), (((x.ndim - 1,), (0,)), ((), ()))
-    if isinstance(kernel, Int8Kernel):  # int8 is exact in bfloat16, and the scale may follow the product
-        y = jax.lax.dot_general(x, kernel.values.astype(dtype), last, preferred_element_type=jnp.float32)
-        return (y * kernel.scale).astype(out_dtype or dtype)
-    return jax.lax.dot_general(x, kernel.widened(dtype), last, preferred_element_type=out_dtype)
+def _dot(x, kernel, out_dtype):
+    return jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())), preferred_element_type=out_dtype)
 
 
 def _grouped(values, by_group):
