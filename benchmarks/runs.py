@@ -23,15 +23,14 @@ GRACE_S = 20.0  # after which a process or a segment counts as left behind
 MEASURED = ("tokens_per_second", "memory_peak_bytes", "mfu")  # all else in metrics.jsonl follows from the run
 
 
-def write_start(path: Path) -> Path:
-    """A tiny checkpoint with the sample's tokenizer."""
+def write_start(path: Path, vision=(16, 32, 2, 2, 16, 8), decoder=(16, 24, 1, 2, 1, 8)) -> Path:
+    """A tiny checkpoint with the sample's tokenizer; `vision` and `decoder` are the first fields of their configs, V apart."""
     from llavamed_jax.checkpoints.random import random_checkpoint
     from llavamed_jax.checkpoints.tree.model import write_model
     from llavamed_jax.config import DecoderConfig, LlavaConfig, VisionConfig
     from llavamed_jax.text.tokenizer import Tokenizer
     vocabulary = Tokenizer.load(SAMPLE / "tokenizer.model").vocab_size
-    cfg = LlavaConfig(VisionConfig(16, 32, 2, 2, 16, 8),
-                      DecoderConfig(vocabulary, 16, 24, 1, 2, 1, 8, 1e-5, 1e4, 128, architecture="mistral"),
+    cfg = LlavaConfig(VisionConfig(*vision), DecoderConfig(vocabulary, *decoder, 1e-5, 1e4, 128, architecture="mistral"),
                       max_length=64, template="v1.5:mistral_instruct")
     write_model(path, random_checkpoint(cfg), files={"tokenizer.model": SAMPLE / "tokenizer.model"})
     return path

@@ -83,8 +83,7 @@ def load(path: str | Path, dtype=None, quantize=None, mesh: Mesh | str | None = 
         jax.config.update("jax_default_matmul_precision", "highest")
     dtype = _numpy_dtype(dtype)
     model = LlavaMed(checkpoint.config, load_params(checkpoint, dtype, quantize=quantize), processor, dtype, mesh,
-                     Path(adapter or path).name,
-                     checkpoint.tower, origin(path, checkpoint, tokenizer), quantize)
+                     Path(adapter or path).name, checkpoint.tower, origin(path, checkpoint, tokenizer), quantize)
     log.info("%s", model)
     return model
 

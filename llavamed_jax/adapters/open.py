@@ -9,9 +9,9 @@ from llavamed_jax.checkpoints import hub
 from llavamed_jax.checkpoints.checkpoint import Checkpoint
 from llavamed_jax.checkpoints.model_config import tree_root
 from llavamed_jax.checkpoints.open import open_checkpoint
+from llavamed_jax.checkpoints.torch.files import ADAPTER_CONFIG
+from llavamed_jax.config import PRESET
 from llavamed_jax.errors import UserError, exists
-
-PRESET = "preset:"
 
 
 def open_model(path: str | Path, vision_tower: str | Path | None = None,
@@ -61,7 +61,7 @@ def _base(adapter: Path) -> str:
     """Returns the PATH of the base that an adapter's config names."""
     name = peft_config.read(adapter).base
     if name is None:
-        raise UserError(f"{adapter} holds an adapter, and its {peft_config.FILE} names no base; the base as the "
+        raise UserError(f"{adapter} holds an adapter, and its {ADAPTER_CONFIG} names no base; the base as the "
                         "checkpoint and this directory as the adapter (--checkpoint BASE --adapter THIS) were expected")
     for found in (Path(name), adapter.parent / Path(name).name):
         if found.is_dir() and found.resolve() != adapter.resolve():

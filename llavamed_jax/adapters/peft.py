@@ -22,14 +22,12 @@ from llavamed_jax.adapters.peft_config import PeftConfig
 from llavamed_jax.checkpoints import names
 from llavamed_jax.checkpoints.checkpoint import Checkpoint
 from llavamed_jax.checkpoints.tensor import Tensor
-from llavamed_jax.checkpoints.torch.files import read_file
+from llavamed_jax.checkpoints.torch.files import ADAPTER_CONFIG, ADAPTER_OTHERS, ADAPTER_WEIGHTS, read_file
 from llavamed_jax.checkpoints.torch.layout import from_torch
 from llavamed_jax.config import LlavaConfig
 from llavamed_jax.config.adapter import FACTOR_A, FACTOR_B, KERNEL, AdapterConfig, AdapterRule, without_factors
 from llavamed_jax.errors import UserError, some
 
-WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
-OTHERS = "non_lora_trainables.bin"
 START = "base_model.model."
 # Behind a module's name: the adapter's own name ("default") stands in state dicts that PEFT did not strip.
 _FACTOR = re.compile(r"(.+)\.lora_([AB])(?:\.[\w-]+)?\.weight")
@@ -50,7 +48,7 @@ class Adapter(NamedTuple):
 
 def is_adapter(directory: Path) -> bool:
     """Returns whether a directory holds an adapter, and no whole model beside it."""
-    return (directory / peft_config.FILE).is_file() and any((directory / name).is_file() for name in WEIGHTS)
+    return (directory / ADAPTER_CONFIG).is_file() and any((directory / name).is_file() for name in ADAPTER_WEIGHTS)
 
 
 def apply(checkpoint: Checkpoint, directory: Path) -> Checkpoint:
@@ -64,7 +62,6 @@ def apply(checkpoint: Checkpoint, directory: Path) -> Checkpoint:
                         "without an adapter was expected")
     adapter = read(directory, checkpoint.config)
     config = checkpoint.config.replace(adapter=adapter.config)
-    names.specs(config)
     changed = frozenset(without_factors(adapter.tensors))
     return checkpoint.replace(config=config, tensors={**checkpoint.tensors, **adapter.tensors}, changed=changed,
                               adapter_directory=directory)
@@ -77,10 +74,12 @@ def read(directory: Path, model: LlavaConfig) -> Adapter:
       UserError: as `apply`.
     """
     settings = peft_config.read(directory)
-    file = next((directory / name for name in WEIGHTS if (directory / name).is_file()), None)
+    file = next((directory / name for name in ADAPTER_WEIGHTS if (directory / name).is_file()), None)
     if file is None:
-        raise UserError(f"{directory} holds no {' or '.join(WEIGHTS)}; the weights of an adapter were expected")
-    modules = _modules(model)
+        raise UserError(f"{directory} holds no {' or '.join(ADAPTER_WEIGHTS)}; the weights of an adapter were expected")
+    specs, canonical = names.specs(model), _canonical(model)
+    modules = {torch.removesuffix(".weight"): name.removesuffix(KERNEL) for torch, name in canonical.items()
+               if name.endswith(KERNEL) and len(specs[name].shape) == 2}
     factors: dict[str, dict[str, Tensor]] = {}
     whole: dict[str, Tensor] = {}
     for key, tensor in read_file(file).items():
@@ -92,9 +91,10 @@ def read(directory: Path, model: LlavaConfig) -> Adapter:
             whole[f"{saved[1]}.{saved[2]}" if saved else name.replace(".base_layer.", ".")] = tensor
     if not factors:
         raise UserError(f"{file} holds no tensors named …lora_A.weight; the factors of LoRA were expected")
-    tensors = _whole(file, model, whole)
-    if (directory / OTHERS).is_file():
-        tensors |= _whole(directory / OTHERS, model, _stripped(read_file(directory / OTHERS)))
+    tensors = _whole(file, specs, canonical, whole)
+    if (directory / ADAPTER_OTHERS).is_file():
+        others = directory / ADAPTER_OTHERS
+        tensors |= _whole(others, specs, canonical, _stripped(read_file(others)))
     unknown = sorted(module for module in factors if module not in modules)
     if unknown:
         raise UserError(f"{file} has factors of {some(unknown, 3)}, which this model does not have; an adapter of this "
@@ -102,20 +102,16 @@ def read(directory: Path, model: LlavaConfig) -> Adapter:
     rules: dict[str, AdapterRule] = {}
     for module, pair in factors.items():
         name = modules[module]
-        rank = _check_factors(file, settings, module, pair, names.specs(model)[name + KERNEL].shape)
+        rank = _check_factors(file, settings, module, pair, specs[name + KERNEL].shape)
         rules[name] = AdapterRule(name, rank, settings.alpha_of(module))
-        tensors[name + FACTOR_A], tensors[name + FACTOR_B] = _turned(pair["A"]), _turned(pair["B"])
+        tensors[name + FACTOR_A], tensors[name + FACTOR_B] = turned(pair["A"]), turned(pair["B"])
     return Adapter(AdapterConfig(_rules(rules, model), settings.use_rslora, settings.dropout), tensors)
 
 
-def _modules(model: LlavaConfig) -> dict[str, str]:
-    """Returns torch's name of every module with a matrix, in every layout, -> the canonical name of the module."""
-    found = {}
-    for layout in ("transformers", "llava"):
-        for name, spellings in names.torch_names(model, layout).items():
-            if name.endswith(KERNEL) and len(names.specs(model)[name].shape) == 2:
-                found |= {each.removesuffix(".weight"): name.removesuffix(KERNEL) for each in spellings}
-    return found
+def _canonical(model: LlavaConfig) -> dict[str, str]:
+    """Returns torch's name of every tensor, in every layout, -> its canonical name."""
+    return {each: name for layout in ("transformers", "llava")
+            for name, spellings in names.torch_names(model, layout).items() for each in spellings}
 
 
 def _check_factors(file: Path, settings: PeftConfig, module: str, pair: Mapping[str, Tensor],
@@ -143,7 +139,8 @@ def _named(settings: PeftConfig) -> str:
     return f" (it was trained on {settings.base})" if settings.base else ""
 
 
-def _turned(factor: Tensor) -> Tensor:
+def turned(factor: Tensor) -> Tensor:
+    """Returns a factor of torch's orientation in this project's, or the reverse."""
     return Tensor(factor.shape[::-1], factor.dtype, lambda: np.ascontiguousarray(factor.load().T))
 
 
@@ -155,11 +152,9 @@ def _stripped(found: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return out
 
 
-def _whole(file: Path, model: LlavaConfig, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _whole(file: Path, specs: Mapping[str, names.Spec], canonical: Mapping[str, str],
+           found: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Returns whole tensors by canonical name."""
-    specs = names.specs(model)
-    canonical = {each: name for layout in ("transformers", "llava")
-                 for name, spellings in names.torch_names(model, layout).items() for each in spellings}
     out = {}
     for key, tensor in found.items():
         name = canonical.get(key)

@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from llavamed_jax.checkpoints.torch.files import ADAPTER_CONFIG
 from llavamed_jax.config.adapter import MOST_RANK
 from llavamed_jax.config.checks import is_plain
 from llavamed_jax.errors import UserError, short
 from llavamed_jax.utils.files import read_json
 
-FILE = "adapter_config.json"
 # Keys with values that mean plain LoRA; with others the adapter computes something else.
 _PLAIN = {"use_dora": (False, None), "use_qalora": (False, None), "lora_bias": (False, None),
           "fan_in_fan_out": (False, None), "layer_replication": (None,), "megatron_config": (None,),
@@ -24,7 +24,7 @@ _PLAIN = {"use_dora": (False, None), "use_qalora": (False, None), "lora_bias": (
           "target_parameters": (None, [])}
 # Ways of initialising that change the base too, so that the factors do not fit the base of the same name.
 _CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-_LONGEST = 200
+_LONGEST = 10_000  # characters
 # A quantifier over a quantifier, such as (a+)+, can take for ever on a short name.
 _SLOW = re.compile(r"[*+}][^()]*\)[*+{]|\\\d|\(\?[^:P]")
 
@@ -78,9 +78,10 @@ def read(directory: Path) -> PeftConfig:
     Raises:
       UserError: the file is missing or damaged, or the adapter is not plain LoRA.
     """
-    file = directory / FILE
+    file = directory / ADAPTER_CONFIG
     if not file.is_file():
-        raise UserError(f"{directory} holds no {FILE}; the directory of an adapter, as PEFT writes it, was expected")
+        raise UserError(f"{directory} holds no {ADAPTER_CONFIG}; the directory of an adapter, as PEFT writes it, was "
+                        "expected")
     raw = read_json(file)
     _refuse_others(file, raw)
     ranks, alphas = (_patterns(file, raw, key) for key in ("rank_pattern", "alpha_pattern"))
@@ -130,7 +131,7 @@ def _check_pattern(file: Path, key: str, pattern: str) -> None:
         re.compile(pattern)
     except (re.error, RecursionError, OverflowError) as error:
         raise UserError(f"{file} has {key} {short(pattern)}, which is not a regular expression: {error}") from None
-    if len(pattern) > _LONGEST * 50 or _SLOW.search(pattern):
+    if len(pattern) > _LONGEST or _SLOW.search(pattern):
         raise UserError(f"{file} has {key} {short(pattern)}; a regular expression without nested repetition, which "
                         "could take for ever, was expected")
 

@@ -7,13 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from llavamed_jax.adapters import peft, peft_config
+from llavamed_jax.adapters import peft
 from llavamed_jax.checkpoints import names
 from llavamed_jax.checkpoints.checkpoint import Checkpoint
-from llavamed_jax.checkpoints.tensor import Tensor
-from llavamed_jax.checkpoints.torch.write import total_bytes, write_bin, write_file
+from llavamed_jax.checkpoints.torch.files import ADAPTER_CONFIG, ADAPTER_OTHERS
+from llavamed_jax.checkpoints.torch.layout import to_torch
+from llavamed_jax.checkpoints.torch.write import total_bytes, write_bin, write_safetensors
 from llavamed_jax.checkpoints.tree import reference
 from llavamed_jax.config.adapter import FACTOR_A, FACTOR_B, KERNEL, AdapterConfig
 from llavamed_jax.errors import UserError, some
@@ -58,17 +57,17 @@ def write(checkpoint: Checkpoint, out: str | Path, layout: str = "transformers",
     factors = {}
     for module, torch in torch_modules.items():
         for leaf, letter in ((FACTOR_A, "A"), (FACTOR_B, "B")):
-            factors[f"{peft.START}{torch}.lora_{letter}.weight"] = _turned(checkpoint.tensors[module + leaf])
-    whole = {spelled[name]: _in_torch(name, checkpoint.tensors[name]) for name in sorted(checkpoint.changed)
+            factors[f"{peft.START}{torch}.lora_{letter}.weight"] = peft.turned(checkpoint.tensors[module + leaf])
+    whole = {spelled[name]: to_torch(name, checkpoint.tensors[name]) for name in sorted(checkpoint.changed)
              if name in spelled}
     saved = whole if layout == "transformers" else {}
     tensors = factors | {peft.START + name: tensor for name, tensor in saved.items()}
     others = {f"base_model.model.{name}": tensor for name, tensor in whole.items()} if layout == "llava" else {}
     with new_directory(out, total_bytes(tensors | others), checkpoint.sources) as folder:
-        write_file(folder / peft.WEIGHTS[0], tensors, {"format": "pt"})
+        write_safetensors(folder, tensors, metadata={"format": "pt"}, stem="adapter_model")
         if others:
-            write_bin(folder / peft.OTHERS, others)
-        write_json(folder / peft_config.FILE, _config(adapter, torch_modules, saved, _base(checkpoint, base)))
+            write_bin(folder / ADAPTER_OTHERS, others)
+        write_json(folder / ADAPTER_CONFIG, _config(adapter, torch_modules, saved, _base(checkpoint, base)))
     return [*tensors, *others]
 
 
@@ -105,11 +104,3 @@ def _config(adapter: AdapterConfig, modules: Mapping[str, str], saved: Mapping[s
 
 def _plain(alpha: float) -> float | int:
     return int(alpha) if float(alpha).is_integer() else alpha
-
-
-def _turned(factor: Tensor) -> Tensor:
-    return Tensor(factor.shape[::-1], factor.dtype, lambda: np.ascontiguousarray(factor.load().T))
-
-
-def _in_torch(name: str, tensor: Tensor) -> Tensor:
-    return Tensor(names.torch_shape(name, tensor.shape), tensor.dtype, lambda: names.to_torch(name, tensor.load()))

@@ -16,7 +16,7 @@ from llavamed_jax.checkpoints.checkpoint import Checkpoint
 from llavamed_jax.checkpoints.generation_file import with_stop_ids
 from llavamed_jax.checkpoints.model_config import text_files
 from llavamed_jax.checkpoints.preprocessor_file import with_image_settings
-from llavamed_jax.checkpoints.torch.files import read_weights
+from llavamed_jax.checkpoints.torch.files import ADAPTER_OTHERS, read_weights
 from llavamed_jax.checkpoints.torch.layout import canonical
 from llavamed_jax.checkpoints.torch.tower import check_width, fetch_tower, find_tower, tower_config, tower_tensors
 from llavamed_jax.config.decoders import DECODERS
@@ -63,5 +63,5 @@ def open_joined(base: Path, adapter: Path, vision_tower: Path | None) -> Checkpo
     lacking = sorted(name for name in names.specs(joined.config) if name not in joined.tensors)
     if lacking:
         raise UserError(f"{adapter} lacks {lacking[0]}, and its base {base} is a plain language model; the projector "
-                        f"in {peft.OTHERS} was expected")
+                        f"in {ADAPTER_OTHERS} was expected")
     return joined

@@ -16,7 +16,13 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from llavamed_jax.checkpoints.torch.files import PATTERNS, weight_map
+from llavamed_jax.checkpoints.torch.files import (
+    ADAPTER_CONFIG,
+    ADAPTER_OTHERS,
+    ADAPTER_WEIGHTS,
+    PATTERNS,
+    weight_map,
+)
 from llavamed_jax.errors import UsageError, UserError, cut, exists
 from llavamed_jax.utils import terminal
 from llavamed_jax.utils.paths import check
@@ -57,7 +63,7 @@ def _fetch(path: str, weights: bool) -> Path:
     directory = _snapshot(path, name, revision or None, _TEXT)
     if weights:
         # By commit, so that the weights belong to the config that was just read.
-        is_adapter = (directory / "adapter_config.json").is_file()
+        is_adapter = (directory / ADAPTER_CONFIG).is_file()
         directory = (_fetch_adapter if is_adapter else _fetch_weights)(path, name, directory)
     _print_licence(path, directory)
     return directory
@@ -76,8 +82,8 @@ def _fetch_weights(path: str, name: str, directory: Path) -> Path:
 
 def _fetch_adapter(path: str, name: str, directory: Path) -> Path:
     """Fetches the factors of an adapter, and the whole tensors that LLaVA writes beside them."""
-    for file in ("adapter_model.safetensors", "adapter_model.bin"):
-        directory = _snapshot(path, name, directory.name, [file, "non_lora_trainables.bin"])
+    for file in ADAPTER_WEIGHTS:
+        directory = _snapshot(path, name, directory.name, [file, ADAPTER_OTHERS])
         if (directory / file).is_file():
             break
     return directory

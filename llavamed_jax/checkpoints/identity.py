@@ -9,12 +9,11 @@ from pathlib import Path
 
 from llavamed_jax.checkpoints.checkpoint import Checkpoint
 from llavamed_jax.checkpoints.model_config import text_files
-from llavamed_jax.checkpoints.torch.files import weight_files
+from llavamed_jax.checkpoints.torch.files import ADAPTER_CONFIG, ADAPTER_OTHERS, ADAPTER_WEIGHTS, weight_files
 from llavamed_jax.config import OURS
 from llavamed_jax.utils.hashes import sha256_of_files, sha256_of_list, short_hash
 
 _TOWER = ("config.json", "preprocessor_config.json", "processor_config.json", "open_clip_config.json")
-_ADAPTER = ("adapter_config.json", "adapter_model.", "non_lora_trainables.")
 _MANIFEST = "manifest.json"
 
 
@@ -73,8 +72,8 @@ def origin(path: str | Path, checkpoint: Checkpoint, tokenizer: str | Path | Non
         beside |= {f"vision tower: {name}": file for name, file in _named(tower, found).items()}
     if checkpoint.adapter_directory is not None:
         folder = checkpoint.adapter_directory
-        beside |= {f"adapter: {name}": file for name, file in _named(folder, folder.glob("*")).items()
-                   if name.startswith(_ADAPTER)}
+        found = [folder / name for name in (ADAPTER_CONFIG, *ADAPTER_WEIGHTS, ADAPTER_OTHERS)]
+        beside |= {f"adapter: {name}": file for name, file in _named(folder, found).items()}
     if tokenizer is not None:
         source = Path(tokenizer)
         found = text_files(source) if source.is_dir() else {source.name: source, **text_files(source.parent)}

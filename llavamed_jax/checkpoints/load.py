@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Container
+from collections.abc import Collection, Container
 
 import jax
 import numpy as np
@@ -48,33 +48,26 @@ def load_params(checkpoint: Checkpoint, dtype=None, scan: bool = False, only: Co
     flat: dict[str, np.ndarray] = {}
     for name in shapes:
         signals.check()
-        if quantize is not None and ROUNDED.fullmatch(name):
-            kernel = ROUNDINGS[quantize](exact.read(name))
-            if name not in places:
-                flat[name] = kernel
-                continue
-            stacked, layer = places[name]
-            if stacked not in flat:
-                flat[stacked] = jax.tree.map(functools.partial(_empty_stack, len(layers[stacked])), kernel)
-            for whole, part in zip(jax.tree.leaves(flat[stacked]), jax.tree.leaves(kernel), strict=True):
-                whole[layer] = part
-            continue
+        is_rounded = quantize is not None and ROUNDED.fullmatch(name)
+        value = ROUNDINGS[quantize](exact.read(name)) if is_rounded else checkpoint.read(name)
         if name not in places:
-            flat[name] = checkpoint.read(name)
+            flat[name] = value
             continue
         stacked, layer = places[name]
         if stacked not in flat:  # filled in place: stacking copies would hold the model in memory twice
-            dtypes = {checkpoint.tensors[other].dtype for other in layers[stacked]}
-            flat[stacked] = np.empty((len(layers[stacked]), *shapes[name]), np.result_type(*dtypes))
-        flat[stacked][layer] = checkpoint.read(name)
+            dtypes = [] if is_rounded else {checkpoint.tensors[other].dtype for other in layers[stacked]}
+            flat[stacked] = jax.tree.map(functools.partial(_empty_stack, len(layers[stacked]), dtypes), value)
+        for whole, part in zip(jax.tree.leaves(flat[stacked]), jax.tree.leaves(value), strict=True):
+            whole[layer] = part
     checkpoint.tally.warn()
     if checkpoint.config.adapter is not None:
         flat |= _derived(checkpoint.config, scan, only)
     return unflatten_dict(flat, sep="/")
 
 
-def _empty_stack(depth: int, part: np.ndarray) -> np.ndarray:
-    return np.empty((depth, *part.shape), part.dtype)
+def _empty_stack(depth: int, dtypes: Collection[np.dtype], part: np.ndarray) -> np.ndarray:
+    """Returns room for `depth` arrays like `part`, in a dtype that holds all of `dtypes`; its own without any."""
+    return np.empty((depth, *part.shape), np.result_type(*dtypes) if dtypes else part.dtype)
 
 
 def _derived(config: LlavaConfig, scan: bool, only: Container[str] | None) -> dict[str, np.ndarray]:

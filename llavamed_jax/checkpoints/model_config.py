@@ -14,7 +14,7 @@ from llavamed_jax.checkpoints.tensor import Tensor
 from llavamed_jax.checkpoints.torch.files import read_weights, refuse_adapter
 from llavamed_jax.checkpoints.torch.tower import check_width, fetch_tower, find_tower, tower_config
 from llavamed_jax.checkpoints.torch.tower_shape import is_tower, known_shape, shape_of_tensors
-from llavamed_jax.config import OURS, LlavaConfig, VisionConfig, as_object, preset
+from llavamed_jax.config import OURS, PRESET, LlavaConfig, VisionConfig, as_object, preset
 from llavamed_jax.config.hf import is_transformers, llava_from_hf, tower_name
 from llavamed_jax.config.towers import known_name
 from llavamed_jax.errors import UserError, at
@@ -42,7 +42,7 @@ def read_config(path: str | Path, vision_tower: str | Path | None = None) -> Lla
     vision_tower = None if vision_tower is None else hub.local(vision_tower, weights=False)
     if kind == "torch":
         return torch_config(Path(path), vision_tower, lambda: read_weights(Path(path)))[0]
-    config = preset(path.removeprefix("preset:")) if kind == "preset" else tree_config(Path(path))
+    config = preset(path.removeprefix(PRESET)) if kind == "preset" else tree_config(Path(path))
     return config if vision_tower is None else replace_tower(config, vision_tower)
 
 
@@ -76,7 +76,7 @@ def kind_of(path: str | Path, weights: bool = True) -> tuple[str, str]:
     Raises:
       UserError: there is no such directory.
     """
-    if str(path).startswith("preset:"):
+    if str(path).startswith(PRESET):
         return str(path), "preset"
     # A step of a tree need not exist here: opening it raises its own error.
     try:

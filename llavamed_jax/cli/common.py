@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llavamed_jax.cli import processes
+from llavamed_jax.config import QUANTIZED
 from llavamed_jax.errors import UsageError, UserError, cut, short
 from llavamed_jax.recipes import recipe_arguments  # noqa: F401  (users' recipes may import it from here)
 from llavamed_jax.utils import paths, signals, streams, terminal
@@ -322,7 +323,7 @@ def _parse(key: str, text: str, current: Any, kind: type) -> Any:
 
 
 MODEL_FLAGS = ("model: --vision_tower PATH --tokenizer PATH --template NAME --dtype TYPE --mesh SIZES\n"
-               "       --adapter PATH --quantize int8|int4|nf4")  # for epilogs
+               f"       --adapter PATH --quantize {'|'.join(QUANTIZED)}")  # for epilogs
 
 
 def add_model_flags(parser: argparse.ArgumentParser, is_listed: bool = True) -> None:
@@ -337,8 +338,8 @@ def add_model_flags(parser: argparse.ArgumentParser, is_listed: bool = True) -> 
                        help=said("float32, bfloat16 or float16; default by the device"))
     group.add_argument("--mesh", metavar="SIZES", help=said("such as data=2,tp=4; default: one device"))
     group.add_argument("--adapter", metavar="PATH", help=said("a LoRA adapter that is put onto the checkpoint"))
-    group.add_argument("--quantize", metavar="TYPE", choices=("int8", "int4", "nf4"),
-                       help=said("rounds the decoder's kernels: int8, int4 or nf4"))
+    group.add_argument("--quantize", metavar="TYPE", choices=QUANTIZED,
+                       help=said(f"rounds the decoder's kernels: {', '.join(QUANTIZED)}"))
 
 
 def add_preflight_flags(parser: argparse.ArgumentParser) -> None:
@@ -389,7 +390,6 @@ def load_assistant(args: argparse.Namespace):
     from llavamed_jax.cli import compilation_cache
     compilation_cache.enable()
     model = load(args.checkpoint, dtype=args.dtype, mesh=args.mesh, vision_tower=args.vision_tower,
-                 tokenizer=args.tokenizer, template=args.template, adapter=args.adapter,
-                 quantize=args.quantize)
+                 tokenizer=args.tokenizer, template=args.template, adapter=args.adapter, quantize=args.quantize)
     print(terminal.sentence(f"{args.checkpoint}: vision tower: {model.tower}"), file=sys.stderr)  # stdout has answers
     return model

@@ -26,6 +26,7 @@ IMAGE_TOKEN = -200  # stands for an image in token ids (LLaVA's IMAGE_TOKEN_INDE
 IGNORE = -100  # a label that is not supervised
 MOST_BEAMS = 128  # limit of a beam search, which keeps a cache for each beam
 PAD_TOKEN = -1  # pads short rows of `logits` on the right
+QUANTIZED = ("int8", "int4", "nf4")  # how kernels may be rounded (`quantized.rounding.ROUNDINGS`)
 # The key of an exported config.json for settings that the layout itself has no key for.
 OURS = "llavamed_jax"
 

@@ -13,6 +13,8 @@ from llavamed_jax.config.towers.clip import VisionConfig
 from llavamed_jax.config.towers.vit import BIOMEDCLIP
 from llavamed_jax.errors import UserError
 
+PRESET = "preset:"  # what a PATH of random weights begins with; a preset's name follows
+
 
 def _decoder(arch, hidden, ffn, layers, heads, kv, vocab=32000, eps=1e-5, theta=1e4, positions=4096) -> DecoderConfig:
     return DecoderConfig(vocab, hidden, ffn, layers, heads, kv, hidden // heads, eps, theta, positions,

@@ -16,14 +16,13 @@ from ml_collections import ConfigDict
 
 from llavamed_jax.adapters.lora import adapter_of, config_with
 from llavamed_jax.adapters.open import open_model
-from llavamed_jax.config import PRESETS, LlavaConfig, preset
+from llavamed_jax.config import PRESET, PRESETS, LlavaConfig, preset
 from llavamed_jax.errors import UsageError, cut, short
 from llavamed_jax.parallel.mesh import batch_sharding
 from llavamed_jax.pipeline.packing import Update, rows_an_update
 from llavamed_jax.training.program import Program, bytes_a_device, open_mesh
 from llavamed_jax.training.recipe import TABLE
 from llavamed_jax.training.rows import check_positions, check_rows, row_multiple
-from llavamed_jax.training.start import PRESET
 from llavamed_jax.training.step import make_train_step
 from llavamed_jax.training.throughput import training_flops
 

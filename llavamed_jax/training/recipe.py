@@ -16,6 +16,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from llavamed_jax.config import PRESET, QUANTIZED
 from llavamed_jax.config.adapter import MOST_RANK
 from llavamed_jax.errors import UsageError
 from llavamed_jax.utils.nested import flatten
@@ -138,7 +139,7 @@ SCHEMA: Mapping[str, Key] = MappingProxyType({
                            "(vision_tower/layers_-[1-4]/.*: the last four); a pair of the embedding's name and a "
                            "list of tokens trains only their rows"),
     "quantize": _open("rounds the frozen kernels of the decoder's layers, beside which factors are trained (QLoRA)",
-                      choices=("int8", "int4", "nf4")),
+                      choices=QUANTIZED),
     "optimizer.learning_rate": _number("the peak learning rate", more_than=0, most=LARGEST_RATE),
     "optimizer.warmup_ratio": _number("the share of updates in the warm-up", least=0, most=1),
     "optimizer.weight_decay": _number("AdamW's weight decay", least=0),
@@ -211,7 +212,7 @@ def check(cfg: ConfigDict) -> None:
     if cfg.lora.rank and not cfg.lora.targets:
         raise UsageError("the config key 'lora.targets' is empty; regular expressions over modules' names, such as "
                          "decoder/layers_\\d+/.*_proj, were expected")
-    if cfg.vision_tower is not None and cfg.init.startswith("preset:"):
+    if cfg.vision_tower is not None and cfg.init.startswith(PRESET):
         raise UsageError(f"the config key 'vision_tower' is {cfg.vision_tower!r}, but init is {cfg.init!r}, whose "
                          "tower is random; none was expected, or a checkpoint as init")
     if cfg.checkpoint.keep_best and not cfg.data.validation:

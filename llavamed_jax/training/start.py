@@ -15,12 +15,11 @@ from llavamed_jax.checkpoints.checkpoint import Checkpoint
 from llavamed_jax.checkpoints.model_config import TEXT_FILES
 from llavamed_jax.checkpoints.open import open_checkpoint
 from llavamed_jax.checkpoints.random import random_checkpoint
-from llavamed_jax.config import preset
+from llavamed_jax.config import PRESET, preset
 from llavamed_jax.errors import UsageError, UserError
 from llavamed_jax.text.templates import get_template
 from llavamed_jax.text.tokenizer import TOKENIZERS, Tokenizer
 
-PRESET = "preset:"
 _OF_TOKENIZERS = ("tokenizer", "added_", "special_")
 
 

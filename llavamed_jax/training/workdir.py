@@ -12,7 +12,9 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from llavamed_jax.config import PRESET
 from llavamed_jax.errors import UsageError, UserError, exists
+from llavamed_jax.training.recipe import SCHEMA
 from llavamed_jax.utils.files import write_whole
 from llavamed_jax.utils.nested import flatten
 
@@ -21,8 +23,8 @@ _LENGTH = ("epochs", "total_steps")
 MAY_DIFFER = (*_LENGTH, "log_every", "samples_every", "data.samples", "nan_limit", "checkpoint.", "data.workers",
               "mesh.")
 # Keys that older recipes lack, and the value that older runs used. Such a run keeps this value on resuming.
-LATER = {"loss_weighting": "token", "quantize": None, "lora.rank": 0, "lora.alpha": 16.0, "lora.dropout": 0.0,
-         "lora.rslora": False, "lora.targets": (r"decoder/layers_\d+/.*_proj",)}
+LATER = {key: SCHEMA[key].default for key in ("loss_weighting", "quantize", *(
+    key for key in SCHEMA if key.startswith("lora.")))}
 _RENAMED = {"data.protocol": "protocol"}  # older name -> present name
 
 
@@ -112,7 +114,7 @@ def begin_anew(workdir: Path, cfg: ConfigDict) -> None:
       UserError: the directory holds a model that no run wrote and that the run's steps would overwrite.
       UsageError: `init` is the directory's own model.
     """
-    start = None if cfg.init.startswith("preset:") else Path(cfg.init)
+    start = None if cfg.init.startswith(PRESET) else Path(cfg.init)
     if start is not None and exists(start) and start.is_dir():
         inside = (start.resolve().relative_to(workdir.resolve()).parts
                   if start.resolve().is_relative_to(workdir.resolve()) else None)

@@ -19,6 +19,7 @@ from llavamed_jax.checkpoints.load import load_params
 from llavamed_jax.checkpoints.open import open_checkpoint
 from llavamed_jax.checkpoints.random import random_checkpoint
 from llavamed_jax.checkpoints.tensor import Tensor
+from llavamed_jax.checkpoints.tree import reference
 from llavamed_jax.config import LlavaConfig
 from llavamed_jax.config.adapter import AdapterConfig, AdapterRule, is_derived, is_factor
 from llavamed_jax.errors import UsageError, UserError
@@ -309,6 +310,14 @@ def test_a_base_that_changed_or_went_is_said(run, tmp_path):
     (here / "base.json").write_text("{}")
     with pytest.raises(UserError, match="base.json is damaged"):
         open_checkpoint(here)
+
+
+def test_a_tower_by_its_name_on_a_hub_is_written_as_the_directory_it_was_fetched_to(run, tmp_path, monkeypatch):
+    folder, start = run
+    checkpoint = attach(open_checkpoint(start), adapter(DECODER), 0)
+    monkeypatch.setattr(reference.hub, "local", lambda name: tmp_path / "cache" / name)
+    reference.write(tmp_path, checkpoint, "openai/clip")
+    assert json.loads((tmp_path / "base.json").read_text())["vision_tower"] == str(tmp_path / "cache" / "openai/clip")
 
 
 def test_another_base_of_the_same_shape_is_refused(run, tmp_path):

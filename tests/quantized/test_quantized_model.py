@@ -11,16 +11,13 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 import llavamed_jax as lm
 from llavamed_jax.checkpoints.load import load_params
 from llavamed_jax.checkpoints.open import open_checkpoint
-from llavamed_jax.checkpoints.random import random_checkpoint
-from llavamed_jax.checkpoints.tree.model import write_model
-from llavamed_jax.config import DecoderConfig, LlavaConfig, VisionConfig
+from llavamed_jax.config import QUANTIZED
 from llavamed_jax.errors import UserError
 from llavamed_jax.models.llava import Llava
 from llavamed_jax.models.stacking import unstack
 from llavamed_jax.quantized.kernels import Kernel
 from llavamed_jax.quantized.rounding import ROUNDINGS
-from llavamed_jax.text.tokenizer import Tokenizer
-from tests.support.training_runs import SAMPLE
+from tests.support.training_runs import write_start
 
 IDS = np.arange(3, 27, dtype=np.int32)[None]
 
@@ -28,13 +25,7 @@ IDS = np.arange(3, 27, dtype=np.int32)[None]
 @pytest.fixture(scope="module")
 def path(tmp_path_factory):
     """A model with widths that groups divide."""
-    out = tmp_path_factory.mktemp("quantized") / "model"
-    vocabulary = Tokenizer.load(SAMPLE / "tokenizer.model").vocab_size
-    cfg = LlavaConfig(VisionConfig(32, 64, 2, 2, 16, 8),
-                      DecoderConfig(vocabulary, 64, 128, 2, 4, 2, 16, 1e-5, 1e4, 128, architecture="mistral"),
-                      max_length=64, template="v1.5:mistral_instruct")
-    write_model(out, random_checkpoint(cfg), files={"tokenizer.model": SAMPLE / "tokenizer.model"})
-    return out
+    return write_start(tmp_path_factory.mktemp("quantized") / "model", (32, 64, 2, 2, 16, 8), (64, 128, 2, 4, 2, 16))
 
 
 @pytest.mark.parametrize("name", ROUNDINGS)
@@ -109,7 +100,6 @@ def test_an_adapter_stays_exact_over_a_rounded_base(path):
 
 
 def test_widths_that_no_group_divides_are_one_sentence(tmp_path):
-    from tests.support.training_runs import write_start
     start = write_start(tmp_path / "start")
     with pytest.raises(UserError, match="none of them divides the width 16 of a kernel; int8 was expected"):
         lm.load(start, quantize="int4")
@@ -130,3 +120,7 @@ def test_an_evaluation_records_it_and_does_not_mix(path, tmp_path):
     before = (tmp_path / "out" / "predictions.jsonl").read_text()
     assert main([*argv[:-1], "nf4"]) == 0
     assert asked()["quantize"] == "nf4" and (tmp_path / "out" / "predictions.jsonl").read_text() != before
+
+
+def test_the_names_of_the_roundings_are_those_of_the_flags():
+    assert QUANTIZED == tuple(ROUNDINGS)

@@ -25,7 +25,7 @@ from llavamed_jax.checkpoints.tensor import Tensor
 from llavamed_jax.checkpoints.torch.files import read_file, read_weights, refuse_adapter
 from llavamed_jax.checkpoints.torch.layout import canonical, from_torch
 from llavamed_jax.checkpoints.torch.tower import tower_config, tower_tensors
-from llavamed_jax.config import LlavaConfig, preset, projector_depth
+from llavamed_jax.config import PRESET, LlavaConfig, preset, projector_depth
 from llavamed_jax.config.decoders import DECODERS
 from llavamed_jax.config.hf import joined, plain_decoder
 from llavamed_jax.errors import UsageError, UserError, at, cut, exists, short, some
@@ -33,7 +33,6 @@ from llavamed_jax.text.templates import get_template, language_template
 from llavamed_jax.text.tokenizer import Tokenizer, find_tokenizer
 from llavamed_jax.utils.files import read_json
 
-PRESET = "preset:"
 # A tokenizer with more tokens than this beyond the table's rows is another model's; a few may have been added to it.
 _MOST_ADDED = 64
 # Keys of an original's config.json beside an mm_projector.bin, and the config fields that they set.

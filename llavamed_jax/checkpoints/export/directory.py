@@ -15,6 +15,7 @@ from llavamed_jax.checkpoints.export.tokenizer import ids_in_transformers
 from llavamed_jax.checkpoints.generation_file import FILE as GENERATION
 from llavamed_jax.checkpoints.generation_file import copy_files, settings_for
 from llavamed_jax.checkpoints.tensor import Tensor
+from llavamed_jax.checkpoints.torch.layout import to_torch
 from llavamed_jax.checkpoints.torch.write import Progress, total_bytes, write_safetensors
 from llavamed_jax.config import OURS
 from llavamed_jax.config.hf import llava_to_hf
@@ -71,9 +72,7 @@ def export(checkpoint: Checkpoint, out: str | Path, layout: str = "transformers"
 
 def _in_torch(checkpoint: Checkpoint, spelled: Mapping[str, str]) -> dict[str, Tensor]:
     """Returns tensors under torch names, in torch's orientation."""
-    def convert(name, tensor):
-        return Tensor(names.torch_shape(name, tensor.shape), tensor.dtype, lambda: names.to_torch(name, tensor.load()))
-    return {key: convert(name, checkpoint.tensors[name]) for name, key in spelled.items()}
+    return {key: to_torch(name, checkpoint.tensors[name]) for name, key in spelled.items()}
 
 
 def _padded_vocabulary(checkpoint: Checkpoint, rows: int) -> dict[str, Tensor]:

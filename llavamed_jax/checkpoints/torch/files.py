@@ -34,6 +34,9 @@ _TORCH_DTYPES = {"torch.float64": "F64", "torch.float32": "F32", "torch.float16"
 # directory has other .bin files too (training_args.bin, optimizer.bin).
 _SAFE = "*.safetensors"
 PATTERNS = (_SAFE, "pytorch_model*.bin", "open_clip_pytorch_model*.bin")
+# An adapter's files: what PEFT writes, and the whole tensors that LLaVA's training writes beside it.
+ADAPTER_CONFIG, ADAPTER_OTHERS = "adapter_config.json", "non_lora_trainables.bin"
+ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
@@ -60,7 +63,7 @@ def refuse_adapter(directory: Path) -> None:
 
     PEFT writes an adapter alone; LLaVA's training writes `non_lora_trainables.bin` and the model's config beside it.
     """
-    of_adapter = sorted(file.name for pattern in ("adapter_config.json", "adapter_model*", "non_lora_trainables.bin")
+    of_adapter = sorted(file.name for pattern in (ADAPTER_CONFIG, "adapter_model*", ADAPTER_OTHERS)
                         for file in directory.glob(pattern))
     is_whole = any(file.name not in of_adapter
                    for pattern in PATTERNS for file in directory.glob(f"{pattern}*"))

@@ -104,6 +104,11 @@ def from_torch(name: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
     return Tensor(shape, tensor.dtype, lambda: names.from_torch(name, tensor.load()[:rows]))
 
 
+def to_torch(name: str, tensor: Tensor) -> Tensor:
+    """Reverses `from_torch` for a tensor of a whole vocabulary."""
+    return Tensor(names.torch_shape(name, tensor.shape), tensor.dtype, lambda: names.to_torch(name, tensor.load()))
+
+
 def _without_tied_head(where: Path, found: Mapping[str, Tensor], spellings: Mapping[str, Iterable[str]],
                        layout: str) -> Mapping[str, Tensor]:
     """Drops the second copy of a tied head, which `.bin` files have; UserError if it differs from the embedding."""

@@ -35,7 +35,7 @@ def _bytes(tensor: Tensor) -> int:
 
 
 def write_safetensors(directory: Path, tensors: Mapping[str, Tensor], progress: Progress = iter,
-                      metadata: dict[str, str] | None = None) -> None:
+                      metadata: dict[str, str] | None = None, stem: str = "model") -> None:
     """Writes `model.safetensors`, or shards of at most `SHARD_BYTES` (one tensor may be larger) with an index.
 
     At most two tensors are in memory: the one that is being written and the next one.
@@ -45,6 +45,7 @@ def write_safetensors(directory: Path, tensors: Mapping[str, Tensor], progress: 
       tensors: tensors by name.
       progress: wraps the names of the tensors.
       metadata: metadata in the header of each file.
+      stem: what the files' names begin with.
     """
     shards, sizes = [[]], [0]
     for name, tensor in tensors.items():
@@ -56,8 +57,8 @@ def write_safetensors(directory: Path, tensors: Mapping[str, Tensor], progress: 
         sizes[-1] += size
     shards = [{name: tensors[name] for name in sorted(shard, key=lambda name: -tensors[name].dtype.itemsize)}
               for shard in shards]
-    files = ["model.safetensors"] if len(shards) == 1 else [
-        f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    files = [f"{stem}.safetensors"] if len(shards) == 1 else [
+        f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
     arrays = _read_ahead(tensor for shard in shards for tensor in shard.values())
     on_their_way = iter(progress([name for shard in shards for name in shard]))
     for file, shard in zip(files, shards):
@@ -66,20 +67,8 @@ def write_safetensors(directory: Path, tensors: Mapping[str, Tensor], progress: 
         pass
     if len(shards) > 1:
         weight_map = {name: file for file, shard in zip(files, shards) for name in shard}
-        write_json(directory / "model.safetensors.index.json",
+        write_json(directory / f"{stem}.safetensors.index.json",
                    {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map})
-
-
-def write_file(file: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Writes one `.safetensors` file, for tensors that are small together.
-
-    Args:
-      file: the file to write.
-      tensors: tensors by name.
-      metadata: metadata in the header.
-    """
-    ordered = {name: tensors[name] for name in sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)}
-    _write_shard(file, ordered, _read_ahead(ordered.values()), metadata)
 
 
 def write_bin(file: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 
+from llavamed_jax.checkpoints import hub
 from llavamed_jax.checkpoints.checkpoint import Checkpoint
 from llavamed_jax.checkpoints.identity import origin
 from llavamed_jax.checkpoints.tensor import Tensor
@@ -50,7 +51,7 @@ def write(root: Path, checkpoint: Checkpoint, vision_tower: str | Path | None) -
       checkpoint: the checkpoint that the run starts from, with the run's adapter.
       vision_tower: the tower that replaced the checkpoint's own; None for its own.
     """
-    directory, tower = checkpoint.directory.absolute(), vision_tower and str(Path(vision_tower).absolute())
+    directory, tower = checkpoint.directory.absolute(), vision_tower and str(hub.local(vision_tower).absolute())
     hashes = _weights(origin(directory, checkpoint).hashes())
     write_json(root / FILE, {"checkpoint": str(directory), "vision_tower": tower, "sha256": hashes})
 
