@@ -123,7 +123,8 @@ def write(sources: Sequence[Path], out: Path, held_out: Iterable[str] = ()) -> d
       The number of records in each file.
     """
     left_out = set(held_out)
-    samples = [sample for source in sources for sample in read(source) if sample.image.name not in left_out]
+    # A relative image would be looked for beside the file that names it.
+    samples = [sample for source in sources for sample in read(source.absolute()) if sample.image.name not in left_out]
     captions, conversations = texts(samples)
     files = {"captions.json": captions, "conversations.json": conversations}
     out.mkdir(parents=True, exist_ok=True)
