@@ -17,6 +17,7 @@ from llavamed_jax.cli import eval as eval_cli
 from llavamed_jax.cli import train as train_cli
 from llavamed_jax.cli import verify_release
 from llavamed_jax.config import PRESETS
+from llavamed_jax.curation import __main__ as curation
 from llavamed_jax.evaluation import metrics
 from llavamed_jax.evaluation.answering import asked
 from llavamed_jax.evaluation.scoring import captions, registry, score
@@ -95,6 +96,23 @@ def test_flags_are_those_of_the_conversions(parser_of):
         assert flags_on_page(f"convert {name}") == flags_of(parser), name
 
 
+def curation_parsers(parser_of) -> dict[str, argparse.ArgumentParser]:
+    """The parser of each command of the room; the command line adds the flags of the one that is typed."""
+    found = {}
+    for name in curation.COMMANDS:
+        parser = parser_of(lambda _, name=name: curation.program([name]))
+        (commands,) = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+        found[name] = commands.choices[name]
+    return found
+
+
+def test_flags_are_those_of_the_curation(parser_of):
+    parsers = curation_parsers(parser_of)
+    assert set(re.findall(r"^#### curation ([\w-]+)$", PAGE, re.M)) == set(parsers)
+    for name, parser in parsers.items():
+        assert flags_on_page(f"curation {name}") == flags_of(parser), name
+
+
 def test_what_a_flag_may_be_is_said(parser_of):
     """Every choice of a flag stands in its row; a flag that is required says so, or its section's text does."""
     for title in PROGRAMS:
@@ -117,7 +135,7 @@ def test_flags_in_the_text_exist(parser_of):
     commands = next(
         action for action in parser_of(convert_cli.program)._actions if isinstance(action, argparse._SubParsersAction)
     ).choices
-    known = known.union(*map(flags_of, commands.values())) | {"--help"}
+    known = known.union(*map(flags_of, (*commands.values(), *curation_parsers(parser_of).values()))) | {"--help"}
     assert not {flag for flag in re.findall(r"(?<![\w-])--[a-z]\w*", PAGE)} - known
 
 
