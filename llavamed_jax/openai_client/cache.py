@@ -17,7 +17,7 @@ if TYPE_CHECKING:  # at run time it would import the client
     from llavamed_jax.openai_client.replies import Reply
 
 
-class JudgeCache:
+class ReplyCache:
     """A file of replies that only grows.
 
     A line is an object with `key`, `text`, `finish_reason`, `prompt_tokens` and `completion_tokens`.
@@ -27,15 +27,16 @@ class JudgeCache:
 
     Args:
       path: the file; made by the first `add` if it does not exist.
+      what: what errors call the replies.
 
     Raises:
       UserError: the file cannot be read or written.
     """
 
-    def __init__(self, path: Path):
-        self.path, self._lines = path, {}
+    def __init__(self, path: Path, what: str = "the judge's replies"):
+        self.path, self._what, self._lines = path, what, {}
         try:
-            data = read_bytes(path, f"the file of the judge's replies {path}")
+            data = read_bytes(path, f"the file of {what} {path}")
         except FileNotFoundError:
             data = b""
         self._is_whole = not data or data.endswith(b"\n")
@@ -51,6 +52,9 @@ class JudgeCache:
 
     def __contains__(self, key: str) -> bool:
         return key in self._lines
+
+    def __len__(self) -> int:
+        return len(self._lines)
 
     def get(self, key: str) -> Reply | None:
         """Returns the reply under a key; None if there is none."""
@@ -69,10 +73,13 @@ class JudgeCache:
                       file=sys.stderr)
                 line = "".join(json.dumps({"key": each} | kept) + "\n" for each, kept in self._lines.items()) + line
             descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+            data = ("" if self._is_whole else "\n").encode() + line.encode()
+            self._is_whole = False
             with open(descriptor, "wb", buffering=0) as file:
-                file.write(("" if self._is_whole else "\n").encode() + line.encode())
+                while data:  # a disk that is almost full takes a part of a line, and refuses the next write
+                    data = data[file.write(data):]
         except OSError as error:
-            raise UserError(f"the judge's replies {self.path} cannot be written: {error.strerror or error}") from error
+            raise UserError(f"{self._what} {self.path} cannot be written: {error.strerror or error}") from error
         self._is_whole = True
         self._lines[key] = fields
 

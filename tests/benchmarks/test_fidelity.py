@@ -54,10 +54,10 @@ def test_every_row_names_tests_that_exist():
 
 
 def test_what_is_to_come_is_not_here_yet():
-    rooms = {"curation": "curation", "server": "serving", "judge": "evaluation/judging/judge.py"}
+    rooms = {"server": "serving", "judge": "evaluation/judging/judge.py"}
     rows = [*(row[1] for row in fidelity.QUIRKS), *(row[2] for row in fidelity.QUIRKS), *(row[-1] for row in fidelity.GROUPS)]
     found = [word for text in rows for word in re.findall(r"to come with the (\w+)", text)]
-    assert len(found) >= 5
+    assert len(found) >= 1
     stale = [word for word in found if list((ROOT / "llavamed_jax").glob(rooms[word]))]
     assert not stale, f"the rows say that these are to come, and they are here: {stale}"
 

@@ -21,7 +21,7 @@ from llavamed_jax.errors import UserError
 from llavamed_jax.evaluation.answering.answerer import Answer
 from llavamed_jax.evaluation.answering.resume import Partial
 from llavamed_jax.evaluation.scoring import leakage
-from llavamed_jax.openai_client.cache import JudgeCache
+from llavamed_jax.openai_client.cache import ReplyCache
 from llavamed_jax.utils import files
 from tests.support.words import instead
 
@@ -258,5 +258,5 @@ JUDGED = '{"key": "k", "text": "5 6", "finish_reason": "stop", "prompt_tokens": 
     JUDGED.replace("1", "Infinity", 1), JUDGED.replace('"k"', "[1]"), JUDGED.replace('"k"', "7"), JUDGED.replace("1", "true", 1)])
 def test_a_judge_s_replies_of_another_shape(line, tmp_path, capsys):
     (tmp_path / "c.jsonl").write_text("\n".join([line, JUDGED.replace('"k"', '"good"'), ""]))
-    cache = JudgeCache(tmp_path / "c.jsonl")
+    cache = ReplyCache(tmp_path / "c.jsonl")
     assert "1 of 2 lines" in capsys.readouterr().err and "k" not in cache and cache.get("good").text == "5 6"

@@ -12,7 +12,7 @@ import pytest
 from llavamed_jax.cli import eval as cli
 from llavamed_jax.evaluation import results
 from llavamed_jax.evaluation.answering.answerer import Answer
-from llavamed_jax.openai_client.cache import JudgeCache
+from llavamed_jax.openai_client.cache import ReplyCache
 from llavamed_jax.openai_client.replies import Reply
 from tests.evaluation.test_results import ROOT, SAMPLE, SAMPLES, Says
 
@@ -129,7 +129,7 @@ def test_a_file_of_answers_that_is_removed_is_written_anew(evaluate, tmp_path, c
 
 def test_replies_that_were_paid_for_are_written_anew(tmp_path, capsys):
     path = tmp_path / "judge_cache.jsonl"
-    cache = JudgeCache(path)
+    cache = ReplyCache(path)
     for key in "abc":
         if key == "c":
             path.unlink()

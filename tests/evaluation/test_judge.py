@@ -11,7 +11,7 @@ from llavamed_jax.errors import UsageError, UserError
 from llavamed_jax.evaluation.judging.judge import Judge, check_answered, report_unscored
 from llavamed_jax.evaluation.judging.prompts import CHAT_PROMPT, read_prompt, read_scores
 from llavamed_jax.evaluation.judging.settings import judge_settings
-from llavamed_jax.openai_client.cache import JudgeCache, request_key
+from llavamed_jax.openai_client.cache import ReplyCache, request_key
 from llavamed_jax.openai_client.client import ServiceError
 from llavamed_jax.openai_client.replies import Reply
 from tests.support.openai_server import OpenAiServer
@@ -103,18 +103,18 @@ def test_a_file_of_replies_may_be_shared(tmp_path):
 
 def test_half_a_line_is_passed_over_and_the_file_only_grows(tmp_path, capsys):
     path = tmp_path / "replies.jsonl"
-    cache = JudgeCache(path)
+    cache = ReplyCache(path)
     replies = {key: Reply(f"text \u2028 {key} \ud800", "stop", 1, 2) for key in "abc"}
     for key, reply in replies.items():
         cache.add(key, reply)
     whole = path.read_bytes()
     half = whole[:-9]
     path.write_bytes(half)
-    cache = JudgeCache(path)
+    cache = ReplyCache(path)
     assert "1 of 3 lines are not complete replies and are skipped" in capsys.readouterr().err
     assert cache.get("a") == replies["a"] and "c" not in cache and cache.get("c") is None
     cache.add("c", replies["c"])
-    assert path.read_bytes().startswith(half + b"\n") and {key: JudgeCache(path).get(key) for key in "abc"} == replies
+    assert path.read_bytes().startswith(half + b"\n") and {key: ReplyCache(path).get(key) for key in "abc"} == replies
 
 
 _NO_NUMBER = '{"key": "k", "text": "x", "finish_reason": "stop", "prompt_tokens": "x", "completion_tokens": 1}'
@@ -123,9 +123,9 @@ _NO_NUMBER = '{"key": "k", "text": "x", "finish_reason": "stop", "prompt_tokens"
 @pytest.mark.parametrize("line", ["[]", "1", "{}", '{"key": "k"}', _NO_NUMBER, "\xff"])
 def test_lines_that_are_no_replies_count_for_nothing(tmp_path, line, capsys):
     path = tmp_path / "replies.jsonl"
-    JudgeCache(path).add("a", Reply("x", "stop"))
+    ReplyCache(path).add("a", Reply("x", "stop"))
     path.write_bytes(line.encode("latin-1") + b"\n" + path.read_bytes())
-    cache = JudgeCache(path)
+    cache = ReplyCache(path)
     assert cache.get("a") == Reply("x", "stop") and "k" not in cache
     assert "1 of 2 lines" in capsys.readouterr().err
 
@@ -133,8 +133,8 @@ def test_lines_that_are_no_replies_count_for_nothing(tmp_path, line, capsys):
 def test_replies_that_cannot_be_written(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="r.jsonl cannot be read: Not a directory"):
-        JudgeCache(tmp_path / "file" / "r.jsonl")
-    cache = JudgeCache(tmp_path / "r.jsonl")
+        ReplyCache(tmp_path / "file" / "r.jsonl")
+    cache = ReplyCache(tmp_path / "r.jsonl")
     (tmp_path / "r.jsonl").mkdir()
     with pytest.raises(UserError, match="r.jsonl cannot be written: "):
         cache.add("a", Reply("x", "stop"))
@@ -142,7 +142,7 @@ def test_replies_that_cannot_be_written(tmp_path):
 
 def test_a_cache_that_is_a_folder_is_one_sentence(tmp_path):
     with pytest.raises(UserError, match="is a directory; a file was expected"):
-        JudgeCache(tmp_path)
+        ReplyCache(tmp_path)
 
 
 def test_a_key_is_of_model_messages_and_settings():

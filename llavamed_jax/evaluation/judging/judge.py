@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 
 from llavamed_jax.errors import UsageError, UserError, count_of
 from llavamed_jax.evaluation.judging.prompts import JudgePrompt
-from llavamed_jax.openai_client.cache import JudgeCache, request_key
+from llavamed_jax.openai_client.cache import ReplyCache, request_key
 from llavamed_jax.utils import terminal
 from llavamed_jax.utils.progress import progress
 
@@ -117,7 +117,7 @@ class Judge:
         self.service = Service(cfg.endpoint, cfg.model, api_key=os.environ.get("JUDGE_API_KEY") or None,
                                concurrency=cfg.concurrency, timeout=cfg.timeout, retries=cfg.retries,
                                azure_version=cfg.azure_version or None)
-        self.cache = JudgeCache(Path(cfg.cache) if cfg.cache else workdir / CACHE)
+        self.cache = ReplyCache(Path(cfg.cache) if cfg.cache else workdir / CACHE)
         self.n_kept = 0
 
     def estimate(self, texts: Sequence[str]) -> Estimate:

@@ -1,0 +1,278 @@
+"""The command `instruct`: makes conversations about figures by asking a language model behind an API.
+
+    python -m llavamed_jax.curation instruct --figures figures.jsonl --out made --endpoint URL --model NAME
+
+Exit statuses are those of `cli.common.run`; 75 says that a signal or the budget stopped the run with every reply saved.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import math
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from llavamed_jax.curation import instruct_folder, instruct_prompt
+from llavamed_jax.curation.conversations import RULES, Tally, conversations
+from llavamed_jax.curation.figure_file import Figure, FigureFile
+from llavamed_jax.curation.instruct_batch import Batches
+from llavamed_jax.curation.instruct_cost import Budget, Estimate, Prices, tokens_of
+from llavamed_jax.curation.json_list import write_records
+from llavamed_jax.errors import UsageError, UserError, count_of, some
+from llavamed_jax.openai_client.cache import ReplyCache
+from llavamed_jax.utils import signals, terminal
+from llavamed_jax.utils.files import to_jsonl, write_json, write_text
+from llavamed_jax.utils.progress import progress
+
+EXIT_SAVED = 75  # as `cli.common.EXIT_SAVED`
+CONVERSATIONS, DROPPED, SUMMARY = "conversations.json", "dropped.jsonl", "summary.json"
+_GRACE_S = 30.0
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of the command."""
+    add = parser.add_argument
+    add("--figures", metavar="FILE", required=True, help="records with pair_id, fig_caption and in_text_mention")
+    add("--out", metavar="DIR", required=True, help="replies, conversations.json, what was dropped; resumes there")
+    add("--model", metavar="NAME", required=True, help="the model's name on the server")
+    add("--endpoint", metavar="URL", help="http(s)://HOST[:PORT]/v1, or Azure's address; key: OPENAI_API_KEY")
+    add("--azure_version", metavar="NAME", help="Azure's api-version, if the address does not hold it")
+    add("--prompt", metavar="FILE", help="system message and examples; default: this project's own")
+    add("--without_mentions", action="store_true", help="give captions only, as the original does by default")
+    add("--max_figures", metavar="N", type=int, help="at most N figures, round robin over the domains")
+    add("--max_tokens", metavar="N", type=int, default=1024, help="the most tokens of a reply (1024)")
+    add("--temperature", metavar="T", type=float, default=0.0, help="0 is greedy, the default")
+    add("--concurrency", metavar="N", type=int, default=8, help="requests in flight (8)")
+    add("--timeout", metavar="S", type=float, default=120.0, help="seconds for an attempt (120)")
+    add("--retries", metavar="N", type=int, default=8, help="attempts after the first (8)")
+    add("--price_prompt", metavar="X", type=float, help="US dollars for a million prompt tokens")
+    add("--price_answer", metavar="X", type=float, help="US dollars for a million reply tokens")
+    add("--budget", metavar="X", type=float, help="US dollars; stops before it would be exceeded, exit status 75")
+    add("--dry_run", action="store_true", help="say what it will cost; send and write nothing")
+    add("--batch", choices=("write", "read"), help="write files for a batch service, or read its results")
+    add("--batch_results", metavar="FILE", nargs="+", help="with --batch read: files of results and of errors")
+    add("--rules", choices=RULES, default="ours", help="what cleans the replies: ours, or the original's code's rules")
+    add("--seed", metavar="N", type=int, default=0, help="draws the image's side of the first question (0)")
+
+
+def run(args: argparse.Namespace) -> int | None:
+    """Runs the command; returns its exit status.
+
+    Raises:
+      UsageError: a flag is wrong, or the folder belongs to other settings.
+      UserError: a file cannot be read or written, the server cannot be asked, or figures were not answered.
+    """
+    prices = _check(args)
+    prompt = instruct_prompt.read_instruct_prompt(Path(args.prompt) if args.prompt else None)
+    service = None
+    if args.batch is None:
+        from llavamed_jax.openai_client.client import Service  # imports openai, which takes a second
+
+        service = Service(args.endpoint, args.model, concurrency=args.concurrency, timeout=args.timeout,
+                          retries=args.retries, azure_version=args.azure_version)
+    figures, out = FigureFile(Path(args.figures)), Path(args.out)
+    print(figures.describe(), flush=True)
+    if not figures.places():
+        raise UserError(f"{figures.path} has no usable figure: {figures.describe().partition('; ')[2]}")
+    settings = {"model": args.model, "prompt": prompt.wording, "mentions": not args.without_mentions,
+                "max_tokens": args.max_tokens, "temperature": args.temperature}
+    with instruct_folder.opened(out, settings, not args.dry_run) as replies:
+        made = _Run(args, figures, prompt, prices, replies, Batches(out))
+        estimate = made.estimate()
+        print(estimate, flush=True)
+        if args.dry_run:
+            return None
+        if args.batch == "write":
+            return made.write_batch()
+        if args.batch == "read":
+            made.read_batch()
+        else:
+            made.ask(service, estimate)
+        return made.finish(out)
+
+
+def _check(args: argparse.Namespace) -> Prices:
+    at_least = {"--max_figures": 1, "--max_tokens": 1, "--temperature": 0, "--price_prompt": 0, "--price_answer": 0,
+                "--budget": 0}
+    for flag, least in at_least.items():
+        value = getattr(args, flag[2:])
+        if value is not None and not least <= value < math.inf:
+            raise UsageError(f"{flag} is {value}; at least {least} was expected")
+    if args.batch is None and args.endpoint is None:
+        raise UsageError("--endpoint is missing; the server's address was expected, or --batch write")
+    if args.batch is not None and args.endpoint is not None:
+        raise UsageError("--endpoint and --batch are both given; one of them was expected, because a batch is a file")
+    if (args.batch == "read") != (args.batch_results is not None):
+        raise UsageError("--batch read and --batch_results FILES belong together; both were expected")
+    prices = Prices(args.price_prompt, args.price_answer)
+    if args.budget is not None and not prices.is_known:
+        raise UsageError("--budget needs --price_prompt and --price_answer, in US dollars for a million tokens")
+    if args.budget is not None and args.batch == "read":
+        raise UsageError("--budget has no effect with --batch read, whose replies are paid for; leave it out")
+    return prices
+
+
+class _Run:
+    """One start of the command."""
+
+    def __init__(self, args: argparse.Namespace, figures: FigureFile, prompt: instruct_prompt.InstructPrompt,
+                 prices: Prices, replies: ReplyCache, batches: Batches):
+        self.args, self.figures, self.prompt, self.prices = args, figures, prompt, prices
+        self.replies, self.batches = replies, batches
+        self.budget = Budget(args.budget, prices, args.max_tokens)
+        self.failed: dict[str, UserError] = {}
+        self.why_stopped = ""
+
+    def chosen(self) -> Iterator[Figure]:
+        """Yields the figures of this run, in the order in which they are asked about."""
+        return self.figures.round_robin(self.args.max_figures)
+
+    def messages(self, figure: Figure) -> list[dict]:
+        """Returns the request for a figure."""
+        return self.prompt.messages(figure, not self.args.without_mentions)
+
+    def left(self) -> Iterator[Figure]:
+        """Yields the figures that have no reply and are in no batch."""
+        return (figure for figure in self.chosen()
+                if figure.pair_id not in self.replies and not self.batches.is_pending(figure.pair_id))
+
+    def estimate(self) -> Estimate:
+        """Estimates what the rest costs, and adds the cost of the kept replies to the budget."""
+        found = Estimate(max_tokens=self.args.max_tokens, prices=self.prices)
+        for figure in self.chosen():
+            reply = self.replies.get(figure.pair_id)
+            if reply is not None:
+                found.kept += 1
+                self.budget.pay(reply.prompt_tokens or tokens_of(self.messages(figure)), reply.completion_tokens)
+            elif self.batches.is_pending(figure.pair_id):
+                found.pending += 1
+                self.budget.pay(tokens_of(self.messages(figure)), self.args.max_tokens)
+            else:
+                found.requests += 1
+                found.prompt_tokens += tokens_of(self.messages(figure))
+        return found
+
+    def ask(self, service, estimate: Estimate) -> None:
+        """Asks about the figures that are left; stores each reply before the next request."""
+        total = estimate.requests + estimate.kept
+        signals.enter(signals.Phase(lambda: self.kept("stopped"), EXIT_SAVED, grace=_GRACE_S, raises=True))
+        advance, close = progress(total, estimate.kept, "figures") if estimate.requests else (lambda _: None, None)
+        try:
+            while self._wave(service, advance):
+                pass
+        except KeyboardInterrupt as error:
+            if signals.failure():
+                raise UserError(self.kept(str(error))) from None
+            self.why_stopped = "stopped"
+        except UserError as error:
+            raise type(error)(self.kept(str(error)) if len(self.replies) else str(error)) from error
+        finally:
+            if close is not None:
+                close()
+            signals.enter(signals.Phase(lambda: self.kept("stopped"), EXIT_SAVED, grace=_GRACE_S))
+
+    def _wave(self, service, advance) -> bool:
+        """Asks until nothing is left or the budget allows no more; returns whether another wave may go on."""
+        asked: dict[int, Figure] = {}
+        is_short = False
+
+        def requests() -> Iterator[tuple[int, list[dict]]]:
+            nonlocal is_short
+            for number, figure in enumerate(each for each in self.left() if each.pair_id not in self.failed):
+                messages = self.messages(figure)
+                if not self.budget.may_send(figure.pair_id, tokens_of(messages)):
+                    is_short = True
+                    return
+                asked[number] = figure
+                yield number, messages
+
+        found = service.each(requests(), max_tokens=self.args.max_tokens, temperature=self.args.temperature)
+        with contextlib.closing(found):
+            for number, reply in found:
+                name = asked.pop(number).pair_id
+                if isinstance(reply, UserError):
+                    self.failed[name] = reply
+                    self.budget.free(name)
+                else:
+                    self.replies.add(name, reply)
+                    self.budget.settle(name, reply.prompt_tokens, reply.completion_tokens)
+                advance(1)
+        if not is_short:
+            return False
+        next_figure = next((each for each in self.left() if each.pair_id not in self.failed), None)
+        if next_figure is None:
+            return False
+        # Replies are shorter than the longest that was reserved for them, so there may be room for more.
+        if self.budget.may_send(next_figure.pair_id, tokens_of(self.messages(next_figure))):
+            self.budget.free(next_figure.pair_id)
+            return True
+        self.why_stopped = f"the budget of {self.budget.dollars:,.2f} US dollars allows no further request"
+        return False
+
+    def kept(self, why: str) -> str:
+        """Returns the sentence of a run that ends early."""
+        kept = count_of(len(self.replies), "reply is", "replies are")
+        return f"{why}; {kept} kept in {self.args.out}: run again to continue"
+
+    def write_batch(self) -> int | None:
+        """Writes request files for the figures that are left."""
+        def affordable() -> Iterator[Figure]:
+            for figure in self.left():
+                if not self.budget.may_send(figure.pair_id, tokens_of(self.messages(figure))):
+                    self.why_stopped = f"the budget of {self.budget.dollars:,.2f} US dollars allows no further request"
+                    return
+                yield figure
+
+        # All of OpenAI's chat models and vLLM know this name of the limit; the newest models refuse the older one.
+        body = lambda figure: {"model": self.args.model, "messages": self.messages(figure),
+                               "max_completion_tokens": self.args.max_tokens, "temperature": self.args.temperature}
+        files = self.batches.write(affordable(), body)
+        for file, count in files:
+            print(f"{file}: {count_of(count, 'request')}")
+        print("run the files with a batch service or `vllm run-batch`, then --batch read --batch_results FILES"
+              if files else "nothing is left to be written")
+        if self.why_stopped:
+            print(self.why_stopped, file=sys.stderr)
+            return EXIT_SAVED
+        return None
+
+    def read_batch(self) -> None:
+        """Reads the results of batches into the replies."""
+        names = (figure.pair_id for _, figure in self.figures.figures())
+        outcome = self.batches.read(map(Path, self.args.batch_results), names, self.replies)
+        print("results: " + (", ".join(f"{count:,} {name}" for name, count in outcome.items()) or "none"), flush=True)
+
+    def finish(self, out: Path) -> int | None:
+        """Writes the conversations, what was dropped, and the counts; returns the exit status."""
+        tally = Tally()
+        records = conversations(self.chosen(), self.replies.get, self.args.rules, self.args.seed, tally)
+        write_records(out / CONVERSATIONS, records)
+        write_text(out / DROPPED, to_jsonl(tally.lost))
+        kept = [reply for reply in (self.replies.get(each.pair_id) for each in self.chosen()) if reply is not None]
+        tokens = sum(reply.prompt_tokens for reply in kept), sum(reply.completion_tokens for reply in kept)
+        dollars = self.prices.dollars(*tokens) if self.prices.is_known else None
+        try:
+            write_json(out / SUMMARY, {
+                "figures": sum(map(len, self.figures.places().values())), "figures_not_used": self.figures.skipped,
+                "replies": tally.figures, "conversations": tally.records, "pairs": tally.pairs,
+                "dropped_pairs": tally.dropped_pairs, "replies_without_a_conversation": tally.dropped_figures,
+                "images_lost": tally.images_lost, "not_answered": len(self.failed), "prompt_tokens": tokens[0],
+                "completion_tokens": tokens[1], "dollars": dollars, "rules": self.args.rules, "seed": self.args.seed,
+            })  # fmt: skip
+        except OSError as error:
+            raise UserError(f"{out / SUMMARY} cannot be written: {error.strerror or error}") from error
+        print(tally.summary())
+        cost = f", {dollars:,.4f} US dollars" if dollars is not None else ""
+        print(f"{tokens[0]:,} prompt tokens and {tokens[1]:,} reply tokens{cost}, as the server counted them")
+        print(f"written: {out / CONVERSATIONS}, {out / DROPPED}, {out / SUMMARY}", flush=True)
+        if self.failed:
+            names = some([terminal.sentence(name) for name in self.failed])
+            first = next(iter(self.failed.values()))
+            raise UserError(self.kept(f"{count_of(len(self.failed), 'figure was', 'figures were')} not answered "
+                                      f"({names}): {first}"))
+        if self.why_stopped:
+            print(self.kept(self.why_stopped), file=sys.stderr)
+            return EXIT_SAVED
+        return None

@@ -1,0 +1,120 @@
+"""Estimates what generating conversations costs, and keeps a run within its budget.
+
+Tokens are estimated from bytes, since the tokenizer of a served model is unknown. As soon as the server has counted the
+tokens of prompts, the highest number of tokens a byte that it has counted takes the place of the estimate, if that is
+higher.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from llavamed_jax.errors import count_of
+
+BYTES_A_TOKEN = 4  # of English text; only for estimates
+_TOKENS_A_MESSAGE = 4  # role and separators
+
+
+@dataclass(frozen=True)
+class Prices:
+    """Prices in US dollars for a million tokens; None if unknown.
+
+    Attributes:
+      prompt: of a prompt.
+      answer: of a reply.
+    """
+
+    prompt: float | None = None
+    answer: float | None = None
+
+    @property
+    def is_known(self) -> bool:
+        """Whether both prices are known."""
+        return self.prompt is not None and self.answer is not None
+
+    def dollars(self, prompt_tokens: float, answer_tokens: float) -> float:
+        """Returns the cost of so many tokens."""
+        return (prompt_tokens * (self.prompt or 0) + answer_tokens * (self.answer or 0)) / 1e6
+
+
+def tokens_of(messages: Sequence[dict]) -> int:
+    """Estimates the number of tokens of a request."""
+    return sum(math.ceil(len(each["content"].encode()) / BYTES_A_TOKEN) + _TOKENS_A_MESSAGE for each in messages)
+
+
+@dataclass
+class Estimate:
+    """What a run will cost.
+
+    Attributes:
+      requests: number of requests to send.
+      kept: number of replies that are on the disk.
+      pending: number of figures that are in batch files whose results have not been read.
+      prompt_tokens: estimated number of tokens of the prompts.
+      max_tokens: the most tokens of a reply.
+      prices: the prices.
+    """
+
+    requests: int = 0
+    kept: int = 0
+    pending: int = 0
+    prompt_tokens: int = 0
+    max_tokens: int = 0
+    prices: Prices = Prices()
+
+    def __str__(self) -> str:
+        kept = count_of(self.kept, "reply is kept", "replies are kept")
+        kept += f", {count_of(self.pending, 'figure is', 'figures are')} in batches" if self.pending else ""
+        if not self.requests:
+            return f"no requests; {kept}"
+        answers = self.requests * self.max_tokens
+        cost = (f"at most {self.prices.dollars(self.prompt_tokens, answers):,.2f} US dollars" if self.prices.is_known
+                else "the cost is unknown without --price_prompt and --price_answer")
+        return (f"{count_of(self.requests, 'request')}; {kept}; about {self.prompt_tokens:,} prompt tokens (one per "
+                f"{BYTES_A_TOKEN} bytes) and at most {answers:,} reply tokens, not counting repeated requests: {cost}")
+
+
+class Budget:
+    """Says whether the next request fits into a budget, with the requests in flight at their highest cost.
+
+    Args:
+      dollars: the budget; None for no limit.
+      prices: the prices.
+      max_tokens: the most tokens of a reply.
+
+    Attributes:
+      spent: US dollars for the replies so far.
+    """
+
+    def __init__(self, dollars: float | None, prices: Prices, max_tokens: int):
+        self.dollars, self.prices, self.max_tokens = dollars, prices, max_tokens
+        self.spent, self._rate = 0.0, 1.0
+        self._in_flight: dict[object, int] = {}
+
+    def may_send(self, key: object, prompt_tokens: int) -> bool:
+        """Reserves the highest cost of a request and returns True; returns False if that exceeds the budget."""
+        reserved = sum(map(self._highest, self._in_flight.values()))
+        if self.dollars is not None and self.spent + reserved + self._highest(prompt_tokens) > self.dollars:
+            return False
+        self._in_flight[key] = prompt_tokens
+        return True
+
+    def _highest(self, prompt_tokens: int) -> float:
+        return self.prices.dollars(prompt_tokens * self._rate, self.max_tokens)
+
+    def settle(self, key: object, prompt_tokens: int, answer_tokens: int) -> None:
+        """Replaces a reservation by the cost of the reply; a count of 0 means that the server did not count."""
+        estimated = self._in_flight.pop(key)
+        if prompt_tokens:
+            self._rate = max(self._rate, prompt_tokens / estimated)
+        self.pay(prompt_tokens or math.ceil(estimated * self._rate), answer_tokens)
+
+    def free(self, key: object) -> None:
+        """Gives back the reservation of a request that failed."""
+        self._in_flight.pop(key, None)
+
+    def pay(self, prompt_tokens: int, answer_tokens: int) -> None:
+        """Adds the cost of a reply."""
+        self.spent += self.prices.dollars(prompt_tokens, answer_tokens)

@@ -1,0 +1,289 @@
+"""`instruct` against a server with faults: complete, nothing asked twice, records that training reads; batches alike."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+
+import pytest
+
+from llavamed_jax.curation import __main__ as command_line
+from llavamed_jax.curation import instruct_batch, turns
+from llavamed_jax.curation.figure_file import FigureFile
+from llavamed_jax.curation.instruct_cost import Budget, Prices
+from llavamed_jax.curation.instruct_prompt import OWN, read_instruct_prompt
+from llavamed_jax.datasets.records import open_records
+from llavamed_jax.errors import UserError
+from llavamed_jax.openai_client.cache import ReplyCache
+from tests.support.figure_records import conversation, figure, number_of, server, write_lines
+from tests.support.openai_server import FAULTS, OpenAiServer
+
+
+def words(tmp_path, url=None, *more, out="out"):
+    where = ["--endpoint", url, "--timeout", "5", "--retries", "20", "--concurrency", "16"] if url else []
+    return ["instruct", "--figures", str(tmp_path / "figures.jsonl"), "--out", str(tmp_path / out), "--model", "tiny", *where, *more]
+
+
+@pytest.fixture
+def fast(monkeypatch):
+    """Requests are sent again at once."""
+    from llavamed_jax.openai_client import client
+
+    monkeypatch.setattr(client.random, "uniform", lambda low, high: 0.01)
+
+
+def made(tmp_path, out="out"):
+    return json.loads((tmp_path / out / "conversations.json").read_text(encoding="utf-8"))
+
+
+def check(tmp_path, count, out="out"):
+    """What is made of `count` figures, whichever way the replies came."""
+    records = open_records(tmp_path / out / "conversations.json", tmp_path)
+    read = [records[i] for i in range(len(records))]
+    wanted = [n for n in range(count) if n % 20 not in (5, 7, 11)]
+    by_id = {record["id"]: record for record in read}
+    assert sorted(by_id) == sorted(figure(n)["pair_id"] for n in wanted) and len(read) == len(wanted)
+    for n in wanted:
+        record = by_id[figure(n)["pair_id"]]
+        assert record["image"] == [str(tmp_path / f"{figure(n)['pair_id']}.jpg")] and "surplus" not in record
+        assert len(record["conversations"]) == (4 if n % 20 in (3, 17) else 6)
+        assert sum("<image>" in turn["value"] for turn in record["conversations"]) == 1
+        assert "<image>" in record["conversations"][0]["value"]
+        assert record["conversations"][1]["value"] == ("On the left." if n % 20 == 3 else f"It is image {n} with mRNA.")
+    counts = json.loads((tmp_path / out / "summary.json").read_text(encoding="utf-8"))
+    per = count // 20
+    assert counts["replies"] == count and counts["conversations"] == len(wanted)
+    assert counts["dropped_pairs"] == {turns.QUOTES: per, turns.REFUSES: 3 * per, turns.CUT: per}
+    assert counts["replies_without_a_conversation"] == {"no turns in the reply": per, "no pair left": per, "empty reply": per}
+    lost = [json.loads(line) for line in (tmp_path / out / "dropped.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert Counter(each["reason"] for each in lost) == Counter(counts["dropped_pairs"]) + Counter(counts["replies_without_a_conversation"])
+
+
+def test_three_hundred_figures_with_faults_and_a_restart(tmp_path, fast, capsys):
+    write_lines(tmp_path / "figures.jsonl", [figure(n) for n in range(300)])
+    with server(fault_rate=0.12, slow=20, retry_after=0.01) as found:
+        assert command_line.main(words(tmp_path, found.url, "--max_figures", "130")) == 0
+        first = len(found.log)
+        assert command_line.main(words(tmp_path, found.url)) == 0
+        assert not found.asked_without_need() and len(found.log) > first > 130
+        assert set(found.faults_met()) == set(FAULTS)
+        assert len({number_of(each.body) for each in found.log if each.fault is None}) == 300
+        before = len(found.log)
+        whole = (tmp_path / "out" / "conversations.json").read_bytes()
+        assert command_line.main(words(tmp_path, found.url)) == 0  # nothing is left
+        assert len(found.log) == before and (tmp_path / "out" / "conversations.json").read_bytes() == whole
+    check(tmp_path, 300)
+    assert "300 replies are kept" in capsys.readouterr().out
+
+
+def test_the_domains_take_turns_and_the_request_has_the_originals_shape(tmp_path):
+    write_lines(tmp_path / "figures.jsonl", [*(figure(n) for n in range(0, 20, 5)), figure(1), figure(6), figure(2)])
+    with server() as found:
+        assert command_line.main(words(tmp_path, found.url, "--concurrency", "1")[:-4] + ["--max_figures", "5"]) == 0
+        assert [number_of(each.body) for each in found.log] == [0, 1, 2, 5, 6]  # chest X-ray, MRI, CT, chest X-ray, MRI
+        assert command_line.main(words(tmp_path, found.url, "--without_mentions", out="captions")) == 0
+    bodies = {number_of(each.body): each.body for each in found.log[:5]}
+    assert all([each["role"] for each in body["messages"]] == ["system", *["user", "assistant"] * 8, "user"] for body in bodies.values())
+    assert bodies[1]["messages"][-1]["content"] == ("Figure Caption:\nFigure 1: Caption number 1 of a mri image.\n\n"
+                                                    "Figure Context:\n\t- Finding 1 is shown.")
+    assert bodies[0]["messages"][-1]["content"] == "Figure Caption:\nFigure 0: Caption number 0 of a chest_xray image."
+    assert bodies[1]["temperature"] == 0 and bodies[1]["max_tokens"] == 1024
+    assert not any("Figure Context" in each["content"] for logged in found.log[5:] for each in logged.body["messages"])
+
+
+def test_killed_runs_ask_about_no_figure_again(tmp_path):
+    """Every reply that had been stored is kept; at most the requests in flight are repeated."""
+    write_lines(tmp_path / "figures.jsonl", [figure(n) for n in range(60)])
+    with server(delay=0.02) as found:
+        for number in (signal.SIGKILL, signal.SIGTERM):
+            argv = words(tmp_path, found.url, "--concurrency", "4")
+            child = subprocess.Popen([sys.executable, "-m", "llavamed_jax.curation", *argv[:-4], *argv[-2:]], env=os.environ,
+                                     stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, encoding="utf-8")
+            begun, deadline = len(found.log), time.monotonic() + 60
+            while len(found.log) < begun + 15 and time.monotonic() < deadline:
+                time.sleep(0.01)
+            child.send_signal(number)
+            said = child.communicate(timeout=60)[1]
+            assert child.returncode == (-signal.SIGKILL if number == signal.SIGKILL else 75), said
+        assert "run again to continue" in said
+        kept = len(ReplyCache(tmp_path / "out" / "replies.jsonl"))
+        assert 20 <= kept < 60 and len(made(tmp_path)) > 10  # what there is is written after a signal
+        before = len(found.log)
+        assert command_line.main(words(tmp_path, found.url)) == 0
+        assert len(found.log) - before == 60 - kept
+        assert len(found.asked_without_need()) <= 8  # four requests in flight at each stop
+    check(tmp_path, 60)
+
+
+def test_the_batch_path_makes_the_same(tmp_path, fast, monkeypatch, capsys):
+    write_lines(tmp_path / "figures.jsonl", [figure(n) for n in range(100)])
+    monkeypatch.setattr(instruct_batch, "MOST_REQUESTS", 40)
+    monkeypatch.setattr(instruct_batch.Batches.write, "__defaults__", (40, instruct_batch.MOST_BYTES))
+    assert command_line.main(words(tmp_path, None, "--batch", "write")) == 0
+    files = sorted((tmp_path / "out" / "batch").glob("requests-*.jsonl"))
+    requests = [[json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] for file in files]
+    assert [len(each) for each in requests] == [40, 40, 20]
+    flat = sum(requests, [])
+    assert len({each["custom_id"] for each in flat}) == 100
+    assert all((each["method"], each["url"], each["body"]["model"]) == ("POST", "/v1/chat/completions", "tiny") for each in flat)
+    assert flat[0]["body"]["max_completion_tokens"] == 1024 and len(flat[0]["body"]["messages"]) == 18
+
+    assert command_line.main(words(tmp_path, None, "--batch", "write")) == 0  # all are in a batch: nothing is written twice
+    assert "100 figures are in batches" in capsys.readouterr().out and len(list((tmp_path / "out" / "batch").iterdir())) == 3
+    with server() as found:
+        assert command_line.main(words(tmp_path, found.url)) == 0 and not found.log  # nor asked about beside the batch
+
+        def result(number, request, status=200):
+            body = found.completion(request["body"]) if status == 200 else {"error": {"message": "no"}}
+            return json.dumps({"id": f"r{number}", "custom_id": request["custom_id"], "error": None,
+                               "response": {"status_code": status, "request_id": "x", "body": body}}) + "\n"
+
+        lines = [result(n, request, 500 if n < 10 else 200) for n, request in enumerate(flat)]
+    lines += [lines[50], '{"id": "r', "[]\n", "\n", result(999, flat[0] | {"custom_id": "another"}, 429),
+              json.dumps({"id": "e", "custom_id": flat[10]["custom_id"], "response": None, "error": {"code": "batch_expired"}}) + "\n"]
+    results = tmp_path / "results.jsonl"
+    results.write_text("".join(lines[11:] + lines[:11]), encoding="utf-8")  # in another order
+    for _ in range(2):  # the second time changes nothing
+        assert command_line.main(words(tmp_path, None, "--batch", "read", "--batch_results", str(results))) == 0
+        said = capsys.readouterr().out
+        assert len(ReplyCache(tmp_path / "out" / "replies.jsonl")) == 90
+    assert "of figures that have a reply" in said and "damaged lines" in said and "not in a batch" in said
+
+    with server() as found:
+        assert command_line.main(words(tmp_path, found.url)) == 0
+        assert len(found.log) == 10  # those that failed
+    check(tmp_path, 100)
+
+
+def test_batch_files_stay_within_their_limits(tmp_path):
+    assert (instruct_batch.MOST_REQUESTS, instruct_batch.MOST_BYTES) == (50_000, 200_000_000)
+    figures = [each for _, each in FigureFile(write_lines(tmp_path / "f.jsonl", [figure(n) for n in range(30)])).figures()]
+    batches = instruct_batch.Batches(tmp_path)
+    files = batches.write(figures, lambda each: {"text": "ä" * 100}, most_bytes=7000)
+    assert sum(count for _, count in files) == 30 and len(files) > 2
+    assert all(file.stat().st_size <= 7000 for file, _ in files)
+    with pytest.raises(UserError, match="at most 100 were expected"):
+        batches.write(figures, lambda each: {"text": "x" * 100}, most_bytes=100)
+    strange = [figure(1)["pair_id"], "x" * 65, "ünï", "x" * 64]
+    assert [instruct_batch.custom_id(each) == each for each in strange] == [True, False, False, True]
+    assert all(len(instruct_batch.custom_id(each)) <= 64 for each in strange)
+
+
+def test_the_budget_stops_before_it_is_exceeded(tmp_path, capsys):
+    write_lines(tmp_path / "figures.jsonl", [figure(n) for n in range(40)])
+    prices = ["--price_prompt", "1000", "--price_answer", "1000", "--max_tokens", "100"]  # 7 and 10 to 20 tokens are counted
+    with server() as found:
+        assert command_line.main(words(tmp_path, found.url, *prices, "--dry_run")) == 0
+        said = capsys.readouterr().out
+        assert "40 requests; 0 replies are kept; about" in said and "US dollars" in said and not (tmp_path / "out").exists()
+        assert command_line.main(words(tmp_path, found.url, *prices, "--budget", "1")) == 75  # not even one
+        assert not found.log
+        assert "the budget of 1.00 US dollars allows no further request; 0 replies are kept" in capsys.readouterr().err
+        assert command_line.main(words(tmp_path, found.url, *prices, "--budget", "2.5", "--concurrency", "1")[:-4] + [
+            "--budget", "2.5"]) == 75
+        spent = json.loads((tmp_path / "out" / "summary.json").read_text(encoding="utf-8"))
+        assert 2 <= spent["replies"] < 40 and 0 < spent["dollars"] <= 2.5 and len(found.log) == spent["replies"]
+        assert len(made(tmp_path)) == spent["conversations"] > 0
+        assert command_line.main(words(tmp_path, found.url, *prices, "--budget", "100")) == 0
+        assert len(found.log) == 40
+
+
+def test_a_reservation_is_the_highest_cost():
+    budget = Budget(10, Prices(1e6, 1e6), 2)
+    assert budget.may_send("a", 2) and budget.may_send("b", 2) and not budget.may_send("c", 1)
+    budget.settle("a", 3, 1)  # the server counts half as many again
+    assert budget.spent == 4 and budget.may_send("c", 0) is False  # 4 + (3 + 2) + 2 = 11
+    budget.free("b")
+    assert budget.may_send("c", 2)
+    budget.settle("c", 0, 0)  # a server that counts nothing
+    assert budget.spent == 7
+
+
+def test_figures_that_no_attempt_answers_are_named_and_asked_again(tmp_path, capsys):
+    write_lines(tmp_path / "figures.jsonl", [figure(n) for n in range(10)])
+    is_broken = [True]
+
+    def answer(body):
+        return {"choices": "?"} if is_broken[0] and number_of(body) == 4 else conversation(body)
+
+    with OpenAiServer(answer) as found:
+        argv = words(tmp_path, found.url)
+        argv[argv.index("--retries") + 1] = "0"
+        assert command_line.main(argv) == 1
+        assert "1 figure was not answered (10004_F4): " in capsys.readouterr().err and len(made(tmp_path)) == 7
+        is_broken[0] = False
+        assert command_line.main(argv) == 0
+        assert len(found.log) == 11
+    assert len(made(tmp_path)) == 8  # of figures 5 and 7 none is made
+
+
+def test_a_folder_has_one_set_of_settings_and_one_run(tmp_path, capsys):
+    write_lines(tmp_path / "figures.jsonl", [figure(0)])
+    prompt = tmp_path / "prompt.txt"
+    prompt.write_text("[[system]]\nWrite.\n", encoding="utf-8")
+    with server(models=("tiny", "other")) as found:
+        assert command_line.main(words(tmp_path, found.url)) == 0
+        for more, name in ((["--without_mentions"], "mentions True"), (["--temperature", "0.5"], "temperature 0.0"),
+                           (["--prompt", str(prompt)], "prompt '")):
+            assert command_line.main(words(tmp_path, found.url, *more)) == 2
+            assert f"holds replies that were made with {name}" in capsys.readouterr().err
+        assert command_line.main(words(tmp_path, found.url, "--prompt", str(prompt), out="short")) == 0
+        assert [each["role"] for each in found.log[-1].body["messages"]] == ["system", "user"]
+        descriptor = os.open(tmp_path / "out", os.O_RDONLY)
+        import fcntl
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        assert command_line.main(words(tmp_path, found.url)) == 1
+        assert "another run is writing" in capsys.readouterr().err
+        os.close(descriptor)
+
+
+def test_the_originals_rules_by_a_switch(tmp_path):
+    write_lines(tmp_path / "figures.jsonl", [figure(n) for n in range(20)])
+    with server() as found:
+        assert command_line.main(words(tmp_path, found.url, "--rules", "original")) == 0
+    records = {each["id"]: each for each in made(tmp_path)}
+    mended = records[figure(3)["pair_id"]]["conversations"]
+    assert mended[1]["value"] == "Ct shows it." and len(mended) == 6
+    assert list(records[figure(0)["pair_id"]]) == ["id", "image", "domain", "conversations"]
+    assert figure(7)["pair_id"] not in records
+
+
+@pytest.mark.parametrize(("more", "status", "said"), [
+    (["--batch", "read"], 2, "--batch read and --batch_results FILES belong together"),
+    (["--batch", "write", "--endpoint", "http://x/v1"], 2, "--endpoint and --batch are both given"),
+    ([], 2, "--endpoint is missing"),
+    (["--batch", "write", "--budget", "3"], 2, "--budget needs --price_prompt and --price_answer"),
+    (["--batch", "write", "--max_tokens", "0"], 2, "--max_tokens is 0; at least 1 was expected"),
+    (["--batch", "write", "--temperature", "nan"], 2, "--temperature is nan"),
+    (["--batch", "write", "--prompt", "missing.txt"], 2, "the prompt missing.txt cannot be read"),
+    (["--endpoint", "nowhere"], 2, "the address 'nowhere' is not valid"),
+    (["--batch", "read", "--batch_results", "missing.jsonl"], 1, "the file of results missing.jsonl does not exist"),
+])
+def test_mistakes_are_one_sentence(tmp_path, capsys, more, status, said):
+    write_lines(tmp_path / "figures.jsonl", [figure(0)])
+    assert command_line.main(words(tmp_path, None, *more)) == status
+    err = capsys.readouterr().err
+    assert said in err and len(err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(("text", "said"), [
+    ("", "does not begin with the section [[system]]"), ("x\n[[system]]\ny", "does not begin with the section [[system]]"),
+    ("[[system]]\n\n[[figure]]", "does not begin"), ("[[system]]\nx\n[[conversation]]\nUser: a", "example 1 of"),
+    ("[[system]]\nx\n[[figure]]\na\n[[conversation]]\nUser: a", "has a conversation that cannot be used"),
+    ("[[system]]\nx\n[[figure]]\n\n[[conversation]]\nUser: a", "has no text under [[figure]]"),
+])
+def test_a_prompt_that_cannot_be_used(tmp_path, text, said):
+    (tmp_path / "p.txt").write_text(text, encoding="utf-8")
+    with pytest.raises(UserError) as found:
+        read_instruct_prompt(tmp_path / "p.txt")
+    assert said in str(found.value)
+
+
+def test_the_projects_own_prompt():
+    prompt = read_instruct_prompt()
+    assert prompt.file == OWN and len(prompt.examples) == 8
+    assert all(len(turns.read_turns(example.conversation).pairs) == 3 for example in prompt.examples)
+    assert 0 < sum(bool(example.mentions) for example in prompt.examples) < 8
