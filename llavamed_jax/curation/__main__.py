@@ -11,6 +11,7 @@ from llavamed_jax.cli import common
 # Name -> module and help. A module has `add_flags(parser)` and `run(args)`, which returns an exit status or None for 0.
 # Only the module of the command that was typed is imported.
 COMMANDS: dict[str, tuple[str, str]] = {
+    "pmc": ("llavamed_jax.curation.pmc", "images of articles, from PubMed Central"),
     "instruct": ("llavamed_jax.curation.instruct", "conversations about figures, written by a language model"),
 }
 

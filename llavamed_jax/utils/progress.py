@@ -58,3 +58,54 @@ def progress(total: int, kept: int, title: str) -> tuple[Callable[[int], None], 
             print(f"{title}: {done} of {total}, {rate:.1f} a second", file=sys.stderr, flush=True)
 
     return advance, lambda: None
+
+
+class Amounts:
+    """Shows items, bytes, their rates and the time left on stderr: a bar on a terminal, else a line now and then.
+
+    Args:
+      noun: what is counted, in the plural.
+      total: number of items.
+      received: returns the number of bytes so far.
+      every_s: seconds between lines outside a terminal.
+    """
+
+    def __init__(self, noun: str, total: int, received: Callable[[], int], every_s: float = 30.0):
+        self._noun, self._total, self._received, self._every_s = noun, total, received, every_s
+        self._done, self._begun = 0, time.monotonic()
+        self._printed_at = self._begun
+        self._bar = tqdm(total=total, desc=noun, unit=f" {noun}") if on_terminal() and total else None
+
+    def add(self, count: int = 1) -> None:
+        """Counts finished items."""
+        self._done += count
+        now = time.monotonic()
+        if self._bar is not None:
+            self._bar.set_postfix_str(self._amount(now), refresh=False)
+            self._bar.update(count)
+        elif now - self._printed_at >= self._every_s or self._done == self._total:
+            self._printed_at = now
+            print(self.line(now), file=sys.stderr, flush=True)
+
+    def line(self, now: float) -> str:
+        """Returns the line at a time of `time.monotonic`."""
+        seconds = max(now - self._begun, 1e-9)
+        left = seconds / max(self._done, 1) * (self._total - self._done)
+        return (f"{self._done:,} of {self._total:,} {self._noun}, {self._done / seconds:.1f} a second, "
+                f"{self._amount(now)}, {_duration(left)} left")
+
+    def close(self) -> None:
+        """Ends the bar."""
+        if self._bar is not None:
+            self._bar.close()
+
+    def _amount(self, now: float) -> str:
+        received = self._received()
+        return f"{received / 1e6:,.1f} MB, {received / 1e6 / max(now - self._begun, 1e-9):.2f} MB a second"
+
+
+def _duration(seconds: float) -> str:
+    """Returns a number of seconds as hours, minutes and seconds."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s" if minutes else f"{seconds} s"

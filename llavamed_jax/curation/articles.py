@@ -1,0 +1,167 @@
+"""Decides which file of which version of an article stands for a name in a list, or why none does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+
+from llavamed_jax.curation import names
+from llavamed_jax.curation.bucket import Bucket, File, Version, licence_of
+from llavamed_jax.curation.downloads import DamagedError
+
+NO_PREFIX = "no prefix in the bucket"
+NO_MEDIA = "licence without media"
+EXCLUDED = "licence excluded by --licence"
+UNKNOWN_LICENCE = "licence unknown, with --licence"
+RETRACTED = "retracted"
+NAME_GONE = "name gone"
+DAMAGED = "damaged"
+TOO_LARGE = "too large"
+BAD_ROW = "malformed row of the list"
+NAME_TAKEN = "name taken by another row"
+NOT_REACHED = "server failed"  # another run may get it
+
+WHOLE = "*"  # in place of a file's name: the XML and every image of an article
+
+
+@dataclass(frozen=True)
+class Found:
+    """A file that stands for a name: the file, and the version that holds it."""
+
+    file: File
+    version: Version
+
+
+@dataclass(frozen=True)
+class Missing:
+    """A name that cannot be had.
+
+    Attributes:
+      reason: one of the constants above.
+      detail: what was seen.
+      licence: the article's licence, if it is known and one that is taken.
+    """
+
+    reason: str
+    detail: str = ""
+    licence: str = ""
+
+    @property
+    def is_temporary(self) -> bool:
+        """Whether another run may have more luck."""
+        return self.reason == NOT_REACHED
+
+
+def resolve(bucket: Bucket, pmcid: str, number: int | None, wanted: Sequence[str],
+            licences: Collection[str] | None) -> dict[str, list[Found] | Missing]:
+    """Finds each wanted file of an article, with one request where the first version has them all.
+
+    A version that holds the very name is preferred, then the newest. Retracted versions and those with another licence
+    are passed over.
+
+    Args:
+      bucket: the bucket.
+      pmcid: the article.
+      number: the only version to look at; None looks at all.
+      wanted: names of files; `WHOLE` stands for the XML and every image of the newest version that has media.
+      licences: the licences to take; None takes all.
+
+    Returns:
+      The files for each name, or why it cannot be had.
+
+    Raises:
+      DamagedError, FailedError: as `Bucket.version`.
+    """
+    damaged: list[DamagedError] = []
+    first = _read(bucket.version, pmcid, number or 1, damaged)
+    versions = [] if first is None else [first]
+    chosen = _choose(versions, wanted, licences) if versions else {}
+    if versions and (number is not None or all(isinstance(each, list) and _is_exact(name, each)
+                                               for name, each in chosen.items())):
+        return chosen
+    numbers = [each for each in bucket.numbers(pmcid) if number in (None, each)]
+    for each in numbers:
+        if first is None or each != first.number:
+            version = _read(bucket.version, pmcid, each, damaged) or _read(bucket.within, pmcid, each, damaged)
+            versions += [version] if version is not None else []
+    if damaged and not versions:
+        raise damaged[0]
+    if not versions:
+        detail = "the versions have no metadata" if numbers else "" if number is None else f"version {number}"
+        return {name: Missing(NO_PREFIX, detail) for name in wanted}
+    return _choose(versions, wanted, licences)
+
+
+def _read(read: Callable[[str, int], Version | None], pmcid: str, number: int,
+          damaged: list[DamagedError]) -> Version | None:
+    try:
+        return read(pmcid, number)
+    except DamagedError as error:
+        damaged.append(error)
+        return None
+
+
+def _is_exact(name: str, found: list[Found]) -> bool:
+    return name != WHOLE and found[0].file.name == name
+
+
+def _choose(versions: Sequence[Version], wanted: Sequence[str],
+            licences: Collection[str] | None) -> dict[str, list[Found] | Missing]:
+    newest_first = sorted(versions, key=lambda each: -each.number)
+    usable = [each for each in newest_first if _why_not(each, licences) is None]
+    return {name: (_whole(usable) if name == WHOLE else _one(usable, name)) or _missing(newest_first, name, licences)
+            for name in wanted}
+
+
+def _why_not(version: Version, licences: Collection[str] | None) -> str | None:
+    if version.is_retracted:
+        return RETRACTED
+    if not version.media:
+        return NO_MEDIA
+    return None if licences is None or licence_of(version.licence) in licences else EXCLUDED
+
+
+def _one(usable: Sequence[Version], name: str) -> list[Found]:
+    best = None
+    for version in usable:
+        files = {each.name: each for each in version.media}
+        found = names.match(name, files)
+        if found is not None and (best is None or found[0] < best[0]):
+            best = found[0], Found(files[found[1]], version)
+    return [best[1]] if best else []
+
+
+def _whole(usable: Sequence[Version]) -> list[Found]:
+    for version in usable:
+        images = [each for each in version.media if names.is_image(each.name)]
+        if images and version.xml is not None:
+            return [Found(each, version) for each in (version.xml, *_without_thumbnails(images))]
+    return []
+
+
+def _without_thumbnails(images: Sequence[File]) -> list[File]:
+    """Leaves out the `.gif` of a figure that has a better file too."""
+    best: dict[str, File] = {}
+    for each in images:
+        kept = best.get(names.stem(each.name))
+        if kept is None or _rank(each) < _rank(kept):
+            best[names.stem(each.name)] = each
+    return list(best.values())
+
+
+def _rank(file: File) -> int:
+    return next(n for n, suffix in enumerate(names.IMAGE_SUFFIXES) if file.name.lower().endswith(suffix))
+
+
+def _missing(newest_first: Sequence[Version], name: str, licences: Collection[str] | None) -> Missing:
+    """Says why a name cannot be had: the reason of the newest version that holds it, else that of the article."""
+    reasons = {each: _why_not(each, licences) for each in newest_first}
+    for version, reason in reasons.items() if name != WHOLE else ():
+        if reason is not None and names.match(name, [each.name for each in version.media]) is not None:
+            return Missing(reason, f"version {version.number}, {version.licence}")
+    usable = next((each for each, reason in reasons.items() if reason is None), None)
+    if usable is not None:
+        return Missing(NAME_GONE, "no XML or no image" if name == WHOLE else "", usable.licence)
+    reason = next((each for each in (EXCLUDED, RETRACTED, NO_MEDIA) if each in reasons.values()), NO_MEDIA)
+    version = next((each for each, why in reasons.items() if why == reason), newest_first[0])
+    return Missing(reason, f"version {version.number}, {version.licence}")
