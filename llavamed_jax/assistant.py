@@ -52,7 +52,7 @@ def load(path: str | Path, dtype=None, quantize=None, mesh: Mesh | str | None = 
         matmul precision to `highest`, which GPUs and TPUs otherwise lower.
       quantize: rounds the kernels of the decoder's layers while they are loaded: `"int8"` (a scale for each output),
         `"int4"` (groups of 128, 64 or 32 inputs) or `"nf4"` (groups of 64). Products stay in `dtype`. None rounds
-        nothing.
+        nothing; an export of few bits stays as it is, and cannot be rounded again.
       mesh: a Mesh with the axes data, fsdp and tp, or text such as `"data=1,tp=2"` over the devices of this process;
         None is one device.
       adapter: the directory of a LoRA adapter in PEFT's or LLaVA's layout, put onto the checkpoint without merging;
@@ -82,8 +82,9 @@ def load(path: str | Path, dtype=None, quantize=None, mesh: Mesh | str | None = 
     if dtype is not None and _numpy_dtype(dtype) == np.float32:
         jax.config.update("jax_default_matmul_precision", "highest")
     dtype = _numpy_dtype(dtype)
-    model = LlavaMed(checkpoint.config, load_params(checkpoint, dtype, quantize=quantize), processor, dtype, mesh,
-                     Path(adapter or path).name, checkpoint.tower, origin(path, checkpoint, tokenizer), quantize)
+    model = LlavaMed(checkpoint.config, load_params(checkpoint, dtype, quantize=quantize, as_stored=True), processor,
+                     dtype, mesh, Path(adapter or path).name, checkpoint.tower, origin(path, checkpoint, tokenizer),
+                     quantize or checkpoint.few_bits)
     log.info("%s", model)
     return model
 

@@ -54,6 +54,11 @@ class Checkpoint:
         return self.tensors[name].load()
 
     @property
+    def few_bits(self) -> str | None:
+        """How the files have kernels rounded, `int8` or `int4`; None if no kernel is of few bits."""
+        return next((tensor.few_bits.name for tensor in self.tensors.values() if tensor.few_bits), None)
+
+    @property
     def unused(self) -> list[str]:
         """The tensors that the model does not compute with (`names.unused_names`)."""
         return names.unused_names(self.config)
@@ -77,7 +82,8 @@ class Checkpoint:
             return self
         dtype = np.dtype(dtype)
         return self.replace(tensors={
-            name: Tensor(t.shape, dtype, lambda name=name, load=t.load: self.tally.cast(name, load(), dtype))
+            name: Tensor(t.shape, dtype, lambda name=name, load=t.load: self.tally.cast(name, load(), dtype),
+                         t.few_bits)
             for name, t in self.tensors.items()})
 
     def doubt(self) -> str | None:
@@ -99,6 +105,15 @@ class Checkpoint:
         if doubt := self.doubt():
             raise UserError(doubt)
         where = f"{self.directory}: " if self.directory else ""
-        return self.replace(tensors={
-            name: Tensor(t.shape, t.dtype, lambda name=name, load=t.load: self.tally.look(name, load(), where))
-            for name, t in self.tensors.items()})
+
+        def checked(name: str, t: Tensor) -> Tensor:
+            if t.few_bits is None:
+                return Tensor(t.shape, t.dtype, lambda: self.tally.look(name, t.load(), where))
+
+            def widen() -> np.ndarray:
+                self.tally.widened.setdefault(t.dtype.name, set()).add(name)
+                return self.tally.look(name, t.load(), where)
+            stored = t.few_bits._replace(load=lambda: self.tally.look_scales(name, t.few_bits.load(), where))
+            return Tensor(t.shape, t.dtype, widen, stored)
+
+        return self.replace(tensors={name: checked(name, t) for name, t in self.tensors.items()})

@@ -13,13 +13,14 @@ from llavamed_jax.checkpoints import names
 from llavamed_jax.checkpoints.checkpoint import Checkpoint
 from llavamed_jax.config import LlavaConfig
 from llavamed_jax.config.adapter import DROPOUT, FACTOR_A, SCALE
+from llavamed_jax.errors import UserError
 from llavamed_jax.models.stacking import in_stack, stack
 from llavamed_jax.quantized.rounding import ROUNDED, ROUNDINGS
 from llavamed_jax.utils import signals
 
 
 def load_params(checkpoint: Checkpoint, dtype=None, scan: bool = False, only: Container[str] | None = None,
-                quantize: str | None = None) -> dict:
+                quantize: str | None = None, as_stored: bool = False) -> dict:
     """Reads the parameters of a checkpoint that the model computes with.
 
     Args:
@@ -29,15 +30,17 @@ def load_params(checkpoint: Checkpoint, dtype=None, scan: bool = False, only: Co
       only: names of the tensors to read, one a layer; None reads all.
       quantize: rounds the kernels of the decoder's layers as they are read (`quantized.rounding.ROUNDINGS`), from each
         tensor's own dtype. None rounds nothing.
+      as_stored: kernels that the files have in few bits stay so; else they are widened.
 
     Returns:
       Nested dicts of numpy arrays (bfloat16 through ml_dtypes), in the structure of `models.llava`; a rounded kernel is
       a `quantized.kernels.Kernel`.
 
     Raises:
-      UserError: no group of inputs divides a kernel's width; the checkpoint is a delta, or has values that are not
-        finite, in the file or in `dtype`.
+      UserError: no group of inputs divides a kernel's width; kernels are to be rounded that the files have in few bits;
+        the checkpoint is a delta, or has values that are not finite, in the file or in `dtype`.
     """
+    refuse_few_bits(checkpoint, quantize)
     exact, checkpoint = checkpoint.sound(), checkpoint.cast(dtype).sound()
     shapes = {name: shape for name, shape in names.expected_shapes(checkpoint.config).items()
               if only is None or name in only}
@@ -48,8 +51,12 @@ def load_params(checkpoint: Checkpoint, dtype=None, scan: bool = False, only: Co
     flat: dict[str, np.ndarray] = {}
     for name in shapes:
         signals.check()
-        is_rounded = quantize is not None and ROUNDED.fullmatch(name)
-        value = ROUNDINGS[quantize](exact.read(name)) if is_rounded else checkpoint.read(name)
+        few_bits = checkpoint.tensors[name].few_bits if as_stored and ROUNDED.fullmatch(name) else None
+        is_rounded = few_bits is not None or quantize is not None and ROUNDED.fullmatch(name)
+        if few_bits is not None:
+            value = few_bits.load()
+        else:
+            value = ROUNDINGS[quantize](exact.read(name)) if is_rounded else checkpoint.read(name)
         if name not in places:
             flat[name] = value
             continue
@@ -63,6 +70,14 @@ def load_params(checkpoint: Checkpoint, dtype=None, scan: bool = False, only: Co
     if checkpoint.config.adapter is not None:
         flat |= _derived(checkpoint.config, scan, only)
     return unflatten_dict(flat, sep="/")
+
+
+def refuse_few_bits(checkpoint: Checkpoint, quantize: str | None) -> None:
+    """Raises UserError if kernels are to be rounded that the files have in few bits."""
+    if quantize is not None and (stored := checkpoint.few_bits):
+        raise UserError(f"{checkpoint.directory} is quantised already ({stored}, in compressed-tensors' format), so "
+                        f"quantize {quantize} would round it twice; no quantize, or the model that it was made of, was "
+                        "expected")
 
 
 def _empty_stack(depth: int, dtypes: Collection[np.dtype], part: np.ndarray) -> np.ndarray:

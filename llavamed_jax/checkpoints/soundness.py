@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from llavamed_jax.checkpoints.tensor import Tensor
 from llavamed_jax.checkpoints.torch.files import DTYPES
-from llavamed_jax.errors import UserError, some, warn
+from llavamed_jax.errors import UserError, count_of, some, warn
+
+if TYPE_CHECKING:  # imports jax
+    from llavamed_jax.quantized.kernels import Kernel
 
 # The bits of each dtype's infinity without the sign: NaN is above it, every number below.
 _INFINITY = {DTYPES["F64"]: 0x7FF0000000000000, DTYPES["F32"]: 0x7F800000, DTYPES["F16"]: 0x7C00,
@@ -65,11 +69,13 @@ class Tally:
     Attributes:
       vanished: dtype -> tensor -> number of nonzero values that became 0.
       zeros: kernels and tables that hold only zeros.
+      widened: dtype -> kernels that the files have in few bits and that were read in this dtype.
     """
 
     def __init__(self):
         self.vanished: dict[str, dict[str, int]] = {}
         self.zeros: dict[str, None] = {}
+        self.widened: dict[str, set[str]] = {}
 
     def cast(self, name: str, array: np.ndarray, dtype: np.dtype) -> np.ndarray:
         """Casts an array to another dtype, each value to the nearest one.
@@ -123,6 +129,14 @@ class Tally:
             self.zeros[name] = None
         return array
 
+    def look_scales(self, name: str, kernel: Kernel, where: str = "") -> Kernel:
+        """Checks the scales of a kernel of few bits as `look` checks an array, and returns the kernel."""
+        for array in vars(kernel).values():
+            if array is not None and array.dtype == np.float32 and not is_finite(array):
+                raise UserError(f"{where}{name} has scales with {what_is_not_finite(array)}; finite weights were "
+                                "expected")
+        return kernel
+
     def warn(self) -> None:
         """Warns of the losses since the last call."""
         for dtype, tensors in self.vanished.items():
@@ -131,7 +145,10 @@ class Tally:
         if self.zeros:
             warn(f"{len(self.zeros)} kernels hold only zeros, like weights that were never filled: "
                  f"{some(list(self.zeros), 3)}")
-        self.vanished, self.zeros = {}, {}
+        for dtype, kernels in self.widened.items():
+            warn(f"{count_of(len(kernels), 'kernel')} of few bits {'was' if len(kernels) == 1 else 'were'} widened to "
+                 f"{dtype}")
+        self.vanished, self.zeros, self.widened = {}, {}, {}
 
 
 def norms_are_small(tensors: Mapping[str, Tensor]) -> bool:

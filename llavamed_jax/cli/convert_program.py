@@ -21,6 +21,7 @@ from llavamed_jax.checkpoints.assemble.build import build, with_projector
 from llavamed_jax.checkpoints.assemble.delta import apply_delta, make_delta
 from llavamed_jax.checkpoints.checkpoint import Checkpoint
 from llavamed_jax.checkpoints.export.directory import export
+from llavamed_jax.checkpoints.export.few_bits import Rounding
 from llavamed_jax.checkpoints.gguf.directory import import_decoder
 from llavamed_jax.checkpoints.model_config import text_files
 from llavamed_jax.checkpoints.tensor import Tensor
@@ -28,6 +29,7 @@ from llavamed_jax.checkpoints.torch.write import total_bytes
 from llavamed_jax.cli.common import Parser
 from llavamed_jax.config.adapter import FACTOR_A
 from llavamed_jax.errors import UsageError, UserError, cut, exists, warn
+from llavamed_jax.quantized.rounding import ROUNDED
 from llavamed_jax.text.chat_template import read_template
 from llavamed_jax.text.templates import get_template
 from llavamed_jax.text.tokenizer import TOKENIZERS, Tokenizer
@@ -144,13 +146,20 @@ def _export_flags(parser: argparse.ArgumentParser) -> None:
     _import_flags(parser)
     parser.add_argument("--layout", required=True, choices=("transformers", "llava"),
                         metavar="LAYOUT", help="transformers, or llava (the original's own)")
+    parser.add_argument("--quantize", metavar="TYPE",
+                        help="int8 or int4 rounds the kernels of the decoder's layers, in compressed-tensors' format; "
+                             "with --layout transformers")
 
 
 def _export(args: argparse.Namespace) -> None:
     """Write a checkpoint in a PyTorch layout."""
-    checkpoint = _open(args.checkpoint, args, _DTYPES.get(args.dtype))
-    export(checkpoint, args.out, args.layout, progress.over)
-    _report(checkpoint.tensors, args.out)
+    dtype, rounding = _DTYPES.get(args.dtype), None
+    checkpoint = _open(args.checkpoint, args, dtype if args.quantize is None else None)
+    if args.quantize is not None:
+        rounding = Rounding.of(checkpoint, args.quantize, dtype)
+        exact = {name: tensor for name, tensor in checkpoint.tensors.items() if ROUNDED.fullmatch(name)}
+        checkpoint = checkpoint.replace(tensors={**checkpoint.cast(dtype).tensors, **exact})
+    _report(export(checkpoint, args.out, args.layout, progress.over, rounding), args.out)
 
 
 def _build_flags(parser: argparse.ArgumentParser) -> None:

@@ -28,12 +28,13 @@ _ORIGINAL_KEYS = {
     "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps", "rope_theta",
         "rope_parameters", "rope_scaling", "max_position_embeddings", "sliding_window", "use_sliding_window",
     "max_window_layers", "layer_types", "tie_word_embeddings", "hidden_act", "attention_bias", "mlp_bias",
-    "bos_token_id", "eos_token_id", "pad_token_id", "mm_hidden_size", "dtype", "torch_dtype", OURS,
+    "bos_token_id", "eos_token_id", "pad_token_id", "mm_hidden_size", "dtype", "torch_dtype", "quantization_config",
+    OURS,
 }
 _TRANSFORMERS_KEYS = {
     "model_type", "text_config", "vision_config", "projector_hidden_act", "multimodal_projector_bias",
     "vision_feature_layer", "vision_feature_select_strategy", "image_token_index", "image_token_id", "image_seq_length",
-    "tie_word_embeddings", "eos_token_id", "dtype", "torch_dtype", OURS,
+    "tie_word_embeddings", "eos_token_id", "dtype", "torch_dtype", "quantization_config", OURS,
 }
 # Keys besides the model's shape that the original's loader reads, for models from other layouts.
 _ORIGINAL_DEFAULTS = {
@@ -121,10 +122,17 @@ def not_obeyed(config: Mapping[str, Any]) -> list[str]:
             if part.get(key):
                 out.append(f"config.json has {where}{key} {short(part[key])}; this project trains without "
                            "dropout")
-        if part.get("quantization_config"):
+        if part.get("quantization_config") and not (part is config and is_packed(config)):
             out.append(f"config.json has {where}quantization_config, which is not applied: the weights are taken as "
                        "they are in the files")
     return out
+
+
+def is_packed(config: Mapping[str, Any]) -> bool:
+    """Returns whether a `config.json` describes kernels of compressed-tensors' `pack-quantized`."""
+    found = config.get("quantization_config")
+    return (isinstance(found, Mapping) and found.get("quant_method") == "compressed-tensors"
+            and found.get("format") == "pack-quantized")
 
 
 def tower_name(config: Mapping[str, Any]) -> str | None:

@@ -17,39 +17,69 @@ from llavamed_jax.quantized.kernels import NF4, Int4Kernel, Int8Kernel, Kernel, 
 
 ROUNDED = re.compile(r"decoder/layers(_\d+)?/.+/kernel")  # the parameters that are rounded, stacked or not
 GROUPS = (128, 64, 32)  # the widths of a group, of which int4 takes the first that divides D
+LARGEST = (6, 6.5, 7, 7.5, 8, 8.5, 9)  # of what the largest magnitude of a symmetric group may be in steps
 NF4_GROUP = 64  # as in bitsandbytes
 _BOUNDS = (NF4[1:] + NF4[:-1]) / np.float32(2)  # between neighbours of nf4
 
 
-def int8(kernel: np.ndarray) -> Int8Kernel:
-    """Rounds a kernel [D,F] to 255 values from -127 to 127 of a scale for each output."""
+def int8(kernel: np.ndarray, dtype=np.float32) -> Int8Kernel:
+    """Rounds a kernel [D,F] to 255 values from -127 to 127 of a scale for each output.
+
+    Args:
+      kernel: the kernel.
+      dtype: the scales are rounded to values of this dtype.
+    """
     kernel = kernel.astype(np.float32)
-    scale = _or_one(np.abs(kernel).max(axis=0) / np.float32(127))
-    return Int8Kernel(np.rint(kernel / scale).astype(np.int8), scale)
+    scale = _scales(np.abs(kernel).max(axis=0) / np.float32(127), dtype)
+    return Int8Kernel(np.clip(np.rint(kernel / scale), -127, 127).astype(np.int8), scale)
 
 
-def int4(kernel: np.ndarray, group: int | None = None, is_symmetric: bool = False) -> Int4Kernel:
+def int4(kernel: np.ndarray, group: int | None = None, is_symmetric: bool = False, dtype=np.float32) -> Int4Kernel:
     """Rounds a kernel [D,F] to 16 values for each group of inputs and each output.
 
     Args:
       kernel: the kernel.
       group: g; None takes the first of `GROUPS` that divides D.
-      is_symmetric: whether the values are -8 to 7 times a scale; else they are spread from the least to the largest
-        value of the group, with 0 among them.
+      is_symmetric: whether the values are -8 to 7 times a scale (`symmetric_scales`); else they are spread from the
+        least to the largest value of the group, with 0 among them.
+      dtype: the scales are rounded to values of this dtype.
 
     Raises:
       UserError: no group divides D.
     """
-    groups = _grouped(kernel, group or _group_of(kernel.shape[0]))
+    groups = _grouped(kernel, group or group_of(kernel.shape[0]))
     if is_symmetric:
-        scales = _or_one(np.abs(groups).max(axis=1) / np.float32(7))
-        values = np.clip(np.rint(groups / scales[:, None]), -8, 7)
-        return Int4Kernel(values.reshape(kernel.shape).astype(ml_dtypes.int4), scales)
+        scales = symmetric_scales(groups, dtype)
+        return Int4Kernel(nearest(groups, scales[:, None]).reshape(kernel.shape).astype(ml_dtypes.int4), scales)
     least, most = np.minimum(groups.min(axis=1), 0), np.maximum(groups.max(axis=1), 0)
-    scales = _or_one((most - least) / np.float32(15))
+    scales = _scales((most - least) / np.float32(15), dtype)
     zeros = np.clip(np.rint(-least / scales), 0, 15) - 8
-    values = np.clip(np.rint(groups / scales[:, None]) + zeros[:, None], -8, 7)
+    values = nearest(groups, scales[:, None], zeros[:, None])
     return Int4Kernel(values.reshape(kernel.shape).astype(ml_dtypes.int4), scales, zeros.astype(np.int8))
+
+
+def symmetric_scales(groups: np.ndarray, dtype=np.float32) -> np.ndarray:
+    """Returns the scales [G,F] with which the values -8 to 7 have the least squared error of groups [G,g,F].
+
+    The largest magnitude of a group is one of `LARGEST` times its scale. Above 7 the largest values are cut, and the
+    others have smaller steps.
+
+    Args:
+      groups: float32 [G,g,F].
+      dtype: the scales are rounded to values of this dtype.
+    """
+    largest, best, least = np.abs(groups).max(axis=1), None, None
+    for number in LARGEST:
+        scales = _scales(largest / np.float32(number), dtype)
+        error = np.square(nearest(groups, scales[:, None]) * scales[:, None] - groups).sum(axis=1)
+        best, least = (scales, error) if best is None else (
+            np.where(error < least, scales, best), np.minimum(error, least))
+    return best
+
+
+def nearest(values: np.ndarray, scales: np.ndarray, zeros: np.ndarray | int = 0) -> np.ndarray:
+    """Returns the nearest number of -8 to 7 to each of `values`, given their scales and zeros, as float32."""
+    return np.clip(np.rint(values / scales) + zeros, -8, 7)
 
 
 def nf4(kernel: np.ndarray, group: int = NF4_GROUP) -> Nf4Kernel:
@@ -81,7 +111,7 @@ def shapes(name: str, shape: tuple[int, ...]) -> Kernel:
     empty = lambda dtype, *shape: np.broadcast_to(np.zeros((), dtype), (*L, *shape))
     if name == "int8":
         return Int8Kernel(empty(np.int8, D, F), empty(np.float32, F))
-    group = _group_of(D) if name == "int4" else NF4_GROUP
+    group = group_of(D) if name == "int4" else NF4_GROUP
     if D % group:
         raise UserError(f"a group of {group} inputs does not divide the width {D} of a kernel; int8 was expected")
     by_group = empty(np.float32, D // group, F)
@@ -96,12 +126,14 @@ def with_shapes(params: Mapping[str, Any], name: str | None) -> dict[str, Any]:
             for key, x in params.items()}
 
 
-def _group_of(width: int) -> int:
+def group_of(*widths: int) -> int:
+    """Returns the first of `GROUPS` that divides every width. Raises UserError if none does."""
     for group in GROUPS:
-        if width % group == 0:
+        if not any(width % group for width in widths):
             return group
+    wrong = next((width for width in widths if width % GROUPS[-1]), widths[0])
     raise UserError(f"int4 rounds groups of {', '.join(map(str, GROUPS))} inputs, and none of them divides the width "
-                    f"{width} of a kernel; int8 was expected")
+                    f"{wrong} of a kernel; int8 was expected")
 
 
 def _grouped(kernel: np.ndarray, group: int) -> np.ndarray:
@@ -110,6 +142,12 @@ def _grouped(kernel: np.ndarray, group: int) -> np.ndarray:
     if D % group:
         raise UserError(f"a group of {group} inputs does not divide the width {D} of a kernel; int8 was expected")
     return kernel.astype(np.float32).reshape(D // group, group, F)
+
+
+def _scales(wanted: np.ndarray, dtype) -> np.ndarray:
+    """Returns float32 scales that `dtype` has too; 1 for a group of zeros, and never 0 for another."""
+    least = np.float32(ml_dtypes.finfo(dtype).smallest_subnormal)
+    return np.where(wanted > 0, np.maximum(wanted.astype(dtype).astype(np.float32), least), np.float32(1))
 
 
 def _or_one(scale: np.ndarray) -> np.ndarray:

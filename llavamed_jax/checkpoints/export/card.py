@@ -7,6 +7,7 @@ from pathlib import Path
 
 from llavamed_jax.checkpoints.checkpoint import Checkpoint
 from llavamed_jax.checkpoints.export.chat_template import chat_template, template_name
+from llavamed_jax.checkpoints.export.few_bits import Rounding
 from llavamed_jax.config import LlavaConfig
 from llavamed_jax.config.hf import llava_to_hf
 from llavamed_jax.config.towers.vit import is_biomedclip
@@ -101,6 +102,9 @@ _ADDED_ROWS = """\
 - `<image>` is token {image}, `<pad>` {pad}. Rows {first} to {last} of both tables over the vocabulary are additions \
 of this layout:
   means of the other rows. An import by llavamed-jax removes them again."""
+_COMPRESSED = """\
+- transformers needs the package `compressed-tensors` for these kernels, and vLLM, which has it, takes their format from
+  `config.json`."""
 _UNUSED_ROWS = """\
 - `<image>` is token {image}, `<pad>` {pad}: of the {rows} rows of the tables over the vocabulary, these had no token \
 before."""
@@ -116,25 +120,29 @@ _SETTINGS_IGNORED = (" It does not read `preprocessor_config.json` here either, 
                      "it takes the settings of the tower that it fetches.")
 
 
-def model_card(checkpoint: Checkpoint, layout: str, ids: tuple[int, int] | None = None) -> str:
+def model_card(checkpoint: Checkpoint, layout: str, ids: tuple[int, int] | None = None,
+               rounding: Rounding | None = None) -> str:
     """Returns the README.md of an export, in Markdown with the front matter of model hubs.
 
     Args:
       checkpoint: the exported checkpoint.
       layout: `transformers` or `llava`.
       ids: the ids of `<image>` and `<pad>`, which an export in transformers' layout adds; None if it adds none.
+      rounding: how the kernels of the decoder's layers are rounded; None if they are not.
     """
     cfg = checkpoint.config
     return _CARD.format(
-        library="library_name: transformers\n" if layout == "transformers" else "", facts=_table(_facts(checkpoint)),
-        use=_use(cfg, layout, ids), training=_training(checkpoint), tower=cfg.vision.label,
+        library="library_name: transformers\n" if layout == "transformers" else "",
+        facts=_table(_facts(checkpoint, rounding)), use=_use(cfg, layout, ids, rounding),
+        training=_training(checkpoint), tower=cfg.vision.label,
         tower_licence=cfg.vision.licence,
         decoder_licence=_DECODER_LICENCES.get(cfg.decoder.architecture, "the licence of the model that it was made "
                                                                         "from"))
 
 
-def _facts(checkpoint: Checkpoint) -> dict[str, object]:
+def _facts(checkpoint: Checkpoint, rounding: Rounding | None) -> dict[str, object]:
     cfg, v, d = checkpoint.config, checkpoint.config.vision, checkpoint.config.decoder
+    rounded = {} if rounding is None else {"kernels of the decoder's layers": rounding.words}
     step = {} if checkpoint.step is None else {"training step": checkpoint.step}
     return {
         "vision "
@@ -144,12 +152,12 @@ def _facts(checkpoint: Checkpoint) -> dict[str, object]:
         "projector": f"`{cfg.projector_type}`",
         "decoder": f"{d.architecture}, {d.num_layers} layers, width {d.hidden_size}, {d.num_heads} heads "
                    f"({d.num_kv_heads} of keys and values), vocabulary {d.vocab_size}",
-        "precision": ", ".join(sorted({t.dtype.name for t in checkpoint.tensors.values()})),
+        "precision": ", ".join(sorted({t.dtype.name for t in checkpoint.tensors.values()})), **rounded,
         "prompt template": f"`{template_name(cfg)}`", **step,
     }
 
 
-def _use(cfg: LlavaConfig, layout: str, ids: tuple[int, int] | None) -> str:
+def _use(cfg: LlavaConfig, layout: str, ids: tuple[int, int] | None, rounding: Rounding | None) -> str:
     if layout == "llava":
         name = Path(llava_to_hf(cfg, layout)["mm_vision_tower"]).name
         inside = (_TOWER_FETCHED if is_biomedclip(name) else _TOWER_INSIDE).format(name=name)
@@ -162,6 +170,8 @@ def _use(cfg: LlavaConfig, layout: str, ids: tuple[int, int] | None) -> str:
         notes.append(_ADDED_ROWS.format(first=rows, last=now - 1, image=ids[0], pad=ids[1]))
     elif ids:
         notes.append(_UNUSED_ROWS.format(rows=rows, image=ids[0], pad=ids[1]))
+    if rounding is not None:
+        notes.append(_COMPRESSED)
     if chat_template(cfg) is None:
         notes.append(_NO_CHAT_TEMPLATE.format(name=f"`{template_name(cfg)}`"))
     return _IN_TRANSFORMERS.format(notes="\n".join(notes))

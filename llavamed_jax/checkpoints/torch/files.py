@@ -24,11 +24,13 @@ from safetensors import SafetensorError, safe_open
 
 from llavamed_jax.checkpoints import names
 from llavamed_jax.checkpoints.tensor import Tensor
+from llavamed_jax.checkpoints.torch import compressed
 from llavamed_jax.errors import UserError, some
 from llavamed_jax.utils.files import open_file, read_json
 
 DTYPES = {"F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16),
           "BF16": np.dtype(ml_dtypes.bfloat16)}
+INTEGERS = {"I32": np.dtype(np.int32), "I64": np.dtype(np.int64)}  # of packed kernels
 _TORCH_DTYPES = {"torch.float64": "F64", "torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16"}
 # Names of weight files in transformers and open_clip; the first pattern of which a directory has files is read. A run's
 # directory has other .bin files too (training_args.bin, optimizer.bin).
@@ -43,13 +45,16 @@ _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 def read_weights(directory: Path) -> dict[str, Tensor]:
     """Reads every tensor of a directory's weight files by its name there: `.safetensors`, else `pytorch_model*.bin`.
 
+    Kernels of few bits in compressed-tensors' format are tensors of one name, as other kernels (`compressed`).
+
     Raises:
       UserError: there are no weights or only an adapter's; a file is missing, damaged or holds more than tensors; an
         index is wrong.
     """
     refuse_adapter(directory)
     if (pattern := _pattern(directory)) == _SAFE:
-        return read_safetensors(directory)
+        compressed.refuse_other_formats(directory)
+        return compressed.unpacked(directory, read_safetensors(directory))
     return _read_shards(directory, pattern, read_bin)
 
 
@@ -184,11 +189,12 @@ def _read_safetensors_file(file: Path) -> dict[str, Tensor]:
     tensors = {}
     for name in handle.keys():
         view = handle.get_slice(name)
-        if view.get_dtype() in DTYPES:
-            shape, dtype, offset = tuple(view.get_shape()), DTYPES[view.get_dtype()], 8 + header_bytes + offsets[name]
+        kinds = INTEGERS if name.endswith(compressed.INTEGERS) else DTYPES
+        if view.get_dtype() in kinds:
+            shape, dtype, offset = tuple(view.get_shape()), kinds[view.get_dtype()], 8 + header_bytes + offsets[name]
             tensors[name] = Tensor(shape, dtype, functools.partial(_read_at, source, offset, shape, dtype))
         elif not names.is_buffer(name):
-            raise UserError(f"{name} in {file} is of type {view.get_dtype()}; one of {', '.join(DTYPES)} was expected")
+            raise UserError(f"{name} in {file} is of type {view.get_dtype()}; one of {', '.join(kinds)} was expected")
     return tensors
 
 

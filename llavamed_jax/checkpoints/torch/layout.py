@@ -101,7 +101,7 @@ def _check_positions(where: Path, found: Mapping[str, Tensor], spellings: Mappin
 def from_torch(name: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Returns a tensor of torch's orientation in this project's; a vocabulary longer than `shape` is cut."""
     rows = names.torch_shape(name, shape)[0]
-    return Tensor(shape, tensor.dtype, lambda: names.from_torch(name, tensor.load()[:rows]))
+    return Tensor(shape, tensor.dtype, lambda: names.from_torch(name, tensor.load()[:rows]), tensor.few_bits)
 
 
 def to_torch(name: str, tensor: Tensor) -> Tensor:

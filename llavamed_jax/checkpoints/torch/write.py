@@ -12,14 +12,14 @@ import ml_dtypes
 import numpy as np
 
 from llavamed_jax.checkpoints.tensor import Tensor
-from llavamed_jax.checkpoints.torch.files import DTYPES
+from llavamed_jax.checkpoints.torch.files import DTYPES, INTEGERS
 from llavamed_jax.errors import UserError
 from llavamed_jax.utils.files import write_json
 
 SHARD_BYTES = 5 * 10**9  # as transformers cut checkpoints of this size
 
 
-_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_DTYPE_NAMES = {dtype: name for name, dtype in (DTYPES | INTEGERS).items()}
 
 
 Progress = Callable[[Iterable[str]], Iterable[str]]  # wraps the names that are worked through, to show the progress
