@@ -343,13 +343,20 @@ def add_model_flags(parser: argparse.ArgumentParser, is_listed: bool = True) -> 
 
 
 def add_preflight_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds `--preflight`, and the flag for the file of its result."""
-    parser.add_argument("--preflight", metavar="NAMES", help="compile for h100-8,v5e-64,…; --preflight_json FILE")
+    """Adds `--preflight`, and the flags for the file of its result and for the peaks of its floor."""
+    parser.add_argument("--preflight", metavar="NAMES",
+                        help="compile for h100-8,v5e-64,…; --preflight_json FILE, --peak flops=…")
     parser.add_argument("--preflight_json", metavar="FILE", help=argparse.SUPPRESS)
+    parser.add_argument("--peak", metavar="LIST", help=argparse.SUPPRESS)
 
 
 def check_preflight_flags(args: argparse.Namespace) -> None:
-    """Raises UsageError if `--preflight_json` is given without `--preflight`."""
+    """Raises UsageError if a flag of `--preflight` is wrong or given without it."""
+    if args.preflight is None and args.peak is not None:
+        raise UsageError("--peak changes the peaks that --preflight divides by; --preflight NAMES was expected too")
+    if args.peak is not None:
+        from llavamed_jax.preflight import peaks
+        peaks.read(args.peak)
     if args.preflight is None and args.preflight_json is not None:
         raise UsageError("--preflight_json names the file for the result of --preflight; --preflight NAMES was "
                          "expected too")
@@ -361,6 +368,7 @@ def preflight(args: argparse.Namespace, config: ConfigDict, slices: int = 1, **j
     machines = report.topologies(args.preflight, slices)
     from llavamed_jax.preflight import compile  # imports jax
     job["config"] = json.loads(config.to_json())
+    job["peak"] = args.peak
     jobs = [dict(topology=machine.name, slices=machine.slices, **job) for machine in machines]
     compile.check_model(jobs[0])
     compiler = compile.Compiler()

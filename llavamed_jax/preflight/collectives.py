@@ -10,7 +10,8 @@ import collections
 import dataclasses
 import math
 import re
-from collections.abc import Iterator
+
+from llavamed_jax.preflight import hlo
 
 # Share of an array's bytes that a device receives, as a function of the number n of devices.
 _SHARES = {
@@ -21,11 +22,6 @@ _SHARES = {
     "ragged-all-to-all": lambda n: (n - 1) / n,
     "collective-permute": lambda n: 1.0,
 }
-_WIDTHS = {"pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4,
-           "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8}
-_HEADER = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{$")
-_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.-]+) = (\(.*?\)|\S+) ([\w-]+)\((.*)$")
-_CALLED = re.compile(r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.-]+)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,12 +33,14 @@ class Collective:
       bytes: bytes that a device receives each time.
       count: how often it runs in one run of the program.
       array: bytes of the complete array.
+      group: number of devices that take part.
     """
 
     op: str
     bytes: float
     count: int
     array: float
+    group: int
 
 
 def read(text: str) -> list[Collective]:
@@ -54,31 +52,43 @@ def read(text: str) -> list[Collective]:
     Args:
       text: the program (`compiled.as_text()`); empty if the compiler gave up.
     """
-    computations, entry = _computations(text)
-    if not entry:
+    module = hlo.Module.parse(text)
+    if not module.entry:
         return []
-    all_devices = math.prod(int(number) for number in re.findall(r"(?:num_partitions|replica_count)=(\d+)",
-                                                                 text.partition("\n\n")[0]))
     found, chains = [], set()
-    for name, times in _times(computations, entry).items():
-        # XLA for TPUs writes a reduce-scatter as a fusion of an all-reduce and a slice.
-        is_scattered = name.startswith("all-reduce-scatter")
-        for _, shape, op, rest in computations[name]:
-            kind = op.removesuffix("-start")
-            if kind not in _SHARES:
+    for name, times in module.times().items():
+        for each in module.computations[name]:
+            sent = of(each, name, times, module.devices)
+            # XLA for TPUs splits one gather into a chain of steps; each of them states the shape of the complete array.
+            chain = re.search(r'channel_id=(\d+).*chain_id="(\d+)"', each.rest)
+            if sent is None or chain is not None and chain.groups() in chains:
                 continue
-            # It also splits one gather into a chain of steps; each of them states the shape of the complete array.
-            chain = re.search(r'channel_id=(\d+).*chain_id="(\d+)"', rest)
             if chain is not None:
-                if chain.groups() in chains:
-                    continue
                 chains.add(chain.groups())
-            n = _group_size(rest) or all_devices
-            array = _array(kind, shape, op != kind, n)
-            kind = "reduce-scatter" if is_scattered and kind == "all-reduce" else kind
-            if n > 1:
-                found.append(Collective(kind, array * _SHARES[kind](n), times, array))
+            found.append(sent)
     return found
+
+
+def of(instruction: hlo.Instruction, computation: str, times: int, devices: int) -> Collective | None:
+    """Returns the collective that an instruction is, or starts; None if it is none or has groups of one device.
+
+    Args:
+      instruction: the instruction.
+      computation: the name of its computation.
+      times: how often it runs.
+      devices: number of devices of the program.
+    """
+    kind = instruction.op.removesuffix("-start")
+    if kind not in _SHARES:
+        return None
+    n = _group_size(instruction.rest) or devices
+    if n == 1:
+        return None
+    array = _array(kind, instruction.shape, instruction.op != kind, n)
+    # XLA for TPUs writes a reduce-scatter as a fusion of an all-reduce and a slice.
+    if kind == "all-reduce" and computation.startswith("all-reduce-scatter"):
+        kind = "reduce-scatter"
+    return Collective(kind, array * _SHARES[kind](n), times, array, n)
 
 
 def totals(found: list[Collective]) -> dict[str, dict[str, int]]:
@@ -89,70 +99,6 @@ def totals(found: list[Collective]) -> dict[str, dict[str, int]]:
         out[each.op]["bytes"] += each.count * each.bytes
     return {op: dict(count=t["count"], bytes=round(t["bytes"]))
             for op, t in sorted(out.items(), key=lambda item: -item[1]["bytes"])}
-
-
-def _computations(text: str) -> tuple[dict[str, list[tuple[str, str, str, str]]], str]:
-    """Parses a program.
-
-    Returns:
-      The instructions of each computation, as (name, shape, op, rest of the line), and the name of the entry
-      computation.
-    """
-    computations: dict = {}
-    current, entry = [], ""
-    for line in text.splitlines():
-        if header := _HEADER.match(line):
-            current = computations.setdefault(header[2], [])
-            entry = header[2] if header[1] else entry
-        elif instruction := _INSTRUCTION.match(line):
-            current.append(instruction.groups())
-    return computations, entry
-
-
-def _times(computations, entry: str) -> dict[str, int]:
-    """Returns how often each computation runs that the entry reaches; callers come before what they call."""
-    order: list[str] = []
-    seen: set[str] = set()
-
-    def visit(name: str) -> None:
-        seen.add(name)
-        for called, _ in _calls(computations, name):
-            if called not in seen:
-                visit(called)
-        order.append(name)
-
-    visit(entry)
-    times = dict.fromkeys(reversed(order), 0)
-    times[entry] = 1
-    for name in times:
-        for called, rounds in _calls(computations, name):
-            times[called] += times[name] * rounds
-    return times
-
-
-def _calls(computations, name: str) -> Iterator[tuple[str, int]]:
-    """Yields the computations that a computation calls, and how often each is called in one run of it."""
-    for _, _, op, rest in computations[name]:
-        rounds = 1
-        if op == "while":
-            known = re.search(r"known_trip_count[^0-9]*(\d+)", rest)
-            rounds = int(known[1]) if known else _rounds(computations[re.search(r"condition=%?([\w.-]+)", rest)[1]])
-        for called in _CALLED.findall(rest):
-            if called in computations:
-                yield called, rounds
-        for branches in re.findall(r"branch_computations=\{([^}]*)\}", rest):
-            yield from ((branch.strip().lstrip("%"), 1) for branch in branches.split(","))
-
-
-def _rounds(condition) -> int:
-    """Returns the iterations of a loop that counts from 0 to a constant, as XLA for TPUs writes it; 1 for any other."""
-    constants = {name: int(found[0]) for name, _, op, rest in condition if op == "constant"
-                 and (found := re.match(r"\d+(?=\))", rest))}
-    for _, _, op, rest in condition:
-        if op == "compare" and "direction=LT" in rest:
-            return next((constants[name] for name in re.findall(r"%?([\w.-]+)", rest.split(")")[0])
-                         if name in constants), 1)
-    return 1
 
 
 def _array(kind: str, shape: str, is_start: bool, n: int) -> float:
@@ -179,8 +125,7 @@ def _elements(shape: str) -> list[str]:
 
 
 def _bytes(shape: str) -> float:
-    return sum(_WIDTHS.get(dtype, 1) * math.prod(map(int, filter(None, sizes.split(",")))) for dtype, sizes in
-               re.findall(r"\b([a-z]\w*)\[([\d,]*)\]", shape))
+    return sum(each.bytes for each in hlo.arrays(shape))
 
 
 def _group_size(rest: str) -> int:

@@ -30,8 +30,11 @@ from ml_collections import ConfigDict
 
 from llavamed_jax.errors import UsageError, UserError, cut
 from llavamed_jax.preflight import collectives, programs
+from llavamed_jax.preflight.floor import floor_of, one_round
+from llavamed_jax.preflight.peaks import near, peaks_of
 from llavamed_jax.preflight.serving import Serving
 from llavamed_jax.preflight.topologies import Topology
+from llavamed_jax.training.throughput import peak_flops
 
 # Without a GPU, XLA cannot autotune Triton's tiles, and the default tiles do not fit every matrix product. So matrix
 # products use cuBLAS here, which takes no more memory.
@@ -184,18 +187,20 @@ def run(job: Mapping[str, Any]) -> dict[str, Any]:
         found = serve(job, topology, devices)
     else:
         devices = topology.devices()
-        found = train(ConfigDict(job["config"]), topology, devices)
+        found = train(ConfigDict(job["config"]), topology, devices, job.get("peak"))
     return {"topology": topology.name, "devices": topology.num_devices, "device_kind": devices[0].device_kind,
             "memory_bytes": topology.memory, **found, "fits": found["bytes"]["peak"] <= topology.memory}
 
 
-def train(cfg: ConfigDict, topology: Topology, devices: Sequence) -> dict[str, Any]:
-    """Compiles the update of a recipe; returns its part of a row of preflight's JSON."""
+def train(cfg: ConfigDict, topology: Topology, devices: Sequence, peak: str | None = None) -> dict[str, Any]:
+    """Compiles the update of a recipe; returns its part of a row of preflight's JSON. `peak` is that of the flag."""
     config, model = programs.shapes_of(cfg.init, cfg.name, cfg.vision_tower)
     training = programs.Training.of(cfg, config, devices, topology.memory)
     found = compiled(training.lower(), topology)
     held = training.bytes()
     sent = collectives.read(found.text)
+    peaks = peaks_of(topology, peak)
+    floor = peaks and floor_of(found.text, peaks, near(topology), training.loss_rounds, (training.mean_length + 1) / 2)
     return dict(
         model=model, mesh=dict(training.program.mesh.shape), attention=training.program.model.attention,
         rows=training.update.rows, row_length=training.update.row_length, micro_batches=training.micro_batches,
@@ -205,7 +210,9 @@ def train(cfg: ConfigDict, topology: Topology, devices: Sequence) -> dict[str, A
         collectives=collectives.totals(sent), traffic_bytes=round(sum(each.count * each.bytes for each in sent)),
         least_traffic_bytes=round(training.least_traffic()),
         largest_array_bytes=round(max((each.array for each in sent), default=0)),
-        model_flops_per_step=training.flops(), tokens_per_step=training.tokens)
+        model_flops_per_step=training.flops(), tokens_per_step=training.tokens, loss_rounds=training.loss_rounds,
+        floor=floor and floor.to_json(peaks, training.flops() / training.program.mesh.size,
+                                      peak_flops(devices[0].device_kind)))
 
 
 def serve(job: Mapping[str, Any], topology: Topology, devices: Sequence) -> dict[str, Any]:
@@ -219,13 +226,18 @@ def serve(job: Mapping[str, Any], topology: Topology, devices: Sequence) -> dict
     serving = Serving.of(config, devices, job["mesh"], dtype, generation["batch_size"], generation["max_new_tokens"],
                          job.get("quantize"))
     each: dict[str, Any] = {}
+    peaks, model_flops = peaks_of(topology, job.get("peak")), serving.flops() / serving.mesh.size
     for name, lowered, beside in serving.programs():
         found = compiled(lowered, topology)
         sent = collectives.read(found.text)
+        # A token of all rows is one round of the decode loop.
+        floor = peaks and (one_round if name == "decode" else floor_of)(found.text, peaks, near(topology), 1)
         each[name] = dict(compile_seconds=found.seconds, compile_cpu_seconds=found.cpu_seconds,
                           program_bytes=len(found.text),
                           bytes={**found.bytes(), "peak": found.peak + beside}, collectives=collectives.totals(sent),
-                          traffic_bytes=round(sum(one.count * one.bytes for one in sent)))
+                          traffic_bytes=round(sum(one.count * one.bytes for one in sent)),
+                          floor=floor and floor.to_json(peaks, model_flops if name == "prefill" else None,
+                                                        peak_flops(devices[0].device_kind)))
     largest = max(each.values(), key=lambda program: program["bytes"]["peak"])
     held = serving.bytes()
     return dict(

@@ -18,8 +18,9 @@ from llavamed_jax.adapters.lora import adapter_of, config_with
 from llavamed_jax.adapters.open import open_model
 from llavamed_jax.config import PRESET, PRESETS, LlavaConfig, preset
 from llavamed_jax.errors import UsageError, cut, short
-from llavamed_jax.parallel.mesh import batch_sharding
+from llavamed_jax.parallel.mesh import batch_sharding, batch_shards
 from llavamed_jax.pipeline.packing import Update, rows_an_update
+from llavamed_jax.training.losses import most_rounds
 from llavamed_jax.training.program import Program, bytes_a_device, open_mesh
 from llavamed_jax.training.recipe import TABLE
 from llavamed_jax.training.rows import check_positions, check_rows, row_multiple
@@ -143,6 +144,11 @@ class Training:
         samples = self.tokens / length
         attended = samples * length * (length + 1) / 2
         return training_flops(self.program.model.cfg, self.program.trained_sizes(), self.tokens, attended, samples)
+
+    @property
+    def loss_rounds(self) -> int:
+        """Rounds of the loss's loop over a device's positions, of a micro-batch whose positions all are supervised."""
+        return most_rounds(self.tokens // self.micro_batches // batch_shards(self.program.mesh))
 
     def least_traffic(self) -> float:
         """Returns a lower bound of the bytes that each device receives for an update.

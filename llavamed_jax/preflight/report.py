@@ -171,7 +171,7 @@ def verdict(row: Mapping[str, Any]) -> str:
 
 
 def tables(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Formats the rows as two tables of at most 80 columns: memory in GiB per device, and the compiled program."""
+    """Formats the rows as tables of at most 80 columns: memory in GiB per device, the compiled program, its floor."""
     gib = lambda n: number(n / _GIB)
     held = {"parameters": "parameters", **({"cache": "cache"} if "cache" in rows[0]["bytes"] else {
         "optimizer": "optimizer", "gradients": "gradients"}), "activations": "activations"}
@@ -187,7 +187,26 @@ def tables(rows: Sequence[Mapping[str, Any]]) -> list[str]:
             number(row["model_flops_per_step"] / row["tokens_per_step"] / 1e9), number(row["traffic_bytes"] / 1e9),
             "" if row["least_traffic_bytes"] is None else number(row["least_traffic_bytes"] / 1e9),
             f"{row['compile_seconds']:.0f}"))
-    return [_aligned(memory, 2), "", _aligned(program, 1), ""]
+    return [_aligned(memory, 2), "", _aligned(program, 1), "", *_floors(rows)]
+
+
+def _floors(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Formats the floors as a table, and the dearest parts of each program; nothing for CPUs."""
+    floors = [(f"{row['topology']} {name}".strip(), each["floor"]) for row in rows
+              for name, each in row.get("programs", {"": row}).items() if each.get("floor")]
+    if not floors:
+        return []
+    lines = [("topology", "floor", "matmul", "memory", "network", "ceiling", "TFLOP", "GB", "kernels")]
+    parts = []
+    for name, floor in floors:
+        ceiling = floor["mfu_ceiling"]
+        lines.append((name, *(number(floor[f"{each}milliseconds"]) for each in ("", "matmul_", "memory_", "network_")),
+                      "" if ceiling is None else f"{100 * ceiling:.0f}%", number(floor["matmul_flops"] / 1e12),
+                      number(floor["memory_bytes"] / 1e9), str(floor["kernels"])))
+        parts += ["", _aligned([(name, "ms", "TFLOP", "GB")] + [
+            (each["part"], number(each["milliseconds"]), number(each["flops"] / 1e12), number(each["bytes"] / 1e9))
+            for each in floor["dearest"]], 1)]
+    return [_aligned(lines, 1), *parts, ""]
 
 
 def number(n: float) -> str:
@@ -211,6 +230,10 @@ def remarks(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         "of the cache x their length" if is_serving else "of an update x their length / micro-batches")]
     lines += ["traffic: GB that a device receives per prefill" if is_serving else
               "traffic: GB that a device receives per update, and the least possible"]
+    if _floors(rows):
+        lines.append("floor: the least milliseconds per device; ceiling: its share of the data sheet's FLOP/s")
+    lines += sorted({f"{row['topology']}: the loss's loop counts {row['loss_rounds']} rounds a micro-batch, for rows "
+                     "that are supervised throughout" for row in rows if row.get("floor")})
     lines += sorted({f"model: {row['model']}" for row in rows})
     lines += sorted({f"tokens per sample: {row['mean_length']} (data.mean_length of the recipe)" for row in rows
                      if row.get("mean_length")})

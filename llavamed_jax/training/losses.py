@@ -210,6 +210,11 @@ def _on_one_device(hidden, kernel, targets, weights, *, chunk, wanted, row_axes=
     return total, by_x, by_kernel
 
 
+def most_rounds(positions: int) -> int:
+    """Returns the rounds of the loop over the chunks if each of a device's positions is supervised."""
+    return -(-positions // _chunk(positions))
+
+
 def _chunk(positions: int) -> int:
     share = -(-positions // CHUNK_SHARE // SMALLEST_CHUNK) * SMALLEST_CHUNK
     return min(positions, max(SMALLEST_CHUNK, share), LARGEST_CHUNK)

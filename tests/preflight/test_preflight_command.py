@@ -271,6 +271,7 @@ def test_the_mean_length_is_printed():
 @pytest.mark.parametrize("flags, status, sentence", [
     (["--preflight", "cpu-257"], 2, "from 1 to 256"), (["--preflight", "h100-999999"], 2, "from 1 to 8192"),
     (["--preflight", "x" * 5000 + "-1"], 2, "x…"), (["--preflight_json", "x.json"], 2, "--preflight NAMES was expected"),
+    (["--peak", "flops=8e14"], 2, "--preflight NAMES was expected too"), (["--preflight", "cpu-1", "--peak", "8e14"], 2, "--peak is '8e14'"),
     (["--preflight", "cpu-1", "--preflight_json", ""], 2, "empty"), (["--preflight", "cpu-1", "--preflight_json", "/"], 2, "is not a file"),
     (["--preflight", "cpu-1", "--preflight_json", "/dev/null"], 2, "is not a file"),
     (["--preflight", "cpu-1", "--preflight_json", "missing/x.json"], 2, "folder does not exist"),

@@ -58,6 +58,21 @@ def flash_attention(q, k, v, mask, interpret: bool = False):
     return work(q, k, v, segments)[:, :T]
 
 
+# Products of a kernel for each query, key and number of a head.
+_PRODUCTS = {"flash_forward": 2, "flash_backward_queries": 3, "flash_backward_keys": 4}
+
+
+def flops(kernel: str, queries: tuple[int, ...], attended: float) -> float:
+    """Returns the FLOPs of a kernel of this file; 0 for a kernel of another name.
+
+    Args:
+      kernel: its name, such as `flash_forward`.
+      queries: (B, T, N, H).
+      attended: keys that a query attends to on average.
+    """
+    return 2.0 * _PRODUCTS.get(kernel, 0) * math.prod(queries) * attended
+
+
 def _on_one_device(q, k, v, segments, *, window, interpret):
     first, last = seen(segments, window)
     return _attention(interpret, q, k, v, first, last)
