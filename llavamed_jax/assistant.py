@@ -22,7 +22,7 @@ from llavamed_jax.adapters.open import open_model
 from llavamed_jax.checkpoints.generation_file import not_applied
 from llavamed_jax.checkpoints.identity import Origin, origin
 from llavamed_jax.checkpoints.load import load_params
-from llavamed_jax.config import IMAGE_TOKEN, PAD_TOKEN, LlavaConfig
+from llavamed_jax.config import IMAGE_TOKEN, KV_CACHES, PAD_TOKEN, LlavaConfig
 from llavamed_jax.errors import UserError, short, warn
 from llavamed_jax.generation.beam import BeamSearch
 from llavamed_jax.generation.engine import Engine
@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 
 def load(path: str | Path, dtype=None, quantize=None, mesh: Mesh | str | None = None, adapter=None,
          vision_tower: str | Path | None = None, tokenizer: str | Path | None = None,
-         template: str | None = None) -> "LlavaMed":
+         template: str | None = None, kv_cache: str | None = None) -> "LlavaMed":
     """Loads a checkpoint of any layout that `checkpoints.open.open_checkpoint` reads.
 
     Args:
@@ -60,6 +60,8 @@ def load(path: str | Path, dtype=None, quantize=None, mesh: Mesh | str | None = 
       vision_tower: a directory of a tower that replaces the checkpoint's own tower (quirk Q1 of the original).
       tokenizer: a tokenizer's file or directory that replaces the checkpoint's own.
       template: the name of a prompt template that replaces the checkpoint's own.
+      kv_cache: `"int8"` stores the keys and values of positions that were read in half of bfloat16's bytes, each with
+        a scale; None stores them in `dtype`.
 
     Returns:
       The model with its processor.
@@ -69,6 +71,8 @@ def load(path: str | Path, dtype=None, quantize=None, mesh: Mesh | str | None = 
     """
     if quantize is not None and (not isinstance(quantize, str) or quantize not in ROUNDINGS):
         raise UserError(f"quantize is {short(quantize)}; {', '.join(ROUNDINGS)} or None was expected")
+    if kv_cache is not None and kv_cache not in KV_CACHES:
+        raise UserError(f"kv_cache is {short(kv_cache)}; {' or '.join(KV_CACHES)} or None was expected")
     checkpoint = open_model(path, vision_tower, adapter)
     if sentence := not_applied(checkpoint.config, checkpoint.files):
         warn(f"{path}: {sentence}")
@@ -84,7 +88,7 @@ def load(path: str | Path, dtype=None, quantize=None, mesh: Mesh | str | None = 
     dtype = _numpy_dtype(dtype)
     model = LlavaMed(checkpoint.config, load_params(checkpoint, dtype, quantize=quantize, as_stored=True), processor,
                      dtype, mesh, Path(adapter or path).name, checkpoint.tower, origin(path, checkpoint, tokenizer),
-                     quantize or checkpoint.few_bits)
+                     quantize or checkpoint.few_bits, kv_cache)
     log.info("%s", model)
     return model
 
@@ -112,17 +116,18 @@ class LlavaMed:
       tower: a description of the vision tower.
       origin: the files that the model was loaded from.
       quantize: how the kernels in `params` were rounded, for the record; None if they were not.
+      kv_cache: `int8`, or None for a cache in `dtype`.
     """
 
     def __init__(self, config: LlavaConfig, params, processor: Processor, dtype=jnp.float32, mesh: Mesh | None = None,
                  name: str = "llavamed", tower: str = "", origin: Origin | None = None,
-                 quantize: str | None = None):
+                 quantize: str | None = None, kv_cache: str | None = None):
         self.config, self.processor, self.dtype, self.mesh, self.name, self.tower = (
             config, processor, dtype, mesh, name, tower)
-        self.origin, self.quantize = origin, quantize
+        self.origin, self.quantize, self.kv_cache = origin, quantize, kv_cache
         decoder = dataclasses.replace(config.decoder, **config.decoder.ends_with(processor.eos_ids))
         self.engine = Engine(config.replace(decoder=decoder), jax.device_put(params) if mesh is None else params, dtype,
-                             mesh)
+                             mesh, cache_dtype=None if kv_cache is None else np.dtype(kv_cache))
         self._beams = BeamSearch(self.engine)
         self._forward = jax.jit(Llava(config, dtype).apply)
 
@@ -131,8 +136,8 @@ class LlavaMed:
 
         Returns:
           `checkpoint` (the PATH; None for a model that was made in memory), `step` (of a run), `template`, `tower`,
-          `tokenizer`, `dtype`, `mesh` (axis -> devices, None for one device), `quantize` and `adapter` (the
-          directory of an adapter that was put onto the checkpoint).
+          `tokenizer`, `dtype`, `mesh` (axis -> devices, None for one device), `quantize`, `kv_cache` and `adapter`
+          (the directory of an adapter that was put onto the checkpoint).
         """
         p, mesh = (self.processor,
                    None if self.mesh is None else {name: int(size) for name, size in self.mesh.shape.items()})
@@ -140,6 +145,7 @@ class LlavaMed:
             "checkpoint": self.origin.path if self.origin else None, "step": self.origin.step if self.origin else None,
             "template": p.template_words, "tower": self.tower or None, "tokenizer": p.tokenizer_words,
             "dtype": np.dtype(self.dtype).name, "mesh": mesh, "quantize": self.quantize,
+            "kv_cache": self.kv_cache,
             "adapter": self.origin.adapter if self.origin else None,
         }  # fmt: skip
 

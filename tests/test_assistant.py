@@ -233,7 +233,7 @@ def test_every_argument_of_load_counts(saved, tmp_path):
     bare = shutil.copytree(path, tmp_path / "bare")
     (bare / "tokenizer.model").unlink()
     assert lm.load(bare, tokenizer=TOKENIZER).processor.encode("a") == lm.load(path).processor.encode("a")
-    for bad in (dict(dtype="int8"), dict(dtype=np.float64), dict(quantize="int2"), dict(quantize=8), dict(adapter="x"), dict(mesh="tp=9"),
+    for bad in (dict(dtype="int8"), dict(dtype=np.float64), dict(quantize="int2"), dict(quantize=8), dict(kv_cache="int4"), dict(adapter="x"), dict(mesh="tp=9"),
                 dict(mesh="tp=3,data=-1")):
         with pytest.raises(ValueError, match="expected"):
             lm.load(path, **bad)

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llavamed_jax.cli import processes
-from llavamed_jax.config import QUANTIZED
+from llavamed_jax.config import KV_CACHES, QUANTIZED
 from llavamed_jax.errors import UsageError, UserError, cut, short
 from llavamed_jax.recipes import recipe_arguments  # noqa: F401  (users' recipes may import it from here)
 from llavamed_jax.utils import paths, signals, streams, terminal
@@ -322,8 +322,9 @@ def _parse(key: str, text: str, current: Any, kind: type) -> Any:
     raise UsageError(f"the config key {key!r} is {text!r}; {wanted.get(kind, kind.__name__)} was expected")
 
 
+# For epilogs.
 MODEL_FLAGS = ("model: --vision_tower PATH --tokenizer PATH --template NAME --dtype TYPE --mesh SIZES\n"
-               f"       --adapter PATH --quantize {'|'.join(QUANTIZED)}")  # for epilogs
+               f"       --adapter PATH --quantize {'|'.join(QUANTIZED)} --kv_cache {'|'.join(KV_CACHES)}")
 
 
 def add_model_flags(parser: argparse.ArgumentParser, is_listed: bool = True) -> None:
@@ -340,6 +341,7 @@ def add_model_flags(parser: argparse.ArgumentParser, is_listed: bool = True) -> 
     group.add_argument("--adapter", metavar="PATH", help=said("a LoRA adapter that is put onto the checkpoint"))
     group.add_argument("--quantize", metavar="TYPE", choices=QUANTIZED,
                        help=said(f"rounds the decoder's kernels: {', '.join(QUANTIZED)}"))
+    group.add_argument("--kv_cache", metavar="TYPE", choices=KV_CACHES, help=said("int8 halves the key/value cache"))
 
 
 def add_preflight_flags(parser: argparse.ArgumentParser) -> None:
@@ -398,6 +400,7 @@ def load_assistant(args: argparse.Namespace):
     from llavamed_jax.cli import compilation_cache
     compilation_cache.enable()
     model = load(args.checkpoint, dtype=args.dtype, mesh=args.mesh, vision_tower=args.vision_tower,
-                 tokenizer=args.tokenizer, template=args.template, adapter=args.adapter, quantize=args.quantize)
+                 tokenizer=args.tokenizer, template=args.template, adapter=args.adapter, quantize=args.quantize,
+                 kv_cache=args.kv_cache)
     print(terminal.sentence(f"{args.checkpoint}: vision tower: {model.tower}"), file=sys.stderr)  # stdout has answers
     return model

@@ -46,7 +46,7 @@ def _parser() -> common.Parser:
 
 
 # Flags of a model that is loaded in this process; `_SERVER_FLAGS` are those of a model behind an endpoint.
-_MODEL_FLAGS = ("vision_tower", "tokenizer", "template", "dtype", "mesh", "adapter", "quantize")
+_MODEL_FLAGS = ("vision_tower", "tokenizer", "template", "dtype", "mesh", "adapter", "quantize", "kv_cache")
 _PROCESS_FLAGS = ("coordinator", "num_processes", "process_id")
 _GRACE_S = 10  # from a first signal to the end of the process
 _SERVER_FLAGS = {"model": str, "concurrency": int, "timeout": float}
@@ -134,7 +134,8 @@ def _preflight(args: argparse.Namespace, cfg) -> int:
         raise UsageError(f"generation.num_beams is {cfg.generation.num_beams}; 1 was expected with --preflight, which "
                          "does not compile beam search")
     return common.preflight(args, cfg, checkpoint=args.checkpoint, vision_tower=args.vision_tower, mesh=args.mesh,
-                            dtype=args.dtype, adapter=args.adapter, quantize=args.quantize)
+                            dtype=args.dtype, adapter=args.adapter, quantize=args.quantize,
+                            kv_cache=args.kv_cache)
 
 
 def _check_flags(args: argparse.Namespace) -> None:

@@ -6,6 +6,7 @@ from llavamed_jax.config.images import MAX_EDGE, RESAMPLE, ImageSettings
 from llavamed_jax.config.model import (
     IGNORE,
     IMAGE_TOKEN,
+    KV_CACHES,
     MOST_BEAMS,
     OURS,
     PAD_TOKEN,
@@ -19,7 +20,7 @@ from llavamed_jax.config.towers import KNOWN_TOWERS
 from llavamed_jax.config.towers.clip import CLIP_MEAN, CLIP_STD, VisionConfig
 
 __all__ = [
-    "ACTIVATIONS", "CLIP_MEAN", "CLIP_STD", "IGNORE", "IMAGE_TOKEN", "KNOWN_TOWERS", "MAX_EDGE", "MOST_BEAMS", "OURS",
-    "PAD_TOKEN", "PRESET", "PRESETS", "RESAMPLE", "QUANTIZED", "DecoderConfig", "ImageSettings", "LlavaConfig",
-    "RopeScaling", "VisionConfig", "as_object", "channels", "preset", "projector_depth", "token_ids",
+    "ACTIVATIONS", "CLIP_MEAN", "CLIP_STD", "IGNORE", "IMAGE_TOKEN", "KNOWN_TOWERS", "KV_CACHES", "MAX_EDGE",
+    "MOST_BEAMS", "OURS", "PAD_TOKEN", "PRESET", "PRESETS", "QUANTIZED", "RESAMPLE", "DecoderConfig", "ImageSettings",
+    "LlavaConfig", "RopeScaling", "VisionConfig", "as_object", "channels", "preset", "projector_depth", "token_ids",
 ]

@@ -27,6 +27,7 @@ IGNORE = -100  # a label that is not supervised
 MOST_BEAMS = 128  # limit of a beam search, which keeps a cache for each beam
 PAD_TOKEN = -1  # pads short rows of `logits` on the right
 QUANTIZED = ("int8", "int4", "nf4")  # how kernels may be rounded (`quantized.rounding.ROUNDINGS`)
+KV_CACHES = ("int8",)  # dtypes of a key/value cache beside the computation's own
 # The key of an exported config.json for settings that the layout itself has no key for.
 OURS = "llavamed_jax"
 

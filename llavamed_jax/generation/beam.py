@@ -27,7 +27,6 @@ from llavamed_jax.generation.programs import NO_TOKEN
 from llavamed_jax.generation.requests import NO_NUMBER, Request, name_of
 from llavamed_jax.generation.rows import bucket, power_of_two
 from llavamed_jax.images.load import normalize
-from llavamed_jax.models.decoders.cache import init_cache
 from llavamed_jax.parallel.mesh import batch_sharding
 from llavamed_jax.utils import signals
 
@@ -240,7 +239,7 @@ class BeamSearch:
         (B, T), run = ids.shape, self.programs.apply
         x = run(params, ids, None if pixels is None else run(params, pixels, method="encode_images"), method="embed")
         # Prompts attend only to themselves: prefill needs a cache of T positions; room for the answer is added later.
-        caches = init_cache(self.engine.cfg.decoder, B, T, self.engine.dtype)
+        caches = self.programs.empty_caches(B, T)
         x, caches = run(params, x, jnp.broadcast_to(jnp.arange(T), (B, T)), caches, method="step")
         caches = jax.tree.map(lambda c: jnp.pad(c, ((0, 0), (0, 0), (0, cache_length - T), (0, 0))), caches)
         last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0]

@@ -45,23 +45,26 @@ class Engine:
     Args:
       cfg: the model's shapes.
       params: its unrolled parameter tree.
-      dtype: of computation and cache.
+      dtype: of the computation.
       mesh: rows are sharded over data and fsdp, heads over tp; None is one device.
       batch_size: the most rows that are decoded together.
       steps: tokens decoded on the device before the host reads them.
       share: whether prompts with a common prefix share its keys and values.
-      programs: the compiled programs of another engine with the same shapes, dtype and mesh; their `steps` is used.
+      programs: the compiled programs of another engine with the same shapes, dtype and mesh; their `steps` and
+        `cache_dtype` are used.
+      cache_dtype: of keys and values in the cache, such as int8; None is `dtype`.
     """
 
     def __init__(self, cfg: LlavaConfig, params, dtype=np.float32, mesh: Mesh | None = None, batch_size: int = 16,
-                 steps: int = STEPS, share: bool = True, programs: Programs | None = None):
+                 steps: int = STEPS, share: bool = True, programs: Programs | None = None,
+                 cache_dtype=None):
         self.cfg, self.dtype, self.mesh, self.batch_size = cfg, dtype, mesh, batch_size
         self._params = params if mesh is None else jax.device_put(
             params, param_shardings(params, param_axes(cfg), mesh))
         self.shards = batch_shards(mesh)
         if mesh is not None:
             check_heads(cfg, mesh)
-        self.programs = programs or Programs(cfg, dtype, mesh, steps)
+        self.programs = programs or Programs(cfg, dtype, mesh, steps, cache_dtype)
         self.steps = self.programs.steps
         self.eos, self._max_positions = cfg.decoder.eos_ids, cfg.decoder.max_positions
         self._share = share

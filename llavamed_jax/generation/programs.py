@@ -97,13 +97,15 @@ class Programs:
 
     Args:
       cfg: the model's shapes.
-      dtype: of computation and cache.
+      dtype: of the computation.
       mesh: a Mesh with the axes data, fsdp and tp; None is one device.
       steps: N, the most tokens of a decode loop before the host reads them.
+      cache_dtype: of keys and values in the cache; None is `dtype`.
     """
 
-    def __init__(self, cfg: LlavaConfig, dtype, mesh: Mesh | None, steps: int):
+    def __init__(self, cfg: LlavaConfig, dtype, mesh: Mesh | None, steps: int, cache_dtype=None):
         self.cfg, self.dtype, self.mesh, self.steps = cfg, dtype, mesh, steps
+        self.cache_dtype = dtype if cache_dtype is None else cache_dtype
         self.model = Llava(cfg, dtype)
 
         def compiled(function, out=None, **kwargs):
@@ -173,7 +175,11 @@ class Programs:
     def cache_shardings(self) -> tuple[LayerCache, ...]:
         """Returns the shardings of the caches: rows over data and fsdp, heads over tp."""
         cache = NamedSharding(self.mesh, spec_of(("act_batch", "act_heads", None, None)))
-        return tuple(LayerCache(cache, cache) for _ in range(self.cfg.decoder.num_layers))
+        return jax.tree.map(lambda _: cache, jax.eval_shape(lambda: self.empty_caches(0, 0)))
+
+    def empty_caches(self, rows: int, length: int) -> tuple[LayerCache, ...]:
+        """Returns zero caches of `rows` rows and `length` positions."""
+        return init_cache(self.cfg.decoder, rows, length, self.cache_dtype)
 
     def empty_features(self, places: int) -> jax.Array:
         """Returns zeros [F,P,D] for `places` image features."""
@@ -182,8 +188,8 @@ class Programs:
     def empty_slots(self) -> Slots:
         """Returns zero rows of zero positions, to be resized."""
         zeros = jnp.zeros(0, jnp.int32)
-        caches = init_cache(self.cfg.decoder, 0, 0, self.dtype)
-        return Slots(zeros, zeros, zeros, zeros, jnp.ones(0, bool), Sampling.of([], [], [], []), caches)
+        is_done, sampling = jnp.ones(0, bool), Sampling.of([], [], [], [])
+        return Slots(zeros, zeros, zeros, zeros, is_done, sampling, self.empty_caches(0, 0))
 
     def ends(self, token):
         """Returns whether tokens end their sequences: int32 [...] -> bool [...]."""

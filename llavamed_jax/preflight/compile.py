@@ -224,7 +224,7 @@ def serve(job: Mapping[str, Any], topology: Topology, devices: Sequence) -> dict
     generation = job["config"]["generation"]
     dtype = job["dtype"] or ("float32" if topology.platform == "cpu" else "bfloat16")  # as `load` chooses it
     serving = Serving.of(config, devices, job["mesh"], dtype, generation["batch_size"], generation["max_new_tokens"],
-                         job.get("quantize"))
+                         job.get("quantize"), job.get("kv_cache"))
     each: dict[str, Any] = {}
     peaks, model_flops = peaks_of(topology, job.get("peak")), serving.flops() / serving.mesh.size
     for name, lowered, beside in serving.programs():

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from llavamed_jax.config import LlavaConfig
 from llavamed_jax.config.adapter import is_derived
@@ -38,10 +38,11 @@ class Serving:
     Attributes:
       config: the shapes of the model.
       mesh: the mesh that the model is sharded over.
-      dtype: dtype of the weights and the cache.
+      dtype: dtype of the weights.
       rows: R.
       new_tokens: longest answer, in tokens. S has room for it; the engine's cache grows up to this length.
       quantize: how the decoder's kernels are rounded (`quantized.rounding.ROUNDINGS`); None if they are not.
+      kv_cache: dtype of the cache; None is `dtype`.
     """
 
     config: LlavaConfig
@@ -50,25 +51,28 @@ class Serving:
     rows: int
     new_tokens: int
     quantize: str | None = None
+    kv_cache: str | None = None
 
     @classmethod
     def of(cls, config: LlavaConfig, devices: Sequence[jax.Device], mesh: str | None, dtype: str, rows: int,
-           new_tokens: int, quantize: str | None = None) -> Serving:
+           new_tokens: int, quantize: str | None = None, kv_cache: str | None = None) -> Serving:
         """Chooses the mesh and rounds the number of rows, as an evaluation does.
 
         Args:
           config: the shapes of the model.
           devices: the devices of one process.
           mesh: the value of `--mesh`; None uses the first device only.
-          dtype: dtype of the weights and the cache.
+          dtype: dtype of the weights.
           rows: number of rows of the cache; rounded up to a multiple of the shards of the batch.
           new_tokens: longest answer, in tokens.
           quantize: how the decoder's kernels are rounded; None if they are not.
+          kv_cache: dtype of the cache; None is `dtype`.
         """
         laid = make_mesh(mesh, devices) if mesh else make_mesh(None, devices[:1])
         check_heads(config, laid)
         shards = batch_shards(laid)
-        return cls(config, laid, jnp.dtype(dtype), -(-rows // shards) * shards, new_tokens, quantize)
+        return cls(config, laid, jnp.dtype(dtype), -(-rows // shards) * shards, new_tokens, quantize,
+                   kv_cache)
 
     @property
     def prompt(self) -> int:
@@ -97,7 +101,7 @@ class Serving:
 
     def programs(self) -> Iterator[tuple[str, Any, int]]:
         """Yields name, lowering, and further bytes on a device beside the arguments, for each program."""
-        programs = Programs(self.config, self.dtype, self.mesh, STEPS)
+        programs = Programs(self.config, self.dtype, self.mesh, STEPS, self._cache_dtype)
         params, vision = self.params(), self.config.vision
         features = self._array((PLACES, self.config.tokens_per_image, self.config.decoder.hidden_size), self.dtype,
                                replicated(self.mesh))
@@ -123,17 +127,19 @@ class Serving:
         return self.batch * (T * (decoder.forward_flops_per_token(T) - head) + head
                              + self.config.vision_flops_per_image())
 
+    @property
+    def _cache_dtype(self):
+        return self.dtype if self.kv_cache is None else jnp.dtype(self.kv_cache)
+
     def _cache_bytes(self, rows: int, length: int) -> int:
-        return cache_bytes(self.config.decoder, rows, length, self.dtype) // self.mesh.size
+        return cache_bytes(self.config.decoder, rows, length, self._cache_dtype) // self.mesh.size
 
     def _array(self, shape, dtype, sharding=None) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding or batch_sharding(self.mesh))
 
     def _caches(self, programs: Programs, rows: int, length: int) -> tuple[LayerCache, ...]:
-        decoder = self.config.decoder
-        shape = (rows, decoder.num_kv_heads, length, decoder.head_dim)
-        return jax.tree.map(lambda where: self._array(shape, self.dtype, where), programs.cache_shardings(),
-                            is_leaf=lambda x: isinstance(x, NamedSharding))
+        return jax.tree.map(lambda x, where: self._array(x.shape, x.dtype, where),
+                            jax.eval_shape(lambda: programs.empty_caches(rows, length)), programs.cache_shardings())
 
     def _sampling(self, rows: int) -> Sampling:
         return Sampling(self._array((rows,), jnp.float32), self._array((rows,), jnp.int32),

@@ -49,7 +49,7 @@ class Model:
     def __init__(self, args, stops_after=None):
         checkpoint = open_checkpoint(args.checkpoint, args.vision_tower)
         self.processor = Processor.from_checkpoint(checkpoint, tokenizer=args.tokenizer, template=args.template)
-        self.quantize = None
+        self.quantize = self.kv_cache = None
         self.origin, self.tower, self.name = origin(args.checkpoint, checkpoint, args.tokenizer), checkpoint.tower, "m"
         self.mesh = None if args.mesh is None else make_mesh(args.mesh, jax.local_devices())
         self.dtype, self.engine, self.stops_after = _numpy_dtype(args.dtype), type("Engine", (),
@@ -354,11 +354,11 @@ def test_the_record_says_what_was_asked(root, monkeypatch, capsys):
     out, metrics = capsys.readouterr().out, json.loads((root / "w" / "metrics.json").read_text())
     said = metrics["asked"]
     assert set(asked.KEYS) <= set(said)
-    assert {name: said[name] for name in ("template", "tower", "tokenizer", "dtype", "quantize", "adapter",
+    assert {name: said[name] for name in ("template", "tower", "tokenizer", "dtype", "quantize", "kv_cache", "adapter",
                                           "checkpoint", "endpoint", "step")} == {
         "template": "v1.0:simple", "tower": "other-tower, as asked for", "tokenizer": "model/tokenizer.model",
                                               "dtype": "bfloat16",
-        "quantize": None, "adapter": None, "checkpoint": "model", "endpoint": None, "step": None}  # fmt: skip
+        "quantize": None, "kv_cache": None, "adapter": None, "checkpoint": "model", "endpoint": None, "step": None}  # fmt: skip
     assert said["mesh"] == {"data": 1, "fsdp": 1, "tp": 2}
     assert said["generation"] == {"max_new_tokens": 1024, "temperature": 0.0, "num_beams": 1, "batch_size": 16,
                                   "seed": 0}
@@ -409,7 +409,7 @@ def test_a_loaded_model_says_what_it_is(root, caplog):
     assert model.describe() == {
         "checkpoint": "tree", "step": None, "template": "v1.0:simple", "tower": "other-tower, as asked for",
         "tokenizer": "tokenizer/tokenizer.model", "dtype": "float32", "mesh": {"data": 1, "fsdp": 1, "tp": 2},
-        "quantize": None,
+        "quantize": None, "kv_cache": None,
         "adapter": None}  # fmt: skip
     assert "tower other-tower, as asked for" in caplog.text and "template v1.0:simple" in caplog.text
     json.dumps(model.describe())

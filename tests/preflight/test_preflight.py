@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import jax
@@ -291,6 +292,16 @@ def test_rounded_kernels_are_counted_by_their_bits(how, bits):
     element = {"int8": "xi8>", "int4": "xi4>", "nf4": "xui4>"}[how]
     for name, lowered, _ in rounded.programs():
         assert (element in lowered.as_text().partition("func.func public @main")[2].partition("{\n")[0]) == (name != "encode"), name
+
+
+def test_an_int8_cache_is_counted_and_given_to_the_programs():
+    plain, small = (Serving.of(CFG, Topology.parse("cpu-1").devices(), None, "bfloat16", 2, 32, kv_cache=each) for each in (None, "int8"))
+    H = CFG.decoder.head_dim
+    assert small.bytes()["cache"] * 2 * H == plain.bytes()["cache"] * (H + 4)
+    for name, lowered, _ in small.programs():
+        arguments = lowered.as_text().partition("func.func public @main")[2].partition("{\n")[0]
+        kinds = set(re.findall(rf"x{CFG.decoder.num_kv_heads}x\d+x{H}x(\w+)>", arguments))
+        assert kinds == (set() if name == "encode" else {"i8"}), name
 
 
 @pytest.mark.parametrize("name, parameters, cache, ways", [

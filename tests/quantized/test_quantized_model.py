@@ -120,6 +120,8 @@ def test_an_evaluation_records_it_and_does_not_mix(path, tmp_path):
     before = (tmp_path / "out" / "predictions.jsonl").read_text()
     assert main([*argv[:-1], "nf4"]) == 0
     assert asked()["quantize"] == "nf4" and (tmp_path / "out" / "predictions.jsonl").read_text() != before
+    assert main([*argv[:-2], "--kv_cache", "int8"]) == 0
+    assert asked()["quantize"] is None and asked()["kv_cache"] == "int8"
 
 
 def test_the_names_of_the_roundings_are_those_of_the_flags():

@@ -24,7 +24,7 @@ from llavamed_jax.utils.nested import flatten
 
 # The keys that `asked` of `metrics.json` always has; unknown values are None.
 KEYS = ("checkpoint", "checkpoint_sha256", "step", "template", "tower", "tokenizer", "dtype", "mesh", "quantize",
-        "adapter", "endpoint", "model", "generation")  # fmt: skip
+        "kv_cache", "adapter", "endpoint", "model", "generation")  # fmt: skip
 # Config keys that change no answer: settings of the scoring, and paths of files whose contents are compared instead.
 _BESIDE = ("judge", "published", "data.train", "data.trained_on", "data.trained_on_images", "data.root", "data.images")
 _PACKAGES = ("numpy", "pillow", "pydicom")  # packages that read the images, for a loaded model and for a server
@@ -35,7 +35,8 @@ def record(answerer: Answerer, generation: Generation) -> dict:
     return dict.fromkeys(KEYS) | answerer.describe() | {"generation": vars(generation)}
 
 
-_WORDS = ("template", "tower", "tokenizer", "dtype", "mesh", "quantize", "adapter", "endpoint", "predictions")
+_WORDS = ("template", "tower", "tokenizer", "dtype", "mesh", "quantize", "kv_cache", "adapter", "endpoint",
+          "predictions")
 
 
 def words(said: Mapping[str, object]) -> str:

@@ -70,8 +70,8 @@ class LocalModel:
         """Implements `Answerer.depends_on`: every file of model, tower and tokenizer, and the settings of loading."""
         said, origin = getattr(self.model, "describe", dict)(), getattr(self.model, "origin", None)
         files = {} if origin is None else {f"the file {name}": digest for name, digest in self._hashes(origin).items()}
-        made = {f"the {name}": said[name] for name in ("template", "dtype", "mesh", "quantize", "adapter", "step")
-                if name in said}
+        settings = ("template", "dtype", "mesh", "quantize", "kv_cache", "adapter", "step")
+        made = {f"the {name}": said[name] for name in settings if name in said}
         config = {} if origin is None else {"the model's config": origin.config}
         return {"the model's name": self.name, **made, **config, **files, **versions(_PACKAGES)}
 

@@ -74,7 +74,7 @@ class AttentionMask:
         return seen
 
 
-def attention(q, k, v, mask: AttentionMask | None = None, backend: str = "xla"):
+def attention(q, k, v, mask: AttentionMask | None = None, backend: str = "xla", k_scale=None, v_scale=None):
     """Computes softmax attention with grouped queries; scores and softmax in float32.
 
     Args:
@@ -84,12 +84,14 @@ def attention(q, k, v, mask: AttentionMask | None = None, backend: str = "xla"):
       mask: None lets every query attend to every key (for the vision tower; XLA only).
       backend: as `backend_of` returns it. `splash` and `flash` are for whole rows: queries and keys have the same
         positions, consecutive within a segment. `xla` follows the mask alone.
+      k_scale: float32 [B,K,S,1], by which the keys are multiplied if they are int8 (XLA only); None for other keys.
+      v_scale: likewise of the values.
 
     Returns:
-      [B,T,N,H] in v's dtype; rematerialisation policies know it as `context`.
+      [B,T,N,H] in v's dtype, or in q's if v is int8; rematerialisation policies know it as `context`.
     """
     if backend == "xla":
-        return checkpoint_name(xla_attention(q, k, v, mask), "context")
+        return checkpoint_name(xla_attention(q, k, v, mask, k_scale, v_scale), "context")
     name, _, interpreted = backend.partition("_")
     if name == "flash":  # imported here, since Pallas takes a second to import
         from llavamed_jax.models.attention.flash import flash_attention as kernel

@@ -62,11 +62,13 @@ class Attention(nn.Module):
         q, k = self.query_key(project("query", cfg.num_heads), project("key", cfg.num_kv_heads))
         q, k = apply_rope(q, rope), apply_rope(k, rope).swapaxes(1, 2)  # k is [B,K,T,H]
         v = project("value", cfg.num_kv_heads).swapaxes(1, 2)
-        if cache is not None:
-            cache = cache.write(k, v, mask.q_positions[:, 0])
-            k, v = cache.k, cache.v
         q = constrain(q, "act_batch", None, "act_heads", None)
-        context = attention(q, k, v, mask, self.backend if cache is None else "xla").reshape(B, T, -1)
+        if cache is None:
+            context = attention(q, k, v, mask, self.backend)
+        else:
+            cache = cache.write(k, v, mask.q_positions[:, 0])
+            context = attention(q, cache.k, cache.v, mask, "xla", cache.k_scale, cache.v_scale)
+        context = context.reshape(B, T, -1)
         axes, has_bias = cfg.axes("self_attn/o_proj"), cfg.has_bias("self_attn/o_proj")
         return Linear(cfg.hidden_size, axes, has_bias, self.dtype, name="o_proj")(context), cache
 
