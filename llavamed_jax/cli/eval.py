@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from llavamed_jax.cli import common, processes
+from llavamed_jax.cli import common, preflight, processes
 from llavamed_jax.errors import UsageError, UserError
 from llavamed_jax.utils import signals
 
@@ -39,7 +39,7 @@ def _parser() -> common.Parser:
     parser.add_argument("--dry_run", action="store_true", help="print what would be asked and what it costs, and exit")
     for name, kind in _SERVER_FLAGS.items():
         parser.add_argument(f"--{name}", type=kind, metavar="NAME" if kind is str else "N", help=argparse.SUPPRESS)
-    common.add_preflight_flags(parser)
+    preflight.add_flags(parser)
     processes.add_flags(parser)
     common.add_model_flags(parser, is_listed=False)
     return parser
@@ -133,14 +133,14 @@ def _preflight(args: argparse.Namespace, cfg) -> int:
     if cfg.generation.num_beams > 1:
         raise UsageError(f"generation.num_beams is {cfg.generation.num_beams}; 1 was expected with --preflight, which "
                          "does not compile beam search")
-    return common.preflight(args, cfg, checkpoint=args.checkpoint, vision_tower=args.vision_tower, mesh=args.mesh,
-                            dtype=args.dtype, adapter=args.adapter, quantize=args.quantize,
-                            kv_cache=args.kv_cache)
+    return preflight.run(args, cfg, checkpoint=args.checkpoint, vision_tower=args.vision_tower, mesh=args.mesh,
+                         dtype=args.dtype, adapter=args.adapter, quantize=args.quantize,
+                         kv_cache=args.kv_cache)
 
 
 def _check_flags(args: argparse.Namespace) -> None:
     """Raises UsageError for flags that do not belong to the given source of answers."""
-    common.check_preflight_flags(args)
+    preflight.check_flags(args)
     if args.checkpoint == "":
         raise UsageError("--checkpoint is empty; a checkpoint's directory, owner/name of a hub or preset:NAME was "
                          "expected")

@@ -7,7 +7,7 @@ import shutil
 import sys
 from collections.abc import Sequence
 
-from llavamed_jax.cli import common
+from llavamed_jax.cli import common, preflight
 from llavamed_jax.errors import UserError
 from llavamed_jax.utils import signals
 
@@ -40,19 +40,19 @@ def train(argv: list[str]) -> int:
                         help="the recipe; --config.KEY=VALUE changes one key")
     parser.add_argument("--workdir", metavar="DIR", help="the run's directory; created if it does not exist")
     parser.add_argument("--profile", type=_span, metavar="START:STOP", help="trace these updates into DIR/tensorboard")
-    common.add_preflight_flags(parser)
+    preflight.add_flags(parser)
     processes.add_flags(parser)
     parser.add_argument("--help-config", action=_HelpConfig, nargs=0,
                         help="list every config key: type, range, meaning; exit")
     args, overrides = parser.parse_with_overrides(argv)
-    common.check_preflight_flags(args)
+    preflight.check_flags(args)
     if args.preflight is not None:
         if args.profile is not None:
             parser.error("--profile traces updates; it cannot be used with --preflight, which runs none")
         config = _configured(args.config, overrides)
         from llavamed_jax.training import recipe, void_keys
         recipe.check(config)
-        status = common.preflight(args, config, slices=config.mesh.slices)
+        status = preflight.run(args, config, slices=config.mesh.slices)
         print(*(f"warning: {line}\n" for line in void_keys.sentences(config)), sep="", end="", file=sys.stderr)
         return status
     if args.workdir is None:
