@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from llavamed_jax.adapters.open import open_model
-from llavamed_jax.checkpoints.generation_file import not_applied
+from llavamed_jax.checkpoints.generation_file import not_applied, sampling_of
 from llavamed_jax.checkpoints.identity import Origin, origin
 from llavamed_jax.checkpoints.load import load_params
 from llavamed_jax.config import IMAGE_TOKEN, KV_CACHES, PAD_TOKEN, LlavaConfig
@@ -89,6 +89,7 @@ def load(path: str | Path, dtype=None, quantize=None, mesh: Mesh | str | None = 
     model = LlavaMed(checkpoint.config, load_params(checkpoint, dtype, quantize=quantize, as_stored=True), processor,
                      dtype, mesh, Path(adapter or path).name, checkpoint.tower, origin(path, checkpoint, tokenizer),
                      quantize or checkpoint.few_bits, kv_cache)
+    model.defaults = sampling_of(checkpoint.files)
     log.info("%s", model)
     return model
 
@@ -124,7 +125,7 @@ class LlavaMed:
                  quantize: str | None = None, kv_cache: str | None = None):
         self.config, self.processor, self.dtype, self.mesh, self.name, self.tower = (
             config, processor, dtype, mesh, name, tower)
-        self.origin, self.quantize, self.kv_cache = origin, quantize, kv_cache
+        self.origin, self.quantize, self.kv_cache, self.defaults = origin, quantize, kv_cache, {}
         decoder = dataclasses.replace(config.decoder, **config.decoder.ends_with(processor.eos_ids))
         self.engine = Engine(config.replace(decoder=decoder), jax.device_put(params) if mesh is None else params, dtype,
                              mesh, cache_dtype=None if kv_cache is None else np.dtype(kv_cache))
@@ -363,6 +364,22 @@ class LlavaMed:
                 del streams[job.index]
                 yield index, job.error or completion(text, self.engine.eos)
         yield from refused
+
+    def request(self, messages: Sequence[dict], max_new_tokens: int = 256, temperature: float = 0.0, top_p: float = 1.0,
+                top_k: int = 0, seed: int = 0, logprobs: bool = False) -> Request:
+        """Makes the engine's request of one conversation, for a server, which runs the engine itself.
+
+        Arguments and errors are those of `generate`; `logprobs` asks for the log probabilities of the tokens.
+        """
+        ids, images = self._encode(messages)
+        (request,) = self._requests([ids], [images], max_new_tokens, temperature, top_p, top_k, 1, seed)
+        request.logprobs = logprobs
+        self.engine.check(request, "the prompt")
+        return request
+
+    def text_stream(self, stop: Sequence[str] = ()) -> TextStream:
+        """Begins the text of an answer; `stop` is as in `generate`."""
+        return self._text_streams(stop)()
 
     def _encode(self, messages):
         images = read_messages(messages).images

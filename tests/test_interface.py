@@ -14,6 +14,7 @@ import llavamed_jax as lm
 from llavamed_jax import chat
 from llavamed_jax.cli import convert_program as convert_cli
 from llavamed_jax.cli import eval as eval_cli
+from llavamed_jax.cli import serve as serve_cli
 from llavamed_jax.cli import train as train_cli
 from llavamed_jax.cli import verify_release
 from llavamed_jax.config import PRESETS
@@ -29,6 +30,7 @@ PAGE = (ROOT / "docs" / "interface.md").read_text(encoding="utf-8")
 PROGRAMS = {
     "train.py": train_cli.train,
     "eval.py": eval_cli.program,
+    "serve.py": serve_cli.program,
     "python -m llavamed_jax.chat": chat.program,
     "make verify-release": verify_release._program,
 }

@@ -111,6 +111,34 @@ def copy_files(cfg: LlavaConfig, files: Mapping[str, Path], out: Path) -> None:
             shutil.copyfile(file, out / name)
 
 
+def sampling_of(files: Mapping[str, Path]) -> dict[str, float | int]:
+    """Returns how a checkpoint wants to be sampled, for callers whose users did not say.
+
+    Args:
+      files: the checkpoint's files by name.
+
+    Returns:
+      `temperature` (0 unless the file says `do_sample`), and `top_p`, `top_k` and `max_new_tokens` where the file has
+      them. The defaults that transformers has for absent settings (a `top_k` of 50) are not the checkpoint's.
+
+    Raises:
+      UserError: a value of the file is invalid.
+    """
+    found = read_json(files[FILE]) if FILE in files else {}
+    out: dict[str, float | int] = {"temperature": 0.0}
+    if found.get("do_sample"):
+        out["temperature"] = 1.0 if found.get("temperature") is None else found["temperature"]
+    out |= {key: found[key] for key in ("top_p", "top_k", "max_new_tokens") if found.get(key) is not None}
+    for key, value in out.items():
+        is_whole = isinstance(value, int) and not isinstance(value, bool)
+        is_valid = (is_whole and value >= (key == "max_new_tokens") if key in ("top_k", "max_new_tokens") else
+                    (is_whole or isinstance(value, float))
+                    and (0 <= value < float("inf") if key == "temperature" else 0 < value <= 1))
+        if not is_valid:
+            raise UserError(f"{files[FILE]}: {key} is {short(value)}, which is no setting of sampling")
+    return out
+
+
 def not_applied(cfg: LlavaConfig, files: Mapping[str, Path]) -> str | None:
     """Returns a sentence about the settings that this project does not apply; None if there are none.
 

@@ -11,6 +11,7 @@ Axis letters: R rows, B prompts of one prefill, T prompt positions, I images a p
 from __future__ import annotations
 
 import collections
+import itertools
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -21,7 +22,7 @@ from jax.sharding import Mesh
 from llavamed_jax.config import LlavaConfig
 from llavamed_jax.errors import UserError
 from llavamed_jax.generation.image_features import Features
-from llavamed_jax.generation.programs import NO_TOKEN, Made, Programs, Prompts
+from llavamed_jax.generation.programs import ALTERNATIVES, NO_TOKEN, Made, Programs, Prompts
 from llavamed_jax.generation.requests import NO_NUMBER, Job, Request, check, name_of
 from llavamed_jax.generation.rows import Placed, Rows, batch_size, bucket, power_of_two
 from llavamed_jax.generation.sampling import Sampling
@@ -208,7 +209,8 @@ class Engine:
                              min(max(longest, self._length * 5 // 4), max(map(self._longest, running.values()))))
             # If requests wait, the loop ends when a quarter of the rows has become free.
             leave_at = len(running) - max(1, len(running) // 4) if self._waiting else 0
-            self._slots, made = self.programs.decode(self.params, self._slots, np.int32(leave_at))
+            self._slots, made = self.programs.decode(self.params, self._slots, np.int32(leave_at),
+                                                     **_wanted(running.values()))
             self._unread.append((made, [(r, r, job) for r, job in running.items()]))
         while self._unread and (self._waiting or len(self._unread) > 1 or not self._rows.running):
             self._read(*self._unread.popleft())
@@ -263,7 +265,10 @@ class Engine:
         width = cache_length(max(each.start + T for each in placed))
         self._resize(len(self._rows), max(self._length, width))
         prompts, features = self._prompts(placed, B, T)
-        self._slots, made = self.programs.prefill(self.params, self._slots, features, prompts, width=width)
+        self._slots, made = self.programs.prefill(self.params, self._slots, features, prompts, width=width,
+                                                  **_wanted(each.job for each in placed))
+        for each in placed:
+            each.job.shared = each.start
         self._unread.append((made, [(b, each.target, each.job) for b, each in enumerate(placed)]))
 
     def _prompts(self, placed: list[Placed], B: int, T: int) -> tuple[Prompts, jax.Array | None]:
@@ -304,6 +309,10 @@ class Engine:
             failed[r] = made.is_failed[place]
             if not failed[r]:
                 job.tokens += [int(token) for token in made.tokens[place] if token != NO_TOKEN]
+                if job.request.logprobs:
+                    all_of_row = jax.tree.map(lambda x: x[place], made.logprobs)  # noqa: B023  (called at once)
+                    new = zip(all_of_row.chosen.tolist(), all_of_row.ids, all_of_row.values)
+                    job.logprobs += itertools.islice(new, len(job.tokens) - len(job.logprobs))
             elif not job.tokens and self._rows.rows[r].start:
                 # The row that it was copied from may have failed before the host read so: a NaN spreads even if masked.
                 job.is_alone = True
@@ -334,6 +343,11 @@ class Engine:
             for r in left:
                 self._rows.rows[r].job.is_finished = True
                 self._rows.finish(r)
+
+
+def _wanted(jobs: Iterable[Job]) -> dict[str, int]:
+    """Returns what the programs are asked for besides tokens; a program that is asked for nothing more is another one."""
+    return {"top": ALTERNATIVES} if any(job.request.logprobs for job in jobs) else {}
 
 
 def cache_length(length: int) -> int:

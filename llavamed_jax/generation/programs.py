@@ -6,7 +6,7 @@ it, of padding or of an earlier request, are never attended to, and are overwrit
 
 Axis letters: R rows, B prompts of one prefill, T prompt positions, S cache positions, I images a prompt, P positions an
 image, D model width, F places for image features, N tokens a decode loop, K key/value heads, H head width, V
-vocabulary.
+vocabulary, A alternatives of a token.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from llavamed_jax.parallel.mesh import batch_sharding, replicated, spec_of
 from llavamed_jax.utils import private
 
 NO_TOKEN = -1  # fills the output of a finished row
+ALTERNATIVES = 20  # likeliest tokens whose log probabilities a program returns, if asked
 
 
 @flax.struct.dataclass
@@ -78,6 +79,28 @@ class Prompts:
 
 
 @flax.struct.dataclass
+class Logprobs:
+    """Log probabilities of tokens under the model, before temperature and filters.
+
+    Attributes:
+      chosen: float32 [...], of the token that was returned.
+      ids: int32 [...,A], the likeliest tokens, the best first.
+      values: float32 [...,A], their log probabilities.
+    """
+
+    chosen: jax.Array
+    ids: jax.Array
+    values: jax.Array
+
+    @classmethod
+    def of(cls, logits, token, number: int) -> "Logprobs":
+        """Computes those of one step: logits float32 [B,V], token int32 [B], and `number` alternatives."""
+        everything = jax.nn.log_softmax(logits, axis=-1)
+        values, ids = jax.lax.top_k(everything, min(number, logits.shape[-1]))
+        return cls(jnp.take_along_axis(everything, token[:, None], axis=-1)[:, 0], ids, values)
+
+
+@flax.struct.dataclass
 class Made:
     """The output that the host reads.
 
@@ -85,11 +108,13 @@ class Made:
       tokens: int32 [R,N], NO_TOKEN where a row was done; [B,1] after a prefill.
       is_done: bool [R], whether the row's request has finished.
       is_failed: bool [R], whether the logits held a NaN or an infinity.
+      logprobs: of the tokens, [R,N] or [B,1]; None unless they were asked for.
     """
 
     tokens: jax.Array
     is_done: jax.Array
     is_failed: jax.Array
+    logprobs: Logprobs | None = None
 
 
 class Programs:
@@ -119,9 +144,9 @@ class Programs:
         self._programs = dict(
             encode=compiled(self._encode, everywhere, donate_argnums=1),
             take=compiled(self._take, slots and slots.caches, static_argnames="width"),
-            fill=compiled(self._fill, (slots and slots.caches, everywhere), donate_argnums=1),
+            fill=compiled(self._fill, (slots and slots.caches, everywhere), donate_argnums=1, static_argnames="top"),
             put=compiled(self._put, slots, donate_argnums=0),
-            decode=compiled(self._decode, (slots, everywhere), donate_argnums=1),
+            decode=compiled(self._decode, (slots, everywhere), donate_argnums=1, static_argnames="top"),
             resize=compiled(self._resize, slots, static_argnames=("rows", "length")),
             release=compiled(self._release, rows, donate_argnums=0),
             scrub=compiled(self._scrub, slots, donate_argnums=0))
@@ -152,7 +177,7 @@ class Programs:
         """Returns how many programs have been compiled."""
         return sum(private.compilations(program) for program in self._programs.values())
 
-    def prefill(self, params, slots: Slots, features, prompts: Prompts, width: int) -> tuple[Slots, Made]:
+    def prefill(self, params, slots: Slots, features, prompts: Prompts, width: int, **wanted) -> tuple[Slots, Made]:
         """Runs prompts and samples the first token of each.
 
         The model runs on a copy of `width` positions of B rows, so that its program does not depend on R; the programs
@@ -164,12 +189,13 @@ class Programs:
           features: image features [F,P,D], or None without images.
           prompts: the prompts.
           width: cache positions that the longest prompt needs.
+          **wanted: `top`, the number of alternatives whose log probabilities are returned.
 
         Returns:
           The rows with the prompts, and the first tokens.
         """
         caches = self.take(slots, prompts.source, prompts.start, width=width)
-        caches, made = self.fill(params, caches, features, prompts)
+        caches, made = self.fill(params, caches, features, prompts, **wanted)
         return self.put(slots, prompts.replace(ids=None, images=None), made, caches), made
 
     def cache_shardings(self) -> tuple[LayerCache, ...]:
@@ -210,7 +236,8 @@ class Programs:
         is_shared = (jnp.arange(width) < start[:, None])[:, None, :, None]
         return jax.tree.map(lambda c: jnp.where(is_shared, c[source, :, :width], 0), slots.caches)
 
-    def _fill(self, params, caches, features, prompts: Prompts) -> tuple[tuple[LayerCache, ...], Made]:
+    def _fill(self, params, caches, features, prompts: Prompts, *,
+              top: int = 0) -> tuple[tuple[LayerCache, ...], Made]:
         """Runs prompts behind the prefixes in their caches, and samples the first token of each."""
         p = prompts
         x = self.apply(params, p.ids, None if p.images is None else features[p.images], method="embed")
@@ -218,8 +245,9 @@ class Programs:
         x, caches = self.apply(params, x, positions, caches, method="step")
         # Only the last position of a prompt goes through the head.
         last = jnp.take_along_axis(x, (p.length - 1)[:, None, None], axis=1)[:, 0]
-        token, is_failed = self._next(params, last, p.sampling, jnp.zeros_like(p.length))
-        return caches, Made(token[:, None], is_failed | self.ends(token) | (p.limit <= 1), is_failed)
+        token, is_failed, logprobs = self._next(params, last, p.sampling, jnp.zeros_like(p.length), top)
+        return caches, Made(token[:, None], is_failed | self.ends(token) | (p.limit <= 1), is_failed,
+                            jax.tree.map(lambda x: x[:, None], logprobs))
 
     def _put(self, slots: Slots, prompts: Prompts, made: Made, caches) -> Slots:
         """Writes prompts that were run into their rows."""
@@ -233,15 +261,20 @@ class Programs:
             put(slots.limit, p.limit), put(slots.is_done, made.is_done), jax.tree.map(put, slots.sampling, p.sampling),
             jax.tree.map(lambda old, new: old.at[p.target, :, :width].set(new, mode="drop"), slots.caches, caches))
 
-    def _next(self, params, x, sampling, count):
-        """Samples the next tokens from hidden states [B,D]; returns them and where the logits are not finite."""
-        logits = self.apply(params, x, method="logits")
-        return next_token(logits, sampling, count), ~jnp.isfinite(logits).all(axis=-1)
+    def _next(self, params, x, sampling, count, top: int):
+        """Samples the next tokens from hidden states [B,D].
 
-    def _decode(self, params, slots: Slots, leave_at) -> tuple[Slots, Made]:
+        Returns them, where the logits are not finite, and their log probabilities if `top` is not 0.
+        """
+        logits = self.apply(params, x, method="logits")
+        token = next_token(logits, sampling, count)
+        return token, ~jnp.isfinite(logits).all(axis=-1), Logprobs.of(logits, token, top) if top else None
+
+    def _decode(self, params, slots: Slots, leave_at, *, top: int = 0) -> tuple[Slots, Made]:
         """Generates up to N tokens for each row.
 
-        Stops when only `leave_at` rows are not done, so that other requests may enter.
+        Stops when only `leave_at` rows are not done, so that other requests may enter. `top` is as in `prefill`; a
+        program without it is a smaller one, so that requests that want no log probabilities do not pay for them.
         """
         def is_going_on(carry):
             step, _, slots = carry
@@ -252,17 +285,21 @@ class Programs:
             x = self.apply(params, slots.token[:, None], None, method="embed")
             # A finished row is fed too, at its last position, since one program runs all rows.
             x, caches = self.apply(params, x, slots.position[:, None], slots.caches, method="step")
-            token, is_failed = self._next(params, x[:, 0], slots.sampling, slots.count)
+            token, is_failed, logprobs = self._next(params, x[:, 0], slots.sampling, slots.count, top)
             running, is_failed = ~slots.is_done, is_failed & ~slots.is_done
             count = slots.count + running
             made = made.replace(tokens=made.tokens.at[:, step].set(jnp.where(running & ~is_failed, token, NO_TOKEN)),
-                                is_failed=made.is_failed | is_failed)
+                                is_failed=made.is_failed | is_failed,
+                                logprobs=jax.tree.map(lambda a, x: a.at[:, step].set(x), made.logprobs, logprobs))
             return step + 1, made, slots.replace(
                 token=jnp.where(running, token, slots.token), position=slots.position + running, count=count,
                 is_done=slots.is_done | is_failed | self.ends(token) | (count >= slots.limit), caches=caches)
 
         R = slots.token.shape[0]
-        made = Made(jnp.full((R, self.steps), NO_TOKEN, jnp.int32), slots.is_done, jnp.zeros(R, bool))
+        A = min(top, self.cfg.decoder.vocab_size)
+        logprobs = Logprobs(*(jnp.zeros((R, self.steps, *more), kind) for more, kind in (
+            ((), jnp.float32), ((A,), jnp.int32), ((A,), jnp.float32)))) if top else None
+        made = Made(jnp.full((R, self.steps), NO_TOKEN, jnp.int32), slots.is_done, jnp.zeros(R, bool), logprobs)
         _, made, slots = jax.lax.while_loop(is_going_on, decode_one, (0, made, slots))
         return slots, made.replace(is_done=slots.is_done)
 

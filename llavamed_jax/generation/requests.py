@@ -15,6 +15,22 @@ from llavamed_jax.config import IMAGE_TOKEN, MOST_BEAMS, LlavaConfig
 from llavamed_jax.errors import UserError, short
 
 NO_NUMBER = "the model computed NaN or infinite values"
+
+
+class PromptTooLong(UserError):
+    """A prompt has more positions than the model takes.
+
+    Args:
+      name: the beginning of the sentence.
+      length: positions of the prompt, images included.
+      most: the most that were expected.
+    """
+
+    def __init__(self, name: str, length: int, most: int):
+        super().__init__(f"{name} has {length} positions, images included; at most {most} were expected")
+        self.length, self.most = length, most
+
+
 _FIRST_IMAGE_KEY = -1000  # below all token ids and markers
 
 
@@ -31,6 +47,7 @@ class Request:
       top_p: the probability mass to keep; 1 keeps all.
       seed: a request with the same seed and settings always draws the same tokens.
       cancelled: if set while the engine runs, no more tokens are generated for this request.
+      logprobs: whether the log probabilities of the tokens are wanted.
     """
 
     ids: Sequence[int]
@@ -41,6 +58,7 @@ class Request:
     top_p: float = 1.0
     seed: int = 0
     cancelled: bool = False
+    logprobs: bool = False
 
 
 class Job:
@@ -60,6 +78,9 @@ class Job:
       images_before: int64 [length of the prompt]: how many images begin before each position.
       boundaries: int64 [length of the prompt]: the last position at or before each one that is not inside an image.
       tokens: the tokens generated so far, including the end-of-sequence id.
+      logprobs: for each of `tokens` its log probability, the ids of the likeliest tokens and their log probabilities,
+        if the request wants them.
+      shared: positions of the prompt whose keys and values were copied from another request; None before it has run.
       is_finished: whether no more tokens will come.
       error: the error, if the model failed on this request; other requests continue.
       is_alone: whether it must not share a prefix with another request.
@@ -79,6 +100,8 @@ class Job:
         self.images_before = -(-positions_before // per_image)
         self.boundaries = np.arange(len(self.key)) - positions_before % per_image * is_image
         self.tokens: list[int] = []
+        self.logprobs: list[tuple[float, np.ndarray, np.ndarray]] = []
+        self.shared: int | None = None
         self.is_finished = False
         self.error: UserError | None = None
         self.is_alone = False
@@ -110,7 +133,7 @@ def check(request: Request, cfg: LlavaConfig, max_prompt: int, name: str) -> Non
     if not ids.size:
         raise UserError(f"{name} is empty; at least one token was expected")
     if len(ids) > max_prompt:
-        raise UserError(f"{name} has {len(ids)} positions, images included; at most {max_prompt} were expected")
+        raise PromptTooLong(name, len(ids), max_prompt)
     if request.max_new_tokens < 1:
         raise UserError(f"{name} asks for {request.max_new_tokens} new tokens; at least 1 was expected")
     wrong = ids[(ids >= vocabulary) | ((ids < 0) & (ids != IMAGE_TOKEN))]

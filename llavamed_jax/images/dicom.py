@@ -106,6 +106,22 @@ def read_dicom(file: BinaryIO, name: str, frame: int = 1) -> Image.Image:
         raise UserError(f"{name} cannot be read as a DICOM image: {_in_dicoms_words(error)}") from error
 
 
+def size_of(file: BinaryIO, name: str = "the image") -> tuple[int, int]:
+    """Reads the width and height of a DICOM image's frames from its header. Raises UserError as `read_dicom` does."""
+    try:
+        import pydicom  # noqa: F401
+    except ImportError:
+        raise UserError(f"{name} is DICOM, which needs pydicom: {_INSTALL}") from None
+    try:
+        header = _read_header(file, name)
+        _check(header, name, 1)
+        return int(header.Columns), int(header.Rows)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{name} cannot be read as a DICOM image: {_in_dicoms_words(error)}") from error
+
+
 def _in_dicoms_words(error: Exception) -> str:
     """Returns pydicom's message, which names elements; explains the errors of Python and numpy."""
     said = one_line(error)

@@ -228,6 +228,15 @@ class Tokenizer:
                 run.append(i)
         return "".join(out) + self._backend.decode(run)
 
+    def bytes_of(self, i: int) -> bytes:
+        """Returns the bytes that a token adds to a text; empty for special tokens and for ids that stand for no text.
+
+        The first token of a text also has the white space that `decode` strips from the beginning.
+        """
+        if i in self._special_ids or not 0 <= i < max(self._backend.size, self.vocab_size):
+            return b""
+        return self._text_of[i].encode() if i in self._text_of else self._backend.bytes_of(i)
+
     @classmethod
     def load(cls, path: str | Path, of_transformers: bool = False) -> "Tokenizer":
         """Reads a tokenizer.

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import json
 import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -70,6 +73,12 @@ class SentencePiece:
         """Decodes ids to text."""
         with _naming(self.file):
             return self._model.decode(list(ids))
+
+    def bytes_of(self, i: int) -> bytes:
+        """Returns the bytes of a piece, with a space for `▁`."""
+        if not 0 <= i < self.size or self._model.is_control(i) or self._model.is_unused(i):
+            return b""
+        return _bytes_of(self._model.id_to_piece(i), self._model.is_byte(i))
 
 
 class Tokenizers:
@@ -144,6 +153,34 @@ class Tokenizers:
         """Decodes ids to text, special tokens included."""
         with _naming(self.file):
             return self._tokenizer.decode(list(ids), skip_special_tokens=False)
+
+    def bytes_of(self, i: int) -> bytes:
+        """Returns the bytes of a token: of its characters in GPT-2's alphabet, or as SentencePiece writes pieces."""
+        token = self._tokenizer.id_to_token(i)
+        if token is None:
+            return b""
+        if self._is_byte_level and all(character in _BYTE_OF for character in token):
+            return bytes(_BYTE_OF[character] for character in token)
+        return _bytes_of(token, _BYTE_PIECE.fullmatch(token) is not None)
+
+    @functools.cached_property
+    def _is_byte_level(self) -> bool:
+        """Whether tokens are written in GPT-2's alphabet, in which each character stands for a byte."""
+        return "ByteLevel" in str(json.loads(self._tokenizer.to_str()).get("decoder"))
+
+
+def _bytes_of(piece: str, is_byte: bool) -> bytes:
+    return bytes([int(piece[3:5], 16)]) if is_byte else piece.replace("▁", " ").encode()
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """Returns GPT-2's alphabet: printable bytes stand for themselves, the others for characters from U+0100 on."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
+
+
+_BYTE_OF, _BYTE_PIECE = _byte_alphabet(), re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 
 @contextlib.contextmanager

@@ -1,0 +1,150 @@
+"""Runs the application: one process, one socket, connections that may neither idle nor dawdle, and an end in good order.
+
+uvicorn 0.54 has no limit on how long headers take and answers broken HTTP with plain text. `Connection` adds both by
+overriding methods of uvicorn's protocol; `tests/serving/test_attacks.py` fails if another uvicorn has lost them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import socket
+from collections.abc import Callable
+
+import h11
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from llavamed_jax.errors import UserError
+from llavamed_jax.serving.errors import ApiError
+from llavamed_jax.serving.limits import Limits
+from llavamed_jax.serving.service import Service
+
+_HEADER_BYTES = 32768  # of one request, all headers together
+_POLL_S = 0.1
+_LAST_S = 5  # for connections that still send their answers when the engine has stopped
+
+
+def connection_class(limits: Limits) -> type[H11Protocol]:
+    """Makes the class of a server's connections."""
+
+    class Connection(H11Protocol):
+        """An HTTP connection that must send its headers in time."""
+
+        _timer: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport) -> None:
+            super().connection_made(transport)
+            if len(self.connections) > limits.max_connections:
+                self._refuse(ApiError(503, "too many connections are open; try again later",
+                                      code="too_many_connections", headers={"Retry-After": "1"}))
+            else:
+                self._watch()
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            self._watch()
+
+        def connection_lost(self, exc) -> None:
+            self._unwatch()
+            super().connection_lost(exc)
+
+        def on_response_complete(self) -> None:
+            super().on_response_complete()
+            self._watch()
+
+        def _watch(self) -> None:
+            """Runs the clock while headers are awaited, and from the first of their bytes only once."""
+            if self.conn.their_state is not h11.IDLE or self.transport.is_closing():
+                self._unwatch()
+            elif self._timer is None:
+                self._timer = self.loop.call_later(limits.header_timeout, self._late)
+
+        def _unwatch(self) -> None:
+            if self._timer is not None:
+                self._timer.cancel()
+                self._timer = None
+
+        def _late(self) -> None:
+            self._timer = None
+            if self.conn.trailing_data[0]:
+                self._refuse(ApiError(408, f"the headers did not arrive within {limits.header_timeout:g} s",
+                                      code="request_timeout"))
+            else:
+                self.transport.close()
+
+        def send_400_response(self, msg: str) -> None:
+            self._refuse(ApiError(400, msg, code="invalid_http"))
+
+        def _refuse(self, error: ApiError) -> None:
+            """Writes a response beside h11, which may be in a state without one, and closes the connection."""
+            body = json.dumps(error.body).encode()
+            headers = {"Content-Type": "application/json", "Content-Length": len(body), "Connection": "close",
+                       **error.headers}
+            lines = [f"HTTP/1.1 {error.status} Error", *(f"{name}: {value}" for name, value in headers.items()), "", ""]
+            self.transport.write("\r\n".join(lines).encode() + body)
+            self.transport.close()
+
+    return Connection
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Opens the socket before the model is loaded. Raises UserError if it cannot be opened."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        return listener
+    except (OSError, OverflowError) as error:
+        raise UserError(f"{host}:{port} cannot be listened on: {getattr(error, 'strerror', None) or error}") from None
+
+
+def run(app, service: Service, listener: socket.socket, is_asked: Callable[[], bool]) -> bool:
+    """Serves until it is asked to stop, or until the model could not be loaded.
+
+    Args:
+      app: the ASGI application.
+      service: its service.
+      listener: a bound socket.
+      is_asked: whether to stop.
+
+    Returns:
+      Whether every running request could finish.
+    """
+    raise_open_files()
+    config = uvicorn.Config(
+        app, http=connection_class(service.limits), ws="none", log_config=None, access_log=False, lifespan="auto",
+        timeout_keep_alive=round(service.limits.header_timeout), h11_max_incomplete_event_size=_HEADER_BYTES,
+        timeout_graceful_shutdown=_LAST_S, server_header=False, proxy_headers=False)
+    server, is_whole = uvicorn.Server(config), True
+    server.capture_signals = contextlib.nullcontext  # `utils.signals` listens already
+
+    async def watch() -> None:
+        nonlocal is_whole
+        while not is_asked() and service.loading.error is None:
+            await asyncio.sleep(_POLL_S)
+        service.log.event("stopping", under_way=service.under_way)
+        is_whole = await asyncio.to_thread(service.stop)
+        server.should_exit = True
+
+    async def serve() -> None:
+        watching = asyncio.create_task(watch())
+        try:
+            await server.serve(sockets=[listener])
+        finally:
+            watching.cancel()
+
+    asyncio.run(serve())
+    service.log.event("stopped", all_answered=is_whole)
+    return is_whole
+
+
+def raise_open_files() -> None:
+    """Raises the soft limit of open files, often 1,024, to the hard one: every connection is one."""
+    with contextlib.suppress(ImportError, ValueError, OSError):
+        import resource
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 65536)), hard))
