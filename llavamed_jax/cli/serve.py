@@ -75,8 +75,8 @@ def program(argv: Sequence[str]) -> int:
                       Log(args.log_content), __version__)
     signals.enter(signals.Phase("stopped before every answer was complete", grace=limits.drain_timeout + 20))
     host = f"[{args.host}]" if ":" in args.host else args.host
-    print(f"serving {names[0]} at http://{host}:{listener.getsockname()[1]}: API under /v1, /health, /metrics; research "
-          "use only, never for clinical decisions", flush=True)
+    print(f"serving {names[0]} at http://{host}:{listener.getsockname()[1]}: API under /v1, /health, /metrics; "
+          "research use only, never for clinical decisions", flush=True)
     service.start(lambda stage: _load(args, stage))
     is_whole = server.run(app.create(service), service, listener, signals.is_asked)
     if service.loading.error is not None:

@@ -346,7 +346,7 @@ class Engine:
 
 
 def _wanted(jobs: Iterable[Job]) -> dict[str, int]:
-    """Returns what the programs are asked for besides tokens; a program that is asked for nothing more is another one."""
+    """Returns what the programs are asked for besides tokens; without log probabilities, another program runs."""
     return {"top": ALTERNATIVES} if any(job.request.logprobs for job in jobs) else {}
 
 

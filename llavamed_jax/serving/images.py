@@ -1,4 +1,4 @@
-"""Turns the images of a request into pixels, within the limits: bytes first, then the size in the header, then pixels."""
+"""Turns the images of a request into pixels within the limits: bytes, then the size in the header, then pixels."""
 
 from __future__ import annotations
 
@@ -59,7 +59,8 @@ def data_of(url: str, where: str, limits: Limits) -> bytes:
 
 def too_many_bytes(where: str, limits: Limits):
     """Returns the error of an image with too many bytes."""
-    return invalid(f"{where} has too many bytes; at most {limits.max_image_bytes} were expected", code="image_too_large")
+    return invalid(f"{where} has too many bytes; at most {limits.max_image_bytes} were expected",
+                   code="image_too_large")
 
 
 def decode(data: bytes, where: str, limits: Limits) -> Image.Image:

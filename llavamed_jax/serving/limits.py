@@ -46,3 +46,6 @@ class Limits:
     send_timeout: float = 60.0
     fetch_timeout: float = 10.0
     drain_timeout: float = 30.0
+
+
+DEFAULTS = Limits()

@@ -1,4 +1,4 @@
-"""Runs the application: one process, one socket, connections that may neither idle nor dawdle, and an end in good order.
+"""Runs the application: one process, one socket, connections that may neither idle nor dawdle, an orderly end.
 
 uvicorn 0.54 has no limit on how long headers take and answers broken HTTP with plain text. `Connection` adds both by
 overriding methods of uvicorn's protocol; `tests/serving/test_attacks.py` fails if another uvicorn has lost them.

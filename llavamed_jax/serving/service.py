@@ -23,7 +23,7 @@ from llavamed_jax.generation.requests import PromptTooLong
 from llavamed_jax.serving import images, remote
 from llavamed_jax.serving.content import ImageUrl, Message, images_of
 from llavamed_jax.serving.errors import ApiError, invalid, try_again
-from llavamed_jax.serving.limits import Limits
+from llavamed_jax.serving.limits import DEFAULTS, Limits
 from llavamed_jax.serving.log import Log
 from llavamed_jax.serving.metrics import Metrics
 from llavamed_jax.serving.scheduler import End, Piece, Scheduler, Ticket
@@ -38,6 +38,9 @@ class Caller:
 
     key: str = ""
     request_id: str = ""
+
+
+NOBODY = Caller()
 
 
 @dataclass
@@ -59,8 +62,13 @@ class Loading:
 
 @dataclass(frozen=True)
 class Usage:
-    """Counts of one answer: positions of the prompt, images included, those of images, those taken from a cache, and
-    generated tokens.
+    """Counts of one answer.
+
+    Attributes:
+      prompt: positions of the prompt, images included.
+      image: positions of the images.
+      cached: positions that were taken from another request's row.
+      completion: generated tokens.
     """
 
     prompt: int
@@ -147,7 +155,7 @@ class Service:
       version: of the program.
     """
 
-    def __init__(self, names: Sequence[str], limits: Limits = Limits(), keys: Mapping[str, str] | None = None,
+    def __init__(self, names: Sequence[str], limits: Limits = DEFAULTS, keys: Mapping[str, str] | None = None,
                  remote_hosts: Sequence[str] = (), log: Log | None = None, version: str = ""):
         self.names, self.limits, self.keys, self.version = list(names), limits, dict(keys or {}), version
         self.log, self.metrics, self.loading = log or Log(), Metrics(), Loading()
@@ -258,7 +266,7 @@ class Service:
         finally:
             self.under_way -= 1
 
-    async def ask(self, chat: ChatRequest, caller: Caller = Caller()) -> Answer:
+    async def ask(self, chat: ChatRequest, caller: Caller = NOBODY) -> Answer:
         """Prepares a request and queues it.
 
         Args:

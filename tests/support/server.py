@@ -18,7 +18,7 @@ from llavamed_jax.checkpoints.random import random_checkpoint
 from llavamed_jax.config import DecoderConfig, LlavaConfig, VisionConfig
 from llavamed_jax.processor import Processor
 from llavamed_jax.serving import app, server
-from llavamed_jax.serving.limits import Limits
+from llavamed_jax.serving.limits import DEFAULTS, Limits
 from llavamed_jax.serving.log import Log
 from llavamed_jax.serving.service import Service
 from llavamed_jax.text.tokenizer import Tokenizer
@@ -40,7 +40,7 @@ def tiny_model(max_positions: int = 512) -> LlavaMed:
 class Running:
     """A server under test: its address, its service and what it logged."""
 
-    def __init__(self, model, limits: Limits = Limits(), **more):
+    def __init__(self, model, limits: Limits = DEFAULTS, **more):
         self.lines = io.StringIO()
         self.service = Service(["served", "alias"], limits, log=Log(more.pop("log_content", False), self.lines), version="0", **more)
         self._listener = server.listen("127.0.0.1", 0)
@@ -77,7 +77,7 @@ class Running:
 
 
 @contextlib.contextmanager
-def running(model, limits: Limits = Limits(), **more) -> Iterator[Running]:
+def running(model, limits: Limits = DEFAULTS, **more) -> Iterator[Running]:
     """Runs a server while the block is open."""
     it = Running(model, limits, **more)
     try:
