@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -26,8 +25,9 @@ from llavamed_jax.config import IMAGE_TOKEN, KV_CACHES, PAD_TOKEN, LlavaConfig
 from llavamed_jax.errors import UserError, short, warn
 from llavamed_jax.generation.beam import BeamSearch
 from llavamed_jax.generation.engine import Engine
-from llavamed_jax.generation.requests import Request, check, check_image, check_settings, name_of, whole_numbers
-from llavamed_jax.generation.sampling import row_seed, row_seeds
+from llavamed_jax.generation.many import answer_each
+from llavamed_jax.generation.requests import Request, check_image, check_settings, name_of, whole_numbers
+from llavamed_jax.generation.sampling import row_seeds
 from llavamed_jax.generation.text_stream import Completion, TextStream, completion
 from llavamed_jax.models.llava import Llava
 from llavamed_jax.parallel.mesh import batch_sharding, batch_shards, make_mesh
@@ -118,6 +118,9 @@ class LlavaMed:
       origin: the files that the model was loaded from.
       quantize: how the kernels in `params` were rounded, for the record; None if they were not.
       kv_cache: `int8`, or None for a cache in `dtype`.
+
+    Attributes:
+      defaults: what the checkpoint's `generation_config.json` asks for; only a server applies it.
     """
 
     def __init__(self, config: LlavaConfig, params, processor: Processor, dtype=jnp.float32, mesh: Mesh | None = None,
@@ -330,40 +333,8 @@ class LlavaMed:
           UserError: (a ValueError) a setting is out of range.
         """
         check_settings(max_new_tokens, temperature, top_p, top_k, 1, seed)
-        return self._answer_each(prompts, (max_new_tokens, temperature, top_k, top_p), seed, self._text_streams(stop))
-
-    def _answer_each(self, prompts, settings, seed, new_stream):
-        refused: deque[tuple[int, UserError]] = deque()
-        # By the engine's count of requests, which does not count the refused ones.
-        streams: dict[int, tuple[int, TextStream]] = {}
-
-        def requests():
-            taken, longest = 0, self.engine.max_prompt
-            for index, (ids, images, nth) in enumerate(prompts):
-                request = Request(ids, images, *settings)
-                try:
-                    check(request, self.config, longest, "the prompt")
-                except UserError as error:
-                    refused.append((index, error))
-                    continue
-                if request.temperature:  # only then, since hashing the image takes time
-                    request.seed = row_seed(seed, ids, images, nth)
-                streams[taken] = index, new_stream()
-                taken += 1
-                yield request
-
-        for job in self.engine.feed(requests()):
-            while refused:
-                yield refused.popleft()
-            if job.index not in streams:  # a stop string ended this answer earlier; its row is freed now
-                continue
-            index, text = streams[job.index]
-            text.push(job.take())
-            job.request.cancelled = text.is_stopped
-            if job.is_finished or text.is_stopped:
-                del streams[job.index]
-                yield index, job.error or completion(text, self.engine.eos)
-        yield from refused
+        return answer_each(self.engine, prompts, (max_new_tokens, temperature, top_k, top_p), seed,
+                           self._text_streams(stop))
 
     def request(self, messages: Sequence[dict], max_new_tokens: int = 256, temperature: float = 0.0, top_p: float = 1.0,
                 top_k: int = 0, seed: int = 0, logprobs: bool = False) -> Request:
