@@ -12,6 +12,7 @@ from llavamed_jax.cli import common
 # Only the module of the command that was typed is imported.
 COMMANDS: dict[str, tuple[str, str]] = {
     "pmc": ("llavamed_jax.curation.pmc", "images of articles, from PubMed Central"),
+    "figures": ("llavamed_jax.curation.figures", "records of figure, caption and mentions, from articles or sets"),
     "align": ("llavamed_jax.curation.align", "one-turn samples of captions"),
     "instruct": ("llavamed_jax.curation.instruct", "conversations about figures, written by a language model"),
 }

@@ -16,6 +16,7 @@ from llavamed_jax.curation.downloads import AbsentError, Client, DamagedError, l
 from llavamed_jax.curation.extra import needed
 from llavamed_jax.curation.names import is_safe
 from llavamed_jax.curation.xml_bounds import parse
+from llavamed_jax.errors import UsageError, short
 
 BASE_URL = "https://pmc-oa-opendata.s3.amazonaws.com/"
 COMMERCIAL = frozenset({"CC0", "CC BY", "CC BY-SA", "CC BY-ND"})
@@ -70,6 +71,20 @@ def licence_of(code: str) -> str:
     code = re.sub(r"[\s_]+", " ", code.strip().upper())
     code = re.sub(r"^CC-(?=BY)", "CC ", re.sub(r" ?(\d+\.\d+|IGO|UNPORTED)$", "", code))
     return "CC0" if code in ("CC0", "CC 0", "CC-0") else code
+
+
+def licences_of(text: str) -> frozenset[str] | None:
+    """Returns the licences of groups in a text, `commercial,non-commercial`; None for `none`, which takes all.
+
+    Raises:
+      UsageError: the text names another group.
+    """
+    groups = text.split(",")
+    if groups == ["none"]:
+        return None
+    if not all(group in GROUPS for group in groups):
+        raise UsageError(f"--licence is {short(text)}; {', '.join(GROUPS)}, both with a comma, or none was expected")
+    return frozenset().union(*(GROUPS[group] for group in groups))
 
 
 class Bucket:

@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int | None:
     client = Client(args.concurrency, args.rate, args.retries, args.timeout)
     folder = store.Store(out, {"licence": _groups_text(args.licence)})
     fetch = Fetch(bucket.Bucket(client, args.base_url), folder, [Mirror(place, client) for place in args.mirror],
-                  Settings(_licences(args.licence), args.concurrency, args.retry_missing))
+                  Settings(bucket.licences_of(args.licence), args.concurrency, args.retry_missing))
     try:
         fetch.run(_rows(args, out, client))
         _report(fetch, client, out)
@@ -111,22 +111,11 @@ def _check(args: argparse.Namespace) -> None:
         store.MANIFEST, store.MISSING, store.RESOLVED, store.SETTINGS)]
     if twice:
         raise UsageError(f"--training names {short(twice[0])}, a name that DIR has already; other names were expected")
-    _licences(args.licence)
+    bucket.licences_of(args.licence)
 
 
 def _groups_text(text: str) -> str:
     return ",".join(sorted(set(text.split(","))))
-
-
-def _licences(text: str) -> frozenset[str] | None:
-    """Returns the licences of the groups in a text; None for all."""
-    groups = text.split(",")
-    if groups == ["none"]:
-        return None
-    if not all(group in bucket.GROUPS for group in groups):
-        raise UsageError(f"--licence is {short(text)}; {', '.join(bucket.GROUPS)}, both with a comma, or none was "
-                         "expected")
-    return frozenset().union(*(bucket.GROUPS[group] for group in groups))
 
 
 def _date(text: str) -> datetime.date:

@@ -1,0 +1,202 @@
+"""`curation figures`: every structure of JATS by hand, the published sets' layouts, and XML that means harm."""
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from llavamed_jax.curation import mentions
+from llavamed_jax.curation.__main__ import main
+from llavamed_jax.curation.domains import domains_of
+from tests.support.pmc_bucket import picture
+
+pytest.importorskip("lxml")
+from llavamed_jax.curation import jats, prose
+
+HEAD = ('<!DOCTYPE article PUBLIC "-//NLM//DTD JATS (Z39.96) Journal Archiving and Interchange DTD v1.2 20190208//EN" '
+        '"JATS-archivearticle1.dtd">\n<article xmlns:xlink="http://www.w3.org/1999/xlink" xmlns:mml="http://www.w3.org/1998/Math/MathML">'
+        '<front><article-meta><article-id pub-id-type="pmid">77</article-id><article-id pub-id-type="pmc">5</article-id>'
+        '<permissions><license xlink:href="http://creativecommons.org/licenses/by-nc-sa/4.0/"><license-p>x</license-p></license></permissions>'
+        "{abstract}</article-meta></front>")
+
+
+def article(body: str, floats: str = "", abstract: str = "") -> jats.Article:
+    (found,) = jats.read_articles((HEAD.replace("{abstract}", abstract) + f"<body>{body}</body>{floats}</article>").encode())
+    return found
+
+
+def graphic(name: str) -> str:
+    return f'<graphic xlink:href="{name}"/>'
+
+
+def test_captions():
+    found = article(
+        '<fig id="F1"><object-id>x</object-id><label>Figure&nbsp;1.</label><caption><title>Two views.</title><p>First <italic>E.\n coli</italic>'
+        ' at 10<sup>3</sup> &#956;m<sup><xref ref-type="bibr" rid="B1">12</xref></sup>.</p><p>Second <xref ref-type="bibr" rid="B2">[3]</xref>'
+        " with <inline-formula><alternatives><tex-math>\\alpha</tex-math><mml:math><mml:mi>α</mml:mi></mml:math></alternatives></inline-formula>."
+        "</p><list><list-item><p>(a) item</p></list-item><list-item><p>(b) other</p></list-item></list></caption>"
+        "<alt-text>not this</alt-text><permissions><copyright-statement>nor this</copyright-statement></permissions>" + graphic("f1") + "</fig>"
+        '<fig id="F2"><label>Figure 2</label>' + graphic("f2") + "</fig>"
+        '<fig id="F3"><label>Figure 3</label><caption><p><bold>a</bold>CT. <bold>b</bold><italic>C. albicans</italic> (<bold>c</bold>–<bold>d</bold>)</p></caption>'
+        "<graphic xlink:href='f3'><label>no</label></graphic></fig>"
+        '<fig><graphic xlink:href="f4"><label>Figure 4</label><caption><p>Inside the graphic.</p></caption></graphic></fig>'
+        '<fig id="F5"><label>Figure 5</label><caption><p>No file.</p></caption></fig>')
+    assert (found.pmid, found.pmcid, found.licence) == ("77", "PMC5", "CC BY-NC-SA")
+    assert [(each.id, each.label, each.caption, each.graphics, "".join(each.panels)) for each in found.figures] == [
+        ("F1", "Figure 1.", "Two views. First E. coli at 103 μm. Second [3] with α. (a) item (b) other", [["f1"]], "AB"),
+        ("F2", "Figure 2", "", [["f2"]], ""),
+        ("F3", "Figure 3", "a CT. b C. albicans (c–d)", [["f3"]], "ABCD"),
+        ("fig4", "Figure 4", "Inside the graphic.", [["f4"]], ""),
+        ("F5", "Figure 5", "No file.", [], "")]
+
+
+def test_groups_parts_and_alternatives():
+    found = article(
+        '<fig-group id="G1"><label>Figure 1</label><caption><p>Both.</p></caption>'
+        '<fig id="F1a"><label>(a)</label><caption><p>Left.</p></caption>' + graphic("f1a") + "</fig>"
+        '<fig id="F1b"><label>Figure 1b</label><caption><p>Right.</p></caption>' + graphic("f1b") + "</fig></fig-group>"
+        '<fig id="F2"><label>Fig. 2</label><caption><p>Parts.</p></caption>' + graphic("f2-1") + graphic("f2-2") + graphic("f2-1") + "</fig>"
+        '<fig id="F3"><label>Fig. 3</label><caption><p>One.</p></caption><alternatives><graphic specific-use="thumbnail" xlink:href="t.gif"/>'
+        '<graphic xlink:href="f3.tif"/><media mimetype="image" xlink:href="f3.png"/></alternatives></fig>'
+        '<p>Text <fig id="F4"><label>Fig. 4</label><caption><p>In a paragraph.</p></caption>' + graphic("f4") + "</fig> goes on (Fig. 1B).</p>"
+        '<p><xref ref-type="fig" rid="G1">Figure 1</xref> is all. <xref ref-type="fig" rid="F1a">Figure 1a</xref> is left.</p>',
+        '<floats-group><fig id="F6"><label>Fig. 6</label><caption><p>Floats.</p></caption>' + graphic("f6") + "</fig></floats-group>",
+        '<abstract abstract-type="graphical"><p><fig id="ga"><caption><p>Abstract.</p></caption>' + graphic("ga") + "</fig></p></abstract>")
+    figures = {each.id: each for each in found.figures}
+    assert list(figures) == ["ga", "F1a", "F1b", "F2", "F3", "F4", "F6"]
+    assert [(each.label, each.caption) for each in found.figures[1:3]] == [("Figure 1 (a)", "Both. Left."), ("Figure 1b", "Both. Right.")]
+    assert figures["F2"].graphics == [["f2-1"], ["f2-2"]] and figures["F3"].graphics == [["f3.tif", "f3.png", "t.gif"]]
+    assert [each.sentence for each in figures["F1a"].mentions] == ["Figure 1 is all.", "Figure 1a is left."]
+    assert [each.sentence for each in figures["F1b"].mentions] == ["Text goes on (Fig. 1B).", "Figure 1 is all."]
+
+
+def test_mentions():
+    figs = "".join(f'<fig id="F{n}"><label>Fig. {n}</label><caption><p>Caption {n}, as in Fig. 2.</p></caption>{graphic(f"f{n}")}</fig>' for n in range(1, 7))
+    found = article(
+        figs + '<sec><title>Results of Fig. 1</title><p>Fig. 2b shows it. See Figs <xref ref-type="fig" rid="F2">2</xref>–<xref ref-type="fig" rid="F4">4</xref> '
+        'and 6 (i.e. Dr. Smith et al. showed 3.5 mm in Supplementary Fig. 1). No figure here! <italic>C.</italic> <italic>elegans</italic> ('
+        '<xref ref-type="fig" rid="F1 F5">all of them</xref>) ends.</p><p>Compare <xref ref-type="supplementary-material" rid="S1">Fig. 3</xref> and Figure 10. '
+        "Figures 1, 2 and 3 patients were seen (Fig. 5a,c–e).</p></sec>"
+        "<table-wrap><caption><p>Fig. 1 in a table</p></caption></table-wrap>",
+        '<back><app><p>In the appendix, Figure 6.</p></app><ref-list><ref><mixed-citation>Fig. 1</mixed-citation></ref></ref-list></back>',
+        "<abstract><p>Abstract of Fig. 4.</p></abstract>")
+    got = {each.id: [(mention.sentence[:24], "".join(mention.panels)) for mention in each.mentions] for each in found.figures}
+    second, third, last = ("See Figs 2–4 and 6 (i.e.", ""), ("C. elegans (all of them)", ""), "Figures 1, 2 and 3 patie"
+    assert got == {"F1": [third, (last, "")], "F2": [("Fig. 2b shows it.", "B"), second, (last, "")], "F3": [second],
+                   "F4": [("Abstract of Fig. 4.", ""), second], "F5": [third, (last, "ACDE")], "F6": [second, ("In the appendix, Figure ", "")]}
+
+
+@pytest.mark.parametrize("text, wanted", [
+    ("Fig. 2b", "2B"), ("Figs. 1A–C, 3 and 5", "1ABC 3 5"), ("Figure 3 (a, b)", "3AB"), ("Figs. 2a,b and 3c–e", "2AB 3CDE"), ("Fig. 3, A and B", "3"),
+    ("Figures 2 through 4", "2 3 4"), ("Figure 2 to 4 weeks", "2"), ("Figures 2 and Fig. 4a", "2 4A"), ("FIGURE 1.", "1"), ("Fig.1", "1"), ("Fig 10.2", "10.2"),
+    ("Fig. 1 & 2", "1 2"), ("figure(s) 3", "3"), ("In Fig. 5, a patient", "5"), ("fig. 20% of", ""), ("configure 3", ""), ("Fig. S1", "S1"), ("Figure 1, 2005", "1"),
+    ("Figs. S1–S3", "S1 S2 S3"), ("Figs. 1–900", "1 900"), ("figures were", "")])
+def test_names_of_figures(text, wanted):
+    assert " ".join(each.number + "".join(each.panels) for each in mentions.find(text)) == wanted
+    assert mentions.label_key("Supplementary Figure 2") == ("supplementary figure", "2", "") and mentions.label_key("3.") == ("figure", "3", "")
+    assert mentions.label_key("Figure 1—figure supplement 2") != mentions.label_key("Figure 1") and mentions.label_key("(a)") is None
+
+
+def test_sentences():
+    text = "We saw 3.5 mm in Fig. 2. E. coli (strain A. B) grew vs. others, e.g. C.I. Direct red. It ended! Is it? 5 cases et al. 2004 were “so.” Yes"
+    assert [text[start:end].strip() for start, end in prose.sentences(text)] == [
+        "We saw 3.5 mm in Fig. 2.", "E. coli (strain A. B) grew vs. others, e.g. C.I. Direct red.", "It ended!", "Is it?", "5 cases et al. 2004 were “so.”", "Yes"]
+
+
+def test_xml_that_means_harm(tmp_path):
+    (tmp_path / "secret").write_text("SECRET")
+    body = '<article><body><fig id="F1"><label>Fig. 1</label><caption><p>Seen &x; end</p></caption></fig></body></article>'
+    for entity in (f'SYSTEM "file://{tmp_path}/secret"', 'SYSTEM "http://127.0.0.1:9/x"', '"<p>inside</p>"'):
+        (found,) = jats.read_articles(f"<!DOCTYPE article [<!ENTITY x {entity}>]>{body}".encode())
+        assert found.figures[0].caption == "Seen end"
+    bomb = '<!ENTITY a0 "hahahaha">' + "".join(f'<!ENTITY a{n} "{f"&a{n - 1};" * 10}">' for n in range(1, 12))
+    for use in (body, body.replace('id="F1"', 'id="&x;"')):
+        found = jats.read_articles(f'<!DOCTYPE article [{bomb}<!ENTITY x "&a11;">]>{use}'.encode())
+        assert found is None or len(found[0].figures[0].caption) < 100
+    for bad in (b"", b"\\xff\\xfe\\0", b"<article>", b"<html><body>Please log in</body></html", b"<a>" * 5000 + b"</a>" * 5000,
+                b'<article xmlns:x="y"><x:y z="&undefined;"/></article>'):
+        assert jats.read_articles(bad) is None
+    assert jats.read_articles(b"<html/>") == []
+    wrapped = b'<OAI-PMH xmlns="o"><record><article xmlns="https://jats.nlm.nih.gov/ns/archiving/1.0/"><body><fig id="F1"/></body></article></record></OAI-PMH>'
+    assert [each.id for each in jats.read_articles(wrapped)[0].figures] == ["F1"]
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_articles_to_records(tmp_path, capsys):
+    folder = tmp_path / "out/articles/PMC5.2"
+    folder.mkdir(parents=True)
+    body = "".join(f'<fig id="F{n}"><label>Fig. {n}</label><caption><p>{text}</p></caption>{graphic(f"f{n}")}</fig>' for n, text in (
+        (1, "Chest radiograph."), (2, "Axial CT."), (3, "Not here."), (4, ""), (1, "The same id."))) + "<p>Fig. 1 shows a chest. It is.</p>"
+    (folder / "PMC5.2.xml").write_text(HEAD.replace("{abstract}", "") + f"<body>{body}</body></article>", encoding="utf-8")
+    (folder / "broken.xml").write_text("<article>", encoding="utf-8")
+    (folder / "f1.jpg").write_bytes(picture(1))
+    (folder / "F2.PNG").write_bytes(picture(2, "PNG"))
+    (folder / "f4.gif").write_bytes(picture(3, "GIF"))
+    (tmp_path / "out/manifest.jsonl").write_text(json.dumps({"path": "articles/PMC5.2/PMC5.2.xml", "licence": "CC BY"}) + "\n{torn")
+    made = tmp_path / "made"
+    assert main(["figures", "--source", str(tmp_path / "out"), "--out", str(made)]) == 0
+    said = capsys.readouterr().out
+    first, second = lines(made / "figures.jsonl")
+    no = {"chest_xray": False, "mri": False, "histology": False, "gross": False, "ct_scan": False}
+    assert first == {"pair_id": "77_F1", "fig_id": "F1", "fig_label": "Fig. 1", "fig_caption": "Chest radiograph.", "panels": [], "licence": "CC BY",
+                     "in_text_mention": [{"tokens": "Fig. 1 shows a chest.", "entities": []}], "pmid": "77", "pmcid": "PMC5", "doi": "", "graphic_ref": "f1",
+                     "domain": no | {"chest_xray": True}, "image": "77_F1.jpg"}
+    assert second["image"] == "77_F2.png" and second["in_text_mention"] is None and second["domain"] == no | {"ct_scan": True}
+    assert (made / "images/77_F1.jpg").read_bytes() == picture(1) and {each.name for each in (made / "images").iterdir()} == {"77_F1.jpg", "77_F2.png"}
+    assert sorted(each["reason"] for each in lines(made / "dropped.jsonl")) == ["damaged XML", "no caption", "no image file", "pair_id repeated"]
+    assert "chest_xray 1, ct_scan 1" in said and "CC BY 2" in said and "mentioned in the text: 1" in said
+    from llavamed_jax.curation.figure_file import FigureFile
+    assert [(each.pair_id, each.domain, each.image) for each in map(FigureFile(made / "figures.jsonl").__getitem__, range(2))] == [
+        ("77_F1", "chest_xray", "77_F1.jpg"), ("77_F2", "ct_scan", "77_F2.png")]
+    assert main(["figures", "--source", str(tmp_path / "out"), "--out", str(made)]) == 1  # not empty
+    assert main(["figures", "--source", str(tmp_path / "out"), "--out", str(tmp_path / "m2"), "--licence", "non-commercial"]) == 0
+    assert lines(tmp_path / "m2/figures.jsonl") == [] and "holds no figure" in capsys.readouterr().err
+    assert main(["figures", "--source", str(tmp_path / "m2" / "images"), "--out", str(tmp_path / "m3")]) == 2
+    assert main(["figures", "--source", str(tmp_path / "nowhere"), "--out", str(tmp_path / "m3")]) == 2
+
+
+def test_published_sets(tmp_path, capsys):
+    shard = io.BytesIO()
+    with tarfile.open(fileobj=shard, mode="w") as tar:
+        for name, data in (("k1.jpg", picture(1)), ("k1.txt", b"Brain MRI."), ("k1.json", json.dumps({"article_metadata": {"pmid": 9, "license": "CC BY-NC"}}).encode()),
+                           ("k2.txt", b"No image."), ("k2.json", b"{}"), ("k3.json", b"[1"), ("k4.png", picture(4, "PNG")), ("k4.json", b'{"caption": "Gross specimen."}')):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    (tmp_path / "b/commercial").mkdir(parents=True)
+    (tmp_path / "b/commercial/0_999000000.tar").write_bytes(shard.getvalue())
+    (tmp_path / "b/commercial/0_999000001.tar").write_bytes(shard.getvalue()[:700])
+    (tmp_path / "m/figures").mkdir(parents=True)
+    (tmp_path / "m/figures/ab_1-Figure1-1.png").write_bytes(picture(5, "PNG"))
+    row = {"pdf_hash": "ab", "fig_uri": "1-Figure1-1.png", "fig_key": "Figure 1", "s2_caption": "Figure 1: CT.", "s2orc_references": ["See Fig. 1.", None],
+           "oa_info": {"oa": {"license": "CC BY"}}}
+    (tmp_path / "m/full.jsonl").write_text("".join(f"{text}\n" for text in (json.dumps(row), "{", json.dumps(row | {"fig_uri": "../../x.png"}))))
+    (tmp_path / "r/test_images").mkdir(parents=True)
+    (tmp_path / "r/test_images/ROCOv2_2023_test_000001.jpg").write_bytes(picture(6))
+    (tmp_path / "r/test_captions.csv").write_text('ID,Caption\nROCOv2_2023_test_000001,"Chest X-ray, two\nlines."\nROCOv2_2023_test_000002,Gone.\nshort\n')
+    (tmp_path / "r/license_information.csv").write_text("ID,PMCID,License\nROCOv2_2023_test_000001,PMC1,CC BY 4.0\n")
+    wanted = {"b": [("k1", "Brain MRI.", "CC BY-NC", "k1.jpg", None), ("k4", "Gross specimen.", "unknown", "k4.png", None)],
+              "m": [("ab_1-Figure1-1", "Figure 1: CT.", "CC BY", "ab_1-Figure1-1.png", [{"tokens": "See Fig. 1.", "entities": []}])],
+              "r": [("ROCOv2_2023_test_000001", "Chest X-ray, two\nlines.", "CC BY 4.0", "ROCOv2_2023_test_000001.jpg", None)]}
+    dropped = {"b": ["damaged JSON", "damaged shard: ReadError", "no image file"], "m": ["damaged line", "no image file"], "r": ["damaged row", "no image file"]}
+    for name, layout in (("b", "biomedica"), ("m", "medicat"), ("r", "rocov2")):
+        assert main(["figures", "--source", str(tmp_path / name), "--out", str(tmp_path / f"made-{name}")]) == 0
+        assert f"({layout})" in capsys.readouterr().out
+        assert [tuple(row[key] for key in ("pair_id", "fig_caption", "licence", "image", "in_text_mention")) for row in lines(tmp_path / f"made-{name}/figures.jsonl")] == wanted[name]
+        assert sorted(each["reason"] for each in lines(tmp_path / f"made-{name}/dropped.jsonl")) == dropped[name]
+
+
+@pytest.mark.parametrize("caption, wanted", [
+    ("Frontal chest radiograph.", "chest_xray"), ("CXR on admission", "chest_xray"), ("Posteroanterior x-ray of the chest", "chest_xray"), ("Plain X-ray of the knee", ""),
+    ("X-ray diffraction of the lung", ""), ("Chest CT and T2-weighted MRI", "ct_scan mri"), ("HRCT", "ct_scan"), ("Cone-beam computed tomography", "ct_scan"),
+    ("Ct values of the PCR", ""), ("Optical coherence tomography", ""), ("Positron emission tomography", ""), ("FLAIR sequence", "mri"), ("mr smith", ""),
+    ("Severe MR on colour Doppler, mitral valve", ""), ("NMR spectra", ""), ("Section (H&E, ×400)", "histology"), ("Photomicrograph, hematoxylin and eosin", "histology"),
+    ("Scanning electron microscopy of enamel, × 50", ""), ("Gross specimen, cut surface", "gross"), ("gross tumor volume on CT", "ct_scan"),
+    ("Intraoperative photograph of the liver", "gross"), ("Photograph of the patient's face", ""), ("Kaplan-Meier curves", "")])
+def test_domains(caption, wanted):
+    assert {name for name, is_in in domains_of(caption).items() if is_in} == set(wanted.split())
