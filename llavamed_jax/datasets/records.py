@@ -82,7 +82,7 @@ class FileRecords:
         """Reads record `i`. Raises UserError, which names the record, if it is damaged."""
         if not 0 <= i < len(self):
             raise IndexError(i)
-        begin, end = map(int, self._offsets[i])
+        begin, end = self.place(i)
         name = f"record {i} of {self.path}"
         worker_notes.reading(name)
         try:
@@ -94,6 +94,11 @@ class FileRecords:
         except UnicodeDecodeError:
             raise UserError(f"{name} is not UTF-8 text") from None
         return normalize(parse_json(text, name), self.images, name, i)
+
+    def place(self, i: int) -> tuple[int, int]:
+        """Returns the first byte of record `i` and the byte after its last."""
+        begin, end = map(int, self._offsets[i])
+        return begin, end
 
     def __getstate__(self) -> dict:
         return {**vars(self), "_file": None}  # each process opens the file itself

@@ -1,0 +1,1 @@
+"""Looks at a training file: counts, lengths, images, duplicates, leakage into an evaluation, and examples."""
