@@ -14,7 +14,7 @@ import re
 from collections.abc import Sequence
 
 VERBS = """
-affect appear arrange assess cause characterize classify compare comment confirm contain correspond count define
+affect appear arrange assess cause characterize classify comment compare confirm contain correspond count define
 demonstrate depict describe detect determine diagnose differ differentiate discuss display distinguish distribute
 elaborate evaluate examine explain find form give happen help highlight identify illustrate imply indicate infer
 interpret involve label list locate look make mark mean measure name note notice observe occur perform point provide
