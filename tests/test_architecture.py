@@ -28,7 +28,7 @@ LAYERS = [
     ("cli", "chat"),
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
-COMMAND_LINES = {"llavamed_jax.cli", "llavamed_jax.chat", "llavamed_jax.curation.__main__"}
+COMMAND_LINES = {"llavamed_jax.cli", "llavamed_jax.chat", "llavamed_jax.curation.__main__", "llavamed_jax.serving.batch"}
 DOORS = {"train.py": "train", "eval.py": "eval", "serve.py": "serve", "convert/__main__.py": "convert"}
 TOP_LEVEL = {
     "llavamed_jax", "configs", "convert", "tests", "benchmarks", "samples", "docs", ".ci",

@@ -23,6 +23,7 @@ from llavamed_jax.evaluation import metrics
 from llavamed_jax.evaluation.answering import asked
 from llavamed_jax.evaluation.scoring import captions, registry, score
 from llavamed_jax.preflight.topologies import KINDS
+from llavamed_jax.serving import batch
 from llavamed_jax.training import recipe as recipe_schema
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,6 +32,7 @@ PROGRAMS = {
     "train.py": train_cli.train,
     "eval.py": eval_cli.program,
     "serve.py": serve_cli.program,
+    "python -m llavamed_jax.serving.batch": batch.program,
     "python -m llavamed_jax.chat": chat.program,
     "make verify-release": verify_release._program,
 }
@@ -119,6 +121,9 @@ def test_what_a_flag_may_be_is_said(parser_of):
     """Every choice of a flag stands in its row; a flag that is required says so, or its section's text does."""
     for title in PROGRAMS:
         for action in parser_of(PROGRAMS[title])._actions:
+            if not action.option_strings:  # a file, which the section's text names
+                assert action.metavar in section(title), f"{title} {action.metavar}"
+                continue
             row = next(
                 (
                     line

@@ -55,13 +55,9 @@ def program(argv: Sequence[str]) -> int:
     args = _parser().parse_args(argv)
     limits, keys = _limits(args), _keys(args)
     common.check_model_flags(args)
-    try:
-        import fastapi  # noqa: F401
-        import prometheus_client  # noqa: F401
-        import uvicorn  # noqa: F401
-    except ImportError as error:
-        raise UserError(f"{error.name}, which the server needs, is not installed: pip install 'llavamed-jax[serve]'"
-                        ) from None
+    from llavamed_jax.serving.extra import check_installed
+
+    check_installed()
     from llavamed_jax import __version__
     from llavamed_jax.serving import app, server
     from llavamed_jax.serving.log import Log

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
+from types import ModuleType
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse
 from starlette.exceptions import HTTPException
 
-from llavamed_jax.serving import chat_completions
+from llavamed_jax.serving import chat_completions, responses
 from llavamed_jax.serving.errors import ApiError, of_status
 from llavamed_jax.serving.http_io import ClientGone, EventStream, read_json, unless_gone
-from llavamed_jax.serving.schema import read_chat
 from llavamed_jax.serving.service import Answer, Caller, Service
-
-DONE = "data: [DONE]\n\n"
 
 
 def create(service: Service, page: Callable[[FastAPI, Service], FastAPI] | None = None) -> FastAPI:
@@ -87,7 +84,11 @@ def _add_api(app: FastAPI, service: Service, prefix: str) -> None:
 
     @app.post(f"{prefix}/chat/completions")
     async def chat(request: Request):
-        return await _answered(request, service, _chat)
+        return await _answered(request, service, chat_completions)
+
+    @app.post(f"{prefix}/responses")
+    async def response(request: Request):
+        return await _answered(request, service, responses)
 
 
 def _model(service: Service, name: str) -> dict:
@@ -96,7 +97,7 @@ def _model(service: Service, name: str) -> dict:
             "root": service.names[0], "max_model_len": most}
 
 
-async def _answered(request: Request, service: Service, respond: Callable):
+async def _answered(request: Request, service: Service, api: ModuleType):
     """Runs one request of the API: its key, its place among those under way, its body, its answer."""
     caller = Caller(service.caller_of(request.headers.get("authorization")),
                     request.headers.get("x-request-id", "")[:64] or uuid.uuid4().hex)
@@ -105,45 +106,36 @@ async def _answered(request: Request, service: Service, respond: Callable):
     try:
         service.check_ready()
         body = await read_json(request, service.limits)
-        response = await respond(request, service, caller, body, scope)
+        response = await _respond(request, service, caller, api, body, scope)
     except ClientGone:
         scope.close()
-        service.metrics.gone.inc()
-        service.log.event("gone", request=caller.request_id, route=request.url.path)
         return PlainTextResponse("", 499)
     except BaseException:
         scope.close()
         raise
     response.headers["X-Request-Id"] = caller.request_id
+    if not isinstance(response, EventStream):  # which ends later
+        scope.close()
     return response
 
 
-async def _chat(request: Request, service: Service, caller: Caller, body, scope: contextlib.ExitStack):
-    chat = read_chat(body, service.defaults, service.limits.max_new_tokens)
-    wants = chat.settings.alternatives is not None
+async def _respond(request: Request, service: Service, caller: Caller, api: ModuleType, body,
+                   scope: contextlib.ExitStack):
+    chat = api.read(body, service)
     if chat.ignored:
-        service.log.once("ignored", keys=list(chat.ignored))
+        service.log.once("ignored", route=request.url.path, keys=list(chat.ignored))
     answer = await unless_gone(request, service.ask(chat, caller))
     noted = Noted(service, request.url.path, caller, answer, chat)
-    if not chat.is_streamed:
-        found = await unless_gone(request, chat_completions.complete(answer, wants))
-        noted(200)
-        scope.close()
-        return JSONResponse(found)
-    chunks = chat_completions.chunks(answer, wants, chat.include_usage)
-    return EventStream(events(chunks), service.limits.send_timeout, noted.gone, lambda: (noted(200), scope.close()))
-
-
-async def events(values: AsyncIterator[dict]) -> AsyncIterator[str]:
-    """Yields JSON values as server-sent events; an error on the way becomes an event, since the status has gone out."""
+    if chat.is_streamed:
+        return EventStream(api.events(answer, chat), service.limits.send_timeout, noted.gone,
+                           lambda: (noted(200), scope.close()))
     try:
-        async for value in values:
-            yield f"data: {json.dumps(value)}\n\n"
-    except ApiError as error:
-        yield f"data: {json.dumps(error.body)}\n\n"
+        return JSONResponse(await unless_gone(request, api.complete(answer, chat)))
+    except ClientGone:
+        noted.gone()
+        raise
     finally:
-        await values.aclose()
-    yield DONE
+        noted(200)
 
 
 class Noted:
@@ -173,6 +165,8 @@ class Noted:
         self._is_done, answer, chat = True, self._answer, self._chat
         end, usage = answer.end, answer.usage
         error = end.error if end is not None else None
+        if error is not None and not chat.is_streamed:  # the error's own response is counted
+            return
         status = error.status if error is not None else 499 if self._is_gone else status
         self._service.metrics.requests.labels(self._route, status).inc()
         content = {"messages": [{"role": message.role, "texts": [part for part in message.parts

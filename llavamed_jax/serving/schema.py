@@ -55,6 +55,7 @@ class ChatRequest:
       is_streamed: whether the answer is sent while it is generated.
       include_usage: whether a stream ends with a chunk of the counts.
       ignored: keys of the request that have no effect.
+      echo: values that the response repeats.
     """
 
     messages: list[Message]
@@ -63,6 +64,7 @@ class ChatRequest:
     is_streamed: bool = False
     include_usage: bool = False
     ignored: tuple[str, ...] = ()
+    echo: dict[str, Any] = field(default_factory=dict)
 
 
 # Keys that change the answer, each with the values that do not. `None`, an absent key, never does.

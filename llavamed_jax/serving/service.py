@@ -92,12 +92,14 @@ class Answer:
       created: seconds since 1970.
       model: the served name.
       end: the End, after the last piece.
+      found: log probabilities as JSON values, kept by `/v1/responses`.
     """
 
     def __init__(self, ticket: Ticket, scheduler: Scheduler, events: asyncio.Queue, image_tokens: int, model: str,
                  token: Callable[[int], bytes]):
         self.id, self.created, self.model, self.token = uuid.uuid4().hex, int(time.time()), model, token
         self.end: End | None = None
+        self.found: list[dict] = []
         self._ticket, self._scheduler, self._events, self._image_tokens = ticket, scheduler, events, image_tokens
 
     async def pieces(self) -> AsyncIterator[Piece]:

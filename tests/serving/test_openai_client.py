@@ -1,80 +1,13 @@
 """The unmodified `openai` client against our server: every answer equals the one that the model gives alone."""
 
 import asyncio
-import base64
-import io
 import threading
 
 import numpy as np
 import openai
 import pytest
-from PIL import Image
 
-from tests.support.server import running, tiny_model
-
-MOST = 12
-
-
-@pytest.fixture(scope="module")
-def model():
-    model = tiny_model()
-    model.engine.batch_size = 4
-    return model
-
-
-@pytest.fixture(scope="module")
-def alone(model):
-    """A second engine with the same weights: what each request gives without a server. Both compile a program once."""
-    other = tiny_model()
-    other.engine.programs = model.engine.programs
-    return other
-
-
-@pytest.fixture(scope="module")
-def server(model):
-    with running(model) as it:
-        yield it
-
-
-@pytest.fixture(scope="module")
-def client(server):
-    return openai.OpenAI(base_url=server.url, api_key="any", max_retries=0)
-
-
-def picture(seed=0, kind="PNG"):
-    image = Image.fromarray(np.random.default_rng(seed).integers(0, 255, (20, 30, 3), dtype=np.uint8))
-    file = io.BytesIO()
-    image.save(file, kind)
-    return file.getvalue()
-
-
-def data_url(data, label="image/png"):
-    return f"data:{label};base64,{base64.b64encode(data).decode()}"
-
-
-def image_part(data):
-    return {"type": "image_url", "image_url": {"url": data_url(data), "detail": "auto"}}
-
-
-def user(*parts):
-    return {"role": "user", "content": [{"type": "text", "text": p} if isinstance(p, str) else p for p in parts]}
-
-
-CONVERSATIONS = {
-    "text": [{"role": "user", "content": "What is shown?"}],
-    "image": [user("What is shown?", image_part(picture(1)))],
-    "image first": [user(image_part(picture(1)), "What is shown?")],
-    "two images": [user(image_part(picture(1)), image_part(picture(2, "JPEG")), "Which one is abnormal?")],
-    "turns": [{"role": "system", "content": "You are terse."}, user(image_part(picture(3)), "Where?"), {"role": "assistant", "content": "Left."},
-              user("Sure?")],
-}
-
-
-def plainly(messages):
-    """The same messages for `generate`, which takes images as bytes."""
-    def part(p):
-        return p if p["type"] == "text" else {"type": "image", "image": base64.b64decode(p["image_url"]["url"].partition(",")[2])}
-    return [{**m, "content": m["content"] if isinstance(m["content"], str) else [part(p) for p in m["content"]]} for m in messages]
+from tests.support.server import CONVERSATIONS, MOST, plainly
 
 
 @pytest.mark.parametrize("name", CONVERSATIONS)

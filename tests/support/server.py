@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import io
 import threading
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from PIL import Image
 
 from llavamed_jax.assistant import LlavaMed
 from llavamed_jax.checkpoints.random import random_checkpoint
@@ -23,6 +25,7 @@ from llavamed_jax.serving.log import Log
 from llavamed_jax.serving.service import Service
 from llavamed_jax.text.tokenizer import Tokenizer
 
+MOST = 12  # new tokens of an answer
 TOKENIZER = Path(__file__).resolve().parents[2] / "samples" / "vqa_rad" / "tokenizer.model"
 
 
@@ -84,3 +87,39 @@ def running(model, limits: Limits = DEFAULTS, **more) -> Iterator[Running]:
         yield it
     finally:
         it.stop()
+
+
+def picture(seed=0, kind="PNG"):
+    image = Image.fromarray(np.random.default_rng(seed).integers(0, 255, (20, 30, 3), dtype=np.uint8))
+    file = io.BytesIO()
+    image.save(file, kind)
+    return file.getvalue()
+
+
+def data_url(data, label="image/png"):
+    return f"data:{label};base64,{base64.b64encode(data).decode()}"
+
+
+def image_part(data):
+    return {"type": "image_url", "image_url": {"url": data_url(data), "detail": "auto"}}
+
+
+def user(*parts):
+    return {"role": "user", "content": [{"type": "text", "text": p} if isinstance(p, str) else p for p in parts]}
+
+
+CONVERSATIONS = {
+    "text": [{"role": "user", "content": "What is shown?"}],
+    "image": [user("What is shown?", image_part(picture(1)))],
+    "image first": [user(image_part(picture(1)), "What is shown?")],
+    "two images": [user(image_part(picture(1)), image_part(picture(2, "JPEG")), "Which one is abnormal?")],
+    "turns": [{"role": "system", "content": "You are terse."}, user(image_part(picture(3)), "Where?"), {"role": "assistant", "content": "Left."},
+              user("Sure?")],
+}
+
+
+def plainly(messages):
+    """The same messages for `generate`, which takes images as bytes."""
+    def part(p):
+        return p if p["type"] == "text" else {"type": "image", "image": base64.b64decode(p["image_url"]["url"].partition(",")[2])}
+    return [{**m, "content": m["content"] if isinstance(m["content"], str) else [part(p) for p in m["content"]]} for m in messages]
