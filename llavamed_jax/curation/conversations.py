@@ -35,6 +35,8 @@ class Tally:
       dropped_pairs: reason -> number of pairs.
       dropped_figures: reason -> number of figures.
       images_lost: number of records whose marker was lost with its pair, which the original's rules allow.
+      prompt_tokens: tokens of the prompts, as the server counted them.
+      completion_tokens: tokens of the replies, as the server counted them.
       lost: one object for each dropped pair and figure, for `dropped.jsonl`.
     """
 
@@ -44,6 +46,8 @@ class Tally:
     dropped_pairs: Counter[str] = field(default_factory=Counter)
     dropped_figures: Counter[str] = field(default_factory=Counter)
     images_lost: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
     lost: list[dict] = field(default_factory=list)
 
     def summary(self) -> str:
@@ -59,22 +63,24 @@ class Tally:
         return "\n".join(lines)
 
 
-def conversations(figures: Iterable[Figure], reply_of: Callable[[str], Reply | None], rules: str, seed: int,
+def conversations(figures: Iterable[Figure], reply_of: Callable[[Figure], Reply | None], rules: str, seed: int,
                   tally: Tally) -> Iterator[dict]:
     """Yields the training record of each figure that has a usable reply.
 
     Args:
       figures: the figures.
-      reply_of: returns the reply to a `pair_id`, or None.
+      reply_of: returns the reply about a figure, or None.
       rules: `ours` or `original`.
       seed: with the `pair_id` it draws whether the image stands before or after the first question.
       tally: is filled.
     """
     for figure in figures:
-        reply = reply_of(figure.pair_id)
+        reply = reply_of(figure)
         if reply is None:
             continue
         tally.figures += 1
+        tally.prompt_tokens += reply.prompt_tokens
+        tally.completion_tokens += reply.completion_tokens
         record, reason = _record(figure, reply, rules, random.Random(f"{seed} {figure.pair_id}"), tally)
         if record is None:
             tally.dropped_figures[reason] += 1

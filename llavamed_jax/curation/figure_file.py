@@ -39,6 +39,7 @@ class Figure:
       domains: the record's `domain`, unchanged.
       image: the name of the image file.
       licence: the licence, if the record states it.
+      result: the reply under `result`, which LLaVA-Med's generator adds to a record; else None.
     """
 
     pair_id: str
@@ -49,6 +50,7 @@ class Figure:
     domains: Any = None
     image: str = ""
     licence: str | None = None
+    result: str | None = None
 
 
 class FigureFile:
@@ -201,6 +203,7 @@ def _figure(row: Any, domain: str | None) -> Figure:
         tuple(text for text in texts if isinstance(text, str) and text.strip()),
         domain if domain is not None else domain_of(row.get("domain")), row.get("domain"), image,
         licence if isinstance(licence, str) else None,
+        row["result"] if isinstance(row.get("result"), str) else None,
     )  # fmt: skip
     try:
         "".join([found.pair_id, found.label, found.caption, *found.mentions, found.image]).encode()

@@ -11,8 +11,9 @@ import argparse
 import contextlib
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from llavamed_jax.curation import instruct_folder, instruct_prompt
 from llavamed_jax.curation.conversations import RULES, Tally, conversations
@@ -26,6 +27,9 @@ from llavamed_jax.utils import signals, terminal
 from llavamed_jax.utils.files import to_jsonl, write_json, write_text
 from llavamed_jax.utils.progress import progress
 
+if TYPE_CHECKING:  # it imports openai, which takes a second
+    from llavamed_jax.openai_client.replies import Reply
+
 EXIT_SAVED = 75  # as `cli.common.EXIT_SAVED`
 CONVERSATIONS, DROPPED, SUMMARY = "conversations.json", "dropped.jsonl", "summary.json"
 _GRACE_S = 30.0
@@ -36,7 +40,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--figures", metavar="FILE", required=True, help="records with pair_id, fig_caption and in_text_mention")
     add("--out", metavar="DIR", required=True, help="replies, conversations.json, what was dropped; resumes there")
-    add("--model", metavar="NAME", required=True, help="the model's name on the server")
+    add("--model", metavar="NAME", help="the model's name on the server")
     add("--endpoint", metavar="URL", help="http(s)://HOST[:PORT]/v1, or Azure's address; key: OPENAI_API_KEY")
     add("--azure_version", metavar="NAME", help="Azure's api-version, if the address does not hold it")
     add("--prompt", metavar="FILE", help="system message and examples; default: this project's own")
@@ -53,6 +57,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--dry_run", action="store_true", help="say what it will cost; send and write nothing")
     add("--batch", choices=("write", "read"), help="write files for a batch service, or read its results")
     add("--batch_results", metavar="FILE", nargs="+", help="with --batch read: files of results and of errors")
+    add("--results", action="store_true", help="the records have replies under `result`: clean them, ask nothing")
     add("--rules", choices=RULES, default="ours", help="what cleans the replies: ours, or the original's code's rules")
     add("--seed", metavar="N", type=int, default=0, help="draws the image's side of the first question (0)")
 
@@ -67,7 +72,7 @@ def run(args: argparse.Namespace) -> int | None:
     prices = _check(args)
     prompt = instruct_prompt.read_instruct_prompt(Path(args.prompt) if args.prompt else None)
     service = None
-    if args.batch is None:
+    if args.batch is None and not args.results:
         from llavamed_jax.openai_client.client import Service  # imports openai, which takes a second
 
         service = Service(args.endpoint, args.model, concurrency=args.concurrency, timeout=args.timeout,
@@ -76,6 +81,8 @@ def run(args: argparse.Namespace) -> int | None:
     print(figures.describe(), flush=True)
     if not figures.places():
         raise UserError(f"{figures.path} has no usable figure: {figures.describe().partition('; ')[2]}")
+    if args.results:
+        return _Run(args, figures, prompt, prices, None, None).finish(out, _result)
     settings = {"model": args.model, "prompt": prompt.wording, "mentions": not args.without_mentions,
                 "max_tokens": args.max_tokens, "temperature": args.temperature}
     with instruct_folder.opened(out, settings, not args.dry_run) as replies:
@@ -90,7 +97,13 @@ def run(args: argparse.Namespace) -> int | None:
             made.read_batch()
         else:
             made.ask(service, estimate)
-        return made.finish(out)
+        return made.finish(out, lambda figure: replies.get(figure.pair_id))
+
+
+def _result(figure: Figure) -> Reply | None:
+    from llavamed_jax.openai_client.replies import Reply  # imports openai, which takes a second
+
+    return Reply(figure.result, "stop") if figure.result is not None else None
 
 
 def _check(args: argparse.Namespace) -> Prices:
@@ -100,6 +113,13 @@ def _check(args: argparse.Namespace) -> Prices:
         value = getattr(args, flag[2:])
         if value is not None and not least <= value < math.inf:
             raise UsageError(f"{flag} is {value}; at least {least} was expected")
+    if args.results:
+        given = [flag for flag in ("endpoint", "model", "batch", "budget") if getattr(args, flag) is not None]
+        if given or args.dry_run:
+            raise UsageError(f"--results asks nothing, so --{(given or ['dry_run'])[0]} has no effect; leave it out")
+        return Prices(args.price_prompt, args.price_answer)
+    if args.model is None:
+        raise UsageError("--model is missing; the name under which the server offers the model was expected")
     if args.batch is None and args.endpoint is None:
         raise UsageError("--endpoint is missing; the server's address was expected, or --batch write")
     if args.batch is not None and args.endpoint is not None:
@@ -118,7 +138,7 @@ class _Run:
     """One start of the command."""
 
     def __init__(self, args: argparse.Namespace, figures: FigureFile, prompt: instruct_prompt.InstructPrompt,
-                 prices: Prices, replies: ReplyCache, batches: Batches):
+                 prices: Prices, replies: ReplyCache | None, batches: Batches | None):
         self.args, self.figures, self.prompt, self.prices = args, figures, prompt, prices
         self.replies, self.batches = replies, batches
         self.budget = Budget(args.budget, prices, args.max_tokens)
@@ -145,10 +165,10 @@ class _Run:
             reply = self.replies.get(figure.pair_id)
             if reply is not None:
                 found.kept += 1
-                self.budget.pay(reply.prompt_tokens or tokens_of(self.messages(figure)), reply.completion_tokens)
+                self.budget.pay(reply, tokens_of(self.messages(figure)))
             elif self.batches.is_pending(figure.pair_id):
                 found.pending += 1
-                self.budget.pay(tokens_of(self.messages(figure)), self.args.max_tokens)
+                self.budget.pay_pending(tokens_of(self.messages(figure)))
             else:
                 found.requests += 1
                 found.prompt_tokens += tokens_of(self.messages(figure))
@@ -197,7 +217,7 @@ class _Run:
                     self.budget.free(name)
                 else:
                     self.replies.add(name, reply)
-                    self.budget.settle(name, reply.prompt_tokens, reply.completion_tokens)
+                    self.budget.settle(name, reply)
                 advance(1)
         if not is_short:
             return False
@@ -244,14 +264,13 @@ class _Run:
         outcome = self.batches.read(map(Path, self.args.batch_results), names, self.replies)
         print("results: " + (", ".join(f"{count:,} {name}" for name, count in outcome.items()) or "none"), flush=True)
 
-    def finish(self, out: Path) -> int | None:
+    def finish(self, out: Path, reply_of: Callable[[Figure], Reply | None]) -> int | None:
         """Writes the conversations, what was dropped, and the counts; returns the exit status."""
         tally = Tally()
-        records = conversations(self.chosen(), self.replies.get, self.args.rules, self.args.seed, tally)
+        records = conversations(self.chosen(), reply_of, self.args.rules, self.args.seed, tally)
         write_records(out / CONVERSATIONS, records)
         write_text(out / DROPPED, to_jsonl(tally.lost))
-        kept = [reply for reply in (self.replies.get(each.pair_id) for each in self.chosen()) if reply is not None]
-        tokens = sum(reply.prompt_tokens for reply in kept), sum(reply.completion_tokens for reply in kept)
+        tokens = tally.prompt_tokens, tally.completion_tokens
         dollars = self.prices.dollars(*tokens) if self.prices.is_known else None
         try:
             write_json(out / SUMMARY, {
@@ -264,8 +283,9 @@ class _Run:
         except OSError as error:
             raise UserError(f"{out / SUMMARY} cannot be written: {error.strerror or error}") from error
         print(tally.summary())
-        cost = f", {dollars:,.4f} US dollars" if dollars is not None else ""
-        print(f"{tokens[0]:,} prompt tokens and {tokens[1]:,} reply tokens{cost}, as the server counted them")
+        if not self.args.results:
+            cost = f", {dollars:,.4f} US dollars" if dollars is not None else ""
+            print(f"{tokens[0]:,} prompt tokens and {tokens[1]:,} reply tokens{cost}, as the server counted them")
         print(f"written: {out / CONVERSATIONS}, {out / DROPPED}, {out / SUMMARY}", flush=True)
         if self.failed:
             names = some([terminal.sentence(name) for name in self.failed])

@@ -10,8 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from llavamed_jax.errors import count_of
+
+if TYPE_CHECKING:  # it imports openai, which takes a second
+    from llavamed_jax.openai_client.replies import Reply
 
 BYTES_A_TOKEN = 4  # of English text; only for estimates
 _TOKENS_A_MESSAGE = 4  # role and separators
@@ -104,17 +108,22 @@ class Budget:
     def _highest(self, prompt_tokens: int) -> float:
         return self.prices.dollars(prompt_tokens * self._rate, self.max_tokens)
 
-    def settle(self, key: object, prompt_tokens: int, answer_tokens: int) -> None:
-        """Replaces a reservation by the cost of the reply; a count of 0 means that the server did not count."""
+    def settle(self, key: object, reply: Reply) -> None:
+        """Replaces a reservation by the cost of the reply."""
         estimated = self._in_flight.pop(key)
-        if prompt_tokens:
-            self._rate = max(self._rate, prompt_tokens / estimated)
-        self.pay(prompt_tokens or math.ceil(estimated * self._rate), answer_tokens)
+        if reply.prompt_tokens:
+            self._rate = max(self._rate, reply.prompt_tokens / estimated)
+        self.pay(reply, math.ceil(estimated * self._rate))
 
     def free(self, key: object) -> None:
         """Gives back the reservation of a request that failed."""
         self._in_flight.pop(key, None)
 
-    def pay(self, prompt_tokens: int, answer_tokens: int) -> None:
-        """Adds the cost of a reply."""
-        self.spent += self.prices.dollars(prompt_tokens, answer_tokens)
+    def pay(self, reply: Reply, prompt_tokens: int) -> None:
+        """Adds the cost of a reply; where the server did not count, `prompt_tokens` and the text's bytes do."""
+        answer_tokens = reply.completion_tokens or math.ceil(len(reply.text.encode("utf-8", "replace")) / BYTES_A_TOKEN)
+        self.spent += self.prices.dollars(reply.prompt_tokens or prompt_tokens, answer_tokens)
+
+    def pay_pending(self, prompt_tokens: int) -> None:
+        """Adds the highest cost of a request in a batch."""
+        self.spent += self._highest(prompt_tokens)

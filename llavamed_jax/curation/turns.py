@@ -40,8 +40,10 @@ _CANNOT = r"(?:cannot|can ?not|can['’]t|could not|couldn['’]t|unable to|not 
 _REFUSES = re.compile("|".join((
     r"\bsorry\b|\bapologi[sz]e\b|\bapologies\b",
     r"\bas an? (?:AI|artificial intelligence|(?:large )?language model|text[- ]based|virtual assistant)\b",
-    rf"\b{_CANNOT}(?: \w+)? (?:see|view|access|look at|open|examine|inspect|display) {_THE}(?: \w+)? {_IMAGE}\b",
-    rf"\bI(?:['’]m| am)? {_CANNOT}(?: \w+)? (?:provide|assist|help|answer|comply|discuss|view|access)\b",
+    rf"\b{_CANNOT}(?: \w+)? (?:see|view|access|look at|open|examine|inspect|display) "
+    rf"(?:it\b|{_THE}(?: \w+)? {_IMAGE}\b)",
+    rf"\bI(?:['’]m| am)? {_CANNOT}(?: \w+)? (?:provide|assist|help|answer|comply|discuss|view|access|interpret|diagnose"
+    r"|analy[sz]e)\b",
     r"\bI (?:do not|don['’]t) (?:have|possess)\b",
     rf"\b(?:without|having|have|has|had|no|lack(?:ing)?)(?: \w+)? access to {_THE}(?: \w+)? {_IMAGE}\b",
     rf"\bwithout (?:seeing|viewing) {_THE}\b|\bwithout the (?:actual )?{_IMAGE}\b",

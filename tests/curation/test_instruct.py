@@ -18,12 +18,13 @@ from llavamed_jax.curation.instruct_prompt import OWN, read_instruct_prompt
 from llavamed_jax.datasets.records import open_records
 from llavamed_jax.errors import UserError
 from llavamed_jax.openai_client.cache import ReplyCache
+from llavamed_jax.openai_client.replies import Reply
 from tests.support.figure_records import conversation, figure, number_of, server, write_lines
 from tests.support.openai_server import FAULTS, OpenAiServer
 
 
-def words(tmp_path, url=None, *more, out="out"):
-    where = ["--endpoint", url, "--timeout", "5", "--retries", "20", "--concurrency", "16"] if url else []
+def words(tmp_path, url=None, *more, out="out", concurrency=16):
+    where = ["--endpoint", url, "--timeout", "5", "--retries", "20", "--concurrency", str(concurrency)] if url else []
     return ["instruct", "--figures", str(tmp_path / "figures.jsonl"), "--out", str(tmp_path / out), "--model", "tiny", *where, *more]
 
 
@@ -82,7 +83,7 @@ def test_three_hundred_figures_with_faults_and_a_restart(tmp_path, fast, capsys)
 def test_the_domains_take_turns_and_the_request_has_the_originals_shape(tmp_path):
     write_lines(tmp_path / "figures.jsonl", [*(figure(n) for n in range(0, 20, 5)), figure(1), figure(6), figure(2)])
     with server() as found:
-        assert command_line.main(words(tmp_path, found.url, "--concurrency", "1")[:-4] + ["--max_figures", "5"]) == 0
+        assert command_line.main(words(tmp_path, found.url, "--max_figures", "5", concurrency=1)) == 0
         assert [number_of(each.body) for each in found.log] == [0, 1, 2, 5, 6]  # chest X-ray, MRI, CT, chest X-ray, MRI
         assert command_line.main(words(tmp_path, found.url, "--without_mentions", out="captions")) == 0
     bodies = {number_of(each.body): each.body for each in found.log[:5]}
@@ -99,8 +100,8 @@ def test_killed_runs_ask_about_no_figure_again(tmp_path):
     write_lines(tmp_path / "figures.jsonl", [figure(n) for n in range(60)])
     with server(delay=0.02) as found:
         for number in (signal.SIGKILL, signal.SIGTERM):
-            argv = words(tmp_path, found.url, "--concurrency", "4")
-            child = subprocess.Popen([sys.executable, "-m", "llavamed_jax.curation", *argv[:-4], *argv[-2:]], env=os.environ,
+            argv = words(tmp_path, found.url, concurrency=4)
+            child = subprocess.Popen([sys.executable, "-m", "llavamed_jax.curation", *argv], env=os.environ,
                                      stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, encoding="utf-8")
             begun, deadline = len(found.log), time.monotonic() + 60
             while len(found.log) < begun + 15 and time.monotonic() < deadline:
@@ -182,10 +183,9 @@ def test_the_budget_stops_before_it_is_exceeded(tmp_path, capsys):
         assert command_line.main(words(tmp_path, found.url, *prices, "--budget", "1")) == 75  # not even one
         assert not found.log
         assert "the budget of 1.00 US dollars allows no further request; 0 replies are kept" in capsys.readouterr().err
-        assert command_line.main(words(tmp_path, found.url, *prices, "--budget", "2.5", "--concurrency", "1")[:-4] + [
-            "--budget", "2.5"]) == 75
+        assert command_line.main(words(tmp_path, found.url, *prices, "--budget", "3", concurrency=1)) == 75
         spent = json.loads((tmp_path / "out" / "summary.json").read_text(encoding="utf-8"))
-        assert 2 <= spent["replies"] < 40 and 0 < spent["dollars"] <= 2.5 and len(found.log) == spent["replies"]
+        assert 2 <= spent["replies"] < 40 and 0 < spent["dollars"] <= 3 and len(found.log) == spent["replies"]
         assert len(made(tmp_path)) == spent["conversations"] > 0
         assert command_line.main(words(tmp_path, found.url, *prices, "--budget", "100")) == 0
         assert len(found.log) == 40
@@ -194,12 +194,12 @@ def test_the_budget_stops_before_it_is_exceeded(tmp_path, capsys):
 def test_a_reservation_is_the_highest_cost():
     budget = Budget(10, Prices(1e6, 1e6), 2)
     assert budget.may_send("a", 2) and budget.may_send("b", 2) and not budget.may_send("c", 1)
-    budget.settle("a", 3, 1)  # the server counts half as many again
+    budget.settle("a", Reply("x", "stop", 3, 1))  # the server counts half as many again
     assert budget.spent == 4 and budget.may_send("c", 0) is False  # 4 + (3 + 2) + 2 = 11
     budget.free("b")
     assert budget.may_send("c", 2)
-    budget.settle("c", 0, 0)  # a server that counts nothing
-    assert budget.spent == 7
+    budget.settle("c", Reply("five!", "stop"))  # a server that counts nothing
+    assert budget.spent == 9
 
 
 def test_figures_that_no_attempt_answers_are_named_and_asked_again(tmp_path, capsys):
@@ -249,6 +249,20 @@ def test_the_originals_rules_by_a_switch(tmp_path):
     assert mended[1]["value"] == "Ct shows it." and len(mended) == 6
     assert list(records[figure(0)["pair_id"]]) == ["id", "image", "domain", "conversations"]
     assert figure(7)["pair_id"] not in records
+
+
+def test_replies_of_the_originals_generator_are_cleaned_without_a_server(tmp_path, capsys):
+    rows = [figure(0, result="User: What?\n\nAssistant: According to the figure caption, the scan shows a nodule."), figure(1),
+            figure(2, result="User: a\n\nAssistant: It is CT, as mentioned in the context provided.")]
+    write_lines(tmp_path / "figures.jsonl", rows)
+    argv = ["instruct", "--figures", str(tmp_path / "figures.jsonl"), "--out", str(tmp_path / "out"), "--results"]
+    assert command_line.main([*argv, "--rules", "original"]) == 0
+    assert [record["conversations"][1]["value"] for record in made(tmp_path)] == ["The scan shows a nodule.", "It is CT."]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["conversations.json", "dropped.jsonl", "summary.json"]
+    assert command_line.main(argv) == 0 and made(tmp_path) == []  # both name their source
+    assert "0 conversations with 0 pairs, from 2 replies" in capsys.readouterr().out
+    assert command_line.main([*argv, "--model", "tiny"]) == 2
+    assert "--results asks nothing, so --model has no effect" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("more", "status", "said"), [

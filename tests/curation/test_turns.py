@@ -93,7 +93,8 @@ def test_answers_about_the_image_stay_as_they_are(answer):
     *((answer, turns.REFUSES) for answer in (
         "I'm sorry, but I can't assist with that.", "As an AI language model, I see nothing.", "I cannot view the image.",
         "The image itself is not available.", "Without access to the actual image, this is hard.", "I don't have the picture.",
-        "I am unable to provide more details.", "I can’t see the scan.")),
+        "I am unable to provide more details.", "I can’t see the scan.", "I'm afraid I can't see it.",
+        "I cannot interpret medical images.")),
     ("", turns.EMPTY_ANSWER), ("…", turns.EMPTY_ANSWER),
 ])
 def test_what_must_not_be_trained_on_is_dropped_with_its_reason(answer, reason):
