@@ -5,25 +5,22 @@ An error names the worker that died or does not respond.
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import os
 import queue
 import re
 import signal
-import sys
 import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from multiprocessing import parent_process, resource_tracker
 from typing import Any
 
 import grain
 from absl import flags
 
 from llavamed_jax.errors import UserError, cut, warn
-from llavamed_jax.utils import signals, terminal, worker_notes
+from llavamed_jax.utils import child_processes, signals, terminal, worker_notes
 
 WARN_S = 60.0  # without a result until a warning names the worker; doubles with each warning
 GIVE_UP_S = 1800.0  # timeout of a result
@@ -32,7 +29,6 @@ SHARED = "/dev/shm"
 _POLL_S = 0.2
 _DEAD_S = 3.0  # the results that a worker finished before it died arrive within this time
 _CLOSE_S = 5.0  # workers may take so long to exit by themselves
-_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
 class WorkerError(UserError):
@@ -189,7 +185,7 @@ def _run(dataset: grain.IterDataset, wanted: queue.SimpleQueue, made: queue.Simp
     SIGTERM reach the whole process group, and the command still needs batches until it has saved.
     """
     signals.block_here()
-    _start_tracker()
+    child_processes.start_tracker()
     signals.block_here()  # starting the tracker has unblocked some
     iterator = None
     while wanted.get():
@@ -200,15 +196,6 @@ def _run(dataset: grain.IterDataset, wanted: queue.SimpleQueue, made: queue.Simp
             made.put((None, error))
     if iterator is not None:
         iterator.close()
-
-
-def _start_tracker() -> None:
-    """Starts Python's resource tracker, which removes the shared memory of killed processes, without its warnings."""
-    sys.warnoptions.append("ignore:resource_tracker:UserWarning")
-    try:
-        resource_tracker.ensure_running()
-    finally:
-        sys.warnoptions.pop()
 
 
 def _end(thread: threading.Thread, wanted: queue.SimpleQueue, shared: worker_notes.Shared) -> None:
@@ -225,21 +212,12 @@ def _end(thread: threading.Thread, wanted: queue.SimpleQueue, shared: worker_not
 def _begin(path: str, worker: int, num_workers: int) -> None:
     """Initialises a worker process: its output is cleaned, and it exits when its parent does.
 
-    grain's own worker would wait forever after its parent is gone. Python's resource tracker, a separate process that
-    exits after the last worker, then removes shared memory that was in transit. A stopped worker (SIGSTOP) cannot check
-    its parent: on Linux the kernel ends it.
+    Python's resource tracker, a separate process that exits after the last worker, then removes shared memory that was
+    in transit. The thread that started the worker is the loader's, which ends last.
     """
-    def watch(parent):
-        parent.join()
-        os._exit(1)
-
-    if sys.platform == "linux":
-        # The kernel acts when the thread that started the worker ends: the loader's, which ends last.
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     terminal.install()
     worker_notes.begin(path, worker)
-    if (parent := parent_process()) is not None:
-        threading.Thread(target=watch, args=(parent,), daemon=True).start()
+    child_processes.end_with_parent()
 
 
 def _how(code: int) -> str:

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -14,6 +15,7 @@ from llavamed_jax.curation import __main__ as command_line
 from llavamed_jax.curation.inspect import near
 from llavamed_jax.curation.inspect.pictures import Pictures, read_pictures
 from llavamed_jax.curation.inspect.verbs import VERBS, verb_and_noun
+from llavamed_jax.errors import UserError
 from tests.support.figure_records import figure, write_lines
 
 pytest.importorskip("imagehash")
@@ -102,6 +104,9 @@ def test_several_processes_see_the_same(tmp_path, monkeypatch):
     counted = []
     alone, together = pictures(IMAGES[:6]), read_pictures([*map(str, IMAGES[:6])], 2, counted.append)
     assert (alone.hashes == together.hashes).all() and (alone.files == together.files).all() and sum(counted) == 6
+    monkeypatch.setattr(module, "_begin", os.abort)
+    with pytest.raises(UserError, match="a process that reads images was ended from outside"):
+        read_pictures([*map(str, IMAGES[:6])], 2, counted.append)
 
 
 # ---- verbs -----------------------------------------------------------------------------------------------------------

@@ -13,9 +13,9 @@ from __future__ import annotations
 import hashlib
 import multiprocessing
 import os
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,7 +24,7 @@ from PIL import Image
 from llavamed_jax.curation import extra
 from llavamed_jax.errors import UserError
 from llavamed_jax.images.load import load_image, split_frame
-from llavamed_jax.utils import signals
+from llavamed_jax.utils import child_processes, signals, terminal
 from llavamed_jax.utils.files import open_file
 
 SIDE = 16  # the hash has SIDE * SIDE bits
@@ -90,24 +90,24 @@ def _described(paths: Sequence[str], workers: int) -> Iterator[tuple[str, bytes,
     if workers < 2 or len(paths) < _FEWEST:
         yield from map(describe, paths)
         return
+    child_processes.start_tracker()
     context = multiprocessing.get_context("spawn")  # a fork would copy the threads' locks
     with ProcessPoolExecutor(workers, context, initializer=_begin) as pool:
         try:
             yield from pool.map(describe, paths, chunksize=_CHUNK)
+        except BrokenProcessPool:
+            raise UserError("a process that reads images was ended from outside, perhaps because the memory is full; "
+                            "run again with a smaller --workers") from None
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
 
 
 def _begin() -> None:
-    """Lets a process ignore the terminal's signals, and end with its parent however that ends."""
+    """Lets a process ignore the terminal's signals, clean its output, and end with its parent."""
     signals.block_here()
-
-    def end() -> None:
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=end, daemon=True).start()
+    terminal.install()
+    child_processes.end_with_parent()
 
 
 def describe(path: str) -> tuple[str, bytes, bytes, bytes]:
