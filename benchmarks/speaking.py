@@ -302,7 +302,7 @@ def calibrated(smol: Smol) -> dict:
     out = {"group": nearest.group, "calibration_rows": len(data), "calibration_tokens": sum(len(ids) for ids, _ in data),
            "calibration_seconds": round(time.perf_counter() - start, 1)}
     found = {"float32": {text: perplexity_of(each, lambda ids: np.asarray(model.logits(ids))) for text, each in rows.items()}}
-    for name, rounding in (("int4", nearest), ("calibrated", dataclasses.replace(nearest, calibrated=kernels))):
+    for name, rounding in (("int4", nearest), ("calibrated", dataclasses.replace(nearest, calibrate=lambda: kernels))):
         export(checkpoint, smol.scratch / name, rounding=rounding)
         loaded = lm.load(smol.scratch / name, dtype="float32")
         found[name] = {text: perplexity_of(each, lambda ids, m=loaded: np.asarray(m.logits(ids))) for text, each in rows.items()}

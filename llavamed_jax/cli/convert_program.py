@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import math
 import shutil
 import sys
@@ -22,15 +21,14 @@ from llavamed_jax.checkpoints.assemble.build import build, with_projector
 from llavamed_jax.checkpoints.assemble.delta import apply_delta, make_delta
 from llavamed_jax.checkpoints.checkpoint import Checkpoint
 from llavamed_jax.checkpoints.export.directory import export
-from llavamed_jax.checkpoints.export.few_bits import Rounding
 from llavamed_jax.checkpoints.gguf.directory import import_decoder
 from llavamed_jax.checkpoints.model_config import text_files
 from llavamed_jax.checkpoints.tensor import Tensor
 from llavamed_jax.checkpoints.torch.write import total_bytes
+from llavamed_jax.cli import convert_quantize
 from llavamed_jax.cli.common import Parser
 from llavamed_jax.config.adapter import FACTOR_A
 from llavamed_jax.errors import UsageError, UserError, cut, exists, warn
-from llavamed_jax.quantized.rounding import ROUNDED
 from llavamed_jax.text.chat_template import read_template
 from llavamed_jax.text.templates import get_template
 from llavamed_jax.text.tokenizer import TOKENIZERS, Tokenizer
@@ -38,7 +36,6 @@ from llavamed_jax.utils import progress, signals, terminal
 from llavamed_jax.utils.directories import new_directory
 from llavamed_jax.utils.files import read_json
 
-CALIBRATION_ROWS = 128
 _OF_TEXT = ("tokenizer", "special_", "added_", "chat_template")  # the files that --tokenizer replaces
 _DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
@@ -148,50 +145,17 @@ def _export_flags(parser: argparse.ArgumentParser) -> None:
     _import_flags(parser)
     parser.add_argument("--layout", required=True, choices=("transformers", "llava"),
                         metavar="LAYOUT", help="transformers, or llava (the original's own)")
-    parser.add_argument("--quantize", metavar="TYPE",
-                        help="int8 or int4 rounds the kernels of the decoder's layers, in compressed-tensors' format; "
-                             "with --layout transformers")
-    parser.add_argument("--calibrate", metavar="PATH",
-                        help="training data, as data.train of a recipe, on whose samples int4 changes the kernels' "
-                             "outputs little (GPTQ)")
-    parser.add_argument("--images", metavar="DIR", help="the folder of the images of --calibrate")
-    parser.add_argument("--calibration_rows", type=int, metavar="N",
-                        help=f"samples of --calibrate, spread over it; default {CALIBRATION_ROWS}")
+    convert_quantize.add_flags(parser)
 
 
 def _export(args: argparse.Namespace) -> None:
     """Write a checkpoint in a PyTorch layout."""
-    dtype, rounding = _DTYPES.get(args.dtype), None
-    _check_calibration_flags(args)
-    checkpoint = _open(args.checkpoint, args, dtype if args.quantize is None else None)
+    convert_quantize.check_flags(args)
+    dtype = _DTYPES.get(args.dtype)
+    checkpoint, rounding = _open(args.checkpoint, args, dtype if args.quantize is None else None), None
     if args.quantize is not None:
-        rounding = Rounding.of(checkpoint, args.quantize, dtype)
-        exact = {name: tensor for name, tensor in checkpoint.tensors.items() if ROUNDED.fullmatch(name)}
-        if args.calibrate is not None:
-            rounding = _calibrated(checkpoint, rounding, args)
-        checkpoint = checkpoint.replace(tensors={**checkpoint.cast(dtype).tensors, **exact})
+        rounding, checkpoint = convert_quantize.rounding_of(checkpoint, args, dtype)
     _report(export(checkpoint, args.out, args.layout, progress.over, rounding), args.out)
-
-
-def _check_calibration_flags(args: argparse.Namespace) -> None:
-    if args.calibrate is not None and args.quantize != "int4":
-        raise UsageError("--calibrate is for int4; --quantize int4 was expected beside it")
-    for flag in ("images", "calibration_rows"):
-        if args.calibrate is None and getattr(args, flag) is not None:
-            raise UsageError(f"--{flag} belongs to --calibrate, which was expected beside it")
-    if args.calibration_rows is not None and args.calibration_rows < 1:
-        raise UsageError(f"--calibration_rows is {args.calibration_rows}; at least 1 was expected")
-
-
-def _calibrated(checkpoint: Checkpoint, rounding: Rounding, args: argparse.Namespace) -> Rounding:
-    from llavamed_jax.checkpoints.export.calibrate import calibrated  # imports jax
-    from llavamed_jax.pipeline.calibration import read_rows
-    from llavamed_jax.processor import Processor
-    rows = read_rows(args.calibrate, args.images, Processor.from_checkpoint(checkpoint),
-                     args.calibration_rows or CALIBRATION_ROWS)
-    print(f"calibrated on {len(rows)} samples of {args.calibrate}, {sum(len(ids) for ids, _ in rows)} positions")
-    kernels = calibrated(checkpoint.sound(), rows, rounding.group, rounding.dtype, progress.over)
-    return dataclasses.replace(rounding, calibrated=kernels)
 
 
 def _build_flags(parser: argparse.ArgumentParser) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 
@@ -23,6 +24,7 @@ from llavamed_jax.checkpoints.torch.write import Progress, total_bytes, write_sa
 from llavamed_jax.config import OURS
 from llavamed_jax.config.hf import llava_to_hf
 from llavamed_jax.errors import UsageError, UserError
+from llavamed_jax.quantized.kernels import Kernel
 from llavamed_jax.quantized.rounding import ROUNDED
 from llavamed_jax.utils.directories import new_directory
 from llavamed_jax.utils.files import write_json
@@ -77,7 +79,8 @@ def export(checkpoint: Checkpoint, out: str | Path, layout: str = "transformers"
             write_json(directory / "config.json", {"architectures": [cfg.vision.hf_class], **cfg.vision.to_hf()})
             # v1.0's code reads the preprocessor from the tower's directory.
             write_json(directory / preprocessor_file.FILE, preprocessor_file.written(cfg, is_transformers=False))
-        written |= (tensors := _in_torch(checkpoint, spelled, rounding))
+        kernels = rounding.calibrate() if rounding is not None and rounding.calibrate is not None else {}
+        written |= (tensors := _in_torch(checkpoint, spelled, rounding, kernels))
         write_safetensors(temporary, tensors, progress, {"format": "pt"})
         if rounding is not None:
             config["quantization_config"] = compressed.quantization_config(rounding.name, rounding.group)
@@ -88,15 +91,23 @@ def export(checkpoint: Checkpoint, out: str | Path, layout: str = "transformers"
 
 
 def _in_torch(checkpoint: Checkpoint, spelled: Mapping[str, str],
-              rounding: Rounding | None = None) -> dict[str, Tensor]:
-    """Returns tensors under torch names, in torch's orientation; rounded kernels as compressed-tensors has them."""
+              rounding: Rounding | None = None,
+              kernels: Mapping[str, Callable[[], Kernel]] = MappingProxyType({})) -> dict[str, Tensor]:
+    """Returns tensors under torch names, in torch's orientation; rounded kernels as compressed-tensors has them.
+
+    Args:
+      checkpoint: the checkpoint.
+      spelled: canonical name -> torch name.
+      rounding: how the kernels of the decoder's layers are rounded; None if they are not.
+      kernels: what loads the kernels that are rounded already, by name; others are rounded to the nearest.
+    """
     out = {}
     for name, key in spelled.items():
         tensor = checkpoint.tensors[name]
         if rounding is not None and ROUNDED.fullmatch(name):
             dtype = rounding.dtype or tensor.dtype
             out |= compressed.packed(key, rounding.name, tensor.shape, np.dtype(dtype), rounding.group,
-                                     functools.partial(rounding.kernel, name, tensor))
+                                     kernels.get(name) or functools.partial(rounding.nearest, tensor))
         else:
             out[key] = to_torch(name, tensor)
     return out

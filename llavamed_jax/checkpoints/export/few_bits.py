@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -28,13 +28,14 @@ class Rounding:
       group: width of a group of `int4`, one for all kernels: readers take the width from a setting of the whole model.
         None for `int8`.
       dtype: of the scales; None for that of each kernel, which is the dtype that readers compute in.
-      calibrated: kernels that were rounded before, by name (`calibrate`).
+      calibrate: rounds the kernels with data, and returns what loads each by name (`calibrate.calibrated`); an export
+        calls it when it has checked all else. None rounds each to the nearest.
     """
 
     name: str
     group: int | None
     dtype: np.dtype | None = None
-    calibrated: Mapping[str, Callable[[], Kernel]] = field(default_factory=dict)
+    calibrate: Callable[[], Mapping[str, Callable[[], Kernel]]] | None = None
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, name: str, dtype: np.dtype | None = None) -> Rounding:
@@ -51,10 +52,8 @@ class Rounding:
         widths = [shape[0] for key, shape in names.expected_shapes(checkpoint.config).items() if ROUNDED.fullmatch(key)]
         return cls(name, group_of(*widths) if name == "int4" else None, None if dtype is None else np.dtype(dtype))
 
-    def kernel(self, name: str, tensor: Tensor) -> Kernel:
-        """Returns the rounded kernel of a name, from its tensor [D,F]."""
-        if name in self.calibrated:
-            return self.calibrated[name]()
+    def nearest(self, tensor: Tensor) -> Kernel:
+        """Returns the kernel that is the nearest to a tensor [D,F]."""
         dtype = self.dtype or tensor.dtype
         return int8(tensor.load(), dtype) if self.group is None else int4(tensor.load(), self.group, True, dtype)
 
@@ -62,4 +61,4 @@ class Rounding:
     def words(self) -> str:
         """Describes the rounding for people."""
         where = "a scale for each output" if self.group is None else f"symmetric groups of {self.group} inputs"
-        return f"{self.name} ({where}{', calibrated' * bool(self.calibrated)})"
+        return f"{self.name} ({where}{', calibrated' * (self.calibrate is not None)})"
