@@ -20,7 +20,7 @@ from pathlib import Path
 
 from llavamed_jax.curation.conversations import with_marker
 from llavamed_jax.curation.figure_file import Figure, FigureFile
-from llavamed_jax.curation.json_list import write_records
+from llavamed_jax.curation.json_list import check_place, write_records
 from llavamed_jax.errors import UsageError, UserError
 from llavamed_jax.text.conversation import IMAGE_MARKER
 from llavamed_jax.utils.files import read_bytes
@@ -55,6 +55,7 @@ def run(args: argparse.Namespace) -> None:
         raise UsageError(f"--short_words is {args.short_words}; at least 0 was expected")
     if args.images is not None and not Path(args.images).is_dir():
         raise UsageError(f"--images is {args.images}, which is not a folder")
+    check_place("--out", Path(args.out))
     instructions = read_instructions(Path(args.instructions) if args.instructions else OWN)
     figures, counts = FigureFile(Path(args.figures)), Counter()
     images = Path(args.images) if args.images is not None else None

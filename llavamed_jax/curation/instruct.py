@@ -20,7 +20,7 @@ from llavamed_jax.curation.conversations import RULES, Tally, conversations
 from llavamed_jax.curation.figure_file import Figure, FigureFile
 from llavamed_jax.curation.instruct_batch import Batches
 from llavamed_jax.curation.instruct_cost import Budget, Estimate, Prices, tokens_of
-from llavamed_jax.curation.json_list import write_records
+from llavamed_jax.curation.json_list import check_place, write_records
 from llavamed_jax.errors import UsageError, UserError, count_of, some
 from llavamed_jax.openai_client.cache import ReplyCache
 from llavamed_jax.utils import signals, terminal
@@ -82,6 +82,7 @@ def run(args: argparse.Namespace) -> int | None:
     if not figures.places():
         raise UserError(f"{figures.path} has no usable figure: {figures.describe().partition('; ')[2]}")
     if args.results:
+        check_place("--out", out / CONVERSATIONS)
         return _Run(args, figures, prompt, prices, None, None).finish(out, _result)
     settings = {"model": args.model, "prompt": prompt.wording, "mentions": not args.without_mentions,
                 "max_tokens": args.max_tokens, "temperature": args.temperature}

@@ -3,12 +3,34 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import BinaryIO
 
-from llavamed_jax.errors import UserError
+from llavamed_jax.errors import UsageError, UserError
 from llavamed_jax.utils.files import utf8, write_whole
+
+
+def check_place(flag: str, path: Path) -> None:
+    """Makes the folder of a file that will be written after long work, so that a wrong place is an error at once.
+
+    Args:
+      flag: the flag that names the file.
+      path: the file.
+
+    Raises:
+      UsageError: the path is a folder.
+      UserError: its folder cannot be made or written to.
+    """
+    if path.is_dir():
+        raise UsageError(f"{flag} is {path}, which is a directory; a file was expected")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror or error}") from None
+    if not os.access(path.parent, os.W_OK):
+        raise UserError(f"{path} cannot be written: its directory does not allow it")
 
 
 def write_records(path: Path, records: Iterable[dict]) -> int:
@@ -33,7 +55,6 @@ def write_records(path: Path, records: Iterable[dict]) -> int:
         file.write(b"" if is_lines else b"\n]\n")
 
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, write)
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror or error}") from error

@@ -60,6 +60,12 @@ def test_what_is_left_out_is_counted(tmp_path, capsys):
     assert "has no figure that can be used: 1 " in capsys.readouterr().err
 
 
+def test_a_directory_in_the_place_of_the_file(tmp_path, capsys):
+    write_lines(tmp_path / "f.jsonl", [figure(0)])
+    assert command_line.main(["align", "--figures", str(tmp_path / "f.jsonl"), "--out", str(tmp_path)]) == 2
+    assert f"--out is {tmp_path}, which is a directory" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("more", "status", "said"), [
     (["--images", "nowhere"], 2, "--images is nowhere, which is not a folder"),
     (["--short_words", "-1"], 2, "--short_words is -1; at least 0 was expected"),

@@ -244,7 +244,8 @@ def test_files_of_figures(tmp_path):
 @pytest.mark.parametrize(("more", "status", "said"), [
     (["--data", "none.json"], 1, "none.json"), (["--against", "none.json"], 1, "the evaluation none.json does not exist"),
     (["--against_images", "x"], 2, "--against_images names the images of --against"), (["--workers", "0"], 2, "--workers is 0"),
-    (["--gallery", "-1"], 2, "--gallery is -1"), (["--against_split", "dev"], 2, "dev"),
+    (["--gallery", "-1"], 2, "--gallery is -1"), (["--json", "."], 2, "--json is ., which is a directory"),
+    (["--json", "/proc/none/n.json"], 1, "/proc/none/n.json cannot be written"), (["--against_split", "dev"], 2, "dev"),
 ])
 def test_mistakes_are_one_sentence(tmp_path, capsys, more, status, said):
     write_lines(tmp_path / "f.jsonl", [figure(0)])

@@ -18,6 +18,7 @@ from llavamed_jax.curation.inspect import leakage, near, page, plots
 from llavamed_jax.curation.inspect.gather import Findings, Row, Source, gather, quantiles
 from llavamed_jax.curation.inspect.pictures import MISSING, Pictures, distinct, read_pictures
 from llavamed_jax.curation.inspect.verbs import VERBS
+from llavamed_jax.curation.json_list import check_place
 from llavamed_jax.datasets import detect
 from llavamed_jax.datasets.registry import SETS, SPLITS, Selection
 from llavamed_jax.datasets.sample import VqaSample, one_name_each
@@ -60,6 +61,9 @@ def run(args: argparse.Namespace) -> None:
             raise UsageError(f"{flag} is {value}; at least {least} was expected")
     if args.against is None and args.against_images is not None:
         raise UsageError("--against_images names the images of --against, which is missing")
+    for flag, file in (("--out", args.out), ("--json", args.json)):
+        if file is not None:
+            check_place(flag, Path(file))
     length, unit = _length(args.tokenizer)
     source = Source(Path(args.data), Path(args.images) if args.images else None)
     tested = _tested(args) if args.against is not None else []
@@ -83,18 +87,10 @@ def run(args: argparse.Namespace) -> None:
     if args.json:
         numbers = {"counts": counts, "unit": unit, "lengths": lengths, "domains": findings.domains,
                    "licences": findings.licences, "leakage": values["leakage"]}
-        _write(Path(args.json), json.dumps(numbers, indent=2, ensure_ascii=False) + "\n")
-    _write(Path(args.out), page.render(**values))
+        write_text(Path(args.json), json.dumps(numbers, indent=2, ensure_ascii=False) + "\n")
+    write_text(Path(args.out), page.render(**values))
     print(_summary(counts, values["leakage"], source.kind))
     print(f"page: {args.out}")
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror or error}") from None
-    write_text(path, text)
 
 
 def _length(tokenizer: str | None) -> tuple[Callable[[str], int], str]:
