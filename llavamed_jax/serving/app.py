@@ -14,7 +14,7 @@ from starlette.exceptions import HTTPException
 
 from llavamed_jax.serving import chat_completions, responses
 from llavamed_jax.serving.errors import ApiError, of_status
-from llavamed_jax.serving.http_io import ClientGone, EventStream, read_json, unless_gone
+from llavamed_jax.serving.http_io import ClientGone, EventStream, HeaderLimit, read_json, unless_gone
 from llavamed_jax.serving.service import Answer, Caller, Service
 
 
@@ -29,7 +29,8 @@ def create(service: Service, page: Callable[[FastAPI, Service], FastAPI] | None 
       The ASGI application.
     """
     # No pages of documentation: theirs load scripts from another machine.
-    app = FastAPI(title="llavamed-jax", docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(title="llavamed-jax", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
+    app.add_middleware(HeaderLimit)
     app.state.service = service
     _add_errors(app, service)
     _add_state(app, service)

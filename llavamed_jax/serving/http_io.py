@@ -9,14 +9,36 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 
 from llavamed_jax.errors import short
 from llavamed_jax.serving.errors import ApiError, invalid
 from llavamed_jax.serving.limits import MIB, Limits
 
+HEADER_BYTES = 32768  # of a request's line and headers together
 MOST_DEPTH = 64  # of JSON; a request of OpenAI's needs six
 _LINGER_BYTES, _LINGER_SECONDS = 64 * MIB, 5.0
+
+
+class HeaderLimit:
+    """An ASGI application around another one that refuses requests with too many bytes of headers or address.
+
+    h11 counts the bytes of a request line and headers only while they are incomplete.
+    """
+
+    def __init__(self, app):
+        self._app = app
+
+    async def __call__(self, scope, receive, send) -> None:
+        """Passes the request on, or answers 431."""
+        if scope["type"] == "http":
+            size = len(scope["raw_path"]) + len(scope["query_string"])
+            if size + sum(len(name) + len(value) for name, value in scope["headers"]) > HEADER_BYTES:
+                error = ApiError(431, f"the headers have more than {HEADER_BYTES} bytes", code="headers_too_large",
+                                 headers={"Connection": "close"})
+                await JSONResponse(error.body, error.status, error.headers)(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
 
 
 class ClientGone(Exception):

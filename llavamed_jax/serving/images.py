@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import functools
 import io
 import re
 import warnings
@@ -78,7 +79,7 @@ def decode(data: bytes, where: str, limits: Limits) -> Image.Image:
       ApiError: the bytes are no image, are damaged, or have too many pixels.
     """
     try:
-        width, height = _size(data)
+        width, height = _size(data, where)
         if not 0 < width * height <= limits.max_image_pixels:
             raise invalid(f"{where} has {width} x {height} pixels; at most {limits.max_image_pixels} were expected",
                           code="image_too_large")
@@ -87,7 +88,14 @@ def decode(data: bytes, where: str, limits: Limits) -> Image.Image:
         raise invalid(f"{where}: {error}", code="invalid_image") from None
 
 
-def _size(data: bytes) -> tuple[int, int]:
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    """Returns those of `FORMATS` that this Pillow was built with."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def _size(data: bytes, where: str) -> tuple[int, int]:
     """Reads width and height from the header of an image."""
     if is_dicom(data[:132], ""):
         from llavamed_jax.images.dicom import size_of
@@ -96,10 +104,10 @@ def _size(data: bytes) -> tuple[int, int]:
     try:
         with warnings.catch_warnings():  # of Pillow's own limit: ours is checked next
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            with Image.open(io.BytesIO(data), formats=_formats()) as image:
                 return image.size
     except Image.DecompressionBombError:
-        raise UserError("the image has more pixels than Pillow accepts") from None
+        raise invalid(f"{where} has more pixels than Pillow opens", code="image_too_large") from None
     except Image.UnidentifiedImageError:
         raise UserError(f"the {count_of(len(data), 'byte')} are not an image in a known format: PNG, JPEG, WebP, GIF, "
                         "BMP, TIFF, JPEG 2000, AVIF, PPM or DICOM was expected") from None

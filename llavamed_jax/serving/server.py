@@ -18,10 +18,10 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from llavamed_jax.errors import UserError
 from llavamed_jax.serving.errors import ApiError
+from llavamed_jax.serving.http_io import HEADER_BYTES
 from llavamed_jax.serving.limits import Limits
 from llavamed_jax.serving.service import Service
 
-_HEADER_BYTES = 32768  # of one request, all headers together
 _POLL_S = 0.1
 _LAST_S = 5  # for connections that still send their answers when the engine has stopped
 
@@ -116,7 +116,7 @@ def run(app, service: Service, listener: socket.socket, is_asked: Callable[[], b
     raise_open_files()
     config = uvicorn.Config(
         app, http=connection_class(service.limits), ws="none", log_config=None, access_log=False, lifespan="auto",
-        timeout_keep_alive=round(service.limits.header_timeout), h11_max_incomplete_event_size=_HEADER_BYTES,
+        timeout_keep_alive=round(service.limits.header_timeout), h11_max_incomplete_event_size=HEADER_BYTES,
         timeout_graceful_shutdown=_LAST_S, server_header=False, proxy_headers=False)
     server, is_whole = uvicorn.Server(config), True
     server.capture_signals = contextlib.nullcontext  # `utils.signals` listens already
