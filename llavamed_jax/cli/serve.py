@@ -76,7 +76,7 @@ def program(argv: Sequence[str]) -> int:
     service.start(lambda stage: _load(args, stage))
     is_whole = server.run(app.create(service), service, listener, signals.is_asked)
     if service.loading.error is not None:
-        raise UserError(service.loading.error)
+        raise service.loading.error
     if not is_whole:
         raise UserError(f"stopped; some answers were not complete after {limits.drain_timeout:g} s")
     return 0

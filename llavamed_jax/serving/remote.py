@@ -146,8 +146,8 @@ def is_public_address(address: str) -> bool:
     inner = getattr(ip, "ipv4_mapped", None) or getattr(ip, "sixtofour", None)
     if inner is None and ip.version == 6 and ip in ipaddress.ip_network("64:ff9b::/96"):  # NAT64
         inner = ipaddress.ip_address(int(ip) & 0xFFFFFFFF)
-    if inner is not None and not is_public_address(str(inner)):
-        return False
+    if inner is not None:  # an IPv4 address in an IPv6 one
+        return is_public_address(str(inner))
     return ip.is_global and not (ip.is_multicast or ip.is_reserved or ip.is_unspecified or ip.is_loopback
                                  or ip.is_link_local or ip.is_private)
 

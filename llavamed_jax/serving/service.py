@@ -49,13 +49,13 @@ class Loading:
 
     Attributes:
       stage: what is being done, in words; `ready` when requests are answered.
-      error: why the model could not be loaded, or None.
+      error: what kept the model from being loaded, or None.
       started: when loading began, by `time.monotonic`.
       seconds: how long loading took; None until it is over.
     """
 
     stage: str = "starting"
-    error: str | None = None
+    error: BaseException | None = None
     started: float = field(default_factory=time.monotonic)
     seconds: float | None = None
 
@@ -194,11 +194,8 @@ class Service:
             model = load(stage)
             self.serve(model)
         except BaseException as error:
-            loading.error = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-            loading.stage = "failed"
-            self.log.event("failed", error=loading.error)
-            if not isinstance(error, UserError):
-                raise
+            loading.error, loading.stage = error, "failed"
+            self.log.event("failed", error=str(error) or type(error).__name__)
 
     def serve(self, model) -> None:
         """Serves a model that is already loaded."""

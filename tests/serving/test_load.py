@@ -12,6 +12,7 @@ import pytest
 
 from llavamed_jax.generation.requests import Job, Request
 from llavamed_jax.generation.text_stream import TextStream
+from llavamed_jax.serving.errors import ApiError
 from llavamed_jax.serving.limits import Limits
 from llavamed_jax.serving.scheduler import End, Scheduler, Ticket
 from tests.support.server import MOST, image_part, picture, plainly, running, tiny_model, user
@@ -131,18 +132,18 @@ def test_keys_share_the_rows_and_one_alone_has_them_all(second):
 
 
 def test_a_full_queue_is_429_with_the_seconds_to_wait_for_one_key_and_for_all(second):
-    it = Tickets(second, Limits(max_queue=4, key_share=0.5))
-    for _ in range(3):
+    it = Tickets(second, Limits(max_queue=8, key_share=0.5))
+    for _ in range(4):
         it.submit("a")
     it.submit("b")
-    for key in ("a", "b", "c"):
-        with pytest.raises(Exception, match="requests wait") as caught:
+    with pytest.raises(ApiError, match="5 requests wait, 4 of them with this key") as caught:
+        it.submit("a")  # which has its half of the queue
+    assert (caught.value.status, caught.value.code) == (429, "queue_full") and int(caught.value.headers["Retry-After"]) >= 1
+    for key in "bbc":
+        it.submit(key)
+    for key in "abcd":
+        with pytest.raises(ApiError, match="8 requests wait"):
             it.submit(key)
-        assert caught.value.status == 429 and int(caught.value.headers["Retry-After"]) >= 1
-    it.scheduler._queues.popitem()  # b's
-    with pytest.raises(Exception, match="3 requests wait"):
-        it.submit("c")
-        it.submit("a")
 
 
 def test_deadlines_end_tickets_in_the_queue_and_in_a_row(second):
@@ -189,7 +190,9 @@ def test_the_engine_fails_once_and_goes_on(second, monkeypatch):
 
 
 @pytest.mark.parametrize("drain, is_whole", [(30.0, True), (0.01, False)])
-def test_a_stop_lets_running_answers_finish_within_the_limit(second, drain, is_whole):
+def test_a_stop_lets_running_answers_finish_within_the_limit(second, drain, is_whole, monkeypatch):
+    advance = second.engine.advance
+    monkeypatch.setattr(second.engine, "advance", lambda: (time.sleep(0.05), advance()))
     with running(second, Limits(drain_timeout=drain)) as server:
         async def ask():
             async with openai.AsyncOpenAI(base_url=server.url, api_key="any", max_retries=0) as client:
