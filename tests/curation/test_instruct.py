@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
@@ -16,11 +17,16 @@ from llavamed_jax.curation.figure_file import FigureFile
 from llavamed_jax.curation.instruct_cost import Budget, Prices
 from llavamed_jax.curation.instruct_prompt import OWN, read_instruct_prompt
 from llavamed_jax.datasets.records import open_records
+from llavamed_jax.datasets.training import read_training
 from llavamed_jax.errors import UserError
 from llavamed_jax.openai_client.cache import ReplyCache
 from llavamed_jax.openai_client.replies import Reply
+from llavamed_jax.pipeline import lengths
+from llavamed_jax.processor import Processor
 from tests.support.figure_records import conversation, figure, number_of, server, write_lines
 from tests.support.openai_server import FAULTS, OpenAiServer
+
+SAMPLES = Path(__file__).resolve().parents[2] / "samples" / "vqa_rad"
 
 
 def words(tmp_path, url=None, *more, out="out", concurrency=16):
@@ -77,6 +83,9 @@ def test_three_hundred_figures_with_faults_and_a_restart(tmp_path, fast, capsys)
         assert command_line.main(words(tmp_path, found.url)) == 0  # nothing is left
         assert len(found.log) == before and (tmp_path / "out" / "conversations.json").read_bytes() == whole
     check(tmp_path, 300)
+    processor = Processor.load(SAMPLES / "tokenizer.model", template="v1.5:mistral_instruct", image_size=28)
+    measured = lengths.measure(read_training(tmp_path / "out" / "conversations.json", tmp_path), processor, 2048)  # as train.py does
+    assert not measured.damaged and len(measured.tokens) == measured.images.sum() == 255 and not measured.truncated
     assert "300 replies are kept" in capsys.readouterr().out
 
 
