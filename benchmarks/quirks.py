@@ -1,7 +1,7 @@
 """The known differences between the original and this project, row by row; benchmarks/fidelity.py prints them.
 
 A row: the quirk's number, what the original does, what this project does (*kept* reproduces it,
-*mended* does not), the switch between the two where there is one, and the test that holds it (None: the part is to come, or
+*mended* does not), the switch between the two where there is one, and the test that holds it (None:
 there is nothing to test).
 """
 
@@ -12,7 +12,7 @@ QUIRKS = [
      "test_assistant::test_stop_strings_end_the_text_and_an_empty_one_does_nothing"),
     ("Q3", "padding moves by a random pixel", "mended", "", "test_images::test_padding_floors_the_offset"),
     ("Q4", "v1.5 cannot load 4 or 8 bits, another class than Mistral's, or a base model",
-     "mended: `model_type` decides the class; quantised loading is to come", "",
+     "mended: `model_type` decides the class; `--quantize` works for all classes", "",
      "test_layouts::test_llava_1_5_before_and_after_transformers_took_its_name"),
     ("Q5", "v1.5's vicuna template has one blank more", "kept", "`v1.5:vicuna_v1`, `up:vicuna_v1`",
      "test_conversation::test_v15_strips_messages_and_result_and_upstream_does_not"),
@@ -72,8 +72,8 @@ QUIRKS = [
     ("Q29", "the judge of chats is shown `<image>`, `None` and Python's dicts",
      "`None` and dicts are kept; `<image>` is removed, as in v1.0, unless a key keeps it", "`judge.image_marker`",
      "test_judge_prompt::test_the_frame_of_two_answers_is_the_originals"),
-    ("Q30", "controller and worker continue after errors", "to come with the server, which will have neither", "",
-     None),
+    ("Q30", "controller and worker continue after errors", "mended: there is neither; one process answers and goes on", "",
+     "test_load::test_the_engine_fails_once_and_goes_on"),
     ("Q31", "v1.5's evaluation uses the wrong template by default", "mended: the template follows the checkpoint",
      "`--template`", "test_processor::test_template_by_model_type"),
     ("Q32", "an unknown tower silently becomes no tower", "mended: an error", "",
