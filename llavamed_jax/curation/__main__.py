@@ -14,6 +14,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "pmc": ("llavamed_jax.curation.pmc", "images of articles, from PubMed Central"),
     "figures": ("llavamed_jax.curation.figures", "records of figure, caption and mentions, from articles or sets"),
     "align": ("llavamed_jax.curation.align", "one-turn samples of captions"),
+    "records": ("llavamed_jax.curation.records", "shards of training records, with resized images and lengths"),
     "inspect": ("llavamed_jax.curation.inspect.command", "a page about training data, and leakage into an evaluation"),
     "instruct": ("llavamed_jax.curation.instruct", "conversations about figures, written by a language model"),
 }

@@ -16,6 +16,7 @@ from llavamed_jax.datasets.counts import describe
 from llavamed_jax.datasets.records import FileRecords, MemoryRecords, open_records
 from llavamed_jax.datasets.registry import SETS, Selection
 from llavamed_jax.datasets.sample import to_llava
+from llavamed_jax.datasets.shards import ShardRecords, is_shards, open_shards
 from llavamed_jax.errors import UsageError, UserError
 from llavamed_jax.utils.hashes import sha256
 
@@ -32,7 +33,7 @@ class TrainingData:
       found: one line for each source that is a data set with published counts (`counts.describe`).
     """
 
-    sources: Sequence[MemoryRecords | FileRecords]
+    sources: Sequence[MemoryRecords | FileRecords | ShardRecords]
     weights: Sequence[float] = (1.0,)
     found: Sequence[str] = ()
 
@@ -73,8 +74,9 @@ def read_training(data, images: str | Path | None = None, protocol: str = "clean
     """Reads the training data that `data.train` of a recipe names.
 
     Args:
-      data: a LLaVA JSON or JSONL file; a data set in its own layout (`registry.SETS`), as a folder or a file; or a list
-        of `{"path", "images", "weight"}`. A weight of 2 uses a source twice in an epoch, 0.5 uses half of it.
+      data: a LLaVA JSON or JSONL file; a folder of shards (`shards.open_shards`); a data set in its own layout
+        (`registry.SETS`), as a folder or a file; or a list of `{"path", "images", "weight"}`. A weight of 2 uses a
+        source twice in an epoch, 0.5 uses half of it.
       images: the folder of the images; None means the folder of the layout.
       protocol: which rows of VQA-RAD, `clean` or `paper`.
       split: which rows of a data set.
@@ -87,6 +89,11 @@ def read_training(data, images: str | Path | None = None, protocol: str = "clean
     if isinstance(data, (list, tuple)):
         return _read_mixture(data, images, protocol, split, cache)
     path = Path(data)
+    if is_shards(path):
+        source = open_shards(path)
+        if not len(source):
+            raise UserError(f"{path} holds no training records")
+        return TrainingData([source])
     layout = detect.layout_of(path)
     if layout is None and path.is_dir():
         titles = ", ".join(each.title for each in SETS.values())

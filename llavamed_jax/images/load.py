@@ -38,6 +38,24 @@ _CLIPS = ImageSettings()
 MAX_ASPECT = 200  # above it, resizing the short edge to the tower's size turns a few kilobytes into gigabytes
 
 
+class Stored(str):
+    """The name of an image whose encoded bytes are at hand, such as one of a shard.
+
+    Args:
+      name: the name for errors.
+      data: the encoded bytes.
+    """
+
+    def __new__(cls, name: str, data: bytes) -> "Stored":
+        """Makes the name with its bytes."""
+        self = super().__new__(cls, name)
+        self.data = data
+        return self
+
+    def __getnewargs__(self) -> tuple[str, bytes]:  # for pickle
+        return str(self), self.data
+
+
 def load_image(source, frame: int | None = None) -> Image.Image:
     """Loads an image as RGB.
 
@@ -61,6 +79,8 @@ def load_image(source, frame: int | None = None) -> Image.Image:
         if frame not in (None, 1):
             raise UserError(f"the image is a {type(source).__name__}, which has one frame; there is no frame {frame}")
         return _from_array(source) if isinstance(source, np.ndarray) else _from_pillow(source)
+    if isinstance(source, Stored):
+        return _read(io.BytesIO(source.data), f"the image {source}", frame or 1)
     if isinstance(source, (bytes, bytearray)):
         return _read(io.BytesIO(source), f"the image of {len(source)} bytes", frame or 1)
     if isinstance(source, str) and source[:5].lower() == "data:":

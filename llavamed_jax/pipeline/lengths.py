@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import json
 import pickle
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from llavamed_jax.datasets.records import load_arrays, save_whole
+from llavamed_jax.datasets.shards import ShardRecords
 from llavamed_jax.datasets.training import TrainingData
 from llavamed_jax.errors import UsageError, UserError, count_of
-from llavamed_jax.pipeline import examples, workers
+from llavamed_jax.pipeline import examples, stored, workers
 from llavamed_jax.processor import Processor
 from llavamed_jax.utils import signals
 from llavamed_jax.utils.hashes import sha256
@@ -26,6 +28,7 @@ from llavamed_jax.utils.progress import bar
 BLOCK = 512  # records that are measured together
 FORMAT = 4  # of the cached file; raise it if samples become longer or shorter
 _ARRAYS = ("tokens", "images", "lost")
+_REST = ("damaged", "truncated", "surplus", "unsupervised", "first_lost", "first_unsupervised", "highest")
 LARGE = 5000  # from so many records on, worker processes and the cache pay off
 
 
@@ -102,6 +105,15 @@ def measure(data: TrainingData, processor: Processor, max_length: int, num_worke
       UsageError: the maximal length cannot hold an image, and the data has images.
       UserError: a token has no row in the model's embedding table.
     """
+    if any(isinstance(source, ShardRecords) for source in data.sources):
+        if len(data.sources) > 1:
+            return joined([measure(TrainingData([source]), processor, max_length, num_workers, cache, rows)
+                           for source in data.sources])
+        known = stored.lengths_of(data.sources[0], processor, max_length, FORMAT)
+        if known is not None:
+            found = _from_arrays({**known, "rest": joined_rest(known["rest"])})
+            _refuse_beyond(rows, found.highest, processor)
+            return found
     is_large = data.num_records >= LARGE
     kept = cache / f"lengths-{_key(data, processor, max_length)}.npz" if is_large and cache is not None else None
     if kept is not None and (known := _load(kept)) is not None:
@@ -208,16 +220,39 @@ def _key(data: TrainingData, processor: Processor, max_length: int) -> str:
     return sha256(json.dumps(parts).encode() + pickle.dumps(processor.tokenizer))[:24]
 
 
+def rest_of(lengths: Lengths) -> dict:
+    """Returns what is not an array, as values of JSON."""
+    return {name: getattr(lengths, name) for name in _REST}
+
+
+def joined_rest(parts: Sequence[dict]) -> dict:
+    """Joins what `rest_of` returns for one part of the records after another."""
+    return {"damaged": [entry for part in parts for entry in part["damaged"]],
+            **{name: sum(part[name] for part in parts) for name in ("truncated", "surplus", "unsupervised")},
+            **{name: next((part[name] for part in parts if part[name]), "")
+               for name in ("first_lost", "first_unsupervised")},
+            "highest": max((tuple(part["highest"]) for part in parts), key=lambda found: found[0], default=(0, None))}
+
+
+def joined(parts: Sequence[Lengths]) -> Lengths:
+    """Joins the lengths of one source after another."""
+    none = lambda part: np.zeros(len(part.tokens), np.int16)
+    return _from_arrays({"tokens": np.concatenate([part.tokens for part in parts]),
+                         "images": np.concatenate([part.images for part in parts]),
+                         "lost": np.concatenate([none(part) if part.lost is None else part.lost for part in parts]),
+                         "rest": joined_rest([rest_of(part) for part in parts])})
+
+
+def _from_arrays(found: dict) -> Lengths:
+    rest = {**found["rest"], "highest": tuple(found["rest"]["highest"])}
+    return Lengths(**{name: found[name] for name in _ARRAYS}, **rest)
+
+
 def _save(path: Path, lengths: Lengths) -> None:
-    rest = {name: getattr(lengths, name) for name in ("damaged", "truncated", "surplus", "unsupervised", "first_lost",
-                                                "first_unsupervised", "highest")}
     arrays = {name: getattr(lengths, name) for name in _ARRAYS}
-    save_whole(path, lambda file: np.savez(file, **arrays, rest=np.array(json.dumps(rest))))
+    save_whole(path, lambda file: stored.save_arrays(file, **arrays, rest=rest_of(lengths)))
 
 
 def _load(path: Path) -> Lengths | None:
     found = load_arrays(path, *_ARRAYS, "rest")
-    if found is None:
-        return None
-    rest = json.loads(str(found["rest"]))
-    return Lengths(**{name: found[name] for name in _ARRAYS}, **{**rest, "highest": tuple(rest["highest"])})
+    return None if found is None else _from_arrays({**found, "rest": json.loads(str(found["rest"]))})

@@ -3,7 +3,8 @@
 The order is an endless sequence of epochs, each shuffled by (seed, epoch). The usable samples of an epoch are packed in
 this order, by their lengths only, into rows of `row_length` positions and `image_slots` images; no row crosses the end
 of an epoch. So row r of epoch e is a function of (data, seed, e): any process can compute it, and the position of a run
-is two counts. Without packing, each row holds one sample.
+is two counts. Without packing, each row holds one sample. An epoch of more than `WINDOW` samples is packed in windows
+of so many, each when its rows are needed: the first update of a run on 15 million samples does not wait for the last.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from llavamed_jax.utils.hashes import sha256
 ROW_LENGTHS = (8192, 4096, 2048)
 # Rows that grain fills at a time. With 64, rows of 2,048 positions hold 2 % less; more than 256 changes nothing.
 BINS = 256
+WINDOW = 2**19  # samples that are packed together: more than LLaVA-Med's sets have, and 20 s of packing
 _TRIAL = 2048  # samples on which numbers of image slots are compared
 _TOLERANCE = 0.1  # how far the samples of an update may be from batch_size, relative to it
 
@@ -62,9 +64,16 @@ class Stream:
         """Returns the samples an epoch of each record, float64 [records], numbered through all sources."""
         return np.repeat(np.divide(self.sizes, self.lengths), self.lengths)
 
-    def order(self, epoch: int) -> np.ndarray:
-        """Returns the records of an epoch in order, int32 [samples], numbered through all sources."""
-        return np.fromiter((self._record(epoch, slot) for slot in range(len(self))), np.int32, len(self))
+    def order(self, epoch: int, begin: int = 0, end: int | None = None) -> np.ndarray:
+        """Returns the records of an epoch in order, int32 [end - begin], numbered through all sources.
+
+        Args:
+          epoch: the epoch.
+          begin: the first place in the order.
+          end: the place after the last; None is the number of samples.
+        """
+        end = len(self) if end is None else min(end, len(self))
+        return np.fromiter((self._record(epoch, slot) for slot in range(begin, end)), np.int32, end - begin)
 
     def _record(self, epoch: int, slot: int) -> int:
         if self.is_shuffled:
@@ -176,65 +185,116 @@ class Plan:
             raise UserError(f"none of the {len(lengths.tokens)} samples can be used{reason}")
         self.stream, self.lengths, self.layout = stream, lengths, layout
         self._cache = cache if len(stream) >= LARGE else None
-        self._known: dict[int, Rows] = {}
+        self._known: dict[tuple[int, int], Rows] = {}  # (epoch, window)
+        self._sizes: dict[tuple[int, int], int] = {}  # rows of each window that was planned
+        self.windows = -(-len(stream) // WINDOW)
 
-    def fingerprint(self) -> str:
-        """Returns a hash of everything that the plan depends on."""
+    @functools.cached_property
+    def _fingerprint(self) -> str:
         layout = (self.layout.row_length, self.layout.image_slots, self.layout.is_packed, BINS)
+        layout += (WINDOW,) if self.windows > 1 else ()
         arrays = self.lengths.tokens.tobytes() + self.lengths.images.tobytes()
         return sha256(repr((self.stream, layout)).encode() + arrays)[:24]
 
-    def rows(self, epoch: int) -> Rows:
-        """Returns the rows of an epoch."""
-        if epoch not in self._known:
+    def fingerprint(self) -> str:
+        """Returns a hash of everything that the plan depends on."""
+        return self._fingerprint
+
+    def window(self, epoch: int, window: int) -> Rows:
+        """Returns the rows of one window of an epoch."""
+        place = epoch, window
+        if place not in self._known:
             if sum(len(rows.records) for rows in self._known.values()) > 2**22:  # all epochs of a small run stay
                 self._known.clear()
-            self._known[epoch] = self._kept(epoch)
-        return self._known[epoch]
+            self._known[place] = self._kept(epoch, window)
+            self._sizes[place] = len(self._known[place])
+        return self._known[place]
+
+    def rows(self, epoch: int) -> Rows:
+        """Returns the rows of an epoch, of all windows."""
+        if self.windows == 1:
+            return self.window(epoch, 0)
+        parts = [self.window(epoch, window) for window in range(self.windows)]
+        begins = np.cumsum([0, *(len(part.records) for part in parts[:-1])])
+        ends = [part.ends + begin for part, begin in zip(parts, begins, strict=True)]
+        return Rows(np.concatenate([part.records for part in parts]), np.concatenate(ends).astype(np.int32))
+
+    def first(self, epoch: int) -> Rows:
+        """Returns the rows of the first window of an epoch with a usable sample."""
+        return next(rows for window in range(self.windows) if len(rows := self.window(epoch, window)))
+
+    def expected_rows(self, epoch: int) -> int:
+        """Returns the number of rows of an epoch; with several windows, as many as the first one lets expect."""
+        first = self.first(epoch)
+        if self.windows == 1:
+            return len(first)
+        usable = float((self.stream.weights() * (self.lengths.tokens > 0)).sum())
+        return round(len(first) * usable / len(first.records))
+
+    def _find(self, epoch: int, row: int) -> tuple[int, int] | None:
+        """Returns the window of a row and its place there; None if the epoch has fewer rows. Plans no later window."""
+        for window in range(self.windows):
+            size = self._sizes.get((epoch, window))
+            size = len(self.window(epoch, window)) if size is None else size
+            if row < size:
+                return window, row
+            row -= size
+        return None
+
+    def _size(self, epoch: int) -> int:
+        """Returns the number of rows of an epoch."""
+        return sum(self._sizes[epoch, window] if (epoch, window) in self._sizes else len(self.window(epoch, window))
+                   for window in range(self.windows))
 
     def num_updates(self, epochs: int) -> int:
         """Returns the number of updates of `epochs` epochs.
 
-        These are the whole updates of each epoch, at least one, as transformers' Trainer counts them.
+        These are the whole updates of each epoch, at least one, as transformers' Trainer counts them. With several
+        windows the rows are those that each epoch's first window lets expect, and the stream goes on accordingly.
         """
-        return sum(max(1, len(self.rows(epoch)) // self.layout.rows) for epoch in range(epochs))
+        return sum(max(1, self.expected_rows(epoch) // self.layout.rows) for epoch in range(epochs))
 
     def walk(self, epoch: int, row: int, count: int, last_epoch: int | None = None) -> tuple[int, int]:
         """Returns the place `count` rows after (epoch, row), at most the end of `last_epoch`."""
         row += count
-        while row and (last_epoch is None or epoch <= last_epoch) and row >= len(self.rows(epoch)):
-            row -= len(self.rows(epoch))
+        while row and (last_epoch is None or epoch <= last_epoch) and self._find(epoch, row) is None:
+            row -= self._size(epoch)
             epoch += 1
         return (epoch, row) if last_epoch is None or epoch <= last_epoch else (last_epoch + 1, 0)
 
     def take(self, epoch: int, row: int, count: int, last_epoch: int | None = None) -> Iterator[tuple[int, np.ndarray]]:
         """Yields epoch and records of `count` rows from (epoch, row) on; fewer if `last_epoch` ends before."""
         for _ in range(count):
-            while (last_epoch is None or epoch <= last_epoch) and row >= len(self.rows(epoch)):
-                epoch, row = epoch + 1, row - len(self.rows(epoch))
+            while (last_epoch is None or epoch <= last_epoch) and self._find(epoch, row) is None:
+                epoch, row = epoch + 1, row - self._size(epoch)
             if last_epoch is not None and epoch > last_epoch:
                 return
-            yield epoch, self.rows(epoch)[row]
+            window, place = self._find(epoch, row)
+            yield epoch, self.window(epoch, window)[place]
             row += 1
 
-    def _kept(self, epoch: int) -> Rows:
+    def _kept(self, epoch: int, window: int) -> Rows:
         if self._cache is None:
-            return self._plan(epoch)
-        path = self._cache / f"rows-{self.fingerprint()}-{epoch}.npz"
+            return self._plan(epoch, window)
+        name = f"{epoch}" if self.windows == 1 else f"{epoch}-{window}"
+        path = self._cache / f"rows-{self.fingerprint()}-{name}.npz"
         if (known := load_arrays(path, "records", "ends")) is not None:
             return Rows(**known)
-        rows = self._plan(epoch)
+        rows = self._plan(epoch, window)
         save_whole(path, lambda file: np.savez(file, records=rows.records, ends=rows.ends))
         return rows
 
-    def _plan(self, epoch: int) -> Rows:
-        order = self.stream.order(epoch)
+    def _plan(self, epoch: int, window: int) -> Rows:
+        order = self.stream.order(epoch, window * WINDOW, (window + 1) * WINDOW)
         order = order[self.lengths.tokens[order] > 0]
         if not self.layout.is_packed:
             return Rows(order, np.arange(1, len(order) + 1, dtype=np.int32))
-        seed = _seed(self.stream.seed, epoch, 2**31) if self.stream.is_shuffled else None
+        key = (self.stream.seed, epoch, 2**31, *([window] if window else []))
+        seed = _seed(*key) if self.stream.is_shuffled else None
         rows = pack(self.lengths.tokens[order], self.lengths.images[order], self.layout.row_length,
                     self.layout.image_slots, seed)
+        if not rows:
+            return Rows(order, np.zeros(0, np.int32))
         return Rows(order[np.concatenate(rows)], np.cumsum([len(row) for row in rows], dtype=np.int32))
 
 
@@ -309,8 +369,11 @@ def choose_image_slots(stream: Stream, lengths: Lengths, row_length: int, image_
     least = lengths.max_images
     if not least:
         return 0
-    order = stream.order(0)
-    order = order[lengths.tokens[order] > 0][:_TRIAL]
+    order, begin = np.zeros(0, np.int32), 0
+    while len(order) < _TRIAL and begin < len(stream):
+        more = stream.order(0, begin, begin + _TRIAL)
+        order, begin = np.concatenate([order, more[lengths.tokens[more] > 0]]), begin + _TRIAL
+    order = order[:_TRIAL]
     tokens, images = lengths.tokens[order], lengths.images[order]
     full = row_length * images.sum() / tokens.sum()  # images of a row without padding
     choices = sorted({max(least, round(full * share)) for share in (0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.35, 1.5)})

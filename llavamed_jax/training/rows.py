@@ -159,9 +159,11 @@ class Data:
         return [f"warning: {line}" for line in lines]
 
     def _describe_packing(self) -> list[str]:
-        layout, rows, batch_size = self.plan.layout, self.plan.rows(0), self.cfg.batch_size
+        layout, rows, batch_size = self.plan.layout, self.plan.first(0), self.cfg.batch_size
         here = layout.rows * len(rows.records) / len(rows)
-        lines = [f"{count_of(len(rows), 'packed row')} per epoch, each of {layout.row_length} tokens and "
+        about = "about " if self.plan.windows > 1 else ""
+        expected = count_of(self.plan.expected_rows(0), "packed row")
+        lines = [f"{about}{expected} per epoch, each of {layout.row_length} tokens and "
                  f"{count_of(layout.image_slots, 'image')}; {count_of(layout.rows, 'row')} per update, about "
                  f"{count_of(round(here), 'sample')} (batch_size is {batch_size})"]
         meant = packing.rows_an_update(batch_size, self.plan.lengths.mean, layout.rows, layout.row_length)

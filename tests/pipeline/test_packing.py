@@ -221,6 +221,38 @@ def test_a_place_is_walked_to_over_epochs():
     assert plan.num_updates(3) == sum(size // 8 for size in sizes[:3])
 
 
+def test_a_long_epoch_is_packed_in_windows_when_their_rows_are_needed(monkeypatch, tmp_path):
+    """Every sample once, at places that do not depend on where a run begins; only the windows before a place are planned."""
+    found, layout = some_lengths(), Layout(2048, 4, 8, True)
+    found.tokens[:30] = 0
+    whole = plan_of(found, layout)
+    monkeypatch.setattr(packing, "WINDOW", 64)
+    plan, planned = plan_of(found, layout), []
+    assert plan.windows == 4 and plan.fingerprint() != whole.fingerprint()
+    monkeypatch.setattr(packing, "pack", lambda tokens, *given, real=packing.pack: planned.append(len(tokens)) or real(tokens, *given))
+    first = list(plan.take(0, 0, 3))
+    assert len(planned) == 1 and planned[0] <= 64
+    rows = [plan.rows(epoch) for epoch in range(3)]
+    for each in rows:
+        assert sorted(each.records) == list(range(30, 200)) and all(found.tokens[each[i]].sum() <= 2048 for i in range(len(each)))
+    order = plan.stream.order(0)
+    assert {*rows[0].records[:len(plan.window(0, 0).records)].tolist()} == {*order[:64].tolist()} - {*range(30)}
+    sizes = [len(each) for each in rows]
+    everything = [(epoch, tuple(each[i])) for epoch, each in enumerate(rows) for i in range(len(each))]
+    assert [(e, tuple(r)) for e, r in first] == everything[:3]
+    for start in (0, 1, sizes[0] - 1, sizes[0], sum(sizes[:2]) - 1, sum(sizes[:2])):
+        fresh = plan_of(found, layout)  # a run that goes on here
+        assert [(e, tuple(r)) for e, r in fresh.take(*fresh.walk(0, 0, start), 3)] == everything[start:start + 3]
+    assert plan.walk(0, 0, sum(sizes[:2]) + 3, last_epoch=1) == (2, 0)
+    assert abs(plan.num_updates(3) - sum(size // 8 for size in sizes)) <= 3 and abs(plan.expected_rows(0) - sizes[0]) < 0.15 * sizes[0]
+    assert len({tuple(plan.window(0, window).records) for window in range(4)}) == 4
+    monkeypatch.setattr(packing, "LARGE", 1)
+    kept = Plan(plan.stream, found, layout, tmp_path)
+    assert kept.rows(1).records.tolist() == rows[1].records.tolist() and len(list(tmp_path.iterdir())) == 4
+    planned.clear()
+    assert Plan(plan.stream, found, layout, tmp_path).rows(1).ends.tolist() == rows[1].ends.tolist() and not planned
+
+
 def test_fewer_rows_than_an_update_has_still_make_one():
     plan = plan_of(some_lengths(5), Layout(2048, 4, 64, True))
     assert plan.num_updates(3) == 3

@@ -1,0 +1,193 @@
+"""`curation records`: shards equal loose files to the bit, several writers, stops, and shards that are damaged."""
+
+import json
+import os
+import pickle
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from llavamed_jax.config import preset
+from llavamed_jax.curation import records as command
+from llavamed_jax.curation.__main__ import main
+from llavamed_jax.datasets import shards
+from llavamed_jax.datasets.training import read_training
+from llavamed_jax.errors import UserError
+from llavamed_jax.images.load import Stored, load_image
+from llavamed_jax.pipeline import lengths, loader
+from llavamed_jax.pipeline.packing import Layout, Plan, Stream
+from llavamed_jax.processor import Processor
+from llavamed_jax.text.tokenizer import Tokenizer
+
+
+@pytest.fixture(scope="module")
+def processor(mistral_tokenizer):
+    return Processor(preset("small"), Tokenizer.load(mistral_tokenizer))
+
+
+@pytest.fixture(scope="module")
+def loose(tmp_path_factory):
+    """60 records: text, one image or two, a broken image, a malformed record, one with a surplus image."""
+    folder = tmp_path_factory.mktemp("loose")
+    rng = np.random.default_rng(0)
+    for i in range(6):
+        Image.fromarray(rng.integers(0, 256, (40 + 9 * i, 70, 3), np.uint8)).save(folder / f"{i}.png")
+    (folder / "broken.png").write_bytes(b"no image")
+    rows = []
+    for i in range(60):
+        images = [f"{(i + j) % 6}.png" for j in range(i % 3)]
+        marks = "<image>\n" * len(images)
+        rows.append({"id": f"é{i}", "image": images if i % 2 else images[0] if len(images) == 1 else images,
+                     "conversations": [{"from": "human", "value": f"{marks}number {i} {'word ' * (i % 7)}"}, {"from": "gpt", "value": "an answer"}]})
+    rows[1]["image"] = "broken.png"
+    rows[17]["image"] = ["3.png", "4.png", "5.png"]
+    rows[33] = {"id": 33, "conversations": []}
+    (folder / "data.json").write_text(json.dumps(rows), encoding="utf-8")
+    return folder
+
+
+def write(loose, out, tokenizer, *more):
+    return main(["records", "--data", str(loose / "data.json"), "--checkpoint", "preset:small", "--tokenizer", str(tokenizer), "--out", str(out),
+                 "--records_a_shard", "8", "--max_length", "96", *more])
+
+
+def batches_of(data, processor, max_length=96):
+    found = lengths.measure(data, processor, max_length)
+    plan = Plan(Stream.of(data, 3), found, Layout(192, 5, 4, True))
+    return found, list(loader.batches(data, processor, plan, max_length, epochs=2))
+
+
+@pytest.fixture(scope="module")
+def made(loose, mistral_tokenizer, tmp_path_factory):
+    out = tmp_path_factory.mktemp("shards")
+    for part in ("2/3", "0/3"):
+        assert write(loose, out, mistral_tokenizer, "--part", part) == 0
+    with pytest.raises(UserError, match="part 1 of 3 .* is missing"):
+        read_training(out)
+    assert write(loose, out, mistral_tokenizer, "--part", "1/3") == 0
+    return out
+
+
+def test_batches_from_shards_equal_those_from_files(loose, made, processor, monkeypatch):
+    """Three writers; the two bad records are gone from both. Planning reads no sample."""
+    rows = json.loads((loose / "data.json").read_text(encoding="utf-8"))
+    (loose / "good.json").write_text(json.dumps([row for i, row in enumerate(rows) if i not in (1, 33)]), encoding="utf-8")
+    wanted, expected = batches_of(read_training(loose / "good.json"), processor)
+    data = read_training(made)
+    assert len(data) == 58 and data.record(16)["surplus"] == 1
+    with monkeypatch.context() as patch:
+        patch.setattr(shards.ShardRecords, "__getitem__", None)
+        found = lengths.measure(data, processor, 96)
+        Plan(Stream.of(data, 3), found, Layout(192, 5, 4, True)).rows(0)
+    for name in ("tokens", "images", "lost"):
+        assert getattr(found, name).tolist() == getattr(wanted, name).tolist() and getattr(found, name).dtype == getattr(wanted, name).dtype
+    assert lengths.rest_of(found) == lengths.rest_of(wanted) and found.surplus == 1
+    _, got = batches_of(data, processor)
+    assert len(got) == len(expected) > 4
+    for one, other in zip(got, expected):
+        assert one.keys() == other.keys() and all(np.array_equal(one[name], other[name]) for name in one)
+    dropped = [entry for part in range(3) for entry in json.loads((made / f"dropped-{shards.part_name(part, 3)}.json").read_text())["dropped"]]
+    assert [(entry["record"], entry["kind"]) for entry in dropped] == [(1, "image that cannot be read"), (33, "malformed record")]
+
+
+def test_a_recipe_takes_shards_alone_and_in_a_mixture(loose, made, processor):
+    mixed = read_training([{"path": str(made), "weight": 2}, {"path": str(loose / "data.json"), "images": str(loose)}])
+    found = lengths.measure(mixed, processor, 96)
+    alone = lengths.measure(read_training(loose / "data.json"), processor, 96)
+    assert len(mixed) == 176 and found.tokens[58:].tolist() == alone.tokens.tolist() and len(found.damaged) == len(alone.damaged) == 1
+    assert read_training(made).fingerprint() != read_training(loose / "data.json").fingerprint()
+
+
+def test_other_models_lengths_and_pixels(made, processor, mistral_tokenizer, capsys):
+    data = read_training(made)
+    other = lengths.measure(data, processor, 60)
+    assert other.truncated and other.longest == 60 and "has no lengths for this tokenizer, template and max_length 60" in capsys.readouterr().err
+    for wrong, words in ((Processor(preset("v15-7b"), processor.tokenizer), "size 96, but this model needs 336"),
+                         (Processor(preset("small"), processor.tokenizer, image_mode="square"), "mode pad, but this model needs square")):
+        with pytest.raises(UserError, match=words):
+            lengths.measure(data, wrong, 96)
+
+
+def test_a_stopped_writer_goes_on_with_the_shard_it_had_begun(loose, made, mistral_tokenizer, tmp_path, monkeypatch, capsys):
+    out, written = tmp_path / "out", []
+    real = command._Writer._shard
+
+    def stop_at_third(self, number, *rest):
+        if number == 3:
+            (out / f".{self._file(3).name}.tmp").write_bytes(b"half")
+            raise KeyboardInterrupt("stopped by SIGTERM")
+        written.append(number)
+        return real(self, number, *rest)
+
+    monkeypatch.setattr(command._Writer, "_shard", stop_at_third)
+    assert write(loose, out, mistral_tokenizer) == 75
+    with pytest.raises(UserError):
+        read_training(out)
+    monkeypatch.setattr(command._Writer, "_shard", lambda self, number, *rest: (written.append(number), real(self, number, *rest))[1])
+    assert write(loose, out, mistral_tokenizer, "--max_length", "96") == 0 and written == [0, 1, 2, *range(3, 8)]
+    one, three = read_training(out), read_training(made)
+    plain = lambda record: (record["id"], record["conversations"], [image.data for image in record["image"]])
+    assert [plain(one.record(i)) for i in range(58)] == [plain(three.record(i)) for i in range(58)]
+    assert sorted(each.name for each in out.iterdir() if "tmp" in each.name or each.name.endswith(".json") and each.name.startswith(".")) == []
+    capsys.readouterr()
+    assert write(loose, out, mistral_tokenizer) == 0 and len(written) == 8 and "is complete already" in capsys.readouterr().out
+    assert write(loose, out, mistral_tokenizer, "--format", "jpeg") == 2 and "other flags" in capsys.readouterr().err
+    assert write(loose, out, mistral_tokenizer, "--part", "1/1") == 2 and "--part" in capsys.readouterr().err
+    for flags in (["--quality", "5"], ["--workers", "-1"], ["--records_a_shard", "0"], ["--part", "x"], ["--format", "gif"]):
+        assert write(loose, out, mistral_tokenizer, *flags) == 2
+
+
+def test_damaged_shards_are_said(made, processor, tmp_path):
+    folder = tmp_path / "copy"
+    folder.mkdir()
+    for file in made.glob("*-0000*-of-00003*"):
+        (folder / file.name).write_bytes(file.read_bytes())
+    shard = sorted(folder.glob("*.array_record"))[0]
+    data = bytearray(shard.read_bytes())
+    middle = len(data) // 2
+    data[middle:middle + 8] = bytes(8)
+    shard.write_bytes(data)
+    records = read_training(folder)
+    bad = [i for i in range(7) if not _is_readable(records, i)]
+    assert len(bad) == 1 and records.record(20)["id"]
+    with pytest.raises(UserError, match=rf"record {bad[0]} of {shard} cannot be read"):
+        records.record(bad[0])
+    shard.write_bytes(data[:-1])
+    with pytest.raises(UserError, match="is missing or has another size than its manifest says"):
+        read_training(folder)
+    shard.unlink()
+    with pytest.raises(UserError, match=shard.name):
+        read_training(folder)
+    manifest = folder / "manifest-00000-of-00003.json"
+    for text in ("{}", "[]", "{", json.dumps(json.loads(manifest.read_text()) | {"shards": [{"file": 1}]})):
+        manifest.write_text(text)
+        with pytest.raises(UserError, match="manifest-00000"):
+            read_training(folder)
+    manifest.write_text(json.dumps(json.loads((made / manifest.name).read_text()) | {"made_from": 1}))
+    with pytest.raises(UserError, match="was written with other data"):
+        read_training(folder)
+    (folder / "manifest-00000-of-00002.json").write_text("{}")
+    with pytest.raises(UserError, match="do not belong together"):
+        read_training(folder)
+    for data in (b"", b"\xff\xff\xff\xff{}", shards.encode({"id": 1, "conversations": []}, [("a", b"xyz")])[:-1]):
+        with pytest.raises(UserError, match="it is not a record"):
+            shards.decode(data, "it")
+
+
+def _is_readable(records, i) -> bool:
+    try:
+        return bool(records.record(i))
+    except UserError:
+        return False
+
+
+def test_jpeg_is_smaller_and_stored_images_are_named(loose, mistral_tokenizer, processor, tmp_path):
+    assert write(loose, tmp_path / "j", mistral_tokenizer, "--format", "jpeg", "--quality", "60") == 0
+    data = read_training(tmp_path / "j")
+    (image,) = data.record(3)["image"]
+    assert isinstance(image, Stored) and "record 3 of" in image and load_image(pickle.loads(pickle.dumps(image))).size == (96, 96)
+    with pytest.raises(UserError, match="the image of mine"):
+        load_image(Stored("of mine", b"nothing"))
+    assert json.loads((tmp_path / "j/manifest-00000-of-00001.json").read_text())["images"]["quality"] == 60
+    assert os.path.getsize(tmp_path / "j" / "part-00000-of-00001-00000.array_record") > 0
