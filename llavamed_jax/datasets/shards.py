@@ -36,6 +36,10 @@ _OPEN = 32  # shards that a process keeps open
 _KEPT = ("id", "conversations", "surplus", "answer_type")
 
 
+class DamagedRecordError(UserError):
+    """A record of a shard cannot be read; the others can."""
+
+
 def part_name(part: int, parts: int) -> str:
     """Returns the part of a file's name that says whose it is: `00000-of-00004`."""
     return f"{part:05d}-of-{parts:05d}"
@@ -55,7 +59,7 @@ def encode(record: Mapping[str, Any], images: list[tuple[str, bytes]]) -> bytes:
 
 
 def decode(data: bytes, name: str) -> dict:
-    """Returns a record as `records.normalize` does, with `Stored` images. Raises UserError if it is damaged."""
+    """Returns a record as `records.normalize` does, with `Stored` images. Raises DamagedRecordError if it is none."""
     try:
         (length,) = _HEAD.unpack_from(data)
         header = json.loads(data[_HEAD.size:_HEAD.size + length])
@@ -67,7 +71,7 @@ def decode(data: bytes, name: str) -> dict:
             raise ValueError
         return {"id": header["id"], "image": images, **header}
     except (struct.error, ValueError, KeyError, TypeError, RecursionError):
-        raise UserError(f"{name} is not a record of this project's shards") from None
+        raise DamagedRecordError(f"{name} is not a record of this project's shards") from None
 
 
 def is_shards(path: Path) -> bool:
@@ -94,7 +98,7 @@ class ShardRecords:
         return int(self._ends[-1]) if len(self._ends) else 0
 
     def __getitem__(self, i: int) -> dict:
-        """Reads record `i`. Raises UserError, which names the record, if it is damaged."""
+        """Reads record `i`. Raises DamagedRecordError, which names the record, if it is damaged."""
         if not 0 <= i < len(self):
             raise IndexError(i)
         shard = int(np.searchsorted(self._ends, i, side="right"))
@@ -104,7 +108,8 @@ class ShardRecords:
         try:
             (data,) = self._reader(shard).read([place])
         except (RuntimeError, IndexError, ValueError, OSError) as error:
-            raise UserError(f"{name} cannot be read: {str(error)[:200] or type(error).__name__}") from None
+            why = str(error)[:200] or type(error).__name__
+            raise DamagedRecordError(f"{name} cannot be read: {why}") from None
         return decode(data, name)
 
     def _reader(self, shard: int):

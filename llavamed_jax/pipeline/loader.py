@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from llavamed_jax.config import IGNORE
+from llavamed_jax.datasets.shards import DamagedRecordError
 from llavamed_jax.datasets.training import TrainingData
 from llavamed_jax.errors import UserError, warn
 from llavamed_jax.pipeline import examples, workers
@@ -66,7 +67,13 @@ class BatchMaker:
 
     def _sample(self, number: int, epoch: int, report: dict) -> tuple[examples.Example, np.ndarray] | None:
         """Returns a sample and its pixels; None if an image is broken, which is reported."""
-        record = self.data.record(number)
+        try:
+            record = self.data.record(number)
+        except DamagedRecordError as error:  # of a shard; damaged records of a file are known from the measuring
+            report["seen"] += 1
+            report["skipped"].append({"id": number, "epoch": epoch, "image": f"record {number}", "reason": str(error)})
+            report["records"].append(number)
+            return None
         example = examples.tokenize(record, self.processor, self.max_length)
         measured = int(self.plan.lengths.tokens[number]), int(self.plan.lengths.images[number])
         if (len(example.ids), len(example.images)) != measured:
@@ -195,7 +202,13 @@ class Loader:
     def ids(self, state: dict) -> list:
         """Returns the ids of the samples in this process's part of the batch that follows `state`."""
         rows = self._make.rows((state["epoch"], state["row"]))
-        return [self._make.data.record(int(record))["id"] for _, _, records in rows for record in records]
+        return [self._id(int(record)) for _, _, records in rows for record in records]
+
+    def _id(self, number: int) -> object:
+        try:
+            return self._make.data.record(number)["id"]
+        except DamagedRecordError:
+            return number
 
     def restore(self, state: dict) -> None:
         """Resumes from `state`.

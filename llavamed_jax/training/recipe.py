@@ -116,7 +116,8 @@ SCHEMA: Mapping[str, Key] = MappingProxyType({
     "tokenizer": _open("a tokenizer that replaces the one of init"),
     "template": _open("the prompt template; none takes the one of init"),
     "protocol": _open("VQA-RAD's training rows", choices=("clean", "paper")),
-    "data.train": Key((str, *LIST), "a LLaVA file, a data set in its own layout, or a list of {path, images, weight}"),
+    "data.train": Key((str, *LIST), "a LLaVA file, a data set in its own layout, a folder of shards, or a list of "
+                                    "{path, images, weight}"),
     "data.images": _open("the directory of the images; none if the data set has its own"),
     "data.validation": _open("data for loss and closed accuracy, computed at each save by checkpoint.every_steps"),
     "data.samples": _open("data for the sample answers of samples_every; none takes data.validation, else data.train"),

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from llavamed_jax.config import preset
-from llavamed_jax.curation import records as command
+from llavamed_jax.curation import shard_writer
 from llavamed_jax.curation.__main__ import main
 from llavamed_jax.datasets import shards
 from llavamed_jax.datasets.training import read_training
@@ -111,7 +111,7 @@ def test_other_models_lengths_and_pixels(made, processor, mistral_tokenizer, cap
 
 def test_a_stopped_writer_goes_on_with_the_shard_it_had_begun(loose, made, mistral_tokenizer, tmp_path, monkeypatch, capsys):
     out, written = tmp_path / "out", []
-    real = command._Writer._shard
+    real = shard_writer.Writer._shard
 
     def stop_at_third(self, number, *rest):
         if number == 3:
@@ -120,11 +120,11 @@ def test_a_stopped_writer_goes_on_with_the_shard_it_had_begun(loose, made, mistr
         written.append(number)
         return real(self, number, *rest)
 
-    monkeypatch.setattr(command._Writer, "_shard", stop_at_third)
+    monkeypatch.setattr(shard_writer.Writer, "_shard", stop_at_third)
     assert write(loose, out, mistral_tokenizer) == 75
     with pytest.raises(UserError):
         read_training(out)
-    monkeypatch.setattr(command._Writer, "_shard", lambda self, number, *rest: (written.append(number), real(self, number, *rest))[1])
+    monkeypatch.setattr(shard_writer.Writer, "_shard", lambda self, number, *rest: (written.append(number), real(self, number, *rest))[1])
     assert write(loose, out, mistral_tokenizer, "--max_length", "96") == 0 and written == [0, 1, 2, *range(3, 8)]
     one, three = read_training(out), read_training(made)
     plain = lambda record: (record["id"], record["conversations"], [image.data for image in record["image"]])
@@ -153,6 +153,12 @@ def test_damaged_shards_are_said(made, processor, tmp_path):
     assert len(bad) == 1 and records.record(20)["id"]
     with pytest.raises(UserError, match=rf"record {bad[0]} of {shard} cannot be read"):
         records.record(bad[0])
+    found = lengths.measure(records, processor, 96)
+    run = loader.batches(records, processor, Plan(Stream.of(records, 3), found, Layout(192, 5, 4, True)), 96, epochs=1)
+    ids = run.ids(run.state())
+    rows = sum(int((batch["segment_ids"].max(1)).sum()) for batch in run)
+    assert [(entry["id"], entry["epoch"]) for entry in run.skipped] == [(bad[0], 0)] and "cannot be read" in run.skipped[0]["reason"]
+    assert rows == 57 and len(ids) > 4
     shard.write_bytes(data[:-1])
     with pytest.raises(UserError, match="is missing or has another size than its manifest says"):
         read_training(folder)
