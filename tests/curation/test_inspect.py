@@ -230,6 +230,14 @@ def test_the_same_file_and_a_data_set_in_its_own_layout(tmp_path):
     assert found["images"] == 45 and 0 < found["images_same_file"] <= 3 and found["images_same_picture"] == 0
 
 
+def test_a_folder_with_a_llava_file(tmp_path, training_file):
+    argv = ["inspect", "--data", str(tmp_path), "--out", str(tmp_path / "p.html"), "--json", str(tmp_path / "n.json"), "--gallery", "2"]
+    assert command_line.main(argv) == 0  # train.json of a folder
+    found = json.loads((tmp_path / "n.json").read_text(encoding="utf-8"))
+    assert found["domains"] == {"mri": 4, "ct_scan": 4, "not stated": 3} and found["leakage"] is None
+    Checker((tmp_path / "p.html").read_text(encoding="utf-8"))
+
+
 def test_files_of_figures(tmp_path):
     write_lines(tmp_path / "f.jsonl", [*(figure(n, licence="CC0") for n in range(10)), figure(1), 5])
     argv = ["inspect", "--data", str(tmp_path / "f.jsonl"), "--out", str(tmp_path / "p.html"), "--json", str(tmp_path / "n.json"),

@@ -14,7 +14,7 @@ import numpy as np
 from llavamed_jax.curation.figure_file import FigureFile, domain_of
 from llavamed_jax.curation.inspect.verbs import verb_and_noun
 from llavamed_jax.datasets import training
-from llavamed_jax.datasets.records import FileRecords
+from llavamed_jax.datasets.records import FileRecords, MemoryRecords
 from llavamed_jax.errors import UserError
 from llavamed_jax.text.conversation import IMAGE_MARKER
 from llavamed_jax.utils.files import open_file
@@ -64,7 +64,10 @@ class Source:
             self._figures = FigureFile(path)
         else:
             self._data = training.read_training(path, images)
-            self._file = open_file(path) if isinstance(self._data.sources[0], FileRecords) else None
+            (records,) = self._data.sources
+            if not isinstance(records, (FileRecords, MemoryRecords)):
+                raise UserError(f"{path} holds shards; the file from which the shards were made was expected")
+            self._file = open_file(records.path) if isinstance(records, FileRecords) else None
 
     def __len__(self) -> int:
         return len(self._figures) if self._figures is not None else self._data.num_records
