@@ -3,13 +3,23 @@
 import openai
 import pytest
 
-from tests.support.server import running, tiny_model
+from llavamed_jax.generation import engine
+from tests.support.server import ROWS, running, tiny_model
+
+
+@pytest.fixture(autouse=True)
+def few_shapes(monkeypatch):
+    """The engine compiles one shape of each program: tests/generation looks at the others."""
+    monkeypatch.setattr(engine, "bucket", lambda length: 256)
+    monkeypatch.setattr(engine, "cache_length", lambda length: 512)
+    monkeypatch.setattr(engine, "batch_size", lambda number, length=1, shards=1: ROWS)
+    monkeypatch.setattr(engine, "power_of_two", lambda n: ROWS)
 
 
 @pytest.fixture(scope="session")
 def model():
     model = tiny_model()
-    model.engine.batch_size = 4
+    model.engine.batch_size = ROWS
     return model
 
 
@@ -17,7 +27,7 @@ def model():
 def alone(model):
     """A second engine with the same weights: what each request gives without a server."""
     other = tiny_model()
-    other.engine.programs = model.engine.programs
+    other.engine.programs, other.engine.batch_size = model.engine.programs, ROWS
     return other
 
 

@@ -18,7 +18,7 @@ from llavamed_jax.serving.limits import Limits
 from tests.support.server import data_url, picture, running, tiny_model
 
 LIMITS = Limits(max_body_bytes=300_000, max_image_bytes=60_000, max_image_pixels=250_000, max_images=2, max_connections=40,
-                header_timeout=0.6, body_timeout=0.8)
+                header_timeout=2.0, body_timeout=2.0)
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def post(server, body, path="/v1/chat/completions", key="right", headers=()):
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
     request = urllib.request.Request(server.origin + path, data, {"Authorization": f"Bearer {key}", **dict(headers)})
     try:
-        with urllib.request.urlopen(request, timeout=60) as reply:
+        with urllib.request.urlopen(request, timeout=600) as reply:
             return reply.status, json.load(reply)
     except urllib.error.HTTPError as error:
         assert error.headers["Content-Type"] == "application/json"
@@ -53,7 +53,7 @@ def shown(url):
 
 def raw(server, *pieces, pause=0.0):
     """Everything that comes back over a bare connection; pieces are sent one after the other."""
-    with socket.create_connection(server.address, timeout=20) as connection:
+    with socket.create_connection(server.address, timeout=120) as connection:
         for piece in pieces:
             try:
                 connection.sendall(piece)
@@ -116,7 +116,7 @@ def test_pictures_are_refused_before_they_cost_anything(attacked, name):
     status, answer = post(attacked, chat("What?", shown(data_url(data))))
     assert (status, answer["error"]["code"]) == (400, code), answer
     assert words in answer["error"]["message"] and answer["error"]["type"] == "invalid_request_error"
-    assert time.monotonic() - begun < 20
+    assert time.monotonic() - begun < 60
 
 
 def test_a_dicom_of_too_many_pixels_is_refused_by_its_header(attacked):
@@ -221,7 +221,7 @@ def test_broken_http_is_answered_in_json(attacked, data):
 
 def test_idle_connections_come_and_go(attacked):
     """Three times as many as may be open at once; the rest is told so, and later all are closed."""
-    held = [socket.create_connection(attacked.address, timeout=20) for _ in range(120)]
+    held = [socket.create_connection(attacked.address, timeout=120) for _ in range(120)]
     told = 0
     for connection in held:
         out = b""
@@ -265,4 +265,4 @@ def test_more_images_than_allowed_are_counted(attacked):
 def test_a_prompt_that_is_too_long_has_both_numbers(attacked):
     status, answer = post(attacked, chat("why " * 600))
     assert (status, answer["error"]["code"], answer["error"]["param"]) == (400, "context_length_exceeded", "messages")
-    assert "at most 511 were expected" in answer["error"]["message"]
+    assert "at most 255 were expected" in answer["error"]["message"]

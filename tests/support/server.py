@@ -26,10 +26,11 @@ from llavamed_jax.serving.service import Service
 from llavamed_jax.text.tokenizer import Tokenizer
 
 MOST = 12  # new tokens of an answer
+ROWS = 4
 TOKENIZER = Path(__file__).resolve().parents[2] / "samples" / "vqa_rad" / "tokenizer.model"
 
 
-def tiny_model(max_positions: int = 512) -> LlavaMed:
+def tiny_model(max_positions: int = 256) -> LlavaMed:
     """A model of random weights with the sample's tokenizer; its image has four positions."""
     from llavamed_jax.checkpoints.load import load_params
 
@@ -59,7 +60,7 @@ class Running:
         self._wait()
 
     def _wait(self) -> None:
-        until = time.monotonic() + 20
+        until = time.monotonic() + 120
         while True:
             with contextlib.suppress(OSError):
                 urllib.request.urlopen(f"{self.origin}/version", timeout=5).read()
@@ -67,7 +68,7 @@ class Running:
             assert time.monotonic() < until, "the server does not answer"
             time.sleep(0.02)
 
-    def until(self, condition, seconds: float = 10.0) -> None:
+    def until(self, condition, seconds: float = 120.0) -> None:
         """Waits for a condition of the service."""
         end = time.monotonic() + seconds
         while not condition(self.service):
