@@ -1,12 +1,13 @@
-"""The README's memory table, from what `--preflight` found: `python benchmarks/memory_table.py [--cases A,B] [--topologies X,Y]`.
+"""The README's memory tables, from what `--preflight` found: `python benchmarks/memory_table.py [--cases A,B] [--topologies X,Y]`.
 
-Compiles what OUT does not hold yet, a file of rows a case (minutes each on two cores; extra `[preflight]`), and prints the table.
+Compiles what OUT does not hold yet, a file of rows a case (minutes each on two cores; extra `[preflight]`), and prints the tables.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -15,19 +16,38 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from llavamed_jax.preflight.topologies import Topology  # noqa: E402
 from llavamed_jax.utils.paths import local  # noqa: E402
 
-TOPOLOGIES = "a100-40g-8,a100-80g-8,h100-8,h200-1,v5e-64,v5p-8,v6e-8"
+CLUSTERS = "a100-40g-8,a100-80g-8,h100-8,h200-1,v5e-64,v5p-8,v6e-8"
+ONE_HOST = "a100-40g-1,a100-80g-1,h200-1,l4-1,rtx4090-1,v5e-8"
+MODERN = "h100-8,h200-8,v5p-8,v6e-16"
 EVAL = ["eval.py", "--config", "configs/eval/vqa_rad.py", "--checkpoint"]
-# name: title, command
-CASES = {
+# Adapters on few devices: each takes one row of 2,048 tokens at a time; an update has the recipe's 128 samples in 64 rows.
+LORA = ["--config.data.row_length=2048", "--config.micro_batches={64 // devices}"]
+V15, V1 = ["train.py", "--config", "configs/lora.py:v15,7b", *LORA], ["train.py", "--config", "configs/lora.py:v1,13b", *LORA]
+NF4 = "--config.quantize=nf4"
+# A table for each list of topologies; name: title, command
+TABLES = {CLUSTERS: {
     "finetune_v15_7b": ("full fine-tuning, 7B (v1.5)", ["train.py", "--config", "configs/finetune.py:v15,7b"]),
     "finetune_v1_13b": ("full fine-tuning, 13B (v1.0)", ["train.py", "--config", "configs/finetune.py:v1,13b"]),
     "pretrain_v15_7b": ("stage 1, 7B", ["train.py", "--config", "configs/pretrain.py:v15,7b"]),
     "pretrain_v1_13b": ("stage 1, 13B", ["train.py", "--config", "configs/pretrain.py:v1,13b"]),
     "eval_v15_7b": ("inference, bfloat16, 7B", [*EVAL, "preset:v15-7b"]),
     "eval_v1_13b": ("inference, bfloat16, 13B", [*EVAL, "preset:v1-13b"]),
-}
+}, ONE_HOST: {
+    "lora_v15_7b": ("LoRA, 7B (v1.5)", V15),
+    "qlora_v15_7b": ("QLoRA nf4, 7B", [*V15, NF4]),
+    "lora_v1_13b": ("LoRA, 13B (v1.0)", V1),
+    "qlora_v1_13b": ("QLoRA nf4, 13B", [*V1, NF4]),
+    "eval_v15_7b_int8": ("inference, int8, 7B", [*EVAL, "preset:v15-7b", "--quantize", "int8"]),
+    "eval_v15_7b_int4": ("inference, int4, 7B", [*EVAL, "preset:v15-7b", "--quantize", "int4"]),
+    "eval_v1_13b_int8": ("inference, int8, 13B", [*EVAL, "preset:v1-13b", "--quantize", "int8"]),
+    "eval_v1_13b_int4": ("inference, int4, 13B", [*EVAL, "preset:v1-13b", "--quantize", "int4"]),
+}, MODERN: {
+    "modern_instruct": ("full fine-tuning, SigLIP 2 and Qwen3-8B", ["train.py", "--config", "configs/modern.py:instruct"]),
+}}
+CASES = {name: (*case, topologies) for topologies, cases in TABLES.items() for name, case in cases.items()}
 GIB = 2**30
 
 
@@ -38,7 +58,8 @@ def measure(command: list[str], topologies: list[str], out: Path) -> list[dict]:
         if any(row["topology"] == topology for row in rows):
             continue
         with tempfile.NamedTemporaryFile(suffix=".json") as file:
-            done = subprocess.run([sys.executable, *command, "--preflight", topology, "--preflight_json", file.name], cwd=ROOT)
+            done = subprocess.run([sys.executable, *_for(command, topology), "--preflight", topology, "--preflight_json",
+                                   file.name], cwd=ROOT)
             text = Path(file.name).read_text(encoding="utf-8")
             if done.returncode not in (0, 1) or not text:
                 raise SystemExit(f"{' '.join(command)} --preflight {topology} ended with status {done.returncode}")
@@ -46,6 +67,12 @@ def measure(command: list[str], topologies: list[str], out: Path) -> list[dict]:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     return rows
+
+
+def _for(command: list[str], topology: str) -> list[str]:
+    """The command for a machine: `{64 // devices}` stands for a quotient by its number of devices."""
+    devices = Topology.parse(topology).num_devices
+    return [re.sub(r"\{(\d+) // devices\}", lambda found: str(int(found[1]) // devices), word) for word in command]
 
 
 def table(found: dict[str, list[dict]]) -> str:
@@ -73,13 +100,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", default=ROOT / "benchmarks/results/preflight", type=local, metavar="DIR")
     parser.add_argument("--cases", default=",".join(CASES), metavar="A,B", help=f"of {', '.join(CASES)}")
-    parser.add_argument("--topologies", metavar="X,Y", help=f"default {TOPOLOGIES}; an empty list compiles nothing")
+    parser.add_argument("--topologies", metavar="X,Y", help="default: those of the case's table; an empty list compiles nothing")
     args = parser.parse_args()
     found = {}
     for name in args.cases.split(","):
-        asked = TOPOLOGIES if args.topologies is None else args.topologies
-        found[name] = measure(CASES[name][1], [topology for topology in asked.split(",") if topology], args.out / f"{name}.json")
-    print(table({name: rows for name, rows in found.items() if rows}))
+        _, command, own = CASES[name]
+        asked = own if args.topologies is None else args.topologies
+        found[name] = measure(command, [topology for topology in asked.split(",") if topology], args.out / f"{name}.json")
+    for cases in TABLES.values():
+        if rows := {name: found[name] for name in cases if found.get(name)}:
+            print(table(rows), end="\n\n")
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ import jax
 from ml_collections import ConfigDict
 
 from llavamed_jax.errors import UsageError, UserError, cut
-from llavamed_jax.preflight import collectives, programs
+from llavamed_jax.preflight import collectives, fp8_matmuls, programs
 from llavamed_jax.preflight.floor import floor_of, one_round
 from llavamed_jax.preflight.peaks import near, peaks_of
 from llavamed_jax.preflight.serving import Serving
@@ -210,6 +210,7 @@ def train(cfg: ConfigDict, topology: Topology, devices: Sequence, peak: str | No
         collectives=collectives.totals(sent), traffic_bytes=round(sum(each.count * each.bytes for each in sent)),
         least_traffic_bytes=round(training.least_traffic()),
         largest_array_bytes=round(max((each.array for each in sent), default=0)),
+        fp8_matmuls=fp8_matmuls.of(training, found.text) if topology.platform == "gpu" else None,
         model_flops_per_step=training.flops(), tokens_per_step=training.tokens, loss_rounds=training.loss_rounds,
         floor=floor and floor.to_json(peaks, training.flops() / training.program.mesh.size,
                                       peak_flops(devices[0].device_kind)))

@@ -20,6 +20,7 @@ from llavamed_jax.config import PRESET, PRESETS, LlavaConfig, preset
 from llavamed_jax.errors import UsageError, cut, short
 from llavamed_jax.parallel.mesh import batch_sharding, batch_shards
 from llavamed_jax.pipeline.packing import Update, rows_an_update
+from llavamed_jax.training import fp8
 from llavamed_jax.training.losses import most_rounds
 from llavamed_jax.training.program import Program, bytes_a_device, open_mesh
 from llavamed_jax.training.recipe import TABLE
@@ -156,8 +157,9 @@ class Training:
         A weight that is sharded over `fsdp` is gathered for the forward pass, and again for the backward pass if there
         is one; its gradient is reduce-scattered over `fsdp`, and the shard is all-reduced over `data`. With `tp`, the
         activations are all-reduced after attention and after the feed-forward network of each layer. All of this
-        happens in the dtype of the computation, once per micro-batch. The embedding table and the head are gathered
-        only once: no backward pass reads the table, and the loss computes the gradient of the head in its forward pass.
+        happens in the dtype of the computation, once per micro-batch; weights of FP8 products are gathered in FP8. The
+        embedding table and the head are gathered only once: no backward pass reads the table, and the loss computes the
+        gradient of the head in its forward pass.
         """
         program, mesh, total = self.program, self.program.mesh, 0.0
         state, width = program.abstract_state(), jnp.dtype(program.model.dtype).itemsize
@@ -166,11 +168,12 @@ class Training:
         for name, x in ((name, leaf) for name, each in held.items() for leaf in jax.tree.leaves(each)):
             is_spread = any(axis == "fsdp" or isinstance(axis, tuple) and "fsdp" in axis for axis in x.sharding.spec)
             shard = math.prod(x.sharding.shard_shape(x.shape)) * width
+            narrow = 1 / width if program.is_fp8 and fp8.is_multiplied(name) else 1
             is_trained = name in state.trainable
             if is_spread:
                 whole, once = shard * fsdp, name in (TABLE, "decoder/lm_head/kernel", "projector/linear_0/kernel")
                 passes = 1 if name.startswith("vision_tower/") and not is_trained or once else 2
-                total += whole * (passes + is_trained) * (fsdp - 1) / fsdp
+                total += whole * (passes * narrow + is_trained) * (fsdp - 1) / fsdp
             elif is_trained:
                 total += shard * 2 * (fsdp - 1) / fsdp
             total += is_trained * shard * 2 * (data - 1) / data

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llavamed_jax.errors import UsageError, UserError, short
-from llavamed_jax.preflight import search
+from llavamed_jax.preflight import fp8_matmuls, search
 from llavamed_jax.preflight.progress import Progress
 from llavamed_jax.preflight.topologies import Topology
 from llavamed_jax.utils import signals
@@ -238,6 +238,8 @@ def remarks(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     lines += sorted({f"tokens per sample: {row['mean_length']} (data.mean_length of the recipe)" for row in rows
                      if row.get("mean_length")})
     for row in rows:
+        if row.get("fp8_matmuls") is not None:
+            lines.append(f"{row['topology']}: {fp8_matmuls.sentence(row['fp8_matmuls'])}")
         if row.get("fitting_batch_size") is not None:
             lines.append(f"{row['topology']}: an update has {row['fitting_batch_size']} samples on these devices; set "
                          f"batch_size to {row['fitting_batch_size']}")

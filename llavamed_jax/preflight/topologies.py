@@ -64,6 +64,7 @@ class Gpu:
               memory_bandwidth: {self.bandwidth:.0f} l2_cache_size: {self.cache} device_memory_size: {self.memory}
               cuda_compute_capability {{ major: {major} minor: {minor} {extension} }}
               registers_per_core_limit: 65536 registers_per_block_limit: 65536
+              runtime_version: "13.0.0" compile_time_toolkit_version: "13.0.0" driver_version: "13.0.0"
             }}
             platform_name: "CUDA"
             dnn_version_info {{ major: 9 minor: 12 }}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 from collections.abc import Mapping
 
 import jax
@@ -17,11 +18,12 @@ from llavamed_jax.utils import machine
 def used(program: Program) -> dict[str, str]:
     """Returns the settings outside the recipe that an update's rounding depends on; on CPUs, the host's cores too."""
     device = program.mesh.devices.flat[0]
+    fp8 = {"qwix": importlib.metadata.version("qwix")} if program.is_fp8 else {}
     host = {"CPU cores": str(machine.cpu_cores()), "CPU": machine.cpu_model()} if device.platform == "cpu" else {}
     return {"dtype": np.dtype(program.model.dtype).name, "attention": program.model.attention, "jax": jax.__version__,
             "jaxlib": jaxlib.__version__, "device": device.device_kind,
             "runtime": " ".join(device.client.platform_version.split()),
-            **host, "mesh": str(dict(program.mesh.shape)), "processes": str(distributed.process_count()),
+            **fp8, **host, "mesh": str(dict(program.mesh.shape)), "processes": str(distributed.process_count()),
             **agreement.compiler_flags(),
             "matmul precision": str(jax.config.jax_default_matmul_precision)}
 

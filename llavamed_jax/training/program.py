@@ -29,7 +29,7 @@ from llavamed_jax.parallel.mesh import auto_sizes, device_memory, make_mesh
 from llavamed_jax.processor import Processor
 from llavamed_jax.quantized.kernels import Kernel
 from llavamed_jax.quantized.rounding import with_shapes
-from llavamed_jax.training import layers, void_keys
+from llavamed_jax.training import fp8, layers, void_keys
 from llavamed_jax.training import optimizer as optimizers
 from llavamed_jax.training import state as states
 from llavamed_jax.training.state import TrainState
@@ -51,6 +51,7 @@ class Program:
       weighting: the recipe's `loss_weighting`.
       dropout_seed: seed of an adapter's dropout; None for a model without dropout.
       quantize: the recipe's `quantize`: how the frozen kernels of the decoder's layers are rounded.
+      is_fp8: whether the decoder's layers multiply in FP8 (`fp8`).
     """
 
     model: llava.Llava
@@ -63,6 +64,7 @@ class Program:
     weighting: str = "token"
     dropout_seed: int | None = None
     quantize: str | None = None
+    is_fp8: bool = False
 
     @classmethod
     def build(cls, cfg: ConfigDict, checkpoint: Checkpoint, mesh: Mesh, total_steps: int) -> "Program":
@@ -107,11 +109,14 @@ class Program:
         optimizer, schedule = optimizers.build(cfg.optimizer, total_steps, list(trained),
                                                [states.TABLE] if rows else [], sizes, partly)
         shardings = states.state_shardings(config, abstract, trainable, optimizer, mesh)
-        dtype = jnp.float32 if platform == "cpu" else jnp.bfloat16
         backend = backend_of(cfg.attention, platform, config.decoder.head_dim)
-        model = llava.Llava(config, dtype, scan=True, remat=cfg.remat, attention=backend)
+        model = llava.Llava(config, dtype_of(cfg, platform), scan=True, remat=cfg.remat, attention=backend)
+        if cfg.compute == "fp8":
+            fp8.check(abstract, trained, mesh.devices.flat[0])
+            model = fp8.multiplied(model)
         seed = cfg.seed if config.adapter is not None and config.adapter.dropout else None
-        return cls(model, mesh, optimizer, schedule, shardings, trainable, rows, cfg.loss_weighting, seed, cfg.quantize)
+        return cls(model, mesh, optimizer, schedule, shardings, trainable, rows, cfg.loss_weighting, seed, cfg.quantize,
+                   cfg.compute == "fp8")
 
     def initial_state(self, checkpoint: Checkpoint) -> TrainState:
         """Returns the state before the first update, with the checkpoint's parameters."""
@@ -186,6 +191,17 @@ def _partly_trained(trainable: states.Trainable, trained: Mapping[str, Any]) -> 
     return layers.partly_trained(regexes, layers.depths(trained))
 
 
+def dtype_of(cfg: ConfigDict, platform: str) -> Any:
+    """Returns the dtype of the computation: the recipe's `compute`, and for fp8 that of all but the FP8 products.
+
+    Args:
+      cfg: the recipe.
+      platform: the devices' platform; if the recipe leaves `compute` open, a CPU computes in float32.
+    """
+    is_wide = platform == "cpu" if cfg.compute is None else cfg.compute == "float32"
+    return jnp.float32 if is_wide else jnp.bfloat16
+
+
 def bytes_a_device(arrays: Any) -> int:
     """Returns the bytes that a tree of shapes with shardings takes on each device."""
     return sum(-(-math.prod(x.sharding.shard_shape(x.shape)) * _bits(x.dtype) // 8) for x in jax.tree.leaves(arrays))
@@ -252,18 +268,19 @@ def open_mesh(cfg: ConfigDict, config: LlavaConfig, devices: Sequence[jax.Device
     devices = list(jax.devices() if devices is None else devices)
     sizes = {axis: cfg.mesh[axis] for axis in ("data", "fsdp", "tp")}
     if cfg.mesh.auto:
-        sizes = auto_sizes(devices, _training_bytes(cfg, config), device_memory(devices) if memory is None else memory,
+        size = _training_bytes(cfg, config, dtype_of(cfg, devices[0].platform))
+        sizes = auto_sizes(devices, size, device_memory(devices) if memory is None else memory,
                            cfg.mesh.slices)
     return make_mesh(sizes, devices, cfg.mesh.slices)
 
 
-def _training_bytes(cfg: ConfigDict, config: LlavaConfig) -> int:
+def _training_bytes(cfg: ConfigDict, config: LlavaConfig, dtype: Any) -> int:
     """Returns the bytes of parameters, gradients and optimizer, summed over all devices."""
     abstract = with_shapes(flatten_dict(llava.abstract_params(config, scan=True), sep="/"), cfg.quantize)
     trained, frozen = states.partition(abstract, cfg.trainable)
     values = sum(math.prod(x.shape) for x in trained.values())
     held = sum(math.prod(x.shape) * _bits(x.dtype) // 8
-               for x in jax.tree.leaves(states.shapes_of(frozen, jnp.bfloat16)))
+               for x in jax.tree.leaves(states.shapes_of(frozen, dtype)))
     return values * (12 + jnp.dtype(cfg.optimizer.mu_dtype).itemsize) + held
 
 

@@ -23,6 +23,7 @@ from llavamed_jax.utils.nested import flatten
 
 TABLE = "decoder/embed_tokens/embedding"  # [V,D]; a recipe may train single rows of it
 WEIGHTINGS = ("token", "sample")  # of the loss
+COMPUTED = ("bfloat16", "float32", "fp8")
 SMALLEST = 2.0**-126  # float32's smallest normal number: devices flush smaller ones to 0
 # Adam moves each parameter by about the learning rate: a larger rate destroys a model in one update.
 LARGEST_RATE = 10.0
@@ -165,6 +166,8 @@ SCHEMA: Mapping[str, Key] = MappingProxyType({
     "mesh.slices": _integer("the number of TPU slices", 1, more_than=0),
     "mesh.auto": _flag("picks data and fsdp from devices and memory", False),
     "remat": _text("what a layer keeps for its backward pass", "full", choices=("none", "full", "qkvo", "minimal")),
+    "compute": _open("the dtype of the computation; none takes bfloat16, on a CPU float32; fp8 is bfloat16 with the "
+                     "products of the decoder's layers in FP8", choices=COMPUTED),
     "attention": _text("the attention kernel; auto picks it by device", "auto",
                        choices=("auto", "xla", "splash", "flash")),
     "checkpoint.every_steps": _integer("updates between saves; 0 saves only by time and at the end", 500, least=0),
@@ -210,6 +213,9 @@ def check(cfg: ConfigDict) -> None:
     if cfg.quantize is not None and not cfg.lora.rank:
         raise UsageError(f"the config key 'quantize' is {cfg.quantize!r} and lora.rank is 0; a rank was expected, "
                          "since rounded kernels cannot be trained")
+    if cfg.compute == "fp8" and cfg.lora.rank:
+        raise UsageError(f"the config key 'compute' is 'fp8' and lora.rank is {cfg.lora.rank}; 0 was expected, because "
+                         "FP8 is for training all of the decoder's kernels")
     if cfg.lora.rank and not cfg.lora.targets:
         raise UsageError("the config key 'lora.targets' is empty; regular expressions over modules' names, such as "
                          "decoder/layers_\\d+/.*_proj, were expected")
