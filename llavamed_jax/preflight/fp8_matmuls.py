@@ -14,7 +14,7 @@ from llavamed_jax.preflight.programs import Training
 from llavamed_jax.training import fp8
 
 PASSES = ("forward", "recomputed", "backward")
-_FP8 = "__cublas$lt$matmul$f8"
+TARGET = "__cublas$lt$matmul$f8"
 _MODULE = re.compile(r"/decoder/.*\blayers/(self_attn/[qkvo]|mlp/(gate|up|down))_proj/")
 
 
@@ -28,14 +28,14 @@ def read(text: str) -> dict[str, int]:
       text: the program (`compiled.as_text()`).
     """
     found: Counter[str | None] = Counter()
-    for instruction in hlo.instructions(text):
-        target = re.search(r'custom_call_target="(__cublas[^"]*)"', instruction.rest)
-        if instruction.op == "dot" or target is not None:
-            name = re.search(r'op_name="([^"]*)"', instruction.rest)
-            kind = _pass("" if name is None else name[1])
-            if target is None or target[1] != _FP8:
-                kind = None if kind == "elsewhere" else "wide"
-            found[kind] += instruction.times
+    module = hlo.Module.parse(text)
+    for computation, times in module.times().items() if module.entry else ():
+        for each in module.computations[computation]:
+            if each.op == "dot" or each.target.startswith("__cublas"):
+                kind = _pass(each.op_name)
+                if each.target != TARGET:
+                    kind = None if kind == "elsewhere" else "wide"
+                found[kind] += times
     return {name: found[name] for name in (*PASSES, "wide", "elsewhere")}
 
 

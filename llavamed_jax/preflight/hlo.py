@@ -83,6 +83,12 @@ class Instruction:
         found = re.search(r'op_name="([^"]*)"', self.rest)
         return found[1] if found else ""
 
+    @property
+    def target(self) -> str:
+        """What a `custom-call` calls, such as `__cublas$lt$matmul`; "" for other instructions."""
+        found = re.search(r'custom_call_target="([^"]*)"', self.rest)
+        return found[1] if found else ""
+
     def numbers(self, attribute: str) -> tuple[int, ...]:
         """Returns the numbers of an attribute, as of `lhs_contracting_dims={1,2}` or of JSON's `"name":["1"]`."""
         found = re.search(rf'{attribute}"?[=:][\[{{]([\d,"]*)[\]}}]', self.rest)

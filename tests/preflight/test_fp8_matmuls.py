@@ -4,6 +4,8 @@ import pytest
 
 from llavamed_jax.errors import UsageError, UserError
 from llavamed_jax.preflight import fp8_matmuls, report
+from llavamed_jax.preflight.floor import floor_of
+from llavamed_jax.preflight.peaks import Peaks
 from llavamed_jax.preflight.topologies import Topology
 from tests.preflight.test_preflight import CFG, FINETUNE, SMALL, common, compiled, programs
 from tests.support.preflight_jobs import row
@@ -44,6 +46,17 @@ def test_a_line_says_so(changes, is_warned):
     assert ("warning: " in line) == is_warned
     assert line == (f"h100-1: {'warning: ' * is_warned}FP8 products of an update: forward {found['forward']} for 14, recomputed 12, backward "
                     f"{found['backward']} for 28; in bfloat16 {found['wide']}, elsewhere {found['elsewhere']}")
+
+
+def test_the_floor_takes_fp8_as_twice_as_fast_as_bfloat16():
+    def floor(target):
+        return floor_of("HloModule m\n\nENTRY %main (p: f8e4m3fn[512,4096], q: f8e4m3fn[512,4096]) -> bf16[512,512] {\n"
+                        "  %p = f8e4m3fn[512,4096]{1,0} parameter(0)\n  %q = f8e4m3fn[512,4096]{1,0} parameter(1)\n"
+                        f"  ROOT %a = bf16[512,512]{{1,0}} custom-call(%p, %q), {target}, lhs_contracting_dims={{1}}, rhs_contracting_dims={{1}}\n}}\n",
+                        Peaks(1e12, 1e12, 1e10, 1e9), 8, 1.0)
+    narrow, wide = floor(FP8), floor(BF16)
+    assert narrow.matmul_flops == wide.matmul_flops == 2 * 512 * 512 * 4096
+    assert wide.seconds == 2 * narrow.seconds == pytest.approx(wide.matmul_flops / 1e12)
 
 
 def update(name, compute):
