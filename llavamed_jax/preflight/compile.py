@@ -175,6 +175,7 @@ def check_model(job: Mapping[str, Any]) -> None:
     config = job["config"]
     if "checkpoint" in job:
         programs.shapes_of(job["checkpoint"], vision_tower=job["vision_tower"])
+        programs.few_bits_of(job["checkpoint"], job.get("quantize"), job["vision_tower"], job.get("adapter"))
     else:
         programs.shapes_of(config["init"], config["name"], config["vision_tower"])
 
@@ -224,8 +225,9 @@ def serve(job: Mapping[str, Any], topology: Topology, devices: Sequence) -> dict
     config, model = programs.shapes_of(job["checkpoint"], vision_tower=job["vision_tower"], adapter=job.get("adapter"))
     generation = job["config"]["generation"]
     dtype = job["dtype"] or ("float32" if topology.platform == "cpu" else "bfloat16")  # as `load` chooses it
+    few_bits = programs.few_bits_of(job["checkpoint"], job.get("quantize"), job["vision_tower"], job.get("adapter"))
     serving = Serving.of(config, devices, job["mesh"], dtype, generation["batch_size"], generation["max_new_tokens"],
-                         job.get("quantize"), job.get("kv_cache"))
+                         few_bits, job.get("kv_cache"))
     each: dict[str, Any] = {}
     peaks, model_flops = peaks_of(topology, job.get("peak")), serving.flops() / serving.mesh.size
     for name, lowered, beside in serving.programs():

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from llavamed_jax.adapters.lora import adapter_of, config_with
 from llavamed_jax.adapters.open import open_model
+from llavamed_jax.checkpoints.load import refuse_few_bits
 from llavamed_jax.config import PRESET, PRESETS, LlavaConfig, preset
 from llavamed_jax.errors import UsageError, cut, short
 from llavamed_jax.parallel.mesh import batch_sharding, batch_shards
@@ -57,6 +58,26 @@ def shapes_of(path: str, name: str | None = None, vision_tower: str | None = Non
         raise UsageError(f"the config key 'init' is {short(path)}, which is not a directory here; a checkpoint's "
                          f"directory or preset:NAME was expected, with NAME one of {', '.join(PRESETS)}")
     return preset(known), f"preset:{known} (because {cut(path)} does not exist here){own}"
+
+
+def few_bits_of(path: str, quantize: str | None, vision_tower: str | None = None,
+                adapter: str | None = None) -> str | None:
+    """Returns how the kernels of a served model are rounded: as asked, or as its files have them; None if they are not.
+
+    Args:
+      path: as for `shapes_of`.
+      quantize: how they are to be rounded; None to leave them as they are.
+      vision_tower: as for `shapes_of`.
+      adapter: as for `shapes_of`.
+
+    Raises:
+      UserError: kernels are to be rounded that the files have in few bits.
+    """
+    if path.startswith(PRESET):
+        return quantize
+    checkpoint = open_model(path, vision_tower, adapter)
+    refuse_few_bits(checkpoint, quantize)
+    return quantize or checkpoint.few_bits
 
 
 @dataclass(frozen=True)

@@ -178,6 +178,14 @@ def test_others_write_what_is_read(how, tmp_path):
         assert np.array_equal(again.read(name), values * whole(tensors[f"{weight}_scale"].T)), name
 
 
+def test_preflight_counts_the_kernels_that_the_files_have(tmp_path):
+    from llavamed_jax.preflight import programs
+    _, _, out = exported(tmp_path / "hf", "int8")
+    assert programs.few_bits_of(str(out), None) == "int8" and programs.few_bits_of("preset:v15-7b", "nf4") == "nf4"
+    with pytest.raises(UserError, match="is quantised already"):
+        programs.few_bits_of(str(out), "int4")
+
+
 def test_bad_input_is_one_sentence(tmp_path, capsys):
     checkpoint, _, out = exported(tmp_path / "hf", "int4")
     for flags, sentence in (
