@@ -58,7 +58,7 @@ def int4(kernel: np.ndarray, group: int | None = None, is_symmetric: bool = Fals
     return Int4Kernel(values.reshape(kernel.shape).astype(ml_dtypes.int4), scales, zeros.astype(np.int8))
 
 
-def symmetric_scales(groups: np.ndarray, dtype=np.float32) -> np.ndarray:
+def symmetric_scales(groups: np.ndarray, dtype=np.float32, importance: np.ndarray | None = None) -> np.ndarray:
     """Returns the scales [G,F] with which the values -8 to 7 have the least squared error of groups [G,g,F].
 
     The largest magnitude of a group is one of `LARGEST` times its scale. Above 7 the largest values are cut, and the
@@ -67,11 +67,13 @@ def symmetric_scales(groups: np.ndarray, dtype=np.float32) -> np.ndarray:
     Args:
       groups: float32 [G,g,F].
       dtype: the scales are rounded to values of this dtype.
+      importance: weights [G,g] of the squared errors; None weights all alike.
     """
+    weights = np.float32(1) if importance is None else importance.astype(np.float32)[..., None]
     largest, best, least = np.abs(groups).max(axis=1), None, None
     for number in LARGEST:
         scales = _scales(largest / np.float32(number), dtype)
-        error = np.square(nearest(groups, scales[:, None]) * scales[:, None] - groups).sum(axis=1)
+        error = (np.square(nearest(groups, scales[:, None]) * scales[:, None] - groups) * weights).sum(axis=1)
         best, least = (scales, error) if best is None else (
             np.where(error < least, scales, best), np.minimum(error, least))
     return best
