@@ -19,7 +19,9 @@ DAMAGED = "damaged"
 TOO_LARGE = "too large"
 BAD_ROW = "malformed row of the list"
 NAME_TAKEN = "name taken by another row"
-NOT_REACHED = "server failed"  # another run may get it
+# Another run may get these.
+NOT_REACHED = "server failed"
+WEB_PAGE = "web page in its place"  # of a login, or an error that is sent with the status 200
 
 WHOLE = "*"  # in place of a file's name: the XML and every image of an article
 
@@ -49,7 +51,7 @@ class Missing:
     @property
     def is_temporary(self) -> bool:
         """Whether another run may have more luck."""
-        return self.reason == NOT_REACHED
+        return self.reason in (NOT_REACHED, WEB_PAGE)
 
 
 def resolve(bucket: Bucket, pmcid: str, number: int | None, wanted: Sequence[str],

@@ -12,7 +12,7 @@ import re
 import urllib.parse
 from dataclasses import dataclass, field
 
-from llavamed_jax.curation.downloads import AbsentError, Client, DamagedError, looks_like_html
+from llavamed_jax.curation.downloads import AbsentError, Client, DamagedError, WebPageError, looks_like_html
 from llavamed_jax.curation.extra import needed
 from llavamed_jax.curation.names import is_safe
 from llavamed_jax.curation.xml_bounds import parse
@@ -179,8 +179,9 @@ class Bucket:
             wanted = file.md5 or etag_md5(headers.get("etag", ""))
             if not wanted or hashlib.md5(body, usedforsecurity=False).hexdigest() == wanted:
                 return
-            raise DamagedError("the server answered HTML" if looks_like_html(body)
-                               else "the md5 is not that of the metadata")
+            if looks_like_html(body):
+                raise WebPageError("the server answered HTML")
+            raise DamagedError("the md5 is not that of the metadata")
 
         try:
             return self.client.get(self.url(file.key), most, check)
@@ -199,7 +200,7 @@ def etag_md5(etag: str) -> str:
 
 def _read_listing(body: bytes):
     if looks_like_html(body):
-        raise DamagedError("the server answered HTML in place of a listing")
+        raise WebPageError("the server answered HTML in place of a listing")
     root = parse(body)
     if root is None or not root.tag.endswith("ListBucketResult"):
         raise DamagedError("the server answered something else than a listing")
@@ -209,7 +210,7 @@ def _read_listing(body: bytes):
 def _read_metadata(body: bytes, pmcid: str, number: int) -> Version:
     """Reads a version's JSON. Raises DamagedError if it is not the metadata of this version."""
     if looks_like_html(body):
-        raise DamagedError("the server answered HTML in place of metadata")
+        raise WebPageError("the server answered HTML in place of metadata")
     try:
         found = json.loads(body)
     except (ValueError, RecursionError):

@@ -20,6 +20,7 @@ from llavamed_jax.errors import UserError, cut, short
 from llavamed_jax.utils import signals
 
 _CONNECT_S = 20.0
+_ABSENT = (400, 404, 410)
 _PASSING = (408, 425, 429, 500, 502, 503, 504)  # statuses after which a request is sent again
 BACKOFF_S = 0.5
 _LONGEST_BACKOFF = 64  # multiple of the first wait
@@ -36,6 +37,10 @@ class AbsentError(Exception):
 
 class DamagedError(Exception):
     """A reply came, and is not the file: another hash, HTML in its place, no image."""
+
+
+class WebPageError(DamagedError):
+    """A web page came in place of the file."""
 
 
 class FailedError(Exception):
@@ -135,10 +140,13 @@ class Client:
             except DamagedError as error:
                 damaged += 1
                 if damaged > _DAMAGED_AGAIN or attempt >= self._retries:
-                    if "HTML" in str(error):
+                    if isinstance(error, WebPageError):
                         self._failed(url, str(error))
                     raise
                 reason = "damaged"
+            except _RefusedError as error:
+                self._failed(url, str(error))
+                raise FailedError(str(error)) from None
             except _PassingError as error:
                 reason, after = error.reason, error.retry_after
                 if after is not None and after > _LONGEST_RETRY_AFTER_S:
@@ -163,8 +171,10 @@ class Client:
                 if reply.status_code in _PASSING:
                     raise _PassingError(f"status {reply.status_code}", f"status {reply.status_code}",
                                         _retry_after(reply.headers.get("retry-after")))
-                if reply.status_code != 200:
+                if reply.status_code in _ABSENT:
                     raise AbsentError(f"status {reply.status_code}")
+                if reply.status_code != 200:  # refused: by a proxy, a firewall, a rule of the server
+                    raise _RefusedError(f"status {reply.status_code}")
                 for piece in reply.iter_bytes():
                     body += piece
                     if len(body) > most:
@@ -216,6 +226,10 @@ class Client:
         if is_over:
             often = "" if is_absent else f"; {self._failed_in_a_row} requests in a row failed"
             raise ServerError(f"{cut(url, 300)} cannot be had: {reason}{often}")
+
+
+class _RefusedError(Exception):
+    """The server answers, and refuses; another attempt would not help."""
 
 
 class _PassingError(Exception):

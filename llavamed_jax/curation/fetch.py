@@ -17,7 +17,7 @@ from PIL import Image
 from llavamed_jax.curation import articles, store
 from llavamed_jax.curation.articles import WHOLE, Found, Missing, resolve
 from llavamed_jax.curation.bucket import Bucket, File, Version
-from llavamed_jax.curation.downloads import AbsentError, DamagedError, FailedError, TooLargeError
+from llavamed_jax.curation.downloads import AbsentError, DamagedError, FailedError, TooLargeError, WebPageError
 from llavamed_jax.curation.mirror import Mirror
 from llavamed_jax.curation.wanted import Rejected, Wanted
 from llavamed_jax.errors import UserError
@@ -47,6 +47,16 @@ class Settings:
     retry_missing: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class _There:
+    """What the manifest says of a file: its article, the name that was asked for, its md5 and its size."""
+
+    pmcid: str
+    asked: str
+    md5: str
+    bytes: int
+
+
 class Fetch:
     """The fetching of one list into one folder.
 
@@ -67,7 +77,7 @@ class Fetch:
                  settings: Settings = Settings()):
         self._bucket, self._folder, self._mirrors, self._settings = bucket, folder, mirrors, settings
         self._lock, self._decoding = threading.Lock(), threading.Lock()
-        self._there: dict[str, dict] = {}  # path -> line of the manifest
+        self._there: dict[str, _There] = {}  # by path
         self._copies: dict[str, str] = {}  # md5 -> path, of articles that are not finished
         self.had: dict[str, int] = {}
         self.missing: dict[Wanted | Rejected, Missing] = {}
@@ -94,7 +104,7 @@ class Fetch:
         self._read_manifest()
         gone = {} if self._settings.retry_missing else {
             (line.get("pmcid"), line.get("asked"), line.get("name")): _missing_from(line)
-            for line in self._folder.lines(store.MISSING) if line.get("reason") != articles.NOT_REACHED}
+            for line in self._folder.lines(store.MISSING) if not _missing_from(line).is_temporary}
         whole = {(line.get("pmcid"), line.get("asked_version")): line for line in self._folder.lines(store.RESOLVED)
                  if isinstance(line.get("paths"), list)}
         todo: dict[Article, list[Wanted]] = defaultdict(list)
@@ -120,32 +130,35 @@ class Fetch:
                     continue
             todo[row.pmcid, row.version].append(row)
         unfinished = {pmcid for pmcid, _ in todo}
-        self._copies = {line["md5"]: path for path, line in self._there.items() if line.get("pmcid") in unfinished}
+        self._copies = {each.md5: path for path, each in self._there.items() if each.pmcid in unfinished}
         return todo
 
     def _read_manifest(self) -> None:
-        count = 0
-        for line in self._folder.lines(store.MANIFEST):
-            count += 1
-            if isinstance(line.get("path"), str) and isinstance(line.get("md5"), str):
-                self._there[line["path"]] = line
-        if count > len(self._there):  # a file was lost and fetched again
-            self._folder.replace(store.MANIFEST, iter(self._there.values()))
+        last: dict[str, int] = {}
+        number = -1
+        for number, line in enumerate(self._folder.lines(store.MANIFEST)):
+            path, size = line.get("path"), line.get("bytes")
+            if isinstance(path, str) and isinstance(size, int):
+                self._there[path] = _There(*(str(line.get(key)) for key in ("pmcid", "asked", "md5")), size)
+                last[path] = number
+        if number >= len(last):  # a file was lost and fetched again
+            lines = enumerate(list(self._folder.lines(store.MANIFEST)))
+            self._folder.replace(store.MANIFEST, (line for n, line in lines if last.get(line.get("path")) == n))
 
     def _owner(self, row: Wanted) -> Wanted:
         """Returns the row of an earlier list that has the same name for another file; otherwise `row`."""
-        line = self._there.get(_path(row), {}) if row.file != WHOLE else {}
-        if not line or (line.get("pmcid"), line.get("asked")) == (row.pmcid, row.file):
+        there = self._there.get(_path(row)) if row.file != WHOLE else None
+        if there is None or (there.pmcid, there.asked) == (row.pmcid, row.file):
             return row
-        return dataclasses.replace(row, pmcid=str(line.get("pmcid")), file=str(line.get("asked")))
+        return dataclasses.replace(row, pmcid=there.pmcid, file=there.asked)
 
     def _keep(self, path: str) -> bool:
         """Counts a file that is there already; returns whether it is."""
-        size = self._there.get(path, {}).get("bytes")
-        if size is None or self._folder.size(path) != size:
+        there = self._there.get(path)
+        if there is None or self._folder.size(path) != there.bytes:
             return False
         with self._lock:
-            self.had[path] = size
+            self.had[path] = there.bytes
         return True
 
     def _all(self, todo: dict[Article, list[Wanted]]) -> None:
@@ -206,7 +219,7 @@ class Fetch:
         try:
             found = resolve(self._bucket, *article, wanted, self._settings.licences)
         except DamagedError as error:
-            return dict.fromkeys(wanted, Missing(articles.DAMAGED, str(error)))
+            return dict.fromkeys(wanted, Missing(_reason(error), str(error)))
         except (FailedError, TooLargeError, AbsentError) as error:
             return dict.fromkeys(wanted, Missing(articles.NOT_REACHED, str(error)))
         there = {name: [_found_line(each) for each in what] for name, what in found.items() if isinstance(what, list)}
@@ -234,7 +247,7 @@ class Fetch:
         except AbsentError as error:
             why = articles.NAME_GONE, error
         except DamagedError as error:
-            why = articles.DAMAGED, error
+            why = _reason(error), error
         except TooLargeError as error:
             why = articles.TOO_LARGE, error
         except FailedError as error:
@@ -309,6 +322,10 @@ class Fetch:
                 else:
                     with self._lock:
                         del self.missing[row]
+
+
+def _reason(error: DamagedError) -> str:
+    return articles.WEB_PAGE if isinstance(error, WebPageError) else articles.DAMAGED
 
 
 def _path(row: Wanted) -> str:

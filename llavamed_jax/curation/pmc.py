@@ -52,8 +52,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int | None:
     """Fetches, filters, and prints the counts; returns the exit status."""
     _check(args)
-    signals.enter(signals.Phase(f"error: ended by a second {{name}}; what was fetched is kept in {args.out}",
-                                grace=_GRACE_S, raises=True, note="finishing the files on their way"))
+    sentence = f"ended by {{name}}; what was fetched is kept in {args.out}, run the same command to go on"
+    signals.enter(signals.Phase(sentence, EXIT_SAVED, grace=_GRACE_S, raises=True,
+                                note="finishing the files on their way"))
     out = Path(args.out)
     client = Client(args.concurrency, args.rate, args.retries, args.timeout)
     folder = store.Store(out, {"licence": _groups_text(args.licence)})
@@ -73,7 +74,7 @@ def run(args: argparse.Namespace) -> int | None:
     finally:
         folder.close()
         client.close()
-    failed = [why for why in fetch.missing.values() if why.is_temporary]
+    failed = [why for why in fetch.missing.values() if why.reason == articles.NOT_REACHED]
     if failed:
         raise UserError(f"the server failed for {count_of(len(failed), 'file')}, first with {failed[0].detail}; run "
                         "the same command to try again")

@@ -82,8 +82,9 @@ def test_all_that_can_be_had_is_had(bucket, tmp_path, capsys):
     assert f"{len(had) + 1} of 502 records; {500 - len(had)} without their image; 1 malformed" in out
 
     before = Counter(bucket.asked)
-    assert fetch(bucket, list_file, tmp_path / "out") == 0  # a second run asks nothing
-    assert bucket.asked == before and f"{len(had)} files" in capsys.readouterr().out
+    assert fetch(bucket, list_file, tmp_path / "out") == 0  # a second run asks only where a web page came
+    assert {key for key in bucket.asked if bucket.asked[key] != before[key]} == {key for key in before if key.endswith(".jpg") and bucket.objects.get(key) == HTML}
+    assert f"{len(had)} files" in capsys.readouterr().out
 
 
 def started(bucket, list_file, out):
@@ -304,6 +305,11 @@ def test_servers_and_disks_that_fail(bucket, tmp_path, capsys, monkeypatch):
     bucket.objects = dict.fromkeys(keys, HTML)  # a login page in place of everything
     assert fetch(bucket, list_file, out) == 1
     assert "HTML" in (said := capsys.readouterr().err) and said.count("\n") == 1 and not (out / "images").exists()
+    bucket.objects = keys  # a proxy that refuses: not "no prefix", which would be kept
+    bucket.once = {key: [403] * 9 for key in keys}
+    assert fetch(bucket, list_file, out, "--concurrency", "1") == 1 and not (out / "images").exists()
+    assert {line["reason"] for line in lines(out / "missing.jsonl")} <= {"server failed", "web page in its place"}
+    capsys.readouterr()
     bucket.objects = keys
     bucket.once = {"PMC3.1/a.jpg": [500] * 6, "metadata/PMC4.1.json": ["drop"] * 6}
     assert fetch(bucket, list_file, out, "--concurrency", "2") == 1  # 28 are here, two can be tried again

@@ -77,7 +77,7 @@ class Bucket:
             elif fault == "wrong md5":
                 options, why = {"wrong_md5": True}, "damaged"
             elif fault == "html":
-                why = "damaged"
+                why = "web page in its place"
             elif fault == "not an image":
                 media, why = {name: b"\xff\xd8 no image " + data for name, data in media.items()}, "damaged"
             elif fault == "versions":
