@@ -306,6 +306,7 @@ def _inspect(args: argparse.Namespace) -> None:
                     f"{d.num_kv_heads} of keys"),
         ("", f"vocabulary {d.vocab_size}, feed-forward {d.intermediate_size}, theta {d.rope_theta:g}, eps "
              f"{d.rms_norm_eps:g}{window}"),
+        *([("few bits", f"{checkpoint.few_bits}, in compressed-tensors' format")] if checkpoint.few_bits else []),
         *([("adapter", _adapter_words(checkpoint))] if cfg.adapter is not None else []),
         ("tokenizer", tokenizer),
         ("template", cfg.template or "by model type"),

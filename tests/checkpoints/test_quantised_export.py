@@ -137,6 +137,7 @@ def test_the_command_and_the_model_card(tmp_path, capsys):
     for name in filter(ROUNDED.fullmatch, exact.tensors):
         stored, wanted = rounded.tensors[name].few_bits.load(), exact.read(name)  # from float32, not from bfloat16
         assert_equal_kernels(stored, rounding.int4(wanted, 64, True, ml_dtypes.bfloat16))
+    assert convert.main(["inspect", str(out)]) == 0 and "few bits      int4, in compressed-tensors' format" in capsys.readouterr().out
     assert rounded.tensors["decoder/norm/scale"].dtype == ml_dtypes.bfloat16
     model = lm.load(out, dtype="float32")
     assert model.describe()["quantize"] == "int4" and "warning" not in capsys.readouterr().err
