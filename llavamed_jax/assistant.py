@@ -5,7 +5,6 @@ Axis letters: B rows, T positions, I images, P positions of an image, V vocabula
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -83,15 +82,28 @@ def load(path: str | Path, dtype=None, quantize=None, mesh: Mesh | str | None = 
         warn(f"{path}: {' and '.join(more)} of the tokenizer or the template also end an answer; the configs name only "
              f"{list(named)}")
     mesh = make_mesh(mesh, jax.local_devices()) if isinstance(mesh, str) else mesh
-    if dtype is not None and _numpy_dtype(dtype) == np.float32:
-        jax.config.update("jax_default_matmul_precision", "highest")
-    dtype = _numpy_dtype(dtype)
+    dtype = computation_dtype(dtype)
     model = LlavaMed(checkpoint.config, load_params(checkpoint, dtype, quantize=quantize, as_stored=True), processor,
                      dtype, mesh, Path(adapter or path).name, checkpoint.tower, origin(path, checkpoint, tokenizer),
                      quantize or checkpoint.few_bits, kv_cache)
     model.defaults = sampling_of(checkpoint.files)
     log.info("%s", model)
     return model
+
+
+def computation_dtype(dtype) -> np.dtype:
+    """Returns the dtype of a model's weights and computation; an explicit float32 also sets the matmul precision.
+
+    Args:
+      dtype: as of `load`.
+
+    Raises:
+      UserError: the dtype is not one of floating point that models have.
+    """
+    found = _numpy_dtype(dtype)
+    if dtype is not None and found == np.float32:
+        jax.config.update("jax_default_matmul_precision", "highest")
+    return found
 
 
 def _numpy_dtype(dtype):
@@ -129,9 +141,9 @@ class LlavaMed:
         self.config, self.processor, self.dtype, self.mesh, self.name, self.tower = (
             config, processor, dtype, mesh, name, tower)
         self.origin, self.quantize, self.kv_cache, self.defaults = origin, quantize, kv_cache, {}
-        decoder = dataclasses.replace(config.decoder, **config.decoder.ends_with(processor.eos_ids))
-        self.engine = Engine(config.replace(decoder=decoder), jax.device_put(params) if mesh is None else params, dtype,
-                             mesh, cache_dtype=None if kv_cache is None else np.dtype(kv_cache))
+        self.engine = Engine(config.ending_with(processor.eos_ids),
+                             jax.device_put(params) if mesh is None else params, dtype, mesh,
+                             cache_dtype=None if kv_cache is None else np.dtype(kv_cache))
         self._beams = BeamSearch(self.engine)
         self._forward = jax.jit(Llava(config, dtype).apply)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -84,10 +85,20 @@ def program(argv: Sequence[str]) -> int:
 
 def _load(args: argparse.Namespace, stage):
     """Loads the model and runs each kind of request once, so that no client waits for compilations."""
-    from llavamed_jax.serving.warm_up import warm_up
+    from llavamed_jax.cli import compilation_cache
+    from llavamed_jax.serving.warm_up import compile_while_loading, warm_up
 
-    stage("loading the weights")
+    compilation_cache.enable()
+    ahead = threading.Thread(target=compile_while_loading, daemon=True, args=(
+        args.checkpoint, args.batch_size, args.dtype, args.tokenizer, args.template, args.kv_cache))
+    is_plain = not (args.quantize or args.adapter or args.mesh or args.vision_tower)  # else the shapes are other ones
+    stage(f"loading the weights{' and compiling the programs' if is_plain else ''}")
+    if is_plain:
+        ahead.start()
     model = common.load_assistant(args)
+    if is_plain:
+        stage("compiling the programs; the weights are loaded")
+        ahead.join()
     model.engine.batch_size = -(-args.batch_size // model.engine.shards) * model.engine.shards
     warm_up(model, stage)
     return model

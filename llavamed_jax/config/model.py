@@ -122,6 +122,10 @@ class LlavaConfig:
         """Returns a copy with other values of some fields."""
         return dataclasses.replace(self, **changes)
 
+    def ending_with(self, eos_ids: tuple[int, ...]) -> "LlavaConfig":
+        """Returns a copy whose answers end with these ids."""
+        return self.replace(decoder=dataclasses.replace(self.decoder, **self.decoder.ends_with(eos_ids)))
+
     def to_dict(self) -> dict:
         """Returns the content of this project's own `model/config.json`."""
         out = {"model_type": "llavamed_jax", **dataclasses.asdict(self), "extra": json.loads(self.extra)}

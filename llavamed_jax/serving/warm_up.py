@@ -1,29 +1,78 @@
-"""Runs one request of each kind before the first client comes, so that no client waits for these compilations."""
+"""Compiles, or loads from the cache on disk, what the first clients need, so that they do not wait for it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 from PIL import Image
 
+from llavamed_jax.assistant import computation_dtype
+from llavamed_jax.errors import UserError
+from llavamed_jax.generation.ahead import compile_ahead
+from llavamed_jax.generation.requests import Request
+from llavamed_jax.processor import Processor
+
 NEW_TOKENS = 2
+_TEXT, _IMAGE = {"type": "text", "text": "?"}, {"type": "image", "image": Image.new("RGB", (64, 64))}
+
+
+def first_requests(processor: Processor, batch_size: int) -> dict[str, list[Request]]:
+    """Makes one request of each kind, and a full batch: words about them -> requests that run together.
+
+    Raises:
+      UserError: the model cannot hold a chat, for example because it has no tokenizer.
+    """
+    def request(*parts) -> Request:
+        messages = [{"role": "user", "content": list(parts)}]
+        ids = processor.expand(processor.encode(processor.prompt(messages)))
+        return Request(ids, list(processor.images_uint8([part["image"] for part in parts if "image" in part])),
+                       NEW_TOKENS)
+
+    kinds = {"a text": [request(_TEXT)], "an image": [request(_IMAGE, _TEXT)]}
+    if batch_size > 1:
+        kinds[f"{batch_size} images"] = [request(_IMAGE, _TEXT) for _ in range(batch_size)]
+    return kinds
 
 
 def warm_up(model, stage: Callable[[str], None] = lambda words: None) -> None:
-    """Compiles, or loads from the cache of compiled programs, what a text and an image need, alone and in a full batch.
+    """Runs the first requests on a model.
 
     Args:
       model: the LlavaMed.
       stage: takes what is being compiled, in words.
 
     Raises:
-      UserError: the model cannot hold a chat, for example because it has no tokenizer.
+      UserError: the model cannot hold a chat.
     """
-    text, image = {"type": "text", "text": "?"}, {"type": "image", "image": Image.new("RGB", (64, 64))}
-    full = model.engine.batch_size
-    kinds = [("text", [text], 1), ("an image", [image, text], 1)]
-    kinds += [(f"{full} images", [image, text], full)] if full > 1 else []
-    for words, parts, count in kinds:
+    for words, requests in first_requests(model.processor, model.engine.batch_size).items():
         stage(f"compiling the programs: {words}")
-        request = [model.request([{"role": "user", "content": parts}], NEW_TOKENS) for _ in range(count)]
-        model.engine.generate(request)
+        model.engine.generate(requests)
+
+
+def compile_while_loading(path: str, batch_size: int, dtype=None, tokenizer=None, template=None, kv_cache=None) -> bool:
+    """Compiles the programs of the first requests from a checkpoint's config, while its weights are loaded elsewhere.
+
+    The programs go to JAX's cache on disk, from which `warm_up` takes them.
+
+    Args:
+      path: the checkpoint.
+      batch_size: the most rows that are decoded together.
+      dtype: as of `load`.
+      tokenizer: as of `load`.
+      template: as of `load`.
+      kv_cache: as of `load`.
+
+    Returns:
+      Whether it was done; False if the checkpoint cannot be read, about which `load` says more.
+    """
+    try:
+        processor = Processor.load(path, template=template, tokenizer=tokenizer)
+        if processor.config is None:
+            return False
+        batches = list(first_requests(processor, batch_size).values())
+    except UserError:
+        return False
+    cfg = processor.config.ending_with(processor.eos_ids)
+    compile_ahead(cfg, computation_dtype(dtype), batches, batch_size, None if kv_cache is None else np.dtype(kv_cache))
+    return True

@@ -1,0 +1,61 @@
+"""Compiles the engine's programs before there are weights, into JAX's cache of compiled programs on disk.
+
+An engine runs requests on shapes instead of arrays: its programs are compiled and not executed, and every request ends
+after its first token. The real engine then finds these programs in the cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from llavamed_jax.config import LlavaConfig
+from llavamed_jax.generation.engine import STEPS, Engine
+from llavamed_jax.generation.programs import Made, Programs
+from llavamed_jax.generation.requests import Request
+from llavamed_jax.models.llava import abstract_params
+
+
+class Ahead(Programs):
+    """Programs that compile for the arguments of a call, and return shapes; what the host reads is zeros."""
+
+    def __getattr__(self, name: str):
+        """Returns a function that compiles a program."""
+        if name.startswith("_") or name not in self._programs:
+            raise AttributeError(name)
+
+        def call(*args, **kwargs):
+            lowered = self.lower(name, *args, **kwargs)
+            lowered.compile()
+            shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), lowered.out_info)
+            return jax.tree.map(lambda x: _read(x) if isinstance(x, Made) else x, shapes,
+                                is_leaf=lambda x: isinstance(x, Made))
+        return call
+
+    def empty_features(self, places: int):
+        """Returns the shape of the features."""
+        return jax.ShapeDtypeStruct((places, self.cfg.tokens_per_image, self.cfg.decoder.hidden_size), self.dtype)
+
+
+def _read(made: Made) -> Made:
+    zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), made)
+    return zeros.replace(is_done=np.ones_like(zeros.is_done))
+
+
+def compile_ahead(cfg: LlavaConfig, dtype, batches: Sequence[Sequence[Request]], batch_size: int,
+                  cache_dtype=None) -> None:
+    """Compiles what an engine needs for batches of requests, on one device and without rounded kernels.
+
+    Args:
+      cfg: the model's shapes, with the ids that end an answer.
+      dtype: of weights, computation and cache.
+      batches: lists of requests that run together.
+      batch_size: the most rows that are decoded together.
+      cache_dtype: of keys and values in the cache, such as int8; None is `dtype`.
+    """
+    params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), abstract_params(cfg))
+    engine = Engine(cfg, params, dtype, batch_size=batch_size, programs=Ahead(cfg, dtype, None, STEPS, cache_dtype))
+    for requests in batches:
+        engine.generate(requests)
