@@ -1,4 +1,4 @@
-"""Multiple choice: `{id, image, question, options, answer}` in JSON or JSON lines (docs/data.md has public sets in it)."""
+"""Multiple choice: `{id, image, question, options, answer}` in JSON or JSON lines."""
 
 from ml_collections import ConfigDict
 

@@ -1,12 +1,30 @@
 """Reads data sets. A data set is one file, which makes a `registry.DataSet`, and one line here, which registers it."""
 
-from llavamed_jax.datasets import captions, choices, hub_rows, llava_med, pathvqa, slake, vqa_rad
+from llavamed_jax.datasets import (
+    captions,
+    choices,
+    hub_rows,
+    llava_med,
+    medframeqa,
+    medxpertqa,
+    mmmu_med,
+    omnimedvqa,
+    pathvqa,
+    pmc_vqa,
+    slake,
+    vqa_rad,
+)
 from llavamed_jax.datasets.registry import keep_names, register
 
 register(vqa_rad.DATA_SET)
 register(slake.DATA_SET)
 register(pathvqa.DATA_SET)
 register(llava_med.DATA_SET)
+register(pmc_vqa.DATA_SET)
+register(omnimedvqa.DATA_SET)
+register(medxpertqa.DATA_SET)  # before `choices`, whose rows have options too
+register(mmmu_med.DATA_SET)
+register(medframeqa.DATA_SET)
 register(choices.DATA_SET)
 register(captions.DATA_SET)
 register(hub_rows.DATA_SET)

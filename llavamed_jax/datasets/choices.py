@@ -1,7 +1,6 @@
 """Reads multiple-choice questions about images: JSON or JSON lines of `{id, image, question, options, answer}`.
 
-`docs/data.md` says how to convert public sets (PMC-VQA, OmniMedVQA, MedXpertQA, MMMU) to this form. All of them use the
-prompt of this file.
+Published sets (PMC-VQA, OmniMedVQA, MedXpertQA, MMMU, MedFrameQA) have readers of their own, and the prompt that papers use.
 """
 
 from __future__ import annotations

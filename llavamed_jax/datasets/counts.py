@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from llavamed_jax.datasets.registry import SETS
-from llavamed_jax.datasets.sample import CAPTION, CHOICE, CLOSED, OPEN, VqaSample, first_names
+from llavamed_jax.datasets.sample import CAPTION, CHOICE, CLOSED, OPEN, VqaSample, all_images, first_names
 from llavamed_jax.errors import count_of
 
 _COUNTED = {OPEN: "open", CLOSED: "closed", CHOICE: "multiple choice", CAPTION: "to be described"}
@@ -24,7 +24,7 @@ def describe(samples: Sequence[VqaSample], name: str, split: str, variant: str =
       variant: VQA-RAD's protocol, SLAKE's language or PathVQA's form; `(split, variant)` is a key of `published`.
     """
     kinds = Counter(sample.answer_type for sample in samples)
-    images = first_names(sample.image for sample in samples)
+    images = first_names(all_images(samples))
     counts = (len(samples), len(set(images.values())), kinds[OPEN], kinds[CLOSED])
     shown = [kind for kind in _COUNTED if kinds[kind]] if kinds.keys() - {OPEN, CLOSED} else (OPEN, CLOSED)
     parts = ", ".join(f"{kinds[kind]} {_COUNTED[kind]}" for kind in shown)

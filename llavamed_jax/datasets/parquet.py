@@ -25,31 +25,34 @@ _LARGE = 2000  # rows; from this number on, a progress bar is shown
 
 
 def read_parquet(files: Sequence[Path], columns: Sequence[str], images: Path,
-                 optional: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
+                 optional: Sequence[str] = (), pictures: Sequence[str] = ("image",)) -> Iterator[dict[str, Any]]:
     """Reads the rows of files, one file after another.
 
     Args:
-      files: the files. The values of their column `image` are encoded bytes or, as on the hub, `{"bytes", "path"}`.
-      columns: required columns other than `image`.
+      files: the files. The values of their images are encoded bytes or, as on the hub, `{"bytes", "path"}`.
+      columns: required columns without the images.
       images: the folder that the images are written to, unless they are there already.
       optional: columns that a file may have; rows have them only if their file does.
+      pictures: the columns of the images. Every row has the first one; a row may lack the others.
 
     Yields:
-      A dict with the values of the columns, and under `image` the path of the image.
+      A dict with the values of the columns, and under each of `pictures` the path of the image, if there is one.
 
     Raises:
       UserError: pyarrow is not installed; a file is not parquet, lacks a column or contains no image; or the folder
         cannot be written to.
     """
     parquet = _pyarrow()
-    opened = [_open(parquet, file, {*columns, "image"}) for file in files]
+    opened = [_open(parquet, file, {*columns, pictures[0]}) for file in files]
     total, keep = sum(file.metadata.num_rows for file in opened), _Images(images)
     with progress.bar(total=total, is_long=total >= _LARGE, desc="reading parquet", unit="row") as bar:
         for name, file in zip(files, opened, strict=True):
-            index, more = 0, [column for column in optional if column in file.schema_arrow.names]
-            for batch in _batches(file, name, [*columns, *more, "image"]):
+            there = file.schema_arrow.names
+            index, more = 0, [column for column in (*optional, *pictures[1:]) if column in there]
+            for batch in _batches(file, name, [*columns, pictures[0], *more]):
                 for row in batch:
-                    yield {**row, "image": keep(row["image"], f"row {index} of {name}")}
+                    shown = [column for column in pictures if column == pictures[0] or row.get(column) is not None]
+                    yield {**row, **{column: keep(row[column], f"row {index} of {name}") for column in shown}}
                     index += 1
                 bar.update(len(batch))
 

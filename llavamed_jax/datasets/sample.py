@@ -24,11 +24,11 @@ _OPEN_OR_CLOSED = {OPEN: OPEN, CLOSED: CLOSED}
 
 @dataclass(frozen=True)
 class VqaSample:
-    """One question about one image.
+    """One question about one image or several.
 
     Attributes:
       question_id: the id in the data set; `frame-ID` for the rephrasing of question ID.
-      image: the path of the image.
+      image: the path of the image, or of the first one.
       question: the complete question. A multiple-choice question includes its options and how to answer
         (`choices.prompt`).
       answer: the published text (integers as text). For multiple choice the text of the right option; for a caption
@@ -40,6 +40,10 @@ class VqaSample:
       language: the language of the question.
       phrase_type: VQA-RAD's field; None in other sets.
       options: for multiple choice, the texts of the options A, B, C, …
+      more_images: the paths of the further images, in order.
+      right: for multiple choice, the index of the right option, if the set states it; None if `answer` tells it.
+      lines: for multiple choice, the options as the prompt lists them; () means "A. …".
+      is_placed: whether the images stand at the `<image>` markers of `question`. If not, they stand before the text.
     """
 
     question_id: int | str
@@ -53,17 +57,48 @@ class VqaSample:
     language: str = "en"
     phrase_type: str | None = None
     options: tuple[str, ...] = ()
+    more_images: tuple[Path, ...] = ()
+    right: int | None = None
+    lines: tuple[str, ...] = ()
+    is_placed: bool = False
+
+    @property
+    def images(self) -> tuple[Path, ...]:
+        """The paths of all images."""
+        return (self.image, *self.more_images)
+
+
+def all_images(samples: Iterable[VqaSample]) -> list[Path]:
+    """Returns the paths of all images of some questions, in order, with repetitions."""
+    return [image for sample in samples for image in sample.images]
+
+
+Shown = str | tuple[str, ...]
+"""What a question is asked about: the path of an image, or the paths of several."""
+
+
+def shown(images: Iterable[str | Path]) -> Shown:
+    """Returns what is asked about: the path of one image as a text, the paths of several as a tuple."""
+    paths = tuple(map(str, images))
+    return paths[0] if len(paths) == 1 else paths
+
+
+def paths_of(shown: Shown) -> tuple[str, ...]:
+    """Returns the paths of the images that `shown` makes."""
+    return (shown,) if isinstance(shown, str) else shown
 
 
 def to_llava(sample: VqaSample) -> dict:
-    """Returns a question as a training record, with the image first.
+    """Returns a question as a training record, with the images first.
 
     The answer to a multiple-choice question is the letter, as the question asks.
     """
-    answer = LETTERS[sample.options.index(sample.answer)] if sample.answer_type == CHOICE else sample.answer
+    place = sample.options.index(sample.answer) if sample.right is None and sample.options else sample.right
+    answer = LETTERS[place] if sample.answer_type == CHOICE else sample.answer
     question = sample.question.replace(IMAGE_MARKER, "").strip()
-    return {"id": sample.question_id, "image": [str(sample.image)], "answer_type": sample.answer_type,
-            "conversations": [{"from": "human", "value": f"{IMAGE_MARKER}\n{question}"},
+    images = [str(image) for image in sample.images]
+    return {"id": sample.question_id, "image": images, "answer_type": sample.answer_type,
+            "conversations": [{"from": "human", "value": f"{IMAGE_MARKER}\n" * len(images) + question},
                               {"from": "gpt", "value": answer}]}
 
 
@@ -97,10 +132,14 @@ def first_names(images: Iterable[str | Path]) -> dict[str, Path]:
 
 def one_name_each(*groups: Sequence[VqaSample]) -> list[list[VqaSample]]:
     """Returns the same samples with one path for each image, because all later code compares images by their paths."""
-    names = first_names(sample.image for samples in groups for sample in samples)
-    return [[sample if names[str(sample.image)] == sample.image else replace(sample, image=names[str(sample.image)])
-             for sample in samples]
-            for samples in groups]
+    names = first_names(image for samples in groups for image in all_images(samples))
+
+    def named(sample: VqaSample) -> VqaSample:
+        first, *others = [names[str(image)] for image in sample.images]
+        return (sample if (first, *others) == sample.images
+                else replace(sample, image=first, more_images=tuple(others)))
+
+    return [[named(sample) for sample in samples] for samples in groups]
 
 
 def check_ids(samples: Iterable[VqaSample], name: str) -> None:

@@ -69,7 +69,7 @@ def describe(cfg: ConfigDict, samples: list[VqaSample]) -> str:
     """Returns one line that says what is asked, and whether it is the complete published set."""
     data = cfg.data
     if data.held_out:
-        images = len({sample.image for sample in samples})
+        images = len(set(data_questions.all_images(samples)))
         return (f"{data.name}: {count_of(len(samples), 'question')} about {count_of(images, 'image')} held out by "
                 f"{data.held_out}")
     name = set_name(data)
@@ -102,10 +102,12 @@ def questions_hash(samples: Sequence[VqaSample]) -> str:
     Each image counts with as many trailing parts of its path as are needed to tell most images apart, because all
     images of SLAKE are called source.jpg.
     """
-    paths = {str(s.image): Path(s.image).parts for s in samples}
+    paths = {str(image): Path(image).parts for image in data_questions.all_images(samples)}
     length = next((n for n in range(1, 9) if 2 * len({parts[-n:] for parts in paths.values()}) > len(paths)), 9)
     names = {image: "/".join(parts[-length:]) for image, parts in paths.items()}
     rows = [[str(s.question_id), names[str(s.image)], s.question, str(s.answer), s.answer_type, list(s.options)]
+            + ([[names[str(image)] for image in s.more_images]] if s.more_images else [])
+            + ([s.right] if s.right is not None else [])
             for s in samples]
     return sha256(json.dumps(rows, ensure_ascii=True).encode())
 
@@ -136,7 +138,8 @@ def write_llava(cfg: ConfigDict, path: str | Path) -> str:
     records = []
     for index, sample in enumerate(samples):
         record = data_questions.to_llava(sample)
-        record["image"] = str(sample.image.absolute())  # a string: other trainers do not read a list
+        images = [str(image.absolute()) for image in sample.images]
+        record["image"] = images if len(images) > 1 else images[0]  # a string: other trainers do not read a list of one
         record |= {key: value for key in _DESCRIBING if (value := getattr(sample, key)) is not None}
         # Raises if the record could not be read again.
         normalize(record, Path(), f"question {sample.question_id} of {data.root}", index)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from llavamed_jax.datasets.sample import CHOICE, VqaSample, check_ids, check_images, of_kind
+from llavamed_jax.datasets.sample import CHOICE, VqaSample, all_images, check_ids, check_images, of_kind
 from llavamed_jax.errors import UsageError
 from llavamed_jax.evaluation.answering import asked
 from llavamed_jax.evaluation.answering.answerer import Answerer, Generation
@@ -115,12 +115,12 @@ def check(evaluation: Evaluation, controls_asked: Collection[str] = ()) -> None:
     """
     cfg, samples = evaluation.cfg, evaluation.samples
     check_ids(samples, str(cfg.data.root))
-    check_images([sample.image for sample in samples])
+    check_images(all_images(samples))
     if cfg.get("organ_question"):
         controls.check_organs(samples)
     if controls_asked:
         controls.exchanged_images(samples, cfg.seed)
-        controls.check_room(len({str(sample.image) for sample in samples}), evaluation.workdir)
+        controls.check_room(len({str(image) for image in all_images(samples)}), evaluation.workdir)
     for sample in of_kind(samples, CHOICE):
         right_choice(sample)
     evaluation.checked = frozenset(controls_asked)

@@ -21,7 +21,7 @@ from llavamed_jax.curation.inspect.verbs import VERBS
 from llavamed_jax.curation.json_list import check_place
 from llavamed_jax.datasets import detect
 from llavamed_jax.datasets.registry import SETS, SPLITS, Selection
-from llavamed_jax.datasets.sample import VqaSample, one_name_each
+from llavamed_jax.datasets.sample import VqaSample, all_images, one_name_each
 from llavamed_jax.errors import UsageError, UserError, count_of
 from llavamed_jax.utils.files import write_text
 from llavamed_jax.utils.hashes import sha256_of_files
@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> None:
     counts = _counts(findings, training, copies)
     values = {"counts": counts, "leakage": None, "matches": [], "num_matches": 0, "tested_path": "", "tested_name": ""}
     if args.against is not None:
-        pictures = _read(distinct(str(sample.image) for sample in tested)[0], workers, "tested images")
+        pictures = _read(distinct(map(str, all_images(tested)))[0], workers, "tested images")
         values["leakage"], found = leakage.compare(texts, pictures, training)
         values |= {"tested_path": args.against, "tested_name": Path(args.against).name, "num_matches": len(found),
                    "matches": [_match(match) for match in found[:_MOST_MATCHES]]}

@@ -100,7 +100,7 @@ def compare(texts: Texts, tested: Pictures, training: Pictures) -> tuple[dict[st
     counts = dict.fromkeys(("questions_on_same_picture", "same_question_on_same_picture", ANSWERED,
                             "same_question_and_answer_anywhere"), 0)
     for sample, key in zip(texts.samples, texts.keys, strict=True):
-        path = str(sample.image)
+        path = next((str(image) for image in sample.images if str(image) in matches), "")
         counts["same_question_and_answer_anywhere"] += bool(texts.answered.get(key))
         if path not in matches:
             continue

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from llavamed_jax.datasets.sample import Shown
 from llavamed_jax.errors import UserError
 
 
@@ -52,12 +53,13 @@ class Answerer(Protocol):
 
     name: str
 
-    def answers(self, questions: Sequence[tuple[str, str]], asked: Sequence[int], generation: Generation,
+    def answers(self, questions: Sequence[tuple[str, Shown]], asked: Sequence[int], generation: Generation,
                 failed: dict[int, UserError]) -> Iterator[tuple[int, Answer]]:
         """Answers some of the questions, and yields each answer as soon as it is there.
 
         Args:
-          questions: all (question, image path) pairs.
+          questions: all (question, image path) pairs; the paths of several images are a tuple (`sample.paths_of`). If
+            the text has as many `<image>` markers as there are images, the images stand at these places.
           asked: indices of the questions to answer; those about one image are adjacent. The other questions matter for
             sampling: equal questions use different seeds, by their number of earlier occurrences.
           generation: how answers are generated.

@@ -15,7 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llavamed_jax.datasets.sample import VqaSample
+from llavamed_jax.datasets.sample import Shown, VqaSample, all_images, paths_of
+from llavamed_jax.datasets.sample import shown as shown_of
 from llavamed_jax.errors import UserError
 from llavamed_jax.evaluation.answering import sharing
 from llavamed_jax.evaluation.answering.answerer import Answer, Answerer, Generation
@@ -33,7 +34,7 @@ _MOST_REASONS = 8  # finish reasons that are printed, one a line: a server may s
 
 def ask(
     answerer: Answerer,
-    questions: Sequence[tuple[str, str]],
+    questions: Sequence[tuple[str, Shown]],
     generation: Generation,
     title: str = "questions",
     partial: Partial | None = None,
@@ -47,7 +48,7 @@ def ask(
 
     Args:
       answerer: answers the questions.
-      questions: (question, image path) pairs.
+      questions: (question, image path) pairs; the paths of several images are a tuple.
       generation: how answers are generated.
       title: a plural noun for the questions, for the progress bar and for errors.
       partial: keeps each answer as soon as it is there. Questions whose answers it already holds are not asked.
@@ -77,7 +78,7 @@ def ask(
     if failed:
         question, image = questions[min(failed)]
         raise UserError(f"{len(failed)} of {len(questions)} {title} could not be answered; the first, {question!r} "
-                        f"about {Path(image).name}: {failed[min(failed)]}")
+                        f"about {' and '.join(Path(path).name for path in paths_of(image))}: {failed[min(failed)]}")
     _warn([answers[i] for i in range(len(questions))])
     return [answers[i] for i in range(len(questions))]
 
@@ -109,41 +110,47 @@ def predict(
     answerer: Answerer,
     samples: Sequence[VqaSample],
     generation: Generation,
-    shown: Sequence[str] | None = None,
+    shown: Sequence[Shown] | None = None,
     title: str = "questions",
     partial: Partial | None = None,
     control: str | None = None,
 ) -> list[dict]:
     """Asks the questions of `samples`, and returns one prediction for each, in the same order.
 
-    `metadata` states what was shown: `image`, the shortest end of its path that no other image has, and `control`,
-    which is null if the question's own image was shown.
+    `metadata` states what was shown: `image`, the shortest end of its path that no other image has, `more_images` if
+    there are several, and `control`, which is null if the question's own images were shown.
 
     Args:
       answerer: answers the questions.
       samples: the questions.
       generation: how answers are generated.
-      shown: the path of the image that each question is asked about, in a control; None shows the samples' own images.
+      shown: the image or images that each question is asked about, in a control; None shows the samples' own images.
       title: a plural noun for the questions, as in `ask`.
       partial: keeps the answers, as in `ask`.
       control: the name of the control; None for the own images.
     """
-    shown = shown or [str(sample.image) for sample in samples]
-    prompts = [sample.question.replace(IMAGE_MARKER, "").strip() for sample in samples]
-    names = image_names([*(str(sample.image) for sample in samples), *shown])
+    shown = shown or [shown_of(sample.images) for sample in samples]
+    prompts = [_prompt(sample) for sample in samples]
+    names = image_names([*map(str, all_images(samples)), *(path for each in shown for path in paths_of(each))])
     answers = ask(answerer, list(zip(prompts, shown, strict=True)), generation, title, partial)
     return [
         {
             "question_id": sample.question_id,
             "prompt": prompt,
             "text": answer.text,
-            "answer_id": answer_id(answerer.name, sample.question_id, prompt, names[image], answer.text),
+            "answer_id": answer_id(answerer.name, sample.question_id, prompt, *map(names.get, paths), answer.text),
             "model_id": answerer.name,
-            "metadata": {"image": names[image], "control": control, "finish_reason": answer.finish_reason}
+            "metadata": {"image": names[paths[0]], "control": control, "finish_reason": answer.finish_reason}
+            | ({"more_images": [names[path] for path in paths[1:]]} if len(paths) > 1 else {})
             | ({"prompt_tokens_cut": answer.tokens_cut} if answer.tokens_cut else {}),
         }
-        for sample, prompt, image, answer in zip(samples, prompts, shown, answers, strict=True)
+        for sample, prompt, paths, answer in zip(samples, prompts, map(paths_of, shown), answers, strict=True)
     ]
+
+
+def _prompt(sample: VqaSample) -> str:
+    """Returns the text of a question; markers stay only if the set places the images."""
+    return sample.question if sample.is_placed else sample.question.replace(IMAGE_MARKER, "").strip()
 
 
 _SHORT_ALPHABET = "23456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz"

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from llavamed_jax.datasets.sample import VqaSample
+from llavamed_jax.datasets.sample import VqaSample, all_images
 from llavamed_jax.errors import cut
 from llavamed_jax.evaluation.answering.answerer import Answerer, Generation
 from llavamed_jax.evaluation.scoring.predictions import image_names
@@ -88,12 +88,13 @@ def _images(samples: Sequence[VqaSample]) -> dict[str, str]:
 
     The ids count because two images may have been exchanged under their names.
     """
-    names = image_names(str(sample.image) for sample in samples)
+    names = image_names(map(str, all_images(samples)))
     files = {image: Path(image if Path(image).exists() else split_frame(image)[0]) for image in names}
     hashes = sha256_of_each(list(dict.fromkeys(files.values())))
     asked: dict[str, list[str]] = {image: [] for image in names}
     for sample in samples:
-        asked[str(sample.image)].append(str(sample.question_id))
+        for image in sample.images:
+            asked[str(image)].append(str(sample.question_id))
     return {f"the image {cut(name)}": short_hash(hashes[files[image]], asked[image]) for image, name in names.items()}
 
 

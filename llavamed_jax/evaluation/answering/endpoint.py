@@ -13,10 +13,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from llavamed_jax.datasets.sample import Shown, paths_of
 from llavamed_jax.errors import UsageError, UserError
 from llavamed_jax.evaluation.answering.answerer import Answer, Generation
 from llavamed_jax.images.load import load_image
 from llavamed_jax.openai_client.client import Service
+from llavamed_jax.text.conversation import IMAGE_MARKER
 
 # Files that are sent unchanged: formats that every server reads, in forms that every server decodes as `load_image`
 # does. Servers differ in how they read 16-bit grey values, transparency, CMYK and an orientation in EXIF.
@@ -28,7 +30,7 @@ _EXIF_ORIENTATION = 0x0112
 class Endpoint:
     """Answers an evaluation's questions with a served model; implements `answerer.Answerer`.
 
-    A question is one user message: the image as a data URL, then the text. The server adds its system prompt and its
+    A question is one user message: the images as data URLs, then the text. The server adds its system prompt and its
     template. No prompt is cut: the server rejects one that is too long.
 
     Args:
@@ -45,7 +47,7 @@ class Endpoint:
             raise UsageError(f"generation.num_beams is {generation.num_beams}; 1 was expected with --endpoint, because "
                              "OpenAI's protocol has no beam search")
 
-    def answers(self, questions: Sequence[tuple[str, str]], asked: Sequence[int], generation: Generation,
+    def answers(self, questions: Sequence[tuple[str, Shown]], asked: Sequence[int], generation: Generation,
                 failed: dict[int, UserError]) -> Iterator[tuple[int, Answer]]:
         """Implements `Answerer.answers`.
 
@@ -90,18 +92,29 @@ class Endpoint:
         return {}
 
 
-def _requests(questions: Sequence[tuple[str, str]], asked: Sequence[int],
+def _requests(questions: Sequence[tuple[str, Shown]], asked: Sequence[int],
               failed: dict[int, UserError]) -> Iterator[tuple[int, list[dict]]]:
-    """Yields (index, chat messages) for each question whose image can be read."""
-    url_of = functools.lru_cache(maxsize=1)(data_url)  # questions about one image are adjacent
+    """Yields (index, chat messages) for each question whose images can be read."""
+    url_of = functools.lru_cache(maxsize=8)(data_url)  # questions about the same images are adjacent
     for i in asked:
-        question, image = questions[i]
+        question, shown = questions[i]
         try:
-            content = [{"type": "image_url", "image_url": {"url": url_of(image)}}, {"type": "text", "text": question}]
+            images = [{"type": "image_url", "image_url": {"url": url_of(image)}} for image in paths_of(shown)]
+            content = _parts(question, images)
         except UserError as error:
             failed[i] = error
             continue
         yield i, [{"role": "user", "content": content}]
+
+
+def _parts(text: str, images: Sequence[dict]) -> list[dict]:
+    """Returns the parts of a message: the images at the markers of the text, or else before the text."""
+    texts = text.split(IMAGE_MARKER)
+    if len(texts) != len(images) + 1:
+        return [*images, {"type": "text", "text": text}]
+    between = [[{"type": "text", "text": each}] if each.strip() else [] for each in texts]
+    return [part for before, image in zip(between, [[image] for image in images]) for part in (*before, *image)
+            ] + between[-1]
 
 
 def data_url(path: str) -> str:

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from llavamed_jax.config import IMAGE_TOKEN
+from llavamed_jax.datasets.sample import Shown, paths_of
 from llavamed_jax.errors import UserError
 from llavamed_jax.evaluation.answering.answerer import Answer, Generation
 from llavamed_jax.evaluation.answering.asked import versions
@@ -44,9 +46,9 @@ class LocalModel:
         model.processor = model.processor.for_evaluation()
         self.model, self.name = model, name
         self._file_hashes: dict[str, str] | None = None
-        self._prompts: dict[str, np.ndarray] = {}
+        self._prompts: dict[tuple[str, int], np.ndarray] = {}
 
-    def answers(self, questions: Sequence[tuple[str, str]], asked: Sequence[int], generation: Generation,
+    def answers(self, questions: Sequence[tuple[str, Shown]], asked: Sequence[int], generation: Generation,
                 failed: dict[int, UserError]) -> Iterator[tuple[int, Answer]]:
         """Implements `Answerer.answers`."""
         self.model.engine.batch_size = generation.batch_size
@@ -96,13 +98,14 @@ class _Asking:
 
     Args:
       model: the loaded model.
-      questions: all (question, image path) pairs.
+      questions: all (question, image path) pairs; the paths of several images are a tuple.
       failed: receives the errors of questions that cannot be answered, by index.
-      encoded: question -> the ids of its prompt, int32. The controls ask the same questions again.
+      encoded: question and number of images -> the ids of its prompt, int32. The controls ask the same questions
+        again.
     """
 
-    def __init__(self, model: LlavaMed, questions: Sequence[tuple[str, str]], failed: dict[int, UserError],
-                 encoded: dict[str, np.ndarray]):
+    def __init__(self, model: LlavaMed, questions: Sequence[tuple[str, Shown]],
+                 failed: dict[int, UserError], encoded: dict[tuple[str, int], np.ndarray]):
         self._model, self._questions, self._failed, self._encoded = model, questions, failed, encoded
         seen: Counter = Counter()
         self._nth = []  # number of equal questions before this one, including those that are answered already
@@ -115,9 +118,9 @@ class _Asking:
         given: list[tuple[int, int]] = []
 
         def prompts():
-            for i, ids, image, lost in self._prompts(asked):
+            for i, ids, images, lost in self._prompts(asked):
                 given.append((i, lost))
-                yield ids, [image], self._nth[i]
+                yield ids, images, self._nth[i]
 
         settings = dict(max_new_tokens=generation.max_new_tokens, temperature=generation.temperature,
                         seed=generation.seed)
@@ -145,46 +148,59 @@ class _Asking:
 
     def _search(self, rows, images, generation: Generation) -> list[list[int] | UserError]:
         try:
-            return self._model.generate_tokens(rows, [[image] for image in images],
+            return self._model.generate_tokens(rows, list(images),
                                                max_new_tokens=generation.max_new_tokens,
                                                num_beams=generation.num_beams, seed=generation.seed)
         except UserError as error:  # one question of the batch is invalid, so each is asked by itself
             if len(rows) == 1:
                 return [error]
-            return [self._search([row], [image], generation)[0] for row, image in zip(rows, images)]
+            return [self._search([row], [each], generation)[0] for row, each in zip(rows, images)]
 
-    def _prompts(self, asked: Sequence[int]) -> Iterator[tuple[int, list[int], np.ndarray, int]]:
-        """Yields (index, ids, image, number of cut tokens) for each question whose image can be read."""
+    def _prompts(self, asked: Sequence[int]) -> Iterator[tuple[int, list[int], list[np.ndarray], int]]:
+        """Yields (index, ids, images, number of cut tokens) for each question whose images can be read."""
         processor, limit = self._model.processor, self._model.engine.max_prompt
-        for i, image in zip(asked, read_ahead(processor, [self._questions[i][1] for i in asked])):
-            if isinstance(image, UserError):
-                self._failed[i] = image
+        for i, images in zip(asked, read_ahead(processor, [self._questions[i][1] for i in asked])):
+            if isinstance(images, UserError):
+                self._failed[i] = images
                 continue
-            text, path = self._questions[i]
-            if text not in self._encoded:
-                ids = processor.expand(processor.encode(processor.question(text, [path])))
-                self._encoded[text] = np.array(ids, np.int32)
-            ids = self._encoded[text]
-            yield i, ids[:limit].tolist(), image, max(0, len(ids) - limit)
+            text, paths = self._questions[i][0], paths_of(self._questions[i][1])
+            key = (text, len(paths))
+            if key not in self._encoded:
+                ids = processor.expand(processor.encode(processor.question(text, paths)))
+                self._encoded[key] = np.array(ids, np.int32)
+            ids = self._encoded[key]
+            kept, seen = _cut(ids, images, limit)
+            yield i, kept.tolist(), seen, len(ids) - len(kept)
 
 
-def read_ahead(processor, paths: Sequence[str]) -> Iterator[np.ndarray | UserError]:
-    """Reads images in threads, ahead of their use. A path that is repeated without a gap is read once.
+def _cut(ids: np.ndarray, images: list[np.ndarray], limit: int) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Cuts a prompt at its end; of several images, one that the cut would split is left out whole."""
+    kept = ids[:limit]
+    if len(kept) == len(ids) or len(images) < 2:
+        return kept, images
+    places = np.flatnonzero(ids == IMAGE_TOKEN)
+    of_one = len(places) // len(images)
+    whole, rest = divmod(int((kept == IMAGE_TOKEN).sum()), of_one)
+    return kept[:places[whole * of_one]] if rest else kept, images[:whole]
+
+
+def read_ahead(processor, shown: Sequence[Shown]) -> Iterator[list[np.ndarray] | UserError]:
+    """Reads images in threads, ahead of their use. What is repeated without a gap is read once.
 
     Args:
       processor: turns files into pixels.
-      paths: the paths of the images.
+      shown: the path of an image, or of several, for each question.
 
     Yields:
-      For each path the pixels, uint8 [H,W,3], or the error.
+      For each question the pixels of its images, uint8 [H,W,3], or the error.
     """
-    def read(path):
+    def read(paths):
         try:
-            return processor.images_uint8([path])[0]
+            return [processor.images_uint8([path])[0] for path in paths_of(paths)]
         except UserError as error:
             return error
 
-    groups = ((path, len(list(group))) for path, group in itertools.groupby(paths))
+    groups = ((path, len(list(group))) for path, group in itertools.groupby(shown))
     pool, reading = ThreadPoolExecutor(_READERS), deque()
     try:
         while True:
@@ -192,8 +208,8 @@ def read_ahead(processor, paths: Sequence[str]) -> Iterator[np.ndarray | UserErr
                 reading.append((pool.submit(read, path), count))
             if not reading:
                 return
-            image, count = reading.popleft()
-            yield from itertools.repeat(image.result(), count)
+            images, count = reading.popleft()
+            yield from itertools.repeat(images.result(), count)
     finally:
         pool.shutdown(cancel_futures=True)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from llavamed_jax.datasets.sample import VqaSample
+from llavamed_jax.datasets.sample import Shown, VqaSample, all_images, shown
 from llavamed_jax.errors import UserError, count_of
 from llavamed_jax.utils import signals
 
@@ -57,13 +57,13 @@ def derangement(images: Sequence[str], seed: int) -> dict[str, str]:
     return dict(zip(order, order[1:] + order[:1], strict=True))
 
 
-def exchanged_images(samples: Sequence[VqaSample], seed: int) -> list[str]:
-    """Returns the path of the image that each sample is shown in the control.
+def exchanged_images(samples: Sequence[VqaSample], seed: int) -> list[Shown]:
+    """Returns what each sample is shown in the control: the path of an image, or of several (`sample.shown`).
 
     All questions about an image are shown the same other image.
     """
-    other = derangement([str(sample.image) for sample in samples], seed)
-    return [other[str(sample.image)] for sample in samples]
+    other = derangement([str(image) for image in all_images(samples)], seed)
+    return [shown(other[str(image)] for image in sample.images) for sample in samples]
 
 
 NOISE_SIZE = 336
@@ -71,7 +71,7 @@ NOISE_SIZE = 336
 
 
 @contextlib.contextmanager
-def noise_images(samples: Sequence[VqaSample], folder: Path, seed: int) -> Iterator[list[str]]:
+def noise_images(samples: Sequence[VqaSample], folder: Path, seed: int) -> Iterator[list[Shown]]:
     """Writes one picture of noise for each distinct image, and deletes them at the end of the context.
 
     The picture for the i-th distinct image, in order of appearance, has independent uniform RGB values drawn from
@@ -83,12 +83,12 @@ def noise_images(samples: Sequence[VqaSample], folder: Path, seed: int) -> Itera
       seed: seed of the noise.
 
     Yields:
-      For each sample, the path of its picture of noise.
+      For each sample, the path of its picture of noise, or of several.
 
     Raises:
       UserError: the disk has too little room, or the folder cannot be written to.
     """
-    order = {image: place for place, image in enumerate(dict.fromkeys(str(sample.image) for sample in samples))}
+    order = {image: place for place, image in enumerate(dict.fromkeys(map(str, all_images(samples))))}
     shutil.rmtree(folder, ignore_errors=True)  # left by a killed process
     with contextlib.ExitStack() as stack:
         remove = lambda: shutil.rmtree(folder, ignore_errors=True)
@@ -96,7 +96,7 @@ def noise_images(samples: Sequence[VqaSample], folder: Path, seed: int) -> Itera
         stack.enter_context(signals.undone_by(remove))
         paths = {image: str(folder / f"noise_{place:05}.png") for image, place in order.items()}
         _write_noise(list(paths.values()), folder, seed)
-        yield [paths[str(sample.image)] for sample in samples]
+        yield [shown(paths[str(image)] for image in sample.images) for sample in samples]
 
 
 def check_room(count: int, folder: Path) -> None:

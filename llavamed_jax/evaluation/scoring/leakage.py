@@ -17,7 +17,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from llavamed_jax.datasets.sample import OPEN, VqaSample, kinds, of_kind
+from llavamed_jax.datasets.sample import OPEN, VqaSample, all_images, kinds, of_kind
 from llavamed_jax.datasets.training import TrainingData
 from llavamed_jax.errors import UserError
 from llavamed_jax.evaluation.metrics import normalized
@@ -31,10 +31,10 @@ _THREADS = 8  # reading and decoding release Python's lock
 
 def leakage(samples: Sequence[VqaSample], training: Sequence[VqaSample]) -> dict:
     """Counts the images, questions and open answers that also occur in the training rows; returns totals too."""
-    images = {str(sample.image) for sample in training}
+    images = set(map(str, all_images(training)))
     open_samples = of_kind(samples, OPEN)
     asked, answered = {*_questions(training)}, {*_answers(training)}
-    tested_images = {str(sample.image) for sample in samples}
+    tested_images = set(map(str, all_images(samples)))
     return {
         "training_rows": len(training),
         "images": len(tested_images),
@@ -72,16 +72,17 @@ def trained_on(samples: Sequence[VqaSample], data: TrainingData) -> dict:
       pixels; `by_kind`: kind of question -> `questions`, `image_in_training`, `image_and_answer_in_training`.
     """
     answers, num_records, num_damaged = _answers_by_image(data)
-    tested = dict.fromkeys(str(sample.image) for sample in samples)
+    tested = dict.fromkeys(map(str, all_images(samples)))
     matches = _Matches(list(tested), list(answers))
     found = {image: set().union(*(answers[other] for other in matches.of(image))) for image in tested
              if matches.of(image)}
     table = defaultdict(Counter)
-    for kind, (image, answer) in zip(kinds(samples), _answers(samples), strict=True):
+    for sample, kind, (_, answer) in zip(samples, kinds(samples), _answers(samples), strict=True):
+        seen = [found[str(image)] for image in sample.images if str(image) in found]
         row = table[kind]
         row["questions"] += 1
-        row["image_in_training"] += image in found
-        row["image_and_answer_in_training"] += image in found and answer in found[image]
+        row["image_in_training"] += bool(seen)
+        row["image_and_answer_in_training"] += any(answer in answers for answers in seen)
     return {
         "records": num_records,
         "records_not_readable": num_damaged,

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from llavamed_jax.datasets.sample import CAPTION, CHOICE, CLOSED, LETTERS, OPEN, VqaSample, kinds, of_kind
+from llavamed_jax.datasets.sample import CAPTION, CHOICE, CLOSED, LETTERS, OPEN, VqaSample, all_images, kinds, of_kind
 from llavamed_jax.evaluation import metrics
 from llavamed_jax.evaluation.scoring import captions, registry, statistics
 from llavamed_jax.evaluation.scoring.items import AnswerSet
@@ -37,7 +37,7 @@ def counts(samples: Sequence[VqaSample]) -> dict[str, int]:
     """Returns `n_open`, `n_closed`, `n_choice`, `n_caption` and `n_images`."""
     found = Counter(kinds(samples))
     sizes = {f"n_{name.lower()}": found[name] for name in (OPEN, CLOSED, CHOICE, CAPTION)}
-    return sizes | {"n_images": len({str(sample.image) for sample in samples})}
+    return sizes | {"n_images": len({str(image) for image in all_images(samples)})}
 
 
 def _groups(samples: Sequence[VqaSample], scores: Mapping[str, Sequence[Score]], seed: int) -> dict:

@@ -79,6 +79,8 @@ def right_choice(sample: VqaSample) -> int:
     options = sample.options
     if not 2 <= len(options) <= len(LETTERS):
         raise UserError(f"question {sample.question_id} has {len(options)} options; 2 to {len(LETTERS)} were expected")
+    if sample.right is not None and 0 <= sample.right < len(options):
+        return sample.right
     places = [place for place, option in enumerate(options) if option == sample.answer]
     places = places or [place for place, option in enumerate(options) if _is_same(sample.answer, option)]
     if len(places) != 1:
