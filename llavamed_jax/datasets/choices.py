@@ -1,6 +1,7 @@
 """Reads multiple-choice questions about images: JSON or JSON lines of `{id, image, question, options, answer}`.
 
-Published sets (PMC-VQA, OmniMedVQA, MedXpertQA, MMMU, MedFrameQA) have readers of their own, and the prompt that papers use.
+Published sets (PMC-VQA, OmniMedVQA, MedXpertQA, MMMU, MedFrameQA) have readers of their own, and the prompt that papers
+use.
 """
 
 from __future__ import annotations
