@@ -1,4 +1,4 @@
-"""SLAKE 1.0 in the official layout, its English questions."""
+"""SLAKE 1.0 in the official layout or the hub's parquet files; its English questions, or with data.language=zh or all the others too."""
 
 from ml_collections import ConfigDict
 

@@ -59,8 +59,9 @@ def read_hub(root: str | Path, split: str = "test", images: str | Path | None = 
     rows = read_parquet(files, ("question", "answer"), Path(images) if images else root / "images", _OPTIONAL)
     samples = [_sample(Row(value, f"row {index} of the split {split} of {root}", "parquet"), f"{split}-{index}")
                for index, value in enumerate(rows)]
+    samples = [sample for sample in samples if language in ("all", sample.language)]
     _say_what_is_guessed(root, split, samples, found, any("answer_type" in detect.footer(file)[0] for file in files))
-    return [sample for sample in samples if language in ("all", sample.language)]
+    return samples
 
 
 def _sample(row: Row, identity: str) -> VqaSample:
@@ -80,7 +81,14 @@ def by_answer(answer: str) -> str:
 def _say_what_is_guessed(root: Path, split: str, samples: list[VqaSample], name: str | None, is_stated: bool) -> None:
     if is_stated or name is None:
         return
-    closed = sum(sample.answer_type == CLOSED for sample in samples)
+    # Only of English questions is a published number known, and only an English answer is yes or no.
+    others = sum(sample.language != "en" for sample in samples)
+    if others:
+        log.warning("%s, split %s: the column answer_type is missing, and %d questions are not in English; they count "
+                    "as open unless the answer is yes or no", root, split, others)
+    closed = sum(sample.answer_type == CLOSED for sample in samples if sample.language == "en")
+    if not closed and others:
+        return
     known = {counts[3] for (of, _), counts in SETS[name].published.items() if of == split and counts[3] is not None}
     if known and closed not in known:
         log.warning("%s, split %s: the column answer_type is missing, so only the %d questions with the answer yes or "

@@ -59,9 +59,14 @@ DATA_SET = DataSet(
     seems_at=_has_images,
     is_row=lambda keys: "img_name" in keys,
     variant=lambda selected: selected.language or "en",
-    published={  # from a notebook of LLaVA-Med v1.0
+    # English: from a notebook of LLaVA-Med v1.0; all languages: from the set's paper, and Chinese is the difference.
+    published={
         ("train", "en"): (4919, 450, 2976, 1943), ("validation", "en"): (1053, 96, 631, 422),
         ("test", "en"): (1061, 96, 645, 416),
+        ("train", "zh"): (4916, None, None, None), ("validation", "zh"): (1046, None, None, None),
+        ("test", "zh"): (1033, None, None, None),
+        ("train", "all"): (9835, 450, None, None), ("validation", "all"): (2099, 96, None, None),
+        ("test", "all"): (2094, 96, None, None),
     },
     has_training_rows=True,
     parquet=ParquetSigns(

@@ -263,3 +263,20 @@ def test_the_config_reads_it(hub):
     assert len(samples) == 1 and training == []
     assert questions.describe(cfg, samples) == "parquet test: 1 question on 1 image, 0 open, 1 closed"
     assert questions.source_files(cfg.data) == [root / "data" / "test-00000-of-00001.parquet"]
+
+
+def test_slakes_languages_and_missing_types(hub, caplog):
+    """Without `answer_type` the English questions are counted beside the published number, and the Chinese ones are named."""
+    rows = [row("Is it?", "Yes", q_lang="en", img_name="x", location="Lung"), row("What?", "Lung", q_lang="en", img_name="x", location="Lung"),
+            row("这是什么?", "左肺", q_lang="zh", img_name="x", location="Lung")]
+    root = hub(test=rows)
+    with caplog.at_level(logging.WARNING):
+        assert [s.language for s in read_slake(root, "test", "zh")] == ["zh"]
+        assert "1 questions are not in English" in caplog.text and "published" not in caplog.text
+        caplog.clear()
+        assert [s.answer_type for s in read_slake(root, "test", "en")] == ["CLOSED", "OPEN"]
+        assert "only the 1 questions with the answer yes or no count as closed; the published set has 416" in caplog.text
+        caplog.clear()
+        assert len(read_slake(root, "test", "all")) == 3
+    assert "the published set has 416" in caplog.text and "1 questions are not in English" in caplog.text
+    assert SETS["slake"].published["test", "all"][0] == 2094 and SETS["slake"].published["test", "zh"][0] == 2094 - 1061

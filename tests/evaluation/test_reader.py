@@ -203,3 +203,11 @@ def test_a_long_answer_takes_no_time(text):
         assert read_choice(text, ("a", "b")) is None and not is_strictly_right(text, "left lung")
         open_scores(text, gold)[0], is_strictly_right(text, gold)
     assert time.process_time() - begun < 5
+
+
+@pytest.mark.parametrize("text, gold, is_exact, f1", [
+    ("左肺下叶", "左肺", False, 4 / 6), ("左 肺", "左肺", True, 1), ("ＣＴ 扫描。", "CT扫描", True, 1), ("答案是：左肺。", "左肺", True, 1),
+    ("右肺", "左肺", False, 1 / 2), ("肺肺肺", "左肺", False, 2 / 5), ("MRI 成像", "CT成像", False, 4 / 6), ("心脏、肝脏", "心脏,肝脏", True, 1),
+    ("左肺 upper lobe", "左肺", False, 4 / 6), ("", "左肺", False, 0), ("left lung", "left lower lung", False, 4 / 5)])
+def test_chinese_answers_are_compared_by_characters(text, gold, is_exact, f1):
+    assert open_scores(text, gold) == (is_exact, pytest.approx(f1))

@@ -41,6 +41,10 @@ _BEFORE = re.compile(r"(?:[\s,;:!?*]|\.{2,}|\.(?!\d)|-(?!\d))+")
 _AFTER = " \n,;:!?.-"
 _PAIRS = {"(": ")", "[": "]", "{": "}", "$": "$"}
 
+_CHARACTER = "[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"  # Chinese, and Japanese kana
+_BESIDE_CHARACTERS = re.compile(rf"(?<={_CHARACTER})\s+|\s+(?={_CHARACTER})")
+_WORDS = re.compile(rf"{_CHARACTER}|(?:(?!{_CHARACTER})\S)+")
+
 _LEAD = re.compile(
     r"(?:(?:so|thus|therefore|hence|well|overall),?\s+)?(?:(?:the|my|our|your)\s+)?"
     r"(?:(?:final|correct|right|best|short)\s+)?(?:answer|ans|option|choice|response)"
@@ -124,10 +128,16 @@ def comparable(text: str) -> str:
     """Returns the form of a clean text that is compared: lower-cased and normalised as in the VQA evaluation.
 
     If nothing remains after normalisation ("A", "the", "+"), the result is the words of the text, or else the text
-    itself. So such a text equals only itself.
+    itself. So such a text equals only itself. Blanks beside Chinese characters are removed ("左 肺" is "左肺").
     """
     lowered = text.lower()
-    return metrics.normalize_word(lowered) or " ".join(re.findall(r"\w+", lowered)) or lowered.strip()
+    found = metrics.normalize_word(lowered) or " ".join(re.findall(r"\w+", lowered)) or lowered.strip()
+    return _BESIDE_CHARACTERS.sub("", found)
+
+
+def words(text: str) -> list[str]:
+    """Returns the words of a comparable text; each Chinese character counts as a word, because no blanks part words."""
+    return _WORDS.findall(text)
 
 
 def plain(answer: object) -> str:

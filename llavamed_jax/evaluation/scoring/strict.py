@@ -32,13 +32,13 @@ def open_scores(prediction: str, answer: str) -> tuple[bool, float]:
     """Scores an open answer.
 
     Returns:
-      Whether the prediction says the gold, in any form; and the F1 of the multisets of normalised words, which is 1 if
-      the prediction says the gold, and 0 if one of them is empty.
+      Whether the prediction says the gold, in any form; and the F1 of the multisets of normalised words (of Chinese,
+      characters), which is 1 if the prediction says the gold, and 0 if one of them is empty.
     """
     if reader.says(prediction, answer):
         return True, 1.0
-    predicted = Counter(reader.comparable(reader.readings(prediction)[-1]).split())
-    gold = Counter(reader.plain(answer).split())
+    predicted = Counter(reader.words(reader.comparable(reader.readings(prediction)[-1])))
+    gold = Counter(reader.words(reader.plain(answer)))
     return False, 2 * (predicted & gold).total() / max(1, predicted.total() + gold.total())
 
 
