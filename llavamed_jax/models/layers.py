@@ -46,9 +46,7 @@ class Linear(nn.Module):
         else:
             kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features))
             kernel = constrain_weight(kernel.astype(self.dtype), *self.axes)
-            # Not `jnp.matmul`: it is jitted, and quantisers that intercept `dot_general` would miss its cached trace.
-            y = jax.lax.dot_general(x.astype(self.dtype), kernel, (((x.ndim - 1,), (0,)), ((), ())),
-                                    preferred_element_type=self.out_dtype)
+            y = kernels.dot(x.astype(self.dtype), kernel, self.out_dtype)
         adapted = lora.product(self, x, self.axes, self.dtype)
         if adapted is not None:
             y += adapted.astype(y.dtype)

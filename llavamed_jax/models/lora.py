@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from llavamed_jax.config.adapter import DROPOUT, FACTOR_A, FACTOR_B, KERNEL, SCALE, AdapterConfig
 from llavamed_jax.parallel.mesh import constrain_weight
+from llavamed_jax.quantized.kernels import dot
 
 
 def product(layer: nn.Module, x, axes: tuple[str | None, str | None], dtype: Any):
@@ -37,12 +38,8 @@ def product(layer: nn.Module, x, axes: tuple[str | None, str | None], dtype: Any
     if rate is not None and layer.has_rng("dropout"):
         is_kept = jax.random.uniform(layer.make_rng("dropout"), x.shape) >= rate
         x = jnp.where(is_kept, x / (1 - rate).astype(x.dtype), 0)
-    inner = _times(x.astype(dtype), constrain_weight(a.astype(dtype), axes[0], None))
-    return _times(inner, constrain_weight(b.astype(dtype), None, axes[1])) * scale.astype(dtype)
-
-
-def _times(x, kernel):
-    return jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
+    inner = dot(x.astype(dtype), constrain_weight(a.astype(dtype), axes[0], None))
+    return dot(inner, constrain_weight(b.astype(dtype), None, axes[1])) * scale.astype(dtype)
 
 
 def add_shapes(params: Mapping[str, Any], adapter: AdapterConfig) -> dict[str, Any]:

@@ -47,7 +47,7 @@ class Kernel:
           dtype: dtype of the operands.
           out_dtype: dtype of the product; None for `dtype`.
         """
-        return _dot(x.astype(dtype), self.widened(dtype), out_dtype)
+        return dot(x.astype(dtype), self.widened(dtype), out_dtype)
 
 
 @flax.struct.dataclass
@@ -68,7 +68,7 @@ class Int8Kernel(Kernel):
 
     def product(self, x, dtype, out_dtype=None):
         """Implements `Kernel.product`: int8 is exact in bfloat16, and the scale may follow the product."""
-        y = _dot(x.astype(dtype), self.values.astype(dtype), jnp.float32)
+        y = dot(x.astype(dtype), self.values.astype(dtype), jnp.float32)
         return (y * self.scale).astype(out_dtype or dtype)
 
 
@@ -125,7 +125,9 @@ def axes_of(rules: Sequence[tuple[str, tuple[str | None, ...]]]) -> list[tuple[s
     return out
 
 
-def _dot(x, kernel, out_dtype):
+def dot(x, kernel, out_dtype=None):  # [..., D], [D,F] -> [..., F]
+    """Returns the product over the last axis of `x`, in `out_dtype`; None for the operands' dtype."""
+    # Not `jnp.matmul`: it is jitted, and quantisers that intercept `dot_general` would miss its cached trace.
     return jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())), preferred_element_type=out_dtype)
 
 

@@ -46,7 +46,7 @@ class PatchEmbedding(nn.Module):
         side = self.cfg.image_size // p
         # Pixels beyond the last whole patch are dropped, as in a convolution without padding.
         x = pixels[:, : side * p, : side * p].reshape(-1, side, p, side, p, C).astype(self.dtype)
-        # BhpwqC,pqCD->BhwD; `dot_general` for the reason that `Linear` states.
+        # BhpwqC,pqCD->BhwD; `dot_general` for the reason that `kernels.dot` states.
         x = jax.lax.dot_general(x, kernel.astype(self.dtype), (((2, 4, 5), (0, 1, 2)), ((), ())))
         if self.use_bias:
             x += self.param("bias", nn.initializers.zeros, (D,)).astype(self.dtype)
