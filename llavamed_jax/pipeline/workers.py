@@ -185,7 +185,7 @@ def _run(dataset: grain.IterDataset, wanted: queue.SimpleQueue, made: queue.Simp
     SIGTERM reach the whole process group, and the command still needs batches until it has saved.
     """
     signals.block_here()
-    child_processes.start_tracker()
+    child_processes.prepare()
     signals.block_here()  # starting the tracker has unblocked some
     iterator = None
     while wanted.get():

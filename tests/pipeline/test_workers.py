@@ -151,6 +151,37 @@ def test_a_process_among_others_cannot_do_without_and_says_so():
 # ---- shared memory
 
 
+PARENT = """
+from llavamed_jax.pipeline import workers
+if __name__ == "__main__":
+    batches = workers.in_order(str, 10, 2)
+    next(batches)
+"""
+
+
+@pytest.mark.skipif(shutil.which("setpriv") is None, reason="setpriv (util-linux) is not here")
+def test_workers_that_are_stopped_before_their_first_line_end_with_their_parent(tmp_path):
+    (tmp_path / "parent.py").write_text(PARENT)
+    parent = subprocess.Popen([sys.executable, tmp_path / "parent.py"], env={**os.environ, "PYTHONPATH": str(ROOT)})
+    stopped, deadline = set(), time.monotonic() + 120
+    while len(stopped) < 2 and time.monotonic() < deadline:
+        with contextlib.suppress(OSError, ProcessLookupError):  # a thread or a process that has just ended
+            for file in Path(f"/proc/{parent.pid}/task").glob("*/children"):
+                for pid in map(int, file.read_text().split()):
+                    words = Path(f"/proc/{pid}/cmdline").read_bytes()
+                    if pid not in stopped and words.startswith(os.fsencode(sys.executable)) and b"--multiprocessing-fork" in words:
+                        os.kill(pid, signal.SIGSTOP)
+                        stopped.add(pid)
+    assert len(stopped) == 2
+    assert not any(b"/numpy/" in Path(f"/proc/{pid}/maps").read_bytes() for pid in stopped), "they have begun"
+    parent.kill()
+    parent.wait()
+    deadline = time.monotonic() + 30
+    while (left := [pid for pid in stopped if Path(f"/proc/{pid}").exists()]) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not left
+
+
 def test_workers_fit_the_room_that_is_there(tmp_path, monkeypatch):
     class Found:
         f_bavail, f_frsize = 64, 2**20

@@ -90,7 +90,7 @@ def _described(paths: Sequence[str], workers: int) -> Iterator[tuple[str, bytes,
     if workers < 2 or len(paths) < _FEWEST:
         yield from map(describe, paths)
         return
-    child_processes.start_tracker()
+    child_processes.prepare()
     context = multiprocessing.get_context("spawn")  # a fork would copy the threads' locks
     with ProcessPoolExecutor(workers, context, initializer=_begin) as pool:
         try:
