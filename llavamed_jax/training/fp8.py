@@ -59,8 +59,11 @@ def provider(qwix: Any) -> Any:
     class Provider(qwix.QtProvider):
         def dot_general(self, lhs, rhs, *args, **kwargs):
             # cuBLASLt takes FP8 kernels transposed. Unless they lie by rows up to here, XLA for one GPU transposes the
-            # float32 kernels of all layers before the loops, which takes as much memory again.
-            rhs = with_layout_constraint(rhs, Layout(major_to_minor=tuple(range(rhs.ndim))))
+            # float32 kernels of all layers before the loops, which takes as much memory again. Sharded kernels are
+            # gathered within the loops; they would be gathered before this constraint, in float32 and not in FP8.
+            mesh = jax.sharding.get_abstract_mesh()
+            if mesh.empty or mesh.shape["fsdp"] * mesh.shape["tp"] == 1:
+                rhs = with_layout_constraint(rhs, Layout(major_to_minor=tuple(range(rhs.ndim))))
             return super().dot_general(lhs, rhs, *args, **kwargs)
 
     return Provider([qwix.QtRule(module_path=MODULES, weight_qtype=FORWARD, act_qtype=FORWARD, bwd_qtype=BACKWARD,

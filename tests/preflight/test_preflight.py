@@ -332,7 +332,7 @@ def test_an_evaluation_has_one_way_in():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name, changes", [
-    ("h100-8", []), ("h100-64", []), ("v5e-64", []), ("v5e-256", []), ("v5e-32", ["mesh.slices=2", "mesh.data=2"])])
+    ("h100-8", []), ("h100-8", ["compute=fp8"]), ("h100-64", []), ("v5e-64", []), ("v5e-256", []), ("v5e-32", ["mesh.slices=2", "mesh.data=2"])])
 def test_a_7b_update_is_compiled_for(name, changes):
     """It fits, sends within 15 % of the least, at once no more than the embedding table and the head, and XLA has no complaint."""
     cfg = common.load_config(f"{FINETUNE}:v15,7b", changes)

@@ -169,6 +169,7 @@ def test_products_that_qwix_misses_or_takes_besides_are_counted(monkeypatch):
 
 # ---- learning
 
+@pytest.mark.slow
 def test_a_small_model_learns_and_begins_near_bfloat16():
     rng = np.random.default_rng(3)
     draw = lambda path, x: jnp.asarray(0.05 * rng.standard_normal(x.shape, np.float32) + np.float32(path[-1].key == "scale"))
