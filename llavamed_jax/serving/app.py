@@ -65,7 +65,7 @@ def _health(service: Service) -> JSONResponse:
     """200 if requests are answered; else 503. Both say how far loading is."""
     loading = service.loading
     status = "ready" if service.is_ready else "stopping" if service.is_stopping else (
-        "failed" if loading.error is not None else "loading")
+        "failed" if loading.error is not None or service.scheduler is not None else "loading")
     seconds = loading.seconds if loading.seconds is not None else round(time.monotonic() - loading.started, 3)
     body = {"status": status, "stage": loading.stage, "seconds": seconds}
     return JSONResponse(body, 200 if service.is_ready else 503)
@@ -103,7 +103,7 @@ async def _answered(request: Request, service: Service, api: ModuleType):
     caller = Caller(service.caller_of(request.headers.get("authorization")),
                     request.headers.get("x-request-id", "")[:64] or uuid.uuid4().hex)
     scope = contextlib.ExitStack()
-    scope.enter_context(service.counting())
+    scope.enter_context(service.counting(caller.key))
     try:
         service.check_ready()
         body = await read_json(request, service.limits)

@@ -204,17 +204,35 @@ class Scheduler:
         self._thread.join(seconds)
         if not self._thread.is_alive():
             return True
-        error = try_again(503, "the server was stopped before the answer was complete", 5, "stopping")
+        self._end_all(try_again(503, "the server was stopped before the answer was complete", 5, "stopping"))
+        self._thread.join(max(5.0, until - time.monotonic()))
+        return False
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the thread runs."""
+        return self._thread.is_alive()
+
+    def _run(self) -> None:
+        try:
+            self._loop()
+        except BaseException as error:  # a mistake in this file: nobody may wait for ever
+            self.on_error(error)
+            self._end_all(ApiError(500, "the engine has stopped; the server must be started again",
+                                   code="engine_stopped"))
+            raise
+
+    def _end_all(self, error: ApiError) -> None:
+        """Takes no more tickets, and ends those that are there with an error."""
         with self._changed:
+            self._is_closing = True
             left = [*self._active, *(ticket for queue in self._queues.values() for _, ticket in queue)]
             self._queues.clear()
         for ticket in left:
             ticket.request.cancelled = True
             ticket.end(End(error=error))
-        self._thread.join(max(5.0, until - time.monotonic()))
-        return False
 
-    def _run(self) -> None:
+    def _loop(self) -> None:
         while True:
             with self._changed:
                 while not self._active and not self._queues:

@@ -11,6 +11,7 @@ import hmac
 import threading
 import time
 import uuid
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -165,7 +166,7 @@ class Service:
         self.model: Any = None
         self.scheduler: Scheduler | None = None
         self.is_stopping = False
-        self.under_way = 0  # requests that are read, prepared, queued or answered
+        self._under_way: Counter[str] = Counter()  # by key
         self._pool = ThreadPoolExecutor(PREPARERS, thread_name_prefix="prepare")
         self._fetcher = remote.Fetcher(remote_hosts, limits)
         self.metrics.watch(self)
@@ -218,7 +219,7 @@ class Service:
     @property
     def is_ready(self) -> bool:
         """Whether requests are answered."""
-        return self.scheduler is not None and not self.is_stopping
+        return self.scheduler is not None and self.scheduler.is_alive and not self.is_stopping
 
     def check_ready(self) -> None:
         """Raises ApiError 503 while the model is loading, after it could not be loaded, and while the server stops."""
@@ -226,6 +227,8 @@ class Service:
             raise try_again(503, "the server is stopping; try again later", 5, "stopping")
         if self.loading.error is not None:
             raise ApiError(503, "the model could not be loaded; the server's log says why", code="load_failed")
+        if self.scheduler is not None and not self.scheduler.is_alive:
+            raise ApiError(503, "the engine has stopped; the server must be started again", code="engine_stopped")
         if self.scheduler is None:
             raise try_again(503, f"the model is not loaded yet: {self.loading.stage}; GET /health says how far it is",
                             5, "loading")
@@ -253,17 +256,28 @@ class Service:
             raise ApiError(404, f"the model {short(name)} is not served here; {' or '.join(map(repr, self.names))} was "
                            "expected", "model", "model_not_found")
 
+    @property
+    def under_way(self) -> int:
+        """Requests that are read, prepared, queued or answered."""
+        return self._under_way.total()
+
     @contextlib.contextmanager
-    def counting(self):
-        """Counts a request while it is under way. Raises ApiError 429 if there are too many."""
-        if self.under_way >= self.limits.max_requests:
-            raise try_again(429, f"{self.under_way} requests are under way, and more are not taken now", 1,
-                            "too_many_requests")
-        self.under_way += 1
+    def counting(self, key: str):
+        """Counts a request of a key while it is under way.
+
+        Raises:
+          ApiError: 429, there are too many, or too many of this key where there are several.
+        """
+        most = self.limits.max_requests
+        own = most if len(self.keys) < 2 else max(1, int(most * self.limits.key_share))
+        if self.under_way >= most or self._under_way[key] >= own:
+            raise try_again(429, f"{self.under_way} requests are under way, {self._under_way[key]} of them with this "
+                            "key, and more are not taken now", 1, "too_many_requests")
+        self._under_way[key] += 1
         try:
             yield
         finally:
-            self.under_way -= 1
+            self._under_way[key] -= 1
 
     async def ask(self, chat: ChatRequest, caller: Caller = NOBODY) -> Answer:
         """Prepares a request and queues it.
@@ -283,16 +297,15 @@ class Service:
         self.check_model(chat.model)
         self.scheduler.check_room(caller.key)
         loop, events = asyncio.get_running_loop(), asyncio.Queue()
-        count = len(images_of(chat.messages))
+        urls = [image.url for image in images_of(chat.messages)]
+        count = len(urls)
         if count > self.limits.max_images:
             raise invalid(f"the request has {count_of(count, 'image')}; at most {self.limits.max_images} were expected",
                           "messages", "too_many_images")
-        pixels = []
-        for i, image in enumerate(images_of(chat.messages)):
-            where = f"image {i + 1}"
-            data = await self._fetcher.fetch(image.url, where) if image.url[:5].lower() != "data:" else image.url
-            pixels.append(await loop.run_in_executor(self._pool, self._decode, data, where))
-        request, text = await loop.run_in_executor(self._pool, self._request, chat.messages, chat.settings, pixels)
+        encoded = [url if url[:5].lower() == "data:" else await self._fetcher.fetch(url, f"image {i}")
+                   for i, url in enumerate(urls, 1)]
+        # In one piece: only as many requests as threads have whole images in memory.
+        request, text = await loop.run_in_executor(self._pool, self._request, chat.messages, chat.settings, encoded)
 
         def deliver(event: Piece | End) -> None:
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
@@ -308,9 +321,9 @@ class Service:
         data = images.data_of(data, where, self.limits) if isinstance(data, str) else data
         return images.decode(data, where, self.limits)
 
-    def _request(self, messages: Sequence[Message], settings: Settings, pixels: list):
-        """Makes the engine's request and the text of its answer."""
-        taken = iter(pixels)
+    def _request(self, messages: Sequence[Message], settings: Settings, encoded: Sequence[str | bytes]):
+        """Makes the engine's request, with images from `data:` URLs or bytes, and the text of its answer."""
+        taken = iter([self._decode(data, f"image {i}") for i, data in enumerate(encoded, 1)])
         plain = [{"role": message.role, "content": [
             {"type": "image", "image": next(taken)} if isinstance(part, ImageUrl) else {"type": "text", "text": part}
             for part in message.parts]} for message in messages]

@@ -15,6 +15,7 @@ from llavamed_jax.generation.text_stream import TextStream
 from llavamed_jax.serving.errors import ApiError
 from llavamed_jax.serving.limits import Limits
 from llavamed_jax.serving.scheduler import End, Scheduler, Ticket
+from llavamed_jax.serving.service import Service
 from tests.support.server import MOST, image_part, picture, plainly, running, tiny_model, user
 
 
@@ -188,6 +189,31 @@ def test_the_engine_fails_once_and_goes_on(second, monkeypatch):
         assert second.engine.programs._programs["decode"] is decode
         assert client.chat.completions.create(model="served", messages=[user("why?")], max_tokens=MOST).choices[0].message.content
         assert '"engine_error", "error": "RuntimeError"' in server.lines.getvalue()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_thread_that_dies_leaves_nobody_waiting(second, monkeypatch):
+    with running(second) as server:
+        client = openai.OpenAI(base_url=server.url, api_key="any", max_retries=0)
+        monkeypatch.setattr(server.service.scheduler, "_deliver", lambda: 1 / 0)
+        with pytest.raises(openai.InternalServerError, match="the engine has stopped"):
+            client.chat.completions.create(model="served", messages=[user("why?")], max_tokens=MOST)
+        server.until(lambda service: not service.is_ready)
+        with pytest.raises(openai.InternalServerError) as caught:
+            client.with_options(base_url=server.origin).get("/health", cast_to=dict)
+        assert caught.value.response.json()["status"] == "failed"
+        with pytest.raises(openai.InternalServerError, match="must be started again"):
+            client.chat.completions.create(model="served", messages=[user("why?")])
+
+
+def test_one_key_does_not_take_all_places(second):
+    service = Service(["served"], Limits(max_requests=4, key_share=0.5), keys={"a": "1", "b": "2"})
+    with service.counting("a"), service.counting("a"):
+        with pytest.raises(ApiError, match="2 requests are under way, 2 of them with this key"), service.counting("a"):
+            pass
+        with service.counting("b"), service.counting("b"):
+            assert service.under_way == 4
+    assert service.under_way == 0
 
 
 @pytest.mark.parametrize("drain, is_whole", [(30.0, True), (0.01, False)])
