@@ -44,7 +44,7 @@ class Bucket:
         self.expected: dict[str, str | None] = {}
         self.lock = threading.Lock()
         self.park_after: int | None = None  # objects after which requests wait in vain
-        self.parked, self.released = threading.Event(), threading.Event()
+        self.num_parked, self.released = 0, threading.Event()
 
     def article(self, pmcid: str, version: int, media: dict[str, bytes], licence="CC BY", retracted=False, wrong_md5=False, xml: bytes | None = None):
         """Adds a version of an article with its metadata in both places."""
@@ -171,8 +171,9 @@ class Bucket:
             if not is_parked and fault is None and key in self.objects:
                 self.served[key] += 1
         if is_parked:
-            self.parked.set()
-            self.released.wait(20)
+            with self.lock:
+                self.num_parked += 1
+            self.released.wait(60)
             request.close_connection = True
             return None
         if fault == "drop":
