@@ -41,6 +41,9 @@ def _parser() -> common.Parser:
     parser.add_argument("--allow_remote_images", default="", metavar="NAME[,NAME]",
                         help="hosts from which images may be fetched (default: none)")
     parser.add_argument("--log_content", action="store_true", help="write questions and answers to the log too")
+    parser.add_argument("--no_page", action="store_true", help="serve the API without the page at /")
+    parser.add_argument("--feedback", metavar="FILE",
+                        help="append the page's likes and dislikes to this JSONL file (default: none are asked for)")
     limits = parser.add_argument_group("limits (docs/serving.md)")
     for field in dataclasses.fields(Limits):
         kind = type(field.default) if field.default is not None else int
@@ -59,6 +62,7 @@ def program(argv: Sequence[str]) -> int:
     from llavamed_jax.serving.extra import check_installed
 
     check_installed()
+    page = _page(args)
     from llavamed_jax import __version__
     from llavamed_jax.serving import app, server
     from llavamed_jax.serving.log import Log
@@ -72,15 +76,29 @@ def program(argv: Sequence[str]) -> int:
                       Log(args.log_content), __version__)
     signals.enter(signals.Phase("stopped before every answer was complete", grace=limits.drain_timeout + 20))
     host = f"[{args.host}]" if ":" in args.host else args.host
-    print(f"serving {names[0]} at http://{host}:{listener.getsockname()[1]}: API under /v1, /health, /metrics; "
+    print(f"serving {names[0]} at http://{host}:{listener.getsockname()[1]}: "
+          f"{'no page' if page is None else 'a page'}, API under /v1, /health, /metrics; "
           "research use only, never for clinical decisions", flush=True)
     service.start(lambda stage: _load(args, stage))
-    is_whole = server.run(app.create(service), service, listener, signals.is_asked)
+    is_whole = server.run(app.create(service, page), service, listener, signals.is_asked)
     if service.loading.error is not None:
         raise service.loading.error
     if not is_whole:
         raise UserError(f"stopped; some answers were not complete after {limits.drain_timeout:g} s")
     return 0
+
+
+def _page(args: argparse.Namespace):
+    """Returns what mounts the page, or None."""
+    if args.no_page:
+        if args.feedback is not None:
+            raise UsageError("--feedback is for the page, which --no_page turns off; one of the two was expected")
+        return None
+    from llavamed_jax.serving import page
+    from llavamed_jax.serving.page_feedback import Feedback
+
+    page.check_installed()
+    return page.mounting(Feedback(args.feedback, args.log_content) if args.feedback is not None else None)
 
 
 def _load(args: argparse.Namespace, stage):

@@ -7,19 +7,22 @@ is in the extra `[medical]` with its decoders. Only the requested frame is decod
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import re
 import struct
 import subprocess
 import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 from PIL import Image
 
 from llavamed_jax.errors import UserError
-from llavamed_jax.images.dicom_display import COLOR, GREY, PALETTE, render
+from llavamed_jax.images.dicom_display import COLOR, GREY, PALETTE, render, windows_of
 from llavamed_jax.images.dicom_elements import bits_stored, called, remove_empty, text, whole_number
 
 if TYPE_CHECKING:
@@ -47,12 +50,13 @@ _INSTALL = "pip install 'llavamed-jax[medical]'"
 # The elements that are read from a header; all others are skipped.
 _PALETTES = [f"{color}PaletteColorLookupTable" for color in ("Red", "Green", "Blue")]
 _KEYWORDS = [
-    "SOPClassUID", "Rows", "Columns", "SamplesPerPixel", "PhotometricInterpretation", "PlanarConfiguration",
+    "SOPClassUID", "Modality", "Rows", "Columns", "SamplesPerPixel", "PhotometricInterpretation", "PlanarConfiguration",
     "NumberOfFrames", "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation", *(
         f"{kind}PixelPadding{end}" for kind in ("", "Float", "DoubleFloat") for end in ("Value", "RangeLimit")),
     "ModalityLUTSequence", "RescaleSlope", "RescaleIntercept", "VOILUTSequence", "WindowCenter", "WindowWidth",
-    "VOILUTFunction", "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence", "ExtendedOffsetTable",
-    "ExtendedOffsetTableLengths", *(f"{name}Descriptor" for name in _PALETTES), *(f"{name}Data" for name in _PALETTES),
+    "WindowCenterWidthExplanation", "VOILUTFunction", "SharedFunctionalGroupsSequence",
+    "PerFrameFunctionalGroupsSequence", "ExtendedOffsetTable", "ExtendedOffsetTableLengths",
+    *(f"{name}Descriptor" for name in _PALETTES), *(f"{name}Data" for name in _PALETTES),
     *(f"Segmented{name}Data" for name in _PALETTES)]
 _READ_AGAIN = {0x00280008, 0x7FE00001}  # Number of Frames, Extended Offset Table: pydicom reads them when it decodes
 # Errors of Python, numpy and struct on damaged headers. Their messages do not help a user of DICOM.
@@ -73,52 +77,81 @@ def is_dicom(head: bytes, suffix: str) -> bool:
     return head[128:132] == b"DICM" or suffix.lower() in SUFFIXES
 
 
-def read_dicom(file: BinaryIO, name: str, frame: int = 1) -> Image.Image:
+def read_dicom(file: BinaryIO, name: str, frame: int = 1, window: tuple[float, float] | None = None) -> Image.Image:
     """Reads one frame as an image of mode L or RGB.
 
-    Of several windows the first is taken. Without a window, unsigned values of at most eight bits are shown unchanged;
-    other values are stretched from the frame's lowest to its highest value, padding excluded.
+    Of several windows of the file the first is taken. Without a window, unsigned values of at most eight bits are shown
+    unchanged; other values are stretched from the frame's lowest to its highest value, padding excluded.
 
     Args:
       file: the whole DICOM file.
       name: the image's name in errors.
       frame: counted from 1, as in DICOM.
+      window: centre and width in the modality's values, instead of the file's own window; None for the file's.
 
     Returns:
       The image.
 
     Raises:
-      UserError: pydicom or a decoder is not installed, the file has no image or no such frame, or the file is damaged.
+      UserError: pydicom or a decoder is not installed, the file has no image or no such frame, the file is damaged, or
+        a window is given for an image in colour.
     """
-    try:
-        import pydicom  # noqa: F401
-    except ImportError:
-        raise UserError(f"{name} is DICOM, which needs pydicom: {_INSTALL}") from None
-    try:
+    with _refusing(name):
         header = _read_header(file, name)
         removed = remove_empty(header)
         count = _check(header, name, frame)
         values = _decode(file, header, name, frame - 1, count, is_whole=bool(removed & _READ_AGAIN))
-        return render(values, header, frame - 1, name)
-    except UserError:
-        raise
-    except Exception as error:  # on damaged files pydicom and its decoders raise nearly anything
-        raise UserError(f"{name} cannot be read as a DICOM image: {_in_dicoms_words(error)}") from error
+        return render(values, header, frame - 1, name, window)
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a DICOM image lets a viewer choose.
+
+    Attributes:
+      frames: the number of frames.
+      is_grey: whether a window applies.
+      modality: such as `CT`; empty if the file does not say.
+      windows: the windows of a frame: name (may be empty), centre and width.
+    """
+
+    frames: int
+    is_grey: bool
+    modality: str
+    windows: list[tuple[str, float, float]]
+
+
+def describe(file: BinaryIO, name: str = "the image", frame: int = 1) -> Description:
+    """Reads from a DICOM file's header what a viewer may choose. Raises UserError as `read_dicom` does."""
+    with _refusing(name):
+        header = _read_header(file, name)
+        remove_empty(header)
+        count = _check(header, name, frame)
+        is_grey = text(header, "PhotometricInterpretation", name) in GREY
+        return Description(count, is_grey, _printable(text(header, "Modality", name) or ""),
+                           windows_of(header, frame - 1, name) if is_grey else [])
 
 
 def size_of(file: BinaryIO, name: str = "the image") -> tuple[int, int]:
     """Reads the width and height of a DICOM image's frames from its header. Raises UserError as `read_dicom` does."""
+    with _refusing(name):
+        header = _read_header(file, name)
+        _check(header, name, 1)
+        return int(header.Columns), int(header.Rows)
+
+
+@contextlib.contextmanager
+def _refusing(name: str) -> Iterator[None]:
+    """Raises what goes wrong in the block as UserError: pydicom is not installed, or the file is damaged."""
     try:
         import pydicom  # noqa: F401
     except ImportError:
         raise UserError(f"{name} is DICOM, which needs pydicom: {_INSTALL}") from None
     try:
-        header = _read_header(file, name)
-        _check(header, name, 1)
-        return int(header.Columns), int(header.Rows)
+        yield
     except UserError:
         raise
-    except Exception as error:
+    except Exception as error:  # on damaged files pydicom and its decoders raise nearly anything
         raise UserError(f"{name} cannot be read as a DICOM image: {_in_dicoms_words(error)}") from error
 
 

@@ -28,7 +28,8 @@ COLOR = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT")
 PALETTE = "PALETTE COLOR"
 
 
-def render(stored: np.ndarray, header: Dataset, index: int, name: str) -> Image.Image:
+def render(stored: np.ndarray, header: Dataset, index: int, name: str,
+           window: tuple[float, float] | None = None) -> Image.Image:
     """Converts the stored values of a frame to an image of mode L or RGB.
 
     Args:
@@ -36,17 +37,20 @@ def render(stored: np.ndarray, header: Dataset, index: int, name: str) -> Image.
       header: the file's header.
       index: of the frame, from 0.
       name: the image's name in errors.
+      window: centre and width to show instead of the file's table or window, or None.
 
     Returns:
       The image.
 
     Raises:
-      UserError: values or elements cannot be shown.
+      UserError: values or elements cannot be shown, or a window is given that cannot be applied.
     """
     interpretation = text(header, "PhotometricInterpretation", name)
     if interpretation in GREY:
-        shown = _grey(stored, header, index, name)
+        shown = _grey(stored, header, index, name, window)
         return Image.fromarray(255 - shown if interpretation == "MONOCHROME1" else shown)
+    if window is not None:
+        raise UserError(f"{name} is in colour, to which no window applies")
     if interpretation == PALETTE:
         stored, bits = _apply_palette(stored, header, name)
     else:
@@ -66,7 +70,8 @@ def _color_bits(values: np.ndarray, stated: int) -> int:
     return max(stated if stated < 8 * values.dtype.itemsize else 8, int(values.max(initial=0)).bit_length())
 
 
-def _grey(stored: np.ndarray, header: Dataset, index: int, name: str) -> np.ndarray:
+def _grey(stored: np.ndarray, header: Dataset, index: int, name: str,
+          window: tuple[float, float] | None) -> np.ndarray:
     """Converts stored values [H,W] as MONOCHROME2 shows them to uint8 [H,W]."""
     if stored.ndim != 2:
         raise UserError(f"{name} is grey but has {stored.shape[-1]} samples per pixel; one was expected")
@@ -76,7 +81,10 @@ def _grey(stored: np.ndarray, header: Dataset, index: int, name: str) -> np.ndar
         raise UserError(f"{name} has pixel values that are NaN or infinite; finite values were expected")
     result = np.where(np.isfinite(result), result, -np.inf)  # padding that is NaN is shown black
     bits = bits_stored(header, name)
-    voi = _voi(header, index, name, is_signed=stored.dtype.kind == "i" or bool((result < 0).any()))
+    if window is not None:
+        voi = _chosen(window, header, index, name)
+    else:
+        voi = _voi(header, index, name, is_signed=stored.dtype.kind == "i" or bool((result < 0).any()))
     if voi is not None:
         shown = voi.apply(result)
     elif stored.dtype.kind == "u" and bits <= 8 and np.array_equal(result, stored):
@@ -182,20 +190,61 @@ def _voi(header: Dataset, index: int, name: str, is_signed: bool) -> _Window | _
     return None
 
 
+def windows_of(header: Dataset, index: int, name: str) -> list[tuple[str, float, float]]:
+    """Returns the windows of a frame, else those of the file: name (may be empty), centre and width.
+
+    Args:
+      header: the file's header.
+      index: of the frame, from 0.
+      name: the image's name in errors.
+
+    Returns:
+      The usable windows.
+
+    Raises:
+      UserError: an element is damaged.
+    """
+    for ds in (*_group_items(header, index, "FrameVOILUTSequence"), header):
+        found = _pairs(ds, name)
+        if found:
+            names = [str(value or "").strip() for value in values(ds, "WindowCenterWidthExplanation", name)]
+            return [(names[i] if i < len(names) else "", center, width) for i, center, width in found]
+    return []
+
+
+def _chosen(window: tuple[float, float], header: Dataset, index: int, name: str) -> _Window:
+    """Returns a viewer's window, between whose ends the file's own function holds."""
+    center, width = window
+    if not (math.isfinite(center) and 0 < width < math.inf):
+        raise UserError(f"{name} cannot be shown with the window centre {center:g} and width {width:g}; a number and a "
+                        "width above 0 were expected")
+    places = [ds for ds in (*_group_items(header, index, "FrameVOILUTSequence"), header) if _pairs(ds, name)]
+    return _Window(center, width, _function((places or [header])[0], width, name))
+
+
+def _pairs(ds: Dataset, name: str) -> list[tuple[int, float, float]]:
+    """Returns place, centre and width of each window whose width is a number above 0."""
+    centers, widths = (numbers(ds, keyword, name) for keyword in ("WindowCenter", "WindowWidth"))
+    return [(i, center, width) for i, (center, width) in enumerate(zip(centers, widths))
+            if center is not None and width is not None and math.isfinite(center) and 0 < width < math.inf]
+
+
 def _window(ds: Dataset, name: str) -> _Window | None:
     """Returns the first usable centre and width; None without one.
 
     A width that is not a number above 0 makes no window. A width between 0 and 1, which LINEAR does not allow
     (parametric maps of small values), is read as LINEAR_EXACT.
     """
-    centers, widths = (numbers(ds, keyword, name) for keyword in ("WindowCenter", "WindowWidth"))
-    for center, width in zip(centers, widths):
-        if center is not None and width is not None and math.isfinite(center) and 0 < width < math.inf:
-            function = text(ds, "VOILUTFunction", name) or "LINEAR"
-            if function not in ("LINEAR", "LINEAR_EXACT", "SIGMOID"):
-                raise wrong(name, "VOILUTFunction", function, "LINEAR, LINEAR_EXACT or SIGMOID")
-            return _Window(center, width, "LINEAR_EXACT" if function == "LINEAR" and width < 1 else function)
+    for _, center, width in _pairs(ds, name)[:1]:
+        return _Window(center, width, _function(ds, width, name))
     return None
+
+
+def _function(ds: Dataset, width: float, name: str) -> str:
+    function = text(ds, "VOILUTFunction", name) or "LINEAR"
+    if function not in ("LINEAR", "LINEAR_EXACT", "SIGMOID"):
+        raise wrong(name, "VOILUTFunction", function, "LINEAR, LINEAR_EXACT or SIGMOID")
+    return "LINEAR_EXACT" if function == "LINEAR" and width < 1 else function
 
 
 def _table(sequence: list[Dataset], name: str, is_signed: bool) -> _Table | None:

@@ -45,7 +45,7 @@ class Running:
     """A server under test: its address, its service and what it logged."""
 
     def __init__(self, model, limits: Limits = DEFAULTS, **more):
-        self.lines = io.StringIO()
+        self.lines, page = io.StringIO(), more.pop("page", None)
         self.service = Service(["served", "alias"], limits, log=Log(more.pop("log_content", False), self.lines), version="0", **more)
         self._listener = server.listen("127.0.0.1", 0)
         self.address = self._listener.getsockname()
@@ -53,7 +53,7 @@ class Running:
         self.url = f"{self.origin}/v1"
         self._is_asked = threading.Event()
         self._thread = threading.Thread(target=server.run, daemon=True,
-                                        args=(app.create(self.service), self.service, self._listener, self._is_asked.is_set))
+                                        args=(app.create(self.service, page), self.service, self._listener, self._is_asked.is_set))
         if model is not None:
             self.service.serve(model)
         self._thread.start()
