@@ -6,6 +6,7 @@ Gradio brings uploads, controls and the transport; `page.js` draws the conversat
 # No annotations from the future: Gradio reads those of handlers, which name a module that is imported late.
 
 import atexit
+import contextlib
 import html
 import os
 import shutil
@@ -119,36 +120,40 @@ def _blocks(gr, talks: Talks, keys: Keys, examples: list[tuple[str, str, str]]):
         async def shown(session: str, views, text: str = "", files=None):
             """Passes views on; the box is emptied at the start, and gets a refused question back at the end."""
             is_asking, last = files is not None, None
-            async for view in views:
-                is_first, last = last is None, view
-                if is_first:
-                    empty = {"value": {"text": "", "files": []}} if is_asking and view["busy"] else {}
-                    yield view, box(view, **empty)
-                elif view["busy"]:
-                    yield view, gr.skip()
+            async with contextlib.aclosing(views):
+                async for view in views:
+                    is_first, last = last is None, view
+                    if is_first:
+                        empty = {"value": {"text": "", "files": []}} if is_asking and view["busy"] else {}
+                        yield view, box(view, **empty)
+                    elif view["busy"]:
+                        yield view, gr.skip()
             is_back = is_asking and talks.of(session).refused
             yield last, box(last, **({"value": {"text": text, "files": files}} if is_back else {}))
 
-        async def ask(value, view, temperature, length, request: gr.Request):
-            text, files, session = value["text"] or "", list(value["files"] or []), request.session_hash
-            views = talks.ask(session, text, files, Settings(temperature, length), len(view["exchanges"]),
+        def asking(request: gr.Request, text: str, files: list[str], count: int, *settings):
+            views = talks.ask(request.session_hash, text, files, Settings(*settings), count,
                               keys.name(request.headers) or "")
-            async for each in shown(session, views, text, files):
-                yield each
+            return contextlib.aclosing(shown(request.session_hash, views, text, files))
 
-        async def example(view, temperature, length, request: gr.Request, event: gr.EventData):
+        async def ask(value, count, temperature, length, request: gr.Request):
+            text, files = value["text"] or "", list(value["files"] or [])
+            async with asking(request, text, files, count, temperature, length) as changes:
+                async for each in changes:
+                    yield each
+
+        async def example(count, temperature, length, request: gr.Request, event: gr.EventData):
             path, text, _ = examples[int(event.index)]
-            views = talks.ask(request.session_hash, text, [path], Settings(temperature, length),
-                              len(view["exchanges"]), keys.name(request.headers) or "")
-            async for each in shown(request.session_hash, views, text, [path]):
-                yield each
+            async with asking(request, text, [path], count, temperature, length) as changes:
+                async for each in changes:
+                    yield each
 
         async def again(temperature, length, request: gr.Request, event: gr.EventData):
-            text = event._data.get("text")
-            views = talks.again(request.session_hash, int(event.index), text, Settings(temperature, length),
-                                keys.name(request.headers) or "")
-            async for each in shown(request.session_hash, views):
-                yield each
+            views = talks.again(request.session_hash, int(event.index), event._data.get("text"),
+                                Settings(temperature, length), keys.name(request.headers) or "")
+            async with contextlib.aclosing(shown(request.session_hash, views)) as changes:
+                async for each in changes:
+                    yield each
 
         def stop(request: gr.Request):
             talks.stop(request.session_hash)
@@ -162,8 +167,11 @@ def _blocks(gr, talks: Talks, keys: Keys, examples: list[tuple[str, str, str]]):
 
         quiet = {"show_progress": "hidden", "api_visibility": "private", "concurrency_limit": None}
         settings, both = [temperature, length], [talk, question]
-        question.submit(ask, [question, talk, *settings], both, **quiet)
-        talk.example(example, [talk, *settings], both, **quiet)
+        # The browser sends how many exchanges it shows, not what is in them.
+        question.submit(ask, [question, talk, *settings], both, **quiet,
+                        js="(value, view, ...rest) => [value, view.exchanges.length, ...rest]")
+        talk.example(example, [talk, *settings], both, **quiet,
+                     js="(view, ...rest) => [view.exchanges.length, ...rest]")
         talk.regenerate(again, settings, both, **quiet)
         talk.edit(again, settings, both, **quiet)
         question.stop(stop, queue=False, **quiet)

@@ -63,10 +63,10 @@ def picture(path: str, limits: Limits, choice: Choice = Choice()) -> Picture:
     Raises:
       ApiError: the file is gone, is not an image, is damaged, or is above a limit.
     """
-    name, data = short(Path(path).name, 60), _read(path, limits)
+    name, data, shown = short(Path(path).name, 60), _read(path, limits), Path(path).name
     if not _is_dicom(path, data):
         image = images.decode(data, name, limits)
-        return Picture(_url(data, "image"), _preview(image), name)
+        return Picture(_url(data, "image"), _preview(image), shown)
     try:
         _check_size(data, name, limits)
         image = read_dicom(io.BytesIO(data), name, choice.frame, choice.window)
@@ -74,7 +74,7 @@ def picture(path: str, limits: Limits, choice: Choice = Choice()) -> Picture:
         raise invalid(str(error), code="invalid_image") from None
     file = io.BytesIO()
     image.save(file, "PNG")
-    shown = name if choice.frame == 1 else f"{name}, frame {choice.frame}"
+    shown = shown if choice.frame == 1 else f"{shown}, frame {choice.frame}"
     return Picture(_url(file.getvalue(), "image/png"), _preview(image.convert("RGB")), shown)
 
 

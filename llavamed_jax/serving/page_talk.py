@@ -134,21 +134,21 @@ class Talks:
         """
         talk = self.of(session)
         try:
-            if talk.is_busy:
-                raise invalid("an answer is still being written; stop it or wait for its end")
+            _check_free(talk)
             if shown is not None and shown != len(talk.exchanges):
-                raise invalid("the server no longer has this conversation, because it was restarted or had to make "
-                              "room; start a new conversation")
-            if not text.strip() and not files:
-                raise invalid("the question is empty; write one, or add an image")
+                raise _forgotten()
+            _check_content(text, files)
             pictures = [await asyncio.to_thread(picture, path, self.service.limits, talk.choices.get(path, Choice()))
                         for path in files]
+            _check_free(talk)  # the pictures took a while
         except ApiError as error:
             talk.alert, talk.refused = sentence(error), True
             yield talk.view()
             return
-        async for view in self._answer(talk, talk.exchanges, Exchange(text, pictures), settings, key):
-            yield view
+        views = self._answer(talk, talk.exchanges, Exchange(text, pictures), settings, key)
+        async with contextlib.aclosing(views):
+            async for view in views:
+                yield view
 
     async def again(self, session: str, index: int, text: str | None = None, settings: Settings = Settings(),
                     key: str = "") -> AsyncIterator[dict]:
@@ -165,16 +165,20 @@ class Talks:
           The views. If the question is refused, the last one has the old exchanges and an alert.
         """
         talk = self.of(session)
-        if talk.is_busy or not 0 <= index < len(talk.exchanges):
-            talk.alert = sentence(invalid("an answer is still being written; stop it or wait for its end")
-                                  if talk.is_busy else invalid("the server no longer has this conversation; start a "
-                                                               "new conversation"))
+        try:
+            _check_free(talk)
+            if not 0 <= index < len(talk.exchanges):
+                raise _forgotten()
+            old = talk.exchanges[index]
+            question = Exchange(old.text if text is None else text, old.pictures)
+            _check_content(question.text, question.pictures)
+        except ApiError as error:
+            talk.alert, talk.refused = sentence(error), True
             yield talk.view()
             return
-        old = talk.exchanges[index]
-        question = Exchange(old.text if text is None else text, old.pictures)
-        async for view in self._answer(talk, talk.exchanges[:index], question, settings, key):
-            yield view
+        async with contextlib.aclosing(self._answer(talk, talk.exchanges[:index], question, settings, key)) as views:
+            async for view in views:
+                yield view
 
     async def _answer(self, talk: Talk, before: list[Exchange], question: Exchange, settings: Settings, key: str
                       ) -> AsyncIterator[dict]:
@@ -293,6 +297,21 @@ def sentence(error: ApiError) -> str:
     """Returns an error as a person reads it."""
     text = error.message[:1].upper() + error.message[1:]
     return text if text.endswith((".", "?", "!")) else f"{text}."
+
+
+def _check_free(talk: Talk) -> None:
+    if talk.is_busy:
+        raise invalid("an answer is still being written; stop it or wait for its end")
+
+
+def _check_content(text: str, images: Sequence) -> None:
+    if not text.strip() and not images:
+        raise invalid("the question is empty; write one, or add an image")
+
+
+def _forgotten() -> ApiError:
+    return invalid("the server no longer has this conversation, because it was restarted or had to make room; start a "
+                   "new conversation")
 
 
 def _check_size(body: dict, service: Service) -> None:
