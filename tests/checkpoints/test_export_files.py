@@ -26,6 +26,7 @@ from llavamed_jax.checkpoints.tree.model import write_model
 from llavamed_jax.config import DecoderConfig, LlavaConfig, VisionConfig
 from llavamed_jax.errors import UserError
 from llavamed_jax.utils import directories
+from tests.support import xla
 
 ROOT = Path(__file__).resolve().parents[2]
 CFG = LlavaConfig(VisionConfig(32, 64, 3, 4, 28, 14), DecoderConfig(70, 48, 96, 2, 4, 2, 12, 1e-5, 1e4, 512, architecture="mistral"))
@@ -103,7 +104,7 @@ def source(tmp_path_factory):
 def begin(source, out, command):
     argv = {"import": ["import"], "transformers": ["export", "--layout", "transformers"]}[command]
     process = subprocess.Popen([sys.executable, "-c", SLOW, *argv, "--checkpoint", str(source), "--out", str(out)], cwd=ROOT,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "XLA_FLAGS": ""})
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "XLA_FLAGS": xla.flags()})
     while "begun" not in (line := process.stdout.readline()):
         assert line, process.stderr.read()
     return process

@@ -25,6 +25,7 @@ from llavamed_jax.recipes import recipe_arguments
 from llavamed_jax.text.tokenizer import Tokenizer
 from llavamed_jax.training import place, recipe
 from llavamed_jax.utils.nested import flatten
+from tests.support import xla
 
 ROOT = Path(__file__).resolve().parents[2]
 SAMPLE = ROOT / "samples" / "vqa_rad"
@@ -266,7 +267,7 @@ def test_interrupted_at_the_keyboard_saves_and_ends_with_75(tmp_path):
     write_model(tmp_path / "start", random_checkpoint(cfg), files={"tokenizer.model": SAMPLE / "tokenizer.model"})
     command = [sys.executable, "train.py", "--config", "configs/demo.py:vqa", "--workdir", str(tmp_path / "run"),
                f"--config.init={tmp_path / 'start'}", "--config.total_steps=100000", "--config.data.workers=1", "--config.log_every=1"]
-    environment = {**os.environ, "XLA_FLAGS": ""}  # one device
+    environment = {**os.environ, "XLA_FLAGS": xla.flags()}  # one device
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                text=True, start_new_session=True)
     log = tmp_path / "run" / "metrics.jsonl"

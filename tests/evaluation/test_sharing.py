@@ -16,6 +16,7 @@ from llavamed_jax.evaluation.answering import sharing
 from llavamed_jax.evaluation.answering.answerer import Answer
 from llavamed_jax.evaluation.answering.resume import Partial
 from llavamed_jax.parallel import distributed
+from tests.support import xla
 from tests.support.several import ends, two
 from tests.support.training_runs import write_start
 
@@ -171,7 +172,7 @@ def test_two_processes_with_a_real_model_answer_as_one(tmp_path):
     command = ["--config", "configs/eval/vqa_rad.py:demo", "--config.generation.max_new_tokens=4", "--checkpoint",
                str(start),
                "--mesh", "data=4", "--control", "image"]
-    four = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    four = {"XLA_FLAGS": xla.flags(4)}
     running = two("llavamed_jax.cli.eval", *command, "--workdir", str(tmp_path / "two"), **four)
     assert [status for status, *_ in ends(running)] == [0, 0]
     done = subprocess.run([sys.executable, "eval.py", *command, "--workdir", str(tmp_path / "one")], cwd=ROOT,

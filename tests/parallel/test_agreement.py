@@ -19,6 +19,7 @@ from llavamed_jax.training.start import open_start
 from llavamed_jax.utils import code
 from llavamed_jax.utils.nested import flatten
 from tests.support import training_runs as runs
+from tests.support import xla
 from tests.support.several import Threads, ends, two
 from tests.support.training_runs import ROOT, SAMPLE
 
@@ -299,7 +300,7 @@ def test_two_processes_of_other_data_under_one_name_end_with_one_sentence(tmp_pa
     records = json.loads((folders[1] / "train.json").read_text())
     records[3]["conversations"][1]["value"] = "another"
     (folders[1] / "train.json").write_text(json.dumps(records))
-    running = two("train", *command(tmp_path), "--workdir", str(tmp_path / "run"), folders=folders, XLA_FLAGS="")
+    running = two("train", *command(tmp_path), "--workdir", str(tmp_path / "run"), folders=folders, XLA_FLAGS=xla.flags())
     (status, _, said), (there, silent, said_there) = ends(running, 300)
     assert (status, there, silent) == (1, 1, "") and said == said_there and len(said.splitlines()) == 1, said + said_there
     assert "error: process 1 was started differently from process 0: the records of data.train ('12 records, sha256 " in said

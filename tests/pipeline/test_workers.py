@@ -20,6 +20,7 @@ from llavamed_jax.checkpoints.tree.store import newest_intact_step
 from llavamed_jax.pipeline import workers
 from llavamed_jax.utils import signals, worker_notes
 from tests.support import training_runs as runs
+from tests.support import xla
 from tests.support.training_runs import ROOT
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="asks Linux's /proc")
@@ -179,6 +180,8 @@ def test_workers_that_are_stopped_before_their_first_line_end_with_their_parent(
     deadline = time.monotonic() + 30
     while (left := [pid for pid in stopped if Path(f"/proc/{pid}").exists()]) and time.monotonic() < deadline:
         time.sleep(0.05)
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
     assert not left
 
 
@@ -273,7 +276,7 @@ def command(tmp_path_factory):
 
 def begin(command, workdir, least=3):
     """A run behind its first updates, and the processes of its workers."""
-    process = subprocess.Popen([*command, "--workdir", str(workdir)], cwd=ROOT, env={**os.environ, "XLA_FLAGS": ""},
+    process = subprocess.Popen([*command, "--workdir", str(workdir)], cwd=ROOT, env={**os.environ, "XLA_FLAGS": xla.flags()},
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     log, deadline = workdir / "metrics.jsonl", time.monotonic() + 300
     while not (log.exists() and log.read_text().count("\n") >= least) and process.poll() is None and time.monotonic() < deadline:

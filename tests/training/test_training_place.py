@@ -21,6 +21,7 @@ from llavamed_jax.training import program, trainer
 from llavamed_jax.training.place import Lost
 from llavamed_jax.training.trainer import fit
 from tests.support import training_runs as runs
+from tests.support import xla
 from tests.support.training_runs import ROOT, FakeStep
 
 pytestmark = pytest.mark.usefixtures("one_device", "without_compiling")
@@ -305,7 +306,7 @@ def test_a_command_whose_workdir_is_gone_exits_1(recipe, tmp_path):
              f"--config.data.train={cfg.data.train}", f"--config.data.images={cfg.data.images}", "--config.total_steps=100000",
              "--config.batch_size=4", "--config.max_length=40", "--config.log_every=100000", "--config.checkpoint.every_steps=0"]
     run = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                           env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""})
+                           env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla.flags()})
     while not all((work / name).exists() for name in ("tensorboard", "checkpoints", "metrics.jsonl")):
         assert run.poll() is None
     shutil.rmtree(work)

@@ -17,6 +17,7 @@ from llavamed_jax.checkpoints.tree.store import newest_intact_step
 from llavamed_jax.training import step_agreement as module
 from llavamed_jax.training.step_agreement import StepAgreement
 from tests.support import training_runs as runs
+from tests.support import xla
 from tests.support.several import Threads, ends, free_port, two
 from tests.support.training_runs import ROOT, SAMPLE
 
@@ -82,7 +83,7 @@ def test_alone_the_own_word_counts(monkeypatch):
 
 # ---- two processes
 
-FOUR, EIGHT = ({"XLA_FLAGS": f"--xla_force_host_platform_device_count={n}"} for n in (4, 8))
+FOUR, EIGHT = ({"XLA_FLAGS": xla.flags(n)} for n in (4, 8))
 
 
 def test_arrays_of_two_processes_lie_where_they_should():

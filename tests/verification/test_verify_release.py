@@ -14,6 +14,7 @@ from llavamed_jax.checkpoints.export.directory import export
 from llavamed_jax.checkpoints.random import random_checkpoint
 from llavamed_jax.config import DecoderConfig, LlavaConfig, VisionConfig
 from tests.conftest import ROOT
+from tests.support import xla
 from tests.support.local_hub import LocalHub
 
 CONFIG = LlavaConfig(VisionConfig(32, 64, 3, 4, 28, 14),
@@ -42,7 +43,7 @@ def verify(hub, home, *flags, model=MODEL):
     command = [sys.executable, "-m", "llavamed_jax.cli.verify_release", "--model", model, "--out", home / "verification.md",
                "--workdir", home / "run", *flags]
     environment = os.environ | {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(home / "hf"),
-                                "XLA_FLAGS": "", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+                                "XLA_FLAGS": xla.flags(), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     return subprocess.run(list(map(str, command)), cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
