@@ -41,7 +41,8 @@ def base(name: str, init: str, template: str, train: str | tuple) -> ConfigDict:
     c.data.skip_limit = 0.5  # of the samples, that may turn out unusable before the run stops
 
     c.batch_size = placeholder(int)  # samples an update
-    c.micro_batches = placeholder(int)
+    c.micro_batches = placeholder(object)  # a number, or auto
+    c.batch_size_may_grow = False
     c.epochs = placeholder(int)
     c.total_steps = placeholder(int)  # in place of epochs
     c.max_length = placeholder(int)  # tokens a sample

@@ -25,7 +25,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.data.images = "data/images"
     c.data.mean_length = 1080
     c.batch_size = 128
-    c.micro_batches = 2  # on eight devices a row of 8,192 tokens each at a time
+    c.micro_batches = "auto"  # on eight devices two rows of 8,192 tokens each at a time
     c.epochs = args.epochs or epochs
     c.max_length = 2048  # all three
     # v1.0 ran one sample a micro-batch through HF's Trainer, which averages their means: every sample weighs alike.

@@ -23,7 +23,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c = common.for_a_task("vqa_rad", args, TEMPLATES[args.family])
     c.data.mean_length = 620
     c.batch_size = 64
-    c.micro_batches = 1  # on eight devices 4,096 tokens each
+    c.micro_batches = "auto"  # on eight devices 5,000 tokens each
     c.epochs = args.epochs
     c.max_length = 2048  # as in its command
     # v1.0 ran one sample a micro-batch through HF's Trainer, which averages their means: every sample weighs alike.

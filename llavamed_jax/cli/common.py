@@ -11,6 +11,7 @@ import contextlib
 import difflib
 import importlib
 import os
+import re
 import runpy
 import sys
 import traceback
@@ -295,9 +296,12 @@ def _apply(config: ConfigDict, override: str) -> None:
     if text.lower() == "none" and key in recipe.SCHEMA and recipe.SCHEMA[key].is_open:
         with config.ignore_type():
             node[leaf] = None
-    elif key == "data.train":  # the only key with two types: a file, or a list of weighted files
+    elif key == "data.train":  # a file, or a list of weighted files
         with config.ignore_type():
             node[leaf] = _parse(key, text, None, tuple) if text.startswith("[") else text
+    elif key in recipe.SCHEMA and recipe.SCHEMA[key].types == (int, str):  # a number or a word
+        with config.ignore_type():
+            node[leaf] = int(text) if re.fullmatch(r"-?\d+", text) else text
     else:
         node[leaf] = _parse(key, text, node[leaf], node.get_type(leaf))
 

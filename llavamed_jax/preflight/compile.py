@@ -205,7 +205,8 @@ def train(cfg: ConfigDict, topology: Topology, devices: Sequence, peak: str | No
     return dict(
         model=model, mesh=dict(training.program.mesh.shape), attention=training.program.model.attention,
         rows=training.update.rows, row_length=training.update.row_length, micro_batches=training.micro_batches,
-        fitting_batch_size=training.update.fitting, mean_length=training.mean_length,
+        fitting_batch_size=None if training.update.is_close else round(training.update.samples),
+        samples_per_step=training.update.samples, mean_length=training.mean_length,
         compile_seconds=found.seconds, compile_cpu_seconds=found.cpu_seconds, program_bytes=len(found.text),
         bytes={**held, "activations": max(0, found.peak - sum(held.values())), **found.bytes()},
         collectives=collectives.totals(sent), traffic_bytes=round(sum(each.count * each.bytes for each in sent)),

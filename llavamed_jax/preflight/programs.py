@@ -20,12 +20,12 @@ from llavamed_jax.checkpoints.load import refuse_few_bits
 from llavamed_jax.config import PRESET, PRESETS, LlavaConfig, preset
 from llavamed_jax.errors import UsageError, cut, short
 from llavamed_jax.parallel.mesh import batch_sharding, batch_shards
-from llavamed_jax.pipeline.packing import Update, rows_an_update
+from llavamed_jax.pipeline.packing import Update
 from llavamed_jax.training import fp8
 from llavamed_jax.training.losses import most_rounds
 from llavamed_jax.training.program import Program, bytes_a_device, open_mesh
 from llavamed_jax.training.recipe import TABLE
-from llavamed_jax.training.rows import check_positions, check_rows, row_multiple
+from llavamed_jax.training.rows import check_positions, packed, unpacked
 from llavamed_jax.training.step import make_train_step
 from llavamed_jax.training.throughput import training_flops
 
@@ -87,14 +87,12 @@ class Training:
     Attributes:
       program: the model, mesh, optimizer and shardings of the run.
       update: number and length of the rows, and the number of samples in them.
-      micro_batches: number of micro-batches of an update.
       image_slots: images per row.
       mean_length: tokens per sample, as stated by the recipe, at most `max_length`.
     """
 
     program: Program
     update: Update
-    micro_batches: int
     image_slots: int
     mean_length: float
 
@@ -119,19 +117,17 @@ class Training:
         if len(trainable) < len(cfg.trainable) and config.use_start_end:
             trainable, rows = tuple(cfg.trainable), (config.decoder.vocab_size - 2, config.decoder.vocab_size - 1)
         program = Program.of(cfg, config, mesh, 100, trainable, rows)
-        multiple = row_multiple(cfg, mesh)
         mean_length = min(cfg.data.mean_length, cfg.max_length)  # longer samples are cut
         if cfg.data.packing:
             if 0 < cfg.data.row_length < mean_length:
                 raise UsageError(f"the config key 'data.row_length' is {cfg.data.row_length}; at least "
                                  f"data.mean_length ({mean_length} tokens) was expected, so that a sample fits")
-            update = rows_an_update(cfg.batch_size, mean_length, multiple, cfg.data.row_length, longest=mean_length)
+            longest = mean_length if cfg.data.row_length else cfg.max_length  # a row length of the recipe is believed
+            update = packed(cfg, mesh, config, mean_length, longest)
             slots = -(-update.row_length // mean_length)
         else:
-            check_rows(cfg, multiple)
-            update = Update(cfg.max_length, cfg.batch_size, cfg.batch_size, None)
-            slots = 1
-        return cls(program, update, cfg.micro_batches, slots, mean_length)
+            update, slots = unpacked(cfg, batch_shards(mesh)), 1
+        return cls(program, update, slots, mean_length)
 
     def lower(self):
         """Returns the update, lowered for the devices of the mesh."""
@@ -154,6 +150,11 @@ class Training:
         state = self.program.abstract_state()
         return dict(parameters=bytes_a_device((state.trainable, state.frozen)),
                     optimizer=bytes_a_device(state.opt_state), gradients=bytes_a_device(state.trainable))
+
+    @property
+    def micro_batches(self) -> int:
+        """Number of micro-batches of an update."""
+        return self.update.micro_batches
 
     @property
     def tokens(self) -> int:

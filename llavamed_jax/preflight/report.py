@@ -241,8 +241,8 @@ def remarks(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         if row.get("fp8_matmuls") is not None:
             lines.append(f"{row['topology']}: {fp8_matmuls.sentence(row['fp8_matmuls'])}")
         if row.get("fitting_batch_size") is not None:
-            lines.append(f"{row['topology']}: an update has {row['fitting_batch_size']} samples on these devices; set "
-                         f"batch_size to {row['fitting_batch_size']}")
+            lines.append(f"{row['topology']}: an update has {row['fitting_batch_size']} samples on these devices, and "
+                         "not batch_size (batch_size_may_grow)")
         if not row["fits"]:
             lines.append(_way_out(row))
         lines += [f"{row['topology']}: XLA replicates an array that should be sharded: {text[:300]}"

@@ -110,7 +110,7 @@ def training_changes(config: Mapping[str, Any], row: Row) -> Iterator[dict[str, 
     mesh = row["mesh"]
     if mesh["fsdp"] == 1 < mesh["data"] and not config["mesh"]["auto"]:
         yield {"mesh.data": config["mesh"]["slices"], "mesh.fsdp": -1}
-    micro_batches = config["micro_batches"]
+    micro_batches = row["micro_batches"]
     most = row["rows"] // (mesh["data"] * mesh["fsdp"])  # one row per device at a time
     while most > 1 and config["batch_size"] % most:
         most -= 1
@@ -146,7 +146,7 @@ def _fewer(job: Job, row: Row, changes: dict[str, Any], tried: Row, fitting: Try
     Returns:
       The changes, and the result of compiling with them.
     """
-    first, last = job["config"]["micro_batches"], changes.get("micro_batches", 0)
+    first, last = row["micro_batches"], changes.get("micro_batches", 0)
     if last <= 2 * first or set(changes) != {"micro_batches"}:
         return changes, tried
     share = (row["bytes"]["peak"] - tried["bytes"]["peak"]) / (1 / first - 1 / last)

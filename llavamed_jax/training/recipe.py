@@ -69,7 +69,8 @@ class Key:
 
     def values(self) -> str:
         """Returns type and range in words, such as `integer, more than 0, at most 10,000`."""
-        said = [" or ".join(self.choices) or " or ".join(dict.fromkeys(_WORDS[kind] for kind in self.types))]
+        words = [_WORDS[kind] for kind in self.types if not (self.choices and kind is str)]
+        said = [" or ".join(dict.fromkeys([*words, *self.choices]))]
         said += [f"at most {self.longest} characters"] if self.longest is not None else []
         if self.share:
             said.append(self.share)
@@ -123,7 +124,8 @@ SCHEMA: Mapping[str, Key] = MappingProxyType({
     "data.validation": _open("data for loss and closed accuracy, computed at each save by checkpoint.every_steps"),
     "data.samples": _open("data for the sample answers of samples_every; none takes data.validation, else data.train"),
     "data.packing": _flag("whether several samples share a row", True),
-    "data.row_length": _integer("tokens per packed row; 0 picks 8,192, 4,096 or 2,048", 0, least=0, most=2**17),
+    "data.row_length": _integer("tokens per packed row; 0 picks 8,192, 4,096, 2,048, or a length that makes the "
+                                 "batch", 0, least=0, most=2**17),
     "data.mean_length": _integer("mean tokens per sample, images included; used by preflight, which reads no data; a "
                                  "run measures its own", more_than=0),
     "data.workers": _integer("processes that read and tokenize; 0 reads in the training process", 8,
@@ -131,7 +133,10 @@ SCHEMA: Mapping[str, Key] = MappingProxyType({
     "data.skip_limit": _number("the share of samples, and of images, that may be unusable before the run stops", 0.5,
                                least=0, most=1),
     "batch_size": _integer("samples per update", more_than=0, most=2**20),
-    "micro_batches": _integer("the number of micro-batches per update", more_than=0),
+    "micro_batches": Key((int, str), "the number of micro-batches per update; auto picks the fewest that have at most "
+                                     "16,384 positions, or one row, on a device", choices=("auto",), more_than=0),
+    "batch_size_may_grow": _flag("whether packed rows may make updates of other than batch_size samples, by more than "
+                                 "a tenth; else such a mesh is refused", False),
     "epochs": _open("the length of the run in epochs; none if total_steps is given", int, more_than=0, most=10_000),
     "total_steps": _open("the length of the run in updates; none if epochs is given", int, more_than=0, most=10**9),
     "max_length": _integer("the most tokens per sample; longer samples are cut and counted", more_than=0),
@@ -203,7 +208,7 @@ def check(cfg: ConfigDict) -> None:
         _check_value(key, value)
     if cfg.epochs is None and cfg.total_steps is None:
         raise UsageError("the config keys 'epochs' and 'total_steps' are both none; one of them was expected")
-    if cfg.batch_size % cfg.micro_batches:
+    if isinstance(cfg.micro_batches, int) and cfg.batch_size % cfg.micro_batches:
         raise UsageError(f"the config key 'batch_size' is {cfg.batch_size}; "
                          f"a multiple of micro_batches ({cfg.micro_batches}) was expected")
     for axis, free in (("data", (1, -1)), ("fsdp", (1, -1)), ("tp", (1,))):
@@ -237,8 +242,9 @@ def _check_value(name: str, value: Any) -> None:
         return
     if type(value) not in key.types:  # not isinstance: a bool is an instance of int
         refuse(" or ".join([kind.__name__ for kind in key.types] + ["none"] * key.is_open))
-    if key.choices and value not in key.choices:
-        refuse(" or ".join([*key.choices, *["None"] * key.is_open]))
+    if key.choices and isinstance(value, str) and value not in key.choices:
+        numbers = ["a number"] * (int in key.types)
+        refuse(" or ".join([*key.choices, *numbers, *["None"] * key.is_open]))
     if isinstance(value, str):
         _check_text(name, key, value)
     if type(value) in (int, float):

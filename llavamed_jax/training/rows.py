@@ -17,23 +17,68 @@ from llavamed_jax.config import LlavaConfig
 from llavamed_jax.datasets import training
 from llavamed_jax.errors import UsageError, UserError, count_of
 from llavamed_jax.models import llava
-from llavamed_jax.parallel.mesh import batch_shards, local_rows
+from llavamed_jax.parallel.mesh import batch_shards, local_rows, make_mesh
 from llavamed_jax.pipeline import lengths, loader, packing
 from llavamed_jax.pipeline.lengths import Lengths
 from llavamed_jax.processor import Processor
 from llavamed_jax.training.state import partition
 
 
-def row_multiple(cfg: ConfigDict, mesh: Mesh) -> int:
-    """Returns the number that divides the rows of an update: data x fsdp of the mesh x micro-batches."""
-    return batch_shards(mesh) * cfg.micro_batches
+def unpacked(cfg: ConfigDict, shards: int) -> packing.Update:
+    """Returns the rows of an update of one sample a row.
 
-
-def check_rows(cfg: ConfigDict, multiple: int) -> None:
-    """Raises UsageError if unpacked rows, one a sample, cannot be sharded evenly; packed rows adapt their number."""
+    Raises:
+      UsageError: they cannot be sharded evenly. Packed rows adapt their number.
+    """
+    is_chosen = cfg.micro_batches == packing.AUTO
+    multiple = shards * (1 if is_chosen else cfg.micro_batches)
     if cfg.batch_size % multiple:
+        said = "" if is_chosen else f" x micro_batches {cfg.micro_batches}"
         raise UsageError(f"the config key 'batch_size' is {cfg.batch_size}; a multiple of {multiple} was expected "
-                         f"(data x fsdp of the mesh x micro_batches {cfg.micro_batches})")
+                         f"(data x fsdp of the mesh{said})")
+    parts = packing.parts_of(cfg.batch_size // shards, cfg.max_length) if is_chosen else cfg.micro_batches
+    return packing.Update(cfg.max_length, cfg.batch_size, parts, cfg.batch_size, True)
+
+
+def packed(cfg: ConfigDict, mesh: Mesh, config: LlavaConfig, mean_length: float, longest: int) -> packing.Update:
+    """Returns the packed rows of an update of `batch_size` samples.
+
+    Args:
+      cfg: the recipe.
+      mesh: the devices.
+      config: the model's shapes.
+      mean_length: mean number of tokens of a sample.
+      longest: tokens of the longest sample.
+
+    Raises:
+      UsageError: updates would have another number of samples, by more than a tenth, and `batch_size_may_grow` is off;
+        or the longest sample does not fit `data.row_length`.
+    """
+    shards = batch_shards(mesh)
+
+    def update(shards=shards, micro_batches=cfg.micro_batches, row_length=cfg.data.row_length):
+        return packing.rows_an_update(cfg.batch_size, mean_length, shards, micro_batches, row_length, longest)
+
+    made = update()
+    if made.is_close or cfg.batch_size_may_grow:
+        return made
+    ways = []
+    if cfg.micro_batches not in (1, packing.AUTO) and update(micro_batches=packing.AUTO).is_close:
+        ways.append("micro_batches=auto")
+    if cfg.data.row_length and update(row_length=0).is_close:
+        ways.append("data.row_length=0")
+    tp = mesh.shape["tp"]
+    splits = (2**i for i in range(1, 8) if shards % 2**i == 0 and config.decoder.num_kv_heads % (tp * 2**i) == 0)
+    if (split := next((each for each in splits if update(shards=shards // each).is_close), None)) is not None:
+        ways.append(f"mesh.tp={tp * split}")
+    ways.append(f"batch_size={round(made.samples)}")
+    fewer = (shards >> i for i in range(1, shards.bit_length()))
+    if (number := next((each for each in fewer if update(shards=each).is_close), None)) is not None:
+        ways.append(count_of(number * tp, "device"))
+    raise UsageError(f"the config key 'batch_size' is {cfg.batch_size}, but {made.rows} packed rows of "
+                     f"{made.row_length} tokens on {count_of(mesh.size, 'device')} (data x fsdp is {shards}) make "
+                     f"updates of about {made.samples:.0f} samples; {', '.join(ways[:-1])}{' or ' if ways[1:] else ''}"
+                     f"{ways[-1]} was expected, or batch_size_may_grow=true to train with what the rows hold")
 
 
 @dataclass(frozen=True)
@@ -63,14 +108,14 @@ class Data:
     unread: list[dict] = field(default_factory=list)
 
     @classmethod
-    def open(cls, cfg: ConfigDict, checkpoint: Checkpoint, multiple: int = 1, workdir: Path | None = None,
+    def open(cls, cfg: ConfigDict, checkpoint: Checkpoint, mesh: Mesh | None = None, workdir: Path | None = None,
              settled: Mapping[str, Any] | None = None) -> Data:
         """Reads and measures the data, and settles the shape of its rows.
 
         Args:
           cfg: the recipe.
           checkpoint: the model, its tokenizer and its config.
-          multiple: the rows of an update are a multiple of this (`row_multiple`).
+          mesh: the devices that share the rows; None for one device.
           workdir: its directory `cache/` keeps measurements of large data; None to keep none.
           settled: `resolved` of an earlier part of the run, so that its rows stay the same.
 
@@ -96,7 +141,8 @@ class Data:
         if cfg.data.samples and cfg.samples_every:  # the sampler reads them again; errors are found now
             shown = training.read_training(cfg.data.samples, cfg.data.images)
             samples = measure(shown, cfg.data.samples)
-        rows = _Rows(cfg, checkpoint.config, multiple, settled or {})
+        mesh = make_mesh(None, jax.local_devices()[:1]) if mesh is None else mesh
+        rows = _Rows(cfg, checkpoint.config, mesh, settled or {})
         train, measured = read(cfg.data.train, "train")
         stream = packing.Stream.of(train, cfg.seed)
         plan = packing.Plan(stream, measured, rows.layout(stream, measured), cache)
@@ -126,7 +172,13 @@ class Data:
         """Returns the settled values that `recipe.json` keeps, so that a resumed run has the same rows."""
         layout, found = self.plan.layout, self.plan.lengths
         return dict(samples=len(self.train), mean_length=round(found.mean, 1), row_length=layout.row_length,
-                    image_slots=layout.image_slots, rows=layout.rows)
+                    image_slots=layout.image_slots, rows=layout.rows,
+                    samples_an_update=round(self.samples_an_update(), 1))
+
+    def samples_an_update(self) -> float:
+        """Returns the mean number of samples of an update."""
+        layout, rows = self.plan.layout, self.plan.first(0)
+        return layout.rows * len(rows.records) / len(rows)
 
     def describe(self) -> list[str]:
         """Returns lines about the data, warnings about unused records, and the shape of the rows."""
@@ -159,18 +211,17 @@ class Data:
         return [f"warning: {line}" for line in lines]
 
     def _describe_packing(self) -> list[str]:
-        layout, rows, batch_size = self.plan.layout, self.plan.first(0), self.cfg.batch_size
-        here = layout.rows * len(rows.records) / len(rows)
+        layout, batch_size, here = self.plan.layout, self.cfg.batch_size, self.samples_an_update()
         about = "about " if self.plan.windows > 1 else ""
         expected = count_of(self.plan.expected_rows(0), "packed row")
         lines = [f"{about}{expected} per epoch, each of {layout.row_length} tokens and "
                  f"{count_of(layout.image_slots, 'image')}; {count_of(layout.rows, 'row')} per update, about "
-                 f"{count_of(round(here), 'sample')} (batch_size is {batch_size})"]
-        meant = packing.rows_an_update(batch_size, self.plan.lengths.mean, layout.rows, layout.row_length)
-        if meant.fitting is not None:
-            lines.append(f"warning: rows of {layout.row_length} tokens on this mesh cannot make updates of about "
-                         f"{batch_size} samples; set batch_size to {meant.fitting}, or use fewer micro_batches or a "
-                         f"smaller mesh")
+                 f"{count_of(round(here), 'sample')} (batch_size is {batch_size})"
+                 + (f", in {layout.micro_batches} micro-batches" if layout.micro_batches > 1 else "")]
+        full = layout.rows * layout.row_length / self.plan.lengths.mean
+        if abs(full - batch_size) > packing.TOLERANCE * batch_size:
+            lines.append(f"warning: updates have about {here:.0f} samples and not {batch_size} (batch_size); the "
+                         "learning rate stays as it is")
         return lines
 
     def training_batches(self, mesh: Mesh | None = None) -> loader.Loader:
@@ -237,21 +288,27 @@ class _Rows:
 
     cfg: ConfigDict
     config: LlavaConfig
-    multiple: int
+    mesh: Mesh
     settled: Mapping[str, Any]
 
     def layout(self, stream: packing.Stream, found: Lengths) -> packing.Layout:
         """Returns the layout of training rows. A resumed run keeps its rows; another mesh only adds empty ones."""
-        cfg, settled = self.cfg, self.settled
+        cfg, settled, shards = self.cfg, self.settled, batch_shards(self.mesh)
         if not cfg.data.packing:
-            if not settled:
-                check_rows(cfg, self.multiple)
-            return self._padded(packing.Layout(cfg.max_length, found.max_images, cfg.batch_size, False))
-        if not found.usable:
-            return packing.Layout(cfg.max_length, 0, self.multiple, True)  # empty; the plan raises
-        update = self.update(found, settled.get("row_length", cfg.data.row_length))
-        slots = settled["image_slots"] if "image_slots" in settled else self._slots(stream, found, update.row_length)
-        return self._padded(packing.Layout(update.row_length, slots, settled.get("rows", update.rows), True))
+            rows, length, slots = cfg.batch_size, cfg.max_length, found.max_images
+            parts = cfg.micro_batches if settled else unpacked(cfg, shards).micro_batches
+        elif not found.usable:
+            return packing.Layout(cfg.max_length, 0, shards, True)  # empty; the plan raises
+        elif settled:
+            rows, length, slots, parts = (*(settled[key] for key in ("rows", "row_length", "image_slots")),
+                                          cfg.micro_batches)
+        else:
+            update = packed(cfg, self.mesh, self.config, found.mean, found.longest)
+            rows, length, parts = update.rows, update.row_length, update.micro_batches
+            slots = self._slots(stream, found, length)
+        if parts == packing.AUTO:
+            parts = packing.parts_of(-(-rows // shards), length)
+        return self._padded(packing.Layout(length, slots, rows, cfg.data.packing, micro_batches=parts), shards * parts)
 
     def layout_like(self, layout: packing.Layout, stream: packing.Stream, found: Lengths) -> packing.Layout:
         """Returns the layout of validation rows: as many as a micro-batch, with room for their images and lengths.
@@ -263,14 +320,11 @@ class _Rows:
         """
         row_length = layout.row_length if found.longest <= layout.row_length else -(-found.longest // 128) * 128
         slots = self._slots(stream, found, row_length) if layout.is_packed and found.usable else found.max_images
-        rows = max(1, (layout.rows + layout.padding_rows) // self.cfg.micro_batches)
+        rows = max(1, (layout.rows + layout.padding_rows) // layout.micro_batches)
         return replace(layout, image_slots=slots, row_length=row_length, rows=rows, padding_rows=0)
 
-    def update(self, found: Lengths, row_length: int) -> packing.Update:
-        return packing.rows_an_update(self.cfg.batch_size, found.mean, self.multiple, row_length, found.longest)
-
-    def _padded(self, layout: packing.Layout) -> packing.Layout:
-        layout = replace(layout, padding_rows=-layout.rows % self.multiple)
+    def _padded(self, layout: packing.Layout, multiple: int) -> packing.Layout:
+        layout = replace(layout, padding_rows=-layout.rows % multiple)
         rows, size = (layout.rows + layout.padding_rows) / jax.process_count(), self.config.vision.image_size
         needed = rows * loader.row_bytes(layout, size)
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

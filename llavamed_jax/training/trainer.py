@@ -26,7 +26,7 @@ from llavamed_jax.training.metrics_reader import MetricsReader, Update
 from llavamed_jax.training.profiler import Profiler
 from llavamed_jax.training.program import Program, open_mesh, within_memory
 from llavamed_jax.training.progress import Progress, check_something_was_trained
-from llavamed_jax.training.rows import Data, row_multiple
+from llavamed_jax.training.rows import Data
 from llavamed_jax.training.saver import Saver
 from llavamed_jax.training.start import open_start, with_own_tokenizer
 from llavamed_jax.training.state import TrainState
@@ -237,7 +237,7 @@ class Run:
         """Returns the functions of an update and of a validation batch, which compile on their first call."""
         program, loss_fn = self.program, self.program.loss()
         train_step = make_train_step(loss_fn, program.optimizer, program.schedule, program.mesh, program.shardings,
-                                     self.cfg.micro_batches, program.weighting, program.dropout_seed)
+                                     self.data.plan.layout.micro_batches, program.weighting, program.dropout_seed)
         return train_step, make_eval_step(loss_fn, program.mesh)
 
     def _reader(self, agreed: StepAgreement) -> MetricsReader:
@@ -324,7 +324,7 @@ def _open_inputs(cfg: ConfigDict, workdir: Path, total_steps: int | None, step: 
     start = cfg if step is None else with_own_tokenizer(cfg)
     mesh = open_mesh(cfg, checkpoint.config)
     with distributed.after_first():  # the other processes read what process 0 has cached of large data
-        data = Data.open(start, checkpoint, row_multiple(cfg, mesh), workdir, earlier.get("settled"))
+        data = Data.open(start, checkpoint, mesh, workdir, earlier.get("settled"))
     total_steps = total_steps or data.total_steps()
     agreement.check_same(lambda: alike.data(data, total_steps))
     return checkpoint, data, Program.build(start, checkpoint, mesh, total_steps), total_steps

@@ -23,7 +23,7 @@ _LENGTH = ("epochs", "total_steps")
 MAY_DIFFER = (*_LENGTH, "log_every", "samples_every", "data.samples", "nan_limit", "checkpoint.", "data.workers",
               "mesh.")
 # Keys that older recipes lack, and the value that older runs used. Such a run keeps this value on resuming.
-LATER = {key: SCHEMA[key].default for key in ("loss_weighting", "quantize", "compute", *(
+LATER = {key: SCHEMA[key].default for key in ("loss_weighting", "quantize", "compute", "batch_size_may_grow", *(
     key for key in SCHEMA if key.startswith("lora.")))}
 _RENAMED = {"data.protocol": "protocol"}  # older name -> present name
 

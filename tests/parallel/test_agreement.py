@@ -222,7 +222,7 @@ def test_a_directory_of_a_hosts_own_disk_is_refused(cfg, tmp_path, several, monk
 # ---- what is compared when the data has been read
 
 def read(cfg):
-    return Data.open(cfg, open_start(cfg), 1)
+    return Data.open(cfg, open_start(cfg))
 
 
 @pytest.mark.parametrize("key, change", [("data.train", "text"), ("data.train", "fewer"), ("data.train", "image"),

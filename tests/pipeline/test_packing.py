@@ -302,24 +302,41 @@ def test_packing_leaves_little_empty():
 
 
 @pytest.mark.parametrize("devices, micro_batches, row_length, rows", [
-    (1, 1, 8192, 11), (8, 1, 2048, 40), (64, 1, 2048, 64), (1, 4, 4096, 20), (8, 2, 2048, 48), (64, 8, 2048, 512)])
+    (1, 1, 8192, 11), (8, 1, 2048, 40), (64, 1, 1408, 64), (1, 4, 4096, 20), (8, 2, 5504, 16), (64, 8, 176, 512)])
 def test_128_samples_of_680_tokens(devices, micro_batches, row_length, rows):
-    found = rows_an_update(128, 680, devices * micro_batches)
-    assert (found.row_length, found.rows) == (row_length, rows)
-    assert found.samples == pytest.approx(rows * row_length / 680)
-    assert (found.fitting is None) == (abs(found.samples - 128) <= 12.8)
-    if found.fitting is not None:
-        fits = rows_an_update(found.fitting, 680, devices * micro_batches, row_length)
-        assert fits.rows == rows and fits.fitting is None
+    found = rows_an_update(128, 680, devices, micro_batches)
+    assert (found.row_length, found.rows, found.micro_batches) == (row_length, rows, micro_batches)
+    assert found.samples == pytest.approx(rows * row_length / 680) and found.is_close and abs(found.samples - 128) <= 12.8
 
 
-def test_128_samples_of_1080_tokens_on_64_devices_fit():
-    assert rows_an_update(128, 1080, 64) == packing.Update(2048, 64, 64 * 2048 / 1080, None)
+@pytest.mark.parametrize("devices, row_length, rows, parts", [(1, 8192, 17, 17), (2, 8192, 16, 4), (8, 8192, 16, 1), (64, 2048, 64, 1)])
+def test_the_number_of_micro_batches_follows_from_the_positions_at_a_time(devices, row_length, rows, parts):
+    found = rows_an_update(128, 1080, devices, packing.AUTO, longest=2048)
+    assert (found.row_length, found.rows, found.micro_batches) == (row_length, rows, parts) and found.is_close
+    assert rows % (devices * parts) == 0
+
+
+@pytest.mark.parametrize("rows, row_length, parts", [(1, 8192, 1), (2, 8192, 1), (3, 8192, 3), (4, 8192, 2), (5, 8192, 5), (6, 4096, 2),
+                                                     (1, 32768, 1), (2, 32768, 2), (40, 16, 1)])
+def test_parts_of_a_devices_rows(rows, row_length, parts):
+    assert packing.parts_of(rows, row_length) == parts
+
+
+def test_a_length_of_its_own_makes_the_batch_where_the_usual_ones_do_not():
+    """Sixty-four questions of 620 tokens on eight devices: rows of 2,048, 4,096 and 8,192 make 53 or 106 of them."""
+    found = rows_an_update(64, 620, 8, packing.AUTO, longest=2048)
+    assert (found.row_length, found.rows, found.micro_batches) == (4992, 8, 1) and found.samples == pytest.approx(64, rel=0.01)
+
+
+def test_128_samples_of_1080_tokens_on_64_devices_fit_and_on_256_do_not():
+    assert rows_an_update(128, 1080, 64, longest=2048) == packing.Update(2048, 64, 1, 64 * 2048 / 1080, True)
+    large = rows_an_update(128, 1080, 256, longest=2048)
+    assert (large.row_length, large.rows, large.is_close) == (2048, 256, False) and round(large.samples) == 485
 
 
 def test_a_row_length_that_is_given_is_kept_and_holds_the_longest_sample():
-    assert rows_an_update(128, 680, 8, row_length=4096).rows == 24
-    assert rows_an_update(128, 680, 8, row_length=4096).fitting == 145
+    found = rows_an_update(128, 680, 8, row_length=4096)
+    assert (found.rows, found.row_length, found.is_close) == (24, 4096, False) and round(found.samples) == 145
     with pytest.raises(UsageError, match="'data.row_length' is 512, but the longest sample has 700 tokens"):
         rows_an_update(128, 680, 8, row_length=512, longest=700)
     assert rows_an_update(1, 2500, 64, longest=4000).row_length == 4096

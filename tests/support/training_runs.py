@@ -28,7 +28,9 @@ def write_data(folder: Path) -> Path:
 def shrunk(start: Path, data: Path, **changes):
     """The demo's recipe on a tiny model and little data."""
     keys = {"init": start, "data.train": data / "train.json", "data.images": SAMPLE / "images", "batch_size": 4,
-            "total_steps": 8, "max_length": 40, "log_every": 1, "checkpoint.every_steps": 3, "checkpoint.keep": 9, **changes}
+            "total_steps": 8, "max_length": 40, "log_every": 1, "checkpoint.every_steps": 3, "checkpoint.keep": 9,
+            # So little data seldom fills rows to a tenth of the batch.
+            **({"batch_size_may_grow": True} if changes.get("data.packing") else {}), **changes}
     return load_config(f"{ROOT}/configs/demo.py:vqa", [f"{key}={value}" for key, value in keys.items()])
 
 

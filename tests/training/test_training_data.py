@@ -1,18 +1,22 @@
 """A run's data: packed rows and what is logged of them, what recipe.json keeps of them, and what cannot be used."""
 
 import json
+import math
 import os
 import re
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 
-from llavamed_jax.config import IMAGE_TOKEN
+from llavamed_jax.cli.common import load_config
+from llavamed_jax.config import IMAGE_TOKEN, preset
 from llavamed_jax.errors import UsageError, UserError
 from llavamed_jax.parallel.mesh import make_mesh
+from llavamed_jax.pipeline import packing
 from llavamed_jax.training import program, trainer
-from llavamed_jax.training.rows import Data, row_multiple
+from llavamed_jax.training.rows import Data, packed
 from llavamed_jax.training.start import open_start
 from llavamed_jax.training.trainer import fit
 from tests.support import training_runs
@@ -110,7 +114,7 @@ def test_validation_rows_are_packed_too_and_hold_every_sample_once(recipe):
 def test_validation_takes_the_rows_of_a_micro_batch_at_a_time(recipe):
     cfg = recipe(batch_size=24, micro_batches=4)
     cfg.data.validation = cfg.data.train
-    data = Data.open(cfg, open_start(cfg), multiple=8)  # two devices
+    data = Data.open(cfg, open_start(cfg), make_mesh("data=2"))
     assert data.plan.layout.rows == 8 and data.validation_plan.layout.rows == 2
     batches = list(data.validation_batches())
     assert {batch["input_ids"].shape for batch in batches} == {(2, 96)}
@@ -119,14 +123,14 @@ def test_validation_takes_the_rows_of_a_micro_batch_at_a_time(recipe):
 
 @pytest.mark.parametrize("packing", [True, False])
 def test_a_batch_that_no_memory_holds_is_refused(recipe, packing, monkeypatch):
-    cfg = recipe(batch_size=10, **{"data.packing": packing})
-    data = Data.open(cfg, open_start(cfg), multiple=10)
+    cfg = recipe(batch_size=10, micro_batches=10, **{"data.packing": packing})
+    data = Data.open(cfg, open_start(cfg))
     needed = sum(array.nbytes for name, array in next(data.training_batches()).items() if name != "num_images")
     monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": needed, "SC_PHYS_PAGES": 1}.get)
-    Data.open(cfg, open_start(cfg), multiple=10)
+    Data.open(cfg, open_start(cfg))
     monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": needed - 1, "SC_PHYS_PAGES": 1}.get)
     with pytest.raises(UsageError, match="'batch_size' is 10: an update of 10 rows of .* GB; at most this machine's memory"):
-        Data.open(cfg, open_start(cfg), multiple=10)
+        Data.open(cfg, open_start(cfg))
 
 
 def test_a_sample_is_no_longer_than_the_decoder_knows_positions(recipe):
@@ -144,16 +148,54 @@ def test_sample_questions_that_cannot_be_read_are_known_at_the_start(recipe):
 
 
 def test_rows_divide_by_devices_and_micro_batches(recipe):
-    assert row_multiple(recipe(batch_size=9, micro_batches=3), make_mesh("data=2,fsdp=2,tp=2")) == 2 * 2 * 3
+    cfg = recipe(batch_size=36, micro_batches=3)
+    layout = Data.open(cfg, open_start(cfg), make_mesh("data=2,fsdp=2,tp=2")).plan.layout
+    assert layout.rows % (2 * 2 * 3) == 0 and layout.micro_batches == 3
 
 
-def test_a_warning_names_the_batch_size_that_would_fit(recipe):
-    data = Data.open(recipe(batch_size=1), open_start(recipe()), multiple=8)
-    warning, = (line for line in data.describe() if "batch_size" in line and line.startswith("warning"))
-    fitting = int(re.search(r"set batch_size to (\d+)", warning)[1])
-    again = Data.open(recipe(batch_size=fitting), open_start(recipe()), multiple=8)
-    assert again.plan.layout.rows == data.plan.layout.rows == 8
-    assert not any("would fit" in line for line in again.describe())
+def test_the_number_of_micro_batches_is_chosen_and_said(recipe, monkeypatch):
+    cfg = recipe(micro_batches="auto")
+    assert Data.open(cfg, open_start(cfg)).plan.layout.micro_batches == 1
+    monkeypatch.setattr(packing, "AT_A_TIME", 96)
+    data = Data.open(cfg, open_start(cfg))
+    assert (data.plan.layout.rows, data.plan.layout.micro_batches) == (2, 2)
+    assert any(line.endswith("in 2 micro-batches") for line in data.describe())
+    settled = {**data.resolved(), "rows": 6}  # of a run on another mesh
+    layout = Data.open(cfg, open_start(cfg), make_mesh("data=4"), settled=settled).plan.layout
+    assert (layout.rows, layout.padding_rows, layout.micro_batches) == (6, 2, 2)
+
+
+def test_a_mesh_that_cannot_make_the_batch_is_refused_with_the_ways_that_would(recipe):
+    changes = dict(batch_size=12, batch_size_may_grow=False)
+    cfg = recipe(**changes, **{"data.row_length": 96})
+    with pytest.raises(UsageError) as refused:
+        Data.open(cfg, open_start(cfg), make_mesh("data=8"))
+    said = re.fullmatch(r"the config key 'batch_size' is 12, but 8 packed rows of 96 tokens on 8 devices \(data x fsdp is 8\) make "
+                        r"updates of about (\d+) samples; data.row_length=0, (.*) was expected, or batch_size_may_grow=true to train "
+                        r"with what the rows hold", str(refused.value))
+    samples, ways = int(said[1]), re.split(", | or ", said[2])
+    assert ways == [f"batch_size={samples}", "4 devices"]  # the model has one key/value head, so no tp
+    for way, mesh in (({"data.row_length": 0}, "data=8"), (dict(batch_size=samples), "data=8"), ({}, "data=4")):
+        taken = recipe(**{"data.row_length": 96, **changes, **way})
+        data = Data.open(taken, open_start(taken), make_mesh(mesh))
+        made = data.plan.layout.rows * data.plan.layout.row_length / data.plan.lengths.mean
+        assert abs(made - taken.batch_size) <= 0.1 * taken.batch_size and not any("warning: updates" in line for line in data.describe())
+    grown = recipe(batch_size=12, batch_size_may_grow=True)
+    data = Data.open(grown, open_start(grown), make_mesh("data=8"))
+    assert data.plan.layout.rows == 8 and data.resolved()["samples_an_update"] == round(data.samples_an_update(), 1)
+    warning, = (line for line in data.describe() if line.startswith("warning: updates have about"))
+    assert f"about {data.samples_an_update():.0f} samples and not 12 (batch_size); the learning rate stays as it is" in warning
+
+
+def test_256_devices_make_128_conversations_with_tensor_parallelism_only():
+    cfg = load_config(f"{training_runs.ROOT}/configs/finetune.py:v15,7b", [])
+    of = lambda mesh: packed(cfg, SimpleNamespace(shape=mesh, size=math.prod(mesh.values())), preset("v15-7b"), 1080.0, 2048)
+    with pytest.raises(UsageError, match=r"256 packed rows of 2048 tokens on 256 devices \(data x fsdp is 256\) make updates of about "
+                                         r"485 samples; mesh.tp=4, batch_size=485 or 64 devices was expected, or batch_size_may_grow"):
+        of(dict(data=1, fsdp=256, tp=1))
+    for mesh in (dict(data=1, fsdp=64, tp=4), dict(data=8, fsdp=8, tp=1), dict(data=1, fsdp=8, tp=1), dict(data=1, fsdp=1, tp=1)):
+        made = of(mesh)
+        assert made.is_close and abs(made.samples - 128) <= 12.8, mesh
 
 
 def test_a_row_length_shorter_than_a_sample_is_a_wrong_value(recipe):
