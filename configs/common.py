@@ -58,7 +58,7 @@ def base(name: str, init: str, template: str, train: str | tuple) -> ConfigDict:
     # A rank of 0 trains the kernels themselves. Targets are regular expressions over modules' names.
     c.lora = ConfigDict(dict(rank=0, alpha=16.0, dropout=0.0, rslora=False, targets=(DECODER,)))
     c.mesh = ConfigDict(dict(data=1, fsdp=-1, tp=1, slices=1, auto=False))
-    c.remat = "full"
+    c.remat = "auto"
     c.compute = placeholder(str)  # bfloat16, float32 or fp8; none: bfloat16, and float32 on a CPU
     c.attention = "auto"
     c.checkpoint = ConfigDict(dict(every_steps=500, every_minutes=30.0, keep=2, keep_best=False))

@@ -188,7 +188,7 @@ class Plan:
             reason = f"; the first: {lengths.damaged[0]['reason']}" if lengths.damaged else ""
             raise UserError(f"none of the {len(lengths.tokens)} samples can be used{reason}")
         self.stream, self.lengths, self.layout = stream, lengths, layout
-        self._cache = cache if len(stream) >= LARGE else None
+        self.cache = cache if len(stream) >= LARGE else None
         self._known: dict[tuple[int, int], Rows] = {}  # (epoch, window)
         self._sizes: dict[tuple[int, int], int] = {}  # rows of each window that was planned
         self.windows = -(-len(stream) // WINDOW)
@@ -278,10 +278,10 @@ class Plan:
             row += 1
 
     def _kept(self, epoch: int, window: int) -> Rows:
-        if self._cache is None:
+        if self.cache is None:
             return self._plan(epoch, window)
         name = f"{epoch}" if self.windows == 1 else f"{epoch}-{window}"
-        path = self._cache / f"rows-{self.fingerprint()}-{name}.npz"
+        path = self.cache / f"rows-{self.fingerprint()}-{name}.npz"
         if (known := load_arrays(path, "records", "ends")) is not None:
             return Rows(**known)
         rows = self._plan(epoch, window)

@@ -34,6 +34,7 @@ from llavamed_jax.preflight.floor import floor_of, one_round
 from llavamed_jax.preflight.peaks import near, peaks_of
 from llavamed_jax.preflight.serving import Serving
 from llavamed_jax.preflight.topologies import Topology
+from llavamed_jax.training import settings
 from llavamed_jax.training.throughput import peak_flops
 
 # Without a GPU, XLA cannot autotune Triton's tiles, and the default tiles do not fit every matrix product. So matrix
@@ -197,13 +198,22 @@ def train(cfg: ConfigDict, topology: Topology, devices: Sequence, peak: str | No
     """Compiles the update of a recipe; returns its part of a row of preflight's JSON. `peak` is that of the flag."""
     config, model = programs.shapes_of(cfg.init, cfg.name, cfg.vision_tower)
     training = programs.Training.of(cfg, config, devices, topology.memory)
-    found = compiled(training.lower(), topology)
+    tried: dict[settings.Settings, Compiled] = {}
+
+    def peak_of(chosen: settings.Settings) -> int:
+        tried[chosen] = compiled(training.having(chosen).lower(), topology)
+        return tried[chosen].peak
+
+    chosen = settings.first_that_fits(training.candidates(cfg), peak_of, topology.memory)
+    training = training.having(chosen)
+    found = tried[chosen] if chosen in tried else compiled(training.lower(), topology)
     held = training.bytes()
     sent = collectives.read(found.text)
     peaks = peaks_of(topology, peak)
     floor = peaks and floor_of(found.text, peaks, near(topology), training.loss_rounds, (training.mean_length + 1) / 2)
     return dict(
         model=model, mesh=dict(training.program.mesh.shape), attention=training.program.model.attention,
+        remat=chosen.remat,
         rows=training.update.rows, row_length=training.update.row_length, micro_batches=training.micro_batches,
         fitting_batch_size=None if training.update.is_close else round(training.update.samples),
         samples_per_step=training.update.samples, mean_length=training.mean_length,
@@ -296,9 +306,8 @@ def compiled(lowered, topology: Topology) -> Compiled:
         peak = int(float(used[1]) * _SIZES[used[2]])
         return Compiled(time.monotonic() - start, time.process_time() - cpu_start, peak, None, None, "")
     memory = program.memory_analysis()
-    beside = (memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-              + memory.generated_code_size_in_bytes)
-    peak = beside + memory.temp_size_in_bytes
+    peak = settings.peak_bytes(memory)
+    beside = peak - memory.temp_size_in_bytes
     if topology.platform == "tpu":
         peak = tpu_peak(_said_since(written)) or peak
     return Compiled(time.monotonic() - start, time.process_time() - cpu_start, peak, memory.argument_size_in_bytes,

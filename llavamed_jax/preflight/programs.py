@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -19,14 +19,13 @@ from llavamed_jax.adapters.open import open_model
 from llavamed_jax.checkpoints.load import refuse_few_bits
 from llavamed_jax.config import PRESET, PRESETS, LlavaConfig, preset
 from llavamed_jax.errors import UsageError, cut, short
-from llavamed_jax.parallel.mesh import batch_sharding, batch_shards
-from llavamed_jax.pipeline.packing import Update
-from llavamed_jax.training import fp8
+from llavamed_jax.parallel.mesh import batch_shards
+from llavamed_jax.pipeline.packing import Layout, Update
+from llavamed_jax.training import fp8, settings
 from llavamed_jax.training.losses import most_rounds
 from llavamed_jax.training.program import Program, bytes_a_device, open_mesh
 from llavamed_jax.training.recipe import TABLE
 from llavamed_jax.training.rows import check_positions, packed, unpacked
-from llavamed_jax.training.step import make_train_step
 from llavamed_jax.training.throughput import training_flops
 
 
@@ -116,7 +115,7 @@ class Training:
         rows: tuple[int, ...] = ()
         if len(trainable) < len(cfg.trainable) and config.use_start_end:
             trainable, rows = tuple(cfg.trainable), (config.decoder.vocab_size - 2, config.decoder.vocab_size - 1)
-        program = Program.of(cfg, config, mesh, 100, trainable, rows)
+        program = Program.of(settings.open_remat(cfg), config, mesh, 100, trainable, rows)
         mean_length = min(cfg.data.mean_length, cfg.max_length)  # longer samples are cut
         if cfg.data.packing:
             if 0 < cfg.data.row_length < mean_length:
@@ -131,19 +130,23 @@ class Training:
 
     def lower(self):
         """Returns the update, lowered for the devices of the mesh."""
-        program = self.program
-        step = make_train_step(program.loss(), program.optimizer, program.schedule, program.mesh, program.shardings,
-                               self.micro_batches, program.weighting, program.dropout_seed)
-        return step.lower(program.abstract_state(), self.batch())
+        return settings.lowered(self.program, self.layout, self.micro_batches)
 
-    def batch(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """Returns the rows of an update as shapes, sharded as `step.put_batch` does."""
-        rows, B, T = batch_sharding(self.program.mesh), self.update.rows, self.update.row_length
-        vision = self.program.model.cfg.vision
-        batch = {name: jax.ShapeDtypeStruct((B, T), jnp.int32, sharding=rows)
-                 for name in ("input_ids", "labels", "positions", "segment_ids")}
-        shape = (B, self.image_slots, vision.image_size, vision.image_size, vision.num_channels)
-        return {**batch, "pixel_values": jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=rows)}
+    @property
+    def layout(self) -> Layout:
+        """The rows of an update."""
+        return Layout(self.update.row_length, self.image_slots, self.update.rows, True)
+
+    def candidates(self, cfg: ConfigDict) -> list[settings.Settings]:
+        """Returns the settings that may stand for `auto`, in the order in which they are tried."""
+        mesh = self.program.mesh
+        return settings.candidates(cfg, mesh.devices.flat[0].platform, self.micro_batches,
+                                   self.update.rows // batch_shards(mesh))
+
+    def having(self, chosen: settings.Settings) -> Training:
+        """Returns the update with other settings."""
+        return replace(self, program=settings.with_remat(self.program, chosen.remat),
+                       update=replace(self.update, micro_batches=chosen.micro_batches))
 
     def bytes(self) -> dict[str, int]:
         """Returns the bytes on each device of parameters, optimizer, and gradients as the optimizer takes them."""

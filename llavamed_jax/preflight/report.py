@@ -234,6 +234,7 @@ def remarks(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         lines.append("floor: the least milliseconds per device; ceiling: its share of the data sheet's FLOP/s")
     lines += sorted({f"{row['topology']}: the loss's loop counts {row['loss_rounds']} rounds a micro-batch, for rows "
                      "that are supervised throughout" for row in rows if row.get("floor")})
+    lines += [f"{row['topology']}: remat is {row['remat']}" for row in rows if row.get("remat")]
     lines += sorted({f"model: {row['model']}" for row in rows})
     lines += sorted({f"tokens per sample: {row['mean_length']} (data.mean_length of the recipe)" for row in rows
                      if row.get("mean_length")})

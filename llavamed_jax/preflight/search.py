@@ -115,7 +115,7 @@ def training_changes(config: Mapping[str, Any], row: Row) -> Iterator[dict[str, 
     while most > 1 and config["batch_size"] % most:
         most -= 1
     smaller: dict[str, Any] = {"micro_batches": most} if most > micro_batches else {}
-    if config["remat"] != "full":
+    if config["remat"] not in ("auto", "full"):  # auto has tried full
         yield {"remat": "full"}
         smaller["remat"] = "full"
     if smaller:

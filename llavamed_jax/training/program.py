@@ -250,8 +250,9 @@ def within_memory(cfg: ConfigDict, program: Program) -> Iterator[None]:
             raise
         text = str(error).splitlines()[0].removeprefix("RESOURCE_EXHAUSTED: ")
         gigabytes = program.state_bytes() / 1e9
+        remat = program.model.remat
         raise UserError(f"a device is out of memory: {text}; parameters and optimizer need {gigabytes:.2f} GB. To need "
-                        f"less for an update, set remat to 'full' (now {cfg.remat!r}), increase micro_batches (now "
+                        f"less for an update, set remat to 'full' (now {remat!r}), increase micro_batches (now "
                         f"{cfg.micro_batches}) or shorten data.row_length; a larger mesh.fsdp reduces both") from error
 
 

@@ -80,7 +80,8 @@ def begin(workdir: Path, cfg: ConfigDict, checkpoint: Checkpoint, program: Progr
     """
     if not earlier:
         workdirs.discard_start(workdir)
-    record = workdirs.write_recipe(workdir, cfg, {"total_steps": total_steps, **data.resolved()}, earlier)
+    resolved = {"total_steps": total_steps, **data.resolved(), "remat": program.model.remat}
+    record = workdirs.write_recipe(workdir, cfg, resolved, earlier)
     if not earlier:
         write_model(workdir, checkpoint, without=program.trained_names(), progress=signals.checked,
                     stays=True, vision_tower=cfg.vision_tower)

@@ -158,6 +158,18 @@ class Data:
         """Returns the updates of the run: `total_steps`, or those that `epochs` over the rows make."""
         return self.cfg.total_steps if self.cfg.total_steps is not None else self.plan.num_updates(self.cfg.epochs)
 
+    def with_micro_batches(self, number: int) -> Data:
+        """Returns the same rows, computed in another number of parts that divides a device's rows."""
+        if number == self.plan.layout.micro_batches:
+            return self
+        plan = packing.Plan(self.plan.stream, self.plan.lengths, replace(self.plan.layout, micro_batches=number),
+                            self.plan.cache)
+        judged = self.validation_plan
+        if judged is not None:
+            layout = replace(judged.layout, rows=max(1, (plan.layout.rows + plan.layout.padding_rows) // number))
+            judged = packing.Plan(judged.stream, judged.lengths, layout, judged.cache)
+        return replace(self, plan=plan, validation_plan=judged)
+
     def judged_by(self) -> str | None:
         """Returns a fingerprint of the validation records; None without validation."""
         return None if self.validation is None else self.validation.fingerprint()
@@ -173,7 +185,7 @@ class Data:
         layout, found = self.plan.layout, self.plan.lengths
         return dict(samples=len(self.train), mean_length=round(found.mean, 1), row_length=layout.row_length,
                     image_slots=layout.image_slots, rows=layout.rows,
-                    samples_an_update=round(self.samples_an_update(), 1))
+                    micro_batches=layout.micro_batches, samples_an_update=round(self.samples_an_update(), 1))
 
     def samples_an_update(self) -> float:
         """Returns the mean number of samples of an update."""
@@ -296,12 +308,13 @@ class _Rows:
         cfg, settled, shards = self.cfg, self.settled, batch_shards(self.mesh)
         if not cfg.data.packing:
             rows, length, slots = cfg.batch_size, cfg.max_length, found.max_images
-            parts = cfg.micro_batches if settled else unpacked(cfg, shards).micro_batches
+            parts = (settled.get("micro_batches", cfg.micro_batches) if settled
+                     else unpacked(cfg, shards).micro_batches)
         elif not found.usable:
             return packing.Layout(cfg.max_length, 0, shards, True)  # empty; the plan raises
         elif settled:
-            rows, length, slots, parts = (*(settled[key] for key in ("rows", "row_length", "image_slots")),
-                                          cfg.micro_batches)
+            rows, length, slots = (settled[key] for key in ("rows", "row_length", "image_slots"))
+            parts = settled.get("micro_batches", cfg.micro_batches)
         else:
             update = packed(cfg, self.mesh, self.config, found.mean, found.longest)
             rows, length, parts = update.rows, update.row_length, update.micro_batches

@@ -17,7 +17,7 @@ from llavamed_jax.parallel import agreement, distributed
 from llavamed_jax.parallel.mesh import local_rows
 from llavamed_jax.pipeline.loader import Loader
 from llavamed_jax.pipeline.workers import WorkerError
-from llavamed_jax.training import alike, arithmetic, recipe, resume, void_keys
+from llavamed_jax.training import alike, arithmetic, recipe, resume, settings, void_keys
 from llavamed_jax.training import place as places
 from llavamed_jax.training import workdir as workdirs
 from llavamed_jax.training.callbacks import NONE, Callbacks, Snapshot
@@ -327,7 +327,10 @@ def _open_inputs(cfg: ConfigDict, workdir: Path, total_steps: int | None, step: 
         data = Data.open(start, checkpoint, mesh, workdir, earlier.get("settled"))
     total_steps = total_steps or data.total_steps()
     agreement.check_same(lambda: alike.data(data, total_steps))
-    return checkpoint, data, Program.build(start, checkpoint, mesh, total_steps), total_steps
+    program = Program.build(settings.open_remat(start), checkpoint, mesh, total_steps)
+    chosen = settings.of_run(start, program, data.plan.layout, earlier.get("settled") or {})
+    data = data.with_micro_batches(chosen.micro_batches)
+    return checkpoint, data, settings.with_remat(program, chosen.remat), total_steps
 
 
 def _describe(source: str, cfg: ConfigDict, data: Data, program: Program, total_steps: int) -> None:

@@ -1,0 +1,113 @@
+"""Which `remat` and how many micro-batches `auto` stands for."""
+
+import json
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+
+from llavamed_jax.cli.common import load_config
+from llavamed_jax.errors import UsageError
+from llavamed_jax.parallel.mesh import make_mesh
+from llavamed_jax.training import program, settings, trainer
+from llavamed_jax.training.rows import Data
+from llavamed_jax.training.settings import Settings, candidates, first_that_fits
+from llavamed_jax.training.start import open_start
+from llavamed_jax.training.trainer import fit
+from tests.support import training_runs
+
+
+def recipe(*overrides):
+    return load_config(f"{training_runs.ROOT}/configs/finetune.py:v15,7b", list(overrides))
+
+
+def test_the_settings_go_from_the_least_arithmetic_to_the_least_memory():
+    found = [(each.remat, each.micro_batches) for each in candidates(recipe(), "gpu", 1, 2)]
+    assert found == [("minimal", 1), ("minimal", 2), ("qkvo", 1), ("qkvo", 2), ("full", 1), ("full", 2)]
+    assert candidates(recipe(), "cpu", 1, 2) == [Settings("full", 1)]  # nothing is searched there
+    assert candidates(recipe("micro_batches=4"), "tpu", 4, 8) == [Settings(remat, 4) for remat in ("minimal", "qkvo", "full")]
+    assert candidates(recipe("remat=none"), "gpu", 1, 1) == [Settings("none", 1)]
+    assert candidates(recipe("remat=qkvo"), "gpu", 1, 4) == [Settings("qkvo", 1), Settings("qkvo", 4)]
+
+
+def test_the_first_that_fits_is_taken_and_no_further_one_is_compiled():
+    tried, said, compiled = candidates(recipe(), "gpu", 1, 2), [], []
+    peaks = dict(zip(tried, (60, 44, 28, 26, 24, 23), strict=True))
+    peak_of = lambda each: compiled.append(each) or peaks[each] * 2**30
+    assert first_that_fits(tried, peak_of, 37 * 2**30, said.append) == Settings("qkvo", 1) and compiled == tried[:3]
+    assert said == ["remat=minimal micro_batches=1: 60.0 of 37.0 GiB, too much", "remat=minimal micro_batches=2: 44.0 of 37.0 GiB, too much",
+                    "remat=qkvo micro_batches=1: 28.0 of 37.0 GiB"]
+    compiled.clear()
+    assert first_that_fits(tried, peak_of, 2**30) == tried[-1] and compiled == tried[:-1]  # the last is not asked
+    compiled.clear()
+    assert first_that_fits(tried[-1:], peak_of, 2**30) == tried[-1] and not compiled
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("start")
+    start, data = training_runs.write_start(folder / "start"), training_runs.write_data(folder)
+    return lambda **changes: training_runs.shrunk(start, data, **changes)
+
+
+def test_a_run_searches_once_and_keeps_what_it_found(small, tmp_path, monkeypatch):
+    cfg = small(remat="auto", micro_batches="auto", total_steps=2, batch_size=8)
+    monkeypatch.setattr(program, "make_mesh", lambda *_: make_mesh("data=1"))
+    monkeypatch.setattr(trainer, "make_train_step", training_runs.FakeStep())
+    monkeypatch.setattr(settings, "device_memory", lambda devices: 10)
+    monkeypatch.setattr(settings, "peak_bytes", lambda memory: memory)
+    asked = []
+
+    def lowered(program, layout, number):
+        asked.append((program.model.remat, number))
+        analysed = SimpleNamespace(memory_analysis=lambda: {"minimal": 99, "qkvo": 11 - number, "full": 1}[program.model.remat])
+        return SimpleNamespace(compile=lambda: analysed)
+
+    monkeypatch.setattr(settings, "lowered", lowered)
+    real = settings.candidates
+    monkeypatch.setattr(settings, "candidates", lambda cfg, platform, parts, rows: real(cfg, "gpu", parts, rows))
+    assert fit(cfg, tmp_path / "run")
+    assert asked == [("minimal", 1), ("minimal", 8), ("qkvo", 1)]
+    found = json.loads((tmp_path / "run/recipe.json").read_text())
+    assert (found["recipe"]["remat"], found["recipe"]["micro_batches"]) == ("auto", "auto")
+    assert (found["resolved"]["remat"], found["resolved"]["micro_batches"]) == ("qkvo", 1)
+    assert fit(small(remat="auto", micro_batches="auto", total_steps=4, batch_size=8), tmp_path / "run") and len(asked) == 3
+    assert json.loads((tmp_path / "run/recipe.json").read_text())["resolved"]["remat"] == "qkvo"
+
+
+def test_a_compiler_that_gives_up_is_a_setting_that_does_not_fit(small, monkeypatch):
+    import jax
+    cfg = small(remat="auto")
+    checkpoint, mesh = open_start(cfg), make_mesh("data=1")
+    built = program.Program.build(settings.open_remat(cfg), checkpoint, mesh, 1)
+    layout = Data.open(cfg, checkpoint, mesh).plan.layout
+    monkeypatch.setattr(settings, "candidates", lambda *_: [Settings("minimal", 1), Settings("full", 1)])
+
+    def broken(words):
+        def lowered(*_):
+            raise jax.errors.JaxRuntimeError(words)
+        monkeypatch.setattr(settings, "lowered", lowered)
+        return settings.of_run(cfg, built, layout, {})
+    assert broken("RESOURCE_EXHAUSTED: out of memory") == Settings("full", 1)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
+        broken("INTERNAL: something else")
+
+
+def test_other_micro_batches_have_the_same_rows(small):
+    cfg = small(micro_batches="auto", batch_size=8)
+    cfg.data.validation = cfg.data.train
+    data = Data.open(cfg, open_start(cfg))
+    parts = data.with_micro_batches(4)
+    assert parts.plan.layout == replace(data.plan.layout, micro_batches=4) and data.with_micro_batches(1) is data
+    assert parts.plan.rows(0).records.tolist() == data.plan.rows(0).records.tolist()
+    assert (data.validation_plan.layout.rows, parts.validation_plan.layout.rows) == (8, 2)
+    assert sum(int(batch["segment_ids"].max(axis=1).sum()) for batch in parts.validation_batches()) == 12
+
+
+@pytest.mark.parametrize("override, words", [
+    ("micro_batches=much", "auto or a number was expected"), ("micro_batches=0", "more than 0"), ("micro_batches=-2", "more than 0"),
+    ("micro_batches=2.5", "auto or a number"), ("micro_batches=", "auto or a number"), ("remat=best", "auto or none or full or qkvo or minimal")])
+def test_other_words_are_refused(override, words):
+    from llavamed_jax.training import recipe as recipes
+    with pytest.raises(UsageError, match=words):
+        recipes.check(recipe(override))
