@@ -119,8 +119,8 @@ def _demanded(module: Module, name: str, demand: dict[str, float], outside, each
             continue
         if x.op == "parameter":
             number = int(x.rest.partition(")")[0])
-            given = outside[each.operands[number]] if number < len(each.operands) else x
-            read += wanted * width(given.arrays[0].dtype if given.arrays else x.arrays[0].dtype)
+            given = outside.get(each.operands[number], x) if number < len(each.operands) else x
+            read += wanted * width((given.arrays or x.arrays)[0].dtype)
         for i, operand in enumerate(x.operands):
             if operand in inside:
                 demand[operand] += _needed(inside, x, i, inside[operand], wanted)

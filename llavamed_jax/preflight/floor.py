@@ -140,7 +140,7 @@ class _Reader:
             return self._known[name]
         out, network, ends = Floor(), 0.0, {}
         inside = self.module.named(name)
-        for each in self.module.computations[name]:
+        for each in inside.values():
             if each.op in FREE or each.op.endswith("-update"):
                 continue
             if each.op.endswith("-done"):

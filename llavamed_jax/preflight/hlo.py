@@ -125,8 +125,8 @@ class Module:
         return cls(computations, entry, math.prod(map(int, counts)))
 
     def named(self, computation: str) -> dict[str, Instruction]:
-        """Returns the instructions of a computation by name."""
-        return {each.name: each for each in self.computations[computation]}
+        """Returns the instructions of a computation by name; {} for one that the text does not have."""
+        return {each.name: each for each in self.computations.get(computation, ())}
 
     def times(self) -> dict[str, int]:
         """Returns how often each computation runs that the entry reaches; callers come before what they call.

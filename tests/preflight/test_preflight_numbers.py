@@ -11,6 +11,7 @@ from llavamed_jax.errors import UsageError, UserError
 from llavamed_jax.preflight import compile as compiling
 from llavamed_jax.preflight import report, search
 from llavamed_jax.preflight.topologies import KINDS, Topology
+from llavamed_jax.training.settings import Settings, abstract_batch
 from tests.preflight.test_preflight import CFG, training
 from tests.support.preflight_jobs import GIB, job, row
 
@@ -52,11 +53,11 @@ def test_model_flops_are_what_a_hand_counts():
 
 
 def test_an_update_is_what_a_run_would_make():
-    packed = training(CFG, "data.mean_length=50")
+    packed = training(CFG, "data.mean_length=50", "batch_size_may_grow=true")
     assert packed.image_slots == 3  # 128 / 50 samples, rounded up
     apart = training(CFG, "data.packing=false", "max_length=64", "batch_size=64", "micro_batches=2")
     assert (apart.update.rows, apart.update.row_length, apart.image_slots) == (64, 64, 1)
-    pixels = apart.batch()["pixel_values"]
+    pixels = abstract_batch(apart.program, apart.layout)["pixel_values"]
     assert pixels.shape == (64, 1, 16, 16, 3) and pixels.dtype == "uint8" and pixels.sharding.shard_shape(pixels.shape)[0] == 8
 
 
@@ -128,9 +129,10 @@ def machine(monkeypatch):
 @pytest.mark.parametrize("beyond, fits", [(0, True), (1, False)])
 def test_a_row_is_what_the_interface_promises_and_its_peak_decides(monkeypatch, machine, beyond, fits):
     update = SimpleNamespace(
-        lower=lambda: None, bytes=lambda: dict(parameters=100, optimizer=200, gradients=100), least_traffic=lambda: 900.4,
-        flops=lambda: 5e15, tokens=2048, micro_batches=2, mean_length=40, update=SimpleNamespace(rows=16, row_length=128, fitting=None),
-        program=SimpleNamespace(mesh=SimpleNamespace(shape={"data": 1, "fsdp": 8, "tp": 1}), model=SimpleNamespace(attention="flash")))
+        candidates=lambda cfg: [Settings("full", 2)], having=lambda chosen: update, loss_rounds=3, lower=lambda: None, bytes=lambda: dict(parameters=100, optimizer=200, gradients=100), least_traffic=lambda: 900.4,
+        flops=lambda: 5e15, tokens=2048, micro_batches=2, mean_length=40,
+        update=SimpleNamespace(rows=16, row_length=128, is_close=False, samples=51.2),
+        program=SimpleNamespace(mesh=SimpleNamespace(shape={"data": 1, "fsdp": 8, "tp": 1}, size=8), model=SimpleNamespace(attention="flash")))
     monkeypatch.setattr(compiling.programs.Training, "of", lambda *_: update)
     monkeypatch.setattr(compiling, "compiled", lambda *_: found_of(machine + beyond))
     found = compiling.run(dict(topology="h100-8", slices=1, config=dict(init="preset:small", name="small", vision_tower="")))
@@ -139,16 +141,18 @@ def test_a_row_is_what_the_interface_promises_and_its_peak_decides(monkeypatch, 
         bytes=dict(parameters=100, optimizer=200, gradients=100, activations=machine + beyond - 400, arguments=machine + beyond - 10,
                    temporaries=10, peak=machine + beyond),
         collectives={"all-gather": dict(count=4, bytes=4 * 224), "all-reduce": dict(count=1, bytes=64)}, model_flops_per_step=5e15,
-        tokens_per_step=2048)
+        tokens_per_step=2048, samples_per_step=51.2, fitting_batch_size=51, remat="full", loss_rounds=3)
     assert promised.items() <= json.loads(json.dumps(found)).items()
     assert (found["traffic_bytes"], found["least_traffic_bytes"], found["largest_array_bytes"]) == (4 * 224 + 64, 900, 256)
+    assert found["floor"]["peaks"] == dict(flops=770e12, bytes_per_second=3e12, link_bytes_per_second=360e9)
+    assert found["floor"]["network_milliseconds"] == pytest.approx(1e3 * (4 * 224 + 64) / 360e9)
 
 
 @pytest.mark.parametrize("beside, fits", [(99, True), (101, False)])
 def test_the_largest_of_the_engines_programs_decides_with_what_lies_beside_it(monkeypatch, machine, beside, fits):
     serving = SimpleNamespace(
         programs=lambda: [("encode", 0, 0), ("prefill", 1, beside), ("decode", 2, 0)], bytes=lambda: dict(parameters=100, cache=50),
-        mesh=SimpleNamespace(shape={"data": 1, "fsdp": 1, "tp": 8}), rows=8, length=256, batch=4, prompt=128, flops=lambda: 7.0)
+        mesh=SimpleNamespace(shape={"data": 1, "fsdp": 1, "tp": 8}, size=8), rows=8, length=256, batch=4, prompt=128, flops=lambda: 7.0)
     peaks = [machine - 300, machine - 100, machine - 50]
     monkeypatch.setattr(compiling.Serving, "of", lambda *_: serving)
     monkeypatch.setattr(compiling, "compiled", lambda number, _: found_of(peaks[number], HLO if number == 1 else ""))
@@ -211,7 +215,7 @@ def test_remarks_name_ways_out_and_batches_that_do_not_fit():
             dict(topology="h100-2", changes={}, peak=20 * GIB, memory_bytes=40 * GIB)]
     lines = report.remarks([{**row(50, **MORE), "fitting_batch_size": 120, "would_fit": ways}, {**row(50, **MORE), "would_fit": []}])
     assert lines[2] == "model: preset:x"
-    assert lines[3] == "h100-1: an update has 120 samples on these devices; set batch_size to 120"
+    assert lines[3] == "h100-1: an update has 120 samples on these devices, and not batch_size (batch_size_may_grow)"
     assert lines[4] == ("h100-1 is too small; it would fit with remat=full and micro_batches=4 (39.0 of 40.0 GiB) or on h100-2 "
                         "(20.0 of 40.0 GiB)")
     assert lines[5].endswith("and no alternative that was tried fits: other values of keys, and up to 8 times as many devices")
@@ -241,7 +245,8 @@ def test_changes_are_the_mildest_first():
         {"micro_batches": 15, "remat": "full", "optimizer.mu_dtype": "bfloat16"},
         {"micro_batches": 15, "remat": "full", "data.row_length": 2048, "optimizer.mu_dtype": "bfloat16"}]
     done = job(micro_batches=16, optimizer=dict(mu_dtype="bfloat16"), data=dict(packing=False, row_length=8192))["config"]
-    assert list(search.training_changes(done, row(50))) == []
+    assert list(search.training_changes(done, {**row(50), "micro_batches": 16})) == []
+    assert {"remat": "full"} not in list(search.training_changes(job(remat="auto")["config"], row(50)))  # tried already
 
 
 @pytest.mark.parametrize("slices, parameters, way", [
