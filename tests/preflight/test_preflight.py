@@ -20,6 +20,7 @@ from llavamed_jax.preflight import collectives, programs, report, search
 from llavamed_jax.preflight.compile import Compiler, compiled
 from llavamed_jax.preflight.serving import Serving
 from llavamed_jax.preflight.topologies import KINDS, Topology
+from llavamed_jax.training.settings import abstract_batch
 from llavamed_jax.training.throughput import PEAK_FLOPS
 from tests.support.preflight_jobs import GIB, job, row
 from tests.support.training_runs import write_start
@@ -87,7 +88,7 @@ def test_bytes_of_a_device_add_up(small):
     norms = sum(x.size for name, x in abstract_flat().items() if not name.startswith("vision_tower") and is_whole(name))
     assert held["gradients"] == 4 * ((trained - norms) // 8 + norms)
     assert held["optimizer"] - 2 * held["gradients"] < 100  # and its counters
-    batch = sum(x.size * x.dtype.itemsize // 8 for x in jax.tree.leaves(update.batch()))
+    batch = sum(x.size * x.dtype.itemsize // 8 for x in jax.tree.leaves(abstract_batch(update.program, update.layout)))
     assert abs(found.arguments - held["parameters"] - held["optimizer"] - batch) < 100
     assert found.arguments + found.temporaries <= found.peak
 

@@ -340,6 +340,6 @@ def test_the_tower_that_is_asked_for_is_the_one_that_is_compiled(monkeypatch):
 
 def test_samples_are_no_longer_than_they_are_cut():
     machine = Topology.parse("cpu-8")
-    cfg = common.load_config(f"{FINETUNE}:small", ["data.packing=true", "data.mean_length=9999", "data.row_length=320"])
+    cfg = common.load_config(f"{FINETUNE}:small", ["data.packing=true", "data.mean_length=9999", "data.row_length=320", "batch_size_may_grow=true"])
     update = Training.of(cfg, shapes_of("preset:small")[0], machine.devices(), machine.memory)
     assert (update.mean_length, update.image_slots) == (160, 2)

@@ -132,7 +132,7 @@ def test_a_row_is_what_the_interface_promises_and_its_peak_decides(monkeypatch, 
         candidates=lambda cfg: [Settings("full", 2)], having=lambda chosen: update, loss_rounds=3, lower=lambda: None, bytes=lambda: dict(parameters=100, optimizer=200, gradients=100), least_traffic=lambda: 900.4,
         flops=lambda: 5e15, tokens=2048, micro_batches=2, mean_length=40,
         update=SimpleNamespace(rows=16, row_length=128, is_close=False, samples=51.2),
-        program=SimpleNamespace(mesh=SimpleNamespace(shape={"data": 1, "fsdp": 8, "tp": 1}, size=8), model=SimpleNamespace(attention="flash")))
+        program=SimpleNamespace(mesh=SimpleNamespace(shape={"data": 1, "fsdp": 8, "tp": 1}, size=8), model=SimpleNamespace(attention="flash"), is_fp8=False))
     monkeypatch.setattr(compiling.programs.Training, "of", lambda *_: update)
     monkeypatch.setattr(compiling, "compiled", lambda *_: found_of(machine + beyond))
     found = compiling.run(dict(topology="h100-8", slices=1, config=dict(init="preset:small", name="small", vision_tower="")))
