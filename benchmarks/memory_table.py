@@ -24,15 +24,16 @@ ONE_HOST = "a100-40g-1,a100-80g-1,h200-1,l4-1,rtx4090-1,v5e-8"
 MODERN = "h100-8,h200-8,v5p-8,v6e-16"
 EVAL = ["eval.py", "--config", "configs/eval/vqa_rad.py", "--checkpoint"]
 # Adapters on few devices: each takes one row of 2,048 tokens at a time; an update has the recipe's 128 samples in 64 rows.
-LORA = ["--config.data.row_length=2048", "--config.micro_batches={64 // devices}"]
+LEAST = "--config.remat=full"  # auto takes more where there is room
+LORA = [LEAST, "--config.data.row_length=2048", "--config.micro_batches={64 // devices}"]
 V15, V1 = ["train.py", "--config", "configs/lora.py:v15,7b", *LORA], ["train.py", "--config", "configs/lora.py:v1,13b", *LORA]
 NF4 = "--config.quantize=nf4"
 # A table for each list of topologies; name: title, command
 TABLES = {CLUSTERS: {
-    "finetune_v15_7b": ("full fine-tuning, 7B (v1.5)", ["train.py", "--config", "configs/finetune.py:v15,7b"]),
-    "finetune_v1_13b": ("full fine-tuning, 13B (v1.0)", ["train.py", "--config", "configs/finetune.py:v1,13b"]),
-    "pretrain_v15_7b": ("stage 1, 7B", ["train.py", "--config", "configs/pretrain.py:v15,7b"]),
-    "pretrain_v1_13b": ("stage 1, 13B", ["train.py", "--config", "configs/pretrain.py:v1,13b"]),
+    "finetune_v15_7b": ("full fine-tuning, 7B (v1.5)", ["train.py", "--config", "configs/finetune.py:v15,7b", LEAST]),
+    "finetune_v1_13b": ("full fine-tuning, 13B (v1.0)", ["train.py", "--config", "configs/finetune.py:v1,13b", LEAST]),
+    "pretrain_v15_7b": ("stage 1, 7B", ["train.py", "--config", "configs/pretrain.py:v15,7b", LEAST]),
+    "pretrain_v1_13b": ("stage 1, 13B", ["train.py", "--config", "configs/pretrain.py:v1,13b", LEAST]),
     "eval_v15_7b": ("inference, bfloat16, 7B", [*EVAL, "preset:v15-7b"]),
     "eval_v1_13b": ("inference, bfloat16, 13B", [*EVAL, "preset:v1-13b"]),
 }, ONE_HOST: {
@@ -45,7 +46,7 @@ TABLES = {CLUSTERS: {
     "eval_v1_13b_int8": ("inference, int8, 13B", [*EVAL, "preset:v1-13b", "--quantize", "int8"]),
     "eval_v1_13b_int4": ("inference, int4, 13B", [*EVAL, "preset:v1-13b", "--quantize", "int4"]),
 }, MODERN: {
-    "modern_instruct": ("full fine-tuning, SigLIP 2 and Qwen3-8B", ["train.py", "--config", "configs/modern.py:instruct"]),
+    "modern_instruct": ("full fine-tuning, SigLIP 2 and Qwen3-8B", ["train.py", "--config", "configs/modern.py:instruct", LEAST]),
 }}
 CASES = {name: (*case, topologies) for topologies, cases in TABLES.items() for name, case in cases.items()}
 GIB = 2**30
