@@ -388,7 +388,7 @@ def test_each_thing_that_last_bits_depend_on_is_told(monkeypatch, what, before, 
             platform_version=here("runtime", "x")))
         return arithmetic.used(SimpleNamespace(
             model=SimpleNamespace(dtype=here("dtype", "float32"), attention=here("attention", "xla")),
-            mesh=SimpleNamespace(devices=np.array([device]), shape=here("mesh", {"data": 1}))))
+            mesh=SimpleNamespace(devices=np.array([device]), shape=here("mesh", {"data": 1})), is_fp8=False))
 
     first, again, other = used(before), used(before), used(now)
     assert arithmetic.warnings(first, again) == []
@@ -399,7 +399,7 @@ def test_each_thing_that_last_bits_depend_on_is_told(monkeypatch, what, before, 
 def test_a_hosts_cores_do_not_count_where_an_accelerator_computes():
     device = SimpleNamespace(platform="gpu", device_kind="H200", client=SimpleNamespace(platform_version="cuda 1"))
     said = arithmetic.used(SimpleNamespace(model=SimpleNamespace(dtype="bfloat16", attention="xla"),
-                                               mesh=SimpleNamespace(devices=np.array([device]), shape={"data": 1})))
+                                               mesh=SimpleNamespace(devices=np.array([device]), shape={"data": 1}), is_fp8=False))
     assert not {"CPU", "CPU cores"} & said.keys() and {"jaxlib", "runtime", "device"} <= said.keys()
 
 
