@@ -78,7 +78,7 @@ def batches(data: TrainingData, processor: Processor, found: lengths.Lengths, ro
     """Updates of about SAMPLES samples, in packed rows, or for 0 unpacked."""
     stream = Stream.of(data, 0)
     if row_length:
-        rows = packing.rows_an_update(SAMPLES, found.mean, 1, row_length).rows
+        rows = sizes.rows_an_update(SAMPLES, found.mean, 1, row_length).rows
         layout = Layout(row_length, packing.choose_image_slots(stream, found, row_length, 9.0), rows, True)
     else:
         layout = Layout(MAX_LENGTH, found.max_images, SAMPLES, False)

@@ -12,7 +12,7 @@ from llavamed_jax.cli import common
 from llavamed_jax.config import PRESETS, preset
 from llavamed_jax.errors import UsageError
 from llavamed_jax.models.llava import abstract_params
-from llavamed_jax.pipeline.packing import rows_an_update
+from llavamed_jax.pipeline.sizes import rows_an_update
 from llavamed_jax.processor import Processor
 from llavamed_jax.recipes import recipe_arguments
 from llavamed_jax.text.conversation import IMAGE_MARKER

@@ -20,7 +20,8 @@ from llavamed_jax.checkpoints.load import refuse_few_bits
 from llavamed_jax.config import PRESET, PRESETS, LlavaConfig, preset
 from llavamed_jax.errors import UsageError, cut, short
 from llavamed_jax.parallel.mesh import batch_shards
-from llavamed_jax.pipeline.packing import Layout, Update
+from llavamed_jax.pipeline.packing import Layout
+from llavamed_jax.pipeline.sizes import Update
 from llavamed_jax.training import fp8, settings
 from llavamed_jax.training.losses import most_rounds
 from llavamed_jax.training.program import Program, bytes_a_device, open_mesh

@@ -18,29 +18,29 @@ from llavamed_jax.datasets import training
 from llavamed_jax.errors import UsageError, UserError, count_of
 from llavamed_jax.models import llava
 from llavamed_jax.parallel.mesh import batch_shards, local_rows, make_mesh
-from llavamed_jax.pipeline import lengths, loader, packing
+from llavamed_jax.pipeline import lengths, loader, packing, sizes
 from llavamed_jax.pipeline.lengths import Lengths
 from llavamed_jax.processor import Processor
 from llavamed_jax.training.state import partition
 
 
-def unpacked(cfg: ConfigDict, shards: int) -> packing.Update:
+def unpacked(cfg: ConfigDict, shards: int) -> sizes.Update:
     """Returns the rows of an update of one sample a row.
 
     Raises:
       UsageError: they cannot be sharded evenly. Packed rows adapt their number.
     """
-    is_chosen = cfg.micro_batches == packing.AUTO
+    is_chosen = cfg.micro_batches == sizes.AUTO
     multiple = shards * (1 if is_chosen else cfg.micro_batches)
     if cfg.batch_size % multiple:
         said = "" if is_chosen else f" x micro_batches {cfg.micro_batches}"
         raise UsageError(f"the config key 'batch_size' is {cfg.batch_size}; a multiple of {multiple} was expected "
                          f"(data x fsdp of the mesh{said})")
-    parts = packing.parts_of(cfg.batch_size // shards, cfg.max_length) if is_chosen else cfg.micro_batches
-    return packing.Update(cfg.max_length, cfg.batch_size, parts, cfg.batch_size, True)
+    parts = sizes.parts_of(cfg.batch_size // shards, cfg.max_length) if is_chosen else cfg.micro_batches
+    return sizes.Update(cfg.max_length, cfg.batch_size, parts, cfg.batch_size, True)
 
 
-def packed(cfg: ConfigDict, mesh: Mesh, config: LlavaConfig, mean_length: float, longest: int) -> packing.Update:
+def packed(cfg: ConfigDict, mesh: Mesh, config: LlavaConfig, mean_length: float, longest: int) -> sizes.Update:
     """Returns the packed rows of an update of `batch_size` samples.
 
     Args:
@@ -57,13 +57,13 @@ def packed(cfg: ConfigDict, mesh: Mesh, config: LlavaConfig, mean_length: float,
     shards = batch_shards(mesh)
 
     def update(shards=shards, micro_batches=cfg.micro_batches, row_length=cfg.data.row_length):
-        return packing.rows_an_update(cfg.batch_size, mean_length, shards, micro_batches, row_length, longest)
+        return sizes.rows_an_update(cfg.batch_size, mean_length, shards, micro_batches, row_length, longest)
 
     made = update()
     if made.is_close or cfg.batch_size_may_grow:
         return made
     ways = []
-    if cfg.micro_batches not in (1, packing.AUTO) and update(micro_batches=packing.AUTO).is_close:
+    if cfg.micro_batches not in (1, sizes.AUTO) and update(micro_batches=sizes.AUTO).is_close:
         ways.append("micro_batches=auto")
     if cfg.data.row_length and update(row_length=0).is_close:
         ways.append("data.row_length=0")
@@ -231,7 +231,7 @@ class Data:
                  f"{count_of(round(here), 'sample')} (batch_size is {batch_size})"
                  + (f", in {layout.micro_batches} micro-batches" if layout.micro_batches > 1 else "")]
         full = layout.rows * layout.row_length / self.plan.lengths.mean
-        if abs(full - batch_size) > packing.TOLERANCE * batch_size:
+        if abs(full - batch_size) > sizes.TOLERANCE * batch_size:
             lines.append(f"warning: updates have about {here:.0f} samples and not {batch_size} (batch_size); the "
                          "learning rate stays as it is")
         return lines
@@ -319,8 +319,8 @@ class _Rows:
             update = packed(cfg, self.mesh, self.config, found.mean, found.longest)
             rows, length, parts = update.rows, update.row_length, update.micro_batches
             slots = self._slots(stream, found, length)
-        if parts == packing.AUTO:
-            parts = packing.parts_of(-(-rows // shards), length)
+        if parts == sizes.AUTO:
+            parts = sizes.parts_of(-(-rows // shards), length)
         return self._padded(packing.Layout(length, slots, rows, cfg.data.packing, micro_batches=parts), shards * parts)
 
     def layout_like(self, layout: packing.Layout, stream: packing.Stream, found: Lengths) -> packing.Layout:

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from llavamed_jax.parallel.mesh import batch_sharding, batch_shards, device_memory
-from llavamed_jax.pipeline.packing import AUTO, Layout
+from llavamed_jax.pipeline.packing import Layout
+from llavamed_jax.pipeline.sizes import AUTO
 from llavamed_jax.training.program import Program
 from llavamed_jax.training.step import make_train_step
 
@@ -45,7 +46,7 @@ def candidates(cfg: ConfigDict, platform: str, parts: int, rows: int) -> list[Se
     Args:
       cfg: the recipe.
       platform: the devices' platform; on `cpu` nothing is searched.
-      parts: the fewest micro-batches (`packing.parts_of`), or the recipe's number.
+      parts: the fewest micro-batches (`sizes.parts_of`), or the recipe's number.
       rows: rows of a device, of which each may be a micro-batch.
     """
     is_searched = platform != "cpu"

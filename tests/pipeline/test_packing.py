@@ -10,9 +10,10 @@ from llavamed_jax.config import IGNORE, IMAGE_TOKEN, preset
 from llavamed_jax.datasets.records import MemoryRecords
 from llavamed_jax.datasets.training import TrainingData
 from llavamed_jax.errors import UsageError, UserError
-from llavamed_jax.pipeline import examples, lengths, loader, packing
+from llavamed_jax.pipeline import examples, lengths, loader, packing, sizes
 from llavamed_jax.pipeline.lengths import Lengths
-from llavamed_jax.pipeline.packing import Layout, Plan, Stream, choose_image_slots, pack, rows_an_update
+from llavamed_jax.pipeline.packing import Layout, Plan, Stream, choose_image_slots, pack
+from llavamed_jax.pipeline.sizes import rows_an_update
 from llavamed_jax.processor import Processor
 from llavamed_jax.text.tokenizer import Tokenizer
 
@@ -311,7 +312,7 @@ def test_128_samples_of_680_tokens(devices, micro_batches, row_length, rows):
 
 @pytest.mark.parametrize("devices, row_length, rows, parts", [(1, 8192, 17, 17), (2, 8192, 16, 4), (8, 8192, 16, 1), (64, 2048, 64, 1)])
 def test_the_number_of_micro_batches_follows_from_the_positions_at_a_time(devices, row_length, rows, parts):
-    found = rows_an_update(128, 1080, devices, packing.AUTO, longest=2048)
+    found = rows_an_update(128, 1080, devices, sizes.AUTO, longest=2048)
     assert (found.row_length, found.rows, found.micro_batches) == (row_length, rows, parts) and found.is_close
     assert rows % (devices * parts) == 0
 
@@ -319,17 +320,17 @@ def test_the_number_of_micro_batches_follows_from_the_positions_at_a_time(device
 @pytest.mark.parametrize("rows, row_length, parts", [(1, 8192, 1), (2, 8192, 1), (3, 8192, 3), (4, 8192, 2), (5, 8192, 5), (6, 4096, 2),
                                                      (1, 32768, 1), (2, 32768, 2), (40, 16, 1)])
 def test_parts_of_a_devices_rows(rows, row_length, parts):
-    assert packing.parts_of(rows, row_length) == parts
+    assert sizes.parts_of(rows, row_length) == parts
 
 
 def test_a_length_of_its_own_makes_the_batch_where_the_usual_ones_do_not():
     """Sixty-four questions of 620 tokens on eight devices: rows of 2,048, 4,096 and 8,192 make 53 or 106 of them."""
-    found = rows_an_update(64, 620, 8, packing.AUTO, longest=2048)
+    found = rows_an_update(64, 620, 8, sizes.AUTO, longest=2048)
     assert (found.row_length, found.rows, found.micro_batches) == (4992, 8, 1) and found.samples == pytest.approx(64, rel=0.01)
 
 
 def test_128_samples_of_1080_tokens_on_64_devices_fit_and_on_256_do_not():
-    assert rows_an_update(128, 1080, 64, longest=2048) == packing.Update(2048, 64, 1, 64 * 2048 / 1080, True)
+    assert rows_an_update(128, 1080, 64, longest=2048) == sizes.Update(2048, 64, 1, 64 * 2048 / 1080, True)
     large = rows_an_update(128, 1080, 256, longest=2048)
     assert (large.row_length, large.rows, large.is_close) == (2048, 256, False) and round(large.samples) == 485
 

@@ -14,7 +14,7 @@ from llavamed_jax.cli.common import load_config
 from llavamed_jax.config import IMAGE_TOKEN, preset
 from llavamed_jax.errors import UsageError, UserError
 from llavamed_jax.parallel.mesh import make_mesh
-from llavamed_jax.pipeline import packing
+from llavamed_jax.pipeline import sizes
 from llavamed_jax.training import program, trainer
 from llavamed_jax.training.rows import Data, packed
 from llavamed_jax.training.start import open_start
@@ -156,7 +156,7 @@ def test_rows_divide_by_devices_and_micro_batches(recipe):
 def test_the_number_of_micro_batches_is_chosen_and_said(recipe, monkeypatch):
     cfg = recipe(micro_batches="auto")
     assert Data.open(cfg, open_start(cfg)).plan.layout.micro_batches == 1
-    monkeypatch.setattr(packing, "AT_A_TIME", 96)
+    monkeypatch.setattr(sizes, "AT_A_TIME", 96)
     data = Data.open(cfg, open_start(cfg))
     assert (data.plan.layout.rows, data.plan.layout.micro_batches) == (2, 2)
     assert any(line.endswith("in 2 micro-batches") for line in data.describe())
