@@ -25,7 +25,7 @@ from benchmarks.measure import ROOT, append_row, circumstances, random_params
 from llavamed_jax.config import IGNORE, preset
 from llavamed_jax.datasets.training import TrainingData, read_training
 from llavamed_jax.models import llava
-from llavamed_jax.pipeline import lengths, loader, packing
+from llavamed_jax.pipeline import lengths, loader, packing, sizes
 from llavamed_jax.pipeline.packing import Layout, Plan, Stream
 from llavamed_jax.processor import Processor
 from llavamed_jax.text.tokenizer import Tokenizer
