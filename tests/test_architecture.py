@@ -34,6 +34,7 @@ TOP_LEVEL = {
     "llavamed_jax", "configs", "convert", "tests", "benchmarks", "samples", "docs", ".ci",
     "train.py", "eval.py", "serve.py", "pyproject.toml", "requirements.txt", "Makefile",
     "README.md", "LICENSE", "CITATION.cff", "CHANGELOG.md", "CONTRIBUTING.md", ".gitignore",
+    "Dockerfile", ".dockerignore", "compose.yaml",
 }  # fmt: skip
 LONGEST_FILE = 400
 
