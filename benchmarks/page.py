@@ -125,6 +125,12 @@ def drive(it: Drive, url: str) -> None:
         page.wait_for_function("document.querySelector('#head .state').textContent === 'ready'")
         page.wait_for_timeout(1000)
         it.shot("welcome_wide_light")
+    with it.step("temperature and length stand behind a fold"):
+        page.get_by_role("button", name="Settings").click()
+        length = page.get_by_label("number input for Longest answer, in tokens")
+        length.fill("64")
+        length.press("Tab")
+        page.get_by_role("button", name="Settings").click()
     with it.step("an image is uploaded, and the answer grows"):
         it.add(IMAGES / "synpic31394.jpg")
         it.ask("What is the pathology seen in this image?", 1)

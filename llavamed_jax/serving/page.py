@@ -165,6 +165,7 @@ def _blocks(gr, talks: Talks, keys: Keys, examples: list[tuple[str, str, str]]):
         def rate(request: gr.Request, event: gr.EventData):
             return talks.rate(request.session_hash, int(event.index), event.rating)
 
+        # All events go through Gradio's queue, since `page_door` closes its other route.
         quiet = {"show_progress": "hidden", "api_visibility": "private", "concurrency_limit": None}
         settings, both = [temperature, length], [talk, question]
         # The browser sends how many exchanges it shows, not what is in them.
@@ -174,8 +175,8 @@ def _blocks(gr, talks: Talks, keys: Keys, examples: list[tuple[str, str, str]]):
                      js="(view, ...rest) => [view.exchanges.length, ...rest]")
         talk.regenerate(again, settings, both, **quiet)
         talk.edit(again, settings, both, **quiet)
-        question.stop(stop, queue=False, **quiet)
-        talk.fresh(fresh, None, both, queue=False, **quiet)
+        question.stop(stop, **quiet)
+        talk.fresh(fresh, None, both, **quiet)
         talk.rate(rate, None, talk, **quiet)
         dicom.connect(talk, question, quiet)
         blocks.unload(stop)
