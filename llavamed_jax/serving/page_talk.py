@@ -217,7 +217,7 @@ class Talks:
         """
         service, caller = self.service, Caller(key, exchanges[-1].request_id)
         try:
-            with service.counting():
+            with service.counting(key):
                 service.check_ready()
                 body = body_of(exchanges, settings)
                 _check_size(body, service)
