@@ -49,7 +49,10 @@ class Gpu:
     clock: float
 
     def describe(self) -> str:
-        """Returns the description that XLA's GPU compiler reads (`stream_executor.GpuTargetConfigProto` as text)."""
+        """Returns the description that XLA's GPU compiler reads (`stream_executor.GpuTargetConfigProto` as text).
+
+        It states CUDA's version, without which XLA compiles no FP8 product.
+        """
         major, minor = divmod(self.capability, 10)
         fpus = 64 if self.capability == 80 else 128
         extension = "feature_extension: ACCELERATED_FEATURES" if self.capability == 90 else ""
