@@ -21,18 +21,13 @@ from llavamed_jax.models.llava import abstract_params
 class Ahead(Programs):
     """Programs that compile for the arguments of a call, and return shapes; what the host reads is zeros."""
 
-    def __getattr__(self, name: str):
-        """Returns a function that compiles a program."""
-        if name.startswith("_") or name not in self._programs:
-            raise AttributeError(name)
-
-        def call(*args, **kwargs):
-            lowered = self.lower(name, *args, **kwargs)
-            lowered.compile()
-            shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), lowered.out_info)
-            return jax.tree.map(lambda x: _read(x) if isinstance(x, Made) else x, shapes,
-                                is_leaf=lambda x: isinstance(x, Made))
-        return call
+    def run(self, name: str, *args, **kwargs):
+        """Compiles a program, and returns the shapes of its output."""
+        lowered = self.lower(name, *args, **kwargs)
+        lowered.compile()
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), lowered.out_info)
+        return jax.tree.map(lambda x: _read(x) if isinstance(x, Made) else x, shapes,
+                            is_leaf=lambda x: isinstance(x, Made))
 
     def empty_features(self, places: int):
         """Returns the shape of the features."""

@@ -12,6 +12,7 @@ vocabulary, A alternatives of a token.
 from __future__ import annotations
 
 import contextlib
+import functools
 from typing import Any
 
 import flax.struct
@@ -155,11 +156,12 @@ class Programs:
         """Returns a program (`encode`, `decode`, …) that is called with the mesh in context."""
         if name.startswith("_") or name not in self._programs:
             raise AttributeError(name)
+        return functools.partial(self.run, name)
 
-        def call(*args, **kwargs):
-            with self.on_mesh():
-                return self._programs[name](*args, **kwargs)
-        return call
+    def run(self, name: str, *args, **kwargs):
+        """Runs a program."""
+        with self.on_mesh():
+            return self._programs[name](*args, **kwargs)
 
     def lower(self, name: str, *args, **kwargs):
         """Lowers a program for arguments that may be shapes; the shapes' shardings decide where it will run."""
