@@ -14,7 +14,7 @@ def refuse_arguments(arg: str, *known: str) -> None:
 
 
 def base(name: str, max_new_tokens: int = 1024, judge: bool = False, published: bool = False, leakage: bool = True,
-         **data: str) -> ConfigDict:
+         toolkit: tuple[str, ...] | None = None, **data: str) -> ConfigDict:
     """A recipe with all of its keys.
 
     Args:
@@ -23,6 +23,7 @@ def base(name: str, max_new_tokens: int = 1024, judge: bool = False, published: 
       judge: whether a judge may score open answers (`judge.…`).
       published: whether the paper has numbers of this set (`published`).
       leakage: whether there may be training rows, and so `data.held_out`, `data.trained_on` and `organ_question`.
+      toolkit: the switches of MedEvalKit's protocol (`medevalkit.…`), where it has one for this set (`scoring`).
       data: the keys of `data` that this set has beside them, with their values; `root`, which is empty otherwise.
     """
     cfg = ConfigDict()
@@ -39,6 +40,11 @@ def base(name: str, max_new_tokens: int = 1024, judge: bool = False, published: 
         cfg.data.trained_on = ""
         cfg.data.trained_on_images = ""  # the folder of its images, where it is a LLaVA file
     cfg.protocol = "clean"  # or "paper": VQA-RAD's training rows with all rephrasings, those of test questions included
+    if toolkit is not None:
+        cfg.scoring = "ours"  # or "medevalkit": that toolkit's prompts, rules and judge's prompt, in a block of their own
+        if toolkit:
+            # Defects of that toolkit which change a number (docs/metrics.md).
+            cfg.medevalkit = ConfigDict(dict.fromkeys(toolkit, False))
     cfg.generation = ConfigDict()
     cfg.generation.max_new_tokens = max_new_tokens
     cfg.generation.temperature = 0.0

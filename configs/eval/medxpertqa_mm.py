@@ -8,7 +8,7 @@ from configs.eval import common
 def get_config(arg: str = "") -> ConfigDict:
     common.refuse_arguments(arg)
     return common.base(
-        "medxpertqa_mm",
+        "medxpertqa_mm", toolkit=(),
         root="",  # the folder with MM/ and images/
         images="",  # the folder of the images; empty: images/ in the root
     )

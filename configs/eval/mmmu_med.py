@@ -8,7 +8,7 @@ from configs.eval import common
 def get_config(arg: str = "") -> ConfigDict:
     common.refuse_arguments(arg)
     cfg = common.base(
-        "mmmu_med", judge=True,
+        "mmmu_med", judge=True, toolkit=(),
         root="",  # the folder with Clinical_Medicine/, Pharmacy/, …
         images="",  # the folder that the images are written to; empty: images/ in the root
     )

@@ -8,7 +8,7 @@ from configs.eval import common
 def get_config(arg: str = "") -> ConfigDict:
     common.refuse_arguments(arg)
     return common.base(
-        "omnimedvqa",
+        "omnimedvqa", toolkit=(),
         root="",  # the folder with QA_information/ and Images/
         images="",  # the folder that holds Images/; empty: the root
     )

@@ -8,7 +8,7 @@ from configs.eval import common
 def get_config(arg: str = "") -> ConfigDict:
     common.refuse_arguments(arg)
     return common.base(
-        "slake", judge=True, published=True,
+        "slake", judge=True, published=True, toolkit=("permuted_f1", "slake_twice", "slake_case"),
         root="",  # the folder with train.json, validate.json, test.json and imgs/
         language="en",  # the language of the published numbers; zh, or all
     )

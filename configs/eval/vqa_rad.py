@@ -8,9 +8,11 @@ from configs.eval import common
 def get_config(arg: str = "") -> ConfigDict:
     common.refuse_arguments(arg, "demo")
     if arg != "demo":
-        return common.base("vqa_rad", judge=True, published=True, root="")  # the folder of the official layout
+        return common.base(
+            "vqa_rad", judge=True, published=True, toolkit=("permuted_f1",), root="")  # the folder of the official layout
     sample = "samples/vqa_rad"
     cfg = common.base(
-        "vqa_rad", judge=True, published=True, root=sample, held_out=f"{sample}/held_out.json", max_new_tokens=16)
+        "vqa_rad", judge=True, published=True, toolkit=("permuted_f1",), root=sample, held_out=f"{sample}/held_out.json",
+        max_new_tokens=16)
     cfg.organ_question = True
     return cfg

@@ -9,7 +9,7 @@ was measured on the clean rows.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 TEST = {"vqa_rad": (179, 272), "slake": (645, 416), "pathvqa": (3370, 3391)}
@@ -58,6 +58,40 @@ ROWS = tuple(
          "precision": 21.1164, "open_accuracy_substring": 24.0223}),
 )  # fmt: skip
 NAMES = tuple(dict.fromkeys(row.name for row in ROWS))
+
+MEDEVALKIT = {"vqa_rad": (53.7, 451), "pathvqa": (38.8, 6719), "pmc_vqa": (30.5, 33430), "omnimedvqa": (44.3, 88996),
+              "mmmu_med": (29.3, 150), "medxpertqa_mm": (20.3, 2000)}
+"""LLaVA-Med v1.5 without fine-tuning in MedEvalKit's own table (`assets/mm_eval.png`): percent of all questions, and
+their number. SLAKE's number there is left out, because the toolkit's code counts its closed questions twice."""
+
+BAND = 3.0
+"""Percent by which another run of the same protocol may differ: the judge's noise, and tower and precision."""
+
+
+def medevalkit(dataset: str, split: str, n: int, has_judge: bool, switches: Sequence[str]) -> dict:
+    """Returns v1.5's published number by MedEvalKit's protocol, or the reason why there is none to compare with.
+
+    Args:
+      dataset: the name of the data set.
+      split: the split that was asked.
+      n: the number of questions.
+      has_judge: whether the open answers were judged, or there are none.
+      switches: the defects of the toolkit that were switched on.
+
+    Returns:
+      `model`, `accuracy`, `low`, `high` (percent) and `source`, or `reason`, a sentence.
+    """
+    if dataset not in MEDEVALKIT:
+        return _nothing(f"MedEvalKit's table has no number for {dataset} that its code can give")
+    value, count = MEDEVALKIT[dataset]
+    if n != count or split != ("validation" if dataset == "mmmu_med" else "test"):
+        return _nothing(f"these are {n} questions of {split}, and MedEvalKit's table asks {count}")
+    if not has_judge:
+        return _nothing("MedEvalKit's table has its open answers judged, and judge.model is empty")
+    if switches:
+        return _nothing(f"defects of the toolkit are switched on ({', '.join(switches)})")
+    return {"model": "LLaVA-Med v1.5, not fine-tuned", "accuracy": value, "low": value - BAND, "high": value + BAND,
+            "source": "MedEvalKit, assets/mm_eval.png (Lingshu's table)"}
 
 
 def beside(dataset: str, split: str, protocol: str, n_open: int, n_closed: int, name: str) -> dict:

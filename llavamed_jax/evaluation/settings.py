@@ -15,6 +15,8 @@ def check_settings(cfg: ConfigDict) -> None:
     """Raises UsageError for a value that is invalid for every kind of evaluation."""
     if cfg.protocol not in ("clean", "paper"):
         raise UsageError(f"protocol is {cfg.protocol!r}; clean or paper was expected")
+    if cfg.get("scoring", "ours") not in ("ours", "medevalkit"):
+        raise UsageError(f"scoring is {cfg.scoring!r}; ours or medevalkit was expected")
     for key, value in flatten(cfg.to_dict()).items():
         if value is None and key.startswith(("judge.", "seed")):
             raise UsageError(f"{key} is none; a number was expected")

@@ -15,6 +15,7 @@ from llavamed_jax.utils.nested import flatten
 # Keys that matter only if a model is asked, and those of them that a server is not told.
 _OF_ANSWERS = ("generation.", "organ_question")
 _OF_LOCAL = ("generation.batch_size",)
+_OF_SCORES = ("judge.", "published", "scoring", "medevalkit.", "seed", "data.trained_on", "data.train")
 
 
 def sentences(cfg: ConfigDict, typed: Collection[str], source: str) -> list[str]:
@@ -67,9 +68,17 @@ def _void(cfg: ConfigDict, values: dict, typed: Collection[str], source: str) ->
             if values[key] != usual[key]:
                 yield key, "judge.model is empty"
     for key in typed:
+        if key.startswith("medevalkit.") and cfg.get("scoring") != "medevalkit":
+            yield key, "scoring is not medevalkit"
+        if key in ("medevalkit.slake_twice", "medevalkit.pathvqa_drop") and not cfg.judge.model:
+            yield key, "judge.model is empty"
+        if key == "judge.model" and cfg.get("scoring") == "medevalkit" and name == "mmmu_med":
+            yield key, "MedEvalKit has no judge for MMMU"
+        if key == "judge.prompt" and cfg.get("scoring") == "medevalkit":
+            yield key, "scoring=medevalkit has a judge's prompt of its own"
         if source in ("predictions", "write_llava") and key.startswith(_OF_ANSWERS):
             yield key, f"no model is asked with --{source}"
-        if source == "write_llava" and key.startswith(("judge.", "published", "seed", "data.trained_on", "data.train")):
+        if source == "write_llava" and key.startswith(_OF_SCORES):
             yield key, "nothing is scored with --write_llava"
         if source == "preflight" and not key.startswith("generation."):
             yield key, "no model is asked with --preflight"

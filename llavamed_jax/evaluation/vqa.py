@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from llavamed_jax.datasets import training
 from llavamed_jax.errors import UsageError, UserError, count_of
-from llavamed_jax.evaluation import published, questions
+from llavamed_jax.evaluation import published, questions, toolkit
 from llavamed_jax.evaluation.judging import open_answers
 from llavamed_jax.evaluation.report import report, summary
 from llavamed_jax.evaluation.results import Outcome
@@ -40,12 +40,17 @@ class VqaScorer:
 
     def __init__(self, cfg: ConfigDict, workdir: Path, against: str | Path | None = None):
         self._cfg = cfg
-        self.judge = open_answers.open_judge(cfg, workdir)
         data = cfg.data
         self.samples, self.training = questions.load_samples(
             data.name, data.root, data.split, cfg.protocol, data.held_out, **questions.further(data))
         if not self.samples:
             raise UserError(f"{cfg.data.root} holds no questions of {cfg.data.name} {cfg.data.split}")
+        self._toolkit = None
+        if cfg.get("scoring") == toolkit.NAME:
+            self._toolkit = toolkit.MedEvalKit(cfg, self.samples, workdir)
+            self.samples, self.judge = self._toolkit.asked, self._toolkit.judge
+        else:
+            self.judge = open_answers.open_judge(cfg, workdir)
         read = lambda path: AnswerSet.read(self.samples, path, self.training, f"--against {path}: ")
         self._against = None if against is None else read(against)
         self._trained_on = _training_data(cfg)
@@ -64,6 +69,8 @@ class VqaScorer:
           texts: the answers, in the order of `samples`; None if a model has yet to give them.
           has_control: whether the controls are asked too.
         """
+        if self._toolkit is not None and self.judge is not None:
+            return self._toolkit.plan(texts)
         if self.judge is None:
             times = ", each three times: with its image, with another one, with noise" if has_control else ""
             return f"{count_of(len(self.samples), 'question')}{times}; nothing is judged"
@@ -98,6 +105,10 @@ class VqaScorer:
             found = leakage.trained_on(self.samples, self._trained_on)
             metrics["trained_on"] = {"data": str(cfg.data.trained_on)} | found
         render = lambda tables: report.render(metrics, answers, others, tables)
+        if self._toolkit is not None:
+            scored = self._toolkit.score(answers, split)
+            metrics[toolkit.NAME] = scored.metrics
+            return Outcome(metrics, render, {"medevalkit.jsonl": to_jsonl(scored.lines)}, "answers", scored.verdicts)
         if self.judge is None:
             return Outcome(metrics, render)
         judged = open_answers.judge_open(self.judge, answers, cfg.seed)

@@ -202,6 +202,11 @@ EVAL_VOID = [
     ("slake", ["published=from_llava"], "write_llava", "published", "nothing is scored"),
     ("slake", ["generation.batch_size=5"], "endpoint", "generation.batch_size", "--concurrency"),
     ("slake", ["seed=5"], "preflight", "seed", "no model is asked with --preflight"),
+    ("slake", ["medevalkit.slake_case=true"], "checkpoint", "medevalkit.slake_case", "scoring is not medevalkit"),
+    ("slake", ["scoring=medevalkit", "medevalkit.slake_twice=true"], "checkpoint", "medevalkit.slake_twice", "judge.model is empty"),
+    ("vqa_rad", ["scoring=medevalkit", "judge.model=m", "judge.prompt=x"], "checkpoint", "judge.prompt", "a judge's prompt of its own"),
+    ("mmmu_med", ["scoring=medevalkit", "judge.model=m"], "checkpoint", "judge.model", "no judge for MMMU"),
+    ("vqa_rad", ["scoring=medevalkit"], "write_llava", "scoring", "nothing is scored"),
 ]
 
 

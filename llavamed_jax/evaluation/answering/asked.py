@@ -26,7 +26,8 @@ from llavamed_jax.utils.nested import flatten
 KEYS = ("checkpoint", "checkpoint_sha256", "step", "template", "tower", "tokenizer", "dtype", "mesh", "quantize",
         "kv_cache", "adapter", "endpoint", "model", "generation")  # fmt: skip
 # Config keys that change no answer: settings of the scoring, and paths of files whose contents are compared instead.
-_BESIDE = ("judge", "published", "data.train", "data.trained_on", "data.trained_on_images", "data.root", "data.images")
+_BESIDE = ("judge", "published", "scoring", "medevalkit", "data.train", "data.trained_on",
+           "data.trained_on_images", "data.root", "data.images")
 _PACKAGES = ("numpy", "pillow", "pydicom")  # packages that read the images, for a loaded model and for a server
 
 

@@ -40,8 +40,8 @@ def summary(metrics: Mapping) -> str:
         if name == "closed_accuracy":
             always = f'  always "{metrics["baselines"]["majority_closed_answer"]}"'
             lines.append(f"{always:<41}{_plain(metrics['baselines']['majority_closed']):>7}")
-    more = (*_judged(metrics.get("judged")), *_against(metrics.get("against"), rows), *_notes(metrics),
-            *_asked_with(metrics))
+    more = (*_judged(metrics.get("judged")), *_medevalkit(metrics.get("medevalkit")),
+            *_against(metrics.get("against"), rows), *_notes(metrics), *_asked_with(metrics))
     return "\n".join([*lines, *more])
 
 
@@ -58,6 +58,19 @@ def _judged(judged: Mapping | None) -> Iterator[str]:
     if judged["n_unscored"]:
         yield (f"  unscored and not counted: {judged['n_unscored']} of {judged['n_open']}: "
                f"{', '.join(map(str, judged['unscored']))}")
+
+
+def _medevalkit(table: Mapping | None) -> Iterator[str]:
+    if not table:
+        return
+    for name, title in (("accuracy", "all"), ("closed_accuracy", "closed"), ("open_accuracy", "open"),
+                        ("choice_accuracy", "multiple choice")):
+        if name in table:
+            yield (f"{f'{title}, as MedEvalKit scores':<41}{_plain(table[name]):>7}"
+                   f"  {_interval(table, name)}").rstrip()
+    beside = table["published"]
+    yield (f"  published: {beside['accuracy']} ({beside['model']}; {beside['low']:.1f} to {beside['high']:.1f} agrees)"
+           if "accuracy" in beside else f"  {beside['reason']}")
 
 
 def _against(against: Mapping | None, rows) -> Iterator[str]:

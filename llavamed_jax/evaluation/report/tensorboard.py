@@ -10,7 +10,8 @@ from llavamed_jax.evaluation.scoring import registry
 
 # The last three are the families of a chat evaluation.
 _FAMILIES = ("strict", "paper", "captions", "overall", "type", "domain")
-_OTHERS = {"judged": ("open_accuracy", "open_accuracy_low", "open_accuracy_high"),
+_OTHERS = {"medevalkit": ("accuracy", "open_accuracy", "closed_accuracy", "choice_accuracy"),
+           "judged": ("open_accuracy", "open_accuracy_low", "open_accuracy_high"),
            "organ": ("accuracy", "exchanged", "majority")}
 # A training run's events may lie in the same folder; only files with this suffix are replaced
 # (`results.write_results`).
@@ -38,7 +39,7 @@ def scalars(metrics: Mapping) -> Iterator[tuple[str, float]]:
     yield from _numbers({name: metrics[name] for name in (*kept, "baselines") if name in metrics})
     for title, names in _OTHERS.items():
         if metrics.get(title):
-            yield from _numbers({title: {name: metrics[title][name] for name in names}})
+            yield from _numbers({title: {name: metrics[title][name] for name in names if name in metrics[title]}})
     control = metrics.get("control")
     if control:
         for title, table in {"exchanged": control, "noise": control.get("noise", {})}.items():
