@@ -1,7 +1,7 @@
 """Verifies a released checkpoint: fetches and hashes it, compares its tower with stock CLIP, and scores its answers.
 
 Each step returns the lines of its section of `docs/verification.md`; a check that fails raises. Numbers of other
-projects are printed below ours for orientation only, because their prompts and scorers differ.
+projects are printed below ours; MedEvalKit's is a check if the evaluation follows that protocol.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from llavamed_jax.checkpoints.open import open_checkpoint
 from llavamed_jax.checkpoints.soundness import is_finite
 from llavamed_jax.config import PRESETS
 from llavamed_jax.errors import UserError
-from llavamed_jax.evaluation import run
+from llavamed_jax.evaluation import published, run
 from llavamed_jax.evaluation.answering.local import LocalModel, model_name
 from llavamed_jax.evaluation.report.summary import summary
 from llavamed_jax.models.llava import Llava
@@ -45,7 +45,8 @@ QUESTIONS = (("synpic17738.jpg", "Where is the abnormal mass located with respec
               "Hydrocephalus"),
              ("synpic24967.jpg", "Are gallstones identifiable?", "Yes"))
 # Published scores on VQA-RAD of LLaVA-Med v1.5 without fine-tuning: source, percent, how it was measured.
-OTHERS = (("MedEvalKit (Lingshu's table)", 53.7, "all questions; open answers judged by GPT-4.1"),
+OTHERS = (("MedEvalKit (Lingshu's table)", published.MEDEVALKIT["vqa_rad"][0],
+           "all questions; open answers judged by GPT-4.1"),
           ("HuatuoGPT-Vision's README", 51.4, "all questions; its own prompts and scorer"),
           ("Hulu-Med's README", 46.6, "all questions; its own prompts and scorer"))
 
@@ -255,9 +256,23 @@ def vqa_rad(release: Release) -> list[str]:
                            {"checkpoint": release.model})
     others = [f"| {source} | {value} | {how} |" for source, value, how in OTHERS]
     return [f"{what}.", "", "```", summary(metrics), "```", "",
-            "What others reported for this checkpoint; not a check, because their prompts and scorers differ:", "",
+            _by_medevalkit(metrics.get("medevalkit")), "",
+            "What others reported for this checkpoint; their prompts and scorers differ:", "",
             "| source | VQA-RAD | of |", "|---|---:|---|", *others, "",
             f"Predictions, metrics and report: `{release.workdir}`."]
+
+
+def _by_medevalkit(table: Mapping | None) -> str:
+    """Returns a sentence that compares with MedEvalKit's table, or says how to compare."""
+    if table is None:
+        return ("MedEvalKit's row is a check with --config.scoring=medevalkit, --config.judge.model=NAME and "
+                "--config.generation.max_new_tokens=8192.")
+    beside = table["published"]
+    if "reason" in beside:
+        return beside["reason"]
+    verb = "agrees with" if beside["low"] <= table["accuracy"] <= beside["high"] else "DIFFERS from"
+    return (f"By MedEvalKit's protocol {table['accuracy']:.1f} of 100 are right, which {verb} the published "
+            f"{beside['accuracy']} ({beside['low']:.1f} to {beside['high']:.1f}).")
 
 
 STEPS: dict[str, tuple[str, Callable[[Release], list[str]]]] = {

@@ -124,6 +124,16 @@ def test_whole_with_all_451_questions(models, shared, tmp_path):
     assert text.count("\n  > ") >= 4 and "(Right upper lobe)" in text
     assert "272 closed and 179 open questions" in text
     for number in ("53.7", "51.4", "46.6"):
-        assert number in text.split("not a check, because")[1]
+        assert number in text.split("their prompts and scorers differ")[1]
     assert len((tmp_path / "run" / "predictions.jsonl").read_text().splitlines()) == 451
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["n_closed"] == 272
+
+
+@pytest.mark.parametrize("accuracy, words", [(53.0, "53.0 of 100 are right, which agrees with the published 53.7 (50.7 to 56.7)"),
+                                             (50.0, "50.0 of 100 are right, which DIFFERS from"), (None, "--config.scoring=medevalkit")])
+def test_medevalkits_row_is_a_check_by_its_protocol(accuracy, words):
+    from llavamed_jax.evaluation import published
+    from llavamed_jax.verification import release
+
+    table = None if accuracy is None else {"accuracy": accuracy, "published": published.medevalkit("vqa_rad", "test", 451, True, [])}
+    assert words in release._by_medevalkit(table)
