@@ -1,7 +1,8 @@
 """docs/fidelity.md: how far each part is from the original. `python benchmarks/fidelity.py [--out FILE]`, or `make fidelity`.
 
 The figures are those of the tests that hold each part to the original: they are run, and what they measured on the way is
-printed beside what they allow. The table of the true shapes is the last run of benchmarks/true_shapes.py.
+printed beside what they allow. Two tables are the last runs of benchmarks/families.py and benchmarks/true_shapes.py; with
+`--tables` these alone are written anew, and the rest of the page stays.
 """
 
 from __future__ import annotations
@@ -27,6 +28,10 @@ from benchmarks.quirks import OTHERS, QUIRKS  # noqa: E402
 from llavamed_jax.utils.paths import local  # noqa: E402
 
 TRUE_SHAPES = ROOT / "docs" / "fidelity" / "true_shapes.json"
+FAMILIES = ROOT / "docs" / "fidelity" / "families.json"
+# Headings of the page: the two tables, and what follows them.
+TABLES, TRUE_SHAPES_TITLE = "\n## Towers, decoders and templates\n", "\n## The released shapes, layer by layer\n"
+ROTARY = "\n## Rotary frequencies\n"
 
 # Number of the group, what it is, the tests (file::function, or a whole file), what to say.
 GROUPS = [
@@ -88,7 +93,13 @@ GROUPS = [
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=local, default=ROOT / "docs" / "fidelity.md")
+    parser.add_argument("--tables", action="store_true", help="write the tables of families and true shapes anew, and leave the rest")
     args = parser.parse_args()
+    if args.tables:
+        page = args.out.read_text(encoding="utf-8")
+        before, after = page.partition(TABLES if TABLES in page else TRUE_SHAPES_TITLE)[0], page.partition(ROTARY)
+        write(args.out, before + "\n".join([*families(), *true_shapes()]) + "\n" + "".join(after[1:]))
+        return 0
     selectors = sorted({s for _, _, group, _ in GROUPS for s in group} | {row[-1] for row in [*QUIRKS, *OTHERS]} - {None})
     results = run(selectors)
     failed = [result.name for result in results if result.outcome == "failed"]
@@ -99,12 +110,16 @@ def main() -> int:
     if missing:
         print(f"error: no test is named {', '.join(missing)}", file=sys.stderr)
         return 1
-    temporary = args.out.with_name(f".{args.out.name}.{os.getpid()}")
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    temporary.write_text(document(results), encoding="utf-8")
-    temporary.replace(args.out)
-    print(f"written to {args.out}")
+    write(args.out, document(results))
     return 0
+
+
+def write(out: Path, page: str) -> None:
+    temporary = out.with_name(f".{out.name}.{os.getpid()}")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary.write_text(page, encoding="utf-8")
+    temporary.replace(out)
+    print(f"written to {out}")
 
 
 @dataclasses.dataclass
@@ -160,7 +175,7 @@ def document(results: list[Result]) -> str:
     lines += [f"| {' | '.join(row)} | {held_by(test)} |" for *row, test in QUIRKS]
     lines += ["", "## Other differences", "", "| the original | here | switch | held by |", "|---|---|---|---|"]
     lines += [f"| {' | '.join(row)} | {held_by(test)} |" for *row, test in OTHERS]
-    return "\n".join([*lines, *true_shapes(), *rotary()]) + "\n"
+    return "\n".join([*lines, *families(), *true_shapes(), *rotary()]) + "\n"
 
 
 def held_by(test: str | None) -> str:
@@ -189,12 +204,33 @@ def number_(value: float | None) -> str:
     return "holds" if value is None else "0" if value == 0 else f"{value:.1e}"
 
 
+def families() -> list[str]:
+    """The table of towers, decoders and templates, as benchmarks/families.py left it, and the mutants of each."""
+    if not FAMILIES.is_file():
+        return []
+    data = json.loads(FAMILIES.read_text(encoding="utf-8"))
+    versions = ", ".join(f"{package} {data['versions'][package]}" for package in ("jax", "flax", "torch", "transformers"))
+    lines = [TABLES.rstrip("\n"), "",
+             f"`python benchmarks/families.py`: tiny shapes with random weights, float32, beside transformers' own modules, and ids of "
+             f"prompts beside the models' own chat templates. {data['date'][:10]}, commit {data['commit']}, {versions}.", "",
+             "A difference of logits, features or gradients is divided by the largest magnitude of the same array; that of the gradient "
+             "is the worst of all parameters. For prompts it is the share of prompts whose ids differ. A mutant is this project's code "
+             "with one mistake in it. Each has to differ by at least twice what is allowed.", "",
+             "| family | compared | largest difference | allowed | nearest mutant | differs by |", "|---|---|---:|---:|---|---:|"]
+    for row in data["rows"]:
+        name, nearest = min(row["mutants"].items(), key=lambda pair: pair[1], default=("–", None))
+        lines.append(f"| {row['family']} | {row['what']} | {number_(row['difference'])} | {number_(row['allowed'])} | {name} | "
+                     f"{'' if nearest is None else number_(nearest)} |")
+    lines += ["", "| family | mutant | differs by |", "|---|---|---:|"]
+    return lines + [f"| {row['family']} | {name} | {number_(difference)} |" for row in data["rows"] for name, difference in row["mutants"].items()]
+
+
 def true_shapes() -> list[str]:
     """The layer table, as benchmarks/true_shapes.py left it."""
     if not TRUE_SHAPES.is_file():
         return []
     data = json.loads(TRUE_SHAPES.read_text(encoding="utf-8"))
-    lines = ["", "## The released shapes, layer by layer", "",
+    lines = [TRUE_SHAPES_TITLE.rstrip("\n"), "",
              f"`python benchmarks/true_shapes.py --checkpoint {data['checkpoint']}`: {data['parameters']:,} random parameters, one "
              f"image and one question ({data['positions']} positions), float32, transformers' layer modules compared with this "
              f"project's blocks. Each side continues with its own output. {data['seconds']} s on {data['device']}, at most "
@@ -223,7 +259,7 @@ def rotary() -> list[str]:
     effect = logits_apart(llama.Decoder(cfg), positions, ours, theirs) if len(places) else 0.0
     exponents = [math.log10(ours[i]) for i in places]
     where = ", ".join(f"number {i} (10^{e:.2f})" for i, e in zip(places, exponents)) or "nowhere"
-    return ["", "## Rotary frequencies", "",
+    return [ROTARY.rstrip("\n"), "",
             "Each inverse frequency here comes from the float32 nearest to the exact power. torch computes the same bits with the C "
             "library's `powf`. torch's vectorised `pow` differs in the last bit in a few places, and in other places with AVX2 than "
             "with AVX-512 (`ATEN_CPU_CAPABILITY`), so there is no single set of bits to equal. On this machine "

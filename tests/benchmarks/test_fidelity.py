@@ -1,6 +1,7 @@
 """The two scripts behind docs/fidelity.md: the layer table at tiny shapes, and that every row names tests that exist."""
 
 import ast
+import json
 import re
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="torch's CPU build is not installed")
 
-from benchmarks import fidelity, true_shapes  # noqa: E402
+from benchmarks import families, fidelity, true_shapes  # noqa: E402
 from llavamed_jax.checkpoints.random import random_checkpoint  # noqa: E402
 from llavamed_jax.config import DecoderConfig, LlavaConfig, VisionConfig  # noqa: E402
 from tests.conftest import ROOT  # noqa: E402
@@ -80,3 +81,16 @@ def test_the_document_is_of_this_table():
     assert re.findall(r"^\| (Q\d+) \|", text, re.MULTILINE) == [quirk[0] for quirk in fidelity.QUIRKS] == [f"Q{n}" for n in range(1, 35)]
     for what, *_ in fidelity.OTHERS:
         assert f"| {what} |" in text
+
+
+def test_the_table_of_families_is_on_the_page_and_no_mutant_is_near():
+    data = json.loads(fidelity.FAMILIES.read_text(encoding="utf-8"))
+    page = (ROOT / "docs" / "fidelity.md").read_text(encoding="utf-8")
+    assert "\n".join(fidelity.families()) in page
+    found = {(row["family"], row["what"]) for row in data["rows"]}
+    names = [name for group in families.TEMPLATES for name in group]
+    assert found == {(family, what) for family in families.DECODERS for what in ("logits", "gradient")} | {
+        (family, what) for family in families.TOWERS for what in ("features", "gradient")} | {(name, "prompts") for name in names}
+    assert not [problem for row in data["rows"] for problem in families.problems(row)]
+    near = {**data["rows"][0], "difference": 1.0, "mutants": {"harmless": 0.0, "noticed": 1.0}}
+    assert len(list(families.problems(near))) == 2
