@@ -189,8 +189,8 @@ class Talks:
             yield talk.view()
             async with contextlib.aclosing(self._texts(talk.exchanges, settings, key, stop)) as texts:
                 async for text in texts:
-                    question.answer = text
-                    if time.monotonic() - last >= _PAUSE_S:
+                    question.answer = text or None
+                    if text and time.monotonic() - last >= _PAUSE_S:
                         yield talk.view()
                         last = time.monotonic()
         except ApiError as error:

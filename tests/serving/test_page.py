@@ -15,7 +15,7 @@ from PIL import Image
 
 from llavamed_jax.errors import UserError
 from llavamed_jax.images.load import load_image
-from llavamed_jax.serving import page_door, page_images
+from llavamed_jax.serving import page_door, page_images, page_talk
 from llavamed_jax.serving.errors import ApiError
 from llavamed_jax.serving.limits import DEFAULTS, Limits
 from llavamed_jax.serving.page_feedback import Feedback
@@ -83,7 +83,9 @@ def test_answers_grow_and_equal_those_of_the_api(server, talks, photo):
     assert talks.clear("s")["exchanges"] == [] and talks.of("s").exchanges == []
 
 
-def test_stopping_keeps_the_words_and_frees_the_row(server, talks):
+def test_stopping_keeps_the_words_and_frees_the_row(server, talks, monkeypatch):
+    monkeypatch.setattr(page_talk, "_PAUSE_S", 0.0)  # every piece is seen
+
     async def stop_after(count):
         views = []
         async for view in talks.ask("t", "What is shown?", [], Settings(0.0, 400)):
