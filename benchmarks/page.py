@@ -125,12 +125,6 @@ def drive(it: Drive, url: str) -> None:
         page.wait_for_function("document.querySelector('#head .state').textContent === 'ready'")
         page.wait_for_timeout(1000)
         it.shot("welcome_wide_light")
-    with it.step("temperature and length stand behind a fold"):
-        page.get_by_role("button", name="Settings").click()
-        length = page.get_by_label("number input for Longest answer, in tokens")
-        length.fill("64")
-        length.press("Tab")
-        page.get_by_role("button", name="Settings").click()
     with it.step("an image is uploaded, and the answer grows"):
         it.add(IMAGES / "synpic31394.jpg")
         it.ask("What is the pathology seen in this image?", 1)
@@ -146,6 +140,13 @@ def drive(it: Drive, url: str) -> None:
         page.locator("#question .stop-button").click()
         it.ended()
         check("Stopped." in page.locator("#talk .exchange").last.inner_text() and it.answer(), "nothing says that it was stopped")
+    with it.step("temperature and length stand behind a fold"):
+        page.get_by_role("button", name="Settings").click()
+        length = page.get_by_label("number input for Longest answer, in tokens")
+        length.fill("64")
+        length.press("Tab")
+        page.wait_for_timeout(1000)
+        page.get_by_role("button", name="Settings").click()
     with it.step("the answer is generated again, and the question edited by keyboard"):
         page.locator("#talk .exchange").last.get_by_text("Regenerate").click()
         page.wait_for_function(BUSY % "true")
