@@ -80,7 +80,7 @@ MUTANTS = [
            "if False:", ("training/test_training_place.py",)),
     # pipeline and data
     Mutant("the rows of an epoch are not shuffled anew", "pipeline/packing.py",
-           "seed = _seed(self.stream.seed, epoch, 2**31)", "seed = _seed(self.stream.seed, 0, 2**31)",
+           "key = (self.stream.seed, epoch, 2**31,", "key = (self.stream.seed, 0, 2**31,",
            ("pipeline/test_packing.py", "pipeline/test_tokens_and_rows.py")),
     Mutant("an epoch's last rows are lost at its end", "pipeline/packing.py",
            "row += count\n        while row and", "row += count - 1\n        while row and", ("pipeline/test_packing.py", "pipeline/test_tokens_and_rows.py", "training/test_training_resume.py")),
@@ -150,7 +150,7 @@ MUTANTS = [
            ("openai_client", "evaluation/test_endpoint.py")),
     Mutant("one mesh axis may divide two dimensions", "parallel/mesh.py", "if len(set(used)) != len(used):",
            "if False:", ("parallel",)),
-    Mutant("a loop of a program counts once", "preflight/collectives.py",
+    Mutant("a loop of a program counts once", "preflight/hlo.py",
            "times[called] += times[name] * rounds", "times[called] += times[name]", ("preflight",)),
     Mutant("a file is written under its own name", "utils/files.py",
            'temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")', "temporary = path",

@@ -20,6 +20,10 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from llavamed_jax.utils.paths import local
+
 ROOT = Path(__file__).resolve().parent.parent
 IMAGES = ROOT / "samples" / "vqa_rad" / "images"
 WIDE, NARROW = {"width": 1280, "height": 800}, {"width": 390, "height": 844}
@@ -234,7 +238,7 @@ def main() -> int:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--url", default="http://127.0.0.1:8000")
-    parser.add_argument("--out", default="runs/page", type=Path)
+    parser.add_argument("--out", default="runs/page", type=local)
     parser.add_argument("--chromium", default="/usr/bin/chromium", help="the browser's program")
     parser.add_argument("--timeout", default=300.0, type=float, help="seconds for each wait")
     args = parser.parse_args()

@@ -39,4 +39,5 @@ def describe(samples: Sequence[VqaSample], name: str, split: str, variant: str =
         return line + (", as published" if published else "")
     parts = ", ".join(
         f"{count} {kind}" for count, kind in zip(published[2:], ("open", "closed"), strict=True) if count is not None)
-    return f"{line}; published: {published[0]} questions on {published[1]} images" + (parts and f", {parts}")
+    on = "" if published[1] is None else f" on {published[1]} images"
+    return f"{line}; published: {published[0]} questions{on}" + (parts and f", {parts}")

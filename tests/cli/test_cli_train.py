@@ -147,7 +147,7 @@ def test_help_config_lists_every_key_in_the_order_of_the_recipes(capsys, monkeyp
     for name in (line.partition(":")[0] for line in lines if not line.startswith(" ")):
         at += re.search(rf"\b{name.rpartition('.')[2]}\s*=", source[at:]).end()
     text = " ".join(line.strip() for line in lines)
-    for wanted in ("remat: none or full or qkvo or minimal; default full what a layer keeps", "init: text; required the checkpoint",
+    for wanted in ("remat: auto or none or full or qkvo or minimal; default auto what a layer keeps", "init: text; required the checkpoint",
                    "optimizer.b1: number, 0 or more and less than 1; required", "data.skip_limit: number, 0 to 1; default 0.5",
                    "data.row_length: integer, 0 or more, at most 131,072; default 0", "protocol: clean or paper; default none",
                    "epochs: integer, more than 0, at most 10,000; default none", "name: text, at most 200 characters; required",
@@ -163,7 +163,7 @@ def test_the_schema_says_the_defaults_of_the_common_recipe_and_the_choices_of_th
             wanted = None if key.default is recipe.REQUIRED else key.default
             assert found[name] == wanted and type(found[name]) in (*key.types, type(None)), name
         assert key.meaning and (key.is_open or key.default is not None), name
-    assert recipe.SCHEMA["remat"].choices == ("none", *REMAT_POLICIES)
+    assert recipe.SCHEMA["remat"].choices == ("auto", "none", *REMAT_POLICIES)
 
 
 def test_the_schema_needs_no_jax():
