@@ -57,7 +57,7 @@ def _checkpoint_flags(parser: argparse.ArgumentParser, path: str) -> None:
     _part_flags(parser, "a vision tower that replaces the checkpoint's own",
                 "template of the result, such as v1.5:mistral_instruct")
     parser.add_argument("--dtype", choices=_DTYPES, metavar="TYPE",
-                        help="float32, float16 or bfloat16; default: each tensor keeps its own")
+                        help="float32, float16 or bfloat16; default: as it is stored")
 
 
 def _part_flags(parser: argparse.ArgumentParser, tower: str, template: str) -> None:
@@ -66,7 +66,7 @@ def _part_flags(parser: argparse.ArgumentParser, tower: str, template: str) -> N
     parser.add_argument("--template", metavar="NAME", help=template)
 
 
-_PATH = dict(metavar="PATH", help="a checkpoint's directory, a run's workdir, owner/name of a hub or preset:NAME")
+_PATH = dict(metavar="PATH", help="a directory, a workdir, owner/name of a hub or preset:NAME")
 
 
 def _open(path: str, args: argparse.Namespace, dtype: type | None = None) -> Checkpoint:
@@ -128,7 +128,7 @@ def _report(tensors: Mapping[str, Tensor], out: str) -> None:
 def _import_flags(parser: argparse.ArgumentParser) -> None:
     _checkpoint_flags(parser, "--checkpoint")
     parser.add_argument("--projector", metavar="FILE",
-                        help="an mm_projector.bin that replaces the checkpoint's projector")
+                        help="an mm_projector.bin that replaces its projector")
     parser.add_argument("--out", required=True, metavar="DIR", help="a new directory for the result")
 
 
@@ -142,6 +142,7 @@ def _import(args: argparse.Namespace) -> None:
 
 
 def _export_flags(parser: argparse.ArgumentParser) -> None:
+    parser.usage = "python -m convert export --checkpoint PATH --out DIR --layout LAYOUT [FLAG …]"  # they fill a screen
     _import_flags(parser)
     parser.add_argument("--layout", required=True, choices=("transformers", "llava"),
                         metavar="LAYOUT", help="transformers, or llava (the original's own)")
@@ -237,7 +238,7 @@ def _merge_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layout", choices=("tree", "transformers", "llava"), metavar="LAYOUT",
                         help="tree (this project's own), transformers or llava; default: that of the base")
     parser.add_argument("--dtype", choices=_DTYPES, metavar="TYPE",
-                        help="float32, float16 or bfloat16; default: each tensor keeps its own")
+                        help="float32, float16 or bfloat16; default: as it is stored")
     parser.add_argument("--out", required=True, metavar="DIR", help="a new directory for the model")
 
 

@@ -17,14 +17,12 @@ CALIBRATION_ROWS = 128
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the flags."""
     parser.add_argument("--quantize", metavar="TYPE",
-                        help="int8 or int4 rounds the kernels of the decoder's layers, in compressed-tensors' format; "
-                             "with --layout transformers")
+                        help="int8 or int4: kernels of the decoder in compressed-tensors' format")
     parser.add_argument("--calibrate", metavar="PATH",
-                        help="training data, as data.train of a recipe, on whose samples int4 changes the kernels' "
-                             "outputs little (GPTQ)")
+                        help="training data on which int4 is calibrated (GPTQ)")
     parser.add_argument("--images", metavar="DIR", help="the folder of the images of --calibrate")
     parser.add_argument("--calibration_rows", type=int, metavar="N",
-                        help=f"samples of --calibrate, spread over it; default {CALIBRATION_ROWS}")
+                        help=f"samples of --calibrate (default {CALIBRATION_ROWS})")
 
 
 def check_flags(args: argparse.Namespace) -> None:

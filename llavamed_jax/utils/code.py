@@ -9,7 +9,8 @@ from pathlib import Path
 
 from llavamed_jax.utils.hashes import sha256
 
-_SUFFIXES = (".py", ".txt", ".j2", ".css")  # the judge's prompts and the pages of reports are files beside the code
+# The judge's prompts and the pages are files beside the code.
+_SUFFIXES = (".py", ".txt", ".j2", ".css", ".js")
 
 
 @functools.cache
