@@ -23,6 +23,7 @@ from llavamed_jax.curation.wanted import Rejected, Wanted
 from llavamed_jax.errors import UserError
 from llavamed_jax.images.load import load_image
 from llavamed_jax.utils import progress, signals
+from llavamed_jax.utils.hashes import sha256
 
 MOST_FILE = 2**28  # bytes of an image or an XML file
 _LARGE_IMAGE = 2**24  # pixels; one of these at a time is decoded
@@ -277,7 +278,7 @@ class Fetch:
         line = {"path": path, "pmcid": row.pmcid, "asked": row.file,
                 "version": found and found.version.number, "file": found.file.name if found else row.file,
                 "licence": found.version.licence if found else licence or "unknown",
-                "md5": hashlib.md5(data, usedforsecurity=False).hexdigest(), "sha256": hashlib.sha256(data).hexdigest(),
+                "md5": hashlib.md5(data, usedforsecurity=False).hexdigest(), "sha256": sha256(data),
                 "bytes": len(data), "width": width, "height": height, "source": source,
                 **(found.version.about if found else {})}
         self._folder.append(store.MANIFEST, line)

@@ -35,8 +35,8 @@ class Ahead(Programs):
 
 
 def _read(made: Made) -> Made:
-    zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), made)
-    return zeros.replace(is_done=np.ones_like(zeros.is_done))
+    nothing = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), made)
+    return nothing.replace(is_done=np.ones_like(nothing.is_done))
 
 
 def compile_ahead(cfg: LlavaConfig, dtype, batches: Sequence[Sequence[Request]], batch_size: int,

@@ -149,7 +149,7 @@ def _blocks(gr, talks: Talks, keys: Keys, examples: list[tuple[str, str, str]]):
                     yield each
 
         async def again(temperature, length, request: gr.Request, event: gr.EventData):
-            views = talks.again(request.session_hash, int(event.index), event._data.get("text"),
+            views = talks.again(request.session_hash, int(event.index), getattr(event, "text", None),
                                 Settings(temperature, length), keys.name(request.headers) or "")
             async with contextlib.aclosing(shown(request.session_hash, views)) as changes:
                 async for each in changes:

@@ -196,6 +196,6 @@ def test_stopped_killed_and_gone_on_is_the_same_to_the_bit(command, whole, tmp_p
 
 
 def test_the_launch_files_are_shell():
-    for file in sorted((ROOT / "docs" / "launch").iterdir()):
+    for file in sorted(path for path in (ROOT / "docs" / "launch").iterdir() if path.suffix != ".yml"):
         assert subprocess.run(["bash", "-n", file], capture_output=True).returncode == 0, file
         assert "train.py" in file.read_text()

@@ -17,12 +17,13 @@ from llavamed_jax.utils import files, locks, progress
 from llavamed_jax.utils.hashes import sha256
 
 PACKAGE = Path(files.__file__).resolve().parent.parent
-# What stands in the code -> the files where it does. Training draws its own bar.
+# What stands in the code -> the files where it does. Training draws its own bar; PubMed Central states md5.
 ONCE = {
     "from tqdm import": {"utils/progress.py", "training/log.py"},
     ".flock(": {"utils/locks.py"},
-    ".hexdigest()": {"utils/hashes.py", "utils/code.py", "datasets/records.py", "evaluation/scoring/leakage.py", "verification/release.py"},
-    "os.replace(": {"utils/files.py", "evaluation/results.py", "preflight/report.py"},  # the last two rename what is whole already
+    ".hexdigest()": {"utils/hashes.py", "utils/code.py", "datasets/records.py", "evaluation/scoring/leakage.py", "verification/release.py",
+                     "curation/bucket.py", "curation/fetch.py"},
+    "os.replace(": {"utils/files.py", "evaluation/results.py", "preflight/report.py", "curation/shard_writer.py"},  # all but the first rename what is whole already
 }
 
 
