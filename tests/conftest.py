@@ -69,6 +69,15 @@ def mistral_tokenizer() -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def processor(mistral_tokenizer):
+    """The processor of `preset:small` with Mistral's tokenizer."""
+    from llavamed_jax.config import preset
+    from llavamed_jax.processor import Processor
+    from llavamed_jax.text.tokenizer import Tokenizer
+    return Processor(preset("small"), Tokenizer.load(mistral_tokenizer))
+
+
 @pytest.fixture(scope="session")
 def llama_tokenizer(shared) -> Path:
     """LLaMA's SentencePiece model (32,000 pieces); its licence keeps it out of the project."""

@@ -29,7 +29,6 @@ from llavamed_jax.utils import paths, signals, streams, terminal
 if TYPE_CHECKING:  # not before a command listens to signals
     from ml_collections import ConfigDict
 
-EXIT_SAVED = 75  # stopped by a signal with everything saved: run again to resume (EX_TEMPFAIL of sysexits.h)
 
 
 def command(load: Callable[[], Callable[[list[str]], int | None]], argv: Sequence[str] | None = None,

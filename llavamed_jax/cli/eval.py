@@ -1,6 +1,6 @@
 """`python eval.py` and `llavamed-eval`: asks a model the questions of a data set, scores the answers, writes a report.
 
-Exit statuses are those of `cli.common.run`, and `EXIT_SAVED`.
+Exit statuses are those of `cli.common.run`, and `signals.EXIT_SAVED`.
 """
 
 import argparse
@@ -103,7 +103,7 @@ def program(argv: Sequence[str]) -> int:
             raise UserError(f"{signals.failure()}; {evaluation.n_kept} answers are kept in {args.workdir}: run again "
                             "to continue")
         print(_stopped(evaluation, args), file=sys.stderr)
-        return common.EXIT_SAVED
+        return signals.EXIT_SAVED
     print(evaluation.scorer.summary(metrics))
     print(f"report: {evaluation.workdir / 'report.html'}")
     return 0
@@ -190,8 +190,8 @@ def _measure(evaluation, args: argparse.Namespace, endpoint) -> dict | None:
     from llavamed_jax.evaluation import results, run
     from llavamed_jax.parallel import distributed
 
-    signals.enter(signals.Phase(lambda: _stopped(evaluation, args), common.EXIT_SAVED, grace=_GRACE_S, raises=True,
-                                last=lambda: processes.part(common.EXIT_SAVED, None)))
+    signals.enter(signals.Phase(lambda: _stopped(evaluation, args), signals.EXIT_SAVED, grace=_GRACE_S, raises=True,
+                                last=lambda: processes.part(signals.EXIT_SAVED, None)))
     distributed.when_stopped(lambda: signals.ask("another process"))
     try:
         if args.predictions is not None:

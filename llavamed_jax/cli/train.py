@@ -71,7 +71,7 @@ def train(argv: list[str]) -> int:
         return 0
     if signals.failure():
         raise UserError(f"{signals.failure()}; the trained state is saved in {args.workdir}: run again to continue")
-    return common.EXIT_SAVED
+    return signals.EXIT_SAVED
 
 
 class _HelpConfig(argparse.Action):

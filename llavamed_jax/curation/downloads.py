@@ -6,8 +6,6 @@ alone by every thread until then.
 
 from __future__ import annotations
 
-import contextlib
-import email.utils
 import itertools
 import random
 import threading
@@ -18,6 +16,7 @@ from collections.abc import Callable
 from llavamed_jax.curation.extra import needed
 from llavamed_jax.errors import UserError, cut, short
 from llavamed_jax.utils import signals
+from llavamed_jax.utils.retry_after import retry_after
 
 _CONNECT_S = 20.0
 _ABSENT = (400, 404, 410)
@@ -170,7 +169,7 @@ class Client:
             with self._client.stream("GET", url) as reply:
                 if reply.status_code in _PASSING:
                     raise _PassingError(f"status {reply.status_code}", f"status {reply.status_code}",
-                                        _retry_after(reply.headers.get("retry-after")))
+                                        retry_after(reply.headers))
                 if reply.status_code in _ABSENT:
                     raise AbsentError(f"status {reply.status_code}")
                 if reply.status_code != 200:  # refused: by a proxy, a firewall, a rule of the server
@@ -238,15 +237,3 @@ class _PassingError(Exception):
     def __init__(self, reason: str, sentence: str, retry_after: float | None = None, is_absent: bool = False):
         super().__init__(sentence)
         self.reason, self.retry_after, self.is_absent = reason, retry_after, is_absent
-
-
-def _retry_after(text: str | None) -> float | None:
-    """Returns the seconds of a `Retry-After`, which holds a number or a date; None if it holds neither."""
-    if text is None:
-        return None
-    with contextlib.suppress(ValueError):
-        seconds = float(text)
-        return max(0.0, seconds) if seconds == seconds else None
-    with contextlib.suppress(TypeError, ValueError):
-        return max(0.0, email.utils.parsedate_to_datetime(text).timestamp() - time.time())
-    return None

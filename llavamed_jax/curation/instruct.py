@@ -30,7 +30,6 @@ from llavamed_jax.utils.progress import progress
 if TYPE_CHECKING:  # it imports openai, which takes a second
     from llavamed_jax.openai_client.replies import Reply
 
-EXIT_SAVED = 75  # as `cli.common.EXIT_SAVED`
 CONVERSATIONS, DROPPED, SUMMARY = "conversations.json", "dropped.jsonl", "summary.json"
 _GRACE_S = 30.0
 
@@ -178,7 +177,7 @@ class _Run:
     def ask(self, service, estimate: Estimate) -> None:
         """Asks about the figures that are left; stores each reply before the next request."""
         total = estimate.requests + estimate.kept
-        signals.enter(signals.Phase(lambda: self.kept("stopped"), EXIT_SAVED, grace=_GRACE_S, raises=True))
+        signals.enter(signals.Phase(lambda: self.kept("stopped"), signals.EXIT_SAVED, grace=_GRACE_S, raises=True))
         advance, close = progress(total, estimate.kept, "figures") if estimate.requests else (lambda _: None, None)
         try:
             while self._wave(service, advance):
@@ -192,7 +191,7 @@ class _Run:
         finally:
             if close is not None:
                 close()
-            signals.enter(signals.Phase(lambda: self.kept("stopped"), EXIT_SAVED, grace=_GRACE_S))
+            signals.enter(signals.Phase(lambda: self.kept("stopped"), signals.EXIT_SAVED, grace=_GRACE_S))
 
     def _wave(self, service, advance) -> bool:
         """Asks until nothing is left or the budget allows no more; returns whether another wave may go on."""
@@ -256,7 +255,7 @@ class _Run:
               if files else "nothing is left to be written")
         if self.why_stopped:
             print(self.why_stopped, file=sys.stderr)
-            return EXIT_SAVED
+            return signals.EXIT_SAVED
         return None
 
     def read_batch(self) -> None:
@@ -295,5 +294,5 @@ class _Run:
                                       f"({names}): {first}"))
         if self.why_stopped:
             print(self.kept(self.why_stopped), file=sys.stderr)
-            return EXIT_SAVED
+            return signals.EXIT_SAVED
         return None

@@ -19,7 +19,6 @@ from llavamed_jax.utils import signals
 from llavamed_jax.utils.files import write_text
 from llavamed_jax.utils.paths import is_address
 
-EXIT_SAVED = 75  # as every command: stopped by a signal, run again to go on
 _GRACE_S = 60.0  # for the files that are on their way when a signal comes
 _SELECTED = "selected.txt"
 
@@ -53,7 +52,7 @@ def run(args: argparse.Namespace) -> int | None:
     """Fetches, filters, and prints the counts; returns the exit status."""
     _check(args)
     sentence = f"ended by {{name}}; what was fetched is kept in {args.out}, run the same command to go on"
-    signals.enter(signals.Phase(sentence, EXIT_SAVED, grace=_GRACE_S, raises=True,
+    signals.enter(signals.Phase(sentence, signals.EXIT_SAVED, grace=_GRACE_S, raises=True,
                                 note="finishing the files on their way"))
     out = Path(args.out)
     client = Client(args.concurrency, args.rate, args.retries, args.timeout)
@@ -66,7 +65,7 @@ def run(args: argparse.Namespace) -> int | None:
         _filter(args, out, fetch)
     except KeyboardInterrupt as error:
         print(f"{error}; {_count(fetch)} in {out}; run the same command to go on", file=sys.stderr)
-        return EXIT_SAVED
+        return signals.EXIT_SAVED
     except UserError as error:
         if not fetch.had:
             raise

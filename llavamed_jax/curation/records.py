@@ -11,7 +11,6 @@ from llavamed_jax.errors import UsageError, UserError, short
 from llavamed_jax.utils import signals
 
 _GRACE_S = 20.0
-EXIT_SAVED = 75
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -47,7 +46,7 @@ def run(args: argparse.Namespace) -> int | None:
     for part_of_it in ("tokenizer", "template"):
         getattr(processor, part_of_it)  # raises now, and not once for each record
     kept = f"finished shards are kept in {out}, run the same command to go on"
-    signals.enter(signals.Phase(f"stopped by {{name}}; {kept}", EXIT_SAVED, grace=_GRACE_S, raises=True))
+    signals.enter(signals.Phase(f"stopped by {{name}}; {kept}", signals.EXIT_SAVED, grace=_GRACE_S, raises=True))
     try:
         out.mkdir(parents=True, exist_ok=True)
         writer = Writer(out, part, parts, data, processor, args.max_length, args.records_a_shard,
@@ -56,7 +55,7 @@ def run(args: argparse.Namespace) -> int | None:
             writer.write(args.workers)
     except KeyboardInterrupt as error:
         print(f"{error}; {kept}", file=sys.stderr)
-        return EXIT_SAVED
+        return signals.EXIT_SAVED
     except OSError as error:
         raise UserError(f"{out} cannot be written: {error.strerror or error}; finished shards are kept") from None
     return None

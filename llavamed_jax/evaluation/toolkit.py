@@ -19,6 +19,7 @@ from llavamed_jax.datasets.sample import CHOICE, LETTERS, OPEN, VqaSample
 from llavamed_jax.errors import UsageError, count_of
 from llavamed_jax.evaluation import published
 from llavamed_jax.evaluation.judging.judge import Judge, Verdict, report_unscored
+from llavamed_jax.evaluation.judging.open_answers import Judged
 from llavamed_jax.evaluation.scoring import medevalkit as rules
 from llavamed_jax.evaluation.scoring import statistics
 from llavamed_jax.evaluation.scoring.items import AnswerSet
@@ -44,21 +45,6 @@ class Wording:
     def messages(self, user: str, is_reminded: bool = False) -> list[dict]:
         """Returns the messages of a request."""
         return [{"role": "user", "content": user}]
-
-
-@dataclass(frozen=True)
-class Scored:
-    """The result of scoring.
-
-    Attributes:
-      metrics: the object `medevalkit` of `metrics.json`.
-      lines: the lines of `medevalkit.jsonl`.
-      verdicts: the verdicts of the judge.
-    """
-
-    metrics: dict
-    lines: list[dict]
-    verdicts: list[Verdict]
 
 
 class MedEvalKit:
@@ -143,7 +129,7 @@ class MedEvalKit:
         return (f"judge {self.judge.service.where}, {count_of(len(prompts), 'answer')}: "
                 f"{self.judge.estimate(list(prompts.values()))}")
 
-    def score(self, answers: AnswerSet, split: str) -> Scored:
+    def score(self, answers: AnswerSet, split: str) -> Judged:
         """Scores the answers; the judge is asked here, if there is one.
 
         Returns:
@@ -178,7 +164,7 @@ class MedEvalKit:
                  | ({"judge_text": of[i].text, "judged": of[i].value} if i in of else {})
                  for i, (sample, kind, text, is_right, value)
                  in enumerate(zip(samples, kinds, texts, right, values, strict=True))]
-        return Scored(metrics, lines, verdicts)
+        return Judged(metrics, lines, verdicts)
 
     def _with_verdicts(self, values: np.ndarray, kinds: Sequence[str], verdicts: Mapping[int, Verdict]) -> np.ndarray:
         """Returns what each question counts when a judge has read the open ones."""

@@ -5,16 +5,15 @@ from __future__ import annotations
 import json
 import os
 import re
-import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from email.utils import parsedate_to_datetime
 from http import HTTPStatus
 
 import openai
 
 from llavamed_jax.errors import UserError
 from llavamed_jax.openai_client.secrets import Secrets
+from llavamed_jax.utils.retry_after import retry_after
 
 _LONGEST_MESSAGE = 300  # characters of a server's message
 _LONGEST_FINISH = 60  # characters of a finish_reason
@@ -190,18 +189,3 @@ def _cut(text: str, secrets: Secrets, most: int = _LONGEST_MESSAGE) -> str:
     """Returns a text in one line, with secrets removed before it is cut: a cut key would not be recognised."""
     line = " ".join(secrets.clean_message(text).split()).rstrip(".")
     return line if len(line) <= most else line[:most] + "…"
-
-
-def retry_after(headers: Mapping[str, str]) -> float | None:
-    """Returns the seconds that the server asks to wait: `retry-after-ms`, or `retry-after` as seconds or as a date."""
-    for name, scale in (("retry-after-ms", 1000.0), ("retry-after", 1.0)):
-        try:
-            seconds = float(headers.get(name, "")) / scale
-        except ValueError:
-            continue
-        if 0 <= seconds < float("inf"):
-            return seconds
-    try:
-        return max(0.0, parsedate_to_datetime(headers.get("retry-after", "")).timestamp() - time.time())
-    except (TypeError, ValueError, OverflowError):
-        return None

@@ -1,6 +1,6 @@
 """`python -m llavamed_jax.serving.batch IN.jsonl OUT.jsonl --checkpoint PATH`: answers a file of requests, no server.
 
-Exit statuses are those of `cli.common.run`, and `EXIT_SAVED`.
+Exit statuses are those of `cli.common.run`, and `signals.EXIT_SAVED`.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def program(argv: Sequence[str]) -> int:
     sentence = lambda: (f"stopped; {len(results.done)} of {len(names)} results are in {args.results}: run again to "
                         "continue")
     if kept < len(names):
-        signals.enter(signals.Phase(sentence, common.EXIT_SAVED, grace=_GRACE_S, raises=True))
+        signals.enter(signals.Phase(sentence, signals.EXIT_SAVED, grace=_GRACE_S, raises=True))
         try:
             from llavamed_jax.serving.batch_run import answer  # with the packages of the extra, and jax
 
@@ -61,7 +61,7 @@ def program(argv: Sequence[str]) -> int:
             results.close()
         if statuses is None:
             print(sentence(), file=sys.stderr)
-            return common.EXIT_SAVED
+            return signals.EXIT_SAVED
         failed = sum(count for status, count in statuses.items() if status != 200)
         print(f"{count_of(sum(statuses.values()), 'request')} answered, {failed} of them with an error"
               + (f"; {kept} had a result before" if kept else ""))

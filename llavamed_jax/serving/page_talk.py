@@ -90,6 +90,11 @@ class Talk:
                  for each in self.exchanges]
         return {"exchanges": shown, "alert": self.alert, "busy": self.is_busy}
 
+    def refuse(self, error: ApiError) -> dict[str, Any]:
+        """Keeps the exchanges, says why a question was not taken, and returns the view."""
+        self.alert, self.refused = sentence(error), True
+        return self.view()
+
 
 class Talks:
     """All conversations of a server's page.
@@ -142,8 +147,7 @@ class Talks:
                         for path in files]
             _check_free(talk)  # the pictures took a while
         except ApiError as error:
-            talk.alert, talk.refused = sentence(error), True
-            yield talk.view()
+            yield talk.refuse(error)
             return
         views = self._answer(talk, talk.exchanges, Exchange(text, pictures), settings, key)
         async with contextlib.aclosing(views):
@@ -173,8 +177,7 @@ class Talks:
             question = Exchange(old.text if text is None else text, old.pictures)
             _check_content(question.text, question.pictures)
         except ApiError as error:
-            talk.alert, talk.refused = sentence(error), True
-            yield talk.view()
+            yield talk.refuse(error)
             return
         async with contextlib.aclosing(self._answer(talk, talk.exchanges[:index], question, settings, key)) as views:
             async for view in views:

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 
 from llavamed_jax.utils import terminal
 
+EXIT_SAVED = 75  # stopped by a signal with everything saved: run again to resume (EX_TEMPFAIL of sysexits.h)
 NUMBERS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 _TWICE_S = 0.2  # `timeout` sends a signal to the process and to its group
 _TWICE_IN_A_JOB_S = 1.0  # a launcher, a process's parent and a closing terminal may each send the same signal

@@ -30,7 +30,7 @@ from llavamed_jax.training import state as states
 from llavamed_jax.training import void_keys
 from llavamed_jax.training.step import DROPOUT, llava_loss, make_train_step, put_batch
 from llavamed_jax.training.trainer import fit
-from tests.support.training_runs import log_lines, shrunk, write_data, write_start
+from tests.support.training_runs import log_lines, set_back, shrunk, write_data, write_start
 from tests.training.test_training_step import CFG, make_batch, optimizer_config
 
 DECODER = r"decoder/layers_\d+/.*_proj"
@@ -281,10 +281,7 @@ def test_a_run_stores_factors_and_projector_and_names_its_base(run):
 
 def test_resuming_is_bit_exact_with_dropout(run, tmp_path):
     folder, start = run
-    again = shutil.copytree(folder / "run", tmp_path / "run")
-    shutil.rmtree(again / "checkpoints" / "8")
-    (again / "metrics.jsonl").write_text("".join(
-        line for line in (again / "metrics.jsonl").read_text().splitlines(True) if json.loads(line)["step"] <= 6))
+    again = set_back(folder / "run", tmp_path / "run", last=8, to=6)
     assert fit(shrunk(start, folder, **RUN), again)
     one, two = open_checkpoint(folder / "run"), open_checkpoint(again)
     for name in one.tensors:

@@ -18,12 +18,6 @@ from llavamed_jax.images.load import Stored, load_image
 from llavamed_jax.pipeline import lengths, loader
 from llavamed_jax.pipeline.packing import Layout, Plan, Stream
 from llavamed_jax.processor import Processor
-from llavamed_jax.text.tokenizer import Tokenizer
-
-
-@pytest.fixture(scope="module")
-def processor(mistral_tokenizer):
-    return Processor(preset("small"), Tokenizer.load(mistral_tokenizer))
 
 
 @pytest.fixture(scope="module")

@@ -350,8 +350,9 @@ def test_a_server_that_asks_to_wait_is_left_alone(bucket, monkeypatch):
         turns.append(round(now[0] - 1000, 1))
     assert turns == [0.0, 0.5, 1.0, 1.5]
     monkeypatch.setattr(downloads.time, "time", lambda: 784111777.0)
-    assert downloads._retry_after("7") == 7 and downloads._retry_after("Sun, 06 Nov 1994 08:49:47 GMT") == 10
-    assert downloads._retry_after("soon") is downloads._retry_after(None) is downloads._retry_after("nan") is None
+    asked = lambda text: downloads.retry_after({"retry-after": text})
+    assert asked("7") == 7 and asked("Sun, 06 Nov 1994 08:49:47 GMT") == 10
+    assert asked("soon") is downloads.retry_after({}) is asked("nan") is None
     bucket.objects["x"] = b"1"
     begun = now[0]
     attempts = iter([downloads._PassingError("status 429", "status 429", 30.0)])

@@ -19,15 +19,9 @@ from llavamed_jax.errors import UsageError, UserError
 from llavamed_jax.pipeline import lengths, loader
 from llavamed_jax.pipeline.packing import Layout, Plan, Stream
 from llavamed_jax.processor import Processor
-from llavamed_jax.text.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 MAX_LENGTH = 160
-
-
-@pytest.fixture(scope="module")
-def processor(mistral_tokenizer):
-    return Processor(preset("small"), Tokenizer.load(mistral_tokenizer))
 
 
 def turns(question, answer="so it is"):

@@ -17,6 +17,7 @@ from llavamed_jax.errors import UsageError, UserError
 from llavamed_jax.openai_client import replies
 from llavamed_jax.openai_client.address import read_address
 from llavamed_jax.openai_client.client import Service, ServiceError
+from llavamed_jax.utils.retry_after import retry_after
 from tests.support.openai_server import FAULTS, OpenAiServer
 
 SETTINGS = {"max_tokens": 16, "temperature": 0.0}
@@ -93,7 +94,7 @@ def test_retry_after_is_kept_to():
     ({"retry-after-ms": "250", "retry-after": "9"}, 0.25), ({"retry-after": "2"}, 2), ({"retry-after": "soon"}, None),
     ({"retry-after": "-1"}, None), ({"retry-after": "nan"}, None), ({"retry-after": "Wed, 21 Oct 2015 07:28:00 GMT"}, 0), ({}, None)])
 def test_forms_of_retry_after(headers, seconds):
-    assert replies.retry_after(headers) == seconds
+    assert retry_after(headers) == seconds
 
 
 def test_the_wait_doubles_and_is_bounded(monkeypatch):

@@ -27,11 +27,6 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
-def processor(mistral_tokenizer):
-    return Processor(preset("small"), Tokenizer.load(mistral_tokenizer))
-
-
-@pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("images")
     for i in range(3):

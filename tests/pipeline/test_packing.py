@@ -6,7 +6,7 @@ import pytest
 from grain.experimental import BestFitPackIterDataset
 from PIL import Image
 
-from llavamed_jax.config import IGNORE, IMAGE_TOKEN, preset
+from llavamed_jax.config import IGNORE, IMAGE_TOKEN
 from llavamed_jax.datasets.records import MemoryRecords
 from llavamed_jax.datasets.training import TrainingData
 from llavamed_jax.errors import UsageError, UserError
@@ -14,8 +14,6 @@ from llavamed_jax.pipeline import examples, lengths, loader, packing, sizes
 from llavamed_jax.pipeline.lengths import Lengths
 from llavamed_jax.pipeline.packing import Layout, Plan, Stream, choose_image_slots, pack
 from llavamed_jax.pipeline.sizes import rows_an_update
-from llavamed_jax.processor import Processor
-from llavamed_jax.text.tokenizer import Tokenizer
 
 T, SLOTS, MAX_LENGTH = 256, 4, 120
 
@@ -29,11 +27,6 @@ def some_lengths(count=200, seed=0, longest=2000, mean_images=1.0):
 def plan_of(found, layout, seed=0, shuffle=True):
     n = len(found.tokens)
     return Plan(Stream((n,), (n,), seed, shuffle), found, layout)
-
-
-@pytest.fixture(scope="module")
-def processor(mistral_tokenizer):
-    return Processor(preset("small"), Tokenizer.load(mistral_tokenizer))
 
 
 @pytest.fixture(scope="module")

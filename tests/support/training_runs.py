@@ -1,6 +1,7 @@
 """Tiny runs on the sample, for whoever tests the trainer: a start, data, a shrunk recipe, and steps that compute nothing."""
 
 import json
+import shutil
 import threading
 from pathlib import Path
 
@@ -36,6 +37,15 @@ def shrunk(start: Path, data: Path, **changes):
 
 def log_lines(workdir: Path) -> list[dict]:
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def set_back(run: Path, target: Path, last: int, to: int) -> Path:
+    """Copies a run as it was when it had saved step `to`: without step `last`, which it saved next, and its log."""
+    shutil.copytree(run, target)
+    shutil.rmtree(target / "checkpoints" / str(last))
+    lines = (target / "metrics.jsonl").read_text().splitlines(True)
+    (target / "metrics.jsonl").write_text("".join(line for line in lines if json.loads(line)["step"] <= to))
+    return target
 
 
 class FakeStep:

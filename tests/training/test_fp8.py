@@ -3,9 +3,7 @@
 Axis letters: B batch, T positions, D width of the input, F of the output.
 """
 
-import json
 import re
-import shutil
 import sys
 from collections import Counter
 from types import SimpleNamespace
@@ -29,7 +27,7 @@ from llavamed_jax.training.step import llava_loss
 from llavamed_jax.training.trainer import fit
 from tests.adapters.test_lora import equations
 from tests.models.test_quantisers import CONFIGS
-from tests.support.training_runs import log_lines, shrunk
+from tests.support.training_runs import log_lines, set_back, shrunk
 
 qwix = pytest.importorskip("qwix")
 CFG = next(iter(CONFIGS.values()))  # three layers
@@ -223,10 +221,7 @@ def test_a_run_learns_near_bfloat16_and_stores_the_same_tree(runs):
 
 @pytest.mark.slow
 def test_a_run_resumes_to_the_same_bits_and_keeps_its_arithmetic(runs, start, data, tmp_path):
-    again = shutil.copytree(runs / "fp8", tmp_path / "run")
-    shutil.rmtree(again / "checkpoints" / "6")
-    (again / "metrics.jsonl").write_text("".join(
-        line for line in (again / "metrics.jsonl").read_text().splitlines(True) if json.loads(line)["step"] <= 3))
+    again = set_back(runs / "fp8", tmp_path / "run", last=6, to=3)
     assert fit(shrunk(start, data, **FP8), again)
     one, two = open_checkpoint(runs / "fp8"), open_checkpoint(again)
     assert all(one.read(name).tobytes() == two.read(name).tobytes() for name in one.tensors)

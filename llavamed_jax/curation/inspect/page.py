@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jinja2
 
-from llavamed_jax.errors import UserError
-from llavamed_jax.images.load import load_image
+from llavamed_jax.images.thumbnail import thumbnail
 
-THUMBNAIL = 256  # longer side, in pixels
 LONGEST_TEXT = 600  # characters of a text on the page
 
 
@@ -34,18 +30,6 @@ def number(value: float) -> str:
 def share(part: int, whole: int) -> str:
     """Formats a part as a percentage of a whole."""
     return f"{100 * part / whole:.1f} %" if whole else "–"
-
-
-def thumbnail(path: str, side: int = THUMBNAIL) -> str | None:
-    """Returns a small JPEG of an image as a data URL; None if the file is missing or is not an image."""
-    try:
-        small = load_image(path)
-    except UserError:
-        return None
-    small.thumbnail((side, side))
-    buffer = io.BytesIO()
-    small.save(buffer, "JPEG", quality=80)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
 def figure(path: str, labels: Sequence[str], pairs: Sequence[tuple[str, str]] = ()) -> Mapping:

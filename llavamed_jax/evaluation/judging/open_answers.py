@@ -31,11 +31,11 @@ def open_judge(cfg: ConfigDict, workdir: Path) -> Judge | None:
 
 @dataclass(frozen=True)
 class Judged:
-    """The verdicts on open answers.
+    """What a protocol with a judge finds.
 
     Attributes:
-      metrics: the object `judged` of `metrics.json`.
-      lines: the lines of `judged.jsonl`.
+      metrics: its object of `metrics.json` (`judged` or `medevalkit`).
+      lines: the lines of its file (`judged.jsonl` or `medevalkit.jsonl`).
       verdicts: the verdicts of the judge.
     """
 

@@ -12,6 +12,7 @@ from llavamed_jax.datasets.qa50 import DOMAINS, TYPES, ChatQuestion
 from llavamed_jax.evaluation import chat_published
 from llavamed_jax.evaluation.answering.asked import words
 from llavamed_jax.evaluation.report import page
+from llavamed_jax.images.thumbnail import thumbnail
 
 _TITLES = {
     "overall": "All", "conversation": "Conversation", "detailed_description": "Detailed description",
@@ -79,7 +80,7 @@ def _figures(questions: Sequence[ChatQuestion], reviews: Sequence[Mapping],
     for i, (question, review) in enumerate(zip(questions, reviews, strict=True)):
         if question.image not in figures:
             figures[question.image] = {
-                "url": page.thumbnail(question.image), "name": question.image.name, "domain": question.domain,
+                "url": thumbnail(question.image), "name": question.image.name, "domain": question.domain,
                 "caption": f"{question.label}: {question.caption}", "turns": [],
             }  # fmt: skip
         answers = [("reference", review["gpt4_answer"], review["gpt4_score"]),

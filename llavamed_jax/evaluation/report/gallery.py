@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 
 from llavamed_jax.datasets.sample import CAPTION, CHOICE, CLOSED, VqaSample
-from llavamed_jax.evaluation.report import page
 from llavamed_jax.evaluation.scoring import controls
 from llavamed_jax.evaluation.scoring.items import AnswerSet
 from llavamed_jax.evaluation.scoring.score import group_keys
+from llavamed_jax.images.thumbnail import thumbnail
 
 IMAGES = 24
 QUESTIONS = 6  # per image
@@ -87,7 +87,7 @@ def _figure(sample: VqaSample, entries: Sequence[Mapping]) -> dict:
     name = Path(sample.image).name
     fields = [field for group in ("organ", "modality") for field in group_keys(sample, group)]
     labels = [name, *(field for field in fields if field != "not stated")]
-    return {"url": page.thumbnail(sample.image), "name": name, "labels": labels, "entries": entries}
+    return {"url": thumbnail(sample.image), "name": name, "labels": labels, "entries": entries}
 
 
 def _num_missing(figures: Iterable[Mapping]) -> int:

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import base64
 import functools
-import io
 import json
 from pathlib import Path
 
 import jinja2
 
-from llavamed_jax.errors import UserError
-from llavamed_jax.images.load import load_image
-
-THUMBNAIL = 256  # longer side, in pixels
 LONGEST_TEXT = 600  # characters of a question, an answer or a gold text; the page cuts longer ones
 
 
@@ -48,15 +42,3 @@ def points(value: float | None) -> str:
 def probability(value: float | None) -> str:
     """Formats a p-value with three decimals; a dash for None, and `<0.001` for smaller values."""
     return "–" if value is None else "<0.001" if value < 0.001 else f"{value:.3f}"
-
-
-def thumbnail(path: str | Path) -> str | None:
-    """Returns a small JPEG of an image file as a data URL; None if the file is missing or is not an image."""
-    try:
-        small = load_image(str(path))
-    except UserError:
-        return None
-    small.thumbnail((THUMBNAIL, THUMBNAIL))
-    buffer = io.BytesIO()
-    small.save(buffer, "JPEG", quality=80)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
