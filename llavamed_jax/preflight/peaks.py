@@ -29,8 +29,8 @@ class Peaks:
         return self.link_bytes_per_second if group <= near else self.far_bytes_per_second
 
 
-# A product reaches 770 of the data sheet's 989 TFLOP/s on an H200, and its memory 4.3 of 4.8 TB/s: measured with
-# `make h200`. Other GPUs are given the same shares (0.78 and 0.90) of their vendors' data sheets, TPUs 0.95 and 0.90.
+# Stated, not measured by this project: large products have reached 770 of the data sheet's 989 TFLOP/s on an H200, and
+# its memory 4.3 of 4.8 TB/s. Other GPUs have the same shares (0.78, 0.90) of their data sheets, TPUs 0.95 and 0.90.
 # Links: NVLink's data sheet in one direction times 0.8 (NCCL's bus bandwidth), PCIe 4.0 x16 without NVLink, and
 # 400 Gbit/s a GPU between hosts; for TPUs a ring over one axis in both directions (Austin et al., "How to Scale Your
 # Model", 2025), and 6.25 GB/s a chip between slices.
