@@ -218,6 +218,7 @@ def _begin(path: str, worker: int, num_workers: int) -> None:
     terminal.install()
     worker_notes.begin(path, worker)
     child_processes.end_with_parent()
+    child_processes.register_shared_memory_first()
 
 
 def _how(code: int) -> str:

@@ -6,14 +6,16 @@ import ctypes
 import functools
 import multiprocessing
 import os
+import secrets
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import threading
-from multiprocessing import parent_process, resource_tracker
+from multiprocessing import parent_process, resource_tracker, shared_memory
 
+SEGMENT = "llavamed_"  # begins the names of shared memory
 _PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
@@ -70,3 +72,22 @@ def end_with_parent() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if (parent := parent_process()) is not None:
         threading.Thread(target=watch, args=(parent,), daemon=True).start()
+
+
+class _RegisteredMemory(shared_memory.SharedMemory):
+    """Shared memory that is registered with Python's resource tracker before it exists.
+
+    Python registers it afterwards, and a process that is killed in between leaves it behind. To the tracker, a name that
+    was never used is no error.
+    """
+
+    def __init__(self, name: str | None = None, create: bool = False, size: int = 0, **kwargs):
+        if create and name is None:
+            name = f"{SEGMENT}{secrets.token_hex(8)}"  # no other process has it: the tracker would remove that one's
+            resource_tracker.register(f"/{name}", "shared_memory")
+        super().__init__(name, create, size, **kwargs)
+
+
+def register_shared_memory_first() -> None:
+    """Lets libraries in this process create only shared memory that is removed however the process ends."""
+    shared_memory.SharedMemory = _RegisteredMemory

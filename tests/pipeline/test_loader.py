@@ -283,7 +283,7 @@ def test_one_broken_sample_counts_once_over_the_epochs(processor, folder):
 
 PROGRAM = """
     import argparse, os, signal, time
-    from multiprocessing import active_children, shared_memory
+    from multiprocessing import active_children
 
     from llavamed_jax.config import preset
     from llavamed_jax.pipeline import lengths, loader
@@ -292,8 +292,9 @@ PROGRAM = """
     from llavamed_jax.processor import Processor
     from llavamed_jax.datasets.records import MemoryRecords
     from llavamed_jax.text.tokenizer import Tokenizer
+    from llavamed_jax.utils import child_processes
 
-    shared_memory._SHM_NAME_PREFIX = "/@NAME@"  # in the workers too, which import this file
+    child_processes.SEGMENT = "@NAME@"  # in the workers too, which import this file
 
     def main():
         parser = argparse.ArgumentParser()

@@ -185,6 +185,40 @@ def test_workers_that_are_stopped_before_their_first_line_end_with_their_parent(
     assert not left
 
 
+KILLED_AT_BIRTH = """
+import os, signal, sys
+from multiprocessing import get_context, shared_memory
+
+from llavamed_jax.utils import child_processes
+
+def begin():
+    child_processes.SEGMENT = sys.argv[1]
+    child_processes.register_shared_memory_first()
+    os.ftruncate = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # the segment is open, and Python has not registered it
+    shared_memory.SharedMemory(create=True, size=40)
+
+if __name__ == "__main__":
+    child_processes.prepare()
+    process = get_context("spawn").Process(target=begin)
+    process.start()
+    process.join()
+    print(process.exitcode, *(name for name in os.listdir("/dev/shm") if name.startswith(sys.argv[1])))
+"""
+
+
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="shared memory is no folder here")
+def test_shared_memory_of_a_worker_that_is_killed_while_it_makes_it_is_removed(tmp_path):
+    script, prefix = tmp_path / "program.py", f"lm{os.getpid()}k"
+    script.write_text(KILLED_AT_BIRTH)
+    found = subprocess.run([sys.executable, script, prefix], env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    code, *segments = found.stdout.split()
+    assert int(code) == -signal.SIGKILL and len(segments) == 1 and not found.stderr
+    deadline = time.monotonic() + 30
+    while (left := list(Path("/dev/shm").glob(f"{prefix}*"))) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not left
+
+
 def test_workers_fit_the_room_that_is_there(tmp_path, monkeypatch):
     class Found:
         f_bavail, f_frsize = 64, 2**20
