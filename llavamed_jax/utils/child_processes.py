@@ -77,8 +77,8 @@ def end_with_parent() -> None:
 class _RegisteredMemory(shared_memory.SharedMemory):
     """Shared memory that is registered with Python's resource tracker before it exists.
 
-    Python registers it afterwards, and a process that is killed in between leaves it behind. To the tracker, a name that
-    was never used is no error.
+    Python registers it afterwards, and a process that is killed in between leaves it behind. To the tracker, a name
+    that was never used is no error.
     """
 
     def __init__(self, name: str | None = None, create: bool = False, size: int = 0, **kwargs):
