@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 
 from llavamed_jax.datasets.sample import CHOICE, VqaSample, all_images, check_ids, check_images, of_kind
 from llavamed_jax.errors import UsageError
+from llavamed_jax.evaluation import finished
 from llavamed_jax.evaluation.answering import asked
 from llavamed_jax.evaluation.answering.answerer import Answerer, Generation
 from llavamed_jax.evaluation.answering.ask import ask, predict
@@ -49,6 +50,7 @@ class Evaluation:
       partials: files of answers that are kept until the evaluation is finished.
       place: the locked workdir (`results.locked`); None if it is not locked.
       checked: the controls that `check` has passed with; None if it has not run.
+      against: the file of the predictions to compare with; None if there is none.
     """
 
     cfg: ConfigDict
@@ -58,6 +60,7 @@ class Evaluation:
     partials: list[Partial] = field(default_factory=list)
     place: Place | None = None
     checked: frozenset[str] | None = None
+    against: str | Path | None = None
 
     @property
     def samples(self) -> list[VqaSample]:
@@ -99,7 +102,8 @@ def open_evaluation(cfg: ConfigDict, workdir: str | Path, against: str | Path | 
     check_settings(cfg)
     scorer = (ChatScorer if cfg.data.name == CHAT else VqaScorer)(cfg, Path(workdir), against)
     check_writable(Path(workdir))  # now, rather than after hours of answers
-    return Evaluation(cfg, Path(workdir), Generation(**cfg.generation.to_dict(), seed=cfg.seed), scorer)
+    return Evaluation(cfg, Path(workdir), Generation(**cfg.generation.to_dict(), seed=cfg.seed), scorer,
+                      against=against)
 
 
 def check(evaluation: Evaluation, controls_asked: Collection[str] = ()) -> None:
@@ -144,7 +148,8 @@ def plan(evaluation: Evaluation, predictions: str | Path | None = None, has_cont
 
 
 def evaluate(evaluation: Evaluation, answerer: Answerer, source: Mapping[str, str],
-             controls_asked: Collection[str] = (), flags: Mapping[str, object] | None = None) -> dict:
+             controls_asked: Collection[str] = (), flags: Mapping[str, object] | None = None,
+             is_repeated: bool = True) -> dict:
     """Asks every question, and asks again for each control; scores the answers and writes all files.
 
     Each answer is kept in a `.partial` file until the evaluation is finished. A run with the same `source`,
@@ -156,6 +161,7 @@ def evaluate(evaluation: Evaluation, answerer: Answerer, source: Mapping[str, st
       source: who answers, for the report: `checkpoint`, a path; or `endpoint` and `model`.
       controls_asked: `image` asks again with exchanged images, and once more with pictures of noise.
       flags: everything else that the answers depend on, such as the arguments of `load`.
+      is_repeated: whether everything is asked again if the workdir holds the results of this very evaluation.
 
     Returns:
       The object of `metrics.json`.
@@ -164,7 +170,14 @@ def evaluate(evaluation: Evaluation, answerer: Answerer, source: Mapping[str, st
         check(evaluation, controls_asked)
     key = asked.key(answerer, evaluation.cfg, evaluation.samples, source, flags or {})
     agreement.check_same(lambda: {**key, "--control": sorted(controls_asked), **agreement.installation()})
+    digest = finished.identity(key, evaluation.cfg, controls_asked, evaluation.samples, evaluation.scorer.training,
+                               evaluation.against)
+    if not is_repeated:
+        earlier = distributed.from_first(lambda: finished.read(evaluation.workdir, digest))
+        if earlier is not None:
+            return earlier
     lines, extra = _ask(evaluation, answerer, key, controls_asked)
+    extra[finished.KEY] = digest
     run = {**source, **answerer.facts()}
     metrics = distributed.from_first(lambda: _finish(evaluation, _joined(evaluation, lines), extra, run))
     for partial in evaluation.partials:

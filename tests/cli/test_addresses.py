@@ -22,7 +22,7 @@ COMMANDS = {"train": train.main, "eval": eval_cli.main, "convert": convert_cli.m
             "verify-release": verify_release.main}
 # Flags of the commands that name something else than a path.
 OTHERS = {"--help", "--base_name", "--quantize", "--kv_cache", "--peak", "--calibration_rows", "--template", "--dtype", "--mesh", "--preflight", "--profile", "--coordinator", "--num_processes", "--process_id",
-          "--endpoint", "--model", "--concurrency", "--timeout", "--control", "--dry_run", "--layout", "--add_image_tokens",
+          "--endpoint", "--model", "--concurrency", "--timeout", "--control", "--suite", "--dry_run", "--layout", "--add_image_tokens",
           "--add_pad_token", "--image_size", "--seed", "--tolerance", "--tensors_only", "--system", "--temperature", "--max_new_tokens", "--steps"}
 ADDRESSES = ["gs://bucket/x", "s3://bucket/x", "S3://b/x.json", "https://example.org/x", "file:///x", "hf://me/x", "az+x.1://b"]
 

@@ -10,6 +10,7 @@ import signal
 import pytest
 
 from llavamed_jax.cli import eval as cli
+from llavamed_jax.cli import eval_parts
 from llavamed_jax.evaluation import results
 from llavamed_jax.evaluation.answering.answerer import Answer
 from llavamed_jax.openai_client.cache import ReplyCache
@@ -39,7 +40,7 @@ class Acting(Says):
 def evaluate(monkeypatch):
     def evaluate(workdir, number, act, *more):
         model = Acting(number, act)
-        monkeypatch.setattr(cli, "_local", lambda args: model)
+        monkeypatch.setattr(eval_parts, "local", lambda args: model)
         config = str(ROOT / "configs" / "eval" / "vqa_rad.py")
         words = ["--config", config, f"--config.data.root={SAMPLE}", "--workdir", str(workdir), "--checkpoint", str(SAMPLE), *more]
         return cli.main(words), model

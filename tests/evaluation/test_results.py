@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from llavamed_jax.cli import eval as cli
+from llavamed_jax.cli import eval_parts
 from llavamed_jax.datasets.counts import describe
 from llavamed_jax.datasets.vqa_rad import read_vqa_rad
 from llavamed_jax.errors import UserError
@@ -51,7 +52,7 @@ class Says(StandIn):
 
 def evaluate(monkeypatch, workdir, text="yes", *more):
     model = Says(text)
-    monkeypatch.setattr(cli, "_local", lambda args: model)
+    monkeypatch.setattr(eval_parts, "local", lambda args: model)
     config = str(ROOT / "configs" / "eval" / "vqa_rad.py")
     status = cli.main(["--config", config, f"--config.data.root={SAMPLE}", "--workdir", str(workdir), "--checkpoint",
                        str(SAMPLE), *more])
@@ -281,7 +282,7 @@ def own_set(root, count=1, same_id=False, **fields):
 @pytest.mark.parametrize("is_dry", [False, True])
 def test_what_cannot_be_is_found_before_a_model_is_loaded(make, more, sentence, is_dry, tmp_path, monkeypatch, capsys):
     root = own_set(tmp_path / "set", **make)
-    monkeypatch.setattr(cli, "_local", None)
+    monkeypatch.setattr(eval_parts, "local", None)
     argv = ["--config", str(ROOT / "configs" / "eval" / "llava_med.py"), f"--config.data.root={root}", "--checkpoint",
             "preset:small", *more]
     assert cli.main([*argv, "--workdir", str(tmp_path / "w"), *(["--dry_run"] if is_dry else [])]) == 1
@@ -303,7 +304,7 @@ def test_no_room_for_noise_is_found_before_a_model_is_loaded(tmp_path, monkeypat
     from llavamed_jax.evaluation.scoring import controls
 
     root = own_set(tmp_path / "set", count=2)
-    monkeypatch.setattr(cli, "_local", None)
+    monkeypatch.setattr(eval_parts, "local", None)
     monkeypatch.setattr(controls.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10})())
     argv = ["--config", str(ROOT / "configs" / "eval" / "llava_med.py"), f"--config.data.root={root}", "--checkpoint",
             "preset:small", "--control", "image"]

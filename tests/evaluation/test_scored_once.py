@@ -7,6 +7,7 @@ from collections import Counter
 import pytest
 
 from llavamed_jax.cli import eval as cli
+from llavamed_jax.cli import eval_parts
 from llavamed_jax.datasets.vqa_rad import read_vqa_rad
 from llavamed_jax.evaluation import metrics, run  # noqa: F401  (run: every module that holds a counted function)
 from llavamed_jax.evaluation.answering.answerer import Answer
@@ -49,7 +50,7 @@ def counts(monkeypatch):
                          (metrics, "bleu"), (strict, "open_scores"), (statistics, "resample"), (strict, "read_choice"),
                          (captions, "item_values")):
         count(module, name)
-    monkeypatch.setattr(cli, "_local", lambda args: Says())
+    monkeypatch.setattr(eval_parts, "local", lambda args: Says())
     return found
 
 

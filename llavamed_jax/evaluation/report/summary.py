@@ -8,7 +8,7 @@ from llavamed_jax.evaluation.answering.asked import words as asked_words
 from llavamed_jax.evaluation.scoring import controls
 
 # Family, metric, title, and the count; a row with a count of 0 is left out.
-_ROWS = (
+ROWS = (
     ("strict", "closed_accuracy", "closed accuracy, strict", "n_closed"),
     ("strict", "open_exact", "open exact, strict", "n_open"),
     ("strict", "open_f1", "open F1, strict", "n_open"),
@@ -29,7 +29,7 @@ def asked(metrics: Mapping) -> str:
 
 def summary(metrics: Mapping) -> str:
     """Returns the main numbers of `metrics.json` as a plain text table."""
-    control, rows = metrics.get("control"), [row for row in _ROWS if metrics.get(row[3])]
+    control, rows = metrics.get("control"), [row for row in ROWS if metrics.get(row[3])]
     lines = [f"{metrics['dataset']} {metrics['split']}: {asked(metrics)}"]
     head = f"{'percent':<41}{'value':>7}  {'95 % interval':<15}" + (f"{'exchanged':>9}{'noise':>7}" if control else "")
     lines.append(head.rstrip())

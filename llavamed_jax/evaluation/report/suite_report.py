@@ -1,0 +1,49 @@
+"""Renders `suite.html`, the page of an evaluation on several data sets. The template is `suite.html.j2`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from urllib.parse import quote
+
+from llavamed_jax.datasets.registry import SETS
+from llavamed_jax.errors import count_of
+from llavamed_jax.evaluation.answering.asked import words
+from llavamed_jax.evaluation.report import page
+
+_KINDS = (("n_closed", "closed"), ("n_open", "open"), ("n_choice", "multiple choice"))
+
+
+def render(said: Mapping, model: str) -> str:
+    """Renders the page as one HTML text.
+
+    Args:
+      said: the object of `suite.json`.
+      model: the name of the model in the predictions.
+    """
+    sets = [{**each, "name": name, "label": SETS[name].label if name in SETS else name,
+             "link": f"{quote(each['workdir'])}/report.html", "kinds": _kinds(each)}
+            for name, each in said["sets"].items()]
+    rows = [row for each in sets for row in each["metrics"].values()]
+    done = [each for each in sets if each["state"] == "done"]
+    asked_with = words(said["asked"] or {})
+    return page.render(
+        "suite.html.j2",
+        title=f"Evaluation on {count_of(len(done), 'data set')}",
+        model=model,
+        what=f"suite {said['suite']}, {len(done)} of {count_of(len(sets), 'set')} finished"
+        + (f" · asked with {asked_with}" if asked_with else ""),
+        details={},
+        sets=sets,
+        done=done,
+        not_found={SETS[name].label if name in SETS else name: sign for name, sign in said["not_found"].items()},
+        root=said["root"],
+        folders=said["folders_searched"],
+        not_searched=said["not_searched"],
+        has_control=any("noise" in row for row in rows),
+        has_other=any("other" in row for row in rows),
+        has_beside=any("without_looking" in row for row in rows),
+    )
+
+
+def _kinds(each: Mapping) -> str:
+    return ", ".join(f"{each[key]:,} {title}" for key, title in _KINDS if each[key])
