@@ -25,7 +25,7 @@ CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 STAGES = ("pretrain", "finetune")
 TASKS = ("vqa_rad", "slake", "pathvqa")
 MODELS = ("", "v15", "v15,7b", "v1", "v1,7b", "v1,13b", "llava15", "llava15,7b", "llava15,13b", "small")
-EXTRA = {"": TASKS + STAGES, "epochs=9": TASKS + STAGES, "epochs=15": TASKS, "protocol=paper": ("vqa_rad",)}
+EXTRA = {"": (*TASKS, "report", *STAGES), "epochs=9": TASKS + STAGES, "epochs=15": TASKS, "protocol=paper": ("vqa_rad",)}
 CASES = [(name, ",".join(filter(None, (model, extra))))
          for extra, names in EXTRA.items() for name, model in itertools.product(names, MODELS)]
 CASES += [("demo", stage) for stage in ("", "warmup", "align", "instruct", "vqa")]

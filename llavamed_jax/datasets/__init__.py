@@ -4,6 +4,7 @@ from llavamed_jax.datasets import (
     captions,
     choices,
     hub_rows,
+    iu_xray,
     llava_med,
     medframeqa,
     medxpertqa,
@@ -26,6 +27,7 @@ register(medxpertqa.DATA_SET)  # before `choices`, whose rows have options too
 register(mmmu_med.DATA_SET)
 register(medframeqa.DATA_SET)
 register(choices.DATA_SET)
+register(iu_xray.DATA_SET)  # before `captions`, whose rows have a report too
 register(captions.DATA_SET)
 register(hub_rows.DATA_SET)
 keep_names()  # of the sets above: a user's set cannot take their place

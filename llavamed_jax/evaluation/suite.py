@@ -22,7 +22,8 @@ from llavamed_jax.parallel import agreement, distributed
 from llavamed_jax.utils.files import write_text
 
 SUITES = {
-    "medical": ("vqa_rad", "slake", "pathvqa", "pmc_vqa", "omnimedvqa", "medxpertqa_mm", "mmmu_med", "medframeqa"),
+    "medical": ("vqa_rad", "slake", "pathvqa", "pmc_vqa", "omnimedvqa", "medxpertqa_mm", "mmmu_med", "medframeqa",
+                "iu_xray"),
 }
 DONE, FAILED, LEFT = "done", "failed", "left"
 
@@ -133,7 +134,7 @@ def record(name: str, root: str | Path, found: Found, members: Sequence[Member])
 
 def _set(member: Member) -> dict:
     metrics: Mapping = member.metrics or {}
-    counts = {key: metrics.get(key) for key in ("n_open", "n_closed", "n_choice", "n_images")}
+    counts = {key: metrics.get(key) for key in ("n_open", "n_closed", "n_choice", "n_caption", "n_images")}
     return {
         "state": member.state,
         "error": member.error or None,

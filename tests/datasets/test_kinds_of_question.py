@@ -182,7 +182,7 @@ def test_captions_by_hand():
     assert table["sentence_bleu_1"] == pytest.approx(100 * (1 + 1 / 3) / 2)
     assert table["sentence_bleu_4"] == pytest.approx(50), "a text without four right words in a row counts 0"
     assert table["not_computed"] == ["CheXbert F1", "RadGraph F1", "RadCliQ", "GREEN", "BERTScore"]
-    names = [f"bleu_{n}" for n in range(1, 5)] + ["rouge_l"] + [f"sentence_bleu_{n}" for n in range(1, 5)]
+    names = [f"bleu_{n}" for n in range(1, 5)] + ["sacrebleu", "rouge_l", "rouge_l_summary"] + [f"sentence_bleu_{n}" for n in range(1, 5)]
     assert list(table) == [f"{name}{end}" for name in names for end in ("", "_low", "_high")] + ["not_computed"]
     assert table["bleu_1_low"] <= table["bleu_1"] <= table["bleu_1_high"]
     groups = result["groups"]["modality"]

@@ -117,7 +117,18 @@ def medframeqa(root: Path, n: int) -> None:
     _parquet(root / "data" / "test-00000-of-00001.parquet", rows)
 
 
-SETS = {each.__name__: each for each in (vqa_rad, slake, pathvqa, pmc_vqa, omnimedvqa, medxpertqa_mm, mmmu_med, medframeqa)}
+def iu_xray(root: Path, n: int) -> None:
+    """R2Gen's layout; every second study has two views."""
+    rows = {split: [{"id": f"CXR{1000 * at + i}_IM-0001", "report": f"The heart is normal in size. There are {i} nodules. No effusion.",
+                     "image_path": [f"CXR{1000 * at + i}/{k}.png" for k in range(1 + i % 2)], "split": split} for i in range(n)]
+            for at, split in enumerate(("train", "val", "test"))}
+    for row in (row for each in rows.values() for row in each):
+        for name in row["image_path"]:
+            _put(root / "images" / name, picture(int(row["id"][3:].partition("_")[0]) + 7 * int(name[-5])))
+    _put(root / "annotation.json", json.dumps(rows))
+
+
+SETS = {each.__name__: each for each in (vqa_rad, slake, pathvqa, pmc_vqa, omnimedvqa, medxpertqa_mm, mmmu_med, medframeqa, iu_xray)}
 PLAIN = tuple(name for name in SETS if name not in ("mmmu_med", "medframeqa"))  # without the extra [parquet]
 
 

@@ -10,7 +10,7 @@ from llavamed_jax.errors import count_of
 from llavamed_jax.evaluation.answering.asked import words
 from llavamed_jax.evaluation.report import page
 
-_KINDS = (("n_closed", "closed"), ("n_open", "open"), ("n_choice", "multiple choice"))
+_KINDS = (("n_closed", "closed"), ("n_open", "open"), ("n_choice", "multiple choice"), ("n_caption", "reports"))
 
 
 def render(said: Mapping, model: str) -> str:

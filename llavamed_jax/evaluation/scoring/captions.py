@@ -4,7 +4,8 @@
 to n have equal weights, and there is one brevity penalty. Papers on report generation print this number.
 `sentence_bleu_n` is the mean of the BLEU of each text. Every text has the same weight there, but a text without a match
 of some order counts as 0. Both are unsmoothed. `rouge_l` is the mean F1 of the longest common subsequence (Lin 2004),
-as the package rouge-score 0.1.2 computes it without a stemmer. These metrics do not measure whether a report is
+as the package rouge-score 0.1.2 computes it without a stemmer; `rouge_l_summary` is that of the package rouge
+(`rouge_summary.py`), and `sacrebleu` that of sacreBLEU (`sacre.py`). These metrics do not measure whether a report is
 clinically right; metrics that try to do so need models of their own (`NOT_COMPUTED`). Axis letters: N items, C columns
 of `bleu_parts`.
 """
@@ -18,6 +19,7 @@ import numpy as np
 from llavamed_jax.datasets.sample import CAPTION
 from llavamed_jax.evaluation.metrics import bleu_score
 from llavamed_jax.evaluation.scoring.metric import Metric
+from llavamed_jax.evaluation.scoring.rouge_summary import rouge_l_summary
 
 ORDERS = 4
 BLEU = tuple(f"bleu_{n}" for n in range(1, ORDERS + 1))
@@ -85,10 +87,11 @@ def longest_common_subsequence(first: Sequence[str], second: Sequence[str]) -> i
 
 
 def item_values(prediction: str, reference: str) -> dict[str, float]:
-    """Returns the metrics of one text, as fractions: `rouge_l` and `SENTENCE_BLEU`. They are averaged over texts."""
+    """Returns the metrics of one text that are averaged over texts, as fractions: both ROUGE-L and `SENTENCE_BLEU`."""
     sentence = bleu_percent(np.array(bleu_parts(prediction, reference), dtype=float)) / 100
-    return {"rouge_l": rouge_l(prediction, reference)} | dict(zip(SENTENCE_BLEU, map(float, sentence), strict=True))
+    rouges = {"rouge_l": rouge_l(prediction, reference), "rouge_l_summary": rouge_l_summary(prediction, reference)}
+    return rouges | dict(zip(SENTENCE_BLEU, map(float, sentence), strict=True))
 
 
-CAPTION_METRICS = Metric("captions", CAPTION, ("rouge_l", *SENTENCE_BLEU),
+CAPTION_METRICS = Metric("captions", CAPTION, ("rouge_l", "rouge_l_summary", *SENTENCE_BLEU),
                          lambda answered: item_values(answered.text, str(answered.sample.answer)))

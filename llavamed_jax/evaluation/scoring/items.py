@@ -15,7 +15,7 @@ import numpy as np
 from llavamed_jax.datasets.sample import CAPTION, CHOICE, OPEN, VqaSample, kinds, of_kind
 from llavamed_jax.errors import UserError
 from llavamed_jax.evaluation import metrics
-from llavamed_jax.evaluation.scoring import captions, registry, statistics
+from llavamed_jax.evaluation.scoring import captions, registry, sacre, statistics
 from llavamed_jax.evaluation.scoring.metric import Answered
 from llavamed_jax.evaluation.scoring.predictions import check_asked, join, read_predictions
 from llavamed_jax.evaluation.scoring.statistics import Resampled, Score
@@ -151,7 +151,10 @@ class AnswerSet:
             nothing = [0] * (2 * captions.ORDERS + 3)
             parts = [captions.bleu_parts(text, str(sample.answer)) if kind == CAPTION else nothing
                      for sample, text, kind in zip(self.samples, self.texts, self.kinds, strict=True)]
-            result["captions"].insert(0, Score(captions.BLEU, np.array(parts, dtype=float), captions.bleu_percent))
+            wanted = [str(sample.answer) if kind == CAPTION else None
+                      for sample, kind in zip(self.samples, self.kinds, strict=True)]
+            result["captions"][:0] = [Score(captions.BLEU, np.array(parts, dtype=float), captions.bleu_percent),
+                                      sacre.score(self.texts, wanted)]
         return result
 
     def resampled(self, seed: int) -> dict[str, list[Resampled]]:
