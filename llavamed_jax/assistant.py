@@ -141,8 +141,7 @@ class LlavaMed:
         self.config, self.processor, self.dtype, self.mesh, self.name, self.tower = (
             config, processor, dtype, mesh, name, tower)
         self.origin, self.quantize, self.kv_cache, self.defaults = origin, quantize, kv_cache, {}
-        self.engine = Engine(config.ending_with(processor.eos_ids),
-                             jax.device_put(params) if mesh is None else params, dtype, mesh,
+        self.engine = Engine(config.ending_with(processor.eos_ids), params, dtype, mesh,
                              cache_dtype=None if kv_cache is None else np.dtype(kv_cache))
         self._beams = BeamSearch(self.engine)
         self._forward = jax.jit(Llava(config, dtype).apply)

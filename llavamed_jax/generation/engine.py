@@ -26,8 +26,9 @@ from llavamed_jax.generation.programs import ALTERNATIVES, NO_TOKEN, Made, Progr
 from llavamed_jax.generation.requests import NO_NUMBER, Job, Request, check, name_of
 from llavamed_jax.generation.rows import Placed, Rows, batch_size, bucket, power_of_two
 from llavamed_jax.generation.sampling import Sampling
-from llavamed_jax.models.llava import check_heads, param_axes
-from llavamed_jax.parallel.mesh import batch_shards, param_shardings
+from llavamed_jax.generation.weights import placed
+from llavamed_jax.models.llava import check_heads
+from llavamed_jax.parallel.mesh import batch_shards
 from llavamed_jax.utils import signals
 
 # The length of rows and of a prefill's cache is a multiple of this; above eight times this, a multiple of twice this.
@@ -45,7 +46,7 @@ class Engine:
 
     Args:
       cfg: the model's shapes.
-      params: its unrolled parameter tree.
+      params: its unrolled parameter tree, which is placed on the devices (`weights.placed`).
       dtype: of the computation.
       mesh: rows are sharded over data and fsdp, heads over tp; None is one device.
       batch_size: the most rows that are decoded together.
@@ -60,8 +61,7 @@ class Engine:
                  steps: int = STEPS, share: bool = True, programs: Programs | None = None,
                  cache_dtype=None):
         self.cfg, self.dtype, self.mesh, self.batch_size = cfg, dtype, mesh, batch_size
-        self._params = params if mesh is None else jax.device_put(
-            params, param_shardings(params, param_axes(cfg), mesh))
+        self._params = placed(params, cfg, mesh)
         self.shards = batch_shards(mesh)
         if mesh is not None:
             check_heads(cfg, mesh)

@@ -22,6 +22,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from llavamed_jax.config import LlavaConfig
 from llavamed_jax.generation.sampling import Sampling, next_token
+from llavamed_jax.models.attention.backend import backend_of
 from llavamed_jax.models.decoders.cache import LayerCache, init_cache
 from llavamed_jax.models.llava import Llava
 from llavamed_jax.parallel.mesh import batch_sharding, replicated, spec_of
@@ -127,12 +128,16 @@ class Programs:
       mesh: a Mesh with the axes data, fsdp and tp; None is one device.
       steps: N, the most tokens of a decode loop before the host reads them.
       cache_dtype: of keys and values in the cache; None is `dtype`.
+      attention: backend of the decoder's attention (`attention.backend_of`); None is that of `auto`.
     """
 
-    def __init__(self, cfg: LlavaConfig, dtype, mesh: Mesh | None, steps: int, cache_dtype=None):
+    def __init__(self, cfg: LlavaConfig, dtype, mesh: Mesh | None, steps: int, cache_dtype=None,
+                 attention: str | None = None):
         self.cfg, self.dtype, self.mesh, self.steps = cfg, dtype, mesh, steps
         self.cache_dtype = dtype if cache_dtype is None else cache_dtype
-        self.model = Llava(cfg, dtype)
+        platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+        attention = attention or backend_of("auto", platform, cfg.decoder.head_dim)
+        self.model = Llava(cfg, dtype, attention=attention)
 
         def compiled(function, out=None, **kwargs):
             return jax.jit(function, **kwargs, **({} if mesh is None else {"out_shardings": out}))

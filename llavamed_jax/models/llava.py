@@ -25,7 +25,7 @@ from jax.sharding import Mesh
 from llavamed_jax.config import IMAGE_TOKEN, LlavaConfig
 from llavamed_jax.config.tensors import rows
 from llavamed_jax.errors import UsageError
-from llavamed_jax.models import lora, projector
+from llavamed_jax.models import joined, lora, projector
 from llavamed_jax.models.decoders import decoder_module
 from llavamed_jax.models.towers import tower_module
 from llavamed_jax.parallel.mesh import constrain
@@ -37,6 +37,7 @@ def param_axes(cfg: LlavaConfig) -> list[tuple[str, tuple[str | None, ...]]]:
     rules = [*projector.PARAM_AXES, ("decoder/lm_head/kernel", ("embed", "vocab"))]
     for part, table in (("vision_tower", cfg.vision.table), ("decoder", cfg.decoder.table)):
         rules += [(f"{part}/{row.name.replace('layers_#', 'layers(_[0-9]+)?')}", row.axes) for row in rows(table)]
+    rules += joined.axes_of(rules)
     rules += kernels.axes_of([rule for rule in rules if rule[0].startswith("decoder/layers")])
     return rules + lora.axes_of(rules) if cfg.adapter else rules
 

@@ -183,15 +183,15 @@ def constrain_weight(x, *logical: str | None):
 
 
 def on_each_device(work: Callable, in_axes: Sequence[Sequence[str | None] | None],
-                   out_axes: Sequence[str | None]) -> Callable:
+                   out_axes: Sequence[Any]) -> Callable:
     """Divides work over the devices of the current mesh; without a mesh the work stays as it is.
 
     The parts must be independent: the devices do not communicate.
 
     Args:
-      work: maps arrays to one array.
+      work: maps arrays to one array, or to several.
       in_axes: logical axes of each argument; None for an argument that is None.
-      out_axes: logical axes of the result.
+      out_axes: logical axes of the result; of several results, those of each.
 
     Returns:
       The work, of which each device does its own part.
@@ -199,7 +199,8 @@ def on_each_device(work: Callable, in_axes: Sequence[Sequence[str | None] | None
     if jax.sharding.get_abstract_mesh().empty:
         return work
     in_specs = tuple(None if axes is None else spec_of(axes) for axes in in_axes)
-    return jax.shard_map(work, in_specs=in_specs, out_specs=spec_of(out_axes), check_vma=False)
+    out_specs = tuple(map(spec_of, out_axes)) if isinstance(out_axes[0], tuple) else spec_of(out_axes)
+    return jax.shard_map(work, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
 def param_shardings(params: Any, rules: Sequence[tuple[str, tuple]], mesh: Mesh) -> Any:

@@ -245,7 +245,8 @@ def serve(job: Mapping[str, Any], topology: Topology, devices: Sequence) -> dict
         found = compiled(lowered, topology)
         sent = collectives.read(found.text)
         # A token of all rows is one round of the decode loop.
-        floor = peaks and (one_round if name == "decode" else floor_of)(found.text, peaks, near(topology), 1)
+        floor = peaks and (one_round if name == "decode" else floor_of)(found.text, peaks, near(topology), 1,
+                                                                                (serving.prompt + 1) / 2)
         each[name] = dict(compile_seconds=found.seconds, compile_cpu_seconds=found.cpu_seconds,
                           program_bytes=len(found.text),
                           bytes={**found.bytes(), "peak": found.peak + beside}, collectives=collectives.totals(sent),

@@ -20,6 +20,8 @@ from llavamed_jax.preflight.hlo import Instruction, Module, width
 # Instructions that name values and do no work.
 FREE = frozenset({"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id",
                   "replica-id", "add-dependency", "opt-barrier", "domain"})
+# The number of a result that shares its memory with an operand.
+_UPDATED = re.compile(r"\{(\d+)\}: \(\d+, \{\}")
 _IN_PLACE = ("dynamic-update-slice", "scatter")
 
 
@@ -48,8 +50,10 @@ def cost(module: Module, computation: Mapping[str, Instruction], each: Instructi
     if each.op == "custom-call" and (declared := _declared(each)) is not None:
         return declared
     if each.op == "custom-call" and (kernel := re.search(r"/(\w+)/pallas_call$", each.op_name)):
-        arrays = [array for name in each.operands for array in computation[name].arrays]
-        return Cost(flash.flops(kernel[1], arrays[0].dimensions, attended), _alone(computation, each))
+        arrays = each.arrays if _UPDATED.search(each.rest) else computation[each.operands[0]].arrays  # the queries
+        # What a kernel updates in place is read once; of what it writes there, a position of each row, little remains.
+        updated = sum(each.arrays[int(i)].bytes for i in _UPDATED.findall(each.rest))
+        return Cost(flash.flops(kernel[1], arrays[0].dimensions, attended), _alone(computation, each) - updated)
     called = [name for name in each.called if name in module.computations] if each.op == "fusion" else []
     if called:
         flops = sum(_flops(module, name) for name in called)

@@ -111,12 +111,12 @@ def floor_of(text: str, peaks: Peaks, near: int, rounds: float, attended: float 
     return _Reader(module, peaks, near, rounds, attended).run(module.entry) if module.entry else None
 
 
-def one_round(text: str, peaks: Peaks, near: int, rounds: float = 1.0) -> Floor | None:
+def one_round(text: str, peaks: Peaks, near: int, rounds: float = 1.0, attended: float = 0.0) -> Floor | None:
     """Returns the floor of `rounds` rounds of the loop whose rounds the data decide, without what is outside of it.
 
     The other arguments are those of `floor_of`.
     """
-    whole, outside = (floor_of(text, peaks, near, each) for each in (rounds, 0.0))
+    whole, outside = (floor_of(text, peaks, near, each, attended) for each in (rounds, 0.0))
     if whole is not None:
         whole.add(outside, -1.0)
     return whole

@@ -22,6 +22,7 @@ from llavamed_jax.generation.image_features import BATCH, PLACES
 from llavamed_jax.generation.programs import Programs, Prompts, Slots
 from llavamed_jax.generation.rows import batch_size, bucket
 from llavamed_jax.generation.sampling import Sampling
+from llavamed_jax.generation.weights import placed
 from llavamed_jax.models.decoders.cache import LayerCache, cache_bytes
 from llavamed_jax.models.llava import abstract_params, check_heads, param_axes
 from llavamed_jax.parallel.mesh import batch_sharding, batch_shards, make_mesh, param_shardings, replicated
@@ -96,6 +97,7 @@ class Serving:
         flat = {name: jax.ShapeDtypeStruct(x.shape, jnp.float32 if is_derived(name) else self.dtype)
                 for name, x in flat.items()}
         tree = unflatten_dict(with_shapes(flat, self.quantize), sep="/")
+        tree = placed(tree, self.config, self.mesh)
         return jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree,
                             param_shardings(tree, param_axes(self.config), self.mesh))
 

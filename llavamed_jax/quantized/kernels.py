@@ -13,6 +13,8 @@ Source: nf4 is that of QLoRA (Dettmers et al., 2023) and bitsandbytes.
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Sequence
 
 import flax.struct
@@ -127,6 +129,25 @@ def axes_of(rules: Sequence[tuple[str, tuple[str | None, ...]]]) -> list[tuple[s
 
 def dot(x, kernel, out_dtype=None):  # [..., D], [D,F] -> [..., F]
     """Returns the product over the last axis of `x`, in `out_dtype`; None for the operands' dtype."""
+    is_wider = out_dtype is not None and jnp.dtype(out_dtype) != x.dtype
+    if math.prod(x.shape[:-1]) == 1 and (is_wider or kernel.size < _LIBRARY):
+        return jax.lax.platform_dependent(x, kernel, cuda=functools.partial(_of_one_row, out_dtype=out_dtype),
+                                          default=functools.partial(_product, out_dtype=out_dtype))
+    return _product(x, kernel, out_dtype)
+
+
+# Numbers of a kernel from which on XLA gives the product of one row to cuBLAS. It computes smaller ones by an
+# elementwise product that it writes out and then sums, and converts a kernel whose product is wider.
+_LIBRARY = 2**24
+
+
+def _of_one_row(x, kernel, out_dtype):
+    """Computes the product of one row on a GPU as that of two rows, which XLA gives to cuBLAS as it is."""
+    two = jnp.pad(x.reshape(1, -1), ((0, 1), (0, 0)))
+    return _product(two, kernel, out_dtype)[:1].reshape(*x.shape[:-1], -1)
+
+
+def _product(x, kernel, out_dtype):
     # Not `jnp.matmul`: it is jitted, and quantisers that intercept `dot_general` would miss its cached trace.
     return jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())), preferred_element_type=out_dtype)
 

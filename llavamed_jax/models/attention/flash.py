@@ -24,8 +24,8 @@ from llavamed_jax.parallel.mesh import on_each_device
 # on an Ada GPU all of them must fit in 99 KB of shared memory with heads of 128.
 FORWARD, BACKWARD, WALK = 128, 64, 32
 SMALLEST = 16  # the smallest tile of the matrix units
-_NEVER = -1e30  # score of a masked key; finite, since differences of scores are computed
-_LOG2_E = math.log2(math.e)
+NEVER = -1e30  # score of a masked key; finite, since differences of scores are computed
+LOG2_E = math.log2(math.e)
 
 
 def flash_attention(q, k, v, mask, interpret: bool = False):
@@ -59,11 +59,12 @@ def flash_attention(q, k, v, mask, interpret: bool = False):
 
 
 # Products of a kernel for each query, key and number of a head.
-_PRODUCTS = {"flash_forward": 2, "flash_backward_queries": 3, "flash_backward_keys": 4}
+_PRODUCTS = {"flash_forward": 2, "flash_prefill": 2, "flash_decode": 2, "flash_backward_queries": 3,
+             "flash_backward_keys": 4}
 
 
 def flops(kernel: str, queries: tuple[int, ...], attended: float) -> float:
-    """Returns the FLOPs of a kernel of this file; 0 for a kernel of another name.
+    """Returns the FLOPs of a kernel of this file or of `cached`; 0 for a kernel of another name.
 
     Args:
       kernel: its name, such as `flash_forward`.
@@ -122,38 +123,63 @@ _attention.defvjp(_with_residuals, _gradients)
 
 
 def _forward(interpret, q, k, v, first):
-    """Returns the output [B,T,N,H], and the base-2 logarithm of the softmax's normalizer, float32 [B,N,T]."""
-    B, T, N, H = q.shape
-    G, block, walk = N // k.shape[1], *_tiles(T, FORWARD, BACKWARD)
+    return flash_over(interpret, q, k, v, first, jnp.zeros(q.shape[:1], jnp.int32), "flash_forward")
 
-    def kernel(q_ref, k_ref, v_ref, first_ref, out_ref, sum_ref):
-        i = pl.program_id(0)
+
+def flash_over(interpret, q, k, v, first, start, name: str, length: int | None = None):
+    """Attends from consecutive queries to the keys [first, own position].
+
+    Args:
+      interpret: interprets the kernel.
+      q: [B,T,N,H]; T is a power of two, or a multiple of `FORWARD`.
+      k: [B,K,S,H].
+      v: [B,K,S,H].
+      first: int32 [B,T], the first key that each query attends to.
+      start: int32 [B], the position of each row's first query among the keys.
+      name: name of the kernel.
+      length: number of queries that are not padding, behind whose keys the row may hold anything; None if all keys are
+        numbers.
+
+    Returns:
+      The output [B,T,N,H], and the base-2 logarithm of the softmax's normalizer, float32 [B,N,T].
+    """
+    B, T, N, H = q.shape
+    S = k.shape[2]
+    G, (block, walk) = N // k.shape[1], _tiles(T, FORWARD, min(BACKWARD, S))
+
+    def kernel(q_ref, k_ref, v_ref, first_ref, start_ref, out_ref, sum_ref):
+        i, start = pl.program_id(0), start_ref[0]
         q, begin = q_ref[...], first_ref[...]
-        rows = i * block + jnp.arange(block)
+        rows = start + i * block + jnp.arange(block)
 
         def step(j, carry):
             out, top, total = carry
             here = pl.ds(j * walk, walk)
             scores, is_seen = _scores(q, k_ref[here, :], rows, j * walk + jnp.arange(walk), begin)
-            new_top = jnp.maximum(top, jnp.max(jnp.where(is_seen, scores, _NEVER), axis=1))
+            new_top = jnp.maximum(top, jnp.max(jnp.where(is_seen, scores, NEVER), axis=1))
             weights = jnp.where(is_seen, jnp.exp2(scores - new_top[:, None]), 0.0)
             shrink = jnp.exp2(top - new_top)
-            out = out * shrink[:, None] + _dot(weights.astype(v_ref.dtype), v_ref[here, :])
+            v = v_ref[here, :]
+            if length is not None:  # a weight of 0 does not mask a NaN
+                v = jnp.where((j * walk + jnp.arange(walk) < start + length)[:, None], v, 0)
+            out = out * shrink[:, None] + dot(weights.astype(v.dtype), v)
             return out, new_top, total * shrink + jnp.sum(weights, axis=1)
 
-        start = jnp.zeros((block, H), jnp.float32), jnp.full(block, _NEVER, jnp.float32), jnp.zeros(block, jnp.float32)
-        out, top, total = jax.lax.fori_loop(jnp.min(begin) // walk, ((i + 1) * block + walk - 1) // walk, step, start)
+        empty = jnp.zeros((block, H), jnp.float32), jnp.full(block, NEVER, jnp.float32), jnp.zeros(block, jnp.float32)
+        end = jnp.minimum((start + (i + 1) * block + walk - 1) // walk, S // walk)
+        out, top, total = jax.lax.fori_loop(jnp.min(begin) // walk, end, step, empty)
         out_ref[...] = (out / total[:, None]).astype(out_ref.dtype)
         sum_ref[...] = top + jnp.log2(total)
 
     queries = pl.BlockSpec((None, block, None, H), lambda i, b, n: (b, i, n, 0))
-    keys = pl.BlockSpec((None, None, T, H), lambda i, b, n: (b, n // G, 0, 0))
+    keys = pl.BlockSpec((None, None, S, H), lambda i, b, n: (b, n // G, 0, 0))
     return pl.pallas_call(
-        kernel, grid=(T // block, B, N), interpret=interpret, name="flash_forward",
-        in_specs=[queries, keys, keys, pl.BlockSpec((None, block), lambda i, b, n: (b, i))],
+        kernel, grid=(T // block, B, N), interpret=interpret, name=name,
+        in_specs=[queries, keys, keys, pl.BlockSpec((None, block), lambda i, b, n: (b, i)),
+                  pl.BlockSpec((None, 1), lambda i, b, n: (b, 0))],
         out_specs=[queries, pl.BlockSpec((None, None, block), lambda i, b, n: (b, n, i))],
         out_shape=[jax.ShapeDtypeStruct(q.shape, v.dtype), jax.ShapeDtypeStruct((B, N, T), jnp.float32)],
-        compiler_params=triton.CompilerParams(num_warps=8, num_stages=2))(q, k, v, first)
+        compiler_params=triton.CompilerParams(num_warps=8, num_stages=2))(q, k, v, first, start[:, None])
 
 
 def _backward_queries(interpret, q, k, v, first, by_out, log_sum, delta):
@@ -171,8 +197,8 @@ def _backward_queries(interpret, q, k, v, first, by_out, log_sum, delta):
             k = k_ref[here, :]
             scores, is_seen = _scores(q, k, rows, j * walk + jnp.arange(walk), begin)
             weights = jnp.where(is_seen, jnp.exp2(scores - log_sum[:, None]), 0.0)
-            by_scores = weights * (_dot(by_out, v_ref[here, :].T) - delta[:, None])
-            return by_q + _dot(by_scores.astype(k.dtype), k)
+            by_scores = weights * (dot(by_out, v_ref[here, :].T) - delta[:, None])
+            return by_q + dot(by_scores.astype(k.dtype), k)
 
         by_q = jax.lax.fori_loop(jnp.min(begin) // walk, ((i + 1) * block + walk - 1) // walk, step,
                                  jnp.zeros((block, H), jnp.float32))
@@ -210,9 +236,9 @@ def _backward_keys(interpret, q, k, v, first, last, by_out, log_sum, delta):
             q, by_out = q_ref[here, g, :], by_out_ref[here, g, :]
             scores, is_seen = _scores(q, k, i * walk + jnp.arange(walk), columns, first_ref[here])
             weights = jnp.where(is_seen, jnp.exp2(scores - sum_ref[g, here][:, None]), 0.0)
-            by_v += _dot(weights.T.astype(by_out.dtype), by_out)
-            by_scores = weights * (_dot(by_out, v.T) - delta_ref[g, here][:, None])
-            return by_k + _dot(by_scores.T.astype(q.dtype), q), by_v
+            by_v += dot(weights.T.astype(by_out.dtype), by_out)
+            by_scores = weights * (dot(by_out, v.T) - delta_ref[g, here][:, None])
+            return by_k + dot(by_scores.T.astype(q.dtype), q), by_v
 
         zeros = jnp.zeros((block, H), jnp.float32)
         by_k, by_v = jax.lax.fori_loop(0, G * (end - begin), step, (zeros, zeros))
@@ -238,9 +264,10 @@ def _tiles(T: int, block: int, walk: int) -> tuple[int, int]:
 
 def _scores(q, k, rows, columns, begin):
     """Returns a tile's scores times log2(e), float32 [rows,columns], and where a query attends to a key, bool."""
-    scores = _dot(q, k.T) * (q.shape[-1] ** -0.5 * _LOG2_E)
+    scores = dot(q, k.T) * (q.shape[-1] ** -0.5 * LOG2_E)
     return scores, (columns[None, :] >= begin[:, None]) & (columns[None, :] <= rows[:, None])
 
 
-def _dot(a, b):
+def dot(a, b):
+    """Returns the product of two tiles, summed in float32."""
     return jnp.dot(a, b, preferred_element_type=jnp.float32)

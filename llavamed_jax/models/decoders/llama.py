@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from llavamed_jax.config import DecoderConfig
+from llavamed_jax.models import joined
 from llavamed_jax.models.attention.backend import AttentionMask, attention
 from llavamed_jax.models.layers import ACTIVATIONS, Linear, RMSNorm, apply_rope, rope_tables
 from llavamed_jax.models.stacking import layer_stack, run_layers
@@ -34,7 +35,7 @@ class Attention(nn.Module):
     Attributes:
       cfg: the decoder's shapes.
       dtype: dtype of the computation.
-      backend: attention backend for whole rows; with a cache XLA's is used.
+      backend: attention backend (`attention.backend_of`).
     """
 
     cfg: DecoderConfig
@@ -53,21 +54,12 @@ class Attention(nn.Module):
         """
         cfg, (B, T, _) = self.cfg, x.shape
 
-        def project(name, heads):
-            module = f"{name[0]}_proj"
-            axes, has_bias = cfg.axes(f"self_attn/{module}"), cfg.has_bias(f"self_attn/{module}")
-            y = Linear(heads * cfg.head_dim, axes, has_bias, self.dtype, name=module)(x)
-            return checkpoint_name(y, name).reshape(B, T, heads, cfg.head_dim)
-
-        q, k = self.query_key(project("query", cfg.num_heads), project("key", cfg.num_kv_heads))
-        q, k = apply_rope(q, rope), apply_rope(k, rope).swapaxes(1, 2)  # k is [B,K,T,H]
-        v = project("value", cfg.num_kv_heads).swapaxes(1, 2)
-        q = constrain(q, "act_batch", None, "act_heads", None)
-        if cache is None:
-            context = attention(q, k, v, mask, self.backend)
-        else:
-            cache = cache.write(k, v, mask.q_positions[:, 0])
-            context = attention(q, cache.k, cache.v, mask, "xla", cache.k_scale, cache.v_scale)
+        heads = cfg.num_heads, cfg.num_kv_heads, cfg.num_kv_heads
+        products = joined.products(self, "self_attn", x, [n * cfg.head_dim for n in heads])
+        q, k, v = (checkpoint_name(y, name).reshape(B, T, n, cfg.head_dim)
+                   for y, name, n in zip(products, ("query", "key", "value"), heads, strict=True))
+        q, k = self.query_key(q, k)
+        context, cache = attend(q, k, v, rope, mask, cache, self.backend)
         context = context.reshape(B, T, -1)
         axes, has_bias = cfg.axes("self_attn/o_proj"), cfg.has_bias("self_attn/o_proj")
         return Linear(cfg.hidden_size, axes, has_bias, self.dtype, name="o_proj")(context), cache
@@ -78,6 +70,34 @@ class Attention(nn.Module):
         An override may create submodules, with a `name`.
         """
         return q, k
+
+
+def attend(q, k, v, rope, mask, cache, backend: str):
+    """Rotates queries and keys, writes keys and values into the cache if there is one, and attends.
+
+    Args:
+      q: [B,T,N,H].
+      k: [B,T,K,H].
+      v: [B,T,K,H].
+      rope: tables of `rope_tables`.
+      mask: the `AttentionMask`.
+      cache: the layer's `LayerCache`, or None.
+      backend: attention backend (`attention.backend_of`).
+
+    Returns:
+      The context [B,T,N,H] and the updated cache.
+    """
+    name, _, interpreted = backend.partition("_")
+    if cache is not None and name == "flash":
+        from llavamed_jax.models.attention import cached  # imported here, since Pallas takes a second to import
+        if cached.is_for(cache, q.shape[-1]):
+            return cached.attend(q, k, v, rope, cache, mask.q_positions, mask.window, bool(interpreted))
+    q = constrain(apply_rope(q, rope), "act_batch", None, "act_heads", None)
+    k, v = apply_rope(k, rope).swapaxes(1, 2), v.swapaxes(1, 2)  # [B,K,T,H]
+    if cache is None:
+        return attention(q, k, v, mask, backend), None
+    cache = cache.write(k, v, mask.q_positions[:, 0])
+    return attention(q, cache.k, cache.v, mask, "xla", cache.k_scale, cache.v_scale), cache
 
 
 class Mlp(nn.Module):
@@ -95,8 +115,7 @@ class Mlp(nn.Module):
     def __call__(self, x):  # [B,T,D] -> [B,T,D]
         """Maps [B,T,D] to [B,T,D]."""
         cfg = self.cfg
-        gate = Linear(cfg.intermediate_size, cfg.axes("mlp/gate_proj"), cfg.mlp_bias, self.dtype, name="gate_proj")(x)
-        up = Linear(cfg.intermediate_size, cfg.axes("mlp/up_proj"), cfg.mlp_bias, self.dtype, name="up_proj")(x)
+        gate, up = joined.products(self, "mlp", x, [cfg.intermediate_size] * 2)
         product = ACTIVATIONS[cfg.hidden_act](gate) * up
         return Linear(cfg.hidden_size, cfg.axes("mlp/down_proj"), cfg.mlp_bias, self.dtype, name="down_proj")(product)
 
