@@ -25,6 +25,7 @@ from llavamed_jax.generation.sampling import Sampling, next_token
 from llavamed_jax.models.attention.backend import backend_of
 from llavamed_jax.models.decoders.cache import LayerCache, init_cache
 from llavamed_jax.models.llava import Llava
+from llavamed_jax.parallel import xla
 from llavamed_jax.parallel.mesh import batch_sharding, replicated, spec_of
 from llavamed_jax.utils import private
 
@@ -119,6 +120,12 @@ class Made:
     logprobs: Logprobs | None = None
 
 
+def cached_backend(platform: str, head_dim: int) -> str:
+    """Returns the backend of attention over a cache: `flash` where `auto` is, and else `xla`."""
+    auto = backend_of("auto", platform, head_dim)
+    return auto if auto == "flash" else "xla"
+
+
 class Programs:
     """The engine's programs, each compiled once a shape; `count()` returns how many compilations there were.
 
@@ -128,7 +135,7 @@ class Programs:
       mesh: a Mesh with the axes data, fsdp and tp; None is one device.
       steps: N, the most tokens of a decode loop before the host reads them.
       cache_dtype: of keys and values in the cache; None is `dtype`.
-      attention: backend of the decoder's attention (`attention.backend_of`); None is that of `auto`.
+      attention: backend of attention over the cache; None is `cached_backend`'s.
     """
 
     def __init__(self, cfg: LlavaConfig, dtype, mesh: Mesh | None, steps: int, cache_dtype=None,
@@ -136,11 +143,11 @@ class Programs:
         self.cfg, self.dtype, self.mesh, self.steps = cfg, dtype, mesh, steps
         self.cache_dtype = dtype if cache_dtype is None else cache_dtype
         platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
-        attention = attention or backend_of("auto", platform, cfg.decoder.head_dim)
-        self.model = Llava(cfg, dtype, attention=attention)
+        self.model = Llava(cfg, dtype, attention=attention or cached_backend(platform, cfg.decoder.head_dim))
 
         def compiled(function, out=None, **kwargs):
-            return jax.jit(function, **kwargs, **({} if mesh is None else {"out_shardings": out}))
+            return jax.jit(function, **kwargs, **({} if mesh is None else {"out_shardings": out}),
+                           compiler_options=xla.options(platform, xla.ENGINE))
 
         rows = slots = everywhere = None
         if mesh is not None:

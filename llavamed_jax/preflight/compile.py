@@ -37,8 +37,8 @@ from llavamed_jax.preflight.topologies import Topology
 from llavamed_jax.training import settings
 from llavamed_jax.training.throughput import peak_flops
 
-# Without a GPU, XLA cannot autotune Triton's tiles, and the default tiles do not fit every matrix product. So matrix
-# products use cuBLAS here, which takes no more memory.
+# Beside the program's own flags (`parallel.xla`). Without a GPU, XLA cannot autotune Triton's tiles, and the default
+# tiles do not fit every matrix product. So matrix products use cuBLAS here, which takes no more memory.
 _GPU_OPTIONS = {"xla_gpu_enable_triton_gemm": False}
 # XLA's warnings that it replicates a sharded array because it finds no better way.
 _WASTE = re.compile(r"involuntary full rematerialization|involuntarily replicat", re.IGNORECASE)
@@ -240,13 +240,13 @@ def serve(job: Mapping[str, Any], topology: Topology, devices: Sequence) -> dict
     serving = Serving.of(config, devices, job["mesh"], dtype, generation["batch_size"], generation["max_new_tokens"],
                          few_bits, job.get("kv_cache"))
     each: dict[str, Any] = {}
-    peaks, model_flops = peaks_of(topology, job.get("peak")), serving.flops() / serving.mesh.size
+    peaks, model_flops = peaks_of(topology, job.get("peak")), serving.prefill_flops() / serving.mesh.size
     for name, lowered, beside in serving.programs():
         found = compiled(lowered, topology)
         sent = collectives.read(found.text)
         # A token of all rows is one round of the decode loop.
-        floor = peaks and (one_round if name == "decode" else floor_of)(found.text, peaks, near(topology), 1,
-                                                                                (serving.prompt + 1) / 2)
+        of = one_round if name == "decode" else floor_of
+        floor = peaks and of(found.text, peaks, near(topology), 1, (serving.prompt + 1) / 2)
         each[name] = dict(compile_seconds=found.seconds, compile_cpu_seconds=found.cpu_seconds,
                           program_bytes=len(found.text),
                           bytes={**found.bytes(), "peak": found.peak + beside}, collectives=collectives.totals(sent),
@@ -256,10 +256,10 @@ def serve(job: Mapping[str, Any], topology: Topology, devices: Sequence) -> dict
     largest = max(each.values(), key=lambda program: program["bytes"]["peak"])
     held = serving.bytes()
     return dict(
-        model=model, mesh=dict(serving.mesh.shape), attention="xla", rows=serving.rows, row_length=serving.length,
-        micro_batches=1, fitting_batch_size=None, programs=each, collectives=each["prefill"]["collectives"],
-        traffic_bytes=each["prefill"]["traffic_bytes"], least_traffic_bytes=None,
-        compile_seconds=sum(one["compile_seconds"] for one in each.values()),
+        model=model, mesh=dict(serving.mesh.shape), attention=serving.attention, rows=serving.rows,
+        row_length=serving.length, micro_batches=1, fitting_batch_size=None, programs=each,
+        collectives=each["prefill"]["collectives"], traffic_bytes=each["prefill"]["traffic_bytes"],
+        least_traffic_bytes=None, compile_seconds=sum(one["compile_seconds"] for one in each.values()),
         compile_cpu_seconds=sum(one["compile_cpu_seconds"] for one in each.values()),
         bytes={**held, "activations": max(0, largest["bytes"]["peak"] - sum(held.values())), **largest["bytes"]},
         model_flops_per_step=serving.flops(), tokens_per_step=serving.batch * serving.prompt)

@@ -19,7 +19,7 @@ from llavamed_jax.config import LlavaConfig
 from llavamed_jax.config.adapter import is_derived
 from llavamed_jax.generation.engine import STEPS, cache_length
 from llavamed_jax.generation.image_features import BATCH, PLACES
-from llavamed_jax.generation.programs import Programs, Prompts, Slots
+from llavamed_jax.generation.programs import Programs, Prompts, Slots, cached_backend
 from llavamed_jax.generation.rows import batch_size, bucket
 from llavamed_jax.generation.sampling import Sampling
 from llavamed_jax.generation.weights import placed
@@ -123,11 +123,20 @@ class Serving:
                     cache=self._cache_bytes(self.rows, self.length))
 
     def flops(self) -> float:
-        """Returns the FLOPs of a prefill of B images and prompts; only the last position goes through the head."""
+        """Returns the FLOPs of B images and their prompts."""
+        return self.prefill_flops() + self.batch * self.config.vision_flops_per_image()
+
+    def prefill_flops(self) -> float:
+        """Returns the FLOPs of B prompts, whose images are encoded; only the last position goes through the head."""
         decoder, T = self.config.decoder, self.prompt
         head = 2 * decoder.hidden_size * decoder.vocab_size
-        return self.batch * (T * (decoder.forward_flops_per_token(T) - head) + head
-                             + self.config.vision_flops_per_image())
+        return self.batch * (T * (decoder.forward_flops_per_token(T) - head) + head)
+
+    @property
+    def attention(self) -> str:
+        """The backend of attention over the cache."""
+        platform = self.mesh.devices.flat[0].platform
+        return "xla" if self.kv_cache else cached_backend(platform, self.config.decoder.head_dim)
 
     @property
     def _cache_dtype(self):

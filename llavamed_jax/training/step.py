@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 
 from llavamed_jax.models.decoders.llama import head_kernel
 from llavamed_jax.models.llava import Llava
+from llavamed_jax.parallel import xla
 from llavamed_jax.parallel.mesh import batch_sharding, constrain, replicated
 from llavamed_jax.training.losses import chunked_cross_entropy, num_samples, num_supervised
 from llavamed_jax.training.state import TrainState, merge
@@ -27,9 +28,6 @@ MODEL_INPUTS = ("input_ids", "labels", "positions", "segment_ids", "pixel_values
 # If the norm of an update is this much smaller than the parameters' norm, the update moves nothing, since float32 holds
 # seven digits: only parameters that were exactly 0 change.
 STILL = 1e-12
-# Weights are gathered whole before they are used. By default XLA for a v6e passes shards round the devices within each
-# product, and again in the backward pass: 2.2 times the bytes (docs/preflight.md).
-_TPU_OPTIONS = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
 
 
 def llava_loss(model: Llava, weighting: str = "token") -> LossFn:
@@ -107,8 +105,8 @@ def make_train_step(loss_fn: LossFn, optimizer: optax.GradientTransformation, sc
             opt_state=if_finite(opt_state, state.opt_state))
         return state, metrics
 
-    options = _TPU_OPTIONS if mesh.devices.flat[0].platform == "tpu" else None
-    compiled = jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated(mesh)), compiler_options=options)
+    compiled = jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated(mesh)),
+                       compiler_options=xla.options(mesh.devices.flat[0].platform, xla.UPDATE))
     return _within(mesh, compiled)
 
 

@@ -1,0 +1,40 @@
+"""XLA's flags for this project's programs, by platform.
+
+Each flag stands with what it changes in the compiled program (docs/preflight.md has the figures). A flag that the user
+sets in XLA_FLAGS or LIBTPU_INIT_ARGS is left as the user has it.
+"""
+
+from __future__ import annotations
+
+import os
+
+UPDATE, ENGINE = "update", "engine"
+FLAGS: dict[str, dict[str, dict[str, int | str]]] = {
+    "gpu": {
+        # XLA plans for this many percent of the memory. At its default it computes values again that would have fit: it
+        # splits the backward pass of SwiGLU into three kernels that read 195 GB where one reads 90. Whether a program
+        # fits is judged by its peak, at 95 % of the memory.
+        UPDATE: {"xla_gpu_memory_limit_slop_factor": 115},
+        # Products of one input with kernels of fewer MB are merged, for which the kernels are copied into one in every
+        # round: of 64 rows 3.2 of 26.7 GB a token. Kernels that may be joined are (`models.joined`).
+        ENGINE: {"xla_gpu_dot_merger_threshold_mb": 0},
+    },
+    "tpu": {
+        # Weights are gathered whole before they are used. By default XLA for a v6e passes shards round the devices
+        # within each product, and again in the backward pass: 2.2 times the bytes.
+        UPDATE: {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"},
+    },
+}
+
+
+def options(platform: str, of: str) -> dict[str, int | str] | None:
+    """Returns the `compiler_options` of a program; None if it has none.
+
+    Args:
+      platform: the devices' platform.
+      of: `UPDATE`, a step of training, or `ENGINE`, a program that generates.
+    """
+    given = " ".join(os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")).split()
+    taken = {word.removeprefix("--").partition("=")[0] for word in given}
+    flags = FLAGS.get(platform, {}).get(of, {})
+    return {name: value for name, value in flags.items() if name not in taken} or None
