@@ -150,9 +150,25 @@ def test_a_program_for_gpus():
     assert floor_of("", PEAKS, 8, 1) is None
 
 
-@pytest.mark.parametrize("kernel, products", [("flash_forward", 2), ("flash_backward_queries", 3), ("flash_backward_keys", 4), ("other", 0)])
+@pytest.mark.parametrize("kernel, products", [("flash_forward", 2), ("flash_prefill", 2), ("flash_decode", 2), ("flash_backward_queries", 3), ("flash_backward_keys", 4), ("other", 0)])
 def test_flash_says_what_it_computes(kernel, products):
     assert flash.flops(kernel, (2, 64, 4, 16), 10.0) == products * 2 * 2 * 64 * 4 * 16 * 10
+
+
+def test_a_kernel_that_works_in_place_reads_what_it_updates_once():
+    """And its products are those of its queries, not of the keys and values that come with them."""
+    text = """HloModule f, num_partitions=1
+
+ENTRY %main (q: bf16[2,48,128], k: bf16[2,8,64,128]) -> bf16[2,32,128] {
+  %q = bf16[2,48,128]{2,1,0} parameter(0)
+  %k = bf16[2,8,64,128]{3,2,1,0} parameter(1)
+  %step = (bf16[2,32,128]{2,1,0}, bf16[2,8,64,128]{3,2,1,0}) custom-call(%q, %k), custom_call_target="__gpu$xla.gpu.triton", output_to_operand_aliasing={{1}: (1, {})}, metadata={op_name="jit(f)/self_attn/flash_decode/pallas_call"}
+  ROOT %out = bf16[2,32,128]{2,1,0} get-tuple-element(%step), index=0
+}
+"""
+    found = floor_of(text, PEAKS, 8, 1, attended=10.0)
+    assert found.memory_bytes == 2 * (2 * 48 * 128 + 2 * 8 * 64 * 128 + 2 * 32 * 128)
+    assert found.matmul_flops == 2 * 2 * 2 * 32 * 128 * 10
 
 
 def test_peaks():

@@ -118,3 +118,26 @@ def test_symmetric_scales_have_the_least_error_of_several():
         several.append(np.square(np.clip(np.rint(groups / steps), -8, 7) * steps - groups).sum(1))
     np.testing.assert_allclose(found, np.min(several, 0), rtol=1e-5, atol=1e-12)
     assert len({int(i) for i in np.argmin(several, 0).reshape(-1)}) > 3 and (found < 0.95 * several[2]).mean() > 0.3
+
+
+def lowered(platform, rows, F, out_dtype):
+    """The text of a product of bfloat16 with [64,F], lowered for a platform that need not be here."""
+    x, kernel = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((1, rows, 64), (64, F)))
+    traced = jax.jit(lambda x, kernel: kernels.dot(x, kernel, out_dtype)).trace(x, kernel)
+    return traced.lower(lowering_platforms=(platform,)).as_text()
+
+
+def test_one_row_is_two_on_a_gpu_where_xla_would_not_take_the_library(monkeypatch):
+    monkeypatch.setattr(kernels, "_LIBRARY", 64 * 32)
+    is_two = lambda *asked: "tensor<2x64xbf16>" in lowered(*asked)
+    assert is_two("cuda", 1, 31, None) and is_two("cuda", 1, 32, jnp.float32)
+    assert not is_two("cuda", 1, 32, None) and not is_two("cuda", 1, 32, jnp.bfloat16) and not is_two("cuda", 3, 31, jnp.float32)
+    assert not is_two("cpu", 1, 31, jnp.float32)
+
+
+@pytest.mark.parametrize("out_dtype", [None, jnp.float32])
+def test_the_two_rows_give_the_one(out_dtype):
+    x, kernel = (jnp.asarray(np.random.default_rng(0).standard_normal(shape), jnp.bfloat16) for shape in ((1, 1, 64), (64, 31)))
+    found, wanted = kernels._of_one_row(x, kernel, out_dtype), kernels.dot(x, kernel, out_dtype)
+    assert found.shape == wanted.shape == (1, 1, 31) and found.dtype == wanted.dtype
+    np.testing.assert_allclose(found.astype(jnp.float32), wanted.astype(jnp.float32), rtol=2e-2 if out_dtype is None else 1e-5, atol=1e-5)
