@@ -49,8 +49,8 @@ def _is_adapter(path: str | Path) -> bool:
 def _adapter(adapter: str | Path) -> Path:
     local = Path(adapter)
     if local.is_dir() and (tree_root(local) / "model" / "config.json").is_file():
-        raise UserError(f"{adapter} is a run of this project, which has its base's path itself; the run as the "
-                        "checkpoint and no adapter, or the directory of an adapter as PEFT writes it, was expected")
+        raise UserError(f"{adapter} is a run of this project, which names its base; the directory of an adapter as "
+                        "PEFT writes it was expected, or the run as the checkpoint and no adapter")
     directory = hub.local(adapter)
     if not directory.is_dir():
         raise UserError(f"{adapter} is not a directory; the directory of an adapter, as PEFT writes it, was expected")

@@ -76,8 +76,8 @@ def refuse_few_bits(checkpoint: Checkpoint, quantize: str | None) -> None:
     """Raises UserError if kernels are to be rounded that the files have in few bits."""
     if quantize is not None and (stored := checkpoint.few_bits):
         raise UserError(f"{checkpoint.directory} is quantised already ({stored}, in compressed-tensors' format), so "
-                        f"quantize {quantize} would round it twice; no quantize, or the model that it was made of, was "
-                        "expected")
+                        f"quantize {quantize} would round it twice; no quantize, or the model before it was quantised, "
+                        "was expected")
 
 
 def _empty_stack(depth: int, dtypes: Collection[np.dtype], part: np.ndarray) -> np.ndarray:

@@ -31,7 +31,7 @@ def check_flags(args: argparse.Namespace) -> None:
         raise UsageError("--calibrate is for int4; --quantize int4 was expected beside it")
     for flag in ("images", "calibration_rows"):
         if args.calibrate is None and getattr(args, flag) is not None:
-            raise UsageError(f"--{flag} belongs to --calibrate, which was expected beside it")
+            raise UsageError(f"--{flag} can be used only with --calibrate")
     if args.calibration_rows is not None and args.calibration_rows < 1:
         raise UsageError(f"--calibration_rows is {args.calibration_rows}; at least 1 was expected")
 

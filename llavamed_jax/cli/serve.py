@@ -160,8 +160,8 @@ def _keys(args: argparse.Namespace) -> dict[str, str]:
                 continue
             name = words[0] if len(words) == 2 else f"line {number}"
             if len(words) > 2 or name in keys:
-                raise UserError(f"--api_keys {short(args.api_keys)}, line {number}: a key, or a name of its own and a "
-                                "key, was expected")
+                raise UserError(f"--api_keys {short(args.api_keys)}, line {number}: KEY, or NAME KEY with a NAME "
+                                "that no other line has, was expected")
             keys[name] = words[-1]
         if not keys:
             raise UserError(f"--api_keys {short(args.api_keys)} holds no key; at least one was expected")

@@ -131,6 +131,6 @@ def read_instructions(path: Path) -> dict[str, list[str]]:
              for title, body in zip(parts[::2], parts[1::2], strict=True)}
     is_marked = any(IMAGE_MARKER in line for lines in found.values() for line in lines)
     if before.strip() or sorted(found) != list(KINDS) or len(parts) != 4 or not all(found.values()) or is_marked:
-        raise UserError(f"{name} has not the form that is needed: the sections [[concise]] and [[detailed]], each with "
-                        f"one instruction or more, and no {IMAGE_MARKER}")
+        raise UserError(f"{name} is not a file of instructions; the sections [[concise]] and [[detailed]], each with "
+                        f"at least one instruction and without {IMAGE_MARKER}, were expected")
     return found

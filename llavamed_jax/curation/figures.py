@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> None:
         raise UsageError(f"--source is {short(args.source)}; a directory was expected")
     layout = args.layout or layout_of(source)
     if layout is None:
-        raise UsageError(f"--source {source} holds nothing that is known; XML files of articles, or one of the layouts "
+        raise UsageError(f"--source {source} holds no figures; XML files of articles, or one of the layouts "
                          f"{', '.join(SOURCES)} was expected")
     if layout == "jats":
         needed("lxml.etree", "reads XML")

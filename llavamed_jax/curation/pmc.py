@@ -110,7 +110,8 @@ def _check(args: argparse.Namespace) -> None:
     twice = [name for name, count in names.items() if count > 1 or name in (
         store.MANIFEST, store.MISSING, store.RESOLVED, store.SETTINGS)]
     if twice:
-        raise UsageError(f"--training names {short(twice[0])}, a name that DIR has already; other names were expected")
+        raise UsageError(f"--training names {short(twice[0])}, which --out already uses for another file; another name "
+                         "was expected")
     bucket.licences_of(args.licence)
 
 

@@ -169,11 +169,11 @@ def check_unused(workdir: Path, path: Path, predictions: Sequence[Mapping]) -> N
     """
     own = workdir / "predictions.jsonl"
     if any(map(num_answers, workdir.glob("predictions*.partial"))):
-        raise UsageError(f"the workdir {workdir} holds answers of a stopped evaluation, which the metrics of {path} do "
-                         "not belong to; another --workdir was expected")
+        raise UsageError(f"the workdir {workdir} holds answers of a stopped evaluation, and {path} has other answers; "
+                         "another --workdir was expected")
     if own.exists() and not own.samefile(path) and _texts(read_predictions(own)) != _texts(predictions):
-        raise UsageError(f"the workdir {workdir} holds {own.name} of another evaluation, which the metrics of {path} "
-                         "do not belong to; another --workdir was expected")
+        raise UsageError(f"the workdir {workdir} holds {own.name} of another evaluation, and {path} has other answers; "
+                         "another --workdir was expected")
 
 
 def _texts(predictions: Sequence[Mapping]) -> dict[str, str]:

@@ -50,7 +50,7 @@ def render(stored: np.ndarray, header: Dataset, index: int, name: str,
         shown = _grey(stored, header, index, name, window)
         return Image.fromarray(255 - shown if interpretation == "MONOCHROME1" else shown)
     if window is not None:
-        raise UserError(f"{name} is in colour, to which no window applies")
+        raise UserError(f"{name} is in colour; a grey image was expected, because windows apply to grey only")
     if interpretation == PALETTE:
         stored, bits = _apply_palette(stored, header, name)
     else:

@@ -37,6 +37,7 @@ def read_rows(path: str | Path, images: str | Path | None, processor: Processor,
         example = tokenize(data.record(int(place)), processor, LONGEST)
         pixels, skipped = read_images(example, processor)
         if skipped is not None:
-            raise UserError(f"the image {skipped['image']} of {path} cannot be calibrated with: {skipped['reason']}")
+            raise UserError(f"the image {skipped['image']} of {path} cannot be used for calibration: "
+                            f"{skipped['reason']}")
         rows.append((example.ids, pixels))
     return rows

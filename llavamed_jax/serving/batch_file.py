@@ -51,7 +51,7 @@ def requests_of(path: Path) -> Iterator[BatchRequest]:
         if not isinstance(name, str) or not name:
             raise UserError(f"{where} has the custom_id {short(name)}; an object with a text as custom_id was expected")
         if name in seen:
-            raise UserError(f"{where} has the custom_id {short(name)} of line {seen[name]}; a name of its own was "
+            raise UserError(f"{where} repeats the custom_id {short(name)} of line {seen[name]}; another one was "
                             "expected")
         seen[name] = number
         if value.get("method", "POST") != "POST" or value.get("url") not in URLS:

@@ -98,7 +98,8 @@ def listen(host: str, port: int) -> socket.socket:
         listener.bind(address)
         return listener
     except (OSError, OverflowError) as error:
-        raise UserError(f"{host}:{port} cannot be listened on: {getattr(error, 'strerror', None) or error}") from None
+        raise UserError(f"the server cannot listen on {host}:{port}: "
+                        f"{getattr(error, 'strerror', None) or error}") from None
 
 
 def run(app, service: Service, listener: socket.socket, is_asked: Callable[[], bool]) -> bool:

@@ -117,11 +117,11 @@ def test_bad_input_is_one_sentence(tree, tmp_path, capsys):
     for flags, sentence in (
             (["--calibrate", data], "--calibrate is for int4; --quantize int4 was expected beside it"),
             (["--calibrate", data, "--quantize", "int8"], "--calibrate is for int4"),
-            (["--quantize", "int4", "--calibration_rows", "5"], "--calibration_rows belongs to --calibrate"),
-            (["--quantize", "int4", "--images", "x"], "--images belongs to --calibrate"),
+            (["--quantize", "int4", "--calibration_rows", "5"], "--calibration_rows can be used only with --calibrate"),
+            (["--quantize", "int4", "--images", "x"], "--images can be used only with --calibrate"),
             (["--quantize", "int4", "--calibrate", data, "--calibration_rows", "0"], "--calibration_rows is 0; at least 1"),
             (["--quantize", "int4", "--calibrate", str(tmp_path / "none.json")], "none.json does not exist"),
-            (["--quantize", "int4", "--calibrate", data, "--images", str(tmp_path)], "cannot be calibrated with"),
+            (["--quantize", "int4", "--calibrate", data, "--images", str(tmp_path)], "cannot be used for calibration"),
             (["--quantize", "int4", "--calibrate", data, "--images", str(SAMPLE / "images")], "the layout llava has no place for kernels")):
         layout = "llava" if "llava" in sentence else "transformers"
         assert convert.main(["export", "--checkpoint", str(tree), "--layout", layout, *flags, "--out", str(tmp_path / "out")]) in (1, 2)

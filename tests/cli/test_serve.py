@@ -42,8 +42,9 @@ def test_keys_come_from_a_flag_and_from_a_file(tmp_path, capsys):
 
 def test_what_keeps_it_from_starting_is_one_sentence(tmp_path, capsys):
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        assert serve.main(["--checkpoint", "x", "--port", str(taken.getsockname()[1])]) == 1
-    assert "cannot be listened on: Address already in use" in capsys.readouterr().err
+        port = taken.getsockname()[1]
+        assert serve.main(["--checkpoint", "x", "--port", str(port)]) == 1
+    assert f"the server cannot listen on 127.0.0.1:{port}: Address already in use" in capsys.readouterr().err
     assert serve.main(["--checkpoint", str(tmp_path / "nowhere"), "--port", "0"]) == 2
     out = capsys.readouterr()
     assert "nowhere" in out.err.splitlines()[-1] and out.out.startswith("serving nowhere at http://127.0.0.1:")

@@ -84,7 +84,7 @@ def tiny_like(model):
 
 @pytest.mark.parametrize("lines, sentence", [
     (["{"], "line 1 is not valid JSON"), (['{"custom_id": 1}'], "line 1 has the custom_id 1"),
-    ([json.dumps(line("a", [])), "", json.dumps(line("a", []))], "line 3 has the custom_id 'a' of line 1"),
+    ([json.dumps(line("a", [])), "", json.dumps(line("a", []))], "line 3 repeats the custom_id 'a' of line 1"),
     ([json.dumps(line("a", [], url="/v1/embeddings"))], "'/v1/embeddings'; POST and /v1/chat/completions or /v1/responses were expected"),
     ([json.dumps({**line("a", []), "body": []})], "line 1 has the body "), (["[" * 100_000], "nested too deeply|not valid JSON")])
 def test_a_broken_line_is_named_before_anything_is_loaded(tmp_path, capsys, lines, sentence):

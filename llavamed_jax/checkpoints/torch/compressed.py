@@ -104,7 +104,7 @@ def refuse_other_formats(directory: Path) -> None:
     said = _said(directory)
     if said.get("quant_method") == "compressed-tensors" and said.get("format") not in ("pack-quantized", "dense"):
         raise UserError(f"{directory} is quantised in the format {short(said.get('format'))} of compressed-tensors; "
-                        "its pack-quantized was expected, or the model that this one was made of")
+                        "pack-quantized, or the model before it was quantised, was expected")
 
 
 def _said(directory: Path) -> Mapping[str, Any]:

@@ -84,8 +84,8 @@ def right_choice(sample: VqaSample) -> int:
     places = [place for place, option in enumerate(options) if option == sample.answer]
     places = places or [place for place, option in enumerate(options) if _is_same(sample.answer, option)]
     if len(places) != 1:
-        raise UserError(f"question {sample.question_id} has the answer {sample.answer!r}, which {len(places)} of its "
-                        f"{len(options)} options are; one was expected")
+        raise UserError(f"question {sample.question_id} has the answer {sample.answer!r}, which equals {len(places)} "
+                        f"of its {len(options)} options; exactly one was expected")
     return places[0]
 
 

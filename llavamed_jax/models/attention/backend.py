@@ -37,8 +37,8 @@ def backend_of(choice: str, platform: str, head_dim: int = 128) -> str:
     if there.get(choice) == "flash" and (head_dim < 16 or head_dim & (head_dim - 1)):
         if choice == "auto":
             return "xla"
-        raise UsageError(f"the config key 'attention' is {choice!r}, which takes heads of 16, 32, 64, … numbers, and "
-                         f"the decoder's have {head_dim}; auto or xla was expected")
+        raise UsageError(f"the config key 'attention' is {choice!r}, which needs heads of width 16, 32, 64, …, but "
+                         f"the decoder's have width {head_dim}; auto or xla was expected")
     if choice not in there:
         raise UsageError(f"the config key 'attention' is {choice!r}, which is not for devices of the kind {platform}; "
                          f"{' or '.join(there)} was expected")
