@@ -48,13 +48,13 @@ def make(out: Path) -> None:
         (out / f"{name}.json").write_text(json.dumps(cases), encoding="utf-8")
 
 
-def export_tiny(out: Path, source: str, architecture: str, template: str, mode: str) -> None:
+def export_tiny(out: Path, source: str, architecture: str, template: str, mode: str, positions: int = 512) -> None:
     """A random model whose answers change with the image and from token to token."""
     from llavamed_jax.checkpoints.export.directory import export
     from llavamed_jax.checkpoints.random import random_checkpoint
     from llavamed_jax.checkpoints.tensor import Tensor
     from llavamed_jax.config import DecoderConfig, LlavaConfig, VisionConfig
-    decoder = DecoderConfig(PIECES, 48, 96, 2, 4, 2, 12, 1e-5, 1e4, 512, architecture=architecture)
+    decoder = DecoderConfig(PIECES, 48, 96, 2, 4, 2, 12, 1e-5, 1e4, positions, architecture=architecture)
     checkpoint = random_checkpoint(LlavaConfig(VisionConfig(32, 64, 3, 4, 28, 14), decoder, template=template, source=source,
                                                image_aspect_ratio=mode), seed=3)
     scale = {"decoder/embed_tokens/embedding": 3.0, "projector/linear_1/kernel": 6.0}

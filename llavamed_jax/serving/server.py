@@ -22,6 +22,7 @@ from llavamed_jax.serving.http_io import HEADER_BYTES
 from llavamed_jax.serving.limits import Limits
 from llavamed_jax.serving.service import Service
 
+_BACKLOG = 2048  # connections that wait to be accepted, as in uvicorn
 _POLL_S = 0.1
 _LAST_S = 5  # for connections that still send their answers when the engine has stopped
 
@@ -96,6 +97,7 @@ def listen(host: str, port: int) -> socket.socket:
         listener = socket.socket(family, socket.SOCK_STREAM)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
+        listener.listen(_BACKLOG)  # a client that comes before the application runs waits, and is not refused
         return listener
     except (OSError, OverflowError) as error:
         raise UserError(f"the server cannot listen on {host}:{port}: "
