@@ -20,6 +20,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,7 @@ from benchmarks import serving_faults
 from benchmarks.measure import ROOT
 
 FLAGS = ["--dtype", "float32", "--header_timeout", "5", "--body_timeout", "5", "--served_model_name", "served"]
+WARM_UP = 1500  # requests and faults before the clock starts
 _STARTED = re.compile(r"at http://([^:]+):(\d+)")
 
 
@@ -86,17 +88,25 @@ class Day:
             thread.start()
         return threads
 
+    def warm_up(self, number: int) -> None:
+        """Sends so many requests and faults without a pause, so that programs of all shapes are compiled."""
+        with ThreadPoolExecutor(self.clients) as pool:
+            list(pool.map(self._act, map(np.random.default_rng, range(1000, 1000 + number))))
+
     def _client(self, seed: int) -> None:
-        rng, faults = np.random.default_rng(seed), serving_faults.names_in_turn(seed)
-        kinds = [self._whole, self._streamed, self._responses, self._new, self._gone, self._gone_early, lambda rng: self._fault(next(faults))]
+        rng = np.random.default_rng(seed)
         while not self.is_over.wait(rng.exponential(self.pause)):
-            kind = kinds[rng.choice(len(kinds), p=[0.35, 0.2, 0.05, 0.1, 0.08, 0.07, 0.15])]
-            try:
-                name = kind(rng)
-            except Exception as error:
-                name = "failed"
-                self.problems.append(f"{type(error).__name__}: {error}")
-            self.counts[name] += 1
+            self._act(rng)
+
+    def _act(self, rng) -> None:
+        kinds = [self._whole, self._streamed, self._responses, self._new, self._gone, self._gone_early, self._fault]
+        kind = kinds[rng.choice(len(kinds), p=[0.35, 0.2, 0.05, 0.1, 0.08, 0.07, 0.15])]
+        try:
+            name = kind(rng)
+        except Exception as error:
+            name = "failed"
+            self.problems.append(f"{type(error).__name__}: {error}")
+        self.counts[name] += 1
 
     def _drawn(self, rng) -> tuple[dict, str]:
         n = int(rng.integers(len(self.bodies)))
@@ -141,7 +151,8 @@ class Day:
         serving_faults.leave(self.address, self._drawn(rng)[0], 0)
         return "hung up before the answer"
 
-    def _fault(self, name: str) -> str:
+    def _fault(self, rng) -> str:
+        name = rng.choice(list(serving_faults.FAULTS))
         if serving_faults.commit(self.address, name):
             self.problems.append(f"{name} was not answered as it must be")
             return "wrong"
@@ -163,6 +174,7 @@ def day(checkpoint: str, bodies: list[dict], minutes: float, rate: float, client
                 raise SystemExit(f"{body} got {status}: {reply}")
             wanted.append(reply["choices"][0]["message"]["content"])
         load = Day(server.address, bodies, wanted, rate, clients)
+        load.warm_up(WARM_UP)
         threads, begun, samples = load.run(), time.monotonic(), []
         while time.monotonic() - begun < 60 * minutes and server.process.poll() is None:
             samples.append((int((time.monotonic() - begun) / 60) + 1, server.state()))

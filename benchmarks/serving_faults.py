@@ -15,8 +15,6 @@ import zlib
 from collections import Counter
 from collections.abc import Callable
 
-import numpy as np
-
 Address = tuple[str, int]
 _PATIENCE_S = 600
 
@@ -165,10 +163,3 @@ def _closed_by_the_server(held: dict[int, socket.socket], seconds: float = 120.0
         connection.close()
         found["open"] += 1
     return found
-
-
-def names_in_turn(seed: int):
-    """Yields the names of the faults for ever, each round in another order."""
-    rng = np.random.default_rng(seed)
-    while True:
-        yield from rng.permutation(list(FAULTS)).tolist()

@@ -23,8 +23,8 @@ from llavamed_jax.utils import locks
 from llavamed_jax.utils.files import is_at, read_json, utf8
 
 # Files that only some evaluations write. They would be wrong beside the metrics of another evaluation.
-_OF_RESULTS = ("predictions_control_*.jsonl", "judged.jsonl", "medevalkit.jsonl", "reviews.jsonl",
-               "reviews_control_*.jsonl")
+_OF_RESULTS = ("predictions_control_*.jsonl", "judged.jsonl", "medevalkit.jsonl", "lmms_eval.jsonl",
+               "vlmevalkit.jsonl", "reviews.jsonl", "reviews_control_*.jsonl")
 _TEMPORARY = ".results."
 _TRIES = 20  # to open a directory that other evaluations remove meanwhile
 

@@ -56,12 +56,15 @@ class MedEvalKit:
       workdir: the folder where the judge keeps its replies.
 
     Attributes:
+      name: the value of `scoring`, and the key in `metrics.json`.
       asked: the questions with the toolkit's prompts.
       judge: reads open answers; None if the config names no judge. Then an open answer is right if it equals the gold.
 
     Raises:
       UsageError: the toolkit has no protocol for the set, or a setting of the judge is invalid.
     """
+
+    name = NAME
 
     def __init__(self, cfg: ConfigDict, samples: Sequence[VqaSample], workdir: Path):
         self._name, self._seed, self._samples = cfg.data.name, cfg.seed, list(samples)

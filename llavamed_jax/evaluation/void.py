@@ -74,6 +74,8 @@ def _void(cfg: ConfigDict, values: dict, typed: Collection[str], source: str) ->
             yield key, "judge.model is empty"
         if key == "judge.model" and cfg.get("scoring") == "medevalkit" and name == "mmmu_med":
             yield key, "MedEvalKit has no judge for MMMU"
+        if key == "judge.model" and cfg.get("scoring") in ("lmms_eval", "vlmevalkit"):
+            yield key, f"scoring={cfg.scoring} has no judge"
         if key == "judge.prompt" and cfg.get("scoring") == "medevalkit":
             yield key, "scoring=medevalkit has a judge's prompt of its own"
         if source in ("predictions", "write_llava") and key.startswith(_OF_ANSWERS):

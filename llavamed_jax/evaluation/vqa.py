@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from llavamed_jax.datasets import training
 from llavamed_jax.errors import UsageError, UserError, count_of
-from llavamed_jax.evaluation import published, questions, toolkit
+from llavamed_jax.evaluation import harness, published, questions, toolkit
 from llavamed_jax.evaluation.judging import open_answers
 from llavamed_jax.evaluation.report import report, summary
 from llavamed_jax.evaluation.results import Outcome
@@ -48,6 +48,9 @@ class VqaScorer:
         self._toolkit = None
         if cfg.get("scoring") == toolkit.NAME:
             self._toolkit = toolkit.MedEvalKit(cfg, self.samples, workdir)
+        elif cfg.get("scoring") in harness.PROTOCOLS:
+            self._toolkit = harness.Harness(cfg, self.samples)
+        if self._toolkit is not None:
             self.samples, self.judge = self._toolkit.asked, self._toolkit.judge
         else:
             self.judge = open_answers.open_judge(cfg, workdir)
@@ -107,8 +110,9 @@ class VqaScorer:
         render = lambda tables: report.render(metrics, answers, others, tables)
         if self._toolkit is not None:
             scored = self._toolkit.score(answers, split)
-            metrics[toolkit.NAME] = scored.metrics
-            return Outcome(metrics, render, {"medevalkit.jsonl": to_jsonl(scored.lines)}, "answers", scored.verdicts)
+            name = self._toolkit.name
+            metrics[name] = scored.metrics
+            return Outcome(metrics, render, {f"{name}.jsonl": to_jsonl(scored.lines)}, "answers", scored.verdicts)
         if self.judge is None:
             return Outcome(metrics, render)
         judged = open_answers.judge_open(self.judge, answers, cfg.seed)

@@ -191,7 +191,7 @@ def test_an_evaluation_has_a_block_of_its_own(tmp_path, capsys):
 
 
 def test_what_the_toolkit_does_not_have_is_refused():
-    with pytest.raises(UsageError, match="scoring is 'theirs'; ours or medevalkit was expected"):
+    with pytest.raises(UsageError, match="scoring is 'theirs'; ours, medevalkit, lmms_eval or vlmevalkit was expected"):
         run.open_evaluation(config("vqa_rad", scoring="theirs"), "x")
     cfg = config("vqa_rad")
     cfg.data.name = "parquet"

@@ -34,8 +34,8 @@ class Judged:
     """What a protocol with a judge finds.
 
     Attributes:
-      metrics: its object of `metrics.json` (`judged` or `medevalkit`).
-      lines: the lines of its file (`judged.jsonl` or `medevalkit.jsonl`).
+      metrics: its object of `metrics.json` (`judged`, or the protocol's name).
+      lines: the lines of its file (`judged.jsonl`, or named after the protocol).
       verdicts: the verdicts of the judge.
     """
 

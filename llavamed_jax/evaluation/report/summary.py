@@ -40,7 +40,7 @@ def summary(metrics: Mapping) -> str:
         if name == "closed_accuracy":
             always = f'  always "{metrics["baselines"]["majority_closed_answer"]}"'
             lines.append(f"{always:<41}{_plain(metrics['baselines']['majority_closed']):>7}")
-    more = (*_judged(metrics.get("judged")), *_medevalkit(metrics.get("medevalkit")),
+    more = (*_judged(metrics.get("judged")), *_medevalkit(metrics.get("medevalkit")), *_harness(metrics),
             *_against(metrics.get("against"), rows), *_notes(metrics), *_asked_with(metrics))
     return "\n".join([*lines, *more])
 
@@ -71,6 +71,14 @@ def _medevalkit(table: Mapping | None) -> Iterator[str]:
     beside = table["published"]
     yield (f"  published: {beside['accuracy']} ({beside['model']}; {beside['low']:.1f} to {beside['high']:.1f} agrees)"
            if "accuracy" in beside else f"  {beside['reason']}")
+
+
+def _harness(metrics: Mapping) -> Iterator[str]:
+    for table in filter(None, map(metrics.get, ("lmms_eval", "vlmevalkit"))):
+        for name, title in (("accuracy", "all"), ("closed_accuracy", "closed"), ("open_accuracy", "open")):
+            if name in table:
+                words = f"{title}, as {table['program'].split(' ')[0]} scores"
+                yield f"{words:<41}{_plain(table[name]):>7}  {_interval(table, name)}".rstrip()
 
 
 def _against(against: Mapping | None, rows) -> Iterator[str]:

@@ -11,6 +11,7 @@ from llavamed_jax.evaluation.scoring import registry
 # The last three are the families of a chat evaluation.
 _FAMILIES = ("strict", "paper", "captions", "overall", "type", "domain")
 _OTHERS = {"medevalkit": ("accuracy", "open_accuracy", "closed_accuracy", "choice_accuracy"),
+           **dict.fromkeys(("lmms_eval", "vlmevalkit"), ("accuracy", "open_accuracy", "closed_accuracy")),
            "judged": ("open_accuracy", "open_accuracy_low", "open_accuracy_high"),
            "organ": ("accuracy", "exchanged", "majority")}
 # A training run's events may lie in the same folder; only files with this suffix are replaced
