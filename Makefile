@@ -6,7 +6,7 @@ RUN := $(VENV)/bin/python
 export HF_HUB_OFFLINE = 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo smol test test-all lint setup h200 verify-release fidelity
+.PHONY: demo smol test test-all lint setup h200 verify-release fidelity lmms vlmevalkit
 .DEFAULT_GOAL := demo
 
 demo: $(VENV)/.core-$(ACCEL)
@@ -41,6 +41,16 @@ verify-release: $(VENV)/.core-$(ACCEL)
 fidelity: $(VENV)/.dev
 	$(RUN) benchmarks/fidelity.py
 
+# lmms-eval and VLMEvalKit, unmodified, against serve.py, each in an environment of its own (2.4 GB; torch's CPU build first):
+# make lmms CHECKPOINT=PATH SLAKE=FOLDER [MOST=100] [OUT=runs/lmms]   |   make vlmevalkit …     (docs/other_evaluators.md)
+lmms vlmevalkit: %: $(VENV)/.serve .venv-%/.ready
+	$(RUN) samples/harness.py $@ --python .venv-$@/bin/python --checkpoint "$(CHECKPOINT)" --source "$(SLAKE)" \
+		$(if $(MOST),--most "$(MOST)") $(if $(OUT),--out "$(OUT)")
+
+$(VENV)/.serve: $(VENV)/.core-$(ACCEL)
+	$(RUN) -m pip install --quiet --editable ".[serve]"
+	@touch $@
+
 # For one large GPU: the Python that is named, no environment, nothing installed or fetched.
 h200:
 	"$(or $(PYTHON),python3)" benchmarks/h200.py --out "$(or $(OUT),benchmarks/results)" \
@@ -70,9 +80,21 @@ $(VENV)/.core-cpu $(VENV)/.core-cuda12 $(VENV)/.core-cuda13 $(VENV)/.core-tpu: $
 # The tests' reference is torch's CPU build: from where pip is set up to look, else from PyTorch's own index. The usual build
 # for Linux would bring several GB of CUDA libraries, so where there is no CPU build the tests against torch are skipped.
 TORCH := torch==2.13.0$(if $(filter Linux-x86_64,$(shell uname -s)-$(shell uname -m)),+cpu)
+VISION := torchvision==0.28.0$(findstring +cpu,$(TORCH))
 $(VENV)/.dev: $(VENV)/.core-$(ACCEL)
 	@$(RUN) -m pip install --quiet "$(TORCH)" 2>/dev/null || \
 		$(RUN) -m pip install --quiet --retries 1 --timeout 15 --index-url https://download.pytorch.org/whl/cpu "$(TORCH)" 2>/dev/null || \
 		echo "warning: no CPU build of torch 2.13.0 was found: tests that compare with torch will be skipped"
 	$(RUN) -m pip install --quiet --editable ".[$$($(RUN) -c 'import torch' 2>/dev/null && echo dev || echo test)]"
+	@touch $@
+
+HARNESS_lmms := lmms-eval==0.7.3
+HARNESS_vlmevalkit := ms-vlmeval==0.0.20
+.PRECIOUS: .venv-%/.ready
+.venv-%/.ready: samples/harness_environment.py
+	"$(INTERPRETER)" -m venv --clear .venv-$*
+	@.venv-$*/bin/python -m pip install --quiet --retries 1 --timeout 15 --extra-index-url https://download.pytorch.org/whl/cpu \
+		"$(TORCH)" "$(VISION)" 2>/dev/null || .venv-$*/bin/python -m pip install --quiet "$(TORCH)" "torchvision==0.28.0"
+	.venv-$*/bin/python -m pip install --quiet "$(HARNESS_$*)"
+	.venv-$*/bin/python samples/harness_environment.py
 	@touch $@

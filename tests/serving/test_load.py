@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +13,8 @@ import pytest
 
 from llavamed_jax.generation.requests import Job, Request
 from llavamed_jax.generation.text_stream import TextStream
+from llavamed_jax.serving import app
+from llavamed_jax.serving import server as http_server
 from llavamed_jax.serving.errors import ApiError
 from llavamed_jax.serving.limits import Limits
 from llavamed_jax.serving.scheduler import End, Scheduler, Ticket
@@ -273,6 +276,19 @@ def test_health_says_how_far_loading_is_and_requests_wait(second):
         server.until(lambda service: service.is_ready)
         assert client.with_options(base_url=server.origin).get("/health", cast_to=dict)["status"] == "ready"
         assert client.models.retrieve("tiny").max_model_len == 256
+
+
+def test_a_client_that_comes_before_the_application_runs_waits(second):
+    """The command prints its address before the event loop runs: a connection in between is not refused."""
+    with http_server.listen("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname(), timeout=60) as early:
+        service, is_asked = Service(["served"], version="0"), threading.Event()
+        service.serve(second)
+        early.sendall(b"GET /version HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        thread = threading.Thread(target=http_server.run, args=(app.create(service), service, listener, is_asked.is_set), daemon=True)
+        thread.start()
+        assert early.makefile("rb").read().startswith(b"HTTP/1.1 200")
+        is_asked.set()
+        thread.join(60)
 
 
 def test_the_log_has_content_only_if_it_is_asked_for(second):

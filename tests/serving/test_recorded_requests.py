@@ -1,6 +1,7 @@
 """Requests as other programs send them, replayed: each gets what its sender reads from the reply.
 
-Written after the senders' code: the bodies of lmms-eval, VLMEvalKit, EvalScope, Open WebUI and LibreChat, with our model's name.
+Recorded from lmms-eval and VLMEvalKit, and written after the senders' code: the bodies of both, and of EvalScope, Open WebUI and
+LibreChat, with our model's name.
 """
 
 import base64

@@ -205,6 +205,7 @@ EVAL_VOID = [
     ("slake", ["medevalkit.slake_case=true"], "checkpoint", "medevalkit.slake_case", "scoring is not medevalkit"),
     ("slake", ["scoring=medevalkit", "medevalkit.slake_twice=true"], "checkpoint", "medevalkit.slake_twice", "judge.model is empty"),
     ("vqa_rad", ["scoring=medevalkit", "judge.model=m", "judge.prompt=x"], "checkpoint", "judge.prompt", "a judge's prompt of its own"),
+    ("slake", ["scoring=lmms_eval", "judge.model=m"], "checkpoint", "judge.model", "scoring=lmms_eval has no judge"),
     ("mmmu_med", ["scoring=medevalkit", "judge.model=m"], "checkpoint", "judge.model", "no judge for MMMU"),
     ("vqa_rad", ["scoring=medevalkit"], "write_llava", "scoring", "nothing is scored"),
 ]
