@@ -56,7 +56,7 @@ class Process:
     def state(self) -> dict[str, int]:
         """Returns bytes of its own and of files, threads and open files."""
         folder = Path("/proc") / str(self.process.pid)
-        found = dict(re.findall(r"(\w+):\s+(\d+)", (folder / "status").read_text()))
+        found = dict(re.findall(r"(\w+):\s+(\d+)", (folder / "status").read_text(encoding="utf-8")))
         return {"anonymous_bytes": 1024 * int(found["RssAnon"]), "file_bytes": 1024 * int(found["RssFile"]), "threads": int(found["Threads"]),
                 "open_files": sum(1 for _ in (folder / "fd").iterdir())}
 
