@@ -30,7 +30,7 @@ STAGES = {
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    args = recipe_arguments(arg, epochs=1, words=("vqa", "align", "instruct"), has_models=False)
+    args = recipe_arguments(arg, epochs=1, words=("vqa", "align", "instruct"), has_models=False, has_small=False)
     stage = STAGES[args.word]
 
     c = common.base(f"smol {args.word}", stage["init"], "hf:chatml", stage["train"])

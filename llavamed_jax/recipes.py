@@ -42,7 +42,7 @@ _CHOICES = {"family": ("v15", "v1", "llava15"), "size": ("7b", "13b"), "small": 
 
 
 def recipe_arguments(text: str, *, epochs: int | None = None, protocol: str | None = None,
-                     words: Sequence[str] = (), has_models: bool = True) -> RecipeArguments:
+                     words: Sequence[str] = (), has_models: bool = True, has_small: bool = True) -> RecipeArguments:
     """Reads the comma-separated arguments of a recipe.
 
     Args:
@@ -50,7 +50,8 @@ def recipe_arguments(text: str, *, epochs: int | None = None, protocol: str | No
       epochs: the recipe's default number of epochs; None if the recipe has no such argument.
       protocol: the recipe's default protocol; None if the recipe has no such argument.
       words: the recipe's own words (the demo's stages), of which one may be given; the first is the default.
-      has_models: whether the recipe trains several models; otherwise its only model is `small`.
+      has_models: whether the recipe trains the models of `_CHOICES`.
+      has_small: whether the recipe trains the model `small`, if not `has_models`.
 
     Returns:
       The arguments, with the defaults for those that are absent.
@@ -60,7 +61,7 @@ def recipe_arguments(text: str, *, epochs: int | None = None, protocol: str | No
         released.
     """
     found: dict[str, Any] = {}
-    choices = _CHOICES if has_models else {"small": ("small",)}
+    choices = _CHOICES if has_models else {"small": ("small",)} if has_small else {}
     kinds = {word: kind for kind, group in choices.items() for word in group} | {word: "word" for word in words}
     for item in filter(None, text.split(",")):
         name, is_assignment, value = item.partition("=")

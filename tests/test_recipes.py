@@ -84,6 +84,13 @@ def test_a_recipe_of_one_model_refuses_the_name_of_another(name, argument):
         load(name, argument)
 
 
+def test_smollm2_has_no_small_model():
+    """It trained SmolLM2 all the same, and said nothing."""
+    with pytest.raises(UsageError, match="the recipe argument 'small' does not exist; one of vqa, align, instruct, epochs=N was"):
+        load("smol", "align,small")
+    assert load("smol", "align").init == "runs/smol/init"
+
+
 @pytest.mark.parametrize("name", [*STAGES, *TASKS, "demo", "small", "modern"])
 def test_recipes_are_short_and_import_nothing_of_each_other(name):
     path = CONFIGS / f"{name}.py"
@@ -178,7 +185,7 @@ def test_another_checkouts_plumbing_is_its_own(elsewhere):
 
 
 def test_a_recipe_that_is_missing_is_named_beside_recipes_alone():
-    with pytest.raises(UsageError, match="holds demo.py, finetune.py, lora.py, lora_vqa.py, modern.py, pathvqa.py, pretrain.py, slake.py, small.py, smol.py, vqa_rad.py$"):
+    with pytest.raises(UsageError, match="holds demo.py, finetune.py, lora.py, lora_vqa.py, modern.py, pathvqa.py, pretrain.py, report.py, slake.py, small.py, smol.py, vqa_rad.py$"):
         load("fintune")
     with pytest.raises(UsageError, match=r"common.py defines no get_config\(arg\); .* holds captions.py, chat.py, choices.py"):
         load("eval/common")

@@ -335,12 +335,12 @@ def add_model_flags(parser: argparse.ArgumentParser, is_listed: bool = True) -> 
     said = (lambda text: text) if is_listed else (lambda _: argparse.SUPPRESS)
     group.add_argument("--vision_tower", metavar="PATH", help=said("a vision tower that replaces the checkpoint's own"))
     group.add_argument("--tokenizer", metavar="PATH", help=said("a tokenizer that replaces the checkpoint's own"))
-    group.add_argument("--template", metavar="NAME", help=said("such as v1.5:mistral_instruct"))
+    group.add_argument("--template", metavar="NAME", help=said("a prompt template, such as v1.5:mistral_instruct"))
     dtypes = ("float32", "bfloat16", "float16")
     group.add_argument("--dtype", metavar="TYPE", choices=dtypes,
-                       help=said("float32, bfloat16 or float16; default by the device"))
-    group.add_argument("--mesh", metavar="SIZES", help=said("such as data=2,tp=4; default: one device"))
-    group.add_argument("--adapter", metavar="PATH", help=said("a LoRA adapter that is put onto the checkpoint"))
+                       help=said("float32, bfloat16 or float16; default: float32 on a CPU, else bfloat16"))
+    group.add_argument("--mesh", metavar="SIZES", help=said("device mesh, such as data=2,tp=4; default: one device"))
+    group.add_argument("--adapter", metavar="PATH", help=said("a LoRA adapter of the checkpoint"))
     group.add_argument("--quantize", metavar="TYPE", choices=QUANTIZED,
                        help=said(f"rounds the decoder's kernels: {', '.join(QUANTIZED)}"))
     group.add_argument("--kv_cache", metavar="TYPE", choices=KV_CACHES, help=said("int8 halves the key/value cache"))

@@ -1,4 +1,4 @@
-"""`python -m convert`: weights in and out, and what a checkpoint holds."""
+"""`python -m convert`: imports, exports, builds, inspects and compares checkpoints."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def _report(tensors: Mapping[str, Tensor], out: str) -> None:
 def _import_flags(parser: argparse.ArgumentParser) -> None:
     _checkpoint_flags(parser, "--checkpoint")
     parser.add_argument("--projector", metavar="FILE",
-                        help="an mm_projector.bin that replaces its projector")
+                        help="an mm_projector.bin that replaces the checkpoint's projector")
     parser.add_argument("--out", required=True, metavar="DIR", help="a new directory for the result")
 
 
@@ -163,7 +163,7 @@ def _build_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--decoder", required=True, metavar="PATH",
                         help="a directory of LLaMA, Vicuna or Mistral, owner/name of a hub, or a GGUF file")
     parser.add_argument("--vision", required=True, metavar="PATH",
-                        help="a directory of a tower (CLIP, SigLIP …), owner/name of a hub, or preset:NAME, random")
+                        help="a directory of a tower (CLIP, SigLIP …), owner/name of a hub, or preset:NAME (random)")
     parser.add_argument("--projector", required=True, metavar="TYPE|FILE",
                         help="linear or mlpNx_gelu with random weights, or an mm_projector.bin")
     parser.add_argument("--add_image_tokens", action="store_true",
@@ -171,7 +171,7 @@ def _build_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--add_pad_token", action="store_true",
                         help="add [PAD] before them, as v1.0's --version v0 does")
     parser.add_argument("--image_size", type=int, metavar="N",
-                        help="edge of the images in pixels, if not the tower's own: its position table is interpolated")
+                        help="edge of the images in pixels; the tower's position table is interpolated to it")
     parser.add_argument("--seed", type=int, default=0, help="seed of the random weights; default 0")
     parser.add_argument("--out", required=True, metavar="DIR", help="a new directory for the tree")
 
@@ -334,7 +334,7 @@ def _adapter_words(checkpoint: Checkpoint) -> str:
 
 def _verify_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("a", **_PATH | {"metavar": "A"})
-    parser.add_argument("b", metavar="B", help="the other one")
+    parser.add_argument("b", metavar="B", help="the other checkpoint")
     parser.add_argument("--tolerance", type=float, default=1e-4, metavar="X",
                         help="largest difference of values, relative to the largest magnitude of the tensor or of "
                              "the logits; default 1e-4")

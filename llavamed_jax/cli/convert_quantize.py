@@ -17,10 +17,10 @@ CALIBRATION_ROWS = 128
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the flags."""
     parser.add_argument("--quantize", metavar="TYPE",
-                        help="int8 or int4: kernels of the decoder in compressed-tensors' format")
+                        help="int8 or int4: rounds the decoder's kernels, in compressed-tensors' format")
     parser.add_argument("--calibrate", metavar="PATH",
                         help="training data on which int4 is calibrated (GPTQ)")
-    parser.add_argument("--images", metavar="DIR", help="the folder of the images of --calibrate")
+    parser.add_argument("--images", metavar="DIR", help="the folder with the images of --calibrate")
     parser.add_argument("--calibration_rows", type=int, metavar="N",
                         help=f"samples of --calibrate (default {CALIBRATION_ROWS})")
 

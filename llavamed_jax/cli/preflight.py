@@ -13,7 +13,7 @@ from llavamed_jax.utils import signals
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Adds `--preflight`, and the flags for the file of its result and for the peaks of its floor."""
-    parser.add_argument("--preflight", metavar="NAMES", help="compile for h100-8,v5e-64,…; --preflight_json FILE")
+    parser.add_argument("--preflight", metavar="NAMES", help="compile for machines such as h100-8,v5e-64 and exit")
     parser.add_argument("--preflight_json", metavar="FILE", help=argparse.SUPPRESS)
     parser.add_argument("--peak", metavar="LIST", help=argparse.SUPPRESS)
 

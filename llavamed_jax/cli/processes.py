@@ -23,7 +23,7 @@ _joined = False
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Adds `--coordinator HOST:PORT --num_processes N --process_id I`, in one line of `--help`."""
-    parser.add_argument("--coordinator", metavar="ADDR", help="HOST:PORT, and --num_processes N --process_id I")
+    parser.add_argument("--coordinator", metavar="ADDR", help="HOST:PORT; with --num_processes N --process_id I")
     parser.add_argument("--num_processes", type=int, help=argparse.SUPPRESS)  # 1 runs alone on any cluster
     parser.add_argument("--process_id", type=int, help=argparse.SUPPRESS)
 

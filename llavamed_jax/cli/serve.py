@@ -22,6 +22,16 @@ example: serve.py --checkpoint PATH --port 8000, then
   curl http://127.0.0.1:8000/v1/chat/completions -d '{"messages": [{"role": "user", "content": "What is MRI?"}]}'
 For research only, never for clinical decisions. docs/serving.md describes every flag."""
 _NAMES = {int: "N", float: "SECONDS"}
+_MEANINGS = {
+    "max_body_bytes": "most bytes of a request", "max_image_bytes": "most bytes of an image, decoded or fetched",
+    "max_image_pixels": "most pixels of an image", "max_images": "most images of a request",
+    "max_prompt_tokens": "most positions of a prompt, with images", "max_new_tokens": "most tokens of an answer",
+    "max_requests": "most requests that are read, queued or answered", "max_queue": "most requests that wait for a row",
+    "max_connections": "most open connections", "key_share": "rows and queue for one key while another one waits",
+    "timeout": "from a request's arrival to the end of its answer", "header_timeout": "until the headers are complete",
+    "body_timeout": "until the body is complete", "send_timeout": "until a client reads a piece of its answer",
+    "fetch_timeout": "until a remote image is complete", "drain_timeout": "for running answers after SIGTERM",
+}
 
 
 def _parser() -> common.Parser:
@@ -48,7 +58,8 @@ def _parser() -> common.Parser:
     for field in dataclasses.fields(Limits):
         kind = type(field.default) if field.default is not None else int
         shown = "none" if field.default is None else f"{field.default:g}" if kind is float else field.default
-        limits.add_argument(f"--{field.name}", type=kind, default=field.default, help=f"default {shown}",
+        limits.add_argument(f"--{field.name}", type=kind, default=field.default,
+                            help=f"{_MEANINGS[field.name]} (default {shown})",
                             metavar="SHARE" if field.name == "key_share" else _NAMES[kind])
     common.add_model_flags(parser)
     return parser

@@ -43,7 +43,7 @@ def train(argv: list[str]) -> int:
     preflight.add_flags(parser)
     processes.add_flags(parser)
     parser.add_argument("--help-config", action=_HelpConfig, nargs=0,
-                        help="list every config key: type, range, meaning; exit")
+                        help="list every config key with type, range and meaning, and exit")
     args, overrides = parser.parse_with_overrides(argv)
     preflight.check_flags(args)
     if args.preflight is not None:

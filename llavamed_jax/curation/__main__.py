@@ -11,12 +11,12 @@ from llavamed_jax.cli import common
 # Name -> module and help. A module has `add_flags(parser)` and `run(args)`, which returns an exit status or None for 0.
 # Only the module of the command that was typed is imported.
 COMMANDS: dict[str, tuple[str, str]] = {
-    "pmc": ("llavamed_jax.curation.pmc", "images of articles, from PubMed Central"),
-    "figures": ("llavamed_jax.curation.figures", "records of figure, caption and mentions, from articles or sets"),
-    "align": ("llavamed_jax.curation.align", "one-turn samples of captions"),
-    "records": ("llavamed_jax.curation.records", "shards of training records, with resized images and lengths"),
-    "inspect": ("llavamed_jax.curation.inspect.command", "a page about training data, and leakage into an evaluation"),
-    "instruct": ("llavamed_jax.curation.instruct", "conversations about figures, written by a language model"),
+    "pmc": ("llavamed_jax.curation.pmc", "fetches images of articles from PubMed Central"),
+    "figures": ("llavamed_jax.curation.figures", "makes records of figure, caption and mentions from articles or sets"),
+    "align": ("llavamed_jax.curation.align", "makes one-turn samples of captions"),
+    "records": ("llavamed_jax.curation.records", "writes training records to shards, with resized images and lengths"),
+    "inspect": ("llavamed_jax.curation.inspect.command", "writes a page about training data and its leakage"),
+    "instruct": ("llavamed_jax.curation.instruct", "makes conversations about figures, written by a language model"),
 }
 
 

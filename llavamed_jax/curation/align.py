@@ -37,11 +37,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of the command."""
     add = parser.add_argument
     add("--figures", metavar="FILE", required=True, help="records with pair_id and fig_caption")
-    add("--out", metavar="FILE", required=True, help="the training file; .jsonl makes JSON lines, else a list is made")
+    add("--out", metavar="FILE", required=True, help="the training file: JSON lines if it ends in .jsonl, else a list")
     add("--images", metavar="DIR", help="leaves out figures whose image is not in this folder")
-    add("--instructions", metavar="FILE", help="[[concise]] and [[detailed]], one instruction a line; default: our own")
-    add("--short_words", metavar="N", type=int, default=30, help="a caption of fewer words is short (30)")
-    add("--seed", metavar="N", type=int, default=0, help="draws the instruction and the image's side (0)")
+    add("--instructions", metavar="FILE", help="sections [[concise]] and [[detailed]], one instruction a line")
+    add("--short_words", metavar="N", type=int, default=30, help="a caption of fewer words is short (default 30)")
+    add("--seed", metavar="N", type=int, default=0, help="draws instruction and place of the image (default 0)")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -41,10 +41,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--tokenizer", metavar="PATH", help="counts tokens instead of words")
     add("--against", metavar="PATH", help="an evaluation's questions: a data set in its layout, or a file")
     add("--against_images", metavar="DIR", help="the folder of its images; default: that of the layout")
-    add("--against_split", metavar="NAME", choices=SPLITS, default="test", help="train, validation or test (test)")
+    add("--against_split", metavar="NAME", choices=SPLITS, default="test", help="train, validation or test (default)")
     add("--workers", metavar="N", type=int, help="processes that read images; default: one a core, at most 16")
-    add("--gallery", metavar="N", type=int, default=24, help="examples on the page (24)")
-    add("--seed", metavar="N", type=int, default=0, help="draws the examples (0)")
+    add("--gallery", metavar="N", type=int, default=24, help="examples on the page (default 24)")
+    add("--seed", metavar="N", type=int, default=0, help="draws the examples (default 0)")
 
 
 def run(args: argparse.Namespace) -> None:
