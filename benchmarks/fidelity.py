@@ -158,14 +158,14 @@ def document(results: list[Result]) -> str:
     versions = ", ".join(f"{package} {importlib.metadata.version(package)}" for package in packages)
     commit = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=ROOT, capture_output=True, encoding="utf-8").stdout.strip()
     lines = ["# Fidelity", "",
-             "This page says how far this project is from the original PyTorch code and from transformers, on a CPU in float32. "
-             "`make fidelity` writes it: it runs the tests named here and prints the largest difference that they measured. No "
-             "released weights are involved (`make verify-release` checks those). The levels are T, tiny random weights, and S, the "
-             "released shapes.", "",
+             "This page lists the measured differences from the original PyTorch code and from transformers, on a CPU in float32. "
+             "`make fidelity` writes it: it runs the tests named here and records the largest difference that they measure. No "
+             "released weights are involved (`make verify-release` checks those). Models are tiny and have random weights; "
+             "[The released shapes](#the-released-shapes-layer-by-layer) has the full size.", "",
              f"{datetime.date.today().isoformat()}, commit {commit}, {versions}.", "",
              "## Conformance groups", "",
-             "Each difference is the one that comes closest to its tolerance. "
-             "*holds* means that ids, texts, bits, errors, or figures to the digits in the note are as expected.", "",
+             "Each row shows the difference that comes closest to its tolerance. "
+             "*holds* means that ids, texts, bits, errors, or figures (to the digits in the note) are equal.", "",
              "| | group | checks | largest difference | allowed | |", "|---|---|---:|---:|---:|---|"]
     for number, title, selectors, note in GROUPS:
         lines.append(group_row(number, title, [r for r in results if any(map(r.belongs, selectors))], note))

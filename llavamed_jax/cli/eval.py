@@ -57,7 +57,7 @@ def program(argv: Sequence[str]) -> int:
         from llavamed_jax.cli import eval_suite
 
         return eval_suite.program(args, overrides)
-    # Processes join first, so that all hear of a config that only one of them cannot read.
+    # Processes join first: if one of them cannot read its config, all of them end.
     if args.preflight is None and args.write_llava is None:
         processes.join(processes.asked(args) if args.checkpoint is not None else None)
     cfg = common.load_config(args.config, overrides)

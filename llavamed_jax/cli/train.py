@@ -59,7 +59,7 @@ def train(argv: list[str]) -> int:
         parser.error("the following arguments are required: --workdir")
     if not args.workdir:
         parser.error("--workdir is empty; a directory was expected")
-    processes.join(processes.asked(args))  # first, so that all hear of a config that only one of them cannot read
+    processes.join(processes.asked(args))  # first: if one cannot read its config, all of them end
     config = _configured(args.config, overrides)
     from llavamed_jax.evaluation import during_training  # imports jax; a wrong command line fails before that
     from llavamed_jax.training.callbacks import Callbacks

@@ -59,7 +59,7 @@ def encode(record: Mapping[str, Any], images: list[tuple[str, bytes]]) -> bytes:
 
 
 def decode(data: bytes, name: str) -> dict:
-    """Returns a record as `records.normalize` does, with `Stored` images. Raises DamagedRecordError if it is none."""
+    """Returns a record as `records.normalize` does, with `Stored` images. Raises DamagedRecordError for other bytes."""
     try:
         (length,) = _HEAD.unpack_from(data)
         header = json.loads(data[_HEAD.size:_HEAD.size + length])

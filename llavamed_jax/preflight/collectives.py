@@ -70,7 +70,7 @@ def read(text: str) -> list[Collective]:
 
 
 def of(instruction: hlo.Instruction, computation: str, times: int, devices: int) -> Collective | None:
-    """Returns the collective that an instruction is, or starts; None if it is none or has groups of one device.
+    """Returns the collective that an instruction is or starts; None for others and for groups of one device.
 
     Args:
       instruction: the instruction.

@@ -51,7 +51,7 @@ def cost(module: Module, computation: Mapping[str, Instruction], each: Instructi
         return declared
     if each.op == "custom-call" and (kernel := re.search(r"/(\w+)/pallas_call$", each.op_name)):
         arrays = each.arrays if _UPDATED.search(each.rest) else computation[each.operands[0]].arrays  # the queries
-        # What a kernel updates in place is read once; of what it writes there, a position of each row, little remains.
+        # An array that a kernel updates in place is read once; the kernel writes only one position of each row there.
         updated = sum(each.arrays[int(i)].bytes for i in _UPDATED.findall(each.rest))
         return Cost(flash.flops(kernel[1], arrays[0].dimensions, attended), _alone(computation, each) - updated)
     called = [name for name in each.called if name in module.computations] if each.op == "fusion" else []

@@ -17,7 +17,7 @@ from llavamed_jax.quantized.kernels import NF4, Int4Kernel, Int8Kernel, Kernel, 
 
 ROUNDED = re.compile(r"decoder/layers(_\d+)?/.+/kernel")  # the parameters that are rounded, stacked or not
 GROUPS = (128, 64, 32)  # the widths of a group, of which int4 takes the first that divides D
-LARGEST = (6, 6.5, 7, 7.5, 8, 8.5, 9)  # of what the largest magnitude of a symmetric group may be in steps
+LARGEST = (6, 6.5, 7, 7.5, 8, 8.5, 9)  # candidates for the largest magnitude of a symmetric group, in steps
 NF4_GROUP = 64  # as in bitsandbytes
 _BOUNDS = (NF4[1:] + NF4[:-1]) / np.float32(2)  # between neighbours of nf4
 

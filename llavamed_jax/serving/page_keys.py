@@ -50,7 +50,7 @@ class Keys:
         self._names: dict[str, tuple[str, float]] = {}  # cookie -> the key's name and when it ends
 
     def name(self, headers: Headers) -> str | None:
-        """Returns the name of a request's key, empty if the server has no keys; None if its cookie is none of ours."""
+        """Returns the name of a request's key, empty if the server has no keys; None if its cookie is unknown."""
         if not self._service.keys:
             return ""
         try:

@@ -135,7 +135,7 @@ class VisionConfig:
         return ImageSettings()
 
     def plain(self) -> "VisionConfig":
-        """Returns this tower with the image settings of its kind, which hold where no file states any."""
+        """Returns this tower with the image settings of its kind, for directories whose files state none."""
         kind = {f.name: f.default for f in dataclasses.fields(self) if f.name in ("image_mean", "image_std", "images")}
         return dataclasses.replace(self, **kind)
 

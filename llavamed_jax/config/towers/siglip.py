@@ -1,9 +1,9 @@
-"""SigLIP's vision transformer, which SigLIP 2 of one resolution has too: its config, its tensors, and known towers.
+"""The vision transformer of SigLIP and of SigLIP 2 of one resolution: its config, its tensors, and known towers.
 
-It differs from CLIP's in what follows: it has no class token and no norm before the layers, its patches have a bias,
-its activation is the tanh approximation of GELU, and images are squeezed to a square and normalised by 0.5. LLaVA reads
-hidden states of the layers, before `post_layernorm`, as transformers and LLaVA-NeXT do; the attention pooling behind
-it is not read by any of them.
+Differences from CLIP's tower: it has no class token and no norm before the layers, its patches have a bias, its
+activation is the tanh approximation of GELU, and images are squeezed to a square and normalised by 0.5. LLaVA reads
+hidden states of the layers before `post_layernorm`, as transformers and LLaVA-NeXT do. None of them reads the attention
+pooling.
 
 Source: transformers' SiglipVisionModel.
 """
