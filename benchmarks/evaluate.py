@@ -152,11 +152,11 @@ def ours_at(cfg, questions: Sequence[Question], batch_size: int, dtype: str) -> 
     """The engine with and without sharing; and from a question to its first token, its image a new one each time."""
     import jax.numpy as jnp
 
-    from benchmarks.measure import peak_memory, random_params
+    from benchmarks.measure import as_loaded, peak_memory, random_params
     from llavamed_jax.generation.engine import Engine
     from llavamed_jax.generation.requests import Request
 
-    params, out = random_params(cfg, jnp.dtype(dtype)), {}
+    params, out = as_loaded(random_params(cfg, jnp.dtype(dtype))), {}
     for name, share in (("shared", True), ("apart", False)):
         engine = Engine(cfg, params, jnp.dtype(dtype), batch_size=batch_size, share=share)
         seconds, found = cold_and_warm(partial(ours, engine, questions), 1, partial(forget, engine))

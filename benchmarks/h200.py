@@ -213,7 +213,7 @@ class _Prompted:
         import jax.numpy as jnp
         import numpy as np
 
-        from benchmarks.measure import random_params
+        from benchmarks.measure import as_loaded, random_params
         from llavamed_jax.config import IMAGE_TOKEN, preset
         from llavamed_jax.generation.programs import Programs, Prompts
         from llavamed_jax.generation.rows import bucket
@@ -223,7 +223,7 @@ class _Prompted:
         self.cfg = cfg.replace(decoder=dataclasses.replace(cfg.decoder, eos_token_id=-5))  # nothing ends early
         dtype, P, S = jnp.dtype(size.dtype), cfg.tokens_per_image, cfg.vision.image_size
         self.cache_length = -(-(bucket(length) + new_tokens + 1) // 256) * 256
-        self.params, self.programs = random_params(self.cfg, dtype), Programs(self.cfg, dtype, None, new_tokens)
+        self.params, self.programs = as_loaded(random_params(self.cfg, dtype)), Programs(self.cfg, dtype, None, new_tokens)
         rng, rows = np.random.default_rng(0), np.arange(B, dtype=np.int32)
         ids = np.zeros((B, bucket(length)), np.int32)
         ids[:, :length] = rng.integers(3, cfg.decoder.vocab_size, (B, length))

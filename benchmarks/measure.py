@@ -24,6 +24,13 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "torch", "transformers")
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def as_loaded(params):
+    """Parameters on this machine's device as an engine has them that loads them from files."""
+    from llavamed_jax.generation import weights
+
+    return weights.as_joined(params) if weights.joins(None) else params
+
+
 def random_params(cfg: LlavaConfig, dtype=jnp.float32, scan: bool = False, seed: int = 0):
     """Weights drawn on the device, kernels with standard deviation fan_in^-1/2, norms' scales 1, biases 0."""
     draw = jax.jit(lambda key, shape, scale: (jax.random.normal(key, shape, jnp.float32) * scale).astype(dtype), static_argnums=(1, 2))

@@ -33,11 +33,6 @@ def drawn(cfg, seed=1):
     return jax.tree.map(np.asarray, random_params(cfg, seed=seed))
 
 
-def as_joined(params):
-    layers = {name: joined.join(value) if joined.is_layer(name) else value for name, value in params["decoder"].items()}
-    return {**params, "decoder": layers}
-
-
 def logits(cfg, params):
     return np.asarray(jax.jit(Llava(cfg).apply)({"params": params}, IDS))
 
@@ -67,7 +62,7 @@ def asked(new=9, **more):
     CFG.replace(decoder=Qwen3Config(**SHAPES))], ids=["llama", "biases", "qwen3"])
 def test_joined_kernels_give_the_same_logits(cfg):
     params = drawn(cfg)
-    together = as_joined(params)
+    together = weights.as_joined(params)
     layer = together["decoder"]["layers_1"]
     assert layer["self_attn"]["qkv_proj"]["kernel"].shape == (64, 128) and layer["mlp"]["gate_up_proj"]["kernel"].shape == (64, 256)
     assert not {"q_proj", "k_proj", "v_proj"} & set(layer["self_attn"]) and "o_proj" in layer["self_attn"]
@@ -83,7 +78,7 @@ def test_rounded_kernels_are_joined_with_their_scales(name):
                 assert ROUNDED.fullmatch(f"decoder/{layer}/{block}/{part}/kernel")
                 kernel = params["decoder"][layer][block][part]
                 kernel["kernel"] = ROUNDINGS[name](kernel["kernel"])
-    together = as_joined(params)
+    together = weights.as_joined(params)
     assert together["decoder"]["layers_0"]["self_attn"]["qkv_proj"]["kernel"].shape == (64, 128)
     np.testing.assert_allclose(logits(CFG, together), logits(CFG, params), rtol=0, atol=2e-6)
 
