@@ -29,7 +29,7 @@ from benchmarks import serving_faults
 from benchmarks.measure import ROOT
 
 FLAGS = ["--dtype", "float32", "--header_timeout", "5", "--body_timeout", "5", "--served_model_name", "served"]
-WARM_UP = 500  # requests and faults before the clock starts
+WARM_UP = 1500  # requests and faults before the clock starts: a program that is compiled later takes 1 to 12 MB
 _STARTED = re.compile(r"at http://([^:]+):(\d+)")
 
 
