@@ -23,25 +23,33 @@ class Place:
       count: the number of processes.
       index: the number of this process.
       local_devices: this process's GPUs among those of its host; empty for all.
+      method: the name of jax's detection that finds the other values; None lets jax choose.
     """
 
     coordinator: str | None = None
     count: int | None = None
     index: int | None = None
     local_devices: Sequence[int] | None = None
+    method: str | None = None
 
 
 def detected(environment: Mapping[str, str] = os.environ) -> Place | None:
     """Returns the place on a cluster that starts several processes; None elsewhere, so that no process waits in vain.
 
-    On SLURM: a step of several tasks. On Cloud TPU: several hosts, by GKE's variables or the machine's metadata. On GKE
-    with GPUs: a pod of an indexed job; the package `kubernetes` finds its size.
+    On SLURM: a step of several tasks. With Open MPI's `mpirun`: several ranks, also inside a SLURM job. On Cloud TPU:
+    several hosts, by GKE's variables or the machine's metadata. On GKE with GPUs: a pod of an indexed job; the package
+    `kubernetes` finds its size.
     """
+    ranks = environment.get("OMPI_COMM_WORLD_SIZE", "")
+    if ranks.isdigit() and int(ranks) > 1:  # before SLURM, whose variables mpirun's helpers pass on
+        return _open_mpi(environment, int(ranks))
     # The variables that jax reads.
     slurm = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
     tasks = environment.get("SLURM_STEP_NUM_TASKS", environment.get("SLURM_NTASKS", ""))
     if all(name in environment for name in slurm) and tasks.isdigit() and int(tasks) > 1:
-        return Place(local_devices=_slurm_devices(environment))
+        here = environment.get("SLURM_STEP_TASKS_PER_NODE", environment.get("SLURM_TASKS_PER_NODE", ""))
+        return Place(count=int(tasks), index=int(environment["SLURM_PROCID"]), method="slurm",
+                     local_devices=_share_of_devices(environment, here, environment["SLURM_LOCALID"]))
     if _is_tpu_host(environment) and _tpu_hosts(environment) > 1:
         return Place()
     if "KUBERNETES_SERVICE_HOST" in environment and "JOB_COMPLETION_INDEX" in environment:
@@ -52,16 +60,33 @@ def detected(environment: Mapping[str, str] = os.environ) -> Place | None:
     return None
 
 
-def _slurm_devices(environment: Mapping[str, str]) -> Sequence[int] | None:
+def _open_mpi(environment: Mapping[str, str], count: int) -> Place | None:
+    """Returns the place of a rank of `mpirun`; None, with a warning, if jax cannot find the first rank."""
+    if "OMPI_MCA_orte_hnp_uri" not in environment or "OMPI_COMM_WORLD_RANK" not in environment:
+        print(f"warning: this process is one of {count} of Open MPI and runs alone, because this version of Open MPI "
+              "does not tell where the first one is; to join the others, give --coordinator, --num_processes and "
+              "--process_id", file=sys.stderr)
+        return None
+    devices = _share_of_devices(environment, environment.get("OMPI_COMM_WORLD_LOCAL_SIZE", ""),
+                                environment.get("OMPI_COMM_WORLD_LOCAL_RANK", "0"))
+    return Place(count=count, index=int(environment["OMPI_COMM_WORLD_RANK"]), local_devices=devices, method="ompi")
+
+
+def _share_of_devices(environment: Mapping[str, str], tasks_here: str, local_index: str) -> Sequence[int] | None:
     """Returns the GPUs of a task: an equal part of those that it sees; all if it is alone on its host or sees one.
 
     jax would take the GPU with the task's number on its host: the first of eight for a lone task.
+
+    Args:
+      environment: the environment variables.
+      tasks_here: the number of tasks on this host, as SLURM (`2(x4)`) or Open MPI writes it.
+      local_index: the number of this task on its host.
     """
-    tasks = re.match(r"\d+", environment.get("SLURM_STEP_TASKS_PER_NODE", environment.get("SLURM_TASKS_PER_NODE", "")))
+    tasks = re.match(r"\d+", tasks_here)
     visible = [name for name in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
     if "JAX_LOCAL_DEVICE_IDS" in environment or tasks is None:
         return None
-    here, index = int(tasks[0]), int(environment["SLURM_LOCALID"])
+    here, index = int(tasks[0]), int(local_index)
     if here == 1 or len(visible) == 1:
         return []
     share = len(visible) // here

@@ -187,6 +187,7 @@ def _run(args: argparse.Namespace, endpoint, members: Sequence, place, say) -> i
     """
     from llavamed_jax.evaluation import suite
     from llavamed_jax.evaluation.report import suite_rows
+    from llavamed_jax.parallel import distributed
 
     workdir = Path(args.workdir)
     able = [member for member in members if not member.error]
@@ -212,6 +213,7 @@ def _run(args: argparse.Namespace, endpoint, members: Sequence, place, say) -> i
         print(table)
         print(f"report: {workdir / 'suite.html'}")
     if failed := suite.failures(members):
+        distributed.end_alike()
         raise UserError(failed)
     return 0
 

@@ -73,7 +73,7 @@ def join(place: Place | None) -> None:
     parent.stay_behind(place)
     signals.watch(is_job=True)
     from llavamed_jax.parallel import distributed
-    distributed.initialize(place.coordinator, place.count, place.index, place.local_devices)
+    distributed.initialize(place.coordinator, place.count, place.index, place.local_devices, place.method)
     _joined = True
     sys.stdout.flush()
     sys.stdout = terminal.Screen(streams.opened(os.dup(1), sys.stdout, closefd=True))

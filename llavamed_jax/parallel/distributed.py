@@ -148,14 +148,15 @@ _group: Group | None = None
 
 
 def initialize(coordinator: str | None = None, count: int | None = None, index: int | None = None,
-               local_devices: Sequence[int] | None = None) -> None:
+               local_devices: Sequence[int] | None = None, method: str | None = None) -> None:
     """Joins the other processes. Call it once, before any computation.
 
     Args:
-      coordinator: HOST:PORT of process 0; None on SLURM, Kubernetes and Cloud TPU, where jax finds it by itself.
+      coordinator: HOST:PORT of process 0; None on SLURM, Open MPI, Kubernetes and Cloud TPU, where jax finds it.
       count: the number of processes; None as for `coordinator`.
       index: the number of this process; None as for `coordinator`.
       local_devices: this process's GPUs among those of its host; empty for all.
+      method: the name of jax's detection of clusters, for values that are None; None lets jax choose.
 
     Raises:
       UserError: jax finds no other processes. If it finds but cannot reach them, the C++ runtime aborts the process.
@@ -167,7 +168,7 @@ def initialize(coordinator: str | None = None, count: int | None = None, index: 
     try:
         jax.distributed.initialize(coordinator, count, index, local_device_ids=local_devices,
                                    heartbeat_timeout_seconds=HEARTBEAT_S,
-                                   cluster_detection_method="deactivate" if coordinator else None)
+                                   cluster_detection_method="deactivate" if coordinator else method)
     except Exception as error:  # from jax, a cluster's library or a socket
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(f"the other processes of this run were not found: {reason}; give --coordinator, "

@@ -54,7 +54,7 @@ def test_flags_that_do_not_fit_are_named(given, message):
 
 
 def test_a_step_of_several_tasks_is_found_on_slurm():
-    assert clusters.detected(SLURM) == Place(local_devices=[])
+    assert clusters.detected(SLURM) == Place(None, 2, 1, [], "slurm")
     for alone in ({"SLURM_STEP_NUM_TASKS": "1"}, {"SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "8"}):
         assert clusters.detected({**SLURM, **alone}) is None
     batch_script = {name: value for name, value in SLURM.items() if "STEP" not in name}
@@ -95,10 +95,31 @@ def test_a_machine_without_tpu_asks_nobody(monkeypatch):
 
 def test_devices_that_are_named_are_not_shared_out_again():
     eight = {**SLURM, "SLURM_STEP_TASKS_PER_NODE": "2", "CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5,6,7"}
-    assert clusters.detected({**eight, "JAX_LOCAL_DEVICE_IDS": "3"}) == Place()
-    assert clusters.detected({**eight, "SLURM_LOCALID": "2"}) == Place(), "beyond what the step says: jax decides"
+    assert clusters.detected({**eight, "JAX_LOCAL_DEVICE_IDS": "3"}) == Place(None, 2, 1, None, "slurm")
+    assert clusters.detected({**eight, "SLURM_LOCALID": "2"}).local_devices is None, "beyond what the step says: jax decides"
     of_the_job = {name: value for name, value in eight.items() if name != "SLURM_STEP_TASKS_PER_NODE"}
-    assert clusters.detected({**of_the_job, "SLURM_TASKS_PER_NODE": "4(x2)"}) == Place(local_devices=range(0, 2))
+    assert clusters.detected({**of_the_job, "SLURM_TASKS_PER_NODE": "4(x2)"}).local_devices == range(0, 2)
+
+
+def test_a_step_of_fewer_tasks_than_the_job_waits_for_its_own(monkeypatch):
+    """jax reads SLURM_NTASKS, which in a script that calls mpirun or sets it may be the job's."""
+    assert clusters.detected({**SLURM, "SLURM_NTASKS": "8"}).count == 2
+
+
+OPEN_MPI = {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_LOCAL_RANK": "1", "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+            "OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://10.96.0.1:34911"}
+
+
+def test_ranks_of_open_mpi_are_found(capsys):
+    """mpirun in a SLURM job passes on the variables of its helper, of which there is one a host: Open MPI's count."""
+    for around in ({}, SLURM):
+        assert clusters.detected({**around, **OPEN_MPI}) == Place(None, 4, 3, None, "ompi")
+        found = clusters.detected({**around, **OPEN_MPI, "CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5,6,7"})
+        assert found.local_devices == range(4, 8)
+    assert clusters.detected({**OPEN_MPI, "OMPI_COMM_WORLD_SIZE": "1"}) is None and capsys.readouterr().err == ""
+    newer = {name: value for name, value in OPEN_MPI.items() if "orte" not in name}
+    assert clusters.detected(newer) is None
+    assert capsys.readouterr().err.startswith("warning: this process is one of 4 of Open MPI and runs alone, because this version")
 
 
 def test_a_pod_needs_the_package_that_asks_for_its_size(monkeypatch, capsys):
