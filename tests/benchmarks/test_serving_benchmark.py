@@ -1,10 +1,12 @@
-"""The serving benchmark's own parts: transformers as the server's engine."""
+"""The serving benchmark's own parts: transformers as the server's engine, and faults that a server outlives."""
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks import serving
+from benchmarks import serving, serving_faults
+from llavamed_jax.serving.limits import Limits
+from tests.support.server import running, tiny_model
 
 
 @pytest.mark.slow
@@ -27,3 +29,15 @@ def test_transformers_behind_the_routes_gives_our_answers(tmp_path):
     gone.request.cancelled = True
     theirs.engine.advance()
     assert gone.is_finished and len(gone.tokens) == 1
+
+
+@pytest.mark.slow
+def test_a_server_outlives_every_fault_and_closes_idle_connections():
+    with running(tiny_model(), Limits(header_timeout=1.0, body_timeout=1.0, max_connections=20)) as server:
+        assert {name: serving_faults.commit(server.address, name) for name in serving_faults.FAULTS} == dict.fromkeys(serving_faults.FAULTS, 0)
+        body = {"messages": [{"role": "user", "content": "What?"}], "max_tokens": 2}
+        found = serving_faults.idle(server.address, 60, body, wave=30)
+        assert found["refused_at_once"] + found["closed_later"] == 60 and found["refused_at_once"] > 0 and found["closed_later"] > 0
+        assert (found["left_open"], found["answered"], found["questions"]) == (0, 2, 2)
+        assert serving_faults.leave(server.address, body, 3) == 200
+        server.until(lambda service: service.scheduler.rows == 0 and service.under_way == 0)
