@@ -107,7 +107,7 @@ class Processor:
           UserError: the path does not exist, a file cannot be read, or a template or mode is unknown.
         """
         if not str(path).startswith("preset:"):
-            path = hub.local(path, weights=False)
+            path = hub.local(path, weights=False, may_be_bucket=True)
         directory = model_config.model_directory(Path(path))
         if directory is None and not str(path).startswith("preset:"):
             if not Path(path).exists():

@@ -32,7 +32,7 @@ def open_model(path: str | Path, vision_tower: str | Path | None = None,
             return open_checkpoint(path, vision_tower)
         path, adapter = _base(hub.local(path)), path
     directory = _adapter(adapter)
-    base = Path(path) if str(path).startswith(PRESET) else hub.local(path)
+    base = Path(path) if str(path).startswith(PRESET) else hub.local(path, may_be_bucket=True)
     if plain_base.is_plain(base, directory):
         return plain_base.open_joined(base, directory, None if vision_tower is None else hub.local(vision_tower))
     return peft.apply(open_checkpoint(path, vision_tower), directory)
@@ -42,7 +42,7 @@ def _is_adapter(path: str | Path) -> bool:
     """Returns whether a PATH is an adapter; fetches one that the PATH names on a hub."""
     if str(path).startswith(PRESET) or exists(tree_root(Path(path)) / "model"):
         return False
-    directory = hub.local(path)
+    directory = hub.local(path, may_be_bucket=True)
     return exists(directory) and peft.is_adapter(directory)
 
 

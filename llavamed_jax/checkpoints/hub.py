@@ -25,22 +25,26 @@ from llavamed_jax.checkpoints.torch.files import (
 )
 from llavamed_jax.errors import UsageError, UserError, cut, exists
 from llavamed_jax.utils import terminal
-from llavamed_jax.utils.paths import check
+from llavamed_jax.utils.paths import check, is_bucket
 
 _TEXT = ["*.json", "*.jinja", "*.model", "README.md", "LICENSE*", "llavamed_jax/*"]
 
 
-def local(path: str | Path, weights: bool = True) -> Path:
-    """Returns the directory of a checkpoint; fetches it if `path` is a model's name on a hub.
+def local(path: str | Path, weights: bool = True, may_be_bucket: bool = False) -> Path:
+    """Returns the directory of a checkpoint; fetches it if `path` is a model's name on a hub, or in a bucket.
 
     Args:
       path: a directory, or `owner/name[@revision]`.
       weights: False fetches only configs, tokenizer and processor files.
+      may_be_bucket: whether `path` may be the address of this project's own tree in a bucket.
 
     Raises:
       UserError: the name is not a directory here, and the hub does not give it; the reason is named.
     """
-    check("the path", path)
+    check("the path", path, may_be_bucket)
+    if is_bucket(path):
+        from llavamed_jax.checkpoints.tree import bucket_copy  # imports jax, which a processor does without otherwise
+        return bucket_copy.local(path, weights)
     if not exists(path) and is_hub_name(path):
         return _fetch(str(path), weights)
     try:

@@ -80,7 +80,8 @@ def kind_of(path: str | Path, weights: bool = True) -> tuple[str, str]:
         return str(path), "preset"
     # A step of a tree need not exist here: opening it raises its own error.
     try:
-        directory = Path(path) if (tree_root(Path(path)) / "model").is_dir() else hub.local(path, weights)
+        is_here = (tree_root(Path(path)) / "model").is_dir()
+        directory = Path(path) if is_here else hub.local(path, weights, may_be_bucket=True)
     except OSError as error:  # the path is not a valid file name
         raise at(path, f"{str(path)[:80]!r} cannot be opened: {error.strerror}") from None
     if (tree_root(directory) / "model" / "config.json").is_file():

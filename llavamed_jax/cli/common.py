@@ -128,11 +128,16 @@ class _Once(argparse.Action):
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser that reports one sentence, and accepts no abbreviated flags and no flag with two values.
 
+    Args:
+      may_be_buckets: the flags and arguments, beside `--checkpoint`, that may be `gs://…` or `s3://…`.
+      **kwargs: as for ArgumentParser.
+
     Attributes:
       given: the values of a command line, by flag.
     """
 
-    def __init__(self, **kwargs):
+    def __init__(self, may_be_buckets: Sequence[str] = (), **kwargs):
+        self._may_be_buckets = {"--checkpoint", *may_be_buckets}
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
         self.given: dict[str, Any] = {}
         for name in (None, "store"):
@@ -151,8 +156,8 @@ class Parser(argparse.ArgumentParser):
         found, rest = super().parse_known_args(args, namespace)
         for action in self._actions:
             if action.metavar not in _NO_PATHS:
-                paths.check((*action.option_strings, action.metavar or action.dest)[0],
-                            getattr(found, action.dest, None))
+                name = (*action.option_strings, action.metavar or action.dest)[0]
+                paths.check(name, getattr(found, action.dest, None), name in self._may_be_buckets)
         return found, rest
 
     def parse_with_overrides(self, argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -221,7 +226,7 @@ def load_config(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
     values = flatten(config)
     for key, value in values.items():
         if key.rpartition(".")[2] not in _NO_PATH_KEYS:
-            paths.check(f"the config key {key!r}", value)
+            paths.check(f"the config key {key!r}", value, may_be_bucket=key == "init")
     strange = next((key for key, value in values.items() if "\0" in _texts(value)), None)
     if strange is not None:
         raise UsageError(f"the config key {strange!r} contains a NUL character, which is not valid in a path or text")

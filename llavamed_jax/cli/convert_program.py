@@ -45,7 +45,8 @@ def program(argv: list[str]) -> int | None:
     parser = Parser(prog="python -m convert", description=__doc__)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, (add_flags, action) in COMMANDS.items():
-        command = commands.add_parser(name, help=action.__doc__, description=action.__doc__)
+        command = commands.add_parser(name, may_be_buckets=["PATH", "A", "B"], help=action.__doc__,
+                                      description=action.__doc__)
         add_flags(command)
         command.set_defaults(action=action)
     args = parser.parse_args(argv)

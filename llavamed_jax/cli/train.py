@@ -35,10 +35,11 @@ def train(argv: list[str]) -> int:
       UserError: an argument or config key is wrong, or the run failed.
     """
     from llavamed_jax.cli import compilation_cache, processes
-    parser = common.Parser(prog="train.py", description="Trains a recipe.", epilog=_USAGE)
+    parser = common.Parser(["--workdir"], prog="train.py", description="Trains a recipe.", epilog=_USAGE)
     parser.add_argument("--config", required=True, metavar="FILE.py[:ARGUMENTS]",
                         help="the recipe; --config.KEY=VALUE changes one key")
-    parser.add_argument("--workdir", metavar="DIR", help="the run's directory; created if it does not exist")
+    parser.add_argument("--workdir", metavar="DIR",
+                        help="the run's directory, also gs://… or s3://…; created if it does not exist")
     parser.add_argument("--profile", type=_span, metavar="START:STOP", help="trace these updates into DIR/tensorboard")
     preflight.add_flags(parser)
     processes.add_flags(parser)

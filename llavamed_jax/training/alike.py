@@ -28,13 +28,14 @@ from llavamed_jax.training.rows import Data
 from llavamed_jax.utils import signals
 from llavamed_jax.utils.hashes import sha256_of_each
 from llavamed_jax.utils.nested import flatten
+from llavamed_jax.utils.paths import is_bucket
 
 # How many records of each set have their images compared: hashing half a million images would take hours.
 IMAGES = 64
 _PATIENCE_S = 10.0  # seconds until a directory that another host has made is visible over NFS
 
 
-def start(cfg: ConfigDict, workdir: Path, flags: Mapping[str, object]) -> dict[str, object]:
+def start(cfg: ConfigDict, workdir: str | Path, flags: Mapping[str, object]) -> dict[str, object]:
     """Returns the values that are known before anything is opened: recipe, flags, code and packages.
 
     Args:
@@ -45,7 +46,8 @@ def start(cfg: ConfigDict, workdir: Path, flags: Mapping[str, object]) -> dict[s
     Returns:
       Value by its description.
     """
-    return {"--workdir": os.path.abspath(workdir), **{f"--{name}": value for name, value in flags.items()},
+    return {"--workdir": workdir if is_bucket(workdir) else os.path.abspath(workdir),
+            **{f"--{name}": value for name, value in flags.items()},
             **{f"the config key {key!r}": value for key, value in flatten(cfg).items()}, **agreement.installation()}
 
 

@@ -8,10 +8,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-from llavamed_jax.checkpoints.tree import base
+from llavamed_jax.checkpoints.tree import base, store
 from llavamed_jax.errors import UserError
 from llavamed_jax.parallel import distributed
 from llavamed_jax.training import workdir as workdirs
+from llavamed_jax.training.mirror import Mirror
 from llavamed_jax.utils import locks
 from llavamed_jax.utils.files import is_at
 
@@ -21,11 +22,12 @@ class Lost(UserError):
 
 
 @contextlib.contextmanager
-def locked(workdir: Path) -> Iterator[Place]:
+def locked(workdir: Path, mirror: Mirror | None = None) -> Iterator[Place]:
     """Locks the directory for one run in process 0; the kernel releases the lock however the process ends.
 
     Args:
       workdir: the run's directory; made if it does not exist.
+      mirror: copies the directory to its bucket; None outside of a bucket.
 
     Yields:
       The run's place.
@@ -33,7 +35,7 @@ def locked(workdir: Path) -> Iterator[Place]:
     Raises:
       UserError: another run holds it. A file system without locks gives a warning.
     """
-    place = Place(workdir)
+    place = Place(workdir, mirror)
     if distributed.process_index():
         yield place
         return
@@ -53,14 +55,17 @@ class Place:
 
     Args:
       workdir: the directory's path.
+      mirror: copies the directory to its bucket; None outside of a bucket.
 
     Attributes:
       workdir: the directory's path.
+      name: what the user calls it: the address in a bucket, or the path.
       saved: the newest step that the run has saved there; None before the first.
     """
 
-    def __init__(self, workdir: Path):
-        self.workdir, self.saved = workdir, None
+    def __init__(self, workdir: Path, mirror: Mirror | None = None):
+        self.workdir, self.saved, self._mirror = workdir, None, mirror
+        self.name = str(workdir) if mirror is None else mirror.url
         self._file: TextIO | None = None
         self._record: Mapping[str, Any] = {}
 
@@ -100,8 +105,17 @@ class Place:
         self._record, self.saved = record, saved
 
     def note(self, step: int) -> None:
-        """Notes that a step has been saved."""
+        """Notes that a step has been saved; in a bucket it is then copied there."""
+        if self._mirror is not None:
+            self._mirror.push(step)
         self.saved = step
+
+    def what_is_saved(self) -> str:
+        """Returns the newest step that a run resumes from, as the end of a sentence."""
+        if self._mirror is not None:
+            return self._mirror.saved_in_words()
+        step, _ = store.newest_intact_step(self.workdir)
+        return "no step had been saved" if step is None else f"step {step} is saved"
 
     def check(self) -> None:
         """Checks, in process 0, that the directory is still the run's own.

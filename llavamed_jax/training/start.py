@@ -55,7 +55,7 @@ def open_start(cfg: ConfigDict) -> Checkpoint:
         for key in ("init", "vision_tower"):
             if cfg[key] is not None:
                 with _naming(cfg, key):
-                    if not hub.local(cfg[key]).is_dir():
+                    if not hub.local(cfg[key], may_be_bucket=key == "init").is_dir():
                         raise UserError("the directory does not exist; a checkpoint's directory, owner/name of a hub"
                                         + (" or preset:NAME was expected" if key == "init" else " was expected"))
         checkpoint = open_checkpoint(cfg.init, cfg.vision_tower)

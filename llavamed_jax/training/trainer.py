@@ -17,7 +17,7 @@ from llavamed_jax.parallel import agreement, distributed
 from llavamed_jax.parallel.mesh import local_rows
 from llavamed_jax.pipeline.loader import Loader
 from llavamed_jax.pipeline.workers import WorkerError
-from llavamed_jax.training import alike, arithmetic, recipe, resume, settings, void_keys
+from llavamed_jax.training import alike, arithmetic, mirror, recipe, resume, settings, void_keys
 from llavamed_jax.training import place as places
 from llavamed_jax.training import workdir as workdirs
 from llavamed_jax.training.callbacks import NONE, Callbacks, Snapshot
@@ -35,6 +35,7 @@ from llavamed_jax.training.step_agreement import StepAgreement
 from llavamed_jax.training.throughput import batch_counts
 from llavamed_jax.training.validation import judge
 from llavamed_jax.utils import signals
+from llavamed_jax.utils.paths import is_bucket
 
 _NOTHING_DONE = "stopped before the first update: run again to continue"
 _OPENING = signals.Phase(_NOTHING_DONE, status=75, grace=30, raises=True)
@@ -47,7 +48,8 @@ def fit(cfg: ConfigDict, workdir: str | Path, callbacks: Callbacks = NONE) -> bo
 
     Args:
       cfg: the recipe (`recipe.SCHEMA`).
-      workdir: gets `recipe.json`, `model/`, `base/`, `checkpoints/`, `metrics.jsonl`, `skipped.jsonl`, `tensorboard/`.
+      workdir: a directory, `gs://BUCKET/KEY` or `s3://BUCKET/KEY`;
+        gets `recipe.json`, `model/`, `base/`, `checkpoints/`, `metrics.jsonl`, `skipped.jsonl`, `tensorboard/`.
       callbacks: evaluate the model during training.
 
     Returns:
@@ -60,15 +62,16 @@ def fit(cfg: ConfigDict, workdir: str | Path, callbacks: Callbacks = NONE) -> bo
       UserError: data, weights or a workdir that cannot be used; too many updates in a row that are not finite; with
         several processes, data, weights, code or packages that differ between them (raised in all, `agreement`).
     """
-    workdir = Path(workdir)
     agreement.check_same(lambda: alike.start(cfg, workdir, {"profile": callbacks.profile}))
     recipe.check(cfg)
-    with signals.listening(_OPENING), places.locked(workdir) as place:
+    if is_bucket(workdir) and cfg.init.rstrip("/") == str(workdir).rstrip("/"):
+        raise UsageError(f"the config key 'init' is {cfg.init!r}, which is the workdir; another workdir was expected")
+    with signals.listening(_OPENING), mirror.opened(workdir) as (workdir, copy), places.locked(workdir, copy) as place:
         distributed.when_stopped(lambda: signals.ask("another process"))
         record, step = distributed.from_first(lambda: resume.find(workdir, cfg))
         total_steps = cfg.total_steps or record.get("settled", {}).get("total_steps")
         if step is not None and total_steps is not None and step >= total_steps:
-            _say_it_is_finished(workdir, step, total_steps)
+            _say_it_is_finished(place, step, total_steps)
             return True
         place.sign()
         cfg = workdirs.as_started(cfg, record["recipe"]) if step is not None else cfg
@@ -88,11 +91,11 @@ def fit(cfg: ConfigDict, workdir: str | Path, callbacks: Callbacks = NONE) -> bo
             raise _with_what_is_saved(error, place) from error
 
 
-def _say_it_is_finished(workdir: Path, step: int, total_steps: int) -> None:
+def _say_it_is_finished(place: places.Place, step: int, total_steps: int) -> None:
     if not distributed.process_index():
-        base.check_base(workdir)
+        base.check_base(place.workdir)
     beyond = "" if step == total_steps else f", although the recipe asks for {total_steps}"
-    print(f"{workdir} is finished: it was trained for {count_of(step, 'update')}{beyond}", flush=True)
+    print(f"{place.name} is finished: it was trained for {count_of(step, 'update')}{beyond}", flush=True)
 
 
 def _with_what_is_saved(error: UserError | OSError, place: places.Place) -> UserError:
@@ -103,8 +106,7 @@ def _with_what_is_saved(error: UserError | OSError, place: places.Place) -> User
     if distributed.process_index():
         return UserError(what)
     place.check()  # if the workdir is gone, that is the reason
-    step, _ = store.newest_intact_step(workdir)
-    return UserError(f"{what}; {'no step had been saved' if step is None else f'step {step} is saved'}")
+    return UserError(f"{what}; {place.what_is_saved()}")
 
 
 @dataclass
@@ -160,7 +162,7 @@ class Run:
             data.refuse_other_validation(earlier["validation"])
         record = resume.begin(workdir, cfg, checkpoint, program, data, total_steps, earlier) if is_first else {}
         place.belongs_to(record, step)
-        source = f"{cfg.init if step is None else workdir}: {checkpoint.tower}"
+        source = f"{cfg.init if step is None else place.name}: {checkpoint.tower}"
         _describe(source, cfg, data, program, total_steps)
         with within_memory(cfg, program):
             if meta is None:
@@ -305,7 +307,7 @@ class Run:
         is_finished = self.step >= self.total_steps
         stopped = "stopped and saved" if self.step else "stopped before the first update,"
         end = "finished" if is_finished else stopped
-        line = f"{end} at step {self.step} of {self.total_steps}: {self.place.workdir}"
+        line = f"{end} at step {self.step} of {self.total_steps}: {self.place.name}"
         self.log.say(" · ".join([line, *troubles(vars(self.progress))]))
         return is_finished
 

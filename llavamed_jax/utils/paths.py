@@ -1,4 +1,4 @@
-"""Checks paths that a user types: they must be of this machine and in UTF-8.
+"""Checks paths that a user types: they must be of this machine, or in a bucket where that is supported, and in UTF-8.
 
 Only this module refuses addresses (`gs://`, `s3://`, `https://` …).
 """
@@ -21,7 +21,20 @@ def is_address(path: object) -> bool:
     return isinstance(path, str) and re.match(r"\s*[A-Za-z][\w.+-]*://", path) is not None
 
 
-def check(name: str, value: Any) -> None:
+def is_bucket(path: object) -> bool:
+    """Returns whether a path is in a bucket, `gs://…` or `s3://…`."""
+    return isinstance(path, str) and path.startswith(("gs://", "s3://"))
+
+
+def split_bucket(url: str) -> tuple[str, str, str]:
+    """Returns scheme, bucket and key of `gs://BUCKET/KEY` or `s3://BUCKET/KEY`; UsageError for another address."""
+    found = re.fullmatch(r"(gs|s3)://([a-z0-9][a-z0-9._-]+)/((?:[^/]+/)*[^/]+)/?", url)
+    if found is None or {".", ".."} & set(found[3].split("/")):
+        raise UsageError(f"{short(url)} is not an address in a bucket; gs://BUCKET/KEY or s3://BUCKET/KEY was expected")
+    return found[1], found[2], found[3]
+
+
+def check(name: str, value: Any, may_be_bucket: bool = False) -> None:
     """Raises UsageError if a path, or one inside lists and mappings, is an address, or not valid UTF-8.
 
     A name is not valid UTF-8 if its bytes are in another encoding, or if the locale makes Python encode it otherwise.
@@ -30,10 +43,14 @@ def check(name: str, value: Any) -> None:
     Args:
       name: the value's name in errors: `--workdir`, or `the config key 'init'`.
       value: the value; numbers and None are not paths.
+      may_be_bucket: whether the value may be `gs://BUCKET/KEY` or `s3://BUCKET/KEY`.
     """
-    if is_address(value):
-        raise UsageError(f"{name} is the address {short(value)}; a path on this machine was expected (buckets and web "
-                         "addresses are not supported yet)")
+    if may_be_bucket and is_bucket(value):
+        split_bucket(value)
+    elif is_address(value):
+        allowed = (" or gs://BUCKET/KEY or s3://BUCKET/KEY was expected" if may_be_bucket else
+                   " was expected (only --workdir of train.py and a checkpoint may be in a bucket)")
+        raise UsageError(f"{name} is the address {short(value)}; a path on this machine{allowed}")
     if isinstance(value, (str, Path)) and not _is_utf8(str(value)):
         encoding = sys.getfilesystemencoding()
         hint = "" if encoding == "utf-8" else f" (the locale's encoding is {encoding}: set PYTHONUTF8=1)"

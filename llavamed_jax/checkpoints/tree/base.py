@@ -18,11 +18,10 @@ from llavamed_jax.checkpoints.tensor import Tensor
 from llavamed_jax.checkpoints.torch.files import read_safetensors
 from llavamed_jax.checkpoints.torch.write import Progress, write_safetensors
 from llavamed_jax.checkpoints.tree import reference
+from llavamed_jax.checkpoints.tree.step_manifest import MANIFEST
 from llavamed_jax.errors import UserError
 from llavamed_jax.utils.files import read_json, write_json
 from llavamed_jax.utils.hashes import sha256, sha256_of
-
-MANIFEST = "manifest.json"
 
 
 def write_base(directory: Path, tensors: Mapping[str, Tensor], progress: Progress = iter) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import jax
 
-from llavamed_jax.checkpoints.tree.base import MANIFEST
+from llavamed_jax.checkpoints.tree.step_manifest import MANIFEST
 from llavamed_jax.errors import UserError, cut
 from llavamed_jax.utils import locks
 

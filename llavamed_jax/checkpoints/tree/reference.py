@@ -16,6 +16,7 @@ from llavamed_jax.checkpoints.tensor import Tensor
 from llavamed_jax.checkpoints.torch.open import open_torch
 from llavamed_jax.config.adapter import is_factor
 from llavamed_jax.errors import UserError, some
+from llavamed_jax.utils.buckets import is_local_copy
 from llavamed_jax.utils.files import read_json, write_json
 from llavamed_jax.utils.hashes import sha256_of
 
@@ -36,6 +37,8 @@ def is_referred(checkpoint: Checkpoint, without: Container[str]) -> bool:
     if checkpoint.config.adapter is None or checkpoint.directory is None:
         return False
     if any(is_factor(name) and name not in without for name in checkpoint.tensors):
+        return False
+    if is_local_copy(checkpoint.directory):  # of a bucket: another machine would not find it
         return False
     if checkpoint.layout == "tree":  # with its own tower, and with a manifest, which older trees lack
         return (checkpoint.step is None and checkpoint.tower_directory is None

@@ -6,11 +6,11 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from llavamed_jax.checkpoints.tree.base import MANIFEST
 from llavamed_jax.errors import UserError
 from llavamed_jax.utils.files import read_json, write_json
 from llavamed_jax.utils.hashes import sha256_of
 
+MANIFEST = "manifest.json"
 INTERRUPTED = "the save was interrupted"  # or is in progress, if the run is still running
 
 

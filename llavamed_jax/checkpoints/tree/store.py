@@ -31,8 +31,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from llavamed_jax.checkpoints.tensor import Tensor
 from llavamed_jax.checkpoints.torch.layout import match
 from llavamed_jax.checkpoints.tree import holding
-from llavamed_jax.checkpoints.tree.base import MANIFEST
 from llavamed_jax.checkpoints.tree.holding import Hold, reading
+from llavamed_jax.checkpoints.tree.step_manifest import MANIFEST
 from llavamed_jax.checkpoints.tree.step_manifest import damage as _damage
 from llavamed_jax.checkpoints.tree.step_manifest import write as _write_manifest
 from llavamed_jax.errors import UserError

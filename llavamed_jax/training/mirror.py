@@ -1,0 +1,340 @@
+"""Keeps a run's workdir in a bucket: the run works in a local copy, and this module copies both ways.
+
+Whoever starts or resumes a run takes the lock in the bucket (`utils.bucket_lock`), makes a new local directory, and
+copies there what the run needs: the model and the newest intact step. From then on the bucket follows the directory:
+after each saved step come its files, then the logs, then the step's manifest, and then the deletion of old steps. A
+step in the bucket counts once its manifest is there. Logs follow also between steps.
+
+The local directory is deleted at the end, unless it has a step that the bucket lacks. The leftovers of killed runs are
+deleted by the next run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+import threading
+import uuid
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from llavamed_jax.checkpoints.tree import bucket_copy, store
+from llavamed_jax.checkpoints.tree.bucket_copy import STEPS
+from llavamed_jax.checkpoints.tree.step_manifest import MANIFEST
+from llavamed_jax.errors import UserError, count_of, warn
+from llavamed_jax.parallel import agreement, distributed
+from llavamed_jax.utils import bucket_lock, locks, signals
+from llavamed_jax.utils.buckets import DIRECTORY, Bucket, Entry, amount, local_copies
+from llavamed_jax.utils.paths import is_bucket
+
+LOGS_S = 60.0  # logs are copied so often
+_PARTIAL = ".partial"
+_LOGS = ("metrics.jsonl", "skipped.jsonl", "tensorboard/")
+_PULLED = ("recipe.json", "base.json", "model", "base", "metrics.jsonl", "skipped.jsonl")  # beside steps
+
+
+@contextlib.contextmanager
+def opened(workdir: str | Path) -> Iterator[tuple[Path, Mirror | None]]:
+    """Yields the local directory of a run, and in process 0 the mirror of a bucket. All processes call it.
+
+    Args:
+      workdir: a directory, `gs://BUCKET/KEY` or `s3://BUCKET/KEY`.
+
+    Raises:
+      UserError: another run has the address; the bucket or the local disk cannot be used.
+    """
+    if not is_bucket(workdir):
+        yield Path(workdir), None
+        return
+    mirror = None if distributed.process_index() else Mirror(str(workdir))
+    directory = Path(distributed.from_first(lambda: str(mirror.open())))
+    try:
+        agreement.check_same(lambda: {f"the local copy of {workdir}, {directory} ({DIRECTORY} names another directory, "
+                                      "which all processes see)": "exists" if directory.is_dir() else "does not exist"})
+        yield directory, mirror
+    except UserError as error:
+        told = f"{error}; {directory} is the local copy of {workdir}" if str(directory) in str(error) else str(error)
+        more = "" if mirror is None else mirror.abandon()
+        if told + more == str(error):
+            raise
+        raise type(error)(told + more) from error
+    except BaseException:
+        if mirror is not None:
+            mirror.close(is_quiet=True)
+        raise
+    else:
+        if mirror is not None:
+            mirror.close()
+
+
+class Mirror:
+    """The workdir of a run in a bucket, and its local copy. Only process 0 has one.
+
+    Args:
+      url: the address of the workdir.
+
+    Attributes:
+      url: the address of the workdir.
+      directory: the local copy.
+      saved: the newest step in the bucket; None without one.
+    """
+
+    def __init__(self, url: str):
+        self._bucket = Bucket(url)
+        self._lock = bucket_lock.BucketLock(self._bucket)
+        self.url, self.saved = self._bucket.url, None
+        self.directory = local_copies() / "runs" / f"{self.url.rpartition('/')[2]}.{uuid.uuid4().hex[:8]}{_PARTIAL}"
+        self._held = -1  # descriptor that keeps others from deleting the directory
+        self._sent: dict[str, tuple] = {}  # by name: size and time of the local file, version of the object
+        self._mutex, self._is_over = threading.Lock(), threading.Event()
+        self._beat = threading.Thread(target=self._keep_up, name="bucket", daemon=True)
+        self._is_pulled = False  # only then the local directory says what belongs in the bucket
+        self._is_lost = self._is_broken = False  # whether another run has the lock, whether the bucket refused a file
+
+    def open(self) -> Path:
+        """Takes the lock, makes the local directory and copies the run into it."""
+        self._make_directory()
+        try:
+            self._lock.take()
+        except BaseException:
+            self._remove()
+            raise
+        self._beat.start()
+        try:
+            self._pull()
+        except BaseException:
+            self.close(is_quiet=True)
+            raise
+        return self.directory
+
+    def push(self, step: int | None = None) -> None:
+        """Makes the bucket equal to the local directory.
+
+        Args:
+          step: the step that was saved just now; None between steps.
+
+        Raises:
+          Taken: another run has the lock.
+          UserError: the bucket cannot be written.
+        """
+        with self._mutex:
+            try:
+                self._push(is_step=step is not None)
+            except UserError:
+                self._is_broken = True
+                raise
+            self.saved = step if step is not None else self.saved
+
+    def _push(self, is_step: bool) -> None:
+        self._check_lock()
+        found, remote = _files(self.directory), self._bucket.entries()
+        new = [name for name, mark in found.items() if self._sent.get(name) != (*mark, _version(remote, name))]
+        self._tell_of_changes(remote)
+        manifests = [name for name in new if _is_manifest(name)]
+        files = [name for name in new if not _is_manifest(name)]
+        # A step that is written again does not count until it is whole; files of an interrupted save go.
+        self._bucket.delete([name for name in manifests if name in remote])
+        steps = tuple(name.removesuffix(MANIFEST) for name in manifests)
+        self._bucket.delete([name for name in remote if name.startswith(steps) and name not in found])
+        self._bucket.upload(self.directory, [name for name in files if name == "recipe.json"])
+        self._bucket.upload(self.directory, [name for name in files if name != "recipe.json" and not _is_log(name)])
+        self._upload_logs([name for name in files if _is_log(name)])
+        listed = self._bucket.entries()
+        for name in files:
+            if (name not in listed or listed[name].size != found[name][0] and not _is_log(name)) and (
+                    self.directory / name).exists():
+                raise UserError(f"{self.url}/{name} was removed while the run wrote it, so the step is not saved")
+        self._check_lock()
+        self._bucket.upload(self.directory, manifests)
+        listed |= self._bucket.entries(STEPS) if manifests else {}
+        self._sent |= {name: (*found[name], _version(listed, name)) for name in new}
+        self._delete(listed, is_step)
+
+    def _upload_logs(self, names: list[str]) -> None:
+        """Uploads copies of logs, since the run appends to them in the meantime."""
+        with tempfile.TemporaryDirectory(dir=self.directory, suffix=_PARTIAL) as folder:
+            for name in names:
+                (Path(folder) / name).parent.mkdir(exist_ok=True)
+                with contextlib.suppress(FileNotFoundError):
+                    shutil.copyfile(self.directory / name, Path(folder) / name)
+            self._bucket.upload(Path(folder), names)
+
+    def _tell_of_changes(self, remote: Mapping[str, Entry]) -> None:
+        changed = [name for name, sent in self._sent.items() if sent[2] != _version(remote, name)]
+        if changed:
+            warn(f"{count_of(len(changed), 'object')} of {self.url} that this run had written or read, such as "
+                 f"{changed[0]}, was changed or removed by another program; what the run still has is written again")
+            self._sent = {name: sent for name, sent in self._sent.items() if name not in changed}
+
+    def close(self, is_quiet: bool = False) -> None:
+        """Copies what is new, gives up the lock and deletes the local directory.
+
+        Args:
+          is_quiet: whether the run has failed otherwise, so that an error of the bucket is not raised.
+        """
+        self._stop()
+        try:
+            if not self._is_lost:
+                if self._is_pulled:
+                    self.push()
+                self._lock.release()
+        except UserError as error:
+            kept = self._keep()
+            if not is_quiet:
+                raise UserError(f"{error}{kept}") from error
+        else:
+            self._remove()
+
+    def abandon(self) -> str:
+        """Closes after a failure, and returns the end of its sentence: where a step is that the bucket lacks."""
+        self._stop()
+        with contextlib.suppress(UserError):
+            if not self._is_lost and not self._is_broken:
+                self.push()
+                self._lock.release()
+        return self._keep()
+
+    def saved_in_words(self) -> str:
+        """Returns the newest step in the bucket, as the end of a sentence."""
+        return "no step had been saved" if self.saved is None else f"step {self.saved} is saved in {self.url}"
+
+    def _make_directory(self) -> None:
+        try:
+            self.directory.parent.mkdir(parents=True, exist_ok=True)
+            for path in self.directory.parent.glob(f"*{_PARTIAL}"):
+                descriptor = os.open(path, os.O_RDONLY)
+                if locks.lock(descriptor):
+                    shutil.rmtree(path, ignore_errors=True)
+                os.close(descriptor)
+            self.directory.mkdir()
+            self._held = os.open(self.directory, os.O_RDONLY)
+            locks.lock(self._held)
+        except OSError as error:
+            raise UserError(f"{self.directory} cannot be written: {error.strerror}; set {DIRECTORY} to another "
+                            "directory") from None
+
+    def _pull(self) -> None:
+        """Copies the newest intact step, and the base and the logs with it; of older steps only the manifests.
+
+        The local directory then looks to the run as if it had all steps, so that the run deletes old ones as usual.
+        """
+        remote = self._bucket.entries()
+        steps = bucket_copy.sealed(remote)
+        wanted = [name for name in remote if (
+            steps or not name.startswith("base/")) and name.partition("/")[0] in _PULLED]
+        copy = lambda names: bucket_copy.copy(self._bucket, remote, self.directory, names)
+        copy(wanted)
+        copy([name for name in remote if _is_manifest(name) and name.startswith(STEPS) or name == f"{STEPS}.sealed"])
+        self.saved = bucket_copy.copy_newest_step(self._bucket, remote, self.directory, steps)
+        for name in remote:  # an interrupted save, or a base without a step, is there for the run to see
+            if name.startswith((STEPS, "base/", "model/")) and name.count("/"):
+                (self.directory / name).parent.mkdir(parents=True, exist_ok=True)
+        found = _files(self.directory)
+        self._sent = {name: (*found.get(name, (0, 0)), entry.version) for name, entry in remote.items()
+                      if name in found or name.startswith(("base/", "model/"))}
+        self._is_pulled = True
+        size = sum(size for size, _ in found.values())
+        done = f"copied {amount(size)} to" if steps else "the local copy is"
+        print(f"{self.url}: {done} {self.directory}", flush=True)
+
+    def _delete(self, remote: Mapping[str, Entry], is_step: bool) -> None:
+        """Deletes from the bucket what the run has deleted: steps, their manifests first, then other files."""
+        gone = [name for name in remote if name.startswith(STEPS) and name.split("/")[1].isdigit()
+                and not (self.directory / STEPS / name.split("/")[1]).is_dir()]
+        self._bucket.delete(name for name in gone if _is_manifest(name))
+        if is_step:
+            gone += [name for name in self._sent if name in remote and not name.startswith(STEPS)
+                     and not (self.directory / name).exists()]
+        self._bucket.delete(gone)
+        for name in gone:
+            self._sent.pop(name, None)
+
+    def _keep_up(self) -> None:
+        """Renews the lock and copies the logs, until the run ends; a failure is a warning, since later tries follow."""
+        logs_in = LOGS_S
+        while not self._is_over.wait(bucket_lock.RENEWED_S):
+            logs_in -= bucket_lock.RENEWED_S
+            try:
+                self._lock.renew()
+                if logs_in <= 0:
+                    logs_in = LOGS_S
+                    self._push_logs()
+            except bucket_lock.Taken as error:
+                self._is_lost = True
+                signals.ask(str(error), is_failure=True)
+                return
+            except UserError as error:
+                warn(str(error))
+
+    def _push_logs(self) -> None:
+        with self._mutex:
+            found = {name: mark for name, mark in _files(self.directory).items() if _is_log(name)}
+            new = [name for name, mark in found.items() if self._sent.get(name, ())[:2] != mark]
+            self._upload_logs(new)
+            listed = self._bucket.entries()
+            self._sent |= {name: (*found[name], _version(listed, name)) for name in new}
+
+    def _check_lock(self) -> None:
+        try:
+            self._lock.check()
+        except bucket_lock.Taken:
+            self._is_lost = True
+            raise
+
+    def _stop(self) -> None:
+        self._is_over.set()
+        if self._beat.is_alive():
+            self._beat.join()
+
+    def _keep(self) -> str:
+        """Keeps the local directory if it has a step that the bucket lacks, and says so; else deletes it."""
+        step, _ = store.newest_intact_step(self.directory)
+        if step is None or self.saved is not None and step <= self.saved:
+            self._remove()
+            return ""
+        for name in (".objects.json", ".lock"):
+            (self.directory / name).unlink(missing_ok=True)
+        kept = self.directory.with_suffix("")
+        self.directory.rename(kept)
+        return f"; step {step} is kept in {kept}, from which `--workdir {kept}` goes on"
+
+    def _remove(self) -> None:
+        shutil.rmtree(self.directory, ignore_errors=True)
+        if self._held >= 0:
+            os.close(self._held)
+            self._held = -1
+
+
+def _files(directory: Path) -> dict[str, tuple[int, int]]:
+    """Returns size and time of each file of a run that belongs in the bucket, by name.
+
+    A step belongs there once it has its manifest, and unless the manifest is all that was copied of it.
+    """
+    found = {}
+    for folder, folders, names in os.walk(directory):
+        below = Path(folder).relative_to(directory)
+        if below.parts[:1] == ("checkpoints",) and len(below.parts) == 2 and not (
+                MANIFEST in names and any((Path(folder) / "params").glob("*"))):
+            folders.clear()
+            continue
+        folders[:] = [name for name in folders if not name.endswith(_PARTIAL) and ".orbax-checkpoint-tmp" not in name]
+        for name in names:
+            if not name.endswith(".tmp") and name not in (".lock", ".objects.json"):
+                with contextlib.suppress(FileNotFoundError):
+                    stat = (Path(folder) / name).stat()
+                    found[(below / name).as_posix()] = (stat.st_size, stat.st_mtime_ns)
+    return found
+
+
+def _version(remote: Mapping[str, Entry], name: str) -> str | None:
+    return remote[name].version if name in remote else None
+
+
+def _is_manifest(name: str) -> bool:
+    return name.startswith(STEPS) and name.count("/") == 2 and name.endswith(f"/{MANIFEST}")
+
+
+def _is_log(name: str) -> bool:
+    return name.startswith(_LOGS)

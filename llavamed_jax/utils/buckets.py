@@ -1,0 +1,221 @@
+"""Reads and writes the objects of a bucket of Google Cloud Storage (`gs://`) or of S3 (`s3://`), through fsspec.
+
+Both stores are used in the same way: whole objects, listings, and one precondition, that an object does not exist yet.
+gcsfs and s3fs (the extra `[cloud]`) find credentials and endpoints as their vendors' tools do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import importlib
+import logging
+import os
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llavamed_jax.errors import UserError, cut
+from llavamed_jax.utils import signals
+from llavamed_jax.utils.paths import split_bucket
+
+DIRECTORY = "LLAVAMED_BUCKET_CACHE"  # environment variable: the directory of local copies
+_MODULES = {"gs": ("gcsfs", "gcsfs.core", "GCSFileSystem"), "s3": ("s3fs", "s3fs", "S3FileSystem")}
+_LOGIN = {"gs": "run `gcloud auth application-default login`, or set GOOGLE_APPLICATION_CREDENTIALS to a key file",
+          "s3": "run `aws configure`, or set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"}
+_THREADS = 8  # files that are read or written at a time
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+_CONNECTION = ("Connect", "Timeout", "Connection", "ServerDisconnected", "ClientOSError", "ClientPayload", "Proxy")
+
+
+class Missing(UserError):
+    """An object, or the bucket, does not exist."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An object in a listing.
+
+    Attributes:
+      size: bytes.
+      version: changes whenever the object is written again with other content.
+    """
+
+    size: int
+    version: str
+
+
+class Bucket:
+    """The objects below an address, by their names relative to it.
+
+    Every method raises UserError with one sentence, `Missing` for what does not exist.
+
+    Args:
+      url: `gs://BUCKET/KEY` or `s3://BUCKET/KEY`.
+
+    Attributes:
+      url: the address without a slash at its end.
+    """
+
+    def __init__(self, url: str):
+        self._scheme, self._bucket, key = split_bucket(url)
+        self.url, self._root = f"{self._scheme}://{self._bucket}/{key}", f"{self._bucket}/{key}"
+        package, module, name = _MODULES[self._scheme]
+        for noisy in ("gcsfs", "s3fs", "fsspec", "botocore", "aiobotocore", "asyncio", "google"):
+            logging.getLogger(noisy).setLevel(logging.CRITICAL)  # they log a traceback of what they raise anyway
+        try:
+            kind = getattr(importlib.import_module(module), name)
+        except ImportError:
+            raise UserError(f"{package}, which reads and writes {self._scheme}:// addresses, is not installed: pip "
+                            "install 'llavamed-jax[cloud]'") from None
+        with self._saying("opened"):  # other processes write too, so no listing is remembered
+            self._files = kind(skip_instance_cache=True, use_listings_cache=False, **_patience(self._scheme))
+
+    def entries(self, below: str = "") -> dict[str, Entry]:
+        """Lists all objects below the address whose names begin with `below`, a folder with its slash, by name."""
+        with self._saying("read"):
+            found = self._files.find(f"{self._root}/{below}".rstrip("/"), detail=True)
+        return {path[len(self._root) + 1:]: Entry(int(info["size"]), str(info.get("generation") or info.get("ETag")))
+                for path, info in found.items() if path.startswith(f"{self._root}/") and info.get("type") == "file"}
+
+    def read(self, name: str) -> bytes:
+        """Reads an object."""
+        with self._saying("read", name):
+            return self._files.cat_file(f"{self._root}/{name}")
+
+    def write(self, name: str, content: bytes) -> None:
+        """Writes an object, over the one that is there."""
+        with self._saying("written", name):
+            self._files.pipe_file(f"{self._root}/{name}", content)
+
+    def create(self, name: str, content: bytes) -> bool:
+        """Writes an object if there is none of this name; returns whether it did.
+
+        Exactly one of several processes that try it at once gets True. A True of a request whose first answer was lost,
+        so that the library sent it again, is recognised by the content.
+        """
+        with self._saying("written", name):
+            try:
+                self._files.pipe_file(f"{self._root}/{name}", content, mode="create")
+                return True
+            except FileExistsError:
+                with contextlib.suppress(FileNotFoundError):
+                    return self._files.cat_file(f"{self._root}/{name}") == content
+                return False
+
+    def upload(self, directory: Path, names: Sequence[str]) -> None:
+        """Writes local files as objects of the same names; a file that was deleted in the meantime is left out."""
+        def put(name: str) -> None:
+            with self._saying("written", name):
+                try:
+                    self._files.put_file(str(directory / name), f"{self._root}/{name}")
+                except FileNotFoundError:
+                    if (directory / name).exists():
+                        raise
+
+        _in_threads(put, names)
+
+    def download(self, directory: Path, names: Sequence[str]) -> None:
+        """Reads objects into local files of the same names; each file appears when it is complete."""
+        def get(name: str) -> None:
+            signals.check()
+            if {"", ".", ".."} & set(name.split("/")):
+                raise UserError(f"{self.url}/{name} is not a name that a file can have")
+            file = directory / name
+            part = file.with_name(f".{file.name}.{uuid.uuid4().hex[:8]}.tmp")
+            with self._saying("read", name):
+                try:
+                    file.parent.mkdir(parents=True, exist_ok=True)
+                    self._files.get_file(f"{self._root}/{name}", str(part))
+                    os.replace(part, file)
+                finally:
+                    part.unlink(missing_ok=True)
+
+        _in_threads(get, names)
+
+    def delete(self, names: Iterable[str]) -> None:
+        """Deletes objects; those that are gone already are no error."""
+        def remove(name: str) -> None:
+            with self._saying("deleted", name), contextlib.suppress(FileNotFoundError):
+                self._files.rm_file(f"{self._root}/{name}")
+
+        _in_threads(remove, list(names))
+
+    @contextlib.contextmanager
+    def _saying(self, done: str, name: str = "") -> Iterator[None]:
+        """Re-raises errors inside the block as one sentence about the address."""
+        where = f"{self.url}/{name}" if name else self.url
+        try:
+            yield
+        except UserError:
+            raise
+        except FileNotFoundError as error:
+            what = "it" if name and done == "read" else f"the bucket {self._bucket}"
+            raise Missing(f"{where} cannot be {done}: {what} does not exist") from error
+        except Exception as error:  # of botocore, aiohttp, google.auth, requests, the system
+            raise UserError(f"{where} cannot be {done}: {self._reason(error)}") from error
+
+    def _reason(self, error: Exception) -> str:
+        names = " ".join(kind.__name__ for kind in type(error).__mro__)
+        text = next(iter(str(error).splitlines()), "")
+        if isinstance(error, OSError) and error.errno in _DISK:
+            return f"{os.strerror(error.errno)} on the disk of {local_copies()}; set {DIRECTORY} to another directory"
+        if "Credential" in names or "GoogleAuthError" in names or getattr(error, "code", None) in (401, "401"):
+            return f"no valid credentials were found ({cut(text, 120)}); {_LOGIN[self._scheme]}"
+        if isinstance(error, PermissionError) or text.startswith("Forbidden"):
+            return f"the credentials do not permit it ({cut(text, 120)})"
+        if any(word in names for word in _CONNECTION):
+            return f"the store cannot be reached ({cut(text, 160)})"
+        return cut(f"{type(error).__name__}: {text}", 200)
+
+
+def _patience(scheme: str) -> dict[str, Any]:
+    """Returns the timeouts of a file system that has none by itself: s3fs waits 15 s for an answer, gcsfs forever."""
+    if scheme == "s3":
+        return {}
+    import aiohttp  # which gcsfs brings
+    return {"requests_timeout": aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=60)}
+
+
+def _in_threads(act: Callable[[str], None], names: Sequence[str]) -> None:
+    """Calls a function for each name, several at a time; the first error ends it."""
+    with ThreadPoolExecutor(_THREADS) as threads:
+        waiting = [threads.submit(act, name) for name in names]
+        try:
+            for each in waiting:
+                each.result()
+        except BaseException:
+            threads.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def local_copies() -> Path:
+    """Returns the directory of local copies: `$LLAVAMED_BUCKET_CACHE`, else `llavamed_jax/buckets` in the user's cache.
+
+    Raises:
+      UserError: the variable is not an absolute path, or the user has no home directory.
+    """
+    named, cache = os.environ.get(DIRECTORY, ""), os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    path = named or os.path.join(cache, "llavamed_jax", "buckets")
+    if not os.path.isabs(path):
+        raise UserError(f"the directory of local copies of buckets is {path!r}; an absolute path was expected in "
+                        f"{DIRECTORY}")
+    return Path(path)
+
+
+def is_local_copy(path: Path) -> bool:
+    """Returns whether a path lies in the directory of local copies."""
+    try:
+        return path.resolve().is_relative_to(local_copies().resolve())
+    except UserError:
+        return False
+
+
+def amount(size: int) -> str:
+    """Returns a number of bytes in words."""
+    return f"{size / 1e9:.2f} GB" if size >= 1e7 else f"{size / 1e3:.1f} kB"
+
+
