@@ -65,7 +65,7 @@ def _free_port() -> int:
         return found.getsockname()[1]
 
 
-def _wait_for(port: int, seconds: float = 30.0) -> None:
+def _wait_for(port: int, seconds: float = 120.0) -> None:
     until = time.monotonic() + seconds
     while True:
         with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1.0):

@@ -1,7 +1,11 @@
-"""Buckets and the web are refused: every flag that names a path, of every command, and every config key, in one sentence."""
+"""Addresses are refused by every flag that names a path, of every command, and by every config key, in one sentence.
+
+Only a run's workdir, `init` and checkpoints may be in a bucket.
+"""
 
 import argparse
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -63,9 +67,12 @@ def test_every_flag_of_every_command_refuses_addresses(parsers, capsys):
             groups = [g._group_actions for g in parser._mutually_exclusive_groups if g.required and action not in g._group_actions]
             others = [other for other in parser._actions if other.required and other is not action] + [group[0] for group in groups]
             required = [word for other in others for word in (*other.option_strings, (other.choices or ["x"])[0])]
+            name = action.option_strings[-1] if action.option_strings else action.metavar
             for value in ADDRESSES[:2]:
+                if name == "--checkpoint" or (prog, name) == ("train.py", "--workdir") or "convert" in prog and name in ("PATH", "A", "B"):
+                    value = value.replace("://", "x://")  # these may be in a bucket
                 words = [*required, flag, value] if action.option_strings else [value, *required]
-                with pytest.raises(UsageError, match="buckets and web addresses are not supported yet") as caught:
+                with pytest.raises(UsageError, match="; a path on this machine ") as caught:
                     parser.parse_known_args(words)
                 assert f" is the address '{value}'; a path" in str(caught.value) and (str(caught.value).startswith(flag) or not action.option_strings)
             tried.add(flag)
@@ -74,6 +81,9 @@ def test_every_flag_of_every_command_refuses_addresses(parsers, capsys):
             "--projector", "--decoder", "--vision", "--base", "--adapter", "--target", "--delta", "path", "a", "b",
             "--images", "--vqa_rad", "--stock_tower"} <= tried
     assert len(parsers) >= 12
+
+
+MAY_BE_BUCKETS = {("train", "--workdir"), ("convert", "inspect"), ("convert", "preset:small")}
 
 
 @pytest.mark.parametrize("address", ADDRESSES)
@@ -87,6 +97,17 @@ def test_every_flag_of_every_command_refuses_addresses(parsers, capsys):
 def test_commands_exit_with_2_and_write_nothing(command, words, address, tmp_path, monkeypatch, capsys):
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     monkeypatch.chdir(tmp_path)
+    if address[:5] in ("gs://", "s3://") and (command, words[-1]) in MAY_BE_BUCKETS:
+        for package in ("gcsfs", "s3fs"):
+            monkeypatch.setitem(sys.modules, package, None)
+        for wrong in (address.replace("/x", ""), address.replace("/x", "/a//b")):
+            assert COMMANDS[command]([*words, wrong]) == 2
+            assert f"{wrong!r} is not an address in a bucket; gs://BUCKET/KEY or" in capsys.readouterr().err
+        assert COMMANDS[command]([*words, address]) == 1
+        printed = capsys.readouterr()
+        assert "is not installed: pip install 'llavamed-jax[cloud]'" in printed.err and printed.err.count("error: ") == 1
+        assert os.listdir(tmp_path) == ["configs"]
+        return
     assert COMMANDS[command]([*words, address]) == 2
     printed = capsys.readouterr()
     assert printed.out == "" and printed.err.count("\n") == 1 and f"is the address {address!r}" in printed.err
@@ -101,11 +122,12 @@ def test_every_key_of_a_path_refuses_addresses(config):
     for key in keys:
         if key in ("epochs", "total_steps"):  # numbers, which may be open
             continue
-        override = [f"{key}=gs://bucket/x"]
+        address = "https://bucket/x" if key == "init" else "gs://bucket/x"
+        override = [f"{key}={address}"]
         if key.split(".")[-1] in ("endpoint", "model", "question"):
             common.load_config(str(config), override)
         else:
-            with pytest.raises(UsageError, match=rf"the config key '{key}' is the address 'gs://bucket/x'"):
+            with pytest.raises(UsageError, match=rf"the config key '{key}' is the address '{address}'; a path on this machine "):
                 common.load_config(str(config), override)
 
 
@@ -114,8 +136,8 @@ def test_keys_that_hold_lists_and_configs_that_hold_addresses(tmp_path):
         with pytest.raises(UsageError, match="the config key 'data.train' is the address '(gs|s3)://b/"):
             common.load_config("configs/demo.py:vqa", [f"data.train={value}"])
     (tmp_path / "c.py").write_text("from ml_collections import ConfigDict\ndef get_config(arg=''):\n"
-                                   "    return ConfigDict(dict(init='gs://b/x', data=dict(workers=1)))\n", encoding="utf-8")
-    with pytest.raises(UsageError, match="the config key 'init' is the address 'gs://b/x'"):
+                                   "    return ConfigDict(dict(init='gs://b/x', data=dict(workers=1, root='s3://b/x')))\n", encoding="utf-8")
+    with pytest.raises(UsageError, match="the config key 'data.root' is the address 's3://b/x'"):
         common.load_config(str(tmp_path / "c.py"))
 
 
@@ -132,9 +154,10 @@ def test_what_is_no_address(tmp_path, monkeypatch):
 
 
 def test_python_refuses_them_too(tmp_path):
-    for call in (lambda: lm.load("gs://b/x"), lambda: lm.load("preset:small", vision_tower="gs://b/x"),
-                 lambda: lm.load("preset:small", tokenizer="gs://b/x"), lambda: lm.Processor.load("gs://b/x")):
-        with pytest.raises(UsageError, match="is the address 'gs://b/x'"):
+    for call in (lambda: lm.load("file://b/x"), lambda: lm.load("preset:small", vision_tower="gs://b/x"),
+                 lambda: lm.load("preset:small", adapter="gs://b/x"),
+                 lambda: lm.load("preset:small", tokenizer="gs://b/x"), lambda: lm.Processor.load("https://b/x")):
+        with pytest.raises(UsageError, match="is the address '(gs|file|https)://b/x'"):
             call()
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from llavamed_jax.checkpoints.tree import holding
 from llavamed_jax.checkpoints.tree.step_manifest import MANIFEST, damage
-from llavamed_jax.errors import UsageError, UserError
+from llavamed_jax.errors import UsageError, UserError, warn_once
 from llavamed_jax.utils.buckets import DIRECTORY, Bucket, Entry, Missing, amount, local_copies
 from llavamed_jax.utils.files import read_json, write_json
 from llavamed_jax.utils.paths import split_bucket
@@ -33,6 +33,9 @@ def local(url: str, has_weights: bool = True) -> Path:
       url: the address of a run's workdir, of `convert import`'s directory, or of `…/checkpoints/STEP`.
       has_weights: False copies only config, tokenizer and preprocessor.
 
+    Returns:
+      The copy of the newest intact step or of the given one; that of the tree if it has no step, or without weights.
+
     Raises:
       UserError: there is no tree; the bucket cannot be read; the copy does not fit on the disk.
     """
@@ -45,15 +48,16 @@ def local(url: str, has_weights: bool = True) -> Path:
     with _alone(directory):
         for number in range(_TRIES):
             try:
-                _update(source, directory, step, has_weights)
+                found = _update(source, directory, step, has_weights)
                 break
             except Missing:  # the run has deleted a step since it was listed
                 if number == _TRIES - 1:
                     raise
-    return directory / STEPS / step if step else directory
+    return directory if found is None else directory / STEPS / str(found)
 
 
-def _update(source: Bucket, directory: Path, step: str, has_weights: bool) -> None:
+def _update(source: Bucket, directory: Path, step: str, has_weights: bool) -> int | None:
+    """Brings a copy up to date; returns the step that is read, None for the base alone."""
     entries = source.entries()
     if "model/config.json" not in entries:
         raise UsageError(f"{source.url} has no model/config.json; a run's workdir, or the directory of `convert "
@@ -65,9 +69,11 @@ def _update(source: Bucket, directory: Path, step: str, has_weights: bool) -> No
               or name in ("recipe.json", "base.json")]
     _forget_old(entries, directory)
     copy(source, entries, directory, wanted)
-    if has_weights:
-        steps = [int(step)] if step else sealed(entries)
-        copy_newest_step(source, entries, directory, steps, "params", _PARTS)
+    if not has_weights:
+        return None
+    steps = [int(step)] if step else sealed(entries)
+    found = copy_newest_step(source, entries, directory, steps, "params", _PARTS)
+    return int(step) if step else found
 
 
 def sealed(entries: Mapping[str, Entry]) -> list[int]:
@@ -96,8 +102,9 @@ def copy_newest_step(source: Bucket, entries: Mapping[str, Entry], directory: Pa
         names = [name for name in entries if name.removeprefix(below).startswith(parts) and name.startswith(below)]
         copy(source, entries, directory, [name for name in names if name != below + MANIFEST])
         copy(source, entries, directory, [below + MANIFEST])  # last, as it was written
-        if damage(directory / STEPS / str(step), part) is None:
+        if (sentence := damage(directory / STEPS / str(step), part)) is None:
             return step
+        warn_once(f"{sentence} ({source.url})")
     return None
 
 

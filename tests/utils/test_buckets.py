@@ -1,0 +1,216 @@
+"""Objects and locks of a bucket: both stores behave alike, one run of several gets a lock, and every failure is one sentence."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import pytest
+
+from benchmarks import emulators
+from llavamed_jax.errors import UsageError, UserError
+from llavamed_jax.utils import bucket_lock, buckets, paths
+from llavamed_jax.utils.bucket_lock import BucketLock, Taken
+from llavamed_jax.utils.buckets import Bucket, Missing
+from tests.support import stores
+
+
+@pytest.fixture(scope="module", params=["memory", "gs", "s3"])
+def scheme(request, tmp_path_factory):
+    with stores.running(request.param, tmp_path_factory.mktemp("cache")) as scheme:
+        yield scheme
+
+
+@pytest.fixture
+def bucket(scheme):
+    return Bucket(stores.address(scheme))
+
+
+def test_objects(bucket, tmp_path):
+    """Odd names, an empty file and one of several megabytes; a listing knows sizes, and a version that follows the content."""
+    contents = {"a b#?%41ü.x": b"odd", "below/it/f": b"", "large": os.urandom(3_000_000), ".hidden": b"h"}
+    for name, content in contents.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    assert bucket.entries() == {}
+    bucket.upload(tmp_path, [*contents, "gone in the meantime"])
+    first = bucket.entries()
+    assert {name: entry.size for name, entry in first.items()} == {name: len(content) for name, content in contents.items()}
+    assert list(bucket.entries("below/")) == ["below/it/f"]
+    bucket.download(tmp_path / "back", list(contents))
+    assert {name: (tmp_path / "back" / name).read_bytes() for name in contents} == contents
+    assert not [name for _, _, names in os.walk(tmp_path / "back") for name in names if name.endswith(".tmp")]
+    bucket.write("large", b"small now")
+    second = bucket.entries()
+    assert bucket.read("large") == b"small now" and second["large"].version != first["large"].version
+    assert second["below/it/f"] == first["below/it/f"]
+    bucket.delete(["large", "below/it/f", "never there"])
+    assert sorted(bucket.entries()) == [".hidden", "a b#?%41ü.x"]
+    with pytest.raises(Missing, match=rf"{bucket.url}/none cannot be read: it does not exist$"):
+        bucket.read("none")
+    with pytest.raises(Missing, match="cannot be read: it does not exist"):
+        bucket.download(tmp_path / "other", [".hidden", "none"])
+    with pytest.raises(UserError, match="is not a name that a file can have"):
+        bucket.download(tmp_path / "other", ["../outside"])
+    with pytest.raises(Missing, match="the bucket nobodys does not exist"):
+        Bucket(bucket.url.replace("bucket/", "nobodys/", 1)).entries()
+    with pytest.raises(Missing, match="the bucket nobodys does not exist"):
+        Bucket(bucket.url.replace("bucket/", "nobodys/", 1)).write("x", b"")
+
+
+def test_one_of_several_creates_an_object(bucket):
+    others = [Bucket(bucket.url) for _ in range(6)]
+    with ThreadPoolExecutor(6) as threads:
+        for turn in range(5):
+            made = list(threads.map(lambda k, name=f"x{turn}": others[k].create(name, b"%d" % k), range(6)))
+            assert sum(made) == 1 and bucket.read(f"x{turn}") == b"%d" % made.index(True)
+    assert bucket.create("x0", bucket.read("x0"))  # the answer to a request was lost, and the library sent it again
+
+
+def test_a_lock_has_one_owner(bucket):
+    first = BucketLock(bucket)
+    first.take()
+    (name,) = bucket.entries(".lock/")
+    record = json.loads(bucket.read(name))
+    assert record["pid"] == os.getpid() and record["host"] and record["since"] <= record["time"]
+    with pytest.raises(UserError, match=rf"the workdir {bucket.url} is in use by another run \(process {os.getpid()} on .*, since 20.*Z?.*renewed 20"):
+        BucketLock(bucket).take()
+    first.renew()
+    assert json.loads(bucket.read(name))["time"] > record["time"]
+    first.release()
+    second = BucketLock(bucket)
+    second.take()
+    assert list(bucket.entries(".lock/")) == [".lock/2"]
+    with pytest.raises(Taken, match=r"was taken by another run \(process"):
+        first.renew()
+    second.check()
+    bucket.delete([".lock/2"])
+    with pytest.raises(Taken, match="the lock of .* was removed; nothing more is saved there"):
+        second.check()
+
+
+def test_of_many_that_take_a_lock_at_once_one_gets_it(bucket):
+    def race(k):
+        try:
+            BucketLock(Bucket(f"{bucket.url}/{k // 5}")).take()
+        except UserError as error:
+            assert "is in use by another run" in str(error)
+            return 0
+        return 1
+
+    with ThreadPoolExecutor(5) as threads:
+        got = list(threads.map(race, range(20)))
+    assert [sum(got[k:k + 5]) for k in range(0, 20, 5)] == [1] * 4
+
+
+def test_the_lock_of_a_killed_run_of_this_machine_is_taken_at_once(bucket):
+    """Its process is gone; one of the same number that was started later is another process."""
+    killed = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(99)"])
+    record = {**bucket_lock._process(killed.pid), "id": "x", "host": "here"}
+    assert record["started"] and record["machine"]
+    bucket.write(".lock/7", json.dumps(record).encode())
+    with pytest.raises(UserError, match=f"in use by another run .process {killed.pid} on here"):
+        BucketLock(bucket).take()
+    bucket.write(".lock/8", json.dumps({**record, "started": record["started"] - 1}).encode())
+    BucketLock(bucket).take()
+    assert list(bucket.entries(".lock/")) == [".lock/9"]
+    bucket.write(".lock/10", json.dumps(record).encode())
+    killed.kill()
+    killed.wait()
+    BucketLock(bucket).take()
+
+
+def test_the_lock_of_another_machine_is_stale_once_nobody_renews_it(bucket, monkeypatch, capsys):
+    monkeypatch.setattr(bucket_lock, "STALE_S", 0.6)
+    monkeypatch.setattr(bucket_lock, "_POLL_S", 0.05)
+    for number, content in enumerate((b'{"machine": "another", "pid": 1, "host": "h"}', b"no JSON", b"[]"), 1):
+        bucket.write(f".lock/{2 * number}", content)
+        began = time.monotonic()
+        lock = BucketLock(bucket)
+        lock.take()
+        assert time.monotonic() - began > 0.6 and lock._number == 2 * number + 1
+    assert "the lock counts as stale once it has not been renewed for 1 s" in capsys.readouterr().out
+    monkeypatch.setattr(bucket_lock, "STALE_S", 600.0)
+    bucket.write(".lock/20", b"{}")
+    # What is called while the lock is watched renews it, as its run would.
+    monkeypatch.setattr(bucket_lock.signals, "check", lambda: bucket.write(".lock/20", b'{"machine": "another", "time": 1}'))
+    with pytest.raises(UserError, match="is in use by another run"):
+        BucketLock(bucket).take()
+
+
+def test_a_store_without_preconditions_is_refused(bucket, monkeypatch):
+    monkeypatch.setattr(Bucket, "create", lambda self, name, content: self.write(name, content) or True)
+    with pytest.raises(UserError, match="writes an object that exists although the request forbids it"):
+        BucketLock(bucket).take()
+
+
+@pytest.mark.parametrize("scheme, status, sentence", [
+    ("gs", 401, "no valid credentials were found .*gcloud auth application-default login"),
+    ("gs", 403, "the credentials do not permit it"), ("s3", 403, "the credentials do not permit it"), ("s3", 400, "cannot be read")])
+def test_answers_that_refuse(scheme, status, sentence, monkeypatch):
+    pytest.importorskip(stores.PACKAGES[scheme][0])
+
+    class Refusing(BaseHTTPRequestHandler):
+        def do_GET(self):
+            body = b'{"error": {"code": %d, "message": "no"}}' % status if scheme == "gs" else b"<Error><Code>AccessDenied</Code><Message>no</Message></Error>"
+            if status == 400:
+                body = b"<html>not a store"
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_):
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Refusing)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}"
+    with emulators.environment({"STORAGE_EMULATOR_HOST": url, "AWS_ENDPOINT_URL": url, **emulators.KEYS}):
+        with pytest.raises(UserError, match=sentence) as caught:
+            Bucket(f"{scheme}://bucket/x").entries()
+    server.shutdown()
+    assert "\n" not in str(caught.value) and str(caught.value).startswith(f"{scheme}://bucket/x cannot be read")
+
+
+def test_missing_credentials_of_s3(monkeypatch, tmp_path):
+    pytest.importorskip("s3fs")
+    for name in emulators.KEYS:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    with pytest.raises(UserError, match="s3://bucket/x cannot be read: no valid credentials were found .*; run `aws configure`"):
+        Bucket("s3://bucket/x").entries()
+
+
+def test_addresses():
+    assert paths.split_bucket("gs://b.c-d_e/k/l m/") == ("gs", "b.c-d_e", "k/l m")
+    for url in ("gs://b", "gs://b/", "gs://", "s3:///k", "gs://B/k", "gs://b//k", "gs://b/k//l", "gs://b/../k", "gs://b/./k", "s3://b/k//"):
+        with pytest.raises(UsageError, match="is not an address in a bucket; gs://BUCKET/KEY or s3://BUCKET/KEY was expected"):
+            paths.split_bucket(url)
+
+
+def test_a_missing_package_is_one_sentence(monkeypatch):
+    for scheme, (package, *_) in buckets._MODULES.items():
+        monkeypatch.setitem(sys.modules, package, None)
+        with pytest.raises(UserError, match=rf"^{package}, which reads and writes {scheme}:// addresses, is not installed: pip install 'llavamed-jax\[cloud\]'$"):
+            Bucket(f"{scheme}://bucket/x")
+
+
+def test_the_directory_of_copies(monkeypatch, tmp_path):
+    monkeypatch.setenv(buckets.DIRECTORY, str(tmp_path / "x"))
+    assert buckets.local_copies() == tmp_path / "x" and buckets.is_local_copy(tmp_path / "x" / "y") and not buckets.is_local_copy(tmp_path)
+    monkeypatch.setenv(buckets.DIRECTORY, "relative")
+    with pytest.raises(UserError, match="an absolute path was expected in LLAVAMED_BUCKET_CACHE"):
+        buckets.local_copies()
+    assert not buckets.is_local_copy(tmp_path)
+    monkeypatch.delenv(buckets.DIRECTORY)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert buckets.local_copies() == Path(tmp_path) / "llavamed_jax" / "buckets"
