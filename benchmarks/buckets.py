@@ -1,20 +1,24 @@
 """Kills runs whose workdir is in a bucket, and lets runs race for one workdir, on stores of this machine (`emulators.py`).
 
-    python benchmarks/buckets.py [--store gs|s3] [--kills 10] [--races 20] [--seed 0]
+    python benchmarks/buckets.py [--store gs|s3] [--kills 10] [--races 20] [--jobs 1] [--seed 0]
 
 Kills: one run is left alone. Each other one is ended by SIGKILL at a moment anywhere between its start and its end, and started
 again, with an empty directory of local copies, as on another machine. It has to go on to the same losses, gradients and counts at
 every step, and to the same parameters, bit for bit, read from the bucket. Races: two runs are started at once for one new workdir.
 One has to finish it, and the other one has to end with exit status 1 and one sentence that names the first; or, if it came after
-the end of the first, with 0 and the sentence that the run is finished. The last line is how many of all went well.
+the end of the first, with 0 and the sentence that the run is finished. Jobs: two processes train together, one of them is killed,
+and both are started again; the result equals that of two processes that were left alone. The last line is how many of all went well.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import shutil
+import socket
+import subprocess
 import sys
 import tempfile
 import time
@@ -94,11 +98,41 @@ def race(scheme: str, start: Path, base: Path, number: int) -> str | None:
     return None if [line["step"] for line in history(f"{scheme}://{emulators.BUCKET}/race{number}")] == list(range(1, 11)) else "steps are missing"
 
 
+def job(words: list[str], log: Path) -> list[subprocess.Popen]:
+    """Two processes of one run on this machine, started."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{found.getsockname()[1]}"
+    with open(log, "a", encoding="utf-8") as out:
+        return [subprocess.Popen([sys.executable, *words, "--coordinator", address, "--num_processes", "2", "--process_id", str(k)],
+                                 cwd=runs.ROOT, env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}, stdout=out, stderr=out)
+                for k in range(2)]
+
+
+def killed_job(scheme: str, start: Path, base: Path, number: int) -> str | None:
+    """Kills one of two processes once a step is in the bucket, and starts both again; returns what went wrong."""
+    words = lambda name: runs.train(start, f"{scheme}://{emulators.BUCKET}/{name}{number}", UPDATES, SAVE_EVERY, 0)
+    alone, killed = (f"{scheme}://{emulators.BUCKET}/{name}{number}" for name in ("whole", "job"))
+    log = base / f"job{number}"
+    status = [process.wait() for process in job(words("whole"), log)]
+    if status != [0, 0]:
+        return f"the job that was left alone ended with {status}: {log.read_text(encoding='utf-8')[-500:]!r}"
+    running = job(words("job"), log)
+    while not reached(killed).startswith("step ") and running[1].poll() is None:
+        time.sleep(0.2)
+    running[1].kill()
+    ended = [process.wait() for process in running]
+    state, again = reached(killed), [process.wait() for process in job(words("job"), log)]
+    print(f"job {number + 1}: one of two processes killed ({state}), exit statuses {ended}, then {again}", flush=True)
+    return difference(killed, history(alone), runs.parameters(alone))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--store", choices=("gs", "s3"), default="gs")
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--races", type=int, default=20)
+    parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     good, begun, draw = 0, time.monotonic(), random.Random(args.seed)
@@ -113,8 +147,12 @@ def main() -> int:
                 wrong = race(args.store, start, base, number)
                 good += wrong is None
                 print(f"race {number + 1}: {wrong or 'one run trained, the other one was refused or came after it'}", flush=True)
-    print(f"took {(time.monotonic() - begun) / 60:.1f} minutes\n{good}/{args.kills + args.races}")
-    return 0 if good == args.kills + args.races else 1
+            for number in range(args.jobs):
+                wrong = killed_job(args.store, start, base, number)
+                good += wrong is None
+                print(f"job {number + 1}: {wrong or 'the same run'}", flush=True)
+    print(f"took {(time.monotonic() - begun) / 60:.1f} minutes\n{good}/{args.kills + args.races + args.jobs}")
+    return 0 if good == args.kills + args.races + args.jobs else 1
 
 
 if __name__ == "__main__":

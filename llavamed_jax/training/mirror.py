@@ -193,6 +193,8 @@ class Mirror:
         with contextlib.suppress(UserError):
             if not self._is_lost and not self._is_broken:
                 self.push()
+        with contextlib.suppress(UserError):
+            if not self._is_lost:
                 self._lock.release()
         return self._keep()
 

@@ -19,6 +19,8 @@ from llavamed_jax.utils.bucket_lock import BucketLock, Taken
 from llavamed_jax.utils.buckets import Bucket, Missing
 from tests.support import stores
 
+MODULES = dict(buckets._MODULES)  # which the store in memory replaces
+
 
 @pytest.fixture(scope="module", params=["memory", "gs", "s3"])
 def scheme(request, tmp_path_factory):
@@ -154,6 +156,7 @@ def test_a_store_without_preconditions_is_refused(bucket, monkeypatch):
     ("gs", 403, "the credentials do not permit it"), ("s3", 403, "the credentials do not permit it"), ("s3", 400, "cannot be read")])
 def test_answers_that_refuse(scheme, status, sentence, monkeypatch):
     pytest.importorskip(stores.PACKAGES[scheme][0])
+    monkeypatch.setattr(buckets, "_MODULES", MODULES)
 
     class Refusing(BaseHTTPRequestHandler):
         def do_GET(self):
@@ -198,7 +201,8 @@ def test_addresses():
 
 
 def test_a_missing_package_is_one_sentence(monkeypatch):
-    for scheme, (package, *_) in buckets._MODULES.items():
+    monkeypatch.setattr(buckets, "_MODULES", MODULES)
+    for scheme, (package, *_) in MODULES.items():
         monkeypatch.setitem(sys.modules, package, None)
         with pytest.raises(UserError, match=rf"^{package}, which reads and writes {scheme}:// addresses, is not installed: pip install 'llavamed-jax\[cloud\]'$"):
             Bucket(f"{scheme}://bucket/x")
