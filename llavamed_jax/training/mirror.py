@@ -125,7 +125,8 @@ class Mirror:
             except UserError:
                 self._is_broken = True
                 raise
-            self.saved = step if step is not None else self.saved
+            if step is not None and f"{STEPS}{step}/{MANIFEST}" in self._sent:
+                self.saved = step
 
     def _push(self, is_step: bool) -> None:
         self._check_lock()
@@ -136,20 +137,23 @@ class Mirror:
         files = [name for name in new if not _is_manifest(name)]
         # A step that is written again does not count until it is whole; files of an interrupted save go.
         self._bucket.delete([name for name in manifests if name in remote])
-        steps = tuple(name.removesuffix(MANIFEST) for name in manifests)
+        steps = tuple(map(_step_of, manifests))
         self._bucket.delete([name for name in remote if name.startswith(steps) and name not in found])
         self._bucket.upload(self.directory, [name for name in files if name == "recipe.json"])
         self._bucket.upload(self.directory, [name for name in files if name != "recipe.json" and not _is_log(name)])
         self._upload_logs([name for name in files if _is_log(name)])
         listed = self._bucket.entries()
-        for name in files:
-            if (name not in listed or listed[name].size != found[name][0] and not _is_log(name)) and (
-                    self.directory / name).exists():
+        lacking = [name for name in files if not _is_log(name) and (
+            name not in listed or listed[name].size != found[name][0])]
+        for name in lacking:
+            if (self.directory / name).exists():
                 raise UserError(f"{self.url}/{name} was removed while the run wrote it, so the step is not saved")
+        # A step of which files were deleted here in the meantime, as old steps are, does not count.
+        manifests = [name for name in manifests if not any(each.startswith(_step_of(name)) for each in lacking)]
         self._check_lock()
         self._bucket.upload(self.directory, manifests)
         listed |= self._bucket.entries(STEPS) if manifests else {}
-        self._sent |= {name: (*found[name], _version(listed, name)) for name in new}
+        self._sent |= {name: (*found[name], _version(listed, name)) for name in (*files, *manifests)}
         self._delete(listed, is_step)
 
     def _upload_logs(self, names: list[str]) -> None:
@@ -267,7 +271,7 @@ class Mirror:
                 self._is_lost = True
                 signals.ask(str(error), is_failure=True)
                 return
-            except UserError as error:
+            except (UserError, OSError) as error:  # OSError: the local disk is full
                 warn(str(error))
 
     def _push_logs(self) -> None:
@@ -336,6 +340,11 @@ def _version(remote: Mapping[str, Entry], name: str) -> str | None:
 
 def _is_manifest(name: str) -> bool:
     return name.startswith(STEPS) and name.count("/") == 2 and name.endswith(f"/{MANIFEST}")
+
+
+def _step_of(manifest: str) -> str:
+    """Returns the folder of a step's manifest, with its slash."""
+    return manifest.removesuffix(MANIFEST)
 
 
 def _is_log(name: str) -> bool:
