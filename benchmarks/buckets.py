@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import emulators, runs
 from benchmarks.runs import Run
 
-UPDATES, SAVE_EVERY = 60, 5
+UPDATES, SAVE_EVERY = 20, 4
 
 
 def reached(url: str) -> str:
