@@ -1,12 +1,18 @@
 """Jobs of two hosts, played on one machine: what SLURM and Open MPI set for each process, and what they do to a job."""
 
+import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
+from tests.support import training_runs as runs
+from tests.support import xla
 from tests.support.several import ends
 from tests.support.training_runs import ROOT
 
@@ -58,3 +64,55 @@ def test_processes_of_an_evaluation_find_each_other(told, tmp_path):
     assert (first, second, silent, err) == (0, 0, "", ""), said + err
     assert "questions, process 0 of 2" in said and "report: " in out
     assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.json", "predictions.jsonl", "report.html", "tensorboard"]
+
+
+SRUN = """#!{python}
+import os, signal, subprocess, sys
+from tests.parallel.test_played_clusters import slurm
+tasks = [subprocess.Popen(sys.argv[1:], env={{**os.environ, **slurm(int(os.environ["SLURM_JOB_ID"]), k)}}) for k in range(2)]
+signal.signal(signal.SIGTERM, lambda number, _: [task.send_signal(number) for task in tasks])
+open("{folder}/srun.pid", "w").write(str(os.getpid()))
+sys.exit(max(task.wait() for task in tasks))
+"""
+
+
+def program(path: Path, text: str) -> None:
+    path.write_text(text)
+    path.chmod(0o755)
+
+
+def logged(workdir: Path) -> list[int]:
+    file = workdir / "metrics.jsonl"
+    lines = file.read_text().splitlines() if file.exists() else []
+    return [row["step"] for row in map(json.loads, lines) if "loss" in row]
+
+
+def test_a_job_whose_time_ends_saves_is_requeued_and_goes_on(tmp_path):
+    """`docs/launch/slurm.sbatch` as it is. `srun` starts two tasks and passes on SIGTERM, as SLURM does 180 s before the end."""
+    data, steps, work = runs.write_data(tmp_path), 60, tmp_path / "run"
+    bin_, number = tmp_path / "bin", job()
+    bin_.mkdir()
+    program(bin_ / "srun", SRUN.format(python=sys.executable, folder=tmp_path))
+    program(bin_ / "scontrol", f'#!/bin/sh\necho "$@" >> {tmp_path}/scontrol\n')
+    program(bin_ / "python", f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    keys = {"total_steps": steps, "max_length": 40, "batch_size": 4, "log_every": 1, "checkpoint.every_steps": 1000}
+    command = ["bash", "docs/launch/slurm.sbatch", *(f"--config.{key}={value}" for key, value in keys.items())]
+    told = environment(PATH=f"{bin_}:{os.environ['PATH']}", SLURM_JOB_ID=str(number), SLURM_NNODES="2", XLA_FLAGS=xla.flags(2),
+                       WORKDIR=str(work), RECIPE="configs/demo.py:vqa", INIT=str(runs.write_start(tmp_path / "start")),
+                       DATA=str(data / "train.json"), IMAGES=str(runs.SAMPLE / "images"))
+
+    def started():
+        return subprocess.Popen(command, cwd=ROOT, env=told, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    running, until = started(), time.monotonic() + PATIENCE_S
+    while len(logged(work)) < 3 and time.monotonic() < until and running.poll() is None:
+        time.sleep(0.05)
+    os.kill(int((tmp_path / "srun.pid").read_text()), signal.SIGTERM)
+    ((status, out, said),) = ends([running], PATIENCE_S)
+    assert status == 75, out + said
+    done = logged(work)
+    assert 3 <= len(done) < steps and (tmp_path / "scontrol").read_text() == f"requeue {number}\n"
+    assert [path.name for path in (work / "checkpoints").iterdir() if path.name.isdecimal()] == [str(done[-1])]
+    ((status, out, said),) = ends([started()], PATIENCE_S)
+    assert status == 0, out + said
+    assert logged(work) == list(range(1, steps + 1)) and (tmp_path / "scontrol").read_text() == f"requeue {number}\n"
