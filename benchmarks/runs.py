@@ -15,8 +15,10 @@ from pathlib import Path
 
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from llavamed_jax.utils.child_processes import SEGMENT
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 SAMPLE, SHM = ROOT / "samples" / "vqa_rad", Path("/dev/shm")
 MARK = "LLAVAMED_ENDED_RUN"  # in the environment of a run and of every process that it starts
 GRACE_S = 20.0  # after which a process or a segment counts as left behind
@@ -142,8 +144,8 @@ class Run:
         return found
 
     def _segments(self) -> list[str]:
-        """New since this run began, and mapped by no living process: those of other programs are in use or were there."""
-        new = segments() - self.segments
+        """New since this run began, and neither mapped by a living process nor on the way between those of another run."""
+        new = {name for name in segments() - self.segments if not _is_anothers(name)}
         mapped = set()
         for folder in Path("/proc").iterdir() if new else ():
             try:
@@ -158,6 +160,12 @@ def _send(number: int, pids: list[int]) -> None:
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, number)
+
+
+def _is_anothers(segment: str) -> bool:
+    """Whether the process is alive whose worker made a segment; one of the run itself counts as left behind anyway."""
+    number = segment.removeprefix(SEGMENT).partition("_")[0]
+    return segment.startswith(SEGMENT) and number.isdigit() and Path(f"/proc/{number}").exists()
 
 
 def segments() -> set[str]:

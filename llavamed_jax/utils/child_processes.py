@@ -15,7 +15,7 @@ import sys
 import threading
 from multiprocessing import parent_process, resource_tracker, shared_memory
 
-SEGMENT = "llavamed_"  # begins the names of shared memory
+SEGMENT = "llavamed_"  # begins the names of shared memory; the number of the worker's parent process follows
 _PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
@@ -83,7 +83,8 @@ class _RegisteredMemory(shared_memory.SharedMemory):
 
     def __init__(self, name: str | None = None, create: bool = False, size: int = 0, **kwargs):
         if create and name is None:
-            name = f"{SEGMENT}{secrets.token_hex(8)}"  # no other process has it: the tracker would remove that one's
+            # Nothing else has this name, or the tracker would remove it. macOS permits 30 characters.
+            name = f"{SEGMENT}{os.getppid()}_{secrets.token_hex(6)}"
             resource_tracker.register(f"/{name}", "shared_memory")
         super().__init__(name, create, size, **kwargs)
 

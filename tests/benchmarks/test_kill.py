@@ -30,6 +30,7 @@ def test_a_process_and_a_segment_that_stay_are_found(tmp_path, monkeypatch):
     run = runs.Run(["-c", child], tmp_path.parent / "log", None)
     assert run.kill_at(1.5)
     (tmp_path / "psm_left").write_bytes(b"x")
+    (tmp_path / f"llavamed_{os.getpid()}_0a").write_bytes(b"x")  # of another run, which is alive
     found = run.leftovers()
     assert len(found) == 2 and found[0].startswith("process ") and found[1] == "segment psm_left"
     subprocess.run(["kill", found[0].split()[1].rstrip(":")], check=True)

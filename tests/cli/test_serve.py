@@ -33,7 +33,7 @@ def test_keys_come_from_a_flag_and_from_a_file(tmp_path, capsys):
     parse = lambda *words: serve._keys(serve._parser().parse_args(["--checkpoint", "x", *words]))
     file.write_text("# of the ward\nward secret-1\n\nsecret-2\n", encoding="utf-8")
     assert parse("--api_keys", str(file), "--api_key", "secret-0") == {"api_key": "secret-0", "ward": "secret-1", "line 4": "secret-2"}
-    for text, sentence in [("a b c\n", "line 1: a key, or a name"), ("a x\na y\n", "line 2"), ("\n#\n", "holds no key")]:
+    for text, sentence in [("a b c\n", "line 1: KEY, or NAME KEY"), ("a x\na y\n", "line 2"), ("\n#\n", "holds no key")]:
         file.write_text(text, encoding="utf-8")
         assert serve.main(["--checkpoint", "x", "--api_keys", str(file)]) == 1
         error = capsys.readouterr().err

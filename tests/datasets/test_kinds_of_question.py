@@ -69,8 +69,8 @@ def test_the_right_option_is_found_and_bad_options_are_named():
     assert right_choice(choice(1, "Both lungs.")) == 2
     assert right_choice(choice(1, "b", options=("B", "b"))) == 1, "to the letter, where that tells them apart"
     for sample, message in (
-        (choice(7, "x"), "question 7 has the answer 'x', which 0 of its 4 options are"),
-        (choice(7, "x", options=("x", "x")), "which 2 of its 2 options are"),
+        (choice(7, "x"), "question 7 has the answer 'x', which equals 0 of its 4 options; exactly one"),
+        (choice(7, "x", options=("x", "x")), "which equals 2 of its 2 options"),
         (choice(7, "x", options=("x",)), "question 7 has 1 options; 2 to 26 were expected"),
         (choice(7, "x", options=()), "question 7 has 0 options"),
     ):

@@ -168,8 +168,8 @@ def test_faults_change_nothing_but_the_time(hurried, tmp_path, capsys):
     for name in ("predictions.jsonl", "predictions_control_image.jsonl"):
         assert (tmp_path / "calm" / name).read_bytes() == (tmp_path / "rough" / name).read_bytes()
     found = [json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("calm", "rough")]
-    addresses = [each["asked"].pop("endpoint") for each in found]
-    assert found[0] == found[1] and addresses[0] != addresses[1] == server.url
+    addresses, hashes = [each["asked"].pop("endpoint") for each in found], {each.pop("evaluation") for each in found}
+    assert found[0] == found[1] and len(hashes) == 2 and addresses[0] != addresses[1] == server.url
     page = (tmp_path / "rough" / "report.html").read_text()
     rows = dict(re.findall("<tr><th>([^<]*)</th><td><code>([^<]*)</code></td></tr>", page))
     faults, again = server.faults_met(), re.fullmatch(r"(\d+) \(.*no reply in time: (\d+).*\)", rows["requests sent again"])
