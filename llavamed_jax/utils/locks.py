@@ -5,6 +5,7 @@ Some file systems have no locks: Lustre without the mount option `flock`, NFS wi
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 
 from llavamed_jax.errors import warn_once
@@ -27,6 +28,12 @@ def lock(descriptor: int, is_shared: bool = False) -> bool | None:
     except OSError:
         return None
     return True
+
+
+def wait(descriptor: int) -> None:
+    """Locks the file or directory of a descriptor once no other process holds it; does nothing without locks."""
+    with contextlib.suppress(OSError):
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
 
 
 def is_free(descriptor: int, directory: object) -> bool:

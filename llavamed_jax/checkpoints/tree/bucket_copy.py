@@ -7,7 +7,6 @@ tensors are checked by the sha256 of their manifests when they are read.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -16,6 +15,7 @@ from pathlib import Path
 from llavamed_jax.checkpoints.tree import holding
 from llavamed_jax.checkpoints.tree.step_manifest import MANIFEST, damage
 from llavamed_jax.errors import UsageError, UserError, warn_once
+from llavamed_jax.utils import locks
 from llavamed_jax.utils.buckets import DIRECTORY, Bucket, Entry, Missing, amount, local_copies
 from llavamed_jax.utils.files import read_json, write_json
 from llavamed_jax.utils.paths import split_bucket
@@ -172,8 +172,7 @@ def _alone(directory: Path) -> Iterator[None]:
         raise UserError(f"{directory} cannot be written: {error.strerror} ({DIRECTORY} names another directory for "
                         "local copies)") from None
     try:
-        with contextlib.suppress(OSError):  # a file system without locks
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        locks.wait(descriptor)
         yield
     finally:
         os.close(descriptor)
