@@ -152,7 +152,7 @@ def test_a_row_is_what_the_interface_promises_and_its_peak_decides(monkeypatch, 
 def test_the_largest_of_the_engines_programs_decides_with_what_lies_beside_it(monkeypatch, machine, beside, fits):
     serving = SimpleNamespace(
         programs=lambda: [("encode", 0, 0), ("prefill", 1, beside), ("decode", 2, 0)], bytes=lambda: dict(parameters=100, cache=50),
-        mesh=SimpleNamespace(shape={"data": 1, "fsdp": 1, "tp": 8}, size=8), rows=8, length=256, batch=4, prompt=128, flops=lambda: 7.0)
+        mesh=SimpleNamespace(shape={"data": 1, "fsdp": 1, "tp": 8}, size=8), rows=8, length=256, batch=4, prompt=128, flops=lambda: 7.0, prefill_flops=lambda: 6.0, attention="xla")
     peaks = [machine - 300, machine - 100, machine - 50]
     monkeypatch.setattr(compiling.Serving, "of", lambda *_: serving)
     monkeypatch.setattr(compiling, "compiled", lambda number, _: found_of(peaks[number], HLO if number == 1 else ""))
