@@ -14,8 +14,6 @@ or without an image are left out and counted.
 
 from __future__ import annotations
 
-import csv
-import io
 import logging
 import re
 import xml.etree.ElementTree as ElementTree
@@ -25,7 +23,7 @@ from pathlib import Path
 from llavamed_jax.datasets import detect
 from llavamed_jax.datasets.published_choices import folder_of
 from llavamed_jax.datasets.registry import SPLITS, DataSet, Selection
-from llavamed_jax.datasets.rows import Row, one_of
+from llavamed_jax.datasets.rows import Row, one_of, read_table
 from llavamed_jax.datasets.sample import CAPTION, VqaSample, all_images, check_images
 from llavamed_jax.errors import UserError
 from llavamed_jax.utils.files import open_file, read_bytes, read_json
@@ -111,31 +109,13 @@ def _paths(row: Row, folder: Path) -> list[Path]:
 def _from_tables(root: Path, folder: Path) -> Iterator[Study]:
     """Yields the studies of Kaggle's tables; frontal images stand before lateral ones."""
     shown: dict[str, list[tuple[bool, Path]]] = {}
-    for row in _table(root / PROJECTIONS, "uid", "filename", "projection"):
+    for row in read_table(root / PROJECTIONS, ("uid", "filename", "projection"), NAME):
         is_lateral = row.text("projection").lower() != "frontal"
         shown.setdefault(row.words("uid"), []).append((is_lateral, row.image("filename", folder)))
-    for row in _table(root / REPORTS, "uid", "findings"):
+    for row in read_table(root / REPORTS, ("uid", "findings"), NAME):
         identity = row.words("uid")
         views = sorted(shown.get(identity, ()), key=lambda view: view[0])
         yield f"CXR{identity}", row.text("findings"), [path for _, path in views]
-
-
-def _table(file: Path, *columns: str) -> list[Row]:
-    try:
-        text = read_bytes(file, f"the data file {file}").decode("utf-8-sig")
-        lines = list(csv.DictReader(io.StringIO(text, newline=""), strict=True))
-    except FileNotFoundError:
-        raise UserError(f"the data file {file} does not exist") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{file} is not UTF-8 text; a CSV file was expected") from None
-    except csv.Error as error:
-        raise UserError(f"{file} is not CSV: {error}") from None
-    for number, line in enumerate(lines):
-        missing = [column for column in columns if line.get(column) is None]
-        if missing:
-            raise UserError(f"row {number} of {file} has no {missing[0]!r}; the columns {', '.join(columns)} were "
-                            "expected")
-    return [Row(line, f"row {number} of {file}", NAME) for number, line in enumerate(lines)]
 
 
 def _from_xml(root: Path, folder: Path) -> Iterator[Study]:

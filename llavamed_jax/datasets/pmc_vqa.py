@@ -7,18 +7,15 @@ Choice D, Answer, split`; the first one and `test_clean.csv` have the answer's t
 
 from __future__ import annotations
 
-import csv
-import io
 import re
 from pathlib import Path
 
 from llavamed_jax.datasets import detect
 from llavamed_jax.datasets.published_choices import Questions, folder_of, right_place
 from llavamed_jax.datasets.registry import DataSet, Selection
-from llavamed_jax.datasets.rows import Row, one_of
+from llavamed_jax.datasets.rows import one_of, read_table
 from llavamed_jax.datasets.sample import VqaSample
 from llavamed_jax.errors import UserError
-from llavamed_jax.utils.files import read_bytes
 
 NAME, SPLITS, LETTERS = "pmc_vqa", ("train", "test"), "ABCD"
 FILES = {"train": ("train_2.csv", "train.csv"), "test": ("test_2.csv", "test_clean.csv", "test.csv")}
@@ -39,7 +36,7 @@ def read_pmc_vqa(selected: Selection) -> list[VqaSample]:
     file = file_of(Path(selected.root), selected.split)
     folder = folder_of(file.parent, selected.images, "figures", "images")
     found = Questions(str(file))
-    for index, row in enumerate(_rows(file)):
+    for index, row in enumerate(read_table(file, COLUMNS, NAME)):
         lines = [row.value[f"Choice {letter}"] for letter in LETTERS]
         options = [re.sub(rf"^\s*{letter}\s*:", "", line).strip() for letter, line in zip(LETTERS, lines, strict=True)]
         label = row.value.get("Answer_label")
@@ -57,22 +54,6 @@ def file_of(root: Path, split: str) -> Path:
     if found is None:
         raise UserError(f"the data file {root / FILES[split][0]} does not exist{detect.hint(root, NAME)}")
     return found
-
-
-def _rows(file: Path) -> list[Row]:
-    try:
-        text = read_bytes(file, f"the data file {file}").decode("utf-8-sig")
-        lines = list(csv.DictReader(io.StringIO(text, newline=""), strict=True))
-    except UnicodeDecodeError:
-        raise UserError(f"{file} is not UTF-8 text; a CSV file was expected") from None
-    except csv.Error as error:
-        raise UserError(f"{file} is not CSV: {error}") from None
-    for number, line in enumerate(lines):
-        missing = [column for column in COLUMNS if line.get(column) is None]
-        if missing or None in line:
-            what = f"has no {missing[0]!r}" if missing else "has more cells than the header"
-            raise UserError(f"row {number} of {file} {what}; the columns {', '.join(COLUMNS)} were expected")
-    return [Row(line, f"row {number} of {file}", NAME) for number, line in enumerate(lines)]
 
 
 def _variant(selected: Selection) -> str:

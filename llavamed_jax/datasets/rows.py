@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +34,43 @@ def read_rows(file: Path, layout: str) -> list[Row]:
     Raises:
       UserError: the file is missing, or is not UTF-8 or not JSON.
     """
-    try:
-        text = read_bytes(file, f"the data file {file}").decode("utf-8-sig")
-    except FileNotFoundError:
-        raise UserError(f"the data file {file} does not exist") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file} is not UTF-8 text; a JSON list or JSON lines were expected") from error
+    text = _text(file, "a JSON list or JSON lines were")
     if text.lstrip().startswith("["):
         return named_rows(parse_json(text, str(file)), file, layout)
     return named_rows([row for _, row in parse_jsonl(text, lambda number: f"line {number} of {file}")], file, layout)
+
+
+def read_table(file: Path, columns: Sequence[str], layout: str) -> list[Row]:
+    """Reads the rows of a CSV file; the first line has the names of the columns.
+
+    Args:
+      file: the file.
+      columns: the columns that every row must have.
+      layout: the data set that the rows should belong to, a name in `registry.SETS`.
+
+    Raises:
+      UserError: the file is missing, is not UTF-8 or not CSV, or a row has not the columns of the first line.
+    """
+    text = _text(file, "a CSV file was")
+    try:
+        lines = list(csv.DictReader(io.StringIO(text, newline=""), strict=True))
+    except csv.Error as error:
+        raise UserError(f"{file} is not CSV: {error}") from None
+    for number, line in enumerate(lines):
+        missing = [column for column in columns if line.get(column) is None]
+        if missing or None in line:
+            what = f"has no {missing[0]!r}" if missing else "has more cells than the header"
+            raise UserError(f"row {number} of {file} {what}; the columns {', '.join(columns)} were expected")
+    return named_rows(lines, file, layout)
+
+
+def _text(file: Path, expected: str) -> str:
+    try:
+        return read_bytes(file, f"the data file {file}").decode("utf-8-sig")
+    except FileNotFoundError:
+        raise UserError(f"the data file {file} does not exist") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file} is not UTF-8 text; {expected} expected") from error
 
 
 def read_split(root: str | Path, split: str, layout: str, images: str | Path | None,
