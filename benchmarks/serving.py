@@ -20,7 +20,6 @@ and adds the ratios (`serving_transformers.py`). `--baseline one_row` serves the
 from __future__ import annotations
 
 import argparse
-import base64
 import io
 import statistics
 import sys
@@ -33,7 +32,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
-from PIL import Image
 
 from benchmarks import serving_day, serving_faults
 from benchmarks.measure import ROOT, append_row, circumstances
@@ -43,17 +41,10 @@ OUT = ROOT / "benchmarks" / "results" / "serving.jsonl"
 MOST_GROWTH = 0.03  # of memory, from minute 5 to the end
 
 
-def picture(seed: int) -> str:
-    pixels = np.random.default_rng(seed).integers(0, 255, (48, 64, 3), dtype=np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "PNG")
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
-
-
 def requests_of(distinct: int, most: int, is_greedy: bool = False) -> list[dict]:
     """Distinct bodies: kinds in turn, greedy and sampled, or all greedy."""
     rng, out = np.random.default_rng(1), []
-    pictures = [picture(i) for i in range(8)]
+    pictures = [serving_faults.picture(i) for i in range(8)]
     for i in range(distinct):
         text = f"{' '.join(rng.choice(WORDS, 5))} {i}?"
         kind = i % 5

@@ -138,9 +138,7 @@ class Day:
         return self._same(reply["output"][0]["content"][0]["text"] if status == 200 else str(reply), wanted, "responses")
 
     def _new(self, rng) -> str:
-        from benchmarks.serving import picture
-
-        content = [{"type": "image_url", "image_url": {"url": picture(int(rng.integers(1 << 40)))}}, {"type": "text", "text": f"What is {rng.integers(1 << 40)}?"}]
+        content = [{"type": "image_url", "image_url": {"url": serving_faults.picture(int(rng.integers(1 << 40)))}}, {"type": "text", "text": f"What is {rng.integers(1 << 40)}?"}]
         status, reply = serving_faults.ask_json(self.address, {"messages": [{"role": "user", "content": content}], "max_tokens": 12})
         return "new" if status == 200 and reply["usage"]["completion_tokens"] else self._same(str(reply), "an answer", "new")
 

@@ -5,7 +5,9 @@ A fault opens a connection of its own. `status` is the status of the reply; 0 is
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import io
 import json
 import select
 import socket
@@ -14,6 +16,9 @@ import time
 import zlib
 from collections import Counter
 from collections.abc import Callable
+
+import numpy as np
+from PIL import Image
 
 Address = tuple[str, int]
 _PATIENCE_S = 600
@@ -57,10 +62,16 @@ def leave(address: Address, body: dict, pieces: int) -> int:
         return int(out.split(b" ", 2)[1]) if out else 200
 
 
+def picture(seed: int) -> str:
+    """Returns the URL of a picture of noise."""
+    pixels = np.random.default_rng(seed).integers(0, 255, (48, 64, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+
+
 def png_of_size(width: int, height: int) -> str:
     """Returns the URL of a PNG that says how large it is and holds nothing."""
-    import base64
-
     def part(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 

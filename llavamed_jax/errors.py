@@ -83,6 +83,11 @@ def some(items: Sequence[str], most: int = 8, separator: str = ", ") -> str:
     return separator.join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")
 
 
+def amount(size: int) -> str:
+    """Returns a number of bytes in words: `1.25 GB`, `3.0 kB`."""
+    return f"{size / 1e9:.2f} GB" if size >= 1e7 else f"{size / 1e3:.1f} kB"
+
+
 def count_of(number: int, one: str, many: str = "") -> str:
     """Returns a number with its noun: `1 image`, `2 images`.
 

@@ -70,4 +70,4 @@ def test_the_path_goes_from_parts_to_an_export(parsed):
 def test_the_terminal_answers_as_the_python_example_does():
     """Which is greedy, where the chat by itself draws at the original's temperature."""
     line = next(line for line in README.splitlines() if line.startswith("python -m llavamed_jax.chat"))
-    assert "The same answer in Python:" in README and words_of(line)[-2:] == ["--temperature", "0"]
+    assert README.index(line) < README.index("The same answer in Python:") and words_of(line)[-2:] == ["--temperature", "0"]

@@ -12,6 +12,7 @@ from llavamed_jax.checkpoints.open import open_checkpoint
 from llavamed_jax.checkpoints.torch.files import ADAPTER_CONFIG
 from llavamed_jax.config import PRESET
 from llavamed_jax.errors import UserError, exists
+from llavamed_jax.utils.paths import is_bucket
 
 
 def open_model(path: str | Path, vision_tower: str | Path | None = None,
@@ -40,9 +41,9 @@ def open_model(path: str | Path, vision_tower: str | Path | None = None,
 
 def _is_adapter(path: str | Path) -> bool:
     """Returns whether a PATH is an adapter; fetches one that the PATH names on a hub."""
-    if str(path).startswith(PRESET) or exists(tree_root(Path(path)) / "model"):
-        return False
-    directory = hub.local(path, may_be_bucket=True)
+    if str(path).startswith(PRESET) or is_bucket(path) or exists(tree_root(Path(path)) / "model"):
+        return False  # of a bucket only this project's own tree is read
+    directory = hub.local(path)
     return exists(directory) and peft.is_adapter(directory)
 
 

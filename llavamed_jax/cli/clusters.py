@@ -8,10 +8,11 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from llavamed_jax.errors import warn
 
 
 @dataclass(frozen=True)
@@ -55,17 +56,16 @@ def detected(environment: Mapping[str, str] = os.environ) -> Place | None:
     if "KUBERNETES_SERVICE_HOST" in environment and "JOB_COMPLETION_INDEX" in environment:
         if importlib.util.find_spec("kubernetes") is not None:
             return Place()
-        print("warning: this pod of an indexed job runs alone; to join the other pods, pip install kubernetes or give "
-              "--coordinator, --num_processes and --process_id", file=sys.stderr)
+        warn("this pod of an indexed job runs alone; to join the other pods, pip install kubernetes or give "
+             "--coordinator, --num_processes and --process_id")
     return None
 
 
 def _open_mpi(environment: Mapping[str, str], count: int) -> Place | None:
     """Returns the place of a rank of `mpirun`; None, with a warning, if jax cannot find the first rank."""
     if "OMPI_MCA_orte_hnp_uri" not in environment or "OMPI_COMM_WORLD_RANK" not in environment:
-        print(f"warning: this process is one of {count} of Open MPI and runs alone, because this version of Open MPI "
-              "does not tell where the first one is; to join the others, give --coordinator, --num_processes and "
-              "--process_id", file=sys.stderr)
+        warn(f"this process is one of {count} of Open MPI and runs alone, because this version of Open MPI does not "
+             "tell where the first one is; to join the others, give --coordinator, --num_processes and --process_id")
         return None
     devices = _share_of_devices(environment, environment.get("OMPI_COMM_WORLD_LOCAL_SIZE", ""),
                                 environment.get("OMPI_COMM_WORLD_LOCAL_RANK", "0"))

@@ -30,7 +30,6 @@ if TYPE_CHECKING:  # not before a command listens to signals
     from ml_collections import ConfigDict
 
 
-
 def command(load: Callable[[], Callable[[list[str]], int | None]], argv: Sequence[str] | None = None,
             has: str = "the run had begun", is_forked: bool = False) -> int:
     """Runs a command and returns its exit status: listens to signals, then imports its program, then runs it (`run`).

@@ -92,7 +92,7 @@ def program(argv: Sequence[str]) -> int:
                 return 0
             with results.locked(evaluation.workdir) as evaluation.place:
                 metrics = eval_parts.measured(evaluation, lambda: _metrics(evaluation, args, endpoint),
-                                   lambda: _stopped(evaluation, args))
+                                              lambda: _stopped(evaluation, args))
                 if metrics is None and evaluation.has_written:
                     evaluation.check_place()  # before the message that answers are kept there
         except results.Lost:

@@ -70,7 +70,7 @@ def measured(evaluation, make: Callable[[], T], stopped: Callable[[], str]) -> T
     Args:
       evaluation: the evaluation that `make` runs.
       make: asks and scores.
-      stopped: returns the sentence that a process prints which is ended.
+      stopped: returns the sentence that a process prints when it is ended.
     """
     from llavamed_jax.evaluation import results
     from llavamed_jax.parallel import distributed

@@ -15,7 +15,7 @@ from llavamed_jax.errors import UsageError, UserError, count_of, short, warn
 from llavamed_jax.utils import signals
 
 _CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "eval"
-# Keys whose values fit one set only; the suite sets the first two itself.
+# Keys whose values fit one set only.
 _OF_ONE_SET = ("data.name", "data.images", "data.train", "data.held_out")
 _ROOT = "data.root"
 
@@ -48,17 +48,14 @@ def program(args: argparse.Namespace, overrides: Sequence[str]) -> int:
             for member in members:
                 print(f"{member.name}: {member.error}" if member.error else member.what, flush=True)
             if endpoint is not None:
-                endpoint.check(next((m.evaluation.generation for m in members if not m.error), _Greedy))
+                for member in [member for member in members if not member.error][:1]:
+                    endpoint.check(member.evaluation.generation)
             if args.dry_run:
-                return _plan(members, controls)
+                return _plan(members)
             with results.locked(workdir) as place:
                 return _run(args, endpoint, members, place, lambda: suite.record(args.suite, root, found, members))
         finally:
             remove()
-
-
-class _Greedy:
-    num_beams = 1
 
 
 def _root(overrides: Sequence[str]) -> tuple[str, list[str]]:
@@ -164,7 +161,7 @@ def _keys(cfg) -> set[str]:
     return set(flatten(cfg))
 
 
-def _plan(members: Sequence, controls: Sequence[str]) -> int:
+def _plan(members: Sequence) -> int:
     from llavamed_jax.evaluation import run, suite
 
     for member in members:
@@ -199,11 +196,10 @@ def _run(args: argparse.Namespace, endpoint, members: Sequence, place, say) -> i
                                            lambda: _stopped(members, workdir))
         is_stopped = answerer is None or not _ask(args, endpoint, answerer, member, members, workdir)
         place.check()
+        if answerer is not None:
+            suite.write(workdir, say(), answerer.name)
         if is_stopped:
             break
-        suite.write(workdir, say(), answerer.name)
-    if able and answerer is not None:
-        suite.write(workdir, say(), answerer.name)
     if any(member.state == suite.LEFT for member in members):
         if signals.failure():
             raise UserError(f"{signals.failure()}; {_kept(members, workdir)}: run again to continue")

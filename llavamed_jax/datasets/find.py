@@ -37,7 +37,8 @@ class Found:
 def find_sets(root: str | Path, names: Collection[str]) -> Found:
     """Looks for data sets in a folder and four levels of its subfolders.
 
-    A folder in which a set was found is not searched further. Folders whose names begin with a dot are left out.
+    A folder in which one of these sets was found is not searched further. Folders whose names begin with a dot are left
+    out.
 
     Args:
       root: the folder.
@@ -92,7 +93,7 @@ def _look_at(folder: Path, names: Collection[str], found: Found, is_first: bool)
 
 
 def asked_split(name: str, folder: Path, split: str) -> str:
-    """Returns the split of a set that a folder allows to ask: `split`, or `validation` if only that file is there.
+    """Returns the split to ask: `split`, or `validation` if the folder has a file of that split and none of `split`.
 
     Args:
       name: the name of the set.

@@ -109,10 +109,10 @@ def _paths(row: Row, folder: Path) -> list[Path]:
 def _from_tables(root: Path, folder: Path) -> Iterator[Study]:
     """Yields the studies of Kaggle's tables; frontal images stand before lateral ones."""
     shown: dict[str, list[tuple[bool, Path]]] = {}
-    for row in read_table(root / PROJECTIONS, ("uid", "filename", "projection"), NAME):
+    for row in read_table(root / PROJECTIONS, ("uid", "filename", "projection"), NAME, may_be_longer=True):
         is_lateral = row.text("projection").lower() != "frontal"
         shown.setdefault(row.words("uid"), []).append((is_lateral, row.image("filename", folder)))
-    for row in read_table(root / REPORTS, ("uid", "findings"), NAME):
+    for row in read_table(root / REPORTS, ("uid", "findings"), NAME, may_be_longer=True):
         identity = row.words("uid")
         views = sorted(shown.get(identity, ()), key=lambda view: view[0])
         yield f"CXR{identity}", row.text("findings"), [path for _, path in views]

@@ -40,16 +40,17 @@ def read_rows(file: Path, layout: str) -> list[Row]:
     return named_rows([row for _, row in parse_jsonl(text, lambda number: f"line {number} of {file}")], file, layout)
 
 
-def read_table(file: Path, columns: Sequence[str], layout: str) -> list[Row]:
+def read_table(file: Path, columns: Sequence[str], layout: str, may_be_longer: bool = False) -> list[Row]:
     """Reads the rows of a CSV file; the first line has the names of the columns.
 
     Args:
       file: the file.
       columns: the columns that every row must have.
       layout: the data set that the rows should belong to, a name in `registry.SETS`.
+      may_be_longer: whether a row may have more cells than the first line; they are not read.
 
     Raises:
-      UserError: the file is missing, is not UTF-8 or not CSV, or a row has not the columns of the first line.
+      UserError: the file is missing, is not UTF-8 or not CSV, or the cells of a row do not fit the columns.
     """
     text = _text(file, "a CSV file was")
     try:
@@ -58,7 +59,7 @@ def read_table(file: Path, columns: Sequence[str], layout: str) -> list[Row]:
         raise UserError(f"{file} is not CSV: {error}") from None
     for number, line in enumerate(lines):
         missing = [column for column in columns if line.get(column) is None]
-        if missing or None in line:
+        if missing or not may_be_longer and None in line:
             what = f"has no {missing[0]!r}" if missing else "has more cells than the header"
             raise UserError(f"row {number} of {file} {what}; the columns {', '.join(columns)} were expected")
     return named_rows(lines, file, layout)

@@ -13,7 +13,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from llavamed_jax.datasets.sample import CLOSED, OPEN, VqaSample
-from llavamed_jax.errors import UsageError, count_of
+from llavamed_jax.errors import UsageError
 from llavamed_jax.evaluation.judging.open_answers import Judged
 from llavamed_jax.evaluation.scoring import lmms_eval, statistics, vlmevalkit
 from llavamed_jax.evaluation.scoring.items import AnswerSet
@@ -69,10 +69,6 @@ class Harness:
             raise UsageError(f"scoring is {self.name}, which has no rule for {cfg.data.name}; "
                              f"{' or '.join(self._protocol.sets)} was expected")
         self.asked = [replace(sample, question=self._protocol.prompt(sample)) for sample in self._samples]
-
-    def plan(self, texts: Sequence[str] | None) -> str:
-        """Returns one line that says that nothing is judged."""
-        return f"{count_of(len(self._samples), 'question')}; nothing is judged"
 
     def score(self, answers: AnswerSet, split: str) -> Judged:
         """Scores the answers.

@@ -123,10 +123,17 @@ def check(evaluation: Evaluation, controls_asked: Collection[str] = ()) -> None:
     if cfg.get("organ_question"):
         controls.check_organs(samples)
     if controls_asked:
-        controls.exchanged_images(samples, cfg.seed)
-        controls.check_room(len({str(image) for image in all_images(samples)}), evaluation.workdir)
+        check_controls(evaluation, controls_asked)
     for sample in of_kind(samples, CHOICE):
         right_choice(sample)
+    evaluation.checked = frozenset(controls_asked)
+
+
+def check_controls(evaluation: Evaluation, controls_asked: Collection[str]) -> None:
+    """Raises UserError if a control is not possible with the questions of an evaluation that `check` has passed."""
+    samples = evaluation.samples
+    controls.exchanged_images(samples, evaluation.cfg.seed)
+    controls.check_room(len({str(image) for image in all_images(samples)}), evaluation.workdir)
     evaluation.checked = frozenset(controls_asked)
 
 

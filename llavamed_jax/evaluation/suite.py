@@ -60,13 +60,12 @@ class Member:
         return FAILED if self.error else LEFT if self.metrics is None else DONE
 
 
-def open_members(members: Sequence[Member], controls: Collection[str] = (), is_asked: bool = True) -> None:
+def open_members(members: Sequence[Member], controls: Collection[str] = ()) -> None:
     """Reads the questions of all sets and checks them; a set that cannot be evaluated gets an `error`.
 
     Args:
       members: the sets.
       controls: the controls to ask. A control that is not possible with a set is left out there, with a warning.
-      is_asked: whether a model will be asked, which needs the images.
 
     Raises:
       UsageError: a setting is invalid.
@@ -78,8 +77,7 @@ def open_members(members: Sequence[Member], controls: Collection[str] = (), is_a
         try:
             member.evaluation = run.open_evaluation(member.cfg, member.workdir, member.against)
             member.what = member.evaluation.scorer.describe()
-            if is_asked:
-                run.check(member.evaluation)
+            run.check(member.evaluation)
         except UsageError:
             raise
         except (UserError, OSError) as error:
@@ -88,14 +86,14 @@ def open_members(members: Sequence[Member], controls: Collection[str] = (), is_a
             if is_new:
                 results.remove_empty(member.workdir)
         member.error = _of_any_process(member.error)
-        if not member.error and controls and is_asked:
+        if not member.error and controls:
             member.controls = _possible(member, list(controls))
 
 
 def _possible(member: Member, controls: list[str]) -> list[str]:
     error = ""
     try:
-        run.check(member.evaluation, controls)
+        run.check_controls(member.evaluation, controls)
     except UserError as found:
         error = str(found)
     error = _of_any_process(error)
@@ -160,12 +158,8 @@ def write(workdir: Path, said: Mapping, model: str) -> None:
     """
     if distributed.process_index():
         return
-    try:
-        write_text(workdir / "suite.html", suite_report.render(said, model))
-        write_text(workdir / "suite.json", json.dumps(said, indent=2, ensure_ascii=False) + "\n")
-    except OSError as error:
-        raise UserError(f"the table of the suite in {workdir} cannot be written: {error.strerror or error}; the "
-                        "results of the sets are unchanged") from error
+    write_text(workdir / "suite.html", suite_report.render(said, model))
+    write_text(workdir / "suite.json", json.dumps(said, indent=2, ensure_ascii=False) + "\n")
 
 
 def failures(members: Sequence[Member]) -> str:

@@ -34,7 +34,8 @@ from llavamed_jax.utils import signals
 # The length of rows and of a prefill's cache is a multiple of this; above eight times this, a multiple of twice this.
 LENGTHS = 128
 STEPS = 16  # tokens that are decoded on the device before the host reads them
-# New tokens that a row has room for at first: most answers are shorter than their limit, and attention reads all of it.
+# New tokens that a row has room for at first: most answers are shorter than their limit, and XLA's attention reads all
+# of the room.
 _ROOM = 64
 
 

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from llavamed_jax.config import LlavaConfig
 from llavamed_jax.models import joined
 from llavamed_jax.models.llava import param_axes
+from llavamed_jax.models.stacking import is_layer
 from llavamed_jax.parallel.mesh import param_shardings
 
 
@@ -25,27 +26,29 @@ def placed(params: Mapping[str, Any], cfg: LlavaConfig, mesh: Mesh | None) -> di
       cfg: the model's shapes.
       mesh: the mesh; None is one device.
     """
-    kinds = {type(x) for x in jax.tree.leaves(params)}
-    is_joined, is_abstract = joins(mesh) and not any(issubclass(kind, jax.Array) for kind in kinds), (
-        jax.ShapeDtypeStruct in kinds)
+    leaves, rules = jax.tree.leaves(params), param_axes(cfg)
+    is_joined = joins(mesh) and not any(isinstance(x, jax.Array) for x in leaves)
+    is_abstract = any(isinstance(x, jax.ShapeDtypeStruct) for x in leaves)
 
-    def put(tree):
+    def put(name, inner, value):
         if is_abstract:
-            return tree
-        return jax.device_put(tree, None if mesh is None else param_shardings(tree, param_axes(cfg), mesh))
+            return value
+        if mesh is None:
+            return jax.device_put(value)
+        return jax.device_put(value, param_shardings({name: {inner: value}}, rules, mesh)[name][inner])
 
     out: dict[str, Any] = {name: {} for name in params}
     for name, part in params.items():
         for inner, value in part.items():
-            if is_joined and name == "decoder" and joined.is_layer(inner):
+            if is_joined and name == "decoder" and is_layer(inner):
                 value = joined.join(value)
-            out[name][inner] = put({name: {inner: value}})[name][inner]
+            out[name][inner] = put(name, inner, value)
     return out
 
 
 def as_joined(params: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a parameter tree whose decoder has joined kernels, beside the one that is given."""
-    decoder = {name: joined.join(part) if joined.is_layer(name) else part for name, part in params["decoder"].items()}
+    decoder = {name: joined.join(part) if is_layer(name) else part for name, part in params["decoder"].items()}
     return {**params, "decoder": decoder}
 
 

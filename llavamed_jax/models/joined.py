@@ -43,11 +43,6 @@ def products(module: nn.Module, block: str, x, widths: Sequence[int]) -> list[ja
     return jnp.split(y, np.cumsum(widths)[:-1], axis=-1)
 
 
-def is_layer(name: str) -> bool:
-    """Returns whether a name of the decoder's parameters is that of a layer, `layers_3`."""
-    return name.startswith("layers_")
-
-
 def join(layer: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a layer's parameters with kernels joined where they can be.
 

@@ -50,7 +50,8 @@ class Llava(nn.Module):
       dtype: dtype of the computation; parameters are cast to it at use.
       scan: stacked parameters (`layers`, leading axis L) and scanned layers, for training; else `layers_{i}`.
       remat: `none`, `full`, `qkvo` or `minimal` (models/stacking.py).
-      attention: the decoder's backend for whole rows (`attention.backend_of`); the tower and cached decoding use XLA's.
+      attention: the decoder's backend (`attention.backend_of`); the tower uses XLA's, and `splash` is for whole rows
+        only.
     """
 
     cfg: LlavaConfig

@@ -73,15 +73,20 @@ def run_layers(layers, x, shared, caches=None):
     return x, None if caches is None else tuple(out)
 
 
+def is_layer(name: str) -> bool:
+    """Returns whether a name among the parameters is that of an unrolled layer, `layers_3`."""
+    return re.fullmatch(r"layers_\d+", name) is not None
+
+
 def stack(params):
     """Stacks `layers_0 … layers_{L-1}` into `layers` with a leading axis L, in the whole tree (jax or numpy arrays)."""
     out = {}
     for key, value in params.items():
         if not isinstance(value, dict):
             out[key] = value
-        elif not re.fullmatch(r"layers_\d+", key):
+        elif not is_layer(key):
             out[key] = stack(value)
-    layers = [params[f"layers_{i}"] for i in range(sum(bool(re.fullmatch(r"layers_\d+", k)) for k in params))]
+    layers = [params[f"layers_{i}"] for i in range(sum(map(is_layer, params)))]
     if layers:
         out["layers"] = jax.tree.map(lambda *x: (np if isinstance(x[0], np.ndarray) else jnp).stack(x), *layers)
     return out

@@ -21,12 +21,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from llavamed_jax.checkpoints.tree import bucket_copy, store
-from llavamed_jax.checkpoints.tree.bucket_copy import STEPS
+from llavamed_jax.checkpoints.tree.bucket_copy import RECORD, STEPS
 from llavamed_jax.checkpoints.tree.step_manifest import MANIFEST
-from llavamed_jax.errors import UserError, count_of, warn
+from llavamed_jax.errors import UserError, amount, count_of, warn
 from llavamed_jax.parallel import agreement, distributed
 from llavamed_jax.utils import bucket_lock, locks, signals
-from llavamed_jax.utils.buckets import DIRECTORY, Bucket, Entry, amount, local_copies
+from llavamed_jax.utils.buckets import DIRECTORY, Bucket, Entry, local_copies
 from llavamed_jax.utils.paths import is_bucket
 
 LOGS_S = 60.0  # logs are copied so often
@@ -113,7 +113,7 @@ class Mirror:
         """Makes the bucket equal to the local directory.
 
         Args:
-          step: the step that was saved just now; None between steps.
+          step: the step that was saved just now; None at the end of the run.
 
         Raises:
           Taken: another run has the lock.
@@ -232,7 +232,7 @@ class Mirror:
             steps or not name.startswith("base/")) and name.partition("/")[0] in _PULLED]
         copy = lambda names: bucket_copy.copy(self._bucket, remote, self.directory, names)
         copy(wanted)
-        copy([name for name in remote if _is_manifest(name) and name.startswith(STEPS) or name == f"{STEPS}.sealed"])
+        copy([name for name in remote if _is_manifest(name) or name == STEPS + store.SEALED])
         self.saved = bucket_copy.copy_newest_step(self._bucket, remote, self.directory, steps)
         for name in remote:  # an interrupted save, or a base without a step, is there for the run to see
             if name.startswith((STEPS, "base/", "model/")) and name.count("/"):
@@ -300,7 +300,7 @@ class Mirror:
         if step is None or self.saved is not None and step <= self.saved:
             self._remove()
             return ""
-        for name in (".objects.json", ".lock"):
+        for name in (RECORD, ".lock"):
             (self.directory / name).unlink(missing_ok=True)
         kept = self.directory.with_suffix("")
         self.directory.rename(kept)
@@ -327,7 +327,7 @@ def _files(directory: Path) -> dict[str, tuple[int, int]]:
             continue
         folders[:] = [name for name in folders if not name.endswith(_PARTIAL) and ".orbax-checkpoint-tmp" not in name]
         for name in names:
-            if not name.endswith(".tmp") and name not in (".lock", ".objects.json"):
+            if not name.endswith(".tmp") and name not in (".lock", RECORD):
                 with contextlib.suppress(FileNotFoundError):
                     stat = (Path(folder) / name).stat()
                     found[(below / name).as_posix()] = (stat.st_size, stat.st_mtime_ns)

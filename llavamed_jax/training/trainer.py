@@ -38,7 +38,7 @@ from llavamed_jax.utils import signals
 from llavamed_jax.utils.paths import is_bucket
 
 _NOTHING_DONE = "stopped before the first update: run again to continue"
-_OPENING = signals.Phase(_NOTHING_DONE, status=75, grace=30, raises=True)
+_OPENING = signals.Phase(_NOTHING_DONE, status=signals.EXIT_SAVED, grace=30, raises=True)
 _LOOP = signals.Phase("error: ended at once by a second {name}; the saved steps are kept",
                       note="finishing the current update and saving; a second signal ends the run at once")
 

@@ -11,7 +11,6 @@ import errno
 import importlib
 import logging
 import os
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from typing import Any
 
 from llavamed_jax.errors import UserError, cut
 from llavamed_jax.utils import signals
+from llavamed_jax.utils.files import write_whole
 from llavamed_jax.utils.paths import split_bucket
 
 DIRECTORY = "LLAVAMED_BUCKET_CACHE"  # environment variable: the directory of local copies
@@ -94,8 +94,8 @@ class Bucket:
     def create(self, name: str, content: bytes) -> bool:
         """Writes an object if there is none of this name; returns whether it did.
 
-        Exactly one of several processes that try it at once gets True. A True of a request whose first answer was lost,
-        so that the library sent it again, is recognised by the content.
+        Exactly one of several processes that try it at once gets True. If the library sent a request again because the
+        first answer was lost, the content shows that this process wrote the object.
         """
         with self._saying("written", name):
             try:
@@ -125,14 +125,9 @@ class Bucket:
             if {"", ".", ".."} & set(name.split("/")):
                 raise UserError(f"{self.url}/{name} is not a name that a file can have")
             file = directory / name
-            part = file.with_name(f".{file.name}.{uuid.uuid4().hex[:8]}.tmp")
             with self._saying("read", name):
-                try:
-                    file.parent.mkdir(parents=True, exist_ok=True)
-                    self._files.get_file(f"{self._root}/{name}", str(part))
-                    os.replace(part, file)
-                finally:
-                    part.unlink(missing_ok=True)
+                file.parent.mkdir(parents=True, exist_ok=True)
+                write_whole(file, lambda part: self._files.get_file(f"{self._root}/{name}", part.name))
 
         _in_threads(get, names)
 
@@ -212,10 +207,3 @@ def is_local_copy(path: Path) -> bool:
         return path.resolve().is_relative_to(local_copies().resolve())
     except UserError:
         return False
-
-
-def amount(size: int) -> str:
-    """Returns a number of bytes in words."""
-    return f"{size / 1e9:.2f} GB" if size >= 1e7 else f"{size / 1e3:.1f} kB"
-
-

@@ -96,9 +96,9 @@ def test_a_machine_without_tpu_asks_nobody(monkeypatch):
 def test_devices_that_are_named_are_not_shared_out_again():
     eight = {**SLURM, "SLURM_STEP_TASKS_PER_NODE": "2", "CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5,6,7"}
     assert clusters.detected({**eight, "JAX_LOCAL_DEVICE_IDS": "3"}) == Place(None, 2, 1, None, "slurm")
-    assert clusters.detected({**eight, "SLURM_LOCALID": "2"}).local_devices is None, "beyond what the step says: jax decides"
+    assert clusters.detected({**eight, "SLURM_LOCALID": "2"}) == Place(None, 2, 1, None, "slurm"), "beyond what the step says: jax decides"
     of_the_job = {name: value for name, value in eight.items() if name != "SLURM_STEP_TASKS_PER_NODE"}
-    assert clusters.detected({**of_the_job, "SLURM_TASKS_PER_NODE": "4(x2)"}).local_devices == range(0, 2)
+    assert clusters.detected({**of_the_job, "SLURM_TASKS_PER_NODE": "4(x2)"}) == Place(None, 2, 1, range(0, 2), "slurm")
 
 
 def test_a_step_of_fewer_tasks_than_the_job_waits_for_its_own(monkeypatch):

@@ -68,9 +68,8 @@ def test_mixed_requests_equal_single_ones_while_others_hang_up(server, alone):
 
 
 def test_a_client_that_hangs_up_frees_its_row_long_before_the_end(server, monkeypatch):
-    """Streams after their third piece, and a client that waits for a whole answer, of an engine as slow as a large one."""
-    scheduler, advance = server.service.scheduler, server.service.scheduler.engine.advance
-    monkeypatch.setattr(scheduler.engine, "advance", lambda: (time.sleep(0.1), advance()))
+    """Streams after their third piece, and a client that waits for a whole answer of a slow engine."""
+    scheduler = server.service.scheduler
     client = openai.OpenAI(base_url=server.url, api_key="any", max_retries=0, timeout=60)
     for n in range(5):
         before = scheduler.tokens
@@ -80,7 +79,8 @@ def test_a_client_that_hangs_up_frees_its_row_long_before_the_end(server, monkey
         stream.close()
         server.until(lambda service: service.scheduler.rows == 0)
         assert scheduler.tokens - before <= 1 + 6 * scheduler.engine.steps
-    gone = server.service.metrics.gone._value.get()
+    gone, advance = server.service.metrics.gone._value.get(), scheduler.engine.advance
+    monkeypatch.setattr(scheduler.engine, "advance", lambda: (time.sleep(0.1), advance()))
     with pytest.raises(openai.APITimeoutError):
         client.with_options(timeout=0.3).chat.completions.create(model="served", messages=[user("Tell me all")], max_tokens=220, temperature=1.0)
     server.until(lambda service: service.metrics.gone._value.get() > gone and service.scheduler.rows == 0)

@@ -23,7 +23,7 @@ ONCE = {
     ".flock(": {"utils/locks.py"},
     ".hexdigest()": {"utils/hashes.py", "utils/code.py", "datasets/records.py", "evaluation/scoring/leakage.py", "verification/release.py",
                      "curation/bucket.py", "curation/fetch.py"},
-    "os.replace(": {"utils/files.py", "evaluation/results.py", "preflight/report.py", "curation/shard_writer.py", "utils/buckets.py"},  # all but the first rename what is whole already
+    "os.replace(": {"utils/files.py", "evaluation/results.py", "preflight/report.py", "curation/shard_writer.py"},  # all but the first rename what is whole already
 }
 
 

@@ -14,15 +14,15 @@ from pathlib import Path
 
 from llavamed_jax.checkpoints.tree import holding
 from llavamed_jax.checkpoints.tree.step_manifest import MANIFEST, damage
-from llavamed_jax.errors import UsageError, UserError, warn_once
+from llavamed_jax.errors import UsageError, UserError, amount, warn_once
 from llavamed_jax.utils import locks
-from llavamed_jax.utils.buckets import DIRECTORY, Bucket, Entry, Missing, amount, local_copies
+from llavamed_jax.utils.buckets import DIRECTORY, Bucket, Entry, Missing, local_copies
 from llavamed_jax.utils.files import read_json, write_json
 from llavamed_jax.utils.paths import split_bucket
 
 STEPS = "checkpoints/"
 _PARTS = ("params/", "state/")  # of a step, for a reader of the model: not the optimizer
-_RECORD = ".objects.json"
+RECORD = ".objects.json"
 _TRIES = 5  # to copy the newest step of a run that deletes older ones in the meantime
 
 
@@ -129,13 +129,13 @@ def copy(source: Bucket, entries: Mapping[str, Entry], directory: Path, names: l
     wrong = next((name for name in needed if marks[name][1] != entries[name].size), None)
     if wrong is not None:
         raise Missing(f"{source.url}/{wrong} was replaced while it was read")
-    write_json(directory / _RECORD, {**record, **marks})
+    write_json(directory / RECORD, {**record, **marks})
 
 
 def _record(directory: Path) -> dict[str, list]:
     """Returns the marks of the files that were copied into a directory, by name."""
     with contextlib.suppress(UserError):
-        return read_json(directory / _RECORD)
+        return read_json(directory / RECORD)
     return {}
 
 

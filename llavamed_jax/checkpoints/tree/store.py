@@ -35,7 +35,7 @@ from llavamed_jax.checkpoints.tree.holding import Hold, reading
 from llavamed_jax.checkpoints.tree.step_manifest import MANIFEST
 from llavamed_jax.checkpoints.tree.step_manifest import damage as _damage
 from llavamed_jax.checkpoints.tree.step_manifest import write as _write_manifest
-from llavamed_jax.errors import UserError
+from llavamed_jax.errors import UserError, amount
 from llavamed_jax.utils import private
 from llavamed_jax.utils.files import is_at, read_json
 
@@ -104,7 +104,7 @@ class StepWriter:
                 self._root.mkdir(exist_ok=True)
             free = shutil.disk_usage(self._root).free
             if free < size:
-                raise UserError(f"{directory} needs {_amount(size)}; its disk has {_amount(free)} free")
+                raise UserError(f"{directory} needs {amount(size)}; its disk has {amount(free)} free")
             self._checkpointer.save(directory, force=True, args=ocp.args.Composite(
                 params=ocp.args.PyTreeSave(tree), optimizer=ocp.args.PyTreeSave(optimizer_state),
                 state=ocp.args.JsonSave(meta)))
@@ -210,10 +210,6 @@ def _check_written(directory: Path, wanted: set[str]) -> None:
 def _is_not_orbaxs(record: logging.LogRecord) -> bool:
     """Hides Orbax's log lines: each of its threads logs the traceback of a failure, which is raised once anyway."""
     return "orbax" not in Path(record.pathname).parts
-
-
-def _amount(size: int) -> str:
-    return f"{size / 1e9:.2f} GB" if size >= 1e7 else f"{size / 1e3:.1f} kB"
 
 
 def steps(workdir: str | Path) -> list[int]:

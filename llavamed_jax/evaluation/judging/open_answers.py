@@ -31,12 +31,12 @@ def open_judge(cfg: ConfigDict, workdir: Path) -> Judge | None:
 
 @dataclass(frozen=True)
 class Judged:
-    """What a protocol with a judge finds.
+    """The result of a protocol or of a judge.
 
     Attributes:
       metrics: its object of `metrics.json` (`judged`, or the protocol's name).
       lines: the lines of its file (`judged.jsonl`, or named after the protocol).
-      verdicts: the verdicts of the judge.
+      verdicts: the verdicts of the judge; empty without one.
     """
 
     metrics: dict

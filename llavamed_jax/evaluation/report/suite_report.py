@@ -20,7 +20,7 @@ def render(said: Mapping, model: str) -> str:
       said: the object of `suite.json`.
       model: the name of the model in the predictions.
     """
-    sets = [{**each, "name": name, "label": SETS[name].label if name in SETS else name,
+    sets = [{**each, "name": name, "label": SETS[name].label,
              "link": f"{quote(each['workdir'])}/report.html", "kinds": _kinds(each)}
             for name, each in said["sets"].items()]
     rows = [row for each in sets for row in each["metrics"].values()]
@@ -35,7 +35,7 @@ def render(said: Mapping, model: str) -> str:
         details={},
         sets=sets,
         done=done,
-        not_found={SETS[name].label if name in SETS else name: sign for name, sign in said["not_found"].items()},
+        not_found={SETS[name].label: sign for name, sign in said["not_found"].items()},
         root=said["root"],
         folders=said["folders_searched"],
         not_searched=said["not_searched"],

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from llavamed_jax.evaluation.report import summary
+from llavamed_jax.evaluation.report.summary import plain
 
 _MEDEVALKIT = (  # metric, title, and the count
     ("accuracy", "all, as MedEvalKit scores", "n"), ("closed_accuracy", "closed, as MedEvalKit scores", "n_closed"),
@@ -81,19 +82,15 @@ def table(sets: Mapping[str, Mapping]) -> str:
     for name, each in found:
         first = f"{name} {each['split']}"
         for row in each["metrics"].values():
-            beside = (f"{_plain(row['without_looking'])} ({row['without_looking_title']})"
+            beside = (f"{plain(row['without_looking'])} ({row['without_looking_title']})"
                       if "without_looking" in row else "")
             interval = "" if row["low"] is None else f"[{row['low']:.1f}, {row['high']:.1f}]"
-            line = f"{first:<26}{row['title']:<38}{row['n']:>6}{_plain(row['value']):>7}  {interval:<15}{beside:<24}"
-            line += f"{_plain(row.get('exchanged')):>9}{_plain(row.get('noise')):>7}" if has_control else ""
-            line += f"{_plain(row.get('other')):>7}{_probability(row.get('p')):>8}" if has_other else ""
+            line = f"{first:<26}{row['title']:<38}{row['n']:>6}{plain(row['value']):>7}  {interval:<15}{beside:<24}"
+            line += f"{plain(row.get('exchanged')):>9}{plain(row.get('noise')):>7}" if has_control else ""
+            line += f"{plain(row.get('other')):>7}{_probability(row.get('p')):>8}" if has_other else ""
             lines.append(line.rstrip())
             first = ""
     return "\n".join(lines)
-
-
-def _plain(value: float | None) -> str:
-    return "-" if value is None else f"{value:z.1f}"
 
 
 def _probability(value: float | None) -> str:

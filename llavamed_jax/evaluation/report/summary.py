@@ -35,11 +35,11 @@ def summary(metrics: Mapping) -> str:
     lines.append(head.rstrip())
     for family, name, title, _ in rows:
         table = metrics[family]
-        others = f"{_plain(control[family][name]):>9}{_plain(control['noise'][family][name]):>7}" if control else ""
-        lines.append(f"{title:<41}{_plain(table[name]):>7}  {_interval(table, name):<15}{others}".rstrip())
+        others = f"{plain(control[family][name]):>9}{plain(control['noise'][family][name]):>7}" if control else ""
+        lines.append(f"{title:<41}{plain(table[name]):>7}  {_interval(table, name):<15}{others}".rstrip())
         if name == "closed_accuracy":
             always = f'  always "{metrics["baselines"]["majority_closed_answer"]}"'
-            lines.append(f"{always:<41}{_plain(metrics['baselines']['majority_closed']):>7}")
+            lines.append(f"{always:<41}{plain(metrics['baselines']['majority_closed']):>7}")
     more = (*_judged(metrics.get("judged")), *_medevalkit(metrics.get("medevalkit")), *_harness(metrics),
             *_against(metrics.get("against"), rows), *_notes(metrics), *_asked_with(metrics))
     return "\n".join([*lines, *more])
@@ -53,7 +53,7 @@ def _asked_with(metrics: Mapping) -> Iterator[str]:
 def _judged(judged: Mapping | None) -> Iterator[str]:
     if not judged:
         return
-    yield (f"{'open accuracy, judged':<41}{_plain(judged['open_accuracy']):>7}"
+    yield (f"{'open accuracy, judged':<41}{plain(judged['open_accuracy']):>7}"
            f"  {_interval(judged, 'open_accuracy')}").rstrip()
     if judged["n_unscored"]:
         yield (f"  unscored and not counted: {judged['n_unscored']} of {judged['n_open']}: "
@@ -66,7 +66,7 @@ def _medevalkit(table: Mapping | None) -> Iterator[str]:
     for name, title in (("accuracy", "all"), ("closed_accuracy", "closed"), ("open_accuracy", "open"),
                         ("choice_accuracy", "multiple choice")):
         if name in table:
-            yield (f"{f'{title}, as MedEvalKit scores':<41}{_plain(table[name]):>7}"
+            yield (f"{f'{title}, as MedEvalKit scores':<41}{plain(table[name]):>7}"
                    f"  {_interval(table, name)}").rstrip()
     beside = table["published"]
     yield (f"  published: {beside['accuracy']} ({beside['model']}; {beside['low']:.1f} to {beside['high']:.1f} agrees)"
@@ -78,7 +78,7 @@ def _harness(metrics: Mapping) -> Iterator[str]:
         for name, title in (("accuracy", "all"), ("closed_accuracy", "closed"), ("open_accuracy", "open")):
             if name in table:
                 words = f"{title}, as {table['program'].split(' ')[0]} scores"
-                yield f"{words:<41}{_plain(table[name]):>7}  {_interval(table, name)}".rstrip()
+                yield f"{words:<41}{plain(table[name]):>7}  {_interval(table, name)}".rstrip()
 
 
 def _against(against: Mapping | None, rows) -> Iterator[str]:
@@ -88,9 +88,9 @@ def _against(against: Mapping | None, rows) -> Iterator[str]:
     yield f"{'':<41}{'other':>7}  {'difference':<23}{'p':>6}"
     for family, name, title, _ in rows:
         row = against[family][name]
-        interval = f"[{_plain(row['low'])}, {_plain(row['high'])}]" if row["low"] is not None else ""
+        interval = f"[{plain(row['low'])}, {plain(row['high'])}]" if row["low"] is not None else ""
         p = "" if row["p"] is None else f"{row['p']:.3f}" if row["p"] >= 0.001 else "<0.001"
-        yield f"{title:<41}{_plain(row['other']):>7}  {_plain(row['difference']):<6} {interval:<16}{p:>6}"
+        yield f"{title:<41}{plain(row['other']):>7}  {plain(row['difference']):<6} {interval:<16}{p:>6}"
 
 
 def _notes(metrics: Mapping) -> Iterator[str]:
@@ -126,5 +126,6 @@ def _interval(table: Mapping, name: str) -> str:
     return "" if table[f"{name}_low"] is None else f"[{table[f'{name}_low']:.1f}, {table[f'{name}_high']:.1f}]"
 
 
-def _plain(value: float | None) -> str:
+def plain(value: float | None) -> str:
+    """Formats a percentage with one decimal; `-` for None."""
     return "-" if value is None else f"{value:z.1f}"

@@ -25,7 +25,7 @@ def prompt(question: str, language: str = "en") -> str:
 
 
 def normalised(text: str) -> str:
-    """Returns an answer without case, parentheses with their content, and punctuation; words for yes are "yes"."""
+    """Returns an answer in lower case without parentheses and punctuation; words for yes, no and X-ray are made one."""
     text = re.sub(r"（[^）]*）", " ", re.sub(r"\([^)]*\)", " ", text.strip().lower()))
     text = " ".join(text.translate(_BLANKS).split())
     return _SAME.get(text, text)

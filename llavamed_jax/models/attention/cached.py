@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from llavamed_jax.models.attention.flash import FORWARD, LOG2_E, NEVER, SMALLEST, dot, flash_over
+from llavamed_jax.models.attention.flash import FORWARD, LOG2_E, SMALLEST, dot, flash_over, folded, tile
 from llavamed_jax.models.layers import apply_rope
 from llavamed_jax.parallel.mesh import on_each_device
 
@@ -63,7 +63,7 @@ def attend(q, k, v, rope, cache, positions, window: int | None, interpret: bool)
 def _prefill(q, k, v, positions, *, window, interpret):
     """Attends from q [B,T,N,H] at int32 positions [B,T] to k, v [B,K,S,H]."""
     T = q.shape[1]
-    extra = -T % min(FORWARD, max(SMALLEST, 1 << (T - 1).bit_length()))
+    extra = -T % min(FORWARD, tile(T))
     q = jnp.pad(q, ((0, 0), (0, extra), (0, 0), (0, 0)))
     rows = positions[:, :1] + jnp.arange(T + extra, dtype=jnp.int32)
     first = jnp.zeros_like(rows) if window is None else jnp.clip(rows - (window - 1), 0)
@@ -75,7 +75,7 @@ def _step(q, k, v, cos, sin, keys, values, positions, *, window, interpret):
     B, _, N, H = q.shape
     K, S = keys.shape[1:3]
     G, half, dtype = N // K, H // 2, keys.dtype
-    size = max(SMALLEST, 1 << (G - 1).bit_length())  # rows of a tile of queries; those above G are empty
+    size = tile(G)  # rows of a tile of queries; those above G are empty
     # One array. Of joined kernels it is the product itself: XLA sees it in the shape in which the product was split.
     heads = jnp.concatenate([x.reshape(B, 1, -1) for x in (q, k, v)], axis=-1).reshape(B, N + 2 * K, H)
 
@@ -106,18 +106,13 @@ def _step(q, k, v, cos, sin, keys, values, positions, *, window, interpret):
         begin = jnp.int32(0) if window is None else jnp.maximum(at - (window - 1), 0)
 
         def step(j, carry):
-            out, top, total = carry
             here = pl.ds(j * WALK, WALK)
             seen = j * WALK + jnp.arange(WALK)
             is_seen = jnp.broadcast_to(((seen >= begin) & (seen < at))[None], (size, WALK))
             scores = dot(q, keys_in[here, :].T) * scale
-            new_top = jnp.maximum(top, jnp.max(jnp.where(is_seen, scores, NEVER), axis=1))
-            weights = jnp.where(is_seen, jnp.exp2(scores - new_top[:, None]), 0.0)
-            shrink = jnp.exp2(top - new_top)
             # Positions that are not seen may hold a NaN, which a weight of 0 would not mask.
             values = jnp.where((seen < at)[:, None], values_in[here, :], 0)
-            out = out * shrink[:, None] + dot(weights.astype(dtype), values)
-            return out, new_top, total * shrink + jnp.sum(weights, axis=1)
+            return folded(carry, scores, is_seen, values)
 
         out, top, total = jax.lax.fori_loop(begin // WALK, (at + WALK - 1) // WALK, step, start)
         triton.store(out_ref.at[row, column[None, :]], (out / total[:, None]).astype(dtype), mask=is_real)

@@ -46,7 +46,7 @@ def flash_attention(q, k, v, mask, interpret: bool = False):
       pass.
     """
     T = q.shape[1]
-    extra = -T % min(FORWARD, max(SMALLEST, 1 << (T - 1).bit_length()))
+    extra = -T % min(FORWARD, tile(T))
     segments = jnp.zeros(q.shape[:2], jnp.int32) if mask.q_segments is None else mask.q_segments
     # Padding comes last, as a segment of its own.
     segments = jnp.pad(segments, ((0, 0), (0, extra)), constant_values=-1)
@@ -137,8 +137,8 @@ def flash_over(interpret, q, k, v, first, start, name: str, length: int | None =
       first: int32 [B,T], the first key that each query attends to.
       start: int32 [B], the position of each row's first query among the keys.
       name: name of the kernel.
-      length: number of queries that are not padding, behind whose keys the row may hold anything; None if all keys are
-        numbers.
+      length: number of queries that are not padding. Keys after the last of them may be NaN and are masked. None: no
+        key is NaN.
 
     Returns:
       The output [B,T,N,H], and the base-2 logarithm of the softmax's normalizer, float32 [B,N,T].
@@ -148,25 +148,20 @@ def flash_over(interpret, q, k, v, first, start, name: str, length: int | None =
     G, (block, walk) = N // k.shape[1], _tiles(T, FORWARD, min(BACKWARD, S))
 
     def kernel(q_ref, k_ref, v_ref, first_ref, start_ref, out_ref, sum_ref):
-        i, start = pl.program_id(0), start_ref[0]
+        i, offset = pl.program_id(0), start_ref[0]
         q, begin = q_ref[...], first_ref[...]
-        rows = start + i * block + jnp.arange(block)
+        rows = offset + i * block + jnp.arange(block)
 
         def step(j, carry):
-            out, top, total = carry
             here = pl.ds(j * walk, walk)
             scores, is_seen = _scores(q, k_ref[here, :], rows, j * walk + jnp.arange(walk), begin)
-            new_top = jnp.maximum(top, jnp.max(jnp.where(is_seen, scores, NEVER), axis=1))
-            weights = jnp.where(is_seen, jnp.exp2(scores - new_top[:, None]), 0.0)
-            shrink = jnp.exp2(top - new_top)
             v = v_ref[here, :]
             if length is not None:  # a weight of 0 does not mask a NaN
-                v = jnp.where((j * walk + jnp.arange(walk) < start + length)[:, None], v, 0)
-            out = out * shrink[:, None] + dot(weights.astype(v.dtype), v)
-            return out, new_top, total * shrink + jnp.sum(weights, axis=1)
+                v = jnp.where((j * walk + jnp.arange(walk) < offset + length)[:, None], v, 0)
+            return folded(carry, scores, is_seen, v)
 
         empty = jnp.zeros((block, H), jnp.float32), jnp.full(block, NEVER, jnp.float32), jnp.zeros(block, jnp.float32)
-        end = jnp.minimum((start + (i + 1) * block + walk - 1) // walk, S // walk)
+        end = jnp.minimum((offset + (i + 1) * block + walk - 1) // walk, S // walk)
         out, top, total = jax.lax.fori_loop(jnp.min(begin) // walk, end, step, empty)
         out_ref[...] = (out / total[:, None]).astype(out_ref.dtype)
         sum_ref[...] = top + jnp.log2(total)
@@ -260,6 +255,32 @@ def _backward_keys(interpret, q, k, v, first, last, by_out, log_sum, delta):
 def _tiles(T: int, block: int, walk: int) -> tuple[int, int]:
     """Returns the tile sizes, each at most the padded T."""
     return min(block, T), min(walk, T)
+
+
+def tile(n: int) -> int:
+    """Returns the rows of a tile that holds n: a power of two that the matrix units take."""
+    return max(SMALLEST, 1 << (n - 1).bit_length())
+
+
+def folded(carry, scores, is_seen, v):
+    """Takes a tile of keys into a softmax that walks over them.
+
+    Args:
+      carry: the sum of the values [rows,H], weighted relative to 2 ** top; top, the largest score so far [rows]; and
+        the sum of the weights [rows]; all float32.
+      scores: times log2(e), float32 [rows,columns].
+      is_seen: where a query attends to a key, bool [rows,columns].
+      v: values [columns,H], numbers also where nothing is seen.
+
+    Returns:
+      The new carry.
+    """
+    out, top, total = carry
+    new_top = jnp.maximum(top, jnp.max(jnp.where(is_seen, scores, NEVER), axis=1))
+    weights = jnp.where(is_seen, jnp.exp2(scores - new_top[:, None]), 0.0)
+    shrink = jnp.exp2(top - new_top)
+    out = out * shrink[:, None] + dot(weights.astype(v.dtype), v)
+    return out, new_top, total * shrink + jnp.sum(weights, axis=1)
 
 
 def _scores(q, k, rows, columns, begin):

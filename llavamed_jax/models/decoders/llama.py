@@ -126,7 +126,7 @@ class Block(nn.Module):
     Attributes:
       cfg: the decoder's shapes.
       dtype: dtype of the computation.
-      backend: attention backend for whole rows.
+      backend: attention backend (`attention.backend_of`).
       attention: class of the self-attention.
     """
 
@@ -156,7 +156,7 @@ class Decoder(nn.Module):
       dtype: dtype of the computation.
       scan: whether layers are stacked and scanned, for training.
       remat: `none`, `full`, `qkvo` or `minimal` (models/stacking.py).
-      attention: attention backend for whole rows.
+      attention: attention backend (`attention.backend_of`).
       block: class of a layer.
     """
 
