@@ -12,7 +12,7 @@ from llavamed_jax.checkpoints.tree import base, store
 from llavamed_jax.errors import UserError
 from llavamed_jax.parallel import distributed
 from llavamed_jax.training import workdir as workdirs
-from llavamed_jax.training.mirror import Mirror
+from llavamed_jax.training.bucket_workdir import BucketWorkdir
 from llavamed_jax.utils import locks
 from llavamed_jax.utils.files import is_at
 
@@ -22,12 +22,12 @@ class Lost(UserError):
 
 
 @contextlib.contextmanager
-def locked(workdir: Path, mirror: Mirror | None = None) -> Iterator[Place]:
+def locked(workdir: Path, bucket: BucketWorkdir | None = None) -> Iterator[Place]:
     """Locks the directory for one run in process 0; the kernel releases the lock however the process ends.
 
     Args:
       workdir: the run's directory; made if it does not exist.
-      mirror: copies the directory to its bucket; None outside of a bucket.
+      bucket: copies the directory to its bucket; None outside of a bucket.
 
     Yields:
       The run's place.
@@ -35,7 +35,7 @@ def locked(workdir: Path, mirror: Mirror | None = None) -> Iterator[Place]:
     Raises:
       UserError: another run holds it. A file system without locks gives a warning.
     """
-    place = Place(workdir, mirror)
+    place = Place(workdir, bucket)
     if distributed.process_index():
         yield place
         return
@@ -55,7 +55,7 @@ class Place:
 
     Args:
       workdir: the directory's path.
-      mirror: copies the directory to its bucket; None outside of a bucket.
+      bucket: copies the directory to its bucket; None outside of a bucket.
 
     Attributes:
       workdir: the directory's path.
@@ -63,9 +63,9 @@ class Place:
       saved: the newest step that the run has saved there; None before the first.
     """
 
-    def __init__(self, workdir: Path, mirror: Mirror | None = None):
-        self.workdir, self.saved, self._mirror = workdir, None, mirror
-        self.name = str(workdir) if mirror is None else mirror.url
+    def __init__(self, workdir: Path, bucket: BucketWorkdir | None = None):
+        self.workdir, self.saved, self._bucket = workdir, None, bucket
+        self.name = str(workdir) if bucket is None else bucket.url
         self._file: TextIO | None = None
         self._record: Mapping[str, Any] = {}
 
@@ -106,14 +106,14 @@ class Place:
 
     def note(self, step: int) -> None:
         """Notes that a step has been saved; in a bucket it is then copied there."""
-        if self._mirror is not None:
-            self._mirror.push(step)
+        if self._bucket is not None:
+            self._bucket.push(step)
         self.saved = step
 
     def what_is_saved(self) -> str:
         """Returns the newest step that a run resumes from, as the end of a sentence."""
-        if self._mirror is not None:
-            return self._mirror.saved_in_words()
+        if self._bucket is not None:
+            return self._bucket.saved_in_words()
         step, _ = store.newest_intact_step(self.workdir)
         return "no step had been saved" if step is None else f"step {step} is saved"
 

@@ -17,7 +17,7 @@ from llavamed_jax.parallel import agreement, distributed
 from llavamed_jax.parallel.mesh import local_rows
 from llavamed_jax.pipeline.loader import Loader
 from llavamed_jax.pipeline.workers import WorkerError
-from llavamed_jax.training import alike, arithmetic, mirror, recipe, resume, settings, void_keys
+from llavamed_jax.training import alike, arithmetic, bucket_workdir, recipe, resume, settings, void_keys
 from llavamed_jax.training import place as places
 from llavamed_jax.training import workdir as workdirs
 from llavamed_jax.training.callbacks import NONE, Callbacks, Snapshot
@@ -66,7 +66,8 @@ def fit(cfg: ConfigDict, workdir: str | Path, callbacks: Callbacks = NONE) -> bo
     recipe.check(cfg)
     if is_bucket(workdir) and cfg.init.rstrip("/") == str(workdir).rstrip("/"):
         raise UsageError(f"the config key 'init' is {cfg.init!r}, which is the workdir; another workdir was expected")
-    with signals.listening(_OPENING), mirror.opened(workdir) as (workdir, copy), places.locked(workdir, copy) as place:
+    with (signals.listening(_OPENING), bucket_workdir.opened(workdir) as (workdir, bucket),
+          places.locked(workdir, bucket) as place):
         distributed.when_stopped(lambda: signals.ask("another process"))
         record, step = distributed.from_first(lambda: resume.find(workdir, cfg))
         total_steps = cfg.total_steps or record.get("settled", {}).get("total_steps")

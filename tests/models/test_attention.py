@@ -99,7 +99,7 @@ def test_backend_is_chosen_by_platform(choice, platform, backend):
 
 def test_heads_that_a_kernel_does_not_take():
     assert backend_of("auto", "gpu", 80) == backend_of("auto", "gpu", 8) == "xla" and backend_of("auto", "gpu", 32) == "flash"
-    with pytest.raises(UsageError, match="'attention' is 'flash', .* the decoder's have 80; auto or xla was expected"):
+    with pytest.raises(UsageError, match="'attention' is 'flash', .* the decoder's have width 80; auto or xla was expected"):
         backend_of("flash", "gpu", 80)
 
 

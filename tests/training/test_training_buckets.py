@@ -10,7 +10,7 @@ import pytest
 from llavamed_jax.checkpoints.open import open_checkpoint
 from llavamed_jax.checkpoints.tree import bucket_copy
 from llavamed_jax.errors import UsageError, UserError
-from llavamed_jax.training import mirror, trainer
+from llavamed_jax.training import bucket_workdir, trainer
 from llavamed_jax.training.trainer import fit
 from llavamed_jax.utils import buckets
 from llavamed_jax.utils.buckets import Bucket
@@ -241,14 +241,14 @@ def test_two_runs_want_one_address(recipe, url, monkeypatch):
 
     def second():
         with pytest.raises(UserError, match=rf"the workdir {url} is in use by another run \(process {os.getpid()} on "):
-            with mirror.opened(url):
+            with bucket_workdir.opened(url):
                 pass
         seen.append(sorted(os.listdir(buckets.local_copies() / "runs")))
 
     at_update(monkeypatch, 2, second)
     assert fit(recipe(total_steps=3), url)
     assert len(seen) == 1 and len(seen[0]) == 1  # the first run's own
-    with mirror.opened(url) as (directory, _):  # now it is free
+    with bucket_workdir.opened(url) as (directory, _):  # now it is free
         assert (directory / "checkpoints" / "3").is_dir()
 
 

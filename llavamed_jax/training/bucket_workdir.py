@@ -36,8 +36,8 @@ _PULLED = ("recipe.json", "base.json", "model", "base", "metrics.jsonl", "skippe
 
 
 @contextlib.contextmanager
-def opened(workdir: str | Path) -> Iterator[tuple[Path, Mirror | None]]:
-    """Yields the local directory of a run, and in process 0 the mirror of a bucket. All processes call it.
+def opened(workdir: str | Path) -> Iterator[tuple[Path, BucketWorkdir | None]]:
+    """Yields the local directory of a run, and in process 0 the bucket that follows it. All processes call it.
 
     Args:
       workdir: a directory, `gs://BUCKET/KEY` or `s3://BUCKET/KEY`.
@@ -48,28 +48,28 @@ def opened(workdir: str | Path) -> Iterator[tuple[Path, Mirror | None]]:
     if not is_bucket(workdir):
         yield Path(workdir), None
         return
-    mirror = None if distributed.process_index() else Mirror(str(workdir))
-    directory = Path(distributed.from_first(lambda: str(mirror.open())))
+    bucket = None if distributed.process_index() else BucketWorkdir(str(workdir))
+    directory = Path(distributed.from_first(lambda: str(bucket.open())))
     try:
         agreement.check_same(lambda: {f"the local copy of {workdir}, {directory} ({DIRECTORY} names another directory, "
                                       "which all processes see)": "exists" if directory.is_dir() else "does not exist"})
-        yield directory, mirror
+        yield directory, bucket
     except UserError as error:
         told = f"{error}; {directory} is the local copy of {workdir}" if str(directory) in str(error) else str(error)
-        more = "" if mirror is None else mirror.abandon()
+        more = "" if bucket is None else bucket.abandon()
         if told + more == str(error):
             raise
         raise type(error)(told + more) from error
     except BaseException:
-        if mirror is not None:
-            mirror.close(is_quiet=True)
+        if bucket is not None:
+            bucket.close(is_quiet=True)
         raise
     else:
-        if mirror is not None:
-            mirror.close()
+        if bucket is not None:
+            bucket.close()
 
 
-class Mirror:
+class BucketWorkdir:
     """The workdir of a run in a bucket, and its local copy. Only process 0 has one.
 
     Args:
