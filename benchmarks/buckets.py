@@ -2,8 +2,8 @@
 
     python benchmarks/buckets.py [--store gs|s3] [--kills 10] [--races 20] [--jobs 1] [--seed 0]
 
-Kills: one run is left alone. Each other one is ended by SIGKILL at a moment anywhere between its start and its end, and started
-again, with an empty directory of local copies, as on another machine. It has to go on to the same losses, gradients and counts at
+Kills: one run is left alone. Each other one is ended by SIGKILL at a moment anywhere between its first saved step and its end, and
+started again, with an empty directory of local copies, as on another machine. It has to go on to the same losses, gradients and counts at
 every step, and to the same parameters, bit for bit, read from the bucket. Races: two runs are started at once for one new workdir.
 One has to finish it, and the other one has to end with exit status 1 and one sentence that names the first; or, if it came after
 the end of the first, with 0 and the sentence that the run is finished. Jobs: two processes train together, one of them is killed,
@@ -13,7 +13,6 @@ and both are started again; the result equals that of two processes that were le
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import random
 import shutil
@@ -24,58 +23,52 @@ import tempfile
 import time
 from pathlib import Path
 
-import numpy as np
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import emulators, runs
 from benchmarks.runs import Run
+from llavamed_jax.checkpoints.tree import bucket_copy
+from llavamed_jax.utils.buckets import Bucket
 
 UPDATES, SAVE_EVERY = 20, 4
 
 
-def reached(url: str) -> str:
-    """How far a killed run had come in the bucket, in words."""
-    scheme, _, path = url.partition("://")
-    names = [name[len(path) + 1:] for name in emulators.files(scheme).find(path)]
-    whole = sorted(int(name.split("/")[1]) for name in names if name.startswith("checkpoints/") and name.count("/") == 2
-                   and name.endswith("/manifest.json"))
-    begun = {int(name.split("/")[1]) for name in names if name.startswith("checkpoints/") and name.split("/")[1].isdigit()} - set(whole)
-    words = f"step {whole[-1]} saved" if whole else "no step saved" if names else "nothing written"
-    return words + (f", step {max(begun)} half uploaded" if begun else "")
+def reached(url: str) -> tuple[int | None, str]:
+    """The newest step of a run that the bucket has, and in words how far the run had come there."""
+    entries = Bucket(url).entries()
+    whole = bucket_copy.sealed(entries)
+    begun = {int(name.split("/")[1]) for name in entries if name.startswith("checkpoints/") and name.split("/")[1].isdigit()} - {*whole}
+    words = f"step {whole[-1]} saved" if whole else "no step saved" if entries else "nothing written"
+    return max(whole, default=None), words + (f", step {max(begun)} half uploaded" if begun else "")
 
 
-def history(url: str) -> list[dict]:
-    scheme, _, path = url.partition("://")
-    lines = emulators.files(scheme).cat_file(f"{path}/metrics.jsonl").decode().splitlines()
-    return [{key: value for key, value in json.loads(line).items() if key not in runs.MEASURED} for line in lines]
-
-
-def difference(url: str, wanted: list[dict], tensors: dict[str, np.ndarray]) -> str | None:
-    """How a run differs from another one's `history` and parameters; None where it does not."""
-    if history(url) != wanted:
-        return "metrics.jsonl differs"
-    ours = runs.parameters(url)
-    return next((f"{name} differs" for name, tensor in tensors.items() if not np.array_equal(ours[name], tensor)), None)
+def wait_for_a_step(url: str, process: subprocess.Popen) -> float:
+    """Waits until a run has a step in the bucket, or has ended; returns when that was, on the monotonic clock."""
+    while process.poll() is None and reached(url)[0] is None:
+        time.sleep(0.1)
+    return time.monotonic()
 
 
 def kills(scheme: str, start: Path, base: Path, count: int, draw: random.Random) -> int:
     """Kills and resumes; returns how many of the runs came out as the one that was left alone."""
-    words = lambda name: runs.train(start, f"{scheme}://{emulators.BUCKET}/{name}", UPDATES, SAVE_EVERY, 0)
-    length = Run(words("alone"), base / "log", base / "cache").finish()
-    length = min(length, Run(words("timed"), base / "log", base / "cache").finish())
-    alone = f"{scheme}://{emulators.BUCKET}/alone"
-    wanted, tensors, good = history(alone), runs.parameters(alone), 0
-    print(f"{scheme}: {UPDATES} updates, a save every {SAVE_EVERY}; a run takes {length:.1f} s", flush=True)
+    address = lambda name: f"{scheme}://{emulators.BUCKET}/{name}"
+    begin = lambda name: Run(runs.train(start, address(name), UPDATES, SAVE_EVERY, 0), base / "log", base / "cache")
+    begin("alone").finish()
+    timed = begin("timed")
+    first = wait_for_a_step(address("timed"), timed.process) - timed.started
+    length = timed.finish()
+    wanted, tensors, good = runs.history(address("alone")), runs.parameters(address("alone")), 0
+    print(f"{scheme}: {UPDATES} updates, a save every {SAVE_EVERY}; a run takes {length:.1f} s, and its first step is in the bucket after "
+          f"{first:.1f} s", flush=True)
     for number in range(count):
-        url, share = f"{scheme}://{emulators.BUCKET}/{number}", (number + draw.random()) / count
-        killed = Run(words(str(number)), base / "log", base / "cache")
-        was_running = killed.kill_at(share * length)
-        state = reached(url)
+        url, later = address(number), (number + draw.random()) / count * (length - first)
+        killed = begin(number)
+        was_running = killed.kill_at(wait_for_a_step(url, killed.process) - killed.started + later)
+        state = reached(url)[1]
         shutil.rmtree(base / "copies", ignore_errors=True)
-        Run(words(str(number)), base / "log", base / "cache").finish()
-        wrong = difference(url, wanted, tensors)
+        begin(number).finish()
+        wrong = runs.difference(url, wanted, tensors)
         good += wrong is None
-        print(f"kill {number + 1} at {share * length:.1f} s: {state if was_running else 'it was done already'}; "
+        print(f"kill {number + 1}, {later:.1f} s after the first step: {state if was_running else 'it was done already'}; "
               f"{wrong or 'the same run'}", flush=True)
     return good
 
@@ -95,7 +88,7 @@ def race(scheme: str, start: Path, base: Path, number: int) -> str | None:
     is_refused = status[others[0]] == 1 and f"is in use by another run (process {first} on " in error and error.count("error: ") == 1
     if not is_refused and not (status[others[0]] == 0 and "is finished: it was trained for 10 updates" in error):
         return f"the other one ended with {status[others[0]]}: {error[-300:]!r}"
-    return None if [line["step"] for line in history(f"{scheme}://{emulators.BUCKET}/race{number}")] == list(range(1, 11)) else "steps are missing"
+    return None if [line["step"] for line in runs.history(f"{scheme}://{emulators.BUCKET}/race{number}")] == list(range(1, 11)) else "steps are missing"
 
 
 def job(words: list[str], log: Path) -> list[subprocess.Popen]:
@@ -118,13 +111,12 @@ def killed_job(scheme: str, start: Path, base: Path, number: int) -> str | None:
     if status != [0, 0]:
         return f"the job that was left alone ended with {status}: {log.read_text(encoding='utf-8')[-500:]!r}"
     running = job(words("job"), log)
-    while not reached(killed).startswith("step ") and running[1].poll() is None:
-        time.sleep(0.2)
+    wait_for_a_step(killed, running[1])
     running[1].kill()
     ended = [process.wait() for process in running]
-    state, again = reached(killed), [process.wait() for process in job(words("job"), log)]
+    state, again = reached(killed)[1], [process.wait() for process in job(words("job"), log)]
     print(f"job {number + 1}: one of two processes killed ({state}), exit statuses {ended}, then {again}", flush=True)
-    return difference(killed, history(alone), runs.parameters(alone))
+    return runs.difference(killed, runs.history(alone), runs.parameters(alone))
 
 
 def main() -> int:

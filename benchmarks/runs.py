@@ -16,7 +16,9 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from llavamed_jax.utils.buckets import Bucket
 from llavamed_jax.utils.child_processes import SEGMENT
+from llavamed_jax.utils.paths import is_bucket
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLE, SHM = ROOT / "samples" / "vqa_rad", Path("/dev/shm")
@@ -172,19 +174,20 @@ def segments() -> set[str]:
     return {path.name for path in SHM.iterdir()} if SHM.is_dir() else set()
 
 
-def history(workdir: Path) -> list[dict]:
-    """What `metrics.jsonl` says of each step, without what depends on the clock."""
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+def history(workdir: Path | str) -> list[dict]:
+    """What `metrics.jsonl` says of each step, without what depends on the clock; also of a workdir in a bucket."""
+    read = Bucket(workdir).read if is_bucket(workdir) else lambda name: (workdir / name).read_bytes()
+    lines = map(json.loads, read("metrics.jsonl").decode().splitlines())
     return [{key: value for key, value in line.items() if key not in MEASURED} for line in lines]
 
 
-def parameters(workdir: Path) -> dict[str, np.ndarray]:
+def parameters(workdir: Path | str) -> dict[str, np.ndarray]:
     from llavamed_jax.checkpoints.open import open_checkpoint
     checkpoint = open_checkpoint(workdir)
     return {name: checkpoint.read(name) for name in checkpoint.tensors}
 
 
-def difference(workdir: Path, wanted: list[dict], tensors: dict[str, np.ndarray]) -> str | None:
+def difference(workdir: Path | str, wanted: list[dict], tensors: dict[str, np.ndarray]) -> str | None:
     """How a training run differs from another one's `history` and `parameters`; None where it does not."""
     found = history(workdir)
     if found != wanted:

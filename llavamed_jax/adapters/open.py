@@ -7,7 +7,7 @@ from pathlib import Path
 from llavamed_jax.adapters import peft, peft_config, plain_base
 from llavamed_jax.checkpoints import hub
 from llavamed_jax.checkpoints.checkpoint import Checkpoint
-from llavamed_jax.checkpoints.model_config import tree_root
+from llavamed_jax.checkpoints.model_config import kind_of, tree_root
 from llavamed_jax.checkpoints.open import open_checkpoint
 from llavamed_jax.checkpoints.torch.files import ADAPTER_CONFIG
 from llavamed_jax.config import PRESET
@@ -33,10 +33,11 @@ def open_model(path: str | Path, vision_tower: str | Path | None = None,
             return open_checkpoint(path, vision_tower)
         path, adapter = _base(hub.local(path)), path
     directory = _adapter(adapter)
-    base = Path(path) if str(path).startswith(PRESET) else hub.local(path, may_be_bucket=True)
-    if plain_base.is_plain(base, directory):
-        return plain_base.open_joined(base, directory, None if vision_tower is None else hub.local(vision_tower))
-    return peft.apply(open_checkpoint(path, vision_tower), directory)
+    base, _ = kind_of(path)
+    if plain_base.is_plain(Path(base), directory):
+        tower = None if vision_tower is None else hub.local(vision_tower)
+        return plain_base.open_joined(Path(base), directory, tower)
+    return peft.apply(open_checkpoint(base, vision_tower), directory)
 
 
 def _is_adapter(path: str | Path) -> bool:

@@ -8,6 +8,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from llavamed_jax.utils.paths import user_cache
+
 SWITCH, DIRECTORY = "JAX_ENABLE_COMPILATION_CACHE", "JAX_COMPILATION_CACHE_DIR"  # jax's environment variables
 # Programs that compile faster are not kept. jax's default of 1 s would skip half of a small model's programs.
 LEAST_SECONDS = 0.1
@@ -33,7 +35,7 @@ def enable() -> None:
     if config.jax_compilation_cache_dir is not None or jax.distributed.is_initialized():
         return
     try:
-        directory = default_directory()
+        directory = user_cache() / "programs"
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)  # private, since its programs are executed
         with tempfile.TemporaryFile(dir=directory):
             pass
@@ -44,20 +46,6 @@ def enable() -> None:
               f"another directory, or {SWITCH}=0 to turn the cache off)", file=sys.stderr)
         return
     config.update("jax_compilation_cache_dir", str(directory))
-
-
-def default_directory() -> Path:
-    """Returns `llavamed_jax/programs` in the user's cache directory.
-
-    The cache directory is $XDG_CACHE_HOME if that is an absolute path, else ~/.cache.
-
-    Raises:
-      OSError: the user has no home directory.
-    """
-    named, home = os.environ.get("XDG_CACHE_HOME", ""), os.path.expanduser("~")
-    if not os.path.isabs(named) and not os.path.isabs(home):
-        raise OSError("this user has no home directory")
-    return (Path(named) if os.path.isabs(named) else Path(home) / ".cache") / "llavamed_jax" / "programs"
 
 
 def prune(directory: Path, most: int) -> None:

@@ -28,6 +28,7 @@ from llavamed_jax.training.program import Program, bytes_a_device, open_mesh
 from llavamed_jax.training.recipe import TABLE
 from llavamed_jax.training.rows import check_positions, packed, unpacked
 from llavamed_jax.training.throughput import training_flops
+from llavamed_jax.utils.paths import is_bucket
 
 
 def shapes_of(path: str, name: str | None = None, vision_tower: str | None = None,
@@ -50,7 +51,7 @@ def shapes_of(path: str, name: str | None = None, vision_tower: str | None = Non
     known = path.removeprefix(PRESET)
     if path.startswith(PRESET) and known in PRESETS:
         return preset(known), path + own
-    if not path.startswith(PRESET) and (name is None or os.path.isdir(path)):
+    if not path.startswith(PRESET) and (name is None or os.path.isdir(path) or is_bucket(path)):
         return open_model(path, vision_tower).config, path
     is_absent = not path.startswith(PRESET) and not os.path.exists(path)
     known = name.split()[-1] if name and is_absent else ""

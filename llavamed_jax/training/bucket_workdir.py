@@ -5,8 +5,8 @@ copies there what the run needs: the model and the newest intact step. From then
 after each saved step come its files, then the logs, then the step's manifest, and then the deletion of old steps. A
 step in the bucket counts once its manifest is there. Logs follow also between steps.
 
-The local directory is deleted at the end, unless it has a step that the bucket lacks. The leftovers of killed runs are
-deleted by the next run.
+The local directory is deleted at the end, and that of a killed run by the next run on the machine. It is kept if it has
+a step that the bucket lacks: `bucket_copy.RECORD` in it has what the bucket has.
 """
 
 from __future__ import annotations
@@ -14,9 +14,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import tempfile
 import threading
-import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -25,12 +23,13 @@ from llavamed_jax.checkpoints.tree.bucket_copy import RECORD, STEPS
 from llavamed_jax.checkpoints.tree.step_manifest import MANIFEST
 from llavamed_jax.errors import UserError, amount, count_of, warn
 from llavamed_jax.parallel import agreement, distributed
-from llavamed_jax.utils import bucket_lock, locks, signals
-from llavamed_jax.utils.buckets import DIRECTORY, Bucket, Entry, local_copies
+from llavamed_jax.utils import bucket_lock, signals
+from llavamed_jax.utils.buckets import DIRECTORY, Bucket, Entry, local_copies, on_local_disk
+from llavamed_jax.utils.directories import PARTIAL, delete_leftovers, make_partial
+from llavamed_jax.utils.files import write_json
 from llavamed_jax.utils.paths import is_bucket
 
 LOGS_S = 60.0  # logs are copied so often
-_PARTIAL = ".partial"
 _LOGS = ("metrics.jsonl", "skipped.jsonl", "tensorboard/")
 _PULLED = ("recipe.json", "base.json", "model", "base", "metrics.jsonl", "skipped.jsonl")  # beside steps
 
@@ -56,17 +55,21 @@ def opened(workdir: str | Path) -> Iterator[tuple[Path, BucketWorkdir | None]]:
         yield directory, bucket
     except UserError as error:
         told = f"{error}; {directory} is the local copy of {workdir}" if str(directory) in str(error) else str(error)
-        more = "" if bucket is None else bucket.abandon()
-        if told + more == str(error):
+        said = "; ".join(filter(None, (told, _close(bucket))))
+        if said == str(error):
             raise
-        raise type(error)(told + more) from error
+        raise type(error)(said) from error
     except BaseException:
-        if bucket is not None:
-            bucket.close(is_quiet=True)
+        if said := _close(bucket):
+            warn(said)
         raise
     else:
-        if bucket is not None:
-            bucket.close()
+        if said := _close(bucket):
+            raise UserError(said)
+
+
+def _close(bucket: BucketWorkdir | None) -> str:
+    return "" if bucket is None else bucket.close()
 
 
 class BucketWorkdir:
@@ -77,7 +80,7 @@ class BucketWorkdir:
 
     Attributes:
       url: the address of the workdir.
-      directory: the local copy.
+      directory: the local copy, once the run is opened.
       saved: the newest step in the bucket; None without one.
     """
 
@@ -85,9 +88,8 @@ class BucketWorkdir:
         self._bucket = Bucket(url)
         self._lock = bucket_lock.BucketLock(self._bucket)
         self.url, self.saved = self._bucket.url, None
-        self.directory = local_copies() / "runs" / f"{self.url.rpartition('/')[2]}.{uuid.uuid4().hex[:8]}{_PARTIAL}"
-        self._held = -1  # descriptor that keeps others from deleting the directory
-        self._sent: dict[str, tuple] = {}  # by name: size and time of the local file, version of the object
+        self.directory, self._held = Path(), -1  # the descriptor keeps other runs from deleting the directory
+        self._sent: dict[str, list] = {}  # as in RECORD, by name: version of the object, size and time of the file
         self._mutex, self._is_over = threading.Lock(), threading.Event()
         self._beat = threading.Thread(target=self._keep_up, name="bucket", daemon=True)
         self._is_pulled = False  # only then the local directory says what belongs in the bucket
@@ -95,17 +97,18 @@ class BucketWorkdir:
 
     def open(self) -> Path:
         """Takes the lock, makes the local directory and copies the run into it."""
-        self._make_directory()
+        runs = local_copies() / "runs"
+        with on_local_disk(runs):
+            runs.mkdir(parents=True, exist_ok=True)
+            delete_leftovers(runs, delete=_delete_leftover)
+            self.directory, self._held = make_partial(runs, f"{self.url.rpartition('/')[2]}.")
         try:
             self._lock.take()
+            self._beat.start()
+            with on_local_disk(self.directory):
+                self._pull()
         except BaseException:
-            self._remove()
-            raise
-        self._beat.start()
-        try:
-            self._pull()
-        except BaseException:
-            self.close(is_quiet=True)
+            self.close()
             raise
         return self.directory
 
@@ -117,21 +120,22 @@ class BucketWorkdir:
 
         Raises:
           Taken: another run has the lock.
-          UserError: the bucket cannot be written.
+          UserError: the bucket cannot be written, or the local directory cannot be read.
         """
-        with self._mutex:
+        with on_local_disk(self.directory), self._mutex:
             try:
-                self._push(is_step=step is not None)
+                self._push()
             except UserError:
                 self._is_broken = True
                 raise
             if step is not None and f"{STEPS}{step}/{MANIFEST}" in self._sent:
                 self.saved = step
+                write_json(self.directory / RECORD, self._sent)
 
-    def _push(self, is_step: bool) -> None:
+    def _push(self) -> None:
         self._check_lock()
         found, remote = _files(self.directory), self._bucket.entries()
-        new = [name for name, mark in found.items() if self._sent.get(name) != (*mark, _version(remote, name))]
+        new = [name for name, mark in found.items() if self._sent.get(name) != [_version(remote, name), *mark]]
         self._tell_of_changes(remote)
         manifests = [name for name in new if _is_manifest(name)]
         files = [name for name in new if not _is_manifest(name)]
@@ -153,73 +157,59 @@ class BucketWorkdir:
         self._check_lock()
         self._bucket.upload(self.directory, manifests)
         listed |= self._bucket.entries(STEPS) if manifests else {}
-        self._sent |= {name: (*found[name], _version(listed, name)) for name in (*files, *manifests)}
-        self._delete(listed, is_step)
+        self._sent |= {name: [_version(listed, name), *found[name]] for name in (*files, *manifests)}
+        self._delete(listed)
 
     def _upload_logs(self, names: list[str]) -> None:
-        """Uploads copies of logs, since the run appends to them in the meantime."""
-        with tempfile.TemporaryDirectory(dir=self.directory, suffix=_PARTIAL) as folder:
-            for name in names:
-                (Path(folder) / name).parent.mkdir(exist_ok=True)
-                with contextlib.suppress(FileNotFoundError):
-                    shutil.copyfile(self.directory / name, Path(folder) / name)
-            self._bucket.upload(Path(folder), names)
+        """Uploads logs as they are now, since the run appends to them in the meantime."""
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                self._bucket.write(name, (self.directory / name).read_bytes())
 
     def _tell_of_changes(self, remote: Mapping[str, Entry]) -> None:
-        changed = [name for name, sent in self._sent.items() if sent[2] != _version(remote, name)]
+        changed = [name for name, sent in self._sent.items() if sent[0] != _version(remote, name)]
         if changed:
             warn(f"{count_of(len(changed), 'object')} of {self.url} that this run had written or read, such as "
                  f"{changed[0]}, was changed or removed by another program; what the run still has is written again")
             self._sent = {name: sent for name, sent in self._sent.items() if name not in changed}
 
-    def close(self, is_quiet: bool = False) -> None:
-        """Copies what is new, gives up the lock and deletes the local directory.
+    def close(self) -> str:
+        """Ends the run, for whatever reason: copies what is new, gives up the lock, and deletes the local directory.
 
-        Args:
-          is_quiet: whether the run has failed otherwise, so that an error of the bucket is not raised.
+        Returns:
+          "" if all this was done; else a sentence that says what failed, and where a step is kept that the bucket
+          lacks.
         """
-        self._stop()
-        try:
-            if not self._is_lost:
-                if self._is_pulled:
-                    self.push()
-                self._lock.release()
-        except UserError as error:
-            kept = self._keep()
-            if not is_quiet:
-                raise UserError(f"{error}{kept}") from error
-        else:
-            self._remove()
+        self._is_over.set()
+        if self._beat.is_alive():
+            self._beat.join()
+        said = []
+        for act in (self._push_the_rest, self._release, self._leave):
+            try:
+                with on_local_disk(self.directory):
+                    said.append(act())
+            except UserError as error:
+                said.append(str(error))
+        os.close(self._held)
+        return "; ".join(filter(None, said))
 
-    def abandon(self) -> str:
-        """Closes after a failure, and returns the end of its sentence: where a step is that the bucket lacks."""
-        self._stop()
-        with contextlib.suppress(UserError):
-            if not self._is_lost and not self._is_broken:
-                self.push()
-        with contextlib.suppress(UserError):
-            if not self._is_lost:
-                self._lock.release()
-        return self._keep()
+    def _push_the_rest(self) -> None:
+        if self._is_pulled and not self._is_lost and not self._is_broken:
+            self.push()
+
+    def _release(self) -> None:
+        if not self._is_lost:
+            self._lock.release()
+
+    def _leave(self) -> str:
+        if self._is_pulled:
+            return _leave(self.directory, self._sent)
+        shutil.rmtree(self.directory, ignore_errors=True)  # at most a part of what the bucket has
+        return ""
 
     def saved_in_words(self) -> str:
         """Returns the newest step in the bucket, as the end of a sentence."""
         return "no step had been saved" if self.saved is None else f"step {self.saved} is saved in {self.url}"
-
-    def _make_directory(self) -> None:
-        try:
-            self.directory.parent.mkdir(parents=True, exist_ok=True)
-            for path in self.directory.parent.glob(f"*{_PARTIAL}"):
-                descriptor = os.open(path, os.O_RDONLY)
-                if locks.lock(descriptor):
-                    shutil.rmtree(path, ignore_errors=True)
-                os.close(descriptor)
-            self.directory.mkdir()
-            self._held = os.open(self.directory, os.O_RDONLY)
-            locks.lock(self._held)
-        except OSError as error:
-            raise UserError(f"{self.directory} cannot be written: {error.strerror}; set {DIRECTORY} to another "
-                            "directory") from None
 
     def _pull(self) -> None:
         """Copies the newest intact step, and the base and the logs with it; of older steps only the manifests.
@@ -238,19 +228,26 @@ class BucketWorkdir:
             if name.startswith((STEPS, "base/", "model/")) and name.count("/"):
                 (self.directory / name).parent.mkdir(parents=True, exist_ok=True)
         found = _files(self.directory)
-        self._sent = {name: (*found.get(name, (0, 0)), entry.version) for name, entry in remote.items()
+        self._sent = {name: [entry.version, *found.get(name, (0, 0))] for name, entry in remote.items()
                       if name in found or name.startswith(("base/", "model/"))}
         self._is_pulled = True
         size = sum(size for size, _ in found.values())
         done = f"copied {amount(size)} to" if steps else "the local copy is"
         print(f"{self.url}: {done} {self.directory}", flush=True)
 
-    def _delete(self, remote: Mapping[str, Entry], is_step: bool) -> None:
-        """Deletes from the bucket what the run has deleted: steps, their manifests first, then other files."""
-        gone = [name for name in remote if name.startswith(STEPS) and name.split("/")[1].isdigit()
-                and not (self.directory / STEPS / name.split("/")[1]).is_dir()]
+    def _delete(self, remote: Mapping[str, Entry]) -> None:
+        """Deletes from the bucket what the run has deleted: steps, their manifests first, and an older start.
+
+        A run deletes steps before its newest one, and an older start before its first step. Whatever else is not here
+        was deleted here by another program, and stays in the bucket.
+        """
+        ours = (name for name in _files(self.directory) if _is_manifest(name) and name in self._sent)
+        newest = max((int(name.split("/")[1]) for name in ours), default=-1)
+        later = {step for step in bucket_copy.sealed(remote) if step >= newest}
+        gone = [name for name in remote if name.startswith(STEPS) and (step := name.split("/")[1]).isdigit()
+                and int(step) not in later and not (self.directory / STEPS / step).is_dir()]
         self._bucket.delete(name for name in gone if _is_manifest(name))
-        if is_step:
+        if self.saved is None and newest >= 0:
             gone += [name for name in self._sent if name in remote and not name.startswith(STEPS)
                      and not (self.directory / name).exists()]
         self._bucket.delete(gone)
@@ -277,10 +274,10 @@ class BucketWorkdir:
     def _push_logs(self) -> None:
         with self._mutex:
             found = {name: mark for name, mark in _files(self.directory).items() if _is_log(name)}
-            new = [name for name, mark in found.items() if self._sent.get(name, ())[:2] != mark]
+            new = [name for name, mark in found.items() if self._sent.get(name, [])[1:] != [*mark]]
             self._upload_logs(new)
             listed = self._bucket.entries()
-            self._sent |= {name: (*found[name], _version(listed, name)) for name in new}
+            self._sent |= {name: [_version(listed, name), *found[name]] for name in new}
 
     def _check_lock(self) -> None:
         try:
@@ -289,28 +286,32 @@ class BucketWorkdir:
             self._is_lost = True
             raise
 
-    def _stop(self) -> None:
-        self._is_over.set()
-        if self._beat.is_alive():
-            self._beat.join()
 
-    def _keep(self) -> str:
-        """Keeps the local directory if it has a step that the bucket lacks, and says so; else deletes it."""
-        step, _ = store.newest_intact_step(self.directory)
-        if step is None or self.saved is not None and step <= self.saved:
-            self._remove()
-            return ""
-        for name in (RECORD, ".lock"):
-            (self.directory / name).unlink(missing_ok=True)
-        kept = self.directory.with_suffix("")
-        self.directory.rename(kept)
-        return f"; step {step} is kept in {kept}, from which `--workdir {kept}` goes on"
+def _leave(directory: Path, record: Mapping[str, list]) -> str:
+    """Deletes a run's local directory; one that has a step that the bucket lacks gets a lasting name.
 
-    def _remove(self) -> None:
-        shutil.rmtree(self.directory, ignore_errors=True)
-        if self._held >= 0:
-            os.close(self._held)
-            self._held = -1
+    Args:
+      directory: the directory, which this process has locked.
+      record: what the bucket has, as in RECORD.
+
+    Returns:
+      A sentence that says where the step is; "" if the directory was deleted.
+    """
+    steps = [int(name.split("/")[1]) for name, mark in _files(directory).items()
+             if _is_manifest(name) and record.get(name, [])[1:] != [*mark]]
+    if not steps:
+        shutil.rmtree(directory, ignore_errors=True)
+        return ""
+    kept = directory.with_suffix("")
+    directory.rename(kept)
+    for name in (RECORD, ".lock"):
+        (kept / name).unlink(missing_ok=True)
+    return f"step {max(steps)} is kept in {kept}, from which `--workdir {kept}` goes on"
+
+
+def _delete_leftover(directory: Path) -> None:
+    if kept := _leave(directory, bucket_copy.read_record(directory)):
+        warn(f"an earlier run on this machine was killed before its bucket had its newest step: {kept}")
 
 
 def _files(directory: Path) -> dict[str, tuple[int, int]]:
@@ -325,7 +326,7 @@ def _files(directory: Path) -> dict[str, tuple[int, int]]:
                 MANIFEST in names and any((Path(folder) / "params").glob("*"))):
             folders.clear()
             continue
-        folders[:] = [name for name in folders if not name.endswith(_PARTIAL) and ".orbax-checkpoint-tmp" not in name]
+        folders[:] = [name for name in folders if not name.endswith(PARTIAL) and ".orbax-checkpoint-tmp" not in name]
         for name in names:
             if not name.endswith(".tmp") and name not in (".lock", RECORD):
                 with contextlib.suppress(FileNotFoundError):

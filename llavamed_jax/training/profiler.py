@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import jax
 
 from llavamed_jax.training.log import MetricsWriter
+from llavamed_jax.training.place import Place
 
 
 class Profiler:
@@ -15,13 +15,13 @@ class Profiler:
 
     Args:
       span: the first and the last update; None for no trace.
-      workdir: the run's directory.
+      place: the run's directory.
       log: gets a line when the trace ends.
     """
 
-    def __init__(self, span: tuple[int, int] | None, workdir: Path, log: MetricsWriter):
+    def __init__(self, span: tuple[int, int] | None, place: Place, log: MetricsWriter):
         self._first, self._last = span or (0, 0)
-        self._directory, self._log = workdir / "tensorboard", log
+        self._place, self._log = place, log
         self._is_on = self._is_done = False
 
     def __enter__(self) -> Profiler:
@@ -32,7 +32,7 @@ class Profiler:
         if self._first <= step <= self._last and not self._is_on:
             drain()
             if jax.process_index() == 0:
-                jax.profiler.start_trace(str(self._directory))
+                jax.profiler.start_trace(str(self._place.workdir / "tensorboard"))
             self._is_on = True
 
     def after(self, step: int, drain: Callable[[], None]) -> None:
@@ -51,4 +51,5 @@ class Profiler:
         if jax.process_index() == 0:
             jax.profiler.stop_trace()
         self._is_on, self._is_done = False, True
-        self._log.say(f"the trace of updates {self._first} to {self._last} is in {self._directory}/plugins/profile")
+        self._log.say(f"the trace of updates {self._first} to {self._last} is in "
+                      f"{self._place.name}/tensorboard/plugins/profile")

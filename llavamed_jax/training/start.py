@@ -52,13 +52,14 @@ def open_start(cfg: ConfigDict) -> Checkpoint:
             eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.pad_id))
         checkpoint = random_checkpoint(config, cfg.seed)
     else:
-        for key in ("init", "vision_tower"):
-            if cfg[key] is not None:
-                with _naming(cfg, key):
-                    if not hub.local(cfg[key], may_be_bucket=key == "init").is_dir():
-                        raise UserError("the directory does not exist; a checkpoint's directory, owner/name of a hub"
-                                        + (" or preset:NAME was expected" if key == "init" else " was expected"))
-        checkpoint = open_checkpoint(cfg.init, cfg.vision_tower)
+        parts = {key: cfg[key] for key in ("init", "vision_tower") if cfg[key] is not None}
+        for key, path in parts.items():
+            with _naming(cfg, key):
+                parts[key] = hub.local(path, may_be_bucket=key == "init")
+                if not parts[key].is_dir():
+                    raise UserError("the directory does not exist; a checkpoint's directory, owner/name of a hub"
+                                    + (" or preset:NAME was expected" if key == "init" else " was expected"))
+        checkpoint = open_checkpoint(parts["init"], parts.get("vision_tower"))
     if cfg.tokenizer is not None:
         kept = {name: file for name, file in checkpoint.files.items() if not name.startswith(_OF_TOKENIZERS)}
         checkpoint = checkpoint.replace(files={**kept, **_tokenizer_files(Path(cfg.tokenizer))})

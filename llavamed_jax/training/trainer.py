@@ -205,7 +205,7 @@ class Run:
         self.batches.on_wait = agreed.on_wait
         has_samples = callbacks.sampler is not None and self.cfg.samples_every > 0
         agreed.saved()
-        with Profiler(callbacks.profile, self.place.workdir, self.log) as profiler:
+        with Profiler(callbacks.profile, self.place, self.log) as profiler:
             try:
                 while self.step < self.total_steps and not agreed.is_stopping:
                     profiler.before(self.step + 1, reader.drain)

@@ -80,8 +80,9 @@ class BucketLock:
         self._bucket.write(f"{_FOLDER}{self._number}", self._content())
 
     def release(self) -> None:
-        """Gives the lock up. Its object stays, so that the next run's has a higher number."""
-        self._bucket.write(f"{_FOLDER}{self._number}", self._content(ended=_now()))
+        """Gives the lock up if it was taken. Its object stays, so that the next run's has a higher number."""
+        if self._number:
+            self._bucket.write(f"{_FOLDER}{self._number}", self._content(ended=_now()))
 
     def _content(self, **more: str) -> bytes:
         return json.dumps({**self._owner, "time": _now(), **more}, indent=1).encode() + b"\n"

@@ -20,7 +20,7 @@ from typing import Any
 from llavamed_jax.errors import UserError, cut
 from llavamed_jax.utils import signals
 from llavamed_jax.utils.files import write_whole
-from llavamed_jax.utils.paths import split_bucket
+from llavamed_jax.utils.paths import split_bucket, user_cache
 
 DIRECTORY = "LLAVAMED_BUCKET_CACHE"  # environment variable: the directory of local copies
 _MODULES = {"gs": ("gcsfs", "gcsfs.core", "GCSFileSystem"), "s3": ("s3fs", "s3fs", "S3FileSystem")}
@@ -188,17 +188,34 @@ def _in_threads(act: Callable[[str], None], names: Sequence[str]) -> None:
 
 
 def local_copies() -> Path:
-    """Returns the directory of local copies: `$LLAVAMED_BUCKET_CACHE`, else `llavamed_jax/buckets` in the user's cache.
+    """Returns the directory of local copies: `$LLAVAMED_BUCKET_CACHE`, else `buckets` in the user's cache.
 
     Raises:
       UserError: the variable is not an absolute path, or the user has no home directory.
     """
-    named, cache = os.environ.get(DIRECTORY, ""), os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    path = named or os.path.join(cache, "llavamed_jax", "buckets")
-    if not os.path.isabs(path):
-        raise UserError(f"the directory of local copies of buckets is {path!r}; an absolute path was expected in "
+    named = os.environ.get(DIRECTORY, "")
+    try:
+        path = Path(named) if named else user_cache() / "buckets"
+    except OSError as error:
+        raise UserError(f"{error}; {DIRECTORY} must name a directory for local copies of buckets") from None
+    if not path.is_absolute():
+        raise UserError(f"the directory of local copies of buckets is {named!r}; an absolute path was expected in "
                         f"{DIRECTORY}")
-    return Path(path)
+    return path
+
+
+@contextlib.contextmanager
+def on_local_disk(directory: Path) -> Iterator[None]:
+    """Re-raises an OSError inside the block as UserError with one sentence.
+
+    Args:
+      directory: a directory of local copies, for an error that names no file.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{error.filename or directory} cannot be read or written: {error.strerror or error} "
+                        f"({DIRECTORY} names another directory for local copies)") from error
 
 
 def is_local_copy(path: Path) -> bool:

@@ -1,4 +1,4 @@
-"""Makes directories that appear when they are complete."""
+"""Makes directories that appear when they are complete, and deletes what killed processes left of them."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import errno
 import os
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from llavamed_jax.errors import UserError
 from llavamed_jax.utils import locks, signals
+from llavamed_jax.utils.files import is_at
 
 
 @contextlib.contextmanager
@@ -39,20 +40,17 @@ def new_directory(out: str | Path, size: int = 0, apart_from: Iterable[Path | No
             if source is not None and target.is_relative_to(source.resolve()):
                 raise UserError(f"{out} lies inside {source}, which is an input; a directory outside it was expected")
         target.parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(target)
+        delete_leftovers(target.parent, f".{target.name}.")
         free = shutil.disk_usage(target.parent).free
         if free < size:
             raise UserError(f"{out} needs {size / 1e9:.2f} GB; its disk has {free / 1e9:.2f} GB free")
-        temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}{_PARTIAL}")
-        temporary.mkdir()  # not `mkdtemp`, whose directories are private whatever the umask
+        temporary, lock = make_partial(target.parent, f".{target.name}.")
     except OSError as error:
         raise UserError(f"{out} cannot be written: {error.strerror or error}") from None
     except (ValueError, RuntimeError) as error:  # an invalid file name; a link to itself
         raise error if isinstance(error, UserError) else UserError(f"{str(out)!r} cannot be written: {error}") from None
     with contextlib.ExitStack() as stack, signals.undone_by(lambda: _remove(temporary)):
-        lock = _lock(temporary)
-        if lock is not None:
-            stack.callback(os.close, lock)
+        stack.callback(os.close, lock)
         try:
             yield temporary
             temporary.replace(target)
@@ -68,31 +66,50 @@ def new_directory(out: str | Path, size: int = 0, apart_from: Iterable[Path | No
 
 # Errors of a disk during a write: full, over a quota, file too large, read-only by now, failing.
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
-_PARTIAL = ".partial"
+PARTIAL = ".partial"
 
 
-def _lock(directory: Path) -> int | None:
-    """Locks a directory and returns a descriptor that holds the lock until it is closed, or until the process ends.
+def make_partial(parent: Path, prefix: str) -> tuple[Path, int]:
+    """Makes a locked directory, which `delete_leftovers` of other processes leaves alone while it is locked.
 
-    Returns None if another process holds the lock, or on a file system without locks.
+    Args:
+      parent: the directory that gets it.
+      prefix: the beginning of its name; random characters and `.partial` follow.
+
+    Returns:
+      The directory, and a descriptor that holds the lock until it is closed or the process ends. A file system without
+      locks gives no lock, and deletes no leftovers.
     """
-    descriptor = os.open(directory, os.O_RDONLY)
-    if not locks.lock(descriptor):
-        os.close(descriptor)
-        return None
-    return descriptor
+    while True:
+        directory = parent / f"{prefix}{secrets.token_hex(4)}{PARTIAL}"
+        directory.mkdir()  # not `mkdtemp`, whose directories are private whatever the umask
+        with contextlib.suppress(FileNotFoundError):
+            descriptor = os.open(directory, os.O_RDONLY)
+            if locks.lock(descriptor) is not False and is_at(descriptor, directory):
+                return directory, descriptor
+            os.close(descriptor)  # another process took it for a leftover before it was locked
+
+
+def delete_leftovers(parent: Path, prefix: str = "", delete: Callable[[Path], object] = shutil.rmtree) -> None:
+    """Deletes the directories of `make_partial` whose processes were killed.
+
+    Args:
+      parent: the directory that contains them.
+      prefix: the beginning of their names.
+      delete: deletes one; an OSError leaves what is left of it to the next process.
+    """
+    for path in parent.iterdir():
+        if path.name.startswith(prefix) and path.name.endswith(PARTIAL):
+            with contextlib.suppress(OSError):  # such as one that its own process has just renamed or deleted
+                descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+                try:
+                    if locks.lock(descriptor) and is_at(descriptor, path):
+                        delete(path)
+                finally:
+                    os.close(descriptor)
 
 
 def _remove(directory: Path) -> None:
     """Deletes a directory in which another thread may still be writing."""
     for _ in range(3):
         shutil.rmtree(directory, ignore_errors=True)
-
-
-def _remove_leftovers(out: Path) -> None:
-    for path in out.parent.iterdir():
-        if path.name.startswith(f".{out.name}.") and path.name.endswith(_PARTIAL) and path.is_dir():
-            lock = _lock(path)
-            if lock is not None:
-                shutil.rmtree(path, ignore_errors=True)
-                os.close(lock)

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from llavamed_jax.errors import UserError
 from llavamed_jax.utils.files import open_file, write_whole
+from llavamed_jax.utils.paths import user_cache
 
 LARGE = 2**26  # bytes from which on a hash is cached
 _RECENT_S = 5.0
@@ -73,8 +74,7 @@ def _mark(descriptor: int) -> str | None:
 
 
 def _file() -> Path:
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(home) / "llavamed_jax" / "sha256.json"
+    return user_cache() / "sha256.json"
 
 
 def _remembered() -> dict[str, str]:
@@ -87,8 +87,9 @@ def _remembered() -> dict[str, str]:
 
 def _remember(hashes: Mapping[str, str]) -> None:
     """Writes the cache atomically; if the home directory cannot be written to, there is no cache."""
-    file, kept = _file(), dict(list(hashes.items())[-_MOST:])
+    kept = dict(list(hashes.items())[-_MOST:])
     with contextlib.suppress(OSError):
+        file = _file()
         file.parent.mkdir(parents=True, exist_ok=True)
         write_whole(file, lambda opened: opened.write(json.dumps(kept).encode()))
 

@@ -49,7 +49,8 @@ def check(name: str, value: Any, may_be_bucket: bool = False) -> None:
         split_bucket(value)
     elif is_address(value):
         allowed = (" or gs://BUCKET/KEY or s3://BUCKET/KEY was expected" if may_be_bucket else
-                   " was expected (only --workdir of train.py and a checkpoint may be in a bucket)")
+                   " was expected (only --workdir of train.py, `init`, --checkpoint, and what `convert inspect` and "
+                   "`convert verify` read may be in a bucket)")
         raise UsageError(f"{name} is the address {short(value)}; a path on this machine{allowed}")
     if isinstance(value, (str, Path)) and not _is_utf8(str(value)):
         encoding = sys.getfilesystemencoding()
@@ -71,3 +72,15 @@ def local(text: str) -> Path:
     if is_address(text):
         raise argparse.ArgumentTypeError(f"{text!r} is an address; a path on this machine was expected")
     return Path(text)
+
+
+def user_cache() -> Path:
+    """Returns this project's folder in the user's cache directory: $XDG_CACHE_HOME if that is absolute, else ~/.cache.
+
+    Raises:
+      OSError: the user has no home directory.
+    """
+    named, home = os.environ.get("XDG_CACHE_HOME", ""), os.path.expanduser("~")
+    if not os.path.isabs(named) and not os.path.isabs(home):
+        raise OSError("this user has no home directory")
+    return (Path(named) if os.path.isabs(named) else Path(home) / ".cache") / "llavamed_jax"

@@ -8,16 +8,21 @@ import os
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import llavamed_jax as lm
+from benchmarks import runs
 from llavamed_jax import chat
-from llavamed_jax.cli import common, train, verify_release
+from llavamed_jax.checkpoints.open import open_checkpoint
+from llavamed_jax.cli import common, serve, train, verify_release
 from llavamed_jax.cli import convert as convert_cli
 from llavamed_jax.cli import eval as eval_cli
-from llavamed_jax.errors import UsageError
-from llavamed_jax.utils import paths
+from llavamed_jax.errors import UsageError, UserError
+from llavamed_jax.utils import buckets, paths
+from llavamed_jax.utils.buckets import Bucket
 from llavamed_jax.utils.nested import flatten
+from tests.support import stores
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.py") if path.stem != "common")
@@ -112,6 +117,53 @@ def test_commands_exit_with_2_and_write_nothing(command, words, address, tmp_pat
     printed = capsys.readouterr()
     assert printed.out == "" and printed.err.count("\n") == 1 and f"is the address {address!r}" in printed.err
     assert os.listdir(tmp_path) == ["configs"]
+
+
+@pytest.fixture(scope="module")
+def in_a_bucket(tmp_path_factory):
+    """The address of a tiny model, and the directory that was copied there."""
+    folder = tmp_path_factory.mktemp("bucket")
+    tree = runs.write_start(folder / "tree")
+    with stores.running("memory", folder / "cache") as scheme:
+        url = stores.address(scheme)
+        Bucket(url).upload(tree, [path.relative_to(tree).as_posix() for path in tree.rglob("*") if path.is_file()])
+        yield url, tree
+
+
+@pytest.mark.parametrize("main, words", [
+    (eval_cli.main, ["--config", "configs/eval/vqa_rad.py:demo", "--workdir", "{out}"]), (chat.main, []),
+    (serve.main, ["--port", "0", "--no_page", "--quantize", "int8"])], ids=["eval", "chat", "serve"])
+def test_commands_open_a_checkpoint_in_a_bucket(main, words, in_a_bucket, tmp_path, monkeypatch, capsys):
+    """Up to the weights, which are not put on a device."""
+    url, tree = in_a_bucket
+    opened = []
+
+    def stop(checkpoint, *_, **__):
+        opened.append(checkpoint)
+        raise UserError("it was opened")
+
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("llavamed_jax.assistant.load_params", stop)
+    monkeypatch.setattr("llavamed_jax.serving.service.Service.start", lambda self, load: load(lambda stage: None))
+    assert main([*(word.format(out=tmp_path / "out") for word in words), "--checkpoint", url]) == 1
+    assert "it was opened" in capsys.readouterr().err
+    (checkpoint,) = opened
+    assert buckets.is_local_copy(checkpoint.directory) and checkpoint.config == open_checkpoint(tree).config
+    name = next(iter(checkpoint.tensors))
+    assert np.array_equal(checkpoint.read(name), open_checkpoint(tree).read(name))
+
+
+def test_convert_reads_from_a_bucket(in_a_bucket, tmp_path, capsys):
+    """What it writes is a directory; `--out` in a bucket is refused, as above."""
+    url, tree = in_a_bucket
+    assert convert_cli.main(["import", "--checkpoint", url, "--out", str(tmp_path / "tree")]) == 0
+    assert convert_cli.main(["export", "--checkpoint", url, "--layout", "transformers", "--out", str(tmp_path / "exported")]) == 0
+    for path in (tree, tmp_path / "tree", tmp_path / "exported"):
+        assert convert_cli.main(["verify", url, str(path), "--tensors_only"]) == 0
+    assert convert_cli.main(["inspect", url]) == 0 and f"{url}: tree layout" in capsys.readouterr().out
+    assert convert_cli.main(["export", "--checkpoint", str(tree), "--layout", "llava", "--out", f"{url}/exported"]) == 2
+    assert f"--out is the address '{url}/exported'; a path on this machine was expected" in capsys.readouterr().err
+    assert "exported" not in str(Bucket(url).entries())
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)

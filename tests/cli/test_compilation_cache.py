@@ -13,6 +13,7 @@ from llavamed_jax.cli import compilation_cache
 from llavamed_jax.config import DecoderConfig, LlavaConfig, VisionConfig
 from llavamed_jax.generation.engine import Engine
 from llavamed_jax.generation.requests import Request
+from llavamed_jax.utils import paths
 
 CFG = LlavaConfig(VisionConfig(16, 32, 2, 2, 16, 8), DecoderConfig(40, 16, 24, 1, 2, 1, 8, 1e-5, 1e4, 128))
 KEYS = ("jax_enable_compilation_cache", "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
@@ -124,7 +125,7 @@ def test_the_directory_follows_the_rules(monkeypatch):
     monkeypatch.setenv("HOME", "/home/ada")
     for named, wanted in (("/var/cache/ada", "/var/cache/ada"), ("", "/home/ada/.cache"), ("not/absolute", "/home/ada/.cache")):
         monkeypatch.setenv("XDG_CACHE_HOME", named)
-        assert str(compilation_cache.default_directory()) == f"{wanted}/llavamed_jax/programs"
+        assert str(paths.user_cache()) == f"{wanted}/llavamed_jax"
 
 
 def test_a_directory_that_cannot_be_written_is_a_warning(cache, capsys):

@@ -335,6 +335,7 @@ def test_the_tower_that_is_asked_for_is_the_one_that_is_compiled(monkeypatch):
     monkeypatch.setattr("llavamed_jax.preflight.programs.open_model", lambda *names: asked.append(names) or shapes)
     shapes = SimpleNamespace(config="config")
     assert shapes_of(str(ROOT), "finetune small", "clip") == ("config", str(ROOT)) and asked == [(str(ROOT), "clip")]
+    assert shapes_of("gs://b/run", "finetune small") == ("config", "gs://b/run") and asked[1:] == [("gs://b/run", None)]
     assert shapes_of("preset:small", "x", "clip")[1] == "preset:small, with its own tower instead of clip"
 
 

@@ -1,16 +1,20 @@
 """A run whose workdir is in a bucket: what arrives there and when, from what it resumes, and what stays when something fails."""
 
+import errno
 import json
 import os
 import shutil
 import signal
+from pathlib import Path
 
 import pytest
 
+from llavamed_jax.adapters import open as adapted
 from llavamed_jax.checkpoints.open import open_checkpoint
-from llavamed_jax.checkpoints.tree import bucket_copy
+from llavamed_jax.checkpoints.tree import bucket_copy, step_manifest
 from llavamed_jax.errors import UsageError, UserError
 from llavamed_jax.training import bucket_workdir, trainer
+from llavamed_jax.training.start import open_start
 from llavamed_jax.training.trainer import fit
 from llavamed_jax.utils import buckets
 from llavamed_jax.utils.buckets import Bucket
@@ -39,8 +43,9 @@ def url(memory):
 
 @pytest.fixture
 def copies():
-    """The local copies of runs that are left."""
-    return lambda: sorted(os.listdir(buckets.local_copies() / "runs"))
+    """The local copies of runs that are left; the next test finds none."""
+    yield lambda: sorted(os.listdir(buckets.local_copies() / "runs"))
+    shutil.rmtree(buckets.local_copies() / "runs")
 
 
 @pytest.fixture(scope="module")
@@ -84,11 +89,127 @@ def logged(url):
     return [json.loads(line)["step"] for line in stores.read(f"{url}/metrics.jsonl").decode().splitlines()]
 
 
+def save(directory, step, content=b"x"):
+    """Writes a step as a run does, but not what a run saves."""
+    folder = directory / "checkpoints" / str(step)
+    for part in ("params", "optimizer", "state"):
+        (folder / part).mkdir(parents=True)
+        (folder / part / "f").write_bytes(content)
+    step_manifest.write(folder)
+
+
+def refused(*_, **__):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/disk/file")
+
+
+ENDINGS = {"none": None, "a sentence": UserError("it failed"), "a signal": KeyboardInterrupt(), "a fault": ZeroDivisionError("a fault")}
+
+
+def run(url, ending, act):
+    """A run that only calls `act(directory, bucket)`, and ends; returns its directory and what it raised."""
+    try:
+        with bucket_workdir.opened(url) as (directory, bucket):
+            act(directory, bucket)
+            if ENDINGS[ending]:
+                raise ENDINGS[ending]
+    except BaseException as error:
+        return directory, error
+    return directory, None
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_every_ending_copies_what_is_new_and_releases_the_lock(ending, url, copies, monkeypatch):
+    """Logs in folders of their own, as a profile lies, are copied too; no step is hashed to know that the bucket has it."""
+    trace = "tensorboard/plugins/profile/2026/host.xplane.pb"
+
+    def act(directory, bucket):
+        save(directory, 3)
+        bucket.push(3)
+        (directory / trace).parent.mkdir(parents=True)
+        (directory / trace).write_bytes(b"trace")
+        (directory / "metrics.jsonl").write_bytes(b"{}")
+        bucket._push_logs()
+        assert stores.read(f"{url}/{trace}") == b"trace" and stores.read(f"{url}/metrics.jsonl") == b"{}"
+        (directory / "metrics.jsonl").write_bytes(b"{}{}")
+        monkeypatch.setattr(step_manifest, "sha256_of", refused)
+
+    assert run(url, ending, act)[1] is ENDINGS[ending] and copies() == []
+    assert stores.read(f"{url}/metrics.jsonl") == b"{}{}" and steps(url) == [3]
+    monkeypatch.undo()
+    assert run(url, "none", lambda *_: None)[1] is None  # the lock is free
+
+
+FAULTS = {"the bucket": (Bucket, "upload"), "listing": (bucket_workdir, "_files"), "logs": (bucket_workdir.BucketWorkdir, "_upload_logs"),
+          "the record": (bucket_workdir, "write_json"), "a new name": (Path, "rename")}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_a_step_that_the_bucket_lacks_is_never_deleted(ending, fault, url, memory, copies, monkeypatch, capsys):
+    """Whatever fails, and however the run ends: the lock is free, and the step is in the bucket or stays here, after later runs too."""
+    def act(directory, bucket):
+        save(directory, 3)
+        bucket.push(3)
+        save(directory, 6)
+        (directory / "metrics.jsonl").write_bytes(b"{}")
+        for place in {FAULTS["the bucket"], FAULTS[fault]} if fault == "a new name" else {FAULTS[fault]}:
+            monkeypatch.setattr(*place, refused)
+        with pytest.raises(UserError, match=r"/disk/file cannot be read or written: No space left on device \(LLAVAMED_BUCKET_CACHE names"):
+            bucket.push(6)
+
+    directory, error = run(url, ending, act)
+    monkeypatch.undo()
+    said, kept = f"{error} {capsys.readouterr().err}", directory.with_suffix("")
+    if fault == "the record":  # which is written when the bucket has the step
+        assert error is ENDINGS[ending] and steps(url) == [3, 6] and copies() == []
+        return
+    assert isinstance(error, type(ENDINGS[ending] or UserError())) and steps(url) == [3]
+    assert (f"step 6 is kept in {kept}, from which `--workdir {kept}` goes on" in said) == (fault in ("the bucket", "logs"))
+    for address in (stores.address(memory), url):  # the lock is free
+        assert run(address, "none", lambda *_: None)[1] is None
+    assert copies() == [kept.name] and step_manifest.damage(kept / "checkpoints" / "6") is None
+
+
+def test_leftovers_of_killed_runs(url, memory, copies, capsys):
+    """One with a step that its bucket lacks is kept, and the next run on the machine, of any address, says so."""
+    def act(directory, bucket):
+        save(directory, 3)
+        bucket.push(3)
+        shutil.copytree(directory, directory.with_name("whole.killed.partial"))
+        save(directory, 6)
+        shutil.copytree(directory, directory.with_name("more.killed.partial"))
+
+    run(url, "none", act)
+    run(stores.address(memory), "none", lambda *_: None)
+    kept = buckets.local_copies() / "runs" / "more.killed"
+    assert f"killed before its bucket had its newest step: step 6 is kept in {kept}, from which" in capsys.readouterr().err
+    assert copies() == ["more.killed"] and step_manifest.damage(kept / "checkpoints" / "6") is None
+
+
+@pytest.mark.parametrize("removed", [".", "checkpoints", "checkpoints/8", "base", "recipe.json"])
+def test_what_another_program_deletes_here_stays_in_the_bucket(removed, a_run):
+    before = stores.listed(a_run)
+    run(a_run, "a sentence", lambda directory, _: shutil.rmtree(directory / removed) if removed[-1] != "n" else (directory / removed).unlink())
+    assert stores.listed(a_run) == before
+
+
+def test_an_address_is_resolved_once(finished, recipe, monkeypatch):
+    """By what opens a run's start, and a model with an adapter."""
+    asked, local = [], bucket_copy.local
+    monkeypatch.setattr(bucket_copy, "local", lambda *words: asked.append(words) or local(*words))
+    assert open_start(recipe(init=finished)).step == 8 and len(asked) == 1
+    monkeypatch.setattr(adapted, "_adapter", lambda path: path)
+    monkeypatch.setattr(adapted.plain_base, "is_plain", lambda base, adapter: False)
+    monkeypatch.setattr(adapted.peft, "apply", lambda checkpoint, adapter: checkpoint)
+    assert adapted.open_model(finished, adapter="x").step == 8 and len(asked) == 2
+
+
 def test_a_run_arrives_and_is_read_and_goes_on(recipe, scheme, copies, monkeypatch, capsys):
     """Stopped at step 4 and resumed: one history, old steps deleted, manifests last; a reader copies no optimizer."""
     url, order = stores.address(scheme), []
-    upload = Bucket.upload
+    upload, write = Bucket.upload, Bucket.write
     monkeypatch.setattr(Bucket, "upload", lambda self, directory, names: (order.extend(names), upload(self, directory, names))[1])
+    monkeypatch.setattr(Bucket, "write", lambda self, name, content: (order.append(name), write(self, name, content))[1])
     at_update(monkeypatch, 4, lambda: os.kill(os.getpid(), signal.SIGTERM))
     assert fit(recipe(**{"checkpoint.keep": 2}), url) is False
     for step in ("3", "4"):
@@ -109,7 +230,7 @@ def test_a_run_arrives_and_is_read_and_goes_on(recipe, scheme, copies, monkeypat
     order.clear()
     assert fit(recipe(**{"checkpoint.keep": 2}), url) is True  # a finished run changes nothing
     assert f"{url} is finished: it was trained for 8 updates" in capsys.readouterr().out
-    assert order == [] and stores.listed(url) == before
+    assert not [name for name in order if ".lock/" not in name] and stores.listed(url) == before
 
     checkpoint = open_checkpoint(url)
     assert checkpoint.step == 8 and open_checkpoint(f"{url}/checkpoints/6").step == 6

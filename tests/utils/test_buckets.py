@@ -14,7 +14,7 @@ import pytest
 
 from benchmarks import emulators
 from llavamed_jax.errors import UsageError, UserError
-from llavamed_jax.utils import bucket_lock, buckets, paths
+from llavamed_jax.utils import bucket_lock, buckets, hashes, paths
 from llavamed_jax.utils.bucket_lock import BucketLock, Taken
 from llavamed_jax.utils.buckets import Bucket, Missing
 from tests.support import stores
@@ -219,3 +219,12 @@ def test_the_directory_of_copies(monkeypatch, tmp_path):
     monkeypatch.delenv(buckets.DIRECTORY)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert buckets.local_copies() == Path(tmp_path) / "llavamed_jax" / "buckets"
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    with pytest.raises(UserError, match="this user has no home directory; LLAVAMED_BUCKET_CACHE must name a directory"):
+        buckets.local_copies()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(hashes, "LARGE", 1)
+    monkeypatch.setattr(hashes, "_RECENT_S", -1e9)
+    (tmp_path / "f").write_bytes(b"large")
+    assert hashes.sha256_of(tmp_path / "f") == hashes.sha256(b"large") and os.listdir(tmp_path) == ["f"]  # remembered nowhere

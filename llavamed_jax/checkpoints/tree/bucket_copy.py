@@ -16,13 +16,13 @@ from llavamed_jax.checkpoints.tree import holding
 from llavamed_jax.checkpoints.tree.step_manifest import MANIFEST, damage
 from llavamed_jax.errors import UsageError, UserError, amount, warn_once
 from llavamed_jax.utils import locks
-from llavamed_jax.utils.buckets import DIRECTORY, Bucket, Entry, Missing, local_copies
+from llavamed_jax.utils.buckets import DIRECTORY, Bucket, Entry, Missing, local_copies, on_local_disk
 from llavamed_jax.utils.files import read_json, write_json
 from llavamed_jax.utils.paths import split_bucket
 
 STEPS = "checkpoints/"
 _PARTS = ("params/", "state/")  # of a step, for a reader of the model: not the optimizer
-RECORD = ".objects.json"
+RECORD = ".objects.json"  # what was copied: by name, version of the object, and size and time of the file
 _TRIES = 5  # to copy the newest step of a run that deletes older ones in the meantime
 
 
@@ -114,7 +114,7 @@ def copy(source: Bucket, entries: Mapping[str, Entry], directory: Path, names: l
     Raises:
       UserError: the files do not fit on the disk.
     """
-    record = _record(directory)
+    record = read_record(directory)
     needed = [name for name in names if record.get(name, "never") != _mark(directory / name, entries[name])]
     if not needed:
         return
@@ -132,8 +132,8 @@ def copy(source: Bucket, entries: Mapping[str, Entry], directory: Path, names: l
     write_json(directory / RECORD, {**record, **marks})
 
 
-def _record(directory: Path) -> dict[str, list]:
-    """Returns the marks of the files that were copied into a directory, by name."""
+def read_record(directory: Path) -> dict[str, list]:
+    """Returns the record of the files that were copied into a directory; {} without an intact one."""
     with contextlib.suppress(UserError):
         return read_json(directory / RECORD)
     return {}
@@ -157,7 +157,7 @@ def _forget_old(entries: Mapping[str, Entry], directory: Path) -> None:
                 holding.delete(path)
             else:
                 shutil.rmtree(path, ignore_errors=True)
-    for name in _record(directory).keys() - entries.keys():
+    for name in read_record(directory).keys() - entries.keys():
         if not name.startswith(STEPS):
             (directory / name).unlink(missing_ok=True)
 
@@ -165,14 +165,11 @@ def _forget_old(entries: Mapping[str, Entry], directory: Path) -> None:
 @contextlib.contextmanager
 def _alone(directory: Path) -> Iterator[None]:
     """Waits until no other process updates a copy."""
-    try:
+    with on_local_disk(directory):
         directory.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
-    except OSError as error:
-        raise UserError(f"{directory} cannot be written: {error.strerror} ({DIRECTORY} names another directory for "
-                        "local copies)") from None
-    try:
-        locks.wait(descriptor)
-        yield
-    finally:
-        os.close(descriptor)
+        try:
+            locks.wait(descriptor)
+            yield
+        finally:
+            os.close(descriptor)
