@@ -45,8 +45,8 @@ def load(path: str | Path, dtype=None, quantize=None, mesh: Mesh | str | None = 
     """Loads a checkpoint of any layout that `checkpoints.open.open_checkpoint` reads.
 
     Args:
-      path: a directory in a PyTorch layout, this project's own tree (a run's workdir), `owner/name[@revision]` of a
-        hub, or `preset:NAME` (random weights).
+      path: a directory in a PyTorch layout, this project's own tree (a run's workdir), which may also be at
+        `gs://BUCKET/KEY` or `s3://BUCKET/KEY`, `owner/name[@revision]` of a hub, or `preset:NAME` (random weights).
       dtype: of weights and computation; None is bfloat16 on GPU and TPU, float32 on a CPU. `"float32"` also sets JAX's
         matmul precision to `highest`, which GPUs and TPUs otherwise lower.
       quantize: rounds the kernels of the decoder's layers while they are loaded: `"int8"` (a scale for each output),

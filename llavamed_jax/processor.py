@@ -94,7 +94,8 @@ class Processor:
 
         Args:
           path: a directory with `config.json` (as released, or transformers'), this project's tree, one step of it or
-            its `model/`, `owner/name[@revision]` of a hub, `preset:NAME`, or a tokenizer's file or directory.
+            its `model/`, `owner/name[@revision]` of a hub, `preset:NAME`, or a tokenizer's file or directory. The tree
+            and its step may also be at `gs://BUCKET/KEY` or `s3://BUCKET/KEY`.
           template: `ORIGIN:NAME` or a bare name; None follows the checkpoint.
           image_size: edge of the tower's input in pixels; for a bare tokenizer, which does not know it.
           image_mode: `pad` or `square`; None follows the checkpoint.

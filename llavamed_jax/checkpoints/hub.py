@@ -34,7 +34,7 @@ def local(path: str | Path, weights: bool = True, may_be_bucket: bool = False) -
     """Returns the directory of a checkpoint; fetches it if `path` is a model's name on a hub, or in a bucket.
 
     Args:
-      path: a directory, or `owner/name[@revision]`.
+      path: a directory, `owner/name[@revision]`, or, if `may_be_bucket`, `gs://BUCKET/KEY` or `s3://BUCKET/KEY`.
       weights: False fetches only configs, tokenizer and processor files.
       may_be_bucket: whether `path` may be the address of this project's own tree in a bucket.
 

@@ -63,7 +63,7 @@ def tree_config(path: Path) -> LlavaConfig:
 
 
 def kind_of(path: str | Path, weights: bool = True) -> tuple[str, str]:
-    """Returns a PATH as text, and its kind; fetches a model that the PATH names on a hub.
+    """Returns a PATH as text, and its kind; fetches a model that the PATH names on a hub or in a bucket.
 
     Args:
       path: as for `open_checkpoint`.

@@ -22,8 +22,8 @@ def open_checkpoint(path: str | Path, vision_tower: str | Path | None = None, se
     """Opens a checkpoint of any kind.
 
     Args:
-      path: a directory in a PyTorch layout, this project's own tree or one step of it, `owner/name[@revision]` of a
-        hub, or `preset:NAME` for random weights.
+      path: a directory in a PyTorch layout, this project's own tree or one step of it, which may also be at
+        `gs://BUCKET/KEY` or `s3://BUCKET/KEY`, `owner/name[@revision]` of a hub, or `preset:NAME` for random weights.
       vision_tower: a tower, as a directory or by name, that replaces the checkpoint's own. A directory with a
         `config.json` and no weights gives the shape of the tower's tensors in the checkpoint.
       seed: seed of a preset's random weights.

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import emulators
+from llavamed_jax.checkpoints.tree import bucket_copy
 from llavamed_jax.utils import buckets
 from llavamed_jax.utils.buckets import Bucket
 
@@ -79,6 +80,11 @@ def address(scheme):
 def listed(url):
     """Names and sizes below an address, without the lock."""
     return {name: entry.size for name, entry in Bucket(url).entries().items() if not name.startswith(".lock/")}
+
+
+def steps(url):
+    """The steps of a run that count."""
+    return bucket_copy.sealed(Bucket(url).entries())
 
 
 def read(url):

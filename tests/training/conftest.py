@@ -1,10 +1,15 @@
 """What the tests of training share: a tiny start, little data, the demo's recipe on both, and runs that compile little or nothing."""
 
+import os
+import shutil
+
 import jax
 import pytest
 
 from llavamed_jax.parallel.mesh import make_mesh
 from llavamed_jax.training import program, trainer
+from llavamed_jax.utils import buckets
+from tests.support import stores
 from tests.support import training_runs as runs
 
 
@@ -36,3 +41,23 @@ def one_device():
 def without_compiling(monkeypatch):
     """A step that computes nothing."""
     monkeypatch.setattr(trainer, "make_train_step", runs.FakeStep())
+
+
+@pytest.fixture(scope="module")
+def memory(tmp_path_factory):
+    """The scheme of a store in memory."""
+    with stores.running("memory", tmp_path_factory.mktemp("cache")) as scheme:
+        yield scheme
+
+
+@pytest.fixture
+def url(memory):
+    """A new address there."""
+    return stores.address(memory)
+
+
+@pytest.fixture
+def copies():
+    """The local copies of runs that are left; the next test finds none."""
+    yield lambda: sorted(os.listdir(buckets.local_copies() / "runs"))
+    shutil.rmtree(buckets.local_copies() / "runs")
