@@ -318,12 +318,15 @@ def _files(directory: Path) -> dict[str, tuple[int, int]]:
     """Returns size and time of each file of a run that belongs in the bucket, by name.
 
     A step belongs there once it has its manifest, and unless the manifest is all that was copied of it.
+
+    Raises:
+      OSError: a directory cannot be read, so that it is not known whether it has a step.
     """
     found = {}
-    for folder, folders, names in os.walk(directory):
+    for folder, folders, names in os.walk(directory, onerror=_raise):
         below = Path(folder).relative_to(directory)
         if below.parts[:1] == ("checkpoints",) and len(below.parts) == 2 and not (
-                MANIFEST in names and any((Path(folder) / "params").glob("*"))):
+                MANIFEST in names and "params" in folders and _has_files(Path(folder) / "params")):
             folders.clear()
             continue
         folders[:] = [name for name in folders if not name.endswith(PARTIAL) and ".orbax-checkpoint-tmp" not in name]
@@ -333,6 +336,17 @@ def _files(directory: Path) -> dict[str, tuple[int, int]]:
                     stat = (Path(folder) / name).stat()
                     found[(below / name).as_posix()] = (stat.st_size, stat.st_mtime_ns)
     return found
+
+
+def _raise(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError):  # a step that is deleted in the meantime
+        raise error
+
+
+def _has_files(directory: Path) -> bool:
+    with contextlib.suppress(FileNotFoundError):
+        return bool(os.listdir(directory))
+    return False
 
 
 def _version(remote: Mapping[str, Entry], name: str) -> str | None:

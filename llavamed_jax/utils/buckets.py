@@ -156,8 +156,9 @@ class Bucket:
     def _reason(self, error: Exception) -> str:
         names = " ".join(kind.__name__ for kind in type(error).__mro__)
         text = next(iter(str(error).splitlines()), "")
-        if isinstance(error, OSError) and error.errno in _DISK:
-            return f"{os.strerror(error.errno)} on the disk of {local_copies()}; set {DIRECTORY} to another directory"
+        if isinstance(error, OSError) and (error.errno in _DISK or error.filename):  # the stores' own have no file
+            return (f"{error.strerror} at {error.filename or local_copies()} on this machine ({DIRECTORY} names "
+                    "another directory for local copies)")
         if "Credential" in names or "GoogleAuthError" in names or getattr(error, "code", None) in (401, "401"):
             return f"no valid credentials were found ({cut(text, 120)}); {_LOGIN[self._scheme]}"
         if isinstance(error, PermissionError) or text.startswith("Forbidden"):

@@ -132,7 +132,7 @@ def test_every_ending_copies_what_is_new_and_releases_the_lock(ending, url, copi
     assert run(url, "none", lambda *_: None)[1] is None  # the lock is free
 
 
-FAULTS = {"the bucket": (Bucket, "upload"), "listing": (bucket_workdir, "_files"), "logs": (bucket_workdir.BucketWorkdir, "_upload_logs"),
+FAULTS = {"the bucket": (Bucket, "upload"), "listing": (os, "scandir"), "listing a part": (os, "listdir"), "logs": (bucket_workdir.BucketWorkdir, "_upload_logs"),
           "the record": (bucket_workdir, "write_json"), "a new name": (Path, "rename")}
 
 

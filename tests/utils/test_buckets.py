@@ -65,6 +65,16 @@ def test_objects(bucket, tmp_path):
         Bucket(bucket.url.replace("bucket/", "nobodys/", 1)).write("x", b"")
 
 
+def test_a_local_file_that_is_refused_is_no_matter_of_credentials(bucket, tmp_path, monkeypatch):
+    bucket.write("f", b"x")
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"/f cannot be read: (Not a directory|File exists) at /.*/file.* on this machine .LLAVAMED_BUCKET_CACHE names"):
+        bucket.download(tmp_path / "file", ["f"])
+    monkeypatch.setattr(Path, "mkdir", lambda *_, **__: (_ for _ in ()).throw(PermissionError(13, "Permission denied", "/root/x")))
+    with pytest.raises(UserError, match="/f cannot be read: Permission denied at /root/x on this machine"):
+        bucket.download(tmp_path, ["f"])
+
+
 def test_one_of_several_creates_an_object(bucket):
     others = [Bucket(bucket.url) for _ in range(6)]
     with ThreadPoolExecutor(6) as threads:
