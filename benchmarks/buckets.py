@@ -2,12 +2,13 @@
 
     python benchmarks/buckets.py [--store gs|s3] [--kills 10] [--races 20] [--jobs 1] [--seed 0]
 
-Kills: one run is left alone. Each other one is ended by SIGKILL at a moment anywhere between its first saved step and its end, and
-started again, with an empty directory of local copies, as on another machine. It has to go on to the same losses, gradients and counts at
-every step, and to the same parameters, bit for bit, read from the bucket. Races: two runs are started at once for one new workdir.
-One has to finish it, and the other one has to end with exit status 1 and one sentence that names the first; or, if it came after
-the end of the first, with 0 and the sentence that the run is finished. Jobs: two processes train together, one of them is killed,
-and both are started again; the result equals that of two processes that were left alone. The last line is how many of all went well.
+Kills: one run is left alone. Each other one is ended by SIGKILL at a moment anywhere between its first step in the bucket and its
+end, and started again: on the same machine, or, every other one, with an empty directory of local copies, as on another machine.
+It has to go on to the same losses, gradients and counts at every step, and to the same parameters, bit for bit, read from the
+bucket. Races: two runs are started at once for one new workdir. One has to finish it, and the other one has to end with exit
+status 1 and one sentence that names the first; or, if it came after the end of the first, with 0 and the sentence that the run is
+finished. Jobs: two processes train together, one of them is killed, and both are started again; the result equals that of two
+processes that were left alone. The last line is how many of all went well.
 """
 
 from __future__ import annotations
@@ -64,7 +65,8 @@ def kills(scheme: str, start: Path, base: Path, count: int, draw: random.Random)
         killed = begin(number)
         was_running = killed.kill_at(wait_for_a_step(url, killed.process) - killed.started + later)
         state = reached(url)[1]
-        shutil.rmtree(base / "copies", ignore_errors=True)
+        if number % 2:
+            shutil.rmtree(base / "copies", ignore_errors=True)
         begin(number).finish()
         wrong = runs.difference(url, wanted, tensors)
         good += wrong is None
