@@ -22,6 +22,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from llavamed_jax.datasets import detect  # noqa: E402
+from llavamed_jax.datasets.rows import read_rows  # noqa: E402
 from llavamed_jax.datasets.sample import VqaSample  # noqa: E402
 from llavamed_jax.datasets.slake import read_slake  # noqa: E402
 from llavamed_jax.evaluation.scoring import vlmevalkit  # noqa: E402
@@ -105,13 +107,15 @@ def for_vlmevalkit(samples: Sequence[VqaSample], out: Path) -> None:
 def for_eval(samples: Sequence[VqaSample], source: Path, out: Path, split: str) -> None:
     """Writes the questions in the official layout; images and training rows are links to the source."""
     out.mkdir(parents=True, exist_ok=True)
-    file = {"validation": "validate", "train": "train", "test": "test"}[split]
+    file = detect.split_file(source, split, "slake")
     wanted = {str(s.question_id) for s in samples}
-    rows = json.loads((source / f"{file}.json").read_text(encoding="utf-8"))
-    write_text(out / f"{file}.json", json.dumps([row for row in rows if str(row["qid"]) in wanted], ensure_ascii=False))
-    for name in ("imgs", "train.json"):
-        if not (out / name).exists():
-            (out / name).symlink_to(source / name)
+    rows = [row.value for row in read_rows(file, "slake") if str(row["qid"]) in wanted]
+    training = [] if split == "train" else [detect.split_file(file.parent, "train", "slake")]
+    for path in (file.parent / "imgs", *training):
+        (out / path.name).unlink(missing_ok=True)  # of an earlier source
+        (out / path.name).symlink_to(path)
+    (out / f"{split}.json").unlink(missing_ok=True)  # it may be a link to the source's training rows
+    write_text(out / f"{split}.json", json.dumps(rows, ensure_ascii=False))
 
 
 def write(source: Path, out: Path, split: str = "validation", most: int | None = None) -> list[VqaSample]:

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from llavamed_jax.datasets.slake import read_slake
+from llavamed_jax.errors import UserError
 from samples import harness, harness_data
 
 ROWS = [(7, 0, "Is it normal?", "Yes", "CLOSED", "en"), (8, 0, "Which\torgan?", "Lung", "OPEN", "en"), (9, 1, "Left\nor right?", '"Left"', "CLOSED", "en"),
@@ -41,6 +42,23 @@ def test_each_layout_has_the_same_questions_and_images(source, tmp_path):
     assert tables["SLAKE_YORN"][2]["image"] == "11"  # the row that has the image
     assert base64.b64decode(tables["SLAKE_YORN"][1]["image"]) == (source / "imgs" / "xmlab1" / "source.jpg").read_bytes()
     assert [s.question for s in read_slake(tmp_path / "out" / "slake", "validation")] == [s.question for s in samples]
+
+
+@pytest.mark.parametrize("name, lines", [("validation.json", False), ("val.jsonl", True)])
+def test_the_validation_split_may_have_any_of_its_names(name, lines, source, tmp_path):
+    """As SLAKE's reader has it; a second call, for another split or source, replaces what the first one linked."""
+    rows = json.loads((source / "validate.json").read_text())
+    (source / "validate.json").unlink()
+    (source / name).write_text("".join(json.dumps(row) + "\n" for row in rows) if lines else json.dumps(rows))
+    before = (source / "train.json").read_text()
+    for split in ("validation", "train", "validation"):
+        harness_data.write(source, tmp_path / "out", split, most=2)
+        for each, ids in (("train", [7, 9] if split == "train" else [7, 8, 9, 11, 12]), (split, [7, 9])):
+            assert [s.question_id for s in read_slake(tmp_path / "out" / "slake", each)] == ids
+    assert (source / "train.json").read_text() == before
+    (source / "train.json").unlink()
+    with pytest.raises(UserError, match="train.json does not exist"):
+        harness_data.write(source, tmp_path / "out")
 
 
 def test_some_questions_are_spread_over_the_split(source, tmp_path):

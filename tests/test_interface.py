@@ -22,6 +22,7 @@ from llavamed_jax.curation import __main__ as curation
 from llavamed_jax.evaluation import metrics
 from llavamed_jax.evaluation.answering import asked
 from llavamed_jax.evaluation.scoring import captions, registry, score
+from llavamed_jax.evaluation.scoring.programs import PROGRAMS as PROGRAMS_OF_SCORING
 from llavamed_jax.preflight.topologies import KINDS
 from llavamed_jax.serving import batch
 from llavamed_jax.training import recipe as recipe_schema
@@ -241,6 +242,19 @@ def test_numbers_of_an_evaluation_are_named():
         captions.SENTENCE_BLEU[-1],
         "rouge_l",
     } <= named
+
+
+def test_programs_by_which_answers_are_scored_are_named():
+    """Wherever a page lists them, with their data sets; and the version that is installed for a comparison is the one that was read."""
+    (row,) = [line for line in section("Keys of an evaluation").splitlines() if line.startswith("| `scoring` |")]
+    for name, program in PROGRAMS_OF_SCORING.items():
+        names = re.search(rf"`{name}`(?: \(([^)]*)\))?", row)[1] or row.split("|")[2]  # without a list: all that have the key
+        assert set(re.findall(r"`(\w+)`", names)) == set(program.sets), name
+        assert f"`{name}`" in section("metrics.json") and f"`{name}.jsonl`" in section("The workdir of an evaluation")
+        assert f"scoring={name}" in (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
+    pins = re.findall(r"^HARNESS_\w+ := (.+)==(.+)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
+    versions = " ".join(program.version for program in PROGRAMS_OF_SCORING.values())
+    assert len(pins) == 2 and all(f"{package} {version}" in versions for package, version in pins)
 
 
 CALLS = re.findall(r"^\| `((?:lm|metrics)\.[\w.]+\(.*?\))` \|", PAGE, re.M)

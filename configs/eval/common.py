@@ -41,7 +41,7 @@ def base(name: str, max_new_tokens: int = 1024, judge: bool = False, published: 
         cfg.data.trained_on_images = ""  # the folder of its images, where it is a LLaVA file
     cfg.protocol = "clean"  # or "paper": VQA-RAD's training rows with all rephrasings, those of test questions included
     if toolkit is not None:
-        # Or "medevalkit", "lmms_eval", "vlmevalkit": that program's prompts and rules (docs/metrics.md), in a block of their own.
+        # Or a program of llavamed_jax/evaluation/scoring/programs.py: its prompts and rules, in a block of their own (docs/metrics.md).
         cfg.scoring = "ours"
         if toolkit:
             # Defects of that toolkit which change a number (docs/metrics.md).

@@ -181,17 +181,11 @@ def load_config(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
 
     Args:
       spec: the file, and after a colon the text that is passed to its `get_config`.
-      overrides: `KEY=VALUE` with dots for levels. The value is read with the type of the key.
+      overrides: `KEY=VALUE`, as in `override`.
 
     Raises:
-      UsageError: the file does not exist, raises or lacks `get_config`, a key is unknown or has two values, or a value
-        has another type.
+      UsageError: the file does not exist, raises or lacks `get_config`, or an override is invalid.
     """
-    given: dict[str, str] = {}
-    for key, _, value in (override.partition("=") for override in overrides):
-        if given.setdefault(key, value) != value:
-            raise UsageError(f"--config.{key} is given twice, with {short(given[key])} and with {short(value)}; one "
-                             "value was expected")
     name, _, argument = spec.partition(":")
     path = Path(name)
     if path.is_dir():
@@ -215,13 +209,32 @@ def load_config(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
         raise UsageError(f"the config file {name} raised {type(error).__name__}{where}: {error}") from error
     from ml_collections import ConfigDict
 
-    from llavamed_jax.utils.nested import flatten
     if not isinstance(config, ConfigDict):
         raise UsageError(f"get_config of {name} returned {type(config).__name__}; an ml_collections.ConfigDict was "
                          "expected")
     config.lock()
-    for override in overrides:
-        _apply(config, override)
+    return override(config, overrides)
+
+
+def override(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
+    """Sets keys of a config, checks its paths and texts, and returns it.
+
+    Args:
+      config: a locked config; it is changed.
+      overrides: `KEY=VALUE` with dots for levels. The value is read with the type of the key.
+
+    Raises:
+      UsageError: a key is unknown or has two values, or a value is invalid or has another type.
+    """
+    from llavamed_jax.utils.nested import flatten
+
+    given: dict[str, str] = {}
+    for each in overrides:
+        key, _, value = each.partition("=")
+        if given.setdefault(key, value) != value:
+            raise UsageError(f"--config.{key} is given twice, with {short(given[key])} and with {short(value)}; one "
+                             "value was expected")
+        _apply(config, each)
     values = flatten(config)
     for key, value in values.items():
         if key.rpartition(".")[2] not in _NO_PATH_KEYS:

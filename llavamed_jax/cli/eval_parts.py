@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from llavamed_jax.cli import common, processes
-from llavamed_jax.errors import UserError
+from llavamed_jax.errors import UserError, warn
 from llavamed_jax.utils import signals
 
 T = TypeVar("T")
@@ -18,15 +17,20 @@ MODEL_FLAGS = ("vision_tower", "tokenizer", "template", "dtype", "mesh", "adapte
 _GRACE_S = 10  # from a first signal to the end of the process
 
 
-def say_void(args: argparse.Namespace, cfg, overrides: Sequence[str]) -> None:
-    """Warns of config keys that are not used."""
+def void_keys(args: argparse.Namespace, cfg, overrides: Sequence[str]) -> list[str]:
+    """Returns a sentence for each config key that is not used."""
     from llavamed_jax.evaluation import void
 
     sources = ("preflight", "checkpoint", "endpoint", "predictions", "write_llava")
     source = next(name for name in sources if getattr(args, name) is not None)
     typed = [override.partition("=")[0] for override in overrides]
-    for line in void.sentences(cfg, typed, source):
-        print(f"warning: {line}", file=sys.stderr, flush=True)
+    return void.sentences(cfg, typed, source)
+
+
+def say_void(args: argparse.Namespace, cfg, overrides: Sequence[str]) -> None:
+    """Warns of config keys that are not used."""
+    for sentence in void_keys(args, cfg, overrides):
+        warn(sentence)
 
 
 def open_endpoint(args: argparse.Namespace):

@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from llavamed_jax.cli import common, eval_parts, processes
 from llavamed_jax.errors import UsageError, UserError, count_of, short, warn
 from llavamed_jax.utils import signals
+from llavamed_jax.utils.nested import flatten
 
 _CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "eval"
 # Keys whose values fit one set only.
 _OF_ONE_SET = ("data.name", "data.images", "data.train", "data.held_out")
 _ROOT = "data.root"
+_CHOSEN = {"data.split": "split", "scoring": "rule"}  # keys of which a set may lack a value, and what it lacks
 
 
 def program(args: argparse.Namespace, overrides: Sequence[str]) -> int:
@@ -75,42 +77,73 @@ def _root(overrides: Sequence[str]) -> tuple[str, list[str]]:
 
 
 def _members(args: argparse.Namespace, found, overrides: Sequence[str]) -> list:
-    """Returns the sets that were found, each with its recipe and the overrides whose keys the recipe has."""
+    """Returns the sets to ask, each with its recipe and the overrides whose keys the recipe has."""
     from llavamed_jax.datasets.find import asked_split
     from llavamed_jax.datasets.registry import SETS
     from llavamed_jax.evaluation import suite
-    from llavamed_jax.utils.nested import flatten
 
     if not found.folders:
         signs = "; ".join(SETS[name].title for name in suite.SUITES[args.suite])
         raise UserError(f"{_ROOT} holds no data set of the suite ({count_of(found.num_folders, 'folder')} searched); "
                         f"one of these was expected: {signs}")
-    keys = [override.partition("=")[0] for override in overrides]
-    members, used = [], {key: [] for key in keys}
-    split = next((o.partition("=")[2] for o in overrides if o.startswith("data.split=")), None)
-    for name, folder in found.folders.items():
-        spec = str(_CONFIGS / f"{name}.py")
-        plain = common.load_config(spec)
-        has = flatten(plain)
-        own = [override for override in overrides if override.partition("=")[0] in has]
-        for key in keys:
-            if key in has:
-                used[key].append(name)
-        if split is not None and split not in SETS[name].splits:
-            warn(f"{name} has no split {split!r} and is not asked; it has {' and '.join(SETS[name].splits)}")
-            continue
-        if split is None:
-            own.append(f"data.split={asked_split(name, folder, plain.data.split)}")
-        cfg = common.load_config(spec, [*own, f"{_ROOT}={folder}"])
+    given = dict(override.partition("=")[::2] for override in overrides)
+    recipes = {name: common.load_config(str(_CONFIGS / f"{name}.py")) for name in found.folders}
+    without = {name: why for name, cfg in recipes.items() if (why := _not_asked(name, cfg, given))}
+    for _, sentence in without.values():
+        warn(sentence)
+    recipes = {name: cfg for name, cfg in recipes.items() if name not in without}
+    if not recipes:
+        keys = dict.fromkeys(key for key, _ in without.values())
+        raise UsageError(f"{' and '.join(f'{key} is {given[key]!r}' for key in keys)}; none of the data sets found has "
+                         f"such a {' and '.join(_CHOSEN[key] for key in keys)}")
+    _check_keys(recipes, overrides)
+    members = []
+    for name, cfg in recipes.items():
+        folder, usual = found.folders[name], cfg.data.split
+        own = [override for override in overrides if override.partition("=")[0] in flatten(cfg)]
+        if "data.split" not in given and (split := asked_split(name, folder, usual)) != usual:
+            warn(f"{folder} has no {usual} split of {name}; its {split} split is asked instead")
+            own.append(f"data.split={split}")
+        cfg = common.override(cfg, [*own, f"{_ROOT}={folder}"])
         members.append(suite.Member(name, cfg, Path(args.workdir) / name, _against(args.against, name)))
-    for key in keys:
-        if not used[key]:  # raises with the names of similar keys
-            common.load_config(str(_CONFIGS / f"{next(iter(found.folders))}.py"), overrides)
-        if len(used[key]) < len(found.folders):
-            warn(f"the config key {key!r} is used only for {', '.join(used[key])}; the other sets have no such key")
-    if not members:
-        raise UsageError(f"data.split is {split!r}; none of the data sets found has such a split")
     return members
+
+
+def _not_asked(name: str, cfg, given: Mapping[str, str]) -> tuple[str, str] | None:
+    """Returns the key whose value a set does not have, and a sentence that says so; None if the set can be asked."""
+    from llavamed_jax.datasets.registry import SETS
+    from llavamed_jax.evaluation.scoring.programs import PROGRAMS
+
+    split, scoring = given.get("data.split"), given.get("scoring")
+    if split is not None and split not in SETS[name].splits:
+        return "data.split", f"{name} has no split {split!r} and is not asked; it has {_all(SETS[name].splits)}"
+    if scoring in PROGRAMS and "scoring" in cfg and name not in PROGRAMS[scoring].sets:
+        return "scoring", (f"{name} is not asked, because scoring={scoring} has no rule for it; there is one for "
+                           f"{_all(PROGRAMS[scoring].sets)}")
+    return None
+
+
+def _all(names: Sequence[str]) -> str:
+    return " and ".join(names)
+
+
+def _check_keys(recipes: Mapping, overrides: Sequence[str]) -> None:
+    """Checks that each override has a key of one of the recipes at least; warns if not all of them have it."""
+    from ml_collections import ConfigDict
+
+    every = ConfigDict()
+    for cfg in recipes.values():
+        every.update(ConfigDict(cfg.to_dict()))
+    every.lock()
+    for key, _, value in (override.partition("=") for override in overrides):
+        have = [name for name, cfg in recipes.items() if key in flatten(cfg)]
+        if not have:
+            try:
+                common.override(every, [f"{key}={value}"])
+            except UsageError as error:
+                raise UsageError(f"{error}; the data sets that are asked are {', '.join(recipes)}") from None
+        if len(have) < len(recipes):
+            warn(f"the config key {key!r} is used only for {', '.join(have)}; the other sets have no such key")
 
 
 def _against(folder: str | None, name: str) -> Path | None:
@@ -145,20 +178,13 @@ def _say_found(args: argparse.Namespace, root: str, found, members: Sequence, ov
              f"suite (configs/eval/{name}.py asks it)")
     for sentence in found.unread:
         warn(sentence)
-    plain = common.load_config
+    void: dict[str, list[str]] = {}
     for member in members:
-        usual = plain(str(_CONFIGS / f"{member.name}.py"))
-        if usual.data.split != member.cfg.data.split and not any(o.startswith("data.split=") for o in overrides):
-            warn(f"{member.cfg.data.root} has no {usual.data.split} split of {member.name}; its "
-                 f"{member.cfg.data.split} split is asked instead")
-        typed = [o for o in overrides if o.partition("=")[0] in _keys(member.cfg)]
-        eval_parts.say_void(args, member.cfg, typed)
-
-
-def _keys(cfg) -> set[str]:
-    from llavamed_jax.utils.nested import flatten
-
-    return set(flatten(cfg))
+        typed = [override for override in overrides if override.partition("=")[0] in flatten(member.cfg)]
+        for sentence in eval_parts.void_keys(args, member.cfg, typed):
+            void.setdefault(sentence, []).append(member.name)
+    for sentence, names in void.items():
+        warn(sentence if len(names) == len(members) else f"{sentence} ({', '.join(names)})")
 
 
 def _plan(members: Sequence) -> int:

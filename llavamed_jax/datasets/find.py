@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,17 +52,16 @@ def find_sets(root: str | Path, names: Collection[str]) -> Found:
     if not root.is_dir():
         raise UserError(f"{root} {'is a file' if root.exists() else 'does not exist'}; a folder with data sets was "
                         "expected")
-    level = [root]
-    for depth in range(DEPTH + 1):
-        following: list[Path] = []
-        for folder in level:
-            if found.num_folders == _MOST_FOLDERS:
-                found.unread.append(f"{folder} and all folders after it were not searched, because {_MOST_FOLDERS} "
-                                    "folders were looked at before it")
-                break
-            found.num_folders += 1
-            following += _look_at(folder, names, found, is_first=folder is root)
-        level = following if depth < DEPTH else []
+    left = deque([(root, 0)])
+    while left:
+        folder, depth = left.popleft()
+        if found.num_folders == _MOST_FOLDERS:
+            found.unread.append(f"{folder} and all folders after it were not searched, because {_MOST_FOLDERS} "
+                                "folders were looked at before it")
+            break
+        found.num_folders += 1
+        inner = _look_at(folder, names, found, is_first=depth == 0)
+        left.extend((each, depth + 1) for each in inner if depth < DEPTH)
     found.folders = {name: found.folders[name] for name in names if name in found.folders}
     return found
 

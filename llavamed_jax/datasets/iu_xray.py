@@ -144,7 +144,7 @@ def _is_at(path: Path) -> bool:
 
 def _files(root: Path, split: str) -> list[Path]:
     form = form_of(root)
-    return sorted((root / _XML).glob("*.xml")) if form == _XML else [root / form]
+    return [root / REPORTS, root / PROJECTIONS] if form == REPORTS else [root / form]
 
 
 DATA_SET = DataSet(

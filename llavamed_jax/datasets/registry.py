@@ -79,8 +79,8 @@ class DataSet:
         that no source states is None.
       has_training_rows: whether the set comes with training rows, so that their absence is an error.
       read_whole: reads all rows of all splits once, for `data.held_out`; None if no two splits share images.
-      files: returns the files with a split's questions, to be hashed; None means the JSON files of the folder, or else
-        its parquet files.
+      files: returns the files with a split's questions, to be hashed; a folder stands for all files in it. None means
+        the JSON files of the folder, or else its parquet files.
       is_conversations: whether training reads the rows as LLaVA records with any number of turns, and not as questions.
       parquet: the signs of the parquet files on the hub.
     """

@@ -65,6 +65,10 @@ class ChatScorer:
         self.samples: list[VqaSample] = [question.sample() for question in self.questions]
         self.training: list[VqaSample] = []
 
+    def depends_on(self) -> dict[str, object]:
+        """Returns what the scores depend on beside the answers and the config: a name -> a value of a JSON type."""
+        return {"the chat questions": self.chat_set.sha256, **self.judge.depends_on()}
+
     def describe(self) -> str:
         """Returns one line that says what is asked, and whether it is the published set."""
         kinds = Counter(question.kind for question in self.questions)

@@ -1,4 +1,4 @@
-"""Scores answers by the rule of another evaluation program (`scoring=lmms_eval` or `vlmevalkit`).
+"""Scores answers by the rule of another evaluation program (`scoring/programs.py`).
 
 The questions get that program's prompts, so that a model that is asked here is asked as it is there, and its logged
 answers can be scored here with `--predictions`.
@@ -6,8 +6,8 @@ answers can be scored here with `--predictions`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -15,33 +15,9 @@ from ml_collections import ConfigDict
 from llavamed_jax.datasets.sample import CLOSED, OPEN, VqaSample
 from llavamed_jax.errors import UsageError
 from llavamed_jax.evaluation.judging.open_answers import Judged
-from llavamed_jax.evaluation.scoring import lmms_eval, statistics, vlmevalkit
+from llavamed_jax.evaluation.scoring import statistics
 from llavamed_jax.evaluation.scoring.items import AnswerSet
-
-
-@dataclass(frozen=True)
-class Protocol:
-    """How another program asks and scores.
-
-    Attributes:
-      version: the program and the version that was read.
-      sets: the data sets for which it has a rule.
-      prompt: returns the prompt of a question.
-      is_right: returns whether an answer is right, from the answer and the gold answer.
-    """
-
-    version: str
-    sets: tuple[str, ...]
-    prompt: Callable[[VqaSample], str]
-    is_right: Callable[[str, str], bool]
-
-
-PROTOCOLS = {
-    "lmms_eval": Protocol("lmms-eval 0.7.3", ("slake",), lambda s: lmms_eval.prompt(s.question, s.language),
-                          lmms_eval.is_right),
-    "vlmevalkit": Protocol("VLMEvalKit (ms-vlmeval 0.0.20)", ("vqa_rad", "slake", "pathvqa"),
-                           lambda s: vlmevalkit.prompt(s.question, str(s.answer)), vlmevalkit.is_right),
-}
+from llavamed_jax.evaluation.scoring.programs import PROGRAMS
 
 
 class Harness:
@@ -64,11 +40,11 @@ class Harness:
 
     def __init__(self, cfg: ConfigDict, samples: Sequence[VqaSample]):
         self.name, self._seed, self._samples = cfg.scoring, cfg.seed, list(samples)
-        self._protocol = PROTOCOLS[self.name]
-        if cfg.data.name not in self._protocol.sets:
+        self._program = PROGRAMS[self.name]
+        if cfg.data.name not in self._program.sets:
             raise UsageError(f"scoring is {self.name}, which has no rule for {cfg.data.name}; "
-                             f"{' or '.join(self._protocol.sets)} was expected")
-        self.asked = [replace(sample, question=self._protocol.prompt(sample)) for sample in self._samples]
+                             f"{' or '.join(self._program.sets)} was expected")
+        self.asked = [replace(sample, question=self._program.prompt(sample)) for sample in self._samples]
 
     def score(self, answers: AnswerSet, split: str) -> Judged:
         """Scores the answers.
@@ -78,12 +54,12 @@ class Harness:
           with `_low` and `_high`, and counts; and a line for each question.
         """
         texts, samples = answers.texts, self._samples
-        right = [self._protocol.is_right(text, str(sample.answer)) for text, sample in zip(texts, samples, strict=True)]
+        right = [self._program.is_right(text, str(sample.answer)) for text, sample in zip(texts, samples, strict=True)]
         values, kinds = np.array(right, np.float64), np.array([sample.answer_type for sample in samples])
         scores = [statistics.mean("accuracy", values)]
         scores += [statistics.mean(f"{kind.lower()}_accuracy", np.where(kinds == kind, values, np.nan))
                    for kind in (CLOSED, OPEN) if (kinds == kind).any()]
-        metrics = {"program": self._protocol.version, "n": len(samples),
+        metrics = {"program": self._program.version, "n": len(samples),
                    **{f"n_{kind.lower()}": int((kinds == kind).sum()) for kind in (CLOSED, OPEN)}}
         metrics |= statistics.intervals(statistics.resample(
             scores, [str(sample.image) for sample in samples], self._seed))

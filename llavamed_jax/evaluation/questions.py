@@ -86,14 +86,16 @@ def set_name(data: ConfigDict) -> str:
 
 
 def source_files(data: ConfigDict) -> list[Path]:
-    """Returns the files that the questions were read from; the report states their hashes."""
+    """Returns the files and folders that the questions were read from; the report states their hashes."""
     root = Path(data.root)
     if root.is_file():
         return [root]
     files = SETS[data.name].files if data.name in SETS else None  # chat questions are not in the registry
     if files:
         return files(root, data.split)
-    return sorted([*root.glob("*.json"), *root.glob("*.jsonl")]) or detect.parquet_files(root, data.split)
+    found = sorted([*root.glob("*.json"), *root.glob("*.jsonl")])
+    has_split = any(map(Path.is_file, detect.split_files(root, data.split)))
+    return found if has_split else [*found, *detect.parquet_files(root, data.split)]  # the hub's have JSON beside them
 
 
 def questions_hash(samples: Sequence[VqaSample]) -> str:
@@ -110,6 +112,18 @@ def questions_hash(samples: Sequence[VqaSample]) -> str:
             + ([s.right] if s.right is not None else [])
             for s in samples]
     return sha256(json.dumps(rows, ensure_ascii=True).encode())
+
+
+def content_hash(*lists: Sequence[VqaSample]) -> str:
+    """Returns a hash of every field of the samples, for instance of the questions and the training rows.
+
+    An image counts by the name of its file and by its place among all images.
+    """
+    images = data_questions.all_images([sample for samples in lists for sample in samples])
+    marks = {image: [place, Path(image).name] for place, image in enumerate(dict.fromkeys(map(str, images)))}
+    rows = [[vars(sample) | {"image": None, "more_images": [marks[str(image)] for image in sample.images]}
+             for sample in samples] for samples in lists]
+    return sha256(json.dumps(rows, default=str))
 
 
 def write_llava(cfg: ConfigDict, path: str | Path) -> str:

@@ -18,13 +18,14 @@ from llavamed_jax.evaluation.answering.resume import num_answers
 from llavamed_jax.evaluation.judging.judge import Verdict
 from llavamed_jax.evaluation.report import tensorboard
 from llavamed_jax.evaluation.scoring.predictions import read_predictions
+from llavamed_jax.evaluation.scoring.programs import PROGRAMS
 from llavamed_jax.parallel import distributed
 from llavamed_jax.utils import locks
 from llavamed_jax.utils.files import is_at, read_json, utf8
 
 # Files that only some evaluations write. They would be wrong beside the metrics of another evaluation.
-_OF_RESULTS = ("predictions_control_*.jsonl", "judged.jsonl", "medevalkit.jsonl", "lmms_eval.jsonl",
-               "vlmevalkit.jsonl", "reviews.jsonl", "reviews_control_*.jsonl")
+_OF_RESULTS = ("predictions_control_*.jsonl", "judged.jsonl", "reviews.jsonl", "reviews_control_*.jsonl",
+               *(f"{name}.jsonl" for name in PROGRAMS))
 _TEMPORARY = ".results."
 _TRIES = 20  # to open a directory that other evaluations remove meanwhile
 

@@ -50,7 +50,6 @@ class Evaluation:
       partials: files of answers that are kept until the evaluation is finished.
       place: the locked workdir (`results.locked`); None if it is not locked.
       checked: the controls that `check` has passed with; None if it has not run.
-      against: the file of the predictions to compare with; None if there is none.
     """
 
     cfg: ConfigDict
@@ -60,7 +59,6 @@ class Evaluation:
     partials: list[Partial] = field(default_factory=list)
     place: Place | None = None
     checked: frozenset[str] | None = None
-    against: str | Path | None = None
 
     @property
     def samples(self) -> list[VqaSample]:
@@ -102,8 +100,7 @@ def open_evaluation(cfg: ConfigDict, workdir: str | Path, against: str | Path | 
     check_settings(cfg)
     scorer = (ChatScorer if cfg.data.name == CHAT else VqaScorer)(cfg, Path(workdir), against)
     check_writable(Path(workdir))  # now, rather than after hours of answers
-    return Evaluation(cfg, Path(workdir), Generation(**cfg.generation.to_dict(), seed=cfg.seed), scorer,
-                      against=against)
+    return Evaluation(cfg, Path(workdir), Generation(**cfg.generation.to_dict(), seed=cfg.seed), scorer)
 
 
 def check(evaluation: Evaluation, controls_asked: Collection[str] = ()) -> None:
@@ -177,8 +174,7 @@ def evaluate(evaluation: Evaluation, answerer: Answerer, source: Mapping[str, st
         check(evaluation, controls_asked)
     key = asked.key(answerer, evaluation.cfg, evaluation.samples, source, flags or {})
     agreement.check_same(lambda: {**key, "--control": sorted(controls_asked), **agreement.installation()})
-    digest = finished.identity(key, evaluation.cfg, controls_asked, evaluation.samples, evaluation.scorer.training,
-                               evaluation.against)
+    digest = finished.identity(key, evaluation.cfg, controls_asked, evaluation.scorer.depends_on())
     if not is_repeated:
         earlier = distributed.from_first(lambda: finished.read(evaluation.workdir, digest))
         if earlier is not None:
@@ -266,6 +262,8 @@ def _finish(evaluation: Evaluation, answers: Mapping[str, AnswerSet], extra: Map
     """
     own, others = answers[OWN], {name: each for name, each in answers.items() if name != OWN}
     found = evaluation.scorer.score(own, others, extra)
+    if any(verdict.error is not None for verdict in found.verdicts):
+        found.metrics.pop(finished.KEY, None)  # a repeated run judges the rest
     tables = details.tables(evaluation.cfg, evaluation.scorer.judge, own, found, run)
     files = dict(found.files)
     if "predictions" not in run:

@@ -8,17 +8,17 @@ from ml_collections import ConfigDict
 
 from llavamed_jax.config import MOST_BEAMS
 from llavamed_jax.errors import UsageError, short
+from llavamed_jax.evaluation.scoring.programs import OURS, PROGRAMS
 from llavamed_jax.utils.nested import flatten
-
-SCORINGS = ("ours", "medevalkit", "lmms_eval", "vlmevalkit")
 
 
 def check_settings(cfg: ConfigDict) -> None:
     """Raises UsageError for a value that is invalid for every kind of evaluation."""
     if cfg.protocol not in ("clean", "paper"):
         raise UsageError(f"protocol is {cfg.protocol!r}; clean or paper was expected")
-    if cfg.get("scoring", "ours") not in SCORINGS:
-        raise UsageError(f"scoring is {cfg.scoring!r}; {', '.join(SCORINGS[:-1])} or {SCORINGS[-1]} was expected")
+    scorings = (OURS, *PROGRAMS)
+    if cfg.get("scoring", OURS) not in scorings:
+        raise UsageError(f"scoring is {cfg.scoring!r}; {', '.join(scorings[:-1])} or {scorings[-1]} was expected")
     for key, value in flatten(cfg.to_dict()).items():
         if value is None and key.startswith(("judge.", "seed")):
             raise UsageError(f"{key} is none; a number was expected")

@@ -23,13 +23,12 @@ from llavamed_jax.evaluation.judging.open_answers import Judged
 from llavamed_jax.evaluation.scoring import medevalkit as rules
 from llavamed_jax.evaluation.scoring import statistics
 from llavamed_jax.evaluation.scoring.items import AnswerSet
+from llavamed_jax.evaluation.scoring.programs import MEDEVALKIT, PROGRAMS
 from llavamed_jax.evaluation.scoring.strict import right_choice
 from llavamed_jax.utils.hashes import sha256
 
-NAME = "medevalkit"
-VERSION = "MedEvalKit 9b12e3b"
+PROGRAM = PROGRAMS[MEDEVALKIT]
 CHOICE_SETS = ("pmc_vqa", "omnimedvqa", "medxpertqa_mm", "mmmu_med", "medframeqa")
-SETS = ("vqa_rad", "slake", "pathvqa", *CHOICE_SETS)
 _TAGGED = ("omnimedvqa", "medxpertqa_mm")  # sets whose scorer reads <answer> before anything else
 
 
@@ -64,14 +63,14 @@ class MedEvalKit:
       UsageError: the toolkit has no protocol for the set, or a setting of the judge is invalid.
     """
 
-    name = NAME
+    name = MEDEVALKIT
 
     def __init__(self, cfg: ConfigDict, samples: Sequence[VqaSample], workdir: Path):
         self._name, self._seed, self._samples = cfg.data.name, cfg.seed, list(samples)
-        if self._name not in SETS:
+        if self._name not in PROGRAM.sets:
             raise UsageError(f"scoring is medevalkit, which has no protocol for {self._name}; one of "
-                             f"{', '.join(SETS)} was expected")
-        self._switches = dict(cfg.get(NAME) or {})
+                             f"{', '.join(PROGRAM.sets)} was expected")
+        self._switches = dict(cfg.get(MEDEVALKIT) or {})
         group = cfg.get("judge")
         has_judge = group is not None and group.model and self._name not in CHOICE_SETS
         self.judge = Judge(group, Wording(), rules.read_verdict, workdir) if has_judge else None
@@ -151,7 +150,7 @@ class MedEvalKit:
             verdicts = self.judge.verdicts(list(prompts.values()), "answers")
             report_unscored(verdicts, [samples[i].question_id for i in prompts], "answers")
             values = self._with_verdicts(values, kinds, dict(zip(prompts, verdicts, strict=True)))
-        metrics = {"toolkit": VERSION, "n": len(samples)}
+        metrics = {"toolkit": PROGRAM.version, "n": len(samples)}
         metrics |= {f"n_{name}": count for name, count in self._counts(kinds).items()}
         metrics |= statistics.intervals(statistics.resample(
             self._scores(texts, kinds, values), [str(sample.image) for sample in samples], self._seed))

@@ -10,6 +10,7 @@ from llavamed_jax.datasets.registry import SETS
 from llavamed_jax.errors import short
 from llavamed_jax.evaluation.chat import KIND as CHAT
 from llavamed_jax.evaluation.judging.settings import judge_settings
+from llavamed_jax.evaluation.scoring.programs import MEDEVALKIT, PROGRAMS
 from llavamed_jax.utils.nested import flatten
 
 # Keys that matter only if a model is asked, and those of them that a server is not told.
@@ -67,16 +68,17 @@ def _void(cfg: ConfigDict, values: dict, typed: Collection[str], source: str) ->
         for key in usual:
             if values[key] != usual[key]:
                 yield key, "judge.model is empty"
+    scoring = cfg.get("scoring")
     for key in typed:
-        if key.startswith("medevalkit.") and cfg.get("scoring") != "medevalkit":
+        if key.startswith("medevalkit.") and scoring != MEDEVALKIT:
             yield key, "scoring is not medevalkit"
         if key in ("medevalkit.slake_twice", "medevalkit.pathvqa_drop") and not cfg.judge.model:
             yield key, "judge.model is empty"
-        if key == "judge.model" and cfg.get("scoring") == "medevalkit" and name == "mmmu_med":
+        if key == "judge.model" and scoring == MEDEVALKIT and name == "mmmu_med":
             yield key, "MedEvalKit has no judge for MMMU"
-        if key == "judge.model" and cfg.get("scoring") in ("lmms_eval", "vlmevalkit"):
-            yield key, f"scoring={cfg.scoring} has no judge"
-        if key == "judge.prompt" and cfg.get("scoring") == "medevalkit":
+        if key == "judge.model" and scoring in PROGRAMS and PROGRAMS[scoring].is_right is not None:
+            yield key, f"scoring={scoring} has no judge"
+        if key == "judge.prompt" and scoring == MEDEVALKIT:
             yield key, "scoring=medevalkit has a judge's prompt of its own"
         if source in ("predictions", "write_llava") and key.startswith(_OF_ANSWERS):
             yield key, f"no model is asked with --{source}"

@@ -9,12 +9,15 @@ from ml_collections import ConfigDict
 
 from llavamed_jax.datasets import training
 from llavamed_jax.errors import UsageError, UserError, count_of
-from llavamed_jax.evaluation import harness, published, questions, toolkit
+from llavamed_jax.evaluation import published, questions
+from llavamed_jax.evaluation.harness import Harness
 from llavamed_jax.evaluation.judging import open_answers
 from llavamed_jax.evaluation.report import report, summary
 from llavamed_jax.evaluation.results import Outcome
 from llavamed_jax.evaluation.scoring import controls, leakage, score
 from llavamed_jax.evaluation.scoring.items import AnswerSet
+from llavamed_jax.evaluation.scoring.programs import MEDEVALKIT, PROGRAMS
+from llavamed_jax.evaluation.toolkit import MedEvalKit
 from llavamed_jax.utils.files import to_jsonl
 
 
@@ -46,10 +49,10 @@ class VqaScorer:
         if not self.samples:
             raise UserError(f"{cfg.data.root} holds no questions of {cfg.data.name} {cfg.data.split}")
         self._toolkit = None
-        if cfg.get("scoring") == toolkit.NAME:
-            self._toolkit = toolkit.MedEvalKit(cfg, self.samples, workdir)
-        elif cfg.get("scoring") in harness.PROTOCOLS:
-            self._toolkit = harness.Harness(cfg, self.samples)
+        if cfg.get("scoring") == MEDEVALKIT:
+            self._toolkit = MedEvalKit(cfg, self.samples, workdir)
+        elif cfg.get("scoring") in PROGRAMS:
+            self._toolkit = Harness(cfg, self.samples)
         if self._toolkit is not None:
             self.samples, self.judge = self._toolkit.asked, self._toolkit.judge
         else:
@@ -60,6 +63,15 @@ class VqaScorer:
         if cfg.get("published") not in (None, "", *published.NAMES):
             names = ", ".join(published.NAMES)
             raise UsageError(f"published is {cfg.published!r}; empty or one of {names} was expected")
+
+    def depends_on(self) -> dict[str, object]:
+        """Returns what the numbers depend on beside the answers and the config: a name -> a value of a JSON type."""
+        return {
+            "the questions and the training rows": questions.content_hash(self.samples, self.training),
+            "the answers of --against": None if self._against is None else self._against.sha256,
+            "data.trained_on": None if self._trained_on is None else leakage.identity(self._trained_on),
+            **({} if self.judge is None else self.judge.depends_on()),
+        }
 
     def describe(self) -> str:
         """Returns one line that says what is asked, and whether it is the complete published set."""

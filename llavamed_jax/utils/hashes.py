@@ -112,6 +112,12 @@ def sha256_of_each(files: Sequence[Path]) -> dict[Path, str | None]:
         return dict(zip(files, threads.map(read, files), strict=True))
 
 
+def sha256_of_folder(folder: Path) -> str:
+    """Returns one sha256 for all files below a folder: `sha256_of_list` of their paths in it."""
+    return sha256_of_list(sha256_of_files({file.relative_to(folder).as_posix(): file for file in folder.rglob("*")
+                                           if file.is_file()}))
+
+
 def sha256_of(file: Path) -> str:
     """Returns the sha256 of a file. Raises UserError or FileNotFoundError as `open_file` does."""
     with open_file(file) as opened:

@@ -14,7 +14,11 @@ from llavamed_jax.datasets.registry import SETS, Selection
 from llavamed_jax.datasets.sample import CAPTION, all_images
 from llavamed_jax.datasets.training import read_training
 from llavamed_jax.errors import UserError
+from llavamed_jax.evaluation.answering import asked
 from llavamed_jax.evaluation.answering.answerer import Answer
+from llavamed_jax.evaluation.report import details
+from llavamed_jax.evaluation.results import Outcome
+from llavamed_jax.evaluation.scoring.items import AnswerSet
 from tests.support import published_sets
 from tests.support.answerers import StandIn
 
@@ -105,6 +109,38 @@ def test_kaggles_tables(tmp_path, caplog):
     (tmp_path / "indiana_projections.csv").unlink()
     with pytest.raises(UserError, match="indiana_projections.csv does not exist"):
         read(tmp_path)
+
+
+def test_the_tables_and_the_folder_of_files_are_what_an_evaluation_depends_on(tmp_path):
+    """Another order of a study's images is another question, though neither its text nor an image has changed."""
+    ids = [i for i in range(1, 31) if split_of(f"CXR{i}") == "test"]
+    kaggle, openi = tmp_path / "kaggle", tmp_path / "openi"
+    put(kaggle / "indiana_reports.csv", REPORTS + "".join(f'{i},n,n,x,y,z,"{FINDINGS}",Normal.\n' for i in ids))
+    for i in ids:
+        put(openi / "ecgen-radiology" / f"{i}.xml", xml(f"CXR{i}", FINDINGS, f"{i}_1", f"{i}_2"))
+        for view in (1, 2):
+            put(kaggle / "images" / f"{i}_{view}.png", f"{i} {view}")
+            put(openi / "images" / f"{i}_{view}.png", f"{i} {view}")
+
+    def found(root):
+        cfg, samples = load_config("configs/eval/iu_xray.py", [f"data.root={root}"]), read(root)
+        answers = AnswerSet(samples, [{"question_id": sample.question_id, "text": "x"} for sample in samples])
+        return asked.key(Reporter(), cfg, samples, {}, {}), details.tables(cfg, None, answers, Outcome({}, str), {})["SHA-256"]
+
+    def projected(first, second):
+        put(kaggle / "indiana_projections.csv", "uid,filename,projection\n" + "".join(f"{i},{i}_1.png,{first}\n{i},{i}_2.png,{second}\n" for i in ids))
+        return found(kaggle)
+
+    (one, recorded), (same, _), (other, changed) = (projected(*views) for views in (("Frontal", "Lateral"), ("frontal", "Lateral"), ("Lateral", "Frontal")))
+    assert one == same and one.keys() == other.keys() and one != other
+    table = str(kaggle / "indiana_projections.csv")
+    assert set(recorded) == {"predictions", "questions", table, str(kaggle / "indiana_reports.csv")} and recorded[table] != changed[table]
+    before, recorded = found(openi)
+    folder = str(openi / "ecgen-radiology")
+    assert set(recorded) == {"predictions", "questions", folder}
+    put(openi / "ecgen-radiology" / f"{ids[0]}.xml", xml(f"CXR{ids[0]}", FINDINGS, f"{ids[0]}_2", f"{ids[0]}_1"))
+    after, changed = found(openi)
+    assert before != after and recorded[folder] != changed[folder]
 
 
 def test_seven_tenths_of_the_studies_are_for_training():

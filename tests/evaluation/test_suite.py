@@ -1,19 +1,29 @@
 """`eval.py --suite medical`: all sets under a folder, one model, one table; what is finished is not asked again, and what fails is named."""
 
+import ast
+import dataclasses
 import json
 import os
 import re
 import shutil
 import signal
+import sys
+from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from llavamed_jax.cli import eval as cli
 from llavamed_jax.cli import eval_parts
+from llavamed_jax.datasets import find
 from llavamed_jax.datasets.find import find_sets
 from llavamed_jax.errors import UserError
-from llavamed_jax.evaluation import finished, suite
+from llavamed_jax.evaluation import finished, questions, suite
+from llavamed_jax.evaluation.answering import asked
 from llavamed_jax.evaluation.answering.answerer import Answer
+from llavamed_jax.evaluation.vqa import VqaScorer
+from llavamed_jax.utils.code import version
+from llavamed_jax.utils.files import to_jsonl
 from tests.support import published_sets
 from tests.support.answerers import StandIn
 from tests.support.openai_server import OpenAiServer
@@ -116,23 +126,82 @@ def test_a_stopped_suite_goes_on_and_a_finished_set_is_not_asked_again(data, run
     assert len(run(data, "--config.seed=1", model=other)[1].asked) == 16
 
 
-def test_what_a_finished_evaluation_depends_on(data, tmp_path):
+def test_what_a_finished_evaluation_depends_on(data, tmp_path, monkeypatch):
     """A single evaluation of the same kind counts as finished too; changed gold answers and training rows do not."""
     from llavamed_jax.cli.common import load_config
     from llavamed_jax.evaluation import run as evaluations
 
     cfg = load_config("configs/eval/vqa_rad.py", [f"data.root={data / 'vqa_rad'}"])
     opened = evaluations.open_evaluation(cfg, tmp_path / "w")
-    of = lambda samples=opened.samples, training=opened.scorer.training, controls=(), against=None: finished.identity(
-        {"model": "m"}, cfg, controls, samples, training, against)
-    (tmp_path / "other").write_text("one")
-    found = [of(), of(opened.samples[:-1]), of(training=opened.scorer.training[:-1]), of(controls=["image"]), of(against=tmp_path / "other")]
-    (tmp_path / "other").write_text("two")
-    assert len({*found, of(against=tmp_path / "other")}) == 6 and of() == found[0]
+
+    def of(controls=(), against=None, **changes):
+        scorer = VqaScorer(load_config("configs/eval/vqa_rad.py", [f"data.root={data / 'vqa_rad'}", "judge.endpoint=http://h/v1", *(
+            f"{key.replace('__', '.')}={value}" for key, value in changes.items())]), tmp_path / "w", against)
+        return finished.identity({"model": "m"}, scorer._cfg, controls, scorer.depends_on())
+
+    def rewritten(path, text):
+        path.write_text(text)
+        return path
+
+    plain, other, prompt = of(), tmp_path / "other", tmp_path / "prompt.txt"
+    lines = [to_jsonl({"question_id": sample.question_id, "text": text} for sample in opened.samples) for text in ("a", "b")]
+    judged = {"judge__model": "m", "judge__prompt": prompt}
+    wording = "[[system]]\nS\n[[instruction]]\nI\n[[reminder]]\nR\n"
+    Image.new("RGB", (4, 4)).save(tmp_path / "seen.png")
+    seen = {"data__trained_on": rewritten(tmp_path / "seen.json", json.dumps([{"id": 1, "image": "seen.png", "conversations": [
+        {"from": "human", "value": "Q\n<image>"}, {"from": "gpt", "value": "A"}]}])), "data__trained_on_images": tmp_path}
+    found = [plain, of(controls=["image"]), *(of(against=rewritten(other, text)) for text in lines), of(seed=1), of(judge__model="m")]
+    for text in (wording, wording.replace("S", "T"), wording.replace("R", "T")):
+        rewritten(prompt, text)
+        found.append(of(**judged))
+    found.append(of(**seen))
+    Image.new("RGB", (40, 4)).save(tmp_path / "seen.png")
+    found.append(of(**seen))
+    for package in ("nltk", "sacrebleu", "scipy"):
+        monkeypatch.setattr(asked, "version", lambda name, changed=package: "0" if name == changed else version(name))
+        found.append(of())
+    monkeypatch.setattr(asked, "version", version)
+    for change in ({"answer": "else"}, {"organ": "else"}, {"image": opened.samples[0].image.with_name("else.png")}):
+        samples = [dataclasses.replace(opened.samples[0], **change), *opened.samples[1:]]
+        found += [questions.content_hash(samples, opened.scorer.training), questions.content_hash(opened.scorer.training, samples)]
+    assert len(set(found)) == len(found)
+    assert of() == plain
+    assert of(**judged) == of(**judged, judge__timeout=9, judge__retries=0, judge__concurrency=1, judge__cache=tmp_path / "c"), "how it is asked"
     metrics = evaluations.evaluate(opened, Counting(), {"checkpoint": "c"})
-    asked = Counting()
-    assert evaluations.evaluate(evaluations.open_evaluation(cfg, tmp_path / "w"), asked, {"checkpoint": "c"}, is_repeated=False) == json.loads(
-        (tmp_path / "w" / "metrics.json").read_text()) and metrics["evaluation"] and asked.asked == []
+    again = Counting()
+    assert evaluations.evaluate(evaluations.open_evaluation(cfg, tmp_path / "w"), again, {"checkpoint": "c"}, is_repeated=False) == json.loads(
+        (tmp_path / "w" / "metrics.json").read_text()) and metrics["evaluation"] and again.asked == []
+
+
+def test_every_package_that_computes_a_number_is_in_the_hash():
+    root = Path(finished.__file__).parent
+    files = [*(root / "scoring").glob("*.py"), *(root / "judging").glob("*.py"),
+             *(root / f"{name}.py" for name in ("metrics", "vqa", "chat", "toolkit", "harness"))]
+    names = set()
+    for node in (node for file in files for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))):
+        names |= {each.name for each in node.names} if isinstance(node, ast.Import) else {node.module} if isinstance(node, ast.ImportFrom) else set()
+    found = {name.partition(".")[0] for name in names} - set(sys.stdlib_module_names) - {"llavamed_jax", "ml_collections"}
+    assert {{"PIL": "pillow"}.get(name, name) for name in found} == set(finished.PACKAGES)
+
+
+def test_a_set_of_which_the_judge_failed_is_not_finished(run, tmp_path, capsys):
+    """The next start asks only what failed: no question, and one verdict."""
+    data = published_sets.write(tmp_path / "data", ("vqa_rad", "slake"))
+    state = {"works": False}
+    with OpenAiServer(lambda body: "Right." if state["works"] or "sign 5" not in str(body) else {"choices": []}) as server:
+        words = ("--config.judge.model=tiny", f"--config.judge.endpoint={server.url}", "--config.judge.retries=0")
+        status, model, _ = run(data, *words)
+        assert status == 1 and "1 of 2 sets failed: " in capsys.readouterr().err.splitlines()[-1]
+        states = {name: each["state"] for name, each in json.loads((tmp_path / "w" / "suite.json").read_text())["sets"].items()}
+        assert sorted(states.values()) == ["done", "failed"]
+        failed = next(name for name, state in states.items() if state == "failed")
+        assert "evaluation" not in json.loads((tmp_path / "w" / failed / "metrics.json").read_text())
+        assert run(data, *words)[0] == 1, "it fails again, and the status says so"
+        state["works"], before = True, len(server.log)
+        status, again, _ = run(data, *words)
+        assert (status, len(model.asked), again.asked, len(server.log) - before) == (0, 8, [], 1)
+        assert run(data, *words[:2], "--config.judge.timeout=7")[0] == 0 and len(server.log) == before + 1
+    assert json.loads((tmp_path / "w" / failed / "metrics.json").read_text())["judged"]["n_unscored"] == 0
 
 
 def bad(how, data):
@@ -239,6 +308,40 @@ def test_mistakes(words, status, sentence, data, tmp_path, capsys):
         assert f"{source} is for one set" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("keys, sentence", [
+    (["data.language=zh", "generation.max_new=3"], "'generation.max_new' does not exist; did you mean generation.max_new_tokens"),
+    (["medevalkit.slake_case=true", "data.langage=zh"], "'data.langage' does not exist; did you mean data.language"),
+    (["judge=x"], "the config key 'judge' is a group; one of judge."),
+    (["data.question=Q"], "'data.question' does not exist; did you mean"),
+    (["data.language=zh", "seed=x"], "the config key 'seed' is 'x'; an integer was expected"),
+])
+def test_each_key_belongs_to_a_set_that_is_asked(keys, sentence, data, run, tmp_path, capsys):
+    assert run(data, "--dry_run", *(f"--config.{key}" for key in keys))[0] == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert sentence in last and not (tmp_path / "w").exists()
+    assert ("the data sets that are asked are vqa_rad, slake, pmc_vqa, medxpertqa_mm" in last) is ("does not exist" in last or "is a group" in last)
+
+
+def test_another_programs_scores_are_in_the_table_of_the_sets_that_it_has_a_rule_for(data, run, tmp_path, capsys):
+    status, model, _ = run(data, "--config.scoring=vlmevalkit", "--config.generation.batch_size=2", "--config.medevalkit.slake_case=true")
+    out, err = capsys.readouterr()
+    assert status == 0 and len(model.asked) == 8
+    assert err.count("is not asked, because scoring=vlmevalkit has no rule for it; there is one for vqa_rad and slake and pathvqa") == 2
+    assert "'medevalkit.slake_case' is True but has no effect: scoring is not medevalkit (slake)" in err
+    said = json.loads((tmp_path / "w" / "suite.json").read_text())["sets"]
+    assert list(said) == ["vqa_rad", "slake"]
+    page = (tmp_path / "w" / "suite.html").read_text()
+    for name, each in said.items():
+        block = json.loads((tmp_path / "w" / name / "metrics.json").read_text())["vlmevalkit"]
+        rows = {key: row for key, row in each["metrics"].items() if key.startswith("vlmevalkit.")}
+        assert list(rows) == [f"vlmevalkit.{key}" for key in ("accuracy", "closed_accuracy", "open_accuracy") if key in block] and len(rows) > 1
+        for key, row in rows.items():
+            assert row["value"] == block[key.partition(".")[2]] and row["title"] in out and f"{row['title'][0].upper()}{row['title'][1:]}" in page
+        assert rows["vlmevalkit.accuracy"]["n"] == 4 and rows["vlmevalkit.accuracy"]["title"] == "all, as VLMEvalKit scores"
+    assert run(published_sets.write(tmp_path / "one", ("pmc_vqa",)), "--config.scoring=lmms_eval")[0] == 2
+    assert "error: scoring is 'lmms_eval'; none of the data sets found has such a rule" in capsys.readouterr().err
+
+
 def test_keys_that_only_some_sets_have_are_said(data, run, tmp_path, capsys):
     assert run(data, "--dry_run", "--config.data.language=zh", "--config.data.split=test")[0] == 1
     err = capsys.readouterr().err
@@ -264,6 +367,15 @@ def test_what_is_found_in_a_folder(tmp_path):
     assert found.repeated == [("slake", tmp_path / "a" / "slake")] and found.others == [("choices", tmp_path / "own")]
     assert len(found.unread) == 1 and f"the 201 subfolders of {tmp_path / 'many' / 'files'} were not searched" in found.unread[0]
     assert find_sets(tmp_path / "slake", ["slake"]).folders == {"slake": tmp_path / "slake"}
+
+
+def test_the_limit_of_a_search_is_said_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(find, "_MOST_FOLDERS", 3)
+    for name in "abcd":
+        (tmp_path / name / "x" / "y").mkdir(parents=True)
+    found = find_sets(tmp_path, ["slake"])
+    assert found.num_folders == 3 and found.unread == [
+        f"{tmp_path / 'c'} and all folders after it were not searched, because 3 folders were looked at before it"]
 
 
 def test_all_layouts_are_found_and_asked(run, tmp_path):

@@ -28,7 +28,9 @@ KEYS = ("checkpoint", "checkpoint_sha256", "step", "template", "tower", "tokeniz
 # Config keys that change no answer: settings of the scoring, and paths of files whose contents are compared instead.
 _BESIDE = ("judge", "published", "scoring", "medevalkit", "data.train", "data.trained_on",
            "data.trained_on_images", "data.root", "data.images")
-_PACKAGES = ("numpy", "pillow", "pydicom")  # packages that read the images, for a loaded model and for a server
+# Packages that read the images, for a loaded model and for a server, and those that a loaded model computes with.
+PACKAGES = ("numpy", "pillow", "pydicom", "pylibjpeg", "pylibjpeg-openjpeg", "pyjpegls", "python-gdcm")
+OF_MODEL = ("jax", "jaxlib", "flax", "ml_dtypes", "jinja2", "sentencepiece", "tokenizers", "transformers")
 
 
 def record(answerer: Answerer, generation: Generation) -> dict:
@@ -79,23 +81,24 @@ def key(answerer: Answerer, cfg: ConfigDict, samples: Sequence[VqaSample], sourc
         "the order of the questions": short_hash([str(sample.question_id) for sample in samples]),
         **{f"question {cut(str(sample.question_id))}": short_hash(sample.question) for sample in samples},
         **_images(samples),
-        **versions(_PACKAGES),
+        **versions(PACKAGES),
         "the code": code_sha256()[:16],
     }
 
 
 def _images(samples: Sequence[VqaSample]) -> dict[str, str]:
-    """Returns, for each image, a hash of the file's content and of the ids of its questions.
+    """Returns, for each image, a hash of the file's content, of the ids of its questions and of its place in each.
 
-    The ids count because two images may have been exchanged under their names.
+    The ids count because two images may have been exchanged under their names, and the places because the images of a
+    question may have been put into another order.
     """
     names = image_names(map(str, all_images(samples)))
     files = {image: Path(image if Path(image).exists() else split_frame(image)[0]) for image in names}
     hashes = sha256_of_each(list(dict.fromkeys(files.values())))
-    asked: dict[str, list[str]] = {image: [] for image in names}
+    asked: dict[str, list] = {image: [] for image in names}
     for sample in samples:
-        for image in sample.images:
-            asked[str(image)].append(str(sample.question_id))
+        for place, image in enumerate(sample.images):
+            asked[str(image)].append([str(sample.question_id), place])
     return {f"the image {cut(name)}": short_hash(hashes[files[image]], asked[image]) for image, name in names.items()}
 
 

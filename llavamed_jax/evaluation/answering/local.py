@@ -18,15 +18,13 @@ from llavamed_jax.config import IMAGE_TOKEN
 from llavamed_jax.datasets.sample import Shown, paths_of
 from llavamed_jax.errors import UserError
 from llavamed_jax.evaluation.answering.answerer import Answer, Generation
-from llavamed_jax.evaluation.answering.asked import versions
+from llavamed_jax.evaluation.answering.asked import OF_MODEL, versions
 from llavamed_jax.generation.text_stream import TextStream, completion
 from llavamed_jax.utils import machine
 
 if TYPE_CHECKING:  # scoring a file of predictions must not import jax
     from llavamed_jax.assistant import LlavaMed
 
-# Packages that compute or tokenize, so that answers may depend on their versions.
-_PACKAGES = ("jax", "jaxlib", "flax", "ml_dtypes", "sentencepiece", "tokenizers", "transformers")
 _READERS = 2  # threads that read images; decoding and resizing release Python's lock
 _AHEAD = 8  # images that are read before they are needed
 
@@ -75,7 +73,7 @@ class LocalModel:
         settings = ("template", "dtype", "mesh", "quantize", "kv_cache", "adapter", "step")
         made = {f"the {name}": said[name] for name in settings if name in said}
         config = {} if origin is None else {"the model's config": origin.config}
-        return {"the model's name": self.name, **made, **config, **files, **versions(_PACKAGES)}
+        return {"the model's name": self.name, **made, **config, **files, **versions(OF_MODEL)}
 
     def machine(self) -> dict[str, object]:
         """Implements `Answerer.machine`."""

@@ -25,6 +25,7 @@ from llavamed_jax.errors import UsageError, UserError, count_of
 from llavamed_jax.evaluation.judging.prompts import JudgePrompt
 from llavamed_jax.openai_client.cache import ReplyCache, request_key
 from llavamed_jax.utils import terminal
+from llavamed_jax.utils.hashes import short_hash
 from llavamed_jax.utils.progress import progress
 
 if TYPE_CHECKING:
@@ -119,6 +120,11 @@ class Judge:
                                azure_version=cfg.azure_version or None)
         self.cache = ReplyCache(Path(cfg.cache) if cfg.cache else workdir / CACHE)
         self.n_kept = 0
+
+    def depends_on(self) -> dict[str, object]:
+        """Returns what the verdicts depend on beside the config: the content of the prompt's file."""
+        messages = [self.prompt.messages("", is_reminded) for is_reminded in (False, True)]
+        return {"the judge's prompt": short_hash(self.prompt.wording, messages)}
 
     def estimate(self, texts: Sequence[str]) -> Estimate:
         """Estimates what it costs to judge these texts, without sending a request. Kept replies cost nothing."""

@@ -9,19 +9,20 @@ from typing import TYPE_CHECKING
 
 from ml_collections import ConfigDict
 
-from llavamed_jax.evaluation import questions
+from llavamed_jax.evaluation import finished, questions
+from llavamed_jax.evaluation.answering import asked
 from llavamed_jax.evaluation.results import Outcome
 from llavamed_jax.evaluation.scoring.items import AnswerSet
 from llavamed_jax.openai_client.address import shown
 from llavamed_jax.utils.code import code_sha256, version
 from llavamed_jax.utils.files import to_jsonl, utf8
-from llavamed_jax.utils.hashes import sha256
+from llavamed_jax.utils.hashes import sha256, sha256_of, sha256_of_folder
 from llavamed_jax.utils.nested import flatten
 
 if TYPE_CHECKING:
     from llavamed_jax.evaluation.judging.judge import Judge
 
-_PACKAGES = ("llavamed_jax", "jax", "flax", "transformers", "numpy", "pillow", "nltk", "openai")
+_PACKAGES = ("llavamed_jax", "openai", *dict.fromkeys((*asked.PACKAGES, *asked.OF_MODEL, *finished.PACKAGES)))
 
 
 def tables(cfg: ConfigDict, judge: Judge | None, answers: AnswerSet, found: Outcome,
@@ -40,7 +41,8 @@ def tables(cfg: ConfigDict, judge: Judge | None, answers: AnswerSet, found: Outc
     """
     said = found.metrics.get("asked", {})
     hashes = {"predictions": hash_of(answers), "questions": questions.questions_hash(answers.samples)}
-    hashes |= {str(path): sha256(path.read_bytes()) for path in questions.source_files(cfg.data)}
+    hashes |= {str(path): sha256_of_folder(path) if path.is_dir() else sha256_of(path)
+               for path in questions.source_files(cfg.data)}
     date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     return {
         "Run": {**run, **found.facts, "date": date, "seed": str(cfg.seed)},

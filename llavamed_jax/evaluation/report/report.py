@@ -13,7 +13,7 @@ from llavamed_jax.datasets.sample import CAPTION, CHOICE, CLOSED, OPEN
 from llavamed_jax.evaluation.answering.asked import words
 from llavamed_jax.evaluation.report import gallery, page
 from llavamed_jax.evaluation.report.summary import asked
-from llavamed_jax.evaluation.scoring import controls, registry
+from llavamed_jax.evaluation.scoring import controls, programs, registry
 from llavamed_jax.evaluation.scoring.items import AnswerSet
 
 _CONTROLS = {"image": "exchanged", "noise": "noise"}
@@ -101,6 +101,7 @@ def render(
         details=details or {},
         metrics=metrics,
         titles={name: (name, "") for name in registry.names_of()} | TITLES | registry.titles(),
+        programs=list(programs.blocks(metrics)),
         further=registry.further(),
         further_against=tuple((family, f", {family}", names) for family, names in registry.further().items()
                               if family in (metrics.get("against") or {})),

@@ -9,12 +9,7 @@ from collections.abc import Iterator, Mapping
 
 from llavamed_jax.evaluation.report import summary
 from llavamed_jax.evaluation.report.summary import plain
-
-_MEDEVALKIT = (  # metric, title, and the count
-    ("accuracy", "all, as MedEvalKit scores", "n"), ("closed_accuracy", "closed, as MedEvalKit scores", "n_closed"),
-    ("open_accuracy", "open, as MedEvalKit scores", "n_open"),
-    ("choice_accuracy", "multiple choice, as MedEvalKit scores", "n_choice"),
-)  # fmt: skip
+from llavamed_jax.evaluation.scoring import programs
 
 
 def rows(metrics: Mapping) -> dict[str, dict]:
@@ -47,10 +42,9 @@ def _rows(metrics: Mapping) -> Iterator[tuple[str, str, dict]]:
     if judged := metrics.get("judged"):
         yield "judged", "open_accuracy", _row(judged, "open_accuracy", "open accuracy, judged",
                                               judged["n_open"] - judged["n_unscored"])
-    kit = metrics.get("medevalkit") or {}
-    for name, title, count in _MEDEVALKIT:
-        if name in kit:
-            yield "medevalkit", name, _row(kit, name, title, kit[count])
+    for family, program, block, numbers in programs.blocks(metrics):
+        for name, title, n in numbers:
+            yield family, name, _row(block, name, f"{title}, as {program.title} scores", n)
 
 
 def _row(table: Mapping, name: str, title: str, n: int) -> dict:

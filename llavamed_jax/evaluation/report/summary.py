@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from llavamed_jax.evaluation.answering.asked import words as asked_words
-from llavamed_jax.evaluation.scoring import controls
+from llavamed_jax.evaluation.scoring import controls, programs
 
 # Family, metric, title, and the count; a row with a count of 0 is left out.
 ROWS = (
@@ -40,8 +40,8 @@ def summary(metrics: Mapping) -> str:
         if name == "closed_accuracy":
             always = f'  always "{metrics["baselines"]["majority_closed_answer"]}"'
             lines.append(f"{always:<41}{plain(metrics['baselines']['majority_closed']):>7}")
-    more = (*_judged(metrics.get("judged")), *_medevalkit(metrics.get("medevalkit")), *_harness(metrics),
-            *_against(metrics.get("against"), rows), *_notes(metrics), *_asked_with(metrics))
+    more = (*_judged(metrics.get("judged")), *_programs(metrics), *_against(metrics.get("against"), rows),
+            *_notes(metrics), *_asked_with(metrics))
     return "\n".join([*lines, *more])
 
 
@@ -60,25 +60,14 @@ def _judged(judged: Mapping | None) -> Iterator[str]:
                f"{', '.join(map(str, judged['unscored']))}")
 
 
-def _medevalkit(table: Mapping | None) -> Iterator[str]:
-    if not table:
-        return
-    for name, title in (("accuracy", "all"), ("closed_accuracy", "closed"), ("open_accuracy", "open"),
-                        ("choice_accuracy", "multiple choice")):
-        if name in table:
-            yield (f"{f'{title}, as MedEvalKit scores':<41}{plain(table[name]):>7}"
-                   f"  {_interval(table, name)}").rstrip()
-    beside = table["published"]
-    yield (f"  published: {beside['accuracy']} ({beside['model']}; {beside['low']:.1f} to {beside['high']:.1f} agrees)"
-           if "accuracy" in beside else f"  {beside['reason']}")
-
-
-def _harness(metrics: Mapping) -> Iterator[str]:
-    for table in filter(None, map(metrics.get, ("lmms_eval", "vlmevalkit"))):
-        for name, title in (("accuracy", "all"), ("closed_accuracy", "closed"), ("open_accuracy", "open")):
-            if name in table:
-                words = f"{title}, as {table['program'].split(' ')[0]} scores"
-                yield f"{words:<41}{plain(table[name]):>7}  {_interval(table, name)}".rstrip()
+def _programs(metrics: Mapping) -> Iterator[str]:
+    for _, program, block, numbers in programs.blocks(metrics):
+        for name, title, _ in numbers:
+            words = f"{title}, as {program.title} scores"
+            yield f"{words:<41}{plain(block[name]):>7}  {_interval(block, name)}".rstrip()
+        if beside := block.get("published"):
+            yield (f"  published: {beside['accuracy']} ({beside['model']}; {beside['low']:.1f} to {beside['high']:.1f} "
+                   "agrees)" if "accuracy" in beside else f"  {beside['reason']}")
 
 
 def _against(against: Mapping | None, rows) -> Iterator[str]:

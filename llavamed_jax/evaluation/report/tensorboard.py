@@ -6,12 +6,11 @@ import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from llavamed_jax.evaluation.scoring import registry
+from llavamed_jax.evaluation.scoring import programs, registry
 
 # The last three are the families of a chat evaluation.
 _FAMILIES = ("strict", "paper", "captions", "overall", "type", "domain")
-_OTHERS = {"medevalkit": ("accuracy", "open_accuracy", "closed_accuracy", "choice_accuracy"),
-           **dict.fromkeys(("lmms_eval", "vlmevalkit"), ("accuracy", "open_accuracy", "closed_accuracy")),
+_OTHERS = {**dict.fromkeys(programs.PROGRAMS, tuple(name for name, _, _ in programs.NUMBERS)),
            "judged": ("open_accuracy", "open_accuracy_low", "open_accuracy_high"),
            "organ": ("accuracy", "exchanged", "majority")}
 # A training run's events may lie in the same folder; only files with this suffix are replaced

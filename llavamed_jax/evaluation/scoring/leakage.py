@@ -23,7 +23,7 @@ from llavamed_jax.errors import UserError
 from llavamed_jax.evaluation.metrics import normalized
 from llavamed_jax.images.load import load_image
 from llavamed_jax.utils.files import open_file
-from llavamed_jax.utils.hashes import sha256
+from llavamed_jax.utils.hashes import sha256, short_hash
 from llavamed_jax.utils.progress import progress
 
 _THREADS = 8  # reading and decoding release Python's lock
@@ -93,6 +93,12 @@ def trained_on(samples: Sequence[VqaSample], data: TrainingData) -> dict:
         "images_same_pixels": len(found) - len(matches.same_file),
         "by_kind": {name: dict(row) for name, row in table.items()},
     }
+
+
+def identity(data: TrainingData) -> str:
+    """Returns a hash of what `trained_on` reads: the text of the records, and size and time of each image's file."""
+    images = dict.fromkeys(str(image) for record in data.readable() for image in record["image"])
+    return short_hash(data.fingerprint(), _map(_state, images))
 
 
 def _answers_by_image(data: TrainingData) -> tuple[dict[str, set[str]], int, int]:
@@ -168,6 +174,15 @@ def _map(read: Callable, paths: Iterable[str], title: str = "") -> list:
 
 def _file(image: str) -> str:
     return image.partition("#frame=")[0] if not Path(image).exists() else image
+
+
+def _state(image: str) -> list:
+    """Returns the path, the size in bytes and the time of change of a file; None for both if it is missing."""
+    try:
+        state = Path(_file(image)).stat()
+    except (OSError, ValueError):
+        return [image, None, None]
+    return [image, state.st_size, state.st_mtime_ns]
 
 
 def _size(image: str) -> tuple[int, str] | None:
