@@ -123,11 +123,9 @@ class MedEvalKit:
                 prompts[i] = rules.judge_prompt(sample.question, gold, said)
         return prompts
 
-    def plan(self, texts: Sequence[str] | None) -> str:
-        """Returns one line that says what judging would cost; `texts` None estimates with the gold answers."""
-        if self.judge is None:
-            return f"{count_of(len(self._samples), 'question')}; nothing is judged"
-        prompts = self._to_judge([str(s.answer) for s in self._samples] if texts is None else texts)
+    def plan(self, texts: Sequence[str]) -> str:
+        """Returns one line that says what judging these answers would cost, if there is a judge."""
+        prompts = self._to_judge(texts)
         return (f"judge {self.judge.service.where}, {count_of(len(prompts), 'answer')}: "
                 f"{self.judge.estimate(list(prompts.values()))}")
 

@@ -84,13 +84,14 @@ class VqaScorer:
           texts: the answers, in the order of `samples`; None if a model has yet to give them.
           has_control: whether the controls are asked too.
         """
-        if self._toolkit is not None and self.judge is not None:
-            return self._toolkit.plan(texts)
+        times = ", each three times: with its image, with another one, with noise" if has_control else ""
+        asked = f"{count_of(len(self.samples), 'question')}{times}"
         if self.judge is None:
-            times = ", each three times: with its image, with another one, with noise" if has_control else ""
-            return f"{count_of(len(self.samples), 'question')}{times}; nothing is judged"
+            return f"{asked}; nothing is judged"
         texts = [str(sample.answer) for sample in self.samples] if texts is None else texts
-        return open_answers.plan(self.judge, self.samples, texts)
+        judged = (open_answers.plan(self.judge, self.samples, texts) if self._toolkit is None
+                  else self._toolkit.plan(texts))
+        return f"{asked}; {judged}"
 
     def score(self, answers: AnswerSet, others: Mapping[str, AnswerSet], extra: Mapping) -> Outcome:
         """Scores all answers.

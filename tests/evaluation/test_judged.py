@@ -104,6 +104,7 @@ def test_a_dry_run_says_what_it_would_cost(tmp_path, capsys):
     assert f"{len(read_vqa_rad(SAMPLE, 'test'))} questions; nothing is judged" in capsys.readouterr().out
     assert cli.main([*argv, "--config.judge.model=tiny", "--config.judge.price_answer=1"]) == 0
     out = capsys.readouterr().out
+    assert f"{len(read_vqa_rad(SAMPLE, 'test'))} questions; judge " in out, "what is asked, too"
     assert f"{len(OPEN)} open answers: " in out and "US dollars" in out and not (tmp_path / "w").exists()
 
 
