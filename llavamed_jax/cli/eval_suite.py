@@ -38,7 +38,7 @@ def program(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     from llavamed_jax.evaluation import results, suite
 
     found = find_sets(root, suite.SUITES[args.suite])
-    members = _members(args, found, rest)
+    members, not_asked = _members(args, found, rest)
     is_new, workdir = not Path(args.workdir).exists(), Path(args.workdir)
     remove = (lambda: results.remove_empty(workdir)) if is_new else lambda: None
     controls = [args.control] if args.control else []
@@ -55,7 +55,8 @@ def program(args: argparse.Namespace, overrides: Sequence[str]) -> int:
             if args.dry_run:
                 return _plan(members)
             with results.locked(workdir) as place:
-                return _run(args, endpoint, members, place, lambda: suite.record(args.suite, root, found, members))
+                return _run(args, endpoint, members, place,
+                            lambda: suite.record(args.suite, root, found, members, not_asked))
         finally:
             remove()
 
@@ -76,8 +77,8 @@ def _root(overrides: Sequence[str]) -> tuple[str, list[str]]:
     return roots[0], [override for override in overrides if not override.startswith(f"{_ROOT}=")]
 
 
-def _members(args: argparse.Namespace, found, overrides: Sequence[str]) -> list:
-    """Returns the sets to ask, each with its recipe and the overrides whose keys the recipe has."""
+def _members(args: argparse.Namespace, found, overrides: Sequence[str]) -> tuple[list, dict[str, str]]:
+    """Returns the sets to ask, each with the overrides whose keys its recipe has, and why others are not asked."""
     from llavamed_jax.datasets.find import asked_split
     from llavamed_jax.datasets.registry import SETS
     from llavamed_jax.evaluation import suite
@@ -106,7 +107,7 @@ def _members(args: argparse.Namespace, found, overrides: Sequence[str]) -> list:
             own.append(f"data.split={split}")
         cfg = common.override(cfg, [*own, f"{_ROOT}={folder}"])
         members.append(suite.Member(name, cfg, Path(args.workdir) / name, _against(args.against, name)))
-    return members
+    return members, {name: sentence for name, (_, sentence) in without.items()}
 
 
 def _not_asked(name: str, cfg, given: Mapping[str, str]) -> tuple[str, str] | None:

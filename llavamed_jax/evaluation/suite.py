@@ -108,7 +108,8 @@ def _of_any_process(error: str) -> str:
     return distributed.from_first(lambda: next(filter(None, map(json.loads, everyone)), ""))
 
 
-def record(name: str, root: str | Path, found: Found, members: Sequence[Member]) -> dict:
+def record(name: str, root: str | Path, found: Found, members: Sequence[Member],
+           not_asked: Mapping[str, str]) -> dict:
     """Returns the object of `suite.json`.
 
     Args:
@@ -116,6 +117,7 @@ def record(name: str, root: str | Path, found: Found, members: Sequence[Member])
       root: the folder with the sets.
       found: what was found there.
       members: the sets that are asked.
+      not_asked: name of a set that was found and is not asked -> a sentence that says why.
     """
     first = next((member.metrics for member in members if member.metrics), {})
     return {
@@ -124,6 +126,7 @@ def record(name: str, root: str | Path, found: Found, members: Sequence[Member])
         "asked": first.get("asked"),
         "unit": "percent",
         "sets": {member.name: _set(member) for member in members},
+        "not_asked": dict(not_asked),
         "not_found": {each: SETS[each].sign for each in SUITES[name] if each not in found.folders},
         "folders_searched": found.num_folders,
         "not_searched": list(found.unread),

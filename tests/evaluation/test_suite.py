@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from llavamed_jax.cli import common, eval_parts
 from llavamed_jax.cli import eval as cli
-from llavamed_jax.cli import eval_parts
 from llavamed_jax.datasets import find
 from llavamed_jax.datasets.find import find_sets
 from llavamed_jax.errors import UserError
@@ -328,8 +328,9 @@ def test_another_programs_scores_are_in_the_table_of_the_sets_that_it_has_a_rule
     assert status == 0 and len(model.asked) == 8
     assert err.count("is not asked, because scoring=vlmevalkit has no rule for it; there is one for vqa_rad and slake and pathvqa") == 2
     assert "'medevalkit.slake_case' is True but has no effect: scoring is not medevalkit (slake)" in err
-    said = json.loads((tmp_path / "w" / "suite.json").read_text())["sets"]
-    assert list(said) == ["vqa_rad", "slake"]
+    whole = json.loads((tmp_path / "w" / "suite.json").read_text())
+    said = whole["sets"]
+    assert list(said) == ["vqa_rad", "slake"] and list(whole["not_asked"]) == ["pmc_vqa", "medxpertqa_mm"]
     page = (tmp_path / "w" / "suite.html").read_text()
     for name, each in said.items():
         block = json.loads((tmp_path / "w" / name / "metrics.json").read_text())["vlmevalkit"]
@@ -337,12 +338,16 @@ def test_another_programs_scores_are_in_the_table_of_the_sets_that_it_has_a_rule
         assert list(rows) == [f"vlmevalkit.{key}" for key in ("accuracy", "closed_accuracy", "open_accuracy") if key in block] and len(rows) > 1
         for key, row in rows.items():
             assert row["value"] == block[key.partition(".")[2]] and row["title"] in out and f"{row['title'][0].upper()}{row['title'][1:]}" in page
+        assert "PMC-VQA" in page and page.count("is not asked, because scoring=vlmevalkit has no rule for it") == 2
         assert rows["vlmevalkit.accuracy"]["n"] == 4 and rows["vlmevalkit.accuracy"]["title"] == "all, as VLMEvalKit scores"
     assert run(published_sets.write(tmp_path / "one", ("pmc_vqa",)), "--config.scoring=lmms_eval")[0] == 2
     assert "error: scoring is 'lmms_eval'; none of the data sets found has such a rule" in capsys.readouterr().err
 
 
-def test_keys_that_only_some_sets_have_are_said(data, run, tmp_path, capsys):
+def test_keys_that_only_some_sets_have_are_said(data, run, tmp_path, capsys, monkeypatch):
+    loaded, load = [], common.load_config
+    monkeypatch.setattr(common, "load_config", lambda *spec: loaded.append(spec) or load(*spec))
+    assert run(data, "--dry_run")[0] == 0 and len(loaded) == 4, "each recipe once"
     assert run(data, "--dry_run", "--config.data.language=zh", "--config.data.split=test")[0] == 1
     err = capsys.readouterr().err
     assert "the config key 'data.language' is used only for slake; the other sets have no such key" in err

@@ -35,6 +35,7 @@ def render(said: Mapping, model: str) -> str:
         details={},
         sets=sets,
         done=done,
+        not_asked={SETS[name].label: sentence for name, sentence in said["not_asked"].items()},
         not_found={SETS[name].label: sign for name, sign in said["not_found"].items()},
         root=said["root"],
         folders=said["folders_searched"],
