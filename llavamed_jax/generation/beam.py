@@ -159,11 +159,10 @@ class BeamSearch:
 
     def __init__(self, engine: Engine):
         self.engine, self.programs = engine, engine.programs
-        shardings = {}
-        if engine.mesh is not None:
-            shardings = {"out_shardings": (batch_sharding(engine.mesh), self.programs.cache_shardings())}
-        self._prefill = jax.jit(self._prefill_batch, static_argnames=("cache_length", "num_beams", "room"), **shardings)
-        self._decode = jax.jit(self._decode_steps, donate_argnames=("beams", "caches"), **shardings)
+        out = None if engine.mesh is None else (batch_sharding(engine.mesh), self.programs.cache_shardings())
+        self._prefill = self.programs.jit(self._prefill_batch, out,
+                                          static_argnames=("cache_length", "num_beams", "room"))
+        self._decode = self.programs.jit(self._decode_steps, out, donate_argnames=("beams", "caches"))
 
     def generate(self, requests: Sequence[Request], num_beams: int) -> list[list[int]]:
         """Searches for the best answer to each request; sampling settings are ignored.

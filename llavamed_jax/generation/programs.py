@@ -120,10 +120,10 @@ class Made:
     logprobs: Logprobs | None = None
 
 
-def cached_backend(platform: str, head_dim: int) -> str:
-    """Returns the backend of attention over a cache: `flash` where `auto` is, and else `xla`."""
+def cached_backend(platform: str, head_dim: int, cache_dtype) -> str:
+    """Returns the backend of attention over a cache: `flash` where `auto` is, but not over int8; else `xla`."""
     auto = backend_of("auto", platform, head_dim)
-    return auto if auto == "flash" else "xla"
+    return auto if auto == "flash" and jnp.dtype(cache_dtype) != jnp.int8 else "xla"
 
 
 class Programs:
@@ -143,26 +143,23 @@ class Programs:
         self.cfg, self.dtype, self.mesh, self.steps = cfg, dtype, mesh, steps
         self.cache_dtype = dtype if cache_dtype is None else cache_dtype
         platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
-        self.model = Llava(cfg, dtype, attention=attention or cached_backend(platform, cfg.decoder.head_dim))
-
-        def compiled(function, out=None, **kwargs):
-            return jax.jit(function, **kwargs, **({} if mesh is None else {"out_shardings": out}),
-                           compiler_options=xla.options(platform, xla.ENGINE))
-
+        backend = attention or cached_backend(platform, cfg.decoder.head_dim, self.cache_dtype)
+        self.model = Llava(cfg, dtype, attention=backend)
+        self._options = xla.options(platform, xla.ENGINE)
         rows = slots = everywhere = None
         if mesh is not None:
             rows, everywhere = batch_sharding(mesh), replicated(mesh)
             # Explicit, so that each program returns the shardings that the next one was compiled for.
             slots = Slots(rows, rows, rows, rows, rows, Sampling(rows, rows, rows, rows), self.cache_shardings())
         self._programs = dict(
-            encode=compiled(self._encode, everywhere, donate_argnums=1),
-            take=compiled(self._take, slots and slots.caches, static_argnames="width"),
-            fill=compiled(self._fill, (slots and slots.caches, everywhere), donate_argnums=1, static_argnames="top"),
-            put=compiled(self._put, slots, donate_argnums=0),
-            decode=compiled(self._decode, (slots, everywhere), donate_argnums=1, static_argnames="top"),
-            resize=compiled(self._resize, slots, static_argnames=("rows", "length")),
-            release=compiled(self._release, rows, donate_argnums=0),
-            scrub=compiled(self._scrub, slots, donate_argnums=0))
+            encode=self.jit(self._encode, everywhere, donate_argnums=1),
+            take=self.jit(self._take, slots and slots.caches, static_argnames="width"),
+            fill=self.jit(self._fill, (slots and slots.caches, everywhere), donate_argnums=1, static_argnames="top"),
+            put=self.jit(self._put, slots, donate_argnums=0),
+            decode=self.jit(self._decode, (slots, everywhere), donate_argnums=1, static_argnames="top"),
+            resize=self.jit(self._resize, slots, static_argnames=("rows", "length")),
+            release=self.jit(self._release, rows, donate_argnums=0),
+            scrub=self.jit(self._scrub, slots, donate_argnums=0))
 
     def __getattr__(self, name: str):
         """Returns a program (`encode`, `decode`, …) that is called with the mesh in context."""
@@ -179,6 +176,17 @@ class Programs:
         """Lowers a program for arguments that may be shapes; the shapes' shardings decide where it will run."""
         with self.on_mesh():
             return self._programs[name].lower(*args, **kwargs)
+
+    def jit(self, function, out=None, **kwargs):
+        """Returns a function that is compiled as the engine's programs are.
+
+        Args:
+          function: the function.
+          out: shardings of what it returns; not used without a mesh.
+          **kwargs: those of `jax.jit`.
+        """
+        shardings = {} if self.mesh is None else {"out_shardings": out}
+        return jax.jit(function, **kwargs, **shardings, compiler_options=self._options)
 
     def on_mesh(self):
         """Returns the context for calls of programs.

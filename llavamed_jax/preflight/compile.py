@@ -246,7 +246,7 @@ def serve(job: Mapping[str, Any], topology: Topology, devices: Sequence) -> dict
         sent = collectives.read(found.text)
         # A token of all rows is one round of the decode loop.
         of = one_round if name == "decode" else floor_of
-        floor = peaks and of(found.text, peaks, near(topology), 1, (serving.prompt + 1) / 2)
+        floor = peaks and of(found.text, peaks, near(topology), 1, serving.attended(name))
         each[name] = dict(compile_seconds=found.seconds, compile_cpu_seconds=found.cpu_seconds,
                           program_bytes=len(found.text),
                           bytes={**found.bytes(), "peak": found.peak + beside}, collectives=collectives.totals(sent),

@@ -132,11 +132,15 @@ class Serving:
         head = 2 * decoder.hidden_size * decoder.vocab_size
         return self.batch * (T * (decoder.forward_flops_per_token(T) - head) + head)
 
+    def attended(self, program: str) -> float:
+        """Returns the keys that a query of the program attends to on average, over answers of `new_tokens`."""
+        return self.prompt + self.new_tokens / 2 if program == "decode" else (self.prompt + 1) / 2
+
     @property
     def attention(self) -> str:
         """The backend of attention over the cache."""
         platform = self.mesh.devices.flat[0].platform
-        return "xla" if self.kv_cache else cached_backend(platform, self.config.decoder.head_dim)
+        return cached_backend(platform, self.config.decoder.head_dim, self._cache_dtype)
 
     @property
     def _cache_dtype(self):

@@ -17,6 +17,7 @@ from llavamed_jax.generation.programs import Programs
 from llavamed_jax.generation.requests import Request
 from llavamed_jax.models import joined
 from llavamed_jax.models.llava import Llava
+from llavamed_jax.parallel import xla
 from llavamed_jax.parallel.mesh import make_mesh
 from llavamed_jax.preflight.serving import Serving
 from llavamed_jax.quantized.rounding import ROUNDED, ROUNDINGS
@@ -131,3 +132,11 @@ def test_what_lies_on_a_device_is_not_joined(as_on_a_gpu):
     assert "q_proj" in as_on_a_gpu(CFG, jax.device_put(drawn(CFG))).params["decoder"]["layers_0"]["self_attn"]
     shapes = Serving.of(CFG, jax.devices(), None, "float32", 2, 8).params()["decoder"]["layers_0"]["self_attn"]
     assert shapes["qkv_proj"]["kernel"].shape == (64, 128)
+
+
+def test_all_programs_of_generation_have_the_engines_flags(monkeypatch):
+    monkeypatch.setattr(xla, "FLAGS", {"cpu": {xla.ENGINE: {"xla_no_such_flag": 1}}})
+    engine = Engine(CFG, jax.device_put(drawn(CFG)), batch_size=4)
+    for generate in (engine.generate, lambda requests: BeamSearch(engine).generate(requests, 2)):
+        with pytest.raises(Exception, match="xla_no_such_flag"):
+            generate(asked()[2:3])

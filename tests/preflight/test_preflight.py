@@ -260,6 +260,7 @@ def test_the_cache_has_the_engines_length(new_tokens, length):
     config = dataclasses.replace(CFG, decoder=dataclasses.replace(CFG.decoder, max_position_embeddings=4096))
     serving = Serving.of(config, Topology.parse("cpu-1").devices(), None, "float32", rows=2, new_tokens=new_tokens)
     assert serving.prompt == 128 and serving.length == length == cache_length(128 + new_tokens)
+    assert (serving.attended("prefill"), serving.attended("decode")) == (64.5, 128 + new_tokens / 2)
 
 
 def test_the_engines_programs_are_compiled_from_shapes():

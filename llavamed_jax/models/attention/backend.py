@@ -22,6 +22,11 @@ BACKENDS = {
 ELSEWHERE = {"auto": "xla", "xla": "xla"}
 
 
+def flash_takes(head_dim: int) -> bool:
+    """Returns whether the kernels of flash attention take heads of a width; they take powers of two from 16 on."""
+    return head_dim >= 16 and head_dim & (head_dim - 1) == 0
+
+
 def backend_of(choice: str, platform: str, head_dim: int = 128) -> str:
     """Returns the backend for a recipe's `attention`.
 
@@ -34,7 +39,7 @@ def backend_of(choice: str, platform: str, head_dim: int = 128) -> str:
       UsageError: the backend is not available on this platform, or does not support the head width.
     """
     there = BACKENDS.get(platform, ELSEWHERE)
-    if there.get(choice) == "flash" and (head_dim < 16 or head_dim & (head_dim - 1)):
+    if there.get(choice) == "flash" and not flash_takes(head_dim):
         if choice == "auto":
             return "xla"
         raise UsageError(f"the config key 'attention' is {choice!r}, which needs heads of width 16, 32, 64, …, but "

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from llavamed_jax.models.attention.flash import FORWARD, LOG2_E, SMALLEST, dot, flash_over, folded, tile
+from llavamed_jax.models.attention.backend import flash_takes
+from llavamed_jax.models.attention.flash import FORWARD, LOG2_E, dot, flash_over, folded, tile
 from llavamed_jax.models.layers import apply_rope
 from llavamed_jax.parallel.mesh import on_each_device
 
@@ -27,7 +28,7 @@ _QUERIES, _KEYS = ("act_batch", None, "act_heads", None), ("act_batch", "act_hea
 def is_for(cache, H: int) -> bool:
     """Returns whether the kernels take a `LayerCache` and heads of H: not one of int8, nor of odd widths."""
     S = cache.k.shape[2]
-    return cache.k_scale is None and H >= SMALLEST and H & (H - 1) == 0 and S > 0 and S % WALK == 0
+    return cache.k_scale is None and flash_takes(H) and S > 0 and S % WALK == 0
 
 
 def attend(q, k, v, rope, cache, positions, window: int | None, interpret: bool):
