@@ -19,13 +19,13 @@ SEEING, ALL = ("vision_tower/.*", "projector/.*"), ("vision_tower/.*", "projecto
 STAGES = {
     # Captions: the decoder is frozen, and tower and projector learn to say what it reads.
     "align": dict(init=f"{ROOT}/init", train=f"{ROOT}/texts/captions.json", trainable=SEEING, learning_rate=1e-3,
-                  overrides=(("vision_tower/.*", 5e-4),), batch_size=16, max_length=96, mean_length=70),
+                  overrides=(("vision_tower/.*", 5e-4),), batch_size=16, max_length=96, mean_length=84),
     "instruct": dict(init=f"{ROOT}/align", train=f"{ROOT}/texts/conversations.json", trainable=ALL, learning_rate=1e-4,
-                     overrides=(("vision_tower/.*", 5e-4), ("projector/.*", 5e-4)), batch_size=8, max_length=384,
-                     mean_length=220),
+                     overrides=(("vision_tower/.*", 5e-4), ("projector/.*", 5e-4)), batch_size=8, max_length=288,
+                     mean_length=226),
     "vqa": dict(init=f"{ROOT}/instruct", train=(dict(path="data/vqa_rad"), dict(path="data/slake")), trainable=ALL,
                 learning_rate=1e-4, overrides=(("vision_tower/.*", 5e-4), ("projector/.*", 5e-4)), batch_size=16,
-                max_length=160, mean_length=78),
+                max_length=160, row_length=320, mean_length=80),
 }
 
 
@@ -35,7 +35,8 @@ def get_config(arg: str = "") -> ConfigDict:
 
     c = common.base(f"smol {args.word}", stage["init"], "hf:chatml", stage["train"])
     c.protocol = "clean"
-    c.data.packing = False
+    c.data.row_length = stage.get("row_length", 0)
+    c.data.packing = c.data.row_length > 0  # captions and conversations fill a row each
     c.data.mean_length = stage["mean_length"]
     c.data.workers = 0  # two cores have enough to do
 
