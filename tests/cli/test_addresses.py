@@ -5,6 +5,7 @@ Only a run's workdir, `init` and checkpoints may be in a bucket.
 
 import argparse
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -151,6 +152,18 @@ def test_commands_open_a_checkpoint_in_a_bucket(main, words, in_a_bucket, tmp_pa
     assert buckets.is_local_copy(checkpoint.directory) and checkpoint.config == open_checkpoint(tree).config
     name = next(iter(checkpoint.tensors))
     assert np.array_equal(checkpoint.read(name), open_checkpoint(tree).read(name))
+
+
+def test_a_processor_needs_no_weights_of_a_bucket(in_a_bucket, monkeypatch):
+    url, tree = in_a_bucket
+    read, download = [], Bucket.download
+    monkeypatch.setattr(Bucket, "download", lambda self, directory, names: (read.extend(names), download(self, directory, names))[1])
+    shutil.rmtree(buckets.local_copies(), ignore_errors=True)
+    processor = lm.Processor.load(url)
+    assert processor.config == lm.Processor.load(tree).config and processor.encode("a") == lm.Processor.load(tree).encode("a")
+    assert read and all(name.startswith("model/") for name in read)
+    with pytest.raises(UsageError, match=f"{url}/checkpoints/3 has no manifest.json: there is no such step"):
+        lm.Processor.load(f"{url}/checkpoints/3")
 
 
 def test_convert_reads_from_a_bucket(in_a_bucket, tmp_path, capsys):
