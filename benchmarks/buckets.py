@@ -2,8 +2,8 @@
 
     python benchmarks/buckets.py [--store gs|s3] [--kills 10] [--races 20] [--jobs 1] [--seed 0]
 
-Kills: one run is left alone. Each other one is ended by SIGKILL at a moment anywhere between its first step in the bucket and its
-end, and started again: on the same machine, or, every other one, with an empty directory of local copies, as on another machine.
+Kills: one run is left alone. Each other one is ended by SIGKILL up to half a second after the bucket has its first, second, … step,
+and started again: on the same machine, or, every other one, with an empty directory of local copies, as on another machine.
 It has to go on to the same losses, gradients and counts at every step, and to the same parameters, bit for bit, read from the
 bucket. Races: two runs are started at once for one new workdir. One has to finish it, and the other one has to end with exit
 status 1 and one sentence that names the first; or, if it came after the end of the first, with 0 and the sentence that the run is
@@ -42,35 +42,31 @@ def reached(url: str) -> tuple[int | None, str]:
     return max(whole, default=None), words + (f", step {max(begun)} half uploaded" if begun else "")
 
 
-def wait_for_a_step(url: str, process: subprocess.Popen) -> float:
-    """Waits until a run has a step in the bucket, or has ended; returns when that was, on the monotonic clock."""
-    while process.poll() is None and reached(url)[0] is None:
-        time.sleep(0.1)
-    return time.monotonic()
+def wait_for_a_step(url: str, process: subprocess.Popen, step: int = 0) -> None:
+    """Waits until the bucket has this step of a run, or a later one, or until the run has ended."""
+    while process.poll() is None and (reached(url)[0] or -1) < step:
+        time.sleep(0.05)
 
 
 def kills(scheme: str, start: Path, base: Path, count: int, draw: random.Random) -> int:
     """Kills and resumes; returns how many of the runs came out as the one that was left alone."""
     address = lambda name: f"{scheme}://{emulators.BUCKET}/{name}"
     begin = lambda name: Run(runs.train(start, address(name), UPDATES, SAVE_EVERY, 0), base / "log", base / "cache")
-    begin("alone").finish()
-    timed = begin("timed")
-    first = wait_for_a_step(address("timed"), timed.process) - timed.started
-    length = timed.finish()
+    length = begin("alone").finish()
     wanted, tensors, good = runs.history(address("alone")), runs.parameters(address("alone")), 0
-    print(f"{scheme}: {UPDATES} updates, a save every {SAVE_EVERY}; a run takes {length:.1f} s, and its first step is in the bucket after "
-          f"{first:.1f} s", flush=True)
+    print(f"{scheme}: {UPDATES} updates, a save every {SAVE_EVERY}; a run takes {length:.1f} s", flush=True)
     for number in range(count):
-        url, later = address(number), (number + draw.random()) / count * (length - first)
+        url, step, later = address(number), SAVE_EVERY * (1 + number % (UPDATES // SAVE_EVERY - 1)), draw.uniform(0, 0.5)
         killed = begin(number)
-        was_running = killed.kill_at(wait_for_a_step(url, killed.process) - killed.started + later)
+        wait_for_a_step(url, killed.process, step)
+        was_running = killed.kill_at(time.monotonic() - killed.started + later)
         state = reached(url)[1]
         if number % 2:
             shutil.rmtree(base / "copies", ignore_errors=True)
         begin(number).finish()
         wrong = runs.difference(url, wanted, tensors)
         good += wrong is None
-        print(f"kill {number + 1}, {later:.1f} s after the first step: {state if was_running else 'it was done already'}; "
+        print(f"kill {number + 1}, {later:.2f} s after step {step}: {state if was_running else 'it was done already'}; "
               f"{wrong or 'the same run'}", flush=True)
     return good
 
