@@ -227,6 +227,8 @@ def _run(args: argparse.Namespace, endpoint, members: Sequence, place, say) -> i
             suite.write(workdir, say(), answerer.name)
         if is_stopped:
             break
+    if not able:  # an earlier page would say that these sets are finished
+        suite.write(workdir, say(), args.model or args.checkpoint)
     if any(member.state == suite.LEFT for member in members):
         if signals.failure():
             raise UserError(f"{signals.failure()}; {_kept(members, workdir)}: run again to continue")

@@ -233,6 +233,14 @@ def test_a_set_that_fails_does_not_end_the_others(how, run, tmp_path, capsys):
     assert status == 0 and len(model.asked) == 4, "only what had failed"
 
 
+def test_the_page_says_so_when_every_set_fails(run, tmp_path):
+    data = published_sets.write(tmp_path / "data", ("slake",))
+    assert run(data)[0] == 0
+    bad("no JSON", data)
+    assert run(data)[0] == 1 and json.loads((tmp_path / "w" / "suite.json").read_text())["sets"]["slake"]["state"] == "failed"
+    assert "failed</span>" in (tmp_path / "w" / "suite.html").read_text()
+
+
 def test_answers_that_a_model_does_not_give_fail_one_set(data, run, tmp_path, capsys):
     class Refusing(Counting):
         def answers(self, questions, asked, generation, failed):
