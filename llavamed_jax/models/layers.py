@@ -61,10 +61,13 @@ class RMSNorm(nn.Module):
     Attributes:
       epsilon: added to the mean square before the root.
       dtype: dtype of the result.
+      is_scaled_in_float32: whether a subclass multiplies by the scale in float32, and rounds once, to `dtype`.
     """
 
     epsilon: float
     dtype: Any = jnp.float32
+
+    is_scaled_in_float32 = False
 
     @nn.compact
     def __call__(self, x):  # [..., D] -> [..., D]
@@ -72,7 +75,8 @@ class RMSNorm(nn.Module):
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
         x = x.astype(jnp.float32)
         x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.epsilon)
-        return x.astype(self.dtype) * scale.astype(self.dtype)
+        dtype = jnp.float32 if self.is_scaled_in_float32 else self.dtype
+        return (x.astype(dtype) * scale.astype(dtype)).astype(self.dtype)
 
 
 class LayerNorm(nn.Module):

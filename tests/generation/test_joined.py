@@ -9,6 +9,7 @@ import pytest
 
 from benchmarks.measure import random_params
 from llavamed_jax.config import DecoderConfig, LlavaConfig, VisionConfig
+from llavamed_jax.config.decoders.olmo import Olmo2Config
 from llavamed_jax.config.decoders.qwen import Qwen3Config
 from llavamed_jax.generation import weights
 from llavamed_jax.generation.beam import BeamSearch
@@ -60,7 +61,7 @@ def asked(new=9, **more):
 
 @pytest.mark.parametrize("cfg", [
     CFG, CFG.replace(decoder=dataclasses.replace(CFG.decoder, attention_bias=True, mlp_bias=True)),
-    CFG.replace(decoder=Qwen3Config(**SHAPES))], ids=["llama", "biases", "qwen3"])
+    CFG.replace(decoder=Qwen3Config(**SHAPES)), CFG.replace(decoder=Olmo2Config(**SHAPES))], ids=["llama", "biases", "qwen3", "olmo2"])
 def test_joined_kernels_give_the_same_logits(cfg):
     params = drawn(cfg)
     together = weights.as_joined(params)

@@ -1,4 +1,4 @@
-"""Llama 3, SmolLM2, Qwen2.5 and Qwen3 on the whole way: built from a directory of transformers, computed, decoded, exported."""
+"""Llama 3, SmolLM2, Qwen2.5, Qwen3 and OLMo-2 on the whole way: built from a directory of transformers, computed, decoded, exported."""
 
 import dataclasses
 import json
@@ -27,13 +27,16 @@ from llavamed_jax.utils.nested import flatten
 from tests.support import byte_level, tiny
 
 TOLERANCE = 2e-5
-KINDS = {"smollm2": "llama", "llama3": "llama", "llama3.1": "llama", "qwen2.5": "qwen2", "qwen3": "qwen3"}
+KINDS = {"smollm2": "llama", "llama3": "llama", "llama3.1": "llama", "qwen2.5": "qwen2", "qwen3": "qwen3", "olmo2": "olmo2"}
+# The tokenizer's files; a kind without a template here was trained with another's.
+TOKENIZER = {kind: kind for kind in KINDS} | {"olmo2": "smollm2"}
 TEXT = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, rms_norm_eps=1e-6,
             max_position_embeddings=512, tie_word_embeddings=False)
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
 OWN = {"smollm2": dict(tie_word_embeddings=True), "llama3": {}, "llama3.1": dict(tie_word_embeddings=True, head_dim=16), "qwen2.5": {},
-       "qwen3": dict(head_dim=16)}
-TEMPLATE = {kind: name for name, kind in byte_level.TEMPLATES.items()}
+       "qwen3": dict(head_dim=16), "olmo2": dict(attention_bias=True)}
+_TEMPLATES = {kind: name for name, kind in byte_level.TEMPLATES.items()}
+TEMPLATE = {kind: _TEMPLATES[files] for kind, files in TOKENIZER.items()}
 END = {kind: "<|eot_id|>" if kind.startswith("llama3") else "<|im_end|>" for kind in KINDS}
 PIXELS = np.random.default_rng(0).standard_normal((1, 1, 28, 28, 3)).astype(np.float32)
 
@@ -44,7 +47,7 @@ class Built:
     def __init__(self, kind, root):
         from tests.support import hf
         self.kind, self.root, self.torch = kind, root, hf.torch
-        directory = byte_level.save(root / "lm", kind)
+        directory = byte_level.save(root / "lm", TOKENIZER[kind])
         tokenizer = Processor.load(directory).tokenizer
         end = tokenizer.id_of(END[kind])
         self.base_end = tokenizer.id_of("<|end_of_text|>" if kind.startswith("llama3") else "<|endoftext|>")
@@ -124,10 +127,27 @@ def test_every_leaf_has_one_place_on_a_mesh(built):
         assert attention["q_norm"]["scale"].spec == attention["k_norm"]["scale"].spec == P(None, None)
     if built.kind == "qwen2.5":
         assert set(attention["o_proj"]) == {"kernel"} and attention["q_proj"]["bias"].spec == P(None, "tp")
+    if built.kind == "olmo2":  # over all heads, which `tp` divides
+        assert attention["q_norm"]["scale"].spec == attention["k_norm"]["scale"].spec == P(None, "tp")
+        assert shardings["decoder"]["layers"]["post_feedforward_layernorm"]["scale"].spec == P(None, None)
+
+
+@pytest.mark.parametrize("built", ["olmo2"], indirect=True)
+def test_norms_over_all_heads_are_whole_where_tp_divides_the_heads(built):
+    mesh = make_mesh("tp=2", jax.devices()[:2])
+    for scan in (False, True):
+        shardings = param_shardings(llava.abstract_params(built.config, scan=scan), llava.param_axes(built.config), mesh)
+        params = jax.device_put(stack(built.params) if scan else built.params, shardings)
+        layer = params["decoder"]["layers" if scan else "layers_1"]["self_attn"]
+        assert layer["k_norm"]["scale"].addressable_shards[0].data.shape[-1] == 8  # of 16
+        with jax.set_mesh(mesh):
+            found = jax.jit(llava.Llava(built.config, scan=scan).apply)({"params": params}, IDS)
+        wanted = built.theirs(IDS)
+        np.testing.assert_allclose(found, wanted, atol=TOLERANCE * np.abs(wanted).max(), rtol=0)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("built", ["qwen2.5", "qwen3"], indirect=True)
+@pytest.mark.parametrize("built", ["qwen2.5", "qwen3", "olmo2"], indirect=True)
 def test_a_mesh_has_the_gradient_of_one_device(built):
     """Each leaf to float32's own error. In float64 the two are 2e-15 of a leaf's largest magnitude apart, and in float32 each
     is 2e-6 from float64's: the order of sums is all that a mesh changes."""
@@ -162,8 +182,8 @@ def test_the_export_gives_our_logits_in_transformers(built, tmp_path):
     model, info = transformers.LlavaForConditionalGeneration.from_pretrained(
         tmp_path / "hf", output_loading_info=True, attn_implementation="eager", dtype="float32")
     assert not any(info.values()), info
-    assert type(model.model.language_model).__name__ == {"llama": "LlamaModel", "qwen2": "Qwen2Model", "qwen3": "Qwen3Model"}[
-        KINDS[built.kind]]
+    assert type(model.model.language_model).__name__ == {"llama": "LlamaModel", "qwen2": "Qwen2Model", "qwen3": "Qwen3Model",
+                                                            "olmo2": "Olmo2Model"}[KINDS[built.kind]]
     image = json.loads((tmp_path / "hf" / "config.json").read_text())["image_token_index"]
     with built.torch.no_grad():
         theirs = model.eval()(input_ids=built.torch.tensor(np.where(WITH_IMAGE == IMAGE_TOKEN, image, WITH_IMAGE)).long(),
@@ -180,7 +200,7 @@ def test_the_export_in_upstreams_layout_is_read_again(built, tmp_path):
     export(built.checkpoint, tmp_path / "out", "llava")
     raw = json.loads((tmp_path / "out" / "config.json").read_text())
     names = {"llama": ("llava_llama", "LlavaLlamaForCausalLM"), "qwen2": ("llava_qwen", "LlavaQwenForCausalLM"),
-             "qwen3": ("llava_qwen3", "LlavaQwen3ForCausalLM")}
+             "qwen3": ("llava_qwen3", "LlavaQwen3ForCausalLM"), "olmo2": ("llava_olmo2", "LlavaOlmo2ForCausalLM")}
     assert (raw["model_type"], raw["architectures"][0]) == names[KINDS[built.kind]]
     again = open_checkpoint(tmp_path / "out")
     assert again.config.decoder == built.config.decoder and again.config.template == built.config.template
@@ -189,7 +209,7 @@ def test_the_export_in_upstreams_layout_is_read_again(built, tmp_path):
     raw.pop("llavamed_jax")  # upstream's own file: it names no template, and qwen is asked with upstream's
     found = llava_from_hf(raw, built.config.vision)
     assert found.decoder == built.config.decoder
-    assert Processor(found).template_name == {"llama": "up:vicuna_v1", "qwen2": "up:qwen_1_5", "qwen3": "hf:qwen3"}[KINDS[built.kind]]
+    assert Processor(found).template_name == {"qwen2": "up:qwen_1_5", "qwen3": "hf:qwen3"}.get(KINDS[built.kind], "up:vicuna_v1")
 
 
 # ---- what is refused ---------------------------------------------------------------------------------------------------
@@ -241,15 +261,22 @@ def test_biases_are_those_of_transformers():
     assert biases(read("llama", attention_bias=True)) == ["q_proj", "k_proj", "v_proj", "o_proj"]
 
 
-@pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
+@pytest.mark.parametrize("kind", DECODERS)
 def test_absent_keys_have_transformers_values(kind):
     hf = pytest.importorskip("tests.support.hf")
     theirs, ours = hf.DECODERS[kind](), decoder_from_hf({"model_type": kind})
     assert (ours.vocab_size, ours.hidden_size, ours.intermediate_size, ours.num_layers, ours.num_heads, ours.num_kv_heads, ours.rms_norm_eps,
-            ours.max_position_embeddings, ours.bos_token_id, ours.eos_ids, ours.tie_word_embeddings) == (
+            ours.max_position_embeddings, ours.bos_token_id, ours.eos_value, ours.pad_token_id, ours.tie_word_embeddings, ours.hidden_act,
+            ours.rope_theta) == (
         theirs.vocab_size, theirs.hidden_size, theirs.intermediate_size, theirs.num_hidden_layers, theirs.num_attention_heads,
-        theirs.num_key_value_heads, theirs.rms_norm_eps, theirs.max_position_embeddings, theirs.bos_token_id, (), theirs.tie_word_embeddings)
-    assert ours.head_dim == getattr(theirs, "head_dim", 128) == 128 and ours.rope_theta == 1e4
+        theirs.num_key_value_heads, theirs.rms_norm_eps, theirs.max_position_embeddings, theirs.bos_token_id, theirs.eos_token_id,
+        theirs.pad_token_id, theirs.tie_word_embeddings, theirs.hidden_act, theirs.rope_parameters["rope_theta"])
+    assert ours.head_dim == (getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads) == 128
+    assert decoder_from_hf(theirs.to_dict()) == ours
+    null = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}  # a value, not the default
+    ours, theirs = decoder_from_hf({"model_type": kind, **null}), hf.DECODERS[kind](**null)
+    assert (ours.bos_token_id, ours.eos_value, ours.pad_token_id) == (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id)
+    assert decoder_from_hf(json.loads(json.dumps(ours.to_hf()))) == ours
 
 
 @pytest.mark.parametrize("other, sentence", [

@@ -14,7 +14,7 @@ import qwix
 from qwix._src.providers.ptq import WithAux
 
 from llavamed_jax.config import DecoderConfig, LlavaConfig
-from llavamed_jax.config.decoders.qwen import Qwen2Config, Qwen3Config
+from llavamed_jax.config.decoders import DECODERS, decoder_from_hf
 from llavamed_jax.config.towers import TOWERS
 from llavamed_jax.models.llava import Llava
 
@@ -23,9 +23,10 @@ CONFIGS = {kind.model_type: LlavaConfig(
     kind(32, 64, 4, 2, 8, 4),
     DecoderConfig(64, 32, 64, 3, 4, 2, 8, 1e-5, 1e4, 128, architecture="mistral"),
     projector_type="mlp2x_gelu") for kind in TOWERS.values()}
-CONFIGS |= {decoder.architecture: next(iter(CONFIGS.values())).replace(decoder=decoder) for decoder in (
-    Qwen2Config(64, 32, 64, 3, 4, 2, 8, 1e-6, 1e6, 128, attention_bias=True),
-    Qwen3Config(64, 32, 64, 3, 4, 2, 16, 1e-6, 1e6, 128))}
+# Every kind of decoder but LLaMA's, which is the towers' own.
+CONFIGS |= {kind: next(iter(CONFIGS.values())).replace(decoder=decoder_from_hf(dict(
+    model_type=kind, vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+    max_position_embeddings=128))) for kind, config in DECODERS.items() if config is not DecoderConfig}
 IDS = jnp.arange(12).reshape(2, 6) % 64
 PIXELS = jnp.linspace(-1, 1, 2 * 8 * 8 * 3).reshape(2, 1, 8, 8, 3)
 INPUTS = (IDS.at[:, 1:5].set(-200), PIXELS)

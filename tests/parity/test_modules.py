@@ -12,7 +12,7 @@ from llavamed_jax.config import LlavaConfig, VisionConfig, preset
 from llavamed_jax.errors import UserError
 from llavamed_jax.models import layers, llava
 from llavamed_jax.models.attention.backend import AttentionMask, attention
-from llavamed_jax.models.decoders import llama
+from llavamed_jax.models.decoders import llama, olmo
 from llavamed_jax.models.decoders.llama import Decoder
 from llavamed_jax.models.projector import Projector
 from llavamed_jax.models.stacking import stack
@@ -182,6 +182,23 @@ def test_norms_in_bfloat16_are_the_float32_norm_rounded(norm):
     assert got.dtype == jnp.bfloat16
     ulp = 2.0 ** (np.floor(np.log2(np.abs(np.asarray(exact)) + 1e-30)) - 7)
     assert (np.abs(np.asarray(got, np.float32) - np.asarray(exact)) <= ulp).all()
+
+
+def test_olmos_norm_in_bfloat16_is_transformers_to_the_bit():
+    """It rounds once, after the scale. LLaMA's rounds before it, which gives other numbers, and before and after in transformers too."""
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+    from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
+    x = torch.tensor(rng.standard_normal((64, 512)) * 3 + 2).bfloat16()
+    scale = torch.tensor(1 + 0.3 * rng.standard_normal(512)).bfloat16()
+    bits, results = lambda x: np.asarray(x).view(np.uint16), []
+    for ours, theirs in ((layers.RMSNorm, LlamaRMSNorm(512, 1e-5)), (olmo.RMSNorm, Olmo2RMSNorm(512, 1e-5))):
+        theirs.weight = torch.nn.Parameter(scale)
+        params = {"scale": jnp.asarray(scale.float().numpy(), jnp.bfloat16)}
+        got = ours(1e-5, jnp.bfloat16).apply({"params": params}, jnp.asarray(x.float().numpy(), jnp.bfloat16))
+        with torch.no_grad():
+            np.testing.assert_array_equal(bits(got), theirs(x).view(torch.uint16).numpy())
+        results.append(bits(got))
+    assert np.mean(results[0] != results[1]) > 0.1
 
 
 def test_layer_norm_far_from_zero():

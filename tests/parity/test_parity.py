@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import flax.linen as nn
 import jax
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from llavamed_jax.config import RopeScaling
 from llavamed_jax.models import layers, llava
 from llavamed_jax.models.attention import backend
-from llavamed_jax.models.decoders import llama, qwen
+from llavamed_jax.models.decoders import llama, olmo, qwen
 from llavamed_jax.models.llava import Llava
 from llavamed_jax.models.stacking import stack
 from llavamed_jax.models.towers import clip
@@ -37,6 +38,8 @@ SMOLLM2 = dict(hidden_size=72, num_attention_heads=9, num_key_value_heads=3, hea
 QWEN25 = dict(num_key_value_heads=1, rms_norm_eps=1e-6, rope_theta=1e6, bos_token_id=None, eos_token_id=92, pad_token_id=None,
               sliding_window=131072)
 QWEN3 = {**QWEN25, "num_key_value_heads": 2, "head_dim": 32, "sliding_window": None}
+OLMO2 = dict(num_key_value_heads=2, rms_norm_eps=1e-6, rope_theta=5e5, bos_token_id=None, eos_token_id=92, pad_token_id=None,
+             sliding_window=7)  # its code knows no window
 
 
 @dataclasses.dataclass
@@ -134,6 +137,12 @@ CASES = {
         [[5] + IMG + text(9)], [1], dict(architecture="qwen3", text={**QWEN3, "tie_word_embeddings": True, "attention_bias": True,
                                                                      "head_dim": 8})),
     "Qwen3 at 1,200 positions": Case([[5] + IMG + text(1183)], [1], dict(architecture="qwen3", text={**QWEN3, "num_hidden_layers": 1})),
+    "OLMo-2": Case([[5] + IMG + text(9), text(14)], [1, 0], dict(architecture="olmo2", text=OLMO2)),
+    "OLMo-2, small activations": Case([text(12)], [0], dict(architecture="olmo2", text=OLMO2, activation_scale=2e-3)),
+    "OLMo-2, small queries and keys": Case([text(12)], [0], dict(architecture="olmo2", text=OLMO2, projection_scale=2e-3)),
+    "OLMo-2, tied, biased, equal heads": Case(
+        [[5] + IMG + text(9)], [1], dict(architecture="olmo2", text={**OLMO2, "tie_word_embeddings": True, "attention_bias": True,
+                                                                     "num_key_value_heads": 4})),
     "a list of one feature layer": Case([[1] + IMG + text(9)], [1], dict(vision_feature_layer=[-3])),
 }
 
@@ -145,7 +154,7 @@ def test_logits_equal_transformers(name, measured):
 
 @pytest.mark.parametrize("name", ["padded and text-only rows", "window shorter than the sequence", "biased attention and MLP",
                                   "llama3 scaling at 1,200 positions", "SmolLM2: 9 heads over 3, tied", "Qwen2.5",
-                                  "Qwen3, heads wider than the model", "Qwen3, tied, biased, narrow heads"])
+                                  "Qwen3, heads wider than the model", "Qwen3, tied, biased, narrow heads", "OLMo-2"])
 def test_scanned_layers_equal_transformers(name, measured):
     measured(CASES[name].difference(scan=True), 0.0, TOLERANCE)
 
@@ -256,6 +265,64 @@ def norms_exchanged(monkeypatch):
     monkeypatch.setattr(qwen.Attention, "query_key", lambda self, q, k: right(self, k, q)[::-1])
 
 
+def olmos_norms(change_heads):
+    """Queries and keys of OLMo-2 normalised in another way: a function of heads [B,T,N,H], eps and the scale [N,H]."""
+    def change(monkeypatch):
+        def wrong(self, q, k):
+            scale = lambda x, name: self.variables["params"][name]["scale"].reshape(x.shape[2:])
+            return tuple(change_heads(x, self.cfg.rms_norm_eps, scale(x, name)) for x, name in ((q, "q_norm"), (k, "k_norm")))
+        monkeypatch.setattr(olmo.Attention, "query_key", wrong)
+    return change
+
+
+def by_halves(x, eps, scale):
+    """What each of two devices would compute if it normalised its own heads only."""
+    return jax.numpy.concatenate([unit(half, eps, (-2, -1)) for half in jax.numpy.split(x, 2, axis=2)], axis=2) * scale
+
+
+def olmos_norms_exchanged(monkeypatch):
+    right = olmo.Attention.query_key
+    monkeypatch.setattr(olmo.Attention, "query_key", lambda self, q, k: right(self, k, q)[::-1])
+
+
+def olmos_norms_after_the_rotation(monkeypatch):
+    real, scales = llama.apply_rope, []
+
+    def unscaled(x, eps, scale):
+        scales.append(scale)
+        return unit(x, eps, (-2, -1))
+    olmos_norms(unscaled)(monkeypatch)
+    monkeypatch.setattr(llama, "apply_rope", lambda x, rope: real(x, rope) * scales.pop(0))
+
+
+def olmos_layers(layer):
+    """OLMo-2's layers computed by a function of x, attention, feed-forward and the two norms."""
+    class Wrong(olmo.Block):
+        @nn.compact
+        def __call__(self, x, shared, cache):
+            first, second = (olmo.RMSNorm(self.cfg.rms_norm_eps, self.dtype, name=f"post_{name}_layernorm") for name in (
+                "attention", "feedforward"))
+            attention = self.attention(self.cfg, self.dtype, self.backend, name="self_attn")
+            mlp = llama.Mlp(self.cfg, self.dtype, name="mlp")
+            return layer(x, lambda x: attention(x, *shared, cache)[0], mlp, first, second), cache
+    return lambda monkeypatch: monkeypatch.setattr(olmo.Olmo2Decoder, "block", Wrong)
+
+
+def right_layer(x, attention, mlp, first, second):
+    x = x + first(attention(x))
+    return x + second(mlp(x))
+
+
+def norms_before(x, attention, mlp, first, second):
+    x = x + attention(first(x))
+    return x + mlp(second(x))
+
+
+def norms_of_the_sum(x, attention, mlp, first, second):
+    x = first(x + attention(x))
+    return second(x + mlp(x))
+
+
 def scaling(keys, **changes):
     return RopeScaling(**{**keys, **changes})
 
@@ -305,6 +372,22 @@ MUTANTS = [
     ("Qwen3: eps 1e-6 -> 1e-5", "Qwen3, small activations", decoder(rms_norm_eps=1e-5), None),
     ("Qwen3: eps of the heads' norms 1e-6 -> 0", "Qwen3, small queries and keys", None, heads_eps(0.0)),
     ("Qwen3: a bias left out: o_proj", "Qwen3, tied, biased, narrow heads", None, without_bias("o_proj")),
+    ("OLMo-2: norms before attention and feed-forward", "OLMo-2", None, olmos_layers(norms_before)),
+    ("OLMo-2: norms of the sum", "OLMo-2", None, olmos_layers(norms_of_the_sum)),
+    ("OLMo-2: the layers' norms exchanged", "OLMo-2", None,
+     olmos_layers(lambda x, attention, mlp, first, second: right_layer(x, attention, mlp, second, first))),
+    *((f"OLMo-2: no {name}", "OLMo-2", None, norm_left_out(name)) for name in (
+        "q_norm", "k_norm", "post_attention_layernorm", "post_feedforward_layernorm")),
+    ("OLMo-2: norms head by head", "OLMo-2", None, olmos_norms(lambda x, eps, scale: unit(x, eps) * scale)),
+    ("OLMo-2: norms over half of the heads", "OLMo-2", None, olmos_norms(by_halves)),
+    ("OLMo-2: one head's scale for all", "OLMo-2", None, olmos_norms(lambda x, eps, scale: unit(x, eps, (-2, -1)) * scale[:1])),
+    ("OLMo-2: norms behind the rotation", "OLMo-2", None, olmos_norms_after_the_rotation),
+    ("OLMo-2: norms exchanged", "OLMo-2, tied, biased, equal heads", None, olmos_norms_exchanged),
+    ("OLMo-2: eps 1e-6 -> 1e-5", "OLMo-2, small activations", decoder(rms_norm_eps=1e-5), None),
+    ("OLMo-2: eps of the heads' norms 1e-6 -> 0", "OLMo-2, small queries and keys", None,
+     olmos_norms(lambda x, eps, scale: unit(x, 0.0, (-2, -1)) * scale)),
+    ("OLMo-2: a bias left out: o_proj", "OLMo-2, tied, biased, equal heads", None, without_bias("o_proj")),
+    ("OLMo-2: no window -> 7", "OLMo-2", decoder(sliding_window=7), None),
     ("Llama 3.2: factor 32 -> 8", "Llama 3.2: tied, llama3 scaling, free head width", decoder(rope_scaling=scaling(LLAMA3)), None),
     ("SmolLM2: theta 1e5 -> 1e4", "SmolLM2: 9 heads over 3, tied", decoder(rope_theta=1e4), None),
     ("SmolLM2: query heads grouped the other way", "SmolLM2: 9 heads over 3, tied", None, interleaved_heads),
@@ -317,6 +400,12 @@ def test_mutants_fail_by_twice_the_tolerance(name, case, change_cfg, change_code
     if change_code:
         change_code(monkeypatch)
     assert CASES[case].difference(change_cfg) >= 2 * TOLERANCE
+
+
+@pytest.mark.parametrize("change", [olmos_layers(right_layer), olmos_norms(lambda x, eps, scale: unit(x, eps, (-2, -1)) * scale)])
+def test_olmos_mutants_differ_by_their_change_alone(change, monkeypatch, measured):
+    change(monkeypatch)
+    measured(CASES["OLMo-2"].difference(), 0.0, TOLERANCE)
 
 
 def test_untied_head_in_place_of_a_tied_one_fails():

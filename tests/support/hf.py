@@ -21,8 +21,7 @@ TEXT = dict(vocab_size=96, hidden_size=64, intermediate_size=112, num_hidden_lay
             num_key_value_heads=2, head_dim=16, rms_norm_eps=1e-5, max_position_embeddings=4096, rope_theta=1e4,
             pad_token_id=0, bos_token_id=1, eos_token_id=2, tie_word_embeddings=False)
 IMAGE_ID = 95
-DECODERS = {"mistral": transformers.MistralConfig, "llama": transformers.LlamaConfig, "qwen2": transformers.Qwen2Config,
-            "qwen3": transformers.Qwen3Config}
+DECODERS = transformers.CONFIG_MAPPING  # config classes by `model_type`
 
 
 def llava(architecture="mistral", vision=None, text=None, seed=0, activation_scale=1.0, projection_scale=1.0, **top):

@@ -77,7 +77,8 @@ _DECODER_LICENCES = {"mistral": "Apache-2.0, if it was made from Mistral-7B-Inst
                      "llama": "the LLaMA licence (LLaMA 1 and Vicuna v0), the Llama 2 Community License (Vicuna v1.5), "
                               "that of Llama 3, 3.1 or 3.2, or Apache-2.0 (SmolLM2), by its origin",
                      "qwen2": "Apache-2.0, or the Qwen licences of some sizes of Qwen2.5 (3B and 72B), by its origin",
-                     "qwen3": "Apache-2.0, if it was made from Qwen3"}
+                     "qwen3": "Apache-2.0, if it was made from Qwen3",
+                     "olmo2": "Apache-2.0, if it was made from OLMo-2"}
 _IN_TRANSFORMERS = """\
 ```python
 from transformers import AutoProcessor, LlavaForConditionalGeneration

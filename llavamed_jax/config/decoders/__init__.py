@@ -10,6 +10,7 @@ from typing import Any
 
 from llavamed_jax.config.checks import as_object
 from llavamed_jax.config.decoders.llama import DecoderConfig
+from llavamed_jax.config.decoders.olmo import Olmo2Config
 from llavamed_jax.config.decoders.qwen import Qwen2Config, Qwen3Config
 from llavamed_jax.config.rope import RopeScaling
 from llavamed_jax.errors import UserError, short
@@ -20,6 +21,7 @@ DECODERS: dict[str, type[DecoderConfig]] = {
     "mistral": DecoderConfig,
     "qwen2": Qwen2Config,
     "qwen3": Qwen3Config,
+    "olmo2": Olmo2Config,
 }
 
 

@@ -20,9 +20,10 @@ _TEXT_DEFAULTS = {
                     num_attention_heads=32, num_key_value_heads=8, rms_norm_eps=1e-6, rope_theta=1e4,
                     max_position_embeddings=131072, sliding_window=4096),
 }
-_WINDOW_KEYS = ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types")
+# The keys of a window, for the `unread` of a kind without windows.
+WINDOW_KEYS = ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types")
 # The keys that LlamaConfig and MistralConfig do not obey, and `from_hf` therefore does not read.
-_UNREAD = {"llama": _WINDOW_KEYS, "mistral": ("attention_bias", "mlp_bias", *_WINDOW_KEYS[1:])}
+_UNREAD = {"llama": WINDOW_KEYS, "mistral": ("attention_bias", "mlp_bias", *WINDOW_KEYS[1:])}
 TABLE = """
 embed_tokens/embedding                    embed_tokens.weight                        V D
 layers_#/input_layernorm/scale            layers.#.input_layernorm.weight            D
@@ -45,6 +46,11 @@ norm/scale                                norm.weight                           
 """
 # Field -> the part of a name in the table that its biases have.
 _BIASED = {"attention_bias": "/self_attn/", "mlp_bias": "/mlp/"}
+
+
+def table_without(*names: str) -> str:
+    """Returns LLaMA's table without the lines whose names contain one of these."""
+    return "\n".join(line for line in TABLE.splitlines() if not any(name in line.split(" ")[0] for name in names))
 
 
 @dataclass(frozen=True)
@@ -177,7 +183,7 @@ class DecoderConfig:
             raise UserError(f"the decoder's model_type is {short(arch)}; {' or '.join(cls.defaults)} was expected")
         defaults = cls.defaults[arch]
         # For these keys null is a value; for others it stands for the default.
-        nullable = ("sliding_window", "num_key_value_heads", "bos_token_id", "eos_token_id")
+        nullable = ("sliding_window", "num_key_value_heads", "bos_token_id", "eos_token_id", "pad_token_id")
         c = {**defaults, **{k: v for k, v in config.items() if k not in cls.unread.get(arch, ())
                             and (v is not None or k not in defaults or k in nullable)}}
         check_counts(c, ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",

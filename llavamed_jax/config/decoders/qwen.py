@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from llavamed_jax.config.decoders.llama import TABLE, DecoderConfig
+from llavamed_jax.config.decoders.llama import DecoderConfig, table_without
 
 # The defaults of transformers' Qwen2Config and Qwen3Config for absent keys. No sequence begins with a token.
 _DEFAULTS = dict(vocab_size=151936, hidden_size=4096, intermediate_size=22016, num_hidden_layers=32,
@@ -17,18 +17,13 @@ _DEFAULTS = dict(vocab_size=151936, hidden_size=4096, intermediate_size=22016, n
                  bos_token_id=None, eos_token_id=None)
 
 
-def _without(*names: str) -> str:
-    """Returns LLaMA's table without the lines whose names contain one of these."""
-    return "\n".join(line for line in TABLE.splitlines() if not any(name in line.split(" ")[0] for name in names))
-
-
 @dataclass(frozen=True)
 class Qwen2Config(DecoderConfig):
     """A Qwen2 or Qwen2.5 decoder. Attributes as `DecoderConfig`; `attention_bias` is always true."""
 
     architecture: str = "qwen2"
 
-    table = _without("o_proj/bias", "/mlp/gate_proj/bias", "/mlp/up_proj/bias", "/mlp/down_proj/bias")
+    table = table_without("o_proj/bias", "/mlp/gate_proj/bias", "/mlp/up_proj/bias", "/mlp/down_proj/bias")
     defaults = {"qwen2": {**_DEFAULTS, "attention_bias": True}}
     unread = {"qwen2": ("attention_bias", "mlp_bias")}
     hf_class = "Qwen2ForCausalLM"
@@ -41,7 +36,7 @@ class Qwen3Config(DecoderConfig):
 
     architecture: str = "qwen3"
 
-    table = _without("/mlp/gate_proj/bias", "/mlp/up_proj/bias", "/mlp/down_proj/bias") + """
+    table = table_without("/mlp/gate_proj/bias", "/mlp/up_proj/bias", "/mlp/down_proj/bias") + """
 layers_#/self_attn/q_norm/scale           layers.#.self_attn.q_norm.weight           H
 layers_#/self_attn/k_norm/scale           layers.#.self_attn.k_norm.weight           H
 """

@@ -149,7 +149,7 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Embeddings, layers, norm and head. A subclass with other layers sets `block`.
+    """Embeddings, layers, norm and head. A subclass with other layers sets `block`, with another norm `final_norm`.
 
     Attributes:
       cfg: the decoder's shapes.
@@ -158,6 +158,7 @@ class Decoder(nn.Module):
       remat: `none`, `full`, `qkvo` or `minimal` (models/stacking.py).
       attention: attention backend (`attention.backend_of`).
       block: class of a layer.
+      final_norm: class of the norm behind the layers.
     """
 
     cfg: DecoderConfig
@@ -167,6 +168,7 @@ class Decoder(nn.Module):
     attention: str = "xla"
 
     block = Block
+    final_norm = RMSNorm
 
     def setup(self):
         """Creates the submodules."""
@@ -174,7 +176,7 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embed(cfg.vocab_size, cfg.hidden_size, embedding_init=nn.initializers.normal(0.02))
         self.layers = layer_stack(self.block, cfg.num_layers, cfg, self.dtype, self.attention, scan=self.scan,
                                   remat=self.remat)
-        self.norm = RMSNorm(cfg.rms_norm_eps, self.dtype)
+        self.norm = self.final_norm(cfg.rms_norm_eps, self.dtype)
         if not cfg.tie_word_embeddings:
             self.lm_head = Linear(cfg.vocab_size, ("embed", "vocab"), False, self.dtype, out_dtype=jnp.float32)
 
