@@ -329,6 +329,12 @@ def test_every_kind_has_a_module():
             assert set(kind.table.splitlines()) <= set(found.table.splitlines()), kind
 
 
+def test_a_kind_without_a_default_is_named(monkeypatch):
+    monkeypatch.setattr(NormsConfig, "defaults", {"toy_norms": {k: v for k, v in NormsConfig.defaults["toy_norms"].items() if k != "rope_theta"}})
+    with pytest.raises(ValueError, match=r"the defaults\['toy_norms'\] of tests.models.test_registries.NormsConfig have no rope_theta; the values"):
+        NormsConfig.from_hf({"model_type": "toy_norms", **TEXT})
+
+
 def test_a_module_that_the_table_does_not_have_is_named():
     with pytest.raises(ValueError, match="the axes of layers_#/mlp/fc3/kernel, which has no line in the table"):
         PlainConfig(32, 48, 3, 4, 28, 14).axes("mlp/fc3")

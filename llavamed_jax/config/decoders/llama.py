@@ -177,11 +177,16 @@ class DecoderConfig:
 
         Raises:
           UserError: another architecture, or a RoPE scaling, activation, bias or window that this model does not have.
+          ValueError: the `defaults` of the class lack a key that LLaMA's have.
         """
         arch = architecture or config.get("model_type", "llama")
         if not isinstance(arch, str) or arch not in cls.defaults:
             raise UserError(f"the decoder's model_type is {short(arch)}; {' or '.join(cls.defaults)} was expected")
         defaults = cls.defaults[arch]
+        lacking = [key for key in _TEXT_DEFAULTS["llama"] if key not in defaults]
+        if lacking:
+            raise ValueError(f"the defaults[{arch!r}] of {cls.__module__}.{cls.__name__} have no {', '.join(lacking)}; "
+                             "the values that transformers takes for absent keys were expected")
         # For these keys null is a value; for others it stands for the default.
         nullable = ("sliding_window", "num_key_value_heads", "bos_token_id", "eos_token_id", "pad_token_id")
         c = {**defaults, **{k: v for k, v in config.items() if k not in cls.unread.get(arch, ())
