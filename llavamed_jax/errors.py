@@ -84,8 +84,10 @@ def some(items: Sequence[str], most: int = 8, separator: str = ", ") -> str:
 
 
 def amount(size: int) -> str:
-    """Returns a number of bytes in words: `1.25 GB`, `3.0 kB`."""
-    return f"{size / 1e9:.2f} GB" if size >= 1e7 else f"{size / 1e3:.1f} kB"
+    """Returns a number of bytes in words: `1.25 GB`, `3.10 MB`, `3.0 kB`."""
+    if size < 1e5:
+        return f"{size / 1e3:.1f} kB"
+    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB"
 
 
 def count_of(number: int, one: str, many: str = "") -> str:

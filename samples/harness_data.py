@@ -111,10 +111,10 @@ def for_eval(samples: Sequence[VqaSample], source: Path, out: Path, split: str) 
     wanted = {str(s.question_id) for s in samples}
     rows = [row.value for row in read_rows(file, "slake") if str(row["qid"]) in wanted]
     training = [] if split == "train" else [detect.split_file(file.parent, "train", "slake")]
+    for path in (out / "imgs", *detect.split_files(out, "train"), *detect.split_files(out, split)):
+        path.unlink(missing_ok=True)  # of an earlier source or split
     for path in (file.parent / "imgs", *training):
-        (out / path.name).unlink(missing_ok=True)  # of an earlier source
         (out / path.name).symlink_to(path)
-    (out / f"{split}.json").unlink(missing_ok=True)  # it may be a link to the source's training rows
     write_text(out / f"{split}.json", json.dumps(rows, ensure_ascii=False))
 
 

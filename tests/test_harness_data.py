@@ -57,6 +57,11 @@ def test_the_validation_split_may_have_any_of_its_names(name, lines, source, tmp
             assert [s.question_id for s in read_slake(tmp_path / "out" / "slake", each)] == ids
     assert (source / "train.json").read_text() == before
     (source / "train.json").unlink()
+    (source / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in json.loads(before)[:3]))
+    harness_data.write(source, tmp_path / "out")
+    assert [s.question_id for s in read_slake(tmp_path / "out" / "slake", "train")] == [7, 8, 9]
+    (source / "train.jsonl").rename(source / "train.json")
+    (source / "train.json").unlink()
     with pytest.raises(UserError, match="train.json does not exist"):
         harness_data.write(source, tmp_path / "out")
 

@@ -28,7 +28,7 @@ from llavamed_jax.checkpoints.torch.write import total_bytes
 from llavamed_jax.cli import convert_quantize
 from llavamed_jax.cli.common import Parser
 from llavamed_jax.config.adapter import FACTOR_A
-from llavamed_jax.errors import UsageError, UserError, cut, exists, warn
+from llavamed_jax.errors import UsageError, UserError, amount, cut, exists, warn
 from llavamed_jax.text.chat_template import read_template
 from llavamed_jax.text.templates import get_template
 from llavamed_jax.text.tokenizer import TOKENIZERS, Tokenizer
@@ -123,7 +123,7 @@ def _said_of(flag: str, check: Callable[[Any], object], value: Any) -> None:
 
 
 def _report(tensors: Mapping[str, Tensor], out: str) -> None:
-    print(f"wrote {len(tensors)} tensors, {_bytes(total_bytes(tensors))}, to {out}")
+    print(f"wrote {len(tensors)} tensors, {amount(total_bytes(tensors))}, to {out}")
 
 
 def _import_flags(parser: argparse.ArgumentParser) -> None:
@@ -357,10 +357,6 @@ def _verify(args: argparse.Namespace) -> int:
     print(f"not equal: {'; '.join(differing)}" if differing
           else f"equal within {args.tolerance:g} of the largest magnitude")
     return 1 if differing else 0
-
-
-def _bytes(size: int) -> str:
-    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB"
 
 
 COMMANDS = {

@@ -19,7 +19,7 @@ _CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "eval"
 # Keys whose values fit one set only.
 _OF_ONE_SET = ("data.name", "data.images", "data.train", "data.held_out")
 _ROOT = "data.root"
-_CHOSEN = {"data.split": "split", "scoring": "rule"}  # keys of which a set may lack a value, and what it lacks
+_CHOSEN = {"data.split": "split", "scoring": "rule"}  # key -> what a set that does not have its value lacks
 
 
 def program(args: argparse.Namespace, overrides: Sequence[str]) -> int:
@@ -89,7 +89,7 @@ def _members(args: argparse.Namespace, found, overrides: Sequence[str]) -> tuple
                         f"one of these was expected: {signs}")
     given = dict(override.partition("=")[::2] for override in overrides)
     recipes = {name: common.load_config(str(_CONFIGS / f"{name}.py")) for name in found.folders}
-    without = {name: why for name, cfg in recipes.items() if (why := _not_asked(name, cfg, given))}
+    without = {name: why for name, cfg in recipes.items() if (why := _not_asked(name, given))}
     for _, sentence in without.values():
         warn(sentence)
     recipes = {name: cfg for name, cfg in recipes.items() if name not in without}
@@ -110,7 +110,7 @@ def _members(args: argparse.Namespace, found, overrides: Sequence[str]) -> tuple
     return members, {name: sentence for name, (_, sentence) in without.items()}
 
 
-def _not_asked(name: str, cfg, given: Mapping[str, str]) -> tuple[str, str] | None:
+def _not_asked(name: str, given: Mapping[str, str]) -> tuple[str, str] | None:
     """Returns the key whose value a set does not have, and a sentence that says so; None if the set can be asked."""
     from llavamed_jax.datasets.registry import SETS
     from llavamed_jax.evaluation.scoring.programs import PROGRAMS
@@ -118,7 +118,7 @@ def _not_asked(name: str, cfg, given: Mapping[str, str]) -> tuple[str, str] | No
     split, scoring = given.get("data.split"), given.get("scoring")
     if split is not None and split not in SETS[name].splits:
         return "data.split", f"{name} has no split {split!r} and is not asked; it has {_all(SETS[name].splits)}"
-    if scoring in PROGRAMS and "scoring" in cfg and name not in PROGRAMS[scoring].sets:
+    if scoring in PROGRAMS and name not in PROGRAMS[scoring].sets:
         return "scoring", (f"{name} is not asked, because scoring={scoring} has no rule for it; there is one for "
                            f"{_all(PROGRAMS[scoring].sets)}")
     return None
@@ -216,6 +216,7 @@ def _run(args: argparse.Namespace, endpoint, members: Sequence, place, say) -> i
     workdir = Path(args.workdir)
     able = [member for member in members if not member.error]
     answerer = None
+    suite.write(workdir, say(), args.model or args.checkpoint)  # so that a page of earlier settings does not stay
     for number, member in enumerate(able, 1):
         print(f"{member.name} ({number} of {len(able)})", file=sys.stderr, flush=True)
         if answerer is None:
@@ -227,8 +228,6 @@ def _run(args: argparse.Namespace, endpoint, members: Sequence, place, say) -> i
             suite.write(workdir, say(), answerer.name)
         if is_stopped:
             break
-    if not able:  # an earlier page would say that these sets are finished
-        suite.write(workdir, say(), args.model or args.checkpoint)
     if any(member.state == suite.LEFT for member in members):
         if signals.failure():
             raise UserError(f"{signals.failure()}; {_kept(members, workdir)}: run again to continue")

@@ -22,7 +22,7 @@ from llavamed_jax.utils.nested import flatten
 KEY = "evaluation"  # in metrics.json
 PACKAGES = ("nltk", "numpy", "pillow", "sacrebleu", "scipy")  # packages that compute numbers from the answers
 _FILES = ("predictions.jsonl", "report.html")
-# Paths of what is compared by its content, and how a judge is asked: they change no number.
+# Keys that change no number by themselves: paths, since the content is compared, and how a judge is asked.
 _BESIDE = ("data.root", "data.images", "data.train", "judge.prompt", "judge.cache", "judge.concurrency",
            "judge.timeout", "judge.retries")
 

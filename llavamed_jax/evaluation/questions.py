@@ -90,10 +90,11 @@ def source_files(data: ConfigDict) -> list[Path]:
     root = Path(data.root)
     if root.is_file():
         return [root]
-    files = SETS[data.name].files if data.name in SETS else None  # chat questions are not in the registry
-    if files:
-        return files(root, data.split)
     found = sorted([*root.glob("*.json"), *root.glob("*.jsonl")])
+    if data.name not in SETS:  # chat questions, which have no splits
+        return found
+    if files := SETS[data.name].files:
+        return files(root, data.split)
     has_split = any(map(Path.is_file, detect.split_files(root, data.split)))
     return found if has_split else [*found, *detect.parquet_files(root, data.split)]  # the hub's have JSON beside them
 

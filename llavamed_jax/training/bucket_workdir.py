@@ -203,7 +203,7 @@ class BucketWorkdir:
 
     def _leave(self) -> str:
         if self._is_pulled:
-            return _leave(self.directory, self._sent)
+            return _keep_or_delete(self.directory, self._sent)
         shutil.rmtree(self.directory, ignore_errors=True)  # at most a part of what the bucket has
         return ""
 
@@ -275,6 +275,8 @@ class BucketWorkdir:
         with self._mutex:
             found = {name: mark for name, mark in _files(self.directory).items() if _is_log(name)}
             new = [name for name, mark in found.items() if self._sent.get(name, [])[1:] != [*mark]]
+            for name in new:  # if this fails, what was written of it is no change by another program
+                self._sent.pop(name, None)
             self._upload_logs(new)
             listed = self._bucket.entries()
             self._sent |= {name: [_version(listed, name), *found[name]] for name in new}
@@ -287,7 +289,7 @@ class BucketWorkdir:
             raise
 
 
-def _leave(directory: Path, record: Mapping[str, list]) -> str:
+def _keep_or_delete(directory: Path, record: Mapping[str, list]) -> str:
     """Deletes a run's local directory; one that has a step that the bucket lacks gets a lasting name.
 
     Args:
@@ -310,7 +312,7 @@ def _leave(directory: Path, record: Mapping[str, list]) -> str:
 
 
 def _delete_leftover(directory: Path) -> None:
-    if kept := _leave(directory, bucket_copy.read_record(directory)):
+    if kept := _keep_or_delete(directory, bucket_copy.read_record(directory)):
         warn(f"an earlier run on this machine was killed before its bucket had its newest step: {kept}")
 
 

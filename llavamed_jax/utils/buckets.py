@@ -157,8 +157,9 @@ class Bucket:
         names = " ".join(kind.__name__ for kind in type(error).__mro__)
         text = next(iter(str(error).splitlines()), "")
         if isinstance(error, OSError) and (error.errno in _DISK or error.filename):  # the stores' own have no file
-            return (f"{error.strerror} at {error.filename or local_copies()} on this machine ({DIRECTORY} names "
-                    "another directory for local copies)")
+            file = Path(str(error.filename or local_copies()))
+            hint = f" ({DIRECTORY} names another directory for local copies)" if is_local_copy(file) else ""
+            return f"{error.strerror} at {file} on this machine{hint}"
         if "Credential" in names or "GoogleAuthError" in names or getattr(error, "code", None) in (401, "401"):
             return f"no valid credentials were found ({cut(text, 120)}); {_LOGIN[self._scheme]}"
         if isinstance(error, PermissionError) or text.startswith("Forbidden"):

@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from llavamed_jax.errors import UserError
+from llavamed_jax.errors import UserError, amount
 from llavamed_jax.utils import locks, signals
 from llavamed_jax.utils.files import is_at
 
@@ -43,7 +43,7 @@ def new_directory(out: str | Path, size: int = 0, apart_from: Iterable[Path | No
         delete_leftovers(target.parent, f".{target.name}.")
         free = shutil.disk_usage(target.parent).free
         if free < size:
-            raise UserError(f"{out} needs {size / 1e9:.2f} GB; its disk has {free / 1e9:.2f} GB free")
+            raise UserError(f"{out} needs {amount(size)}; its disk has {amount(free)} free")
         temporary, lock = make_partial(target.parent, f".{target.name}.")
     except OSError as error:
         raise UserError(f"{out} cannot be written: {error.strerror or error}") from None

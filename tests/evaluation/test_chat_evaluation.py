@@ -21,6 +21,7 @@ from llavamed_jax.errors import UserError
 from llavamed_jax.evaluation import chat, chat_published, run
 from llavamed_jax.evaluation.answering.answerer import Answer
 from llavamed_jax.evaluation.judging.judge import Verdict
+from llavamed_jax.evaluation.questions import source_files
 from llavamed_jax.evaluation.report import chat_report
 from llavamed_jax.utils.files import to_jsonl, write_text
 from tests.evaluation.test_against import scalars
@@ -400,6 +401,11 @@ def test_the_report_is_one_offline_page(few):
     for text in ("Relative score", "Ratio of means", "Histology", "asked again 3, unscored 1", "would not compare", "GPT-4", "tested"):
         assert text in page.text
     assert "reference: 6" in page.text and "answer: 8" in page.text and "133 %" in page.text
+
+
+def test_chat_questions_have_no_split(few):
+    files = source_files(load_config(CONFIG, settings(few / "set", **{"data.split": "dev"})).data)
+    assert files and files == sorted((few / "set").glob("*.jsonl"))
 
 
 @pytest.mark.parametrize("text", ["<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "日本語 & Ω", "{{ 7 * 7 }}{% x %}", ""])

@@ -288,6 +288,8 @@ def test_an_endpoint_is_asked_every_set_and_a_dead_one_ends_the_suite(data, tmp_
     capsys.readouterr()
     assert cli.main([*words, "--endpoint", gone, "--workdir", str(tmp_path / "w"), "--config.seed=1", "--timeout", "1"]) == 1
     assert "of 4 sets failed" not in capsys.readouterr().err
+    sets = json.loads((tmp_path / "w" / "suite.json").read_text())["sets"]
+    assert "done" not in {each["state"] for each in sets.values()}, "the page of the other seed does not stay"
 
 
 @pytest.mark.parametrize("words, status, sentence", [
@@ -348,6 +350,9 @@ def test_another_programs_scores_are_in_the_table_of_the_sets_that_it_has_a_rule
         assert rows["vlmevalkit.accuracy"]["n"] == 4 and rows["vlmevalkit.accuracy"]["title"] == "all, as VLMEvalKit scores"
     assert run(published_sets.write(tmp_path / "one", ("pmc_vqa",)), "--config.scoring=lmms_eval")[0] == 2
     assert "error: scoring is 'lmms_eval'; none of the data sets found has such a rule" in capsys.readouterr().err
+    # Also of a set whose recipe has no key `scoring`.
+    assert run(published_sets.write(tmp_path / "reports", ("iu_xray",)), "--config.scoring=vlmevalkit")[0] == 2
+    assert "error: scoring is 'vlmevalkit'; none of the data sets found has such a rule" in capsys.readouterr().err
 
 
 def test_keys_that_only_some_sets_have_are_said(data, run, tmp_path, capsys, monkeypatch):

@@ -14,6 +14,7 @@ from flax.traverse_util import flatten_dict
 
 from llavamed_jax.config import IGNORE, IMAGE_TOKEN, DecoderConfig, LlavaConfig, VisionConfig
 from llavamed_jax.errors import UsageError
+from llavamed_jax.generation.programs import cached_backend
 from llavamed_jax.models.attention.backend import AttentionMask, attention, backend_of
 from llavamed_jax.models.llava import Llava, abstract_params
 from llavamed_jax.parallel.mesh import make_mesh
@@ -101,6 +102,13 @@ def test_heads_that_a_kernel_does_not_take():
     assert backend_of("auto", "gpu", 80) == backend_of("auto", "gpu", 8) == "xla" and backend_of("auto", "gpu", 32) == "flash"
     with pytest.raises(UsageError, match="'attention' is 'flash', .* the decoder's have width 80; auto or xla was expected"):
         backend_of("flash", "gpu", 80)
+
+
+@pytest.mark.parametrize("platform, head_dim, cache, backend", [
+    ("gpu", 128, "bfloat16", "flash"), ("gpu", 128, "int8", "xla"), ("gpu", 80, "bfloat16", "xla"), ("tpu", 128, "bfloat16", "xla"),
+    ("cpu", 128, "float32", "xla")])
+def test_backend_over_a_cache(platform, head_dim, cache, backend):
+    assert cached_backend(platform, head_dim, cache) == backend
 
 
 @pytest.mark.parametrize("choice, platform, there", [("cudnn", "gpu", "auto or xla or flash"), ("splash", "gpu", "auto or xla or flash"),

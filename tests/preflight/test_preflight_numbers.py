@@ -152,8 +152,11 @@ def test_a_row_is_what_the_interface_promises_and_its_peak_decides(monkeypatch, 
 def test_the_largest_of_the_engines_programs_decides_with_what_lies_beside_it(monkeypatch, machine, beside, fits):
     serving = SimpleNamespace(
         programs=lambda: [("encode", 0, 0), ("prefill", 1, beside), ("decode", 2, 0)], bytes=lambda: dict(parameters=100, cache=50),
-        mesh=SimpleNamespace(shape={"data": 1, "fsdp": 1, "tp": 8}, size=8), rows=8, length=256, batch=4, prompt=128, flops=lambda: 7.0, prefill_flops=lambda: 6.0, attention="xla")
-    peaks = [machine - 300, machine - 100, machine - 50]
+        mesh=SimpleNamespace(shape={"data": 1, "fsdp": 1, "tp": 8}, size=8), rows=8, length=256, batch=4, prompt=128, flops=lambda: 7.0, prefill_flops=lambda: 6.0, attention="xla",
+        attended=lambda name: {"encode": 1.5, "prefill": 2.5, "decode": 3.5}[name])
+    keys, peaks = [], [machine - 300, machine - 100, machine - 50]
+    for of in ("floor_of", "one_round"):
+        monkeypatch.setattr(compiling, of, lambda *given, of=of: keys.append((of, given[-1])))
     monkeypatch.setattr(compiling.Serving, "of", lambda *_: serving)
     monkeypatch.setattr(compiling, "compiled", lambda number, _: found_of(peaks[number], HLO if number == 1 else ""))
     found = compiling.run(dict(topology="h100-8", slices=1, checkpoint="preset:small", mesh="tp=8", dtype="bfloat16", vision_tower="",
@@ -162,6 +165,7 @@ def test_the_largest_of_the_engines_programs_decides_with_what_lies_beside_it(mo
     assert (found["fits"], found["bytes"]["peak"], found["bytes"]["activations"]) == (fits, peak, peak - 150)
     assert (found["traffic_bytes"], found["compile_seconds"], found["tokens_per_step"]) == (4 * 224 + 64, 6.0, 512)
     assert found["programs"]["prefill"]["bytes"]["peak"] == machine - 100 + beside
+    assert keys == [("floor_of", 1.5), ("floor_of", 2.5), ("one_round", 3.5)]
 
 
 # ---- of the process that compiles

@@ -4,12 +4,15 @@ import errno
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
+import jax
 import pytest
 
 from llavamed_jax.checkpoints.tree import bucket_copy, step_manifest, store
 from llavamed_jax.errors import UserError
 from llavamed_jax.training import bucket_workdir
+from llavamed_jax.training.profiler import Profiler
 from llavamed_jax.utils import buckets
 from llavamed_jax.utils.buckets import Bucket
 from tests.support import stores
@@ -171,16 +174,59 @@ def test_leftovers_of_killed_runs(url, memory, copies, capsys):
         shutil.copytree(directory, directory.with_name("whole.killed.partial"))
         save(directory, 6)
         shutil.copytree(directory, directory.with_name("more.killed.partial"))
+        for name, record in (("first", None), ("torn", b'{"checkpoints/6/mani')):  # before the first push; while the record was written
+            shutil.copytree(directory, killed := directory.with_name(f"{name}.killed.partial"))
+            (killed / bucket_copy.RECORD).unlink()
+            if record:
+                (killed / bucket_copy.RECORD).write_bytes(record)
 
     run(url, "none", act)
     run(stores.address(memory), "none", lambda *_: None)
-    kept = buckets.local_copies() / "runs" / "more.killed"
-    assert f"killed before its bucket had its newest step: step 6 is kept in {kept}, from which" in capsys.readouterr().err
-    assert copies() == ["more.killed"] and step_manifest.damage(kept / "checkpoints" / "6") is None
+    said = capsys.readouterr().err
+    for name in ("first", "more", "torn"):
+        kept = buckets.local_copies() / "runs" / f"{name}.killed"
+        assert f"killed before its bucket had its newest step: step 6 is kept in {kept}, from which" in said
+        assert step_manifest.damage(kept / "checkpoints" / "6") is None
+    assert sorted(copies()) == ["first.killed", "more.killed", "torn.killed"]
 
 
 @pytest.mark.parametrize("removed", [".", "checkpoints", "checkpoints/8", "base", "recipe.json"])
-def test_what_another_program_deletes_here_stays_in_the_bucket(removed, saved):
+@pytest.mark.parametrize("ending", ["none", "a sentence"])
+def test_what_another_program_deletes_here_stays_in_the_bucket(ending, removed, saved):
     before = stores.listed(saved)
-    run(saved, "a sentence", lambda directory, _: shutil.rmtree(directory / removed) if removed[-1] != "n" else (directory / removed).unlink())
+    run(saved, ending, lambda directory, _: shutil.rmtree(directory / removed) if removed[-1] != "n" else (directory / removed).unlink())
     assert stores.listed(saved) == before
+
+
+def test_an_older_step_that_is_deleted_here_is_deleted_in_the_bucket(saved):
+    """As a run deletes it."""
+    assert run(saved, "none", lambda directory, _: shutil.rmtree(directory / "checkpoints" / "6"))[1] is None
+    assert stores.steps(saved) == [3, 8] and not [name for name in stores.listed(saved) if name.startswith("checkpoints/6/")]
+
+
+def test_logs_that_were_copied_in_part_are_this_runs_own(saved, monkeypatch, capsys):
+    """A log is in the bucket, and the listing after it fails: the next copy does not blame another program."""
+    def act(directory, bucket):
+        (directory / "metrics.jsonl").write_bytes(b"{}")
+        bucket._push_logs()
+        (directory / "metrics.jsonl").write_bytes(b"{}{}")
+        with monkeypatch.context() as patch, pytest.raises(OSError):
+            patch.setattr(Bucket, "entries", refused)
+            bucket._push_logs()
+        assert stores.read(f"{saved}/metrics.jsonl") == b"{}{}"
+
+    assert run(saved, "none", act)[1] is None and "another program" not in capsys.readouterr().err
+    assert stores.read(f"{saved}/metrics.jsonl") == b"{}{}"
+
+
+def test_a_trace_lies_in_the_bucket(tmp_path, monkeypatch):
+    """Its line has the bucket's address: the local directory is deleted at the end."""
+    said, began = [], []
+    monkeypatch.setattr(jax.profiler, "start_trace", began.append)
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: None)
+    place = SimpleNamespace(workdir=tmp_path, name="gs://bucket/run")
+    with Profiler((1, 1), place, SimpleNamespace(say=said.append)) as profiler:
+        profiler.before(1, lambda: None)
+        profiler.after(1, lambda: None)
+    assert began == [str(tmp_path / "tensorboard")]
+    assert said == ["the trace of updates 1 to 1 is in gs://bucket/run/tensorboard/plugins/profile"]

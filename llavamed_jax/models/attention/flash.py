@@ -263,14 +263,14 @@ def tile(n: int) -> int:
 
 
 def folded(carry, scores, is_seen, v):
-    """Takes a tile of keys into a softmax that walks over them.
+    """Updates an online softmax with a tile of keys.
 
     Args:
       carry: the sum of the values [rows,H], weighted relative to 2 ** top; top, the largest score so far [rows]; and
         the sum of the weights [rows]; all float32.
       scores: times log2(e), float32 [rows,columns].
       is_seen: where a query attends to a key, bool [rows,columns].
-      v: values [columns,H], numbers also where nothing is seen.
+      v: values [columns,H]; they must not be NaN, even where `is_seen` is False.
 
     Returns:
       The new carry.
