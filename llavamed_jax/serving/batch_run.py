@@ -9,7 +9,7 @@ from pathlib import Path
 
 from llavamed_jax.serving import chat_completions, responses
 from llavamed_jax.serving.batch_file import BatchRequest, Results, requests_of
-from llavamed_jax.serving.errors import ApiError
+from llavamed_jax.serving.errors import ApiError, of_status
 from llavamed_jax.serving.limits import Limits
 from llavamed_jax.serving.log import Log
 from llavamed_jax.serving.service import Service
@@ -80,6 +80,9 @@ async def _result(service: Service, request: BatchRequest) -> tuple[int, dict]:
         chat = api.read({**request.body, "model": None}, service)  # files name the model that they were written for
         return 200, await api.complete(await service.ask(chat), chat)
     except ApiError as error:
+        return error.status, error.body
+    except Exception as error:  # one line ends no batch; a later run asks it again
+        error = of_status(500, f"the request failed: {type(error).__name__}: {' '.join(str(error).split())}")
         return error.status, error.body
 
 

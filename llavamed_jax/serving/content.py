@@ -13,6 +13,7 @@ from llavamed_jax.errors import short
 from llavamed_jax.serving.errors import ApiError, invalid
 
 MOST_MESSAGES = 1000
+MOST_PARTS = 4000  # of all messages together
 _TEXTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}  # type -> its key
 _IMAGES = {"image_url": "image_url", "input_image": "image_url", "image": "image"}
 
@@ -48,12 +49,16 @@ def read_messages(messages, param: str = "messages") -> list[Message]:
       The messages.
 
     Raises:
-      ApiError: 400, with the place of the part that is wrong.
+      ApiError: 400, with the place of the part that is wrong; too many messages or parts.
     """
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
         raise invalid(f"{param} is {short(messages)}; a list of at least one message was expected", param)
     if len(messages) > MOST_MESSAGES:
         raise invalid(f"{param} has {len(messages)} messages; at most {MOST_MESSAGES} were expected", param)
+    parts = sum(len(content) for message in messages if isinstance(message, Mapping)
+                and isinstance(content := message.get("content"), Sequence) and not isinstance(content, str))
+    if parts > MOST_PARTS:
+        raise invalid(f"{param} has {parts} parts; at most {MOST_PARTS} were expected", param)
     return [_read(message, f"{param}[{i}]") for i, message in enumerate(messages)]
 
 
@@ -97,6 +102,8 @@ def _part(part, where: str) -> str | ImageUrl:
     kind = part.get("type")
     if kind is None:  # vLLM's bare form, {"image_url": "…"}
         kind = next((key for key in ("text", "image_url") if key in part), None)
+    if not isinstance(kind, str):  # a list or an object cannot be looked up
+        raise _unknown(kind, where)
     if kind in _TEXTS:
         text = part.get(_TEXTS[kind])
         if not isinstance(text, str):

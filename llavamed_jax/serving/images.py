@@ -42,6 +42,9 @@ def data_of(url: str, where: str, limits: Limits) -> bytes:
     if not comma:
         raise invalid(f"{where} is the data URL {short(header, 40)} without a comma; data:image/TYPE;base64, was "
                       "expected", code="invalid_image_url")
+    if not body.isascii():
+        raise invalid(f"{where} is a data URL with characters that are not ASCII; base64 was expected",
+                      code="invalid_image_url")
     if not re.search(r";\s*base64\s*$", header, re.IGNORECASE):
         data = unquote_to_bytes(body)
     else:

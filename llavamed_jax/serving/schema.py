@@ -6,7 +6,6 @@ Keys that would change the meaning of the answer and that cannot be obeyed are r
 
 from __future__ import annotations
 
-import math
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -181,7 +180,7 @@ def number(body: Mapping, key: str, least: float, most: float, is_above: bool = 
     value = body.get(key)
     if value is None:
         return None
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not is_number or not least <= value <= most or is_above and value == least:
         raise invalid(f"{key} is {short(value)}; a number {'above' if is_above else 'from'} {least} to {most} was "
                       "expected", key)

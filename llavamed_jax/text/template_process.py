@@ -51,11 +51,26 @@ def render(request: dict, name: str) -> str:
             raise
         if "died" in reply:
             _stop()
-            _hopeless[key] = f"{name} cannot be rendered: {reply['died']}"
-            raise UserError(_hopeless[key])
+            sentence = f"{name} cannot be rendered: {reply['died']}"
+            if _fails_always(request):
+                _hopeless[key] = sentence
+            raise UserError(sentence)
     if "text" in reply:
         return reply["text"]
     raise UserError(f"{name} {reply['verb']}: {_one_line(reply['error'])}")
+
+
+def _fails_always(request: dict) -> bool:
+    """Returns whether a template ends its process with a message of one letter too: no message is the cause then."""
+    letter = {"role": "user", "text": "Q", "parts": [{"type": "text", "text": "Q"}]}
+    try:
+        is_dead = "died" in _running().ask({**request, "messages": [letter], "seconds": 1})
+    except BaseException:
+        _stop()
+        raise
+    if is_dead:
+        _stop()
+    return is_dead
 
 
 def _one_line(text: str) -> str:
@@ -114,7 +129,7 @@ class _Process:
 _lock = threading.Lock()
 # With the id of the process that started it: a fork does not use it.
 _process: tuple[int, _Process] | None = None
-_hopeless: dict[tuple[str, str], str] = {}  # templates that ended their process, with the error of each
+_hopeless: dict[tuple[str, str], str] = {}  # templates that always end their process, with the error of each
 
 
 def _running() -> _Process:

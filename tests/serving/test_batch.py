@@ -6,8 +6,8 @@ import json
 import pytest
 
 from llavamed_jax.errors import UserError
-from llavamed_jax.serving import batch
-from llavamed_jax.serving.batch_file import Results, requests_of
+from llavamed_jax.serving import batch, batch_run
+from llavamed_jax.serving.batch_file import BatchRequest, Results, requests_of
 from llavamed_jax.serving.batch_run import answer
 from tests.support.server import CONVERSATIONS, MOST, data_url, picture, plainly, tiny_model
 
@@ -67,6 +67,14 @@ def test_results_are_the_models_own_and_a_second_run_asks_only_what_failed(tmp_p
     assert sum(again.values()) == 2
     without_ids = lambda results: {name: (each["response"]["status_code"], text_of(each)) for name, each in results.items()}
     assert without_ids(read(out)) == without_ids(found)
+
+
+def test_a_line_that_breaks_the_program_is_a_500_of_its_own(monkeypatch):
+    def breaks(body, service):
+        raise LookupError("no\nsuch thing")
+    monkeypatch.setattr(batch_run.chat_completions, "read", breaks)
+    status, body = asyncio.run(batch_run._result(None, BatchRequest("a", "/v1/chat/completions", {"messages": []})))
+    assert (status, body["error"]["type"], body["error"]["message"]) == (500, "server_error", "the request failed: LookupError: no such thing")
 
 
 def text_of(result):

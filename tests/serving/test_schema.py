@@ -8,6 +8,8 @@ from llavamed_jax.checkpoints.generation_file import FILE, sampling_of
 from llavamed_jax.errors import UserError
 from llavamed_jax.serving.content import ImageUrl, read_messages
 from llavamed_jax.serving.errors import ApiError
+from llavamed_jax.serving.images import data_of
+from llavamed_jax.serving.limits import Limits
 from llavamed_jax.serving.schema import read_chat
 
 MESSAGES = [{"role": "user", "content": "why?"}]
@@ -42,7 +44,8 @@ def test_what_changes_nothing_is_accepted_and_named_as_ignored():
 
 
 @pytest.mark.parametrize("more", [
-    {"temperature": -0.1}, {"temperature": True}, {"temperature": "0"}, {"temperature": 101}, {"top_p": 0}, {"top_p": 1.01}, {"top_k": -2},
+    {"temperature": -0.1}, {"temperature": True}, {"temperature": "0"}, {"temperature": 101}, {"temperature": 10**400}, {"top_p": -(10**400)},
+    {"temperature": float("nan")}, {"temperature": float("inf")}, {"top_k": 10**400}, {"top_p": -0.01}, {"top_p": 1.01}, {"top_k": -2},
     {"top_k": 1.5}, {"max_tokens": 0}, {"max_tokens": "9"}, {"max_completion_tokens": -1}, {"seed": 2**63}, {"seed": 0.5}, {"stop": 5},
     {"stop": ["a", 1]}, {"stop": ["a"] * 17}, {"logprobs": 1}, {"logprobs": True, "top_logprobs": 21}, {"top_logprobs": 2}, {"stream": "yes"},
     {"stream": True, "stream_options": {"include_usage": 1}}, {"stream_options": []}, {"model": 5}])
@@ -110,9 +113,18 @@ def test_roles_and_empty_answers():
     ({"role": "assistant", "content": [{"image_url": URL}]}, "messages[0].content"), ({"role": "user", "content": 5}, "messages[0].content"),
     ({"role": "user", "content": [5]}, "messages[0].content[0]"), ({"role": "user", "content": [{"type": "text", "text": 5}]}, "messages[0].content[0]"),
     ({"role": "user", "content": [{"type": "video_url", "video_url": {"url": "x"}}]}, "messages[0].content[0]"),
-    ({"role": "user", "content": [{"type": "file", "file": {}}]}, "messages[0].content[0]"), ({"role": "tool", "content": "x"}, "messages[0].role"),
+    ({"role": "user", "content": [{"type": "file", "file": {}}]}, "messages[0].content[0]"),
+    *(({"role": "user", "content": [{"type": kind, "text": "x"}]}, "messages[0].content[0]") for kind in (["text"], {}, [], 5, True)),
+    *(({"role": role, "content": "x"}, "messages[0].role") for role in (["user"], {}, 5)), ({"role": "user", "content": ["x"] * 4001}, "messages"),
+    ({"role": "tool", "content": "x"}, "messages[0].role"),
     ({"role": "user", "content": [{"type": "image_url", "image_url": {"url": "file:///x"}}]}, "messages[0].content[0].image_url"), ("x", "messages[0]")])
 def test_the_place_of_a_wrong_part_is_named(message, param):
     with pytest.raises(ApiError) as caught:
         read_messages([message])
     assert (caught.value.status, caught.value.param) == (400, param)
+
+
+@pytest.mark.parametrize("url", ["data:image/png;base64,\ud800AAA", "data:image/png;base64,%41\ud800", "data:image/png,\ud800", "data:image/png,é"])
+def test_a_data_url_that_is_not_ascii_is_refused(url):
+    with pytest.raises(ApiError, match="image 1 is a data URL with characters that are not ASCII"):
+        data_of(url, "image 1", Limits())

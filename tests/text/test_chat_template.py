@@ -307,6 +307,34 @@ def test_a_template_that_looped_is_not_tried_again():
         assert time.monotonic() - start < limit
 
 
+def test_a_prompt_that_ends_the_process_is_refused_alone(monkeypatch):
+    class Fragile:
+        def ask(self, request):
+            return {"died": "it takes too long"} if len(request["messages"][-1]["text"]) > 9 or "always" in request["source"] else {"text": "fine"}
+    monkeypatch.setattr(template_process, "_running", Fragile)
+    monkeypatch.setattr(template_process, "_hopeless", {})
+    question = lambda text, source: by_us(source, [{"role": "user", "content": text}])
+    with pytest.raises(UserError, match="FILE cannot be rendered: it takes too long"):
+        question("long " * 9, "once")
+    assert question("short", "once") == "fine"
+    for _ in range(2):
+        with pytest.raises(UserError, match="FILE cannot be rendered: it takes too long"):
+            question("short", "always")
+    assert list(template_process._hopeless) == [("always", "the chat template FILE")]
+
+
+def test_many_parts_cost_what_their_length_costs():
+    from llavamed_jax.text import template_child
+
+    class Joins:
+        def render_jinja_template(talks, **_):
+            return [["".join(part["text"] for part in talks[0][0]["content"])]]
+    parts = [{"type": "text", "text": f"{i:07}"} for i in range(40_000)]
+    began = time.process_time()
+    found = template_child.render(Joins, "x", [{"role": "user", "text": "", "parts": parts}], {}, "<image>")
+    assert found["text"].endswith("0039999") and time.process_time() - began < 1  # 4 s if each part is sought from the beginning
+
+
 # ---- the process -----------------------------------------------------------------------------------------------------
 
 
