@@ -65,10 +65,14 @@ def _draw(name: str, shape: tuple[int, int], seed: int) -> np.ndarray:
     return np.random.default_rng([seed, zlib.crc32(name.encode())]).uniform(-bound, bound, shape).astype(np.float32)
 
 
-def merged(checkpoint: Checkpoint) -> Checkpoint:
+def merged(checkpoint: Checkpoint, dtype=None) -> Checkpoint:
     """Returns the checkpoint without its adapter, `kernel + scale A B` in place of each kernel that has factors.
 
-    The sum is computed in float32 and returned in the kernel's dtype.
+    The sum is computed in float32 and rounded once.
+
+    Args:
+      checkpoint: a checkpoint with an adapter.
+      dtype: dtype of every tensor of the result; None keeps each tensor's own.
 
     Raises:
       UserError: the checkpoint has no adapter.
@@ -82,13 +86,14 @@ def merged(checkpoint: Checkpoint) -> Checkpoint:
         module = name.removesuffix(FACTOR_A)
         if module != name:
             scale = np.float32(adapter.scale(adapter.rule(module)))
-            tensors[module + KERNEL] = _sum(tensors[module + KERNEL], factor, checkpoint.tensors[module + FACTOR_B],
-                                            scale)
-    return checkpoint.replace(config=checkpoint.config.replace(adapter=None), tensors=tensors)
+            kernel = tensors[module + KERNEL]
+            tensors[module + KERNEL] = _sum(kernel, factor, checkpoint.tensors[module + FACTOR_B], scale,
+                                            kernel.dtype if dtype is None else np.dtype(np.float32))
+    return checkpoint.replace(config=checkpoint.config.replace(adapter=None), tensors=tensors).cast(dtype)
 
 
-def _sum(kernel: Tensor, a: Tensor, b: Tensor, scale: np.float32) -> Tensor:
+def _sum(kernel: Tensor, a: Tensor, b: Tensor, scale: np.float32, dtype: np.dtype) -> Tensor:
     def load() -> np.ndarray:
         change = scale * (a.load().astype(np.float32) @ b.load().astype(np.float32))
-        return (kernel.load().astype(np.float32) + change).astype(kernel.dtype)
-    return Tensor(kernel.shape, kernel.dtype, load)
+        return (kernel.load().astype(np.float32) + change).astype(dtype)
+    return Tensor(kernel.shape, dtype, load)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
 
 from llavamed_jax.adapters import peft
 from llavamed_jax.checkpoints import names
@@ -23,6 +22,7 @@ from llavamed_jax.utils.files import write_json
 _TRANSFORMERS_5 = {"language_model.model.": "model.language_model.",
                    "vision_tower.vision_model.": "model.vision_tower.", "vision_tower.": "model.vision_tower.",
                    "multi_modal_projector.": "model.multi_modal_projector.", "language_model.lm_head.": "lm_head."}
+_PROJECTOR = "model.multi_modal_projector."
 
 
 def write(checkpoint: Checkpoint, out: str | Path, layout: str = "transformers", base: str | None = None) -> list[str]:
@@ -58,16 +58,18 @@ def write(checkpoint: Checkpoint, out: str | Path, layout: str = "transformers",
     for module, torch in torch_modules.items():
         for leaf, letter in ((FACTOR_A, "A"), (FACTOR_B, "B")):
             factors[f"{peft.START}{torch}.lora_{letter}.weight"] = peft.turned(checkpoint.tensors[module + leaf])
-    whole = {spelled[name]: to_torch(name, checkpoint.tensors[name]) for name in sorted(checkpoint.changed)
-             if name in spelled}
-    saved = whole if layout == "transformers" else {}
-    tensors = factors | {peft.START + name: tensor for name, tensor in saved.items()}
+    changed = {spelled[name] for name in checkpoint.changed if name in spelled}
+    parts = _modules_to_save(changed, torch_modules.values()) if layout == "transformers" else []
+    # PEFT reads every tensor of a module that it saves, those that did not change too.
+    whole = {torch: to_torch(name, checkpoint.tensors[name]) for name, torch in sorted(spelled.items())
+             if torch in changed or any(torch.startswith(f"{part}.") for part in parts)}
+    tensors = factors | ({peft.START + name: tensor for name, tensor in whole.items()} if parts else {})
     others = {f"base_model.model.{name}": tensor for name, tensor in whole.items()} if layout == "llava" else {}
     with new_directory(out, total_bytes(tensors | others), checkpoint.sources) as folder:
         write_safetensors(folder, tensors, metadata={"format": "pt"}, stem="adapter_model")
         if others:
             write_bin(folder / ADAPTER_OTHERS, others)
-        write_json(folder / ADAPTER_CONFIG, _config(adapter, torch_modules, saved, _base(checkpoint, base)))
+        write_json(folder / ADAPTER_CONFIG, _config(adapter, torch_modules, parts, _base(checkpoint, base)))
     return [*tensors, *others]
 
 
@@ -79,24 +81,43 @@ def _spelling(name: str, layout: str) -> str:
     return name
 
 
+def _modules_to_save(changed: Collection[str], targets: Collection[str]) -> list[str]:
+    """Returns the modules whose tensors hold the changed ones, by full names: PEFT takes a last part of a name too.
+
+    Modules inside another of the list are left out. The projector is one module, unless one of its layers has factors.
+
+    Raises:
+      UserError: a module with factors has a changed tensor, or lies in a module that has one: PEFT saves it whole or
+        gives it factors.
+    """
+    modules = {name.rpartition(".")[0] for name in changed}
+    if not any(target.startswith(_PROJECTOR) for target in targets):
+        modules = {_PROJECTOR.rstrip(".") if module.startswith(_PROJECTOR) else module for module in modules}
+    parts = sorted(module for module in modules if not any(module.startswith(f"{other}.") for other in modules))
+    both = sorted(target for target in targets if any(f"{target}.".startswith(f"{part}.") for part in parts))
+    if both:
+        raise UserError(f"{some(both, 3)} has factors and was trained whole too, which PEFT cannot hold; `convert "
+                        "merge-lora`, or the layout llava, was expected")
+    return parts
+
+
 def _base(checkpoint: Checkpoint, base: str | None) -> str | None:
     if base is not None or checkpoint.directory is None:
         return base
     return reference.path(checkpoint.directory) or str(checkpoint.directory.absolute())
 
 
-def _config(adapter: AdapterConfig, modules: Mapping[str, str], saved: Mapping[str, Any], base: str | None) -> dict:
+def _config(adapter: AdapterConfig, modules: Mapping[str, str], parts: list[str], base: str | None) -> dict:
     """Returns the content of `adapter_config.json`; r and alpha are the most frequent, others stand in patterns."""
     rules = {torch: adapter.rule(module) for module, torch in modules.items()}
     rank = Counter(rule.rank for rule in rules.values()).most_common(1)[0][0]
     alpha = Counter(rule.alpha for rule in rules.values()).most_common(1)[0][0]
     escaped = {torch: torch.replace(".", r"\.") for torch in rules}
-    parts = sorted({name.rsplit(".", 2)[0] for name in saved})  # model.multi_modal_projector.linear_1.weight
     return {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "inference_mode": True,
         "r": rank, "lora_alpha": _plain(alpha), "lora_dropout": adapter.dropout, "use_rslora": adapter.use_rslora,
         "bias": "none", "fan_in_fan_out": False, "init_lora_weights": True, "use_dora": False,
-        "target_modules": list(rules), "modules_to_save": [part.rpartition(".")[2] for part in parts] or None,
+        "target_modules": list(rules), "modules_to_save": parts or None,
         "rank_pattern": {escaped[torch]: rule.rank for torch, rule in rules.items() if rule.rank != rank},
         "alpha_pattern": {escaped[torch]: _plain(rule.alpha) for torch, rule in rules.items() if rule.alpha != alpha},
     }

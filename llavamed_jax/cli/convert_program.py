@@ -259,7 +259,7 @@ def _open_with_adapter(args: argparse.Namespace) -> Checkpoint:
 def _merge_lora(args: argparse.Namespace) -> None:
     """Merge a LoRA adapter into its base: a model without an adapter."""
     from llavamed_jax.checkpoints.tree.model import write_model
-    checkpoint = merged(_open_with_adapter(args)).cast(_DTYPES.get(args.dtype))
+    checkpoint = merged(_open_with_adapter(args), _DTYPES.get(args.dtype))
     layout = args.layout or (checkpoint.layout if checkpoint.layout in ("transformers", "llava") else "tree")
     if layout == "tree":
         with new_directory(args.out, total_bytes(checkpoint.tensors), checkpoint.sources) as out:

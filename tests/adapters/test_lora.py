@@ -222,6 +222,19 @@ def test_merged_equals_unmerged(dtype):
         merged(result)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, jnp.bfloat16])
+def test_a_merge_into_another_dtype_is_rounded_once(dtype):
+    """A bfloat16 base: the sum is that of float32, and not one that went through the base's dtype first."""
+    checkpoint, name = adapted(), "decoder/layers_0/mlp/up_proj/kernel"
+    base = checkpoint.tensors[name]
+    stored = base.load().astype(jnp.bfloat16)
+    checkpoint = checkpoint.replace(tensors={**checkpoint.tensors, name: Tensor(base.shape, stored.dtype, lambda: stored)})
+    wanted = stored.astype(np.float32) + np.float32(7 / 5) * (checkpoint.read(f"{name}_lora_a") @ checkpoint.read(f"{name}_lora_b"))
+    result = merged(checkpoint, dtype)
+    assert {tensor.dtype for tensor in result.tensors.values()} == {np.dtype(dtype)}
+    np.testing.assert_array_equal(result.read(name), wanted.astype(dtype))
+
+
 def test_the_config_is_read_as_it_was_written():
     config = config_with(CFG, adapter(DECODER, "projector/linear_0", use_rslora=True, dropout=0.5))
     assert LlavaConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config

@@ -145,6 +145,45 @@ def test_written_again_it_has_the_same_bits(case, tmp_path):
     assert scales[0] == scales[1] and scales[0]
 
 
+@pytest.mark.parametrize("changed, parts", [
+    (["decoder/embed_tokens/embedding", "decoder/lm_head/kernel"], ["lm_head", "model.language_model.embed_tokens"]),
+    (["decoder/layers_0/input_layernorm/scale", "decoder/norm/scale"], ["model.language_model.layers.0.input_layernorm", "model.language_model.norm"]),
+    (["decoder/layers_1/mlp/up_proj/kernel", "projector/linear_0/bias"], ["model.language_model.layers.1.mlp.up_proj", "model.multi_modal_projector"]),
+    (["vision_tower/embeddings/class_embedding", "vision_tower/layers_1/self_attn/q_proj/kernel", "vision_tower/pre_layrnorm/bias"],
+     ["model.vision_tower.embeddings", "model.vision_tower.encoder.layers.1.self_attn.q_proj", "model.vision_tower.pre_layrnorm"])])
+def test_whole_tensors_of_any_module_are_read_by_peft(saved, tmp_path, changed, parts):
+    """PEFT gives factors to the same modules as before, and reads every whole tensor that was written."""
+    before = open_model(saved.base, adapter=saved.adapter)
+    tensors = {**before.tensors, **{name: before.tensors[name].__class__(
+        before.tensors[name].shape, before.tensors[name].dtype, lambda name=name: before.read(name) + 1) for name in changed}}
+    checkpoint = before.replace(tensors=tensors, changed=before.changed | set(changed))
+    peft_write.write(checkpoint, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["modules_to_save"] == sorted({*parts, "model.multi_modal_projector"})
+    model = peft.PeftModel.from_pretrained(hf.transformers.LlavaForConditionalGeneration.from_pretrained(
+        saved.base, dtype=hf.torch.float32, attn_implementation="eager"), tmp_path / "out").eval()
+    theirs = model.state_dict()
+    file = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    factors = {key for key in file if "lora_" in key}
+    assert {key.replace(".default", "") for key in theirs if "lora_" in key and "modules_to_save" not in key} == factors and len(factors) == 8
+    inputs = saved.inputs()
+    with hf.torch.no_grad():
+        logits = model(input_ids=hf.torch.tensor(inputs[0]), pixel_values=hf.torch.tensor(inputs[1]).permute(0, 3, 1, 2)).logits.numpy()
+    assert difference(saved.ours(checkpoint), logits) < 2e-5
+    again = open_model(saved.base, adapter=tmp_path / "out")
+    assert again.changed >= checkpoint.changed
+    for name in checkpoint.tensors:
+        if name in checkpoint.changed or is_factor(name):
+            np.testing.assert_array_equal(again.read(name), checkpoint.read(name), err_msg=name)
+
+
+def test_a_module_with_factors_that_was_trained_whole_is_refused(saved, tmp_path):
+    checkpoint = open_model(saved.base, adapter=saved.adapter)
+    checkpoint = checkpoint.replace(changed=frozenset({"decoder/layers_1/self_attn/q_proj/kernel"}))
+    with pytest.raises(UserError, match=r"layers\.1\.self_attn\.q_proj has factors and was trained whole too, which PEFT cannot hold"):
+        peft_write.write(checkpoint, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 # ---- the three namings -------------------------------------------------------------------------------------------------
 
 
