@@ -22,6 +22,7 @@ import numpy as np
 from PIL import Image
 
 from llavamed_jax.errors import UserError
+from llavamed_jax.images.dicom_deflated import check_deflated
 from llavamed_jax.images.dicom_display import COLOR, GREY, PALETTE, render, windows_of
 from llavamed_jax.images.dicom_elements import bits_stored, called, remove_empty, text, whole_number
 
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".dcm", ".dicom", ".dic")
 MAX_PIXELS = 178_956_970  # of a frame: Pillow's limit for decompression bombs
-_MAX_DEFLATED = 2**20  # bytes of a file that is deflated as a whole; a thousandfold in memory at worst
 # The array goes through memory: numpy asks a file for its position, which a pipe has only with PYTHONUNBUFFERED. The
 # output of libraries goes to stderr.
 _APART = """
@@ -181,9 +181,7 @@ def _read_header(file: BinaryIO, name: str) -> Dataset:
     """Reads the elements of `_KEYWORDS` and the transfer syntax, in `file_meta`; old files do not state the syntax."""
     from pydicom import dcmread, uid
 
-    start, size = file.read(4096), file.seek(0, 2)
-    if uid.DeflatedExplicitVRLittleEndian.encode() in start and size > _MAX_DEFLATED:
-        raise UserError(f"{name} is a deflated file of {size} bytes; at most {_MAX_DEFLATED} were expected")
+    check_deflated(file, name)
     file.seek(0)
     header = dcmread(file, stop_before_pixels=True, force=True, specific_tags=_KEYWORDS)
     if not header.file_meta.get("TransferSyntaxUID"):

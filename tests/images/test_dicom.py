@@ -11,9 +11,11 @@ pydicom = pytest.importorskip("pydicom", reason="pydicom, the extra [medical], i
 
 from pydicom.dataset import Dataset  # noqa: E402
 from pydicom.encaps import encapsulate  # noqa: E402
+from pydicom.uid import DeflatedExplicitVRLittleEndian  # noqa: E402
 
 from llavamed_jax.config import preset  # noqa: E402
 from llavamed_jax.errors import UserError  # noqa: E402
+from llavamed_jax.images import dicom_deflated  # noqa: E402
 from llavamed_jax.images.dicom import read_dicom  # noqa: E402
 from llavamed_jax.images.load import load_image  # noqa: E402
 from llavamed_jax.processor import Processor  # noqa: E402
@@ -297,6 +299,22 @@ def test_deflated_files_are_read_up_to_a_size(tmp_path):
     whole = (FOLDER / "image_dfl.dcm").read_bytes()
     with pytest.raises(UserError, match="is a deflated file of .* bytes; at most 1048576 were expected"):
         load_image(whole + b"\0" * 2**20)
+
+
+def test_the_size_of_deflated_files_is_checked_wherever_they_say_so(monkeypatch):
+    """The version stands before the transfer syntax, and may be of any length."""
+    monkeypatch.setattr(dicom_deflated, "MAX_DEFLATED", 20_000)
+    monkeypatch.setattr(dicom_deflated, "MAX_INFLATED", 100_000)
+    ds = dataset(np.zeros((300, 300), np.uint8), syntax=DeflatedExplicitVRLittleEndian)
+    assert shown(ds).shape == (300, 300)
+    ds.file_meta.FileMetaInformationVersion = b"\0" * 9_000
+    assert shown(ds).shape == (300, 300)
+    ds.file_meta.FileMetaInformationVersion = b"\0" * 30_000
+    with pytest.raises(UserError, match=r"is a deflated file of 3\d{4} bytes; at most 20000 were expected"):
+        shown(ds)
+    with pytest.raises(UserError, match="is a deflated file of more than 100000 bytes"):
+        shown(dataset(np.zeros((400, 400), np.uint8), syntax=DeflatedExplicitVRLittleEndian))
+    assert shown(dataset(np.zeros((400, 400), np.uint8))).shape == (400, 400)
 
 
 def test_without_pydicom_one_sentence_says_what_to_install(tmp_path):
