@@ -25,8 +25,9 @@ _PLAIN = {"use_dora": (False, None), "use_qalora": (False, None), "lora_bias": (
 # Ways of initialising that change the base too, so that the factors do not fit the base of the same name.
 _CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _LONGEST = 10_000  # characters
-# A quantifier over a quantifier, such as (a+)+, can take for ever on a short name.
-_SLOW = re.compile(r"[*+}][^()]*\)[*+{]|\\\d|\(\?[^:P]")
+_OF_MODULE = r"(?:.*\.)?(?:%s)"  # what a pattern of ranks is matched as, by PEFT too
+# A quantifier over a quantifier, such as (a+)+, can take for ever on a short name, as can a reference to a group.
+_SLOW = re.compile(r"[*+}](?:[^()]*\))+[*+{]|\\\d|\(\?(?:\(|P=)")
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ def _patterns(file: Path, raw: Mapping[str, Any], key: str) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise UserError(f"{file} has {key} {short(found)}; an object was expected")
     for pattern in found:
-        _check_pattern(file, key, pattern)
+        _check_pattern(file, key, pattern, _OF_MODULE)
     return found
 
 
@@ -126,9 +127,9 @@ def _targets(file: Path, raw: Mapping[str, Any]) -> tuple[str, ...] | str | None
     raise UserError(f"{file} has target_modules {short(found)}; names, or a regular expression, were expected")
 
 
-def _check_pattern(file: Path, key: str, pattern: str) -> None:
+def _check_pattern(file: Path, key: str, pattern: str, form: str = "%s") -> None:
     try:
-        re.compile(pattern)
+        re.compile(form % pattern)
     except (re.error, RecursionError, OverflowError) as error:
         raise UserError(f"{file} has {key} {short(pattern)}, which is not a regular expression: {error}") from None
     if len(pattern) > _LONGEST or _SLOW.search(pattern):
@@ -137,7 +138,7 @@ def _check_pattern(file: Path, key: str, pattern: str) -> None:
 
 
 def _by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
-    return next((value for key, value in patterns.items() if re.fullmatch(rf"(?:.*\.)?(?:{key})", module)), default)
+    return next((value for key, value in patterns.items() if re.fullmatch(_OF_MODULE % key, module)), default)
 
 
 def _whole(file: Path, key: str, value: Any) -> int:

@@ -346,6 +346,27 @@ def test_what_does_not_fit_is_one_sentence(saved, tmp_path, config, tensors, sen
         open_model(saved.base, adapter=altered(saved, tmp_path / "adapter", config, tensors))
 
 
+@pytest.mark.parametrize("pattern", [
+    r"^(model\.language_model(?=\.).*\.(q_proj|v_proj))$", r"^(model\.language_model(?=\.)(?!.*(lm_head|output)).*\.(q|v)_proj)$",  # ms-swift's
+    r"(?i)MODEL\.language_model.*", r"(?i:.*Q_PROJ)|.*v_proj", r".*(?<=self_attn)\.(?<!x)\w_proj", r"(?P<a>.*)_proj"])
+def test_targets_by_any_pattern_that_peft_takes(saved, tmp_path, pattern):
+    found = open_model(saved.base, adapter=altered(saved, tmp_path / "adapter", {"target_modules": pattern}))
+    assert found.config.adapter == open_model(saved.base, adapter=saved.adapter).config.adapter
+    shape = peft.LoraConfig(target_modules=pattern)
+    from peft.tuners.tuners_utils import check_target_module_exists
+    for module in ("model.language_model.layers.0.self_attn.q_proj", "model.language_model.layers.1.self_attn.v_proj"):
+        assert check_target_module_exists(shape, module)
+
+
+@pytest.mark.parametrize("change, sentence", [
+    ({"target_modules": "((a+))+b"}, "without nested repetition"), ({"target_modules": r"(?P<a>.+)(?P=a)*"}, "without nested repetition"),
+    ({"target_modules": r"(a)?(?(1)b|c)"}, "without nested repetition"), ({"target_modules": r"(?=.*)*x"}, "without nested repetition"),
+    ({"target_modules": "(?<=a+)b"}, "is not a regular expression"), ({"rank_pattern": {"(?i)q_proj": 3}}, "is not a regular expression")])
+def test_patterns_that_cannot_be_used_are_one_sentence(saved, tmp_path, change, sentence):
+    with pytest.raises(UserError, match=sentence):
+        open_model(saved.base, adapter=altered(saved, tmp_path / "adapter", change))
+
+
 def test_factors_that_are_not_finite_are_named(saved, tmp_path):
     adapter = altered(saved, tmp_path / "adapter", None, lambda t: {**t, f"{Q}.lora_A.weight": np.full((4, 64), np.nan, np.float32)})
     with pytest.raises(UserError, match=r"decoder/layers_0/self_attn/q_proj/kernel_lora_a"):
