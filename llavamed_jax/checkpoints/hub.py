@@ -21,7 +21,8 @@ from llavamed_jax.checkpoints.torch.files import (
     ADAPTER_OTHERS,
     ADAPTER_WEIGHTS,
     PATTERNS,
-    weight_map,
+    WHOLE,
+    shards,
 )
 from llavamed_jax.errors import UsageError, UserError, cut, exists
 from llavamed_jax.utils import terminal
@@ -74,11 +75,16 @@ def _fetch(path: str, weights: bool) -> Path:
 
 
 def _fetch_weights(path: str, name: str, directory: Path) -> Path:
-    """Fetches safetensors, else pickles; only the files of an index if there is one, as `read_weights` reads them."""
+    """Fetches the files that `read_weights` reads, and no others: one format, of an index its files."""
+    for whole in WHOLE:
+        directory = _snapshot(path, name, directory.name, [whole])
+        if (directory / whole).is_file():
+            return directory
+        if (index := directory / f"{whole}.index.json").is_file():
+            return _snapshot(path, name, directory.name, shards(index))
     for pattern in PATTERNS:
         index = next(iter(sorted(directory.glob(f"{pattern}.index.json"))), None)
-        directory = _snapshot(path, name, directory.name,
-                              [pattern] if index is None else sorted(set(weight_map(index).values())))
+        directory = _snapshot(path, name, directory.name, [pattern] if index is None else shards(index))
         if any(directory.glob(pattern)):
             break
     return directory

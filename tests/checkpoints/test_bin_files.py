@@ -118,6 +118,36 @@ def cut(directory, _):
     file.write_bytes(file.read_bytes()[:-200])
 
 
+def test_stray_files_are_not_read(tmp_path):
+    """As in transformers: the file of the standard name, then its index, then the same of pickles; others only without these."""
+    import shutil
+
+    from safetensors.numpy import save_file
+
+    from llavamed_jax.checkpoints.torch.files import has_weights, read_weights, weight_files
+    torch = torch_module()
+    tensor = lambda value: {"x": np.full(2, value, np.float32)}
+    everything = {"model.safetensors": 1, "model-00001-of-00001.safetensors": 2, "pytorch_model.bin": 3, "pytorch_model-00001-of-00001.bin": 4,
+                  "model-00007-of-00007.safetensors": None, "consolidated.safetensors": 5}
+    for name, value in everything.items():
+        if name.endswith(".bin"):
+            torch.save({"x": torch.full((2,), float(value))}, tmp_path / name)
+        elif value:
+            save_file(tensor(value), tmp_path / name)
+    for whole, shard in (("model.safetensors", "model-00001-of-00001.safetensors"), ("pytorch_model.bin", "pytorch_model-00001-of-00001.bin")):
+        (tmp_path / f"{whole}.index.json").write_text(json.dumps({"weight_map": {"x": shard}}))
+    (tmp_path / "consolidated.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": "consolidated.safetensors"}}))
+    order = [("model.safetensors", 1, 0), ("model.safetensors.index.json", 2, 1), ("pytorch_model.bin", 3, 0),
+             ("pytorch_model.bin.index.json", 4, 1), ("model-00001-of-00001.safetensors", 2, 0), ("consolidated.safetensors", 5, 1)]
+    for name, value, has_index in order:
+        assert read_weights(tmp_path)["x"].load().tolist() == [value, value], name
+        assert name in [file.name for file in weight_files(tmp_path)] and len(weight_files(tmp_path)) == 1 + has_index
+        (tmp_path / name).unlink()
+    shutil.rmtree(tmp_path)
+    tmp_path.mkdir()
+    assert weight_files(tmp_path) == [] and not has_weights(tmp_path)
+
+
 def lying(directory, index):
     index["weight_map"]["model.norm.weight"] = next(
         shard for shard in index["weight_map"].values() if shard != index["weight_map"]["model.norm.weight"])

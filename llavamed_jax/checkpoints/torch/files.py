@@ -13,7 +13,7 @@ import os
 import re
 import warnings
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import BinaryIO
@@ -32,10 +32,12 @@ DTYPES = {"F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dt
           "BF16": np.dtype(ml_dtypes.bfloat16)}
 INTEGERS = {"I32": np.dtype(np.int32), "I64": np.dtype(np.int64)}  # of packed kernels
 _TORCH_DTYPES = {"torch.float64": "F64", "torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16"}
-# Names of weight files in transformers and open_clip; the first pattern of which a directory has files is read. A run's
-# directory has other .bin files too (training_args.bin, optimizer.bin).
-_SAFE = "*.safetensors"
-PATTERNS = (_SAFE, "pytorch_model*.bin", "open_clip_pytorch_model*.bin")
+# The files that transformers reads: the first of them that a directory has, or has the index of. Others beside them,
+# such as the shards of an earlier save or `consolidated.safetensors`, are not read.
+WHOLE = ("model.safetensors", "pytorch_model.bin")
+# Of a directory without them, the first pattern of which it has an index or files is read. A run's directory has other
+# .bin files too (training_args.bin, optimizer.bin).
+PATTERNS = ("model-*.safetensors", "*.safetensors", "pytorch_model*.bin", "open_clip_pytorch_model*.bin")
 # An adapter's files: what PEFT writes, and the whole tensors that LLaVA's training writes beside it.
 ADAPTER_CONFIG, ADAPTER_OTHERS = "adapter_config.json", "non_lora_trainables.bin"
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -43,7 +45,7 @@ _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 def read_weights(directory: Path) -> dict[str, Tensor]:
-    """Reads every tensor of a directory's weight files by its name there: `.safetensors`, else `pytorch_model*.bin`.
+    """Reads every tensor of a directory's weight files by its name there; `_found` says which files these are.
 
     Kernels of few bits in compressed-tensors' format are tensors of one name, as other kernels (`compressed`).
 
@@ -52,15 +54,32 @@ def read_weights(directory: Path) -> dict[str, Tensor]:
         index is wrong.
     """
     refuse_adapter(directory)
-    if (pattern := _pattern(directory)) == _SAFE:
-        compressed.refuse_other_formats(directory)
-        return compressed.unpacked(directory, read_safetensors(directory))
-    return _read_shards(directory, pattern, read_bin)
+    index, files = _found(directory)
+    if ".bin" in (index.name if index is not None else "".join(files[:1])):
+        return _read_shards(directory, index, files, read_bin)
+    compressed.refuse_other_formats(directory)
+    return compressed.unpacked(directory, _read_shards(directory, index, files, _read_safetensors_file))
 
 
-def _pattern(directory: Path) -> str:
-    """Returns the first of `PATTERNS` of which a directory has files or an index, else that of safetensors."""
-    return next((pattern for pattern in PATTERNS if any(directory.glob(f"{pattern}*"))), _SAFE)
+def _found(directory: Path, wholes: Sequence[str] = WHOLE,
+           patterns: Sequence[str] = PATTERNS) -> tuple[Path | None, list[str]]:
+    """Returns the index of a directory's weights, None without one, and the names of their files; [] without weights.
+
+    As in transformers, `model.safetensors` comes before `model.safetensors.index.json`, and both before other names.
+    """
+    for name in wholes:
+        index = directory / f"{name}.index.json"
+        if (directory / name).is_file():
+            return None, [name]
+        if index.is_file():
+            return index, shards(index)
+    for pattern in patterns:
+        index = next(iter(sorted(directory.glob(f"{pattern}.index.json"))), None)
+        if index is not None:
+            return index, shards(index)
+        if files := sorted(file.name for file in directory.glob(pattern)):
+            return None, files
+    return None, []
 
 
 def refuse_adapter(directory: Path) -> None:
@@ -79,11 +98,8 @@ def refuse_adapter(directory: Path) -> None:
 
 def weight_files(directory: Path) -> list[Path]:
     """Returns the files from which `read_weights` reads tensors, and their index; [] if there are none."""
-    pattern = _pattern(directory)
-    index = next(iter(sorted(directory.glob(f"{pattern}.index.json"))), None)
-    if index is None:
-        return sorted(directory.glob(pattern))
-    return [index, *(directory / shard for shard in sorted(set(weight_map(index).values())))]
+    index, files = _found(directory)
+    return [*([] if index is None else [index]), *(directory / file for file in files)]
 
 
 def has_weights(directory: Path) -> bool:
@@ -93,7 +109,8 @@ def has_weights(directory: Path) -> bool:
 
 def read_safetensors(directory: Path) -> dict[str, Tensor]:
     """Reads the `.safetensors` files as `read_weights` does, and no other files."""
-    return _read_shards(directory, _SAFE, _read_safetensors_file)
+    index, files = _found(directory, WHOLE[:1], PATTERNS[:2])
+    return _read_shards(directory, index, files, _read_safetensors_file)
 
 
 def read_file(file: Path) -> dict[str, Tensor]:
@@ -114,15 +131,19 @@ def weight_map(index: Path) -> dict[str, str]:
     return found
 
 
-def _read_shards(directory: Path, pattern: str, read: Callable[[Path], dict[str, Tensor]]) -> dict[str, Tensor]:
-    index = next(iter(sorted(directory.glob(f"{pattern}.index.json"))), None)
+def shards(index: Path) -> list[str]:
+    """Returns the names of the files that an index names."""
+    return sorted(set(weight_map(index).values()))
+
+
+def _read_shards(directory: Path, index: Path | None, files: list[str],
+                 read: Callable[[Path], dict[str, Tensor]]) -> dict[str, Tensor]:
     owners = {} if index is None else weight_map(index)
-    shards = sorted(set(owners.values())) or sorted(file.name for file in directory.glob(pattern))
-    if not shards:
+    if not files:
         raise UserError(_no_weights(directory))
-    _check_presence(directory, shards)
+    _check_presence(directory, files)
     tensors: dict[str, Tensor] = {}
-    for shard in shards:
+    for shard in files:
         found = read(directory / shard)
         odd = next((name for name in found if not name.isprintable()), None)
         if odd is not None:  # the name would be printed, and a terminal executes control characters
