@@ -93,7 +93,7 @@ def _add_api(app: FastAPI, service: Service, prefix: str) -> None:
 
 
 def _model(service: Service, name: str) -> dict:
-    most = service.model.engine.max_prompt + 1 if service.model is not None else None
+    most = service.most_prompt + 1 if service.model is not None else None
     return {"id": name, "object": "model", "created": service.created, "owned_by": "llavamed-jax",
             "root": service.names[0], "max_model_len": most}
 
@@ -124,7 +124,7 @@ async def _respond(request: Request, service: Service, caller: Caller, api: Modu
                    scope: contextlib.ExitStack):
     chat = api.read(body, service)
     if chat.ignored:
-        service.log.once("ignored", route=request.url.path, keys=list(chat.ignored))
+        service.log.ignored(request.url.path, chat.ignored)
     answer = await unless_gone(request, service.ask(chat, caller))
     noted = Noted(service, request.url.path, caller, answer, chat)
     if chat.is_streamed:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 import sys
 import threading
 import time
+from collections.abc import Iterable
 from typing import TextIO
+
+_NAME, _MOST_NAMES = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,39}"), 20
+_REMEMBERED = 1000  # events
 
 
 class Log:
@@ -19,14 +25,24 @@ class Log:
 
     def __init__(self, has_content: bool = False, file: TextIO | None = None):
         self.has_content, self._file, self._lock = has_content, file, threading.Lock()
-        self._said: set[str] = set()
+        self._said: dict[bytes, None] = {}  # digests, the oldest first
 
     def once(self, event: str, **fields) -> None:
-        """Writes an event unless it was written with these fields before, for the first thousand of them."""
-        key = json.dumps([event, fields], default=str)
-        if key not in self._said and len(self._said) < 1000:
-            self._said.add(key)
+        """Writes an event unless it is among the last thousand that were written so."""
+        key = hashlib.blake2b(json.dumps([event, fields], default=str).encode(), digest_size=16).digest()
+        with self._lock:
+            is_new = key not in self._said
+            self._said[key] = None
+            if len(self._said) > _REMEMBERED:
+                del self._said[next(iter(self._said))]
+        if is_new:
             self.event(event, **fields)
+
+    def ignored(self, route: str, keys: Iterable[str]) -> None:
+        """Names, once, the keys of a request that have no effect; counts those that are no names but may be texts."""
+        keys = list(keys)
+        names = [key for key in keys if _NAME.fullmatch(key)][:_MOST_NAMES]
+        self.once("ignored", route=route, keys=names, others=len(keys) - len(names))
 
     def event(self, event: str, content: dict | None = None, **fields) -> None:
         """Writes one line.

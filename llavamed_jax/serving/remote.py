@@ -22,6 +22,9 @@ from llavamed_jax.serving.images import too_many_bytes
 from llavamed_jax.serving.limits import Limits
 
 MOST_REDIRECTS = 3
+_GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")  # the only part of IPv6 that is given out for it (RFC 4291, IANA)
+# Relays of 6to4, Teredo, and addresses for documentation.
+_NOT_PUBLIC = [ipaddress.ip_network(text) for text in ("192.88.99.0/24", "2001::/32", "3fff::/20")]
 _CHUNK = 65536
 
 
@@ -148,6 +151,10 @@ def is_public_address(address: str) -> bool:
         inner = ipaddress.ip_address(int(ip) & 0xFFFFFFFF)
     if inner is not None:  # an IPv4 address in an IPv6 one
         return is_public_address(str(inner))
+    if any(ip.version == network.version and ip in network for network in _NOT_PUBLIC):
+        return False
+    if ip.version == 6 and ip not in _GLOBAL_UNICAST:
+        return False
     return ip.is_global and not (ip.is_multicast or ip.is_reserved or ip.is_unspecified or ip.is_loopback
                                  or ip.is_link_local or ip.is_private)
 

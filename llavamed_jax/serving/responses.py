@@ -22,7 +22,7 @@ _NO_MEMORY = "this server keeps nothing between requests; send the whole convers
 _WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
     "store": (False,), "previous_response_id": (), "conversation": (), "background": (False,), "prompt": (),
     "tool_choice": ("none", "auto"), "truncation": ("disabled",), "max_tool_calls": (), "frequency_penalty": (0,),
-    "presence_penalty": (0,),
+    "presence_penalty": (0,), "stop": ([],), "max_tokens": (), "max_completion_tokens": (),
 }
 _STATEFUL = ("store", "previous_response_id", "conversation", "background")
 _KNOWN = {"input", "instructions", "model", "stream", "max_output_tokens", "temperature", "top_p", "top_k", "seed",
@@ -49,6 +49,7 @@ def read(body, service: Service) -> ChatRequest:
         if value is not None and value not in allowed:
             raise invalid(f"{key} is {short(value)}, which this server does not support"
                           + (f": {_NO_MEMORY}" if key in _STATEFUL else ""), key, "unsupported_parameter")
+    schema.check_without_effect(body)
     _check_text(body.get("text"))
     model, instructions = body.get("model"), body.get("instructions")
     for key, value in (("model", model), ("instructions", instructions)):

@@ -27,7 +27,7 @@ class Settings:
     Attributes:
       max_new_tokens: the most new tokens.
       temperature: 0 is greedy.
-      top_p: the probability mass to keep.
+      top_p: the probability mass to keep; 0 keeps the most likely token.
       top_k: the number of most likely tokens to keep; 0 keeps all.
       seed: the same seed gives the same answer to the same prompt.
       stop: texts that end the answer.
@@ -76,6 +76,13 @@ _WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
     "guided_regex": (), "guided_choice": (), "guided_grammar": (), "bad_words": ([],), "allowed_token_ids": (),
     "logits_processors": ([],), "tool_choice": ("none", "auto"), "function_call": ("none", "auto"),
     "response_format": ({"type": "text"},), "modalities": (["text"], []),
+    # Of the bodies of vLLM, SGLang, TGI and llama.cpp.
+    "regex": (), "json_schema": (), "ebnf": (), "grammar": (), "structural_tag": (), "guided_decoding": (),
+    "stop_regex": ([],), "length_penalty": (1,), "early_stopping": (False,), "no_stop_trim": (False,),
+    "add_special_tokens": (False,), "documents": ([],), "input_ids": (), "prompt_embeds": (), "lora_path": (),
+    "adapter_id": (), "custom_logit_processor": (), "typical_p": (1,), "top_a": (0,), "tfs_z": (1,), "mirostat": (0,),
+    "repeat_penalty": (1, 0), "no_repeat_ngram_size": (0,), "dry_multiplier": (0,), "xtc_probability": (0,),
+    "num_beams": (1,), "mm_processor_kwargs": ({},),
 }
 _KNOWN = {"messages", "model", "stream", "stream_options", "max_tokens", "max_completion_tokens", "temperature",
           "top_p", "top_k", "seed", "stop", "logprobs", "top_logprobs", *_WITHOUT_EFFECT}
@@ -133,7 +140,7 @@ def settings(body: Mapping, defaults: Mapping, most: int | None, limit: int | No
     seed = whole(body, "seed", -(2**63), 2**63 - 1)
     return Settings(
         min(most, limit or _UNLIMITED), first(number(body, "temperature", 0, 100), defaults.get("temperature"), 0.0),
-        first(number(body, "top_p", 0, 1, is_above=True), defaults.get("top_p"), 1.0), max(0, top_k),  # vLLM: -1 is all
+        first(number(body, "top_p", 0, 1), defaults.get("top_p"), 1.0), max(0, top_k),  # vLLM: -1 is all
         secrets.randbits(63) if seed is None else seed % 2**64, stop, alternatives)
 
 
@@ -175,15 +182,14 @@ def whole(body: Mapping, key: str, least: int, most: int = 2**63) -> int | None:
     return value
 
 
-def number(body: Mapping, key: str, least: float, most: float, is_above: bool = False) -> float | None:
-    """Reads a number from `least`, or above it if `is_above`, to `most`; None if it is absent."""
+def number(body: Mapping, key: str, least: float, most: float) -> float | None:
+    """Reads a number from `least` to `most`; None if it is absent."""
     value = body.get(key)
     if value is None:
         return None
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not is_number or not least <= value <= most or is_above and value == least:
-        raise invalid(f"{key} is {short(value)}; a number {'above' if is_above else 'from'} {least} to {most} was "
-                      "expected", key)
+    if not is_number or not least <= value <= most:
+        raise invalid(f"{key} is {short(value)}; a number from {least} to {most} was expected", key)
     return float(value)
 
 

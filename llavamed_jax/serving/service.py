@@ -30,6 +30,7 @@ from llavamed_jax.serving.metrics import Metrics
 from llavamed_jax.serving.scheduler import End, Piece, Scheduler, Ticket
 from llavamed_jax.serving.schema import ChatRequest, Settings
 
+_LEAST_TOP_P = 1e-9  # of the engine, which takes none of 0: the most likely token alone
 PREPARERS = 4  # threads that decode images and tokenise
 
 
@@ -217,6 +218,11 @@ class Service:
         return self.model.defaults
 
     @property
+    def most_prompt(self) -> int:
+        """Positions of the longest prompt that is answered: what the model takes, or the server's own limit."""
+        return min(self.model.engine.max_prompt, self.limits.max_prompt_tokens or self.model.engine.max_prompt)
+
+    @property
     def is_ready(self) -> bool:
         """Whether requests are answered."""
         return self.scheduler is not None and self.scheduler.is_alive and not self.is_stopping
@@ -329,8 +335,8 @@ class Service:
             for part in message.parts]} for message in messages]
         s, most = settings, self.limits.max_prompt_tokens
         try:
-            request = self.model.request(plain, s.max_new_tokens, s.temperature, s.top_p, s.top_k, s.seed,
-                                         logprobs=s.alternatives is not None)
+            request = self.model.request(plain, s.max_new_tokens, s.temperature, s.top_p or _LEAST_TOP_P, s.top_k,
+                                         s.seed, logprobs=s.alternatives is not None)
             if most is not None and len(request.ids) > most:
                 raise PromptTooLong("the prompt", len(request.ids), most)
             return request, self.model.text_stream(s.stop)

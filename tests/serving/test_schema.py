@@ -1,15 +1,18 @@
 """What clients send beside messages: obeyed, ignored, or refused with a sentence."""
 
+import io
 import json
 
 import pytest
 
 from llavamed_jax.checkpoints.generation_file import FILE, sampling_of
 from llavamed_jax.errors import UserError
+from llavamed_jax.serving import responses
 from llavamed_jax.serving.content import ImageUrl, read_messages
 from llavamed_jax.serving.errors import ApiError
 from llavamed_jax.serving.images import data_of
 from llavamed_jax.serving.limits import Limits
+from llavamed_jax.serving.log import Log
 from llavamed_jax.serving.schema import read_chat
 
 MESSAGES = [{"role": "user", "content": "why?"}]
@@ -25,6 +28,8 @@ def read(defaults=None, limit=None, **body):
     {"response_format": {"type": "json_schema", "json_schema": {}}}, {"response_format": {"type": "json_object"}}, {"modalities": ["text", "audio"]},
     {"audio": {"voice": "alloy"}}, {"best_of": 2}, {"use_beam_search": True}, {"echo": True}, {"prompt_logprobs": 1}, {"guided_json": {}},
     {"structured_outputs": {"choice": ["a"]}}, {"continue_final_message": True}, {"add_generation_prompt": False}, {"ignore_eos": True},
+    {"regex": "[AB]"}, {"json_schema": "{}"}, {"ebnf": "x"}, {"grammar": "x"}, {"structural_tag": "{}"}, {"stop_regex": "x"}, {"length_penalty": 1.2},
+    {"add_special_tokens": True}, {"documents": [{"text": "x"}]}, {"no_stop_trim": True}, {"repeat_penalty": 1.1}, {"num_beams": 2},
     {"stop_token_ids": [5]}, {"min_tokens": 3}, {"chat_template": "{{ x }}"}, {"skip_special_tokens": False}])
 def test_what_changes_the_answer_and_is_not_there_is_refused(more):
     with pytest.raises(ApiError) as caught:
@@ -32,12 +37,15 @@ def test_what_changes_the_answer_and_is_not_there_is_refused(more):
     (key,) = more
     assert (caught.value.status, caught.value.param, caught.value.code) == (400, key, "unsupported_parameter")
     assert caught.value.message.startswith(f"{key} is ")
+    with pytest.raises(ApiError, match=f"^{key} is "):
+        responses.read({"input": "why?", **more}, None)
 
 
 def test_what_changes_nothing_is_accepted_and_named_as_ignored():
     chat = read(n=1, frequency_penalty=0, presence_penalty=0.0, logit_bias={}, tool_choice="auto", tools=[{"type": "function"}],
                 response_format={"type": "text"}, modalities=["text"], min_p=0, repetition_penalty=1.0, use_beam_search=False, user="u",
                 store=True, metadata={}, service_tier="auto", reasoning_effort="low", prompt_cache_key="k", safety_identifier="s",
+                length_penalty=1.0, stop_regex=[], no_stop_trim=False, documents=[], add_special_tokens=False,
                 web_search_options={}, verbosity="low", chat_template_kwargs={}, priority=0, moderation={}, n_unknown=None)
     assert chat.settings == read(seed=chat.settings.seed).settings
     assert {"user", "store", "tools", "n_unknown"} <= set(chat.ignored) and not {"n", "messages", "min_p"} & set(chat.ignored)
@@ -63,6 +71,7 @@ def test_values_are_read():
     s = chat.settings
     assert (s.max_new_tokens, s.temperature, s.top_p, s.top_k, s.seed, s.stop, s.alternatives) == (9, 1.0, 1.0, 0, 2**64 - 5, ("\n",), 0)
     assert chat.is_streamed and chat.include_usage
+    assert read(top_p=0).settings.top_p == 0 and read(top_p=0.0).settings.top_p == 0
     assert read(max_tokens=50, max_completion_tokens=7).settings.max_new_tokens == 7
     assert read(max_tokens=50, limit=20).settings.max_new_tokens == 20 and read(limit=20).settings.max_new_tokens == 20
     assert read(stop=["", "a"]).settings.stop == ("a",) and read(top_logprobs=0).settings.alternatives is None
@@ -88,6 +97,26 @@ def test_a_wrong_setting_of_the_checkpoint_is_one_sentence(tmp_path, wrong):
     (tmp_path / FILE).write_text(json.dumps(wrong), encoding="utf-8")
     with pytest.raises(UserError, match=f"{FILE}: .* is .*, which is no setting of sampling"):
         sampling_of({FILE: tmp_path / FILE})
+
+
+@pytest.mark.parametrize("key, value", [("stop", "x"), ("max_tokens", 5), ("max_completion_tokens", 5)])
+def test_keys_of_chat_that_responses_do_not_have_are_refused_there(key, value):
+    with pytest.raises(ApiError, match=f"^{key} is ") as caught:
+        responses.read({"input": "why?", key: value}, None)
+    assert (caught.value.param, caught.value.code) == (key, "unsupported_parameter")
+
+
+def test_the_log_names_ignored_keys_and_never_writes_a_text_that_is_one():
+    file = io.StringIO()
+    log = Log(file=file)
+    for keys in (["user", "Mrs. Smith has a cough " * 1000, "x" * 41, "müller", ""], ["user", "another text"], ["store"]) * 2:
+        log.ignored("/v1/chat/completions", keys)
+    lines = [json.loads(line) for line in file.getvalue().splitlines()]
+    assert [(line["event"], line["keys"], line["others"]) for line in lines] == [("ignored", ["user"], 4), ("ignored", ["user"], 1), ("ignored", ["store"], 0)]
+    for i in range(3000):
+        log.ignored("/v1/chat/completions", [f"k{i}_{j}" for j in range(30)])
+    assert len(file.getvalue().splitlines()) == 3003 and json.loads(file.getvalue().splitlines()[-1])["others"] == 10
+    assert len(log._said) == 1000 and max(map(len, log._said)) == 16  # digests, and no more of them
 
 
 URL = "data:image/png;base64,AAAA"
