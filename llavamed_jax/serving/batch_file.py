@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from llavamed_jax.errors import UserError, short, some, warn
+from llavamed_jax.serving.remote import UNAVAILABLE
 from llavamed_jax.utils import locks
 from llavamed_jax.utils.files import open_file, parse_json, read_bytes, recover_jsonl, to_jsonl, write_whole
 
@@ -81,8 +82,8 @@ def _values(path: Path) -> Iterator[tuple[int, str, Any]]:
 class Results:
     """The file of results, which grows line by line and can be continued.
 
-    Results of a broken line, and of requests that failed for a reason of the server (a status of 500 and above, 408,
-    429), are taken out when the file is opened: these requests run again.
+    Results of a broken line, and of requests that failed for a reason that may pass (a status of 500 and above, 408,
+    429, a remote image that did not arrive), are taken out when the file is opened: these requests run again.
 
     Args:
       path: the file; made if it does not exist.
@@ -107,7 +108,7 @@ class Results:
         if strange is not None:
             raise UserError(f"{path} holds {short(strange)}, which is not a result of a batch; a file of results, or a "
                             "new file, was expected")
-        kept = [line for line in whole if not _again(line["response"].get("status_code"))]
+        kept = [line for line in whole if not _again(line["response"])]
         self.done = {line["custom_id"] for line in kept}
         try:
             if len(kept) < len(lines):
@@ -146,5 +147,9 @@ class Results:
         os.close(self._descriptor)
 
 
-def _again(status) -> bool:
-    return not isinstance(status, int) or status >= 500 or status in (408, 429)
+def _again(response: Mapping[str, Any]) -> bool:
+    """Returns whether a request failed for a reason that may pass: of this server, or of an image's."""
+    status, body = response.get("status_code"), response.get("body")
+    error = body.get("error") if isinstance(body, dict) else None
+    return (not isinstance(status, int) or status >= 500 or status in (408, 429)
+            or isinstance(error, dict) and error.get("code") == UNAVAILABLE)

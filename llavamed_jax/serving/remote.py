@@ -26,6 +26,8 @@ _GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")  # the only part of IPv6 that
 # Relays of 6to4, Teredo, and addresses for documentation.
 _NOT_PUBLIC = [ipaddress.ip_network(text) for text in ("192.88.99.0/24", "2001::/32", "3fff::/20")]
 _CHUNK = 65536
+_MAY_PASS = (408, 425, 429)  # statuses below 500 after which the same request may succeed
+UNAVAILABLE = "remote_image_unavailable"  # code of a failure that may pass
 
 
 class Fetcher:
@@ -70,8 +72,10 @@ class Fetcher:
                         return found
                     url = urljoin(url, found)
         except TimeoutError:
-            raise _failed(f"{where} did not arrive within {self._limits.fetch_timeout:g} s") from None
-        except (OSError, h11.RemoteProtocolError, ssl.SSLError, ValueError) as error:
+            raise _unavailable(f"{where} did not arrive within {self._limits.fetch_timeout:g} s") from None
+        except (OSError, h11.RemoteProtocolError) as error:  # also of TLS and of the name's look-up
+            raise _unavailable(f"{where} could not be fetched: {type(error).__name__}") from None
+        except ValueError as error:
             raise _failed(f"{where} could not be fetched: {type(error).__name__}") from None
         raise _failed(f"{where} was redirected more than {MOST_REDIRECTS} times")
 
@@ -82,14 +86,24 @@ class Fetcher:
         if not addresses or not all(map(self._is_public, addresses)):
             raise _refused(f"{where}: {short(host)} is not at public addresses only")
         context = None if scheme == "http" else self._context or ssl.create_default_context()
-        reader, writer = await asyncio.open_connection(
-            addresses[0], port, ssl=context, server_hostname=host if context else None, limit=_CHUNK)
+        reader, writer = await self._connected(addresses, port, context, host)
         try:
             return await self._exchange(reader, writer, target, authority, where)
         finally:
             writer.close()
             with contextlib.suppress(OSError, ssl.SSLError):
                 writer.transport.abort()
+
+    async def _connected(self, addresses: Sequence[str], port: int, context: ssl.SSLContext | None, host: str):
+        """Connects to the first of the checked addresses that answers; each has its part of the time."""
+        for address in addresses:
+            try:
+                async with asyncio.timeout(self._limits.fetch_timeout / len(addresses)):
+                    return await asyncio.open_connection(address, port, ssl=context, limit=_CHUNK,
+                                                         server_hostname=host if context else None)
+            except (OSError, TimeoutError):
+                if address == addresses[-1]:
+                    raise
 
     def _checked(self, url: str, where: str) -> tuple[str, str, int, str, str]:
         """Splits an address into scheme, host, port, target and authority, if its host is one of the named ones."""
@@ -125,7 +139,9 @@ class Fetcher:
                 if event.status_code in (301, 302, 303, 307, 308) and b"location" in headers:
                     return headers[b"location"]
                 if event.status_code != 200:
-                    raise _failed(f"{where} could not be fetched: its server answered {event.status_code}")
+                    may_pass = event.status_code >= 500 or event.status_code in _MAY_PASS
+                    raise (_unavailable if may_pass else _failed)(
+                        f"{where} could not be fetched: its server answered {event.status_code}")
             elif isinstance(event, h11.Data):
                 data += event.data
                 if len(data) > self._limits.max_image_bytes:
@@ -133,7 +149,7 @@ class Fetcher:
             elif isinstance(event, h11.EndOfMessage):
                 return bytes(data)
             elif isinstance(event, h11.ConnectionClosed):
-                raise _failed(f"{where} could not be fetched: the connection was closed")
+                raise _unavailable(f"{where} could not be fetched: the connection was closed")
 
 
 def _matches(host: str, port: int, scheme: str, allowed: str) -> bool:
@@ -172,3 +188,7 @@ def _refused(sentence: str) -> ApiError:
 
 def _failed(sentence: str) -> ApiError:
     return invalid(sentence, "messages", "remote_image_failed")
+
+
+def _unavailable(sentence: str) -> ApiError:
+    return invalid(sentence, "messages", UNAVAILABLE)

@@ -2,9 +2,12 @@
 
 import asyncio
 import contextlib
+import json
+import socket
 
 import pytest
 
+from llavamed_jax.serving.batch_file import Results
 from llavamed_jax.serving.errors import ApiError
 from llavamed_jax.serving.limits import Limits
 from llavamed_jax.serving.remote import Fetcher, is_public_address
@@ -128,4 +131,51 @@ def test_redirects_on_the_same_host_are_followed_a_few_times():
     (reply(IMAGE[:50], Content_Length=len(IMAGE)), "could not be fetched")])
 def test_what_is_there_may_be_too_much_too_slow_or_broken(answer, words):
     error, _, _ = fetched({"/": answer}, "http://img.test:{port}/")
-    assert error.code in ("remote_image_failed", "image_too_large") and words in error.message
+    code = "image_too_large" if words.startswith("too") else "remote_image_failed" if "404" in words else "remote_image_unavailable"
+    assert (error.status, error.code) == (400, code) and words in error.message
+
+
+@pytest.mark.parametrize("status, code", [("503 X", "remote_image_unavailable"), ("500 X", "remote_image_unavailable"), ("429 X", "remote_image_unavailable"),
+                                          ("403 X", "remote_image_failed"), ("410 X", "remote_image_failed")])
+def test_a_status_says_whether_the_image_may_come_later(status, code):
+    error, _, _ = fetched({"/": reply(b"", status)}, "http://img.test:{port}/")
+    assert error.code == code and f"answered {status[:3]}" in error.message
+
+
+def test_what_may_pass_is_asked_again_by_the_next_run_of_a_batch(tmp_path):
+    result = lambda name, code: {"id": "1", "custom_id": name, "error": None, "response": {
+        "status_code": 400, "body": {"error": {"code": code}} if code else {}}}
+    path = tmp_path / "out.jsonl"
+    path.write_text("".join(json.dumps(result(*each)) + "\n" for each in [
+        ("a", "remote_image_unavailable"), ("b", "remote_image_failed"), ("c", None), ("d", "remote_image_refused")]), encoding="utf-8")
+    results = Results(path)
+    results.close()
+    assert results.done == {"b", "c", "d"} and "remote_image_unavailable" not in path.read_text(encoding="utf-8")
+
+
+def test_a_name_that_is_not_found_now_may_be_found_later():
+    async def resolve(host, port):
+        raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
+    with pytest.raises(ApiError) as caught:
+        asyncio.run(Fetcher(["img.test"], LIMITS, resolve).fetch("http://img.test/", "image 1"))
+    assert caught.value.code == "remote_image_unavailable"
+
+
+@pytest.mark.parametrize("first", ["127.0.0.9", "::1"])  # nobody listens there
+def test_every_checked_address_is_tried(first):
+    data, asked, _ = fetched({"/": reply(IMAGE)}, "http://img.test:{port}/", addresses=(first, "127.0.0.1"), allowed=("127.0.0.1", first))
+    assert data == IMAGE and len(asked) == 1
+    error, asked, _ = fetched({"/": reply(IMAGE)}, "http://img.test:{port}/", addresses=(first, "127.0.0.8"), allowed=("127.0.0.8", first))
+    assert error.code == "remote_image_unavailable" and not asked
+
+
+def test_an_address_that_does_not_answer_leaves_time_for_the_next(monkeypatch):
+    real = asyncio.open_connection
+
+    async def connect(address, *args, **more):
+        await asyncio.sleep(30 if address == "127.0.0.9" else 0)
+        return await real(address, *args, **more)
+    monkeypatch.setattr(asyncio, "open_connection", connect)
+    data, asked, _ = fetched({"/": reply(IMAGE)}, "http://img.test:{port}/", addresses=("127.0.0.9", "127.0.0.1"),
+                             allowed=("127.0.0.1", "127.0.0.9"), limits=Limits(fetch_timeout=1.0))
+    assert data == IMAGE and len(asked) == 1
