@@ -11,7 +11,7 @@ from llavamed_jax.checkpoints.model_config import kind_of, tree_root
 from llavamed_jax.checkpoints.open import open_checkpoint
 from llavamed_jax.checkpoints.torch.files import ADAPTER_CONFIG
 from llavamed_jax.config import PRESET
-from llavamed_jax.errors import UserError, exists
+from llavamed_jax.errors import UserError, exists, short, warn_once
 from llavamed_jax.utils.paths import is_bucket
 
 
@@ -61,15 +61,20 @@ def _adapter(adapter: str | Path) -> Path:
 
 def _base(adapter: Path) -> str:
     """Returns the PATH of the base that an adapter's config names."""
-    name = peft_config.read(adapter).base
+    settings = peft_config.read(adapter)
+    name, revision = settings.base, settings.revision
     if name is None:
         raise UserError(f"{adapter} holds an adapter, and its {ADAPTER_CONFIG} names no base; the base as the "
                         "checkpoint and this directory as the adapter (--checkpoint BASE --adapter THIS) were expected")
     for found in (Path(name), adapter.parent / Path(name).name):
         if found.is_dir() and found.resolve() != adapter.resolve():
+            if revision is not None:
+                warn_once(f"{adapter / ADAPTER_CONFIG} names revision {short(revision)} of its base; {found} is "
+                          "taken as it is")
             return str(found)
     try:
-        return str(hub.local(name))
+        # Of a revision in the name itself, PEFT knows nothing.
+        return str(hub.local(name if revision is None or "@" in name else f"{name}@{revision}"))
     except UserError as error:
         raise UserError(f"{adapter} holds an adapter of {name}, which is neither a directory here nor beside it, and "
                         f"could not be fetched: {error}; the base as the checkpoint and this directory as the adapter "

@@ -84,6 +84,9 @@ def read(directory: Path, model: LlavaConfig) -> Adapter:
     whole: dict[str, Tensor] = {}
     for key, tensor in read_file(file).items():
         name = key.removeprefix(START)
+        if ".lora_embedding_" in name:
+            raise UserError(f"{file} holds {key[:120]!r}, factors of an embedding, which are not supported; factors of "
+                            "linear layers, and embeddings in modules_to_save, were expected")
         if found := _FACTOR.fullmatch(name):
             factors.setdefault(found[1], {})[found[2]] = tensor
         else:

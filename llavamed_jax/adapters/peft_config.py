@@ -21,7 +21,7 @@ from llavamed_jax.utils.files import read_json
 _PLAIN = {"use_dora": (False, None), "use_qalora": (False, None), "lora_bias": (False, None),
           "fan_in_fan_out": (False, None), "layer_replication": (None,), "megatron_config": (None,),
           "alora_invocation_tokens": (None,), "arrow_config": (None,), "use_bdlora": (None, False),
-          "target_parameters": (None, [])}
+          "target_parameters": (None, []), "trainable_token_indices": (None, [], {})}
 # Ways of initialising that change the base too, so that the factors do not fit the base of the same name.
 _CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _LONGEST = 10_000  # characters
@@ -44,6 +44,7 @@ class PeftConfig:
       use_rslora: whether the scale is alpha / sqrt(r).
       dropout: `lora_dropout`.
       base: `base_model_name_or_path`.
+      revision: `revision` of the base on its hub; None for the newest.
     """
 
     file: Path
@@ -55,6 +56,7 @@ class PeftConfig:
     use_rslora: bool = False
     dropout: float = 0.0
     base: str | None = None
+    revision: str | None = None
 
     def rank_of(self, module: str) -> int:
         """Returns the rank of a module, by its torch name."""
@@ -90,7 +92,7 @@ def read(directory: Path) -> PeftConfig:
                       {key: _whole(file, f"rank_pattern {short(key)}", value) for key, value in ranks.items()},
                       {key: _number(file, f"alpha_pattern {short(key)}", value) for key, value in alphas.items()},
                       _targets(file, raw), _flag(file, raw, "use_rslora"), _share(file, raw.get("lora_dropout") or 0.0),
-                      _base(file, raw))
+                      _text(file, raw, "base_model_name_or_path"), _text(file, raw, "revision"))
 
 
 def _refuse_others(file: Path, raw: Mapping[str, Any]) -> None:
@@ -166,8 +168,8 @@ def _flag(file: Path, raw: Mapping[str, Any], key: str) -> bool:
     return value
 
 
-def _base(file: Path, raw: Mapping[str, Any]) -> str | None:
-    value = raw.get("base_model_name_or_path")
+def _text(file: Path, raw: Mapping[str, Any], key: str) -> str | None:
+    value = raw.get(key)
     if not isinstance(value, str | None) or value is not None and not value.isprintable():
-        raise UserError(f"{file} has base_model_name_or_path {short(value)}; a text was expected")
+        raise UserError(f"{file} has {key} {short(value)}; a text was expected")
     return value or None

@@ -14,6 +14,7 @@ from llavamed_jax.checkpoints.torch.layout import to_torch
 from llavamed_jax.checkpoints.torch.write import total_bytes, write_bin, write_safetensors
 from llavamed_jax.checkpoints.tree import reference
 from llavamed_jax.config.adapter import FACTOR_A, FACTOR_B, KERNEL, AdapterConfig
+from llavamed_jax.config.hf import llava_to_hf
 from llavamed_jax.errors import UserError, some
 from llavamed_jax.utils.directories import new_directory
 from llavamed_jax.utils.files import write_json
@@ -29,7 +30,7 @@ def write(checkpoint: Checkpoint, out: str | Path, layout: str = "transformers",
     """Writes `adapter_config.json` and `adapter_model.safetensors` into a new directory.
 
     Whole tensors that were trained beside the factors, such as the projector's, are written to the same file
-    (`modules_to_save`), and for LLaVA to `non_lora_trainables.bin`.
+    (`modules_to_save`), and for LLaVA to `non_lora_trainables.bin`, beside the whole model's `config.json`.
 
     Args:
       checkpoint: a checkpoint with an adapter: a run, or a base with an adapter put onto it.
@@ -66,8 +67,10 @@ def write(checkpoint: Checkpoint, out: str | Path, layout: str = "transformers",
     tensors = factors | ({peft.START + name: tensor for name, tensor in whole.items()} if parts else {})
     others = {f"base_model.model.{name}": tensor for name, tensor in whole.items()} if layout == "llava" else {}
     with new_directory(out, total_bytes(tensors | others), checkpoint.sources) as folder:
-        write_safetensors(folder, tensors, metadata={"format": "pt"}, stem="adapter_model")
-        if others:
+        # PEFT reads an adapter from one file.
+        write_safetensors(folder, tensors, metadata={"format": "pt"}, stem="adapter_model", is_cut=False)
+        if layout == "llava":  # LLaVA's builder reads both, the latter also if it holds nothing
+            write_json(folder / "config.json", llava_to_hf(checkpoint.config.replace(adapter=None), layout))
             write_bin(folder / ADAPTER_OTHERS, others)
         write_json(folder / ADAPTER_CONFIG, _config(adapter, torch_modules, parts, _base(checkpoint, base)))
     return [*tensors, *others]

@@ -13,6 +13,7 @@ from pathlib import Path
 from llavamed_jax.adapters import peft
 from llavamed_jax.checkpoints import names
 from llavamed_jax.checkpoints.checkpoint import Checkpoint
+from llavamed_jax.checkpoints.generation_file import FILE as GENERATION
 from llavamed_jax.checkpoints.generation_file import with_stop_ids
 from llavamed_jax.checkpoints.model_config import text_files
 from llavamed_jax.checkpoints.preprocessor_file import with_image_settings
@@ -54,7 +55,8 @@ def open_joined(base: Path, adapter: Path, vision_tower: Path | None) -> Checkpo
     except UserError as error:
         raise UserError(f"{adapter}: {error}") from None
     check_width(tower, vision, raw.get("mm_hidden_size"))
-    config = config.replace(decoder=with_stop_ids(config.decoder, adapter))
+    source = adapter if (adapter / GENERATION).is_file() else base
+    config = config.replace(decoder=with_stop_ids(config.decoder, source))
     config = with_image_settings(config, adapter, False, vision_tower)
     tensors = canonical(base, read_weights(base), config, "decoder") | tower_tensors(config, tower)
     plain = Checkpoint(config, "llava", base, tensors, text_files(base) | text_files(adapter),

@@ -243,6 +243,17 @@ def test_llavas_layout_is_read_as_it_was_written(saved, tmp_path):
         np.testing.assert_array_equal(again.read(name), checkpoint.read(name), err_msg=name)
 
 
+def test_llavas_layout_without_whole_tensors_has_all_files(saved, tmp_path):
+    """LLaVA's builder reads `config.json` and `non_lora_trainables.bin` in any case."""
+    checkpoint = open_model(saved.base, adapter=saved.adapter).replace(changed=frozenset())
+    peft_write.write(checkpoint, tmp_path / "out", "llava", base="somebody/llava")
+    assert hf.torch.load(tmp_path / "out" / "non_lora_trainables.bin") == {}
+    raw = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (raw["hidden_size"], raw["model_type"]) == (64, "llava_mistral") and "mm_vision_tower" in raw
+    again = open_model(saved.base, adapter=tmp_path / "out")
+    assert again.config.adapter == checkpoint.config.adapter and not again.changed
+
+
 @pytest.mark.parametrize("weights", ["adapter_model.safetensors", "adapter_model.bin"])
 def test_llavas_adapter_over_a_plain_language_model(saved, tmp_path, weights):
     """LLaVA's own directory: the base is the language model, the tower lies beside it, the projector in the adapter's directory."""
@@ -252,7 +263,9 @@ def test_llavas_adapter_over_a_plain_language_model(saved, tmp_path, weights):
     export(merged(whole), tmp_path / "whole", "llava")
     adapter, base = tmp_path / "llava-lora", tmp_path / "vicuna"
     peft_write.write(whole, adapter, "llava", base="somebody/vicuna")
-    raw = json.loads((tmp_path / "whole" / "config.json").read_text())
+    raw = json.loads((adapter / "config.json").read_text())
+    exported = json.loads((tmp_path / "whole" / "config.json").read_text())
+    assert {**raw, "dtype": "float32", "torch_dtype": "float32"} == exported  # that of the whole model
     raw.pop("llavamed_jax", None)
     (adapter / "config.json").write_text(json.dumps({**raw, "mm_vision_tower": "somebody/tower"}))
     if weights.endswith(".bin"):
@@ -267,6 +280,10 @@ def test_llavas_adapter_over_a_plain_language_model(saved, tmp_path, weights):
     found = open_model(base, adapter=adapter)
     assert found.tensors.keys() == whole.tensors.keys() and found.config.decoder == whole.config.decoder
     assert open_model(adapter).changed == found.changed == whole.changed  # it finds the base beside it
+    for folder, stops in ((base, (7, 9)), (adapter, (8,))):  # the base's stop ids, unless the adapter has its own
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": list(stops)}))
+        decoder = open_model(adapter).config.decoder
+        assert decoder == type(decoder)(**{**vars(decoder), **decoder.ends_with(stops)}) and decoder != whole.config.decoder
     for name in whole.tensors:
         if not name.startswith("vision_tower/"):
             np.testing.assert_array_equal(found.read(name), whole.read(name), err_msg=name)
@@ -298,6 +315,28 @@ def test_an_adapters_directory_finds_its_base(saved, tmp_path, monkeypatch):
             assert open_model(adapter).changed == open_model(saved.base, adapter=saved.adapter).changed
 
 
+def test_the_revision_of_a_base_is_obeyed(saved, tmp_path, monkeypatch, capsys):
+    """Of a hub's base; of a directory a warning says that it is taken as it is."""
+    from llavamed_jax.checkpoints import hub
+    asked, local = [], hub.local
+    monkeypatch.setattr(hub, "local", lambda path, *others, **more: (asked.append(path) or saved.base) if str(path).startswith("me/") else local(path, *others, **more))
+    for i, (name, revision, wanted) in enumerate([("me/base", "v2", "me/base@v2"), ("me/base", None, "me/base"), ("me/base@v1", "v2", "me/base@v1"),
+                                                  (str(saved.base), "v3", None), (str(saved.base), None, None)]):
+        adapter = altered(saved, tmp_path / str(i), {"base_model_name_or_path": name, "revision": revision})
+        asked.clear()
+        assert open_model(adapter).changed and asked == [wanted][:wanted is not None]
+        assert ("names revision 'v3' of its base;" in capsys.readouterr().err) == (revision == "v3")
+
+
+def test_an_adapter_is_one_file_of_any_size(saved, tmp_path, monkeypatch):
+    from llavamed_jax.checkpoints.torch import write
+    monkeypatch.setattr(write, "SHARD_BYTES", 5000)
+    checkpoint = open_model(saved.base, adapter=saved.adapter)
+    peft_write.write(checkpoint, tmp_path / "out")
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert open_model(saved.base, adapter=tmp_path / "out").tensors.keys() == checkpoint.tensors.keys()
+
+
 def test_load_names_its_adapter(saved):
     model = lm.load(saved.base, adapter=saved.adapter)
     assert model.describe()["adapter"] == str(saved.adapter)
@@ -324,6 +363,10 @@ Q = "base_model.model.model.language_model.layers.0.self_attn.q_proj"
     ({"peft_type": "IA3"}, None, "has peft_type 'IA3'; LORA was expected"),
     ({"init_lora_weights": "pissa_niter_4"}, None, "with which the adapter fits a changed base only"),
     ({"layer_replication": [[0, 2]]}, None, "has layer_replication"), ({"lora_bias": True}, None, "has lora_bias True"),
+    ({"trainable_token_indices": [5]}, None, r"has trainable_token_indices \[5\], which is not supported"),
+    ({"revision": 5}, None, "has revision 5; a text was expected"),
+    (None, lambda t: {**t, "base_model.model.model.language_model.embed_tokens.lora_embedding_A": np.ones((4, 96), np.float32)},
+     "lora_embedding_A', factors of an embedding, which are not supported; factors of linear layers"),
     ({"r": 8}, None, "factors of rank 4; 8, as .* says, was expected"), ({"r": 0}, None, "has r 0; a whole number from 1"),
     ({"r": "4"}, None, "has r '4'; a whole number"), ({"lora_alpha": None}, None, "has lora_alpha None; a finite number"),
     ({"rank_pattern": {"(": 3}}, None, "which is not a regular expression"),

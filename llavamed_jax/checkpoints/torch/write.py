@@ -35,7 +35,7 @@ def _bytes(tensor: Tensor) -> int:
 
 
 def write_safetensors(directory: Path, tensors: Mapping[str, Tensor], progress: Progress = iter,
-                      metadata: dict[str, str] | None = None, stem: str = "model") -> None:
+                      metadata: dict[str, str] | None = None, stem: str = "model", is_cut: bool = True) -> None:
     """Writes `model.safetensors`, or shards of at most `SHARD_BYTES` (one tensor may be larger) with an index.
 
     At most two tensors are in memory: the one that is being written and the next one.
@@ -46,11 +46,12 @@ def write_safetensors(directory: Path, tensors: Mapping[str, Tensor], progress: 
       progress: wraps the names of the tensors.
       metadata: metadata in the header of each file.
       stem: what the files' names begin with.
+      is_cut: whether there may be shards; False writes one file of any size.
     """
     shards, sizes = [[]], [0]
     for name, tensor in tensors.items():
         size = _bytes(tensor)
-        if shards[-1] and sizes[-1] + size > SHARD_BYTES:
+        if is_cut and shards[-1] and sizes[-1] + size > SHARD_BYTES:
             shards.append([])
             sizes.append(0)
         shards[-1].append(name)
