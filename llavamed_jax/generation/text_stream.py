@@ -60,9 +60,10 @@ class TextStream:
             self.is_stopped = True
         text = self._decode(self.token_ids)
         ends = [at for at in (text.find(s) for s in self._stop) if at >= 0]
-        self.text = text = (text[: min(ends)] if ends else text).strip()
-        # White space at the end may precede a stop string, and would then be stripped.
-        return self._give(text if self.is_stopped else text[: self._certain(text)].rstrip())
+        text = text[: min(ends)] if ends else text
+        self.text = text.strip()
+        # White space at either end may belong to a stop string or precede it: it is stripped after the search.
+        return self._give(self.text if self.is_stopped else text[: self._certain(text)].strip())
 
     def finish(self) -> str:
         """Returns the rest of the text at the end of the answer."""

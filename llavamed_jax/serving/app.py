@@ -161,6 +161,7 @@ class Noted:
 
     def __call__(self, status: int) -> None:
         """Writes the line."""
+        self._answer.close()
         if self._is_done:
             return
         self._is_done, answer, chat = True, self._answer, self._chat

@@ -49,10 +49,11 @@ async def chunks(answer: Answer, chat: ChatRequest) -> AsyncIterator[dict]:
         return {**_head(answer, "chat.completion.chunk"), "choices": [choice],
                 **({"usage": None} if chat.include_usage else {})}
 
-    yield chunk({"role": "assistant", "content": ""})
-    async with contextlib.aclosing(answer.pieces()) as pieces:
-        async for piece in pieces:
-            yield chunk({"content": piece.text}, piece)
+    with contextlib.closing(answer):
+        yield chunk({"role": "assistant", "content": ""})
+        async with contextlib.aclosing(answer.pieces()) as pieces:
+            async for piece in pieces:
+                yield chunk({"content": piece.text}, piece)
     yield chunk({}, reason=answer.finish_reason)
     if chat.include_usage:
         yield {**_head(answer, "chat.completion.chunk"), "choices": [], "usage": usage(answer.usage)}

@@ -11,7 +11,7 @@ from llavamed_jax.errors import short
 from llavamed_jax.generation.programs import ALTERNATIVES
 from llavamed_jax.serving import schema
 from llavamed_jax.serving.chat_completions import logprob_list
-from llavamed_jax.serving.content import read_messages
+from llavamed_jax.serving.content import Message, read_messages
 from llavamed_jax.serving.errors import ApiError, invalid
 from llavamed_jax.serving.schema import ChatRequest
 from llavamed_jax.serving.service import Answer, Service
@@ -24,6 +24,7 @@ _WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
     "tool_choice": ("none", "auto"), "truncation": ("disabled",), "max_tool_calls": (), "frequency_penalty": (0,),
     "presence_penalty": (0,), "stop": ([],), "max_tokens": (), "max_completion_tokens": (),
 }
+_MOST_METADATA, _METADATA_LENGTHS = 16, (64, 512)
 _STATEFUL = ("store", "previous_response_id", "conversation", "background")
 _KNOWN = {"input", "instructions", "model", "stream", "max_output_tokens", "temperature", "top_p", "top_k", "seed",
           "include", "top_logprobs", "text", *_WITHOUT_EFFECT}
@@ -55,19 +56,41 @@ def read(body, service: Service) -> ChatRequest:
     for key, value in (("model", model), ("instructions", instructions)):
         if value is not None and not isinstance(value, str):
             raise invalid(f"{key} is {short(value)}; a text was expected", key)
+    if instructions and not _is_unicode(instructions):
+        raise invalid(f"instructions are {short(instructions)}, which is not Unicode; a text was expected",
+                      "instructions")
     messages = _messages(body.get("input"))
-    if instructions:
-        if messages[0].get("role") in ("system", "developer"):
-            raise invalid("instructions and a system message in input were both given; one of them was expected",
-                          "instructions")
-        messages = [{"role": "system", "content": instructions}, *messages]
+    read = read_messages(messages, "input")
+    if instructions:  # stand before a system message of the input, as in OpenAI's service
+        rest = read[1:] if read[0].role == "system" else read
+        first, *more = read[0].parts if read[0].role == "system" and read[0].parts else [""]
+        read = [Message("system", [f"{instructions}\n\n{first}" if first else instructions, *more]), *rest]
     settings = schema.settings(body, service.defaults, schema.whole(body, "max_output_tokens", 1),
                                service.limits.max_new_tokens, alternatives=_alternatives(body))
     echo = {"instructions": instructions, "max_output_tokens": body.get("max_output_tokens"),
             "temperature": settings.temperature, "top_p": settings.top_p,
-            "metadata": body.get("metadata") if isinstance(body.get("metadata"), Mapping) else {}}
-    return ChatRequest(read_messages(messages, "input"), settings, model, schema.flag(body, "stream"),
+            "metadata": _metadata(body.get("metadata"))}
+    return ChatRequest(read, settings, model, schema.flag(body, "stream"),
                        ignored=tuple(sorted(set(map(str, body)) - _KNOWN)), echo=echo)
+
+
+def _metadata(given) -> dict[str, str]:
+    """Returns what the response repeats, within the limits of OpenAI's service."""
+    if given is None:
+        return {}
+    pairs = list(given.items()) if isinstance(given, Mapping) else [(None, None)]
+    is_right = all(isinstance(text, str) and len(text) <= most and _is_unicode(text)
+                   for pair in pairs for text, most in zip(pair, _METADATA_LENGTHS))
+    if not is_right or len(pairs) > _MOST_METADATA:
+        raise invalid(f"metadata is {short(given)}; an object of at most {_MOST_METADATA} texts of at most "
+                      f"{_METADATA_LENGTHS[1]} characters, under keys of at most {_METADATA_LENGTHS[0]}, was expected",
+                      "metadata")
+    return dict(pairs)
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether no half of a surrogate pair, which JSON can escape and UTF-8 cannot write, stands in it."""
+    return not any("\ud800" <= each <= "\udfff" for each in text)
 
 
 def _messages(given) -> list:
@@ -131,15 +154,16 @@ def _event(value: dict) -> str:
 
 async def _values(answer: Answer, chat: ChatRequest) -> AsyncIterator[dict]:
     at = {"item_id": f"msg_{answer.id}", "output_index": 0, "content_index": 0}
-    for kind in ("created", "in_progress"):
-        yield {"type": f"response.{kind}", "response": _response(answer, chat, "in_progress", [])}
-    yield {"type": "response.output_item.added", "output_index": 0, "item": _item(answer, "in_progress", [])}
-    yield {"type": "response.content_part.added", **at, "part": _part("", [])}
-    async with contextlib.aclosing(answer.pieces()) as pieces:
-        async for piece in pieces:
-            found = logprob_list(piece.logprobs, answer.token)
-            answer.found += found
-            yield {"type": "response.output_text.delta", **at, "delta": piece.text, "logprobs": found}
+    with contextlib.closing(answer):
+        for kind in ("created", "in_progress"):
+            yield {"type": f"response.{kind}", "response": _response(answer, chat, "in_progress", [])}
+        yield {"type": "response.output_item.added", "output_index": 0, "item": _item(answer, "in_progress", [])}
+        yield {"type": "response.content_part.added", **at, "part": _part("", [])}
+        async with contextlib.aclosing(answer.pieces()) as pieces:
+            async for piece in pieces:
+                found = logprob_list(piece.logprobs, answer.token)
+                answer.found += found
+                yield {"type": "response.output_text.delta", **at, "delta": piece.text, "logprobs": found}
     status, output = _ended(answer, chat)
     part = output[0]["content"][0]
     yield {"type": "response.output_text.done", **at, "text": part["text"], "logprobs": part["logprobs"]}

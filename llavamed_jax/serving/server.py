@@ -1,7 +1,8 @@
 """Runs the application: one process, one socket, connections that may neither idle nor dawdle, an orderly end.
 
-uvicorn 0.54 has no limit on how long headers take and answers broken HTTP with plain text. `Connection` adds both by
-overriding methods of uvicorn's protocol; `tests/serving/test_attacks.py` fails if another uvicorn has lost them.
+uvicorn 0.54 has no limit on how long headers and unread bodies take and answers broken HTTP with plain text.
+`Connection` adds both by overriding methods of uvicorn's protocol; `tests/serving/test_attacks.py` and
+`test_connections.py` fail if another uvicorn has lost them.
 """
 
 from __future__ import annotations
@@ -28,12 +29,14 @@ _LAST_S = 5  # for connections that still send their answers when the engine has
 
 
 def connection_class(limits: Limits) -> type[H11Protocol]:
-    """Makes the class of a server's connections."""
+    """Makes the class of a server's connections: each waits for its client only so long, reading or writing."""
 
     class Connection(H11Protocol):
-        """An HTTP connection that must send its headers in time."""
+        """An HTTP connection whose client must send headers and bodies, and read answers, in time."""
 
         _timer: asyncio.TimerHandle | None = None
+        _awaited = ""  # what the timer is for
+        _unread: asyncio.TimerHandle | None = None
 
         def connection_made(self, transport) -> None:
             super().connection_made(transport)
@@ -49,31 +52,72 @@ def connection_class(limits: Limits) -> type[H11Protocol]:
 
         def connection_lost(self, exc) -> None:
             self._unwatch()
+            self._written()
             super().connection_lost(exc)
 
         def on_response_complete(self) -> None:
             super().on_response_complete()
             self._watch()
 
+        def pause_writing(self) -> None:
+            super().pause_writing()
+            self._writes()
+
+        def resume_writing(self) -> None:
+            super().resume_writing()
+            if not self.transport.is_closing():
+                self._written()
+
         def _watch(self) -> None:
-            """Runs the clock while headers are awaited, and from the first of their bytes only once."""
-            if self.conn.their_state is not h11.IDLE or self.transport.is_closing():
+            """Runs the clock while the client must send something, from the first moment of each kind only once."""
+            if self.transport.is_closing():
                 self._unwatch()
-            elif self._timer is None:
-                self._timer = self.loop.call_later(limits.header_timeout, self._late)
+                self._writes()
+                return
+            awaited, seconds = self._wanted()
+            if awaited != self._awaited:
+                self._unwatch()
+                self._awaited = awaited
+                if awaited:
+                    self._timer = self.loop.call_later(seconds, self._late)
+
+        def _wanted(self) -> tuple[str, float]:
+            """What the client must send now, and within how many seconds; empty while the application works."""
+            ours, theirs = self.conn.our_state, self.conn.their_state
+            if theirs is h11.IDLE:
+                return "headers", limits.header_timeout
+            if theirs is not h11.SEND_BODY:
+                return "", 0.0
+            if ours in (h11.SEND_RESPONSE, h11.SEND_BODY):  # routes that read the body answer 408 before
+                return "body", 2 * limits.body_timeout
+            return "rest of a body that nobody reads", limits.header_timeout
 
         def _unwatch(self) -> None:
             if self._timer is not None:
                 self._timer.cancel()
-                self._timer = None
+            self._timer, self._awaited = None, ""
 
         def _late(self) -> None:
             self._timer = None
-            if self.conn.trailing_data[0]:
+            if self._awaited == "headers" and self.conn.trailing_data[0]:
                 self._refuse(ApiError(408, f"the headers did not arrive within {limits.header_timeout:g} s",
+                                      code="request_timeout"))
+            elif self.conn.our_state is h11.SEND_RESPONSE:
+                self._refuse(ApiError(408, f"the body did not arrive within {2 * limits.body_timeout:g} s",
                                       code="request_timeout"))
             else:
                 self.transport.close()
+                self._writes()
+
+        def _writes(self) -> None:
+            """Cuts the connection off unless the client reads what is written in time."""
+            if self._unread is None:
+                self._unread = self.loop.call_later(limits.send_timeout, self.transport.abort)
+
+        def _written(self) -> None:
+            if self._unread is not None:
+                self._unread.cancel()
+                self._unread = None
 
         def send_400_response(self, msg: str) -> None:
             self._refuse(ApiError(400, msg, code="invalid_http"))
@@ -86,6 +130,7 @@ def connection_class(limits: Limits) -> type[H11Protocol]:
             lines = [f"HTTP/1.1 {error.status} Error", *(f"{name}: {value}" for name, value in headers.items()), "", ""]
             self.transport.write("\r\n".join(lines).encode() + body)
             self.transport.close()
+            self._writes()
 
     return Connection
 

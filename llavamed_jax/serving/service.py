@@ -121,8 +121,12 @@ class Answer:
                     raise event.error
                 return
         finally:
-            if self.end is None:
-                self.cancel()
+            self.close()
+
+    def close(self) -> None:
+        """Cancels the answer unless it has ended; whoever asked calls it, since nobody may have begun to iterate."""
+        if self.end is None:
+            self.cancel()
 
     def cancel(self) -> None:
         """Frees the row at the next decode loop."""
@@ -276,7 +280,9 @@ class Service:
         """
         most = self.limits.max_requests
         own = most if len(self.keys) < 2 else max(1, int(most * self.limits.key_share))
-        if self.under_way >= most or self._under_way[key] >= own:
+        # One request of each of several keys is always taken: the others cannot lock a key out.
+        is_first = len(self.keys) > 1 and not self._under_way[key]
+        if not is_first and (self.under_way >= most or self._under_way[key] >= own):
             raise try_again(429, f"{self.under_way} requests are under way, {self._under_way[key]} of them with this "
                             "key, and more are not taken now", 1, "too_many_requests")
         self._under_way[key] += 1
