@@ -348,12 +348,15 @@ class LlavaMed:
                            self._text_streams(stop))
 
     def request(self, messages: Sequence[dict], max_new_tokens: int = 256, temperature: float = 0.0, top_p: float = 1.0,
-                top_k: int = 0, seed: int = 0, logprobs: bool = False) -> Request:
+                top_k: int = 0, seed: int = 0, logprobs: bool = False,
+                pixels: Sequence[np.ndarray] | None = None) -> Request:
         """Makes the engine's request of one conversation, for a server, which runs the engine itself.
 
-        Arguments and errors are those of `generate`; `logprobs` asks for the log probabilities of the tokens.
+        Arguments and errors are those of `generate`; `logprobs` asks for the log probabilities of the tokens. `pixels`
+        are the messages' images as `processor.images_uint8` makes them, uint8 [H,W,3] each; then the images in the
+        messages only hold their places.
         """
-        ids, images = self._encode(messages)
+        ids, images = self._encode(messages, pixels)
         (request,) = self._requests([ids], [images], max_new_tokens, temperature, top_p, top_k, 1, seed)
         request.logprobs = logprobs
         self.engine.check(request, "the prompt")
@@ -363,13 +366,13 @@ class LlavaMed:
         """Begins the text of an answer; `stop` is as in `generate`."""
         return self._text_streams(stop)()
 
-    def _encode(self, messages):
+    def _encode(self, messages, pixels=None):
         images = read_messages(messages).images
         ids = self.processor.expand(self.processor.encode(self.processor.prompt(messages)))
         markers = ids.count(IMAGE_TOKEN) // self.config.tokens_per_image
         if markers != len(images):  # the text itself contains a marker
             raise UserError(f"the messages have {len(images)} images for {markers} {IMAGE_MARKER} markers")
-        return ids, list(self.processor.images_uint8(images))
+        return ids, list(self.processor.images_uint8(images) if pixels is None else pixels)
 
     def _requests(self, prompts, images, max_new_tokens, temperature, top_p, top_k, num_beams, seed):
         check_settings(max_new_tokens, temperature, top_p, top_k, num_beams, seed)

@@ -17,6 +17,9 @@ from llavamed_jax.serving.limits import MIB, Limits
 
 HEADER_BYTES = 32768  # of a request's line and headers together
 MOST_DEPTH = 64  # of JSON; a request of OpenAI's needs six
+# Commas and opening brackets of a body, with those in its texts: JSON's parser lets no other thread run.
+MOST_MARKS = 2**20
+_LARGE = 2**18  # bytes of a body that is parsed in a thread
 _LINGER_BYTES, _LINGER_SECONDS = 64 * MIB, 5.0
 
 
@@ -77,7 +80,7 @@ async def read_json(request: Request, limits: Limits) -> Any:
                        headers={"Connection": "close"}) from None
     except ClientDisconnect:
         raise ClientGone from None
-    return parse(bytes(data))
+    return await asyncio.to_thread(parse, bytes(data)) if len(data) > _LARGE else parse(bytes(data))
 
 
 async def _linger(request: Request) -> None:
@@ -98,7 +101,7 @@ def _too_large(limits: Limits) -> ApiError:
 
 
 def parse(data: bytes) -> Any:
-    """Parses JSON. NaN, infinities and depths above `MOST_DEPTH` are refused.
+    """Parses JSON. NaN, infinities, depths above `MOST_DEPTH` and more than `MOST_MARKS` values are refused.
 
     Raises:
       ApiError: 400.
@@ -106,6 +109,10 @@ def parse(data: bytes) -> Any:
     def refuse(constant: str):
         raise ValueError(f"it holds {constant}, which is not JSON")
 
+    marks = sum(map(data.count, (b",", b"{", b"[")))
+    if marks > MOST_MARKS:
+        raise invalid(f"the body has {marks} commas and brackets; at most {MOST_MARKS} were expected",
+                      code="invalid_json")
     try:
         value = json.loads(data.decode(), parse_constant=refuse)
     except RecursionError:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hmac
+import itertools
 import threading
 import time
 import uuid
@@ -17,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-from PIL import Image
+import numpy as np
 
 from llavamed_jax.errors import UserError, count_of, short
 from llavamed_jax.generation.requests import PromptTooLong
@@ -31,6 +32,7 @@ from llavamed_jax.serving.scheduler import End, Piece, Scheduler, Ticket
 from llavamed_jax.serving.schema import ChatRequest, Settings
 
 _LEAST_TOP_P = 1e-9  # of the engine, which takes none of 0: the most likely token alone
+_CHARACTERS = 256  # a token at most; the longest of known vocabularies is 128 spaces
 PREPARERS = 4  # threads that decode images and tokenise
 
 
@@ -308,6 +310,7 @@ class Service:
         self.check_ready()
         self.check_model(chat.model)
         self.scheduler.check_room(caller.key)
+        self._check_length(chat.messages)
         loop, events = asyncio.get_running_loop(), asyncio.Queue()
         urls = [image.url for image in images_of(chat.messages)]
         count = len(urls)
@@ -316,7 +319,7 @@ class Service:
                           "messages", "too_many_images")
         encoded = [url if url[:5].lower() == "data:" else await self._fetcher.fetch(url, f"image {i}")
                    for i, url in enumerate(urls, 1)]
-        # In one piece: only as many requests as threads have whole images in memory.
+        # In one piece: only as many whole images as threads are in memory.
         request, text = await loop.run_in_executor(self._pool, self._request, chat.messages, chat.settings, encoded)
 
         def deliver(event: Piece | End) -> None:
@@ -329,20 +332,30 @@ class Service:
         return Answer(ticket, self.scheduler, events, image_tokens, self.names[0],
                       self.model.processor.text_tokenizer.bytes_of)
 
-    def _decode(self, data: str | bytes, where: str) -> Image.Image:
+    def _check_length(self, messages: Sequence[Message]) -> None:
+        """Raises ApiError for a text that no tokenizer makes short enough, before anything is made of it."""
+        found = sum(len(part) for message in messages for part in message.parts if isinstance(part, str))
+        most = self.most_prompt * _CHARACTERS
+        if found > most:
+            raise invalid(f"the messages have {found} characters; at most {most} were expected; this model's maximum "
+                          f"context length is {self.most_prompt} tokens", "messages", "context_length_exceeded")
+
+    def _pixels(self, data: str | bytes, where: str) -> np.ndarray:
+        """Makes the model's image of an encoded one, uint8 [H,W,3]; the whole image is in memory only meanwhile."""
         data = images.data_of(data, where, self.limits) if isinstance(data, str) else data
-        return images.decode(data, where, self.limits)
+        return self.model.processor.images_uint8([images.decode(data, where, self.limits)])[0]
 
     def _request(self, messages: Sequence[Message], settings: Settings, encoded: Sequence[str | bytes]):
         """Makes the engine's request, with images from `data:` URLs or bytes, and the text of its answer."""
-        taken = iter([self._decode(data, f"image {i}") for i, data in enumerate(encoded, 1)])
+        place = itertools.count(1)
         plain = [{"role": message.role, "content": [
-            {"type": "image", "image": next(taken)} if isinstance(part, ImageUrl) else {"type": "text", "text": part}
+            {"type": "image", "image": next(place)} if isinstance(part, ImageUrl) else {"type": "text", "text": part}
             for part in message.parts]} for message in messages]
         s, most = settings, self.limits.max_prompt_tokens
         try:
+            pixels = [self._pixels(data, f"image {i}") for i, data in enumerate(encoded, 1)]
             request = self.model.request(plain, s.max_new_tokens, s.temperature, s.top_p or _LEAST_TOP_P, s.top_k,
-                                         s.seed, logprobs=s.alternatives is not None)
+                                         s.seed, logprobs=s.alternatives is not None, pixels=pixels)
             if most is not None and len(request.ids) > most:
                 raise PromptTooLong("the prompt", len(request.ids), most)
             return request, self.model.text_stream(s.stop)
