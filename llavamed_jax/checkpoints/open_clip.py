@@ -21,6 +21,7 @@ from typing import Any
 from llavamed_jax.checkpoints.tensor import Tensor
 from llavamed_jax.config import CLIP_MEAN, CLIP_STD, RESAMPLE
 from llavamed_jax.config.checks import as_object
+from llavamed_jax.config.towers import TOWERS
 from llavamed_jax.config.towers.vit import VitConfig
 from llavamed_jax.errors import UserError, short
 from llavamed_jax.utils.files import read_json
@@ -43,8 +44,11 @@ _QKV = re.compile(r"blocks\.(\d+)\.attn\.qkv\.(weight|bias)")
 
 
 def is_open_clip(directory: Path) -> bool:
-    """Returns whether a directory holds a model that open_clip saved."""
-    return (directory / FILE).is_file()
+    """Returns whether a directory holds a model that open_clip saved, and no tower of transformers beside it."""
+    if not (directory / FILE).is_file():
+        return False
+    kind = read_json(directory / "config.json").get("model_type") if (directory / "config.json").is_file() else None
+    return not isinstance(kind, str) or kind not in TOWERS
 
 
 def tower_json(directory: Path) -> dict:

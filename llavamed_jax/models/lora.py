@@ -22,7 +22,8 @@ from llavamed_jax.quantized.kernels import dot
 def product(layer: nn.Module, x, axes: tuple[str | None, str | None], dtype: Any):
     """Returns `scale (x A) B` [..., F] for x [..., D]; None if the layer's parameters have no factors.
 
-    The factors are never multiplied with each other: no array has the kernel's shape. With the random stream `dropout`,
+    The factors are never multiplied with each other: no array has the kernel's shape. The scale and the share that is
+    kept are float32, as torch multiplies by a Python float: a product with them is rounded once to `dtype`. With the random stream `dropout`,
     which only training has, a share of x is set to 0 before A.
 
     Args:
@@ -37,9 +38,10 @@ def product(layer: nn.Module, x, axes: tuple[str | None, str | None], dtype: Any
         return None
     if rate is not None and layer.has_rng("dropout"):
         is_kept = jax.random.uniform(layer.make_rng("dropout"), x.shape) >= rate
-        x = jnp.where(is_kept, x / (1 - rate).astype(x.dtype), 0)
+        x = jnp.where(is_kept, x.astype(jnp.float32) / (1 - rate), 0).astype(x.dtype)
     inner = dot(x.astype(dtype), constrain_weight(a.astype(dtype), axes[0], None))
-    return dot(inner, constrain_weight(b.astype(dtype), None, axes[1])) * scale.astype(dtype)
+    y = dot(inner, constrain_weight(b.astype(dtype), None, axes[1]))
+    return (y.astype(jnp.float32) * scale).astype(dtype)
 
 
 def add_shapes(params: Mapping[str, Any], adapter: AdapterConfig) -> dict[str, Any]:

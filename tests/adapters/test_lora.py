@@ -185,6 +185,27 @@ def test_dropouts_rate_and_scale():
     assert (np.asarray(layer.apply({"params": params}, x)) == 2).all()
 
 
+def test_scale_and_rate_are_not_rounded_to_bfloat16():
+    """As torch multiplies a bfloat16 tensor by PEFT's scale, a Python float: in float32, rounded once."""
+    torch = pytest.importorskip("torch")
+    from llavamed_jax.models.layers import Linear
+    rng, (rank, alpha, rate) = np.random.default_rng(0), (11, 16.0, 0.1)
+    x, a, b = (rng.standard_normal(shape, np.float32) for shape in ((32, 48), (48, rank), (rank, 40)))
+    params = {"kernel": jnp.zeros((48, 40)), "kernel_lora_a": a, "kernel_lora_b": b, "kernel_lora_scale": jnp.float32(alpha / rank**0.5)}
+    layer = Linear(40, (None, None), use_bias=False, dtype=jnp.bfloat16)
+    x = jnp.asarray(x, jnp.bfloat16)
+    bare = layer.apply({"params": {**params, "kernel_lora_scale": jnp.float32(1)}}, x)
+    wanted = torch.from_numpy(np.asarray(bare, np.float32)).to(torch.bfloat16) * (alpha / rank**0.5)
+    np.testing.assert_array_equal(np.asarray(layer.apply({"params": params}, x), np.float32), wanted.float().numpy())
+    params |= {"kernel_lora_a": jnp.eye(48), "kernel_lora_b": jnp.eye(48), "kernel": jnp.zeros((48, 48)), "kernel_lora_scale": jnp.float32(1),
+               "kernel_lora_dropout": jnp.float32(rate)}
+    layer = Linear(48, (None, None), use_bias=False, dtype=jnp.bfloat16)
+    y = np.asarray(layer.apply({"params": params}, x, rngs={"dropout": jax.random.key(0)}), np.float32)
+    wanted = np.asarray((x.astype(jnp.float32) / np.float32(1 - rate)).astype(jnp.bfloat16), np.float32)
+    np.testing.assert_array_equal(y[y != 0], wanted[y != 0])
+    assert 0.8 < (y != 0).mean() < 1
+
+
 def test_rematerialised_layers_draw_the_same_dropout():
     """The backward pass of a layer that is computed again has the mask of the forward pass; each layer has its own."""
     config = config_with(CFG, adapter(DECODER, dropout=0.4))

@@ -103,6 +103,22 @@ def test_features_are_those_of_the_last_three_blocks(file, model, tmp_path, meas
     assert "left out" not in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("vision", [{"layers": 12, "width": 768}, CONFIG["model_cfg"]["vision_cfg"]], ids=["clip", "timm"])
+def test_a_tower_in_both_formats_is_transformers(vision, tmp_path):
+    """As LAION publishes CLIP: `config.json` of a CLIPModel and its weights, with open_clip's files beside them."""
+    towers_only = build(towers.decoder_directory(tmp_path / "decoder"), tiny.save_clip(tmp_path / "one") or tmp_path / "one", "linear", tmp_path)[0]
+    directory = tmp_path / "both"
+    tiny.save_clip(directory)
+    (directory / "open_clip_config.json").write_text(json.dumps({**CONFIG, "model_cfg": {"vision_cfg": vision}}))
+    for name in ("open_clip_pytorch_model.bin", "open_clip_model.safetensors"):
+        (directory / name).write_bytes(b"not read")
+    checkpoint, _ = build(tmp_path / "decoder", directory, "linear", tmp_path)
+    assert checkpoint.config.vision == towers_only.config.vision
+    for name in checkpoint.tensors:
+        if name.startswith("vision_tower/"):
+            np.testing.assert_array_equal(checkpoint.read(name), towers_only.read(name))
+
+
 @pytest.mark.parametrize("order", ["kqv", "qvk", "vkq"])
 def test_another_order_of_the_fused_tensor_fails(order, model, tmp_path):
     directory = save(tmp_path / "tower", in_timm(model, order))
