@@ -23,8 +23,8 @@ def product(layer: nn.Module, x, axes: tuple[str | None, str | None], dtype: Any
     """Returns `scale (x A) B` [..., F] for x [..., D]; None if the layer's parameters have no factors.
 
     The factors are never multiplied with each other: no array has the kernel's shape. The scale and the share that is
-    kept are float32, as torch multiplies by a Python float: a product with them is rounded once to `dtype`. With the random stream `dropout`,
-    which only training has, a share of x is set to 0 before A.
+    kept are float32, as torch multiplies by a Python float: a product with them is rounded once to `dtype`. With the
+    random stream `dropout`, which only training has, a share of x is set to 0 before A.
 
     Args:
       layer: the layer, with the factors in its parameters.
