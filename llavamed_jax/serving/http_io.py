@@ -64,7 +64,7 @@ async def read_json(request: Request, limits: Limits) -> Any:
     """
     claimed = request.headers.get("content-length", "")
     if claimed.isdigit() and int(claimed[:20]) > limits.max_body_bytes:
-        await _linger(request)
+        await _linger(request, limits)
         raise _too_large(limits)
     data = bytearray()
     try:
@@ -73,7 +73,7 @@ async def read_json(request: Request, limits: Limits) -> Any:
                 data += piece
                 if len(data) > limits.max_body_bytes:
                     data.clear()
-                    await _linger(request)
+                    await _linger(request, limits)
                     raise _too_large(limits)
     except TimeoutError:
         raise ApiError(408, f"the body did not arrive within {limits.body_timeout:g} s", code="request_timeout",
@@ -83,11 +83,11 @@ async def read_json(request: Request, limits: Limits) -> Any:
     return await asyncio.to_thread(parse, bytes(data)) if len(data) > _LARGE else parse(bytes(data))
 
 
-async def _linger(request: Request) -> None:
+async def _linger(request: Request, limits: Limits) -> None:
     """Reads on for a moment and keeps nothing: a client that is still sending would not see the response."""
     left = _LINGER_BYTES
     with contextlib.suppress(TimeoutError, ClientDisconnect, RuntimeError):
-        async with asyncio.timeout(_LINGER_SECONDS):
+        async with asyncio.timeout(min(_LINGER_SECONDS, limits.body_timeout / 2)):  # before the connection's own limit
             while left > 0:
                 message = await request.receive()
                 left -= len(message.get("body", b""))
