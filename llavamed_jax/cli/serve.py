@@ -19,7 +19,8 @@ from llavamed_jax.utils.files import read_bytes
 
 _EXAMPLE = """\
 example: serve.py --checkpoint PATH --port 8000, then
-  curl http://127.0.0.1:8000/v1/chat/completions -d '{"messages": [{"role": "user", "content": "What is MRI?"}]}'
+  curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' \\
+    -d '{"messages": [{"role": "user", "content": "What is MRI?"}]}'
 For research only, never for clinical decisions. docs/serving.md describes every flag."""
 _NAMES = {int: "N", float: "SECONDS"}
 _MEANINGS = {
@@ -83,8 +84,8 @@ def program(argv: Sequence[str]) -> int:
         warn(f"--host is {args.host} and no key is needed: whoever reaches this machine may use the model")
     listener = server.listen(args.host, args.port)
     names = _listed(args.served_model_name) or [Path(args.adapter or args.checkpoint).name or args.checkpoint]
-    service = Service([*names, args.checkpoint], limits, keys, _listed(args.allow_remote_images),
-                      Log(args.log_content), __version__)
+    service = Service(names, limits, keys, _listed(args.allow_remote_images),
+                      Log(args.log_content), __version__, [args.checkpoint])
     signals.enter(signals.Phase("stopped before every answer was complete", grace=limits.drain_timeout + 20))
     host = f"[{args.host}]" if ":" in args.host else args.host
     print(f"serving {names[0]} at http://{host}:{listener.getsockname()[1]}: "

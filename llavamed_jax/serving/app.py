@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import time
-import uuid
 from collections.abc import Callable
 from types import ModuleType
 
-from fastapi import FastAPI, Request
+from fastapi import Depends, FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse
 from starlette.exceptions import HTTPException
 
 from llavamed_jax.serving import chat_completions, responses
 from llavamed_jax.serving.errors import ApiError, of_status
-from llavamed_jax.serving.http_io import ClientGone, EventStream, HeaderLimit, read_json, unless_gone
+from llavamed_jax.serving.http_io import (
+    ClientGone,
+    EventStream,
+    HeaderLimit,
+    check_origin,
+    read_json,
+    request_id,
+    unless_gone,
+)
 from llavamed_jax.serving.service import Answer, Caller, Service
 
 
@@ -29,7 +36,8 @@ def create(service: Service, page: Callable[[FastAPI, Service], FastAPI] | None 
       The ASGI application.
     """
     # No pages of documentation: theirs load scripts from another machine.
-    app = FastAPI(title="llavamed-jax", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
+    app = FastAPI(title="llavamed-jax", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False,
+                  dependencies=[Depends(_same_origin)])
     app.add_middleware(HeaderLimit)
     app.state.service = service
     _add_errors(app, service)
@@ -37,6 +45,10 @@ def create(service: Service, page: Callable[[FastAPI, Service], FastAPI] | None 
     for prefix in ("/v1", ""):
         _add_api(app, service, prefix)
     return app if page is None else page(app, service)
+
+
+async def _same_origin(request: Request) -> None:
+    check_origin(request.headers)
 
 
 def _add_state(app: FastAPI, service: Service) -> None:
@@ -74,12 +86,12 @@ def _health(service: Service) -> JSONResponse:
 def _add_api(app: FastAPI, service: Service, prefix: str) -> None:
     @app.get(f"{prefix}/models")
     async def models(request: Request):
-        service.caller_of(request.headers.get("authorization"))
-        return {"object": "list", "data": [_model(service, service.names[0])]}
+        _caller(request, service)
+        return {"object": "list", "data": [_model(service, name) for name in service.names]}
 
     @app.get(f"{prefix}/models/{{name:path}}")
     async def model(name: str, request: Request):
-        service.caller_of(request.headers.get("authorization"))
+        _caller(request, service)
         service.check_model(name)
         return _model(service, name)
 
@@ -98,10 +110,14 @@ def _model(service: Service, name: str) -> dict:
             "root": service.names[0], "max_model_len": most}
 
 
+def _caller(request: Request, service: Service) -> Caller:
+    request.state.key = service.caller_of(request.headers.get("authorization"))
+    return Caller(request.state.key, request_id(request))
+
+
 async def _answered(request: Request, service: Service, api: ModuleType):
     """Runs one request of the API: its key, its place among those under way, its body, its answer."""
-    caller = Caller(service.caller_of(request.headers.get("authorization")),
-                    request.headers.get("x-request-id", "")[:64] or uuid.uuid4().hex)
+    caller = _caller(request, service)
     scope = contextlib.ExitStack()
     scope.enter_context(service.counting(caller.key))
     try:
@@ -189,9 +205,10 @@ def _add_errors(app: FastAPI, service: Service) -> None:
         # The message may quote the request, and with it a patient's words; code and key say enough for the log.
         route = getattr(request.scope.get("route"), "path", "unknown")
         service.metrics.requests.labels(route, error.status).inc()
-        service.log.event("refused", {"message": error.message}, route=route, status=error.status, code=error.code,
+        service.log.event("refused", {"message": error.message}, request=request_id(request), route=route,
+                          key=getattr(request.state, "key", None), status=error.status, code=error.code,
                           param=error.param)
-        return JSONResponse(error.body, error.status, error.headers)
+        return JSONResponse(error.body, error.status, {**error.headers, "X-Request-Id": request_id(request)})
 
     @app.exception_handler(ApiError)
     async def refused(request: Request, error: ApiError):

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
+from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
@@ -44,6 +46,29 @@ class HeaderLimit:
         await self._app(scope, receive, send)
 
 
+def check_origin(headers: Headers) -> None:
+    """Raises ApiError 403 for what a browser sends in the name of another site's page."""
+    origin = headers.get("origin")
+    if origin is not None and origin.partition("://")[2].lower() != headers.get("host", "").lower():
+        raise ApiError(403, "the request comes from another site's page", code="wrong_origin")
+
+
+def check_type(headers: Headers) -> None:
+    """Raises ApiError 415 for a body that is called something else than JSON, as a page's form is."""
+    given = headers.get("content-type", "")
+    kind = given.partition(";")[0].strip().lower()
+    if given and kind != "application/json" and not kind.endswith("+json"):
+        raise ApiError(415, f"the Content-Type is {short(given)}; application/json was expected", code="not_json",
+                       headers={"Connection": "close"})
+
+
+def request_id(request: Request) -> str:
+    """Returns the request's `X-Request-Id`, cut to what a header can carry back, or a new one; always the same."""
+    if not hasattr(request.state, "id"):
+        request.state.id = request.headers.get("x-request-id", "")[:64].strip() or uuid.uuid4().hex
+    return request.state.id
+
+
 class ClientGone(Exception):
     """The client hung up."""
 
@@ -59,9 +84,11 @@ async def read_json(request: Request, limits: Limits) -> Any:
       The JSON value.
 
     Raises:
-      ApiError: 413, more bytes than allowed, as counted while they arrive; 408, they arrive too slowly; 400, no JSON.
+      ApiError: 415, it is not called JSON;
+        413, more bytes than allowed, as counted while they arrive; 408, they arrive too slowly; 400, no JSON.
       ClientGone: the client hung up.
     """
+    check_type(request.headers)
     claimed = request.headers.get("content-length", "")
     if claimed.isdigit() and int(claimed[:20]) > limits.max_body_bytes:
         await _linger(request, limits)

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Awaitable, Callable
-from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.responses import RedirectResponse, Response
 
 from llavamed_jax.serving.errors import ApiError
+from llavamed_jax.serving.http_io import check_origin
 from llavamed_jax.serving.limits import MIB, Limits
 from llavamed_jax.serving.page_keys import PATH, Keys
 
@@ -51,9 +51,7 @@ class Door:
         path = "/" + path.removeprefix(scope.get("root_path", "")).lstrip("/")
         if not _PATHS.fullmatch(path) and path != PATH:
             raise HTTPException(404)
-        origin = headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc != headers.get("host"):
-            raise ApiError(403, "the request comes from another site's page", code="wrong_origin")
+        check_origin(headers)
         if path == PATH or self._keys.name(headers) is None:
             await (await self._at_the_door(path, scope, receive, headers))(scope, receive, _with_headers(send))
             return

@@ -157,7 +157,8 @@ class Service:
     """A model that is loaded in the background and answers requests when it is ready.
 
     Args:
-      names: names under which the model is served; the first one is in the answers.
+      names: names under which the model is served; an answer has the one that was asked for, else the first one.
+      aliases: names that are taken too and that no reply names, such as a path.
       limits: the server's limits.
       keys: name -> API key; empty lets everybody in.
       remote_hosts: hosts from which images may be fetched.
@@ -166,8 +167,10 @@ class Service:
     """
 
     def __init__(self, names: Sequence[str], limits: Limits = DEFAULTS, keys: Mapping[str, str] | None = None,
-                 remote_hosts: Sequence[str] = (), log: Log | None = None, version: str = ""):
+                 remote_hosts: Sequence[str] = (), log: Log | None = None, version: str = "",
+                 aliases: Sequence[str] = ()):
         self.names, self.limits, self.keys, self.version = list(names), limits, dict(keys or {}), version
+        self._aliases = set(aliases)
         self.log, self.metrics, self.loading = log or Log(), Metrics(), Loading()
         self.created = int(time.time())
         self.model: Any = None
@@ -211,8 +214,7 @@ class Service:
         scheduler.on_end = self.metrics.ended
         scheduler.on_error = lambda error: self.log.event("engine_error", error=type(error).__name__)
         scheduler.start()
-        if model.name not in self.names:
-            self.names.append(model.name)
+        self._aliases.add(model.name)
         self.model, self.scheduler = model, scheduler
         self.loading.seconds = round(time.monotonic() - self.loading.started, 3)
         self.loading.stage = "ready"
@@ -264,9 +266,15 @@ class Service:
 
     def check_model(self, name: str | None) -> None:
         """Raises ApiError 404 if a request names another model than this server's."""
-        if name is not None and name not in self.names:
-            raise ApiError(404, f"the model {short(name)} is not served here; {' or '.join(map(repr, self.names))} was "
+        if name is not None and name not in self.names and name not in self._aliases:
+            raise ApiError(404, f"the model {short(name)} is not served here; {' or '.join(map(repr, self._told))} was "
                            "expected", "model", "model_not_found")
+
+    @property
+    def _told(self) -> list[str]:
+        """The names that an error lists: the served ones and the checkpoint's own, but no path."""
+        own = self.model.name if self.model is not None else ""
+        return list(dict.fromkeys([*self.names, *([own] if own and "/" not in own else [])]))
 
     @property
     def under_way(self) -> int:
@@ -329,7 +337,8 @@ class Service:
         ticket = Ticket(request, text, chat.settings.alternatives, caller.key, deadline, deliver)
         self.scheduler.submit(ticket)
         image_tokens = count * (self.model.processor.tokens_per_image or 0)
-        return Answer(ticket, self.scheduler, events, image_tokens, self.names[0],
+        return Answer(ticket, self.scheduler, events, image_tokens,
+                      chat.model if chat.model in self.names else self.names[0],
                       self.model.processor.text_tokenizer.bytes_of)
 
     def _check_length(self, messages: Sequence[Message]) -> None:

@@ -61,7 +61,8 @@ def test_a_process_loads_answers_and_ends_when_it_is_asked_to(tmp_path):
         if '"event": "ready"' in line:
             break
     body = json.dumps({"messages": [{"role": "user", "content": "What?"}], "max_tokens": 3}).encode()
-    with urllib.request.urlopen(f"{url}/v1/chat/completions", body, timeout=60) as reply:
+    request = urllib.request.Request(f"{url}/v1/chat/completions", body, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=60) as reply:
         assert json.load(reply)["usage"]["completion_tokens"] == 3
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 0

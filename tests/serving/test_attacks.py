@@ -33,7 +33,8 @@ def attacked(model):
 def post(server, body, path="/v1/chat/completions", key="right", headers=()):
     """Status and JSON of a request; `body` is a value or bytes."""
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
-    request = urllib.request.Request(server.origin + path, data, {"Authorization": f"Bearer {key}", **dict(headers)})
+    request = urllib.request.Request(server.origin + path, data,
+                                     {"Authorization": f"Bearer {key}", "Content-Type": "application/json", **dict(headers)})
     try:
         with urllib.request.urlopen(request, timeout=600) as reply:
             return reply.status, json.load(reply)

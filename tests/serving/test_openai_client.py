@@ -65,7 +65,7 @@ def test_logprobs_are_those_of_the_model(client, alone):
 
 
 def test_models_are_listed_under_their_names(client, server):
-    assert [each.id for each in client.models.list()] == ["served"]
+    assert [each.id for each in client.models.list()] == ["served", "alias"]
     assert client.models.retrieve("alias").id == "alias"
     with pytest.raises(openai.NotFoundError, match="'nobody' is not served here; 'served' or 'alias' or 'tiny' was expected"):
         client.chat.completions.create(model="nobody", messages=CONVERSATIONS["text"])

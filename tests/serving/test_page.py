@@ -49,7 +49,7 @@ def asked(talks, *args, session="s", **more):
 
 def post(server, messages, **more):
     body = json.dumps({"messages": messages, "max_tokens": MOST, "temperature": 0.0, **more}).encode()
-    with urllib.request.urlopen(urllib.request.Request(f"{server.url}/chat/completions", body), timeout=120) as response:
+    with urllib.request.urlopen(urllib.request.Request(f"{server.url}/chat/completions", body, {"Content-Type": "application/json"}), timeout=120) as response:
         return json.load(response)["choices"][0]
 
 

@@ -47,7 +47,7 @@ def test_a_recorded_request_is_answered_as_its_sender_expects(server, client, nu
     status, kind, text = ask(server, request_, **more)
     assert status == 200
     if request_["method"] == "GET":
-        assert [each["id"] for each in json.loads(text)["data"]] == ["served"]
+        assert [each["id"] for each in json.loads(text)["data"]] == ["served", "alias"]
     elif request_["path"].endswith("/responses"):
         kinds = [line.removeprefix("event: ") for line in text.splitlines() if line.startswith("event: ")]
         assert kinds[0] == "response.created" and kinds[-1] in ("response.completed", "response.incomplete")
