@@ -11,8 +11,15 @@ from llavamed_jax.checkpoints.model_config import kind_of, tree_root
 from llavamed_jax.checkpoints.open import open_checkpoint
 from llavamed_jax.checkpoints.torch.files import ADAPTER_CONFIG
 from llavamed_jax.config import PRESET
-from llavamed_jax.errors import UserError, exists, short, warn_once
+from llavamed_jax.config.hf import llava_from_hf
+from llavamed_jax.errors import UserError, exists, short, some, warn_once
+from llavamed_jax.utils.files import read_json
 from llavamed_jax.utils.paths import is_bucket
+
+# Keys of LLaVA's config.json that change what the tower or the decoder gets -> fields of the model's config.
+_SETTINGS = {"image_aspect_ratio": "image_aspect_ratio", "mm_vision_select_layer": "feature_layer",
+             "mm_vision_select_feature": "feature_select", "mm_use_im_start_end": "use_start_end",
+             "tokenizer_model_max_length": "max_length"}
 
 
 def open_model(path: str | Path, vision_tower: str | Path | None = None,
@@ -37,7 +44,30 @@ def open_model(path: str | Path, vision_tower: str | Path | None = None,
     if plain_base.is_plain(Path(base), directory):
         tower = None if vision_tower is None else hub.local(vision_tower)
         return plain_base.open_joined(Path(base), directory, tower)
-    return peft.apply(open_checkpoint(base, vision_tower), directory)
+    checkpoint = open_checkpoint(base, vision_tower)
+    _warn_of_other_settings(checkpoint, directory)
+    return peft.apply(checkpoint, directory)
+
+
+def _warn_of_other_settings(checkpoint: Checkpoint, adapter: Path) -> None:
+    """Warns of settings in the `config.json` that LLaVA's training writes beside an adapter, if the base has others.
+
+    LLaVA's builder takes the adapter's. Here the base's are applied.
+    """
+    file = adapter / "config.json"
+    raw = read_json(file) if file.is_file() else {}
+    if "mm_vision_tower" not in raw:
+        return
+    try:
+        theirs = llava_from_hf(raw, checkpoint.config.vision)
+    except UserError as error:
+        warn_once(f"{file} cannot be compared with the base's settings, which are applied: {error}")
+        return
+    other = [f"{key} {short(raw[key])}" for key, name in _SETTINGS.items()
+             if key in raw and getattr(theirs, name) != getattr(checkpoint.config, name)]
+    if other:
+        warn_once(f"{file} has {some(other, 5)}, which the base {checkpoint.directory} has not; the base's settings "
+                  "are applied, where LLaVA applies the adapter's")
 
 
 def _is_adapter(path: str | Path) -> bool:

@@ -254,6 +254,23 @@ def test_llavas_layout_without_whole_tensors_has_all_files(saved, tmp_path):
     assert again.config.adapter == checkpoint.config.adapter and not again.changed
 
 
+def test_settings_of_an_adapter_that_its_base_has_not_are_said(saved, tmp_path, capsys):
+    """LLaVA takes those of the adapter's `config.json`; over a whole base, the base's are applied here."""
+    peft_write.write(open_model(saved.base, adapter=saved.adapter), tmp_path / "out", "llava", base="somebody/llava")
+    file = tmp_path / "out" / "config.json"
+    raw = json.loads(file.read_text())
+    same = open_model(saved.base, adapter=tmp_path / "out").config
+    assert "config.json has" not in capsys.readouterr().err
+    for key, value in {"image_aspect_ratio": "pad" if same.image_aspect_ratio == "square" else "square", "mm_vision_select_layer": -1,
+                       "mm_vision_select_feature": "cls_patch", "mm_use_im_start_end": not same.use_start_end, "tokenizer_model_max_length": 77}.items():
+        file.write_text(json.dumps({**raw, key: value}))
+        assert open_model(saved.base, adapter=tmp_path / "out").config == same
+        assert f"config.json has {key} {value!r}, which the base {saved.base} has not; the base's settings" in capsys.readouterr().err
+    file.write_text(json.dumps({**raw, "image_aspect_ratio": "anyres"}))
+    assert open_model(saved.base, adapter=tmp_path / "out").config == same
+    assert "cannot be compared with the base's settings" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("weights", ["adapter_model.safetensors", "adapter_model.bin"])
 def test_llavas_adapter_over_a_plain_language_model(saved, tmp_path, weights):
     """LLaVA's own directory: the base is the language model, the tower lies beside it, the projector in the adapter's directory."""
