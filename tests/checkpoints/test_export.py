@@ -303,7 +303,7 @@ def test_a_disk_without_room_is_seen_before_anything_is_written(tmp_path, monkey
     size = directory.total_bytes(checkpoint.tensors)
     monkeypatch.setattr(directories.shutil, "disk_usage", lambda path: type("", (), {"free": size - 1}))
     for attempt in (lambda: export(checkpoint, tmp_path / "deep" / "out", "llava"), lambda: write_model(tmp_path / "tree", checkpoint)):
-        with pytest.raises(UserError, match=r"needs 0\.\d+ GB; its disk has 0\.\d+ GB free"):
+        with pytest.raises(UserError, match=r"needs 0\.\d+ MB; its disk has 0\.\d+ MB free"):
             attempt()
     assert not [p for p in tmp_path.rglob("*") if p.is_file()]
 

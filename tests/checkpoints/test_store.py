@@ -141,7 +141,7 @@ def test_a_step_that_the_disk_has_no_room_for_is_refused_before_it_is_begun(work
     with store.StepWriter(workdir) as writer:
         writer.save(1, trained, optimizer().init(trained), META)
         free = size - 1
-        with pytest.raises(UserError, match="checkpoints/2 needs .* kB; its disk has .* kB free"):
+        with pytest.raises(UserError, match=r"checkpoints/2 needs 0\.25 MB; its disk has 0\.25 MB free"):
             writer.save(2, trained, optimizer().init(trained), META)
     assert store.steps(workdir) == [1]
 
