@@ -6,6 +6,9 @@ hosts. Only what the page needs passes.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import os
 import re
 from collections.abc import Awaitable, Callable
 
@@ -13,7 +16,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.responses import RedirectResponse, Response
 
-from llavamed_jax.serving.errors import ApiError
+from llavamed_jax.serving.errors import ApiError, try_again
 from llavamed_jax.serving.http_io import check_origin
 from llavamed_jax.serving.limits import MIB, Limits
 from llavamed_jax.serving.page_keys import PATH, Keys
@@ -26,6 +29,7 @@ _POLICY = ("default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; connec
            "form-action 'self'; frame-ancestors 'none'; base-uri 'self'; object-src 'none'")
 _HEADERS = {"Content-Security-Policy": _POLICY, "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
 _MOST_JSON = 4 * MIB  # of an event: the words of a conversation and pictures to look at
+_MOST_UPLOADS, _LEAST_FILE = 2048 * MIB, MIB // 16
 _META = re.compile(rb"<meta\s+(?:property|name)=\"(?:og|twitter):[^>]*/>\s*", re.DOTALL)
 _MANIFEST = re.compile(rb"<link rel=\"manifest\"[^>]*>\s*")
 _ADDRESS = re.compile(rb"https?://(?!127\.0\.0\.1|localhost|\[::1\]|www\.w3\.org)[\w.-]+")
@@ -38,13 +42,25 @@ class Door:
       app: Gradio's application.
       limits: the server's limits.
       keys: who may come in.
+      folder: where Gradio keeps uploads.
     """
 
-    def __init__(self, app: Callable[..., Awaitable], limits: Limits, keys: Keys):
-        self._app, self._limits, self._keys = app, limits, keys
+    def __init__(self, app: Callable[..., Awaitable], limits: Limits, keys: Keys, folder: str):
+        self._app, self._limits, self._keys, self._uploads = app, limits, keys, Uploads(folder)
+        self._open = 0
 
     async def __call__(self, scope, receive, send) -> None:
-        """Passes a request on, or raises: 404 for other routes, 403 for another site's page, 401, 411, 413."""
+        """Passes a request on, or raises: 404 for other routes, 403 for a foreign page, 401, 411, 413, 503, 507."""
+        most = max(1, self._limits.max_connections // 2)
+        if self._open >= most:  # the page's streams have no end, and the API needs connections too
+            raise try_again(503, f"{most} requests to the page are open; try again later", 1, "too_many_connections")
+        self._open += 1
+        try:
+            await self._passed(scope, receive, send)
+        finally:
+            self._open -= 1
+
+    async def _passed(self, scope, receive, send) -> None:
         if scope["type"] != "http":
             raise HTTPException(404)
         path, headers = scope["path"], Headers(scope=scope)
@@ -55,12 +71,16 @@ class Door:
         if path == PATH or self._keys.name(headers) is None:
             await (await self._at_the_door(path, scope, receive, headers))(scope, receive, _with_headers(send))
             return
+        room = contextlib.nullcontext()
         if scope["method"] not in ("GET", "HEAD"):
             self._check_length(path, headers)
+            if "/upload" in path:
+                room = self._uploads.room(int(headers["content-length"]))
         is_page = path == "/"
         if is_page:  # which is rewritten, and so must not be compressed
             scope = {**scope, "headers": [pair for pair in scope["headers"] if pair[0] != b"accept-encoding"]}
-        await self._app(scope, receive, _Rewritten(send) if is_page else _with_headers(send))
+        async with room:
+            await self._app(scope, receive, _Rewritten(send) if is_page else _with_headers(send))
 
     async def _at_the_door(self, path: str, scope, receive, headers: Headers) -> Response:
         """Asks for a key, or takes one."""
@@ -80,6 +100,38 @@ class Door:
         if int(length[:20]) > most:
             raise ApiError(413, f"the body has {length[:20]} bytes; at most {most} were expected",
                            code="request_too_large", headers={"Connection": "close"})
+
+
+class Uploads:
+    """Keeps the files of uploads, and what is on its way to them, below a size.
+
+    Args:
+      folder: where they lie.
+      most: bytes of all files together; each counts as at least `_LEAST_FILE`.
+    """
+
+    def __init__(self, folder: str, most: int = _MOST_UPLOADS):
+        self._folder, self._most, self._coming = folder, most, 0
+
+    @contextlib.asynccontextmanager
+    async def room(self, length: int):
+        """Keeps room for an upload while it arrives. Raises ApiError 507 if there is none."""
+        self._coming += length
+        try:
+            if self._coming + await asyncio.to_thread(self._there) > self._most:
+                raise ApiError(507, "the page's folder of uploads is full; old ones are removed after an hour",
+                               code="uploads_full", headers={"Retry-After": "300", "Connection": "close"})
+            yield
+        finally:
+            self._coming -= length
+
+    def _there(self) -> int:
+        total = 0
+        for folder, _, names in os.walk(self._folder):
+            for name in names:
+                with contextlib.suppress(OSError):  # it was removed meanwhile
+                    total += max(_LEAST_FILE, os.lstat(os.path.join(folder, name)).st_size)
+        return total
 
 
 def without_addresses(html: bytes) -> bytes:
