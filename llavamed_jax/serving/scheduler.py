@@ -161,10 +161,12 @@ class Scheduler:
 
     def _check_room(self, key: str) -> None:
         waiting, own = self.waiting, len(self._queues.get(key, ()))
-        others = any(queue for other, queue in self._queues.items() if other != key)
-        most = max(1, int(self.limits.max_queue * self.limits.key_share)) if others else self.limits.max_queue
-        # A key without a ticket in the queue gets a place even in a full one: another one cannot lock it out.
-        if own and (waiting >= self.limits.max_queue or own >= most):
+        others = [len(queue) for other, queue in self._queues.items() if other != key]
+        share = max(1, int(self.limits.max_queue * self.limits.key_share))
+        most = share if any(others) else self.limits.max_queue
+        # A queue that another key filled beyond its share, while it waited alone, does not lock this one out.
+        is_owed = not own and max(others, default=0) > share
+        if not is_owed and (waiting >= self.limits.max_queue or own >= most):
             seconds = min(60.0, self._seconds * (1 + waiting) / self.engine.batch_size)
             raise try_again(429, f"{waiting} requests wait, {own} of them with this key, and more are not taken now; "
                             f"try again in {max(1, round(seconds))} s", seconds, "queue_full")
