@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import zlib
 from typing import BinaryIO
 
@@ -13,16 +14,26 @@ MAX_DEFLATED, MAX_INFLATED = 2**20, 2**28  # bytes of such a file, and of what i
 def check_deflated(file: BinaryIO, name: str) -> None:
     """Raises UserError for a deflated file that is too large, or would be: pydicom inflates such files as a whole.
 
-    The functions with which `dcmread` reads a file's beginning (pydicom 3.0) find the syntax wherever it stands.
+    The file's beginning is read as `dcmread` reads it (pydicom 3.0), so that the syntax is found wherever it stands.
     """
     from pydicom import filereader, uid
 
+    def read_group(number, is_implicit):
+        return filereader.read_dataset(file, is_implicit, True, stop_when=lambda tag, *_: tag >> 16 != number)
+
     file.seek(0)
     filereader.read_preamble(file, force=True)
-    syntax = filereader._read_file_meta_info(file).get("TransferSyntaxUID")
-    if syntax != uid.DeflatedExplicitVRLittleEndian:
+    begin = file.tell()
+    meta = read_group(2, is_implicit=False)
+    try:
+        for element in itertools.islice(meta.elements(), 1):
+            meta[element.tag]  # decodes it
+    except NotImplementedError:  # `dcmread` then takes the elements for implicit ones
+        file.seek(begin)
+        meta = read_group(2, is_implicit=True)
+    if meta.get("TransferSyntaxUID") != uid.DeflatedExplicitVRLittleEndian:
         return
-    filereader._read_command_set_elements(file)
+    read_group(0, is_implicit=True)
     start, size = file.tell(), file.seek(0, 2)
     if size > MAX_DEFLATED:
         raise UserError(f"{name} is a deflated file of {size} bytes; at most {MAX_DEFLATED} were expected")

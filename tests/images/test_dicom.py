@@ -1,7 +1,10 @@
 """DICOM: files made here with known values, and pydicom's own test files."""
 
+import io
+import struct
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -315,6 +318,19 @@ def test_the_size_of_deflated_files_is_checked_wherever_they_say_so(monkeypatch)
     with pytest.raises(UserError, match="is a deflated file of more than 100000 bytes"):
         shown(dataset(np.zeros((400, 400), np.uint8), syntax=DeflatedExplicitVRLittleEndian))
     assert shown(dataset(np.zeros((400, 400), np.uint8))).shape == (400, 400)
+
+
+def test_a_header_without_types_may_say_that_a_file_is_deflated(monkeypatch):
+    """pydicom reads such a header, against the standard."""
+    uid = DeflatedExplicitVRLittleEndian.encode() + b"\0" * (len(DeflatedExplicitVRLittleEndian) % 2)
+    deflater = zlib.compressobj(wbits=-zlib.MAX_WBITS)
+    content = deflater.compress(b"\x28\x00\x10\x00US\x02\x00\x04\x00" + b"\0" * 10**6) + deflater.flush()
+    file = io.BytesIO(bytes(128) + b"DICM" + struct.pack("<HHI", 2, 0x10, len(uid)) + uid + content)
+    assert pydicom.dcmread(file).file_meta.TransferSyntaxUID == DeflatedExplicitVRLittleEndian
+    dicom_deflated.check_deflated(file, "x.dcm")
+    monkeypatch.setattr(dicom_deflated, "MAX_INFLATED", 100_000)
+    with pytest.raises(UserError, match="x.dcm is a deflated file of more than 100000 bytes"):
+        dicom_deflated.check_deflated(file, "x.dcm")
 
 
 def test_without_pydicom_one_sentence_says_what_to_install(tmp_path):

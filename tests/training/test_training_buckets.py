@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import time
+from pathlib import Path
 
 import pytest
 
@@ -69,7 +70,7 @@ def test_an_address_is_resolved_once(finished, recipe, monkeypatch):
     asked, local = [], bucket_copy.local
     monkeypatch.setattr(bucket_copy, "local", lambda *words: asked.append(words) or local(*words))
     assert open_start(recipe(init=finished)).step == 8 and len(asked) == 1
-    monkeypatch.setattr(adapted, "_adapter", lambda path: path)
+    monkeypatch.setattr(adapted, "_adapter", Path)
     monkeypatch.setattr(adapted.plain_base, "is_plain", lambda base, adapter: False)
     monkeypatch.setattr(adapted.peft, "apply", lambda checkpoint, adapter: checkpoint)
     assert adapted.open_model(finished, adapter="x").step == 8 and len(asked) == 2
