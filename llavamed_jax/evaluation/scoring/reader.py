@@ -29,9 +29,9 @@ _SAME = str.maketrans(
 )
 _EMPHASIS = re.compile(rf"(?<![A-Za-z0-9*_~])(\*{{1,3}}|_{{1,3}})(?=\S)([^\n]{{1,{_SPAN}}}?)"
                        rf"(?<=\S)\1(?![A-Za-z0-9*_~])")
-# Text that is struck through, and the thoughts of a model before its answer.
+# Text that is struck through, and the thoughts of a model before its answer; the prompt may have begun them.
 _NOT_SAID = re.compile(rf"~~(?=\S)[^\n~]{{1,{_SPAN}}}(?<=\S)~~|<(del|strike)>[^<]{{0,{_SPAN}}}</\1>"
-                       rf"|\A\s*<think>.*?</think>", re.I | re.S)
+                       rf"|\A.*</think(?:ing)?>", re.I | re.S)
 _TAG = re.compile(r"</?(?:answer|b|i|u|p|em|strong|code|mark|span|final_answer)\s*/?>|<br\s*/?>", re.I)
 _LATEX = re.compile(rf"\\(?:boxed|fbox|text(?:bf|it|rm)?|mathrm|mathbf)\{{([^{{}}]{{0,{_SPAN}}})\}}")
 _QUOTE_MARKS = re.compile(rf"[{_QUOTES}]|(?<![A-Za-z0-9])'|'(?![A-Za-z0-9])")
