@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import sys
@@ -10,6 +9,8 @@ import threading
 import time
 from collections.abc import Iterable
 from typing import TextIO
+
+from llavamed_jax.utils.hashes import short_hash
 
 _NAME, _MOST_NAMES = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,39}"), 20
 _REMEMBERED = 1000  # events
@@ -25,11 +26,11 @@ class Log:
 
     def __init__(self, has_content: bool = False, file: TextIO | None = None):
         self.has_content, self._file, self._lock = has_content, file, threading.Lock()
-        self._said: dict[bytes, None] = {}  # digests, the oldest first
+        self._said: dict[str, None] = {}  # hashes, the oldest first
 
     def once(self, event: str, **fields) -> None:
         """Writes an event unless it is among the last thousand that were written so."""
-        key = hashlib.blake2b(json.dumps([event, fields], default=str).encode(), digest_size=16).digest()
+        key = short_hash(event, fields)
         with self._lock:
             is_new = key not in self._said
             self._said[key] = None

@@ -128,7 +128,7 @@ def test_stray_files_are_not_read(tmp_path):
     torch = torch_module()
     tensor = lambda value: {"x": np.full(2, value, np.float32)}
     everything = {"model.safetensors": 1, "model-00001-of-00001.safetensors": 2, "pytorch_model.bin": 3, "pytorch_model-00001-of-00001.bin": 4,
-                  "model-00007-of-00007.safetensors": None, "consolidated.safetensors": 5}
+                  "model-00007-of-00007.safetensors": None, "consolidated.safetensors": 5, "other.bin.safetensors": 6}
     for name, value in everything.items():
         if name.endswith(".bin"):
             torch.save({"x": torch.full((2,), float(value))}, tmp_path / name)
@@ -143,6 +143,8 @@ def test_stray_files_are_not_read(tmp_path):
         assert read_weights(tmp_path)["x"].load().tolist() == [value, value], name
         assert name in [file.name for file in weight_files(tmp_path)] and len(weight_files(tmp_path)) == 1 + has_index
         (tmp_path / name).unlink()
+    (tmp_path / "consolidated.safetensors.index.json").unlink()
+    assert read_weights(tmp_path)["x"].load().tolist() == [6, 6], "a name that holds .bin and does not end with it"
     shutil.rmtree(tmp_path)
     tmp_path.mkdir()
     assert weight_files(tmp_path) == [] and not has_weights(tmp_path)

@@ -55,7 +55,8 @@ def read_weights(directory: Path) -> dict[str, Tensor]:
     """
     refuse_adapter(directory)
     index, files = _found(directory)
-    if ".bin" in (index.name if index is not None else "".join(files[:1])):
+    name = next(iter(files), "") if index is None else index.name.removesuffix(".index.json")
+    if name.endswith(".bin"):
         return _read_shards(directory, index, files, read_bin)
     compressed.refuse_other_formats(directory)
     return compressed.unpacked(directory, _read_shards(directory, index, files, _read_safetensors_file))
