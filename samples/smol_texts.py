@@ -1,10 +1,12 @@
-"""Makes captions and conversations for `configs/smol.py` from the training rows of VQA-RAD and SLAKE.
+"""Makes the texts of `configs/smol.py` from the training rows of VQA-RAD and SLAKE.
 
     python samples/smol_texts.py --source data/vqa_rad --source data/slake --out runs/smol/texts
 
-writes `captions.json` and `conversations.json`, LLaVA's own layout. A caption is one sentence of what the rows state about
-an image: modality, plane and organ. A conversation asks for the caption and then an image's questions, and answers in
-sentences where a rule below makes one; no person and no model wrote them.
+writes three files in LLaVA's own layout. A caption (`captions.json`) is one sentence of what the rows state about an image:
+modality, plane and organ. A conversation (`conversations.json`) asks for the caption and then some of an image's questions,
+and answers in sentences where a rule below makes one; no person and no model wrote them. `questions.json` has every
+question with the set's own answer, several of an image in one conversation as in LLaVA-1.5's training mixture: image and
+system text are then computed once for them all, a third of the tokens of a question a sample.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import argparse
 import collections
 import itertools
 import json
+import random
 import re
 import sys
 from collections.abc import Iterable, Sequence
@@ -29,7 +32,8 @@ from llavamed_jax.utils.files import write_text  # noqa: E402
 from samples.make_vqa_rad import MODALITIES, PLANES, record  # noqa: E402
 
 REQUESTS = ("Describe the image.", "What does this image show?", "Give a short description of the image.")
-TURNS = 6  # questions of a conversation, besides the request
+TURNS = 3  # questions of a conversation, besides the request
+QUESTIONS = 6  # questions of a record of questions.json, at most
 # As the sets name organs: VQA-RAD's three, and SLAKE's places that a caption says otherwise.
 ORGANS = {"HEAD": "head", "CHEST": "chest", "ABD": "abdomen", "Brain_Tissue": "brain", "Brain_Face": "face",
           "Chest_lung": "chest", "Chest_heart": "chest", "Chest_mediastinal": "chest", "Lung": "lungs"}
@@ -89,18 +93,32 @@ def caption(samples: Sequence[VqaSample]) -> str:
     return f"This is {article} {words}{f' of the {organ}' if organ else ''}."
 
 
-def texts(samples: Iterable[VqaSample]) -> tuple[list[dict], list[dict]]:
-    """Returns the captions and the conversations, a record an image each, in the order in which images first occur."""
+def texts(samples: Iterable[VqaSample], seed: int = 0) -> dict[str, list[dict]]:
+    """Returns the records of each file, by its name, in the order in which images first occur.
+
+    Args:
+      samples: the questions.
+      seed: decides which of an image's questions stand together, and in which order.
+    """
     by_image: dict[str, list[VqaSample]] = {}
     for sample in samples:
         by_image.setdefault(str(sample.image), []).append(sample)
-    captions, conversations = [], []
+    captions, conversations, questions, drawn = [], [], [], random.Random(seed)
     for number, ((image, rows), request) in enumerate(zip(by_image.items(), itertools.cycle(REQUESTS))):
         said = caption(rows)
         turns = [(row.question.strip(), sentence(row.question, row.answer)) for row in rows]
         captions.append(record(f"{number}-caption", image, [(request, said)]))
         conversations.append(record(f"{number}-conversation", image, [(request, said), *turns[:TURNS]]))
-    return captions, conversations
+        asked = [(row.question.strip(), row.answer.strip()) for row in rows if row.answer.strip()]
+        for part, group in enumerate(_groups(drawn.sample(asked, len(asked)))):
+            questions.append(record(f"{number}-questions-{part}", image, group))
+    return {"captions.json": captions, "conversations.json": conversations, "questions.json": questions}
+
+
+def _groups(items: list) -> list[list]:
+    """Splits a list into as few parts of at most QUESTIONS as can be, alike in length to one."""
+    parts = -(-len(items) // QUESTIONS)
+    return [items[len(items) * n // parts:len(items) * (n + 1) // parts] for n in range(parts)]
 
 
 def read(source: Path) -> list[VqaSample]:
@@ -125,8 +143,7 @@ def write(sources: Sequence[Path], out: Path, held_out: Iterable[str] = ()) -> d
     left_out = set(held_out)
     # A relative image would be looked for beside the file that names it.
     samples = [sample for source in sources for sample in read(source.absolute()) if sample.image.name not in left_out]
-    captions, conversations = texts(samples)
-    files = {"captions.json": captions, "conversations.json": conversations}
+    files = texts(samples)
     out.mkdir(parents=True, exist_ok=True)
     for name, records in files.items():
         write_text(out / name, json.dumps(records, indent=1, ensure_ascii=False) + "\n")

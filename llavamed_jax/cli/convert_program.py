@@ -164,7 +164,7 @@ def _build_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--decoder", required=True, metavar="PATH",
                         help="a directory of LLaMA, Vicuna or Mistral, owner/name of a hub, or a GGUF file")
     parser.add_argument("--vision", required=True, metavar="PATH",
-                        help="a directory of a tower (CLIP, SigLIP …), owner/name of a hub, or preset:NAME (random)")
+                        help="a tower (CLIP, SigLIP …) or whole model: DIR, owner/name, or preset:NAME (random)")
     parser.add_argument("--projector", required=True, metavar="TYPE|FILE",
                         help="linear or mlpNx_gelu with random weights, or an mm_projector.bin")
     parser.add_argument("--add_image_tokens", action="store_true",

@@ -336,14 +336,19 @@ def test_a_projector_that_is_neither_file_nor_type(parts, capsys):
 # --- stage 1 -----------------------------------------------------------------------------------------------------------------------
 
 
-def test_stage_1_starts_from_it(parts, monkeypatch):
+def _train(parts, *flags):
+    """Trains the model in `built` for two updates, into `run`."""
     from llavamed_jax.cli.train import main as train
-    monkeypatch.chdir(ROOT)
-    assert command(parts, "built", "mistral", "clip-tiny", "mlp2x_gelu", "--add_image_tokens") == 0
     settings = dict(init=parts / "built", total_steps=2, max_length=64, batch_size=8, micro_batches=1, log_every=1, remat="none") | {
         "data.train": SAMPLE / "alignment.json", "data.images": SAMPLE / "images", "data.workers": 0, "data.packing": False}
     assert train(["--config", "configs/pretrain.py", "--workdir", str(parts / "run"),
-                  *(f"--config.{key}={value}" for key, value in settings.items())]) == 0
+                  *(f"--config.{key}={value}" for key, value in settings.items()), *flags]) == 0
+
+
+def test_stage_1_starts_from_it(parts, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert command(parts, "built", "mistral", "clip-tiny", "mlp2x_gelu", "--add_image_tokens") == 0
+    _train(parts)
     before, after = open_checkpoint(parts / "built"), open_checkpoint(parts / "run")
     assert after.step == 2 and after.config.use_start_end
     changed = {name for name in before.tensors if not np.array_equal(before.read(name), after.read(name))}
@@ -370,3 +375,38 @@ def test_a_presets_tower_is_random_and_of_the_seed(parts, capsys):
     capsys.readouterr()
     assert command(parts, "three", "mistral", "preset:smal") == 1
     assert "small" in capsys.readouterr().err and not (parts / "three").exists()
+
+
+@pytest.mark.parametrize("layout", ["tree", "llava", "transformers"])
+def test_the_tower_of_a_whole_model_is_taken_with_its_image_settings(layout, parts):
+    """A tower that another model has trained; here with a projector, a decoder and a preprocessor of its own."""
+    assert command(parts, "whole") == 0
+    whole = open_checkpoint(parts / "whole")
+    if layout != "tree":
+        export(whole, parts / layout, layout)
+    assert command(parts, "two", "mistral", "whole" if layout == "tree" else layout, "linear", "--seed", "5") == 0
+    two, tower = open_checkpoint(parts / "two"), [name for name in whole.tensors if name.startswith("vision_tower/")]
+    assert two.config.vision == whole.config.vision and two.config.vision.image_mean == (0.5, 0.5, 0.5)
+    assert len(tower) > 10 and two.config.projector_type == "linear"
+    for name in tower:
+        assert two.read(name).tobytes() == whole.read(name).tobytes(), name
+    assert Processor.load(parts / "two").config.vision == Processor.load(parts / "whole").config.vision
+
+
+def test_a_workdirs_tower_is_that_of_its_newest_step(parts, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert command(parts, "built", "mistral", "clip-tiny", "mlp2x_gelu", "--add_image_tokens") == 0
+    _train(parts, "--config.trainable=('vision_tower/.*',)")
+    assert command(parts, "two", "mistral", "run") == 0
+    name, run = "vision_tower/layers_0/mlp/fc1/kernel", open_checkpoint(parts / "run")
+    assert run.step == 2 and name in run.changed
+    assert open_checkpoint(parts / "two").read(name).tobytes() == run.read(name).tobytes()
+
+
+def test_a_tower_with_an_adapter_is_refused(parts, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    assert command(parts, "built", "mistral", "clip-tiny", "mlp2x_gelu", "--add_image_tokens") == 0
+    _train(parts, "--config.lora.rank=2", "--config.lora.targets=('vision_tower/.*',)", "--config.trainable=('.*_lora_.',)")
+    capsys.readouterr()
+    assert command(parts, "two", "mistral", "run") == 1
+    assert "an adapter changes the vision tower of" in capsys.readouterr().err and not (parts / "two").exists()

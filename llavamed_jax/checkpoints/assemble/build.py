@@ -14,18 +14,17 @@ from llavamed_jax.checkpoints import hub, names
 from llavamed_jax.checkpoints.assemble.image_tokens import TABLES, add_image_tokens
 from llavamed_jax.checkpoints.assemble.own_template import own_template
 from llavamed_jax.checkpoints.assemble.positions import with_image_size
+from llavamed_jax.checkpoints.assemble.vision import PREPROCESSOR, tower_of
 from llavamed_jax.checkpoints.checkpoint import Checkpoint
 from llavamed_jax.checkpoints.generation_file import with_stop_ids
 from llavamed_jax.checkpoints.gguf.directory import read_decoder
 from llavamed_jax.checkpoints.gguf.file import is_gguf
 from llavamed_jax.checkpoints.model_config import text_files
-from llavamed_jax.checkpoints.random import random_checkpoint
 from llavamed_jax.checkpoints.soundness import Tally
 from llavamed_jax.checkpoints.tensor import Tensor
 from llavamed_jax.checkpoints.torch.files import read_file, read_weights, refuse_adapter
 from llavamed_jax.checkpoints.torch.layout import canonical, from_torch
-from llavamed_jax.checkpoints.torch.tower import tower_config, tower_tensors
-from llavamed_jax.config import PRESET, LlavaConfig, preset, projector_depth
+from llavamed_jax.config import LlavaConfig, projector_depth
 from llavamed_jax.config.decoders import DECODERS
 from llavamed_jax.config.hf import joined, plain_decoder
 from llavamed_jax.errors import UsageError, UserError, at, cut, exists, short, some
@@ -47,8 +46,7 @@ def build(decoder: str | Path, vision: str | Path, projector: str, scratch: Path
     Args:
       decoder: a directory with a language model as transformers writes it (`config.decoders.DECODERS`), its name on a
         hub, or a GGUF file.
-      vision: a directory with a tower (`config.towers.TOWERS`), its name on a hub, or `preset:NAME` for the random
-        weights of a preset's tower.
+      vision: the vision tower, as for `vision.tower_of`.
       projector: a type (`linear`, `mlp2x_gelu`, …), initialised as torch's `nn.Linear` is, or an `mm_projector.bin`.
       scratch: a directory for changed tokenizer files and a GGUF file's; it must outlive the checkpoint.
       image_tokens: adds LLaVA-Med v1.0's tokens (`image_tokens.add_image_tokens`).
@@ -63,10 +61,7 @@ def build(decoder: str | Path, vision: str | Path, projector: str, scratch: Path
     Raises:
       UserError: one of the parts is missing or does not fit.
     """
-    is_random, name, file = str(vision).startswith(PRESET), str(vision), Path(projector)
-    if not is_random:
-        name = name if not exists(vision) and hub.is_hub_name(vision) else Path(vision).name
-        vision = hub.local(vision)
+    file, tower = Path(projector), tower_of(vision, seed)
     directory, weights, said = _opened(decoder, scratch)
     raw = _decoder_config(directory)
     is_file = exists(file) and file.is_file()
@@ -77,23 +72,22 @@ def build(decoder: str | Path, vision: str | Path, projector: str, scratch: Path
             projector_depth(projector)  # refuses a type that does not exist
         except UserError as error:
             raise UsageError(str(error)) from None
-    tower = preset(name.removeprefix(PRESET)).vision if is_random else tower_config(vision)
     try:
-        config = joined(with_stop_ids(plain_decoder(raw), directory), tower, "linear" if is_file else projector,
-                        name, image_tokens)
+        config = joined(with_stop_ids(plain_decoder(raw), directory), tower.config,
+                        "linear" if is_file else projector, tower.name, image_tokens)
     except UserError as error:
         raise UserError(f"{decoder}: {error}") from None
     config, sentences = _with_language_template(config, decoder, directory)
     tensors = canonical(Path(decoder), weights(), config, "decoder") | _fresh_projector(config, seed)
-    tensors |= _random_tower(config, seed) if is_random else tower_tensors(config, vision)
-    if image_size not in (None, tower.image_size):
+    tensors |= tower.tensors(config)
+    if image_size not in (None, tower.config.image_size):
         config, tensors = with_image_size(config, tensors, image_size)
-    checkpoint = Checkpoint(config, "built", None, tensors, _files(directory, None if is_random else vision),
-                            f"{vision}, as asked for")
-    said = [*said, f"decoder: {decoder}", f"vision tower: {vision}", *sentences]
-    if config.vision.image_size != tower.image_size:
-        said.append(f"image size: {config.vision.image_size}, for which the position table of {tower.image_size} "
-                    "pixels is interpolated")
+    checkpoint = Checkpoint(config, "built", None, tensors, _files(directory, tower.preprocessor),
+                            f"{tower.source}, as asked for")
+    said = [*said, f"decoder: {decoder}", f"vision tower: {tower.source}", *sentences]
+    if config.vision.image_size != tower.config.image_size:
+        said.append(f"image size: {config.vision.image_size}, for which the position table of "
+                    f"{tower.config.image_size} pixels is interpolated")
     if image_tokens:
         deviation = raw.get("initializer_range", 0.02)
         if not isinstance(deviation, (int, float)) or not 0 <= deviation < 1:
@@ -176,16 +170,11 @@ def _with_language_template(config: LlavaConfig, decoder: str | Path,
     return config.replace(template=name, decoder=decoder_config), [sentence]
 
 
-def _random_tower(config: LlavaConfig, seed: int) -> dict[str, Tensor]:
-    return {name: t for name, t in random_checkpoint(config, seed).tensors.items() if name.startswith("vision_tower/")}
-
-
-def _files(decoder: Path, vision: Path | None) -> dict[str, Path]:
+def _files(decoder: Path, preprocessor: Path | None) -> dict[str, Path]:
     """Returns the decoder's tokenizer files and the tower's preprocessor; not the decoder's text-only chat template."""
     files = {name: file for name, file in text_files(decoder).items()
              if name.startswith(("tokenizer", "special_", "added_", "generation"))}
-    preprocessor = None if vision is None else vision / "preprocessor_config.json"
-    return files | ({preprocessor.name: preprocessor} if preprocessor is not None and preprocessor.is_file() else {})
+    return files | ({} if preprocessor is None else {PREPROCESSOR: preprocessor})
 
 
 def _fresh_projector(config: LlavaConfig, seed: int) -> dict[str, Tensor]:
