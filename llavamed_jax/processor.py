@@ -321,8 +321,8 @@ class Processor:
 
         With templates of v1.5 and later the image moves to the front of its turn, and several markers of a turn count
         as one, as in upstream's preprocessing, the only one published for these templates. If `num_images` equals the
-        number of markers, every marker is kept. With v1.0's templates every marker stays at its place. An image is one
-        IMAGE_TOKEN.
+        number of markers, several markers of a turn stay at their places, behind their labels, as they do when a
+        question is asked. With v1.0's templates every marker stays at its place. An image is one IMAGE_TOKEN.
 
         Args:
           conversations: the turns, objects with `from` and `value`.
@@ -340,8 +340,8 @@ class Processor:
         marked = [text.count(IMAGE_MARKER) for _, text in turns]
         each = num_images is not None and num_images == sum(marked)
         if not self._is_v1:
-            turns = [(speaker, image_first(text, self.image_marker, count if each else 1) if count else text)
-                     for (speaker, text), count in zip(turns, marked)]
+            turns = [(speaker, text.replace(IMAGE_MARKER, self.image_marker) if each and count > 1
+                      else image_first(text, self.image_marker)) for (speaker, text), count in zip(turns, marked)]
         ids, labels = supervise(self.template, turns, self.encode, pad_id=self.tokenizer.pad_id,
                                 is_legacy=self.tokenizer.is_legacy or self._is_v1,
                                 max_length=max_length or self.max_length,

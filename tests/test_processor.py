@@ -119,6 +119,16 @@ def test_training_example_counts_images(mistral):
         mistral.training_example(turns, num_images=3)
 
 
+def test_several_images_of_a_turn_stay_behind_their_labels_as_when_they_are_asked(mistral):
+    text = "A: <image>\nB: <image>\nWhich?"
+    turns = [{"from": "human", "value": text}, {"from": "gpt", "value": "B"}]
+    asked = mistral.encode(mistral.question(text, ["a.png", "b.png"]))
+    assert mistral.training_example(turns, num_images=2)[0][:len(asked)] == asked
+    parts = [len(mistral.encode(mistral.prompt([{"role": "user", "content": each}]))) for each in ("A: ", "A: \nB: ")]
+    first, second = (i for i, each in enumerate(asked) if each == IMAGE_TOKEN)
+    assert second - first > parts[1] - parts[0] > 0, "the label of the second image stands between the images"
+
+
 def test_start_and_end_tokens_wrap_images(mistral_tokenizer, tmp_path):
     config = preset("v15-7b").replace(use_start_end=True)
     path = directory(tmp_path / "model", config.to_dict(), mistral_tokenizer)

@@ -67,6 +67,11 @@ class VqaSample:
         """The paths of all images."""
         return (self.image, *self.more_images)
 
+    @property
+    def right_place(self) -> int | None:
+        """For multiple choice, the index of the right option."""
+        return self.options.index(self.answer) if self.right is None and self.options else self.right
+
 
 def all_images(samples: Iterable[VqaSample]) -> list[Path]:
     """Returns the paths of all images of some questions, in order, with repetitions."""
@@ -89,17 +94,16 @@ def paths_of(shown: Shown) -> tuple[str, ...]:
 
 
 def to_llava(sample: VqaSample) -> dict:
-    """Returns a question as a training record, with the images first.
+    """Returns a question as a training record, with the images first unless the question says where they stand.
 
     The answer to a multiple-choice question is the letter, as the question asks.
     """
-    place = sample.options.index(sample.answer) if sample.right is None and sample.options else sample.right
-    answer = LETTERS[place] if sample.answer_type == CHOICE else sample.answer
-    question = sample.question.replace(IMAGE_MARKER, "").strip()
+    answer = LETTERS[sample.right_place] if sample.answer_type == CHOICE else sample.answer
     images = [str(image) for image in sample.images]
+    question = (sample.question if sample.is_placed
+                else f"{IMAGE_MARKER}\n" * len(images) + sample.question.replace(IMAGE_MARKER, "").strip())
     return {"id": sample.question_id, "image": images, "answer_type": sample.answer_type,
-            "conversations": [{"from": "human", "value": f"{IMAGE_MARKER}\n" * len(images) + question},
-                              {"from": "gpt", "value": answer}]}
+            "conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]}
 
 
 # ---- checks ----------------------------------------------------------------------------------------------------------

@@ -40,7 +40,7 @@ class Question:
     Attributes:
       name: the id of the record.
       images: the paths of the images that the markers of the turn stand for.
-      text: the question, without image markers.
+      text: the question; with its markers if several images stand at their places in it, else without markers.
       wanted: the answer in the record.
       is_closed: whether the question is closed.
       lost: how many images the record names beyond its number of markers.
@@ -66,8 +66,10 @@ def first_turn(record: Mapping) -> Question | None:
     markers = [turn["value"].count(IMAGE_MARKER) for turn in turns]
     # If the numbers of markers and images differ, all markers of a turn stand for one image.
     count = markers[0] if sum(markers) == len(record["image"]) else bool(markers[0])
-    return Question(str(record["id"]), record["image"][:count], turns[0]["value"].replace(IMAGE_MARKER, "").strip(),
-                    wanted, is_closed, record.get("surplus", 0))
+    text = turns[0]["value"]
+    return Question(str(record["id"]), record["image"][:count],
+                    text if count > 1 else text.replace(IMAGE_MARKER, "").strip(), wanted, is_closed,
+                    record.get("surplus", 0))
 
 
 def _questions(records: Iterable[Mapping]) -> Iterator[Question]:

@@ -89,21 +89,20 @@ def _split_thought(answer: str, end: str, is_last: bool) -> tuple[str, str]:
 # ---- training text -------------------------------------------------------------------------------------------------
 
 
-def image_first(text: str, marker: str = IMAGE_MARKER, count: int = 1) -> str:
+def image_first(text: str, marker: str = IMAGE_MARKER) -> str:
     """Moves the image's marker before the text, as upstream's `preprocess_multimodal` does.
 
     Args:
       text: the text of a turn; without a marker it is returned unchanged.
       marker: the text of one image; if the model has start and end tokens, it includes them.
-      count: the number of markers to write; upstream writes one.
 
     Returns:
-      The text with its markers in front.
+      The text with one marker in front.
     """
     if IMAGE_MARKER not in text:
         return text
     text = text.replace(IMAGE_MARKER, "").strip()
-    return ((IMAGE_MARKER + "\n") * count + text).strip().replace(IMAGE_MARKER, marker)
+    return (IMAGE_MARKER + "\n" + text).strip().replace(IMAGE_MARKER, marker)
 
 
 def training_turns(template: Template, conversation: Sequence[dict]) -> list[tuple[str, str]]:

@@ -12,9 +12,10 @@ import pytest
 from PIL import Image
 
 from llavamed_jax.curation import __main__ as command_line
-from llavamed_jax.curation.inspect import near
+from llavamed_jax.curation.inspect import gather, leakage, near
 from llavamed_jax.curation.inspect.pictures import Pictures, read_pictures
 from llavamed_jax.curation.inspect.verbs import VERBS, verb_and_noun
+from llavamed_jax.datasets.sample import VqaSample
 from llavamed_jax.errors import UserError
 from tests.support.figure_records import figure, write_lines
 
@@ -228,6 +229,22 @@ def test_the_same_file_and_a_data_set_in_its_own_layout(tmp_path):
     assert command_line.main([*argv, "--against", str(SAMPLES / "organ.json"), "--against_images", str(SAMPLES / "images")]) == 0
     found = json.loads((tmp_path / "n.json").read_text(encoding="utf-8"))["leakage"]
     assert found["images"] == 45 and 0 < found["images_same_file"] <= 3 and found["images_same_picture"] == 0
+
+
+PROMPT = "Which?\nA. CT\nB. MRI\nAnswer with the letter."
+
+
+@pytest.mark.parametrize(("asked", "said", "is_asked", "is_answered"), [
+    (PROMPT, "B", True, True), (f"<image_1>: \n{PROMPT}", "B. MRI", True, True), ("Question: Which?\nOptions:\n(A) MRI\n(B) CT", "A", True, True),
+    ("Question: Which?\nOptions:\n(A) MRI\n(B) CT", "B", True, False), (PROMPT, "A", True, False), ("which", "mri.", True, True),
+    ("which", "B", True, False), ("Where?\nA. CT\nB. MRI", "B", False, False),
+])
+def test_multiple_choice_is_compared_by_the_text_of_the_option(asked, said, is_asked, is_answered):
+    """Markers, the order of options and the form of the list change nothing; a letter means what its own list says."""
+    tested = VqaSample(1, Path("t.png"), f"<image_1>: <image>\n{PROMPT}", "MRI", "CHOICE", options=("CT", "MRI"), is_placed=True)
+    texts = leakage.Texts([tested])
+    texts.see(gather.Row("1", ["a.png"], [(asked, said)]))
+    assert (texts.asked_about(0), texts.answered_about(0)) == ({"a.png"} if is_asked else set(), {"a.png"} if is_answered else set())
 
 
 def test_a_folder_with_a_llava_file(tmp_path, training_file):

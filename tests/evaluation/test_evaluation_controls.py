@@ -140,6 +140,16 @@ def test_files_and_pixels_are_found_whatever_they_are_called(pictures):
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("letter, count", [("A", 1), ("B", 0), ("(a)", 1)])
+def test_a_letter_of_training_data_is_the_option_that_its_question_lists(pictures, letter, count):
+    (pictures / "train" / "0.png").write_bytes((pictures / "test" / "0.png").read_bytes())
+    turns = [{"from": "human", "value": "<image>\nWhich?\nA. lung\nB. liver"}, {"from": "gpt", "value": letter}]
+    (pictures / "train.json").write_text(json.dumps([{"id": 1, "image": "0.png", "conversations": turns}]))
+    asked = VqaSample(1, pictures / "test" / "0.png", "Which?\nA. liver\nB. lung", "Lung", "CHOICE", options=("liver", "Lung"))
+    found = leakage.trained_on([asked], training.read_training(str(pictures / "train.json"), str(pictures / "train")))
+    assert found["by_kind"]["CHOICE"] == {"questions": 1, "image_in_training": 1, "image_and_answer_in_training": count}
+
+
 def test_two_tested_copies_of_a_training_file_are_both_found(pictures):
     """One by its bytes, the other, saved again, by its pixels: that the first is settled does not hide the second."""
     Image.open(pictures / "test" / "0.png").save(pictures / "test" / "copy.bmp")

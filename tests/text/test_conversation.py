@@ -71,7 +71,6 @@ def test_what_a_template_cannot_hold():
 def test_image_goes_first():
     assert image_first("Is it?\n<image>") == "<image>\nIs it?"
     assert image_first("<image> a <image> b") == "<image>\na  b"
-    assert image_first("<image> a <image> b", count=2) == "<image>\n<image>\na  b"
     assert image_first("<image>\n") == "<image>"
     assert image_first(" text alone ") == " text alone "
     assert image_first("a<image>", "<s><image><e>") == "<s><image><e>\na"

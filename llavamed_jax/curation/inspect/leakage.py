@@ -1,7 +1,8 @@
 """Finds what of an evaluation's questions occurs in training data.
 
 Images are compared by what they show (`near`), so copies that were resized, compressed or turned grey are found. Texts
-are compared in lower case without punctuation. A pair of question and answer that occurs about another picture ("Is
+are compared in lower case without punctuation and image markers. Of multiple-choice questions, what is asked and the
+text of the option are compared (`datasets.listed`), so that another order or form of the list changes nothing. A pair of question and answer that occurs about another picture ("Is
 there a fracture?" "No.") proves nothing; it counts apart from one about the same picture.
 """
 
@@ -14,7 +15,9 @@ from dataclasses import dataclass, field
 from llavamed_jax.curation.inspect import near
 from llavamed_jax.curation.inspect.gather import Row, folded
 from llavamed_jax.curation.inspect.pictures import Pictures
-from llavamed_jax.datasets.sample import VqaSample
+from llavamed_jax.datasets.listed import read_listed
+from llavamed_jax.datasets.sample import CHOICE, LETTERS, VqaSample
+from llavamed_jax.text.conversation import IMAGE_MARKER
 
 ANSWERED = "same_question_and_answer_on_same_picture"
 
@@ -36,18 +39,42 @@ class Texts:
     answered: dict[tuple[str, str], set[str]] = field(default_factory=lambda: defaultdict(set))
 
     def __post_init__(self):
-        self.keys = [(folded(sample.question), folded(str(sample.answer))) for sample in self.samples]
-        self._questions = {question for question, _ in self.keys}
-        self._pairs = set(self.keys)
+        self.keys = [_keys(sample) for sample in self.samples]
+        self._questions = {question for pairs in self.keys for question, _ in pairs}
+        self._pairs = {pair for pairs in self.keys for pair in pairs}
 
     def see(self, row: Row) -> None:
         """Notes the pairs of a training record that the evaluation has too."""
-        for question, answer in row.pairs:
-            key = folded(question), folded(answer)
-            if key[0] in self._questions:
-                self.asked[key[0]].update(row.images or ("",))
-                if key in self._pairs:
-                    self.answered[key].update(row.images or ("",))
+        images = row.images or ("",)
+        for text, said in row.pairs:
+            listed = read_listed(text)
+            answers = {folded(said), folded(listed.named(said))}
+            for question in self._questions & {folded(text), folded(listed.question)}:
+                self.asked[question].update(images)
+                for answer in answers:
+                    if (question, answer) in self._pairs:
+                        self.answered[question, answer].update(images)
+
+    def asked_about(self, number: int) -> set[str]:
+        """Returns the training images about which a question of the evaluation is asked."""
+        return set().union(*(self.asked.get(question, ()) for question, _ in self.keys[number]))
+
+    def answered_about(self, number: int) -> set[str]:
+        """Returns the training images about which a question of the evaluation occurs with its answer."""
+        return set().union(*(self.answered.get(pair, ()) for pair in self.keys[number]))
+
+
+def _keys(sample: VqaSample) -> list[tuple[str, str]]:
+    """Returns the folded pairs of question and answer that stand for a question.
+
+    A multiple-choice question has two: what is asked with the text of its right option, and its whole text with the
+    option's letter.
+    """
+    text, answer = sample.question.replace(IMAGE_MARKER, ""), str(sample.answer)
+    if sample.answer_type != CHOICE:
+        return list(dict.fromkeys((folded(each), folded(answer)) for each in (text, read_listed(text).question)))
+    letter = LETTERS[sample.right_place]
+    return [(folded(read_listed(text).question), folded(answer)), (folded(text), folded(letter))]
 
 
 @dataclass
@@ -99,13 +126,14 @@ def compare(texts: Texts, tested: Pictures, training: Pictures) -> tuple[dict[st
         matches[tested.paths[i]] = Match(tested.paths[i], training.paths[j], bits, correlation, len(pairs) - 1, is_same)
     counts = dict.fromkeys(("questions_on_same_picture", "same_question_on_same_picture", ANSWERED,
                             "same_question_and_answer_anywhere"), 0)
-    for sample, key in zip(texts.samples, texts.keys, strict=True):
+    for number, sample in enumerate(texts.samples):
+        asked, answered = texts.asked_about(number), texts.answered_about(number)
         path = next((str(image) for image in sample.images if str(image) in matches), "")
-        counts["same_question_and_answer_anywhere"] += bool(texts.answered.get(key))
+        counts["same_question_and_answer_anywhere"] += bool(answered)
         if path not in matches:
             continue
-        is_asked = bool(texts.asked.get(key[0], set()) & shows[path])
-        is_answered = bool(texts.answered.get(key, set()) & shows[path])
+        is_asked = bool(asked & shows[path])
+        is_answered = bool(answered & shows[path])
         matches[path].questions += 1
         matches[path].asked += is_asked
         matches[path].answered += is_answered

@@ -11,12 +11,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from PIL import Image
 
+from llavamed_jax.datasets.listed import read_listed
 from llavamed_jax.datasets.sample import OPEN, VqaSample, all_images, kinds, of_kind
 from llavamed_jax.datasets.training import TrainingData
 from llavamed_jax.errors import UserError
@@ -59,8 +60,9 @@ def _answers(samples: Sequence[VqaSample]) -> list[tuple[str, str]]:
 def trained_on(samples: Sequence[VqaSample], data: TrainingData) -> dict:
     """Counts the questions whose image, or image and answer, occur in the records that a model was trained on.
 
-    An answer counts if a record about the same picture has a turn that equals it after normalisation. A conversation
-    that only mentions the answer does not count, so the count is a lower bound.
+    An answer counts if a record about the same picture has a turn that equals it after normalisation; a letter stands
+    for the option that the record's own question lists under it. A conversation that only mentions the answer does not
+    count, so the count is a lower bound.
 
     Args:
       samples: the questions.
@@ -106,10 +108,20 @@ def _answers_by_image(data: TrainingData) -> tuple[dict[str, set[str]], int, int
     answers, readable = defaultdict(set), 0
     for record in data.readable():
         readable += 1
-        turns = normalized([turn["value"] for turn in record["conversations"] if turn["from"] == "gpt"])
+        answered = normalized(list(_said(record["conversations"])))
         for image in record["image"]:
-            answers[str(image)].update(turns)
+            answers[str(image)].update(answered)
     return dict(answers), data.num_records, data.num_records - readable
+
+
+def _said(turns: Sequence[Mapping]) -> Iterator[str]:
+    """Yields the answers of a conversation, the text of an option for its letter."""
+    asked = ""
+    for turn in turns:
+        if turn["from"] == "gpt":
+            yield read_listed(asked).named(turn["value"])
+        else:
+            asked = turn["value"]
 
 
 class _Matches:
