@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from llavamed_jax.curation import names
-from llavamed_jax.curation.bucket import Bucket, File, Version, licence_of
+from llavamed_jax.curation.bucket import COMMERCIAL, NON_COMMERCIAL, Bucket, File, Version, licence_of
 from llavamed_jax.curation.downloads import DamagedError
 
 NO_PREFIX = "no prefix in the bucket"
@@ -56,15 +56,15 @@ class Missing:
 
 def resolve(bucket: Bucket, pmcid: str, number: int | None, wanted: Sequence[str],
             licences: Collection[str] | None) -> dict[str, list[Found] | Missing]:
-    """Finds each wanted file of an article, with one request where the first version has them all.
+    """Finds each wanted file of an article: lists its versions, and reads their metadata from the newest on.
 
     A version that holds the very name is preferred, then the newest. Retracted versions and those with another licence
-    are passed over.
+    are passed over. Older versions are not read once each name has its file.
 
     Args:
       bucket: the bucket.
       pmcid: the article.
-      number: the only version to look at; None looks at all.
+      number: the only version to look at, which needs no listing; None looks at all.
       wanted: names of files; `WHOLE` stands for the XML and every image of the newest version that has media.
       licences: the licences to take; None takes all.
 
@@ -75,21 +75,20 @@ def resolve(bucket: Bucket, pmcid: str, number: int | None, wanted: Sequence[str
       DamagedError, FailedError: as `Bucket.version`.
     """
     damaged: list[DamagedError] = []
-    first = _read(bucket.version, pmcid, number or 1, damaged)
-    versions = [] if first is None else [first]
-    chosen = _choose(versions, wanted, licences) if versions else {}
-    if versions and (number is not None or all(isinstance(each, list) and _is_exact(name, each)
-                                               for name, each in chosen.items())):
-        return chosen
-    numbers = [each for each in bucket.numbers(pmcid) if number in (None, each)]
+    numbers = bucket.numbers(pmcid) if number is None else [number]
+    versions: list[Version] = []
     for each in numbers:
-        if first is None or each != first.number:
-            version = _read(bucket.version, pmcid, each, damaged) or _read(bucket.within, pmcid, each, damaged)
-            versions += [version] if version is not None else []
+        version = _read(bucket.version, pmcid, each, damaged) or _read(bucket.within, pmcid, each, damaged)
+        if version is None:
+            continue
+        versions.append(version)
+        chosen = _choose(versions, wanted, licences)
+        if all(isinstance(found, list) and _is_best(name, found) for name, found in chosen.items()):
+            return chosen
     if damaged and not versions:
         raise damaged[0]
     if not versions:
-        detail = "the versions have no metadata" if numbers else "" if number is None else f"version {number}"
+        detail = f"version {number}" if number is not None else "the versions have no metadata" if numbers else ""
         return {name: Missing(NO_PREFIX, detail) for name in wanted}
     return _choose(versions, wanted, licences)
 
@@ -103,8 +102,9 @@ def _read(read: Callable[[str, int], Version | None], pmcid: str, number: int,
         return None
 
 
-def _is_exact(name: str, found: list[Found]) -> bool:
-    return name != WHOLE and found[0].file.name == name
+def _is_best(name: str, found: list[Found]) -> bool:
+    """Returns whether no older version can be preferred."""
+    return name == WHOLE or found[0].file.name == name
 
 
 def _choose(versions: Sequence[Version], wanted: Sequence[str],
@@ -118,9 +118,10 @@ def _choose(versions: Sequence[Version], wanted: Sequence[str],
 def _why_not(version: Version, licences: Collection[str] | None) -> str | None:
     if version.is_retracted:
         return RETRACTED
-    if not version.media:
+    licence = licence_of(version.licence)
+    if not version.media and licence not in COMMERCIAL | NON_COMMERCIAL:
         return NO_MEDIA
-    return None if licences is None or licence_of(version.licence) in licences else EXCLUDED
+    return None if licences is None or licence in licences else EXCLUDED
 
 
 def _one(usable: Sequence[Version], name: str) -> list[Found]:

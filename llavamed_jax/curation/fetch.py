@@ -28,7 +28,8 @@ from llavamed_jax.utils.hashes import sha256
 MOST_FILE = 2**28  # bytes of an image or an XML file
 _LARGE_IMAGE = 2**24  # pixels; one of these at a time is decoded
 _WAIT_S = 0.2
-_NOT_FILLED = (articles.EXCLUDED, articles.RETRACTED, articles.BAD_ROW, articles.NAME_TAKEN)  # by a mirror
+_NOT_FILLED = (articles.NO_MEDIA, articles.EXCLUDED, articles.RETRACTED, articles.BAD_ROW,
+               articles.NAME_TAKEN)  # by a mirror
 
 Article = tuple[str, "int | None"]  # PMCn, and the version that is asked for
 

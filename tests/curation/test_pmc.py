@@ -68,7 +68,7 @@ def test_all_that_can_be_had_is_had(bucket, tmp_path, capsys):
     assert missing == {pair: why for pair, why in bucket.expected.items() if why is not None}
     for reason, count in Counter(missing.values()).items():
         assert f"  {reason}: {count:,}\n" in out
-    # One request for metadata and one for each image of an article without a fault; nothing was sent twice.
+    # A listing, one request for metadata and one for each image of an article without a fault; nothing was sent twice.
     good = {row["image_file_path"].split("/")[0] for i, row in enumerate(bucket.rows)} - {f"PMC{1000 + i}" for i in range(0, 200, 5)}
     assert all(count == 1 for key, count in bucket.asked.items() if any(f"{pmcid}." in key for pmcid in good))
     assert sum(count for key, count in bucket.asked.items() if any(f"{pmcid}." in key for pmcid in good)) == 160 + sum(
@@ -188,11 +188,14 @@ def test_the_version_that_holds_the_file(bucket, tmp_path):
     del bucket.objects["metadata/PMC2.3.json"]  # the copy beside the files is read
     bucket.article("PMC3", 1, {"a.jpg": picture(8)}, "CC BY-NC")
     bucket.article("PMC3", 2, {"a.jpg": picture(9)}, "CC BY")
-    wanted = ["PMC1/old.jpg", "PMC1/new.jpg", "PMC1/both.jpg", "PMC2/a.jpg", "PMC3/a.jpg", "PMC3.1/a.jpg", "PMC2.2/a.jpg", "pmc1.2/new.jpg", "PMC2.9/a.jpg"]
+    for version in (1, 2, 3, 4):  # a manuscript, two papers with the same name, and a retraction
+        bucket.article("PMC4", version, {"a.jpg": picture(10 + version)} if version > 1 else {}, "TDM" if version == 1 else "CC BY", version == 4)
+    wanted = ["PMC4/a.jpg", "PMC1/old.jpg", "PMC1/new.jpg", "PMC1/both.jpg", "PMC2/a.jpg", "PMC3/a.jpg", "PMC3.1/a.jpg", "PMC2.2/a.jpg", "pmc1.2/new.jpg", "PMC2.9/a.jpg"]
     assert fetch(bucket, write_list(tmp_path / "list", wanted), tmp_path / "out", "--licence", "commercial") == 0
     found = {f"{line['path'][7:]}": (line["version"], line["file"]) for line in lines(tmp_path / "out/manifest.jsonl")}
     assert found == {"PMC1/old.jpg": (1, "old.jpg"), "PMC1/new.jpg": (2, "new.jpg"), "PMC1/both.jpg": (3, "both.tif"), "PMC2/a.jpg": (3, "a.jpg"),
-                     "PMC3/a.jpg": (2, "a.jpg"), "pmc1.2/new.jpg": (2, "new.jpg")}
+                     "PMC3/a.jpg": (2, "a.jpg"), "pmc1.2/new.jpg": (2, "new.jpg"), "PMC4/a.jpg": (3, "a.jpg")}
+    assert bucket.asked["metadata/PMC4.3.json"] == 1 and not bucket.asked["metadata/PMC4.2.json"], "older versions are not asked about"
     assert {line["asked_version"]: line["reason"] for line in lines(tmp_path / "out/missing.jsonl")} == {
         1: "licence excluded by --licence", 2: "retracted", 9: "no prefix in the bucket"}
 
@@ -237,6 +240,7 @@ def test_a_mirror_fills_gaps_and_nothing_else(bucket, tmp_path):
     bucket.article("PMC1", 1, {"other.jpg": picture(1)})  # name gone
     bucket.article("PMC2", 1, {"a.jpg": picture(2)}, retracted=True)
     bucket.article("PMC3", 1, {}, "TDM")
+    bucket.article("PMC10", 1, {}, "CC BY")  # its licence allows media, and the bucket has none
     mirror = tmp_path / "mirror"
     package(mirror / "aa/01/PMC1.tar.gz", {"PMC1/../../../evil.jpg": picture(7), "PMC1/a.gif": picture(8, "GIF"), "PMC1/a.jpg": picture(9)})
     package(mirror / "aa/01/PMC2.tar.gz", {"PMC2/a.jpg": picture(2)})
@@ -247,15 +251,17 @@ def test_a_mirror_fills_gaps_and_nothing_else(bucket, tmp_path):
     (mirror / "6_F1.jpg").write_bytes(picture(6))
     (mirror / "7_F1.jpg").write_bytes(HTML)
     rows = [{"pair_id": f"{n}_F1", "pmc_tar_url": f"https://x/oa_package/aa/01/PMC{n}.tar.gz", "image_file_path": f"PMC{n}/a.jpg"} for n in range(1, 9)]
+    package(mirror / "PMC10.tar.gz", {"PMC10/a.jpg": picture(3)})
+    rows.append({"pair_id": "10_F1", "image_file_path": "PMC10/a.jpg"})
     rows.append({"pair_id": "4_F2", "image_file_path": "PMC4/b.jpg"})
     rows.append({"pair_id": "9_F1", "image_file_path": "PMC9/link.jpg"})
     list_file, out = write_list(tmp_path / "list", rows), tmp_path / "out"
     assert fetch(bucket, list_file, out) == 0 and not (out / "images").exists()
     assert fetch(bucket, list_file, out, "--mirror", str(mirror)) == 0
     assert {path.stem: md5(path.read_bytes()) for path in (out / "images").iterdir()} == {
-        "1_F1": md5(picture(9)), "3_F1": md5(picture(3)), "4_F1": md5(picture(4)), "5_F1": md5(picture(5, "PNG")), "6_F1": md5(picture(6))}
+        "1_F1": md5(picture(9)), "10_F1": md5(picture(3)), "4_F1": md5(picture(4)), "5_F1": md5(picture(5, "PNG")), "6_F1": md5(picture(6))}
     assert {line["name"][:4]: line["reason"] for line in lines(out / "missing.jsonl")} == {
-        "2_F1": "retracted", "4_F2": "no prefix in the bucket", "7_F1": "damaged", "8_F1": "no prefix in the bucket", "9_F1": "no prefix in the bucket"}
+        "2_F1": "retracted", "3_F1": "licence without media", "4_F2": "no prefix in the bucket", "7_F1": "damaged", "8_F1": "no prefix in the bucket", "9_F1": "no prefix in the bucket"}
     assert not list(tmp_path.rglob("evil.jpg"))
     # Over the web: the old packages, and single files; with a filter only where the bucket says the licence.
     bucket.objects |= {f"old/aa/01/PMC{n}.tar.gz": (mirror / place).read_bytes() for n, place in ((1, "aa/01/PMC1.tar.gz"), (3, "PMC3.tar.gz"))}

@@ -2,8 +2,9 @@
 
 Images are compared by what they show (`near`), so copies that were resized, compressed or turned grey are found. Texts
 are compared in lower case without punctuation and image markers. Of multiple-choice questions, what is asked and the
-text of the option are compared (`datasets.listed`), so that another order or form of the list changes nothing. A pair of question and answer that occurs about another picture ("Is
-there a fracture?" "No.") proves nothing; it counts apart from one about the same picture.
+text of the option are compared (`datasets.listed`), so that another order or form of the list changes nothing. A pair
+of question and answer that occurs about another picture ("Is there a fracture?" "No.") proves nothing; it counts apart
+from one about the same picture.
 """
 
 from __future__ import annotations
