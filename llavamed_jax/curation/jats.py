@@ -3,7 +3,8 @@
 Structures (JATS Z39.96 and the NLM DTDs before it): `fig` anywhere in the article with `label`, `caption` (a `title`
 and any number of paragraphs and lists) and `graphic`; several graphics in a `fig`, which are parts of it;
 `alternatives` of one graphic; `fig-group` with a label and a caption of its own; labels and captions inside a
-`graphic`.
+`graphic`. An article and each `sub-article` or `response` in it, such as a translation, have figures and sentences of
+their own.
 """
 
 from __future__ import annotations
@@ -14,13 +15,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from llavamed_jax.curation import mentions
+from llavamed_jax.curation.jats_licence import licence_of_article, licence_of_figure, strictest
 from llavamed_jax.curation.prose import Text, local, sentences, text_of
 from llavamed_jax.curation.xml_bounds import parse
 
 _HREF = "{http://www.w3.org/1999/xlink}href"
+_LANGUAGE = "{http://www.w3.org/XML/1998/namespace}lang"
 _GROUPS = ("fig-group", "figgrp")
-_NO_TEXT = ("caption", "ref-list", "table-wrap", "front", "fig", "fig-group", "supplementary-material", "floats-group",
-            "floats-wrap", "journal-meta", "boxed-text/caption")
+_ARTICLES = ("article", "sub-article", "response")
+_NO_TEXT = ("caption", "ref-list", "table-wrap", "front", "front-stub", "fig", "fig-group", "supplementary-material",
+            "floats-group", "floats-wrap", "journal-meta", "boxed-text/caption")
 
 
 @dataclass
@@ -41,7 +45,9 @@ class Figure:
       caption: every paragraph of the caption; with that of its group before it.
       graphics: names of the files of each part; the names of one part are alternatives, the best first.
       panels: panels that the caption explains, in capitals.
-      mentions: sentences of the article that mention the figure, in order.
+      mentions: sentences of its article or sub-article that mention the figure, in order, in the figure's language.
+      licence: the figure's own licence as a code; "" for that of its article.
+      language: the language that the XML states, such as `en`.
     """
 
     id: str
@@ -50,6 +56,8 @@ class Figure:
     graphics: list[list[str]]
     panels: list[str] = field(default_factory=list)
     mentions: list[Mention] = field(default_factory=list)
+    licence: str = ""
+    language: str = ""
 
 
 @dataclass
@@ -81,16 +89,41 @@ def _article(root) -> Article:
            for each in _children(root, "front", "article-meta", "article-id")}
     pmcid = next((ids[name] for name in ("pmcid", "pmc", "pmcaid") if ids.get(name)), "")
     number = re.search(r"\d+", pmcid)
+    licence = licence_of_article(_child(root, "front", "article-meta", "permissions"))
+    figures: list[Figure] = []
+    for scope in _scopes(root):
+        figures += _figures(scope, len(figures))
+    return Article(f"PMC{number[0]}" if number else "", ids.get("pmid", ""), ids.get("doi", ""), licence, figures)
+
+
+def _scopes(root) -> Iterator:
+    """Yields an article, its sub-articles and its responses, in order."""
+    yield root
+    yield from root.iter("{*}sub-article", "{*}response")
+
+
+def _figures(scope, number: int) -> list[Figure]:
+    """Returns the figures of an article without its sub-articles, or of a sub-article, with their mentions.
+
+    Args:
+      scope: the element.
+      number: the number of figures before it.
+    """
+    own = _child(scope, "front-stub", "permissions")
+    own = own if own is not None else _child(scope, "front", "article-meta", "permissions")
     figures, elements = [], {}
-    for place, (fig, groups) in enumerate(_figs(root), start=1):
+    for place, (fig, groups) in enumerate(_figs(scope), start=number + 1):
         figure = _figure(fig, groups, place)
+        stated = [code for each in (fig, *groups) if (code := licence_of_figure(each))]
+        if local(scope) != "article" and own is not None:
+            stated.append(licence_of_article(own))
+        figure.licence = strictest(stated) if stated else ""
         figures.append(figure)
         for element in (fig, *groups):
             if element.get("id"):
                 elements.setdefault(element.get("id"), []).append(figure)
-    _mention(root, figures, elements)
-    return Article(f"PMC{number[0]}" if number else "", ids.get("pmid", ""), ids.get("doi", ""), _licence(root),
-                   figures)
+    _mention(scope, figures, elements)
+    return figures
 
 
 def _children(element, *path: str) -> Iterator:
@@ -120,10 +153,8 @@ def _figs(element, groups: tuple = ()) -> Iterator[tuple]:
                 yield from inside
             else:  # graphics without `fig`
                 yield child, groups
-        elif name not in ("article", "sub-article", "response"):
+        elif name not in _ARTICLES:
             yield from _figs(child, groups)
-        elif name != "article":
-            yield from _figs(child)
 
 
 def _figure(fig, groups: tuple, place: int) -> Figure:
@@ -138,7 +169,14 @@ def _figure(fig, groups: tuple, place: int) -> Figure:
     caption = " ".join(captions)
     marked = [letter for element in (*chain, *described) for letter in _marked(_child(element, "caption"))]
     panels = max(mentions.panels_of(caption), mentions.in_order(marked), key=len)
-    return Figure(fig.get("id") or f"fig{place}", _join_labels(labels), caption, graphics, panels)
+    return Figure(fig.get("id") or f"fig{place}", _join_labels(labels), caption, graphics, panels,
+                  language=_language(fig))
+
+
+def _language(element) -> str:
+    """Returns the language of an element: its own or that around it, without a region; English is JATS's default."""
+    stated = next((each.get(_LANGUAGE) for each in (element, *element.iterancestors()) if each.get(_LANGUAGE)), "en")
+    return stated.partition("-")[0].lower()
 
 
 def _marked(caption) -> Iterator[str]:
@@ -202,7 +240,7 @@ def _mention(root, figures: list[Figure], elements: dict[str, list[Figure]]) -> 
         if key is not None:
             keys[key[:2]].append(figure)
             panels[id(figure)] = key[2] or _panel_of_group(figure.label)
-    for text in _paragraphs(root):
+    for text, language in _paragraphs(root):
         plain = str(text)
         spans = sentences(plain)
         named = mentions.find(plain)
@@ -219,6 +257,8 @@ def _mention(root, figures: list[Figure], elements: dict[str, list[Figure]]) -> 
                     for figure in _of_panels(found, letters, panels):
                         hit.setdefault(id(figure), (figure, []))
             for figure, letters in hit.values():
+                if figure.language != language:  # a translation of an abstract, or of a figure
+                    continue
                 figure.mentions.append(Mention(plain[start:end].strip(), tuple(dict.fromkeys(letters))))
 
 
@@ -246,12 +286,12 @@ def _is_foreign(named: mentions.Mention, links: list, elements: dict) -> bool:
     return bool(inside) and not any(each in elements for ids in inside for each in ids)
 
 
-def _paragraphs(root) -> Iterator[Text]:
-    """Yields the text of each paragraph outside captions, tables and references."""
+def _paragraphs(root) -> Iterator[tuple[Text, str]]:
+    """Yields the text and the language of each paragraph outside captions, tables, references and sub-articles."""
     for child in root:
         name = local(child)
         if name in _NO_TEXT or not name:
-            if name == "front":
+            if name in ("front", "front-stub"):
                 for abstract in (each for each in child.iter() if local(each) in ("abstract", "trans-abstract")):
                     yield from _paragraphs(abstract)
             continue
@@ -260,29 +300,6 @@ def _paragraphs(root) -> Iterator[Text]:
             text.add(child.text)
             for each in child:
                 text.add_child(each)
-            yield text
-        elif name != "article":
+            yield text, _language(child)
+        elif name not in _ARTICLES:
             yield from _paragraphs(child)
-
-
-_LICENCES = (("publicdomain/zero", "CC0"), ("by-nc-nd", "CC BY-NC-ND"), ("by-nc-sa", "CC BY-NC-SA"),
-             ("by-nc", "CC BY-NC"), ("by-nd", "CC BY-ND"), ("by-sa", "CC BY-SA"), ("/by/", "CC BY"))
-
-
-_WORDS = re.compile(r"creative commons attribution\W{0,3}(non-?\s?commercial)?\W{0,3}"
-                    r"(share-?\s?alike|no-?\s?deriv\w*)?", re.IGNORECASE)
-
-
-def _licence(root) -> str:
-    """Returns the licence's code from the address or the words that the article gives; `unknown` without them."""
-    meta = _child(root, "front", "article-meta", "permissions")
-    if meta is None:
-        return "unknown"
-    texts = [value for each in meta.iter() for value in (each.get(_HREF), each.text if local(each) == "license_ref"
-                                                         else None) if value]
-    address = next((text.lower() for text in texts if "creativecommons.org" in text.lower()), "")
-    found = next((code for part, code in _LICENCES if part in address.rstrip("/") + "/"), "")
-    words = _WORDS.search(text_of(meta)) if not found else None
-    if words:
-        found = "CC BY" + ("-NC" if words[1] else "") + {"s": "-SA", "n": "-ND"}.get((words[2] or " ")[0].lower(), "")
-    return found or "unknown"

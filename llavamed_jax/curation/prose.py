@@ -10,7 +10,10 @@ _BLOCKS = frozenset("p title sec list list-item disp-quote break td th tr def de
                     "label-alternatives".split())
 _LEFT_OUT = frozenset("tex-math object-id alt-text long-desc permissions attrib graphic media inline-graphic "
                       "table-wrap fig fig-group supplementary-material fn annotation".split())
+_NOTES = frozenset("bibr fn table-fn aff corresp".split())  # what a mark beside a word refers to
 _SPACE = re.compile(r"\s+")
+_JOINT = re.compile(r"[\s,;\u2010-\u2015\-]+")
+_PLAIN = re.compile(r"st|nd|rd|th|tm|[\W_]+", re.IGNORECASE)  # 1st, CD4+, Name®
 _ABBREVIATIONS = frozenset(
     "fig figs tab tabs ref refs eq eqs no nos vol pp ed eds dr drs prof mr mrs ms st al e.g i.e vs cf ca approx resp "
     "incl viz sp spp var subsp etc suppl supp sect chap app mag max min temp inc ltd co corp jr sr ph.d m.d u.s u.k "
@@ -36,6 +39,7 @@ class Text:
     length: int = 0
     is_open: bool = False  # a blank is due before the next character
     links: list[tuple[int, int, tuple[str, ...]]] = field(default_factory=list)
+    marked: int = -1  # length at which a raised citation was left out
 
     def add(self, text: str | None) -> None:
         """Appends text."""
@@ -57,28 +61,50 @@ class Text:
     def add_element(self, element) -> None:
         """Appends the text of an element and of what it contains.
 
-        TeX beside MathML, alternative texts, and figures and tables inside a paragraph are left out, and so are
-        citations that are superscripts: they would stick to the word before them.
+        TeX beside MathML, alternative texts, and figures and tables inside a paragraph are left out, and so are raised
+        citations and marks of notes. A citation that would stick to the word before it is separated.
         """
         name = local(element)
         if not name:  # an entity that the parser left alone; HTML's names are known, and others mean nothing
             plain = html.unescape(element.text or "")
             self.add(plain if plain != element.text else "")
             return
-        if name in _LEFT_OUT or name == "sup" and _is_citation(element):
+        if name in _LEFT_OUT or self._is_mark(element, name):
+            return
+        if name in _MATH:  # white space between its parts means nothing
+            for between, child in zip(("", *_MATH[name]), element, strict=False):
+                self.add(between)
+                self.add_element(child)
             return
         is_block = name in _BLOCKS
-        if is_block:
+        if is_block or _is_glued(element, name, self.last):
             self.space()
         start, first = self.length, len(self.parts)
+        joint = _joint(element, name, self.last) if name in ("sup", "sub") else ""
+        self.add(joint)
         self.add(element.text)
         for child in element:
             self.add_child(child)
+        self.add(")" if joint.endswith("(") else "")
         if name == "xref" and element.get("rid"):
             is_after_blank = "".join(self.parts[first:first + 1]).startswith(" ")
             self.links.append((start + is_after_blank, self.length, tuple(element.get("rid").split())))
         if is_block:
             self.space()
+
+    @property
+    def last(self) -> str:
+        """The last character; "" at the beginning and after a blank."""
+        return "" if self.is_open or not self.parts else self.parts[-1][-1:]
+
+    def _is_mark(self, element, name: str) -> bool:
+        """Returns whether an element is a raised citation or the mark of a note, or joins two of them."""
+        text = text_of(element) if name in ("sup", "xref") else ""
+        is_between = name == "sup" and self.marked == self.length and _JOINT.fullmatch(text)
+        is_mark = text and (is_between or _is_note(element))
+        if is_mark:
+            self.marked = self.length
+        return bool(is_mark)
 
     def add_child(self, child) -> None:
         """Appends a child with the text after it. A letter in bold is a panel, and is separated from a next word."""
@@ -93,9 +119,46 @@ class Text:
         return "".join(self.parts)
 
 
-def _is_citation(sup) -> bool:
-    return any(local(each) == "xref" and each.get("ref-type") == "bibr" for each in sup) and not re.search(
-        r"[^\W\d_]", (sup.text or "") + "".join(each.tail or "" for each in sup))
+_MATH = {"msup": ("^",), "msubsup": ("", "^"), "mfrac": ("/",), "msub": ("",)}  # between the parts of MathML's elements
+
+
+def _is_glued(element, name: str, before: str) -> bool:
+    """Returns whether an element is a citation that would stick to a word, a number or a stop."""
+    return (name == "xref" and element.get("ref-type") == "bibr" and (before.isalnum() or before in tuple(".,;:)%"))
+            and text_of(element)[:1].isalnum())
+
+
+def _joint(element, name: str, before: str) -> str:
+    """Returns what stands between a character and what is raised or lowered behind it.
+
+    An exponent keeps its meaning (`10^3`, `cm^2`, `Ca^2+`); ordinals, signs and isotopes need nothing (`1st`, `CD4+`,
+    `99mTc`). An index is written as chemistry does (`H2O`, `T2`), apart from a digit after a digit (`10_2`).
+
+    Args:
+      element: what is raised or lowered.
+      name: `sup` or `sub`.
+      before: the character before it; "" is a blank.
+    """
+    text = text_of(element)
+    if name == "sub":
+        return "_" if before.isdigit() and text[:1].isdigit() else ""
+    following = element.getnext()
+    after = element.tail or (text_of(following) if following is not None and local(following) else "")
+    is_isotope = (not before or before in "([{-/,;\u2010\u2011\u2012\u2013") and after[:1].isalpha()
+    if not text or is_isotope or _PLAIN.fullmatch(text) or not before and len(text) == 1 and text.isalpha():
+        return ""
+    return "^(" if " " in text else "^"
+
+
+def _is_note(element) -> bool:
+    """Returns whether an element is raised and holds citations or marks of notes only."""
+    if local(element) == "xref":
+        return element.get("ref-type") in _NOTES and len(element) > 0 and not (element.text or "").strip() and all(
+            local(each) == "sup" and not (each.tail or "").strip() for each in element)
+    links = [each for each in element.iter() if local(each) == "xref"]
+    outside = (element.text or "") + "".join(each.tail or "" for each in element)
+    return (bool(links) and all(each.get("ref-type") in _NOTES for each in links)
+            and not re.search(r"[^\W\d_]", outside))
 
 
 def text_of(element) -> str:

@@ -21,6 +21,7 @@ from typing import Any
 
 from llavamed_jax.curation import names
 from llavamed_jax.curation.jats import Article, Figure, read_articles
+from llavamed_jax.curation.jats_licence import strictest
 from llavamed_jax.curation.xml_bounds import MOST_XML
 from llavamed_jax.errors import UserError
 from llavamed_jax.utils.files import open_file
@@ -98,7 +99,8 @@ def _figures(file: Path, article: Article, there: dict[str, Path], licences: dic
         for part, choices in enumerate(figure.graphics, start=1):
             matches = [found for each in choices if (found := names.match(each, there)) is not None]
             image = there[min(matches)[1]] if matches else None
-            record = _record(figure, f"{article.pmid or pmcid}_{figure.id}" + (f"_{part}" if part > 1 else ""), licence)
+            record = _record(figure, f"{article.pmid or pmcid}_{figure.id}" + (f"_{part}" if part > 1 else ""),
+                             strictest([licence, figure.licence]) if figure.licence else licence)
             record |= {"pmid": article.pmid, "pmcid": pmcid, "doi": article.doi, "graphic_ref": choices[0]}
             yield Found(record, image)
 

@@ -13,7 +13,7 @@ from llavamed_jax.curation.domains import domains_of
 from tests.support.pmc_bucket import picture
 
 pytest.importorskip("lxml")
-from llavamed_jax.curation import jats, prose
+from llavamed_jax.curation import jats, jats_licence, prose
 
 HEAD = ('<!DOCTYPE article PUBLIC "-//NLM//DTD JATS (Z39.96) Journal Archiving and Interchange DTD v1.2 20190208//EN" '
         '"JATS-archivearticle1.dtd">\n<article xmlns:xlink="http://www.w3.org/1999/xlink" xmlns:mml="http://www.w3.org/1998/Math/MathML">'
@@ -45,11 +45,91 @@ def test_captions():
         '<fig id="F5"><label>Figure 5</label><caption><p>No file.</p></caption></fig>')
     assert (found.pmid, found.pmcid, found.licence) == ("77", "PMC5", "CC BY-NC-SA")
     assert [(each.id, each.label, each.caption, each.graphics, "".join(each.panels)) for each in found.figures] == [
-        ("F1", "Figure 1.", "Two views. First E. coli at 103 μm. Second [3] with α. (a) item (b) other", [["f1"]], "AB"),
+        ("F1", "Figure 1.", "Two views. First E. coli at 10^3 μm. Second [3] with α. (a) item (b) other", [["f1"]], "AB"),
         ("F2", "Figure 2", "", [["f2"]], ""),
         ("F3", "Figure 3", "a CT. b C. albicans (c–d)", [["f3"]], "ABCD"),
         ("fig4", "Figure 4", "Inside the graphic.", [["f4"]], ""),
         ("F5", "Figure 5", "No file.", [], "")]
+
+
+BIBR = '<xref ref-type="bibr" rid="B1">{}</xref>'.format
+
+
+@pytest.mark.parametrize(("marked", "plain"), [
+    ("10<sup>2</sup> and 10<sup>\u22123</sup> cm<sup>2</sup>", "10^2 and 10^\u22123 cm^2"), ("10 <sup>3</sup> cells", "10 ^3 cells"),
+    ("H<sub>2</sub>O, T<sub>2</sub>-weighted, SpO<sub>2</sub>, V<sub>max</sub>", "H2O, T2-weighted, SpO2, Vmax"), ("10<sub>2</sub>", "10_2"),
+    ("SO<sub>4</sub><sup>2\u2212</sup>, Ca<sup>2+</sup>, CD4<sup>+</sup>", "SO4^2\u2212, Ca^2+, CD4+"), ("e<sup>n + 1</sup>x", "e^(n + 1)x"),
+    ("<sup>99m</sup>Tc, [<sup>18</sup>F]FDG and <sup>18</sup><italic>F</italic>", "99mTc, [18F]FDG and 18F"), ("1<sup>st</sup> Name<sup>®</sup>", "1st Name®"),
+    ("<bold>10<sup>2</sup></bold>", "10^2"), ("lesion<sup>3</sup>", "lesion^3"), ("<sup>a</sup> p", "a p"),
+    (f"lesion<sup>{BIBR(12)}</sup>.", "lesion."), (f"lesion<sup>{BIBR(12)}–{BIBR(14)}, {BIBR(3)}</sup>.", "lesion."),
+    (f"lesion{BIBR('<sup>12</sup>')}<sup>,</sup>{BIBR('<sup>13</sup>')} is", "lesion is"), (f"in 5{BIBR(12)},{BIBR(13)} cases", "in 5 12, 13 cases"),
+    (f"et al.{BIBR(7)} [{BIBR(8)}] ({BIBR(9)})", "et al. 7 [8] (9)"), ('size<sup><xref ref-type="table-fn" rid="t">a</xref></sup>', "size"),
+    ("<mml:msup> <mml:mn>10</mml:mn> <mml:mn>2</mml:mn> </mml:msup> m", "10^2 m"),
+    ("<mml:mfrac><mml:mn>1</mml:mn><mml:msub><mml:mi>T</mml:mi><mml:mn>2</mml:mn></mml:msub></mml:mfrac>", "1/T2"),
+])
+def test_what_is_raised_or_lowered_keeps_its_meaning(marked, plain):
+    found = article(f'<fig id="F1"><label>Fig. 1</label><caption><p>{marked}</p></caption>{graphic("f1")}</fig><p>Fig. 1: {marked}</p>')
+    assert (found.figures[0].caption, found.figures[0].mentions[0].sentence) == (plain, f"Fig. 1: {plain}")
+
+
+def test_sentences_belong_to_the_figures_of_their_article_and_language():
+    fig = lambda name, language="": (f'<fig id="{name}"{language}><label>Figure 1</label><caption><p>{name}</p></caption>{graphic(name)}</fig>')
+    say = lambda text, rid: f'<p>{text} (<xref ref-type="fig" rid="{rid}">Figure 1</xref>).</p>'
+    (found,) = jats.read_articles(
+        ('<article xml:lang="en-GB" xmlns:xlink="http://www.w3.org/1999/xlink"><front><article-meta><abstract>' + say("Abstract", "A")
+         + '</abstract><trans-abstract xml:lang="es">' + say("Resumen", "A") + "</trans-abstract></article-meta></front><body>" + fig("A")
+         + '<fig-group id="G">' + fig("B", ' xml:lang="en"').replace("Figure 1", "Figure 2") + fig("C", ' xml:lang="es"').replace("Figure 1", "Figura 2")
+         + "</fig-group>" + say("Text", "A") + say("Both", "G").replace("Figure 1", "Figure 2") + '</body><sub-article article-type="translation" xml:lang="es">'
+         "<front-stub><abstract>" + say("Compendio", "D") + "</abstract></front-stub><body>" + fig("D") + say("Texto", "D") + say("De otro", "A")
+         + '</body><response><body>' + fig("") + say("Reply", "A") + "<p>In Figure 1.</p></body></response></sub-article></article>").encode())
+    assert {each.id: [one.sentence.split(" (")[0] for one in each.mentions] for each in found.figures} == {
+        "A": ["Abstract", "Text"], "B": ["Both"], "C": [], "D": ["Compendio", "Texto"], "fig5": ["In Figure 1."]}
+
+
+BY = "https://creativecommons.org/licenses/by/4.0/"
+
+
+@pytest.mark.parametrize(("permissions", "wanted"), [
+    (f'<license xlink:href="{BY}"><license-p>x</license-p></license>', "CC BY"),
+    ('<license><license-p>This is distributed under the Creative Commons Attribution License, which permits unrestricted use.</license-p></license>', "CC BY"),
+    ('<license license-type="CC-BY-NC"/>', "CC BY-NC"), ('<license><license-p>CC BY–NC–ND 4.0</license-p></license>', "CC BY-NC-ND"),
+    ('<license><license-p>Creative Commons Attribution-NonCommercial-ShareAlike 4.0</license-p></license>', "CC BY-NC-SA"),
+    (f'<license xlink:href="{BY}"><license-p>Free use in any medium, except commercial use.</license-p></license>', "CC BY-NC"),
+    (f'<license xlink:href="{BY}"><license-p>Provided that no modifications or adaptations are made.</license-p></license>', "CC BY-ND"),
+    (f'<license xlink:href="{BY}"><license-p>This article is CC BY, and its figures are CC BY-NC-ND.</license-p></license>', "CC BY-NC-ND"),
+    (f'<license xlink:href="{BY}"><license-p>It permits commercial and non-commercial re-use without permission.</license-p></license>', "CC BY"),
+    (f'<license xlink:href="{BY}"><license-p>The Creative Commons Public Domain Dedication waiver '
+     '(http://creativecommons.org/publicdomain/zero/1.0/) applies to the data.</license-p></license>', "CC BY"),
+    (f'<license xlink:href="{BY}"><license-p>If material is not included in the article\'s Creative Commons licence and your intended use is not permitted '
+     'by statutory regulation, you will need to obtain permission directly from the copyright holder.</license-p></license>', "CC BY"),
+    (f'<license xlink:href="{BY}"/><license xlink:href="https://creativecommons.org/licenses/by-nc/4.0/"/>', "CC BY-NC"),
+    (f'<license xlink:href="{BY}"/><license><license-p>For unrestricted research re-use.</license-p></license>', "unknown"),
+    (f'<license xlink:href="{BY}"/><license license-type="open-access"/>', "CC BY"),
+    ('<license><license-p>The CC BY figure is reused with permission.</license-p></license>', "unknown"),
+    ('<license><license-p>This article is not licensed under CC BY.</license-p></license>', "unknown"),
+    ('<license xlink:href="https://creativecommons.org/publicdomain/zero/1.0/"/>', "CC0"), ('<license xlink:href="https://creativecommons.org/"/>', "unknown"),
+    ("<license><license-p>Open access. Creative Commons.</license-p></license>", "unknown"), ("<copyright-statement>© CC</copyright-statement>", "unknown"),
+    (f'<license><ali:license_ref xmlns:ali="http://www.niso.org/schemas/ali/1.0/">{BY}</ali:license_ref></license>', "CC BY"),
+])
+def test_the_most_restrictive_reading_of_a_licence_wins(permissions, wanted):
+    before, _, after = HEAD.replace("{abstract}", "").partition("<permissions>")
+    head = f"{before}<permissions>{permissions}</permissions>{after.partition('</permissions>')[2]}"
+    (found,) = jats.read_articles(f"{head}<body/></article>".encode())
+    assert found.licence == wanted
+
+
+@pytest.mark.parametrize(("figure", "wanted"), [
+    ("<caption><p>CT.</p></caption>", ""), ("<caption><p>CT. Reprinted with permission from Elsevier.</p></caption>", "unknown"),
+    ("<caption><p>CT. Image reused from [3] with permission, CC BY.</p></caption>", "unknown"),
+    ("<caption><p>CT. Used with the patient's permission.</p></caption>", ""), ("<caption><p>CT, from [3] (CC BY-NC 4.0).</p></caption>", "CC BY-NC"),
+    ("<caption><p>CT.</p></caption><attrib>By permission of the Mayo Foundation.</attrib>", "unknown"),
+    (f'<caption><p>CT.</p></caption><permissions><license xlink:href="{BY}"/></permissions>', "CC BY"),
+    ("<caption><p>CT.</p></caption><permissions><copyright-statement>© Elsevier. All rights reserved.</copyright-statement></permissions>", "unknown"),
+])
+def test_a_figure_may_have_a_licence_of_its_own(figure, wanted):
+    found = article(f'<fig id="F1"><label>Fig. 1</label>{figure}{graphic("f1")}</fig>')
+    assert found.figures[0].licence == wanted
+    assert jats_licence.strictest(["CC BY 4.0", wanted or "CC BY 4.0"]) == {"": "CC BY 4.0", "CC BY": "CC BY"}.get(wanted, wanted)
 
 
 def test_groups_parts_and_alternatives():

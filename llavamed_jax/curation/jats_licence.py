@@ -1,0 +1,131 @@
+"""Reads the licence of an article or of a figure from its JATS `permissions`: addresses, attributes and words.
+
+The most restrictive reading wins. A licence that allows less in one place than in another is the lesser one; if one of
+several `license` elements is none of Creative Commons, or a figure was reused with somebody's permission, the licence
+is unknown.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from llavamed_jax.curation.bucket import COMMERCIAL, NON_COMMERCIAL, licence_of
+from llavamed_jax.curation.prose import local, sentences, text_of
+
+UNKNOWN = "unknown"
+_HREF = "{http://www.w3.org/1999/xlink}href"
+_ADDRESS = re.compile(r"creativecommons\.org/+(licen[cs]es|publicdomain)/+([a-z+-]+)", re.IGNORECASE)
+_CODE = re.compile(r"\bCC[\s_-]*BY((?:[\s\-\u2010-\u2015]*(?:NC|ND|SA)\b)*)", re.IGNORECASE)
+_NAME = re.compile(r"creative\s+commons[\s:,(\u201c\"']*attribution", re.IGNORECASE)
+_ZERO = re.compile(r"\bCC\s?-?(?:0|zero)\b|creative\s+commons\s+(?:zero|(?:cc0\s+)?public\s+domain\s+dedication)",
+                   re.IGNORECASE)
+_FEW = r"\W+(?:\w+\W+){0,4}?"
+_BOTH = re.compile(r"(?:non-?\s?)?commercial(?:ly)?\s*(?:and|or|/|as well as)\s*(?:non-?\s?)?commercial(?:ly)?",
+                   re.IGNORECASE)
+_NOT_COMMERCIAL = re.compile(
+    r"non[\s\-\u2010-\u2015]?commercial|(?:except|excluding|excludes?|other\s+than|without|prohibit\w*|forbid\w*)"
+    r"(?:\s+(?:for|any|all|the|its|of)){0,2}\s+commercial|\bno\s+(?:\w+\s+)?commercial"
+    rf"|\bnot\b{_FEW}commercial"
+    rf"|\bcommercial\b(?:\s+\w+){{0,3}}{_FEW}(?:not|prohibited|forbidden|excluded|requires?|only\s+with)\b",
+    re.IGNORECASE)
+_NO_CHANGE = re.compile(
+    r"no[\s\-\u2010-\u2015]?deriv|(?:no|without)\s+(?:any\s+)?(?:modif|alter|adapt|change)|unmodified|unaltered"
+    rf"|\bnot\b{_FEW}(?:altered|modified|transformed|adapted|changed|build\s+upon|built\s+upon|derivative)"
+    rf"|\bnot\b{_FEW}share\s+adapted", re.IGNORECASE)
+_ALIKE = re.compile(r"share[\s\-\u2010-\u2015]?alike|\b(?:same|identical)\s+licen[cs]", re.IGNORECASE)
+_NEGATED = re.compile(rf"\bnot\b{_FEW}(?:licen[cs]ed|distributed|available|published|covered){_FEW}", re.IGNORECASE)
+_BY_PERMISSION = re.compile(
+    r"\b(?:re-?us|re-?print|re-?produc|re-?publish|adapt|adopt|modif|borrow|tak|us|obtain)(?:e|ed|en|ing|ied)?\b"
+    r"[^.;]{0,120}\bpermissions?\b|\b(?:by|with)\s+(?:\w+\s+){0,2}permissions?\b|\ball\s+rights\s+reserved\b",
+    re.IGNORECASE)
+_NEEDS_NONE = re.compile(r"\b(?:without|no)\s+(?:\w+\s+){0,4}permissions?", re.IGNORECASE)
+_CONSENT = re.compile(r"patient|parent|guardian|famil|participant|subject|informed|next\s+of\s+kin", re.IGNORECASE)
+
+
+def strictest(codes: Iterable[str]) -> str:
+    """Returns the licence that allows only what all of some licences allow; `unknown` if one of them is no CC licence.
+
+    Args:
+      codes: such as `CC BY`, `cc by-nc 4.0`; at least one. One alone is returned as it is written.
+    """
+    codes = list(dict.fromkeys(codes))
+    if len(codes) == 1:
+        return codes[0]
+    found = [licence_of(code) for code in codes]
+    if not all(code in COMMERCIAL | NON_COMMERCIAL for code in found):
+        return UNKNOWN
+    parts = {part for code in found if code != "CC0" for part in code.removeprefix("CC BY").split("-")}
+    return _code(parts) if set(found) != {"CC0"} else "CC0"
+
+
+def licence_of_article(permissions) -> str:
+    """Returns the licence of an article's `permissions` as a code, `unknown` if they state none or are None."""
+    if permissions is None:
+        return UNKNOWN
+    elements = [each for each in permissions.iter() if local(each) in ("license", "licence")]
+    elements += [each for each in permissions if local(each) == "license_ref"]
+    stated = [each for each in elements if text_of(each) or each.get(_HREF) or _licence(each) != UNKNOWN]
+    return strictest([_licence(each) for each in stated or [permissions]])
+
+
+def licence_of_figure(fig) -> str:
+    """Returns the licence that a figure states for itself; "" if it states none and has that of its article.
+
+    A figure that was reused with permission is `unknown`: the permission is its publisher's, and not the reader's.
+    """
+    own = [each for each in fig if local(each) in ("permissions", "attrib", "copyright-statement", "caption")]
+    for each in own:
+        if any(_is_by_permission(part) and not _CONSENT.search(part) for part in _parts(text_of(each))):
+            return UNKNOWN
+    codes = [licence_of_article(each) for each in own
+             if local(each) == "permissions" and any(local(one) in ("license", "license_ref") for one in each.iter())]
+    codes += [code for each in own if local(each) != "permissions" and (code := _licence(each)) != UNKNOWN]
+    return strictest(codes) if codes else ""
+
+
+def _licence(element) -> str:
+    """Returns the licence of one element: all that its addresses and its words forbid together."""
+    addresses, said = _addresses(element), _parts(text_of(element))
+    granting = [part for part in said if not (_is_by_permission(part) or _NEGATED.search(part))]
+    found: list[set[str] | None] = []
+    for address in _ADDRESS.finditer(" ".join([*addresses, *said])):
+        parts = set(address[2].lower().strip("-").split("-"))
+        if address[1].lower() == "publicdomain":
+            found.append({"zero"} if address[2].lower() == "zero" else None)
+        else:
+            found.append(parts if "by" in parts and parts <= {"by", "nc", "nd", "sa"} else None)
+    for text in (*addresses, *granting):
+        found += [{"by", *re.findall("nc|nd|sa", code[1].lower())} for code in _CODE.finditer(text)]
+        found += [{"by"}] * bool(_NAME.search(text)) + [{"zero"}] * bool(_ZERO.search(text))
+    if not found or None in found:
+        return UNKNOWN
+    parts = set().union(*found)
+    if "by" not in parts:
+        return "CC0"
+    said = [_BOTH.sub("", part) for part in said]
+    parts |= {name for name, what in (("nc", _NOT_COMMERCIAL), ("nd", _NO_CHANGE), ("sa", _ALIKE))
+              if any(map(what.search, said))}
+    return _code({part.upper() for part in parts})
+
+
+def _addresses(element) -> list[str]:
+    """Returns what stands in the attributes and in the addresses of an element and of what it contains."""
+    found: list[str | None] = []
+    for each in filter(local, element.iter()):
+        found += [each.get(_HREF), each.get("license-type"), each.text if local(each) == "license_ref" else None]
+    return list(filter(None, found))
+
+
+def _parts(text: str) -> list[str]:
+    return [text[start:end] for start, end in sentences(text)]
+
+
+def _is_by_permission(sentence: str) -> bool:
+    return _BY_PERMISSION.search(_NEEDS_NONE.sub("", sentence)) is not None
+
+
+def _code(parts: set[str]) -> str:
+    """Returns the code of what is forbidden; a work that may not be changed cannot be shared alike."""
+    nd = "ND" in parts
+    return "CC BY" + "-NC" * ("NC" in parts) + "-ND" * nd + "-SA" * ("SA" in parts and not nd)
