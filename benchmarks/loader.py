@@ -35,8 +35,9 @@ from PIL import Image
 from benchmarks.measure import ROOT, append_row, circumstances
 from llavamed_jax.config import preset
 from llavamed_jax.datasets.training import TrainingData, read_training
-from llavamed_jax.pipeline import lengths, loader, packing
+from llavamed_jax.pipeline import lengths, loader
 from llavamed_jax.pipeline.packing import Layout, Plan, Stream
+from llavamed_jax.pipeline.trial import Trial
 from llavamed_jax.processor import Processor
 from llavamed_jax.text.tokenizer import Tokenizer
 from llavamed_jax.utils.paths import local
@@ -143,7 +144,7 @@ def processor_seconds(work: Callable[[], None]) -> float:
 def plan_of(data: TrainingData, found: lengths.Lengths, row_length: int) -> Plan:
     """Packed rows of a length, or for 0 unpacked rows of MAX_LENGTH."""
     stream = Stream.of(data, 0)
-    slots = packing.choose_image_slots(stream, found, row_length, 9.0) if row_length else found.max_images  # 9: a frozen tower at 7B
+    slots = Trial(stream, found, 9.0).image_slots(row_length) if row_length else found.max_images  # 9: a frozen tower at 7B
     return Plan(stream, found, Layout(row_length or MAX_LENGTH, slots, 1, bool(row_length)))
 
 

@@ -25,8 +25,9 @@ from benchmarks.measure import ROOT, append_row, circumstances, random_params
 from llavamed_jax.config import IGNORE, preset
 from llavamed_jax.datasets.training import TrainingData, read_training
 from llavamed_jax.models import llava
-from llavamed_jax.pipeline import lengths, loader, packing, sizes
+from llavamed_jax.pipeline import lengths, loader, sizes
 from llavamed_jax.pipeline.packing import Layout, Plan, Stream
+from llavamed_jax.pipeline.trial import Trial
 from llavamed_jax.processor import Processor
 from llavamed_jax.text.tokenizer import Tokenizer
 from llavamed_jax.training.step import llava_loss
@@ -78,8 +79,8 @@ def batches(data: TrainingData, processor: Processor, found: lengths.Lengths, ro
     """Updates of about SAMPLES samples, in packed rows, or for 0 unpacked."""
     stream = Stream.of(data, 0)
     if row_length:
-        rows = sizes.rows_an_update(SAMPLES, found.mean, 1, row_length).rows
-        layout = Layout(row_length, packing.choose_image_slots(stream, found, row_length, 9.0), rows, True)
+        rows = sizes.rows_an_update(SAMPLES, found.mean, 1, row_length).rows  # as many positions for each row length
+        layout = Layout(row_length, Trial(stream, found, 9.0).image_slots(row_length), rows, True)
     else:
         layout = Layout(MAX_LENGTH, found.max_images, SAMPLES, False)
     made = loader.batches(data, processor, Plan(stream, found, layout), MAX_LENGTH)

@@ -30,6 +30,7 @@ from llavamed_jax.datasets import shards
 from llavamed_jax.datasets.training import read_training
 from llavamed_jax.pipeline import examples, lengths, packing, stored
 from llavamed_jax.pipeline.packing import Layout, Plan, Stream
+from llavamed_jax.pipeline.trial import Trial
 from llavamed_jax.processor import Processor
 from llavamed_jax.text.tokenizer import Tokenizer
 from llavamed_jax.utils.paths import local
@@ -96,7 +97,7 @@ def plan(count: int, tokenizer: Path, windows: int) -> dict:
         found = lengths.measure(data, processor, MAX_LENGTH)
         opened = time.process_time() - begun
         stream = Stream.of(data, 0)
-        slots = packing.choose_image_slots(stream, found, 4096, 600.0)
+        slots = Trial(stream, found, 600.0).image_slots(4096)
         made = Plan(stream, found, Layout(4096, slots, 32, True))
         rows = list(made.take(0, 0, 32))
         first, wall = time.process_time() - begun, time.monotonic() - clock

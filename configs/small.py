@@ -26,7 +26,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.data.mean_length = 80
     c.data.workers = 0  # two cores have enough to do
 
-    c.batch_size = 32
+    c.batch_size = 29  # what eight rows hold
     c.micro_batches = 1
     c.epochs = args.epochs
     c.max_length = 160

@@ -26,8 +26,8 @@ from llavamed_jax.utils.hashes import sha256
 
 # Rows that grain fills at a time. With 64, rows of 2,048 positions hold 2 % less; more than 256 changes nothing.
 BINS = 256
+_BLOCK = 1024  # samples among which a usable one is looked for
 WINDOW = 2**19  # samples that are packed together: more than LLaVA-Med's sets have, and 20 s of packing
-_TRIAL = 2048  # samples on which numbers of image slots are compared
 
 
 @dataclass(frozen=True)
@@ -144,6 +144,15 @@ def pack(tokens: np.ndarray, images: np.ndarray, row_length: int, image_slots: i
     return [row["sample"] for row in rows]
 
 
+def nothing_usable(lengths: Lengths, epoch: int = 0) -> UserError:
+    """Returns the error about an epoch without a usable sample."""
+    reason = f"; the first: {lengths.damaged[0]['reason']}" if lengths.damaged else ""
+    if not lengths.usable:
+        return UserError(f"none of the {len(lengths.tokens)} samples can be used{reason}")
+    return UserError(f"none of the samples that epoch {epoch + 1} takes can be used ({lengths.usable} of the "
+                     f"{len(lengths.tokens)} samples can, but the weights of their sources leave them out){reason}")
+
+
 # ---- the run ---------------------------------------------------------------------------------------------------------
 
 
@@ -179,10 +188,10 @@ class Plan:
     """
 
     def __init__(self, stream: Stream, lengths: Lengths, layout: Layout, cache: Path | None = None):
-        """Raises UserError if no sample can be used."""
-        if not lengths.usable:
-            reason = f"; the first: {lengths.damaged[0]['reason']}" if lengths.damaged else ""
-            raise UserError(f"none of the {len(lengths.tokens)} samples can be used{reason}")
+        """Raises UserError if no sample of the first epoch can be used."""
+        blocks = (stream.order(0, begin, begin + _BLOCK) for begin in range(0, len(stream), _BLOCK))
+        if not lengths.usable or not any(lengths.tokens[records].any() for records in blocks):
+            raise nothing_usable(lengths)
         self.stream, self.lengths, self.layout = stream, lengths, layout
         self.cache = cache if len(stream) >= LARGE else None
         self._known: dict[tuple[int, int], Rows] = {}  # (epoch, window)
@@ -220,8 +229,11 @@ class Plan:
         return Rows(np.concatenate([part.records for part in parts]), np.concatenate(ends).astype(np.int32))
 
     def first(self, epoch: int) -> Rows:
-        """Returns the rows of the first window of an epoch with a usable sample."""
-        return next(rows for window in range(self.windows) if len(rows := self.window(epoch, window)))
+        """Returns the rows of the first window of an epoch with a usable sample; raises UserError if there is none."""
+        for window in range(self.windows):
+            if len(rows := self.window(epoch, window)):
+                return rows
+        raise nothing_usable(self.lengths, epoch)
 
     def expected_rows(self, epoch: int) -> int:
         """Returns the number of rows of an epoch; with several windows, as many as the first one lets expect."""
@@ -296,37 +308,3 @@ class Plan:
         if not rows:
             return Rows(order, np.zeros(0, np.int32))
         return Rows(order[np.concatenate(rows)], np.cumsum([len(row) for row in rows], dtype=np.int32))
-
-
-# ---- image slots ---------------------------------------------------------------------------------------------------
-
-
-def choose_image_slots(stream: Stream, lengths: Lengths, row_length: int, image_cost: float) -> int:
-    """Returns the number of image slots of a row that needs the least work, tried on the first samples of the run.
-
-    The tower encodes every slot, even an empty one, and a row may run out of slots before it is full of tokens. The
-    work of a number of slots is rows x (row_length + slots x image_cost), with the number of rows that grain needs.
-
-    Args:
-      stream: the order of samples.
-      lengths: the lengths of all records.
-      row_length: positions of a row.
-      image_cost: the tower's work for one image, in tokens of the decoder.
-
-    Returns:
-      I; 0 for data without images.
-    """
-    least = lengths.max_images
-    if not least:
-        return 0
-    order, begin = np.zeros(0, np.int32), 0
-    while len(order) < _TRIAL and begin < len(stream):
-        more = stream.order(0, begin, begin + _TRIAL)
-        order, begin = np.concatenate([order, more[lengths.tokens[more] > 0]]), begin + _TRIAL
-    order = order[:_TRIAL]
-    tokens, images = lengths.tokens[order], lengths.images[order]
-    full = row_length * images.sum() / tokens.sum()  # images of a row without padding
-    choices = sorted({max(least, round(full * share)) for share in (0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.35, 1.5)})
-    work = {slots: len(pack(tokens, images, row_length, slots)) * (row_length + slots * image_cost)
-            for slots in choices}
-    return min(work, key=work.get)

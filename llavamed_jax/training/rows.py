@@ -20,6 +20,7 @@ from llavamed_jax.models import llava
 from llavamed_jax.parallel.mesh import batch_shards, local_rows, make_mesh
 from llavamed_jax.pipeline import lengths, loader, packing, sizes
 from llavamed_jax.pipeline.lengths import Lengths
+from llavamed_jax.pipeline.trial import Trial
 from llavamed_jax.processor import Processor
 from llavamed_jax.training.state import partition
 
@@ -40,7 +41,8 @@ def unpacked(cfg: ConfigDict, shards: int) -> sizes.Update:
     return sizes.Update(cfg.max_length, cfg.batch_size, parts, cfg.batch_size, True)
 
 
-def packed(cfg: ConfigDict, mesh: Mesh, config: LlavaConfig, mean_length: float, longest: int) -> sizes.Update:
+def packed(cfg: ConfigDict, mesh: Mesh, config: LlavaConfig, mean_length: float, longest: int,
+           samples_a_row: Callable[[int], float] | None = None) -> sizes.Update:
     """Returns the packed rows of an update of `batch_size` samples.
 
     Args:
@@ -49,6 +51,7 @@ def packed(cfg: ConfigDict, mesh: Mesh, config: LlavaConfig, mean_length: float,
       config: the model's shapes.
       mean_length: mean number of tokens of a sample.
       longest: tokens of the longest sample.
+      samples_a_row: returns how many samples a row of a length holds; None takes rows as full.
 
     Raises:
       UsageError: updates would have another number of samples, by more than a tenth, and `batch_size_may_grow` is off;
@@ -57,7 +60,8 @@ def packed(cfg: ConfigDict, mesh: Mesh, config: LlavaConfig, mean_length: float,
     shards = batch_shards(mesh)
 
     def update(shards=shards, micro_batches=cfg.micro_batches, row_length=cfg.data.row_length):
-        return sizes.rows_an_update(cfg.batch_size, mean_length, shards, micro_batches, row_length, longest)
+        return sizes.rows_an_update(cfg.batch_size, mean_length, shards, micro_batches, row_length, longest,
+                                    samples_a_row)
 
     made = update()
     if made.is_close or cfg.batch_size_may_grow:
@@ -203,7 +207,8 @@ class Data:
             lines += self._troubles("validation ", self.validation_plan.lengths)
         if self.samples is not None:
             lines += self._troubles("sample ", self.samples)
-        return [*lines, *self._describe_packing()] if self.plan.layout.is_packed else lines
+        lines += self._describe_packing() if self.plan.layout.is_packed else []
+        return [*lines, *self._describe_batch()]
 
     def _troubles(self, which: str, found: Lengths) -> list[str]:
         """Returns warnings about records, images and tokens that are not used, of the data that `which` names."""
@@ -230,11 +235,18 @@ class Data:
                  f"{count_of(layout.image_slots, 'image')}; {count_of(layout.rows, 'row')} per update, about "
                  f"{count_of(round(here), 'sample')} (batch_size is {batch_size})"
                  + (f", in {layout.micro_batches} micro-batches" if layout.micro_batches > 1 else "")]
-        full = layout.rows * layout.row_length / self.plan.lengths.mean
-        if abs(full - batch_size) > sizes.TOLERANCE * batch_size:
-            lines.append(f"warning: updates have about {here:.0f} samples and not {batch_size} (batch_size); the "
-                         "learning rate stays as it is")
         return lines
+
+    def _describe_batch(self) -> list[str]:
+        """Returns a warning if updates do not have `batch_size` samples."""
+        here, batch_size = self.samples_an_update(), self.cfg.batch_size
+        if abs(here - batch_size) <= (sizes.TOLERANCE * batch_size if self.plan.layout.is_packed else 0):
+            return []
+        if self.cfg.total_steps is None and here < batch_size and self.plan.expected_rows(0) <= self.plan.layout.rows:
+            return [f"warning: an epoch has {count_of(len(self.plan.first(0).records), 'sample')}, fewer than "
+                    f"{batch_size} (batch_size): each epoch is one update, of all of them"]
+        return [f"warning: updates have about {here:.0f} samples and not {batch_size} (batch_size); the learning rate "
+                "stays as it is"]
 
     def training_batches(self, mesh: Mesh | None = None) -> loader.Loader:
         """Returns the endless stream of training batches; on a mesh of several processes, this process's rows."""
@@ -306,22 +318,36 @@ class _Rows:
     def layout(self, stream: packing.Stream, found: Lengths) -> packing.Layout:
         """Returns the layout of training rows. A resumed run keeps its rows; another mesh only adds empty ones."""
         cfg, settled, shards = self.cfg, self.settled, batch_shards(self.mesh)
-        if not cfg.data.packing:
-            rows, length, slots = cfg.batch_size, cfg.max_length, found.max_images
-            parts = (settled.get("micro_batches", cfg.micro_batches) if settled
-                     else unpacked(cfg, shards).micro_batches)
-        elif not found.usable:
-            return packing.Layout(cfg.max_length, 0, shards, True)  # empty; the plan raises
-        elif settled:
-            rows, length, slots = (settled[key] for key in ("rows", "row_length", "image_slots"))
+        if not found.usable:
+            return packing.Layout(cfg.max_length, 0, shards, cfg.data.packing)  # empty; the plan raises
+        if settled:
             parts = settled.get("micro_batches", cfg.micro_batches)
-        else:
-            update = packed(cfg, self.mesh, self.config, found.mean, found.longest)
+            rows, length, slots = ((settled[key] for key in ("rows", "row_length", "image_slots")) if cfg.data.packing
+                                   else (settled.get("rows", cfg.batch_size), cfg.max_length, found.max_images))
+        elif cfg.data.packing:
+            trial = self._trial(stream, found)
+            update = packed(self._at_most(stream, found), self.mesh, self.config, found.mean, found.longest,
+                            trial.samples_a_row)
             rows, length, parts = update.rows, update.row_length, update.micro_batches
-            slots = self._slots(stream, found, length)
+            slots = trial.image_slots(length)
+        else:
+            update = unpacked(cfg, shards)
+            rows, length, parts, slots = update.rows, update.row_length, update.micro_batches, found.max_images
         if parts == sizes.AUTO:
             parts = sizes.parts_of(-(-rows // shards), length)
-        return self._padded(packing.Layout(length, slots, rows, cfg.data.packing, micro_batches=parts), shards * parts)
+        made = packing.Layout(length, slots, rows, cfg.data.packing, micro_batches=parts)
+        if not settled and cfg.total_steps is None and len(stream) < 2 * update.samples:
+            made = replace(made, rows=min(rows, len(packing.Plan(stream, found, made).rows(0))))
+        return self._padded(made, shards * parts)
+
+    def _at_most(self, stream: packing.Stream, found: Lengths) -> ConfigDict:
+        """Returns the recipe with a batch of at most an epoch's samples, if `epochs` says how long the run trains."""
+        number = max(1, round((stream.weights() * (found.tokens > 0)).sum()))
+        if self.cfg.total_steps is not None or number >= self.cfg.batch_size:
+            return self.cfg
+        cfg = self.cfg.copy_and_resolve_references()
+        cfg.batch_size, cfg.batch_size_may_grow = number, True  # no mesh makes a batch that the data lacks
+        return cfg
 
     def layout_like(self, layout: packing.Layout, stream: packing.Stream, found: Lengths) -> packing.Layout:
         """Returns the layout of validation rows: as many as a micro-batch, with room for their images and lengths.
@@ -332,7 +358,8 @@ class _Rows:
           found: the lengths of the validation records.
         """
         row_length = layout.row_length if found.longest <= layout.row_length else -(-found.longest // 128) * 128
-        slots = self._slots(stream, found, row_length) if layout.is_packed and found.usable else found.max_images
+        is_tried = layout.is_packed and found.usable
+        slots = self._trial(stream, found).image_slots(row_length) if is_tried else found.max_images
         rows = max(1, (layout.rows + layout.padding_rows) // layout.micro_batches)
         return replace(layout, image_slots=slots, row_length=row_length, rows=rows, padding_rows=0)
 
@@ -347,8 +374,8 @@ class _Rows:
                              f"GB; at most this machine's memory of {memory / 1e9:,.0f} GB was expected")
         return layout
 
-    def _slots(self, stream: packing.Stream, found: Lengths, row_length: int) -> int:
-        return packing.choose_image_slots(stream, found, row_length, self._image_cost(found.mean))
+    def _trial(self, stream: packing.Stream, found: Lengths) -> Trial:
+        return Trial(stream, found, self._image_cost(found.mean))
 
     def _image_cost(self, mean_length: float) -> float:
         """Returns the tower's work for an image, in tokens of the decoder.

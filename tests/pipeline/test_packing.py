@@ -12,8 +12,9 @@ from llavamed_jax.datasets.training import TrainingData
 from llavamed_jax.errors import UsageError, UserError
 from llavamed_jax.pipeline import examples, lengths, loader, packing, sizes
 from llavamed_jax.pipeline.lengths import Lengths
-from llavamed_jax.pipeline.packing import Layout, Plan, Stream, choose_image_slots, pack
+from llavamed_jax.pipeline.packing import Layout, Plan, Stream, pack
 from llavamed_jax.pipeline.sizes import rows_an_update
+from llavamed_jax.pipeline.trial import Trial
 
 T, SLOTS, MAX_LENGTH = 256, 4, 120
 
@@ -345,7 +346,7 @@ def test_image_slots_weigh_the_towers_work_against_empty_positions():
     tokens = 576 + rng.integers(20, 200, 1500)
     found = Lengths(tokens.astype(np.int32), np.ones(1500, np.int16), [], 0, 0, 0)
     stream = Stream((1500,), (1500,), 0, True)
-    cheap, dear = (choose_image_slots(stream, found, 8192, cost) for cost in (1, 3000))
+    cheap, dear = (Trial(stream, found, cost).image_slots(8192) for cost in (1, 3000))
     work = lambda slots, cost: len(pack(tokens[stream.order(0)], found.images, 8192, slots)) * (8192 + slots * cost)
     assert dear < cheap <= 8192 // 596
     assert work(cheap, 1) <= min(work(slots, 1) for slots in (dear, cheap - 1, cheap + 2))
@@ -355,6 +356,6 @@ def test_image_slots_weigh_the_towers_work_against_empty_positions():
 def test_image_slots_hold_the_sample_with_the_most_images():
     found = some_lengths(mean_images=0.1)
     found.images[7] = 9
-    assert choose_image_slots(Stream((200,), (200,), 0, True), found, 2048, 1.0) >= 9
+    assert Trial(Stream((200,), (200,), 0, True), found, 1.0).image_slots(2048) >= 9
     found.images[:] = 0
-    assert choose_image_slots(Stream((200,), (200,), 0, True), found, 2048, 1.0) == 0
+    assert Trial(Stream((200,), (200,), 0, True), found, 1.0).image_slots(2048) == 0

@@ -166,11 +166,11 @@ def test_the_number_of_micro_batches_is_chosen_and_said(recipe, monkeypatch):
 
 
 def test_a_mesh_that_cannot_make_the_batch_is_refused_with_the_ways_that_would(recipe):
-    changes = dict(batch_size=12, batch_size_may_grow=False)
+    changes = dict(batch_size=13, batch_size_may_grow=False)
     cfg = recipe(**changes, **{"data.row_length": 96})
     with pytest.raises(UsageError) as refused:
         Data.open(cfg, open_start(cfg), make_mesh("data=8"))
-    said = re.fullmatch(r"the config key 'batch_size' is 12, but 8 packed rows of 96 tokens on 8 devices \(data x fsdp is 8\) make "
+    said = re.fullmatch(r"the config key 'batch_size' is 13, but 8 packed rows of 96 tokens on 8 devices \(data x fsdp is 8\) make "
                         r"updates of about (\d+) samples; data.row_length=0, (.*) was expected, or batch_size_may_grow=true to train "
                         r"with what the rows hold", str(refused.value))
     samples, ways = int(said[1]), re.split(", | or ", said[2])
@@ -178,13 +178,13 @@ def test_a_mesh_that_cannot_make_the_batch_is_refused_with_the_ways_that_would(r
     for way, mesh in (({"data.row_length": 0}, "data=8"), (dict(batch_size=samples), "data=8"), ({}, "data=4")):
         taken = recipe(**{"data.row_length": 96, **changes, **way})
         data = Data.open(taken, open_start(taken), make_mesh(mesh))
-        made = data.plan.layout.rows * data.plan.layout.row_length / data.plan.lengths.mean
+        made = data.samples_an_update()
         assert abs(made - taken.batch_size) <= 0.1 * taken.batch_size and not any("warning: updates" in line for line in data.describe())
-    grown = recipe(batch_size=12, batch_size_may_grow=True)
+    grown = recipe(batch_size=13, batch_size_may_grow=True)
     data = Data.open(grown, open_start(grown), make_mesh("data=8"))
     assert data.plan.layout.rows == 8 and data.resolved()["samples_an_update"] == round(data.samples_an_update(), 1)
     warning, = (line for line in data.describe() if line.startswith("warning: updates have about"))
-    assert f"about {data.samples_an_update():.0f} samples and not 12 (batch_size); the learning rate stays as it is" in warning
+    assert f"about {data.samples_an_update():.0f} samples and not 13 (batch_size); the learning rate stays as it is" in warning
 
 
 def test_256_devices_make_128_conversations_with_tensor_parallelism_only():
@@ -217,3 +217,27 @@ def test_damaged_records_are_listed_once_and_too_many_stop_the_run(recipe, run, 
     assert "warning: 2 records cannot be used and are listed in skipped.jsonl; the first: record 12 of" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"2 of the 15 samples of .*train.json cannot be used, more than the allowed 10% .*data.skip_limit"):
         run(recipe(**cfg, **{"data.skip_limit": 0.1}), tmp_path / "other")
+
+
+@pytest.mark.parametrize("changes, devices", [
+    ({"data.packing": False, "micro_batches": "auto"}, 8), ({"data.packing": False, "micro_batches": 2}, 1),
+    ({"data.row_length": 0}, 8), ({"data.row_length": 96, "micro_batches": 3}, 2)])
+def test_a_set_smaller_than_an_update_is_trained_as_often_as_epochs_say(recipe, changes, devices):
+    """Each epoch is one update of all samples, as HF's Trainer has it; `total_steps` counts updates of `batch_size`."""
+    changes = {"batch_size": 48, "epochs": 3, "batch_size_may_grow": False, **changes}
+    cfg = recipe(total_steps="none", **changes)
+    data = Data.open(cfg, open_start(cfg), make_mesh(f"data={devices}"))
+    assert data.total_steps() == 3
+    batches = data.training_batches()
+    trained = [int(next(batches)["segment_ids"].max(axis=1).sum()) for _ in range(3)]
+    batches.close()
+    layout = data.plan.layout
+    assert abs(sum(trained) - 36) <= (3 if layout.is_packed else 0)  # another epoch may have a row less
+    assert (layout.rows + layout.padding_rows) % (devices * layout.micro_batches) == 0
+    warning, = (line for line in data.describe() if "batch_size" in line and line.startswith("warning"))
+    assert warning == "warning: an epoch has 12 samples, fewer than 48 (batch_size): each epoch is one update, of all of them"
+    again = Data.open(cfg, open_start(cfg), make_mesh("data=1"), settled={**data.resolved(), "micro_batches": 1})
+    assert again.plan.layout.rows == layout.rows
+    cfg = recipe(total_steps=3, **{**changes, "batch_size_may_grow": True})
+    data = Data.open(cfg, open_start(cfg), make_mesh("data=1"))
+    assert data.samples_an_update() == pytest.approx(48, rel=0.1)
