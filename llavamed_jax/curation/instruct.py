@@ -97,7 +97,7 @@ def run(args: argparse.Namespace) -> int | None:
             made.read_batch()
         else:
             made.ask(service, estimate)
-        return made.finish(out, lambda figure: replies.get(figure.pair_id))
+        return made.finish(out, lambda figure: replies.get(made.key(figure)))
 
 
 def _result(figure: Figure) -> Reply | None:
@@ -153,26 +153,42 @@ class _Run:
         """Returns the request for a figure."""
         return self.prompt.messages(figure, not self.args.without_mentions)
 
+    def key(self, figure: Figure) -> str:
+        """Returns the key under which the reply about a figure is kept: that of what is asked about it."""
+        return self.prompt.key(figure, not self.args.without_mentions)
+
     def left(self) -> Iterator[Figure]:
         """Yields the figures that have no reply and are in no batch."""
         return (figure for figure in self.chosen()
-                if figure.pair_id not in self.replies and not self.batches.is_pending(figure.pair_id))
+                if (key := self.key(figure)) not in self.replies and not self.batches.is_pending(key))
 
     def estimate(self) -> Estimate:
-        """Estimates what the rest costs, and adds the cost of the kept replies to the budget."""
+        """Estimates what the rest costs, and adds the cost of all kept replies and batches to the budget."""
         found = Estimate(max_tokens=self.args.max_tokens, prices=self.prices)
+        others, tokens = {*self.replies.keys(), *self.batches.keys()}, 0
         for figure in self.chosen():
-            reply = self.replies.get(figure.pair_id)
-            if reply is not None:
-                found.kept += 1
-                self.budget.pay(reply, tokens_of(self.messages(figure)))
-            elif self.batches.is_pending(figure.pair_id):
-                found.pending += 1
-                self.budget.pay_pending(tokens_of(self.messages(figure)))
-            else:
+            key, tokens = self.key(figure), tokens_of(self.messages(figure))
+            others.discard(key)
+            if not self._pay(key, tokens, found):
                 found.requests += 1
-                found.prompt_tokens += tokens_of(self.messages(figure))
+                found.prompt_tokens += tokens
+        before = found.kept, found.pending
+        for key in sorted(others):  # of figures that have changed since, or that this run leaves out
+            self._pay(key, tokens, found)
+        found.others = found.kept + found.pending - sum(before)
+        found.kept, found.pending = before
         return found
+
+    def _pay(self, key: str, tokens: int, found: Estimate) -> bool:
+        """Counts a question as paid for if it has a reply or is in a batch; returns whether it is."""
+        reply = self.replies.get(key)
+        if reply is not None:
+            found.kept += 1
+            self.budget.pay(reply, tokens)
+        elif self.batches.is_pending(key):
+            found.pending += 1
+            self.budget.pay_pending(tokens)
+        return reply is not None or self.batches.is_pending(key)
 
     def ask(self, service, estimate: Estimate) -> None:
         """Asks about the figures that are left; stores each reply before the next request."""
@@ -211,12 +227,13 @@ class _Run:
         found = service.each(requests(), max_tokens=self.args.max_tokens, temperature=self.args.temperature)
         with contextlib.closing(found):
             for number, reply in found:
-                name = asked.pop(number).pair_id
+                figure = asked.pop(number)
+                name = figure.pair_id
                 if isinstance(reply, UserError):
                     self.failed[name] = reply
                     self.budget.free(name)
                 else:
-                    self.replies.add(name, reply)
+                    self.replies.add(self.key(figure), reply)
                     self.budget.settle(name, reply)
                 advance(1)
         if not is_short:
@@ -238,12 +255,12 @@ class _Run:
 
     def write_batch(self) -> int | None:
         """Writes request files for the figures that are left."""
-        def affordable() -> Iterator[Figure]:
+        def affordable() -> Iterator[tuple[str, Figure]]:
             for figure in self.left():
                 if not self.budget.may_send(figure.pair_id, tokens_of(self.messages(figure))):
                     self.why_stopped = f"the budget of {self.budget.dollars:,.2f} US dollars allows no further request"
                     return
-                yield figure
+                yield self.key(figure), figure
 
         # All of OpenAI's chat models and vLLM know this name of the limit; the newest models refuse the older one.
         body = lambda figure: {"model": self.args.model, "messages": self.messages(figure),
@@ -260,8 +277,7 @@ class _Run:
 
     def read_batch(self) -> None:
         """Reads the results of batches into the replies."""
-        names = (figure.pair_id for _, figure in self.figures.figures())
-        outcome = self.batches.read(map(Path, self.args.batch_results), names, self.replies)
+        outcome = self.batches.read(map(Path, self.args.batch_results), self.replies)
         print("results: " + (", ".join(f"{count:,} {name}" for name, count in outcome.items()) or "none"), flush=True)
 
     def finish(self, out: Path, reply_of: Callable[[Figure], Reply | None]) -> int | None:

@@ -1,8 +1,9 @@
 """Writes and reads the files of OpenAI's batch service, which `vllm run-batch` takes too.
 
-A request file has one request a line, at most 50,000 and at most 200 MB. A figure that is in a request file is pending
-until its result has been read: it is neither written again nor asked about online, so nothing is paid for twice. A
-failed result makes its figure free again. A request file that was never sent is undone by removing it.
+A request file has one request a line, at most 50,000 and at most 200 MB. Its `custom_id` is the key of the question
+(`InstructPrompt.key`). A question that is in a request file is pending until its result has been read: it is neither
+written again nor asked online, so nothing is paid for twice. A failed result makes its question free again. A request
+file that was never sent is undone by removing it.
 """
 
 from __future__ import annotations
@@ -20,15 +21,8 @@ from llavamed_jax.utils.hashes import sha256
 
 MOST_REQUESTS = 50_000
 MOST_BYTES = 200_000_000
-_LONGEST_ID = 64  # characters of an id that is sent as it is
 _FAILED = "failed.jsonl"
 _LONGEST_LINE = 2**26  # bytes
-
-
-def custom_id(pair_id: str) -> str:
-    """Returns the id of a figure's request: the `pair_id` if it is short and printable ASCII, else its hash."""
-    is_plain = len(pair_id) <= _LONGEST_ID and pair_id.isascii() and pair_id.isprintable()
-    return pair_id if is_plain else f"sha256-{sha256(pair_id)[:32]}"
 
 
 class Batches:
@@ -57,17 +51,20 @@ class Batches:
         """Returns the request files in order."""
         return sorted(self.folder.glob("requests-*.jsonl"))
 
-    def is_pending(self, pair_id: str) -> bool:
-        """Returns whether a request for a figure was written, and no result of it has been read."""
-        name = custom_id(pair_id)
-        return self._written[name] > self._num_failures[name]
+    def is_pending(self, key: str) -> bool:
+        """Returns whether a request with a key was written that has not failed."""
+        return self._written[key] > self._num_failures[key]
 
-    def write(self, figures: Iterable[Figure], body: Callable[[Figure], dict], most_requests: int = MOST_REQUESTS,
-              most_bytes: int = MOST_BYTES) -> list[tuple[Path, int]]:
+    def keys(self) -> list[str]:
+        """Returns the keys of all requests that were written."""
+        return list(self._written)
+
+    def write(self, figures: Iterable[tuple[str, Figure]], body: Callable[[Figure], dict],
+              most_requests: int = MOST_REQUESTS, most_bytes: int = MOST_BYTES) -> list[tuple[Path, int]]:
         """Writes requests into as many files as they need. A file is complete or does not exist.
 
         Args:
-          figures: the figures.
+          figures: the key of each question, and its figure.
           body: returns the body of a figure's request.
           most_requests: the most requests a file.
           most_bytes: the most bytes a file.
@@ -92,8 +89,8 @@ class Batches:
                 raise UserError(f"{file} cannot be written: {error.strerror or error}") from error
             made.append((file, len(lines)))
 
-        for figure in figures:
-            request = {"custom_id": custom_id(figure.pair_id), "method": "POST", "url": "/v1/chat/completions",
+        for key, figure in figures:
+            request = {"custom_id": key, "method": "POST", "url": "/v1/chat/completions",
                        "body": body(figure)}
             line = json.dumps(request).encode() + b"\n"
             if len(line) > most_bytes:
@@ -104,47 +101,46 @@ class Batches:
                 lines, size = [], 0
             lines.append(line)
             size += len(line)
-            self._written[custom_id(figure.pair_id)] += 1
+            self._written[key] += 1
         if lines:
             flush()
         return made
 
-    def read(self, files: Iterable[Path], pair_ids: Iterable[str], cache: ReplyCache) -> Counter[str]:
+    def read(self, files: Iterable[Path], cache: ReplyCache) -> Counter[str]:
         """Reads files of results, adds the replies to the cache, and returns the number of results by outcome.
 
         A file may be read again: a result that was read before changes nothing.
 
         Args:
           files: the files of results and of errors, as the service wrote them.
-          pair_ids: the ids of all figures.
           cache: the replies of the run.
 
         Raises:
           UserError: a file does not exist or cannot be read.
         """
-        names, found = {custom_id(pair_id): pair_id for pair_id in pair_ids}, Counter()
+        found: Counter[str] = Counter()
         for file in files:
             if not file.exists():
                 raise UserError(f"the file of results {file} does not exist")
             for line in _lines(file):
-                found[self._result(line, names, cache)] += 1
+                found[self._result(line, cache)] += 1
         return found
 
-    def _result(self, line: object, names: dict[str, str], cache: ReplyCache) -> str:
+    def _result(self, line: object, cache: ReplyCache) -> str:
         if not isinstance(line, dict) or not isinstance(line.get("custom_id"), str):
             return "damaged lines"
         from llavamed_jax.openai_client.replies import PassingError, read_reply  # imports openai, which takes a second
 
         name = line["custom_id"]
-        if name not in names or not self._written[name]:
+        if not self._written[name]:
             return "of figures that were not in a batch"
-        if names[name] in cache:
+        if name in cache:
             return "of figures that have a reply"
         response = line.get("response") if isinstance(line.get("response"), dict) else {}
         try:
             if line.get("error") or response.get("status_code") != 200:
                 raise PassingError("failed")
-            cache.add(names[name], read_reply(json.dumps(response.get("body")).encode()))
+            cache.add(name, read_reply(json.dumps(response.get("body")).encode()))
         except (PassingError, RecursionError):
             return self._failed(line, name)
         return "replies"

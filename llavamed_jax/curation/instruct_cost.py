@@ -56,6 +56,7 @@ class Estimate:
       requests: number of requests to send.
       kept: number of replies that are on the disk.
       pending: number of figures that are in batch files whose results have not been read.
+      others: number of replies and requests in batches for questions that this run does not ask.
       prompt_tokens: estimated number of tokens of the prompts.
       max_tokens: the most tokens of a reply.
       prices: the prices.
@@ -64,6 +65,7 @@ class Estimate:
     requests: int = 0
     kept: int = 0
     pending: int = 0
+    others: int = 0
     prompt_tokens: int = 0
     max_tokens: int = 0
     prices: Prices = Prices()
@@ -71,6 +73,7 @@ class Estimate:
     def __str__(self) -> str:
         kept = count_of(self.kept, "reply is kept", "replies are kept")
         kept += f", {count_of(self.pending, 'figure is', 'figures are')} in batches" if self.pending else ""
+        kept += f", {self.others:,} to questions that this run does not ask" if self.others else ""
         if not self.requests:
             return f"no requests; {kept}"
         answers = self.requests * self.max_tokens

@@ -1,7 +1,8 @@
 """The folder of a run that generates conversations: its settings, and every reply that was paid for.
 
 `replies.jsonl` grows by one line a reply, written before the next request is sent, and is never rewritten. So a run
-that was killed repeats at most the requests that were in flight, and no figure with a reply is asked about again.
+that was killed repeats at most the requests that were in flight, and no question with a reply is asked again. A figure
+whose caption or mentions have changed is another question.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def opened(folder: Path, settings: Mapping[str, object], is_written: bool = True
       is_written: whether the run writes; otherwise nothing is made or locked.
 
     Yields:
-      The replies, by `pair_id`.
+      The replies, by the key of what was asked (`InstructPrompt.key`).
 
     Raises:
       UsageError: the folder holds replies that were made with other settings.

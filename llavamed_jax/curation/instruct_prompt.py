@@ -22,6 +22,7 @@ from llavamed_jax.utils.hashes import sha256
 OWN = Path(__file__).parent / "prompts" / "instruct.txt"
 _HEADING = re.compile(r"^\[\[(.*)\]\][ \t\r]*$", re.MULTILINE)
 _LARGEST = 2**24  # bytes
+_LONGEST_KEY, _DIGITS = 64, 16
 
 
 @dataclass(frozen=True)
@@ -70,8 +71,24 @@ class InstructPrompt:
             mentions = example.mentions if has_mentions else ()
             found += [{"role": "user", "content": _content(example.figure, mentions)},
                       {"role": "assistant", "content": example.conversation}]
-        caption = f"{figure.label}: {figure.caption}" if figure.label else figure.caption
-        return [*found, {"role": "user", "content": _content(caption, figure.mentions if has_mentions else ())}]
+        return [*found, {"role": "user", "content": _asked(figure, has_mentions)}]
+
+    @staticmethod
+    def key(figure: Figure, has_mentions: bool = True) -> str:
+        """Returns the key of what is asked about a figure: of its `pair_id` and the text of its request.
+
+        A figure whose caption, label or mentions have changed has another key. The key is printable ASCII of at most 64
+        characters, so that it may be the `custom_id` of a batch service.
+        """
+        asked = sha256(repr((figure.pair_id, _asked(figure, has_mentions))))
+        name = figure.pair_id
+        is_plain = len(name) + 1 + _DIGITS <= _LONGEST_KEY and name.isascii() and name.isprintable()
+        return f"{name}-{asked[:_DIGITS]}" if is_plain else f"sha256-{asked[:32]}"
+
+
+def _asked(figure: Figure, has_mentions: bool) -> str:
+    caption = f"{figure.label}: {figure.caption}" if figure.label else figure.caption
+    return _content(caption, figure.mentions if has_mentions else ())
 
 
 def _content(caption: str, mentions: Sequence[str]) -> str:

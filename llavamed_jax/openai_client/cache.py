@@ -56,6 +56,10 @@ class ReplyCache:
     def __len__(self) -> int:
         return len(self._lines)
 
+    def keys(self) -> list[str]:
+        """Returns the keys of all replies."""
+        return list(self._lines)
+
     def get(self, key: str) -> Reply | None:
         """Returns the reply under a key; None if there is none."""
         from llavamed_jax.openai_client.replies import Reply

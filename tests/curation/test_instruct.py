@@ -13,7 +13,7 @@ import pytest
 
 from llavamed_jax.curation import __main__ as command_line
 from llavamed_jax.curation import instruct_batch, turns
-from llavamed_jax.curation.figure_file import FigureFile
+from llavamed_jax.curation.figure_file import Figure, FigureFile
 from llavamed_jax.curation.instruct_cost import Budget, Prices
 from llavamed_jax.curation.instruct_prompt import OWN, read_instruct_prompt
 from llavamed_jax.datasets.records import open_records
@@ -183,14 +183,47 @@ def test_batch_files_stay_within_their_limits(tmp_path):
     assert (instruct_batch.MOST_REQUESTS, instruct_batch.MOST_BYTES) == (50_000, 200_000_000)
     figures = [each for _, each in FigureFile(write_lines(tmp_path / "f.jsonl", [figure(n) for n in range(30)])).figures()]
     batches = instruct_batch.Batches(tmp_path)
+    figures = [(read_instruct_prompt().key(each), each) for each in figures]
     files = batches.write(figures, lambda each: {"text": "ä" * 100}, most_bytes=7000)
     assert sum(count for _, count in files) == 30 and len(files) > 2
     assert all(file.stat().st_size <= 7000 for file, _ in files)
     with pytest.raises(UserError, match="at most 100 were expected"):
         batches.write(figures, lambda each: {"text": "x" * 100}, most_bytes=100)
-    strange = [figure(1)["pair_id"], "x" * 65, "ünï", "x" * 64]
-    assert [instruct_batch.custom_id(each) == each for each in strange] == [True, False, False, True]
-    assert all(len(instruct_batch.custom_id(each)) <= 64 for each in strange)
+    strange = [figure(1)["pair_id"], "x" * 48, "ünï", "x" * 47]
+    keys = [read_instruct_prompt().key(Figure(each, "", "c")) for each in strange]
+    assert [key.startswith(f"{each}-") for key, each in zip(keys, strange)] == [True, False, False, True]
+    assert all(len(key) <= 64 and key.isascii() for key in keys)
+
+
+@pytest.mark.parametrize("changes", [{"fig_caption": "Caption number 1, corrected."}, {"in_text_mention": ["Finding 1 is gone."]}, {"fig_label": "Fig. 9"}])
+@pytest.mark.parametrize("is_batch", [False, True])
+def test_a_figure_that_has_changed_is_asked_again_and_no_other(tmp_path, capsys, changes, is_batch):
+    """The reply to the old caption stands under its own key: it is used again when the old caption is back, and its cost counts."""
+    rows = [figure(n) for n in range(3)]
+    write_lines(tmp_path / "figures.jsonl", rows)
+    prices = ["--price_prompt", "1", "--price_answer", "1"]
+    with server() as found:
+        def go():
+            if not is_batch:
+                return command_line.main(words(tmp_path, found.url, *prices))
+            before = {*(tmp_path / "out/batch").glob("requests-*")}
+            status = command_line.main(words(tmp_path, None, "--batch", "write", *prices))
+            new = {*(tmp_path / "out/batch").glob("requests-*")} - before
+            results = tmp_path / "results.jsonl"
+            requests = [json.loads(line) for file in new for line in file.read_text(encoding="utf-8").splitlines()]
+            found.log.extend(requests)
+            results.write_text("".join(json.dumps({"custom_id": each["custom_id"], "error": None, "response": {
+                "status_code": 200, "body": found.completion(each["body"])}}) + "\n" for each in requests), encoding="utf-8")
+            return status or command_line.main(words(tmp_path, None, "--batch", "read", "--batch_results", str(results), *prices))
+
+        assert go() == 0 and len(found.log) == 3
+        first = made(tmp_path)
+        write_lines(tmp_path / "figures.jsonl", [rows[0], rows[1] | changes, rows[2]])
+        capsys.readouterr()
+        assert go() == 0 and len(found.log) == 4 and len(made(tmp_path)) == 3
+        assert "1 request; 2 replies are kept, 1 to questions that this run does not ask; " in capsys.readouterr().out
+        write_lines(tmp_path / "figures.jsonl", rows)
+        assert go() == 0 and len(found.log) == 4 and made(tmp_path) == first
 
 
 def test_the_budget_stops_before_it_is_exceeded(tmp_path, capsys):
