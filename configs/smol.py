@@ -23,10 +23,10 @@ STAGES = {
     "align": dict(init=f"{ROOT}/init", train=f"{ROOT}/texts/captions.json", trainable=SEEING, learning_rate=1e-3,
                   overrides=(("vision_tower/.*", 3e-4),), batch_size=16, max_length=96, row_length=384, mean_length=84),
     "instruct": dict(init=f"{ROOT}/align", train=f"{ROOT}/texts/conversations.json", trainable=ALL, learning_rate=1e-4,
-                     overrides=TOWER_AND_PROJECTOR, batch_size=8, max_length=288, row_length=512, mean_length=170),
+                     overrides=TOWER_AND_PROJECTOR, batch_size=9, max_length=288, row_length=512, mean_length=159),
     # Up to six questions of an image in a conversation, about five.
     "vqa": dict(init=f"{ROOT}/instruct", train=f"{ROOT}/texts/questions.json", trainable=ALL, learning_rate=2e-4,
-                overrides=TOWER_AND_PROJECTOR, batch_size=6, max_length=320, row_length=512, mean_length=165),
+                overrides=TOWER_AND_PROJECTOR, batch_size=6, max_length=320, row_length=512, mean_length=159),
 }
 
 

