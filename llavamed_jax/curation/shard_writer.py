@@ -1,7 +1,12 @@
-"""Writes the shards of one part of training data, one after another, and continues where an earlier run stopped."""
+"""Writes the shards of one part of training data, one after another, and continues where an earlier run stopped.
+
+A shard whose images have changed since is written again, and so is one whose unreadable images can be read now. An
+image that is gone has not changed: its pixels stay.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -13,8 +18,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from llavamed_jax.curation import image_evidence
 from llavamed_jax.datasets import shards, training
-from llavamed_jax.datasets.records import MemoryRecords
+from llavamed_jax.datasets.records import MemoryRecords, load_arrays
 from llavamed_jax.errors import UsageError, UserError, count_of
 from llavamed_jax.pipeline import lengths, stored, workers
 from llavamed_jax.processor import Processor
@@ -23,6 +29,8 @@ from llavamed_jax.utils.files import read_json, write_json, write_whole
 from llavamed_jax.utils.hashes import sha256_of
 
 _BLOCK = 64  # records that a worker encodes at a time
+_LENGTHS = ("tokens", "images", "lost")
+_MALFORMED, _NO_IMAGE = "malformed record", "image that cannot be read"
 _PNG_LEVEL = 3  # of zlib; 6 makes radiographs no smaller and takes twice as long
 
 
@@ -38,21 +46,41 @@ class Encode:
     quality: int | None
 
     def __call__(self, block: int) -> dict[str, Any]:
-        """Returns `bytes` and `records` of the records that can be used, and `dropped`, the others with the reason."""
+        """Returns `bytes` and `records` of those that can be used, `dropped` with reasons, and `seen`, the evidence."""
         first = self.begin + block * _BLOCK
-        found: dict[str, Any] = {"bytes": [], "records": [], "dropped": []}
+        found: dict[str, Any] = {"bytes": [], "records": [], "dropped": [], "seen": []}
         for number in range(first, min(first + _BLOCK, self.end)):
-            kind = "malformed record"
+            kind = _MALFORMED
             try:
                 record = self.data.record(number)
-                kind = "image that cannot be read"
-                images = [(os.path.basename(str(source)), self._image(source)) for source in record["image"]]
+                kind = _NO_IMAGE
+                found["seen"] += image_evidence.evidence(record["image"])  # before reading: a change is seen later
+                images = self._images(record)
             except UserError as error:
                 found["dropped"].append({"record": number, "kind": kind, "reason": str(error)})
                 continue
             found["bytes"].append(shards.encode(record, images))
             found["records"].append({**record, "image": [name for name, _ in images]})
         return found
+
+    def seen(self) -> list[int]:
+        """Returns the evidence of all images of the records, as it is now."""
+        found: list[int] = []
+        for number in signals.checked(range(self.begin, self.end)):
+            with contextlib.suppress(UserError):
+                found += image_evidence.evidence(self.data.record(number)["image"])
+        return found
+
+    def is_readable(self, number: int) -> bool:
+        """Returns whether a record and its images can be read."""
+        try:
+            self._images(self.data.record(number))
+        except UserError:
+            return False
+        return True
+
+    def _images(self, record: dict) -> list[tuple[str, bytes]]:
+        return [(os.path.basename(str(source)), self._image(source)) for source in record["image"]]
 
     def _image(self, source) -> bytes:
         (pixels,) = self.processor.images_uint8([source])
@@ -99,14 +127,12 @@ class Writer:
         if self._is_complete():
             print(f"{self._out}: part {self._part} of {self._parts} is complete already")
             return
-        total = self._data.num_records
-        begin, end = self._part * total // self._parts, (self._part + 1) * total // self._parts
-        spans = [(first, min(first + self._span, end)) for first in range(begin, end, self._span)]
-        shown = progress.Amounts("records", end - begin, lambda: self._bytes)
+        spans = self._spans()
+        shown = progress.Amounts("records", sum(last - first for first, last in spans), lambda: self._bytes)
         self._bytes = 0
         summaries = []
         for number, (first, last) in enumerate(spans):
-            summary = self._finished(number)
+            summary = self._finished(number, first, last)
             if summary is None:
                 summary = self._shard(number, first, last, num_workers)
             self._bytes += summary["shard"]["bytes"]
@@ -115,12 +141,69 @@ class Writer:
         shown.close()
         self._finish(summaries)
 
+    def _spans(self) -> list[tuple[int, int]]:
+        """Returns the first record of each shard, and the one after its last."""
+        total = self._data.num_records
+        begin, end = self._part * total // self._parts, (self._part + 1) * total // self._parts
+        return [(first, min(first + self._span, end)) for first in range(begin, end, self._span)]
+
     def _is_complete(self) -> bool:
-        """Returns whether an earlier run finished this part with the same settings."""
+        """Returns whether an earlier run finished this part with the same settings and images.
+
+        If images have changed, the part becomes an unfinished one that lacks the shards of these images.
+        """
         file = self._out / f"manifest-{self._name}.json"
         if not file.is_file():
             return False
-        self._refuse_others(read_json(file), file)
+        manifest = read_json(file)
+        self._refuse_others(manifest, file)
+        summaries = self._summaries(manifest)
+        current = [summary for number, span in enumerate(self._spans())
+                   if (summary := summaries.get(number)) is not None and self._is_current(summary, *span)]
+        if len(current) == len(self._spans()):
+            return True
+        changed = len(self._spans()) - len(current)
+        what = count_of(changed, "shard is missing or has", "shards are missing or have")
+        print(f"{self._out}: part {self._part} of {self._parts}: {what} other images now; "
+              f"{'it is' if changed == 1 else 'they are'} written again", flush=True)
+        for summary in current:
+            self._keep(summary)
+        file.unlink()
+        return False
+
+    def _summaries(self, manifest: dict) -> dict[int, dict]:
+        """Returns the summaries of a finished part's shards by number; none if the files beside it are damaged."""
+        arrays = load_arrays(self._out / f"lengths-{self._key}-{self._name}.npz", *_LENGTHS)
+        images = load_arrays(self._images_file(), "seen", "counts")
+        listed, spans, found = manifest.get("shards", []), self._spans(), {}
+        try:
+            dropped = read_json(self._out / f"dropped-{self._name}.json")["dropped"]
+            records = np.cumsum([0, *(shard["records"] for shard in listed)])
+            places = np.cumsum([0, *images["counts"]])
+            for number, (shard, (first, last)) in enumerate(zip(listed, spans, strict=True)):
+                lengths_of_it = {name: arrays[name][records[number]:records[number + 1]].tolist() for name in _LENGTHS}
+                found[number] = {"number": number, "shard": shard, "lengths": lengths_of_it, "rest": shard["rest"],
+                                 "dropped": [each for each in dropped if first <= each["record"] < last],
+                                 "seen": images["seen"][places[number]:places[number + 1]].tolist(),
+                                 "made_from": self._made_from, "images": self._images}
+        except (UserError, KeyError, TypeError, ValueError, IndexError):
+            return {}
+        return found
+
+    def _is_current(self, summary: dict, first: int, last: int) -> bool:
+        """Returns whether the shard is there, its images are the same, and those that failed still fail."""
+        path = self._file(summary["number"])
+        if not path.is_file() or path.stat().st_size != summary["shard"]["bytes"]:
+            return False
+        make = self._encode(first, last)
+        now, before = make.seen(), summary.get("seen", [])
+        gone = image_evidence.num_gone(before, now)
+        if image_evidence.is_changed(before, now) or any(
+                make.is_readable(each["record"]) for each in summary["dropped"] if each["kind"] == _NO_IMAGE):
+            return False
+        if gone:
+            print(f"{path}: {count_of(gone, 'image is', 'images are')} gone since; the shard keeps their pixels",
+                  flush=True)
         return True
 
     def _refuse_others(self, found: dict, file: Path) -> None:
@@ -134,24 +217,30 @@ class Writer:
     def _summary_file(self, number: int) -> Path:
         return self._out / f".part-{self._name}-{number:05d}.json"
 
-    def _finished(self, number: int) -> dict | None:
-        """Returns the summary of a shard that an earlier run finished with the same settings."""
-        file, path = self._summary_file(number), self._file(number)
-        if not file.is_file() or not path.is_file():
+    def _images_file(self) -> Path:
+        return self._out / f"images-{self._name}.npz"
+
+    def _encode(self, first: int, last: int) -> Encode:
+        return Encode(self._data, self._processor, first, last, self._image["format"], self._image["quality"])
+
+    def _finished(self, number: int, first: int, last: int) -> dict | None:
+        """Returns the summary of a shard that an earlier run finished with the same settings and images."""
+        file = self._summary_file(number)
+        if not file.is_file():
             return None
-        summary = read_json(file)
-        self._refuse_others(summary, path)
-        return summary if path.stat().st_size == summary["shard"]["bytes"] else None
+        summary = read_json(file) | {"number": number}
+        self._refuse_others(summary, self._file(number))
+        return summary if self._is_current(summary, first, last) else None
 
     def _shard(self, number: int, first: int, last: int, num_workers: int) -> dict:
         from array_record.python.array_record_module import ArrayRecordWriter  # a dependency of grain
 
         path = self._file(number)
         temporary = path.with_name(f".{path.name}.tmp")
-        make = Encode(self._data, self._processor, first, last, self._image["format"], self._image["quality"])
+        make = self._encode(first, last)
         count = -(-(last - first) // _BLOCK)
         blocks = workers.in_order(make, count, num_workers) if num_workers else map(make, range(count))
-        kept, dropped = [], []
+        kept, dropped, seen = [], [], []
         file = ArrayRecordWriter(str(temporary), shards.OPTIONS)
         try:
             for block in blocks:
@@ -160,6 +249,7 @@ class Writer:
                     file.write(each)
                 kept += block["records"]
                 dropped += block["dropped"]
+                seen += block["seen"]
             file.close()
         except RuntimeError as error:  # the library's error for a disk that refuses bytes
             raise UserError(f"{path} cannot be written: {str(error)[:200]}; finished shards are kept") from None
@@ -168,21 +258,27 @@ class Writer:
                 blocks.close()
         measured = lengths.measure(training.TrainingData([MemoryRecords(kept)]), self._processor, self._max_length)
         shard = {"file": path.name, "records": len(kept), "bytes": temporary.stat().st_size,
-                 "sha256": sha256_of(temporary)}
+                 "sha256": sha256_of(temporary), "rest": lengths.rest_of(measured)}
         os.replace(temporary, path)
-        summary = {"shard": shard, "dropped": dropped, "made_from": self._made_from, "images": self._images,
-                   "lengths": {name: getattr(measured, name).tolist() for name in ("tokens", "images", "lost")},
-                   "rest": lengths.rest_of(measured)}
-        write_whole(self._summary_file(number), lambda out: out.write(json.dumps(summary).encode()))
+        summary = {"number": number, "shard": shard, "dropped": dropped, "seen": seen, "made_from": self._made_from,
+                   "images": self._images, "rest": shard["rest"],
+                   "lengths": {name: getattr(measured, name).tolist() for name in _LENGTHS}}
+        self._keep(summary)
         return summary
+
+    def _keep(self, summary: dict) -> None:
+        write_whole(self._summary_file(summary["number"]), lambda out: out.write(json.dumps(summary).encode()))
 
     def _finish(self, summaries: list[dict]) -> None:
         arrays = {name: np.concatenate([np.array(each["lengths"][name], kind) for each in summaries]
                                        or [np.zeros(0, kind)])
-                  for name, kind in (("tokens", np.int32), ("images", np.int16), ("lost", np.int16))}
+                  for name, kind in zip(_LENGTHS, (np.int32, np.int16, np.int16), strict=True)}
         rest = lengths.joined_rest([each["rest"] for each in summaries])
         write_whole(self._out / f"lengths-{self._key}-{self._name}.npz",
                     lambda file: stored.save_arrays(file, **arrays, rest=rest))
+        seen = np.array([one for each in summaries for one in each["seen"]], np.uint64)
+        counts = np.array([len(each["seen"]) for each in summaries], np.int64)
+        write_whole(self._images_file(), lambda file: np.savez(file, seen=seen, counts=counts))
         dropped = [entry for each in summaries for entry in each["dropped"]]
         kinds = Counter(entry["kind"] for entry in dropped)
         write_json(self._out / f"dropped-{self._name}.json", {"dropped": dropped})
@@ -197,6 +293,9 @@ class Writer:
         mean = arrays["tokens"].mean() if records else 0.0
         print(f"{self._out}: part {self._part} of {self._parts}, {count_of(records, 'record')} in "
               f"{count_of(len(summaries), 'shard')}, {self._bytes / 1e6:,.1f} MB, mean {mean:.1f} tokens")
+        empty = sum(not each["shard"]["records"] for each in summaries)
+        if empty:
+            print(f"  {count_of(empty, 'shard holds', 'shards hold')} no record")
         for kind, count in kinds.most_common():
             print(f"  dropped, {kind}: {count:,} (dropped-{self._name}.json)")
 

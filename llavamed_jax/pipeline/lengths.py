@@ -136,7 +136,7 @@ def measure(data: TrainingData, processor: Processor, max_length: int, num_worke
           for name in ("tokens", "images")),
         [entry for part in parts for entry in part["damaged"]],
         *(int(sum(part[name] for part in parts)) for name in ("truncated", "surplus", "unsupervised")),
-        np.concatenate([part["lost"] for part in parts]) if parts else None,
+        np.concatenate([part["lost"] for part in parts]) if parts else np.zeros(0, np.int16),
         *(next((part[name] for part in parts if part[name]), "") for name in ("first_lost", "first_unsupervised")),
         max((part["highest"] for part in parts), key=lambda found: found[0], default=(0, None)))
     if lengths.surplus and not lengths.max_images and processor.tokens_per_image >= max_length:

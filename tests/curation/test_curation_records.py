@@ -1,5 +1,6 @@
 """`curation records`: shards equal loose files to the bit, several writers, stops, and shards that are damaged."""
 
+import hashlib
 import json
 import os
 import pickle
@@ -41,9 +42,9 @@ def loose(tmp_path_factory):
     return folder
 
 
-def write(loose, out, tokenizer, *more):
+def write(loose, out, tokenizer, *more, span="8"):
     return main(["records", "--data", str(loose / "data.json"), "--checkpoint", "preset:small", "--tokenizer", str(tokenizer), "--out", str(out),
-                 "--records_a_shard", "8", "--max_length", "96", *more])
+                 "--records_a_shard", span, "--max_length", "96", *more])
 
 
 def batches_of(data, processor, max_length=96):
@@ -191,3 +192,90 @@ def test_jpeg_is_smaller_and_stored_images_are_named(loose, mistral_tokenizer, p
         load_image(Stored("of mine", b"nothing"))
     assert json.loads((tmp_path / "j/manifest-00000-of-00001.json").read_text())["images"]["quality"] == 60
     assert os.path.getsize(tmp_path / "j" / "part-00000-of-00001-00000.array_record") > 0
+
+
+@pytest.fixture
+def few(tmp_path, monkeypatch):
+    """Six records of one image each, three shards of two; the numbers of the shards that are written."""
+    for i in range(6):
+        Image.new("RGB", (9, 9), (10 * i, 0, 0)).save(tmp_path / f"{i}.png")
+    rows = [{"id": i, "image": f"{i}.png", "conversations": [{"from": "human", "value": f"<image>\n{i}"}, {"from": "gpt", "value": "a"}]} for i in range(6)]
+    (tmp_path / "data.json").write_text(json.dumps(rows))
+    written, real = [], shard_writer.Writer._shard
+    monkeypatch.setattr(shard_writer.Writer, "_shard", lambda self, number, *rest: (written.append(number), real(self, number, *rest))[1])
+    return tmp_path, written
+
+
+def two_a_shard(folder, tokenizer, *more):
+    return write(folder, folder / "out", tokenizer, *more, span="2")
+
+
+@pytest.mark.parametrize("broken", [(2, 3), (0, 1, 2, 3, 4, 5), (0, 1), (4, 5)])
+def test_a_shard_of_which_no_record_can_be_used_is_empty(few, mistral_tokenizer, processor, capsys, broken):
+    folder, _ = few
+    for i in broken:
+        (folder / f"{i}.png").unlink()
+    assert two_a_shard(folder, mistral_tokenizer) == 0
+    empty = len(broken) // 2
+    assert f"{empty} shard{'s hold' if empty > 1 else ' holds'} no record" in (said := capsys.readouterr().out) and f"cannot be read: {len(broken)}" in said
+    if len(broken) == 6:
+        with pytest.raises(UserError, match="holds no training records"):
+            read_training(folder / "out")
+        return
+    data = read_training(folder / "out")
+    assert [data.record(i)["id"] for i in range(len(data))] == [i for i in range(6) if i not in broken]
+    assert lengths.measure(data, processor, 96).tokens.shape == (6 - len(broken),)
+
+
+def test_shards_whose_images_have_changed_are_written_again(few, mistral_tokenizer, processor, capsys):
+    folder, written = few
+    reds = lambda: [int(np.asarray(load_image(record["image"][0]))[48, 48, 0]) for record in read_training(folder / "out").readable()]
+    (folder / "3.png").rename(folder / "kept.png")
+    assert two_a_shard(folder, mistral_tokenizer) == 0 and reds() == [0, 10, 20, 40, 50] and written == [0, 1, 2]
+
+    def again(*more):
+        written.clear()
+        capsys.readouterr()
+        assert two_a_shard(folder, mistral_tokenizer, *more) == 0
+        return written, capsys.readouterr().out
+
+    assert again()[0] == [] and "is complete already" in again()[1]
+    (folder / "kept.png").rename(folder / "3.png")  # an image that was missing
+    assert again()[0] == [1] and reds() == [0, 10, 20, 30, 40, 50]
+    whole = json.loads((folder / "out/manifest-00000-of-00001.json").read_text())
+    assert json.loads((folder / "out/dropped-00000-of-00001.json").read_text()) == {"dropped": []}
+    assert lengths.measure(read_training(folder / "out"), processor, 96).tokens.all() and len(whole["shards"]) == 3
+    Image.new("RGB", (9, 9), (99, 0, 0)).save(folder / "4.png")  # another picture
+    found, said = again()
+    assert found == [2] and reds() == [0, 10, 20, 30, 99, 50] and "1 shard is missing or has other images now; it is written again" in said
+    (folder / "0.png").unlink()  # what is gone stays in the shard
+    found, said = again()
+    assert found == [] and reds()[0] == 0 and "1 image is gone since; the shard keeps their pixels" in said
+    (folder / "out" / "part-00000-of-00001-00001.array_record").unlink()
+    assert again()[0] == [1] and reds() == [0, 10, 20, 30, 99, 50]
+    other = folder / "other"
+    other.mkdir()
+    for i in range(6):
+        Image.new("RGB", (9, 9), (200 + i, 0, 0)).save(other / f"{i}.png")
+    assert again("--images", str(other))[0] == [0, 1, 2] and reds() == [200, 201, 202, 203, 204, 205]
+    real = shard_writer.Encode._image
+
+    def fails(self, source):  # a disk that fails for a while: the file is the same afterwards
+        if source.endswith("5.png"):
+            raise UserError("no")
+        return real(self, source)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shard_writer.Encode, "_image", fails)
+        Image.new("RGB", (9, 9), (7, 0, 0)).save(other / "4.png")
+        assert again("--images", str(other))[0] == [2] and reds() == [200, 201, 202, 203, 7]
+        assert again("--images", str(other))[0] == []
+    assert again("--images", str(other))[0] == [2] and reds() == [200, 201, 202, 203, 7, 205]
+
+
+def test_a_manifest_has_the_hash_of_each_shard(made):
+    listed = [shard for file in sorted(made.glob("manifest-*")) for shard in json.loads(file.read_text())["shards"]]
+    assert len(listed) >= 9
+    for shard in listed:
+        data = (made / shard["file"]).read_bytes()
+        assert shard["sha256"] == hashlib.sha256(data).hexdigest() and shard["bytes"] == len(data)
