@@ -209,7 +209,7 @@ def check(cfg: ConfigDict) -> None:
         _check_value(key, value)
     if cfg.epochs is None and cfg.total_steps is None:
         raise UsageError("the config keys 'epochs' and 'total_steps' are both none; one of them was expected")
-    if isinstance(cfg.micro_batches, int) and cfg.batch_size % cfg.micro_batches:
+    if isinstance(cfg.micro_batches, int) and cfg.batch_size % cfg.micro_batches and not cfg.data.packing:
         raise UsageError(f"the config key 'batch_size' is {cfg.batch_size}; "
                          f"a multiple of micro_batches ({cfg.micro_batches}) was expected")
     for axis, free in (("data", (1, -1)), ("fsdp", (1, -1)), ("tp", (1,))):

@@ -322,6 +322,10 @@ class _Rows:
             return packing.Layout(cfg.max_length, 0, shards, cfg.data.packing)  # empty; the plan raises
         if settled:
             parts = settled.get("micro_batches", cfg.micro_batches)
+            most = -(-settled.get("rows", cfg.batch_size) // shards)
+            if "micro_batches" not in settled and parts != sizes.AUTO and parts > most:
+                raise UsageError(f"the config key 'micro_batches' is {parts}, but an update of this run has at most "
+                                 f"{count_of(most, 'row')} on a device; at most {most} was expected")
             rows, length, slots = ((settled[key] for key in ("rows", "row_length", "image_slots")) if cfg.data.packing
                                    else (settled.get("rows", cfg.batch_size), cfg.max_length, found.max_images))
         elif cfg.data.packing:

@@ -81,10 +81,15 @@ def of_run(cfg: ConfigDict, program: Program, layout: Layout, settled: Mapping[s
       cfg: the recipe.
       program: its program, with any `remat`.
       layout: the rows of an update.
-      settled: `resolved` of an earlier part of the run, whose settings are kept; {} to begin.
+      settled: `resolved` of an earlier part of the run, whose settings are kept; {} to begin. Where the recipe has
+        changed since, the setting is absent and is chosen again.
     """
-    if "remat" in settled:
+    if "remat" in settled and "micro_batches" in settled:
         return Settings(settled["remat"], layout.micro_batches)
+    cfg = cfg.copy_and_resolve_references()
+    cfg.remat = settled.get("remat", cfg.remat)
+    with cfg.ignore_type():
+        cfg.micro_batches = layout.micro_batches if "micro_batches" in settled else cfg.micro_batches
 
     def peak_of(settings: Settings) -> int:
         try:

@@ -170,7 +170,8 @@ class Run:
                 state, progress = program.initial_state(checkpoint), Progress()
             else:
                 state, progress = resume.restore(workdir, step, checkpoint, program, meta)
-                told = arithmetic.warnings(earlier["computed"], arithmetic.used(program))
+                told = [*arithmetic.warnings(earlier["computed"], arithmetic.used(program)),
+                        *workdirs.notes(cfg, earlier["recipe"])]
                 print(f"resuming from step {step}", *told, sep="\n", flush=True)
         log = MetricsWriter(workdir, step or 0, total_steps, cfg.name, place.check) if is_first else SilentLog()
         return cls(cfg, place, data, program, state, step or 0, total_steps, batches, log, record, progress)

@@ -19,9 +19,10 @@ from llavamed_jax.utils.files import write_whole
 from llavamed_jax.utils.nested import flatten
 
 _LENGTH = ("epochs", "total_steps")
+_MEMORY = ("remat", "micro_batches")  # they decide how an update is computed; its result is rounded differently
 # Keys that a resumed run may change: how long it trains, where and how often it logs, but not what it computes.
-MAY_DIFFER = (*_LENGTH, "log_every", "samples_every", "data.samples", "nan_limit", "checkpoint.", "data.workers",
-              "mesh.")
+MAY_DIFFER = (*_LENGTH, *_MEMORY, "log_every", "samples_every", "data.samples", "nan_limit", "checkpoint.",
+              "data.workers", "mesh.")
 # Keys that older recipes lack, and the value that older runs used. Such a run keeps this value on resuming.
 LATER = {key: SCHEMA[key].default for key in ("loss_weighting", "quantize", "compute", "batch_size_may_grow", *(
     key for key in SCHEMA if key.startswith("lora.")))}
@@ -32,7 +33,8 @@ def settled(workdir: Path, cfg: ConfigDict, step: int, record: Mapping[str, Any]
     """Returns the values that the run had settled when it saved a step (`resolved` of `recipe.json`).
 
     The step's own record is authoritative, since a step is checked by its hashes; `recipe.json`, which anyone may edit,
-    has to agree with it. A number of updates that followed from `epochs` holds only for the same `epochs`.
+    has to agree with it. A number of updates that followed from `epochs` holds only for the same `epochs`, and `remat`
+    and `micro_batches` only for the same keys.
 
     Args:
       workdir: the run's directory.
@@ -50,11 +52,29 @@ def settled(workdir: Path, cfg: ConfigDict, step: int, record: Mapping[str, Any]
         raise UserError(f"{where} belongs to another run than {file}; a step of the run in {workdir} was expected")
     _refuse_changes(cfg, record["recipe"], f"the run saved {where}")
     is_same_length = {key: record["recipe"][key] for key in _LENGTH} == {key: _plain(cfg)[key] for key in _LENGTH}
+    written = read_record(workdir)["recipe"]  # of a run that may have changed keys and ended before it saved a step
+    others = {key for key in _MEMORY if written.get(key) != record["recipe"].get(key)}
     for key, value in record["resolved"].items():
-        if resolved.get(key) != value and (key != "total_steps" or is_same_length and key in resolved):
+        if (resolved.get(key) != value and key not in others
+                and (key != "total_steps" or is_same_length and key in resolved)):
             raise UserError(f"{file} has been changed: {key} is {resolved.get(key)!r}, but the run saved {where} with "
                             f"{value!r}")
-    return {key: value for key, value in record["resolved"].items() if key != "total_steps" or is_same_length}
+    changed = {key for key in _MEMORY if record["recipe"].get(key) != _plain(cfg)[key]}
+    return {key: value for key, value in record["resolved"].items()
+            if key not in changed and (key != "total_steps" or is_same_length)}
+
+
+def notes(cfg: ConfigDict, earlier: Mapping[str, Any]) -> list[str]:
+    """Returns a line for each changed key that decides how an update is computed.
+
+    Args:
+      cfg: the recipe.
+      earlier: the recipe of the step that the run resumes from, by dotted key.
+    """
+    redrawn = " and draws another dropout" if cfg.lora.dropout else ""
+    return [f"{key} was {earlier[key]} and is {cfg[key]} now: an update computes the same as before, rounds "
+            f"differently{redrawn if key == 'micro_batches' else ''}, and needs another amount of memory"
+            for key in _MEMORY if key in earlier and earlier[key] != _plain(cfg)[key]]
 
 
 def read_recipe(workdir: Path, cfg: ConfigDict) -> dict:
@@ -73,7 +93,8 @@ def read_recipe(workdir: Path, cfg: ConfigDict) -> dict:
 def _refuse_changes(cfg: ConfigDict, earlier: Mapping[str, Any], when: str) -> None:
     now, earlier = _plain(cfg), {_RENAMED.get(key, key): value for key, value in earlier.items()}
     for key in sorted((set(earlier) | set(now)) - (LATER.keys() - earlier.keys())):
-        if earlier.get(key) != now.get(key) and not key.startswith(MAY_DIFFER):
+        is_free = key.startswith(MAY_DIFFER) and (key != "micro_batches" or now["compute"] != "fp8")
+        if earlier.get(key) != now.get(key) and not is_free:  # an FP8 scale belongs to a micro-batch
             raise UsageError(f"the config key {key!r} is {now.get(key)!r}, but {when} with "
                              f"{earlier.get(key)!r}; the same recipe or another workdir was expected")
 

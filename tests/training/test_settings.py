@@ -1,6 +1,7 @@
 """Which `remat` and how many micro-batches `auto` stands for."""
 
 import json
+import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -10,6 +11,7 @@ from llavamed_jax.cli.common import load_config
 from llavamed_jax.errors import UsageError
 from llavamed_jax.parallel.mesh import make_mesh
 from llavamed_jax.training import program, settings, trainer
+from llavamed_jax.training import workdir as workdirs
 from llavamed_jax.training.rows import Data
 from llavamed_jax.training.settings import Settings, candidates, first_that_fits
 from llavamed_jax.training.start import open_start
@@ -73,6 +75,47 @@ def test_a_run_searches_once_and_keeps_what_it_found(small, tmp_path, monkeypatc
     assert (found["resolved"]["remat"], found["resolved"]["micro_batches"]) == ("qkvo", 1)
     assert fit(small(remat="auto", micro_batches="auto", total_steps=4, batch_size=8), tmp_path / "run") and len(asked) == 3
     assert json.loads((tmp_path / "run/recipe.json").read_text())["resolved"]["remat"] == "qkvo"
+
+
+class Asked(training_runs.FakeStep):
+    """Notes for how many micro-batches the update was made, and what its layers keep."""
+
+    def __call__(self, loss_fn, optimizer, schedule, mesh, shardings, micro_batches, *_):
+        self.micro_batches = micro_batches
+        return super().__call__()
+
+
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_a_resumed_run_may_compute_its_updates_in_another_way(small, tmp_path, monkeypatch, capsys, is_packed):
+    monkeypatch.setattr(program, "make_mesh", lambda *_: make_mesh("data=1"))
+
+    def run(workdir, **changes):
+        monkeypatch.setattr(trainer, "make_train_step", step := Asked())
+        assert fit(small(**{"batch_size": 8, "data.packing": is_packed, "data.row_length": 64, "remat": "none", **changes}), workdir)
+        found = json.loads((workdir / "recipe.json").read_text())["resolved"]
+        assert found["micro_batches"] == step.micro_batches
+        return found, [line for line in capsys.readouterr().out.splitlines() if " now: an update computes the same as before" in line]
+
+    first, said = run(tmp_path / "run", total_steps=2)
+    assert (first["remat"], first["micro_batches"], said) == ("none", 1, [])
+    shutil.copytree(tmp_path / "run", tmp_path / "killed")
+    other = dict(remat="full", micro_batches=2)
+    found, said = run(tmp_path / "run", total_steps=4, **other)
+    assert found == {**first, "total_steps": 4, **other}
+    assert [line.split(" now")[0] for line in said] == ["remat was none and is full", "micro_batches was 1 and is 2"]
+    found, said = run(tmp_path / "run", total_steps=6, **other)
+    assert (found["remat"], found["micro_batches"], said) == ("full", 2, [])
+    assert run(tmp_path / "run", total_steps=7, remat="auto", micro_batches=2)[0] == {**first, "total_steps": 7, **other}
+    for changes in (other, {}):  # a run that ended after it had written its recipe, and before it saved a step
+        shutil.copy(tmp_path / "run/recipe.json", tmp_path / "killed/recipe.json")
+        shutil.copytree(tmp_path / "killed", tmp_path / f"killed {len(changes)}")
+        assert run(tmp_path / f"killed {len(changes)}", total_steps=4, **changes)[0] == {**first, "total_steps": 4, **changes}
+    words = "at most 5 rows on a device; at most 5 was expected" if is_packed else "a multiple of micro_batches .7. was expected"
+    with pytest.raises(UsageError, match=words):
+        run(tmp_path / "run", total_steps=8, micro_batches=7)
+    with pytest.raises(UsageError, match="'micro_batches' is 2, but .* was started with 1"):  # a scale of FP8 belongs to a micro-batch
+        workdirs.write_recipe(tmp_path, small(compute="fp8"), {})
+        workdirs.read_recipe(tmp_path, small(compute="fp8", micro_batches=2))
 
 
 def test_a_compiler_that_gives_up_is_a_setting_that_does_not_fit(small, monkeypatch):
