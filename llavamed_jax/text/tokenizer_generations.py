@@ -32,6 +32,10 @@ class Tokenizer(Protocol):
         """Encodes a text, as `text.tokenizer.Tokenizer.encode` does."""
         ...
 
+    def bytes_of(self, i: int) -> bytes:
+        """Returns the bytes of a token, as `text.tokenizer.Tokenizer.bytes_of` does."""
+        ...
+
 
 def say_differences(directory: Path, tokenizer: Tokenizer, other: Tokenizer | UserError | None) -> None:
     """Prints a warning for each difference.
@@ -81,5 +85,10 @@ def _of_settings(tokenizer: Tokenizer) -> Iterator[str]:
     elif settings.get("add_eos_token"):
         yield ("tokenizer_config.json has add_eos_token True, which is not applied, because a prompt must not end "
                "with an end-of-sequence token")
-    elif settings.get("add_prefix_space") is False:
+    elif settings.get("add_prefix_space") is False and _puts_a_blank_before(tokenizer):
         yield "tokenizer_config.json has add_prefix_space False, which is not applied, as in transformers before 4.38"
+
+
+def _puts_a_blank_before(tokenizer: Tokenizer) -> bool:
+    """Returns whether the file itself puts a blank before a text."""
+    return b"".join(map(tokenizer.bytes_of, tokenizer.encode("a", bos=False))).startswith(b" ")

@@ -127,24 +127,34 @@ def test_metadata_become_the_config(file, tmp_path):
     found = config_of(file, tmp_path)
     wanted = dict(model_type="llama", architectures=["LlamaForCausalLM"], hidden_size=64, intermediate_size=96,
                   num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16, rms_norm_eps=1e-5,
-                  rope_theta=5e5, max_position_embeddings=2048, tie_word_embeddings=False, bos_token_id=1, eos_token_id=2,
+                  rope_theta=5e5, max_position_embeddings=2048, tie_word_embeddings=False, bos_token_id=1, eos_token_id=[2, 0],
                   pad_token_id=2, hidden_act="silu", attention_bias=False, dtype="float32")
     assert {key: found[key] for key in wanted} == wanted
     assert json.loads((tmp_path / "out" / "generation_config.json").read_text()) == dict(
-        bos_token_id=1, eos_token_id=2, pad_token_id=2)
+        bos_token_id=1, eos_token_id=[2, 0], pad_token_id=2)
 
 
 def test_every_id_that_ends_a_sequence_is_kept(file, tmp_path):
+    """The file's own come first; <|endoftext|> (0) and <|im_end|> (2) end a sequence by their texts, as in llama.cpp."""
     gguf_files.model(file, metadata={"tokenizer.ggml.eot_token_id": 7, "tokenizer.ggml.eom_token_id": 2})
-    assert config_of(file, tmp_path)["eos_token_id"] == [2, 7]
-    assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"] == [2, 7]
+    assert config_of(file, tmp_path)["eos_token_id"] == [2, 7, 0]
+    assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"] == [2, 7, 0]
+
+
+@pytest.mark.parametrize("kind, ends", [(gguf_files.CONTROL, True), (gguf_files.USER_DEFINED, True), (gguf_files.NORMAL, False)])
+@pytest.mark.parametrize("text", ["<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|eom_id|>", "<|end_of_text|>", "</s>"])
+def test_an_end_of_turn_is_found_by_its_text(text, kind, ends, file):
+    """Llama 3's file names <|end_of_text|> or <|eot_id|> as its end, and not the other one."""
+    tokens, kinds, merges = gguf_files.byte_level_vocabulary(special=("<s>", "<end>", "<role>"))
+    gguf_files.model(file, gguf_files.config(vocab_size=len(tokens) + 1), tokens=[*tokens, text], kinds=[*kinds, kind], merges=merges)
+    assert read_decoder(file).config.eos_ids == ((2, len(tokens)) if ends else (2,))
 
 
 def test_ids_that_a_file_lacks_stay_open(file, tmp_path):
     gguf_files.model(file, drop=[f"tokenizer.ggml.{name}_token_id" for name in ("bos", "eos", "padding", "unknown")])
     found = config_of(file, tmp_path)
-    assert [found[f"{name}_token_id"] for name in ("bos", "eos", "pad")] == [None] * 3
-    assert json.loads((tmp_path / "out" / "generation_config.json").read_text()) == {}
+    assert [found[f"{name}_token_id"] for name in ("bos", "eos", "pad")] == [None, [2, 0], None]
+    assert json.loads((tmp_path / "out" / "generation_config.json").read_text()) == {"eos_token_id": [2, 0]}
 
 
 @pytest.mark.parametrize("name", ["attention.head_count", "attention.head_count_kv", "feed_forward_length"])

@@ -123,8 +123,11 @@ def test_the_chat_templates_lie_where_transformers_looks(tmp_path, capsys):
 # --- SentencePiece -----------------------------------------------------------------------------------------------------
 
 
-def of_sentencepiece(model, more=()):
-    """What convert_hf_to_gguf.py's `_create_vocab_sentencepiece` writes: every piece, its score, its kind; then added tokens."""
+def of_sentencepiece(model, more=(), decoder=()):
+    """What convert_hf_to_gguf.py's `_create_vocab_sentencepiece` writes: every piece, its score, its kind; then added tokens.
+
+    `decoder` is the `added_tokens_decoder` of tokenizer_config.json, id -> (text, is_special), which it obeys since July 2024.
+    """
     import sentencepiece
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(model))
     tokens, kinds, scores = [], [], []
@@ -137,6 +140,8 @@ def of_sentencepiece(model, more=()):
         tokens.append(text)
         scores.append(-1000.0)
         kinds.append(kind)
+    for i, (text, is_special) in dict(decoder).items():
+        tokens[i], kinds[i], scores[i] = text, gguf_files.CONTROL if is_special else gguf_files.USER_DEFINED, -1000.0
     return {"tokenizer.ggml.model": "llama", "tokenizer.ggml.pre": "default", "tokenizer.ggml.tokens": tokens,
             "tokenizer.ggml.token_type": kinds, "tokenizer.ggml.scores": scores, "tokenizer.ggml.bos_token_id": 1,
             "tokenizer.ggml.eos_token_id": 2, "tokenizer.ggml.unknown_token_id": 0}
@@ -149,12 +154,15 @@ def write_sentencepiece(path, metadata, **changes):
     return path
 
 
-def check_pieces(model, tmp_path):
-    metadata = of_sentencepiece(model, [("<|im_start|>", gguf_files.CONTROL), ("<tool  x>", gguf_files.USER_DEFINED)])
-    import_decoder(write_sentencepiece(tmp_path / "tiny.gguf", metadata), tmp_path / "decoder")
+SPECIAL_OF_LLAMA = {0: ("<unk>", True), 1: ("<s>", True), 2: ("</s>", True)}  # added_tokens_decoder of Llama 2 and Mistral 0.2
+
+
+def check_pieces(model, tmp_path, decoder=(), **changes):
+    metadata = of_sentencepiece(model, [("<|im_start|>", gguf_files.CONTROL), ("<tool  x>", gguf_files.USER_DEFINED)], decoder)
+    import_decoder(write_sentencepiece(tmp_path / "tiny.gguf", metadata, **changes), tmp_path / "decoder")
     before, again = Tokenizer.load(model), Tokenizer.load(tmp_path / "decoder")
     assert (again.bos_id, again.eos_id, again.unk_id, again.has_bos) == (1, 2, 0, True)
-    for text in [*strings(1500, ["<s>", "</s>"]), "  a  b ", "", "\u2581x"]:
+    for text in [*strings(400, ["<s>", "</s>", "<unk>"]), "  a  b ", "", "\u2581x"]:
         assert again.encode(text) == before.encode(text), repr(text)
         ids = before.encode(text, bos=False)
         assert again.decode(ids) == before.decode(ids), repr(text)
@@ -163,12 +171,37 @@ def check_pieces(model, tmp_path):
         *before.encode("a"), size, *before.encode("b", bos=False), size + 1, *before.encode("c", bos=False)]
 
 
-def test_mistrals_pieces_come_back(mistral_tokenizer, tmp_path):
-    check_pieces(mistral_tokenizer, tmp_path)
+# Before July 2024; since then; and without the id of the unknown token, which is then 0.
+@pytest.mark.parametrize("decoder, changes", [({}, {}), (SPECIAL_OF_LLAMA, {}), (SPECIAL_OF_LLAMA, {"tokenizer.ggml.unknown_token_id": None})])
+def test_mistrals_pieces_come_back(decoder, changes, mistral_tokenizer, tmp_path):
+    check_pieces(mistral_tokenizer, tmp_path, decoder, **changes)
 
 
 def test_llamas_pieces_come_back(llama_tokenizer, tmp_path):
-    check_pieces(llama_tokenizer, tmp_path)
+    check_pieces(llama_tokenizer, tmp_path, SPECIAL_OF_LLAMA)
+
+
+def test_the_unknown_token_is_the_one_that_the_file_names(mistral_tokenizer, tmp_path):
+    decoder = {0: ("<pad>", True), 1: ("<s>", True), 2: ("</s>", True), 300: ("<odd>", True)}
+    metadata = of_sentencepiece(mistral_tokenizer, decoder=decoder) | {"tokenizer.ggml.unknown_token_id": 300}
+    import_decoder(write_sentencepiece(tmp_path / "tiny.gguf", metadata), tmp_path / "decoder")
+    import sentencepiece
+    model = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "decoder" / "tokenizer.model"))
+    assert model.unk_id() == 300 and model.is_control(0) and Tokenizer.load(tmp_path / "decoder").unk_id == 300
+
+
+@pytest.mark.parametrize("has_prefix", [True, False])
+def test_transformers_reads_the_same_ids_of_pieces(has_prefix, mistral_tokenizer, tmp_path, capsys):
+    """Its defaults differ: text behind a special token, the blank before a text. (A text that begins with a blank gets no other in 5.)"""
+    transformers = pytest.importorskip("transformers")
+    metadata = of_sentencepiece(mistral_tokenizer, decoder=SPECIAL_OF_LLAMA) | {"tokenizer.ggml.add_space_prefix": has_prefix}
+    import_decoder(write_sentencepiece(tmp_path / "tiny.gguf", metadata), tmp_path / "decoder")
+    ours, theirs = Tokenizer.load(tmp_path / "decoder"), transformers.AutoTokenizer.from_pretrained(tmp_path / "decoder")
+    assert "warning" not in capsys.readouterr().err
+    for text in ["a", "Is there a fracture?", "lung</s>a", "</s>a", "a</s>b</s>", "12 mm\n\u65e5", "x<unk>y"]:
+        assert ours.encode(text) == theirs(text).input_ids, repr(text)
+    marked = [piece.startswith("\u2581") for piece in theirs.tokenize("</s>lung") + theirs.tokenize("lung")]
+    assert any(marked) is has_prefix and len(theirs) == ours.vocab_size
 
 
 def test_no_blank_is_put_before_a_text_if_the_file_says_so(mistral_tokenizer, tmp_path):
@@ -186,7 +219,11 @@ BAD = {
     "fewer scores": ({"tokenizer.ggml.scores": [0.0, 1.0]}, "2 values in tokenizer.ggml.scores; the same number"),
     "a rule": ({"tokenizer.ggml.pre": "llama-bpe"}, "has tokenizer.ggml.pre 'llama-bpe' for a tokenizer of SentencePiece; default was"),
     "a normaliser": ({"tokenizer.ggml.remove_extra_whitespaces": True}, "has tokenizer.ggml.remove_extra_whitespaces, which LLaMA's"),
-    "no unknown token": ({"tokenizer.ggml.token_type": [1] * 259}, "has 0 tokens of kind 2"),
+    "no unknown token": ({"tokenizer.ggml.token_type": [1] * 259},
+                         "has no token of kind 2 (unknown) in tokenizer.ggml.token_type, and '<unk>' with the id 0 (tokenizer.ggml.unknown"),
+    "two unknown tokens": ({"tokenizer.ggml.token_type": [2, 2, 3, *[6] * 256]}, "has 2 tokens of kind 2 (unknown)"),
+    "the fallback's scores": ({"tokenizer.ggml.token_type": [3, 3, 3, *[1] * 256], "tokenizer.ggml.scores": [-1000.0] * 259},
+                              "has the score -1000 for all tokens in tokenizer.ggml.scores, so nothing says how a text is split"),
 }
 
 

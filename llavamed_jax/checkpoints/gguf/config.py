@@ -8,6 +8,7 @@ from typing import Any
 from llavamed_jax.checkpoints.gguf.file import GgufFile
 from llavamed_jax.checkpoints.gguf.rope import TENSOR as ROPE_TENSOR
 from llavamed_jax.checkpoints.gguf.rope import rope_settings
+from llavamed_jax.checkpoints.gguf.vocabulary import CONTROL, KINDS, TOKENS, USER_DEFINED
 from llavamed_jax.config import DecoderConfig
 from llavamed_jax.config.decoders import DECODERS
 from llavamed_jax.config.hf import plain_decoder
@@ -30,6 +31,10 @@ _NEUTRAL: dict[str, Any] = {
     "residual_scale": 0.0, "embedding_scale": 0.0, "rope.scaling.attn_factor": 1.0, "use_parallel_residual": False}
 # The ids that end a sequence: its end, the end of a turn, the end of a message.
 _ENDS = ("eos_token_id", "eot_token_id", "eom_token_id")
+# Texts of tokens that end an answer whatever the metadata say (`special_eog_ids` in llama.cpp's `llama-vocab.cpp`), of
+# language models with these architectures. The converters write no `eot_token_id` for Llama 3's `<|eot_id|>`.
+_END_TEXTS = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "</s>", "<|eom_id|>", "<EOT>",
+              "_<EOT>", "[EOT]", "[EOS]", "<|end_of_text|>", "<eos>")
 
 
 def architectures() -> list[str]:
@@ -98,9 +103,18 @@ def generation_json(decoder: DecoderConfig) -> dict[str, Any]:
 
 
 def stop_ids(file: GgufFile) -> list[int]:
-    """Returns the ids that end a sequence, without repetitions."""
-    found = (_token_id(file, name) for name in _ENDS)
-    return list(dict.fromkeys(i for i in found if i is not None))
+    """Returns the ids that end a sequence, without repetitions: those that the metadata name, then others by text."""
+    found = [_token_id(file, name) for name in _ENDS]
+    return list(dict.fromkeys(i for i in (*found, *_ends_by_text(file)) if i is not None))
+
+
+def _ends_by_text(file: GgufFile) -> list[int]:
+    """Returns the ids of the tokens in `_END_TEXTS` that are cut out of texts; [] for a file without a vocabulary."""
+    if not {TOKENS, KINDS} <= {*file.keys}:  # an error where the tokenizer is read
+        return []
+    ids = {text: i for i, (text, kind) in enumerate(zip(file.strings(TOKENS), file.integers(KINDS)))
+           if kind in (CONTROL, USER_DEFINED)}
+    return [ids[text] for text in _END_TEXTS if text in ids]
 
 
 def _token_id(file: GgufFile, name: str) -> int | None:

@@ -55,7 +55,10 @@ def _settings(file: GgufFile, vocabulary: Vocabulary, of_class: str) -> dict[str
                           special=kind != USER_DEFINED)
              for i, (text, kind) in enumerate(zip(vocabulary.texts, vocabulary.kinds))
              if kind in (CONTROL, UNKNOWN, USER_DEFINED)}
-    return {**roles, "added_tokens_decoder": added, "add_bos_token": vocabulary.has_bos,
+    # transformers 4 and 5 have other defaults. llama.cpp splits text behind a special token as at a beginning.
+    prefix = (dict(legacy=True, add_prefix_space=sentence_piece.has_prefix(file))
+              if of_class == sentence_piece.CLASS else {})
+    return {**roles, **prefix, "added_tokens_decoder": added, "add_bos_token": vocabulary.has_bos,
             "add_eos_token": vocabulary.has_eos, "clean_up_tokenization_spaces": False,
             "model_max_length": file.get(f"{architecture}.context_length", int), "tokenizer_class": of_class}
 

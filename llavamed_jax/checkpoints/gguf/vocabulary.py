@@ -10,7 +10,7 @@ from llavamed_jax.errors import UserError, short
 
 # Kinds of tokens (`gguf.TokenType`), which are SentencePiece's.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
-PRE = "tokenizer.ggml.pre"
+TOKENS, KINDS, PRE = "tokenizer.ggml.tokens", "tokenizer.ggml.token_type", "tokenizer.ggml.pre"
 _BOS_BY_DEFAULT = ("llama-bpe",)  # the rules whose texts begin with BOS if the file does not say
 
 
@@ -43,17 +43,17 @@ def read_vocabulary(file: GgufFile, kind: str) -> Vocabulary:
     Raises:
       UserError: lists of different lengths, an unknown kind of token, a token twice, an id without a token.
     """
-    texts, kinds = file.strings("tokenizer.ggml.tokens"), file.integers("tokenizer.ggml.token_type")
+    texts, kinds = file.strings(TOKENS), file.integers(KINDS)
     if len(kinds) != len(texts):
-        raise UserError(f"{file.path} has {len(texts)} tokens and {len(kinds)} values in tokenizer.ggml.token_type; "
+        raise UserError(f"{file.path} has {len(texts)} tokens and {len(kinds)} values in {KINDS}; "
                         "the same number was expected")
     if odd := set(kinds) - set(range(NORMAL, BYTE + 1)):
-        raise UserError(f"{file.path} has {short(min(odd))} in tokenizer.ggml.token_type; {NORMAL} to {BYTE} was "
+        raise UserError(f"{file.path} has {short(min(odd))} in {KINDS}; {NORMAL} to {BYTE} was "
                         "expected")
     if len(set(texts)) != len(texts):
         seen: set[str] = set()
         twice = next(text for text in texts if text in seen or seen.add(text))
-        raise UserError(f"{file.path} has the token {short(twice)} twice in tokenizer.ggml.tokens; each once was "
+        raise UserError(f"{file.path} has the token {short(twice)} twice in {TOKENS}; each once was "
                         "expected")
     ids = {}
     for name in ("bos", "eos", "unknown", "padding"):
