@@ -20,6 +20,7 @@ TOO_LARGE = "too large"
 BAD_ROW = "malformed row of the list"
 NAME_TAKEN = "name taken by another row"
 # Another run may get these.
+MIRROR_FAILED = "mirror failed"
 NOT_REACHED = "server failed"
 WEB_PAGE = "web page in its place"  # of a login, or an error that is sent with the status 200
 
@@ -51,7 +52,7 @@ class Missing:
     @property
     def is_temporary(self) -> bool:
         """Whether another run may have more luck."""
-        return self.reason in (NOT_REACHED, WEB_PAGE)
+        return self.reason in (NOT_REACHED, MIRROR_FAILED, WEB_PAGE)
 
 
 def resolve(bucket: Bucket, pmcid: str, number: int | None, wanted: Sequence[str],

@@ -12,6 +12,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from typing import BinaryIO
 
 from llavamed_jax.curation.extra import needed
 from llavamed_jax.errors import UserError, cut, short
@@ -19,7 +20,7 @@ from llavamed_jax.utils import signals
 from llavamed_jax.utils.retry_after import retry_after
 
 _CONNECT_S = 20.0
-_ABSENT = (400, 404, 410)
+_ABSENT = (404, 410)  # 400 may be the fault of a proxy or of a clock
 _PASSING = (408, 425, 429, 500, 502, 503, 504)  # statuses after which a request is sent again
 BACKOFF_S = 0.5
 _LONGEST_BACKOFF = 64  # multiple of the first wait
@@ -58,6 +59,12 @@ def looks_like_html(body: bytes) -> bool:
     """Returns whether bytes are a web page: a login page or an error that is sent with the status 200."""
     head = body[:1000].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     return head.startswith((b"<!doctype html", b"<html", b"<head", b"<body"))
+
+
+def refuse_html(body: bytes) -> None:
+    """Raises WebPageError if bytes are a web page."""
+    if looks_like_html(body):
+        raise WebPageError("the server answered HTML")
 
 
 class Client:
@@ -108,13 +115,23 @@ class Client:
         if self._is_cancelled:
             raise signals.Stopped("cancelled")
 
-    def get(self, url: str, most: int, check: Callable[[bytes, dict], None] | None = None) -> bytes:
+    def save(self, url: str, most: int, file: BinaryIO) -> None:
+        """Gets a file as `get` does, and writes it to an empty file that is open, instead of to the memory."""
+        def check(_body: bytes, _headers: dict) -> None:
+            file.seek(0)
+            refuse_html(file.read(1000))
+
+        self.get(url, most, check, file)
+
+    def get(self, url: str, most: int, check: Callable[[bytes, dict], None] | None = None,
+            into: BinaryIO | None = None) -> bytes:
         """Gets a file.
 
         Args:
           url: the address.
           most: the most bytes that it may have.
           check: raises DamagedError if the body, with the reply's headers in lower case, is not the file.
+          into: where the body is written; then b"" is returned and checked.
 
         Raises:
           AbsentError: there is no such file.
@@ -128,7 +145,7 @@ class Client:
         for attempt in itertools.count():
             wait = self._backoff * min(2**attempt, _LONGEST_BACKOFF) * random.uniform(0.5, 1.0)
             try:
-                body, headers = self._attempt(url, most)
+                body, headers = self._attempt(url, most, into)
                 if check is not None:
                     check(body, headers)
                 self._succeeded()
@@ -161,10 +178,13 @@ class Client:
                 self.again[reason] += 1
             self._wait_until(time.monotonic() + wait)
 
-    def _attempt(self, url: str, most: int) -> tuple[bytes, dict]:
+    def _attempt(self, url: str, most: int, into: BinaryIO | None = None) -> tuple[bytes, dict]:
         self._take_turn()
         deadline = time.monotonic() + self._timeout
-        body = bytearray()
+        body, size = bytearray(), 0
+        if into is not None:
+            into.seek(0)
+            into.truncate()
         try:
             with self._client.stream("GET", url) as reply:
                 if reply.status_code in _PASSING:
@@ -175,8 +195,12 @@ class Client:
                 if reply.status_code != 200:  # refused: by a proxy, a firewall, a rule of the server
                     raise _RefusedError(f"status {reply.status_code}")
                 for piece in reply.iter_bytes():
-                    body += piece
-                    if len(body) > most:
+                    size += len(piece)
+                    if into is None:
+                        body += piece
+                    else:
+                        _write(into, piece)
+                    if size > most:
                         raise TooLargeError(f"more than {most:,} bytes")
                     if time.monotonic() > deadline:
                         raise _PassingError("timeout", f"the file did not come within {self._timeout:g} s")
@@ -193,7 +217,7 @@ class Client:
                                 is_absent=is_absent) from None
         finally:
             with self._lock:
-                self.bytes += len(body)
+                self.bytes += size
         return bytes(body), headers
 
     def _take_turn(self) -> None:
@@ -225,6 +249,13 @@ class Client:
         if is_over:
             often = "" if is_absent else f"; {self._failed_in_a_row} requests in a row failed"
             raise ServerError(f"{cut(url, 300)} cannot be had: {reason}{often}")
+
+
+def _write(file: BinaryIO, piece: bytes) -> None:
+    try:
+        file.write(piece)
+    except OSError as error:
+        raise UserError(f"a package of a mirror cannot be written to the disk: {error.strerror or error}") from None
 
 
 class _RefusedError(Exception):

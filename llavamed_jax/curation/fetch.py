@@ -15,10 +15,12 @@ from dataclasses import dataclass
 from PIL import Image
 
 from llavamed_jax.curation import articles, store
-from llavamed_jax.curation.articles import WHOLE, Found, Missing, resolve
-from llavamed_jax.curation.bucket import Bucket, File, Version
+from llavamed_jax.curation.articles import WHOLE, Found, Missing
+from llavamed_jax.curation.bucket import Bucket, File
 from llavamed_jax.curation.downloads import AbsentError, DamagedError, FailedError, TooLargeError, WebPageError
-from llavamed_jax.curation.mirror import Mirror
+from llavamed_jax.curation.fetch_lines import missing_from, missing_line, part_of, path_in_article, path_of
+from llavamed_jax.curation.mirror import Answer, Mirror
+from llavamed_jax.curation.resolved import Article, Resolver, reason_of
 from llavamed_jax.curation.wanted import Rejected, Wanted
 from llavamed_jax.errors import UserError
 from llavamed_jax.images.load import load_image
@@ -30,8 +32,6 @@ _LARGE_IMAGE = 2**24  # pixels; one of these at a time is decoded
 _WAIT_S = 0.2
 _NOT_FILLED = (articles.NO_MEDIA, articles.EXCLUDED, articles.RETRACTED, articles.BAD_ROW,
                articles.NAME_TAKEN)  # by a mirror
-
-Article = tuple[str, "int | None"]  # PMCn, and the version that is asked for
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,7 @@ class Fetch:
       settings: how the list is fetched.
 
     Attributes:
+      resolver: finds files in the bucket.
       had: path below the folder -> bytes, of the list's files that are there.
       missing: row -> why it cannot be had.
       fetched: number of files that this run fetched.
@@ -78,9 +79,11 @@ class Fetch:
     def __init__(self, bucket: Bucket, folder: store.Store, mirrors: Sequence[Mirror] = (),
                  settings: Settings = Settings()):
         self._bucket, self._folder, self._mirrors, self._settings = bucket, folder, mirrors, settings
+        self.resolver = Resolver(bucket, folder, settings.licences)
         self._lock, self._decoding = threading.Lock(), threading.Lock()
         self._there: dict[str, _There] = {}  # by path
         self._copies: dict[str, str] = {}  # md5 -> path, of articles that are not finished
+        self._asked_mirrors: set[tuple] = set()  # place, article and name of what web mirrors lack
         self.had: dict[str, int] = {}
         self.missing: dict[Wanted | Rejected, Missing] = {}
         self.fetched = self.repeated = 0
@@ -99,16 +102,19 @@ class Fetch:
         try:
             self._all(todo)
         finally:
-            self._folder.replace(store.MISSING, (_missing_line(row, why) for row, why in self.missing.items()))
+            self._folder.replace(store.MISSING, (missing_line(row, why) for row, why in self.missing.items()))
 
     def _plan(self, rows: Iterable[Wanted | Rejected]) -> dict[Article, list[Wanted]]:
         """Returns the rows of each article that are neither there nor known to be missing."""
         self._read_manifest()
         gone = {} if self._settings.retry_missing else {
-            (line.get("pmcid"), line.get("asked"), line.get("name")): _missing_from(line)
-            for line in self._folder.lines(store.MISSING) if not _missing_from(line).is_temporary}
-        whole = {(line.get("pmcid"), line.get("asked_version")): line for line in self._folder.lines(store.RESOLVED)
-                 if isinstance(line.get("paths"), list)}
+            (line.get("pmcid"), line.get("asked"), line.get("name")): missing_from(line)
+            for line in self._folder.lines(store.MISSING) if not missing_from(line).is_temporary}
+        whole = {(line.get("pmcid"), line.get("asked_version")): line["paths"]
+                 for line in self._folder.lines(store.RESOLVED) if isinstance(line.get("paths"), list)}
+        self._asked_mirrors = set() if self._settings.retry_missing else {
+            (line.get("mirror"), line.get("pmcid"), name) for line in self._folder.lines(store.MIRRORS)
+            if isinstance(line.get("lacks"), list) for name in map(str, line["lacks"])}
         todo: dict[Article, list[Wanted]] = defaultdict(list)
         taken: dict[str, Wanted] = {}
         for row in rows:
@@ -124,10 +130,11 @@ class Fetch:
                     self.missing[row] = Missing(articles.NAME_TAKEN, f"{owner.pmcid}/{owner.file}")
                 continue
             parts = [row] if row.file != WHOLE else [
-                _part(row, path) for path in whole.get((row.pmcid, row.version), {}).get("paths", ())]
+                part_of(row, path) for path in whole.get((row.pmcid, row.version), ())]
             self.missing |= {part: why for part in (row, *parts)
                              if (why := gone.get((part.pmcid, part.file, part.name))) is not None}
-            if all(self._keep(_path(part)) or part in self.missing for part in parts) and parts or row in self.missing:
+            is_had = all(self._keep(path_of(part)) or part in self.missing for part in parts) and parts
+            if is_had or row in self.missing:
                 if not (self._mirrors and row in self.missing and self.missing[row].reason not in _NOT_FILLED):
                     continue
             todo[row.pmcid, row.version].append(row)
@@ -149,7 +156,7 @@ class Fetch:
 
     def _owner(self, row: Wanted) -> Wanted:
         """Returns the row of an earlier list that has the same name for another file; otherwise `row`."""
-        there = self._there.get(_path(row)) if row.file != WHOLE else None
+        there = self._there.get(path_of(row)) if row.file != WHOLE else None
         if there is None or (there.pmcid, there.asked) == (row.pmcid, row.file):
             return row
         return dataclasses.replace(row, pmcid=there.pmcid, file=there.asked)
@@ -165,7 +172,7 @@ class Fetch:
 
     def _all(self, todo: dict[Article, list[Wanted]]) -> None:
         """Runs the articles through the threads; at most twice as many as there are threads wait."""
-        known = self._resolved_before(todo)
+        known = {} if self._settings.retry_missing else self.resolver.before(todo)
         client = self._bucket.client
         shown = progress.Amounts("articles", len(todo), lambda: client.bytes)
         waiting: set[Future] = set()
@@ -189,72 +196,67 @@ class Fetch:
             threads.shutdown(wait=True, cancel_futures=True)
             shown.close()
 
-    def _resolved_before(self, todo: dict[Article, list[Wanted]]) -> dict[Article, dict]:
-        """Returns what earlier runs learned about the articles that are not finished."""
-        known: dict[Article, dict] = {}
-        for line in self._folder.lines(store.RESOLVED):
-            article = line.get("pmcid"), line.get("asked_version")
-            if article in todo and isinstance(line.get("asked"), dict):
-                known[article] = {**known.get(article, {}), **line["asked"]}
-        return known
-
     def _article(self, article: Article, rows: list[Wanted], known: dict) -> None:
         """Fetches the wanted files of one article; runs in a thread."""
         asked = [row for row in rows if row not in self.missing]
         copies: dict[str, str] = {}
-        found = self._resolve(article, asked, known) if asked else {}
-        for row in asked:
+        is_old = bool(asked) and all(row.file in known for row in asked)
+        find = lambda rows, known: self.resolver.find(article, dict.fromkeys(row.file for row in rows), known)
+        stale = self._fetch_all(asked, find(asked, known), copies, is_old)
+        if stale:  # the article has changed since an earlier run read its metadata
+            self._fetch_all(stale, find(stale, {}), copies, False)
+        self._fill([row for row in rows if row in self.missing])
+
+    def _fetch_all(self, rows: Sequence[Wanted], found: dict[str, list[Found] | Missing], copies: dict[str, str],
+                   is_old: bool) -> list[Wanted]:
+        """Fetches rows of an article; with `is_old`, returns those whose files are no longer as the metadata said."""
+        stale = []
+        for row in rows:
             what = found[row.file]
             for part, file in ([(row, None)] if isinstance(what, Missing)
                                else [(row, what[0])] if row.file != WHOLE
-                               else [(_part(row, _path_in_article(each)), each) for each in what]):
+                               else [(part_of(row, path_in_article(each)), each) for each in what]):
                 if file is None:
                     self._miss(row, what)
-                elif part not in self.missing and not self._keep(_path(part)):
-                    self._fetch(part, file, copies)
-        self._fill([row for row in rows if row in self.missing])
+                elif part not in self.missing and path_of(part) not in self.had and not self._keep(path_of(part)):
+                    if not self._fetch(part, file, copies, is_old):
+                        stale.append(row)
+                        break
+        return stale
 
-    def _resolve(self, article: Article, rows: Sequence[Wanted], known: dict) -> dict[str, list[Found] | Missing]:
-        wanted = list(dict.fromkeys(row.file for row in rows))
-        if all(name in known for name in wanted):
-            return {name: [_found_from(each, article[0]) for each in known[name]] for name in wanted}
-        try:
-            found = resolve(self._bucket, *article, wanted, self._settings.licences)
-        except DamagedError as error:
-            return dict.fromkeys(wanted, Missing(_reason(error), str(error)))
-        except (FailedError, TooLargeError, AbsentError) as error:
-            return dict.fromkeys(wanted, Missing(articles.NOT_REACHED, str(error)))
-        there = {name: [_found_line(each) for each in what] for name, what in found.items() if isinstance(what, list)}
-        line = {"pmcid": article[0], "asked_version": article[1], "asked": there}
-        if WHOLE in there:  # a part whose name is no file name is refused when it is written
-            line["paths"] = [_path_in_article(each) for each in found[WHOLE]]
-        if there:
-            self._folder.append(store.RESOLVED, line)
-        return found
-
-    def _fetch(self, row: Wanted, found: Found, copies: dict[str, str]) -> None:
+    def _fetch(self, row: Wanted, found: Found, copies: dict[str, str], is_old: bool) -> bool:
         """Fetches one file, and keeps it or says why it cannot be had.
 
         Args:
           row: the row, or the part of it.
           found: the file.
           copies: md5 -> path of the article's files that this run has written; this one is added.
+          is_old: whether an earlier run read the metadata.
+
+        Returns:
+          False if the file is not as old metadata said; then nothing was kept or said.
         """
         why = ""
         try:
-            data, is_there = self._data(_path(row), found.file, copies)
+            try:
+                data, is_there = self._data(path_of(row), found.file, copies)
+            except (AbsentError, DamagedError) as error:
+                if is_old and not isinstance(error, WebPageError):
+                    return False
+                raise
             self._accept(row, data, is_there, self._bucket.url(found.file.key), found)
-            copies[found.file.md5] = _path(row)
-            return
+            copies[found.file.md5] = path_of(row)
+            return True
         except AbsentError as error:
             why = articles.NAME_GONE, error
         except DamagedError as error:
-            why = _reason(error), error
+            why = reason_of(error), error
         except TooLargeError as error:
             why = articles.TOO_LARGE, error
         except FailedError as error:
             why = articles.NOT_REACHED, error
         self._miss(row, Missing(why[0], f"{found.file.key}: {why[1]}", found.version.licence))
+        return True
 
     def _data(self, path: str, file: File, copies: dict[str, str]) -> tuple[bytes, bool]:
         """Returns the bytes of a file, and whether they lie at the path already.
@@ -272,7 +274,7 @@ class Fetch:
     def _accept(self, row: Wanted, data: bytes, is_there: bool, source: str, found: Found | None = None,
                 licence: str = "") -> None:
         """Decodes a file, writes it, and then its line. Raises DamagedError if it is no image."""
-        path = _path(row)
+        path = path_of(row)
         width, height = (None, None) if path.endswith(".xml") else self._decoded(data)
         if not is_there:
             self._folder.put(path, data)
@@ -305,61 +307,37 @@ class Fetch:
         with self._lock:
             self.missing[row] = why
         if not why.is_temporary:
-            self._folder.append(store.MISSING, _missing_line(row, why))
+            self._folder.append(store.MISSING, missing_line(row, why))
 
     def _fill(self, rows: Sequence[Wanted]) -> None:
         """Asks the mirrors for what is missing, but not for what a licence or a retraction forbids."""
+        failed: dict[Wanted, Missing] = {}
         for mirror in self._mirrors:
             left = [row for row in rows if row.file != WHOLE and row in self.missing
-                    and self.missing[row].reason not in _NOT_FILLED]
-            for row, (data, source) in mirror.find(left, MOST_FILE).items() if left else ():
-                licence = self.missing[row].licence
-                if self._settings.licences is not None and not licence:
-                    self._miss(row, Missing(articles.UNKNOWN_LICENCE, source))
-                    continue
-                try:
-                    self._accept(row, data, False, source, licence=licence)
-                except DamagedError as error:
-                    self._miss(row, Missing(articles.DAMAGED, f"{source}: {error}", licence))
-                else:
-                    with self._lock:
-                        del self.missing[row]
+                    and self.missing[row].reason not in _NOT_FILLED
+                    and (mirror.place, row.pmcid, row.file) not in self._asked_mirrors]
+            answer = mirror.find(left, MOST_FILE) if left else Answer()
+            failed |= answer.failed
+            for row, (data, source) in answer.found.items():
+                self._fill_one(row, data, source)
+            lacks = [row.file for row in left if row in self.missing
+                     and (row not in answer.failed or not answer.failed[row].is_temporary)]
+            if lacks and mirror.is_address:  # a folder may have been filled until the next run
+                self._folder.append(store.MIRRORS, {"mirror": mirror.place, "pmcid": left[0].pmcid, "lacks": lacks})
+        for row, why in failed.items():
+            before = self.missing.get(row)
+            if before is not None:
+                self._miss(row, Missing(why.reason, f"{why.detail} (the bucket: {before.reason})", before.licence))
 
-
-def _reason(error: DamagedError) -> str:
-    return articles.WEB_PAGE if isinstance(error, WebPageError) else articles.DAMAGED
-
-
-def _path(row: Wanted) -> str:
-    """Returns where a row's file goes, below the folder."""
-    return row.name if row.name.startswith("articles/") else f"images/{row.name}"
-
-
-def _part(row: Wanted, path: str) -> Wanted:
-    """Returns the row for one file of a whole article."""
-    return dataclasses.replace(row, file=path.split("/", 2)[2], name=path)
-
-
-def _path_in_article(found: Found) -> str:
-    return f"articles/{found.version.pmcid}.{found.version.number}/{found.file.name}"
-
-
-def _found_line(found: Found) -> dict:
-    version = found.version
-    return {"file": dataclasses.astuple(found.file), "version": version.number, "licence": version.licence,
-            "about": version.about}
-
-
-def _found_from(line: dict, pmcid: str) -> Found:
-    return Found(File(*line["file"]), Version(pmcid, line["version"], line["licence"], False, about=line["about"]))
-
-
-def _missing_line(row: Wanted | Rejected, why: Missing) -> dict:
-    if isinstance(row, Rejected):
-        return {"row": row.number, "text": row.text, "reason": why.reason}
-    return {"pmcid": row.pmcid, "asked_version": row.version, "asked": row.file, "name": row.name,
-            **dataclasses.asdict(why)}
-
-
-def _missing_from(line: dict) -> Missing:
-    return Missing(*(str(line.get(field.name, "")) for field in dataclasses.fields(Missing)))
+    def _fill_one(self, row: Wanted, data: bytes, source: str) -> None:
+        licence = self.missing[row].licence
+        if self._settings.licences is not None and not licence:
+            self._miss(row, Missing(articles.UNKNOWN_LICENCE, source))
+            return
+        try:
+            self._accept(row, data, False, source, licence=licence)
+        except DamagedError as error:
+            self._miss(row, Missing(articles.DAMAGED, f"{source}: {error}", licence))
+        else:
+            with self._lock:
+                del self.missing[row]

@@ -13,6 +13,7 @@ from llavamed_jax.curation import articles, bucket, inventory, kept, store
 from llavamed_jax.curation.downloads import Client
 from llavamed_jax.curation.fetch import Fetch, Settings
 from llavamed_jax.curation.mirror import Mirror
+from llavamed_jax.curation.resolved import Resolver
 from llavamed_jax.curation.wanted import Rejected, Wanted, read_list
 from llavamed_jax.errors import UsageError, UserError, count_of, short
 from llavamed_jax.utils import signals
@@ -31,7 +32,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--since", metavar="DATE", type=_date, help="in place of --list: articles that changed since this day "
         "(YYYY-MM-DD), from the bucket's inventory")
     add("--until", metavar="DATE", type=_date, help="the last day for --since")
-    add("--limit", metavar="N", type=int, help="at most N articles for --since, the latest change first")
+    add("--limit", metavar="N", type=int, help="at most N articles for --since, the latest change first; "
+        "with --licence, N that it allows")
     add("--out", metavar="DIR", required=True, help="where images, manifest and the list of missing files go")
     add("--licence", metavar="GROUPS", default="none", help="commercial, non-commercial (NLM's two groups), or both "
         "with a comma; none (the default) takes every licence")
@@ -57,10 +59,10 @@ def run(args: argparse.Namespace) -> int | None:
     out = Path(args.out)
     client = Client(args.concurrency, args.rate, args.retries, args.timeout)
     folder = store.Store(out, {"licence": _groups_text(args.licence)})
-    fetch = Fetch(bucket.Bucket(client, args.base_url), folder, [Mirror(place, client) for place in args.mirror],
+    fetch = Fetch(bucket.Bucket(client, args.base_url), folder, [Mirror(place, client, out) for place in args.mirror],
                   Settings(bucket.licences_of(args.licence), args.concurrency, args.retry_missing))
     try:
-        fetch.run(_rows(args, out, client))
+        fetch.run(_rows(args, out, client, fetch.resolver))
         _report(fetch, client, out)
         _filter(args, out, fetch)
     except KeyboardInterrupt as error:
@@ -73,10 +75,11 @@ def run(args: argparse.Namespace) -> int | None:
     finally:
         folder.close()
         client.close()
-    failed = [why for why in fetch.missing.values() if why.reason == articles.NOT_REACHED]
-    if failed:
-        raise UserError(f"the server failed for {count_of(len(failed), 'file')}, first with {failed[0].detail}; run "
-                        "the same command to try again")
+    for reason, who in ((articles.NOT_REACHED, "server"), (articles.MIRROR_FAILED, "mirror")):
+        failed = [why for why in fetch.missing.values() if why.reason == reason]
+        if failed:
+            raise UserError(f"the {who} failed for {count_of(len(failed), 'file')}, first with {failed[0].detail}; run "
+                            "the same command to try again")
     return None
 
 
@@ -108,7 +111,7 @@ def _check(args: argparse.Namespace) -> None:
                 raise UsageError(f"--{flag} is {short(file)}, which does not exist; a file was expected")
     names = Counter(Path(file).name for file in args.training)
     twice = [name for name, count in names.items() if count > 1 or name in (
-        store.MANIFEST, store.MISSING, store.RESOLVED, store.SETTINGS)]
+        store.MANIFEST, store.MISSING, store.RESOLVED, store.SETTINGS, store.MIRRORS)]
     if twice:
         raise UsageError(f"--training names {short(twice[0])}, which --out already uses for another file; another name "
                          "was expected")
@@ -126,7 +129,7 @@ def _date(text: str) -> datetime.date:
         raise argparse.ArgumentTypeError(f"{text!r} is no date; YYYY-MM-DD was expected") from None
 
 
-def _rows(args: argparse.Namespace, out: Path, client: Client) -> Iterable[Wanted | Rejected]:
+def _rows(args: argparse.Namespace, out: Path, client: Client, resolver: Resolver) -> Iterable[Wanted | Rejected]:
     """Returns the rows of the list, or those that the inventory gives; the choice is written down for later runs."""
     if args.list is not None:
         return read_list(Path(args.list))
@@ -134,6 +137,9 @@ def _rows(args: argparse.Namespace, out: Path, client: Client) -> Iterable[Wante
     if not chosen.is_file():
         found = inventory.changed(bucket.Bucket(client, args.base_url), args.since, args.until)
         print(f"inventory: {len(found):,} articles changed in this span", flush=True)
+        if args.limit is not None and args.licence != "none":
+            found = resolver.choose(found, args.limit, args.concurrency)
+            print(f"--licence {args.licence}: {count_of(len(found), 'article')} chosen", flush=True)
         write_text(chosen, "\n".join([first, *found[:args.limit]]) + "\n")
     lines = chosen.read_text(encoding="utf-8").splitlines()
     if lines[:1] != [first]:

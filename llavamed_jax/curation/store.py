@@ -5,6 +5,7 @@
     OUT/manifest.jsonl      a line for each file that is there; appended after the file has its name
     OUT/missing.jsonl       a line for each file that cannot be had, with the reason
     OUT/resolved.jsonl      a line for each article whose metadata was read, so that it is not read again
+    OUT/mirrors.jsonl       a line for each article of which a mirror on the web lacks files
     OUT/settings.json       what later runs must share
 
 A killed run leaves at most a torn last line, which is cut off, and files without a line, which are verified by md5 and
@@ -25,6 +26,7 @@ from llavamed_jax.utils import locks
 from llavamed_jax.utils.files import read_json, recover_jsonl, to_jsonl, write_text, write_whole
 
 MANIFEST, MISSING, RESOLVED, SETTINGS = "manifest.jsonl", "missing.jsonl", "resolved.jsonl", "settings.json"
+MIRRORS = "mirrors.jsonl"
 
 
 class Store:

@@ -1,5 +1,6 @@
 """`curation pmc` against a bucket on loopback, a fifth of it faulty: all that can be had is had, the rest is listed by reason."""
 
+import hashlib
 import io
 import json
 import os
@@ -7,15 +8,19 @@ import signal
 import subprocess
 import sys
 import tarfile
+import threading
 import time
+import tracemalloc
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
 
-from llavamed_jax.curation import downloads, store
+from llavamed_jax.curation import downloads, mirror, store
 from llavamed_jax.curation.__main__ import main
+from llavamed_jax.curation.wanted import Wanted
 from tests.support.pmc_bucket import HTML, Bucket, md5, picture
 
 pytest.importorskip("httpx")
@@ -62,7 +67,7 @@ def test_all_that_can_be_had_is_had(bucket, tmp_path, capsys):
     assert set(manifest) == {f"images/{pair}.jpg" for pair in had}
     for path, line in manifest.items():
         data = (tmp_path / "out" / path).read_bytes()
-        assert md5(data) == line["md5"] and len(data) == line["bytes"] and line["licence"] == "CC BY"
+        assert md5(data) == line["md5"] and hashlib.sha256(data).hexdigest() == line["sha256"] and len(data) == line["bytes"] and line["licence"] == "CC BY"
         assert Image.open(tmp_path / "out" / path).size == (line["width"], line["height"])
     missing = {line["name"].removesuffix(".jpg"): line["reason"] for line in lines(tmp_path / "out" / "missing.jsonl")}
     assert missing == {pair: why for pair, why in bucket.expected.items() if why is not None}
@@ -261,7 +266,7 @@ def test_a_mirror_fills_gaps_and_nothing_else(bucket, tmp_path):
     assert {path.stem: md5(path.read_bytes()) for path in (out / "images").iterdir()} == {
         "1_F1": md5(picture(9)), "10_F1": md5(picture(3)), "4_F1": md5(picture(4)), "5_F1": md5(picture(5, "PNG")), "6_F1": md5(picture(6))}
     assert {line["name"][:4]: line["reason"] for line in lines(out / "missing.jsonl")} == {
-        "2_F1": "retracted", "3_F1": "licence without media", "4_F2": "no prefix in the bucket", "7_F1": "damaged", "8_F1": "no prefix in the bucket", "9_F1": "no prefix in the bucket"}
+        "2_F1": "retracted", "3_F1": "licence without media", "4_F2": "damaged", "7_F1": "damaged", "8_F1": "no prefix in the bucket", "9_F1": "no prefix in the bucket"}
     assert not list(tmp_path.rglob("evil.jpg"))
     # Over the web: the old packages, and single files; with a filter only where the bucket says the licence.
     bucket.objects |= {f"old/aa/01/PMC{n}.tar.gz": (mirror / place).read_bytes() for n, place in ((1, "aa/01/PMC1.tar.gz"), (3, "PMC3.tar.gz"))}
@@ -271,6 +276,129 @@ def test_a_mirror_fills_gaps_and_nothing_else(bucket, tmp_path):
     assert lines(tmp_path / "web/manifest.jsonl")[0]["licence"] == "CC BY"
     assert {line["name"][:4]: line["reason"] for line in lines(tmp_path / "web/missing.jsonl")}["5_F1"] == "licence unknown, with --licence"
     assert fetch(bucket, list_file, tmp_path / "web2", "--mirror", bucket.url + "files/{pmid}") == 2
+
+
+def test_a_mirror_that_fails_is_named(bucket, tmp_path, capsys, monkeypatch):
+    """The run ends as for a server that fails; another mirror may still have the file; what a package lacks is no failure."""
+    rows = [{"pair_id": f"{n}_F{k}", "pmc_tar_url": f"oa/aa/0{n}/PMC{n}.tar.gz", "image_file_path": f"PMC{n}/{k}.jpg"} for n in range(1, 6) for k in range(3)]
+    for n in range(1, 6):
+        package(tmp_path / "p.tar.gz", {f"PMC{n}/{k}.jpg": picture(10 * n + k) for k in range(2)} | ({"x": os.urandom(9000 if n == 4 else 900)} if n > 3 else {}))
+        bucket.objects[f"old/aa/0{n}/PMC{n}.tar.gz"] = (tmp_path / "p.tar.gz").read_bytes()[:-300 if n == 5 else None]
+    bucket.objects["old/aa/03/PMC3.tar.gz"] = HTML
+    bucket.once = {"old/aa/02/PMC2.tar.gz": [500, 503], "files/PMC2/1.jpg": [403]}
+    bucket.objects |= {"files/PMC2/0.jpg": picture(20), "files/PMC2/1.jpg": picture(21)}
+    monkeypatch.setattr(mirror, "_MOST_ARCHIVE", 5000)
+    list_file, mirrors = write_list(tmp_path / "list", rows), ["--retries", "0", "--mirror", f"{bucket.url}old", "--mirror", bucket.url + "files/{pmcid}/{file}"]
+    assert fetch(bucket, list_file, tmp_path / "out", *mirrors) == 1
+    assert "the mirror failed for 2 files, first with http://127.0.0.1" in capsys.readouterr().err
+    missing = lambda: {line["name"].removesuffix(".jpg"): line["reason"] for line in lines(tmp_path / "out/missing.jsonl")}
+    gone = dict.fromkeys(["1_F2"], "no prefix in the bucket") | dict.fromkeys(["3_F0", "3_F1", "3_F2"], "web page in its place") | dict.fromkeys(
+        ["4_F0", "4_F1", "4_F2"], "too large") | {"5_F2": "damaged"}
+    assert missing() == gone | dict.fromkeys(["2_F1", "2_F2"], "mirror failed")
+    assert bucket.asked["old/aa/01/PMC1.tar.gz"] == 1 and max(count for key, count in bucket.asked.items() if key.startswith("old/")) == 1
+    bucket.once = {}
+    assert fetch(bucket, list_file, tmp_path / "out", *mirrors) == 0 and missing() == gone | {"2_F2": "no prefix in the bucket"}
+    assert {key[7:11]: count for key, count in bucket.asked.items() if key.startswith("old/")} == {"01/P": 1, "02/P": 2, "03/P": 2, "04/P": 1, "05/P": 1}
+    assert fetch(bucket, list_file, tmp_path / "out", *mirrors, "--retry_missing") == 0 and bucket.asked["old/aa/01/PMC1.tar.gz"] == 2
+
+
+def test_a_package_is_never_in_memory(bucket, tmp_path):
+    package(tmp_path / "p.tar.gz", {"PMC1/film.avi": os.urandom(20_000_000), "PMC1/a.jpg": picture(1)})
+    bucket.objects["PMC1.tar.gz"] = (tmp_path / "p.tar.gz").read_bytes()
+    bucket.objects["small"], bucket.once["small"] = b"1234567", ["cut"]
+    client = downloads.Client()
+    with open(tmp_path / "small", "w+b") as file:
+        client.save(bucket.url + "small", 7, file)
+    assert (tmp_path / "small").read_bytes() == b"1234567"  # nothing is left of the first attempt
+    wanted = Wanted("PMC1", None, "a.jpg", "a.jpg")
+    for place in (bucket.url + "{pmcid}.tar.gz", str(tmp_path)):
+        (tmp_path / "p.tar.gz").rename(tmp_path / "PMC1.tar.gz") if place == str(tmp_path) else None
+        tracemalloc.start()
+        answer = mirror.Mirror(place, client, tmp_path).find([wanted], 2**28)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert answer.found[wanted][0] == picture(1) and not answer.failed and peak < 8_000_000
+    assert client.again == {"connection lost": 1} and {path.name for path in tmp_path.iterdir()} == {"PMC1.tar.gz", "small"}
+
+
+def test_metadata_that_an_earlier_run_read_may_be_old(bucket, tmp_path):
+    """A file that is gone or has other bytes is looked up once more; --retry_missing reads all metadata again."""
+    for n in (1, 2, 3, 4):
+        bucket.article(f"PMC{n}", 1, {"a.jpg": picture(n)})
+    list_file, out = write_list(tmp_path / "list", ["PMC1/a.jpg", "PMC2/a.jpg", "PMC3", "PMC4/a.jpg"]), tmp_path / "out"
+    assert fetch(bucket, list_file, out) == 0
+    for path in [out / "manifest.jsonl", *out.rglob("*.jpg"), *out.rglob("*.xml")]:
+        path.unlink()
+    bucket.article("PMC1", 1, {"a.jpg": picture(11)})  # other bytes
+    for n in (2, 3):  # a new version in its place
+        for key in [key for key in bucket.objects if f"PMC{n}.1" in key]:
+            del bucket.objects[key]
+        bucket.article(f"PMC{n}", 2, {"a.jpg": picture(10 + n)})
+    bucket.article("PMC4", 1, {"a.jpg": picture(4)}, wrong_md5=True)
+    bucket.objects["PMC4.1/a.jpg"] = picture(14)  # its md5 is wrong in the new metadata too
+    before = Counter(bucket.asked)
+    assert fetch(bucket, list_file, out, "--retries", "0") == 0
+    assert {line["path"]: (out / line["path"]).read_bytes() for line in lines(out / "manifest.jsonl") if line["path"].endswith("jpg")} == {
+        "images/PMC1/a.jpg": picture(11), "images/PMC2/a.jpg": picture(12), "articles/PMC3.2/a.jpg": picture(13)}
+    assert [line["reason"] for line in lines(out / "missing.jsonl")] == ["damaged"]
+    assert bucket.asked["PMC4.1/a.jpg"] - before["PMC4.1/a.jpg"] == 2
+    after = Counter(bucket.asked)
+    assert fetch(bucket, list_file, out) == 0 and bucket.asked == after
+    bucket.article("PMC4", 1, {"a.jpg": picture(24)})
+    assert fetch(bucket, list_file, out, "--retry_missing") == 0 and lines(out / "missing.jsonl") == []
+    assert bucket.asked["metadata/PMC4.1.json"] == after["metadata/PMC4.1.json"] + 1 and bucket.asked["PMC4.1/a.jpg"] == after["PMC4.1/a.jpg"] + 1
+
+
+def test_the_limit_counts_what_the_licence_allows(bucket, tmp_path, capsys):
+    for n in range(1, 9):
+        bucket.article(f"PMC{n}", 1, {"a.jpg": picture(n)}, {0: "CC BY", 1: "CC BY-NC", 2: "TDM"}[n % 3])
+    bucket.inventory("2026-11-20", {f"metadata/PMC{n}.1.json": f"2026-11-0{n}T08:00:00.000Z" for n in range(1, 9)})
+    for groups, wanted in (("none", ["PMC8", "PMC7"]), ("commercial", ["PMC6", "PMC3"]), ("non-commercial", ["PMC7", "PMC4"]), ("commercial,non-commercial", ["PMC7", "PMC6"])):
+        command = ["pmc", "--since", "2026-11-01", "--limit", "2", "--licence", groups, "--out", str(tmp_path / groups), "--base_url", bucket.url,
+                   "--rate", "0", "--concurrency", "2"]
+        before = Counter(bucket.asked)
+        assert main(command) == 0
+        assert (tmp_path / groups / "selected.txt").read_text().split()[-2:] == wanted
+        assert {line["pmcid"] for line in lines(tmp_path / groups / "manifest.jsonl")} == set(wanted)
+        assert all(bucket.asked[f"metadata/{pmcid}.1.json"] == before[f"metadata/{pmcid}.1.json"] + 1 for pmcid in wanted)
+        before = Counter(bucket.asked)
+        assert main(command) == 0 and bucket.asked == before
+
+
+def test_a_run_keeps_to_its_rate_and_its_concurrency(bucket, tmp_path, monkeypatch):
+    for n in range(1, 9):
+        bucket.article(f"PMC{n}", 1, {"a.jpg": picture(n)})
+    list_file = write_list(tmp_path / "list", [f"PMC{n}/a.jpg" for n in range(1, 9)])
+    bucket.park_after = 0
+    run = threading.Thread(target=fetch, args=(bucket, list_file, tmp_path / "out", "--concurrency", "3"))
+    run.start()
+    deadline = time.monotonic() + 60
+    while bucket.num_parked < 3 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    time.sleep(0.3)
+    assert bucket.num_parked == 3
+    bucket.park_after = None
+    bucket.released.set()
+    run.join(60)
+    now, lock = [0.0], threading.Lock()
+
+    def sleep(seconds):
+        with lock:
+            now[0] += seconds
+
+    monkeypatch.setattr(downloads, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=sleep))
+    for rate, least in (("4", 23 / 4), ("8", 23 / 8), ("0", 0)):
+        begun, sent = now[0], sum(bucket.asked.values())
+        assert main(["pmc", "--list", list_file, "--out", str(tmp_path / rate), "--base_url", bucket.url, "--rate", rate, "--concurrency", "2"]) == 0
+        assert sum(bucket.asked.values()) - sent == 16 and least <= now[0] - begun <= 2 * least + 1
+
+
+def test_a_request_that_is_called_bad_is_no_proof_of_absence(bucket, tmp_path, capsys):
+    bucket.article("PMC1", 1, {"a.jpg": picture(1)})
+    bucket.once = {"PMC1.1/a.jpg": [400]}
+    list_file = write_list(tmp_path / "list", ["PMC1/a.jpg"])
+    assert fetch(bucket, list_file, tmp_path / "out") == 1 and "the server failed for 1 file" in capsys.readouterr().err
+    assert fetch(bucket, list_file, tmp_path / "out") == 0 and (tmp_path / "out/images/PMC1/a.jpg").is_file()
 
 
 def test_lists(bucket, tmp_path, capsys):
@@ -363,7 +491,7 @@ def test_a_server_that_asks_to_wait_is_left_alone(bucket, monkeypatch):
     begun = now[0]
     attempts = iter([downloads._PassingError("status 429", "status 429", 30.0)])
 
-    def attempt(url, most):
+    def attempt(url, most, into=None):
         client._take_turn()
         for error in attempts:
             raise error
