@@ -34,7 +34,7 @@ _TAGGED = ("omnimedvqa", "medxpertqa_mm")  # sets whose scorer reads <answer> be
 
 @dataclass(frozen=True)
 class Wording:
-    """The judge's prompt of the toolkit: one message of the user, and no reminder."""
+    """The judge's prompt of the toolkit: one message of the user. The reminder is this project's."""
 
     @property
     def wording(self) -> str:
@@ -43,7 +43,7 @@ class Wording:
 
     def messages(self, user: str, is_reminded: bool = False) -> list[dict]:
         """Returns the messages of a request."""
-        return [{"role": "user", "content": user}]
+        return [{"role": "user", "content": user + rules.REMINDER * is_reminded}]
 
 
 class MedEvalKit:
@@ -73,7 +73,7 @@ class MedEvalKit:
         self._switches = dict(cfg.get(MEDEVALKIT) or {})
         group = cfg.get("judge")
         has_judge = group is not None and group.model and self._name not in CHOICE_SETS
-        self.judge = Judge(group, Wording(), rules.read_verdict, workdir) if has_judge else None
+        self.judge = Judge(group, Wording(), rules.stated_verdict, workdir) if has_judge else None
         self.asked = [self._asked(sample) for sample in self._samples]
 
     def kind(self, sample: VqaSample) -> str:
@@ -135,46 +135,54 @@ class MedEvalKit:
         Returns:
           The block of `metrics.json`: `accuracy` over all questions, `open_accuracy`, `closed_accuracy` and
           `choice_accuracy`, and the means of `scoring.medevalkit.OPEN_NUMBERS`, all in percent with `_low` and `_high`;
-          counts, the judge, the switches and the published number.
+          counts, the judge, the switches and the published number. These numbers count a reply of the judge without a
+          verdict as wrong, as the toolkit does. `accuracy_read` and `open_accuracy_read` count what the judge said when
+          it was asked again, and leave out the questions that have no verdict even then.
         """
         texts, samples = answers.texts, self._samples
         kinds = [self.kind(sample) for sample in samples]
         right = [self._is_right(*each) for each in zip(samples, kinds, texts, strict=True)]
         values = np.array(right, np.float64)  # [N]; 2 if a closed question is counted twice
-        verdicts, prompts = [], {}
+        verdicts, of = [], {}
         if self.judge is not None:
             print(self.plan(texts), file=sys.stderr, flush=True)
             prompts = self._to_judge(texts)
             verdicts = self.judge.verdicts(list(prompts.values()), "answers")
             report_unscored(verdicts, [samples[i].question_id for i in prompts], "answers")
-            values = self._with_verdicts(values, kinds, dict(zip(prompts, verdicts, strict=True)))
+            of = dict(zip(prompts, verdicts, strict=True))
+            read = self._with_verdicts(values, kinds, {i: _number(each.value) for i, each in of.items()})
+            values = self._with_verdicts(values, kinds, {i: float(_as_toolkit(each)) for i, each in of.items()})
         metrics = {"toolkit": PROGRAM.version, "n": len(samples)}
         metrics |= {f"n_{name}": count for name, count in self._counts(kinds).items()}
+        scores = self._scores(texts, kinds, values)
+        if self.judge is not None:
+            scores += [statistics.mean("accuracy_read", read)]
+            scores += [statistics.mean("open_accuracy_read", np.where(np.array(kinds) == "open", read, np.nan))]
         metrics |= statistics.intervals(statistics.resample(
-            self._scores(texts, kinds, values), [str(sample.image) for sample in samples], self._seed))
-        of = dict(zip(prompts, verdicts, strict=True))
+            scores, [str(sample.image) for sample in samples], self._seed))
         unscored = [samples[i].question_id for i, verdict in of.items() if verdict.value is None]
-        metrics |= {"judge": None if self.judge is None else self.judge.summary(verdicts), "n_unscored": len(unscored),
-                    "unscored": unscored, "switches": self._switches}
+        unreadable = sum(rules.stated_verdict(verdict.first_reply) is None for verdict in verdicts
+                         if verdict.first_reply or verdict.error is None)
+        metrics |= {"judge": None if self.judge is None else self.judge.summary(verdicts), "n_unreadable": unreadable,
+                    "n_unscored": len(unscored), "unscored": unscored, "switches": self._switches}
         metrics["published"] = published.medevalkit(
             self._name, split, len(samples), self._name in CHOICE_SETS or self.judge is not None,
             [name for name, is_on in self._switches.items() if is_on])
         lines = [{"question_id": sample.question_id, "kind": kind, "answer": str(sample.answer), "text": text,
                   "rule": is_right, "counts": float(value)}
-                 | ({"judge_text": of[i].text, "judged": of[i].value} if i in of else {})
+                 | (_judged(of[i]) if i in of else {})
                  for i, (sample, kind, text, is_right, value)
                  in enumerate(zip(samples, kinds, texts, right, values, strict=True))]
         return Judged(metrics, lines, verdicts)
 
-    def _with_verdicts(self, values: np.ndarray, kinds: Sequence[str], verdicts: Mapping[int, Verdict]) -> np.ndarray:
-        """Returns what each question counts when a judge has read the open ones."""
+    def _with_verdicts(self, values: np.ndarray, kinds: Sequence[str], said: Mapping[int, float]) -> np.ndarray:
+        """Returns what each question counts if a judge has said 1, 0, or NaN (nothing) about the open ones."""
         values = np.array(values)
         for i, kind in enumerate(kinds):
-            said = float(bool(verdicts[i].value)) if i in verdicts else 0.0  # an answer without a verdict is not right
             if kind == "open":
-                values[i] = said
+                values[i] = said[i]
             elif self._switches.get("slake_twice"):
-                values[i] += said
+                values[i] += said[i]
             elif self._switches.get("pathvqa_drop"):
                 values[i] = 0
         return values
@@ -198,3 +206,20 @@ class MedEvalKit:
                     table[i] = [numbers[name] for name in rules.OPEN_NUMBERS]
             scores += [statistics.mean(name, column) for name, column in zip(rules.OPEN_NUMBERS, table.T, strict=True)]
         return scores
+
+
+def _as_toolkit(verdict: Verdict) -> bool:
+    """Returns what the toolkit counts: its reading of the first reply, and "wrong" where there is none."""
+    return rules.read_verdict(verdict.first_reply)
+
+
+def _number(value: bool | None) -> float:
+    return float("nan") if value is None else float(value)
+
+
+def _judged(verdict: Verdict) -> dict:
+    """Returns the judge's part of a line: `judged` as the toolkit counts, and `read`, null without a verdict."""
+    return {"judge_text": verdict.text, "judged": _as_toolkit(verdict), "read": verdict.value,
+            "finish_reason": verdict.finish_reason} | (
+        {"first_judge_text": verdict.first_text} if verdict.is_asked_again else {}) | (
+        {"error": verdict.error} if verdict.error is not None else {})

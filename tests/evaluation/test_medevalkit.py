@@ -80,6 +80,13 @@ def test_a_verdict_without_its_tag_is_read_whole(reply, is_right):
     assert rules.read_verdict(reply) is is_right
 
 
+@pytest.mark.parametrize("reply, said", [
+    ("<think>x</think>\n<judge>0</judge>", True), ("<judge> 1 </judge>", False), ("0", True), ("1\n", False), ("", None), ("correct", None),
+    ("<think>they express", None), ("<judge>0", None), ("<judge>0</judge><judge>0</judge>", None), ("<judge>2</judge>", None)])
+def test_a_reply_without_a_verdict_is_not_read(reply, said):
+    assert rules.stated_verdict(reply) is said
+
+
 def test_the_prompts():
     assert rules.prompt("Is it?", "yes_no") == "Is it?\nPlease output 'yes' or 'no'(no extra output)."
     assert rules.prompt("Q", "closed") == "Q\nAnswer the question using a single word or phrase."
@@ -109,7 +116,7 @@ class Verdicts:
 
     def verdicts(self, prompts, title):
         self.read = list(prompts)
-        return [toolkit.Verdict(rules.read_verdict("<judge>0</judge>")) for _ in prompts]
+        return [toolkit.Verdict(True, first_reply="<judge>0</judge>") for _ in prompts]
 
     def estimate(self, prompts):
         return "nothing"
@@ -167,12 +174,15 @@ def test_published_numbers_stand_beside_the_whole_set_only():
 
 
 def test_an_evaluation_has_a_block_of_its_own(tmp_path, capsys):
-    """Through the command's own path, with a judge behind HTTP that forgets its tag at every second answer."""
+    """Through the command's own path, with a judge whose replies are cut, empty, or without a tag, once or always."""
     bodies = []
 
     def judge(body):
-        bodies.append(body)
-        return "<judge>0</judge>" if len(bodies) % 2 else "right"
+        bodies.append(text := body["messages"][0]["content"])
+        number = len({each.partition("Your last reply")[0] for each in bodies}) - 1
+        if "Your last reply" in text:
+            return "<judge>0</judge>" if "answer: yes\n" in text else "still nothing"
+        return ["<judge>0</judge>", "<think>They express", "", "right", "<judge>1</judge>"][number % 5]
 
     with OpenAiServer(judge) as server:
         changes = {"data.root": SAMPLE, "data.held_out": "", "judge.model": "tiny", "judge.endpoint": server.url, "judge.concurrency": 1}
@@ -180,14 +190,27 @@ def test_an_evaluation_has_a_block_of_its_own(tmp_path, capsys):
         write_text(tmp_path / "p.jsonl", to_jsonl({"question_id": s.question_id, "prompt": s.question, "text": "Yes, normal" if i % 3 else "yes"}
                                                   for i, s in enumerate(own.samples)))
         metrics = run.score_file(own, tmp_path / "p.jsonl")
-    assert bodies and all([message["role"] for message in body["messages"]] == ["user"] for body in bodies)
+        said = capsys.readouterr()
+        count = len(bodies)
+        assert run.score_file(own, tmp_path / "p.jsonl")["medevalkit"] == metrics["medevalkit"] and len(bodies) == count, "nothing is paid for twice"
     table = metrics["medevalkit"]
-    assert table["n"] == len(own.samples) and 0 < table["open_accuracy"] < 100 and "judged" not in metrics and table["n_unscored"] == 0
+    assert table["n"] == len(own.samples) and 0 < table["open_accuracy"] < 100 and "judged" not in metrics
     assert table["n_closed"] == sum(str(s.answer).lower() in ("yes", "no") for s in own.samples)
     lines = [json.loads(line) for line in (tmp_path / "run" / "medevalkit.jsonl").read_text().splitlines()]
     assert sum(line["counts"] for line in lines) == pytest.approx(table["accuracy"] * len(lines) / 100)
-    assert "As MedEvalKit 9b12e3b scores" in (tmp_path / "run" / "report.html").read_text()
-    assert "all, as MedEvalKit scores" in own.scorer.summary(metrics)
+    judged = [line for line in lines if "judged" in line]
+    cut = [line for line in judged if "first_judge_text" in line]
+    assert len(cut) == table["n_unreadable"] == table["judge"]["n_asked_again"] > 0 and not any(line["judged"] for line in cut)
+    unscored = [line["question_id"] for line in judged if line["read"] is None]
+    assert table["unscored"] == unscored and len(unscored) == table["n_unscored"] and 0 < len(unscored) < len(cut)
+    read = [line["read"] for line in judged if line["read"] is not None]
+    assert table["open_accuracy_read"] == pytest.approx(100 * sum(read) / len(read))
+    assert table["open_accuracy"] == pytest.approx(100 * sum(line["judged"] for line in judged) / len(judged))
+    report = " ".join((tmp_path / "run" / "report.html").read_text().split())
+    assert "As MedEvalKit 9b12e3b scores" in report and f"{len(cut)} first replies of the judge hold no verdict" in report
+    summary = own.scorer.summary(metrics)
+    assert "all, as MedEvalKit scores" in summary and f"{len(cut)} first replies of the judge hold no verdict" in summary
+    assert "warning: unscored" in said.err and "the judge was asked again" in said.err
 
 
 def test_what_the_toolkit_does_not_have_is_refused():
@@ -264,7 +287,7 @@ def test_the_toolkits_own_scorers_agree(theirs, monkeypatch, name, module, switc
     class Random(Verdicts):
         def verdicts(self, prompts, title):
             self.read = list(prompts)
-            return [toolkit.Verdict(rules.read_verdict(reply)) for reply in replies[:len(prompts)]]
+            return [toolkit.Verdict(rules.stated_verdict(reply), first_reply=reply) for reply in replies[:len(prompts)]]
 
     kit.judge = Random() if has_judge else None
     read = []

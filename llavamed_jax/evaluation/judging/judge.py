@@ -43,7 +43,8 @@ class Verdict:
     Attributes:
       value: what was read from the reply; None if the question stays unscored.
       text: the last reply, stripped.
-      first_text: the first reply, if the judge was asked twice; else None.
+      first_text: the first reply, stripped, if the judge was asked twice; else None.
+      first_reply: the first reply as it came; "" if there is none.
       finish_reason: `stop`, `length`, …; shows whether the reply ended before its verdict.
       error: the reason why there is no reply; None if there is one.
       prompt_tokens: tokens of all prompts for this text, as the server counted them.
@@ -53,6 +54,7 @@ class Verdict:
     value: Any = None
     text: str = ""
     first_text: str | None = None
+    first_reply: str = ""
     finish_reason: str = ""
     error: str | None = None
     prompt_tokens: int = 0
@@ -217,7 +219,7 @@ class Judge:
         last = replies[-1]
         return Verdict(
             self._read(last.text), last.text.strip(), first.text.strip() if again is not None else None,
-            last.finish_reason, error,
+            replies[0].text, last.finish_reason, error,
             sum(reply.prompt_tokens for reply in replies), sum(reply.completion_tokens for reply in replies),
         )
 

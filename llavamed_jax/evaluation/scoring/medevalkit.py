@@ -251,8 +251,16 @@ def judge_prompt(question: str, answer: str, response: str) -> str:
     return _JUDGE.format(question=question, answer=answer, response=response)
 
 
+REMINDER = ("\nYour last reply had no verdict that could be read. Think in one short sentence, and end the reply with "
+            "<judge>0</judge> or <judge>1</judge>.\n")
+"""What this project adds when it asks again; the toolkit does not ask again."""
+
+
 def read_verdict(reply: str) -> bool:
-    """Returns whether a judge's reply says that an answer is right: 0 in `<judge>`, or as the whole reply."""
+    """Returns whether the toolkit takes a judge's reply for "right": 0 in `<judge>`, or as the whole reply."""
     return tagged(reply, "judge") == "0"
 
 
+def stated_verdict(reply: str) -> bool | None:
+    """Returns the verdict of a judge's reply; None if it states none, as a reply that was cut off, or an empty one."""
+    return {"0": True, "1": False}.get(tagged(reply, "judge").strip())
