@@ -2,8 +2,8 @@
 
 People and served models write a right answer as "**Yes**", "“Yes”", "Yes…", "Answer: Yes", "Yes—clearly.", "是。".
 `clean` removes formatting, `readings` also removes a lead such as "Answer:", and `without_remark` removes a remark
-after the answer. The rest is compared as in the VQA evaluation (`metrics.normalize_word`). Nothing is guessed: any text
-in an unknown form stays unchanged.
+after the answer. The rest is compared as in the VQA evaluation (`metrics.normalize_word`), but with the signs that
+carry meaning (`signs`). Nothing is guessed: any text in an unknown form stays unchanged.
 """
 
 from __future__ import annotations
@@ -14,15 +14,18 @@ import unicodedata
 from collections.abc import Iterator
 
 from llavamed_jax.evaluation import metrics
+from llavamed_jax.evaluation.scoring import signs
 
 _SPAN = 400  # characters between two marks of emphasis: keeps the search linear in the length of an answer
 _MOST_TEXTS = 2**16  # kept forms: gold answers recur in every control, and short answers in many questions
 _NESTED = 8  # nested brackets and marks that are removed
 _QUOTES = "\"“”„‟″〝〞〟«»‹›「」『』《》〈〉"
-_SAME = str.maketrans(
+_WIDTHS = str.maketrans(
     {code: chr(code - 0xFEE0) for code in range(0xFF01, 0xFF5F)}  # full-width letters, digits and punctuation
     | dict.fromkeys(map(ord, "\u200b\u200c\u200d\u2060\ufeff\u00ad"))  # characters without width are deleted
-    | dict.fromkeys(map(ord, "‐‑‒–—―−⸺⸻─"), "-") | dict.fromkeys(map(ord, "‘’‚‛′`´"), "'")
+)
+_SAME = str.maketrans(
+    dict.fromkeys(map(ord, "‐‑‒–—―−⸺⸻─"), "-") | dict.fromkeys(map(ord, "‘’‚‛′`´"), "'")
     | dict.fromkeys(map(ord, "…⋯"), "...")
     | {ord("。"): ".", ord("｡"): ".", ord("、"): ",", ord("､"): ",", ord("【"): "[", ord("】"): "]", ord("〔"): "(",
        ord("〕"): ")"}
@@ -84,10 +87,10 @@ def clean(text: object) -> str:
     """Removes formatting from a text, and text that is struck through or marked as a thought.
 
     Formatting is emphasis, quotation marks, tags, pictograms, and marks before and after the text. Punctuation of other
-    scripts is replaced by ASCII punctuation.
+    scripts is replaced by ASCII punctuation. Signs that carry meaning become marks of their own (`signs.kept`).
     """
-    text = unicodedata.normalize("NFC", str(text)).translate(_SAME)
-    text = _TAG.sub(" ", _NOT_SAID.sub(" ", text))
+    text = unicodedata.normalize("NFC", str(text)).translate(_WIDTHS)
+    text = signs.kept(_TAG.sub(" ", _NOT_SAID.sub(" ", text))).translate(_SAME)
     text = _PICTOGRAM.sub(" ", text) if _PICTOGRAM.sub("", text).strip() else text
     for pattern, group in ((_LATEX, 1), (_EMPHASIS, 2), (_LATEX, 1), (_EMPHASIS, 2)):  # twice: they may be nested
         text = pattern.sub(lambda match, group=group: match[group], text)
@@ -128,11 +131,12 @@ def comparable(text: str) -> str:
     """Returns the form of a clean text that is compared: lower-cased and normalised as in the VQA evaluation.
 
     If nothing remains after normalisation ("A", "the", "+"), the result is the words of the text, or else the text
-    itself. So such a text equals only itself. Blanks beside Chinese characters are removed ("左 肺" is "左肺").
+    itself. So such a text equals only itself. Signs that carry meaning stay ("<5 cm", "T2+"). Blanks beside Chinese
+    characters are removed ("左 肺" is "左肺").
     """
     lowered = text.lower()
     found = metrics.normalize_word(lowered) or " ".join(re.findall(r"\w+", lowered)) or lowered.strip()
-    return _BESIDE_CHARACTERS.sub("", found)
+    return signs.written(_BESIDE_CHARACTERS.sub("", found))
 
 
 def words(text: str) -> list[str]:
