@@ -27,7 +27,7 @@ from llavamed_jax.text.conversation import IMAGE_MARKER
 from llavamed_jax.training.callbacks import Snapshot
 from llavamed_jax.training.log import Sample
 from llavamed_jax.training.state import dtype_of
-from llavamed_jax.utils import terminal
+from llavamed_jax.utils import signals, terminal
 
 SHOWN = 4  # sample questions; the same ones are asked every time
 MAX_NEW_TOKENS = {"sample": 64, "closed": 16}
@@ -97,17 +97,28 @@ class TrainedModel:
 
         Returns:
           One answer for each question; None if the question cannot be asked. The reason is printed once.
+
+        Raises:
+          Stopped: process 0, which answers for all, was asked to stop; raised in all processes.
         """
         with self._loaded(snapshot) as model:
             known = len(self._refused)
             rows = [self._row(model, question) for question in questions]
             self._say(list(self._refused.items())[known:])
-            return distributed.from_first(lambda: self._answers(model, rows, max_new_tokens))
+            answers = distributed.from_first(lambda: self._answers(model, rows, max_new_tokens))
+            if answers is None:
+                raise signals.Stopped("stopped while the model answered")
+            return answers
 
-    def _answers(self, model: LlavaMed, rows: Sequence[tuple | None], max_new_tokens: int) -> list[str | None]:
+    def _answers(self, model: LlavaMed, rows: Sequence[tuple | None], max_new_tokens: int) -> list[str | None] | None:
+        """Returns an answer for each row, None for rows that are not asked; None in all if the run is to stop."""
         asked = [row for row in rows if row is not None]
-        answers = iter(model.generate_tokens([ids for ids, _ in asked], [pixels for _, pixels in asked],
-                                             max_new_tokens))
+        try:
+            with signals.raising():
+                answers = iter(model.generate_tokens([ids for ids, _ in asked], [pixels for _, pixels in asked],
+                                                     max_new_tokens))
+        except signals.Stopped:
+            return None
         return [None if row is None else self._text(model, next(answers)) for row in rows]
 
     def _row(self, model: LlavaMed, question: Question) -> tuple[list[int], list[np.ndarray]] | None:

@@ -86,6 +86,17 @@ class StepAgreement:
         return ({name: count + sum(each["counts"][name] for each in others) for name, count in counts.items()},
                 [entry for each in others for entry in each["skipped"]])
 
+    def agree_to_stop(self) -> bool:
+        """Returns whether a process was asked to stop, and lets all of them stop then.
+
+        All processes call it at the same points between updates, such as the batches of a validation.
+        """
+        if not self._is_alone:
+            everyone = self._everyones(stop=self._is_asked())
+            is_asked = distributed.from_first(lambda: any(each["stop"] for each in everyone))
+            self._agreed["stop"] = self._agreed["stop"] or is_asked
+        return self.is_stopping
+
     def listed(self, entries: Sequence[Mapping]) -> list[Mapping]:
         """Returns on process 0 the entries of all processes, of equal rows once; elsewhere an empty list."""
         if self._is_alone:

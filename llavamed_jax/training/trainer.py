@@ -280,7 +280,13 @@ class Run:
 
     def _validate(self, eval_step, callbacks: Callbacks, agreed: StepAgreement) -> None:
         """Logs the validation loss and the evaluators' numbers; warns of skipped validation samples."""
-        found = judge(self._snapshot(), self.state, eval_step, callbacks.evaluators, self.progress)
+        found, is_complete = judge(self._snapshot(), self.state, eval_step, callbacks.evaluators, self.progress,
+                                   agreed.agree_to_stop)
+        if not is_complete:
+            what = "the evaluation of answers" if found else "the validation"
+            self.log.say(f"{what} of step {self.step} was stopped and is not recorded")
+            if not found:
+                return
         unread = agreed.listed(self.data.unread)
         if unread:
             skipped = count_of(len(unread), "validation sample is", "validation samples are")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 
@@ -20,8 +20,8 @@ from llavamed_jax.utils import signals
 
 
 def judge(snapshot: Snapshot, state: TrainState, eval_step, evaluators: Sequence[Evaluator],
-          progress: Progress) -> dict[str, float]:
-    """Returns the validation loss, weighted as the training loss, and the evaluators' numbers, by name.
+          progress: Progress, is_stopping: Callable[[], bool]) -> tuple[dict[str, float], bool]:
+    """Computes the validation loss, weighted as the training loss, and the evaluators' numbers.
 
     It notes in `progress` which step has the lowest loss.
 
@@ -31,25 +31,41 @@ def judge(snapshot: Snapshot, state: TrainState, eval_step, evaluators: Sequence
       eval_step: as `make_eval_step` returns it.
       evaluators: called with the snapshot.
       progress: the run's counts.
+      is_stopping: whether the run is to stop, asked before each batch and each evaluator; equal in all processes.
+
+    Returns:
+      The numbers by name, and whether they are complete: a loss or an evaluator that a stop has cut short has none.
 
     Raises:
       Stopped: the run was asked to stop while it waited for validation data.
     """
     found = {}
     if snapshot.data.validation is not None:
-        found["validation_loss"] = loss = _validation_loss(snapshot, state, eval_step)
+        loss = _validation_loss(snapshot, state, eval_step, is_stopping)
+        if loss is None:
+            return found, False
+        found["validation_loss"] = loss
         best = progress.best["validation_loss"] if progress.best else math.inf
         if loss < best:  # never true for NaN
             progress.best = {"step": snapshot.step, "validation_loss": loss}
     for evaluate in evaluators:
-        found.update(evaluate(snapshot))
-    return found
+        if is_stopping():
+            return found, False
+        try:
+            found.update(evaluate(snapshot))
+        except signals.Stopped:  # in all processes
+            is_stopping()
+            return found, False
+    return found, True
 
 
-def _validation_loss(snapshot: Snapshot, state: TrainState, eval_step) -> float:
+def _validation_loss(snapshot: Snapshot, state: TrainState, eval_step, is_stopping: Callable[[], bool]) -> float | None:
+    """Returns the loss of the validation data; None if the run is to stop before the last batch."""
     parts, under_way = [], collections.deque()
     with contextlib.closing(snapshot.data.validation_batches(snapshot.program.mesh, _on_wait)) as batches:
         for batch in batches:
+            if is_stopping():
+                return None
             while len(under_way) >= IN_FLIGHT:  # otherwise the devices would fill with queued batches
                 parts.append(read(under_way.popleft()))
             under_way.append(eval_step(state, put_batch(batch, snapshot.program.mesh)))
@@ -60,7 +76,7 @@ def _validation_loss(snapshot: Snapshot, state: TrainState, eval_step) -> float:
 
 
 def _on_wait(seconds: float) -> None:
-    """Stops the wait for a batch after a signal; a batch in time is used, since a resumed run skips this validation."""
+    """Stops the wait for a batch after a signal."""
     if signals.is_asked() and seconds > PATIENCE_S:
         is_alone = jax.process_count() == 1
         raise signals.Stopped("stopped while waiting for validation data") if is_alone else TimeoutError

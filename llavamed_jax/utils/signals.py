@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from llavamed_jax.utils import terminal
 
@@ -117,6 +117,17 @@ def enter(phase: Phase) -> None:
     """Begins a phase. An earlier request to stop stays in force."""
     with _state.lock:
         _state.phase = phase
+
+
+@contextlib.contextmanager
+def raising() -> Iterator[None]:
+    """Lets `check` raise inside the block, whatever the phase says."""
+    phase = _state.phase
+    enter(replace(phase, raises=True))
+    try:
+        yield
+    finally:
+        enter(phase)
 
 
 def watch(is_job: bool = False) -> None:

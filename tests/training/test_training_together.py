@@ -51,6 +51,18 @@ def test_all_stop_where_one_was_asked(three):
     assert three.run(work) == [[False, False, True, True]] * 3
 
 
+def test_all_stop_between_two_batches_of_a_validation_where_one_was_asked(three):
+    def work(k):
+        asked: list = []
+        together, seen = StepAgreement(lambda: bool(asked), 0, [k]), []
+        for batch in range(3):
+            asked += [1] if k == 2 and batch == 1 else []
+            seen.append(together.agree_to_stop())
+        return [*seen, together.is_stopping]
+
+    assert three.run(work) == [[False, True, True, True]] * 3
+
+
 def test_a_save_is_due_by_the_clock_of_the_first(three, monkeypatch):
     clock = {0: 0.0, 1: 0.0, 2: 0.0}
     monkeypatch.setattr(module.time, "monotonic", lambda: clock.get(getattr(three.here, "index", None), 0.0))

@@ -1,16 +1,22 @@
 """A run whose batches do not come: a signal saves without them, a worker that died or gives nothing ends it with what it has done saved."""
 
+import contextlib
 import os
 import signal
 import time
+from types import SimpleNamespace
 
+import jax
 import pytest
 
 from llavamed_jax.checkpoints.tree.store import newest_intact_step
 from llavamed_jax.errors import UserError
+from llavamed_jax.evaluation.during_training import TrainedModel
 from llavamed_jax.pipeline import loader, workers
-from llavamed_jax.training import validation
+from llavamed_jax.training import trainer, validation
+from llavamed_jax.training.callbacks import Callbacks
 from llavamed_jax.training.trainer import fit
+from llavamed_jax.utils import signals
 from tests.support import training_runs as runs
 
 pytestmark = pytest.mark.usefixtures("one_device", "without_compiling")
@@ -58,6 +64,55 @@ def test_a_signal_saves_without_validation_data_that_do_not_come(recipe, hanging
     assert fit(recipe(**{"data.validation": data / "validation.json"}), tmp_path / "run") is False
     assert newest_intact_step(tmp_path / "run") == (3, [])
     assert "stopped while waiting for validation data\nstopped and saved at step 3 of 8" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("at", ["batch", "evaluator", "answers"])
+def test_a_signal_during_a_validation_saves_without_the_rest_of_it(recipe, tmp_path, monkeypatch, capsys, at):
+    """What was stopped is not recorded; what was whole before is. The run goes on after the step."""
+    data, calls = runs.write_data(tmp_path), []
+    cfg = lambda: recipe(batch_size=2, **{"data.validation": data / "validation.json"})  # three batches
+
+    def evaluate(snapshot, what):
+        calls.append(what)
+        if at in ("evaluator", "answers"):
+            terminate()
+        if at == "answers":
+            raise signals.Stopped  # as the engine does
+        return {what: 1.0}
+
+    def eval_step(*_):
+        calls.append("batch")
+        if at == "batch":
+            terminate()
+        return jax.numpy.float32(2), jax.numpy.float32(1)
+
+    monkeypatch.setattr(trainer, "make_eval_step", lambda *_: eval_step)
+    callbacks = Callbacks([lambda s: evaluate(s, "first"), lambda s: evaluate(s, "second")])
+    assert fit(cfg(), tmp_path / "run", callbacks) is False
+    assert newest_intact_step(tmp_path / "run") == (3, [])
+    assert calls == ["batch"] if at == "batch" else ["batch", "batch", "batch", "first"]
+    line, = [line for line in runs.log_lines(tmp_path / "run") if "validation_loss" in line or "first" in line] or [{}]
+    assert line == {"batch": {}, "evaluator": {"step": 3, "validation_loss": 2.0, "first": 1.0},
+                    "answers": {"step": 3, "validation_loss": 2.0}}[at]
+    what = "the validation" if at == "batch" else "the evaluation of answers"
+    said = capsys.readouterr().out
+    assert f"\n{what} of step 3 was stopped and is not recorded\n" in said and "\nstopped and saved at step 3 of 8" in said
+    at = ""
+    assert fit(cfg(), tmp_path / "run", callbacks) is True
+
+
+def test_a_signal_cuts_the_answers_short(monkeypatch):
+    """In process 0, which answers for all; elsewhere its word counts."""
+    monkeypatch.setattr(TrainedModel, "_loaded", lambda *_: contextlib.nullcontext(
+        SimpleNamespace(generate_tokens=lambda *_: signals.check() or [[5]])))
+    monkeypatch.setattr(TrainedModel, "_row", lambda *_: ([1], []))
+    monkeypatch.setattr(TrainedModel, "_text", lambda *_: "Yes")
+    with signals.listening(signals.Phase("")):
+        assert TrainedModel().ask(None, ["Is it?"], 4) == ["Yes"]
+        signals.ask("SIGTERM")
+        with pytest.raises(signals.Stopped, match="stopped while the model answered"):
+            TrainedModel().ask(None, ["Is it?"], 4)
+        signals.check()  # the loop's phase does not raise
 
 
 def test_batches_that_never_come_end_the_run_with_its_step_saved(recipe, hanging, tmp_path, monkeypatch):

@@ -178,10 +178,10 @@ def test_validation_weighs_every_batch_by_its_tokens_and_the_lowest_loss_is_the_
         data = SimpleNamespace(validation="some", validation_batches=lambda *_: ({} for _ in parts))
         snapshot = Snapshot(step, {}, SimpleNamespace(mesh=mesh), data)
         return validation.judge(snapshot, None, lambda state, batch: tuple(map(jax.numpy.float32, next(left))),
-                                [lambda s: {"x": 5.0}], progress)
+                                [lambda s: {"x": 5.0}], progress, lambda: False)
 
-    assert judged(3, (6, 2), (1, 1), (0, 0), (20, 5), (3, 4)) == {"validation_loss": 30 / 12, "x": 5.0}
-    assert judged(6, (1, 1))["validation_loss"] == 1 and progress.best == {"step": 6, "validation_loss": 1}
+    assert judged(3, (6, 2), (1, 1), (0, 0), (20, 5), (3, 4)) == ({"validation_loss": 30 / 12, "x": 5.0}, True)
+    assert judged(6, (1, 1))[0]["validation_loss"] == 1 and progress.best == {"step": 6, "validation_loss": 1}
     judged(9, (3, 2)), judged(12, (float("nan"), 1))
     assert progress.best["step"] == 6
 
