@@ -121,8 +121,8 @@ def command(tmp_path_factory):
     broken = next(record["image"] for record in records if record["image"] != records[0]["image"])
     (folder / "images" / broken).write_bytes(b"no image")
     keys = {"init": runs.write_start(folder / "start"), "data.train": data / "train.json", "data.images": folder / "images",
-            "data.validation": data / "validation.json", "mesh.data": 2, "mesh.fsdp": 4, "batch_size": 6, "data.packing": True,
-            "data.row_length": 64, "total_steps": STEPS, "max_length": 40, "log_every": 1, "samples_every": 75,
+            "data.validation": data / "validation.json", "mesh.data": 2, "mesh.fsdp": 4, "batch_size": 6, "batch_size_may_grow": True,
+            "data.packing": True, "data.row_length": 64, "total_steps": STEPS, "max_length": 40, "log_every": 1, "samples_every": 75,
             "loss_weighting": "sample",
             "checkpoint.every_steps": 25, "checkpoint.keep": 9, "checkpoint.keep_best": True}
     return ["--config", "configs/demo.py:vqa", *(f"--config.{key}={value}" for key, value in keys.items())]
