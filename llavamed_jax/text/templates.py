@@ -2,7 +2,8 @@
 
 A template is a row of `TEMPLATES`, named `ORIGIN:NAME`: `v1.0` for the code of LLaVA-Med v1.0, `v1.5` for v1.5's, `up`
 for upstream LLaVA's (each has them in `llava/conversation.py`), and `hf` for the chat templates that language models
-are released with on the Hugging Face hub: SmolLM2-Instruct (`chatml`), Llama 3 Instruct, Llama 3.1 and 3.2 Instruct,
+are released with on the Hugging Face hub: SmolLM2-Instruct (`chatml`), ChatML without a system text of its own, as
+Yi-Chat and Qwen3-Instruct-2507 have it (`chatml_no_system`), Llama 3 Instruct, Llama 3.1 and 3.2 Instruct,
 Qwen2.5-Instruct (`qwen`) and Qwen3. The same name may stand for different texts in different origins. Templates with a
 long example or another project's safety prompt (v1.0's inference template `v1`, `default`, `llama_2`) and those that no
 LLaVA-Med uses (`mpt`, the `mmtag` and `direct` ones) are left out.
@@ -161,12 +162,14 @@ _ROWS = [  # name, style, system, roles, sep, sep2, and the fields behind them
     ("v1.0:bair_v1", "TWO", "BEGINNING OF CONVERSATION:", ("USER", "GPT"), " ", "</s>", (), False, "v0"),
     ("up:qwen_1_5", "CHATML", "You are a helpful assistant.", _CHAT, "<|im_end|>"),
     ("hf:chatml", "CHATML", _S_SMOL, _CHAT, "<|im_end|>"),
+    ("hf:chatml_no_system", "CHATML", None, _CHAT, "<|im_end|>"),
     ("hf:qwen", "CHATML", _S_QWEN, _CHAT, "<|im_end|>"),
     ("hf:qwen3", "CHATML_NO_THINK", None, _CHAT, "<|im_end|>"),
     ("hf:llama3", "LLAMA_3", None, _CHAT, "<|eot_id|>"),
     ("hf:llama3.1", "LLAMA_3_1", "", _CHAT, "<|eot_id|>"),
 ]
-# The default of a decoder's architecture; another one takes Vicuna's.
+VICUNA = "up:vicuna_v1"  # Vicuna's, which needs no special tokens
+# The default of a decoder's architecture; another one takes `VICUNA`.
 _OF_ARCHITECTURES = {"mistral": "v1.5:mistral_instruct", "qwen2": "hf:qwen", "qwen3": "hf:qwen3"}
 TEMPLATES = {row[0]: Template(*row) for row in _ROWS}
 # The originals' names for templates with another name here. v1.0 trains `--version v1` with vicuna_v1_1.
@@ -209,11 +212,11 @@ def default_template(source: str, architecture: str, is_evaluation: bool = False
         return "v1.0:simple" if is_evaluation else "v1.0:multimodal"
     if source == "llava_qwen":
         return "up:qwen_1_5"
-    return _OF_ARCHITECTURES.get(architecture, "up:vicuna_v1")
+    return _OF_ARCHITECTURES.get(architecture, VICUNA)
 
 
 def language_template(decoder: DecoderConfig, has_token: Callable[[str], bool]) -> str | None:
-    """Returns the template that a language model was released with, by its kind and its tokenizer's special tokens.
+    """Guesses the template of a language model without a chat template, by its kind and its special tokens.
 
     Args:
       decoder: the language model's config.
@@ -223,7 +226,8 @@ def language_template(decoder: DecoderConfig, has_token: Callable[[str], bool]) 
       The template's name, or None for a language model without one of these templates.
     """
     is_scaled = decoder.rope_scaling is not None and decoder.rope_scaling.rope_type == "llama3"
-    names = {"llama": ("hf:llama3.1" if is_scaled else "hf:llama3", "hf:chatml"), "qwen3": ("hf:qwen3",),
+    names = {"llama": ("hf:llama3.1" if is_scaled else "hf:llama3", "hf:chatml_no_system"), "qwen3": ("hf:qwen3",),
+             "mistral": ("hf:chatml_no_system",),
              # Qwen2, whose tokenizer has no such token, was released with upstream's system text.
              "qwen2": ("hf:qwen" if has_token("<tool_call>") else "up:qwen_1_5",)}.get(decoder.architecture, ())
     return next((name for name in names if all(map(has_token, TEMPLATES[name].form.tokens))), None)

@@ -81,6 +81,33 @@ QWEN3 = """\
     {%- endif %}
 {%- endif %}
 """
+# Qwen3-…-Instruct-2507's, without its branches for tools: neither a system text of its own nor a think block.
+QWEN3_2507 = """\
+{%- if messages[0].role == 'system' %}
+    {{- '<|im_start|>system\\n' + messages[0].content + '<|im_end|>\\n' }}
+{%- endif %}
+{%- for message in messages %}
+    {%- if message.content is string %}
+        {%- set content = message.content %}
+    {%- else %}
+        {%- set content = '' %}
+    {%- endif %}
+    {%- if (message.role == "user") or (message.role == "system" and not loop.first) %}
+        {{- '<|im_start|>' + message.role + '\\n' + content + '<|im_end|>' + '\\n' }}
+    {%- elif message.role == "assistant" %}
+        {{- '<|im_start|>' + message.role + '\\n' + content + '<|im_end|>\\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+{%- endif %}
+"""
+# Yi-Chat's, OpenHermes's and SmolLM-Instruct's (the first).
+CHATML = """\
+{% for message in messages %}{{'<|im_start|>' + message['role'] + '
+' + message['content'] + '<|im_end|>' + '
+'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant
+' }}{% endif %}"""
 LLAMA3 = (
     "{% set loop_messages = messages %}{% for message in loop_messages %}{% set content = '<|start_header_id|>' + message['role'] + "
     "'<|end_header_id|>\n\n'+ message['content'] | trim + '<|eot_id|>' %}{% if loop.index0 == 0 %}{% set content = bos_token + content "
@@ -126,9 +153,10 @@ KINDS = {
     "llama3": (LLAMA3, ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>", "<|eot_id|>"], [],
                False, ("<|begin_of_text|>", "<|eot_id|>", None, None), "PreTrainedTokenizerFast"),
 }
+KINDS["qwen3-2507"] = (QWEN3_2507, *KINDS["qwen3"][1:])
 KINDS["llama3.1"] = (LLAMA31, *KINDS["llama3"][1:])
 TEMPLATES = {"hf:chatml": "smollm2", "hf:qwen": "qwen2.5", "hf:qwen3": "qwen3", "hf:llama3": "llama3", "hf:llama3.1": "llama3.1",
-             "up:qwen_1_5": "qwen2"}
+             "up:qwen_1_5": "qwen2", "hf:chatml_no_system": "qwen3-2507"}
 TEXT = """Is there a pneumothorax in the left lung? No, the left lung is clear. What modality is shown? A chest X-ray, PA view.
 user assistant system think Which organ is enlarged? The heart, by 12 mm. Cutting Knowledge Date: December 2023
 The image shows a CT of the abdomen in the axial plane, with contrast.  What is the size of the lesion? About 2.5 cm x 3.1 cm.

@@ -29,7 +29,7 @@ TALKS = {
     "header words": ["user\nassistant\n", "assistant\n\nsystem"],
 }
 ANSWERS_END = {"hf:chatml": "<|im_end|>", "hf:qwen": "<|im_end|>", "hf:qwen3": "<|im_end|>", "hf:llama3": "<|eot_id|>",
-               "hf:llama3.1": "<|eot_id|>", "up:qwen_1_5": "<|im_end|>"}
+               "hf:llama3.1": "<|eot_id|>", "up:qwen_1_5": "<|im_end|>", "hf:chatml_no_system": "<|im_end|>"}
 
 
 @pytest.fixture(scope="module", params=byte_level.TEMPLATES)

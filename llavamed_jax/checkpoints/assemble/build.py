@@ -28,7 +28,7 @@ from llavamed_jax.config import LlavaConfig, projector_depth
 from llavamed_jax.config.decoders import DECODERS
 from llavamed_jax.config.hf import joined, plain_decoder
 from llavamed_jax.errors import UsageError, UserError, at, cut, exists, short, some
-from llavamed_jax.text.templates import get_template, language_template
+from llavamed_jax.text.templates import VICUNA, get_template, language_template, template_of
 from llavamed_jax.text.tokenizer import Tokenizer, find_tokenizer
 from llavamed_jax.utils.files import read_json
 
@@ -77,14 +77,14 @@ def build(decoder: str | Path, vision: str | Path, projector: str, scratch: Path
                         "linear" if is_file else projector, tower.name, image_tokens)
     except UserError as error:
         raise UserError(f"{decoder}: {error}") from None
-    config, sentences = _with_language_template(config, decoder, directory)
+    config, template = _with_language_template(config, decoder, directory)
     tensors = canonical(Path(decoder), weights(), config, "decoder") | _fresh_projector(config, seed)
     tensors |= tower.tensors(config)
     if image_size not in (None, tower.config.image_size):
         config, tensors = with_image_size(config, tensors, image_size)
     checkpoint = Checkpoint(config, "built", None, tensors, _files(directory, tower.preprocessor),
                             f"{tower.source}, as asked for")
-    said = [*said, f"decoder: {decoder}", f"vision tower: {tower.source}", *sentences]
+    said = [*said, f"decoder: {decoder}", f"vision tower: {tower.source}", template]
     if config.vision.image_size != tower.config.image_size:
         said.append(f"image size: {config.vision.image_size}, for which the position table of "
                     f"{tower.config.image_size} pixels is interpolated")
@@ -129,11 +129,11 @@ def _decoder_config(directory: Path) -> dict:
     return raw
 
 
-def _with_language_template(config: LlavaConfig, decoder: str | Path,
-                            directory: Path) -> tuple[LlavaConfig, list[str]]:
+def _with_language_template(config: LlavaConfig, decoder: str | Path, directory: Path) -> tuple[LlavaConfig, str]:
     """Names the language model's own template, whose end token ends an answer too.
 
-    It is the one that writes the prompts of the model's chat template, else the one whose special tokens it has.
+    It is the one that writes the prompts of the model's chat template. A model without a chat template has the one
+    whose special tokens its tokenizer has. Any other model has that of the model type.
 
     Args:
       config: the model's config.
@@ -141,14 +141,14 @@ def _with_language_template(config: LlavaConfig, decoder: str | Path,
       directory: the directory with its tokenizer files, if it has any.
 
     Returns:
-      The config, and a sentence if there is such a template.
+      The config, and a sentence with the template's name and the reason.
 
     Raises:
       UserError: the tokenizer is not the decoder's.
     """
+    default = template_of(config)
     if find_tokenizer(directory) is None:
-        return config, []
-    name, sentence = own_template(directory)
+        return config, f"template: {default}, by model type, because the decoder has no tokenizer"
     tokenizer, rows = Tokenizer.load(directory), config.decoder.vocab_size
     beyond = tokenizer.vocab_size - rows
     lacking = [i for i in config.decoder.eos_ids if not 0 <= i < tokenizer.vocab_size]
@@ -157,17 +157,21 @@ def _with_language_template(config: LlavaConfig, decoder: str | Path,
                 f"{tokenizer.vocab_size} tokens, and the decoder's end-of-sequence id is {lacking[0]}")
         raise UserError(f"the decoder {decoder} has the tokenizer of another model ({tokenizer.file}: {what}); the "
                         "decoder's own tokenizer was expected")
+    has_token = lambda token: tokenizer.id_of(token) is not None
+    name, why = own_template(directory, default)
+    if why is None:
+        name = language_template(config.decoder, has_token)
+        why = ("by model type, because the decoder has no chat template" if name is None else
+               "by the special tokens of the decoder's tokenizer, because the decoder has no chat template")
+    if name is None and not all(map(has_token, get_template(default).form.tokens)):
+        name, why = VICUNA, f"{why}, and the tokenizer lacks the special tokens of {default}"
     if name is None:
-        name = language_template(config.decoder, lambda token: tokenizer.id_of(token) is not None)
-        if name is None:
-            return config, [] if sentence is None else [sentence]
-        other = ", and not by its chat template, which writes other prompts" if sentence else ""
-        sentence = f"template: {name}, by the special tokens of the decoder's tokenizer{other}"
+        return config, f"template: {default}, {why}"
     end = tokenizer.id_of(get_template(name).end_token)
     ids = config.decoder.eos_ids
     ids = ids if end is None or end in ids else (*ids, end)
     decoder_config = replace(config.decoder, **config.decoder.ends_with(ids))
-    return config.replace(template=name, decoder=decoder_config), [sentence]
+    return config.replace(template=name, decoder=decoder_config), f"template: {name}, {why}"
 
 
 def _files(decoder: Path, preprocessor: Path | None) -> dict[str, Path]:
