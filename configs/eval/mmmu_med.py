@@ -1,4 +1,4 @@
-"""MMMU's Health & Medicine; its validation split, because the answers of its test split are not published."""
+"""MMMU's Health & Medicine; its validation split, because MMMU's own files state no answers of the test split."""
 
 from ml_collections import ConfigDict
 

@@ -66,7 +66,7 @@ def read_hub(root: str | Path, split: str = "test", images: str | Path | None = 
 
 def _sample(row: Row, identity: str) -> VqaSample:
     answer = row.text("answer")
-    fields = {key: next((row.optional(column) for column in columns if column in row), None)
+    fields = {key: next((row.labels(column) for column in columns if column in row), None)
               for key, columns in _NAMED.items()}
     kind = row.answer_type(_TYPES) if "answer_type" in row else by_answer(answer)
     language = next((row.words(column) for column in _LANGUAGE if column in row), "en")

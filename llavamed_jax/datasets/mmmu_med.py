@@ -1,13 +1,15 @@
 """Reads MMMU's part Health & Medicine (Yue et al. 2024): parquet files in one folder a subject, as on the hub.
 
 A row has `id`, `question`, `options` (a list, written as text), `answer`, `question_type` (`multiple-choice` or
-`open`), `subfield`, `img_type`, and up to seven images, which question and options call `<image 1>`. The
-answers of MMMU's own test split are not published, so `validation` is the split that papers report.
+`open`), `subfield`, `img_type` (a list, written as text), and up to seven images, which question and options call
+`<image 1>`. The test split's files have "?" in place of answers. MedEvalKit ships the answers as `answer.json` (an
+object of `{question_type, ground_truth}` by id), which is read from the set's folder. Papers report `validation`.
 """
 
 from __future__ import annotations
 
 import ast
+from collections.abc import Mapping
 from pathlib import Path
 
 from llavamed_jax.datasets import detect
@@ -17,12 +19,14 @@ from llavamed_jax.datasets.registry import DataSet, Selection
 from llavamed_jax.datasets.rows import Row, one_of
 from llavamed_jax.datasets.sample import LETTERS, OPEN, VqaSample
 from llavamed_jax.errors import UserError
+from llavamed_jax.utils.files import read_json
 
 NAME = "mmmu_med"
 SUBJECTS = ("Basic_Medical_Science", "Clinical_Medicine", "Diagnostics_and_Laboratory_Medicine", "Pharmacy",
             "Public_Health")
 FILES = {"train": "dev", "validation": "validation", "test": "test"}
 PICTURES = tuple(f"image_{number}" for number in range(1, 8))
+ANSWERS = "answer.json"  # of MedEvalKit, utils/MMMU/answer.json
 _COLUMNS, _MORE = ("id", "question", "options", "answer", "question_type"), ("subfield", "img_type")
 _BEFORE_INSTRUCTION = "\n        "  # the published prompt has these blanks
 
@@ -43,8 +47,9 @@ def read_mmmu_med(selected: Selection) -> list[VqaSample]:
     """Reads the questions of the five subjects.
 
     Args:
-      selected: `root` is the folder with the folders of the subjects. `split` is `validation`, or `train` for the
-        few-shot examples (`dev`). The images are written to `images`, by default `root/images`.
+      selected: `root` is the folder with the folders of the subjects. `split` is `validation`, `train` for the few-shot
+        examples (`dev`), or `test`, which needs `root/answer.json`. The images are written to `images`, by default
+        `root/images`.
 
     Raises:
       UserError: a subject's file is missing or is not parquet, a row lacks a field or states no answer, or the split is
@@ -53,7 +58,7 @@ def read_mmmu_med(selected: Selection) -> list[VqaSample]:
     one_of("MMMU's split", selected.split, tuple(FILES))
     root = Path(selected.root)
     folder = Path(selected.images) if selected.images else root / "images"
-    found = Questions(str(root))
+    found, answers = Questions(str(root)), _answers(root) if selected.split == "test" else {}
     for subject in SUBJECTS:
         files = _files(root, subject, selected.split)
         if not files:
@@ -61,19 +66,35 @@ def read_mmmu_med(selected: Selection) -> list[VqaSample]:
                             f"MMMU's subjects {', '.join(SUBJECTS)} were expected{detect.hint(root, NAME)}")
         rows = read_parquet(files, _COLUMNS, folder, _MORE, PICTURES)
         for index, value in enumerate(rows):
-            _add(found, Row(value, f"row {index} of {root / subject}", NAME), subject)
+            _add(found, Row(value, f"row {index} of {root / subject}", NAME), subject, answers)
     return found.done()
 
 
-def _add(found: Questions, row: Row, subject: str) -> None:
-    identity, question, answer = row.identity("id"), as_published(row, "question"), row.text("answer")
+def _answers(root: Path) -> dict[str, Row]:
+    """Returns id -> the row of MedEvalKit's file of answers; empty if the folder has none."""
+    file = root / ANSWERS
+    if not file.is_file():
+        return {}
+    found = read_json(file)
+    if not isinstance(found, dict):
+        raise UserError(f"{file} is no object; {{id: {{question_type, ground_truth}}}} was expected")
+    return {name: Row(value, f"{name} of {file}", NAME) for name, value in found.items()}
+
+
+def _add(found: Questions, row: Row, subject: str, answers: Mapping[str, Row]) -> None:
+    identity, question = row.identity("id"), as_published(row, "question")
+    answer, given = row.text("answer"), row["answer"]
+    if answer in ("", "?") and str(identity) in answers:
+        given = answers[str(identity)]["ground_truth"]
+        answer = ", ".join(given) if isinstance(given, list) else answers[str(identity)].text("ground_truth")
     images = [row[name] for name in PICTURES if name in row]
-    fields = {"question_type": subject.replace("_", " "), "modality": row.optional("img_type")}
+    fields = {"question_type": subject.replace("_", " "), "modality": row.labels("img_type")}
     if answer in ("", "?"):
-        raise row.error(f"has the answer {answer!r}: MMMU does not publish the answers of its test split; "
-                        "data.split=validation was expected")
+        raise row.error(f"has the answer {answer!r}: MMMU's files do not state the answers of the test split; "
+                        f"MedEvalKit's utils/MMMU/{ANSWERS} in the set's folder, or data.split=validation, was "
+                        "expected")
     if row.text("question_type") == "open":
-        first = next(iter(_list(row, "answer", [answer])), answer)
+        first = next(iter(_list(Row({"answer": given}, row.name, NAME), "answer", [answer])), answer)
         found.add_sample(row, identity, images, open_prompt(question), first, OPEN, **fields)
         return
     options = _list(row, "options")
@@ -110,6 +131,8 @@ DATA_SET = DataSet(
     follows=("images",),
     is_at=lambda path: any(any((path / subject).glob("*.parquet")) for subject in SUBJECTS),
     # 30 questions of a subject, and 5
-    published={("validation", ""): (150, None, None, None), ("train", ""): (25, None, None, None)},
-    files=lambda root, split: [file for subject in SUBJECTS for file in _files(root, subject, split)],
+    published={("validation", ""): (150, None, None, None), ("train", ""): (25, None, None, None),
+               ("test", ""): (1752, None, None, None)},
+    files=lambda root, split: [*(file for subject in SUBJECTS for file in _files(root, subject, split)),
+                               *filter(Path.is_file, [root / ANSWERS] if split == "test" else [])],
 )

@@ -80,7 +80,7 @@ def _described(row: Row, images: Path) -> VqaSample:
         raise row.error("has no answer in its label; {answer: score} was expected")
     answer = Row({"label": next(iter(label))}, row.name, "pathvqa").text("label")  # as in LLaVA-Med's files
     return VqaSample(row.identity("question_id"), _image(row, "img_id", images), row.text("sent"), answer,
-                     row.answer_type(_TYPES), question_type=row.optional("question_type"))
+                     row.answer_type(_TYPES), question_type=row.labels("question_type"))
 
 
 def _plain(rows: list[Row], images: Path) -> list[VqaSample]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import csv
 import io
 import math
@@ -11,7 +13,7 @@ from typing import Any
 
 from llavamed_jax.datasets import detect
 from llavamed_jax.datasets.registry import OFFICIAL, SETS
-from llavamed_jax.datasets.sample import _OPEN_OR_CLOSED, VqaSample, check_images
+from llavamed_jax.datasets.sample import _OPEN_OR_CLOSED, Labels, VqaSample, check_images
 from llavamed_jax.errors import UserError, short
 from llavamed_jax.utils.files import parse_json, parse_jsonl, read_bytes
 
@@ -151,8 +153,15 @@ class Row:
             raise self.error(f"has an empty {key}; text was expected")
         return value
 
-    def optional(self, key: str) -> str | None:
-        """Returns a text, or None if the row has none."""
+    def labels(self, key: str) -> Labels:
+        """Returns a text, a tuple of texts for a list (also as text: `"['CT', 'MRI']"`), or None for nothing."""
+        value = self.value.get(key) if key in self else None
+        if isinstance(value, str) and value.strip().startswith("[") and value.strip().endswith("]"):
+            with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
+                value = ast.literal_eval(value.strip())
+        if isinstance(value, (list, tuple)):
+            found = (Row({key: each}, self.name, self._layout).text(key) for each in value)
+            return tuple(dict.fromkeys(filter(None, found))) or None
         return (self.text(key) or None) if key in self else None
 
     def rows(self, key: str) -> list[Row]:
@@ -162,9 +171,9 @@ class Row:
             raise self.error(f"has the {key} {_shown(value)}; a list was expected")
         return [Row(each, f"{key}[{index}] of {self.name}", self._layout) for index, each in enumerate(value)]
 
-    def fields(self) -> dict[str, str | None]:
+    def fields(self) -> dict[str, Labels]:
         """Returns the optional fields of a user's row, by which reports are broken down."""
-        return {key: self.optional(key) for key in ("question_type", "organ", "modality")}
+        return {key: self.labels(key) for key in ("question_type", "organ", "modality")}
 
     def identity(self, *keys: str) -> int | str:
         """Returns the id under the first of `keys` that the row has."""

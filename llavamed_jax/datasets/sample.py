@@ -21,6 +21,9 @@ OPEN, CLOSED, CHOICE, CAPTION = "OPEN", "CLOSED", "CHOICE", "CAPTION"
 LETTERS = ascii_uppercase  # letters of multiple-choice options
 _OPEN_OR_CLOSED = {OPEN: OPEN, CLOSED: CLOSED}
 
+Labels = str | tuple[str, ...] | None
+"""What a set says of a question's type, organ or modality: a text, several texts, or nothing."""
+
 
 @dataclass(frozen=True)
 class VqaSample:
@@ -34,9 +37,9 @@ class VqaSample:
       answer: the published text (integers as text). For multiple choice the text of the right option; for a caption
         the reference.
       answer_type: OPEN, CLOSED, CHOICE or CAPTION.
-      question_type: as published, with typos corrected; None if the set has none.
-      organ: as published; None if the set has none.
-      modality: as published; None if the set has none.
+      question_type: as published, with typos corrected; several texts if the set has a list; None if it has none.
+      organ: as published, likewise.
+      modality: as published, likewise.
       language: the language of the question.
       phrase_type: VQA-RAD's field; None in other sets.
       options: for multiple choice, the texts of the options A, B, C, …
@@ -51,9 +54,9 @@ class VqaSample:
     question: str
     answer: str
     answer_type: str
-    question_type: str | None = None
-    organ: str | None = None
-    modality: str | None = None
+    question_type: Labels = None
+    organ: Labels = None
+    modality: Labels = None
     language: str = "en"
     phrase_type: str | None = None
     options: tuple[str, ...] = ()

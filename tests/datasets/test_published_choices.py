@@ -23,6 +23,7 @@ from llavamed_jax.evaluation.answering.ask import predict
 from llavamed_jax.evaluation.answering.endpoint import _requests
 from llavamed_jax.evaluation.scoring import controls
 from llavamed_jax.evaluation.scoring.items import AnswerSet
+from llavamed_jax.evaluation.scoring.score import group_keys
 from llavamed_jax.evaluation.scoring.strict import right_choice
 
 DIRECTLY = "Answer with the option's letter from the given choices directly."
@@ -182,12 +183,35 @@ def test_mmmu_med(tmp_path):
     assert len(set(all_images(samples))) == 2, "an image is written once"
     assert describe(samples, "mmmu_med", "validation").startswith("mmmu_med validation: 15 questions on 2 images, 5 open, 10 multiple")
     assert "published: 150 questions" in describe(samples, "mmmu_med", "validation") and detect.layout_of(tmp_path) == "mmmu_med"
-    with pytest.raises(UserError, match="does not publish the answers of its test split; data.split=validation"):
+    with pytest.raises(UserError, match=r"do not state the answers of the test split; MedEvalKit's utils/MMMU/answer.json in"):
         read("mmmu_med", tmp_path)
+    tests = [mmmu("test_1", answer="?"), mmmu("test_2", "open", options="[]", answer="?"), mmmu("test_3", "open", options="[]", answer="?")]
+    for number, subject in enumerate(SUBJECTS):
+        parquet(tmp_path / subject / "test-00000-of-00001.parquet", tests if number == 0 else [mmmu(subject, answer="?")])
+    golds = {"test_1": "A", "test_2": "50", "test_3": ["two", "2"]} | dict.fromkeys(SUBJECTS[1:], "B")
+    put(tmp_path / "answer.json", json.dumps({name: {"question_type": "x", "ground_truth": gold} for name, gold in golds.items()}))
+    assert [s.answer for s in read("mmmu_med", tmp_path)] == ["the liver", "50", "two"] + ["Crohn's"] * 4
+    assert tmp_path / "answer.json" in SETS["mmmu_med"].files(tmp_path, "test") and tmp_path / "answer.json" not in SETS["mmmu_med"].files(tmp_path, "validation")
     (tmp_path / "Pharmacy" / "validation-00000-of-00001.parquet").unlink()
     with pytest.raises(UserError, match="Pharmacy has no parquet file"):
         read("mmmu_med", tmp_path, "validation")
     assert load_config("configs/eval/mmmu_med.py", []).data.split == "validation"
+
+
+@pytest.mark.parametrize("stated, wanted", [
+    ("['CT', 'MRI']", ["CT", "MRI"]), ("['Body Scans: MRI, CT scans, and X-rays']", ["Body Scans: MRI, CT scans, and X-rays"]), (["CT", "MRI", "CT"], ["CT", "MRI"]),
+    ("CT, MRI", ["CT", "MRI"]), ("[]", ["not stated"]), ([], ["not stated"]), ("[CT]", ["[CT]"]), (None, ["not stated"]), ("[1, 2]", ["1", "2"])])
+def test_a_list_of_modalities_is_several_groups(tmp_path, stated, wanted):
+    put(tmp_path / "a.png")
+    row = {"id": 1, "image": "a.png", "question": "Q", "options": ["x", "y"], "answer": "A", "modality": stated}
+    put(tmp_path / "test.json", json.dumps([row]))
+    (sample,) = read("choices", tmp_path)
+    assert group_keys(sample, "modality") == wanted
+    turns = [{"from": "human", "value": "<image>\nQ"}, {"from": "gpt", "value": "A"}]
+    written = {"id": 1, "image": "a.png", "answer_type": "OPEN", "conversations": turns, "modality": sample.modality}
+    put(tmp_path / "l" / "test.json", json.dumps([written]))
+    put(tmp_path / "l" / "a.png")
+    assert group_keys(read("llava_med", tmp_path / "l")[0], "modality") == wanted, "as --write_llava writes it"
 
 
 def frames(count, **more):

@@ -26,10 +26,11 @@ GROUPS = ("question_type", "organ", "modality")
 def group_keys(sample: VqaSample, group: str) -> list[str]:
     """Returns the values of a field by which a report is broken down; "not stated" if the data set has none.
 
-    VQA-RAD gives some questions several types, joined by commas; such a question counts in each group.
+    VQA-RAD gives some questions several types, joined by commas, and MMMU a list of kinds of image, whose names may
+    have commas; such a question counts in each group.
     """
     value = getattr(sample, group, None)
-    names = [name.strip() for name in str(value or "").split(",")]
+    names = list(value) if isinstance(value, tuple) else [name.strip() for name in str(value or "").split(",")]
     return [name for name in names if name] or ["not stated"]
 
 
