@@ -377,14 +377,20 @@ def check_model_flags(args: argparse.Namespace) -> None:
             raise UsageError(f"{flag}: {error}") from error
 
 
-def load_assistant(args: argparse.Namespace):
-    """Loads the LlavaMed of `--checkpoint` and the flags of `add_model_flags`; prints its vision tower to stderr."""
+def load_assistant(args: argparse.Namespace, place: str | None = None):
+    """Loads the LlavaMed of `--checkpoint` and the flags of `add_model_flags`; prints its vision tower to stderr.
+
+    Args:
+      args: the flags.
+      place: where the checkpoint lies on this machine, if it has been fetched already.
+    """
     check_model_flags(args)
     from llavamed_jax.assistant import load  # imports jax
     from llavamed_jax.cli import compilation_cache
     compilation_cache.enable()
-    model = load(args.checkpoint, dtype=args.dtype, mesh=args.mesh, vision_tower=args.vision_tower,
+    model = load(place or args.checkpoint, dtype=args.dtype, mesh=args.mesh, vision_tower=args.vision_tower,
                  tokenizer=args.tokenizer, template=args.template, adapter=args.adapter, quantize=args.quantize,
                  kv_cache=args.kv_cache)
+    model.name = Path(args.adapter or args.checkpoint).name if place else model.name
     print(terminal.sentence(f"{args.checkpoint}: vision tower: {model.tower}"), file=sys.stderr)  # stdout has answers
     return model

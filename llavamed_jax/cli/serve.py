@@ -16,6 +16,7 @@ from llavamed_jax.cli import common
 from llavamed_jax.errors import UsageError, UserError, at, short, warn
 from llavamed_jax.utils import signals
 from llavamed_jax.utils.files import read_bytes
+from llavamed_jax.utils.paths import is_bucket
 
 _EXAMPLE = """\
 example: serve.py --checkpoint PATH --port 8000, then
@@ -115,17 +116,22 @@ def _page(args: argparse.Namespace):
 
 def _load(args: argparse.Namespace, stage):
     """Loads the model and runs each kind of request once, so that no client waits for compilations."""
+    from llavamed_jax.checkpoints import hub
     from llavamed_jax.cli import compilation_cache
     from llavamed_jax.serving.warm_up import compile_while_loading, warm_up
 
     compilation_cache.enable()
+    place = None
+    if is_bucket(args.checkpoint):  # once: the thread that compiles reads the same copy
+        stage("copying the checkpoint from the bucket")
+        place = str(hub.local(args.checkpoint, may_be_bucket=True))
     ahead = threading.Thread(target=compile_while_loading, daemon=True, args=(
-        args.checkpoint, args.batch_size, args.dtype, args.tokenizer, args.template, args.kv_cache))
+        place or args.checkpoint, args.batch_size, args.dtype, args.tokenizer, args.template, args.kv_cache))
     is_plain = not (args.quantize or args.adapter or args.mesh or args.vision_tower)  # else the shapes are other ones
     stage(f"loading the weights{' and compiling the programs' if is_plain else ''}")
     if is_plain:
         ahead.start()
-    model = common.load_assistant(args)
+    model = common.load_assistant(args, place)
     if is_plain:
         stage("compiling the programs; the weights are loaded")
         ahead.join()

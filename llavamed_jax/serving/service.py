@@ -267,14 +267,8 @@ class Service:
     def check_model(self, name: str | None) -> None:
         """Raises ApiError 404 if a request names another model than this server's."""
         if name is not None and name not in self.names and name not in self._aliases:
-            raise ApiError(404, f"the model {short(name)} is not served here; {' or '.join(map(repr, self._told))} was "
+            raise ApiError(404, f"the model {short(name)} is not served here; {' or '.join(map(repr, self.names))} was "
                            "expected", "model", "model_not_found")
-
-    @property
-    def _told(self) -> list[str]:
-        """The names that an error lists: the served ones and the checkpoint's own, but no path."""
-        own = self.model.name if self.model is not None else ""
-        return list(dict.fromkeys([*self.names, *([own] if own and "/" not in own else [])]))
 
     @property
     def under_way(self) -> int:

@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -249,3 +250,25 @@ def test_paths_that_are_not_utf8(encoding, path, hint, monkeypatch):
             call()
     for value in ("plain", None, 3, ["plain", 1.5, None], {}):
         paths.check("--workdir", value)
+
+
+@pytest.mark.parametrize("checkpoint", ["gs://bucket/runs/mine", "s3://bucket/runs/mine", "runs/mine"])
+def test_a_server_reads_a_bucket_once(monkeypatch, checkpoint):
+    """The weights and the programs, which are compiled at the same time, come from one copy; the name stays the address's."""
+    from llavamed_jax import assistant
+    from llavamed_jax.checkpoints import hub
+    from llavamed_jax.cli import compilation_cache
+    from llavamed_jax.serving import warm_up
+
+    read, loaded, compiled = [], [], []
+    engine = SimpleNamespace(shards=1, batch_size=1)
+    monkeypatch.setattr(hub, "local", lambda path, *_, **__: read.append(path) or Path("/copies/checkpoints/5"))
+    monkeypatch.setattr(assistant, "load", lambda path, **_: loaded.append(path) or SimpleNamespace(
+        name=Path(path).name, tower="x", engine=engine))
+    monkeypatch.setattr(warm_up, "compile_while_loading", lambda path, *_: compiled.append(path))
+    monkeypatch.setattr(warm_up, "warm_up", lambda *_: None)
+    monkeypatch.setattr(compilation_cache, "enable", lambda: None)
+    model = serve._load(serve._parser().parse_args(["--checkpoint", checkpoint]), lambda words: None)
+    place = "/copies/checkpoints/5" if "://" in checkpoint else checkpoint
+    assert (read, loaded, compiled) == ([checkpoint] if "://" in checkpoint else [], [place], [place])
+    assert model.name == "mine"

@@ -67,8 +67,10 @@ def test_logprobs_are_those_of_the_model(client, alone):
 def test_models_are_listed_under_their_names(client, server):
     assert [each.id for each in client.models.list()] == ["served", "alias"]
     assert client.models.retrieve("alias").id == "alias"
-    with pytest.raises(openai.NotFoundError, match="'nobody' is not served here; 'served' or 'alias' or 'tiny' was expected"):
+    with pytest.raises(openai.NotFoundError, match="'nobody' is not served here; 'served' or 'alias' was expected") as refused:
         client.chat.completions.create(model="nobody", messages=CONVERSATIONS["text"])
+    assert "tiny" not in str(refused.value), "the checkpoint's directory is taken as a name, and told to nobody"
+    assert client.chat.completions.create(model="tiny", messages=CONVERSATIONS["text"], max_tokens=1).model == "served"
 
 
 def test_a_stop_text_ends_an_answer(client, alone):
