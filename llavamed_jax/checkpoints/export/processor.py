@@ -27,7 +27,7 @@ def write_processor(cfg: LlavaConfig, files: Mapping[str, Path], out: Path) -> N
       UserError: a file cannot be read.
     """
     if "tokenizer.model" in files or "tokenizer.json" in files:
-        write_tokenizer(files, out)
+        write_tokenizer(files, out, cfg.source == "transformers")
     write_json(out / preprocessor_file.FILE, preprocessor_file.written(cfg, is_transformers=True))
     write_json(out / preprocessor_file.PROCESSOR, dict(
         processor_class="LlavaProcessor", image_token=IMAGE, num_additional_image_tokens=cfg.vision.class_tokens,

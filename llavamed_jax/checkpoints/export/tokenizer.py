@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 from llavamed_jax.errors import UserError
 from llavamed_jax.text.special_tokens import SpecialTokens, Token, read_special_tokens
+from llavamed_jax.text.tokenizer_backends import Tokenizers
 from llavamed_jax.utils.files import read_json, write_json
 
 IMAGE, PAD = "<image>", "<pad>"
@@ -66,10 +67,10 @@ def ids_in_transformers(rows: int, files: Mapping[str, Path]) -> tuple[int, int]
     return source.ids
 
 
-def _source(files: Mapping[str, Path]) -> _Source:
+def _source(files: Mapping[str, Path], follows_file: bool = False) -> _Source:
     file, said = files.get("tokenizer.model") or files["tokenizer.json"], read_special_tokens(files)
     try:
-        source = (_from_json if file.suffix == ".json" else _from_sentencepiece)(file, said)
+        source = (_from_json(file, said, follows_file) if file.suffix == ".json" else _from_sentencepiece(file, said))
         source.ids  # noqa: B018  raises for a damaged vocabulary
     except UserError:
         raise
@@ -78,8 +79,14 @@ def _source(files: Mapping[str, Path]) -> _Source:
     return source
 
 
-def write_tokenizer(files: Mapping[str, Path], out: Path) -> None:
+def write_tokenizer(files: Mapping[str, Path], out: Path, of_transformers: bool = False) -> None:
     """Writes `tokenizer.json`, `tokenizer_config.json` and, if it exists, `tokenizer.model`.
+
+    A text begins with the beginning-of-sequence token exactly if it does so here. transformers 5, and its plain fast
+    class in 4, follow `tokenizer.json`. `LlamaTokenizerFast` of transformers 4 follows `add_bos_token` instead, and
+    puts its own `<s>` in place of a role that is not named; processors before 4.42 take it for any tokenizer. So
+    `add_bos_token` says what `tokenizer.json` does, absent roles are null, and byte-level tokenizers, which are not
+    LLaMA's, have the plain fast class.
 
     `<image>` and `<pad>` have the ids of `ids_in_transformers`. If a checkpoint has only `tokenizer.json`, that file is
     kept, and text after every special token gets the prefix of a beginning: the ids are the same except after `</s>` if
@@ -88,11 +95,12 @@ def write_tokenizer(files: Mapping[str, Path], out: Path) -> None:
     Args:
       files: the checkpoint's tokenizer files by name.
       out: the directory of the export.
+      of_transformers: whether the checkpoint has transformers' own layout; `tokenizer.json` is then followed as it is.
 
     Raises:
       UserError: the tokenizer cannot be read.
     """
-    source, said = _source(files), read_special_tokens(files)
+    source, said = _source(files, of_transformers), read_special_tokens(files)
     is_normalized, ids = any(token.is_normalized for token in source.added), dict(
         zip((IMAGE, PAD), source.ids, strict=True))
     more = [Token(text, i, is_special=True, is_normalized=is_normalized)
@@ -105,7 +113,9 @@ def write_tokenizer(files: Mapping[str, Path], out: Path) -> None:
     (out / "tokenizer.json").write_text(json.dumps(tokenizer, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     write_json(out / "tokenizer_config.json", dict(
         # `legacy` makes slow classes, too, give text after <image> the original's prefix.
-        **source.names, tokenizer_class="LlamaTokenizer", legacy=True, add_bos_token=said.has_bos, add_eos_token=False,
+        **{role: source.names.get(role) for role in _CORE},
+        tokenizer_class="PreTrainedTokenizerFast" if _is_byte_level(tokenizer) else "LlamaTokenizer", legacy=True,
+        add_bos_token=_puts_bos_first(out / "tokenizer.json", source.names.get("bos_token")), add_eos_token=False,
         pad_token=PAD,
         clean_up_tokenization_spaces=False, padding_side="left",
         model_max_length=said.settings.get("model_max_length", 2048),
@@ -150,6 +160,19 @@ def _from_sentencepiece(file: Path, said: SpecialTokens) -> _Source:
     }, added, names)
 
 
+def _is_byte_level(tokenizer: Mapping) -> bool:
+    """Returns whether tokens are written in GPT-2's alphabet."""
+    return "ByteLevel" in str(tokenizer.get("decoder"))
+
+
+def _puts_bos_first(file: Path, bos: str | None) -> bool:
+    """Returns whether a `tokenizer.json` puts the beginning-of-sequence token before a text."""
+    if bos is None:
+        return False
+    backend = Tokenizers(file)
+    return backend.encode_whole("", True)[:1] == [backend.id_of(bos)]
+
+
 def _begins_with(bos: str, bos_id: int) -> dict:
     """Returns the post-processor that puts the beginning-of-sequence token before a text."""
     first, second = ([{"SpecialToken": {"id": bos, "type_id": n}}, {"Sequence": {"id": letter, "type_id": n}}]
@@ -179,8 +202,12 @@ def _only_where_the_original_begins(roles: list[str], others: list[str]) -> list
             {"type": "Replace", "pattern": {"Regex": rf"{IMAGE}(?!{before}|\z)"}, "content": f"{IMAGE}▁"}]
 
 
-def _from_json(file: Path, said: SpecialTokens) -> _Source:
-    """Returns the checkpoint's own `tokenizer.json`, with the prefix of a beginning after every special token."""
+def _from_json(file: Path, said: SpecialTokens, follows_file: bool = False) -> _Source:
+    """Returns the checkpoint's own `tokenizer.json`, with the prefix of a beginning after every special token.
+
+    It begins a text as `text.tokenizer.Tokenizer` does with the same files: as the file says, or of LLaMA's classes as
+    `add_bos_token` says unless `follows_file`.
+    """
     tokenizer = read_json(file)
     added = [Token(t["content"], t["id"], t["special"], t["lstrip"], t["rstrip"], t["single_word"], t["normalized"])
              for t in tokenizer["added_tokens"]]
@@ -188,9 +215,13 @@ def _from_json(file: Path, said: SpecialTokens) -> _Source:
     names = {role: said.roles[role].text if role in said.roles else default
              for role, default in zip(_CORE, ("<s>", "</s>", "<unk>"), strict=True)}
     names = {role: text for role, text in names.items() if text in ids}
-    if "bos_token" in names and said.is_llama:
+    if "bos_token" in names and said.is_llama and not follows_file:
         tokenizer["post_processor"] = (_begins_with(names["bos_token"], ids[names["bos_token"]])
                                        if said.has_bos else None)
+    merges = tokenizer["model"].get("merges") or []
+    if all(isinstance(pair, list) and not any(" " in piece for piece in pair) for pair in merges):
+        # As tokenizers before 0.20 wrote them, which read no pairs.
+        tokenizer["model"] = {**tokenizer["model"], "merges": [" ".join(pair) for pair in merges]}
     if (tokenizer.get("pre_tokenizer") or {}).get("type") == "Metaspace":
         tokenizer["pre_tokenizer"] |= {"prepend_scheme": "always"}
     return _Source(tokenizer, added, names)
